@@ -1,0 +1,303 @@
+"""Every setting of a run: frozen dataclasses, one a section, composed into `Config`. Standard library only.
+
+An experiment file returns a `Config`; the command line overrides single fields; the resolved result is `config.json` in
+the work directory. `None` for an option of a recipe means that recipe's own default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import pathlib
+import types
+import typing
+from typing import Any, Literal
+
+PACKAGE = pathlib.Path(__file__).parent
+MINI_TEACHER = str(PACKAGE / "assets" / "mini_pair" / "teacher")
+MINI_STUDENT = str(PACKAGE / "assets" / "mini_pair" / "student")
+
+
+class ConfigError(ValueError):
+    """A field that does not exist, or a value that the field does not take."""
+
+
+def _require(is_met: bool, field: str, value: Any, expected: str) -> None:
+    if not is_met:
+        raise ConfigError(f"{field} is {value!r}; expected {expected}")
+
+
+def _require_sampling(section: str, sampling: Any) -> None:
+    """The fields that drawing rollouts and drawing answers share."""
+    _require(sampling.max_completion_length > 0, f"{section}.max_completion_length", sampling.max_completion_length, "at least 1")
+    _require(sampling.temperature > 0, f"{section}.temperature", sampling.temperature, "more than 0")
+    _require(0 < sampling.top_p <= 1, f"{section}.top_p", sampling.top_p, "more than 0 and at most 1")
+    _require(sampling.top_k >= 0, f"{section}.top_k", sampling.top_k, "0 (off) or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A model of the run."""
+
+    path: str = ""  # local directory in Hugging Face layout, or a hub id such as Qwen/Qwen3-1.7B-Base
+    revision: str | None = None  # branch, tag or commit of a hub id
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the forward pass; auto: bfloat16 on TPU and GPU, float32 on CPU
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The prompts and how each model sees them."""
+
+    source: str = "arithmetic:train"  # a .jsonl file, or arithmetic:SPLIT for the built-in task
+    prompt_format: str = "{prompt}"  # wrapped around a prompt that is a string; must contain {prompt}
+    system_prompt: str | None = None  # put before the messages; needs a chat format
+    format: Literal["chat", "raw"] = "chat"  # the tokenizer's chat template, or the bare text
+    enable_thinking: bool | None = None  # handed to the chat template; None: the template's own default
+    teacher_format: Literal["chat", "raw"] | None = None  # None: the teacher sees what the student sees
+    teacher_enable_thinking: bool | None = None  # None: as enable_thinking
+    max_prompt_length: int = 512  # tokens, template included
+    overlong: Literal["skip", "error"] = "skip"  # what to do with longer prompts: leave them out, counted, or refuse the data
+
+    def __post_init__(self):
+        _require("{prompt}" in self.prompt_format, "data.prompt_format", self.prompt_format, "a text that contains {prompt}")
+        _require(self.max_prompt_length > 0, "data.max_prompt_length", self.max_prompt_length, "at least 1")
+        is_chat = "chat" in (self.format, self.teacher_format)
+        _require(is_chat or self.system_prompt is None, "data.system_prompt", self.system_prompt, "none where no format is chat")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How the student's rollouts are drawn."""
+
+    num_generations: int = 1  # samples per prompt
+    max_completion_length: int = 512  # tokens, stop token included
+    temperature: float = 1.0  # the student is scored at this temperature too
+    top_p: float = 1.0  # 1: off
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0  # 0: off
+    stop_token_ids: tuple[int, ...] = ()  # beside the end-of-sequence ids of the checkpoint
+
+    def __post_init__(self):
+        _require(self.num_generations > 0, "sampling.num_generations", self.num_generations, "at least 1")
+        _require_sampling("sampling", self)
+        _require(0 <= self.min_p < 1, "sampling.min_p", self.min_p, "at least 0 (off) and less than 1")
+
+    @property
+    def has_filter(self) -> bool:
+        """Whether some tokens cannot be drawn."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class EstimatorConfig:
+    """The recipe and its options; an option that the recipe does not have is refused."""
+
+    recipe: Literal["opd", "vopd", "full_kl"] = "vopd"
+    aggregation: Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "fixed_denominator"] = "token_mean"
+    tile: int = 512  # tokens whose logits exist at a time, per device
+    discount: float | None = None  # opd, vopd: 0 credits a token with its own reward only, 1 with all that follow
+    baseline: Literal["full", "student_topk"] | None = None  # vopd
+    baseline_top_k: int | None = None  # vopd with baseline student_topk
+    divergence: Literal["reverse", "forward", "jsd"] | None = None  # full_kl
+    beta: float | None = None  # full_kl with divergence jsd: 0 forward KL, 1 reverse KL
+
+    def __post_init__(self):
+        _require(self.tile > 0, "estimator.tile", self.tile, "at least 1")
+        _require(self.discount is None or 0 <= self.discount <= 1, "estimator.discount", self.discount, "from 0 to 1")
+        _require(self.beta is None or 0 <= self.beta <= 1, "estimator.beta", self.beta, "from 0 to 1")
+        _require(self.baseline_top_k is None or self.baseline_top_k > 0, "estimator.baseline_top_k", self.baseline_top_k, "at least 1")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The recipe's options that were given."""
+        named = ("discount", "baseline", "baseline_top_k", "divergence", "beta")
+        return {name: getattr(self, name) for name in named if getattr(self, name) is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW."""
+
+    learning_rate: float = 1e-5  # the peak
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"  # after the warm-up, down to 0 at the last step
+    warmup_steps: int = 0  # rising linearly from 0
+    b1: float = 0.9
+    b2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0  # global norm that gradients are clipped to; 0: no clipping
+
+    def __post_init__(self):
+        _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "more than 0")
+        _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
+        _require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, "optimizer.b1, b2", (self.b1, self.b2), "each at least 0 and less than 1")
+        _require(self.epsilon > 0, "optimizer.epsilon", self.epsilon, "more than 0")
+        _require(self.max_grad_norm >= 0, "optimizer.max_grad_norm", self.max_grad_norm, "0 (off) or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    num_steps: int = 100  # optimizer updates
+    prompts_per_step: int = 64
+    gradient_accumulation_steps: int = 1  # micro-batches a step; changes memory, never the gradient
+    remat: bool = False  # recompute each layer in the backward pass: less memory, one more forward
+    max_nonfinite_steps: int = 5  # so many skipped steps in a row stop the run
+
+    def __post_init__(self):
+        for name in ("num_steps", "prompts_per_step", "gradient_accumulation_steps", "max_nonfinite_steps"):
+            _require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Sampled and greedy answers to held-out prompts, before, during and after training."""
+
+    source: str | None = "arithmetic:test"  # as data.source; rows need an answer. None: no evaluation
+    grader: Literal["final_number", "boxed", "exact"] = "final_number"  # what of a completion is compared with the answer
+    num_prompts: int = 512  # the first so many
+    num_samples: int = 8  # answers a prompt: the k of avg@k and pass@k
+    temperature: float = 1.0
+    top_p: float = 1.0  # 1: off
+    top_k: int = 0  # 0: off
+    max_completion_length: int = 512
+    batch_size: int = 512  # rows sampled at a time
+    extra_temperatures: tuple[float, ...] = ()  # the untrained student is also measured at these
+    every: int = 0  # steps between evaluations; 0: only before and after
+    seed: int = 0  # common to all runs that are compared: they then answer the same prompts with the same draws
+
+    def __post_init__(self):
+        for name in ("num_prompts", "num_samples", "batch_size"):
+            _require(getattr(self, name) > 0, f"evaluation.{name}", getattr(self, name), "at least 1")
+        _require_sampling("evaluation", self)
+        _require(all(t > 0 for t in self.extra_temperatures), "evaluation.extra_temperatures", self.extra_temperatures, "more than 0 each")
+        _require(self.every >= 0, "evaluation.every", self.every, "0 (off) or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept to continue from, and which step is the best."""
+
+    every: int = 50  # steps; the last step is always saved
+    keep: int = 2  # newest checkpoints kept
+    best_metric: str = "avg@k"  # of the evaluation; the best checkpoint by it is kept as well
+
+    def __post_init__(self):
+        _require(self.every > 0, "checkpoint.every", self.every, "at least 1")
+        _require(self.keep > 0, "checkpoint.keep", self.keep, "at least 1")
+        _require(self.best_metric in ("avg@k", "pass@k", "greedy"), "checkpoint.best_metric", self.best_metric, "avg@k, pass@k or greedy")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """What is written beside metrics.jsonl."""
+
+    samples_every: int = 50  # steps between rollouts written to samples.jsonl; 0: never
+    num_samples: int = 4  # rollouts written each time
+    tensorboard: bool = False  # event files too; needs the tensorboard extra
+
+    def __post_init__(self):
+        _require(self.samples_every >= 0, "log.samples_every", self.samples_every, "0 (off) or more")
+        _require(self.num_samples > 0, "log.num_samples", self.num_samples, "at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How devices are used."""
+
+    data: int = -1  # devices that rows are split over; -1: all there are
+
+    def __post_init__(self):
+        _require(self.data == -1 or self.data > 0, "mesh.data", self.data, "-1 (all devices) or at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    student: ModelConfig = ModelConfig(MINI_STUDENT)
+    teacher: ModelConfig = ModelConfig(MINI_TEACHER)
+    data: DataConfig = DataConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    estimator: EstimatorConfig = EstimatorConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    mesh: MeshConfig = MeshConfig()
+    seed: int = 0  # of prompts, rollouts and everything else that is drawn
+
+    def __post_init__(self):
+        rows = self.train.prompts_per_step * self.sampling.num_generations
+        parts = self.train.gradient_accumulation_steps
+        _require(rows % parts == 0, "train.gradient_accumulation_steps", parts, f"a divisor of the {rows} rows a step")
+        is_altered = self.sampling.has_filter or self.sampling.temperature != 1
+        if is_altered and self.estimator.recipe in ("opd", "vopd"):
+            raise ConfigError(
+                f"recipe {self.estimator.recipe!r} with sampling.temperature {self.sampling.temperature}, top_p {self.sampling.top_p}, "
+                f"top_k {self.sampling.top_k}, min_p {self.sampling.min_p}: its expected gradient is then no longer the one it "
+                "advertises; sample with temperature 1 and no filter, or use the recipe full_kl"
+            )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain values, as `config.json` holds them."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type, values: dict[str, Any], path: str = "") -> Any:
+    """The strict inverse of `to_dict`: an unknown field is refused with the nearest valid name, a wrong type by name."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path.rstrip('.') or 'the config'} is {values!r}; expected a section with named fields")
+    hints = typing.get_type_hints(cls)
+    for name in values:
+        if name not in hints:
+            raise ConfigError(f"unknown field {path + name!r}; {nearest(name, hints)}")
+    return cls(**{name: _convert(hints[name], value, path + name) for name, value in values.items()})
+
+
+def nearest(name: str, valid: typing.Iterable[str]) -> str:
+    """`did you mean 'x'?`, or the list of valid names where none is near."""
+    close = difflib.get_close_matches(name, list(valid), n=1)
+    return f"did you mean {close[0]!r}?" if close else f"expected one of {sorted(valid)}"
+
+
+def differences(left: dict[str, Any], right: dict[str, Any], path: str = "") -> list[str]:
+    """`field: left -> right` for every leaf in which two dumped configs differ."""
+    found = []
+    for name in sorted(left.keys() | right.keys()):
+        a, b = left.get(name), right.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{path}{name}.")
+        elif a != b:
+            found.append(f"{path}{name}: {a!r} -> {b!r}")
+    return found
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, path + ".")
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, path)
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(f"{path} is {value!r}; {nearest(str(value), map(str, arguments))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{path} is {value!r}; expected a list")
+        return tuple(_convert(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(f"{path} is {value!r}; expected {hint.__name__}")
+    if hint is float and not math.isfinite(value):
+        raise ConfigError(f"{path} is {value!r}; expected a finite number")
+    return value

@@ -1,0 +1,256 @@
+"""Hugging Face checkpoints in and out: safetensors read and written by the family's name table.
+
+A directory holds `config.json`, `model.safetensors` (or shards with an index), a tokenizer and perhaps a generation
+config. Everything that is not weights is carried over on export, so that the result runs wherever the original ran.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from opdjax.models.decoder import DecoderConfig, Params, parameter_shapes
+from opdjax.models.families import Family, UnsupportedModelError, family_of
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_CARRIED = ("tokenizer*", "*.jinja", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_SHARD_BYTES = 5 * 2**30
+
+
+class CheckpointError(ValueError):
+    """The directory is not a checkpoint that can be read: a file, tensor or shape is not what it should be."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint directory, described; no weights are in memory."""
+
+    path: pathlib.Path
+    raw_config: dict[str, Any]
+    family: Family
+    config: DecoderConfig
+    stop_token_ids: tuple[int, ...]  # end-of-sequence ids of the generation config, else of the config
+    stored_dtype: str
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all tensors."""
+        shapes = jax.tree.leaves(parameter_shapes(self.config), is_leaf=lambda x: isinstance(x, tuple))
+        return sum(int(np.prod(shape)) for shape in shapes)
+
+
+def open_checkpoint(path_or_id: str | os.PathLike, revision: str | None = None) -> Checkpoint:
+    """Describe a local directory, or the hub repository of that id (downloaded to the hub's cache)."""
+    path = _resolve(str(path_or_id), revision)
+    raw = _read_json(path / "config.json")
+    family = family_of(raw)
+    try:
+        config = family.read_config(raw)
+    except KeyError as error:
+        raise CheckpointError(f"{path / 'config.json'} lacks the field {error}") from error
+    generation = _read_json(path / "generation_config.json") if (path / "generation_config.json").exists() else {}
+    stop = generation.get("eos_token_id", raw.get("eos_token_id"))
+    stop_ids = tuple(stop) if isinstance(stop, list) else () if stop is None else (stop,)
+    stored = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    return Checkpoint(path, raw, family, config, stop_ids, stored)
+
+
+def load_params(checkpoint: Checkpoint, dtype: str, sharding: jax.sharding.Sharding | None = None) -> Params:
+    """The parameters as the stacked tree that the decoder takes, cast to `dtype`.
+
+    Raises CheckpointError naming every tensor that is missing, extra or of another shape.
+    """
+    if dtype not in _DTYPES:
+        raise CheckpointError(f"cannot load as {dtype!r}; expected one of {sorted(_DTYPES)}")
+    located = _locate_tensors(checkpoint.path)
+    _check_tensors(checkpoint, located)
+    global_names, layer_names = checkpoint.family.names(checkpoint.config)
+    shapes = parameter_shapes(checkpoint.config)
+
+    def place(array):
+        return jax.device_put(array, sharding) if sharding is not None else jnp.asarray(array)
+
+    with _Files() as files:
+        params = {name: place(files.read(located, tensor).astype(_DTYPES[dtype])) for name, tensor in global_names.items()}
+        params["layers"] = {}
+        for name, template in layer_names.items():
+            stacked = np.empty(shapes["layers"][name], _DTYPES[dtype])
+            for layer in range(checkpoint.config.num_layers):
+                stacked[layer] = files.read(located, template.format(i=layer)).astype(_DTYPES[dtype])
+            params["layers"][name] = place(stacked)
+    return params
+
+
+def export(params: Params, source: Checkpoint, out: str | os.PathLike, dtype: str | None = None) -> pathlib.Path:
+    """Write `params` as a checkpoint like `source`: its config, tokenizer, templates and generation config come along.
+
+    `dtype` defaults to the source's. The directory appears complete or not at all.
+    """
+    out, dtype = pathlib.Path(out), dtype or source.stored_dtype
+    if dtype not in _DTYPES:
+        raise CheckpointError(f"cannot export as {dtype!r}; expected one of {sorted(_DTYPES)}")
+    if out.exists() and any(out.iterdir()):
+        raise CheckpointError(f"{out} exists and is not empty; export into a new directory")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for pattern in _CARRIED:
+        for file in source.path.glob(pattern):
+            shutil.copy(file, partial / file.name)
+    config = {name: value for name, value in source.raw_config.items() if name != "torch_dtype"} | {"dtype": dtype}
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    _write_shards(_unstack(params, source, _DTYPES[dtype]), partial)
+    if out.exists():
+        out.rmdir()
+    partial.rename(out)
+    return out
+
+
+def _resolve(path_or_id: str, revision: str | None) -> pathlib.Path:
+    path = pathlib.Path(path_or_id).expanduser()
+    if path.is_dir():
+        return path
+    is_id = path_or_id.count("/") == 1 and not path_or_id.startswith((".", "/", "~"))
+    if not is_id:
+        raise CheckpointError(f"{path_or_id!r} is no directory and no hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+    try:
+        return pathlib.Path(snapshot_download(path_or_id, revision=revision, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise CheckpointError(f"{path_or_id!r} is no local directory, and the hub did not give it: {error}") from error
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    if not path.exists():
+        raise CheckpointError(f"{path.parent} has no {path.name}; expected a Hugging Face checkpoint directory")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+
+
+def _locate_tensors(path: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Tensor name -> file."""
+    if (path / _INDEX).exists():
+        weight_map = _read_json(path / _INDEX)["weight_map"]
+        absent = sorted({file for file in weight_map.values() if not (path / file).exists()})
+        if absent:
+            raise CheckpointError(f"{path / _INDEX} names files that are not there: {', '.join(absent)}")
+        return {name: path / file for name, file in weight_map.items()}
+    if not (path / _SINGLE).exists():
+        raise CheckpointError(f"{path} has neither {_SINGLE} nor {_INDEX}; convert the weights to safetensors first")
+    with _Files() as files:
+        return dict.fromkeys(files.open(path / _SINGLE).keys(), path / _SINGLE)
+
+
+class _Files:
+    """Open safetensors files, each opened once."""
+
+    def __init__(self):
+        self._open: dict[pathlib.Path, Any] = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._open.clear()
+
+    def open(self, path: pathlib.Path):
+        if path not in self._open:
+            try:
+                self._open[path] = safe_open(path, framework="numpy")
+            except SafetensorError as error:
+                raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+        return self._open[path]
+
+    def read(self, located, name) -> np.ndarray:
+        return self.open(located[name]).get_tensor(name)
+
+    def shape(self, located, name) -> tuple[int, ...]:
+        return tuple(self.open(located[name]).get_slice(name).get_shape())
+
+
+def _expected_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    global_names, layer_names = checkpoint.family.names(checkpoint.config)
+    shapes = parameter_shapes(checkpoint.config)
+    expected = {tensor: shapes[name] for name, tensor in global_names.items()}
+    for name, template in layer_names.items():
+        for layer in range(checkpoint.config.num_layers):
+            expected[template.format(i=layer)] = shapes["layers"][name][1:]
+    return expected
+
+
+def _check_tensors(checkpoint: Checkpoint, located: dict[str, pathlib.Path]) -> None:
+    expected = _expected_shapes(checkpoint)
+    extra = set(located) - set(expected)
+    problems = [f"missing tensor {name}" for name in sorted(set(expected) - set(located))]
+    with _Files() as files:
+        for name in sorted(extra):
+            if not _is_tied_copy(checkpoint, located, files, name):
+                problems.append(f"unexpected tensor {name}")
+        for name in sorted(set(expected) & set(located)):
+            found = files.shape(located, name)
+            if found != expected[name]:
+                problems.append(f"{name} has shape {found}; config.json implies {expected[name]}")
+    if problems:
+        listed = "\n  ".join(problems[:20]) + ("" if len(problems) <= 20 else f"\n  and {len(problems) - 20} more")
+        raise CheckpointError(f"{checkpoint.path} does not hold the model that its config.json describes:\n  {listed}")
+
+
+def _is_tied_copy(checkpoint, located, files, name) -> bool:
+    """Some tied checkpoints store the unembedding as well; that is fine as long as it equals the embedding."""
+    names = checkpoint.family.global_names
+    if not checkpoint.config.ties_embeddings or name != names["head"] or names["embedding"] not in located:
+        return False
+    return np.array_equal(files.read(located, name), files.read(located, names["embedding"]))
+
+
+def _unstack(params: Params, source: Checkpoint, dtype) -> dict[str, np.ndarray]:
+    global_names, layer_names = source.family.names(source.config)
+    tensors = {tensor: np.asarray(params[name]).astype(dtype) for name, tensor in global_names.items()}
+    for name, template in layer_names.items():
+        stacked = np.asarray(params["layers"][name]).astype(dtype)
+        tensors |= {template.format(i=layer): stacked[layer] for layer in range(source.config.num_layers)}
+    expected = _expected_shapes(source)
+    wrong = [f"{name} {array.shape}, expected {expected[name]}" for name, array in tensors.items() if array.shape != expected[name]]
+    if wrong:
+        raise CheckpointError("parameters do not fit the source checkpoint: " + "; ".join(wrong[:5]))
+    return tensors
+
+
+def _write_shards(tensors: dict[str, np.ndarray], out: pathlib.Path) -> None:
+    """One file, or shards of at most 5 GiB with an index."""
+    shards: list[dict[str, np.ndarray]] = [{}]
+    for name, array in tensors.items():
+        if shards[-1] and sum(x.nbytes for x in shards[-1].values()) + array.nbytes > _SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = array
+    if len(shards) == 1:
+        save_file(shards[0], out / _SINGLE, metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, out / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(array.nbytes for array in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (out / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+__all__ = ["Checkpoint", "CheckpointError", "UnsupportedModelError", "export", "load_params", "open_checkpoint"]

@@ -1,0 +1,66 @@
+"""Reductions that take their mask as an argument: what stands in a masked slot, NaN included, changes nothing."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def zero_where_masked(x: Float[Array, ...], mask: Bool[Array, ...]) -> Float[Array, ...]:
+    """`x` with exact zeros, and zero gradient, wherever `mask` is False."""
+    return jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+
+def masked_sum(x: Float[Array, ...], mask: Bool[Array, ...], axis=None) -> Float[Array, ...]:
+    """Sum of the unmasked entries, in at least float32."""
+    return jnp.sum(zero_where_masked(x, mask), axis=axis, dtype=jnp.promote_types(x.dtype, jnp.float32))
+
+
+def masked_mean(x: Float[Array, ...], mask: Bool[Array, ...], axis=None) -> Float[Array, ...]:
+    """Mean of the unmasked entries; 0 where there are none."""
+    return masked_sum(x, mask, axis) / jnp.maximum(jnp.sum(mask, axis=axis), 1)
+
+
+def masked_std(x: Float[Array, ...], mask: Bool[Array, ...]) -> Float[Array, ""]:
+    """Population standard deviation of the unmasked entries; 0 where there are none."""
+    return jnp.sqrt(masked_mean(jnp.square(x - masked_mean(x, mask)), mask))
+
+
+def _same_sequence(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """True where a column continues the sequence of the column before it."""
+    joined = segment_ids[:, 1:] == segment_ids[:, :-1]
+    return jnp.concatenate([jnp.zeros_like(joined[:, :1]), joined], axis=1)
+
+
+def sequence_index(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """The number of the sequence within its row, counted from 0: columns of one sequence share it."""
+    return jnp.cumsum(~_same_sequence(segment_ids), axis=1) - 1
+
+
+def sequence_total(x: Float[Array, "B T"], segment_ids: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """At every column, the sum of `x` over the sequence the column belongs to."""
+    index = sequence_index(segment_ids)
+    totals = jax.vmap(lambda row, at: jax.ops.segment_sum(row, at, num_segments=row.shape[0]))(x, index)
+    return jnp.take_along_axis(totals, index, axis=1)
+
+
+def reverse_discounted_sum(
+    x: Float[Array, "B T"], mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"], discount: float
+) -> Float[Array, "B T"]:
+    """`y[b, t] = x[b, t] + discount * y[b, t + 1]` over the unmasked columns, never across a segment's end.
+
+    Masked columns contribute 0 and neither reset nor decay the sum. Returns 0 on masked columns.
+    """
+    x = zero_where_masked(x, mask)
+
+    def step(carry, column):
+        following, following_segment = carry
+        value, is_live, segment = column
+        following = jnp.where(segment == following_segment, following, 0)
+        total = jnp.where(is_live, value + discount * following, following)
+        return (total, segment), jnp.where(is_live, total, 0)
+
+    start = (jnp.zeros_like(x[:, 0]), jnp.zeros_like(segment_ids[:, 0]))
+    _, sums = jax.lax.scan(step, start, (x.T, mask.T, segment_ids.T), reverse=True)
+    return sums.T

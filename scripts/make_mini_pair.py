@@ -1,0 +1,241 @@
+"""Train the mini pair: a teacher on the arithmetic task, and an earlier checkpoint of it as the student.
+
+    python scripts/make_mini_pair.py --workdir runs/mini_pair          # train, resumable
+    python scripts/make_mini_pair.py --workdir runs/mini_pair --pick   # measure the checkpoints, write the package's pair
+
+The teacher also sees chains with injected mistakes. The wrong token itself is masked from the loss and everything after
+it is computed correctly from the wrong value, so that the teacher's distribution after a student's own mistake is the
+sensible one: carry on from there. One example in ten has no prompt, so that an unconditional likelihood exists.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from opdjax.data import arithmetic
+from opdjax.models import decoder
+from opdjax.ops.vocab import Columns, tiled_loss
+
+LARGEST_NUMBER = 199
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SYMBOLS = ["system", "user", "assistant", "\n", "+", "-", "=", ";", "#", "<think>", "</think>"]
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false -%}{{ '<think>\n\n</think>\n\n' }}{%- endif -%}"
+    "{%- endif -%}"
+)
+COLUMNS = 32  # the longest example
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer whose words are the integers 0 to 199, the symbols and the role names."""
+    words = SPECIAL + SYMBOLS + [str(n) for n in range(LARGEST_NUMBER + 1)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<|endoftext|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"1[0-9][0-9]|[1-9][0-9]|[0-9]|[a-z]+|\n|."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def model_config(vocab_size: int) -> dict:
+    """The `config.json` of both models."""
+    return {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": vocab_size, "hidden_size": 96,
+        "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16, "intermediate_size": 288,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+        "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "max_position_embeddings": 512,
+        "use_sliding_window": False, "initializer_range": 0.02, "use_cache": True, "dtype": "float32",
+        "bos_token_id": None, "eos_token_id": SPECIAL.index("<|im_end|>"), "pad_token_id": SPECIAL.index("<|endoftext|>"),
+    }  # fmt: skip
+
+
+class Corpus:
+    """Random access to training batches: batch `step` is a pure function of (seed, step)."""
+
+    def __init__(self, tokenizer, seed: int, mistake_rate: float):
+        self.vocab, self.seed, self.mistake_rate = tokenizer.get_vocab(), seed, mistake_rate
+
+    def batch(self, step: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(tokens, loss mask, segment ids), each [size, COLUMNS]."""
+        rng = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, step]))
+        tokens = np.zeros((size, COLUMNS), np.int32)
+        mask, segments = np.zeros((size, COLUMNS), bool), np.zeros((size, COLUMNS), np.int32)
+        for row in range(size):
+            words, trained = self._example(rng)
+            tokens[row, : len(words)] = [self.vocab[word] for word in words]
+            mask[row, : len(words)], segments[row, : len(words)] = trained, 1
+        return tokens, mask, segments
+
+    def _example(self, rng) -> tuple[list[str], list[bool]]:
+        problem = arithmetic.draw(rng)
+        while arithmetic.split_of(problem) != "train":
+            problem = arithmetic.draw(rng)
+        prompt = ["<|im_start|>", "user", "\n", *_words(problem.prompt), "<|im_end|>", "\n"] if rng.random() >= 0.1 else []
+        header = [*prompt, "<|im_start|>", "assistant", "\n"]
+        answer, trained = self._answer(problem, rng)
+        return header + answer, [False] * len(header) + trained
+
+    def _answer(self, problem, rng) -> tuple[list[str], list[bool]]:
+        """The worked answer, each value replaced by a wrong one at the mistake rate; what follows is right given it."""
+        words, trained = [], []
+
+        def write(text):
+            words.extend(_words(text))
+            trained.extend([True] * len(_words(text)))
+
+        def write_value(value, rate, low, high):
+            written = int(np.clip(self._wrong(value, rng), low, high)) if rng.random() < rate else value
+            new, right = _words(str(written)), _words(str(value))
+            words.extend(new)
+            # A shared minus sign is no mistake, and after a flipped sign the right thing to write is the same number.
+            trained.extend(w == r for w, r in zip(new, right) if len(new) == len(right))
+            if len(new) != len(right):
+                trained.extend([False] + [written == -value] * (len(new) - 1))
+            return written
+
+        is_clean = rng.random() < 0.35
+        copied, computed = (0.0, 0.0) if is_clean else (0.4 * self.mistake_rate, self.mistake_rate)
+        left = problem.operands[0]
+        for index, (sign, right) in enumerate(zip(problem.signs, problem.operands[1:])):
+            if index:
+                write(";")
+            # The limits keep every value that can follow within the numbers that are words.
+            left = write_value(left, copied, *((-150, 150) if index else (0, 99)))
+            write("+" if sign > 0 else "-")
+            right = write_value(right, copied, 0, arithmetic.OPERAND_LIMIT - 1)
+            write("=")
+            left = write_value(left + sign * right, computed, -150, 150)
+        write("#")
+        write_value(left, copied, -LARGEST_NUMBER, LARGEST_NUMBER)
+        return [*words, "<|im_end|>"], [*trained, True]
+
+    @staticmethod
+    def _wrong(value: int, rng) -> int:
+        """A nearby slip, a slip of ten, a flipped sign, or anything: what students write."""
+        kind = rng.random()
+        if kind < 0.5:
+            return value + int(rng.integers(1, 6)) * (2 * int(rng.integers(0, 2)) - 1)
+        if kind < 0.75:
+            return value + 10 * int(rng.integers(1, 4)) * (2 * int(rng.integers(0, 2)) - 1)
+        return -value if kind < 0.85 else int(rng.integers(-98, 148))
+
+
+def _words(text: str) -> list[str]:
+    words, number = [], ""
+    for char in text + " ":
+        if char.isdigit():
+            number += char
+            continue
+        words += [number] if number else []
+        words += [char] if char != " " else []
+        number = ""
+    return words
+
+
+def cross_entropy(student, _, row):
+    """Token loss of supervised training."""
+    return -student.logprob(row.token), {}
+
+
+def make_step(config, optimizer):
+    """jitted (params, opt_state, batch) -> (params, opt_state, loss)."""
+
+    def loss_fn(params, tokens, mask, segments):
+        hidden = decoder.forward(params, config, tokens, segments)
+        weights = mask / mask.sum()
+        return tiled_loss(cross_entropy, hidden, decoder.head_of(params), weights, Columns(tokens), tile=2048)[0]
+
+    @jax.jit
+    def step(params, opt_state, tokens, mask, segments):
+        loss, grads = jax.value_and_grad(loss_fn)(params, tokens, mask, segments)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    return step
+
+
+def greedy_accuracy(params, config, tokenizer, problems) -> float:
+    """Share of problems whose greedy answer ends in the right value; plain decoding without a cache."""
+    vocab = tokenizer.get_vocab()
+    rows = [["<|im_start|>", "user", "\n", *_words(p.prompt), "<|im_end|>", "\n", "<|im_start|>", "assistant", "\n"] for p in problems]
+    width = max(map(len, rows))
+    tokens, segments = np.zeros((len(rows), COLUMNS), np.int32), np.zeros((len(rows), COLUMNS), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, width - len(row) : width] = [vocab[word] for word in row]
+        segments[i, width - len(row) : width] = 1
+
+    @jax.jit
+    def next_token(params, tokens, segments, column):
+        hidden = decoder.forward(params, config, tokens, segments)
+        last = jax.lax.dynamic_index_in_dim(hidden, column - 1, 1, keepdims=False)
+        chosen = jnp.argmax(last @ params["embedding"].T, axis=-1)
+        return tokens.at[:, column].set(chosen), segments.at[:, column].set(1)
+
+    for column in range(width, COLUMNS):
+        tokens, segments = next_token(params, tokens, segments, column)
+    names = {i: word for word, i in vocab.items()}
+    texts = ["".join(names[int(t)] for t in row[width:]).split("<|im_end|>")[0] for row in np.asarray(tokens)]
+    return float(np.mean([text.split("#")[-1] == p.answer and "#" in text for text, p in zip(texts, problems)]))
+
+
+def train(args) -> None:
+    """Train the teacher, keeping every checkpoint; continues where an earlier call stopped."""
+    tokenizer = make_tokenizer()
+    raw = model_config(len(tokenizer))
+    from opdjax.models.families import family_of
+
+    config = family_of(raw).read_config(raw)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, args.learning_rate, 100, args.steps, 0.02 * args.learning_rate)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.05))
+    params = decoder.init_params(config, jax.random.key(args.seed))
+    state = {"params": params, "opt_state": optimizer.init(params)}
+    manager = ocp.CheckpointManager(args.workdir.absolute() / "checkpoints", options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True))
+    start = manager.latest_step() or 0
+    if start:
+        state = manager.restore(start, args=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state)))
+    corpus, step_fn = Corpus(tokenizer, args.seed, args.mistake_rate), make_step(config, optimizer)
+    held_out = arithmetic.problems("validation")[:256]
+    print(f"{sum(x.size for x in jax.tree.leaves(params))} parameters, vocabulary {len(tokenizer)}, from step {start}", flush=True)
+    clock = time.time()
+    for step in range(start, args.steps):
+        params, opt_state, loss = step_fn(state["params"], state["opt_state"], *corpus.batch(step, args.batch))
+        state = {"params": params, "opt_state": opt_state}
+        done = step + 1
+        if done % args.save_every == 0 or done == args.steps:
+            accuracy = greedy_accuracy(params, config, tokenizer, held_out)
+            manager.save(done, args=ocp.args.StandardSave(state))
+            manager.wait_until_finished()
+            print(f"step {done} loss {float(loss):.4f} greedy {accuracy:.3f} {time.time() - clock:.0f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=pathlib.Path, required=True)
+    parser.add_argument("--pick", action="store_true", help="choose and write the pair instead of training")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=192)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--mistake-rate", type=float, default=0.3, help="of results in the 65 %% of chains that may err")
+    parser.add_argument("--save-every", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    train(args)
+
+
+if __name__ == "__main__":
+    main()
