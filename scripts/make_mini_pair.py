@@ -11,7 +11,10 @@ sensible one: carry on from there. One example in ten has no prompt, so that an 
 from __future__ import annotations
 
 import argparse
+import json
 import pathlib
+import shutil
+import tempfile
 import time
 
 import jax
@@ -22,8 +25,11 @@ import orbax.checkpoint as ocp
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from opdjax.config import PACKAGE
 from opdjax.data import arithmetic
 from opdjax.models import decoder
+from opdjax.models.families import family_of
+from opdjax.models.hf import Checkpoint, export, load_params, open_checkpoint
 from opdjax.ops.vocab import Columns, tiled_loss
 
 LARGEST_NUMBER = 199
@@ -197,14 +203,13 @@ def train(args) -> None:
     """Train the teacher, keeping every checkpoint; continues where an earlier call stopped."""
     tokenizer = make_tokenizer()
     raw = model_config(len(tokenizer))
-    from opdjax.models.families import family_of
-
     config = family_of(raw).read_config(raw)
     schedule = optax.warmup_cosine_decay_schedule(0.0, args.learning_rate, 100, args.steps, 0.02 * args.learning_rate)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.05))
     params = decoder.init_params(config, jax.random.key(args.seed))
     state = {"params": params, "opt_state": optimizer.init(params)}
-    manager = ocp.CheckpointManager(args.workdir.absolute() / "checkpoints", options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True))
+    options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True)
+    manager = ocp.CheckpointManager(args.workdir.absolute() / "checkpoints", options=options)
     start = manager.latest_step() or 0
     if start:
         state = manager.restore(start, args=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state)))
@@ -223,10 +228,48 @@ def train(args) -> None:
             print(f"step {done} loss {float(loss):.4f} greedy {accuracy:.3f} {time.time() - clock:.0f} s", flush=True)
 
 
+def restore_params(workdir: pathlib.Path, step: int) -> dict:
+    """The parameters of one training checkpoint, as numpy arrays."""
+    manager = ocp.CheckpointManager(workdir.absolute() / "checkpoints", item_handlers=ocp.StandardCheckpointHandler())
+    if step not in manager.all_steps():
+        raise SystemExit(f"no checkpoint of step {step} in {workdir}; there are {sorted(manager.all_steps())}")
+    return jax.tree.map(np.asarray, manager.restore(step)["params"])
+
+
+def write_model(params: dict, out: pathlib.Path) -> None:
+    """A Hugging Face directory with these weights."""
+    tokenizer = make_tokenizer()
+    raw = model_config(len(tokenizer))
+    family = family_of(raw)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        ids = {"eos_token_id": raw["eos_token_id"], "pad_token_id": raw["pad_token_id"]}
+        pathlib.Path(folder, "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+        source = Checkpoint(pathlib.Path(folder), raw, family, family.read_config(raw), (raw["eos_token_id"],), "float32")
+        shutil.rmtree(out, ignore_errors=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        export(params, source, out)
+
+
+def pick(args) -> None:
+    """Write teacher and student, then measure both as they will be loaded."""
+    for name, step in (("teacher", args.teacher_step or args.steps), ("student", args.student_step)):
+        out = args.out / name
+        write_model(restore_params(args.workdir, step), out)
+        checkpoint = open_checkpoint(out)
+        params = load_params(checkpoint, "float32")
+        accuracy = greedy_accuracy(params, checkpoint.config, make_tokenizer(), arithmetic.problems("test"))
+        size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
+        print(f"{name}: step {step}, greedy {accuracy:.3f} on 2048 test problems, {size:.2f} MB")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
     parser.add_argument("--pick", action="store_true", help="choose and write the pair instead of training")
+    parser.add_argument("--out", type=pathlib.Path, default=PACKAGE / "assets" / "mini_pair")
+    parser.add_argument("--teacher-step", type=int, default=0, help="0: the last step")
+    parser.add_argument("--student-step", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=192)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
@@ -234,7 +277,7 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    train(args)
+    pick(args) if args.pick else train(args)
 
 
 if __name__ == "__main__":

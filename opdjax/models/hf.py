@@ -139,15 +139,20 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"{path.parent} has no {path.name}; expected a Hugging Face checkpoint directory")
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}; expected a JSON object")
+    return value
 
 
 def _locate_tensors(path: pathlib.Path) -> dict[str, pathlib.Path]:
     """Tensor name -> file."""
     if (path / _INDEX).exists():
-        weight_map = _read_json(path / _INDEX)["weight_map"]
+        weight_map = _read_json(path / _INDEX).get("weight_map")
+        if not weight_map:
+            raise CheckpointError(f"{path / _INDEX} has no weight_map; expected tensor names and their files")
         absent = sorted({file for file in weight_map.values() if not (path / file).exists()})
         if absent:
             raise CheckpointError(f"{path / _INDEX} names files that are not there: {', '.join(absent)}")
@@ -179,10 +184,16 @@ class _Files:
         return self._open[path]
 
     def read(self, located, name) -> np.ndarray:
-        return self.open(located[name]).get_tensor(name)
+        return self._get(located[name], "get_tensor", name)
 
     def shape(self, located, name) -> tuple[int, ...]:
-        return tuple(self.open(located[name]).get_slice(name).get_shape())
+        return tuple(self._get(located[name], "get_slice", name).get_shape())
+
+    def _get(self, path, method, name):
+        try:
+            return getattr(self.open(path), method)(name)
+        except SafetensorError as error:  # an index that names the wrong file
+            raise CheckpointError(f"{path} does not give the tensor {name}: {error}") from error
 
 
 def _expected_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

@@ -24,7 +24,10 @@ def masked_mean(x: Float[Array, ...], mask: Bool[Array, ...], axis=None) -> Floa
 
 def masked_std(x: Float[Array, ...], mask: Bool[Array, ...]) -> Float[Array, ""]:
     """Population standard deviation of the unmasked entries; 0 where there are none."""
-    return jnp.sqrt(masked_mean(jnp.square(x - masked_mean(x, mask)), mask))
+    x = zero_where_masked(x, mask)
+    variance = masked_mean(jnp.square(x - masked_mean(x, mask)), mask)
+    # The root has an infinite slope at 0: without the inner guard, equal entries would have a gradient of NaN.
+    return jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 0)
 
 
 def _same_sequence(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:

@@ -59,6 +59,12 @@ def _finish_logits(head: Head, raw: Float[Array, "... V"]) -> Float[Array, "... 
     return logits
 
 
+def _fit_width(logits: Float[Array, "n U"], vocab: int) -> Float[Array, "n V"]:
+    """Models of one family may pad one vocabulary to different widths; what differs stands for no token."""
+    missing = vocab - logits.shape[1]
+    return jnp.pad(logits, ((0, 0), (0, missing)), constant_values=-jnp.inf) if missing > 0 else logits[:, :vocab]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class VocabTile:
@@ -76,7 +82,7 @@ class VocabTile:
         """Log-softmax, nats; -inf on padded ids."""
         return self.logits - self.logsumexp[:, None]
 
-    def logprob(self, ids: Int[Array, n *K]) -> Float[Array, n *K]:
+    def logprob(self, ids: Int[Array, "n *K"]) -> Float[Array, "n *K"]:
         """Log-probability at one id (`[n]`) or at K ids (`[n, K]`) a token, under the full softmax."""
         columns = ids if ids.ndim == 2 else ids[:, None]
         picked = jnp.take_along_axis(self.logits, columns, axis=-1) - self.logsumexp[:, None]
@@ -210,7 +216,7 @@ def _visit(token_loss, hidden, head, weights, columns, teacher, *, tile, grad):
     n_live = jnp.sum(weights != 0)
 
     def gather(x):
-        return None if x is None else x.reshape(-1, *x.shape[2:])[order]
+        return None if x is None else jnp.asarray(x).reshape(-1, *x.shape[2:])[order]
 
     rows = jax.tree.map(gather, (hidden, weights, columns, None if teacher is None else teacher[0]))
     teacher_head = None if teacher is None else teacher[1]
@@ -249,7 +255,6 @@ def _visit(token_loss, hidden, head, weights, columns, teacher, *, tile, grad):
 def _tile(token_loss, head, teacher_head, rows, is_live, grad):
     """Loss, outputs and gradients of one tile of n tokens."""
     hidden, weights, columns, teacher_hidden = rows
-    teacher = None if teacher_head is None else VocabTile(head_logits(teacher_head, teacher_hidden))
 
     def keep(x):
         return jnp.where(is_live.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
@@ -260,12 +265,14 @@ def _tile(token_loss, head, teacher_head, rows, is_live, grad):
         return jnp.sum(weights.astype(losses.dtype) * losses), jax.tree.map(keep, outputs)
 
     # A slot past the live ones may hold anything, NaN included: it enters as zeros and its results are dropped.
-    hidden, columns = keep(hidden), jax.tree.map(keep, columns)
+    hidden, teacher_hidden, columns = jax.tree.map(keep, (hidden, teacher_hidden, columns))
+    vocab = head.kernel.shape[0]
+    teacher = None if teacher_head is None else VocabTile(_fit_width(head_logits(teacher_head, teacher_hidden), vocab))
     raw = jnp.einsum("nd,vd->nv", hidden, head.kernel, preferred_element_type=sum_dtype(hidden.dtype))
     if grad == "none":
         return *loss_of(raw), None, None
     total, pullback, outputs = jax.vjp(loss_of, raw, has_aux=True)
-    (draw,) = pullback(jnp.ones_like(total))
+    draw = keep(pullback(jnp.ones_like(total))[0])
     small = draw.astype(head.kernel.dtype)  # operands in the model's type, sums in at least float32
     dhidden = jnp.einsum("nv,vd->nd", small, head.kernel, preferred_element_type=draw.dtype).astype(hidden.dtype)
     if grad == "hidden":

@@ -1,0 +1,83 @@
+"""Training states on disk, by orbax. Everything of orbax that the project uses is in this file."""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+
+class CheckpointShapeError(ValueError):
+    """The stored state does not have the shape of the run that wants to continue from it."""
+
+
+class Checkpointer:
+    """Saves states asynchronously; keeps the newest `keep` and the best one by a metric."""
+
+    def __init__(self, directory: pathlib.Path, *, keep: int, best_metric: str):
+        # Orbax reports every step of every save; what matters here surfaces as exceptions.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self._best_metric = best_metric
+        best = BestN(get_metric_fn=lambda metrics: metrics[best_metric], n=1, keep_checkpoints_without_metrics=False)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
+            best_fn=lambda metrics: metrics[best_metric],
+            cleanup_tmp_directories=True,
+        )
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options, item_handlers=ocp.StandardCheckpointHandler())
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    @property
+    def steps(self) -> list[int]:
+        """Every complete checkpoint, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    @property
+    def best_step(self) -> int | None:
+        """The checkpoint with the highest metric among those that were evaluated."""
+        scored = {step: self._manager.metrics(step) for step in self.steps}
+        scored = {step: metrics[self._best_metric] for step, metrics in scored.items() if metrics}
+        return max(scored, key=scored.get) if scored else None
+
+    def save(self, step: int, state: Any, evaluation: dict[str, float] | None = None) -> None:
+        """Start writing `state`; it may be donated as soon as this returns."""
+        if jax.default_backend() == "cpu":
+            # On CPU the host copy that the writer takes would be a view of the very buffers that are donated next.
+            state = jax.tree.map(jnp.copy, state)
+        self._manager.save(step, args=ocp.args.StandardSave(state), metrics=evaluation)
+
+    def restore(self, step: int, like: Any) -> Any:
+        """The state of that step, laid out as `like`; CheckpointShapeError where it is another model's."""
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        self._check_params(step, target.params)
+        try:
+            return self._manager.restore(step, args=ocp.args.StandardRestore(target))
+        except ValueError as error:
+            raise CheckpointShapeError(f"checkpoint {step} was written by a run with another optimizer: {error}") from error
+
+    def _check_params(self, step: int, wanted: Any) -> None:
+        """Name every parameter whose shape differs; orbax itself would name none."""
+        stored = flatten_dict(self._manager.item_metadata(step).tree["params"], sep=".")
+        wanted = flatten_dict(wanted, sep=".")
+        problems = [f"{name} is missing" for name in wanted.keys() - stored.keys()]
+        problems += [f"{name} is not of this model" for name in stored.keys() - wanted.keys()]
+        for name in stored.keys() & wanted.keys():
+            if tuple(stored[name].shape) != wanted[name].shape:
+                problems.append(f"{name} has shape {tuple(stored[name].shape)}, this model's is {wanted[name].shape}")
+        if problems:
+            raise CheckpointShapeError(f"checkpoint {step} holds another model:\n  " + "\n  ".join(sorted(problems)))
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        self._manager.wait_until_finished()
+        self._manager.close()

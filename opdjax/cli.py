@@ -1,0 +1,242 @@
+"""The console command `opdjax`: one short function per verb. Heavy imports happen inside the verbs, so that help is instant."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import tyro
+
+from opdjax.config import Config, ConfigError, DataConfig, EvaluationConfig, ModelConfig, nearest
+
+
+def main() -> None:
+    """Run `opdjax VERB …`; a mistake of the user's ends in one line on stderr and status 2, never in a traceback."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        sys.exit(0 if arguments else 2)
+    verb = arguments[0]
+    if verb not in VERBS:
+        sys.exit(_complain(f"there is no verb {verb!r}; {nearest(verb, VERBS)}"))
+    try:
+        VERBS[verb](arguments[1:])
+    except (ValueError, RuntimeError, ImportError, OSError) as error:
+        sys.exit(_complain(f"{type(error).__name__}: {error}"))
+    except KeyboardInterrupt:
+        sys.exit(_complain("interrupted; run the same command again to continue"))
+
+
+def _complain(message: str) -> int:
+    print(f"opdjax: {message}", file=sys.stderr)
+    return 2
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10}{function.__doc__.splitlines()[0]}" for name, function in VERBS.items()]
+    return "usage: opdjax VERB …   (opdjax VERB --help tells more)\n\n" + "\n".join(lines)
+
+
+def load_experiment(file: str) -> Config:
+    """The config that an experiment file's `get_config()` returns."""
+    path = pathlib.Path(file)
+    if not path.is_file():
+        raise ConfigError(f"there is no experiment file {file!r}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if "get_config" not in vars(module):
+        raise ConfigError(f"{file} defines no get_config()")
+    config = module.get_config()
+    if not isinstance(config, Config):
+        raise ConfigError(f"get_config() of {file} returned a {type(config).__name__}; expected a Config")
+    return config
+
+
+def train(arguments: list[str]) -> None:
+    """EXPERIMENT --workdir DIR [--section.field VALUE …]: distil a student, or continue a run."""
+    if not arguments or arguments[0].startswith("-"):
+        print("usage: opdjax train EXPERIMENT --workdir DIR [--section.field VALUE …]\n\nEXPERIMENT is a Python file with get_config().")
+        print("opdjax train EXPERIMENT --help lists every field with its value in that experiment.")
+        sys.exit(0 if arguments and arguments[0] in ("-h", "--help") else 2)
+    default = load_experiment(arguments[0])
+
+    def run(workdir: pathlib.Path, config: Annotated[Config, tyro.conf.arg(name="")] = default):
+        """Distil a student.
+
+        Args:
+            workdir: directory of this run; the same command continues it
+            config: every field of the experiment
+        """
+        from opdjax.train import train as run_training
+
+        result = run_training(config, workdir)
+        print(f"the trained student is in {workdir / result['student']}")
+
+    _call(run, arguments[1:], "opdjax train EXPERIMENT")
+
+
+def sample(arguments: list[str]) -> None:
+    """MODEL PROMPT …: print completions of prompts."""
+
+    def run(
+        model: Annotated[str, tyro.conf.Positional],
+        prompts: Annotated[tuple[str, ...], tyro.conf.Positional],
+        data: DataConfig = DataConfig(),  # noqa: B008
+        num_generations: int = 1,
+        max_completion_length: int = 512,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        seed: int = 0,
+    ):
+        """Print completions of prompts.
+
+        Args:
+            model: checkpoint directory or hub id
+            prompts: texts to complete
+            data: how a prompt is rendered
+            num_generations: completions of each prompt
+            max_completion_length: tokens, stop token included
+            temperature: 0 is greedy
+            top_p: 1 is off
+            top_k: 0 is off
+            min_p: 0 is off
+            dtype: of the forward pass
+            seed: of the draws
+        """
+        import numpy as np
+
+        from opdjax.data.chat import load_tokenizer, valid_vocab
+        from opdjax.data.prompts import Prompt, collate, encode_prompts
+        from opdjax.evals.evaluate import completions
+        from opdjax.models.hf import load_params, open_checkpoint
+        from opdjax.sampler import Decoding
+        from opdjax.sampler import sample as draw
+        from opdjax.train import compute_dtype, stop_ids
+
+        if not prompts:
+            raise ConfigError("no prompt given; expected one or more texts after the model")
+        checkpoint = open_checkpoint(model)
+        tokenizer = load_tokenizer(checkpoint.path)
+        params = load_params(checkpoint, compute_dtype(ModelConfig(model, dtype=dtype)))
+        encoded = encode_prompts([Prompt(text) for text in prompts], dataclasses.replace(data, overlong="error"), tokenizer, tokenizer)
+        decoding = Decoding(
+            max_completion_length, stop_ids(checkpoint, tokenizer), temperature, top_k, top_p, min_p, valid_vocab=valid_vocab(tokenizer)
+        )
+        batch = collate(encoded, np.arange(len(prompts)))
+        rollouts = draw(params, batch, seed, 0, config=checkpoint.config, decoding=decoding, num_generations=num_generations)
+        for number, text in enumerate(completions(rollouts, tokenizer)):
+            print(f"{prompts[number // num_generations]}\t{text}")
+
+    _call(run, arguments, "opdjax sample")
+
+
+def evaluate(arguments: list[str]) -> None:
+    """MODEL [--evaluation.field VALUE …]: avg@k, pass@k and greedy accuracy with intervals."""
+
+    def run(
+        model: Annotated[str, tyro.conf.Positional],
+        data: DataConfig = DataConfig(),  # noqa: B008
+        evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008
+        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        output: pathlib.Path | None = None,
+    ):
+        """Print the scores of a checkpoint.
+
+        Args:
+            model: checkpoint directory or hub id
+            data: how a prompt is rendered; its source is not read
+            evaluation: which prompts, how answers are drawn and graded
+            dtype: of the forward pass
+            output: JSON file for the scores, those of each prompt included
+        """
+        from opdjax.data.chat import load_tokenizer
+        from opdjax.models.hf import load_params, open_checkpoint
+        from opdjax.train import compute_dtype, make_evaluator
+        from opdjax.workdir import write_json
+
+        checkpoint = open_checkpoint(model)
+        student = ModelConfig(model, dtype=dtype)
+        config = Config(student=student, data=data, evaluation=evaluation)
+        evaluator = make_evaluator(config, checkpoint, load_tokenizer(checkpoint.path), None)
+        if evaluator is None:
+            raise ConfigError("evaluation.source is None; expected a data source with answers")
+        scores = evaluator(load_params(checkpoint, compute_dtype(student)))
+        for name in ("avg@k", "pass@k", "greedy"):
+            print(f"{name.replace('@k', '@' + str(scores['k'])):10}{scores[name]:.4f} ± {scores[name + '_interval']:.4f}")
+        print(f"{scores['num_prompts']} prompts, T = {scores['temperature']:g}; ± is half a 95 % interval over prompts")
+        if output is not None:
+            write_json(output, scores)
+
+    _call(run, arguments, "opdjax evaluate")
+
+
+def import_(arguments: list[str]) -> None:
+    """MODEL: check that a checkpoint can be loaded, and describe it."""
+
+    def run(model: Annotated[str, tyro.conf.Positional]):
+        """Check and describe a checkpoint.
+
+        Args:
+            model: checkpoint directory or hub id
+        """
+        from opdjax.data.chat import load_tokenizer, valid_vocab
+        from opdjax.models.hf import load_params, open_checkpoint
+        from opdjax.train import stop_ids
+
+        checkpoint = open_checkpoint(model)
+        load_params(checkpoint, "bfloat16" if checkpoint.stored_dtype == "bfloat16" else "float32")
+        tokenizer = load_tokenizer(checkpoint.path)
+        facts = {
+            "path": str(checkpoint.path),
+            "architecture": checkpoint.raw_config["architectures"][0],
+            "parameters": checkpoint.num_parameters,
+            "stored dtype": checkpoint.stored_dtype,
+            **dataclasses.asdict(checkpoint.config),
+            "tokenizer ids": valid_vocab(tokenizer),
+            "stop token ids": stop_ids(checkpoint, tokenizer),
+            "has chat template": tokenizer.chat_template is not None,
+        }
+        for name, value in facts.items():
+            print(f"{name:22}{value}")
+
+    _call(run, arguments, "opdjax import")
+
+
+def export(arguments: list[str]) -> None:
+    """WORKDIR OUT [--step N|latest|best]: a run's student as a Hugging Face checkpoint."""
+
+    def run(
+        workdir: Annotated[pathlib.Path, tyro.conf.Positional],
+        out: Annotated[pathlib.Path, tyro.conf.Positional],
+        step: str = "latest",
+        dtype: Literal["float32", "bfloat16"] | None = None,
+    ):
+        """Write a run's student as a Hugging Face checkpoint.
+
+        Args:
+            workdir: work directory of a run
+            out: new directory
+            step: a checkpoint's step, `latest`, or `best` by checkpoint.best_metric
+            dtype: of the weights; none: that of the student the run started from
+        """
+        from opdjax.train import export_step
+
+        print(f"wrote {export_step(workdir, step, out, dtype)}")
+
+    _call(run, arguments, "opdjax export")
+
+
+def _call(function: Callable, arguments: list[str], program: str) -> None:
+    """Parse the arguments by the function's signature and run it."""
+    tyro.cli(function, args=arguments, prog=program)
+
+
+VERBS = {"train": train, "sample": sample, "evaluate": evaluate, "import": import_, "export": export}

@@ -1,0 +1,59 @@
+"""Tokenizers, and how a prompt reads to a model: through its chat template or as bare text."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+Messages = tuple[dict[str, str], ...]
+_PROBE = "Let x = 12.5; then 3x + 1 = ?\n\tif a<b: return 'né ü 你好'  # 1234567890"
+
+
+class TokenizerMismatchError(ValueError):
+    """Teacher and student do not share a vocabulary, so their logits cannot be compared."""
+
+
+def load_tokenizer(path_or_id: str | os.PathLike, revision: str | None = None) -> Any:
+    """The tokenizer of a checkpoint directory or hub id."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path_or_id), revision=revision)
+    except (OSError, KeyError) as error:
+        raise ValueError(f"no tokenizer could be read from {path_or_id}: {error}") from error
+
+
+def valid_vocab(tokenizer: Any) -> int:
+    """One more than the largest id that stands for a token; embedding rows from there on are padding."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def check_same_vocabulary(student: Any, teacher: Any, recipe: str) -> None:
+    """Raise unless both map the same strings to the same ids and split a probe text alike."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    advice = f"recipe {recipe!r} compares their logits id by id; choose a teacher that shares the student's tokenizer"
+    if ours != theirs:
+        differing = sorted(word for word in ours.keys() | theirs.keys() if ours.get(word) != theirs.get(word))
+        shown = ", ".join(f"{word!r}: {ours.get(word)} / {theirs.get(word)}" for word in differing[:5])
+        raise TokenizerMismatchError(
+            f"student and teacher differ in {len(differing)} tokens (student id / teacher id: {shown}); {advice}"
+        )
+    left, right = (t.encode(_PROBE, add_special_tokens=False) for t in (student, teacher))
+    if left != right:
+        raise TokenizerMismatchError(f"student and teacher split the same text differently ({left} / {right}); {advice}")
+
+
+def render(prompt: str | Messages, tokenizer: Any, *, format: str, system_prompt: str | None, enable_thinking: bool | None) -> list[int]:
+    """Token ids of a prompt. `chat` applies the tokenizer's template and opens the assistant's turn; `raw` is the bare text."""
+    if format == "raw":
+        if not isinstance(prompt, str):
+            raise ValueError("a prompt made of messages needs format 'chat'; format 'raw' takes a string")
+        return tokenizer.encode(prompt)
+    if tokenizer.chat_template is None:
+        raise ValueError(f"the tokenizer of {tokenizer.name_or_path} has no chat template; use format 'raw'")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if system_prompt is not None:
+        messages = [{"role": "system", "content": system_prompt}, *messages]
+    options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
+    return tokenizer.encode(text, add_special_tokens=False)

@@ -1,0 +1,168 @@
+"""Prompts: read once, encoded once, and then addressed at random by (seed, epoch, step), so that a restart needs no iterator state."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from opdjax.config import DataConfig
+from opdjax.data import arithmetic
+from opdjax.data.chat import Messages, render
+from opdjax.types import PromptBatch
+
+
+class DataError(ValueError):
+    """The prompts cannot be used as they are; the message says which and why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One row of a data source."""
+
+    prompt: str | Messages
+    answer: str | None = None  # the final value, for grading
+    references: tuple[str, ...] = ()  # worked answers
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptSet:
+    """Prompts with their token ids; `prompt_id` everywhere is the index into it."""
+
+    prompts: tuple[Prompt, ...]
+    student_ids: tuple[tuple[int, ...], ...]
+    teacher_ids: tuple[tuple[int, ...], ...] | None  # None: the student's view
+    num_skipped: int  # prompts over the length limit
+    digest: str  # sha256 of the rows and of the token ids
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def read_prompts(source: str) -> list[Prompt]:
+    """The rows of `arithmetic:SPLIT` or of a JSONL file."""
+    if source.startswith("arithmetic:"):
+        found = arithmetic.problems(source.removeprefix("arithmetic:"))
+        return [Prompt(p.prompt, p.answer, (p.reference,)) for p in found]
+    path = pathlib.Path(source).expanduser()
+    if path.suffix not in (".jsonl", ".json"):
+        raise DataError(f"data source {source!r} is not known; expected arithmetic:SPLIT or a .jsonl file")
+    if not path.exists():
+        raise DataError(f"data source {path} does not exist")
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                rows.append(_parse_row(line, f"{path}, line {number}"))
+    if not rows:
+        raise DataError(f"{path} holds no prompts")
+    return rows
+
+
+def _parse_row(line: str, place: str) -> Prompt:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place}: not valid JSON ({error.msg} at column {error.colno})") from error
+    if not isinstance(row, dict) or "prompt" not in row:
+        found = sorted(row) if isinstance(row, dict) else type(row).__name__
+        raise DataError(f"{place}: expected an object with the key 'prompt', found {found}")
+    answer = row.get("answer")
+    if not isinstance(answer, (str, int, float, type(None))):
+        raise DataError(f"{place}: 'answer' is {answer!r}; expected a string or a number")
+    references = row.get("references", [row["reference"]] if "reference" in row else [])
+    if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
+        raise DataError(f"{place}: 'references' is {references!r}; expected a list of strings")
+    return Prompt(_parse_prompt(row["prompt"], place), None if answer is None else str(answer), tuple(references))
+
+
+def _parse_prompt(prompt: Any, place: str) -> str | Messages:
+    if isinstance(prompt, str) and prompt:
+        return prompt
+    is_messages = isinstance(prompt, list) and prompt and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
+    )  # fmt: skip
+    if not is_messages:
+        raise DataError(f"{place}: 'prompt' is {prompt!r}; expected a non-empty string or a list of {{role, content}} messages")
+    return tuple({"role": m["role"], "content": m["content"]} for m in prompt)
+
+
+def encode_prompts(rows: Sequence[Prompt], data: DataConfig, student_tokenizer: Any, teacher_tokenizer: Any) -> PromptSet:
+    """Render every row for student and teacher; rows over `max_prompt_length` are left out and counted, or refused."""
+    teacher_format = data.teacher_format or data.format
+    teacher_thinking = data.enable_thinking if data.teacher_enable_thinking is None else data.teacher_enable_thinking
+    views = (
+        (student_tokenizer, data.format, data.enable_thinking),
+        (teacher_tokenizer, teacher_format, teacher_thinking),
+    )
+    kept, ids = [], ([], [])
+    for number, row in enumerate(rows):
+        prompt = data.prompt_format.replace("{prompt}", row.prompt) if isinstance(row.prompt, str) else row.prompt
+        rendered = []
+        for tokenizer, format, thinking in views:
+            system = data.system_prompt if format == "chat" else None
+            try:
+                rendered.append(tuple(render(prompt, tokenizer, format=format, system_prompt=system, enable_thinking=thinking)))
+            except ValueError as error:
+                raise DataError(f"prompt {number} of {data.source}: {error}") from error
+        if not all(rendered):
+            raise DataError(f"prompt {number} of {data.source} has no tokens: {prompt!r}")
+        longest = max(map(len, rendered))
+        if longest > data.max_prompt_length:
+            if data.overlong == "error":
+                raise DataError(
+                    f"prompt {number} of {data.source} has {longest} tokens, data.max_prompt_length is {data.max_prompt_length}: "
+                    f"{str(prompt)[:80]!r}; raise the limit or set data.overlong to skip"
+                )
+            continue
+        kept.append(row)
+        for view, tokens in zip(ids, rendered):
+            view.append(tokens)
+    if not kept:
+        raise DataError(f"{data.source} has no prompt of at most {data.max_prompt_length} tokens ({len(rows)} rows read)")
+    student_ids, teacher_ids = map(tuple, ids)
+    digest = hashlib.sha256(repr((kept, student_ids, teacher_ids)).encode()).hexdigest()
+    same = student_ids == teacher_ids
+    return PromptSet(tuple(kept), student_ids, None if same else teacher_ids, len(rows) - len(kept), digest)
+
+
+def indices_at(step: int, prompts_per_step: int, num_prompts: int, seed: int) -> np.ndarray:
+    """Which prompts step `step` (counted from 0) takes: every prompt once an epoch, in an order of that epoch's own."""
+    positions = np.arange(step * prompts_per_step, (step + 1) * prompts_per_step)
+    orders = {epoch: _order_of(int(epoch), num_prompts, seed) for epoch in np.unique(positions // num_prompts)}
+    return np.array([orders[p // num_prompts][p % num_prompts] for p in positions], np.int32)
+
+
+def _order_of(epoch: int, num_prompts: int, seed: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, epoch])).permutation(num_prompts)
+
+
+def collate(prompts: PromptSet, indices: np.ndarray, num_rows: int | None = None) -> PromptBatch:
+    """The prompts at `indices`, padded on the left to one of a few widths, and with empty rows up to `num_rows`."""
+    num_rows = num_rows or len(indices)
+    tokens, mask = _pad_left([prompts.student_ids[i] for i in indices], num_rows)
+    teacher_tokens = teacher_mask = None
+    if prompts.teacher_ids is not None:
+        teacher_tokens, teacher_mask = _pad_left([prompts.teacher_ids[i] for i in indices], num_rows)
+    prompt_id = np.zeros(num_rows, np.int32)
+    prompt_id[: len(indices)] = indices
+    return PromptBatch(tokens, mask, prompt_id, teacher_tokens, teacher_mask)
+
+
+def _pad_left(rows: Sequence[Sequence[int]], num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    width = _bucket(max(map(len, rows)))
+    tokens, mask = np.zeros((num_rows, width), np.int32), np.zeros((num_rows, width), bool)
+    for i, row in enumerate(rows):
+        tokens[i, width - len(row) :], mask[i, width - len(row) :] = row, True
+    return tokens, mask
+
+
+def _bucket(width: int) -> int:
+    """Few widths mean few compiled programs: multiples of 16 up to 128, then of 128."""
+    unit = 16 if width <= 128 else 128
+    return -(-width // unit) * unit

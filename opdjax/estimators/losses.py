@@ -1,0 +1,55 @@
+"""Surrogate losses, and the weights that turn per-token losses into one number."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from opdjax.ops.masked import sequence_total
+
+AGGREGATIONS = ("token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "fixed_denominator")
+
+
+def policy_gradient_loss(advantage: Float[Array, "*n"], student_logprob: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """`-sg[A] * log student(y)`: its gradient, averaged over y ~ student, descends what A rewards. A in nats."""
+    return -jax.lax.stop_gradient(advantage) * student_logprob
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Denominators:
+    """What the whole batch divides by, counted over all hosts and micro-batches."""
+
+    num_tokens: Float[Array, ""]  # trained tokens
+    num_sequences: Float[Array, ""]  # sequences sampled, trained tokens or not
+    max_length: Float[Array, ""]  # completion tokens a sequence may have
+
+
+def count_denominators(mask: Bool[Array, "B T"], num_sequences: int, max_length: int) -> Denominators:
+    """The denominators of a batch that holds `num_sequences` completions of at most `max_length` tokens."""
+    count = jnp.asarray(mask.sum(), jnp.result_type(float))
+    return Denominators(count, jnp.full((), num_sequences, count.dtype), jnp.full((), max_length, count.dtype))
+
+
+def aggregation_weights(
+    mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"], kind: str, denominators: Denominators
+) -> Float[Array, "B T"]:
+    """Weights `w` such that the batch loss is `sum(w * token loss)`; computed once, before any split into micro-batches.
+
+    `token_mean`: 1 / tokens of the batch. `sequence_mean_token_mean`: 1 / (sequences * tokens of this sequence).
+    `sequence_mean_token_sum`: 1 / sequences. `fixed_denominator`: 1 / (sequences * longest allowed completion): the only
+    one whose baselines are exactly free of bias, since no divisor depends on what was sampled.
+    """
+    live = mask.astype(denominators.num_tokens.dtype)
+    if kind == "token_mean":
+        return live / jnp.maximum(denominators.num_tokens, 1)
+    if kind == "sequence_mean_token_mean":
+        return live / (denominators.num_sequences * jnp.maximum(sequence_total(live, segment_ids), 1))
+    if kind == "sequence_mean_token_sum":
+        return live / denominators.num_sequences
+    if kind == "fixed_denominator":
+        return live / (denominators.num_sequences * denominators.max_length)
+    raise ValueError(f"there is no aggregation {kind!r}; expected one of {AGGREGATIONS}")

@@ -1,0 +1,78 @@
+"""Sampled and greedy answers to held-out prompts, graded."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from opdjax.config import EvaluationConfig
+from opdjax.data.prompts import PromptSet, collate
+from opdjax.evals.grading import GRADERS
+from opdjax.evals.passk import avg_at_k, mean_and_interval, pass_at_k
+from opdjax.models.decoder import DecoderConfig, Params
+from opdjax.sampler import EVAL_STREAM, Decoding, sample
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """A fixed set of prompts with answers, and how to draw and grade completions. Draws depend on the evaluation's seed alone."""
+
+    model: DecoderConfig
+    prompts: PromptSet
+    tokenizer: Any
+    config: EvaluationConfig
+    stop_token_ids: tuple[int, ...]
+    valid_vocab: int
+    mesh: Mesh | None = None
+
+    def __call__(self, params: Params) -> dict[str, Any]:
+        """Scores of these parameters: `avg@k`, `pass@k`, `greedy`, each with the half width of its 95 % interval.
+
+        `per_prompt` and `per_prompt_greedy` hold the right answers of each prompt, so that runs compare prompt by prompt.
+        """
+        greedy, _, _ = self._grade(params, 0.0, 1)
+        mean, interval = mean_and_interval(avg_at_k(greedy))
+        greedy_scores = {"greedy": mean, "greedy_interval": interval, "per_prompt_greedy": greedy.sum(axis=1).tolist()}
+        return self.sampled(params, self.config.temperature) | greedy_scores
+
+    def sampled(self, params: Params, temperature: float) -> dict[str, Any]:
+        """The scores of sampled answers alone, at any temperature."""
+        k = self.config.num_samples
+        correct, lengths, truncated = self._grade(params, temperature, k)
+        result: dict[str, Any] = {"temperature": temperature, "n": k, "k": k, "num_prompts": len(correct)}
+        for name, per_prompt in (("avg@k", avg_at_k(correct)), ("pass@k", pass_at_k(correct, k))):
+            result[name], result[f"{name}_interval"] = mean_and_interval(per_prompt)
+        result |= {"length_mean": float(lengths.mean()), "truncated_ratio": float(truncated.mean())}
+        return result | {"per_prompt": correct.sum(axis=1).tolist()}
+
+    def _grade(self, params, temperature, num_samples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(correct, completion length, truncated), each `[P, num_samples]`."""
+        config, grade = self.config, GRADERS[self.config.grader]
+        decoding = Decoding(
+            config.max_completion_length, self.stop_token_ids, temperature=temperature, top_k=config.top_k, top_p=config.top_p,
+            valid_vocab=self.valid_vocab,
+        )  # fmt: skip
+        at_once = max(config.batch_size // num_samples, 1)
+        results = []
+        for start in range(0, len(self.prompts), at_once):
+            indices = np.arange(start, min(start + at_once, len(self.prompts)))
+            rollouts = sample(
+                params, collate(self.prompts, indices, num_rows=at_once), config.seed, 0, config=self.model, decoding=decoding,
+                num_generations=num_samples, stream=EVAL_STREAM, mesh=self.mesh,
+            )  # fmt: skip
+            texts = completions(rollouts, self.tokenizer)
+            answers = [self.prompts.prompts[i].answer for i in indices for _ in range(num_samples)]
+            correct = [grade(text, answer) for text, answer in zip(texts, answers)]
+            lengths, truncated = np.asarray(rollouts.mask).sum(1), np.asarray(rollouts.is_truncated)
+            results.append(np.array([correct, lengths[: len(answers)], truncated[: len(answers)]], np.int32).reshape(3, -1, num_samples))
+        correct, lengths, truncated = np.concatenate(results, axis=1)
+        return correct, lengths, truncated
+
+
+def completions(rollouts, tokenizer) -> list[str]:
+    """The sampled text of each row, special tokens left out."""
+    tokens, mask = np.asarray(rollouts.tokens), np.asarray(rollouts.mask)
+    return tokenizer.batch_decode([row[keep].tolist() for row, keep in zip(tokens, mask)], skip_special_tokens=True)

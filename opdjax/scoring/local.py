@@ -1,0 +1,49 @@
+"""Scores from a decoder in this process: tokens in, TeacherScores out. Rows may be padded or packed."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from opdjax.models.decoder import DecoderConfig, Params, forward
+from opdjax.ops.vocab import Columns, Head, tiled_stats
+from opdjax.types import TeacherScores, TrainBatch
+
+
+@partial(jax.jit, static_argnames=("config", "needs", "tile", "mesh"))
+def score(
+    params: Params,
+    head: Head,
+    batch: TrainBatch,
+    *,
+    config: DecoderConfig,
+    needs: Literal["token", "vocabulary"],
+    tile: int,
+    mesh: Mesh | None = None,
+) -> TeacherScores:
+    """What a recipe needs of this model: log-probs of the sampled tokens (nats, `[B, T]`), or hidden states `[B, T, D]`.
+
+    Hidden states, not logits, leave the teacher: they are hundreds of times smaller and lose nothing.
+    """
+    hidden = _hidden_by_student_column(params, config, batch)
+    if needs == "vocabulary":
+        return TeacherScores(hidden=hidden)
+    return TeacherScores(token_logprobs=token_logprobs(hidden, head, batch, tile=tile, mesh=mesh))
+
+
+def token_logprobs(hidden, head: Head, batch: TrainBatch, *, tile: int, mesh: Mesh | None = None) -> jax.Array:
+    """Log-probabilities `[B, T]` of the batch's sampled tokens from a model's hidden states; nats, 0 elsewhere."""
+    take = lambda model, _, row: model.logprob(row.token)  # noqa: E731
+    return tiled_stats(take, hidden, head, batch.mask, Columns(batch.tokens), tile=tile, mesh=mesh)
+
+
+def _hidden_by_student_column(params, config, batch: TrainBatch) -> jax.Array:
+    view = batch.teacher_view
+    if view is None:
+        return forward(params, config, batch.tokens, batch.segment_ids)
+    hidden = forward(params, config, view.tokens, view.segment_ids)
+    return jnp.take_along_axis(hidden, view.columns[:, :, None], axis=1)

@@ -1,0 +1,33 @@
+"""The mesh, and how arrays are laid on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+
+def make_mesh(data: int) -> Mesh:
+    """A mesh whose axis `data` has this many devices (-1: all)."""
+    available = jax.devices()
+    count = len(available) if data == -1 else data
+    if count > len(available):
+        raise ValueError(f"mesh.data is {data}, but there are {len(available)} {available[0].platform} devices")
+    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=available[:count])
+
+
+def by_row(mesh: Mesh) -> NamedSharding:
+    """Rows split over `data`."""
+    return NamedSharding(mesh, P("data"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, P())
+
+
+def shard_rows(batch: Any, mesh: Mesh) -> Any:
+    """Place a tree of host arrays with their first axis split over `data`."""
+    return jax.device_put(batch, by_row(mesh))

@@ -1,0 +1,177 @@
+"""The student being trained, and the one jitted function that changes it: `update(state, batch) -> (state, metrics)`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from opdjax.config import EstimatorConfig, OptimizerConfig
+from opdjax.estimators import Recipe, bind
+from opdjax.estimators.losses import aggregation_weights, count_denominators
+from opdjax.estimators.opd import reward_to_go, sampled_reward
+from opdjax.models.decoder import DecoderConfig, Params, forward, head_of
+from opdjax.ops.masked import masked_mean, masked_std
+from opdjax.ops.vocab import Columns, Head, tiled_loss, tiled_stats
+from opdjax.types import TrainBatch
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that a checkpoint holds."""
+
+    step: Int[Array, ""]  # batches seen, those skipped included
+    params: Params  # float32: bfloat16 would swallow Adam's small steps
+    opt_state: Any
+    num_skipped: Int[Array, ""]  # steps whose loss or gradient was not finite
+    nonfinite_streak: Int[Array, ""]  # of them, those in a row up to now
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateSpec:
+    """What an update is made of; static under jit."""
+
+    model: DecoderConfig
+    estimator: EstimatorConfig
+    dtype: str  # of the forward pass
+    max_completion_length: int
+    gradient_accumulation_steps: int = 1
+    temperature: float = 1.0  # the student is scored at the temperature it was sampled at
+    valid_vocab: int | None = None
+    remat: bool = False
+    mesh: Mesh | None = None
+
+
+def learning_rate_at(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """Linear warm-up from 0 to the peak, then constant or down to 0 at `num_steps`."""
+    rest = max(num_steps - config.warmup_steps, 1)
+    after = {
+        "constant": optax.constant_schedule(config.learning_rate),
+        "linear": optax.linear_schedule(config.learning_rate, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(config.learning_rate, rest),
+    }[config.schedule]
+    if not config.warmup_steps:
+        return after
+    warm_up = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+    return optax.join_schedules([warm_up, after], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW; norms and biases are not decayed."""
+    clip = [optax.clip_by_global_norm(config.max_grad_norm)] if config.max_grad_norm else []
+    adamw = optax.adamw(
+        learning_rate_at(config, num_steps), config.b1, config.b2, config.epsilon, weight_decay=config.weight_decay, mask=_is_decayed
+    )
+    return optax.chain(*clip, adamw)
+
+
+def _is_decayed(params: Params) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key.endswith(("kernel", "embedding", "head")), params)
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step; the parameters are copied to float32."""
+    params = jax.tree.map(lambda x: jnp.array(x, jnp.promote_types(x.dtype, jnp.float32)), params)
+    # One array a counter: the state is donated, and a buffer can be given away only once.
+    return TrainState(jnp.int32(0), params, jax.jit(optimizer.init)(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def make_update(spec: UpdateSpec, optimizer: optax.GradientTransformation) -> Callable:
+    """The jitted `update(state, batch, teacher_head=None) -> (state, metrics)`; `state` is donated.
+
+    A batch whose loss or gradient is not finite leaves parameters and optimizer as they were, and is counted.
+    """
+    recipe, options = bind(spec.estimator.recipe, spec.estimator.options)
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=None if spec.mesh is None else NamedSharding(spec.mesh, P()))
+    def update(state: TrainState, batch: TrainBatch, teacher_head: Head | None = None):
+        loss, grads, outputs = loss_and_grad(state.params, batch, teacher_head, spec, recipe, options)
+        norm = optax.global_norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        keep = partial(jax.tree.map, lambda new, old: jnp.where(is_finite, new, old))
+        skipped = jnp.where(is_finite, 0, 1)
+        new_state = TrainState(
+            step=state.step + 1,
+            params=keep(optax.apply_updates(state.params, updates), state.params),
+            opt_state=keep(opt_state, state.opt_state),
+            num_skipped=state.num_skipped + skipped,
+            nonfinite_streak=(state.nonfinite_streak + 1) * skipped,
+        )
+        metrics = {"loss/objective": loss, "grad/norm": norm, "grad/skipped_steps": new_state.num_skipped}
+        return new_state, metrics | token_metrics(outputs, batch)
+
+    return update
+
+
+def loss_and_grad(params: Params, batch: TrainBatch, teacher_head: Head | None, spec: UpdateSpec, recipe: Recipe, options: dict):
+    """(loss, gradient, per-token outputs [B, T]) of a batch; neither depends on the number of micro-batches or devices."""
+    denominators = count_denominators(batch.mask, batch.tokens.shape[0], spec.max_completion_length)
+    weights = aggregation_weights(batch.mask, batch.segment_ids, spec.estimator.aggregation, denominators)
+    parts = spec.gradient_accumulation_steps
+
+    def split(x):
+        # Row r goes to part r % parts, so that each device's share of rows is spread over all parts.
+        return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    value_and_grad = jax.value_and_grad(partial(_batch_loss, spec=spec, recipe=recipe, options=options), has_aux=True)
+    if parts == 1:
+        (loss, outputs), grads = value_and_grad(params, batch, weights, teacher_head)
+        return loss, grads, outputs
+
+    def accumulate(carry, part):
+        (loss, outputs), grads = value_and_grad(params, *part, teacher_head)
+        return jax.tree.map(jnp.add, carry, (loss, grads)), outputs
+
+    start = (jnp.zeros((), weights.dtype), jax.tree.map(jnp.zeros_like, params))
+    (loss, grads), outputs = jax.lax.scan(accumulate, start, jax.tree.map(split, (batch, weights)))
+    return loss, grads, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), outputs)
+
+
+def _batch_loss(params, batch: TrainBatch, weights, teacher_head, *, spec: UpdateSpec, recipe: Recipe, options: dict):
+    cast = jax.tree.map(lambda x: x.astype(spec.dtype) if jnp.dtype(spec.dtype).itemsize < x.dtype.itemsize else x, params)
+    hidden = forward(cast, spec.model, batch.tokens, batch.segment_ids, remat=spec.remat)
+    head = head_of(cast, valid_vocab=spec.valid_vocab, temperature=spec.temperature)
+    scores = batch.teacher
+    teacher = None if scores.hidden is None else (scores.hidden, teacher_head)
+    columns = Columns(batch.tokens, behavior_logprob=batch.behavior_logprobs, teacher_logprob=scores.token_logprobs)
+    if options.get("discount"):
+        columns = _with_reward_to_go(columns, batch, hidden, head, teacher, options["discount"], spec)
+    token_loss = partial(recipe.token_loss, **options)
+    return tiled_loss(token_loss, hidden, head, weights, columns, teacher, tile=spec.estimator.tile, mesh=spec.mesh)
+
+
+def _with_reward_to_go(columns: Columns, batch, hidden, head, teacher, discount, spec) -> Columns:
+    """Discounted credit couples the tokens of a sequence, so their rewards are computed in a pass of their own first."""
+
+    def reward(student, teacher_tile, row):
+        teacher_logprob = row.teacher_logprob if teacher_tile is None else teacher_tile.logprob(row.token)
+        return sampled_reward(teacher_logprob, student.logprob(row.token))
+
+    hidden, head = jax.lax.stop_gradient((hidden, head))
+    rewards = tiled_stats(reward, hidden, head, batch.mask, columns, teacher, tile=spec.estimator.tile, mesh=spec.mesh)
+    return dataclasses.replace(columns, reward_to_go=reward_to_go(rewards, batch.mask, batch.segment_ids, discount))
+
+
+def token_metrics(outputs: dict[str, Float[Array, "B T"]], batch: TrainBatch) -> dict[str, Array]:
+    """Scalars of a step from the recipe's per-token outputs. `kl/student_teacher` is exact where the recipe knows it."""
+    mask, reward = batch.mask, outputs["reward"]
+    kl = outputs.get("kl")
+    metrics = {
+        "kl/student_teacher": masked_mean(-reward if kl is None else kl, mask),
+        "kl/k1": masked_mean(-reward, mask),
+        "rollout/logprob_gap": masked_mean(jnp.abs(outputs["student_logprob"] - batch.behavior_logprobs), mask),
+    }
+    if "advantage" in outputs:
+        metrics["advantage/mean"] = masked_mean(outputs["advantage"], mask)
+        metrics["advantage/std"] = masked_std(outputs["advantage"], mask)
+    return metrics

@@ -1,0 +1,139 @@
+"""Memory and time of the tiled vocabulary pass against plain logits: reverse KL(student || teacher) and both gradients.
+
+    python scripts/benchmark_vocab.py                      # the table: T = 512 timed, T = 8192 compiled only
+    python scripts/benchmark_vocab.py --vocab 32000 --width 256 --repeats 5
+
+Everything is float32 and one row (B = 1). The teacher is given as hidden states and a head of the student's size. Both
+forms take the same arguments and return the loss and its gradients with respect to the student's hidden states and head.
+Temporary memory is XLA's own figure (arguments and results excluded); seconds are medians of alternating runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+
+from opdjax.ops.vocab import Columns, Head, tiled_loss
+
+TARGETS = {"temp": 0.8, "seconds": 0.9, "long temp": 0.1}
+
+
+def reverse_kl(student, teacher, row):
+    return student.expect(student.logprobs - teacher.logprobs), None
+
+
+def tiled_form(tile):
+    def loss(hidden, kernel, weights, token, teacher_hidden, teacher_kernel):
+        teacher = (teacher_hidden, Head(teacher_kernel))
+        return tiled_loss(reverse_kl, hidden, Head(kernel), weights, Columns(token), teacher, tile=tile)[0]
+
+    return loss
+
+
+def dense_form(hidden, kernel, weights, token, teacher_hidden, teacher_kernel):
+    """What one writes without the pass: logits of all tokens, two log-softmaxes, a sum over the vocabulary."""
+    student = jax.nn.log_softmax(hidden[:, :-1] @ kernel.T)
+    teacher = jax.nn.log_softmax(teacher_hidden[:, :-1] @ teacher_kernel.T)
+    return jnp.sum(weights[:, 1:] * jnp.sum(jnp.exp(student) * (student - teacher), axis=-1))
+
+
+def argument_shapes(tokens, vocab, width):
+    hidden, kernel = jax.ShapeDtypeStruct((1, tokens, width), jnp.float32), jax.ShapeDtypeStruct((vocab, width), jnp.float32)
+    weights, token = jax.ShapeDtypeStruct((1, tokens), jnp.float32), jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+    return hidden, kernel, weights, token, hidden, kernel
+
+
+def make_arguments(tokens, vocab, width):
+    keys = jax.random.split(jax.random.key(0), 5)
+    kernel = jax.random.normal(keys[0], (vocab, width)) / width**0.5
+    teacher_kernel = kernel + 0.3 * jax.random.normal(keys[1], (vocab, width)) / width**0.5
+    hidden = 2 * jax.random.normal(keys[2], (1, tokens, width))
+    teacher_hidden = hidden + 0.3 * jax.random.normal(keys[3], (1, tokens, width))
+    weights = jnp.full((1, tokens), 1 / (tokens - 1)).at[:, 0].set(0)
+    return hidden, kernel, weights, jax.random.randint(keys[4], (1, tokens), 0, vocab), teacher_hidden, teacher_kernel
+
+
+def compile_forms(options, tokens):
+    """Both forms compiled for `tokens` tokens, by name."""
+    shapes = argument_shapes(tokens, options.vocab, options.width)
+    forms = {"dense": dense_form, f"tiled ({options.tile})": tiled_form(options.tile)}
+    return {name: jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*shapes).compile() for name, loss in forms.items()}
+
+
+def temp_mib(compiled):
+    return compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+
+def run_once(compiled, arguments):
+    """(seconds, loss, gradient norms); the gradients are gone when it returns."""
+    start = time.perf_counter()
+    loss, gradients = jax.block_until_ready(compiled(*arguments))
+    seconds = time.perf_counter() - start
+    return seconds, float(loss), [float(jnp.linalg.norm(g)) for g in gradients]
+
+
+def time_forms(forms, arguments, repeats):
+    """Median seconds and the last result of every form, after one untimed run of each."""
+    runs = {name: [] for name in forms}
+    for _ in range(repeats + 1):
+        for name, compiled in forms.items():
+            runs[name].append(run_once(compiled, arguments))
+    return {name: (statistics.median(r[0] for r in kept[1:]), *kept[-1][1:]) for name, kept in runs.items()}
+
+
+def cpu_model():
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.processor())
+    except FileNotFoundError:
+        return platform.processor()
+
+
+def verdict(what, tiled, dense):
+    return f"{tiled / dense:.3f} (target <= {TARGETS[what]}: {'met' if tiled <= TARGETS[what] * dense else 'MISSED'})"
+
+
+def parse_options():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of the timed comparison")
+    parser.add_argument("--long-tokens", type=int, default=8192, help="tokens of the comparison that is only compiled")
+    parser.add_argument("--vocab", type=int, default=151936)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--tile", type=int, default=128, help="tokens per tile")
+    parser.add_argument("--repeats", type=int, default=3)
+    return parser.parse_args()
+
+
+def main():
+    options = parse_options()
+    print(f"Machine: {cpu_model()}, {os.cpu_count()} cores; jax {jax.__version__} on {jax.default_backend()}.")
+    print(f"V = {options.vocab}, D = {options.width}, B = 1, float32, value and gradients of reverse KL, tile {options.tile}.\n")
+
+    forms = compile_forms(options, options.tokens)
+    timed = time_forms(forms, make_arguments(options.tokens, options.vocab, options.width), options.repeats)
+    print("| T | form | XLA temp MiB | seconds | loss | norm of d hidden | norm of d head |")
+    print("|---|---|---|---|---|---|---|")
+    temps = {}
+    for name, (seconds, loss, (dhidden, dhead)) in timed.items():
+        temps[name] = temp_mib(forms[name])
+        print(f"| {options.tokens} | {name} | {temps[name]:.0f} | {seconds:.2f} | {loss:.6f} | {dhidden:.6e} | {dhead:.6e} |")
+    del forms
+
+    long_temps = {name: temp_mib(compiled) for name, compiled in compile_forms(options, options.long_tokens).items()}
+    for name, temp in long_temps.items():
+        print(f"| {options.long_tokens} | {name} | {temp:.0f} | compiled only | | | |")
+
+    dense, tiled = timed
+    print(f"\nTemporary memory, tiled / dense, T = {options.tokens}: {verdict('temp', temps[tiled], temps[dense])}")
+    print(f"Seconds, tiled / dense, T = {options.tokens}: {verdict('seconds', timed[tiled][0], timed[dense][0])}")
+    print(f"Temporary memory, tiled / dense, T = {options.long_tokens}: {verdict('long temp', long_temps[tiled], long_temps[dense])}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Random Qwen3 checkpoints of odd sizes, written by transformers: what the model tests compare with."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opdjax.models import decoder
+from opdjax.models.hf import load_params, open_checkpoint
+from opdjax.ops.vocab import head_logits
+
+CHAT_TEMPLATE = "{% for m in messages %}{{ '<s> ' + m['content'] + ' </s>' }}{% endfor %}"
+SIZES = {
+    "vocab_size": 131, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 10, "eos_token_id": [3, 5], "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def build():
+    """build(**config fields) -> a torch model; norms, biases and logits far from their usual 1, 0 and 0."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.set_num_threads(1)
+
+    def build(**changes):
+        rope = {"rope_type": "default", "rope_theta": changes.pop("rope_theta", 10000.0)}
+        model = Qwen3ForCausalLM(Qwen3Config(**{**SIZES, "rope_parameters": rope, **changes})).eval()
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            scale, shift = (0.2, 1.0) if "norm" in name else (0.5, 0.0) if "embed" in name or "bias" in name else (0.3, 0.0)
+            parameter.data.copy_(shift + scale * noise)
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def save(tmp_path_factory):
+    """save(torch model, **save_pretrained arguments) -> the checkpoint directory, a tokenizer with a chat template in it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(["<pad>", "<s>", "<unk>", "</s>"] + [f"w{i}" for i in range(4, 131)])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", bos_token="<s>")
+    fast.chat_template = CHAT_TEMPLATE
+
+    def save(model, **arguments):
+        path = tmp_path_factory.mktemp("checkpoint")
+        model.save_pretrained(path, **arguments)
+        fast.save_pretrained(path)
+        return path
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def pairs(build, save):
+    """The same weights on both sides: name -> torch model, directory, checkpoint and our parameters in float32."""
+    pairs = {}
+    for name, changes in {"untied": {}, "bias": {"attention_bias": True}, "tied": {"tie_word_embeddings": True}}.items():
+        model = build(**changes)
+        checkpoint = open_checkpoint(save(model))
+        pairs[name] = types.SimpleNamespace(
+            model=model, path=checkpoint.path, checkpoint=checkpoint, config=checkpoint.config, params=load_params(checkpoint, "float32")
+        )
+    return pairs
+
+
+@pytest.fixture(scope="session")
+def our_logits():
+    """our_logits(params, config, tokens, segment_ids) -> numpy [B, T, V]."""
+
+    def logits(params, config, tokens, segment_ids):
+        hidden = decoder.forward(params, config, tokens, segment_ids)
+        return head_logits(decoder.head_of(params), hidden)
+
+    compiled = jax.jit(logits, static_argnums=1)
+    return lambda params, config, *rows: np.asarray(compiled(params, config, *map(jnp.asarray, rows)))
+
+
+@pytest.fixture(scope="session")
+def torch_logits():
+    """torch_logits(model, tokens, segment_ids) -> numpy [B, T, V]; one segment a row, padding on either side."""
+    import torch
+
+    def logits(model, tokens, segment_ids):
+        mask = torch.as_tensor(segment_ids, dtype=torch.long)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        with torch.no_grad():
+            output = model(input_ids=torch.as_tensor(tokens, dtype=torch.long), attention_mask=mask, position_ids=positions)
+        return output.logits.float().numpy()
+
+    return logits

@@ -1,0 +1,264 @@
+"""The decoder: equal to transformers, to itself by columns, in packed rows and with rematerialisation."""
+
+import dataclasses
+import json
+import shutil
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opdjax.models import decoder
+from opdjax.models.hf import load_params, open_checkpoint
+from opdjax.ops.vocab import head_logits
+
+pytestmark = pytest.mark.xdist_group("torch")
+
+SMALL = decoder.DecoderConfig(
+    vocab_size=31, hidden_size=12, num_layers=2, num_heads=6, num_kv_heads=2, head_size=6, intermediate_size=17, rope_theta=1e4,
+    norm_epsilon=1e-6, ties_embeddings=True, has_qk_norm=True, has_qkv_bias=True, has_output_bias=True,
+)  # fmt: skip
+forward = jax.jit(decoder.forward, static_argnums=1)
+forward_cached = jax.jit(decoder.forward_cached, static_argnums=1)
+
+
+def small_params():
+    """Float64; norms and biases are off 1 and 0, so that leaving one out shows."""
+    rng = np.random.default_rng(1)
+
+    def draw(path, shape):
+        name = path[-1].key
+        shift, scale = (1.0, 0.3) if name.endswith("norm") else (0.0, 0.3 if name.endswith("bias") else shape[-1] ** -0.5)
+        return jnp.asarray(shift + scale * rng.normal(size=shape))
+
+    return jax.tree_util.tree_map_with_path(draw, decoder.parameter_shapes(SMALL), is_leaf=lambda x: isinstance(x, tuple))
+
+
+def padded(rng, lengths, width, side, vocab, pad=0):
+    """Random (tokens, segment ids), row i with lengths[i] live columns; the padding stands at `side`."""
+    column = np.arange(width)
+    live = np.stack([column < n if side == "right" else column >= width - n for n in lengths])
+    return np.where(live, rng.integers(0, vocab, live.shape), pad).astype(np.int32), live.astype(np.int32)
+
+
+# Parity with transformers
+
+
+@pytest.mark.parametrize("lengths", [[11, 11, 11], [11, 7, 1]], ids=["full", "ragged"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["untied", "bias", "tied"])
+def test_logits_equal_transformers(pairs, our_logits, torch_logits, rng, name, side, lengths):
+    pair = pairs[name]
+    tokens, segments = padded(rng, lengths, 11, side, 131, pad=130)
+    ours, theirs = our_logits(pair.params, pair.config, tokens, segments), torch_logits(pair.model, tokens, segments)
+    assert np.std(theirs[segments == 1]) > 1
+    np.testing.assert_allclose(ours[segments == 1], theirs[segments == 1], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["untied", "bias", "tied"])
+def test_greedy_tokens_equal_generate(pairs, rng, name):
+    import torch
+
+    pair, steps, lengths = pairs[name], 12, [6, 1, 4, 5, 2]
+    prompts = [rng.integers(6, 131, n) for n in lengths]
+    expected = [
+        pair.model.generate(torch.as_tensor(prompt)[None], max_new_tokens=steps, do_sample=False, eos_token_id=None)[
+            0, len(prompt) :
+        ].tolist()
+        for prompt in prompts
+    ]
+    tokens, segments = np.zeros((5, 6), np.int32), np.zeros((5, 6), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, 6 - len(prompt) :], segments[row, 6 - len(prompt) :] = prompt, 1
+    cache = decoder.init_cache(pair.config, 5, 6 + steps, jnp.float32)
+    hidden, cache = forward_cached(pair.params, pair.config, tokens, segments, decoder.positions_of(jnp.asarray(segments)), cache, 0)
+    chosen = []
+    for step in range(steps):
+        chosen.append(jnp.argmax(head_logits(decoder.head_of(pair.params), hidden[:, -1]), axis=-1))
+        positions = np.asarray(lengths, np.int32)[:, None] + step
+        ones = np.ones((5, 1), np.int32)
+        hidden, cache = forward_cached(pair.params, pair.config, chosen[-1][:, None], ones, positions, cache, 6 + step)
+    assert np.stack(chosen, 1).tolist() == expected
+    assert len({token for row in expected for token in row}) > 10
+
+
+@pytest.mark.parametrize("layout", ["rope_parameters", "rope_theta"])
+def test_rope_theta_moves_logits_as_in_transformers(pairs, build, our_logits, torch_logits, rng, tmp_path, layout):
+    from transformers import AutoConfig
+
+    pair, path = pairs["untied"], tmp_path / "model"
+    shutil.copytree(pair.path, path)
+    raw = json.loads((path / "config.json").read_text())
+    if layout == "rope_theta":  # as transformers 4 wrote it
+        del raw["rope_parameters"]
+        raw |= {"rope_theta": 5e6, "rope_scaling": None}
+    else:
+        raw["rope_parameters"]["rope_theta"] = 5e6
+    (path / "config.json").write_text(json.dumps(raw))
+    assert AutoConfig.from_pretrained(path).rope_parameters["rope_theta"] == 5e6
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.config == dataclasses.replace(pair.config, rope_theta=5e6)
+
+    rows = padded(rng, [24, 24], 24, "right", 131)
+    theirs = torch_logits(build(rope_theta=5e6), *rows)
+    ours = our_logits(load_params(checkpoint, "float32"), checkpoint.config, *rows)
+    np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=0)
+    moved, expected = ours - our_logits(pair.params, pair.config, *rows), theirs - torch_logits(pair.model, *rows)
+    assert np.max(np.abs(expected)) > 0.5
+    np.testing.assert_allclose(moved, expected, atol=4e-4, rtol=0)
+
+
+def test_bfloat16_stays_near_float32(pairs, rng):
+    pair = pairs["bias"]
+    params = load_params(pair.checkpoint, "bfloat16")
+    tokens, segments = padded(rng, [9, 9], 9, "right", 131)
+    hidden = forward(params, pair.config, tokens, segments)
+    exact = forward(jax.tree.map(lambda x: x.astype(jnp.float32), params), pair.config, tokens, segments)
+    assert hidden.dtype == jnp.bfloat16
+    assert head_logits(decoder.head_of(params), hidden).dtype == jnp.float32
+    error = np.linalg.norm(np.asarray(hidden, np.float32) - exact) / np.linalg.norm(exact)
+    assert 1e-5 < error < 0.05
+
+
+# Columns, segments, rematerialisation
+
+
+def test_positions_restart_at_each_segment():
+    segments = jnp.array([[0, 0, 1, 1, 1, 1], [1, 1, 2, 2, 2, 0], [3, 1, 1, 1, 0, 0]])
+    expected = [[0, 1, 0, 1, 2, 3], [0, 1, 0, 1, 2, 0], [0, 0, 1, 2, 0, 1]]
+    assert decoder.positions_of(segments).tolist() == expected
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("widths", [[6, 1, 1, 1, 1, 1], [4, 4, 3], [1] * 11], ids=["prefill", "blocks", "columns"])
+def test_cache_equals_full_forward(rng, widths):
+    params = small_params()
+    tokens, segments = padded(rng, [11, 8, 6], 11, "left", SMALL.vocab_size)
+    positions = decoder.positions_of(jnp.asarray(segments))
+    full = forward(params, SMALL, tokens, segments)
+    empty = decoder.init_cache(SMALL, 3, 14, jnp.float64)
+    cache = dataclasses.replace(empty, keys=empty.keys + 1e3, values=empty.values - 1e3)  # unwritten columns may hold anything
+    start, parts = 0, []
+    for width in widths:
+        now = np.s_[:, start : start + width]
+        hidden, cache = forward_cached(params, SMALL, tokens[now], segments[now], positions[now], cache, start)
+        start += width
+        parts.append(hidden)
+    np.testing.assert_allclose(np.concatenate(parts, 1)[segments == 1], full[segments == 1], atol=1e-10, rtol=0)
+    assert cache.segment_ids[:, :11].tolist() == segments.tolist()
+    assert not cache.segment_ids[:, 11:].any()
+
+
+PACKED = np.zeros((5, 12), np.int32)  # as many rows as there are segments, so that both layouts share one compilation
+PACKED[:2] = [1, 1, 1, 1, 2, 2, 2, 2, 2, 3, 0, 0], [0, 7, 7, 1, 1, 1, 1, 1, 1, 2, 2, 2]
+
+
+def separate_rows(tokens, segments):
+    """Each segment in a row of its own, right-padded, and the columns of the packed rows that they come from."""
+    apart, live, origins = np.zeros_like(tokens), np.zeros_like(segments), []
+    pieces = [(row, segment) for row, ids in enumerate(segments) for segment in sorted(set(ids.tolist()) - {0})]
+    for out, (row, segment) in enumerate(pieces):
+        columns = np.flatnonzero(segments[row] == segment)
+        apart[out, : len(columns)], live[out, : len(columns)] = tokens[row, columns], 1
+        origins.append((np.full(len(columns), row), columns))
+    return apart, live, tuple(np.concatenate(parts) for parts in zip(*origins))
+
+
+def weighed(params, tokens, segments, weights, remat=False):
+    """A scalar of the live hidden states, and the states."""
+    hidden = decoder.forward(params, SMALL, tokens, segments, remat=remat)
+    return jnp.sum(jnp.where(segments[..., None] > 0, hidden, 0) ** 2 * weights), hidden
+
+
+weighed_grad = jax.jit(jax.grad(weighed, has_aux=True), static_argnames="remat")
+
+
+@pytest.fixture
+def batch(rng):
+    """Tokens for PACKED and a weight for every element of their hidden states."""
+    return rng.integers(0, SMALL.vocab_size, PACKED.shape), rng.normal(size=(*PACKED.shape, SMALL.hidden_size))
+
+
+@pytest.mark.usefixtures("x64")
+def test_packed_rows_equal_separate_rows(batch):
+    params, (tokens, weights) = small_params(), batch
+    apart, live, origin = separate_rows(tokens, PACKED)
+    assert live.sum() == (PACKED > 0).sum() == 21
+    apart_weights = np.zeros_like(weights)
+    apart_weights[np.nonzero(live)] = weights[origin]
+    packed_grad, packed = weighed_grad(params, tokens, PACKED, weights)
+    apart_grad, expected = weighed_grad(params, apart, live, apart_weights)
+    np.testing.assert_allclose(packed[origin], expected[np.nonzero(live)], atol=1e-10, rtol=0)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-10, rtol=1e-10), packed_grad, apart_grad)
+    assert min(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(packed_grad["layers"])) > 1e-10
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("garbage", [-1, 30, 10**6, -(10**6)])
+def test_padding_changes_neither_value_nor_gradient(batch, garbage):
+    params, (tokens, weights), live = small_params(), batch, PACKED > 0
+    clean_grad, clean = weighed_grad(params, tokens, PACKED, weights)
+    dirty_grad, dirty = weighed_grad(params, np.where(live, tokens, garbage), PACKED, weights)
+    assert np.isfinite(clean).all()
+    assert not np.array_equal(clean, dirty)
+    np.testing.assert_array_equal(clean[live], dirty[live])
+    jax.tree.map(np.testing.assert_array_equal, clean_grad, dirty_grad)
+
+
+@pytest.mark.usefixtures("x64")
+def test_remat_changes_nothing(batch):
+    params, (tokens, weights) = small_params(), batch
+    plain, remat = (weighed_grad(params, tokens, PACKED, weights, remat=flag) for flag in (False, True))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11), plain, remat)
+    shown = [str(jax.make_jaxpr(partial(weighed, remat=flag))(params, tokens, PACKED, weights)) for flag in (False, True)]
+    assert ["remat" in text for text in shown] == [False, True]
+
+
+@pytest.mark.usefixtures("x64")
+def test_later_columns_do_not_reach_earlier_ones(rng):
+    params, segments = small_params(), np.ones((2, 9), np.int32)
+    tokens = rng.integers(0, SMALL.vocab_size, (2, 9))
+    changed = tokens.copy()
+    changed[:, 5] = (tokens[:, 5] + 1) % SMALL.vocab_size
+    difference = np.abs(np.asarray(forward(params, SMALL, tokens, segments) - forward(params, SMALL, changed, segments))).max((0, 2))
+    assert (difference[:5] == 0).all()
+    assert (difference[5:] > 1e-3).all()
+
+
+@pytest.mark.usefixtures("x64")
+def test_only_relative_positions_matter(rng):
+    params, segments = small_params(), np.ones((2, 9), np.int32)
+    tokens = rng.integers(0, SMALL.vocab_size, (2, 9))
+    at_zero, shifted, doubled = (
+        forward(params, SMALL, tokens, segments, positions)
+        for positions in (np.tile(np.arange(9), (2, 1)), np.tile(np.arange(9) + 40, (2, 1)), np.tile(np.arange(9) * 2, (2, 1)))
+    )
+    np.testing.assert_allclose(shifted, at_zero, atol=1e-4, rtol=0)  # the angles are float32
+    assert np.max(np.abs(doubled - at_zero)) > 1e-2
+
+
+def test_init_params_follow_their_stated_scales():
+    config = dataclasses.replace(SMALL, vocab_size=1001, hidden_size=48, ties_embeddings=False)
+    params = jax.jit(decoder.init_params, static_argnums=0)(config, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, params) == decoder.parameter_shapes(config)
+    for name in ("embedding", "head"):
+        np.testing.assert_allclose(np.std(params[name]), 0.02, rtol=0.02)
+    for name in ("q_kernel", "v_kernel", "o_kernel", "gate_kernel", "down_kernel"):
+        kernel = np.asarray(params["layers"][name])
+        np.testing.assert_allclose(np.std(kernel) * kernel.shape[-1] ** 0.5, 1.0, rtol=0.1)
+        assert np.corrcoef(kernel[0].ravel(), kernel[1].ravel())[0, 1] < 0.2  # every layer draws its own
+    assert np.unique(params["layers"]["q_norm"]).tolist() == np.unique(params["final_norm"]).tolist() == [1.0]
+    assert np.unique(params["layers"]["o_bias"]).tolist() == [0.0]
+    assert abs(np.corrcoef(np.ravel(params["embedding"]), np.ravel(params["head"]))[0, 1]) < 0.05
+
+
+def test_head_of_unties_masks_and_tempers(rng):
+    hidden = rng.normal(size=(3, 5)).astype(np.float32)
+    embedding, head = rng.normal(size=(2, 7, 5)).astype(np.float32)
+    tied = head_logits(decoder.head_of({"embedding": embedding}), hidden)
+    np.testing.assert_allclose(tied, hidden @ embedding.T, rtol=1e-5, atol=1e-6)
+    untied = head_logits(decoder.head_of({"embedding": embedding, "head": head}, valid_vocab=6, temperature=0.5), hidden)
+    np.testing.assert_allclose(untied[:, :6], 2 * hidden @ head[:6].T, rtol=1e-5, atol=1e-6)
+    assert np.isneginf(untied[:, 6:]).all()

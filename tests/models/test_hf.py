@@ -1,0 +1,363 @@
+"""Checkpoints: import and export move no bit, shards, and every way in which a directory can be wrong."""
+
+import dataclasses
+import json
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from opdjax.models import decoder, hf
+from opdjax.models.families import UnsupportedModelError
+from opdjax.models.hf import CheckpointError, export, load_params, open_checkpoint
+
+pytestmark = pytest.mark.xdist_group("torch")
+
+
+def tensors_of(path):
+    """Tensor name -> array, of all files in the directory."""
+    return {name: array for file in sorted(path.glob("*.safetensors")) for name, array in load_file(file).items()}
+
+
+def assert_same_bits(left, right):
+    """Two trees of arrays: the same structure, types and bytes."""
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(map(np.asarray, jax.tree.leaves(left)), map(np.asarray, jax.tree.leaves(right))):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert a.tobytes() == b.tobytes()
+
+
+@pytest.fixture(scope="module")
+def bfloat16_path(build, save):
+    import torch
+
+    return save(build(attention_bias=True).to(torch.bfloat16))
+
+
+# Reading
+
+
+def test_open_checkpoint_reads_config(pairs):
+    bias = pairs["bias"]
+    assert bias.config == decoder.DecoderConfig(
+        vocab_size=131, hidden_size=24, num_layers=2, num_heads=6, num_kv_heads=2, head_size=10, intermediate_size=37, rope_theta=10000.0,
+        norm_epsilon=1e-6, ties_embeddings=False, has_qk_norm=True, has_qkv_bias=True, has_output_bias=True,
+    )  # fmt: skip
+    tied = dataclasses.replace(bias.config, ties_embeddings=True, has_qkv_bias=False, has_output_bias=False)
+    assert pairs["tied"].config == tied
+    for pair in pairs.values():
+        assert pair.checkpoint.num_parameters == sum(p.numel() for p in pair.model.parameters())
+        assert pair.checkpoint.stored_dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("generation", "fields", "expected"),
+    [({"eos_token_id": [3, 5]}, {}, (3, 5)), ({"eos_token_id": 7}, {}, (7,)), (None, {}, (3, 5)), ({}, {"eos_token_id": 9}, (9,)),
+     (None, {"eos_token_id": None}, ())],
+)  # fmt: skip
+def test_stop_tokens_come_from_the_generation_config_first(copy, generation, fields, expected):
+    path = copy("untied", **fields)
+    (path / "generation_config.json").unlink()
+    if generation is not None:
+        (path / "generation_config.json").write_text(json.dumps(generation))
+    assert open_checkpoint(path).stop_token_ids == expected
+
+
+def test_load_stacks_layers_in_order(pairs):
+    state = {name: tensor.numpy() for name, tensor in pairs["bias"].model.state_dict().items()}
+    layers = pairs["bias"].params["layers"]
+    for layer in range(2):
+        for ours, theirs in [("k_kernel", "self_attn.k_proj.weight"), ("o_bias", "self_attn.o_proj.bias"),
+                             ("mlp_norm", "post_attention_layernorm.weight"), ("up_kernel", "mlp.up_proj.weight")]:  # fmt: skip
+            np.testing.assert_array_equal(layers[ours][layer], state[f"model.layers.{layer}.{theirs}"])
+
+
+def test_bfloat16_loads_as_float32_exactly(bfloat16_path, pairs):
+    import torch
+
+    stored = open_checkpoint(bfloat16_path)
+    assert stored.stored_dtype == "bfloat16"
+    params = load_params(stored, "float32")
+    rounded = {name: tensor.to(torch.bfloat16).float().numpy() for name, tensor in pairs["bias"].model.state_dict().items()}
+    assert params["embedding"].dtype == params["layers"]["q_bias"].dtype == jnp.float32
+    np.testing.assert_array_equal(params["embedding"], rounded["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(params["layers"]["q_bias"][1], rounded["model.layers.1.self_attn.q_proj.bias"])
+    # Rounding on the way in is torch's rounding.
+    assert_same_bits(load_params(pairs["bias"].checkpoint, "bfloat16"), load_params(stored, "bfloat16"))
+
+
+def test_sharded_checkpoint_loads_the_same(pairs, save):
+    path = save(pairs["bias"].model, max_shard_size="20KB")
+    assert len(list(path.glob("model-*.safetensors"))) > 2
+    assert not (path / "model.safetensors").exists()
+    assert_same_bits(load_params(open_checkpoint(path), "float32"), pairs["bias"].params)
+
+
+def test_load_places_parameters_by_sharding(pairs):
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,))
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    params = load_params(pairs["tied"].checkpoint, "float32", replicated)
+    assert {leaf.sharding for leaf in jax.tree.leaves(params)} == {replicated}
+    assert_same_bits(params, pairs["tied"].params)
+
+
+# Writing
+
+
+@pytest.mark.parametrize("name", ["untied", "bias", "tied"])
+def test_import_then_export_is_the_identity_in_float32(pairs, tmp_path, name):
+    pair = pairs[name]
+    out = export(pair.params, pair.checkpoint, tmp_path / "a" / "out")
+    assert_same_bits(tensors_of(out), tensors_of(pair.path))
+    assert ("lm_head.weight" in tensors_of(out)) == (name != "tied")
+    assert_same_bits(load_params(open_checkpoint(out), "float32"), pair.params)
+
+
+def test_import_then_export_is_the_identity_in_bfloat16(bfloat16_path, tmp_path):
+    source = open_checkpoint(bfloat16_path)
+    params = load_params(source, "bfloat16")
+    out = export(params, source, tmp_path / "out")
+    assert_same_bits(tensors_of(out), tensors_of(bfloat16_path))
+    assert {array.dtype.name for array in tensors_of(out).values()} == {"bfloat16"}
+    assert_same_bits(load_params(open_checkpoint(out), "bfloat16"), params)
+
+
+def test_export_takes_a_dtype(pairs, tmp_path):
+    pair = pairs["untied"]
+    out = export(pair.params, pair.checkpoint, tmp_path / "out", dtype="bfloat16")
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert_same_bits(load_params(open_checkpoint(out), "bfloat16"), load_params(pair.checkpoint, "bfloat16"))
+
+
+def test_export_carries_everything_that_is_not_weights(copy, pairs, tmp_path):
+    from transformers import AutoTokenizer
+
+    path = copy("untied", torch_dtype="float32", dtype=None, a_field_we_do_not_read=[1, {"b": 2}])
+    (path / "merges.txt").write_text("a b\n")
+    (path / "training_state.bin").write_bytes(b"not ours")
+    (tmp_path / "out").mkdir()  # empty: fine
+    out = export(pairs["untied"].params, open_checkpoint(path), tmp_path / "out")
+    files = {file.name for file in path.iterdir()} - {"training_state.bin"}
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "merges.txt"} < files
+    assert {file.name for file in out.iterdir()} == files
+    for name in files - {"config.json", "model.safetensors"}:
+        assert (out / name).read_bytes() == (path / name).read_bytes()
+    raw = json.loads((path / "config.json").read_text())
+    del raw["torch_dtype"]
+    assert json.loads((out / "config.json").read_text()) == raw | {"dtype": "float32"}
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "w7 w130"}], tokenize=False)
+    assert tokenizer(text)["input_ids"] == [1, 7, 130, 3]
+    assert [file.name for file in tmp_path.iterdir() if file.name != path.name] == ["out"]  # no half-written directory stays
+
+
+@pytest.mark.parametrize("name", ["bias", "tied"])
+@pytest.mark.parametrize("shard_bytes", [5 * 2**30, 9000], ids=["whole", "shards"])
+def test_transformers_loads_what_we_export(pairs, torch_logits, monkeypatch, rng, tmp_path, name, shard_bytes):
+    from transformers import AutoModelForCausalLM
+
+    pair = pairs[name]
+    monkeypatch.setattr(hf, "_SHARD_BYTES", shard_bytes)
+    trained = jax.tree.map(lambda x: x * 1.25, pair.params)
+    out = export(trained, pair.checkpoint, tmp_path / "out")
+    if shard_bytes == 9000:
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        shards = {file.name: load_file(file) for file in out.glob("*.safetensors")}
+        assert index["metadata"]["total_size"] == 4 * pair.checkpoint.num_parameters
+        assert index["weight_map"] == {tensor: file for file, shard in shards.items() for tensor in shard}
+        assert sorted(shards) == [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        assert all(len(shard) == 1 or sum(x.nbytes for x in shard.values()) <= 9000 for shard in shards.values())
+        assert any(len(shard) > 1 for shard in shards.values())
+    assert_same_bits(load_params(open_checkpoint(out), "float32"), trained)
+
+    loaded, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(report.values())  # no missing, unexpected or mismatched key
+    rows = rng.integers(0, 131, (2, 9)), np.ones((2, 9), np.int64)
+    expected = pair.model.state_dict()
+    assert all(np.array_equal(tensor.numpy(), expected[key].numpy() * np.float32(1.25)) for key, tensor in loaded.state_dict().items())
+    hidden = decoder.forward(trained, pair.config, *rows)
+    ours = np.asarray(hidden @ trained.get("head", trained["embedding"]).T)
+    np.testing.assert_allclose(ours, torch_logits(loaded.eval(), *rows), atol=2e-4, rtol=0)
+
+
+def test_export_refuses_what_does_not_fit(pairs, tmp_path):
+    pair = pairs["untied"]
+    narrow = pair.params | {"embedding": pair.params["embedding"][:, :-1]}
+    with pytest.raises(CheckpointError, match=re.escape("model.embed_tokens.weight (131, 23), expected (131, 24)")):
+        export(narrow, pair.checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(CheckpointError, match=r"export as 'float16'; expected one of \['bfloat16', 'float32'\]"):
+        export(pair.params, pair.checkpoint, tmp_path / "out", dtype="float16")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="full exists and is not empty"):
+        export(pair.params, pair.checkpoint, tmp_path / "full")
+    assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
+
+
+# Refusals
+
+
+@pytest.fixture
+def copy(pairs, tmp_path):
+    """copy(name, **config fields) -> a copy of that checkpoint to damage; a field set to None is null, to ... is absent."""
+
+    def copy(name, **fields):
+        path = tmp_path / "copy"
+        shutil.copytree(pairs[name].path, path)
+        raw = json.loads((path / "config.json").read_text()) | fields
+        (path / "config.json").write_text(json.dumps({key: value for key, value in raw.items() if value is not ...}))
+        return path
+
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"architectures": ["MambaForCausalLM"]}, r"MambaForCausalLM.*expected one of \['Qwen3ForCausalLM'\]"),
+        ({"architectures": ...}, "names the architecture nothing"),
+        ({"use_sliding_window": True}, "sets use_sliding_window; expected false"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'; expected 'silu'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}, "rope_type 'yarn'; expected 'default'"),
+        ({"rope_parameters": ..., "rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
+        ({"rope_parameters": ...}, "neither rope_parameters.rope_theta nor rope_theta"),
+        ({"rope_parameters": {"rope_type": "default"}}, "neither rope_parameters.rope_theta nor rope_theta"),
+    ],
+)
+def test_unsupported_models_are_refused(copy, fields, words):
+    with pytest.raises(UnsupportedModelError, match=words):
+        open_checkpoint(copy("untied", **fields))
+
+
+def test_config_without_a_field_is_refused(copy):
+    with pytest.raises(CheckpointError, match=r"config\.json lacks the field 'intermediate_size'"):
+        open_checkpoint(copy("untied", intermediate_size=...))
+
+
+def test_directory_without_config_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"has no config\.json; expected a Hugging Face checkpoint"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b'{"architectures": [', "is not valid JSON: .*line 1 column"), (b"\xff{}", "is not valid JSON: .*utf-8"), (b"[]", "holds a list")],
+)
+def test_broken_config_is_refused(tmp_path, content, words):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"config\.json {words}"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["/no/such/place", "./owner/name", "a/b/c", "justaname"])
+def test_neither_directory_nor_id_is_refused(path):
+    with pytest.raises(CheckpointError, match=f"'{re.escape(path)}' is no directory and no hub id"):
+        open_checkpoint(path)
+
+
+def test_hub_failure_is_named(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def offline(name, *, revision, allow_patterns):
+        raise LocalEntryNotFoundError(f"offline: {name}@{revision}")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(CheckpointError, match="the hub did not give it: offline: owner/absent@v1"):
+        open_checkpoint("owner/absent", revision="v1")
+
+
+def reload(path):
+    return load_params(open_checkpoint(path), "float32")
+
+
+NORM, EMBEDDING, HEAD = "model.layers.1.self_attn.q_norm.weight", "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("untied", lambda t: t.pop(NORM), [f"missing tensor {NORM}"]),
+        ("untied", lambda t: t.pop(HEAD), ["missing tensor lm_head.weight"]),
+        ("untied", lambda t: t.update({"model.layers.2.extra": t[NORM]}), ["unexpected tensor model.layers.2.extra"]),
+        ("untied", lambda t: t.update({NORM: t[NORM][:-1]}), [f"{NORM} has shape (9,); config.json implies (10,)"]),
+        ("untied", lambda t: t.update({"x": t.pop(NORM), HEAD: t[HEAD].T.copy()}),
+         [f"missing tensor {NORM}", "unexpected tensor x", "lm_head.weight has shape (24, 131); config.json implies (131, 24)"]),
+        ("tied", lambda t: t.update({HEAD: t[EMBEDDING] + 1}), ["unexpected tensor lm_head.weight"]),
+        ("tied", lambda t: t.update({HEAD: t.pop(EMBEDDING)}), ["missing tensor model.embed_tokens.weight", "unexpected tensor lm_head"]),
+    ],
+    ids=["missing", "missing head", "extra", "shape", "all at once", "untrue copy", "head alone"],
+)  # fmt: skip
+def test_wrong_tensors_are_all_named(copy, name, change, words):
+    path = copy(name)
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"does not hold the model that its config\.json describes") as error:
+        reload(path)
+    assert len(str(error.value).splitlines()) == 1 + len(words)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_many_wrong_tensors_are_counted(copy):
+    path = copy("untied", num_hidden_layers=5)
+    with pytest.raises(CheckpointError, match=r"and 13 more$"):  # 3 absent layers of 11 tensors, 20 of them listed
+        reload(path)
+
+
+def test_tied_checkpoint_may_store_its_head(copy, pairs):
+    path = copy("tied")
+    tensors = load_file(path / "model.safetensors")
+    save_file(tensors | {HEAD: tensors[EMBEDDING]}, path / "model.safetensors")
+    assert_same_bits(reload(path), pairs["tied"].params)
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 100, None], ids=["empty", "garbage", "truncated"])
+def test_corrupt_weights_are_refused(copy, content):
+    path = copy("untied")
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7] if content is None else content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a readable safetensors file"):
+        reload(path)
+
+
+def test_absent_weights_are_refused(copy):
+    path = copy("untied")
+    (path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
+        reload(path)
+
+
+def test_index_of_an_absent_file_is_refused(pairs, save):
+    path = save(pairs["untied"].model, max_shard_size="20KB")
+    shard = sorted(path.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=rf"index\.json names files that are not there: {re.escape(shard.name)}$"):
+        reload(path)
+
+
+def test_index_of_an_absent_tensor_is_refused(pairs, save):
+    path = save(pairs["untied"].model, max_shard_size="20KB")
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    other = next(file for file in index["weight_map"].values() if file != index["weight_map"][NORM])
+    index["weight_map"][NORM] = other
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=rf"{re.escape(other)} does not give the tensor {re.escape(NORM)}"):
+        reload(path)
+
+
+def test_index_without_weight_map_is_refused(copy):
+    path = copy("untied")
+    (path / "model.safetensors.index.json").write_text('{"metadata": {}}')
+    with pytest.raises(CheckpointError, match=r"index\.json has no weight_map"):
+        reload(path)
+
+
+def test_unknown_dtype_is_refused(pairs):
+    with pytest.raises(CheckpointError, match=r"load as 'float16'; expected one of \['bfloat16', 'float32'\]"):
+        load_params(pairs["untied"].checkpoint, "float16")

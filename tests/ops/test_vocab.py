@@ -1,0 +1,463 @@
+"""The tiled pass against plain dense logits: value, outputs and gradients, whatever the tile, the mesh and the garbage."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.test_util import check_grads
+
+from opdjax.ops.vocab import Columns, Head, VocabTile, head_logits, tiled_loss, tiled_stats
+
+ROWS, WIDTH, VOCAB, TEACHER_WIDTH = 8, 4, 11, 6
+LENGTH = 5  # 40 tokens, 5 on each of 8 devices: a tile of 3 divides neither
+TILES = [1, 3, 40, 64]
+
+
+def cross_entropy(student, teacher, row):
+    logprob = student.logprob(row.token)
+    return -logprob, {"logprob": logprob, "ratio": jnp.exp(logprob - row.behavior_logprob)}
+
+
+def reverse_kl(student, teacher, row):
+    kl = student.expect(student.logprobs - teacher.logprobs)
+    return kl, {"kl": kl, "entropy": -student.expect(student.logprobs)}
+
+
+def topk_forward_kl(student, teacher, row):
+    """Forward KL on the teacher's top 3, plus a renormalised term on the student's own top 2, scaled by a column."""
+    ids, own = teacher.top_k(3), student.top_k(2)
+    theirs, ours = teacher.logprob(ids), student.logprob(ids)
+    loss = jnp.sum(jnp.exp(theirs) * (theirs - ours), -1) + row.behavior_logprob * jax.nn.logsumexp(student.logprob(own), -1)
+    return loss, {"ids": own, "mass": jnp.sum(jnp.exp(ours), -1), "kept": ours}
+
+
+LOSSES = [cross_entropy, reverse_kl, topk_forward_kl]
+over_losses = pytest.mark.parametrize("token_loss", LOSSES, ids=lambda f: f.__name__)
+
+
+def problem(dtype=jnp.float64, seed=0, **head_options):
+    """(hidden, head, weights, columns, teacher): weights of both signs, some of them 0, one row of zeros only."""
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+    head = Head(normal(VOCAB, WIDTH), normal(VOCAB), **head_options)
+    teacher_head = Head(normal(VOCAB, TEACHER_WIDTH), valid_vocab=head_options.get("valid_vocab"))
+    weights = jnp.asarray(rng.normal(size=(ROWS, LENGTH)) * (rng.random((ROWS, LENGTH)) < 0.7), dtype).at[:, 0].set(0).at[2].set(0)
+    n_ids = head_options.get("valid_vocab") or VOCAB
+    columns = Columns(jnp.asarray(rng.integers(0, n_ids, (ROWS, LENGTH)), jnp.int32), behavior_logprob=-jnp.abs(normal(ROWS, LENGTH)))
+    return normal(ROWS, LENGTH, WIDTH), head, weights, columns, (normal(ROWS, LENGTH, TEACHER_WIDTH), teacher_head)
+
+
+def dense_logits(hidden, head):
+    logits = hidden @ head.kernel.T + (0 if head.bias is None else head.bias)
+    logits = logits if head.softcap is None else head.softcap * jnp.tanh(logits / head.softcap)
+    valid = head.kernel.shape[0] if head.valid_vocab is None else head.valid_vocab
+    return jnp.pad(logits[..., :valid] / head.temperature, ((0, 0), (0, head.kernel.shape[0] - valid)), constant_values=-jnp.inf)
+
+
+def dense_loss(token_loss, hidden, head, weights, columns, teacher=None):
+    """The reference: logits of all tokens at once, plain autodiff. Column t >= 1 is predicted by hidden column t - 1."""
+    tile_of = lambda states, head: VocabTile(dense_logits(states[:, :-1].reshape(-1, states.shape[-1]), head))  # noqa: E731
+    flat = lambda x: x[:, 1:].reshape(-1)  # noqa: E731
+    student, taught = tile_of(hidden, head), None if teacher is None else tile_of(*teacher)
+    losses, outputs = token_loss(student, taught, jax.tree.map(flat, columns))
+    is_live = weights[:, 1:] != 0
+
+    def place(x):
+        x = x.reshape(*is_live.shape, *x.shape[1:])
+        x = jnp.where(is_live.reshape(*is_live.shape, *[1] * (x.ndim - 2)), x, 0)
+        return jnp.concatenate([jnp.zeros_like(x[:, :1]), x], axis=1)
+
+    return jnp.sum(flat(weights) * losses), jax.tree.map(place, outputs)
+
+
+def value_outputs_gradients(loss, hidden, head, *rest):
+    (value, outputs), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(hidden, head, *rest)
+    return value, outputs, gradients
+
+
+def assert_close(actual, expected, tolerance):
+    """Every leaf to `tolerance`, relative to the largest entry of the expected leaf (at least 1)."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        assert a.shape == e.shape
+        np.testing.assert_allclose(a, e, rtol=0, atol=tolerance * max(1.0, np.abs(e).max()))
+
+
+def mesh_of_eight():
+    return jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+# ---- VocabTile and head_logits, by hand
+
+
+def test_vocab_tile_by_hand():
+    tile = VocabTile(jnp.log(jnp.array([[1.0, 2.0, 5.0], [3.0, 3.0, 2.0]])))
+    np.testing.assert_allclose(tile.logsumexp, np.log([8.0, 8.0]), rtol=1e-6)
+    np.testing.assert_allclose(tile.logprobs, np.log([[1 / 8, 2 / 8, 5 / 8], [3 / 8, 3 / 8, 2 / 8]]), rtol=1e-6)
+    np.testing.assert_allclose(tile.logprob(jnp.array([2, 0])), np.log([5 / 8, 3 / 8]), rtol=1e-6)
+    np.testing.assert_allclose(tile.logprob(jnp.array([[2, 0], [2, 2]])), np.log([[5 / 8, 1 / 8], [2 / 8, 2 / 8]]), rtol=1e-6)
+    np.testing.assert_allclose(tile.expect(jnp.array([[8.0, 4.0, -1.6], [0.0, 8.0, 4.0]])), [1 + 1 - 1, 3 + 1], rtol=1e-6)
+    np.testing.assert_array_equal(tile.top_k(2), [[2, 1], [0, 1]])
+    np.testing.assert_array_equal(tile.top_k(9), [[2, 1, 0], [0, 1, 2]])
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 7.0])
+def test_expect_gives_ids_of_probability_zero_no_part(garbage):
+    logits = jnp.log(jnp.array([[1.0, 3.0, 0.0]]))  # probabilities 1/4, 3/4, 0
+    f = jnp.array([[1.0, 2.0, garbage]])
+    value, (dlogits, df) = jax.value_and_grad(lambda logits, f: VocabTile(logits).expect(f)[0], (0, 1))(logits, f)
+    np.testing.assert_allclose(value, 1.75, rtol=1e-6)
+    np.testing.assert_allclose(dlogits, [[0.25 * (1 - 1.75), 0.75 * (2 - 1.75), 0]], rtol=1e-6)
+    np.testing.assert_allclose(df, [[0.25, 0.75, 0]], rtol=1e-6)
+    assert VocabTile(logits).logprobs[0, 2] == -jnp.inf
+
+
+def test_divergence_of_two_padded_tiles_is_finite():
+    student = jnp.log(jnp.array([[1.0, 3.0, 0.0, 0.0]]))
+    teacher = VocabTile(jnp.log(jnp.array([[1.0, 1.0, 0.0, 0.0]])))
+    kl = lambda logits: VocabTile(logits).expect(VocabTile(logits).logprobs - teacher.logprobs)[0]  # noqa: E731
+    value, gradient = jax.value_and_grad(kl)(student)
+    expected = 0.25 * np.log(0.5) + 0.75 * np.log(1.5)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient, [[0.25 * (np.log(0.5) - expected), 0.75 * (np.log(1.5) - expected), 0, 0]], rtol=1e-5)
+
+
+def test_head_logits_by_hand():
+    head = Head(jnp.array([[1.0, 0.0], [0.0, 2.0], [9.0, 9.0]]), jnp.array([0.5, -0.5, 9.0]), softcap=4.0, valid_vocab=2, temperature=2.0)
+    logits = head_logits(head, jnp.array([[1.5, 2.25]]))  # raw: 2, 4
+    np.testing.assert_allclose(logits, [[2 * np.tanh(0.5), 2 * np.tanh(1.0), -np.inf]], rtol=1e-6)
+
+
+# ---- the one shift by one, by hand
+
+
+def test_hidden_of_the_column_before_predicts_the_token():
+    tokens = jnp.array([[2, 0, 1, 2]])
+    # Column t holds log 2 at the id of token t + 1: its probability is then 2 / (2 + 1 + 1); any other column gives it 1 / 4.
+    hidden = jnp.log(2.0) * jax.nn.one_hot(jnp.array([[0, 1, 2, 0]]), 3)
+    hidden = hidden.at[:, -1].set(jnp.nan)  # predicts a token that is not there
+    teacher = (jnp.zeros((1, 4, 1)).at[:, -1].set(jnp.nan), Head(jnp.zeros((3, 1))))  # uniform
+    weights = jnp.array([[0.0, 1.0, 10.0, 100.0]])
+
+    def loss(student, teacher, row):
+        logprob = student.logprob(row.token)
+        return -logprob, {"logprob": logprob, "kl": student.expect(student.logprobs - teacher.logprobs)}
+
+    def total(hidden):
+        return tiled_loss(loss, hidden, Head(jnp.eye(3)), weights, Columns(tokens), teacher, tile=2)
+
+    (value, outputs), gradient = jax.value_and_grad(total, has_aux=True)(hidden)
+    np.testing.assert_allclose(value, 111 * np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(outputs["logprob"], [[0, *[np.log(0.5)] * 3]], rtol=1e-6)
+    np.testing.assert_allclose(outputs["kl"], [[0, *[0.5 * np.log(1.5) + 0.5 * np.log(0.75)] * 3]], rtol=1e-5)
+    expected = [[-0.5, 0.25, 0.25], [2.5, -5, 2.5], [25, 25, -50], [0, 0, 0]]  # w * (p - one-hot)
+    np.testing.assert_allclose(gradient[0], expected, rtol=1e-6)
+
+
+# ---- against the dense reference
+
+
+@over_losses
+@pytest.mark.parametrize("tile", TILES)
+def test_equals_dense_in_float64(x64, token_loss, tile):
+    args = problem()
+    actual = value_outputs_gradients(partial(tiled_loss, token_loss, tile=tile), *args)
+    assert_close(actual, value_outputs_gradients(partial(dense_loss, token_loss), *args), 1e-10)
+
+
+@over_losses
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["without_jit", "with_jit"])
+def test_equals_dense_in_float32(token_loss, jit):
+    args = problem(jnp.float32)
+    (value, outputs), gradients = jit(jax.value_and_grad(partial(tiled_loss, token_loss, tile=3), (0, 1), has_aux=True))(*args)
+    assert_close((value, outputs, gradients), value_outputs_gradients(partial(dense_loss, token_loss), *args), 1e-5)
+
+
+@over_losses
+@pytest.mark.parametrize("tile", [3, 64])
+def test_sharded_equals_unsharded(x64, token_loss, tile):
+    args, mesh = problem(), mesh_of_eight()
+    actual = value_outputs_gradients(partial(tiled_loss, token_loss, tile=tile, mesh=mesh), *args)
+    assert_close(actual, value_outputs_gradients(partial(tiled_loss, token_loss, tile=tile), *args), 1e-12)
+    assert_close(actual, value_outputs_gradients(partial(dense_loss, token_loss), *args), 1e-10)
+
+
+def test_sharded_takes_distributed_rows(x64):
+    hidden, head, weights, columns, (teacher_hidden, teacher_head) = args = problem()
+    mesh = mesh_of_eight()
+    rows = lambda x: jax.device_put(x, NamedSharding(mesh, P("data")))  # noqa: E731
+    everywhere = lambda x: jax.device_put(x, NamedSharding(mesh, P()))  # noqa: E731
+    placed = rows(hidden), everywhere(head), rows(weights), rows(columns), (rows(teacher_hidden), everywhere(teacher_head))
+    actual = value_outputs_gradients(partial(tiled_loss, reverse_kl, tile=3, mesh=mesh), *placed)
+    assert_close(actual, value_outputs_gradients(partial(dense_loss, reverse_kl), *args), 1e-10)
+    assert actual[2][0].sharding.is_equivalent_to(NamedSharding(mesh, P("data")), 3)
+    assert actual[2][1].kernel.sharding.is_fully_replicated
+
+
+@over_losses
+@pytest.mark.parametrize(
+    "options", [{"softcap": 1.5}, {"temperature": 0.6}, {"valid_vocab": 9, "softcap": 2.0, "temperature": 1.7}], ids=str
+)
+def test_head_options(x64, token_loss, options):
+    args = problem(seed=1, **options)
+    actual = value_outputs_gradients(partial(tiled_loss, token_loss, tile=7), *args)
+    assert_close(actual, value_outputs_gradients(partial(dense_loss, token_loss), *args), 1e-10)
+    n_valid = options.get("valid_vocab", VOCAB)
+    assert np.all(np.isfinite(actual[2][0]))
+    np.testing.assert_array_equal(actual[2][1].kernel[n_valid:], 0)
+    np.testing.assert_array_equal(actual[2][1].bias[n_valid:], 0)
+    assert np.all(np.abs(actual[2][1].kernel[:n_valid]).max(1) > 0)
+
+
+def test_padded_ids_stand_for_no_token(x64):
+    """The head cut at `valid_vocab` gives the same numbers, whatever the padded rows hold."""
+    hidden, head, weights, columns, (teacher_hidden, teacher_head) = problem(valid_vocab=9)
+    head = Head(head.kernel.at[9:].set(1e6), head.bias, valid_vocab=9)
+    padded = value_outputs_gradients(
+        partial(tiled_loss, reverse_kl, tile=7), hidden, head, weights, columns, (teacher_hidden, teacher_head)
+    )
+    cut = value_outputs_gradients(
+        partial(tiled_loss, reverse_kl, tile=7),
+        hidden, Head(head.kernel[:9], head.bias[:9]), weights, columns, (teacher_hidden, Head(teacher_head.kernel[:9])),
+    )  # fmt: skip
+    assert_close(padded[:2], cut[:2], 1e-12)
+    assert_close((padded[2][0], padded[2][1].kernel[:9], padded[2][1].bias[:9]), (cut[2][0], cut[2][1].kernel, cut[2][1].bias), 1e-12)
+
+
+def test_tied_embedding_gets_both_parts(x64):
+    hidden, head, weights, columns, teacher = problem()
+
+    def through(loss, embedding):
+        states = jnp.tanh(embedding[columns.token] @ jnp.arange(16.0).reshape(4, 4) / 8)
+        return loss(states, Head(embedding), weights, columns, teacher)[0]
+
+    gradient = lambda loss: jax.jit(jax.grad(partial(through, loss)))(head.kernel)  # noqa: E731
+    actual = gradient(partial(tiled_loss, reverse_kl, tile=3))
+    assert_close(actual, gradient(partial(dense_loss, reverse_kl)), 1e-10)
+    assert np.abs(actual - gradient(partial(tiled_loss, reverse_kl, tile=3, head_grad=False))).max() > 1e-3
+
+
+@pytest.mark.parametrize("is_sharded", [False, True], ids=["one_device", "sharded"])
+def test_without_head_gradient(x64, is_sharded):
+    args, mesh = problem(), mesh_of_eight() if is_sharded else None
+    full = value_outputs_gradients(partial(tiled_loss, reverse_kl, tile=3), *args)
+    value, outputs, (dhidden, dhead) = value_outputs_gradients(partial(tiled_loss, reverse_kl, tile=3, head_grad=False, mesh=mesh), *args)
+    assert_close((value, outputs, dhidden), (*full[:2], full[2][0]), 1e-12)
+    np.testing.assert_array_equal(dhead.kernel, 0)
+    np.testing.assert_array_equal(dhead.bias, 0)
+
+
+def test_nothing_but_hidden_and_head_gets_a_gradient():
+    args = problem(jnp.float32)
+    loss = lambda weights, columns, teacher: tiled_loss(reverse_kl, *args[:2], weights, columns, teacher, tile=3)[0]  # noqa: E731
+    gradients = jax.grad(loss, (0, 1, 2), allow_int=True)(*args[2:])
+    for gradient in (gradients[0], gradients[1].behavior_logprob, gradients[2][0], gradients[2][1].kernel):
+        np.testing.assert_array_equal(gradient, 0)
+
+
+def test_outputs_are_detached(x64):
+    hidden, head, weights, columns, teacher = problem()
+
+    def with_outputs(hidden, share):
+        value, outputs = tiled_loss(reverse_kl, hidden, head, weights, columns, teacher, tile=3)
+        return value + share * jnp.sum(outputs["kl"])
+
+    np.testing.assert_array_equal(jax.grad(with_outputs)(hidden, 5.0), jax.grad(with_outputs)(hidden, 0.0))
+
+
+def test_upstream_cotangent_scales_the_gradient(x64):
+    hidden, head, *rest = problem()
+    loss = lambda f, hidden, head: f(tiled_loss(reverse_kl, hidden, head, *rest, tile=3)[0])  # noqa: E731
+    value = loss(lambda x: x, hidden, head)
+    plain = jax.grad(partial(loss, lambda x: x), (0, 1))(hidden, head)
+    assert_close(jax.grad(partial(loss, lambda x: 3 * x), (0, 1))(hidden, head), jax.tree.map(lambda g: 3 * g, plain), 1e-12)
+    assert_close(jax.grad(partial(loss, jnp.sin), (0, 1))(hidden, head), jax.tree.map(lambda g: jnp.cos(value) * g, plain), 1e-12)
+
+
+@over_losses
+def test_numerical_gradient(x64, token_loss):
+    hidden, head, *rest = problem(softcap=3.0)
+    loss = lambda hidden, kernel, bias: tiled_loss(token_loss, hidden, Head(kernel, bias, softcap=3.0), *rest, tile=3)[0]  # noqa: E731
+    check_grads(jax.jit(loss), (hidden, head.kernel, head.bias), order=1, modes=["rev"])
+
+
+# ---- tokens that do not count
+
+
+def with_garbage(hidden, weights, columns, teacher):
+    """NaN, and ids out of range, in every slot that no token of non-zero weight reads."""
+    is_dead = weights == 0
+    is_unread = jnp.concatenate([is_dead[:, 1:], jnp.ones((ROWS, 1), bool)], axis=1)[..., None]  # the shift
+    columns = Columns(jnp.where(is_dead, 10**6, columns.token), behavior_logprob=jnp.where(is_dead, jnp.nan, columns.behavior_logprob))
+    return jnp.where(is_unread, jnp.nan, hidden), weights, columns, (jnp.where(is_unread, jnp.nan, teacher[0]), teacher[1])
+
+
+@over_losses
+@pytest.mark.parametrize("tile", [1, 7])
+@pytest.mark.parametrize("is_sharded", [False, True], ids=["one_device", "sharded"])
+def test_garbage_where_the_weight_is_zero_changes_nothing(x64, token_loss, tile, is_sharded):
+    hidden, head, *rest = problem()
+    dirty, *dirty_rest = with_garbage(hidden, *rest)
+    loss = partial(tiled_loss, token_loss, tile=tile, mesh=mesh_of_eight() if is_sharded else None)
+    clean = value_outputs_gradients(loss, hidden, head, *rest)
+    for a, b in zip(jax.tree.leaves(value_outputs_gradients(loss, dirty, head, *dirty_rest)), jax.tree.leaves(clean)):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_recipe_undefined_where_the_weight_is_zero(x64):
+    """A dead slot enters as zeros; a recipe that divides by one of its columns must not leak the infinity."""
+    hidden, head, weights, columns, _ = problem()
+    ratio = lambda s, t, row: (s.logprob(row.token) / row.behavior_logprob, None)  # noqa: E731
+    columns = Columns(columns.token, behavior_logprob=jnp.where(weights == 0, 0, columns.behavior_logprob))
+    actual = value_outputs_gradients(partial(tiled_loss, ratio, tile=7), hidden, head, weights, columns)
+    safe = Columns(columns.token, behavior_logprob=jnp.where(weights == 0, -1, columns.behavior_logprob))
+    assert_close(actual, value_outputs_gradients(partial(dense_loss, ratio), hidden, head, weights, safe), 1e-10)
+
+
+@pytest.mark.parametrize("is_sharded", [False, True], ids=["one_device", "sharded"])
+def test_no_weight_no_loss(is_sharded):
+    hidden, head, weights, *rest = problem(jnp.float32)
+    nothing = jnp.full_like(hidden, jnp.nan)
+    loss = partial(tiled_loss, reverse_kl, tile=3, mesh=mesh_of_eight() if is_sharded else None)
+    for leaf in jax.tree.leaves(value_outputs_gradients(loss, nothing, head, jnp.zeros_like(weights), *rest)):
+        np.testing.assert_array_equal(leaf, 0)
+
+
+# ---- tiled_stats
+
+
+@pytest.mark.parametrize("is_sharded", [False, True], ids=["one_device", "sharded"])
+def test_stats_equal_dense(x64, is_sharded):
+    hidden, head, weights, columns, teacher = problem(valid_vocab=9)
+    hidden, weights, columns, teacher = with_garbage(hidden, weights, columns, teacher)
+    clean_hidden, _, _, clean_columns, clean_teacher = problem(valid_vocab=9)
+    stat = lambda *tiles: topk_forward_kl(*tiles)[1] | reverse_kl(*tiles)[1] | cross_entropy(*tiles)[1]  # noqa: E731
+    _, expected = dense_loss(lambda *tiles: (0.0, stat(*tiles)), clean_hidden, head, weights, clean_columns, clean_teacher)
+    for tile in (1, 3, 64):
+        mesh = mesh_of_eight() if is_sharded else None
+        actual = jax.jit(partial(tiled_stats, stat, tile=tile, mesh=mesh))(hidden, head, weights != 0, columns, teacher)
+        assert_close(actual, expected, 1e-10)
+        assert actual["ids"].dtype == jnp.int32
+
+
+def test_stats_inside_a_differentiated_function(x64):
+    """A recipe's `prepare` runs inside value_and_grad: statistics are constants there."""
+    hidden, head, weights, columns, teacher = problem()
+
+    def loss(hidden):
+        stats = tiled_stats(lambda s, t, row: s.logprob(row.token), hidden, head, weights != 0, columns, tile=3)
+        return jnp.sum(stats * hidden[..., 0])
+
+    stats = tiled_stats(lambda s, t, row: s.logprob(row.token), hidden, head, weights != 0, columns, tile=3)
+    np.testing.assert_allclose(jax.grad(loss)(hidden)[..., 0], stats, rtol=1e-12)
+
+
+# ---- long sums
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)], ids=["float32", "bfloat16"])
+def test_sums_over_32768_tokens(dtype, tolerance):
+    """Against numpy in float64 from the same inputs: sums in float32 whatever the type of the hidden states and the head."""
+    rng = np.random.default_rng(0)
+    rows, length, width, vocab = 8, 4096, 4, 13
+    hidden = jnp.asarray(rng.normal(size=(rows, length, width)), dtype)
+    kernel = jnp.asarray(rng.normal(size=(vocab, width)), dtype)
+    tokens = rng.integers(0, vocab, (rows, length))
+    weights = np.full((rows, length), 1 / (rows * length), np.float32)
+    weights[:, 0] = 0
+
+    loss = lambda h, k: tiled_loss(lambda s, t, row: (-s.logprob(row.token), None), h, Head(k), weights, Columns(tokens), tile=1024)[0]  # noqa: E731
+    value, (dhidden, dkernel) = jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, kernel)
+
+    states, w, k = np.asarray(hidden, np.float64)[:, :-1].reshape(-1, width), weights[:, 1:].reshape(-1), np.asarray(kernel, np.float64)
+    logits = states @ k.T
+    logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    at_token = np.arange(len(w)), tokens[:, 1:].reshape(-1)
+    dlogits = np.exp(logprobs)
+    dlogits[at_token] -= 1
+    dlogits *= w[:, None]
+    relative = lambda a, e: np.linalg.norm(np.asarray(a, np.float64) - e) / np.linalg.norm(e)  # noqa: E731
+    assert relative(value, -(w * logprobs[at_token]).sum()) < 1e-5
+    assert relative(dkernel, dlogits.T @ states) < tolerance
+    assert relative(dhidden[:, :-1].reshape(-1, width), dlogits @ k) < tolerance
+    assert (value.dtype, dhidden.dtype, dkernel.dtype) == (jnp.float32, dtype, dtype)
+
+
+# ---- what the compiler makes of it
+
+
+def computations(hlo):
+    """{computation: its lines} of an HLO module in text form."""
+    found, name = {}, None
+    for line in hlo.splitlines():
+        header = re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
+        if header and not line.startswith(" "):
+            name, found[header[1]] = header[1], []
+        elif name is not None:
+            found[name].append(line)
+    return found
+
+
+def inside_while_loops(hlo):
+    """The lines of every computation that runs inside a while body, called ones included."""
+    found = computations(hlo)
+    waiting = [name for lines in found.values() for line in lines for name in re.findall(r"body=%?([\w.\-]+)", line)]
+    assert waiting
+    visited = set()
+    while waiting:
+        name = waiting.pop()
+        if name not in visited:
+            visited.add(name)
+            waiting += [word for line in found[name] for word in re.findall(r"%?([\w.\-]+)", line.split("=", 1)[-1]) if word in found]
+    return [line for name in visited for line in found[name]]
+
+
+def largest_array(hlo):
+    return max(np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"\w\[([\d,]+)\]", hlo))
+
+
+COLLECTIVE = re.compile(r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
+
+
+def test_compiled_program_holds_no_logits_and_reduces_once():
+    mesh, rows, length, vocab, width = mesh_of_eight(), 8, 512, 1000, 16
+    shape = lambda spec, *dims, dtype=jnp.float32: jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, spec))  # noqa: E731
+    hidden, kernel = shape(P("data"), rows, length, width), Head(shape(P(), vocab, width), shape(P(), vocab))
+    weights, columns = shape(P("data"), rows, length), Columns(shape(P("data"), rows, length, dtype=jnp.int32))
+    args = hidden, kernel, weights, columns, (hidden, kernel)
+
+    def compiled_text(loss):
+        return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True)).lower(*args).compile().as_text()
+
+    dense, tiled = compiled_text(partial(dense_loss, reverse_kl)), compiled_text(partial(tiled_loss, reverse_kl, tile=64, mesh=mesh))
+    assert largest_array(dense) >= (length - 1) * vocab  # the check can fail
+    assert largest_array(tiled) <= rows * length * width  # the hidden states; a tile of logits is 64 * 1000
+    assert not re.search(r"\[(\d+,)*(512|4096),1000\]", tiled)
+    assert f"[64,{vocab}]" in tiled
+    assert COLLECTIVE.search(tiled)
+    assert [line for line in inside_while_loops(tiled) if "[64,1000]" in line]
+    assert not [line for line in inside_while_loops(tiled) if COLLECTIVE.search(line)]
+
+
+def test_without_head_gradient_no_accumulator():
+    """head_grad=False: two matmuls a tile instead of three, and nothing of the head's size is summed or sent."""
+    mesh, vocab, width = mesh_of_eight(), 600, 64
+    hidden, head, columns = jnp.zeros((8, 16, width)), Head(jnp.zeros((vocab, width))), Columns(jnp.zeros((8, 16), jnp.int32))
+    loss = lambda s, t, row: (-s.logprob(row.token), None)  # noqa: E731
+
+    def compiled(head_grad):
+        pass_ = lambda h, k: tiled_loss(loss, h, k, jnp.ones((8, 16)), columns, tile=8, head_grad=head_grad, mesh=mesh)[0]  # noqa: E731
+        return jax.jit(jax.value_and_grad(pass_, (0, 1))).lower(hidden, head).compile()
+
+    with_head, without = compiled(True), compiled(False)
+    reduced = re.compile(rf"= .*\[{vocab},{width}\].* all-reduce(-start)?\(")
+    assert reduced.search(with_head.as_text())
+    assert not reduced.search(without.as_text())
+    one_matmul = 2 * 8 * vocab * width
+    assert with_head.cost_analysis()["flops"] - without.cost_analysis()["flops"] >= one_matmul
