@@ -151,7 +151,7 @@ def test_cache_equals_full_forward(rng, widths):
     assert not cache.segment_ids[:, 11:].any()
 
 
-PACKED = np.zeros((5, 12), np.int32)  # as many rows as there are segments, so that both layouts share one compilation
+PACKED = np.zeros((6, 12), np.int32)  # as many rows as there are segments, so that both layouts share one compilation
 PACKED[:2] = [1, 1, 1, 1, 2, 2, 2, 2, 2, 3, 0, 0], [0, 7, 7, 1, 1, 1, 1, 1, 1, 2, 2, 2]
 
 

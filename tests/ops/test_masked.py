@@ -69,7 +69,9 @@ def test_sequence_index_by_hand():
     expected = [[0, 0, 0, 1, 1, 1, 2, 2], [0, 0, 1, 2, 2, 2, 2, 3]]
     np.testing.assert_array_equal(sequence_index(SEGMENTS), expected)
     # An id that comes back after another one names a new sequence.
-    np.testing.assert_array_equal(sequence_index(jnp.array([[5, 5, 1, 5], [0, 0, 0, 0], [4, 3, 2, 1]])), [[0, 0, 1, 2], [0] * 4, [0, 1, 2, 3]])
+    np.testing.assert_array_equal(
+        sequence_index(jnp.array([[5, 5, 1, 5], [0, 0, 0, 0], [4, 3, 2, 1]])), [[0, 0, 1, 2], [0] * 4, [0, 1, 2, 3]]
+    )
 
 
 @JITS
@@ -134,4 +136,4 @@ def test_garbage_in_masked_slots_changes_neither_value_nor_gradient(reduce, garb
 def test_numerical_gradients(x64):
     x = jnp.asarray(np.random.default_rng(0).normal(size=VALUES.shape))
     for reduce in (masked_mean, masked_std, lambda x, mask: reverse_discounted_sum(x, mask, SEGMENTS, 0.7)):
-        check_grads(lambda x, reduce=reduce: reduce(x, LIVE), (x,), order=1, modes=["rev"])
+        check_grads(jax.jit(lambda x, reduce=reduce: reduce(x, LIVE)), (x,), order=1, modes=["rev"])
