@@ -269,7 +269,7 @@ def main() -> None:
     parser.add_argument("--pick", action="store_true", help="choose and write the pair instead of training")
     parser.add_argument("--out", type=pathlib.Path, default=PACKAGE / "assets" / "mini_pair")
     parser.add_argument("--teacher-step", type=int, default=0, help="0: the last step")
-    parser.add_argument("--student-step", type=int, default=1000)
+    parser.add_argument("--student-step", type=int, default=1800)
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=192)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
