@@ -11,8 +11,8 @@ def get_config() -> Config:
         data=DataConfig(source="arithmetic:train", max_prompt_length=32),
         sampling=SamplingConfig(num_generations=1, max_completion_length=24),
         estimator=EstimatorConfig(recipe="vopd", baseline="full", aggregation="token_mean"),
-        optimizer=OptimizerConfig(learning_rate=5e-4, schedule="constant", warmup_steps=5, b2=0.98, max_grad_norm=1.0),
-        train=TrainConfig(num_steps=150, prompts_per_step=64),
+        optimizer=OptimizerConfig(learning_rate=3e-4, schedule="cosine", warmup_steps=5, b2=0.98, max_grad_norm=1.0),
+        train=TrainConfig(num_steps=200, prompts_per_step=128),
         evaluation=EvaluationConfig(num_prompts=512, num_samples=8, max_completion_length=24, extra_temperatures=(0.7, 0.5)),
         log=LogConfig(samples_every=50),
     )

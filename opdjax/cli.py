@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from opdjax.config import Config, ConfigError, DataConfig, EvaluationConfig, ModelConfig, nearest
+from opdjax.config import Config, ConfigError, DataConfig, EvaluationConfig, ModelConfig, SamplingConfig, nearest
 
 
 def main() -> None:
@@ -44,14 +44,17 @@ def _usage() -> str:
 def load_experiment(file: str) -> Config:
     """The config that an experiment file's `get_config()` returns."""
     path = pathlib.Path(file)
-    if not path.is_file():
-        raise ConfigError(f"there is no experiment file {file!r}")
+    if not path.is_file() or path.suffix != ".py":
+        raise ConfigError(f"there is no experiment file {file!r}; expected a Python file with get_config()")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if "get_config" not in vars(module):
-        raise ConfigError(f"{file} defines no get_config()")
-    config = module.get_config()
+    try:
+        spec.loader.exec_module(module)
+        if "get_config" not in vars(module):
+            raise ConfigError(f"{file} defines no get_config()")
+        config = module.get_config()
+    except (SyntaxError, NameError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{file} does not run: {type(error).__name__}: {error}") from error
     if not isinstance(config, Config):
         raise ConfigError(f"get_config() of {file} returned a {type(config).__name__}; expected a Config")
     return config
@@ -123,10 +126,14 @@ def sample(arguments: list[str]) -> None:
 
         if not prompts:
             raise ConfigError("no prompt given; expected one or more texts after the model")
+        # The checks of a run's config; a temperature of 0 is greedy here and not for rollouts that are trained on.
+        SamplingConfig(num_generations, max_completion_length, temperature or 1.0, top_p, top_k, min_p)
+        Config(seed=seed)
+        data = dataclasses.replace(data, source="the command line", overlong="error")
         checkpoint = open_checkpoint(model)
         tokenizer = load_tokenizer(checkpoint.path)
         params = load_params(checkpoint, compute_dtype(ModelConfig(model, dtype=dtype)))
-        encoded = encode_prompts([Prompt(text) for text in prompts], dataclasses.replace(data, overlong="error"), tokenizer, tokenizer)
+        encoded = encode_prompts([Prompt(text) for text in prompts], data, tokenizer, tokenizer)
         decoding = Decoding(
             max_completion_length, stop_ids(checkpoint, tokenizer), temperature, top_k, top_p, min_p, valid_vocab=valid_vocab(tokenizer)
         )

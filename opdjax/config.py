@@ -37,6 +37,11 @@ def _require_sampling(section: str, sampling: Any) -> None:
     _require(sampling.top_k >= 0, f"{section}.top_k", sampling.top_k, "0 (off) or more")
 
 
+def _require_seed(field: str, seed: int) -> None:
+    """Random bit generators take no negative seed, jitted functions no more than 31 bits."""
+    _require(0 <= seed < 2**31, field, seed, "from 0 to 2147483647")
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A model of the run."""
@@ -134,6 +139,7 @@ class OptimizerConfig:
         _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
         _require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, "optimizer.b1, b2", (self.b1, self.b2), "each at least 0 and less than 1")
         _require(self.epsilon > 0, "optimizer.epsilon", self.epsilon, "more than 0")
+        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 (off) or more")
         _require(self.max_grad_norm >= 0, "optimizer.max_grad_norm", self.max_grad_norm, "0 (off) or more")
 
 
@@ -175,6 +181,7 @@ class EvaluationConfig:
         _require_sampling("evaluation", self)
         _require(all(t > 0 for t in self.extra_temperatures), "evaluation.extra_temperatures", self.extra_temperatures, "more than 0 each")
         _require(self.every >= 0, "evaluation.every", self.every, "0 (off) or more")
+        _require_seed("evaluation.seed", self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +239,11 @@ class Config:
     seed: int = 0  # of prompts, rollouts and everything else that is drawn
 
     def __post_init__(self):
+        # Sections made in Python are held to the types that a file is held to: a wrong one would surface only when it is read back.
+        hints = typing.get_type_hints(Config)
+        for name, value in dataclasses.asdict(self).items():
+            _convert(hints[name], value, name)
+        _require_seed("seed", self.seed)
         rows = self.train.prompts_per_step * self.sampling.num_generations
         parts = self.train.gradient_accumulation_steps
         _require(rows % parts == 0, "train.gradient_accumulation_steps", parts, f"a divisor of the {rows} rows a step")
@@ -262,8 +274,9 @@ def from_dict(cls: type, values: dict[str, Any], path: str = "") -> Any:
 
 def nearest(name: str, valid: typing.Iterable[str]) -> str:
     """`did you mean 'x'?`, or the list of valid names where none is near."""
-    close = difflib.get_close_matches(name, list(valid), n=1)
-    return f"did you mean {close[0]!r}?" if close else f"expected one of {sorted(valid)}"
+    valid = sorted(valid)
+    close = difflib.get_close_matches(name, valid, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"expected one of {valid}"
 
 
 def differences(left: dict[str, Any], right: dict[str, Any], path: str = "") -> list[str]:

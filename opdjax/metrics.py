@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 import sys
 import time
@@ -26,7 +27,8 @@ class MetricWriter:
 
     def write(self, step: int, metrics: Metrics) -> None:
         """One row a step."""
-        append_lines(self._file, [{"step": step, **metrics}])
+        # JSON has no NaN: a step whose loss was not finite shows null.
+        append_lines(self._file, [{"step": step} | {name: value if math.isfinite(value) else None for name, value in metrics.items()}])
         if self._events is not None:
             for name, value in metrics.items():
                 self._events.add_scalar(name, value, step)

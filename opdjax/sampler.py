@@ -178,19 +178,23 @@ def invert_cdf(weights: Float[Array, "B V"], uniform: Float[Array, " B"]) -> Int
     batch, vocab = weights.shape
     block = 1 << max(3, (vocab.bit_length() + 1) // 2)
     blocks = jnp.pad(weights, ((0, 0), (0, -vocab % block))).reshape(batch, -1, block)
-    sums = jnp.cumsum(jnp.sum(blocks, axis=-1), axis=-1)
+    totals = jnp.sum(blocks, axis=-1)
+    sums = jnp.cumsum(totals, axis=-1)
     target = uniform * sums[:, -1]
-    chosen = _first_above(sums, target)
+    chosen = _first_above(sums, totals > 0, target)
     before = jnp.where(chosen > 0, _at(sums, jnp.maximum(chosen - 1, 0)), 0)
     inside = jnp.take_along_axis(blocks, chosen[:, None, None], axis=1)[:, 0]
-    return (chosen * block + _first_above(jnp.cumsum(inside, axis=-1), target - before)).astype(jnp.int32)
+    return (chosen * block + _first_above(jnp.cumsum(inside, axis=-1), inside > 0, target - before)).astype(jnp.int32)
 
 
-def _first_above(sums: Float[Array, "B N"], target: Float[Array, " B"]) -> Int[Array, " B"]:
-    """First index whose running sum exceeds the target; rounding may leave none, then the last index that adds weight."""
-    count = jnp.sum(sums <= target[:, None], axis=-1)
-    last = jnp.sum(sums < sums[:, -1:], axis=-1)
-    return jnp.minimum(count, last)
+def _first_above(sums: Float[Array, "B N"], is_live: Bool[Array, "B N"], target: Float[Array, " B"]) -> Int[Array, " B"]:
+    """First live index whose running sum exceeds the target; rounding may leave none, then the last live one.
+
+    XLA adds a long running sum up as a tree, whose rounding lets it rise (or fall) by an ulp where a weight of 0 is added.
+    """
+    is_found = is_live & (sums > target[:, None])
+    last = jnp.max(jnp.where(is_live, jnp.arange(sums.shape[-1]), 0), axis=-1)
+    return jnp.where(jnp.any(is_found, axis=-1), jnp.argmax(is_found, axis=-1), last)
 
 
 def filter_mask(logits: Float[Array, "B V"], decoding: Decoding) -> Bool[Array, "B V"]:

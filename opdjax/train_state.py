@@ -95,7 +95,7 @@ def make_update(spec: UpdateSpec, optimizer: optax.GradientTransformation) -> Ca
     @partial(jax.jit, donate_argnums=0, out_shardings=None if spec.mesh is None else NamedSharding(spec.mesh, P()))
     def update(state: TrainState, batch: TrainBatch, teacher_head: Head | None = None):
         loss, grads, outputs = loss_and_grad(state.params, batch, teacher_head, spec, recipe, options)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         keep = partial(jax.tree.map, lambda new, old: jnp.where(is_finite, new, old))

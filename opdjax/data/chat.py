@@ -19,7 +19,7 @@ def load_tokenizer(path_or_id: str | os.PathLike, revision: str | None = None) -
 
     try:
         return AutoTokenizer.from_pretrained(str(path_or_id), revision=revision)
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"no tokenizer could be read from {path_or_id}: {error}") from error
 
 

@@ -55,7 +55,7 @@ def read_prompts(source: str) -> list[Prompt]:
     if not path.exists():
         raise DataError(f"data source {path} does not exist")
     rows = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 rows.append(_parse_row(line, f"{path}, line {number}"))
@@ -64,20 +64,23 @@ def read_prompts(source: str) -> list[Prompt]:
     return rows
 
 
-def _parse_row(line: str, place: str) -> Prompt:
+def _parse_row(line: bytes, place: str) -> Prompt:
     try:
-        row = json.loads(line)
+        row = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
         raise DataError(f"{place}: not valid JSON ({error.msg} at column {error.colno})") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place}: not UTF-8 text ({error.reason})") from error
     if not isinstance(row, dict) or "prompt" not in row:
         found = sorted(row) if isinstance(row, dict) else type(row).__name__
         raise DataError(f"{place}: expected an object with the key 'prompt', found {found}")
     answer = row.get("answer")
-    if not isinstance(answer, (str, int, float, type(None))):
+    if not isinstance(answer, (str, int, float, type(None))) or isinstance(answer, bool):
         raise DataError(f"{place}: 'answer' is {answer!r}; expected a string or a number")
     references = row.get("references", [row["reference"]] if "reference" in row else [])
     if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
-        raise DataError(f"{place}: 'references' is {references!r}; expected a list of strings")
+        expected = "'references' as a list of strings or 'reference' as a string"
+        raise DataError(f"{place}: the reference answers are {references!r}; expected {expected}")
     return Prompt(_parse_prompt(row["prompt"], place), None if answer is None else str(answer), tuple(references))
 
 

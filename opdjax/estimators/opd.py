@@ -81,12 +81,14 @@ def vopd(
     """
     student_logprob = student.logprob(row.token)
     reward = sampled_reward(teacher.logprob(row.token), student_logprob)
+    known = {}
     if baseline == "full":
         value = full_baseline(student, teacher)
+        known = {"kl": -value}
     elif baseline == "student_topk":
         value = student_topk_baseline(student, teacher, baseline_top_k)
     else:
         raise ValueError(f"vopd has no baseline {baseline!r}; expected 'full' or 'student_topk'")
     advantage = (reward if discount == 0 else row.reward_to_go) - value
     loss = policy_gradient_loss(advantage, student_logprob)
-    return loss, _outputs(reward, advantage, student_logprob, kl=-value)
+    return loss, _outputs(reward, advantage, student_logprob, **known)

@@ -55,7 +55,8 @@ class Evaluator:
             config.max_completion_length, self.stop_token_ids, temperature=temperature, top_k=config.top_k, top_p=config.top_p,
             valid_vocab=self.valid_vocab,
         )  # fmt: skip
-        at_once = max(config.batch_size // num_samples, 1)
+        devices = 1 if self.mesh is None else self.mesh.size
+        at_once = -(-max(config.batch_size // num_samples, 1) // devices) * devices
         results = []
         for start in range(0, len(self.prompts), at_once):
             indices = np.arange(start, min(start + at_once, len(self.prompts)))

@@ -59,15 +59,14 @@ def _read_qwen3(raw: dict[str, Any]) -> DecoderConfig:
         raise UnsupportedModelError("config.json sets use_sliding_window; expected false (every layer attends to all tokens)")
     if raw.get("hidden_act", "silu") != "silu":
         raise UnsupportedModelError(f"config.json sets hidden_act {raw['hidden_act']!r}; expected 'silu'")
-    head_size = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
     has_bias = bool(raw.get("attention_bias", False))
     return DecoderConfig(
         vocab_size=raw["vocab_size"],
         hidden_size=raw["hidden_size"],
         num_layers=raw["num_hidden_layers"],
         num_heads=raw["num_attention_heads"],
-        num_kv_heads=raw["num_key_value_heads"],
-        head_size=head_size,
+        num_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
+        head_size=raw.get("head_dim", 128),  # the default of this family, not hidden_size / num_attention_heads
         intermediate_size=raw["intermediate_size"],
         rope_theta=_rope_theta(raw),
         norm_epsilon=raw.get("rms_norm_eps", 1e-6),

@@ -103,6 +103,7 @@ def export(params: Params, source: Checkpoint, out: str | os.PathLike, dtype: st
         raise CheckpointError(f"cannot export as {dtype!r}; expected one of {sorted(_DTYPES)}")
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} exists and is not empty; export into a new directory")
+    tensors = _unstack(params, source, _DTYPES[dtype])
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -111,7 +112,7 @@ def export(params: Params, source: Checkpoint, out: str | os.PathLike, dtype: st
             shutil.copy(file, partial / file.name)
     config = {name: value for name, value in source.raw_config.items() if name != "torch_dtype"} | {"dtype": dtype}
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    _write_shards(_unstack(params, source, _DTYPES[dtype]), partial)
+    _write_shards(tensors, partial)
     if out.exists():
         out.rmdir()
     partial.rename(out)

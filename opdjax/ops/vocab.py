@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 PyTree = Any
+CPU_BLOCK = 4096  # rows of the head whose gradient is formed at a time, where there is no accelerator
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["kernel", "bias"], meta_fields=["softcap", "valid_vocab", "temperature"])
@@ -189,20 +190,23 @@ def _run(token_loss, hidden, head, operands, *, tile, mesh, grad):
     weights, columns, teacher = operands
     local = partial(_visit, token_loss, tile=tile, grad=grad)
     if mesh is None or mesh.shape["data"] == 1:
-        return local(hidden, head, weights, columns, teacher)
+        return _in_type_of(head, *local(hidden, head, weights, columns, teacher))
 
     def shard(hidden, head, weights, columns, teacher):
         total, outputs, dhidden, dhead = local(hidden, head, weights, columns, teacher)
         total, dhead = jax.lax.psum((total, dhead), "data")
-        return total, outputs, dhidden, dhead
+        return _in_type_of(head, total, outputs, dhidden, dhead)
 
     rows = P("data")
     in_specs = (rows, P(), rows, rows, None if teacher is None else (rows, P()))
     out_specs = (P(), rows, rows, P())
     # check_vma=False: the function returns finished gradients and is never differentiated itself.
-    return jax.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(
-        hidden, head, weights, columns, teacher
-    )
+    return jax.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(hidden, head, weights, columns, teacher)
+
+
+def _in_type_of(head, total, outputs, dhidden, dhead):
+    """The results with the head's gradient rounded to the head's type: last, once every shard's share is in it."""
+    return total, outputs, dhidden, None if dhead is None else jax.tree.map(lambda g, x: g.astype(x.dtype), dhead, head)
 
 
 def _visit(token_loss, hidden, head, weights, columns, teacher, *, tile, grad):
@@ -221,23 +225,23 @@ def _visit(token_loss, hidden, head, weights, columns, teacher, *, tile, grad):
     rows = jax.tree.map(gather, (hidden, weights, columns, None if teacher is None else teacher[0]))
     teacher_head = None if teacher is None else teacher[1]
 
-    def visit_tile(index):
+    def visit_tile(index, dhead):
         start = index * tile
         sliced = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, tile), rows)
-        return _tile(token_loss, head, teacher_head, sliced, start + jnp.arange(tile) < n_live, grad)
+        return _tile(token_loss, head, teacher_head, sliced, start + jnp.arange(tile) < n_live, grad, dhead)
 
     def body(index, carry):
         total, outputs, dhidden, dhead = carry
-        loss, tile_outputs, tile_dhidden, tile_dhead = visit_tile(index)
+        loss, tile_outputs, tile_dhidden, dhead = visit_tile(index, dhead)
         write = lambda buffer, value: jax.lax.dynamic_update_slice_in_dim(buffer, value, index * tile, 0)  # noqa: E731
         outputs = jax.tree.map(write, outputs, tile_outputs)
         dhidden = jax.tree.map(write, dhidden, tile_dhidden)
-        return total + loss, outputs, dhidden, jax.tree.map(jnp.add, dhead, tile_dhead)
+        return total + loss, outputs, dhidden, dhead
 
-    shapes = jax.eval_shape(visit_tile, 0)
+    dhead = jax.tree.map(lambda x: jnp.zeros(x.shape, sum_dtype(hidden.dtype)), head) if grad == "both" else None
+    shapes = jax.eval_shape(visit_tile, 0, dhead)
     whole = lambda leaf: jnp.zeros((n_padded, *leaf.shape[1:]), leaf.dtype)  # noqa: E731
-    zeros = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype)  # noqa: E731
-    carry = (zeros(shapes[0]), jax.tree.map(whole, shapes[1]), jax.tree.map(whole, shapes[2]), jax.tree.map(zeros, shapes[3]))
+    carry = (jnp.zeros((), shapes[0].dtype), jax.tree.map(whole, shapes[1]), jax.tree.map(whole, shapes[2]), dhead)
     total, outputs, dhidden, dhead = jax.lax.fori_loop(0, (n_live + tile - 1) // tile, body, carry)
 
     def scatter(x):
@@ -247,13 +251,11 @@ def _visit(token_loss, hidden, head, weights, columns, teacher, *, tile, grad):
     outputs, dhidden = jax.tree.map(scatter, (outputs, dhidden))
     if grad == "none":
         return total, outputs, None, None
-    if grad == "hidden":
-        dhead = jax.tree.map(jnp.zeros_like, head)
-    return total, outputs, dhidden, jax.tree.map(lambda g, x: g.astype(x.dtype), dhead, head)
+    return total, outputs, dhidden, jax.tree.map(jnp.zeros_like, head) if grad == "hidden" else dhead
 
 
-def _tile(token_loss, head, teacher_head, rows, is_live, grad):
-    """Loss, outputs and gradients of one tile of n tokens."""
+def _tile(token_loss, head, teacher_head, rows, is_live, grad, dhead):
+    """Loss, outputs and d hidden of one tile of n tokens, and `dhead` with the tile's share added."""
     hidden, weights, columns, teacher_hidden = rows
 
     def keep(x):
@@ -274,9 +276,34 @@ def _tile(token_loss, head, teacher_head, rows, is_live, grad):
     total, pullback, outputs = jax.vjp(loss_of, raw, has_aux=True)
     draw = keep(pullback(jnp.ones_like(total))[0])
     small = draw.astype(head.kernel.dtype)  # operands in the model's type, sums in at least float32
-    dhidden = jnp.einsum("nv,vd->nd", small, head.kernel, preferred_element_type=draw.dtype).astype(hidden.dtype)
-    if grad == "hidden":
-        return total, outputs, dhidden, None
-    dkernel = jnp.einsum("nv,nd->vd", small, hidden, preferred_element_type=draw.dtype)
-    dbias = None if head.bias is None else jnp.sum(draw, axis=0)
-    return total, outputs, dhidden, dataclasses.replace(head, kernel=dkernel, bias=dbias)
+    dhidden, dkernel = _pull_back(small, hidden, head.kernel, None if dhead is None else dhead.kernel)
+    if dhead is not None:
+        dhead = dataclasses.replace(dhead, kernel=dkernel, bias=None if head.bias is None else dhead.bias + jnp.sum(draw, axis=0))
+    return total, outputs, dhidden.astype(hidden.dtype), dhead
+
+
+def _pull_back(draw, hidden, kernel, dkernel):
+    """(d hidden of a tile, `dkernel` with the tile's share added or None) from the cotangent of its raw logits."""
+    vocab, dtype = kernel.shape[0], sum_dtype(hidden.dtype)
+
+    def add_rows(start, size, sums):
+        dhidden, dkernel = sums
+        cotangent = jax.lax.dynamic_slice_in_dim(draw, start, size, axis=1)
+        weight = jax.lax.dynamic_slice_in_dim(kernel, start, size)
+        dhidden += jnp.einsum("nv,vd->nd", cotangent, weight, preferred_element_type=dtype)
+        if dkernel is not None:
+            share = jnp.einsum("nv,nd->vd", cotangent, hidden, preferred_element_type=dtype)
+            share += jax.lax.dynamic_slice_in_dim(dkernel, start, size)
+            dkernel = jax.lax.dynamic_update_slice_in_dim(dkernel, share, start, 0)
+        return dhidden, dkernel
+
+    def in_blocks(sums):
+        block = min(CPU_BLOCK, vocab)
+        n_blocks, rest = divmod(vocab, block)
+        sums = jax.lax.fori_loop(0, n_blocks, lambda i, sums: add_rows(i * block, block, sums), sums)
+        return add_rows(n_blocks * block, rest, sums) if rest else sums
+
+    # XLA for CPU adds no product in place: it would hold the tile's own [V, D] and pass over it twice more. Blocks of rows
+    # stay in the cache instead. On GPU and TPU the addition is part of the matmul, which should then be as large as it can.
+    sums = jnp.zeros(hidden.shape, dtype), dkernel
+    return jax.lax.platform_dependent(sums, cpu=in_blocks, default=partial(add_rows, 0, vocab))

@@ -107,7 +107,8 @@ def test_hand_worked_numbers():
     np.testing.assert_allclose(loss, 0.75 * ln2 * np.log(0.5), rtol=1e-6)
     # On the student's top two (renormalised to 2/3, 1/3 and 1/3, 2/3) the KL is (1/3) ln 2.
     _, outputs = token_loss("vopd", {"baseline": "student_topk", "baseline_top_k": 2}, student, teacher, 0)
-    np.testing.assert_allclose(outputs["kl"][0], ln2 / 3, rtol=1e-6)
+    np.testing.assert_allclose(outputs["advantage"][0], -ln2 + ln2 / 3, rtol=1e-6)
+    assert "kl" not in outputs  # a truncated KL is not reported as the KL
 
 
 # --- A tree: V = 3, T = 3, token 0 ends the sequence. Parameters are one row of logits per context. ---

@@ -233,9 +233,9 @@ def test_only_relative_positions_matter(rng):
     tokens = rng.integers(0, SMALL.vocab_size, (2, 9))
     at_zero, shifted, doubled = (
         forward(params, SMALL, tokens, segments, positions)
-        for positions in (np.tile(np.arange(9), (2, 1)), np.tile(np.arange(9) + 40, (2, 1)), np.tile(np.arange(9) * 2, (2, 1)))
+        for positions in (np.tile(np.arange(9), (2, 1)), np.tile(np.arange(9) + 1001, (2, 1)), np.tile(np.arange(9) * 2, (2, 1)))
     )
-    np.testing.assert_allclose(shifted, at_zero, atol=1e-4, rtol=0)  # the angles are float32
+    np.testing.assert_allclose(shifted, at_zero, atol=1e-3, rtol=0)  # the angles are float32
     assert np.max(np.abs(doubled - at_zero)) > 1e-2
 
 

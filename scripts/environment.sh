@@ -1,0 +1,30 @@
+# Sourced by the other scripts: makes .venv if it is missing and installs this checkout with the given extras.
+# usage: . scripts/environment.sh [EXTRA]     (from the repository's root)
+
+find_python() {
+    for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11; do
+        [ -n "$candidate" ] || continue
+        if "$candidate" -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "opdjax needs Python 3.11, 3.12 or 3.13 with the venv module; python3 here is $(python3 --version 2>&1)." \
+        "Install one, or name it: PYTHON=/path/to/python3.12 $0" >&2
+    return 1
+}
+
+extra="${1:-}"
+stamp=".venv/.installed-${extra:-core}"
+if [ ! -x .venv/bin/python ]; then
+    python=$(find_python) || exit 1
+    echo "making .venv with $("$python" --version)"
+    rm -rf .venv
+    "$python" -m venv .venv
+fi
+# Installed again only when what is to be installed has changed.
+if [ ! -e "$stamp" ] || [ setup.cfg -nt "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
+    echo "installing opdjax${extra:+ with its $extra extra} into .venv (about two minutes the first time)"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extra:+[$extra]}"
+    touch "$stamp"
+fi

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Sets up .venv with the test extra, then lint, import contracts and tests. --all adds the long tests; other arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/environment.sh test
+selection=(-m "not long")
+if [ "${1:-}" = --all ]; then
+    selection=()
+    shift
+fi
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/lint-imports
+.venv/bin/python -m pytest -n 2 "${selection[@]}" "$@"

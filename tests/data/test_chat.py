@@ -1,0 +1,125 @@
+"""How a prompt reads to a model, on the tokenizer of the mini pair."""
+
+import copy
+
+import pytest
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from opdjax.config import MINI_STUDENT, MINI_TEACHER
+from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, load_tokenizer, render, valid_vocab
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(MINI_STUDENT)
+
+
+@pytest.fixture
+def untemplated(tokenizer):
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = None
+    return changed
+
+
+def word_level(words, split=None):
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = split or pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def show(prompt, tokenizer, *, format="chat", system_prompt=None, enable_thinking=None):
+    return render(prompt, tokenizer, format=format, system_prompt=system_prompt, enable_thinking=enable_thinking)
+
+
+def test_chat_opens_the_turn_of_the_assistant(tokenizer):
+    ids = show("34-17+25=", tokenizer)
+    assert tokenizer.decode(ids) == "<|im_start|>user\n34-17+25=<|im_end|>\n<|im_start|>assistant\n"
+    # A number below 200 is one token; 34-17+25= are six.
+    assert tokenizer.convert_ids_to_tokens(ids[3:9]) == ["34", "-", "17", "+", "25", "="]
+    assert len(ids) == 3 + 6 + 2 + 3
+
+
+def test_a_conversation_is_rendered_turn_by_turn(tokenizer):
+    messages = (
+        {"role": "user", "content": "1+1="},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "2+1="},
+    )
+    expected = (
+        "<|im_start|>user\n1+1=<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n<|im_start|>user\n2+1=<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert tokenizer.decode(show(messages, tokenizer)) == expected
+    assert show(({"role": "user", "content": "7+8="},), tokenizer) == show("7+8=", tokenizer)
+
+
+def test_the_system_prompt_comes_first(tokenizer):
+    plain, ids = show("7+8=", tokenizer), show("7+8=", tokenizer, system_prompt="12")
+    assert tokenizer.decode(ids).startswith("<|im_start|>system\n12<|im_end|>\n<|im_start|>user\n7+8=")
+    assert ids[len(ids) - len(plain) :] == plain
+
+
+def test_enable_thinking_reaches_the_template(tokenizer):
+    default, on, off = (show("7+8=", tokenizer, enable_thinking=value) for value in (None, True, False))
+    assert default == on
+    # The template answers False with an empty thought behind the assistant's opening.
+    assert off[: len(on)] == on
+    assert len(off) > len(on)
+
+
+def test_raw_is_the_bare_text(tokenizer):
+    ids = show("34-17+25=", tokenizer, format="raw")
+    assert tokenizer.convert_ids_to_tokens(ids) == ["34", "-", "17", "+", "25", "="]
+
+
+def test_messages_cannot_be_raw(tokenizer):
+    with pytest.raises(ValueError, match="made of messages needs format 'chat'"):
+        show(({"role": "user", "content": "1"},), tokenizer, format="raw")
+
+
+def test_a_tokenizer_without_template_says_so(untemplated):
+    with pytest.raises(ValueError, match=r"mini_pair.student has no chat template; use format 'raw'"):
+        show("7+8=", untemplated)
+    assert len(show("7+8=", untemplated, format="raw")) == 4
+
+
+def test_a_place_without_a_tokenizer_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f"no tokenizer could be read from {tmp_path}"):
+        load_tokenizer(tmp_path)
+
+
+def test_valid_vocab_counts_to_the_largest_id(tokenizer):
+    assert valid_vocab(word_level({"<unk>": 0, "a": 1, "b": 7})) == 8
+    # 200 numbers, the marks, and the template's words: all ids are in use.
+    assert valid_vocab(tokenizer) == len(tokenizer.get_vocab()) == 214
+
+
+def test_the_mini_pair_shares_its_vocabulary(tokenizer):
+    check_same_vocabulary(tokenizer, load_tokenizer(MINI_TEACHER), "vopd")
+
+
+def test_a_differing_vocabulary_is_refused_with_its_tokens():
+    ours = word_level({"<unk>": 0, "cat": 1, "dog": 2, "emu": 3})
+    theirs = word_level({"<unk>": 0, "cat": 2, "dog": 1, "fox": 3})
+    with pytest.raises(TokenizerMismatchError) as error:
+        check_same_vocabulary(ours, theirs, "full_kl")
+    message = str(error.value)
+    assert "differ in 4 tokens" in message
+    for part in ("'cat': 1 / 2", "'dog': 2 / 1", "'emu': 3 / None", "'fox': None / 3", "recipe 'full_kl'"):
+        assert part in message
+
+
+def test_only_the_first_of_many_differing_tokens_are_shown():
+    ours = word_level({"<unk>": 0} | {f"w{i}": i for i in range(1, 40)})
+    with pytest.raises(TokenizerMismatchError, match="differ in 39 tokens") as error:
+        check_same_vocabulary(ours, word_level({"<unk>": 0}), "vopd")
+    assert str(error.value).count("/ None") == 5
+
+
+def test_the_same_vocabulary_split_otherwise_is_refused(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[0-9]|[a-z]+|\n|."), "isolated")
+    assert other.get_vocab() == tokenizer.get_vocab()
+    assert show("12", other, format="raw") != show("12", tokenizer, format="raw")
+    with pytest.raises(TokenizerMismatchError, match="split the same text differently.*recipe 'opd' compares their logits id by id"):
+        check_same_vocabulary(tokenizer, other, "opd")

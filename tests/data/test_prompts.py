@@ -1,0 +1,312 @@
+"""Prompts: what is read, what is refused and by which words, and that every prompt is used once an epoch."""
+
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opdjax.config import MINI_STUDENT, DataConfig
+from opdjax.data.chat import load_tokenizer
+from opdjax.data.prompts import DataError, Prompt, PromptSet, collate, encode_prompts, indices_at, read_prompts
+
+RAW = DataConfig(format="raw")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(MINI_STUDENT)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(*lines, name="data.jsonl"):
+        path = tmp_path / name
+        path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def encode(rows, data, tokenizer):
+    return encode_prompts([Prompt(row) if isinstance(row, str) else row for row in rows], data, tokenizer, tokenizer)
+
+
+# Reading
+
+
+def test_rows_of_every_form(write):
+    source = write(
+        {"prompt": "1+1=", "answer": "2", "reference": "1+1=2"},
+        {"prompt": [{"role": "system", "content": "be short"}, {"role": "user", "content": "né 你好", "name": "x"}]},
+        "",
+        {"prompt": "n", "answer": 42, "references": ["a", "b"], "other": None},
+        {"prompt": "f", "answer": 0.5, "references": []},
+        "   ",
+    )
+    assert read_prompts(source) == [
+        Prompt("1+1=", "2", ("1+1=2",)),
+        Prompt(({"role": "system", "content": "be short"}, {"role": "user", "content": "né 你好"})),
+        Prompt("n", "42", ("a", "b")),
+        Prompt("f", "0.5"),
+    ]
+
+
+def test_the_built_in_task_as_a_source():
+    rows = read_prompts("arithmetic:validation")
+    assert len(rows) == 1024
+    for row in rows[:20]:
+        assert row.references[0].endswith(f"#{row.answer}")
+        assert eval(row.prompt.removesuffix("=")) == int(row.answer)
+
+
+MALFORMED = {
+    '{"prompt": "a"': "not valid JSON (Expecting ',' delimiter at column 15)",
+    "prompt: a": "not valid JSON (Expecting value at column 1)",
+    '["a"]': "expected an object with the key 'prompt', found list",
+    '"a"': "expected an object with the key 'prompt', found str",
+    '{"question": "a", "answer": 1}': "expected an object with the key 'prompt', found ['answer', 'question']",
+    '{"prompt": ""}': "'prompt' is ''; expected a non-empty string or a list of {role, content} messages",
+    '{"prompt": 3}': "'prompt' is 3; expected a non-empty string",
+    '{"prompt": null}': "'prompt' is None; expected a non-empty string",
+    '{"prompt": []}': "'prompt' is []; expected a non-empty string",
+    '{"prompt": ["a"]}': "'prompt' is ['a']; expected a non-empty string",
+    '{"prompt": [{"role": "user"}]}': "'prompt' is [{'role': 'user'}]; expected a non-empty string",
+    '{"prompt": [{"role": "user", "content": 3}]}': "expected a non-empty string or a list of {role, content} messages",
+    '{"prompt": "a", "answer": ["2"]}': "'answer' is ['2']; expected a string or a number",
+    '{"prompt": "a", "answer": true}': "'answer' is True; expected a string or a number",
+    '{"prompt": "a", "references": "b"}': "the reference answers are 'b'; expected 'references' as a list of strings",
+    '{"prompt": "a", "references": [1]}': "the reference answers are [1]; expected 'references' as a list of strings",
+    '{"prompt": "a", "reference": 1}': "the reference answers are [1]; expected 'references' as a list",
+}
+
+
+@pytest.mark.parametrize("line", MALFORMED)
+def test_a_malformed_row_is_named_by_file_and_line(write, line):
+    source = write({"prompt": "fine"}, "", line, {"prompt": "fine"})
+    with pytest.raises(DataError) as error:
+        read_prompts(source)
+    assert str(error.value).startswith(f"{source}, line 3: ")
+    assert MALFORMED[line] in str(error.value)
+
+
+def test_a_line_that_is_no_utf8_is_named(tmp_path):
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes(b'{"prompt": "fine"}\n' + '{"prompt": "né"}'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin\.jsonl, line 2: not UTF-8 text \(invalid continuation byte\)"):
+        read_prompts(str(path))
+
+
+def test_a_byte_order_mark_and_dos_line_ends_are_read(tmp_path):
+    path = tmp_path / "dos.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n{"prompt": "b"}\r\n')
+    assert [row.prompt for row in read_prompts(str(path))] == ["a", "b"]
+
+
+@pytest.mark.parametrize("lines", [(), ("", "  ", "")])
+def test_an_empty_file_is_refused(write, lines):
+    source = write(*lines)
+    with pytest.raises(DataError, match=r"data\.jsonl holds no prompts"):
+        read_prompts(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("/nowhere/rows.jsonl", "data source /nowhere/rows.jsonl does not exist"),
+        ("gsm8k", r"data source 'gsm8k' is not known; expected arithmetic:SPLIT or a \.jsonl file"),
+        ("tfds:gsm8k", r"data source 'tfds:gsm8k' is not known; expected arithmetic:SPLIT or a \.jsonl file"),
+        ("rows.csv", r"data source 'rows\.csv' is not known"),
+        ("arithmetic:tset", r"arithmetic has no split 'tset'; expected one of \['test', 'train', 'validation'\]"),
+    ],
+)
+def test_an_unknown_source_is_refused(source, message):
+    with pytest.raises(ValueError, match=message):
+        read_prompts(source)
+
+
+# Encoding
+
+
+def test_the_format_is_wrapped_around_strings_alone(tokenizer):
+    rows = [Prompt("1+1="), Prompt(({"role": "user", "content": "1+1="},))]
+    found = encode(rows, DataConfig(prompt_format="7;{prompt}"), tokenizer)
+    texts = [tokenizer.decode(ids) for ids in found.student_ids]
+    assert texts[0] == "<|im_start|>user\n7;1+1=<|im_end|>\n<|im_start|>assistant\n"
+    assert texts[1] == "<|im_start|>user\n1+1=<|im_end|>\n<|im_start|>assistant\n"
+    assert found.prompts == tuple(rows)
+
+
+def test_braces_of_a_prompt_are_left_alone(tokenizer):
+    found = encode(["{1} {prompt} {0}"], dataclasses.replace(RAW, prompt_format="3{prompt}"), tokenizer)
+    assert found.student_ids[0] == tuple(tokenizer.encode("3{1} {prompt} {0}"))
+
+
+def test_overlong_prompts_are_skipped_and_counted(tokenizer):
+    rows = ["1+1=", "1+1+1=", "12+13=", "1+2+3+4="]
+    found = encode(rows, dataclasses.replace(RAW, max_prompt_length=6), tokenizer)
+    # Lengths 4, 6, 4, 8: the limit itself is allowed.
+    assert [row.prompt for row in found.prompts] == ["1+1=", "1+1+1=", "12+13="]
+    assert [len(ids) for ids in found.student_ids] == [4, 6, 4]
+    assert found.num_skipped == 1
+    assert len(found) == 3
+
+
+def test_the_longer_view_counts(tokenizer):
+    data = DataConfig(format="raw", teacher_format="chat", max_prompt_length=13)
+    # As chat, 1+1= has 12 tokens and 1+1+1= has 14.
+    found = encode(["1+1=", "1+1+1="], data, tokenizer)
+    assert len(found) == found.num_skipped == 1
+
+
+def test_overlong_prompts_can_be_an_error_that_names_them(tokenizer):
+    data = dataclasses.replace(RAW, max_prompt_length=6, overlong="error", source="x.jsonl")
+    expected = r"prompt 1 of x\.jsonl has 8 tokens, data\.max_prompt_length is 6: '1\+2\+3\+4='; raise the limit or set data\.overlong"
+    with pytest.raises(DataError, match=expected):
+        encode(["1+1=", "1+2+3+4="], data, tokenizer)
+
+
+def test_nothing_left_is_an_error(tokenizer):
+    with pytest.raises(DataError, match=r"has no prompt of at most 3 tokens \(2 rows read\)"):
+        encode(["1+1=", "1+2="], dataclasses.replace(RAW, max_prompt_length=3), tokenizer)
+
+
+def test_what_cannot_be_rendered_is_named_by_its_prompt(tokenizer):
+    rows = [Prompt("1+1="), Prompt(({"role": "user", "content": "1"},))]
+    data = dataclasses.replace(RAW, source="x.jsonl")
+    with pytest.raises(DataError, match=r"prompt 1 of x\.jsonl: a prompt made of messages needs format 'chat'"):
+        encode(rows, data, tokenizer)
+    with pytest.raises(DataError, match=r"prompt 1 of x\.jsonl has no tokens: ''"):
+        encode(["1+1=", ""], data, tokenizer)
+
+
+def test_the_teacher_sees_a_view_of_its_own_only_where_it_differs(tokenizer):
+    rows = ["1+1=", "2+3="]
+    assert encode(rows, DataConfig(format="raw", teacher_format="raw"), tokenizer).teacher_ids is None
+    assert encode(rows, DataConfig(enable_thinking=False, teacher_enable_thinking=False), tokenizer).teacher_ids is None
+    assert encode(rows, DataConfig(enable_thinking=False), tokenizer).teacher_ids is None
+
+    raw = encode(rows, RAW, tokenizer).student_ids
+    chat = encode(rows, DataConfig(), tokenizer).student_ids
+    quiet = encode(rows, DataConfig(enable_thinking=False), tokenizer).student_ids
+    assert len({raw, chat, quiet}) == 3
+    mixed = encode(rows, DataConfig(format="raw", teacher_format="chat"), tokenizer)
+    assert (mixed.student_ids, mixed.teacher_ids) == (raw, chat)
+    mixed = encode(rows, DataConfig(enable_thinking=False, teacher_enable_thinking=True), tokenizer)
+    assert (mixed.student_ids, mixed.teacher_ids) == (quiet, chat)
+
+
+def test_the_system_prompt_goes_to_the_chat_view_alone(tokenizer):
+    found = encode(["1+1="], DataConfig(format="raw", teacher_format="chat", system_prompt="12"), tokenizer)
+    assert tokenizer.decode(found.student_ids[0]) == "1+1="
+    assert tokenizer.decode(found.teacher_ids[0]).startswith("<|im_start|>system\n12<|im_end|>\n<|im_start|>user\n1+1=")
+
+
+def test_the_digest_tells_what_a_run_was_trained_on(tokenizer):
+    rows = [Prompt("1+1=", "2", ("1+1=2",)), Prompt("2+3=", "5")]
+    base = encode(rows, RAW, tokenizer).digest
+    assert encode(rows, RAW, tokenizer).digest == base
+    changed = [
+        encode([rows[0], Prompt("2+4=", "5")], RAW, tokenizer).digest,
+        encode([rows[0], Prompt("2+3=", "6")], RAW, tokenizer).digest,
+        encode([Prompt("1+1=", "2", ("2=1+1",)), rows[1]], RAW, tokenizer).digest,
+        encode(rows[::-1], RAW, tokenizer).digest,
+        encode(rows[:1], RAW, tokenizer).digest,
+        encode(rows, DataConfig(), tokenizer).digest,
+        encode(rows, DataConfig(enable_thinking=False), tokenizer).digest,
+        encode(rows, DataConfig(format="raw", teacher_format="chat"), tokenizer).digest,
+        encode(rows, dataclasses.replace(RAW, prompt_format="{prompt} "), tokenizer).digest,
+    ]
+    assert len({base, *changed}) == 1 + len(changed)
+
+
+# Order
+
+
+def stream(length, num_prompts, seed):
+    """The prompts of `length` steps of one prompt each."""
+    return np.concatenate([indices_at(step, 1, num_prompts, seed) for step in range(length)])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 30), st.integers(0, 2**31 - 1))
+def test_every_prompt_once_an_epoch_whatever_the_step_size(num_prompts, per_step, seed):
+    num_steps = -(-3 * num_prompts // per_step)
+    # A step is computed by itself, the last one first; steps that straddle one or more epochs are among them.
+    steps = [indices_at(step, per_step, num_prompts, seed) for step in reversed(range(num_steps))][::-1]
+    assert {len(step) for step in steps} == {per_step}
+    drawn = np.concatenate(steps)
+    for epoch in range(3):
+        assert sorted(drawn[epoch * num_prompts : (epoch + 1) * num_prompts]) == list(range(num_prompts))
+    np.testing.assert_array_equal(drawn, stream(len(drawn), num_prompts, seed))
+
+
+def test_a_step_that_straddles_epochs_by_hand():
+    order = stream(10, 5, seed=3)
+    np.testing.assert_array_equal(indices_at(1, 4, 5, 3), [order[4], order[5], order[6], order[7]])
+    assert sorted(order[:5]) == sorted(order[5:]) == [0, 1, 2, 3, 4]
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = [tuple(stream(60, 20, seed)[20 * epoch : 20 * (epoch + 1)]) for seed in range(4) for epoch in range(3)]
+    assert len(set(orders)) == 12
+    # Not a rotation or a reversal of one another either: a place holds a different prompt nearly always.
+    agreements = [np.mean(np.array(a) == np.array(b)) for a, b in itertools.combinations(orders, 2)]
+    assert np.mean(agreements) == pytest.approx(1 / 20, abs=0.03)
+
+
+# Batches
+
+
+def prompt_set(lengths, teacher_lengths=None):
+    """Prompts of given lengths; token n of prompt i is 100 i + n + 1 for the student and 1000 more for the teacher."""
+    ids, teacher_ids = (
+        None if wanted is None else tuple(tuple(range(first + 100 * i + 1, first + 100 * i + n + 1)) for i, n in enumerate(wanted))
+        for first, wanted in ((0, lengths), (1000, teacher_lengths))
+    )
+    return PromptSet(tuple(Prompt(f"p{i}") for i in range(len(lengths))), ids, teacher_ids, 0, "")
+
+
+def test_prompts_end_in_the_last_column():
+    batch = collate(prompt_set([2, 3, 1]), np.array([2, 0]))
+    np.testing.assert_array_equal(batch.tokens[0], [0] * 15 + [201])
+    np.testing.assert_array_equal(batch.tokens[1], [0] * 14 + [1, 2])
+    np.testing.assert_array_equal(batch.mask, [[False] * 15 + [True], [False] * 14 + [True] * 2])
+    np.testing.assert_array_equal(batch.prompt_id, [2, 0])
+    assert batch.teacher_tokens is None
+    assert batch.teacher_mask is None
+
+
+@pytest.mark.parametrize(
+    ("longest", "width"),
+    [(1, 16), (16, 16), (17, 32), (112, 112), (113, 128), (128, 128), (129, 256), (256, 256), (257, 384), (1000, 1024)],
+)
+def test_widths_come_in_few_sizes(longest, width):
+    batch = collate(prompt_set([1, longest]), np.array([0, 1]))
+    assert batch.tokens.shape[1] == width
+    np.testing.assert_array_equal(batch.mask.sum(axis=1), [1, longest])
+
+
+def test_the_width_is_that_of_the_batch_alone():
+    prompts = prompt_set([5, 40])
+    assert collate(prompts, np.array([0])).tokens.shape[1] == 16
+    assert collate(prompts, np.array([0, 1])).tokens.shape[1] == 48
+
+
+def test_filler_rows_are_empty():
+    batch = collate(prompt_set([2, 3]), np.array([1]), num_rows=3)
+    np.testing.assert_array_equal(batch.tokens, [[0] * 13 + [101, 102, 103], [0] * 16, [0] * 16])
+    np.testing.assert_array_equal(batch.mask.sum(axis=1), [3, 0, 0])
+    np.testing.assert_array_equal(batch.prompt_id, [1, 0, 0])
+
+
+def test_the_teacher_view_is_padded_by_itself():
+    batch = collate(prompt_set([2, 20], [18, 1]), np.array([1, 0]), num_rows=3)
+    assert batch.tokens.shape == (3, 32)
+    assert batch.teacher_tokens.shape == (3, 32)
+    np.testing.assert_array_equal(batch.teacher_tokens[0], [0] * 31 + [1101])
+    np.testing.assert_array_equal(batch.teacher_tokens[1], [0] * 14 + list(range(1001, 1019)))
+    np.testing.assert_array_equal(batch.teacher_mask.sum(axis=1), [1, 18, 0])

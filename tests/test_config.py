@@ -1,0 +1,320 @@
+"""The config: what it refuses and in which words, and that what is written is what is read."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opdjax.config import (
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    EstimatorConfig,
+    EvaluationConfig,
+    LogConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainConfig,
+    differences,
+    from_dict,
+    nearest,
+    to_dict,
+)
+
+# Every leaf differs from its default.
+UNUSUAL = Config(
+    student=ModelConfig("a", "main", "bfloat16"),
+    teacher=ModelConfig("b", "v2", "float32"),
+    data=DataConfig("x.jsonl", "Q: {prompt}", "be short", "raw", True, "chat", False, 64, "error"),
+    sampling=SamplingConfig(6, 33, 0.7, 0.9, 20, 0.1, (7, 8)),
+    estimator=EstimatorConfig("full_kl", "fixed_denominator", 64, 0.5, "full", 10, "jsd", 0.25),
+    optimizer=OptimizerConfig(1e-3, "linear", 3, 0.8, 0.95, 1e-6, 0.1, 0.0),
+    train=TrainConfig(7, 12, 4, True, 2),
+    evaluation=EvaluationConfig(None, "boxed", 3, 4, 0.8, 0.95, 5, 32, 16, (0.5, 0.7), 25, 9),
+    checkpoint=CheckpointConfig(10, 3, "greedy"),
+    log=LogConfig(0, 2, True),
+    mesh=MeshConfig(2),
+    seed=11,
+)
+
+
+def leaves(value, path=""):
+    if not isinstance(value, dict):
+        return [path.rstrip(".")]
+    return [leaf for name, inner in value.items() for leaf in leaves(inner, f"{path}{name}.")]
+
+
+# Written and read
+
+
+def test_every_leaf_survives_the_file():
+    written = json.loads(json.dumps(to_dict(UNUSUAL)))
+    changed = [line.split(":")[0] for line in differences(to_dict(Config()), written)]
+    assert sorted(changed) == sorted(leaves(to_dict(Config())))
+    assert from_dict(Config, written) == UNUSUAL
+    assert from_dict(Config, to_dict(Config())) == Config()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.builds(
+        OptimizerConfig,
+        learning_rate=st.floats(1e-12, 1e3),
+        warmup_steps=st.integers(0, 10**9),
+        epsilon=st.floats(5e-324, 1.0),
+        weight_decay=st.floats(0, 1e300),
+    ),
+    st.text(max_size=10),
+    st.lists(st.floats(1e-3, 1e3), max_size=3),
+)
+def test_any_number_and_text_survives_the_file(optimizer, text, temperatures):
+    config = Config(
+        optimizer=optimizer,
+        data=DataConfig(prompt_format=text + "{prompt}"),
+        evaluation=EvaluationConfig(extra_temperatures=tuple(temperatures)),
+    )
+    assert from_dict(Config, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_missing_fields_keep_their_defaults():
+    config = from_dict(Config, {"train": {"num_steps": 3}, "seed": 5})
+    assert config == Config(train=TrainConfig(num_steps=3), seed=5)
+    assert from_dict(Config, {}) == Config()
+
+
+def test_a_whole_number_is_read_as_a_float_where_one_is_expected():
+    rate = from_dict(OptimizerConfig, {"learning_rate": 1}).learning_rate
+    assert isinstance(rate, float)
+    found = from_dict(EvaluationConfig, {"extra_temperatures": [1, 0.5]}).extra_temperatures
+    assert found == (1.0, 0.5)
+    assert [type(value) for value in found] == [float, float]
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"trian": {}}, "unknown field 'trian'; did you mean 'train'?"),
+        ({"data": {"sorce": "x"}}, "unknown field 'data.sorce'; did you mean 'source'?"),
+        ({"evaluation": {"max_completion": 3}}, "unknown field 'evaluation.max_completion'; did you mean 'max_completion_length'?"),
+        ({"student": {"pth": "x"}}, "unknown field 'student.pth'; did you mean 'path'?"),
+        ({"log": {"zzz": 1}}, "unknown field 'log.zzz'; expected one of ['num_samples', 'samples_every', 'tensorboard']"),
+        ({"train": 3}, "train is 3; expected a section with named fields"),
+        ({"train": None}, "train is None; expected a section with named fields"),
+        ({"train": {"num_steps": "5"}}, "train.num_steps is '5'; expected int"),
+        ({"train": {"num_steps": 5.0}}, "train.num_steps is 5.0; expected int"),
+        ({"train": {"num_steps": True}}, "train.num_steps is True; expected int"),
+        ({"train": {"num_steps": None}}, "train.num_steps is None; expected int"),
+        ({"train": {"remat": 1}}, "train.remat is 1; expected bool"),
+        ({"student": {"path": 3}}, "student.path is 3; expected str"),
+        ({"student": {"revision": 3}}, "student.revision is 3; expected str"),
+        ({"data": {"enable_thinking": "no"}}, "data.enable_thinking is 'no'; expected bool"),
+        ({"optimizer": {"learning_rate": "1e-5"}}, "optimizer.learning_rate is '1e-5'; expected float"),
+        ({"optimizer": {"learning_rate": True}}, "optimizer.learning_rate is True; expected float"),
+        ({"optimizer": {"learning_rate": math.nan}}, "optimizer.learning_rate is nan; expected a finite number"),
+        ({"optimizer": {"max_grad_norm": math.inf}}, "optimizer.max_grad_norm is inf; expected a finite number"),
+        ({"estimator": {"beta": "x"}}, "estimator.beta is 'x'; expected float"),
+        ({"estimator": {"recipe": "vodp"}}, "estimator.recipe is 'vodp'; did you mean 'vopd'?"),
+        ({"estimator": {"recipe": 3}}, "estimator.recipe is 3; expected one of ['full_kl', 'opd', 'vopd']"),
+        ({"estimator": {"recipe": ["opd"]}}, "estimator.recipe is ['opd']; "),
+        ({"estimator": {"baseline": "ful"}}, "estimator.baseline is 'ful'; did you mean 'full'?"),
+        ({"sampling": {"stop_token_ids": 3}}, "sampling.stop_token_ids is 3; expected a list"),
+        ({"sampling": {"stop_token_ids": [3, "x"]}}, "sampling.stop_token_ids[1] is 'x'; expected int"),
+        ({"evaluation": {"extra_temperatures": ["hot"]}}, "evaluation.extra_temperatures[0] is 'hot'; expected float"),
+        ({"seed": "0"}, "seed is '0'; expected int"),
+        ([], "the config is []; expected a section with named fields"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_by_name(values, message):
+    with pytest.raises(ConfigError) as error:
+        from_dict(Config, values)
+    assert message in str(error.value)
+
+
+def test_nearest_also_takes_an_iterator():
+    assert nearest("trian", iter(["train", "sample"])) == "did you mean 'train'?"
+    assert nearest("xyz", iter(["train", "sample"])) == "expected one of ['sample', 'train']"
+
+
+REFUSED = [
+    (DataConfig, {"prompt_format": "Q: {}"}, "data.prompt_format is 'Q: {}'; expected a text that contains {prompt}"),
+    (DataConfig, {"max_prompt_length": 0}, "data.max_prompt_length is 0; expected at least 1"),
+    (DataConfig, {"format": "raw", "system_prompt": "x"}, "data.system_prompt is 'x'; expected none where no format is chat"),
+    (SamplingConfig, {"num_generations": 0}, "sampling.num_generations is 0; expected at least 1"),
+    (SamplingConfig, {"max_completion_length": 0}, "sampling.max_completion_length is 0; expected at least 1"),
+    (SamplingConfig, {"temperature": 0.0}, "sampling.temperature is 0.0; expected more than 0"),
+    (SamplingConfig, {"temperature": math.nan}, "sampling.temperature is nan; expected more than 0"),
+    (SamplingConfig, {"top_p": 0.0}, "sampling.top_p is 0.0; expected more than 0 and at most 1"),
+    (SamplingConfig, {"top_p": 1.1}, "sampling.top_p is 1.1; expected more than 0 and at most 1"),
+    (SamplingConfig, {"top_k": -1}, "sampling.top_k is -1; expected 0 (off) or more"),
+    (SamplingConfig, {"min_p": -0.1}, "sampling.min_p is -0.1; expected at least 0 (off) and less than 1"),
+    (SamplingConfig, {"min_p": 1.0}, "sampling.min_p is 1.0; expected at least 0 (off) and less than 1"),
+    (EstimatorConfig, {"tile": 0}, "estimator.tile is 0; expected at least 1"),
+    (EstimatorConfig, {"discount": -0.1}, "estimator.discount is -0.1; expected from 0 to 1"),
+    (EstimatorConfig, {"discount": 1.1}, "estimator.discount is 1.1; expected from 0 to 1"),
+    (EstimatorConfig, {"beta": -0.1}, "estimator.beta is -0.1; expected from 0 to 1"),
+    (EstimatorConfig, {"beta": 1.1}, "estimator.beta is 1.1; expected from 0 to 1"),
+    (EstimatorConfig, {"baseline_top_k": 0}, "estimator.baseline_top_k is 0; expected at least 1"),
+    (OptimizerConfig, {"learning_rate": 0.0}, "optimizer.learning_rate is 0.0; expected more than 0"),
+    (OptimizerConfig, {"learning_rate": math.nan}, "optimizer.learning_rate is nan; expected more than 0"),
+    (OptimizerConfig, {"warmup_steps": -1}, "optimizer.warmup_steps is -1; expected 0 or more"),
+    (OptimizerConfig, {"b1": 1.0}, "optimizer.b1, b2 is (1.0, 0.999); expected each at least 0 and less than 1"),
+    (OptimizerConfig, {"b2": -0.1}, "optimizer.b1, b2 is (0.9, -0.1); expected each at least 0 and less than 1"),
+    (OptimizerConfig, {"epsilon": 0.0}, "optimizer.epsilon is 0.0; expected more than 0"),
+    (OptimizerConfig, {"weight_decay": -0.1}, "optimizer.weight_decay is -0.1; expected 0 (off) or more"),
+    (OptimizerConfig, {"max_grad_norm": -1.0}, "optimizer.max_grad_norm is -1.0; expected 0 (off) or more"),
+    (TrainConfig, {"num_steps": 0}, "train.num_steps is 0; expected at least 1"),
+    (TrainConfig, {"prompts_per_step": 0}, "train.prompts_per_step is 0; expected at least 1"),
+    (TrainConfig, {"gradient_accumulation_steps": 0}, "train.gradient_accumulation_steps is 0; expected at least 1"),
+    (TrainConfig, {"max_nonfinite_steps": 0}, "train.max_nonfinite_steps is 0; expected at least 1"),
+    (EvaluationConfig, {"num_prompts": 0}, "evaluation.num_prompts is 0; expected at least 1"),
+    (EvaluationConfig, {"num_samples": 0}, "evaluation.num_samples is 0; expected at least 1"),
+    (EvaluationConfig, {"batch_size": 0}, "evaluation.batch_size is 0; expected at least 1"),
+    (EvaluationConfig, {"temperature": 0.0}, "evaluation.temperature is 0.0; expected more than 0"),
+    (EvaluationConfig, {"top_p": 1.1}, "evaluation.top_p is 1.1; expected more than 0 and at most 1"),
+    (EvaluationConfig, {"top_k": -1}, "evaluation.top_k is -1; expected 0 (off) or more"),
+    (EvaluationConfig, {"max_completion_length": 0}, "evaluation.max_completion_length is 0; expected at least 1"),
+    (EvaluationConfig, {"extra_temperatures": (0.5, 0.0)}, "evaluation.extra_temperatures is (0.5, 0.0); expected more than 0 each"),
+    (EvaluationConfig, {"every": -1}, "evaluation.every is -1; expected 0 (off) or more"),
+    (EvaluationConfig, {"seed": -1}, "evaluation.seed is -1; expected from 0 to 2147483647"),
+    (CheckpointConfig, {"every": 0}, "checkpoint.every is 0; expected at least 1"),
+    (CheckpointConfig, {"keep": 0}, "checkpoint.keep is 0; expected at least 1"),
+    (CheckpointConfig, {"best_metric": "avg"}, "checkpoint.best_metric is 'avg'; expected avg@k, pass@k or greedy"),
+    (LogConfig, {"samples_every": -1}, "log.samples_every is -1; expected 0 (off) or more"),
+    (LogConfig, {"num_samples": 0}, "log.num_samples is 0; expected at least 1"),
+    (MeshConfig, {"data": 0}, "mesh.data is 0; expected -1 (all devices) or at least 1"),
+    (MeshConfig, {"data": -2}, "mesh.data is -2; expected -1 (all devices) or at least 1"),
+    (Config, {"seed": -1}, "seed is -1; expected from 0 to 2147483647"),
+    (Config, {"seed": 2**31}, "seed is 2147483648; expected from 0 to 2147483647"),
+    # Sections made in Python, whose types nothing else checks.
+    (Config, {"student": "Qwen/Qwen3-0.6B"}, "student is 'Qwen/Qwen3-0.6B'; expected a section with named fields"),
+    (Config, {"student": ModelConfig(pathlib.PurePosixPath("a"))}, "student.path is PurePosixPath('a'); expected str"),
+    (Config, {"student": ModelConfig("a", dtype="fp32")}, "student.dtype is 'fp32'; expected one of ['auto', 'bfloat16', 'float32']"),
+    (Config, {"train": TrainConfig(num_steps=1.5)}, "train.num_steps is 1.5; expected int"),
+    (Config, {"optimizer": OptimizerConfig(max_grad_norm=math.inf)}, "optimizer.max_grad_norm is inf; expected a finite number"),
+    (Config, {"estimator": EstimatorConfig(recipe="oppd")}, "estimator.recipe is 'oppd'; did you mean 'opd'?"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"), REFUSED, ids=[f"{s.__name__}-{'-'.join(v)}-{i}" for i, (s, v, _) in enumerate(REFUSED)]
+)
+def test_a_value_out_of_range_is_refused_by_name(section, values, message):
+    with pytest.raises(ConfigError) as error:
+        section(**values)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        (DataConfig, {"format": "raw", "teacher_format": "chat", "system_prompt": "x"}),
+        (DataConfig, {"max_prompt_length": 1}),
+        (SamplingConfig, {"top_p": 1e-9, "top_k": 1, "min_p": 0.999, "temperature": 1e-9}),
+        (EstimatorConfig, {"discount": 0.0, "beta": 0.0, "baseline_top_k": 1, "tile": 1}),
+        (EstimatorConfig, {"discount": 1.0, "beta": 1.0}),
+        (OptimizerConfig, {"b1": 0.0, "b2": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0, "warmup_steps": 0}),
+        (EvaluationConfig, {"every": 0, "extra_temperatures": (), "seed": 2**31 - 1}),
+        (MeshConfig, {"data": 1}),
+        (Config, {"seed": 2**31 - 1}),
+    ],
+)
+def test_the_ends_of_the_ranges_are_accepted(section, values):
+    made = section(**values)
+    assert {name: getattr(made, name) for name in values} == values
+
+
+def test_micro_batches_divide_the_rows_of_a_step():
+    changes = {"train": TrainConfig(prompts_per_step=6, gradient_accumulation_steps=4)}
+    with pytest.raises(ConfigError, match="train.gradient_accumulation_steps is 4; expected a divisor of the 6 rows a step"):
+        Config(**changes)
+    # With two samples a prompt there are twelve rows.
+    assert Config(**changes, sampling=SamplingConfig(num_generations=2)).train.gradient_accumulation_steps == 4
+
+
+ALTERED = [{"temperature": 0.7}, {"temperature": 1.3}, {"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.05}]
+
+
+@pytest.mark.parametrize("sampling", ALTERED, ids=str)
+def test_policy_gradients_want_unaltered_sampling(sampling):
+    for recipe in ("opd", "vopd"):
+        with pytest.raises(
+            ConfigError, match=f"recipe '{recipe}' with .*sample with temperature 1 and no filter, or use the recipe full_kl"
+        ) as e:
+            Config(sampling=SamplingConfig(**sampling), estimator=EstimatorConfig(recipe=recipe))
+        name, value = next(iter(sampling.items()))
+        assert f"{name} {value}" in str(e.value)
+    config = Config(sampling=SamplingConfig(**sampling), estimator=EstimatorConfig(recipe="full_kl"))
+    assert config.sampling.has_filter is ("temperature" not in sampling)
+
+
+def test_options_are_those_that_were_given():
+    assert EstimatorConfig().options == {}
+    given = EstimatorConfig(recipe="vopd", discount=0.0, baseline="student_topk", baseline_top_k=5)
+    assert given.options == {"discount": 0.0, "baseline": "student_topk", "baseline_top_k": 5}
+    assert EstimatorConfig(recipe="full_kl", divergence="jsd", beta=0.0).options == {"divergence": "jsd", "beta": 0.0}
+
+
+def test_sections_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().train.num_steps = 3
+
+
+# Differences
+
+
+def test_differences_name_the_leaf_and_both_values():
+    left = to_dict(Config())
+    right = to_dict(Config(train=TrainConfig(num_steps=7), evaluation=EvaluationConfig(source=None, extra_temperatures=(0.5,)), seed=3))
+    assert differences(left, right) == [
+        "evaluation.extra_temperatures: [] -> [0.5]",
+        "evaluation.source: 'arithmetic:test' -> None",
+        "seed: 0 -> 3",
+        "train.num_steps: 100 -> 7",
+    ]
+    assert differences(left, to_dict(Config())) == []
+
+
+def test_differences_of_fields_that_one_side_lacks():
+    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "d": 3}}) == ["a.c: 2 -> None", "a.d: None -> 3"]
+    assert differences({"a": {"b": 1}}, {"a": 5}) == ["a: {'b': 1} -> 5"]
+
+
+# Importing
+
+
+def run_python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_config_needs_the_standard_library_alone():
+    code = (
+        "import sys; before = set(sys.modules); import opdjax.config\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "print(sorted(new - sys.stdlib_module_names))"
+    )
+    assert run_python(code) == "['opdjax']"
+
+
+def test_importing_the_package_starts_nothing():
+    # What jax and orbax do to the environment on import is theirs; the test is of what opdjax adds.
+    code = (
+        "import os, pkgutil, importlib, jax, flax.struct, optax, orbax.checkpoint, tqdm, tyro, opdjax\n"
+        "from jax._src import xla_bridge\n"
+        "before, flags = dict(os.environ), dict(jax.config.values)\n"
+        "names = [module.name for module in pkgutil.walk_packages(opdjax.__path__, 'opdjax.')]\n"
+        "[importlib.import_module(name) for name in names]\n"
+        "print(len(names) > 25, dict(os.environ) == before, jax.config.values == flags, xla_bridge.backends_are_initialized())"
+    )
+    assert run_python(code) == "True True True False"

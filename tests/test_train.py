@@ -1,0 +1,284 @@
+"""The loop on the mini pair: it runs, resumes bit for bit, survives SIGKILL and non-finite losses, and exports what it trained."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import opdjax.train
+from opdjax.checkpoint import CheckpointShapeError
+from opdjax.config import (
+    MINI_STUDENT,
+    MINI_TEACHER,
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    EstimatorConfig,
+    EvaluationConfig,
+    LogConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainConfig,
+)
+from opdjax.data.chat import TokenizerMismatchError
+from opdjax.models.hf import load_params, open_checkpoint
+from opdjax.train import NonFiniteLossError, export_step, train
+from opdjax.workdir import WorkdirError, read_lines
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = Config(
+    data=DataConfig(max_prompt_length=32),
+    sampling=SamplingConfig(max_completion_length=20),
+    estimator=EstimatorConfig(recipe="vopd", tile=64),
+    optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=2),
+    train=TrainConfig(num_steps=6, prompts_per_step=8),
+    evaluation=EvaluationConfig(num_prompts=16, num_samples=2, max_completion_length=20, batch_size=32, extra_temperatures=(0.5,)),
+    checkpoint=CheckpointConfig(every=2),
+    log=LogConfig(samples_every=2, num_samples=2),
+    mesh=MeshConfig(data=1),
+)
+
+
+def vary(**sections):
+    """TINY with some fields of some sections replaced."""
+    return dataclasses.replace(TINY, **{name: dataclasses.replace(getattr(TINY, name), **fields) for name, fields in sections.items()})
+
+
+def without_times(workdir):
+    """The rows of metrics.jsonl, timing aside."""
+    rows = read_lines(workdir / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if not name.startswith(("time/", "perf/"))} for row in rows]
+
+
+def final_weights(workdir):
+    return load_params(open_checkpoint(workdir / "student"), "float32")
+
+
+def assert_same_run(left, right):
+    assert without_times(left) == without_times(right)
+    assert read_lines(left / "eval.jsonl") == read_lines(right / "eval.jsonl")
+    assert read_lines(left / "samples.jsonl") == read_lines(right / "samples.jsonl")
+    jax.tree.map(np.testing.assert_array_equal, final_weights(left), final_weights(right))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run that nobody disturbed."""
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    train(TINY, workdir)
+    return workdir
+
+
+def test_a_run_leaves_a_whole_work_directory(straight):
+    result = json.loads((straight / "result.json").read_text())
+    for name in ("eval_before", "eval_after"):
+        assert {"avg@k", "pass@k", "greedy", "n", "k", "num_prompts"} <= result[name].keys()
+        assert result[name]["num_prompts"] == 16
+    assert [scores["temperature"] for scores in result["eval_before_sharpened"]] == [0.5]
+    assert [row["step"] for row in read_lines(straight / "metrics.jsonl")] == list(range(1, 7))
+    assert sorted({row["step"] for row in read_lines(straight / "samples.jsonl")}) == [1, 2, 4, 6]
+    config = json.loads((straight / "config.json").read_text())
+    assert config["data"]["num_prompts"] == 16384
+    assert config["environment"]["jax"] == jax.__version__
+    for row in read_lines(straight / "metrics.jsonl"):
+        assert row["rollout/logprob_gap"] < 1e-5  # the sampler and the trainer speak of one distribution
+        assert row["kl/student_teacher"] > 0
+        assert row["grad/skipped_steps"] == 0
+
+
+def test_a_finished_run_is_reported_not_repeated(straight, capsys):
+    before = (straight / "metrics.jsonl").read_bytes()
+    assert train(TINY, straight) == json.loads((straight / "result.json").read_text())
+    assert (straight / "metrics.jsonl").read_bytes() == before
+    assert "finished run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 4])
+def test_an_interrupted_run_ends_as_the_straight_one(stop_at, straight, tmp_path, monkeypatch):
+    real, seen = opdjax.train.collate, []
+
+    def interrupting(prompts, indices, num_rows=None):
+        if num_rows is None:  # a training batch
+            seen.append(1)
+            if len(seen) > stop_at:
+                raise KeyboardInterrupt
+        return real(prompts, indices, num_rows)
+
+    monkeypatch.setattr(opdjax.train, "collate", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        train(TINY, tmp_path / "run")
+    monkeypatch.setattr(opdjax.train, "collate", real)
+    train(TINY, tmp_path / "run")
+    assert_same_run(straight, tmp_path / "run")
+
+
+def test_a_run_killed_at_random_moments_ends_as_the_straight_one(straight, tmp_path):
+    """SIGKILL in a process of its own, twice, then once to the end."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        "import conftest, pathlib\n"
+        "from test_train import TINY\n"
+        "from opdjax.train import train\n"
+        "train(TINY, pathlib.Path(sys.argv[1]))\n"
+    )
+    workdir, rng = tmp_path / "run", random.Random(0)
+    command = [sys.executable, str(script), str(workdir)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for kill_after in (rng.randint(1, 2), rng.randint(3, 5)):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 120
+        while len(read_lines(workdir / "metrics.jsonl")) < kill_after:
+            assert process.poll() is None, process.stderr.read().decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (workdir / "result.json").exists()
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert_same_run(straight, workdir)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("opd", {}),
+        ("opd", {"discount": 1.0}),
+        ("vopd", {"baseline": "student_topk", "baseline_top_k": 5}),
+        ("full_kl", {"divergence": "jsd", "beta": 0.3}),
+    ],
+)
+def test_every_recipe_runs_on_eight_devices_as_on_one(recipe, options, tmp_path):
+    """Two steps of the whole loop; sampled tokens may differ across meshes only within rounding, so the numbers agree."""
+    estimator = {"recipe": recipe, "aggregation": "fixed_denominator", **options}
+    base = vary(estimator=estimator, train={"num_steps": 2, "prompts_per_step": 16}, evaluation={"source": None})
+    rows = []
+    for devices in (1, 8):
+        train(dataclasses.replace(base, mesh=MeshConfig(devices)), tmp_path / str(devices))
+        rows.append(without_times(tmp_path / str(devices)))
+    for one, eight in zip(*rows):
+        assert one.keys() == eight.keys()
+        for name in one:
+            np.testing.assert_allclose(eight[name], one[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_several_samples_micro_batches_and_a_teacher_view_of_its_own(tmp_path):
+    """Raw text for the student, the chat template for the teacher: the teacher's scores still land on the student's tokens."""
+    config = vary(
+        data={"format": "raw", "teacher_format": "chat"},
+        sampling={"num_generations": 4},
+        train={"num_steps": 1, "prompts_per_step": 4, "gradient_accumulation_steps": 2},
+        evaluation={"source": None},
+    )
+    train(config, tmp_path / "run")
+    (row,) = without_times(tmp_path / "run")
+    # The same tokens seen through the student's own bare view are out of the teacher's distribution.
+    train(dataclasses.replace(config, data=dataclasses.replace(config.data, teacher_format="raw")), tmp_path / "raw")
+    (raw,) = without_times(tmp_path / "raw")
+    assert raw["rollout/num_tokens"] == row["rollout/num_tokens"]
+    assert raw["kl/k1"] != row["kl/k1"]
+
+
+def test_export_of_any_checkpoint(straight, tmp_path):
+    latest = export_step(straight, "latest", tmp_path / "latest", None)
+    jax.tree.map(np.testing.assert_array_equal, load_params(open_checkpoint(latest), "float32"), final_weights(straight))
+    earlier = export_step(straight, "4", tmp_path / "four", "bfloat16")
+    assert open_checkpoint(earlier).stored_dtype == "bfloat16"
+    with pytest.raises(ConfigError, match="no checkpoint '3'.*there are"):
+        export_step(straight, "3", tmp_path / "three", None)
+
+
+def test_best_checkpoint_outlives_newer_ones(tmp_path):
+    config = vary(evaluation={"every": 1, "num_samples": 4}, checkpoint={"every": 1, "keep": 1}, train={"num_steps": 4})
+    train(config, tmp_path / "run")
+    scores = {row["step"]: row["avg@k"] for row in read_lines(tmp_path / "run" / "eval.jsonl") if row["step"]}
+    kept = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdecimal())
+    assert 4 in kept
+    assert len(kept) <= 2
+    assert max(scores.values()) == max(scores[step] for step in kept)
+
+
+class TestBadInput:
+    def test_another_config_in_the_work_directory(self, straight):
+        with pytest.raises(WorkdirError, match=r"optimizer\.learning_rate: 0\.0005 -> 0\.001"):
+            train(vary(optimizer={"learning_rate": 1e-3}), straight)
+
+    def test_tokenizers_that_differ(self, tmp_path):
+        teacher = tmp_path / "teacher"
+        shutil.copytree(MINI_TEACHER, teacher)
+        file = teacher / "tokenizer.json"
+        words = json.loads(file.read_text())
+        vocab = words["model"]["vocab"]
+        vocab["17"], vocab["18"] = vocab["18"], vocab["17"]
+        file.write_text(json.dumps(words))
+        with pytest.raises(TokenizerMismatchError, match="differ in 2 tokens.*'17'.*shares the student's tokenizer"):
+            train(dataclasses.replace(TINY, teacher=ModelConfig(str(teacher))), tmp_path / "run")
+
+    def test_an_option_that_the_recipe_does_not_have(self, tmp_path):
+        with pytest.raises(ValueError, match="recipe 'full_kl' has no option 'baseline'"):
+            train(vary(estimator={"recipe": "full_kl", "baseline": "full"}), tmp_path / "run")
+
+    def test_rows_that_do_not_divide_over_the_devices(self, tmp_path):
+        with pytest.raises(ConfigError, match="12 rows a step.*8 devices"):
+            train(dataclasses.replace(vary(train={"prompts_per_step": 12}), mesh=MeshConfig(8)), tmp_path / "run")
+
+    def test_a_checkpoint_of_another_shape(self, straight, tmp_path):
+        """A work directory whose student has since been replaced by one of another width."""
+        other = tmp_path / "run"
+        shutil.copytree(straight, other)
+        (other / "result.json").unlink()
+        small = tmp_path / "small"
+        make_small_student(small)
+        config = json.loads((other / "config.json").read_text())
+        config["config"]["student"]["path"] = str(small)
+        (other / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointShapeError, match=r"layers\.down_kernel has shape \(3, 96, 288\), this model's is \(3, 96, 64\)"):
+            train(dataclasses.replace(TINY, student=ModelConfig(str(small))), other)
+
+
+def make_small_student(out):
+    """The mini student with a narrower MLP."""
+    from opdjax.models.decoder import init_params
+    from opdjax.models.hf import export
+
+    source = open_checkpoint(MINI_STUDENT)
+    source = dataclasses.replace(
+        source, raw_config=source.raw_config | {"intermediate_size": 64}, config=dataclasses.replace(source.config, intermediate_size=64)
+    )
+    export(init_params(source.config, jax.random.key(0)), source, out)
+
+
+def test_a_loss_that_stays_non_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    real, calls = opdjax.train._score, []
+
+    def poisoned(setup, batch):
+        batch, head = real(setup, batch)
+        calls.append(1)
+        # Step 2 alone, then every step from 5 on.
+        if len(calls) == 2 or len(calls) >= 5:
+            batch = dataclasses.replace(batch, teacher=jax.tree.map(lambda x: x * np.nan, batch.teacher))
+        return batch, head
+
+    monkeypatch.setattr(opdjax.train, "_score", poisoned)
+    config = vary(train={"num_steps": 20, "max_nonfinite_steps": 3}, checkpoint={"every": 2}, evaluation={"source": None})
+    with pytest.raises(NonFiniteLossError, match=r"steps 5 to 7 .*last good checkpoint is step 4"):
+        train(config, tmp_path / "run")
+    rows = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [row["grad/skipped_steps"] for row in rows] == [0, 1, 1, 1, 2, 3, 4]
+    monkeypatch.setattr(opdjax.train, "_score", real)
+    result = train(dataclasses.replace(config), tmp_path / "run")
+    assert result["skipped_steps"] == 1

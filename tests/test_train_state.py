@@ -1,0 +1,160 @@
+"""One update: its gradient does not depend on how the batch is cut, and its optimizer is the one the config names."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opdjax.config import EstimatorConfig, OptimizerConfig
+from opdjax.estimators import bind
+from opdjax.estimators.losses import AGGREGATIONS
+from opdjax.models.decoder import DecoderConfig, head_of, init_params
+from opdjax.scoring.local import score
+from opdjax.sharding import make_mesh, shard_rows
+from opdjax.train_state import UpdateSpec, init_state, learning_rate_at, loss_and_grad, make_optimizer, make_update
+from opdjax.types import TeacherScores, TrainBatch
+
+MODEL = DecoderConfig(
+    vocab_size=11, hidden_size=8, num_layers=2, num_heads=2, num_kv_heads=1, head_size=4, intermediate_size=12, rope_theta=1e4,
+    norm_epsilon=1e-6, ties_embeddings=True, has_qk_norm=True, has_qkv_bias=False, has_output_bias=False,
+)  # fmt: skip
+RECIPES = [
+    EstimatorConfig(recipe="opd", discount=0.5, tile=5),
+    EstimatorConfig(recipe="vopd", tile=16),
+    EstimatorConfig(recipe="full_kl", divergence="jsd", beta=0.4, tile=3),
+]
+
+
+def make_batch(rng, rows=8, columns=9):
+    """Rows of several lengths, padded on both sides."""
+    lengths, starts = rng.integers(2, columns - 3, rows), rng.integers(0, 3, rows)
+    column = np.arange(columns)
+    segments = ((column >= starts[:, None]) & (column < (starts + lengths)[:, None])).astype(np.int32)
+    mask = (segments == 1) & (column > starts[:, None] + 1)
+    return TrainBatch(
+        tokens=jnp.asarray(rng.integers(0, MODEL.vocab_size, (rows, columns)), jnp.int32),
+        mask=jnp.asarray(mask),
+        segment_ids=jnp.asarray(segments),
+        behavior_logprobs=jnp.zeros((rows, columns)),
+    )
+
+
+def make_models(dtype):
+    return init_params(MODEL, jax.random.key(0), dtype), init_params(MODEL, jax.random.key(1), dtype)
+
+
+def scored(batch, teacher, recipe):
+    needs = bind(recipe.recipe, recipe.options)[0].teacher
+    scores = score(teacher, head_of(teacher), batch, config=MODEL, needs=needs, tile=8)
+    return dataclasses.replace(batch, teacher=scores), head_of(teacher) if needs == "vocabulary" else None
+
+
+def gradient(student, batch, head, estimator, dtype, **spec):
+    spec = UpdateSpec(MODEL, estimator, dtype, max_completion_length=7, **spec)
+    return jax.jit(lambda p, b, h: loss_and_grad(p, b, h, spec, *bind(estimator.recipe, estimator.options)))(student, batch, head)
+
+
+def relative_difference(left, right):
+    squares = [jnp.sum(jnp.square(a - b)) for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right))]
+    return float(jnp.sqrt(sum(squares)) / jnp.sqrt(sum(jnp.sum(jnp.square(a)) for a in jax.tree.leaves(left))))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("estimator", RECIPES, ids=lambda e: e.recipe)
+def test_the_gradient_does_not_depend_on_the_number_of_micro_batches(estimator, aggregation, rng):
+    student, teacher = make_models(jnp.float64)
+    estimator = dataclasses.replace(estimator, aggregation=aggregation)
+    batch, head = scored(make_batch(rng), teacher, estimator)
+    loss, whole, outputs = gradient(student, batch, head, estimator, "float64")
+    for parts in (2, 8):
+        part_loss, cut, part_outputs = gradient(student, batch, head, estimator, "float64", gradient_accumulation_steps=parts)
+        np.testing.assert_allclose(part_loss, loss, rtol=1e-12)
+        assert relative_difference(whole, cut) < 1e-10
+        chex.assert_trees_all_close(part_outputs, outputs, rtol=1e-10)
+
+
+@pytest.mark.parametrize("estimator", RECIPES, ids=lambda e: e.recipe)
+def test_eight_devices_and_remat_give_the_gradient_of_one(estimator, rng):
+    student, teacher = make_models(jnp.float32)
+    batch, head = scored(make_batch(rng), teacher, estimator)
+    _, one, _ = gradient(student, batch, head, estimator, "float32")
+    mesh = make_mesh(8)
+    _, eight, _ = gradient(student, shard_rows(batch, mesh), head, estimator, "float32", mesh=mesh)
+    _, remat, _ = gradient(student, batch, head, estimator, "float32", remat=True)
+    assert relative_difference(one, eight) < 1e-5
+    assert relative_difference(one, remat) < 1e-5
+
+
+def test_pmap_over_eight_devices_gives_the_gradient_of_jit_over_the_mesh(rng):
+    """pmap is today a wrapper of shard_map; jit over a mesh is the core because it also shards what pmap would replicate."""
+    estimator = EstimatorConfig(recipe="vopd", aggregation="fixed_denominator")
+    student, teacher = make_models(jnp.float32)
+    batch, head = scored(make_batch(rng), teacher, estimator)
+    _, core, _ = gradient(student, batch, head, estimator, "float32")
+    spec = UpdateSpec(MODEL, estimator, "float32", max_completion_length=7)
+    shards = jax.tree.map(lambda x: x.reshape(8, 1, *x.shape[1:]), batch)
+
+    def one_row(params, row):
+        _, grads, _ = loss_and_grad(params, row, head, spec, *bind("vopd", {}))
+        return jax.lax.pmean(grads, "rows")
+
+    mapped = jax.pmap(one_row, axis_name="rows", in_axes=(None, 0))(student, shards)
+    assert relative_difference(core, jax.tree.map(lambda x: x[0], mapped)) < 1e-5
+
+
+def test_a_batch_that_is_not_finite_changes_nothing_but_the_counters(rng):
+    estimator = EstimatorConfig(recipe="opd")
+    student, teacher = make_models(jnp.float32)
+    batch, _ = scored(make_batch(rng), teacher, estimator)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2), 10)
+    update = make_update(UpdateSpec(MODEL, estimator, "float32", 7), optimizer)
+    poisoned = dataclasses.replace(batch, teacher=TeacherScores(token_logprobs=batch.teacher.token_logprobs * jnp.nan))
+    state = init_state(student, optimizer)
+    kept = jax.tree.map(np.asarray, (state.params, state.opt_state))
+    state, metrics = update(state, poisoned)
+    assert not np.isfinite(metrics["loss/objective"])
+    chex.assert_trees_all_equal(jax.tree.map(np.asarray, (state.params, state.opt_state)), kept)
+    assert (int(state.step), int(state.num_skipped), int(state.nonfinite_streak)) == (1, 1, 1)
+    state, _ = update(state, poisoned)
+    assert (int(state.num_skipped), int(state.nonfinite_streak)) == (2, 2)
+    state, metrics = update(state, batch)
+    assert (int(state.step), int(state.num_skipped), int(state.nonfinite_streak)) == (3, 2, 0)
+    assert np.isfinite(metrics["loss/objective"])
+    assert relative_difference(kept[0], state.params) > 0
+
+
+def test_a_bfloat16_forward_keeps_float32_parameters_and_small_steps(rng):
+    """A step of 1e-6 on weights near 1 would vanish in bfloat16."""
+    estimator = EstimatorConfig(recipe="full_kl")
+    student, teacher = make_models(jnp.bfloat16)
+    batch, head = scored(make_batch(rng), teacher, estimator)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-6, schedule="constant"), 10)
+    update = make_update(UpdateSpec(MODEL, estimator, "bfloat16", 7), optimizer)
+    state, _ = update(init_state(student, optimizer), batch, head)
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    moved = np.abs(np.asarray(state.params["final_norm"]) - 1)
+    assert moved.max() == pytest.approx(1e-6, rel=0.1)
+
+
+def test_learning_rate_by_hand():
+    cosine = learning_rate_at(OptimizerConfig(learning_rate=1.0, schedule="cosine", warmup_steps=4), 12)
+    np.testing.assert_allclose([cosine(s) for s in (0, 1, 4, 8, 12)], [0, 0.25, 1, 0.5, 0], atol=1e-6)
+    linear = learning_rate_at(OptimizerConfig(learning_rate=1.0, schedule="linear"), 10)
+    np.testing.assert_allclose([linear(s) for s in (0, 5, 10)], [1, 0.5, 0], atol=1e-6)
+    constant = learning_rate_at(OptimizerConfig(learning_rate=1.0, schedule="constant", warmup_steps=2), 10)
+    np.testing.assert_allclose([constant(s) for s in (1, 2, 9)], [0.5, 1, 1], atol=1e-6)
+
+
+def test_weight_decay_leaves_norms_alone_and_clipping_can_be_off():
+    student, _ = make_models(jnp.float32)
+    config = OptimizerConfig(learning_rate=0.1, schedule="constant", weight_decay=0.5, max_grad_norm=0.0)
+    optimizer = make_optimizer(config, 10)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, student), optimizer.init(student), student)
+    np.testing.assert_array_equal(updates["final_norm"], 0)
+    np.testing.assert_array_equal(updates["layers"]["q_norm"], 0)
+    np.testing.assert_allclose(updates["embedding"], -0.05 * student["embedding"], rtol=1e-6)
+    np.testing.assert_allclose(updates["layers"]["q_kernel"], -0.05 * student["layers"]["q_kernel"], rtol=1e-6)
