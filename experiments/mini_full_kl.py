@@ -1,5 +1,5 @@
-"""The exact divergence at every sampled context, on the built-in mini pair: no action variance, the costly upper mark.
-"""
+"""The exact divergence at every sampled context, on the built-in mini pair: no action variance, the costly upper mark."""
+
 from opdjax.config import Config, DataConfig, EstimatorConfig, EvaluationConfig, LogConfig, OptimizerConfig, SamplingConfig, TrainConfig
 
 

@@ -1,5 +1,5 @@
-"""Vanilla sampled-token on-policy distillation on the built-in mini pair: what vOPD is compared with.
-"""
+"""Vanilla sampled-token on-policy distillation on the built-in mini pair: what vOPD is compared with."""
+
 from opdjax.config import Config, DataConfig, EstimatorConfig, EvaluationConfig, LogConfig, OptimizerConfig, SamplingConfig, TrainConfig
 
 

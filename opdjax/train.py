@@ -128,7 +128,8 @@ def _run(setup: Setup, workdir: pathlib.Path) -> dict[str, Any]:
         progress.show(done, metrics)
         if config.log.samples_every and (done % config.log.samples_every == 0 or done == 1):
             append_lines(workdir / "samples.jsonl", _sample_rows(setup, rollouts, done))
-        if int(state.nonfinite_streak) >= config.train.max_nonfinite_steps:
+        streak = int(state.nonfinite_streak)
+        if streak >= config.train.max_nonfinite_steps:
             checkpointer.close()
             raise NonFiniteLossError(
                 f"steps {done - config.train.max_nonfinite_steps + 1} to {done} had no finite loss or gradient; the last good checkpoint "
@@ -137,7 +138,8 @@ def _run(setup: Setup, workdir: pathlib.Path) -> dict[str, Any]:
         is_last = done == config.train.num_steps
         is_evaluated = is_last or (config.evaluation.every and done % config.evaluation.every == 0)
         scores = evaluate(done, publish(state.params)) if is_evaluated else None
-        if is_last or is_evaluated or done % config.checkpoint.every == 0:
+        # In the middle of a streak nothing new is worth keeping, and the last good step must not be pushed out.
+        if is_last or (streak == 0 and (is_evaluated or done % config.checkpoint.every == 0)):
             checkpointer.save(done, state, scores)
     progress.close()
     writer.close()

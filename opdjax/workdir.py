@@ -111,4 +111,3 @@ def cut_lines(file: pathlib.Path, last_step: int) -> None:
         partial = file.with_name(file.name + ".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
         partial.replace(file)
-

@@ -5,7 +5,8 @@
 
 Everything is float32 and one row (B = 1). The teacher is given as hidden states and a head of the student's size. Both
 forms take the same arguments and return the loss and its gradients with respect to the student's hidden states and head.
-Temporary memory is XLA's own figure (arguments and results excluded); seconds are medians of alternating runs.
+Temporary memory is XLA's own figure (arguments and results excluded); seconds are medians of alternating runs. CPU seconds
+of the process are printed beside them because they say more on a machine that does other work.
 """
 
 from __future__ import annotations
@@ -71,20 +72,21 @@ def temp_mib(compiled):
 
 
 def run_once(compiled, arguments):
-    """(seconds, loss, gradient norms); the gradients are gone when it returns."""
-    start = time.perf_counter()
+    """(seconds, CPU seconds, loss, gradient norms); the gradients are gone when it returns."""
+    start, cpu_start = time.perf_counter(), time.process_time()
     loss, gradients = jax.block_until_ready(compiled(*arguments))
-    seconds = time.perf_counter() - start
-    return seconds, float(loss), [float(jnp.linalg.norm(g)) for g in gradients]
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    return seconds, cpu_seconds, float(loss), [float(jnp.linalg.norm(g)) for g in gradients]
 
 
 def time_forms(forms, arguments, repeats):
-    """Median seconds and the last result of every form, after one untimed run of each."""
+    """Median seconds, wall and CPU, and the last result of every form, after one untimed run of each."""
     runs = {name: [] for name in forms}
     for _ in range(repeats + 1):
         for name, compiled in forms.items():
             runs[name].append(run_once(compiled, arguments))
-    return {name: (statistics.median(r[0] for r in kept[1:]), *kept[-1][1:]) for name, kept in runs.items()}
+    median = lambda kept, i: statistics.median(run[i] for run in kept[1:])  # noqa: E731
+    return {name: (median(kept, 0), median(kept, 1), *kept[-1][2:]) for name, kept in runs.items()}
 
 
 def cpu_model():
@@ -117,17 +119,18 @@ def main():
 
     forms = compile_forms(options, options.tokens)
     timed = time_forms(forms, make_arguments(options.tokens, options.vocab, options.width), options.repeats)
-    print("| T | form | XLA temp MiB | seconds | loss | norm of d hidden | norm of d head |")
-    print("|---|---|---|---|---|---|---|")
+    print("| T | form | XLA temp MiB | seconds | CPU seconds | loss | norm of d hidden | norm of d head |")
+    print("|---|---|---|---|---|---|---|---|")
     temps = {}
-    for name, (seconds, loss, (dhidden, dhead)) in timed.items():
+    for name, (seconds, cpu_seconds, loss, (dhidden, dhead)) in timed.items():
         temps[name] = temp_mib(forms[name])
-        print(f"| {options.tokens} | {name} | {temps[name]:.0f} | {seconds:.2f} | {loss:.6f} | {dhidden:.6e} | {dhead:.6e} |")
+        cost = f"{temps[name]:.0f} | {seconds:.2f} | {cpu_seconds:.2f}"
+        print(f"| {options.tokens} | {name} | {cost} | {loss:.6f} | {dhidden:.6e} | {dhead:.6e} |")
     del forms
 
     long_temps = {name: temp_mib(compiled) for name, compiled in compile_forms(options, options.long_tokens).items()}
     for name, temp in long_temps.items():
-        print(f"| {options.long_tokens} | {name} | {temp:.0f} | compiled only | | | |")
+        print(f"| {options.long_tokens} | {name} | {temp:.0f} | compiled only | | | | |")
 
     dense, tiled = timed
     print(f"\nTemporary memory, tiled / dense, T = {options.tokens}: {verdict('temp', temps[tiled], temps[dense])}")

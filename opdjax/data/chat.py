@@ -35,9 +35,7 @@ def check_same_vocabulary(student: Any, teacher: Any, recipe: str) -> None:
     if ours != theirs:
         differing = sorted(word for word in ours.keys() | theirs.keys() if ours.get(word) != theirs.get(word))
         shown = ", ".join(f"{word!r}: {ours.get(word)} / {theirs.get(word)}" for word in differing[:5])
-        raise TokenizerMismatchError(
-            f"student and teacher differ in {len(differing)} tokens (student id / teacher id: {shown}); {advice}"
-        )
+        raise TokenizerMismatchError(f"student and teacher differ in {len(differing)} tokens (student id / teacher id: {shown}); {advice}")
     left, right = (t.encode(_PROBE, add_special_tokens=False) for t in (student, teacher))
     if left != right:
         raise TokenizerMismatchError(f"student and teacher split the same text differently ({left} / {right}); {advice}")

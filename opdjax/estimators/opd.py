@@ -70,9 +70,7 @@ def opd(student: VocabTile, teacher: VocabTile | None, row: Columns, *, discount
     return loss, _outputs(reward, advantage, student_logprob)
 
 
-def vopd(
-    student: VocabTile, teacher: VocabTile, row: Columns, *, baseline: str = "full", baseline_top_k: int = 100, discount: float = 0.0
-):
+def vopd(student: VocabTile, teacher: VocabTile, row: Columns, *, baseline: str = "full", baseline_top_k: int = 100, discount: float = 0.0):
     """OPD with a control-variate baseline: loss -sg[r - b] * log student(y); vOPD (arXiv 2605.07865).
 
     b depends on the context alone, so the expected gradient is that of `opd` whatever b is. `baseline` `full`:

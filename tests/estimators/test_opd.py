@@ -100,7 +100,7 @@ def test_hand_worked_numbers():
     ln2 = np.log(2.0)
     loss, outputs = token_loss("opd", {}, student, teacher, 0)
     np.testing.assert_allclose(outputs["reward"][0], -ln2, rtol=1e-6)
-    np.testing.assert_allclose(loss, -(-ln2) * np.log(0.5), rtol=1e-6)
+    np.testing.assert_allclose(loss, ln2 * np.log(0.5), rtol=1e-6)
     loss, outputs = token_loss("vopd", {}, student, teacher, 0)
     np.testing.assert_allclose(outputs["kl"][0], ln2 / 4, rtol=1e-6)
     np.testing.assert_allclose(outputs["advantage"][0], -0.75 * ln2, rtol=1e-6)
@@ -115,7 +115,7 @@ def test_hand_worked_numbers():
 
 LENGTH, EOS = 3, 0
 CONTEXTS = [prefix for n in range(LENGTH) for prefix in itertools.product((1, 2), repeat=n)]
-SEQUENCES = [prefix + (EOS,) for prefix in CONTEXTS] + [prefix + (y,) for prefix in CONTEXTS if len(prefix) == 2 for y in (1, 2)]
+SEQUENCES = [(*prefix, EOS) for prefix in CONTEXTS] + [(*prefix, y) for prefix in CONTEXTS if len(prefix) == 2 for y in (1, 2)]
 
 
 def encode(sequence):
