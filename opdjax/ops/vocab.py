@@ -251,7 +251,7 @@ def _visit(token_loss, hidden, head, weights, columns, teacher, *, tile, grad):
     outputs, dhidden = jax.tree.map(scatter, (outputs, dhidden))
     if grad == "none":
         return total, outputs, None, None
-    return total, outputs, dhidden, jax.tree.map(jnp.zeros_like, head) if grad == "hidden" else dhead
+    return total, outputs, dhidden, dhead
 
 
 def _tile(token_loss, head, teacher_head, rows, is_live, grad, dhead):

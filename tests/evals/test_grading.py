@@ -88,6 +88,7 @@ def test_last_boxed_balances_braces(text, content):
         (r"<think>maybe \boxed{1}</think> It is \boxed{2}.", "2", True),
         (r"<think>maybe \boxed{2}</think> It is 2.", "2", False),
         (r"<think>\boxed{1}</think>\boxed{2}</think>\boxed{3}", "3", True),
+        (r"<think>\boxed{1}</think>\boxed{2}</think>3", "2", False),
     ],
 )
 def test_boxed_compares_as_mathematics(completion, answer, is_right):
