@@ -72,6 +72,9 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
     with locked(workdir):
         setup = prepare(config)
         claim(workdir, config, _facts(setup))
+        for prompts in (setup.prompts, setup.evaluator.prompts if setup.evaluator else None):
+            if prompts is not None and prompts.skipped:
+                print(f"left out {prompts.num_skipped} prompts over {config.data.max_prompt_length} tokens, first {prompts.skipped[0]}")
         if (workdir / "result.json").exists():
             print(f"{workdir} holds a finished run")
             return json.loads((workdir / "result.json").read_text())

@@ -37,11 +37,16 @@ class PromptSet:
     prompts: tuple[Prompt, ...]
     student_ids: tuple[tuple[int, ...], ...]
     teacher_ids: tuple[tuple[int, ...], ...] | None  # None: the student's view
-    num_skipped: int  # prompts over the length limit
+    skipped: tuple[str, ...]  # what was left out for its length, described
     digest: str  # sha256 of the rows and of the token ids
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @property
+    def num_skipped(self) -> int:
+        """Prompts over the length limit."""
+        return len(self.skipped)
 
 
 def read_prompts(source: str) -> list[Prompt]:
@@ -103,7 +108,7 @@ def encode_prompts(rows: Sequence[Prompt], data: DataConfig, student_tokenizer: 
         (student_tokenizer, data.format, data.enable_thinking),
         (teacher_tokenizer, teacher_format, teacher_thinking),
     )
-    kept, ids = [], ([], [])
+    kept, ids, skipped = [], ([], []), []
     for number, row in enumerate(rows):
         prompt = data.prompt_format.replace("{prompt}", row.prompt) if isinstance(row.prompt, str) else row.prompt
         rendered = []
@@ -117,10 +122,10 @@ def encode_prompts(rows: Sequence[Prompt], data: DataConfig, student_tokenizer: 
             raise DataError(f"prompt {number} of {data.source} has no tokens: {prompt!r}")
         longest = max(map(len, rendered))
         if longest > data.max_prompt_length:
+            skipped.append(f"prompt {number} of {data.source} with {longest} tokens: {str(prompt)[:80]!r}")
             if data.overlong == "error":
                 raise DataError(
-                    f"prompt {number} of {data.source} has {longest} tokens, data.max_prompt_length is {data.max_prompt_length}: "
-                    f"{str(prompt)[:80]!r}; raise the limit or set data.overlong to skip"
+                    f"data.max_prompt_length is {data.max_prompt_length}, exceeded by {skipped[0]}; raise it or set data.overlong to skip"
                 )
             continue
         kept.append(row)
@@ -131,7 +136,7 @@ def encode_prompts(rows: Sequence[Prompt], data: DataConfig, student_tokenizer: 
     student_ids, teacher_ids = map(tuple, ids)
     digest = hashlib.sha256(repr((kept, student_ids, teacher_ids)).encode()).hexdigest()
     same = student_ids == teacher_ids
-    return PromptSet(tuple(kept), student_ids, None if same else teacher_ids, len(rows) - len(kept), digest)
+    return PromptSet(tuple(kept), student_ids, None if same else teacher_ids, tuple(skipped), digest)
 
 
 def indices_at(step: int, prompts_per_step: int, num_prompts: int, seed: int) -> np.ndarray:

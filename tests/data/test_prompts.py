@@ -152,6 +152,7 @@ def test_overlong_prompts_are_skipped_and_counted(tokenizer):
     assert [row.prompt for row in found.prompts] == ["1+1=", "1+1+1=", "12+13="]
     assert [len(ids) for ids in found.student_ids] == [4, 6, 4]
     assert found.num_skipped == 1
+    assert found.skipped[0].startswith("prompt ")
     assert len(found) == 3
 
 
@@ -164,7 +165,7 @@ def test_the_longer_view_counts(tokenizer):
 
 def test_overlong_prompts_can_be_an_error_that_names_them(tokenizer):
     data = dataclasses.replace(RAW, max_prompt_length=6, overlong="error", source="x.jsonl")
-    expected = r"prompt 1 of x\.jsonl has 8 tokens, data\.max_prompt_length is 6: '1\+2\+3\+4='; raise the limit or set data\.overlong"
+    expected = r"max_prompt_length is 6, exceeded by prompt 1 of x\.jsonl with 8 tokens: '1\+2\+3\+4='; raise it or set data\.overlong"
     with pytest.raises(DataError, match=expected):
         encode(["1+1=", "1+2+3+4="], data, tokenizer)
 
