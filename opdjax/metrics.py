@@ -70,8 +70,8 @@ class Progress:
     """A bar on a terminal; elsewhere a plain line every ten seconds."""
 
     def __init__(self, first: int, total: int, stream=sys.stderr):
-        self._total, self._first, self._start, self._last_line = total, first, time.perf_counter(), 0.0
-        self._stream = stream
+        self._total, self._stream, self._last_line = total, stream, 0.0
+        self._timed_from: tuple[float, int] | None = None  # the first step compiles and would spoil the estimate
         self._bar = tqdm(initial=first, total=total, unit="step", file=stream) if stream.isatty() else None
 
     def show(self, step: int, metrics: Metrics) -> None:
@@ -87,8 +87,14 @@ class Progress:
         now = time.perf_counter()
         if now - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._total:
             self._last_line = now
-            left = (now - self._start) / (step - self._first) * (self._total - step)
-            print(f"step {step}/{self._total}  {text}  {left:.0f} s left", file=self._stream, flush=True)
+            print(f"step {step}/{self._total}  {text}{self._time_left(now, step)}", file=self._stream, flush=True)
+        self._timed_from = self._timed_from or (now, step)
+
+    def _time_left(self, now: float, step: int) -> str:
+        if self._timed_from is None:
+            return ""
+        start, first = self._timed_from
+        return f"  {(now - start) / (step - first) * (self._total - step):.0f} s left"
 
     def close(self) -> None:
         """Leave the terminal as it was."""

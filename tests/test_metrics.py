@@ -132,13 +132,16 @@ def test_plain_lines_every_ten_seconds_and_at_the_end(clock):
     assert lines[-1].endswith("  0 s left")
 
 
-def test_time_left_counts_from_where_the_run_was_continued(clock):
+def test_time_left_counts_from_where_the_run_was_continued_and_not_the_step_that_compiles(clock):
     stream = io.StringIO()
     progress = Progress(90, 100, stream)
-    clock.now += 8.0
-    progress.show(92, SHOWN)
-    # Two steps took 8 s; eight are left.
-    assert stream.getvalue().endswith("  32 s left\n")
+    clock.now += 50.0
+    progress.show(91, SHOWN)
+    assert stream.getvalue().endswith("1234 tokens/s\n")
+    clock.now += 12.0
+    progress.show(94, SHOWN)
+    # Three steps took 12 s; six are left.
+    assert stream.getvalue().endswith("  24 s left\n")
 
 
 def test_a_terminal_gets_a_bar(clock):

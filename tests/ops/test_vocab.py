@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
+from opdjax.ops import vocab as vocab_ops
 from opdjax.ops.vocab import Columns, Head, VocabTile, head_logits, tiled_loss, tiled_stats
 
 ROWS, WIDTH, VOCAB, TEACHER_WIDTH = 8, 4, 11, 6
@@ -178,6 +179,13 @@ def test_hidden_of_the_column_before_predicts_the_token():
 )
 def test_equals_dense_in_float64(x64, token_loss, tile):
     assert_close(value_outputs_gradients(partial(tiled_loss, token_loss, tile=tile), *problem()), dense_reference(token_loss), 1e-10)
+
+
+@pytest.mark.parametrize("block", [1, 4, 10])
+def test_equals_dense_whatever_the_block_of_the_head(x64, monkeypatch, block):
+    monkeypatch.setattr(vocab_ops, "CPU_BLOCK", block)  # 4 leaves a rest of 3 ids, 10 a rest of 1
+    actual = value_outputs_gradients(partial(tiled_loss, reverse_kl, tile=7), *problem())
+    assert_close(actual, dense_reference(reverse_kl), 1e-10)
 
 
 @over_losses
@@ -493,3 +501,30 @@ def test_without_head_gradient_no_accumulator():
     assert not reduced.search(without.as_text())
     one_matmul = 2 * 8 * vocab * width
     assert with_head.cost_analysis()["flops"] - without.cost_analysis()["flops"] >= one_matmul
+
+
+def test_head_gradient_is_added_in_place(monkeypatch):
+    """On CPU in blocks of rows, so that no second [V, D] is held; on accelerators in one product, whose sum XLA fuses."""
+    monkeypatch.setattr(vocab_ops, "CPU_BLOCK", 512)
+    vocab, width = 9000, 64
+    hidden, head, columns = jnp.zeros((8, 16, width)), Head(jnp.zeros((vocab, width))), Columns(jnp.zeros((8, 16), jnp.int32))
+    loss = lambda h, k: tiled_loss(lambda s, t, row: (-s.logprob(row.token), None), h, k, jnp.ones((8, 16)), columns, tile=8)[0]  # noqa: E731
+    traced = jax.jit(jax.value_and_grad(loss, (0, 1))).trace(hidden, head)
+    assert traced.lower().compile().memory_analysis().temp_size_in_bytes < vocab * width * 4
+    assert f"512x{width}x" in traced.lower().as_text()
+    for platform in ("cuda", "tpu"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert f"512x{width}x" not in text
+        assert text.count("stablehlo.while") == 1
+
+
+def test_shards_add_up_in_float32():
+    """A bfloat16 head: its gradient is rounded once, after the shares of all shards are in it."""
+    hidden, head = jnp.zeros((8, 4, 16), jnp.bfloat16), Head(jnp.zeros((50, 16), jnp.bfloat16), jnp.zeros(50, jnp.bfloat16))
+    columns, weights = Columns(jnp.zeros((8, 4), jnp.int32)), jnp.ones((8, 4))
+    loss = lambda h, k: tiled_loss(lambda s, t, row: (-s.logprob(row.token), None), h, k, weights, columns, tile=2, mesh=mesh_of_eight())[0]  # noqa: E731
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, head).as_text()
+    assert re.search(r"\(tensor<50x16xf32>\) -> tensor<50x16xf32>", text)
+    summed = re.findall(r'"stablehlo.all_reduce".*?\}\) : \((.*?)\) ->', text, flags=re.S)
+    assert "tensor<50x16xf32>" in summed
+    assert not [kind for kind in summed if "bf16" in kind]
