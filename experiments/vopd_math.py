@@ -52,7 +52,7 @@ def get_config() -> Config:
             num_samples=8,
             temperature=0.6,
             max_completion_length=4096,
-            batch_size=256,
+            batch_size=64,
         ),
         checkpoint=CheckpointConfig(every=20),
         log=LogConfig(samples_every=20),
