@@ -77,7 +77,10 @@ class Checkpointer:
         if problems:
             raise CheckpointShapeError(f"checkpoint {step} holds another model:\n  " + "\n  ".join(sorted(problems)))
 
-    def close(self) -> None:
-        """Wait for what is being written."""
+    def wait(self) -> None:
+        """Return once everything saved so far is on disk."""
         self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finish what is being written and let go of the directory."""
         self._manager.close()

@@ -6,6 +6,7 @@ run, and everything drawn is a pure function of (seed, step), so a run that was 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -69,7 +70,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
     """Run `config` in `workdir` and return its result, which is also `result.json`; a finished run is only reported."""
     workdir = pathlib.Path(workdir)
     bind(config.estimator.recipe, config.estimator.options)
-    with locked(workdir):
+    with locked(workdir), contextlib.ExitStack() as opened:
         setup = prepare(config)
         claim(workdir, config, _facts(setup))
         for prompts in (setup.prompts, setup.evaluator.prompts if setup.evaluator else None):
@@ -78,10 +79,10 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
         if (workdir / "result.json").exists():
             print(f"{workdir} holds a finished run")
             return json.loads((workdir / "result.json").read_text())
-        return _run(setup, workdir)
+        return _run(setup, workdir, opened)
 
 
-def _run(setup: Setup, workdir: pathlib.Path) -> dict[str, Any]:
+def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> dict[str, Any]:
     config = setup.config
     rows = config.train.prompts_per_step * config.sampling.num_generations
     spec = UpdateSpec(
@@ -99,6 +100,7 @@ def _run(setup: Setup, workdir: pathlib.Path) -> dict[str, Any]:
     update = make_update(spec, optimizer)
     learning_rate = learning_rate_at(config.optimizer, config.train.num_steps)
     checkpointer = Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric)
+    opened.callback(checkpointer.close)
 
     state = init_state(load_params(setup.student, "float32", replicated(setup.mesh)), optimizer)
     first = checkpointer.latest_step or 0
@@ -108,11 +110,13 @@ def _run(setup: Setup, workdir: pathlib.Path) -> dict[str, Any]:
     for name in ("samples.jsonl", "eval.jsonl"):
         cut_lines(workdir / name, first)
     writer = MetricWriter(workdir, last_step=first, tensorboard=config.log.tensorboard)
+    opened.callback(writer.close)
     publish = jax.jit(partial(jax.tree.map, lambda x: x.astype(setup.dtype)))
     evaluate = partial(_evaluate, setup, workdir)
 
     evaluate(0, publish(state.params) if first == 0 else None)
     progress, timer = Progress(first, config.train.num_steps), Timer()
+    opened.callback(progress.close)
     for step in range(first, config.train.num_steps):
         prompts = collate(setup.prompts, indices_at(step, config.train.prompts_per_step, len(setup.prompts), config.seed))
         with timer.phase("sample"):
@@ -133,7 +137,7 @@ def _run(setup: Setup, workdir: pathlib.Path) -> dict[str, Any]:
             append_lines(workdir / "samples.jsonl", _sample_rows(setup, rollouts, done))
         streak = int(state.nonfinite_streak)
         if streak >= config.train.max_nonfinite_steps:
-            checkpointer.close()
+            checkpointer.wait()
             raise NonFiniteLossError(
                 f"steps {done - config.train.max_nonfinite_steps + 1} to {done} had no finite loss or gradient; the last good checkpoint "
                 f"is step {checkpointer.latest_step} in {workdir / 'checkpoints'}. Lower optimizer.learning_rate or check the models"
@@ -145,8 +149,7 @@ def _run(setup: Setup, workdir: pathlib.Path) -> dict[str, Any]:
         if is_last or (streak == 0 and (is_evaluated or done % config.checkpoint.every == 0)):
             checkpointer.save(done, state, scores)
     progress.close()
-    writer.close()
-    checkpointer.close()
+    checkpointer.wait()
     exported = _export_student(setup, state, workdir / "student", spec.dtype)
     return _finish(setup, workdir, exported, int(state.num_skipped), rows)
 

@@ -9,9 +9,9 @@ _AFTER_HASH = re.compile(r"#\s*(-?\d[\d,]*(?:\.\d+)?)")
 
 
 def final_number(completion: str, answer: str) -> bool:
-    """The last number after a `#`, as the built-in task and GSM8K write it."""
-    found = _AFTER_HASH.findall(completion)
-    return bool(found) and _as_number(found[-1]) == _as_number(answer)
+    """The last number after a `#`, as the built-in task and GSM8K write it; `answer` may be a whole solution of that form."""
+    found, expected = _AFTER_HASH.findall(completion), _AFTER_HASH.findall(answer) or [answer.strip()]
+    return bool(found) and _as_number(found[-1]) == _as_number(expected[-1])
 
 
 def exact(completion: str, answer: str) -> bool:

@@ -113,3 +113,8 @@ def test_every_grader_of_the_config_exists():
     for name in ("final_number", "boxed", "exact"):
         assert EvaluationConfig(grader=name).grader in GRADERS
     assert len(GRADERS) == 3
+
+
+def test_final_number_takes_the_value_out_of_a_worked_answer():
+    assert final_number("so #### 72", "48 / 2 = 24\n48 + 24 = 72\n#### 72")
+    assert not final_number("so #### 48", "48 / 2 = 24\n48 + 24 = 72\n#### 72")
