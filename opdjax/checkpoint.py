@@ -20,7 +20,7 @@ class CheckpointShapeError(ValueError):
 class Checkpointer:
     """Saves states asynchronously; keeps the newest `keep` and the best one by a metric."""
 
-    def __init__(self, directory: pathlib.Path, *, keep: int, best_metric: str):
+    def __init__(self, directory: pathlib.Path, *, keep: int, best_metric: str, is_read_only: bool = False):
         # Orbax reports every step of every save; what matters here surfaces as exceptions.
         logging.getLogger("absl").setLevel(logging.ERROR)
         self._best_metric = best_metric
@@ -28,7 +28,10 @@ class Checkpointer:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
             best_fn=lambda metrics: metrics[best_metric],
-            cleanup_tmp_directories=True,
+            # A reader must leave alone what a run beside it is in the middle of writing.
+            cleanup_tmp_directories=not is_read_only,
+            read_only=is_read_only,
+            create=not is_read_only,
         )
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options, item_handlers=ocp.StandardCheckpointHandler())
 

@@ -169,12 +169,16 @@ def evaluate(arguments: list[str]) -> None:
         from opdjax.train import compute_dtype, make_evaluator
         from opdjax.workdir import write_json
 
+        if output is not None and not output.parent.is_dir():
+            raise ConfigError(f"--output {output}: there is no directory {output.parent}")
         checkpoint = open_checkpoint(model)
         student = ModelConfig(model, dtype=dtype)
         config = Config(student=student, data=data, evaluation=evaluation)
         evaluator = make_evaluator(config, checkpoint, load_tokenizer(checkpoint.path), None)
         if evaluator is None:
             raise ConfigError("evaluation.source is None; expected a data source with answers")
+        if evaluator.prompts.skipped:
+            print(f"left out {evaluator.prompts.num_skipped} prompts for their length, first {evaluator.prompts.skipped[0]}")
         scores = evaluator(load_params(checkpoint, compute_dtype(student)))
         for name in ("avg@k", "pass@k", "greedy"):
             print(f"{name.replace('@k', '@' + str(scores['k'])):10}{scores[name]:.4f} ± {scores[name + '_interval']:.4f}")

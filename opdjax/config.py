@@ -68,8 +68,11 @@ class DataConfig:
     def __post_init__(self):
         _require("{prompt}" in self.prompt_format, "data.prompt_format", self.prompt_format, "a text that contains {prompt}")
         _require(self.max_prompt_length > 0, "data.max_prompt_length", self.max_prompt_length, "at least 1")
-        is_chat = "chat" in (self.format, self.teacher_format)
+        is_teacher_chat = (self.teacher_format or self.format) == "chat"
+        is_chat, thinking = self.format == "chat" or is_teacher_chat, self.teacher_enable_thinking
         _require(is_chat or self.system_prompt is None, "data.system_prompt", self.system_prompt, "none where no format is chat")
+        _require(is_chat or self.enable_thinking is None, "data.enable_thinking", self.enable_thinking, "none where no format is chat")
+        _require(is_teacher_chat or thinking is None, "data.teacher_enable_thinking", thinking, "none where the teacher's format is raw")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +116,11 @@ class EstimatorConfig:
         _require(self.discount is None or 0 <= self.discount <= 1, "estimator.discount", self.discount, "from 0 to 1")
         _require(self.beta is None or 0 <= self.beta <= 1, "estimator.beta", self.beta, "from 0 to 1")
         _require(self.baseline_top_k is None or self.baseline_top_k > 0, "estimator.baseline_top_k", self.baseline_top_k, "at least 1")
+        has_topk, has_jsd = self.baseline == "student_topk", self.divergence == "jsd"
+        _require(
+            has_topk or self.baseline_top_k is None, "estimator.baseline_top_k", self.baseline_top_k, "none unless baseline is student_topk"
+        )
+        _require(has_jsd or self.beta is None, "estimator.beta", self.beta, "none unless divergence is jsd")
 
     @property
     def options(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from opdjax.models.decoder import DecoderConfig, Params, forward_cached, head_of, init_cache, positions_of
+from opdjax.models.decoder import DecoderConfig, KVCache, Params, forward_cached, head_of, init_cache, positions_of
 from opdjax.ops.vocab import head_logits
 from opdjax.types import PromptBatch, Rollouts
 
@@ -75,7 +75,9 @@ def sample(
     repeat = partial(jnp.repeat, repeats=num_generations, axis=0)
     prompt_tokens, prompt_mask, prompt_id = repeat(prompts.tokens), repeat(prompts.mask), repeat(prompts.prompt_id)
     batch, width = prompt_tokens.shape
-    sample_id = first_sample + jnp.tile(jnp.arange(num_generations), prompts.tokens.shape[0])
+    # A prompt that stands in the batch twice (a step may end one epoch and begin the next) must not be answered alike twice.
+    occurrence = jnp.zeros_like(prompts.prompt_id) if prompts.occurrence is None else prompts.occurrence
+    sample_id = first_sample + repeat(occurrence) * num_generations + jnp.tile(jnp.arange(num_generations), prompts.tokens.shape[0])
     keys = row_keys(seed, stream, prompt_id, sample_id, policy_version)
     if mesh is not None:
         by_row = NamedSharding(mesh, P("data"))
@@ -103,11 +105,9 @@ def _decode(params, prompt_tokens, prompt_mask, keys, config, decoding, mesh):
     length = decoding.max_completion_length
     segments = prompt_mask.astype(jnp.int32)
     head = head_of(params, valid_vocab=decoding.valid_vocab)
-    cache = init_cache(config, batch, width + length, params["embedding"].dtype)
-    if mesh is not None:
-        by_row = NamedSharding(mesh, P(None, "data"))
-        cache = dataclasses.replace(cache, **jax.lax.with_sharding_constraint({"keys": cache.keys, "values": cache.values}, by_row))
+    cache = init_cache(config, batch, width, params["embedding"].dtype)
     hidden, cache = forward_cached(params, config, prompt_tokens, segments, positions_of(segments), cache, 0)
+    cache = _with_room(cache, length, mesh)  # only now: the prefill would otherwise attend to the empty columns too
     prompt_length = jnp.sum(prompt_mask, axis=1)
 
     def draw(column, hidden, is_done, drawn):
@@ -136,6 +136,15 @@ def _decode(params, prompt_tokens, prompt_mask, keys, config, decoding, mesh):
     # A row without a prompt is filler that makes up the batch; it is done before it starts.
     is_done, drawn = draw(0, hidden[:, -1], prompt_length == 0, drawn)
     return jax.lax.while_loop(keep_going, step, (1, cache, is_done, drawn))[-1]
+
+
+def _with_room(cache: KVCache, length: int, mesh: Mesh | None) -> KVCache:
+    """The cache with `length` more empty columns, rows split over the mesh."""
+    grow = lambda x, axis: jnp.pad(x, [(0, length if i == axis else 0) for i in range(x.ndim)])  # noqa: E731
+    keys, values = grow(cache.keys, 2), grow(cache.values, 2)
+    if mesh is not None:
+        keys, values = jax.lax.with_sharding_constraint((keys, values), NamedSharding(mesh, P(None, "data")))
+    return KVCache(keys, values, grow(cache.segment_ids, 1))
 
 
 def _is_stop(token: Int[Array, " B"], decoding: Decoding) -> Bool[Array, " B"]:

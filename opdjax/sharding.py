@@ -28,6 +28,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def split_rows(tree: Any, parts: int) -> Any:
+    """Every leaf `[B, ...]` as `[parts, B / parts, ...]`: row r goes to part r % parts, so that each device feeds every part."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), tree)
+
+
+def merge_rows(tree: Any) -> Any:
+    """The inverse of `split_rows`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
 def shard_rows(batch: Any, mesh: Mesh) -> Any:
     """Place a tree of host arrays with their first axis split over `data`."""
     return jax.device_put(batch, by_row(mesh))

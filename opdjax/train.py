@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import shutil
 from functools import partial
 from typing import Any
 
@@ -25,17 +26,18 @@ from opdjax.data.packing import to_train_batch
 from opdjax.data.prompts import DataError, PromptSet, collate, encode_prompts, indices_at, read_prompts
 from opdjax.estimators import RECIPES, bind
 from opdjax.evals.evaluate import Evaluator, completions
+from opdjax.evals.grading import require_grader
 from opdjax.evals.passk import paired_difference
 from opdjax.metrics import MetricWriter, Progress, Timer
-from opdjax.models.decoder import DecoderConfig, Params, head_of
-from opdjax.models.hf import Checkpoint, CheckpointError, export, load_params, open_checkpoint
+from opdjax.models.decoder import Params, head_of
+from opdjax.models.hf import Checkpoint, CheckpointError, export, fingerprint, load_params, open_checkpoint
 from opdjax.ops.vocab import Head
 from opdjax.sampler import Decoding, sample
 from opdjax.scoring.local import score
 from opdjax.sharding import make_mesh, replicated, shard_rows
-from opdjax.train_state import TrainState, UpdateSpec, init_state, learning_rate_at, make_optimizer, make_update
+from opdjax.train_state import TrainState, UpdateSpec, init_state, make_optimizer, make_update
 from opdjax.types import Metrics, PromptBatch, Rollouts, TrainBatch
-from opdjax.workdir import append_lines, claim, cut_lines, environment, locked, read_config, read_lines, write_json
+from opdjax.workdir import WorkdirError, append_lines, claim, cut_lines, environment, locked, read_config, read_lines, write_json
 
 
 class NonFiniteLossError(RuntimeError):
@@ -46,7 +48,7 @@ class NonFiniteLossError(RuntimeError):
 class Teacher:
     """The frozen model that supervises."""
 
-    model: DecoderConfig
+    checkpoint: Checkpoint
     params: Params
     head: Head
 
@@ -68,6 +70,10 @@ class Setup:
 
 def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
     """Run `config` in `workdir` and return its result, which is also `result.json`; a finished run is only reported."""
+    if "://" in str(workdir) or str(workdir).startswith("gs:"):
+        raise WorkdirError(
+            f"--workdir {workdir} is not a local path; bucket paths are not supported yet, mount the bucket or copy afterwards"
+        )
     workdir = pathlib.Path(workdir)
     bind(config.estimator.recipe, config.estimator.options)
     with locked(workdir), contextlib.ExitStack() as opened:
@@ -97,12 +103,13 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> d
         mesh=setup.mesh,
     )
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
-    update = make_update(spec, optimizer)
-    learning_rate = learning_rate_at(config.optimizer, config.train.num_steps)
+    update = make_update(spec, config.optimizer, config.train.num_steps)
     checkpointer = Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric)
     opened.callback(checkpointer.close)
 
+    # Placed as `update` returns it, or the second step would compile again.
     state = init_state(load_params(setup.student, "float32", replicated(setup.mesh)), optimizer)
+    state = jax.device_put(state, replicated(setup.mesh))
     first = checkpointer.latest_step or 0
     if first:
         state = checkpointer.restore(first, state)
@@ -128,7 +135,7 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> d
             metrics = jax.tree.map(float, jax.device_get(metrics))
 
         done = step + 1
-        metrics |= {"optimizer/learning_rate": float(learning_rate(step))} | _rollout_metrics(rollouts)
+        metrics |= _rollout_metrics(rollouts)
         metrics |= (seconds := timer.take())
         metrics["perf/tokens_per_second"] = metrics["rollout/num_tokens"] / seconds["time/step"]
         writer.write(done, metrics)
@@ -140,7 +147,7 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> d
             checkpointer.wait()
             raise NonFiniteLossError(
                 f"steps {done - config.train.max_nonfinite_steps + 1} to {done} had no finite loss or gradient; the last good checkpoint "
-                f"is step {checkpointer.latest_step} in {workdir / 'checkpoints'}. Lower optimizer.learning_rate or check the models"
+                f"in {workdir / 'checkpoints'} is step {checkpointer.latest_step or 'none'}. Lower the learning rate or check the models"
             )
         is_last = done == config.train.num_steps
         is_evaluated = is_last or (config.evaluation.every and done % config.evaluation.every == 0)
@@ -174,7 +181,12 @@ def prepare(config: Config) -> Setup:
             raise CheckpointError(f"the {name}'s embedding has {checkpoint.config.vocab_size} rows, its tokenizer {width} ids")
     teacher_params = load_params(teacher, compute_dtype(config.teacher), replicated(mesh))
     sampling = config.sampling
+    # Both are compared at the sampling temperature: a student that equals its teacher has nothing to learn at any.
+    teacher_head = head_of(teacher_params, valid_vocab=width, temperature=sampling.temperature)
     stop = stop_ids(student, tokenizer)
+    beyond = [token for token in sampling.stop_token_ids if not 0 <= token < width]
+    if beyond:
+        raise ConfigError(f"sampling.stop_token_ids has {beyond}; expected ids from 0 to {width - 1}")
     decoding = Decoding(
         sampling.max_completion_length, tuple(sorted({*stop, *sampling.stop_token_ids})), sampling.temperature, sampling.top_k,
         sampling.top_p, sampling.min_p, valid_vocab=width,
@@ -185,7 +197,7 @@ def prepare(config: Config) -> Setup:
         student=student,
         dtype=compute_dtype(config.student),
         tokenizer=tokenizer,
-        teacher=Teacher(teacher.config, teacher_params, head_of(teacher_params, valid_vocab=width)),
+        teacher=Teacher(teacher, teacher_params, teacher_head),
         prompts=encode_prompts(read_prompts(config.data.source), config.data, tokenizer, teacher_tokenizer),
         decoding=decoding,
         evaluator=make_evaluator(config, student, tokenizer, mesh),
@@ -196,7 +208,11 @@ def make_evaluator(config: Config, student: Checkpoint, tokenizer: Any, mesh: Me
     """The evaluation of a config, on the prompts that it names; None where it names none."""
     if config.evaluation.source is None:
         return None
-    data: DataConfig = dataclasses.replace(config.data, source=config.evaluation.source, teacher_format=None, teacher_enable_thinking=None)
+    require_grader(config.evaluation.grader)
+    student_view = {"teacher_format": None, "teacher_enable_thinking": None}
+    if config.data.format == "raw":
+        student_view["system_prompt"] = None  # it was the teacher's
+    data: DataConfig = dataclasses.replace(config.data, source=config.evaluation.source, **student_view)
     rows = read_prompts(data.source)[: config.evaluation.num_prompts]
     unanswered = [number for number, row in enumerate(rows) if row.answer is None]
     if unanswered:
@@ -223,9 +239,16 @@ def compute_dtype(model: ModelConfig) -> str:
 
 def _facts(setup: Setup) -> dict[str, Any]:
     evaluation = setup.evaluator.prompts.digest if setup.evaluator else None
-    data = {"prompts": setup.prompts.digest, "num_prompts": len(setup.prompts), "num_skipped": setup.prompts.num_skipped}
+    data = {
+        "prompts": setup.prompts.digest,
+        "evaluation": evaluation,
+        "num_prompts": len(setup.prompts),
+        "num_skipped": setup.prompts.num_skipped,
+        "student": fingerprint(setup.student),
+        "teacher": fingerprint(setup.teacher.checkpoint),
+    }
     devices = [device.device_kind for device in setup.mesh.devices.flat]
-    return {"data": data | {"evaluation": evaluation}, "environment": environment(devices)}
+    return {"data": data, "environment": environment(devices)}
 
 
 def _sample(setup: Setup, params: Params, prompts: PromptBatch, step: int) -> Rollouts:
@@ -241,7 +264,10 @@ def _score(setup: Setup, batch: TrainBatch) -> tuple[TrainBatch, Head | None]:
     batch = shard_rows(batch, setup.mesh)
     needs = RECIPES[setup.config.estimator.recipe].teacher
     teacher, tile = setup.teacher, setup.config.estimator.tile
-    scores = score(teacher.params, teacher.head, batch, config=teacher.model, needs=needs, tile=tile, mesh=setup.mesh)
+    parts = setup.config.train.gradient_accumulation_steps
+    scores = score(
+        teacher.params, teacher.head, batch, config=teacher.checkpoint.config, needs=needs, tile=tile, parts=parts, mesh=setup.mesh
+    )
     return dataclasses.replace(batch, teacher=scores), teacher.head if needs == "vocabulary" else None
 
 
@@ -293,9 +319,7 @@ def _score_line(scores: dict[str, Any]) -> str:
 def _export_student(setup: Setup, state: TrainState, out: pathlib.Path, dtype: str) -> pathlib.Path:
     """The trained student as a Hugging Face checkpoint, in the type of its forward pass."""
     params = jax.tree.map(lambda x: np.asarray(x.astype(jnp.dtype(dtype))), state.params)
-    if out.exists():
-        print(f"{out} is there already and is kept")
-        return out
+    shutil.rmtree(out, ignore_errors=True)  # of a run killed before it wrote its result
     return export(params, setup.student, out, dtype)
 
 
@@ -303,12 +327,15 @@ def export_step(workdir: pathlib.Path, step: str, out: pathlib.Path, dtype: str 
     """Write the student of one checkpoint (`latest`, `best` or a step) of a run as a Hugging Face checkpoint."""
     config = read_config(workdir)
     source = open_checkpoint(config.student.path, config.student.revision)
-    checkpointer = Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric)
+    checkpointer = Checkpointer(
+        workdir / "checkpoints", keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric, is_read_only=True
+    )
     named = {"latest": checkpointer.latest_step, "best": checkpointer.best_step}
     wanted = named[step] if step in named else int(step) if step.isdecimal() else None
     if wanted not in checkpointer.steps:
         raise ConfigError(f"{workdir} has no checkpoint {step!r}; there are {checkpointer.steps} (best: {named['best']})")
-    like = init_state(load_params(source, "float32"), make_optimizer(config.optimizer, config.train.num_steps))
+    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+    like = jax.eval_shape(partial(init_state, optimizer=optimizer), load_params(source, "float32"))
     return export(checkpointer.restore(wanted, like).params, source, out, dtype)
 
 

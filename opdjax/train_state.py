@@ -22,6 +22,7 @@ from opdjax.estimators.opd import reward_to_go, sampled_reward
 from opdjax.models.decoder import DecoderConfig, Params, forward, head_of
 from opdjax.ops.masked import masked_mean, masked_std
 from opdjax.ops.vocab import Columns, Head, tiled_loss, tiled_stats
+from opdjax.sharding import merge_rows, split_rows
 from opdjax.types import TrainBatch
 
 
@@ -85,11 +86,13 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
     return TrainState(jnp.int32(0), params, jax.jit(optimizer.init)(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
-def make_update(spec: UpdateSpec, optimizer: optax.GradientTransformation) -> Callable:
+def make_update(spec: UpdateSpec, config: OptimizerConfig, num_steps: int) -> Callable:
     """The jitted `update(state, batch, teacher_head=None) -> (state, metrics)`; `state` is donated.
 
-    A batch whose loss or gradient is not finite leaves parameters and optimizer as they were, and is counted.
+    A batch whose loss or gradient is not finite leaves parameters and optimizer as they were, and is counted; the
+    schedule counts the steps that were applied.
     """
+    optimizer, learning_rate = make_optimizer(config, num_steps), learning_rate_at(config, num_steps)
     recipe, options = bind(spec.estimator.recipe, spec.estimator.options)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=None if spec.mesh is None else NamedSharding(spec.mesh, P()))
@@ -107,7 +110,12 @@ def make_update(spec: UpdateSpec, optimizer: optax.GradientTransformation) -> Ca
             num_skipped=state.num_skipped + skipped,
             nonfinite_streak=(state.nonfinite_streak + 1) * skipped,
         )
-        metrics = {"loss/objective": loss, "grad/norm": norm, "grad/skipped_steps": new_state.num_skipped}
+        metrics = {
+            "loss/objective": loss,
+            "grad/norm": norm,
+            "grad/skipped_steps": new_state.num_skipped,
+            "optimizer/learning_rate": learning_rate(state.step - state.num_skipped),
+        }
         return new_state, metrics | token_metrics(outputs, batch)
 
     return update
@@ -115,16 +123,10 @@ def make_update(spec: UpdateSpec, optimizer: optax.GradientTransformation) -> Ca
 
 def loss_and_grad(params: Params, batch: TrainBatch, teacher_head: Head | None, spec: UpdateSpec, recipe: Recipe, options: dict):
     """(loss, gradient, per-token outputs [B, T]) of a batch; neither depends on the number of micro-batches or devices."""
-    denominators = count_denominators(batch.mask, batch.tokens.shape[0], spec.max_completion_length)
+    denominators = count_denominators(batch.mask, batch.segment_ids, spec.max_completion_length)
     weights = aggregation_weights(batch.mask, batch.segment_ids, spec.estimator.aggregation, denominators)
-    parts = spec.gradient_accumulation_steps
-
-    def split(x):
-        # Row r goes to part r % parts, so that each device's share of rows is spread over all parts.
-        return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-
     value_and_grad = jax.value_and_grad(partial(_batch_loss, spec=spec, recipe=recipe, options=options), has_aux=True)
-    if parts == 1:
+    if spec.gradient_accumulation_steps == 1:
         (loss, outputs), grads = value_and_grad(params, batch, weights, teacher_head)
         return loss, grads, outputs
 
@@ -133,8 +135,8 @@ def loss_and_grad(params: Params, batch: TrainBatch, teacher_head: Head | None, 
         return jax.tree.map(jnp.add, carry, (loss, grads)), outputs
 
     start = (jnp.zeros((), weights.dtype), jax.tree.map(jnp.zeros_like, params))
-    (loss, grads), outputs = jax.lax.scan(accumulate, start, jax.tree.map(split, (batch, weights)))
-    return loss, grads, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), outputs)
+    (loss, grads), outputs = jax.lax.scan(accumulate, start, split_rows((batch, weights), spec.gradient_accumulation_steps))
+    return loss, grads, merge_rows(outputs)
 
 
 def _batch_loss(params, batch: TrainBatch, weights, teacher_head, *, spec: UpdateSpec, recipe: Recipe, options: dict):
@@ -143,7 +145,7 @@ def _batch_loss(params, batch: TrainBatch, weights, teacher_head, *, spec: Updat
     head = head_of(cast, valid_vocab=spec.valid_vocab, temperature=spec.temperature)
     scores = batch.teacher
     teacher = None if scores.hidden is None else (scores.hidden, teacher_head)
-    columns = Columns(batch.tokens, behavior_logprob=batch.behavior_logprobs, teacher_logprob=scores.token_logprobs)
+    columns = Columns(batch.tokens, teacher_logprob=scores.token_logprobs)
     if options.get("discount"):
         columns = _with_reward_to_go(columns, batch, hidden, head, teacher, options["discount"], spec)
     token_loss = partial(recipe.token_loss, **options)

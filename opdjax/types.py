@@ -25,6 +25,7 @@ class PromptBatch:
     prompt_id: Int[Array, " P"]  # index into the data source: names the random stream of the row
     teacher_tokens: Int[Array, "P U"] | None = None  # None: the teacher reads the student's view
     teacher_mask: Bool[Array, "P U"] | None = None
+    occurrence: Int[Array, " P"] | None = None  # how often the same prompt stands earlier in this batch; None: never
 
 
 @jax.tree_util.register_dataclass

@@ -42,7 +42,7 @@ def claim(workdir: pathlib.Path, config: Config, facts: dict[str, Any]) -> None:
     if not file.exists():
         write_json(file, new)
         return
-    old = json.loads(file.read_text())
+    old = _read_run(workdir)
     changed = differences({"config": old["config"], "data": old["data"]}, {"config": new["config"], "data": new["data"]})
     if changed:
         listed = "\n  ".join(changed)
@@ -53,10 +53,20 @@ def claim(workdir: pathlib.Path, config: Config, facts: dict[str, Any]) -> None:
 
 def read_config(workdir: pathlib.Path) -> Config:
     """The config that a work directory was made with."""
+    return from_dict(Config, _read_run(workdir)["config"])
+
+
+def _read_run(workdir: pathlib.Path) -> dict[str, Any]:
     file = workdir / "config.json"
     if not file.exists():
         raise WorkdirError(f"{workdir} has no config.json; expected the work directory of a run")
-    return from_dict(Config, json.loads(file.read_text())["config"])
+    try:
+        found = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise WorkdirError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(found, dict) or not {"config", "data", "environment"} <= found.keys():
+        raise WorkdirError(f"{file} is not the config of a run (a model's, perhaps); expected a work directory made by opdjax train")
+    return found
 
 
 def environment(devices: list[str]) -> dict[str, Any]:

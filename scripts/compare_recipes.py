@@ -46,7 +46,7 @@ def run(recipe: str, learning_rate: float, seed: int, split: str, args) -> dict:
         "avg@k": result["eval_after"]["avg@k"],
         "greedy": result["eval_after"]["greedy"],
         "pass@k": result["eval_after"]["pass@k"],
-        "grad": statistics.median(row["grad/norm"] for row in rows),
+        "grad": statistics.median(row["grad/norm"] for row in rows if row["grad/norm"] is not None),
         "kl_before": statistics.mean(kl[:3]),
         "kl_after": statistics.mean(kl[-10:]),
     }

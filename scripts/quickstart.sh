@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Sets up .venv, distils the built-in mini student from the mini teacher with vOPD, and checks that it learned.
+# usage: scripts/quickstart.sh [WORKDIR]     (default runs/quickstart; a finished run there is reported, not repeated)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
-.venv/bin/opdjax train experiments/mini_vopd.py --workdir runs/quickstart
-.venv/bin/python scripts/check_quickstart.py runs/quickstart/result.json
+workdir="${1:-runs/quickstart}"
+.venv/bin/opdjax train experiments/mini_vopd.py --workdir "$workdir"
+.venv/bin/python scripts/check_quickstart.py "$workdir/result.json"

@@ -11,4 +11,4 @@ fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/lint-imports
-.venv/bin/python -m pytest -n 2 "${selection[@]}" "$@"
+.venv/bin/python -m pytest -n 2 ${selection[@]+"${selection[@]}"} "$@"

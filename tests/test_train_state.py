@@ -1,6 +1,8 @@
 """One update: its gradient does not depend on how the batch is cut, and its optimizer is the one the config names."""
 
 import dataclasses
+import functools
+import itertools
 
 import chex
 import jax
@@ -42,8 +44,10 @@ def make_batch(rng, rows=8, columns=9):
     )
 
 
+@functools.cache
 def make_models(dtype):
-    return init_params(MODEL, jax.random.key(0), dtype), init_params(MODEL, jax.random.key(1), dtype)
+    init = jax.jit(lambda seed: init_params(MODEL, jax.random.key(seed), dtype))
+    return init(0), init(1)
 
 
 def scored(batch, teacher, recipe):
@@ -58,19 +62,22 @@ def gradient(student, batch, head, estimator, dtype, **spec):
 
 
 def relative_difference(left, right):
-    squares = [jnp.sum(jnp.square(a - b)) for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right))]
-    return float(jnp.sqrt(sum(squares)) / jnp.sqrt(sum(jnp.sum(jnp.square(a)) for a in jax.tree.leaves(left))))
+    one, other = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (left, right))
+    return np.linalg.norm(one - other) / np.linalg.norm(one)
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@pytest.mark.parametrize("estimator", RECIPES, ids=lambda e: e.recipe)
+@pytest.mark.parametrize(
+    ("estimator", "aggregation"),
+    [*itertools.product(RECIPES[1:2], AGGREGATIONS), (RECIPES[0], "token_mean"), (RECIPES[2], "token_mean")],
+    ids=lambda x: getattr(x, "recipe", x),
+)
 def test_the_gradient_does_not_depend_on_the_number_of_micro_batches(estimator, aggregation, rng):
     student, teacher = make_models(jnp.float64)
     estimator = dataclasses.replace(estimator, aggregation=aggregation)
     batch, head = scored(make_batch(rng), teacher, estimator)
     loss, whole, outputs = gradient(student, batch, head, estimator, "float64")
-    for parts in (2, 8):
+    for parts in (2, 8) if aggregation == "token_mean" else (2,):
         part_loss, cut, part_outputs = gradient(student, batch, head, estimator, "float64", gradient_accumulation_steps=parts)
         np.testing.assert_allclose(part_loss, loss, rtol=1e-12)
         assert relative_difference(whole, cut) < 1e-10
@@ -110,8 +117,9 @@ def test_a_batch_that_is_not_finite_changes_nothing_but_the_counters(rng):
     estimator = EstimatorConfig(recipe="opd")
     student, teacher = make_models(jnp.float32)
     batch, _ = scored(make_batch(rng), teacher, estimator)
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2), 10)
-    update = make_update(UpdateSpec(MODEL, estimator, "float32", 7), optimizer)
+    config = OptimizerConfig(learning_rate=1e-2)
+    optimizer = make_optimizer(config, 10)
+    update = make_update(UpdateSpec(MODEL, estimator, "float32", 7), config, 10)
     poisoned = dataclasses.replace(batch, teacher=TeacherScores(token_logprobs=batch.teacher.token_logprobs * jnp.nan))
     state = init_state(student, optimizer)
     kept = jax.tree.map(np.asarray, (state.params, state.opt_state))
@@ -123,6 +131,7 @@ def test_a_batch_that_is_not_finite_changes_nothing_but_the_counters(rng):
     assert (int(state.num_skipped), int(state.nonfinite_streak)) == (2, 2)
     state, metrics = update(state, batch)
     assert (int(state.step), int(state.num_skipped), int(state.nonfinite_streak)) == (3, 2, 0)
+    assert metrics["optimizer/learning_rate"] == pytest.approx(1e-2)  # the first step that is applied
     assert np.isfinite(metrics["loss/objective"])
     assert relative_difference(kept[0], state.params) > 0
 
@@ -132,9 +141,9 @@ def test_a_bfloat16_forward_keeps_float32_parameters_and_small_steps(rng):
     estimator = EstimatorConfig(recipe="full_kl")
     student, teacher = make_models(jnp.bfloat16)
     batch, head = scored(make_batch(rng), teacher, estimator)
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-6, schedule="constant"), 10)
-    update = make_update(UpdateSpec(MODEL, estimator, "bfloat16", 7), optimizer)
-    state, _ = update(init_state(student, optimizer), batch, head)
+    config = OptimizerConfig(learning_rate=1e-6, schedule="constant")
+    update = make_update(UpdateSpec(MODEL, estimator, "bfloat16", 7), config, 10)
+    state, _ = update(init_state(student, make_optimizer(config, 10)), batch, head)
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
     moved = np.abs(np.asarray(state.params["final_norm"]) - 1)
     assert moved.max() == pytest.approx(1e-6, rel=0.1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import jinja2
+
 Messages = tuple[dict[str, str], ...]
 _PROBE = "Let x = 12.5; then 3x + 1 = ?\n\tif a<b: return 'né ü 你好'  # 1234567890"
 
@@ -53,5 +55,8 @@ def render(prompt: str | Messages, tokenizer: Any, *, format: str, system_prompt
     if system_prompt is not None:
         messages = [{"role": "system", "content": system_prompt}, *messages]
     options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template of {tokenizer.name_or_path} does not take this prompt: {error}") from error
     return tokenizer.encode(text, add_special_tokens=False)

@@ -159,7 +159,8 @@ def collate(prompts: PromptSet, indices: np.ndarray, num_rows: int | None = None
         teacher_tokens, teacher_mask = _pad_left([prompts.teacher_ids[i] for i in indices], num_rows)
     prompt_id = np.zeros(num_rows, np.int32)
     prompt_id[: len(indices)] = indices
-    return PromptBatch(tokens, mask, prompt_id, teacher_tokens, teacher_mask)
+    occurrence = np.array([np.sum(prompt_id[:i] == prompt_id[i]) for i in range(num_rows)], np.int32)
+    return PromptBatch(tokens, mask, prompt_id, teacher_tokens, teacher_mask, occurrence)
 
 
 def _pad_left(rows: Sequence[Sequence[int]], num_rows: int) -> tuple[np.ndarray, np.ndarray]:

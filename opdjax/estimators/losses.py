@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from opdjax.ops.masked import sequence_total
+from opdjax.ops.masked import sequence_total, starts_sequence
 
 AGGREGATIONS = ("token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "fixed_denominator")
 
@@ -28,10 +28,11 @@ class Denominators:
     max_length: Float[Array, ""]  # completion tokens a sequence may have
 
 
-def count_denominators(mask: Bool[Array, "B T"], num_sequences: int, max_length: int) -> Denominators:
-    """The denominators of a batch that holds `num_sequences` completions of at most `max_length` tokens."""
+def count_denominators(mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"], max_length: int) -> Denominators:
+    """The denominators of a batch of completions of at most `max_length` tokens each; a row may hold several sequences."""
     count = jnp.asarray(mask.sum(), jnp.result_type(float))
-    return Denominators(count, jnp.full((), num_sequences, count.dtype), jnp.full((), max_length, count.dtype))
+    num_sequences = jnp.sum(starts_sequence(segment_ids) & (segment_ids > 0)).astype(count.dtype)
+    return Denominators(count, num_sequences, jnp.full((), max_length, count.dtype))
 
 
 def aggregation_weights(
@@ -43,13 +44,13 @@ def aggregation_weights(
     `sequence_mean_token_sum`: 1 / sequences. `fixed_denominator`: 1 / (sequences * longest allowed completion): the only
     one whose baselines are exactly free of bias, since no divisor depends on what was sampled.
     """
-    live = mask.astype(denominators.num_tokens.dtype)
+    live, num_sequences = mask.astype(denominators.num_tokens.dtype), jnp.maximum(denominators.num_sequences, 1)
     if kind == "token_mean":
         return live / jnp.maximum(denominators.num_tokens, 1)
     if kind == "sequence_mean_token_mean":
-        return live / (denominators.num_sequences * jnp.maximum(sequence_total(live, segment_ids), 1))
+        return live / (num_sequences * jnp.maximum(sequence_total(live, segment_ids), 1))
     if kind == "sequence_mean_token_sum":
-        return live / denominators.num_sequences
+        return live / num_sequences
     if kind == "fixed_denominator":
-        return live / (denominators.num_sequences * denominators.max_length)
+        return live / (num_sequences * denominators.max_length)
     raise ValueError(f"there is no aggregation {kind!r}; expected one of {AGGREGATIONS}")

@@ -56,7 +56,8 @@ class Evaluator:
             valid_vocab=self.valid_vocab,
         )  # fmt: skip
         devices = 1 if self.mesh is None else self.mesh.size
-        at_once = -(-max(config.batch_size // num_samples, 1) // devices) * devices
+        at_once = min(max(config.batch_size // num_samples, 1), len(self.prompts))
+        at_once = -(-at_once // devices) * devices
         results = []
         for start in range(0, len(self.prompts), at_once):
             indices = np.arange(start, min(start + at_once, len(self.prompts)))

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import logging
+import multiprocessing
 import re
 from collections.abc import Callable
+from typing import Any
 
+_SECONDS_PER_ANSWER = 5.0
 _AFTER_HASH = re.compile(r"#\s*(-?\d[\d,]*(?:\.\d+)?)")
 
 
@@ -21,16 +27,44 @@ def exact(completion: str, answer: str) -> bool:
 
 def boxed(completion: str, answer: str) -> bool:
     r"""The last `\boxed{...}`, compared as mathematics by math-verify; only text after the last `</think>` counts."""
-    try:
-        from math_verify import parse, verify
-    except ImportError as error:
-        raise ImportError("the grader 'boxed' needs math-verify: pip install 'opdjax[eval]'") from error
     content = last_boxed(completion.rsplit("</think>", 1)[-1])
     if content is None:
         return False
-    # math-verify's own time limits use signals, which only the main thread may set.
+    return content.strip() == answer.strip() or _is_equal(answer, content)
+
+
+def _is_equal(answer: str, content: str) -> bool:
+    """math-verify's judgement from a process of its own: `9^{9^{9}}` must cost seconds and a wrong mark, not the run."""
+    pending = _judge().apply_async(_verify, (answer, content))
+    try:
+        return pending.get(timeout=_SECONDS_PER_ANSWER)
+    except multiprocessing.TimeoutError:
+        _judge().terminate()
+        _judge.cache_clear()
+        return False
+
+
+@functools.cache
+def _judge() -> Any:
+    """A pool of one, started when first needed and replaced after an answer that took too long."""
+    pool = multiprocessing.get_context("spawn").Pool(1)
+    pool.apply(_verify, ("1", "1"))  # the import must not count towards the first answer's time
+    return pool
+
+
+def _verify(answer: str, content: str) -> bool:
+    from math_verify import parse, verify
+
+    # The time limit is the caller's; math-verify's own uses signals and warns of being off.
+    logging.disable(logging.WARNING)
     gold, found = (parse(rf"\boxed{{{text}}}", parsing_timeout=None) for text in (answer, content))
     return bool(verify(gold, found, timeout_seconds=None))
+
+
+def require_grader(name: str) -> None:
+    """Raise ImportError before any work is done if the grader's package is missing."""
+    if name == "boxed" and importlib.util.find_spec("math_verify") is None:
+        raise ImportError("the grader 'boxed' needs math-verify: pip install 'opdjax[eval]'")
 
 
 def last_boxed(text: str) -> str | None:

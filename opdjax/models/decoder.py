@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from opdjax.ops.masked import starts_sequence
 from opdjax.ops.vocab import Head
 
 Params = dict[str, Any]
@@ -100,8 +101,7 @@ def init_cache(config: DecoderConfig, batch: int, columns: int, dtype) -> KVCach
 def positions_of(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Positions that start from 0 at each segment's first column."""
     column = jnp.arange(segment_ids.shape[1])
-    starts = jnp.concatenate([jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
-    return column - jax.lax.cummax(jnp.where(starts, column, 0), axis=1)
+    return column - jax.lax.cummax(jnp.where(starts_sequence(segment_ids), column, 0), axis=1)
 
 
 def forward(
@@ -109,15 +109,13 @@ def forward(
     config: DecoderConfig,
     tokens: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
-    positions: Int[Array, "B T"] | None = None,
     *,
     remat: bool = False,
 ) -> Float[Array, "B T D"]:
     """Hidden states after the final norm, in the parameters' type. Segment 0 is padding; its states are garbage."""
-    positions = positions_of(segment_ids) if positions is None else positions
     columns = jnp.arange(tokens.shape[1])
     mask = _attention_mask(columns, segment_ids, columns, segment_ids)
-    rope = _rope(positions, config)
+    rope = _rope(positions_of(segment_ids), config)
 
     def layer(x, weights):
         q, k, v = _project(x, weights, rope, config)

@@ -7,6 +7,7 @@ config. Everything that is not weights is carried over on export, so that the re
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -26,6 +27,7 @@ from opdjax.models.families import Family, UnsupportedModelError, family_of
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _CARRIED = ("tokenizer*", "*.jinja", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_SAMPLE_BYTES = 2**20
 _SHARD_BYTES = 5 * 2**30
 
 
@@ -65,6 +67,19 @@ def open_checkpoint(path_or_id: str | os.PathLike, revision: str | None = None) 
     stop_ids = tuple(stop) if isinstance(stop, list) else () if stop is None else (stop,)
     stored = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     return Checkpoint(path, raw, family, config, stop_ids, stored)
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """A digest of config and weights, of which it reads the size and three samples a file: cheap, and a swapped model shows."""
+    digest = hashlib.sha256(json.dumps(checkpoint.raw_config, sort_keys=True).encode())
+    for file in sorted(set(_locate_tensors(checkpoint.path).values())):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as weights:
+            for start in (0, size // 2, max(size - _SAMPLE_BYTES, 0)):
+                weights.seek(start)
+                digest.update(weights.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def load_params(checkpoint: Checkpoint, dtype: str, sharding: jax.sharding.Sharding | None = None) -> Params:

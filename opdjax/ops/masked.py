@@ -30,15 +30,15 @@ def masked_std(x: Float[Array, ...], mask: Bool[Array, ...]) -> Float[Array, ""]
     return jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 0)
 
 
-def _same_sequence(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
-    """True where a column continues the sequence of the column before it."""
-    joined = segment_ids[:, 1:] == segment_ids[:, :-1]
-    return jnp.concatenate([jnp.zeros_like(joined[:, :1]), joined], axis=1)
+def starts_sequence(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """True where a column does not continue the segment of the column before it; padding counts as a segment."""
+    differs = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.concatenate([jnp.ones_like(differs[:, :1]), differs], axis=1)
 
 
 def sequence_index(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """The number of the sequence within its row, counted from 0: columns of one sequence share it."""
-    return jnp.cumsum(~_same_sequence(segment_ids), axis=1) - 1
+    return jnp.cumsum(starts_sequence(segment_ids), axis=1) - 1
 
 
 def sequence_total(x: Float[Array, "B T"], segment_ids: Int[Array, "B T"]) -> Float[Array, "B T"]:

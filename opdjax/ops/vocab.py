@@ -105,7 +105,6 @@ class Columns:
     """What a recipe may read of each token beside its logits; a field that the run does not carry is None."""
 
     token: Int[Array, " n"]
-    behavior_logprob: Float[Array, " n"] | None = None
     teacher_logprob: Float[Array, " n"] | None = None
     reward_to_go: Float[Array, " n"] | None = None  # replaces the immediate reward where credit is discounted
 
@@ -215,7 +214,7 @@ def _visit(token_loss, hidden, head, weights, columns, teacher, *, tile, grad):
     tile = min(tile, weights.size)
     n_padded = -(-weights.size // tile) * tile
     # Tokens that count come first, so that the trip count, not the row width, sets the cost.
-    order = jnp.argsort(weights.reshape(-1) == 0, stable=True)
+    order = _live_first(weights.reshape(-1) != 0)
     order = jnp.concatenate([order, jnp.full(n_padded - weights.size, order[-1], order.dtype)])
     n_live = jnp.sum(weights != 0)
 
@@ -252,6 +251,12 @@ def _visit(token_loss, hidden, head, weights, columns, teacher, *, tile, grad):
     if grad == "none":
         return total, outputs, None, None
     return total, outputs, dhidden, dhead
+
+
+def _live_first(is_live: Bool[Array, " N"]) -> Int[Array, " N"]:
+    """The stable order that puts the live tokens first; two running counts, where a sort would cost more to compile and run."""
+    place = jnp.where(is_live, jnp.cumsum(is_live) - 1, jnp.sum(is_live) + jnp.cumsum(~is_live) - 1)
+    return jnp.zeros_like(place).at[place].set(jnp.arange(place.size, dtype=place.dtype), unique_indices=True)
 
 
 def _tile(token_loss, head, teacher_head, rows, is_live, grad, dhead):

@@ -11,10 +11,11 @@ from jax.sharding import Mesh
 
 from opdjax.models.decoder import DecoderConfig, Params, forward
 from opdjax.ops.vocab import Columns, Head, tiled_stats
+from opdjax.sharding import merge_rows, split_rows
 from opdjax.types import TeacherScores, TrainBatch
 
 
-@partial(jax.jit, static_argnames=("config", "needs", "tile", "mesh"))
+@partial(jax.jit, static_argnames=("config", "needs", "tile", "parts", "mesh"))
 def score(
     params: Params,
     head: Head,
@@ -23,16 +24,22 @@ def score(
     config: DecoderConfig,
     needs: Literal["token", "vocabulary"],
     tile: int,
+    parts: int = 1,
     mesh: Mesh | None = None,
 ) -> TeacherScores:
     """What a recipe needs of this model: log-probs of the sampled tokens (nats, `[B, T]`), or hidden states `[B, T, D]`.
 
-    Hidden states, not logits, leave the teacher: they are hundreds of times smaller and lose nothing.
+    Hidden states, not logits, leave the teacher: they are hundreds of times smaller and lose nothing. The rows are
+    scored in `parts` one after the other, which bounds the memory of the forward pass and changes nothing else.
     """
-    hidden = _hidden_by_student_column(params, config, batch)
-    if needs == "vocabulary":
-        return TeacherScores(hidden=hidden)
-    return TeacherScores(token_logprobs=token_logprobs(hidden, head, batch, tile=tile, mesh=mesh))
+
+    def score_part(part: TrainBatch) -> TeacherScores:
+        hidden = _hidden_by_student_column(params, config, part)
+        if needs == "vocabulary":
+            return TeacherScores(hidden=hidden)
+        return TeacherScores(token_logprobs=token_logprobs(hidden, head, part, tile=tile, mesh=mesh))
+
+    return score_part(batch) if parts == 1 else merge_rows(jax.lax.map(score_part, split_rows(batch, parts)))
 
 
 def token_logprobs(hidden, head: Head, batch: TrainBatch, *, tile: int, mesh: Mesh | None = None) -> jax.Array:

@@ -19,17 +19,17 @@ EXPECTED = {
 
 @pytest.mark.parametrize("kind", AGGREGATIONS)
 def test_weights_by_hand(kind):
-    denominators = count_denominators(MASK, num_sequences=3, max_length=4)
+    denominators = count_denominators(MASK, SEGMENTS, max_length=4)
     np.testing.assert_allclose(aggregation_weights(MASK, SEGMENTS, kind, denominators), EXPECTED[kind], rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", AGGREGATIONS)
 def test_a_batch_without_trained_tokens_weighs_nothing(kind):
     empty = jnp.zeros_like(MASK)
-    weights = aggregation_weights(empty, SEGMENTS, kind, count_denominators(empty, 3, 4))
+    weights = aggregation_weights(empty, SEGMENTS, kind, count_denominators(empty, SEGMENTS, 4))
     np.testing.assert_array_equal(weights, 0)
 
 
 def test_unknown_aggregation_is_refused():
     with pytest.raises(ValueError, match="no aggregation 'mean'.*token_mean"):
-        aggregation_weights(MASK, SEGMENTS, "mean", count_denominators(MASK, 3, 4))
+        aggregation_weights(MASK, SEGMENTS, "mean", count_denominators(MASK, SEGMENTS, 4))

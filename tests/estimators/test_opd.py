@@ -141,7 +141,7 @@ def row_gradient(theta, teacher_theta, rows, name, discount, aggregation, baseli
     """Gradient of the recipe's loss on a batch of sequences (by number), through the tiled pass and the real aggregation."""
     tokens, mask, hidden = (jnp.asarray(x)[rows] for x in ENCODED)
     segments = jnp.ones_like(tokens)
-    weights = aggregation_weights(mask, segments, aggregation, count_denominators(mask, len(rows), LENGTH))
+    weights = aggregation_weights(mask, segments, aggregation, count_denominators(mask, segments, LENGTH))
     options = {"discount": discount} | ({} if baseline is None else {"baseline": baseline})
     columns = Columns(tokens)
     teacher = (hidden, Head(teacher_theta.T))

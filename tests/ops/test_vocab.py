@@ -20,7 +20,7 @@ LENGTH = 5  # 40 tokens, 5 on each of 8 devices: a tile of 3 divides neither, on
 
 def cross_entropy(student, teacher, row):
     logprob = student.logprob(row.token)
-    return -logprob, {"logprob": logprob, "ratio": jnp.exp(logprob - row.behavior_logprob)}
+    return -logprob, {"logprob": logprob, "ratio": jnp.exp(logprob - row.teacher_logprob)}
 
 
 def reverse_kl(student, teacher, row):
@@ -32,7 +32,7 @@ def topk_forward_kl(student, teacher, row):
     """Forward KL on the teacher's top 3, plus a renormalised term on the student's own top 2, scaled by a column."""
     ids, own = teacher.top_k(3), student.top_k(2)
     theirs, ours = teacher.logprob(ids), student.logprob(ids)
-    loss = jnp.sum(jnp.exp(theirs) * (theirs - ours), -1) + row.behavior_logprob * jax.nn.logsumexp(student.logprob(own), -1)
+    loss = jnp.sum(jnp.exp(theirs) * (theirs - ours), -1) + row.teacher_logprob * jax.nn.logsumexp(student.logprob(own), -1)
     return loss, {"ids": own, "mass": jnp.sum(jnp.exp(ours), -1), "kept": ours}
 
 
@@ -49,7 +49,7 @@ def problem(dtype=jnp.float64, seed=0, **head_options):
     weights = rng.normal(size=(ROWS, LENGTH)) * (rng.random((ROWS, LENGTH)) < 0.7)
     weights[:, 0] = weights[2] = 0
     tokens = rng.integers(0, head_options.get("valid_vocab", VOCAB), (ROWS, LENGTH))
-    columns = Columns(jnp.asarray(tokens, jnp.int32), behavior_logprob=jnp.asarray(-rng.exponential(size=tokens.shape), dtype))
+    columns = Columns(jnp.asarray(tokens, jnp.int32), teacher_logprob=jnp.asarray(-rng.exponential(size=tokens.shape), dtype))
     teacher = normal(ROWS, LENGTH, TEACHER_WIDTH), teacher_head
     return normal(ROWS, LENGTH, WIDTH), head, jnp.asarray(weights, dtype), columns, teacher
 
@@ -294,7 +294,7 @@ def test_nothing_but_hidden_and_head_gets_a_gradient():
     args = problem(jnp.float32)
     loss = lambda weights, columns, teacher: tiled_loss(reverse_kl, *args[:2], weights, columns, teacher, tile=3)[0]  # noqa: E731
     gradients = jax.grad(loss, (0, 1, 2), allow_int=True)(*args[2:])
-    for gradient in (gradients[0], gradients[1].behavior_logprob, gradients[2][0], gradients[2][1].kernel):
+    for gradient in (gradients[0], gradients[1].teacher_logprob, gradients[2][0], gradients[2][1].kernel):
         np.testing.assert_array_equal(gradient, 0)
 
 
@@ -333,7 +333,7 @@ def with_garbage(hidden, weights, columns, teacher):
     is_dead = np.asarray(weights) == 0
     is_unread = np.concatenate([is_dead[:, 1:], np.ones((ROWS, 1), bool)], axis=1)[..., None]  # the shift
     spoil = lambda x, where, garbage: jnp.asarray(np.where(where, garbage, x), x.dtype)  # noqa: E731
-    columns = Columns(spoil(columns.token, is_dead, 10**6), behavior_logprob=spoil(columns.behavior_logprob, is_dead, np.nan))
+    columns = Columns(spoil(columns.token, is_dead, 10**6), teacher_logprob=spoil(columns.teacher_logprob, is_dead, np.nan))
     return spoil(hidden, is_unread, np.nan), weights, columns, (spoil(teacher[0], is_unread, np.nan), teacher[1])
 
 
@@ -353,10 +353,10 @@ def test_garbage_where_the_weight_is_zero_changes_nothing(x64, token_loss, is_sh
 def test_recipe_undefined_where_the_weight_is_zero(x64):
     """A dead slot enters as zeros; a recipe that divides by one of its columns must not leak the infinity."""
     hidden, head, weights, columns, _ = problem()
-    ratio = lambda s, t, row: (s.logprob(row.token) / row.behavior_logprob, None)  # noqa: E731
-    columns = Columns(columns.token, behavior_logprob=jnp.where(weights == 0, 0, columns.behavior_logprob))
+    ratio = lambda s, t, row: (s.logprob(row.token) / row.teacher_logprob, None)  # noqa: E731
+    columns = Columns(columns.token, teacher_logprob=jnp.where(weights == 0, 0, columns.teacher_logprob))
     actual = value_outputs_gradients(partial(tiled_loss, ratio, tile=5), hidden, head, weights, columns)
-    safe = Columns(columns.token, behavior_logprob=jnp.where(weights == 0, -1, columns.behavior_logprob))
+    safe = Columns(columns.token, teacher_logprob=jnp.where(weights == 0, -1, columns.teacher_logprob))
     assert_close(actual, value_outputs_gradients(partial(dense_loss, ratio), hidden, head, weights, safe), 1e-10)
 
 
