@@ -204,7 +204,9 @@ def test_training_asks_for_a_work_directory(opdjax, experiment):
     assert "Missing from opdjax train EXPERIMENT: --workdir PATH" in err
 
 
-@pytest.mark.parametrize(("flag", "value", "option"), [("--estimator.beta", "0.5", "beta"), ("--estimator.baseline", "full", "baseline")])
+@pytest.mark.parametrize(
+    ("flag", "value", "option"), [("--estimator.divergence", "jsd", "divergence"), ("--estimator.baseline", "full", "baseline")]
+)
 def test_an_option_of_another_recipe_is_refused_before_anything_is_written(opdjax, experiment, tmp_path, flag, value, option):
     status, out, err = opdjax("train", experiment(), "--workdir", tmp_path / "run", flag, value)
     assert (status, out) == (2, "")

@@ -6,7 +6,8 @@ import pathlib
 import pytest
 
 from opdjax.cli import load_experiment
-from opdjax.estimators import bind
+from opdjax.config import Config, ConfigError, EstimatorConfig, SamplingConfig
+from opdjax.estimators import RECIPES, bind
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
@@ -18,6 +19,16 @@ def test_an_experiment_is_data(file):
     assert imported == {"opdjax.config"}
     config = load_experiment(str(file))
     bind(config.estimator.recipe, config.estimator.options)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_config_refuses_altered_sampling_for_just_the_policy_gradients(name):
+    altered = SamplingConfig(temperature=0.7)
+    if RECIPES[name].is_policy_gradient:
+        with pytest.raises(ConfigError, match="sampling.temperature 0.7"):
+            Config(estimator=EstimatorConfig(recipe=name), sampling=altered)
+    else:
+        assert Config(estimator=EstimatorConfig(recipe=name), sampling=altered).sampling == altered
 
 
 def test_the_readme_names_every_verb_and_file_that_it_should():

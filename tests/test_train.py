@@ -34,8 +34,9 @@ from opdjax.config import (
     TrainConfig,
 )
 from opdjax.data.chat import TokenizerMismatchError
-from opdjax.models.hf import load_params, open_checkpoint
+from opdjax.models.hf import fingerprint, load_params, open_checkpoint
 from opdjax.train import NonFiniteLossError, export_step, train
+from opdjax.train_state import make_update
 from opdjax.workdir import WorkdirError, read_lines
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -203,7 +204,57 @@ def test_best_checkpoint_outlives_newer_ones(tmp_path):
     assert max(scores.values()) == max(scores[step] for step in kept)
 
 
+def test_exporting_leaves_alone_what_a_run_is_writing(straight, tmp_path):
+    unfinished = straight / "checkpoints" / "5.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    export_step(straight, "latest", tmp_path / "out", None)
+    assert unfinished.exists()
+    unfinished.rmdir()
+
+
+def test_the_update_is_compiled_once(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(opdjax.train, "make_update", lambda *arguments: made.append(make_update(*arguments)) or made[0])
+    train(vary(train={"num_steps": 3}, evaluation={"source": None}), tmp_path / "run")
+    assert made[0]._cache_size() == 1
+
+
+def test_a_student_that_equals_its_teacher_has_nothing_to_learn_at_any_temperature(tmp_path):
+    config = vary(estimator={"recipe": "full_kl"}, sampling={"temperature": 0.7}, train={"num_steps": 1}, evaluation={"source": None})
+    train(dataclasses.replace(config, teacher=config.student), tmp_path / "run")
+    (row,) = without_times(tmp_path / "run")
+    assert abs(row["loss/objective"]) < 1e-6
+    assert row["grad/norm"] < 1e-4
+
+
+def test_a_prompt_that_stands_twice_in_a_step_is_answered_twice(tmp_path):
+    """Three prompts for eight rows: equal prompts draw from different random streams."""
+    source = tmp_path / "three.jsonl"
+    source.write_text("".join(json.dumps({"prompt": f"4{n}-17+25="}) + "\n" for n in range(3)))
+    config = vary(data={"source": str(source)}, train={"num_steps": 1}, evaluation={"source": None}, log={"num_samples": 8})
+    train(config, tmp_path / "run")
+    rows = read_lines(tmp_path / "run" / "samples.jsonl")
+    assert len({(row["prompt_id"], row["sample_id"]) for row in rows}) == 8
+    assert len({(row["prompt_id"], row["completion"]) for row in rows}) > 3
+
+
 class TestBadInput:
+    def test_a_bucket_path(self):
+        with pytest.raises(WorkdirError, match="gs://bucket/run is not a local path"):
+            train(TINY, "gs://bucket/run")
+
+    def test_weights_that_changed_under_a_run(self, straight, tmp_path):
+        config = json.loads((straight / "config.json").read_text())
+        shutil.copytree(straight, tmp_path / "run")
+        config["data"]["teacher"] = "0" * 64
+        (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(WorkdirError, match=r"data\.teacher"):
+            train(TINY, tmp_path / "run")
+
+    def test_a_stop_id_that_is_no_token(self, tmp_path):
+        with pytest.raises(ConfigError, match=r"stop_token_ids has \[214\]; expected ids from 0 to 213"):
+            train(vary(sampling={"stop_token_ids": (214,)}), tmp_path / "run")
+
     def test_another_config_in_the_work_directory(self, straight):
         with pytest.raises(WorkdirError, match=r"optimizer\.learning_rate: 0\.0005 -> 0\.001"):
             train(vary(optimizer={"learning_rate": 1e-3}), straight)
@@ -236,6 +287,7 @@ class TestBadInput:
         make_small_student(small)
         config = json.loads((other / "config.json").read_text())
         config["config"]["student"]["path"] = str(small)
+        config["data"]["student"] = fingerprint(open_checkpoint(small))
         (other / "config.json").write_text(json.dumps(config))
         with pytest.raises(CheckpointShapeError, match=r"layers\.down_kernel has shape \(3, 96, 288\), this model's is \(3, 96, 64\)"):
             train(dataclasses.replace(TINY, student=ModelConfig(str(small))), other)
@@ -266,7 +318,7 @@ def test_a_loss_that_stays_non_finite_stops_the_run_and_keeps_the_checkpoint(tmp
 
     monkeypatch.setattr(opdjax.train, "_score", poisoned)
     config = vary(train={"num_steps": 20, "max_nonfinite_steps": 3}, checkpoint={"every": 2}, evaluation={"source": None})
-    with pytest.raises(NonFiniteLossError, match=r"steps 5 to 7 .*last good checkpoint is step 4"):
+    with pytest.raises(NonFiniteLossError, match=r"steps 5 to 7 .*last good checkpoint in .* is step 4"):
         train(config, tmp_path / "run")
     rows = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [row["grad/skipped_steps"] for row in rows] == [0, 1, 1, 1, 2, 3, 4]

@@ -96,6 +96,14 @@ def test_eight_devices_and_remat_give_the_gradient_of_one(estimator, rng):
     assert relative_difference(one, remat) < 1e-5
 
 
+@pytest.mark.parametrize("needs", ["token", "vocabulary"])
+def test_scoring_in_parts_changes_nothing(needs, rng):
+    _, teacher = make_models(jnp.float32)
+    batch = make_batch(rng)
+    one, four = (score(teacher, head_of(teacher), batch, config=MODEL, needs=needs, tile=8, parts=parts) for parts in (1, 4))
+    chex.assert_trees_all_close(one, four, atol=1e-5)
+
+
 def test_pmap_over_eight_devices_gives_the_gradient_of_jit_over_the_mesh(rng):
     """pmap is today a wrapper of shard_map; jit over a mesh is the core because it also shards what pmap would replicate."""
     estimator = EstimatorConfig(recipe="vopd", aggregation="fixed_denominator")

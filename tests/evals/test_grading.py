@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opdjax.config import EvaluationConfig
-from opdjax.evals.grading import GRADERS, boxed, exact, final_number, last_boxed
+from opdjax.evals import grading
+from opdjax.evals.grading import GRADERS, boxed, exact, final_number, last_boxed, require_grader
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,14 @@ def test_boxed_grades_off_the_main_thread():
 def test_boxed_without_math_verify_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(ImportError, match=r"pip install 'opdjax\[eval\]'"):
-        boxed(r"\boxed{1}", "1")
+        require_grader("boxed")
+    require_grader("exact")
+
+
+def test_an_answer_that_cannot_be_computed_is_wrong_and_costs_seconds(monkeypatch):
+    monkeypatch.setattr(grading, "_SECONDS_PER_ANSWER", 2.0)
+    assert not boxed(r"\boxed{9^{9^{9^{9}}}}", "7")
+    assert boxed(r"\boxed{\frac{2}{4}}", "0.5")  # a new process has taken over
 
 
 def test_every_grader_of_the_config_exists():

@@ -232,7 +232,7 @@ def test_only_relative_positions_matter(rng):
     params, segments = small_params(), np.ones((2, 9), np.int32)
     tokens = rng.integers(0, SMALL.vocab_size, (2, 9))
     at_zero, shifted, doubled = (
-        forward(params, SMALL, tokens, segments, positions)
+        forward_cached(params, SMALL, tokens, segments, positions, decoder.init_cache(SMALL, 2, 9, jnp.float64), 0)[0]
         for positions in (np.tile(np.arange(9), (2, 1)), np.tile(np.arange(9) + 1001, (2, 1)), np.tile(np.arange(9) * 2, (2, 1)))
     )
     np.testing.assert_allclose(shifted, at_zero, atol=1e-3, rtol=0)  # the angles are float32
