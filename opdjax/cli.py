@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import pathlib
 import sys
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from opdjax.config import Config, ConfigError, DataConfig, EvaluationConfig, Mod
 
 def main() -> None:
     """Run `opdjax VERB …`; a mistake of the user's ends in one line on stderr and status 2, never in a traceback."""
+    # transformers serves tokenizers here; that torch is absent is as intended and needs no advice on every run.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())

@@ -84,7 +84,10 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
                 print(f"left out {prompts.num_skipped} prompts over {config.data.max_prompt_length} tokens, first {prompts.skipped[0]}")
         if (workdir / "result.json").exists():
             print(f"{workdir} holds a finished run")
-            return json.loads((workdir / "result.json").read_text())
+            result = json.loads((workdir / "result.json").read_text())
+            if "eval_after" in result:
+                print(result_table(result))
+            return result
         return _run(setup, workdir, opened)
 
 
