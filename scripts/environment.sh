@@ -1,5 +1,5 @@
 # Sourced by the other scripts: makes .venv if it is missing and installs this checkout with the given extras.
-# usage: . scripts/environment.sh [EXTRA]     (from the repository's root)
+# usage: extra=test; . scripts/environment.sh     (from the repository's root; extra= installs the core alone)
 
 find_python() {
     for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11; do
@@ -14,7 +14,6 @@ find_python() {
     return 1
 }
 
-extra="${1:-}"
 stamp=".venv/.installed-${extra:-core}"
 if [ ! -x .venv/bin/python ]; then
     python=$(find_python) || exit 1

@@ -3,6 +3,7 @@
 # usage: scripts/quickstart.sh [WORKDIR]     (default runs/quickstart; a finished run there is reported, not repeated)
 set -euo pipefail
 cd "$(dirname "$0")/.."
+extra=
 . scripts/environment.sh
 workdir="${1:-runs/quickstart}"
 .venv/bin/opdjax train experiments/mini_vopd.py --workdir "$workdir"
