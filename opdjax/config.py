@@ -252,8 +252,7 @@ class Config:
         for name, value in dataclasses.asdict(self).items():
             _convert(hints[name], value, name)
         _require_seed("seed", self.seed)
-        rows = self.train.prompts_per_step * self.sampling.num_generations
-        parts = self.train.gradient_accumulation_steps
+        rows, parts = self.rows_per_step, self.train.gradient_accumulation_steps
         _require(rows % parts == 0, "train.gradient_accumulation_steps", parts, f"a divisor of the {rows} rows a step")
         is_altered = self.sampling.has_filter or self.sampling.temperature != 1
         if is_altered and self.estimator.recipe in ("opd", "vopd"):
@@ -262,6 +261,11 @@ class Config:
                 f"top_k {self.sampling.top_k}, min_p {self.sampling.min_p}: its expected gradient is then no longer the one it "
                 "advertises; sample with temperature 1 and no filter, or use the recipe full_kl"
             )
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rollouts of one optimizer update."""
+        return self.train.prompts_per_step * self.sampling.num_generations
 
 
 def to_dict(config: Any) -> dict[str, Any]:

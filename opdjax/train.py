@@ -93,7 +93,6 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
 
 def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> dict[str, Any]:
     config = setup.config
-    rows = config.train.prompts_per_step * config.sampling.num_generations
     spec = UpdateSpec(
         model=setup.student.config,
         estimator=config.estimator,
@@ -161,13 +160,13 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> d
     progress.close()
     checkpointer.wait()
     exported = _export_student(setup, state, workdir / "student", spec.dtype)
-    return _finish(setup, workdir, exported, int(state.num_skipped), rows)
+    return _finish(setup, workdir, exported, int(state.num_skipped))
 
 
 def prepare(config: Config) -> Setup:
     """Read and check everything a run needs, before anything is computed."""
     mesh = make_mesh(config.mesh.data)
-    rows = config.train.prompts_per_step * config.sampling.num_generations
+    rows = config.rows_per_step
     if rows % (mesh.size * config.train.gradient_accumulation_steps):
         raise ConfigError(
             f"{rows} rows a step (train.prompts_per_step x sampling.num_generations) do not divide into "
@@ -182,18 +181,20 @@ def prepare(config: Config) -> Setup:
     for name, checkpoint in (("student", student), ("teacher", teacher)):
         if checkpoint.config.vocab_size < width:
             raise CheckpointError(f"the {name}'s embedding has {checkpoint.config.vocab_size} rows, its tokenizer {width} ids")
-    teacher_params = load_params(teacher, compute_dtype(config.teacher), replicated(mesh))
     sampling = config.sampling
-    # Both are compared at the sampling temperature: a student that equals its teacher has nothing to learn at any.
-    teacher_head = head_of(teacher_params, valid_vocab=width, temperature=sampling.temperature)
-    stop = stop_ids(student, tokenizer)
     beyond = [token for token in sampling.stop_token_ids if not 0 <= token < width]
     if beyond:
         raise ConfigError(f"sampling.stop_token_ids has {beyond}; expected ids from 0 to {width - 1}")
     decoding = Decoding(
-        sampling.max_completion_length, tuple(sorted({*stop, *sampling.stop_token_ids})), sampling.temperature, sampling.top_k,
-        sampling.top_p, sampling.min_p, valid_vocab=width,
+        sampling.max_completion_length, stop_ids(student, tokenizer, sampling.stop_token_ids), sampling.temperature,
+        sampling.top_k, sampling.top_p, sampling.min_p, valid_vocab=width,
     )  # fmt: skip
+    prompts = encode_prompts(read_prompts(config.data.source), config.data, tokenizer, teacher_tokenizer)
+    evaluator = make_evaluator(config, student, tokenizer, mesh)
+    # The weights come last: what is wrong with the data is said before gigabytes are read.
+    teacher_params = load_params(teacher, compute_dtype(config.teacher), replicated(mesh))
+    # Both are compared at the sampling temperature: a student that equals its teacher has nothing to learn at any.
+    teacher_head = head_of(teacher_params, valid_vocab=width, temperature=sampling.temperature)
     return Setup(
         config=config,
         mesh=mesh,
@@ -201,9 +202,9 @@ def prepare(config: Config) -> Setup:
         dtype=compute_dtype(config.student),
         tokenizer=tokenizer,
         teacher=Teacher(teacher, teacher_params, teacher_head),
-        prompts=encode_prompts(read_prompts(config.data.source), config.data, tokenizer, teacher_tokenizer),
+        prompts=prompts,
         decoding=decoding,
-        evaluator=make_evaluator(config, student, tokenizer, mesh),
+        evaluator=evaluator,
     )
 
 
@@ -221,16 +222,16 @@ def make_evaluator(config: Config, student: Checkpoint, tokenizer: Any, mesh: Me
     if unanswered:
         raise DataError(f"prompt {unanswered[0]} of {data.source} has no 'answer' ({len(unanswered)} such rows); evaluation needs them")
     prompts = encode_prompts(rows, data, tokenizer, tokenizer)
-    stop = tuple(sorted({*stop_ids(student, tokenizer), *config.sampling.stop_token_ids}))
+    stop = stop_ids(student, tokenizer, config.sampling.stop_token_ids)
     return Evaluator(student.config, prompts, tokenizer, config.evaluation, stop, valid_vocab(tokenizer), mesh)
 
 
-def stop_ids(checkpoint: Checkpoint, tokenizer: Any) -> tuple[int, ...]:
-    """End-of-sequence ids of the generation config and of the tokenizer; ValueError where there are none."""
+def stop_ids(checkpoint: Checkpoint, tokenizer: Any, more: tuple[int, ...] = ()) -> tuple[int, ...]:
+    """End-of-sequence ids of the generation config and of the tokenizer (ValueError where there are none), and `more`."""
     ids = {*checkpoint.stop_token_ids} | ({tokenizer.eos_token_id} - {None})
     if not ids:
         raise ConfigError(f"{checkpoint.path} names no end-of-sequence id; set eos_token_id in its generation_config.json")
-    return tuple(sorted(ids))
+    return tuple(sorted(ids | set(more)))
 
 
 def compute_dtype(model: ModelConfig) -> str:
@@ -342,13 +343,13 @@ def export_step(workdir: pathlib.Path, step: str, out: pathlib.Path, dtype: str 
     return export(checkpointer.restore(wanted, like).params, source, out, dtype)
 
 
-def _finish(setup: Setup, workdir: pathlib.Path, exported: pathlib.Path, num_skipped: int, rows: int) -> dict[str, Any]:
+def _finish(setup: Setup, workdir: pathlib.Path, exported: pathlib.Path, num_skipped: int) -> dict[str, Any]:
     """Write result.json, last of all, and print what changed."""
     config = setup.config
     result: dict[str, Any] = {
         "recipe": config.estimator.recipe,
         "num_steps": config.train.num_steps,
-        "rows_per_step": rows,
+        "rows_per_step": config.rows_per_step,
         "skipped_steps": num_skipped,
         "skipped_prompts": setup.prompts.num_skipped,
         "student": str(exported.relative_to(workdir)),
