@@ -71,10 +71,8 @@ def parameter_shapes(config: DecoderConfig) -> Params:
 
 def init_params(config: DecoderConfig, key: jax.Array, dtype=jnp.float32) -> Params:
     """Random parameters: norms 1, biases 0, embeddings N(0, 0.02²), kernels N(0, 1/in)."""
-    shapes, tree = jax.tree.flatten(parameter_shapes(config), is_leaf=lambda x: isinstance(x, tuple))
-    paths = [path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(
-        parameter_shapes(config), is_leaf=lambda x: isinstance(x, tuple))]  # fmt: skip
-    keys = jax.random.split(key, len(shapes))
+    leaves, tree = jax.tree_util.tree_flatten_with_path(parameter_shapes(config), is_leaf=lambda x: isinstance(x, tuple))
+    keys = jax.random.split(key, len(leaves))
 
     def init(name, shape, key):
         if name.endswith("norm"):
@@ -84,7 +82,7 @@ def init_params(config: DecoderConfig, key: jax.Array, dtype=jnp.float32) -> Par
         scale = 0.02 if name in ("embedding", "head") else shape[-1] ** -0.5
         return scale * jax.random.normal(key, shape, dtype)
 
-    return tree.unflatten([init(*args) for args in zip(paths, shapes, keys)])
+    return tree.unflatten([init(path[-1].key, shape, key) for (path, shape), key in zip(leaves, keys)])
 
 
 def head_of(params: Params, *, valid_vocab: int | None = None, temperature: float = 1.0) -> Head:
