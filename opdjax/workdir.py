@@ -42,7 +42,7 @@ def claim(workdir: pathlib.Path, config: Config, facts: dict[str, Any]) -> None:
     if not file.exists():
         write_json(file, new)
         return
-    old = _read_run(workdir)
+    old = read_run_config(workdir)
     changed = differences({"config": old["config"], "data": old["data"]}, {"config": new["config"], "data": new["data"]})
     if changed:
         listed = "\n  ".join(changed)
@@ -53,10 +53,11 @@ def claim(workdir: pathlib.Path, config: Config, facts: dict[str, Any]) -> None:
 
 def read_config(workdir: pathlib.Path) -> Config:
     """The config that a work directory was made with."""
-    return from_dict(Config, _read_run(workdir)["config"])
+    return from_dict(Config, read_run_config(workdir)["config"])
 
 
-def _read_run(workdir: pathlib.Path) -> dict[str, Any]:
+def read_run_config(workdir: pathlib.Path) -> dict[str, Any]:
+    """`config.json` as it stands: the config, the data digests and the environment."""
     file = workdir / "config.json"
     if not file.exists():
         raise WorkdirError(f"{workdir} has no config.json; expected the work directory of a run")
