@@ -79,7 +79,6 @@ class DataConfig:
 class SamplingConfig:
     """Who writes the completions that are trained on, and how they are drawn."""
 
-    source: Literal["student", "teacher", "references"] = "student"  # student: on-policy; references: the data's own answers
     num_generations: int = 1  # completions per prompt
     max_completion_length: int = 512  # tokens, stop token included
     temperature: float = 1.0  # the student is scored at this temperature too where it is the student that is sampled
@@ -87,6 +86,7 @@ class SamplingConfig:
     top_k: int = 0  # 0: off
     min_p: float = 0.0  # 0: off
     stop_token_ids: tuple[int, ...] = ()  # beside the end-of-sequence ids of the checkpoint
+    source: Literal["student", "teacher", "references"] = "student"  # student: on-policy; references: the data's own answers
 
     def __post_init__(self):
         _require(self.num_generations > 0, "sampling.num_generations", self.num_generations, "at least 1")
