@@ -90,8 +90,8 @@ def _labels(row: dict[str, Any], names: list[str]) -> list[str]:
 
 
 def _missing(row: dict[str, Any]) -> str:
-    seeds = [id.rpartition("seed=")[2] if "seed=" in id else id for id in row["missing"]]
-    return "seed " + ", ".join(seeds) if seeds else ""
+    """The seeds that are not there; the id where the sweep has no seeds."""
+    return ", ".join(id.rpartition(",")[2] if "seed=" in id else id for id in row["missing"])
 
 
 def _cell(value: tuple[float, float] | None, format: Format) -> str:

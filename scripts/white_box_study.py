@@ -259,13 +259,15 @@ TEXT = """# White-box recipes on the mini pair
     opdjax sweep experiments/sweeps/white_box.py --workdir runs/white_box --jobs 2
     python scripts/white_box_study.py runs/white_box
 
-{runs} runs at commit {commits}, two cores of an AMD EPYC, {minutes:.0f} minutes of runs added up, two at a time with one core each, on a machine
-that did other work as well; missing points: {missing}. Every run: {steps} steps of {batch} completions (one a prompt) unless said, cosine
-learning rate, the last checkpoint evaluated on the same {prompts} test prompts, {k} samples each at T = 1, with the same draws.
+{runs} runs at commit {commits}, two cores of an AMD EPYC, {minutes:.0f} minutes of runs
+added up, two at a time with one core each, on a machine that did other work as well; missing points: {missing}.
+Every run: {steps} steps of {batch} completions (one a prompt) unless said, cosine learning rate, the last checkpoint
+evaluated on the same {prompts} test prompts, {k} samples each at T = 1, with the same draws.
 The untrained student: avg@8 {avg:.3f}, greedy {greedy:.3f}, pass@8 {passk:.3f}. The longest run trained for {longest:.0f} s.
 
-"±" after a mean is half a 95 % interval over seeds (Student's t); "prompt interval" is the mean over runs of each run's own interval over
-prompts. The two are never pooled: all runs answer the same prompts, so differences between recipes do not contain the prompts' share.
+"±" after a mean is half a 95 % interval over seeds (Student's t); "prompt interval" is the mean over runs of each run's own
+interval over prompts. The two are never pooled: all runs answer the same prompts, so that differences between recipes do
+not contain the prompts' share.
 
 ## Learning rates: gain in avg@8 on validation prompts, seed 100, one run each
 
