@@ -59,24 +59,27 @@ class _Fields:
         return self.values.get(name) is not None
 
     def number(self, name: str, default: float | None = None) -> float:
-        return float(self._read(name, default, (int, float), "a positive number"))
+        value = self._get(name, default)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+            self.refuse(name, "a positive number")
+        return float(value)
 
-    def integer(self, name: str, default: int | None = None) -> int:
-        return self._read(name, default, (int,), "a positive integer")
+    def integer(self, name: str, default: int | None = None, least: int = 1) -> int:
+        value = self._get(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            self.refuse(name, f"an integer of at least {least}")
+        return value
 
     def boolean(self, name: str, default: bool) -> bool:
-        value = self.values[name] if self.has(name) else default
+        value = self._get(name, default)
         if not isinstance(value, bool):
             self.refuse(name, "true or false")
         return value
 
-    def _read(self, name, default, kinds, expected):
+    def _get(self, name: str, default: Any) -> Any:
         if not self.has(name) and default is None:
             raise KeyError(self.within + name)
-        value = self.values[name] if self.has(name) else default
-        if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < math.inf:
-            self.refuse(name, expected)
-        return value
+        return self.values[name] if self.has(name) else default
 
     def expect(self, name: str, expected: Any, reason: str) -> None:
         """Refuse any value but the one that the decoder computes."""
@@ -132,9 +135,7 @@ def _read_rope(raw: dict[str, Any], default_theta: float | None) -> Rope:
     written = [name for name in ("rope_parameters", "rope_scaling") if raw.get(name)]
     ropes = [_read_written_rope(raw, name, default_theta) for name in written or ["rope_parameters"]]
     if ropes[0] != ropes[-1]:
-        raise UnsupportedModelError(
-            f"config.json sets rope_parameters to {ropes[0]} and rope_scaling to {ropes[1]}; expected them to agree"
-        )
+        _Fields(raw).refuse("rope_scaling", f"what rope_parameters says, {raw['rope_parameters']!r}, or just one of the two")
     return ropes[0]
 
 
@@ -169,7 +170,7 @@ def _refuse_sliding_window(config: _Fields, num_layers: int) -> None:
         return
     # 4096 and 28 are the defaults of the Qwen families; a window that is null is off.
     has_window = config.boolean("use_sliding_window", False) and config.values.get("sliding_window", 4096) is not None
-    if has_window and config.integer("max_window_layers", 28) < num_layers:
+    if has_window and config.integer("max_window_layers", 28, least=0) < num_layers:
         config.refuse("use_sliding_window", "false (every layer attends to all tokens)")
 
 
@@ -187,7 +188,7 @@ def _read_decoder(raw: dict[str, Any], *, head_size: int | None = None, rope_the
         config.refuse("hidden_size", f"a multiple of num_attention_heads, {num_heads}, or a head_dim")
     head_size = config.integer("head_dim", head_size or width // num_heads)
     if head_size % 2:
-        raise UnsupportedModelError(f"config.json implies a head_dim of {head_size}; expected an even one (its dimensions turn in pairs)")
+        raise UnsupportedModelError(f"config.json implies a head_dim of {head_size}; expected an even one (its dimensions rotate in pairs)")
     return DecoderConfig(
         vocab_size=config.integer("vocab_size"),
         hidden_size=width,

@@ -83,11 +83,14 @@ def test_yarn_attention_factor_by_hand():
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_refused_kinds_are_no_function_of_the_position(build, torch_logits, rng, kind):
     """The tokens before the bound change their logits, which causal attention forbids, once the sequence crosses it."""
-    options = {"dynamic": {"factor": 4.0}, "longrope": {"short_factor": [1.0] * 5, "long_factor": [1.0, 1.0, 2.0, 3.0, 4.0]}}[kind]
-    fields = {"max_position_embeddings": 8, "rope_theta": 1e4}
+    ropes = {
+        "default": {},
+        "dynamic": {"factor": 4.0},
+        "longrope": {"short_factor": [1.0] * 5, "long_factor": [1.0, 1.0, 2.0, 3.0, 4.0], "factor": 1.0},
+    }
     plain, model = (
-        build("Llama", rope_parameters={"rope_theta": 1e4, "rope_type": name, **more}, max_position_embeddings=8)
-        for name, more in (("default", {}), (kind, options | {"original_max_position_embeddings": 8} if kind == "longrope" else options))
+        build("Llama", max_position_embeddings=8, rope_parameters={"rope_type": name, "rope_theta": 1e4, **ropes[name]})
+        for name in ("default", kind)
     )
     tokens, live = rng.integers(0, 131, (2, 16)), np.ones((2, 16), np.int32)
     short, long = torch_logits(model, tokens[:, :8], live[:, :8]), torch_logits(model, tokens, live)
