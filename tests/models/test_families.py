@@ -8,6 +8,8 @@ from opdjax.models.families import UnsupportedModelError
 from opdjax.models.hf import CheckpointError, open_checkpoint
 from opdjax.models.rope import Rope
 
+pytestmark = pytest.mark.xdist_group("torch")
+
 RAW = {
     "vocab_size": 131, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 6,
     "num_key_value_heads": 2, "rope_theta": 1e4, "max_position_embeddings": 640,
@@ -51,6 +53,7 @@ def test_spellings_read_alike(read, kind, options, outside):
         {"rope_scaling": old, "rope_theta": 5e5, "rope_parameters": None},
         {"rope_scaling": new},  # the theta inside wins
         {"rope_scaling": old, "rope_theta": 5e5, "rope_parameters": new},
+        {"rope_parameters": new | {"type": "passed over"}},
         {"rope_parameters": new | {"partial_rotary_factor": 1.0}, "rope_scaling": {}, "partial_rotary_factor": None},
     ):
         assert read(**fields, **outside) == expected
@@ -130,7 +133,7 @@ KINDS = r"expected one of \['default', 'linear', 'llama3', 'yarn'\]"
         ("Qwen3", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters {'full.*expected one flat object"),
         ("Qwen3", {"rope_parameters": "yarn"}, "rope_parameters 'yarn'; expected one flat object"),
         ("Qwen3", {"rope_theta": ..., "rope_parameters": {"rope_type": "default"}}, "neither rope_parameters.rope_theta nor rope_theta"),
-        ("Qwen3", {"rope_parameters": {"rope_theta": 1e6}, **scaled("linear", factor=2.0)}, "rope_scaling .*; expected what rope_parameters"),
+        ("Qwen3", {"rope_parameters": {"rope_theta": 1e6}, **scaled("linear", factor=2.0)}, "rope_scaling .*; expected what rope_par"),
         ("Llama", scaled("llama3", **LLAMA3 | {"factor": "8"}), r"rope_scaling\.factor '8'; expected a positive number"),
         ("Llama", scaled("llama3", **LLAMA3 | {"high_freq_factor": 1}), "high_freq_factor 1; expected more than low_freq_factor, 1.0"),
         ("Qwen2", scaled("yarn", **YARN, truncate=1), r"rope_scaling\.truncate 1; expected true or false"),
