@@ -23,7 +23,8 @@ from opdjax.checkpoint import Checkpointer
 from opdjax.config import Config, ConfigError, DataConfig, ModelConfig
 from opdjax.data.chat import check_same_vocabulary, load_tokenizer, valid_vocab
 from opdjax.data.packing import to_train_batch
-from opdjax.data.prompts import DataError, PromptSet, collate, encode_prompts, indices_at, read_prompts
+from opdjax.data.prompts import PromptSet, collate, encode_prompts, indices_at, read_prompts
+from opdjax.data.sources import Columns, DataError
 from opdjax.estimators import RECIPES, bind
 from opdjax.evals.evaluate import Evaluator, completions
 from opdjax.evals.grading import require_grader
@@ -189,7 +190,7 @@ def prepare(config: Config) -> Setup:
         sampling.max_completion_length, stop_ids(student, tokenizer, sampling.stop_token_ids), sampling.temperature,
         sampling.top_k, sampling.top_p, sampling.min_p, valid_vocab=width,
     )  # fmt: skip
-    prompts = encode_prompts(read_prompts(config.data.source), config.data, tokenizer, teacher_tokenizer)
+    prompts = encode_prompts(read_prompts(config.data.source, Columns.of(config.data)), config.data, tokenizer, teacher_tokenizer)
     evaluator = make_evaluator(config, student, tokenizer, mesh)
     # The weights come last: what is wrong with the data is said before gigabytes are read.
     teacher_params = load_params(teacher, compute_dtype(config.teacher), replicated(mesh))
@@ -213,14 +214,17 @@ def make_evaluator(config: Config, student: Checkpoint, tokenizer: Any, mesh: Me
     if config.evaluation.source is None:
         return None
     require_grader(config.evaluation.grader)
-    student_view = {"teacher_format": None, "teacher_enable_thinking": None}
+    student_view = {"teacher_format": None, "teacher_enable_thinking": None, "reference_column": None}
     if config.data.format == "raw":
         student_view["system_prompt"] = None  # it was the teacher's
+    for name in ("prompt_column", "answer_column"):
+        student_view[name] = getattr(config.evaluation, name) or getattr(config.data, name)
     data: DataConfig = dataclasses.replace(config.data, source=config.evaluation.source, **student_view)
-    rows = read_prompts(data.source)[: config.evaluation.num_prompts]
+    rows = read_prompts(data.source, Columns.of(data))[: config.evaluation.num_prompts]
     unanswered = [number for number, row in enumerate(rows) if row.answer is None]
     if unanswered:
-        raise DataError(f"prompt {unanswered[0]} of {data.source} has no 'answer' ({len(unanswered)} such rows); evaluation needs them")
+        name = data.answer_column or "answer"
+        raise DataError(f"prompt {unanswered[0]} of {data.source} has no {name!r} ({len(unanswered)} such rows); evaluation needs them")
     prompts = encode_prompts(rows, data, tokenizer, tokenizer)
     stop = stop_ids(student, tokenizer, config.sampling.stop_token_ids)
     return Evaluator(student.config, prompts, tokenizer, config.evaluation, stop, valid_vocab(tokenizer), mesh)
