@@ -133,30 +133,25 @@ def _parquet(text: str, columns: Columns) -> Rows:
     with _extra("parquet"):
         import pyarrow
         import pyarrow.parquet
-    path = pathlib.Path(text).expanduser()
-    # Not the directories below: they are often the other splits. A pattern with ** reaches them.
-    files = [path] if path.is_file() else sorted(path.glob("*.parquet") if path.is_dir() else map(pathlib.Path, _glob(path)))
+    files = _parquet_files(_as_path(text))
     if not files:
         raise DataError(f"parquet:{text} names no file; expected a .parquet file, a directory of them or a pattern such as data/train-*")
     for file in files:
         try:
-            table = pyarrow.parquet.ParquetFile(file)
-            needed = columns.needed(table.schema_arrow.names, str(file))
-            yield from _arrow_rows(table.iter_batches(_CHUNK, columns=needed), str(file))
+            with pyarrow.parquet.ParquetFile(file) as table:
+                needed = columns.needed(table.schema_arrow.names, str(file))
+                rows = (row for batch in table.iter_batches(_CHUNK, columns=needed) for row in batch.to_pylist())
+                for number, row in enumerate(rows):
+                    yield f"{file}, row {number}", row
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(f"{file} cannot be read as Parquet: {error}") from error
 
 
-def _glob(path: pathlib.Path) -> list[str]:
-    return glob.glob(str(path), recursive=True)
-
-
-def _arrow_rows(batches: Iterable[Any], place: str) -> Rows:
-    number = 0
-    for batch in batches:
-        for row in batch.to_pylist():
-            yield f"{place}, row {number}", row
-            number += 1
+def _parquet_files(path: pathlib.Path) -> list[pathlib.Path]:
+    if path.is_file():
+        return [path]
+    # Not those in directories below, which are often the other splits. A pattern with ** reaches them.
+    return sorted(path.glob("*.parquet") if path.is_dir() else map(pathlib.Path, glob.glob(str(path), recursive=True)))
 
 
 def _huggingface(text: str, columns: Columns) -> Rows:
@@ -176,11 +171,12 @@ def _huggingface(text: str, columns: Columns) -> Rows:
         else:
             dataset = datasets.load_dataset(str(path) if path.is_dir() else name, config, split=split)
     except (DatasetsError, OSError, ValueError) as error:
-        reason = f"{error} ({error.__cause__})" if error.__cause__ else f"{error}"
+        reason = _first_line(error) + (f" ({_first_line(error.__cause__)})" if error.__cause__ else "")
         advice = "expected a split or slice of a directory (./DIR) or of a dataset on the hub; the latter needs a network or its cache"
         raise DataError(f"{place}: {reason}; {advice}") from error
     dataset = dataset.select_columns(columns.needed(dataset.column_names, place))
-    yield from _arrow_rows(dataset.with_format("arrow").iter(_CHUNK), place)
+    for number, row in enumerate(dataset):
+        yield f"{place}, row {number}", row
 
 
 def _saved_split(path: pathlib.Path, split: str) -> Any:
@@ -199,14 +195,14 @@ def _tensorflow_datasets(text: str, columns: Columns) -> Rows:
     name, split = _name_and_split("tfds", text)
     place = f"tfds:{text}"
     with _extra("tfds"):
-        import tensorflow_datasets as tfds
+        # By name: where a package that it needs is missing, TFDS itself imports, half empty.
+        from tensorflow_datasets import builder_from_directory
     try:
-        builder = tfds.builder_from_directory(str(_as_path(name))) if _is_builder_directory(name) else _prepared_builder(name)
+        builder = builder_from_directory(str(_as_path(name))) if _is_builder_directory(name) else _prepared_builder(name)
     # TFDS asserts what users ask for, and raises a subclass of one of these for the rest.
     except (ValueError, AssertionError, OSError, RuntimeError) as error:
-        first_line = str(error).partition("\n")[0]
         advice = "expected a builder that TFDS knows or that lies prepared in TFDS_DATA_DIR, or a builder's directory (with its version)"
-        raise DataError(f"{place}: {first_line}; {advice}") from error
+        raise DataError(f"{place}: {_first_line(error)}; {advice}") from error
     splits = f"its splits are {sorted(builder.info.splits)}, a slice is written train[:10%]"
     file_format = _random_access_format(builder, place)
     if file_format == "parquet" and split not in builder.info.splits:
@@ -219,7 +215,7 @@ def _tensorflow_datasets(text: str, columns: Columns) -> Rows:
             for number, row in enumerate(stored.__getitems__(range(start, min(start + _CHUNK, len(stored)))), start):
                 yield f"{place}, row {number}", row
     except (ValueError, OSError, RuntimeError, IndexError) as error:
-        raise DataError(f"{place}: {error}; {splits}") from error
+        raise DataError(f"{place}: {_first_line(error)}; {splits}") from error
 
 
 def _is_builder_directory(name: str) -> bool:
@@ -265,6 +261,10 @@ def _name_and_split(kind: str, text: str) -> tuple[str, str]:
     if not name or not split:
         raise DataError(f"data source '{kind}:{text}' names no split; expected {kind}:NAME#SPLIT, such as {kind}:{text.strip('#')}#train")
     return name, split
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _as_path(name: str) -> pathlib.Path:
