@@ -66,8 +66,9 @@ class DataConfig:
     teacher_enable_thinking: bool | None = None  # None: as enable_thinking
     max_prompt_length: int = 512  # tokens, template included
     overlong: Literal["skip", "error"] = "skip"  # what to do with longer prompts: leave them out, counted, or refuse the data
-    # Columns of any source; `reward_model.ground_truth` is a field inside one, `prompt.0.content` one of the first item of a list.
-    prompt_column: str = "prompt"  # a string, or a list of messages; the assistant's turn that it may end in becomes a reference
+    # Of any source: a string, or a list of messages, of which the assistant's turn that it may end in becomes a reference.
+    # `a.b` is field b of column a (reward_model.ground_truth), `a.0` the first item of a list (prompt.0.content).
+    prompt_column: str = "prompt"
     answer_column: str | None = None  # the value to grade by, a string or a number; None: `answer`, where there is one
     reference_column: str | None = None  # worked answers: text, texts or messages; None: `references` or `reference`, where there is one
 

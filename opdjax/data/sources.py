@@ -81,7 +81,7 @@ def _missing(path: str, found: Any, place: str) -> DataError:
     names = sorted(found) if isinstance(found, dict) else []
     hint = next(filter(None, (_near(part, names) for part in (path, *path.split(".")))), "")
     return DataError(
-        f"{place}: there is no column {path!r}; found {names or repr(found)}{hint}. Name the right one in data.prompt_column, "
+        f"{place}: there is no column {path!r}; found {names or repr(found)}{hint or '.'} Name the right one in data.prompt_column, "
         "data.answer_column or data.reference_column (for an evaluation in evaluation.prompt_column or evaluation.answer_column)"
     )
 
@@ -264,7 +264,7 @@ def _name_and_split(kind: str, text: str) -> tuple[str, str]:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
+    return str(error).partition("\n")[0].rstrip(".")
 
 
 def _as_path(name: str) -> pathlib.Path:

@@ -22,6 +22,7 @@ pytest.importorskip("array_record")
 
 import pyarrow.parquet  # noqa: E402
 
+pytestmark = pytest.mark.xdist_group("sources")  # the stores are made once
 SPLIT = "validation"
 PROBLEMS = [{"prompt": problem.prompt, "answer": problem.answer, "reference": problem.reference} for problem in arithmetic.problems(SPLIT)]
 EXPECTED = [Prompt(row["prompt"], row["answer"], (row["reference"],)) for row in PROBLEMS]
@@ -369,7 +370,7 @@ REFUSED = {
     "tfds, a slice that is none": (lambda d, s: "tfds:opdjax_arithmetic#train[:10", r"parsing split.*a slice is written train\[:10%\]"),
     "tfds, an empty slice": (lambda d, s: "tfds:opdjax_arithmetic#train[:0%]", "its splits are"),
     "tfds, a backward slice": (lambda d, s: "tfds:opdjax_arithmetic#train[10%:5%]", "its splits are"),
-    "tfds, another name": (lambda d, s: "tfds:nothing_here#train", "Dataset nothing_here not found.; expected a builder that TFDS knows"),
+    "tfds, another name": (lambda d, s: "tfds:nothing_here#train", "Dataset nothing_here not found; expected a builder that TFDS knows"),
     "tfds, another version": (lambda d, s: "tfds:opdjax_arithmetic:9.9.9#train", "cannot be loaded at version 9.9.9, only: 1.0.0"),
     "tfds, a name that is none": (lambda d, s: "tfds:a b#train", "Parsing builder name string a b failed"),
     "tfds, no builder's directory": (lambda d, s: f"tfds:{d}#train", "Could not read dataset info.*a builder's directory"),
