@@ -1,0 +1,3 @@
+"""stub"""
+def sweep_page(points, name):
+    raise NotImplementedError
