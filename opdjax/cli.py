@@ -123,9 +123,9 @@ def sample(arguments: list[str]) -> None:
         from opdjax.data.prompts import Prompt, collate, encode_prompts
         from opdjax.evals.evaluate import completions
         from opdjax.models.hf import load_params, open_checkpoint
+        from opdjax.prepare import compute_dtype, stop_ids
         from opdjax.sampler import Decoding
         from opdjax.sampler import sample as draw
-        from opdjax.train import compute_dtype, stop_ids
 
         if not prompts:
             raise ConfigError("no prompt given; expected one or more texts after the model")
@@ -169,7 +169,7 @@ def evaluate(arguments: list[str]) -> None:
         """
         from opdjax.data.chat import load_tokenizer
         from opdjax.models.hf import load_params, open_checkpoint
-        from opdjax.train import compute_dtype, make_evaluator
+        from opdjax.prepare import compute_dtype, make_evaluator
         from opdjax.workdir import write_json
 
         if output is not None and not output.parent.is_dir():
@@ -203,7 +203,7 @@ def import_(arguments: list[str]) -> None:
         """
         from opdjax.data.chat import load_tokenizer, valid_vocab
         from opdjax.models.hf import load_params, open_checkpoint
-        from opdjax.train import stop_ids
+        from opdjax.prepare import stop_ids
 
         checkpoint = open_checkpoint(model)
         load_params(checkpoint, "bfloat16" if checkpoint.stored_dtype == "bfloat16" else "float32")

@@ -77,11 +77,12 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How the student's rollouts are drawn."""
+    """Who writes the completions that are trained on, and how they are drawn."""
 
-    num_generations: int = 1  # samples per prompt
+    source: Literal["student", "teacher", "references"] = "student"  # student: on-policy; references: the data's own answers
+    num_generations: int = 1  # completions per prompt
     max_completion_length: int = 512  # tokens, stop token included
-    temperature: float = 1.0  # the student is scored at this temperature too
+    temperature: float = 1.0  # the student is scored at this temperature too where it is the student that is sampled
     top_p: float = 1.0  # 1: off
     top_k: int = 0  # 0: off
     min_p: float = 0.0  # 0: off
@@ -102,14 +103,22 @@ class SamplingConfig:
 class EstimatorConfig:
     """The recipe and its options; an option that the recipe does not have is refused."""
 
-    recipe: Literal["opd", "vopd", "full_kl"] = "vopd"
+    recipe: Literal["opd", "vopd", "full_kl", "topk_kl", "sft"] = "vopd"
     aggregation: Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "fixed_denominator"] = "token_mean"
     tile: int = 512  # tokens whose logits exist at a time, per device
     discount: float | None = None  # opd, vopd: 0 credits a token with its own reward only, 1 with all that follow
     baseline: Literal["full", "student_topk"] | None = None  # vopd
     baseline_top_k: int | None = None  # vopd with baseline student_topk
-    divergence: Literal["reverse", "forward", "jsd"] | None = None  # full_kl
+    divergence: Literal["reverse", "forward", "jsd"] | None = None  # full_kl; topk_kl (no jsd)
     beta: float | None = None  # full_kl with divergence jsd: 0 forward KL, 1 reverse KL
+    support: Literal["student", "teacher"] | None = None  # topk_kl: whose most likely ids the divergence is taken on
+    support_top_k: int | None = None  # topk_kl: how many ids
+    renormalize: Literal["both", "teacher", "none"] | None = None  # topk_kl: which side is renormalised on those ids
+    outside: Literal["drop", "tail", "floor"] | None = None  # topk_kl: the ids outside; tail and floor need renormalize none
+    clamp_at_zero: bool | None = None  # topk_kl: a token's negative value counts as 0
+    weight: Literal["p_student", "p_teacher", "none"] | None = None  # topk_kl as a policy gradient over the kept ids, weighted so
+    # topk_kl: all five options above as that system ships them; estimators/divergence.py has the table
+    convention: Literal["tunix", "verl", "nemo_rl", "nemo_rl_floor", "easydel", "trl", "thunlp", "distillkit"] | None = None
 
     def __post_init__(self):
         _require(self.tile > 0, "estimator.tile", self.tile, "at least 1")
@@ -121,12 +130,28 @@ class EstimatorConfig:
             has_topk or self.baseline_top_k is None, "estimator.baseline_top_k", self.baseline_top_k, "none unless baseline is student_topk"
         )
         _require(has_jsd or self.beta is None, "estimator.beta", self.beta, "none unless divergence is jsd")
+        self._check_topk()
+
+    def _check_topk(self):
+        k, fixed = self.support_top_k, ("support", "renormalize", "outside", "clamp_at_zero", "weight")
+        _require(k is None or k > 0, "estimator.support_top_k", k, "at least 1")
+        has_divergence = self.recipe != "topk_kl" or self.divergence != "jsd"
+        _require(has_divergence, "estimator.divergence", self.divergence, "reverse or forward where the recipe is topk_kl")
+        for name in fixed if self.convention is not None else ():
+            _require(getattr(self, name) is None, f"estimator.{name}", getattr(self, name), f"none: convention {self.convention} sets it")
+        is_whole = self.renormalize == "none" or self.outside in (None, "drop")
+        _require(is_whole, "estimator.outside", self.outside, "drop unless renormalize is none: nothing is left outside")
+        if self.weight is not None:
+            _require(self.outside in (None, "drop"), "estimator.outside", self.outside, "drop where weight is given")
+            _require(self.renormalize in (None, "none"), "estimator.renormalize", self.renormalize, "none where weight is given")
+            _require(self.divergence in (None, "reverse"), "estimator.divergence", self.divergence, "reverse where weight is given")
 
     @property
     def options(self) -> dict[str, Any]:
         """The recipe's options that were given."""
-        named = ("discount", "baseline", "baseline_top_k", "divergence", "beta")
-        return {name: getattr(self, name) for name in named if getattr(self, name) is not None}
+        shared = ("recipe", "aggregation", "tile")
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in shared}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,8 +279,22 @@ class Config:
         _require_seed("seed", self.seed)
         rows, parts = self.rows_per_step, self.train.gradient_accumulation_steps
         _require(rows % parts == 0, "train.gradient_accumulation_steps", parts, f"a divisor of the {rows} rows a step")
+        self._check_source()
+
+    def _check_source(self):
+        """Whose completions a recipe may be trained on."""
+        recipe, source = self.estimator.recipe, self.sampling.source
+        is_policy_gradient = recipe in ("opd", "vopd")
+        _require(
+            not is_policy_gradient or source == "student", "sampling.source", source, f"student: {recipe} averages over the student's draws"
+        )
+        is_signal = recipe != "sft" or source != "student"
+        _require(is_signal, "sampling.source", source, "teacher or references: cross-entropy on its own draws teaches a student nothing")
+        has_no_teacher = recipe == "sft" and source == "references"
+        for name in ("teacher_format", "teacher_enable_thinking") if has_no_teacher else ():
+            _require(getattr(self.data, name) is None, f"data.{name}", getattr(self.data, name), "none where no teacher reads the data")
         is_altered = self.sampling.has_filter or self.sampling.temperature != 1
-        if is_altered and self.estimator.recipe in ("opd", "vopd"):
+        if is_altered and is_policy_gradient:
             raise ConfigError(
                 f"recipe {self.estimator.recipe!r} with sampling.temperature {self.sampling.temperature}, top_p {self.sampling.top_p}, "
                 f"top_k {self.sampling.top_k}, min_p {self.sampling.min_p}: its expected gradient is then no longer the one it "

@@ -181,7 +181,7 @@ def test_several_samples_micro_batches_and_a_teacher_view_of_its_own(tmp_path):
     # The same tokens seen through the student's own bare view are out of the teacher's distribution.
     train(dataclasses.replace(config, data=dataclasses.replace(config.data, teacher_format="raw")), tmp_path / "raw")
     (raw,) = without_times(tmp_path / "raw")
-    assert raw["rollout/num_tokens"] == row["rollout/num_tokens"]
+    assert raw["perf/trained_tokens"] == row["perf/trained_tokens"]
     assert raw["kl/k1"] != row["kl/k1"]
 
 
