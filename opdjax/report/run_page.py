@@ -270,8 +270,8 @@ def config_table(config: dict[str, Any]) -> Html:
             at = head
         is_changed = not _is_default(name, value, defaults)
         changed += is_changed
-        default = _shown(defaults[name]) if name in defaults and not name.endswith(".path") else "no such setting here"
-        rows.append(table_row([field, _shown(value), f"changed; default {default}" if is_changed else ""], class_="changed" if is_changed else None))
+        default = shown(defaults[name]) if name in defaults and not name.endswith(".path") else "no such setting here"
+        rows.append(table_row([field, shown(value), f"changed; default {default}" if is_changed else ""], class_="changed" if is_changed else None))
     return details(f"Config: {count(len(measures.leaves(config)), 'setting')}, {changed} changed from the defaults", table(["setting", "value", ""], rows, class_="words"), open=True)
 
 
@@ -282,20 +282,21 @@ def _is_default(name: str, value: Any, defaults: dict[str, Any]) -> bool:
     return name in defaults and defaults[name] == value
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A setting as a person writes it."""
     if value is None:
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        return ", ".join(map(_shown, value)) or "none"
+        return ", ".join(map(shown, value)) or "none"
     return number(value) if isinstance(value, float) else str(value)
 
 
 def facts_table(run: Run) -> Html:
     """The environment, and digests that tell whether two runs had the same data and models."""
-    environment = [(name, _shown(value)) for name, value in run.environment.items()]
-    data = [(name, tag("code", _shown(value))) for name, value in run.data.items()]
+    environment = [(name, shown(value)) for name, value in run.environment.items()]
+    data = [(name, tag("code", shown(value))) for name, value in run.data.items()]
     return join((
         details("Environment", table(["", "value"], environment, class_="words")),
         details("Data and models", table(["", "value"], data, class_="words", caption="Digests: runs with the same one used the same prompts or weights.")),

@@ -1,3 +1,156 @@
-"""stub"""
-def sweep_page(points, name):
-    raise NotImplementedError
+"""The page of a sweep: which points are done, which group scored what over its seeds, and why points failed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from opdjax.report import measures
+from opdjax.report.markup import (
+    Html, count, definitions, details, duration, fixed, is_number, notice, number, plus_minus, section, table, table_row, tag,
+)  # fmt: skip
+from opdjax.report.ranking import Interval, Ranked, before, common_k, final, gain, not_comparable, ranked, seconds
+from opdjax.report.run_page import failure_block, shown, skipped_steps
+from opdjax.report.sweep_charts import (
+    curves_section, joined_links, learning_rate_section, positions_section, training_section, whisker,
+)  # fmt: skip
+from opdjax.results import Point, read_run
+
+
+def sweep_page(points: list[Point], name: str) -> tuple[str, list[Html | None]]:
+    """(title, parts of the page)."""
+    entries, anchors = ranked(points), {point.id: f"point-{number}" for number, point in enumerate(points, 1)}
+    k = common_k(entries)
+    parts = [
+        _group_section(entries, anchors, k), learning_rate_section(entries, k), curves_section(entries, k), training_section(entries),
+        positions_section(entries), _failures(points, anchors), _point_section(points, anchors, k), _common(points),
+    ]  # fmt: skip
+    return f"Sweep {name}", [_header(points, entries, name, k), *parts]
+
+
+def _header(points: list[Point], entries: list[Ranked], name: str, k: int | None) -> Html:
+    states = {state: sum(point.status == state for point in points) for state in ("done", "failed", "begun", "waiting")}
+    words = {"failed": "failed", "begun": "begun, not finished", "waiting": "not begun"}
+    missing = ", ".join(f"{states[state]} {text}" for state, text in words.items() if states[state])
+    lead = f"{states['done']} of {count(len(points), 'point')} done" + (f"; {missing}." if missing else ".")
+    best = entries[0].over_seeds(final("avg@k"))
+    label = measures.score_label("avg@k", k)
+    result = None
+    if best is not None:
+        of = f"of {len(entries)} groups" if len(entries) > 1 else "of the one group"
+        result = tag(
+            "p", f"Highest {label} {of}: {plus_minus(*best)} over {count(len(entries[0].runs), 'seed')}, with ",
+            tag("strong", entries[0].group.label), ".",
+        )  # fmt: skip
+    about = (
+        "A point is one training run. A group is the points that share every setting but the seed; only they are averaged. Each run distilled a "
+        "student language model from a teacher on the student's own completions."
+    )
+    warned = [notice(text, kind="warning") for text in not_comparable(entries)]
+    return tag("header", tag("h1", f"Sweep {name}"), tag("p", lead, class_="lead"), result, tag("p", about, class_="quiet"), *warned)
+
+
+# Groups
+
+
+def _group_section(entries: list[Ranked], anchors: dict[str, str], k: int | None) -> Html:
+    scored = [values for entry in entries if (values := entry.over_seeds(final("avg@k"))) is not None]
+    ends = [mean + sign * (half if math.isfinite(half) else 0.0) for mean, half in scored for sign in (-1, 1)]
+    low, high = (min(ends), max(ends)) if ends else (0.0, 1.0)
+    labels = [measures.score_label(score, k) for score in measures.SCORES]
+    head = ["group", tag("th", tag("span", labels[0]), class_="plot", scope="col"), *labels, f"gain in {labels[0]}", "gradient norm, median", "KL at the end", "seconds", "n", "missing"]
+    rows = [_group_row(entry, anchors, low, high) for entry in entries]
+    start = [before(entries, score) for score in measures.SCORES]
+    if any(value is not None for value in start):
+        rows.append(table_row(["before training", "", *map(fixed, start), *[""] * 6]))
+    caption = (
+        f"Mean ± half a 95 % interval over seeds (Student's t, n − 1 degrees of freedom; ± ∞: one seed alone has no interval), not over prompts. "
+        f"Ordered by {labels[0]}; the plot runs from {fixed(low)} to {fixed(high)}."
+    )
+    words = {
+        labels[0]: "share of right answers among the sampled ones, averaged over held-out prompts, after training",
+        "greedy": "share of prompts whose most likely answer is right",
+        labels[2]: "share of prompts where at least one sampled answer is right",
+        "gain": "after less before training, on the same prompts",
+        "KL at the end": "KL(student || teacher) in nats a token, mean over the last tenth of training",
+        "n": "finished seeds, which is what is averaged; missing: points that are not finished",
+    }
+    note = None
+    if len(entries) > 3:
+        note = "The first of many is partly lucky: choose on validation prompts, then report the chosen one on others."
+    return section("groups", "Groups", table(head, rows, caption=caption), tag("p", note, class_="quiet") if note else None, definitions(words))
+
+
+def _group_row(entry: Ranked, anchors: dict[str, str], low: float, high: float) -> Html:
+    avg = entry.over_seeds(final("avg@k"))
+    scores = [_cell(entry.over_seeds(final(score))) for score in measures.SCORES]
+    others = [
+        _cell(entry.over_seeds(gain), signed=True),
+        _cell(entry.over_seeds(lambda run: measures.median(run, "grad/norm"))),
+        _cell(entry.over_seeds(lambda run: measures.at_the_end(run, "kl/student_teacher"))),
+        _cell(entry.over_seeds(seconds), digits=0),
+    ]
+    done = [tag("a", f"{point.config.get('seed', point.id)}", href=f"#{anchors[point.id]}") for point in entry.group.done]
+    missing = [tag("a", name, href=f"#{anchors[name]}") for name in entry.group.missing]
+    seeds = tag("td", f"{len(done)}", " (seeds " if len(done) > 1 else " (seed " if done else "", joined_links(done), ")" if done else "")
+    plot = tag("td", None if avg is None else whisker(avg, low, high, entry.slot))
+    return table_row([tag("th", entry.group.label, scope="row", class_="label"), plot, *scores, *others, seeds, joined_links(missing)])
+
+
+def _cell(values: Interval | None, digits: int = 3, *, signed: bool = False) -> str:
+    return "–" if values is None else plus_minus(*values, digits, signed=signed)
+
+
+# Points
+
+
+def _failures(points: list[Point], anchors: dict[str, str]) -> Html | None:
+    failed = [point for point in points if point.status == "failed"]
+    if not failed:
+        return None
+    blocks = [details(tag("span", tag("a", point.id, href=f"#{anchors[point.id]}"), f": {_reason(point)}"), failure_block(point.failure or {})) for point in failed]
+    return section("failures", f"Failures ({len(failed)})", *blocks)
+
+
+def _reason(point: Point) -> str:
+    """The first short thing that the failure says."""
+    short = [f"{name} {value}" for name, value in (point.failure or {}).items() if not isinstance(value, (list, dict)) and "\n" not in str(value)]
+    return short[0] if short else "no reason was written"
+
+
+def _point_section(points: list[Point], anchors: dict[str, str], k: int | None) -> Html:
+    varying = varying_settings(points)
+    head = ["point", "state", measures.score_label("avg@k", k), "skipped steps", "seconds", *varying]
+    rows = [_point_row(point, anchors[point.id], varying) for point in points]
+    caption = "Scores of single points; ± is half a 95 % interval over prompts, so it says nothing about other seeds. Only settings that differ between points are listed."
+    box = table(head, rows, caption=caption)
+    return section("points", "Points and how their settings differ", box if len(points) <= 40 else details(f"All {len(points)} points", box, open=True))
+
+
+def _point_row(point: Point, anchor: str, varying: list[str]) -> Html:
+    settings = measures.leaves(point.config)
+    state, score, skipped, spent = point.status, "–", "–", "–"
+    if point.status in ("done", "begun"):
+        run = read_run(point.workdir)
+        after = (run.result or {}).get("eval_after", {})
+        score = plus_minus(after.get("avg@k"), after.get("avg@k_interval"))
+        skipped, spent = number(skipped_steps(run)), duration(seconds(run) or measures.total(run, "seconds"))
+        if point.status == "begun":
+            state = f"begun: step {run.metrics[-1]['step'] if run.metrics else 0:,} of {run.config['train']['num_steps']:,}"
+    elif point.status == "failed":
+        state = tag("a", "failed", href="#failures")
+    return table_row([point.id, state, score, skipped, spent, *(shown(settings.get(name)) for name in varying)], id=anchor)
+
+
+def varying_settings(points: list[Point]) -> list[str]:
+    """Settings in which some points differ."""
+    configs = [measures.leaves(point.config) for point in points]
+    names = dict.fromkeys(name for config in configs for name in config)
+    return [name for name in names if any(config.get(name) != configs[0].get(name) for config in configs)]
+
+
+def _common(points: list[Point]) -> Html:
+    varying: set[str] = set(varying_settings(points))
+    settings: dict[str, Any] = {name: value for name, value in measures.leaves(points[0].config).items() if name not in varying}
+    rows = [[name, shown(value)] for name, value in settings.items()]
+    return section("common", "Common settings", details(f"{count(len(rows), 'setting')} shared by all points", table(["setting", "value"], rows, class_="words")))
