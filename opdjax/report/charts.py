@@ -55,6 +55,8 @@ class Chart:
     is_y_log: bool = False
     categories: Sequence[str] = ()  # names of x = 0, 1, 2 …
     reference: float | None = None  # a thin horizontal line
+    bounds: tuple[float | None, float | None] = (None, None)  # what y cannot leave
+    y_range: tuple[float, float] | None = None  # for charts that are compared; otherwise as the lines need it
 
 
 def draw(chart: Chart, lines: Sequence[Line]) -> Html:
@@ -135,6 +137,7 @@ def _svg(chart: Chart, lines: Sequence[Line], described: str) -> str:
         _frame(axes, chart)
         for line in lines:
             _draw_line(axes, line, is_many=sum(other.slot != REST for other in lines) > 1)
+        axes.set_ylim(*(chart.y_range or y_range(chart, lines)))
         _ticks(axes, chart)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
@@ -146,7 +149,7 @@ def _frame(axes: Any, chart: Chart) -> None:
     axes.tick_params(length=0, pad=5)
     axes.grid(axis="y", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.margins(x=0.02, y=0.08)
+    axes.margins(x=0.05 if chart.is_x_log or chart.categories else 0.02)
     axes.set_xlabel(chart.x_label, labelpad=5)
     axes.set_title(chart.y_label, loc="left", fontsize=11, pad=9, color=_COLOURS["muted"], x=-0.13)
     if chart.reference is not None:
@@ -155,6 +158,35 @@ def _frame(axes: Any, chart: Chart) -> None:
         axes.set_xscale("log")
     if chart.is_y_log:
         axes.set_yscale("log")
+
+
+def y_range(chart: Chart, lines: Iterable[Line]) -> tuple[float, float]:
+    """Room for every line and most of its interval: one that is several times wider than all lines together is cut at the edge."""
+    lines = list(lines)
+    means = _finite(value for line in lines for value in line.y)
+    ends = _finite(value for line in lines if line.slot != REST for side in (line.low, line.high) if side is not None for value in side)
+    if chart.is_y_log:
+        means, ends = [value for value in means if value > 0], []
+    if not means:
+        return (0.5, 2.0) if chart.is_y_log else (0.0, 1.0)
+    if chart.is_y_log:
+        return min(means) / 1.3, max(means) * 1.3
+    least, most = min(means), max(means)
+    if chart.reference is not None and chart.reference > 0.5 * least and chart.reference < 2 * most:
+        least, most = min(least, chart.reference), max(most, chart.reference)
+    spread = most - least
+    low, high = min([least, *(max(end, least - spread) for end in ends)]), max([most, *(min(end, most + spread) for end in ends)])
+    margin = 0.06 * (high - low) or 0.05 * max(abs(high), 1.0 if high == 0 else 0.0)
+    below, above = chart.bounds
+    edge = 0.02 * (high - low)  # so that a line along a bound is still seen whole
+    return (
+        low - margin if below is None else max(low - margin, below - edge),
+        high + margin if above is None or high < 0.9 * above else min(high + margin, above + edge),
+    )
+
+
+def _finite(values: Iterable[float | None]) -> list[float]:
+    return [float(value) for value in values if value is not None and math.isfinite(value)]
 
 
 def _draw_line(axes: Any, line: Line, *, is_many: bool) -> None:
@@ -175,15 +207,16 @@ def _draw_line(axes: Any, line: Line, *, is_many: bool) -> None:
     if line.bars:
         axes.vlines(x[known], low[known], high[known], color=colour, linewidth=1.2, zorder=2.5)
     elif known.any():
-        axes.fill_between(x, low, high, where=known, color=colour, alpha=0.16, linewidth=0, zorder=1.8)
+        axes.fill_between(x, low, high, where=known, color=colour, alpha=0.1 if is_many else 0.16, linewidth=0, zorder=1.8)
 
 
 def _ticks(axes: Any, chart: Chart) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+    scientific = FuncFormatter(lambda value, _: f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-").replace("e+00", ""))
     for axis, is_log in ((axes.xaxis, chart.is_x_log), (axes.yaxis, chart.is_y_log)):
         axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+        axis.set_major_formatter(scientific if is_log and axis is axes.xaxis else FuncFormatter(lambda value, _: tick(value)))
         if not is_log:
             axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=axis is axes.xaxis))
         else:
@@ -191,7 +224,9 @@ def _ticks(axes: Any, chart: Chart) -> None:
             decades = math.log10(high / low)
             axis.set_major_locator(LogLocator(subs=(1.0,) if decades > 4 else (1.0, 3.0) if decades > 1.2 else (1.0, 2.0, 3.0, 5.0)))
     if chart.is_x_log:  # few, unevenly spaced values: a tick on each
-        drawn = sorted({float(value) for line in axes.get_lines() if len(line.get_xdata()) > 0 for value in line.get_xdata() if value > 1e-30})
+        drawn = sorted(
+            {float(value) for line in axes.get_lines() if len(line.get_xdata()) > 0 for value in line.get_xdata() if value > 1e-30}
+        )
         if 0 < len(drawn) <= 6:
             axes.xaxis.set_major_locator(FixedLocator(drawn))
     if chart.categories:

@@ -32,8 +32,9 @@ def table(head: Sequence[Any], rows: Iterable[Sequence[Any]], *, caption: Any = 
     """A table in a box of its own that scrolls sideways where the screen is narrow. A cell may be a ready `td` or `th`."""
     columns = tag("thead", tag("tr", *(_cell(cell, "th", scope="col") for cell in head)))
     body = tag("tbody", *(row if isinstance(row, Html) else table_row(row) for row in rows))
-    title = None if caption is None else tag("caption", caption)
-    return tag("div", tag("table", title, columns, body, class_=class_), class_="scroll", tabindex=0, role="group", aria_label="table")
+    box = tag("div", tag("table", columns, body, class_=class_), class_="scroll", tabindex=0, role="group", aria_label="table")
+    # Not a <caption>: that would be as wide as the table and scroll away with it.
+    return box if caption is None else join((box, tag("p", caption, class_="quiet")))
 
 
 def table_row(cells: Sequence[Any], **attributes: Any) -> Html:
@@ -104,11 +105,11 @@ def plus_minus(value: float | None, half_width: float | None, digits: int = 3, *
     return f"{shown} ± {fixed(half_width, digits) if is_number(half_width) else '∞'}"
 
 
-def number(value: Any) -> str:
-    """Four significant digits, thousands set apart, small ones as in 3e-4; what is no number stays as it is."""
+def number(value: Any, smallest: float = 1e-3) -> str:
+    """Four significant digits, thousands set apart, those under `smallest` as in 3e-4; what is no number stays as it is."""
     if not is_number(value):
         return "–" if value is None or isinstance(value, float) else str(value)
-    if value == 0 or 1e-3 <= abs(value) < 1e4:
+    if value == 0 or smallest <= abs(value) < 1e4:
         text = f"{value:.4g}"
     elif abs(value) >= 1e4:
         text = f"{value:,.0f}"
@@ -116,6 +117,17 @@ def number(value: Any) -> str:
         mantissa, exponent = f"{value:.3e}".split("e")
         text = f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
     return text.replace("-", "−") if text.startswith("-") else text
+
+
+def shown(value: Any) -> str:
+    """A setting as a person writes it."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(shown, value)) or "none"
+    return number(value, smallest=1e-2) if isinstance(value, float) else str(value)
 
 
 def duration(seconds: float | None) -> str:

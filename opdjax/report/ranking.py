@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 from opdjax.report import measures
 from opdjax.report.charts import REST, SERIES
-from opdjax.report.markup import is_number
+from opdjax.report.markup import is_number, shown
 from opdjax.results import Group, Point, Run, groups, read_run, seed_interval
 
 Interval = tuple[float, float]  # mean over seeds, half width of its 95 % interval
@@ -83,17 +83,19 @@ def not_comparable(entries: list[Ranked]) -> list[str]:
             found.append(f"The {digest} digest differs between points with the same {part} settings: their files changed in between.")
     settings = {repr(run.config.get("evaluation")) for run in runs}
     if len(settings) > 1:
-        found.append("The points were not all evaluated with the same settings: compare scores only where the evaluation settings are equal.")
+        found.append(
+            "The points were not all evaluated with the same settings: compare scores only where the evaluation settings are equal."
+        )
     for fact in ("opdjax", "commit", "jax"):
         if len({repr(run.environment.get(fact)) for run in runs}) > 1:
             found.append(f"The points were run under different values of {fact}.")
     return found
 
 
-def settings_without(group: Group, *names: str) -> str:
-    """The group's label without some overrides, whatever their section."""
-    kept = {name: value for name, value in group.overrides.items() if name.rpartition(".")[2] not in names}
-    return ", ".join(f"{name}={value}" for name, value in kept.items()) or "base"
+def label(entry: Ranked, *left_out: str) -> str:
+    """The overrides of a group in words, some left out whatever their section."""
+    kept = {name: value for name, value in entry.group.overrides.items() if name.rpartition(".")[2] not in left_out}
+    return ", ".join(f"{name.rpartition('.')[2]} {shown(value)}" for name, value in kept.items()) or "base"
 
 
 def mean_steps(values: list[list[float]]) -> list[float]:

@@ -10,6 +10,7 @@ from opdjax.results import Run
 
 # A page must stay small enough to be sent around: steps shown, rollouts of each, tokens of each.
 _STEPS, _ROLLOUTS, _TOKENS = 5, 4, 256
+_WRITERS = {"student": "Student's completion", "teacher": "Teacher's completion", "references": "Reference answer"}
 
 
 def rollouts_section(run: Run) -> Html | None:
@@ -18,13 +19,14 @@ def rollouts_section(run: Run) -> Html | None:
         return None
     steps = _spread(sorted({row["step"] for row in run.samples}))
     shown = {step: [row for row in run.samples if row["step"] == step][:_ROLLOUTS] for step in steps}
+    heading = _WRITERS.get(run.config["sampling"].get("source", "student"), "Completion")
     measure = _measure([row for rows in shown.values() for row in rows])
-    views = {f"{step}": join(_rollout(row, measure) for row in rows) for step, rows in shown.items()}
+    views = {f"{step}": tag("div", *(_rollout(row, measure, heading) for row in rows), class_="rollouts") for step, rows in shown.items()}
     left_out = len({row["step"] for row in run.samples}) - len(steps)
     kept = f" {count(left_out, 'more step')} in samples.jsonl." if left_out else ""
     return section(
         "rollouts", "Rollouts",
-        tag("p", "Completions that the student sampled during training, as they were trained on. ", _explanation(measure), kept, class_="quiet"),
+        tag("p", "Completions that were trained on, from a few steps. ", _explanation(measure), kept, class_="quiet"),
         _scale(measure),
         tabs("rollouts", views, "Training step"),
     )  # fmt: skip
@@ -87,7 +89,7 @@ def _look(value: float | None, measure: _Measure | None) -> dict[str, str]:
     return {"class_": f"t {side}{' strong' if share >= 0.35 else ''}", "style": f"--a:{share:.2f}"}
 
 
-def _rollout(row: dict[str, Any], measure: _Measure | None) -> Html:
+def _rollout(row: dict[str, Any], measure: _Measure | None, heading: str) -> Html:
     length = row.get("length")
     ended = "cut off at the length limit" if row.get("is_truncated") else "ended by itself"
     facts = [f"{count(length, 'token')}, {ended}"] if is_number(length) else [ended]
@@ -103,7 +105,7 @@ def _rollout(row: dict[str, Any], measure: _Measure | None) -> Html:
         numbers = details("Numbers of each token", _numbers(kept)) if columns else None
     return tag(
         "div", tag("h4", "Prompt"), tag("div", _prompt(row.get("prompt", "")), class_="prompt"),
-        tag("h4", "Student's completion"), tag("div", completion, class_="completion"),
+        tag("h4", heading), tag("div", completion, class_="completion"),
         tag("p", "; ".join(facts), class_="facts"), numbers, class_="rollout",
     )  # fmt: skip
 
@@ -145,7 +147,10 @@ def _numbers(tokens: list[_Token]) -> Html:
     rows = [token.cells() for token in tokens]
     # What no token has (an advantage under an exact divergence) would be a column of dashes.
     kept = [i for i in range(len(head)) if i < 2 or any(row[i] not in ("–", "") for row in rows)]
-    caption = "Reward, advantage and KL(student || teacher) in nats; p: probability of this token given all before it, at the sampling temperature."
+    caption = (
+        "Advantage, reward and KL(student || teacher) in nats; p: probability of this token given all before it, at the temperature "
+        "at which the models are compared."
+    )
     return table([head[i] for i in kept], ([row[i] for i in kept] for row in rows), caption=caption)
 
 

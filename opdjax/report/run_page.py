@@ -8,7 +8,23 @@ from opdjax.config import Config, to_dict
 from opdjax.report import measures
 from opdjax.report.charts import Chart, Line, draw, grid, legend, smooth
 from opdjax.report.markup import (
-    Html, count, definitions, details, duration, fixed, is_number, join, notice, number, plus_minus, section, table, table_row, tabs, tag,
+    Html,
+    count,
+    definitions,
+    details,
+    duration,
+    fixed,
+    is_number,
+    join,
+    notice,
+    number,
+    plus_minus,
+    section,
+    shown,
+    table,
+    table_row,
+    tabs,
+    tag,
 )  # fmt: skip
 from opdjax.report.rollouts import rollouts_section
 from opdjax.results import AXES, Run
@@ -18,8 +34,15 @@ _RECIPES = {
     "vopd": "Each sampled token is rewarded with log p_teacher − log p_student, less a baseline (its expectation at that position), which "
     "lowers the variance of the policy gradient and not its mean.",
     "full_kl": "The divergence between the two whole next-token distributions is minimised at every position of the completion.",
+    "topk_kl": "The divergence is minimised at every position on a few of the most likely tokens instead of the whole vocabulary.",
+    "sft": "Cross-entropy on the given tokens.",
 }
-_OF_RECIPE = ("discount", "baseline", "baseline_top_k", "divergence", "beta", "aggregation")
+_WRITERS = {
+    "student": "On-policy distillation: the student sampled completions of prompts, the teacher gave its probability of every token in them, "
+    "and the student was trained towards the teacher on those very tokens.",
+    "teacher": "The teacher wrote completions of prompts, and the student was trained on them.",
+    "references": "The student was trained on the reference answers of the data.",
+}
 _AXIS_NOTES = {
     "steps": "optimizer updates",
     "generated tokens": "tokens that the student sampled in training",
@@ -32,26 +55,24 @@ _AXIS_NOTES = {
 def run_page(run: Run, failure: dict[str, Any] | None) -> tuple[str, list[Html | None]]:
     """(title, parts of the page)."""
     student, teacher = (measures.model_name(run.config[role]["path"]) for role in ("student", "teacher"))
-    recipe = run.config["estimator"]["recipe"]
-    title = f"{recipe}: {student} ← {teacher}"
+    is_taught = run.config["estimator"]["recipe"] != "sft" or run.config["sampling"].get("source") == "teacher"
+    title = f"{student} ← {teacher if is_taught else 'reference answers'}"
     parts = [_result(run), _scores(run), _training(run), _positions(run), rollouts_section(run), _settings(run)]
-    return title, [_header(run, failure, student, teacher), *parts]
+    return f"{title}, {run.config['estimator']['recipe']}", [_header(run, failure, title), *parts]
 
 
 # What it was
 
 
-def _header(run: Run, failure: dict[str, Any] | None, student: str, teacher: str) -> Html:
-    estimator = run.config["estimator"]
-    options = [f"{name} {estimator[name]}" for name in _OF_RECIPE if estimator.get(name) is not None]
-    recipe = tag("code", estimator["recipe"])
+def _header(run: Run, failure: dict[str, Any] | None, title: str) -> Html:
+    estimator, source = run.config["estimator"], run.config["sampling"].get("source", "student")
+    options = [f"{name} {shown(value)}" for name, value in estimator.items() if value is not None and name not in ("recipe", "tile")]
     about = _RECIPES.get(estimator["recipe"])
     return tag(
-        "header", tag("h1", f"{student} ← {teacher}"), tag("p", outcome(run), class_="lead"),
-        tag("p", "On-policy distillation: the student sampled completions of prompts, the teacher gave its probability of every token "
-            "in them, and the student was trained towards the teacher on those very tokens. Recipe ", recipe,
-            f" ({', '.join(options)})." if options else ".", f" {about}" if about else None, class_="quiet"),
-        *_warnings(run), None if failure is None or run.result else tag("div", failure_block(failure)),
+        "header", tag("h1", title), tag("p", outcome(run), class_="lead"),
+        tag("p", _WRITERS.get(source), " Recipe ", tag("code", estimator["recipe"]), f" ({', '.join(options)})." if options else ".",
+            f" {about}" if about else None, class_="quiet"),
+        *_warnings(run), None if failure is None or run.result else failure_block(failure),
     )  # fmt: skip
 
 
@@ -60,9 +81,10 @@ def outcome(run: Run) -> str:
     rows = measures.evaluated(run)
     spent = f"{count(_steps_done(run), 'step')}, {duration(_seconds(run))}"
     if not rows:
-        kl = measures.column(run, "kl/student_teacher")
-        moved = f"; KL(student || teacher) {number(kl[0])} at first, {number(measures.at_the_end(run, 'kl/student_teacher'))} at the end"
-        return f"{spent} of training, without an evaluation{moved if any(kl) else ''}."
+        kl = [value for value in measures.column(run, "kl/student_teacher") if value is not None]
+        end = measures.at_the_end(run, "kl/student_teacher")
+        moved = f"; KL(student || teacher) was {number(kl[0])} nats a token at first and {number(end)} at the end" if kl else ""
+        return f"{spent} of training, without an evaluation{moved}."
     name, first, last = measures.score_label("avg@k", rows[0].get("k")), rows[0]["avg@k"], rows[-1]["avg@k"]
     if run.result is None or "paired_difference" not in run.result:
         if len(rows) == 1:
@@ -89,7 +111,9 @@ def _warnings(run: Run) -> list[Html]:
     left_out = run.data.get("num_skipped")
     if left_out:
         longest = run.config["data"]["max_prompt_length"]
-        found.append(notice(f"{count(left_out, 'prompt')} left out: longer than data.max_prompt_length = {longest} tokens.", kind="warning"))
+        found.append(
+            notice(f"{count(left_out, 'prompt')} left out: longer than data.max_prompt_length = {longest} tokens.", kind="warning")
+        )
     cut = measures.at_the_end(run, "rollout/truncated_ratio")
     if cut is not None and cut > 0.05:
         found.append(notice(f"At the end of training {cut:.0%} of completions were cut off at the length limit.", kind="warning"))
@@ -105,7 +129,9 @@ def skipped_steps(run: Run) -> int:
 def failure_block(failure: dict[str, Any]) -> Html:
     """Why a run failed: short facts as a line each, texts of many lines as they are."""
     short = {name: value for name, value in failure.items() if not isinstance(value, (list, dict)) and "\n" not in str(value).strip()}
-    long = {name: "\n".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in failure.items() if name not in short}
+    long = {
+        name: "\n".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in failure.items() if name not in short
+    }
     facts = [tag("p", tag("strong", f"{name}: "), value, class_="wrap") for name, value in short.items()]
     return tag("div", *facts, *(join((tag("p", f"{name}:"), tag("pre", value))) for name, value in long.items()), class_="notice warning")
 
@@ -136,7 +162,9 @@ def _result(run: Run) -> Html | None:
         cells = [plus_minus(change.get(name), change.get(f"{name}_interval"), signed=True) for name in measures.SCORES]
         lines.append(table_row(["gain, paired by prompt", "", *cells]))
     head = ["student", "T", *(measures.score_label(name, k) for name in measures.SCORES)]
-    caption = f"{count(last['num_prompts'], 'held-out prompt')} ({run.config['evaluation']['source']}); ± is half a 95 % interval over prompts."
+    caption = (
+        f"{count(last['num_prompts'], 'held-out prompt')} ({run.config['evaluation']['source']}); ± is half a 95 % interval over prompts."
+    )
     words = {
         measures.score_label("avg@k", k): f"share of right answers among {k} sampled ones a prompt, averaged over prompts",
         "greedy": "share of prompts whose most likely answer (T = 0) is right",
@@ -144,7 +172,9 @@ def _result(run: Run) -> Html | None:
         "T": f"temperature the answers were sampled at; training is judged at {number(temperature)}",
     }
     if result.get("eval_before_sharpened"):
-        words["more sharply"] = "the untrained student at a lower temperature: a gain that is no larger than this is sharpening, not learning"
+        words["more sharply"] = (
+            "the untrained student at a lower temperature: a gain that is no larger than this is sharpening, not learning"
+        )
     if change:
         words["paired"] = "both students answered the same prompts, so the interval is of the difference, prompt by prompt"
     return section("result", "Result", table(head, lines, caption=caption), definitions(words))
@@ -165,16 +195,22 @@ def _scores(run: Run) -> Html | None:
         if spent is not None:
             views[axis] = grid(_score_chart(rows, spent, axis, name) for name in measures.SCORES)
     often = " Only the start and the end were evaluated; set evaluation.every for a curve." if len(rows) == 2 else ""
-    note = f"The band is a 95 % interval over prompts. The scores of one run move together, for every point answers the same prompts.{often}"
+    note = f"The band is a 95 % interval over prompts. Every evaluation asks the same prompts, so neighbouring points err alike.{often}"
     notes = definitions({axis: _AXIS_NOTES[axis] for axis in views})
-    return section("scores", "Scores during training", tag("p", note, class_="quiet"), tabs("axis", views, "Against"), details("What the axes count", notes))
+    return section(
+        "scores",
+        "Scores during training",
+        tag("p", note, class_="quiet"),
+        tabs("axis", views, "Against"),
+        details("What the axes count", notes),
+    )
 
 
 def _score_chart(rows: list[dict[str, Any]], spent: list[float], axis: str, name: str) -> Html:
     y = [row.get(name) for row in rows]
     half = [row.get(f"{name}_interval") for row in rows]
     label = measures.score_label(name, rows[0].get("k"))
-    return draw(Chart(label, axis, "share right"), [interval_line(spent, y, half, slot=0, has_markers=True)])
+    return draw(Chart(label, axis, "share right", bounds=(0, 1)), [interval_line(spent, y, half, slot=0, has_markers=True)])
 
 
 def interval_line(x: list[float], y: list[Any], half: list[Any], **style: Any) -> Line:
@@ -195,17 +231,24 @@ def _training(run: Run) -> Html | None:
     for key, chart in _training_charts(run.config).items():
         values = measures.column(run, key)
         if any(value is not None for value in values):
-            raw = Line(steps, values, is_faint=window > 1)
-            figures.append(draw(chart, [raw, Line(steps, list(smooth(values, window)))] if window > 1 else [raw]))
+            is_smooth = window > 1 and key != "optimizer/learning_rate"  # which has no noise to take away
+            raw = Line(steps, values, is_faint=is_smooth)
+            figures.append(draw(chart, [raw, Line(steps, list(smooth(values, window)))] if is_smooth else [raw]))
     smoothed = f" Pale: every step; strong: mean over {window} steps." if window > 1 else ""
-    return section("training", "Training curves", tag("p", f"One value a step, over that step's rollouts.{smoothed}", class_="quiet"), grid(figures))
+    return section(
+        "training", "Training curves", tag("p", f"One value a step, over that step's rollouts.{smoothed}", class_="quiet"), grid(figures)
+    )
 
 
 def _training_charts(config: dict[str, Any]) -> dict[str, Chart]:
     clip = config["optimizer"].get("max_grad_norm")
     limit = config["sampling"]["max_completion_length"]
     kind = "estimated from the sampled tokens alone" if config["estimator"]["recipe"] == "opd" else "exact at every position"
-    clipped = f"Before clipping; the dashed line is where it is clipped (max_grad_norm = {number(clip)})." if clip else "Gradients are not clipped."
+    clipped = (
+        f"Before clipping; the dashed line is where it is clipped (max_grad_norm = {number(clip)})."
+        if clip
+        else "Gradients are not clipped."
+    )
     return {
         "kl/student_teacher": Chart(
             "KL(student || teacher)", "step", "nats a token",
@@ -217,19 +260,23 @@ def _training_charts(config: dict[str, Any]) -> dict[str, Chart]:
         ),
         "grad/norm": Chart(
             "Gradient norm", "step", "global norm", f"{clipped} Spikes or growth mean that the learning rate is too high.",
-            reference=clip or None,
+            reference=clip or None, bounds=(0, None),
         ),
         "advantage/std": Chart(
             "Spread of the advantage", "step", "standard deviation, nats",
             "Of the advantage over tokens: the noise that multiplies the gradient. It should shrink as the student nears the teacher.",
+            bounds=(0, None),
         ),
         "rollout/length_mean": Chart(
             "Completion length", "step", "tokens, mean", f"At most {limit:,}. A collapse, or a growth to the limit, is a failure to look into.",
         ),
         "rollout/truncated_ratio": Chart(
             "Cut-off completions", "step", "share", f"Completions that reached {limit:,} tokens without ending. It should stay near 0.",
+            bounds=(0, 1),
         ),
-        "optimizer/learning_rate": Chart("Learning rate", "step", "step size", "The schedule as it was applied; skipped steps do not advance it."),
+        "optimizer/learning_rate": Chart(
+            "Learning rate", "step", "step size", "The schedule as it was applied; skipped steps do not advance it.", bounds=(0, None),
+        ),
     }  # fmt: skip
 
 
@@ -243,7 +290,12 @@ def _positions(run: Run) -> Html | None:
         Line(range(len(buckets)), [part.get(bucket) for bucket in buckets], slot=slot, has_markers=True)
         for slot, part in ((1, early), (0, late))
     ]
-    chart = Chart("KL(student || teacher) by position", "position in the completion, tokens", "nats a token", categories=[*map(measures.bucket_label, buckets)])
+    chart = Chart(
+        "KL(student || teacher) by position",
+        "position in the completion, tokens",
+        "nats a token",
+        categories=[*map(measures.bucket_label, buckets)],
+    )
     about = (
         "Where in a completion student and teacher disagree. A gap that closes at the start and stays at the end means that the student drifts "
         "into contexts which the teacher would not have written; late positions are seen by long completions only."
@@ -256,23 +308,33 @@ def _positions(run: Run) -> Html | None:
 
 
 def _settings(run: Run) -> Html:
-    return section("settings", "Settings", config_table(run.config), facts_table(run))
+    return section("settings", "Settings", config_tables(run.config), facts_table(run))
 
 
-def config_table(config: dict[str, Any]) -> Html:
-    """Every setting by section; those that differ from the default are marked and say what it is."""
-    defaults = measures.leaves(to_dict(Config()))
-    rows, changed, at = [], 0, None
-    for name, value in measures.leaves(config).items():
+def config_tables(config: dict[str, Any]) -> Html:
+    """The settings that differ from the defaults, then all of them by section."""
+    defaults, given = measures.leaves(to_dict(Config())), measures.leaves(config)
+    changed = {name: value for name, value in given.items() if not _is_default(name, value, defaults)}
+    rows = [[name, shown(value), _default(name, defaults)] for name, value in changed.items()]
+    words = f"{len(changed)} of {count(len(given), 'setting')} differ from the defaults" + (":" if changed else ".")
+    every, at = [], None
+    for name, value in given.items():
         head, _, field = name.rpartition(".")
         if head != at:
-            rows.append(table_row([head or "run", "", ""], class_="section"))
+            every.append(table_row([head or "run", "", ""], class_="section"))
             at = head
-        is_changed = not _is_default(name, value, defaults)
-        changed += is_changed
-        default = shown(defaults[name]) if name in defaults and not name.endswith(".path") else "no such setting here"
-        rows.append(table_row([field, shown(value), f"changed; default {default}" if is_changed else ""], class_="changed" if is_changed else None))
-    return details(f"Config: {count(len(measures.leaves(config)), 'setting')}, {changed} changed from the defaults", table(["setting", "value", ""], rows, class_="words"), open=True)
+        is_changed = name in changed
+        every.append(table_row([field, shown(value), "changed" if is_changed else ""], class_="changed" if is_changed else None))
+    return join((
+        tag("p", words), table(["setting", "value", "default"], rows, class_="words") if changed else None,
+        details("All settings", table(["setting", "value", ""], every, class_="words")),
+    ))  # fmt: skip
+
+
+def _default(name: str, defaults: dict[str, Any]) -> str:
+    if name in ("student.path", "teacher.path"):
+        return f"the built-in {name.removesuffix('.path')}"
+    return shown(defaults[name]) if name in defaults else "no such setting in this version"
 
 
 def _is_default(name: str, value: Any, defaults: dict[str, Any]) -> bool:
@@ -280,17 +342,6 @@ def _is_default(name: str, value: Any, defaults: dict[str, Any]) -> bool:
     if name in ("student.path", "teacher.path"):
         return str(value).endswith("/assets/mini_pair/" + name.removesuffix(".path"))
     return name in defaults and defaults[name] == value
-
-
-def shown(value: Any) -> str:
-    """A setting as a person writes it."""
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list):
-        return ", ".join(map(shown, value)) or "none"
-    return number(value) if isinstance(value, float) else str(value)
 
 
 def facts_table(run: Run) -> Html:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import Any
 
 from opdjax.report import measures
-from opdjax.report.charts import REST, SERIES, Chart, Line, draw, grid, legend, smooth
+from opdjax.report.charts import REST, SERIES, Chart, Line, draw, grid, legend, smooth, y_range
 from opdjax.report.markup import Html, count, join, section, tabs, tag
-from opdjax.report.ranking import Interval, Ranked, final, interval, mean_steps, settings_without
+from opdjax.report.ranking import Interval, Ranked, final, interval, label, mean_steps
 from opdjax.results import AXES, Run
 
 _PANELS = 12  # small multiples at most
 _POINTS = 150  # of a drawn line
-SEED_BAND = "Bands and bars are 95 % intervals over seeds (Student's t; none for one seed), not over prompts."
+SEED_BAND = (
+    "Bands and bars are 95 % intervals over seeds (Student's t; none for one seed), not over prompts; those much wider than the differences "
+    "between lines are cut at the edge."
+)
 
 
 def key_to(entries: list[Ranked]) -> Html:
     """The legend of every chart with a line a group."""
     drawn = [entry for entry in entries if entry.runs]
-    named = [(entry.group.label, entry.slot) for entry in drawn if entry.slot != REST]
+    named = [(label(entry), entry.slot) for entry in drawn if entry.slot != REST]
     grey = len(drawn) - len(named)
-    return legend([*named, (f"{count(grey, 'other group')}, lower in avg@k", REST)] if grey else named)
+    return legend([*named, (f"{count(grey, 'other group')}, lower in the table, without bands", REST)] if grey else named)
 
 
 def learning_rate_section(entries: list[Ranked], k: int | None) -> Html | None:
@@ -32,16 +36,18 @@ def learning_rate_section(entries: list[Ranked], k: int | None) -> Html | None:
     if not families:
         return None
     has_room = len(families) <= SERIES
-    views = {}
-    for score in measures.SCORES:
-        lines = {name: _rate_line(family, score) for name, family in families.items()}
-        drawn = [_all_rates(lines, score, k)] if has_room else _one_panel_each(lines, score, k)
-        views[measures.score_label(score, k)] = grid(drawn)
-    key = legend([(name, slot) for slot, name in enumerate(families)]) if has_room else None
-    hidden = len(families) - _PANELS
-    more = f" Best {_PANELS} of {len(families)} combinations." if hidden > 0 and not has_room else ""
-    note = f"Score after training, one line for each combination of the other settings. A peak inside the range means that the range was wide enough. {SEED_BAND}{more}"
-    return section("rates", "Score against learning rate", tag("p", note, class_="quiet"), key, tabs("rate", views, "Score"))
+    lines = {score: {name: _rate_line(family, score) for name, family in families.items()} for score in measures.SCORES}
+    if has_room:
+        key = legend([(name, slot) for slot, name in enumerate(families)])
+        figures = [_all_rates(of_score, score, k) for score, of_score in lines.items()]
+        pictures = join((key, grid(figures)))
+    else:
+        panels = {measures.score_label(score, k): grid(_one_panel_each(of_score, score, k)) for score, of_score in lines.items()}
+        pictures = tabs("rate", panels, "Score")
+    hidden = "" if has_room or len(families) <= _PANELS else f" The best {_PANELS} of {len(families)} combinations."
+    own = " The colours are of these charts only." if has_room else " Grey: the other combinations."
+    note = f"One line for each combination of the other settings.{own}{hidden} A peak inside the range means that the range was wide enough. {SEED_BAND}"
+    return section("rates", "Score against learning rate", tag("p", note, class_="quiet"), pictures)
 
 
 def _families(entries: list[Ranked]) -> dict[str, list[Ranked]]:
@@ -51,9 +57,12 @@ def _families(entries: list[Ranked]) -> dict[str, list[Ranked]]:
         config = measures.leaves(entry.group.points[0].config)
         rest = {name: value for name, value in config.items() if name not in ("seed", "optimizer.learning_rate")}
         found.setdefault(json.dumps(rest, sort_keys=True), []).append(entry)
-    names = [settings_without(family[0].group, "learning_rate") for family in found.values()]
+    names = [label(family[0], "learning_rate") for family in found.values()]
     # Two families may carry one name where overrides do not say all that differs; they still are two lines.
-    return {f"{name} ({number})" if names.count(name) > 1 else name: family for number, (name, family) in enumerate(zip(names, found.values()), 1)}
+    return {
+        f"{name} ({number})" if names.count(name) > 1 else name: family
+        for number, (name, family) in enumerate(zip(names, found.values()), 1)
+    }
 
 
 def _rate_line(family: list[Ranked], score: str) -> list[tuple[float, Interval]]:
@@ -62,7 +71,7 @@ def _rate_line(family: list[Ranked], score: str) -> list[tuple[float, Interval]]
 
 
 def _rates_chart(title: str, score: str, k: int | None) -> Chart:
-    return Chart(title, "learning rate", f"{measures.score_label(score, k)} after training", is_x_log=True)
+    return Chart(title, "learning rate", f"{measures.score_label(score, k)} after training", is_x_log=True, bounds=(0, 1))
 
 
 def _as_line(points: list[tuple[float, Interval]], slot: int) -> Line:
@@ -71,15 +80,21 @@ def _as_line(points: list[tuple[float, Interval]], slot: int) -> Line:
 
 
 def _all_rates(lines: dict[str, list], score: str, k: int | None) -> Html:
-    return draw(_rates_chart(measures.score_label(score, k), score, k), [_as_line(points, slot) for slot, points in enumerate(lines.values())])
+    return draw(
+        _rates_chart(measures.score_label(score, k), score, k), [_as_line(points, slot) for slot, points in enumerate(lines.values())]
+    )
 
 
 def _one_panel_each(lines: dict[str, list], score: str, k: int | None) -> list[Html]:
     """Each combination before the others in grey, on the same axes."""
-    grey = {name: _as_line(points, REST) for name, points in lines.items()}
     shown = list(lines)[:_PANELS]
+    own, grey = ({name: _as_line(points, slot) for name, points in lines.items()} for slot in (0, REST))
+    common = y_range(_rates_chart("", score, k), [*own.values()])
     return [
-        draw(_rates_chart(name, score, k), [*(line for other, line in grey.items() if other != name), _as_line(lines[name], 0)])
+        draw(
+            dataclasses.replace(_rates_chart(name, score, k), y_range=common),
+            [*(grey[other] for other in grey if other != name), own[name]],
+        )
         for name in shown
     ]
 
@@ -92,8 +107,8 @@ def curves_section(entries: list[Ranked], k: int | None) -> Html | None:
         for score in measures.SCORES:
             lines = [line for entry in reversed(entries) if (line := _score_line(entry, axis, score)) is not None]
             if lines and max(len(line.x) for line in lines) > 1:
-                label = measures.score_label(score, k)
-                figures.append(draw(Chart(label, axis, "share right"), lines))
+                title = measures.score_label(score, k)
+                figures.append(draw(Chart(title, axis, "share right", bounds=(0, 1)), lines))
         if figures:
             views[axis] = grid(figures)
     if not views:
@@ -117,7 +132,11 @@ def training_section(entries: list[Ranked]) -> Html | None:
     """KL and gradient norm during training."""
     charts = {
         "kl/student_teacher": ("KL(student || teacher)", "nats a token", "Distance from the teacher on the student's own completions."),
-        "grad/norm": ("Gradient norm", "global norm, before clipping", "An estimator of lower variance has the smaller norm at the same KL."),
+        "grad/norm": (
+            "Gradient norm",
+            "global norm, before clipping",
+            "An estimator of lower variance has the smaller norm at the same KL.",
+        ),
     }
     figures = []
     for name, (title, unit, about) in charts.items():
@@ -126,7 +145,7 @@ def training_section(entries: list[Ranked]) -> Html | None:
             drawn = [value for line in lines for value in line.y if math.isfinite(value) and value > 0]
             is_wide = name == "grad/norm" and bool(drawn) and max(drawn) > 20 * min(drawn)
             scale = " Logarithmic scale." if is_wide else ""
-            figures.append(draw(Chart(title, "step", unit, about + scale, is_y_log=is_wide), lines))
+            figures.append(draw(Chart(title, "step", unit, about + scale, is_y_log=is_wide, bounds=(0, None)), lines))
     if not figures:
         return None
     note = f"Each run is smoothed (mean over a twelfth of its steps), then averaged over the seeds of its group. {SEED_BAND}"
@@ -140,7 +159,9 @@ def _metric_line(entry: Ranked, name: str) -> Line | None:
     stride = max(1, math.ceil(length / _POINTS))
     smoothed = [smooth(measures.column(run, name), measures.smoothing_window(len(run.metrics)))[:length:stride] for run in entry.runs]
     values = [interval(map(float, at)) or (math.nan, math.nan) for at in zip(*smoothed)]
-    return band(measures.steps_of(entry.runs[0])[:length:stride], [mean for mean, _ in values], [half for _, half in values], slot=entry.slot)
+    return band(
+        measures.steps_of(entry.runs[0])[:length:stride], [mean for mean, _ in values], [half for _, half in values], slot=entry.slot
+    )
 
 
 def positions_section(entries: list[Ranked]) -> Html | None:
@@ -155,7 +176,12 @@ def positions_section(entries: list[Ranked]) -> Html | None:
         if any(math.isfinite(mean) for mean, _ in at):
             x = list(range(len(buckets)))
             lines.append(band(x, [mean for mean, _ in at], [half for _, half in at], slot=entry.slot, has_markers=True, bars=True))
-    chart = Chart("KL(student || teacher) by position", "position in the completion, tokens", "nats a token", categories=[*map(measures.bucket_label, buckets)])
+    chart = Chart(
+        "KL(student || teacher) by position",
+        "position in the completion, tokens",
+        "nats a token",
+        categories=[*map(measures.bucket_label, buckets)],
+    )
     note = f"Mean over the last tenth of training (at least ten steps). Where the line rises, late tokens follow contexts that the teacher would not have written. {SEED_BAND}"
     return section("positions", "KL by position", tag("p", note, class_="quiet"), key_to(entries), grid([draw(chart, lines)]))
 

@@ -7,12 +7,30 @@ from typing import Any
 
 from opdjax.report import measures
 from opdjax.report.markup import (
-    Html, count, definitions, details, duration, fixed, is_number, notice, number, plus_minus, section, table, table_row, tag,
+    Html,
+    count,
+    definitions,
+    details,
+    duration,
+    fixed,
+    notice,
+    number,
+    plus_minus,
+    section,
+    shown,
+    table,
+    table_row,
+    tag,
 )  # fmt: skip
-from opdjax.report.ranking import Interval, Ranked, before, common_k, final, gain, not_comparable, ranked, seconds
-from opdjax.report.run_page import failure_block, shown, skipped_steps
+from opdjax.report.ranking import Interval, Ranked, before, common_k, final, gain, label, not_comparable, ranked, seconds
+from opdjax.report.run_page import failure_block, skipped_steps
 from opdjax.report.sweep_charts import (
-    curves_section, joined_links, learning_rate_section, positions_section, training_section, whisker,
+    curves_section,
+    joined_links,
+    learning_rate_section,
+    positions_section,
+    training_section,
+    whisker,
 )  # fmt: skip
 from opdjax.results import Point, read_run
 
@@ -30,17 +48,16 @@ def sweep_page(points: list[Point], name: str) -> tuple[str, list[Html | None]]:
 
 def _header(points: list[Point], entries: list[Ranked], name: str, k: int | None) -> Html:
     states = {state: sum(point.status == state for point in points) for state in ("done", "failed", "begun", "waiting")}
-    words = {"failed": "failed", "begun": "begun, not finished", "waiting": "not begun"}
+    words = {"failed": "failed", "begun": "unfinished", "waiting": "not begun"}
     missing = ", ".join(f"{states[state]} {text}" for state, text in words.items() if states[state])
-    lead = f"{states['done']} of {count(len(points), 'point')} done" + (f"; {missing}." if missing else ".")
+    lead = f"{states['done']} of {count(len(points), 'point')} done" + (f" ({missing})." if missing else ".")
     best = entries[0].over_seeds(final("avg@k"))
-    label = measures.score_label("avg@k", k)
     result = None
     if best is not None:
         of = f"of {len(entries)} groups" if len(entries) > 1 else "of the one group"
         result = tag(
-            "p", f"Highest {label} {of}: {plus_minus(*best)} over {count(len(entries[0].runs), 'seed')}, with ",
-            tag("strong", entries[0].group.label), ".",
+            "p", f"Highest {measures.score_label('avg@k', k)} {of}: {plus_minus(*best)} over {count(len(entries[0].runs), 'seed')}, with ",
+            tag("strong", label(entries[0])), ".",
         )  # fmt: skip
     about = (
         "A point is one training run. A group is the points that share every setting but the seed; only they are averaged. Each run distilled a "
@@ -58,11 +75,24 @@ def _group_section(entries: list[Ranked], anchors: dict[str, str], k: int | None
     ends = [mean + sign * (half if math.isfinite(half) else 0.0) for mean, half in scored for sign in (-1, 1)]
     low, high = (min(ends), max(ends)) if ends else (0.0, 1.0)
     labels = [measures.score_label(score, k) for score in measures.SCORES]
-    head = ["group", tag("th", tag("span", labels[0]), class_="plot", scope="col"), *labels, f"gain in {labels[0]}", "gradient norm, median", "KL at the end", "seconds", "n", "missing"]
-    rows = [_group_row(entry, anchors, low, high) for entry in entries]
+    names = list(dict.fromkeys(name for entry in entries for name in entry.group.overrides))
+    named = [name.rpartition(".")[2] for name in names] or ["group"]
+    plot = tag("th", scope="col", aria_label=f"{labels[0]}, drawn")
+    head = [
+        *named,
+        plot,
+        *labels,
+        f"gain in {labels[0]}",
+        "median gradient norm",
+        "KL at the end",
+        "seconds",
+        "n",
+        tag("th", "seeds", class_="text", scope="col"),
+    ]
+    rows = [_group_row(entry, names, anchors, low, high) for entry in entries]
     start = [before(entries, score) for score in measures.SCORES]
     if any(value is not None for value in start):
-        rows.append(table_row(["before training", "", *map(fixed, start), *[""] * 6]))
+        rows.append(table_row(["before training", *[""] * len(named), *map(fixed, start), *[""] * 6]))
     caption = (
         f"Mean ± half a 95 % interval over seeds (Student's t, n − 1 degrees of freedom; ± ∞: one seed alone has no interval), not over prompts. "
         f"Ordered by {labels[0]}; the plot runs from {fixed(low)} to {fixed(high)}."
@@ -73,15 +103,17 @@ def _group_section(entries: list[Ranked], anchors: dict[str, str], k: int | None
         labels[2]: "share of prompts where at least one sampled answer is right",
         "gain": "after less before training, on the same prompts",
         "KL at the end": "KL(student || teacher) in nats a token, mean over the last tenth of training",
-        "n": "finished seeds, which is what is averaged; missing: points that are not finished",
+        "n": "finished points, which are what is averaged; a seed that is missing failed or is not finished (see Points)",
     }
     note = None
     if len(entries) > 3:
         note = "The first of many is partly lucky: choose on validation prompts, then report the chosen one on others."
-    return section("groups", "Groups", table(head, rows, caption=caption), tag("p", note, class_="quiet") if note else None, definitions(words))
+    return section(
+        "groups", "Groups", table(head, rows, caption=caption), tag("p", note, class_="quiet") if note else None, definitions(words)
+    )
 
 
-def _group_row(entry: Ranked, anchors: dict[str, str], low: float, high: float) -> Html:
+def _group_row(entry: Ranked, names: list[str], anchors: dict[str, str], low: float, high: float) -> Html:
     avg = entry.over_seeds(final("avg@k"))
     scores = [_cell(entry.over_seeds(final(score))) for score in measures.SCORES]
     others = [
@@ -90,11 +122,18 @@ def _group_row(entry: Ranked, anchors: dict[str, str], low: float, high: float) 
         _cell(entry.over_seeds(lambda run: measures.at_the_end(run, "kl/student_teacher"))),
         _cell(entry.over_seeds(seconds), digits=0),
     ]
-    done = [tag("a", f"{point.config.get('seed', point.id)}", href=f"#{anchors[point.id]}") for point in entry.group.done]
-    missing = [tag("a", name, href=f"#{anchors[name]}") for name in entry.group.missing]
-    seeds = tag("td", f"{len(done)}", " (seeds " if len(done) > 1 else " (seed " if done else "", joined_links(done), ")" if done else "")
+    seeds = joined_links([_seed(point, anchors) for point in entry.group.points])
     plot = tag("td", None if avg is None else whisker(avg, low, high, entry.slot))
-    return table_row([tag("th", entry.group.label, scope="row", class_="label"), plot, *scores, *others, seeds, joined_links(missing)])
+    overrides = entry.group.overrides
+    first, *others_of = [shown(overrides[name]) if name in overrides else "" for name in names] or ["base"]
+    settings = [first, *(tag("td", value, class_="text") for value in others_of)]
+    return table_row([*settings, plot, *scores, *others, len(entry.runs), tag("td", seeds, class_="text")])
+
+
+def _seed(point: Point, anchors: dict[str, str]) -> Html:
+    """A link to the point; one that is not finished is named as missing."""
+    link = tag("a", point.config.get("seed", point.id), href=f"#{anchors[point.id]}")
+    return link if point.status == "done" else tag("span", link, " missing")
 
 
 def _cell(values: Interval | None, digits: int = 3, *, signed: bool = False) -> str:
@@ -108,23 +147,41 @@ def _failures(points: list[Point], anchors: dict[str, str]) -> Html | None:
     failed = [point for point in points if point.status == "failed"]
     if not failed:
         return None
-    blocks = [details(tag("span", tag("a", point.id, href=f"#{anchors[point.id]}"), f": {_reason(point)}"), failure_block(point.failure or {})) for point in failed]
-    return section("failures", f"Failures ({len(failed)})", *blocks)
+    blocks = [
+        details(
+            tag("span", tag("a", point.id, href=f"#{anchors[point.id]}"), f": {_reason(point)}"),
+            failure_block(point.failure or {}),
+            open=len(failed) <= 3,
+        )  # fmt: skip
+        for point in failed
+    ]
+    return section("failures", "Failures", *blocks)
 
 
 def _reason(point: Point) -> str:
     """The first short thing that the failure says."""
-    short = [f"{name} {value}" for name, value in (point.failure or {}).items() if not isinstance(value, (list, dict)) and "\n" not in str(value)]
+    values = (point.failure or {}).values()
+    short = [str(value) for value in values if not isinstance(value, (list, dict)) and "\n" not in str(value)]
     return short[0] if short else "no reason was written"
 
 
 def _point_section(points: list[Point], anchors: dict[str, str], k: int | None) -> Html:
     varying = varying_settings(points)
-    head = ["point", "state", measures.score_label("avg@k", k), "skipped steps", "seconds", *varying]
+    head = [
+        "point",
+        "state",
+        measures.score_label("avg@k", k),
+        "skipped steps",
+        "time",
+        *(tag("th", name, class_="text", scope="col") for name in varying),
+    ]
     rows = [_point_row(point, anchors[point.id], varying) for point in points]
-    caption = "Scores of single points; ± is half a 95 % interval over prompts, so it says nothing about other seeds. Only settings that differ between points are listed."
+    caption = (
+        "Scores of single points; ± is half a 95 % interval over prompts, so it says nothing about other seeds. "
+        "Only settings that differ between points are listed."
+    )
     box = table(head, rows, caption=caption)
-    return section("points", "Points and how their settings differ", box if len(points) <= 40 else details(f"All {len(points)} points", box, open=True))
+    return section("points", "Points", box if len(points) <= 40 else details(f"All {len(points)} points", box, open=True))
 
 
 def _point_row(point: Point, anchor: str, varying: list[str]) -> Html:
@@ -139,7 +196,9 @@ def _point_row(point: Point, anchor: str, varying: list[str]) -> Html:
             state = f"begun: step {run.metrics[-1]['step'] if run.metrics else 0:,} of {run.config['train']['num_steps']:,}"
     elif point.status == "failed":
         state = tag("a", "failed", href="#failures")
-    return table_row([point.id, state, score, skipped, spent, *(shown(settings.get(name)) for name in varying)], id=anchor)
+    return table_row(
+        [point.id, state, score, skipped, spent, *(tag("td", shown(settings.get(name)), class_="text") for name in varying)], id=anchor
+    )
 
 
 def varying_settings(points: list[Point]) -> list[str]:
@@ -153,4 +212,8 @@ def _common(points: list[Point]) -> Html:
     varying: set[str] = set(varying_settings(points))
     settings: dict[str, Any] = {name: value for name, value in measures.leaves(points[0].config).items() if name not in varying}
     rows = [[name, shown(value)] for name, value in settings.items()]
-    return section("common", "Common settings", details(f"{count(len(rows), 'setting')} shared by all points", table(["setting", "value"], rows, class_="words")))
+    return section(
+        "common",
+        "Common settings",
+        details(f"{count(len(rows), 'setting')} shared by all points", table(["setting", "value"], rows, class_="words")),
+    )
