@@ -150,8 +150,9 @@ def _frame(axes: Any, chart: Chart) -> None:
     axes.grid(axis="y", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.margins(x=0.05 if chart.is_x_log or chart.categories else 0.02)
-    axes.set_xlabel(chart.x_label, labelpad=5)
-    axes.set_title(chart.y_label, loc="left", fontsize=11, pad=9, color=_COLOURS["muted"], x=-0.13)
+    # At fixed places: matplotlib would measure every tick label, twice, to find them.
+    axes.text(-0.13, 1.055, chart.y_label, transform=axes.transAxes, color=_COLOURS["muted"])
+    axes.text(0.5, -0.15, chart.x_label, transform=axes.transAxes, color=_COLOURS["muted"], ha="center", va="top")
     if chart.reference is not None:
         axes.axhline(chart.reference, color=_COLOURS["muted"], linewidth=0.9, dashes=(4, 3))
     if chart.is_x_log:

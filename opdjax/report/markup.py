@@ -92,7 +92,8 @@ def is_number(value: Any) -> bool:
 
 def fixed(value: float | None, digits: int = 3) -> str:
     """Such as 0.570; a dash where there is none."""
-    return f"{value:.{digits}f}".replace("-", "−") if is_number(value) else "–"
+    # Adding 0.0 turns -0.0, which a tiny negative number is rounded to, into 0.0.
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−") if is_number(value) else "–"
 
 
 def plus_minus(value: float | None, half_width: float | None, digits: int = 3, *, signed: bool = False) -> str:

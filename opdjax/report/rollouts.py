@@ -135,23 +135,26 @@ class _Token:
         return tag("span", text, **_look(value, measure), tabindex=0 if self.position == 0 else -1, title=title)
 
     def cells(self) -> list[Any]:
-        """Its row of the table."""
-        numbers = [fixed(self._at.get(name)) for name in ("advantages", "rewards", "kl")]
-        chances = [percent(self._at.get(name), is_log=True) for name in ("student_logprobs", "teacher_logprobs")]
-        top = self._at.get("teacher_top") or ()
-        return [visible(self.piece), self.position, *numbers, *chances, ",  ".join(f"{visible(piece)} {percent(p)}" for piece, p in top)]
+        """Its row of the table, as `_COLUMNS` names it."""
+        advantage, reward, kl = (fixed(self._at.get(name)) for name in ("advantages", "rewards", "kl"))
+        student, teacher = (percent(self._at.get(name), is_log=True) for name in ("student_logprobs", "teacher_logprobs"))
+        top = ", ".join(f"‘{visible(piece)}’\u00a0{percent(p)}" for piece, p in self._at.get("teacher_top") or ())
+        return [visible(self.piece), advantage, student, teacher, top, kl, reward, self.position]
+
+
+_COLUMNS = ("token", "advantage", "student p", "teacher p", "teacher's top 5", "KL", "reward", "position")
 
 
 def _numbers(tokens: list[_Token]) -> Html:
-    head = ["token", "position", "advantage", "reward", "KL", "student p", "teacher p", "teacher's top 5"]
     rows = [token.cells() for token in tokens]
     # What no token has (an advantage under an exact divergence) would be a column of dashes.
-    kept = [i for i in range(len(head)) if i < 2 or any(row[i] not in ("–", "") for row in rows)]
+    kept = [i for i in range(len(_COLUMNS)) if any(row[i] not in ("–", "") for row in rows)]
     caption = (
-        "Advantage, reward and KL(student || teacher) in nats; p: probability of this token given all before it, at the temperature "
-        "at which the models are compared."
+        "p: probability of this token given all before it, at the temperature at which the models are compared. Advantage, "
+        "KL(student || teacher) and reward in nats. Positions count from 0."
     )
-    return table([head[i] for i in kept], ([row[i] for i in kept] for row in rows), caption=caption)
+    cells = ([tag("td", row[i], class_="wrap text") if _COLUMNS[i].startswith("teacher's") else row[i] for i in kept] for row in rows)
+    return table([_COLUMNS[i] for i in kept], cells, caption=caption)
 
 
 def visible(piece: str) -> str:
@@ -164,4 +167,4 @@ def percent(value: float | None, *, is_log: bool = False) -> str:
     if not is_number(value):
         return "–"
     share = math.exp(value) if is_log else value
-    return "< 0.1 %" if 0 <= share < 0.0005 else f"{number(round(100 * share, 1))} %"
+    return "<\u00a00.1\u00a0%" if 0 <= share < 0.0005 else f"{number(round(100 * share, 1))}\u00a0%"

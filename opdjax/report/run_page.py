@@ -38,8 +38,8 @@ _RECIPES = {
     "sft": "Cross-entropy on the given tokens.",
 }
 _WRITERS = {
-    "student": "On-policy distillation: the student sampled completions of prompts, the teacher gave its probability of every token in them, "
-    "and the student was trained towards the teacher on those very tokens.",
+    "student": "On-policy distillation: the student sampled completions of prompts, the teacher gave its probability of every token in "
+    "them, and the student was trained towards the teacher on those very tokens.",
     "teacher": "The teacher wrote completions of prompts, and the student was trained on them.",
     "references": "The student was trained on the reference answers of the data.",
 }
@@ -127,13 +127,11 @@ def skipped_steps(run: Run) -> int:
 
 
 def failure_block(failure: dict[str, Any]) -> Html:
-    """Why a run failed: short facts as a line each, texts of many lines as they are."""
-    short = {name: value for name, value in failure.items() if not isinstance(value, (list, dict)) and "\n" not in str(value).strip()}
-    long = {
-        name: "\n".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in failure.items() if name not in short
-    }
-    facts = [tag("p", tag("strong", f"{name}: "), value, class_="wrap") for name, value in short.items()]
-    return tag("div", *facts, *(join((tag("p", f"{name}:"), tag("pre", value))) for name, value in long.items()), class_="notice warning")
+    """Why a run failed: short facts in a line, texts of many lines as they are."""
+    texts = {name: "\n".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in failure.items()}
+    short = [f"{name}: {text.strip()}" for name, text in texts.items() if "\n" not in text.strip()]
+    long = [join((tag("p", name), tag("pre", text))) for name, text in texts.items() if "\n" in text.strip()]
+    return tag("div", tag("p", tag("strong", "Failed. "), "; ".join(short)), *long, class_="notice warning")
 
 
 def _steps_done(run: Run) -> int:
@@ -256,7 +254,7 @@ def _training_charts(config: dict[str, Any]) -> dict[str, Chart]:
         ),
         "loss/objective": Chart(
             "Loss", "step", "nats",
-            "The recipe's objective. Under a policy gradient (opd, vopd) it has no target: judge by KL and the scores, and look here for jumps.",
+            "The recipe's objective. Under a policy gradient (opd, vopd) it has no target: judge by KL and scores; look here for jumps.",
         ),
         "grad/norm": Chart(
             "Gradient norm", "step", "global norm", f"{clipped} Spikes or growth mean that the learning rate is too high.",
@@ -268,7 +266,8 @@ def _training_charts(config: dict[str, Any]) -> dict[str, Chart]:
             bounds=(0, None),
         ),
         "rollout/length_mean": Chart(
-            "Completion length", "step", "tokens, mean", f"At most {limit:,}. A collapse, or a growth to the limit, is a failure to look into.",
+            "Completion length", "step", "tokens, mean",
+            f"At most {limit:,}. A collapse, or a growth to the limit, is a failure to look into.",
         ),
         "rollout/truncated_ratio": Chart(
             "Cut-off completions", "step", "share", f"Completions that reached {limit:,} tokens without ending. It should stay near 0.",
@@ -297,8 +296,8 @@ def _positions(run: Run) -> Html | None:
         categories=[*map(measures.bucket_label, buckets)],
     )
     about = (
-        "Where in a completion student and teacher disagree. A gap that closes at the start and stays at the end means that the student drifts "
-        "into contexts which the teacher would not have written; late positions are seen by long completions only."
+        "Where in a completion student and teacher disagree. A gap that closes at the start and stays at the end means that the student "
+        "drifts into contexts which the teacher would not have written; late positions are seen by long completions only."
     )
     key = legend([(f"first {count(length, 'step')}", 1), (f"last {count(length, 'step')}", 0)])
     return section("positions", "KL by position", tag("p", about, class_="quiet"), key, grid([draw(chart, lines)]))
@@ -348,7 +347,8 @@ def facts_table(run: Run) -> Html:
     """The environment, and digests that tell whether two runs had the same data and models."""
     environment = [(name, shown(value)) for name, value in run.environment.items()]
     data = [(name, tag("code", shown(value))) for name, value in run.data.items()]
+    about = "Digests: runs with the same one used the same prompts or weights."
     return join((
         details("Environment", table(["", "value"], environment, class_="words")),
-        details("Data and models", table(["", "value"], data, class_="words", caption="Digests: runs with the same one used the same prompts or weights.")),
+        details("Data and models", table(["", "value"], data, class_="words", caption=about)),
     ))  # fmt: skip

@@ -16,8 +16,8 @@ from opdjax.results import AXES, Run
 _PANELS = 12  # small multiples at most
 _POINTS = 150  # of a drawn line
 SEED_BAND = (
-    "Bands and bars are 95 % intervals over seeds (Student's t; none for one seed), not over prompts; those much wider than the differences "
-    "between lines are cut at the edge."
+    "Bands and bars are 95 % intervals over seeds (Student's t; none for one seed), not over prompts; those much wider than the "
+    "differences between lines are cut at the edge."
 )
 
 
@@ -46,7 +46,10 @@ def learning_rate_section(entries: list[Ranked], k: int | None) -> Html | None:
         pictures = tabs("rate", panels, "Score")
     hidden = "" if has_room or len(families) <= _PANELS else f" The best {_PANELS} of {len(families)} combinations."
     own = " The colours are of these charts only." if has_room else " Grey: the other combinations."
-    note = f"One line for each combination of the other settings.{own}{hidden} A peak inside the range means that the range was wide enough. {SEED_BAND}"
+    note = (
+        f"One line for each combination of the other settings.{own}{hidden} A peak inside the range means that the range was wide enough. "
+        f"{SEED_BAND}"
+    )
     return section("rates", "Score against learning rate", tag("p", note, class_="quiet"), pictures)
 
 
@@ -182,7 +185,10 @@ def positions_section(entries: list[Ranked]) -> Html | None:
         "nats a token",
         categories=[*map(measures.bucket_label, buckets)],
     )
-    note = f"Mean over the last tenth of training (at least ten steps). Where the line rises, late tokens follow contexts that the teacher would not have written. {SEED_BAND}"
+    note = (
+        "Mean over the last tenth of training (at least ten steps). A line that rises means that late tokens follow contexts which the "
+        f"teacher would not have written. {SEED_BAND}"
+    )
     return section("positions", "KL by position", tag("p", note, class_="quiet"), key_to(entries), grid([draw(chart, lines)]))
 
 

@@ -60,8 +60,8 @@ def _header(points: list[Point], entries: list[Ranked], name: str, k: int | None
             tag("strong", label(entries[0])), ".",
         )  # fmt: skip
     about = (
-        "A point is one training run. A group is the points that share every setting but the seed; only they are averaged. Each run distilled a "
-        "student language model from a teacher on the student's own completions."
+        "Each point is one training run: a student language model learns from a teacher. A group is the points that share every setting "
+        "but the seed; only they are averaged."
     )
     warned = [notice(text, kind="warning") for text in not_comparable(entries)]
     return tag("header", tag("h1", f"Sweep {name}"), tag("p", lead, class_="lead"), result, tag("p", about, class_="quiet"), *warned)
@@ -78,39 +78,27 @@ def _group_section(entries: list[Ranked], anchors: dict[str, str], k: int | None
     names = list(dict.fromkeys(name for entry in entries for name in entry.group.overrides))
     named = [name.rpartition(".")[2] for name in names] or ["group"]
     plot = tag("th", scope="col", aria_label=f"{labels[0]}, drawn")
-    head = [
-        *named,
-        plot,
-        *labels,
-        f"gain in {labels[0]}",
-        "median gradient norm",
-        "KL at the end",
-        "seconds",
-        "n",
-        tag("th", "seeds", class_="text", scope="col"),
-    ]
+    seeds = tag("th", "seeds", class_="text", scope="col")
+    head = [*named, "n", plot, *labels, "gain", "median gradient norm", "KL at the end", "seconds", seeds]
     rows = [_group_row(entry, names, anchors, low, high) for entry in entries]
     start = [before(entries, score) for score in measures.SCORES]
     if any(value is not None for value in start):
-        rows.append(table_row(["before training", *[""] * len(named), *map(fixed, start), *[""] * 6]))
+        rows.append(table_row(["before training", *[""] * (len(named) + 1), *map(fixed, start), *[""] * 5]))
     caption = (
-        f"Mean ± half a 95 % interval over seeds (Student's t, n − 1 degrees of freedom; ± ∞: one seed alone has no interval), not over prompts. "
+        "Mean ± half a 95 % interval over seeds (Student's t, n − 1 degrees of freedom; ± ∞: one seed alone has none), not over prompts. "
         f"Ordered by {labels[0]}; the plot runs from {fixed(low)} to {fixed(high)}."
     )
     words = {
         labels[0]: "share of right answers among the sampled ones, averaged over held-out prompts, after training",
         "greedy": "share of prompts whose most likely answer is right",
         labels[2]: "share of prompts where at least one sampled answer is right",
-        "gain": "after less before training, on the same prompts",
+        "gain": f"in {labels[0]}: after less before training, on the same prompts",
         "KL at the end": "KL(student || teacher) in nats a token, mean over the last tenth of training",
         "n": "finished points, which are what is averaged; a seed that is missing failed or is not finished (see Points)",
     }
-    note = None
-    if len(entries) > 3:
-        note = "The first of many is partly lucky: choose on validation prompts, then report the chosen one on others."
-    return section(
-        "groups", "Groups", table(head, rows, caption=caption), tag("p", note, class_="quiet") if note else None, definitions(words)
-    )
+    luck = "The first of many is partly lucky: choose on validation prompts, then report the chosen one on others."
+    note = tag("p", luck, class_="quiet") if len(entries) > 3 else None
+    return section("groups", "Groups", table(head, rows, caption=caption, class_="dense"), note, definitions(words))
 
 
 def _group_row(entry: Ranked, names: list[str], anchors: dict[str, str], low: float, high: float) -> Html:
@@ -127,7 +115,7 @@ def _group_row(entry: Ranked, names: list[str], anchors: dict[str, str], low: fl
     overrides = entry.group.overrides
     first, *others_of = [shown(overrides[name]) if name in overrides else "" for name in names] or ["base"]
     settings = [first, *(tag("td", value, class_="text") for value in others_of)]
-    return table_row([*settings, plot, *scores, *others, len(entry.runs), tag("td", seeds, class_="text")])
+    return table_row([*settings, len(entry.runs), plot, *scores, *others, tag("td", seeds, class_="text")])
 
 
 def _seed(point: Point, anchors: dict[str, str]) -> Html:
@@ -152,7 +140,7 @@ def _failures(points: list[Point], anchors: dict[str, str]) -> Html | None:
             tag("span", tag("a", point.id, href=f"#{anchors[point.id]}"), f": {_reason(point)}"),
             failure_block(point.failure or {}),
             open=len(failed) <= 3,
-        )  # fmt: skip
+        )
         for point in failed
     ]
     return section("failures", "Failures", *blocks)
@@ -173,7 +161,7 @@ def _point_section(points: list[Point], anchors: dict[str, str], k: int | None) 
         measures.score_label("avg@k", k),
         "skipped steps",
         "time",
-        *(tag("th", name, class_="text", scope="col") for name in varying),
+        *(tag("th", name, class_="text", scope="col") for name in _short(varying)),
     ]
     rows = [_point_row(point, anchors[point.id], varying) for point in points]
     caption = (
@@ -199,6 +187,12 @@ def _point_row(point: Point, anchor: str, varying: list[str]) -> Html:
     return table_row(
         [point.id, state, score, skipped, spent, *(tag("td", shown(settings.get(name)), class_="text") for name in varying)], id=anchor
     )
+
+
+def _short(names: list[str]) -> list[str]:
+    """Settings without their section, where that is enough to tell them apart."""
+    fields = [name.rpartition(".")[2] for name in names]
+    return [field if fields.count(field) == 1 else name for name, field in zip(names, fields)]
 
 
 def varying_settings(points: list[Point]) -> list[str]:
