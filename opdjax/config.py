@@ -55,7 +55,9 @@ class ModelConfig:
 class DataConfig:
     """The prompts and how each model sees them."""
 
-    source: str = "arithmetic:train"  # a .jsonl file, or arithmetic:SPLIT for the built-in task
+    # arithmetic:SPLIT for the built-in task, a .jsonl file, parquet:PATH (file, directory or pattern), hf:NAME[@CONFIG]#SPLIT,
+    # or tfds:NAME[/CONFIG][:VERSION]#SPLIT. NAME may be a directory (./DIR, /DIR), SPLIT a slice such as train[:10%].
+    source: str = "arithmetic:train"
     prompt_format: str = "{prompt}"  # wrapped around a prompt that is a string; must contain {prompt}
     system_prompt: str | None = None  # put before the messages; needs a chat format
     format: Literal["chat", "raw"] = "chat"  # the tokenizer's chat template, or the bare text
@@ -64,10 +66,17 @@ class DataConfig:
     teacher_enable_thinking: bool | None = None  # None: as enable_thinking
     max_prompt_length: int = 512  # tokens, template included
     overlong: Literal["skip", "error"] = "skip"  # what to do with longer prompts: leave them out, counted, or refuse the data
+    # Of any source: a string, or a list of messages, of which the assistant's turn that it may end in becomes a reference.
+    # `a.b` is field b of column a (reward_model.ground_truth), `a.0` the first item of a list (prompt.0.content).
+    prompt_column: str = "prompt"
+    answer_column: str | None = None  # the value to grade by, a string or a number; None: `answer`, where there is one
+    reference_column: str | None = None  # worked answers: text, texts or messages; None: `references` or `reference`, where there is one
 
     def __post_init__(self):
         _require("{prompt}" in self.prompt_format, "data.prompt_format", self.prompt_format, "a text that contains {prompt}")
         _require(self.max_prompt_length > 0, "data.max_prompt_length", self.max_prompt_length, "at least 1")
+        for name in ("prompt_column", "answer_column", "reference_column"):
+            _require(getattr(self, name) != "", f"data.{name}", "", "the name of a column")
         is_teacher_chat = (self.teacher_format or self.format) == "chat"
         is_chat, thinking = self.format == "chat" or is_teacher_chat, self.teacher_enable_thinking
         _require(is_chat or self.system_prompt is None, "data.system_prompt", self.system_prompt, "none where no format is chat")
@@ -79,7 +88,6 @@ class DataConfig:
 class SamplingConfig:
     """Who writes the completions that are trained on, and how they are drawn."""
 
-    source: Literal["student", "teacher", "references"] = "student"  # student: on-policy; references: the data's own answers
     num_generations: int = 1  # completions per prompt
     max_completion_length: int = 512  # tokens, stop token included
     temperature: float = 1.0  # the student is scored at this temperature too where it is the student that is sampled
@@ -87,6 +95,7 @@ class SamplingConfig:
     top_k: int = 0  # 0: off
     min_p: float = 0.0  # 0: off
     stop_token_ids: tuple[int, ...] = ()  # beside the end-of-sequence ids of the checkpoint
+    source: Literal["student", "teacher", "references"] = "student"  # student: on-policy; references: the data's own answers
 
     def __post_init__(self):
         _require(self.num_generations > 0, "sampling.num_generations", self.num_generations, "at least 1")
@@ -207,6 +216,8 @@ class EvaluationConfig:
     extra_temperatures: tuple[float, ...] = ()  # the untrained student is also measured at these
     every: int = 0  # steps between evaluations; 0: only before and after
     seed: int = 0  # common to all runs that are compared: they then answer the same prompts with the same draws
+    prompt_column: str | None = None  # None: data.prompt_column
+    answer_column: str | None = None  # None: data.answer_column
 
     def __post_init__(self):
         for name in ("num_prompts", "num_samples", "batch_size"):
@@ -215,6 +226,8 @@ class EvaluationConfig:
         _require(all(t > 0 for t in self.extra_temperatures), "evaluation.extra_temperatures", self.extra_temperatures, "more than 0 each")
         _require(self.every >= 0, "evaluation.every", self.every, "0 (off) or more")
         _require_seed("evaluation.seed", self.seed)
+        for name in ("prompt_column", "answer_column"):
+            _require(getattr(self, name) != "", f"evaluation.{name}", "", "the name of a column")
 
 
 @dataclasses.dataclass(frozen=True)

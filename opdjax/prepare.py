@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 
 from opdjax.config import Config, ConfigError, DataConfig, ModelConfig
 from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, load_tokenizer, valid_vocab
-from opdjax.data.prompts import DataError, Prompt, PromptSet, encode_prompts, read_prompts
+from opdjax.data.prompts import Prompt, PromptSet, encode_prompts, read_prompts
+from opdjax.data.sources import Columns, DataError
 from opdjax.estimators import RECIPES
 from opdjax.evals.evaluate import Evaluator
 from opdjax.evals.grading import require_grader
@@ -64,9 +65,10 @@ def prepare(config: Config) -> Setup:
     asked = open_checkpoint(config.teacher.path, config.teacher.revision) if needs_teacher(config) else None
     teacher_tokenizer = tokenizer if asked is None else load_tokenizer(asked.path)
     shares_vocabulary = _shares_vocabulary(config, tokenizer, teacher_tokenizer)
-    rows = read_prompts(config.data.source)
+    rows = read_prompts(config.data.source, Columns.of(config.data))
     if config.sampling.source == "references":
-        _require_of_each(rows, "references", config.data.source, "training on the data's own answers needs them")
+        column = config.data.reference_column or "references"
+        _require_of_each(rows, "references", column, config.data.source, "training on the data's own answers needs them")
     prompts = encode_prompts(rows, config.data, tokenizer, teacher_tokenizer)
     evaluator = make_evaluator(config, student, tokenizer, mesh)
     # The weights come last: what is wrong with the data is said before gigabytes are read.
@@ -122,21 +124,23 @@ def make_evaluator(config: Config, student: Checkpoint, tokenizer: Any, mesh: Me
     if config.evaluation.source is None:
         return None
     require_grader(config.evaluation.grader)
-    student_view = {"teacher_format": None, "teacher_enable_thinking": None}
+    student_view = {"teacher_format": None, "teacher_enable_thinking": None, "reference_column": None}
     if config.data.format == "raw":
         student_view["system_prompt"] = None  # it was the teacher's
+    for name in ("prompt_column", "answer_column"):
+        student_view[name] = getattr(config.evaluation, name) or getattr(config.data, name)
     data: DataConfig = dataclasses.replace(config.data, source=config.evaluation.source, **student_view)
-    rows = read_prompts(data.source)[: config.evaluation.num_prompts]
-    _require_of_each(rows, "answer", data.source, "evaluation needs them")
+    rows = read_prompts(data.source, Columns.of(data))[: config.evaluation.num_prompts]
+    _require_of_each(rows, "answer", data.answer_column or "answer", data.source, "evaluation needs them")
     prompts = encode_prompts(rows, data, tokenizer, tokenizer)
     stop = stop_ids(student, tokenizer, config.sampling.stop_token_ids)
     return Evaluator(student.config, prompts, tokenizer, config.evaluation, stop, valid_vocab(tokenizer), mesh)
 
 
-def _require_of_each(rows: list[Prompt], field: str, source: str, reason: str) -> None:
+def _require_of_each(rows: list[Prompt], field: str, column: str, source: str, reason: str) -> None:
     lacking = [number for number, row in enumerate(rows) if not getattr(row, field)]
     if lacking:
-        raise DataError(f"prompt {lacking[0]} of {source} has no {field!r} ({len(lacking)} such rows); {reason}")
+        raise DataError(f"prompt {lacking[0]} of {source} has no {column!r} ({len(lacking)} such rows); {reason}")
 
 
 def stop_ids(checkpoint: Checkpoint, tokenizer: Any, more: tuple[int, ...] = ()) -> tuple[int, ...]:

@@ -58,12 +58,8 @@ class Point:
 
     @property
     def status(self) -> Literal["done", "failed", "begun", "waiting"]:
-        """`begun` points are running or will be continued; nobody but their runner knows which."""
-        if (self.workdir / RESULT).exists():
-            return "done"
-        if self.failure is not None:
-            return "failed"
-        return "begun" if (self.workdir / "config.json").exists() else "waiting"
+        """See `status_of`."""
+        return status_of(self.workdir)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +83,14 @@ class Group:
     def missing(self) -> tuple[str, ...]:
         """Ids of those that are not."""
         return tuple(point.id for point in self.points if point.status != "done")
+
+
+def status_of(directory: pathlib.Path) -> Literal["done", "failed", "begun", "waiting"]:
+    """How far a point is; one that is `begun` is running or will be continued, and only its runner knows which."""
+    for name, status in ((RESULT, "done"), (FAILURE, "failed"), ("config.json", "begun")):
+        if (directory / name).exists():
+            return status
+    return "waiting"
 
 
 def read_run(workdir: pathlib.Path) -> Run:

@@ -9,6 +9,7 @@ import os
 import pathlib
 import platform
 import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
@@ -78,11 +79,16 @@ def environment(devices: list[str]) -> dict[str, Any]:
         "commit": _git_commit(),
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "cores": os.cpu_count(),
+        "cores": num_cores(),
         "devices": devices,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         **{name: version(name) for name in packages},
     }
+
+
+def num_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _git_commit() -> str | None:

@@ -34,12 +34,12 @@ from opdjax.config import (
 UNUSUAL = Config(
     student=ModelConfig("a", "main", "bfloat16"),
     teacher=ModelConfig("b", "v2", "float32"),
-    data=DataConfig("x.jsonl", "Q: {prompt}", "be short", "raw", True, "chat", False, 64, "error"),
+    data=DataConfig("x.jsonl", "Q: {prompt}", "be short", "raw", True, "chat", False, 64, "error", "question", "a.b", "text"),
     sampling=SamplingConfig(6, 33, 0.7, 0.9, 20, 0.1, (7, 8)),
     estimator=EstimatorConfig("full_kl", "fixed_denominator", 64, 0.5, "student_topk", 10, "jsd", 0.25),
     optimizer=OptimizerConfig(1e-3, "linear", 3, 0.8, 0.95, 1e-6, 0.1, 0.0),
     train=TrainConfig(7, 12, 4, True, 2),
-    evaluation=EvaluationConfig(None, "boxed", 3, 4, 0.8, 0.95, 5, 32, 16, (0.5, 0.7), 25, 9),
+    evaluation=EvaluationConfig(None, "boxed", 3, 4, 0.8, 0.95, 5, 32, 16, (0.5, 0.7), 25, 9, "problem", "solution"),
     checkpoint=CheckpointConfig(10, 3, "greedy"),
     log=LogConfig(0, 2, True),
     mesh=MeshConfig(2),
@@ -149,6 +149,8 @@ def test_nearest_also_takes_an_iterator():
 
 REFUSED = [
     (DataConfig, {"prompt_format": "Q: {}"}, "data.prompt_format is 'Q: {}'; expected a text that contains {prompt}"),
+    (DataConfig, {"prompt_column": ""}, "data.prompt_column is ''; expected the name of a column"),
+    (EvaluationConfig, {"answer_column": ""}, "evaluation.answer_column is ''; expected the name of a column"),
     (DataConfig, {"max_prompt_length": 0}, "data.max_prompt_length is 0; expected at least 1"),
     (DataConfig, {"format": "raw", "system_prompt": "x"}, "data.system_prompt is 'x'; expected none where no format is chat"),
     (SamplingConfig, {"num_generations": 0}, "sampling.num_generations is 0; expected at least 1"),

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from opdjax.config import Config, EstimatorConfig, OptimizerConfig, to_dict
-from opdjax.report import charts, markup, measures, page
+from opdjax.report import charts, markup, measures, page, ranking
 from opdjax.report.page import write_report
 from opdjax.results import read_points, read_run, seed_interval
 from opdjax.workdir import WorkdirError
@@ -88,8 +88,10 @@ def write_point(directory, settings, state="done", **overrides):
             name, settings, finished=state == "done", after=0.5 + 0.01 * settings.seed + (0.1 if settings.estimator.recipe == "vopd" else 0)
         )
     if state == "failed":
-        (name / "failure.json").write_text(json.dumps({"reason": "exit status 1 <b>", "log_tail": f"step 3\nBoomError: {NASTY}\n"}))
-    (name / "point.json").write_text(json.dumps({"id": name.name, "overrides": overrides, "config": to_dict(settings)}))
+        (name / "failure.json").write_text(json.dumps({"returncode": 1, "seconds": 3.5, "log_tail": ["step 3", f"BoomError: {NASTY}"]}))
+    (name / "point.json").write_text(
+        json.dumps({"id": name.name, "overrides": {key: str(value) for key, value in overrides.items()}, "config": to_dict(settings)})
+    )
     return name
 
 
@@ -373,8 +375,9 @@ def test_groups_are_ordered_by_score_and_never_mixed(sweep):
 
 
 def test_a_failure_gives_its_reason_and_the_tail_of_its_log(sweep):
-    assert "estimatoropd-learning_rate0.0001-seed1 : exit status 1 <b>" in sweep.all
-    assert f"BoomError: {NASTY}" in sweep.all
+    assert f"estimatoropd-learning_rate0.0001-seed1 : BoomError: {NASTY}" in sweep.all
+    assert "returncode: 1; seconds: 3.5" in sweep.all
+    assert f"step 3 BoomError: {NASTY}" in sweep.all
 
 
 def test_settings_are_listed_once_or_as_a_difference(sweep):
@@ -472,7 +475,8 @@ def test_text_is_escaped_wherever_it_enters_a_tag():
         (markup.plus_minus(0.5704, 0.0217), "0.570 ± 0.022"), (markup.plus_minus(-0.5, math.inf, signed=True), "−0.500 ± ∞"),
         (markup.plus_minus(None, 0.1), "–"), (markup.fixed(-0.0001), "0.000"), (markup.number(0.0003), "3e-4"),
         (markup.number(0), "0"), (markup.number(12345.0), "12,345"), (markup.number(math.nan), "–"), (markup.duration(41.2), "41 s"),
-        (markup.duration(7300), "2.0 h"), (markup.shown([]), "none"), (markup.shown(True), "yes"), (charts.tick(40000), "40k"), (charts.tick(-0.25), "−0.25"),
+        (markup.duration(7300), "2.0 h"), (markup.shown([]), "none"), (markup.shown(True), "yes"), (charts.tick(40000), "40k"),
+        (charts.tick(-0.25), "−0.25"), (ranking.override("0.0003"), "3e-4"), (ranking.override("inf"), "inf"), (ranking.override("7"), "7"),
         (charts.tick(2.5e6), "2.5M"), (measures.bucket_label((0, 2)), "0–2"),
         (measures.model_name("/a/b/mini_pair/student"), "mini_pair/student"), (measures.model_name("Qwen/Qwen3-1.7B"), "Qwen/Qwen3-1.7B"),
     ],

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from opdjax.report import measures
 from opdjax.report.charts import REST, SERIES
@@ -71,8 +72,8 @@ def common_k(entries: list[Ranked]) -> int | None:
     return found.pop() if len(found) == 1 else None
 
 
-def not_comparable(entries: list[Ranked]) -> list[str]:
-    """What differs between finished runs although their settings say that it is the same."""
+def not_comparable(entries: list[Ranked]) -> list[tuple[str, str]]:
+    """(kind of notice, text): what differs between finished runs although they stand side by side."""
     runs = [run for entry in entries for run in entry.runs]
     found = []
     for digest, part in (("prompts", "data"), ("evaluation", "evaluation"), ("student", "student"), ("teacher", "teacher")):
@@ -80,22 +81,31 @@ def not_comparable(entries: list[Ranked]) -> list[str]:
         for run in runs:
             seen.setdefault(repr(run.config.get(part)), set()).add(run.data.get(digest))
         if any(len(digests) > 1 for digests in seen.values()):
-            found.append(f"The {digest} digest differs between points with the same {part} settings: their files changed in between.")
-    settings = {repr(run.config.get("evaluation")) for run in runs}
-    if len(settings) > 1:
-        found.append(
-            "The points were not all evaluated with the same settings: compare scores only where the evaluation settings are equal."
-        )
-    for fact in ("opdjax", "commit", "jax"):
-        if len({repr(run.environment.get(fact)) for run in runs}) > 1:
-            found.append(f"The points were run under different values of {fact}.")
+            found.append(
+                ("warning", f"The {digest} digest differs between points with the same {part} settings: their files changed in between.")
+            )
+    if len({repr(run.config.get("evaluation")) for run in runs}) > 1:
+        found.append(("warning", "The points were evaluated with different settings: compare scores only where those are the same."))
+    mixed = [fact for fact in ("opdjax", "commit", "jax") if len({repr(run.environment.get(fact)) for run in runs}) > 1]
+    if mixed:
+        found.append(("note", f"The points were run under different versions ({', '.join(mixed)})."))
     return found
 
 
 def label(entry: Ranked, *left_out: str) -> str:
     """The overrides of a group in words, some left out whatever their section."""
     kept = {name: value for name, value in entry.group.overrides.items() if name.rpartition(".")[2] not in left_out}
-    return ", ".join(f"{name.rpartition('.')[2]} {shown(value)}" for name, value in kept.items()) or "base"
+    return ", ".join(f"{name.rpartition('.')[2]} {override(value)}" for name, value in kept.items()) or "base"
+
+
+def override(value: Any) -> str:
+    """An override as `shown` writes a setting, though sweeps keep its name as text."""
+    if not isinstance(value, str) or value.isdecimal():
+        return shown(value)
+    try:
+        return shown(float(value)) if is_number(float(value)) else value
+    except ValueError:
+        return value
 
 
 def mean_steps(values: list[list[float]]) -> list[float]:

@@ -22,7 +22,7 @@ from opdjax.report.markup import (
     table_row,
     tag,
 )  # fmt: skip
-from opdjax.report.ranking import Interval, Ranked, before, common_k, final, gain, label, not_comparable, ranked, seconds
+from opdjax.report.ranking import Interval, Ranked, before, common_k, final, gain, label, not_comparable, override, ranked, seconds
 from opdjax.report.run_page import failure_block, skipped_steps
 from opdjax.report.sweep_charts import (
     curves_section,
@@ -63,7 +63,7 @@ def _header(points: list[Point], entries: list[Ranked], name: str, k: int | None
         "Each point is one training run: a student language model learns from a teacher. A group is the points that share every setting "
         "but the seed; only they are averaged."
     )
-    warned = [notice(text, kind="warning") for text in not_comparable(entries)]
+    warned = [notice(text, kind=kind) for kind, text in not_comparable(entries)]
     return tag("header", tag("h1", f"Sweep {name}"), tag("p", lead, class_="lead"), result, tag("p", about, class_="quiet"), *warned)
 
 
@@ -79,7 +79,7 @@ def _group_section(entries: list[Ranked], anchors: dict[str, str], k: int | None
     named = [name.rpartition(".")[2] for name in names] or ["group"]
     plot = tag("th", scope="col", aria_label=f"{labels[0]}, drawn")
     seeds = tag("th", "seeds", class_="text", scope="col")
-    head = [*named, "n", plot, *labels, "gain", "median gradient norm", "KL at the end", "seconds", seeds]
+    head = [*named, "n", plot, *labels, "gain", "median gradient norm", "KL, last 10 steps", "seconds", seeds]
     rows = [_group_row(entry, names, anchors, low, high) for entry in entries]
     start = [before(entries, score) for score in measures.SCORES]
     if any(value is not None for value in start):
@@ -93,7 +93,7 @@ def _group_section(entries: list[Ranked], anchors: dict[str, str], k: int | None
         "greedy": "share of prompts whose most likely answer is right",
         labels[2]: "share of prompts where at least one sampled answer is right",
         "gain": f"in {labels[0]}: after less before training, on the same prompts",
-        "KL at the end": "KL(student || teacher) in nats a token, mean over the last tenth of training",
+        "KL": "KL(student || teacher) in nats a token, mean over the last 10 steps of training",
         "n": "finished points, which are what is averaged; a seed that is missing failed or is not finished (see Points)",
     }
     luck = "The first of many is partly lucky: choose on validation prompts, then report the chosen one on others."
@@ -113,7 +113,7 @@ def _group_row(entry: Ranked, names: list[str], anchors: dict[str, str], low: fl
     seeds = joined_links([_seed(point, anchors) for point in entry.group.points])
     plot = tag("td", None if avg is None else whisker(avg, low, high, entry.slot))
     overrides = entry.group.overrides
-    first, *others_of = [shown(overrides[name]) if name in overrides else "" for name in names] or ["base"]
+    first, *others_of = [override(overrides[name]) if name in overrides else "" for name in names] or ["base"]
     settings = [first, *(tag("td", value, class_="text") for value in others_of)]
     return table_row([*settings, len(entry.runs), plot, *scores, *others, tag("td", seeds, class_="text")])
 
@@ -147,10 +147,11 @@ def _failures(points: list[Point], anchors: dict[str, str]) -> Html | None:
 
 
 def _reason(point: Point) -> str:
-    """The first short thing that the failure says."""
-    values = (point.failure or {}).values()
-    short = [str(value) for value in values if not isinstance(value, (list, dict)) and "\n" not in str(value)]
-    return short[0] if short else "no reason was written"
+    """The last line of its log, which is where programs say why they stop; else the first thing that the failure says."""
+    texts = ["\n".join(map(str, value)) if isinstance(value, list) else str(value) for value in (point.failure or {}).values()]
+    lines = [text.strip().splitlines()[-1] for text in texts if text.strip()]
+    logs = [line for text, line in zip((text for text in texts if text.strip()), lines) if "\n" in text.strip()]
+    return (logs or lines or ["no reason was written"])[0]
 
 
 def _point_section(points: list[Point], anchors: dict[str, str], k: int | None) -> Html:
