@@ -362,10 +362,11 @@ def test_groups_show_the_interval_over_their_own_seeds(sweep):
     assert "interval over seeds" in sweep.all
 
 
-def test_one_seed_has_an_infinite_interval_and_no_seed_a_dash(sweep, tmp_path):
+def test_one_seed_has_an_infinite_interval_and_no_seed_has_no_row_of_numbers(sweep, tmp_path):
     assert row(sweep, "opd", "3e-4")[2:5] == ["1", "", "0.520 ± ∞"]
     parser = read(write_sweep(tmp_path, seeds=(0,), states={("opd", 1e-4, 0): "failed"}))
-    assert row(parser, "opd", "1e-4")[2:5] == ["0", "", "–"]
+    assert row(parser, "opd", "1e-4") == ["opd", "1e-4", "0 missing"]
+    assert "1 group without a finished point" in parser.all
 
 
 def test_groups_are_ordered_by_score_and_never_mixed(sweep):
@@ -415,6 +416,12 @@ def test_runs_on_other_data_are_not_compared_in_silence(tmp_path):
     described["data"]["evaluation"] = "another"
     file.write_text(json.dumps(described))
     assert "The evaluation digest differs" in read(directory).all
+
+
+def test_only_what_tells_groups_apart_names_them():
+    overrides = [{"a.source": "x", "b.source": 1, "seedless.lr": 2, "same": 0}, {"a.source": "y", "seedless.lr": 3, "same": 0}]
+    assert ranking.telling(overrides) == {"a.source": "a.source", "b.source": "b.source", "seedless.lr": "lr"}
+    assert ranking.telling(overrides[:1])["same"] == "same"
 
 
 def test_seeds_are_averaged_at_common_steps_only(tmp_path):

@@ -22,6 +22,7 @@ class Ranked:
 
     group: Group
     runs: tuple[Run, ...]
+    settings: dict[str, str]  # the overrides that tell it from other groups, as they are shown
     slot: int = REST
 
     def over_seeds(self, value: Callable[[Run], float | None]) -> Interval | None:
@@ -37,7 +38,16 @@ def interval(values: Iterable[float | None]) -> Interval | None:
 
 def ranked(points: list[Point]) -> list[Ranked]:
     """All groups, the best avg@k first, those without a finished run last."""
-    found = [Ranked(group, tuple(read_run(point.workdir) for point in group.done)) for group in groups(points)]
+    together = groups(points)
+    names = telling([group.overrides for group in together])
+    found = [
+        Ranked(
+            group,
+            tuple(read_run(point.workdir) for point in group.done),
+            {shown_as: override(group.overrides[name]) for name, shown_as in names.items() if name in group.overrides},
+        )
+        for group in together
+    ]
     found.sort(key=lambda entry: -entry.over_seeds(final("avg@k"))[0] if entry.over_seeds(final("avg@k")) else math.inf)
     drawn = [entry for entry in found if entry.runs]
     coloured = drawn if len(drawn) <= SERIES else drawn[: SERIES - 1]
@@ -93,9 +103,21 @@ def not_comparable(entries: list[Ranked]) -> list[tuple[str, str]]:
 
 
 def label(entry: Ranked, *left_out: str) -> str:
-    """The overrides of a group in words, some left out whatever their section."""
-    kept = {name: value for name, value in entry.group.overrides.items() if name.rpartition(".")[2] not in left_out}
-    return ", ".join(f"{name.rpartition('.')[2]} {override(value)}" for name, value in kept.items()) or "base"
+    """What tells a group from the others, in words."""
+    return ", ".join(f"{name} {value}" for name, value in entry.settings.items() if name.rpartition(".")[2] not in left_out) or "base"
+
+
+def telling(overrides: list[dict[str, Any]]) -> dict[str, str]:
+    """The overrides in which some groups differ, each with the name it is shown by; all of them where there is one group."""
+    names = dict.fromkeys(name for values in overrides for name in values)
+    differing = [name for name in names if len(overrides) == 1 or any(values.get(name) != overrides[0].get(name) for values in overrides)]
+    return dict(zip(differing, short_names(differing)))
+
+
+def short_names(names: list[str]) -> list[str]:
+    """Settings without their section, where that is enough to tell them apart."""
+    fields = [name.rpartition(".")[2] for name in names]
+    return [field if fields.count(field) == 1 else name for name, field in zip(names, fields)]
 
 
 def override(value: Any) -> str:

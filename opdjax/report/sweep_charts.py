@@ -145,8 +145,8 @@ def training_section(entries: list[Ranked]) -> Html | None:
     for name, (title, unit, about) in charts.items():
         lines = [line for entry in reversed(entries) if (line := _metric_line(entry, name)) is not None]
         if lines:
-            drawn = [value for line in lines for value in line.y if math.isfinite(value) and value > 0]
-            is_wide = name == "grad/norm" and bool(drawn) and max(drawn) > 20 * min(drawn)
+            drawn = [value for line in lines for value in line.y if math.isfinite(value)]
+            is_wide = min(drawn) > 0 and max(drawn) > 20 * min(drawn)
             scale = " Logarithmic scale." if is_wide else ""
             figures.append(draw(Chart(title, "step", unit, about + scale, is_y_log=is_wide, bounds=(0, None)), lines))
     if not figures:
@@ -169,12 +169,13 @@ def _metric_line(entry: Ranked, name: str) -> Line | None:
 
 def positions_section(entries: list[Ranked]) -> Html | None:
     """KL by position at the end of training."""
-    found = {id(entry): [_late(run) for run in entry.runs] for entry in entries}
+    coloured = [entry for entry in entries if entry.slot != REST]  # lines of runs that diverged would press these flat
+    found = {id(entry): [_late(run) for run in entry.runs] for entry in coloured}
     buckets = sorted({bucket for runs in found.values() for run in runs for bucket in run})
     if not buckets:
         return None
     lines = []
-    for entry in reversed(entries):
+    for entry in reversed(coloured):
         at = [interval(run.get(bucket) for run in found[id(entry)]) or (math.nan, math.nan) for bucket in buckets]
         if any(math.isfinite(mean) for mean, _ in at):
             x = list(range(len(buckets)))
@@ -185,11 +186,12 @@ def positions_section(entries: list[Ranked]) -> Html | None:
         "nats a token",
         categories=[*map(measures.bucket_label, buckets)],
     )
+    best = "The best groups only. " if len(coloured) < sum(bool(entry.runs) for entry in entries) else ""
     note = (
-        "Mean over the last tenth of training (at least ten steps). A line that rises means that late tokens follow contexts which the "
-        f"teacher would not have written. {SEED_BAND}"
+        f"{best}Mean over the last tenth of training (at least ten steps). A line that rises means that late tokens follow contexts "
+        f"which the teacher would not have written. {SEED_BAND}"
     )
-    return section("positions", "KL by position", tag("p", note, class_="quiet"), key_to(entries), grid([draw(chart, lines)]))
+    return section("positions", "KL by position", tag("p", note, class_="quiet"), key_to(coloured), grid([draw(chart, lines)]))
 
 
 def _late(run: Run) -> dict[Any, float]:

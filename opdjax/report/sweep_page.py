@@ -22,7 +22,7 @@ from opdjax.report.markup import (
     table_row,
     tag,
 )  # fmt: skip
-from opdjax.report.ranking import Interval, Ranked, before, common_k, final, gain, label, not_comparable, override, ranked, seconds
+from opdjax.report.ranking import Interval, Ranked, before, common_k, final, gain, label, not_comparable, ranked, seconds, short_names
 from opdjax.report.run_page import failure_block, skipped_steps
 from opdjax.report.sweep_charts import (
     curves_section,
@@ -75,12 +75,12 @@ def _group_section(entries: list[Ranked], anchors: dict[str, str], k: int | None
     ends = [mean + sign * (half if math.isfinite(half) else 0.0) for mean, half in scored for sign in (-1, 1)]
     low, high = (min(ends), max(ends)) if ends else (0.0, 1.0)
     labels = [measures.score_label(score, k) for score in measures.SCORES]
-    names = list(dict.fromkeys(name for entry in entries for name in entry.group.overrides))
-    named = [name.rpartition(".")[2] for name in names] or ["group"]
+    named = list(dict.fromkeys(name for entry in entries for name in entry.settings)) or ["group"]
     plot = tag("th", scope="col", aria_label=f"{labels[0]}, drawn")
     seeds = tag("th", "seeds", class_="text", scope="col")
     head = [*named, "n", plot, *labels, "gain", "median gradient norm", "KL, last 10 steps", "seconds", seeds]
-    rows = [_group_row(entry, names, anchors, low, high) for entry in entries]
+    finished = [entry for entry in entries if entry.runs]
+    rows = [_group_row(entry, named, anchors, low, high) for entry in finished]
     start = [before(entries, score) for score in measures.SCORES]
     if any(value is not None for value in start):
         rows.append(table_row(["before training", *[""] * (len(named) + 1), *map(fixed, start), *[""] * 5]))
@@ -98,10 +98,17 @@ def _group_section(entries: list[Ranked], anchors: dict[str, str], k: int | None
     }
     luck = "The first of many is partly lucky: choose on validation prompts, then report the chosen one on others."
     note = tag("p", luck, class_="quiet") if len(entries) > 3 else None
-    return section("groups", "Groups", table(head, rows, caption=caption, class_="dense"), note, definitions(words))
+    return section(
+        "groups",
+        "Groups",
+        table(head, rows, caption=caption, class_="dense") if finished else None,
+        _unfinished(entries, named, anchors),
+        note,
+        definitions(words),
+    )
 
 
-def _group_row(entry: Ranked, names: list[str], anchors: dict[str, str], low: float, high: float) -> Html:
+def _group_row(entry: Ranked, named: list[str], anchors: dict[str, str], low: float, high: float) -> Html:
     avg = entry.over_seeds(final("avg@k"))
     scores = [_cell(entry.over_seeds(final(score))) for score in measures.SCORES]
     others = [
@@ -112,10 +119,22 @@ def _group_row(entry: Ranked, names: list[str], anchors: dict[str, str], low: fl
     ]
     seeds = joined_links([_seed(point, anchors) for point in entry.group.points])
     plot = tag("td", None if avg is None else whisker(avg, low, high, entry.slot))
-    overrides = entry.group.overrides
-    first, *others_of = [override(overrides[name]) if name in overrides else "" for name in names] or ["base"]
-    settings = [first, *(tag("td", value, class_="text") for value in others_of)]
+    settings = _settings(entry, named)
     return table_row([*settings, len(entry.runs), plot, *scores, *others, tag("td", seeds, class_="text")])
+
+
+def _settings(entry: Ranked, named: list[str]) -> list[Any]:
+    first, *others = [entry.settings.get(name, "") for name in named] if entry.settings else ["base", *[""] * (len(named) - 1)]
+    return [first, *(tag("td", value, class_="text") for value in others)]
+
+
+def _unfinished(entries: list[Ranked], named: list[str], anchors: dict[str, str]) -> Html | None:
+    """Groups that have nothing to average yet."""
+    waiting = [entry for entry in entries if not entry.runs]
+    if not waiting:
+        return None
+    rows = [[*_settings(entry, named), joined_links([_seed(point, anchors) for point in entry.group.points])] for entry in waiting]
+    return details(f"{count(len(waiting), 'group')} without a finished point", table([*named, "seeds"], rows, class_="words dense"))
 
 
 def _seed(point: Point, anchors: dict[str, str]) -> Html:
@@ -162,7 +181,7 @@ def _point_section(points: list[Point], anchors: dict[str, str], k: int | None) 
         measures.score_label("avg@k", k),
         "skipped steps",
         "time",
-        *(tag("th", name, class_="text", scope="col") for name in _short(varying)),
+        *(tag("th", name, class_="text", scope="col") for name in short_names(varying)),
     ]
     rows = [_point_row(point, anchors[point.id], varying) for point in points]
     caption = (
@@ -188,12 +207,6 @@ def _point_row(point: Point, anchor: str, varying: list[str]) -> Html:
     return table_row(
         [point.id, state, score, skipped, spent, *(tag("td", shown(settings.get(name)), class_="text") for name in varying)], id=anchor
     )
-
-
-def _short(names: list[str]) -> list[str]:
-    """Settings without their section, where that is enough to tell them apart."""
-    fields = [name.rpartition(".")[2] for name in names]
-    return [field if fields.count(field) == 1 else name for name, field in zip(names, fields)]
 
 
 def varying_settings(points: list[Point]) -> list[str]:
