@@ -372,7 +372,7 @@ def test_one_seed_has_an_infinite_interval_and_no_seed_has_no_row_of_numbers(swe
 def test_groups_are_ordered_by_score_and_never_mixed(sweep):
     named = [tuple(cells[:2]) for cells in sweep.rows if len(cells) > 5 and cells[0] in ("opd", "vopd")]
     assert named == [("vopd", "1e-4"), ("vopd", "3e-4"), ("opd", "3e-4"), ("opd", "1e-4")]
-    assert "Highest avg@8 of 4 groups: 0.610" in sweep.all
+    assert "Highest avg@8 of 4 finished groups: 0.610" in sweep.all
 
 
 def test_a_failure_gives_its_reason_and_the_tail_of_its_log(sweep):

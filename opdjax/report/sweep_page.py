@@ -54,7 +54,8 @@ def _header(points: list[Point], entries: list[Ranked], name: str, k: int | None
     best = entries[0].over_seeds(final("avg@k"))
     result = None
     if best is not None:
-        of = f"of {len(entries)} groups" if len(entries) > 1 else "of the one group"
+        finished = sum(bool(entry.runs) for entry in entries)
+        of = f"of {finished} finished groups" if finished > 1 else "of the one finished group"
         result = tag(
             "p", f"Highest {measures.score_label('avg@k', k)} {of}: {plus_minus(*best)} over {count(len(entries[0].runs), 'seed')}, with ",
             tag("strong", label(entries[0])), ".",
@@ -177,7 +178,7 @@ def _point_section(points: list[Point], anchors: dict[str, str], k: int | None) 
     varying = varying_settings(points)
     head = [
         "point",
-        "state",
+        tag("th", "state", class_="text", scope="col"),
         measures.score_label("avg@k", k),
         "skipped steps",
         "time",
@@ -188,7 +189,7 @@ def _point_section(points: list[Point], anchors: dict[str, str], k: int | None) 
         "Scores of single points; ± is half a 95 % interval over prompts, so it says nothing about other seeds. "
         "Only settings that differ between points are listed."
     )
-    box = table(head, rows, caption=caption)
+    box = table(head, rows, caption=caption, class_="dense")
     return section("points", "Points", box if len(points) <= 40 else details(f"All {len(points)} points", box, open=True))
 
 
@@ -204,9 +205,9 @@ def _point_row(point: Point, anchor: str, varying: list[str]) -> Html:
             state = f"begun: step {run.metrics[-1]['step'] if run.metrics else 0:,} of {run.config['train']['num_steps']:,}"
     elif point.status == "failed":
         state = tag("a", "failed", href="#failures")
-    return table_row(
-        [point.id, state, score, skipped, spent, *(tag("td", shown(settings.get(name)), class_="text") for name in varying)], id=anchor
-    )
+    named = tag("th", point.id, class_="long", scope="row")
+    differing = (tag("td", shown(settings.get(name)), class_="text") for name in varying)
+    return table_row([named, tag("td", state, class_="text"), score, skipped, spent, *differing], id=anchor)
 
 
 def varying_settings(points: list[Point]) -> list[str]:
