@@ -152,7 +152,8 @@ def _result(run: Run) -> Html | None:
     k, temperature = rows[0].get("k"), rows[0].get("temperature")
     last = result.get("eval_after", rows[-1])
     lines = [_score_row("before training", result.get("eval_before", rows[0]))]
-    lines += [_score_row("before, sampled more sharply", row) for row in result.get("eval_before_sharpened", ())]
+    for row in result.get("eval_before_sharpened", ()):
+        lines.append(_score_row(f"before, sampled {'more' if row['temperature'] < temperature else 'less'} sharply", row))
     if last["step"] != rows[0]["step"]:
         lines.append(_score_row("after training" if run.result else f"at step {last['step']}", last, class_="main"))
     change = result.get("paired_difference")

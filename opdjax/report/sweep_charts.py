@@ -138,7 +138,7 @@ def training_section(entries: list[Ranked]) -> Html | None:
         "grad/norm": (
             "Gradient norm",
             "global norm, before clipping",
-            "An estimator of lower variance has the smaller norm at the same KL.",
+            "Of two estimators of one objective, that of lower variance has the smaller norm at the same KL.",
         ),
     }
     figures = []
