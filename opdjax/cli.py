@@ -277,6 +277,23 @@ def export(arguments: list[str]) -> None:
     _call(run, arguments, "opdjax export")
 
 
+def report(arguments: list[str]) -> None:
+    """DIR [--output FILE]: one HTML page that explains a run or a sweep."""
+
+    def run(directory: Annotated[pathlib.Path, tyro.conf.Positional], output: pathlib.Path | None = None):
+        """Write one self-contained HTML page for a run or a sweep.
+
+        Args:
+            directory: work directory of a run, finished or not, or the directory of a sweep
+            output: file to write; none: report.html in the directory
+        """
+        from opdjax.report.page import write_report
+
+        print(f"wrote {write_report(directory, output)}")
+
+    _call(run, arguments, "opdjax report")
+
+
 def sweep(arguments: list[str]) -> None:
     """FILE --workdir DIR [--jobs N] [--shard i/n] [--dry-run] [--retry-failed]: run every point of a sweep, or go on with it."""
 
@@ -342,4 +359,13 @@ def _call(function: Callable, arguments: list[str], program: str) -> None:
     tyro.cli(function, args=arguments, prog=program)
 
 
-VERBS = {"train": train, "sweep": sweep, "table": table, "sample": sample, "evaluate": evaluate, "import": import_, "export": export}
+VERBS = {
+    "train": train,
+    "sweep": sweep,
+    "table": table,
+    "report": report,
+    "sample": sample,
+    "evaluate": evaluate,
+    "import": import_,
+    "export": export,
+}
