@@ -163,7 +163,8 @@ def outcome(directory):
     found = {}
     for point in sorted(directory.glob("*/point.json")):
         rows = [
-            {k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in read_lines(point.parent / "metrics.jsonl")
+            {k: v for k, v in row.items() if not k.startswith("time/") and k != "perf/tokens_per_second"}
+            for row in read_lines(point.parent / "metrics.jsonl")
         ]
         weights = (point.parent / "student" / "model.safetensors").read_bytes()
         found[point.parent.name] = (rows, (point.parent / "eval.jsonl").read_text(), weights)
