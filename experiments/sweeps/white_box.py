@@ -27,7 +27,19 @@ ON_POLICY = {
 OFF_POLICY = {"sft": EstimatorConfig(recipe="sft")}  # on text that the teacher samples
 GRID = (1e-4, 3e-4, 1e-3, 3e-3)
 COMMON_RATE = 3e-4
-BEST_RATE: dict[str, float] = {}
+BEST_RATE = {
+    "opd": 1e-4,
+    "vopd_k5": 3e-4,
+    "vopd_k20": 3e-4,
+    "vopd_k100": 3e-4,
+    "vopd_full": 3e-4,
+    "full_kl_reverse": 1e-3,
+    "full_kl_forward": 1e-3,
+    "full_kl_jsd": 1e-3,
+    "topk_kl_renormalize": 1e-3,
+    "topk_kl_tail": 1e-3,
+    "sft": 3e-4,
+}
 MORE_SEEDS = ("opd", "vopd_full")
 OTHER_BATCHES = ("opd", "vopd_full", "full_kl_reverse")
 
@@ -49,16 +61,15 @@ def one_recipe(name: str):
     return vary("estimator", {name: ON_POLICY[name]})
 
 
-def comparison(name: str):
-    """The paired seeds of one recipe, at its own rate and at the common one, and the other batch sizes."""
-    count = 8 if name in MORE_SEEDS else 5
-    best = product(one_recipe(name), vary("optimizer.learning_rate", (BEST_RATE[name],)))
-    common = product(one_recipe(name), vary("optimizer.learning_rate", (COMMON_RATE,)))
-    batches = product(best, vary("train.prompts_per_step", (16, 128)), seeds(5)) if name in OTHER_BATCHES else []
-    return chain(product(best, seeds(count)), product(common, seeds(5)), batches)
+def at_rate(name: str, rate: float, count: int):
+    """Paired seeds of one recipe."""
+    return product(one_recipe(name), vary("optimizer.learning_rate", (rate,)), seeds(count))
 
 
 def get_sweep() -> list[SweepPoint]:
     names = (*ON_POLICY, *OFF_POLICY)
     grid = [product(one_recipe(name), vary("optimizer.learning_rate", GRID), VALIDATION, seeds(1, first=100)) for name in names]
-    return points(BASE, chain(*grid, *(comparison(name) for name in names if name in BEST_RATE)))
+    best = [at_rate(name, BEST_RATE[name], 8 if name in MORE_SEEDS else 5) for name in names]
+    common = [at_rate(name, COMMON_RATE, 8 if name in MORE_SEEDS else 5) for name in names]
+    batches = [product(at_rate(name, BEST_RATE[name], 5), vary("train.prompts_per_step", (16, 128))) for name in OTHER_BATCHES]
+    return points(BASE, chain(*grid, *best, *common, *batches))
