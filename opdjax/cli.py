@@ -88,7 +88,7 @@ def _call_in_file(file: str, function: str) -> Any:
         if function not in vars(module):
             raise ConfigError(f"{file} defines no {function}()")
         return vars(module)[function]()
-    except (SyntaxError, NameError, AttributeError, TypeError) as error:
+    except (SyntaxError, NameError, AttributeError, TypeError, LookupError, ArithmeticError) as error:
         raise ConfigError(f"{file} does not run: {type(error).__name__}: {error}") from error
 
 
@@ -315,9 +315,12 @@ def sweep(arguments: list[str]) -> None:
             dry_run: print the points, their number and an estimate, and run nothing
             retry_failed: run the points that failed once more
         """
+        from opdjax.estimators import bind
         from opdjax.sweep import describe, run_sweep
 
         points = load_sweep(file)
+        for point in points:  # an option that a recipe does not have would fail every one of them
+            bind(point.config.estimator.recipe, point.config.estimator.options)
         match = re.fullmatch(r"(\d+)/(\d+)", shard)
         part = tuple(map(int, match.groups())) if match else (0, 0)
         if not 1 <= part[0] <= part[1]:

@@ -146,13 +146,17 @@ class EstimatorConfig:
         _require(k is None or k > 0, "estimator.support_top_k", k, "at least 1")
         has_divergence = self.recipe != "topk_kl" or self.divergence != "jsd"
         _require(has_divergence, "estimator.divergence", self.divergence, "reverse or forward where the recipe is topk_kl")
+        if self.convention in ("tunix", "verl", "easydel", "thunlp"):
+            fixed += ("divergence",)
         for name in fixed if self.convention is not None else ():
             _require(getattr(self, name) is None, f"estimator.{name}", getattr(self, name), f"none: convention {self.convention} sets it")
-        is_whole = self.renormalize == "none" or self.outside in (None, "drop")
-        _require(is_whole, "estimator.outside", self.outside, "drop unless renormalize is none: nothing is left outside")
+        has_outside = {"none": ("tail", "floor"), "teacher": ("floor",)}.get(self.renormalize, ())
+        expected = f"drop where renormalize is {self.renormalize or 'both'}"
+        _require(self.outside in (None, "drop", *has_outside), "estimator.outside", self.outside, expected)
         if self.weight is not None:
             _require(self.outside in (None, "drop"), "estimator.outside", self.outside, "drop where weight is given")
             _require(self.renormalize in (None, "none"), "estimator.renormalize", self.renormalize, "none where weight is given")
+            _require(not self.clamp_at_zero, "estimator.clamp_at_zero", self.clamp_at_zero, "false where weight is given")
             _require(self.divergence in (None, "reverse"), "estimator.divergence", self.divergence, "reverse where weight is given")
 
     @property
@@ -303,6 +307,9 @@ class Config:
         )
         is_signal = recipe != "sft" or source != "student"
         _require(is_signal, "sampling.source", source, "teacher or references: cross-entropy on its own draws teaches a student nothing")
+        if source == "references":
+            is_plain = self.sampling.temperature == 1 and not self.sampling.has_filter
+            _require(is_plain, "sampling.temperature, top_p, top_k, min_p", "set", "none of them where nothing is sampled (references)")
         has_no_teacher = recipe == "sft" and source == "references"
         for name in ("teacher_format", "teacher_enable_thinking") if has_no_teacher else ():
             _require(getattr(self.data, name) is None, f"data.{name}", getattr(self.data, name), "none where no teacher reads the data")

@@ -138,7 +138,9 @@ def make_evaluator(config: Config, student: Checkpoint, tokenizer: Any, mesh: Me
 
 
 def _require_of_each(rows: list[Prompt], field: str, column: str, source: str, reason: str) -> None:
-    lacking = [number for number, row in enumerate(rows) if not getattr(row, field)]
+    given = (getattr(row, field) or () for row in rows)
+    texts = ((value,) if isinstance(value, str) else value for value in given)
+    lacking = [number for number, found in enumerate(texts) if not found or not all(text.strip() for text in found)]
     if lacking:
         raise DataError(f"prompt {lacking[0]} of {source} has no {column!r} ({len(lacking)} such rows); {reason}")
 

@@ -128,11 +128,13 @@ def read_points(directory: pathlib.Path) -> list[Point]:
 
 
 def groups(points: Sequence[Point]) -> list[Group]:
-    """Points by config, the seed aside: two runs are averaged only where every other setting is the same."""
+    """Points by config, the seed aside: two runs are averaged only where every other setting is the same, and no run twice."""
     found: dict[str, list[Point]] = {}
     for point in points:
         config = {name: value for name, value in point.config.items() if name != "seed"}
-        found.setdefault(json.dumps(config, sort_keys=True), []).append(point)
+        same = found.setdefault(json.dumps(config, sort_keys=True), [])
+        if point.config["seed"] not in [other.config["seed"] for other in same]:
+            same.append(point)
     return [Group({name: value for name, value in same[0].overrides.items() if name != "seed"}, tuple(same)) for same in found.values()]
 
 

@@ -35,7 +35,7 @@ from opdjax.scoring.local import score
 from opdjax.sharding import replicated, shard_rows
 from opdjax.train_state import TrainState, UpdateSpec, init_state, make_examine, make_optimizer, make_update
 from opdjax.types import Metrics, PromptBatch, Rollouts, TrainBatch
-from opdjax.workdir import WorkdirError, append_lines, claim, cut_lines, locked, read_config, read_lines, write_json
+from opdjax.workdir import append_lines, claim, cut_lines, local_path, locked, read_config, read_lines, write_json
 
 _ALTERNATIVES = 5  # of the teacher, written beside each token of the samples
 
@@ -46,11 +46,7 @@ class NonFiniteLossError(RuntimeError):
 
 def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
     """Run `config` in `workdir` and return its result, which is also `result.json`; a finished run is only reported."""
-    if "://" in str(workdir) or str(workdir).startswith("gs:"):
-        raise WorkdirError(
-            f"--workdir {workdir} is not a local path; bucket paths are not supported yet, mount the bucket or copy afterwards"
-        )
-    workdir = pathlib.Path(workdir)
+    workdir = local_path(workdir)
     bind(config.estimator.recipe, config.estimator.options)
     with locked(workdir), contextlib.ExitStack() as opened:
         setup = prepare(config)
@@ -149,40 +145,43 @@ def _rollouts(setup: Setup, params: Params, prompts: PromptBatch, step: int) -> 
     if sampling.source == "student":
         return draw(params, prompts, config.seed, step, config=setup.student.config, decoding=setup.decoding)
     if sampling.source == "references":
-        answers = _reference_answers(setup, prompts)
-    else:
-        teacher = setup.teacher
-        view = prompts
-        if prompts.teacher_tokens is not None:
-            view = dataclasses.replace(prompts, tokens=prompts.teacher_tokens, mask=prompts.teacher_mask)
-        written = draw(teacher.params, view, config.seed, step, config=teacher.checkpoint.config, decoding=teacher.decoding)
-        answers = _as_student_ids(setup, written)
-    return answer_rows(prompts, answers, sampling.max_completion_length, step)
+        return answer_rows(prompts, _reference_answers(setup, prompts, step), sampling.max_completion_length, step)
+    teacher, view = setup.teacher, prompts
+    if prompts.teacher_tokens is not None:
+        view = dataclasses.replace(prompts, tokens=prompts.teacher_tokens, mask=prompts.teacher_mask)
+    written = draw(teacher.params, view, config.seed, step, config=teacher.checkpoint.config, decoding=teacher.decoding)
+    rows = answer_rows(prompts, _as_student_ids(setup, written), sampling.max_completion_length, step)
+    is_truncated = rows.is_truncated | np.asarray(written.is_truncated)
+    return dataclasses.replace(rows, sample_id=np.asarray(written.sample_id), is_truncated=is_truncated)
 
 
-def _reference_answers(setup: Setup, prompts: PromptBatch) -> list[list[int]]:
-    """Each prompt's references in turn, as many as there are generations."""
-    answers = []
-    for index in np.asarray(prompts.prompt_id):
+def _reference_answers(setup: Setup, prompts: PromptBatch, step: int) -> list[list[int]]:
+    """Each prompt's references in turn, over its generations and over the epochs."""
+    answers, count = [], setup.config.sampling.num_generations
+    for place, index in enumerate(np.asarray(prompts.prompt_id)):
         texts = setup.prompts.prompts[index].references
-        answers += [_encode_answer(setup, texts[number % len(texts)]) for number in range(setup.config.sampling.num_generations)]
+        epoch = (step * setup.config.train.prompts_per_step + place) // len(setup.prompts)
+        chosen = [texts[(epoch * count + number) % len(texts)] for number in range(count)]
+        answers += [[*setup.tokenizer.encode(text, add_special_tokens=False), _end_token(setup)] for text in chosen]
     return answers
 
 
 def _as_student_ids(setup: Setup, written: Rollouts) -> list[list[int]]:
-    """The teacher's answers as it wrote them; through their text where its tokenizer is another one."""
-    teacher = setup.teacher
-    if teacher.shares_vocabulary:
-        return [row[keep].tolist() for row, keep in zip(np.asarray(written.tokens), np.asarray(written.mask))]
-    texts, truncated = completions(written, teacher.tokenizer), np.asarray(written.is_truncated)
-    # A text that was cut off has no end to teach.
-    return [_encode_answer(setup, text)[: -1 if is_cut else None] for text, is_cut in zip(texts, truncated)]
+    """The teacher's answers as it wrote them, ended as the student ends; through their text where its tokenizer is another one."""
+    teacher, answers = setup.teacher, []
+    texts = [None] * written.tokens.shape[0] if teacher.shares_vocabulary else completions(written, teacher.tokenizer)
+    for text, row, keep, is_cut in zip(texts, *map(np.asarray, (written.tokens, written.mask, written.is_truncated))):
+        # An answer that was cut off has no end to teach; an end that the student does not stop at would teach it to run on.
+        body = row[keep].tolist()[: None if is_cut else -1]
+        body = body if text is None else setup.tokenizer.encode(text, add_special_tokens=False)
+        answers.append(body if is_cut else [*body, _end_token(setup)])
+    return answers
 
 
-def _encode_answer(setup: Setup, text: str) -> list[int]:
-    """Token ids of an answer and the stop token that the student ends with."""
+def _end_token(setup: Setup) -> int:
+    """The stop token that the student ends its answers with."""
     stop, end = setup.decoding.stop_token_ids, setup.tokenizer.eos_token_id
-    return [*setup.tokenizer.encode(text, add_special_tokens=False), end if end in stop else stop[0]]
+    return end if end in stop else stop[0]
 
 
 def _score(setup: Setup, batch: TrainBatch, needs: str) -> tuple[TrainBatch, Head | None]:
@@ -246,7 +245,8 @@ def _token_columns(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray, seen: d
     names |= {"student_logprob": "student_logprobs", "teacher_logprob": "teacher_logprobs"}
     columns: dict[str, Any] = {"tokens": [tokenizer.decode([token]) for token in tokens[mask].tolist()]}
     for name, column in names.items():
-        columns[column] = [round(value, 4) for value in seen[name][mask].tolist()] if name in seen else None
+        # JSON has no NaN and no infinity.
+        columns[column] = [round(v, 4) if np.isfinite(v) else None for v in seen[name][mask].tolist()] if name in seen else None
     columns["teacher_top"] = None
     if "alternatives" in seen:
         pairs = zip(seen["alternatives"][mask].tolist(), np.exp(seen["alternative_logprobs"][mask]).tolist())

@@ -21,6 +21,15 @@ class WorkdirError(ValueError):
     """The directory belongs to another run, or to one that is still going on."""
 
 
+def local_path(workdir: str | pathlib.Path) -> pathlib.Path:
+    """The path, or WorkdirError where it is a bucket's."""
+    if "://" in str(workdir) or str(workdir).startswith("gs:"):
+        raise WorkdirError(
+            f"--workdir {workdir} is not a local path; bucket paths are not supported yet, mount the bucket or copy afterwards"
+        )
+    return pathlib.Path(workdir)
+
+
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
     """Hold the directory for this process; two runs never write one directory."""
@@ -44,12 +53,17 @@ def claim(workdir: pathlib.Path, config: Config, facts: dict[str, Any]) -> None:
         write_json(file, new)
         return
     old = read_run_config(workdir)
-    changed = differences({"config": old["config"], "data": old["data"]}, {"config": new["config"], "data": new["data"]})
+    changed = differences({"config": as_of_today(old["config"]), "data": old["data"]}, {"config": new["config"], "data": new["data"]})
     if changed:
         listed = "\n  ".join(changed)
         raise WorkdirError(f"{workdir} holds a run of another config; choose another --workdir or undo (there -> now):\n  {listed}")
     for line in differences(old["environment"], new["environment"], "environment."):
         print(f"note: continuing under another {line}; results may differ in the last bits")
+
+
+def as_of_today(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved config with the defaults of the fields that have come since."""
+    return to_dict(from_dict(Config, saved))
 
 
 def read_config(workdir: pathlib.Path) -> Config:
@@ -102,7 +116,8 @@ def _git_commit() -> str | None:
 
 def write_json(file: pathlib.Path, value: Any) -> None:
     """Write a JSON file whole or not at all."""
-    partial = file.with_name(file.name + ".partial")
+    # Two runners may write one file at once: each has a draft of its own.
+    partial = file.with_name(f"{file.name}.{platform.node()}.{os.getpid()}.partial")
     partial.write_text(json.dumps(value, indent=2) + "\n")
     partial.replace(file)
 
