@@ -23,8 +23,8 @@ from typing import Any
 
 from opdjax.config import differences, to_dict
 from opdjax.points import SweepPoint
-from opdjax.results import FAILURE, POINT, RESULT, status_of
-from opdjax.workdir import WorkdirError, append_lines, num_cores, read_lines, write_json
+from opdjax.results import FAILURE, POINT, RESULT, read_point, status_of
+from opdjax.workdir import WorkdirError, append_lines, num_cores, read_lines, require_local, write_json
 
 _POLL, _REPORT = 0.2, 20.0  # seconds
 _LOG_TAIL = 25  # lines of a failed run that are kept with its failure
@@ -60,6 +60,7 @@ def run_sweep(
     `shard` (i, n) takes every n-th point from the i-th on. Points that another runner holds are waited for, and taken
     over if it dies. With several jobs the cores of this machine are shared out evenly between them.
     """
+    require_directory(workdir)
     _write_points(points, workdir)
     mine = list(points[shard[0] - 1 :: shard[1]])
     running: list[_Job] = []
@@ -91,20 +92,31 @@ def _is_settled(directory: pathlib.Path, retry_failed: bool) -> bool:
     return status_of(directory) in (("done",) if retry_failed else ("done", "failed"))
 
 
+def require_directory(workdir: pathlib.Path) -> None:
+    """WorkdirError where a sweep cannot live: outside this file system, in a file, in a single run."""
+    require_local(workdir, "--workdir")
+    if any(place.exists() and not place.is_dir() for place in (workdir, *workdir.parents)):
+        raise WorkdirError(f"--workdir {workdir} is a file or lies in one; expected a directory, or the place of a new one")
+    if (workdir / "config.json").exists():
+        raise WorkdirError(f"--workdir {workdir} holds a config.json, of a run or a model; expected a directory for the whole sweep")
+
+
 def _write_points(points: Sequence[SweepPoint], workdir: pathlib.Path) -> None:
     """Say in each point's directory what is asked for, so that a table knows what is missing; refuse to change what was asked."""
+    new = []
     for point in points:
         directory = workdir / point.id
-        asked = {"id": point.id, "overrides": point.overrides, "config": to_dict(point.config)}
-        with contextlib.suppress(FileNotFoundError):
-            there = json.loads((directory / POINT).read_text())
-            changed = differences(there["config"], asked["config"])
-            if changed:
-                listed = "\n  ".join(changed)
-                raise WorkdirError(f"{directory} was asked for with another config; choose another --workdir (there -> now):\n  {listed}")
+        if not (directory / POINT).exists():
+            new.append(point)
             continue
+        changed = differences(read_point(directory / POINT)["config"], to_dict(point.config))
+        if changed:
+            listed = "\n  ".join(changed)
+            raise WorkdirError(f"{directory} was asked for with another config; choose another --workdir (there -> now):\n  {listed}")
+    for point in new:
+        directory = workdir / point.id
         directory.mkdir(parents=True, exist_ok=True)
-        write_json(directory / POINT, asked)
+        write_json(directory / POINT, {"id": point.id, "overrides": point.overrides, "config": to_dict(point.config)})
 
 
 def _start_next(waiting: Sequence[SweepPoint], workdir: pathlib.Path, running: Sequence[_Job], jobs: int, retry: bool) -> _Job | None:
@@ -223,6 +235,7 @@ def seconds_per_point(points: Sequence[SweepPoint], workdir: pathlib.Path) -> fl
 
 def describe(points: Sequence[SweepPoint], workdir: pathlib.Path, jobs: int) -> str:
     """What `--dry-run` prints: every point and its state, the count, and what is left to do."""
+    require_directory(workdir)
     state = {p.id: status_of(workdir / p.id) for p in points}
     lines = [f"{state[p.id]:8}{p.id}" for p in points]
     left = [p for p in points if state[p.id] != "done"]
