@@ -23,8 +23,8 @@ from typing import Any
 
 from opdjax.config import differences, to_dict
 from opdjax.points import SweepPoint
-from opdjax.results import FAILURE, POINT, RESULT, status_of
-from opdjax.workdir import WorkdirError, append_lines, as_of_today, local_path, num_cores, read_lines, write_json
+from opdjax.results import FAILURE, POINT, RESULT, read_point, status_of
+from opdjax.workdir import WorkdirError, append_lines, as_of_today, num_cores, read_lines, require_local, write_json
 
 _POLL, _REPORT = 0.2, 20.0  # seconds
 _LOG_TAIL = 25  # lines of a failed run that are kept with its failure
@@ -62,7 +62,7 @@ def run_sweep(
     over if it dies. With several jobs the cores of this machine are shared out evenly between them; an accelerator is not,
     so there one job at a time is right.
     """
-    workdir = local_path(workdir)
+    require_directory(workdir)
     _write_points(points, workdir)
     mine = list(points[shard[0] - 1 :: shard[1]])
     # A failure is tried again once: not those of this runner, nor those that another one has just met.
@@ -87,7 +87,7 @@ def run_sweep(
                 break
             if time.monotonic() - last_report > _REPORT:
                 last_report = time.monotonic()
-                held = len(open_points) - len(waiting) - len(running)
+                held = len(waiting) if len(running) < jobs else 0  # there was room, and none of them could be had
                 say(status_line(mine, workdir, [job.point for job in running], jobs) + (f", {held} held by others" if held else ""))
             time.sleep(_POLL)
     states = [status_of(workdir / p.id) for p in mine]
@@ -101,20 +101,31 @@ def _is_settled(directory: pathlib.Path, retried: float) -> bool:
     return status == "done" or (status == "failed" and (directory / FAILURE).stat().st_mtime >= retried)
 
 
+def require_directory(workdir: pathlib.Path) -> None:
+    """WorkdirError where a sweep cannot live: outside this file system, in a file, in a single run."""
+    require_local(workdir, "--workdir")
+    if any(place.exists() and not place.is_dir() for place in (workdir, *workdir.parents)):
+        raise WorkdirError(f"--workdir {workdir} is a file or lies in one; expected a directory, or the place of a new one")
+    if (workdir / "config.json").exists():
+        raise WorkdirError(f"--workdir {workdir} holds a config.json, of a run or a model; expected a directory for the whole sweep")
+
+
 def _write_points(points: Sequence[SweepPoint], workdir: pathlib.Path) -> None:
     """Say in each point's directory what is asked for, so that a table knows what is missing; refuse to change what was asked."""
+    new = []
     for point in points:
         directory = workdir / point.id
-        asked = {"id": point.id, "overrides": point.overrides, "config": to_dict(point.config)}
-        with contextlib.suppress(FileNotFoundError):
-            there = json.loads((directory / POINT).read_text())
-            changed = differences(as_of_today(there["config"]), asked["config"])
-            if changed:
-                listed = "\n  ".join(changed)
-                raise WorkdirError(f"{directory} was asked for with another config; choose another --workdir (there -> now):\n  {listed}")
+        if not (directory / POINT).exists():
+            new.append(point)
             continue
+        changed = differences(as_of_today(read_point(directory / POINT)["config"]), to_dict(point.config))
+        if changed:
+            listed = "\n  ".join(changed)
+            raise WorkdirError(f"{directory} was asked for with another config; choose another --workdir (there -> now):\n  {listed}")
+    for point in new:
+        directory = workdir / point.id
         directory.mkdir(parents=True, exist_ok=True)
-        write_json(directory / POINT, asked)
+        write_json(directory / POINT, {"id": point.id, "overrides": point.overrides, "config": to_dict(point.config)})
 
 
 def _start_next(waiting: Sequence[SweepPoint], workdir: pathlib.Path, running: Sequence[_Job], jobs: int, retried: float) -> _Job | None:
@@ -238,6 +249,7 @@ def seconds_per_point(points: Sequence[SweepPoint], workdir: pathlib.Path) -> fl
 
 def describe(points: Sequence[SweepPoint], workdir: pathlib.Path, jobs: int) -> str:
     """What `--dry-run` prints: every point and its state, the count, and what is left to do."""
+    require_directory(workdir)
     state = {p.id: status_of(workdir / p.id) for p in points}
     lines = [f"{state[p.id]:8}{p.id}" for p in points]
     left = [p for p in points if state[p.id] != "done"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import shutil
 from functools import partial
@@ -30,12 +29,13 @@ from opdjax.models.decoder import Params
 from opdjax.models.hf import export, load_params, open_checkpoint
 from opdjax.ops.vocab import Head
 from opdjax.prepare import Setup, facts, prepare, scored_temperature
+from opdjax.results import read_result
 from opdjax.sampler import sample
 from opdjax.scoring.local import score
 from opdjax.sharding import replicated, shard_rows
 from opdjax.train_state import TrainState, UpdateSpec, init_state, make_examine, make_optimizer, make_update
 from opdjax.types import Metrics, PromptBatch, Rollouts, TrainBatch
-from opdjax.workdir import append_lines, claim, cut_lines, local_path, locked, read_config, read_lines, write_json
+from opdjax.workdir import WorkdirError, append_lines, claim, cut_lines, locked, read_config, read_lines, require_local, write_json
 
 _ALTERNATIVES = 5  # of the teacher, written beside each token of the samples
 
@@ -46,7 +46,8 @@ class NonFiniteLossError(RuntimeError):
 
 def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
     """Run `config` in `workdir` and return its result, which is also `result.json`; a finished run is only reported."""
-    workdir = local_path(workdir)
+    require_local(workdir, "--workdir")
+    workdir = pathlib.Path(workdir)
     bind(config.estimator.recipe, config.estimator.options)
     with locked(workdir), contextlib.ExitStack() as opened:
         setup = prepare(config)
@@ -56,7 +57,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
                 print(f"left out {prompts.num_skipped} prompts over {config.data.max_prompt_length} tokens, first {prompts.skipped[0]}")
         if (workdir / "result.json").exists():
             print(f"{workdir} holds a finished run")
-            result = json.loads((workdir / "result.json").read_text())
+            result = read_result(workdir)
             if "eval_after" in result:
                 print(result_table(result))
             return result
@@ -88,8 +89,7 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> d
     if first:
         state = checkpointer.restore(first, state)
         print(f"continuing from step {first}")
-    for name in ("samples.jsonl", "eval.jsonl"):
-        cut_lines(workdir / name, first)
+    _cut_back(setup, workdir, first)
     writer = MetricWriter(workdir, last_step=first, tensorboard=config.log.tensorboard)
     opened.callback(writer.close)
     publish = jax.jit(partial(jax.tree.map, lambda x: x.astype(setup.dtype)))
@@ -136,6 +136,26 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> d
     checkpointer.wait()
     exported = _export_student(setup, state, workdir / "student", spec.dtype)
     return _finish(setup, workdir, exported, int(state.num_skipped))
+
+
+def _cut_back(setup: Setup, workdir: pathlib.Path, step: int) -> None:
+    """Drop the rows after the checkpoint that the run continues from; nothing is touched where what must be there before it is not."""
+    config, names = setup.config, ("metrics.jsonl", "samples.jsonl", "eval.jsonl")
+    metrics, _, evaluations = (read_lines(workdir / name) for name in names)
+    # One checkpoint may be in the making and one streak of skipped steps behind it when a run is killed.
+    reached, within = max([row["step"] for row in metrics], default=0), 2 * config.checkpoint.every + config.train.max_nonfinite_steps
+    if step == 0 and reached > within:
+        raise WorkdirError(
+            f"{workdir} has metrics up to step {reached} and no checkpoint; put checkpoints back or start in a new work directory"
+        )
+    evaluation, found = config.evaluation, {(row["step"], row["temperature"]) for row in evaluations}
+    wanted = {(0, temperature) for temperature in (evaluation.temperature, *evaluation.extra_temperatures)}
+    if step and setup.evaluator is not None and not wanted <= found:
+        raise WorkdirError(
+            f"{workdir / 'eval.jsonl'} lacks the evaluation of step 0, whose parameters are gone; put it back or use a new work directory"
+        )
+    for name in names:
+        cut_lines(workdir / name, step)
 
 
 def _rollouts(setup: Setup, params: Params, prompts: PromptBatch, step: int) -> Rollouts:
@@ -262,8 +282,6 @@ def _evaluate(setup: Setup, workdir: pathlib.Path, step: int, params: Params | N
     found = {(row["step"], row["temperature"]): row for row in read_lines(file)}
     evaluation = setup.config.evaluation
     if (step, evaluation.temperature) not in found:
-        if params is None:
-            raise ValueError(f"{file} lacks the evaluation of step {step}, whose parameters are gone; start in a new work directory")
         scores = setup.evaluator(params)
         append_lines(file, [{"step": step, **scores}])
         found[step, evaluation.temperature] = scores
@@ -287,6 +305,7 @@ def _export_student(setup: Setup, state: TrainState, out: pathlib.Path, dtype: s
 
 def export_step(workdir: pathlib.Path, step: str, out: pathlib.Path, dtype: str | None) -> pathlib.Path:
     """Write the student of one checkpoint (`latest`, `best` or a step) of a run as a Hugging Face checkpoint."""
+    require_local(out, "the directory to export to,")
     config = read_config(workdir)
     source = open_checkpoint(config.student.path, config.student.revision)
     checkpointer = Checkpointer(
