@@ -264,7 +264,7 @@ CONFIG = {
     "a convention and a part of it": (PARSED, lambda p: p.train(*TOPK, "--estimator.convention", "trl", "--estimator.support", "student"),
         "estimator.support is 'student'; expected none: convention trl sets it"),
     "a tail of nothing": (PARSED, lambda p: p.train(*TOPK, "--estimator.outside", "tail"),
-        "estimator.outside is 'tail'; expected drop unless renormalize is none"),
+        "estimator.outside is 'tail'; expected drop where renormalize is both"),
     "cross-entropy on one's own draws": ("ConfigError", lambda p: p.train("--estimator.recipe", "sft"),
         "sampling.source is 'student'; expected teacher or references"),
     "a policy gradient on another's draws": ("ConfigError", lambda p: p.train("--sampling.source", "teacher"),
