@@ -20,10 +20,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from opdjax.checkpoint import Checkpointer
+from opdjax.checks import enforce
 from opdjax.config import Config, ConfigError, DataConfig, ModelConfig
 from opdjax.data.chat import check_same_vocabulary, load_tokenizer, valid_vocab
 from opdjax.data.packing import to_train_batch
 from opdjax.data.prompts import DataError, PromptSet, collate, encode_prompts, indices_at, read_prompts
+from opdjax.doctor import Subject, check_first_step, check_settings
 from opdjax.estimators import RECIPES, bind
 from opdjax.evals.evaluate import Evaluator, completions
 from opdjax.evals.grading import require_grader
@@ -49,6 +51,7 @@ class Teacher:
     """The frozen model that supervises."""
 
     checkpoint: Checkpoint
+    tokenizer: Any
     params: Params
     head: Head
 
@@ -88,6 +91,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
             if "eval_after" in result:
                 print(result_table(result))
             return result
+        enforce(check_settings(subject_of(setup)))
         return _run(setup, workdir, opened)
 
 
@@ -135,6 +139,8 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> d
         with timer.phase("update"):
             state, metrics = update(state, batch, teacher_head)
             metrics = jax.tree.map(float, jax.device_get(metrics))
+        if step == first:
+            enforce(check_first_step(batch, rollouts, prompts, metrics, setup.decoding, setup.dtype))
 
         done = step + 1
         metrics |= _rollout_metrics(rollouts)
@@ -201,11 +207,20 @@ def prepare(config: Config) -> Setup:
         student=student,
         dtype=compute_dtype(config.student),
         tokenizer=tokenizer,
-        teacher=Teacher(teacher, teacher_params, teacher_head),
+        teacher=Teacher(teacher, teacher_tokenizer, teacher_params, teacher_head),
         prompts=prompts,
         decoding=decoding,
         evaluator=evaluator,
     )
+
+
+def subject_of(setup: Setup) -> Subject:
+    """The parts of a run that the doctor looks at."""
+    teacher = setup.teacher
+    return Subject(
+        setup.config, setup.student, teacher.checkpoint, setup.tokenizer, teacher.tokenizer, setup.dtype, teacher.params, teacher.head,
+        setup.prompts, setup.decoding,
+    )  # fmt: skip
 
 
 def make_evaluator(config: Config, student: Checkpoint, tokenizer: Any, mesh: Mesh | None) -> Evaluator | None:
