@@ -368,7 +368,7 @@ def check_self_distillation(
     largest_norm = max(allowed.gradient * of_teacher.gradient_norm, 10 * allowed.mean)
     if not (of_itself.log_ratio <= allowed.mean and abs(of_itself.kl) <= allowed.mean):
         cause = f"the student computes in {dtypes[0]}, the teacher in {dtypes[1]}: " if dtypes[0] != dtypes[1] else ""
-        advice = f"{cause}give both the same numerics (--student.dtype, --teacher.dtype)"
+        advice = f"{cause}give both one type (--student.dtype, --teacher.dtype) and one masking of the vocabulary"
         problems.append(("fault", f"a student that is its own teacher disagrees with itself: {of_itself}; expected 0; {advice}"))
     elif vanishes and not (abs(of_itself.loss) <= allowed.mean and of_itself.gradient_norm <= largest_norm):
         problems.append(("fault", f"recipe {recipe!r} moves a student that is its own teacher: {of_itself}; expected 0; check its options"))
@@ -399,9 +399,12 @@ def check_teacher_dtype(difference: np.ndarray, student: str, teacher: str, stor
 def check_repeated_scores(first: np.ndarray, again: np.ndarray, otherwise: np.ndarray, dtype: str, backend: str) -> Finding:
     """Two scorings of one batch are bit-equal; in other parts and with more padding (`otherwise`) they differ by rounding only."""
     allowed = tolerance(backend, dtype).largest
-    repeated, moved = (float(np.max(np.abs(first - other), initial=0)) for other in (again, otherwise))
+    # Equal infinities and NaNs are no difference: what they mean is for other checks.
+    is_same = lambda other: (first == other) | (np.isnan(first) & np.isnan(other))  # noqa: E731
+    apart = lambda other: float(np.max(np.abs(np.where(is_same(other), 0, first - other)), initial=0))  # noqa: E731
+    repeated, moved = apart(again), apart(otherwise)
     problems: list[Problem] = []
-    if not np.array_equal(first, again):
+    if repeated != 0:
         found = f"two teacher scorings of one batch differ by up to {repeated:.2g}; expected the same bits"
         problems.append(
             ("warning" if repeated <= allowed else "fault", f"{found}: a run will not repeat; look for nondeterministic kernels")
@@ -437,7 +440,10 @@ def check_teacher_is_better(
         return Finding(name, "ok", f"{measured}: it words its answers unlike the references, and is right more often")
     # Clear: by more than two standard errors over the prompts.
     is_clear = behind.mean() > 2 * behind.std() / np.sqrt(max(len(behind) - 1, 1))
-    advice = "expected the teacher ahead; student and teacher look swapped, check --student.path and --teacher.path"
+    advice = (
+        "expected the teacher ahead: student and teacher look swapped (check --student.path and --teacher.path), "
+        "or the teacher does not know its prompt format"
+    )
     return Finding(name, "fault" if is_clear and correct is not None else "warning", f"{measured}; {advice}")
 
 

@@ -221,22 +221,20 @@ def _altered_sampling(evaluation: EvaluationConfig) -> str | None:
 def _self_distillation(subject: Subject, specimen: Specimen) -> Finding:
     """Two updates' losses and gradients: with the student's own weights for a teacher, and with the teacher."""
     config = subject.config
-    recipe, options = bind(config.estimator.recipe, config.estimator.options)
+    recipe = RECIPES[config.estimator.recipe]
     if recipe.teacher not in ("token", "vocabulary"):
         return Finding("self_distillation", "ok", f"not made: recipe {config.estimator.recipe!r} takes no log-probs from a teacher")
     # Its own view on both sides: through another template the student would be in another context.
     own, start = _own_view(specimen.batch), load_params(subject.student, "float32")
-    spec = _update_spec(subject, own.tokens.shape[0])
-    rate = jax.jit(partial(loss_and_grad, spec=spec, recipe=recipe, options=options))
-    mask = np.asarray(own.mask)
+    spec, mask = _update_spec(subject, own.tokens.shape[0]), np.asarray(own.mask)
 
     def lesson(params: Params, head: Head, batch: TrainBatch, model: DecoderConfig) -> checks.Lesson:
         scores: TeacherScores = score(params, head, batch, config=model, needs=recipe.teacher, tile=config.estimator.tile)
-        loss, gradient, outputs = rate(start, dataclasses.replace(own, teacher=scores), head if recipe.teacher == "vocabulary" else None)
+        head = head if recipe.teacher == "vocabulary" else None
+        loss, norm, outputs = _first_loss(start, dataclasses.replace(own, teacher=scores), head, spec)
         reward = np.asarray(outputs["reward"])
         kl = np.asarray(outputs.get("kl", -reward))
-        norm = float(jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(gradient))))
-        return checks.Lesson(float(np.abs(reward)[mask].mean()), float(kl[mask].mean()), float(loss), norm)
+        return checks.Lesson(float(np.abs(reward)[mask].mean()), float(kl[mask].mean()), float(loss), float(norm))
 
     weights = load_params(subject.student, subject.teacher_dtype)
     of_itself = lesson(weights, _with_kernel_of(subject.teacher_head, weights), own, subject.student.config)
@@ -244,6 +242,13 @@ def _self_distillation(subject: Subject, specimen: Specimen) -> Finding:
     name = config.estimator.recipe
     dtypes = subject.student_dtype, subject.teacher_dtype
     return checks.check_self_distillation(of_itself, of_teacher, name, name in VANISHING, dtypes, jax.default_backend())
+
+
+@partial(jax.jit, static_argnames="spec")
+def _first_loss(params: Params, batch: TrainBatch, head: Head | None, spec: UpdateSpec):
+    """(loss, norm of the gradient, outputs) of the run's own update."""
+    loss, gradient, outputs = loss_and_grad(params, batch, head, spec, *bind(spec.estimator.recipe, spec.estimator.options))
+    return loss, jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(gradient))), outputs
 
 
 def _update_spec(subject: Subject, rows: int) -> UpdateSpec:

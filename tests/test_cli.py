@@ -90,7 +90,7 @@ def test_help_lists_every_verb(opdjax):
         status, out, err = opdjax(flag)
         assert (status, err) == (0, "")
         listed = re.findall(r"^  (\w+) ", out, re.MULTILINE)
-        assert listed == ["train", "sample", "evaluate", "import", "export"] == list(cli.VERBS)
+        assert listed == ["train", "doctor", "sample", "evaluate", "import", "export"] == list(cli.VERBS)
     status, out, _ = opdjax()
     assert status == 2
     assert "usage: opdjax VERB" in out
@@ -122,7 +122,7 @@ def test_an_unknown_verb_is_answered_with_the_nearest(opdjax):
     assert opdjax("trian") == (2, "", "opdjax: there is no verb 'trian'; did you mean 'train'?")
     status, _, err = opdjax("xyz")
     assert status == 2
-    assert err.endswith("expected one of ['evaluate', 'export', 'import', 'sample', 'train']")
+    assert err.endswith("expected one of ['doctor', 'evaluate', 'export', 'import', 'sample', 'train']")
 
 
 @pytest.mark.parametrize(
