@@ -117,13 +117,18 @@ def take_specimen(subject: Subject, num_prompts: int) -> Specimen:
     config, decoding = subject.config, subject.decoding
     indices = indices_at(0, min(num_prompts, len(subject.prompts)), len(subject.prompts), config.seed)
     prompts = collate(subject.prompts, indices)
-    params = load_params(subject.student, subject.student_dtype)
+    params = _load(subject, subject.student, subject.student_dtype)
     head = head_of(params, valid_vocab=decoding.valid_vocab, temperature=decoding.temperature)
     rollouts = sample(params, prompts, config.seed, 0, config=subject.student.config, decoding=decoding)
     batch = to_train_batch(rollouts, prompts)
     scores = _teacher_logprobs(subject, batch)
     answers = _greedy(subject, subject.teacher_params, subject.teacher.config, _as_teacher_sees(prompts))
     return Specimen(indices, prompts, params, head, rollouts, batch, scores, answers)
+
+
+def _load(subject: Subject, checkpoint: Checkpoint, dtype: str) -> Params:
+    """Weights placed as the teacher's are, so that one compiled program serves both models where their shapes agree."""
+    return load_params(checkpoint, dtype, subject.teacher_params["embedding"].sharding)
 
 
 def _logprobs(params: Params, head: Head, batch: TrainBatch, model: DecoderConfig, tile: int, parts: int = 1) -> np.ndarray:
@@ -188,11 +193,10 @@ def _chat_template(subject: Subject, specimen: Specimen) -> Finding:
 
 
 def _sampler_matches_scorer(subject: Subject, specimen: Specimen) -> Finding:
-    mask = np.asarray(specimen.batch.mask)
+    mask = jnp.asarray(specimen.batch.mask)
     # Beside the mask too, where the tokens lie if it is shifted; nothing predicts column 0.
-    near = mask | np.roll(mask, 1, axis=1) | np.roll(mask, -1, axis=1)
-    near[:, 0] = False
-    batch = dataclasses.replace(_own_view(specimen.batch), mask=jnp.asarray(near))
+    near = (mask | jnp.roll(mask, 1, axis=1) | jnp.roll(mask, -1, axis=1)).at[:, 0].set(False)
+    batch = dataclasses.replace(_own_view(specimen.batch), mask=near)
 
     def score_at(temperature: float) -> np.ndarray:
         head = dataclasses.replace(specimen.student_head, temperature=temperature)
@@ -200,7 +204,7 @@ def _sampler_matches_scorer(subject: Subject, specimen: Specimen) -> Finding:
 
     sampled = np.asarray(specimen.rollouts.unfiltered_logprobs)
     return checks.check_sampler_matches_scorer(
-        sampled, mask, score_at, subject.decoding.temperature, subject.student_dtype, jax.default_backend()
+        sampled, np.asarray(mask), score_at, subject.decoding.temperature, subject.student_dtype, jax.default_backend()
     )
 
 
@@ -225,7 +229,7 @@ def _self_distillation(subject: Subject, specimen: Specimen) -> Finding:
     if recipe.teacher not in ("token", "vocabulary"):
         return Finding("self_distillation", "ok", f"not made: recipe {config.estimator.recipe!r} takes no log-probs from a teacher")
     # Its own view on both sides: through another template the student would be in another context.
-    own, start = _own_view(specimen.batch), load_params(subject.student, "float32")
+    own, start = _own_view(specimen.batch), _load(subject, subject.student, "float32")
     spec, mask = _update_spec(subject, own.tokens.shape[0]), np.asarray(own.mask)
 
     def lesson(params: Params, head: Head, batch: TrainBatch, model: DecoderConfig) -> checks.Lesson:
@@ -236,7 +240,7 @@ def _self_distillation(subject: Subject, specimen: Specimen) -> Finding:
         kl = np.asarray(outputs.get("kl", -reward))
         return checks.Lesson(float(np.abs(reward)[mask].mean()), float(kl[mask].mean()), float(loss), float(norm))
 
-    weights = load_params(subject.student, subject.teacher_dtype)
+    weights = _load(subject, subject.student, subject.teacher_dtype)
     of_itself = lesson(weights, _with_kernel_of(subject.teacher_head, weights), own, subject.student.config)
     of_teacher = lesson(subject.teacher_params, subject.teacher_head, specimen.batch, subject.teacher.config)
     name = config.estimator.recipe
@@ -270,7 +274,7 @@ def _update_spec(subject: Subject, rows: int) -> UpdateSpec:
 def _teacher_dtype(subject: Subject, specimen: Specimen) -> Finding:
     difference = np.zeros(1)
     if subject.teacher_dtype != "float32":
-        params = load_params(subject.teacher, "float32")
+        params = _load(subject, subject.teacher, "float32")
         head = _with_kernel_of(subject.teacher_head, params)
         exact = _logprobs(params, head, specimen.batch, subject.teacher.config, subject.config.estimator.tile)
         difference = np.abs(specimen.teacher_scores - exact)[np.asarray(specimen.batch.mask)]

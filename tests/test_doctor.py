@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -181,7 +182,7 @@ def test_fault_3_a_shifted_mask(healthy, monkeypatch, side, step):
 
     def shifted(rollouts, prompts):
         batch = to_train_batch(rollouts, prompts)
-        return dataclasses.replace(batch, mask=np.roll(np.asarray(batch.mask), step, axis=1))
+        return dataclasses.replace(batch, mask=jnp.roll(batch.mask, step, axis=1))
 
     monkeypatch.setattr(opdjax.doctor, "to_train_batch", shifted)
     findings = diagnose(healthy)
@@ -289,7 +290,7 @@ def test_a_run_with_a_fault_in_its_settings_does_not_start(plant, tmp_path):
 def test_a_run_with_a_shifted_mask_stops_at_its_first_step(healthy, tmp_path, monkeypatch):
     def shifted(rollouts, prompts):
         batch = to_train_batch(rollouts, prompts)
-        return dataclasses.replace(batch, mask=np.roll(np.asarray(batch.mask), 1, axis=1))
+        return dataclasses.replace(batch, mask=jnp.roll(batch.mask, 1, axis=1))
 
     def make_update(*_):
         return lambda state, batch, head: (state, {"rollout/logprob_gap": 0.4})
@@ -298,7 +299,7 @@ def test_a_run_with_a_shifted_mask_stops_at_its_first_step(healthy, tmp_path, mo
     monkeypatch.setattr(opdjax.train, "make_update", make_update)  # compiling the real one takes seconds
     with pytest.raises(FaultError, match=r"✗ mask: the mask is shifted by one column to the right[^✗]*\n✗ sampler_matches_scorer: "):
         train(vary(healthy, evaluation={"source": None}), tmp_path / "run")
-    assert not (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_warning_is_printed_and_the_run_goes_on(capsys):
