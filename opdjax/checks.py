@@ -126,27 +126,28 @@ def check_stop_tokens(
     run, ours, theirs = set(run_stops), {*configured[0], *more}, set(configured[1])
     name = lambda ids: _named(ids, tokenizers[0])  # noqa: E731
     problems: list[Problem] = []
-    advice = "add what is missing with --sampling.stop-token-ids, or set eos_token_id in generation_config.json"
     if theirs and not theirs & run:
-        problems.append(("fault", f"rollouts end at {name(run)}, the teacher ends its answers with {name(theirs)} only; {advice}"))
+        problems.append(("fault", f"rollouts end at {name(run)}, the teacher ends its answers with {name(theirs)} only"))
     elif ours and theirs and not ours & theirs:
-        problems.append(
-            ("fault", f"the student's generation config ends at {name(ours)}, the teacher's at {name(theirs)}: nothing in common; {advice}")
-        )
+        found = f"the student's generation config ends at {name(ours)}, the teacher's at {name(theirs)}"
+        problems.append(("fault", f"{found}: nothing in common, set eos_token_id alike in both"))
     elif theirs - run:
-        problems.append(("warning", f"the teacher may also end with {name(theirs - run)}, where rollouts do not end; {advice}"))
+        problems.append(("warning", f"the teacher may also end with {name(theirs - run)}, where rollouts do not end"))
     formats = {"student": data.format, "teacher": data.teacher_format or data.format}
-    turns = {}
+    turns = {role: end_of_turn(t) for (role, format), t in zip(formats.items(), tokenizers) if format == "chat"}
+    missing = {role: turn for role, turn in turns.items() if turn is not None and turn not in run}
+    if missing:
+        found = f"the chat template of {' and '.join(missing)} ends a turn with {name(missing.values())}"
+        problems.append(("fault", f"{found}, where rollouts do not end: answers run on past their end"))
     for role, tokenizer, stops in zip(formats, tokenizers, configured):
-        turns[role] = end_of_turn(tokenizer) if formats[role] == "chat" else None
-        if turns[role] is not None and turns[role] not in run:
-            found = f"the {role}'s chat template ends a turn with {name([turns[role]])}, rollouts end at {name(run)}"
-            problems.append(("fault", f"{found}: answers would run on past their end; {advice}"))
         eos = tokenizer.eos_token_id
         if eos is not None and stops and eos not in stops:
             found = f"the {role}'s tokenizer ends with {name([eos])}, its generation config with {name(stops)}"
-            problems.append(("warning", f"{found}: other engines will not stop where this one does; make them agree"))
+            problems.append(("warning", f"{found}: other engines will not stop where this one does, make them agree"))
     problems += [] if endings is None else _judge_endings(endings, run, name)
+    lacking = sorted((theirs | set(missing.values())) - run)
+    if lacking:
+        problems.append(("warning", f"what to do: --sampling.stop-token-ids {' '.join(map(str, sorted({*more, *lacking})))}"))
     fine = f"answers end at {name(run)} for both models"
     if endings is not None:
         fine += f"; {int((endings != -1).sum())} of {len(endings)} greedy teacher answers do"
@@ -163,7 +164,7 @@ def _judge_endings(endings: np.ndarray, run: set[int], name) -> list[Problem]:
     problems: list[Problem] = []
     if foreign:
         found = f"{len(foreign)} of {total} greedy teacher answers end with {name(set(foreign))}, where rollouts do not end"
-        problems.append(("fault" if len(foreign) > total / 2 else "warning", f"{found}; add it with --sampling.stop-token-ids"))
+        problems.append(("fault" if len(foreign) > total / 2 else "warning", found))
     if cut > total / 4:
         found = f"{total - cut} of {total} greedy teacher answers end by themselves, {cut} are cut off"
         problems.append(("warning", f"{found}; raise sampling.max_completion_length, or check the template that the teacher sees"))
@@ -171,7 +172,7 @@ def _judge_endings(endings: np.ndarray, run: set[int], name) -> list[Problem]:
 
 
 def _named(ids: Iterable[int | None], tokenizer: Any) -> str:
-    ids = sorted(token for token in ids if token is not None)
+    ids = sorted({token for token in ids if token is not None})
     return ", ".join(f"{token} {tokenizer.convert_ids_to_tokens(token)!r}" for token in ids) or "nothing"
 
 

@@ -161,7 +161,8 @@ def test_fault_2_a_wrong_stop_token(plant, role, message):
     findings = diagnose(plant(role, "generation_config.json", lambda values: values | {"eos_token_id": 0}))
     assert complaints(findings) == {"stop_tokens": "fault"}
     assert message in findings["stop_tokens"].message
-    assert "--sampling.stop-token-ids" in findings["stop_tokens"].message
+    advice = {"student": "set eos_token_id alike in both", "teacher": "what to do: --sampling.stop-token-ids 0"}
+    assert advice[role] in findings["stop_tokens"].message
 
 
 def test_fault_2_a_base_student_that_knows_no_end_of_turn(plant):
@@ -171,7 +172,8 @@ def test_fault_2_a_base_student_that_knows_no_end_of_turn(plant):
     findings = diagnose(config)
     assert complaints(findings) == {"stop_tokens": "fault"}
     message = findings["stop_tokens"].message
-    assert "the student's chat template ends a turn with 2 '<|im_end|>', rollouts end at 0 '<|endoftext|>'" in message
+    assert "the chat template of student and teacher ends a turn with 2 '<|im_end|>', where rollouts do not end" in message
+    assert message.endswith("what to do: --sampling.stop-token-ids 2")
     assert "8 of 8 greedy teacher answers end with 2 '<|im_end|>', where rollouts do not end" in message
     assert complaints(diagnose(vary(config, sampling={"stop_token_ids": (2,)}))) == {}
 
