@@ -452,13 +452,15 @@ def check_mask(batch: TrainBatch, rollouts: Rollouts, prompt_width: int, stop_to
     """Mask 1 on exactly the sampled tokens, the stop token included, and on no first token and no padding.
 
     What was sampled is told from the tokens themselves: in a row with a prompt, every column from `prompt_width` on up to
-    the first stop token.
+    the first stop token. Of given answers, which may lack one, it is what the rollouts say.
     """
     mask, segments = np.asarray(batch.mask).astype(bool), np.asarray(batch.segment_ids)
     tokens, has_prompt = np.asarray(rollouts.tokens), np.asarray(rollouts.segment_ids)[:, :prompt_width].any(axis=1)
     is_stop = np.isin(tokens[:, prompt_width:], np.asarray(stop_token_ids))
     sampled = np.zeros(tokens.shape, bool)
     sampled[:, prompt_width:] = has_prompt[:, None] & (np.cumsum(is_stop, axis=1) - is_stop == 0)
+    if rollouts.behavior_logprobs is None:
+        sampled = np.asarray(rollouts.mask).astype(bool)
     problems: list[Problem] = []
     if mask.shape == sampled.shape and not np.array_equal(mask, sampled):
         row, column = np.argwhere(mask != sampled)[0]

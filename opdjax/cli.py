@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from opdjax.config import Config, ConfigError, DataConfig, EvaluationConfig, MeshConfig, ModelConfig, SamplingConfig, nearest
+from opdjax.config import Config, ConfigError, DataConfig, EvaluationConfig, MeshConfig, ModelConfig, SamplingConfig, from_dict, nearest
+from opdjax.points import SweepPoint
 
 
 def main() -> None:
@@ -45,22 +48,48 @@ def _usage() -> str:
 
 
 def load_experiment(file: str) -> Config:
-    """The config that an experiment file's `get_config()` returns."""
+    """The config that an experiment file's `get_config()` returns, or that a run's config.json or a point's point.json holds."""
+    if pathlib.Path(file).suffix == ".json":
+        return _read_saved_config(pathlib.Path(file))
+    config = _call_in_file(file, "get_config")
+    if not isinstance(config, Config):
+        raise ConfigError(f"get_config() of {file} returned a {type(config).__name__}; expected a Config")
+    return config
+
+
+def load_sweep(file: str) -> list[SweepPoint]:
+    """The points that a sweep file's `get_sweep()` returns."""
+    found = _call_in_file(file, "get_sweep")
+    if not isinstance(found, list) or not found or not all(isinstance(point, SweepPoint) for point in found):
+        raise ConfigError(
+            f"get_sweep() of {file} returned {str(found)[:80]!r}; expected a list of points, as opdjax.points.points makes it"
+        )
+    return found
+
+
+def _read_saved_config(path: pathlib.Path) -> Config:
+    try:
+        saved = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as the config of a run: {error}") from error
+    if not isinstance(saved, dict) or "config" not in saved:
+        raise ConfigError(f"{path} has no 'config'; expected the config.json of a run or the point.json of a sweep")
+    return from_dict(Config, saved["config"])
+
+
+def _call_in_file(file: str, function: str) -> Any:
     path = pathlib.Path(file)
     if not path.is_file() or path.suffix != ".py":
-        raise ConfigError(f"there is no experiment file {file!r}; expected a Python file with get_config()")
+        raise ConfigError(f"there is no file {file!r}; expected a Python file with {function}()")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        if "get_config" not in vars(module):
-            raise ConfigError(f"{file} defines no get_config()")
-        config = module.get_config()
+        if function not in vars(module):
+            raise ConfigError(f"{file} defines no {function}()")
+        return vars(module)[function]()
     except (SyntaxError, NameError, AttributeError, TypeError) as error:
         raise ConfigError(f"{file} does not run: {type(error).__name__}: {error}") from error
-    if not isinstance(config, Config):
-        raise ConfigError(f"get_config() of {file} returned a {type(config).__name__}; expected a Config")
-    return config
 
 
 def train(arguments: list[str]) -> None:
@@ -106,20 +135,22 @@ def doctor(arguments: list[str]) -> None:
         from opdjax.checks import check_tokenizers
         from opdjax.data.chat import load_tokenizer
         from opdjax.doctor import examine
+        from opdjax.estimators import RECIPES
         from opdjax.models.hf import open_checkpoint
-        from opdjax.train import prepare, subject_of
+        from opdjax.prepare import prepare
 
         if num_prompts < 1:
             raise ConfigError(f"--num-prompts is {num_prompts}; expected at least 1")
-        tokenizers = [load_tokenizer(open_checkpoint(model.path, model.revision).path) for model in (config.student, config.teacher)]
-        vocabularies = check_tokenizers(*tokenizers, config.estimator.recipe)
-        if vocabularies.status == "fault":
-            print(f"{vocabularies}\nthe other checks compare ids, so they were not made")
-            sys.exit(1)
+        if RECIPES[config.estimator.recipe].teacher != "none":
+            tokenizers = [load_tokenizer(open_checkpoint(model.path, model.revision).path) for model in (config.student, config.teacher)]
+            vocabularies = check_tokenizers(*tokenizers, config.estimator.recipe)
+            if vocabularies.status == "fault":
+                print(f"{vocabularies}\nthe other checks compare ids, so they were not made")
+                sys.exit(1)
         # A few rows need no more than one device, and need not divide over many.
-        subject = subject_of(prepare(dataclasses.replace(config, mesh=MeshConfig(1))))
+        setup = prepare(dataclasses.replace(config, mesh=MeshConfig(1)))
         has_fault = False
-        for finding in examine(subject, num_prompts):
+        for finding in examine(setup, num_prompts):
             print(finding, flush=True)
             has_fault |= finding.status == "fault"
         sys.exit(1 if has_fault else 0)
@@ -164,9 +195,9 @@ def sample(arguments: list[str]) -> None:
         from opdjax.data.prompts import Prompt, collate, encode_prompts
         from opdjax.evals.evaluate import completions
         from opdjax.models.hf import load_params, open_checkpoint
+        from opdjax.prepare import compute_dtype, stop_ids
         from opdjax.sampler import Decoding
         from opdjax.sampler import sample as draw
-        from opdjax.train import compute_dtype, stop_ids
 
         if not prompts:
             raise ConfigError("no prompt given; expected one or more texts after the model")
@@ -210,7 +241,7 @@ def evaluate(arguments: list[str]) -> None:
         """
         from opdjax.data.chat import load_tokenizer
         from opdjax.models.hf import load_params, open_checkpoint
-        from opdjax.train import compute_dtype, make_evaluator
+        from opdjax.prepare import compute_dtype, make_evaluator
         from opdjax.workdir import write_json
 
         if output is not None and not output.parent.is_dir():
@@ -244,7 +275,7 @@ def import_(arguments: list[str]) -> None:
         """
         from opdjax.data.chat import load_tokenizer, valid_vocab
         from opdjax.models.hf import load_params, open_checkpoint
-        from opdjax.train import stop_ids
+        from opdjax.prepare import stop_ids
 
         checkpoint = open_checkpoint(model)
         load_params(checkpoint, "bfloat16" if checkpoint.stored_dtype == "bfloat16" else "float32")
@@ -289,9 +320,96 @@ def export(arguments: list[str]) -> None:
     _call(run, arguments, "opdjax export")
 
 
+def report(arguments: list[str]) -> None:
+    """DIR [--output FILE]: one HTML page that explains a run or a sweep."""
+
+    def run(directory: Annotated[pathlib.Path, tyro.conf.Positional], output: pathlib.Path | None = None):
+        """Write one self-contained HTML page for a run or a sweep.
+
+        Args:
+            directory: work directory of a run, finished or not, or the directory of a sweep
+            output: file to write; none: report.html in the directory
+        """
+        from opdjax.report.page import write_report
+
+        print(f"wrote {write_report(directory, output)}")
+
+    _call(run, arguments, "opdjax report")
+
+
+def sweep(arguments: list[str]) -> None:
+    """FILE --workdir DIR [--jobs N] [--shard i/n] [--dry-run] [--retry-failed]: run every point of a sweep, or go on with it."""
+
+    def run(
+        file: Annotated[str, tyro.conf.Positional],
+        workdir: pathlib.Path,
+        jobs: int = 1,
+        shard: str = "1/1",
+        dry_run: bool = False,
+        retry_failed: bool = False,
+    ):
+        """Run every point of a sweep, or go on with it.
+
+        Args:
+            file: Python file with get_sweep()
+            workdir: directory of the sweep; each point is a run in a directory below it
+            jobs: points run at a time; they share out this machine's cores
+            shard: i/n, every n-th point from the i-th on, for n machines that write one directory
+            dry_run: print the points, their number and an estimate, and run nothing
+            retry_failed: run the points that failed once more
+        """
+        from opdjax.sweep import describe, run_sweep
+
+        points = load_sweep(file)
+        match = re.fullmatch(r"(\d+)/(\d+)", shard)
+        part = tuple(map(int, match.groups())) if match else (0, 0)
+        if not 1 <= part[0] <= part[1]:
+            raise ConfigError(f"--shard is {shard!r}; expected i/n with i from 1 to n, such as 2/3")
+        if jobs < 1:
+            raise ConfigError(f"--jobs is {jobs}; expected at least 1")
+        if dry_run:
+            print(describe(points[part[0] - 1 :: part[1]], workdir, jobs))
+            return
+        counts = run_sweep(points, workdir, jobs=jobs, shard=part, retry_failed=retry_failed, say=lambda line: print(line, flush=True))
+        print(", ".join(f"{number} {name}" for name, number in counts.items()))
+        if counts["failed"]:
+            raise RuntimeError(f"{counts['failed']} points failed: see failure.json in their directories; --retry-failed runs them again")
+        if counts["stopped"]:
+            raise RuntimeError(f"{counts['stopped']} points were stopped; the same command continues them")
+
+    _call(run, arguments, "opdjax sweep")
+
+
+def table(arguments: list[str]) -> None:
+    """DIR [--format markdown|latex|csv]: a sweep's scores, mean ± 95 % interval over seeds."""
+
+    def run(directory: Annotated[pathlib.Path, tyro.conf.Positional], format: Literal["markdown", "latex", "csv"] = "markdown"):
+        """Print a sweep's scores.
+
+        Args:
+            directory: the workdir of a sweep
+            format: of the table
+        """
+        from opdjax.table import table as make_table
+
+        print(make_table(directory, format))
+
+    _call(run, arguments, "opdjax table")
+
+
 def _call(function: Callable, arguments: list[str], program: str) -> None:
     """Parse the arguments by the function's signature and run it."""
     tyro.cli(function, args=arguments, prog=program)
 
 
-VERBS = {"train": train, "doctor": doctor, "sample": sample, "evaluate": evaluate, "import": import_, "export": export}
+VERBS = {
+    "train": train,
+    "doctor": doctor,
+    "sweep": sweep,
+    "table": table,
+    "report": report,
+    "sample": sample,
+    "evaluate": evaluate,
+    "import": import_,
+    "export": export,
+}

@@ -55,7 +55,9 @@ class ModelConfig:
 class DataConfig:
     """The prompts and how each model sees them."""
 
-    source: str = "arithmetic:train"  # a .jsonl file, or arithmetic:SPLIT for the built-in task
+    # arithmetic:SPLIT for the built-in task, a .jsonl file, parquet:PATH (file, directory or pattern), hf:NAME[@CONFIG]#SPLIT,
+    # or tfds:NAME[/CONFIG][:VERSION]#SPLIT. NAME may be a directory (./DIR, /DIR), SPLIT a slice such as train[:10%].
+    source: str = "arithmetic:train"
     prompt_format: str = "{prompt}"  # wrapped around a prompt that is a string; must contain {prompt}
     system_prompt: str | None = None  # put before the messages; needs a chat format
     format: Literal["chat", "raw"] = "chat"  # the tokenizer's chat template, or the bare text
@@ -64,10 +66,17 @@ class DataConfig:
     teacher_enable_thinking: bool | None = None  # None: as enable_thinking
     max_prompt_length: int = 512  # tokens, template included
     overlong: Literal["skip", "error"] = "skip"  # what to do with longer prompts: leave them out, counted, or refuse the data
+    # Of any source: a string, or a list of messages, of which the assistant's turn that it may end in becomes a reference.
+    # `a.b` is field b of column a (reward_model.ground_truth), `a.0` the first item of a list (prompt.0.content).
+    prompt_column: str = "prompt"
+    answer_column: str | None = None  # the value to grade by, a string or a number; None: `answer`, where there is one
+    reference_column: str | None = None  # worked answers: text, texts or messages; None: `references` or `reference`, where there is one
 
     def __post_init__(self):
         _require("{prompt}" in self.prompt_format, "data.prompt_format", self.prompt_format, "a text that contains {prompt}")
         _require(self.max_prompt_length > 0, "data.max_prompt_length", self.max_prompt_length, "at least 1")
+        for name in ("prompt_column", "answer_column", "reference_column"):
+            _require(getattr(self, name) != "", f"data.{name}", "", "the name of a column")
         is_teacher_chat = (self.teacher_format or self.format) == "chat"
         is_chat, thinking = self.format == "chat" or is_teacher_chat, self.teacher_enable_thinking
         _require(is_chat or self.system_prompt is None, "data.system_prompt", self.system_prompt, "none where no format is chat")
@@ -77,15 +86,16 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How the student's rollouts are drawn."""
+    """Who writes the completions that are trained on, and how they are drawn."""
 
-    num_generations: int = 1  # samples per prompt
+    num_generations: int = 1  # completions per prompt
     max_completion_length: int = 512  # tokens, stop token included
-    temperature: float = 1.0  # the student is scored at this temperature too
+    temperature: float = 1.0  # the student is scored at this temperature too where it is the student that is sampled
     top_p: float = 1.0  # 1: off
     top_k: int = 0  # 0: off
     min_p: float = 0.0  # 0: off
     stop_token_ids: tuple[int, ...] = ()  # beside the end-of-sequence ids of the checkpoint
+    source: Literal["student", "teacher", "references"] = "student"  # student: on-policy; references: the data's own answers
 
     def __post_init__(self):
         _require(self.num_generations > 0, "sampling.num_generations", self.num_generations, "at least 1")
@@ -102,14 +112,22 @@ class SamplingConfig:
 class EstimatorConfig:
     """The recipe and its options; an option that the recipe does not have is refused."""
 
-    recipe: Literal["opd", "vopd", "full_kl"] = "vopd"
+    recipe: Literal["opd", "vopd", "full_kl", "topk_kl", "sft"] = "vopd"
     aggregation: Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "fixed_denominator"] = "token_mean"
     tile: int = 512  # tokens whose logits exist at a time, per device
     discount: float | None = None  # opd, vopd: 0 credits a token with its own reward only, 1 with all that follow
     baseline: Literal["full", "student_topk"] | None = None  # vopd
     baseline_top_k: int | None = None  # vopd with baseline student_topk
-    divergence: Literal["reverse", "forward", "jsd"] | None = None  # full_kl
+    divergence: Literal["reverse", "forward", "jsd"] | None = None  # full_kl; topk_kl (no jsd)
     beta: float | None = None  # full_kl with divergence jsd: 0 forward KL, 1 reverse KL
+    support: Literal["student", "teacher"] | None = None  # topk_kl: whose most likely ids the divergence is taken on
+    support_top_k: int | None = None  # topk_kl: how many ids
+    renormalize: Literal["both", "teacher", "none"] | None = None  # topk_kl: which side is renormalised on those ids
+    outside: Literal["drop", "tail", "floor"] | None = None  # topk_kl: the ids outside; tail and floor need renormalize none
+    clamp_at_zero: bool | None = None  # topk_kl: a token's negative value counts as 0
+    weight: Literal["p_student", "p_teacher", "none"] | None = None  # topk_kl as a policy gradient over the kept ids, weighted so
+    # topk_kl: all five options above as that system ships them; estimators/divergence.py has the table
+    convention: Literal["tunix", "verl", "nemo_rl", "nemo_rl_floor", "easydel", "trl", "thunlp", "distillkit"] | None = None
 
     def __post_init__(self):
         _require(self.tile > 0, "estimator.tile", self.tile, "at least 1")
@@ -121,12 +139,28 @@ class EstimatorConfig:
             has_topk or self.baseline_top_k is None, "estimator.baseline_top_k", self.baseline_top_k, "none unless baseline is student_topk"
         )
         _require(has_jsd or self.beta is None, "estimator.beta", self.beta, "none unless divergence is jsd")
+        self._check_topk()
+
+    def _check_topk(self):
+        k, fixed = self.support_top_k, ("support", "renormalize", "outside", "clamp_at_zero", "weight")
+        _require(k is None or k > 0, "estimator.support_top_k", k, "at least 1")
+        has_divergence = self.recipe != "topk_kl" or self.divergence != "jsd"
+        _require(has_divergence, "estimator.divergence", self.divergence, "reverse or forward where the recipe is topk_kl")
+        for name in fixed if self.convention is not None else ():
+            _require(getattr(self, name) is None, f"estimator.{name}", getattr(self, name), f"none: convention {self.convention} sets it")
+        is_whole = self.renormalize == "none" or self.outside in (None, "drop")
+        _require(is_whole, "estimator.outside", self.outside, "drop unless renormalize is none: nothing is left outside")
+        if self.weight is not None:
+            _require(self.outside in (None, "drop"), "estimator.outside", self.outside, "drop where weight is given")
+            _require(self.renormalize in (None, "none"), "estimator.renormalize", self.renormalize, "none where weight is given")
+            _require(self.divergence in (None, "reverse"), "estimator.divergence", self.divergence, "reverse where weight is given")
 
     @property
     def options(self) -> dict[str, Any]:
         """The recipe's options that were given."""
-        named = ("discount", "baseline", "baseline_top_k", "divergence", "beta")
-        return {name: getattr(self, name) for name in named if getattr(self, name) is not None}
+        shared = ("recipe", "aggregation", "tile")
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in shared}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +216,8 @@ class EvaluationConfig:
     extra_temperatures: tuple[float, ...] = ()  # the untrained student is also measured at these
     every: int = 0  # steps between evaluations; 0: only before and after
     seed: int = 0  # common to all runs that are compared: they then answer the same prompts with the same draws
+    prompt_column: str | None = None  # None: data.prompt_column
+    answer_column: str | None = None  # None: data.answer_column
 
     def __post_init__(self):
         for name in ("num_prompts", "num_samples", "batch_size"):
@@ -190,6 +226,8 @@ class EvaluationConfig:
         _require(all(t > 0 for t in self.extra_temperatures), "evaluation.extra_temperatures", self.extra_temperatures, "more than 0 each")
         _require(self.every >= 0, "evaluation.every", self.every, "0 (off) or more")
         _require_seed("evaluation.seed", self.seed)
+        for name in ("prompt_column", "answer_column"):
+            _require(getattr(self, name) != "", f"evaluation.{name}", "", "the name of a column")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,8 +292,22 @@ class Config:
         _require_seed("seed", self.seed)
         rows, parts = self.rows_per_step, self.train.gradient_accumulation_steps
         _require(rows % parts == 0, "train.gradient_accumulation_steps", parts, f"a divisor of the {rows} rows a step")
+        self._check_source()
+
+    def _check_source(self):
+        """Whose completions a recipe may be trained on."""
+        recipe, source = self.estimator.recipe, self.sampling.source
+        is_policy_gradient = recipe in ("opd", "vopd")
+        _require(
+            not is_policy_gradient or source == "student", "sampling.source", source, f"student: {recipe} averages over the student's draws"
+        )
+        is_signal = recipe != "sft" or source != "student"
+        _require(is_signal, "sampling.source", source, "teacher or references: cross-entropy on its own draws teaches a student nothing")
+        has_no_teacher = recipe == "sft" and source == "references"
+        for name in ("teacher_format", "teacher_enable_thinking") if has_no_teacher else ():
+            _require(getattr(self.data, name) is None, f"data.{name}", getattr(self.data, name), "none where no teacher reads the data")
         is_altered = self.sampling.has_filter or self.sampling.temperature != 1
-        if is_altered and self.estimator.recipe in ("opd", "vopd"):
+        if is_altered and is_policy_gradient:
             raise ConfigError(
                 f"recipe {self.estimator.recipe!r} with sampling.temperature {self.sampling.temperature}, top_p {self.sampling.top_p}, "
                 f"top_k {self.sampling.top_k}, min_p {self.sampling.min_p}: its expected gradient is then no longer the one it "

@@ -76,10 +76,8 @@ class Progress:
 
     def show(self, step: int, metrics: Metrics) -> None:
         """Report the step just done."""
-        text = (
-            f"loss {metrics['loss/objective']:.4f}  KL {metrics['kl/student_teacher']:.4f}  "
-            f"{metrics['perf/tokens_per_second']:.0f} tokens/s"
-        )
+        kl = f"KL {metrics['kl/student_teacher']:.4f}  " if "kl/student_teacher" in metrics else ""
+        text = f"loss {metrics['loss/objective']:.4f}  {kl}{metrics['perf/tokens_per_second']:.0f} tokens/s"
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(1)

@@ -17,58 +17,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from opdjax.checkpoint import Checkpointer
 from opdjax.checks import enforce
-from opdjax.config import Config, ConfigError, DataConfig, ModelConfig
-from opdjax.data.chat import check_same_vocabulary, load_tokenizer, valid_vocab
-from opdjax.data.packing import to_train_batch
-from opdjax.data.prompts import DataError, PromptSet, collate, encode_prompts, indices_at, read_prompts
-from opdjax.doctor import Subject, check_first_step, check_settings
+from opdjax.config import Config, ConfigError
+from opdjax.data.packing import answer_rows, to_train_batch
+from opdjax.data.prompts import collate, indices_at
+from opdjax.doctor import check_first_step, check_settings
 from opdjax.estimators import RECIPES, bind
-from opdjax.evals.evaluate import Evaluator, completions
-from opdjax.evals.grading import require_grader
+from opdjax.evals.evaluate import completions
 from opdjax.evals.passk import paired_difference
 from opdjax.metrics import MetricWriter, Progress, Timer
-from opdjax.models.decoder import Params, head_of
-from opdjax.models.hf import Checkpoint, CheckpointError, export, fingerprint, load_params, open_checkpoint
+from opdjax.models.decoder import Params
+from opdjax.models.hf import export, load_params, open_checkpoint
 from opdjax.ops.vocab import Head
-from opdjax.sampler import Decoding, sample
+from opdjax.prepare import Setup, facts, prepare, scored_temperature
+from opdjax.sampler import sample
 from opdjax.scoring.local import score
-from opdjax.sharding import make_mesh, replicated, shard_rows
-from opdjax.train_state import TrainState, UpdateSpec, init_state, make_optimizer, make_update
+from opdjax.sharding import replicated, shard_rows
+from opdjax.train_state import TrainState, UpdateSpec, init_state, make_examine, make_optimizer, make_update
 from opdjax.types import Metrics, PromptBatch, Rollouts, TrainBatch
-from opdjax.workdir import WorkdirError, append_lines, claim, cut_lines, environment, locked, read_config, read_lines, write_json
+from opdjax.workdir import WorkdirError, append_lines, claim, cut_lines, locked, read_config, read_lines, write_json
+
+_ALTERNATIVES = 5  # of the teacher, written beside each token of the samples
 
 
 class NonFiniteLossError(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Teacher:
-    """The frozen model that supervises."""
-
-    checkpoint: Checkpoint
-    tokenizer: Any
-    params: Params
-    head: Head
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """What a run works with and never changes."""
-
-    config: Config
-    mesh: Mesh
-    student: Checkpoint
-    dtype: str  # of the student's forward pass
-    tokenizer: Any
-    teacher: Teacher
-    prompts: PromptSet
-    decoding: Decoding
-    evaluator: Evaluator | None
 
 
 def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
@@ -81,7 +56,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
     bind(config.estimator.recipe, config.estimator.options)
     with locked(workdir), contextlib.ExitStack() as opened:
         setup = prepare(config)
-        claim(workdir, config, _facts(setup))
+        claim(workdir, config, facts(setup))
         for prompts in (setup.prompts, setup.evaluator.prompts if setup.evaluator else None):
             if prompts is not None and prompts.skipped:
                 print(f"left out {prompts.num_skipped} prompts over {config.data.max_prompt_length} tokens, first {prompts.skipped[0]}")
@@ -91,7 +66,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
             if "eval_after" in result:
                 print(result_table(result))
             return result
-        enforce(check_settings(subject_of(setup)))
+        enforce(check_settings(setup))
         return _run(setup, workdir, opened)
 
 
@@ -103,7 +78,7 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> d
         dtype=setup.dtype,
         max_completion_length=config.sampling.max_completion_length,
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
-        temperature=config.sampling.temperature,
+        temperature=scored_temperature(config),
         valid_vocab=setup.decoding.valid_vocab,
         remat=config.train.remat,
         mesh=setup.mesh,
@@ -126,30 +101,33 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> d
     opened.callback(writer.close)
     publish = jax.jit(partial(jax.tree.map, lambda x: x.astype(setup.dtype)))
     evaluate = partial(_evaluate, setup, workdir)
+    examine = make_examine(spec, _ALTERNATIVES)
 
     evaluate(0, publish(state.params) if first == 0 else None)
     progress, timer = Progress(first, config.train.num_steps), Timer()
     opened.callback(progress.close)
     for step in range(first, config.train.num_steps):
         prompts = collate(setup.prompts, indices_at(step, config.train.prompts_per_step, len(setup.prompts), config.seed))
+        params = publish(state.params)
         with timer.phase("sample"):
-            rollouts = jax.block_until_ready(_sample(setup, publish(state.params), prompts, step))
+            rollouts = jax.block_until_ready(_rollouts(setup, params, prompts, step))
+        done = step + 1
+        unscored = to_train_batch(rollouts, prompts)
+        if config.log.samples_every and (done % config.log.samples_every == 0 or done == 1):
+            append_lines(workdir / "samples.jsonl", _sample_rows(setup, examine, params, rollouts, unscored, done))
         with timer.phase("teacher"):
-            batch, teacher_head = jax.block_until_ready(_score(setup, to_train_batch(rollouts, prompts)))
+            batch, teacher_head = jax.block_until_ready(_score(setup, unscored, RECIPES[config.estimator.recipe].teacher))
         with timer.phase("update"):
             state, metrics = update(state, batch, teacher_head)
             metrics = jax.tree.map(float, jax.device_get(metrics))
         if step == first:
-            enforce(check_first_step(batch, rollouts, prompts, metrics, setup.decoding, setup.dtype))
+            enforce(check_first_step(setup, batch, rollouts, prompts, metrics))
 
-        done = step + 1
-        metrics |= _rollout_metrics(rollouts)
+        metrics |= _rollout_metrics(rollouts) | _token_counts(setup, batch)
         metrics |= (seconds := timer.take())
-        metrics["perf/tokens_per_second"] = metrics["rollout/num_tokens"] / seconds["time/step"]
+        metrics["perf/tokens_per_second"] = metrics["perf/trained_tokens"] / seconds["time/step"]
         writer.write(done, metrics)
         progress.show(done, metrics)
-        if config.log.samples_every and (done % config.log.samples_every == 0 or done == 1):
-            append_lines(workdir / "samples.jsonl", _sample_rows(setup, rollouts, done))
         streak = int(state.nonfinite_streak)
         if streak >= config.train.max_nonfinite_steps:
             checkpointer.wait()
@@ -169,121 +147,56 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> d
     return _finish(setup, workdir, exported, int(state.num_skipped))
 
 
-def prepare(config: Config) -> Setup:
-    """Read and check everything a run needs, before anything is computed."""
-    mesh = make_mesh(config.mesh.data)
-    rows = config.rows_per_step
-    if rows % (mesh.size * config.train.gradient_accumulation_steps):
-        raise ConfigError(
-            f"{rows} rows a step (train.prompts_per_step x sampling.num_generations) do not divide into "
-            f"{config.train.gradient_accumulation_steps} micro-batches on {mesh.size} devices; change one of them"
-        )
-    student = open_checkpoint(config.student.path, config.student.revision)
-    teacher = open_checkpoint(config.teacher.path, config.teacher.revision)
-    tokenizer = load_tokenizer(student.path)
-    teacher_tokenizer = load_tokenizer(teacher.path)
-    check_same_vocabulary(tokenizer, teacher_tokenizer, config.estimator.recipe)
-    width = valid_vocab(tokenizer)
-    for name, checkpoint in (("student", student), ("teacher", teacher)):
-        if checkpoint.config.vocab_size < width:
-            raise CheckpointError(f"the {name}'s embedding has {checkpoint.config.vocab_size} rows, its tokenizer {width} ids")
-    sampling = config.sampling
-    beyond = [token for token in sampling.stop_token_ids if not 0 <= token < width]
-    if beyond:
-        raise ConfigError(f"sampling.stop_token_ids has {beyond}; expected ids from 0 to {width - 1}")
-    decoding = Decoding(
-        sampling.max_completion_length, stop_ids(student, tokenizer, sampling.stop_token_ids), sampling.temperature,
-        sampling.top_k, sampling.top_p, sampling.min_p, valid_vocab=width,
-    )  # fmt: skip
-    prompts = encode_prompts(read_prompts(config.data.source), config.data, tokenizer, teacher_tokenizer)
-    evaluator = make_evaluator(config, student, tokenizer, mesh)
-    # The weights come last: what is wrong with the data is said before gigabytes are read.
-    teacher_params = load_params(teacher, compute_dtype(config.teacher), replicated(mesh))
-    # Both are compared at the sampling temperature: a student that equals its teacher has nothing to learn at any.
-    teacher_head = head_of(teacher_params, valid_vocab=width, temperature=sampling.temperature)
-    return Setup(
-        config=config,
-        mesh=mesh,
-        student=student,
-        dtype=compute_dtype(config.student),
-        tokenizer=tokenizer,
-        teacher=Teacher(teacher, teacher_tokenizer, teacher_params, teacher_head),
-        prompts=prompts,
-        decoding=decoding,
-        evaluator=evaluator,
-    )
+def _rollouts(setup: Setup, params: Params, prompts: PromptBatch, step: int) -> Rollouts:
+    """The step's completions: drawn from the student, or answers written by the teacher or found in the data."""
+    config, sampling = setup.config, setup.config.sampling
+    draw = partial(sample, num_generations=sampling.num_generations, mesh=setup.mesh)
+    if sampling.source == "student":
+        return draw(params, prompts, config.seed, step, config=setup.student.config, decoding=setup.decoding)
+    if sampling.source == "references":
+        answers = _reference_answers(setup, prompts)
+    else:
+        teacher = setup.teacher
+        view = prompts
+        if prompts.teacher_tokens is not None:
+            view = dataclasses.replace(prompts, tokens=prompts.teacher_tokens, mask=prompts.teacher_mask)
+        written = draw(teacher.params, view, config.seed, step, config=teacher.checkpoint.config, decoding=teacher.decoding)
+        answers = _as_student_ids(setup, written)
+    return answer_rows(prompts, answers, sampling.max_completion_length, step)
 
 
-def subject_of(setup: Setup) -> Subject:
-    """The parts of a run that the doctor looks at."""
+def _reference_answers(setup: Setup, prompts: PromptBatch) -> list[list[int]]:
+    """Each prompt's references in turn, as many as there are generations."""
+    answers = []
+    for index in np.asarray(prompts.prompt_id):
+        texts = setup.prompts.prompts[index].references
+        answers += [_encode_answer(setup, texts[number % len(texts)]) for number in range(setup.config.sampling.num_generations)]
+    return answers
+
+
+def _as_student_ids(setup: Setup, written: Rollouts) -> list[list[int]]:
+    """The teacher's answers as it wrote them; through their text where its tokenizer is another one."""
     teacher = setup.teacher
-    return Subject(
-        setup.config, setup.student, teacher.checkpoint, setup.tokenizer, teacher.tokenizer, setup.dtype, teacher.params, teacher.head,
-        setup.prompts, setup.decoding,
-    )  # fmt: skip
+    if teacher.shares_vocabulary:
+        return [row[keep].tolist() for row, keep in zip(np.asarray(written.tokens), np.asarray(written.mask))]
+    texts, truncated = completions(written, teacher.tokenizer), np.asarray(written.is_truncated)
+    # A text that was cut off has no end to teach.
+    return [_encode_answer(setup, text)[: -1 if is_cut else None] for text, is_cut in zip(texts, truncated)]
 
 
-def make_evaluator(config: Config, student: Checkpoint, tokenizer: Any, mesh: Mesh | None) -> Evaluator | None:
-    """The evaluation of a config, on the prompts that it names; None where it names none."""
-    if config.evaluation.source is None:
-        return None
-    require_grader(config.evaluation.grader)
-    student_view = {"teacher_format": None, "teacher_enable_thinking": None}
-    if config.data.format == "raw":
-        student_view["system_prompt"] = None  # it was the teacher's
-    data: DataConfig = dataclasses.replace(config.data, source=config.evaluation.source, **student_view)
-    rows = read_prompts(data.source)[: config.evaluation.num_prompts]
-    unanswered = [number for number, row in enumerate(rows) if row.answer is None]
-    if unanswered:
-        raise DataError(f"prompt {unanswered[0]} of {data.source} has no 'answer' ({len(unanswered)} such rows); evaluation needs them")
-    prompts = encode_prompts(rows, data, tokenizer, tokenizer)
-    stop = stop_ids(student, tokenizer, config.sampling.stop_token_ids)
-    return Evaluator(student.config, prompts, tokenizer, config.evaluation, stop, valid_vocab(tokenizer), mesh)
+def _encode_answer(setup: Setup, text: str) -> list[int]:
+    """Token ids of an answer and the stop token that the student ends with."""
+    stop, end = setup.decoding.stop_token_ids, setup.tokenizer.eos_token_id
+    return [*setup.tokenizer.encode(text, add_special_tokens=False), end if end in stop else stop[0]]
 
 
-def stop_ids(checkpoint: Checkpoint, tokenizer: Any, more: tuple[int, ...] = ()) -> tuple[int, ...]:
-    """End-of-sequence ids of the generation config and of the tokenizer (ValueError where there are none), and `more`."""
-    ids = {*checkpoint.stop_token_ids} | ({tokenizer.eos_token_id} - {None})
-    if not ids:
-        raise ConfigError(f"{checkpoint.path} names no end-of-sequence id; set eos_token_id in its generation_config.json")
-    return tuple(sorted(ids | set(more)))
-
-
-def compute_dtype(model: ModelConfig) -> str:
-    """The type of a model's forward pass on this machine."""
-    if model.dtype != "auto":
-        return model.dtype
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
-def _facts(setup: Setup) -> dict[str, Any]:
-    evaluation = setup.evaluator.prompts.digest if setup.evaluator else None
-    data = {
-        "prompts": setup.prompts.digest,
-        "evaluation": evaluation,
-        "num_prompts": len(setup.prompts),
-        "num_skipped": setup.prompts.num_skipped,
-        "student": fingerprint(setup.student),
-        "teacher": fingerprint(setup.teacher.checkpoint),
-    }
-    devices = [device.device_kind for device in setup.mesh.devices.flat]
-    return {"data": data, "environment": environment(devices)}
-
-
-def _sample(setup: Setup, params: Params, prompts: PromptBatch, step: int) -> Rollouts:
-    sampling = setup.config.sampling
-    return sample(
-        params, prompts, setup.config.seed, step, config=setup.student.config, decoding=setup.decoding,
-        num_generations=sampling.num_generations, mesh=setup.mesh,
-    )  # fmt: skip
-
-
-def _score(setup: Setup, batch: TrainBatch) -> tuple[TrainBatch, Head | None]:
+def _score(setup: Setup, batch: TrainBatch, needs: str) -> tuple[TrainBatch, Head | None]:
     """The batch with what its recipe needs of the teacher, and the teacher's head where the recipe wants to use it."""
     batch = shard_rows(batch, setup.mesh)
-    needs = RECIPES[setup.config.estimator.recipe].teacher
+    if needs == "none":
+        return batch, None
     teacher, tile = setup.teacher, setup.config.estimator.tile
-    parts = setup.config.train.gradient_accumulation_steps
+    parts = setup.config.train.gradient_accumulation_steps if batch.tokens.shape[0] == setup.config.rows_per_step else 1
     scores = score(
         teacher.params, teacher.head, batch, config=teacher.checkpoint.config, needs=needs, tile=tile, parts=parts, mesh=setup.mesh
     )
@@ -296,19 +209,54 @@ def _rollout_metrics(rollouts: Rollouts) -> Metrics:
         "rollout/length_mean": float(lengths.mean()),
         "rollout/length_max": float(lengths.max()),
         "rollout/truncated_ratio": float(np.asarray(rollouts.is_truncated).mean()),
-        "rollout/num_tokens": float(lengths.sum()),
     }
 
 
-def _sample_rows(setup: Setup, rollouts: Rollouts, step: int) -> list[dict[str, Any]]:
-    count = min(setup.config.log.num_samples, rollouts.tokens.shape[0])
-    first = jax.tree.map(lambda x: np.asarray(x)[:count], rollouts)
+def _token_counts(setup: Setup, batch: TrainBatch) -> Metrics:
+    """What the step cost in tokens: drawn from the student, trained on, and read or written by the teacher, prompts included."""
+    config, trained = setup.config, float(np.asarray(batch.mask).sum())
+    passes = (RECIPES[config.estimator.recipe].teacher != "none") + (config.sampling.source == "teacher")
+    seen = (batch.teacher_view or batch).segment_ids
+    return {
+        "perf/generated_tokens": trained if config.sampling.source == "student" else 0.0,
+        "perf/trained_tokens": trained,
+        "perf/teacher_tokens": passes * float((np.asarray(seen) > 0).sum()),
+    }
+
+
+def _sample_rows(setup: Setup, examine, params: Params, rollouts: Rollouts, batch: TrainBatch, step: int) -> list[dict[str, Any]]:
+    """The first rollouts of a step, each token with what the recipe makes of it and what the teacher would have preferred."""
+    devices = setup.mesh.size
+    count = min(-(-setup.config.log.num_samples // devices) * devices, rollouts.tokens.shape[0])
+    first, few = jax.tree.map(lambda x: np.asarray(x)[:count], (rollouts, batch))
+    is_comparable = setup.teacher is not None and setup.teacher.shares_vocabulary
+    few, teacher_head = _score(setup, few, "vocabulary" if is_comparable else "none")
+    seen = jax.device_get(examine(params, few, teacher_head))
     texts = completions(first, setup.tokenizer)
-    return [
-        {"step": step, "prompt_id": int(prompt), "sample_id": int(number), "prompt": setup.prompts.prompts[prompt].prompt,
-         "completion": text, "length": int(row.sum()), "is_truncated": bool(truncated)}
-        for prompt, number, text, row, truncated in zip(first.prompt_id, first.sample_id, texts, first.mask, first.is_truncated)
-    ]  # fmt: skip
+    rows = []
+    for row in range(min(setup.config.log.num_samples, count)):
+        prompt = int(first.prompt_id[row])
+        rows.append({
+            "step": step, "prompt_id": prompt, "sample_id": int(first.sample_id[row]),
+            "prompt": setup.prompts.prompts[prompt].prompt, "completion": texts[row], "length": int(first.mask[row].sum()),
+            "is_truncated": bool(first.is_truncated[row]),
+            **_token_columns(setup.tokenizer, first.tokens[row], first.mask[row], {name: value[row] for name, value in seen.items()}),
+        })  # fmt: skip
+    return rows
+
+
+def _token_columns(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray, seen: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Lists over the completion's tokens: the pieces of text, nats, and the teacher's alternatives with their probabilities."""
+    names = {"advantage": "advantages", "reward": "rewards", "kl": "kl"}
+    names |= {"student_logprob": "student_logprobs", "teacher_logprob": "teacher_logprobs"}
+    columns: dict[str, Any] = {"tokens": [tokenizer.decode([token]) for token in tokens[mask].tolist()]}
+    for name, column in names.items():
+        columns[column] = [round(value, 4) for value in seen[name][mask].tolist()] if name in seen else None
+    columns["teacher_top"] = None
+    if "alternatives" in seen:
+        pairs = zip(seen["alternatives"][mask].tolist(), np.exp(seen["alternative_logprobs"][mask]).tolist())
+        columns["teacher_top"] = [[[tokenizer.decode([i]), round(p, 4)] for i, p in zip(ids, probs)] for ids, probs in pairs]
+    return columns
 
 
 def _evaluate(setup: Setup, workdir: pathlib.Path, step: int, params: Params | None) -> dict[str, float] | None:

@@ -17,13 +17,16 @@ from jaxtyping import Array, Float, Int
 
 from opdjax.config import EstimatorConfig, OptimizerConfig
 from opdjax.estimators import Recipe, bind
+from opdjax.estimators.divergence import reverse_kl
 from opdjax.estimators.losses import aggregation_weights, count_denominators
 from opdjax.estimators.opd import reward_to_go, sampled_reward
 from opdjax.models.decoder import DecoderConfig, Params, forward, head_of
-from opdjax.ops.masked import masked_mean, masked_std
+from opdjax.ops.masked import masked_mean, masked_std, rank_in_sequence
 from opdjax.ops.vocab import Columns, Head, tiled_loss, tiled_stats
 from opdjax.sharding import merge_rows, split_rows
-from opdjax.types import TrainBatch
+from opdjax.types import TeacherScores, TrainBatch
+
+_POSITION_BUCKETS = 8
 
 
 @struct.dataclass
@@ -116,7 +119,7 @@ def make_update(spec: UpdateSpec, config: OptimizerConfig, num_steps: int) -> Ca
             "grad/skipped_steps": new_state.num_skipped,
             "optimizer/learning_rate": learning_rate(state.step - state.num_skipped),
         }
-        return new_state, metrics | token_metrics(outputs, batch)
+        return new_state, metrics | token_metrics(outputs, batch) | kl_by_position(outputs, batch, spec.max_completion_length)
 
     return update
 
@@ -143,7 +146,7 @@ def _batch_loss(params, batch: TrainBatch, weights, teacher_head, *, spec: Updat
     cast = jax.tree.map(lambda x: x.astype(spec.dtype) if jnp.dtype(spec.dtype).itemsize < x.dtype.itemsize else x, params)
     hidden = forward(cast, spec.model, batch.tokens, batch.segment_ids, remat=spec.remat)
     head = head_of(cast, valid_vocab=spec.valid_vocab, temperature=spec.temperature)
-    scores = batch.teacher
+    scores = batch.teacher or TeacherScores()
     teacher = None if scores.hidden is None else (scores.hidden, teacher_head)
     columns = Columns(batch.tokens, teacher_logprob=scores.token_logprobs)
     if options.get("discount"):
@@ -164,16 +167,54 @@ def _with_reward_to_go(columns: Columns, batch, hidden, head, teacher, discount,
     return dataclasses.replace(columns, reward_to_go=reward_to_go(rewards, batch.mask, batch.segment_ids, discount))
 
 
+def make_examine(spec: UpdateSpec, num_alternatives: int) -> Callable:
+    """The jitted `examine(params, batch, teacher_head) -> outputs [B, T, ...]`: what a recipe makes of each token, for people.
+
+    Beside the recipe's own outputs, where the batch holds the teacher's hidden states: `teacher_logprob`, `kl` (exact),
+    and the teacher's most likely `alternatives` (ids) with their `alternative_logprobs`.
+    """
+    recipe, options = bind(spec.estimator.recipe, spec.estimator.options)
+
+    def explained(student, teacher, row, **options):
+        loss, outputs = recipe.token_loss(student, teacher, row, **options)
+        if teacher is not None:
+            ids = teacher.top_k(num_alternatives)
+            outputs |= {"teacher_logprob": teacher.logprob(row.token), "kl": reverse_kl(student, teacher)}
+            outputs |= {"alternatives": ids, "alternative_logprobs": teacher.logprob(ids)}
+        return loss, outputs
+
+    @jax.jit
+    def examine(params: Params, batch: TrainBatch, teacher_head: Head | None = None):
+        weights = batch.mask.astype(jnp.float32)
+        told = dataclasses.replace(recipe, token_loss=explained)
+        return _batch_loss(params, batch, weights, teacher_head, spec=spec, recipe=told, options=options)[1]
+
+    return examine
+
+
 def token_metrics(outputs: dict[str, Float[Array, "B T"]], batch: TrainBatch) -> dict[str, Array]:
     """Scalars of a step from the recipe's per-token outputs. `kl/student_teacher` is exact where the recipe knows it."""
-    mask, reward = batch.mask, outputs["reward"]
-    kl = outputs.get("kl")
-    metrics = {
-        "kl/student_teacher": masked_mean(-reward if kl is None else kl, mask),
-        "kl/k1": masked_mean(-reward, mask),
-        "rollout/logprob_gap": masked_mean(jnp.abs(outputs["student_logprob"] - batch.behavior_logprobs), mask),
-    }
+    mask, reward, metrics = batch.mask, outputs.get("reward"), {}
+    if reward is not None:
+        metrics["kl/student_teacher"] = masked_mean(outputs.get("kl", -reward), mask)
+        metrics["kl/k1"] = masked_mean(-reward, mask)
+    if batch.behavior_logprobs is not None:
+        metrics["rollout/logprob_gap"] = masked_mean(jnp.abs(outputs["student_logprob"] - batch.behavior_logprobs), mask)
     if "advantage" in outputs:
         metrics["advantage/mean"] = masked_mean(outputs["advantage"], mask)
         metrics["advantage/std"] = masked_std(outputs["advantage"], mask)
+    return metrics
+
+
+def kl_by_position(outputs: dict[str, Float[Array, "B T"]], batch: TrainBatch, max_length: int) -> dict[str, Array]:
+    """`kl/position/AA-BB`: the mean of `kl/student_teacher` over completion tokens AA to BB, counted from 0; NaN where there are none."""
+    if "reward" not in outputs:
+        return {}
+    kl, rank = outputs.get("kl", -outputs["reward"]), rank_in_sequence(batch.mask, batch.segment_ids)
+    width, digits = -(-max_length // _POSITION_BUCKETS), len(str(max_length - 1))
+    metrics = {}
+    for start in range(0, max_length, width):
+        inside = batch.mask & (rank >= start) & (rank < start + width)
+        end = min(start + width, max_length) - 1
+        metrics[f"kl/position/{start:0{digits}}-{end:0{digits}}"] = jnp.where(jnp.any(inside), masked_mean(kl, inside), jnp.nan)
     return metrics

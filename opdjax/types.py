@@ -31,13 +31,17 @@ class PromptBatch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rollouts:
-    """What the sampler returns: prompt columns first (left-padded), then the completion's columns."""
+    """Completions by row: prompt columns first (left-padded), then the completion's columns.
+
+    Given answers (a teacher's text, the data's references) come in the same form; no policy was sampled, so their
+    log-probs are None, and "sampled" reads "given".
+    """
 
     tokens: Int[Array, "B T"]
     mask: Bool[Array, "B T"]  # True where the student sampled the token, the stop token included
     segment_ids: Int[Array, "B T"]  # 1 on prompt and completion, 0 on padding
-    behavior_logprobs: Float[Array, "B T"]  # of the distribution sampled from: temperature and filters included
-    unfiltered_logprobs: Float[Array, "B T"]  # temperature only; the same array when no filter is on
+    behavior_logprobs: Float[Array, "B T"] | None  # of the distribution sampled from: temperature and filters included
+    unfiltered_logprobs: Float[Array, "B T"] | None  # temperature only; the same array when no filter is on
     prompt_id: Int[Array, " B"]
     sample_id: Int[Array, " B"]
     policy_version: Int[Array, " B"]
@@ -76,6 +80,6 @@ class TrainBatch:
     tokens: Int[Array, "B T"]
     mask: Bool[Array, "B T"]
     segment_ids: Int[Array, "B T"]  # 0 on padding
-    behavior_logprobs: Float[Array, "B T"]
+    behavior_logprobs: Float[Array, "B T"] | None
     teacher_view: TeacherView | None = None
     teacher: TeacherScores | None = None

@@ -9,6 +9,7 @@ import os
 import pathlib
 import platform
 import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
@@ -42,7 +43,7 @@ def claim(workdir: pathlib.Path, config: Config, facts: dict[str, Any]) -> None:
     if not file.exists():
         write_json(file, new)
         return
-    old = _read_run(workdir)
+    old = read_run_config(workdir)
     changed = differences({"config": old["config"], "data": old["data"]}, {"config": new["config"], "data": new["data"]})
     if changed:
         listed = "\n  ".join(changed)
@@ -53,10 +54,11 @@ def claim(workdir: pathlib.Path, config: Config, facts: dict[str, Any]) -> None:
 
 def read_config(workdir: pathlib.Path) -> Config:
     """The config that a work directory was made with."""
-    return from_dict(Config, _read_run(workdir)["config"])
+    return from_dict(Config, read_run_config(workdir)["config"])
 
 
-def _read_run(workdir: pathlib.Path) -> dict[str, Any]:
+def read_run_config(workdir: pathlib.Path) -> dict[str, Any]:
+    """`config.json` as it stands: the config, the data digests and the environment."""
     file = workdir / "config.json"
     if not file.exists():
         raise WorkdirError(f"{workdir} has no config.json; expected the work directory of a run")
@@ -77,11 +79,16 @@ def environment(devices: list[str]) -> dict[str, Any]:
         "commit": _git_commit(),
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "cores": os.cpu_count(),
+        "cores": num_cores(),
         "devices": devices,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         **{name: version(name) for name in packages},
     }
+
+
+def num_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _git_commit() -> str | None:

@@ -101,9 +101,9 @@ def verdict(what, tiled, dense):
     return f"{tiled / dense:.3f} (target <= {TARGETS[what]}: {'met' if tiled <= TARGETS[what] * dense else 'MISSED'})"
 
 
-def parse_options():
+def parse_options(tokens=512):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=512, help="tokens of the timed comparison")
+    parser.add_argument("--tokens", type=int, default=tokens, help="tokens of the timed comparison")
     parser.add_argument("--long-tokens", type=int, default=8192, help="tokens of the comparison that is only compiled")
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--width", type=int, default=1024)

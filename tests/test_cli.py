@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from opdjax import cli
-from opdjax.config import MINI_STUDENT, MINI_TEACHER, Config
+from opdjax.config import MINI_STUDENT, MINI_TEACHER, Config, to_dict
 
 EXPERIMENT = """
 from opdjax.config import Config, EstimatorConfig, TrainConfig
@@ -90,7 +90,8 @@ def test_help_lists_every_verb(opdjax):
         status, out, err = opdjax(flag)
         assert (status, err) == (0, "")
         listed = re.findall(r"^  (\w+) ", out, re.MULTILINE)
-        assert listed == ["train", "doctor", "sample", "evaluate", "import", "export"] == list(cli.VERBS)
+        assert listed == list(cli.VERBS)
+        assert {"train", "sweep", "table", "report", "doctor", "sample", "evaluate", "import", "export"} == set(listed)
     status, out, _ = opdjax()
     assert status == 2
     assert "usage: opdjax VERB" in out
@@ -108,7 +109,7 @@ def test_help_of_training_shows_the_values_of_the_experiment(opdjax, experiment)
     out = smooth(out)
     assert status == 0
     assert "--train.num-steps INT optimizer updates (default: 7)" in out
-    assert "--estimator.recipe {opd,vopd,full_kl}" in out
+    assert "--estimator.recipe {opd,vopd,full_kl,topk_kl,sft}" in out
     # Every field is documented where it is declared; tyro takes the comments for help.
     assert "tokens whose logits exist at a time, per device (default: 512)" in out
     assert opdjax("train", "--help")[0] == 0
@@ -122,7 +123,7 @@ def test_an_unknown_verb_is_answered_with_the_nearest(opdjax):
     assert opdjax("trian") == (2, "", "opdjax: there is no verb 'trian'; did you mean 'train'?")
     status, _, err = opdjax("xyz")
     assert status == 2
-    assert err.endswith("expected one of ['doctor', 'evaluate', 'export', 'import', 'sample', 'train']")
+    assert err.endswith(f"expected one of {sorted(cli.VERBS)}")
 
 
 @pytest.mark.parametrize(
@@ -157,10 +158,20 @@ def test_an_experiment_that_gives_no_config_is_refused(opdjax, experiment, tmp_p
 
 
 def test_a_file_that_is_no_experiment_is_refused(opdjax, experiment, tmp_path):
-    for path in (tmp_path / "nowhere.py", tmp_path, experiment("{}", "config.json")):
+    for path in (tmp_path / "nowhere.py", tmp_path):
         status, _, err = opdjax("train", path, "--workdir", tmp_path / "run")
         assert status == 2
-        assert err == f"opdjax: ConfigError: there is no experiment file '{path}'; expected a Python file with get_config()"
+        assert err == f"opdjax: ConfigError: there is no file '{path}'; expected a Python file with get_config()"
+    saved = experiment("{}", "config.json")
+    status, _, err = opdjax("train", saved, "--workdir", tmp_path / "run")
+    assert status == 2
+    assert err == f"opdjax: ConfigError: {saved} has no 'config'; expected the config.json of a run or the point.json of a sweep"
+
+
+def test_a_saved_config_can_be_run_again(experiment):
+    config = cli.load_experiment(str(experiment()))
+    saved = experiment(json.dumps({"config": to_dict(config)}), "config.json")
+    assert cli.load_experiment(str(saved)) == config
 
 
 def test_an_experiment_is_loaded_as_it_is(experiment):
@@ -179,7 +190,7 @@ def test_an_experiment_is_loaded_as_it_is(experiment):
         (["--train.num-step", "1"], "Perhaps you meant: --train.num-steps INT"),
         (
             ["--estimator.recipe", "vodp"],
-            "invalid choice 'vodp' for argument '--estimator.recipe'. Expected one of ('opd', 'vopd', 'full_kl')",
+            "invalid choice 'vodp' for argument '--estimator.recipe'. Expected one of ('opd', 'vopd', 'full_kl', 'topk_kl', 'sft')",
         ),
         (["--optimizer.learning-rate", "abc"], "Error parsing --optimizer.learning-rate: could not convert string to float: 'abc'"),
         (["--train.num-steps", "1.5"], "Error parsing --train.num-steps: invalid literal for int() with base 10: '1.5'"),

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import opdjax.doctor
+import opdjax.prepare
 import opdjax.train
 from opdjax import checks, cli
 from opdjax.checks import FaultError, enforce
@@ -32,7 +33,8 @@ from opdjax.data.arithmetic import problems
 from opdjax.data.chat import load_tokenizer
 from opdjax.data.packing import to_train_batch
 from opdjax.doctor import check_settings, examine, take_specimen
-from opdjax.train import prepare, subject_of, train
+from opdjax.prepare import prepare
+from opdjax.train import train
 
 CHECKS = [
     "tokenizers", "padded_vocabulary", "stop_tokens", "chat_template", "sampler_matches_scorer", "sampling_filter",
@@ -64,7 +66,7 @@ def vary(config, **sections):
 
 def diagnose(config):
     """{name: finding} of every check."""
-    return {finding.name: finding for finding in examine(subject_of(prepare(config)))}
+    return {finding.name: finding for finding in examine(prepare(config))}
 
 
 def complaints(findings):
@@ -126,8 +128,25 @@ def test_a_teacher_view_of_its_own_is_a_warning_and_nothing_else(healthy):
     assert "+'<|im_start|>'" in findings["chat_template"].details
 
 
+def test_a_run_that_compares_no_scores_is_judged_by_its_student(healthy):
+    config = vary(healthy, estimator={"recipe": "sft"}, sampling={"source": "references"})
+    findings = diagnose(config)
+    assert list(findings) == ["padded_vocabulary", "stop_tokens", "sampler_matches_scorer", "sampling_filter", "mask"]
+    assert complaints(findings) == {}
+    enforce(check_settings(prepare(config)))
+
+
+def test_which_recipes_rest_at_the_teacher():
+    rests = lambda **options: opdjax.doctor.rests_at_teacher(EstimatorConfig(**options))  # noqa: E731
+    assert all(rests(recipe=name) for name in ("opd", "vopd", "full_kl", "topk_kl"))
+    assert rests(recipe="topk_kl", renormalize="none", outside="tail")
+    assert not rests(recipe="topk_kl", renormalize="none")
+    assert rests(recipe="topk_kl", convention="tunix")
+    assert not rests(recipe="topk_kl", convention="nemo_rl")
+
+
 def test_a_healthy_run_starts_in_silence(healthy, capsys):
-    findings = check_settings(subject_of(prepare(healthy)))
+    findings = check_settings(prepare(healthy))
     assert [finding.name for finding in findings] == ["tokenizers", "stop_tokens", "chat_template", "sampling_filter"]
     enforce(findings)
     assert capsys.readouterr().out == ""
@@ -207,8 +226,8 @@ def test_fault_4_padded_vocabulary_that_is_not_masked(plant, tmp_path, monkeypat
     """As the teacher's head is masked and the student's is not, the student as its own teacher disagrees with itself too."""
     config = plant("student", "config.json", lambda values: values)
     pad_embedding(tmp_path / "student")
-    real = opdjax.train.Decoding
-    monkeypatch.setattr(opdjax.train, "Decoding", lambda *args, **options: real(*args, **options | {"valid_vocab": None}))
+    real = opdjax.prepare.Decoding
+    monkeypatch.setattr(opdjax.prepare, "Decoding", lambda *args, **options: real(*args, **options | {"valid_vocab": None}))
     findings = diagnose(config)
     assert complaints(findings) == {"padded_vocabulary": "fault", "self_distillation": "fault"}
     message = findings["padded_vocabulary"].message
@@ -219,13 +238,14 @@ def test_fault_4_padded_vocabulary_that_is_not_masked(plant, tmp_path, monkeypat
 def test_fault_4_padded_vocabulary_of_a_teacher(plant, tmp_path):
     config = plant("teacher", "config.json", lambda values: values)
     pad_embedding(tmp_path / "teacher")
-    subject = subject_of(prepare(config))
-    specimen = take_specimen(subject, 8)
-    finding = opdjax.doctor._padded_vocabulary(subject, specimen)
+    setup = prepare(config)
+    specimen = take_specimen(setup, 8)
+    finding = opdjax.doctor._padded_vocabulary(setup, specimen)
     assert finding.status == "ok"  # padded and masked, as it should be
     assert "embedding rows beyond them (student 0, teacher 16) have probability 0" in finding.message
-    subject = dataclasses.replace(subject, teacher_head=dataclasses.replace(subject.teacher_head, valid_vocab=None))
-    finding = opdjax.doctor._padded_vocabulary(subject, specimen)
+    head = dataclasses.replace(setup.teacher.head, valid_vocab=None)
+    setup = dataclasses.replace(setup, teacher=dataclasses.replace(setup.teacher, head=head))
+    finding = opdjax.doctor._padded_vocabulary(setup, specimen)
     assert finding.status == "fault"
     assert "the teacher gives its padded ids 214 to 229 a probability of up to" in finding.message
 
@@ -251,9 +271,9 @@ def test_fault_6_a_filter_on_an_exact_divergence(opdjax_doctor):
 
 def test_fault_6_a_filter_on_a_policy_gradient(healthy):
     """The config refuses it, so the sampler is given it behind the config's back."""
-    subject = subject_of(prepare(healthy))
-    subject = dataclasses.replace(subject, decoding=dataclasses.replace(subject.decoding, top_p=0.9))
-    findings = {finding.name: finding for finding in examine(subject)}
+    setup = prepare(healthy)
+    setup = dataclasses.replace(setup, decoding=dataclasses.replace(setup.decoding, top_p=0.9))
+    findings = {finding.name: finding for finding in examine(setup)}
     assert complaints(findings) == {"sampling_filter": "fault"}
     assert "its gradient is biased" in findings["sampling_filter"].message
 

@@ -14,8 +14,9 @@ from opdjax.data.prompts import collate, encode_prompts, read_prompts
 from opdjax.models.decoder import forward, head_of
 from opdjax.models.hf import load_params, open_checkpoint
 from opdjax.ops.vocab import head_logits
+from opdjax.prepare import stop_ids
 from opdjax.sampler import Decoding, sample
-from opdjax.train import stop_ids, train
+from opdjax.train import train
 
 pytestmark = pytest.mark.xdist_group("torch")
 

@@ -5,18 +5,23 @@ import pathlib
 
 import pytest
 
-from opdjax.cli import load_experiment
+from opdjax.cli import load_experiment, load_sweep
 from opdjax.config import Config, ConfigError, EstimatorConfig, SamplingConfig
 from opdjax.estimators import RECIPES, bind
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
+SWEEPS = sorted((ROOT / "experiments" / "sweeps").glob("*.py"))
 
 
-@pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", EXPERIMENTS + SWEEPS, ids=lambda file: file.stem)
 def test_an_experiment_is_data(file):
-    imported = {node.module for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)}
-    assert imported == {"opdjax.config"}
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    assert not any(isinstance(node, ast.Import) for node in nodes)
+    assert {node.module for node in nodes if isinstance(node, ast.ImportFrom)} <= {"opdjax.config", "opdjax.points"}
+    if file in SWEEPS:
+        assert load_sweep(str(file))
+        return
     config = load_experiment(str(file))
     bind(config.estimator.recipe, config.estimator.options)
 
@@ -27,6 +32,9 @@ def test_the_config_refuses_altered_sampling_for_just_the_policy_gradients(name)
     if RECIPES[name].is_policy_gradient:
         with pytest.raises(ConfigError, match="sampling.temperature 0.7"):
             Config(estimator=EstimatorConfig(recipe=name), sampling=altered)
+    elif name == "sft":  # never reads the student's own draws
+        taught = SamplingConfig(temperature=0.7, source="teacher")
+        assert Config(estimator=EstimatorConfig(recipe=name), sampling=taught).sampling == taught
     else:
         assert Config(estimator=EstimatorConfig(recipe=name), sampling=altered).sampling == altered
 
@@ -34,8 +42,9 @@ def test_the_config_refuses_altered_sampling_for_just_the_policy_gradients(name)
 def test_the_readme_names_every_verb_and_file_that_it_should():
     text = (ROOT / "README.md").read_text()
     assert text.count("\n") <= 150
-    for file in EXPERIMENTS:
-        assert file.name in text, file
+    ledger = (ROOT / "experiments" / "README.md").read_text()
+    for file in EXPERIMENTS + SWEEPS:
+        assert file.name in ledger, file
     for file in (ROOT / "opdjax").rglob("*.py"):
         if file.name != "__init__.py":
             assert file.name in text, file

@@ -61,7 +61,9 @@ def vary(**sections):
 def without_times(workdir):
     """The rows of metrics.jsonl, timing aside."""
     rows = read_lines(workdir / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if not name.startswith(("time/", "perf/"))} for row in rows]
+    return [
+        {name: value for name, value in row.items() if not name.startswith("time/") and name != "perf/tokens_per_second"} for row in rows
+    ]
 
 
 def final_weights(workdir):
@@ -165,7 +167,10 @@ def test_the_loop_on_eight_devices_is_the_loop_on_one(tmp_path):
     for one, eight in zip(*rows):
         assert one.keys() == eight.keys()
         for name in one:
-            np.testing.assert_allclose(eight[name], one[name], rtol=1e-4, atol=1e-5, err_msg=name)
+            if one[name] is None:  # no token stands at these positions
+                assert eight[name] is None
+            else:
+                np.testing.assert_allclose(eight[name], one[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_several_samples_micro_batches_and_a_teacher_view_of_its_own(tmp_path):
@@ -181,7 +186,7 @@ def test_several_samples_micro_batches_and_a_teacher_view_of_its_own(tmp_path):
     # The same tokens seen through the student's own bare view are out of the teacher's distribution.
     train(dataclasses.replace(config, data=dataclasses.replace(config.data, teacher_format="raw")), tmp_path / "raw")
     (raw,) = without_times(tmp_path / "raw")
-    assert raw["rollout/num_tokens"] == row["rollout/num_tokens"]
+    assert raw["rollout/length_mean"] == row["rollout/length_mean"]
     assert raw["kl/k1"] != row["kl/k1"]
 
 
@@ -308,8 +313,8 @@ def make_small_student(out):
 def test_a_loss_that_stays_non_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
     real, calls = opdjax.train._score, []
 
-    def poisoned(setup, batch):
-        batch, head = real(setup, batch)
+    def poisoned(setup, batch, needs):
+        batch, head = real(setup, batch, needs)
         calls.append(1)
         # Step 2 alone, then every step from 5 on.
         if len(calls) == 2 or len(calls) >= 5:
@@ -317,7 +322,9 @@ def test_a_loss_that_stays_non_finite_stops_the_run_and_keeps_the_checkpoint(tmp
         return batch, head
 
     monkeypatch.setattr(opdjax.train, "_score", poisoned)
-    config = vary(train={"num_steps": 20, "max_nonfinite_steps": 3}, checkpoint={"every": 2}, evaluation={"source": None})
+    config = vary(
+        train={"num_steps": 20, "max_nonfinite_steps": 3}, checkpoint={"every": 2}, evaluation={"source": None}, log={"samples_every": 0}
+    )
     with pytest.raises(NonFiniteLossError, match=r"steps 5 to 7 .*last good checkpoint in .* is step 4"):
         train(config, tmp_path / "run")
     rows = read_lines(tmp_path / "run" / "metrics.jsonl")

@@ -14,13 +14,14 @@ from opdjax.config import EstimatorConfig, OptimizerConfig
 from opdjax.estimators import bind
 from opdjax.estimators.losses import AGGREGATIONS
 from opdjax.models.decoder import DecoderConfig, head_of, init_params
+from opdjax.models.rope import Rope
 from opdjax.scoring.local import score
 from opdjax.sharding import make_mesh, shard_rows
 from opdjax.train_state import UpdateSpec, init_state, learning_rate_at, loss_and_grad, make_optimizer, make_update
 from opdjax.types import TeacherScores, TrainBatch
 
 MODEL = DecoderConfig(
-    vocab_size=11, hidden_size=8, num_layers=2, num_heads=2, num_kv_heads=1, head_size=4, intermediate_size=12, rope_theta=1e4,
+    vocab_size=11, hidden_size=8, num_layers=2, num_heads=2, num_kv_heads=1, head_size=4, intermediate_size=12, rope=Rope(1e4),
     norm_epsilon=1e-6, ties_embeddings=True, has_qk_norm=True, has_qkv_bias=False, has_output_bias=False,
 )  # fmt: skip
 RECIPES = [

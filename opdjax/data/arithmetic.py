@@ -15,7 +15,7 @@ OPERAND_LIMIT = 50
 NUM_OPERANDS = 3
 # Shares of the problem space, by a hash of the problem's text: no problem is ever in two splits.
 _SPLIT_BUCKETS = {"train": range(0, 90), "validation": range(90, 95), "test": range(95, 100)}
-_SPLIT_SIZES = {"train": 16384, "validation": 1024, "test": 2048}
+SPLITS = {"train": 16384, "validation": 1024, "test": 2048}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +71,11 @@ def split_of(problem: Problem) -> str:
 
 def problems(split: str) -> list[Problem]:
     """The distinct problems of a split (`train` 16384, `validation` 1024, `test` 2048), always the same ones."""
-    if split not in _SPLIT_SIZES:
-        raise ValueError(f"arithmetic has no split {split!r}; expected one of {sorted(_SPLIT_SIZES)}")
+    if split not in SPLITS:
+        raise ValueError(f"arithmetic has no split {split!r}; expected one of {sorted(SPLITS)}")
     rng = np.random.Generator(np.random.Philox(key=zlib.crc32(split.encode())))
     found: dict[Problem, None] = {}
-    while len(found) < _SPLIT_SIZES[split]:
+    while len(found) < SPLITS[split]:
         problem = draw(rng)
         if split_of(problem) == split:
             found.setdefault(problem)

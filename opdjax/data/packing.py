@@ -1,8 +1,11 @@
-"""From rollouts to rows that are trained on."""
+"""From rollouts, or given answers, to rows that are trained on."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
+import numpy as np
 
 from opdjax.types import PromptBatch, Rollouts, TeacherView, TrainBatch
 
@@ -15,6 +18,31 @@ def to_train_batch(rollouts: Rollouts, prompts: PromptBatch) -> TrainBatch:
         segment_ids=rollouts.segment_ids,
         behavior_logprobs=rollouts.behavior_logprobs,
         teacher_view=None if prompts.teacher_tokens is None else _teacher_view(rollouts, prompts),
+    )
+
+
+def answer_rows(prompts: PromptBatch, answers: Sequence[Sequence[int]], length: int, policy_version: int) -> Rollouts:
+    """Given answers (token ids, stop token included; B = P * G, those of a prompt side by side) in the form of rollouts.
+
+    An answer longer than `length` tokens is cut there and counts as truncated.
+    """
+    repeats = len(answers) // prompts.tokens.shape[0]
+    tokens, mask = np.zeros((len(answers), length), np.int32), np.zeros((len(answers), length), bool)
+    for row, answer in enumerate(answers):
+        kept = answer[:length]
+        tokens[row, : len(kept)], mask[row, : len(kept)] = kept, True
+    repeat = lambda x: np.repeat(np.asarray(x), repeats, axis=0)  # noqa: E731
+    prompt_mask = repeat(prompts.mask)
+    return Rollouts(
+        tokens=np.concatenate([repeat(prompts.tokens), tokens], axis=1),
+        mask=np.concatenate([np.zeros_like(prompt_mask), mask], axis=1),
+        segment_ids=np.concatenate([prompt_mask, mask], axis=1).astype(np.int32),
+        behavior_logprobs=None,
+        unfiltered_logprobs=None,
+        prompt_id=repeat(prompts.prompt_id),
+        sample_id=np.tile(np.arange(repeats, dtype=np.int32), prompts.tokens.shape[0]),
+        policy_version=np.full(len(answers), policy_version, np.int32),
+        is_truncated=np.array([len(answer) > length for answer in answers]),
     )
 
 

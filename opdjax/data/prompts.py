@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from opdjax.config import DataConfig
-from opdjax.data import arithmetic
 from opdjax.data.chat import Messages, render
+from opdjax.data.sources import Columns, DataError, read_rows, value_at
 from opdjax.types import PromptBatch
-
-
-class DataError(ValueError):
-    """The prompts cannot be used as they are; the message says which and why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,55 +43,77 @@ class PromptSet:
         return len(self.skipped)
 
 
-def read_prompts(source: str) -> list[Prompt]:
-    """The rows of `arithmetic:SPLIT` or of a JSONL file."""
-    if source.startswith("arithmetic:"):
-        found = arithmetic.problems(source.removeprefix("arithmetic:"))
-        return [Prompt(p.prompt, p.answer, (p.reference,)) for p in found]
-    path = pathlib.Path(source).expanduser()
-    if path.suffix not in (".jsonl", ".json"):
-        raise DataError(f"data source {source!r} is not known; expected arithmetic:SPLIT or a .jsonl file")
-    if not path.exists():
-        raise DataError(f"data source {path} does not exist")
-    rows = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                rows.append(_parse_row(line, f"{path}, line {number}"))
+def read_prompts(source: str, columns: Columns = Columns()) -> list[Prompt]:  # noqa: B008
+    """The rows of a data source (see `sources`), in their stored order."""
+    rows = [_parse_row(row, columns, place) for place, row in read_rows(source, columns)]
     if not rows:
-        raise DataError(f"{path} holds no prompts")
+        raise DataError(f"{source} holds no prompts")
     return rows
 
 
-def _parse_row(line: bytes, place: str) -> Prompt:
-    try:
-        row = json.loads(line.rstrip())
-    except json.JSONDecodeError as error:
-        raise DataError(f"{place}: not valid JSON ({error.msg} at column {error.colno})") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{place}: not UTF-8 text ({error.reason})") from error
-    if not isinstance(row, dict) or "prompt" not in row:
-        found = sorted(row) if isinstance(row, dict) else type(row).__name__
-        raise DataError(f"{place}: expected an object with the key 'prompt', found {found}")
-    answer = row.get("answer")
+def _parse_row(row: dict[str, Any], columns: Columns, place: str) -> Prompt:
+    prompt, completion = _parse_prompt(_value(row, columns.prompt, place), columns.prompt, place)
+    name = columns.answer or "answer"
+    answer = _value(row, name, place) if columns.answer or name in row else None
     if not isinstance(answer, (str, int, float, type(None))) or isinstance(answer, bool):
-        raise DataError(f"{place}: 'answer' is {answer!r}; expected a string or a number")
-    references = row.get("references", [row["reference"]] if "reference" in row else [])
-    if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
-        expected = "'references' as a list of strings or 'reference' as a string"
-        raise DataError(f"{place}: the reference answers are {references!r}; expected {expected}")
-    return Prompt(_parse_prompt(row["prompt"], place), None if answer is None else str(answer), tuple(references))
+        raise DataError(f"{place}: {name!r} is {answer!r}; expected a string or a number")
+    name = columns.reference or ("references" if "references" in row else "reference")
+    references = _value(row, name, place) if columns.reference or name in row else None
+    return Prompt(prompt, None if answer is None else str(answer), _parse_references(references, name, place) or completion)
 
 
-def _parse_prompt(prompt: Any, place: str) -> str | Messages:
-    if isinstance(prompt, str) and prompt:
-        return prompt
-    is_messages = isinstance(prompt, list) and prompt and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
-    )  # fmt: skip
-    if not is_messages:
-        raise DataError(f"{place}: 'prompt' is {prompt!r}; expected a non-empty string or a list of {{role, content}} messages")
-    return tuple({"role": m["role"], "content": m["content"]} for m in prompt)
+def _value(row: dict[str, Any], path: str, place: str) -> Any:
+    return _plain(value_at(row, path, place), path, place)
+
+
+def _plain(value: Any, path: str, place: str) -> Any:
+    """Python's own types in place of the bytes and numpy values that TFDS returns."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{place}: {path!r} is not UTF-8 text ({error.reason})") from error
+    if isinstance(value, (np.generic, np.ndarray)):
+        return _plain(value.tolist(), path, place)
+    if isinstance(value, dict):
+        return {name: _plain(item, path, place) for name, item in value.items()}
+    return [_plain(item, path, place) for item in value] if isinstance(value, list) else value
+
+
+def _parse_prompt(value: Any, name: str, place: str) -> tuple[str | Messages, tuple[str, ...]]:
+    """The prompt, and the assistant's turn that a whole conversation ends in: what the student is to write is not its prompt."""
+    if isinstance(value, str) and value:
+        return value, ()
+    messages = _parse_messages(value)
+    if not messages:
+        raise DataError(f"{place}: {name!r} is {value!r}; expected a non-empty string or a list of {{role, content}} messages")
+    if messages[-1]["role"] != "assistant":
+        return messages, ()
+    if len(messages) == 1:
+        raise DataError(f"{place}: {name!r} holds only an assistant's turn: {value!r}; expected a turn of the user before it")
+    return messages[:-1], (messages[-1]["content"],)
+
+
+def _parse_messages(value: Any) -> Messages | None:
+    if isinstance(value, dict) and value.keys() >= {"role", "content"} and all(isinstance(column, list) for column in value.values()):
+        # TFDS stores a sequence of records as a record of sequences.
+        value = [{"role": role, "content": content} for role, content in zip(value["role"], value["content"])]
+    is_messages = isinstance(value, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+    )
+    return tuple({"role": m["role"], "content": m["content"]} for m in value) if is_messages else None
+
+
+def _parse_references(value: Any, name: str, place: str) -> tuple[str, ...]:
+    """Worked answers: a string, several, or a conversation whose last assistant's turn is one."""
+    texts = [value] if isinstance(value, str) else [] if value is None else value
+    if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
+        return tuple(texts)
+    turns = [message["content"] for message in _parse_messages(value) or () if message["role"] == "assistant"]
+    if not turns:
+        expected = "a string, a list of strings or messages with a turn of the assistant"
+        raise DataError(f"{place}: the reference answers {name!r} are {value!r}; expected {expected}")
+    return (turns[-1],)
 
 
 def encode_prompts(rows: Sequence[Prompt], data: DataConfig, student_tokenizer: Any, teacher_tokenizer: Any) -> PromptSet:

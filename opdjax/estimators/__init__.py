@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Literal
 
-from opdjax.estimators import divergence, opd
+from opdjax.estimators import divergence, losses, opd
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Recipe:
     """A token loss and what it needs: `token_loss(student, teacher, row, **options) -> (loss [n], outputs)`."""
 
     token_loss: Callable
-    teacher: Literal["token", "vocabulary"]  # the teacher's log-prob of the sampled token, or its whole distribution
+    teacher: Literal["none", "token", "vocabulary"]  # nothing, its log-prob of the sampled token, or its whole distribution
     is_policy_gradient: bool  # an expectation over sampled tokens: they must come from the distribution that is scored
     options: tuple[str, ...]
 
@@ -23,6 +23,8 @@ RECIPES = {
     "opd": Recipe(opd.opd, "token", True, ("discount",)),
     "vopd": Recipe(opd.vopd, "vocabulary", True, ("discount", "baseline", "baseline_top_k")),
     "full_kl": Recipe(divergence.full_kl, "vocabulary", False, ("divergence", "beta")),
+    "topk_kl": Recipe(divergence.topk_kl, "vocabulary", False, ("divergence", *divergence.TOP_K_OPTIONS)),
+    "sft": Recipe(losses.sft, "none", False, ()),
 }
 
 

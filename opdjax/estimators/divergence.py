@@ -1,10 +1,10 @@
-"""Divergences over the full vocabulary at one context, each direction by its own name; nats; the gradient flows to the student."""
+"""Divergences at one context, over the full vocabulary or on a few ids, each by its own name; nats; the gradient flows to the student."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from opdjax.estimators.opd import sampled_reward
 from opdjax.ops.vocab import Columns, VocabTile
@@ -55,3 +55,115 @@ def full_kl(student: VocabTile, teacher: VocabTile, row: Columns, *, divergence:
     reward = sampled_reward(teacher.logprob(row.token), student_logprob)
     kl = loss if divergence == "reverse" else reverse_kl(student, teacher)
     return loss, {"reward": reward, "student_logprob": student_logprob, "kl": jax.lax.stop_gradient(kl)}
+
+
+TOP_K_OPTIONS = ("support", "support_top_k", "renormalize", "outside", "clamp_at_zero", "weight", "convention")
+FLOOR = -100.0  # nats: the teacher's log-prob of every id outside the support, where `outside` is `floor`
+# What systems that all say "top-k distillation" compute. DistillKit's symmetric uniform fill is `tail` too: spreading the
+# missing mass of each side over the same ids adds what one bucket adds. EasyDeL's value is larger by the teacher's entropy.
+TOP_K_CONVENTIONS = {
+    "tunix": {"support": "teacher", "renormalize": "both"},
+    "verl": {"support": "teacher", "renormalize": "none", "clamp_at_zero": True},
+    "nemo_rl": {"support": "teacher", "renormalize": "none"},
+    "nemo_rl_floor": {"support": "teacher", "renormalize": "none", "outside": "floor"},
+    "easydel": {"support": "teacher", "renormalize": "teacher"},
+    "trl": {"support": "teacher", "renormalize": "none", "outside": "tail"},
+    "thunlp": {"support": "student", "renormalize": "none", "weight": "p_student"},
+    "distillkit": {"support": "teacher", "renormalize": "none", "outside": "tail"},
+}
+
+
+def topk_kl(
+    student: VocabTile,
+    teacher: VocabTile,
+    row: Columns,
+    *,
+    support: str = "student",
+    support_top_k: int = 100,
+    renormalize: str = "both",
+    outside: str = "drop",
+    divergence: str = "reverse",
+    clamp_at_zero: bool = False,
+    weight: str | None = None,
+    convention: str | None = None,
+):
+    """A divergence on `support_top_k` ids of each context, the most likely of the student or of the teacher.
+
+    `renormalize` `both` (vOPD's OPD_top-k, arXiv 2605.07865): KL of the two distributions conditioned on the ids, blind to
+    the student's mass outside. `teacher`: only the teacher's side; with `forward` a cross-entropy less a constant.
+    `none`: full-softmax log-probs, and `outside` says what becomes of the rest: `drop` ignores it, `tail` adds one bucket
+    of all other ids (a true KL, of coarser distributions, at most the full one), `floor` takes the teacher's log-prob
+    there as -100. `drop` without renormalising both is no divergence: it can be negative, and at student = teacher its
+    gradient is not 0. `weight` makes it a policy gradient over the kept ids, of full-softmax log-ratios with detached weights:
+    the probabilities of student or teacher normalised on the support, or 1. `convention` is a row of TOP_K_CONVENTIONS.
+    """
+    if convention is not None:
+        named = TOP_K_CONVENTIONS[convention] | {"support_top_k": support_top_k, "divergence": divergence}
+        return topk_kl(student, teacher, row, **named)
+    ids = jax.lax.stop_gradient(_choose(support, {"student": student, "teacher": teacher}, "support").top_k(support_top_k))
+    s, t = student.logprob(ids), jax.lax.stop_gradient(teacher.logprob(ids))
+    if weight is not None:
+        loss = _weighted_policy_gradient(s, t, weight)
+    else:
+        normalise = _choose(renormalize, {"both": (True, True), "teacher": (False, True), "none": (False, False)}, "renormalize")
+        s, t = (jax.nn.log_softmax(x, axis=-1) if is_wanted else x for x, is_wanted in zip((s, t), normalise))
+        swap = _choose(divergence, {"reverse": False, "forward": True}, "divergence")
+        loss = _sum_on(t, s) if swap else _sum_on(s, t)
+        if outside != "drop" and renormalize != "none":
+            raise ValueError(f"topk_kl has outside {outside!r} with renormalize {renormalize!r}; expected renormalize 'none'")
+        loss += _choose(outside, {"drop": _nothing, "tail": _tail_bucket, "floor": _floored}, "outside")(student, teacher, ids, swap)
+    if clamp_at_zero:
+        loss = jnp.maximum(loss, 0)
+    student_logprob = student.logprob(row.token)
+    reward = sampled_reward(teacher.logprob(row.token), student_logprob)
+    return loss, {"reward": reward, "student_logprob": student_logprob, "kl": jax.lax.stop_gradient(reverse_kl(student, teacher))}
+
+
+def _choose(value, table: dict, option: str):
+    if value not in table:
+        raise ValueError(f"topk_kl has no {option} {value!r}; expected one of {list(table)}")
+    return table[value]
+
+
+def _sum_on(first: Float[Array, "n K"], second: Float[Array, "n K"]) -> Float[Array, " n"]:
+    """`sum_v p_v (log p_v - log q_v)` over the kept ids; an id of probability 0 contributes exactly 0."""
+    is_live = first > -jnp.inf
+    first = jnp.where(is_live, first, 0)
+    return jnp.sum(jnp.where(is_live, jnp.exp(first) * (first - jnp.where(is_live, second, 0)), 0), axis=-1)
+
+
+def _weighted_policy_gradient(s: Float[Array, "n K"], t: Float[Array, "n K"], weight: str) -> Float[Array, " n"]:
+    """`-sum_v sg[w_v (log teacher(v) - log student(v))] log student(v)`."""
+    is_live = s > -jnp.inf
+    s, t = (jnp.where(is_live, x, 0) for x in (s, t))
+    among = lambda x: jax.nn.softmax(jnp.where(is_live, x, -jnp.inf), axis=-1)  # noqa: E731
+    w = _choose(weight, {"p_student": among(s), "p_teacher": among(t), "none": jnp.ones_like(s)}, "weight")
+    return -jnp.sum(jnp.where(is_live, jax.lax.stop_gradient(w * (t - s)) * s, 0), axis=-1)
+
+
+def _nothing(student, teacher, ids, swap) -> Float[Array, " n"]:
+    return jnp.zeros(student.logits.shape[0], student.logits.dtype)
+
+
+def _without(tile: VocabTile, ids: Int[Array, "n K"]) -> Float[Array, "n V"]:
+    """Log-probabilities of the ids outside the support, -inf inside."""
+    return tile.logprobs.at[jnp.arange(ids.shape[0])[:, None], ids].set(-jnp.inf)
+
+
+def _tail_bucket(student, teacher, ids, swap) -> Float[Array, " n"]:
+    """One summand for all other ids; their mass is summed, not subtracted from 1, which float32 could not resolve."""
+
+    def mass(tile):
+        rest = _without(tile, ids)
+        has_rest = jnp.any(rest > -jnp.inf, axis=-1, keepdims=True)
+        summed = jax.nn.logsumexp(jnp.where(has_rest, rest, 0), axis=-1, keepdims=True)
+        return jnp.where(has_rest, summed, -jnp.inf)
+
+    s, t = mass(student), jax.lax.stop_gradient(mass(teacher))
+    return _sum_on(t, s) if swap else _sum_on(s, t)
+
+
+def _floored(student, teacher, ids, swap) -> Float[Array, " n"]:
+    """Forward: the teacher's e^-100 of every other id counts as 0. Reverse: the student pays for all it has there."""
+    rest = _without(student, ids)
+    return _nothing(student, teacher, ids, swap) if swap else _sum_on(rest, jnp.full_like(rest, FLOOR))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from opdjax.ops.masked import sequence_total, starts_sequence
+from opdjax.ops.vocab import Columns, VocabTile
 
 AGGREGATIONS = ("token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "fixed_denominator")
 
@@ -16,6 +17,16 @@ AGGREGATIONS = ("token_mean", "sequence_mean_token_mean", "sequence_mean_token_s
 def policy_gradient_loss(advantage: Float[Array, "*n"], student_logprob: Float[Array, "*n"]) -> Float[Array, "*n"]:
     """`-sg[A] * log student(y)`: its gradient, averaged over y ~ student, descends what A rewards. A in nats."""
     return -jax.lax.stop_gradient(advantage) * student_logprob
+
+
+def sft(student: VocabTile, teacher: VocabTile | None, row: Columns):
+    """Cross-entropy `-log student(y)` on given answers, nats; the teacher is not read.
+
+    On text that the teacher sampled this is sequence-level distillation (arXiv 1606.07947): its expectation is the
+    teacher's entropy plus KL(teacher || student), on the teacher's contexts and not on the student's.
+    """
+    student_logprob = student.logprob(row.token)
+    return -student_logprob, {"student_logprob": jax.lax.stop_gradient(student_logprob)}
 
 
 @jax.tree_util.register_dataclass

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from opdjax.models.rope import Rope, inverse_frequencies
 from opdjax.ops.masked import starts_sequence
 from opdjax.ops.vocab import Head
 
@@ -32,7 +33,7 @@ class DecoderConfig:
     num_kv_heads: int
     head_size: int
     intermediate_size: int
-    rope_theta: float
+    rope: Rope
     norm_epsilon: float
     ties_embeddings: bool
     has_qk_norm: bool
@@ -165,9 +166,9 @@ def _rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], epsilon: floa
 
 def _rope(positions: Int[Array, "B T"], config: DecoderConfig):
     """Cosines and sines `[B, T, 1, H/2]`; angles in float32, since bfloat16 cannot count past 256."""
-    inverse = config.rope_theta ** -(jnp.arange(0, config.head_size, 2, dtype=jnp.float32) / config.head_size)
+    inverse = inverse_frequencies(config.rope, config.head_size)
     angles = positions[:, :, None, None].astype(jnp.float32) * inverse
-    return jnp.cos(angles), jnp.sin(angles)
+    return jnp.cos(angles) * config.rope.attention_factor, jnp.sin(angles) * config.rope.attention_factor
 
 
 def _rotate(x: Float[Array, "B T N H"], rope) -> Float[Array, "B T N H"]:

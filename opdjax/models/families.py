@@ -7,10 +7,13 @@ A name table maps our parameter path to the checkpoint's tensor name; `{i}` is t
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from collections.abc import Callable
 from typing import Any
 
 from opdjax.models.decoder import DecoderConfig
+from opdjax.models.rope import Rope, yarn_attention_factor
 
 
 class UnsupportedModelError(ValueError):
@@ -42,39 +45,181 @@ class Family:
         )
 
 
-def _rope_theta(raw: dict[str, Any]) -> float:
-    """transformers 5 writes `rope_parameters.rope_theta`, older files a top-level `rope_theta`; a silent default is wrong."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise UnsupportedModelError(f"config.json asks for rope_type {kind!r}; expected 'default' (no scaling)")
-    theta = rope.get("rope_theta", raw.get("rope_theta"))
-    if theta is None:
+@dataclasses.dataclass(frozen=True)
+class _Fields:
+    """An object of `config.json`, read with errors that name the field, its value and what was expected.
+
+    A field that is null counts as absent. One that is absent and has no default is a KeyError.
+    """
+
+    values: dict[str, Any]
+    within: str = ""
+
+    def has(self, name: str) -> bool:
+        return self.values.get(name) is not None
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self._get(name, default)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+            self.refuse(name, "a positive number")
+        return float(value)
+
+    def integer(self, name: str, default: int | None = None, least: int = 1) -> int:
+        value = self._get(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            self.refuse(name, f"an integer of at least {least}")
+        return value
+
+    def boolean(self, name: str, default: bool) -> bool:
+        value = self._get(name, default)
+        if not isinstance(value, bool):
+            self.refuse(name, "true or false")
+        return value
+
+    def _get(self, name: str, default: Any) -> Any:
+        if not self.has(name) and default is None:
+            raise KeyError(self.within + name)
+        return self.values[name] if self.has(name) else default
+
+    def expect(self, name: str, expected: Any, reason: str) -> None:
+        """Refuse any value but the one that the decoder computes."""
+        if self.has(name) and self.values[name] != expected:
+            self.refuse(name, f"{json.dumps(expected)} ({reason})")
+
+    def refuse(self, name: str, expected: str) -> None:
+        raise UnsupportedModelError(f"config.json sets {self.within}{name} {self.values[name]!r}; expected {expected}")
+
+
+def _read_original_length(rope: _Fields, config: _Fields) -> int:
+    """In transformers' order: the field beside the rope's object wins over the one in it, and today's length stands in for both."""
+    name = "original_max_position_embeddings"
+    owner = config if config.has(name) else rope
+    return owner.integer(name) if owner.has(name) else config.integer("max_position_embeddings")
+
+
+def _read_linear(rope: _Fields, config: _Fields) -> dict[str, Any]:
+    return {"factor": rope.number("factor")}
+
+
+def _read_llama3(rope: _Fields, config: _Fields) -> dict[str, Any]:
+    slow, fast = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    if fast <= slow:
+        rope.refuse("high_freq_factor", f"more than low_freq_factor, {slow}")
+    length = _read_original_length(rope, config)
+    return {"factor": rope.number("factor"), "original_length": length, "slow_rotations": slow, "fast_rotations": fast}
+
+
+def _read_yarn(rope: _Fields, config: _Fields) -> dict[str, Any]:
+    factor = rope.number("factor")
+    scales = [rope.number(name) if rope.has(name) else None for name in ("mscale", "mscale_all_dim")]
+    return {
+        "factor": factor,
+        "original_length": _read_original_length(rope, config),
+        "slow_rotations": rope.number("beta_slow", 1.0),
+        "fast_rotations": rope.number("beta_fast", 32.0),
+        "rounds_range": rope.boolean("truncate", True),
+        "attention_factor": rope.number("attention_factor", yarn_attention_factor(factor, *scales)),
+    }
+
+
+_ROPE_READERS = {"default": lambda rope, config: {}, "linear": _read_linear, "llama3": _read_llama3, "yarn": _read_yarn}
+_IMPURE = "the frequencies of this kind follow the longest sequence in the batch, so cached tokens would disagree with a full forward"
+_IMPURE_ROPES = {
+    "dynamic": f"{_IMPURE}; up to max_position_embeddings tokens it equals 'default', which you may write instead",
+    "longrope": _IMPURE,
+}
+
+
+def _read_rope(raw: dict[str, Any], default_theta: float | None) -> Rope:
+    """transformers 5 writes all of it to `rope_parameters`, older files wrote `rope_scaling` beside a `rope_theta`."""
+    written = [name for name in ("rope_parameters", "rope_scaling") if raw.get(name)]
+    ropes = [_read_written_rope(raw, name, default_theta) for name in written or ["rope_parameters"]]
+    if ropes[0] != ropes[-1]:
+        _Fields(raw).refuse("rope_scaling", f"what rope_parameters says, {raw['rope_parameters']!r}, or just one of the two")
+    return ropes[0]
+
+
+def _read_written_rope(raw: dict[str, Any], name: str, default_theta: float | None) -> Rope:
+    config, values = _Fields(raw), raw.get(name) or {}
+    if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
+        config.refuse(name, "one flat object, the same for every layer")
+    rope = _Fields(values, f"{name}.")
+    spelling = "rope_type" if "rope_type" in values or "type" not in values else "type"
+    kind = values.get(spelling, "default")
+    if not isinstance(kind, str) or kind not in _ROPE_READERS:
+        reason = f"; {_IMPURE_ROPES[kind]}" if str(kind) in _IMPURE_ROPES else ""
+        rope.refuse(spelling, f"one of {sorted(_ROPE_READERS)}{reason}")
+    for fields in (config, rope):
+        fields.expect("partial_rotary_factor", 1, "all of a head is rotated")
+    theta = rope.number("rope_theta") if rope.has("rope_theta") else _read_shared_theta(config, default_theta)
+    return Rope(theta, kind, **_ROPE_READERS[kind](rope, config))
+
+
+def _read_shared_theta(config: _Fields, default: float | None) -> float:
+    if not config.has("rope_theta") and default is None:  # a silent default is wrong
         raise UnsupportedModelError("config.json has neither rope_parameters.rope_theta nor rope_theta; add the base frequency")
-    return float(theta)
+    return config.number("rope_theta", default)
+
+
+def _refuse_sliding_window(config: _Fields, num_layers: int) -> None:
+    """Layers slide as `layer_types` says; without it, those from `max_window_layers` up where the window is on."""
+    kinds = config.values.get("layer_types")
+    if kinds is not None:
+        if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+            config.refuse("layer_types", "'full_attention' in every layer")
+        return
+    # 4096 and 28 are the defaults of the Qwen families; a window that is null is off.
+    has_window = config.boolean("use_sliding_window", False) and config.values.get("sliding_window", 4096) is not None
+    if has_window and config.integer("max_window_layers", 28, least=0) < num_layers:
+        config.refuse("use_sliding_window", "false (every layer attends to all tokens)")
+
+
+def _read_decoder(raw: dict[str, Any], *, head_size: int | None = None, rope_theta: float | None = None, **switches: bool) -> DecoderConfig:
+    """What the families share; `head_size` and `rope_theta` are a family's own defaults."""
+    config = _Fields(raw)
+    config.expect("hidden_act", "silu", "the gate of the MLP")
+    config.expect("quantization_config", None, "weights that are not quantized")
+    num_layers, num_heads, width = (config.integer(name) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+    _refuse_sliding_window(config, num_layers)
+    num_kv_heads = config.integer("num_key_value_heads", num_heads)
+    if num_heads % num_kv_heads:
+        config.refuse("num_key_value_heads", f"a divisor of num_attention_heads, {num_heads}")
+    if head_size is None and not config.has("head_dim") and width % num_heads:
+        config.refuse("hidden_size", f"a multiple of num_attention_heads, {num_heads}, or a head_dim")
+    head_size = config.integer("head_dim", head_size or width // num_heads)
+    if head_size % 2:
+        raise UnsupportedModelError(f"config.json implies a head_dim of {head_size}; expected an even one (its dimensions rotate in pairs)")
+    return DecoderConfig(
+        vocab_size=config.integer("vocab_size"),
+        hidden_size=width,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        intermediate_size=config.integer("intermediate_size"),
+        rope=_read_rope(raw, rope_theta),
+        norm_epsilon=config.number("rms_norm_eps", 1e-6),
+        ties_embeddings=config.boolean("tie_word_embeddings", False),
+        **switches,
+    )
 
 
 def _read_qwen3(raw: dict[str, Any]) -> DecoderConfig:
-    if raw.get("use_sliding_window"):
-        raise UnsupportedModelError("config.json sets use_sliding_window; expected false (every layer attends to all tokens)")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise UnsupportedModelError(f"config.json sets hidden_act {raw['hidden_act']!r}; expected 'silu'")
-    has_bias = bool(raw.get("attention_bias", False))
-    return DecoderConfig(
-        vocab_size=raw["vocab_size"],
-        hidden_size=raw["hidden_size"],
-        num_layers=raw["num_hidden_layers"],
-        num_heads=raw["num_attention_heads"],
-        num_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-        head_size=raw.get("head_dim", 128),  # the default of this family, not hidden_size / num_attention_heads
-        intermediate_size=raw["intermediate_size"],
-        rope_theta=_rope_theta(raw),
-        norm_epsilon=raw.get("rms_norm_eps", 1e-6),
-        ties_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        has_qk_norm=True,
-        has_qkv_bias=has_bias,
-        has_output_bias=has_bias,
-    )
+    has_bias = _Fields(raw).boolean("attention_bias", False)
+    return _read_decoder(raw, head_size=128, has_qk_norm=True, has_qkv_bias=has_bias, has_output_bias=has_bias)
+
+
+def _read_qwen2(raw: dict[str, Any]) -> DecoderConfig:
+    """Qwen2 and Qwen2.5: the biases are no option."""
+    return _read_decoder(raw, has_qk_norm=False, has_qkv_bias=True, has_output_bias=False)
+
+
+def _read_llama(raw: dict[str, Any]) -> DecoderConfig:
+    """Llama 2 to 3.2. The files of Llama 2 name no rope_theta; `pretraining_tp` splits the same products differently."""
+    config = _Fields(raw)
+    config.expect("mlp_bias", False, "an MLP without biases")
+    has_bias = config.boolean("attention_bias", False)
+    return _read_decoder(raw, rope_theta=10000.0, has_qk_norm=False, has_qkv_bias=has_bias, has_output_bias=has_bias)
 
 
 _LAYER_NAMES = {
@@ -97,6 +242,8 @@ _LAYER_NAMES = {
 _GLOBAL_NAMES = {"embedding": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "head": "lm_head.weight"}
 
 FAMILIES = {
+    "LlamaForCausalLM": Family(_read_llama, _LAYER_NAMES, _GLOBAL_NAMES),
+    "Qwen2ForCausalLM": Family(_read_qwen2, _LAYER_NAMES, _GLOBAL_NAMES),
     "Qwen3ForCausalLM": Family(_read_qwen3, _LAYER_NAMES, _GLOBAL_NAMES),
 }
 

@@ -224,7 +224,8 @@ def _expected_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 def _check_tensors(checkpoint: Checkpoint, located: dict[str, pathlib.Path]) -> None:
     expected = _expected_shapes(checkpoint)
-    extra = set(located) - set(expected)
+    # Old Llama checkpoints store the rotary frequencies of each layer; config.json says the same, and they are no parameter.
+    extra = {name for name in set(located) - set(expected) if not name.endswith(".rotary_emb.inv_freq")}
     problems = [f"missing tensor {name}" for name in sorted(set(expected) - set(located))]
     with _Files() as files:
         for name in sorted(extra):

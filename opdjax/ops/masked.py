@@ -48,6 +48,12 @@ def sequence_total(x: Float[Array, "B T"], segment_ids: Int[Array, "B T"]) -> Fl
     return jnp.take_along_axis(totals, index, axis=1)
 
 
+def rank_in_sequence(mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """At every column, how many unmasked columns of the same sequence stand before it."""
+    before = jnp.cumsum(mask, axis=1) - mask
+    return before - jax.lax.cummax(jnp.where(starts_sequence(segment_ids), before, 0), axis=1)
+
+
 def reverse_discounted_sum(
     x: Float[Array, "B T"], mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"], discount: float
 ) -> Float[Array, "B T"]:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from opdjax.config import MINI_STUDENT, DataConfig
 from opdjax.data.chat import load_tokenizer
-from opdjax.data.prompts import DataError, Prompt, PromptSet, collate, encode_prompts, indices_at, read_prompts
+from opdjax.data.prompts import Prompt, PromptSet, collate, encode_prompts, indices_at, read_prompts
+from opdjax.data.sources import DataError
 
 RAW = DataConfig(format="raw")
 
@@ -66,9 +67,9 @@ def test_the_built_in_task_as_a_source():
 MALFORMED = {
     '{"prompt": "a"': "not valid JSON (Expecting ',' delimiter at column 15)",
     "prompt: a": "not valid JSON (Expecting value at column 1)",
-    '["a"]': "expected an object with the key 'prompt', found list",
-    '"a"': "expected an object with the key 'prompt', found str",
-    '{"question": "a", "answer": 1}': "expected an object with the key 'prompt', found ['answer', 'question']",
+    '["a"]': "expected an object with named values, found list",
+    '"a"': "expected an object with named values, found str",
+    '{"question": "a", "answer": 1}': "there is no column 'prompt'; found ['answer', 'question']. Name the right one in data.prompt_column",
     '{"prompt": ""}': "'prompt' is ''; expected a non-empty string or a list of {role, content} messages",
     '{"prompt": 3}': "'prompt' is 3; expected a non-empty string",
     '{"prompt": null}': "'prompt' is None; expected a non-empty string",
@@ -78,9 +79,10 @@ MALFORMED = {
     '{"prompt": [{"role": "user", "content": 3}]}': "expected a non-empty string or a list of {role, content} messages",
     '{"prompt": "a", "answer": ["2"]}': "'answer' is ['2']; expected a string or a number",
     '{"prompt": "a", "answer": true}': "'answer' is True; expected a string or a number",
-    '{"prompt": "a", "references": "b"}': "the reference answers are 'b'; expected 'references' as a list of strings",
-    '{"prompt": "a", "references": [1]}': "the reference answers are [1]; expected 'references' as a list of strings",
-    '{"prompt": "a", "reference": 1}': "the reference answers are [1]; expected 'references' as a list",
+    '{"prompt": "a", "references": [1]}': "the reference answers 'references' are [1]; expected a string, a list of strings or messages",
+    '{"prompt": "a", "reference": 1}': "the reference answers 'reference' are 1; expected a string, a list of strings or messages",
+    '{"prompt": "a", "references": [{"role": "user", "content": "b"}]}': "or messages with a turn of the assistant",
+    '{"prompt": [{"role": "assistant", "content": "b"}]}': "'prompt' holds only an assistant's turn",
 }
 
 
@@ -117,8 +119,8 @@ def test_an_empty_file_is_refused(write, lines):
     ("source", "message"),
     [
         ("/nowhere/rows.jsonl", "data source /nowhere/rows.jsonl does not exist"),
-        ("gsm8k", r"data source 'gsm8k' is not known; expected arithmetic:SPLIT or a \.jsonl file"),
-        ("tfds:gsm8k", r"data source 'tfds:gsm8k' is not known; expected arithmetic:SPLIT or a \.jsonl file"),
+        ("gsm8k", r"data source 'gsm8k' is not known; expected arithmetic:SPLIT, a \.jsonl file, parquet:PATH, hf:"),
+        ("huggingface:gsm8k", r"data source 'huggingface:gsm8k' is not known; expected arithmetic:SPLIT"),
         ("rows.csv", r"data source 'rows\.csv' is not known"),
         ("arithmetic:tset", r"arithmetic has no split 'tset'; expected one of \['test', 'train', 'validation'\]"),
     ],

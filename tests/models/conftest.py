@@ -1,5 +1,7 @@
-"""Random Qwen3 checkpoints of odd sizes, written by transformers: what the model tests compare with."""
+"""Random checkpoints of every family, of odd sizes, written by transformers: what the model tests compare with."""
 
+import json
+import shutil
 import types
 
 import jax
@@ -18,17 +20,30 @@ SIZES = {
 }  # fmt: skip
 
 
+# What the model tests call a checkpoint -> its family and what it sets besides SIZES; a field that is ... is left out.
+PAIRS = {
+    "untied": ("Qwen3", {}),
+    "bias": ("Qwen3", {"attention_bias": True}),
+    "tied": ("Qwen3", {"tie_word_embeddings": True}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True, "head_dim": ...}),
+    "llama": ("Llama", {"head_dim": ..., "rms_norm_eps": 1e-5}),
+    "llama-bias-tied": ("Llama", {"attention_bias": True, "tie_word_embeddings": True}),
+}
+
+
 @pytest.fixture(scope="session")
 def build():
-    """build(**config fields) -> a torch model; norms, biases and logits far from their usual 1, 0 and 0."""
+    """build(family, **config fields) -> a torch model; norms, biases and logits far from their usual 1, 0 and 0."""
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    import transformers
 
     torch.set_num_threads(1)
 
-    def build(**changes):
-        rope = {"rope_type": "default", "rope_theta": changes.pop("rope_theta", 10000.0)}
-        model = Qwen3ForCausalLM(Qwen3Config(**{**SIZES, "rope_parameters": rope, **changes})).eval()
+    def build(family="Qwen3", **changes):
+        fields = {**SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, **changes}
+        config = getattr(transformers, f"{family}Config")(**{name: value for name, value in fields.items() if value is not ...})
+        model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
         generator = torch.Generator().manual_seed(0)
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
@@ -64,13 +79,33 @@ def save(tmp_path_factory):
 def pairs(build, save):
     """The same weights on both sides: name -> torch model, directory, checkpoint and our parameters in float32."""
     pairs = {}
-    for name, changes in {"untied": {}, "bias": {"attention_bias": True}, "tied": {"tie_word_embeddings": True}}.items():
-        model = build(**changes)
+    for name, (family, changes) in PAIRS.items():
+        model = build(family, **changes)
         checkpoint = open_checkpoint(save(model))
         pairs[name] = types.SimpleNamespace(
             model=model, path=checkpoint.path, checkpoint=checkpoint, config=checkpoint.config, params=load_params(checkpoint, "float32")
         )
     return pairs
+
+
+@pytest.fixture(params=PAIRS)
+def pair(request, pairs):
+    """Each of the pairs in turn."""
+    return pairs[request.param]
+
+
+@pytest.fixture
+def copy(pairs, tmp_path):
+    """copy(name, **config fields) -> a copy of that checkpoint to change; a field set to None is null, to ... is absent."""
+
+    def copy(name, **fields):
+        path = tmp_path / "copy"
+        shutil.copytree(pairs[name].path, path)
+        raw = json.loads((path / "config.json").read_text()) | fields
+        (path / "config.json").write_text(json.dumps({key: value for key, value in raw.items() if value is not ...}))
+        return path
+
+    return copy
 
 
 @pytest.fixture(scope="session")

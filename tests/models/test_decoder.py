@@ -1,8 +1,6 @@
 """The decoder: equal to transformers, to itself by columns, in packed rows and with rematerialisation."""
 
 import dataclasses
-import json
-import shutil
 from functools import partial
 
 import jax
@@ -12,19 +10,32 @@ import pytest
 
 from opdjax.models import decoder
 from opdjax.models.hf import load_params, open_checkpoint
+from opdjax.models.rope import Rope
 from opdjax.ops.vocab import head_logits
 
 pytestmark = pytest.mark.xdist_group("torch")
 
 SMALL = decoder.DecoderConfig(
-    vocab_size=31, hidden_size=12, num_layers=2, num_heads=6, num_kv_heads=2, head_size=6, intermediate_size=17, rope_theta=1e4,
+    vocab_size=31, hidden_size=12, num_layers=2, num_heads=6, num_kv_heads=2, head_size=6, intermediate_size=17, rope=Rope(1e4),
     norm_epsilon=1e-6, ties_embeddings=True, has_qk_norm=True, has_qkv_bias=True, has_output_bias=True,
 )  # fmt: skip
+CONFIGS = {  # every switch on and off, and frequencies of every form
+    "qwen3": SMALL,
+    "qwen2": dataclasses.replace(
+        SMALL, has_qk_norm=False, has_output_bias=False,
+        rope=Rope(100.0, "yarn", factor=4.0, original_length=10, slow_rotations=0.5, fast_rotations=4.0, attention_factor=1.3),
+    ),
+    "llama": dataclasses.replace(
+        SMALL, has_qk_norm=False, has_qkv_bias=False, has_output_bias=False, ties_embeddings=False,
+        rope=Rope(100.0, "llama3", factor=8.0, original_length=16, slow_rotations=1.0, fast_rotations=2.0),
+    ),
+}  # fmt: skip
+every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 forward = jax.jit(decoder.forward, static_argnums=1)
 forward_cached = jax.jit(decoder.forward_cached, static_argnums=1)
 
 
-def small_params():
+def small_params(config=SMALL):
     """Float64; norms and biases are off 1 and 0, so that leaving one out shows."""
     rng = np.random.default_rng(1)
 
@@ -33,7 +44,7 @@ def small_params():
         shift, scale = (1.0, 0.3) if name.endswith("norm") else (0.0, 0.3 if name.endswith("bias") else shape[-1] ** -0.5)
         return jnp.asarray(shift + scale * rng.normal(size=shape))
 
-    return jax.tree_util.tree_map_with_path(draw, decoder.parameter_shapes(SMALL), is_leaf=lambda x: isinstance(x, tuple))
+    return jax.tree_util.tree_map_with_path(draw, decoder.parameter_shapes(config), is_leaf=lambda x: isinstance(x, tuple))
 
 
 def padded(rng, lengths, width, side, vocab, pad=0):
@@ -48,20 +59,17 @@ def padded(rng, lengths, width, side, vocab, pad=0):
 
 @pytest.mark.parametrize("lengths", [[11, 11, 11], [11, 7, 1]], ids=["full", "ragged"])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", ["untied", "bias", "tied"])
-def test_logits_equal_transformers(pairs, our_logits, torch_logits, rng, name, side, lengths):
-    pair = pairs[name]
+def test_logits_equal_transformers(pair, our_logits, torch_logits, rng, side, lengths):
     tokens, segments = padded(rng, lengths, 11, side, 131, pad=130)
     ours, theirs = our_logits(pair.params, pair.config, tokens, segments), torch_logits(pair.model, tokens, segments)
     assert np.std(theirs[segments == 1]) > 1
     np.testing.assert_allclose(ours[segments == 1], theirs[segments == 1], atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["untied", "bias", "tied"])
-def test_greedy_tokens_equal_generate(pairs, rng, name):
+def test_greedy_tokens_equal_generate(pair, rng):
     import torch
 
-    pair, steps, lengths = pairs[name], 12, [6, 1, 4, 5, 2]
+    steps, lengths = 12, [6, 1, 4, 5, 2]
     prompts = [rng.integers(6, 131, n) for n in lengths]
     expected = [
         pair.model.generate(torch.as_tensor(prompt)[None], max_new_tokens=steps, do_sample=False, eos_token_id=None)[
@@ -84,26 +92,44 @@ def test_greedy_tokens_equal_generate(pairs, rng, name):
     assert len({token for row in expected for token in row}) > 10
 
 
-@pytest.mark.parametrize("layout", ["rope_parameters", "rope_theta"])
-def test_rope_theta_moves_logits_as_in_transformers(pairs, build, our_logits, torch_logits, rng, tmp_path, layout):
-    from transformers import AutoConfig
+def rope(kind, theta=1e4, **fields):
+    """As transformers 5 writes it to config.json."""
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **fields}}
 
-    pair, path = pairs["untied"], tmp_path / "model"
-    shutil.copytree(pair.path, path)
-    raw = json.loads((path / "config.json").read_text())
-    if layout == "rope_theta":  # as transformers 4 wrote it
-        del raw["rope_parameters"]
-        raw |= {"rope_theta": 5e6, "rope_scaling": None}
-    else:
-        raw["rope_parameters"]["rope_theta"] = 5e6
-    (path / "config.json").write_text(json.dumps(raw))
-    assert AutoConfig.from_pretrained(path).rope_parameters["rope_theta"] == 5e6
+
+def old_rope(theta, **fields):
+    """As transformers 4 wrote it."""
+    return {"rope_parameters": ..., "rope_theta": theta, "rope_scaling": fields or None}
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0, "original_max_position_embeddings": 16}
+YARN = {"factor": 4.0, "beta_fast": 4, "beta_slow": 0.5, "original_max_position_embeddings": 10}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("untied", rope("default", 5e6)),
+        ("untied", old_rope(5e6)),
+        ("qwen2", rope("default", 5e6)),
+        ("llama-bias-tied", rope("default", 5e5)),
+        ("qwen2", rope("linear", factor=3.0)),
+        ("llama-bias-tied", rope("llama3", 100.0, **LLAMA3)),
+        ("qwen2", rope("yarn", 100.0, **YARN)),
+        ("untied", rope("yarn", 100.0, **YARN, truncate=False, mscale=1.0, mscale_all_dim=0.4)),
+        ("llama-bias-tied", old_rope(100.0, **YARN, type="yarn", attention_factor=1.3)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else (value.get("rope_scaling") or {"rope_type": "old", **value}).get("rope_type"),
+)
+def test_rope_moves_logits_as_in_transformers(pairs, copy, our_logits, torch_logits, rng, name, fields):
+    from transformers import AutoModelForCausalLM
+
+    pair, path = pairs[name], copy(name, **fields)
     checkpoint = open_checkpoint(path)
-    assert checkpoint.config == dataclasses.replace(pair.config, rope_theta=5e6)
-
+    assert checkpoint.config == dataclasses.replace(pair.config, rope=checkpoint.config.rope)
     rows = padded(rng, [24, 24], 24, "right", 131)
-    theirs = torch_logits(build(rope_theta=5e6), *rows)
-    ours = our_logits(load_params(checkpoint, "float32"), checkpoint.config, *rows)
+    theirs = torch_logits(AutoModelForCausalLM.from_pretrained(path).eval(), *rows)
+    ours = our_logits(pair.params, checkpoint.config, *rows)
     np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=0)
     moved, expected = ours - our_logits(pair.params, pair.config, *rows), theirs - torch_logits(pair.model, *rows)
     assert np.max(np.abs(expected)) > 0.5
@@ -133,17 +159,18 @@ def test_positions_restart_at_each_segment():
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("widths", [[6, 1, 1, 1, 1, 1], [4, 4, 3], [1] * 11], ids=["prefill", "blocks", "columns"])
-def test_cache_equals_full_forward(rng, widths):
-    params = small_params()
-    tokens, segments = padded(rng, [11, 8, 6], 11, "left", SMALL.vocab_size)
+@every_config
+def test_cache_equals_full_forward(rng, config, widths):
+    params = small_params(config)
+    tokens, segments = padded(rng, [11, 8, 6], 11, "left", config.vocab_size)
     positions = decoder.positions_of(jnp.asarray(segments))
-    full = forward(params, SMALL, tokens, segments)
-    empty = decoder.init_cache(SMALL, 3, 14, jnp.float64)
+    full = forward(params, config, tokens, segments)
+    empty = decoder.init_cache(config, 3, 14, jnp.float64)
     cache = dataclasses.replace(empty, keys=empty.keys + 1e3, values=empty.values - 1e3)  # unwritten columns may hold anything
     start, parts = 0, []
     for width in widths:
         now = np.s_[:, start : start + width]
-        hidden, cache = forward_cached(params, SMALL, tokens[now], segments[now], positions[now], cache, start)
+        hidden, cache = forward_cached(params, config, tokens[now], segments[now], positions[now], cache, start)
         start += width
         parts.append(hidden)
     np.testing.assert_allclose(np.concatenate(parts, 1)[segments == 1], full[segments == 1], atol=1e-10, rtol=0)
@@ -166,13 +193,13 @@ def separate_rows(tokens, segments):
     return apart, live, tuple(np.concatenate(parts) for parts in zip(*origins))
 
 
-def weighed(params, tokens, segments, weights, remat=False):
+def weighed(params, tokens, segments, weights, remat=False, config=SMALL):
     """A scalar of the live hidden states, and the states."""
-    hidden = decoder.forward(params, SMALL, tokens, segments, remat=remat)
+    hidden = decoder.forward(params, config, tokens, segments, remat=remat)
     return jnp.sum(jnp.where(segments[..., None] > 0, hidden, 0) ** 2 * weights), hidden
 
 
-weighed_grad = jax.jit(jax.grad(weighed, has_aux=True), static_argnames="remat")
+weighed_grad = jax.jit(jax.grad(weighed, has_aux=True), static_argnames=("remat", "config"))
 
 
 @pytest.fixture
@@ -182,14 +209,15 @@ def batch(rng):
 
 
 @pytest.mark.usefixtures("x64")
-def test_packed_rows_equal_separate_rows(batch):
-    params, (tokens, weights) = small_params(), batch
+@every_config
+def test_packed_rows_equal_separate_rows(batch, config):
+    params, (tokens, weights) = small_params(config), batch
     apart, live, origin = separate_rows(tokens, PACKED)
     assert live.sum() == (PACKED > 0).sum() == 21
     apart_weights = np.zeros_like(weights)
     apart_weights[np.nonzero(live)] = weights[origin]
-    packed_grad, packed = weighed_grad(params, tokens, PACKED, weights)
-    apart_grad, expected = weighed_grad(params, apart, live, apart_weights)
+    packed_grad, packed = weighed_grad(params, tokens, PACKED, weights, config=config)
+    apart_grad, expected = weighed_grad(params, apart, live, apart_weights, config=config)
     np.testing.assert_allclose(packed[origin], expected[np.nonzero(live)], atol=1e-10, rtol=0)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-10, rtol=1e-10), packed_grad, apart_grad)
     assert min(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(packed_grad["layers"])) > 1e-10

@@ -1,0 +1,17 @@
+"""KL(student || teacher) on the student's five most likely ids and one bucket of all others, on the built-in mini pair."""
+
+from opdjax.config import Config, DataConfig, EstimatorConfig, EvaluationConfig, LogConfig, OptimizerConfig, SamplingConfig, TrainConfig
+
+
+def get_config() -> Config:
+    return Config(
+        data=DataConfig(source="arithmetic:train", max_prompt_length=32),
+        sampling=SamplingConfig(num_generations=1, max_completion_length=24),
+        estimator=EstimatorConfig(
+            recipe="topk_kl", support="student", support_top_k=5, renormalize="none", outside="tail", aggregation="token_mean"
+        ),
+        optimizer=OptimizerConfig(learning_rate=3e-4, schedule="cosine", warmup_steps=5, b2=0.98, max_grad_norm=1.0),
+        train=TrainConfig(num_steps=200, prompts_per_step=128),
+        evaluation=EvaluationConfig(num_prompts=512, num_samples=8, max_completion_length=24, extra_temperatures=(0.7, 0.5)),
+        log=LogConfig(samples_every=50),
+    )

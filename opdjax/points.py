@@ -1,0 +1,151 @@
+"""A sweep is a list of points, built by pure algebra on lists of overrides. Standard library only.
+
+    def get_sweep() -> list[SweepPoint]:
+        rates = vary("optimizer.learning_rate", (1e-4, 3e-4))
+        recipes = vary("estimator", {"opd": EstimatorConfig(recipe="opd"), "vopd": EstimatorConfig(recipe="vopd")})
+        return points(Config(), product(recipes, rates, seeds(5)))
+
+A point's id is made of its own overrides alone, so it does not change when the sweep around it grows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import re
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from opdjax.config import Config, ConfigError, nearest, to_dict
+
+_MAX_ID = 180  # file systems allow 255 bytes a name
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A value of a field and how it is called."""
+
+    label: str
+    value: Any
+
+
+Overrides = dict[str, Choice]  # dotted field -> what it becomes
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepPoint:
+    """One run to be made."""
+
+    id: str  # such as estimator=vopd,learning_rate=0.0003,seed=1
+    overrides: dict[str, str]  # short field name -> label
+    config: Config
+
+
+def vary(field: str, values: Iterable[Any] | Mapping[str, Any]) -> list[Overrides]:
+    """One entry a value of a dotted field or of a whole section; a mapping gives the values names of their own."""
+    _check_field(field)
+    named = values.items() if isinstance(values, Mapping) else ((_label(value), value) for value in values)
+    return [{field: Choice(label, value)} for label, value in named]
+
+
+def seeds(count: int, first: int = 0) -> list[Overrides]:
+    """Runs that differ in nothing but what is drawn."""
+    return vary("seed", range(first, first + count))
+
+
+def product(*sweeps: Sequence[Overrides]) -> list[Overrides]:
+    """Every combination; the last sweep varies fastest."""
+    return [_merge(parts) for parts in itertools.product(*sweeps)]
+
+
+def zipped(*sweeps: Sequence[Overrides]) -> list[Overrides]:
+    """Entry by entry; all must be of one length."""
+    lengths = [len(sweep) for sweep in sweeps]
+    if len(set(lengths)) > 1:
+        raise ConfigError(f"zipped sweeps have {lengths} entries; expected as many in each")
+    return [_merge(parts) for parts in zip(*sweeps)]
+
+
+def chain(*sweeps: Sequence[Overrides]) -> list[Overrides]:
+    """One after the other; an entry that stands in several is kept once."""
+    kept: list[Overrides] = []
+    for entry in itertools.chain(*sweeps):
+        if entry not in kept:
+            kept.append(entry)
+    return kept
+
+
+def points(base: Config, overrides: Sequence[Overrides]) -> list[SweepPoint]:
+    """The overrides applied to a base config; ConfigError where one does not fit, or where two points have one id."""
+    made: dict[str, SweepPoint] = {}
+    for entry in overrides:
+        labels = {_short_names()[field]: choice.label for field, choice in entry.items()}
+        point = SweepPoint(_id_of(labels), labels, _apply(base, entry))
+        if made.setdefault(point.id, point).config != point.config:
+            raise ConfigError(f"two points of the sweep are called {point.id!r} and differ; give their values labels of their own")
+    return list(made.values())
+
+
+def _merge(parts: Sequence[Overrides]) -> Overrides:
+    merged: Overrides = {}
+    for part in parts:
+        twice = merged.keys() & part.keys()
+        if twice:
+            raise ConfigError(f"the sweep sets {sorted(twice)} twice; expected each field in one factor")
+        merged |= part
+    return merged
+
+
+def _apply(base: Config, overrides: Overrides) -> Config:
+    config = base
+    try:
+        # A section before its fields; the whole is checked once, at the end, when every field is in place.
+        values = {f.name: getattr(base, f.name) for f in dataclasses.fields(Config)}
+        for field, choice in sorted(overrides.items(), key=lambda item: item[0].count(".")):
+            section, _, leaf = field.partition(".")
+            values[section] = dataclasses.replace(values[section], **{leaf: choice.value}) if leaf else choice.value
+        config = Config(**values)
+    except (ConfigError, TypeError) as error:
+        described = ", ".join(f"{field}={choice.label}" for field, choice in overrides.items())
+        raise ConfigError(f"the point {described} of the sweep: {error}") from error
+    return config
+
+
+@functools.cache
+def _short_names() -> dict[str, str]:
+    """Each dotted field by the shortest ending that no other field has."""
+    sections = typing.get_type_hints(Config)
+    fields = [
+        *sections,
+        *(f"{s}.{f.name}" for s, hint in sections.items() if dataclasses.is_dataclass(hint) for f in dataclasses.fields(hint)),
+    ]
+    endings = [field.rpartition(".")[2] for field in fields]
+    return {field: ending if endings.count(ending) == 1 else field for field, ending in zip(fields, endings)}
+
+
+def _check_field(field: str) -> None:
+    if field not in _short_names():
+        raise ConfigError(f"a sweep varies {field!r}, which is no field; {nearest(field, _short_names())}")
+
+
+def _label(value: Any) -> str:
+    """A value as it stands in an id; what does not fit there is told apart by a digest."""
+    if dataclasses.is_dataclass(value):
+        text, plain = type(value).__name__, json.dumps(to_dict(value), sort_keys=True)
+    else:
+        text = plain = f"{value:g}" if isinstance(value, float) else str(value)
+    safe = re.sub(r"[^A-Za-z0-9._+-]", "-", text)
+    return safe if safe == plain else f"{safe}-{_digest(plain)}"
+
+
+def _id_of(labels: Mapping[str, str]) -> str:
+    text = ",".join(f"{name}={re.sub(r'[^A-Za-z0-9._+-]', '-', label)}" for name, label in labels.items()) or "base"
+    return text if len(text) <= _MAX_ID else f"{text[:_MAX_ID]}-{_digest(text)}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -1,0 +1,173 @@
+"""Everything a run works with, read and checked before anything is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from opdjax.config import Config, ConfigError, DataConfig, ModelConfig
+from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, load_tokenizer, valid_vocab
+from opdjax.data.prompts import Prompt, PromptSet, encode_prompts, read_prompts
+from opdjax.data.sources import Columns, DataError
+from opdjax.estimators import RECIPES
+from opdjax.evals.evaluate import Evaluator
+from opdjax.evals.grading import require_grader
+from opdjax.models.decoder import Params, head_of
+from opdjax.models.hf import Checkpoint, CheckpointError, fingerprint, load_params, open_checkpoint
+from opdjax.ops.vocab import Head
+from opdjax.sampler import Decoding
+from opdjax.sharding import make_mesh, replicated
+from opdjax.workdir import environment
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """The frozen model that supervises."""
+
+    checkpoint: Checkpoint
+    params: Params
+    head: Head
+    tokenizer: Any
+    decoding: Decoding  # how it writes answers, where it does
+    shares_vocabulary: bool  # with the student: only then can their logits be compared
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a run works with and never changes."""
+
+    config: Config
+    mesh: Mesh
+    student: Checkpoint
+    dtype: str  # of the student's forward pass
+    tokenizer: Any
+    teacher: Teacher | None  # None where the recipe never asks one
+    prompts: PromptSet
+    decoding: Decoding
+    evaluator: Evaluator | None
+
+
+def prepare(config: Config) -> Setup:
+    """Read and check everything a run needs, before anything is computed."""
+    mesh = make_mesh(config.mesh.data)
+    rows = config.rows_per_step
+    if rows % (mesh.size * config.train.gradient_accumulation_steps):
+        raise ConfigError(
+            f"{rows} rows a step (train.prompts_per_step x sampling.num_generations) do not divide into "
+            f"{config.train.gradient_accumulation_steps} micro-batches on {mesh.size} devices; change one of them"
+        )
+    student = open_checkpoint(config.student.path, config.student.revision)
+    tokenizer = load_tokenizer(student.path)
+    decoding = _decoding(config, student, tokenizer, "student")
+    asked = open_checkpoint(config.teacher.path, config.teacher.revision) if needs_teacher(config) else None
+    teacher_tokenizer = tokenizer if asked is None else load_tokenizer(asked.path)
+    shares_vocabulary = _shares_vocabulary(config, tokenizer, teacher_tokenizer)
+    rows = read_prompts(config.data.source, Columns.of(config.data))
+    if config.sampling.source == "references":
+        column = config.data.reference_column or "references"
+        _require_of_each(rows, "references", column, config.data.source, "training on the data's own answers needs them")
+    prompts = encode_prompts(rows, config.data, tokenizer, teacher_tokenizer)
+    evaluator = make_evaluator(config, student, tokenizer, mesh)
+    # The weights come last: what is wrong with the data is said before gigabytes are read.
+    teacher = None if asked is None else _load_teacher(config, asked, teacher_tokenizer, shares_vocabulary, mesh)
+    return Setup(config, mesh, student, compute_dtype(config.student), tokenizer, teacher, prompts, decoding, evaluator)
+
+
+def needs_teacher(config: Config) -> bool:
+    """Whether the run asks a teacher for scores or for answers."""
+    return RECIPES[config.estimator.recipe].teacher != "none" or config.sampling.source == "teacher"
+
+
+def _shares_vocabulary(config: Config, student: Any, teacher: Any) -> bool:
+    try:
+        check_same_vocabulary(student, teacher, config.estimator.recipe)
+    except TokenizerMismatchError:
+        if RECIPES[config.estimator.recipe].teacher != "none":
+            raise
+        return False
+    return True
+
+
+def _load_teacher(config: Config, checkpoint: Checkpoint, tokenizer: Any, shares_vocabulary: bool, mesh: Mesh) -> Teacher:
+    decoding = _decoding(config, checkpoint, tokenizer, "teacher")
+    params = load_params(checkpoint, compute_dtype(config.teacher), replicated(mesh))
+    head = head_of(params, valid_vocab=decoding.valid_vocab, temperature=scored_temperature(config))
+    return Teacher(checkpoint, params, head, tokenizer, decoding, shares_vocabulary)
+
+
+def scored_temperature(config: Config) -> float:
+    """Student and teacher are compared at the temperature the student was sampled at; given answers are scored at 1.
+
+    Both at the same one: a student that equals its teacher has nothing to learn at any.
+    """
+    return config.sampling.temperature if config.sampling.source == "student" else 1.0
+
+
+def _decoding(config: Config, checkpoint: Checkpoint, tokenizer: Any, name: str) -> Decoding:
+    sampling, width = config.sampling, valid_vocab(tokenizer)
+    if checkpoint.config.vocab_size < width:
+        raise CheckpointError(f"the {name}'s embedding has {checkpoint.config.vocab_size} rows, its tokenizer {width} ids")
+    beyond = [token for token in sampling.stop_token_ids if not 0 <= token < width]
+    if beyond:
+        raise ConfigError(f"sampling.stop_token_ids has {beyond}; expected ids from 0 to {width - 1}")
+    return Decoding(
+        sampling.max_completion_length, stop_ids(checkpoint, tokenizer, sampling.stop_token_ids), sampling.temperature,
+        sampling.top_k, sampling.top_p, sampling.min_p, valid_vocab=width,
+    )  # fmt: skip
+
+
+def make_evaluator(config: Config, student: Checkpoint, tokenizer: Any, mesh: Mesh | None) -> Evaluator | None:
+    """The evaluation of a config, on the prompts that it names; None where it names none."""
+    if config.evaluation.source is None:
+        return None
+    require_grader(config.evaluation.grader)
+    student_view = {"teacher_format": None, "teacher_enable_thinking": None, "reference_column": None}
+    if config.data.format == "raw":
+        student_view["system_prompt"] = None  # it was the teacher's
+    for name in ("prompt_column", "answer_column"):
+        student_view[name] = getattr(config.evaluation, name) or getattr(config.data, name)
+    data: DataConfig = dataclasses.replace(config.data, source=config.evaluation.source, **student_view)
+    rows = read_prompts(data.source, Columns.of(data))[: config.evaluation.num_prompts]
+    _require_of_each(rows, "answer", data.answer_column or "answer", data.source, "evaluation needs them")
+    prompts = encode_prompts(rows, data, tokenizer, tokenizer)
+    stop = stop_ids(student, tokenizer, config.sampling.stop_token_ids)
+    return Evaluator(student.config, prompts, tokenizer, config.evaluation, stop, valid_vocab(tokenizer), mesh)
+
+
+def _require_of_each(rows: list[Prompt], field: str, column: str, source: str, reason: str) -> None:
+    lacking = [number for number, row in enumerate(rows) if not getattr(row, field)]
+    if lacking:
+        raise DataError(f"prompt {lacking[0]} of {source} has no {column!r} ({len(lacking)} such rows); {reason}")
+
+
+def stop_ids(checkpoint: Checkpoint, tokenizer: Any, more: tuple[int, ...] = ()) -> tuple[int, ...]:
+    """End-of-sequence ids of the generation config and of the tokenizer (ValueError where there are none), and `more`."""
+    ids = {*checkpoint.stop_token_ids} | ({tokenizer.eos_token_id} - {None})
+    if not ids:
+        raise ConfigError(f"{checkpoint.path} names no end-of-sequence id; set eos_token_id in its generation_config.json")
+    return tuple(sorted(ids | set(more)))
+
+
+def compute_dtype(model: ModelConfig) -> str:
+    """The type of a model's forward pass on this machine."""
+    if model.dtype != "auto":
+        return model.dtype
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def facts(setup: Setup) -> dict[str, Any]:
+    """What identifies the run beside its config, and what bit-identical continuation depends on."""
+    evaluation = setup.evaluator.prompts.digest if setup.evaluator else None
+    data = {
+        "prompts": setup.prompts.digest,
+        "evaluation": evaluation,
+        "num_prompts": len(setup.prompts),
+        "num_skipped": setup.prompts.num_skipped,
+        "student": fingerprint(setup.student),
+        "teacher": fingerprint(setup.teacher.checkpoint) if setup.teacher else None,
+    }
+    devices = [device.device_kind for device in setup.mesh.devices.flat]
+    return {"data": data, "environment": environment(devices)}

@@ -1,0 +1,62 @@
+"""One self-contained HTML page for a work directory or a sweep: no network, readable without JavaScript."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+
+from opdjax.config import PACKAGE
+from opdjax.report.charts import require_matplotlib
+from opdjax.report.markup import Html, join, tag
+from opdjax.report.run_page import run_page
+from opdjax.report.sweep_page import sweep_page
+from opdjax.results import FAILURE, is_sweep, read_points, read_run
+from opdjax.workdir import WorkdirError
+
+_ASSETS = PACKAGE / "assets" / "report"
+
+
+def write_report(directory: pathlib.Path, output: pathlib.Path | None = None) -> pathlib.Path:
+    """Write the page of a run or sweep (default: report.html inside it) and say where.
+
+    WorkdirError where the directory is neither, or the place to write to does not exist; ImportError without matplotlib.
+    """
+    require_matplotlib()
+    output = output or directory / "report.html"
+    text = page(directory)
+    if not output.parent.is_dir():
+        raise WorkdirError(f"--output {output}: there is no directory {output.parent}")
+    output.write_text(text, encoding="utf-8")
+    return output
+
+
+def page(directory: pathlib.Path) -> str:
+    """The page as text."""
+    if not directory.is_dir():
+        raise WorkdirError(f"there is no directory {directory}")
+    if is_sweep(directory):
+        title, parts = sweep_page(read_points(directory), directory.resolve().name)
+    elif (directory / "config.json").exists():
+        failure = directory / FAILURE
+        title, parts = run_page(read_run(directory), json.loads(failure.read_text()) if failure.exists() else None)
+    else:
+        raise WorkdirError(f"{directory} holds neither a run (config.json) nor points of a sweep (*/point.json)")
+    return _document(title, [part for part in parts if part is not None])
+
+
+def _document(title: str, parts: list[Html]) -> str:
+    header, *sections = parts
+    found = [re.match(r'<section id="([^"]*)"><h2>(.*?)</h2>', part) for part in sections]
+    contents = tag("nav", *(tag("a", Html(part[2]), href=f"#{part[1]}") for part in found if part), aria_label="contents")
+    head = tag(
+        "head", tag("meta", charset="utf-8"), tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("title", title), tag("style", Html((_ASSETS / "page.css").read_text())),
+    )  # fmt: skip
+    script = tag("script", Html((_ASSETS / "page.js").read_text()))
+    body = tag("body", header, contents, tag("main", *sections), tag("footer", _colophon(), class_="quiet"), script)
+    return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
+
+
+def _colophon() -> Html:
+    return join(("Made by ", tag("code", "opdjax report"), " from the files of the directory; nothing is loaded from elsewhere."))

@@ -1,0 +1,144 @@
+"""Work directories read back, finished or not: one run, or a sweep with a directory a point. No jax: this runs anywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+import statistics
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from scipy.special import stdtrit
+
+from opdjax.workdir import WorkdirError, read_lines, read_run_config
+
+POINT, FAILURE, RESULT = "point.json", "failure.json", "result.json"
+# What a score can be plotted against: the name, and the per-step metric that adds up to it (None: the step itself).
+AXES = {
+    "steps": None,
+    "generated tokens": "perf/generated_tokens",
+    "trained tokens": "perf/trained_tokens",
+    "teacher tokens": "perf/teacher_tokens",
+    "seconds": "time/step",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One work directory; `result` is None until the run is complete."""
+
+    workdir: pathlib.Path
+    config: dict[str, Any]
+    data: dict[str, Any]  # digests of prompts and models
+    environment: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    result: dict[str, Any] | None
+
+    def total_at(self, axis: str, step: int) -> float:
+        """Steps, tokens or seconds spent up to and including `step`; NaN where the run did not record them."""
+        name = AXES[axis]
+        if name is None:
+            return step
+        return float(sum(row.get(name, math.nan) for row in self.metrics if row["step"] <= step))
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One point of a sweep: what was asked for, and what has come of it."""
+
+    id: str
+    workdir: pathlib.Path
+    overrides: dict[str, Any]
+    config: dict[str, Any]
+    failure: dict[str, Any] | None
+
+    @property
+    def status(self) -> Literal["done", "failed", "begun", "waiting"]:
+        """See `status_of`."""
+        return status_of(self.workdir)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The points of a sweep that differ in nothing but their seed."""
+
+    overrides: dict[str, Any]
+    points: tuple[Point, ...]
+
+    @property
+    def label(self) -> str:
+        """Such as `estimator=vopd_k20, learning_rate=0.0003`."""
+        return ", ".join(f"{name}={value}" for name, value in self.overrides.items()) or "base"
+
+    @property
+    def done(self) -> tuple[Point, ...]:
+        """The points whose runs are complete."""
+        return tuple(point for point in self.points if point.status == "done")
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Ids of those that are not."""
+        return tuple(point.id for point in self.points if point.status != "done")
+
+
+def status_of(directory: pathlib.Path) -> Literal["done", "failed", "begun", "waiting"]:
+    """How far a point is; one that is `begun` is running or will be continued, and only its runner knows which."""
+    for name, status in ((RESULT, "done"), (FAILURE, "failed"), ("config.json", "begun")):
+        if (directory / name).exists():
+            return status
+    return "waiting"
+
+
+def read_run(workdir: pathlib.Path) -> Run:
+    """Everything a work directory holds; WorkdirError where it is not one."""
+    found = read_run_config(workdir)
+    result = workdir / RESULT
+    return Run(
+        workdir, found["config"], found["data"], found["environment"],
+        metrics=read_lines(workdir / "metrics.jsonl"),
+        evaluations=read_lines(workdir / "eval.jsonl"),
+        samples=read_lines(workdir / "samples.jsonl"),
+        result=json.loads(result.read_text()) if result.exists() else None,
+    )  # fmt: skip
+
+
+def is_sweep(directory: pathlib.Path) -> bool:
+    """Whether the directory holds points of a sweep rather than a run."""
+    return any(directory.glob(f"*/{POINT}"))
+
+
+def read_points(directory: pathlib.Path) -> list[Point]:
+    """Every point that was ever asked for in this directory, by id."""
+    points = []
+    for file in sorted(directory.glob(f"*/{POINT}")):
+        try:
+            asked = json.loads(file.read_text())
+            failure = file.with_name(FAILURE)
+            failed = json.loads(failure.read_text()) if failure.exists() else None
+            points.append(Point(asked["id"], file.parent, asked["overrides"], asked["config"], failed))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise WorkdirError(f"{file.parent} is not a point of a sweep: {type(error).__name__}: {error}") from error
+    if not points:
+        raise WorkdirError(f"{directory} holds no points of a sweep; expected a directory given to opdjax sweep --workdir")
+    return points
+
+
+def groups(points: Sequence[Point]) -> list[Group]:
+    """Points by config, the seed aside: two runs are averaged only where every other setting is the same."""
+    found: dict[str, list[Point]] = {}
+    for point in points:
+        config = {name: value for name, value in point.config.items() if name != "seed"}
+        found.setdefault(json.dumps(config, sort_keys=True), []).append(point)
+    return [Group({name: value for name, value in same[0].overrides.items() if name != "seed"}, tuple(same)) for same in found.values()]
+
+
+def seed_interval(values: Sequence[float]) -> tuple[float, float]:
+    """(mean, half width of its 95 % interval) over seeds, by Student's t; the half width of one value alone is infinite."""
+    if len(values) < 2:
+        return float(values[0]), math.inf
+    spread = statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.fmean(values), float(stdtrit(len(values) - 1, 0.975)) * spread

@@ -1,0 +1,144 @@
+"""Tables of a sweep: a row for each setting, averaged over seeds and over nothing else. No jax."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import pathlib
+import statistics
+from collections.abc import Callable
+from typing import Any, Literal
+
+from opdjax.config import differences
+from opdjax.results import Group, Point, Run, groups, read_points, read_run, seed_interval
+from opdjax.workdir import WorkdirError
+
+Format = Literal["markdown", "latex", "csv"]
+
+
+def _after(name: str) -> Callable[[Run], float | None]:
+    return lambda run: run.result.get("eval_after", {}).get(name)
+
+
+def _gain(run: Run) -> float | None:
+    return run.result.get("paired_difference", {}).get("avg@k")
+
+
+def _median_norm(run: Run) -> float | None:
+    norms = [row["grad/norm"] for row in run.metrics if row.get("grad/norm") is not None]
+    return statistics.median(norms) if norms else None
+
+
+def _last_kl(run: Run) -> float | None:
+    last = [row["kl/student_teacher"] for row in run.metrics[-10:] if row.get("kl/student_teacher") is not None]
+    return statistics.fmean(last) if last else None
+
+
+# What a row shows of its runs; a column that no run has is left out.
+COLUMNS: dict[str, Callable[[Run], float | None]] = {
+    "avg@k": _after("avg@k"),
+    "greedy": _after("greedy"),
+    "pass@k": _after("pass@k"),
+    "gain in avg@k": _gain,
+    "median gradient norm": _median_norm,
+    "KL, last 10 steps": _last_kl,
+    "seconds": lambda run: run.result.get("seconds"),
+}
+
+
+def table(directory: pathlib.Path, format: Format = "markdown") -> str:
+    """The sweep in `directory` as Markdown, LaTeX or CSV; seeds are the only thing that is averaged over.
+
+    Mean and half of the 95 % interval over seeds (Student's t; none for one seed), their number n, and what is missing.
+    WorkdirError where runs of one row saw different data or models.
+    """
+    points = read_points(directory)
+    rows = [_row(group) for group in groups(points)]
+    names = list(dict.fromkeys(name for group in groups(points) for name in group.overrides))
+    columns = [name for name in COLUMNS if any(name in row["values"] for row in rows)]
+    if format == "csv":
+        return _csv(rows, names, columns)
+    header = [*names, *columns, "n", "missing"]
+    cells = [[*_labels(row, names), *(_cell(row["values"].get(c), format) for c in columns), str(row["n"]), _missing(row)] for row in rows]
+    if format == "latex":
+        return _latex(header, cells)
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *("| " + " | ".join(row) + " |" for row in cells)]
+    return "\n".join([*lines, "", *_notes(points, columns)])
+
+
+def _row(group: Group) -> dict[str, Any]:
+    runs = [read_run(point.workdir) for point in group.done]
+    _require_one_kind(group.done, runs)
+    found = {name: [v for v in map(read, runs) if v is not None] for name, read in COLUMNS.items()}
+    values = {name: seed_interval(numbers) for name, numbers in found.items() if numbers}
+    return {"overrides": group.overrides, "values": values, "n": len(runs), "missing": group.missing}
+
+
+def _require_one_kind(points: tuple[Point, ...], runs: list[Run]) -> None:
+    """A run's directory must hold the run that was asked for, and one row only runs on the same data and models."""
+    for point, run in zip(points, runs):
+        changed = differences(point.config, run.config) + differences(runs[0].data, run.data)
+        if changed:
+            listed = "\n  ".join(changed)
+            raise WorkdirError(f"{run.workdir} holds another run than its row asks for, or saw other data; move it away:\n  {listed}")
+
+
+def _labels(row: dict[str, Any], names: list[str]) -> list[str]:
+    return [str(row["overrides"].get(name, "")) for name in names]
+
+
+def _missing(row: dict[str, Any]) -> str:
+    """The seeds that are not there; the id where the sweep has no seeds."""
+    return ", ".join(id.rpartition(",")[2] if "seed=" in id else id for id in row["missing"])
+
+
+def _cell(value: tuple[float, float] | None, format: Format) -> str:
+    if value is None:
+        return ""
+    mean, interval = value
+    sign = r" $\pm$ " if format == "latex" else " ± "
+    return f"{_number(mean)}" if math.isinf(interval) else f"{_number(mean)}{sign}{_number(interval)}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def _latex(header: list[str], cells: list[list[str]]) -> str:
+    escape = lambda text: text.replace("_", r"\_").replace("%", r"\%").replace("&", r"\&")  # noqa: E731
+    lines = [" & ".join(map(escape, row)) + r" \\" for row in [header, *cells]]
+    return "\n".join(
+        [rf"\begin{{tabular}}{{{'l' * len(header)}}}", r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"]
+    )
+
+
+def _csv(rows: list[dict[str, Any]], names: list[str], columns: list[str]) -> str:
+    """Full precision, one column for each mean and one for its half interval (empty for one seed)."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*names, *(part for name in columns for part in (name, f"{name} half interval")), "n", "missing"])
+    for row in rows:
+        numbers: list[Any] = []
+        for name in columns:
+            mean, interval = row["values"].get(name, ("", math.inf))
+            numbers += [mean, "" if math.isinf(interval) else interval]
+        writer.writerow([*_labels(row, names), *numbers, row["n"], " ".join(row["missing"])])
+    return out.getvalue().rstrip("\n")
+
+
+def _notes(points: list[Point], columns: list[str]) -> list[str]:
+    done = [point for point in points if point.status == "done"]
+    runs = [json.loads((point.workdir / "config.json").read_text())["environment"] for point in done]
+    commits = sorted({str(environment.get("commit"))[:12] for environment in runs})
+    evaluation = points[0].config["evaluation"]
+    k, prompts = evaluation["num_samples"], evaluation["num_prompts"]
+    notes = ["± is half a 95 % interval over seeds (Student's t); prompts are the same for all and not part of it."]
+    if columns:
+        notes.append(
+            f"k = {k}, at most {prompts} prompts; {len(done)} of {len(points)} points done; commit {', '.join(commits) or 'none'}."
+        )
+    if len(commits) > 1:
+        notes.append("Runs of several commits stand in this table.")
+    return notes
