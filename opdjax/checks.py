@@ -293,7 +293,7 @@ def check_padded_vocabulary(
     for role, probability in mass.items():
         if probability != 0:
             found = f"the {role} gives its padded ids {width} to {rows[role] - 1} a probability of up to {probability:.3g}"
-            problems.append(("fault", f"{found}; expected exactly 0: its head masks from {valid_vocab} on, set valid_vocab to {width}"))
+            problems.append(("fault", f"{found}; expected exactly 0: the run masks ids from {valid_vocab} on, set valid_vocab to {width}"))
     padding = ", ".join(f"{role} {count - width}" for role, count in rows.items())
     return verdict("padded_vocabulary", problems, f"{width} tokens; embedding rows beyond them ({padding}) have probability 0")
 
@@ -330,7 +330,7 @@ def check_sampler_matches_scorer(
     if not causes and temperature != 1 and agrees(*gap(mask, scores=score_at(1.0))):
         causes.append(f"the sampler's log-probs are those of temperature 1, the scorer's of {temperature:g}")
     expected = f"expected at most {allowed.largest:g} and {allowed.mean:g} in {dtype}"
-    cause = "; ".join(causes) or "neither a shift nor a temperature explains it: are it the same weights and numerics on both sides?"
+    cause = "; ".join(causes) or "neither a shift nor a temperature explains it: are weights and numerics the same on both sides?"
     status: Status = "fault" if causes or not mean <= allowed.mean else "warning"
     return Finding("sampler_matches_scorer", status, f"{measured}; {expected}; {cause}")
 
@@ -366,7 +366,9 @@ def check_self_distillation(
     """
     allowed = tolerance(backend, *dtypes)
     problems: list[Problem] = []
-    largest_norm = max(allowed.gradient * of_teacher.gradient_norm, 10 * allowed.mean)
+    # Against the teacher the norm may be infinite or NaN: it then is no measure of what is small.
+    measure = of_teacher.gradient_norm if np.isfinite(of_teacher.gradient_norm) else 0.0
+    largest_norm = max(allowed.gradient * measure, 10 * allowed.mean)
     if not (of_itself.log_ratio <= allowed.mean and abs(of_itself.kl) <= allowed.mean):
         cause = f"the student computes in {dtypes[0]}, the teacher in {dtypes[1]}: " if dtypes[0] != dtypes[1] else ""
         advice = f"{cause}give both one type (--student.dtype, --teacher.dtype) and one masking of the vocabulary"
