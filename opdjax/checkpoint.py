@@ -17,6 +17,10 @@ class CheckpointShapeError(ValueError):
     """The stored state does not have the shape of the run that wants to continue from it."""
 
 
+class UnreadableCheckpointError(ValueError):
+    """A stored state is damaged."""
+
+
 class Checkpointer:
     """Saves states asynchronously; keeps the newest `keep` and the best one by a metric."""
 
@@ -66,11 +70,17 @@ class Checkpointer:
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(target))
         except ValueError as error:
-            raise CheckpointShapeError(f"checkpoint {step} was written by a run with another optimizer: {error}") from error
+            reason = _first_line(error)
+            raise CheckpointShapeError(
+                f"checkpoint {step} is damaged, or of a run with another optimizer: {reason}; {self._advice(step)}"
+            ) from error
 
     def _check_params(self, step: int, wanted: Any) -> None:
         """Name every parameter whose shape differs; orbax itself would name none."""
-        stored = flatten_dict(self._manager.item_metadata(step).tree["params"], sep=".")
+        try:
+            stored = flatten_dict(self._manager.item_metadata(step).tree["params"], sep=".")
+        except (ValueError, OSError, KeyError, AttributeError) as error:
+            raise UnreadableCheckpointError(f"checkpoint {step} is damaged: {_first_line(error)}; {self._advice(step)}") from error
         wanted = flatten_dict(wanted, sep=".")
         problems = [f"{name} is missing" for name in wanted.keys() - stored.keys()]
         problems += [f"{name} is not of this model" for name in stored.keys() - wanted.keys()]
@@ -80,6 +90,10 @@ class Checkpointer:
         if problems:
             raise CheckpointShapeError(f"checkpoint {step} holds another model:\n  " + "\n  ".join(sorted(problems)))
 
+    def _advice(self, step: int) -> str:
+        earlier = [other for other in self.steps if other != step]
+        return f"delete {self._manager.directory / str(step)} to use another one (there are {earlier}), or start in a new work directory"
+
     def wait(self) -> None:
         """Return once everything saved so far is on disk."""
         self._manager.wait_until_finished()
@@ -87,3 +101,7 @@ class Checkpointer:
     def close(self) -> None:
         """Finish what is being written and let go of the directory."""
         self._manager.close()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].partition(" [tensorstore_spec")[0].rstrip(".")

@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -64,6 +65,13 @@ def load_sweep(file: str) -> list[SweepPoint]:
         raise ConfigError(
             f"get_sweep() of {file} returned {str(found)[:80]!r}; expected a list of points, as opdjax.points.points makes it"
         )
+    ids = [point.id for point in found]
+    wrong = sorted({name for name in ids if ids.count(name) > 1 or not re.fullmatch(r"[\w,=+-][\w.,=+-]*", name)})
+    if wrong:
+        raise ConfigError(
+            f"get_sweep() of {file} returned points called {wrong}, twice or by no name of a directory; join their overrides with chain "
+            "and call opdjax.points.points once"
+        )
     return found
 
 
@@ -88,8 +96,12 @@ def _call_in_file(file: str, function: str) -> Any:
         if function not in vars(module):
             raise ConfigError(f"{file} defines no {function}()")
         return vars(module)[function]()
-    except (SyntaxError, NameError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{file} does not run: {type(error).__name__}: {error}") from error
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:  # it is the user's program and may raise anything
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        place = f" (line {lines[-1]})" if lines else ""
+        raise ConfigError(f"{file} does not run: {type(error).__name__}: {error}{place}") from error
 
 
 def train(arguments: list[str]) -> None:
@@ -191,11 +203,11 @@ def sample(arguments: list[str]) -> None:
         """
         import numpy as np
 
-        from opdjax.data.chat import load_tokenizer, valid_vocab
+        from opdjax.data.chat import load_tokenizer
         from opdjax.data.prompts import Prompt, collate, encode_prompts
         from opdjax.evals.evaluate import completions
         from opdjax.models.hf import load_params, open_checkpoint
-        from opdjax.prepare import compute_dtype, stop_ids
+        from opdjax.prepare import compute_dtype, num_ids, stop_ids
         from opdjax.sampler import Decoding
         from opdjax.sampler import sample as draw
 
@@ -210,7 +222,13 @@ def sample(arguments: list[str]) -> None:
         params = load_params(checkpoint, compute_dtype(ModelConfig(model, dtype=dtype)))
         encoded = encode_prompts([Prompt(text) for text in prompts], data, tokenizer, tokenizer)
         decoding = Decoding(
-            max_completion_length, stop_ids(checkpoint, tokenizer), temperature, top_k, top_p, min_p, valid_vocab=valid_vocab(tokenizer)
+            max_completion_length,
+            stop_ids(checkpoint, tokenizer),
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            valid_vocab=num_ids(checkpoint, tokenizer),
         )
         batch = collate(encoded, np.arange(len(prompts)))
         rollouts = draw(params, batch, seed, 0, config=checkpoint.config, decoding=decoding, num_generations=num_generations)
@@ -245,7 +263,9 @@ def evaluate(arguments: list[str]) -> None:
         from opdjax.workdir import write_json
 
         if output is not None and not output.parent.is_dir():
-            raise ConfigError(f"--output {output}: there is no directory {output.parent}")
+            raise ConfigError(f"--output {output}: there is no directory {output.parent}; make it first")
+        if output is not None and output.is_dir():
+            raise ConfigError(f"--output {output} is a directory; expected the name of a file")
         checkpoint = open_checkpoint(model)
         student = ModelConfig(model, dtype=dtype)
         config = Config(student=student, data=data, evaluation=evaluation)
@@ -273,9 +293,9 @@ def import_(arguments: list[str]) -> None:
         Args:
             model: checkpoint directory or hub id
         """
-        from opdjax.data.chat import load_tokenizer, valid_vocab
+        from opdjax.data.chat import load_tokenizer
         from opdjax.models.hf import load_params, open_checkpoint
-        from opdjax.prepare import stop_ids
+        from opdjax.prepare import num_ids, stop_ids
 
         checkpoint = open_checkpoint(model)
         load_params(checkpoint, "bfloat16" if checkpoint.stored_dtype == "bfloat16" else "float32")
@@ -286,7 +306,7 @@ def import_(arguments: list[str]) -> None:
             "parameters": checkpoint.num_parameters,
             "stored dtype": checkpoint.stored_dtype,
             **dataclasses.asdict(checkpoint.config),
-            "tokenizer ids": valid_vocab(tokenizer),
+            "tokenizer ids": num_ids(checkpoint, tokenizer),
             "stop token ids": stop_ids(checkpoint, tokenizer),
             "has chat template": tokenizer.chat_template is not None,
         }
@@ -358,9 +378,12 @@ def sweep(arguments: list[str]) -> None:
             dry_run: print the points, their number and an estimate, and run nothing
             retry_failed: run the points that failed once more
         """
+        from opdjax.estimators import bind
         from opdjax.sweep import describe, run_sweep
 
         points = load_sweep(file)
+        for point in points:  # an option that a recipe does not have would fail every one of them
+            bind(point.config.estimator.recipe, point.config.estimator.options)
         match = re.fullmatch(r"(\d+)/(\d+)", shard)
         part = tuple(map(int, match.groups())) if match else (0, 0)
         if not 1 <= part[0] <= part[1]:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 PACKAGE = pathlib.Path(__file__).parent
 MINI_TEACHER = str(PACKAGE / "assets" / "mini_pair" / "teacher")
+_MAX_INT = 2**31 - 1  # what jax indexes and counts with
 MINI_STUDENT = str(PACKAGE / "assets" / "mini_pair" / "student")
 
 
@@ -27,6 +28,45 @@ class ConfigError(ValueError):
 def _require(is_met: bool, field: str, value: Any, expected: str) -> None:
     if not is_met:
         raise ConfigError(f"{field} is {value!r}; expected {expected}")
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, path + ".")
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, path)
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(f"{path} is {value!r}; {nearest(str(value), map(str, arguments))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{path} is {value!r}; expected a list")
+        return tuple(_convert(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e300:
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(f"{path} is {value!r}; expected {hint.__name__}")
+    if hint is float and not math.isfinite(value):
+        raise ConfigError(f"{path} is {value!r}; expected a finite number")
+    if hint is int and abs(value) > _MAX_INT:
+        raise ConfigError(f"{path} is {value!r}; expected at most {_MAX_INT}")
+    return value
+
+
+def _require_types(section: Any, path: str = "") -> None:
+    """What is made in Python is held to the types that a file is held to: a wrong one would surface only when it is read back."""
+    for name, hint in typing.get_type_hints(type(section)).items():
+        value = getattr(section, name)
+        if not dataclasses.is_dataclass(hint):
+            _convert(hint, value, path + name)
+        elif isinstance(value, hint):
+            _require_types(value, f"{name}.")
+        else:
+            raise ConfigError(f"{name} is {value!r}; expected a section with named fields: {hint.__name__}(...)")
 
 
 def _require_sampling(section: str, sampling: Any) -> None:
@@ -73,6 +113,7 @@ class DataConfig:
     reference_column: str | None = None  # worked answers: text, texts or messages; None: `references` or `reference`, where there is one
 
     def __post_init__(self):
+        _require_types(self, "data.")
         _require("{prompt}" in self.prompt_format, "data.prompt_format", self.prompt_format, "a text that contains {prompt}")
         _require(self.max_prompt_length > 0, "data.max_prompt_length", self.max_prompt_length, "at least 1")
         for name in ("prompt_column", "answer_column", "reference_column"):
@@ -98,6 +139,7 @@ class SamplingConfig:
     source: Literal["student", "teacher", "references"] = "student"  # student: on-policy; references: the data's own answers
 
     def __post_init__(self):
+        _require_types(self, "sampling.")
         _require(self.num_generations > 0, "sampling.num_generations", self.num_generations, "at least 1")
         _require_sampling("sampling", self)
         _require(0 <= self.min_p < 1, "sampling.min_p", self.min_p, "at least 0 (off) and less than 1")
@@ -130,6 +172,7 @@ class EstimatorConfig:
     convention: Literal["tunix", "verl", "nemo_rl", "nemo_rl_floor", "easydel", "trl", "thunlp", "distillkit"] | None = None
 
     def __post_init__(self):
+        _require_types(self, "estimator.")
         _require(self.tile > 0, "estimator.tile", self.tile, "at least 1")
         _require(self.discount is None or 0 <= self.discount <= 1, "estimator.discount", self.discount, "from 0 to 1")
         _require(self.beta is None or 0 <= self.beta <= 1, "estimator.beta", self.beta, "from 0 to 1")
@@ -146,13 +189,17 @@ class EstimatorConfig:
         _require(k is None or k > 0, "estimator.support_top_k", k, "at least 1")
         has_divergence = self.recipe != "topk_kl" or self.divergence != "jsd"
         _require(has_divergence, "estimator.divergence", self.divergence, "reverse or forward where the recipe is topk_kl")
+        if self.convention in ("tunix", "verl", "easydel", "thunlp"):
+            fixed += ("divergence",)
         for name in fixed if self.convention is not None else ():
             _require(getattr(self, name) is None, f"estimator.{name}", getattr(self, name), f"none: convention {self.convention} sets it")
-        is_whole = self.renormalize == "none" or self.outside in (None, "drop")
-        _require(is_whole, "estimator.outside", self.outside, "drop unless renormalize is none: nothing is left outside")
+        has_outside = {"none": ("tail", "floor"), "teacher": ("floor",)}.get(self.renormalize, ())
+        expected = f"drop where renormalize is {self.renormalize or 'both'}"
+        _require(self.outside in (None, "drop", *has_outside), "estimator.outside", self.outside, expected)
         if self.weight is not None:
             _require(self.outside in (None, "drop"), "estimator.outside", self.outside, "drop where weight is given")
             _require(self.renormalize in (None, "none"), "estimator.renormalize", self.renormalize, "none where weight is given")
+            _require(not self.clamp_at_zero, "estimator.clamp_at_zero", self.clamp_at_zero, "false where weight is given")
             _require(self.divergence in (None, "reverse"), "estimator.divergence", self.divergence, "reverse where weight is given")
 
     @property
@@ -177,6 +224,7 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0  # global norm that gradients are clipped to; 0: no clipping
 
     def __post_init__(self):
+        _require_types(self, "optimizer.")
         _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "more than 0")
         _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
         _require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, "optimizer.b1, b2", (self.b1, self.b2), "each at least 0 and less than 1")
@@ -196,6 +244,7 @@ class TrainConfig:
     max_nonfinite_steps: int = 5  # so many skipped steps in a row stop the run
 
     def __post_init__(self):
+        _require_types(self, "train.")
         for name in ("num_steps", "prompts_per_step", "gradient_accumulation_steps", "max_nonfinite_steps"):
             _require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "at least 1")
 
@@ -220,6 +269,7 @@ class EvaluationConfig:
     answer_column: str | None = None  # None: data.answer_column
 
     def __post_init__(self):
+        _require_types(self, "evaluation.")
         for name in ("num_prompts", "num_samples", "batch_size"):
             _require(getattr(self, name) > 0, f"evaluation.{name}", getattr(self, name), "at least 1")
         _require_sampling("evaluation", self)
@@ -239,6 +289,7 @@ class CheckpointConfig:
     best_metric: str = "avg@k"  # of the evaluation; the best checkpoint by it is kept as well
 
     def __post_init__(self):
+        _require_types(self, "checkpoint.")
         _require(self.every > 0, "checkpoint.every", self.every, "at least 1")
         _require(self.keep > 0, "checkpoint.keep", self.keep, "at least 1")
         _require(self.best_metric in ("avg@k", "pass@k", "greedy"), "checkpoint.best_metric", self.best_metric, "avg@k, pass@k or greedy")
@@ -253,6 +304,7 @@ class LogConfig:
     tensorboard: bool = False  # event files too; needs the tensorboard extra
 
     def __post_init__(self):
+        _require_types(self, "log.")
         _require(self.samples_every >= 0, "log.samples_every", self.samples_every, "0 (off) or more")
         _require(self.num_samples > 0, "log.num_samples", self.num_samples, "at least 1")
 
@@ -264,6 +316,7 @@ class MeshConfig:
     data: int = -1  # devices that rows are split over; -1: all there are
 
     def __post_init__(self):
+        _require_types(self, "mesh.")
         _require(self.data == -1 or self.data > 0, "mesh.data", self.data, "-1 (all devices) or at least 1")
 
 
@@ -285,10 +338,7 @@ class Config:
     seed: int = 0  # of prompts, rollouts and everything else that is drawn
 
     def __post_init__(self):
-        # Sections made in Python are held to the types that a file is held to: a wrong one would surface only when it is read back.
-        hints = typing.get_type_hints(Config)
-        for name, value in dataclasses.asdict(self).items():
-            _convert(hints[name], value, name)
+        _require_types(self)
         _require_seed("seed", self.seed)
         rows, parts = self.rows_per_step, self.train.gradient_accumulation_steps
         _require(rows % parts == 0, "train.gradient_accumulation_steps", parts, f"a divisor of the {rows} rows a step")
@@ -303,6 +353,9 @@ class Config:
         )
         is_signal = recipe != "sft" or source != "student"
         _require(is_signal, "sampling.source", source, "teacher or references: cross-entropy on its own draws teaches a student nothing")
+        if source == "references":
+            is_plain = self.sampling.temperature == 1 and not self.sampling.has_filter
+            _require(is_plain, "sampling.temperature, top_p, top_k, min_p", "set", "none of them where nothing is sampled (references)")
         has_no_teacher = recipe == "sft" and source == "references"
         for name in ("teacher_format", "teacher_enable_thinking") if has_no_teacher else ():
             _require(getattr(self.data, name) is None, f"data.{name}", getattr(self.data, name), "none where no teacher reads the data")
@@ -353,28 +406,3 @@ def differences(left: dict[str, Any], right: dict[str, Any], path: str = "") -> 
         elif a != b:
             found.append(f"{path}{name}: {a!r} -> {b!r}")
     return found
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, path + ".")
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, path)
-    if origin is Literal:
-        if value not in arguments:
-            raise ConfigError(f"{path} is {value!r}; {nearest(str(value), map(str, arguments))}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{path} is {value!r}; expected a list")
-        return tuple(_convert(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{path} is {value!r}; expected {hint.__name__}")
-    if hint is float and not math.isfinite(value):
-        raise ConfigError(f"{path} is {value!r}; expected a finite number")
-    return value

@@ -80,11 +80,13 @@ def chain(*sweeps: Sequence[Overrides]) -> list[Overrides]:
 
 
 def points(base: Config, overrides: Sequence[Overrides]) -> list[SweepPoint]:
-    """The overrides applied to a base config; ConfigError where one does not fit, or where two points have one id."""
+    """The overrides applied to a base config, equal configs once; ConfigError where one does not fit, or where two share an id."""
     made: dict[str, SweepPoint] = {}
     for entry in overrides:
         labels = {_short_names()[field]: choice.label for field, choice in entry.items()}
         point = SweepPoint(_id_of(labels), labels, _apply(base, entry))
+        if point.id not in made and point.config in [other.config for other in made.values()]:
+            continue  # asked for in other words: a second run would count its seed twice
         if made.setdefault(point.id, point).config != point.config:
             raise ConfigError(f"two points of the sweep are called {point.id!r} and differ; give their values labels of their own")
     return list(made.values())
@@ -101,18 +103,20 @@ def _merge(parts: Sequence[Overrides]) -> Overrides:
 
 
 def _apply(base: Config, overrides: Overrides) -> Config:
-    config = base
+    # A section before its fields, and all fields of a section at once: they are checked together.
+    sections = {field: choice.value for field, choice in overrides.items() if "." not in field}
+    leaves: dict[str, dict[str, Any]] = {}
+    for field, choice in overrides.items():
+        section, _, leaf = field.partition(".")
+        if leaf:
+            leaves.setdefault(section, {})[leaf] = choice.value
     try:
-        # A section before its fields; the whole is checked once, at the end, when every field is in place.
-        values = {f.name: getattr(base, f.name) for f in dataclasses.fields(Config)}
-        for field, choice in sorted(overrides.items(), key=lambda item: item[0].count(".")):
-            section, _, leaf = field.partition(".")
-            values[section] = dataclasses.replace(values[section], **{leaf: choice.value}) if leaf else choice.value
-        config = Config(**values)
+        for section, values in leaves.items():
+            sections[section] = dataclasses.replace(sections.get(section, getattr(base, section)), **values)
+        return dataclasses.replace(base, **sections)
     except (ConfigError, TypeError) as error:
         described = ", ".join(f"{field}={choice.label}" for field, choice in overrides.items())
         raise ConfigError(f"the point {described} of the sweep: {error}") from error
-    return config
 
 
 @functools.cache

@@ -61,7 +61,7 @@ def prepare(config: Config) -> Setup:
         )
     student = open_checkpoint(config.student.path, config.student.revision)
     tokenizer = load_tokenizer(student.path)
-    decoding = _decoding(config, student, tokenizer, "student")
+    decoding = _decoding(config, student, tokenizer)
     asked = open_checkpoint(config.teacher.path, config.teacher.revision) if needs_teacher(config) else None
     teacher_tokenizer = tokenizer if asked is None else load_tokenizer(asked.path)
     shares_vocabulary = _shares_vocabulary(config, tokenizer, teacher_tokenizer)
@@ -92,7 +92,7 @@ def _shares_vocabulary(config: Config, student: Any, teacher: Any) -> bool:
 
 
 def _load_teacher(config: Config, checkpoint: Checkpoint, tokenizer: Any, shares_vocabulary: bool, mesh: Mesh) -> Teacher:
-    decoding = _decoding(config, checkpoint, tokenizer, "teacher")
+    decoding = _decoding(config, checkpoint, tokenizer)
     params = load_params(checkpoint, compute_dtype(config.teacher), replicated(mesh))
     head = head_of(params, valid_vocab=decoding.valid_vocab, temperature=scored_temperature(config))
     return Teacher(checkpoint, params, head, tokenizer, decoding, shares_vocabulary)
@@ -106,10 +106,8 @@ def scored_temperature(config: Config) -> float:
     return config.sampling.temperature if config.sampling.source == "student" else 1.0
 
 
-def _decoding(config: Config, checkpoint: Checkpoint, tokenizer: Any, name: str) -> Decoding:
-    sampling, width = config.sampling, valid_vocab(tokenizer)
-    if checkpoint.config.vocab_size < width:
-        raise CheckpointError(f"the {name}'s embedding has {checkpoint.config.vocab_size} rows, its tokenizer {width} ids")
+def _decoding(config: Config, checkpoint: Checkpoint, tokenizer: Any) -> Decoding:
+    sampling, width = config.sampling, num_ids(checkpoint, tokenizer)
     beyond = [token for token in sampling.stop_token_ids if not 0 <= token < width]
     if beyond:
         raise ConfigError(f"sampling.stop_token_ids has {beyond}; expected ids from 0 to {width - 1}")
@@ -134,13 +132,25 @@ def make_evaluator(config: Config, student: Checkpoint, tokenizer: Any, mesh: Me
     _require_of_each(rows, "answer", data.answer_column or "answer", data.source, "evaluation needs them")
     prompts = encode_prompts(rows, data, tokenizer, tokenizer)
     stop = stop_ids(student, tokenizer, config.sampling.stop_token_ids)
-    return Evaluator(student.config, prompts, tokenizer, config.evaluation, stop, valid_vocab(tokenizer), mesh)
+    return Evaluator(student.config, prompts, tokenizer, config.evaluation, stop, num_ids(student, tokenizer), mesh)
 
 
 def _require_of_each(rows: list[Prompt], field: str, column: str, source: str, reason: str) -> None:
-    lacking = [number for number, row in enumerate(rows) if not getattr(row, field)]
+    given = (getattr(row, field) or () for row in rows)
+    texts = ((value,) if isinstance(value, str) else value for value in given)
+    lacking = [number for number, found in enumerate(texts) if not found or not all(text.strip() for text in found)]
     if lacking:
         raise DataError(f"prompt {lacking[0]} of {source} has no {column!r} ({len(lacking)} such rows); {reason}")
+
+
+def num_ids(checkpoint: Checkpoint, tokenizer: Any) -> int:
+    """How many ids the tokenizer has; CheckpointError where the embedding has no rows for them."""
+    rows, width = checkpoint.config.vocab_size, valid_vocab(tokenizer)
+    if rows < width:
+        raise CheckpointError(
+            f"the embedding of {checkpoint.path} has {rows} rows, its tokenizer {width} ids; expected the model's own tokenizer"
+        )
+    return width
 
 
 def stop_ids(checkpoint: Checkpoint, tokenizer: Any, more: tuple[int, ...] = ()) -> tuple[int, ...]:

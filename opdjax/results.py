@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from scipy.special import stdtrit
 
-from opdjax.workdir import WorkdirError, read_lines, read_run_config
+from opdjax.workdir import WorkdirError, read_json, read_lines, read_run_config
 
 POINT, FAILURE, RESULT = "point.json", "failure.json", "result.json"
 # What a score can be plotted against: the name, and the per-step metric that adds up to it (None: the step itself).
@@ -102,8 +102,28 @@ def read_run(workdir: pathlib.Path) -> Run:
         metrics=read_lines(workdir / "metrics.jsonl"),
         evaluations=read_lines(workdir / "eval.jsonl"),
         samples=read_lines(workdir / "samples.jsonl"),
-        result=json.loads(result.read_text()) if result.exists() else None,
+        result=read_result(workdir) if result.exists() else None,
     )  # fmt: skip
+
+
+def read_result(workdir: pathlib.Path) -> dict[str, Any]:
+    """The final numbers of a run; WorkdirError where they are damaged."""
+    file = workdir / RESULT
+    advice = "delete it, and opdjax train with this run's config writes it again from its last checkpoint"
+    found = read_json(file, advice)
+    scores = [found.get(name, {}) for name in ("eval_before", "eval_after", "paired_difference")]
+    if "student" not in found or not all(isinstance(score, dict) for score in scores):
+        raise WorkdirError(f"{file} is not the result of a run; {advice}")
+    return found
+
+
+def read_point(file: pathlib.Path) -> dict[str, Any]:
+    """What a point of a sweep was asked for; WorkdirError where its file is damaged."""
+    advice = "delete it, and the command that made the sweep writes it again"
+    asked = read_json(file, advice)
+    if not isinstance(asked.get("id"), str) or not all(isinstance(asked.get(name), dict) for name in ("overrides", "config")):
+        raise WorkdirError(f"{file} is not a point of a sweep: expected id, overrides and config; {advice}")
+    return asked
 
 
 def is_sweep(directory: pathlib.Path) -> bool:
@@ -115,24 +135,22 @@ def read_points(directory: pathlib.Path) -> list[Point]:
     """Every point that was ever asked for in this directory, by id."""
     points = []
     for file in sorted(directory.glob(f"*/{POINT}")):
-        try:
-            asked = json.loads(file.read_text())
-            failure = file.with_name(FAILURE)
-            failed = json.loads(failure.read_text()) if failure.exists() else None
-            points.append(Point(asked["id"], file.parent, asked["overrides"], asked["config"], failed))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise WorkdirError(f"{file.parent} is not a point of a sweep: {type(error).__name__}: {error}") from error
+        asked, failure = read_point(file), file.with_name(FAILURE)
+        failed = read_json(failure, "delete it to have the point run again") if failure.exists() else None
+        points.append(Point(asked["id"], file.parent, asked["overrides"], asked["config"], failed))
     if not points:
         raise WorkdirError(f"{directory} holds no points of a sweep; expected a directory given to opdjax sweep --workdir")
     return points
 
 
 def groups(points: Sequence[Point]) -> list[Group]:
-    """Points by config, the seed aside: two runs are averaged only where every other setting is the same."""
+    """Points by config, the seed aside: two runs are averaged only where every other setting is the same, and no run twice."""
     found: dict[str, list[Point]] = {}
     for point in points:
         config = {name: value for name, value in point.config.items() if name != "seed"}
-        found.setdefault(json.dumps(config, sort_keys=True), []).append(point)
+        same = found.setdefault(json.dumps(config, sort_keys=True), [])
+        if point.config["seed"] not in [other.config["seed"] for other in same]:
+            same.append(point)
     return [Group({name: value for name, value in same[0].overrides.items() if name != "seed"}, tuple(same)) for same in found.values()]
 
 

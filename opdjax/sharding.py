@@ -8,13 +8,17 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from opdjax.config import ConfigError
+
 
 def make_mesh(data: int) -> Mesh:
     """A mesh whose axis `data` has this many devices (-1: all)."""
     available = jax.devices()
     count = len(available) if data == -1 else data
     if count > len(available):
-        raise ValueError(f"mesh.data is {data}, but there are {len(available)} {available[0].platform} devices")
+        raise ConfigError(
+            f"mesh.data is {data}, but there are {len(available)} {available[0].platform} devices; expected at most so many, or -1 for all"
+        )
     return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=available[:count])
 
 

@@ -23,11 +23,12 @@ from typing import Any
 
 from opdjax.config import differences, to_dict
 from opdjax.points import SweepPoint
-from opdjax.results import FAILURE, POINT, RESULT, status_of
-from opdjax.workdir import WorkdirError, append_lines, num_cores, read_lines, write_json
+from opdjax.results import FAILURE, POINT, RESULT, read_point, status_of
+from opdjax.workdir import WorkdirError, append_lines, as_of_today, num_cores, read_lines, require_local, write_json
 
 _POLL, _REPORT = 0.2, 20.0  # seconds
 _LOG_TAIL = 25  # lines of a failed run that are kept with its failure
+_FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # other signals are crashes
 Say = Callable[[str], None]
 
 
@@ -35,7 +36,7 @@ class SweepInterruptedError(RuntimeError):
     """The sweep was asked to stop; the same command goes on."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class _Job:
     """A child at work; the claim is held for as long as its file is open."""
 
@@ -58,21 +59,27 @@ def run_sweep(
     """Run what is not done yet, `jobs` at a time, and return how many points are `done`, `failed` and `stopped`.
 
     `shard` (i, n) takes every n-th point from the i-th on. Points that another runner holds are waited for, and taken
-    over if it dies. With several jobs the cores of this machine are shared out evenly between them.
+    over if it dies. With several jobs the cores of this machine are shared out evenly between them; an accelerator is not,
+    so there one job at a time is right.
     """
+    require_directory(workdir)
     _write_points(points, workdir)
     mine = list(points[shard[0] - 1 :: shard[1]])
+    # A failure is tried again once: not those of this runner, nor those that another one has just met.
+    retried = time.time() if retry_failed else 0.0
     running: list[_Job] = []
     tried: dict[str, str] = {}  # of this runner: what became of the points it started
     last_report = time.monotonic()
-    with _stop_signals(), _ending(running):
+    with _stop_signals() as asked_to_stop, _ending(running, workdir):
         while True:
+            if asked_to_stop:
+                raise SweepInterruptedError(f"{asked_to_stop[0]}: the points at work were stopped; the same command continues them")
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
                 tried[job.point.id] = _finish(job, workdir, say)
-            open_points = [p for p in mine if p.id not in tried and not _is_settled(workdir / p.id, retry_failed)]
+            open_points = [p for p in mine if p.id not in tried and not _is_settled(workdir / p.id, retried)]
             waiting = [p for p in open_points if p.id not in {job.point.id for job in running}]
-            while len(running) < jobs and (job := _start_next(waiting, workdir, running, jobs, retry_failed)) is not None:
+            while len(running) < jobs and (job := _start_next(waiting, workdir, running, jobs, retried)) is not None:
                 waiting.remove(job.point)
                 running.append(job)
                 say(f"start  {job.point.id}")
@@ -80,34 +87,48 @@ def run_sweep(
                 break
             if time.monotonic() - last_report > _REPORT:
                 last_report = time.monotonic()
-                say(status_line(mine, workdir, [job.point for job in running], jobs))
+                held = len(waiting) if len(running) < jobs else 0  # there was room, and none of them could be had
+                say(status_line(mine, workdir, [job.point for job in running], jobs) + (f", {held} held by others" if held else ""))
             time.sleep(_POLL)
     states = [status_of(workdir / p.id) for p in mine]
     done, failed = states.count("done"), states.count("failed")
     return {"points": len(mine), "done": done, "failed": failed, "stopped": len(mine) - done - failed}
 
 
-def _is_settled(directory: pathlib.Path, retry_failed: bool) -> bool:
-    return status_of(directory) in (("done",) if retry_failed else ("done", "failed"))
+def _is_settled(directory: pathlib.Path, retried: float) -> bool:
+    """Whether nothing is left to do: done, or failed and not to be tried again (`retried`: failures before then are)."""
+    status = status_of(directory)
+    return status == "done" or (status == "failed" and (directory / FAILURE).stat().st_mtime >= retried)
+
+
+def require_directory(workdir: pathlib.Path) -> None:
+    """WorkdirError where a sweep cannot live: outside this file system, in a file, in a single run."""
+    require_local(workdir, "--workdir")
+    if any(place.exists() and not place.is_dir() for place in (workdir, *workdir.parents)):
+        raise WorkdirError(f"--workdir {workdir} is a file or lies in one; expected a directory, or the place of a new one")
+    if (workdir / "config.json").exists():
+        raise WorkdirError(f"--workdir {workdir} holds a config.json, of a run or a model; expected a directory for the whole sweep")
 
 
 def _write_points(points: Sequence[SweepPoint], workdir: pathlib.Path) -> None:
     """Say in each point's directory what is asked for, so that a table knows what is missing; refuse to change what was asked."""
+    new = []
     for point in points:
         directory = workdir / point.id
-        asked = {"id": point.id, "overrides": point.overrides, "config": to_dict(point.config)}
-        with contextlib.suppress(FileNotFoundError):
-            there = json.loads((directory / POINT).read_text())
-            changed = differences(there["config"], asked["config"])
-            if changed:
-                listed = "\n  ".join(changed)
-                raise WorkdirError(f"{directory} was asked for with another config; choose another --workdir (there -> now):\n  {listed}")
+        if not (directory / POINT).exists():
+            new.append(point)
             continue
+        changed = differences(as_of_today(read_point(directory / POINT)["config"]), to_dict(point.config))
+        if changed:
+            listed = "\n  ".join(changed)
+            raise WorkdirError(f"{directory} was asked for with another config; choose another --workdir (there -> now):\n  {listed}")
+    for point in new:
+        directory = workdir / point.id
         directory.mkdir(parents=True, exist_ok=True)
-        write_json(directory / POINT, asked)
+        write_json(directory / POINT, {"id": point.id, "overrides": point.overrides, "config": to_dict(point.config)})
 
 
-def _start_next(waiting: Sequence[SweepPoint], workdir: pathlib.Path, running: Sequence[_Job], jobs: int, retry: bool) -> _Job | None:
+def _start_next(waiting: Sequence[SweepPoint], workdir: pathlib.Path, running: Sequence[_Job], jobs: int, retried: float) -> _Job | None:
     """Claim and start the first point that nobody else holds."""
     for point in waiting:
         directory = workdir / point.id
@@ -117,7 +138,7 @@ def _start_next(waiting: Sequence[SweepPoint], workdir: pathlib.Path, running: S
         except BlockingIOError:
             claim.close()
             continue
-        if _is_settled(directory, retry):  # by another runner, between our look and our claim
+        if _is_settled(directory, retried):  # by another runner, between our look and our claim
             claim.close()
             continue
         (directory / FAILURE).unlink(missing_ok=True)
@@ -127,7 +148,7 @@ def _start_next(waiting: Sequence[SweepPoint], workdir: pathlib.Path, running: S
 
 
 def _spawn(directory: pathlib.Path, claim, slot: int, jobs: int, workdir: pathlib.Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "opdjax", "train", str(directory / POINT), "--workdir", str(directory)]
+    command = [sys.executable, "-P", "-m", "opdjax", "train", str(directory / POINT), "--workdir", str(directory)]
     # The points of a sweep are often the same program on other numbers: compiled once, it serves them all.
     environment = {"JAX_COMPILATION_CACHE_DIR": str((workdir / ".compiled").resolve()), **os.environ}
     with (directory / "log.txt").open("a") as log:
@@ -145,21 +166,28 @@ def _spawn(directory: pathlib.Path, claim, slot: int, jobs: int, workdir: pathli
     return child
 
 
+def _record_end(job: _Job, workdir: pathlib.Path) -> float:
+    """Write down how a child ended; returns its seconds."""
+    seconds = round(time.monotonic() - job.started, 3)
+    end = {"event": "end", "returncode": job.process.returncode, "seconds": seconds, "time": time.time()}
+    append_lines(workdir / job.point.id / "attempts.jsonl", [end])
+    return seconds
+
+
 def _finish(job: _Job, workdir: pathlib.Path, say: Say) -> str:
     """Record what became of a child, before its claim is given up."""
-    directory, code, seconds = workdir / job.point.id, job.process.returncode, time.monotonic() - job.started
-    append_lines(directory / "attempts.jsonl", [{"event": "end", "returncode": code, "seconds": round(seconds, 3), "time": time.time()}])
+    directory, code, seconds = workdir / job.point.id, job.process.returncode, _record_end(job, workdir)
     if code == 0:
         outcome = "done"
         say(f"done   {job.point.id}  {_scores(directory)}  {seconds:.0f} s")
-    elif code < 0:
-        # Killed from outside (a preemption, the memory killer): nothing is wrong with the point, it will be continued.
+    elif -code in _FROM_OUTSIDE:
+        # A preemption, the memory killer, a person: nothing is wrong with the point, it will be continued.
         outcome = "stopped"
         say(f"killed {job.point.id} by {signal.Signals(-code).name}; run the same command again to continue it")
     else:
         outcome = "failed"
         tail = (directory / "log.txt").read_text(errors="replace").splitlines()[-_LOG_TAIL:]
-        write_json(directory / FAILURE, {"returncode": code, "seconds": round(seconds, 3), "log_tail": tail})
+        write_json(directory / FAILURE, {"returncode": code, "seconds": seconds, "log_tail": tail})
         say(f"FAILED {job.point.id}: {tail[-1] if tail else 'no output'} ({directory / 'log.txt'})")
     job.claim.close()
     return outcome
@@ -172,22 +200,19 @@ def _scores(directory: pathlib.Path) -> str:
 
 @contextlib.contextmanager
 def _stop_signals():
-    """SIGTERM stops the sweep as Ctrl-C does."""
-
-    def stop(number, frame):
-        raise SweepInterruptedError(
-            f"{signal.Signals(number).name}: the points at work were stopped; run the same command again to continue"
-        )
-
-    before = signal.signal(signal.SIGTERM, stop)
+    """The names of the stop signals that have come; the loop looks when no child is half started."""
+    asked: list[str] = []
+    wanted = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda got, _: asked.append(signal.Signals(got).name)) for number in wanted]
     try:
-        yield
+        yield asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(wanted, before):
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
-def _ending(running: list[_Job]):
+def _ending(running: list[_Job], workdir: pathlib.Path):
     """Leave no child behind when the runner itself is stopped in an orderly way."""
     try:
         yield
@@ -196,6 +221,7 @@ def _ending(running: list[_Job]):
             job.process.terminate()
         for job in running:
             job.process.wait()
+            _record_end(job, workdir)
 
 
 def status_line(points: Sequence[SweepPoint], workdir: pathlib.Path, running: Sequence[SweepPoint], jobs: int) -> str:
@@ -223,6 +249,7 @@ def seconds_per_point(points: Sequence[SweepPoint], workdir: pathlib.Path) -> fl
 
 def describe(points: Sequence[SweepPoint], workdir: pathlib.Path, jobs: int) -> str:
     """What `--dry-run` prints: every point and its state, the count, and what is left to do."""
+    require_directory(workdir)
     state = {p.id: status_of(workdir / p.id) for p in points}
     lines = [f"{state[p.id]:8}{p.id}" for p in points]
     left = [p for p in points if state[p.id] != "done"]

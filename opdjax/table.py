@@ -7,13 +7,14 @@ import io
 import json
 import math
 import pathlib
+import re
 import statistics
 from collections.abc import Callable
 from typing import Any, Literal
 
 from opdjax.config import differences
 from opdjax.results import Group, Point, Run, groups, read_points, read_run, seed_interval
-from opdjax.workdir import WorkdirError
+from opdjax.workdir import WorkdirError, as_of_today
 
 Format = Literal["markdown", "latex", "csv"]
 
@@ -79,7 +80,7 @@ def _row(group: Group) -> dict[str, Any]:
 def _require_one_kind(points: tuple[Point, ...], runs: list[Run]) -> None:
     """A run's directory must hold the run that was asked for, and one row only runs on the same data and models."""
     for point, run in zip(points, runs):
-        changed = differences(point.config, run.config) + differences(runs[0].data, run.data)
+        changed = differences(as_of_today(point.config), as_of_today(run.config)) + differences(runs[0].data, run.data)
         if changed:
             listed = "\n  ".join(changed)
             raise WorkdirError(f"{run.workdir} holds another run than its row asks for, or saw other data; move it away:\n  {listed}")
@@ -91,7 +92,7 @@ def _labels(row: dict[str, Any], names: list[str]) -> list[str]:
 
 def _missing(row: dict[str, Any]) -> str:
     """The seeds that are not there; the id where the sweep has no seeds."""
-    return ", ".join(id.rpartition(",")[2] if "seed=" in id else id for id in row["missing"])
+    return ", ".join(f"seed={found[1]}" if (found := re.search(r"(?:^|,)seed=(\d+)", id)) else id for id in row["missing"])
 
 
 def _cell(value: tuple[float, float] | None, format: Format) -> str:
@@ -132,13 +133,13 @@ def _notes(points: list[Point], columns: list[str]) -> list[str]:
     done = [point for point in points if point.status == "done"]
     runs = [json.loads((point.workdir / "config.json").read_text())["environment"] for point in done]
     commits = sorted({str(environment.get("commit"))[:12] for environment in runs})
-    evaluation = points[0].config["evaluation"]
-    k, prompts = evaluation["num_samples"], evaluation["num_prompts"]
-    notes = ["± is half a 95 % interval over seeds (Student's t); prompts are the same for all and not part of it."]
+    kinds = {
+        (p.config["evaluation"]["source"], p.config["evaluation"]["num_samples"], p.config["evaluation"]["num_prompts"]) for p in points
+    }
+    evaluations = "; ".join(f"{source}: k = {k}, at most {count} prompts" for source, k, count in sorted(kinds, key=str))
+    notes = ["± is half a 95 % interval over seeds (Student's t). Runs of one row answer the same prompts, whose share is not part of it."]
     if columns:
-        notes.append(
-            f"k = {k}, at most {prompts} prompts; {len(done)} of {len(points)} points done; commit {', '.join(commits) or 'none'}."
-        )
+        notes.append(f"{evaluations}. {len(done)} of {len(points)} points done; commit {', '.join(commits) or 'none'}.")
     if len(commits) > 1:
         notes.append("Runs of several commits stand in this table.")
     return notes

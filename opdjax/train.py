@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import shutil
 from functools import partial
@@ -32,12 +31,13 @@ from opdjax.models.decoder import Params
 from opdjax.models.hf import export, load_params, open_checkpoint
 from opdjax.ops.vocab import Head
 from opdjax.prepare import Setup, facts, prepare, scored_temperature
+from opdjax.results import read_result
 from opdjax.sampler import sample
 from opdjax.scoring.local import score
 from opdjax.sharding import replicated, shard_rows
 from opdjax.train_state import TrainState, UpdateSpec, init_state, make_examine, make_optimizer, make_update
 from opdjax.types import Metrics, PromptBatch, Rollouts, TrainBatch
-from opdjax.workdir import WorkdirError, append_lines, claim, cut_lines, locked, read_config, read_lines, write_json
+from opdjax.workdir import WorkdirError, append_lines, claim, cut_lines, locked, read_config, read_lines, require_local, write_json
 
 _ALTERNATIVES = 5  # of the teacher, written beside each token of the samples
 
@@ -48,10 +48,7 @@ class NonFiniteLossError(RuntimeError):
 
 def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
     """Run `config` in `workdir` and return its result, which is also `result.json`; a finished run is only reported."""
-    if "://" in str(workdir) or str(workdir).startswith("gs:"):
-        raise WorkdirError(
-            f"--workdir {workdir} is not a local path; bucket paths are not supported yet, mount the bucket or copy afterwards"
-        )
+    require_local(workdir, "--workdir")
     workdir = pathlib.Path(workdir)
     bind(config.estimator.recipe, config.estimator.options)
     with locked(workdir), contextlib.ExitStack() as opened:
@@ -62,7 +59,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
                 print(f"left out {prompts.num_skipped} prompts over {config.data.max_prompt_length} tokens, first {prompts.skipped[0]}")
         if (workdir / "result.json").exists():
             print(f"{workdir} holds a finished run")
-            result = json.loads((workdir / "result.json").read_text())
+            result = read_result(workdir)
             if "eval_after" in result:
                 print(result_table(result))
             return result
@@ -95,8 +92,7 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> d
     if first:
         state = checkpointer.restore(first, state)
         print(f"continuing from step {first}")
-    for name in ("samples.jsonl", "eval.jsonl"):
-        cut_lines(workdir / name, first)
+    _cut_back(setup, workdir, first)
     writer = MetricWriter(workdir, last_step=first, tensorboard=config.log.tensorboard)
     opened.callback(writer.close)
     publish = jax.jit(partial(jax.tree.map, lambda x: x.astype(setup.dtype)))
@@ -147,6 +143,26 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> d
     return _finish(setup, workdir, exported, int(state.num_skipped))
 
 
+def _cut_back(setup: Setup, workdir: pathlib.Path, step: int) -> None:
+    """Drop the rows after the checkpoint that the run continues from; nothing is touched where what must be there before it is not."""
+    config, names = setup.config, ("metrics.jsonl", "samples.jsonl", "eval.jsonl")
+    metrics, _, evaluations = (read_lines(workdir / name) for name in names)
+    # One checkpoint may be in the making and one streak of skipped steps behind it when a run is killed.
+    reached, within = max([row["step"] for row in metrics], default=0), 2 * config.checkpoint.every + config.train.max_nonfinite_steps
+    if step == 0 and reached > within:
+        raise WorkdirError(
+            f"{workdir} has metrics up to step {reached} and no checkpoint; put checkpoints back or start in a new work directory"
+        )
+    evaluation, found = config.evaluation, {(row["step"], row["temperature"]) for row in evaluations}
+    wanted = {(0, temperature) for temperature in (evaluation.temperature, *evaluation.extra_temperatures)}
+    if step and setup.evaluator is not None and not wanted <= found:
+        raise WorkdirError(
+            f"{workdir / 'eval.jsonl'} lacks the evaluation of step 0, whose parameters are gone; put it back or use a new work directory"
+        )
+    for name in names:
+        cut_lines(workdir / name, step)
+
+
 def _rollouts(setup: Setup, params: Params, prompts: PromptBatch, step: int) -> Rollouts:
     """The step's completions: drawn from the student, or answers written by the teacher or found in the data."""
     config, sampling = setup.config, setup.config.sampling
@@ -154,40 +170,43 @@ def _rollouts(setup: Setup, params: Params, prompts: PromptBatch, step: int) -> 
     if sampling.source == "student":
         return draw(params, prompts, config.seed, step, config=setup.student.config, decoding=setup.decoding)
     if sampling.source == "references":
-        answers = _reference_answers(setup, prompts)
-    else:
-        teacher = setup.teacher
-        view = prompts
-        if prompts.teacher_tokens is not None:
-            view = dataclasses.replace(prompts, tokens=prompts.teacher_tokens, mask=prompts.teacher_mask)
-        written = draw(teacher.params, view, config.seed, step, config=teacher.checkpoint.config, decoding=teacher.decoding)
-        answers = _as_student_ids(setup, written)
-    return answer_rows(prompts, answers, sampling.max_completion_length, step)
+        return answer_rows(prompts, _reference_answers(setup, prompts, step), sampling.max_completion_length, step)
+    teacher, view = setup.teacher, prompts
+    if prompts.teacher_tokens is not None:
+        view = dataclasses.replace(prompts, tokens=prompts.teacher_tokens, mask=prompts.teacher_mask)
+    written = draw(teacher.params, view, config.seed, step, config=teacher.checkpoint.config, decoding=teacher.decoding)
+    rows = answer_rows(prompts, _as_student_ids(setup, written), sampling.max_completion_length, step)
+    is_truncated = rows.is_truncated | np.asarray(written.is_truncated)
+    return dataclasses.replace(rows, sample_id=np.asarray(written.sample_id), is_truncated=is_truncated)
 
 
-def _reference_answers(setup: Setup, prompts: PromptBatch) -> list[list[int]]:
-    """Each prompt's references in turn, as many as there are generations."""
-    answers = []
-    for index in np.asarray(prompts.prompt_id):
+def _reference_answers(setup: Setup, prompts: PromptBatch, step: int) -> list[list[int]]:
+    """Each prompt's references in turn, over its generations and over the epochs."""
+    answers, count = [], setup.config.sampling.num_generations
+    for place, index in enumerate(np.asarray(prompts.prompt_id)):
         texts = setup.prompts.prompts[index].references
-        answers += [_encode_answer(setup, texts[number % len(texts)]) for number in range(setup.config.sampling.num_generations)]
+        epoch = (step * setup.config.train.prompts_per_step + place) // len(setup.prompts)
+        chosen = [texts[(epoch * count + number) % len(texts)] for number in range(count)]
+        answers += [[*setup.tokenizer.encode(text, add_special_tokens=False), _end_token(setup)] for text in chosen]
     return answers
 
 
 def _as_student_ids(setup: Setup, written: Rollouts) -> list[list[int]]:
-    """The teacher's answers as it wrote them; through their text where its tokenizer is another one."""
-    teacher = setup.teacher
-    if teacher.shares_vocabulary:
-        return [row[keep].tolist() for row, keep in zip(np.asarray(written.tokens), np.asarray(written.mask))]
-    texts, truncated = completions(written, teacher.tokenizer), np.asarray(written.is_truncated)
-    # A text that was cut off has no end to teach.
-    return [_encode_answer(setup, text)[: -1 if is_cut else None] for text, is_cut in zip(texts, truncated)]
+    """The teacher's answers as it wrote them, ended as the student ends; through their text where its tokenizer is another one."""
+    teacher, answers = setup.teacher, []
+    texts = [None] * written.tokens.shape[0] if teacher.shares_vocabulary else completions(written, teacher.tokenizer)
+    for text, row, keep, is_cut in zip(texts, *map(np.asarray, (written.tokens, written.mask, written.is_truncated))):
+        # An answer that was cut off has no end to teach; an end that the student does not stop at would teach it to run on.
+        body = row[keep].tolist()[: None if is_cut else -1]
+        body = body if text is None else setup.tokenizer.encode(text, add_special_tokens=False)
+        answers.append(body if is_cut else [*body, _end_token(setup)])
+    return answers
 
 
-def _encode_answer(setup: Setup, text: str) -> list[int]:
-    """Token ids of an answer and the stop token that the student ends with."""
+def _end_token(setup: Setup) -> int:
+    """The stop token that the student ends its answers with."""
     stop, end = setup.decoding.stop_token_ids, setup.tokenizer.eos_token_id
-    return [*setup.tokenizer.encode(text, add_special_tokens=False), end if end in stop else stop[0]]
+    return end if end in stop else stop[0]
 
 
 def _score(setup: Setup, batch: TrainBatch, needs: str) -> tuple[TrainBatch, Head | None]:
@@ -251,7 +270,8 @@ def _token_columns(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray, seen: d
     names |= {"student_logprob": "student_logprobs", "teacher_logprob": "teacher_logprobs"}
     columns: dict[str, Any] = {"tokens": [tokenizer.decode([token]) for token in tokens[mask].tolist()]}
     for name, column in names.items():
-        columns[column] = [round(value, 4) for value in seen[name][mask].tolist()] if name in seen else None
+        # JSON has no NaN and no infinity.
+        columns[column] = [round(v, 4) if np.isfinite(v) else None for v in seen[name][mask].tolist()] if name in seen else None
     columns["teacher_top"] = None
     if "alternatives" in seen:
         pairs = zip(seen["alternatives"][mask].tolist(), np.exp(seen["alternative_logprobs"][mask]).tolist())
@@ -267,8 +287,6 @@ def _evaluate(setup: Setup, workdir: pathlib.Path, step: int, params: Params | N
     found = {(row["step"], row["temperature"]): row for row in read_lines(file)}
     evaluation = setup.config.evaluation
     if (step, evaluation.temperature) not in found:
-        if params is None:
-            raise ValueError(f"{file} lacks the evaluation of step {step}, whose parameters are gone; start in a new work directory")
         scores = setup.evaluator(params)
         append_lines(file, [{"step": step, **scores}])
         found[step, evaluation.temperature] = scores
@@ -292,6 +310,7 @@ def _export_student(setup: Setup, state: TrainState, out: pathlib.Path, dtype: s
 
 def export_step(workdir: pathlib.Path, step: str, out: pathlib.Path, dtype: str | None) -> pathlib.Path:
     """Write the student of one checkpoint (`latest`, `best` or a step) of a run as a Hugging Face checkpoint."""
+    require_local(out, "the directory to export to,")
     config = read_config(workdir)
     source = open_checkpoint(config.student.path, config.student.revision)
     checkpointer = Checkpointer(

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,16 +17,32 @@ from typing import Any
 
 from opdjax.config import Config, differences, from_dict, to_dict
 
+# What a run would overwrite, or, in a directory of a sweep, stand among.
+_OF_A_RUN = ("checkpoints", "student", "metrics.jsonl", "samples.jsonl", "eval.jsonl", "result.json", "*/point.json")
+
 
 class WorkdirError(ValueError):
-    """The directory belongs to another run, or to one that is still going on."""
+    """The directory belongs to another run or to one that is still going on, or what it holds is damaged."""
+
+
+def require_local(path: str | os.PathLike, option: str) -> None:
+    """Refuse a bucket, of which the file system would make a directory called `gs:`."""
+    if re.match(r"[a-z][a-z0-9]+:/", str(path)):
+        named = re.sub(":/+", "://", str(path), count=1)
+        raise WorkdirError(f"{option} {named} is not a local path; bucket paths are not supported yet, mount the bucket or copy afterwards")
 
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
     """Hold the directory for this process; two runs never write one directory."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / ".lock").open("w") as file:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / ".lock").open("w")
+    except OSError as error:
+        raise WorkdirError(
+            f"--workdir {workdir} cannot be written: {error.strerror}; expected a directory, or the place of a new one"
+        ) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -41,15 +58,23 @@ def claim(workdir: pathlib.Path, config: Config, facts: dict[str, Any]) -> None:
     file = workdir / "config.json"
     new = {"config": to_dict(config), **facts}
     if not file.exists():
+        found = sorted(path.name for name in _OF_A_RUN for path in workdir.glob(name))
+        if found:
+            raise WorkdirError(f"{workdir} has no config.json, yet it holds {', '.join(found)}; expected a new directory or that of a run")
         write_json(file, new)
         return
     old = read_run_config(workdir)
-    changed = differences({"config": old["config"], "data": old["data"]}, {"config": new["config"], "data": new["data"]})
+    changed = differences({"config": as_of_today(old["config"]), "data": old["data"]}, {"config": new["config"], "data": new["data"]})
     if changed:
         listed = "\n  ".join(changed)
         raise WorkdirError(f"{workdir} holds a run of another config; choose another --workdir or undo (there -> now):\n  {listed}")
     for line in differences(old["environment"], new["environment"], "environment."):
         print(f"note: continuing under another {line}; results may differ in the last bits")
+
+
+def as_of_today(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved config with the defaults of the fields that have come since."""
+    return to_dict(from_dict(Config, saved))
 
 
 def read_config(workdir: pathlib.Path) -> Config:
@@ -62,11 +87,8 @@ def read_run_config(workdir: pathlib.Path) -> dict[str, Any]:
     file = workdir / "config.json"
     if not file.exists():
         raise WorkdirError(f"{workdir} has no config.json; expected the work directory of a run")
-    try:
-        found = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise WorkdirError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(found, dict) or not {"config", "data", "environment"} <= found.keys():
+    found = read_json(file, "put its original back or start in a new work directory")
+    if not all(isinstance(found.get(name), dict) for name in ("config", "data", "environment")):
         raise WorkdirError(f"{file} is not the config of a run (a model's, perhaps); expected a work directory made by opdjax train")
     return found
 
@@ -100,9 +122,21 @@ def _git_commit() -> str | None:
     return run.stdout.strip()
 
 
+def read_json(file: pathlib.Path, advice: str) -> dict[str, Any]:
+    """The object that a file holds; WorkdirError with the advice where it is damaged."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise WorkdirError(f"{file} cannot be read as JSON: {error}; {advice}") from error
+    if not isinstance(found, dict):
+        raise WorkdirError(f"{file} holds a {type(found).__name__}; expected an object; {advice}")
+    return found
+
+
 def write_json(file: pathlib.Path, value: Any) -> None:
     """Write a JSON file whole or not at all."""
-    partial = file.with_name(file.name + ".partial")
+    # Two runners may write one file at once: each has a draft of its own.
+    partial = file.with_name(f"{file.name}.{platform.node()}.{os.getpid()}.partial")
     partial.write_text(json.dumps(value, indent=2) + "\n")
     partial.replace(file)
 
@@ -111,8 +145,15 @@ def read_lines(file: pathlib.Path) -> list[dict[str, Any]]:
     """The complete rows of a JSONL file; a last line that was cut off in mid-write is ignored."""
     if not file.exists():
         return []
-    *lines, _unfinished = file.read_text().split("\n")
-    return [json.loads(line) for line in lines if line]
+    *lines, _unfinished = file.read_bytes().split(b"\n")
+    return [_row(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line]
+
+
+def _row(line: bytes, place: str) -> dict[str, Any]:
+    with contextlib.suppress(UnicodeDecodeError, json.JSONDecodeError):
+        if isinstance(row := json.loads(line), dict):
+            return row
+    raise WorkdirError(f"{place} is damaged: {line[:60]!r}; expected a JSON object. Put it right or start in a new work directory")
 
 
 def append_lines(file: pathlib.Path, rows: list[dict[str, Any]]) -> None:

@@ -319,7 +319,7 @@ def test_draws_follow_the_seed(opdjax):
         (["--temperature", "-1"], "sampling.temperature is -1.0; expected more than 0"),
         (["--num-generations", "0"], "sampling.num_generations is 0; expected at least 1"),
         (["--max-completion-length", "0"], "sampling.max_completion_length is 0; expected at least 1"),
-        (["--seed", "2147483648"], "seed is 2147483648; expected from 0 to 2147483647"),
+        (["--seed", "2147483648"], "seed is 2147483648; expected at most 2147483647"),
         (["--data.max-prompt-length", "3"], "data.max_prompt_length is 3, exceeded by prompt 0 of the command line with 14 tokens"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -100,6 +100,20 @@ def test_mistakes_are_named(make, message):
         make()
 
 
+def test_equal_configs_asked_for_in_other_words_are_one_point():
+    """A second run of one config and seed would count as two."""
+    again = product(RATES, vary("train.prompts_per_step", (16, 64)), seeds(2))
+    made = points(Config(), chain(product(RATES, seeds(2)), again))
+    assert len(made) == len({point.config for point in made}) == 8
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_fields_of_one_section_are_checked_together(order):
+    factors = [vary("estimator.baseline", ("student_topk",)), vary("estimator.baseline_top_k", (5,))]
+    (point,) = points(Config(), product(*factors[::order]))
+    assert point.config.estimator == EstimatorConfig(baseline="student_topk", baseline_top_k=5)
+
+
 def test_a_point_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         points(Config(), seeds(1))[0].id = "other"

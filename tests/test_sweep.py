@@ -153,7 +153,7 @@ def kill_all(runner, directory):
     if random.random() < 0.5:
         for file in directory.glob("*/attempts.jsonl"):
             for row in read_lines(file):
-                with contextlib.suppress(ProcessLookupError):
+                with contextlib.suppress(ProcessLookupError, FileNotFoundError):
                     if row["event"] == "start" and b"opdjax" in pathlib.Path(f"/proc/{row['pid']}/cmdline").read_bytes():
                         os.kill(row["pid"], signal.SIGKILL)
 

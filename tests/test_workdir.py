@@ -181,7 +181,7 @@ def test_a_last_line_that_was_cut_off_is_ignored(tmp_path, keep):
 def test_a_torn_line_in_the_middle_is_not_passed_over(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
-    with pytest.raises(json.JSONDecodeError):
+    with pytest.raises(WorkdirError, match=r"rows\.jsonl, line 2 is damaged: "):
         read_lines(file)
 
 

@@ -7,8 +7,14 @@ from typing import Any
 
 import jinja2
 
+# What a template that was not made for such a prompt raises: Jinja's own, and whatever Python says of its expressions.
+_TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
 Messages = tuple[dict[str, str], ...]
 _PROBE = "Let x = 12.5; then 3x + 1 = ?\n\tif a<b: return 'né ü 你好'  # 1234567890"
+
+
+class TokenizerError(ValueError):
+    """The checkpoint has no tokenizer, or one that cannot be read."""
 
 
 class TokenizerMismatchError(ValueError):
@@ -16,13 +22,21 @@ class TokenizerMismatchError(ValueError):
 
 
 def load_tokenizer(path_or_id: str | os.PathLike, revision: str | None = None) -> Any:
-    """The tokenizer of a checkpoint directory or hub id."""
+    """The tokenizer of a checkpoint directory or hub id; TokenizerError where it has none."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
+    advice = "expected tokenizer.json and tokenizer_config.json beside the weights, as they were published"
     try:
-        return AutoTokenizer.from_pretrained(str(path_or_id), revision=revision)
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"no tokenizer could be read from {path_or_id}: {error}") from error
+        tokenizer = AutoTokenizer.from_pretrained(str(path_or_id), revision=revision)
+    # A file that is damaged, or that holds values of other types, surfaces in any of these ways.
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        reason = str(error).partition("\n")[0].rstrip(" :")
+        raise TokenizerError(f"no tokenizer could be read from {path_or_id}: {type(error).__name__}: {reason}; {advice}") from error
+    if not tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}:
+        # transformers makes an empty one where there are no files.
+        raise TokenizerError(f"no tokenizer could be read from {path_or_id}: it knows no tokens; {advice}")
+    return tokenizer
 
 
 def valid_vocab(tokenizer: Any) -> int:
@@ -57,6 +71,9 @@ def render(prompt: str | Messages, tokenizer: Any, *, format: str, system_prompt
     options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
     try:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template of {tokenizer.name_or_path} does not take this prompt: {error}") from error
+    except _TEMPLATE_ERRORS as error:
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path} does not take this prompt: {type(error).__name__}: {error}; "
+            "mend it, or use format 'raw'"
+        ) from error
     return tokenizer.encode(text, add_special_tokens=False)

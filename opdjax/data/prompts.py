@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ def read_prompts(source: str, columns: Columns = Columns()) -> list[Prompt]:  # 
     """The rows of a data source (see `sources`), in their stored order."""
     rows = [_parse_row(row, columns, place) for place, row in read_rows(source, columns)]
     if not rows:
-        raise DataError(f"{source} holds no prompts")
+        raise DataError(f"{source} holds no prompts; expected at least one row")
     return rows
 
 
@@ -55,8 +56,9 @@ def _parse_row(row: dict[str, Any], columns: Columns, place: str) -> Prompt:
     prompt, completion = _parse_prompt(_value(row, columns.prompt, place), columns.prompt, place)
     name = columns.answer or "answer"
     answer = _value(row, name, place) if columns.answer or name in row else None
-    if not isinstance(answer, (str, int, float, type(None))) or isinstance(answer, bool):
-        raise DataError(f"{place}: {name!r} is {answer!r}; expected a string or a number")
+    is_number = isinstance(answer, (int, float)) and not isinstance(answer, bool) and math.isfinite(answer)
+    if not is_number and not isinstance(answer, (str, type(None))):
+        raise DataError(f"{place}: {name!r} is {answer!r}; expected a string or a number, or null where there is none")
     name = columns.reference or ("references" if "references" in row else "reference")
     references = _value(row, name, place) if columns.reference or name in row else None
     return Prompt(prompt, None if answer is None else str(answer), _parse_references(references, name, place) or completion)
@@ -108,7 +110,7 @@ def _parse_references(value: Any, name: str, place: str) -> tuple[str, ...]:
     """Worked answers: a string, several, or a conversation whose last assistant's turn is one."""
     texts = [value] if isinstance(value, str) else [] if value is None else value
     if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
-        return tuple(texts)
+        return tuple(filter(None, texts))
     turns = [message["content"] for message in _parse_messages(value) or () if message["role"] == "assistant"]
     if not turns:
         expected = "a string, a list of strings or messages with a turn of the assistant"
@@ -126,6 +128,7 @@ def encode_prompts(rows: Sequence[Prompt], data: DataConfig, student_tokenizer: 
     )
     kept, ids, skipped = [], ([], []), []
     for number, row in enumerate(rows):
+        _require_text(row, f"prompt {number} of {data.source}")
         prompt = data.prompt_format.replace("{prompt}", row.prompt) if isinstance(row.prompt, str) else row.prompt
         rendered = []
         for tokenizer, format, thinking in views:
@@ -135,7 +138,7 @@ def encode_prompts(rows: Sequence[Prompt], data: DataConfig, student_tokenizer: 
             except ValueError as error:
                 raise DataError(f"prompt {number} of {data.source}: {error}") from error
         if not all(rendered):
-            raise DataError(f"prompt {number} of {data.source} has no tokens: {prompt!r}")
+            raise DataError(f"prompt {number} of {data.source} has no tokens: {prompt!r}; expected text, and a template that shows it")
         longest = max(map(len, rendered))
         if longest > data.max_prompt_length:
             skipped.append(f"prompt {number} of {data.source} with {longest} tokens: {str(prompt)[:80]!r}")
@@ -148,11 +151,24 @@ def encode_prompts(rows: Sequence[Prompt], data: DataConfig, student_tokenizer: 
         for view, tokens in zip(ids, rendered):
             view.append(tokens)
     if not kept:
-        raise DataError(f"{data.source} has no prompt of at most {data.max_prompt_length} tokens ({len(rows)} rows read)")
+        raise DataError(
+            f"{data.source} has no prompt of at most {data.max_prompt_length} tokens ({len(rows)} rows read); "
+            f"raise it, or see why {skipped[0]} is so long"
+        )
     student_ids, teacher_ids = map(tuple, ids)
     digest = hashlib.sha256(repr((kept, student_ids, teacher_ids)).encode()).hexdigest()
     same = student_ids == teacher_ids
     return PromptSet(tuple(kept), student_ids, None if same else teacher_ids, tuple(skipped), digest)
+
+
+def _require_text(row: Prompt, place: str) -> None:
+    """Half a surrogate pair, as text cut between two escapes leaves it, has no bytes that a tokenizer could read."""
+    contents = [row.prompt] if isinstance(row.prompt, str) else [message["content"] for message in row.prompt]
+    try:
+        "".join([*contents, *row.references]).encode()
+    except UnicodeEncodeError as error:
+        found = error.object[error.start]
+        raise DataError(f"{place} holds {found!r}, half a surrogate pair; expected Unicode text: write the row again") from error
 
 
 def indices_at(step: int, prompts_per_step: int, num_prompts: int, seed: int) -> np.ndarray:

@@ -17,6 +17,7 @@ import dataclasses
 import difflib
 import glob
 import json
+import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -96,15 +97,16 @@ def read_rows(source: str, columns: Columns) -> Rows:
     kind, colon, rest = source.partition(":")
     if colon and kind in _READERS:
         return _READERS[kind](rest, columns)
-    path = pathlib.Path(source).expanduser()
+    path = _as_path(source)
     if path.suffix not in (".jsonl", ".json"):
         raise DataError(f"data source {source!r} is not known; expected {_EXPECTED}")
+    if not path.is_file():
+        found = "lies elsewhere: download it first" if "://" in source else "is a directory" if path.is_dir() else "does not exist"
+        raise DataError(f"data source {source} {found}; expected a local file of JSON lines")
     return _json_lines(path)
 
 
 def _json_lines(path: pathlib.Path) -> Rows:
-    if not path.exists():
-        raise DataError(f"data source {path} does not exist")
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -112,19 +114,27 @@ def _json_lines(path: pathlib.Path) -> Rows:
 
 
 def _json_object(line: bytes, place: str) -> dict[str, Any]:
+    expected = "expected lines of one whole JSON object each, not compressed"
     try:
-        row = json.loads(line.rstrip())
+        # Decoded here: left to json, a first line in UTF-16 would be read and the second blamed.
+        row = json.loads(line.decode("utf-8-sig").rstrip())
     except json.JSONDecodeError as error:
-        raise DataError(f"{place}: not valid JSON ({error.msg} at column {error.colno})") from error
+        raise DataError(f"{place}: not valid JSON ({error.msg} at column {error.colno}); {expected}") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{place}: not UTF-8 text ({error.reason})") from error
+        raise DataError(f"{place}: not UTF-8 text ({error.reason}); {expected}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a list of thousands of levels
+        raise DataError(f"{place}: cannot be read ({_first_line(error)}); {expected}") from error
     if not isinstance(row, dict):
-        raise DataError(f"{place}: expected an object with named values, found {type(row).__name__}")
+        raise DataError(f"{place}: expected an object with named values, found {type(row).__name__}; {expected}")
     return row
 
 
 def _arithmetic(split: str, columns: Columns) -> Rows:
-    for number, problem in enumerate(arithmetic.problems(split)):
+    try:
+        problems = arithmetic.problems(split)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    for number, problem in enumerate(problems):
         row = {"prompt": problem.prompt, "answer": problem.answer, "reference": problem.reference}
         yield f"arithmetic:{split}, row {number}", row
 
@@ -170,7 +180,7 @@ def _huggingface(text: str, columns: Columns) -> Rows:
             dataset = _saved_split(path, split)
         else:
             dataset = datasets.load_dataset(str(path) if path.is_dir() else name, config, split=split)
-    except (DatasetsError, OSError, ValueError) as error:
+    except (DatasetsError, OSError, ValueError, KeyError, TypeError) as error:  # the last two: a damaged state.json
         reason = _first_line(error) + (f" ({_first_line(error.__cause__)})" if error.__cause__ else "")
         advice = "expected a split or slice of a directory (./DIR) or of a dataset on the hub; the latter needs a network or its cache"
         raise DataError(f"{place}: {reason}; {advice}") from error
@@ -196,11 +206,12 @@ def _tensorflow_datasets(text: str, columns: Columns) -> Rows:
     place = f"tfds:{text}"
     with _extra("tfds"):
         # By name: where a package that it needs is missing, TFDS itself imports, half empty.
+        from google.protobuf.json_format import ParseError
         from tensorflow_datasets import builder_from_directory
     try:
         builder = builder_from_directory(str(_as_path(name))) if _is_builder_directory(name) else _prepared_builder(name)
     # TFDS asserts what users ask for, and raises a subclass of one of these for the rest.
-    except (ValueError, AssertionError, OSError, RuntimeError) as error:
+    except (ValueError, AssertionError, OSError, RuntimeError, ParseError) as error:
         advice = "expected a builder that TFDS knows or that lies prepared in TFDS_DATA_DIR, or a builder's directory (with its version)"
         raise DataError(f"{place}: {_first_line(error)}; {advice}") from error
     splits = f"its splits are {sorted(builder.info.splits)}, a slice is written train[:10%]"
@@ -268,7 +279,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def _as_path(name: str) -> pathlib.Path:
-    return pathlib.Path(name).expanduser()
+    # Unlike pathlib's, this leaves a ~ alone that is nobody's home.
+    return pathlib.Path(os.path.expanduser(name))
 
 
 def _is_path(name: str) -> bool:

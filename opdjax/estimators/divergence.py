@@ -59,16 +59,17 @@ def full_kl(student: VocabTile, teacher: VocabTile, row: Columns, *, divergence:
 
 TOP_K_OPTIONS = ("support", "support_top_k", "renormalize", "outside", "clamp_at_zero", "weight", "convention")
 FLOOR = -100.0  # nats: the teacher's log-prob of every id outside the support, where `outside` is `floor`
-# What systems that all say "top-k distillation" compute. DistillKit's symmetric uniform fill is `tail` too: spreading the
+# What systems that all say "top-k distillation" compute; a system that has one direction fixes it. verl also clamps the
+# log-probs at -10 and the loss at 10, which is left out. DistillKit's symmetric uniform fill is `tail` too: spreading the
 # missing mass of each side over the same ids adds what one bucket adds. EasyDeL's value is larger by the teacher's entropy.
 TOP_K_CONVENTIONS = {
-    "tunix": {"support": "teacher", "renormalize": "both"},
-    "verl": {"support": "teacher", "renormalize": "none", "clamp_at_zero": True},
-    "nemo_rl": {"support": "teacher", "renormalize": "none"},
-    "nemo_rl_floor": {"support": "teacher", "renormalize": "none", "outside": "floor"},
-    "easydel": {"support": "teacher", "renormalize": "teacher"},
+    "tunix": {"support": "teacher", "renormalize": "both", "divergence": "forward"},
+    "verl": {"support": "teacher", "renormalize": "none", "clamp_at_zero": True, "divergence": "forward"},
+    "nemo_rl": {"support": "teacher", "renormalize": "both"},
+    "nemo_rl_floor": {"support": "teacher", "renormalize": "teacher", "outside": "floor"},
+    "easydel": {"support": "teacher", "renormalize": "teacher", "divergence": "forward"},
     "trl": {"support": "teacher", "renormalize": "none", "outside": "tail"},
-    "thunlp": {"support": "student", "renormalize": "none", "weight": "p_student"},
+    "thunlp": {"support": "student", "renormalize": "none", "weight": "p_student", "divergence": "reverse"},
     "distillkit": {"support": "teacher", "renormalize": "none", "outside": "tail"},
 }
 
@@ -93,12 +94,12 @@ def topk_kl(
     the student's mass outside. `teacher`: only the teacher's side; with `forward` a cross-entropy less a constant.
     `none`: full-softmax log-probs, and `outside` says what becomes of the rest: `drop` ignores it, `tail` adds one bucket
     of all other ids (a true KL, of coarser distributions, at most the full one), `floor` takes the teacher's log-prob
-    there as -100. `drop` without renormalising both is no divergence: it can be negative, and at student = teacher its
+    there as -100 (with `teacher` too). `drop` without renormalising both is no divergence: it can be negative, and at student = teacher its
     gradient is not 0. `weight` makes it a policy gradient over the kept ids, of full-softmax log-ratios with detached weights:
     the probabilities of student or teacher normalised on the support, or 1. `convention` is a row of TOP_K_CONVENTIONS.
     """
     if convention is not None:
-        named = TOP_K_CONVENTIONS[convention] | {"support_top_k": support_top_k, "divergence": divergence}
+        named = {"support_top_k": support_top_k, "divergence": divergence} | TOP_K_CONVENTIONS[convention]
         return topk_kl(student, teacher, row, **named)
     ids = jax.lax.stop_gradient(_choose(support, {"student": student, "teacher": teacher}, "support").top_k(support_top_k))
     s, t = student.logprob(ids), jax.lax.stop_gradient(teacher.logprob(ids))
@@ -109,7 +110,7 @@ def topk_kl(
         s, t = (jax.nn.log_softmax(x, axis=-1) if is_wanted else x for x, is_wanted in zip((s, t), normalise))
         swap = _choose(divergence, {"reverse": False, "forward": True}, "divergence")
         loss = _sum_on(t, s) if swap else _sum_on(s, t)
-        if outside != "drop" and renormalize != "none":
+        if renormalize != "none" and (outside == "tail" or (outside == "floor" and renormalize == "both")):
             raise ValueError(f"topk_kl has outside {outside!r} with renormalize {renormalize!r}; expected renormalize 'none'")
         loss += _choose(outside, {"drop": _nothing, "tail": _tail_bucket, "floor": _floored}, "outside")(student, teacher, ids, swap)
     if clamp_at_zero:

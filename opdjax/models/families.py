@@ -251,8 +251,8 @@ FAMILIES = {
 def family_of(raw: dict[str, Any]) -> Family:
     """The family that `config.json` names, or an error that lists those there are."""
     architectures = raw.get("architectures") or []
-    for name in architectures:
-        if name in FAMILIES:
+    for name in architectures if isinstance(architectures, list) else ():
+        if isinstance(name, str) and name in FAMILIES:
             return FAMILIES[name]
     raise UnsupportedModelError(
         f"config.json names the architecture {architectures or 'nothing'}; expected one of {sorted(FAMILIES)}. "

@@ -27,6 +27,7 @@ from opdjax.models.families import Family, UnsupportedModelError, family_of
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _CARRIED = ("tokenizer*", "*.jinja", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_STORED = ("F32", "BF16", "F16", "F64")  # how safetensors call what can be cast to those
 _SAMPLE_BYTES = 2**20
 _SHARD_BYTES = 5 * 2**30
 
@@ -63,10 +64,21 @@ def open_checkpoint(path_or_id: str | os.PathLike, revision: str | None = None) 
     except KeyError as error:
         raise CheckpointError(f"{path / 'config.json'} lacks the field {error}") from error
     generation = _read_json(path / "generation_config.json") if (path / "generation_config.json").exists() else {}
-    stop = generation.get("eos_token_id", raw.get("eos_token_id"))
-    stop_ids = tuple(stop) if isinstance(stop, list) else () if stop is None else (stop,)
+    stop_ids = _read_stop_ids(path, raw, config.vocab_size)
+    if "eos_token_id" in generation:
+        stop_ids = _read_stop_ids(path, generation, config.vocab_size, "generation_config.json")
     stored = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    if not isinstance(stored, str):
+        raise CheckpointError(f"{path / 'config.json'} sets dtype {stored!r}; expected the name of a type, such as 'bfloat16'")
     return Checkpoint(path, raw, family, config, stop_ids, stored)
+
+
+def _read_stop_ids(path: pathlib.Path, values: dict[str, Any], vocab_size: int, file: str = "config.json") -> tuple[int, ...]:
+    found = values.get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+        raise CheckpointError(f"{path / file} sets eos_token_id {found!r}; expected an id from 0 to {vocab_size - 1}, or a list of them")
+    return tuple(ids)
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -115,7 +127,9 @@ def export(params: Params, source: Checkpoint, out: str | os.PathLike, dtype: st
     """
     out, dtype = pathlib.Path(out), dtype or source.stored_dtype
     if dtype not in _DTYPES:
-        raise CheckpointError(f"cannot export as {dtype!r}; expected one of {sorted(_DTYPES)}")
+        raise CheckpointError(f"cannot export as {dtype!r}; expected one of {sorted(_DTYPES)}: name one as --dtype")
+    if any(place.exists() and not place.is_dir() for place in (out, *out.parents)):
+        raise CheckpointError(f"{out} is a file or lies in one; export into a new directory")
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} exists and is not empty; export into a new directory")
     tensors = _unstack(params, source, _DTYPES[dtype])
@@ -135,19 +149,19 @@ def export(params: Params, source: Checkpoint, out: str | os.PathLike, dtype: st
 
 
 def _resolve(path_or_id: str, revision: str | None) -> pathlib.Path:
-    path = pathlib.Path(path_or_id).expanduser()
-    if path.is_dir():
+    path = pathlib.Path(os.path.expanduser(path_or_id))
+    if path_or_id and path.is_dir():
         return path
     is_id = path_or_id.count("/") == 1 and not path_or_id.startswith((".", "/", "~"))
     if not is_id:
         raise CheckpointError(f"{path_or_id!r} is no directory and no hub id (owner/name)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
     try:
         return pathlib.Path(snapshot_download(path_or_id, revision=revision, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise CheckpointError(f"{path_or_id!r} is no local directory, and the hub did not give it: {error}") from error
 
 
@@ -158,6 +172,8 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; expected a file of a Hugging Face checkpoint") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}; expected a JSON object")
     return value
@@ -167,11 +183,11 @@ def _locate_tensors(path: pathlib.Path) -> dict[str, pathlib.Path]:
     """Tensor name -> file."""
     if (path / _INDEX).exists():
         weight_map = _read_json(path / _INDEX).get("weight_map")
-        if not weight_map:
+        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
             raise CheckpointError(f"{path / _INDEX} has no weight_map; expected tensor names and their files")
-        absent = sorted({file for file in weight_map.values() if not (path / file).exists()})
+        absent = sorted({file for file in weight_map.values() if not (path / file).is_file()})
         if absent:
-            raise CheckpointError(f"{path / _INDEX} names files that are not there: {', '.join(absent)}")
+            raise CheckpointError(f"{path / _INDEX} names files that are not there (download them too): {', '.join(absent)}")
         return {name: path / file for name, file in weight_map.items()}
     if not (path / _SINGLE).exists():
         raise CheckpointError(f"{path} has neither {_SINGLE} nor {_INDEX}; convert the weights to safetensors first")
@@ -195,8 +211,10 @@ class _Files:
         if path not in self._open:
             try:
                 self._open[path] = safe_open(path, framework="numpy")
-            except SafetensorError as error:
-                raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{path} is not a readable safetensors file: {error}; expected it whole: download or copy it again ({_size(path)})"
+                ) from error
         return self._open[path]
 
     def read(self, located, name) -> np.ndarray:
@@ -205,11 +223,18 @@ class _Files:
     def shape(self, located, name) -> tuple[int, ...]:
         return tuple(self._get(located[name], "get_slice", name).get_shape())
 
+    def stored_type(self, located, name) -> str:
+        return self._get(located[name], "get_slice", name).get_dtype()
+
     def _get(self, path, method, name):
         try:
             return getattr(self.open(path), method)(name)
         except SafetensorError as error:  # an index that names the wrong file
             raise CheckpointError(f"{path} does not give the tensor {name}: {error}") from error
+
+
+def _size(path: pathlib.Path) -> str:
+    return f"it has {path.stat().st_size} bytes" if path.is_file() else "it is no file"
 
 
 def _expected_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
@@ -235,6 +260,8 @@ def _check_tensors(checkpoint: Checkpoint, located: dict[str, pathlib.Path]) -> 
             found = files.shape(located, name)
             if found != expected[name]:
                 problems.append(f"{name} has shape {found}; config.json implies {expected[name]}")
+            if (kind := files.stored_type(located, name)) not in _STORED:
+                problems.append(f"{name} is stored as {kind}; expected one of {', '.join(_STORED)}, weights that are not quantized")
     if problems:
         listed = "\n  ".join(problems[:20]) + ("" if len(problems) <= 20 else f"\n  and {len(problems) - 20} more")
         raise CheckpointError(f"{checkpoint.path} does not hold the model that its config.json describes:\n  {listed}")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from opdjax.config import EstimatorConfig
+from opdjax.config import ConfigError, EstimatorConfig
 from opdjax.estimators import RECIPES
 from opdjax.estimators.divergence import FLOOR, TOP_K_CONVENTIONS, TOP_K_OPTIONS, forward_kl, reverse_kl, topk_kl
 from opdjax.estimators.losses import sft
@@ -26,6 +26,7 @@ EVERY = [
         {"renormalize": "none"},
         {"renormalize": "none", "outside": "tail"},
         {"renormalize": "none", "outside": "floor"},
+        {"renormalize": "teacher", "outside": "floor"},
     )
 ]
 NAMES = ["-".join(map(str, options.values())) for options in EVERY]
@@ -146,21 +147,65 @@ def test_the_weighted_form_is_a_policy_gradient_over_the_kept_ids(weight, pair):
     np.testing.assert_allclose(gradient, -(w * np.log(q[ids] / p[ids])) @ scores, atol=1e-12)
 
 
+# Each system's formula written out once more, from probabilities p (student), q (teacher) inside and outside the kept ids.
+SHIPPED = {
+    "tunix": lambda p, q, p_rest, q_rest: np.sum(q / q.sum() * np.log(q / q.sum() / (p / p.sum()))),
+    "verl": lambda p, q, p_rest, q_rest: max(np.sum(q * np.log(q / p)), 0),
+    "nemo_rl": lambda p, q, p_rest, q_rest: np.sum(p / p.sum() * np.log(p / p.sum() / (q / q.sum()))),
+    "nemo_rl_floor": lambda p, q, p_rest, q_rest: np.sum(p * np.log(p / (q / q.sum()))) + np.sum(p_rest * (np.log(p_rest) + 100)),
+    "easydel": lambda p, q, p_rest, q_rest: np.sum(q / q.sum() * np.log(q / q.sum() / p)),
+    "trl": lambda p, q, p_rest, q_rest: np.sum(p * np.log(p / q)) + p_rest.sum() * np.log(p_rest.sum() / q_rest.sum()),
+    "distillkit": lambda p, q, p_rest, q_rest: (
+        np.sum(p * np.log(p / q)) + np.sum(np.full(6, p_rest.sum() / 6) * np.log(p_rest.sum() / q_rest.sum()))
+    ),
+    "thunlp": lambda p, q, p_rest, q_rest: -np.sum(p / p.sum() * np.log(q / p) * np.log(p)),
+}
+
+
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", TOP_K_CONVENTIONS)
-def test_a_convention_is_its_row_of_the_table(name, pair):
-    spelled = {"support_top_k": 3, "divergence": "reverse"}
-    np.testing.assert_array_equal(value(*pair, convention=name, **spelled), value(*pair, **spelled, **TOP_K_CONVENTIONS[name]))
-    assert EstimatorConfig(recipe="topk_kl", convention=name, **spelled).options == {"convention": name, **spelled}
+def test_a_convention_is_what_its_system_computes(name, pair):
+    student, teacher = (np.asarray(jax.nn.softmax(jnp.asarray(x))) for x in pair)
+    inside = np.argsort(-(student if TOP_K_CONVENTIONS[name]["support"] == "student" else teacher))[:3]
+    outside = np.setdiff1d(np.arange(V), inside)
+    expected = SHIPPED[name](student[inside], teacher[inside], student[outside], teacher[outside])
+    np.testing.assert_allclose(value(*pair, convention=name, support_top_k=3), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", TOP_K_CONVENTIONS)
+def test_the_config_takes_a_convention_whole(name):
+    """Spelled out it is the same; beside it no option of its row may be given."""
+    assert EstimatorConfig(recipe="topk_kl", convention=name, support_top_k=3).options == {"convention": name, "support_top_k": 3}
     EstimatorConfig(recipe="topk_kl", **TOP_K_CONVENTIONS[name])
+    for option, setting in TOP_K_CONVENTIONS[name].items():
+        with pytest.raises(ConfigError, match=f"estimator.{option} is .* convention {name} sets it"):
+            EstimatorConfig(recipe="topk_kl", convention=name, **{option: setting})
+    if "divergence" not in TOP_K_CONVENTIONS[name]:
+        EstimatorConfig(recipe="topk_kl", convention=name, divergence="forward")
 
 
 def test_the_floor_stands_for_what_lies_outside(pair):
-    reverse = value(*pair, convention="nemo_rl_floor", support_top_k=2)
-    assert reverse > value(*pair, convention="nemo_rl", support_top_k=2) + 10
-    forward = {"support_top_k": 2, "divergence": "forward"}
-    np.testing.assert_allclose(
-        value(*pair, convention="nemo_rl_floor", **forward), value(*pair, convention="nemo_rl", **forward), rtol=1e-6
-    )
+    with_floor, without = ({"support": "teacher", "support_top_k": 2, "renormalize": "teacher", "outside": o} for o in ("floor", "drop"))
+    assert value(*pair, **with_floor) > value(*pair, **without) + 10
+    forward = {"divergence": "forward"}
+    np.testing.assert_allclose(value(*pair, **with_floor, **forward), value(*pair, **without, **forward), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight": "none", "clamp_at_zero": True}, "estimator.clamp_at_zero is True; expected false where weight is given"),
+        ({"weight": "none", "divergence": "forward"}, "estimator.divergence is 'forward'; expected reverse where weight is given"),
+        ({"weight": "none", "renormalize": "both"}, "estimator.renormalize is 'both'; expected none where weight is given"),
+        ({"outside": "tail"}, "estimator.outside is 'tail'; expected drop where renormalize is both"),
+        ({"outside": "tail", "renormalize": "teacher"}, "estimator.outside is 'tail'; expected drop where renormalize is teacher"),
+        ({"divergence": "jsd"}, "estimator.divergence is 'jsd'; expected reverse or forward where the recipe is topk_kl"),
+        ({"support_top_k": 0}, "estimator.support_top_k is 0; expected at least 1"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        EstimatorConfig(recipe="topk_kl", **options)
 
 
 @pytest.mark.parametrize(

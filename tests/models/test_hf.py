@@ -308,7 +308,9 @@ def test_index_of_an_absent_file_is_refused(pairs, save):
     path = save(pairs["untied"].model, max_shard_size="20KB")
     shard = sorted(path.glob("*.safetensors"))[1]
     shard.unlink()
-    with pytest.raises(CheckpointError, match=rf"index\.json names files that are not there: {re.escape(shard.name)}$"):
+    with pytest.raises(
+        CheckpointError, match=rf"index\.json names files that are not there \(download them too\): {re.escape(shard.name)}$"
+    ):
         reload(path)
 
 
