@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from opdjax.config import Config, ConfigError, DataConfig, EvaluationConfig, ModelConfig, SamplingConfig, from_dict, nearest
+from opdjax.config import Config, ConfigError, DataConfig, EvaluationConfig, MeshConfig, ModelConfig, SamplingConfig, from_dict, nearest
 from opdjax.points import SweepPoint
 
 
@@ -125,6 +125,49 @@ def train(arguments: list[str]) -> None:
         print(f"the trained student is in {workdir / result['student']}")
 
     _call(run, arguments[1:], "opdjax train EXPERIMENT")
+
+
+def doctor(arguments: list[str]) -> None:
+    """EXPERIMENT [--section.field VALUE …]: look for silent faults before a run; status 1 where there is one."""
+    if not arguments or arguments[0].startswith("-"):
+        print(
+            "usage: opdjax doctor EXPERIMENT [--num-prompts N] [--section.field VALUE …]\n\nEXPERIMENT and the fields are those of train."
+        )
+        sys.exit(0 if arguments and arguments[0] in ("-h", "--help") else 2)
+    default = load_experiment(arguments[0])
+
+    def run(workdir: pathlib.Path | None = None, num_prompts: int = 8, config: Annotated[Config, tyro.conf.arg(name="")] = default):
+        """Look for silent faults.
+
+        Args:
+            workdir: not used, so that the options of a run can be taken over as they are
+            num_prompts: of the data, that go through the models
+            config: every field of the experiment
+        """
+        from opdjax.checks import check_tokenizers
+        from opdjax.data.chat import load_tokenizer
+        from opdjax.doctor import examine
+        from opdjax.estimators import RECIPES
+        from opdjax.models.hf import open_checkpoint
+        from opdjax.prepare import prepare
+
+        if num_prompts < 1:
+            raise ConfigError(f"--num-prompts is {num_prompts}; expected at least 1")
+        if RECIPES[config.estimator.recipe].teacher != "none":
+            tokenizers = [load_tokenizer(open_checkpoint(model.path, model.revision).path) for model in (config.student, config.teacher)]
+            vocabularies = check_tokenizers(*tokenizers, config.estimator.recipe)
+            if vocabularies.status == "fault":
+                print(f"{vocabularies}\nthe other checks compare ids, so they were not made")
+                sys.exit(1)
+        # A few rows need no more than one device, and need not divide over many.
+        setup = prepare(dataclasses.replace(config, mesh=MeshConfig(1)))
+        has_fault = False
+        for finding in examine(setup, num_prompts):
+            print(finding, flush=True)
+            has_fault |= finding.status == "fault"
+        sys.exit(1 if has_fault else 0)
+
+    _call(run, arguments[1:], "opdjax doctor EXPERIMENT")
 
 
 def sample(arguments: list[str]) -> None:
@@ -384,6 +427,7 @@ def _call(function: Callable, arguments: list[str], program: str) -> None:
 
 VERBS = {
     "train": train,
+    "doctor": doctor,
     "sweep": sweep,
     "table": table,
     "report": report,

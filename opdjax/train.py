@@ -18,9 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from opdjax.checkpoint import Checkpointer
+from opdjax.checks import enforce
 from opdjax.config import Config, ConfigError
 from opdjax.data.packing import answer_rows, to_train_batch
 from opdjax.data.prompts import collate, indices_at
+from opdjax.doctor import check_first_step, check_settings
 from opdjax.estimators import RECIPES, bind
 from opdjax.evals.evaluate import completions
 from opdjax.evals.passk import paired_difference
@@ -61,6 +63,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
             if "eval_after" in result:
                 print(result_table(result))
             return result
+        enforce(check_settings(setup))
         return _run(setup, workdir, opened)
 
 
@@ -113,6 +116,8 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> d
         with timer.phase("update"):
             state, metrics = update(state, batch, teacher_head)
             metrics = jax.tree.map(float, jax.device_get(metrics))
+        if step == first:
+            enforce(check_first_step(setup, batch, rollouts, prompts, metrics))
 
         metrics |= _rollout_metrics(rollouts) | _token_counts(setup, batch)
         metrics |= (seconds := timer.take())
