@@ -136,11 +136,10 @@ def doctor(arguments: list[str]) -> None:
         sys.exit(0 if arguments and arguments[0] in ("-h", "--help") else 2)
     default = load_experiment(arguments[0])
 
-    def run(workdir: pathlib.Path | None = None, num_prompts: int = 8, config: Annotated[Config, tyro.conf.arg(name="")] = default):
+    def run(num_prompts: int = 8, config: Annotated[Config, tyro.conf.arg(name="")] = default):
         """Look for silent faults.
 
         Args:
-            workdir: not used, so that the options of a run can be taken over as they are
             num_prompts: of the data, that go through the models
             config: every field of the experiment
         """
