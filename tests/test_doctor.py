@@ -110,7 +110,7 @@ def opdjax_doctor(monkeypatch, capsys, tmp_path, healthy):
 
 
 def test_a_healthy_pair_passes_every_check(opdjax_doctor):
-    status, out = opdjax_doctor("--workdir", "unused")
+    status, out = opdjax_doctor()
     assert status == 0
     assert re.findall(r"^(.) (\w+): ", out, re.MULTILINE) == [("✓", name) for name in CHECKS]
     assert "8 of 8 greedy teacher answers do" in out
