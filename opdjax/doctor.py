@@ -165,14 +165,18 @@ def _mass_beyond(params: Params, head: Head, batch: TrainBatch, model: DecoderCo
 
 
 def _stop_tokens(setup: Setup, specimen: Specimen | None = None) -> Finding:
-    return checks.check_stop_tokens(
+    sampling = setup.config.sampling
+    finding = checks.check_stop_tokens(
         setup.decoding.stop_token_ids,
         (setup.student.stop_token_ids, setup.teacher.checkpoint.stop_token_ids),
         (setup.tokenizer, setup.teacher.tokenizer),
         setup.config.data,
-        more=setup.config.sampling.stop_token_ids,
+        more=sampling.stop_token_ids,
         endings=_endings(specimen.teacher_answers) if specimen is not None and _compares_scores(setup) else None,
     )
+    # Given answers are made to end where the student does; only what it is sampled for later can run on.
+    is_mended = finding.status == "fault" and sampling.source != "student"
+    return dataclasses.replace(finding, status="warning") if is_mended else finding
 
 
 def _chat_template(setup: Setup, specimen: Specimen | None = None) -> Finding:

@@ -142,7 +142,7 @@ def test_which_recipes_rest_at_the_teacher():
     assert rests(recipe="topk_kl", renormalize="none", outside="tail")
     assert not rests(recipe="topk_kl", renormalize="none")
     assert rests(recipe="topk_kl", convention="tunix")
-    assert not rests(recipe="topk_kl", convention="nemo_rl")
+    assert not rests(recipe="topk_kl", convention="verl")
 
 
 def test_a_healthy_run_starts_in_silence(healthy, capsys):
@@ -195,6 +195,9 @@ def test_fault_2_a_base_student_that_knows_no_end_of_turn(plant):
     assert message.endswith("what to do: --sampling.stop-token-ids 2")
     assert "8 of 8 greedy teacher answers end with 2 '<|im_end|>', where rollouts do not end" in message
     assert complaints(diagnose(vary(config, sampling={"stop_token_ids": (2,)}))) == {}
+    # Given answers are made to end where the student does.
+    given = vary(config, estimator={"recipe": "sft"}, sampling={"source": "references"})
+    assert [(f.name, f.status) for f in check_settings(prepare(given)) if f.status != "ok"] == [("stop_tokens", "warning")]
 
 
 @pytest.mark.parametrize(("side", "step"), [("right", 1), ("left", -1)])
