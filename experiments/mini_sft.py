@@ -1,6 +1,10 @@
 """Cross-entropy on text that the teacher samples, on the built-in mini pair: sequence-level distillation, off-policy.
 
 Paper: "Sequence-Level Knowledge Distillation", arXiv 1606.07947. `--sampling.source references` takes the data's own answers.
+
+    opdjax train experiments/mini_sft.py --workdir runs/mini_sft
+
+Two CPU cores, about two minutes. SCORE_mini_sft
 """
 
 from opdjax.config import Config, DataConfig, EstimatorConfig, EvaluationConfig, LogConfig, OptimizerConfig, SamplingConfig, TrainConfig

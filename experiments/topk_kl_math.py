@@ -7,7 +7,7 @@ Everything but the estimator is as in vopd_math.py, whose docstring tells the se
     opdjax train experiments/topk_kl_math.py --workdir runs/topk_kl_math \
         --data.source dapo14k.jsonl --evaluation.source math500.jsonl
 
-Hardware: the paper reports one H200 or A100 a run, 2 to 6 hours. Expected by the notes on the paper: about 0.4 points over
+Hardware: the paper reports one H200 or A100 a run, 2 to 6 hours. Expected by the paper: about 0.4 points over
 OPD on the average of four benchmarks (vOPD: 3.2 over it). Not run here yet.
 """
 

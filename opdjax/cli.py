@@ -35,7 +35,8 @@ def main() -> None:
     except (ValueError, RuntimeError, ImportError, OSError) as error:
         sys.exit(_complain(f"{type(error).__name__}: {error}"))
     except KeyboardInterrupt:
-        sys.exit(_complain("interrupted; run the same command again to continue"))
+        _complain("interrupted; run the same command again to continue")
+        sys.exit(130)  # as shells say of SIGINT
 
 
 def _complain(message: str) -> int:

@@ -165,7 +165,7 @@ class EstimatorConfig:
     support: Literal["student", "teacher"] | None = None  # topk_kl: whose most likely ids the divergence is taken on
     support_top_k: int | None = None  # topk_kl: how many ids
     renormalize: Literal["both", "teacher", "none"] | None = None  # topk_kl: which side is renormalised on those ids
-    outside: Literal["drop", "tail", "floor"] | None = None  # topk_kl: the ids outside; tail and floor need renormalize none
+    outside: Literal["drop", "tail", "floor"] | None = None  # topk_kl: the ids outside; tail needs renormalize none, floor teacher or none
     clamp_at_zero: bool | None = None  # topk_kl: a token's negative value counts as 0
     weight: Literal["p_student", "p_teacher", "none"] | None = None  # topk_kl as a policy gradient over the kept ids, weighted so
     # topk_kl: all five options above as that system ships them; estimators/divergence.py has the table

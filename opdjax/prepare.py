@@ -61,7 +61,7 @@ def prepare(config: Config) -> Setup:
         )
     student = open_checkpoint(config.student.path, config.student.revision)
     tokenizer = load_tokenizer(student.path)
-    decoding = _decoding(config, student, tokenizer)
+    decoding = _decoding(config, student, tokenizer, config.sampling.stop_token_ids)
     asked = open_checkpoint(config.teacher.path, config.teacher.revision) if needs_teacher(config) else None
     teacher_tokenizer = tokenizer if asked is None else load_tokenizer(asked.path)
     shares_vocabulary = _shares_vocabulary(config, tokenizer, teacher_tokenizer)
@@ -92,7 +92,9 @@ def _shares_vocabulary(config: Config, student: Any, teacher: Any) -> bool:
 
 
 def _load_teacher(config: Config, checkpoint: Checkpoint, tokenizer: Any, shares_vocabulary: bool, mesh: Mesh) -> Teacher:
-    decoding = _decoding(config, checkpoint, tokenizer)
+    # Ids that were added for the student's tokenizer mean nothing in another one.
+    more = config.sampling.stop_token_ids if shares_vocabulary else ()
+    decoding = _decoding(config, checkpoint, tokenizer, more)
     params = load_params(checkpoint, compute_dtype(config.teacher), replicated(mesh))
     head = head_of(params, valid_vocab=decoding.valid_vocab, temperature=scored_temperature(config))
     return Teacher(checkpoint, params, head, tokenizer, decoding, shares_vocabulary)
@@ -106,13 +108,13 @@ def scored_temperature(config: Config) -> float:
     return config.sampling.temperature if config.sampling.source == "student" else 1.0
 
 
-def _decoding(config: Config, checkpoint: Checkpoint, tokenizer: Any) -> Decoding:
+def _decoding(config: Config, checkpoint: Checkpoint, tokenizer: Any, more: tuple[int, ...]) -> Decoding:
     sampling, width = config.sampling, num_ids(checkpoint, tokenizer)
-    beyond = [token for token in sampling.stop_token_ids if not 0 <= token < width]
+    beyond = [token for token in more if not 0 <= token < width]
     if beyond:
         raise ConfigError(f"sampling.stop_token_ids has {beyond}; expected ids from 0 to {width - 1}")
     return Decoding(
-        sampling.max_completion_length, stop_ids(checkpoint, tokenizer, sampling.stop_token_ids), sampling.temperature,
+        sampling.max_completion_length, stop_ids(checkpoint, tokenizer, more), sampling.temperature,
         sampling.top_k, sampling.top_p, sampling.min_p, valid_vocab=width,
     )  # fmt: skip
 
@@ -124,7 +126,7 @@ def make_evaluator(config: Config, student: Checkpoint, tokenizer: Any, mesh: Me
     require_grader(config.evaluation.grader)
     student_view = {"teacher_format": None, "teacher_enable_thinking": None, "reference_column": None}
     if config.data.format == "raw":
-        student_view["system_prompt"] = None  # it was the teacher's
+        student_view |= {"system_prompt": None, "enable_thinking": None}  # they were the teacher's
     for name in ("prompt_column", "answer_column"):
         student_view[name] = getattr(config.evaluation, name) or getattr(config.data, name)
     data: DataConfig = dataclasses.replace(config.data, source=config.evaluation.source, **student_view)

@@ -70,11 +70,6 @@ class Group:
     points: tuple[Point, ...]
 
     @property
-    def label(self) -> str:
-        """Such as `estimator=vopd_k20, learning_rate=0.0003`."""
-        return ", ".join(f"{name}={value}" for name, value in self.overrides.items()) or "base"
-
-    @property
     def done(self) -> tuple[Point, ...]:
         """The points whose runs are complete."""
         return tuple(point for point in self.points if point.status == "done")

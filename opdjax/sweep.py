@@ -98,7 +98,10 @@ def run_sweep(
 def _is_settled(directory: pathlib.Path, retried: float) -> bool:
     """Whether nothing is left to do: done, or failed and not to be tried again (`retried`: failures before then are)."""
     status = status_of(directory)
-    return status == "done" or (status == "failed" and (directory / FAILURE).stat().st_mtime >= retried)
+    try:
+        return status == "done" or (status == "failed" and (directory / FAILURE).stat().st_mtime >= retried)
+    except FileNotFoundError:  # another runner has just begun to try it again
+        return False
 
 
 def require_directory(workdir: pathlib.Path) -> None:
@@ -180,10 +183,11 @@ def _finish(job: _Job, workdir: pathlib.Path, say: Say) -> str:
     if code == 0:
         outcome = "done"
         say(f"done   {job.point.id}  {_scores(directory)}  {seconds:.0f} s")
-    elif -code in _FROM_OUTSIDE:
+    elif -code in _FROM_OUTSIDE or code == 128 + signal.SIGINT:
         # A preemption, the memory killer, a person: nothing is wrong with the point, it will be continued.
         outcome = "stopped"
-        say(f"killed {job.point.id} by {signal.Signals(-code).name}; run the same command again to continue it")
+        name = "SIGINT" if code > 0 else signal.Signals(-code).name
+        say(f"killed {job.point.id} by {name}; run the same command again to continue it")
     else:
         outcome = "failed"
         tail = (directory / "log.txt").read_text(errors="replace").splitlines()[-_LOG_TAIL:]

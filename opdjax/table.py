@@ -139,6 +139,7 @@ def _notes(points: list[Point], columns: list[str]) -> list[str]:
     evaluations = "; ".join(f"{source}: k = {k}, at most {count} prompts" for source, k, count in sorted(kinds, key=str))
     notes = ["± is half a 95 % interval over seeds (Student's t). Runs of one row answer the same prompts, whose share is not part of it."]
     if columns:
+        notes.append("KL is exact, but for opd and for vopd with a top-k baseline: there it is the mean log-ratio of the sampled tokens.")
         notes.append(f"{evaluations}. {len(done)} of {len(points)} points done; commit {', '.join(commits) or 'none'}.")
     if len(commits) > 1:
         notes.append("Runs of several commits stand in this table.")

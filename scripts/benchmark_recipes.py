@@ -45,7 +45,7 @@ def form(name, options, tile):
 
 
 def main():
-    options = parse_options(tokens=256)
+    options = parse_options(__doc__, tokens=256).parse_args()
     print(f"Machine: {cpu_model()}, {num_cores()} cores; jax {jax.__version__} on {jax.default_backend()}.")
     print(f"V = {options.vocab}, D = {options.width}, {options.tokens} tokens, tile {options.tile}, float32.\n")
     shapes = argument_shapes(options.tokens, options.vocab, options.width)

@@ -101,19 +101,20 @@ def verdict(what, tiled, dense):
     return f"{tiled / dense:.3f} (target <= {TARGETS[what]}: {'met' if tiled <= TARGETS[what] * dense else 'MISSED'})"
 
 
-def parse_options(tokens=512):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_options(description=__doc__, tokens=512):
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=tokens, help="tokens of the timed comparison")
-    parser.add_argument("--long-tokens", type=int, default=8192, help="tokens of the comparison that is only compiled")
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--tile", type=int, default=128, help="tokens per tile")
     parser.add_argument("--repeats", type=int, default=3)
-    return parser.parse_args()
+    return parser
 
 
 def main():
-    options = parse_options()
+    parser = parse_options()
+    parser.add_argument("--long-tokens", type=int, default=8192, help="tokens of the comparison that is only compiled")
+    options = parser.parse_args()
     print(f"Machine: {cpu_model()}, {os.cpu_count()} cores; jax {jax.__version__} on {jax.default_backend()}.")
     print(f"V = {options.vocab}, D = {options.width}, B = 1, float32, value and gradients of reverse KL, tile {options.tile}.\n")
 

@@ -11,6 +11,8 @@ import math
 import pathlib
 import statistics
 
+from benchmark_vocab import cpu_model
+
 from opdjax.results import AXES, Run, read_points, read_run, seed_interval
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -39,8 +41,6 @@ def numbers(run: Run) -> dict:
         "grad_norm_first": statistics.median(norms[:10]),
         "kl_first": mean_of(kl[:3]),
         "kl_last": mean_of(kl[-10:]),
-        "seconds_per_step": statistics.median(row["time/step"] for row in run.metrics),
-        "update_seconds": statistics.median(row["time/update"] for row in run.metrics),
         **{axis: run.total_at(axis, last) for axis in AXES},
         "commit": run.environment["commit"],
     }
@@ -135,21 +135,18 @@ def score_table(rows, names, rate_of) -> str:
 
 
 def axes_table(rows, names, best) -> str:
-    header = ["recipe", "avg@8 halfway", "avg@8 at the end", *(f"{axis}, thousands" for axis in list(AXES)[1:4]), "update seconds a step"]
+    counts = list(AXES)[1:4]
+    header = ["recipe", "avg@8 halfway", "avg@8 at the end", *(f"{axis}, thousands" for axis in counts), "seconds a step", "seconds in all"]
+    file = ROOT / "experiments" / "results" / "white_box_seconds.json"
+    timed = json.loads(file.read_text()) if file.exists() else {}
     lines = []
     for name in names:
         if not (runs := pick(rows, name, best[name])):
             continue
-        tokens = [f"{statistics.fmean(row[axis] for row in runs) / 1000:.1f}" for axis in list(AXES)[1:4]]
-        lines.append(
-            [
-                f"`{name}`",
-                spread(runs, "halfway"),
-                spread(runs, "avg@k"),
-                *tokens,
-                f"{statistics.median(r['update_seconds'] for r in runs):.3f}",
-            ]
-        )
+        tokens = [f"{statistics.fmean(row[axis] for row in runs) / 1000:.1f}" for axis in counts]
+        step = timed.get(name, {}).get("time/step", math.nan)
+        seconds = [f"{step:.3f}", f"{step * runs[0]['steps']:.1f}"]
+        lines.append([f"`{name}`", spread(runs, "halfway"), spread(runs, "avg@k"), *tokens, *seconds])
     return markdown(header, lines)
 
 
@@ -257,9 +254,9 @@ def main() -> None:
     }
     text = TEXT.format(
         runs=len(rows), missing=", ".join(missing) or "none", minutes=spent, commits=", ".join(commits), steps=sweep.BASE.train.num_steps,
-        batch=sweep.BASE.train.prompts_per_step, k=sweep.BASE.evaluation.num_samples, prompts=sweep.BASE.evaluation.num_prompts,
+        batch=sweep.BASE.train.prompts_per_step, machine=f"{cpu_model()}, two cores", k=sweep.BASE.evaluation.num_samples, prompts=sweep.BASE.evaluation.num_prompts,
         common=sweep.COMMON_RATE, avg=before["avg@k"], greedy=before["greedy"], passk=before["pass@k"],
-        longest=max(row["seconds"] for row in rows if not row["is_grid"]), **parts,
+        **parts,
     )  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.with_suffix(".md").write_text(text)
@@ -274,15 +271,16 @@ TEXT = """# White-box recipes on the mini pair
     opdjax sweep experiments/sweeps/white_box.py --workdir runs/white_box --jobs 2
     python scripts/white_box_study.py runs/white_box
 
-{runs} runs at commit {commits}, two cores of an AMD EPYC, {minutes:.0f} minutes of runs
-added up, two at a time with one core each, on a machine that did other work as well; missing points: {missing}.
+{runs} runs at commit {commits}, {minutes:.0f} minutes of runs added up (two at a time, one core each); missing points: {missing}.
+Machine: {machine}; it did other work as well, so times of single runs say nothing.
 Every run: {steps} steps of {batch} completions (one a prompt) unless said, cosine learning rate, the last checkpoint
 evaluated on the same {prompts} test prompts, {k} samples each at T = 1, with the same draws.
-The untrained student: avg@8 {avg:.3f}, greedy {greedy:.3f}, pass@8 {passk:.3f}. The longest run trained for {longest:.0f} s.
+The untrained student: avg@8 {avg:.3f}, greedy {greedy:.3f}, pass@8 {passk:.3f}.
 
 "±" after a mean is half a 95 % interval over seeds (Student's t); "prompt interval" is the mean over runs of each run's own
 interval over prompts. The two are never pooled: all runs answer the same prompts, so that differences between recipes do
-not contain the prompts' share.
+not contain the prompts' share. "KL at the end" is the mean over the last ten steps of KL(student || teacher) on
+the student's completions: exact, but for `opd` and the top-k baselines, where it is the mean log-ratio of sampled tokens.
 
 ## Learning rates: gain in avg@8 on validation prompts, seed 100, one run each
 
@@ -304,8 +302,9 @@ Best at the edge of the grid: {edges}.
 
 ## What it cost, at the best rate
 
-All recipes take the same number of steps on the same prompts. Seconds are medians of a step's update alone, on a shared
-machine and with 214 ids: read them as an order. `scripts/benchmark_recipes.py` measures what a recipe costs at 151,936.
+All recipes take the same number of steps on the same prompts. Seconds are of `scripts/time_recipes.py`, one recipe after
+the other on a quiet machine, both cores: sampling, teacher and update of a step, and 100 such steps. With 214 ids and
+0.35 million parameters all cost the same; `scripts/benchmark_recipes.py` measures what a recipe costs at 151,936 ids.
 
 {axes}
 

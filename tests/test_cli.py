@@ -232,13 +232,13 @@ def test_errors_and_interruptions_end_in_one_line(opdjax, monkeypatch):
 
         return verb
 
-    for error, message in (
-        (OSError("disk full"), "opdjax: OSError: disk full"),
-        (RuntimeError("no finite loss"), "opdjax: RuntimeError: no finite loss"),
-        (KeyboardInterrupt(), "opdjax: interrupted; run the same command again to continue"),
+    for error, status, message in (
+        (OSError("disk full"), 2, "opdjax: OSError: disk full"),
+        (RuntimeError("no finite loss"), 2, "opdjax: RuntimeError: no finite loss"),
+        (KeyboardInterrupt(), 130, "opdjax: interrupted; run the same command again to continue"),
     ):
         monkeypatch.setitem(cli.VERBS, "sample", failing(error))
-        assert opdjax("sample") == (2, "", message)
+        assert opdjax("sample") == (status, "", message)
     # A mistake of the program's own keeps its traceback.
     monkeypatch.setitem(cli.VERBS, "sample", failing(KeyError("bug")))
     with pytest.raises(KeyError):

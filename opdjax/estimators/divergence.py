@@ -1,4 +1,4 @@
-"""Divergences at one context, over the full vocabulary or on a few ids, each by its own name; nats; the gradient flows to the student."""
+"""Divergences at one context, over the full vocabulary or on a few ids, each by its own name; nats. The recipes let no gradient reach the teacher."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ def full_kl(student: VocabTile, teacher: VocabTile, row: Columns, *, divergence:
     No action variance, at the cost of the teacher's unembedding. `divergence`: `reverse` KL(student || teacher),
     `forward` KL(teacher || student), `jsd` with `beta` (GKD, arXiv 2306.13649). The distribution of contexts is held fixed.
     """
+    teacher = jax.lax.stop_gradient(teacher)
     if divergence == "reverse":
         loss = reverse_kl(student, teacher)
     elif divergence == "forward":
@@ -96,7 +97,9 @@ def topk_kl(
     of all other ids (a true KL, of coarser distributions, at most the full one), `floor` takes the teacher's log-prob
     there as -100 (with `teacher` too). `drop` without renormalising both is no divergence: it can be negative, and at student = teacher its
     gradient is not 0. `weight` makes it a policy gradient over the kept ids, of full-softmax log-ratios with detached weights:
-    the probabilities of student or teacher normalised on the support, or 1. `convention` is a row of TOP_K_CONVENTIONS.
+    the probabilities of student or teacher normalised on the support, or 1; the options of the divergence then say nothing.
+    `convention` is a row of TOP_K_CONVENTIONS, which stands in place of the options it names. Nats; ValueError on a name
+    that is not known.
     """
     if convention is not None:
         named = {"support_top_k": support_top_k, "divergence": divergence} | TOP_K_CONVENTIONS[convention]

@@ -74,7 +74,7 @@ def vopd(student: VocabTile, teacher: VocabTile, row: Columns, *, baseline: str 
     """OPD with a control-variate baseline: loss -sg[r - b] * log student(y); vOPD (arXiv 2605.07865).
 
     b depends on the context alone, so the expected gradient is that of `opd` whatever b is. `baseline` `full`:
-    b = -KL(student || teacher), which makes the advantage of every context average to 0; `student_topk`: the same on the
+    b = -KL(student || teacher), which (without discount) makes the advantage of every context average to 0; `student_topk`: the same on the
     student's `baseline_top_k` most likely ids, renormalised.
     """
     student_logprob = student.logprob(row.token)

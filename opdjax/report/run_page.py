@@ -242,7 +242,9 @@ def _training(run: Run) -> Html | None:
 def _training_charts(config: dict[str, Any]) -> dict[str, Chart]:
     clip = config["optimizer"].get("max_grad_norm")
     limit = config["sampling"]["max_completion_length"]
-    kind = "estimated from the sampled tokens alone" if config["estimator"]["recipe"] == "opd" else "exact at every position"
+    estimator = config["estimator"]
+    is_sampled = estimator["recipe"] == "opd" or (estimator["recipe"], estimator.get("baseline")) == ("vopd", "student_topk")
+    kind = "estimated from the sampled tokens alone" if is_sampled else "exact at every position"
     clipped = (
         f"Before clipping; the dashed line is where it is clipped (max_grad_norm = {number(clip)})."
         if clip
