@@ -254,8 +254,8 @@ def main() -> None:
     }
     text = TEXT.format(
         runs=len(rows), missing=", ".join(missing) or "none", minutes=spent, commits=", ".join(commits), steps=sweep.BASE.train.num_steps,
-        batch=sweep.BASE.train.prompts_per_step, machine=f"{cpu_model()}, two cores", k=sweep.BASE.evaluation.num_samples, prompts=sweep.BASE.evaluation.num_prompts,
-        common=sweep.COMMON_RATE, avg=before["avg@k"], greedy=before["greedy"], passk=before["pass@k"],
+        batch=sweep.BASE.train.prompts_per_step, k=sweep.BASE.evaluation.num_samples, prompts=sweep.BASE.evaluation.num_prompts,
+        machine=cpu_model(), common=sweep.COMMON_RATE, avg=before["avg@k"], greedy=before["greedy"], passk=before["pass@k"],
         **parts,
     )  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -272,7 +272,7 @@ TEXT = """# White-box recipes on the mini pair
     python scripts/white_box_study.py runs/white_box
 
 {runs} runs at commit {commits}, {minutes:.0f} minutes of runs added up (two at a time, one core each); missing points: {missing}.
-Machine: {machine}; it did other work as well, so times of single runs say nothing.
+Machine: {machine}, two cores; it did other work as well, so times of single runs say nothing.
 Every run: {steps} steps of {batch} completions (one a prompt) unless said, cosine learning rate, the last checkpoint
 evaluated on the same {prompts} test prompts, {k} samples each at T = 1, with the same draws.
 The untrained student: avg@8 {avg:.3f}, greedy {greedy:.3f}, pass@8 {passk:.3f}.

@@ -1,4 +1,7 @@
-"""Divergences at one context, over the full vocabulary or on a few ids, each by its own name; nats. The recipes let no gradient reach the teacher."""
+"""Divergences at one context, over the full vocabulary or on a few ids, each by its own name; nats.
+
+The recipes let no gradient reach the teacher.
+"""
 
 from __future__ import annotations
 
