@@ -4,7 +4,8 @@ Paper: GKD, "On-Policy Distillation of Language Models", arXiv 2306.13649.
 
     opdjax train experiments/mini_full_kl.py --workdir runs/mini_full_kl
 
-Two CPU cores, about two minutes. SCORE_mini_full_kl
+Two CPU cores, about two minutes. Expected on 512 test problems: avg@8 0.409 -> 0.601,
+greedy 0.543 -> 0.967.
 """
 
 from opdjax.config import Config, DataConfig, EstimatorConfig, EvaluationConfig, LogConfig, OptimizerConfig, SamplingConfig, TrainConfig

@@ -2,7 +2,8 @@
 
     opdjax train experiments/mini_opd.py --workdir runs/mini_opd
 
-Two CPU cores, about two minutes. SCORE_mini_opd
+Two CPU cores, about two minutes. Expected on 512 test problems: avg@8 0.409 -> 0.564,
+greedy 0.543 -> 0.934.
 """
 
 from opdjax.config import Config, DataConfig, EstimatorConfig, EvaluationConfig, LogConfig, OptimizerConfig, SamplingConfig, TrainConfig

@@ -4,7 +4,8 @@ Paper: "Sequence-Level Knowledge Distillation", arXiv 1606.07947. `--sampling.so
 
     opdjax train experiments/mini_sft.py --workdir runs/mini_sft
 
-Two CPU cores, about two minutes. SCORE_mini_sft
+Two CPU cores, about two minutes. Expected on 512 test problems: avg@8 0.409 -> 0.588,
+greedy 0.543 -> 0.967.
 """
 
 from opdjax.config import Config, DataConfig, EstimatorConfig, EvaluationConfig, LogConfig, OptimizerConfig, SamplingConfig, TrainConfig

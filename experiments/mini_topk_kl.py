@@ -4,7 +4,8 @@ The top-k row of arXiv 2605.07865, which renormalises instead; the bucket makes 
 
     opdjax train experiments/mini_topk_kl.py --workdir runs/mini_topk_kl
 
-Two CPU cores, about two minutes. SCORE_mini_topk_kl
+Two CPU cores, about two minutes. Expected on 512 test problems: avg@8 0.409 -> 0.603,
+greedy 0.543 -> 0.973.
 """
 
 from opdjax.config import Config, DataConfig, EstimatorConfig, EvaluationConfig, LogConfig, OptimizerConfig, SamplingConfig, TrainConfig
