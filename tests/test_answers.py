@@ -43,6 +43,7 @@ def data(tmp_path):
     return file
 
 
+@pytest.mark.long
 def test_an_interrupted_run_ends_as_the_straight_one(tmp_path, monkeypatch):
     config = taught(train={"num_steps": 3, "prompts_per_step": 4}, checkpoint={"every": 1})
     train(config, tmp_path / "straight")

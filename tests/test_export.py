@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from test_train import TINY
 
 from opdjax.config import DataConfig
@@ -17,8 +16,6 @@ from opdjax.ops.vocab import head_logits
 from opdjax.prepare import stop_ids
 from opdjax.sampler import Decoding, sample
 from opdjax.train import train
-
-pytestmark = pytest.mark.xdist_group("torch")
 
 
 def test_the_exported_student_answers_alike_in_transformers(tmp_path):

@@ -22,7 +22,6 @@ from opdjax.ops.vocab import head_logits
 from opdjax.sampler import EVAL_STREAM, TRAIN_STREAM, Decoding, draw_tokens, filter_mask, invert_cdf, row_keys, sample
 from opdjax.types import PromptBatch
 
-needs_student = pytest.mark.xdist_group("mini_pair")  # one process compiles for all of them
 ROWS, VOCAB, VALID = 32, 214, 200  # of the filter tests; ids from VALID on are padding
 WIDTH, LENGTH = 16, 24  # prompt and completion columns of the rollout tests
 FILTERS = [
@@ -240,7 +239,6 @@ def test_top_k_of_the_vocabulary_or_more_is_no_filter():
         np.testing.assert_array_equal(kept(logits, decoding(top_k=top_k)), np.isfinite(logits))
 
 
-@pytest.mark.xdist_group("torch")
 def test_filters_equal_transformers():
     import torch
     from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -407,7 +405,6 @@ def completion(rollouts):
     return rollouts.tokens[:, -LENGTH:], rollouts.mask[:, -LENGTH:]
 
 
-@needs_student
 def test_rows_of_a_prompt_stand_side_by_side(rollouts, mixed):
     np.testing.assert_array_equal(rollouts.prompt_id, np.repeat(mixed.prompt_id, 8))
     np.testing.assert_array_equal(rollouts.sample_id, np.tile(np.arange(8), 8))
@@ -417,7 +414,6 @@ def test_rows_of_a_prompt_stand_side_by_side(rollouts, mixed):
     assert not rollouts.mask[:, :WIDTH].any()
 
 
-@needs_student
 def test_a_stop_token_ends_its_row(rollouts):
     tokens, mask = completion(rollouts)
     lengths = mask.sum(1)
@@ -436,7 +432,6 @@ def test_a_stop_token_ends_its_row(rollouts):
     assert rollouts.is_truncated.sum() > 2
 
 
-@needs_student
 def test_a_stop_token_in_the_last_column_is_no_truncation(generate, mixed):
     tries = (generate(mixed, seed=seed, num_generations=8, temperature=1.5) for seed in range(100))
     drawn = next(drawn for drawn in tries if (drawn.tokens[:, -1] == 2).any())
@@ -446,7 +441,6 @@ def test_a_stop_token_in_the_last_column_is_no_truncation(generate, mixed):
     np.testing.assert_array_equal(drawn.is_truncated[~stopped], drawn.mask[~stopped, -1])
 
 
-@needs_student
 def test_filler_rows_are_empty(rollouts):
     assert not rollouts.mask[FILLER].any()
     assert not rollouts.segment_ids[FILLER].any()
@@ -454,7 +448,6 @@ def test_filler_rows_are_empty(rollouts):
     assert rollouts.mask[~FILLER, WIDTH].all()
 
 
-@needs_student
 def test_logprobs_equal_a_full_forward(rollouts, student):
     tokens, mask = completion(rollouts)
     expected = np.take_along_axis(dense_logprobs(student.dense(rollouts) / 1.5), tokens[:, :, None], -1)[:, :, 0]
@@ -463,7 +456,6 @@ def test_logprobs_equal_a_full_forward(rollouts, student):
     assert expected[mask].mean() < -0.2
 
 
-@needs_student
 def test_filtered_logprobs_equal_a_full_forward(generate, mixed, student):
     rollouts = generate(mixed, num_generations=8, **WARM)
     tokens, mask = completion(rollouts)
@@ -479,7 +471,6 @@ def test_filtered_logprobs_equal_a_full_forward(generate, mixed, student):
     assert np.mean(behavior > unfiltered + 1e-3) > 0.5
 
 
-@needs_student
 def test_the_loop_ends_with_its_last_row(monkeypatch, student, mixed, rollouts):
     """More stop tokens cut the same rows short; a longer limit changes nothing and costs no step."""
     steps, draw = [], draw_tokens
@@ -509,7 +500,6 @@ def test_the_loop_ends_with_its_last_row(monkeypatch, student, mixed, rollouts):
     assert not early.is_truncated.any()
 
 
-@needs_student
 def test_greedy_is_the_argmax_of_full_forwards(generate, student, mixed):
     greedy = generate(mixed, num_generations=2, temperature=0.0)
     rows, segments = np.zeros((16, WIDTH + LENGTH), np.int32), np.zeros((16, WIDTH + LENGTH), np.int32)
@@ -528,7 +518,6 @@ def test_greedy_is_the_argmax_of_full_forwards(generate, student, mixed):
     np.testing.assert_array_equal(greedy.tokens[::2], greedy.tokens[1::2])
 
 
-@needs_student
 def test_later_samples_can_be_drawn_alone(generate, mixed, rollouts):
     later = generate(mixed, num_generations=8, first_sample=4, temperature=1.5)  # samples 4 to 11 of each prompt
     np.testing.assert_array_equal(later.sample_id, np.tile(np.arange(4, 12), 8))
@@ -539,7 +528,6 @@ def test_later_samples_can_be_drawn_alone(generate, mixed, rollouts):
     assert (later.tokens[~shared] != rollouts.tokens[~of_all]).any(1)[~FILLER[::2]].mean() > 0.7
 
 
-@needs_student
 @pytest.mark.parametrize("change", [{"seed": 1}, {"policy_version": 1}, {"stream": EVAL_STREAM}], ids=lambda c: next(iter(c)))
 def test_every_name_of_a_draw_changes_it(generate, mixed, rollouts, change):
     other = generate(mixed, num_generations=8, temperature=1.5, **change)
@@ -549,7 +537,6 @@ def test_every_name_of_a_draw_changes_it(generate, mixed, rollouts, change):
     jax.tree.map(np.testing.assert_array_equal, again, rollouts)
 
 
-@needs_student
 def test_sample_and_prompt_ids_change_draws(rollouts):
     """Prompts 12 and 15 hold the same tokens."""
     tokens = rollouts.tokens.reshape(8, 8, -1)
@@ -615,7 +602,6 @@ def at_once(draw_in_layout, student):
     return drawn, cdf_of(np.exp(dense_logprobs(student.dense(drawn))))
 
 
-@needs_student
 def test_every_token_holds_its_uniform(at_once, uniforms):
     """The whole path against float64: row keys, positions, prefill, cache and inverse CDF."""
     drawn, cdf = at_once
@@ -634,7 +620,6 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-@needs_student
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_tokens_do_not_depend_on_the_layout(draw_in_layout, at_once, uniforms, layout):
     (expected, cdf), other = at_once, draw_in_layout(**LAYOUTS[layout])

@@ -30,7 +30,6 @@ TINY = Config(
     mesh=MeshConfig(data=1),
 )
 ROOT = pathlib.Path(__file__).parents[1]
-pytestmark = pytest.mark.xdist_group("sweep")  # one worker sweeps, once
 
 
 @pytest.fixture(autouse=True)

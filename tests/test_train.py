@@ -109,7 +109,7 @@ def test_a_finished_run_is_reported_not_repeated(straight, capsys):
     assert "finished run" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stop_at", [1, 3, 4])
+@pytest.mark.parametrize("stop_at", [pytest.param(1, marks=pytest.mark.long), 3, pytest.param(4, marks=pytest.mark.long)])
 def test_an_interrupted_run_ends_as_the_straight_one(stop_at, straight, tmp_path, monkeypatch):
     real, seen = opdjax.train.collate, []
 

@@ -22,7 +22,6 @@ pytest.importorskip("array_record")
 
 import pyarrow.parquet  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("sources")  # the stores are made once
 SPLIT = "validation"
 PROBLEMS = [{"prompt": problem.prompt, "answer": problem.answer, "reference": problem.reference} for problem in arithmetic.problems(SPLIT)]
 EXPECTED = [Prompt(row["prompt"], row["answer"], (row["reference"],)) for row in PROBLEMS]

@@ -13,8 +13,6 @@ from opdjax.models.hf import load_params, open_checkpoint
 from opdjax.models.rope import Rope
 from opdjax.ops.vocab import head_logits
 
-pytestmark = pytest.mark.xdist_group("torch")
-
 SMALL = decoder.DecoderConfig(
     vocab_size=31, hidden_size=12, num_layers=2, num_heads=6, num_kv_heads=2, head_size=6, intermediate_size=17, rope=Rope(1e4),
     norm_epsilon=1e-6, ties_embeddings=True, has_qk_norm=True, has_qkv_bias=True, has_output_bias=True,

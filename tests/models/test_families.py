@@ -8,8 +8,6 @@ from opdjax.models.families import UnsupportedModelError
 from opdjax.models.hf import CheckpointError, open_checkpoint
 from opdjax.models.rope import Rope
 
-pytestmark = pytest.mark.xdist_group("torch")
-
 RAW = {
     "vocab_size": 131, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 6,
     "num_key_value_heads": 2, "rope_theta": 1e4, "max_position_embeddings": 640,

@@ -14,8 +14,6 @@ from opdjax.models import decoder, hf
 from opdjax.models.hf import CheckpointError, export, load_params, open_checkpoint
 from opdjax.models.rope import Rope
 
-pytestmark = pytest.mark.xdist_group("torch")
-
 
 def tensors_of(path):
     """Tensor name -> array, of all files in the directory."""

@@ -9,8 +9,6 @@ import pytest
 from opdjax.models.families import FAMILIES
 from opdjax.models.rope import Rope, inverse_frequencies, yarn_attention_factor
 
-pytestmark = pytest.mark.xdist_group("torch")
-
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 PUBLISHED = {  # what config.json sets besides shapes

@@ -20,8 +20,6 @@ from opdjax.scoring.local import score
 from opdjax.sharding import make_mesh, replicated, shard_rows
 from opdjax.types import PromptBatch, TeacherScores, TeacherView, TrainBatch
 
-pytestmark = pytest.mark.xdist_group("mini_pair")
-
 WARM = {"temperature": 1.5, "top_k": 30, "top_p": 0.9, "min_p": 0.02, "valid_vocab": 70}
 WIDTH, LENGTH, TEACHER_WIDTH, TILE = 16, 24, 48, 100  # the tile divides neither the rows' tokens nor a shard's
 ROUNDING = 3e-5  # of float32 log-probs, at most; a tenth of it on average
