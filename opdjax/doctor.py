@@ -18,7 +18,7 @@ from opdjax import checks
 from opdjax.checks import Finding
 from opdjax.config import EstimatorConfig, EvaluationConfig
 from opdjax.data.chat import valid_vocab
-from opdjax.data.packing import to_train_batch
+from opdjax.data.packing import as_teacher_sees, to_train_batch
 from opdjax.data.prompts import collate, indices_at
 from opdjax.estimators import RECIPES, bind
 from opdjax.estimators.divergence import TOP_K_CONVENTIONS
@@ -27,7 +27,7 @@ from opdjax.evals.grading import GRADERS
 from opdjax.models.decoder import DecoderConfig, Params, head_of
 from opdjax.models.hf import Checkpoint, load_params
 from opdjax.ops.vocab import Columns, Head, tiled_stats
-from opdjax.prepare import Setup, Teacher, scored_temperature
+from opdjax.prepare import Setup, Teacher, update_spec
 from opdjax.sampler import Decoding, sample
 from opdjax.scoring.local import score
 from opdjax.sharding import replicated
@@ -104,7 +104,7 @@ def take_specimen(setup: Setup, num_prompts: int) -> Specimen:
     rollouts = sample(params, prompts, config.seed, 0, config=setup.student.config, decoding=decoding)
     batch = to_train_batch(rollouts, prompts)
     scores = _teacher_logprobs(setup, batch)
-    answers = _greedy(setup, setup.teacher.params, setup.teacher.checkpoint.config, _as_teacher_sees(prompts))
+    answers = _greedy(setup, setup.teacher.params, setup.teacher.checkpoint.config, as_teacher_sees(prompts))
     return Specimen(indices, prompts, params, head, rollouts, batch, scores, answers)
 
 
@@ -265,16 +265,8 @@ def _update_spec(setup: Setup, rows: int) -> UpdateSpec:
     """The run's own update, in micro-batches no larger than the run's."""
     config = setup.config
     most = max(config.rows_per_step // config.train.gradient_accumulation_steps, 1)
-    return UpdateSpec(
-        model=setup.student.config,
-        estimator=config.estimator,
-        dtype=setup.dtype,
-        max_completion_length=config.sampling.max_completion_length,
-        gradient_accumulation_steps=next(parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= most),
-        temperature=scored_temperature(config),
-        valid_vocab=setup.decoding.valid_vocab,
-        remat=config.train.remat,
-    )
+    parts = next(parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= most)
+    return dataclasses.replace(update_spec(setup), gradient_accumulation_steps=parts, mesh=None)
 
 
 def _teacher_dtype(setup: Setup, specimen: Specimen) -> Finding:
@@ -339,12 +331,6 @@ def _nll(setup: Setup, params: Params, checkpoint: Checkpoint, prompts, indices,
     head = head_of(params, valid_vocab=setup.decoding.valid_vocab)
     logprobs = _logprobs(params, head, batch, checkpoint.config, setup.config.estimator.tile)
     return -logprobs.sum(axis=1) / np.maximum(mask.sum(axis=1), 1)
-
-
-def _as_teacher_sees(prompts: PromptBatch) -> PromptBatch:
-    if prompts.teacher_tokens is None:
-        return prompts
-    return dataclasses.replace(prompts, tokens=prompts.teacher_tokens, mask=prompts.teacher_mask)
 
 
 def _greedy(setup: Setup, params: Params, model: DecoderConfig, prompts: PromptBatch) -> Rollouts:

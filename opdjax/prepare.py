@@ -20,6 +20,7 @@ from opdjax.models.hf import Checkpoint, CheckpointError, fingerprint, load_para
 from opdjax.ops.vocab import Head
 from opdjax.sampler import Decoding
 from opdjax.sharding import make_mesh, replicated
+from opdjax.train_state import UpdateSpec
 from opdjax.workdir import environment
 
 
@@ -106,6 +107,22 @@ def scored_temperature(config: Config) -> float:
     Both at the same one: a student that equals its teacher has nothing to learn at any.
     """
     return config.sampling.temperature if config.sampling.source == "student" else 1.0
+
+
+def update_spec(setup: Setup) -> UpdateSpec:
+    """What the run's update is made of."""
+    config = setup.config
+    return UpdateSpec(
+        model=setup.student.config,
+        estimator=config.estimator,
+        dtype=setup.dtype,
+        max_completion_length=config.sampling.max_completion_length,
+        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
+        temperature=scored_temperature(config),
+        valid_vocab=setup.decoding.valid_vocab,
+        remat=config.train.remat,
+        mesh=setup.mesh,
+    )
 
 
 def _decoding(config: Config, checkpoint: Checkpoint, tokenizer: Any, more: tuple[int, ...]) -> Decoding:

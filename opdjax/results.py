@@ -7,7 +7,7 @@ import json
 import math
 import pathlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from scipy.special import stdtrit
@@ -44,6 +44,44 @@ class Run:
         if name is None:
             return step
         return float(sum(row.get(name, math.nan) for row in self.metrics if row["step"] <= step))
+
+    def score(self, name: str) -> float | None:
+        """`avg@k`, `pass@k` or `greedy` after training."""
+        return (self.result or {}).get("eval_after", {}).get(name)
+
+    @property
+    def gain(self) -> float | None:
+        """avg@k after less before, on the same prompts."""
+        return (self.result or {}).get("paired_difference", {}).get("avg@k")
+
+    @property
+    def seconds(self) -> float | None:
+        """Of training."""
+        return (self.result or {}).get("seconds")
+
+    def column(self, name: str) -> list[float | None]:
+        """A metric, one value a step; None where it was not finite or not written."""
+        return [row[name] if is_number(row.get(name)) else None for row in self.metrics]
+
+    def median(self, name: str) -> float | None:
+        """Of a metric over all steps."""
+        known = [value for value in self.column(name) if value is not None]
+        return statistics.median(known) if known else None
+
+    def at_the_end(self, name: str) -> float | None:
+        """Mean of a metric over the last ten steps."""
+        return mean(self.column(name)[-10:])
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number (JSON's null stands for one that is not)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Of those that are known."""
+    known = [value for value in values if is_number(value)]
+    return statistics.fmean(known) if known else None
 
 
 @dataclasses.dataclass(frozen=True)

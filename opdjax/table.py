@@ -8,7 +8,6 @@ import json
 import math
 import pathlib
 import re
-import statistics
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -19,33 +18,15 @@ from opdjax.workdir import WorkdirError, as_of_today
 Format = Literal["markdown", "latex", "csv"]
 
 
-def _after(name: str) -> Callable[[Run], float | None]:
-    return lambda run: run.result.get("eval_after", {}).get(name)
-
-
-def _gain(run: Run) -> float | None:
-    return run.result.get("paired_difference", {}).get("avg@k")
-
-
-def _median_norm(run: Run) -> float | None:
-    norms = [row["grad/norm"] for row in run.metrics if row.get("grad/norm") is not None]
-    return statistics.median(norms) if norms else None
-
-
-def _last_kl(run: Run) -> float | None:
-    last = [row["kl/student_teacher"] for row in run.metrics[-10:] if row.get("kl/student_teacher") is not None]
-    return statistics.fmean(last) if last else None
-
-
 # What a row shows of its runs; a column that no run has is left out.
 COLUMNS: dict[str, Callable[[Run], float | None]] = {
-    "avg@k": _after("avg@k"),
-    "greedy": _after("greedy"),
-    "pass@k": _after("pass@k"),
-    "gain in avg@k": _gain,
-    "median gradient norm": _median_norm,
-    "KL, last 10 steps": _last_kl,
-    "seconds": lambda run: run.result.get("seconds"),
+    "avg@k": lambda run: run.score("avg@k"),
+    "greedy": lambda run: run.score("greedy"),
+    "pass@k": lambda run: run.score("pass@k"),
+    "gain in avg@k": lambda run: run.gain,
+    "median gradient norm": lambda run: run.median("grad/norm"),
+    "KL, last 10 steps": lambda run: run.at_the_end("kl/student_teacher"),
+    "seconds": lambda run: run.seconds,
 }
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from opdjax.checkpoint import Checkpointer
 from opdjax.checks import enforce
 from opdjax.config import Config, ConfigError
-from opdjax.data.packing import answer_rows, to_train_batch
+from opdjax.data.packing import answer_rows, as_teacher_sees, to_train_batch
 from opdjax.data.prompts import collate, indices_at
 from opdjax.doctor import check_first_step, check_settings
 from opdjax.estimators import RECIPES, bind
@@ -30,12 +30,12 @@ from opdjax.metrics import MetricWriter, Progress, Timer
 from opdjax.models.decoder import Params
 from opdjax.models.hf import export, load_params, open_checkpoint
 from opdjax.ops.vocab import Head
-from opdjax.prepare import Setup, facts, prepare, scored_temperature
+from opdjax.prepare import Setup, facts, prepare, update_spec
 from opdjax.results import read_result
 from opdjax.sampler import sample
 from opdjax.scoring.local import score
 from opdjax.sharding import replicated, shard_rows
-from opdjax.train_state import TrainState, UpdateSpec, init_state, make_examine, make_optimizer, make_update
+from opdjax.train_state import TrainState, init_state, make_examine, make_optimizer, make_update
 from opdjax.types import Metrics, PromptBatch, Rollouts, TrainBatch
 from opdjax.workdir import WorkdirError, append_lines, claim, cut_lines, locked, read_config, read_lines, require_local, write_json
 
@@ -69,17 +69,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
 
 def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> dict[str, Any]:
     config = setup.config
-    spec = UpdateSpec(
-        model=setup.student.config,
-        estimator=config.estimator,
-        dtype=setup.dtype,
-        max_completion_length=config.sampling.max_completion_length,
-        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
-        temperature=scored_temperature(config),
-        valid_vocab=setup.decoding.valid_vocab,
-        remat=config.train.remat,
-        mesh=setup.mesh,
-    )
+    spec = update_spec(setup)
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     update = make_update(spec, config.optimizer, config.train.num_steps)
     checkpointer = Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric)
@@ -171,10 +161,8 @@ def _rollouts(setup: Setup, params: Params, prompts: PromptBatch, step: int) -> 
         return draw(params, prompts, config.seed, step, config=setup.student.config, decoding=setup.decoding)
     if sampling.source == "references":
         return answer_rows(prompts, _reference_answers(setup, prompts, step), sampling.max_completion_length, step)
-    teacher, view = setup.teacher, prompts
-    if prompts.teacher_tokens is not None:
-        view = dataclasses.replace(prompts, tokens=prompts.teacher_tokens, mask=prompts.teacher_mask)
-    written = draw(teacher.params, view, config.seed, step, config=teacher.checkpoint.config, decoding=teacher.decoding)
+    teacher = setup.teacher
+    written = draw(teacher.params, as_teacher_sees(prompts), config.seed, step, config=teacher.checkpoint.config, decoding=teacher.decoding)
     rows = answer_rows(prompts, _as_student_ids(setup, written), sampling.max_completion_length, step)
     is_truncated = rows.is_truncated | np.asarray(written.is_truncated)
     return dataclasses.replace(rows, sample_id=np.asarray(written.sample_id), is_truncated=is_truncated)

@@ -13,7 +13,7 @@ import statistics
 
 from benchmark_vocab import cpu_model
 
-from opdjax.results import AXES, Run, read_points, read_run, seed_interval
+from opdjax.results import AXES, Run, mean, read_points, read_run, seed_interval
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCORES = ("avg@k", "greedy", "pass@k")
@@ -30,26 +30,19 @@ def load_sweep():
 def numbers(run: Run) -> dict:
     """The numbers of one run; intervals here are over prompts."""
     after, norms = run.result["eval_after"], [row["grad/norm"] for row in run.metrics if row.get("grad/norm") is not None]
-    kl = [row.get("kl/student_teacher") for row in run.metrics]
     last = run.metrics[-1]["step"]
     return {
-        **{name: after[name] for name in SCORES},
+        **{name: run.score(name) for name in SCORES},
         "prompt_interval": after["avg@k_interval"],
-        "gain": run.result["paired_difference"]["avg@k"],
+        "gain": run.gain,
         "halfway": next((row["avg@k"] for row in run.evaluations if row["step"] == last // 2), None),
-        "grad_norm": statistics.median(norms),
+        "grad_norm": run.median("grad/norm"),
         "grad_norm_first": statistics.median(norms[:10]),
-        "kl_first": mean_of(kl[:3]),
-        "kl_last": mean_of(kl[-10:]),
+        "kl_first": mean(run.column("kl/student_teacher")[:3]),
+        "kl_last": run.at_the_end("kl/student_teacher"),
         **{axis: run.total_at(axis, last) for axis in AXES},
         "commit": run.environment["commit"],
     }
-
-
-def mean_of(values: list) -> float | None:
-    """Of those that are there: a skipped step has none, and sft never."""
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
 
 
 def read_all(directory: pathlib.Path) -> tuple[list[dict], list[str]]:

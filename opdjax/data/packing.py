@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -44,6 +45,13 @@ def answer_rows(prompts: PromptBatch, answers: Sequence[Sequence[int]], length: 
         policy_version=np.full(len(answers), policy_version, np.int32),
         is_truncated=np.array([len(answer) > length for answer in answers]),
     )
+
+
+def as_teacher_sees(prompts: PromptBatch) -> PromptBatch:
+    """The prompts through the teacher's own template, where it has one."""
+    if prompts.teacher_tokens is None:
+        return prompts
+    return dataclasses.replace(prompts, tokens=prompts.teacher_tokens, mask=prompts.teacher_mask)
 
 
 def _teacher_view(rollouts: Rollouts, prompts: PromptBatch) -> TeacherView:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+from opdjax.results import is_number
 
 _VOID = {"br", "col", "input", "meta"}
 
@@ -83,11 +84,6 @@ def notice(*children: Any, kind: str = "note") -> Html:
 
 
 # Numbers
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a finite number (JSON's null stands for one that is not)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def fixed(value: float | None, digits: int = 3) -> str:

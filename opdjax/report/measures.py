@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from opdjax.report.markup import is_number
-from opdjax.results import AXES, Run
+from opdjax.results import AXES, Run, mean
 
 SCORES = ("avg@k", "greedy", "pass@k")
 _POSITION = "kl/position/"
@@ -47,11 +45,6 @@ def total(run: Run, axis: str) -> float | None:
     return found[0] if found else None
 
 
-def column(run: Run, name: str) -> list[float | None]:
-    """A metric, one value a step; None where it was not finite or not written."""
-    return [row[name] if is_number(row.get(name)) else None for row in run.metrics]
-
-
 def steps_of(run: Run) -> list[int]:
     """The steps of `column`."""
     return [row["step"] for row in run.metrics]
@@ -65,23 +58,6 @@ def smoothing_window(num_steps: int) -> int:
 def end_length(num_steps: int) -> int:
     """Steps that a profile at the start or the end of training is averaged over: a tenth, at least ten."""
     return min(num_steps, max(10, num_steps // 10))
-
-
-def at_the_end(run: Run, name: str) -> float | None:
-    """Mean of a metric over the last 10 steps, as the tables of sweeps have it."""
-    return mean(column(run, name)[-10:])
-
-
-def median(run: Run, name: str) -> float | None:
-    """Median of a metric over all steps."""
-    known = [value for value in column(run, name) if value is not None]
-    return statistics.median(known) if known else None
-
-
-def mean(values: Iterable[float | None]) -> float | None:
-    """Of those that are known."""
-    known = [value for value in values if is_number(value)]
-    return statistics.fmean(known) if known else None
 
 
 def kl_by_position(rows: list[dict[str, Any]]) -> dict[Bucket, float]:

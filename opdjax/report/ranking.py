@@ -10,8 +10,8 @@ from typing import Any
 
 from opdjax.report import measures
 from opdjax.report.charts import REST, SERIES
-from opdjax.report.markup import is_number, shown
-from opdjax.results import Group, Point, Run, groups, read_run, seed_interval
+from opdjax.report.markup import shown
+from opdjax.results import Group, Point, Run, groups, is_number, read_run, seed_interval
 
 Interval = tuple[float, float]  # mean over seeds, half width of its 95 % interval
 
@@ -57,17 +57,7 @@ def ranked(points: list[Point]) -> list[Ranked]:
 
 def final(score: str) -> Callable[[Run], float | None]:
     """A score after training."""
-    return lambda run: (run.result or {}).get("eval_after", {}).get(score)
-
-
-def gain(run: Run) -> float | None:
-    """avg@k after less before, on the same prompts."""
-    return (run.result or {}).get("paired_difference", {}).get("avg@k")
-
-
-def seconds(run: Run) -> float | None:
-    """Of training."""
-    return (run.result or {}).get("seconds")
+    return lambda run: run.score(score)
 
 
 def before(entries: list[Ranked], score: str) -> float | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from opdjax.report.markup import Html, count, details, fixed, is_number, join, number, section, table, tabs, tag
-from opdjax.results import Run
+from opdjax.report.markup import Html, count, details, fixed, join, number, section, table, tabs, tag
+from opdjax.results import Run, is_number
 
 # A page must stay small enough to be sent around: steps shown, rollouts of each, tokens of each.
 _STEPS, _ROLLOUTS, _TOKENS = 5, 4, 256

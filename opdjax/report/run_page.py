@@ -14,7 +14,6 @@ from opdjax.report.markup import (
     details,
     duration,
     fixed,
-    is_number,
     join,
     notice,
     number,
@@ -27,7 +26,7 @@ from opdjax.report.markup import (
     tag,
 )  # fmt: skip
 from opdjax.report.rollouts import rollouts_section
-from opdjax.results import AXES, Run
+from opdjax.results import AXES, Run, is_number
 
 _RECIPES = {
     "opd": "Each sampled token is rewarded with log p_teacher − log p_student and its probability moved by policy gradient.",
@@ -81,8 +80,8 @@ def outcome(run: Run) -> str:
     rows = measures.evaluated(run)
     spent = f"{count(_steps_done(run), 'step')}, {duration(_seconds(run))}"
     if not rows:
-        kl = [value for value in measures.column(run, "kl/student_teacher") if value is not None]
-        end = measures.at_the_end(run, "kl/student_teacher")
+        kl = [value for value in run.column("kl/student_teacher") if value is not None]
+        end = run.at_the_end("kl/student_teacher")
         moved = f"; KL(student || teacher) was {number(kl[0])} nats a token at first and {number(end)} at the end" if kl else ""
         return f"{spent} of training, without an evaluation{moved}."
     name, first, last = measures.score_label("avg@k", rows[0].get("k")), rows[0]["avg@k"], rows[-1]["avg@k"]
@@ -114,7 +113,7 @@ def _warnings(run: Run) -> list[Html]:
         found.append(
             notice(f"{count(left_out, 'prompt')} left out: longer than data.max_prompt_length = {longest} tokens.", kind="warning")
         )
-    cut = measures.at_the_end(run, "rollout/truncated_ratio")
+    cut = run.at_the_end("rollout/truncated_ratio")
     if cut is not None and cut > 0.05:
         found.append(notice(f"At the end of training {cut:.0%} of completions were cut off at the length limit.", kind="warning"))
     return found
@@ -122,7 +121,7 @@ def _warnings(run: Run) -> list[Html]:
 
 def skipped_steps(run: Run) -> int:
     """Updates that were left out because something was not finite."""
-    counted = [value for value in measures.column(run, "grad/skipped_steps") if value is not None]
+    counted = [value for value in run.column("grad/skipped_steps") if value is not None]
     return int((run.result or {}).get("skipped_steps") or (counted[-1] if counted else 0))
 
 
@@ -139,7 +138,7 @@ def _steps_done(run: Run) -> int:
 
 
 def _seconds(run: Run) -> float | None:
-    return run.result["seconds"] if run.result and "seconds" in run.result else measures.total(run, "seconds")
+    return measures.total(run, "seconds") if run.seconds is None else run.seconds
 
 
 # What came of it
@@ -228,7 +227,7 @@ def _training(run: Run) -> Html | None:
     steps, window = measures.steps_of(run), measures.smoothing_window(len(run.metrics))
     figures = []
     for key, chart in _training_charts(run.config).items():
-        values = measures.column(run, key)
+        values = run.column(key)
         if any(value is not None for value in values):
             is_smooth = window > 1 and key != "optimizer/learning_rate"  # which has no noise to take away
             raw = Line(steps, values, is_faint=is_smooth)

@@ -156,11 +156,11 @@ def training_section(entries: list[Ranked]) -> Html | None:
 
 
 def _metric_line(entry: Ranked, name: str) -> Line | None:
-    if not entry.runs or all(value is None for run in entry.runs for value in measures.column(run, name)):
+    if not entry.runs or all(value is None for run in entry.runs for value in run.column(name)):
         return None
     length = min(len(run.metrics) for run in entry.runs)
     stride = max(1, math.ceil(length / _POINTS))
-    smoothed = [smooth(measures.column(run, name), measures.smoothing_window(len(run.metrics)))[:length:stride] for run in entry.runs]
+    smoothed = [smooth(run.column(name), measures.smoothing_window(len(run.metrics)))[:length:stride] for run in entry.runs]
     values = [interval(map(float, at)) or (math.nan, math.nan) for at in zip(*smoothed)]
     return band(
         measures.steps_of(entry.runs[0])[:length:stride], [mean for mean, _ in values], [half for _, half in values], slot=entry.slot

@@ -22,7 +22,7 @@ from opdjax.report.markup import (
     table_row,
     tag,
 )  # fmt: skip
-from opdjax.report.ranking import Interval, Ranked, before, common_k, final, gain, label, not_comparable, ranked, seconds, short_names
+from opdjax.report.ranking import Interval, Ranked, before, common_k, final, label, not_comparable, ranked, short_names
 from opdjax.report.run_page import failure_block, skipped_steps
 from opdjax.report.sweep_charts import (
     curves_section,
@@ -113,10 +113,10 @@ def _group_row(entry: Ranked, named: list[str], anchors: dict[str, str], low: fl
     avg = entry.over_seeds(final("avg@k"))
     scores = [_cell(entry.over_seeds(final(score))) for score in measures.SCORES]
     others = [
-        _cell(entry.over_seeds(gain), signed=True),
-        _cell(entry.over_seeds(lambda run: measures.median(run, "grad/norm"))),
-        _cell(entry.over_seeds(lambda run: measures.at_the_end(run, "kl/student_teacher"))),
-        _cell(entry.over_seeds(seconds), digits=0),
+        _cell(entry.over_seeds(lambda run: run.gain), signed=True),
+        _cell(entry.over_seeds(lambda run: run.median("grad/norm"))),
+        _cell(entry.over_seeds(lambda run: run.at_the_end("kl/student_teacher"))),
+        _cell(entry.over_seeds(lambda run: run.seconds), digits=0),
     ]
     seeds = joined_links([_seed(point, anchors) for point in entry.group.points])
     plot = tag("td", None if avg is None else whisker(avg, low, high, entry.slot))
@@ -200,7 +200,7 @@ def _point_row(point: Point, anchor: str, varying: list[str]) -> Html:
         run = read_run(point.workdir)
         after = (run.result or {}).get("eval_after", {})
         score = plus_minus(after.get("avg@k"), after.get("avg@k_interval"))
-        skipped, spent = number(skipped_steps(run)), duration(seconds(run) or measures.total(run, "seconds"))
+        skipped, spent = number(skipped_steps(run)), duration(run.seconds or measures.total(run, "seconds"))
         if point.status == "begun":
             state = f"begun: step {run.metrics[-1]['step'] if run.metrics else 0:,} of {run.config['train']['num_steps']:,}"
     elif point.status == "failed":
