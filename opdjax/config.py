@@ -158,7 +158,19 @@ class EstimatorConfig:
     aggregation: Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "fixed_denominator"] = "token_mean"
     tile: int = 512  # tokens whose logits exist at a time, per device
     discount: float | None = None  # opd, vopd: 0 credits a token with its own reward only, 1 with all that follow
-    baseline: Literal["full", "student_topk"] | None = None  # vopd
+    return_to_go: Literal["sampled", "expected"] | None = None  # opd, vopd with a discount: later rewards as drawn, or -KL in their place
+    reward_floor: float | None = None  # opd, vopd: no token's reward is below it, nats (REOPOLD: log(lambda / (1 - lambda)))
+    power_alpha: float | None = None  # opd, vopd: the reward is teacher(y)^a - student(y)^a (PowerOPD)
+    prefix_weight: float | None = None  # opd, vopd: IW-OPD's gain, 0.5 in its release; early tokens count up to 1 + gain times
+    extra_draws: int | None = None  # opd, vopd: so many more tokens drawn at each context and averaged with the first
+    task_reward_coef: float | None = None  # opd, vopd: adds coef * (right answer - mean of the prompt's completions)
+    # opd, vopd: ratio of the student to the policy that drew the tokens. full_kl, topk_kl: prefix_truncate, of the tokens before
+    importance: Literal["none", "token_truncate", "token_mask", "sequence_mask", "prefix_truncate", "ppo_clip"] | None = None
+    importance_cap: float | None = None  # largest ratio; None: 3 for sequence_mask, 2 for the others
+    importance_floor: float | None = None  # token_mask: smallest ratio; None: 0.5
+    clip_low: float | None = None  # ppo_clip: ratios below 1 - clip_low gain nothing; None: 0.2
+    clip_high: float | None = None  # ppo_clip: nor ratios above 1 + clip_high; None: 0.28
+    baseline: Literal["full", "student_topk", "optimal", "batch_mean"] | None = None  # vopd
     baseline_top_k: int | None = None  # vopd with baseline student_topk
     divergence: Literal["reverse", "forward", "jsd"] | None = None  # full_kl; topk_kl (no jsd)
     beta: float | None = None  # full_kl with divergence jsd: 0 forward KL, 1 reverse KL
@@ -183,6 +195,39 @@ class EstimatorConfig:
         )
         _require(has_jsd or self.beta is None, "estimator.beta", self.beta, "none unless divergence is jsd")
         self._check_topk()
+        self._check_reward()
+        self._check_importance()
+
+    def _check_reward(self):
+        floor, alpha, draws = self.reward_floor, self.power_alpha, self.extra_draws
+        _require(floor is None or floor < 0, "estimator.reward_floor", floor, "less than 0 (nats)")
+        _require(alpha is None or alpha > 0, "estimator.power_alpha", alpha, "more than 0")
+        _require(
+            floor is None or alpha is None, "estimator.reward_floor", floor, "none where power_alpha is given: one transform of the reward"
+        )
+        _require(self.prefix_weight is None or self.prefix_weight >= 0, "estimator.prefix_weight", self.prefix_weight, "0 (off) or more")
+        _require(draws is None or draws >= 0, "estimator.extra_draws", draws, "0 (off) or more")
+        is_discounted = bool(self.discount)
+        _require(
+            is_discounted or self.return_to_go is None, "estimator.return_to_go", self.return_to_go, "none unless discount is more than 0"
+        )
+
+    def _check_importance(self):
+        kind, recipe = self.importance or "none", self.recipe
+        owners = {
+            "importance_cap": ("token_truncate", "token_mask", "sequence_mask", "prefix_truncate"),
+            "importance_floor": ("token_mask",), "clip_low": ("ppo_clip",), "clip_high": ("ppo_clip",),
+        }  # fmt: skip
+        for name, kinds in owners.items():
+            value = getattr(self, name)
+            _require(value is None or kind in kinds, f"estimator.{name}", value, f"none unless importance is {' or '.join(kinds)}")
+            _require(value is None or value > 0, f"estimator.{name}", value, "more than 0")
+        _require((self.clip_low or 0) < 1, "estimator.clip_low", self.clip_low, "less than 1")
+        if recipe in ("full_kl", "topk_kl"):
+            expected = f"none or prefix_truncate: {recipe} draws no token, so that only how its contexts were reached can be stale"
+            _require(kind in ("none", "prefix_truncate"), "estimator.importance", kind, expected)
+        expected = "0 where importance is given: extra tokens are drawn from the student as it is"
+        _require(kind == "none" or not self.extra_draws, "estimator.extra_draws", self.extra_draws, expected)
 
     def _check_topk(self):
         k, fixed = self.support_top_k, ("support", "renormalize", "outside", "clamp_at_zero", "weight")
@@ -359,12 +404,18 @@ class Config:
         has_no_teacher = recipe == "sft" and source == "references"
         for name in ("teacher_format", "teacher_enable_thinking") if has_no_teacher else ():
             _require(getattr(self.data, name) is None, f"data.{name}", getattr(self.data, name), "none where no teacher reads the data")
+        corrected = self.estimator.importance or "none"
+        expected = "none where the completions are not the student's: nothing tells how likely they were drawn"
+        _require(corrected == "none" or source == "student", "estimator.importance", corrected, expected)
+        coef, generations = self.estimator.task_reward_coef, self.sampling.num_generations
+        expected = "at least 2 where estimator.task_reward_coef is given: a reward is compared with those of the same prompt"
+        _require(not coef or generations > 1, "sampling.num_generations", generations, expected)
         is_altered = self.sampling.has_filter or self.sampling.temperature != 1
-        if is_altered and is_policy_gradient:
+        if is_altered and is_policy_gradient and corrected == "none":
             raise ConfigError(
                 f"recipe {self.estimator.recipe!r} with sampling.temperature {self.sampling.temperature}, top_p {self.sampling.top_p}, "
                 f"top_k {self.sampling.top_k}, min_p {self.sampling.min_p}: its expected gradient is then no longer the one it "
-                "advertises; sample with temperature 1 and no filter, or use the recipe full_kl"
+                "advertises; sample with temperature 1 and no filter, set estimator.importance, or use the recipe full_kl"
             )
 
     @property

@@ -27,7 +27,7 @@ from opdjax.evals.grading import GRADERS
 from opdjax.models.decoder import DecoderConfig, Params, head_of
 from opdjax.models.hf import Checkpoint, load_params
 from opdjax.ops.vocab import Columns, Head, tiled_stats
-from opdjax.prepare import Setup, Teacher, update_spec
+from opdjax.prepare import Setup, Teacher, update_spec, with_credit
 from opdjax.sampler import Decoding, sample
 from opdjax.scoring.local import score
 from opdjax.sharding import replicated
@@ -102,7 +102,7 @@ def take_specimen(setup: Setup, num_prompts: int) -> Specimen:
     params = _load(setup, setup.student, setup.dtype)
     head = head_of(params, valid_vocab=decoding.valid_vocab, temperature=decoding.temperature)
     rollouts = sample(params, prompts, config.seed, 0, config=setup.student.config, decoding=decoding)
-    batch = to_train_batch(rollouts, prompts)
+    batch = with_credit(setup, to_train_batch(rollouts, prompts), rollouts)
     scores = _teacher_logprobs(setup, batch)
     answers = _greedy(setup, setup.teacher.params, setup.teacher.checkpoint.config, as_teacher_sees(prompts))
     return Specimen(indices, prompts, params, head, rollouts, batch, scores, answers)
@@ -224,7 +224,7 @@ def _altered_sampling(evaluation: EvaluationConfig) -> str | None:
 def _self_distillation(setup: Setup, specimen: Specimen) -> Finding:
     """Two updates' losses and gradients: with the student's own weights for a teacher, and with the teacher."""
     config = setup.config
-    recipe = RECIPES[config.estimator.recipe]
+    recipe, _ = bind(config.estimator.recipe, config.estimator.options)
     # Its own view on both sides: through another template the student would be in another context.
     own, start = _own_view(specimen.batch), _load(setup, setup.student, "float32")
     spec, mask = _update_spec(setup, own.tokens.shape[0]), np.asarray(own.mask)
@@ -249,7 +249,7 @@ def _self_distillation(setup: Setup, specimen: Specimen) -> Finding:
 def rests_at_teacher(estimator: EstimatorConfig) -> bool:
     """Whether the recipe's loss and gradient are 0 at student = teacher; others hold to something beside the teacher too."""
     if estimator.recipe != "topk_kl":
-        return estimator.recipe in ("opd", "vopd", "full_kl")
+        return estimator.recipe in ("opd", "vopd", "full_kl") and not estimator.task_reward_coef
     options = estimator.options | TOP_K_CONVENTIONS.get(estimator.options.get("convention"), {})
     return "weight" in options or options.get("renormalize", "both") == "both" or options.get("outside") == "tail"
 
@@ -257,7 +257,7 @@ def rests_at_teacher(estimator: EstimatorConfig) -> bool:
 @partial(jax.jit, static_argnames="spec")
 def _first_loss(params: Params, batch: TrainBatch, head: Head | None, spec: UpdateSpec):
     """(loss, norm of the gradient, outputs) of the run's own update."""
-    loss, gradient, outputs = loss_and_grad(params, batch, head, spec, *bind(spec.estimator.recipe, spec.estimator.options))
+    loss, gradient, outputs, _ = loss_and_grad(params, batch, head, spec, *bind(spec.estimator.recipe, spec.estimator.options))
     return loss, jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(gradient))), outputs
 
 
@@ -290,7 +290,7 @@ def _repeated_scores(setup: Setup, specimen: Specimen) -> Finding:
 
 def _with_padding(batch: TrainBatch, columns: int) -> TrainBatch:
     """The batch with empty columns on the left, in the teacher's view too."""
-    widen = lambda x: jnp.pad(x, [(0, 0), (columns, 0)])  # noqa: E731
+    widen = lambda x: jnp.pad(x, [(0, 0), (columns, 0), *[(0, 0)] * (x.ndim - 2)])  # noqa: E731
     view = batch.teacher_view
     if view is not None:
         view = dataclasses.replace(jax.tree.map(widen, view), columns=widen(view.columns + columns))

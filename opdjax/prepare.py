@@ -6,6 +6,8 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from opdjax.config import Config, ConfigError, DataConfig, ModelConfig
@@ -13,14 +15,16 @@ from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, load
 from opdjax.data.prompts import Prompt, PromptSet, encode_prompts, read_prompts
 from opdjax.data.sources import Columns, DataError
 from opdjax.estimators import RECIPES
-from opdjax.evals.evaluate import Evaluator
-from opdjax.evals.grading import require_grader
+from opdjax.estimators.advantage import group_centred
+from opdjax.evals.evaluate import Evaluator, completions
+from opdjax.evals.grading import GRADERS, require_grader
 from opdjax.models.decoder import Params, head_of
 from opdjax.models.hf import Checkpoint, CheckpointError, fingerprint, load_params, open_checkpoint
 from opdjax.ops.vocab import Head
-from opdjax.sampler import Decoding
+from opdjax.sampler import Decoding, extra_uniforms
 from opdjax.sharding import make_mesh, replicated
 from opdjax.train_state import UpdateSpec
+from opdjax.types import Rollouts, TrainBatch
 from opdjax.workdir import environment
 
 
@@ -70,6 +74,9 @@ def prepare(config: Config) -> Setup:
     if config.sampling.source == "references":
         column = config.data.reference_column or "references"
         _require_of_each(rows, "references", column, config.data.source, "training on the data's own answers needs them")
+    if config.estimator.task_reward_coef:
+        require_grader(config.evaluation.grader)
+        _require_of_each(rows, "answer", config.data.answer_column or "answer", config.data.source, "a task reward needs them")
     prompts = encode_prompts(rows, config.data, tokenizer, teacher_tokenizer)
     evaluator = make_evaluator(config, student, tokenizer, mesh)
     # The weights come last: what is wrong with the data is said before gigabytes are read.
@@ -123,6 +130,24 @@ def update_spec(setup: Setup) -> UpdateSpec:
         remat=config.train.remat,
         mesh=setup.mesh,
     )
+
+
+def with_credit(setup: Setup, batch: TrainBatch, rollouts: Rollouts) -> TrainBatch:
+    """The batch with what the recipe's options want of each rollout: uniforms for extra draws, the advantage of a task reward."""
+    options = setup.config.estimator.options
+    if options.get("extra_draws"):
+        batch = dataclasses.replace(batch, uniforms=extra_uniforms(rollouts, setup.config.seed, options["extra_draws"]))
+    if options.get("task_reward_coef"):
+        advantage = group_centred(task_reward(setup, rollouts), setup.config.sampling.num_generations)
+        batch = dataclasses.replace(batch, advantages=jnp.where(batch.mask, advantage[:, None], 0))
+    return batch
+
+
+def task_reward(setup: Setup, rollouts: Rollouts) -> np.ndarray:
+    """1 for each completion whose answer is right by the evaluation's grader, 0 for the others; `[B]`, float32."""
+    grade = GRADERS[setup.config.evaluation.grader]
+    answers = (setup.prompts.prompts[index].answer for index in np.asarray(rollouts.prompt_id))
+    return np.array([grade(text, answer) for text, answer in zip(completions(rollouts, setup.tokenizer), answers)], np.float32)
 
 
 def _decoding(config: Config, checkpoint: Checkpoint, tokenizer: Any, more: tuple[int, ...]) -> Decoding:

@@ -18,10 +18,12 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from opdjax.models.decoder import DecoderConfig, KVCache, Params, forward_cached, head_of, init_cache, positions_of
+from opdjax.ops.draw import invert_cdf
+from opdjax.ops.masked import rank_in_sequence
 from opdjax.ops.vocab import head_logits
 from opdjax.types import PromptBatch, Rollouts
 
-TRAIN_STREAM, EVAL_STREAM = 0, 1
+TRAIN_STREAM, EVAL_STREAM, EXTRA_STREAM = 0, 1, 2
 _PAD_TOKEN = 0  # stands in masked columns only
 
 
@@ -43,14 +45,25 @@ class Decoding:
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
-def row_keys(seed: int, stream: int, prompt_id: Int[Array, " B"], sample_id: Int[Array, " B"], policy_version: int) -> Array:
+def row_keys(
+    seed: int, stream: int, prompt_id: Int[Array, " B"], sample_id: Int[Array, " B"], policy_version: int | Int[Array, " B"]
+) -> Array:
     """One key a row, `[B]`: a pure function of what the row is, not of where it stands."""
     base = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), stream)
 
-    def fold(prompt, sample):
-        return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(base, prompt), sample), policy_version)
+    def fold(prompt, sample, version):
+        return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(base, prompt), sample), version)
 
-    return jax.vmap(fold)(prompt_id, sample_id)
+    return jax.vmap(fold)(prompt_id, sample_id, jnp.broadcast_to(policy_version, jnp.shape(prompt_id)))
+
+
+@partial(jax.jit, static_argnames="count")
+def extra_uniforms(rollouts: Rollouts, seed: int, count: int) -> Float[Array, "B T M"]:
+    """Uniform numbers for `count` more draws at each context of the rollouts, from a stream of their own, whatever the layout."""
+    keys = row_keys(seed, EXTRA_STREAM, rollouts.prompt_id, rollouts.sample_id, rollouts.policy_version)
+    position = rank_in_sequence(rollouts.mask, rollouts.segment_ids)
+    draw = lambda key, place: jax.random.uniform(jax.random.fold_in(key, place), (count,))  # noqa: E731
+    return jax.vmap(lambda key, places: jax.vmap(partial(draw, key))(places))(keys, position)
 
 
 @partial(jax.jit, static_argnames=("config", "decoding", "num_generations", "stream", "mesh"))
@@ -176,34 +189,6 @@ def draw_tokens(logits: Float[Array, "B V"], keys: Array, position: Int[Array, "
 
 def _at(x: Float[Array, "B V"], ids: Int[Array, " B"]) -> Float[Array, " B"]:
     return jnp.take_along_axis(x, ids[:, None], axis=-1)[:, 0]
-
-
-def invert_cdf(weights: Float[Array, "B V"], uniform: Float[Array, " B"]) -> Int[Array, " B"]:
-    """The token whose share of the cumulative weight contains `uniform`; weights need not sum to 1.
-
-    Two levels, block sums and then inside the block, so that no running sum over the whole vocabulary is formed. Never
-    returns a token of weight 0.
-    """
-    batch, vocab = weights.shape
-    block = 1 << max(3, (vocab.bit_length() + 1) // 2)
-    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % block))).reshape(batch, -1, block)
-    totals = jnp.sum(blocks, axis=-1)
-    sums = jnp.cumsum(totals, axis=-1)
-    target = uniform * sums[:, -1]
-    chosen = _first_above(sums, totals > 0, target)
-    before = jnp.where(chosen > 0, _at(sums, jnp.maximum(chosen - 1, 0)), 0)
-    inside = jnp.take_along_axis(blocks, chosen[:, None, None], axis=1)[:, 0]
-    return (chosen * block + _first_above(jnp.cumsum(inside, axis=-1), inside > 0, target - before)).astype(jnp.int32)
-
-
-def _first_above(sums: Float[Array, "B N"], is_live: Bool[Array, "B N"], target: Float[Array, " B"]) -> Int[Array, " B"]:
-    """First live index whose running sum exceeds the target; rounding may leave none, then the last live one.
-
-    XLA adds a long running sum up as a tree, whose rounding lets it rise (or fall) by an ulp where a weight of 0 is added.
-    """
-    is_found = is_live & (sums > target[:, None])
-    last = jnp.max(jnp.where(is_live, jnp.arange(sums.shape[-1]), 0), axis=-1)
-    return jnp.where(jnp.any(is_found, axis=-1), jnp.argmax(is_found, axis=-1), last)
 
 
 def filter_mask(logits: Float[Array, "B V"], decoding: Decoding) -> Bool[Array, "B V"]:

@@ -30,7 +30,7 @@ from opdjax.metrics import MetricWriter, Progress, Timer
 from opdjax.models.decoder import Params
 from opdjax.models.hf import export, load_params, open_checkpoint
 from opdjax.ops.vocab import Head
-from opdjax.prepare import Setup, facts, prepare, update_spec
+from opdjax.prepare import Setup, facts, prepare, update_spec, with_credit
 from opdjax.results import read_result
 from opdjax.sampler import sample
 from opdjax.scoring.local import score
@@ -69,7 +69,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
 
 def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> dict[str, Any]:
     config = setup.config
-    spec = update_spec(setup)
+    spec, needs = update_spec(setup), bind(config.estimator.recipe, config.estimator.options)[0].teacher
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     update = make_update(spec, config.optimizer, config.train.num_steps)
     checkpointer = Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric)
@@ -98,11 +98,11 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> d
         with timer.phase("sample"):
             rollouts = jax.block_until_ready(_rollouts(setup, params, prompts, step))
         done = step + 1
-        unscored = to_train_batch(rollouts, prompts)
+        unscored = with_credit(setup, to_train_batch(rollouts, prompts), rollouts)
         if config.log.samples_every and (done % config.log.samples_every == 0 or done == 1):
             append_lines(workdir / "samples.jsonl", _sample_rows(setup, examine, params, rollouts, unscored, done))
         with timer.phase("teacher"):
-            batch, teacher_head = jax.block_until_ready(_score(setup, unscored, RECIPES[config.estimator.recipe].teacher))
+            batch, teacher_head = jax.block_until_ready(_score(setup, unscored, needs))
         with timer.phase("update"):
             state, metrics = update(state, batch, teacher_head)
             metrics = jax.tree.map(float, jax.device_get(metrics))

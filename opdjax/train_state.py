@@ -16,10 +16,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from opdjax.config import EstimatorConfig, OptimizerConfig
-from opdjax.estimators import Recipe, bind
+from opdjax.estimators import Recipe, bind, sequence
+from opdjax.estimators.advantage import batch_totals
 from opdjax.estimators.divergence import reverse_kl
 from opdjax.estimators.losses import aggregation_weights, count_denominators
-from opdjax.estimators.opd import reward_to_go, sampled_reward
 from opdjax.models.decoder import DecoderConfig, Params, forward, head_of
 from opdjax.ops.masked import masked_mean, masked_std, rank_in_sequence
 from opdjax.ops.vocab import Columns, Head, tiled_loss, tiled_stats
@@ -100,7 +100,7 @@ def make_update(spec: UpdateSpec, config: OptimizerConfig, num_steps: int) -> Ca
 
     @partial(jax.jit, donate_argnums=0, out_shardings=None if spec.mesh is None else NamedSharding(spec.mesh, P()))
     def update(state: TrainState, batch: TrainBatch, teacher_head: Head | None = None):
-        loss, grads, outputs = loss_and_grad(state.params, batch, teacher_head, spec, recipe, options)
+        loss, grads, outputs, squares = loss_and_grad(state.params, batch, teacher_head, spec, recipe, options)
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -119,52 +119,93 @@ def make_update(spec: UpdateSpec, config: OptimizerConfig, num_steps: int) -> Ca
             "grad/skipped_steps": new_state.num_skipped,
             "optimizer/learning_rate": learning_rate(state.step - state.num_skipped),
         }
+        if squares is not None:
+            metrics |= noise_and_signal(norm, squares, spec.gradient_accumulation_steps)
         return new_state, metrics | token_metrics(outputs, batch) | kl_by_position(outputs, batch, spec.max_completion_length)
 
     return update
 
 
 def loss_and_grad(params: Params, batch: TrainBatch, teacher_head: Head | None, spec: UpdateSpec, recipe: Recipe, options: dict):
-    """(loss, gradient, per-token outputs [B, T]) of a batch; neither depends on the number of micro-batches or devices."""
+    """(loss, gradient, per-token outputs [B, T], squares) of a batch; none but the last depends on how the batch is cut.
+
+    `squares` is the sum of the squared norms of the micro-batches' shares of the gradient, from which `noise_and_signal`
+    tells how much of it is chance; None where there is one micro-batch.
+    """
     denominators = count_denominators(batch.mask, batch.segment_ids, spec.max_completion_length)
     weights = aggregation_weights(batch.mask, batch.segment_ids, spec.estimator.aggregation, denominators)
-    value_and_grad = jax.value_and_grad(partial(_batch_loss, spec=spec, recipe=recipe, options=options), has_aux=True)
-    if spec.gradient_accumulation_steps == 1:
+    parts = spec.gradient_accumulation_steps
+    totals = _totals(params, batch, teacher_head, spec, options) if parts > 1 and sequence.needs_totals(options) else None
+    batch_loss = partial(_batch_loss, spec=spec, recipe=recipe, options=options, totals=totals)
+    value_and_grad = jax.value_and_grad(batch_loss, has_aux=True)
+    if parts == 1:
         (loss, outputs), grads = value_and_grad(params, batch, weights, teacher_head)
-        return loss, grads, outputs
+        return loss, grads, outputs, None
 
     def accumulate(carry, part):
         (loss, outputs), grads = value_and_grad(params, *part, teacher_head)
-        return jax.tree.map(jnp.add, carry, (loss, grads)), outputs
+        return jax.tree.map(jnp.add, carry, (loss, grads, optax.tree.norm(grads, squared=True))), outputs
 
-    start = (jnp.zeros((), weights.dtype), jax.tree.map(jnp.zeros_like, params))
-    (loss, grads), outputs = jax.lax.scan(accumulate, start, split_rows((batch, weights), spec.gradient_accumulation_steps))
-    return loss, grads, merge_rows(outputs)
+    zero = jnp.zeros((), weights.dtype)
+    start = (zero, jax.tree.map(jnp.zeros_like, params), zero)
+    (loss, grads, squares), outputs = jax.lax.scan(accumulate, start, split_rows((batch, weights), parts))
+    return loss, grads, merge_rows(outputs), squares
 
 
-def _batch_loss(params, batch: TrainBatch, weights, teacher_head, *, spec: UpdateSpec, recipe: Recipe, options: dict):
+def noise_and_signal(norm: Array, squares: Array, parts: int) -> dict[str, Array]:
+    """Unbiased estimates of the variance of the batch's gradient, and of the squared norm of its expectation.
+
+    With M micro-batches of gradient g_m, each estimating the whole one, and their mean g: noise = (sum |g_m|^2 - M |g|^2) /
+    (M (M - 1)), signal = |g|^2 - noise. A single step's signal may be negative: average both over steps, then divide.
+    `norm` is |g|, `squares` the sum of |g_m / M|^2: no gradient is kept.
+    """
+    noise = (parts * squares - jnp.square(norm)) / (parts - 1)
+    return {"grad/noise_squared": noise, "grad/signal_squared": jnp.square(norm) - noise}
+
+
+def _batch_loss(params, batch: TrainBatch, weights, teacher_head, *, spec: UpdateSpec, recipe: Recipe, options: dict, totals=None):
+    hidden, head, columns, teacher = _passes(params, batch, teacher_head, spec)
+    if sequence.is_coupled(options):
+        stats = _stats(hidden, head, columns, teacher, batch, spec, options)
+        coupled = partial(sequence.prepare, is_policy_gradient=recipe.is_policy_gradient, totals=totals)
+        columns = coupled(columns, stats, batch.mask, batch.segment_ids, options)
+    token_loss = partial(recipe.token_loss, **options)
+    return tiled_loss(token_loss, hidden, head, weights, columns, teacher, tile=spec.estimator.tile, mesh=spec.mesh)
+
+
+def _passes(params, batch: TrainBatch, teacher_head, spec: UpdateSpec):
+    """What the tiled pass reads of a batch: hidden states, head, columns, and the teacher's hidden states with its head."""
     cast = jax.tree.map(lambda x: x.astype(spec.dtype) if jnp.dtype(spec.dtype).itemsize < x.dtype.itemsize else x, params)
     hidden = forward(cast, spec.model, batch.tokens, batch.segment_ids, remat=spec.remat)
     head = head_of(cast, valid_vocab=spec.valid_vocab, temperature=spec.temperature)
     scores = batch.teacher or TeacherScores()
     teacher = None if scores.hidden is None else (scores.hidden, teacher_head)
-    columns = Columns(batch.tokens, teacher_logprob=scores.token_logprobs)
-    if options.get("discount"):
-        columns = _with_reward_to_go(columns, batch, hidden, head, teacher, options["discount"], spec)
-    token_loss = partial(recipe.token_loss, **options)
-    return tiled_loss(token_loss, hidden, head, weights, columns, teacher, tile=spec.estimator.tile, mesh=spec.mesh)
+    columns = Columns(
+        batch.tokens,
+        teacher_logprob=scores.token_logprobs,
+        behavior_logprob=batch.behavior_logprobs,
+        advantage=batch.advantages,
+        uniform=batch.uniforms,
+    )
+    return hidden, head, columns, teacher
 
 
-def _with_reward_to_go(columns: Columns, batch, hidden, head, teacher, discount, spec) -> Columns:
-    """Discounted credit couples the tokens of a sequence, so their rewards are computed in a pass of their own first."""
-
-    def reward(student, teacher_tile, row):
-        teacher_logprob = row.teacher_logprob if teacher_tile is None else teacher_tile.logprob(row.token)
-        return sampled_reward(teacher_logprob, student.logprob(row.token))
-
+def _stats(hidden, head, columns: Columns, teacher, batch: TrainBatch, spec: UpdateSpec, options: dict) -> dict[str, Float[Array, "B T"]]:
+    """What couples the tokens of a sequence is computed in a pass of its own first, without gradient."""
     hidden, head = jax.lax.stop_gradient((hidden, head))
-    rewards = tiled_stats(reward, hidden, head, batch.mask, columns, teacher, tile=spec.estimator.tile, mesh=spec.mesh)
-    return dataclasses.replace(columns, reward_to_go=reward_to_go(rewards, batch.mask, batch.segment_ids, discount))
+    stat = partial(sequence.token_stats, options=options)
+    return tiled_stats(stat, hidden, head, batch.mask, columns, teacher, tile=spec.estimator.tile, mesh=spec.mesh)
+
+
+def _totals(params, batch: TrainBatch, teacher_head, spec: UpdateSpec, options: dict):
+    """(sum of rewards, tokens) of the whole batch, before any micro-batch is differentiated: one more forward pass."""
+
+    def of_part(part: TrainBatch):
+        stats = _stats(*_passes(params, part, teacher_head, spec), part, spec, options)
+        return batch_totals(stats["reward"], part.mask)
+
+    sums = jax.lax.map(of_part, split_rows(batch, spec.gradient_accumulation_steps))
+    return jax.tree.map(jnp.sum, sums)
 
 
 def make_examine(spec: UpdateSpec, num_alternatives: int) -> Callable:

@@ -18,8 +18,9 @@ from opdjax.data.chat import load_tokenizer
 from opdjax.data.prompts import collate, encode_prompts, read_prompts
 from opdjax.models import decoder
 from opdjax.models.hf import load_params, open_checkpoint
+from opdjax.ops.draw import invert_cdf
 from opdjax.ops.vocab import head_logits
-from opdjax.sampler import EVAL_STREAM, TRAIN_STREAM, Decoding, draw_tokens, filter_mask, invert_cdf, row_keys, sample
+from opdjax.sampler import EVAL_STREAM, TRAIN_STREAM, Decoding, draw_tokens, filter_mask, row_keys, sample
 from opdjax.types import PromptBatch
 
 ROWS, VOCAB, VALID = 32, 214, 200  # of the filter tests; ids from VALID on are padding

@@ -59,7 +59,7 @@ def scored(batch, teacher, recipe):
 
 def gradient(student, batch, head, estimator, dtype, **spec):
     spec = UpdateSpec(MODEL, estimator, dtype, max_completion_length=7, **spec)
-    return jax.jit(lambda p, b, h: loss_and_grad(p, b, h, spec, *bind(estimator.recipe, estimator.options)))(student, batch, head)
+    return jax.jit(lambda p, b, h: loss_and_grad(p, b, h, spec, *bind(estimator.recipe, estimator.options))[:3])(student, batch, head)
 
 
 def relative_difference(left, right):
@@ -115,7 +115,7 @@ def test_pmap_over_eight_devices_gives_the_gradient_of_jit_over_the_mesh(rng):
     shards = jax.tree.map(lambda x: x.reshape(8, 1, *x.shape[1:]), batch)
 
     def one_row(params, row):
-        _, grads, _ = loss_and_grad(params, row, head, spec, *bind("vopd", {}))
+        _, grads, _, _ = loss_and_grad(params, row, head, spec, *bind("vopd", {}))
         return jax.lax.pmean(grads, "rows")
 
     mapped = jax.pmap(one_row, axis_name="rows", in_axes=(None, 0))(student, shards)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
-from opdjax.estimators import divergence, losses, opd
+from opdjax.estimators import divergence, losses, opd, sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,21 +19,27 @@ class Recipe:
     options: tuple[str, ...]
 
 
+_STATE_OPTIONS = ("importance", "importance_cap")  # of an exact divergence: how stale its contexts are
 RECIPES = {
-    "opd": Recipe(opd.opd, "token", True, ("discount",)),
-    "vopd": Recipe(opd.vopd, "vocabulary", True, ("discount", "baseline", "baseline_top_k")),
-    "full_kl": Recipe(divergence.full_kl, "vocabulary", False, ("divergence", "beta")),
-    "topk_kl": Recipe(divergence.topk_kl, "vocabulary", False, ("divergence", *divergence.TOP_K_OPTIONS)),
+    "opd": Recipe(opd.opd, "token", True, opd.OPTIONS),
+    "vopd": Recipe(opd.vopd, "vocabulary", True, ("baseline", "baseline_top_k", *opd.OPTIONS)),
+    "full_kl": Recipe(divergence.full_kl, "vocabulary", False, ("divergence", "beta", *_STATE_OPTIONS)),
+    "topk_kl": Recipe(divergence.topk_kl, "vocabulary", False, ("divergence", *divergence.TOP_K_OPTIONS, *_STATE_OPTIONS)),
     "sft": Recipe(losses.sft, "none", False, ()),
 }
 
 
-def bind(name: str, options: dict) -> tuple[Recipe, dict]:
-    """The recipe of that name and its options, or a ValueError that names an option the recipe does not have."""
+def bind(name: str, options: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe of that name as these options make it, and the options.
+
+    Its token loss reads the columns of `sequence.prepare`, and its `teacher` is what it needs under these options.
+    ValueError where the recipe or one of its options does not exist.
+    """
     if name not in RECIPES:
         raise ValueError(f"there is no recipe {name!r}; expected one of {sorted(RECIPES)}")
     recipe = RECIPES[name]
     for option in options:
         if option not in recipe.options:
             raise ValueError(f"recipe {name!r} has no option {option!r}; it has {list(recipe.options)}")
-    return recipe, options
+    teacher = opd.teacher_needs(recipe.teacher, options) if recipe.is_policy_gradient else recipe.teacher
+    return dataclasses.replace(recipe, token_loss=sequence.weighted(recipe.token_loss), teacher=teacher), options

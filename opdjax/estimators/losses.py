@@ -19,6 +19,17 @@ def policy_gradient_loss(advantage: Float[Array, "*n"], student_logprob: Float[A
     return -jax.lax.stop_gradient(advantage) * student_logprob
 
 
+def clipped_policy_gradient_loss(
+    advantage: Float[Array, "*n"], student_logprob: Float[Array, "*n"], behavior_logprob: Float[Array, "*n"], low: float, high: float
+) -> Float[Array, "*n"]:
+    """`-min(rho A, clip(rho, 1 - low, 1 + high) A)`, rho = student(y) / behavior(y), A detached (PPO, arXiv 1707.06347, equation 7).
+
+    The gradient flows through rho and stops where a step would carry rho further out of the band in A's favour.
+    """
+    ratio, advantage = jnp.exp(student_logprob - behavior_logprob), jax.lax.stop_gradient(advantage)
+    return -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - low, 1 + high) * advantage)
+
+
 def sft(student: VocabTile, teacher: VocabTile | None, row: Columns):
     """Cross-entropy `-log student(y)` on given answers, nats; the teacher is not read.
 

@@ -1,35 +1,56 @@
 """On-policy distillation from sampled tokens: the reward, the control-variate baselines, the recipes `opd` and `vopd`.
 
 All speak of one context c and one token y drawn from the student. The objective is KL(student || teacher); its gradient
-is estimated by -A * grad log student(y | c) with the detached advantage A = reward - baseline.
+is estimated by -A * grad log student(y | c) with the detached advantage A = h(r) - baseline.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
-from opdjax.estimators.losses import policy_gradient_loss
-from opdjax.ops.masked import reverse_discounted_sum
+from opdjax.estimators import importance as ratios
+from opdjax.estimators.losses import clipped_policy_gradient_loss, policy_gradient_loss
 from opdjax.ops.vocab import Columns, VocabTile
 
+BASELINES = ("full", "student_topk", "optimal", "batch_mean")
+REWARD_OPTIONS = ("reward_floor", "power_alpha")
+OPTIONS = (
+    *("discount", "return_to_go", *REWARD_OPTIONS, "prefix_weight", "extra_draws", "task_reward_coef"),
+    *("importance", "importance_cap", "importance_floor", "clip_low", "clip_high"),
+)
 
-def sampled_reward(teacher_logprob: Float[Array, "*n"], student_logprob: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """`r = log teacher(y) - log student(y)`, nats, both of the full softmax; detached. E_student[r] = -KL(student || teacher).
 
-    vOPD (arXiv 2605.07865), section 3.
+def sampled_reward(
+    teacher_logprob: Float[Array, "*n"],
+    student_logprob: Float[Array, "*n"],
+    *,
+    reward_floor: float | None = None,
+    power_alpha: float | None = None,
+) -> Float[Array, "*n"]:
+    """`h(r)`, r = log teacher(y) - log student(y), both of the full softmax; detached. E_student[r] = -KL(student || teacher).
+
+    Without options h(r) = r, nats (vOPD, arXiv 2605.07865, section 3). `reward_floor`: `max(r, reward_floor)`, nats
+    (REOPOLD, arXiv 2603.11137, whose floor is log(lambda / (1 - lambda))). `power_alpha`: `teacher(y)^a - student(y)^a`,
+    between -1 and 1 (PowerOPD, arXiv 2606.17199, as released: not divided by a). Given over the vocabulary, the options
+    say what each token would be worth.
     """
-    return jax.lax.stop_gradient(teacher_logprob - student_logprob)
+    if power_alpha is not None:
+        return jax.lax.stop_gradient(jnp.exp(power_alpha * teacher_logprob) - jnp.exp(power_alpha * student_logprob))
+    reward = jax.lax.stop_gradient(teacher_logprob - student_logprob)
+    return reward if reward_floor is None else jnp.maximum(reward, reward_floor)
 
 
-def full_baseline(student: VocabTile, teacher: VocabTile) -> Float[Array, " n"]:
-    """`b = E_student[r] = -KL(student || teacher)`, nats (at most 0); detached. The value function of vOPD, Proposition 3.1."""
-    return jax.lax.stop_gradient(student.expect(teacher.logprobs - student.logprobs))
+def full_baseline(student: VocabTile, teacher: VocabTile, **reward_options) -> Float[Array, " n"]:
+    """`b = E_student[h]`, detached; -KL(student || teacher), nats, for the plain reward. vOPD's value, Proposition 3.1."""
+    return jax.lax.stop_gradient(student.expect(sampled_reward(teacher.logprobs, student.logprobs, **reward_options)))
 
 
-def student_topk_baseline(student: VocabTile, teacher: VocabTile, k: int) -> Float[Array, " n"]:
-    """`b = -KL` between student and teacher, both renormalised on the student's top k ids; nats, detached.
+def student_topk_baseline(student: VocabTile, teacher: VocabTile, k: int, **reward_options) -> Float[Array, " n"]:
+    """`b = E[h]` with student and teacher both renormalised on the student's top k ids; detached. Plain reward: -KL there.
 
     k = 1 gives 0 (then vOPD is OPD), k >= V the full baseline. vOPD (arXiv 2605.07865), its top-k form.
     """
@@ -37,56 +58,172 @@ def student_topk_baseline(student: VocabTile, teacher: VocabTile, k: int) -> Flo
     student_kept = jax.nn.log_softmax(student.logprob(ids), axis=-1)
     teacher_kept = jax.nn.log_softmax(teacher.logprob(ids), axis=-1)
     # An id that the student cannot draw (-inf) weighs nothing, even where the teacher is -inf too.
-    gap = jnp.where(student_kept > -jnp.inf, teacher_kept - student_kept, 0)
-    return jax.lax.stop_gradient(jnp.sum(jnp.exp(student_kept) * gap, axis=-1))
+    gain = jnp.where(student_kept > -jnp.inf, sampled_reward(teacher_kept, student_kept, **reward_options), 0)
+    return jax.lax.stop_gradient(jnp.sum(jnp.exp(student_kept) * gain, axis=-1))
 
 
-def reward_to_go(
-    reward: Float[Array, "B T"], mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"], discount: float
-) -> Float[Array, "B T"]:
-    """`G_t = sum_{s >= t} discount^(s - t) r_s` over the sampled tokens of one sequence, nats.
+def score_norms(student: VocabTile) -> Float[Array, "n V"]:
+    """`w_v = |grad log student(v)|^2` with respect to the logits: `(1 - p_v)^2 + sum_{u != v} p_u^2`; detached.
 
-    discount 0 is the paper's token-level credit: the gradient of sum_t KL_t with the distribution of contexts held fixed.
-    discount 1 is the gradient of the sequence KL.
+    Nothing cancels: `1 - 2 p_v + sum p^2` would lose all its digits where the student is nearly sure of v.
     """
-    return reverse_discounted_sum(reward, mask, segment_ids, discount)
+    is_live = student.logits > -jnp.inf
+    p = jax.lax.stop_gradient(jnp.where(is_live, jnp.exp(student.logprobs), 0))
+    is_top = jnp.arange(p.shape[-1]) == jnp.argmax(p, axis=-1, keepdims=True)
+    others = jnp.where(is_top, 0, p)
+    mass, squares = (jnp.sum(x, axis=-1, keepdims=True) for x in (others, jnp.square(others)))
+    top = jnp.max(p, axis=-1, keepdims=True)
+    beside = jnp.where(is_top, squares, jnp.square(top) + (squares - jnp.square(p)))
+    return jnp.square(jnp.where(is_top, mass, 1 - p)) + beside
 
 
-def _outputs(reward, advantage, student_logprob, **more):
-    return {"reward": reward, "advantage": advantage, "student_logprob": student_logprob} | more
+def optimal_baseline(student: VocabTile, teacher: VocabTile, **reward_options) -> Float[Array, " n"]:
+    """`b* = E[w h] / E[w]`, w the squared norms of the score in logit space: no constant has less action variance there; detached.
 
-
-def opd(student: VocabTile, teacher: VocabTile | None, row: Columns, *, discount: float = 0.0):
-    """Vanilla sampled-token OPD: loss -sg[r] * log student(y).
-
-    Unbiased for grad KL(student || teacher) at the sampled contexts, with the variance of one sample. Needs only the
-    teacher's log-prob of the sampled token. `discount` > 0 replaces r by the reward to go (a column prepared beforehand).
+    vOPD (arXiv 2605.07865) derives it (equations 23 and 24) and uses E[h]. 0 where E[w] < 1e-12: nothing is left to reduce.
     """
+    weights = score_norms(student)
+    reward = sampled_reward(teacher.logprobs, student.logprobs, **reward_options)
+    total = student.expect(weights)
+    is_sure = total < 1e-12
+    return jax.lax.stop_gradient(jnp.where(is_sure, 0, student.expect(weights * reward) / jnp.where(is_sure, 1, total)))
+
+
+def baseline_of(student: VocabTile, teacher: VocabTile | None, row: Columns, baseline: str, top_k: int, **reward_options):
+    """The baseline `[n]` of that name; ValueError on a name that is not one of BASELINES."""
+    if baseline == "full":
+        return full_baseline(student, teacher, **reward_options)
+    if baseline == "student_topk":
+        return student_topk_baseline(student, teacher, top_k, **reward_options)
+    if baseline == "optimal":
+        return optimal_baseline(student, teacher, **reward_options)
+    if baseline == "batch_mean":
+        return row.mean_reward
+    raise ValueError(f"vopd has no baseline {baseline!r}; expected one of {BASELINES}")
+
+
+def opd(student: VocabTile, teacher: VocabTile | None, row: Columns, **options):
+    """Vanilla sampled-token on-policy distillation: a policy gradient whose reward is the teacher's opinion of each token.
+
+    Equation: loss(y) = -sg[A] log student(y), A = r = log teacher(y) - log student(y), nats, y drawn from the student.
+        The expected gradient at a context is that of KL(student || teacher) with the distribution of contexts held fixed.
+        Vanilla OPD of arXiv 2605.07865, section 1; "k1 in the reward" elsewhere.
+    Detached: A, and with it the reward, every weight and every importance ratio; nothing reaches the teacher.
+    Cost: one log-prob of the teacher a token, so that a teacher behind an interface that scores text is enough; the
+        variance of one sample a context. `extra_draws` and `return_to_go` expected read the teacher's whole distribution.
+    Use it when the teacher's distribution is out of reach. Where it is at hand, `vopd` has less variance at the same cost,
+        and `full_kl` has none at all.
+    Options:
+        discount              0: a token is credited with its own reward alone (the paper). 1: with all that follow in its
+                              sequence, the gradient of the sequence KL. Between them: discounted.
+        return_to_go          sampled: later rewards as drawn. expected: -KL of each later context in their place; the same
+                              expectation, less noise, and the teacher's whole distribution is read.
+        reward_floor          max(r, floor), nats: descends a KL whose penalty of a token is linear where student(y) exceeds
+                              teacher(y) e^-floor. Biased for the KL, as stated there.
+        power_alpha           teacher(y)^a - student(y)^a: descends sum_v p_v^(1+a) / (1+a) - p_v q_v^a, another divergence.
+        prefix_weight         IW-OPD's gain (0.5 in its release): early tokens count up to 1 + gain times. Biased.
+        extra_draws           m more tokens drawn at each context already scored, averaged with the first: action variance
+                              1 / (m + 1); m to infinity is full_kl. The forward passes stay as they are.
+        task_reward_coef      adds coef * (reward - mean of its prompt's completions), 1 for a right answer, never discounted.
+        importance            ratios for tokens that another policy drew: token_truncate, token_mask, sequence_mask,
+                              prefix_truncate, ppo_clip; importance_cap, importance_floor, clip_low, clip_high bound them.
+    """
+    return _estimate(student, teacher, row, 0.0, **options)
+
+
+def vopd(student: VocabTile, teacher: VocabTile | None, row: Columns, *, baseline: str = "full", baseline_top_k: int = 100, **options):
+    """OPD with a control-variate baseline: what a token is worth beside what its context is worth on average.
+
+    Equation: loss(y) = -sg[h(r) - b] log student(y), r = log teacher(y) - log student(y), nats, y drawn from the student.
+        b does not depend on y, so that the expected gradient is that of `opd`, whatever b is; with b = E[r] =
+        -KL(student || teacher) the advantages of a context average to 0. vOPD, arXiv 2605.07865, equations 9 to 15. Exactly
+        so under the aggregation fixed_denominator; others divide by sampled lengths and let b leak in by O(1 / rows).
+    Detached: reward, baseline, every weight and ratio; nothing reaches the teacher.
+    Cost: the teacher's hidden states and its unembedding of every context (one more product of the size of the student's
+        own), but no gradient through the vocabulary; `batch_mean` needs the teacher's log-prob of the sampled token alone.
+    Use it when the expectation of `opd` is wanted with less noise. If the teacher's distribution is at hand anyway,
+        compare `full_kl`, which costs the same and has no action variance.
+    Options: all of `opd`, and
+        baseline              full: b = E[h]. student_topk: the same on the student's top k ids, both sides renormalised
+                              (baseline_top_k 1 is opd, V is full). optimal: b* = E[w h] / E[w] with w the squared norm of
+                              the score in logit space: least action variance there; whether also in parameter space is
+                              measured by the audit. batch_mean: mean of all other sequences' tokens, the plain control.
+        baseline_top_k        ids of student_topk, 100 in the paper's configuration
+    """
+    reward_options = {name: options.get(name) for name in REWARD_OPTIONS}
+    value = baseline_of(student, teacher, row, baseline, baseline_top_k, **reward_options)
+    loss, outputs = _estimate(student, teacher, row, value, **options)
+    is_plain = baseline == "full" and not any(reward_options.values())
+    return loss, outputs | ({"kl": -value} if is_plain else {})
+
+
+def advantages(
+    student: VocabTile, teacher: VocabTile, *, baseline: str | None = None, baseline_top_k: int = 100, **reward_options
+) -> Float[Array, "n V"]:
+    """The immediate advantage `h(r_v) - b` of every token of the vocabulary: what `opd` (no baseline) and `vopd` give each draw."""
+    reward = sampled_reward(teacher.logprobs, student.logprobs, **reward_options)
+    if baseline is None:
+        return reward
+    return reward - baseline_of(student, teacher, Columns(None), baseline, baseline_top_k, **reward_options)[:, None]
+
+
+def teacher_needs(usual: str, options: dict) -> str:
+    """What of the teacher a recipe of this file reads under these options, where it is `usual` without any."""
+    if options.get("extra_draws") or options.get("return_to_go") == "expected":
+        return "vocabulary"
+    return "token" if options.get("baseline") == "batch_mean" else usual
+
+
+def _estimate(
+    student: VocabTile,
+    teacher: VocabTile | None,
+    row: Columns,
+    value: Float[Array, " n"] | float,
+    *,
+    discount: float = 0.0,
+    reward_floor: float | None = None,
+    power_alpha: float | None = None,
+    extra_draws: int = 0,
+    task_reward_coef: float = 0.0,
+    importance: str = "none",
+    **bounds: float,
+):
+    """(loss, outputs) of the sampled token, and of the extra draws, with the baseline `value`."""
+    h = partial(sampled_reward, reward_floor=reward_floor, power_alpha=power_alpha)
     student_logprob = student.logprob(row.token)
     teacher_logprob = row.teacher_logprob if teacher is None else teacher.logprob(row.token)
-    reward = sampled_reward(teacher_logprob, student_logprob)
-    advantage = reward if discount == 0 else row.reward_to_go
-    loss = policy_gradient_loss(advantage, student_logprob)
-    return loss, _outputs(reward, advantage, student_logprob)
+    immediate = h(teacher_logprob, student_logprob) - value
+    # What does not depend on this context's distribution alone; extra draws know nothing of it.
+    later = jnp.zeros_like(immediate)
+    if discount:
+        later += row.future_reward
+    if task_reward_coef:
+        later += task_reward_coef * row.advantage
+    share = 1 / (1 + extra_draws)
+    loss = _surrogate(share * immediate + later, student_logprob, row, importance, **bounds)
+    if extra_draws:
+        ids = student.draw(row.uniform)
+        drawn_logprob = student.logprob(ids)
+        drawn = h(teacher.logprob(ids), drawn_logprob) - jnp.reshape(value, (-1, 1))
+        loss += share * jnp.sum(policy_gradient_loss(drawn, drawn_logprob), axis=1)
+    reward, advantage = sampled_reward(teacher_logprob, student_logprob), jax.lax.stop_gradient(immediate + later)
+    return loss, {"reward": reward, "advantage": advantage, "student_logprob": student_logprob}
 
 
-def vopd(student: VocabTile, teacher: VocabTile, row: Columns, *, baseline: str = "full", baseline_top_k: int = 100, discount: float = 0.0):
-    """OPD with a control-variate baseline: loss -sg[r - b] * log student(y); vOPD (arXiv 2605.07865).
-
-    b depends on the context alone, so the expected gradient is that of `opd` whatever b is. `baseline` `full`:
-    b = -KL(student || teacher), which (without discount) makes the advantage of every context average to 0; `student_topk`: the same on the
-    student's `baseline_top_k` most likely ids, renormalised.
-    """
-    student_logprob = student.logprob(row.token)
-    reward = sampled_reward(teacher.logprob(row.token), student_logprob)
-    known = {}
-    if baseline == "full":
-        value = full_baseline(student, teacher)
-        known = {"kl": -value}
-    elif baseline == "student_topk":
-        value = student_topk_baseline(student, teacher, baseline_top_k)
-    else:
-        raise ValueError(f"vopd has no baseline {baseline!r}; expected 'full' or 'student_topk'")
-    advantage = (reward if discount == 0 else row.reward_to_go) - value
-    loss = policy_gradient_loss(advantage, student_logprob)
-    return loss, _outputs(reward, advantage, student_logprob, **known)
+def _surrogate(advantage, student_logprob, row: Columns, importance: str, **bounds: float) -> Float[Array, " n"]:
+    """The policy-gradient loss of one token under a correction by its own ratio; those of whole sequences weigh it from outside."""
+    if importance == "none":
+        return policy_gradient_loss(advantage, student_logprob)
+    if importance == "ppo_clip":
+        low, high = bounds.get("clip_low", ratios.CLIP_LOW), bounds.get("clip_high", ratios.CLIP_HIGH)
+        return clipped_policy_gradient_loss(advantage, student_logprob, row.behavior_logprob, low, high)
+    ratio, cap = (
+        ratios.token_ratio(student_logprob, row.behavior_logprob),
+        bounds.get("importance_cap", ratios.DEFAULT_CAPS.get(importance)),
+    )
+    if importance == "token_truncate":
+        return policy_gradient_loss(ratios.token_truncate(ratio, cap) * advantage, student_logprob)
+    if importance == "token_mask":
+        floor = bounds.get("importance_floor", ratios.DEFAULT_FLOOR)
+        return policy_gradient_loss(ratios.token_mask(ratio, floor, cap) * advantage, student_logprob)
+    raise ValueError(f"there is no importance correction {importance!r}; expected one of {ratios.TOKEN_CORRECTIONS}")

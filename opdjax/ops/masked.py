@@ -54,6 +54,16 @@ def rank_in_sequence(mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"]) -
     return before - jax.lax.cummax(jnp.where(starts_sequence(segment_ids), before, 0), axis=1)
 
 
+def running_sum(x: Float[Array, "B T"], mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """At every column, the sum of the unmasked entries of the same sequence up to and including it."""
+    x = zero_where_masked(x, mask)
+    total = jnp.cumsum(x, axis=1)
+    columns = jnp.arange(x.shape[1])
+    first = jax.lax.cummax(jnp.where(starts_sequence(segment_ids), columns, 0), axis=1)
+    # What stood before the sequence is taken off again; sequences of one row are few, so little is lost to rounding.
+    return total - jnp.take_along_axis(total - x, first, axis=1)
+
+
 def reverse_discounted_sum(
     x: Float[Array, "B T"], mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"], discount: float
 ) -> Float[Array, "B T"]:

@@ -22,6 +22,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from opdjax.ops.draw import invert_cdf
+
 PyTree = Any
 CPU_BLOCK = 4096  # rows of the head whose gradient is formed at a time, where there is no accelerator
 
@@ -98,6 +100,11 @@ class VocabTile:
         """Ids of the `min(k, V)` most likely tokens, most likely first."""
         return jax.lax.top_k(self.logits, min(k, self.logits.shape[-1]))[1]
 
+    def draw(self, uniform: Float[Array, "n M"]) -> Int[Array, "n M"]:
+        """M ids a token, drawn from this distribution by inverting its cumulative sum at the given uniform numbers."""
+        weights = jnp.exp(self.logits - jnp.max(self.logits, axis=-1, keepdims=True))
+        return jax.vmap(invert_cdf, in_axes=(None, 1), out_axes=1)(weights, uniform)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +113,13 @@ class Columns:
 
     token: Int[Array, " n"]
     teacher_logprob: Float[Array, " n"] | None = None
-    reward_to_go: Float[Array, " n"] | None = None  # replaces the immediate reward where credit is discounted
+    behavior_logprob: Float[Array, " n"] | None = None  # of the distribution the token was truly drawn from
+    advantage: Float[Array, " n"] | None = None  # of the whole completion, from a scalar reward
+    uniform: Float[Array, "n M"] | None = None  # for M more draws from the student at this context
+    # What couples tokens, prepared by `estimators.sequence` before the pass:
+    future_reward: Float[Array, " n"] | None = None  # discounted, of the tokens after this one
+    mean_reward: Float[Array, " n"] | None = None  # of the tokens of all other sequences
+    loss_weight: Float[Array, " n"] | None = None  # importance of a prefix or a sequence, IW-OPD's weight
 
 
 TokenLoss = Callable[[VocabTile, VocabTile | None, Columns], tuple[Float[Array, " n"], PyTree]]
