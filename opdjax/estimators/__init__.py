@@ -22,7 +22,7 @@ class Recipe:
 RECIPES = {
     "opd": Recipe(opd.opd, "token", True, ("discount",)),
     "vopd": Recipe(opd.vopd, "vocabulary", True, ("discount", "baseline", "baseline_top_k")),
-    "full_kl": Recipe(divergence.full_kl, "vocabulary", False, ("divergence", "beta")),
+    "full_kl": Recipe(divergence.full_kl, "vocabulary", False, divergence.FULL_OPTIONS),
     "topk_kl": Recipe(divergence.topk_kl, "vocabulary", False, ("divergence", *divergence.TOP_K_OPTIONS)),
     "sft": Recipe(losses.sft, "none", False, ()),
 }

@@ -5,6 +5,8 @@ The recipes let no gradient reach the teacher.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -33,28 +35,77 @@ def jsd(student: VocabTile, teacher: VocabTile, beta: float) -> Float[Array, " n
         return forward_kl(student, teacher)
     if beta == 1:
         return reverse_kl(student, teacher)
-    # Both are -inf on padded ids; a finite stand-in keeps the gradient of logaddexp from being NaN there.
-    is_live = (student.logits > -jnp.inf) | (teacher.logits > -jnp.inf)
-    s, t = (jnp.where(is_live, tile.logprobs, 0) for tile in (student, teacher))
-    mixture = jnp.logaddexp(t + jnp.log(beta), s + jnp.log1p(-beta))
+    t, s, mixture = _mix(teacher, student, beta)
     return beta * teacher.expect(t - mixture) + (1 - beta) * student.expect(s - mixture)
 
 
-def full_kl(student: VocabTile, teacher: VocabTile, row: Columns, *, divergence: str = "reverse", beta: float = 0.5):
-    """The exact divergence at each sampled context, the student's whole distribution differentiated.
+def skew_forward_kl(student: VocabTile, teacher: VocabTile, alpha: float) -> Float[Array, " n"]:
+    """`KL(T || alpha T + (1 - alpha) S)`, at most log(1 / alpha) even where the student is 0; DistiLLM (arXiv 2402.03898).
 
-    No action variance, at the cost of the teacher's unembedding. `divergence`: `reverse` KL(student || teacher),
-    `forward` KL(teacher || student), `jsd` with `beta` (GKD, arXiv 2306.13649). The distribution of contexts is held fixed.
+    alpha 0 is `forward_kl`, alpha 1 is 0.
+    """
+    t, _, mixture = _mix(teacher, student, alpha)
+    return teacher.expect(t - mixture)
+
+
+def skew_reverse_kl(student: VocabTile, teacher: VocabTile, alpha: float) -> Float[Array, " n"]:
+    """`KL(S || alpha S + (1 - alpha) T)`, at most log(1 / alpha) even where the teacher is 0; DistiLLM (arXiv 2402.03898).
+
+    alpha 0 is `reverse_kl`, alpha 1 is 0.
+    """
+    s, _, mixture = _mix(student, teacher, alpha)
+    return student.expect(s - mixture)
+
+
+def _mix(one: VocabTile, other: VocabTile, alpha: float) -> tuple[Float[Array, "n V"], Float[Array, "n V"], Float[Array, "n V"]]:
+    """Log-probabilities of `one`, of `other` and of `alpha one + (1 - alpha) other`; finite stand-ins where both are -inf."""
+    # Both are -inf on padded ids; a finite stand-in keeps the gradient of logaddexp from being NaN there.
+    is_live = (one.logits > -jnp.inf) | (other.logits > -jnp.inf)
+    x, y = (jnp.where(is_live, tile.logprobs, 0) for tile in (one, other))
+    return x, y, jnp.logaddexp(x + jnp.log(alpha), y + jnp.log1p(-alpha))
+
+
+FULL_OPTIONS = ("divergence", "beta", "skew_alpha")
+
+
+def full_kl(
+    student: VocabTile, teacher: VocabTile, row: Columns, *, divergence: str = "reverse", beta: float = 0.5, skew_alpha: float = 0.1
+):
+    """The exact divergence between student S and teacher T at each sampled context, over the whole vocabulary.
+
+    Equation:  loss = sum_v first(v) (log first(v) - log second(v)), nats, with (first, second) by `divergence`:
+                 reverse       KL(S || T)                         mode-seeking; infinite where S > 0 = T
+                 forward       KL(T || S)                         mass-covering; infinite where T > 0 = S
+                 jsd           beta KL(T || M) + (1 - beta) KL(S || M), M = beta T + (1 - beta) S     (arXiv 2306.13649)
+                 skew_forward  KL(T || alpha T + (1 - alpha) S)   at most log(1 / alpha)              (arXiv 2402.03898)
+                 skew_reverse  KL(S || alpha S + (1 - alpha) T)   at most log(1 / alpha)              (arXiv 2402.03898)
+               Padded ids (-inf on both sides) contribute 0 to value and gradient. All are 0, without gradient, at S = T.
+
+    Detached:  the teacher, and the contexts: it is the gradient of the loss at the contexts that were sampled, not of
+               how the student comes to sample them. All of the student's distribution carries gradient, in `first`,
+               `second` and M alike. The sampled token enters no loss, only the outputs.
+
+    Cost:      the teacher's hidden states and its unembedding: four products with a [V, D] matrix a token (logits of
+               each side, gradients of states and head) where `sft` has three. Memory is a few [tile, V] arrays for
+               either side. The mixtures add one pass over [tile, V] and the monitored KL(S || T) another.
+
+    Use it when the teacher's weights are at hand and the vocabularies agree: no noise of the sampled action is left (on
+               the mini pair it learns more a step than `opd` and `vopd`), and it is exact whoever wrote the contexts.
+
+    Options:
+      divergence  reverse (default), forward, jsd, skew_forward or skew_reverse; ValueError on any other
+      beta        of jsd, 0.5: the teacher's share of M; 0 is read as forward and 1 as reverse, where the formula is 0
+      skew_alpha  of the skew divergences, 0.1: the share of `first` in `second`; towards 0 the plain KL, towards 1 nothing
     """
     teacher = jax.lax.stop_gradient(teacher)
-    if divergence == "reverse":
-        loss = reverse_kl(student, teacher)
-    elif divergence == "forward":
-        loss = forward_kl(student, teacher)
-    elif divergence == "jsd":
-        loss = jsd(student, teacher, beta)
-    else:
-        raise ValueError(f"full_kl has no divergence {divergence!r}; expected 'reverse', 'forward' or 'jsd'")
+    exact = {
+        "reverse": reverse_kl,
+        "forward": forward_kl,
+        "jsd": partial(jsd, beta=beta),
+        "skew_forward": partial(skew_forward_kl, alpha=skew_alpha),
+        "skew_reverse": partial(skew_reverse_kl, alpha=skew_alpha),
+    }
+    loss = _choose(divergence, exact, "divergence", "full_kl")(student, teacher)
     student_logprob = student.logprob(row.token)
     reward = sampled_reward(teacher.logprob(row.token), student_logprob)
     kl = loss if divergence == "reverse" else reverse_kl(student, teacher)
@@ -126,9 +177,9 @@ def topk_kl(
     return loss, {"reward": reward, "student_logprob": student_logprob, "kl": jax.lax.stop_gradient(reverse_kl(student, teacher))}
 
 
-def _choose(value, table: dict, option: str):
+def _choose(value, table: dict, option: str, recipe: str = "topk_kl"):
     if value not in table:
-        raise ValueError(f"topk_kl has no {option} {value!r}; expected one of {list(table)}")
+        raise ValueError(f"{recipe} has no {option} {value!r}; expected one of {list(table)}")
     return table[value]
 
 
