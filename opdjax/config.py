@@ -163,8 +163,9 @@ class EstimatorConfig:
     divergence: Literal["reverse", "forward", "jsd", "skew_forward", "skew_reverse"] | None = None  # full_kl; topk_kl (the first two)
     beta: float | None = None  # full_kl with divergence jsd: 0 forward KL, 1 reverse KL
     skew_alpha: float | None = None  # full_kl with a skew divergence: the share of its first argument in the second
-    support: Literal["student", "teacher"] | None = None  # topk_kl: whose most likely ids the divergence is taken on
-    support_top_k: int | None = None  # topk_kl: how many ids
+    # topk_kl: the most likely ids of whom; of both: in one set or the other, in both, in exactly one
+    support: Literal["student", "teacher", "union", "intersection", "symmetric_difference"] | None = None
+    support_top_k: int | None = None  # topk_kl: how many ids of each side
     renormalize: Literal["both", "teacher", "none"] | None = None  # topk_kl: which side is renormalised on those ids
     outside: Literal["drop", "tail", "floor"] | None = None  # topk_kl: the ids outside; tail needs renormalize none, floor teacher or none
     clamp_at_zero: bool | None = None  # topk_kl: a token's negative value counts as 0
