@@ -172,10 +172,12 @@ class EstimatorConfig:
     clip_high: float | None = None  # ppo_clip: nor ratios above 1 + clip_high; None: 0.28
     baseline: Literal["full", "student_topk", "optimal", "batch_mean"] | None = None  # vopd
     baseline_top_k: int | None = None  # vopd with baseline student_topk
-    divergence: Literal["reverse", "forward", "jsd"] | None = None  # full_kl; topk_kl (no jsd)
+    divergence: Literal["reverse", "forward", "jsd", "skew_forward", "skew_reverse"] | None = None  # full_kl; topk_kl (the first two)
     beta: float | None = None  # full_kl with divergence jsd: 0 forward KL, 1 reverse KL
-    support: Literal["student", "teacher"] | None = None  # topk_kl: whose most likely ids the divergence is taken on
-    support_top_k: int | None = None  # topk_kl: how many ids
+    skew_alpha: float | None = None  # full_kl with a skew divergence: the share of its first argument in the second
+    # topk_kl: the most likely ids of whom; of both: in one set or the other, in both, in exactly one
+    support: Literal["student", "teacher", "union", "intersection", "symmetric_difference"] | None = None
+    support_top_k: int | None = None  # topk_kl: how many ids of each side
     renormalize: Literal["both", "teacher", "none"] | None = None  # topk_kl: which side is renormalised on those ids
     outside: Literal["drop", "tail", "floor"] | None = None  # topk_kl: the ids outside; tail needs renormalize none, floor teacher or none
     clamp_at_zero: bool | None = None  # topk_kl: a token's negative value counts as 0
@@ -194,6 +196,10 @@ class EstimatorConfig:
             has_topk or self.baseline_top_k is None, "estimator.baseline_top_k", self.baseline_top_k, "none unless baseline is student_topk"
         )
         _require(has_jsd or self.beta is None, "estimator.beta", self.beta, "none unless divergence is jsd")
+        has_skew = self.divergence in ("skew_forward", "skew_reverse")
+        _require(has_skew or self.skew_alpha is None, "estimator.skew_alpha", self.skew_alpha, "none unless divergence is a skew one")
+        is_share = self.skew_alpha is None or 0 < self.skew_alpha < 1
+        _require(is_share, "estimator.skew_alpha", self.skew_alpha, "more than 0 (the plain KL) and less than 1 (nothing left)")
         self._check_topk()
         self._check_reward()
         self._check_importance()
@@ -232,7 +238,7 @@ class EstimatorConfig:
     def _check_topk(self):
         k, fixed = self.support_top_k, ("support", "renormalize", "outside", "clamp_at_zero", "weight")
         _require(k is None or k > 0, "estimator.support_top_k", k, "at least 1")
-        has_divergence = self.recipe != "topk_kl" or self.divergence != "jsd"
+        has_divergence = self.recipe != "topk_kl" or self.divergence in (None, "reverse", "forward")
         _require(has_divergence, "estimator.divergence", self.divergence, "reverse or forward where the recipe is topk_kl")
         if self.convention in ("tunix", "verl", "easydel", "thunlp"):
             fixed += ("divergence",)
