@@ -189,7 +189,7 @@ def sample(arguments: list[str]) -> None:
         """Print completions of prompts.
 
         Args:
-            model: checkpoint directory or hub id
+            model: checkpoint directory, hub id, or @mini_student or @mini_teacher
             prompts: texts to complete
             data: how a prompt is rendered
             num_generations: completions of each prompt
@@ -251,7 +251,7 @@ def evaluate(arguments: list[str]) -> None:
         """Print the scores of a checkpoint.
 
         Args:
-            model: checkpoint directory or hub id
+            model: checkpoint directory, hub id, or @mini_student or @mini_teacher
             data: how a prompt is rendered; its source is not read
             evaluation: which prompts, how answers are drawn and graded
             dtype: of the forward pass
@@ -291,7 +291,7 @@ def import_(arguments: list[str]) -> None:
         """Check and describe a checkpoint.
 
         Args:
-            model: checkpoint directory or hub id
+            model: checkpoint directory, hub id, or @mini_student or @mini_teacher
         """
         from opdjax.data.chat import load_tokenizer
         from opdjax.models.hf import load_params, open_checkpoint

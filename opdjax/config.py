@@ -16,9 +16,10 @@ import typing
 from typing import Any, Literal
 
 PACKAGE = pathlib.Path(__file__).parent
-MINI_TEACHER = str(PACKAGE / "assets" / "mini_pair" / "teacher")
+# Models by name: such a name is no directory's and no hub id's, and means the same on every machine that reads a config.
+MINI_TEACHER, MINI_STUDENT = "@mini_teacher", "@mini_student"  # the built-in pair
+MINI_PAIR = PACKAGE / "assets" / "mini_pair"  # where it lies: `teacher` and `student`
 _MAX_INT = 2**31 - 1  # what jax indexes and counts with
-MINI_STUDENT = str(PACKAGE / "assets" / "mini_pair" / "student")
 
 
 class ConfigError(ValueError):
@@ -86,7 +87,8 @@ def _require_seed(field: str, seed: int) -> None:
 class ModelConfig:
     """A model of the run."""
 
-    path: str = ""  # local directory in Hugging Face layout, or a hub id such as Qwen/Qwen3-1.7B-Base
+    # Local directory in Hugging Face layout, a hub id such as Qwen/Qwen3-1.7B-Base, or @mini_teacher or @mini_student, the built-in pair.
+    path: str = ""
     revision: str | None = None  # branch, tag or commit of a hub id
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the forward pass; auto: bfloat16 on TPU and GPU, float32 on CPU
 

@@ -18,7 +18,7 @@ from test_cli import smooth
 
 import opdjax.train
 from opdjax import cli
-from opdjax.config import MINI_STUDENT
+from opdjax.config import MINI_PAIR, MINI_STUDENT
 from opdjax.evals.evaluate import Evaluator
 
 ROW = '{"prompt": "1+1=", "answer": "2", "reference": "x"}\n'
@@ -68,7 +68,7 @@ class Place:
     def model(self, file=None, content=None, **fields):
         """The mini student with a file replaced, removed (content None), or with some fields of it changed."""
         path = self.root / "model"
-        shutil.copytree(MINI_STUDENT, path)
+        shutil.copytree(MINI_PAIR / "student", path)
         if fields:
             values = json.loads((path / file).read_text())
             self.file(json.dumps({**values, **fields}), f"model/{file}")
@@ -176,7 +176,7 @@ def index(content):
 
 
 TOPK, SFT = ("--estimator.recipe", "topk_kl"), ("--estimator.recipe", "sft", "--sampling.source", "references")
-WEIGHTS = pathlib.Path(MINI_STUDENT, "model.safetensors").read_bytes()
+WEIGHTS = (MINI_PAIR / "student" / "model.safetensors").read_bytes()
 PARSED = None  # tyro answers by itself, in a box
 
 # Name of the mistake: the error, how it is made, and what the message must hold: what was found, what was expected, what to do.
@@ -294,7 +294,7 @@ CONFIG = {
     "a dictionary as a section": ("ConfigError",
         lambda p: p.program("from opdjax.config import *\ndef get_config(): return Config(log={'every': 1})"),
         "log is {'every': 1}; expected a section with named fields: LogConfig(...)"),
-    "the config of a model": ("ConfigError", lambda p: ["train", pathlib.Path(MINI_STUDENT, "config.json"), "--workdir", "x"],
+    "the config of a model": ("ConfigError", lambda p: ["train", MINI_PAIR / "student" / "config.json", "--workdir", "x"],
         "has no 'config'; expected the config.json of a run"),
 }  # fmt: skip
 
@@ -302,6 +302,8 @@ CHECKPOINTS = {
     "no such directory": ("CheckpointError", student(lambda p: p.root / "no", "--teacher.path", "no"),
         "no' is no directory and no hub id (owner/name)"),
     "an empty path": ("CheckpointError", lambda p: p.train("--student.path", ""), "'' is no directory and no hub id"),
+    "a built-in model that there is not": ("CheckpointError", lambda p: p.train("--student.path", "@mini_studnet"),
+        "'@mini_studnet' is no built-in model; did you mean '@mini_student'?", "a directory of that name is ./@mini_studnet"),
     "a hub id out of reach": ("CheckpointError", lambda p: ["import", "no/thing"],
         "'no/thing' is no local directory, and the hub did not give it", "HF_HUB_OFFLINE=0"),
     "a name that no hub takes": ("CheckpointError", lambda p: ["import", "a b/c d"], "'a b/c d' is no local directory", "alphanumeric"),

@@ -17,8 +17,7 @@ import opdjax.train
 from opdjax import checks, cli
 from opdjax.checks import FaultError, enforce
 from opdjax.config import (
-    MINI_STUDENT,
-    MINI_TEACHER,
+    MINI_PAIR,
     Config,
     DataConfig,
     EstimatorConfig,
@@ -81,7 +80,7 @@ def plant(tmp_path, healthy):
     def copy(role, file, change, config=healthy):
         target = tmp_path / role
         if not target.exists():
-            shutil.copytree(MINI_STUDENT if role == "student" else MINI_TEACHER, target)
+            shutil.copytree(MINI_PAIR / role, target)
         path = target / file
         text = path.read_text()
         path.write_text(json.dumps(change(json.loads(text))) if path.suffix == ".json" else change(text))
@@ -396,12 +395,12 @@ def test_tokenizers_that_split_alike_only_some_texts(plant):
         return tokenizer
 
     config = plant("teacher", "tokenizer.json", drop_letters)
-    finding = checks.check_tokenizers(load_tokenizer(MINI_STUDENT), load_tokenizer(config.teacher.path), "opd")
+    finding = checks.check_tokenizers(load_tokenizer(MINI_PAIR / "student"), load_tokenizer(config.teacher.path), "opd")
     assert finding.status == "fault"
 
 
 def test_the_end_of_a_turn_is_read_from_the_template():
-    tokenizer = load_tokenizer(MINI_STUDENT)
+    tokenizer = load_tokenizer(MINI_PAIR / "student")
     assert checks.end_of_turn(tokenizer) == 2
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     assert checks.end_of_turn(tokenizer) is None

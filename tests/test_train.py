@@ -18,8 +18,8 @@ import pytest
 import opdjax.train
 from opdjax.checkpoint import CheckpointShapeError
 from opdjax.config import (
+    MINI_PAIR,
     MINI_STUDENT,
-    MINI_TEACHER,
     CheckpointConfig,
     Config,
     ConfigError,
@@ -254,7 +254,7 @@ class TestBadInput:
 
     def test_tokenizers_that_differ(self, tmp_path):
         teacher = tmp_path / "teacher"
-        shutil.copytree(MINI_TEACHER, teacher)
+        shutil.copytree(MINI_PAIR / "teacher", teacher)
         file = teacher / "tokenizer.json"
         words = json.loads(file.read_text())
         vocab = words["model"]["vocab"]

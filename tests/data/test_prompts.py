@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opdjax.config import MINI_STUDENT, DataConfig
+from opdjax.config import MINI_PAIR, DataConfig
 from opdjax.data.chat import load_tokenizer
 from opdjax.data.prompts import Prompt, PromptSet, collate, encode_prompts, indices_at, read_prompts
 from opdjax.data.sources import DataError
@@ -19,7 +19,7 @@ RAW = DataConfig(format="raw")
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(MINI_STUDENT)
+    return load_tokenizer(MINI_PAIR / "student")
 
 
 @pytest.fixture
