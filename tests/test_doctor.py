@@ -127,6 +127,16 @@ def test_a_teacher_view_of_its_own_is_a_warning_and_nothing_else(healthy):
     assert "+'<|im_start|>'" in findings["chat_template"].details
 
 
+def test_a_student_that_is_its_own_teacher_is_told_whether_it_uses_what_it_is_shown(healthy):
+    """The mini student was never trained to read an answer in its prompt: every other check passes."""
+    shown = {"teacher_prompt_format": "{answer}#{prompt}", "max_prompt_length": 64}
+    config = dataclasses.replace(vary(healthy, data=shown), teacher=ModelConfig("@student"))
+    findings = diagnose(config)
+    assert list(findings) == CHECKS
+    assert complaints(findings) == {"chat_template": "warning", "teacher_is_better": "fault"}
+    assert "makes no use of what data.teacher_prompt_format shows it; reword that" in findings["teacher_is_better"].message
+
+
 def test_a_run_that_compares_no_scores_is_judged_by_its_student(healthy):
     config = vary(healthy, estimator={"recipe": "sft"}, sampling={"source": "references"})
     findings = diagnose(config)

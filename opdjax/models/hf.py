@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from opdjax.config import MINI_PAIR, MINI_STUDENT, MINI_TEACHER, nearest
+from opdjax.config import MINI_PAIR, MINI_STUDENT, MINI_TEACHER, STUDENT, nearest
 from opdjax.models.decoder import DecoderConfig, Params, parameter_shapes
 from opdjax.models.families import Family, UnsupportedModelError, family_of
 
@@ -170,6 +170,10 @@ def _resolve(path_or_id: str, revision: str | None) -> pathlib.Path:
 
 def _built_in(name: str) -> pathlib.Path:
     built_in = {MINI_TEACHER: MINI_PAIR / "teacher", MINI_STUDENT: MINI_PAIR / "student"}
+    if name == STUDENT:
+        raise CheckpointError(
+            f"{name!r} is a teacher's name for the student of its run; expected a model: a directory, a hub id or {MINI_STUDENT}"
+        )
     if name not in built_in:
         raise CheckpointError(f"{name!r} is no built-in model; {nearest(name, built_in)} (a directory of that name is ./{name})")
     return built_in[name]
