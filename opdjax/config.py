@@ -136,7 +136,7 @@ class DataConfig:
         _require(is_teacher_chat or thinking is None, "data.teacher_enable_thinking", thinking, "none where the teacher's format is raw")
 
     def _check_teacher_prompt_format(self):
-        text = self.teacher_prompt_format or "{prompt}"
+        text = "{prompt}" if self.teacher_prompt_format is None else self.teacher_prompt_format
         _require("{prompt}" in text, "data.teacher_prompt_format", text, "a text that contains {prompt}")
         # A misspelt field would be shown to the teacher as it stands, and no error would tell.
         for name in set(re.findall(r"\{(\w+)\}", text)) - set(TEACHER_FIELDS):

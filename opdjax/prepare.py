@@ -74,7 +74,7 @@ def prepare(config: Config) -> Setup:
     if asked is not None and config.teacher_is_student and prompts.teacher_ids is None:
         raise ConfigError(
             f"teacher.path is {STUDENT} and the teacher is shown what the student is: the same model on the same tokens has nothing to "
-            "teach; show it more with data.teacher_prompt_format, such as '{prompt}\n\nA correct solution: {reference}'"
+            "teach; show it more with data.teacher_prompt_format, such as '{prompt} (a correct solution: {reference})'"
         )
     evaluator = make_evaluator(config, student, tokenizer, mesh)
     # The weights come last: what is wrong with the data is said before gigabytes are read.

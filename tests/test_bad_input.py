@@ -281,6 +281,7 @@ CONFIG = {
         "data.teacher_prompt_format is '{prompt}1'; expected none where no teacher"),
     "a format without the prompt": (PARSED, lambda p: p.train("--data.teacher-prompt-format", "{reference}"),
         "data.teacher_prompt_format is '{reference}'; expected a text that contains {prompt}"),
+    "a format that is empty": (PARSED, lambda p: p.train("--data.teacher-prompt-format", ""), "is ''; expected a text that contains"),
     "a format with a misspelt field": (PARSED, lambda p: p.train("--data.teacher-prompt-format", "{prompt}{references}"),
         "expected {reference} in place of {references}"),
     "a student that is shown what its teacher is": ("ConfigError", lambda p: p.train("--teacher.path", "@student"),

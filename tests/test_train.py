@@ -33,8 +33,9 @@ from opdjax.config import (
     SamplingConfig,
     TrainConfig,
 )
-from opdjax.data.chat import TokenizerMismatchError
+from opdjax.data.chat import TokenizerMismatchError, load_tokenizer
 from opdjax.models.hf import fingerprint, load_params, open_checkpoint
+from opdjax.prepare import make_evaluator
 from opdjax.train import NonFiniteLossError, export_step, train
 from opdjax.train_state import make_update
 from opdjax.workdir import WorkdirError, read_lines
@@ -276,6 +277,17 @@ def test_a_student_that_is_its_own_teacher_resumes_and_is_compiled_once(tmp_path
     assert without_times(tmp_path / "straight") == without_times(tmp_path / "run")
     assert read_lines(tmp_path / "straight" / "samples.jsonl") == read_lines(tmp_path / "run" / "samples.jsonl")
     jax.tree.map(np.testing.assert_array_equal, final_weights(tmp_path / "straight"), final_weights(tmp_path / "run"))
+
+
+def test_the_evaluation_shows_nothing_of_what_the_teacher_is_shown(tmp_path):
+    """Not even rows with a reference are asked for."""
+    source = tmp_path / "bare.jsonl"
+    source.write_text(json.dumps({"prompt": "1+1=", "answer": "2"}) + "\n")
+    config = dataclasses.replace(of_itself(), evaluation=EvaluationConfig(str(source)))
+    tokenizer = load_tokenizer(MINI_PAIR / "student")
+    prompts = make_evaluator(config, open_checkpoint(MINI_STUDENT), tokenizer, None).prompts
+    assert prompts.teacher_ids is None
+    assert tokenizer.decode(prompts.student_ids[0]) == "<|im_start|>user\n1+1=<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_a_student_can_be_taught_what_it_writes_when_it_sees_more(tmp_path):

@@ -148,7 +148,7 @@ def _views(data: DataConfig, student_tokenizer: Any, teacher_tokenizer: Any) -> 
     student = _View(student_tokenizer, data.format, data.enable_thinking, system[data.format], data.prompt_format)
     thinking = data.enable_thinking if thinking is None else thinking
     wrap = data.teacher_prompt_format
-    return student, _View(teacher_tokenizer, format, thinking, system[format], wrap or data.prompt_format, is_teachers=wrap is not None)
+    return student, _View(teacher_tokenizer, format, thinking, system[format], wrap or data.prompt_format, is_teachers=bool(wrap))
 
 
 def _wrapped(row: Prompt, format: str) -> str | Messages:
