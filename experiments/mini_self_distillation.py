@@ -10,10 +10,10 @@ the student: the mini student was never trained to read an answer in its prompt 
 6.1 at the first step). `opdjax doctor` says so before (teacher_is_better). Measured on 512 test problems: avg@8 0.409 -> 0.000
 with its own current weights, 0.409 -> 0.013 with the frozen ones; greedy 0.543 -> 0.000 and 0.012.
 
-After 100 steps of `sft` on prompts of the form that the teacher sees (see the ledger) the two views agree better (KL 0.42), and
-still the one with the answer is right no more often. Its frozen teacher then takes greedy answers from 0.303 to 0.617 at a
-learning rate of 1e-4 and leaves avg@8 where it was (0.195 -> 0.192). The moving one drifts with its student, as nothing
-holds it: greedy 0.303 -> 0.223 at 3e-5, and answers of two tokens at 3e-4.
+From a student that reads it, it works: after 250 steps of `sft` at 2e-3 on prompts of the form that the teacher sees (the
+ledger has the commands) the view with the answer is right on 58 of 64 prompts, the bare one on 31, and the frozen teacher at
+1e-4 takes the bare one from 0.249 to 0.533 avg@8 (greedy 0.439 -> 0.924). After 100 such steps at 3e-4 it is not ahead yet
+(23 against 25), and avg@8 stays at 0.19; a moving teacher then drifts with its student, as nothing holds it.
 """
 
 from opdjax.config import (
