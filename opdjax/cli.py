@@ -154,7 +154,9 @@ def doctor(arguments: list[str]) -> None:
         if num_prompts < 1:
             raise ConfigError(f"--num-prompts is {num_prompts}; expected at least 1")
         if RECIPES[config.estimator.recipe].teacher != "none":
-            tokenizers = [load_tokenizer(open_checkpoint(model.path, model.revision).path) for model in (config.student, config.teacher)]
+            tokenizers = [
+                load_tokenizer(open_checkpoint(model.path, model.revision).path) for model in (config.student, config.teacher_model)
+            ]
             vocabularies = check_tokenizers(*tokenizers, config.estimator.recipe)
             if vocabularies.status == "fault":
                 print(f"{vocabularies}\nthe other checks compare ids, so they were not made")
@@ -189,7 +191,7 @@ def sample(arguments: list[str]) -> None:
         """Print completions of prompts.
 
         Args:
-            model: checkpoint directory or hub id
+            model: checkpoint directory, hub id, or @mini_student or @mini_teacher
             prompts: texts to complete
             data: how a prompt is rendered
             num_generations: completions of each prompt
@@ -207,7 +209,7 @@ def sample(arguments: list[str]) -> None:
         from opdjax.data.prompts import Prompt, collate, encode_prompts
         from opdjax.evals.evaluate import completions
         from opdjax.models.hf import load_params, open_checkpoint
-        from opdjax.prepare import compute_dtype, num_ids, stop_ids
+        from opdjax.prepare import compute_dtype, num_ids, stop_ids, student_view
         from opdjax.sampler import Decoding
         from opdjax.sampler import sample as draw
 
@@ -216,7 +218,7 @@ def sample(arguments: list[str]) -> None:
         # The checks of a run's config; a temperature of 0 is greedy here and not for rollouts that are trained on.
         SamplingConfig(num_generations, max_completion_length, temperature or 1.0, top_p, top_k, min_p)
         Config(seed=seed)
-        data = dataclasses.replace(data, source="the command line", overlong="error")
+        data = dataclasses.replace(student_view(data), source="the command line", overlong="error")
         checkpoint = open_checkpoint(model)
         tokenizer = load_tokenizer(checkpoint.path)
         params = load_params(checkpoint, compute_dtype(ModelConfig(model, dtype=dtype)))
@@ -251,7 +253,7 @@ def evaluate(arguments: list[str]) -> None:
         """Print the scores of a checkpoint.
 
         Args:
-            model: checkpoint directory or hub id
+            model: checkpoint directory, hub id, or @mini_student or @mini_teacher
             data: how a prompt is rendered; its source is not read
             evaluation: which prompts, how answers are drawn and graded
             dtype: of the forward pass
@@ -291,7 +293,7 @@ def import_(arguments: list[str]) -> None:
         """Check and describe a checkpoint.
 
         Args:
-            model: checkpoint directory or hub id
+            model: checkpoint directory, hub id, or @mini_student or @mini_teacher
         """
         from opdjax.data.chat import load_tokenizer
         from opdjax.models.hf import load_params, open_checkpoint

@@ -34,7 +34,9 @@ from opdjax.config import (
 UNUSUAL = Config(
     student=ModelConfig("a", "main", "bfloat16"),
     teacher=ModelConfig("b", "v2", "float32"),
-    data=DataConfig("x.jsonl", "Q: {prompt}", "be short", "raw", True, "chat", False, 64, "error", "question", "a.b", "text"),
+    data=DataConfig(
+        "x.jsonl", "Q: {prompt}", "be short", "raw", True, "chat", False, 64, "error", "question", "a.b", "text", "{prompt}{answer}"
+    ),
     sampling=SamplingConfig(6, 33, 0.7, 0.9, 20, 0.1, (7, 8), "teacher"),
     estimator=EstimatorConfig(
         "full_kl", "fixed_denominator", 64, 0.5, "student_topk", 10, "jsd", 0.25, None, "teacher", 9, "none", "tail", True
