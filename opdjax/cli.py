@@ -15,8 +15,22 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from opdjax.config import Config, ConfigError, DataConfig, EvaluationConfig, MeshConfig, ModelConfig, SamplingConfig, from_dict, nearest
+from opdjax.config import (
+    AuditConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    EvaluationConfig,
+    MeshConfig,
+    ModelConfig,
+    SamplingConfig,
+    from_dict,
+    nearest,
+)
 from opdjax.points import SweepPoint
+
+# The built-in pair on its own task.
+_MINI = Config(data=DataConfig(max_prompt_length=32), sampling=SamplingConfig(max_completion_length=24))
 
 
 def main() -> None:
@@ -170,6 +184,49 @@ def doctor(arguments: list[str]) -> None:
         sys.exit(1 if has_fault else 0)
 
     _call(run, arguments[1:], "opdjax doctor EXPERIMENT")
+
+
+def audit(arguments: list[str]) -> None:
+    """[EXPERIMENT] --workdir DIR [--section.field VALUE …]: bias, variance and cost of the estimators; --explain RECIPE tells of one."""
+    if arguments[:1] == ["--explain"]:
+        from opdjax.audit.run import explain
+
+        if len(arguments) != 2:
+            raise ConfigError("--explain takes the name of one recipe or pitfall")
+        print(explain(arguments[1]))
+        return
+    is_given = bool(arguments) and not arguments[0].startswith("-")
+    default = load_experiment(arguments[0]) if is_given else _MINI
+
+    def run(
+        workdir: pathlib.Path,
+        only: tuple[str, ...] = (),
+        how: AuditConfig = AuditConfig(),  # noqa: B008
+        config: Annotated[Config, tyro.conf.arg(name="")] = default,
+    ):
+        """Measure the estimators; without EXPERIMENT, on the built-in pair.
+
+        Args:
+            workdir: directory for audit.json and audit.html
+            only: recipes and pitfalls by name; none: all
+            how: how much is measured
+            config: every field of the experiment; its own recipe is measured too
+        """
+        from opdjax.audit.run import audit as measure
+        from opdjax.audit.subjects import choose
+        from opdjax.audit.table import text
+        from opdjax.report.page import write_report
+        from opdjax.workdir import write_json
+
+        asked = (config.estimator.options, config.estimator.recipe) if is_given else (None, None)
+        subjects = choose(only or None, *asked)
+        workdir.mkdir(parents=True, exist_ok=True)
+        document = measure(config, subjects, how)
+        write_json(workdir / "audit.json", document)
+        print(f"\n{text(document)}\n")
+        print(write_report(workdir, workdir / "audit.html"))
+
+    _call(run, arguments[is_given:], "opdjax audit [EXPERIMENT]")
 
 
 def sample(arguments: list[str]) -> None:
@@ -430,6 +487,7 @@ def _call(function: Callable, arguments: list[str], program: str) -> None:
 VERBS = {
     "train": train,
     "doctor": doctor,
+    "audit": audit,
     "sweep": sweep,
     "table": table,
     "report": report,

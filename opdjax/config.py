@@ -464,6 +464,24 @@ class Config:
         return self.train.prompts_per_step * self.sampling.num_generations
 
 
+@dataclasses.dataclass(frozen=True)
+class AuditConfig:
+    """How much `opdjax audit` measures."""
+
+    num_contexts: int = 1000  # random ones, every draw of which is enumerated
+    vocab: int = 50  # of the random contexts
+    num_prompts: int = 128  # that the student answers
+    num_generations: int = 2  # answers a prompt: what differs between them is the noise of trajectories
+    parameter_space: bool = True  # the gradients of all parameters too: minutes, and memory for several copies of the student
+    seed: int = 0
+
+    def __post_init__(self):
+        _require_types(self, "how.")
+        for name, least in (("num_contexts", 1), ("vocab", 2), ("num_prompts", 2), ("num_generations", 2)):
+            _require(getattr(self, name) >= least, f"how.{name}", getattr(self, name), f"at least {least}")
+        _require_seed("how.seed", self.seed)
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain values, as `config.json` holds them."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
