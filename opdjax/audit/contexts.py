@@ -62,8 +62,8 @@ def enumerate_draws(subject: Subject, student: VocabTile, teacher: VocabTile, me
     row = Columns(jnp.tile(jnp.arange(vocab), n), mean_reward=jnp.full(n * vocab, mean_reward, student.logits.dtype))
     loss, others = one.token_loss(), repeated(teacher)
     gradient = jax.grad(lambda logits: jnp.sum(loss(VocabTile(logits), others, row)[0]))(repeated(student).logits)
-    gradient = gradient.reshape(n, vocab, vocab)
     drawn = _probs(subject.drawn_from(student, teacher))
+    gradient = jnp.where(drawn[:, :, None] > 0, gradient.reshape(n, vocab, vocab), 0)  # what is never drawn may be anything
     own = jnp.einsum("nv,nvu->nu", drawn, gradient)
     # The spread around the mean, not the difference of two squares.
     variance = jnp.einsum("nv,nvu->n", drawn, jnp.square(gradient - own[:, None]))

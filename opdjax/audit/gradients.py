@@ -8,7 +8,7 @@ between prompts also that of the data. Squared norms over all parameters; a roll
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,28 +31,34 @@ def audit_gradients(states: States, subjects: Sequence[Subject]) -> dict[str, An
     """Signal and the parts of the noise of each subject, with the ratio of its noise to that of `opd`.
 
     Every subject sees the same redraws. A coupled one is measured on the tokens that were drawn: its action noise cannot be
-    told from that of trajectories.
+    told from that of trajectories. `by_kl`: for the baselines, the action noise of the contexts between neighbouring quantiles
+    of the KL, relative to `opd` there; redraws at different contexts are independent, so that the noise of a rollout is the
+    sum of that of its contexts.
     """
-    rows = {each.name: _row(states, each) for each in subjects}
-    plain = rows.get("opd") or _row(states, subject("opd"))
+    runs = {each.name: _measure(states, each) for each in subjects}
+    plain_run = runs.get("opd") or _measure(states, subject("opd"))
+    rows = {name: run(states.mask) for name, run in runs.items()}
+    plain = rows.get("opd") or plain_run(states.mask)
     for row in rows.values():
         row["noise_ratio"] = row["noise"] / plain["noise"]
         if row["action"] is not None and plain["action"]:
             row["action_ratio"] = ratio_with_interval(row["per_prompt"], plain["per_prompt"])
-    return {"num_redraws": NUM_REDRAWS, "batch": BATCH, "rows": {name: _without(row, "per_prompt") for name, row in rows.items()}}
+    baselines = {each.name: runs[each.name] for each in subjects if each.recipe == "vopd" and not each.is_coupled}
+    return {
+        "num_redraws": NUM_REDRAWS,
+        "batch": BATCH,
+        "rows": {name: _without(row, "per_prompt") for name, row in rows.items()},
+        "by_kl": _by_kl(states, plain_run, baselines),
+    }
 
 
-def audit_bins(states: States, subjects: Sequence[Subject]) -> dict[str, Any]:
-    """Action noise in parameter space of the contexts between neighbouring quantiles of the KL, relative to `opd` there.
-
-    Redraws at different contexts are independent, so that the noise of a rollout is the sum of that of its contexts.
-    """
-    kl = states.per_token(lambda s, t, _: reverse_kl(s, t))
-    bins = kl_bins(kl, states.mask)
-    plain = [_row(states, subject("opd"), inside)["per_prompt"] for inside in bins]
+def _by_kl(states: States, plain_run: Callable, runs: dict[str, Callable]) -> dict[str, Any]:
+    bins = kl_bins(states.per_token(lambda s, t, _: reverse_kl(s, t)), states.mask)
+    plain = [plain_run(inside)["per_prompt"] for inside in bins]
     total = sum(part.sum() for part in plain)
-    rows = {each.name: [_row(states, each, inside)["per_prompt"] for inside in bins] for each in subjects}
-    ratios = {name: [ratio_with_interval(*pair) for pair in zip(parts, plain)] for name, parts in rows.items()}
+    ratios = {
+        name: [ratio_with_interval(run(inside)["per_prompt"], part) for inside, part in zip(bins, plain)] for name, run in runs.items()
+    }
     return {"variance_share": [float(part.sum() / total) if total else None for part in plain], "rows": ratios}
 
 
@@ -60,19 +66,23 @@ def _without(row: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key != name}
 
 
-def _row(states: States, each: Subject, inside: np.ndarray | None = None) -> dict[str, Any]:
-    """Parts of the variance of one rollout's gradient; `inside` leaves out the tokens of other contexts."""
+def _measure(states: States, each: Subject) -> Callable[[np.ndarray], dict[str, Any]]:
+    """`measure(mask) -> row`: the parts of the variance of one rollout's gradient of the tokens in `mask`; compiled once."""
     is_split = each.is_sampled and not each.is_coupled
-    columns = _columns(states, each)
-    draws = _redraws(states, each) if is_split else _as_drawn(states, each)
-    mask = states.mask if inside is None else inside
-    # fixed_denominator: a rollout's gradient then does not depend on the lengths of others, and their mean is the batch's.
-    weights = jnp.asarray(mask / states.spec.max_completion_length, jnp.float32)
     by_prompt = lambda tree: jax.tree.map(lambda x: jnp.reshape(x, (-1, states.num_generations, *x.shape[1:])), tree)  # noqa: E731
+    rows = by_prompt((states.batch, _columns(states, each)))
+    draws = by_prompt(_redraws(states, each) if is_split else _as_drawn(states, each))
     run = jax.jit(partial(_scan_prompts, each, states.spec))
-    found = run(states.params, states.teacher[1], by_prompt((states.batch, columns, weights)), by_prompt(draws))
-    total, *per_prompt = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
-    return _split(total, *per_prompt, draws[0].shape[1], states.num_generations)
+
+    def measure(mask: np.ndarray) -> dict[str, Any]:
+        # fixed_denominator: a rollout's gradient then does not depend on the lengths of others, and their mean is the batch's.
+        weights = by_prompt(jnp.asarray(mask / states.spec.max_completion_length, jnp.float32))
+        total, *per_prompt = jax.tree.map(
+            lambda x: np.asarray(x, np.float64), run(states.params, states.teacher[1], (*rows, weights), draws)
+        )
+        return _split(total, *per_prompt, draws[0].shape[2], states.num_generations)
+
+    return measure
 
 
 def _scan_prompts(each: Subject, spec, params, teacher_head, rows, draws):

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from opdjax.audit.batches import audit_batch_pitfalls, audit_costs
-from opdjax.audit.gradients import audit_bins, audit_gradients, num_uniforms
+from opdjax.audit.gradients import audit_gradients, num_uniforms
 from opdjax.audit.pair import audit_contexts, reach
 from opdjax.audit.subjects import COUPLED, Subject
 from opdjax.audit.tree import audit_tree
@@ -62,9 +62,8 @@ def _audit_pair(config: Config, uncoupled: list[Subject], coupled: list[Subject]
     found["batch_pitfalls"] = audit_batch_pitfalls(states)
     if how.parameter_space:
         tell("gradients of all parameters, rollout by rollout")
-        found["gradients"] = audit_gradients(states, [*uncoupled, *coupled])
-        baselines = [each for each in uncoupled if each.recipe == "vopd"]
-        found["gradients"]["by_kl"] = audit_bins(states, baselines)
+        exact = ("full_kl divergence=reverse", "full_kl divergence=forward")
+        found["gradients"] = audit_gradients(states, [s for s in (*uncoupled, *coupled) if s.is_sampled or s.name in exact])
     return found
 
 

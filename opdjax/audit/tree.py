@@ -1,7 +1,7 @@
 """The audit of what couples tokens, on a tree small enough to enumerate every sequence: V = 3, T = 3, token 0 ends it.
 
-The student is a table: a row of logits for each prefix, its parameters. Everything else is real: the pass that prepares
-columns, the tiled loss, the aggregation. Float64.
+The student is a table: a row of logits for each prefix, its parameters. Everything else is real: the columns that are
+prepared, the recipe's loss, the aggregation. Float64.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from opdjax.audit.subjects import Subject, subject
 from opdjax.estimators import bind, sequence
 from opdjax.estimators.losses import AGGREGATIONS, aggregation_weights, count_denominators
-from opdjax.ops.vocab import Columns, Head, tiled_loss, tiled_stats
+from opdjax.ops.vocab import Columns, VocabTile
 
 LENGTH, END = 3, 0
 PREFIXES = [prefix for n in range(LENGTH) for prefix in itertools.product((1, 2), repeat=n)]
@@ -25,12 +25,11 @@ SEQUENCES = [(*prefix, END) for prefix in PREFIXES] + [(*prefix, y) for prefix i
 
 
 def _encode(tokens):
-    """(tokens [T + 1], mask, one-hot prefixes [T + 1, C]); column 0 is the prompt."""
-    row, mask, hidden = np.zeros(LENGTH + 1, int), np.zeros(LENGTH + 1, bool), np.zeros((LENGTH + 1, len(PREFIXES)))
+    """(tokens [T + 1], mask, number of the prefix before each token [T + 1]); column 0 is the prompt."""
+    row, mask, before = np.zeros(LENGTH + 1, int), np.zeros(LENGTH + 1, bool), np.zeros(LENGTH + 1, int)
     for t, token in enumerate(tokens):
-        row[t + 1], mask[t + 1] = token, True
-        hidden[t, PREFIXES.index(tokens[:t])] = 1
-    return row, mask, hidden
+        row[t + 1], mask[t + 1], before[t + 1] = token, True, PREFIXES.index(tokens[:t])
+    return row, mask, before
 
 
 _ENCODED = [np.stack(parts) for parts in zip(*map(_encode, SEQUENCES))]
@@ -44,19 +43,23 @@ def sequence_logprobs(table) -> jax.Array:
 
 def gradient_of(subject: Subject, student, teacher, behavior, rows, aggregation: str):
     """Gradient `[C, V]` of the subject's loss on the sequences with these numbers, drawn from the table `behavior`."""
-    tokens, mask, hidden = (jnp.asarray(x)[rows] for x in _ENCODED)
+    tokens, mask, before = (jnp.asarray(x)[rows] for x in _ENCODED)
     segments = jnp.ones_like(tokens)
     weights = aggregation_weights(mask, segments, aggregation, count_denominators(mask, segments, LENGTH))
     recipe, options = bind(subject.recipe, subject.options)
-    contexts, supervisor = Head(student.T), (hidden, Head(teacher.T))
-    take = lambda tile, _, row: tile.logprob(row.token)  # noqa: E731
-    drawn = tiled_stats(take, hidden, Head(behavior.T), mask, Columns(tokens), tile=4)
-    columns = Columns(tokens, behavior_logprob=drawn)
+    at = lambda table: VocabTile(table[before.reshape(-1)])  # noqa: E731
+    flat = lambda tree: jax.tree.map(lambda x: x.reshape(-1), tree)  # noqa: E731
+    columns = Columns(tokens, behavior_logprob=at(behavior).logprob(tokens.reshape(-1)).reshape(tokens.shape))
     if sequence.is_coupled(options):
-        stats = tiled_stats(partial(sequence.token_stats, options=options), hidden, contexts, mask, columns, supervisor, tile=4)
+        stats = sequence.token_stats(at(student), at(teacher), flat(columns), options)
+        stats = jax.tree.map(lambda x: x.reshape(tokens.shape), stats)
         columns = sequence.prepare(columns, stats, mask, segments, options, is_policy_gradient=recipe.is_policy_gradient)
-    token_loss = partial(recipe.token_loss, **options)
-    return jax.grad(lambda kernel: tiled_loss(token_loss, hidden, Head(kernel), weights, columns, supervisor, tile=4)[0])(student.T).T
+
+    def loss(table):
+        losses, _ = recipe.token_loss(at(table), at(teacher), flat(columns), **options)
+        return jnp.sum(weights.reshape(-1) * losses)
+
+    return jax.grad(loss)(student)
 
 
 def exact_gradients(student, teacher) -> dict[str, jax.Array]:
