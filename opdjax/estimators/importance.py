@@ -40,7 +40,8 @@ def prefix_truncate(
 ) -> Float[Array, "B T"]:
     """`min(prod_{s <= t} rho_s, cap)`, with `is_inclusive` False the product over `s < t`: the ratio of reaching the context.
 
-    A policy gradient takes the first. An exact divergence draws no action at t and takes the second.
+    A policy gradient takes the first. An exact divergence draws no action at t and takes the second. Without a cap both are
+    exact for what is earned at t itself; rewards to come (discount, a task reward) also hang on later ratios: `sequence_mask`.
     """
     summed = running_sum(log_ratio, mask, segment_ids)
     if not is_inclusive:
