@@ -1,8 +1,9 @@
 """Ratios between the student and the policy that was truly sampled from, and what is made of them; k1, k2, k3.
 
 Every ratio is `rho = student(y) / behavior(y)`, the behaviour policy with its temperature and filters, the student as it
-is now; it is detached where it weighs a loss. An untruncated ratio makes stale tokens unbiased; every truncation trades
-bias for variance: tokens that it drops stay in the denominator of the loss.
+is now; it is detached where it weighs a loss. An untruncated ratio makes stale tokens unbiased, at contexts drawn from the
+student, wherever the behaviour policy can draw what the student can: tokens that a filter took away no ratio brings back.
+Every truncation trades bias for variance: tokens that it drops stay in the denominator of the loss.
 """
 
 from __future__ import annotations

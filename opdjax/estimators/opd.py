@@ -139,7 +139,8 @@ def vopd(student: VocabTile, teacher: VocabTile | None, row: Columns, *, baselin
     Equation: loss(y) = -sg[h(r) - b] log student(y), r = log teacher(y) - log student(y), nats, y drawn from the student.
         b does not depend on y, so that the expected gradient is that of `opd`, whatever b is; with b = E[r] =
         -KL(student || teacher) the advantages of a context average to 0. vOPD, arXiv 2605.07865, equations 9 to 15. Exactly
-        so under the aggregation fixed_denominator; others divide by sampled lengths and let b leak in by O(1 / rows).
+        so under the aggregation fixed_denominator (others divide by sampled lengths and let b leak in by O(1 / rows)) and
+        without a filter on sampling or a bound on the importance ratio, under which b moves the expectation too.
     Detached: reward, baseline, every weight and ratio; nothing reaches the teacher.
     Cost: the teacher's hidden states and its unembedding of every context (one more product of the size of the student's
         own), but no gradient through the vocabulary; `batch_mean` needs the teacher's log-prob of the sampled token alone.
