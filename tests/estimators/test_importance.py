@@ -113,10 +113,24 @@ class TestOneContext:
             print(f"one context, vopd under min(rho, {cap:g}): the baseline moves the gradient by {share:.1e}")
             assert share < 1e-12 if cap == HUGE else share > 1e-3
 
+    @pytest.mark.parametrize("name", ["opd", "vopd"])
+    def test_no_ratio_brings_back_what_a_filter_took_away(self, name, logits):
+        """The two least likely tokens are never drawn: the whole ratio then sums over the others, and the baseline is not free."""
+        student, teacher, _ = logits
+        p = np.asarray(jax.nn.softmax(student))
+        kept = p > np.sort(p)[1]
+        behavior = np.where(kept, student, -np.inf)
+        found, exact = self.found((student, teacher, behavior), {"importance": "token_truncate", "importance_cap": HUGE}, name)
+        value = 0.0 if name == "opd" else -reverse_kl(student, teacher)
+        np.testing.assert_allclose(found, self.stated(logits, p * kept, value), atol=1e-12)
+        print(f"one context, {name}, {1 - p @ kept:.3f} of the mass filtered: relative bias {relative_bias(found, exact):.3f}")
+        assert relative_bias(found, exact) > 0.01
+
     def test_every_importance_ratio_and_weight_is_detached(self, logits):
         """The ratio of token_truncate is differentiated by nobody: its gradient is a multiple of the score."""
         student, teacher, behavior = logits
         drawn = jax.nn.log_softmax(behavior)
+        np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(importance.token_ratio(x, drawn)))(jnp.asarray(student)), 0)
         for kind in ("token_truncate", "token_mask"):
             options = {"importance": kind, "importance_cap": 5.0}
             found = np.asarray(sample_gradients("opd", options, student, teacher, behavior_logprob=drawn)[0])
