@@ -262,7 +262,7 @@ CONFIG = {
     "more devices than there are": ("ConfigError", lambda p: p.train("--mesh.data", "99"),
         "mesh.data is 99, but there are 8 cpu devices; expected at most"),
     "an option of another recipe": ("ValueError", lambda p: p.train("--estimator.support", "student"),
-        "recipe 'opd' has no option 'support'; it has ['discount']"),
+        "recipe 'opd' has no option 'support'; it has ['discount', 'return_to_go', "),
     "beta without jsd": (PARSED, lambda p: p.train("--estimator.recipe", "full_kl", "--estimator.beta", "0.5"),
         "estimator.beta is 0.5; expected none unless divergence is jsd"),
     "top-k with jsd": (PARSED, lambda p: p.train(*TOPK, "--estimator.divergence", "jsd"),

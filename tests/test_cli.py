@@ -221,7 +221,7 @@ def test_training_asks_for_a_work_directory(opdjax, experiment):
 def test_an_option_of_another_recipe_is_refused_before_anything_is_written(opdjax, experiment, tmp_path, flag, value, option):
     status, out, err = opdjax("train", experiment(), "--workdir", tmp_path / "run", flag, value)
     assert (status, out) == (2, "")
-    assert f"recipe 'opd' has no option '{option}'; it has ['discount']" in err
+    assert f"recipe 'opd' has no option '{option}'; it has ['discount', 'return_to_go', " in err
     assert not (tmp_path / "run" / "config.json").exists()
 
 

@@ -39,7 +39,9 @@ UNUSUAL = Config(
     ),
     sampling=SamplingConfig(6, 33, 0.7, 0.9, 20, 0.1, (7, 8), "teacher"),
     estimator=EstimatorConfig(
-        "full_kl", "fixed_denominator", 64, 0.5, "student_topk", 10, "jsd", 0.25, None, "teacher", 9, "none", "tail", True
+        "full_kl", "fixed_denominator", 64, discount=0.5, return_to_go="expected", reward_floor=-2.0, prefix_weight=0.5, extra_draws=3,
+        task_reward_coef=0.1, baseline="student_topk", baseline_top_k=10, divergence="jsd", beta=0.25, support="teacher", support_top_k=9,
+        renormalize="none", outside="tail", clamp_at_zero=True,
     ),
     optimizer=OptimizerConfig(1e-3, "linear", 3, 0.8, 0.95, 1e-6, 0.1, 0.0),
     train=TrainConfig(7, 12, 4, True, 2),
@@ -48,7 +50,14 @@ UNUSUAL = Config(
     log=LogConfig(0, 2, True),
     mesh=MeshConfig(2),
     seed=11,
-)
+)  # fmt: skip
+EXCLUDED = {
+    "estimator.skew_alpha",  # by the other options that are set
+    *("estimator.weight", "estimator.convention", "estimator.power_alpha", "estimator.importance", "estimator.importance_cap"),
+    *("estimator.importance_floor", "estimator.clip_low", "estimator.clip_high"),
+}
+CORRECTED = EstimatorConfig("opd", power_alpha=0.5, importance="token_mask", importance_cap=4.0, importance_floor=0.25)
+CLIPPED = EstimatorConfig("opd", importance="ppo_clip", clip_low=0.1, clip_high=0.3)
 
 
 def leaves(value, path=""):
@@ -63,10 +72,12 @@ def leaves(value, path=""):
 def test_every_leaf_survives_the_file():
     written = json.loads(json.dumps(to_dict(UNUSUAL)))
     changed = [line.split(":")[0] for line in differences(to_dict(Config()), written)]
-    excluded = {"estimator.weight", "estimator.convention", "estimator.skew_alpha"}  # by the other options that are set
-    assert sorted(changed) == sorted(set(leaves(to_dict(Config()))) - excluded)
+    assert sorted(changed) == sorted(set(leaves(to_dict(Config()))) - EXCLUDED)
     assert from_dict(Config, written) == UNUSUAL
     assert from_dict(Config, to_dict(Config())) == Config()
+    for estimator in (CORRECTED, CLIPPED):
+        config = Config(estimator=estimator)
+        assert from_dict(Config, json.loads(json.dumps(to_dict(config)))) == config
 
 
 @settings(max_examples=30, deadline=None)
@@ -173,6 +184,35 @@ REFUSED = [
     (EstimatorConfig, {"beta": -0.1}, "estimator.beta is -0.1; expected from 0 to 1"),
     (EstimatorConfig, {"beta": 1.1}, "estimator.beta is 1.1; expected from 0 to 1"),
     (EstimatorConfig, {"baseline_top_k": 0}, "estimator.baseline_top_k is 0; expected at least 1"),
+    (EstimatorConfig, {"return_to_go": "expected"}, "estimator.return_to_go is 'expected'; expected none unless discount is more than 0"),
+    (EstimatorConfig, {"return_to_go": "sampled", "discount": 0.0}, "return_to_go is 'sampled'; expected none unless discount is more"),
+    (EstimatorConfig, {"reward_floor": 0.0}, "estimator.reward_floor is 0.0; expected less than 0 (nats)"),
+    (EstimatorConfig, {"reward_floor": 1.0}, "estimator.reward_floor is 1.0; expected less than 0 (nats)"),
+    (EstimatorConfig, {"power_alpha": 0.0}, "estimator.power_alpha is 0.0; expected more than 0"),
+    (EstimatorConfig, {"reward_floor": -1.0, "power_alpha": 0.5}, "reward_floor is -1.0; expected none where power_alpha is given"),
+    (EstimatorConfig, {"prefix_weight": -0.1}, "estimator.prefix_weight is -0.1; expected 0 (off) or more"),
+    (EstimatorConfig, {"extra_draws": -1}, "estimator.extra_draws is -1; expected 0 (off) or more"),
+    (EstimatorConfig, {"extra_draws": 2, "importance": "token_mask"}, "estimator.extra_draws is 2; expected 0 where importance is given"),
+    (EstimatorConfig, {"importance_cap": 2.0}, "estimator.importance_cap is 2.0; expected none unless importance is token_truncate or"),
+    (EstimatorConfig, {"importance": "ppo_clip", "importance_cap": 2.0}, "importance_cap is 2.0; expected none unless importance is token"),
+    (EstimatorConfig, {"importance": "token_truncate", "importance_cap": 0.0}, "estimator.importance_cap is 0.0; expected more than 0"),
+    (EstimatorConfig, {"importance": "token_truncate", "importance_floor": 0.5}, "importance_floor is 0.5; expected none unless"),
+    (EstimatorConfig, {"importance": "token_mask", "clip_low": 0.2}, "estimator.clip_low is 0.2; expected none unless importance is"),
+    (EstimatorConfig, {"clip_high": 0.2}, "estimator.clip_high is 0.2; expected none unless importance is ppo_clip"),
+    (EstimatorConfig, {"importance": "ppo_clip", "clip_low": 1.0}, "estimator.clip_low is 1.0; expected less than 1"),
+    *(
+        (EstimatorConfig, {"recipe": recipe, "importance": kind}, f"estimator.importance is '{kind}'; expected none or prefix_truncate")
+        for recipe in ("full_kl", "topk_kl") for kind in ("token_truncate", "token_mask", "sequence_mask", "ppo_clip")
+    ),
+    (
+        Config,
+        {"estimator": EstimatorConfig("full_kl", importance="prefix_truncate"), "sampling": SamplingConfig(source="teacher")},
+        "estimator.importance is 'prefix_truncate'; expected none where the completions are not the student's",
+    ),
+    (
+        Config, {"estimator": EstimatorConfig("opd", task_reward_coef=0.5)},
+        "sampling.num_generations is 1; expected at least 2 where estimator.task_reward_coef is given",
+    ),
     (OptimizerConfig, {"learning_rate": 0.0}, "optimizer.learning_rate is 0.0; expected more than 0"),
     (OptimizerConfig, {"learning_rate": math.nan}, "optimizer.learning_rate is nan; expected a finite number"),
     (OptimizerConfig, {"warmup_steps": -1}, "optimizer.warmup_steps is -1; expected 0 or more"),
@@ -232,6 +272,9 @@ def test_a_value_out_of_range_is_refused_by_name(section, values, message):
         (EstimatorConfig, {"discount": 0.0, "divergence": "jsd", "beta": 0.0, "tile": 1}),
         (EstimatorConfig, {"discount": 1.0, "divergence": "jsd", "beta": 1.0}),
         (EstimatorConfig, {"baseline": "student_topk", "baseline_top_k": 1}),
+        (EstimatorConfig, {"prefix_weight": 0.0, "extra_draws": 0, "task_reward_coef": 0.0, "reward_floor": -1e-9, "importance": "none"}),
+        (EstimatorConfig, {"recipe": "full_kl", "importance": "prefix_truncate", "importance_cap": 1e9}),
+        (EstimatorConfig, {"extra_draws": 2, "importance": "none"}),
         (OptimizerConfig, {"b1": 0.0, "b2": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0, "warmup_steps": 0}),
         (EvaluationConfig, {"every": 0, "extra_temperatures": (), "seed": 2**31 - 1}),
         (MeshConfig, {"data": 1}),
@@ -258,11 +301,15 @@ ALTERED = [{"temperature": 0.7}, {"temperature": 1.3}, {"top_p": 0.9}, {"top_k":
 def test_policy_gradients_want_unaltered_sampling(sampling):
     for recipe in ("opd", "vopd"):
         with pytest.raises(
-            ConfigError, match=f"recipe '{recipe}' with .*sample with temperature 1 and no filter, or use the recipe full_kl"
+            ConfigError, match=f"recipe '{recipe}' with .*sample with temperature 1 and no filter, set estimator.importance, or use the"
         ) as e:
             Config(sampling=SamplingConfig(**sampling), estimator=EstimatorConfig(recipe=recipe))
         name, value = next(iter(sampling.items()))
         assert f"{name} {value}" in str(e.value)
+        with pytest.raises(ConfigError, match="its expected gradient is then no longer the one it advertises"):
+            Config(sampling=SamplingConfig(**sampling), estimator=EstimatorConfig(recipe=recipe, importance="none"))
+        corrected = EstimatorConfig(recipe=recipe, importance="token_truncate")
+        assert Config(sampling=SamplingConfig(**sampling), estimator=corrected).estimator == corrected
     config = Config(sampling=SamplingConfig(**sampling), estimator=EstimatorConfig(recipe="full_kl"))
     assert config.sampling.has_filter is ("temperature" not in sampling)
 

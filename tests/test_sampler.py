@@ -20,8 +20,8 @@ from opdjax.models import decoder
 from opdjax.models.hf import load_params, open_checkpoint
 from opdjax.ops.draw import invert_cdf
 from opdjax.ops.vocab import head_logits
-from opdjax.sampler import EVAL_STREAM, TRAIN_STREAM, Decoding, draw_tokens, filter_mask, row_keys, sample
-from opdjax.types import PromptBatch
+from opdjax.sampler import EVAL_STREAM, TRAIN_STREAM, Decoding, draw_tokens, extra_uniforms, filter_mask, row_keys, sample
+from opdjax.types import PromptBatch, Rollouts
 
 ROWS, VOCAB, VALID = 32, 214, 200  # of the filter tests; ids from VALID on are padding
 WIDTH, LENGTH = 16, 24  # prompt and completion columns of the rollout tests
@@ -576,6 +576,64 @@ def test_uniforms_are_bit_equal_in_every_layout(uniforms):
         sharded = named_uniforms(jax.device_put(ids, by_row))
         assert len(sharded.sharding.device_set) == count
         np.testing.assert_array_equal(sharded, uniforms)
+
+
+def rows_of(prompt_id, sample_id, starts, lengths, width=12, version=3):
+    """Rollouts that say where their completions stand and nothing else: the prompt takes two columns."""
+    column, start, length = np.arange(width), np.asarray(starts)[:, None], np.asarray(lengths)[:, None]
+    mask = (column >= start + 2) & (column < start + 2 + length)
+    segments = ((column >= start) & (column < start + 2 + length)).astype(np.int32)
+    prompt_id, sample_id = np.asarray(prompt_id, np.int32), np.asarray(sample_id, np.int32)
+    blank = np.zeros(mask.shape, np.float32)
+    return Rollouts(
+        np.zeros(mask.shape, np.int32), mask, segments, blank, blank, prompt_id, sample_id,
+        np.full(len(mask), version, np.int32), np.zeros(len(mask), bool),
+    )  # fmt: skip
+
+
+def test_extra_uniforms_are_bit_equal_in_every_layout():
+    """Order of the rows, padding to the left, width and company change nothing."""
+    prompt, sample, lengths = np.arange(6) // 2, np.arange(6) % 2, np.array([3, 5, 1, 6, 4, 2])
+    plain = rows_of(prompt, sample, np.zeros(6, int), lengths)
+    expected = np.asarray(extra_uniforms(plain, 7, 4))
+    tokens = [x[m] for x, m in zip(expected, plain.mask)]
+    assert expected.shape == (6, 12, 4)
+    order = np.array([4, 0, 5, 3, 1, 2])
+    for rows, starts, width in (
+        (order, np.zeros(6, int), 12),
+        (order, np.array([4, 0, 1, 3, 2, 0]), 12),
+        (order[:2], np.array([5, 9]), 20),
+    ):
+        moved = rows_of(prompt[rows], sample[rows], starts, lengths[rows], width)
+        found = np.asarray(extra_uniforms(moved, 7, 4))
+        for row, x, m in zip(rows, found, moved.mask):
+            np.testing.assert_array_equal(x[m], tokens[row])
+    by_row = jax.sharding.NamedSharding(mesh_of(2), jax.sharding.PartitionSpec("data"))
+    np.testing.assert_array_equal(extra_uniforms(jax.device_put(plain, by_row), 7, 4), expected)
+    # Fewer draws are another function of the same names; every token and draw has a number of its own.
+    drawn = np.concatenate(tokens)
+    assert len(np.unique(drawn)) > 0.99 * drawn.size
+
+
+def test_every_name_of_an_extra_draw_changes_it():
+    def drawn(prompt=0, sample=0, version=3, seed=7):
+        rollouts = rows_of([prompt], [sample], [0], [10], version=version)
+        return np.asarray(extra_uniforms(rollouts, seed, 3))[rollouts.mask]
+
+    found = [drawn(), drawn(prompt=1), drawn(sample=1), drawn(version=4), drawn(seed=8)]
+    assert len(np.unique(np.stack(found), axis=None)) > 0.99 * 5 * 30
+    assert all(x.min() >= 0 and x.max() < 1 for x in found)
+
+
+def test_extra_draws_do_not_repeat_the_draws_of_the_rollout(uniforms):
+    """They are named alike but for their stream: were that shared, the first extra token would often be the sampled one."""
+    rollouts = rows_of(np.arange(64), np.zeros(64), np.zeros(64, int), np.full(64, LENGTH), LENGTH + 2)
+    for count in (1, 3):
+        found = np.asarray(extra_uniforms(rollouts, 7, count))[:, 2:]
+        assert found.shape == (64, LENGTH, count)
+        assert len(np.intersect1d(found, uniforms)) < 0.001 * found.size
+        assert abs(np.corrcoef(found[..., 0].ravel(), uniforms.ravel())[0, 1]) < 4 / np.sqrt(uniforms.size)
+        assert abs(found.mean() - 0.5) < 4 / np.sqrt(12 * found.size)
 
 
 @pytest.fixture(scope="module")

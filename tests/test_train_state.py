@@ -8,6 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from opdjax.config import EstimatorConfig, OptimizerConfig
@@ -17,7 +18,7 @@ from opdjax.models.decoder import DecoderConfig, head_of, init_params
 from opdjax.models.rope import Rope
 from opdjax.scoring.local import score
 from opdjax.sharding import make_mesh, shard_rows
-from opdjax.train_state import UpdateSpec, init_state, learning_rate_at, loss_and_grad, make_optimizer, make_update
+from opdjax.train_state import UpdateSpec, init_state, learning_rate_at, loss_and_grad, make_optimizer, make_update, noise_and_signal
 from opdjax.types import TeacherScores, TrainBatch
 
 MODEL = DecoderConfig(
@@ -30,19 +31,36 @@ RECIPES = [
     EstimatorConfig(recipe="full_kl", divergence="jsd", beta=0.4, tile=3),
 ]
 
+COUPLED = {  # what a token is worth depends on other tokens, or on more than its own draw
+    "batch_mean": EstimatorConfig(recipe="vopd", baseline="batch_mean", tile=5),
+    "expected": EstimatorConfig(
+        recipe="vopd", baseline="optimal", discount=0.7, return_to_go="expected", task_reward_coef=0.5, extra_draws=2, tile=5
+    ),
+    "prefix": EstimatorConfig(recipe="opd", importance="prefix_truncate", prefix_weight=0.5, power_alpha=0.5, discount=0.3, tile=16),
+    "exclusive": EstimatorConfig(recipe="full_kl", importance="prefix_truncate", tile=5),
+}
+
 
 def make_batch(rng, rows=8, columns=9):
     """Rows of several lengths, padded on both sides."""
-    lengths, starts = rng.integers(2, columns - 3, rows), rng.integers(0, 3, rows)
+    shape, lengths, starts = (rows, columns), rng.integers(2, columns - 3, rows), rng.integers(0, 3, rows)
     column = np.arange(columns)
     segments = ((column >= starts[:, None]) & (column < (starts + lengths)[:, None])).astype(np.int32)
     mask = (segments == 1) & (column > starts[:, None] + 1)
     return TrainBatch(
-        tokens=jnp.asarray(rng.integers(0, MODEL.vocab_size, (rows, columns)), jnp.int32),
+        tokens=jnp.asarray(rng.integers(0, MODEL.vocab_size, shape), jnp.int32),
         mask=jnp.asarray(mask),
         segment_ids=jnp.asarray(segments),
-        behavior_logprobs=jnp.zeros((rows, columns)),
+        behavior_logprobs=jnp.zeros(shape),
     )
+
+
+def with_credit(batch, rng):
+    """The batch with what a reward of the task, extra draws and stale tokens bring."""
+    shape = batch.tokens.shape
+    advantages = jnp.where(batch.mask, rng.normal(size=(shape[0], 1)), 0)
+    behavior = jnp.where(batch.mask, -np.log(MODEL.vocab_size) + 0.4 * rng.normal(size=shape), 0)
+    return dataclasses.replace(batch, advantages=advantages, behavior_logprobs=behavior, uniforms=jnp.asarray(rng.random((*shape, 2))))
 
 
 @functools.cache
@@ -83,6 +101,62 @@ def test_the_gradient_does_not_depend_on_the_number_of_micro_batches(estimator, 
         np.testing.assert_allclose(part_loss, loss, rtol=1e-12)
         assert relative_difference(whole, cut) < 1e-10
         chex.assert_trees_all_close(part_outputs, outputs, rtol=1e-10)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", COUPLED)
+def test_what_couples_tokens_does_not_depend_on_the_number_of_micro_batches(name, rng):
+    student, teacher = make_models(jnp.float64)
+    estimator = COUPLED[name]
+    batch, head = scored(with_credit(make_batch(rng), rng), teacher, estimator)
+    loss, whole, outputs = gradient(student, batch, head, estimator, "float64")
+    plain = EstimatorConfig("opd" if head is None else estimator.recipe, tile=estimator.tile)
+    _, without, _ = gradient(student, batch, head, plain, "float64")
+    assert relative_difference(without, whole) > 0.01  # the options do something
+    for parts in (2, 8):
+        part_loss, cut, part_outputs = gradient(student, batch, head, estimator, "float64", gradient_accumulation_steps=parts)
+        np.testing.assert_allclose(part_loss, loss, rtol=1e-12)
+        assert relative_difference(whole, cut) < 1e-10
+        chex.assert_trees_all_close(part_outputs, outputs, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_what_couples_tokens_is_the_same_on_eight_devices(name, rng):
+    student, teacher = make_models(jnp.float32)
+    batch, head = scored(with_credit(make_batch(rng), rng), teacher, COUPLED[name])
+    _, one, _ = gradient(student, batch, head, COUPLED[name], "float32")
+    mesh = make_mesh(8)
+    _, eight, _ = gradient(student, shard_rows(batch, mesh), head, COUPLED[name], "float32", mesh=mesh)
+    assert relative_difference(one, eight) < 1e-5
+
+
+@pytest.mark.usefixtures("x64")
+def test_noise_and_signal_are_those_of_the_micro_batches_gradients(rng):
+    """Under the fixed denominator a micro-batch on its own (every fourth row) estimates the gradient of the whole."""
+    student, teacher = make_models(jnp.float64)
+    estimator = EstimatorConfig(recipe="opd", discount=0.5, aggregation="fixed_denominator", tile=5)
+    batch, _ = scored(make_batch(rng), teacher, estimator)
+    spec = UpdateSpec(MODEL, estimator, "float64", 7, gradient_accumulation_steps=4)
+    bound = bind("opd", estimator.options)
+    _, grads, _, squares = jax.jit(lambda p, b: loss_and_grad(p, b, None, spec, *bound))(student, batch)
+    found = noise_and_signal(optax.tree.norm(grads), squares, 4)
+    flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])  # noqa: E731
+    parts = [jax.tree.map(lambda x, i=i: x[i::4], batch) for i in range(4)]
+    each = np.stack([flat(gradient(student, part, None, estimator, "float64")[1]) for part in parts])
+    mean = each.mean(axis=0)
+    np.testing.assert_allclose(flat(grads), mean, atol=1e-12)
+    noise = np.sum(np.square(each - mean)) / (4 * 3)
+    np.testing.assert_allclose(found["grad/noise_squared"], noise, rtol=1e-9)
+    np.testing.assert_allclose(found["grad/signal_squared"], np.sum(np.square(mean)) - noise, rtol=1e-9)
+
+
+def test_noise_and_signal_are_unbiased(rng):
+    """Gradients g + e of three micro-batches, |g|^2 = 5 and E|e|^2 = 6: the mean's noise is 2, the signal 5."""
+    each = np.array([2.0, 1.0]) + np.sqrt(3) * rng.normal(size=(40_000, 3, 2))
+    norm, squares = np.linalg.norm(each.mean(axis=1), axis=1), np.sum(np.square(each / 3), axis=(1, 2))
+    found = noise_and_signal(jnp.asarray(norm), jnp.asarray(squares), 3)
+    np.testing.assert_allclose(np.mean(found["grad/noise_squared"]), 2, atol=0.05)
+    np.testing.assert_allclose(np.mean(found["grad/signal_squared"]), 5, atol=0.15)
 
 
 @pytest.mark.parametrize("estimator", RECIPES, ids=lambda e: e.recipe)

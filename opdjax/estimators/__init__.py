@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
-from opdjax.estimators import divergence, losses, opd, sequence
+from opdjax.estimators import divergence, importance, losses, opd, sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ def bind(name: str, options: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:
     """The recipe of that name as these options make it, and the options.
 
     Its token loss reads the columns of `sequence.prepare`, and its `teacher` is what it needs under these options.
-    ValueError where the recipe or one of its options does not exist.
+    ValueError where the recipe, one of its options or its importance correction does not exist.
     """
     if name not in RECIPES:
         raise ValueError(f"there is no recipe {name!r}; expected one of {sorted(RECIPES)}")
@@ -41,5 +41,9 @@ def bind(name: str, options: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:
     for option in options:
         if option not in recipe.options:
             raise ValueError(f"recipe {name!r} has no option {option!r}; it has {list(recipe.options)}")
+    corrections = ("none", *importance.TOKEN_CORRECTIONS, *importance.SEQUENCE_CORRECTIONS)
+    corrections = corrections if recipe.is_policy_gradient else ("none", "prefix_truncate")  # no action that could be stale
+    if options.get("importance", "none") not in corrections:
+        raise ValueError(f"recipe {name!r} has no importance correction {options['importance']!r}; it has {list(corrections)}")
     teacher = opd.teacher_needs(recipe.teacher, options) if recipe.is_policy_gradient else recipe.teacher
     return dataclasses.replace(recipe, token_loss=sequence.weighted(recipe.token_loss), teacher=teacher), options

@@ -1,8 +1,9 @@
 """Ratios between the student and the policy that was truly sampled from, and what is made of them; k1, k2, k3.
 
 Every ratio is `rho = student(y) / behavior(y)`, the behaviour policy with its temperature and filters, the student as it
-is now; it is detached where it weighs a loss. An untruncated ratio makes stale tokens unbiased; every truncation trades
-bias for variance: tokens that it drops stay in the denominator of the loss.
+is now; it is detached where it weighs a loss. An untruncated ratio makes stale tokens unbiased, at contexts drawn from the
+student, wherever the behaviour policy can draw what the student can: tokens that a filter took away no ratio brings back.
+Every truncation trades bias for variance: tokens that it drops stay in the denominator of the loss.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def prefix_truncate(
 ) -> Float[Array, "B T"]:
     """`min(prod_{s <= t} rho_s, cap)`, with `is_inclusive` False the product over `s < t`: the ratio of reaching the context.
 
-    A policy gradient takes the first. An exact divergence draws no action at t and takes the second.
+    A policy gradient takes the first. An exact divergence draws no action at t and takes the second. Without a cap both are
+    exact for what is earned at t itself; rewards to come (discount, a task reward) also hang on later ratios: `sequence_mask`.
     """
     summed = running_sum(log_ratio, mask, segment_ids)
     if not is_inclusive:

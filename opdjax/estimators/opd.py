@@ -90,7 +90,9 @@ def optimal_baseline(student: VocabTile, teacher: VocabTile, **reward_options) -
 
 
 def baseline_of(student: VocabTile, teacher: VocabTile | None, row: Columns, baseline: str, top_k: int, **reward_options):
-    """The baseline `[n]` of that name; ValueError on a name that is not one of BASELINES."""
+    """The baseline `[n]` of that name; ValueError on a name that is not one of BASELINES, or where what it reads is missing."""
+    if baseline in ("full", "student_topk", "optimal"):
+        needed(teacher, "teacher", f"baseline {baseline}")
     if baseline == "full":
         return full_baseline(student, teacher, **reward_options)
     if baseline == "student_topk":
@@ -98,7 +100,7 @@ def baseline_of(student: VocabTile, teacher: VocabTile | None, row: Columns, bas
     if baseline == "optimal":
         return optimal_baseline(student, teacher, **reward_options)
     if baseline == "batch_mean":
-        return row.mean_reward
+        return needed(row.mean_reward, "mean_reward", "baseline batch_mean")
     raise ValueError(f"vopd has no baseline {baseline!r}; expected one of {BASELINES}")
 
 
@@ -137,7 +139,8 @@ def vopd(student: VocabTile, teacher: VocabTile | None, row: Columns, *, baselin
     Equation: loss(y) = -sg[h(r) - b] log student(y), r = log teacher(y) - log student(y), nats, y drawn from the student.
         b does not depend on y, so that the expected gradient is that of `opd`, whatever b is; with b = E[r] =
         -KL(student || teacher) the advantages of a context average to 0. vOPD, arXiv 2605.07865, equations 9 to 15. Exactly
-        so under the aggregation fixed_denominator; others divide by sampled lengths and let b leak in by O(1 / rows).
+        so under the aggregation fixed_denominator (others divide by sampled lengths and let b leak in by O(1 / rows)) and
+        without a filter on sampling or a bound on the importance ratio, under which b moves the expectation too.
     Detached: reward, baseline, every weight and ratio; nothing reaches the teacher.
     Cost: the teacher's hidden states and its unembedding of every context (one more product of the size of the student's
         own), but no gradient through the vocabulary; `batch_mean` needs the teacher's log-prob of the sampled token alone.
@@ -153,7 +156,7 @@ def vopd(student: VocabTile, teacher: VocabTile | None, row: Columns, *, baselin
     reward_options = {name: options.get(name) for name in REWARD_OPTIONS}
     value = baseline_of(student, teacher, row, baseline, baseline_top_k, **reward_options)
     loss, outputs = _estimate(student, teacher, row, value, **options)
-    is_plain = baseline == "full" and not any(reward_options.values())
+    is_plain = baseline == "full" and all(given is None for given in reward_options.values())
     return loss, outputs | ({"kl": -value} if is_plain else {})
 
 
@@ -186,44 +189,51 @@ def _estimate(
     extra_draws: int = 0,
     task_reward_coef: float = 0.0,
     importance: str = "none",
-    **bounds: float,
+    importance_cap: float | None = None,
+    importance_floor: float = ratios.DEFAULT_FLOOR,
+    clip_low: float = ratios.CLIP_LOW,
+    clip_high: float = ratios.CLIP_HIGH,
 ):
     """(loss, outputs) of the sampled token, and of the extra draws, with the baseline `value`."""
     h = partial(sampled_reward, reward_floor=reward_floor, power_alpha=power_alpha)
     student_logprob = student.logprob(row.token)
-    teacher_logprob = row.teacher_logprob if teacher is None else teacher.logprob(row.token)
+    teacher_logprob = needed(row.teacher_logprob, "teacher_logprob", "a recipe") if teacher is None else teacher.logprob(row.token)
     immediate = h(teacher_logprob, student_logprob) - value
     # What does not depend on this context's distribution alone; extra draws know nothing of it.
     later = jnp.zeros_like(immediate)
     if discount:
-        later += row.future_reward
+        later += needed(row.future_reward, "future_reward", "discount")
     if task_reward_coef:
-        later += task_reward_coef * row.advantage
+        later += task_reward_coef * needed(row.advantage, "advantage", "task_reward_coef")
     share = 1 / (1 + extra_draws)
-    loss = _surrogate(share * immediate + later, student_logprob, row, importance, **bounds)
+    bounds = (importance_cap, importance_floor, clip_low, clip_high)
+    loss = _surrogate(share * immediate + later, student_logprob, row, importance, *bounds)
     if extra_draws:
-        ids = student.draw(row.uniform)
+        ids = student.draw(needed(row.uniform, "uniform", "extra_draws"))
         drawn_logprob = student.logprob(ids)
-        drawn = h(teacher.logprob(ids), drawn_logprob) - jnp.reshape(value, (-1, 1))
+        drawn = h(needed(teacher, "teacher", "extra_draws").logprob(ids), drawn_logprob) - jnp.reshape(value, (-1, 1))
         loss += share * jnp.sum(policy_gradient_loss(drawn, drawn_logprob), axis=1)
     reward, advantage = sampled_reward(teacher_logprob, student_logprob), jax.lax.stop_gradient(immediate + later)
     return loss, {"reward": reward, "advantage": advantage, "student_logprob": student_logprob}
 
 
-def _surrogate(advantage, student_logprob, row: Columns, importance: str, **bounds: float) -> Float[Array, " n"]:
+def _surrogate(advantage, student_logprob, row: Columns, importance: str, cap, floor, clip_low, clip_high) -> Float[Array, " n"]:
     """The policy-gradient loss of one token under a correction by its own ratio; those of whole sequences weigh it from outside."""
     if importance == "none":
         return policy_gradient_loss(advantage, student_logprob)
+    if importance not in ratios.TOKEN_CORRECTIONS:
+        raise ValueError(f"a token has no importance correction {importance!r}; expected one of {ratios.TOKEN_CORRECTIONS}")
+    behavior_logprob = needed(row.behavior_logprob, "behavior_logprob", f"importance {importance}")
     if importance == "ppo_clip":
-        low, high = bounds.get("clip_low", ratios.CLIP_LOW), bounds.get("clip_high", ratios.CLIP_HIGH)
-        return clipped_policy_gradient_loss(advantage, student_logprob, row.behavior_logprob, low, high)
-    ratio, cap = (
-        ratios.token_ratio(student_logprob, row.behavior_logprob),
-        bounds.get("importance_cap", ratios.DEFAULT_CAPS.get(importance)),
-    )
-    if importance == "token_truncate":
-        return policy_gradient_loss(ratios.token_truncate(ratio, cap) * advantage, student_logprob)
-    if importance == "token_mask":
-        floor = bounds.get("importance_floor", ratios.DEFAULT_FLOOR)
-        return policy_gradient_loss(ratios.token_mask(ratio, floor, cap) * advantage, student_logprob)
-    raise ValueError(f"there is no importance correction {importance!r}; expected one of {ratios.TOKEN_CORRECTIONS}")
+        return clipped_policy_gradient_loss(advantage, student_logprob, behavior_logprob, clip_low, clip_high)
+    ratio = ratios.token_ratio(student_logprob, behavior_logprob)
+    cap = ratios.DEFAULT_CAPS[importance] if cap is None else cap
+    weight = ratios.token_truncate(ratio, cap) if importance == "token_truncate" else ratios.token_mask(ratio, floor, cap)
+    return policy_gradient_loss(weight * advantage, student_logprob)
+
+
+def needed(value, name: str, reader: str):
+    """The value; ValueError where there is none, rather than an operation on None deep inside the pass."""
+    if value is None:
+        raise ValueError(f"{reader} reads {name!r}, which this batch does not carry")
+    return value

@@ -11,7 +11,7 @@ import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from opdjax.estimators import advantage, importance
-from opdjax.estimators.opd import REWARD_OPTIONS, sampled_reward
+from opdjax.estimators.opd import REWARD_OPTIONS, needed, sampled_reward
 from opdjax.ops.vocab import Columns, VocabTile
 
 
@@ -38,6 +38,7 @@ def token_stats(student: VocabTile, teacher: VocabTile | None, row: Columns, opt
             "reward": sampled_reward(teacher_logprob, student_logprob, **how),
         }
         if options.get("return_to_go") == "expected":
+            teacher = needed(teacher, "teacher", "return_to_go expected")
             stats["expected"] = student.expect(sampled_reward(teacher.logprobs, student.logprobs, **how))
     return stats
 
@@ -63,7 +64,8 @@ def prepare(
     if options.get("prefix_weight"):
         weights.append(advantage.prefix_weight(stats["gap"], mask, segment_ids, options["prefix_weight"]))
     if options.get("importance") in importance.SEQUENCE_CORRECTIONS:
-        log_ratio = stats["student_logprob"] - columns.behavior_logprob
+        behavior_logprob = needed(columns.behavior_logprob, "behavior_logprob", f"importance {options['importance']}")
+        log_ratio = stats["student_logprob"] - behavior_logprob
         weights.append(_sequence_importance(log_ratio, mask, segment_ids, options, is_policy_gradient))
     if weights:
         found["loss_weight"] = math.prod(weights)

@@ -1,6 +1,5 @@
 """The sampled-token recipes: what they advertise is proven by enumerating every action in float64."""
 
-import itertools
 from functools import partial
 
 import chex
@@ -8,10 +7,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from enumeration import (
+    CONTEXT_OF,
+    CONTEXTS,
+    LENGTH,
+    MASK,
+    PAIRS,
+    SEQUENCES,
+    TOKENS,
+    batch_probabilities,
+    exact_gradient,
+    expected_gradient,
+    relative_bias,
+    reverse_kl,
+    sample_gradients,
+    token_logprobs,
+)
 from jax.test_util import check_grads
 
 from opdjax.estimators import RECIPES, bind, divergence, sequence
-from opdjax.estimators.losses import aggregation_weights, count_denominators
+from opdjax.estimators.losses import aggregation_weights, clipped_policy_gradient_loss, count_denominators
 from opdjax.ops.vocab import Columns, Head, VocabTile, tiled_loss, tiled_stats
 
 V = 7
@@ -34,18 +49,6 @@ def token_loss(name, options, student, teacher, token):
     tiles = (VocabTile(jnp.asarray(student)[None]), VocabTile(jnp.asarray(teacher)[None]))
     loss, outputs = RECIPES[name].token_loss(*tiles, Columns(jnp.asarray([token])), **options)
     return loss[0], outputs
-
-
-def expected_gradient(name, options, student, teacher):
-    """E_{y ~ student}[grad loss(y)], every y enumerated."""
-    grad = jax.grad(lambda x, y: token_loss(name, options, x, teacher, y)[0])
-    probs = jax.nn.softmax(student)
-    return sum(probs[y] * grad(jnp.asarray(student), y) for y in range(len(student)) if probs[y] > 0)
-
-
-def reverse_kl(student, teacher):
-    p, q = jax.nn.log_softmax(student), jax.nn.log_softmax(teacher)
-    return jnp.sum(jnp.exp(p) * (p - q))
 
 
 @pytest.mark.usefixtures("x64")
@@ -87,13 +90,6 @@ class TestOneContext:
         gradient = jax.grad(lambda t: token_loss(name, options, student, t, 2)[0])(jnp.asarray(teacher))
         np.testing.assert_array_equal(gradient, 0)
 
-    def test_padded_ids_change_nothing(self, logits):
-        student, teacher = (np.append(x, [-np.inf, -np.inf]) for x in logits)
-        for name, options in EVERY_SAMPLED:
-            padded = expected_gradient(name, options, student, teacher)
-            np.testing.assert_allclose(padded[:V], expected_gradient(name, options, *logits), atol=1e-12)
-            np.testing.assert_array_equal(padded[V:], 0)
-
 
 def test_hand_worked_numbers():
     """Student (1/2, 1/4, 1/4), teacher (1/4, 1/2, 1/4), token 0: r = ln(1/2), KL = (1/2) ln 2 - (1/4) ln 2 = (1/4) ln 2."""
@@ -112,44 +108,27 @@ def test_hand_worked_numbers():
     assert "kl" not in outputs  # a truncated KL is not reported as the KL
 
 
-# --- A tree: V = 3, T = 3, token 0 ends the sequence. Parameters are one row of logits per context. ---
+# The tree, through the tiled pass and the real aggregation
 
-LENGTH, EOS = 3, 0
-CONTEXTS = [prefix for n in range(LENGTH) for prefix in itertools.product((1, 2), repeat=n)]
-SEQUENCES = [(*prefix, EOS) for prefix in CONTEXTS] + [(*prefix, y) for prefix in CONTEXTS if len(prefix) == 2 for y in (1, 2)]
+ENCODED = (np.pad(TOKENS, ((0, 0), (1, 0))), np.pad(MASK, ((0, 0), (1, 0))))  # column 0 is the prompt
 
 
-def encode(sequence):
-    """(tokens [T+1], mask, one-hot contexts [T+1, C]): column 0 is the prompt, column t + 1 the sequence's token t."""
-    tokens, mask, hidden = np.zeros(LENGTH + 1, int), np.zeros(LENGTH + 1, bool), np.zeros((LENGTH + 1, len(CONTEXTS)))
-    for t, token in enumerate(sequence):
-        tokens[t + 1], mask[t + 1] = token, True
-        hidden[t, CONTEXTS.index(sequence[:t])] = 1
-    return tokens, mask, hidden
-
-
-ENCODED = [np.stack(parts) for parts in zip(*map(encode, SEQUENCES))]
-
-
-def sequence_logprobs(theta):
-    """Log-probability of every sequence under the table theta [C, V]."""
-    logprobs = jax.nn.log_softmax(theta, axis=-1)
-    return jnp.stack([sum(logprobs[CONTEXTS.index(s[:t]), y] for t, y in enumerate(s)) for s in SEQUENCES])
-
-
-@partial(jax.jit, static_argnames=("name", "discount", "aggregation", "baseline"))
-def row_gradient(theta, teacher_theta, rows, name, discount, aggregation, baseline=None):
-    """Gradient of the recipe's loss on a batch of sequences (by number), through the tiled pass and the real aggregation."""
-    tokens, mask, hidden = (jnp.asarray(x)[rows] for x in ENCODED)
+@partial(jax.jit, static_argnames=("name", "options", "aggregation"))
+def batch_gradient(theta, teacher_theta, rows, name, options=(), aggregation="fixed_denominator", **columns):
+    """Gradient [C, V] of the recipe's loss on a batch of sequences (by number), as an update forms it."""
+    options = dict(options)
+    tokens, mask = (jnp.asarray(x)[rows] for x in ENCODED)
+    # The hidden state is the one-hot context, one column before the token that it predicts.
+    hidden = jnp.pad(jnp.eye(len(CONTEXTS))[CONTEXT_OF], ((0, 0), (0, 1), (0, 0)))[rows]
     segments = jnp.ones_like(tokens)
     weights = aggregation_weights(mask, segments, aggregation, count_denominators(mask, segments, LENGTH))
-    recipe, options = bind(name, {"discount": discount} | ({} if baseline is None else {"baseline": baseline}))
-    columns = Columns(tokens)
+    recipe, options = bind(name, options)
+    columns = Columns(tokens, **{key: jnp.pad(x, ((0, 0), (1, 0)))[rows] for key, x in columns.items()})
     teacher = (hidden, Head(teacher_theta.T))
     if sequence.is_coupled(options):
         stat = partial(sequence.token_stats, options=options)
         stats = tiled_stats(stat, hidden, Head(theta.T), mask, columns, teacher, tile=4)
-        columns = sequence.prepare(columns, stats, mask, segments, options, is_policy_gradient=True)
+        columns = sequence.prepare(columns, stats, mask, segments, options, is_policy_gradient=recipe.is_policy_gradient)
 
     def loss(kernel):
         return tiled_loss(partial(recipe.token_loss, **options), hidden, Head(kernel), weights, columns, teacher, tile=4)[0]
@@ -163,37 +142,28 @@ class TestTree:
     def tables(self, rng):
         return tuple(jnp.asarray(rng.normal(size=(len(CONTEXTS), 3))) for _ in range(2))
 
-    def expected(self, tables, **how):
-        probs = jnp.exp(sequence_logprobs(tables[0]))
-        np.testing.assert_allclose(probs.sum(), 1, rtol=1e-12)
-        return sum(p * row_gradient(*tables, jnp.array([i]), **how) for i, p in enumerate(probs))
+    def expectation(self, tables, name, options=(), aggregation="fixed_denominator", batches=None, **columns):
+        batches = np.arange(len(SEQUENCES))[:, None] if batches is None else batches
+        one = lambda rows: batch_gradient(*tables, rows, name, options, aggregation, **columns)  # noqa: E731
+        return jnp.tensordot(batch_probabilities(tables[0], batches), jax.vmap(one)(jnp.asarray(batches)), 1)
 
-    def frozen_state_gradient(self, tables):
-        """Sum over contexts of P(reach it) * grad KL there, divided by the fixed denominator."""
-        theta, teacher = tables
-        probs = np.exp(sequence_logprobs(theta))
-        reach = [sum(p for p, s in zip(probs, SEQUENCES) if s[: len(c)] == c and len(s) > len(c)) for c in CONTEXTS]
-        kl = lambda x: sum(p * reverse_kl(x[i], teacher[i]) for i, p in enumerate(reach))  # noqa: E731
-        return jax.grad(kl)(theta) / LENGTH
-
-    def sequence_gradient(self, tables):
-        theta, teacher = tables
-        kl = lambda x: jnp.sum(jnp.exp(sequence_logprobs(x)) * (sequence_logprobs(x) - sequence_logprobs(teacher)))  # noqa: E731
-        return jax.grad(kl)(theta) / LENGTH
-
-    @pytest.mark.parametrize(("name", "baseline"), [("opd", None), ("vopd", "full"), ("vopd", "student_topk")])
-    def test_no_discount_is_the_gradient_with_the_states_held_fixed(self, name, baseline, tables):
-        found = self.expected(tables, name=name, discount=0.0, aggregation="fixed_denominator", baseline=baseline)
-        np.testing.assert_allclose(found, self.frozen_state_gradient(tables), atol=1e-10)
-
-    @pytest.mark.parametrize(("name", "baseline"), [("opd", None), ("vopd", "full")])
-    def test_discount_one_is_the_gradient_of_the_sequence_kl(self, name, baseline, tables):
-        found = self.expected(tables, name=name, discount=1.0, aggregation="fixed_denominator", baseline=baseline)
-        np.testing.assert_allclose(found, self.sequence_gradient(tables), atol=1e-10)
+    @pytest.mark.parametrize(
+        ("name", "options"),
+        [
+            ("opd", {"discount": 0.0}),
+            ("vopd", {"discount": 1.0}),
+            ("vopd", {"discount": 0.5, "return_to_go": "expected", "baseline": "optimal"}),
+            ("opd", {"importance": "prefix_truncate", "discount": 0.0}),
+        ],
+        ids=str,
+    )
+    def test_the_tiled_pass_gives_the_exact_gradient(self, name, options, tables):
+        columns = {"behavior_logprob": token_logprobs(tables[0])} if "importance" in options else {}
+        found = self.expectation(tables, name, tuple(options.items()), **columns)
+        np.testing.assert_allclose(found, exact_gradient(tables, options["discount"]), atol=1e-10)
 
     def test_no_discount_is_not_the_gradient_of_the_sequence_kl(self, tables):
-        frozen, whole = self.frozen_state_gradient(tables), self.sequence_gradient(tables)
-        assert np.linalg.norm(frozen - whole) > 0.05 * np.linalg.norm(whole)
+        assert relative_bias(exact_gradient(tables, 0.0), exact_gradient(tables, 1.0)) > 0.05
 
     @pytest.mark.parametrize(
         ("aggregation", "is_free"),
@@ -201,21 +171,27 @@ class TestTree:
     )
     def test_a_baseline_is_free_only_where_no_divisor_depends_on_the_sample(self, aggregation, is_free, tables):
         """Two rows, all 225 pairs: the baseline's part of the expected gradient, relative to the gradient."""
-        probs = np.exp(sequence_logprobs(tables[0]))
-        pairs = jnp.array(list(itertools.product(range(len(SEQUENCES)), repeat=2)))
-        weights = jnp.asarray([probs[i] * probs[j] for i, j in pairs])
-
-        def expectation(name, baseline):
-            gradient = jax.vmap(lambda rows: row_gradient(*tables, rows, name, 0.0, aggregation, baseline))(pairs)
-            return jnp.einsum("p,pcv->cv", weights, gradient)
-
-        without = expectation("opd", None)
-        bias = np.linalg.norm(expectation("vopd", "full") - without) / np.linalg.norm(without)
-        print(f"{aggregation}: relative bias of the baseline {bias:.3e}")
-        assert (bias < 1e-12) if is_free else (0.01 < bias < 0.5)
+        found, without = (self.expectation(tables, name, (), aggregation, PAIRS) for name in ("vopd", "opd"))
+        print(f"{aggregation}: relative bias of the baseline {relative_bias(found, without):.3e}")
+        assert (relative_bias(found, without) < 1e-12) if is_free else (0.01 < relative_bias(found, without) < 0.5)
 
 
-# --- Under jit and vmap, finite differences, garbage, refusals. ---
+# Under jit and vmap, finite differences, garbage, refusals
+
+OPTIONED = [  # every option, in few recipes
+    ("opd", {"reward_floor": -0.5, "discount": 0.5, "task_reward_coef": 0.7, "importance": "ppo_clip"}),
+    ("opd", {"power_alpha": 0.5, "extra_draws": 2}),
+    ("opd", {"importance": "token_truncate", "importance_cap": 1.1}),
+    ("vopd", {"baseline": "batch_mean", "importance": "token_mask", "importance_floor": 0.9}),
+    ("vopd", {"baseline": "optimal", "reward_floor": -0.5, "extra_draws": 2}),
+]
+
+
+def random_columns(rng, shape):
+    """Every column that a recipe may read."""
+    normal = {key: rng.normal(size=shape) for key in ("advantage", "future_reward", "mean_reward")}
+    positive = {"behavior_logprob": -rng.exponential(2, size=shape), "loss_weight": rng.exponential(size=shape)}
+    return normal | positive | {"uniform": rng.random((*shape, 2))}
 
 
 class TestTransforms(chex.TestCase):
@@ -223,47 +199,89 @@ class TestTransforms(chex.TestCase):
     def test_recipes_agree_with_and_without_transforms(self):
         rng = np.random.default_rng(1)
         student, teacher = (jnp.asarray(rng.normal(size=(8, 4, V)), jnp.float32) for _ in range(2))
-        tokens = jnp.asarray(rng.integers(0, V, (8, 4)))
-        for name, options in [*EVERY_SAMPLED, ("full_kl", {"divergence": "jsd", "beta": 0.3})]:
+        rows = Columns(jnp.asarray(rng.integers(0, V, (8, 4))), **{key: np.float32(x) for key, x in random_columns(rng, (8, 4)).items()})
+        recipes = [*EVERY_SAMPLED[:4], *OPTIONED, ("full_kl", {"divergence": "jsd", "beta": 0.3})]
 
-            def loss(s, t, y, name=name, options=options):
-                return RECIPES[name].token_loss(VocabTile(s), VocabTile(t), Columns(y), **options)[0]
+        def losses(s, t, row):
+            return [bind(name, options)[0].token_loss(VocabTile(s), VocabTile(t), row, **options)[0] for name, options in recipes]
 
-            plain = np.stack([loss(*row) for row in zip(student, teacher, tokens)])
-            np.testing.assert_allclose(jax.vmap(loss)(student, teacher, tokens), plain, rtol=1e-5, atol=1e-6)
-            np.testing.assert_allclose(self.variant(jax.vmap(loss))(student, teacher, tokens), plain, rtol=1e-5, atol=1e-6)
+        # Tokens do not see one another: all rows at once are the reference.
+        flat = lambda tree: jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), tree)  # noqa: E731
+        plain = [x.reshape(8, 4) for x in losses(*map(flat, (student, teacher, rows)))]
+        chex.assert_trees_all_close(self.variant(jax.vmap(losses))(student, teacher, rows), plain, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("baseline", ["full", "student_topk"])
-def test_gradient_agrees_with_finite_differences_when_the_advantage_is_held(baseline, logits):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vopd", {}),
+        ("vopd", {"baseline": "student_topk"}),
+        ("vopd", {"baseline": "optimal"}),
+        ("opd", {"power_alpha": 0.5, "discount": 1.0}),
+    ],
+    ids=str,
+)
+def test_gradient_agrees_with_finite_differences_when_the_advantage_is_held(name, options, logits):
     student, teacher = logits
-    advantage = token_loss("vopd", {"baseline": baseline}, student, teacher, 3)[1]["advantage"]
-    surrogate = lambda x: -advantage[0] * jax.nn.log_softmax(x)[3]  # noqa: E731
+    columns = {"future_reward": 0.3} if "discount" in options else {}
+    gradients, outputs = sample_gradients(name, options, student, teacher, [3], **columns)
+    surrogate = lambda x: -outputs["advantage"][0] * jax.nn.log_softmax(x)[3]  # noqa: E731
     check_grads(surrogate, (jnp.asarray(student),), order=1, modes=["rev"])
-    found = jax.grad(lambda x: token_loss("vopd", {"baseline": baseline}, x, teacher, 3)[0])(jnp.asarray(student))
-    np.testing.assert_allclose(found, jax.grad(surrogate)(jnp.asarray(student)), rtol=1e-10)
+    np.testing.assert_allclose(gradients[0], jax.grad(surrogate)(jnp.asarray(student)), rtol=1e-10)
 
 
-@pytest.mark.parametrize(("name", "options"), [*EVERY_SAMPLED, ("full_kl", {}), ("full_kl", {"divergence": "jsd"})])
+@pytest.mark.usefixtures("x64")
+def test_the_clipped_surrogate_agrees_with_finite_differences_when_the_advantage_is_held(logits):
+    student, teacher = logits
+    behavior = jax.nn.log_softmax(student) + np.array([-0.1, 0.1, 0.6, -0.6, 0.0, 0.9, -0.9])
+    gradients, outputs = sample_gradients("opd", {"importance": "ppo_clip"}, student, teacher, behavior_logprob=behavior)
+    surrogate = lambda x: clipped_policy_gradient_loss(outputs["advantage"], jax.nn.log_softmax(x), behavior, 0.2, 0.28)  # noqa: E731
+    check_grads(surrogate, (jnp.asarray(student),), order=1, modes=["rev"])
+    np.testing.assert_allclose(gradients, jax.jacrev(surrogate)(jnp.asarray(student)), atol=1e-12)
+    assert 0 < np.sum(~np.any(gradients, axis=1)) < V
+
+
+GIVEN = ("advantage", "behavior_logprob", "uniform")  # by the batch; the other columns are prepared
+COUPLED = [
+    ("opd", {"discount": 0.5, "prefix_weight": 0.5, "importance": "prefix_truncate", "task_reward_coef": 0.5}),
+    ("vopd", {"baseline": "batch_mean", "discount": 0.5, "return_to_go": "expected", "extra_draws": 2, "reward_floor": -0.5}),
+    ("opd", {"importance": "sequence_mask", "power_alpha": 0.5}),
+    ("full_kl", {"importance": "prefix_truncate"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [EVERY_SAMPLED[0], EVERY_SAMPLED[1], *OPTIONED[2:4], *COUPLED, ("full_kl", {"divergence": "jsd"})]
+)
 def test_nan_in_masked_slots_changes_neither_value_nor_gradient(name, options, rng):
     hidden, teacher_hidden = (rng.normal(size=(2, 5, 4)).astype(np.float32) for _ in range(2))
     head, teacher_head = (Head(jnp.asarray(rng.normal(size=(V, 4)), jnp.float32)) for _ in range(2))
     tokens = jnp.asarray(rng.integers(0, V, (2, 5)))
-    weights = jnp.asarray([[0, 0, 1, 1, 0], [0, 1, 1, 0, 0]], jnp.float32)
+    weights, segments = jnp.asarray([[0, 0, 1, 1, 0], [0, 1, 1, 0, 0]], jnp.float32), jnp.asarray([[0, 1, 1, 1, 0], [1, 1, 1, 0, 0]])
+    columns = {key: x.astype(np.float32) for key, x in random_columns(rng, (2, 5)).items() if key in GIVEN}
     # Hidden column t predicts token t + 1: these are the columns from which no counted token is predicted.
     unread = np.array([[1, 0, 0, 1, 1], [0, 0, 1, 1, 1]], bool)
+    recipe, options = bind(name, options)
 
-    def run(hidden, teacher_hidden):
+    @jax.jit
+    def run(hidden, teacher_hidden, columns):
+        row, teacher, mask = Columns(tokens, **columns), (teacher_hidden, teacher_head), weights > 0
+        if sequence.is_coupled(options):
+            stats = tiled_stats(partial(sequence.token_stats, options=options), hidden, head, mask, row, teacher, tile=3)
+            row = sequence.prepare(row, stats, mask, segments, options, is_policy_gradient=recipe.is_policy_gradient)
+
         def loss(hidden, head):
-            token = partial(RECIPES[name].token_loss, **options)
-            return tiled_loss(token, hidden, head, weights, Columns(tokens), (teacher_hidden, teacher_head), tile=3)[0]
+            return tiled_loss(partial(recipe.token_loss, **options), hidden, head, weights, row, teacher, tile=3)[0]
 
-        return jax.value_and_grad(loss, argnums=(0, 1))(jnp.asarray(hidden), head)
+        return jax.value_and_grad(loss, argnums=(0, 1))(hidden, head)
 
-    clean = run(hidden, teacher_hidden)
+    clean = run(hidden, teacher_hidden, columns)
+    assert np.isfinite(clean[0])
+    assert np.any(clean[1][0])
     garbage = [np.where(unread[:, :, None], np.nan, x) for x in (hidden, teacher_hidden)]
-    chex.assert_trees_all_equal(run(*garbage), clean)
+    spoilt = {key: np.where((weights > 0).reshape(2, 5, *[1] * (x.ndim - 2)), x, np.nan) for key, x in columns.items()}
+    chex.assert_trees_all_equal(run(*garbage, spoilt), clean)
 
 
 def test_options_that_a_recipe_does_not_have_are_refused():
@@ -276,3 +294,83 @@ def test_options_that_a_recipe_does_not_have_are_refused():
     with pytest.raises(ValueError, match="no divergence 'nope'"):
         token_loss("full_kl", {"divergence": "nope"}, np.zeros(3), np.zeros(3), 0)
     assert set(divergence.full_kl.__kwdefaults__) <= set(RECIPES["full_kl"].options)
+    for name, kinds in {
+        "opd": ["token_trunkate"],
+        "full_kl": ["token_truncate", "ppo_clip", "sequence_mask"],
+        "topk_kl": ["ppo_clip"],
+    }.items():
+        for kind in kinds:
+            with pytest.raises(ValueError, match=f"recipe '{name}' has no importance correction '{kind}'"):
+                bind(name, {"importance": kind})
+    # Unbound, a recipe knows neither the options that `prepare` turns into columns nor what is misspelt.
+    for option in ({"prefix_weight": 0.5}, {"return_to_go": "expected"}, {"importance_capp": 2.0}):
+        with pytest.raises(TypeError, match=next(iter(option))):
+            token_loss("opd", option, np.zeros(3), np.zeros(3), 0)
+    with pytest.raises(ValueError, match="a token has no importance correction 'prefix_truncate'"):
+        token_loss("opd", {"importance": "prefix_truncate"}, np.zeros(3), np.zeros(3), 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "needs"),
+    [
+        ("opd", {}, "token"),
+        ("opd", {"discount": 1.0, "return_to_go": "sampled", "extra_draws": 0}, "token"),
+        ("opd", {"reward_floor": -1.0, "prefix_weight": 0.5, "importance": "sequence_mask", "task_reward_coef": 1.0}, "token"),
+        ("opd", {"discount": 1.0, "return_to_go": "expected"}, "vocabulary"),
+        ("opd", {"extra_draws": 1}, "vocabulary"),
+        ("vopd", {}, "vocabulary"),
+        ("vopd", {"baseline": "optimal"}, "vocabulary"),
+        ("vopd", {"baseline": "batch_mean"}, "token"),
+        ("vopd", {"baseline": "batch_mean", "extra_draws": 2}, "vocabulary"),
+        ("vopd", {"baseline": "batch_mean", "discount": 0.5, "return_to_go": "expected"}, "vocabulary"),
+        ("full_kl", {"importance": "prefix_truncate"}, "vocabulary"),
+        ("topk_kl", {}, "vocabulary"),
+        ("sft", {}, "none"),
+    ],
+    ids=str,
+)
+def test_what_a_recipe_reads_of_the_teacher(name, options, needs, rng):
+    recipe, options = bind(name, options)
+    assert recipe.teacher == needs
+    if needs == "vocabulary":
+        return
+    # The columns alone are enough, where no more is asked for.
+    shape, mask = (2, 3), np.array([[0, 1, 1], [0, 1, 0]], bool)
+    tile = VocabTile(jnp.asarray(rng.normal(size=(6, V)), jnp.float32))
+    row = Columns(jnp.zeros(shape, int), teacher_logprob=-jnp.ones(shape), behavior_logprob=-jnp.ones(shape), advantage=jnp.ones(shape))
+    flat = lambda tree: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)  # noqa: E731
+    if sequence.is_coupled(options):
+        stats = jax.tree.map(lambda x: x.reshape(shape), sequence.token_stats(tile, None, flat(row), options))
+        row = sequence.prepare(row, stats, mask, jnp.ones(shape, int), options, is_policy_gradient=True)
+    assert np.isfinite(recipe.token_loss(tile, None, flat(row), **options)[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "missing"),
+    [
+        ("opd", {}, "a recipe reads 'teacher_logprob'"),
+        ("vopd", {}, "baseline full reads 'teacher'"),
+        ("vopd", {"baseline": "optimal"}, "baseline optimal reads 'teacher'"),
+        ("vopd", {"baseline": "batch_mean"}, "baseline batch_mean reads 'mean_reward'"),
+        ("opd", {"discount": 0.5}, "discount reads 'future_reward'"),
+        ("opd", {"task_reward_coef": 0.5}, "task_reward_coef reads 'advantage'"),
+        ("opd", {"importance": "token_mask"}, "importance token_mask reads 'behavior_logprob'"),
+        ("opd", {"importance": "ppo_clip"}, "importance ppo_clip reads 'behavior_logprob'"),
+        ("opd", {"extra_draws": 2}, "extra_draws reads 'uniform'"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else str(x),
+)
+def test_a_column_that_is_missing_is_named(name, options, missing):
+    tile, known = VocabTile(jnp.zeros((1, 3))), {} if missing.startswith("a recipe") else {"teacher_logprob": jnp.zeros(1)}
+    with pytest.raises(ValueError, match=f"{missing}, which this batch does not carry"):
+        RECIPES[name].token_loss(tile, None, Columns(jnp.zeros(1, int), **known), **options)
+
+
+def test_a_missing_behaviour_is_named_before_the_pass():
+    recipe, options = bind("opd", {"importance": "sequence_mask"})
+    row, tile = Columns(jnp.zeros((1, 1), int)), VocabTile(jnp.zeros((1, 3)))
+    stats = {"student_logprob": tile.logprob(row.token[0])[None]}
+    with pytest.raises(ValueError, match="importance sequence_mask reads 'behavior_logprob'"):
+        sequence.prepare(row, stats, np.ones((1, 1), bool), jnp.ones((1, 1), int), options, is_policy_gradient=recipe.is_policy_gradient)
+    with pytest.raises(ValueError, match="return_to_go expected reads 'teacher'"):
+        sequence.token_stats(tile, None, Columns(row.token[0], teacher_logprob=jnp.zeros(1)), {"return_to_go": "expected"})

@@ -528,3 +528,48 @@ def test_shards_add_up_in_float32():
     summed = re.findall(r'"stablehlo.all_reduce".*?\}\) : \((.*?)\) ->', text, flags=re.S)
     assert "tensor<50x16xf32>" in summed
     assert not [kind for kind in summed if "bf16" in kind]
+
+
+# Draws from a tile
+
+
+@pytest.mark.parametrize("vocab", [3, 7, 200])
+def test_a_tile_draws_where_the_uniform_number_falls_in_its_distribution(vocab, rng):
+    """Against searchsorted in float64, some ids impossible; a midpoint of each id's share draws that id."""
+    logits = np.where(rng.random((20, vocab)) < 0.2, -np.inf, 3 * rng.normal(size=(20, vocab))).astype(np.float32)
+    logits[:, vocab // 2] = 0
+    p = np.exp(logits.astype(np.float64))
+    cdf = np.cumsum(p / p.sum(axis=1, keepdims=True), axis=1)
+    uniform = rng.random((20, 50)).astype(np.float32)
+    found = np.asarray(VocabTile(jnp.asarray(logits)).draw(jnp.asarray(uniform)))
+    expected = np.stack([np.searchsorted(row, u, side="right") for row, u in zip(cdf, uniform)])
+    is_clear = np.min(np.abs(cdf[:, None] - uniform[:, :, None]), axis=2) > 1e-6
+    assert is_clear.mean() > 0.99
+    np.testing.assert_array_equal(found[is_clear], expected[is_clear])
+    assert np.all(np.take_along_axis(logits, found, axis=1) > -np.inf)
+    assert found.dtype == np.int32
+    if vocab < 10:
+        middle = cdf - np.diff(cdf, axis=1, prepend=0) / 2
+        every = np.asarray(VocabTile(jnp.asarray(logits)).draw(jnp.asarray(middle, jnp.float32)))
+        likely = np.diff(cdf, axis=1, prepend=0) > 1e-5
+        np.testing.assert_array_equal(every[likely], np.broadcast_to(np.arange(vocab), logits.shape)[likely])
+
+
+def test_draws_of_a_tile_follow_its_distribution(rng):
+    """Chi-square with 6 degrees of freedom: 22.5 is its 99.9 % point. Shifted logits are the same distribution."""
+    logits = rng.normal(size=7).astype(np.float32)
+    p = np.exp(logits) / np.exp(logits).sum()
+    for shift in (0, 500, -500):
+        uniform = jnp.asarray(rng.random((1, 20_000)), jnp.float32)
+        found = np.asarray(VocabTile(jnp.asarray(logits + np.float32(shift))[None]).draw(uniform))[0]
+        counts = np.bincount(found, minlength=7)
+        assert np.sum(np.square(counts - 20_000 * p) / (20_000 * p)) < 22.5
+
+
+def test_nothing_is_differentiated_through_a_draw(rng):
+    uniform = jnp.asarray(rng.random((2, 3)), jnp.float32)
+    drawn = lambda x: jnp.sum(VocabTile(x).logprob(VocabTile(x).draw(uniform)))  # noqa: E731
+    held = VocabTile(jnp.asarray(rng.normal(size=(2, 7)), jnp.float32))
+    ids = held.draw(uniform)
+    expected = jax.grad(lambda x: jnp.sum(VocabTile(x).logprob(ids)))(held.logits)
+    np.testing.assert_allclose(jax.grad(drawn)(held.logits), expected, rtol=1e-6)

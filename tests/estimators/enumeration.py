@@ -1,0 +1,137 @@
+"""Expectations by enumeration: every token of one context, every sequence of a small tree."""
+
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from opdjax.estimators import RECIPES, bind, sequence
+from opdjax.ops.vocab import Columns, VocabTile
+
+
+def sample_gradients(name, options, student, teacher, tokens=None, **columns):
+    """(gradient with respect to the logits [n, V], outputs) of each token on its own; without `tokens` every one of the V.
+
+    A column is one number for all tokens, or one a token.
+    """
+    tokens = jnp.arange(len(student)) if tokens is None else jnp.asarray(tokens)
+    rows = [np.broadcast_to(x, (len(tokens), len(student))) for x in (student, teacher)]
+    columns = {key: np.broadcast_to(x, (len(tokens), *np.shape(x)[1:])) for key, x in columns.items()}
+    return _gradients(*rows, Columns(tokens, **columns), name, tuple(options.items()))
+
+
+@partial(jax.jit, static_argnames=("name", "options"))
+def _gradients(student, teacher, columns, name, options):
+    def total(logits):
+        loss, outputs = RECIPES[name].token_loss(VocabTile(logits), VocabTile(teacher), columns, **dict(options))
+        return jnp.sum(loss), outputs
+
+    return jax.grad(total, has_aux=True)(student)
+
+
+def expected_gradient(name, options, student, teacher, measure=None, **columns):
+    """E[grad loss(y)], every y enumerated; y is drawn from the student, or counts `measure` [V]."""
+    measure = jax.nn.softmax(jnp.asarray(student)) if measure is None else measure
+    return measure @ sample_gradients(name, options, student, teacher, **columns)[0]
+
+
+def reverse_kl(student, teacher):
+    p, q = jax.nn.log_softmax(student), jax.nn.log_softmax(teacher)
+    return jnp.sum(jnp.exp(p) * (p - q))
+
+
+def relative_bias(found, exact):
+    return np.linalg.norm(found - exact) / np.linalg.norm(exact)
+
+
+# A tree: V = 3, T = 3, token 0 ends the sequence. Parameters are one row of logits per context.
+
+LENGTH, EOS = 3, 0
+CONTEXTS = [prefix for n in range(LENGTH) for prefix in itertools.product((1, 2), repeat=n)]
+SEQUENCES = [(*prefix, EOS) for prefix in CONTEXTS] + [(*prefix, y) for prefix in CONTEXTS if len(prefix) == 2 for y in (1, 2)]
+PAIRS = np.array(list(itertools.product(range(len(SEQUENCES)), repeat=2)))
+TOKENS, CONTEXT_OF, MASK = (np.zeros((len(SEQUENCES), LENGTH), kind) for kind in (int, int, bool))
+for _row, _sequence in enumerate(SEQUENCES):
+    for _t, _token in enumerate(_sequence):
+        TOKENS[_row, _t], CONTEXT_OF[_row, _t], MASK[_row, _t] = _token, CONTEXTS.index(_sequence[:_t]), True
+
+
+def token_logprobs(theta):
+    """Log-probability [S, T] of every token of every sequence under the table theta [C, V]; 0 where masked."""
+    return jnp.where(MASK, jax.nn.log_softmax(theta, axis=-1)[CONTEXT_OF, TOKENS], 0)
+
+
+def sequence_logprobs(theta):
+    """Log-probability [S] of every sequence under the table theta [C, V]."""
+    return jnp.sum(token_logprobs(theta), axis=1)
+
+
+def reach(theta):
+    """The probability [C] that a sequence passes through each context."""
+    passes = (CONTEXT_OF[:, :, None] == np.arange(len(CONTEXTS))) & MASK[:, :, None]
+    return np.exp(sequence_logprobs(theta)) @ passes.any(axis=1)
+
+
+def sequence_gradients(tables, name, options=None, batches=None, **columns):
+    """Gradient [N, C, V] of the recipe's loss on each batch of sequences `[N, R]` (by number), under fixed_denominator.
+
+    Without `batches` every sequence is a batch of its own. A column is `[S, T]`, one for every sequence, or `[N, R, T]`.
+    The recipe is bound and prepared as an update does it, on dense tiles.
+    """
+    batches = np.arange(len(SEQUENCES))[:, None] if batches is None else batches
+    shape = (*batches.shape, LENGTH)
+    recipe, options = bind(name, options or {})
+    student, teacher = (jnp.asarray(table)[CONTEXT_OF[batches]] for table in tables)
+    columns = {key: jnp.asarray(x if np.shape(x)[:2] == shape[:2] else np.asarray(x)[batches]) for key, x in columns.items()}
+    columns, mask = Columns(jnp.asarray(TOKENS[batches]), **columns), jnp.asarray(MASK[batches])
+    flat = lambda tree: jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), tree)  # noqa: E731
+    teacher = VocabTile(flat(teacher))
+    if sequence.is_coupled(options):
+        stats = sequence.token_stats(VocabTile(flat(student)), teacher, flat(columns), options)
+        stats = jax.tree.map(lambda x: x.reshape(shape), stats)
+        segments = jnp.ones(shape[1:], int)
+        prepare = lambda *args: sequence.prepare(*args, segments, options, is_policy_gradient=recipe.is_policy_gradient)  # noqa: E731
+        columns = jax.vmap(prepare)(columns, stats, mask)
+
+    def total(logits):
+        loss, _ = recipe.token_loss(VocabTile(flat(logits)), teacher, flat(columns), **options)
+        return jnp.sum(jnp.where(mask, loss.reshape(shape), 0)) / (shape[1] * LENGTH)
+
+    place = (CONTEXT_OF[batches][..., None] == np.arange(len(CONTEXTS))) & MASK[batches][..., None]
+    return np.einsum("nrtv,nrtc->ncv", jax.grad(total)(student), place)
+
+
+def expectation(tables, name, options=None, batches=None, behavior=None, **columns):
+    """E[gradient] [C, V] over sequences drawn from the student, or from the table `behavior`."""
+    if behavior is not None:
+        columns["behavior_logprob"] = token_logprobs(behavior)
+    gradients = sequence_gradients(tables, name, options, batches, **columns)
+    return np.tensordot(batch_probabilities(tables[0] if behavior is None else behavior, batches), gradients, 1)
+
+
+def batch_probabilities(theta, batches=None):
+    probs = np.exp(sequence_logprobs(theta))
+    return probs if batches is None else np.prod(probs[batches], axis=1)
+
+
+def action_variance(tables, name, options=None, **columns):
+    """Trace of the covariance of one sequence's gradient."""
+    gradients, probs = sequence_gradients(tables, name, options, **columns), batch_probabilities(tables[0])
+    mean = np.tensordot(probs, gradients, 1)
+    return np.tensordot(probs, np.sum(np.square(gradients - mean), axis=(1, 2)), 1)
+
+
+def exact_gradient(tables, discount):
+    """sum_c P(reach c) sum_y grad p(y | c) Q(c, y), Q = -r + discount * cost to go, divided by the fixed denominator; by recursion."""
+    theta, _ = tables
+    student_logprobs, teacher_logprobs = (np.asarray(jax.nn.log_softmax(x, axis=-1)) for x in tables)
+    cost = student_logprobs - teacher_logprobs
+    for index in reversed(range(len(CONTEXTS))):
+        for y in (1, 2):
+            if len(CONTEXTS[index]) + 1 < LENGTH:
+                child = CONTEXTS.index((*CONTEXTS[index], y))
+                cost[index, y] += discount * np.sum(np.exp(student_logprobs[child]) * cost[child])
+    weight = reach(theta)[:, None] * cost
+    return np.asarray(jax.grad(lambda x: jnp.sum(weight * jax.nn.softmax(x, axis=-1)))(theta)) / LENGTH
