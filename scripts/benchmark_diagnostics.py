@@ -6,7 +6,8 @@
 real jitted update on 64 rows, and its share is of a whole step (sampling, teacher's scores, update without diagnostics). At
 V = 151,936 and width 1,024 only the work on the vocabulary is run (teacher's scores, loss, both gradients), float32: the
 share is of that alone, so that of a step, which samples and runs two models beside it, is smaller. Shares are medians of
-the paired differences with a 95 % interval from the order statistics: CPU times on a machine that does other work are noisy.
+the paired differences with a 95 % interval from the order statistics. `--clock cpu` counts the process's CPU seconds, which
+say more than the wall on a machine that does other work.
 """
 
 from __future__ import annotations
@@ -39,24 +40,26 @@ from opdjax.workdir import num_cores
 FORMS = {
     "opd": EstimatorConfig(recipe="opd"),
     "vopd": EstimatorConfig(recipe="vopd"),
-    "vopd, top 100": EstimatorConfig(recipe="vopd", baseline="student_topk"),
     "full_kl": EstimatorConfig(recipe="full_kl"),
 }
 EVERY = Config().log.diagnostics_every
 
 
-def seconds_of(run: Callable) -> float:
-    start = time.perf_counter()
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def seconds_of(run: Callable, clock: Callable) -> float:
+    start = clock()
     jax.block_until_ready(run())
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def alternate(runs: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
+def alternate(runs: dict[str, Callable], repeats: int, clock: Callable) -> dict[str, list[float]]:
     """Seconds of each, one after the other in turn, the order reversed every time; the first two rounds are left out."""
     found: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 2):
         for name in list(runs)[:: 1 if turn % 2 else -1]:
-            found[name].append(seconds_of(runs[name]))
+            found[name].append(seconds_of(runs[name], clock))
     return {name: values[2:] for name, values in found.items()}
 
 
@@ -118,10 +121,10 @@ def vocabulary_runs(estimator: EstimatorConfig, tokens: int, vocab: int, width: 
     return {name: lambda flag=flag: compiled(*arguments, flag) for name, flag in taken.items()}, {}
 
 
-def row(label: str, runs: tuple[dict[str, Callable], dict[str, Callable]], repeats: int) -> str:
+def row(label: str, runs: tuple[dict[str, Callable], dict[str, Callable]], repeats: int, clock: Callable) -> str:
     compared, others = runs
-    found = alternate(compared, repeats)
-    rest = sum(statistics.median(values) for values in alternate(others, max(repeats // 4, 3)).values()) if others else 0.0
+    found = alternate(compared, repeats, clock)
+    rest = sum(statistics.median(values) for values in alternate(others, max(repeats // 4, 3), clock).values()) if others else 0.0
     whole = rest + statistics.median(found["off"])
     cells = [f"{1e3 * whole:.1f}"]
     shares = {name: [(with_it - off) / whole for with_it, off in zip(found[name], found["off"])] for name in ("between", "observed")}
@@ -138,13 +141,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=200, help="of the mini pair's update")
     parser.add_argument("--long-repeats", type=int, default=12, help="of the work on the long vocabulary")
     parser.add_argument("--only", choices=("mini", "long"))
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
     options = parser.parse_args()
+    clock = CLOCKS[options.clock]
     print(f"Machine: {cpu_model()}, {num_cores()} cores; jax {jax.__version__} on {jax.default_backend()}.\n")
-    print(f"| work | ms without | between, % | observed, % | one of {EVERY} observed, % |\n|---|---|---|---|---|")
+    print(f"| work | {options.clock} ms without | between, % | observed, % | one of {EVERY} observed, % |\n|---|---|---|---|---|")
     for label, estimator in FORMS.items() if options.only != "long" else ():
-        print(row(f"mini pair, `{label}`, a step", mini_runs(estimator), options.repeats), flush=True)
+        print(row(f"mini pair, `{label}`, a step", mini_runs(estimator), options.repeats, clock), flush=True)
     for label, estimator in FORMS.items() if options.only != "mini" else ():
-        print(row(f"V = 151,936, `{label}`", vocabulary_runs(estimator, 256, 151936, 1024, 128), options.long_repeats), flush=True)
+        print(row(f"V = 151,936, `{label}`", vocabulary_runs(estimator, 256, 151936, 1024, 128), options.long_repeats, clock), flush=True)
 
 
 if __name__ == "__main__":
