@@ -346,9 +346,9 @@ class LogConfig:
 
     samples_every: int = 50  # steps between rollouts written to samples.jsonl; 0: never
     num_samples: int = 4  # rollouts written each time
+    tensorboard: bool = False  # event files too; needs the tensorboard extra
     # Steps between those that also measure entropies, overlap of student and teacher, quantiles of the reward; 0: never
     diagnostics_every: int = 10
-    tensorboard: bool = False  # event files too; needs the tensorboard extra
 
     def __post_init__(self):
         _require_types(self, "log.")
