@@ -183,7 +183,7 @@ def check_chat_template(data: DataConfig, tokenizers: tuple[Any, Any], prompts: 
     """Student and teacher read the same prompt, or differ because the config says so."""
     problems: list[Problem] = []
     formats = (data.format, data.teacher_format or data.format)
-    is_declared = data.teacher_format is not None or data.teacher_enable_thinking is not None
+    is_declared = any(x is not None for x in (data.teacher_format, data.teacher_enable_thinking, data.teacher_prompt_format))
     has_two_templates = formats == ("chat", "chat") and tokenizers[0].chat_template != tokenizers[1].chat_template
     details = []
     if prompts.teacher_ids is not None:
@@ -419,12 +419,19 @@ def check_repeated_scores(first: np.ndarray, again: np.ndarray, otherwise: np.nd
 
 
 def check_teacher_is_better(
-    student: np.ndarray, teacher: np.ndarray, text: str, vocab: int, correct: tuple[int, int] | None = None
+    student: np.ndarray,
+    teacher: np.ndarray,
+    text: str,
+    vocab: int,
+    correct: tuple[int, int] | None = None,
+    *,
+    is_student: bool = False,
 ) -> Finding:
     """The teacher knows the text, and better than the student does.
 
     `student` and `teacher`: NLL a token of each text `[P]`; `text`: `reference answers` or `prompts`; `correct`: how many
-    greedy answers of student and teacher are right, where that can be told.
+    greedy answers of student and teacher are right, where that can be told; `is_student`: they are one model, and the teacher is
+    shown more.
     """
     name, is_known = "teacher_is_better", text == "reference answers"
     measured = f"NLL of the {text}: teacher {teacher.mean():.3g}, student {student.mean():.3g} a token"
@@ -447,6 +454,8 @@ def check_teacher_is_better(
         "expected the teacher ahead: student and teacher look swapped (check --student.path and --teacher.path), "
         "or the teacher does not know its prompt format"
     )
+    if is_student:
+        advice = "expected the teacher ahead: the model makes no use of what data.teacher_prompt_format shows it; reword that"
     return Finding(name, "fault" if is_clear and correct is not None else "warning", f"{measured}; {advice}")
 
 

@@ -15,8 +15,22 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from opdjax.config import Config, ConfigError, DataConfig, EvaluationConfig, MeshConfig, ModelConfig, SamplingConfig, from_dict, nearest
+from opdjax.config import (
+    AuditConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    EvaluationConfig,
+    MeshConfig,
+    ModelConfig,
+    SamplingConfig,
+    from_dict,
+    nearest,
+)
 from opdjax.points import SweepPoint
+
+# The built-in pair on its own task.
+_MINI = Config(data=DataConfig(max_prompt_length=32), sampling=SamplingConfig(max_completion_length=24))
 
 
 def main() -> None:
@@ -154,7 +168,9 @@ def doctor(arguments: list[str]) -> None:
         if num_prompts < 1:
             raise ConfigError(f"--num-prompts is {num_prompts}; expected at least 1")
         if RECIPES[config.estimator.recipe].teacher != "none":
-            tokenizers = [load_tokenizer(open_checkpoint(model.path, model.revision).path) for model in (config.student, config.teacher)]
+            tokenizers = [
+                load_tokenizer(open_checkpoint(model.path, model.revision).path) for model in (config.student, config.teacher_model)
+            ]
             vocabularies = check_tokenizers(*tokenizers, config.estimator.recipe)
             if vocabularies.status == "fault":
                 print(f"{vocabularies}\nthe other checks compare ids, so they were not made")
@@ -168,6 +184,49 @@ def doctor(arguments: list[str]) -> None:
         sys.exit(1 if has_fault else 0)
 
     _call(run, arguments[1:], "opdjax doctor EXPERIMENT")
+
+
+def audit(arguments: list[str]) -> None:
+    """[EXPERIMENT] --workdir DIR [--section.field VALUE …]: bias, variance and cost of the estimators; --explain RECIPE tells of one."""
+    if arguments[:1] == ["--explain"]:
+        from opdjax.audit.run import explain
+
+        if len(arguments) != 2:
+            raise ConfigError("--explain takes the name of one recipe or pitfall")
+        print(explain(arguments[1]))
+        return
+    is_given = bool(arguments) and not arguments[0].startswith("-")
+    default = load_experiment(arguments[0]) if is_given else _MINI
+
+    def run(
+        workdir: pathlib.Path,
+        only: tuple[str, ...] = (),
+        how: AuditConfig = AuditConfig(),  # noqa: B008
+        config: Annotated[Config, tyro.conf.arg(name="")] = default,
+    ):
+        """Measure the estimators; without EXPERIMENT, on the built-in pair.
+
+        Args:
+            workdir: directory for audit.json and audit.html
+            only: recipes and pitfalls by name; none: all
+            how: how much is measured
+            config: every field of the experiment; its own recipe is measured too
+        """
+        from opdjax.audit.run import audit as measure
+        from opdjax.audit.subjects import choose
+        from opdjax.audit.table import text
+        from opdjax.report.page import write_report
+        from opdjax.workdir import write_json
+
+        asked = (config.estimator.options, config.estimator.recipe) if is_given else (None, None)
+        subjects = choose(only or None, *asked)
+        workdir.mkdir(parents=True, exist_ok=True)
+        document = measure(config, subjects, how)
+        write_json(workdir / "audit.json", document)
+        print(f"\n{text(document)}\n")
+        print(write_report(workdir, workdir / "audit.html"))
+
+    _call(run, arguments[is_given:], "opdjax audit [EXPERIMENT]")
 
 
 def sample(arguments: list[str]) -> None:
@@ -189,7 +248,7 @@ def sample(arguments: list[str]) -> None:
         """Print completions of prompts.
 
         Args:
-            model: checkpoint directory or hub id
+            model: checkpoint directory, hub id, or @mini_student or @mini_teacher
             prompts: texts to complete
             data: how a prompt is rendered
             num_generations: completions of each prompt
@@ -207,7 +266,7 @@ def sample(arguments: list[str]) -> None:
         from opdjax.data.prompts import Prompt, collate, encode_prompts
         from opdjax.evals.evaluate import completions
         from opdjax.models.hf import load_params, open_checkpoint
-        from opdjax.prepare import compute_dtype, num_ids, stop_ids
+        from opdjax.prepare import compute_dtype, num_ids, stop_ids, student_view
         from opdjax.sampler import Decoding
         from opdjax.sampler import sample as draw
 
@@ -216,7 +275,7 @@ def sample(arguments: list[str]) -> None:
         # The checks of a run's config; a temperature of 0 is greedy here and not for rollouts that are trained on.
         SamplingConfig(num_generations, max_completion_length, temperature or 1.0, top_p, top_k, min_p)
         Config(seed=seed)
-        data = dataclasses.replace(data, source="the command line", overlong="error")
+        data = dataclasses.replace(student_view(data), source="the command line", overlong="error")
         checkpoint = open_checkpoint(model)
         tokenizer = load_tokenizer(checkpoint.path)
         params = load_params(checkpoint, compute_dtype(ModelConfig(model, dtype=dtype)))
@@ -251,7 +310,7 @@ def evaluate(arguments: list[str]) -> None:
         """Print the scores of a checkpoint.
 
         Args:
-            model: checkpoint directory or hub id
+            model: checkpoint directory, hub id, or @mini_student or @mini_teacher
             data: how a prompt is rendered; its source is not read
             evaluation: which prompts, how answers are drawn and graded
             dtype: of the forward pass
@@ -291,7 +350,7 @@ def import_(arguments: list[str]) -> None:
         """Check and describe a checkpoint.
 
         Args:
-            model: checkpoint directory or hub id
+            model: checkpoint directory, hub id, or @mini_student or @mini_teacher
         """
         from opdjax.data.chat import load_tokenizer
         from opdjax.models.hf import load_params, open_checkpoint
@@ -428,6 +487,7 @@ def _call(function: Callable, arguments: list[str], program: str) -> None:
 VERBS = {
     "train": train,
     "doctor": doctor,
+    "audit": audit,
     "sweep": sweep,
     "table": table,
     "report": report,

@@ -11,14 +11,18 @@ import difflib
 import json
 import math
 import pathlib
+import re
 import types
 import typing
 from typing import Any, Literal
 
 PACKAGE = pathlib.Path(__file__).parent
-MINI_TEACHER = str(PACKAGE / "assets" / "mini_pair" / "teacher")
+# Models by name: such a name is no directory's and no hub id's, and means the same on every machine that reads a config.
+MINI_TEACHER, MINI_STUDENT = "@mini_teacher", "@mini_student"  # the built-in pair
+STUDENT = "@student"  # as teacher.path: the student that is trained, with the weights it has at each step
+MINI_PAIR = PACKAGE / "assets" / "mini_pair"  # where it lies: `teacher` and `student`
+TEACHER_FIELDS = ("prompt", "answer", "reference")  # of a row, in data.teacher_prompt_format
 _MAX_INT = 2**31 - 1  # what jax indexes and counts with
-MINI_STUDENT = str(PACKAGE / "assets" / "mini_pair" / "student")
 
 
 class ConfigError(ValueError):
@@ -86,7 +90,10 @@ def _require_seed(field: str, seed: int) -> None:
 class ModelConfig:
     """A model of the run."""
 
-    path: str = ""  # local directory in Hugging Face layout, or a hub id such as Qwen/Qwen3-1.7B-Base
+    # Local directory in Hugging Face layout, a hub id such as Qwen/Qwen3-1.7B-Base, or @mini_teacher or @mini_student, the built-in pair.
+    # Of the teacher also @student: the student in training is its own teacher, with the weights of each step, through which no
+    # gradient flows; data.teacher_prompt_format shows the teacher more. The student's own path is its frozen start instead.
+    path: str = ""
     revision: str | None = None  # branch, tag or commit of a hub id
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the forward pass; auto: bfloat16 on TPU and GPU, float32 on CPU
 
@@ -111,10 +118,14 @@ class DataConfig:
     prompt_column: str = "prompt"
     answer_column: str | None = None  # the value to grade by, a string or a number; None: `answer`, where there is one
     reference_column: str | None = None  # worked answers: text, texts or messages; None: `references` or `reference`, where there is one
+    # What the teacher reads in the place of prompt_format: {prompt} (in messages the last turn of the user), and what only it is
+    # shown, {answer} and {reference}, the row's first. Other braces stay as they are. None: as prompt_format.
+    teacher_prompt_format: str | None = None
 
     def __post_init__(self):
         _require_types(self, "data.")
         _require("{prompt}" in self.prompt_format, "data.prompt_format", self.prompt_format, "a text that contains {prompt}")
+        self._check_teacher_prompt_format()
         _require(self.max_prompt_length > 0, "data.max_prompt_length", self.max_prompt_length, "at least 1")
         for name in ("prompt_column", "answer_column", "reference_column"):
             _require(getattr(self, name) != "", f"data.{name}", "", "the name of a column")
@@ -123,6 +134,14 @@ class DataConfig:
         _require(is_chat or self.system_prompt is None, "data.system_prompt", self.system_prompt, "none where no format is chat")
         _require(is_chat or self.enable_thinking is None, "data.enable_thinking", self.enable_thinking, "none where no format is chat")
         _require(is_teacher_chat or thinking is None, "data.teacher_enable_thinking", thinking, "none where the teacher's format is raw")
+
+    def _check_teacher_prompt_format(self):
+        text = "{prompt}" if self.teacher_prompt_format is None else self.teacher_prompt_format
+        _require("{prompt}" in text, "data.teacher_prompt_format", text, "a text that contains {prompt}")
+        # A misspelt field would be shown to the teacher as it stands, and no error would tell.
+        for name in set(re.findall(r"\{(\w+)\}", text)) - set(TEACHER_FIELDS):
+            close = difflib.get_close_matches(name, TEACHER_FIELDS, n=1)
+            _require(not close, "data.teacher_prompt_format", text, f"{{{''.join(close)}}} in place of {{{name}}}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,10 +191,12 @@ class EstimatorConfig:
     clip_high: float | None = None  # ppo_clip: nor ratios above 1 + clip_high; None: 0.28
     baseline: Literal["full", "student_topk", "optimal", "batch_mean"] | None = None  # vopd
     baseline_top_k: int | None = None  # vopd with baseline student_topk
-    divergence: Literal["reverse", "forward", "jsd"] | None = None  # full_kl; topk_kl (no jsd)
+    divergence: Literal["reverse", "forward", "jsd", "skew_forward", "skew_reverse"] | None = None  # full_kl; topk_kl (the first two)
     beta: float | None = None  # full_kl with divergence jsd: 0 forward KL, 1 reverse KL
-    support: Literal["student", "teacher"] | None = None  # topk_kl: whose most likely ids the divergence is taken on
-    support_top_k: int | None = None  # topk_kl: how many ids
+    skew_alpha: float | None = None  # full_kl with a skew divergence: the share of its first argument in the second
+    # topk_kl: the most likely ids of whom; of both: in one set or the other, in both, in exactly one
+    support: Literal["student", "teacher", "union", "intersection", "symmetric_difference"] | None = None
+    support_top_k: int | None = None  # topk_kl: how many ids of each side
     renormalize: Literal["both", "teacher", "none"] | None = None  # topk_kl: which side is renormalised on those ids
     outside: Literal["drop", "tail", "floor"] | None = None  # topk_kl: the ids outside; tail needs renormalize none, floor teacher or none
     clamp_at_zero: bool | None = None  # topk_kl: a token's negative value counts as 0
@@ -194,6 +215,10 @@ class EstimatorConfig:
             has_topk or self.baseline_top_k is None, "estimator.baseline_top_k", self.baseline_top_k, "none unless baseline is student_topk"
         )
         _require(has_jsd or self.beta is None, "estimator.beta", self.beta, "none unless divergence is jsd")
+        has_skew = self.divergence in ("skew_forward", "skew_reverse")
+        _require(has_skew or self.skew_alpha is None, "estimator.skew_alpha", self.skew_alpha, "none unless divergence is a skew one")
+        is_share = self.skew_alpha is None or 0 < self.skew_alpha < 1
+        _require(is_share, "estimator.skew_alpha", self.skew_alpha, "more than 0 (the plain KL) and less than 1 (nothing left)")
         self._check_topk()
         self._check_reward()
         self._check_importance()
@@ -232,7 +257,7 @@ class EstimatorConfig:
     def _check_topk(self):
         k, fixed = self.support_top_k, ("support", "renormalize", "outside", "clamp_at_zero", "weight")
         _require(k is None or k > 0, "estimator.support_top_k", k, "at least 1")
-        has_divergence = self.recipe != "topk_kl" or self.divergence != "jsd"
+        has_divergence = self.recipe != "topk_kl" or self.divergence in (None, "reverse", "forward")
         _require(has_divergence, "estimator.divergence", self.divergence, "reverse or forward where the recipe is topk_kl")
         if self.convention in ("tunix", "verl", "easydel", "thunlp"):
             fixed += ("divergence",)
@@ -391,6 +416,21 @@ class Config:
         rows, parts = self.rows_per_step, self.train.gradient_accumulation_steps
         _require(rows % parts == 0, "train.gradient_accumulation_steps", parts, f"a divisor of the {rows} rows a step")
         self._check_source()
+        _require(self.student.path != STUDENT, "student.path", STUDENT, "the checkpoint that the student starts from")
+        if self.teacher_is_student:
+            for name, default in (("revision", None), ("dtype", "auto")):
+                found = getattr(self.teacher, name)
+                _require(found == default, f"teacher.{name}", found, f"{default}: the teacher is the student ({STUDENT})")
+
+    @property
+    def teacher_is_student(self) -> bool:
+        """Whether the student in training is its own teacher."""
+        return self.teacher.path == STUDENT
+
+    @property
+    def teacher_model(self) -> ModelConfig:
+        """Where the teacher's tokenizer, shape and type are read."""
+        return self.student if self.teacher_is_student else self.teacher
 
     def _check_source(self):
         """Whose completions a recipe may be trained on."""
@@ -405,7 +445,7 @@ class Config:
             is_plain = self.sampling.temperature == 1 and not self.sampling.has_filter
             _require(is_plain, "sampling.temperature, top_p, top_k, min_p", "set", "none of them where nothing is sampled (references)")
         has_no_teacher = recipe == "sft" and source == "references"
-        for name in ("teacher_format", "teacher_enable_thinking") if has_no_teacher else ():
+        for name in ("teacher_format", "teacher_enable_thinking", "teacher_prompt_format") if has_no_teacher else ():
             _require(getattr(self.data, name) is None, f"data.{name}", getattr(self.data, name), "none where no teacher reads the data")
         corrected = self.estimator.importance or "none"
         expected = "none where the completions are not the student's: nothing tells how likely they were drawn"
@@ -425,6 +465,24 @@ class Config:
     def rows_per_step(self) -> int:
         """Rollouts of one optimizer update."""
         return self.train.prompts_per_step * self.sampling.num_generations
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditConfig:
+    """How much `opdjax audit` measures."""
+
+    num_contexts: int = 1000  # random ones, every draw of which is enumerated
+    vocab: int = 50  # of the random contexts
+    num_prompts: int = 128  # that the student answers
+    num_generations: int = 2  # answers a prompt: what differs between them is the noise of trajectories
+    parameter_space: bool = True  # the gradients of all parameters too: minutes, and memory for several copies of the student
+    seed: int = 0
+
+    def __post_init__(self):
+        _require_types(self, "how.")
+        for name, least in (("num_contexts", 1), ("vocab", 2), ("num_prompts", 2), ("num_generations", 2)):
+            _require(getattr(self, name) >= least, f"how.{name}", getattr(self, name), f"at least {least}")
+        _require_seed("how.seed", self.seed)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from opdjax.evals.grading import GRADERS
 from opdjax.models.decoder import DecoderConfig, Params, head_of
 from opdjax.models.hf import Checkpoint, load_params
 from opdjax.ops.vocab import Columns, Head, tiled_stats
-from opdjax.prepare import Setup, Teacher, update_spec, with_credit
+from opdjax.prepare import Setup, Teacher, as_of_step, update_spec, with_credit
 from opdjax.sampler import Decoding, sample
 from opdjax.scoring.local import score
 from opdjax.sharding import replicated
@@ -90,6 +90,8 @@ def examine(setup: Setup, num_prompts: int = 8) -> Iterator[Finding]:
     if not _compares_scores(setup):
         params = _load(setup, setup.student, setup.dtype)
         setup, made = _alone(setup, params, head_of(params, valid_vocab=setup.decoding.valid_vocab)), _CHECKS_OF_STUDENT
+    elif setup.config.teacher_is_student:
+        setup = as_of_step(setup, _load(setup, setup.student, setup.dtype))
     specimen = take_specimen(setup, num_prompts)
     return (check(setup, specimen) for check in made)
 
@@ -312,7 +314,8 @@ def _teacher_is_better(setup: Setup, specimen: Specimen) -> Finding:
             sum(bool(grade(text, row.answer)) for text, row in zip(completions(rollouts, setup.tokenizer), rows)) for rollouts in answers
         )
     text = "reference answers" if has_references else "prompts"
-    return checks.check_teacher_is_better(student, teacher, text, valid_vocab(setup.tokenizer), correct)
+    is_student = setup.config.teacher_is_student
+    return checks.check_teacher_is_better(student, teacher, text, valid_vocab(setup.tokenizer), correct, is_student=is_student)
 
 
 def _nll(setup: Setup, params: Params, checkpoint: Checkpoint, prompts, indices, texts: Sequence[Sequence[int]]) -> np.ndarray:

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from opdjax.config import Config, ConfigError, DataConfig, ModelConfig
+from opdjax.config import STUDENT, Config, ConfigError, DataConfig, ModelConfig
 from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, load_tokenizer, valid_vocab
-from opdjax.data.prompts import Prompt, PromptSet, encode_prompts, read_prompts
-from opdjax.data.sources import Columns, DataError
+from opdjax.data.prompts import PromptSet, encode_prompts, read_prompts, require_of_each
+from opdjax.data.sources import Columns
 from opdjax.estimators import RECIPES
 from opdjax.estimators.advantage import group_centred
 from opdjax.evals.evaluate import Evaluator, completions
@@ -30,11 +30,11 @@ from opdjax.workdir import environment
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """The frozen model that supervises."""
+    """The model that supervises: a frozen one, or the student itself with the weights of each step, which `as_of_step` fills in."""
 
     checkpoint: Checkpoint
-    params: Params
-    head: Head
+    params: Params | None
+    head: Head | None
     tokenizer: Any
     decoding: Decoding  # how it writes answers, where it does
     shares_vocabulary: bool  # with the student: only then can their logits be compared
@@ -67,17 +67,22 @@ def prepare(config: Config) -> Setup:
     student = open_checkpoint(config.student.path, config.student.revision)
     tokenizer = load_tokenizer(student.path)
     decoding = _decoding(config, student, tokenizer, config.sampling.stop_token_ids)
-    asked = open_checkpoint(config.teacher.path, config.teacher.revision) if needs_teacher(config) else None
+    asked = open_checkpoint(config.teacher_model.path, config.teacher_model.revision) if needs_teacher(config) else None
     teacher_tokenizer = tokenizer if asked is None else load_tokenizer(asked.path)
     shares_vocabulary = _shares_vocabulary(config, tokenizer, teacher_tokenizer)
     rows = read_prompts(config.data.source, Columns.of(config.data))
     if config.sampling.source == "references":
         column = config.data.reference_column or "references"
-        _require_of_each(rows, "references", column, config.data.source, "training on the data's own answers needs them")
+        require_of_each(rows, "references", column, config.data.source, "training on the data's own answers needs them")
     if config.estimator.task_reward_coef:
         require_grader(config.evaluation.grader)
-        _require_of_each(rows, "answer", config.data.answer_column or "answer", config.data.source, "a task reward needs them")
+        require_of_each(rows, "answer", config.data.answer_column or "answer", config.data.source, "a task reward needs them")
     prompts = encode_prompts(rows, config.data, tokenizer, teacher_tokenizer)
+    if asked is not None and config.teacher_is_student and prompts.teacher_ids is None:
+        raise ConfigError(
+            f"teacher.path is {STUDENT} and the teacher is shown what the student is: the same model on the same tokens has nothing to "
+            "teach; show it more with data.teacher_prompt_format, such as '{prompt} (a correct solution: {reference})'"
+        )
     evaluator = make_evaluator(config, student, tokenizer, mesh)
     # The weights come last: what is wrong with the data is said before gigabytes are read.
     teacher = None if asked is None else _load_teacher(config, asked, teacher_tokenizer, shares_vocabulary, mesh)
@@ -103,9 +108,22 @@ def _load_teacher(config: Config, checkpoint: Checkpoint, tokenizer: Any, shares
     # Ids that were added for the student's tokenizer mean nothing in another one.
     more = config.sampling.stop_token_ids if shares_vocabulary else ()
     decoding = _decoding(config, checkpoint, tokenizer, more)
-    params = load_params(checkpoint, compute_dtype(config.teacher), replicated(mesh))
-    head = head_of(params, valid_vocab=decoding.valid_vocab, temperature=scored_temperature(config))
-    return Teacher(checkpoint, params, head, tokenizer, decoding, shares_vocabulary)
+    teacher = Teacher(checkpoint, None, None, tokenizer, decoding, shares_vocabulary)
+    if config.teacher_is_student:
+        return teacher
+    return _with_weights(teacher, load_params(checkpoint, compute_dtype(config.teacher), replicated(mesh)), config)
+
+
+def _with_weights(teacher: Teacher, params: Params, config: Config) -> Teacher:
+    head = head_of(params, valid_vocab=teacher.decoding.valid_vocab, temperature=scored_temperature(config))
+    return dataclasses.replace(teacher, params=params, head=head)
+
+
+def as_of_step(setup: Setup, published: Params) -> Setup:
+    """The setup whose teacher, where it is the student, has the weights `published` for a step; they are not copied."""
+    if setup.teacher is None or not setup.config.teacher_is_student:
+        return setup
+    return dataclasses.replace(setup, teacher=_with_weights(setup.teacher, published, setup.config))
 
 
 def scored_temperature(config: Config) -> float:
@@ -167,25 +185,22 @@ def make_evaluator(config: Config, student: Checkpoint, tokenizer: Any, mesh: Me
     if config.evaluation.source is None:
         return None
     require_grader(config.evaluation.grader)
-    student_view = {"teacher_format": None, "teacher_enable_thinking": None, "reference_column": None}
-    if config.data.format == "raw":
-        student_view |= {"system_prompt": None, "enable_thinking": None}  # they were the teacher's
-    for name in ("prompt_column", "answer_column"):
-        student_view[name] = getattr(config.evaluation, name) or getattr(config.data, name)
-    data: DataConfig = dataclasses.replace(config.data, source=config.evaluation.source, **student_view)
+    names = ("prompt_column", "answer_column")
+    columns = {name: getattr(config.evaluation, name) or getattr(config.data, name) for name in names}
+    data = dataclasses.replace(student_view(config.data), source=config.evaluation.source, reference_column=None, **columns)
     rows = read_prompts(data.source, Columns.of(data))[: config.evaluation.num_prompts]
-    _require_of_each(rows, "answer", data.answer_column or "answer", data.source, "evaluation needs them")
+    require_of_each(rows, "answer", data.answer_column or "answer", data.source, "evaluation needs them")
     prompts = encode_prompts(rows, data, tokenizer, tokenizer)
     stop = stop_ids(student, tokenizer, config.sampling.stop_token_ids)
     return Evaluator(student.config, prompts, tokenizer, config.evaluation, stop, num_ids(student, tokenizer), mesh)
 
 
-def _require_of_each(rows: list[Prompt], field: str, column: str, source: str, reason: str) -> None:
-    given = (getattr(row, field) or () for row in rows)
-    texts = ((value,) if isinstance(value, str) else value for value in given)
-    lacking = [number for number, found in enumerate(texts) if not found or not all(text.strip() for text in found)]
-    if lacking:
-        raise DataError(f"prompt {lacking[0]} of {source} has no {column!r} ({len(lacking)} such rows); {reason}")
+def student_view(data: DataConfig) -> DataConfig:
+    """The data as the student alone reads them: nothing of what its teacher is shown."""
+    shown = {"teacher_format": None, "teacher_enable_thinking": None, "teacher_prompt_format": None}
+    if data.format == "raw":
+        shown |= {"system_prompt": None, "enable_thinking": None}  # they were the teacher's
+    return dataclasses.replace(data, **shown)
 
 
 def num_ids(checkpoint: Checkpoint, tokenizer: Any) -> int:
@@ -222,7 +237,13 @@ def facts(setup: Setup) -> dict[str, Any]:
         "num_prompts": len(setup.prompts),
         "num_skipped": setup.prompts.num_skipped,
         "student": fingerprint(setup.student),
-        "teacher": fingerprint(setup.teacher.checkpoint) if setup.teacher else None,
+        "teacher": _teacher_fingerprint(setup),
     }
     devices = [device.device_kind for device in setup.mesh.devices.flat]
     return {"data": data, "environment": environment(devices)}
+
+
+def _teacher_fingerprint(setup: Setup) -> str | None:
+    if setup.teacher is None or setup.config.teacher_is_student:
+        return STUDENT if setup.teacher else None
+    return fingerprint(setup.teacher.checkpoint)

@@ -121,7 +121,7 @@ def _write_points(points: Sequence[SweepPoint], workdir: pathlib.Path) -> None:
         if not (directory / POINT).exists():
             new.append(point)
             continue
-        changed = differences(as_of_today(read_point(directory / POINT)["config"]), to_dict(point.config))
+        changed = differences(as_of_today(read_point(directory / POINT)["config"]), as_of_today(to_dict(point.config)))
         if changed:
             listed = "\n  ".join(changed)
             raise WorkdirError(f"{directory} was asked for with another config; choose another --workdir (there -> now):\n  {listed}")

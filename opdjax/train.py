@@ -30,7 +30,7 @@ from opdjax.metrics import MetricWriter, Progress, Timer
 from opdjax.models.decoder import Params
 from opdjax.models.hf import export, load_params, open_checkpoint
 from opdjax.ops.vocab import Head
-from opdjax.prepare import Setup, facts, prepare, update_spec, with_credit
+from opdjax.prepare import Setup, as_of_step, facts, prepare, update_spec, with_credit
 from opdjax.results import read_result
 from opdjax.sampler import sample
 from opdjax.scoring.local import score
@@ -85,7 +85,8 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> d
     _cut_back(setup, workdir, first)
     writer = MetricWriter(workdir, last_step=first, tensorboard=config.log.tensorboard)
     opened.callback(writer.close)
-    publish = jax.jit(partial(jax.tree.map, lambda x: x.astype(setup.dtype)))
+    # Copied even in the same type: the update writes over the state's arrays, and may read what was published as its teacher's head.
+    publish = jax.jit(partial(jax.tree.map, lambda x: jnp.array(x, setup.dtype, copy=True)))
     evaluate = partial(_evaluate, setup, workdir)
     examine = make_examine(spec, _ALTERNATIVES)
 
@@ -95,14 +96,15 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> d
     for step in range(first, config.train.num_steps):
         prompts = collate(setup.prompts, indices_at(step, config.train.prompts_per_step, len(setup.prompts), config.seed))
         params = publish(state.params)
+        current = as_of_step(setup, params)
         with timer.phase("sample"):
-            rollouts = jax.block_until_ready(_rollouts(setup, params, prompts, step))
+            rollouts = jax.block_until_ready(_rollouts(current, params, prompts, step))
         done = step + 1
         unscored = with_credit(setup, to_train_batch(rollouts, prompts), rollouts)
         if config.log.samples_every and (done % config.log.samples_every == 0 or done == 1):
-            append_lines(workdir / "samples.jsonl", _sample_rows(setup, examine, params, rollouts, unscored, done))
+            append_lines(workdir / "samples.jsonl", _sample_rows(current, examine, params, rollouts, unscored, done))
         with timer.phase("teacher"):
-            batch, teacher_head = jax.block_until_ready(_score(setup, unscored, needs))
+            batch, teacher_head = jax.block_until_ready(_score(current, unscored, needs))
         with timer.phase("update"):
             state, metrics = update(state, batch, teacher_head)
             metrics = jax.tree.map(float, jax.device_get(metrics))

@@ -179,7 +179,7 @@ def noise_and_signal(norm: Array, squares: Array, parts: int) -> dict[str, Array
 def _batch_loss(
     params, batch: TrainBatch, weights, teacher_head, *, spec: UpdateSpec, recipe: Recipe, options: dict, totals=None, is_observed=None
 ):
-    hidden, head, columns, teacher = _passes(params, batch, teacher_head, spec)
+    hidden, head, columns, teacher = passes(params, batch, teacher_head, spec)
     if sequence.is_coupled(options):
         stats = _stats(hidden, head, columns, teacher, batch, spec, options)
         coupled = partial(sequence.prepare, is_policy_gradient=recipe.is_policy_gradient, totals=totals)
@@ -190,7 +190,7 @@ def _batch_loss(
     return tiled_loss(token_loss, hidden, head, weights, columns, teacher, tile=spec.estimator.tile, mesh=spec.mesh)
 
 
-def _passes(params, batch: TrainBatch, teacher_head, spec: UpdateSpec):
+def passes(params, batch: TrainBatch, teacher_head, spec: UpdateSpec):
     """What the tiled pass reads of a batch: hidden states, head, columns, and the teacher's hidden states with its head."""
     cast = jax.tree.map(lambda x: x.astype(spec.dtype) if jnp.dtype(spec.dtype).itemsize < x.dtype.itemsize else x, params)
     hidden = forward(cast, spec.model, batch.tokens, batch.segment_ids, remat=spec.remat)
@@ -218,7 +218,7 @@ def _totals(params, batch: TrainBatch, teacher_head, spec: UpdateSpec, options: 
     """(sum of rewards, tokens) of the whole batch, before any micro-batch is differentiated: one more forward pass."""
 
     def of_part(part: TrainBatch):
-        stats = _stats(*_passes(params, part, teacher_head, spec), part, spec, options)
+        stats = _stats(*passes(params, part, teacher_head, spec), part, spec, options)
         return batch_totals(stats["reward"], part.mask)
 
     sums = jax.lax.map(of_part, split_rows(batch, spec.gradient_accumulation_steps))

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
-from opdjax.config import Config, differences, from_dict, to_dict
+from opdjax.config import MINI_STUDENT, MINI_TEACHER, Config, differences, from_dict, to_dict
 
 # What a run would overwrite, or, in a directory of a sweep, stand among.
 _OF_A_RUN = ("checkpoints", "student", "metrics.jsonl", "samples.jsonl", "eval.jsonl", "result.json", "*/point.json")
@@ -64,7 +64,7 @@ def claim(workdir: pathlib.Path, config: Config, facts: dict[str, Any]) -> None:
         write_json(file, new)
         return
     old = read_run_config(workdir)
-    changed = differences({"config": as_of_today(old["config"]), "data": old["data"]}, {"config": new["config"], "data": new["data"]})
+    changed = differences(*({"config": as_of_today(run["config"]), "data": run["data"]} for run in (old, new)))
     if changed:
         listed = "\n  ".join(changed)
         raise WorkdirError(f"{workdir} holds a run of another config; choose another --workdir or undo (there -> now):\n  {listed}")
@@ -73,13 +73,22 @@ def claim(workdir: pathlib.Path, config: Config, facts: dict[str, Any]) -> None:
 
 
 def as_of_today(saved: dict[str, Any]) -> dict[str, Any]:
-    """A saved config with the defaults of the fields that have come since."""
-    return to_dict(from_dict(Config, saved))
+    """A saved config with the defaults of the fields that have come since, and with the names that the built-in models have now."""
+    config = to_dict(from_dict(Config, saved))
+    for role in ("student", "teacher"):
+        config[role]["path"] = _name_of_today(config[role]["path"])
+    return config
+
+
+def _name_of_today(path: str) -> str:
+    """The built-in models were once saved by the directory of the machine that saved them."""
+    name = {"teacher": MINI_TEACHER, "student": MINI_STUDENT}.get(path.rpartition("/")[2])
+    return name if name and path.endswith(f"/opdjax/assets/mini_pair/{path.rpartition('/')[2]}") else path
 
 
 def read_config(workdir: pathlib.Path) -> Config:
     """The config that a work directory was made with."""
-    return from_dict(Config, read_run_config(workdir)["config"])
+    return from_dict(Config, as_of_today(read_run_config(workdir)["config"]))
 
 
 def read_run_config(workdir: pathlib.Path) -> dict[str, Any]:

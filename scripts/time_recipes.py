@@ -36,7 +36,8 @@ def main() -> None:
         mesh=dataclasses.replace(sweep.BASE.mesh, data=1),
     )
     short = vary("train.num_steps", (40,))
-    configs = {name: points(base, product(sweep.one_recipe(name), short))[0].config for name in (*sweep.ON_POLICY, *sweep.OFF_POLICY)}
+    names = (*sweep.ON_POLICY, *sweep.VARIANTS, *sweep.OFF_POLICY)
+    configs = {name: points(base, product(sweep.one_recipe(name), short))[0].config for name in names}
     rounds = [{name: run_once(config) for name, config in configs.items()} for _ in range(2)]
     best = {name: min((found[name] for found in rounds), key=lambda seconds: seconds["time/step"]) for name in configs}
     print("| recipe | sample | teacher | update | step |\n|---|---|---|---|---|")

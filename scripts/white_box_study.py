@@ -40,9 +40,16 @@ def numbers(run: Run) -> dict:
         "grad_norm_first": statistics.median(norms[:10]),
         "kl_first": mean(run.column("kl/student_teacher")[:3]),
         "kl_last": run.at_the_end("kl/student_teacher"),
+        "signal_to_noise": signal_to_noise(run),
         **{axis: run.total_at(axis, last) for axis in AXES},
         "commit": run.environment["commit"],
     }
+
+
+def signal_to_noise(run: Run) -> float | None:
+    """Of the gradient of a step: both squares are averaged over the run before they are divided, for one step's may be negative."""
+    signal, noise = (mean(run.column(f"grad/{name}_squared")) for name in ("signal", "noise"))
+    return math.sqrt(max(signal, 0) / noise) if noise else None
 
 
 def read_all(directory: pathlib.Path) -> tuple[list[dict], list[str]]:
@@ -57,6 +64,7 @@ def read_all(directory: pathlib.Path) -> tuple[list[dict], list[str]]:
             "recipe": asked["estimator"],
             "rate": point.config["optimizer"]["learning_rate"],
             "rows": point.config["train"]["prompts_per_step"],
+            "parts": point.config["train"]["gradient_accumulation_steps"],
             "seed": point.config["seed"],
             "is_grid": "evaluation.source" in asked,
             **numbers(read_run(point.workdir)),
@@ -64,17 +72,17 @@ def read_all(directory: pathlib.Path) -> tuple[list[dict], list[str]]:
     return rows, missing
 
 
-def grid_of(rows: list[dict]) -> dict[str, dict[float, float]]:
-    """recipe -> rate -> gain in avg@8 on validation prompts."""
+def grid_of(rows: list[dict], parts: int) -> dict[str, dict[float, float]]:
+    """recipe -> rate -> gain in avg@8 on validation prompts, of runs with so many micro-batches."""
     grid: dict[str, dict[float, float]] = {}
     for row in rows:
-        if row["is_grid"]:
+        if row["is_grid"] and row["parts"] == parts:
             grid.setdefault(row["recipe"], {})[row["rate"]] = row["gain"]
     return grid
 
 
-def pick(rows: list[dict], recipe: str, rate: float, batch: int = 64) -> list[dict]:
-    found = [r for r in rows if not r["is_grid"] and (r["recipe"], r["rate"], r["rows"]) == (recipe, rate, batch)]
+def pick(rows: list[dict], recipe: str, rate: float, batch: int = 64, parts: int = 1) -> list[dict]:
+    found = [r for r in rows if not r["is_grid"] and (r["recipe"], r["rate"], r["rows"], r["parts"]) == (recipe, rate, batch, parts)]
     return sorted(found, key=lambda row: row["seed"])
 
 
@@ -127,12 +135,40 @@ def score_table(rows, names, rate_of) -> str:
     return markdown(header, lines)
 
 
+def variant_table(rows, names, rate_of, parts) -> str:
+    """The variants of the sampled-token estimator beside what they are compared with; pairs by seed."""
+    header = [
+        "recipe",
+        "rate",
+        "n",
+        "avg@8",
+        "less `opd`",
+        "less `vopd_full`",
+        "greedy",
+        "gradient norm",
+        "signal / noise",
+        "seconds a step",
+    ]
+    timed, lines = read_seconds(), []
+    anchors = [pick(rows, name, rate_of(name), parts=parts) for name in ("opd", "vopd_full")]
+    for name in names:
+        runs = pick(rows, name, rate_of(name), parts=parts)
+        beside = ["" if runs == anchor else "{:+.3f} ± {:.3f}".format(*paired(anchor, runs, "avg@k")) for anchor in anchors]
+        cells = [spread(runs, column) for column in ("greedy", "grad_norm", "signal_to_noise")]
+        step = timed.get(name, {}).get("time/step", math.nan)
+        lines.append([f"`{name}`", f"{rate_of(name):g}", str(len(runs)), spread(runs, "avg@k"), *beside, *cells, f"{step:.3f}"])
+    return markdown(header, lines)
+
+
+def read_seconds() -> dict[str, dict[str, float]]:
+    file = ROOT / "experiments" / "results" / "white_box_seconds.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
 def axes_table(rows, names, best) -> str:
     counts = list(AXES)[1:4]
     header = ["recipe", "avg@8 halfway", "avg@8 at the end", *(f"{axis}, thousands" for axis in counts), "seconds a step", "seconds in all"]
-    file = ROOT / "experiments" / "results" / "white_box_seconds.json"
-    timed = json.loads(file.read_text()) if file.exists() else {}
-    lines = []
+    timed, lines = read_seconds(), []
     for name in names:
         if not (runs := pick(rows, name, best[name])):
             continue
@@ -221,16 +257,17 @@ def main() -> None:
     sweep = load_sweep()
     names, best = (*sweep.ON_POLICY, *sweep.OFF_POLICY), sweep.BEST_RATE
     rows, missing = read_all(args.runs)
-    grid = grid_of(rows)
-    incomplete = [name for name in names if set(grid.get(name, ())) != set(sweep.GRID)]
+    parts_of_variants = sweep.MICRO_BATCHES[0]["train.gradient_accumulation_steps"].value
+    variant_grid = grid_of(rows, parts_of_variants)
+    grid = grid_of(rows, 1)
+    gains_of = grid | variant_grid
+    incomplete = [name for name in (*names, *sweep.VARIANTS) if set(gains_of.get(name, ())) != set(sweep.GRID)]
     if incomplete:
         raise SystemExit(f"the grid lacks rates of {', '.join(incomplete)}; finish the sweep first ({len(missing)} points are missing)")
-    chosen = {name: max(gains, key=gains.get) for name, gains in grid.items()}
-    if not best:
-        print(f"{len(missing)} points are missing\nBEST_RATE = {chosen}\n{grid_table(grid, sweep.GRID)}")
-        return
+    chosen = {name: max(gains, key=gains.get) for name, gains in gains_of.items()}
     if best != chosen:
-        raise SystemExit(f"BEST_RATE of the sweep is {best}; the grid says {chosen}")
+        differing = {name: rate for name, rate in chosen.items() if best.get(name) != rate}
+        raise SystemExit(f"BEST_RATE of the sweep differs from the grid, which says {differing} ({len(missing)} points are missing)")
     attempts = [json.loads(line) for file in args.runs.glob("*/attempts.jsonl") for line in file.read_text().splitlines()]
     spent = sum(row.get("seconds", 0.0) for row in attempts) / 60
     before = read_run(args.runs / next(row["id"] for row in rows if not row["is_grid"])).result["eval_before"]
@@ -243,7 +280,10 @@ def main() -> None:
         "pairs": pair_table(rows, names, best),
         "batches": batch_table(rows, sweep.OTHER_BATCHES, best),
         "claims": markdown(["claim of arXiv 2605.07865", "found", "claimed", "verdict"], claims(rows, best, sweep.COMMON_RATE)),
-        "edges": ", ".join(f"`{name}`" for name in names if best[name] in (min(sweep.GRID), max(sweep.GRID))) or "none",
+        "variant_grid": grid_table(variant_grid, sweep.GRID),
+        "variants": variant_table(rows, (*sweep.ANCHORS, *sweep.VARIANTS), best.__getitem__, parts_of_variants),
+        "variants_common": variant_table(rows, (*sweep.ANCHORS, *sweep.VARIANTS), lambda _: sweep.COMMON_RATE, parts_of_variants),
+        "edges": ", ".join(f"`{name}`" for name in best if best[name] in (min(sweep.GRID), max(sweep.GRID))) or "none",
     }
     text = TEXT.format(
         runs=len(rows), missing=", ".join(missing) or "none", minutes=spent, commits=", ".join(commits), steps=sweep.BASE.train.num_steps,
@@ -304,6 +344,24 @@ the other on a quiet machine, both cores: sampling, teacher and update of a step
 ## Batch size, at the best rate of 64 rollouts
 
 {batches}
+
+## Variants of the sampled-token estimator
+
+All in eight micro-batches a step, the runs that they are compared with too: the same gradient, and an estimate of how much
+of it is chance. "Signal / noise" is of the gradient of one step of {batch} completions: the norm of its expectation over its standard
+deviation, both squares averaged over the {steps} steps first. `opd_floor`: rewards of at least -2 nats. `opd_power`: teacher(y)^0.5 -
+student(y)^0.5. `opd_3_draws`, `opd_15_draws`: so many more tokens drawn at each context. `opd_to_go`: discount 1;
+`opd_to_go_expected`: with -KL in place of later rewards. `vopd_optimal`: b*; `vopd_batch_mean`: the mean of the other sequences.
+
+{variant_grid}
+
+Each at its best rate:
+
+{variants}
+
+All at the common rate {common:g}:
+
+{variants_common}
 
 ## The paper's claims, at this size
 

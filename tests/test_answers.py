@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 import shutil
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 from test_train import TINY, assert_same_run, without_times
 
 import opdjax.train
-from opdjax.config import MINI_STUDENT, MINI_TEACHER, EstimatorConfig, MeshConfig, ModelConfig
+from opdjax.config import MINI_PAIR, EstimatorConfig, MeshConfig, ModelConfig
 from opdjax.data.chat import TokenizerMismatchError
 from opdjax.data.sources import DataError
 from opdjax.train import train
@@ -114,7 +113,7 @@ def copy_of(model, out, change):
 
 def test_answers_end_as_the_student_ends(tmp_path):
     """A chat teacher ends its turn with a token that a base student does not stop at: left in, the student would learn to run on."""
-    pieces = json.loads((pathlib.Path(MINI_STUDENT) / "tokenizer.json").read_text())["added_tokens"]
+    pieces = json.loads((MINI_PAIR / "student" / "tokenizer.json").read_text())["added_tokens"]
     other = next(piece for piece in pieces if piece["content"] != "<|im_end|>")
 
     def end_otherwise(name, content):
@@ -123,7 +122,7 @@ def test_answers_end_as_the_student_ends(tmp_path):
         if name == "tokenizer_config.json":
             content["eos_token"] = other["content"]
 
-    config = dataclasses.replace(taught(), student=copy_of(MINI_STUDENT, tmp_path / "student", end_otherwise))
+    config = dataclasses.replace(taught(), student=copy_of(MINI_PAIR / "student", tmp_path / "student", end_otherwise))
     train(config, tmp_path / "run")
     assert {row["tokens"][-1] for row in samples(tmp_path / "run")} == {other["content"]}
 
@@ -134,7 +133,7 @@ def test_a_teacher_of_another_vocabulary_can_write_but_not_score(tmp_path):
             words = content["model"]["vocab"]
             words["98"], words["99"] = words["99"], words["98"]
 
-    teacher = copy_of(MINI_TEACHER, tmp_path / "teacher", swap)
+    teacher = copy_of(MINI_PAIR / "teacher", tmp_path / "teacher", swap)
     train(dataclasses.replace(taught(), teacher=teacher), tmp_path / "run")
     assert all(row["teacher_top"] is None and row["tokens"][-1] == "<|im_end|>" for row in samples(tmp_path / "run"))
     with pytest.raises(TokenizerMismatchError, match="recipe 'full_kl' compares their logits id by id"):

@@ -18,7 +18,7 @@ from test_cli import smooth
 
 import opdjax.train
 from opdjax import cli
-from opdjax.config import MINI_STUDENT
+from opdjax.config import MINI_PAIR, MINI_STUDENT
 from opdjax.evals.evaluate import Evaluator
 
 ROW = '{"prompt": "1+1=", "answer": "2", "reference": "x"}\n'
@@ -68,7 +68,7 @@ class Place:
     def model(self, file=None, content=None, **fields):
         """The mini student with a file replaced, removed (content None), or with some fields of it changed."""
         path = self.root / "model"
-        shutil.copytree(MINI_STUDENT, path)
+        shutil.copytree(MINI_PAIR / "student", path)
         if fields:
             values = json.loads((path / file).read_text())
             self.file(json.dumps({**values, **fields}), f"model/{file}")
@@ -176,7 +176,7 @@ def index(content):
 
 
 TOPK, SFT = ("--estimator.recipe", "topk_kl"), ("--estimator.recipe", "sft", "--sampling.source", "references")
-WEIGHTS = pathlib.Path(MINI_STUDENT, "model.safetensors").read_bytes()
+WEIGHTS = (MINI_PAIR / "student" / "model.safetensors").read_bytes()
 PARSED = None  # tyro answers by itself, in a box
 
 # Name of the mistake: the error, how it is made, and what the message must hold: what was found, what was expected, what to do.
@@ -218,6 +218,12 @@ DATA = {
         "max_prompt_length is 32", "raise it or set data.overlong"),
     "empty reference answers": ("DataError", lambda p: p.data('{"prompt": "1", "reference": ""}', *SFT),
         "prompt 0 of", "has no 'references' (1 such rows)"),
+    "no reference to show the teacher": ("DataError",
+        lambda p: p.data(ROW + '{"prompt": "1", "answer": "1"}', "--data.teacher-prompt-format", "{prompt}{reference}"),
+        "prompt 1 of", "has no 'references' (1 such rows)", "name its column in data.reference_column, or take {reference} out"),
+    "a conversation without a user": ("DataError",
+        lambda p: p.data('{"prompt": [{"role": "system", "content": "1"}]}', "--data.teacher-prompt-format", "{prompt}1"),
+        "prompt 0 of", "has no turn of the user, around which data.teacher_prompt_format goes"),
     "an evaluation without answers": ("DataError", lambda p: p.train("--evaluation.source", p.file('{"prompt": "1"}\n')),
         "has no 'answer' (1 such rows); evaluation needs them"),
     "a misspelt split": ("DataError", lambda p: p.train("--data.source", "arithmetic:trian"),
@@ -271,6 +277,22 @@ CONFIG = {
         "sampling.source is 'teacher'; expected student: opd averages"),
     "a teacher's view without a teacher": ("ConfigError", lambda p: p.train(*SFT, "--data.teacher-format", "raw"),
         "data.teacher_format is 'raw'; expected none where no teacher"),
+    "a teacher shown more, without a teacher": ("ConfigError", lambda p: p.train(*SFT, "--data.teacher-prompt-format", "{prompt}1"),
+        "data.teacher_prompt_format is '{prompt}1'; expected none where no teacher"),
+    "a format without the prompt": (PARSED, lambda p: p.train("--data.teacher-prompt-format", "{reference}"),
+        "data.teacher_prompt_format is '{reference}'; expected a text that contains {prompt}"),
+    "a format that is empty": (PARSED, lambda p: p.train("--data.teacher-prompt-format", ""), "is ''; expected a text that contains"),
+    "a format with a misspelt field": (PARSED, lambda p: p.train("--data.teacher-prompt-format", "{prompt}{references}"),
+        "expected {reference} in place of {references}"),
+    "a student that is shown what its teacher is": ("ConfigError", lambda p: p.train("--teacher.path", "@student"),
+        "teacher.path is @student and the teacher is shown what the student is", "show it more with data.teacher_prompt_format"),
+    "a student that starts from itself": ("ConfigError", lambda p: p.train("--student.path", "@student"),
+        "student.path is '@student'; expected the checkpoint that the student starts from"),
+    "a type of its own for the student as teacher": ("ConfigError",
+        lambda p: p.train("--teacher.path", "@student", "--teacher.dtype", "bfloat16"),
+        "teacher.dtype is 'bfloat16'; expected auto: the teacher is the student (@student)"),
+    "a run's student outside a run": ("CheckpointError", lambda p: ["sample", "@student", "1+1="],
+        "'@student' is a teacher's name for the student of its run; expected a model"),
     "a filtered policy gradient": ("ConfigError", lambda p: p.train("--sampling.top-p", "0.9"),
         "top_p 0.9", "sample with temperature 1 and no filter"),
     "a stop id that is no token": ("ConfigError", lambda p: p.train("--sampling.stop-token-ids", "214"),
@@ -294,7 +316,7 @@ CONFIG = {
     "a dictionary as a section": ("ConfigError",
         lambda p: p.program("from opdjax.config import *\ndef get_config(): return Config(log={'every': 1})"),
         "log is {'every': 1}; expected a section with named fields: LogConfig(...)"),
-    "the config of a model": ("ConfigError", lambda p: ["train", pathlib.Path(MINI_STUDENT, "config.json"), "--workdir", "x"],
+    "the config of a model": ("ConfigError", lambda p: ["train", MINI_PAIR / "student" / "config.json", "--workdir", "x"],
         "has no 'config'; expected the config.json of a run"),
 }  # fmt: skip
 
@@ -302,6 +324,8 @@ CHECKPOINTS = {
     "no such directory": ("CheckpointError", student(lambda p: p.root / "no", "--teacher.path", "no"),
         "no' is no directory and no hub id (owner/name)"),
     "an empty path": ("CheckpointError", lambda p: p.train("--student.path", ""), "'' is no directory and no hub id"),
+    "a built-in model that there is not": ("CheckpointError", lambda p: p.train("--student.path", "@mini_studnet"),
+        "'@mini_studnet' is no built-in model; did you mean '@mini_student'?", "a directory of that name is ./@mini_studnet"),
     "a hub id out of reach": ("CheckpointError", lambda p: ["import", "no/thing"],
         "'no/thing' is no local directory, and the hub did not give it", "HF_HUB_OFFLINE=0"),
     "a name that no hub takes": ("CheckpointError", lambda p: ["import", "a b/c d"], "'a b/c d' is no local directory", "alphanumeric"),

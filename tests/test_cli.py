@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from opdjax import cli
-from opdjax.config import MINI_STUDENT, MINI_TEACHER, Config, to_dict
+from opdjax.config import MINI_PAIR, MINI_STUDENT, MINI_TEACHER, Config, to_dict
 
 EXPERIMENT = """
 from opdjax.config import Config, EstimatorConfig, TrainConfig
@@ -265,9 +265,9 @@ def test_export_of_a_directory_without_a_run(opdjax, tmp_path):
 def test_import_prints_the_facts_of_a_checkpoint(opdjax):
     status, out, _ = opdjax("import", MINI_TEACHER)
     facts = dict(re.split(r"\s{2,}|(?<=^.{22})", line, maxsplit=1) for line in out.splitlines())
-    published = json.loads((pathlib.Path(MINI_TEACHER) / "config.json").read_text())
+    published = json.loads((MINI_PAIR / "teacher" / "config.json").read_text())
     assert status == 0
-    assert facts["path"] == MINI_TEACHER
+    assert facts["path"] == str(MINI_PAIR / "teacher")
     assert facts["architecture"] == "Qwen3ForCausalLM"
     for fact, name in (("num_layers", "num_hidden_layers"), ("hidden_size", "hidden_size"), ("vocab_size", "vocab_size"),
                        ("num_kv_heads", "num_key_value_heads"), ("intermediate_size", "intermediate_size")):  # fmt: skip

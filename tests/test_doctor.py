@@ -17,8 +17,7 @@ import opdjax.train
 from opdjax import checks, cli
 from opdjax.checks import FaultError, enforce
 from opdjax.config import (
-    MINI_STUDENT,
-    MINI_TEACHER,
+    MINI_PAIR,
     Config,
     DataConfig,
     EstimatorConfig,
@@ -81,7 +80,7 @@ def plant(tmp_path, healthy):
     def copy(role, file, change, config=healthy):
         target = tmp_path / role
         if not target.exists():
-            shutil.copytree(MINI_STUDENT if role == "student" else MINI_TEACHER, target)
+            shutil.copytree(MINI_PAIR / role, target)
         path = target / file
         text = path.read_text()
         path.write_text(json.dumps(change(json.loads(text))) if path.suffix == ".json" else change(text))
@@ -126,6 +125,16 @@ def test_a_teacher_view_of_its_own_is_a_warning_and_nothing_else(healthy):
     findings = diagnose(vary(healthy, data={"format": "raw", "teacher_format": "chat"}))
     assert complaints(findings) == {"chat_template": "warning"}
     assert "+'<|im_start|>'" in findings["chat_template"].details
+
+
+def test_a_student_that_is_its_own_teacher_is_told_whether_it_uses_what_it_is_shown(healthy):
+    """The mini student was never trained to read an answer in its prompt: every other check passes."""
+    shown = {"teacher_prompt_format": "{answer}#{prompt}", "max_prompt_length": 64}
+    config = dataclasses.replace(vary(healthy, data=shown), teacher=ModelConfig("@student"))
+    findings = diagnose(config)
+    assert list(findings) == CHECKS
+    assert complaints(findings) == {"chat_template": "warning", "teacher_is_better": "fault"}
+    assert "makes no use of what data.teacher_prompt_format shows it; reword that" in findings["teacher_is_better"].message
 
 
 def test_a_run_that_compares_no_scores_is_judged_by_its_student(healthy):
@@ -396,12 +405,12 @@ def test_tokenizers_that_split_alike_only_some_texts(plant):
         return tokenizer
 
     config = plant("teacher", "tokenizer.json", drop_letters)
-    finding = checks.check_tokenizers(load_tokenizer(MINI_STUDENT), load_tokenizer(config.teacher.path), "opd")
+    finding = checks.check_tokenizers(load_tokenizer(MINI_PAIR / "student"), load_tokenizer(config.teacher.path), "opd")
     assert finding.status == "fault"
 
 
 def test_the_end_of_a_turn_is_read_from_the_template():
-    tokenizer = load_tokenizer(MINI_STUDENT)
+    tokenizer = load_tokenizer(MINI_PAIR / "student")
     assert checks.end_of_turn(tokenizer) == 2
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     assert checks.end_of_turn(tokenizer) is None

@@ -18,8 +18,8 @@ import pytest
 import opdjax.train
 from opdjax.checkpoint import CheckpointShapeError
 from opdjax.config import (
+    MINI_PAIR,
     MINI_STUDENT,
-    MINI_TEACHER,
     CheckpointConfig,
     Config,
     ConfigError,
@@ -33,8 +33,9 @@ from opdjax.config import (
     SamplingConfig,
     TrainConfig,
 )
-from opdjax.data.chat import TokenizerMismatchError
+from opdjax.data.chat import TokenizerMismatchError, load_tokenizer
 from opdjax.models.hf import fingerprint, load_params, open_checkpoint
+from opdjax.prepare import make_evaluator
 from opdjax.train import NonFiniteLossError, export_step, train
 from opdjax.train_state import make_update
 from opdjax.workdir import WorkdirError, read_lines
@@ -232,6 +233,72 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn_at_any_temperatu
     assert row["grad/norm"] < 1e-4
 
 
+def of_itself(recipe="full_kl", teacher="@student", **sections):
+    """TINY without evaluation, with the student as its own teacher, which also sees the worked answer."""
+    shown = {"teacher_prompt_format": "{reference}\n{prompt}", "max_prompt_length": 64}
+    config = vary(data=shown, estimator={"recipe": recipe}, evaluation={"source": None}, **sections)
+    return dataclasses.replace(config, teacher=ModelConfig(teacher))
+
+
+@pytest.mark.parametrize("recipe", ["full_kl", "opd"])
+def test_a_student_that_is_its_own_teacher_learns_from_what_only_the_teacher_sees(recipe, tmp_path):
+    """The first update is that of a frozen copy, so no gradient flows through the teacher; the second is that of a teacher that moved."""
+    rows = {}
+    for teacher in ("@student", MINI_STUDENT):
+        train(of_itself(recipe, teacher, train={"num_steps": 2}, optimizer={"warmup_steps": 0}), tmp_path / teacher)
+        rows[teacher] = without_times(tmp_path / teacher)
+    (first, second), (frozen_first, frozen_second) = rows.values()
+    assert first["kl/student_teacher"] > 0.1
+    assert first["grad/norm"] > 0.01
+    assert first == frozen_first
+    sampled = [name for name in second if name.startswith("rollout/") and name != "rollout/logprob_gap"]
+    assert {name: second[name] for name in sampled} == {name: frozen_second[name] for name in sampled}
+    assert second["kl/k1"] != frozen_second["kl/k1"]
+    assert json.loads((tmp_path / "@student" / "config.json").read_text())["data"]["teacher"] == "@student"
+
+
+def test_a_student_that_is_its_own_teacher_resumes_and_is_compiled_once(tmp_path, monkeypatch):
+    config, made, real, seen = of_itself(train={"num_steps": 3}, checkpoint={"every": 1}), [], opdjax.train.collate, []
+    monkeypatch.setattr(opdjax.train, "make_update", lambda *arguments: made.append(make_update(*arguments)) or made[0])
+    train(config, tmp_path / "straight")
+    assert made[0]._cache_size() == 1
+
+    def interrupting(*arguments):
+        seen.append(1)
+        if len(seen) > 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(opdjax.train, "collate", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run")
+    monkeypatch.setattr(opdjax.train, "collate", real)
+    train(config, tmp_path / "run")
+    assert without_times(tmp_path / "straight") == without_times(tmp_path / "run")
+    assert read_lines(tmp_path / "straight" / "samples.jsonl") == read_lines(tmp_path / "run" / "samples.jsonl")
+    jax.tree.map(np.testing.assert_array_equal, final_weights(tmp_path / "straight"), final_weights(tmp_path / "run"))
+
+
+def test_the_evaluation_shows_nothing_of_what_the_teacher_is_shown(tmp_path):
+    """Not even rows with a reference are asked for."""
+    source = tmp_path / "bare.jsonl"
+    source.write_text(json.dumps({"prompt": "1+1=", "answer": "2"}) + "\n")
+    config = dataclasses.replace(of_itself(), evaluation=EvaluationConfig(str(source)))
+    tokenizer = load_tokenizer(MINI_PAIR / "student")
+    prompts = make_evaluator(config, open_checkpoint(MINI_STUDENT), tokenizer, None).prompts
+    assert prompts.teacher_ids is None
+    assert tokenizer.decode(prompts.student_ids[0]) == "<|im_start|>user\n1+1=<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_student_can_be_taught_what_it_writes_when_it_sees_more(tmp_path):
+    train(of_itself("sft", sampling={"source": "teacher"}, train={"num_steps": 1}), tmp_path / "run")
+    (row,) = without_times(tmp_path / "run")
+    assert row["perf/teacher_tokens"] > row["perf/trained_tokens"]
+    with pytest.raises(ConfigError, match="has nothing to teach"):
+        train(dataclasses.replace(TINY, teacher=ModelConfig("@student")), tmp_path / "same")
+    assert not (tmp_path / "same" / "config.json").exists()
+
+
 def test_a_prompt_that_stands_twice_in_a_step_is_answered_twice(tmp_path):
     """Three prompts for eight rows: equal prompts draw from different random streams."""
     source = tmp_path / "three.jsonl"
@@ -254,7 +321,7 @@ class TestBadInput:
 
     def test_tokenizers_that_differ(self, tmp_path):
         teacher = tmp_path / "teacher"
-        shutil.copytree(MINI_TEACHER, teacher)
+        shutil.copytree(MINI_PAIR / "teacher", teacher)
         file = teacher / "tokenizer.json"
         words = json.loads(file.read_text())
         vocab = words["model"]["vocab"]

@@ -55,6 +55,14 @@ BEST_RATE = {
     "topk_kl_renormalize": 1e-3,
     "topk_kl_tail": 1e-3,
     "sft": 3e-4,
+    "vopd_optimal": 3e-4,
+    "vopd_batch_mean": 3e-4,
+    "opd_power": 3e-4,
+    "opd_floor": 1e-4,
+    "opd_3_draws": 3e-4,
+    "opd_15_draws": 1e-3,
+    "opd_to_go": 1e-4,
+    "opd_to_go_expected": 3e-4,
 }
 MORE_SEEDS = ("opd", "vopd_full", "vopd_optimal")
 OTHER_BATCHES = ("opd", "vopd_full", "full_kl_reverse")
@@ -97,6 +105,6 @@ def get_sweep() -> list[SweepPoint]:
     ]
     compared = (*ANCHORS, *VARIANTS)
     variants = [grid_of(name) for name in VARIANTS] + [at_rate(name, COMMON_RATE) for name in compared]
-    variants += [at_rate(name, BEST_RATE[name]) for name in compared if name in BEST_RATE]
+    variants += [at_rate(name, BEST_RATE[name]) for name in compared]
     whole = chain(*map(grid_of, names), *best, *common, *batches)
     return points(BASE, chain(whole, *(product(each, MICRO_BATCHES) for each in variants)))

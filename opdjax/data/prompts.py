@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from opdjax.config import DataConfig
+from opdjax.config import TEACHER_FIELDS, DataConfig
 from opdjax.data.chat import Messages, render
 from opdjax.data.sources import Columns, DataError, read_rows, value_at
 from opdjax.types import PromptBatch
@@ -118,30 +119,92 @@ def _parse_references(value: Any, name: str, place: str) -> tuple[str, ...]:
     return (turns[-1],)
 
 
+@dataclasses.dataclass(frozen=True)
+class _View:
+    """How one of the two models is shown a row."""
+
+    tokenizer: Any
+    format: str
+    enable_thinking: bool | None
+    system_prompt: str | None
+    prompt_format: str
+    is_teachers: bool = False  # its format then has the fields of a row, and takes messages as well
+
+    def ids(self, row: Prompt, place: str) -> tuple[int, ...]:
+        """The row's tokens; DataError where it cannot be shown."""
+        prompt = _with_context(row, self.prompt_format) if self.is_teachers else _wrapped(row, self.prompt_format)
+        try:
+            ids = render(prompt, self.tokenizer, format=self.format, system_prompt=self.system_prompt, enable_thinking=self.enable_thinking)
+        except ValueError as error:
+            raise DataError(f"{place}: {error}") from error
+        if not ids:
+            raise DataError(f"{place} has no tokens: {prompt!r}; expected text, and a template that shows it")
+        return tuple(ids)
+
+
+def _views(data: DataConfig, student_tokenizer: Any, teacher_tokenizer: Any) -> tuple[_View, _View]:
+    format, thinking = data.teacher_format or data.format, data.teacher_enable_thinking
+    system = {"chat": data.system_prompt, "raw": None}
+    student = _View(student_tokenizer, data.format, data.enable_thinking, system[data.format], data.prompt_format)
+    thinking = data.enable_thinking if thinking is None else thinking
+    wrap = data.teacher_prompt_format
+    return student, _View(teacher_tokenizer, format, thinking, system[format], wrap or data.prompt_format, is_teachers=bool(wrap))
+
+
+def _wrapped(row: Prompt, format: str) -> str | Messages:
+    return format.replace("{prompt}", row.prompt) if isinstance(row.prompt, str) else row.prompt
+
+
+def _with_context(row: Prompt, format: str) -> str | Messages:
+    """What only the teacher is shown, around the prompt or, in messages, around the last turn of the user.
+
+    Privileged context: SDFT and OPSD (arXiv 2601.18734), whose teacher is the student that also sees a solution.
+    """
+    fields = {"answer": row.answer, "reference": row.references[0] if row.references else None}
+
+    def shown(prompt: str) -> str:
+        # In one go: braces in what is put in are text.
+        return re.sub("{(" + "|".join(TEACHER_FIELDS) + ")}", lambda found: {**fields, "prompt": prompt}[found[1]], format)
+
+    if isinstance(row.prompt, str):
+        return shown(row.prompt)
+    last = max(i for i, message in enumerate(row.prompt) if message["role"] == "user")
+    return tuple({**m, "content": shown(m["content"])} if i == last else m for i, m in enumerate(row.prompt))
+
+
+def _require_context(rows: Sequence[Prompt], data: DataConfig) -> None:
+    """Every row has what the teacher is to be shown of it."""
+    columns = {"answer": data.answer_column or "answer", "references": data.reference_column or "references"}
+    for field, shown in (("answer", "{answer}"), ("references", "{reference}")):
+        if shown in (data.teacher_prompt_format or ""):
+            reason = f"data.teacher_prompt_format shows it to the teacher: add it, name its column in data.{field.removesuffix('s')}_column"
+            require_of_each(rows, field, columns[field], data.source, f"{reason}, or take {shown} out")
+    for number, row in enumerate(rows if data.teacher_prompt_format else ()):
+        if not isinstance(row.prompt, str) and not any(message["role"] == "user" for message in row.prompt):
+            raise DataError(f"prompt {number} of {data.source} has no turn of the user, around which data.teacher_prompt_format goes")
+
+
+def require_of_each(rows: Sequence[Prompt], field: str, column: str, source: str, reason: str) -> None:
+    """DataError that names the first row whose `answer` or `references` is missing or blank."""
+    given = (getattr(row, field) or () for row in rows)
+    texts = ((value,) if isinstance(value, str) else value for value in given)
+    lacking = [number for number, found in enumerate(texts) if not found or not all(text.strip() for text in found)]
+    if lacking:
+        raise DataError(f"prompt {lacking[0]} of {source} has no {column!r} ({len(lacking)} such rows); {reason}")
+
+
 def encode_prompts(rows: Sequence[Prompt], data: DataConfig, student_tokenizer: Any, teacher_tokenizer: Any) -> PromptSet:
-    """Render every row for student and teacher; rows over `max_prompt_length` are left out and counted, or refused."""
-    teacher_format = data.teacher_format or data.format
-    teacher_thinking = data.enable_thinking if data.teacher_enable_thinking is None else data.teacher_enable_thinking
-    views = (
-        (student_tokenizer, data.format, data.enable_thinking),
-        (teacher_tokenizer, teacher_format, teacher_thinking),
-    )
+    """Render every row for student and teacher; rows over `max_prompt_length` in either view are left out and counted, or refused."""
+    _require_context(rows, data)
+    views = _views(data, student_tokenizer, teacher_tokenizer)
     kept, ids, skipped = [], ([], []), []
     for number, row in enumerate(rows):
-        _require_text(row, f"prompt {number} of {data.source}")
-        prompt = data.prompt_format.replace("{prompt}", row.prompt) if isinstance(row.prompt, str) else row.prompt
-        rendered = []
-        for tokenizer, format, thinking in views:
-            system = data.system_prompt if format == "chat" else None
-            try:
-                rendered.append(tuple(render(prompt, tokenizer, format=format, system_prompt=system, enable_thinking=thinking)))
-            except ValueError as error:
-                raise DataError(f"prompt {number} of {data.source}: {error}") from error
-        if not all(rendered):
-            raise DataError(f"prompt {number} of {data.source} has no tokens: {prompt!r}; expected text, and a template that shows it")
+        place = f"prompt {number} of {data.source}"
+        _require_text(row, place)
+        rendered = [view.ids(row, place) for view in views]
         longest = max(map(len, rendered))
         if longest > data.max_prompt_length:
-            skipped.append(f"prompt {number} of {data.source} with {longest} tokens: {str(prompt)[:80]!r}")
+            skipped.append(f"{place} with {longest} tokens: {str(_wrapped(row, data.prompt_format))[:80]!r}")
             if data.overlong == "error":
                 raise DataError(
                     f"data.max_prompt_length is {data.max_prompt_length}, exceeded by {skipped[0]}; raise it or set data.overlong to skip"
@@ -165,7 +228,7 @@ def _require_text(row: Prompt, place: str) -> None:
     """Half a surrogate pair, as text cut between two escapes leaves it, has no bytes that a tokenizer could read."""
     contents = [row.prompt] if isinstance(row.prompt, str) else [message["content"] for message in row.prompt]
     try:
-        "".join([*contents, *row.references]).encode()
+        "".join([*contents, *row.references, row.answer or ""]).encode()
     except UnicodeEncodeError as error:
         found = error.object[error.start]
         raise DataError(f"{place} holds {found!r}, half a surrogate pair; expected Unicode text: write the row again") from error

@@ -23,7 +23,7 @@ _STATE_OPTIONS = ("importance", "importance_cap")  # of an exact divergence: how
 RECIPES = {
     "opd": Recipe(opd.opd, "token", True, opd.OPTIONS),
     "vopd": Recipe(opd.vopd, "vocabulary", True, ("baseline", "baseline_top_k", *opd.OPTIONS)),
-    "full_kl": Recipe(divergence.full_kl, "vocabulary", False, ("divergence", "beta", *_STATE_OPTIONS)),
+    "full_kl": Recipe(divergence.full_kl, "vocabulary", False, (*divergence.FULL_OPTIONS, *_STATE_OPTIONS)),
     "topk_kl": Recipe(divergence.topk_kl, "vocabulary", False, ("divergence", *divergence.TOP_K_OPTIONS, *_STATE_OPTIONS)),
     "sft": Recipe(losses.sft, "none", False, ()),
 }

@@ -31,10 +31,23 @@ def clipped_policy_gradient_loss(
 
 
 def sft(student: VocabTile, teacher: VocabTile | None, row: Columns):
-    """Cross-entropy `-log student(y)` on given answers, nats; the teacher is not read.
+    """Cross-entropy of the student S on given answers, which the teacher T wrote or the data hold.
 
-    On text that the teacher sampled this is sequence-level distillation (arXiv 1606.07947): its expectation is the
-    teacher's entropy plus KL(teacher || student), on the teacher's contexts and not on the student's.
+    Equation:  loss = -log S(y), nats, y the answer's token. Where T sampled y its expectation is KL(T || S) plus the
+               entropy of T, at the contexts of T: distillation at the level of sequences (arXiv 1606.07947).
+
+    Detached:  nothing: log S(y) carries gradient, and y is data.
+
+    Cost:      no teacher at this point: three products with a [V, D] matrix a token (logits, gradients of states and head)
+               where the recipes with a teacher have four, one [tile, V] of logits, and no second forward pass. The
+               answers of a teacher have to be sampled first.
+
+    Use it when a teacher is known by its text alone, does not share the vocabulary, or good answers exist already; and as
+               the baseline of what on-policy training is worth. The student never sees its own mistakes. On its own
+               draws the expected gradient is 0, and the config refuses that.
+
+    Options:
+      none of its own
     """
     student_logprob = student.logprob(row.token)
     return -student_logprob, {"student_logprob": jax.lax.stop_gradient(student_logprob)}

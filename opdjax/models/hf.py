@@ -21,6 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from opdjax.config import MINI_PAIR, MINI_STUDENT, MINI_TEACHER, STUDENT, nearest
 from opdjax.models.decoder import DecoderConfig, Params, parameter_shapes
 from opdjax.models.families import Family, UnsupportedModelError, family_of
 
@@ -55,7 +56,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path_or_id: str | os.PathLike, revision: str | None = None) -> Checkpoint:
-    """Describe a local directory, or the hub repository of that id (downloaded to the hub's cache)."""
+    """Describe a local directory, the hub repository of that id (downloaded to the hub's cache), or a built-in model (`@mini_student`)."""
     path = _resolve(str(path_or_id), revision)
     raw = _read_json(path / "config.json")
     family = family_of(raw)
@@ -149,6 +150,8 @@ def export(params: Params, source: Checkpoint, out: str | os.PathLike, dtype: st
 
 
 def _resolve(path_or_id: str, revision: str | None) -> pathlib.Path:
+    if path_or_id.startswith("@"):
+        return _built_in(path_or_id)
     path = pathlib.Path(os.path.expanduser(path_or_id))
     if path_or_id and path.is_dir():
         return path
@@ -163,6 +166,17 @@ def _resolve(path_or_id: str, revision: str | None) -> pathlib.Path:
         return pathlib.Path(snapshot_download(path_or_id, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise CheckpointError(f"{path_or_id!r} is no local directory, and the hub did not give it: {error}") from error
+
+
+def _built_in(name: str) -> pathlib.Path:
+    built_in = {MINI_TEACHER: MINI_PAIR / "teacher", MINI_STUDENT: MINI_PAIR / "student"}
+    if name == STUDENT:
+        raise CheckpointError(
+            f"{name!r} is a teacher's name for the student of its run; expected a model: a directory, a hub id or {MINI_STUDENT}"
+        )
+    if name not in built_in:
+        raise CheckpointError(f"{name!r} is no built-in model; {nearest(name, built_in)} (a directory of that name is ./{name})")
+    return built_in[name]
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -376,9 +376,9 @@ def _default(name: str, defaults: dict[str, Any]) -> str:
 
 
 def _is_default(name: str, value: Any, defaults: dict[str, Any]) -> bool:
-    """The built-in models are the default wherever they are installed."""
-    if name in ("student.path", "teacher.path"):
-        return str(value).endswith("/assets/mini_pair/" + name.removesuffix(".path"))
+    """The built-in models are the default, also where a config of old names the directory that they lay in."""
+    if name in ("student.path", "teacher.path") and str(value).endswith("/assets/mini_pair/" + name.removesuffix(".path")):
+        return True
     return name in defaults and defaults[name] == value
 
 

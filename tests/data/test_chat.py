@@ -6,13 +6,13 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from opdjax.config import MINI_STUDENT, MINI_TEACHER
+from opdjax.config import MINI_PAIR
 from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, load_tokenizer, render, valid_vocab
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(MINI_STUDENT)
+    return load_tokenizer(MINI_PAIR / "student")
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_valid_vocab_counts_to_the_largest_id(tokenizer):
 
 
 def test_the_mini_pair_shares_its_vocabulary(tokenizer):
-    check_same_vocabulary(tokenizer, load_tokenizer(MINI_TEACHER), "vopd")
+    check_same_vocabulary(tokenizer, load_tokenizer(MINI_PAIR / "teacher"), "vopd")
 
 
 def test_a_differing_vocabulary_is_refused_with_its_tokens():

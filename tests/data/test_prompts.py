@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opdjax.config import MINI_STUDENT, DataConfig
+from opdjax.config import MINI_PAIR, DataConfig
 from opdjax.data.chat import load_tokenizer
-from opdjax.data.prompts import Prompt, PromptSet, collate, encode_prompts, indices_at, read_prompts
+from opdjax.data.prompts import Prompt, PromptSet, _with_context, collate, encode_prompts, indices_at, read_prompts
 from opdjax.data.sources import DataError
 
 RAW = DataConfig(format="raw")
@@ -19,7 +19,7 @@ RAW = DataConfig(format="raw")
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(MINI_STUDENT)
+    return load_tokenizer(MINI_PAIR / "student")
 
 
 @pytest.fixture
@@ -145,6 +145,73 @@ def test_the_format_is_wrapped_around_strings_alone(tokenizer):
 def test_other_braces_are_left_alone(tokenizer):
     found = encode(["1{2}3"], dataclasses.replace(RAW, prompt_format="{}4{prompt}{0}"), tokenizer)
     assert found.student_ids[0] == tuple(tokenizer.encode("{}41{2}3{0}"))
+
+
+SHOWN = DataConfig(format="raw", teacher_prompt_format="{reference}#{answer};{prompt}{0}")
+
+
+def test_the_teacher_is_shown_the_answer_and_a_reference_around_the_prompt(tokenizer):
+    rows = [Prompt("1+1=", "2", ("1+1=2", "3")), Prompt("2+3=", "5", ("2+3=5",))]
+    found = encode(rows, dataclasses.replace(SHOWN, prompt_format="7;{prompt}"), tokenizer)
+    assert [tokenizer.decode(ids) for ids in found.student_ids] == ["7;1+1=", "7;2+3="]
+    # In place of the student's format, not around it; what is no field of a row stays.
+    expected = ["1+1=2#2;1+1={0}", "2+3=5#5;2+3={0}"]
+    assert found.teacher_ids == tuple(tuple(tokenizer.encode(text)) for text in expected)
+    assert encode(rows, dataclasses.replace(SHOWN, teacher_prompt_format="{prompt}"), tokenizer).teacher_ids is None
+
+
+def test_braces_in_what_is_shown_are_text(tokenizer):
+    row = Prompt("{answer}", "{reference}", ("{prompt}",))
+    view = _with_context(row, "{prompt}+{answer}+{reference}")
+    assert view == "{answer}+{reference}+{prompt}"
+
+
+def test_in_messages_the_last_turn_of_the_user_shows_it(tokenizer):
+    turns = [("system", "7"), ("user", "1+1="), ("assistant", "2"), ("user", "2+3="), ("assistant", "5")]
+    row = Prompt(tuple({"role": role, "content": content} for role, content in turns[:4]), "5", ("2+3=5",))
+    data = DataConfig(prompt_format="8{prompt}", teacher_prompt_format="{prompt}{reference}")
+    found = encode([row], data, tokenizer)
+    student, teacher = (tokenizer.decode(ids[0]) for ids in (found.student_ids, found.teacher_ids))
+    assert student.count("2+3=") == 1
+    assert teacher == student.replace("2+3=", "2+3=2+3=5")
+    assert row.prompt[3]["content"] == "2+3="
+    with pytest.raises(DataError, match=r"prompt 0 of .* has no turn of the user, around which data\.teacher_prompt_format goes"):
+        encode([dataclasses.replace(row, prompt=row.prompt[:1])], data, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "message"),
+    [
+        (
+            Prompt("1+1=", "2"),
+            {},
+            r"prompt 1 of x\.jsonl has no 'references' \(1 such rows\); .*data\.reference_column, or take",
+        ),
+        (Prompt("1+1=", "2", (" ",)), {"reference_column": "r"}, "prompt 1 of .* has no 'r'"),
+        (Prompt("1+1=", None, ("2",)), {}, r"has no 'answer' .*name its column in data\.answer_column, or take \{answer\} out"),
+        (Prompt("1+1=", "", ("2",)), {"answer_column": "a.b"}, r"has no 'a\.b'"),
+    ],
+)
+def test_a_row_without_what_the_teacher_is_to_be_shown_is_named(tokenizer, row, columns, message):
+    fine = Prompt("2+3=", "5", ("2+3=5",))
+    with pytest.raises(DataError, match=message):
+        encode([fine, row], dataclasses.replace(SHOWN, source="x.jsonl", **columns), tokenizer)
+    # A format that does not show it does not need it.
+    assert len(encode([fine, row], dataclasses.replace(SHOWN, teacher_prompt_format="7{prompt}"), tokenizer)) == 2
+
+
+def test_the_limit_holds_for_what_the_teacher_is_shown(tokenizer):
+    rows = [Prompt("1+1=", "2", ("2",)), Prompt("1+1=", "2", ("1+1=2+0",))]
+    data = dataclasses.replace(SHOWN, teacher_prompt_format="{prompt}{reference}", max_prompt_length=10)
+    found = encode(rows, data, tokenizer)
+    assert [row.references for row in found.prompts] == [("2",)]
+    assert found.skipped[0].endswith("with 11 tokens: '1+1='")
+
+
+def test_what_the_teacher_is_shown_is_part_of_the_digest(tokenizer):
+    rows = [Prompt("1+1=", "2", ("1+1=2",))]
+    views = [SHOWN, RAW, *(dataclasses.replace(SHOWN, teacher_prompt_format=text) for text in ("{prompt}{answer}", "{prompt}{reference}"))]
+    assert len({encode(rows, data, tokenizer).digest for data in views}) == len(views)
 
 
 def test_overlong_prompts_are_skipped_and_counted(tokenizer):

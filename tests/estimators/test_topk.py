@@ -1,5 +1,7 @@
 """Divergences on a few ids: hand numbers, what each convention is made of, gradients and fixed points in float64."""
 
+import inspect
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,16 @@ from jax.test_util import check_grads
 
 from opdjax.config import ConfigError, EstimatorConfig
 from opdjax.estimators import RECIPES
-from opdjax.estimators.divergence import FLOOR, TOP_K_CONVENTIONS, TOP_K_OPTIONS, forward_kl, reverse_kl, topk_kl
+from opdjax.estimators.divergence import (
+    FLOOR,
+    SUPPORTS_OF_BOTH,
+    TOP_K_CONVENTIONS,
+    TOP_K_OPTIONS,
+    forward_kl,
+    full_kl,
+    reverse_kl,
+    topk_kl,
+)
 from opdjax.estimators.losses import sft
 from opdjax.ops.vocab import Columns, Head, VocabTile, tiled_loss
 
@@ -200,6 +211,7 @@ def test_the_floor_stands_for_what_lies_outside(pair):
         ({"outside": "tail"}, "estimator.outside is 'tail'; expected drop where renormalize is both"),
         ({"outside": "tail", "renormalize": "teacher"}, "estimator.outside is 'tail'; expected drop where renormalize is teacher"),
         ({"divergence": "jsd"}, "estimator.divergence is 'jsd'; expected reverse or forward where the recipe is topk_kl"),
+        ({"divergence": "skew_reverse"}, "estimator.divergence is 'skew_reverse'; expected reverse or forward where the recipe is topk_kl"),
         ({"support_top_k": 0}, "estimator.support_top_k is 0; expected at least 1"),
     ],
 )
@@ -211,11 +223,15 @@ def test_options_that_contradict_each_other_are_refused(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"support": "both"}, "no support 'both'; expected one of \\['student', 'teacher'\\]"),
+        (
+            {"support": "both"},
+            "no support 'both'; expected one of \\['student', 'teacher', 'union', 'intersection', 'symmetric_difference'\\]",
+        ),
         ({"renormalize": "all"}, "no renormalize 'all'"),
         ({"outside": "keep", "renormalize": "none"}, "no outside 'keep'"),
         ({"outside": "tail"}, "outside 'tail' with renormalize 'both'; expected renormalize 'none'"),
         ({"divergence": "jsd"}, "no divergence 'jsd'"),
+        ({"divergence": "skew_forward"}, "no divergence 'skew_forward'; expected one of \\['reverse', 'forward'\\]"),
         ({"weight": "p"}, "no weight 'p'"),
     ],
 )
@@ -264,6 +280,251 @@ def test_through_the_tiled_pass(rng):
 
     whole, tiled = (jax.value_and_grad(loss, argnums=(0, 1))(hidden, kernel, tile) for tile in (10, 3))
     chex.assert_trees_all_close(whole, tiled, rtol=1e-5, atol=1e-6)
+
+
+# Supports made of both sides' top k
+
+KINDS = [
+    {"renormalize": "both"},
+    {"renormalize": "teacher"},
+    {"renormalize": "none"},
+    {"renormalize": "none", "outside": "tail"},
+    {"renormalize": "none", "outside": "floor"},
+    {"renormalize": "teacher", "outside": "floor"},
+]
+BOTH_SIDES = [
+    {"support": support, "divergence": divergence, **kind}
+    for support in SUPPORTS_OF_BOTH
+    for divergence in ("reverse", "forward")
+    for kind in KINDS
+]
+
+
+def kept_by_hand(p, q, support, k):
+    """The ids by set algebra, ties to the lower id."""
+    ours, theirs = (set(np.argsort(-x, kind="stable")[:k].tolist()) for x in (p, q))
+    joined = {"union": ours | theirs, "intersection": ours & theirs, "symmetric_difference": ours ^ theirs}[support]
+    return np.array(sorted(joined), int)
+
+
+def on_sets(student, teacher, *, support, support_top_k, divergence, renormalize, outside="drop"):
+    """The value from probabilities and set algebra; 0 log 0 is 0, and an empty support 0."""
+    p, q = (np.exp(x - np.logaddexp.reduce(x)) for x in (student, teacher))
+    inside = kept_by_hand(p, q, support, support_top_k)
+    if not inside.size:
+        return 0.0
+    rest = np.setdiff1d(np.arange(len(p)), inside)
+    a, b = p[inside], q[inside]
+    a, b = (a / a.sum() if renormalize == "both" else a), (b / b.sum() if renormalize != "none" else b)
+    if outside == "tail":
+        a, b = np.append(a, p[rest].sum()), np.append(b, q[rest].sum())
+    if outside == "floor":
+        a, b = np.append(a, p[rest]), np.append(b, np.exp(FLOOR) * np.ones(len(rest)))
+    first, second = (a, b) if divergence == "reverse" else (b, a)
+    if divergence == "forward" and outside == "floor":  # e^-100 counts as 0
+        first, second = first[: inside.size], second[: inside.size]
+    live = first > 0
+    return np.sum(first[live] * np.log(first[live] / second[live]))
+
+
+@pytest.mark.parametrize(("support", "expected"), [("union", 3), ("intersection", 1), ("symmetric_difference", 2)])
+def test_sets_by_hand(support, expected):
+    """Student (8, 4, 2, 1, 1)/16, teacher (1, 4, 8, 2, 1)/16: the top 2 are {0, 1} and {2, 1}."""
+    student, teacher = np.log([8, 4, 2, 1, 1]), np.log([1, 4, 8, 2, 1])
+    terms = {"union": 8 * np.log(8) + 2 * np.log(1 / 4), "intersection": 0, "symmetric_difference": 8 * np.log(8) + 2 * np.log(1 / 4)}
+    found = value(student, teacher, support=support, support_top_k=2, renormalize="none")
+    np.testing.assert_allclose(found, terms[support] / 16, rtol=1e-5, atol=1e-6)
+    p, q = {"union": ([8, 4, 2], [1, 4, 8]), "intersection": ([4], [4]), "symmetric_difference": ([8, 2], [1, 8])}[support]
+    p, q = np.divide(p, np.sum(p)), np.divide(q, np.sum(q))
+    assert len(p) == expected
+    found = value(student, teacher, support=support, support_top_k=2, divergence="forward")
+    np.testing.assert_allclose(found, np.sum(q * np.log(q / p)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("options", BOTH_SIDES, ids=str)
+def test_sets_against_brute_force(options, rng):
+    """Random pairs, ties, ids that neither side can draw, any k up to beyond V."""
+    sizes = [1, 2, 4, V, V + 3]
+    rows = []
+    for _ in range(6):
+        student, teacher = (2 * rng.normal(size=V + 2) for _ in range(2))
+        student[rng.permutation(V)[:3]] = 0.5
+        student[V:], teacher[V:] = -np.inf, -np.inf
+        rows.append((student, teacher))
+    students, teachers = (VocabTile(jnp.asarray(np.stack(side))) for side in zip(*rows))
+    for k in sizes:
+        found = topk_kl(students, teachers, Columns(jnp.zeros(6, int)), support_top_k=k, **options)[0]
+        expected = [on_sets(*row, support_top_k=k, **options) for row in rows]
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("options", BOTH_SIDES, ids=str)
+def test_gradients_on_sets(options, pair):
+    """Of the value, padded ids included; none for the teacher."""
+    student, teacher = (jnp.append(jnp.asarray(x), -jnp.inf) for x in pair)
+    options = options | {"support_top_k": 3}
+
+    def of_live(x):
+        return value(jnp.append(x, -jnp.inf), teacher, **options)
+
+    check_grads(of_live, (student[:-1],), order=1, modes=["rev"], rtol=1e-5)
+    assert np.isfinite(jax.grad(lambda x: value(x, teacher, **options))(student)).all()
+    np.testing.assert_array_equal(jax.grad(lambda t: value(student, t, **options))(teacher), 0)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("support", ["union", "intersection"])
+@pytest.mark.parametrize(("divergence", "exact"), [("reverse", reverse_kl), ("forward", forward_kl)])
+@pytest.mark.parametrize("kind", KINDS[:4], ids=str)
+def test_sets_of_all_ids_are_the_full_divergence(support, divergence, exact, kind, pair):
+    student, teacher = (np.append(x, -np.inf) for x in pair)
+    for k in (V + 1, V + 9):
+        found = value(student, teacher, support=support, support_top_k=k, divergence=divergence, **kind)
+        np.testing.assert_allclose(found, exact(tile(student), tile(teacher))[0], rtol=1e-12)
+
+
+EMPTY = [
+    *[{**kind, "divergence": divergence} for kind in KINDS for divergence in ("reverse", "forward")],
+    *[{"weight": weight} for weight in ("p_student", "p_teacher", "none")],
+    {"renormalize": "none", "clamp_at_zero": True},
+]
+
+
+@pytest.mark.parametrize("options", EMPTY, ids=str)
+def test_an_empty_support_has_no_loss_and_no_gradient(options, pair):
+    """Exactly 0: no id in common at k = 1, and none that differs where student and teacher are one."""
+    student = jnp.asarray(pair[0]).at[0].set(9)
+    apart, same = student.at[0].set(0).at[1].set(9), student
+    for support, teacher, k in (("intersection", apart, 1), ("symmetric_difference", same, 3), ("symmetric_difference", apart, V)):
+        found, gradient = jax.value_and_grad(lambda x, o=options, t=teacher, s=support, k=k: value(x, t, support=s, support_top_k=k, **o))(
+            student
+        )
+        assert found == 0
+        np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("weight", ["p_student", "p_teacher", "none"])
+@pytest.mark.parametrize("support", SUPPORTS_OF_BOTH)
+def test_weights_are_normalised_on_the_set(support, weight, pair):
+    p, q = (np.asarray(jax.nn.softmax(jnp.asarray(x))) for x in pair)
+    ids = kept_by_hand(p, q, support, 3)
+    w = {"p_student": p[ids] / p[ids].sum(), "p_teacher": q[ids] / q[ids].sum(), "none": np.ones(len(ids))}[weight]
+    gradient = jax.grad(lambda x: value(x, pair[1], support=support, support_top_k=3, weight=weight))(jnp.asarray(pair[0]))
+    np.testing.assert_allclose(gradient, -(w * np.log(q[ids] / p[ids])) @ (np.eye(V)[ids] - p), atol=1e-12)
+
+
+@pytest.mark.parametrize("weight", ["p_student", "p_teacher"])
+def test_an_id_of_no_weight_costs_nothing(weight, pair):
+    """The teacher cannot draw the student's second id, nor the student the teacher's: 0 times infinity is 0."""
+    student, teacher = (jnp.asarray(x) for x in pair)
+    student, teacher = student.at[:2].set(jnp.array([9.0, -jnp.inf])), teacher.at[:2].set(jnp.array([9.0, 8.0]))
+    teacher = teacher if weight == "p_student" else teacher.at[int(jnp.argsort(-student)[1])].set(-jnp.inf)
+    found, gradient = jax.value_and_grad(lambda x: value(x, teacher, support="union", support_top_k=2, weight=weight))(student)
+    assert np.isfinite(found)
+    assert np.isfinite(gradient).all()
+
+
+# What `drop` and the floor do to a student that is its teacher: the page of the recipe, in numbers
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("support", ["student", "teacher", *SUPPORTS_OF_BOTH])
+def test_the_stated_gradient_of_drop(support, rng):
+    """`none`: reverse sum_K p (log p/q + 1) (e - p), forward -sum_K q (e - p), over seven ids."""
+    student, teacher = (2 * rng.normal(size=7) for _ in range(2))
+    p, q = (np.asarray(jax.nn.softmax(jnp.asarray(x))) for x in (student, teacher))
+    own = {"student": p, "teacher": q}
+    ids = np.argsort(-own[support])[:3] if support in own else kept_by_hand(p, q, support, 3)
+    scores = np.eye(7)[ids] - p
+    for divergence, stated in (("reverse", (p * (np.log(p / q) + 1))[ids] @ scores), ("forward", -q[ids] @ scores)):
+        options = {"support": support, "support_top_k": 3, "renormalize": "none", "divergence": divergence}
+        found = jax.grad(lambda x, options=options: value(x, teacher, **options))(jnp.asarray(student))
+        np.testing.assert_allclose(found, stated, atol=1e-10)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("support", ["union", "intersection"])
+def test_sets_where_student_and_teacher_are_one(support, pair):
+    """`both` and `tail` rest; `drop` and the floor have the gradients that the page states."""
+    student = jnp.asarray(pair[0])
+    p = jax.nn.softmax(student)
+    mass, outward = topk_mass(student, 3), np.ones(V)
+    outward[np.asarray(jax.lax.top_k(p, 3)[1])] = 0
+    of_mass = jax.grad(topk_mass)(student, 3)
+    of_floor = (outward * p * (jnp.log(p) + 100)) @ (np.eye(V) - p)
+    stated = {
+        ("both", "drop", "reverse"): 0 * p,
+        ("both", "drop", "forward"): 0 * p,
+        ("none", "tail", "reverse"): 0 * p,
+        ("none", "tail", "forward"): 0 * p,
+        ("none", "drop", "reverse"): of_mass,
+        ("none", "drop", "forward"): -of_mass,
+        ("teacher", "drop", "reverse"): (1 + jnp.log(mass)) * of_mass,
+        ("teacher", "drop", "forward"): -of_mass / mass,
+        ("none", "floor", "reverse"): of_floor,
+        ("none", "floor", "forward"): -of_mass,
+    }
+    for (renormalize, outside, divergence), expected in stated.items():
+        options = {"renormalize": renormalize, "outside": outside, "divergence": divergence, "support": support, "support_top_k": 3}
+        found = jax.grad(lambda x, options=options: value(x, student, **options))(student)
+        np.testing.assert_allclose(found, expected, atol=1e-10, err_msg=str(options))
+
+
+class TestSetVariants(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_sets_over_a_batch(self):
+        rng = np.random.default_rng(1)
+        student, teacher = (jnp.asarray(rng.normal(size=(3, 4, V)), jnp.float32) for _ in range(2))
+        for support in SUPPORTS_OF_BOTH:
+            for kind in ({"renormalize": "both"}, {"renormalize": "none", "outside": "tail"}):
+
+                def batched(s, t, kind=kind, support=support):
+                    return topk_kl(VocabTile(s), VocabTile(t), Columns(jnp.zeros(4, int)), support=support, support_top_k=3, **kind)[0]
+
+                losses = self.variant(jax.vmap(batched))(student, teacher)
+                expected = np.stack([batched(*rows) for rows in zip(student, teacher)])
+                np.testing.assert_allclose(losses, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("support", SUPPORTS_OF_BOTH)
+def test_sets_through_the_tiled_pass_with_garbage_where_nothing_counts(support, rng):
+    """NaN in a slot that does not count changes neither loss nor gradient, and the tile changes neither."""
+    hidden, taught = (jnp.asarray(rng.normal(size=(2, 5, 6)), jnp.float32) for _ in range(2))
+    kernel, taught_kernel = (jnp.asarray(rng.normal(size=(V, 6)), jnp.float32) for _ in range(2))
+    columns, weights = Columns(jnp.zeros((2, 5), jnp.int32)), jnp.ones((2, 5)).at[:, jnp.array([0, 2])].set(0)
+
+    def loss(hidden, kernel, taught, tile):
+        def token_loss(s, t, row):
+            return topk_kl(s, t, row, support=support, support_top_k=3, renormalize="none", outside="tail")
+
+        return tiled_loss(token_loss, hidden, Head(kernel), weights, columns, (taught, Head(taught_kernel)), tile=tile)[0]
+
+    whole, tiled = (jax.value_and_grad(loss, argnums=(0, 1))(hidden, kernel, taught, tile) for tile in (10, 3))
+    chex.assert_trees_all_close(whole, tiled, rtol=1e-5, atol=1e-6)
+    # The state of column 1 speaks of column 2, and the last one of no column.
+    hidden, taught = (x.at[:, jnp.array([1, 4])].set(jnp.nan) for x in (hidden, taught))
+    chex.assert_trees_all_equal(tiled, jax.value_and_grad(loss, argnums=(0, 1))(hidden, kernel, taught, 3))
+
+
+@pytest.mark.parametrize("options", [*KINDS, {"weight": "p_student"}, {"weight": "none"}], ids=str)
+def test_a_broken_student_is_seen(options, pair):
+    """NaN that counts stays NaN, so that the step is skipped; it does not pass for an id that cannot be drawn."""
+    student, teacher = pair
+    assert np.isnan(value(np.where(np.arange(V) == 4, np.nan, student), teacher, support_top_k=3, **options))
+
+
+@pytest.mark.parametrize("recipe", [full_kl, topk_kl, sft])
+def test_a_recipe_has_a_page(recipe):
+    """The same paragraphs in the same order, within 120 columns, and a line for each option."""
+    page = inspect.getdoc(recipe)
+    heads = [page.index(f"\n\n{head}") for head in ("Equation:", "Detached:", "Cost:", "Use it when", "Options:\n")]
+    assert heads == sorted(heads)
+    assert max(map(len, page.splitlines())) <= 120
+    listed = [line.split()[0] for line in page[heads[-1] :].splitlines() if line.startswith("  ") and line[2] != " "]
+    assert listed == sorted(RECIPES[recipe.__name__].options, key=listed.index) or (recipe is sft and listed == ["none"])
 
 
 @pytest.mark.usefixtures("x64")

@@ -1,0 +1,99 @@
+"""What an estimator does at one context, exactly, in logit space: its expected gradient and the variance of a draw."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from opdjax.audit.subjects import Subject
+from opdjax.estimators.divergence import reverse_kl
+from opdjax.estimators.opd import score_norms
+from opdjax.ops.vocab import Columns, VocabTile
+
+Stats = dict[str, Float[Array, " n"]]
+
+
+def _probs(tile: VocabTile) -> Float[Array, "n V"]:
+    return jnp.where(tile.logits > -jnp.inf, jnp.exp(tile.logprobs), 0)
+
+
+def reverse_gradient(student: VocabTile, teacher: VocabTile) -> Float[Array, "n V"]:
+    """`d KL(student || teacher) / d logits = p_v (log p_v - log q_v - KL)`."""
+    gap = jnp.where(student.logits > -jnp.inf, student.logprobs - teacher.logprobs, 0)
+    return _probs(student) * (gap - student.expect(gap)[:, None])
+
+
+def forward_gradient(student: VocabTile, teacher: VocabTile) -> Float[Array, "n V"]:
+    """`d KL(teacher || student) / d logits = p_v - q_v`."""
+    return _probs(student) - _probs(teacher)
+
+
+def measure(subject: Subject, student: VocabTile, teacher: VocabTile, mean_reward: Float[Array, ""] | float = 0.0) -> Stats:
+    """Per-context statistics of an uncoupled subject, from closed forms that cost O(V) a context (gradients: of the logits).
+
+    A draw's gradient is `-A_v (e_v - p)`, its squared norm `A_v^2 w_v`: nothing of size V x V is formed. An estimator that
+    draws nothing is differentiated. See `summarise` for what the statistics are for.
+    """
+    if not subject.is_sampled:
+        loss = subject.token_loss()
+        row = Columns(jnp.zeros(student.logits.shape[0], jnp.int32))
+        own = jax.grad(lambda logits: jnp.sum(loss(VocabTile(logits), teacher, row)[0]))(student.logits)
+        return _compare(own, jnp.zeros(own.shape[0], own.dtype), student, teacher)
+    drawn, p = _probs(subject.drawn_from(student, teacher)), _probs(student)
+    advantage = jnp.where(drawn > 0, subject.advantages(student, teacher, mean_reward), 0)
+    pushed = drawn * advantage
+    own = -(pushed - p * jnp.sum(pushed, axis=-1, keepdims=True))
+    second = jnp.sum(drawn * jnp.square(advantage) * score_norms(student), axis=-1)
+    return _compare(own, (second - jnp.sum(jnp.square(own), axis=-1)) / subject.num_draws, student, teacher)
+
+
+def enumerate_draws(subject: Subject, student: VocabTile, teacher: VocabTile, mean_reward: Float[Array, ""] | float = 0.0) -> Stats:
+    """The same through the loss itself: every token of a small vocabulary is drawn, and the loss differentiated each time.
+
+    With extra draws the loss is that of one draw, and the variance of their mean follows from their independence.
+    """
+    n, vocab = student.logits.shape
+    one = Subject(subject.name, subject.recipe, {name: v for name, v in subject.options.items() if name != "extra_draws"})
+    repeated = lambda tile: VocabTile(jnp.repeat(tile.logits, vocab, axis=0))  # noqa: E731
+    row = Columns(jnp.tile(jnp.arange(vocab), n), mean_reward=jnp.full(n * vocab, mean_reward, student.logits.dtype))
+    loss, others = one.token_loss(), repeated(teacher)
+    gradient = jax.grad(lambda logits: jnp.sum(loss(VocabTile(logits), others, row)[0]))(repeated(student).logits)
+    gradient = gradient.reshape(n, vocab, vocab)
+    drawn = _probs(subject.drawn_from(student, teacher))
+    own = jnp.einsum("nv,nvu->nu", drawn, gradient)
+    # The spread around the mean, not the difference of two squares.
+    variance = jnp.einsum("nv,nvu->n", drawn, jnp.square(gradient - own[:, None]))
+    return _compare(own, variance / subject.num_draws, student, teacher)
+
+
+def _compare(own: Float[Array, "n V"], variance: Float[Array, " n"], student: VocabTile, teacher: VocabTile) -> Stats:
+    square = lambda x: jnp.sum(jnp.square(x), axis=-1)  # noqa: E731
+    stats = {"kl": reverse_kl(student, teacher), "variance": jnp.maximum(variance, 0), "own": square(own)}
+    for name, exact in (("reverse", reverse_gradient(student, teacher)), ("forward", forward_gradient(student, teacher))):
+        stats |= {name: square(exact), f"to_{name}": square(own - exact), f"dot_{name}": jnp.sum(own * exact, axis=-1)}
+    return stats
+
+
+def summarise(stats: dict[str, np.ndarray], plain_variance: np.ndarray) -> dict[str, Any]:
+    """Numbers of a subject from its contexts, stacked as one long gradient; `plain_variance`: that of `opd` at each context.
+
+    `bias`: norm of (expected gradient - exact gradient) over the norm of the exact one, against both directions of the KL.
+    `cosine`: between the two. `noise_to_signal`: root of summed variance over summed squared expectation, one draw a
+    context. `variance_ratio`: to `opd`. `worse`: share of contexts with more variance than `opd`.
+    """
+    total = {name: float(np.sum(values, dtype=np.float64)) for name, values in stats.items()}
+    found: dict[str, Any] = {"bias": {}, "cosine": {}}
+    is_zero = total["own"] < 1e-10 * total["reverse"]  # of the size of rounding: no direction at all
+    for name in ("reverse", "forward"):
+        found["bias"][name] = float(np.sqrt(total[f"to_{name}"] / total[name])) if total[name] else None
+        norms = np.sqrt(total["own"] * total[name])
+        found["cosine"][name] = None if is_zero or not norms else float(total[f"dot_{name}"] / norms)
+    found["variance"] = total["variance"] / len(plain_variance)
+    found["noise_to_signal"] = None if is_zero else float(np.sqrt(total["variance"] / total["own"]))
+    found["variance_ratio"] = total["variance"] / float(np.sum(plain_variance, dtype=np.float64))
+    found["worse"] = float(np.mean(stats["variance"] > plain_variance * (1 + 1e-5)))
+    return found

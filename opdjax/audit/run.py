@@ -1,0 +1,91 @@
+"""The audit as a whole: everything measured, as one document that a table and a page are made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from opdjax.audit.batches import audit_batch_pitfalls, audit_costs
+from opdjax.audit.gradients import audit_bins, audit_gradients, num_uniforms
+from opdjax.audit.pair import audit_contexts, reach
+from opdjax.audit.subjects import COUPLED, Subject
+from opdjax.audit.tree import audit_tree
+from opdjax.audit.vocabulary import audit_vocabulary
+from opdjax.config import AuditConfig, Config, EstimatorConfig, MeshConfig, SamplingConfig
+from opdjax.estimators import RECIPES
+from opdjax.estimators.pitfalls import PITFALLS
+from opdjax.prepare import prepare
+from opdjax.workdir import environment
+
+
+def audit(config: Config, subjects: Sequence[Subject], how: AuditConfig, tell: Callable[[str], None] = print) -> dict[str, Any]:
+    """Measure the subjects on random contexts, on an enumerated tree and on the config's pair of models; a JSON document.
+
+    The pair's contexts are sampled from the student at temperature 1 without filters, whatever the config samples with.
+    """
+    uncoupled = [each for each in subjects if not each.is_coupled]
+    tell(f"{len(uncoupled)} estimators at {how.num_contexts} random contexts of {how.vocab} tokens, every draw enumerated")
+    document: dict[str, Any] = {"subjects": {each.name: describe(each) for each in subjects}, "how": dataclasses.asdict(how)}
+    document["vocabulary"] = audit_vocabulary(uncoupled, num_contexts=how.num_contexts, vocab=how.vocab, seed=how.seed)
+    tell("a tree of every sequence of three tokens")
+    document["tree"] = audit_tree(seed=how.seed)
+    document |= _audit_pair(config, uncoupled, [each for each in subjects if each.is_coupled], how, tell)
+    devices = [device.device_kind for device in jax.devices()]
+    return document | {"environment": environment(devices)}
+
+
+def _audit_pair(config: Config, uncoupled: list[Subject], coupled: list[Subject], how: AuditConfig, tell) -> dict[str, Any]:
+    setup = prepare(
+        dataclasses.replace(
+            config,
+            # What a recipe with the most needs is prepared with: the teacher's weights, one vocabulary on both sides.
+            estimator=EstimatorConfig(recipe="vopd", tile=config.estimator.tile),
+            sampling=SamplingConfig(
+                max_completion_length=config.sampling.max_completion_length, stop_token_ids=config.sampling.stop_token_ids
+            ),
+            train=dataclasses.replace(config.train, prompts_per_step=how.num_prompts, gradient_accumulation_steps=1),
+            evaluation=dataclasses.replace(config.evaluation, source=None),
+            mesh=MeshConfig(1),
+        )
+    )
+    states = reach(
+        setup, num_prompts=how.num_prompts, num_generations=how.num_generations, seed=how.seed, num_uniforms=num_uniforms(uncoupled)
+    )
+    tell(f"{int(states.mask.sum())} contexts of {config.student.path} on {how.num_prompts} prompts, supervised by {config.teacher.path}")
+    found: dict[str, Any] = {"student": config.student.path, "teacher": config.teacher.path, "contexts": audit_contexts(states, uncoupled)}
+    tell("seconds and bytes a token")
+    found["costs"] = audit_costs(states, [*uncoupled, *coupled])
+    found["batch_pitfalls"] = audit_batch_pitfalls(states)
+    if how.parameter_space:
+        tell("gradients of all parameters, rollout by rollout")
+        found["gradients"] = audit_gradients(states, [*uncoupled, *coupled])
+        baselines = [each for each in uncoupled if each.recipe == "vopd"]
+        found["gradients"]["by_kl"] = audit_bins(states, baselines)
+    return found
+
+
+def describe(each: Subject) -> dict[str, Any]:
+    """What a reader of the document is told of a subject."""
+    about = each.pitfall.about if each.recipe is None else summary(each.recipe)
+    return {
+        "recipe": each.recipe, "options": each.options, "is_pitfall": each.recipe is None, "advertises": each.advertises,
+        "is_sampled": each.is_sampled, "is_coupled": each in COUPLED or each.is_coupled, "about": about,
+    }  # fmt: skip
+
+
+def summary(recipe: str) -> str:
+    """The first line of a recipe's page."""
+    return inspect.getdoc(RECIPES[recipe].token_loss).partition("\n")[0]
+
+
+def explain(name: str) -> str:
+    """The page of a recipe: equation, what is detached, cost, use, options; or what is known of a pitfall."""
+    if name in RECIPES:
+        return inspect.getdoc(RECIPES[name].token_loss)
+    if name in PITFALLS:
+        return PITFALLS[name].about
+    raise ValueError(f"there is no recipe and no pitfall {name!r}; expected one of {[*RECIPES, *PITFALLS]}")

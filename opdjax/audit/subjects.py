@@ -1,0 +1,134 @@
+"""What is audited: recipes under their options, and the pitfalls beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from opdjax.estimators import RECIPES, bind, sequence
+from opdjax.estimators.opd import REWARD_OPTIONS, sampled_reward
+from opdjax.estimators.opd import advantages as advantages_of
+from opdjax.estimators.pitfalls import PITFALLS, Pitfall
+from opdjax.ops.vocab import VocabTile
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A recipe with its options, or a pitfall by name."""
+
+    name: str
+    recipe: str | None = None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def pitfall(self) -> Pitfall | None:
+        """What is known of it, where it is one."""
+        return PITFALLS[self.name] if self.recipe is None else None
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether its gradient depends on the token that was drawn."""
+        return self.recipe is None or RECIPES[self.recipe].is_policy_gradient or self.recipe == "sft"
+
+    @property
+    def is_coupled(self) -> bool:
+        """Whether one context alone does not determine it; the mean reward of a batch counts as given."""
+        rest = {name: value for name, value in self.options.items() if name != "baseline"}
+        return sequence.is_coupled(rest)
+
+    @property
+    def num_draws(self) -> int:
+        """Tokens drawn at each context."""
+        return 1 + self.options.get("extra_draws", 0)
+
+    @property
+    def advertises(self) -> str:
+        """Whose gradient it is meant to have: `reverse`, `forward`, or `own`: neither, by intent."""
+        if self.recipe in (None, "opd", "vopd"):
+            altered = any(name in self.options for name in (*REWARD_OPTIONS, "prefix_weight", "task_reward_coef"))
+            return "own" if altered else "reverse"
+        if self.recipe == "sft":
+            return "forward"
+        direction = self.options.get("divergence", "reverse")
+        return direction if self.recipe == "full_kl" and direction in ("reverse", "forward") else "own"
+
+    def token_loss(self) -> Callable:
+        """`token_loss(student, teacher, row) -> (loss, outputs)`."""
+        if self.recipe is None:
+            return self.pitfall.token_loss
+        recipe, options = bind(self.recipe, self.options)
+        return lambda student, teacher, row: recipe.token_loss(student, teacher, row, **options)
+
+    def advantages(self, student: VocabTile, teacher: VocabTile, mean_reward: Float[Array, ""]) -> Float[Array, "n V"]:
+        """The factor `A_v` in the gradient `-A_v grad log student(v)` of each token; `mean_reward` is that of `batch_mean`."""
+        if self.recipe is None:
+            return self.pitfall.advantages(student, teacher)
+        if self.recipe == "sft":
+            return jnp.ones_like(student.logits)
+        how = {name: self.options.get(name) for name in REWARD_OPTIONS}
+        baseline = self.options.get("baseline", "full") if self.recipe == "vopd" else None
+        if baseline == "batch_mean":
+            return sampled_reward(teacher.logprobs, student.logprobs, **how) - mean_reward
+        k = {"baseline_top_k": self.options["baseline_top_k"]} if "baseline_top_k" in self.options else {}
+        return advantages_of(student, teacher, baseline=baseline, **k, **how)
+
+    def drawn_from(self, student: VocabTile, teacher: VocabTile) -> VocabTile:
+        """The distribution that its tokens come from."""
+        if self.recipe is None and self.pitfall.drawn_from is not None:
+            return self.pitfall.drawn_from(student)
+        return teacher if self.recipe == "sft" else student
+
+
+def subject(recipe: str, **options: Any) -> Subject:
+    """The recipe under these options, named after them."""
+    bind(recipe, options)
+    values = (f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in options.items())
+    return Subject(" ".join([recipe, *values]), recipe, options)
+
+
+DEFAULT = (
+    subject("opd"),
+    subject("vopd", baseline="full"),
+    *(subject("vopd", baseline="student_topk", baseline_top_k=k) for k in (5, 20, 100)),
+    subject("vopd", baseline="optimal"),
+    subject("vopd", baseline="batch_mean"),
+    subject("opd", extra_draws=3),
+    subject("opd", reward_floor=-2.0),
+    subject("opd", power_alpha=0.5),
+    *(subject("full_kl", divergence=name) for name in ("reverse", "forward", "jsd", "skew_forward", "skew_reverse")),
+    subject("topk_kl", support="student", support_top_k=8),
+    subject("topk_kl", support="student", support_top_k=8, renormalize="none"),
+    subject("topk_kl", support="student", support_top_k=8, renormalize="none", outside="tail"),
+    subject("topk_kl", support="union", support_top_k=8, renormalize="none", outside="tail"),
+    subject("topk_kl", convention="verl", support_top_k=8),
+    subject("topk_kl", convention="tunix", support_top_k=8),
+    subject("topk_kl", convention="trl", support_top_k=8, divergence="forward"),
+    subject("topk_kl", convention="thunlp", support_top_k=8),
+    subject("sft"),
+    *(Subject(name) for name, pitfall in PITFALLS.items() if pitfall.token_loss is not None),
+)
+# Options that couple the tokens of a sequence; one context says nothing of them.
+COUPLED = (
+    subject("opd", discount=1.0),
+    subject("opd", discount=1.0, return_to_go="expected"),
+    subject("vopd", baseline="full", discount=1.0, return_to_go="expected"),
+    subject("opd", prefix_weight=0.5),
+)
+
+
+def choose(names: Sequence[str] | None, options: dict[str, Any] | None = None, recipe: str | None = None) -> list[Subject]:
+    """The default subjects of these recipes or pitfalls (all: None), and the one that a config asks for, first."""
+    known = (*DEFAULT, *COUPLED)
+    wanted = [s for s in known if names is None or (s.recipe or s.name) in names]
+    unknown = sorted(set(names or ()) - {s.recipe or s.name for s in known})
+    if unknown:
+        raise ValueError(f"there is nothing called {unknown} to audit; expected some of {sorted({s.recipe or s.name for s in known})}")
+    if recipe is not None:
+        asked = subject(recipe, **(options or {}))
+        if all((asked.recipe, asked.options) != (s.recipe, s.options) for s in wanted):
+            wanted.insert(0, asked)
+    return wanted

@@ -1,0 +1,133 @@
+"""Estimators that look right and are not: each is shipped somewhere, and none of them is a recipe.
+
+They stand here so that the audit can show what they do. A pitfall of one token has a `token_loss` like a recipe's and its
+`advantages`, the factor A_v in its gradient -A_v grad log student(v) for every token v; where tokens are drawn from another
+distribution than the one they are scored under, `drawn_from` gives it. A pitfall of a batch has `weights` in place of
+`losses.aggregation_weights`, or `add` in place of a sum.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from opdjax.estimators.importance import k1, k3
+from opdjax.estimators.losses import policy_gradient_loss
+from opdjax.estimators.opd import opd, sampled_reward, student_topk_baseline
+from opdjax.ops.vocab import Columns, VocabTile
+
+
+@dataclasses.dataclass(frozen=True)
+class Pitfall:
+    """What it looks like, what happens, and who ships it."""
+
+    about: str
+    token_loss: Callable | None = None
+    advantages: Callable[[VocabTile, VocabTile], Float[Array, "n V"]] | None = None
+    drawn_from: Callable[[VocabTile], VocabTile] | None = None
+    weights: Callable | None = None
+    add: Callable | None = None
+
+
+def k1_direct(student: VocabTile, teacher: VocabTile, row: Columns):
+    """k1 as the loss: `log student(y) - log teacher(y)`, differentiated."""
+    student_logprob = student.logprob(row.token)
+    return k1(student_logprob, jax.lax.stop_gradient(teacher.logprob(row.token))), {"student_logprob": student_logprob}
+
+
+def k3_direct(student: VocabTile, teacher: VocabTile, row: Columns):
+    """k3 as the loss: `teacher(y) / student(y) - 1 + log student(y) - log teacher(y)`, differentiated."""
+    student_logprob = student.logprob(row.token)
+    return k3(student_logprob, jax.lax.stop_gradient(teacher.logprob(row.token))), {"student_logprob": student_logprob}
+
+
+def topk_value(student: VocabTile, teacher: VocabTile, row: Columns, *, k: int = 8):
+    """Minus the KL on the student's top k ids as the advantage of whatever token was drawn."""
+    student_logprob = student.logprob(row.token)
+    return policy_gradient_loss(student_topk_baseline(student, teacher, k), student_logprob), {"student_logprob": student_logprob}
+
+
+def filtered(student: VocabTile, *, temperature: float = 0.7, k: int = 50, top_p: float = 0.95) -> VocabTile:
+    """The distribution that a sampler with these settings draws from: tempered, then top k, then top p."""
+    logits = student.logits / temperature
+    ordered = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0]
+    probs = jax.nn.softmax(ordered, axis=-1)
+    is_kept = jnp.cumsum(probs, axis=-1) - probs < top_p
+    threshold = jnp.min(jnp.where(is_kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    return VocabTile(jnp.where(logits >= threshold, logits, -jnp.inf))
+
+
+def mean_of_means(mask: Bool[Array, "B T"], parts: int) -> Float[Array, "B T"]:
+    """Weights of a loss that averages over the tokens of each micro-batch, and then over micro-batches."""
+    live = mask.astype(jnp.result_type(float)).reshape(parts, -1, mask.shape[1])
+    return (live / jnp.maximum(jnp.sum(live, axis=(1, 2), keepdims=True), 1) / parts).reshape(mask.shape)
+
+
+def shifted_mask(mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
+    """Token-mean weights of a mask moved on by one column: the first token is not trained, what follows the last one is."""
+    moved = jnp.concatenate([jnp.zeros_like(mask[:, :1]), mask[:, :-1]], axis=1).astype(jnp.result_type(float))
+    return moved / jnp.maximum(jnp.sum(moved), 1)
+
+
+def add_in_bfloat16(losses: Float[Array, " n"], chunk: int = 128) -> Float[Array, ""]:
+    """The sum of per-token losses, chunk by chunk, in an accumulator of the model's type."""
+    parts = jnp.pad(losses, (0, -losses.size % chunk)).reshape(-1, chunk).astype(jnp.bfloat16)
+    add = lambda total, part: (total + jnp.sum(part), None)  # noqa: E731
+    return jax.lax.scan(add, jnp.zeros((), jnp.bfloat16), parts)[0].astype(losses.dtype)
+
+
+PITFALLS = {
+    "k1_direct": Pitfall(
+        "k1 estimates KL(student || teacher) without bias, so it is taken for a loss. But what the estimate leaves to "
+        "differentiate is log student(y) alone, whose expected gradient is 0: the student random-walks, at full noise. "
+        "Systems whose switch from loss to policy gradient is an option of its own (verl's use_policy_gradient) are one "
+        "setting away from it.",
+        k1_direct,
+        lambda student, teacher: -jnp.ones_like(student.logits),
+    ),
+    "k3_direct": Pitfall(
+        "k3 is the low-noise estimate of KL(student || teacher), and it is never negative: a loss, it seems. Differentiated, "
+        "its expected gradient is that of the other direction, KL(teacher || student), exactly: a run that says reverse KL "
+        "covers modes. Its noise grows with teacher(y) / student(y). verl's YAML default (loss_mode k3, use_policy_gradient "
+        "false) under a documentation that says reverse KL; TorchRL's DistillationLoss, which says so.",
+        k3_direct,
+        lambda student, teacher: jnp.where(student.logits > -jnp.inf, jnp.expm1(teacher.logprobs - student.logprobs), 0),
+    ),
+    "topk_value_advantage": Pitfall(
+        "A KL on the top k ids is less noisy than the reward of one token, so its value is handed to the policy gradient as "
+        "the advantage. It is a property of the context: whatever token was drawn gets the same, and the expected gradient "
+        "is 0. It is the baseline of vOPD without the reward it belongs to. Reported against radixark/miles (issue 2362).",
+        topk_value,
+        lambda student, teacher: jnp.broadcast_to(student_topk_baseline(student, teacher, 8)[:, None], student.logits.shape),
+    ),
+    "filtered_sampling": Pitfall(
+        "Completions are drawn at a temperature or through top-k and top-p, and scored under the full softmax at temperature "
+        "1. The reward of a drawn token is right, how often it is drawn is not: likely tokens count too much, unlikely ones "
+        "never. EasyDeL's defaults (temperature 0.7, top-k 50, top-p 0.95: measured here), ROLL's examples, TRL before 1.16.",
+        opd,
+        lambda student, teacher: sampled_reward(teacher.logprobs, student.logprobs),
+        drawn_from=filtered,
+    ),
+    "mean_of_means": Pitfall(
+        "Gradient accumulation that averages over the tokens of each micro-batch and then over micro-batches weighs a token by "
+        "how short its neighbours are: with one row a micro-batch, a token of a 10-token answer counts 100 times one of a "
+        "1000-token answer. The loss then depends on how the batch was cut. TRL (issue 4719, mended in pull request 6006), "
+        "ms-swift (issues 10076, 10165).",
+        weights=mean_of_means,
+    ),
+    "shifted_mask": Pitfall(
+        "Logits at a column predict the next token. Compared with the token of their own column, or under a mask that was not "
+        "moved with them, the first token of a completion is never trained and the column after its end is. Nothing crashes "
+        "and the loss falls. EasyDeL's on-policy distillation step.",
+        weights=shifted_mask,
+    ),
+    "bfloat16_sums": Pitfall(
+        "Losses of tokens are added up in the model's own type. bfloat16 keeps 8 bits: once the sum is 256 times a summand, "
+        "adding it changes nothing, and a long batch has a smaller loss than a short one. EasyDeL's chunked loss.",
+        add=add_in_bfloat16,
+    ),
+}

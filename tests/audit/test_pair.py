@@ -1,0 +1,69 @@
+"""The audit of a real pair: bins, intervals, the analysis of variance, and the whole command on the built-in models."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from opdjax import cli
+from opdjax.audit.gradients import _split
+from opdjax.audit.pair import KL_QUANTILES, kl_bins, ratio_with_interval
+
+
+def test_every_context_is_in_one_bin_and_bins_are_ordered(rng):
+    kl, mask = rng.exponential(size=(7, 9)), rng.random((7, 9)) < 0.8
+    bins = kl_bins(kl, mask)
+    np.testing.assert_array_equal(np.sum(bins, axis=0), mask)
+    assert len(bins) == len(KL_QUANTILES) - 1
+    held = [kl[inside] for inside in bins if inside.any()]
+    assert all(low.max() <= high.min() for low, high in itertools.pairwise(held))
+
+
+def test_a_ratio_and_its_interval(rng):
+    plain = rng.exponential(size=400)
+    ratio, low, high = ratio_with_interval(0.5 * plain, plain)
+    assert (ratio, low, high) == pytest.approx((0.5, 0.5, 0.5))
+    ratio, low, high = ratio_with_interval(rng.permutation(plain), plain)
+    assert low < ratio == pytest.approx(1) < high
+    assert ratio_with_interval(plain[:3], np.zeros(3)) == (None, None, None)
+
+
+def test_the_parts_of_a_variance_are_found(rng):
+    """Gradients of 2,000 prompts, 3 rollouts, 2 redraws in 5 dimensions, of parts with variances 1, 4 and 9 a dimension."""
+    prompts, rollouts, redraws, size = 2000, 3, 2, 5
+    g = 0.5 + rng.normal(size=(prompts, 1, 1, size)) + 2 * rng.normal(size=(prompts, rollouts, 1, size))
+    g = g + 3 * rng.normal(size=(prompts, rollouts, redraws, size))
+    by_rollout, center = g.mean(axis=2), g.mean(axis=(1, 2))
+    sums = [np.square(g - by_rollout[:, :, None]).sum(axis=(1, 2, 3)), np.square(by_rollout - center[:, None]).sum(axis=(1, 2))]
+    found = _split(np.square(center.mean(axis=0)).sum(), *sums, np.square(center).sum(axis=1), redraws, rollouts)
+    for name, expected in (("prompt", 5), ("trajectory", 20), ("action", 45), ("noise", 70), ("signal", 1.25)):
+        assert found[name] == pytest.approx(expected, rel=0.15), name
+    assert found["signal_to_noise"] == pytest.approx(np.sqrt(1.25 / (70 / 64)), rel=0.1)
+
+
+def test_the_command_measures_the_built_in_pair(tmp_path, capsys):
+    arguments = ["--how.num-contexts", "20", "--how.vocab", "8", "--how.num-prompts", "4", "--only", "opd", "k3_direct"]
+    cli.audit(["--workdir", str(tmp_path), *arguments])
+    printed = capsys.readouterr().out
+    assert "k3_direct (pitfall)" in printed
+    document = json.loads((tmp_path / "audit.json").read_text())
+    assert document["contexts"]["rows"]["opd"]["bias"]["reverse"] < 1e-4
+    assert document["contexts"]["rows"]["k3_direct"]["cosine"]["forward"] > 0.999
+    assert document["gradients"]["rows"]["opd"]["action"] > 0
+    assert document["gradients"]["rows"]["opd discount=1"]["action"] is None
+    assert document["costs"]["opd"]["seconds_per_token"] > 0
+    assert document["batch_pitfalls"]["shifted_mask"]["bias"] > 0.1
+    assert "audit.html" in printed
+
+
+def test_explain_prints_the_page_of_every_recipe_and_pitfall(capsys):
+    for name in ("opd", "vopd", "full_kl", "topk_kl", "sft"):
+        cli.audit(["--explain", name])
+        page = capsys.readouterr().out
+        for part in ("Equation:", "Detached:", "Cost:", "Use it when"):
+            assert part in page, (name, part)
+    cli.audit(["--explain", "k3_direct"])
+    assert "KL(teacher || student)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no recipe and no pitfall 'opq'"):
+        cli.audit(["--explain", "opq"])
