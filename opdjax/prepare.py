@@ -146,6 +146,7 @@ def update_spec(setup: Setup) -> UpdateSpec:
         temperature=scored_temperature(config),
         valid_vocab=setup.decoding.valid_vocab,
         remat=config.train.remat,
+        diagnostics_every=config.log.diagnostics_every,
         mesh=setup.mesh,
     )
 

@@ -111,7 +111,7 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> d
         if step == first:
             enforce(check_first_step(setup, batch, rollouts, prompts, metrics))
 
-        metrics |= _rollout_metrics(rollouts) | _token_counts(setup, batch)
+        metrics |= _rollout_metrics(setup, rollouts, step) | _token_counts(setup, batch)
         metrics |= (seconds := timer.take())
         metrics["perf/tokens_per_second"] = metrics["perf/trained_tokens"] / seconds["time/step"]
         writer.write(done, metrics)
@@ -212,12 +212,20 @@ def _score(setup: Setup, batch: TrainBatch, needs: str) -> tuple[TrainBatch, Hea
     return dataclasses.replace(batch, teacher=scores), teacher.head if needs == "vocabulary" else None
 
 
-def _rollout_metrics(rollouts: Rollouts) -> Metrics:
-    lengths = np.asarray(rollouts.mask).sum(axis=1)
+def _rollout_metrics(setup: Setup, rollouts: Rollouts, step: int) -> Metrics:
+    """Lengths in tokens, how completions ended, and by how many updates their policy is older than the one trained."""
+    tokens, mask = np.asarray(rollouts.tokens), np.asarray(rollouts.mask)
+    lengths, staleness = mask.sum(axis=1), step - np.asarray(rollouts.policy_version)
+    last = tokens[np.arange(len(tokens)), mask.shape[1] - 1 - mask[:, ::-1].argmax(axis=1)]
     return {
         "rollout/length_mean": float(lengths.mean()),
+        "rollout/length_min": float(lengths.min()),
+        "rollout/length_p50": float(np.median(lengths)),
         "rollout/length_max": float(lengths.max()),
         "rollout/truncated_ratio": float(np.asarray(rollouts.is_truncated).mean()),
+        "rollout/eos_rate": float((np.isin(last, setup.decoding.stop_token_ids) & (lengths > 0)).mean()),
+        "staleness/mean": float(staleness.mean()),
+        "staleness/max": float(staleness.max()),
     }
 
 

@@ -13,20 +13,18 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from opdjax.config import EstimatorConfig, OptimizerConfig
+from opdjax.diagnostics import observed, step_metrics
 from opdjax.estimators import Recipe, bind, sequence
 from opdjax.estimators.advantage import batch_totals
 from opdjax.estimators.divergence import reverse_kl
 from opdjax.estimators.losses import aggregation_weights, count_denominators
 from opdjax.models.decoder import DecoderConfig, Params, forward, head_of
-from opdjax.ops.masked import masked_mean, masked_std, rank_in_sequence
 from opdjax.ops.vocab import Columns, Head, tiled_loss, tiled_stats
 from opdjax.sharding import merge_rows, split_rows
 from opdjax.types import TeacherScores, TrainBatch
-
-_POSITION_BUCKETS = 8
 
 
 @struct.dataclass
@@ -52,6 +50,7 @@ class UpdateSpec:
     temperature: float = 1.0  # the student is scored at the temperature it was sampled at
     valid_vocab: int | None = None
     remat: bool = False
+    diagnostics_every: int = 0  # steps between those that measure what takes whole distributions; 0: never
     mesh: Mesh | None = None
 
 
@@ -100,7 +99,8 @@ def make_update(spec: UpdateSpec, config: OptimizerConfig, num_steps: int) -> Ca
 
     @partial(jax.jit, donate_argnums=0, out_shardings=None if spec.mesh is None else NamedSharding(spec.mesh, P()))
     def update(state: TrainState, batch: TrainBatch, teacher_head: Head | None = None):
-        loss, grads, outputs, squares = loss_and_grad(state.params, batch, teacher_head, spec, recipe, options)
+        is_observed = state.step % spec.diagnostics_every == 0 if spec.diagnostics_every else None
+        loss, grads, outputs, squares = loss_and_grad(state.params, batch, teacher_head, spec, recipe, options, is_observed)
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -121,22 +121,33 @@ def make_update(spec: UpdateSpec, config: OptimizerConfig, num_steps: int) -> Ca
         }
         if squares is not None:
             metrics |= noise_and_signal(norm, squares, spec.gradient_accumulation_steps)
-        return new_state, metrics | token_metrics(outputs, batch) | kl_by_position(outputs, batch, spec.max_completion_length)
+        told = step_metrics(outputs, batch, is_observed, spec.max_completion_length, options, recipe.is_policy_gradient)
+        return new_state, metrics | told
 
     return update
 
 
-def loss_and_grad(params: Params, batch: TrainBatch, teacher_head: Head | None, spec: UpdateSpec, recipe: Recipe, options: dict):
+def loss_and_grad(
+    params: Params,
+    batch: TrainBatch,
+    teacher_head: Head | None,
+    spec: UpdateSpec,
+    recipe: Recipe,
+    options: dict,
+    is_observed: Bool[Array, ""] | None = None,
+):
     """(loss, gradient, per-token outputs [B, T], squares) of a batch; none but the last depends on how the batch is cut.
 
     `squares` is the sum of the squared norms of the micro-batches' shares of the gradient, from which `noise_and_signal`
-    tells how much of it is chance; None where there is one micro-batch.
+    tells how much of it is chance; None where there is one micro-batch. `is_observed`: whether the outputs hold diagnostics,
+    which are zeros where it is False and missing where it is None; loss and gradient do not depend on it.
     """
+    recipe = dataclasses.replace(recipe, token_loss=observed(recipe.token_loss))
     denominators = count_denominators(batch.mask, batch.segment_ids, spec.max_completion_length)
     weights = aggregation_weights(batch.mask, batch.segment_ids, spec.estimator.aggregation, denominators)
     parts = spec.gradient_accumulation_steps
     totals = _totals(params, batch, teacher_head, spec, options) if parts > 1 and sequence.needs_totals(options) else None
-    batch_loss = partial(_batch_loss, spec=spec, recipe=recipe, options=options, totals=totals)
+    batch_loss = partial(_batch_loss, spec=spec, recipe=recipe, options=options, totals=totals, is_observed=is_observed)
     value_and_grad = jax.value_and_grad(batch_loss, has_aux=True)
     if parts == 1:
         (loss, outputs), grads = value_and_grad(params, batch, weights, teacher_head)
@@ -157,18 +168,24 @@ def noise_and_signal(norm: Array, squares: Array, parts: int) -> dict[str, Array
 
     With M micro-batches of gradient g_m, each estimating the whole one, and their mean g: noise = (sum |g_m|^2 - M |g|^2) /
     (M (M - 1)), signal = |g|^2 - noise. A single step's signal may be negative: average both over steps, then divide.
-    `norm` is |g|, `squares` the sum of |g_m / M|^2: no gradient is kept.
+    `norm` is |g|, `squares` the sum of |g_m / M|^2: no gradient is kept. The micro-batches are taken as independent. With
+    num_generations > 1 they are not: `split_rows` deals neighbouring rows, which share a prompt, to different parts, so that
+    the variance between prompts is common to them and counts as signal: noise is then that of the draws alone.
     """
     noise = (parts * squares - jnp.square(norm)) / (parts - 1)
     return {"grad/noise_squared": noise, "grad/signal_squared": jnp.square(norm) - noise}
 
 
-def _batch_loss(params, batch: TrainBatch, weights, teacher_head, *, spec: UpdateSpec, recipe: Recipe, options: dict, totals=None):
+def _batch_loss(
+    params, batch: TrainBatch, weights, teacher_head, *, spec: UpdateSpec, recipe: Recipe, options: dict, totals=None, is_observed=None
+):
     hidden, head, columns, teacher = passes(params, batch, teacher_head, spec)
     if sequence.is_coupled(options):
         stats = _stats(hidden, head, columns, teacher, batch, spec, options)
         coupled = partial(sequence.prepare, is_policy_gradient=recipe.is_policy_gradient, totals=totals)
         columns = coupled(columns, stats, batch.mask, batch.segment_ids, options)
+    if is_observed is not None:
+        columns = dataclasses.replace(columns, is_observed=jnp.broadcast_to(is_observed, batch.mask.shape))
     token_loss = partial(recipe.token_loss, **options)
     return tiled_loss(token_loss, hidden, head, weights, columns, teacher, tile=spec.estimator.tile, mesh=spec.mesh)
 
@@ -231,31 +248,3 @@ def make_examine(spec: UpdateSpec, num_alternatives: int) -> Callable:
         return _batch_loss(params, batch, weights, teacher_head, spec=spec, recipe=told, options=options)[1]
 
     return examine
-
-
-def token_metrics(outputs: dict[str, Float[Array, "B T"]], batch: TrainBatch) -> dict[str, Array]:
-    """Scalars of a step from the recipe's per-token outputs. `kl/student_teacher` is exact where the recipe knows it."""
-    mask, reward, metrics = batch.mask, outputs.get("reward"), {}
-    if reward is not None:
-        metrics["kl/student_teacher"] = masked_mean(outputs.get("kl", -reward), mask)
-        metrics["kl/k1"] = masked_mean(-reward, mask)
-    if batch.behavior_logprobs is not None:
-        metrics["rollout/logprob_gap"] = masked_mean(jnp.abs(outputs["student_logprob"] - batch.behavior_logprobs), mask)
-    if "advantage" in outputs:
-        metrics["advantage/mean"] = masked_mean(outputs["advantage"], mask)
-        metrics["advantage/std"] = masked_std(outputs["advantage"], mask)
-    return metrics
-
-
-def kl_by_position(outputs: dict[str, Float[Array, "B T"]], batch: TrainBatch, max_length: int) -> dict[str, Array]:
-    """`kl/position/AA-BB`: the mean of `kl/student_teacher` over completion tokens AA to BB, counted from 0; NaN where there are none."""
-    if "reward" not in outputs:
-        return {}
-    kl, rank = outputs.get("kl", -outputs["reward"]), rank_in_sequence(batch.mask, batch.segment_ids)
-    width, digits = -(-max_length // _POSITION_BUCKETS), len(str(max_length - 1))
-    metrics = {}
-    for start in range(0, max_length, width):
-        inside = batch.mask & (rank >= start) & (rank < start + width)
-        end = min(start + width, max_length) - 1
-        metrics[f"kl/position/{start:0{digits}}-{end:0{digits}}"] = jnp.where(jnp.any(inside), masked_mean(kl, inside), jnp.nan)
-    return metrics

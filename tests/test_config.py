@@ -47,7 +47,7 @@ UNUSUAL = Config(
     train=TrainConfig(7, 12, 4, True, 2),
     evaluation=EvaluationConfig(None, "boxed", 3, 4, 0.8, 0.95, 5, 32, 16, (0.5, 0.7), 25, 9, "problem", "solution"),
     checkpoint=CheckpointConfig(10, 3, "greedy"),
-    log=LogConfig(0, 2, True),
+    log=LogConfig(0, 2, True, 3),
     mesh=MeshConfig(2),
     seed=11,
 )  # fmt: skip

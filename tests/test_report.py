@@ -266,6 +266,20 @@ def test_all_metrics_may_be_missing(tmp_path):
     read(write_run(tmp_path / "run", metrics=rows, evaluations=False))
 
 
+def test_diagnostics_told_every_few_steps_and_signal_to_noise_are_drawn(tmp_path):
+    squares = {"grad/signal_squared": 1.0, "grad/noise_squared": 4.0, "kl/k1": 0.3}
+    rows = [metric(step, **squares, **{"entropy/student": 0.5 if step == 1 else None, "overlap/ratio": None}) for step in range(1, 7)]
+    parser = read(write_run(tmp_path / "run", metrics=rows, evaluations=False))
+    assert "Entropy of the student" in parser.all
+    assert "Overlap of the most likely" not in parser.all
+    assert "Signal to noise of the gradient" in parser.all
+    assert "exact at every position" in parser.all
+    assert "nan" not in parser.source
+    alike = [row | {"kl/k1": row["kl/student_teacher"]} for row in rows]
+    parser = read(write_run(tmp_path / "alike", config("vopd"), metrics=alike, evaluations=False))
+    assert "estimated from the sampled tokens alone" in parser.all
+
+
 def test_an_older_run_without_tokens_and_positions_still_renders(tmp_path):
     old = [{key: value for key, value in metric(step).items() if not key.startswith(("perf/", "kl/position"))} for step in (1, 2)]
     plain = {key: sample()[key] for key in ("step", "prompt_id", "sample_id", "prompt", "completion", "length", "is_truncated")}

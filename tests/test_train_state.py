@@ -250,3 +250,76 @@ def test_weight_decay_leaves_norms_alone_and_clipping_can_be_off():
     np.testing.assert_array_equal(updates["layers"]["q_norm"], 0)
     np.testing.assert_allclose(updates["embedding"], -0.05 * student["embedding"], rtol=1e-6)
     np.testing.assert_allclose(updates["layers"]["q_kernel"], -0.05 * student["layers"]["q_kernel"], rtol=1e-6)
+
+
+IMPORTANCE = EstimatorConfig(recipe="vopd", baseline="student_topk", baseline_top_k=3, importance="prefix_truncate", tile=5)
+
+
+def diagnosed(student, batch, head, estimator, every, **spec):
+    """(parameters, metrics) after one update."""
+    config = OptimizerConfig(learning_rate=1e-2)
+    spec = UpdateSpec(MODEL, estimator, "float32", 7, diagnostics_every=every, valid_vocab=9, **spec)
+    state, metrics = make_update(spec, config, 10)(init_state(student, make_optimizer(config, 10)), batch, head)
+    return jax.device_get((state.params, metrics))
+
+
+def drawn(batch):
+    """Tokens that the model can draw, with log-probs of a policy nearby."""
+    behavior = -2 - jnp.abs(jnp.sin(jnp.arange(batch.tokens.size, dtype=jnp.float32))).reshape(batch.tokens.shape)
+    return dataclasses.replace(batch, tokens=batch.tokens % 9, behavior_logprobs=behavior)
+
+
+@pytest.mark.parametrize("estimator", [RECIPES[0], RECIPES[2], IMPORTANCE], ids=lambda e: e.recipe)
+def test_diagnostics_change_no_bit_of_an_update(estimator, rng):
+    student, teacher = make_models(jnp.float32)
+    batch, head = scored(drawn(make_batch(rng)), teacher, estimator)
+    params, metrics = diagnosed(student, batch, head, estimator, 1)
+    without, fewer = diagnosed(student, batch, head, estimator, 0)
+    chex.assert_trees_all_equal(params, without)
+    chex.assert_trees_all_equal({name: metrics[name] for name in fewer}, fewer)
+    assert {"entropy/student"} <= metrics.keys() - fewer.keys()
+    assert ("overlap/ratio" in metrics) == (head is not None)
+    assert ("importance/clip_fraction" in metrics) == (estimator.importance is not None)
+    assert all(np.isfinite(value) for name, value in metrics.items() if "position" not in name)
+
+
+def test_diagnostics_do_not_depend_on_how_the_batch_is_cut(rng):
+    student, teacher = make_models(jnp.float32)
+    batch, head = scored(drawn(make_batch(rng)), teacher, IMPORTANCE)
+    _, metrics = diagnosed(student, batch, head, IMPORTANCE, 1)
+    mesh = make_mesh(8)
+    for rows, spec in ((batch, {"gradient_accumulation_steps": 2}), (shard_rows(batch, mesh), {"mesh": mesh})):
+        _, found = diagnosed(student, rows, head, IMPORTANCE, 1, **spec)
+        for name, value in metrics.items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_what_stands_in_masked_slots_reaches_no_diagnostic(rng):
+    student, teacher = make_models(jnp.float32)
+    batch, head = scored(drawn(make_batch(rng)), teacher, IMPORTANCE)
+    hidden = jnp.where(batch.segment_ids[:, :, None] > 0, batch.teacher.hidden, jnp.nan)
+    spoilt = dataclasses.replace(
+        batch, behavior_logprobs=jnp.where(batch.mask, batch.behavior_logprobs, jnp.nan), teacher=TeacherScores(hidden=hidden)
+    )
+    chex.assert_trees_all_equal(*(diagnosed(student, rows, head, IMPORTANCE, 1)[1] for rows in (batch, spoilt)))
+
+
+def test_kl_is_exact_wherever_the_whole_teacher_is_read(rng):
+    """A baseline on the student's top k leaves the KL that is told as it is."""
+    student, teacher = make_models(jnp.float32)
+    batch, head = scored(drawn(make_batch(rng)), teacher, RECIPES[1])
+    told = [diagnosed(student, batch, head, estimator, 0)[1]["kl/student_teacher"] for estimator in (RECIPES[1], IMPORTANCE)]
+    np.testing.assert_allclose(*told, rtol=1e-6)
+
+
+def test_diagnostics_are_taken_every_so_many_steps(rng):
+    estimator = RECIPES[1]
+    student, teacher = make_models(jnp.float32)
+    batch, head = scored(drawn(make_batch(rng)), teacher, estimator)
+    config = OptimizerConfig()
+    update = make_update(UpdateSpec(MODEL, estimator, "float32", 7, diagnostics_every=2), config, 10)
+    state, told = init_state(student, make_optimizer(config, 10)), []
+    for _ in range(3):
+        state, metrics = update(state, batch, head)
+        told.append([bool(np.isfinite(metrics[name])) for name in ("entropy/student", "reward/p05", "overlap/ratio", "kl/k3")])
+    assert told == [[True] * 4, [False, False, False, True], [True] * 4]

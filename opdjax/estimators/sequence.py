@@ -66,13 +66,14 @@ def prepare(
     if options.get("importance") in importance.SEQUENCE_CORRECTIONS:
         behavior_logprob = needed(columns.behavior_logprob, "behavior_logprob", f"importance {options['importance']}")
         log_ratio = stats["student_logprob"] - behavior_logprob
-        weights.append(_sequence_importance(log_ratio, mask, segment_ids, options, is_policy_gradient))
+        weights.append(sequence_importance(log_ratio, mask, segment_ids, options, is_policy_gradient))
     if weights:
         found["loss_weight"] = math.prod(weights)
     return dataclasses.replace(columns, **found)
 
 
-def _sequence_importance(log_ratio, mask, segment_ids, options, is_policy_gradient) -> Float[Array, "B T"]:
+def sequence_importance(log_ratio, mask, segment_ids, options, is_policy_gradient) -> Float[Array, "B T"]:
+    """The weight of each token under a correction of whole sequences; `log_ratio` = log student(y) - log behavior(y)."""
     cap = options.get("importance_cap", importance.DEFAULT_CAPS[options["importance"]])
     if options["importance"] == "sequence_mask":
         return importance.sequence_mask(log_ratio, mask, segment_ids, cap)

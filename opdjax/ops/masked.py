@@ -30,6 +30,17 @@ def masked_std(x: Float[Array, ...], mask: Bool[Array, ...]) -> Float[Array, ""]
     return jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 0)
 
 
+def masked_quantiles(x: Float[Array, ...], mask: Bool[Array, ...], shares: tuple[float, ...]) -> Float[Array, " Q"]:
+    """Quantiles of the unmasked entries, between two entries by straight line (numpy's default); NaN where there are none."""
+    count = jnp.sum(mask)
+    ascending = jnp.sort(jnp.where(mask, x, jnp.inf).reshape(-1))
+    place = jnp.asarray(shares, ascending.dtype) * jnp.maximum(count - 1, 0)
+    below = jnp.floor(place).astype(jnp.int32)
+    low, high = ascending[below], ascending[jnp.minimum(below + 1, jnp.maximum(count - 1, 0))]
+    # Equal neighbours are taken as they are: of two infinities the difference would be NaN.
+    return jnp.where(count > 0, jnp.where(low == high, low, low + (place - below) * (high - low)), jnp.nan)
+
+
 def starts_sequence(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
     """True where a column does not continue the segment of the column before it; padding counts as a segment."""
     differs = segment_ids[:, 1:] != segment_ids[:, :-1]

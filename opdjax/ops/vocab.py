@@ -120,6 +120,7 @@ class Columns:
     future_reward: Float[Array, " n"] | None = None  # discounted, of the tokens after this one
     mean_reward: Float[Array, " n"] | None = None  # of the tokens of all other sequences
     loss_weight: Float[Array, " n"] | None = None  # importance of a prefix or a sequence, IW-OPD's weight
+    is_observed: Bool[Array, " n"] | None = None  # whether diagnostics are taken in this step: the same for every token
 
 
 TokenLoss = Callable[[VocabTile, VocabTile | None, Columns], tuple[Float[Array, " n"], PyTree]]

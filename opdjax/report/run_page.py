@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from opdjax.config import Config, to_dict
 from opdjax.report import measures
 from opdjax.report.charts import Chart, Line, draw, grid, legend, smooth
@@ -42,6 +44,7 @@ _WRITERS = {
     "teacher": "The teacher wrote completions of prompts, and the student was trained on them.",
     "references": "The student was trained on the reference answers of the data.",
 }
+_SPARSE = ("entropy/student", "entropy/teacher", "overlap/ratio")  # told every log.diagnostics_every steps
 _AXIS_NOTES = {
     "steps": "optimizer updates",
     "generated tokens": "tokens that the student sampled in training",
@@ -226,24 +229,46 @@ def _training(run: Run) -> Html | None:
         return None
     steps, window = measures.steps_of(run), measures.smoothing_window(len(run.metrics))
     figures = []
-    for key, chart in _training_charts(run.config).items():
+    for key, chart in _training_charts(run).items():
         values = run.column(key)
-        if any(value is not None for value in values):
+        known = [(step, value) for step, value in zip(steps, values) if value is not None]
+        if key in _SPARSE and known:
+            figures.append(draw(chart, [Line(*zip(*known), has_markers=len(known) < 30)]))
+        elif known:
             is_smooth = window > 1 and key != "optimizer/learning_rate"  # which has no noise to take away
             raw = Line(steps, values, is_faint=is_smooth)
             figures.append(draw(chart, [raw, Line(steps, list(smooth(values, window)))] if is_smooth else [raw]))
+    signal, noise = (smooth(run.column(f"grad/{name}_squared"), window) for name in ("signal", "noise"))
+    if np.isfinite(noise).any():
+        # The ratio of two means, not the mean of ratios: a single step's signal is of either sign.
+        figures.append(draw(_signal_chart(window), [Line(steps, np.where(noise > 0, signal / np.where(noise > 0, noise, 1), np.nan))]))
     smoothed = f" Pale: every step; strong: mean over {window} steps." if window > 1 else ""
     return section(
         "training", "Training curves", tag("p", f"One value a step, over that step's rollouts.{smoothed}", class_="quiet"), grid(figures)
     )
 
 
-def _training_charts(config: dict[str, Any]) -> dict[str, Chart]:
+def _signal_chart(window: int) -> Chart:
+    return Chart(
+        "Signal to noise of the gradient", "step", "squared norms",
+        f"Squared norm of the expected gradient over the variance of a step's, each a mean over {count(window, 'step')}. Far below 1 a "
+        "step is mostly chance: a larger batch or a quieter estimator helps. Told where a step has several micro-batches.",
+    )  # fmt: skip
+
+
+def _is_sampled(run: Run) -> bool:
+    """Whether the KL that was told is the mean log-ratio of the sampled tokens, kl/k1 by another name."""
+    told, estimate = run.column("kl/student_teacher"), run.column("kl/k1")
+    if all(value is None for value in estimate):
+        return run.config["estimator"]["recipe"] == "opd"
+    return told == estimate
+
+
+def _training_charts(run: Run) -> dict[str, Chart]:
+    config = run.config
     clip = config["optimizer"].get("max_grad_norm")
     limit = config["sampling"]["max_completion_length"]
-    estimator = config["estimator"]
-    is_sampled = estimator["recipe"] == "opd" or (estimator["recipe"], estimator.get("baseline")) == ("vopd", "student_topk")
-    kind = "estimated from the sampled tokens alone" if is_sampled else "exact at every position"
+    kind = "estimated from the sampled tokens alone" if _is_sampled(run) else "exact at every position"
     clipped = (
         f"Before clipping; the dashed line is where it is clipped (max_grad_norm = {number(clip)})."
         if clip
@@ -266,6 +291,18 @@ def _training_charts(config: dict[str, Any]) -> dict[str, Chart]:
             "Spread of the advantage", "step", "standard deviation, nats",
             "Of the advantage over tokens: the noise that multiplies the gradient. It should shrink as the student nears the teacher.",
             bounds=(0, None),
+        ),
+        "entropy/student": Chart(
+            "Entropy of the student", "step", "nats a token",
+            "Of its next-token distributions on its own completions. A fall to 0 means that it has stopped exploring.", bounds=(0, None),
+        ),
+        "entropy/teacher": Chart(
+            "Entropy of the teacher", "step", "nats a token",
+            "On the same contexts. Growth means that the student leads it where it is not at home.", bounds=(0, None),
+        ),
+        "overlap/ratio": Chart(
+            "Overlap of the most likely tokens", "step", "share",
+            "How many of the student's 16 most likely tokens are among the teacher's 16.", bounds=(0, 1),
         ),
         "rollout/length_mean": Chart(
             "Completion length", "step", "tokens, mean",

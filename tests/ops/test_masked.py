@@ -10,6 +10,7 @@ from jax.test_util import check_grads
 
 from opdjax.ops.masked import (
     masked_mean,
+    masked_quantiles,
     masked_std,
     masked_sum,
     reverse_discounted_sum,
@@ -137,3 +138,14 @@ def test_numerical_gradients(x64):
     x = jnp.asarray(np.random.default_rng(0).normal(size=VALUES.shape))
     for reduce in (masked_mean, masked_std, lambda x, mask: reverse_discounted_sum(x, mask, SEGMENTS, 0.7)):
         check_grads(jax.jit(lambda x, reduce=reduce: reduce(x, LIVE)), (x,), order=1, modes=["rev"])
+
+
+@JITS
+def test_quantiles_by_hand(jit):
+    """Of 1, 2, 3 and -7; what is masked is not seen, whatever it is."""
+    quantiles = jit(partial(masked_quantiles, shares=(0.0, 0.05, 0.5, 1.0)))
+    for garbage in (6.0, jnp.nan, jnp.inf, -jnp.inf):
+        found = quantiles(jnp.where(MASK, X, garbage), MASK)
+        np.testing.assert_allclose(found, np.quantile([1, 2, 3, -7], (0, 0.05, 0.5, 1)), rtol=1e-6)
+    assert np.isnan(quantiles(X, jnp.zeros_like(MASK))).all()
+    assert quantiles(jnp.where(MASK, -jnp.inf, 0.0), MASK)[1] == -jnp.inf
