@@ -247,6 +247,8 @@ class EstimatorConfig:
             value = getattr(self, name)
             _require(value is None or kind in kinds, f"estimator.{name}", value, f"none unless importance is {' or '.join(kinds)}")
             _require(value is None or value > 0, f"estimator.{name}", value, "more than 0")
+        floor, cap = self.importance_floor or 0.5, self.importance_cap or 2.0
+        _require(kind != "token_mask" or floor < cap, "estimator.importance_floor", floor, f"less than importance_cap, which is {cap}")
         _require((self.clip_low or 0) < 1, "estimator.clip_low", self.clip_low, "less than 1")
         if recipe in ("full_kl", "topk_kl"):
             expected = f"none or prefix_truncate: {recipe} draws no token, so that only how its contexts were reached can be stale"
@@ -458,7 +460,8 @@ class Config:
             raise ConfigError(
                 f"recipe {self.estimator.recipe!r} with sampling.temperature {self.sampling.temperature}, top_p {self.sampling.top_p}, "
                 f"top_k {self.sampling.top_k}, min_p {self.sampling.min_p}: its expected gradient is then no longer the one it "
-                "advertises; sample with temperature 1 and no filter, set estimator.importance, or use the recipe full_kl"
+                "advertises; sample with temperature 1 and no filter, use the recipe full_kl, or set estimator.importance to accept the "
+                "KL at that temperature, without the tokens that a filter takes away"
             )
 
     @property

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opdjax.config import MINI_STUDENT, Config, EstimatorConfig, EvaluationConfig, SamplingConfig
+from opdjax.config import MINI_PAIR, Config, EstimatorConfig, EvaluationConfig, SamplingConfig
 from opdjax.data.chat import load_tokenizer
 from opdjax.prepare import task_reward, with_credit
 from opdjax.sampler import extra_uniforms
@@ -18,7 +18,7 @@ TEXTS = ["34-17=17;17+25=42#42", "17", "42", "1+16=17#17"]  # two completions of
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(MINI_STUDENT)
+    return load_tokenizer(MINI_PAIR / "student")
 
 
 @pytest.fixture(scope="module")

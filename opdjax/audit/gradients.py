@@ -24,6 +24,7 @@ from opdjax.ops.vocab import Columns, tiled_loss, tiled_stats
 from opdjax.train_state import passes
 
 NUM_REDRAWS = 2
+_LEAST_SHARE = 1e-4  # of the noise, that a ratio is told of
 BATCH = 64  # rollouts of the batch that a signal-to-noise ratio is told for
 
 

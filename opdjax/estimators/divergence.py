@@ -96,6 +96,8 @@ def full_kl(
       divergence  reverse (default), forward, jsd, skew_forward or skew_reverse; ValueError on any other
       beta        of jsd, 0.5: the teacher's share of M; 0 is read as forward and 1 as reverse, where the formula is 0
       skew_alpha  of the skew divergences, 0.1: share of `first` in `second`; towards 0 the plain KL, towards 1 nothing
+      importance  none (default) or prefix_truncate: the ratio of the tokens before, where another policy drew them
+      importance_cap  its largest value, 2
     """
     teacher = jax.lax.stop_gradient(teacher)
     exact = {
@@ -192,6 +194,8 @@ def topk_kl(
       clamp_at_zero  False; True takes max(loss, 0) of each token
       weight         None; p_student or p_teacher, normalised on K, or none, which is 1
       convention     None; a row of TOP_K_CONVENTIONS, which stands in place of the options it names
+      importance     none (default) or prefix_truncate: the ratio of the tokens before, where another policy drew them
+      importance_cap  its largest value, 2
 
     ValueError on a name that is not known, and on an `outside` that `renormalize` does not have.
     """

@@ -105,30 +105,38 @@ def baseline_of(student: VocabTile, teacher: VocabTile | None, row: Columns, bas
 
 
 def opd(student: VocabTile, teacher: VocabTile | None, row: Columns, **options):
-    """Vanilla sampled-token on-policy distillation: a policy gradient whose reward is the teacher's opinion of each token.
+    """Vanilla sampled-token on-policy distillation: a policy gradient whose reward is the teacher's opinion of a token.
 
-    Equation: loss(y) = -sg[A] log student(y), A = r = log teacher(y) - log student(y), nats, y drawn from the student.
-        The expected gradient at a context is that of KL(student || teacher) with the distribution of contexts held fixed.
-        Vanilla OPD of arXiv 2605.07865, section 1; "k1 in the reward" elsewhere.
+    Equation: loss(y) = -sg[A] log student(y), A = r = log teacher(y) - log student(y), nats, y drawn from the student. The
+    expected gradient at a context is that of KL(student || teacher), the distribution of contexts held fixed. Vanilla
+    OPD of arXiv 2605.07865, section 1; elsewhere "k1 in the reward".
+
     Detached: A, and with it the reward, every weight and every importance ratio; nothing reaches the teacher.
+
     Cost: one log-prob of the teacher a token, so that a teacher behind an interface that scores text is enough; the
-        variance of one sample a context. `extra_draws` and `return_to_go` expected read the teacher's whole distribution.
-    Use it when the teacher's distribution is out of reach. Where it is at hand, `vopd` has less variance at the same cost,
-        and `full_kl` has none at all.
+    variance of one draw a context. `extra_draws` and `return_to_go` expected read the teacher's whole distribution.
+
+    Use it when the teacher's distribution is out of reach. Where it is at hand, `vopd` has less variance at the same
+    cost, and `full_kl` has none of the draws.
+
     Options:
-        discount              0: a token is credited with its own reward alone (the paper). 1: with all that follow in its
-                              sequence, the gradient of the sequence KL. Between them: discounted.
-        return_to_go          sampled: later rewards as drawn. expected: -KL of each later context in their place; the same
-                              expectation, less noise, and the teacher's whole distribution is read.
-        reward_floor          max(r, floor), nats: descends a KL whose penalty of a token is linear where student(y) exceeds
-                              teacher(y) e^-floor. Biased for the KL, as stated there.
-        power_alpha           teacher(y)^a - student(y)^a: descends sum_v p_v^(1+a) / (1+a) - p_v q_v^a, another divergence.
-        prefix_weight         IW-OPD's gain (0.5 in its release): early tokens count up to 1 + gain times. Biased.
-        extra_draws           m more tokens drawn at each context already scored, averaged with the first: action variance
-                              1 / (m + 1); m to infinity is full_kl. The forward passes stay as they are.
-        task_reward_coef      adds coef * (reward - mean of its prompt's completions), 1 for a right answer, never discounted.
-        importance            ratios for tokens that another policy drew: token_truncate, token_mask, sequence_mask,
-                              prefix_truncate, ppo_clip; importance_cap, importance_floor, clip_low, clip_high bound them.
+      discount          0 (default): a token is credited with its own reward alone, as in the paper; 1: with all that
+                        follow in its sequence, the gradient of the sequence KL
+      return_to_go      sampled (default): later rewards as drawn; expected: -KL of each later context in their place, the
+                        same expectation
+      reward_floor      None; max(r, floor), nats: descends a KL whose penalty of a token grows but linearly where
+                        student(y) exceeds teacher(y) e^-floor (REOPOLD)
+      power_alpha       None; teacher(y)^a - student(y)^a: descends sum_v p_v^(1+a) / (1+a) - p_v q_v^a (PowerOPD)
+      prefix_weight     0; IW-OPD's gain, 0.5 in its release: early tokens count up to 1 + gain times. Biased
+      extra_draws       0; m more tokens drawn at each context already scored, averaged with the first: action variance
+                        1 / (m + 1), and full_kl in the limit; the forward passes stay as they are
+      task_reward_coef  0; adds coef * (reward - mean of its prompt's completions), 1 for a right answer, undiscounted
+      importance        none (default), token_truncate, token_mask, sequence_mask, prefix_truncate or ppo_clip: what is
+                        made of rho = student(y) / behavior(y) where another policy drew the tokens
+      importance_cap    largest ratio: 3 for sequence_mask, 2 for the others
+      importance_floor  smallest ratio that token_mask keeps, 0.5
+      clip_low          ppo_clip: 0.2, from 1 - clip_low
+      clip_high         ppo_clip: 0.28, to 1 + clip_high
     """
     return _estimate(student, teacher, row, 0.0, **options)
 
@@ -137,21 +145,26 @@ def vopd(student: VocabTile, teacher: VocabTile | None, row: Columns, *, baselin
     """OPD with a control-variate baseline: what a token is worth beside what its context is worth on average.
 
     Equation: loss(y) = -sg[h(r) - b] log student(y), r = log teacher(y) - log student(y), nats, y drawn from the student.
-        b does not depend on y, so that the expected gradient is that of `opd`, whatever b is; with b = E[r] =
-        -KL(student || teacher) the advantages of a context average to 0. vOPD, arXiv 2605.07865, equations 9 to 15. Exactly
-        so under the aggregation fixed_denominator (others divide by sampled lengths and let b leak in by O(1 / rows)) and
-        without a filter on sampling or a bound on the importance ratio, under which b moves the expectation too.
+    b does not depend on y, so that the expected gradient is that of `opd`, whatever b is; with b = E[r] =
+    -KL(student || teacher) the advantages of a context average to 0. vOPD, arXiv 2605.07865, equations 9 to 15. Exactly so
+    for tokens of the student itself or under an untruncated ratio, and under the aggregation fixed_denominator: others
+    divide by sampled lengths and let b leak in by O(1 / rows); a filter or a bounded ratio lets it leak in as well.
+
     Detached: reward, baseline, every weight and ratio; nothing reaches the teacher.
+
     Cost: the teacher's hidden states and its unembedding of every context (one more product of the size of the student's
-        own), but no gradient through the vocabulary; `batch_mean` needs the teacher's log-prob of the sampled token alone.
-    Use it when the expectation of `opd` is wanted with less noise. If the teacher's distribution is at hand anyway,
-        compare `full_kl`, which costs the same and has no action variance.
-    Options: all of `opd`, and
-        baseline              full: b = E[h]. student_topk: the same on the student's top k ids, both sides renormalised
-                              (baseline_top_k 1 is opd, V is full). optimal: b* = E[w h] / E[w] with w the squared norm of
-                              the score in logit space: least action variance there; whether also in parameter space is
-                              measured by the audit. batch_mean: mean of all other sequences' tokens, the plain control.
-        baseline_top_k        ids of student_topk, 100 in the paper's configuration
+    own), no gradient through the vocabulary. batch_mean needs but the teacher's log-prob of the sampled token, and one
+    more forward pass where a step has several micro-batches.
+
+    Use it when the expectation of `opd` is wanted with less noise. `full_kl` costs the same and has no noise of draws.
+
+    Options:
+      baseline        full (default): b = E[h]. student_topk: the same on the student's top k ids, both sides
+                      renormalised there. optimal: b* = E[w h] / E[w], w the squared norm of the score in logit space:
+                      least variance there, and 0 where the student is sure. batch_mean: the mean reward of all other
+                      sequences' tokens, the plain control
+      baseline_top_k  ids of student_topk, 100 as in the paper; 1 is opd, V is full
+      ...             and all of opd
     """
     reward_options = {name: options.get(name) for name in REWARD_OPTIONS}
     value = baseline_of(student, teacher, row, baseline, baseline_top_k, **reward_options)

@@ -73,7 +73,7 @@ def shifted_mask(mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
     return moved / jnp.maximum(jnp.sum(moved), 1)
 
 
-def add_in_bfloat16(losses: Float[Array, " n"], chunk: int = 128) -> Float[Array, ""]:
+def add_in_bfloat16(losses: Float[Array, " n"], chunk: int = 64) -> Float[Array, ""]:
     """The sum of per-token losses, chunk by chunk, in an accumulator of the model's type."""
     parts = jnp.pad(losses, (0, -losses.size % chunk)).reshape(-1, chunk).astype(jnp.bfloat16)
     add = lambda total, part: (total + jnp.sum(part), None)  # noqa: E731
@@ -127,7 +127,8 @@ PITFALLS = {
     ),
     "bfloat16_sums": Pitfall(
         "Losses of tokens are added up in the model's own type. bfloat16 keeps 8 bits: once the sum is 256 times a summand, "
-        "adding it changes nothing, and a long batch has a smaller loss than a short one. EasyDeL's chunked loss.",
+        "adding it changes nothing, and a long batch has a smaller loss than a short one. EasyDeL's chunked loss; here chunks of 64 "
+        "tokens are added.",
         add=add_in_bfloat16,
     ),
 }
