@@ -104,7 +104,7 @@ def take_specimen(setup: Setup, num_prompts: int) -> Specimen:
     params = _load(setup, setup.student, setup.dtype)
     head = head_of(params, valid_vocab=decoding.valid_vocab, temperature=decoding.temperature)
     rollouts = sample(params, prompts, config.seed, 0, config=setup.student.config, decoding=decoding)
-    batch = with_credit(setup, to_train_batch(rollouts, prompts), rollouts)
+    batch, _ = with_credit(setup, to_train_batch(rollouts, prompts), rollouts)
     scores = _teacher_logprobs(setup, batch)
     answers = _greedy(setup, setup.teacher.params, setup.teacher.checkpoint.config, as_teacher_sees(prompts))
     return Specimen(indices, prompts, params, head, rollouts, batch, scores, answers)

@@ -24,7 +24,7 @@ from opdjax.ops.vocab import Head
 from opdjax.sampler import Decoding, extra_uniforms
 from opdjax.sharding import make_mesh, replicated
 from opdjax.train_state import UpdateSpec
-from opdjax.types import Rollouts, TrainBatch
+from opdjax.types import Metrics, Rollouts, TrainBatch
 from opdjax.workdir import environment
 
 
@@ -151,15 +151,20 @@ def update_spec(setup: Setup) -> UpdateSpec:
     )
 
 
-def with_credit(setup: Setup, batch: TrainBatch, rollouts: Rollouts) -> TrainBatch:
-    """The batch with what the recipe's options want of each rollout: uniforms for extra draws, the advantage of a task reward."""
-    options = setup.config.estimator.options
+def with_credit(setup: Setup, batch: TrainBatch, rollouts: Rollouts) -> tuple[TrainBatch, Metrics]:
+    """The batch with what the recipe's options want of each rollout, and what there is to tell of it.
+
+    Uniform numbers for extra draws; the advantage of a task reward, whose mean is `rollout/task_reward`.
+    """
+    options, told = setup.config.estimator.options, {}
     if options.get("extra_draws"):
         batch = dataclasses.replace(batch, uniforms=extra_uniforms(rollouts, setup.config.seed, options["extra_draws"]))
     if options.get("task_reward_coef"):
-        advantage = group_centred(task_reward(setup, rollouts), setup.config.sampling.num_generations)
+        reward = task_reward(setup, rollouts)
+        told["rollout/task_reward"] = float(reward.mean())
+        advantage = group_centred(reward, setup.config.sampling.num_generations)
         batch = dataclasses.replace(batch, advantages=jnp.where(batch.mask, advantage[:, None], 0))
-    return batch
+    return batch, told
 
 
 def task_reward(setup: Setup, rollouts: Rollouts) -> np.ndarray:

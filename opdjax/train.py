@@ -100,7 +100,7 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> d
         with timer.phase("sample"):
             rollouts = jax.block_until_ready(_rollouts(current, params, prompts, step))
         done = step + 1
-        unscored = with_credit(setup, to_train_batch(rollouts, prompts), rollouts)
+        unscored, told = with_credit(setup, to_train_batch(rollouts, prompts), rollouts)
         if config.log.samples_every and (done % config.log.samples_every == 0 or done == 1):
             append_lines(workdir / "samples.jsonl", _sample_rows(current, examine, params, rollouts, unscored, done))
         with timer.phase("teacher"):
@@ -111,7 +111,7 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> d
         if step == first:
             enforce(check_first_step(setup, batch, rollouts, prompts, metrics))
 
-        metrics |= _rollout_metrics(setup, rollouts, step) | _token_counts(setup, batch)
+        metrics |= told | _rollout_metrics(setup, rollouts, step) | _token_counts(setup, batch)
         metrics |= (seconds := timer.take())
         metrics["perf/tokens_per_second"] = metrics["perf/trained_tokens"] / seconds["time/step"]
         writer.write(done, metrics)

@@ -50,14 +50,15 @@ def batch_of(rollouts):
 def test_a_task_reward_compares_the_completions_of_one_prompt(tokenizer, rollouts):
     setup = setup_of(tokenizer, task_reward_coef=0.5)
     np.testing.assert_array_equal(task_reward(setup, rollouts), [1, 0, 0, 1])
-    batch = with_credit(setup, batch_of(rollouts), rollouts)
+    batch, told = with_credit(setup, batch_of(rollouts), rollouts)
+    assert told == {"rollout/task_reward": 0.5}
     # The coefficient is the recipe's to apply; every sampled token of a completion holds its whole advantage.
     np.testing.assert_array_equal(batch.advantages, np.array([[0.5], [-0.5], [-0.5], [0.5]]) * rollouts.mask)
     assert batch.uniforms is None
 
 
 def test_extra_draws_get_their_uniforms(tokenizer, rollouts):
-    batch = with_credit(setup_of(tokenizer, extra_draws=3), batch_of(rollouts), rollouts)
+    batch, _ = with_credit(setup_of(tokenizer, extra_draws=3), batch_of(rollouts), rollouts)
     assert batch.uniforms.shape == (*rollouts.mask.shape, 3)
     np.testing.assert_array_equal(batch.uniforms, extra_uniforms(rollouts, 5, 3))
     assert batch.advantages is None
@@ -66,4 +67,4 @@ def test_extra_draws_get_their_uniforms(tokenizer, rollouts):
 @pytest.mark.parametrize("options", [{}, {"task_reward_coef": 0.0, "extra_draws": 0}], ids=str)
 def test_what_is_off_costs_nothing(options, tokenizer, rollouts):
     batch = batch_of(rollouts)
-    assert with_credit(setup_of(tokenizer, **options), batch, rollouts) is batch
+    assert with_credit(setup_of(tokenizer, **options), batch, rollouts) == (batch, {})
