@@ -168,7 +168,7 @@ def _marker(entry: Entry) -> dict[str, Any]:
 
 def _log_ticks(low: float, high: float) -> list[float]:
     """Few round numbers, 1 among them."""
-    for steps in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
+    for steps in ((1, 1.2, 1.5, 2, 3, 5, 8), (1, 2, 5), (1, 3), (1,)):
         found = [round(m * 10.0**e, 12) for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for m in steps]
         found = [value for value in found if low <= value <= high]
         if len(found) <= 6:

@@ -69,5 +69,5 @@ def gallery_sentence(document: Document, names: list[str]) -> str:
     wrong = {name: row["bias"] for name, row in batches.items() if is_number(row.get("bias"))}
     if wrong:
         worst = max(wrong, key=wrong.get)
-        text += f"; the way a batch is averaged alone changes the gradient by up to {percent(wrong[worst])} ({worst})"
+        text += f"; the weights that a batch gives its tokens change the gradient by up to {percent(wrong[worst])} ({worst})"
     return text + "."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from opdjax.report import audit_charts as drawn
@@ -300,20 +301,14 @@ def _tree(document: Document) -> Html:
             lines.append(tag("tr", tag("th", heading, scope="rowgroup", colspan=6), class_="section"))
         for row in rows:
             biases = (_bias(row[name], "0" if name == "baseline" else "exact") for name in ("frozen", "sequence", "baseline"))
-            lines.append([row["title"], tag("td", tag("code", row["name"]), class_="wrap text"), *biases, number(row["variance"])])
-    head = [
-        "case",
-        tag("th", "recipe", class_="text", scope="col"),
-        "bias, contexts held fixed",
-        "bias, sequence KL",
-        "added by the baseline",
-    ]
+            lines.append([row["title"], *biases, number(row["variance"]), tag("td", tag("code", row["name"]), class_="wrap text")])
+    head = ["case", "bias, contexts held fixed", "bias, sequence KL", "added by the baseline", "variance"]
     caption = (
         f"Every sequence of {found['length']} tokens over {found['vocab']} ids, in float64: relative bias of the expected gradient against "
         "that of the summed KL with the distribution of contexts held fixed, and against that of the KL of whole sequences. Under a batch "
         "mean the size is fitted and the direction judged."
     )
-    box = table([*head, "variance"], lines, caption=caption, class_="dense")
+    box = table([*head, tag("th", "recipe", class_="text", scope="col")], lines, caption=caption, class_="dense")
     return section("tree", "Credit and stale data", told(tree_sentence(found["rows"])), box)
 
 
@@ -350,7 +345,7 @@ def _costs(document: Document) -> Html | None:
     figures, relative = [], {name: {key: _over(row.get(key), plain.get(key)) for key, *_ in _COSTS} for name, row in rows.items()}
     for key, title, unit, scale in _COSTS:
         known = {name: row[key] for name, row in rows.items() if is_number(row.get(key))}
-        if not known or not is_number(plain.get(key)):
+        if not known or not is_number(plain.get(key)) or _is_even(known):
             continue
         entries = [
             Entry(short(document, name), value=relative[name][key], text=f"{three(scale * known[name])} {unit}")
@@ -382,6 +377,11 @@ def _scaled(value: float | None, scale: float) -> str:
     return three(scale * value) if is_number(value) else "–"
 
 
+def _is_even(known: dict[str, float]) -> bool:
+    """Whether there is nothing to compare."""
+    return max(known.values()) <= 1.01 * min(known.values())
+
+
 def _over(value: float | None, plain: float | None) -> float | None:
     return value / plain if is_number(value) and is_number(plain) and plain else None
 
@@ -391,7 +391,9 @@ def cost_sentence(document: Document) -> str:
     parts = []
     for key, title, unit, scale in _COSTS:
         known = {name: row[key] for name, row in document["costs"].items() if is_number(row.get(key))}
-        if known:
+        if known and _is_even(known):
+            parts.append(f"{title} is {three(scale * statistics.median(known.values()))} {unit} for all.")
+        elif known:
             ends = []
             for name in (min(known, key=known.get), max(known, key=known.get)):
                 over = _over(known[name], document["costs"].get("opd", {}).get(key))

@@ -13,7 +13,7 @@ Document = dict[str, Any]
 KL = {"reverse": "KL(student || teacher)", "forward": "KL(teacher || student)"}
 CLOSE = 1.0  # degrees within which an estimator is said to point somewhere: rounding moves a cosine of 1 by less
 EXACT = 1e-9  # what is enumerated is enumerated in float64
-_SHORT = {"baseline_top_k": "k", "support_top_k": "k"}
+_SHORT = {"baseline_top_k": "k", "support_top_k": "k", "renormalize": "renorm."}
 
 
 def is_pitfall(document: Document, name: str) -> bool:
