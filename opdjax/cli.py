@@ -215,7 +215,7 @@ def audit(arguments: list[str]) -> None:
         from opdjax.audit.run import audit as measure
         from opdjax.audit.subjects import choose
         from opdjax.audit.table import text
-        from opdjax.report.page import write_report
+        from opdjax.report.page import write_audit_report
         from opdjax.workdir import write_json
 
         asked = (config.estimator.options, config.estimator.recipe) if is_given else (None, None)
@@ -224,7 +224,7 @@ def audit(arguments: list[str]) -> None:
         document = measure(config, subjects, how)
         write_json(workdir / "audit.json", document)
         print(f"\n{text(document)}\n")
-        print(write_report(workdir, workdir / "audit.html"))
+        print(write_audit_report(workdir))
 
     _call(run, arguments[is_given:], "opdjax audit [EXPERIMENT]")
 
@@ -400,13 +400,13 @@ def export(arguments: list[str]) -> None:
 
 
 def report(arguments: list[str]) -> None:
-    """DIR [--output FILE]: one HTML page that explains a run or a sweep."""
+    """DIR [--output FILE]: one HTML page that explains a run, a sweep or an audit."""
 
     def run(directory: Annotated[pathlib.Path, tyro.conf.Positional], output: pathlib.Path | None = None):
-        """Write one self-contained HTML page for a run or a sweep.
+        """Write one self-contained HTML page for a run, a sweep or an audit.
 
         Args:
-            directory: work directory of a run, finished or not, or the directory of a sweep
+            directory: work directory of a run, finished or not, or the directory of a sweep or an audit
             output: file to write; none: report.html in the directory
         """
         from opdjax.report.page import write_report

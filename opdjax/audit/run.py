@@ -30,6 +30,7 @@ def audit(config: Config, subjects: Sequence[Subject], how: AuditConfig, tell: C
     uncoupled = [each for each in subjects if not each.is_coupled]
     tell(f"{len(uncoupled)} estimators at {how.num_contexts} random contexts of {how.vocab} tokens, every draw enumerated")
     document: dict[str, Any] = {"subjects": {each.name: describe(each) for each in subjects}, "how": dataclasses.asdict(how)}
+    document["pitfalls"] = {name: pitfall.about for name, pitfall in PITFALLS.items()}  # those of a batch are no subjects
     document["vocabulary"] = audit_vocabulary(uncoupled, num_contexts=how.num_contexts, vocab=how.vocab, seed=how.seed)
     tell("a tree of every sequence of three tokens")
     document["tree"] = audit_tree(seed=how.seed)

@@ -10,7 +10,7 @@ import hashlib
 import io
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,8 @@ REST = -1  # the slot of lines that are only context
 _WIDTH, _HEIGHT = 380, 236
 # What matplotlib draws with, and the CSS variable that is put in its place.
 _ROLES = {"ink": "#fe0101", "muted": "#fe0202", "grid": "#fe0303", "rest": "#fe0404"}
-_COLOURS = _ROLES | {f"series-{slot}": f"#fe10{slot:02x}" for slot in range(SERIES)}
-_VARIABLES = {colour: f"var(--{name})" for name, colour in _COLOURS.items()}
+COLOURS = _ROLES | {f"series-{slot}": f"#fe10{slot:02x}" for slot in range(SERIES)}
+_VARIABLES = {colour: f"var(--{name})" for name, colour in COLOURS.items()}
 _DASHES = ((), (6, 2), (1.5, 1.5), (7, 2, 1.5, 2), (10, 2.5), (3, 2))
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _MANY_POINTS = 700
@@ -62,9 +62,8 @@ class Chart:
 def draw(chart: Chart, lines: Sequence[Line]) -> Html:
     """The chart as a figure with its title and caption; ImportError where matplotlib is missing."""
     described = f"{chart.title}: {chart.y_label} against {chart.x_label}"
-    picture = Html(_svg(chart, lines, described))
     caption = tag("figcaption", chart.about) if chart.about is not None else None
-    return tag("figure", tag("h3", chart.title), picture, caption)
+    return tag("figure", tag("h3", chart.title), _svg(chart, lines, described), caption)
 
 
 def grid(figures: Iterable[Html]) -> Html:
@@ -120,28 +119,36 @@ def thin(x: Sequence[float], y: Sequence[float | None]) -> tuple[np.ndarray, np.
     return x[chosen], y[chosen]
 
 
-def _svg(chart: Chart, lines: Sequence[Line], described: str) -> str:
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    settings = {
-        "svg.fonttype": "none", "svg.hashsalt": "opdjax", "font.size": 11, "axes.linewidth": 0.8, "lines.solid_capstyle": "round",
-        "text.color": _COLOURS["ink"], "text.parse_math": False, "axes.edgecolor": _COLOURS["muted"], "grid.color": _COLOURS["grid"],
-        "xtick.color": _COLOURS["muted"], "ytick.color": _COLOURS["muted"], "axes.labelcolor": _COLOURS["muted"],
-    }  # fmt: skip
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(_WIDTH / 72, _HEIGHT / 72))
-        FigureCanvasSVG(figure)
+def _svg(chart: Chart, lines: Sequence[Line], described: str) -> Html:
+    def paint(figure: Any) -> None:
         axes = figure.add_axes((0.135, 0.19, 0.84, 0.7))
         _frame(axes, chart)
         for line in lines:
             _draw_line(axes, line, is_many=sum(other.slot != REST for other in lines) > 1)
         axes.set_ylim(*(chart.y_range or y_range(chart, lines)))
         _ticks(axes, chart)
+
+    return picture(described, _WIDTH, _HEIGHT, paint)
+
+
+def picture(described: str, width: float, height: float, paint: Callable[[Any], None]) -> Html:
+    """What `paint` puts on a figure of this size (pixels) in COLOURS, as inline SVG; ImportError where matplotlib is missing."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    settings = {
+        "svg.fonttype": "none", "svg.hashsalt": "opdjax", "font.size": 11, "axes.linewidth": 0.8, "lines.solid_capstyle": "round",
+        "text.color": COLOURS["ink"], "text.parse_math": False, "axes.edgecolor": COLOURS["muted"], "grid.color": COLOURS["grid"],
+        "xtick.color": COLOURS["muted"], "ytick.color": COLOURS["muted"], "axes.labelcolor": COLOURS["muted"],
+    }  # fmt: skip
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(width / 72, height / 72))
+        FigureCanvasSVG(figure)
+        paint(figure)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    return _inline(out.getvalue(), described)
+    return Html(_inline(out.getvalue(), described, width, height))
 
 
 def _frame(axes: Any, chart: Chart) -> None:
@@ -151,10 +158,10 @@ def _frame(axes: Any, chart: Chart) -> None:
     axes.set_axisbelow(True)
     axes.margins(x=0.05 if chart.is_x_log or chart.categories else 0.02)
     # At fixed places: matplotlib would measure every tick label, twice, to find them.
-    axes.text(-0.13, 1.055, chart.y_label, transform=axes.transAxes, color=_COLOURS["muted"])
-    axes.text(0.5, -0.15, chart.x_label, transform=axes.transAxes, color=_COLOURS["muted"], ha="center", va="top")
+    axes.text(-0.13, 1.055, chart.y_label, transform=axes.transAxes, color=COLOURS["muted"])
+    axes.text(0.5, -0.15, chart.x_label, transform=axes.transAxes, color=COLOURS["muted"], ha="center", va="top")
     if chart.reference is not None:
-        axes.axhline(chart.reference, color=_COLOURS["muted"], linewidth=0.9, dashes=(4, 3))
+        axes.axhline(chart.reference, color=COLOURS["muted"], linewidth=0.9, dashes=(4, 3))
     if chart.is_x_log:
         axes.set_xscale("log")
     if chart.is_y_log:
@@ -191,7 +198,7 @@ def _finite(values: Iterable[float | None]) -> list[float]:
 
 
 def _draw_line(axes: Any, line: Line, *, is_many: bool) -> None:
-    colour = _COLOURS["rest"] if line.slot == REST else _COLOURS[f"series-{line.slot}"]
+    colour = COLOURS["rest"] if line.slot == REST else COLOURS[f"series-{line.slot}"]
     x, y = thin(line.x, line.y) if line.low is None else (np.asarray(line.x, float), np.asarray(line.y, float))
     width = 0.8 if line.is_faint or line.slot == REST else 1.9
     style: dict[str, Any] = {"color": colour, "linewidth": width, "alpha": 0.4 if line.is_faint else 1.0}
@@ -233,6 +240,7 @@ def _ticks(axes: Any, chart: Chart) -> None:
     if chart.categories:
         every = math.ceil(len(chart.categories) / 6)
         axes.set_xticks(range(0, len(chart.categories), every), chart.categories[::every])
+        axes.set_xlim(-0.3, len(chart.categories) - 0.7)  # all of them, whether or not a line is there
 
 
 def tick(value: float) -> str:
@@ -243,18 +251,18 @@ def tick(value: float) -> str:
     return number(float(f"{value:.6g}"))
 
 
-def _inline(svg: str, described: str) -> str:
+def _inline(svg: str, described: str, width: float, height: float) -> str:
     """Only the drawing, scaling with its column, with variables for colours and the page's own font."""
     body = svg[svg.index("<svg") :]
     body = body[body.index(">") + 1 :]
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
     body = re.sub(r"<[^>]*>", lambda found: _plain(found[0]), body)
     used = set(re.findall(r"#([\w.-]+)", body))
-    own = "c" + hashlib.sha256(body.encode()).hexdigest()[:8]  # no two charts of a page share an id
+    own = "c" + hashlib.sha256((described + body).encode()).hexdigest()[:8]  # no two charts of a page share an id
     body = re.sub(r' id="([^"]+)"', lambda found: f' id="{own}{found[1]}"' if found[1] in used else "", body)
     body = re.sub(r'(href="#|url\(#)', rf"\g<1>{own}", body).replace("xlink:href", "href")
     body = re.sub(r"\s*\n\s*", " ", body)
-    start = str(tag("svg", class_="chart", viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="img", aria_label=described)).removesuffix("</svg>")
+    start = str(tag("svg", class_="chart", viewBox=f"0 0 {width:g} {height:g}", role="img", aria_label=described)).removesuffix("</svg>")
     return start + body
 
 

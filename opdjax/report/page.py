@@ -1,4 +1,4 @@
-"""One self-contained HTML page for a work directory or a sweep: no network, readable without JavaScript."""
+"""One self-contained HTML page for a work directory, a sweep or an audit: no network, readable without JavaScript."""
 
 from __future__ import annotations
 
@@ -7,24 +7,40 @@ import pathlib
 import re
 
 from opdjax.config import PACKAGE
+from opdjax.report.audit_page import audit_page
 from opdjax.report.charts import require_matplotlib
 from opdjax.report.markup import Html, join, tag
 from opdjax.report.run_page import run_page
 from opdjax.report.sweep_page import sweep_page
 from opdjax.results import FAILURE, is_sweep, read_points, read_run
-from opdjax.workdir import WorkdirError
+from opdjax.workdir import WorkdirError, read_json
 
 _ASSETS = PACKAGE / "assets" / "report"
+AUDIT = "audit.json"
 
 
 def write_report(directory: pathlib.Path, output: pathlib.Path | None = None) -> pathlib.Path:
-    """Write the page of a run or sweep (default: report.html inside it) and say where.
+    """Write the page of a run, sweep or audit (default: report.html inside it) and say where.
 
-    WorkdirError where the directory is neither, or the place to write to does not exist; ImportError without matplotlib.
+    WorkdirError where the directory is none of them, or the place to write to does not exist; ImportError without matplotlib.
     """
     require_matplotlib()
-    output = output or directory / "report.html"
-    text = page(directory)
+    return _write(page(directory), output or directory / "report.html")
+
+
+def write_audit_report(directory: pathlib.Path) -> str:
+    """Write the page of a directory's audit.json beside it, whatever else the directory holds; the line that tells of it.
+
+    Without matplotlib there is no page, which is no failure: what was measured stands in the file already.
+    """
+    try:
+        require_matplotlib()
+    except ImportError as error:
+        return f"wrote {directory / AUDIT}, and no page of it: {error}"
+    return f"wrote {_write(_audit(directory), directory / 'audit.html')}"
+
+
+def _write(text: str, output: pathlib.Path) -> pathlib.Path:
     if not output.parent.is_dir():
         raise WorkdirError(f"--output {output}: there is no directory {output.parent}")
     output.write_text(text, encoding="utf-8")
@@ -40,8 +56,19 @@ def page(directory: pathlib.Path) -> str:
     elif (directory / "config.json").exists():
         failure = directory / FAILURE
         title, parts = run_page(read_run(directory), json.loads(failure.read_text()) if failure.exists() else None)
+    elif (directory / AUDIT).exists():
+        return _audit(directory)
     else:
-        raise WorkdirError(f"{directory} holds neither a run (config.json) nor points of a sweep (*/point.json)")
+        raise WorkdirError(f"{directory} holds neither a run (config.json) nor points of a sweep (*/point.json) nor an audit ({AUDIT})")
+    return _document(title, [part for part in parts if part is not None])
+
+
+def _audit(directory: pathlib.Path) -> str:
+    document = read_json(directory / AUDIT, "run opdjax audit again")
+    missing = [name for name in ("subjects", "vocabulary", "tree", "contexts", "student", "teacher") if name not in document]
+    if missing:
+        raise WorkdirError(f"{directory / AUDIT} lacks {', '.join(missing)}; expected a file written by opdjax audit")
+    title, parts = audit_page(document, directory.resolve().name)
     return _document(title, [part for part in parts if part is not None])
 
 
