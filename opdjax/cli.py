@@ -15,18 +15,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from opdjax.config import (
-    AuditConfig,
-    Config,
-    ConfigError,
-    DataConfig,
-    EvaluationConfig,
-    MeshConfig,
-    ModelConfig,
-    SamplingConfig,
-    from_dict,
-    nearest,
-)
+from opdjax.config import AuditConfig, Config, DataConfig, EvaluationConfig, MeshConfig, ModelConfig, SamplingConfig
+from opdjax.fields import ConfigError, from_dict, nearest
 from opdjax.points import SweepPoint
 
 # The built-in pair on its own task.

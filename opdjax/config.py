@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
-import math
 import pathlib
 import re
-import types
-import typing
 from typing import Any, Literal
+
+from opdjax.fields import ConfigError, require, require_types
 
 PACKAGE = pathlib.Path(__file__).parent
 # Models by name: such a name is no directory's and no hub id's, and means the same on every machine that reads a config.
@@ -22,68 +20,19 @@ MINI_TEACHER, MINI_STUDENT = "@mini_teacher", "@mini_student"  # the built-in pa
 STUDENT = "@student"  # as teacher.path: the student that is trained, with the weights it has at each step
 MINI_PAIR = PACKAGE / "assets" / "mini_pair"  # where it lies: `teacher` and `student`
 TEACHER_FIELDS = ("prompt", "answer", "reference")  # of a row, in data.teacher_prompt_format
-_MAX_INT = 2**31 - 1  # what jax indexes and counts with
-
-
-class ConfigError(ValueError):
-    """A field that does not exist, or a value that the field does not take."""
-
-
-def _require(is_met: bool, field: str, value: Any, expected: str) -> None:
-    if not is_met:
-        raise ConfigError(f"{field} is {value!r}; expected {expected}")
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, path + ".")
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, path)
-    if origin is Literal:
-        if value not in arguments:
-            raise ConfigError(f"{path} is {value!r}; {nearest(str(value), map(str, arguments))}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{path} is {value!r}; expected a list")
-        return tuple(_convert(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e300:
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{path} is {value!r}; expected {hint.__name__}")
-    if hint is float and not math.isfinite(value):
-        raise ConfigError(f"{path} is {value!r}; expected a finite number")
-    if hint is int and abs(value) > _MAX_INT:
-        raise ConfigError(f"{path} is {value!r}; expected at most {_MAX_INT}")
-    return value
-
-
-def _require_types(section: Any, path: str = "") -> None:
-    """What is made in Python is held to the types that a file is held to: a wrong one would surface only when it is read back."""
-    for name, hint in typing.get_type_hints(type(section)).items():
-        value = getattr(section, name)
-        if not dataclasses.is_dataclass(hint):
-            _convert(hint, value, path + name)
-        elif isinstance(value, hint):
-            _require_types(value, f"{name}.")
-        else:
-            raise ConfigError(f"{name} is {value!r}; expected a section with named fields: {hint.__name__}(...)")
 
 
 def _require_sampling(section: str, sampling: Any) -> None:
     """The fields that drawing rollouts and drawing answers share."""
-    _require(sampling.max_completion_length > 0, f"{section}.max_completion_length", sampling.max_completion_length, "at least 1")
-    _require(sampling.temperature > 0, f"{section}.temperature", sampling.temperature, "more than 0")
-    _require(0 < sampling.top_p <= 1, f"{section}.top_p", sampling.top_p, "more than 0 and at most 1")
-    _require(sampling.top_k >= 0, f"{section}.top_k", sampling.top_k, "0 (off) or more")
+    require(sampling.max_completion_length > 0, f"{section}.max_completion_length", sampling.max_completion_length, "at least 1")
+    require(sampling.temperature > 0, f"{section}.temperature", sampling.temperature, "more than 0")
+    require(0 < sampling.top_p <= 1, f"{section}.top_p", sampling.top_p, "more than 0 and at most 1")
+    require(sampling.top_k >= 0, f"{section}.top_k", sampling.top_k, "0 (off) or more")
 
 
 def _require_seed(field: str, seed: int) -> None:
     """Random bit generators take no negative seed, jitted functions no more than 31 bits."""
-    _require(0 <= seed < 2**31, field, seed, "from 0 to 2147483647")
+    require(0 <= seed < 2**31, field, seed, "from 0 to 2147483647")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,25 +72,25 @@ class DataConfig:
     teacher_prompt_format: str | None = None
 
     def __post_init__(self):
-        _require_types(self, "data.")
-        _require("{prompt}" in self.prompt_format, "data.prompt_format", self.prompt_format, "a text that contains {prompt}")
+        require_types(self, "data.")
+        require("{prompt}" in self.prompt_format, "data.prompt_format", self.prompt_format, "a text that contains {prompt}")
         self._check_teacher_prompt_format()
-        _require(self.max_prompt_length > 0, "data.max_prompt_length", self.max_prompt_length, "at least 1")
+        require(self.max_prompt_length > 0, "data.max_prompt_length", self.max_prompt_length, "at least 1")
         for name in ("prompt_column", "answer_column", "reference_column"):
-            _require(getattr(self, name) != "", f"data.{name}", "", "the name of a column")
+            require(getattr(self, name) != "", f"data.{name}", "", "the name of a column")
         is_teacher_chat = (self.teacher_format or self.format) == "chat"
         is_chat, thinking = self.format == "chat" or is_teacher_chat, self.teacher_enable_thinking
-        _require(is_chat or self.system_prompt is None, "data.system_prompt", self.system_prompt, "none where no format is chat")
-        _require(is_chat or self.enable_thinking is None, "data.enable_thinking", self.enable_thinking, "none where no format is chat")
-        _require(is_teacher_chat or thinking is None, "data.teacher_enable_thinking", thinking, "none where the teacher's format is raw")
+        require(is_chat or self.system_prompt is None, "data.system_prompt", self.system_prompt, "none where no format is chat")
+        require(is_chat or self.enable_thinking is None, "data.enable_thinking", self.enable_thinking, "none where no format is chat")
+        require(is_teacher_chat or thinking is None, "data.teacher_enable_thinking", thinking, "none where the teacher's format is raw")
 
     def _check_teacher_prompt_format(self):
         text = "{prompt}" if self.teacher_prompt_format is None else self.teacher_prompt_format
-        _require("{prompt}" in text, "data.teacher_prompt_format", text, "a text that contains {prompt}")
+        require("{prompt}" in text, "data.teacher_prompt_format", text, "a text that contains {prompt}")
         # A misspelt field would be shown to the teacher as it stands, and no error would tell.
         for name in set(re.findall(r"\{(\w+)\}", text)) - set(TEACHER_FIELDS):
             close = difflib.get_close_matches(name, TEACHER_FIELDS, n=1)
-            _require(not close, "data.teacher_prompt_format", text, f"{{{''.join(close)}}} in place of {{{name}}}")
+            require(not close, "data.teacher_prompt_format", text, f"{{{''.join(close)}}} in place of {{{name}}}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,10 +107,10 @@ class SamplingConfig:
     source: Literal["student", "teacher", "references"] = "student"  # student: on-policy; references: the data's own answers
 
     def __post_init__(self):
-        _require_types(self, "sampling.")
-        _require(self.num_generations > 0, "sampling.num_generations", self.num_generations, "at least 1")
+        require_types(self, "sampling.")
+        require(self.num_generations > 0, "sampling.num_generations", self.num_generations, "at least 1")
         _require_sampling("sampling", self)
-        _require(0 <= self.min_p < 1, "sampling.min_p", self.min_p, "at least 0 (off) and less than 1")
+        require(0 <= self.min_p < 1, "sampling.min_p", self.min_p, "at least 0 (off) and less than 1")
 
     @property
     def has_filter(self) -> bool:
@@ -205,35 +154,35 @@ class EstimatorConfig:
     convention: Literal["tunix", "verl", "nemo_rl", "nemo_rl_floor", "easydel", "trl", "thunlp", "distillkit"] | None = None
 
     def __post_init__(self):
-        _require_types(self, "estimator.")
-        _require(self.tile > 0, "estimator.tile", self.tile, "at least 1")
-        _require(self.discount is None or 0 <= self.discount <= 1, "estimator.discount", self.discount, "from 0 to 1")
-        _require(self.beta is None or 0 <= self.beta <= 1, "estimator.beta", self.beta, "from 0 to 1")
-        _require(self.baseline_top_k is None or self.baseline_top_k > 0, "estimator.baseline_top_k", self.baseline_top_k, "at least 1")
+        require_types(self, "estimator.")
+        require(self.tile > 0, "estimator.tile", self.tile, "at least 1")
+        require(self.discount is None or 0 <= self.discount <= 1, "estimator.discount", self.discount, "from 0 to 1")
+        require(self.beta is None or 0 <= self.beta <= 1, "estimator.beta", self.beta, "from 0 to 1")
+        require(self.baseline_top_k is None or self.baseline_top_k > 0, "estimator.baseline_top_k", self.baseline_top_k, "at least 1")
         has_topk, has_jsd = self.baseline == "student_topk", self.divergence == "jsd"
-        _require(
+        require(
             has_topk or self.baseline_top_k is None, "estimator.baseline_top_k", self.baseline_top_k, "none unless baseline is student_topk"
         )
-        _require(has_jsd or self.beta is None, "estimator.beta", self.beta, "none unless divergence is jsd")
+        require(has_jsd or self.beta is None, "estimator.beta", self.beta, "none unless divergence is jsd")
         has_skew = self.divergence in ("skew_forward", "skew_reverse")
-        _require(has_skew or self.skew_alpha is None, "estimator.skew_alpha", self.skew_alpha, "none unless divergence is a skew one")
+        require(has_skew or self.skew_alpha is None, "estimator.skew_alpha", self.skew_alpha, "none unless divergence is a skew one")
         is_share = self.skew_alpha is None or 0 < self.skew_alpha < 1
-        _require(is_share, "estimator.skew_alpha", self.skew_alpha, "more than 0 (the plain KL) and less than 1 (nothing left)")
+        require(is_share, "estimator.skew_alpha", self.skew_alpha, "more than 0 (the plain KL) and less than 1 (nothing left)")
         self._check_topk()
         self._check_reward()
         self._check_importance()
 
     def _check_reward(self):
         floor, alpha, draws = self.reward_floor, self.power_alpha, self.extra_draws
-        _require(floor is None or floor < 0, "estimator.reward_floor", floor, "less than 0 (nats)")
-        _require(alpha is None or alpha > 0, "estimator.power_alpha", alpha, "more than 0")
-        _require(
+        require(floor is None or floor < 0, "estimator.reward_floor", floor, "less than 0 (nats)")
+        require(alpha is None or alpha > 0, "estimator.power_alpha", alpha, "more than 0")
+        require(
             floor is None or alpha is None, "estimator.reward_floor", floor, "none where power_alpha is given: one transform of the reward"
         )
-        _require(self.prefix_weight is None or self.prefix_weight >= 0, "estimator.prefix_weight", self.prefix_weight, "0 (off) or more")
-        _require(draws is None or draws >= 0, "estimator.extra_draws", draws, "0 (off) or more")
+        require(self.prefix_weight is None or self.prefix_weight >= 0, "estimator.prefix_weight", self.prefix_weight, "0 (off) or more")
+        require(draws is None or draws >= 0, "estimator.extra_draws", draws, "0 (off) or more")
         is_discounted = bool(self.discount)
-        _require(
+        require(
             is_discounted or self.return_to_go is None, "estimator.return_to_go", self.return_to_go, "none unless discount is more than 0"
         )
 
@@ -245,34 +194,34 @@ class EstimatorConfig:
         }  # fmt: skip
         for name, kinds in owners.items():
             value = getattr(self, name)
-            _require(value is None or kind in kinds, f"estimator.{name}", value, f"none unless importance is {' or '.join(kinds)}")
-            _require(value is None or value > 0, f"estimator.{name}", value, "more than 0")
+            require(value is None or kind in kinds, f"estimator.{name}", value, f"none unless importance is {' or '.join(kinds)}")
+            require(value is None or value > 0, f"estimator.{name}", value, "more than 0")
         floor, cap = self.importance_floor or 0.5, self.importance_cap or 2.0
-        _require(kind != "token_mask" or floor < cap, "estimator.importance_floor", floor, f"less than importance_cap, which is {cap}")
-        _require((self.clip_low or 0) < 1, "estimator.clip_low", self.clip_low, "less than 1")
+        require(kind != "token_mask" or floor < cap, "estimator.importance_floor", floor, f"less than importance_cap, which is {cap}")
+        require((self.clip_low or 0) < 1, "estimator.clip_low", self.clip_low, "less than 1")
         if recipe in ("full_kl", "topk_kl"):
             expected = f"none or prefix_truncate: {recipe} draws no token, so that only how its contexts were reached can be stale"
-            _require(kind in ("none", "prefix_truncate"), "estimator.importance", kind, expected)
+            require(kind in ("none", "prefix_truncate"), "estimator.importance", kind, expected)
         expected = "0 where importance is given: extra tokens are drawn from the student as it is"
-        _require(kind == "none" or not self.extra_draws, "estimator.extra_draws", self.extra_draws, expected)
+        require(kind == "none" or not self.extra_draws, "estimator.extra_draws", self.extra_draws, expected)
 
     def _check_topk(self):
         k, fixed = self.support_top_k, ("support", "renormalize", "outside", "clamp_at_zero", "weight")
-        _require(k is None or k > 0, "estimator.support_top_k", k, "at least 1")
+        require(k is None or k > 0, "estimator.support_top_k", k, "at least 1")
         has_divergence = self.recipe != "topk_kl" or self.divergence in (None, "reverse", "forward")
-        _require(has_divergence, "estimator.divergence", self.divergence, "reverse or forward where the recipe is topk_kl")
+        require(has_divergence, "estimator.divergence", self.divergence, "reverse or forward where the recipe is topk_kl")
         if self.convention in ("tunix", "verl", "easydel", "thunlp"):
             fixed += ("divergence",)
         for name in fixed if self.convention is not None else ():
-            _require(getattr(self, name) is None, f"estimator.{name}", getattr(self, name), f"none: convention {self.convention} sets it")
+            require(getattr(self, name) is None, f"estimator.{name}", getattr(self, name), f"none: convention {self.convention} sets it")
         has_outside = {"none": ("tail", "floor"), "teacher": ("floor",)}.get(self.renormalize, ())
         expected = f"drop where renormalize is {self.renormalize or 'both'}"
-        _require(self.outside in (None, "drop", *has_outside), "estimator.outside", self.outside, expected)
+        require(self.outside in (None, "drop", *has_outside), "estimator.outside", self.outside, expected)
         if self.weight is not None:
-            _require(self.outside in (None, "drop"), "estimator.outside", self.outside, "drop where weight is given")
-            _require(self.renormalize in (None, "none"), "estimator.renormalize", self.renormalize, "none where weight is given")
-            _require(not self.clamp_at_zero, "estimator.clamp_at_zero", self.clamp_at_zero, "false where weight is given")
-            _require(self.divergence in (None, "reverse"), "estimator.divergence", self.divergence, "reverse where weight is given")
+            require(self.outside in (None, "drop"), "estimator.outside", self.outside, "drop where weight is given")
+            require(self.renormalize in (None, "none"), "estimator.renormalize", self.renormalize, "none where weight is given")
+            require(not self.clamp_at_zero, "estimator.clamp_at_zero", self.clamp_at_zero, "false where weight is given")
+            require(self.divergence in (None, "reverse"), "estimator.divergence", self.divergence, "reverse where weight is given")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -296,13 +245,13 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0  # global norm that gradients are clipped to; 0: no clipping
 
     def __post_init__(self):
-        _require_types(self, "optimizer.")
-        _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "more than 0")
-        _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
-        _require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, "optimizer.b1, b2", (self.b1, self.b2), "each at least 0 and less than 1")
-        _require(self.epsilon > 0, "optimizer.epsilon", self.epsilon, "more than 0")
-        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 (off) or more")
-        _require(self.max_grad_norm >= 0, "optimizer.max_grad_norm", self.max_grad_norm, "0 (off) or more")
+        require_types(self, "optimizer.")
+        require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "more than 0")
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
+        require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, "optimizer.b1, b2", (self.b1, self.b2), "each at least 0 and less than 1")
+        require(self.epsilon > 0, "optimizer.epsilon", self.epsilon, "more than 0")
+        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 (off) or more")
+        require(self.max_grad_norm >= 0, "optimizer.max_grad_norm", self.max_grad_norm, "0 (off) or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,9 +265,9 @@ class TrainConfig:
     max_nonfinite_steps: int = 5  # so many skipped steps in a row stop the run
 
     def __post_init__(self):
-        _require_types(self, "train.")
+        require_types(self, "train.")
         for name in ("num_steps", "prompts_per_step", "gradient_accumulation_steps", "max_nonfinite_steps"):
-            _require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "at least 1")
+            require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,15 +290,15 @@ class EvaluationConfig:
     answer_column: str | None = None  # None: data.answer_column
 
     def __post_init__(self):
-        _require_types(self, "evaluation.")
+        require_types(self, "evaluation.")
         for name in ("num_prompts", "num_samples", "batch_size"):
-            _require(getattr(self, name) > 0, f"evaluation.{name}", getattr(self, name), "at least 1")
+            require(getattr(self, name) > 0, f"evaluation.{name}", getattr(self, name), "at least 1")
         _require_sampling("evaluation", self)
-        _require(all(t > 0 for t in self.extra_temperatures), "evaluation.extra_temperatures", self.extra_temperatures, "more than 0 each")
-        _require(self.every >= 0, "evaluation.every", self.every, "0 (off) or more")
+        require(all(t > 0 for t in self.extra_temperatures), "evaluation.extra_temperatures", self.extra_temperatures, "more than 0 each")
+        require(self.every >= 0, "evaluation.every", self.every, "0 (off) or more")
         _require_seed("evaluation.seed", self.seed)
         for name in ("prompt_column", "answer_column"):
-            _require(getattr(self, name) != "", f"evaluation.{name}", "", "the name of a column")
+            require(getattr(self, name) != "", f"evaluation.{name}", "", "the name of a column")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,10 +310,10 @@ class CheckpointConfig:
     best_metric: str = "avg@k"  # of the evaluation; the best checkpoint by it is kept as well
 
     def __post_init__(self):
-        _require_types(self, "checkpoint.")
-        _require(self.every > 0, "checkpoint.every", self.every, "at least 1")
-        _require(self.keep > 0, "checkpoint.keep", self.keep, "at least 1")
-        _require(self.best_metric in ("avg@k", "pass@k", "greedy"), "checkpoint.best_metric", self.best_metric, "avg@k, pass@k or greedy")
+        require_types(self, "checkpoint.")
+        require(self.every > 0, "checkpoint.every", self.every, "at least 1")
+        require(self.keep > 0, "checkpoint.keep", self.keep, "at least 1")
+        require(self.best_metric in ("avg@k", "pass@k", "greedy"), "checkpoint.best_metric", self.best_metric, "avg@k, pass@k or greedy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,10 +327,10 @@ class LogConfig:
     diagnostics_every: int = 10
 
     def __post_init__(self):
-        _require_types(self, "log.")
-        _require(self.samples_every >= 0, "log.samples_every", self.samples_every, "0 (off) or more")
-        _require(self.diagnostics_every >= 0, "log.diagnostics_every", self.diagnostics_every, "0 (off) or more")
-        _require(self.num_samples > 0, "log.num_samples", self.num_samples, "at least 1")
+        require_types(self, "log.")
+        require(self.samples_every >= 0, "log.samples_every", self.samples_every, "0 (off) or more")
+        require(self.diagnostics_every >= 0, "log.diagnostics_every", self.diagnostics_every, "0 (off) or more")
+        require(self.num_samples > 0, "log.num_samples", self.num_samples, "at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -391,8 +340,8 @@ class MeshConfig:
     data: int = -1  # devices that rows are split over; -1: all there are
 
     def __post_init__(self):
-        _require_types(self, "mesh.")
-        _require(self.data == -1 or self.data > 0, "mesh.data", self.data, "-1 (all devices) or at least 1")
+        require_types(self, "mesh.")
+        require(self.data == -1 or self.data > 0, "mesh.data", self.data, "-1 (all devices) or at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -413,16 +362,16 @@ class Config:
     seed: int = 0  # of prompts, rollouts and everything else that is drawn
 
     def __post_init__(self):
-        _require_types(self)
+        require_types(self)
         _require_seed("seed", self.seed)
         rows, parts = self.rows_per_step, self.train.gradient_accumulation_steps
-        _require(rows % parts == 0, "train.gradient_accumulation_steps", parts, f"a divisor of the {rows} rows a step")
+        require(rows % parts == 0, "train.gradient_accumulation_steps", parts, f"a divisor of the {rows} rows a step")
         self._check_source()
-        _require(self.student.path != STUDENT, "student.path", STUDENT, "the checkpoint that the student starts from")
+        require(self.student.path != STUDENT, "student.path", STUDENT, "the checkpoint that the student starts from")
         if self.teacher_is_student:
             for name, default in (("revision", None), ("dtype", "auto")):
                 found = getattr(self.teacher, name)
-                _require(found == default, f"teacher.{name}", found, f"{default}: the teacher is the student ({STUDENT})")
+                require(found == default, f"teacher.{name}", found, f"{default}: the teacher is the student ({STUDENT})")
 
     @property
     def teacher_is_student(self) -> bool:
@@ -438,23 +387,23 @@ class Config:
         """Whose completions a recipe may be trained on."""
         recipe, source = self.estimator.recipe, self.sampling.source
         is_policy_gradient = recipe in ("opd", "vopd")
-        _require(
+        require(
             not is_policy_gradient or source == "student", "sampling.source", source, f"student: {recipe} averages over the student's draws"
         )
         is_signal = recipe != "sft" or source != "student"
-        _require(is_signal, "sampling.source", source, "teacher or references: cross-entropy on its own draws teaches a student nothing")
+        require(is_signal, "sampling.source", source, "teacher or references: cross-entropy on its own draws teaches a student nothing")
         if source == "references":
             is_plain = self.sampling.temperature == 1 and not self.sampling.has_filter
-            _require(is_plain, "sampling.temperature, top_p, top_k, min_p", "set", "none of them where nothing is sampled (references)")
+            require(is_plain, "sampling.temperature, top_p, top_k, min_p", "set", "none of them where nothing is sampled (references)")
         has_no_teacher = recipe == "sft" and source == "references"
         for name in ("teacher_format", "teacher_enable_thinking", "teacher_prompt_format") if has_no_teacher else ():
-            _require(getattr(self.data, name) is None, f"data.{name}", getattr(self.data, name), "none where no teacher reads the data")
+            require(getattr(self.data, name) is None, f"data.{name}", getattr(self.data, name), "none where no teacher reads the data")
         corrected = self.estimator.importance or "none"
         expected = "none where the completions are not the student's: nothing tells how likely they were drawn"
-        _require(corrected == "none" or source == "student", "estimator.importance", corrected, expected)
+        require(corrected == "none" or source == "student", "estimator.importance", corrected, expected)
         coef, generations = self.estimator.task_reward_coef, self.sampling.num_generations
         expected = "at least 2 where estimator.task_reward_coef is given: a reward is compared with those of the same prompt"
-        _require(not coef or generations > 1, "sampling.num_generations", generations, expected)
+        require(not coef or generations > 1, "sampling.num_generations", generations, expected)
         is_altered = self.sampling.has_filter or self.sampling.temperature != 1
         if is_altered and is_policy_gradient and corrected == "none":
             raise ConfigError(
@@ -482,42 +431,7 @@ class AuditConfig:
     seed: int = 0
 
     def __post_init__(self):
-        _require_types(self, "how.")
+        require_types(self, "how.")
         for name, least in (("num_contexts", 1), ("vocab", 2), ("num_prompts", 2), ("num_generations", 2)):
-            _require(getattr(self, name) >= least, f"how.{name}", getattr(self, name), f"at least {least}")
+            require(getattr(self, name) >= least, f"how.{name}", getattr(self, name), f"at least {least}")
         _require_seed("how.seed", self.seed)
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Plain values, as `config.json` holds them."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def from_dict(cls: type, values: dict[str, Any], path: str = "") -> Any:
-    """The strict inverse of `to_dict`: an unknown field is refused with the nearest valid name, a wrong type by name."""
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path.rstrip('.') or 'the config'} is {values!r}; expected a section with named fields")
-    hints = typing.get_type_hints(cls)
-    for name in values:
-        if name not in hints:
-            raise ConfigError(f"unknown field {path + name!r}; {nearest(name, hints)}")
-    return cls(**{name: _convert(hints[name], value, path + name) for name, value in values.items()})
-
-
-def nearest(name: str, valid: typing.Iterable[str]) -> str:
-    """`did you mean 'x'?`, or the list of valid names where none is near."""
-    valid = sorted(valid)
-    close = difflib.get_close_matches(name, valid, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"expected one of {valid}"
-
-
-def differences(left: dict[str, Any], right: dict[str, Any], path: str = "") -> list[str]:
-    """`field: left -> right` for every leaf in which two dumped configs differ."""
-    found = []
-    for name in sorted(left.keys() | right.keys()):
-        a, b = left.get(name), right.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{path}{name}.")
-        elif a != b:
-            found.append(f"{path}{name}: {a!r} -> {b!r}")
-    return found

@@ -20,7 +20,8 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from opdjax.config import Config, ConfigError, nearest, to_dict
+from opdjax.config import Config
+from opdjax.fields import ConfigError, nearest, to_dict
 
 _MAX_ID = 180  # file systems allow 255 bytes a name
 

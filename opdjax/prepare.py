@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from opdjax.config import STUDENT, Config, ConfigError, DataConfig, ModelConfig
+from opdjax.config import STUDENT, Config, DataConfig, ModelConfig
 from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, load_tokenizer, valid_vocab
 from opdjax.data.prompts import PromptSet, encode_prompts, read_prompts, require_of_each
 from opdjax.data.sources import Columns
@@ -18,6 +18,7 @@ from opdjax.estimators import RECIPES
 from opdjax.estimators.advantage import group_centred
 from opdjax.evals.evaluate import Evaluator, completions
 from opdjax.evals.grading import GRADERS, require_grader
+from opdjax.fields import ConfigError
 from opdjax.models.decoder import Params, head_of
 from opdjax.models.hf import Checkpoint, CheckpointError, fingerprint, load_params, open_checkpoint
 from opdjax.ops.vocab import Head

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from opdjax.config import ConfigError
+from opdjax.fields import ConfigError
 
 
 def make_mesh(data: int) -> Mesh:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from opdjax.config import differences, to_dict
+from opdjax.fields import differences, to_dict
 from opdjax.points import SweepPoint
 from opdjax.results import FAILURE, POINT, RESULT, read_point, status_of
 from opdjax.workdir import WorkdirError, append_lines, as_of_today, num_cores, read_lines, require_local, write_json

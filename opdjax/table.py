@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Literal
 
-from opdjax.config import differences
+from opdjax.fields import differences
 from opdjax.results import Group, Point, Run, groups, read_points, read_run, seed_interval
 from opdjax.workdir import WorkdirError, as_of_today
 

@@ -19,13 +19,14 @@ import numpy as np
 
 from opdjax.checkpoint import Checkpointer
 from opdjax.checks import enforce
-from opdjax.config import Config, ConfigError
+from opdjax.config import Config
 from opdjax.data.packing import answer_rows, as_teacher_sees, to_train_batch
 from opdjax.data.prompts import collate, indices_at
 from opdjax.doctor import check_first_step, check_settings
 from opdjax.estimators import RECIPES, bind
 from opdjax.evals.evaluate import completions
 from opdjax.evals.passk import paired_difference
+from opdjax.fields import ConfigError
 from opdjax.metrics import MetricWriter, Progress, Timer
 from opdjax.models.decoder import Params
 from opdjax.models.hf import export, load_params, open_checkpoint

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
-from opdjax.config import MINI_STUDENT, MINI_TEACHER, Config, differences, from_dict, to_dict
+from opdjax.config import MINI_STUDENT, MINI_TEACHER, Config
+from opdjax.fields import differences, from_dict, to_dict
 
 # What a run would overwrite, or, in a directory of a sweep, stand among.
 _OF_A_RUN = ("checkpoints", "student", "metrics.jsonl", "samples.jsonl", "eval.jsonl", "result.json", "*/point.json")

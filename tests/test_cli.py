@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from opdjax import cli
-from opdjax.config import MINI_PAIR, MINI_STUDENT, MINI_TEACHER, Config, to_dict
+from opdjax.config import MINI_PAIR, MINI_STUDENT, MINI_TEACHER, Config
+from opdjax.fields import to_dict
 
 EXPERIMENT = """
 from opdjax.config import Config, EstimatorConfig, TrainConfig

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from opdjax.config import (
     CheckpointConfig,
     Config,
-    ConfigError,
     DataConfig,
     EstimatorConfig,
     EvaluationConfig,
@@ -24,11 +23,8 @@ from opdjax.config import (
     OptimizerConfig,
     SamplingConfig,
     TrainConfig,
-    differences,
-    from_dict,
-    nearest,
-    to_dict,
 )
+from opdjax.fields import ConfigError, differences, from_dict, nearest, to_dict
 
 # Every leaf differs from its default.
 UNUSUAL = Config(

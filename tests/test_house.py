@@ -6,8 +6,9 @@ import pathlib
 import pytest
 
 from opdjax.cli import load_experiment, load_sweep
-from opdjax.config import Config, ConfigError, EstimatorConfig, SamplingConfig
+from opdjax.config import Config, EstimatorConfig, SamplingConfig
 from opdjax.estimators import RECIPES, bind
+from opdjax.fields import ConfigError
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from opdjax.config import Config, ConfigError, EstimatorConfig, OptimizerConfig
+from opdjax.config import Config, EstimatorConfig, OptimizerConfig
+from opdjax.fields import ConfigError
 from opdjax.points import chain, points, product, seeds, vary, zipped
 
 RATES = vary("optimizer.learning_rate", (1e-4, 3e-4))

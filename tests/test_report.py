@@ -10,7 +10,8 @@ import sys
 
 import pytest
 
-from opdjax.config import Config, EstimatorConfig, OptimizerConfig, to_dict
+from opdjax.config import Config, EstimatorConfig, OptimizerConfig
+from opdjax.fields import to_dict
 from opdjax.report import charts, markup, measures, page, ranking
 from opdjax.report.page import write_report
 from opdjax.results import read_points, read_run, seed_interval

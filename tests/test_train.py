@@ -22,7 +22,6 @@ from opdjax.config import (
     MINI_STUDENT,
     CheckpointConfig,
     Config,
-    ConfigError,
     DataConfig,
     EstimatorConfig,
     EvaluationConfig,
@@ -34,6 +33,7 @@ from opdjax.config import (
     TrainConfig,
 )
 from opdjax.data.chat import TokenizerMismatchError, load_tokenizer
+from opdjax.fields import ConfigError
 from opdjax.models.hf import fingerprint, load_params, open_checkpoint
 from opdjax.prepare import make_evaluator
 from opdjax.train import NonFiniteLossError, export_step, train

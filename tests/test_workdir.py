@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from opdjax.config import Config, ConfigError, ModelConfig, SamplingConfig, TrainConfig, from_dict
+from opdjax.config import Config, ModelConfig, SamplingConfig, TrainConfig
+from opdjax.fields import ConfigError, from_dict
 from opdjax.workdir import WorkdirError, append_lines, claim, cut_lines, environment, locked, read_config, read_lines, write_json
 
 FACTS = {"data": {"prompts": "d1", "num_prompts": 3}, "environment": {"jax": "0.10.2", "cores": 2}}

@@ -21,7 +21,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from opdjax.config import MINI_PAIR, MINI_STUDENT, MINI_TEACHER, STUDENT, nearest
+from opdjax.config import MINI_PAIR, MINI_STUDENT, MINI_TEACHER, STUDENT
+from opdjax.fields import nearest
 from opdjax.models.decoder import DecoderConfig, Params, parameter_shapes
 from opdjax.models.families import Family, UnsupportedModelError, family_of
 

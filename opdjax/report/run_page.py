@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from opdjax.config import Config, to_dict
+from opdjax.config import Config
+from opdjax.fields import to_dict
 from opdjax.report import measures
 from opdjax.report.charts import Chart, Line, draw, grid, legend, smooth
 from opdjax.report.markup import (

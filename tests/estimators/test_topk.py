@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from opdjax.config import ConfigError, EstimatorConfig
+from opdjax.config import EstimatorConfig
 from opdjax.estimators import RECIPES
 from opdjax.estimators.divergence import (
     FLOOR,
@@ -21,6 +21,7 @@ from opdjax.estimators.divergence import (
     topk_kl,
 )
 from opdjax.estimators.losses import sft
+from opdjax.fields import ConfigError
 from opdjax.ops.vocab import Columns, Head, VocabTile, tiled_loss
 
 V = 9
