@@ -178,12 +178,12 @@ def doctor(arguments: list[str]) -> None:
 
 def audit(arguments: list[str]) -> None:
     """[EXPERIMENT] --workdir DIR [--section.field VALUE …]: bias, variance and cost of the estimators; --explain RECIPE tells of one."""
-    if arguments[:1] == ["--explain"]:
+    if "--explain" in arguments:
         from opdjax.audit.run import explain
 
-        if len(arguments) != 2:
-            raise ConfigError("--explain takes the name of one recipe or pitfall")
-        print(explain(arguments[1]))
+        if arguments[:-1] != ["--explain"]:
+            raise ConfigError("--explain takes the name of one recipe or pitfall, and nothing else")
+        print(explain(arguments[-1]))
         return
     is_given = bool(arguments) and not arguments[0].startswith("-")
     default = load_experiment(arguments[0]) if is_given else _MINI
@@ -194,10 +194,13 @@ def audit(arguments: list[str]) -> None:
         how: AuditConfig = AuditConfig(),  # noqa: B008
         config: Annotated[Config, tyro.conf.arg(name="")] = default,
     ):
-        """Measure the estimators; without EXPERIMENT, on the built-in pair.
+        """Measure the estimators; without EXPERIMENT, on the built-in pair. `opdjax audit --explain RECIPE` prints a recipe's page.
+
+        Read of the fields: student, teacher, data, seed, estimator, sampling.max-completion-length and stop-token-ids, and as
+        rows at a time those of a micro-batch. Contexts are sampled at temperature 1 without filters.
 
         Args:
-            workdir: directory for audit.json and audit.html
+            workdir: directory for audit.json, audit.txt and audit.html
             only: recipes and pitfalls by name; none: all
             how: how much is measured
             config: every field of the experiment; its own recipe is measured too
@@ -208,12 +211,14 @@ def audit(arguments: list[str]) -> None:
         from opdjax.report.page import write_audit_report
         from opdjax.workdir import write_json
 
-        asked = (config.estimator.options, config.estimator.recipe) if is_given else (None, None)
-        subjects = choose(only or None, *asked)
+        is_asked = is_given or config.estimator != _MINI.estimator
+        subjects = choose(only or None, *((config.estimator.options, config.estimator.recipe) if is_asked else ()))
         workdir.mkdir(parents=True, exist_ok=True)
         document = measure(config, subjects, how)
         write_json(workdir / "audit.json", document)
-        print(f"\n{text(document)}\n")
+        tables = text(document)
+        (workdir / "audit.txt").write_text(tables + "\n", encoding="utf-8")
+        print(f"\n{tables}\n")
         print(write_audit_report(workdir))
 
     _call(run, arguments[is_given:], "opdjax audit [EXPERIMENT]")

@@ -180,12 +180,29 @@ def _batch_loss(
     params, batch: TrainBatch, weights, teacher_head, *, spec: UpdateSpec, recipe: Recipe, options: dict, totals=None, is_observed=None
 ):
     hidden, head, columns, teacher = passes(params, batch, teacher_head, spec)
+    if is_observed is not None:
+        columns = dataclasses.replace(columns, is_observed=jnp.broadcast_to(is_observed, batch.mask.shape))
+    return vocabulary_loss(hidden, head, columns, teacher, batch, weights, spec=spec, recipe=recipe, options=options, totals=totals)
+
+
+def vocabulary_loss(
+    hidden,
+    head: Head,
+    columns: Columns,
+    teacher,
+    batch: TrainBatch,
+    weights,
+    *,
+    spec: UpdateSpec,
+    recipe: Recipe,
+    options: dict,
+    totals=None,
+):
+    """(loss, per-token outputs) of a batch from what `passes` made of it: all of the vocabulary, nothing of the trunk."""
     if sequence.is_coupled(options):
         stats = _stats(hidden, head, columns, teacher, batch, spec, options)
         coupled = partial(sequence.prepare, is_policy_gradient=recipe.is_policy_gradient, totals=totals)
         columns = coupled(columns, stats, batch.mask, batch.segment_ids, options)
-    if is_observed is not None:
-        columns = dataclasses.replace(columns, is_observed=jnp.broadcast_to(is_observed, batch.mask.shape))
     token_loss = partial(recipe.token_loss, **options)
     return tiled_loss(token_loss, hidden, head, weights, columns, teacher, tile=spec.estimator.tile, mesh=spec.mesh)
 

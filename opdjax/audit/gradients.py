@@ -17,77 +17,98 @@ import jax.numpy as jnp
 import numpy as np
 
 from opdjax.audit.pair import States, kl_bins, ratio_with_interval
-from opdjax.audit.subjects import Subject, subject
+from opdjax.audit.subjects import Subject
 from opdjax.estimators import RECIPES, sequence
 from opdjax.estimators.divergence import reverse_kl
 from opdjax.ops.vocab import Columns, tiled_loss, tiled_stats
 from opdjax.train_state import passes
+from opdjax.types import TrainBatch
 
 NUM_REDRAWS = 2
-_LEAST_SHARE = 1e-4  # of the noise, that a ratio is told of
+_LEAST_SHARE = 1e-4  # of opd's noise, that a ratio is told of
 BATCH = 64  # rollouts of the batch that a signal-to-noise ratio is told for
 
 
-def audit_gradients(states: States, subjects: Sequence[Subject]) -> dict[str, Any]:
+def audit_gradients(states: States, subjects: Sequence[Subject], tell: Callable[[str], None]) -> dict[str, Any]:
     """Signal and the parts of the noise of each subject, with the ratio of its noise to that of `opd`.
 
     Every subject sees the same redraws. A coupled one is measured on the tokens that were drawn: its action noise cannot be
-    told from that of trajectories. `by_kl`: for the baselines, the action noise of the contexts between neighbouring quantiles
-    of the KL, relative to `opd` there; redraws at different contexts are independent, so that the noise of a rollout is the
-    sum of that of its contexts.
+    told from that of trajectories. The recipes whose expectation is that of the exact reverse KL share its signal, which is
+    the least noisy estimate of one and the same number; None: not told apart from 0. `by_kl`: for the baselines, the action
+    noise of the contexts between neighbouring quantiles of the KL, relative to `opd` there; redraws at different contexts
+    are independent, so that the noise of a rollout is the sum of that of its contexts.
     """
-    runs = {each.name: _measure(states, each) for each in subjects}
-    plain_run = runs.get("opd") or _measure(states, subject("opd"))
-    rows = {name: run(states.mask) for name, run in runs.items()}
-    plain = rows.get("opd") or plain_run(states.mask)
+    batch = _by_prompt(states, states.batch)
+    bins = kl_bins(states.per_token(lambda s, t, _: reverse_kl(s, t)), states.mask)
+    rows, by_bin = {}, {}
+    for each in subjects:
+        tell(f"  {each.name}")
+        run = _measure(states, batch, each)
+        rows[each.name] = run(states.mask)
+        if each.name == "opd" or (each.recipe == "vopd" and not each.is_coupled):
+            by_bin[each.name] = [run(inside)["per_prompt"] for inside in bins]
+    _share_signal(subjects, rows)
+    plain = rows["opd"]
     for row in rows.values():
+        row["signal_to_noise"] = float(np.sqrt(row["signal"] / (row["noise"] / BATCH))) if min(row["signal"], row["noise"]) > 0 else None
         row["noise_ratio"] = row["noise"] / plain["noise"]
         if row["action"] is not None and plain["action"]:
             row["action_ratio"] = ratio_with_interval(row["per_prompt"], plain["per_prompt"])
-    baselines = {each.name: runs[each.name] for each in subjects if each.recipe == "vopd" and not each.is_coupled}
-    return {
-        "num_redraws": NUM_REDRAWS,
-        "batch": BATCH,
-        "rows": {name: _without(row, "per_prompt") for name, row in rows.items()},
-        "by_kl": _by_kl(states, plain_run, baselines),
-    }
+    told = {name: {key: value for key, value in row.items() if key != "per_prompt"} for name, row in rows.items()}
+    return {"num_redraws": NUM_REDRAWS, "batch": BATCH, "rows": told, "by_kl": _by_kl(by_bin)}
 
 
-def _by_kl(states: States, plain_run: Callable, runs: dict[str, Callable]) -> dict[str, Any]:
-    bins = kl_bins(states.per_token(lambda s, t, _: reverse_kl(s, t)), states.mask)
-    plain = [plain_run(inside)["per_prompt"] for inside in bins]
+def _share_signal(subjects: Sequence[Subject], rows: dict[str, dict[str, Any]]) -> None:
+    exact = next((rows[each.name] for each in subjects if not each.is_sampled and each.advertises == "reverse"), None)
+    for each in subjects if exact is not None else ():
+        if each.recipe is not None and each.advertises == "reverse" and not each.is_coupled:
+            rows[each.name]["signal"] = exact["signal"]
+
+
+def _by_kl(by_bin: dict[str, list[np.ndarray]]) -> dict[str, Any]:
+    plain = by_bin.pop("opd")
     total = sum(part.sum() for part in plain)
-    ratios = {
-        name: [ratio_with_interval(run(inside)["per_prompt"], part) for inside, part in zip(bins, plain)] for name, run in runs.items()
+    shares = [float(part.sum() / total) if total else 0.0 for part in plain]
+
+    def ratio(ours: np.ndarray, theirs: np.ndarray, share: float):
+        # Where next to nothing is left of the noise, redraws never see the rare draws that it is made of.
+        return ratio_with_interval(ours, theirs) if share > _LEAST_SHARE else (None, None, None)
+
+    return {
+        "variance_share": shares,
+        "rows": {name: [ratio(*each) for each in zip(parts, plain, shares)] for name, parts in by_bin.items()},
     }
-    return {"variance_share": [float(part.sum() / total) if total else None for part in plain], "rows": ratios}
 
 
-def _without(row: dict[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key != name}
+def _by_prompt(states: States, tree: Any) -> Any:
+    """Leaves `[B, ...]` as `[P, G, ...]`."""
+    return jax.tree.map(lambda x: jnp.reshape(x, (-1, states.num_generations, *x.shape[1:])), tree)
 
 
-def _measure(states: States, each: Subject) -> Callable[[np.ndarray], dict[str, Any]]:
+def _measure(states: States, batch: TrainBatch, each: Subject) -> Callable[[np.ndarray], dict[str, Any]]:
     """`measure(mask) -> row`: the parts of the variance of one rollout's gradient of the tokens in `mask`; compiled once."""
     is_split = each.is_sampled and not each.is_coupled
-    by_prompt = lambda tree: jax.tree.map(lambda x: jnp.reshape(x, (-1, states.num_generations, *x.shape[1:])), tree)  # noqa: E731
-    rows = by_prompt((states.batch, _columns(states, each)))
-    draws = by_prompt(_redraws(states, each) if is_split else _as_drawn(states, each))
+    columns = _by_prompt(states, _columns(states, each))
+    draws = _by_prompt(states, _redraws(states, each) if is_split else _as_drawn(states, each))
     run = jax.jit(partial(_scan_prompts, each, states.spec))
+    # As in training: the master copy is float32 and so are all sums, whatever type the forward pass is in.
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), states.params)
 
     def measure(mask: np.ndarray) -> dict[str, Any]:
         # fixed_denominator: a rollout's gradient then does not depend on the lengths of others, and their mean is the batch's.
-        weights = by_prompt(jnp.asarray(mask / states.spec.max_completion_length, jnp.float32))
-        total, *per_prompt = jax.tree.map(
-            lambda x: np.asarray(x, np.float64), run(states.params, states.teacher[1], (*rows, weights), draws)
-        )
+        weights = _by_prompt(states, jnp.asarray(mask / states.spec.max_completion_length, jnp.float32))
+        found = run(params, states.teacher[1], (batch, columns, weights), draws)
+        total, *per_prompt = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
         return _split(total, *per_prompt, draws[0].shape[2], states.num_generations)
 
     return measure
 
 
 def _scan_prompts(each: Subject, spec, params, teacher_head, rows, draws):
-    """(|mean gradient|^2, and for each prompt the sums of squares between redraws and between rollouts, and |its mean|^2)."""
+    """(|mean gradient|^2, and for each prompt the sums of squares between redraws and between rollouts, and |its mean|^2).
+
+    One gradient at a time: beside it stand the running means of a rollout and of a prompt, and the sum over prompts.
+    """
 
     def gradient(row, draw):
         (batch, columns, weights), (token, uniform) = jax.tree.map(lambda x: x[None], (row, draw))
@@ -99,21 +120,37 @@ def _scan_prompts(each: Subject, spec, params, teacher_head, rows, draws):
 
         return jax.grad(loss)(params)
 
-    mean = lambda tree: jax.tree.map(lambda x: jnp.mean(x, axis=0), tree)  # noqa: E731
-    square = lambda tree: sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree))  # noqa: E731
-    spread = lambda tree, center: square(jax.tree.map(jnp.subtract, tree, center))  # noqa: E731
+    zero = jax.tree.map(jnp.zeros_like, params)
+
+    def of_rollout(row, draws):
+        """(mean over redraws, their sum of squares around it)."""
+        return _running_mean(lambda draw: (gradient(row, draw), 0.0), zero, draws)[:2]
 
     def of_prompt(sums, prompt):
-        gradients = jax.vmap(jax.vmap(gradient, in_axes=(None, 0)))(*prompt)  # [G, R, ...]
-        by_rollout = jax.vmap(mean)(gradients)
-        center = mean(by_rollout)
-        action = spread(gradients, jax.tree.map(lambda x: x[:, None], by_rollout))
-        trajectory = spread(by_rollout, jax.tree.map(lambda x: x[None], center))
-        return jax.tree.map(jnp.add, sums, center), (action, trajectory, square(center))
+        center, trajectory, action = _running_mean(lambda x: of_rollout(*x), zero, prompt)
+        return jax.tree.map(jnp.add, sums, center), (action, trajectory, _square(center))
 
-    sums, per_prompt = jax.lax.scan(of_prompt, jax.tree.map(jnp.zeros_like, params), (rows, draws))
-    num_prompts = rows[-1].shape[0]
-    return square(jax.tree.map(lambda x: x / num_prompts, sums)), *per_prompt
+    sums, per_prompt = jax.lax.scan(of_prompt, zero, (rows, draws))
+    return _square(jax.tree.map(lambda x: x / rows[-1].shape[0], sums)), *per_prompt
+
+
+def _square(tree: Any) -> jax.Array:
+    return sum(jnp.vdot(x, x) for x in jax.tree.leaves(tree))
+
+
+def _running_mean(value_of: Callable, zero: Any, items: Any):
+    """(mean of vectors, sum of squares around it, sum of what came along), `value_of(item) -> (vector, along)`; Welford's update."""
+
+    def step(carry, item):
+        count, mean, spread, along = carry
+        vector, more = value_of(item)
+        off = jax.tree.map(jnp.subtract, vector, mean)
+        mean = jax.tree.map(lambda m, d: m + d / (count + 1), mean, off)
+        spread += sum(jnp.vdot(d, v - m) for d, v, m in zip(*map(jax.tree.leaves, (off, vector, mean))))
+        return (count + 1, mean, spread, along + more), None
+
+    _, mean, spread, along = jax.lax.scan(step, (0.0, zero, 0.0, 0.0), items)[0]
+    return mean, spread, along
 
 
 def _split(total, action, trajectory, squares, redraws: int, rollouts: int) -> dict[str, Any]:
@@ -121,15 +158,12 @@ def _split(total, action, trajectory, squares, redraws: int, rollouts: int) -> d
     prompts = len(action)
     within = trajectory.sum() / (prompts * (rollouts - 1))  # variance of a rollout's mean over its redraws
     between = (squares.sum() - prompts * total) / (prompts - 1)
-    signal = total - between / prompts
     of_action = action.sum() / (prompts * rollouts * (redraws - 1)) if redraws > 1 else None
     of_trajectory = within if of_action is None else within - of_action / redraws
     of_prompt = between - within / rollouts
-    noise = of_prompt + of_trajectory + (of_action or 0.0)
     return {
-        "signal": float(signal), "noise": float(noise), "prompt": float(of_prompt), "trajectory": float(of_trajectory),
-        "action": None if of_action is None else float(of_action),
-        "signal_to_noise": float(np.sqrt(max(signal, 0) / (noise / BATCH))) if noise > 0 else None,
+        "signal": float(total - between / prompts), "noise": float(of_prompt + of_trajectory + (of_action or 0.0)),
+        "prompt": float(of_prompt), "trajectory": float(of_trajectory), "action": None if of_action is None else float(of_action),
         "per_prompt": action,
     }  # fmt: skip
 

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -22,8 +23,9 @@ from opdjax.ops.vocab import Columns, Head, Teacher, tiled_stats
 from opdjax.prepare import Setup, as_of_step, update_spec
 from opdjax.sampler import extra_uniforms, sample
 from opdjax.scoring.local import score
+from opdjax.sharding import merge_rows, split_rows
 from opdjax.train_state import UpdateSpec, passes
-from opdjax.types import Rollouts, TrainBatch
+from opdjax.types import TrainBatch
 
 # Of the contexts, ordered by their KL: most of it sits in few of them, so that equal shares would tell nothing.
 KL_QUANTILES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0)
@@ -37,13 +39,13 @@ class States:
 
     params: Params
     spec: UpdateSpec
-    rollouts: Rollouts
     batch: TrainBatch  # with the teacher's hidden states
     hidden: Float[Array, "B T D"]
     head: Head
     columns: Columns
     teacher: Teacher
     num_generations: int
+    rows_at_once: int  # that fit into memory when they are differentiated; divides B
 
     @property
     def mask(self) -> np.ndarray:
@@ -57,19 +59,44 @@ class States:
         return jax.tree.map(np.asarray, found)
 
 
-def reach(setup: Setup, *, num_prompts: int, num_generations: int, seed: int, num_uniforms: int) -> States:
-    """Let the student answer the first prompts of the data, and score the answers by both models."""
-    config = setup.config
-    params = load_params(setup.student, setup.dtype)
+def reach(setup: Setup, *, num_prompts: int, num_generations: int, seed: int, num_uniforms: int, rows_at_once: int) -> States:
+    """Let the student answer prompts of the data, in the order of training, and score the answers by both models, part by part.
+
+    ValueError where the data have fewer prompts: a prompt met twice would pass for two.
+    """
+    if num_prompts > len(setup.prompts):
+        raise ValueError(
+            f"how.num_prompts is {num_prompts}; expected at most {len(setup.prompts)}, the prompts of {setup.config.data.source}"
+        )
+    config, params = setup.config, load_params(setup.student, setup.dtype)
     setup = as_of_step(setup, params)
+    prompts_at_once = next(n for n in range(min(max(rows_at_once // num_generations, 1), num_prompts), 0, -1) if num_prompts % n == 0)
     prompts = collate(setup.prompts, indices_at(0, num_prompts, len(setup.prompts), seed))
-    rollouts = sample(params, prompts, seed, 0, config=setup.student.config, decoding=setup.decoding, num_generations=num_generations)
+    draw = partial(sample, config=setup.student.config, decoding=setup.decoding, num_generations=num_generations)
+    parts = [jax.tree.map(lambda x, i=i: x[i : i + prompts_at_once], prompts) for i in range(0, num_prompts, prompts_at_once)]
+    rollouts = jax.tree.map(lambda *rows: jnp.concatenate(rows), *(draw(params, part, seed, 0) for part in parts))
     batch, teacher = to_train_batch(rollouts, prompts), setup.teacher
-    scores = score(teacher.params, teacher.head, batch, config=teacher.checkpoint.config, needs="vocabulary", tile=config.estimator.tile)
+    scores = score(
+        teacher.params,
+        teacher.head,
+        batch,
+        config=teacher.checkpoint.config,
+        needs="vocabulary",
+        tile=config.estimator.tile,
+        parts=len(parts),
+    )
     batch = dataclasses.replace(batch, teacher=scores, uniforms=extra_uniforms(rollouts, seed, num_uniforms))
     spec = dataclasses.replace(update_spec(setup), gradient_accumulation_steps=1, mesh=None)
-    hidden, head, columns, seen = jax.jit(partial(passes, spec=spec))(params, batch, teacher.head)
-    return States(params, spec, rollouts, batch, hidden, head, columns, seen, num_generations)
+    rows = prompts_at_once * num_generations
+    hidden, head, columns, seen = _pass_in_parts(params, batch, teacher.head, spec, len(parts))
+    return States(params, spec, batch, hidden, head, columns, seen, num_generations, rows)
+
+
+@partial(jax.jit, static_argnames=("spec", "parts"))
+def _pass_in_parts(params, batch, teacher_head, spec, parts: int):
+    """`passes`, the hidden states of the student a few rows at a time."""
+    hidden = merge_rows(jax.lax.map(lambda part: passes(params, part, teacher_head, spec)[0], split_rows(batch, parts)))
+    return hidden, *passes(params, batch, teacher_head, spec)[1:]  # the rest of it needs no trunk
 
 
 def audit_contexts(states: States, subjects: Sequence[Subject]) -> dict[str, Any]:
@@ -77,9 +104,12 @@ def audit_contexts(states: States, subjects: Sequence[Subject]) -> dict[str, Any
     mask = states.mask
     plain = states.per_token(lambda s, t, _: measure(subject("opd"), s, t))
     kl, mean_reward = plain["kl"], -float(plain["kl"][mask].mean())
+    if not plain["variance"][mask].any():
+        raise ValueError("student and teacher say the same of every context; expected a teacher that differs: nothing could be compared")
     bins = kl_bins(kl, mask)
     place = np.asarray(rank_in_sequence(states.batch.mask, states.batch.segment_ids))
-    buckets = [(place >= low) & (place <= high) & mask for low, high in _position_edges(place, mask)]
+    edges = _position_edges(place, mask)
+    buckets = [(place >= low) & (place <= high) & mask for low, high in edges]
     rows = {}
     for each in subjects:
         stats = states.per_token(lambda s, t, _, each=each: measure(each, s, t, mean_reward))
@@ -99,8 +129,7 @@ def audit_contexts(states: States, subjects: Sequence[Subject]) -> dict[str, Any
             for low, high, inside in zip(KL_QUANTILES, KL_QUANTILES[1:], bins)
         ],
         "buckets": [
-            {"first": low, "last": high} | _describe(kl, inside, plain["variance"], mask)
-            for (low, high), inside in zip(_position_edges(place, mask), buckets)
+            {"first": low, "last": high} | _describe(kl, inside, plain["variance"], mask) for (low, high), inside in zip(edges, buckets)
         ],
         "rows": rows,
     }

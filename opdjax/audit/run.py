@@ -12,13 +12,13 @@ import jax
 from opdjax.audit.batches import audit_batch_pitfalls, audit_costs
 from opdjax.audit.gradients import audit_gradients, num_uniforms
 from opdjax.audit.pair import audit_contexts, reach
-from opdjax.audit.subjects import COUPLED, Subject
+from opdjax.audit.subjects import Subject
 from opdjax.audit.tree import audit_tree
 from opdjax.audit.vocabulary import audit_vocabulary
 from opdjax.config import AuditConfig, Config, EstimatorConfig, MeshConfig, SamplingConfig
 from opdjax.estimators import RECIPES
 from opdjax.estimators.pitfalls import PITFALLS
-from opdjax.prepare import prepare
+from opdjax.prepare import Setup, prepare
 from opdjax.workdir import environment
 
 
@@ -27,34 +27,42 @@ def audit(config: Config, subjects: Sequence[Subject], how: AuditConfig, tell: C
 
     The pair's contexts are sampled from the student at temperature 1 without filters, whatever the config samples with.
     """
-    uncoupled = [each for each in subjects if not each.is_coupled]
+    setup = _prepare(config, how)  # first: what is wrong with models or data is said before anything is measured
+    uncoupled, coupled = ([each for each in subjects if each.is_coupled == wanted] for wanted in (False, True))
     tell(f"{len(uncoupled)} estimators at {how.num_contexts} random contexts of {how.vocab} tokens, every draw enumerated")
     document: dict[str, Any] = {"subjects": {each.name: describe(each) for each in subjects}, "how": dataclasses.asdict(how)}
     document["pitfalls"] = {name: pitfall.about for name, pitfall in PITFALLS.items()}  # those of a batch are no subjects
-    document["vocabulary"] = audit_vocabulary(uncoupled, num_contexts=how.num_contexts, vocab=how.vocab, seed=how.seed)
+    document["vocabulary"] = audit_vocabulary(uncoupled, num_contexts=how.num_contexts, vocab=how.vocab, seed=config.seed)
     tell("a tree of every sequence of three tokens")
-    document["tree"] = audit_tree(seed=how.seed)
-    document |= _audit_pair(config, uncoupled, [each for each in subjects if each.is_coupled], how, tell)
+    document["tree"] = audit_tree(seed=config.seed)
+    document |= _audit_pair(setup, config, uncoupled, coupled, how, tell)
     devices = [device.device_kind for device in jax.devices()]
-    return document | {"environment": environment(devices)}
+    return document | {"seed": config.seed, "environment": environment(devices)}
 
 
-def _audit_pair(config: Config, uncoupled: list[Subject], coupled: list[Subject], how: AuditConfig, tell) -> dict[str, Any]:
-    setup = prepare(
+def _prepare(config: Config, how: AuditConfig) -> Setup:
+    """The config's models and data, for what a recipe with the most needs reads: the teacher's weights, one vocabulary on both sides."""
+    sampling = SamplingConfig(max_completion_length=config.sampling.max_completion_length, stop_token_ids=config.sampling.stop_token_ids)
+    return prepare(
         dataclasses.replace(
             config,
-            # What a recipe with the most needs is prepared with: the teacher's weights, one vocabulary on both sides.
             estimator=EstimatorConfig(recipe="vopd", tile=config.estimator.tile),
-            sampling=SamplingConfig(
-                max_completion_length=config.sampling.max_completion_length, stop_token_ids=config.sampling.stop_token_ids
-            ),
+            sampling=sampling,
             train=dataclasses.replace(config.train, prompts_per_step=how.num_prompts, gradient_accumulation_steps=1),
             evaluation=dataclasses.replace(config.evaluation, source=None),
             mesh=MeshConfig(1),
         )
     )
+
+
+def _audit_pair(setup: Setup, config: Config, uncoupled: list[Subject], coupled: list[Subject], how: AuditConfig, tell) -> dict[str, Any]:
     states = reach(
-        setup, num_prompts=how.num_prompts, num_generations=how.num_generations, seed=how.seed, num_uniforms=num_uniforms(uncoupled)
+        setup,
+        num_prompts=how.num_prompts,
+        num_generations=how.num_generations,
+        seed=config.seed,
+        num_uniforms=num_uniforms([*uncoupled, *coupled]),
+        rows_at_once=config.rows_per_step // config.train.gradient_accumulation_steps,
     )
     tell(f"{int(states.mask.sum())} contexts of {config.student.path} on {how.num_prompts} prompts, supervised by {config.teacher.path}")
     found: dict[str, Any] = {"student": config.student.path, "teacher": config.teacher.path, "contexts": audit_contexts(states, uncoupled)}
@@ -63,17 +71,20 @@ def _audit_pair(config: Config, uncoupled: list[Subject], coupled: list[Subject]
     found["batch_pitfalls"] = audit_batch_pitfalls(states)
     if how.parameter_space:
         tell("gradients of all parameters, rollout by rollout")
-        exact = ("full_kl divergence=reverse", "full_kl divergence=forward")
-        found["gradients"] = audit_gradients(states, [s for s in (*uncoupled, *coupled) if s.is_sampled or s.name in exact])
+        # Of those that draw nothing, the two exact ones and the config's own, which stands first: the others differ in bias alone.
+        exact = ("full_kl divergence=reverse", "full_kl divergence=forward", uncoupled[0].name)
+        found["gradients"] = audit_gradients(states, [s for s in (*uncoupled, *coupled) if s.is_sampled or s.name in exact], tell)
     return found
 
 
 def describe(each: Subject) -> dict[str, Any]:
     """What a reader of the document is told of a subject."""
     about = each.pitfall.about if each.recipe is None else summary(each.recipe)
+    if each.recipe == "sft":
+        about += " Measured at the student's contexts with the teacher's tokens; in training the contexts are the teacher's too."
     return {
         "recipe": each.recipe, "options": each.options, "is_pitfall": each.recipe is None, "advertises": each.advertises,
-        "is_sampled": each.is_sampled, "is_coupled": each in COUPLED or each.is_coupled, "about": about,
+        "is_sampled": each.is_sampled, "is_coupled": each.is_coupled, "about": about,
     }  # fmt: skip
 
 

@@ -49,7 +49,7 @@ class Subject:
     def advertises(self) -> str:
         """Whose gradient it is meant to have: `reverse`, `forward`, or `own`: neither, by intent."""
         if self.recipe in (None, "opd", "vopd"):
-            altered = any(name in self.options for name in (*REWARD_OPTIONS, "prefix_weight", "task_reward_coef"))
+            altered = any(self.options.get(name) for name in (*REWARD_OPTIONS, "prefix_weight", "discount"))
             return "own" if altered else "reverse"
         if self.recipe == "sft":
             return "forward"
@@ -120,15 +120,37 @@ COUPLED = (
 )
 
 
+_DEFAULTS = {"baseline": "full", "divergence": "reverse"}
+# What an option reads that the audit does not have: rewards of a task, data that another policy drew.
+_BEYOND = ("task_reward_coef", "importance")
+
+
+def _filled(each: Subject) -> tuple[str | None, dict[str, Any]]:
+    """Recipe and options with the usual defaults in place of nothing, so that one estimator is not measured twice."""
+    has = () if each.recipe is None else RECIPES[each.recipe].options
+    usual = {name: value for name, value in _DEFAULTS.items() if name in has}
+    return each.recipe or each.name, usual | {name: value for name, value in each.options.items() if value not in (0, "none", None)}
+
+
 def choose(names: Sequence[str] | None, options: dict[str, Any] | None = None, recipe: str | None = None) -> list[Subject]:
-    """The default subjects of these recipes or pitfalls (all: None), and the one that a config asks for, first."""
+    """The default subjects of these recipes or pitfalls (all: None), the one that a config asks for first, and `opd`, always.
+
+    ValueError on a name that is not known, and on options whose input the audit does not have.
+    """
     known = (*DEFAULT, *COUPLED)
     wanted = [s for s in known if names is None or (s.recipe or s.name) in names]
     unknown = sorted(set(names or ()) - {s.recipe or s.name for s in known})
     if unknown:
         raise ValueError(f"there is nothing called {unknown} to audit; expected some of {sorted({s.recipe or s.name for s in known})}")
     if recipe is not None:
+        beyond = [name for name in _BEYOND if (options or {}).get(name) not in (None, 0, "none")]
+        if beyond:
+            raise ValueError(
+                f"estimator.{beyond[0]} is {options[beyond[0]]!r}; expected none: the audit of a pair has neither rewards of a task nor "
+                "stale data (importance corrections are measured on its tree)"
+            )
         asked = subject(recipe, **(options or {}))
-        if all((asked.recipe, asked.options) != (s.recipe, s.options) for s in wanted):
-            wanted.insert(0, asked)
-    return wanted
+        wanted = [each for each in wanted if _filled(each) != _filled(asked)]
+        wanted.insert(0, asked)
+    plain = subject("opd")
+    return wanted if any(_filled(each) == _filled(plain) for each in wanted) else [*wanted, plain]

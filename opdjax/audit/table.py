@@ -30,12 +30,16 @@ def _contexts(document) -> str:
 
 def _exactness(title: str, document, rows, costs=None) -> str:
     header = ["", "bias, reverse", "forward", "cosine, reverse", "forward", "noise / signal", "variance / opd", "worse than opd"]
-    header += ["us a token", "kB a token"] if costs is not None else []
+    header += ["loss: us a token", "kB a token"] if costs is not None else []
     lines = []
     for name, row in rows.items():
-        cells = [_mark(document, name), *(_number(row["bias"][d]) for d in ("reverse", "forward"))]
+        cells = [_mark(document, name), *(_small(row["bias"][d]) for d in ("reverse", "forward"))]
         cells += [_number(row["cosine"][d], "none") for d in ("reverse", "forward")]
-        cells += [_number(row["noise_to_signal"], "no signal"), _ratio(row), f"{100 * row['worse']:.1f} %"]
+        cells += [
+            _number(row["noise_to_signal"] if row["variance_ratio"] > 1e-9 else 0, "no signal"),
+            _ratio(row),
+            f"{100 * row['worse']:.1f} %",
+        ]
         if costs is not None:
             cost = costs.get(name, {})
             cells += [_number(cost.get("seconds_per_token"), scale=1e6), _number(cost.get("bytes_per_token"), scale=1e-3)]
@@ -45,8 +49,8 @@ def _exactness(title: str, document, rows, costs=None) -> str:
 
 def _tree(found) -> str:
     title = f"a tree of all sequences (V = {found['vocab']}, T = {found['length']}), float64: relative bias of the expected gradient"
-    header = ["", "contexts held fixed", "sequence KL", "of the baseline", "variance"]
-    rows = [[r["title"], *(_number(r[name]) for name in ("frozen", "sequence", "baseline", "variance"))] for r in found["rows"]]
+    header = ["", "contexts held fixed", "sequence KL", "of the baseline", "variance / signal^2"]
+    rows = [[r["title"], *(_small(r[name]) for name in ("frozen", "sequence", "baseline")), _number(r["variance"])] for r in found["rows"]]
     return title + "\n" + columns(header, rows)
 
 
@@ -75,6 +79,7 @@ def _bins(document) -> str:
     for name, ratios in parameters["rows"].items():
         rows.append([f"{name}: variance / opd, logits", *(_number(cell[0]) for cell in contexts["rows"][name]["by_kl"])])
         rows.append([f"{name}: parameters", *(_number(cell[0]) for cell in ratios)])
+        rows.append(["  95 %", *("" if cell[0] is None else f"{cell[1]:.2g} to {cell[2]:.2g}" for cell in ratios)])
     return columns(header, rows)
 
 
@@ -101,8 +106,12 @@ def _interval(cell) -> str:
 def _number(value, nothing: str = "", scale: float = 1.0) -> str:
     if value is None:
         return nothing
-    value *= scale
-    return "0" if abs(value) < 1e-5 else f"{value:.3g}"
+    return f"{value * scale:.3g}"
+
+
+def _small(value) -> str:
+    """A bias; what is left of exactness is rounding."""
+    return "" if value is None else "0" if abs(value) < 1e-5 else f"{value:.3g}"
 
 
 def columns(header: list[str], rows: list[list[str]]) -> str:

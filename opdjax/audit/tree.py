@@ -120,7 +120,7 @@ CASES = (
 
 
 def audit_tree(*, seed: int = 0) -> dict[str, Any]:
-    """Bias of each case, relative, and its variance.
+    """Bias of each case, relative, and its variance over the squared norm of its expectation.
 
     `frozen`: against the gradient with the distribution of contexts held fixed; `sequence`: against that of the sequence
     KL. A batch mean divides by what was sampled and has another size by intent: there the size is fitted and the direction
@@ -135,7 +135,7 @@ def audit_tree(*, seed: int = 0) -> dict[str, Any]:
             run = jax.jit(partial(expected, case, num_rows=num_rows, aggregation=aggregation))
             mean, variance = run(student, teacher, stale if is_stale else student)
             is_fitted = num_rows > 1 and aggregation != "fixed_denominator"
-            row = {"title": title, "name": case.name, "variance": float(variance)}
+            row = {"title": title, "name": case.name, "variance": float(variance / jnp.vdot(mean, mean))}
             row |= {name: _misfit(mean, gradient, is_fitted) for name, gradient in exact.items()}
             without[title] = mean
             plain = without.get(title.removesuffix(", baseline full"))
@@ -145,5 +145,5 @@ def audit_tree(*, seed: int = 0) -> dict[str, Any]:
 
 
 def _misfit(mean, exact, is_fitted: bool) -> float:
-    scale = jnp.vdot(mean, exact) / jnp.vdot(mean, mean) if is_fitted else 1.0
+    scale = jnp.maximum(jnp.vdot(mean, exact) / jnp.vdot(mean, mean), 0) if is_fitted else 1.0
     return float(jnp.linalg.norm(scale * mean - exact) / jnp.linalg.norm(exact))

@@ -30,7 +30,7 @@ def audit_vocabulary(subjects: Sequence[Subject], *, num_contexts: int = 1000, v
     with jax.enable_x64(True):
         student, teacher = (VocabTile(jnp.asarray(x)) for x in random_contexts(num_contexts, vocab, seed))
         mean_reward = -jnp.mean(reverse_kl(student, teacher))
-        plain = np.asarray(enumerate_draws(subject("opd"), student, teacher)["variance"])
+        plain = np.asarray(jax.jit(partial(enumerate_draws, subject("opd")))(student, teacher)["variance"])
         rows = {}
         for each in subjects:
             stats = jax.jit(partial(enumerate_draws, each))(student, teacher, mean_reward)

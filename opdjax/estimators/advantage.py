@@ -49,7 +49,7 @@ def prefix_weight(
 ) -> Float[Array, "B T"]:
     """`1 + gain * (1 - F_t)`, F_t the share of the sequence's disagreement `sum |r|` that lies before token t.
 
-    IW-OPD (arXiv 2606.22600), its released form: 1 + gain at the first token, falling to 1. The weight of a token depends
+    IW-OPD (arXiv 2606.22600), its released form: 1 + gain at the first token, then ever nearer 1. The weight of a token depends
     on what follows it, so that the expected gradient is no longer that of the KL.
     """
     gaps = zero_where_masked(jnp.abs(reward), mask)

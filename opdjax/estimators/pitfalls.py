@@ -127,7 +127,7 @@ PITFALLS = {
     ),
     "bfloat16_sums": Pitfall(
         "Losses of tokens are added up in the model's own type. bfloat16 keeps 8 bits: once the sum is 256 times a summand, "
-        "adding it changes nothing, and a long batch has a smaller loss than a short one. EasyDeL's chunked loss; here chunks of 64 "
+        "adding it changes nothing: the loss of a long batch is wrong, mostly too small. EasyDeL's chunked loss; here chunks of 64 "
         "tokens are added.",
         add=add_in_bfloat16,
     ),

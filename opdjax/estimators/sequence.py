@@ -74,7 +74,7 @@ def prepare(
 
 def sequence_importance(log_ratio, mask, segment_ids, options, is_policy_gradient) -> Float[Array, "B T"]:
     """The weight of each token under a correction of whole sequences; `log_ratio` = log student(y) - log behavior(y)."""
-    cap = options.get("importance_cap", importance.DEFAULT_CAPS[options["importance"]])
+    cap = options.get("importance_cap") or importance.DEFAULT_CAPS[options["importance"]]
     if options["importance"] == "sequence_mask":
         return importance.sequence_mask(log_ratio, mask, segment_ids, cap)
     # An exact divergence draws no action of its own: only how the context was reached is stale.

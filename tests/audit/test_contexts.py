@@ -54,12 +54,15 @@ def test_the_audit_finds_what_is_known_by_proof():
 
 
 def test_subjects_are_chosen_by_name_and_the_experiments_own_comes_first():
-    assert {each.recipe for each in choose(["sft"])} == {"sft"}
-    assert choose(["k1_direct"]) == [Subject("k1_direct")]
+    assert [each.name for each in choose(["sft"])] == ["sft", "opd"]  # what all are compared with is always there
+    assert choose(["k1_direct"]) == [Subject("k1_direct"), subject("opd")]
     own = choose(["opd"], {"reward_floor": -3.0}, "opd")[0]
     assert own.options == {"reward_floor": -3.0}
     assert own.name == "opd reward_floor=-3"
     assert choose(None, {}, "opd") == choose(None)
+    assert [each.name for each in choose(["vopd"], {}, "vopd")].count("vopd baseline=full") == 0  # it is the first one
+    with pytest.raises(ValueError, match="estimator.task_reward_coef is 0.5"):
+        choose(None, {"task_reward_coef": 0.5}, "opd")
     with pytest.raises(ValueError, match=r"nothing called \['vodp'\] to audit"):
         choose(["vodp"])
 
