@@ -147,6 +147,6 @@ def test_eight_devices_and_micro_batches_change_nothing(tmp_path):
         config = dataclasses.replace(taught(sampling={"num_generations": 2}, train=sizes), mesh=MeshConfig(devices))
         train(config, tmp_path / str(devices))
         rows += without_times(tmp_path / str(devices))
-    assert rows[0].keys() == rows[1].keys()
+    assert rows[1].keys() - rows[0].keys() == {"grad/noise_squared", "grad/signal_squared"}  # what micro-batches tell beside
     for name in rows[0]:
         np.testing.assert_allclose(rows[1][name], rows[0][name], rtol=1e-4, atol=1e-5, err_msg=name)

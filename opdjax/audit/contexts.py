@@ -89,7 +89,7 @@ def summarise(stats: dict[str, np.ndarray], plain_variance: np.ndarray) -> dict[
     found: dict[str, Any] = {"bias": {}, "cosine": {}}
     # The mean of draws that cancel is left with their rounding: no direction at all.
     epsilon = np.finfo(stats["own"].dtype).eps
-    is_zero = total["own"] <= (8 * epsilon) ** 2 * (total["variance"] + total["own"])
+    is_zero = total["own"] <= (64 * epsilon) ** 2 * (total["variance"] + total["own"])
     for name in ("reverse", "forward"):
         found["bias"][name] = float(np.sqrt(total[f"to_{name}"] / total[name])) if total[name] else None
         norms = np.sqrt(total["own"] * total[name])

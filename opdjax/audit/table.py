@@ -7,7 +7,7 @@ from typing import Any
 
 def text(document: dict[str, Any]) -> str:
     """Tables of the random vocabulary, the tree, the pair, the gradients of its parameters, the pitfalls of a batch."""
-    parts = [_vocabulary(document), _tree(document["tree"]), _contexts(document)]
+    parts = [_vocabulary(document), _tree(document["tree"]), _contexts(document), _positions(document["contexts"])]
     if "gradients" in document:
         parts += [_gradients(document), _bins(document)]
     return "\n\n".join([*parts, _batches(document["batch_pitfalls"])])
@@ -81,6 +81,21 @@ def _bins(document) -> str:
         rows.append([f"{name}: parameters", *(_number(cell[0]) for cell in ratios)])
         rows.append(["  95 %", *("" if cell[0] is None else f"{cell[1]:.2g} to {cell[2]:.2g}" for cell in ratios)])
     return columns(header, rows)
+
+
+def _positions(contexts) -> str:
+    """The same by place in the completion, in logit space alone."""
+    buckets = contexts["buckets"]
+    header = ["contexts by position", *(f"{b['first']} to {b['last']}" for b in buckets)]
+    rows = [["mean KL, nats", *(f"{b['kl_mean']:.2g}" for b in buckets)]]
+    rows += [[f"share of {what}", *(f"{100 * b[key]:.1f} %" for b in buckets)] for what, key in _SHARES]
+    for name, row in contexts["rows"].items():
+        if name.startswith("vopd "):
+            rows.append([f"{name}: variance / opd, logits", *(_number(cell[0]) for cell in row["by_position"])])
+    return columns(header, rows)
+
+
+_SHARES = (("the KL", "kl_share"), ("opd's variance, logits", "variance_share"))
 
 
 def _batches(found) -> str:

@@ -302,7 +302,7 @@ def _tree(document: Document) -> Html:
         for row in rows:
             biases = (_bias(row[name], "0" if name == "baseline" else "exact") for name in ("frozen", "sequence", "baseline"))
             lines.append([row["title"], *biases, number(row["variance"]), tag("td", tag("code", row["name"]), class_="wrap text")])
-    head = ["case", "bias, contexts held fixed", "bias, sequence KL", "added by the baseline", "variance"]
+    head = ["case", "bias, contexts held fixed", "bias, sequence KL", "added by the baseline", "variance / signal²"]
     caption = (
         f"Every sequence of {found['length']} tokens over {found['vocab']} ids, in float64: relative bias of the expected gradient against "
         "that of the summed KL with the distribution of contexts held fixed, and against that of the KL of whole sequences. Under a batch "
@@ -361,9 +361,9 @@ def _costs(document: Document) -> Html | None:
         for name, row in rows.items()
     ]
     note = (
-        "Loss and gradient of one batch, the student's forward and backward pass included; the teacher's own pass is not. Time: median of "
-        "alternating runs on the machine named above. Memory: the largest working memory of the compiled program over the "
-        "tokens of the batch."
+        "What differs between recipes: from hidden states to the loss and its gradients for hidden states and head, the teacher's "
+        "log-probs included. The layers of both models below that are left out. Time: median of alternating runs on the machine named "
+        "above. Memory: the largest working memory of the compiled program over the tokens."
     )
     charts = tag("div", *figures, class_="figures large") if figures else None
     box = details("Table: seconds and bytes", table(head, lines, class_="dense"), open=not figures)
