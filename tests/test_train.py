@@ -240,7 +240,7 @@ def of_itself(recipe="full_kl", teacher="@student", **sections):
     return dataclasses.replace(config, teacher=ModelConfig(teacher))
 
 
-@pytest.mark.parametrize("recipe", ["full_kl", "opd"])
+@pytest.mark.parametrize("recipe", ["full_kl", pytest.param("opd", marks=pytest.mark.long)])
 def test_a_student_that_is_its_own_teacher_learns_from_what_only_the_teacher_sees(recipe, tmp_path):
     """The first update is that of a frozen copy, so no gradient flows through the teacher; the second is that of a teacher that moved."""
     rows = {}
@@ -290,6 +290,7 @@ def test_the_evaluation_shows_nothing_of_what_the_teacher_is_shown(tmp_path):
     assert tokenizer.decode(prompts.student_ids[0]) == "<|im_start|>user\n1+1=<|im_end|>\n<|im_start|>assistant\n"
 
 
+@pytest.mark.long
 def test_a_student_can_be_taught_what_it_writes_when_it_sees_more(tmp_path):
     train(of_itself("sft", sampling={"source": "teacher"}, train={"num_steps": 1}), tmp_path / "run")
     (row,) = without_times(tmp_path / "run")

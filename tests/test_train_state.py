@@ -31,6 +31,12 @@ RECIPES = [
     EstimatorConfig(recipe="full_kl", divergence="jsd", beta=0.4, tile=3),
 ]
 
+
+def few_of(names, *kept):
+    """All the names, those that are not kept left to the long tests."""
+    return [name if name in kept else pytest.param(name, marks=pytest.mark.long) for name in names]
+
+
 COUPLED = {  # what a token is worth depends on other tokens, or on more than its own draw
     "batch_mean": EstimatorConfig(recipe="vopd", baseline="batch_mean", tile=5),
     "expected": EstimatorConfig(
@@ -104,7 +110,7 @@ def test_the_gradient_does_not_depend_on_the_number_of_micro_batches(estimator, 
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", COUPLED)
+@pytest.mark.parametrize("name", few_of(COUPLED, "batch_mean"))
 def test_what_couples_tokens_does_not_depend_on_the_number_of_micro_batches(name, rng):
     student, teacher = make_models(jnp.float64)
     estimator = COUPLED[name]
@@ -120,7 +126,7 @@ def test_what_couples_tokens_does_not_depend_on_the_number_of_micro_batches(name
         chex.assert_trees_all_close(part_outputs, outputs, rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", COUPLED)
+@pytest.mark.parametrize("name", few_of(COUPLED, "batch_mean"))
 def test_what_couples_tokens_is_the_same_on_eight_devices(name, rng):
     student, teacher = make_models(jnp.float32)
     batch, head = scored(with_credit(make_batch(rng), rng), teacher, COUPLED[name])
@@ -269,7 +275,9 @@ def drawn(batch):
     return dataclasses.replace(batch, tokens=batch.tokens % 9, behavior_logprobs=behavior)
 
 
-@pytest.mark.parametrize("estimator", [RECIPES[0], RECIPES[2], IMPORTANCE], ids=lambda e: e.recipe)
+@pytest.mark.parametrize(
+    "estimator", [*(pytest.param(r, marks=pytest.mark.long) for r in (RECIPES[0], RECIPES[2])), IMPORTANCE], ids=lambda e: e.recipe
+)
 def test_diagnostics_change_no_bit_of_an_update(estimator, rng):
     student, teacher = make_models(jnp.float32)
     batch, head = scored(drawn(make_batch(rng)), teacher, estimator)

@@ -23,19 +23,19 @@ from opdjax.workdir import environment
 
 
 def audit(config: Config, subjects: Sequence[Subject], how: AuditConfig, tell: Callable[[str], None] = print) -> dict[str, Any]:
-    """Measure the subjects on random contexts, on an enumerated tree and on the config's pair of models; a JSON document.
+    """Measure the subjects on the config's pair of models, on random contexts and on an enumerated tree; a JSON document.
 
     The pair's contexts are sampled from the student at temperature 1 without filters, whatever the config samples with.
     """
     setup = _prepare(config, how)  # first: what is wrong with models or data is said before anything is measured
     uncoupled, coupled = ([each for each in subjects if each.is_coupled == wanted] for wanted in (False, True))
-    tell(f"{len(uncoupled)} estimators at {how.num_contexts} random contexts of {how.vocab} tokens, every draw enumerated")
     document: dict[str, Any] = {"subjects": {each.name: describe(each) for each in subjects}, "how": dataclasses.asdict(how)}
     document["pitfalls"] = {name: pitfall.about for name, pitfall in PITFALLS.items()}  # those of a batch are no subjects
+    document |= _audit_pair(setup, config, uncoupled, coupled, how, tell)
+    tell(f"{len(uncoupled)} estimators at {how.num_contexts} random contexts of {how.vocab} tokens, every draw enumerated")
     document["vocabulary"] = audit_vocabulary(uncoupled, num_contexts=how.num_contexts, vocab=how.vocab, seed=config.seed)
     tell("a tree of every sequence of three tokens")
     document["tree"] = audit_tree(seed=config.seed)
-    document |= _audit_pair(setup, config, uncoupled, coupled, how, tell)
     devices = [device.device_kind for device in jax.devices()]
     return document | {"seed": config.seed, "environment": environment(devices)}
 

@@ -9,7 +9,10 @@ import pytest
 from opdjax import cli
 from opdjax.audit.gradients import _share_signal, _split
 from opdjax.audit.pair import KL_QUANTILES, kl_bins, ratio_with_interval
+from opdjax.audit.run import audit
 from opdjax.audit.subjects import Subject, subject
+from opdjax.audit.table import text
+from opdjax.config import AuditConfig
 
 
 def test_every_context_is_in_one_bin_and_bins_are_ordered(rng):
@@ -43,21 +46,28 @@ def test_the_parts_of_a_variance_are_found(rng):
         assert found[name] == pytest.approx(expected, rel=0.15), name
 
 
-def test_the_command_measures_the_built_in_pair(tmp_path, capsys):
-    arguments = ["--how.num-contexts", "20", "--how.vocab", "8", "--how.num-prompts", "16", "--only", "opd", "k3_direct"]
-    cli.audit(["--workdir", str(tmp_path), *arguments])
-    printed = capsys.readouterr().out
-    assert "k3_direct (pitfall)" in printed
-    document = json.loads((tmp_path / "audit.json").read_text())
-    assert document["contexts"]["rows"]["opd"]["bias"]["reverse"] < 1e-4
-    assert document["contexts"]["rows"]["k3_direct"]["cosine"]["forward"] > 0.999
-    gradients = document["gradients"]["rows"]
+def test_a_few_estimators_on_the_built_in_pair(tmp_path):
+    subjects = [subject("opd"), subject("opd", extra_draws=3), subject("opd", discount=1.0), Subject("k3_direct")]
+    document = audit(cli._MINI, subjects, AuditConfig(num_contexts=20, vocab=8, num_prompts=16), tell=lambda _: None)
+    contexts, gradients = document["contexts"]["rows"], document["gradients"]["rows"]
+    assert contexts["opd"]["bias"]["reverse"] < 1e-4
+    assert contexts["k3_direct"]["cosine"]["forward"] > 0.999
     assert 0.08 < gradients["opd extra_draws=3"]["action"] / gradients["opd"]["action"] < 0.6  # 1 / 4 in expectation
     assert gradients["opd discount=1"]["action"] is None
     assert document["costs"]["opd"]["seconds_per_token"] > 0
-    assert (tmp_path / "audit.txt").read_text() in printed
     assert document["batch_pitfalls"]["shifted_mask"]["bias"] > 0.1
-    assert "audit.html" in printed
+    tables = text(document)
+    assert "k3_direct (pitfall)" in tables
+    json.dumps(document, allow_nan=False)
+
+
+@pytest.mark.long
+def test_the_command_writes_tables_and_page(tmp_path, capsys):
+    cli.audit(["--workdir", str(tmp_path), "--how.num-contexts", "20", "--how.num-prompts", "4", "--only", "opd", "k3_direct"])
+    printed = capsys.readouterr().out
+    assert (tmp_path / "audit.txt").read_text() in printed
+    assert json.loads((tmp_path / "audit.json").read_text())["subjects"]["k3_direct"]["is_pitfall"]
+    assert str(tmp_path / "audit.html") in printed
 
 
 def test_recipes_of_one_expectation_share_the_signal_that_is_told_best():
@@ -69,7 +79,7 @@ def test_recipes_of_one_expectation_share_the_signal_that_is_told_best():
 
 def test_what_cannot_be_measured_is_refused_before_anything_is(tmp_path):
     for arguments, message in (
-        (["--teacher.path", "@mini_student"], "student and teacher say the same"),
+        (["--teacher.path", "@mini_student", "--only", "opd"], "student and teacher say the same"),
         (["--estimator.recipe", "opd", "--estimator.importance", "token_truncate"], "estimator.importance is 'token_truncate'"),
         (["--estimator.recipe", "opd", "--estimator.baseline", "full"], "recipe 'opd' has no option 'baseline'"),
         (["--how.num-prompts", "100000"], "expected at most"),
