@@ -140,6 +140,7 @@ def test_a_teacher_of_another_vocabulary_can_write_but_not_score(tmp_path):
         train(dataclasses.replace(taught(recipe="full_kl"), teacher=teacher), tmp_path / "refused")
 
 
+@pytest.mark.long
 def test_eight_devices_and_micro_batches_change_nothing(tmp_path):
     rows = []
     for devices, parts in ((1, 1), (8, 2)):

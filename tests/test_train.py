@@ -257,6 +257,7 @@ def test_a_student_that_is_its_own_teacher_learns_from_what_only_the_teacher_see
     assert json.loads((tmp_path / "@student" / "config.json").read_text())["data"]["teacher"] == "@student"
 
 
+@pytest.mark.long
 def test_a_student_that_is_its_own_teacher_resumes_and_is_compiled_once(tmp_path, monkeypatch):
     config, made, real, seen = of_itself(train={"num_steps": 3}, checkpoint={"every": 1}), [], opdjax.train.collate, []
     monkeypatch.setattr(opdjax.train, "make_update", lambda *arguments: made.append(make_update(*arguments)) or made[0])
