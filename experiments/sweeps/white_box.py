@@ -7,7 +7,7 @@ First the grid: five rates a recipe, validation prompts, a seed of its own. Its 
 comparison on test prompts: seeds 0 to 4 (0 to 7 for those in `MORE_SEEDS`) at the recipe's best rate and at a common one;
 all recipes see the same prompts in the same order and draw with the same keys. Smaller and larger batches for three of them.
 Then, in eight micro-batches a step so that each run tells signal from noise, the variants of the sampled-token estimator.
-Hardware: two CPU cores, about 13 seconds a run and core, 40 minutes in all where nothing else runs. Paper: the claims of
+Hardware: two CPU cores, 13 seconds a run and core at best, 250 minutes of runs in all beside other work. Paper: the claims of
 "KL for a KL: On-Policy Distillation with Control Variate Baseline", arXiv 2605.07865; results/white_box.md says what was seen.
 """
 
