@@ -31,11 +31,11 @@ def observed(token_loss: Callable) -> Callable:
 
     def loss_of(student, teacher, row, **options):
         loss, outputs = token_loss(student, teacher, row, **options)
+        tiles = jax.lax.stop_gradient((student, teacher))
         if teacher is not None and "kl" not in outputs:
-            outputs = outputs | {"kl": jax.lax.stop_gradient(reverse_kl(*jax.lax.stop_gradient((student, teacher))))}
+            outputs = outputs | {"kl": reverse_kl(*tiles)}
         if row.is_observed is None:
             return loss, outputs
-        tiles = jax.lax.stop_gradient((student, teacher))
         stats = lambda: diagnostics.vocabulary_stats(*tiles, row.token)  # noqa: E731
         nothing = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(stats))  # noqa: E731
         return loss, outputs | jax.lax.cond(jnp.any(row.is_observed), stats, nothing)

@@ -199,12 +199,20 @@ def vocabulary_loss(
     totals=None,
 ):
     """(loss, per-token outputs) of a batch from what `passes` made of it: all of the vocabulary, nothing of the trunk."""
-    if sequence.is_coupled(options):
-        stats = _stats(hidden, head, columns, teacher, batch, spec, options)
-        coupled = partial(sequence.prepare, is_policy_gradient=recipe.is_policy_gradient, totals=totals)
-        columns = coupled(columns, stats, batch.mask, batch.segment_ids, options)
+    columns = prepared(hidden, head, columns, teacher, batch, spec=spec, recipe=recipe, options=options, totals=totals)
     token_loss = partial(recipe.token_loss, **options)
     return tiled_loss(token_loss, hidden, head, weights, columns, teacher, tile=spec.estimator.tile, mesh=spec.mesh)
+
+
+def prepared(
+    hidden, head: Head, columns: Columns, teacher, batch: TrainBatch, *, spec: UpdateSpec, recipe: Recipe, options: dict, totals=None
+) -> Columns:
+    """The columns with what couples the tokens of a sequence, where the options ask for it."""
+    if not sequence.is_coupled(options):
+        return columns
+    stats = _stats(hidden, head, columns, teacher, batch, spec, options)
+    coupled = partial(sequence.prepare, is_policy_gradient=recipe.is_policy_gradient, totals=totals)
+    return coupled(columns, stats, batch.mask, batch.segment_ids, options)
 
 
 def passes(params, batch: TrainBatch, teacher_head, spec: UpdateSpec):

@@ -16,7 +16,6 @@ import numpy as np
 from opdjax.audit.pair import States
 from opdjax.audit.subjects import Subject, subject
 from opdjax.estimators import bind
-from opdjax.estimators.divergence import reverse_kl
 from opdjax.estimators.losses import aggregation_weights, count_denominators
 from opdjax.estimators.pitfalls import PITFALLS
 from opdjax.ops.vocab import tiled_loss
@@ -88,7 +87,7 @@ def audit_batch_pitfalls(states: States) -> dict[str, Any]:
         found = gradient(weights)
         off, along, size, length = map(float, _compare(found, exact))
         rows[name] = {"bias": float(np.sqrt(off / length)), "cosine": along / float(np.sqrt(size * length))}
-    losses = states.per_token(lambda s, t, _: reverse_kl(s, t))[states.mask]
+    losses = states.kl[states.mask]
     rows["bfloat16_sums"] = {"error_by_tokens": {str(n): _sum_error(losses, n) for n in _SUM_LENGTHS}}
     return rows
 

@@ -18,10 +18,9 @@ import numpy as np
 
 from opdjax.audit.pair import States, kl_bins, ratio_with_interval
 from opdjax.audit.subjects import Subject
-from opdjax.estimators import RECIPES, sequence
-from opdjax.estimators.divergence import reverse_kl
-from opdjax.ops.vocab import Columns, tiled_loss, tiled_stats
-from opdjax.train_state import passes
+from opdjax.estimators import bind
+from opdjax.ops.vocab import Columns, tiled_loss
+from opdjax.train_state import passes, prepared
 from opdjax.types import TrainBatch
 
 NUM_REDRAWS = 2
@@ -39,7 +38,7 @@ def audit_gradients(states: States, subjects: Sequence[Subject], tell: Callable[
     are independent, so that the noise of a rollout is the sum of that of its contexts.
     """
     batch = _by_prompt(states, states.batch)
-    bins = kl_bins(states.per_token(lambda s, t, _: reverse_kl(s, t)), states.mask)
+    bins = kl_bins(states.kl, states.mask)
     rows, by_bin = {}, {}
     for each in subjects:
         tell(f"  {each.name}")
@@ -171,14 +170,11 @@ def _split(total, action, trajectory, squares, redraws: int, rollouts: int) -> d
 def _columns(states: States, each: Subject) -> Columns:
     """The columns of the whole batch, prepared where the subject asks for it; tokens and uniforms are set draw by draw."""
     columns = dataclasses.replace(states.columns, uniform=None)
-    if each.recipe is None or not sequence.is_coupled(each.options):
+    if each.recipe is None:
         return columns
-    stat = partial(sequence.token_stats, options=each.options)
-    operands = (states.hidden, states.head, states.batch.mask, columns, states.teacher)
-    stats = jax.jit(lambda *args: tiled_stats(stat, *args, tile=states.spec.estimator.tile))(*operands)
-    is_policy_gradient = RECIPES[each.recipe].is_policy_gradient
-    mask, segments = states.batch.mask, states.batch.segment_ids
-    return sequence.prepare(columns, stats, mask, segments, each.options, is_policy_gradient=is_policy_gradient)
+    recipe, options = bind(each.recipe, each.options)
+    prepare = jax.jit(partial(prepared, spec=states.spec, recipe=recipe, options=options))
+    return prepare(states.hidden, states.head, columns, states.teacher, states.batch)
 
 
 def num_uniforms(subjects: Sequence[Subject]) -> int:
@@ -195,10 +191,7 @@ def _as_drawn(states: States, each: Subject):
 def _redraws(states: States, each: Subject):
     """(tokens `[B, R, T]`, uniforms of extra draws `[B, R, T, M]` or None), drawn anew at every context."""
     first, extra = states.columns.uniform[:, :, :NUM_REDRAWS], each.num_draws - 1
-    columns = dataclasses.replace(states.columns, uniform=first)
-    draw = lambda student, teacher, row: each.drawn_from(student, teacher).draw(row.uniform)  # noqa: E731
-    operands = (states.hidden, states.head, states.batch.mask, columns, states.teacher)
-    tokens = jax.jit(lambda *args: tiled_stats(draw, *args, tile=states.spec.estimator.tile))(*operands)
+    tokens = states.per_token(lambda student, teacher, row: each.drawn_from(student, teacher).draw(row.uniform), uniform=first)
     if not extra:
         return jnp.moveaxis(tokens, -1, 1), None
     more = states.columns.uniform[:, :, NUM_REDRAWS : NUM_REDRAWS * (1 + extra)]

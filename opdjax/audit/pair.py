@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from opdjax.audit.contexts import measure, summarise
 from opdjax.audit.subjects import Subject, subject
 from opdjax.data.packing import to_train_batch
 from opdjax.data.prompts import collate, indices_at
+from opdjax.estimators.divergence import reverse_kl
 from opdjax.models.decoder import Params
 from opdjax.models.hf import load_params
 from opdjax.ops.masked import rank_in_sequence
@@ -52,10 +54,15 @@ class States:
         """Tokens that the student sampled, `[B, T]`."""
         return np.asarray(self.batch.mask)
 
-    def per_token(self, stat) -> Any:
-        """`stat(student, teacher, row) -> pytree` at every sampled token, `[B, T, ...]`, through the tiled pass."""
+    @functools.cached_property
+    def kl(self) -> np.ndarray:
+        """KL(student || teacher) at every sampled token, `[B, T]`, nats."""
+        return self.per_token(lambda student, teacher, _: reverse_kl(student, teacher))
+
+    def per_token(self, stat, **columns) -> Any:
+        """`stat(student, teacher, row) -> pytree` at every sampled token, `[B, T, ...]`; `columns` take the place of the row's."""
         run = jax.jit(lambda *operands: tiled_stats(stat, *operands, tile=self.spec.estimator.tile))
-        found = run(self.hidden, self.head, self.batch.mask, self.columns, self.teacher)
+        found = run(self.hidden, self.head, self.batch.mask, dataclasses.replace(self.columns, **columns), self.teacher)
         return jax.tree.map(np.asarray, found)
 
 
@@ -103,7 +110,7 @@ def audit_contexts(states: States, subjects: Sequence[Subject]) -> dict[str, Any
     """Bias, cosine and action variance of the uncoupled subjects at the sampled contexts, whole and by KL and position."""
     mask = states.mask
     plain = states.per_token(lambda s, t, _: measure(subject("opd"), s, t))
-    kl, mean_reward = plain["kl"], -float(plain["kl"][mask].mean())
+    kl, mean_reward = states.kl, -float(states.kl[mask].mean())
     if not plain["variance"][mask].any():
         raise ValueError("student and teacher say the same of every context; expected a teacher that differs: nothing could be compared")
     bins = kl_bins(kl, mask)

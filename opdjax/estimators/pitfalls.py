@@ -20,6 +20,8 @@ from opdjax.estimators.losses import policy_gradient_loss
 from opdjax.estimators.opd import opd, sampled_reward, student_topk_baseline
 from opdjax.ops.vocab import Columns, VocabTile
 
+_VALUE_TOP_K = 8  # ids whose KL is taken for an advantage
+
 
 @dataclasses.dataclass(frozen=True)
 class Pitfall:
@@ -45,10 +47,12 @@ def k3_direct(student: VocabTile, teacher: VocabTile, row: Columns):
     return k3(student_logprob, jax.lax.stop_gradient(teacher.logprob(row.token))), {"student_logprob": student_logprob}
 
 
-def topk_value(student: VocabTile, teacher: VocabTile, row: Columns, *, k: int = 8):
+def topk_value(student: VocabTile, teacher: VocabTile, row: Columns):
     """Minus the KL on the student's top k ids as the advantage of whatever token was drawn."""
     student_logprob = student.logprob(row.token)
-    return policy_gradient_loss(student_topk_baseline(student, teacher, k), student_logprob), {"student_logprob": student_logprob}
+    return policy_gradient_loss(student_topk_baseline(student, teacher, _VALUE_TOP_K), student_logprob), {
+        "student_logprob": student_logprob
+    }
 
 
 def filtered(student: VocabTile, *, temperature: float = 0.7, k: int = 50, top_p: float = 0.95) -> VocabTile:
@@ -102,7 +106,7 @@ PITFALLS = {
         "the advantage. It is a property of the context: whatever token was drawn gets the same, and the expected gradient "
         "is 0. It is the baseline of vOPD without the reward it belongs to. Reported against radixark/miles (issue 2362).",
         topk_value,
-        lambda student, teacher: jnp.broadcast_to(student_topk_baseline(student, teacher, 8)[:, None], student.logits.shape),
+        lambda student, teacher: jnp.broadcast_to(student_topk_baseline(student, teacher, _VALUE_TOP_K)[:, None], student.logits.shape),
     ),
     "filtered_sampling": Pitfall(
         "Completions are drawn at a temperature or through top-k and top-p, and scored under the full softmax at temperature "
