@@ -23,7 +23,7 @@ from opdjax.models.decoder import Params, head_of
 from opdjax.models.hf import Checkpoint, CheckpointError, fingerprint, load_params, open_checkpoint
 from opdjax.ops.vocab import Head
 from opdjax.sampler import Decoding, extra_uniforms
-from opdjax.sharding import make_mesh, replicated
+from opdjax.sharding import make_mesh, num_row_shards, replicated
 from opdjax.train_state import UpdateSpec
 from opdjax.types import Metrics, Rollouts, TrainBatch
 from opdjax.workdir import environment
@@ -58,12 +58,13 @@ class Setup:
 
 def prepare(config: Config) -> Setup:
     """Read and check everything a run needs, before anything is computed."""
-    mesh = make_mesh(config.mesh.data)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     rows = config.rows_per_step
-    if rows % (mesh.size * config.train.gradient_accumulation_steps):
+    shards = num_row_shards(mesh)
+    if rows % (shards * config.train.gradient_accumulation_steps):
         raise ConfigError(
             f"{rows} rows a step (train.prompts_per_step x sampling.num_generations) do not divide into "
-            f"{config.train.gradient_accumulation_steps} micro-batches on {mesh.size} devices; change one of them"
+            f"{config.train.gradient_accumulation_steps} micro-batches on {shards} devices (mesh.data x mesh.fsdp); change one of them"
         )
     student = open_checkpoint(config.student.path, config.student.revision)
     tokenizer = load_tokenizer(student.path)

@@ -21,6 +21,7 @@ from opdjax.models.decoder import DecoderConfig, KVCache, Params, forward_cached
 from opdjax.ops.draw import invert_cdf
 from opdjax.ops.masked import rank_in_sequence
 from opdjax.ops.vocab import head_logits
+from opdjax.sharding import ROW_AXES, by_row
 from opdjax.types import PromptBatch, Rollouts
 
 TRAIN_STREAM, EVAL_STREAM, EXTRA_STREAM = 0, 1, 2
@@ -83,7 +84,7 @@ def sample(
     """`num_generations` completions of each prompt (B = P * G rows, those of a prompt side by side).
 
     Rows are `[prompt | completion]`; the loop ends as soon as every row has drawn a stop token. With a `mesh`, rows are
-    split over its `data` axis, which must divide B.
+    split over `data` and `fsdp`, whose product must divide B.
     """
     repeat = partial(jnp.repeat, repeats=num_generations, axis=0)
     prompt_tokens, prompt_mask, prompt_id = repeat(prompts.tokens), repeat(prompts.mask), repeat(prompts.prompt_id)
@@ -93,8 +94,7 @@ def sample(
     sample_id = first_sample + repeat(occurrence) * num_generations + jnp.tile(jnp.arange(num_generations), prompts.tokens.shape[0])
     keys = row_keys(seed, stream, prompt_id, sample_id, policy_version)
     if mesh is not None:
-        by_row = NamedSharding(mesh, P("data"))
-        prompt_tokens, prompt_mask, keys = jax.lax.with_sharding_constraint((prompt_tokens, prompt_mask, keys), by_row)
+        prompt_tokens, prompt_mask, keys = jax.lax.with_sharding_constraint((prompt_tokens, prompt_mask, keys), by_row(mesh))
 
     columns = _decode(params, prompt_tokens, prompt_mask, keys, config, decoding, mesh)
     tokens, mask, behavior, unfiltered = columns
@@ -156,7 +156,7 @@ def _with_room(cache: KVCache, length: int, mesh: Mesh | None) -> KVCache:
     grow = lambda x, axis: jnp.pad(x, [(0, length if i == axis else 0) for i in range(x.ndim)])  # noqa: E731
     keys, values = grow(cache.keys, 2), grow(cache.values, 2)
     if mesh is not None:
-        keys, values = jax.lax.with_sharding_constraint((keys, values), NamedSharding(mesh, P(None, "data")))
+        keys, values = jax.lax.with_sharding_constraint((keys, values), NamedSharding(mesh, P(None, ROW_AXES)))
     return KVCache(keys, values, grow(cache.segment_ids, 1))
 
 

@@ -1,4 +1,8 @@
-"""The mesh, and how arrays are laid on it."""
+"""The mesh, and how arrays are laid on it.
+
+Three axes: `data` holds copies of the parameters, `fsdp` splits them and the optimizer's state, `tensor` splits the heads, the
+MLP and the vocabulary within a layer. Rows of a batch are split over `data` and `fsdp` together.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +14,32 @@ from jax.sharding import PartitionSpec as P
 
 from opdjax.fields import ConfigError
 
+AXES = ("data", "fsdp", "tensor")
+ROW_AXES = ("data", "fsdp")
 
-def make_mesh(data: int) -> Mesh:
-    """A mesh whose axis `data` has this many devices (-1: all)."""
+
+def make_mesh(data: int, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh of `data * fsdp * tensor` devices; `data` may be -1: as many as there are devices for."""
     available = jax.devices()
-    count = len(available) if data == -1 else data
+    data = max(len(available) // (fsdp * tensor), 1) if data == -1 else data
+    count = data * fsdp * tensor
     if count > len(available):
+        named = ", ".join(f"mesh.{name} {size}" for name, size in zip(AXES, (data, fsdp, tensor)) if size > 1)
         raise ConfigError(
-            f"mesh.data is {data}, but there are {len(available)} {available[0].platform} devices; expected at most so many, or -1 for all"
+            f"{named}: {count} devices, but there are {len(available)} {available[0].platform} devices; expected a product of at most "
+            "so many (mesh.data -1: all that the others leave)"
         )
-    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=available[:count])
+    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=available[:count])
+
+
+def num_row_shards(mesh: Mesh | None) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def by_row(mesh: Mesh) -> NamedSharding:
-    """Rows split over `data`."""
-    return NamedSharding(mesh, P("data"))
+    """Rows split over `data` and `fsdp`."""
+    return NamedSharding(mesh, P(ROW_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -43,5 +58,5 @@ def merge_rows(tree: Any) -> Any:
 
 
 def shard_rows(batch: Any, mesh: Mesh) -> Any:
-    """Place a tree of host arrays with their first axis split over `data`."""
+    """Place a tree of host arrays with their first axis split over the rows' axes."""
     return jax.device_put(batch, by_row(mesh))

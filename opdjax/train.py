@@ -35,7 +35,7 @@ from opdjax.prepare import Setup, as_of_step, facts, prepare, update_spec, with_
 from opdjax.results import read_result
 from opdjax.sampler import sample
 from opdjax.scoring.local import score
-from opdjax.sharding import replicated, shard_rows
+from opdjax.sharding import num_row_shards, replicated, shard_rows
 from opdjax.train_state import TrainState, init_state, make_examine, make_optimizer, make_update
 from opdjax.types import Metrics, PromptBatch, Rollouts, TrainBatch
 from opdjax.workdir import WorkdirError, append_lines, claim, cut_lines, locked, read_config, read_lines, require_local, write_json
@@ -244,7 +244,7 @@ def _token_counts(setup: Setup, batch: TrainBatch) -> Metrics:
 
 def _sample_rows(setup: Setup, examine, params: Params, rollouts: Rollouts, batch: TrainBatch, step: int) -> list[dict[str, Any]]:
     """The first rollouts of a step, each token with what the recipe makes of it and what the teacher would have preferred."""
-    devices = setup.mesh.size
+    devices = num_row_shards(setup.mesh)
     count = min(-(-setup.config.log.num_samples // devices) * devices, rollouts.tokens.shape[0])
     first, few = jax.tree.map(lambda x: np.asarray(x)[:count], (rollouts, batch))
     is_comparable = setup.teacher is not None and setup.teacher.shares_vocabulary

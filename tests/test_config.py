@@ -44,7 +44,7 @@ UNUSUAL = Config(
     evaluation=EvaluationConfig(None, "boxed", 3, 4, 0.8, 0.95, 5, 32, 16, (0.5, 0.7), 25, 9, "problem", "solution"),
     checkpoint=CheckpointConfig(10, 3, "greedy"),
     log=LogConfig(0, 2, True, 3),
-    mesh=MeshConfig(2),
+    mesh=MeshConfig(2, 2, 2, 2),
     seed=11,
 )  # fmt: skip
 EXCLUDED = {
@@ -246,8 +246,8 @@ REFUSED = [
     (CheckpointConfig, {"best_metric": "avg"}, "checkpoint.best_metric is 'avg'; expected avg@k, pass@k or greedy"),
     (LogConfig, {"samples_every": -1}, "log.samples_every is -1; expected 0 (off) or more"),
     (LogConfig, {"num_samples": 0}, "log.num_samples is 0; expected at least 1"),
-    (MeshConfig, {"data": 0}, "mesh.data is 0; expected -1 (all devices) or at least 1"),
-    (MeshConfig, {"data": -2}, "mesh.data is -2; expected -1 (all devices) or at least 1"),
+    (MeshConfig, {"data": 0}, "mesh.data is 0; expected -1 (all there are) or at least 1"),
+    (MeshConfig, {"data": -2}, "mesh.data is -2; expected -1 (all there are) or at least 1"),
     (Config, {"seed": -1}, "seed is -1; expected from 0 to 2147483647"),
     (Config, {"seed": 2**31}, "seed is 2147483648; expected at most 2147483647"),
     # Sections made in Python, whose types nothing else checks.

@@ -21,6 +21,8 @@ from opdjax.models.hf import load_params, open_checkpoint
 from opdjax.ops.draw import invert_cdf
 from opdjax.ops.vocab import head_logits
 from opdjax.sampler import EVAL_STREAM, TRAIN_STREAM, Decoding, draw_tokens, extra_uniforms, filter_mask, row_keys, sample
+from opdjax.sharding import by_row as by_row_of
+from opdjax.sharding import make_mesh
 from opdjax.types import PromptBatch, Rollouts
 
 ROWS, VOCAB, VALID = 32, 214, 200  # of the filter tests; ids from VALID on are padding
@@ -556,7 +558,7 @@ def named_uniforms(prompt_id):
 
 
 def mesh_of(count):
-    return jax.make_mesh((count,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:count])
+    return make_mesh(count)
 
 
 @pytest.fixture(scope="module")
@@ -572,7 +574,7 @@ def test_uniforms_are_bit_equal_in_every_layout(uniforms):
         np.testing.assert_array_equal(np.concatenate(parts), uniforms[:63])
     np.testing.assert_array_equal(named_uniforms(ids[::-1].copy()), uniforms[::-1])
     for count in (2, 8):
-        by_row = jax.sharding.NamedSharding(mesh_of(count), jax.sharding.PartitionSpec("data"))
+        by_row = by_row_of(mesh_of(count))
         sharded = named_uniforms(jax.device_put(ids, by_row))
         assert len(sharded.sharding.device_set) == count
         np.testing.assert_array_equal(sharded, uniforms)
@@ -608,7 +610,7 @@ def test_extra_uniforms_are_bit_equal_in_every_layout():
         found = np.asarray(extra_uniforms(moved, 7, 4))
         for row, x, m in zip(rows, found, moved.mask):
             np.testing.assert_array_equal(x[m], tokens[row])
-    by_row = jax.sharding.NamedSharding(mesh_of(2), jax.sharding.PartitionSpec("data"))
+    by_row = by_row_of(mesh_of(2))
     np.testing.assert_array_equal(extra_uniforms(jax.device_put(plain, by_row), 7, 4), expected)
     # Fewer draws are another function of the same names; every token and draw has a number of its own.
     drawn = np.concatenate(tokens)

@@ -14,6 +14,7 @@ from opdjax.evals.grading import GRADERS
 from opdjax.evals.passk import avg_at_k, mean_and_interval, pass_at_k
 from opdjax.models.decoder import DecoderConfig, Params
 from opdjax.sampler import EVAL_STREAM, Decoding, sample
+from opdjax.sharding import num_row_shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Evaluator:
             config.max_completion_length, self.stop_token_ids, temperature=temperature, top_k=config.top_k, top_p=config.top_p,
             valid_vocab=self.valid_vocab,
         )  # fmt: skip
-        devices = 1 if self.mesh is None else self.mesh.size
+        devices = num_row_shards(self.mesh)
         at_once = min(max(config.batch_size // num_samples, 1), len(self.prompts))
         at_once = -(-at_once // devices) * devices
         results = []

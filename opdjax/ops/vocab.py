@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from opdjax.ops.draw import invert_cdf
+from opdjax.sharding import ROW_AXES
 
 PyTree = Any
 CPU_BLOCK = 4096  # rows of the head whose gradient is formed at a time, where there is no accelerator
@@ -202,15 +203,15 @@ def _run(token_loss, hidden, head, operands, *, tile, mesh, grad):
     """One pass, on this device alone or as one shard of rows per device."""
     weights, columns, teacher = operands
     local = partial(_visit, token_loss, tile=tile, grad=grad)
-    if mesh is None or mesh.shape["data"] == 1:
+    if mesh is None or mesh.size == 1:
         return _in_type_of(head, *local(hidden, head, weights, columns, teacher))
 
     def shard(hidden, head, weights, columns, teacher):
         total, outputs, dhidden, dhead = local(hidden, head, weights, columns, teacher)
-        total, dhead = jax.lax.psum((total, dhead), "data")
+        total, dhead = jax.lax.psum((total, dhead), ROW_AXES)
         return _in_type_of(head, total, outputs, dhidden, dhead)
 
-    rows = P("data")
+    rows = P(ROW_AXES)
     in_specs = (rows, P(), rows, rows, None if teacher is None else (rows, P()))
     out_specs = (P(), rows, rows, P())
     # check_vma=False: the function returns finished gradients and is never differentiated itself.

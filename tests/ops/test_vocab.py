@@ -13,6 +13,7 @@ from jax.test_util import check_grads
 
 from opdjax.ops import vocab as vocab_ops
 from opdjax.ops.vocab import Columns, Head, VocabTile, head_logits, tiled_loss, tiled_stats
+from opdjax.sharding import ROW_AXES, make_mesh
 
 ROWS, WIDTH, VOCAB, TEACHER_WIDTH = 8, 4, 11, 6
 LENGTH = 5  # 40 tokens, 5 on each of 8 devices: a tile of 3 divides neither, one of 64 is larger than both
@@ -100,7 +101,7 @@ def assert_close(actual, expected, tolerance):
 
 
 def mesh_of_eight():
-    return jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    return make_mesh(8)
 
 
 # ---- VocabTile and head_logits, by hand
@@ -212,12 +213,12 @@ def test_sharded_equals_unsharded(x64, token_loss, tile):
 def test_sharded_takes_distributed_rows(x64):
     hidden, head, weights, columns, (teacher_hidden, teacher_head) = problem()
     mesh = mesh_of_eight()
-    rows = lambda x: jax.device_put(x, NamedSharding(mesh, P("data")))  # noqa: E731
+    rows = lambda x: jax.device_put(x, NamedSharding(mesh, P(ROW_AXES)))  # noqa: E731
     everywhere = lambda x: jax.device_put(x, NamedSharding(mesh, P()))  # noqa: E731
     placed = rows(hidden), everywhere(head), rows(weights), rows(columns), (rows(teacher_hidden), everywhere(teacher_head))
     actual = value_outputs_gradients(partial(tiled_loss, reverse_kl, tile=3, mesh=mesh), *placed)
     assert_close(actual, dense_reference(reverse_kl), 1e-10)
-    assert actual[2][0].sharding.is_equivalent_to(NamedSharding(mesh, P("data")), 3)
+    assert actual[2][0].sharding.is_equivalent_to(NamedSharding(mesh, P(ROW_AXES)), 3)
     assert actual[2][1].kernel.sharding.is_fully_replicated
 
 
@@ -468,8 +469,8 @@ COLLECTIVE = re.compile(r"(all-reduce|all-gather|reduce-scatter|all-to-all|colle
 def test_compiled_program_holds_no_logits_and_reduces_once():
     mesh, rows, length, vocab, width = mesh_of_eight(), 8, 512, 1000, 16
     shape = lambda spec, *dims, dtype=jnp.float32: jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, spec))  # noqa: E731
-    hidden, kernel = shape(P("data"), rows, length, width), Head(shape(P(), vocab, width), shape(P(), vocab))
-    weights, columns = shape(P("data"), rows, length), Columns(shape(P("data"), rows, length, dtype=jnp.int32))
+    hidden, kernel = shape(P(ROW_AXES), rows, length, width), Head(shape(P(), vocab, width), shape(P(), vocab))
+    weights, columns = shape(P(ROW_AXES), rows, length), Columns(shape(P(ROW_AXES), rows, length, dtype=jnp.int32))
     args = hidden, kernel, weights, columns, (hidden, kernel)
 
     def compiled_text(loss):
