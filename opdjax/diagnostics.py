@@ -37,7 +37,8 @@ def observed(token_loss: Callable) -> Callable:
         if row.is_observed is None:
             return loss, outputs
         stats = lambda: diagnostics.vocabulary_stats(*tiles, row.token)  # noqa: E731
-        nothing = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(stats))  # noqa: E731
+        # Made of the loss, so that on a mesh they differ between devices where the statistics do.
+        nothing = lambda: jax.tree.map(lambda x: jnp.where(True, 0, loss).astype(x.dtype), jax.eval_shape(stats))  # noqa: E731
         return loss, outputs | jax.lax.cond(jnp.any(row.is_observed), stats, nothing)
 
     return loss_of

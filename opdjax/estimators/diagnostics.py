@@ -32,25 +32,26 @@ def squared_score(student: VocabTile, token: Int[Array, " n"]) -> Float[Array, "
     `E[A^2 w_y]` is thus the second moment of one token's policy gradient in logit space: the noise of the drawn action, and
     what a baseline is there to shrink. Written as `(1 - p_y)^2 + sum_{u != y} p_u^2`, in which nothing cancels.
     """
-    others = jnp.where(jnp.arange(student.logits.shape[-1]) == token[:, None], 0, jnp.exp(student.logprobs))
-    return jnp.square(jnp.expm1(student.logprob(token))) + jnp.sum(jnp.square(others), axis=-1)
+    others = jnp.where(student.ids == token[:, None], 0, jnp.exp(student.logprobs))
+    return jnp.square(jnp.expm1(student.logprob(token))) + student.total(jnp.square(others))
 
 
-def kth_largest(x: Float[Array, "n V"], k: int) -> Float[Array, " n"]:
-    """The k-th largest entry of each row, equal entries counted once; -inf where there are fewer than k.
+def kth_largest(tile: VocabTile, k: int) -> Float[Array, " n"]:
+    """The k-th largest logit of each token, equal ones counted once; -inf where there are fewer than k.
 
     Far cheaper than `lax.top_k` at either size: k passes over a short row; of a long one only the k blocks of ids with the
     largest maxima, which hold the k largest entries.
     """
+    x = tile.logits
     if x.shape[-1] > _LONG_VOCAB:
         blocks = jnp.pad(x, ((0, 0), (0, -x.shape[-1] % _BLOCK)), constant_values=-jnp.inf).reshape(x.shape[0], -1, _BLOCK)
         best = jax.lax.top_k(jnp.max(blocks, axis=-1), k)[1]
         x = jnp.take_along_axis(blocks, best[:, :, None], axis=1).reshape(x.shape[0], -1)
 
     def lower(_, bound):
-        return jnp.max(jnp.where(x < bound[:, None], x, -jnp.inf), axis=-1)
+        return tile.largest(jnp.where(x < bound[:, None], x, -jnp.inf))
 
-    return jax.lax.fori_loop(0, k - 1, lower, jnp.max(x, axis=-1))
+    return jax.lax.fori_loop(0, k - 1, lower, tile.largest(x))
 
 
 def top_k_overlap(student: VocabTile, teacher: VocabTile, k: int = OVERLAP_TOP_K) -> dict[str, Float[Array, " n"]]:
@@ -59,18 +60,18 @@ def top_k_overlap(student: VocabTile, teacher: VocabTile, k: int = OVERLAP_TOP_K
     `overlap/ratio`: share of the student's k most likely ids that are among the teacher's k. `overlap/student_mass` and
     `overlap/teacher_mass`: the probability that each gives to the student's k. Ids that tie for the last place all count.
     """
-    among = lambda tile: (tile.logits > -jnp.inf) & (tile.logits >= kth_largest(tile.logits, k)[:, None])  # noqa: E731
+    among = lambda tile: (tile.logits > -jnp.inf) & (tile.logits >= kth_largest(tile, k)[:, None])  # noqa: E731
     kept = among(student)
-    both = jnp.sum(kept & among(teacher), axis=-1)
+    count = lambda x: student.total(x.astype(student.logits.dtype))  # noqa: E731
     return {
-        "overlap/ratio": (both / jnp.maximum(jnp.sum(kept, axis=-1), 1)).astype(student.logits.dtype),
+        "overlap/ratio": count(kept & among(teacher)) / jnp.maximum(count(kept), 1),
         "overlap/student_mass": _mass(student, kept),
         "overlap/teacher_mass": _mass(teacher, kept),
     }
 
 
 def _mass(tile: VocabTile, kept: Bool[Array, "n V"]) -> Float[Array, " n"]:
-    return jnp.sum(jnp.where(kept, jnp.exp(tile.logprobs), 0), axis=-1)
+    return tile.total(jnp.where(kept, jnp.exp(tile.logprobs), 0))
 
 
 def vocabulary_stats(student: VocabTile, teacher: VocabTile | None, token: Int[Array, " n"]) -> dict[str, Float[Array, " n"]]:

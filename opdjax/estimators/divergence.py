@@ -215,7 +215,7 @@ def topk_kl(
         if renormalize != "none" and (outside == "tail" or (outside == "floor" and renormalize == "both")):
             raise ValueError(f"topk_kl has outside {outside!r} with renormalize {renormalize!r}; expected renormalize 'none'")
         rest = _choose(outside, {"drop": _nothing, "tail": _tail_bucket, "floor": _floored}, "outside")
-        loss += rest(student, teacher, jnp.where(is_kept, ids, student.logits.shape[-1]), swap)
+        loss += rest(student, teacher, jnp.where(is_kept, ids, student.vocab_size), swap)
     # With nothing kept there is nothing to compare, whatever stands for the rest.
     loss = jnp.where(jnp.any(is_kept, axis=-1), loss, 0)
     if clamp_at_zero:
@@ -259,10 +259,15 @@ def _on_live(f, logprobs: Float[Array, "n K"], fill: float) -> Float[Array, "n K
 
 
 def _sum_on(first: Float[Array, "n K"], second: Float[Array, "n K"]) -> Float[Array, " n"]:
-    """`sum_v p_v (log p_v - log q_v)` over the kept ids; an id of probability 0 contributes exactly 0."""
+    """`sum_v p_v (log p_v - log q_v)` over the kept ids."""
+    return jnp.sum(_terms(first, second), axis=-1)
+
+
+def _terms(first: Float[Array, "n K"], second: Float[Array, "n K"]) -> Float[Array, "n K"]:
+    """`p_v (log p_v - log q_v)` of each id; one of probability 0 contributes exactly 0."""
     is_live = first != -jnp.inf  # a NaN is live: it has to be seen
     first = jnp.where(is_live, first, 0)
-    return jnp.sum(jnp.where(is_live, jnp.exp(first) * (first - jnp.where(is_live, second, 0)), 0), axis=-1)
+    return jnp.where(is_live, jnp.exp(first) * (first - jnp.where(is_live, second, 0)), 0)
 
 
 def _weighted_policy_gradient(s: Float[Array, "n K"], t: Float[Array, "n K"], weight: str) -> Float[Array, " n"]:
@@ -278,25 +283,15 @@ def _nothing(student, teacher, ids, swap) -> Float[Array, " n"]:
     return jnp.zeros(student.logits.shape[0], student.logits.dtype)
 
 
-def _without(tile: VocabTile, ids: Int[Array, "n K"]) -> Float[Array, "n V"]:
-    """Log-probabilities of the ids outside the support, -inf inside; an id of V is none."""
-    return tile.logprobs.at[jnp.arange(ids.shape[0])[:, None], ids].set(-jnp.inf, mode="drop")
-
-
 def _tail_bucket(student, teacher, ids, swap) -> Float[Array, " n"]:
     """One summand for all other ids; their mass is summed, not subtracted from 1, which float32 could not resolve."""
-
-    def mass(tile):
-        rest = _without(tile, ids)
-        has_rest = jnp.any(rest != -jnp.inf, axis=-1, keepdims=True)
-        summed = jax.nn.logsumexp(jnp.where(has_rest, rest, 0), axis=-1, keepdims=True)
-        return jnp.where(has_rest, summed, -jnp.inf)
-
-    s, t = mass(student), jax.lax.stop_gradient(mass(teacher))
+    s, t = (tile.log_total(tile.without(ids))[:, None] for tile in (student, jax.lax.stop_gradient(teacher)))
     return _sum_on(t, s) if swap else _sum_on(s, t)
 
 
 def _floored(student, teacher, ids, swap) -> Float[Array, " n"]:
     """Forward: the teacher's e^-100 of every other id counts as 0. Reverse: the student pays for all it has there."""
-    rest = _without(student, ids)
-    return _nothing(student, teacher, ids, swap) if swap else _sum_on(rest, jnp.full_like(rest, FLOOR))
+    if swap:
+        return _nothing(student, teacher, ids, swap)
+    rest = student.without(ids)
+    return student.total(_terms(rest, jnp.full_like(rest, FLOOR)))

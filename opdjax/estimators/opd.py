@@ -69,10 +69,9 @@ def score_norms(student: VocabTile) -> Float[Array, "n V"]:
     """
     is_live = student.logits > -jnp.inf
     p = jax.lax.stop_gradient(jnp.where(is_live, jnp.exp(student.logprobs), 0))
-    is_top = jnp.arange(p.shape[-1]) == jnp.argmax(p, axis=-1, keepdims=True)
+    is_top = student.ids == student.top_k(1)
     others = jnp.where(is_top, 0, p)
-    mass, squares = (jnp.sum(x, axis=-1, keepdims=True) for x in (others, jnp.square(others)))
-    top = jnp.max(p, axis=-1, keepdims=True)
+    mass, squares, top = student.total(others)[:, None], student.total(jnp.square(others))[:, None], student.largest(p)[:, None]
     beside = jnp.where(is_top, squares, jnp.square(top) + (squares - jnp.square(p)))
     return jnp.square(jnp.where(is_top, mass, 1 - p)) + beside
 

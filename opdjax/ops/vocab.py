@@ -48,19 +48,31 @@ def sum_dtype(dtype: jnp.dtype) -> jnp.dtype:
 
 def head_logits(head: Head, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """Dense logits, in at least float32. For a few positions only: training and scoring go through the tiled pass."""
-    raw = jnp.einsum("...d,vd->...v", hidden, head.kernel, preferred_element_type=sum_dtype(hidden.dtype))
-    return _finish_logits(head, raw)
+    return _finish_logits(head, _raw_logits(head, hidden))
 
 
-def _finish_logits(head: Head, raw: Float[Array, "... V"]) -> Float[Array, "... V"]:
+def _raw_logits(head: Head, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    return jnp.einsum("...d,vd->...v", hidden, head.kernel, preferred_element_type=sum_dtype(hidden.dtype))
+
+
+def _finish_logits(head: Head, raw: Float[Array, "... V"], axis: str | None = None) -> Float[Array, "... V"]:
     logits = raw if head.bias is None else raw + head.bias.astype(raw.dtype)
     if head.softcap is not None:
         logits = head.softcap * jnp.tanh(logits / head.softcap)
     if head.temperature != 1.0:
         logits = logits / head.temperature
-    if head.valid_vocab is not None and head.valid_vocab < head.kernel.shape[0]:
-        logits = jnp.where(jnp.arange(head.kernel.shape[0]) < head.valid_vocab, logits, -jnp.inf)
+    if head.valid_vocab is not None and head.valid_vocab < head.kernel.shape[0] * _num_slices(axis):
+        logits = jnp.where(_ids_of_slice(head.kernel.shape[0], axis) < head.valid_vocab, logits, -jnp.inf)
     return logits
+
+
+def _num_slices(axis: str | None) -> int:
+    return 1 if axis is None else jax.lax.axis_size(axis)
+
+
+def _ids_of_slice(width: int, axis: str | None) -> Int[Array, " V"]:
+    ids = jnp.arange(width)
+    return ids if axis is None else jax.lax.axis_index(axis) * width + ids
 
 
 def _fit_width(logits: Float[Array, "n U"], vocab: int) -> Float[Array, "n V"]:
@@ -69,17 +81,50 @@ def _fit_width(logits: Float[Array, "n U"], vocab: int) -> Float[Array, "n V"]:
     return jnp.pad(logits, ((0, 0), (0, missing)), constant_values=-jnp.inf) if missing > 0 else logits[:, :vocab]
 
 
-@jax.tree_util.register_dataclass
+@partial(jax.tree_util.register_dataclass, data_fields=["logits"], meta_fields=["axis"])
 @dataclasses.dataclass(frozen=True)
 class VocabTile:
-    """The next-token distributions of n tokens. Made of plain dense `[n, V]` logits it is the reference of every test."""
+    """The next-token distributions of n tokens. Made of plain dense `[n, V]` logits it is the reference of every test.
+
+    On a mesh that splits the vocabulary each device has the logits of its own slice, and `axis` names the mesh axis. So a
+    recipe reduces over the vocabulary by the methods of this class alone, never by `jnp.sum(..., axis=-1)`: what they return
+    is of the whole vocabulary and the same on every device. One that forgets is refused when it is traced.
+    """
 
     logits: Float[Array, "n V"]
+    axis: str | None = None
+
+    @property
+    def ids(self) -> Int[Array, " V"]:
+        """The ids that the columns stand for."""
+        return _ids_of_slice(self.logits.shape[-1], self.axis)
+
+    @property
+    def vocab_size(self) -> int:
+        """V, all slices together."""
+        return self.logits.shape[-1] * _num_slices(self.axis)
+
+    def total(self, x: Float[Array, "n V"]) -> Float[Array, " n"]:
+        """The sum of `x` over the vocabulary."""
+        summed = jnp.sum(x, axis=-1)
+        return summed if self.axis is None else jax.lax.psum(summed, self.axis)
+
+    def largest(self, x: Float[Array, "n V"]) -> Float[Array, " n"]:
+        """The maximum of `x` over the vocabulary; detached."""
+        found = jnp.max(jax.lax.stop_gradient(x), axis=-1)
+        return found if self.axis is None else jax.lax.pmax(found, self.axis)
+
+    def log_total(self, x: Float[Array, "n V"]) -> Float[Array, " n"]:
+        """`log sum exp(x)` over the vocabulary; -inf, without gradient, in a row that is -inf throughout."""
+        top = self.largest(x)
+        is_live = top != -jnp.inf  # a NaN is live: it has to be seen
+        summed = self.total(jnp.exp(jnp.where(is_live[:, None], x, 0) - jnp.where(is_live, top, 0)[:, None]))
+        return jnp.where(is_live, jnp.log(summed) + top, -jnp.inf)
 
     @property
     def logsumexp(self) -> Float[Array, " n"]:
         """The log-normaliser, nats."""
-        return jax.nn.logsumexp(self.logits, axis=-1)
+        return jax.nn.logsumexp(self.logits, axis=-1) if self.axis is None else self.log_total(self.logits)
 
     @property
     def logprobs(self) -> Float[Array, "n V"]:
@@ -89,22 +134,56 @@ class VocabTile:
     def logprob(self, ids: Int[Array, "n *K"]) -> Float[Array, "n *K"]:
         """Log-probability at one id (`[n]`) or at K ids (`[n, K]`) a token, under the full softmax."""
         columns = ids if ids.ndim == 2 else ids[:, None]
-        picked = jnp.take_along_axis(self.logits, columns, axis=-1) - self.logsumexp[:, None]
+        picked = self._at(columns) - self.logsumexp[:, None]
         return picked if ids.ndim == 2 else picked[:, 0]
+
+    def _at(self, ids: Int[Array, "n K"]) -> Float[Array, "n K"]:
+        if self.axis is None:
+            return jnp.take_along_axis(self.logits, ids, axis=-1)
+        column, is_mine = self._column(ids)
+        found = jnp.take_along_axis(self.logits, jnp.where(is_mine, column, 0), axis=-1)
+        return jax.lax.psum(jnp.where(is_mine, found, 0), self.axis)
+
+    def _column(self, ids: Int[Array, "n K"]) -> tuple[Int[Array, "n K"], Bool[Array, "n K"]]:
+        """Where the ids stand among this device's columns, and whether they do."""
+        width = self.logits.shape[-1]
+        column = ids if self.axis is None else ids - jax.lax.axis_index(self.axis) * width
+        return column, (column >= 0) & (column < width)
+
+    def without(self, ids: Int[Array, "n K"]) -> Float[Array, "n V"]:
+        """Log-probabilities of all ids but the given ones, which are -inf; an id of `vocab_size` or more is none."""
+        column, is_mine = self._column(ids)
+        column = jnp.where(is_mine, column, self.logits.shape[-1])
+        return self.logprobs.at[jnp.arange(ids.shape[0])[:, None], column].set(-jnp.inf, mode="drop")
 
     def expect(self, f: Float[Array, "n V"]) -> Float[Array, " n"]:
         """`E_{v ~ this}[f(v)]`. Ids of probability 0 contribute exactly 0, value and gradient, whatever `f` holds there."""
         is_live = self.logits > -jnp.inf
-        return jnp.sum(jnp.where(is_live, jnp.exp(jnp.where(is_live, self.logprobs, 0)) * jnp.where(is_live, f, 0), 0), axis=-1)
+        return self.total(jnp.where(is_live, jnp.exp(jnp.where(is_live, self.logprobs, 0)) * jnp.where(is_live, f, 0), 0))
 
     def top_k(self, k: int) -> Int[Array, "n K"]:
         """Ids of the `min(k, V)` most likely tokens, most likely first."""
-        return jax.lax.top_k(self.logits, min(k, self.logits.shape[-1]))[1]
+        if k == 1:  # an argmax costs far less
+            columns = jnp.argmax(self.logits, axis=-1, keepdims=True)
+            values = jnp.take_along_axis(self.logits, columns, axis=-1)
+        else:
+            values, columns = jax.lax.top_k(self.logits, min(k, self.logits.shape[-1]))
+        if self.axis is None:
+            return columns
+        values, ids = self._collect(values), self._collect(self.ids[columns])
+        return jnp.take_along_axis(ids, jax.lax.top_k(values, min(k, self.vocab_size))[1], axis=-1)
+
+    def _collect(self, mine: Float[Array, "n K"]) -> Float[Array, "n S*K"]:
+        """The slices' values side by side. By a sum, since that, unlike a gather, is known to be the same on every device."""
+        mine = jax.lax.stop_gradient(mine)
+        place = jax.nn.one_hot(jax.lax.axis_index(self.axis), _num_slices(self.axis), dtype=bool)
+        spread = jnp.where(place[None, :, None], mine[:, None], jnp.zeros((), mine.dtype))
+        return jax.lax.psum(spread, self.axis).reshape(mine.shape[0], -1)
 
     def draw(self, uniform: Float[Array, "n M"]) -> Int[Array, "n M"]:
         """M ids a token, drawn from this distribution by inverting its cumulative sum at the given uniform numbers."""
-        weights = jnp.exp(self.logits - jnp.max(self.logits, axis=-1, keepdims=True))
-        return jax.vmap(invert_cdf, in_axes=(None, 1), out_axes=1)(weights, uniform)
+        weights = jnp.exp(self.logits - self.largest(self.logits)[:, None])
+        return jax.vmap(partial(invert_cdf, axis=self.axis), in_axes=(None, 1), out_axes=1)(weights, uniform)
 
 
 @jax.tree_util.register_dataclass
@@ -145,8 +224,8 @@ def tiled_loss(
 
     Gradients flow to `hidden` and, unless `head_grad` is False, to the head's kernel and bias; never to the teacher, the
     weights or the columns. A token of weight 0 is not visited: its loss and outputs are 0 whatever it holds. The head's
-    gradient is summed in at least float32. With a `mesh`, rows are split over its `data` axis and the head's gradient is
-    reduced once, after the loop.
+    gradient is summed in at least float32. With a `mesh`, rows are split over its `data` and `fsdp` axes and the vocabulary over
+    `tensor`. The head is gathered once, before the loop, and its gradient and that of `hidden` are reduced once, after it.
     """
     run = partial(_run, token_loss, tile=tile, mesh=mesh)
 
@@ -200,22 +279,48 @@ def _shift_teacher(teacher: Teacher | None) -> Teacher | None:
 
 
 def _run(token_loss, hidden, head, operands, *, tile, mesh, grad):
-    """One pass, on this device alone or as one shard of rows per device."""
+    """One pass, on this device alone or as one shard of rows, and of the vocabulary, per device."""
     weights, columns, teacher = operands
     local = partial(_visit, token_loss, tile=tile, grad=grad)
     if mesh is None or mesh.size == 1:
         return _in_type_of(head, *local(hidden, head, weights, columns, teacher))
+    require_divisible_head(head, mesh)
+    axes = ROW_AXES if mesh.shape["tensor"] == 1 else (*ROW_AXES, "tensor")
+    if teacher is not None:
+        teacher = teacher[0], _with_rows(teacher[1], head.kernel.shape[0])
 
     def shard(hidden, head, weights, columns, teacher):
-        total, outputs, dhidden, dhead = local(hidden, head, weights, columns, teacher)
-        total, dhead = jax.lax.psum((total, dhead), ROW_AXES)
+        total, outputs, dhidden, dhead = local(hidden, head, weights, columns, teacher, axes=axes)
+        total = jax.lax.psum(total, ROW_AXES)
+        if dhidden is not None and len(axes) == 3:
+            dhidden = jax.lax.psum(dhidden, "tensor")
+        if dhead is not None:
+            bias = None if dhead.bias is None else jax.lax.psum(dhead.bias, ROW_AXES)
+            kernel = jax.lax.psum_scatter(jax.lax.psum(dhead.kernel, "data"), "fsdp", scatter_dimension=1, tiled=True)
+            dhead = dataclasses.replace(dhead, kernel=kernel, bias=bias)
         return _in_type_of(head, total, outputs, dhidden, dhead)
 
-    rows = P(ROW_AXES)
-    in_specs = (rows, P(), rows, rows, None if teacher is None else (rows, P()))
-    out_specs = (P(), rows, rows, P())
-    # check_vma=False: the function returns finished gradients and is never differentiated itself.
-    return jax.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(hidden, head, weights, columns, teacher)
+    rows, vocab = P(ROW_AXES), "tensor" if len(axes) == 3 else None
+    split = lambda head, width: jax.tree.map(lambda x: P(vocab, width) if x.ndim == 2 else P(vocab), head)  # noqa: E731
+    in_specs = (rows, split(head, None), rows, rows, None if teacher is None else (rows, split(teacher[1], None)))
+    out_specs = (P(), rows, None if grad == "none" else rows, split(head, "fsdp") if grad == "both" else None)
+    return jax.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(hidden, head, weights, columns, teacher)
+
+
+def require_divisible_head(head: Head, mesh: Mesh) -> None:
+    """ValueError that names the axis which does not divide the head."""
+    for name, size, what in (("tensor", head.kernel.shape[0], "rows"), ("fsdp", head.kernel.shape[1], "columns")):
+        if size % mesh.shape[name]:
+            raise ValueError(f"the unembedding has {size} {what}, which mesh.{name} {mesh.shape[name]} does not divide")
+
+
+def _with_rows(head: Head, vocab: int) -> Head:
+    """The head with `vocab` rows, so that a slice of it stands for the same ids as that of another head."""
+    rows = head.kernel.shape[0]
+    if rows == vocab:
+        return head
+    resize = lambda x: x[:vocab] if rows > vocab else jnp.pad(x, [(0, vocab - rows), *[(0, 0)] * (x.ndim - 1)])  # noqa: E731
+    return dataclasses.replace(jax.tree.map(resize, head), valid_vocab=min(rows if head.valid_vocab is None else head.valid_vocab, rows))
 
 
 def _in_type_of(head, total, outputs, dhidden, dhead):
@@ -223,8 +328,12 @@ def _in_type_of(head, total, outputs, dhidden, dhead):
     return total, outputs, dhidden, None if dhead is None else jax.tree.map(lambda g, x: g.astype(x.dtype), dhead, head)
 
 
-def _visit(token_loss, hidden, head, weights, columns, teacher, *, tile, grad):
-    """The loop over tiles; returns (sum of w * loss, outputs [B, T], d hidden or None, d head or None)."""
+def _visit(token_loss, hidden, head, weights, columns, teacher, *, tile, grad, axes=()):
+    """The loop over tiles; returns (sum of w * loss, outputs [B, T], d hidden or None, d head or None).
+
+    `axes` are those of the mesh that this is a shard of: the rows' two, and a third where the vocabulary is split as well.
+    """
+    axis = axes[2] if len(axes) == 3 else None
     shape = weights.shape
     tile = min(tile, weights.size)
     n_padded = -(-weights.size // tile) * tile
@@ -232,6 +341,8 @@ def _visit(token_loss, hidden, head, weights, columns, teacher, *, tile, grad):
     order = _live_first(weights.reshape(-1) != 0)
     order = jnp.concatenate([order, jnp.full(n_padded - weights.size, order[-1], order.dtype)])
     n_live = jnp.sum(weights != 0)
+    # Devices that meet in a collective inside the loop must go round equally often.
+    n_tiles = (n_live + tile - 1) // tile if axis is None else jax.lax.pmax((n_live + tile - 1) // tile, ROW_AXES)
 
     def gather(x):
         return None if x is None else jnp.asarray(x).reshape(-1, *x.shape[2:])[order]
@@ -242,7 +353,7 @@ def _visit(token_loss, hidden, head, weights, columns, teacher, *, tile, grad):
     def visit_tile(index, dhead):
         start = index * tile
         sliced = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, tile), rows)
-        return _tile(token_loss, head, teacher_head, sliced, start + jnp.arange(tile) < n_live, grad, dhead)
+        return _tile(token_loss, head, teacher_head, sliced, start + jnp.arange(tile) < n_live, grad, dhead, axes)
 
     def body(index, carry):
         total, outputs, dhidden, dhead = carry
@@ -252,11 +363,13 @@ def _visit(token_loss, hidden, head, weights, columns, teacher, *, tile, grad):
         dhidden = jax.tree.map(write, dhidden, tile_dhidden)
         return total + loss, outputs, dhidden, dhead
 
-    dhead = jax.tree.map(lambda x: jnp.zeros(x.shape, sum_dtype(hidden.dtype)), head) if grad == "both" else None
+    zeros = lambda axes, *args: _varying(jnp.zeros(*args), axes)  # noqa: E731
+    dhead = jax.tree.map(lambda x: zeros(axes, x.shape, sum_dtype(hidden.dtype)), head) if grad == "both" else None
     shapes = jax.eval_shape(visit_tile, 0, dhead)
-    whole = lambda leaf: jnp.zeros((n_padded, *leaf.shape[1:]), leaf.dtype)  # noqa: E731
-    carry = (jnp.zeros((), shapes[0].dtype), jax.tree.map(whole, shapes[1]), jax.tree.map(whole, shapes[2]), dhead)
-    total, outputs, dhidden, dhead = jax.lax.fori_loop(0, (n_live + tile - 1) // tile, body, carry)
+    whole = lambda axes: lambda leaf: zeros(axes, (n_padded, *leaf.shape[1:]), leaf.dtype)  # noqa: E731
+    row_axes = axes[:2]
+    carry = zeros(row_axes, (), shapes[0].dtype), jax.tree.map(whole(row_axes), shapes[1]), jax.tree.map(whole(axes), shapes[2]), dhead
+    total, outputs, dhidden, dhead = jax.lax.fori_loop(0, n_tiles, body, carry)
 
     def scatter(x):
         unsorted = jnp.zeros((weights.size, *x.shape[1:]), x.dtype).at[order[: weights.size]].set(x[: weights.size])
@@ -268,41 +381,49 @@ def _visit(token_loss, hidden, head, weights, columns, teacher, *, tile, grad):
     return total, outputs, dhidden, dhead
 
 
+def _varying(x, axes: tuple[str, ...]):
+    """`x` marked as what differs between the devices along these axes, as the carry of a loop must be from its start."""
+    return jax.lax.pcast(x, axes, to="varying") if axes else x
+
+
 def _live_first(is_live: Bool[Array, " N"]) -> Int[Array, " N"]:
     """The stable order that puts the live tokens first; two running counts, where a sort would cost more to compile and run."""
     place = jnp.where(is_live, jnp.cumsum(is_live) - 1, jnp.sum(is_live) + jnp.cumsum(~is_live) - 1)
     return jnp.zeros_like(place).at[place].set(jnp.arange(place.size, dtype=place.dtype), unique_indices=True)
 
 
-def _tile(token_loss, head, teacher_head, rows, is_live, grad, dhead):
+def _tile(token_loss, head, teacher_head, rows, is_live, grad, dhead, axes):
     """Loss, outputs and d hidden of one tile of n tokens, and `dhead` with the tile's share added."""
     hidden, weights, columns, teacher_hidden = rows
+    axis = axes[2] if len(axes) == 3 else None
 
     def keep(x):
         return jnp.where(is_live.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
 
     def loss_of(raw):
-        losses, outputs = token_loss(VocabTile(_finish_logits(head, raw)), teacher, columns)
+        losses, outputs = token_loss(VocabTile(_finish_logits(head, raw, axis), axis), teacher, columns)
         losses = jnp.where(is_live, losses, 0)
         return jnp.sum(weights.astype(losses.dtype) * losses), jax.tree.map(keep, outputs)
 
     # A slot past the live ones may hold anything, NaN included: it enters as zeros and its results are dropped.
     hidden, teacher_hidden, columns = jax.tree.map(keep, (hidden, teacher_hidden, columns))
-    vocab = head.kernel.shape[0]
-    teacher = None if teacher_head is None else VocabTile(_fit_width(head_logits(teacher_head, teacher_hidden), vocab))
-    raw = jnp.einsum("nd,vd->nv", hidden, head.kernel, preferred_element_type=sum_dtype(hidden.dtype))
+    teacher = None
+    if teacher_head is not None:
+        logits = _finish_logits(teacher_head, _raw_logits(teacher_head, teacher_hidden), axis)
+        teacher = VocabTile(_fit_width(logits, head.kernel.shape[0]), axis)
+    raw = _raw_logits(head, hidden)
     if grad == "none":
         return *loss_of(raw), None, None
     total, pullback, outputs = jax.vjp(loss_of, raw, has_aux=True)
-    draw = keep(pullback(jnp.ones_like(total))[0])
+    draw = keep(pullback(_varying(jnp.ones((), total.dtype), axes[:2]))[0])
     small = draw.astype(head.kernel.dtype)  # operands in the model's type, sums in at least float32
-    dhidden, dkernel = _pull_back(small, hidden, head.kernel, None if dhead is None else dhead.kernel)
+    dhidden, dkernel = _pull_back(small, hidden, head.kernel, None if dhead is None else dhead.kernel, axes)
     if dhead is not None:
         dhead = dataclasses.replace(dhead, kernel=dkernel, bias=None if head.bias is None else dhead.bias + jnp.sum(draw, axis=0))
     return total, outputs, dhidden.astype(hidden.dtype), dhead
 
 
-def _pull_back(draw, hidden, kernel, dkernel):
+def _pull_back(draw, hidden, kernel, dkernel, axes):
     """(d hidden of a tile, `dkernel` with the tile's share added or None) from the cotangent of its raw logits."""
     vocab, dtype = kernel.shape[0], sum_dtype(hidden.dtype)
 
@@ -325,5 +446,5 @@ def _pull_back(draw, hidden, kernel, dkernel):
 
     # XLA for CPU adds no product in place: it would hold the tile's own [V, D] and pass over it twice more. Blocks of rows
     # stay in the cache instead. Elsewhere one large product is left to XLA; that has not been measured on an accelerator yet.
-    sums = jnp.zeros(hidden.shape, dtype), dkernel
+    sums = _varying(jnp.zeros(hidden.shape, dtype), axes), dkernel
     return jax.lax.platform_dependent(sums, cpu=in_blocks, default=partial(add_rows, 0, vocab))

@@ -67,7 +67,7 @@ def test_overlap_counts_all_that_tie_and_no_padding():
 def test_kth_largest_of_short_and_long_rows(vocab, rng):
     x = rng.permutation(3 * vocab).reshape(3, vocab).astype(np.float32)
     x[:, -5:] = -np.inf
-    np.testing.assert_array_equal(kth_largest(jnp.asarray(x), 16), np.sort(x, axis=-1)[:, -16])
+    np.testing.assert_array_equal(kth_largest(VocabTile(jnp.asarray(x)), 16), np.sort(x, axis=-1)[:, -16])
 
 
 def test_no_statistic_is_nan_where_ids_are_padded():
