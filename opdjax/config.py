@@ -46,6 +46,9 @@ class ModelConfig:
     path: str = ""
     revision: str | None = None  # branch, tag or commit of a hub id
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the forward pass; auto: bfloat16 on TPU and GPU, float32 on CPU
+    # Mesh axes that its parameters, and the optimizer's state of the student, lie split over. Without fsdp every device of that axis
+    # holds them whole and no weight is sent: for a frozen teacher that fits.
+    split_over: tuple[Literal["fsdp", "tensor"], ...] = ("fsdp", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +109,8 @@ class SamplingConfig:
     min_p: float = 0.0  # 0: off
     stop_token_ids: tuple[int, ...] = ()  # beside the end-of-sequence ids of the checkpoint
     source: Literal["student", "teacher", "references"] = "student"  # student: on-policy; references: the data's own answers
+    # Mesh axes that the weights rollouts are drawn with lie split over; with fsdp they would be sent anew for every token.
+    split_over: tuple[Literal["fsdp", "tensor"], ...] = ("tensor",)
 
     def __post_init__(self):
         require_types(self, "sampling.")

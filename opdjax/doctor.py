@@ -30,7 +30,6 @@ from opdjax.ops.vocab import Columns, Head, tiled_stats
 from opdjax.prepare import Setup, Teacher, as_of_step, update_spec, with_credit
 from opdjax.sampler import Decoding, sample
 from opdjax.scoring.local import score
-from opdjax.sharding import replicated
 from opdjax.train_state import UpdateSpec, loss_and_grad
 from opdjax.types import Metrics, PromptBatch, Rollouts, TeacherScores, TrainBatch
 
@@ -112,7 +111,7 @@ def take_specimen(setup: Setup, num_prompts: int) -> Specimen:
 
 def _load(setup: Setup, checkpoint: Checkpoint, dtype: str) -> Params:
     """Weights placed as the teacher's are, so that one compiled program serves both models where their shapes agree."""
-    return load_params(checkpoint, dtype, replicated(setup.mesh))
+    return load_params(checkpoint, dtype, setup.mesh)
 
 
 def _logprobs(params: Params, head: Head, batch: TrainBatch, model: DecoderConfig, tile: int, parts: int = 1) -> np.ndarray:

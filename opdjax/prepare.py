@@ -21,9 +21,10 @@ from opdjax.evals.grading import GRADERS, require_grader
 from opdjax.fields import ConfigError
 from opdjax.models.decoder import Params, head_of
 from opdjax.models.hf import Checkpoint, CheckpointError, fingerprint, load_params, open_checkpoint
+from opdjax.models.layout import require_divides
 from opdjax.ops.vocab import Head
 from opdjax.sampler import Decoding, extra_uniforms
-from opdjax.sharding import make_mesh, num_row_shards, replicated
+from opdjax.sharding import make_mesh, num_row_shards
 from opdjax.train_state import UpdateSpec
 from opdjax.types import Metrics, Rollouts, TrainBatch
 from opdjax.workdir import environment
@@ -67,9 +68,12 @@ def prepare(config: Config) -> Setup:
             f"{config.train.gradient_accumulation_steps} micro-batches on {shards} devices (mesh.data x mesh.fsdp); change one of them"
         )
     student = open_checkpoint(config.student.path, config.student.revision)
+    require_divides(student.config, mesh.shape, "the student")
     tokenizer = load_tokenizer(student.path)
     decoding = _decoding(config, student, tokenizer, config.sampling.stop_token_ids)
     asked = open_checkpoint(config.teacher_model.path, config.teacher_model.revision) if needs_teacher(config) else None
+    if asked is not None:
+        require_divides(asked.config, mesh.shape, "the teacher")
     teacher_tokenizer = tokenizer if asked is None else load_tokenizer(asked.path)
     shares_vocabulary = _shares_vocabulary(config, tokenizer, teacher_tokenizer)
     rows = read_prompts(config.data.source, Columns.of(config.data))
@@ -113,7 +117,7 @@ def _load_teacher(config: Config, checkpoint: Checkpoint, tokenizer: Any, shares
     teacher = Teacher(checkpoint, None, None, tokenizer, decoding, shares_vocabulary)
     if config.teacher_is_student:
         return teacher
-    return _with_weights(teacher, load_params(checkpoint, compute_dtype(config.teacher), replicated(mesh)), config)
+    return _with_weights(teacher, load_params(checkpoint, compute_dtype(config.teacher), mesh, config.teacher.split_over), config)
 
 
 def _with_weights(teacher: Teacher, params: Params, config: Config) -> Teacher:
@@ -150,6 +154,7 @@ def update_spec(setup: Setup) -> UpdateSpec:
         remat=config.train.remat,
         diagnostics_every=config.log.diagnostics_every,
         mesh=setup.mesh,
+        split_over=config.student.split_over,
     )
 
 

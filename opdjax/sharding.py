@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -47,6 +49,27 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def keep_rows(x: Any, mesh: Mesh | None) -> Any:
+    """`x` with its rows where those of a batch are and whole otherwise, inside jit; as it is where there is no mesh."""
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, by_row(mesh))
+
+
+def is_lead() -> bool:
+    """Whether this process is the one that writes files and prints."""
+    return jax.process_index() == 0
+
+
+def to_host(tree: Any) -> Any:
+    """The tree as numpy arrays; what lies spread over several processes is gathered, which all of them must do together."""
+
+    def fetch(x):
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(x)
+
+    return jax.tree.map(fetch, tree)
+
+
 def split_rows(tree: Any, parts: int) -> Any:
     """Every leaf `[B, ...]` as `[parts, B / parts, ...]`: row r goes to part r % parts, so that each device feeds every part."""
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), tree)
@@ -58,5 +81,14 @@ def merge_rows(tree: Any) -> Any:
 
 
 def shard_rows(batch: Any, mesh: Mesh) -> Any:
-    """Place a tree of host arrays with their first axis split over the rows' axes."""
-    return jax.device_put(batch, by_row(mesh))
+    """Place a tree of host arrays, the same in every process, with their first axis split over the rows' axes."""
+    if jax.process_count() == 1:
+        return jax.device_put(batch, by_row(mesh))
+
+    def place(x):
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return jax.device_put(x, by_row(mesh))
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, by_row(mesh), lambda index: x[index])
+
+    return jax.tree.map(place, batch)

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from opdjax.checkpoint import Checkpointer
 from opdjax.checks import enforce
@@ -28,14 +29,15 @@ from opdjax.evals.evaluate import completions
 from opdjax.evals.passk import paired_difference
 from opdjax.fields import ConfigError
 from opdjax.metrics import MetricWriter, Progress, Timer
-from opdjax.models.decoder import Params
+from opdjax.models.decoder import Params, abstract_params
 from opdjax.models.hf import export, load_params, open_checkpoint
+from opdjax.models.layout import constrain, shardings_of
 from opdjax.ops.vocab import Head
 from opdjax.prepare import Setup, as_of_step, facts, prepare, update_spec, with_credit
 from opdjax.results import read_result
 from opdjax.sampler import sample
 from opdjax.scoring.local import score
-from opdjax.sharding import num_row_shards, replicated, shard_rows
+from opdjax.sharding import is_lead, make_mesh, num_row_shards, shard_rows
 from opdjax.train_state import TrainState, init_state, make_examine, make_optimizer, make_update
 from opdjax.types import Metrics, PromptBatch, Rollouts, TrainBatch
 from opdjax.workdir import WorkdirError, append_lines, claim, cut_lines, locked, read_config, read_lines, require_local, write_json
@@ -76,9 +78,7 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> d
     checkpointer = Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric)
     opened.callback(checkpointer.close)
 
-    # Placed as `update` returns it, or the second step would compile again.
-    state = init_state(load_params(setup.student, "float32", replicated(setup.mesh)), optimizer)
-    state = jax.device_put(state, replicated(setup.mesh))
+    state = init_state(load_params(setup.student, "float32", setup.mesh, spec.split_over), optimizer, setup.mesh, spec.split_over)
     first = checkpointer.latest_step or 0
     if first:
         state = checkpointer.restore(first, state)
@@ -87,7 +87,7 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> d
     writer = MetricWriter(workdir, last_step=first, tensorboard=config.log.tensorboard)
     opened.callback(writer.close)
     # Copied even in the same type: the update writes over the state's arrays, and may read what was published as its teacher's head.
-    publish = jax.jit(partial(jax.tree.map, lambda x: jnp.array(x, setup.dtype, copy=True)))
+    publish = jax.jit(partial(_published, setup))
     evaluate = partial(_evaluate, setup, workdir)
     examine = make_examine(spec, _ALTERNATIVES)
 
@@ -134,6 +134,12 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> d
     checkpointer.wait()
     exported = _export_student(setup, state, workdir / "student", spec.dtype)
     return _finish(setup, workdir, exported, int(state.num_skipped))
+
+
+def _published(setup: Setup, params: Params) -> Params:
+    """The weights that rollouts are drawn with, cast before they are sent."""
+    copies = jax.tree.map(lambda x: jnp.array(x, setup.dtype, copy=True), params)
+    return constrain(copies, setup.mesh, setup.config.sampling.split_over)
 
 
 def _cut_back(setup: Setup, workdir: pathlib.Path, step: int) -> None:
@@ -302,9 +308,9 @@ def _score_line(scores: dict[str, Any]) -> str:
 
 def _export_student(setup: Setup, state: TrainState, out: pathlib.Path, dtype: str) -> pathlib.Path:
     """The trained student as a Hugging Face checkpoint, in the type of its forward pass."""
-    params = jax.tree.map(lambda x: np.asarray(x.astype(jnp.dtype(dtype))), state.params)
-    shutil.rmtree(out, ignore_errors=True)  # of a run killed before it wrote its result
-    return export(params, setup.student, out, dtype)
+    if is_lead():
+        shutil.rmtree(out, ignore_errors=True)  # of a run killed before it wrote its result
+    return export(state.params, setup.student, out, dtype)
 
 
 def export_step(workdir: pathlib.Path, step: str, out: pathlib.Path, dtype: str | None) -> pathlib.Path:
@@ -320,8 +326,18 @@ def export_step(workdir: pathlib.Path, step: str, out: pathlib.Path, dtype: str 
     if wanted not in checkpointer.steps:
         raise ConfigError(f"{workdir} has no checkpoint {step!r}; there are {checkpointer.steps} (best: {named['best']})")
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
-    like = jax.eval_shape(partial(init_state, optimizer=optimizer), load_params(source, "float32"))
+    mesh = _mesh_for_export(config)
+    abstract = jax.eval_shape(partial(init_state, optimizer=optimizer, mesh=mesh), abstract_params(source.config, "float32"))
+    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings_of(abstract, mesh))
     return export(checkpointer.restore(wanted, like).params, source, out, dtype)
+
+
+def _mesh_for_export(config: Config) -> Mesh:
+    """The run's own mesh where there are the devices for it, else one device."""
+    try:
+        return make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    except ConfigError:
+        return make_mesh(1)
 
 
 def _finish(setup: Setup, workdir: pathlib.Path, exported: pathlib.Path, num_skipped: int) -> dict[str, Any]:

@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from opdjax.config import EstimatorConfig, OptimizerConfig
@@ -22,6 +21,7 @@ from opdjax.estimators.advantage import batch_totals
 from opdjax.estimators.divergence import reverse_kl
 from opdjax.estimators.losses import aggregation_weights, count_denominators
 from opdjax.models.decoder import DecoderConfig, Params, forward, head_of
+from opdjax.models.layout import WEIGHT_AXES, constrain
 from opdjax.ops.vocab import Columns, Head, tiled_loss, tiled_stats
 from opdjax.sharding import merge_rows, split_rows
 from opdjax.types import TeacherScores, TrainBatch
@@ -52,6 +52,7 @@ class UpdateSpec:
     remat: bool = False
     diagnostics_every: int = 0  # steps between those that measure what takes whole distributions; 0: never
     mesh: Mesh | None = None
+    split_over: tuple[str, ...] = WEIGHT_AXES  # mesh axes that the trained parameters lie split over
 
 
 def learning_rate_at(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -81,11 +82,20 @@ def _is_decayed(params: Params) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key.endswith(("kernel", "embedding", "head")), params)
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; the parameters are copied to float32."""
-    params = jax.tree.map(lambda x: jnp.array(x, jnp.promote_types(x.dtype, jnp.float32)), params)
-    # One array a counter: the state is donated, and a buffer can be given away only once.
-    return TrainState(jnp.int32(0), params, jax.jit(optimizer.init)(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, mesh: Mesh | None = None, split_over: tuple[str, ...] = WEIGHT_AXES
+) -> TrainState:
+    """The state before the first step; the parameters are copied to float32. On a mesh it is laid out as `update` returns it."""
+
+    @jax.jit
+    def start(params):
+        params = jax.tree.map(lambda x: jnp.array(x, jnp.promote_types(x.dtype, jnp.float32), copy=True), params)
+        # One array a counter: the state is donated, and a buffer can be given away only once.
+        counters = (jnp.zeros((), jnp.int32) for _ in range(3))
+        state = TrainState(next(counters), params, optimizer.init(params), next(counters), next(counters))
+        return constrain(state, mesh, split_over)
+
+    return start(params)
 
 
 def make_update(spec: UpdateSpec, config: OptimizerConfig, num_steps: int) -> Callable:
@@ -97,7 +107,7 @@ def make_update(spec: UpdateSpec, config: OptimizerConfig, num_steps: int) -> Ca
     optimizer, learning_rate = make_optimizer(config, num_steps), learning_rate_at(config, num_steps)
     recipe, options = bind(spec.estimator.recipe, spec.estimator.options)
 
-    @partial(jax.jit, donate_argnums=0, out_shardings=None if spec.mesh is None else NamedSharding(spec.mesh, P()))
+    @partial(jax.jit, donate_argnums=0)
     def update(state: TrainState, batch: TrainBatch, teacher_head: Head | None = None):
         is_observed = state.step % spec.diagnostics_every == 0 if spec.diagnostics_every else None
         loss, grads, outputs, squares = loss_and_grad(state.params, batch, teacher_head, spec, recipe, options, is_observed)
@@ -113,6 +123,8 @@ def make_update(spec: UpdateSpec, config: OptimizerConfig, num_steps: int) -> Ca
             num_skipped=state.num_skipped + skipped,
             nonfinite_streak=(state.nonfinite_streak + 1) * skipped,
         )
+        # As it came in: the next step then runs the same program.
+        new_state = constrain(new_state, spec.mesh, spec.split_over)
         metrics = {
             "loss/objective": loss,
             "grad/norm": norm,
@@ -218,7 +230,7 @@ def prepared(
 def passes(params, batch: TrainBatch, teacher_head, spec: UpdateSpec):
     """What the tiled pass reads of a batch: hidden states, head, columns, and the teacher's hidden states with its head."""
     cast = jax.tree.map(lambda x: x.astype(spec.dtype) if jnp.dtype(spec.dtype).itemsize < x.dtype.itemsize else x, params)
-    hidden = forward(cast, spec.model, batch.tokens, batch.segment_ids, remat=spec.remat)
+    hidden = forward(cast, spec.model, batch.tokens, batch.segment_ids, remat=spec.remat, mesh=spec.mesh)
     head = head_of(cast, valid_vocab=spec.valid_vocab, temperature=spec.temperature)
     scores = batch.teacher or TeacherScores()
     teacher = None if scores.hidden is None else (scores.hidden, teacher_head)

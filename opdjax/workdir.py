@@ -54,7 +54,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
 def claim(workdir: pathlib.Path, config: Config, facts: dict[str, Any]) -> None:
     """Write `config.json`, or check that the one that is there describes the same run on the same data.
 
-    A changed environment (library versions, cores) is printed only: the run then continues, but not bit for bit.
+    A changed mesh or environment (library versions, cores) is printed only: the run then continues, but not bit for bit.
     """
     file = workdir / "config.json"
     new = {"config": to_dict(config), **facts}
@@ -65,11 +65,13 @@ def claim(workdir: pathlib.Path, config: Config, facts: dict[str, Any]) -> None:
         write_json(file, new)
         return
     old = read_run_config(workdir)
-    changed = differences(*({"config": as_of_today(run["config"]), "data": run["data"]} for run in (old, new)))
+    described = [{"config": as_of_today(run["config"]), "data": run["data"]} for run in (old, new)]
+    meshes = [run["config"].pop("mesh") for run in described]
+    changed = differences(*described)
     if changed:
         listed = "\n  ".join(changed)
         raise WorkdirError(f"{workdir} holds a run of another config; choose another --workdir or undo (there -> now):\n  {listed}")
-    for line in differences(old["environment"], new["environment"], "environment."):
+    for line in differences(*meshes, "mesh.") + differences(old["environment"], new["environment"], "environment."):
         print(f"note: continuing under another {line}; results may differ in the last bits")
 
 

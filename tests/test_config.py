@@ -28,12 +28,12 @@ from opdjax.fields import ConfigError, differences, from_dict, nearest, to_dict
 
 # Every leaf differs from its default.
 UNUSUAL = Config(
-    student=ModelConfig("a", "main", "bfloat16"),
-    teacher=ModelConfig("b", "v2", "float32"),
+    student=ModelConfig("a", "main", "bfloat16", ("tensor",)),
+    teacher=ModelConfig("b", "v2", "float32", ("fsdp",)),
     data=DataConfig(
         "x.jsonl", "Q: {prompt}", "be short", "raw", True, "chat", False, 64, "error", "question", "a.b", "text", "{prompt}{answer}"
     ),
-    sampling=SamplingConfig(6, 33, 0.7, 0.9, 20, 0.1, (7, 8), "teacher"),
+    sampling=SamplingConfig(6, 33, 0.7, 0.9, 20, 0.1, (7, 8), "teacher", ("fsdp",)),
     estimator=EstimatorConfig(
         "full_kl", "fixed_denominator", 64, discount=0.5, return_to_go="expected", reward_floor=-2.0, prefix_weight=0.5, extra_draws=3,
         task_reward_coef=0.1, baseline="student_topk", baseline_top_k=10, divergence="jsd", beta=0.25, support="teacher", support_top_k=9,

@@ -157,23 +157,6 @@ def test_a_run_killed_at_random_moments_ends_as_the_straight_one(straight, tmp_p
     assert_same_run(straight, workdir)
 
 
-def test_the_loop_on_eight_devices_is_the_loop_on_one(tmp_path):
-    """Two whole steps; a token may differ across meshes only within rounding, so the numbers agree. Recipes: test_train_state."""
-    estimator = {"recipe": "vopd", "aggregation": "fixed_denominator", "baseline": "student_topk", "baseline_top_k": 5}
-    base = vary(estimator=estimator, train={"num_steps": 2, "prompts_per_step": 16}, evaluation={"source": None})
-    rows = []
-    for devices in (1, 8):
-        train(dataclasses.replace(base, mesh=MeshConfig(devices)), tmp_path / str(devices))
-        rows.append(without_times(tmp_path / str(devices)))
-    for one, eight in zip(*rows):
-        assert one.keys() == eight.keys()
-        for name in one:
-            if one[name] is None:  # no token stands at these positions
-                assert eight[name] is None
-            else:
-                np.testing.assert_allclose(eight[name], one[name], rtol=1e-4, atol=1e-5, err_msg=name)
-
-
 def test_several_samples_micro_batches_and_a_teacher_view_of_its_own(tmp_path):
     """Raw text for the student, the chat template for the teacher: the teacher's scores still land on the student's tokens."""
     config = vary(

@@ -13,11 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from opdjax.models.layout import gathered
 from opdjax.models.rope import Rope, inverse_frequencies
 from opdjax.ops.masked import starts_sequence
 from opdjax.ops.vocab import Head
+from opdjax.sharding import keep_rows
 
 Params = dict[str, Any]
 
@@ -70,6 +73,12 @@ def parameter_shapes(config: DecoderConfig) -> Params:
     return shapes | {"layers": {name: (config.num_layers, *shape) for name, shape in layer.items()}}
 
 
+def abstract_params(config: DecoderConfig, dtype) -> Params:
+    """The tree of parameters as shapes and types, without values."""
+    shapes = parameter_shapes(config)
+    return jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+
 def init_params(config: DecoderConfig, key: jax.Array, dtype=jnp.float32) -> Params:
     """Random parameters: norms 1, biases 0, embeddings N(0, 0.02²), kernels N(0, 1/in)."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(parameter_shapes(config), is_leaf=lambda x: isinstance(x, tuple))
@@ -110,17 +119,24 @@ def forward(
     segment_ids: Int[Array, "B T"],
     *,
     remat: bool = False,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "B T D"]:
-    """Hidden states after the final norm, in the parameters' type. Segment 0 is padding; its states are garbage."""
+    """Hidden states after the final norm, in the parameters' type. Segment 0 is padding; its states are garbage.
+
+    With a `mesh`, rows stay split over its `data` and `fsdp` axes, and each layer's weights are gathered along `fsdp` in turn.
+    """
     columns = jnp.arange(tokens.shape[1])
     mask = _attention_mask(columns, segment_ids, columns, segment_ids)
     rope = _rope(positions_of(segment_ids), config)
 
     def layer(x, weights):
+        weights = gathered(weights, mesh)
         q, k, v = _project(x, weights, rope, config)
-        return _finish_layer(x, _attend(q, k, v, mask), weights, config), None
+        return keep_rows(_finish_layer(x, _attend(q, k, v, mask), weights, config), mesh), None
 
-    x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, params["embedding"][tokens], params["layers"])
+    embedding = gathered({"embedding": params["embedding"]}, mesh)["embedding"]
+    x = keep_rows(embedding[tokens], mesh)
+    x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, params["layers"])
     return _rms_norm(x, params["final_norm"], config.norm_epsilon)
 
 

@@ -12,19 +12,24 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.sharding import Mesh, Sharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from opdjax.config import MINI_PAIR, MINI_STUDENT, MINI_TEACHER, STUDENT
 from opdjax.fields import nearest
-from opdjax.models.decoder import DecoderConfig, Params, parameter_shapes
+from opdjax.models.decoder import DecoderConfig, Params, abstract_params, parameter_shapes
 from opdjax.models.families import Family, UnsupportedModelError, family_of
+from opdjax.models.layout import WEIGHT_AXES, shardings_of
+from opdjax.sharding import is_lead, to_host
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _CARRIED = ("tokenizer*", "*.jinja", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
@@ -96,30 +101,51 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def load_params(checkpoint: Checkpoint, dtype: str, sharding: jax.sharding.Sharding | None = None) -> Params:
-    """The parameters as the stacked tree that the decoder takes, cast to `dtype`.
+def load_params(checkpoint: Checkpoint, dtype: str, mesh: Mesh | None = None, split_over: tuple[str, ...] = WEIGHT_AXES) -> Params:
+    """The parameters as the stacked tree that the decoder takes, cast to `dtype`; on a `mesh` laid out by `models/layout.py`.
 
-    Raises CheckpointError naming every tensor that is missing, extra or of another shape.
+    Each process reads the slices of its own devices, one at a time: none ever holds the whole model. Raises CheckpointError
+    naming every tensor that is missing, extra or of another shape.
     """
     if dtype not in _DTYPES:
         raise CheckpointError(f"cannot load as {dtype!r}; expected one of {sorted(_DTYPES)}")
     located = _locate_tensors(checkpoint.path)
     _check_tensors(checkpoint, located)
     global_names, layer_names = checkpoint.family.names(checkpoint.config)
-    shapes = parameter_shapes(checkpoint.config)
-
-    def place(array):
-        return jax.device_put(array, sharding) if sharding is not None else jnp.asarray(array)
+    kept = abstract_params(checkpoint.config, _DTYPES[dtype])
+    shardings = None if mesh is None else shardings_of(kept, mesh, split_over)
 
     with _Files() as files:
-        params = {name: place(files.read(located, tensor).astype(_DTYPES[dtype])) for name, tensor in global_names.items()}
-        params["layers"] = {}
-        for name, template in layer_names.items():
-            stacked = np.empty(shapes["layers"][name], _DTYPES[dtype])
-            for layer in range(checkpoint.config.num_layers):
-                stacked[layer] = files.read(located, template.format(i=layer)).astype(_DTYPES[dtype])
-            params["layers"][name] = place(stacked)
-    return params
+
+        def read_global(name, index):
+            return files.read(located, global_names[name], index)
+
+        def read_layers(name, index):
+            layers, *inside = index
+            numbers = range(*layers.indices(checkpoint.config.num_layers))
+            return np.stack([files.read(located, layer_names[name].format(i=number), tuple(inside)) for number in numbers])
+
+        def load(path, leaf):
+            names = [entry.key for entry in path]
+            read = partial(read_layers if names[0] == "layers" else read_global, names[-1])
+            if shardings is None:
+                return jnp.asarray(read((slice(None),) * len(leaf.shape)).astype(leaf.dtype))
+            sharding = shardings["layers"][names[-1]] if names[0] == "layers" else shardings[names[-1]]
+            return _place(leaf.shape, sharding, lambda index: read(index).astype(leaf.dtype))
+
+        return jax.tree_util.tree_map_with_path(load, kept)
+
+
+def _place(shape: tuple[int, ...], sharding: Sharding, read: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:
+    """The array of that sharding; each of this process's slices is read once, whichever of its devices hold it, and then let go."""
+    holders: dict[tuple, list] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        holders.setdefault(tuple(part.indices(size)[:2] for part, size in zip(index, shape)), []).append(device)
+    shards = []
+    for bounds, devices in holders.items():
+        values = read(tuple(slice(*bound) for bound in bounds))
+        shards += [jax.device_put(values, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
 def export(params: Params, source: Checkpoint, out: str | os.PathLike, dtype: str | None = None) -> pathlib.Path:
@@ -134,19 +160,21 @@ def export(params: Params, source: Checkpoint, out: str | os.PathLike, dtype: st
         raise CheckpointError(f"{out} is a file or lies in one; export into a new directory")
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} exists and is not empty; export into a new directory")
-    tensors = _unstack(params, source, _DTYPES[dtype])
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for pattern in _CARRIED:
-        for file in source.path.glob(pattern):
-            shutil.copy(file, partial / file.name)
-    config = {name: value for name, value in source.raw_config.items() if name != "torch_dtype"} | {"dtype": dtype}
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    _write_shards(tensors, partial)
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
+    _check_shapes(params, source)
+    staging = out.with_name(out.name + ".partial")
+    if is_lead():
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        for pattern in _CARRIED:
+            for file in source.path.glob(pattern):
+                shutil.copy(file, staging / file.name)
+        config = {name: value for name, value in source.raw_config.items() if name != "torch_dtype"} | {"dtype": dtype}
+        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    _write_files(params, source, _DTYPES[dtype], staging)
+    if is_lead():
+        if out.exists():
+            out.rmdir()
+        staging.rename(out)
     return out
 
 
@@ -232,8 +260,9 @@ class _Files:
                 ) from error
         return self._open[path]
 
-    def read(self, located, name) -> np.ndarray:
-        return self._get(located[name], "get_tensor", name)
+    def read(self, located, name, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """The tensor, or the slice of it at `index`, of which alone the file is read."""
+        return self._get(located[name], "get_slice", name)[index or ...]
 
     def shape(self, located, name) -> tuple[int, ...]:
         return tuple(self._get(located[name], "get_slice", name).get_shape())
@@ -290,37 +319,48 @@ def _is_tied_copy(checkpoint, located, files, name) -> bool:
     return np.array_equal(files.read(located, name), files.read(located, names["embedding"]))
 
 
-def _unstack(params: Params, source: Checkpoint, dtype) -> dict[str, np.ndarray]:
+def _check_shapes(params: Params, source: Checkpoint) -> None:
+    expected = jax.tree_util.tree_flatten_with_path(parameter_shapes(source.config), is_leaf=lambda x: isinstance(x, tuple))[0]
+    found = {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    wanted = {jax.tree_util.keystr(path): shape for path, shape in expected}
+    if found != wanted:
+        wrong = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        listed = "; ".join(f"{name} {found.get(name, 'missing')}, expected {wanted.get(name, 'none')}" for name in wrong[:5])
+        raise CheckpointError(f"parameters do not fit the source checkpoint: {listed}")
+
+
+def _write_files(params: Params, source: Checkpoint, dtype: np.dtype, out: pathlib.Path) -> None:
+    """One file, or several of at most 5 GiB with an index; what is held on the host at a time is one file's tensors."""
+    files: list[list[str]] = [[]]
+    sizes = {name: int(np.prod(shape)) * dtype.itemsize for name, shape in _expected_shapes(source).items()}
+    for name, size in sizes.items():
+        if files[-1] and sum(sizes[other] for other in files[-1]) + size > _SHARD_BYTES:
+            files.append([])
+        files[-1].append(name)
+    read, weight_map = _tensor_reader(params, source, dtype), {}
+    for number, names in enumerate(files, 1):
+        file = _SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        tensors = {name: read(name) for name in names}  # by every process: a tensor may lie spread over all of them
+        if is_lead():
+            save_file(tensors, out / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(files) > 1 and is_lead():
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (out / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _tensor_reader(params: Params, source: Checkpoint, dtype: np.dtype) -> Callable[[str], np.ndarray]:
+    """Tensor name -> its values on the host."""
     global_names, layer_names = source.family.names(source.config)
-    tensors = {tensor: np.asarray(params[name]).astype(dtype) for name, tensor in global_names.items()}
+    places = {tensor: (params[name], None) for name, tensor in global_names.items()}
     for name, template in layer_names.items():
-        stacked = np.asarray(params["layers"][name]).astype(dtype)
-        tensors |= {template.format(i=layer): stacked[layer] for layer in range(source.config.num_layers)}
-    expected = _expected_shapes(source)
-    wrong = [f"{name} {array.shape}, expected {expected[name]}" for name, array in tensors.items() if array.shape != expected[name]]
-    if wrong:
-        raise CheckpointError("parameters do not fit the source checkpoint: " + "; ".join(wrong[:5]))
-    return tensors
+        places |= {template.format(i=layer): (params["layers"][name], layer) for layer in range(source.config.num_layers)}
 
+    def read(tensor: str) -> np.ndarray:
+        array, layer = places[tensor]
+        return np.ascontiguousarray(np.asarray(to_host(array if layer is None else array[layer])).astype(dtype))
 
-def _write_shards(tensors: dict[str, np.ndarray], out: pathlib.Path) -> None:
-    """One file, or shards of at most 5 GiB with an index."""
-    shards: list[dict[str, np.ndarray]] = [{}]
-    for name, array in tensors.items():
-        if shards[-1] and sum(x.nbytes for x in shards[-1].values()) + array.nbytes > _SHARD_BYTES:
-            shards.append({})
-        shards[-1][name] = array
-    if len(shards) == 1:
-        save_file(shards[0], out / _SINGLE, metadata={"format": "pt"})
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, out / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(array.nbytes for array in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (out / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return read
 
 
 __all__ = ["Checkpoint", "CheckpointError", "UnsupportedModelError", "export", "load_params", "open_checkpoint"]

@@ -34,7 +34,7 @@ def score(
     """
 
     def score_part(part: TrainBatch) -> TeacherScores:
-        hidden = _hidden_by_student_column(params, config, part)
+        hidden = _hidden_by_student_column(params, config, part, mesh)
         if needs == "vocabulary":
             return TeacherScores(hidden=hidden)
         return TeacherScores(token_logprobs=token_logprobs(hidden, head, part, tile=tile, mesh=mesh))
@@ -48,9 +48,9 @@ def token_logprobs(hidden, head: Head, batch: TrainBatch, *, tile: int, mesh: Me
     return tiled_stats(take, hidden, head, batch.mask, Columns(batch.tokens), tile=tile, mesh=mesh)
 
 
-def _hidden_by_student_column(params, config, batch: TrainBatch) -> jax.Array:
+def _hidden_by_student_column(params, config, batch: TrainBatch, mesh: Mesh | None) -> jax.Array:
     view = batch.teacher_view
     if view is None:
-        return forward(params, config, batch.tokens, batch.segment_ids)
-    hidden = forward(params, config, view.tokens, view.segment_ids)
+        return forward(params, config, batch.tokens, batch.segment_ids, mesh=mesh)
+    hidden = forward(params, config, view.tokens, view.segment_ids, mesh=mesh)
     return jnp.take_along_axis(hidden, view.columns[:, :, None], axis=1)

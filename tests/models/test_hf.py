@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 from opdjax.models import decoder, hf
 from opdjax.models.hf import CheckpointError, export, load_params, open_checkpoint
 from opdjax.models.rope import Rope
+from opdjax.sharding import make_mesh
 
 
 def tensors_of(path):
@@ -102,11 +104,14 @@ def test_sharded_checkpoint_loads_the_same(pairs, save):
     assert_same_bits(load_params(open_checkpoint(path), "float32"), pairs["bias"].params)
 
 
-def test_load_places_parameters_by_sharding(pairs):
-    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,))
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    params = load_params(pairs["tied"].checkpoint, "float32", replicated)
-    assert {leaf.sharding for leaf in jax.tree.leaves(params)} == {replicated}
+def test_load_lays_parameters_on_the_mesh_and_reads_each_slice_once(pairs, monkeypatch):
+    read, largest = hf._Files.read, []
+    monkeypatch.setattr(hf._Files, "read", lambda *args: largest.append(read(*args)) or largest[-1])
+    params = load_params(pairs["tied"].checkpoint, "float32", make_mesh(2, 4, 1))
+    assert params["layers"]["q_kernel"].sharding.spec == P(None, "tensor", "fsdp")
+    assert params["embedding"].addressable_shards[0].data.size == params["embedding"].size // 4
+    assert max(x.nbytes for x in largest) <= params["embedding"].nbytes // 4
+    assert sum(x.nbytes for x in largest) <= 1.2 * sum(x.nbytes for x in jax.tree.leaves(params))
     assert_same_bits(params, pairs["tied"].params)
 
 
@@ -186,7 +191,7 @@ def test_transformers_loads_what_we_export(pair, our_logits, torch_logits, monke
 def test_export_refuses_what_does_not_fit(pairs, tmp_path):
     pair = pairs["untied"]
     narrow = pair.params | {"embedding": pair.params["embedding"][:, :-1]}
-    with pytest.raises(CheckpointError, match=re.escape("model.embed_tokens.weight (131, 23), expected (131, 24)")):
+    with pytest.raises(CheckpointError, match=re.escape("['embedding'] (131, 23), expected (131, 24)")):
         export(narrow, pair.checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(CheckpointError, match=r"export as 'float16'; expected one of \['bfloat16', 'float32'\]"):
