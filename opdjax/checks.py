@@ -399,8 +399,11 @@ def check_teacher_dtype(difference: np.ndarray, student: str, teacher: str, stor
     return verdict("teacher_dtype", problems, found)
 
 
-def check_repeated_scores(first: np.ndarray, again: np.ndarray, otherwise: np.ndarray, dtype: str, backend: str) -> Finding:
-    """Two scorings of one batch are bit-equal; in other parts and with more padding (`otherwise`) they differ by rounding only."""
+def check_repeated_scores(first: np.ndarray, again: np.ndarray, otherwise: np.ndarray, how: str, dtype: str, backend: str) -> Finding:
+    """Two scorings of one batch are bit-equal; in other parts and with more padding, or packed, they differ by rounding only.
+
+    `otherwise`: the scores of the latter, `how` what the parts were cut from.
+    """
     allowed = tolerance(backend, dtype).largest
     # Equal infinities and NaNs are no difference: what they mean is for other checks.
     is_same = lambda other: (first == other) | (np.isnan(first) & np.isnan(other))  # noqa: E731
@@ -413,9 +416,9 @@ def check_repeated_scores(first: np.ndarray, again: np.ndarray, otherwise: np.nd
             ("warning" if repeated <= allowed else "fault", f"{found}: a run will not repeat; look for nondeterministic kernels")
         )
     if not moved <= allowed:
-        found = f"in other parts and with more padding the teacher's log-probs change by up to {moved:.2g}; expected at most {allowed:g}"
-        problems.append(("fault", f"{found}: the teacher reads padding, check its segment ids"))
-    return verdict("repeated_scores", problems, f"twice the same bits; {moved:.2g} apart in other parts and with more padding")
+        found = f"in other parts and with {how} the teacher's log-probs change by up to {moved:.2g}; expected at most {allowed:g}"
+        problems.append(("fault", f"{found}: the teacher reads what is not of the rollout, check its segment ids"))
+    return verdict("repeated_scores", problems, f"twice the same bits; {moved:.2g} apart in other parts and with {how}")
 
 
 def check_teacher_is_better(

@@ -153,14 +153,18 @@ class TrainConfig:
 
     num_steps: int = 100  # optimizer updates
     prompts_per_step: int = 64
-    gradient_accumulation_steps: int = 1  # micro-batches a step; changes memory, never the gradient
+    gradient_accumulation_steps: int = 1  # micro-batches a step, of equally many rows; changes memory, never the gradient
     remat: bool = False  # recompute each layer in the backward pass: less memory, one more forward
     max_nonfinite_steps: int = 5  # so many skipped steps in a row stop the run
+    # Tokens of a row that several rollouts share; None: a row for each. There are as many rows either way; the rollouts fill as
+    # few micro-batches of them as they can, and the others cost nothing: nothing is saved with a single one.
+    pack_length: int | None = None
 
     def __post_init__(self):
         require_types(self, "train.")
         for name in ("num_steps", "prompts_per_step", "gradient_accumulation_steps", "max_nonfinite_steps"):
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "at least 1")
+        require(self.pack_length is None or self.pack_length > 1, "train.pack_length", self.pack_length, "at least 2, or none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,6 +271,9 @@ class Config:
         _require_seed("seed", self.seed)
         rows, parts = self.rows_per_step, self.train.gradient_accumulation_steps
         require(rows % parts == 0, "train.gradient_accumulation_steps", parts, f"a divisor of the {rows} rows a step")
+        packed, longest = self.train.pack_length, self.sampling.max_completion_length
+        expected = f"more than sampling.max_completion_length, {longest}: a row holds whole rollouts"
+        require(packed is None or packed > longest, "train.pack_length", packed, expected)
         self._check_source()
         require(self.student.path != STUDENT, "student.path", STUDENT, "the checkpoint that the student starts from")
         if self.teacher_is_student:

@@ -18,7 +18,7 @@ from opdjax import checks
 from opdjax.checks import Finding
 from opdjax.config import EstimatorConfig, EvaluationConfig
 from opdjax.data.chat import valid_vocab
-from opdjax.data.packing import as_teacher_sees, to_train_batch
+from opdjax.data.packing import as_teacher_sees, pack, to_train_batch
 from opdjax.data.prompts import collate, indices_at
 from opdjax.estimators import RECIPES, bind
 from opdjax.estimators.divergence import TOP_K_CONVENTIONS
@@ -283,10 +283,21 @@ def _teacher_dtype(setup: Setup, specimen: Specimen) -> Finding:
 
 def _repeated_scores(setup: Setup, specimen: Specimen) -> Finding:
     again = _teacher_logprobs(setup, specimen.batch)
-    parts = 1 if specimen.batch.tokens.shape[0] % 2 else 2
-    otherwise = _teacher_logprobs(setup, _with_padding(specimen.batch, _PADDING), parts)[:, _PADDING:]
+    parts, length = 1 if specimen.batch.tokens.shape[0] % 2 else 2, setup.config.train.pack_length
+    if length is None:
+        how, otherwise = "more padding", _teacher_logprobs(setup, _with_padding(specimen.batch, _PADDING), parts)[:, _PADDING:]
+    else:
+        how, otherwise = "packed rows", _packed_logprobs(setup, specimen.batch, length, parts)
     first, mask = specimen.teacher_scores, np.asarray(specimen.batch.mask)
-    return checks.check_repeated_scores(first[mask], again[mask], otherwise[mask], _teacher_type(setup), jax.default_backend())
+    return checks.check_repeated_scores(first[mask], again[mask], otherwise[mask], how, _teacher_type(setup), jax.default_backend())
+
+
+def _packed_logprobs(setup: Setup, batch: TrainBatch, length: int, parts: int) -> np.ndarray:
+    """`_teacher_logprobs` from rows that rollouts share, each token's score put back where its rollout has it."""
+    packed, source = pack(batch, length, parts=parts)
+    scores, is_live = np.zeros(batch.tokens.shape), source >= 0
+    scores.reshape(-1)[source[is_live]] = _teacher_logprobs(setup, packed, parts)[is_live]
+    return scores
 
 
 def _with_padding(batch: TrainBatch, columns: int) -> TrainBatch:

@@ -84,6 +84,7 @@ def prepare(config: Config) -> Setup:
         require_grader(config.evaluation.grader)
         require_of_each(rows, "answer", config.data.answer_column or "answer", config.data.source, "a task reward needs them")
     prompts = encode_prompts(rows, config.data, tokenizer, teacher_tokenizer)
+    _require_room(config, prompts)
     if asked is not None and config.teacher_is_student and prompts.teacher_ids is None:
         raise ConfigError(
             f"teacher.path is {STUDENT} and the teacher is shown what the student is: the same model on the same tokens has nothing to "
@@ -93,6 +94,17 @@ def prepare(config: Config) -> Setup:
     # The weights come last: what is wrong with the data is said before gigabytes are read.
     teacher = None if asked is None else _load_teacher(config, asked, teacher_tokenizer, shares_vocabulary, mesh)
     return Setup(config, mesh, student, compute_dtype(config.student), tokenizer, teacher, prompts, decoding, evaluator)
+
+
+def _require_room(config: Config, prompts: PromptSet) -> None:
+    """Every rollout fits a packed row, in both views."""
+    room, answer = config.train.pack_length, config.sampling.max_completion_length
+    longest = max(map(len, prompts.student_ids + (prompts.teacher_ids or ())))
+    if room is not None and longest + answer > room:
+        raise ConfigError(
+            f"train.pack_length is {room}; expected at least {longest + answer}: the longest prompt of {config.data.source}, of {longest} "
+            f"tokens, and an answer of sampling.max_completion_length, {answer}"
+        )
 
 
 def needs_teacher(config: Config) -> bool:

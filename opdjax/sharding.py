@@ -6,13 +6,16 @@ MLP and the vocabulary within a layer. Rows of a batch are split over `data` and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Int
 
 from opdjax.fields import ConfigError
 
@@ -78,6 +81,28 @@ def split_rows(tree: Any, parts: int) -> Any:
 def merge_rows(tree: Any) -> Any:
     """The inverse of `split_rows`."""
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
+def scan_parts(step: Callable, carry: Any, tree: Any, mask: Bool[Array, "B T"], parts: int) -> tuple[Any, Any, Int[Array, ""]]:
+    """`step(carry, part) -> (carry, outputs)` over the parts of `split_rows(tree, parts)`, up to the last in which `mask` holds.
+
+    Returns (carry, outputs merged, number of parts visited); rows of parts that were not visited have outputs of 0. How many
+    are visited is data: one compiled program serves batches however full, and nothing is differentiated through the loop.
+    """
+    split = split_rows(tree, parts)
+    is_live = jnp.any(split_rows(mask, parts), axis=(1, 2))
+    num_visited = jnp.max(jnp.where(is_live, jnp.arange(1, parts + 1), 0))
+
+    def visit(index, state):
+        carry, outputs = state
+        part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), split)
+        carry, found = step(carry, part)
+        return carry, jax.tree.map(lambda whole, x: jax.lax.dynamic_update_index_in_dim(whole, x, index, 0), outputs, found)
+
+    shapes = jax.eval_shape(lambda: step(carry, jax.tree.map(lambda x: x[0], split))[1])
+    outputs = jax.tree.map(lambda x: jnp.zeros((parts, *x.shape), x.dtype), shapes)
+    carry, outputs = jax.lax.fori_loop(0, num_visited, visit, (carry, outputs))
+    return carry, merge_rows(outputs), num_visited
 
 
 def shard_rows(batch: Any, mesh: Mesh) -> Any:

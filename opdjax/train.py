@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from opdjax.checkpoint import Checkpointer
 from opdjax.checks import enforce
 from opdjax.config import Config
-from opdjax.data.packing import answer_rows, as_teacher_sees, to_train_batch
+from opdjax.data.packing import answer_rows, as_teacher_sees, filling, pack, to_train_batch
 from opdjax.data.prompts import collate, indices_at
 from opdjax.doctor import check_first_step, check_settings
 from opdjax.estimators import RECIPES, bind
@@ -94,25 +94,30 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> d
     evaluate(0, publish(state.params) if first == 0 else None)
     progress, timer = Progress(first, config.train.num_steps), Timer()
     opened.callback(progress.close)
+    following = _prompts_of(setup, first)
     for step in range(first, config.train.num_steps):
-        prompts = collate(setup.prompts, indices_at(step, config.train.prompts_per_step, len(setup.prompts), config.seed))
+        prompts = following
         params = publish(state.params)
         current = as_of_step(setup, params)
         with timer.phase("sample"):
             rollouts = jax.block_until_ready(_rollouts(current, params, prompts, step))
         done = step + 1
-        unscored, told = with_credit(setup, to_train_batch(rollouts, prompts), rollouts)
+        with timer.phase("pack"):
+            unpacked, told = with_credit(setup, to_train_batch(rollouts, prompts), rollouts)
+            unscored, filled = _packed(setup, unpacked)
         if config.log.samples_every and (done % config.log.samples_every == 0 or done == 1):
-            append_lines(workdir / "samples.jsonl", _sample_rows(current, examine, params, rollouts, unscored, done))
+            append_lines(workdir / "samples.jsonl", _sample_rows(current, examine, params, rollouts, unpacked, done))
         with timer.phase("teacher"):
             batch, teacher_head = jax.block_until_ready(_score(current, unscored, needs))
         with timer.phase("update"):
             state, metrics = update(state, batch, teacher_head)
-            metrics = jax.tree.map(float, jax.device_get(metrics))
+            # The update is only dispatched: while the device works, the host does what does not wait for it.
+            told |= filled | _rollout_metrics(setup, rollouts, step) | _token_counts(setup, unpacked)
+            following = _prompts_of(setup, done)
+            metrics = jax.tree.map(float, jax.device_get(metrics)) | told
         if step == first:
-            enforce(check_first_step(setup, batch, rollouts, prompts, metrics))
+            enforce(check_first_step(setup, unpacked, rollouts, prompts, metrics))
 
-        metrics |= told | _rollout_metrics(setup, rollouts, step) | _token_counts(setup, batch)
         metrics |= (seconds := timer.take())
         metrics["perf/tokens_per_second"] = metrics["perf/trained_tokens"] / seconds["time/step"]
         writer.write(done, metrics)
@@ -160,6 +165,20 @@ def _cut_back(setup: Setup, workdir: pathlib.Path, step: int) -> None:
         )
     for name in names:
         cut_lines(workdir / name, step)
+
+
+def _prompts_of(setup: Setup, step: int) -> PromptBatch:
+    config = setup.config
+    return collate(setup.prompts, indices_at(step, config.train.prompts_per_step, len(setup.prompts), config.seed))
+
+
+def _packed(setup: Setup, batch: TrainBatch) -> tuple[TrainBatch, Metrics]:
+    """The rows that are scored and trained on, and how well they are filled; the batch itself where rows are not shared."""
+    train = setup.config.train
+    if train.pack_length is None:
+        return batch, {}
+    packed, source = pack(batch, train.pack_length, parts=train.gradient_accumulation_steps, shards=num_row_shards(setup.mesh))
+    return packed, filling(source)
 
 
 def _rollouts(setup: Setup, params: Params, prompts: PromptBatch, step: int) -> Rollouts:

@@ -22,8 +22,8 @@ from opdjax.estimators.divergence import reverse_kl
 from opdjax.estimators.losses import aggregation_weights, count_denominators
 from opdjax.models.decoder import DecoderConfig, Params, forward, head_of
 from opdjax.models.layout import WEIGHT_AXES, constrain
-from opdjax.ops.vocab import Columns, Head, tiled_loss, tiled_stats
-from opdjax.sharding import merge_rows, split_rows
+from opdjax.ops.vocab import Columns, Head, sum_dtype, tiled_loss, tiled_stats
+from opdjax.sharding import scan_parts
 from opdjax.types import TeacherScores, TrainBatch
 
 
@@ -110,7 +110,7 @@ def make_update(spec: UpdateSpec, config: OptimizerConfig, num_steps: int) -> Ca
     @partial(jax.jit, donate_argnums=0)
     def update(state: TrainState, batch: TrainBatch, teacher_head: Head | None = None):
         is_observed = state.step % spec.diagnostics_every == 0 if spec.diagnostics_every else None
-        loss, grads, outputs, squares = loss_and_grad(state.params, batch, teacher_head, spec, recipe, options, is_observed)
+        loss, grads, outputs, shares = loss_and_grad(state.params, batch, teacher_head, spec, recipe, options, is_observed)
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -131,8 +131,8 @@ def make_update(spec: UpdateSpec, config: OptimizerConfig, num_steps: int) -> Ca
             "grad/skipped_steps": new_state.num_skipped,
             "optimizer/learning_rate": learning_rate(state.step - state.num_skipped),
         }
-        if squares is not None:
-            metrics |= noise_and_signal(norm, squares, spec.gradient_accumulation_steps)
+        if shares is not None:
+            metrics |= noise_and_signal(norm, *shares)
         told = step_metrics(outputs, batch, is_observed, spec.max_completion_length, options, recipe.is_policy_gradient)
         return new_state, metrics | told
 
@@ -148,11 +148,12 @@ def loss_and_grad(
     options: dict,
     is_observed: Bool[Array, ""] | None = None,
 ):
-    """(loss, gradient, per-token outputs [B, T], squares) of a batch; none but the last depends on how the batch is cut.
+    """(loss, gradient, per-token outputs [B, T], shares) of a batch; none but the last depends on how the batch is cut.
 
-    `squares` is the sum of the squared norms of the micro-batches' shares of the gradient, from which `noise_and_signal`
-    tells how much of it is chance; None where there is one micro-batch. `is_observed`: whether the outputs hold diagnostics,
-    which are zeros where it is False and missing where it is None; loss and gradient do not depend on it.
+    `shares`: the sum of the squared norms of the micro-batches' shares of the gradient, and how many there were, from which
+    `noise_and_signal` tells how much of it is chance; None where one micro-batch is all. Those after the last that holds a
+    sampled token cost nothing. `is_observed`: whether the outputs hold diagnostics, which are zeros where it is False and
+    missing where it is None; loss and gradient do not depend on it.
     """
     recipe = dataclasses.replace(recipe, token_loss=observed(recipe.token_loss))
     denominators = count_denominators(batch.mask, batch.segment_ids, spec.max_completion_length)
@@ -171,20 +172,22 @@ def loss_and_grad(
 
     zero = jnp.zeros((), weights.dtype)
     start = (zero, jax.tree.map(jnp.zeros_like, params), zero)
-    (loss, grads, squares), outputs = jax.lax.scan(accumulate, start, split_rows((batch, weights), parts))
-    return loss, grads, merge_rows(outputs), squares
+    (loss, grads, squares), outputs, num_visited = scan_parts(accumulate, start, (batch, weights), batch.mask, parts)
+    return loss, grads, outputs, (squares, num_visited)
 
 
-def noise_and_signal(norm: Array, squares: Array, parts: int) -> dict[str, Array]:
+def noise_and_signal(norm: Array, squares: Array, parts: int | Int[Array, ""]) -> dict[str, Array]:
     """Unbiased estimates of the variance of the batch's gradient, and of the squared norm of its expectation.
 
     With M micro-batches of gradient g_m, each estimating the whole one, and their mean g: noise = (sum |g_m|^2 - M |g|^2) /
     (M (M - 1)), signal = |g|^2 - noise. A single step's signal may be negative: average both over steps, then divide.
     `norm` is |g|, `squares` the sum of |g_m / M|^2: no gradient is kept. The micro-batches are taken as independent. With
     num_generations > 1 they are not: `split_rows` deals neighbouring rows, which share a prompt, to different parts, so that
-    the variance between prompts is common to them and counts as signal: noise is then that of the draws alone.
+    the variance between prompts is common to them and counts as signal: noise is then that of the draws alone. Packed
+    micro-batches hold unequal numbers of tokens and of prompts; what differs between them for that alone counts as noise.
+    NaN where fewer than two held a token.
     """
-    noise = (parts * squares - jnp.square(norm)) / (parts - 1)
+    noise = jnp.where(parts > 1, (parts * squares - jnp.square(norm)) / (parts - 1), jnp.nan)
     return {"grad/noise_squared": noise, "grad/signal_squared": jnp.square(norm) - noise}
 
 
@@ -254,12 +257,12 @@ def _stats(hidden, head, columns: Columns, teacher, batch: TrainBatch, spec: Upd
 def _totals(params, batch: TrainBatch, teacher_head, spec: UpdateSpec, options: dict):
     """(sum of rewards, tokens) of the whole batch, before any micro-batch is differentiated: one more forward pass."""
 
-    def of_part(part: TrainBatch):
+    def add_part(totals, part: TrainBatch):
         stats = _stats(*passes(params, part, teacher_head, spec), part, spec, options)
-        return batch_totals(stats["reward"], part.mask)
+        return jax.tree.map(jnp.add, totals, batch_totals(stats["reward"], part.mask)), None
 
-    sums = jax.lax.map(of_part, split_rows(batch, spec.gradient_accumulation_steps))
-    return jax.tree.map(jnp.sum, sums)
+    zero = jnp.zeros((), sum_dtype(spec.dtype))
+    return scan_parts(add_part, (zero, zero), batch, batch.mask, spec.gradient_accumulation_steps)[0]
 
 
 def make_examine(spec: UpdateSpec, num_alternatives: int) -> Callable:

@@ -40,7 +40,7 @@ UNUSUAL = Config(
         renormalize="none", outside="tail", clamp_at_zero=True,
     ),
     optimizer=OptimizerConfig(1e-3, "linear", 3, 0.8, 0.95, 1e-6, 0.1, 0.0),
-    train=TrainConfig(7, 12, 4, True, 2),
+    train=TrainConfig(7, 12, 4, True, 2, 40),
     evaluation=EvaluationConfig(None, "boxed", 3, 4, 0.8, 0.95, 5, 32, 16, (0.5, 0.7), 25, 9, "problem", "solution"),
     checkpoint=CheckpointConfig(10, 3, "greedy"),
     log=LogConfig(0, 2, True, 3),

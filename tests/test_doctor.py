@@ -374,10 +374,10 @@ class TestSamplerMatchesScorer:
 
 def test_repeated_scores_that_do_not_repeat():
     first = np.linspace(-1, 0, 5)
-    judge = lambda again, otherwise: checks.check_repeated_scores(first, again, otherwise, "float32", "cpu")  # noqa: E731
+    judge = lambda again, otherwise: checks.check_repeated_scores(first, again, otherwise, "packed rows", "float32", "cpu")  # noqa: E731
     assert judge(first, first + 1e-5).status == "ok"
     assert judge(first + 1e-6, first).status == "warning"
-    assert "teacher reads padding" in judge(first, first + 0.1).message
+    assert "teacher reads what is not of the rollout" in judge(first, first + 0.1).message
     assert judge(np.full(5, np.nan), first).status == "fault"
 
 

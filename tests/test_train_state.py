@@ -148,8 +148,8 @@ def test_noise_and_signal_are_those_of_the_micro_batches_gradients(rng):
     batch, _ = scored(make_batch(rng), teacher, estimator)
     spec = UpdateSpec(MODEL, estimator, "float64", 7, gradient_accumulation_steps=4)
     bound = bind("opd", estimator.options)
-    _, grads, _, squares = jax.jit(lambda p, b: loss_and_grad(p, b, None, spec, *bound))(student, batch)
-    found = noise_and_signal(optax.tree.norm(grads), squares, 4)
+    _, grads, _, shares = jax.jit(lambda p, b: loss_and_grad(p, b, None, spec, *bound))(student, batch)
+    found = noise_and_signal(optax.tree.norm(grads), *shares)
     flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])  # noqa: E731
     parts = [jax.tree.map(lambda x, i=i: x[i::4], batch) for i in range(4)]
     each = np.stack([flat(gradient(student, part, None, estimator, "float64")[1]) for part in parts])

@@ -1,14 +1,16 @@
-"""From rollouts, or given answers, to rows that are trained on."""
+"""From rollouts, or given answers, to rows that are trained on: one row a rollout, or packed rows that several share."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opdjax.types import PromptBatch, Rollouts, TeacherView, TrainBatch
+from opdjax.sharding import to_host
+from opdjax.types import Metrics, PromptBatch, Rollouts, TeacherView, TrainBatch
 
 
 def to_train_batch(rollouts: Rollouts, prompts: PromptBatch) -> TrainBatch:
@@ -66,3 +68,91 @@ def _teacher_view(rollouts: Rollouts, prompts: PromptBatch) -> TeacherView:
         segment_ids=jnp.concatenate([segments, rollouts.segment_ids[:, student_width:]], axis=1),
         columns=jnp.broadcast_to(jnp.maximum(columns, 0), rollouts.tokens.shape),
     )
+
+
+def pack(batch: TrainBatch, length: int, *, parts: int = 1, shards: int = 1) -> tuple[TrainBatch, np.ndarray]:
+    """A batch of one rollout a row `[B, T]` in rows of `length` tokens that rollouts share, and where each column came from.
+
+    First-fit decreasing by the longer of the two views, so that a rollout stands in the same row for student and teacher; its
+    columns lie side by side, and the segments of a row are numbered 1, 2, 3 ... The rows `[B, length]`, of which the filled
+    ones are few, lie so that `split_rows` finds them in as few of the `parts` micro-batches as hold them, dealt evenly over
+    these and, within each, over the `shards` of its rows. Every field `[B, T, ...]` goes along. `source [B, length]` is the
+    place of each column among the `B * T` given ones, -1 where nothing stands.
+
+    On the host, and the same whatever the mesh. ValueError where a rollout is longer than a row, or B is no multiple of
+    `parts * shards`.
+    """
+    batch = to_host(batch)
+    views = [batch] if batch.teacher_view is None else [batch, batch.teacher_view]
+    lengths = np.max([np.count_nonzero(view.segment_ids, axis=1) for view in views], axis=0)
+    if lengths.max() > length:
+        raise ValueError(f"a rollout with its prompt has {lengths.max()} tokens; expected at most {length}, those of a packed row")
+    rows, starts, numbers = _first_fit_decreasing(lengths, length)
+    rows = _dealt(rows, parts, shards)
+    source = _sources(batch.segment_ids, rows, starts, length)
+    take = lambda x: _gather(x, source)  # noqa: E731
+    segment_ids = take(np.where(batch.segment_ids > 0, numbers[:, None], 0))
+    packed = dataclasses.replace(jax.tree.map(take, dataclasses.replace(batch, teacher_view=None)), segment_ids=segment_ids)
+    if batch.teacher_view is None:
+        return packed, source
+    view = batch.teacher_view
+    seen = _sources(view.segment_ids, rows, starts, length)
+    places = np.take_along_axis(_rank(view.segment_ids), view.columns, axis=1)
+    view = TeacherView(
+        tokens=_gather(view.tokens, seen),
+        segment_ids=_gather(np.where(view.segment_ids > 0, numbers[:, None], 0), seen),
+        columns=take((starts[:, None] + np.maximum(places, 0)).astype(np.int32)),
+    )
+    return dataclasses.replace(packed, teacher_view=view), source
+
+
+def filling(source: np.ndarray) -> Metrics:
+    """How well the rows of `pack` are filled: their number, and the share of their columns in which a token stands."""
+    is_live = source >= 0
+    used = int(np.count_nonzero(is_live.any(axis=1)))
+    efficiency = float(np.count_nonzero(is_live)) / max(used * source.shape[1], 1)
+    return {"perf/packed_rows": float(used), "perf/packing_efficiency": efficiency}
+
+
+def _first_fit_decreasing(lengths: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row, first column and segment number of each rollout, the longest first; rows are numbered as they are opened."""
+    rows, starts, numbers = (np.zeros(len(lengths), np.int32) for _ in range(3))
+    room, count = np.full(len(lengths), length), np.zeros(len(lengths), np.int32)
+    for rollout in np.argsort(-lengths, kind="stable"):
+        row = int(np.argmax(room >= lengths[rollout]))
+        count[row] += 1
+        rows[rollout], starts[rollout], numbers[rollout] = row, length - room[row], count[row]
+        room[row] -= lengths[rollout]
+    return rows, starts, numbers
+
+
+def _dealt(rows: np.ndarray, parts: int, shards: int) -> np.ndarray:
+    """Where the rows numbered from 0 lie among as many as there are rollouts; the inverse of how `split_rows` cuts them."""
+    size, rest = divmod(len(rows), parts)
+    if rest or size % shards:
+        raise ValueError(f"{len(rows)} rows do not divide into {parts} micro-batches on {shards} shards")
+    filled = -(-(int(rows.max()) + 1) // size)
+    turn, part = np.divmod(rows, filled)
+    place = turn % shards * (size // shards) + turn // shards
+    return place * parts + part
+
+
+def _rank(segment_ids: np.ndarray) -> np.ndarray:
+    """The number of each column among the row's own tokens; -1 before the first."""
+    return np.cumsum(segment_ids > 0, axis=1) - 1
+
+
+def _sources(segment_ids: np.ndarray, rows: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+    """For every packed column, the flat place of the column that it takes; -1 where it takes none."""
+    source = np.full((len(rows), length), -1)
+    rollout, column = np.nonzero(segment_ids)
+    source[rows[rollout], starts[rollout] + _rank(segment_ids)[rollout, column]] = rollout * segment_ids.shape[1] + column
+    return source
+
+
+def _gather(x: np.ndarray, source: np.ndarray) -> np.ndarray:
+    """`x [B, T, ...]` in the packed columns, 0 where nothing stands."""
+    x = np.asarray(x)
+    taken = x.reshape(-1, *x.shape[2:])[np.maximum(source, 0)]
+    taken[source < 0] = 0
+    return taken

@@ -67,12 +67,13 @@ def rank_in_sequence(mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"]) -
 
 def running_sum(x: Float[Array, "B T"], mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"]) -> Float[Array, "B T"]:
     """At every column, the sum of the unmasked entries of the same sequence up to and including it."""
-    x = zero_where_masked(x, mask)
-    total = jnp.cumsum(x, axis=1)
-    columns = jnp.arange(x.shape[1])
-    first = jax.lax.cummax(jnp.where(starts_sequence(segment_ids), columns, 0), axis=1)
-    # What stood before the sequence is taken off again; sequences of one row are few, so little is lost to rounding.
-    return total - jnp.take_along_axis(total - x, first, axis=1)
+
+    # Not a difference of two sums over the row: that would round by what the sequences before this one hold.
+    def add(earlier, later):
+        (before, was_started), (total, is_started) = earlier, later
+        return jnp.where(is_started, total, before + total), was_started | is_started
+
+    return jax.lax.associative_scan(add, (zero_where_masked(x, mask), starts_sequence(segment_ids)), axis=1)[0]
 
 
 def reverse_discounted_sum(

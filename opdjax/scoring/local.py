@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from opdjax.models.decoder import DecoderConfig, Params, forward
 from opdjax.ops.vocab import Columns, Head, tiled_stats
-from opdjax.sharding import merge_rows, split_rows
+from opdjax.sharding import scan_parts
 from opdjax.types import TeacherScores, TrainBatch
 
 
@@ -30,7 +30,8 @@ def score(
     """What a recipe needs of this model: log-probs of the sampled tokens (nats, `[B, T]`), or hidden states `[B, T, D]`.
 
     Hidden states, not logits, leave the teacher: they are hundreds of times smaller and lose nothing. The rows are
-    scored in `parts` one after the other, which bounds the memory of the forward pass and changes nothing else.
+    scored in `parts` one after the other, which bounds the memory of the forward pass; parts after the last that holds a
+    sampled token are not scored and hold 0.
     """
 
     def score_part(part: TrainBatch) -> TeacherScores:
@@ -39,7 +40,9 @@ def score(
             return TeacherScores(hidden=hidden)
         return TeacherScores(token_logprobs=token_logprobs(hidden, head, part, tile=tile, mesh=mesh))
 
-    return score_part(batch) if parts == 1 else merge_rows(jax.lax.map(score_part, split_rows(batch, parts)))
+    if parts == 1:
+        return score_part(batch)
+    return scan_parts(lambda _, part: (None, score_part(part)), None, batch, batch.mask, parts)[1]
 
 
 def token_logprobs(hidden, head: Head, batch: TrainBatch, *, tile: int, mesh: Mesh | None = None) -> jax.Array:

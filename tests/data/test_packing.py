@@ -1,12 +1,16 @@
-"""Rows to train on: the teacher's own view holds the same completion, and every column finds its counterpart."""
+"""Rows to train on: the teacher's own view holds the same completion, and packing loses, doubles and moves nothing within a rollout."""
 
+import dataclasses
+
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opdjax.data.packing import to_train_batch
+from opdjax.data.packing import filling, pack, to_train_batch
 from opdjax.data.prompts import Prompt, PromptSet, collate
+from opdjax.sharding import split_rows
 from opdjax.types import Rollouts
 
 
@@ -86,3 +90,79 @@ def test_every_sampled_token_is_where_its_column_points(data):
     for row in range(len(tokens)):
         expected = np.asarray(prompts.teacher_tokens[row // repeats])[prompts.teacher_mask[row // repeats]].tolist()
         assert seen[row][segments[row] == 1].tolist() == expected + tokens[row][mask[row]].tolist()
+
+
+def rows_of(lengths, **extra):
+    """A batch of rollouts of these lengths, a prompt of one token included, in which every token has an id of its own."""
+    prompts = batch_of([1] * len(lengths), None)
+    completions = [list(range(100 * i + 1, 100 * i + n)) for i, n in enumerate(lengths)]
+    return dataclasses.replace(to_train_batch(roll_out(prompts, completions, max(lengths)), prompts), **extra)
+
+
+def test_first_fit_decreasing_by_hand():
+    """Longest first: 5, then 4 in a row of its own, 3 beside it, 2 beside the 5."""
+    packed, source = pack(rows_of([3, 5, 2, 4]), 7)
+    row = lambda *spans: [token for first, n in spans for token in range(first, first + n)]  # noqa: E731
+    expected = [row((10_100, 1), (101, 4), (10_200, 1), (201, 1)), row((10_300, 1), (301, 3), (10_000, 1), (1, 2))]
+    np.testing.assert_array_equal(packed.tokens, [*expected, [0] * 7, [0] * 7])
+    np.testing.assert_array_equal(packed.segment_ids, [[1] * 5 + [2] * 2, [1] * 4 + [2] * 3, [0] * 7, [0] * 7])
+    np.testing.assert_array_equal(packed.mask[:2].astype(int), [[0, 1, 1, 1, 1, 0, 1], [0, 1, 1, 1, 0, 1, 1]])
+    assert filling(source) == {"perf/packed_rows": 2.0, "perf/packing_efficiency": 1.0}
+    assert filling(pack(rows_of([3, 5, 2, 4]), 8)[1]) == {"perf/packed_rows": 2.0, "perf/packing_efficiency": 14 / 16}
+
+
+def test_live_rows_are_dealt_over_the_fewest_micro_batches_and_their_shards():
+    """Sixteen rollouts in five rows, micro-batches of four: two hold three and two, on either half of a micro-batch's rows."""
+    packed, _ = pack(rows_of([24] * 4 + [2] * 12), 24, parts=4, shards=2)
+    is_live = split_rows(packed.mask, 4).any(axis=2)
+    np.testing.assert_array_equal(is_live, [[1, 1, 1, 0], [1, 0, 1, 0], [0] * 4, [0] * 4])
+
+
+def test_a_rollout_that_fits_no_row_is_refused():
+    with pytest.raises(ValueError, match="a rollout with its prompt has 5 tokens; expected at most 4"):
+        pack(rows_of([3, 5]), 4)
+    with pytest.raises(ValueError, match="3 rows do not divide into 2 micro-batches on 1 shards"):
+        pack(rows_of([3, 5, 2]), 8, parts=2)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_packing_loses_nothing(data):
+    """Every rollout stands once, whole and in order, with all its fields, in one row for both views, whose columns match."""
+    repeats, width, (parts, shards) = 2, 5, data.draw(st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 1)]))
+    lengths = st.lists(st.integers(1, 20), min_size=4, max_size=4)
+    prompts = batch_of(data.draw(lengths), data.draw(st.one_of(st.none(), lengths)))
+    sizes = data.draw(st.lists(st.integers(1, width), min_size=8, max_size=8))
+    rollouts = roll_out(prompts, [list(range(10 * i + 1, 10 * i + 1 + n)) for i, n in enumerate(sizes)], width)
+    batch = to_train_batch(rollouts, prompts)
+    batch = dataclasses.replace(batch, uniforms=np.random.default_rng(0).random((*batch.tokens.shape, 2), np.float32))
+    packed, source = pack(batch, data.draw(st.integers(25, 60)), parts=parts, shards=shards)
+
+    is_live, segments = source >= 0, np.asarray(batch.segment_ids)
+    np.testing.assert_array_equal(np.sort(source[is_live]), np.flatnonzero(segments))
+    for name in ("tokens", "mask", "behavior_logprobs", "uniforms"):
+        given_one, packed_one = np.asarray(getattr(batch, name)), getattr(packed, name)
+        assert packed_one.dtype == given_one.dtype
+        np.testing.assert_array_equal(packed_one[is_live], given_one.reshape(-1, *given_one.shape[2:])[source[is_live]])
+        assert not packed_one[~is_live].any()
+    np.testing.assert_array_equal(packed.segment_ids > 0, is_live)
+    for row in np.flatnonzero(is_live.any(axis=1)):
+        held = packed.segment_ids[row]
+        np.testing.assert_array_equal(np.unique(held[held > 0]), np.arange(1, held.max() + 1))
+        for number in range(1, held.max() + 1):
+            (places,) = np.nonzero(held == number)
+            (rollout,) = np.unique(source[row, places] // segments.shape[1])
+            np.testing.assert_array_equal(places, np.arange(places[0], places[0] + segments[rollout].sum()))
+            if batch.teacher_view is None:
+                continue
+            view, seen = batch.teacher_view, packed.teacher_view
+            own = np.asarray(view.tokens[rollout])[np.asarray(view.segment_ids[rollout]) > 0]
+            np.testing.assert_array_equal(seen.tokens[row][seen.segment_ids[row] == number], own)
+    if batch.teacher_view is not None:
+        rows, columns = np.nonzero(packed.mask)
+        at, seen = packed.teacher_view.columns, packed.teacher_view
+        np.testing.assert_array_equal(seen.tokens[rows, at[rows, columns]], packed.tokens[rows, columns])
+        np.testing.assert_array_equal(seen.segment_ids[rows, at[rows, columns]], packed.segment_ids[rows, columns])
+        np.testing.assert_array_equal(at[rows, columns - 1], at[rows, columns] - 1)
+    again, _ = pack(jax.tree.map(jax.numpy.asarray, batch), packed.tokens.shape[1], parts=parts, shards=shards)
+    jax.tree.map(np.testing.assert_array_equal, again, packed)

@@ -1,0 +1,149 @@
+"""Packed rows train as padded ones do: loss, gradient and metrics agree, however the batch is cut, and empty micro-batches cost nothing."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opdjax.config import EstimatorConfig
+from opdjax.data.packing import pack, to_train_batch
+from opdjax.diagnostics import step_metrics
+from opdjax.estimators import bind
+from opdjax.estimators.losses import AGGREGATIONS
+from opdjax.models.decoder import DecoderConfig, head_of, init_params
+from opdjax.models.rope import Rope
+from opdjax.scoring.local import score
+from opdjax.sharding import make_mesh, num_row_shards, scan_parts, shard_rows
+from opdjax.train_state import UpdateSpec, loss_and_grad, noise_and_signal
+from opdjax.types import PromptBatch, Rollouts
+
+MODEL = DecoderConfig(
+    vocab_size=11, hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=1, head_size=4, intermediate_size=12, rope=Rope(1e4),
+    norm_epsilon=1e-6, ties_embeddings=True, has_qk_norm=True, has_qkv_bias=False, has_output_bias=False,
+)  # fmt: skip
+PROMPT, ANSWER, LENGTH = 4, 6, 17  # two of the longest rollouts do not fit a row
+COUPLED = EstimatorConfig(
+    "vopd", baseline="batch_mean", discount=0.7, prefix_weight=0.5, importance="sequence_mask", importance_cap=9.0, task_reward_coef=0.5, tile=5
+)
+EXPECTED = EstimatorConfig("vopd", baseline="optimal", discount=0.7, return_to_go="expected", extra_draws=2, tile=5)
+PREFIX = EstimatorConfig("full_kl", importance="prefix_truncate", tile=16)
+
+
+def make_batch(rng, dtype, rows):
+    """Rollouts of many lengths with all that a recipe may read of them; the teacher is shown longer prompts."""
+    student, teacher = rng.integers(1, PROMPT + 1, rows), rng.integers(1, PROMPT + 3, rows)
+    left = lambda lengths, width: np.arange(width) >= width - lengths[:, None]  # noqa: E731
+    ids = lambda mask: np.where(mask, rng.integers(0, MODEL.vocab_size, mask.shape), 0).astype(np.int32)  # noqa: E731
+    before, answer = left(student, PROMPT), np.arange(ANSWER) < np.minimum(rng.geometric(0.4, rows), ANSWER)[:, None]
+    prompts = PromptBatch(ids(before), before, np.arange(rows), ids(left(teacher, PROMPT + 2)), left(teacher, PROMPT + 2))
+    tokens = np.concatenate([prompts.tokens, ids(answer)], axis=1)
+    mask = np.concatenate([before & False, answer], axis=1)
+    behavior = np.where(mask, -np.log(MODEL.vocab_size) + 0.4 * rng.normal(size=mask.shape), 0).astype(dtype)
+    segments, zero = np.concatenate([before, answer], axis=1).astype(np.int32), np.zeros(rows, np.int32)
+    batch = to_train_batch(Rollouts(tokens, mask, segments, behavior, behavior, zero, zero, zero, zero > 0), prompts)
+    advantages = np.where(mask, rng.normal(size=(rows, 1)), 0).astype(dtype)
+    return dataclasses.replace(batch, advantages=advantages, uniforms=rng.random((*mask.shape, 2)).astype(dtype))
+
+
+@functools.cache
+def make_models(dtype):
+    init = jax.jit(lambda seed: init_params(MODEL, jax.random.key(seed), dtype))
+    return init(0), init(1)
+
+
+def spec_of(estimator, dtype, parts, mesh=None):
+    return UpdateSpec(MODEL, estimator, dtype, max_completion_length=ANSWER, gradient_accumulation_steps=parts, mesh=mesh)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def trained(params, batch, head, spec):
+    """(loss, gradient, metrics of the tokens, noise and signal or None)."""
+    recipe, options = bind(spec.estimator.recipe, spec.estimator.options)
+    loss, grads, outputs, shares = loss_and_grad(params, batch, head, spec, recipe, options, jnp.bool_(True))
+    told = step_metrics(outputs, batch, jnp.bool_(True), ANSWER, options, recipe.is_policy_gradient)
+    return loss, grads, told, None if shares is None else noise_and_signal(jnp.float32(1), *shares)
+
+
+def result(batch, estimator, dtype, parts=1, *, is_packed=False, mesh=None):
+    """What `trained` makes of the batch once it is packed, if at all, placed and scored, the last in as many parts."""
+    student, teacher = make_models(jnp.dtype(dtype))
+    if is_packed:
+        batch, _ = pack(batch, LENGTH, parts=parts, shards=num_row_shards(mesh))
+    batch = batch if mesh is None else shard_rows(batch, mesh)
+    needs = bind(estimator.recipe, estimator.options)[0].teacher
+    scores = score(teacher, head_of(teacher), batch, config=MODEL, needs=needs, tile=8, parts=parts, mesh=mesh)
+    head = head_of(teacher) if needs == "vocabulary" else None
+    return trained(student, dataclasses.replace(batch, teacher=scores), head, spec_of(estimator, dtype, parts, mesh))
+
+
+def assert_same_lesson(expected, found, tolerance):
+    (loss, whole, told, _), (other_loss, other, other_told, _) = expected, found
+    np.testing.assert_allclose(other_loss, loss, rtol=tolerance)
+    left, right = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (whole, other))
+    assert np.linalg.norm(left - right) / np.linalg.norm(left) < tolerance
+    assert told.keys() == other_told.keys()
+    for name, value in told.items():
+        np.testing.assert_allclose(other_told[name], value, rtol=10 * tolerance, atol=tolerance, err_msg=name)
+
+
+ONCE = [(True, 2)]
+EVERY = [(False, 2), (True, 1), (True, 2), (True, 8)]
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("estimator", "aggregation", "forms"),
+    [
+        (COUPLED, "token_mean", EVERY),
+        *((COUPLED, kind, ONCE) for kind in AGGREGATIONS[1:]),
+        (EXPECTED, "token_mean", ONCE),
+        (PREFIX, "token_mean", ONCE),
+        *(pytest.param(e, kind, EVERY, marks=pytest.mark.long) for e in (COUPLED, EXPECTED, PREFIX) for kind in AGGREGATIONS),
+    ],
+    ids=lambda x: str(getattr(x, "baseline", x)),
+)
+def test_packing_and_cutting_change_neither_loss_nor_gradient_nor_metrics(estimator, aggregation, forms, rng):
+    batch, estimator = make_batch(rng, np.float64, 8), dataclasses.replace(estimator, aggregation=aggregation)
+    expected = result(batch, estimator, "float64")
+    for is_packed, parts in forms:
+        assert_same_lesson(expected, result(batch, estimator, "float64", parts, is_packed=is_packed), 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "parts"),
+    [(COUPLED, 2), *(pytest.param(e, parts, marks=pytest.mark.long) for e in (COUPLED, EXPECTED, PREFIX) for parts in (1, 2, 8))],
+)
+def test_eight_devices_train_on_packed_rows_as_one_does_on_padded_ones(estimator, parts, rng):
+    batch = make_batch(rng, np.float32, 64)
+    expected = result(batch, estimator, "float32")
+    assert_same_lesson(expected, result(batch, estimator, "float32", parts, is_packed=True, mesh=make_mesh(8)), 1e-5)
+
+
+def test_one_program_visits_only_the_micro_batches_that_hold_a_token(rng):
+    """Sixteen rollouts of few tokens or many: the same compiled functions, over one or three micro-batches of eight."""
+    full = make_batch(rng, np.float32, 16)
+    few = jax.tree.map(lambda x: x * (np.arange(16) < 2).reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype), jax.tree.map(np.asarray, full))
+    estimator = EstimatorConfig("opd")
+    trained.clear_cache()
+    score.clear_cache()
+    noise = [result(batch, estimator, "float32", 8, is_packed=True)[3]["grad/noise_squared"] for batch in (few, full)]
+    assert trained._cache_size() == score._cache_size() == 1
+    np.testing.assert_array_equal(np.isnan(noise), [True, False])  # a single micro-batch tells nothing of the noise
+
+
+def test_parts_after_the_last_live_one_are_skipped():
+    """Rows 0 and 3 of six in three parts are part 0; a mask on row 4 makes it two parts, the empty one between them included."""
+
+    @jax.jit
+    def run(mask):
+        return scan_parts(lambda total, part: (total + 1, 10 * part), 0, jnp.arange(6), mask, 3)
+
+    first = np.zeros((6, 2), bool)
+    first[3, 1] = True
+    for mask, outputs, count in ((first, [0, 0, 0, 30, 0, 0], 1), (np.roll(first, 1, axis=0), [0, 10, 0, 30, 40, 0], 2), (first & False, [0] * 6, 0)):
+        total, found, visited = run(mask)
+        assert (int(total), int(visited)) == (count, count)
+        np.testing.assert_array_equal(found, outputs)
