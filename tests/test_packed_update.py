@@ -8,17 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opdjax.config import EstimatorConfig
+import opdjax.train
+from opdjax.config import Config, DataConfig, EstimatorConfig, EvaluationConfig, LogConfig, MeshConfig, SamplingConfig, TrainConfig
 from opdjax.data.packing import pack, to_train_batch
 from opdjax.diagnostics import step_metrics
+from opdjax.doctor import examine
 from opdjax.estimators import bind
 from opdjax.estimators.losses import AGGREGATIONS
+from opdjax.fields import ConfigError
 from opdjax.models.decoder import DecoderConfig, head_of, init_params
 from opdjax.models.rope import Rope
+from opdjax.prepare import prepare
 from opdjax.scoring.local import score
 from opdjax.sharding import make_mesh, num_row_shards, scan_parts, shard_rows
-from opdjax.train_state import UpdateSpec, loss_and_grad, noise_and_signal
+from opdjax.train_state import UpdateSpec, loss_and_grad, make_update, noise_and_signal
 from opdjax.types import PromptBatch, Rollouts
+from opdjax.workdir import read_lines
 
 MODEL = DecoderConfig(
     vocab_size=11, hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=1, head_size=4, intermediate_size=12, rope=Rope(1e4),
@@ -98,7 +103,7 @@ EVERY = [(False, 2), (True, 1), (True, 2), (True, 8)]
     ("estimator", "aggregation", "forms"),
     [
         (COUPLED, "token_mean", EVERY),
-        *((COUPLED, kind, ONCE) for kind in AGGREGATIONS[1:]),
+        *((COUPLED, kind, ONCE) for kind in ("sequence_mean_token_mean", "fixed_denominator")),
         (EXPECTED, "token_mean", ONCE),
         (PREFIX, "token_mean", ONCE),
         *(pytest.param(e, kind, EVERY, marks=pytest.mark.long) for e in (COUPLED, EXPECTED, PREFIX) for kind in AGGREGATIONS),
@@ -147,3 +152,49 @@ def test_parts_after_the_last_live_one_are_skipped():
         total, found, visited = run(mask)
         assert (int(total), int(visited)) == (count, count)
         np.testing.assert_array_equal(found, outputs)
+
+
+def run_of(pack_length, **train):
+    """The mini pair, the teacher shown more than the student."""
+    return Config(
+        data=DataConfig(max_prompt_length=32, format="raw", teacher_format="chat"),
+        sampling=SamplingConfig(max_completion_length=20),
+        estimator=EstimatorConfig("vopd", tile=64),
+        train=TrainConfig(**{"num_steps": 1, "prompts_per_step": 8} | train, pack_length=pack_length),
+        evaluation=EvaluationConfig(source=None),
+        log=LogConfig(samples_every=1, num_samples=2),
+        mesh=MeshConfig(1),
+    )
+
+
+def test_a_packed_run_learns_what_a_padded_one_does(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(opdjax.train, "make_update", lambda *arguments: made.append(make_update(*arguments)) or made[-1])
+    opdjax.train.train(run_of(None), tmp_path / "padded")
+    opdjax.train.train(run_of(64, num_steps=2, gradient_accumulation_steps=4), tmp_path / "packed")
+    assert [update._cache_size() for update in made] == [1, 1]
+    (padded,), (packed, _) = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("padded", "packed"))
+    assert 1 < packed["perf/packed_rows"] < 8
+    assert 0.3 < packed["perf/packing_efficiency"] < 1  # of columns of the student, whose prompts are the shorter ones
+    # The schedules differ with the number of steps, seconds always.
+    for name in (name for name in padded if not name.startswith(("time/", "perf/tokens_per", "optimizer/"))):
+        if padded[name] is None:  # no token stands at these positions
+            assert packed[name] is None
+        else:
+            np.testing.assert_allclose(packed[name], padded[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    told = [[row for row in read_lines(tmp_path / name / "samples.jsonl") if row["step"] == 1] for name in ("padded", "packed")]
+    assert told[0] == told[1]
+
+
+@pytest.mark.long
+def test_the_doctor_examines_packed_rows():
+    found = {finding.name: finding for finding in examine(prepare(run_of(64, gradient_accumulation_steps=4)))}
+    assert {name for name, finding in found.items() if finding.status == "fault"} == set()
+    assert "packed rows" in found["repeated_scores"].message
+
+
+def test_a_row_too_short_for_a_rollout_is_refused():
+    with pytest.raises(ConfigError, match="train.pack_length is 20; expected more than sampling.max_completion_length, 20"):
+        run_of(20)
+    with pytest.raises(ConfigError, match=r"train.pack_length is 30; expected at least \d\d: the longest prompt of arithmetic:train"):
+        prepare(run_of(30))
