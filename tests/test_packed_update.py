@@ -31,8 +31,9 @@ MODEL = DecoderConfig(
 )  # fmt: skip
 PROMPT, ANSWER, LENGTH = 4, 6, 17  # two of the longest rollouts do not fit a row
 COUPLED = EstimatorConfig(
-    "vopd", baseline="batch_mean", discount=0.7, prefix_weight=0.5, importance="sequence_mask", importance_cap=9.0, task_reward_coef=0.5, tile=5
-)
+    "vopd", baseline="batch_mean", discount=0.7, prefix_weight=0.5, importance="sequence_mask", importance_cap=9.0, task_reward_coef=0.5,
+    tile=5,
+)  # fmt: skip
 EXPECTED = EstimatorConfig("vopd", baseline="optimal", discount=0.7, return_to_go="expected", extra_draws=2, tile=5)
 PREFIX = EstimatorConfig("full_kl", importance="prefix_truncate", tile=16)
 
@@ -146,9 +147,9 @@ def test_parts_after_the_last_live_one_are_skipped():
     def run(mask):
         return scan_parts(lambda total, part: (total + 1, 10 * part), 0, jnp.arange(6), mask, 3)
 
-    first = np.zeros((6, 2), bool)
-    first[3, 1] = True
-    for mask, outputs, count in ((first, [0, 0, 0, 30, 0, 0], 1), (np.roll(first, 1, axis=0), [0, 10, 0, 30, 40, 0], 2), (first & False, [0] * 6, 0)):
+    for row, outputs in ((3, [0, 0, 0, 30, 0, 0]), (4, [0, 10, 0, 30, 40, 0]), (None, [0] * 6)):
+        mask, count = np.zeros((6, 2), bool), 0 if row is None else row % 3 + 1
+        mask[row if count else [], 1] = True
         total, found, visited = run(mask)
         assert (int(total), int(visited)) == (count, count)
         np.testing.assert_array_equal(found, outputs)
