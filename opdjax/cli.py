@@ -37,7 +37,8 @@ def main() -> None:
     try:
         VERBS[verb](arguments[1:])
     except (ValueError, RuntimeError, ImportError, OSError) as error:
-        sys.exit(_complain(f"{type(error).__name__}: {error}"))
+        _complain(f"{type(error).__name__}: {error}")
+        sys.exit(143 if type(error).__name__ == "InterruptedRunError" else 2)  # 143: as shells say of SIGTERM
     except KeyboardInterrupt:
         _complain("interrupted; run the same command again to continue")
         sys.exit(130)  # as shells say of SIGINT

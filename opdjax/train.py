@@ -34,10 +34,11 @@ from opdjax.models.hf import export, load_params, open_checkpoint
 from opdjax.models.layout import constrain, shardings_of
 from opdjax.ops.vocab import Head
 from opdjax.prepare import Setup, as_of_step, facts, prepare, update_spec, with_credit
+from opdjax.processes import InterruptedRunError, agreed, join, on_lead, stop_requests
 from opdjax.results import read_result
 from opdjax.sampler import sample
 from opdjax.scoring.local import score
-from opdjax.sharding import is_lead, make_mesh, num_row_shards, shard_rows
+from opdjax.sharding import is_lead, make_mesh, num_row_shards, shard_rows, to_host
 from opdjax.train_state import TrainState, init_state, make_examine, make_optimizer, make_update
 from opdjax.types import Metrics, PromptBatch, Rollouts, TrainBatch
 from opdjax.workdir import WorkdirError, append_lines, claim, cut_lines, locked, read_config, read_lines, require_local, write_json
@@ -54,23 +55,34 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
     require_local(workdir, "--workdir")
     workdir = pathlib.Path(workdir)
     bind(config.estimator.recipe, config.estimator.options)
-    with locked(workdir), contextlib.ExitStack() as opened:
+    join(config.mesh.processes)
+    with contextlib.ExitStack() as opened:
+        on_lead(lambda: opened.enter_context(locked(workdir)))
         setup = prepare(config)
-        claim(workdir, config, facts(setup))
-        for prompts in (setup.prompts, setup.evaluator.prompts if setup.evaluator else None):
-            if prompts is not None and prompts.skipped:
-                print(f"left out {prompts.num_skipped} prompts over {config.data.max_prompt_length} tokens, first {prompts.skipped[0]}")
-        if (workdir / "result.json").exists():
-            print(f"{workdir} holds a finished run")
-            result = read_result(workdir)
-            if "eval_after" in result:
-                print(result_table(result))
-            return result
-        enforce(check_settings(setup))
-        return _run(setup, workdir, opened)
+        described = facts(setup)
+        is_finished = agreed(bool(on_lead(lambda: _open(workdir, setup, described))))
+        if not is_finished:
+            enforce(check_settings(setup))
+            _run(setup, workdir, opened)
+        return read_result(workdir)
 
 
-def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> dict[str, Any]:
+def _open(workdir: pathlib.Path, setup: Setup, described: dict[str, Any]) -> bool:
+    """Claim the directory and say what is to be said before a run; whether it holds a finished one."""
+    claim(workdir, setup.config, described)
+    for prompts in (setup.prompts, setup.evaluator.prompts if setup.evaluator else None):
+        if prompts is not None and prompts.skipped:
+            print(f"left out {prompts.num_skipped} prompts over {setup.config.data.max_prompt_length} tokens, first {prompts.skipped[0]}")
+    if not (workdir / "result.json").exists():
+        return False
+    print(f"{workdir} holds a finished run")
+    result = read_result(workdir)
+    if "eval_after" in result:
+        print(result_table(result))
+    return True
+
+
+def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> None:
     config = setup.config
     spec, needs = update_spec(setup), bind(config.estimator.recipe, config.estimator.options)[0].teacher
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
@@ -82,10 +94,10 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> d
     first = checkpointer.latest_step or 0
     if first:
         state = checkpointer.restore(first, state)
-        print(f"continuing from step {first}")
-    _cut_back(setup, workdir, first)
-    writer = MetricWriter(workdir, last_step=first, tensorboard=config.log.tensorboard)
-    opened.callback(writer.close)
+    on_lead(lambda: _cut_back(setup, workdir, first))
+    writer = on_lead(lambda: MetricWriter(workdir, last_step=first, tensorboard=config.log.tensorboard))
+    if writer is not None:
+        opened.callback(writer.close)
     # Copied even in the same type: the update writes over the state's arrays, and may read what was published as its teacher's head.
     publish = jax.jit(partial(_published, setup))
     evaluate = partial(_evaluate, setup, workdir)
@@ -94,19 +106,21 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> d
     evaluate(0, publish(state.params) if first == 0 else None)
     progress, timer = Progress(first, config.train.num_steps), Timer()
     opened.callback(progress.close)
+    is_stop_asked = opened.enter_context(stop_requests())
     following = _prompts_of(setup, first)
     for step in range(first, config.train.num_steps):
         prompts = following
         params = publish(state.params)
         current = as_of_step(setup, params)
         with timer.phase("sample"):
-            rollouts = jax.block_until_ready(_rollouts(current, params, prompts, step))
+            rollouts = to_host(_rollouts(current, params, prompts, step))
         done = step + 1
         with timer.phase("pack"):
             unpacked, told = with_credit(setup, to_train_batch(rollouts, prompts), rollouts)
             unscored, filled = _packed(setup, unpacked)
         if config.log.samples_every and (done % config.log.samples_every == 0 or done == 1):
-            append_lines(workdir / "samples.jsonl", _sample_rows(current, examine, params, rollouts, unpacked, done))
+            rows = _sample_rows(current, examine, params, rollouts, unpacked, done)
+            on_lead(lambda: append_lines(workdir / "samples.jsonl", rows))  # noqa: B023 (called at once)
         with timer.phase("teacher"):
             batch, teacher_head = jax.block_until_ready(_score(current, unscored, needs))
         with timer.phase("update"):
@@ -120,8 +134,9 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> d
 
         metrics |= (seconds := timer.take())
         metrics["perf/tokens_per_second"] = metrics["perf/trained_tokens"] / seconds["time/step"]
-        writer.write(done, metrics)
-        progress.show(done, metrics)
+        if is_lead():
+            writer.write(done, metrics)
+            progress.show(done, metrics)
         streak = int(state.nonfinite_streak)
         if streak >= config.train.max_nonfinite_steps:
             checkpointer.wait()
@@ -132,13 +147,17 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> d
         is_last = done == config.train.num_steps
         is_evaluated = is_last or (config.evaluation.every and done % config.evaluation.every == 0)
         scores = evaluate(done, publish(state.params)) if is_evaluated else None
+        is_stopped = is_stop_asked(done) and not is_last
         # In the middle of a streak nothing new is worth keeping, and the last good step must not be pushed out.
-        if is_last or (streak == 0 and (is_evaluated or done % config.checkpoint.every == 0)):
+        if is_last or (streak == 0 and (is_evaluated or is_stopped or done % config.checkpoint.every == 0)):
             checkpointer.save(done, state, scores)
+        if is_stopped:
+            checkpointer.wait()
+            raise InterruptedRunError(f"stopped after step {done}, as asked by a signal; the same command continues {workdir}")
     progress.close()
     checkpointer.wait()
     exported = _export_student(setup, state, workdir / "student", spec.dtype)
-    return _finish(setup, workdir, exported, int(state.num_skipped))
+    on_lead(lambda: _finish(setup, workdir, exported, int(state.num_skipped)))
 
 
 def _published(setup: Setup, params: Params) -> Params:
@@ -150,6 +169,8 @@ def _published(setup: Setup, params: Params) -> Params:
 def _cut_back(setup: Setup, workdir: pathlib.Path, step: int) -> None:
     """Drop the rows after the checkpoint that the run continues from; nothing is touched where what must be there before it is not."""
     config, names = setup.config, ("metrics.jsonl", "samples.jsonl", "eval.jsonl")
+    if step:
+        print(f"continuing from step {step}")
     metrics, _, evaluations = (read_lines(workdir / name) for name in names)
     # One checkpoint may be in the making and one streak of skipped steps behind it when a run is killed.
     reached, within = max([row["step"] for row in metrics], default=0), 2 * config.checkpoint.every + config.train.max_nonfinite_steps
@@ -191,6 +212,7 @@ def _rollouts(setup: Setup, params: Params, prompts: PromptBatch, step: int) -> 
         return answer_rows(prompts, _reference_answers(setup, prompts, step), sampling.max_completion_length, step)
     teacher = setup.teacher
     written = draw(teacher.params, as_teacher_sees(prompts), config.seed, step, config=teacher.checkpoint.config, decoding=teacher.decoding)
+    written = to_host(written)
     rows = answer_rows(prompts, _as_student_ids(setup, written), sampling.max_completion_length, step)
     is_truncated = rows.is_truncated | np.asarray(written.is_truncated)
     return dataclasses.replace(rows, sample_id=np.asarray(written.sample_id), is_truncated=is_truncated)
@@ -274,7 +296,7 @@ def _sample_rows(setup: Setup, examine, params: Params, rollouts: Rollouts, batc
     first, few = jax.tree.map(lambda x: np.asarray(x)[:count], (rollouts, batch))
     is_comparable = setup.teacher is not None and setup.teacher.shares_vocabulary
     few, teacher_head = _score(setup, few, "vocabulary" if is_comparable else "none")
-    seen = jax.device_get(examine(params, few, teacher_head))
+    seen = to_host(examine(params, few, teacher_head))
     texts = completions(first, setup.tokenizer)
     rows = []
     for row in range(min(setup.config.log.num_samples, count)):
@@ -307,18 +329,18 @@ def _evaluate(setup: Setup, workdir: pathlib.Path, step: int, params: Params | N
     """Append this step's scores to eval.jsonl unless they are there; at step 0 the extra temperatures as well."""
     if setup.evaluator is None:
         return None
-    file = workdir / "eval.jsonl"
+    file, config = workdir / "eval.jsonl", setup.config.evaluation
     found = {(row["step"], row["temperature"]): row for row in read_lines(file)}
-    evaluation = setup.config.evaluation
-    if (step, evaluation.temperature) not in found:
-        scores = setup.evaluator(params)
-        append_lines(file, [{"step": step, **scores}])
-        found[step, evaluation.temperature] = scores
-        print(f"evaluation at step {step}: {_score_line(scores)}")
-    for temperature in evaluation.extra_temperatures if step == 0 else ():
-        if (step, temperature) not in found:
-            append_lines(file, [{"step": step, **setup.evaluator.sampled(params, temperature)}])
-    return {name: found[step, evaluation.temperature][name] for name in ("avg@k", "pass@k", "greedy")}
+    measured = setup.evaluator, setup.evaluator.sampled
+    wanted = [(config.temperature, lambda: measured[0](params))]
+    wanted += [(at, partial(measured[1], params, at)) for at in (config.extra_temperatures if step == 0 else ())]
+    for temperature, measure in wanted:
+        if agreed((step, temperature) not in found):
+            found[step, temperature] = {"step": step, **measure()}
+            on_lead(lambda: append_lines(file, [found[step, temperature]]))  # noqa: B023 (called at once)
+            if temperature == config.temperature and is_lead():
+                print(f"evaluation at step {step}: {_score_line(found[step, temperature])}")
+    return {name: found[step, config.temperature][name] for name in ("avg@k", "pass@k", "greedy")}
 
 
 def _score_line(scores: dict[str, Any]) -> str:
@@ -359,7 +381,7 @@ def _mesh_for_export(config: Config) -> Mesh:
         return make_mesh(1)
 
 
-def _finish(setup: Setup, workdir: pathlib.Path, exported: pathlib.Path, num_skipped: int) -> dict[str, Any]:
+def _finish(setup: Setup, workdir: pathlib.Path, exported: pathlib.Path, num_skipped: int) -> None:
     """Write result.json, last of all, and print what changed."""
     config = setup.config
     result: dict[str, Any] = {
@@ -383,7 +405,6 @@ def _finish(setup: Setup, workdir: pathlib.Path, exported: pathlib.Path, num_ski
         result["eval_before_sharpened"] = [at[0, t] for t in config.evaluation.extra_temperatures]
         print(result_table(result))
     write_json(workdir / "result.json", result)
-    return result
 
 
 def result_table(result: dict[str, Any]) -> str:

@@ -168,6 +168,7 @@ def loss_and_grad(
 
     def accumulate(carry, part):
         (loss, outputs), grads = value_and_grad(params, *part, teacher_head)
+        grads = constrain(grads, spec.mesh, spec.split_over)
         return jax.tree.map(jnp.add, carry, (loss, grads, optax.tree.norm(grads, squared=True))), outputs
 
     zero = jnp.zeros((), weights.dtype)

@@ -14,7 +14,7 @@ from opdjax.evals.grading import GRADERS
 from opdjax.evals.passk import avg_at_k, mean_and_interval, pass_at_k
 from opdjax.models.decoder import DecoderConfig, Params
 from opdjax.sampler import EVAL_STREAM, Decoding, sample
-from opdjax.sharding import num_row_shards
+from opdjax.sharding import num_row_shards, to_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Evaluator:
                 params, collate(self.prompts, indices, num_rows=at_once), config.seed, 0, config=self.model, decoding=decoding,
                 num_generations=num_samples, stream=EVAL_STREAM, mesh=self.mesh,
             )  # fmt: skip
+            rollouts = to_host(rollouts)
             texts = completions(rollouts, self.tokenizer)
             answers = [self.prompts.prompts[i].answer for i in indices for _ in range(num_samples)]
             correct = [grade(text, answer) for text, answer in zip(texts, answers)]
