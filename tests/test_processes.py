@@ -38,7 +38,8 @@ def start(config, workdir, count=2, devices=2):
     started = []
     for number in range(count):
         environment = os.environ | {
-            "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PROCESS_ID": str(number),
+            "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PROCESS_ID": str(number),
             "JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
         }  # fmt: skip
         output = workdir.with_suffix(f".{number}.txt").open("w")
