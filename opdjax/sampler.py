@@ -309,9 +309,15 @@ def _draw(state: SlotState, head, decoding: Decoding) -> SlotState:
     """Draw the next token of every slot; a slot that is done is not counted on."""
     length = decoding.max_completion_length
     token, behavior, unfiltered = draw_tokens(head_logits(head, state.hidden), state.keys, state.num_drawn, decoding)
-    place = (0, state.clock % length)
-    put = lambda old, new: jax.lax.dynamic_update_slice(old, new[:, None].astype(old.dtype), place)  # noqa: E731
+    column = state.clock % length
     num_drawn = state.num_drawn + ~state.is_done
+
+    def put(old: Array, new: Array) -> Array:
+        # A row that is done and waits to be handed over must not be written over, however often the clock goes round.
+        kept = jax.lax.dynamic_slice_in_dim(old, column, 1, axis=1)
+        new = jnp.where(state.is_done[:, None], kept, new[:, None].astype(old.dtype))
+        return jax.lax.dynamic_update_slice_in_dim(old, new, column, axis=1)
+
     return state.replace(
         recent=jax.tree.map(put, state.recent, Drawn(token, behavior, unfiltered)),
         num_drawn=num_drawn,
