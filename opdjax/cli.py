@@ -260,10 +260,10 @@ def sample(arguments: list[str]) -> None:
 
         from opdjax.data.chat import load_tokenizer
         from opdjax.data.prompts import Prompt, collate, encode_prompts
+        from opdjax.decoding import Decoding
         from opdjax.evals.evaluate import completions
         from opdjax.models.hf import load_params, open_checkpoint
         from opdjax.prepare import compute_dtype, num_ids, stop_ids, student_view
-        from opdjax.sampler import Decoding
         from opdjax.sampler import sample as draw
 
         if not prompts:

@@ -111,11 +111,18 @@ class SamplingConfig:
     source: Literal["student", "teacher", "references"] = "student"  # student: on-policy; references: the data's own answers
     # Mesh axes that the weights rollouts are drawn with lie split over; with fsdp they would be sent anew for every token.
     split_over: tuple[Literal["fsdp", "tensor"], ...] = ("tensor",)
+    # Rows decoded at a time; a finished one makes place for the next. None: all of a step, the fastest where memory allows and
+    # lengths are alike. A multiple of mesh.data x mesh.fsdp.
+    slots: int | None = None
+    # Of stored keys and values; auto: as the forward pass. int8 takes half of bfloat16's memory and draws from a distribution a
+    # little off the one that is trained: log-probs are of what was truly drawn from, so importance ratios stay honest.
+    kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
 
     def __post_init__(self):
         require_types(self, "sampling.")
         require(self.num_generations > 0, "sampling.num_generations", self.num_generations, "at least 1")
         _require_sampling("sampling", self)
+        require(self.slots is None or self.slots > 0, "sampling.slots", self.slots, "at least 1, or none for all rows")
         require(0 <= self.min_p < 1, "sampling.min_p", self.min_p, "at least 0 (off) and less than 1")
 
     @property
@@ -179,7 +186,7 @@ class EvaluationConfig:
     top_p: float = 1.0  # 1: off
     top_k: int = 0  # 0: off
     max_completion_length: int = 512
-    batch_size: int = 512  # rows sampled at a time
+    batch_size: int = 512  # rows sampled at a time; a finished one makes place for the next
     extra_temperatures: tuple[float, ...] = ()  # the untrained student is also measured at these
     every: int = 0  # steps between evaluations; 0: only before and after
     seed: int = 0  # common to all runs that are compared: they then answer the same prompts with the same draws

@@ -20,6 +20,7 @@ from opdjax.config import EstimatorConfig, EvaluationConfig
 from opdjax.data.chat import valid_vocab
 from opdjax.data.packing import as_teacher_sees, pack, to_train_batch
 from opdjax.data.prompts import collate, indices_at
+from opdjax.decoding import Decoding
 from opdjax.estimators import RECIPES, bind
 from opdjax.estimators.divergence import TOP_K_CONVENTIONS
 from opdjax.evals.evaluate import completions
@@ -28,7 +29,7 @@ from opdjax.models.decoder import DecoderConfig, Params, head_of
 from opdjax.models.hf import Checkpoint, load_params
 from opdjax.ops.vocab import Columns, Head, tiled_stats
 from opdjax.prepare import Setup, Teacher, as_of_step, update_spec, with_credit
-from opdjax.sampler import Decoding, sample
+from opdjax.sampler import sample
 from opdjax.scoring.local import score
 from opdjax.train_state import UpdateSpec, loss_and_grad
 from opdjax.types import Metrics, PromptBatch, Rollouts, TeacherScores, TrainBatch

@@ -14,6 +14,7 @@ from opdjax.config import STUDENT, Config, DataConfig, ModelConfig
 from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, load_tokenizer, valid_vocab
 from opdjax.data.prompts import PromptSet, encode_prompts, read_prompts, require_of_each
 from opdjax.data.sources import Columns
+from opdjax.decoding import Decoding
 from opdjax.estimators import RECIPES
 from opdjax.estimators.advantage import group_centred
 from opdjax.evals.evaluate import Evaluator, completions
@@ -23,7 +24,7 @@ from opdjax.models.decoder import Params, head_of
 from opdjax.models.hf import Checkpoint, CheckpointError, fingerprint, load_params, open_checkpoint
 from opdjax.models.layout import require_divides
 from opdjax.ops.vocab import Head
-from opdjax.sampler import Decoding, extra_uniforms
+from opdjax.sampler import extra_uniforms
 from opdjax.sharding import make_mesh, num_row_shards
 from opdjax.train_state import UpdateSpec
 from opdjax.types import Metrics, Rollouts, TrainBatch
@@ -66,6 +67,11 @@ def prepare(config: Config) -> Setup:
         raise ConfigError(
             f"{rows} rows a step (train.prompts_per_step x sampling.num_generations) do not divide into "
             f"{config.train.gradient_accumulation_steps} micro-batches on {shards} devices (mesh.data x mesh.fsdp); change one of them"
+        )
+    if config.sampling.slots is not None and config.sampling.slots % shards:
+        raise ConfigError(
+            f"sampling.slots is {config.sampling.slots}; expected a multiple of {shards}, the devices that rows are split over "
+            "(mesh.data x mesh.fsdp)"
         )
     student = open_checkpoint(config.student.path, config.student.revision)
     require_divides(student.config, mesh.shape, "the student")
@@ -200,7 +206,7 @@ def _decoding(config: Config, checkpoint: Checkpoint, tokenizer: Any, more: tupl
         raise ConfigError(f"sampling.stop_token_ids has {beyond}; expected ids from 0 to {width - 1}")
     return Decoding(
         sampling.max_completion_length, stop_ids(checkpoint, tokenizer, more), sampling.temperature,
-        sampling.top_k, sampling.top_p, sampling.min_p, valid_vocab=width,
+        sampling.top_k, sampling.top_p, sampling.min_p, valid_vocab=width, kv_dtype=sampling.kv_dtype,
     )  # fmt: skip
 
 

@@ -1,61 +1,40 @@
-"""Student rollouts: one jitted prefill and decode loop over a batch of left-padded prompts.
+"""Student rollouts by continuous batching: a fixed number of slots decode together, and a finished row's slot goes to the next.
 
-Every row has a random key folded from (seed, stream, prompt id, sample id, policy version), and every token folds in its
-position in the completion and draws ONE uniform, turned into a token by inverting the cumulative distribution. A draw is
-therefore the same whatever the batch, row, padding or mesh; a token can differ only where its draw lies within logit
-rounding of a boundary between two tokens.
+The host plans and the device works. `prefill` reads a few prompts of one width at a time; `advance` puts their rows into
+free slots and decodes until enough slots are free again. All slots write their keys and values at one column of a ring,
+so that a write is one slice; a slot sees its prompt's columns and as many columns of the ring behind the clock as it has
+drawn tokens. The ring is no longer than the longest living row needs: it grows in powers of two, each a program of its own.
+
+What is drawn does not depend on any of this (see decoding.py): neither on slots and schedule nor on widths, ring or mesh.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
+from collections.abc import Iterator
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, UInt
+import numpy as np
+from flax import struct
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
 
-from opdjax.models.decoder import DecoderConfig, KVCache, Params, forward_cached, head_of, init_cache, positions_of
-from opdjax.ops.draw import invert_cdf
+from opdjax.data.prompts import padded_width
+from opdjax.decoding import EXTRA_STREAM, TRAIN_STREAM, Decoding, draw_tokens, is_stop, row_keys
+from opdjax.models import cached
+from opdjax.models.cached import KVCache
+from opdjax.models.decoder import DecoderConfig, Params, head_of
 from opdjax.ops.masked import rank_in_sequence
 from opdjax.ops.vocab import head_logits
-from opdjax.sharding import ROW_AXES, by_row
+from opdjax.sharding import by_row, num_row_shards, replicated
 from opdjax.types import PromptBatch, Rollouts
 
-TRAIN_STREAM, EVAL_STREAM, EXTRA_STREAM = 0, 1, 2
-_PAD_TOKEN = 0  # stands in masked columns only
-
-
-@dataclasses.dataclass(frozen=True)
-class Decoding:
-    """How tokens are drawn; static under jit. A filter that is off costs nothing."""
-
-    max_completion_length: int
-    stop_token_ids: tuple[int, ...]
-    temperature: float = 1.0  # 0: greedy
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0  # 1: off
-    min_p: float = 0.0  # 0: off
-    valid_vocab: int | None = None  # ids at or beyond it pad the embedding and are never drawn
-
-    @property
-    def has_filter(self) -> bool:
-        """Whether some tokens cannot be drawn."""
-        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
-
-
-def row_keys(
-    seed: int, stream: int, prompt_id: Int[Array, " B"], sample_id: Int[Array, " B"], policy_version: int | Int[Array, " B"]
-) -> Array:
-    """One key a row, `[B]`: a pure function of what the row is, not of where it stands."""
-    base = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), stream)
-
-    def fold(prompt, sample, version):
-        return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(base, prompt), sample), version)
-
-    return jax.vmap(fold)(prompt_id, sample_id, jnp.broadcast_to(policy_version, jnp.shape(prompt_id)))
+_SHORTEST_RING = 128  # columns; below it attention costs so little that another program is not worth its compilation
+_FREE_SHARE = 8  # while rows wait, decoding is interrupted once one slot in so many is free
+_BLOCKS_PER_FILL = 4  # prompts are read in blocks of which so many fill all slots
 
 
 @partial(jax.jit, static_argnames="count")
@@ -67,7 +46,6 @@ def extra_uniforms(rollouts: Rollouts, seed: int, count: int) -> Float[Array, "B
     return jax.vmap(lambda key, places: jax.vmap(partial(draw, key))(places))(keys, position)
 
 
-@partial(jax.jit, static_argnames=("config", "decoding", "num_generations", "stream", "mesh"))
 def sample(
     params: Params,
     prompts: PromptBatch,
@@ -80,149 +58,350 @@ def sample(
     stream: int = TRAIN_STREAM,
     first_sample: int = 0,
     mesh: Mesh | None = None,
+    slots: int | None = None,
 ) -> Rollouts:
     """`num_generations` completions of each prompt (B = P * G rows, those of a prompt side by side).
 
-    Rows are `[prompt | completion]`; the loop ends as soon as every row has drawn a stop token. With a `mesh`, rows are
-    split over `data` and `fsdp`, whose product must divide B.
+    Rows are `[prompt | completion]`. `slots` rows are decoded at a time (None: all); prompts are host arrays, and a row without
+    a prompt is filler that stays empty. Runs its own loop over jitted steps, so it cannot be called under jit. With a `mesh`,
+    slots are split over `data` and `fsdp`, heads over `tensor`; ValueError where `slots` does not divide.
     """
-    repeat = partial(jnp.repeat, repeats=num_generations, axis=0)
-    prompt_tokens, prompt_mask, prompt_id = repeat(prompts.tokens), repeat(prompts.mask), repeat(prompts.prompt_id)
-    batch, width = prompt_tokens.shape
-    # A prompt that stands in the batch twice (a step may end one epoch and begin the next) must not be answered alike twice.
-    occurrence = jnp.zeros_like(prompts.prompt_id) if prompts.occurrence is None else prompts.occurrence
-    sample_id = first_sample + repeat(occurrence) * num_generations + jnp.tile(jnp.arange(num_generations), prompts.tokens.shape[0])
-    keys = row_keys(seed, stream, prompt_id, sample_id, policy_version)
-    if mesh is not None:
-        prompt_tokens, prompt_mask, keys = jax.lax.with_sharding_constraint((prompt_tokens, prompt_mask, keys), by_row(mesh))
+    rows = _Rows.of(prompts, num_generations, first_sample)
+    slots = _num_slots(slots, len(rows.prompt_id), mesh)
+    blocks = deque(_blocks(np.asarray(prompts.mask), _block_size(slots, num_generations, mesh)))
+    width = max((block.width for block in blocks), default=1)
+    rings = _ring_sizes(decoding.max_completion_length)
+    static = {"config": config, "decoding": decoding, "mesh": mesh}
+    state = _start(params, slots=slots, rows=len(rows.prompt_id), columns=width + rings[0], **static)
+    names = np.array([seed, stream, policy_version], np.int32)
+    prefix, waiting = None, deque()  # rows of the block that was read last: (place in it, row)
+    is_done, drawn = np.ones(slots, bool), np.zeros(slots, np.int32)
+    while waiting or blocks or not is_done.all():
+        if blocks and not waiting:
+            block = blocks.popleft()
+            prefix = prefill(params, *block.read(prompts), width=width, **static)
+            waiting.extend(block.rows(num_generations))
+        placed = rows.place(waiting, np.flatnonzero(is_done), slots)
+        is_done, drawn = is_done & (placed.source < 0), np.where(placed.source < 0, drawn, 0)
+        if blocks and is_done.any():
+            state, _ = advance(params, state, prefix, placed, names, 0, slots, prompt_columns=width, **static)
+            continue
+        longest = int(drawn[~is_done].max())
+        if longest == rings[0] and len(rings) > 1:
+            rings = rings[1:]
+            state = state.replace(cache=_with_ring(state.cache, state.cursor, width, rings[0], mesh))
+        limit = rings[0] - longest if len(rings) > 1 else decoding.max_completion_length
+        patience = max(slots // _FREE_SHARE, 1) if waiting or blocks else slots
+        state, status = advance(params, state, prefix, placed, names, limit, patience, prompt_columns=width, **static)
+        is_done, drawn = map(np.asarray, status)
+    return _collect(state, prompts.tokens, prompts.mask, rows, policy_version, decoding=decoding, mesh=mesh)
 
-    columns = _decode(params, prompt_tokens, prompt_mask, keys, config, decoding, mesh)
-    tokens, mask, behavior, unfiltered = columns
-    before = jnp.zeros((batch, width), behavior.dtype)
-    return Rollouts(
+
+# The plan, on the host: a pure function of the prompts and of which slots are free
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """Prompts that are read together, padded to one width; fewer than `size` are made up with empty ones."""
+
+    width: int
+    prompts: tuple[int, ...]
+    size: int
+
+    def read(self, prompts: PromptBatch) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and mask, `[size, width]`."""
+        tokens, mask = np.zeros((self.size, self.width), np.int32), np.zeros((self.size, self.width), bool)
+        for place, prompt in enumerate(self.prompts):
+            tokens[place], mask[place] = prompts.tokens[prompt, -self.width :], prompts.mask[prompt, -self.width :]
+        return tokens, mask
+
+    def rows(self, num_generations: int) -> Iterator[tuple[int, int]]:
+        """(place in the block, row) of everything that is drawn for these prompts."""
+        for place, prompt in enumerate(self.prompts):
+            yield from ((place, prompt * num_generations + number) for number in range(num_generations))
+
+
+def _blocks(mask: Bool[np.ndarray, "P T"], size: int) -> Iterator[_Block]:
+    """Every prompt that has tokens, the wide ones first, each block of one width."""
+    lengths = mask.sum(axis=1)
+    widths = np.array([min(padded_width(int(length)), mask.shape[1]) for length in lengths])
+    for width in sorted({int(width) for width in widths[lengths > 0]}, reverse=True):
+        members = np.flatnonzero((widths == width) & (lengths > 0)).tolist()
+        yield from (_Block(width, tuple(members[i : i + size]), size) for i in range(0, len(members), size))
+
+
+def _block_size(slots: int, num_generations: int, mesh: Mesh | None) -> int:
+    """Depends on no prompt, so that one program reads every block of a width."""
+    shards = num_row_shards(mesh)
+    return -(-slots // (num_generations * _BLOCKS_PER_FILL * shards)) * shards
+
+
+def _num_slots(slots: int | None, rows: int, mesh: Mesh | None) -> int:
+    shards = num_row_shards(mesh)
+    if slots is not None and (slots < 1 or slots % shards):
+        raise ValueError(f"slots is {slots}; expected a multiple of {shards}, the devices that rows are split over (mesh.data x mesh.fsdp)")
+    most = -(-rows // shards) * shards
+    return most if slots is None else min(slots, most)
+
+
+def _ring_sizes(length: int) -> list[int]:
+    """Powers of two, and last the length of a completion, which no row outlives."""
+    sizes = [_SHORTEST_RING << i for i in range(length.bit_length()) if 2 * (_SHORTEST_RING << i) <= length]
+    return [*sizes, length] if length not in sizes else sizes
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Placed:
+    """What each slot is given, `[S]`: a place in the block that was read last (-1: nothing), and the row's names."""
+
+    source: Int[Array, " S"]
+    row: Int[Array, " S"]
+    prompt_id: Int[Array, " S"]
+    sample_id: Int[Array, " S"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Names of all rows, `[B]`, those of a prompt side by side."""
+
+    prompt_id: Int[Array, " B"]
+    sample_id: Int[Array, " B"]
+
+    @classmethod
+    def of(cls, prompts: PromptBatch, num_generations: int, first_sample: int) -> _Rows:
+        # A prompt that stands in the batch twice (a step may end one epoch and begin the next) must not be answered alike twice.
+        count = len(prompts.prompt_id)
+        occurrence = np.zeros(count, np.int32) if prompts.occurrence is None else np.asarray(prompts.occurrence)
+        numbers = np.tile(np.arange(num_generations, dtype=np.int32), count)
+        repeat = partial(np.repeat, repeats=num_generations)
+        return cls(repeat(np.asarray(prompts.prompt_id, np.int32)), first_sample + repeat(occurrence) * num_generations + numbers)
+
+    def place(self, waiting: deque[tuple[int, int]], free: np.ndarray, slots: int) -> _Placed:
+        """Give the free slots to the rows that wait, in their order; those rows leave `waiting`."""
+        source, row = np.full(slots, -1, np.int32), np.zeros(slots, np.int32)
+        for slot in free[: len(waiting)]:
+            source[slot], row[slot] = waiting.popleft()
+        return _Placed(source, row, self.prompt_id[row], self.sample_id[row])
+
+
+# The work, on the device
+
+
+@struct.dataclass
+class Prefix:
+    """Prompts that were read: what a slot is given of one of them."""
+
+    cache: KVCache  # the prompts end in its last column
+    hidden: Float[Array, "R D"]  # after the last token
+    length: Int[Array, " R"]
+
+
+@struct.dataclass
+class Drawn:
+    """What was drawn, by column of the completion; columns that were not drawn hold anything."""
+
+    tokens: Int[Array, "N C"]
+    behavior: Float[Array, "N C"]
+    unfiltered: Float[Array, "N C"]
+
+
+@struct.dataclass
+class SlotState:
+    """S rows in decoding, and what became of the B rows so far."""
+
+    cache: KVCache  # columns of the prompt, then the ring
+    clock: Int[Array, ""]  # steps that were decoded
+    cursor: Int[Array, ""]  # column of the ring that is written next
+    hidden: Float[Array, "S D"]  # predicts the next token
+    keys: Array  # [S]
+    row: Int[Array, " S"]  # B: none yet
+    prompt_length: Int[Array, " S"]
+    born: Int[Array, " S"]  # the clock when the row's first token was drawn
+    num_drawn: Int[Array, " S"]
+    is_done: Bool[Array, " S"]
+    recent: Drawn  # [S, C]: the token drawn at some clock stands in column clock % C
+    finished: Drawn  # [B, C]
+    lengths: Int[Array, " B"]
+
+
+@partial(jax.jit, static_argnames=("width", "config", "decoding", "mesh"))
+def prefill(params, tokens, mask, *, width: int, config: DecoderConfig, decoding: Decoding, mesh: Mesh | None) -> Prefix:
+    """Read left-padded prompts `[R, T]`; their cache is padded to `width` columns, whatever T."""
+    hidden, cache = cached.prefill(params, config, tokens, mask, _kv_dtype(params, decoding), mesh)
+    short = width - tokens.shape[1]
+    cache = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(short, 0), (0, 0)]), cache)
+    return Prefix(cached.constrain(cache, mesh), hidden, jnp.sum(mask, axis=1))
+
+
+@partial(jax.jit, static_argnames=("slots", "rows", "columns", "config", "decoding", "mesh"))
+def _start(params, *, slots, rows, columns, config, decoding, mesh) -> SlotState:
+    """Empty slots."""
+    dtype, length = params["embedding"].dtype, decoding.max_completion_length
+    wide = jnp.promote_types(dtype, jnp.float32)
+
+    def nothing(count: int) -> Drawn:
+        return Drawn(jnp.zeros((count, length), jnp.int32), jnp.zeros((count, length), wide), jnp.zeros((count, length), wide))
+
+    of_slot, zero = jnp.zeros(slots, jnp.int32), jnp.int32(0)
+    state = SlotState(
+        cache=cached.init_cache(config, slots, columns, _kv_dtype(params, decoding), wide),
+        clock=zero, cursor=zero, hidden=jnp.zeros((slots, config.hidden_size), dtype), keys=row_keys(0, 0, of_slot, of_slot, 0),
+        row=of_slot + rows, prompt_length=of_slot, born=of_slot, num_drawn=of_slot, is_done=jnp.ones(slots, bool),
+        recent=nothing(slots), finished=nothing(rows), lengths=jnp.zeros(rows, jnp.int32),
+    )  # fmt: skip
+    return _constrain(state, mesh)
+
+
+@partial(jax.jit, static_argnames=("prompt_columns", "config", "decoding", "mesh"), donate_argnames="state")
+def advance(
+    params, state: SlotState, prefix: Prefix, placed: _Placed, names, limit, patience, *, prompt_columns, config, decoding, mesh
+) -> tuple[SlotState, tuple[Array, Array]]:
+    """Put rows into slots, then decode until `patience` slots are done, for at most `limit` steps.
+
+    `names` are the seed, the stream and the policy version. Also returns what the host must know, a copy on every device:
+    which slots are done and how many tokens each has drawn.
+    """
+    head, parts = head_of(params, valid_vocab=decoding.valid_vocab), cached.parts_of(params["layers"], config)
+    put = lambda state: _put(state, prefix, placed, names, prompt_columns)  # noqa: E731
+    state = jax.lax.cond(jnp.any(placed.source >= 0), put, lambda state: state, state)
+
+    def keep_going(carry):
+        steps, state = carry
+        return (steps < limit) & (jnp.sum(state.is_done) < patience)
+
+    def step(carry):
+        steps, state = carry
+        state = _draw(state, head, decoding)
+        return steps + 1, _read(state, params, parts, config, prompt_columns)
+
+    state = _constrain(jax.lax.while_loop(keep_going, step, (0, _constrain(state, mesh)))[1], mesh)
+    status = state.is_done, state.num_drawn
+    return state, status if mesh is None else jax.lax.with_sharding_constraint(status, replicated(mesh))
+
+
+def _put(state: SlotState, prefix: Prefix, placed: _Placed, names: Int[Array, "3"], prompt_columns: int) -> SlotState:
+    """Slots that are given a row hand over the one they had and start it."""
+    is_new = placed.source >= 0
+    finished, lengths = _hand_over(state, is_new)
+    new = {
+        "hidden": prefix.hidden[placed.source], "keys": row_keys(names[0], names[1], placed.prompt_id, placed.sample_id, names[2]),
+        "row": placed.row, "prompt_length": prefix.length[placed.source], "born": state.clock, "num_drawn": 0, "is_done": False,
+    }  # fmt: skip
+    old = {name: getattr(state, name) for name in new}
+    pick = lambda new, old: jnp.where(is_new[:, None] if old.ndim == 2 else is_new, new, old)  # noqa: E731
+    cache = cached.place(state.cache, prefix.cache, placed.source)
+    return state.replace(cache=cache, finished=finished, lengths=lengths, **jax.tree.map(pick, new, old))
+
+
+def _hand_over(state: SlotState, is_leaving: Bool[Array, " S"]) -> tuple[Drawn, Int[Array, " B"]]:
+    """What became of the rows so far, with that of the slots that are left."""
+    length, (num_rows,) = state.recent.tokens.shape[1], state.lengths.shape
+    column = (state.born[:, None] + jnp.arange(length)) % length
+    to = jnp.where(is_leaving, state.row, num_rows)
+    put = lambda all_rows, drawn: all_rows.at[to].set(drawn, mode="drop")  # noqa: E731
+    finished = jax.tree.map(lambda old, new: put(old, jnp.take_along_axis(new, column, axis=1)), state.finished, state.recent)
+    return finished, put(state.lengths, state.num_drawn)
+
+
+def _draw(state: SlotState, head, decoding: Decoding) -> SlotState:
+    """Draw the next token of every slot; a slot that is done is not counted on."""
+    length = decoding.max_completion_length
+    token, behavior, unfiltered = draw_tokens(head_logits(head, state.hidden), state.keys, state.num_drawn, decoding)
+    column = state.clock % length
+    num_drawn = state.num_drawn + ~state.is_done
+
+    def put(old: Array, new: Array) -> Array:
+        # A row that is done and waits to be handed over must not be written over, however often the clock goes round.
+        kept = jax.lax.dynamic_slice_in_dim(old, column, 1, axis=1)
+        new = jnp.where(state.is_done[:, None], kept, new[:, None].astype(old.dtype))
+        return jax.lax.dynamic_update_slice_in_dim(old, new, column, axis=1)
+
+    return state.replace(
+        recent=jax.tree.map(put, state.recent, Drawn(token, behavior, unfiltered)),
+        num_drawn=num_drawn,
+        is_done=state.is_done | is_stop(token, decoding) | (num_drawn == length),
+    )
+
+
+def _read(state: SlotState, params: Params, parts, config: DecoderConfig, prompt_columns: int) -> SlotState:
+    """Read the tokens that were drawn last, all of them in the ring's next column."""
+    token = jax.lax.dynamic_slice_in_dim(state.recent.tokens, state.clock % state.recent.tokens.shape[1], 1, axis=1)
+    ring = state.cache.num_columns - prompt_columns
+    is_prompt = jnp.arange(prompt_columns) >= prompt_columns - state.prompt_length[:, None]
+    is_own = (state.cursor - jnp.arange(ring)) % ring < state.num_drawn[:, None]
+    hidden, cache = cached.forward_cached(
+        params, parts, config, token, (state.prompt_length + state.num_drawn - 1)[:, None], state.cache,
+        prompt_columns + state.cursor, jnp.concatenate([is_prompt, is_own], axis=1)[:, None],
+    )  # fmt: skip
+    return state.replace(hidden=hidden[:, 0], cache=cache, clock=state.clock + 1, cursor=(state.cursor + 1) % ring)
+
+
+def _with_ring(cache: KVCache, cursor: Array, prompt_columns: int, ring: int, mesh: Mesh | None) -> KVCache:
+    """The cache with a longer ring, array by array: the most that lives beside the new one is a single old array."""
+
+    def lengthen(old: Array) -> Array:
+        new = _lengthen(old, cursor, prompt_columns, ring)
+        old.delete()
+        return new
+
+    return _constrain_cache(jax.tree.map(lengthen, cache), mesh=mesh)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _lengthen(x: Float[Array, "*L S K T H"], cursor: Int[Array, ""], prompt_columns: int, ring: int) -> Float[Array, "*L S K U H"]:
+    """Room where the cursor stands: the columns from there on are the oldest, and stay before the others in the ring's order."""
+    prompt, old = x[..., :prompt_columns, :], x[..., prompt_columns:, :]
+    room = jnp.zeros((*x.shape[:-2], ring - old.shape[-2], x.shape[-1]), x.dtype)
+    oldest_first = jnp.concatenate([room, jnp.roll(old, -cursor, axis=-2)], axis=-2)
+    return jnp.concatenate([prompt, jnp.roll(oldest_first, cursor, axis=-2)], axis=-2)
+
+
+@partial(jax.jit, static_argnames=("decoding", "mesh"))
+def _collect(state: SlotState, prompt_tokens, prompt_mask, rows: _Rows, policy_version, *, decoding, mesh) -> Rollouts:
+    """The rollouts, once all rows are done."""
+    drawn, lengths = _hand_over(state, jnp.ones_like(state.is_done))
+    num_generations = len(lengths) // len(prompt_mask)
+    prompt_tokens, prompt_mask = (jnp.repeat(x, num_generations, axis=0) for x in (prompt_tokens, prompt_mask))
+    mask = jnp.arange(decoding.max_completion_length) < lengths[:, None]
+    tokens, behavior, unfiltered = (jnp.where(mask, x, 0) for x in (drawn.tokens, drawn.behavior, drawn.unfiltered))
+    before = jnp.zeros(prompt_mask.shape, behavior.dtype)
+    rollouts = Rollouts(
         tokens=jnp.concatenate([prompt_tokens, tokens], axis=1),
         mask=jnp.concatenate([jnp.zeros_like(prompt_mask), mask], axis=1),
         segment_ids=jnp.concatenate([prompt_mask, mask], axis=1).astype(jnp.int32),
         behavior_logprobs=jnp.concatenate([before, behavior], axis=1),
         unfiltered_logprobs=jnp.concatenate([before, unfiltered], axis=1),
-        prompt_id=prompt_id,
-        sample_id=sample_id,
-        policy_version=jnp.full(batch, policy_version, jnp.int32),
-        is_truncated=mask[:, -1] & ~_is_stop(tokens[:, -1], decoding),
+        prompt_id=rows.prompt_id,
+        sample_id=rows.sample_id,
+        policy_version=jnp.full(lengths.shape, policy_version, jnp.int32),
+        is_truncated=mask[:, -1] & ~is_stop(tokens[:, -1], decoding),
     )
+    return _by_row(rollouts, mesh)
 
 
-def _decode(params, prompt_tokens, prompt_mask, keys, config, decoding, mesh):
-    """Completion columns `[B, C]`: tokens, mask, behaviour and unfiltered log-probs."""
-    batch, width = prompt_tokens.shape
-    length = decoding.max_completion_length
-    segments = prompt_mask.astype(jnp.int32)
-    head = head_of(params, valid_vocab=decoding.valid_vocab)
-    cache = init_cache(config, batch, width, params["embedding"].dtype)
-    hidden, cache = forward_cached(params, config, prompt_tokens, segments, positions_of(segments), cache, 0)
-    cache = _with_room(cache, length, mesh)  # only now: the prefill would otherwise attend to the empty columns too
-    prompt_length = jnp.sum(prompt_mask, axis=1)
-
-    def draw(column, hidden, is_done, drawn):
-        """Draw column `column` of the rows that are not done."""
-        token, behavior, unfiltered = draw_tokens(head_logits(head, hidden), keys, column, decoding)
-        token = jnp.where(is_done, _PAD_TOKEN, token)
-        values = (token, ~is_done, jnp.where(is_done, 0, behavior), jnp.where(is_done, 0, unfiltered))
-        drawn = jax.tree.map(lambda buffer, value: buffer.at[:, column].set(value), drawn, values)
-        return is_done | _is_stop(token, decoding), drawn
-
-    def keep_going(carry):
-        column, _, is_done, _ = carry
-        return (column < length) & ~jnp.all(is_done)
-
-    def step(carry):
-        column, cache, is_done, drawn = carry
-        token = jax.lax.dynamic_slice_in_dim(drawn[0], column - 1, 1, axis=1)
-        segment = jnp.where(is_done, 0, 1)[:, None]
-        position = (prompt_length + column - 1)[:, None]
-        hidden, cache = forward_cached(params, config, token, segment, position, cache, width + column - 1)
-        is_done, drawn = draw(column, hidden[:, 0], is_done, drawn)
-        return column + 1, cache, is_done, drawn
-
-    shape = (batch, length)
-    drawn = (jnp.full(shape, _PAD_TOKEN, jnp.int32), jnp.zeros(shape, bool), jnp.zeros(shape), jnp.zeros(shape))
-    # A row without a prompt is filler that makes up the batch; it is done before it starts.
-    is_done, drawn = draw(0, hidden[:, -1], prompt_length == 0, drawn)
-    return jax.lax.while_loop(keep_going, step, (1, cache, is_done, drawn))[-1]
+def _kv_dtype(params: Params, decoding: Decoding):
+    return params["embedding"].dtype if decoding.kv_dtype == "auto" else jnp.dtype(decoding.kv_dtype)
 
 
-def _with_room(cache: KVCache, length: int, mesh: Mesh | None) -> KVCache:
-    """The cache with `length` more empty columns, rows split over the mesh."""
-    grow = lambda x, axis: jnp.pad(x, [(0, length if i == axis else 0) for i in range(x.ndim)])  # noqa: E731
-    keys, values = grow(cache.keys, 2), grow(cache.values, 2)
-    if mesh is not None:
-        keys, values = jax.lax.with_sharding_constraint((keys, values), NamedSharding(mesh, P(None, ROW_AXES)))
-    return KVCache(keys, values, grow(cache.segment_ids, 1))
+_constrain_cache = partial(jax.jit, static_argnames="mesh")(cached.constrain)
 
 
-def _is_stop(token: Int[Array, " B"], decoding: Decoding) -> Bool[Array, " B"]:
-    return jnp.isin(token, jnp.asarray(decoding.stop_token_ids, jnp.int32))
+def _constrain(state: SlotState, mesh: Mesh | None) -> SlotState:
+    """Slots split over the rows' axes, the two counters everywhere."""
+    if mesh is None:
+        return state
+    split = ("hidden", "keys", "row", "prompt_length", "born", "num_drawn", "is_done", "recent", "finished", "lengths")
+    laid = {name: _by_row(getattr(state, name), mesh) for name in split}
+    whole = {name: jax.lax.with_sharding_constraint(getattr(state, name), replicated(mesh)) for name in ("clock", "cursor")}
+    return state.replace(cache=cached.constrain(state.cache, mesh), **laid, **whole)
 
 
-def draw_tokens(logits: Float[Array, "B V"], keys: Array, position: Int[Array, ""] | int, decoding: Decoding):
-    """(token, behaviour log-prob, unfiltered log-prob), each `[B]`, for the completion's token number `position`.
-
-    The unfiltered log-prob is of the tempered softmax, the behaviour log-prob of the distribution truly drawn from.
-    Greedy decoding draws nothing: its behaviour log-prob is 0 and its unfiltered one that of temperature 1.
-    """
-    if decoding.temperature == 0:
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        logprob = _at(logits, token) - jax.nn.logsumexp(logits, axis=-1)
-        return token, jnp.zeros_like(logprob), logprob
-    logits = logits / decoding.temperature
-    # One maximum for both normalisers, so that without a filter the two log-probs are the same computation.
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    weights = jnp.exp(logits - top)
-    kept = jnp.where(filter_mask(logits, decoding), weights, 0) if decoding.has_filter else weights
-    uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, position)))(keys)
-    token = invert_cdf(kept, uniform)
-    score = _at(logits, token) - top[:, 0]
-    unfiltered = score - jnp.log(jnp.sum(weights, axis=-1))
-    behavior = score - jnp.log(jnp.sum(kept, axis=-1)) if decoding.has_filter else unfiltered
-    return token, behavior, unfiltered
-
-
-def _at(x: Float[Array, "B V"], ids: Int[Array, " B"]) -> Float[Array, " B"]:
-    return jnp.take_along_axis(x, ids[:, None], axis=-1)[:, 0]
-
-
-def filter_mask(logits: Float[Array, "B V"], decoding: Decoding) -> Bool[Array, "B V"]:
-    """Tokens that top-k, then top-p of what top-k left, then min-p keep. Ties at a threshold are all kept.
-
-    Thresholds are found by bisection on the bits of the logits (32 counting passes), never by sorting the vocabulary.
-    """
-    ordered = _order_preserving_bits(logits)
-    keep = logits > -jnp.inf
-    if decoding.top_k > 0:
-        enough = jnp.minimum(decoding.top_k, jnp.sum(keep, axis=-1))
-        keep &= ordered >= _largest_threshold(ordered, lambda above: jnp.sum(above, axis=-1) >= enough)[:, None]
-    probs = jax.nn.softmax(jnp.where(keep, logits, -jnp.inf), axis=-1)
-    if decoding.top_p < 1:
-        mass = lambda above: jnp.sum(jnp.where(above, probs, 0), axis=-1)  # noqa: E731
-        enough = jnp.minimum(decoding.top_p, mass(keep))
-        keep &= ordered >= _largest_threshold(ordered, lambda above: mass(above) >= enough)[:, None]
-    if decoding.min_p > 0:
-        keep &= probs >= decoding.min_p * jnp.max(probs, axis=-1, keepdims=True)
-    return keep
-
-
-def _order_preserving_bits(x: Float[Array, "B V"]) -> UInt[Array, "B V"]:
-    """Unsigned integers in the order of the float32 values."""
-    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    sign = jnp.uint32(1 << 31)
-    return jnp.where(bits & sign, ~bits, bits | sign)
-
-
-def _largest_threshold(ordered: UInt[Array, "B V"], is_enough) -> UInt[Array, " B"]:
-    """The largest threshold per row for which `is_enough(ordered >= threshold)` still holds, bit by bit from the top."""
-
-    def try_bit(index, threshold):
-        candidate = threshold | (jnp.uint32(1) << (31 - index).astype(jnp.uint32))
-        return jnp.where(is_enough(ordered >= candidate[:, None]), candidate, threshold)
-
-    return jax.lax.fori_loop(0, 32, try_bit, jnp.zeros(ordered.shape[0], jnp.uint32))
+def _by_row(tree, mesh: Mesh | None):
+    """Arrays split by their first axis over the rows' axes; whole on every device where it does not divide."""
+    if mesh is None:
+        return tree
+    shards = num_row_shards(mesh)
+    lay = lambda x: jax.lax.with_sharding_constraint(x, by_row(mesh) if x.shape[0] % shards == 0 else replicated(mesh))  # noqa: E731
+    return jax.tree.map(lay, tree)

@@ -205,7 +205,7 @@ def _packed(setup: Setup, batch: TrainBatch) -> tuple[TrainBatch, Metrics]:
 def _rollouts(setup: Setup, params: Params, prompts: PromptBatch, step: int) -> Rollouts:
     """The step's completions: drawn from the student, or answers written by the teacher or found in the data."""
     config, sampling = setup.config, setup.config.sampling
-    draw = partial(sample, num_generations=sampling.num_generations, mesh=setup.mesh)
+    draw = partial(sample, num_generations=sampling.num_generations, mesh=setup.mesh, slots=sampling.slots)
     if sampling.source == "student":
         return draw(params, prompts, config.seed, step, config=setup.student.config, decoding=setup.decoding)
     if sampling.source == "references":

@@ -33,7 +33,7 @@ UNUSUAL = Config(
     data=DataConfig(
         "x.jsonl", "Q: {prompt}", "be short", "raw", True, "chat", False, 64, "error", "question", "a.b", "text", "{prompt}{answer}"
     ),
-    sampling=SamplingConfig(6, 33, 0.7, 0.9, 20, 0.1, (7, 8), "teacher", ("fsdp",)),
+    sampling=SamplingConfig(6, 33, 0.7, 0.9, 20, 0.1, (7, 8), "teacher", ("fsdp",), 12, "int8"),
     estimator=EstimatorConfig(
         "full_kl", "fixed_denominator", 64, discount=0.5, return_to_go="expected", reward_floor=-2.0, prefix_weight=0.5, extra_draws=3,
         task_reward_coef=0.1, baseline="student_topk", baseline_top_k=10, divergence="jsd", beta=0.25, support="teacher", support_top_k=9,

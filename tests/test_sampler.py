@@ -16,11 +16,12 @@ from opdjax import sampler
 from opdjax.config import MINI_STUDENT, DataConfig
 from opdjax.data.chat import load_tokenizer
 from opdjax.data.prompts import collate, encode_prompts, read_prompts
-from opdjax.models import decoder
+from opdjax.decoding import EVAL_STREAM, TRAIN_STREAM, Decoding, draw_tokens, filter_mask, row_keys
+from opdjax.models import cached, decoder
 from opdjax.models.hf import load_params, open_checkpoint
 from opdjax.ops.draw import invert_cdf
 from opdjax.ops.vocab import head_logits
-from opdjax.sampler import EVAL_STREAM, TRAIN_STREAM, Decoding, draw_tokens, extra_uniforms, filter_mask, row_keys, sample
+from opdjax.sampler import extra_uniforms, sample
 from opdjax.sharding import by_row as by_row_of
 from opdjax.sharding import make_mesh
 from opdjax.types import PromptBatch, Rollouts
@@ -364,10 +365,11 @@ def student():
 def generate(student):
     """generate(prompts, seed, policy_version, **options of sample; decoding by keyword too) -> Rollouts in numpy."""
 
-    def generate(prompts, seed=0, policy_version=0, num_generations=1, stream=TRAIN_STREAM, first_sample=0, mesh=None, **options):
+    def generate(prompts, seed=0, policy_version=0, num_generations=1, mesh=None, slots=None, **options):
+        names = {name: options.pop(name) for name in ("stream", "first_sample") if name in options}
         rollouts = sample(
             student.params, prompts, seed, policy_version, config=student.config, decoding=decoding(**{"stop": student.stop, **options}),
-            num_generations=num_generations, stream=stream, first_sample=first_sample, mesh=mesh,
+            num_generations=num_generations, mesh=mesh, slots=slots, **names,
         )  # fmt: skip
         return jax.tree.map(np.asarray, rollouts)
 
@@ -474,14 +476,22 @@ def test_filtered_logprobs_equal_a_full_forward(generate, mixed, student):
     assert np.mean(behavior > unfiltered + 1e-3) > 0.5
 
 
-def test_the_loop_ends_with_its_last_row(monkeypatch, student, mixed, rollouts):
+@pytest.fixture
+def steps(monkeypatch):
+    """Decoding steps of each call of `advance`, from the clock that it returns."""
+    clocks, run = [0], sampler.advance
+
+    def counted(*args, **options):
+        state, status = run(*args, **options)
+        clocks.append(int(state.clock))
+        return state, status
+
+    monkeypatch.setattr(sampler, "advance", counted)
+    return lambda: np.diff(clocks).tolist()
+
+
+def test_the_loop_ends_with_its_last_row(steps, generate, mixed, rollouts):
     """More stop tokens cut the same rows short; a longer limit changes nothing and costs no step."""
-    steps, draw = [], draw_tokens
-
-    def counted(logits, keys, position, options):
-        jax.debug.callback(lambda at: steps.append(int(at)), position)
-        return draw(logits, keys, position, options)
-
     tokens, mask = completion(rollouts)
     frequency = np.bincount(tokens[mask], minlength=VOCAB)
     rarest = [min(row[: LENGTH - 4].tolist(), key=lambda token: frequency[token]) for row in tokens[rollouts.is_truncated]]
@@ -489,13 +499,9 @@ def test_the_loop_ends_with_its_last_row(monkeypatch, student, mixed, rollouts):
     lengths = np.where(FILLER, 0, np.argmax(np.isin(tokens, stops), axis=1) + 1)
     assert len(np.unique(lengths)) > 6
 
-    monkeypatch.setattr(sampler, "draw_tokens", counted)
-    options = decoding(length=LENGTH + 8, stop=stops, temperature=1.5)
-    run = jax.jit(lambda params: sample.__wrapped__(params, mixed, 0, 0, config=student.config, decoding=options, num_generations=8))
-    early = jax.tree.map(lambda x: np.asarray(x)[..., : WIDTH + LENGTH], run(student.params))
-    jax.effects_barrier()
-    assert sorted(steps) == list(range(lengths.max()))
-    assert lengths.max() < LENGTH
+    longer = generate(mixed, num_generations=8, temperature=1.5, length=LENGTH + 8, stop=stops)
+    early = jax.tree.map(lambda x: x[..., : WIDTH + LENGTH], longer)
+    assert sum(steps()) == lengths.max() < LENGTH
     kept_columns = np.arange(LENGTH) < lengths[:, None]
     np.testing.assert_array_equal(early.mask[:, WIDTH:], kept_columns)
     np.testing.assert_array_equal(early.tokens[:, WIDTH:], np.where(kept_columns, tokens, 0))
@@ -642,13 +648,13 @@ def test_extra_draws_do_not_repeat_the_draws_of_the_rollout(uniforms):
 def draw_in_layout(generate, student):
     """draw_in_layout(rows at once, prompt columns, devices) -> tokens, mask and log-probs `[n, LENGTH]` of the first n prompts."""
 
-    def draw(at_once=64, width=WIDTH, devices=0, num_rows=64):
+    def draw(at_once=64, width=WIDTH, devices=0, num_rows=64, slots=None):
         parts = []
         for start in range(0, num_rows, at_once):
             batch = collate(student.prompts, np.arange(start, min(start + at_once, num_rows)), num_rows=at_once)
             pad = partial(np.pad, pad_width=((0, 0), (width - batch.tokens.shape[1], 0)))
             batch = dataclasses.replace(batch, tokens=pad(batch.tokens), mask=pad(batch.mask))
-            part = generate(batch, seed=7, policy_version=3, mesh=mesh_of(devices) if devices else None)
+            part = generate(batch, seed=7, policy_version=3, mesh=mesh_of(devices) if devices else None, slots=slots)
             assert part.tokens.shape == (at_once, width + LENGTH)
             parts.append(part)
         return jax.tree.map(lambda *x: np.concatenate(x)[:num_rows], *parts)
@@ -678,6 +684,8 @@ def test_every_token_holds_its_uniform(at_once, uniforms):
 LAYOUTS = {
     "batches of 1": {"at_once": 1, "num_rows": 8}, "batches of 7": {"at_once": 7}, "width 32": {"width": 32}, "width 48": {"width": 48},
     "1 device": {"devices": 1}, "2 devices": {"devices": 2}, "8 devices": {"devices": 8},
+    "1 slot": {"slots": 1, "at_once": 8, "num_rows": 8},
+    "3 slots": {"slots": 3}, "16 slots on 8 devices": {"slots": 16, "devices": 8},
 }  # fmt: skip
 
 
@@ -697,3 +705,134 @@ def test_tokens_do_not_depend_on_the_layout(draw_in_layout, at_once, uniforms, l
         np.testing.assert_allclose(*behavior, atol=2 * ROUNDING)
     print(f"{layout}: {num_differing} of {num_rows} rows differ, {our_mask.sum()} tokens")
     assert num_differing <= 2
+
+
+# ---- Slots, blocks of prompts and rings
+
+
+SAME = ("mask", "segment_ids", "prompt_id", "sample_id", "is_truncated", "tokens")
+
+
+def assert_same_rollouts(ours, theirs):
+    for field in SAME:
+        np.testing.assert_array_equal(getattr(ours, field), getattr(theirs, field), err_msg=field)
+    for field in ("behavior_logprobs", "unfiltered_logprobs"):
+        assert_logprobs(getattr(ours, field), getattr(theirs, field))
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1.5}, {"temperature": 0.0}, WARM], ids=["plain", "greedy", "filtered"])
+def test_refilled_slots_draw_what_all_rows_at_once_draw(generate, mixed, steps, options):
+    """Prompts of 14, 6 and 1 tokens, four generations of each, filler among them."""
+    expected = generate(mixed, num_generations=4, **options)
+    at_once = sum(steps())
+    for slots in (3, 8):
+        assert_same_rollouts(generate(mixed, num_generations=4, slots=slots, **options), expected)
+    assert at_once == expected.mask.sum(1).max()
+
+
+@pytest.mark.parametrize(("stop", "length"), [(tuple(range(VOCAB)), 1), ((VOCAB,), LENGTH)], ids=["at once", "never"])
+def test_rows_that_all_end_alike(generate, mixed, stop, length):
+    drawn = generate(mixed, num_generations=2, slots=4, stop=stop, temperature=1.5)
+    filler = np.repeat(np.arange(8) % 4 == 3, 2)
+    assert (drawn.mask.sum(1) == np.where(filler, 0, length)).all()
+    assert (drawn.is_truncated == (~filler & (length == LENGTH))).all()
+    assert_same_rollouts(drawn, generate(mixed, num_generations=2, stop=stop, temperature=1.5))
+
+
+def test_filler_alone_draws_nothing(generate, mixed, steps):
+    empty = dataclasses.replace(mixed, mask=np.zeros_like(mixed.mask))
+    drawn = generate(empty, num_generations=2, slots=4)
+    assert not drawn.mask.any()
+    assert not steps()
+
+
+@pytest.fixture
+def short_rings(monkeypatch):
+    """Rings of 4, 8, 16 and 24 columns."""
+    monkeypatch.setattr(sampler, "_SHORTEST_RING", 4)
+    assert sampler._ring_sizes(LENGTH) == [4, 8, LENGTH]
+
+
+@pytest.mark.parametrize("slots", [None, 5])
+@pytest.mark.usefixtures("short_rings")
+def test_a_ring_that_grows_changes_nothing(generate, mixed, rollouts, slots):
+    assert_same_rollouts(generate(mixed, num_generations=8, temperature=1.5, slots=slots), rollouts)
+
+
+def test_ring_sizes():
+    assert [sampler._ring_sizes(n) for n in (1, 24, 128, 200, 256)] == [[1], [24], [128], [200], [128, 256]]
+    assert sampler._ring_sizes(1000) == [128, 256, 1000]
+    assert sampler._ring_sizes(1024) == [128, 256, 512, 1024]
+
+
+@pytest.mark.usefixtures("short_rings")
+def test_a_ring_is_no_longer_than_the_longest_living_row_needs(generate, mixed, rollouts, monkeypatch):
+    grown, lengthen = [], sampler._lengthen
+    monkeypatch.setattr(sampler, "_lengthen", lambda x, cursor, columns, ring: grown.append(ring) or lengthen(x, cursor, columns, ring))
+    tokens, mask = completion(rollouts)
+    common = np.bincount(tokens[mask], minlength=VOCAB).argsort()[-40:]
+    drawn = generate(mixed, num_generations=8, temperature=1.5, slots=3, stop=(2, *common.tolist()))
+    longest = drawn.mask.sum(1).max()
+    assert drawn.mask.sum() > 10 * longest  # the clock went round many times
+    assert max(grown, default=4) < 2 * max(longest, 4)
+
+
+def test_few_programs_serve_every_mix_of_prompts(student, mixed):
+    """As many as there are widths of prompts and rings; another order, other prompts and other draws need none of their own."""
+
+    def batch(lengths, seed):
+        tokens = np.random.default_rng(seed).integers(3, 70, (len(lengths), 48)).astype(np.int32)
+        mask = np.arange(48) >= 48 - np.array(lengths)[:, None]
+        return PromptBatch(np.where(mask, tokens, 0), mask, np.arange(len(lengths), dtype=np.int32))
+
+    options = decoding(stop=(*student.stop, 5), temperature=1.1)  # no other test's, so that every program is counted
+    programs = lambda: np.array([f._cache_size() for f in (sampler.prefill, sampler.advance, sampler._collect, sampler._start)])  # noqa: E731
+    counts = [programs()]
+    for lengths, seed in (([5, 40, 3, 30, 20, 7], 0), ([45, 1, 1, 17, 33, 48], 1), ([20, 19, 18, 17, 40, 2], 2)):
+        sample(student.params, batch(lengths, seed), seed, seed, config=student.config, decoding=options, num_generations=2, slots=4)
+        counts.append(programs())
+    assert np.diff(counts, axis=0).tolist() == [[3, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
+
+
+def test_a_prompt_is_read_once_for_all_its_generations(generate, mixed, monkeypatch):
+    read, prefill = [], sampler.prefill
+    monkeypatch.setattr(sampler, "prefill", lambda params, tokens, mask, **rest: read.append(mask) or prefill(params, tokens, mask, **rest))
+    generate(mixed, num_generations=8, slots=16, temperature=1.5)
+    assert sum(int(mask.any(1).sum()) for mask in read) == 6
+    assert sum(mask.sum() for mask in read) == mixed.mask.sum()
+
+
+def test_slots_must_be_split_evenly(generate, mixed):
+    with pytest.raises(ValueError, match=r"slots is 12; expected a multiple of 8, .*mesh.data x mesh.fsdp"):
+        generate(mixed, slots=12, mesh=make_mesh(4, 2))
+
+
+def test_heads_are_split_over_tensor(generate, mixed, rollouts):
+    """Tokens are counted where they differ: sums over parts of a head round differently."""
+    ours = generate(mixed, num_generations=8, temperature=1.5, mesh=make_mesh(2, 2, 2), slots=8)
+    assert (ours.tokens == rollouts.tokens).all(1).mean() > 0.95
+
+
+# ---- Types of stored keys and values
+
+
+@pytest.mark.parametrize(("kv_dtype", "most", "mean"), [("bfloat16", 0.2, 0.01), ("int8", 0.2, 0.01)])
+def test_stored_in_fewer_bits_the_behavior_is_a_little_off(generate, mixed, student, kv_dtype, most, mean):
+    """Nats between what was drawn from and the model without a cache, at the same contexts."""
+    drawn = generate(mixed, num_generations=8, kv_dtype=kv_dtype)
+    tokens, mask = completion(drawn)
+    exact = np.take_along_axis(dense_logprobs(student.dense(drawn)), tokens[:, :, None], -1)[:, :, 0]
+    off = np.abs(drawn.behavior_logprobs[:, WIDTH:] - exact)[mask]
+    kl = (drawn.behavior_logprobs[:, WIDTH:] - exact)[mask].mean()
+    print(f"{kv_dtype}: |d logprob| at most {off.max():.2g}, on average {off.mean():.2g}; KL(behaviour || model) {kl:.2g} nats")
+    assert 0 < off.mean() < mean
+    assert off.max() < most
+
+
+def test_int8_keeps_each_number_to_half_a_step(student, rng):
+    tokens, mask = rng.integers(3, 70, (2, 8)), np.ones((2, 8), bool)
+    caches = [cached.prefill(student.params, student.config, tokens, mask, dtype)[1] for dtype in (jnp.float32, jnp.int8)]
+    for exact, stored in zip(caches[0].keys[:1] + caches[0].values[:1], caches[1].keys[:1] + caches[1].values[:1]):
+        assert stored.data.dtype == jnp.int8
+        assert np.abs(stored.data * stored.scale - exact.data).max(-1) == pytest.approx(0, abs=0.51 * float(stored.scale.max()))
+        assert (np.abs(stored.data).max(-1) == 127).all()

@@ -259,14 +259,14 @@ def collate(prompts: PromptSet, indices: np.ndarray, num_rows: int | None = None
 
 
 def _pad_left(rows: Sequence[Sequence[int]], num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    width = _bucket(max(map(len, rows)))
+    width = padded_width(max(map(len, rows)))
     tokens, mask = np.zeros((num_rows, width), np.int32), np.zeros((num_rows, width), bool)
     for i, row in enumerate(rows):
         tokens[i, width - len(row) :], mask[i, width - len(row) :] = row, True
     return tokens, mask
 
 
-def _bucket(width: int) -> int:
+def padded_width(width: int) -> int:
     """Few widths mean few compiled programs: multiples of 16 up to 128, then of 128."""
     unit = 16 if width <= 128 else 128
     return -(-width // unit) * unit

@@ -10,10 +10,11 @@ from jax.sharding import Mesh
 
 from opdjax.config import EvaluationConfig
 from opdjax.data.prompts import PromptSet, collate
+from opdjax.decoding import EVAL_STREAM, Decoding
 from opdjax.evals.grading import GRADERS
 from opdjax.evals.passk import avg_at_k, mean_and_interval, pass_at_k
 from opdjax.models.decoder import DecoderConfig, Params
-from opdjax.sampler import EVAL_STREAM, Decoding, sample
+from opdjax.sampler import sample
 from opdjax.sharding import num_row_shards, to_host
 
 
@@ -57,23 +58,15 @@ class Evaluator:
             valid_vocab=self.valid_vocab,
         )  # fmt: skip
         devices = num_row_shards(self.mesh)
-        at_once = min(max(config.batch_size // num_samples, 1), len(self.prompts))
-        at_once = -(-at_once // devices) * devices
-        results = []
-        for start in range(0, len(self.prompts), at_once):
-            indices = np.arange(start, min(start + at_once, len(self.prompts)))
-            rollouts = sample(
-                params, collate(self.prompts, indices, num_rows=at_once), config.seed, 0, config=self.model, decoding=decoding,
-                num_generations=num_samples, stream=EVAL_STREAM, mesh=self.mesh,
-            )  # fmt: skip
-            rollouts = to_host(rollouts)
-            texts = completions(rollouts, self.tokenizer)
-            answers = [self.prompts.prompts[i].answer for i in indices for _ in range(num_samples)]
-            correct = [grade(text, answer) for text, answer in zip(texts, answers)]
-            lengths, truncated = np.asarray(rollouts.mask).sum(1), np.asarray(rollouts.is_truncated)
-            results.append(np.array([correct, lengths[: len(answers)], truncated[: len(answers)]], np.int32).reshape(3, -1, num_samples))
-        correct, lengths, truncated = np.concatenate(results, axis=1)
-        return correct, lengths, truncated
+        rollouts = sample(
+            params, collate(self.prompts, np.arange(len(self.prompts))), config.seed, 0, config=self.model, decoding=decoding,
+            num_generations=num_samples, stream=EVAL_STREAM, mesh=self.mesh, slots=-(-config.batch_size // devices) * devices,
+        )  # fmt: skip
+        rollouts = to_host(rollouts)
+        answers = (prompt.answer for prompt in self.prompts.prompts for _ in range(num_samples))
+        correct = [grade(text, answer) for text, answer in zip(completions(rollouts, self.tokenizer), answers)]
+        lengths, truncated = np.asarray(rollouts.mask).sum(1), np.asarray(rollouts.is_truncated)
+        return tuple(np.asarray(column, np.int32).reshape(-1, num_samples) for column in (correct, lengths, truncated))
 
 
 def completions(rollouts, tokenizer) -> list[str]:

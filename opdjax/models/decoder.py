@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
@@ -42,15 +41,6 @@ class DecoderConfig:
     has_qk_norm: bool
     has_qkv_bias: bool
     has_output_bias: bool
-
-
-@struct.dataclass
-class KVCache:
-    """Keys and values of every layer by column, and which segment each column belongs to (0: nothing written yet)."""
-
-    keys: Float[Array, "L B T K H"]
-    values: Float[Array, "L B T K H"]
-    segment_ids: Int[Array, "B T"]
 
 
 def parameter_shapes(config: DecoderConfig) -> Params:
@@ -100,12 +90,6 @@ def head_of(params: Params, *, valid_vocab: int | None = None, temperature: floa
     return Head(params.get("head", params["embedding"]), valid_vocab=valid_vocab, temperature=temperature)
 
 
-def init_cache(config: DecoderConfig, batch: int, columns: int, dtype) -> KVCache:
-    """An empty cache of `columns` columns."""
-    shape = (config.num_layers, batch, columns, config.num_kv_heads, config.head_size)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, columns), jnp.int32))
-
-
 def positions_of(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Positions that start from 0 at each segment's first column."""
     column = jnp.arange(segment_ids.shape[1])
@@ -138,35 +122,6 @@ def forward(
     x = keep_rows(embedding[tokens], mesh)
     x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, params["layers"])
     return _rms_norm(x, params["final_norm"], config.norm_epsilon)
-
-
-def forward_cached(
-    params: Params,
-    config: DecoderConfig,
-    tokens: Int[Array, "B T"],
-    segment_ids: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    cache: KVCache,
-    start: Int[Array, ""] | int,
-) -> tuple[Float[Array, "B T D"], KVCache]:
-    """`forward` of columns `start : start + T`, reading the columns before them from the cache and writing their own."""
-    seen = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, start))
-    columns = start + jnp.arange(tokens.shape[1])
-    mask = _attention_mask(columns, segment_ids, jnp.arange(seen.shape[1]), seen)
-    rope = _rope(positions, config)
-
-    # The cache rides in the carry, where XLA updates it in place; as scanned input and output it would be copied.
-    def layer(carry, weights):
-        x, keys, values, index = carry
-        q, k, v = _project(x, weights, rope, config)
-        keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), (index, 0, start, 0, 0))
-        values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), (index, 0, start, 0, 0))
-        k, v = (jax.lax.dynamic_index_in_dim(stored, index, keepdims=False) for stored in (keys, values))
-        return (_finish_layer(x, _attend(q, k, v, mask), weights, config), keys, values, index + 1), None
-
-    carry = (params["embedding"][tokens], cache.keys, cache.values, 0)
-    (x, keys, values, _), _ = jax.lax.scan(layer, carry, params["layers"])
-    return _rms_norm(x, params["final_norm"], config.norm_epsilon), KVCache(keys, values, seen)
 
 
 def _attention_mask(q_columns, q_segments, k_columns, k_segments) -> Bool[Array, "B Q S"]:

@@ -1,0 +1,126 @@
+"""How one token is drawn: the row's key, one uniform number a position, the filters, and the log-probs of what was drawn.
+
+Every row has a random key folded from (seed, stream, prompt id, sample id, policy version), and every token folds in its
+position in the completion and draws ONE uniform, turned into a token by inverting the cumulative distribution. A draw is
+therefore the same whatever the batch, row, padding or mesh; a token can differ only where its draw lies within logit
+rounding of a boundary between two tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from opdjax.ops.draw import invert_cdf
+
+TRAIN_STREAM, EVAL_STREAM, EXTRA_STREAM = 0, 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How completions are drawn; static under jit. A filter that is off costs nothing."""
+
+    max_completion_length: int
+    stop_token_ids: tuple[int, ...]
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # 1: off
+    min_p: float = 0.0  # 0: off
+    valid_vocab: int | None = None  # ids at or beyond it pad the embedding and are never drawn
+    kv_dtype: str = "auto"  # of stored keys and values: auto (the parameters' type), float32, bfloat16 or int8
+
+    @property
+    def has_filter(self) -> bool:
+        """Whether some tokens cannot be drawn."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+
+def row_keys(
+    seed: int, stream: int, prompt_id: Int[Array, " B"], sample_id: Int[Array, " B"], policy_version: int | Int[Array, " B"]
+) -> Array:
+    """One key a row, `[B]`: a pure function of what the row is, not of where it stands."""
+    base = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), stream)
+
+    def fold(prompt, sample, version):
+        return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(base, prompt), sample), version)
+
+    return jax.vmap(fold)(prompt_id, sample_id, jnp.broadcast_to(policy_version, jnp.shape(prompt_id)))
+
+
+def is_stop(token: Int[Array, " B"], decoding: Decoding) -> Bool[Array, " B"]:
+    """Whether the token ends its completion."""
+    return jnp.isin(token, jnp.asarray(decoding.stop_token_ids, jnp.int32))
+
+
+def draw_tokens(logits: Float[Array, "B V"], keys: Array, position: Int[Array, " B"] | int, decoding: Decoding):
+    """(token, behaviour log-prob, unfiltered log-prob), each `[B]`, for the completion's token number `position`, from 0.
+
+    The unfiltered log-prob is of the tempered softmax, the behaviour log-prob of the distribution truly drawn from.
+    Greedy decoding draws nothing: its behaviour log-prob is 0 and its unfiltered one that of temperature 1.
+    """
+    if decoding.temperature == 0:
+        token = _first_maximum(logits)
+        logprob = _at(logits, token) - jax.nn.logsumexp(logits, axis=-1)
+        return token, jnp.zeros_like(logprob), logprob
+    logits = logits / decoding.temperature
+    # One maximum for both normalisers, so that without a filter the two log-probs are the same computation.
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - top)
+    kept = jnp.where(filter_mask(logits, decoding), weights, 0) if decoding.has_filter else weights
+    places = jnp.broadcast_to(position, keys.shape)
+    uniform = jax.vmap(lambda key, place: jax.random.uniform(jax.random.fold_in(key, place)))(keys, places)
+    token = invert_cdf(kept, uniform)
+    score = _at(logits, token) - top[:, 0]
+    unfiltered = score - jnp.log(jnp.sum(weights, axis=-1))
+    behavior = score - jnp.log(jnp.sum(kept, axis=-1)) if decoding.has_filter else unfiltered
+    return token, behavior, unfiltered
+
+
+def _first_maximum(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """`argmax`, which XLA's CPU backend computes seven times slower, as a reduction of pairs."""
+    is_top = logits == jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(is_top, jnp.arange(logits.shape[-1], dtype=jnp.int32), logits.shape[-1] - 1), axis=-1)
+
+
+def _at(x: Float[Array, "B V"], ids: Int[Array, " B"]) -> Float[Array, " B"]:
+    return jnp.take_along_axis(x, ids[:, None], axis=-1)[:, 0]
+
+
+def filter_mask(logits: Float[Array, "B V"], decoding: Decoding) -> Bool[Array, "B V"]:
+    """Tokens that top-k, then top-p of what top-k left, then min-p keep. Ties at a threshold are all kept.
+
+    Thresholds are found by bisection on the bits of the logits (32 counting passes), never by sorting the vocabulary.
+    """
+    ordered = _order_preserving_bits(logits)
+    keep = logits > -jnp.inf
+    if decoding.top_k > 0:
+        enough = jnp.minimum(decoding.top_k, jnp.sum(keep, axis=-1))
+        keep &= ordered >= _largest_threshold(ordered, lambda above: jnp.sum(above, axis=-1) >= enough)[:, None]
+    probs = jax.nn.softmax(jnp.where(keep, logits, -jnp.inf), axis=-1)
+    if decoding.top_p < 1:
+        mass = lambda above: jnp.sum(jnp.where(above, probs, 0), axis=-1)  # noqa: E731
+        enough = jnp.minimum(decoding.top_p, mass(keep))
+        keep &= ordered >= _largest_threshold(ordered, lambda above: mass(above) >= enough)[:, None]
+    if decoding.min_p > 0:
+        keep &= probs >= decoding.min_p * jnp.max(probs, axis=-1, keepdims=True)
+    return keep
+
+
+def _order_preserving_bits(x: Float[Array, "B V"]) -> UInt[Array, "B V"]:
+    """Unsigned integers in the order of the float32 values."""
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    return jnp.where(bits & sign, ~bits, bits | sign)
+
+
+def _largest_threshold(ordered: UInt[Array, "B V"], is_enough) -> UInt[Array, " B"]:
+    """The largest threshold per row for which `is_enough(ordered >= threshold)` still holds, bit by bit from the top."""
+
+    def try_bit(index, threshold):
+        candidate = threshold | (jnp.uint32(1) << (31 - index).astype(jnp.uint32))
+        return jnp.where(is_enough(ordered >= candidate[:, None]), candidate, threshold)
+
+    return jax.lax.fori_loop(0, 32, try_bit, jnp.zeros(ordered.shape[0], jnp.uint32))
