@@ -9,6 +9,8 @@ rounding of a boundary between two tokens.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -92,20 +94,22 @@ def _at(x: Float[Array, "B V"], ids: Int[Array, " B"]) -> Float[Array, " B"]:
 def filter_mask(logits: Float[Array, "B V"], decoding: Decoding) -> Bool[Array, "B V"]:
     """Tokens that top-k, then top-p of what top-k left, then min-p keep. Ties at a threshold are all kept.
 
-    Thresholds are found by bisection on the bits of the logits (32 counting passes), never by sorting the vocabulary.
+    Thresholds are found by bisection on the bits of numbers (a counting pass each), never by sorting the vocabulary. Those of
+    top-p and min-p are of float32 probabilities up to their normaliser: one array is compared and summed.
     """
-    ordered = _order_preserving_bits(logits)
     keep = logits > -jnp.inf
     if decoding.top_k > 0:
-        enough = jnp.minimum(decoding.top_k, jnp.sum(keep, axis=-1))
-        keep &= ordered >= _largest_threshold(ordered, lambda above: jnp.sum(above, axis=-1) >= enough)[:, None]
-    probs = jax.nn.softmax(jnp.where(keep, logits, -jnp.inf), axis=-1)
+        ordered, enough = _order_preserving_bits(logits), jnp.minimum(decoding.top_k, jnp.sum(keep, axis=-1))
+        keep &= ordered >= _largest(lambda least: jnp.sum(ordered >= least, axis=-1) >= enough, logits.shape[0], 32)
+    weights = jnp.where(keep, jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), 0).astype(jnp.float32)
     if decoding.top_p < 1:
-        mass = lambda above: jnp.sum(jnp.where(above, probs, 0), axis=-1)  # noqa: E731
-        enough = jnp.minimum(decoding.top_p, mass(keep))
-        keep &= ordered >= _largest_threshold(ordered, lambda above: mass(above) >= enough)[:, None]
+        as_weight = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.float32)
+        mass = lambda least: jnp.sum(jnp.where(weights >= as_weight(least), weights, 0), axis=-1)  # noqa: E731
+        enough = decoding.top_p * jnp.sum(weights, axis=-1)
+        # No weight is above 1, whose highest bit is the 30th.
+        keep &= weights >= as_weight(_largest(lambda least: mass(least) >= enough, logits.shape[0], 30))
     if decoding.min_p > 0:
-        keep &= probs >= decoding.min_p * jnp.max(probs, axis=-1, keepdims=True)
+        keep &= weights >= decoding.min_p
     return keep
 
 
@@ -116,11 +120,11 @@ def _order_preserving_bits(x: Float[Array, "B V"]) -> UInt[Array, "B V"]:
     return jnp.where(bits & sign, ~bits, bits | sign)
 
 
-def _largest_threshold(ordered: UInt[Array, "B V"], is_enough) -> UInt[Array, " B"]:
-    """The largest threshold per row for which `is_enough(ordered >= threshold)` still holds, bit by bit from the top."""
+def _largest(is_enough: Callable, rows: int, num_bits: int) -> UInt[Array, "B 1"]:
+    """The largest threshold per row for which `is_enough(threshold)` still holds, bit by bit from the top."""
 
     def try_bit(index, threshold):
-        candidate = threshold | (jnp.uint32(1) << (31 - index).astype(jnp.uint32))
-        return jnp.where(is_enough(ordered >= candidate[:, None]), candidate, threshold)
+        candidate = threshold | (jnp.uint32(1) << (num_bits - 1 - index).astype(jnp.uint32))
+        return jnp.where(is_enough(candidate)[:, None], candidate, threshold)
 
-    return jax.lax.fori_loop(0, 32, try_bit, jnp.zeros(ordered.shape[0], jnp.uint32))
+    return jax.lax.fori_loop(0, num_bits, try_bit, jnp.zeros((rows, 1), jnp.uint32))
