@@ -165,7 +165,8 @@ class TrainConfig:
     remat: bool = False  # recompute each layer in the backward pass: less memory, one more forward
     max_nonfinite_steps: int = 5  # so many skipped steps in a row stop the run
     # Tokens of a row that several rollouts share; None: a row for each. There are as many rows either way; the rollouts fill as
-    # few micro-batches of them as they can, and the others cost nothing: nothing is saved with a single one.
+    # few micro-batches of them as they can, and the others cost nothing: nothing is saved with a single one. Attention is paid
+    # by the square of a row, so that rows much longer than the longest rollout lose what they save.
     pack_length: int | None = None
 
     def __post_init__(self):
