@@ -14,9 +14,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from opdjax.ops.draw import invert_cdf
+from opdjax.ops.vocab import Head, VocabTile, head_logits
+from opdjax.sharding import ROW_AXES
 
 TRAIN_STREAM, EVAL_STREAM, EXTRA_STREAM = 0, 1, 2
 
@@ -57,57 +61,68 @@ def is_stop(token: Int[Array, " B"], decoding: Decoding) -> Bool[Array, " B"]:
     return jnp.isin(token, jnp.asarray(decoding.stop_token_ids, jnp.int32))
 
 
-def draw_tokens(logits: Float[Array, "B V"], keys: Array, position: Int[Array, " B"] | int, decoding: Decoding):
+def draw_next(head: Head, hidden: Float[Array, "B D"], keys: Array, position: Int[Array, " B"], decoding: Decoding, mesh: Mesh | None):
+    """`draw_tokens` from hidden states. On a mesh that splits the vocabulary no device sees logits but those of its own slice."""
+    if mesh is None or mesh.shape["tensor"] == 1:
+        return draw_tokens(VocabTile(head_logits(head, hidden)), keys, position, decoding)
+
+    def of_slice(head, hidden, keys, position):
+        return draw_tokens(VocabTile(head_logits(head, hidden, "tensor"), "tensor"), keys, position, decoding)
+
+    rows = P(ROW_AXES)
+    return jax.shard_map(of_slice, mesh=mesh, in_specs=(P("tensor"), rows, rows, rows), out_specs=rows)(head, hidden, keys, position)
+
+
+def draw_tokens(tile: VocabTile, keys: Array, position: Int[Array, " B"] | int, decoding: Decoding):
     """(token, behaviour log-prob, unfiltered log-prob), each `[B]`, for the completion's token number `position`, from 0.
 
     The unfiltered log-prob is of the tempered softmax, the behaviour log-prob of the distribution truly drawn from.
     Greedy decoding draws nothing: its behaviour log-prob is 0 and its unfiltered one that of temperature 1.
     """
     if decoding.temperature == 0:
-        token = _first_maximum(logits)
-        logprob = _at(logits, token) - jax.nn.logsumexp(logits, axis=-1)
+        token = _first_maximum(tile)
+        logprob = tile.logprob(token)
         return token, jnp.zeros_like(logprob), logprob
-    logits = logits / decoding.temperature
+    tile = dataclasses.replace(tile, logits=tile.logits / decoding.temperature)
     # One maximum for both normalisers, so that without a filter the two log-probs are the same computation.
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    weights = jnp.exp(logits - top)
-    kept = jnp.where(filter_mask(logits, decoding), weights, 0) if decoding.has_filter else weights
+    top = tile.largest(tile.logits)
+    weights = jnp.exp(tile.logits - top[:, None])
+    kept = jnp.where(filter_mask(tile, decoding), weights, 0) if decoding.has_filter else weights
     places = jnp.broadcast_to(position, keys.shape)
     uniform = jax.vmap(lambda key, place: jax.random.uniform(jax.random.fold_in(key, place)))(keys, places)
-    token = invert_cdf(kept, uniform)
-    score = _at(logits, token) - top[:, 0]
-    unfiltered = score - jnp.log(jnp.sum(weights, axis=-1))
-    behavior = score - jnp.log(jnp.sum(kept, axis=-1)) if decoding.has_filter else unfiltered
+    token = invert_cdf(kept, uniform, tile.axis)
+    score = tile.at(token[:, None])[:, 0] - top
+    unfiltered = score - jnp.log(tile.total(weights))
+    behavior = score - jnp.log(tile.total(kept)) if decoding.has_filter else unfiltered
     return token, behavior, unfiltered
 
 
-def _first_maximum(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+def _first_maximum(tile: VocabTile) -> Int[Array, " B"]:
     """`argmax`, which XLA's CPU backend computes seven times slower, as a reduction of pairs."""
-    is_top = logits == jnp.max(logits, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(is_top, jnp.arange(logits.shape[-1], dtype=jnp.int32), logits.shape[-1] - 1), axis=-1)
+    is_top = tile.logits == tile.largest(tile.logits)[:, None]
+    return -tile.largest(jnp.where(is_top, -tile.ids, 1 - tile.vocab_size))
 
 
-def _at(x: Float[Array, "B V"], ids: Int[Array, " B"]) -> Float[Array, " B"]:
-    return jnp.take_along_axis(x, ids[:, None], axis=-1)[:, 0]
-
-
-def filter_mask(logits: Float[Array, "B V"], decoding: Decoding) -> Bool[Array, "B V"]:
+def filter_mask(tile: VocabTile, decoding: Decoding) -> Bool[Array, "B V"]:
     """Tokens that top-k, then top-p of what top-k left, then min-p keep. Ties at a threshold are all kept.
 
     Thresholds are found by bisection on the bits of numbers (a counting pass each), never by sorting the vocabulary. Those of
     top-p and min-p are of float32 probabilities up to their normaliser: one array is compared and summed.
     """
+    logits = tile.logits
     keep = logits > -jnp.inf
+    count = lambda x: tile.total(x.astype(jnp.int32))  # noqa: E731
     if decoding.top_k > 0:
-        ordered, enough = _order_preserving_bits(logits), jnp.minimum(decoding.top_k, jnp.sum(keep, axis=-1))
-        keep &= ordered >= _largest(lambda least: jnp.sum(ordered >= least, axis=-1) >= enough, logits.shape[0], 32)
-    weights = jnp.where(keep, jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), 0).astype(jnp.float32)
+        ordered, enough = _order_preserving_bits(logits), jnp.minimum(decoding.top_k, count(keep))
+        keep &= ordered >= _largest(lambda least: count(ordered >= least) >= enough, jnp.zeros_like(enough), 32)
+    top = tile.largest(logits)[:, None]
+    weights = jnp.where(keep, jnp.exp(logits - top), 0).astype(jnp.float32)
     if decoding.top_p < 1:
         as_weight = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.float32)
-        mass = lambda least: jnp.sum(jnp.where(weights >= as_weight(least), weights, 0), axis=-1)  # noqa: E731
-        enough = decoding.top_p * jnp.sum(weights, axis=-1)
+        mass = lambda least: tile.total(jnp.where(weights >= as_weight(least), weights, 0))  # noqa: E731
+        enough = decoding.top_p * tile.total(weights)
         # No weight is above 1, whose highest bit is the 30th.
-        keep &= weights >= as_weight(_largest(lambda least: mass(least) >= enough, logits.shape[0], 30))
+        keep &= weights >= as_weight(_largest(lambda least: mass(least) >= enough, jnp.zeros_like(enough), 30))
     if decoding.min_p > 0:
         keep &= weights >= decoding.min_p
     return keep
@@ -120,11 +135,11 @@ def _order_preserving_bits(x: Float[Array, "B V"]) -> UInt[Array, "B V"]:
     return jnp.where(bits & sign, ~bits, bits | sign)
 
 
-def _largest(is_enough: Callable, rows: int, num_bits: int) -> UInt[Array, "B 1"]:
-    """The largest threshold per row for which `is_enough(threshold)` still holds, bit by bit from the top."""
+def _largest(is_enough: Callable, none: Float[Array, " B"], num_bits: int) -> UInt[Array, "B 1"]:
+    """The largest threshold per row for which `is_enough(threshold)` still holds, bit by bit from the top; `none` are zeros."""
 
     def try_bit(index, threshold):
         candidate = threshold | (jnp.uint32(1) << (num_bits - 1 - index).astype(jnp.uint32))
         return jnp.where(is_enough(candidate)[:, None], candidate, threshold)
 
-    return jax.lax.fori_loop(0, num_bits, try_bit, jnp.zeros((rows, 1), jnp.uint32))
+    return jax.lax.fori_loop(0, num_bits, try_bit, none[:, None].astype(jnp.uint32))

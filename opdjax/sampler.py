@@ -23,12 +23,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from opdjax.data.prompts import padded_width
-from opdjax.decoding import EXTRA_STREAM, TRAIN_STREAM, Decoding, draw_tokens, is_stop, row_keys
+from opdjax.decoding import EXTRA_STREAM, TRAIN_STREAM, Decoding, draw_next, is_stop, row_keys
 from opdjax.models import cached
 from opdjax.models.cached import KVCache
 from opdjax.models.decoder import DecoderConfig, Params, head_of
 from opdjax.ops.masked import rank_in_sequence
-from opdjax.ops.vocab import head_logits
 from opdjax.sharding import by_row, num_row_shards, replicated
 from opdjax.types import PromptBatch, Rollouts
 
@@ -273,7 +272,7 @@ def advance(
 
     def step(carry):
         steps, state = carry
-        state = _draw(state, head, decoding)
+        state = _draw(state, head, decoding, mesh)
         return steps + 1, _read(state, params, parts, config, prompt_columns)
 
     state = _constrain(jax.lax.while_loop(keep_going, step, (0, _constrain(state, mesh)))[1], mesh)
@@ -305,10 +304,10 @@ def _hand_over(state: SlotState, is_leaving: Bool[Array, " S"]) -> tuple[Drawn, 
     return finished, put(state.lengths, state.num_drawn)
 
 
-def _draw(state: SlotState, head, decoding: Decoding) -> SlotState:
+def _draw(state: SlotState, head, decoding: Decoding, mesh: Mesh | None) -> SlotState:
     """Draw the next token of every slot; a slot that is done is not counted on."""
     length = decoding.max_completion_length
-    token, behavior, unfiltered = draw_tokens(head_logits(head, state.hidden), state.keys, state.num_drawn, decoding)
+    token, behavior, unfiltered = draw_next(head, state.hidden, state.keys, state.num_drawn, decoding, mesh)
     column = state.clock % length
     num_drawn = state.num_drawn + ~state.is_done
 

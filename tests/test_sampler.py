@@ -20,7 +20,7 @@ from opdjax.decoding import EVAL_STREAM, TRAIN_STREAM, Decoding, draw_tokens, fi
 from opdjax.models import cached, decoder
 from opdjax.models.hf import load_params, open_checkpoint
 from opdjax.ops.draw import invert_cdf
-from opdjax.ops.vocab import head_logits
+from opdjax.ops.vocab import VocabTile, head_logits
 from opdjax.sampler import extra_uniforms, sample
 from opdjax.sharding import by_row as by_row_of
 from opdjax.sharding import make_mesh
@@ -34,8 +34,8 @@ FILTERS = [
 ]  # fmt: skip
 over_filters = pytest.mark.parametrize("filters", FILTERS, ids=lambda f: "-".join(f"{name}={value}" for name, value in f.items()))
 inverted = jax.jit(invert_cdf)
-kept = jax.jit(filter_mask, static_argnums=1)
-drawn_tokens = jax.jit(draw_tokens, static_argnums=3)
+kept = jax.jit(lambda logits, options: filter_mask(VocabTile(jnp.asarray(logits)), options), static_argnums=1)
+drawn_tokens = jax.jit(lambda logits, *rest: draw_tokens(VocabTile(jnp.asarray(logits)), *rest), static_argnums=3)
 
 
 def decoding(length=LENGTH, stop=(2,), **options):
@@ -149,7 +149,7 @@ def test_frequencies_match_the_softmax(rng, filters):
     prompt, number = np.repeat(np.arange(100), 20), np.tile(np.arange(20), 100)
     keys = row_keys(5, TRAIN_STREAM, prompt, number, 3)
     options = decoding(temperature=1.3, **filters)
-    draw = jax.jit(jax.vmap(lambda position: draw_tokens(jnp.tile(logits, (len(prompt), 1)), keys, position, options)[0]))
+    draw = jax.jit(jax.vmap(lambda position: draw_tokens(VocabTile(jnp.tile(logits, (len(prompt), 1))), keys, position, options)[0]))
     token = np.asarray(draw(jnp.arange(20)))
     probs = np.exp(logits.astype(np.float64) / 1.3)
     probs *= reference_keep(logits[None] / 1.3, **filters)[0]
@@ -278,7 +278,8 @@ def test_nothing_is_sorted(filters):
     logits, keys = jnp.zeros((4, 1000)), row_keys(0, 0, jnp.arange(4), jnp.zeros(4, int), 0)
     assert sorts(lambda x: jnp.sort(x, -1), logits) == {"sort"}
     assert "top_k" in sorts(lambda x: jax.lax.top_k(x, 5), logits)
-    assert sorts(lambda logits, keys, position: draw_tokens(logits, keys, position, decoding(**filters)), logits, keys, 3) == set()
+    drawn = lambda logits, keys: draw_tokens(VocabTile(logits), keys, 3, decoding(**filters))  # noqa: E731
+    assert sorts(drawn, logits, keys) == set()
 
 
 # ---- Log-probs of a draw

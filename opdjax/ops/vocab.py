@@ -46,9 +46,12 @@ def sum_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def head_logits(head: Head, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-    """Dense logits, in at least float32. For a few positions only: training and scoring go through the tiled pass."""
-    return _finish_logits(head, _raw_logits(head, hidden))
+def head_logits(head: Head, hidden: Float[Array, "... D"], axis: str | None = None) -> Float[Array, "... V"]:
+    """Dense logits, in at least float32. For a few positions only: training and scoring go through the tiled pass.
+
+    With an `axis` the head is this device's slice of the vocabulary along it.
+    """
+    return _finish_logits(head, _raw_logits(head, hidden), axis)
 
 
 def _raw_logits(head: Head, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
@@ -134,10 +137,11 @@ class VocabTile:
     def logprob(self, ids: Int[Array, "n *K"]) -> Float[Array, "n *K"]:
         """Log-probability at one id (`[n]`) or at K ids (`[n, K]`) a token, under the full softmax."""
         columns = ids if ids.ndim == 2 else ids[:, None]
-        picked = self._at(columns) - self.logsumexp[:, None]
+        picked = self.at(columns) - self.logsumexp[:, None]
         return picked if ids.ndim == 2 else picked[:, 0]
 
-    def _at(self, ids: Int[Array, "n K"]) -> Float[Array, "n K"]:
+    def at(self, ids: Int[Array, "n K"]) -> Float[Array, "n K"]:
+        """The logits of K ids a token."""
         if self.axis is None:
             return jnp.take_along_axis(self.logits, ids, axis=-1)
         column, is_mine = self._column(ids)

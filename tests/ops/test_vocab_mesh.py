@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from opdjax.decoding import Decoding, draw_next, row_keys
 from opdjax.diagnostics import observed
 from opdjax.estimators import bind
 from opdjax.ops.vocab import Columns, Head, VocabTile, tiled_loss, tiled_stats
@@ -147,3 +148,15 @@ def test_what_is_sent_inside_the_loop_is_of_a_tiles_tokens_not_of_its_logits():
         sizes = [int(np.prod([int(d) for d in dims.split(",") if d])) for dims in re.findall(r"\[([\d,]*)\]", found[1])]
         assert max(sizes) <= tile * 2 * 5
     assert re.search(rf"= f32\[{vocab // 2},{width // 2}\]\S* (reduce-scatter|all-reduce|dynamic-slice|fusion)", text)
+
+
+@pytest.mark.parametrize("filters", [{}, {"temperature": 0.0}, {"top_k": 6, "top_p": 0.8, "min_p": 0.02}], ids=str)
+def test_a_token_is_drawn_from_slices_as_from_the_whole(filters):
+    decoding = Decoding(8, (0,), **filters)
+    hidden, head = problem()[:2]
+    hidden, head = hidden[:, 0].astype(jnp.float32), jax.tree.map(lambda x: x.astype(jnp.float32), head)
+    keys, position = row_keys(3, 0, jnp.arange(B), jnp.zeros(B, int), 0), jnp.arange(B)
+    of = lambda mesh: jax.jit(draw_next, static_argnums=(4, 5))(head, hidden, keys, position, decoding, mesh)  # noqa: E731
+    expected, actual = of(None), of(make_mesh(2, 2, 2))
+    np.testing.assert_array_equal(actual[0], expected[0])
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), actual[1:], expected[1:])
