@@ -1,0 +1,73 @@
+"""Tunix's side: its logit distillation loss and its sampler. It has no on-policy distillation and no loss from hidden states."""
+
+from __future__ import annotations
+
+from functools import partial
+from importlib.metadata import version
+
+import jax
+import jax.numpy as jnp
+from transformers import AutoTokenizer
+from tunix.distillation.strategies.logit import LogitStrategy
+from tunix.generate.sampler import CacheConfig, Sampler
+from tunix.models.qwen3.model import ModelConfig
+from tunix.models.qwen3.params import create_model_from_safe_tensors
+
+from benchmark_peers.inputs import describe_lengths, make_logits, make_matrices, read_prompts
+from benchmark_peers.protocol import Job, serve
+
+
+def _blocked(function, *arguments):
+    return jax.block_until_ready(function(*arguments))
+
+
+def build_product(case):
+    one, other = (jnp.asarray(x, case["dtype"]) for x in make_matrices(case["matmul"]))
+    return Job(partial(_blocked, jax.jit(jnp.matmul), one, other))
+
+
+def build_logit_strategy(case):
+    strategy = LogitStrategy(lambda *_: None, lambda *_: None, lambda *_: None, temperature=1.0, alpha=1.0)
+    student, teacher = (jnp.asarray(x)[None] for x in make_logits(case["tokens"], case["vocab"]))
+    labels = jax.nn.one_hot(jnp.zeros((1, case["tokens"]), jnp.int32), case["vocab"])
+    function = jax.jit(jax.value_and_grad(lambda *arguments: strategy.compute_loss(*arguments), has_aux=True))
+
+    def run():
+        (loss, _), gradient = _blocked(function, student, teacher, labels)
+        return loss, gradient
+
+    return Job(run, lambda result: {"loss": float(result[0]), "norms": [float(jnp.linalg.norm(result[1].ravel()))]})
+
+
+def build_sampler(case):
+    shape = case["student_shape"]
+    config = ModelConfig(
+        num_layers=shape["layers"], vocab_size=shape["vocab"], embed_dim=shape["hidden"], hidden_dim=shape["mlp"],
+        num_heads=shape["heads"], head_dim=shape["head"], num_kv_heads=shape["kv_heads"], rope_theta=10_000, norm_eps=1e-6,
+        use_tied_embedding=True, dtype=jnp.dtype(case["dtype"]), param_dtype=jnp.dtype(case["dtype"]),
+    )  # fmt: skip
+    mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:1])
+    model = create_model_from_safe_tensors(case["student"], config, mesh, jnp.dtype(case["dtype"]))
+    columns = case["prompt"] + case["new"]
+    cache = CacheConfig(columns, config.num_layers, config.num_kv_heads, config.head_dim)
+    sampler = Sampler(model, AutoTokenizer.from_pretrained(case["student"]), cache)
+    texts = [row["prompt"] for row in read_prompts(case["student"])[: case["prompts"]]]
+    seeds = iter(range(10**6))
+
+    def run():
+        lengths = []
+        for start in range(0, len(texts), case["batch"]):
+            drawn = sampler(
+                texts[start : start + case["batch"]], case["new"], case["prompt"], eos_tokens=case["stop_ids"],
+                temperature=1.0, top_p=case["top_p"], seed=next(seeds),
+            )  # fmt: skip
+            # What it returns ends before the stop token.
+            lengths += [min(len(tokens) + 1, case["new"]) for tokens in drawn.tokens]
+        return lengths
+
+    return Job(run, describe_lengths)
+
+
+if __name__ == "__main__":
+    forms = {"product": build_product, "LogitStrategy.compute_loss": build_logit_strategy, "Sampler": build_sampler}
+    serve(forms, {"google-tunix": version("google-tunix"), "jax": jax.__version__})
