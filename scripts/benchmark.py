@@ -19,6 +19,7 @@ import json
 import os
 import pathlib
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from benchmark_peers.table import to_markdown
 from benchmark_peers.workers import Worker, WorkerError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent / ".bench"
+_PROBES = 2  # runs at each number of threads, of which the faster counts
 TOLERANCE = {"cpu": 1e-3, "gpu": 3e-2}  # relative, between losses and gradient norms of one divergence
 
 
@@ -40,7 +42,6 @@ class Contender:
 
     form: Form
     worker: Worker
-    facts: dict[str, Any]
     runs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
@@ -50,6 +51,7 @@ class Fleet:
     def __init__(self, options: argparse.Namespace):
         self.failures: dict[str, str] = {}
         self.workers: dict[str, list[Worker]] = {}
+        self.fastest: dict[Form, Worker] = {}  # by the first case that a form was tried in
         threads = [None] if options.device == "gpu" else sorted({1, len(os.sched_getaffinity(0))})
         given = dict(pair.split("=", 1) for pair in options.python)
         for system in ("opdjax", *options.peers):
@@ -88,19 +90,21 @@ def enter(form: Form, case: dict[str, Any], fleet: Fleet) -> Contender | str:
         return fleet.failures[form.system]
     if case.get("divergence") not in (None, *form.divergences) and case["kind"] != "step":
         return f"has {' and '.join(form.divergences)} KL only"
-    tried, reason = [], ""
-    for worker in fleet.workers[form.system]:
+    known, tried, reason = fleet.fastest.get(form), [], ""
+    for worker in [known] if known else fleet.workers[form.system]:
         try:
-            facts = worker.ask(do="prepare", case=case | {"form": form.name})["facts"]
-            tried.append((worker.ask(do="run")["seconds"], worker, facts))
+            worker.ask(do="prepare", case=case | {"form": form.name})
+            probes = [] if known or len(fleet.workers[form.system]) == 1 else [worker.ask(do="run")["seconds"] for _ in range(_PROBES)]
+            tried.append((min(probes, default=0), worker))
         except WorkerError as error:
             reason = str(error)
     if not tried:
         return reason
     tried.sort(key=lambda entry: entry[0])
-    for _, worker, _ in tried[1:]:
+    for _, worker in tried[1:]:
         worker.ask(do="drop")
-    return Contender(form, *tried[0][1:])
+    fleet.fastest[form] = tried[0][1]
+    return Contender(form, tried[0][1])
 
 
 def alternate(ours: Contender, peers: list[Contender], repeats: int) -> dict[Form, str]:
@@ -154,7 +158,7 @@ def row_of(case, form: Form, contender: Contender | str, pairs: list[dict[str, A
     if isinstance(contender, str):
         return row | {"error": contender}
     runs = contender.runs
-    facts = contender.facts | (runs[-1]["facts"] if runs else {})
+    facts = runs[-1]["facts"]
     cost = [1 / speed(run) for run in runs]
     tokens = [speed(run) for run in runs] if "useful_tokens" in facts else []
     ratios = [(1 / speed(ours)) / seconds for ours, seconds in zip(pairs, cost)]
@@ -210,13 +214,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", choices=tuple(PINS), default=list(PINS), help="systems to run beside opdjax")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", choices=tuple(SIZES), default="cpu")
-    parser.add_argument("--python", nargs="*", default=[], metavar="PEER=PATH", help="an interpreter that has the peer, in place of its own")
+    parser.add_argument("--python", nargs="*", default=[], metavar="PEER=PATH", help="an interpreter that has the peer")
     parser.add_argument("--output", type=pathlib.Path, help="a JSON file for every run's figures")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers are ended too
     (ROOT / "logs").mkdir(parents=True, exist_ok=True)
     fleet, rows = Fleet(options), []
     try:

@@ -213,7 +213,9 @@ def write_table(rows: list[dict[str, Any]], name: str, out: pathlib.Path) -> str
         writer.writerows(rows)
 
     def cell(value):
-        return "" if value is None else f"{value:.1f}" if isinstance(value, float) and value >= 10 else f"{value:.3g}" if isinstance(value, float) else str(value)
+        if isinstance(value, float):
+            return f"{value:.1f}" if value >= 10 else f"{value:.3g}"
+        return "" if value is None else str(value)
 
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     return "\n".join(lines + ["| " + " | ".join(cell(row.get(column)) for column in columns) + " |" for row in rows])

@@ -14,7 +14,7 @@ import numpy as np
 from datasets import Dataset
 from easydel.trainers.distillation_trainer._fn import chunked_distillation_loss, distillation_loss
 from easydel.trainers.generalized_knowledge_distillation_trainer._fn import generalized_jsd_loss
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from benchmark_peers.inputs import count_until_stop, describe_lengths, make_hidden, make_logits, make_matrices, read_prompts
 from benchmark_peers.protocol import Job, Stepper, serve
@@ -72,7 +72,7 @@ def build_generate(case):
         "max_new_tokens": case["new"], "do_sample": True, "temperature": 1.0, "top_p": case["top_p"], "top_k": 0,
         "eos_token_id": case["stop_ids"], "pad_token_id": 0,
     }  # fmt: skip
-    model.generation_config = ed.transformers.GenerationConfig(**options) if hasattr(ed, "transformers") else _generation_config(options)
+    model.generation_config = GenerationConfig(**options)
     graph, state, rest = model.split_module()
 
     @jax.jit
@@ -83,24 +83,18 @@ def build_generate(case):
     ids = jnp.asarray([row["ids"] for row in read_prompts(case["student"])[: case["prompts"]]], jnp.int32)
     seeds = iter(range(10**6))
 
-    def run():
+    def run(count=case["prompts"]):
         with model.mesh:
             return [
                 np.asarray(generate(state, rest, ids[i : i + case["batch"]], jax.random.PRNGKey(next(seeds))))
-                for i in range(0, len(ids), case["batch"])
+                for i in range(0, count, case["batch"])
             ]
 
     def describe(drawn):
         completions = np.concatenate(drawn)[:, ids.shape[1] :]
         return describe_lengths(count_until_stop(completions, case["stop_ids"]))
 
-    return Job(run, describe)
-
-
-def _generation_config(options):
-    from transformers import GenerationConfig
-
-    return GenerationConfig(**options)
+    return Job(run, describe, warm_up=lambda: run(case["batch"]))
 
 
 def build_trainer(case):
@@ -141,7 +135,7 @@ def _trainer(case, directory, trainer):
     tokenizer = AutoTokenizer.from_pretrained(case["student"])
     student, teacher = _load(case["student"], case), _load(case["teacher"], case)
     options = {"max_new_tokens": case["new"], "do_sample": True, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
-    student.generation_config = _generation_config(options)
+    student.generation_config = GenerationConfig(**options)
     rows = Dataset.from_list([{"prompt": row["prompt"]} for row in read_prompts(case["student"])])
     return trainer(arguments=config, processing_class=tokenizer, student_model=student, teacher_model=teacher, train_dataset=rows)
 

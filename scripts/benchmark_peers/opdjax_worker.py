@@ -15,8 +15,19 @@ import numpy as np
 from benchmark_peers.inputs import count_until_stop, describe_lengths, make_hidden, make_logits, make_matrices, read_prompts
 from benchmark_peers.protocol import Job, Stepper, serve
 from opdjax import train
-from opdjax.config import Config, DataConfig, EstimatorConfig, EvaluationConfig, LogConfig, ModelConfig, OptimizerConfig, SamplingConfig
-from opdjax.config import CheckpointConfig, MeshConfig, TrainConfig
+from opdjax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EstimatorConfig,
+    EvaluationConfig,
+    LogConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainConfig,
+)
 from opdjax.estimators import RECIPES
 from opdjax.metrics import MetricWriter
 from opdjax.models.hf import load_params, open_checkpoint
@@ -99,7 +110,7 @@ def build_sampler(case):
     parts = [prompts] if has_slots else [jax.tree.map(lambda x, i=i: x[i : i + batch], prompts) for i in range(0, count, batch)]
     seeds = iter(range(10**6))
 
-    def run():
+    def run(parts=parts):
         seed = next(seeds)
         return [np.asarray(jax.block_until_ready(draw(params, part, seed, 0)).tokens) for part in parts]
 
@@ -107,7 +118,7 @@ def build_sampler(case):
         completions = np.concatenate([tokens[:, -case["new"] :] for tokens in drawn])
         return describe_lengths(count_until_stop(completions, case["stop_ids"])) | {"slots": has_slots}
 
-    return Job(run, describe)
+    return Job(run, describe, warm_up=lambda: run(parts[:1]))
 
 
 def build_loop(case):

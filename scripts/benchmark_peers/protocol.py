@@ -1,7 +1,7 @@
 """How the benchmark talks to a worker: one JSON object a line, on the worker's standard input and output.
 
 A worker of a peer runs in that peer's environment and imports this file and `inputs.py` of this folder, nothing of opdjax.
-It answers `{"do": "prepare", "case": ...}` by building the work and running it twice, `{"do": "run"}` by running it
+It answers `{"do": "prepare", "case": ...}` by building the work and running it untimed, `{"do": "run"}` by running it
 once with the clocks on, `{"do": "drop"}` by forgetting it. Whatever it prints else goes to its log.
 """
 
@@ -26,7 +26,7 @@ class Job:
 
     run: Callable[[], Any]
     describe: Callable[[Any], dict[str, Any]] = lambda result: {}
-    warm_ups: int = 2
+    warm_up: Callable[[], Any] | None = None  # in place of `run` before the clocks are on: less of the same, where that is enough
 
 
 class Stepper:
@@ -78,9 +78,9 @@ def serve(builders: dict[str, Callable[..., Job]], versions: dict[str, str]) -> 
                 job = None
                 gc.collect()
                 job = builders[command["case"]["form"]](command["case"])
-                for _ in range(job.warm_ups):
-                    result = job.run()
-                reply(facts=job.describe(result))
+                for _ in range(2):
+                    (job.warm_up or job.run)()
+                reply()
             elif command["do"] == "run":
                 start, cpu_start = time.perf_counter(), time.process_time()
                 result = job.run()

@@ -84,8 +84,9 @@ def build_generate(case, cache):
     options = {"max_new_tokens": case["new"], "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": case["top_p"]}
     options |= {"eos_token_id": case["stop_ids"], "pad_token_id": 0, "cache_implementation": cache}
 
-    def run():
-        parts = ids.split(case["batch"])
+    parts = ids.split(case["batch"])
+
+    def run(parts=parts):
         with torch.inference_mode():
             return [model.generate(part, attention_mask=torch.ones_like(part), **options).cpu() for part in parts]
 
@@ -93,7 +94,7 @@ def build_generate(case, cache):
         completions = [tokens[:, ids.shape[1] :].numpy() for tokens in drawn]
         return describe_lengths([n for part in completions for n in count_until_stop(part, case["stop_ids"])])
 
-    return Job(run, describe)
+    return Job(run, describe, warm_up=lambda: run(parts[:1]))
 
 
 def build_trainer(case):

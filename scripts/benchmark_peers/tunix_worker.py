@@ -54,9 +54,9 @@ def build_sampler(case):
     texts = [row["prompt"] for row in read_prompts(case["student"])[: case["prompts"]]]
     seeds = iter(range(10**6))
 
-    def run():
+    def run(count=case["prompts"]):
         lengths = []
-        for start in range(0, len(texts), case["batch"]):
+        for start in range(0, count, case["batch"]):
             drawn = sampler(
                 texts[start : start + case["batch"]], case["new"], case["prompt"], eos_tokens=case["stop_ids"],
                 temperature=1.0, top_p=case["top_p"], seed=next(seeds),
@@ -65,7 +65,7 @@ def build_sampler(case):
             lengths += [min(len(tokens) + 1, case["new"]) for tokens in drawn.tokens]
         return lengths
 
-    return Job(run, describe_lengths)
+    return Job(run, describe_lengths, warm_up=lambda: run(case["batch"]))
 
 
 if __name__ == "__main__":
