@@ -14,6 +14,7 @@ times mean anything: a row says where they do not. What a peer cannot do, or fai
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -102,7 +103,8 @@ def enter(form: Form, case: dict[str, Any], fleet: Fleet) -> Contender | str:
         return reason
     tried.sort(key=lambda entry: entry[0])
     for _, worker in tried[1:]:
-        worker.ask(do="drop")
+        with contextlib.suppress(WorkerError):
+            worker.ask(do="drop")
     fleet.fastest[form] = tried[0][1]
     return Contender(form, tried[0][1])
 

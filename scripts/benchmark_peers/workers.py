@@ -51,9 +51,12 @@ class Worker:
         self._log.close()
 
     def _start(self):
-        self._process = subprocess.Popen(
-            self._command, cwd=SCRIPTS, env=self._environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
+        try:
+            self._process = subprocess.Popen(self._command, cwd=SCRIPTS, env=self._environment, text=True, **pipes)
+        except OSError as error:
+            self._death = f"not started: {error}"
+            raise WorkerError(self._death) from error
         threading.Thread(target=self._listen, daemon=True).start()
         self.versions = self._next()["versions"]
 
@@ -88,10 +91,11 @@ def _command(system, python, threads):
 
 
 def _environment(system, threads, root):
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_", "JAX_", "OMP_", "MKL_", "PYTHONPATH"))}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_", "JAX_", "OMP_", "MKL_"))}
     cache = root / "compiled" / f"{system}-{threads or 'gpu'}"
+    path = [str(SCRIPTS.parent)] if system == "opdjax" else []
     kept |= {
-        "PYTHONPATH": str(SCRIPTS.parent) if system == "opdjax" else "",
+        "PYTHONPATH": os.pathsep.join([*path, *filter(None, [os.environ.get("PYTHONPATH")])]),
         "BENCHMARK_DEVICE": "gpu" if threads is None else "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "TOKENIZERS_PARALLELISM": "false",
