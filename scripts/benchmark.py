@@ -64,7 +64,7 @@ class Fleet:
             self.workers[system] = [Worker(system, python, count, ROOT) for count in threads]
 
     def versions(self) -> dict[str, dict[str, str]]:
-        return {system: workers[0].versions for system, workers in self.workers.items()}
+        return {system: next((w.versions for w in workers if w.versions), {}) for system, workers in self.workers.items()}
 
     def stop(self) -> None:
         for workers in self.workers.values():
