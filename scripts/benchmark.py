@@ -53,7 +53,7 @@ class Fleet:
         self.failures: dict[str, str] = {}
         self.workers: dict[str, list[Worker]] = {}
         self.fastest: dict[Form, Worker] = {}  # by the first case that a form was tried in
-        threads = [None] if options.device == "gpu" else sorted({1, len(os.sched_getaffinity(0))})
+        threads = [None] if options.device == "gpu" else options.threads
         given = dict(pair.split("=", 1) for pair in options.python)
         for system in ("opdjax", *options.peers):
             try:
@@ -215,6 +215,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=("a", "b", "c"), default=["a", "b", "c"], help="parts to run")
     parser.add_argument("--peers", nargs="*", choices=tuple(PINS), default=list(PINS), help="systems to run beside opdjax")
     parser.add_argument("--repeats", type=int, default=5)
+    cores = sorted({1, len(os.sched_getaffinity(0))})
+    parser.add_argument("--threads", nargs="+", type=int, default=cores, help="numbers of CPU cores that every system is tried on")
     parser.add_argument("--device", choices=tuple(SIZES), default="cpu")
     parser.add_argument("--python", nargs="*", default=[], metavar="PEER=PATH", help="an interpreter that has the peer")
     parser.add_argument("--output", type=pathlib.Path, help="a JSON file for every run's figures")
