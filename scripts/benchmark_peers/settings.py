@@ -50,7 +50,7 @@ SIZES = {
     "cpu": Sizes(
         dtype="float32", matmul=3072, loss_tokens=(256,), vocab=151_936, width=256,
         student=Model(256, 4, 8, 4, 32, 768, 4096), teacher=Model(256, 6, 8, 4, 32, 768, 4096),
-        step_batch=8, batch=16, prompt=32, new=128, tail_prompts=128, tail_share=1 / 28,
+        step_batch=8, batch=16, prompt=32, new=128, tail_prompts=128, tail_share=1 / 25,
     ),
     "gpu": Sizes(
         dtype="bfloat16", matmul=8192, loss_tokens=(2048, 8192), vocab=151_936, width=2048,
