@@ -103,7 +103,7 @@ def build_sampler(case):
     rows, batch = read_prompts(case["student"]), case["batch"]
     count = case["prompts"]
     tokens = np.array([row["ids"] for row in rows[:count]], np.int32)
-    prompts = PromptBatch(jnp.asarray(tokens), jnp.ones(tokens.shape, bool), jnp.arange(count))
+    prompts = PromptBatch(tokens, np.ones(tokens.shape, bool), np.arange(count, dtype=np.int32))
     decoding = Decoding(case["new"], tuple(case["stop_ids"]), top_p=case["top_p"])
     has_slots = "slots" in inspect.signature(sample).parameters and count > batch
     draw = partial(sample, config=checkpoint.config, decoding=decoding, **({"slots": batch} if has_slots else {}))
