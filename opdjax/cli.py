@@ -372,7 +372,7 @@ def import_(arguments: list[str]) -> None:
 
 
 def export(arguments: list[str]) -> None:
-    """WORKDIR OUT [--step N|latest|best]: a run's student as a Hugging Face checkpoint."""
+    """WORKDIR OUT [--step N|latest|best]: a run's student as a Hugging Face checkpoint, its adapters as OUT_adapter."""
 
     def run(
         workdir: Annotated[pathlib.Path, tyro.conf.Positional],
