@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mesh_pair import make_pair, mesh_config
 from safetensors.numpy import load_file
+from test_mesh import assert_same_run
 from test_train import TINY, final_weights, vary, without_times
 
 import opdjax.train
-from opdjax.config import MINI_PAIR, LoraConfig, ModelConfig
+from opdjax.config import MINI_PAIR, LoraConfig, MeshConfig, ModelConfig, SamplingConfig
 from opdjax.models.hf import load_params, open_checkpoint
 from opdjax.train import export_step, train
 from opdjax.train_state import make_update
@@ -89,6 +91,20 @@ def test_an_interrupted_run_ends_as_the_straight_one(straight, tmp_path, monkeyp
     assert read_lines(straight[0] / "samples.jsonl") == read_lines(tmp_path / "run" / "samples.jsonl")
     for name in ("student/model.safetensors", "student_adapter/adapter_model.safetensors"):
         assert (straight[0] / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+
+
+@pytest.mark.long
+def test_adapters_on_a_mesh_are_those_of_one_device(tmp_path):
+    """Adapters split as their kernels are; the sampler is sent a base without `fsdp`."""
+    make_pair(tmp_path)
+    sampling = SamplingConfig(max_completion_length=12, split_over=("tensor",))
+    for mesh in (MeshConfig(1), MeshConfig(2, 2, 2)):
+        config = mesh_config(tmp_path, mesh, lora=LoraConfig(rank=3), sampling=sampling)
+        train(config, tmp_path / str(mesh.tensor))
+    assert_same_run(tmp_path / "2", tmp_path / "1")
+    one, eight = (load_file(tmp_path / name / "student_adapter" / "adapter_model.safetensors") for name in ("1", "2"))
+    for name, matrix in one.items():
+        np.testing.assert_allclose(eight[name], matrix, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.long
