@@ -23,6 +23,7 @@ from opdjax.ops.vocab import Head
 from opdjax.sharding import keep_rows
 
 Params = dict[str, Any]
+RUN_FIELDS = ("lora_scale", "attention")  # of a DecoderConfig: how a run computes the model, which no checkpoint says
 Remat = Literal["none", "dots", "layer"]
 _REMAT_POLICIES = {
     "layer": jax.checkpoint_policies.nothing_saveable,
@@ -49,7 +50,6 @@ class DecoderConfig:
     has_qk_norm: bool
     has_qkv_bias: bool
     has_output_bias: bool
-    # How a run computes it; no checkpoint says.
     lora_scale: float = 1.0  # alpha / rank of adapters, where the parameters hold any
     attention: Implementation = "xla"
 

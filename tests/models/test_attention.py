@@ -89,7 +89,7 @@ def test_the_decoder_with_splash_is_the_decoder(rng, monkeypatch):
     assert (2, 2, 2, 128, 64) in {leaf.shape for leaf in residuals}  # [L, B, N, T padded, H]
 
 
-@pytest.mark.parametrize("columns", [12, 13])
+@pytest.mark.parametrize("columns", [pytest.param(12, marks=pytest.mark.long), 13])
 def test_what_cudnn_is_given_is_the_same_attention(columns, rng):
     """The call that is handed to cuDNN, computed by its XLA twin; lengths that cuDNN refuses are padded."""
     q, k, v, _, segments = inputs(rng, 3, columns, 4, 2, 16)

@@ -68,7 +68,7 @@ def test_new_adapters_change_nothing_and_trained_ones_are_their_merged_kernels(r
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_gradients_are_those_of_the_kernels_by_the_chain_rule(parts, rng):
     """W' = W + s B A: dB = s dW' A^T, dA = s B^T dW', of which dW' is the gradient of the merged model."""
     base, teacher = make_models(jnp.float64)
