@@ -50,9 +50,9 @@ class ModelConfig:
     # Mesh axes that its parameters, and the optimizer's state of the student, lie split over. Without fsdp every device of that axis
     # holds them whole and no weight is sent: for a frozen teacher that fits.
     split_over: tuple[Literal["fsdp", "tensor"], ...] = ("fsdp", "tensor")
-    # xla holds T x T scores a head and runs everywhere; splash (TPU, heads of 64, 128 or 256) and cudnn (NVIDIA GPU, bfloat16, heads of
-    # up to 128) are fused kernels that never do. splash is for training and scoring, cudnn reads prompts too; tokens are drawn by xla.
-    # auto: splash on a TPU where it can run, else xla; neither has been timed on a GPU
+    # In training and scoring; the sampler's is always xla. xla holds T x T scores a head and runs everywhere; splash (TPU, heads of 64,
+    # 128 or 256) and cudnn (NVIDIA GPU, bfloat16, heads of up to 128) are fused kernels that never do. auto: splash on a TPU where it
+    # can run, else xla; cudnn has not been timed yet
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
 
 

@@ -1,8 +1,8 @@
 """Causal attention within segments, by one of three implementations that agree up to rounding.
 
 `xla` writes the T x T scores of every head out and runs everywhere. `cudnn` (NVIDIA GPUs) and `splash` (TPUs) are fused
-kernels after FlashAttention (arXiv:2205.14135) that never hold them, forward or backward. `auto` of a run's config is splash
-on TPU and xla elsewhere: cudnn is there to be asked for, nothing here has been measured on a GPU.
+kernels after FlashAttention (arXiv:2205.14135) that never hold them for every head, forward or backward. `auto` of a run's config is
+splash on TPU and xla elsewhere: cudnn is there to be asked for, nothing here has been measured on a GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from opdjax.sharding import ROW_AXES, num_row_shards
 
 Implementation = Literal["xla", "cudnn", "splash"]
 SPLASH_HEAD_SIZES = (64, 128, 256)  # that its kernels have been compiled for
-CUDNN_MAX_HEAD_SIZE = 128  # before Hopper; steps of 8
+CUDNN_MAX_HEAD_SIZE = 128  # on every GPU that has it; in steps of 8
 SPLASH_OUTPUT = "splash_attention"  # what rematerialisation policies know its output by
 _LANES = 128  # columns come in multiples of a TPU register's width
 _BLOCKS = (512, 256, 128)  # columns a kernel holds at a time, the largest that divides a row
@@ -39,7 +39,7 @@ def attend_within_segments(
         return partial(splash_attention, segment_ids=segment_ids, mesh=mesh)
     columns = jnp.arange(segment_ids.shape[1])
     mask = segment_mask(columns, segment_ids, columns, segment_ids)
-    return partial(masked_attention, mask=mask, implementation=implementation)
+    return partial(fused_attention if implementation == "cudnn" else masked_attention, mask=mask)
 
 
 def segment_mask(q_columns, q_segments, k_columns, k_segments) -> Bool[Array, "B Q S"]:
@@ -48,15 +48,9 @@ def segment_mask(q_columns, q_segments, k_columns, k_segments) -> Bool[Array, "B
 
 
 def masked_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    mask: Bool[Array, "B T S"],
-    implementation: Implementation = "xla",
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], mask: Bool[Array, "B T T"]
 ) -> Float[Array, "B T O"]:
     """Grouped-query attention under any mask; scores and softmax in at least float32."""
-    if implementation == "cudnn":
-        return fused_attention(q, k, v, mask)
     batch, length, heads, size = q.shape
     groups = q.reshape(batch, length, k.shape[2], heads // k.shape[2], size)
     wide = jnp.promote_types(q.dtype, jnp.float32)
@@ -67,18 +61,17 @@ def masked_attention(
     return jnp.einsum("bkgts,bskh->btkgh", probs, v).reshape(batch, length, heads * size)
 
 
-def fused_attention(q, k, v, mask: Bool[Array, "B T S"], implementation: str = "cudnn") -> Float[Array, "B T O"]:
+def fused_attention(q, k, v, mask: Bool[Array, "B T T"], implementation: str = "cudnn") -> Float[Array, "B T O"]:
     """`masked_attention` by jax.nn's entry to cuDNN: bfloat16 or float16, heads of at most 128 in multiples of 8.
 
-    cuDNN takes segments as a bias, `[B, T, S]` numbers, which all heads share.
+    cuDNN takes the mask as a bias, T x T numbers a row that all heads share.
     """
-    length = q.shape[1]
+    batch, length = q.shape[:2]
     # Its backward pass refuses odd lengths under a bias. What is added sees nothing and is seen by nothing.
-    odd = [(0, size % 2) for size in mask.shape[1:]]
-    mask = jnp.pad(mask, ((0, 0), *odd))
-    q, k, v = (jnp.pad(x, ((0, 0), pad, (0, 0), (0, 0))) for x, pad in zip((q, k, v), (odd[0], odd[1], odd[1])))
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation=implementation)
-    return out[:, :length].reshape(*q.shape[:1], length, -1)
+    odd = (0, length % 2)
+    q, k, v = (jnp.pad(x, ((0, 0), odd, (0, 0), (0, 0))) for x in (q, k, v))
+    mask = jnp.pad(mask, ((0, 0), odd, odd))[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)[:, :length].reshape(batch, length, -1)
 
 
 def splash_attention(q, k, v, segment_ids: Int[Array, "B T"], mesh: Mesh | None, interpret: bool = False) -> Float[Array, "B T O"]:

@@ -97,9 +97,6 @@ def test_what_cudnn_is_given_is_the_same_attention(columns, rng):
     live = np.asarray(segments) > 0
     found = fused_attention(q, k, v, mask, implementation="xla")
     np.testing.assert_allclose(found[live], masked_attention(q, k, v, mask)[live], atol=1e-5)
-    # Fewer queries than keys, as where a prompt is read behind a cache.
-    part = fused_attention(q[:, -3:], k, v, mask[:, -3:], implementation="xla")
-    np.testing.assert_allclose(part[live[:, -3:]], found[:, -3:][live[:, -3:]], atol=1e-5)
 
 
 def test_cudnn_is_called_forward_and_backward(rng, monkeypatch):
