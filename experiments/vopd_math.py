@@ -44,7 +44,7 @@ def get_config() -> Config:
         sampling=SamplingConfig(num_generations=1, max_completion_length=2048, temperature=1.0),
         estimator=EstimatorConfig(recipe="vopd", baseline="student_topk", baseline_top_k=100, aggregation="token_mean"),
         optimizer=OptimizerConfig(learning_rate=1e-5, schedule="cosine", max_grad_norm=1.0),
-        train=TrainConfig(num_steps=219, prompts_per_step=64, gradient_accumulation_steps=16, remat=True),
+        train=TrainConfig(num_steps=219, prompts_per_step=64, gradient_accumulation_steps=16, remat="layer"),
         evaluation=EvaluationConfig(
             source="math500.jsonl",
             grader="boxed",

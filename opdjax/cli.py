@@ -349,6 +349,7 @@ def import_(arguments: list[str]) -> None:
             model: checkpoint directory, hub id, or @mini_student or @mini_teacher
         """
         from opdjax.data.chat import load_tokenizer
+        from opdjax.models.decoder import RUN_FIELDS
         from opdjax.models.hf import load_params, open_checkpoint
         from opdjax.prepare import num_ids, stop_ids
 
@@ -360,7 +361,7 @@ def import_(arguments: list[str]) -> None:
             "architecture": checkpoint.raw_config["architectures"][0],
             "parameters": checkpoint.num_parameters,
             "stored dtype": checkpoint.stored_dtype,
-            **dataclasses.asdict(checkpoint.config),
+            **{name: value for name, value in dataclasses.asdict(checkpoint.config).items() if name not in RUN_FIELDS},
             "tokenizer ids": num_ids(checkpoint, tokenizer),
             "stop token ids": stop_ids(checkpoint, tokenizer),
             "has chat template": tokenizer.chat_template is not None,
@@ -372,7 +373,7 @@ def import_(arguments: list[str]) -> None:
 
 
 def export(arguments: list[str]) -> None:
-    """WORKDIR OUT [--step N|latest|best]: a run's student as a Hugging Face checkpoint."""
+    """WORKDIR OUT [--step N|latest|best]: a run's student as a Hugging Face checkpoint, its adapters as OUT_adapter."""
 
     def run(
         workdir: Annotated[pathlib.Path, tyro.conf.Positional],

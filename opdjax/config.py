@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import pathlib
 import re
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from opdjax.estimator_config import EstimatorConfig
 from opdjax.fields import ConfigError, require, require_types
@@ -18,6 +18,7 @@ from opdjax.fields import ConfigError, require, require_types
 PACKAGE = pathlib.Path(__file__).parent
 # Models by name: such a name is no directory's and no hub id's, and means the same on every machine that reads a config.
 MINI_TEACHER, MINI_STUDENT = "@mini_teacher", "@mini_student"  # the built-in pair
+LoraTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]  # the kernels of a layer
 STUDENT = "@student"  # as teacher.path: the student that is trained, with the weights it has at each step
 MINI_PAIR = PACKAGE / "assets" / "mini_pair"  # where it lies: `teacher` and `student`
 TEACHER_FIELDS = ("prompt", "answer", "reference")  # of a row, in data.teacher_prompt_format
@@ -49,6 +50,10 @@ class ModelConfig:
     # Mesh axes that its parameters, and the optimizer's state of the student, lie split over. Without fsdp every device of that axis
     # holds them whole and no weight is sent: for a frozen teacher that fits.
     split_over: tuple[Literal["fsdp", "tensor"], ...] = ("fsdp", "tensor")
+    # In training and scoring; the sampler's is always xla. xla holds T x T scores a head and runs everywhere; splash (TPU, heads of 64,
+    # 128 or 256) and cudnn (NVIDIA GPU, bfloat16, heads of up to 128) are fused kernels that never do. auto: splash on a TPU where it
+    # can run, else xla; cudnn has not been timed yet
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +167,9 @@ class TrainConfig:
     num_steps: int = 100  # optimizer updates
     prompts_per_step: int = 64
     gradient_accumulation_steps: int = 1  # micro-batches a step, of equally many rows; changes memory, never the gradient
-    remat: bool = False  # recompute each layer in the backward pass: less memory, one more forward
+    # What the backward pass computes again instead of keeping it. layer: each layer from its input, the least memory for one more
+    # forward pass; dots: all but the products with the layers' kernels, which are most of the work
+    remat: Literal["none", "dots", "layer"] = "none"
     max_nonfinite_steps: int = 5  # so many skipped steps in a row stop the run
     # Tokens of a row that several rollouts share; None: a row for each. There are as many rows either way; the rollouts fill as
     # few micro-batches of them as they can, and the others cost nothing: nothing is saved with a single one. Attention is paid
@@ -174,6 +181,27 @@ class TrainConfig:
         for name in ("num_steps", "prompts_per_step", "gradient_accumulation_steps", "max_nonfinite_steps"):
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "at least 1")
         require(self.pack_length is None or self.pack_length > 1, "train.pack_length", self.pack_length, "at least 2, or none")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters beside the student's kernels: they alone are trained, and they alone are in the checkpoints."""
+
+    rank: int = 0  # of every adapter; 0: none, all parameters are trained
+    alpha: float = 16.0  # an adapter's product is scaled by alpha / rank
+    targets: tuple[LoraTarget, ...] = get_args(LoraTarget)  # kernels that get one: of the attention q, k, v, o, of the MLP gate, up, down
+
+    def __post_init__(self):
+        require_types(self, "lora.")
+        require(self.rank >= 0, "lora.rank", self.rank, "0 (off) or more")
+        require(self.alpha > 0, "lora.alpha", self.alpha, "more than 0")
+        is_set = 0 < len(self.targets) == len(set(self.targets))
+        require(is_set, "lora.targets", self.targets, f"one or more of {', '.join(get_args(LoraTarget))}, each once")
+
+    @property
+    def scale(self) -> float:
+        """What an adapter's product is scaled by; 1 where there are none."""
+        return self.alpha / self.rank if self.rank else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,6 +297,7 @@ class Config:
     estimator: EstimatorConfig = EstimatorConfig()  # noqa: RUF009 (frozen)
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    lora: LoraConfig = LoraConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
@@ -286,7 +315,7 @@ class Config:
         self._check_source()
         require(self.student.path != STUDENT, "student.path", STUDENT, "the checkpoint that the student starts from")
         if self.teacher_is_student:
-            for name, default in (("revision", None), ("dtype", "auto")):
+            for name, default in (("revision", None), ("dtype", "auto"), ("attention", "auto")):
                 found = getattr(self.teacher, name)
                 require(found == default, f"teacher.{name}", found, f"{default}: the teacher is the student ({STUDENT})")
 

@@ -28,7 +28,7 @@ from opdjax.evals.grading import GRADERS
 from opdjax.models.decoder import DecoderConfig, Params, head_of
 from opdjax.models.hf import Checkpoint, load_params
 from opdjax.ops.vocab import Columns, Head, tiled_stats
-from opdjax.prepare import Setup, Teacher, as_of_step, update_spec, with_credit
+from opdjax.prepare import Setup, Teacher, as_of_step, load_student, update_spec, with_credit
 from opdjax.sampler import sample
 from opdjax.scoring.local import score
 from opdjax.train_state import UpdateSpec, loss_and_grad
@@ -228,13 +228,13 @@ def _self_distillation(setup: Setup, specimen: Specimen) -> Finding:
     config = setup.config
     recipe, _ = bind(config.estimator.recipe, config.estimator.options)
     # Its own view on both sides: through another template the student would be in another context.
-    own, start = _own_view(specimen.batch), _load(setup, setup.student, "float32")
+    own, start = _own_view(specimen.batch), load_student(setup)
     spec, mask = _update_spec(setup, own.tokens.shape[0]), np.asarray(own.mask)
 
     def lesson(params: Params, head: Head, batch: TrainBatch, model: DecoderConfig) -> checks.Lesson:
         scores: TeacherScores = score(params, head, batch, config=model, needs=recipe.teacher, tile=config.estimator.tile)
         head = head if recipe.teacher == "vocabulary" else None
-        loss, norm, outputs = _first_loss(start, dataclasses.replace(own, teacher=scores), head, spec)
+        loss, norm, outputs = _first_loss(*start, dataclasses.replace(own, teacher=scores), head, spec)
         reward = np.asarray(outputs["reward"])
         kl = np.asarray(outputs.get("kl", -reward))
         return checks.Lesson(float(np.abs(reward)[mask].mean()), float(kl[mask].mean()), float(loss), float(norm))
@@ -257,9 +257,11 @@ def rests_at_teacher(estimator: EstimatorConfig) -> bool:
 
 
 @partial(jax.jit, static_argnames="spec")
-def _first_loss(params: Params, batch: TrainBatch, head: Head | None, spec: UpdateSpec):
+def _first_loss(params: Params, frozen: Params | None, batch: TrainBatch, head: Head | None, spec: UpdateSpec):
     """(loss, norm of the gradient, outputs) of the run's own update."""
-    loss, gradient, outputs, _ = loss_and_grad(params, batch, head, spec, *bind(spec.estimator.recipe, spec.estimator.options))
+    loss, gradient, outputs, _ = loss_and_grad(
+        params, batch, head, spec, *bind(spec.estimator.recipe, spec.estimator.options), frozen=frozen
+    )
     return loss, jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(gradient))), outputs
 
 

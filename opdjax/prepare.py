@@ -19,10 +19,12 @@ from opdjax.estimators import RECIPES
 from opdjax.estimators.advantage import group_centred
 from opdjax.evals.evaluate import Evaluator, completions
 from opdjax.evals.grading import GRADERS, require_grader
-from opdjax.fields import ConfigError
+from opdjax.fields import ConfigError, require
+from opdjax.models.attention import CUDNN_MAX_HEAD_SIZE, SPLASH_HEAD_SIZES, Implementation
 from opdjax.models.decoder import Params, head_of
 from opdjax.models.hf import Checkpoint, CheckpointError, fingerprint, load_params, open_checkpoint
-from opdjax.models.layout import require_divides
+from opdjax.models.layout import constrain, require_divides
+from opdjax.models.lora import init_adapters
 from opdjax.ops.vocab import Head
 from opdjax.sampler import extra_uniforms
 from opdjax.sharding import make_mesh, num_row_shards
@@ -73,12 +75,14 @@ def prepare(config: Config) -> Setup:
             f"sampling.slots is {config.sampling.slots}; expected a multiple of {shards}, the devices that rows are split over "
             "(mesh.data x mesh.fsdp)"
         )
-    student = open_checkpoint(config.student.path, config.student.revision)
+    student = _for_this_machine(open_student(config), config.student, "student")
     require_divides(student.config, mesh.shape, "the student")
     tokenizer = load_tokenizer(student.path)
     decoding = _decoding(config, student, tokenizer, config.sampling.stop_token_ids)
-    asked = open_checkpoint(config.teacher_model.path, config.teacher_model.revision) if needs_teacher(config) else None
-    if asked is not None:
+    asked = None
+    if needs_teacher(config):
+        asked = student if config.teacher_is_student else open_checkpoint(config.teacher.path, config.teacher.revision)
+        asked = _for_this_machine(asked, config.teacher_model, "teacher")
         require_divides(asked.config, mesh.shape, "the teacher")
     teacher_tokenizer = tokenizer if asked is None else load_tokenizer(asked.path)
     shares_vocabulary = _shares_vocabulary(config, tokenizer, teacher_tokenizer)
@@ -111,6 +115,48 @@ def _require_room(config: Config, prompts: PromptSet) -> None:
             f"train.pack_length is {room}; expected at least {longest + answer}: the longest prompt of {config.data.source}, of {longest} "
             f"tokens, and an answer of sampling.max_completion_length, {answer}"
         )
+
+
+def open_student(config: Config) -> Checkpoint:
+    """The student's checkpoint, its model set up for the run's adapters where it has any."""
+    student = open_checkpoint(config.student.path, config.student.revision)
+    return dataclasses.replace(student, config=dataclasses.replace(student.config, lora_scale=config.lora.scale))
+
+
+def _for_this_machine(checkpoint: Checkpoint, model: ModelConfig, role: str) -> Checkpoint:
+    """The checkpoint, its model with the attention that the config asks for."""
+    attention = attention_of(model, checkpoint.config.head_size, role)
+    return dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, attention=attention))
+
+
+def attention_of(model: ModelConfig, head_size: int, role: str) -> Implementation:
+    """The implementation of a model's attention on this machine; ConfigError where the one that is asked for cannot run."""
+    backend, asked = jax.default_backend(), f"{role}.attention"
+    if model.attention == "auto":
+        return "splash" if backend == "tpu" and head_size in SPLASH_HEAD_SIZES else "xla"
+    if model.attention == "splash":
+        require(backend == "tpu", asked, "splash", f"auto or xla: splash attention needs a TPU, this is a {backend}")
+        require(
+            head_size in SPLASH_HEAD_SIZES, asked, "splash", f"auto or xla: its heads are of {SPLASH_HEAD_SIZES}, {role}'s of {head_size}"
+        )
+    if model.attention == "cudnn":
+        require(backend == "gpu", asked, "cudnn", f"auto or xla: cuDNN needs an NVIDIA GPU, this is a {backend}")
+        require(compute_dtype(model) != "float32", asked, "cudnn", f"auto or xla: cuDNN computes in bfloat16, {role}.dtype is float32")
+        is_small = head_size <= CUDNN_MAX_HEAD_SIZE and head_size % 8 == 0
+        require(is_small, asked, "cudnn", f"auto or xla: cuDNN's heads are of 8 to 128 in steps of 8, {role}'s of {head_size}")
+    return model.attention
+
+
+def load_student(setup: Setup) -> tuple[Params, Params | None]:
+    """What is trained, in float32, as it is before the first step, and what stays frozen beside it, in the type of the forward pass.
+
+    With adapters these are what is trained; without, everything is and None stays frozen.
+    """
+    config, mesh, over = setup.config, setup.mesh, setup.config.student.split_over
+    if not config.lora.rank:
+        return load_params(setup.student, "float32", mesh, over), None
+    adapters = jax.jit(lambda: constrain(init_adapters(setup.student.config, config.lora, config.seed), mesh, over))()
+    return adapters, load_params(setup.student, setup.dtype, mesh, over)
 
 
 def needs_teacher(config: Config) -> bool:

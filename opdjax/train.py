@@ -30,16 +30,17 @@ from opdjax.evals.passk import paired_difference
 from opdjax.fields import ConfigError
 from opdjax.metrics import MetricWriter, Progress, Timer
 from opdjax.models.decoder import Params, abstract_params
-from opdjax.models.hf import export, load_params, open_checkpoint
+from opdjax.models.hf import Checkpoint, export, export_adapter, load_params
 from opdjax.models.layout import constrain, shardings_of
+from opdjax.models.lora import combine, init_adapters
 from opdjax.ops.vocab import Head
-from opdjax.prepare import Setup, as_of_step, facts, prepare, update_spec, with_credit
+from opdjax.prepare import Setup, as_of_step, facts, load_student, open_student, prepare, update_spec, with_credit
 from opdjax.processes import InterruptedRunError, agreed, join, on_lead, stop_requests
 from opdjax.results import read_result
 from opdjax.sampler import sample
 from opdjax.scoring.local import score
 from opdjax.sharding import is_lead, make_mesh, num_row_shards, shard_rows, to_host
-from opdjax.train_state import TrainState, init_state, make_examine, make_optimizer, make_update
+from opdjax.train_state import init_state, make_examine, make_optimizer, make_update
 from opdjax.types import Metrics, PromptBatch, Rollouts, TrainBatch
 from opdjax.workdir import WorkdirError, append_lines, claim, cut_lines, locked, read_config, read_lines, require_local, write_json
 
@@ -90,7 +91,9 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> N
     checkpointer = Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric)
     opened.callback(checkpointer.close)
 
-    state = init_state(load_params(setup.student, "float32", setup.mesh, spec.split_over), optimizer, setup.mesh, spec.split_over)
+    trained, frozen = load_student(setup)
+    state = init_state(trained, optimizer, setup.mesh, spec.split_over)
+    del trained  # the state holds copies of its own
     first = checkpointer.latest_step or 0
     if first:
         state = checkpointer.restore(first, state)
@@ -99,7 +102,9 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> N
     if writer is not None:
         opened.callback(writer.close)
     # Copied even in the same type: the update writes over the state's arrays, and may read what was published as its teacher's head.
-    publish = jax.jit(partial(_published, setup))
+    copied = jax.jit(partial(_published, setup))
+    beside = frozen and jax.device_put(frozen, shardings_of(frozen, setup.mesh, config.sampling.split_over))  # no copy where they lie so
+    publish = lambda params: combine(beside, copied(params))  # noqa: E731
     evaluate = partial(_evaluate, setup, workdir)
     examine = make_examine(spec, _ALTERNATIVES)
 
@@ -124,7 +129,7 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> N
         with timer.phase("teacher"):
             batch, teacher_head = jax.block_until_ready(_score(current, unscored, needs))
         with timer.phase("update"):
-            state, metrics = update(state, batch, teacher_head)
+            state, metrics = update(state, batch, teacher_head, frozen)
             # The update is only dispatched: while the device works, the host does what does not wait for it.
             told |= filled | _rollout_metrics(setup, rollouts, step) | _token_counts(setup, unpacked)
             following = _prompts_of(setup, done)
@@ -156,7 +161,9 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> N
             raise InterruptedRunError(f"stopped after step {done}, as asked by a signal; the same command continues {workdir}")
     progress.close()
     checkpointer.wait()
-    exported = _export_student(setup, state, workdir / "student", spec.dtype)
+    for name in ("student", "student_adapter") if is_lead() else ():
+        shutil.rmtree(workdir / name, ignore_errors=True)  # of a run killed before it wrote its result
+    exported = _export_student(config, setup.student, combine(frozen, state.params), workdir / "student", spec.dtype)
     on_lead(lambda: _finish(setup, workdir, exported, int(state.num_skipped)))
 
 
@@ -347,18 +354,19 @@ def _score_line(scores: dict[str, Any]) -> str:
     return "  ".join(f"{name} {scores[name]:.3f}" for name in ("avg@k", "pass@k", "greedy"))
 
 
-def _export_student(setup: Setup, state: TrainState, out: pathlib.Path, dtype: str) -> pathlib.Path:
-    """The trained student as a Hugging Face checkpoint, in the type of its forward pass."""
-    if is_lead():
-        shutil.rmtree(out, ignore_errors=True)  # of a run killed before it wrote its result
-    return export(state.params, setup.student, out, dtype)
+def _export_student(config: Config, source: Checkpoint, params: Params, out: pathlib.Path, dtype: str | None) -> pathlib.Path:
+    """The student as a Hugging Face checkpoint, and its adapters, where it has any, as `OUT_adapter` beside it."""
+    export(params, source, out, dtype)
+    if config.lora.rank:
+        export_adapter(params, source, config.lora, config.student, out.with_name(f"{out.name}_adapter"))
+    return out
 
 
 def export_step(workdir: pathlib.Path, step: str, out: pathlib.Path, dtype: str | None) -> pathlib.Path:
     """Write the student of one checkpoint (`latest`, `best` or a step) of a run as a Hugging Face checkpoint."""
     require_local(out, "the directory to export to,")
     config = read_config(workdir)
-    source = open_checkpoint(config.student.path, config.student.revision)
+    source, lora = open_student(config), config.lora
     checkpointer = Checkpointer(
         workdir / "checkpoints", keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric, is_read_only=True
     )
@@ -368,9 +376,12 @@ def export_step(workdir: pathlib.Path, step: str, out: pathlib.Path, dtype: str 
         raise ConfigError(f"{workdir} has no checkpoint {step!r}; there are {checkpointer.steps} (best: {named['best']})")
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     mesh = _mesh_for_export(config)
-    abstract = jax.eval_shape(partial(init_state, optimizer=optimizer, mesh=mesh), abstract_params(source.config, "float32"))
+    adapters = partial(init_adapters, source.config, lora, config.seed)
+    trained = jax.eval_shape(adapters) if lora.rank else abstract_params(source.config, "float32")
+    abstract = jax.eval_shape(partial(init_state, optimizer=optimizer, mesh=mesh), trained)
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings_of(abstract, mesh))
-    return export(checkpointer.restore(wanted, like).params, source, out, dtype)
+    found = checkpointer.restore(wanted, like).params
+    return _export_student(config, source, combine(load_params(source, "float32", mesh) if lora.rank else None, found), out, dtype)
 
 
 def _mesh_for_export(config: Config) -> Mesh:

@@ -20,11 +20,14 @@ from opdjax.estimators import Recipe, bind, sequence
 from opdjax.estimators.advantage import batch_totals
 from opdjax.estimators.divergence import reverse_kl
 from opdjax.estimators.losses import aggregation_weights, count_denominators
-from opdjax.models.decoder import DecoderConfig, Params, forward, head_of
+from opdjax.models.decoder import DecoderConfig, Params, Remat, forward, head_of
 from opdjax.models.layout import WEIGHT_AXES, constrain
+from opdjax.models.lora import combine
 from opdjax.ops.vocab import Columns, Head, sum_dtype, tiled_loss, tiled_stats
 from opdjax.sharding import scan_parts
 from opdjax.types import TeacherScores, TrainBatch
+
+_DECAYED = ("kernel", "embedding", "head", "lora_a", "lora_b")  # how the names of matrices end
 
 
 @struct.dataclass
@@ -32,7 +35,7 @@ class TrainState:
     """Everything that a checkpoint holds."""
 
     step: Int[Array, ""]  # batches seen, those skipped included
-    params: Params  # float32: bfloat16 would swallow Adam's small steps
+    params: Params  # those that are trained, float32: bfloat16 would swallow Adam's small steps
     opt_state: Any
     num_skipped: Int[Array, ""]  # steps whose loss or gradient was not finite
     nonfinite_streak: Int[Array, ""]  # of them, those in a row up to now
@@ -49,7 +52,7 @@ class UpdateSpec:
     gradient_accumulation_steps: int = 1
     temperature: float = 1.0  # the student is scored at the temperature it was sampled at
     valid_vocab: int | None = None
-    remat: bool = False
+    remat: Remat = "none"
     diagnostics_every: int = 0  # steps between those that measure what takes whole distributions; 0: never
     mesh: Mesh | None = None
     split_over: tuple[str, ...] = WEIGHT_AXES  # mesh axes that the trained parameters lie split over
@@ -79,7 +82,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
 
 
 def _is_decayed(params: Params) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key.endswith(("kernel", "embedding", "head")), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key.endswith(_DECAYED), params)
 
 
 def init_state(
@@ -99,8 +102,9 @@ def init_state(
 
 
 def make_update(spec: UpdateSpec, config: OptimizerConfig, num_steps: int) -> Callable:
-    """The jitted `update(state, batch, teacher_head=None) -> (state, metrics)`; `state` is donated.
+    """The jitted `update(state, batch, teacher_head=None, frozen=None) -> (state, metrics)`; `state` is donated.
 
+    `frozen`: the parameters that are not trained, where those of the state are adapters; read only, in the type of the forward pass.
     A batch whose loss or gradient is not finite leaves parameters and optimizer as they were, and is counted; the
     schedule counts the steps that were applied.
     """
@@ -108,9 +112,9 @@ def make_update(spec: UpdateSpec, config: OptimizerConfig, num_steps: int) -> Ca
     recipe, options = bind(spec.estimator.recipe, spec.estimator.options)
 
     @partial(jax.jit, donate_argnums=0)
-    def update(state: TrainState, batch: TrainBatch, teacher_head: Head | None = None):
+    def update(state: TrainState, batch: TrainBatch, teacher_head: Head | None = None, frozen: Params | None = None):
         is_observed = state.step % spec.diagnostics_every == 0 if spec.diagnostics_every else None
-        loss, grads, outputs, shares = loss_and_grad(state.params, batch, teacher_head, spec, recipe, options, is_observed)
+        loss, grads, outputs, shares = loss_and_grad(state.params, batch, teacher_head, spec, recipe, options, is_observed, frozen)
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -147,8 +151,9 @@ def loss_and_grad(
     recipe: Recipe,
     options: dict,
     is_observed: Bool[Array, ""] | None = None,
+    frozen: Params | None = None,
 ):
-    """(loss, gradient, per-token outputs [B, T], shares) of a batch; none but the last depends on how the batch is cut.
+    """(loss, gradient of `params`, per-token outputs [B, T], shares) of a batch; none but the last depends on how the batch is cut.
 
     `shares`: the sum of the squared norms of the micro-batches' shares of the gradient, and how many there were, from which
     `noise_and_signal` tells how much of it is chance; None where one micro-batch is all. Those after the last that holds a
@@ -159,15 +164,15 @@ def loss_and_grad(
     denominators = count_denominators(batch.mask, batch.segment_ids, spec.max_completion_length)
     weights = aggregation_weights(batch.mask, batch.segment_ids, spec.estimator.aggregation, denominators)
     parts = spec.gradient_accumulation_steps
-    totals = _totals(params, batch, teacher_head, spec, options) if parts > 1 and sequence.needs_totals(options) else None
+    totals = _totals(combine(frozen, params), batch, teacher_head, spec, options) if parts > 1 and sequence.needs_totals(options) else None
     batch_loss = partial(_batch_loss, spec=spec, recipe=recipe, options=options, totals=totals, is_observed=is_observed)
     value_and_grad = jax.value_and_grad(batch_loss, has_aux=True)
     if parts == 1:
-        (loss, outputs), grads = value_and_grad(params, batch, weights, teacher_head)
+        (loss, outputs), grads = value_and_grad(params, batch, weights, teacher_head, frozen)
         return loss, grads, outputs, None
 
     def accumulate(carry, part):
-        (loss, outputs), grads = value_and_grad(params, *part, teacher_head)
+        (loss, outputs), grads = value_and_grad(params, *part, teacher_head, frozen)
         grads = constrain(grads, spec.mesh, spec.split_over)
         return jax.tree.map(jnp.add, carry, (loss, grads, optax.tree.norm(grads, squared=True))), outputs
 
@@ -193,12 +198,23 @@ def noise_and_signal(norm: Array, squares: Array, parts: int | Int[Array, ""]) -
 
 
 def _batch_loss(
-    params, batch: TrainBatch, weights, teacher_head, *, spec: UpdateSpec, recipe: Recipe, options: dict, totals=None, is_observed=None
+    params,
+    batch: TrainBatch,
+    weights,
+    teacher_head,
+    frozen=None,
+    *,
+    spec: UpdateSpec,
+    recipe: Recipe,
+    options: dict,
+    totals=None,
+    is_observed=None,
 ):
-    hidden, head, columns, teacher = passes(params, batch, teacher_head, spec)
+    hidden, head, columns, teacher = passes(combine(frozen, params), batch, teacher_head, spec)
     if is_observed is not None:
         columns = dataclasses.replace(columns, is_observed=jnp.broadcast_to(is_observed, batch.mask.shape))
-    return vocabulary_loss(hidden, head, columns, teacher, batch, weights, spec=spec, recipe=recipe, options=options, totals=totals)
+    loss = partial(vocabulary_loss, spec=spec, recipe=recipe, options=options, totals=totals, head_grad=frozen is None)
+    return loss(hidden, head, columns, teacher, batch, weights)
 
 
 def vocabulary_loss(
@@ -213,11 +229,12 @@ def vocabulary_loss(
     recipe: Recipe,
     options: dict,
     totals=None,
+    head_grad: bool = True,
 ):
     """(loss, per-token outputs) of a batch from what `passes` made of it: all of the vocabulary, nothing of the trunk."""
     columns = prepared(hidden, head, columns, teacher, batch, spec=spec, recipe=recipe, options=options, totals=totals)
     token_loss = partial(recipe.token_loss, **options)
-    return tiled_loss(token_loss, hidden, head, weights, columns, teacher, tile=spec.estimator.tile, mesh=spec.mesh)
+    return tiled_loss(token_loss, hidden, head, weights, columns, teacher, tile=spec.estimator.tile, head_grad=head_grad, mesh=spec.mesh)
 
 
 def prepared(

@@ -18,6 +18,7 @@ from opdjax.config import (
     EstimatorConfig,
     EvaluationConfig,
     LogConfig,
+    LoraConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
@@ -28,8 +29,8 @@ from opdjax.fields import ConfigError, differences, from_dict, nearest, to_dict
 
 # Every leaf differs from its default.
 UNUSUAL = Config(
-    student=ModelConfig("a", "main", "bfloat16", ("tensor",)),
-    teacher=ModelConfig("b", "v2", "float32", ("fsdp",)),
+    student=ModelConfig("a", "main", "bfloat16", ("tensor",), "splash"),
+    teacher=ModelConfig("b", "v2", "float32", ("fsdp",), "xla"),
     data=DataConfig(
         "x.jsonl", "Q: {prompt}", "be short", "raw", True, "chat", False, 64, "error", "question", "a.b", "text", "{prompt}{answer}"
     ),
@@ -40,7 +41,8 @@ UNUSUAL = Config(
         renormalize="none", outside="tail", clamp_at_zero=True,
     ),
     optimizer=OptimizerConfig(1e-3, "linear", 3, 0.8, 0.95, 1e-6, 0.1, 0.0),
-    train=TrainConfig(7, 12, 4, True, 2, 40),
+    train=TrainConfig(7, 12, 4, "dots", 2, 40),
+    lora=LoraConfig(4, 8.0, ("q", "down")),
     evaluation=EvaluationConfig(None, "boxed", 3, 4, 0.8, 0.95, 5, 32, 16, (0.5, 0.7), 25, 9, "problem", "solution"),
     checkpoint=CheckpointConfig(10, 3, "greedy"),
     log=LogConfig(0, 2, True, 3),
@@ -138,7 +140,7 @@ def test_a_whole_number_is_read_as_a_float_where_one_is_expected():
         ({"train": {"num_steps": 5.0}}, "train.num_steps is 5.0; expected int"),
         ({"train": {"num_steps": True}}, "train.num_steps is True; expected int"),
         ({"train": {"num_steps": None}}, "train.num_steps is None; expected int"),
-        ({"train": {"remat": 1}}, "train.remat is 1; expected bool"),
+        ({"train": {"remat": True}}, "train.remat is True; expected one of ['dots', 'layer', 'none']"),
         ({"student": {"path": 3}}, "student.path is 3; expected str"),
         ({"student": {"revision": 3}}, "student.revision is 3; expected str"),
         ({"data": {"enable_thinking": "no"}}, "data.enable_thinking is 'no'; expected bool"),
@@ -244,6 +246,11 @@ REFUSED = [
     (CheckpointConfig, {"every": 0}, "checkpoint.every is 0; expected at least 1"),
     (CheckpointConfig, {"keep": 0}, "checkpoint.keep is 0; expected at least 1"),
     (CheckpointConfig, {"best_metric": "avg"}, "checkpoint.best_metric is 'avg'; expected avg@k, pass@k or greedy"),
+    (LoraConfig, {"rank": -1}, "lora.rank is -1; expected 0 (off) or more"),
+    (LoraConfig, {"alpha": 0.0}, "lora.alpha is 0.0; expected more than 0"),
+    (LoraConfig, {"targets": ()}, "lora.targets is (); expected one or more of q, k, v, o, gate, up, down, each once"),
+    (LoraConfig, {"targets": ("q", "v", "q")}, "lora.targets is ('q', 'v', 'q'); expected one or more of q, k,"),
+    (LoraConfig, {"targets": ("q", "gates")}, "lora.targets[1] is 'gates'; did you mean 'gate'?"),
     (LogConfig, {"samples_every": -1}, "log.samples_every is -1; expected 0 (off) or more"),
     (LogConfig, {"num_samples": 0}, "log.num_samples is 0; expected at least 1"),
     (MeshConfig, {"data": 0}, "mesh.data is 0; expected -1 (all there are) or at least 1"),

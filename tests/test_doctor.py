@@ -326,7 +326,7 @@ def test_a_run_with_a_shifted_mask_stops_at_its_first_step(healthy, tmp_path, mo
         return dataclasses.replace(batch, mask=jnp.roll(batch.mask, 1, axis=1))
 
     def make_update(*_):
-        return lambda state, batch, head: (state, {"rollout/logprob_gap": 0.4})
+        return lambda state, *_: (state, {"rollout/logprob_gap": 0.4})
 
     monkeypatch.setattr(opdjax.train, "to_train_batch", shifted)
     monkeypatch.setattr(opdjax.train, "make_update", make_update)  # compiling the real one takes seconds

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from opdjax.models import decoder
+from opdjax.models.attention import segment_mask
 from opdjax.models.decoder import DecoderConfig, Params
 from opdjax.sharding import ROW_AXES
 
@@ -122,7 +123,7 @@ def prefill(
     """The last hidden state of left-padded prompts and a cache of T columns that holds them."""
     segments = mask.astype(jnp.int32)
     columns = jnp.arange(tokens.shape[1])
-    is_visible = decoder._attention_mask(columns, segments, columns, segments)
+    is_visible = segment_mask(columns, segments, columns, segments)
     cache = constrain(init_cache(config, *tokens.shape, dtype, jnp.promote_types(params["embedding"].dtype, jnp.float32)), mesh)
     parts = parts_of(params["layers"], config)
     hidden, cache = forward_cached(params, parts, config, tokens, decoder.positions_of(segments), cache, 0, is_visible)

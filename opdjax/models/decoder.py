@@ -8,13 +8,14 @@ row may hold several packed sequences: a token attends to earlier columns of its
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from opdjax.models.attention import SPLASH_OUTPUT, Implementation, attend_within_segments
 from opdjax.models.layout import gathered
 from opdjax.models.rope import Rope, inverse_frequencies
 from opdjax.ops.masked import starts_sequence
@@ -22,6 +23,14 @@ from opdjax.ops.vocab import Head
 from opdjax.sharding import keep_rows
 
 Params = dict[str, Any]
+RUN_FIELDS = ("lora_scale", "attention")  # of a DecoderConfig: how a run computes the model, which no checkpoint says
+Remat = Literal["none", "dots", "layer"]
+_REMAT_POLICIES = {
+    "layer": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(SPLASH_OUTPUT)
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +50,8 @@ class DecoderConfig:
     has_qk_norm: bool
     has_qkv_bias: bool
     has_output_bias: bool
+    lora_scale: float = 1.0  # alpha / rank of adapters, where the parameters hold any
+    attention: Implementation = "xla"
 
 
 def parameter_shapes(config: DecoderConfig) -> Params:
@@ -102,31 +113,30 @@ def forward(
     tokens: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
     *,
-    remat: bool = False,
+    remat: Remat = "none",
     mesh: Mesh | None = None,
 ) -> Float[Array, "B T D"]:
     """Hidden states after the final norm, in the parameters' type. Segment 0 is padding; its states are garbage.
 
-    With a `mesh`, rows stay split over its `data` and `fsdp` axes, and each layer's weights are gathered along `fsdp` in turn.
+    With a `mesh`, rows stay split over its `data` and `fsdp` axes, and each layer's weights are gathered along `fsdp` in turn;
+    without one, splash attention gives way to xla, for a kernel must be told what it is split over. `remat`: what the backward
+    pass computes again. `layer`: all of a layer but its input. `dots`: all but the products with its kernels and splash's output.
     """
-    columns = jnp.arange(tokens.shape[1])
-    mask = _attention_mask(columns, segment_ids, columns, segment_ids)
+    attend = attend_within_segments(segment_ids, "xla" if mesh is None and config.attention == "splash" else config.attention, mesh)
     rope = _rope(positions_of(segment_ids), config)
 
     def layer(x, weights):
         weights = gathered(weights, mesh)
         q, k, v = _project(x, weights, rope, config)
-        return keep_rows(_finish_layer(x, _attend(q, k, v, mask), weights, config), mesh), None
+        return keep_rows(_finish_layer(x, attend(q, k, v), weights, config), mesh), None
 
     embedding = gathered({"embedding": params["embedding"]}, mesh)["embedding"]
     x = keep_rows(embedding[tokens], mesh)
-    x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, params["layers"])
+    if remat != "none":
+        # A scan keeps the two passes apart by itself; barriers against merging them again would only cost.
+        layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[remat], prevent_cse=False)
+    x, _ = jax.lax.scan(layer, x, params["layers"])
     return _rms_norm(x, params["final_norm"], config.norm_epsilon)
-
-
-def _attention_mask(q_columns, q_segments, k_columns, k_segments) -> Bool[Array, "B Q S"]:
-    """A token sees itself and the earlier columns of its own segment."""
-    return (q_segments[:, :, None] == k_segments[:, None, :]) & (k_columns[None, None, :] <= q_columns[None, :, None])
 
 
 def _rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], epsilon: float) -> Float[Array, "... D"]:
@@ -149,8 +159,11 @@ def _rotate(x: Float[Array, "B T N H"], rope) -> Float[Array, "B T N H"]:
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
 
 
-def _linear(x: Float[Array, "B T I"], weights: Params, name: str) -> Float[Array, "B T O"]:
+def _linear(x: Float[Array, "B T I"], weights: Params, name: str, config: DecoderConfig) -> Float[Array, "B T O"]:
     y = jnp.einsum("bti,oi->bto", x, weights[f"{name}_kernel"])
+    if f"{name}_lora_a" in weights:
+        low = jnp.einsum("bti,ri->btr", x, weights[f"{name}_lora_a"])
+        y += config.lora_scale * jnp.einsum("btr,or->bto", low, weights[f"{name}_lora_b"])
     bias = weights.get(f"{name}_bias")
     return y if bias is None else y + bias
 
@@ -158,27 +171,16 @@ def _linear(x: Float[Array, "B T I"], weights: Params, name: str) -> Float[Array
 def _project(x, weights, rope, config: DecoderConfig):
     """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]` of one layer, rotated."""
     x = _rms_norm(x, weights["attention_norm"], config.norm_epsilon)
-    q, k, v = (_linear(x, weights, name).reshape(*x.shape[:2], -1, config.head_size) for name in ("q", "k", "v"))
+    q, k, v = (_linear(x, weights, name, config).reshape(*x.shape[:2], -1, config.head_size) for name in ("q", "k", "v"))
     if config.has_qk_norm:
         q = _rms_norm(q, weights["q_norm"], config.norm_epsilon)
         k = _rms_norm(k, weights["k_norm"], config.norm_epsilon)
     return _rotate(q, rope), _rotate(k, rope), v
 
 
-def _attend(q, k, v, mask) -> Float[Array, "B T O"]:
-    """Grouped-query attention; scores and softmax in at least float32."""
-    batch, length, heads, size = q.shape
-    groups = q.reshape(batch, length, k.shape[2], heads // k.shape[2], size)
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("btkgh,bskh->bkgts", groups, k, preferred_element_type=wide) * size**-0.5
-    # A finite floor, not -inf: a padding row that attends to nothing must not turn into NaN.
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(wide).min)
-    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", probs, v).reshape(batch, length, heads * size)
-
-
 def _finish_layer(x, attended, weights, config: DecoderConfig) -> Float[Array, "B T D"]:
     """Output projection and the gated MLP, each added to the residual stream."""
-    x = x + _linear(attended, weights, "o")
+    x = x + _linear(attended, weights, "o", config)
     y = _rms_norm(x, weights["mlp_norm"], config.norm_epsilon)
-    return x + _linear(jax.nn.silu(_linear(y, weights, "gate")) * _linear(y, weights, "up"), weights, "down")
+    gate, up = (_linear(y, weights, name, config) for name in ("gate", "up"))
+    return x + _linear(jax.nn.silu(gate) * up, weights, "down", config)

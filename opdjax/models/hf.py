@@ -6,13 +6,14 @@ config. Everything that is not weights is carried over on export, so that the re
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -24,11 +25,12 @@ from jax.sharding import Mesh, Sharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from opdjax.config import MINI_PAIR, MINI_STUDENT, MINI_TEACHER, STUDENT
+from opdjax.config import MINI_PAIR, MINI_STUDENT, MINI_TEACHER, STUDENT, LoraConfig, ModelConfig
 from opdjax.fields import nearest
 from opdjax.models.decoder import DecoderConfig, Params, abstract_params, parameter_shapes
 from opdjax.models.families import Family, UnsupportedModelError, family_of
 from opdjax.models.layout import WEIGHT_AXES, shardings_of
+from opdjax.models.lora import merged, without_adapters
 from opdjax.sharding import is_lead, to_host
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -151,31 +153,73 @@ def _place(shape: tuple[int, ...], sharding: Sharding, read: Callable[[tuple[sli
 def export(params: Params, source: Checkpoint, out: str | os.PathLike, dtype: str | None = None) -> pathlib.Path:
     """Write `params` as a checkpoint like `source`: its config, tokenizer, templates and generation config come along.
 
-    `dtype` defaults to the source's. The directory appears complete or not at all.
+    Adapters are merged into their kernels. `dtype` defaults to the source's. The directory appears complete or not at all.
     """
     out, dtype = pathlib.Path(out), dtype or source.stored_dtype
     if dtype not in _DTYPES:
         raise CheckpointError(f"cannot export as {dtype!r}; expected one of {sorted(_DTYPES)}: name one as --dtype")
+    with _new_directory(out) as staging:
+        _check_shapes(without_adapters(params), source)
+        if is_lead():
+            for pattern in _CARRIED:
+                for file in source.path.glob(pattern):
+                    shutil.copy(file, staging / file.name)
+            config = {name: value for name, value in source.raw_config.items() if name != "torch_dtype"} | {"dtype": dtype}
+            (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        _write_files(params, source, _DTYPES[dtype], staging)
+    return out
+
+
+def export_adapter(params: Params, source: Checkpoint, lora: LoraConfig, student: ModelConfig, out: pathlib.Path) -> None:
+    """Write the adapters among `params`, in float32, as PEFT reads them: `PeftModel.from_pretrained(model, out)`.
+
+    `student` names the model that they belong to. The directory appears complete or not at all.
+    """
+    names, tensors = source.family.layer_names, {}
+    for name, stacked in params["layers"].items():
+        target, is_adapter, letter = name.partition("_lora_")
+        for layer, matrix in enumerate(to_host(stacked) if is_adapter else ()):
+            module = names[f"{target}_kernel"].format(i=layer).removesuffix(".weight")
+            tensors[f"base_model.model.{module}.lora_{letter.upper()}.weight"] = np.ascontiguousarray(matrix, np.float32)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        # A built-in model is known by its name to nobody else.
+        "base_model_name_or_path": str(source.path) if student.path.startswith("@") else student.path,
+        "revision": student.revision,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": [names[f"{target}_kernel"].split(".")[-2] for target in lora.targets],
+        "inference_mode": True,
+    }
+    with _new_directory(out) as staging:
+        if is_lead():
+            (staging / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+            save_file(tensors, staging / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+@contextlib.contextmanager
+def _new_directory(out: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Where to write what then becomes `out`; the lead process makes and moves it. CheckpointError where `out` is taken."""
     if any(place.exists() and not place.is_dir() for place in (out, *out.parents)):
         raise CheckpointError(f"{out} is a file or lies in one; export into a new directory")
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} exists and is not empty; export into a new directory")
-    _check_shapes(params, source)
     staging = out.with_name(out.name + ".partial")
     if is_lead():
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        for pattern in _CARRIED:
-            for file in source.path.glob(pattern):
-                shutil.copy(file, staging / file.name)
-        config = {name: value for name, value in source.raw_config.items() if name != "torch_dtype"} | {"dtype": dtype}
-        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    _write_files(params, source, _DTYPES[dtype], staging)
-    if is_lead():
-        if out.exists():
-            out.rmdir()
-        staging.rename(out)
-    return out
+    try:
+        yield staging
+        if is_lead():
+            if out.exists():
+                out.rmdir()
+            staging.rename(out)
+    finally:
+        if is_lead():
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _resolve(path_or_id: str, revision: str | None) -> pathlib.Path:
@@ -352,13 +396,14 @@ def _write_files(params: Params, source: Checkpoint, dtype: np.dtype, out: pathl
 def _tensor_reader(params: Params, source: Checkpoint, dtype: np.dtype) -> Callable[[str], np.ndarray]:
     """Tensor name -> its values on the host."""
     global_names, layer_names = source.family.names(source.config)
-    places = {tensor: (params[name], None) for name, tensor in global_names.items()}
+    places = {tensor: (name, None) for name, tensor in global_names.items()}
     for name, template in layer_names.items():
-        places |= {template.format(i=layer): (params["layers"][name], layer) for layer in range(source.config.num_layers)}
+        places |= {template.format(i=layer): (name, layer) for layer in range(source.config.num_layers)}
 
     def read(tensor: str) -> np.ndarray:
-        array, layer = places[tensor]
-        return np.ascontiguousarray(np.asarray(to_host(array if layer is None else array[layer])).astype(dtype))
+        name, layer = places[tensor]
+        array = params[name] if layer is None else merged(params, name, layer, source.config.lora_scale)
+        return np.ascontiguousarray(np.asarray(to_host(array)).astype(dtype))
 
     return read
 

@@ -30,7 +30,16 @@ _RULES = {
 
 def spec_of(name: str, over: tuple[str, ...] = WEIGHT_AXES) -> P:
     """How a parameter of that name is split over the mesh axes `over`, its axis of layers left out."""
-    return P(*(axis if axis in over else None for axis in _RULES.get(name, ())))
+    return P(*(axis if axis in over else None for axis in _axes(name)))
+
+
+def _axes(name: str) -> tuple[str | None, ...]:
+    target, is_adapter, letter = name.partition("_lora_")
+    if not is_adapter:
+        return _RULES.get(name, ())
+    # A [rank, in] and B [out, rank] lie as their kernel [out, in] does; a rank is divided by nothing.
+    axis_out, axis_in = _RULES[f"{target}_kernel"]
+    return (None, axis_in) if letter == "a" else (axis_out, None)
 
 
 def specs_of(tree: Any, over: tuple[str, ...] = WEIGHT_AXES) -> Any:

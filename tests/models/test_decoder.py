@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from opdjax.models import cached, decoder
+from opdjax.models.attention import segment_mask
 from opdjax.models.hf import load_params, open_checkpoint
 from opdjax.models.rope import Rope
 from opdjax.ops.vocab import head_logits
@@ -36,7 +37,7 @@ forward = jax.jit(decoder.forward, static_argnums=1)
 def read_on(params, config, tokens, segments, positions, cache, seen, start):
     """Hidden states of columns `start : start + T` of rows whose segments so far are `seen`; the cache and `seen` with them."""
     seen = jax.lax.dynamic_update_slice(seen, segments, (0, start))
-    is_visible = decoder._attention_mask(start + jnp.arange(tokens.shape[1]), segments, jnp.arange(seen.shape[1]), seen)
+    is_visible = segment_mask(start + jnp.arange(tokens.shape[1]), segments, jnp.arange(seen.shape[1]), seen)
     parts = cached.parts_of(params["layers"], config)
     hidden, cache = cached.forward_cached(params, parts, config, tokens, positions, cache, start, is_visible)
     return hidden, cache, seen
@@ -199,7 +200,7 @@ def separate_rows(tokens, segments):
     return apart, live, tuple(np.concatenate(parts) for parts in zip(*origins))
 
 
-def weighed(params, tokens, segments, weights, remat=False, config=SMALL):
+def weighed(params, tokens, segments, weights, remat="none", config=SMALL):
     """A scalar of the live hidden states, and the states."""
     hidden = decoder.forward(params, config, tokens, segments, remat=remat)
     return jnp.sum(jnp.where(segments[..., None] > 0, hidden, 0) ** 2 * weights), hidden
@@ -244,10 +245,23 @@ def test_padding_changes_neither_value_nor_gradient(batch, garbage):
 @pytest.mark.usefixtures("x64")
 def test_remat_changes_nothing(batch):
     params, (tokens, weights) = small_params(), batch
-    plain, remat = (weighed_grad(params, tokens, PACKED, weights, remat=flag) for flag in (False, True))
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11), plain, remat)
-    shown = [str(jax.make_jaxpr(partial(weighed, remat=flag))(params, tokens, PACKED, weights)) for flag in (False, True)]
-    assert ["remat" in text for text in shown] == [False, True]
+    plain, *others = (weighed_grad(params, tokens, PACKED, weights, remat=how) for how in ("none", "dots", "layer"))
+    for remat in others:
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11), plain, remat)
+
+
+def test_remat_keeps_what_it_says():
+    """Of a layer: its input; with `dots` also the products with its kernels, all but the last, which no gradient asks for."""
+    params, tokens = small_params(), np.zeros(PACKED.shape, np.int32)
+
+    def kept(remat):
+        states = lambda params: decoder.forward(params, SMALL, tokens, PACKED, remat=remat)  # noqa: E731
+        residuals = jax.tree.leaves(jax.eval_shape(lambda p: jax.vjp(states, p)[1], params))
+        return sum(leaf.shape[:3] == (SMALL.num_layers, *PACKED.shape) for leaf in residuals)
+
+    assert kept("layer") == 1
+    assert kept("dots") == 1 + 6
+    assert kept("none") > 7
 
 
 @pytest.mark.usefixtures("x64")
