@@ -82,7 +82,7 @@ def draw_tokens(logits: Float[Array, "B V"], keys: Array, position: Int[Array, "
 
 
 def _first_maximum(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
-    """`argmax`, which XLA's CPU backend computes seven times slower, as a reduction of pairs."""
+    """`argmax`, which XLA's CPU backend computes six to nine times slower, as a reduction of pairs."""
     is_top = logits == jnp.max(logits, axis=-1, keepdims=True)
     return jnp.min(jnp.where(is_top, jnp.arange(logits.shape[-1], dtype=jnp.int32), logits.shape[-1] - 1), axis=-1)
 
