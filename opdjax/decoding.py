@@ -98,7 +98,7 @@ def draw_tokens(tile: VocabTile, keys: Array, position: Int[Array, " B"] | int, 
 
 
 def _first_maximum(tile: VocabTile) -> Int[Array, " B"]:
-    """`argmax`, which XLA's CPU backend computes seven times slower, as a reduction of pairs."""
+    """`argmax`, which XLA's CPU backend computes six to nine times slower, as a reduction of pairs."""
     is_top = tile.logits == tile.largest(tile.logits)[:, None]
     return -tile.largest(jnp.where(is_top, -tile.ids, 1 - tile.vocab_size))
 
