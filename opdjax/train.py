@@ -87,13 +87,13 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> N
     config = setup.config
     spec, needs = update_spec(setup), bind(config.estimator.recipe, config.estimator.options)[0].teacher
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
-    update = make_update(spec, config.optimizer, config.train.num_steps)
     checkpointer = Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric)
     opened.callback(checkpointer.close)
 
     trained, frozen = load_student(setup)
     state = init_state(trained, optimizer, setup.mesh, spec.split_over)
     del trained  # the state holds copies of its own
+    update = make_update(spec, config.optimizer, config.train.num_steps, jax.tree.map(lambda x: x.sharding, state))
     first = checkpointer.latest_step or 0
     if first:
         state = checkpointer.restore(first, state)

@@ -21,7 +21,7 @@ from opdjax.estimators.advantage import batch_totals
 from opdjax.estimators.divergence import reverse_kl
 from opdjax.estimators.losses import aggregation_weights, count_denominators
 from opdjax.models.decoder import DecoderConfig, Params, Remat, forward, head_of
-from opdjax.models.layout import WEIGHT_AXES, constrain
+from opdjax.models.layout import WEIGHT_AXES, constrain, shardings_of
 from opdjax.models.lora import combine
 from opdjax.ops.vocab import Columns, Head, sum_dtype, tiled_loss, tiled_stats
 from opdjax.sharding import scan_parts
@@ -90,20 +90,21 @@ def init_state(
 ) -> TrainState:
     """The state before the first step; the parameters are copied to float32. On a mesh it is laid out as `update` returns it."""
 
-    @jax.jit
     def start(params):
         params = jax.tree.map(lambda x: jnp.array(x, jnp.promote_types(x.dtype, jnp.float32), copy=True), params)
         # One array a counter: the state is donated, and a buffer can be given away only once.
         counters = (jnp.zeros((), jnp.int32) for _ in range(3))
-        state = TrainState(next(counters), params, optimizer.init(params), next(counters), next(counters))
-        return constrain(state, mesh, split_over)
+        return TrainState(next(counters), params, optimizer.init(params), next(counters), next(counters))
 
-    return start(params)
+    layout = None if mesh is None else shardings_of(jax.eval_shape(start, params), mesh, split_over)
+    return jax.jit(start, out_shardings=layout)(params)
 
 
-def make_update(spec: UpdateSpec, config: OptimizerConfig, num_steps: int) -> Callable:
+def make_update(spec: UpdateSpec, config: OptimizerConfig, num_steps: int, layout: TrainState | None = None) -> Callable:
     """The jitted `update(state, batch, teacher_head=None, frozen=None) -> (state, metrics)`; `state` is donated.
 
+    `layout`: the shardings of the state, which it then also returns; inferred ones may differ from step to step, each with another
+    program. None: inferred.
     `frozen`: the parameters that are not trained, where those of the state are adapters; read only, in the type of the forward pass.
     A batch whose loss or gradient is not finite leaves parameters and optimizer as they were, and is counted; the
     schedule counts the steps that were applied.
@@ -111,7 +112,7 @@ def make_update(spec: UpdateSpec, config: OptimizerConfig, num_steps: int) -> Ca
     optimizer, learning_rate = make_optimizer(config, num_steps), learning_rate_at(config, num_steps)
     recipe, options = bind(spec.estimator.recipe, spec.estimator.options)
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(jax.jit, donate_argnums=0, out_shardings=None if layout is None else (layout, None))
     def update(state: TrainState, batch: TrainBatch, teacher_head: Head | None = None, frozen: Params | None = None):
         is_observed = state.step % spec.diagnostics_every == 0 if spec.diagnostics_every else None
         loss, grads, outputs, shares = loss_and_grad(state.params, batch, teacher_head, spec, recipe, options, is_observed, frozen)
@@ -127,7 +128,6 @@ def make_update(spec: UpdateSpec, config: OptimizerConfig, num_steps: int) -> Ca
             num_skipped=state.num_skipped + skipped,
             nonfinite_streak=(state.nonfinite_streak + 1) * skipped,
         )
-        # As it came in: the next step then runs the same program.
         new_state = constrain(new_state, spec.mesh, spec.split_over)
         metrics = {
             "loss/objective": loss,

@@ -26,6 +26,7 @@ from opdjax.ops.draw import invert_cdf
 from opdjax.sharding import ROW_AXES
 
 PyTree = Any
+CPU_LOGITS = 2**20  # of each side that a recipe sees at a time, where there is no accelerator
 CPU_BLOCK = 4096  # rows of the head whose gradient is formed at a time, where there is no accelerator
 
 
@@ -398,33 +399,54 @@ def _live_first(is_live: Bool[Array, " N"]) -> Int[Array, " N"]:
 
 def _tile(token_loss, head, teacher_head, rows, is_live, grad, dhead, axes):
     """Loss, outputs and d hidden of one tile of n tokens, and `dhead` with the tile's share added."""
-    hidden, weights, columns, teacher_hidden = rows
-    axis = axes[2] if len(axes) == 3 else None
-
-    def keep(x):
-        return jnp.where(is_live.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
-
-    def loss_of(raw):
-        losses, outputs = token_loss(VocabTile(_finish_logits(head, raw, axis), axis), teacher, columns)
-        losses = jnp.where(is_live, losses, 0)
-        return jnp.sum(weights.astype(losses.dtype) * losses), jax.tree.map(keep, outputs)
-
     # A slot past the live ones may hold anything, NaN included: it enters as zeros and its results are dropped.
-    hidden, teacher_hidden, columns = jax.tree.map(keep, (hidden, teacher_hidden, columns))
-    teacher = None
-    if teacher_head is not None:
-        logits = _finish_logits(teacher_head, _raw_logits(teacher_head, teacher_hidden), axis)
-        teacher = VocabTile(_fit_width(logits, head.kernel.shape[0]), axis)
-    raw = _raw_logits(head, hidden)
+    hidden, weights, columns, teacher_hidden = rows
+    hidden, teacher_hidden, columns = jax.tree.map(partial(_keep, is_live), (hidden, teacher_hidden, columns))
+    teacher_raw = None if teacher_head is None else _raw_logits(teacher_head, teacher_hidden)
+    recipe = partial(_differentiate, token_loss, head, teacher_head, grad=grad, axes=axes)
+    operands = _raw_logits(head, hidden), teacher_raw, columns, weights, is_live
+    # XLA for CPU goes over the vocabulary once for each maximum, sum and product of a recipe: few rows at a time stay in the cache.
+    total, outputs, draw = jax.lax.platform_dependent(operands, cpu=partial(_in_row_blocks, recipe), default=recipe)
     if grad == "none":
-        return *loss_of(raw), None, None
-    total, pullback, outputs = jax.vjp(loss_of, raw, has_aux=True)
-    draw = keep(pullback(_varying(jnp.ones((), total.dtype), axes[:2]))[0])
+        return total, outputs, None, None
     small = draw.astype(head.kernel.dtype)  # operands in the model's type, sums in at least float32
     dhidden, dkernel = _pull_back(small, hidden, head.kernel, None if dhead is None else dhead.kernel, axes)
     if dhead is not None:
         dhead = dataclasses.replace(dhead, kernel=dkernel, bias=None if head.bias is None else dhead.bias + jnp.sum(draw, axis=0))
     return total, outputs, dhidden.astype(hidden.dtype), dhead
+
+
+def _keep(is_live, x):
+    return jnp.where(is_live.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
+
+
+def _differentiate(token_loss, head, teacher_head, operands, *, grad, axes):
+    """Weighted loss, outputs and, unless `grad` is none, the cotangent of the raw logits, of some rows of a tile."""
+    raw, teacher_raw, columns, weights, is_live = operands
+    axis = axes[2] if len(axes) == 3 else None
+    teacher = None
+    if teacher_raw is not None:
+        teacher = VocabTile(_fit_width(_finish_logits(teacher_head, teacher_raw, axis), head.kernel.shape[0]), axis)
+
+    def loss_of(raw):
+        losses, outputs = token_loss(VocabTile(_finish_logits(head, raw, axis), axis), teacher, columns)
+        losses = jnp.where(is_live, losses, 0)
+        return jnp.sum(weights.astype(losses.dtype) * losses), jax.tree.map(partial(_keep, is_live), outputs)
+
+    if grad == "none":
+        return *loss_of(raw), None
+    total, pullback, outputs = jax.vjp(loss_of, raw, has_aux=True)
+    return total, outputs, _keep(is_live, pullback(_varying(jnp.ones((), total.dtype), axes[:2]))[0])
+
+
+def _in_row_blocks(recipe, operands):
+    """The recipe on as many rows at a time as `CPU_LOGITS` allows."""
+    n, width = operands[0].shape
+    block = max(size for size in range(1, min(max(CPU_LOGITS // width, 1), n) + 1) if n % size == 0)
+    if block == n:
+        return recipe(operands)
+    totals, *rest = jax.lax.map(recipe, jax.tree.map(lambda x: x.reshape(n // block, block, *x.shape[1:]), operands))
+    return jnp.sum(totals), *jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), rest)
 
 
 def _pull_back(draw, hidden, kernel, dkernel, axes):
