@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from opdjax.cli import load_experiment, load_sweep
+from opdjax.experiments import load_experiment, load_sweep
 from opdjax.config import Config, EstimatorConfig, SamplingConfig
 from opdjax.estimators import RECIPES, bind
 from opdjax.fields import ConfigError

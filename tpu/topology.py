@@ -8,7 +8,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from opdjax.plan.topology import TOPOLOGIES, topology  # noqa: E402
+from opdjax.plan.topology import TOPOLOGIES, topology
 
 
 def facts(name):

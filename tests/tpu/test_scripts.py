@@ -10,7 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 SCRIPTS = sorted((ROOT / "tpu").glob("*.sh"))
-HARD = ["--data.prompt-format", "Say it's {prompt} \\ \"$HOME\" `x`", "--data.source", "a b.jsonl"]
+HARD = ["--data.prompt-format", 'Say it\'s {prompt} \\ "$HOME" `x`', "--data.source", "a b.jsonl"]
 CASES = {
     "create": ("create.sh", [], {}),
     "create_spot": ("create.sh", [], {"SPOT": "1", "VALID_UNTIL": "2h", "PROJECT": "a-project", "TOPOLOGY": "v5p-8"}),
@@ -75,7 +75,7 @@ def test_the_arguments_reach_the_worker_as_they_were_given(tmp_path):
     home = tmp_path / "home"
     (home / "opdjax" / ".venv" / "bin").mkdir(parents=True)
     fake(tmp_path, "gcloud", 'for word in "$@"; do case $word in --command=*) cd "$HOME" && bash -c "${word#--command=}";; esac; done')
-    fake(tmp_path, "sudo", "echo \"$@\" >> $HOME/sudo")
+    fake(tmp_path, "sudo", 'echo "$@" >> $HOME/sudo')
     fake(tmp_path, "tmux", '[ "$1" = new-session ] || exit 1; shift 4; "$@"')
     opdjax = home / "opdjax" / ".venv" / "bin" / "opdjax"
     opdjax.write_text("#!/usr/bin/env bash\nprintf '%s\\n' \"$@\" > words\nexit 3\n")
@@ -105,8 +105,10 @@ def test_the_arguments_reach_the_worker_as_they_were_given(tmp_path):
 )
 def test_a_mistake_is_named_before_anything_is_run(script, arguments, variables, message, fakes):
     finished = call(script, arguments, fakes, **variables)
-    assert finished.returncode != 0 and message in finished.stderr
-    assert finished.stdout == "" and not (fakes / "called").exists()
+    assert finished.returncode != 0
+    assert message in finished.stderr
+    assert finished.stdout == ""
+    assert not (fakes / "called").exists()
 
 
 def test_a_failed_command_stops_the_script(fakes):

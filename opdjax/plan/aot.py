@@ -1,0 +1,204 @@
+"""The very programs that training runs, compiled for a machine that need not be there: what the compiler says they take."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+from opdjax.models.decoder import DecoderConfig, head_of, parameter_shapes
+from opdjax.models.layout import shardings_of
+from opdjax.plan.hlo import Collective, collectives, most_rows
+from opdjax.plan.topology import Topology
+from opdjax.plan.workload import Workload
+from opdjax.sampler import Decoding, sample
+from opdjax.scoring.local import score
+from opdjax.sharding import AXES, by_row, replicated
+from opdjax.train_state import UpdateSpec, init_state, make_optimizer, make_update
+from opdjax.types import PromptBatch, TeacherScores, TrainBatch
+
+
+class NoCompilerError(RuntimeError):
+    """There is no compiler here for the topology."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What XLA says of one compiled program; bytes are of one device."""
+
+    name: str
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int  # of the output, those written over donated arguments
+    temp_bytes: int
+    flops: float  # of one device; a loop whose rounds are not known counts once
+    compile_seconds: float
+    collectives: list[Collective]
+    most_logit_rows: int  # tokens whose logits stand in one array
+    problem: str | None = None  # why it was not compiled: it does not fit
+
+    @property
+    def peak_bytes(self) -> int:
+        """What must fit beside everything that the program is not given."""
+        return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temp_bytes
+
+
+def describe(topology: Topology) -> list[Any]:
+    """The devices of a topology, for `jax.make_mesh`; NoCompilerError where nothing compiles for it here."""
+    if topology.jax_name is None:
+        raise NoCompilerError(f"{topology.name}: XLA compiles for a GPU only where there is one; plan without --aot, or on the machine")
+    # libtpu would otherwise ask a metadata server that is not there, and wait.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # A v4 chip has two cores that act as one device, as on the machine itself.
+    more = {"chip_config_name": "megacore"} if topology.chip.jax_name == "v4" else {}
+    try:
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology.jax_name, chips_per_host_bounds=topology.host_shape, **more
+        )
+    except (RuntimeError, ValueError) as error:
+        raise NoCompilerError(
+            f"nothing here compiles for {topology.name} ({str(error).splitlines()[0]}); install libtpu beside the same jax: "
+            f"pip install 'jax[tpu]=={jax.__version__}'"
+        ) from error
+    return found.devices
+
+
+def compile_programs(workload: Workload) -> list[Program]:
+    """The programs of a step: the sampler's, the teacher's pass where there is one, the update."""
+    mesh = mesh_of(describe(workload.topology), workload)
+    return [measure(name, lowered, workload) for name, lowered in programs(workload, mesh).items()]
+
+
+def mesh_of(devices: list[Any], workload: Workload) -> Mesh:
+    """The mesh of the run over the first so many of these devices."""
+    shape = tuple(workload.mesh[axis] for axis in AXES)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[: workload.devices])
+
+
+def programs(workload: Workload, mesh: Mesh) -> dict[str, Any]:
+    """Name -> a function that lowers the program with abstract arguments, laid out as the run's are."""
+    config = workload.config
+    found = {}
+    if config.sampling.source != "references":
+        found["sample"] = partial(_lower_sample, workload, mesh)
+    if workload.needs != "none":
+        found["teacher"] = partial(_lower_score, workload, mesh)
+    found["update"] = partial(_lower_update, workload, mesh)
+    return found
+
+
+def abstract_params(model: DecoderConfig, dtype: str, mesh: Mesh, split_over: tuple[str, ...]) -> Any:
+    """The parameters of a model without their values."""
+    shapes = parameter_shapes(model)
+    leaves = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), shapes, is_leaf=lambda x: isinstance(x, tuple))
+    return _laid_out(leaves, shardings_of(leaves, mesh, split_over))
+
+
+def _laid_out(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings)
+
+
+def _rows(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=by_row(mesh))
+
+
+def _batch(workload: Workload, mesh: Mesh) -> TrainBatch:
+    options, config = workload.config.estimator.options, workload.config
+    field = partial(_rows, mesh)
+    shape = (config.rows_per_step, workload.columns)
+    return TrainBatch(
+        tokens=field(jnp.int32, *shape),
+        mask=field(jnp.bool_, *shape),
+        segment_ids=field(jnp.int32, *shape),
+        behavior_logprobs=field(jnp.float32, *shape) if config.sampling.source == "student" else None,
+        advantages=field(jnp.float32, *shape) if options.get("task_reward_coef") else None,
+        uniforms=field(jnp.float32, *shape, options["extra_draws"]) if options.get("extra_draws") else None,
+    )
+
+
+def _teacher_params(workload: Workload, mesh: Mesh) -> Any:
+    config = workload.config
+    if workload.teacher is None:
+        return abstract_params(workload.student, workload.dtype, mesh, config.sampling.split_over)
+    return abstract_params(workload.teacher, workload.teacher_dtype, mesh, config.teacher.split_over)
+
+
+def _lower_update(workload: Workload, mesh: Mesh) -> Any:
+    config = workload.config
+    spec = UpdateSpec(
+        model=workload.student,
+        estimator=config.estimator,
+        dtype=workload.dtype,
+        max_completion_length=config.sampling.max_completion_length,
+        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
+        remat=config.train.remat,
+        diagnostics_every=config.log.diagnostics_every,
+        mesh=mesh,
+        split_over=config.student.split_over,
+    )
+    params = abstract_params(workload.student, "float32", mesh, spec.split_over)
+    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+    state = jax.eval_shape(partial(init_state, optimizer=optimizer), params)
+    state = _laid_out(state, shardings_of(state, mesh, spec.split_over))
+    batch, head = _batch(workload, mesh), None
+    if workload.needs == "token":
+        batch = dataclasses.replace(batch, teacher=TeacherScores(token_logprobs=_rows(mesh, jnp.float32, *batch.tokens.shape)))
+    if workload.needs == "vocabulary":
+        head = head_of(_teacher_params(workload, mesh))
+        hidden = _rows(mesh, jnp.dtype(workload.teacher_dtype), *batch.tokens.shape, workload.scoring_model.hidden_size)
+        batch = dataclasses.replace(batch, teacher=TeacherScores(hidden=hidden))
+    return make_update(spec, config.optimizer, config.train.num_steps).lower(state, batch, head)
+
+
+def _lower_score(workload: Workload, mesh: Mesh) -> Any:
+    config, params = workload.config, _teacher_params(workload, mesh)
+    parts = config.train.gradient_accumulation_steps
+    how = {"config": workload.scoring_model, "needs": workload.needs, "tile": config.estimator.tile, "parts": parts, "mesh": mesh}
+    return score.lower(params, head_of(params), _batch(workload, mesh), **how)
+
+
+def _lower_sample(workload: Workload, mesh: Mesh) -> Any:
+    config, sampling = workload.config, workload.config.sampling
+    is_student = sampling.source == "student"
+    params = abstract_params(workload.student, workload.dtype, mesh, sampling.split_over) if is_student else _teacher_params(workload, mesh)
+    decoding = Decoding(sampling.max_completion_length, (0,), sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+    whole = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))  # noqa: E731
+    count, width = config.train.prompts_per_step, workload.prompt_columns
+    prompts = PromptBatch(whole(jnp.int32, count, width), whole(jnp.bool_, count, width), whole(jnp.int32, count))
+    how = {"config": workload.student if is_student else workload.scoring_model, "decoding": decoding, "mesh": mesh}
+    return sample.lower(params, prompts, 0, 0, num_generations=sampling.num_generations, **how)
+
+
+def measure(name: str, lower: Any, workload: Workload) -> Program:
+    """Lower, compile and read what the compiler says."""
+    began = time.monotonic()
+    try:
+        compiled = lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Program(name, 0, 0, 0, 0, 0.0, time.monotonic() - began, [], 0, problem=str(error).partition("\n")[0])
+    seconds = time.monotonic() - began
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    models = [model for model in (workload.student, workload.teacher) if model is not None]
+    splits = {1, workload.mesh["tensor"]}
+    widths = {model.vocab_size // split for model in models for split in splits}
+    sides = {model.hidden_size // split for model in models for split in {1, workload.mesh["fsdp"]}}
+    return Program(
+        name=name,
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        flops=compiled.cost_analysis().get("flops", 0.0),
+        compile_seconds=seconds,
+        collectives=collectives(text),
+        most_logit_rows=most_rows(text, widths, {(width, side) for width in widths for side in sides}),
+    )

@@ -1,0 +1,337 @@
+"""What a run takes, by counting: bytes a device of everything that is held, floating-point operations, a lower bound of the time.
+
+The counts follow the programs as they are written (train_state.py, ops/vocab.py, models/decoder.py); the few factors that are XLA's
+choice are named below and were read from its buffer assignments for TPU v5e and v6e. `opdjax plan --aot` compares the two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from opdjax.models.decoder import DecoderConfig, forward, parameter_shapes
+from opdjax.models.layout import specs_of
+from opdjax.plan.workload import Workload
+
+PHASES = ("sample", "teacher", "update")
+# Arrays [tile, V] in float32 that stand at once. Loss and gradient: logits, what the loss keeps of them, the cotangent.
+_STUDENT_TILES, _TEACHER_TILES = 3, 1
+# Arrays [rows, V] in float32 when a token is drawn: logits, weights, their running sums.
+_DRAW_COPIES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """Something held on each device."""
+
+    name: str
+    num_bytes: int
+    phases: tuple[str, ...]  # in which it is held
+    is_argument: bool = False  # of the phase's program, not something made on the way
+    outside: tuple[str, ...] = ()  # of the phases, those whose program is not given it
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """The work of a phase, a step, and the least time it can take: every device at its peak, nothing sent."""
+
+    flops: float  # of all devices
+    traffic: float  # bytes that each device must read or write
+    seconds: float
+    is_by_memory: bool  # the bandwidth of the memory sets it, not the arithmetic
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run takes on a topology."""
+
+    workload: Workload
+    items: tuple[Item, ...]
+    bounds: dict[str, Bound]
+
+    @property
+    def capacity(self) -> int:
+        """Bytes that a device offers."""
+        return self.workload.topology.chip.hbm_bytes
+
+    def held(self, phase: str) -> int:
+        """Bytes that a device holds in a phase."""
+        return sum(item.num_bytes for item in self.items if phase in item.phases)
+
+    def of_program(self, phase: str) -> int:
+        """Bytes of a phase's program: its arguments and what it makes on the way."""
+        return sum(item.num_bytes for item in self.items if phase in item.phases and phase not in item.outside)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every phase fits."""
+        return all(self.held(phase) <= self.capacity for phase in PHASES)
+
+    def first_over(self, phase: str) -> Item | None:
+        """The first item, in the order of the table, that does not fit beside those before it."""
+        total = 0
+        for item in self.items:
+            total += item.num_bytes if phase in item.phases else 0
+            if total > self.capacity:
+                return item
+        return None
+
+    def largest(self, phase: str) -> Item:
+        """The item of a phase that takes most."""
+        return max((item for item in self.items if phase in item.phases), key=lambda item: item.num_bytes)
+
+
+def foresee(workload: Workload) -> Plan:
+    """Count everything that a run holds and does."""
+    items = [*_standing(workload), *_sampling(workload), *_scoring(workload), *_updating(workload)]
+    bounds = {"sample": _sample_bound(workload), "teacher": _teacher_bound(workload), "update": _update_bound(workload)}
+    return Plan(workload, tuple(item for item in items if item.num_bytes), bounds)
+
+
+def num_parameters(model: DecoderConfig) -> int:
+    """Elements of all parameters."""
+    return sum(math.prod(shape) for shape in jax.tree.leaves(parameter_shapes(model), is_leaf=lambda x: isinstance(x, tuple)))
+
+
+def parameter_bytes(model: DecoderConfig, dtype: str, mesh: dict[str, int], split_over: tuple[str, ...], only: str | None = None) -> int:
+    """Bytes of a model's parameters on one device, or of the one called `only`."""
+    itemsize = jnp.dtype(dtype).itemsize
+    leaves = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, dtype), parameter_shapes(model), is_leaf=lambda x: isinstance(x, tuple))
+    if only is not None:
+        leaves = {only: leaves[only]}
+
+    def on_device(leaf: Any, spec: Any) -> int:
+        return leaf.size // math.prod(mesh[axis] for axis in spec if axis is not None) * itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(on_device, leaves, specs_of(leaves, split_over))))
+
+
+def _size(dtype: str) -> int:
+    return jnp.dtype(dtype).itemsize
+
+
+def _head_name(model: DecoderConfig) -> str:
+    return "embedding" if model.ties_embeddings else "head"
+
+
+def _whole_table(model: DecoderConfig, dtype: str, mesh: dict[str, int], split_over: tuple[str, ...]) -> int:
+    """Bytes of an embedding or an unembedding gathered along `fsdp`; 0 where it lies whole already."""
+    if mesh["fsdp"] == 1 or "fsdp" not in split_over:
+        return 0
+    return model.vocab_size // mesh["tensor"] * model.hidden_size * _size(dtype)
+
+
+def _tile(workload: Workload, rows: int) -> int:
+    """Bytes of one array [tile, V] in float32."""
+    tokens = min(workload.config.estimator.tile, rows * workload.columns)
+    return tokens * workload.student.vocab_size // workload.mesh["tensor"] * 4
+
+
+def _standing(workload: Workload) -> list[Item]:
+    """What is held from one end of a step to the other."""
+    config, mesh, student = workload.config, workload.mesh, workload.student
+    kept = parameter_bytes(student, "float32", mesh, config.student.split_over)
+    published = parameter_bytes(student, workload.dtype, mesh, config.sampling.split_over)
+    items = [
+        Item("student's parameters, float32", kept, PHASES, True, ("sample", "teacher")),
+        Item("optimizer's two moments", 2 * kept, PHASES, True, ("sample", "teacher")),
+    ]
+    samples = config.sampling.source == "student"
+    outside = (*(() if samples else ("sample",)), *(() if config.teacher_is_student else ("teacher",)))
+    head = _head_name(workload.scoring_model)
+    wants_head = workload.needs == "vocabulary"
+    if config.teacher_is_student and wants_head:
+        published_head = parameter_bytes(student, workload.dtype, mesh, config.sampling.split_over, head)
+        items.append(Item("published copy, its head", published_head, PHASES, True, outside))
+        published -= published_head
+    items.append(Item("published copy of the student", published, PHASES, True, (*outside, "update")))
+    if workload.teacher is not None:
+        split = config.teacher.split_over
+        head_bytes = parameter_bytes(workload.teacher, workload.teacher_dtype, mesh, split, head) if wants_head else 0
+        rest = parameter_bytes(workload.teacher, workload.teacher_dtype, mesh, split) - head_bytes
+        unseen = () if config.sampling.source == "teacher" else ("sample",)
+        items.append(Item("teacher's head", head_bytes, PHASES, True, unseen))
+        items.append(Item("teacher's parameters", rest, PHASES, True, (*unseen, "update")))
+    return items
+
+
+def _columns_bytes(workload: Workload) -> int:
+    """Of the batch's columns on one device: ids, segments, log-probabilities (4 bytes each), the mask."""
+    options, tokens = workload.config.estimator.options, workload.rows * workload.columns
+    wide = 2 + (workload.config.sampling.source == "student") + bool(options.get("task_reward_coef")) + (options.get("extra_draws") or 0)
+    return tokens * (4 * wide + 1 + 4 * (workload.needs == "token"))
+
+
+def _sampling(workload: Workload) -> list[Item]:
+    """Prefill and decode."""
+    config = workload.config
+    if config.sampling.source == "references":
+        return []
+    is_student = config.sampling.source == "student"
+    model, dtype = (workload.student, workload.dtype) if is_student else (workload.scoring_model, workload.teacher_dtype)
+    cache = cache_bytes(model, dtype, workload.rows, workload.columns, workload.mesh["tensor"])
+    logits = workload.rows * model.vocab_size // workload.mesh["tensor"] * 4
+    prefill = _forward_bytes(model, dtype, workload.rows, workload.prompt_columns, workload.mesh["tensor"])
+    return [
+        Item("KV cache, prompt and completion", cache, ("sample",)),
+        Item(f"logits of the drawn tokens, {_DRAW_COPIES} arrays", _DRAW_COPIES * logits, ("sample",)),
+        Item("a layer's activations in the prefill", prefill, ("sample",)),
+    ]
+
+
+def cache_bytes(model: DecoderConfig, dtype: str, rows: int, columns: int, tensor: int = 1) -> int:
+    """Keys and values of `rows` rows of `columns` columns, all layers."""
+    return 2 * model.num_layers * rows * columns * model.num_kv_heads // tensor * model.head_size * _size(dtype)
+
+
+def _forward_bytes(model: DecoderConfig, dtype: str, rows: int, columns: int, tensor: int) -> int:
+    """The most that one layer of a forward pass holds: attention's probabilities, in float32 and as they are multiplied, or the MLP."""
+    heads, width = model.num_heads // tensor, model.intermediate_size // tensor
+    attention = rows * heads * columns * columns * (4 + _size(dtype))
+    return max(attention, rows * columns * 3 * width * _size(dtype)) + 2 * rows * columns * model.hidden_size * 4
+
+
+def _scoring(workload: Workload) -> list[Item]:
+    """The teacher's pass."""
+    if workload.needs == "none":
+        return []
+    config, mesh, model = workload.config, workload.mesh, workload.scoring_model
+    dtype = workload.teacher_dtype if workload.teacher else workload.dtype
+    split = config.teacher.split_over if workload.teacher else config.sampling.split_over
+    # The embedding is let go once it has been looked up in.
+    layer = _forward_bytes(model, dtype, workload.micro_rows, workload.columns, mesh["tensor"])
+    working = max(_whole_table(model, dtype, mesh, split), layer)
+    items = [
+        Item("batch: ids, mask, log-probabilities", _columns_bytes(workload), ("teacher", "update"), True),
+        Item("teacher's embedding, gathered, or a layer", working, ("teacher",)),
+    ]
+    if workload.needs == "vocabulary":
+        hidden = workload.rows * workload.columns * model.hidden_size * _size(dtype)
+        return [*items, Item("teacher's hidden states, whole batch", hidden, ("teacher", "update"), True)]
+    gathered = 0 if model.ties_embeddings else _whole_table(model, dtype, mesh, split)
+    tiles = 2 * _tile(workload, workload.micro_rows)
+    return [*items, Item("teacher's head, gathered", gathered, ("teacher",)), Item("vocabulary tiles of the teacher", tiles, ("teacher",))]
+
+
+def _updating(workload: Workload) -> list[Item]:
+    """Loss, gradient and optimizer."""
+    config, mesh, student = workload.config, workload.mesh, workload.student
+    split, rows = config.student.split_over, workload.micro_rows
+    kept = parameter_bytes(student, "float32", mesh, split)
+    cast = parameter_bytes(student, workload.dtype, mesh, split) if workload.dtype != "float32" else 0
+    table = student.vocab_size // mesh["tensor"] * student.hidden_size
+    item = partial(Item, phases=("update",))
+    items = [
+        item("student's parameters as computed with", cast),
+        item("gradient, float32", kept),
+        item("gradient of a micro-batch", cast if cast else kept * (config.train.gradient_accumulation_steps > 1)),
+        item("activations kept for the backward pass", kept_activations(workload)),
+        item("a layer's activations, backward", _backward_bytes(workload)),
+        item("student's embedding, gathered", _whole_table(student, workload.dtype, mesh, split)),
+        item("student's head, gathered", 0 if student.ties_embeddings else _whole_table(student, workload.dtype, mesh, split)),
+        item("head's gradient, summed in float32", table * 4),
+        item("head's gradient, reduced", table * _size(workload.dtype) if mesh["fsdp"] * mesh["data"] > 1 else 0),
+    ]
+    if workload.needs == "vocabulary":
+        of_teacher = config.teacher.split_over if workload.teacher else config.sampling.split_over
+        dtype = workload.teacher_dtype if workload.teacher else workload.dtype
+        items.append(item("teacher's head, gathered", _whole_table(workload.scoring_model, dtype, mesh, of_teacher)))
+    tiles = _STUDENT_TILES + _TEACHER_TILES * (workload.needs == "vocabulary")
+    items.append(item(f"vocabulary tiles, {tiles} arrays", tiles * _tile(workload, rows)))
+    return items
+
+
+def kept_activations(workload: Workload) -> int:
+    """What the forward pass of a micro-batch keeps for the backward pass, as JAX itself counts it; parameters aside.
+
+    The heads and the MLP are counted whole, whatever `tensor` is, and divided by it; the residual stream is on every device.
+    """
+    return _residual_bytes(workload.student, workload.dtype, workload.micro_rows, workload.columns, workload.config.train.remat)
+
+
+def _residual_bytes(model: DecoderConfig, dtype: str, rows: int, columns: int, remat: bool) -> int:
+    shapes = parameter_shapes(model)
+    params = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, dtype), shapes, is_leaf=lambda x: isinstance(x, tuple))
+    ids = jax.ShapeDtypeStruct((rows, columns), jnp.int32)
+
+    def residuals(params, tokens, segment_ids):
+        return jax.vjp(lambda params: forward(params, model, tokens, segment_ids, remat=remat), params)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(residuals, params, ids, ids))
+    weights = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(params)}
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in kept if (leaf.shape, leaf.dtype) not in weights)
+
+
+def _backward_bytes(workload: Workload) -> int:
+    """One layer as the backward pass sees it: probabilities of the attention, the MLP's inputs and their cotangents."""
+    model, rows, columns = workload.student, workload.micro_rows, workload.columns
+    tensor, size = workload.mesh["tensor"], _size(workload.dtype)
+    attention = rows * model.num_heads // tensor * columns * columns * size
+    return attention + rows * columns * (6 * model.intermediate_size // tensor + 8 * model.hidden_size) * size
+
+
+def _forward_flops(model: DecoderConfig, tokens: float, context: float) -> float:
+    """Of the trunk: two a multiplication; every token attends to `context` columns, the masked ones computed too."""
+    layers = model.num_layers * _layer_kernels(model)
+    return tokens * (2 * layers + 4 * model.num_layers * context * model.num_heads * model.head_size)
+
+
+def _layer_kernels(model: DecoderConfig) -> int:
+    attention = 2 * (model.num_heads + model.num_kv_heads) * model.head_size * model.hidden_size
+    return attention + 3 * model.intermediate_size * model.hidden_size
+
+
+def _head_flops(model: DecoderConfig, tokens: float) -> float:
+    return 2.0 * tokens * model.vocab_size * model.hidden_size
+
+
+def _bound(workload: Workload, flops: float, traffic: float) -> Bound:
+    chip = workload.topology.chip
+    by_flops, by_memory = flops / workload.devices / chip.peak_flops, traffic / chip.hbm_bandwidth
+    return Bound(flops, traffic, max(by_flops, by_memory), by_memory > by_flops)
+
+
+def _sample_bound(workload: Workload) -> Bound:
+    """Decoding reads weights and cache anew for every token; rows that end early are not foreseen."""
+    config = workload.config
+    if config.sampling.source == "references":
+        return _bound(workload, 0.0, 0.0)
+    is_student = config.sampling.source == "student"
+    model, dtype = (workload.student, workload.dtype) if is_student else (workload.scoring_model, workload.teacher_dtype)
+    rows, prompt, length = config.rows_per_step, workload.prompt_columns, config.sampling.max_completion_length
+    flops = _forward_flops(model, rows * prompt, prompt) + _forward_flops(model, rows * length, prompt + length / 2)
+    flops += _head_flops(model, rows * length)
+    weights = parameter_bytes(model, dtype, workload.mesh, ("tensor",))
+    mean_cache = cache_bytes(model, dtype, workload.rows, prompt + length // 2, workload.mesh["tensor"])
+    return _bound(workload, flops, length * (weights + mean_cache))
+
+
+def _teacher_bound(workload: Workload) -> Bound:
+    if workload.needs == "none":
+        return _bound(workload, 0.0, 0.0)
+    config, model = workload.config, workload.scoring_model
+    tokens = config.rows_per_step * workload.columns
+    flops = _forward_flops(model, tokens, workload.columns)
+    if workload.needs == "token":
+        flops += _head_flops(model, config.rows_per_step * config.sampling.max_completion_length)
+    dtype = workload.teacher_dtype if workload.teacher else workload.dtype
+    weights = parameter_bytes(model, dtype, workload.mesh, ("tensor",))
+    return _bound(workload, flops, config.train.gradient_accumulation_steps * weights)
+
+
+def _update_bound(workload: Workload) -> Bound:
+    """Forward once, backward twice as much, and the forward again where it is recomputed; the head's three products, the teacher's one."""
+    config, student = workload.config, workload.student
+    tokens, live = config.rows_per_step * workload.columns, config.rows_per_step * config.sampling.max_completion_length
+    flops = (3 + config.train.remat) * _forward_flops(student, tokens, workload.columns) + 3 * _head_flops(student, live)
+    if workload.needs == "vocabulary":
+        flops += _head_flops(workload.scoring_model, live)
+    state = 3 * parameter_bytes(student, "float32", workload.mesh, config.student.split_over)
+    weights = parameter_bytes(student, workload.dtype, workload.mesh, ("tensor",))
+    passes = (2 + config.train.remat) * config.train.gradient_accumulation_steps
+    return _bound(workload, flops, 2 * state + passes * weights)

@@ -1,0 +1,107 @@
+"""What a run is made of, in sizes alone: read from its config and the models' config.json, never from weights, tokenizers or data."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from opdjax.config import Config, ModelConfig
+from opdjax.data.prompts import padded_width
+from opdjax.estimators import RECIPES, bind
+from opdjax.fields import ConfigError
+from opdjax.models.decoder import DecoderConfig
+from opdjax.models.hf import open_checkpoint
+from opdjax.models.layout import require_divides
+from opdjax.plan.topology import Topology
+from opdjax.sharding import AXES
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """One step of a run on one topology. Prompts are taken as long as data.max_prompt_length lets them be, completions likewise."""
+
+    config: Config
+    topology: Topology
+    mesh: dict[str, int]  # axis -> devices
+    student: DecoderConfig
+    teacher: DecoderConfig | None  # None: no frozen model stands beside the student
+    needs: Literal["none", "token", "vocabulary"]  # what the recipe asks a teacher for
+    prompt_columns: int
+
+    @property
+    def dtype(self) -> str:
+        """Of the student's forward pass."""
+        return _dtype(self.config.student)
+
+    @property
+    def teacher_dtype(self) -> str:
+        """Of the teacher's."""
+        return _dtype(self.config.teacher_model)
+
+    @property
+    def scoring_model(self) -> DecoderConfig:
+        """The model that scores: the teacher, or the student where it is its own."""
+        return self.teacher or self.student
+
+    @property
+    def devices(self) -> int:
+        """That the mesh uses."""
+        return self.mesh["data"] * self.mesh["fsdp"] * self.mesh["tensor"]
+
+    @property
+    def row_shards(self) -> int:
+        """Into how many parts the rows of a batch are split."""
+        return self.mesh["data"] * self.mesh["fsdp"]
+
+    @property
+    def rows(self) -> int:
+        """Of a step, on one device."""
+        return self.config.rows_per_step // self.row_shards
+
+    @property
+    def micro_rows(self) -> int:
+        """Of a micro-batch, on one device."""
+        return self.rows // self.config.train.gradient_accumulation_steps
+
+    @property
+    def columns(self) -> int:
+        """Of a row: prompt and completion."""
+        return self.prompt_columns + self.config.sampling.max_completion_length
+
+
+def read_workload(config: Config, topology: Topology) -> Workload:
+    """The run that `config` describes, on `topology`; ConfigError where its mesh, its rows or its models do not divide."""
+    mesh = _mesh(config, topology)
+    shards, parts = mesh["data"] * mesh["fsdp"], config.train.gradient_accumulation_steps
+    if config.rows_per_step % (shards * parts):
+        raise ConfigError(
+            f"{config.rows_per_step} rows a step (train.prompts_per_step x sampling.num_generations) do not divide into {parts} "
+            f"micro-batches (train.gradient_accumulation_steps) on {shards} devices (mesh.data {mesh['data']} x mesh.fsdp {mesh['fsdp']})"
+        )
+    needs = bind(config.estimator.recipe, config.estimator.options)[0].teacher
+    has_teacher = RECIPES[config.estimator.recipe].teacher != "none" or config.sampling.source == "teacher"
+    student = _shape(config.student, mesh, "the student")
+    teacher = _shape(config.teacher, mesh, "the teacher") if has_teacher and not config.teacher_is_student else None
+    return Workload(config, topology, mesh, student, teacher, needs, padded_width(config.data.max_prompt_length))
+
+
+def _mesh(config: Config, topology: Topology) -> dict[str, int]:
+    asked = {axis: getattr(config.mesh, axis) for axis in AXES}
+    if asked["data"] == -1:
+        asked["data"] = max(topology.chips // (asked["fsdp"] * asked["tensor"]), 1)
+    count = asked["data"] * asked["fsdp"] * asked["tensor"]
+    if count > topology.chips:
+        named = ", ".join(f"mesh.{axis} {size}" for axis, size in asked.items() if size > 1)
+        raise ConfigError(f"{named}: {count} devices, but {topology.name} has {topology.chips}; expected a product of at most so many")
+    return asked
+
+
+def _shape(model: ModelConfig, mesh: dict[str, int], what: str) -> DecoderConfig:
+    config = open_checkpoint(model.path, model.revision, with_weights=False).config
+    require_divides(config, mesh, f"{what} {model.path}")
+    return config
+
+
+def _dtype(model: ModelConfig) -> str:
+    # The machine that plans may be a laptop: what counts is the one that is planned for, which is an accelerator.
+    return "bfloat16" if model.dtype == "auto" else model.dtype
