@@ -77,9 +77,8 @@ def train(arguments: list[str]) -> None:
 def plan(arguments: list[str]) -> None:
     """EXPERIMENT --topology v5e-8 [--aot] [--section.field VALUE …]: foresee memory and time; status 1 where it does not fit."""
     if not arguments or arguments[0].startswith("-"):
-        print(
-            "usage: opdjax plan EXPERIMENT --topology NAME [--aot] [--section.field VALUE …]\n\nEXPERIMENT and the fields are those of train."
-        )
+        print("usage: opdjax plan EXPERIMENT --topology v5e-8 [--aot] [--section.field VALUE …]\n")
+        print("EXPERIMENT and the fields are those of train.")
         sys.exit(0 if arguments and arguments[0] in ("-h", "--help") else 2)
     default = load_experiment(arguments[0])
 

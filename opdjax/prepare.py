@@ -21,7 +21,7 @@ from opdjax.evals.evaluate import Evaluator, completions
 from opdjax.evals.grading import GRADERS, require_grader
 from opdjax.fields import ConfigError, require
 from opdjax.models.attention import CUDNN_MAX_HEAD_SIZE, SPLASH_HEAD_SIZES, Implementation
-from opdjax.models.decoder import Params, head_of
+from opdjax.models.decoder import DecoderConfig, Params, head_of
 from opdjax.models.hf import Checkpoint, CheckpointError, fingerprint, load_params, open_checkpoint
 from opdjax.models.layout import constrain, require_divides
 from opdjax.models.lora import init_adapters
@@ -63,18 +63,7 @@ class Setup:
 def prepare(config: Config) -> Setup:
     """Read and check everything a run needs, before anything is computed."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    rows = config.rows_per_step
-    shards = num_row_shards(mesh)
-    if rows % (shards * config.train.gradient_accumulation_steps):
-        raise ConfigError(
-            f"{rows} rows a step (train.prompts_per_step x sampling.num_generations) do not divide into "
-            f"{config.train.gradient_accumulation_steps} micro-batches on {shards} devices (mesh.data x mesh.fsdp); change one of them"
-        )
-    if config.sampling.slots is not None and config.sampling.slots % shards:
-        raise ConfigError(
-            f"sampling.slots is {config.sampling.slots}; expected a multiple of {shards}, the devices that rows are split over "
-            "(mesh.data x mesh.fsdp)"
-        )
+    require_rows_divide(config, num_row_shards(mesh))
     student = _for_this_machine(open_student(config), config.student, "student")
     require_divides(student.config, mesh.shape, "the student")
     tokenizer = load_tokenizer(student.path)
@@ -159,6 +148,21 @@ def load_student(setup: Setup) -> tuple[Params, Params | None]:
     return adapters, load_params(setup.student, setup.dtype, mesh, over)
 
 
+def require_rows_divide(config: Config, shards: int) -> None:
+    """ConfigError where the rows of a step cannot be split over the micro-batches and the devices."""
+    parts, rows = config.train.gradient_accumulation_steps, config.rows_per_step
+    if rows % (shards * parts):
+        raise ConfigError(
+            f"{rows} rows a step (train.prompts_per_step x sampling.num_generations) do not divide into {parts} micro-batches "
+            f"(train.gradient_accumulation_steps) on {shards} devices (mesh.data x mesh.fsdp); change one of them"
+        )
+    if config.sampling.slots is not None and config.sampling.slots % shards:
+        raise ConfigError(
+            f"sampling.slots is {config.sampling.slots}; expected a multiple of {shards}, the devices that rows are split over "
+            "(mesh.data x mesh.fsdp)"
+        )
+
+
 def needs_teacher(config: Config) -> bool:
     """Whether the run asks a teacher for scores or for answers."""
     return RECIPES[config.estimator.recipe].teacher != "none" or config.sampling.source == "teacher"
@@ -206,18 +210,22 @@ def scored_temperature(config: Config) -> float:
 
 def update_spec(setup: Setup) -> UpdateSpec:
     """What the run's update is made of."""
-    config = setup.config
+    return spec_of(setup.config, setup.student.config, setup.dtype, setup.decoding.valid_vocab, setup.mesh)
+
+
+def spec_of(config: Config, model: DecoderConfig, dtype: str, valid_vocab: int | None, mesh: Mesh) -> UpdateSpec:
+    """`update_spec` of a run of which no more is known than these."""
     return UpdateSpec(
-        model=setup.student.config,
+        model=model,
         estimator=config.estimator,
-        dtype=setup.dtype,
+        dtype=dtype,
         max_completion_length=config.sampling.max_completion_length,
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
         temperature=scored_temperature(config),
-        valid_vocab=setup.decoding.valid_vocab,
+        valid_vocab=valid_vocab,
         remat=config.train.remat,
         diagnostics_every=config.log.diagnostics_every,
-        mesh=setup.mesh,
+        mesh=mesh,
         split_over=config.student.split_over,
     )
 

@@ -11,17 +11,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from opdjax.models.decoder import DecoderConfig, head_of, parameter_shapes
 from opdjax.models.layout import shardings_of
 from opdjax.plan.hlo import Collective, collectives, most_rows
 from opdjax.plan.topology import Topology
 from opdjax.plan.workload import Workload
+from opdjax.prepare import spec_of
 from opdjax.sampler import Decoding, sample
 from opdjax.scoring.local import score
-from opdjax.sharding import AXES, by_row, replicated
-from opdjax.train_state import UpdateSpec, init_state, make_optimizer, make_update
+from opdjax.sharding import by_row, make_mesh, replicated
+from opdjax.train_state import init_state, make_optimizer, make_update
 from opdjax.types import PromptBatch, TeacherScores, TrainBatch
 
 
@@ -59,9 +60,8 @@ def describe(topology: Topology) -> list[Any]:
     # A v4 chip has two cores that act as one device, as on the machine itself.
     more = {"chip_config_name": "megacore"} if topology.chip.jax_name == "v4" else {}
     try:
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology.jax_name, chips_per_host_bounds=topology.host_shape, **more
-        )
+        name, host = topology.jax_name, topology.host_shape
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, chips_per_host_bounds=host, **more)
     except (RuntimeError, ValueError) as error:
         raise NoCompilerError(
             f"nothing here compiles for {topology.name} ({str(error).splitlines()[0]}); install libtpu beside the same jax: "
@@ -72,14 +72,8 @@ def describe(topology: Topology) -> list[Any]:
 
 def compile_programs(workload: Workload) -> list[Program]:
     """The programs of a step: the sampler's, the teacher's pass where there is one, the update."""
-    mesh = mesh_of(describe(workload.topology), workload)
+    mesh = make_mesh(**workload.mesh, devices=describe(workload.topology))
     return [measure(name, lowered, workload) for name, lowered in programs(workload, mesh).items()]
-
-
-def mesh_of(devices: list[Any], workload: Workload) -> Mesh:
-    """The mesh of the run over the first so many of these devices."""
-    shape = tuple(workload.mesh[axis] for axis in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[: workload.devices])
 
 
 def programs(workload: Workload, mesh: Mesh) -> dict[str, Any]:
@@ -132,17 +126,7 @@ def _teacher_params(workload: Workload, mesh: Mesh) -> Any:
 
 def _lower_update(workload: Workload, mesh: Mesh) -> Any:
     config = workload.config
-    spec = UpdateSpec(
-        model=workload.student,
-        estimator=config.estimator,
-        dtype=workload.dtype,
-        max_completion_length=config.sampling.max_completion_length,
-        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
-        remat=config.train.remat,
-        diagnostics_every=config.log.diagnostics_every,
-        mesh=mesh,
-        split_over=config.student.split_over,
-    )
+    spec = spec_of(config, workload.student, workload.dtype, None, mesh)
     params = abstract_params(workload.student, "float32", mesh, spec.split_over)
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     state = jax.eval_shape(partial(init_state, optimizer=optimizer), params)

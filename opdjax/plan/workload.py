@@ -7,13 +7,13 @@ from typing import Literal
 
 from opdjax.config import Config, ModelConfig
 from opdjax.data.prompts import padded_width
-from opdjax.estimators import RECIPES, bind
-from opdjax.fields import ConfigError
+from opdjax.estimators import bind
 from opdjax.models.decoder import DecoderConfig
 from opdjax.models.hf import open_checkpoint
 from opdjax.models.layout import require_divides
 from opdjax.plan.topology import Topology
-from opdjax.sharding import AXES
+from opdjax.prepare import needs_teacher, require_rows_divide
+from opdjax.sharding import mesh_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,29 +71,12 @@ class Workload:
 
 def read_workload(config: Config, topology: Topology) -> Workload:
     """The run that `config` describes, on `topology`; ConfigError where its mesh, its rows or its models do not divide."""
-    mesh = _mesh(config, topology)
-    shards, parts = mesh["data"] * mesh["fsdp"], config.train.gradient_accumulation_steps
-    if config.rows_per_step % (shards * parts):
-        raise ConfigError(
-            f"{config.rows_per_step} rows a step (train.prompts_per_step x sampling.num_generations) do not divide into {parts} "
-            f"micro-batches (train.gradient_accumulation_steps) on {shards} devices (mesh.data {mesh['data']} x mesh.fsdp {mesh['fsdp']})"
-        )
+    mesh = mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, topology.chips, topology.name)
+    require_rows_divide(config, mesh["data"] * mesh["fsdp"])
     needs = bind(config.estimator.recipe, config.estimator.options)[0].teacher
-    has_teacher = RECIPES[config.estimator.recipe].teacher != "none" or config.sampling.source == "teacher"
     student = _shape(config.student, mesh, "the student")
-    teacher = _shape(config.teacher, mesh, "the teacher") if has_teacher and not config.teacher_is_student else None
+    teacher = _shape(config.teacher, mesh, "the teacher") if needs_teacher(config) and not config.teacher_is_student else None
     return Workload(config, topology, mesh, student, teacher, needs, padded_width(config.data.max_prompt_length))
-
-
-def _mesh(config: Config, topology: Topology) -> dict[str, int]:
-    asked = {axis: getattr(config.mesh, axis) for axis in AXES}
-    if asked["data"] == -1:
-        asked["data"] = max(topology.chips // (asked["fsdp"] * asked["tensor"]), 1)
-    count = asked["data"] * asked["fsdp"] * asked["tensor"]
-    if count > topology.chips:
-        named = ", ".join(f"mesh.{axis} {size}" for axis, size in asked.items() if size > 1)
-        raise ConfigError(f"{named}: {count} devices, but {topology.name} has {topology.chips}; expected a product of at most so many")
-    return asked
 
 
 def _shape(model: ModelConfig, mesh: dict[str, int], what: str) -> DecoderConfig:
