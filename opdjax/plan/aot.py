@@ -38,7 +38,7 @@ class Program:
     argument_bytes: int
     output_bytes: int
     alias_bytes: int  # of the output, those written over donated arguments
-    temp_bytes: int
+    peak_bytes: int  # arguments, outputs and everything in between, when most is held
     flops: float  # of one device; a loop whose rounds are not known counts once
     compile_seconds: float
     collectives: list[Collective]
@@ -46,17 +46,18 @@ class Program:
     problem: str | None = None  # why it was not compiled: it does not fit
 
     @property
-    def peak_bytes(self) -> int:
-        """What must fit beside everything that the program is not given."""
-        return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temp_bytes
+    def temp_bytes(self) -> int:
+        """What it holds at its peak beside arguments and outputs. XLA's own figure counts donated arguments twice on TPU."""
+        return self.peak_bytes - self.argument_bytes - self.output_bytes + self.alias_bytes
 
 
 def describe(topology: Topology) -> list[Any]:
     """The devices of a topology, for `jax.make_mesh`; NoCompilerError where nothing compiles for it here."""
     if topology.jax_name is None:
         raise NoCompilerError(f"{topology.name}: XLA compiles for a GPU only where there is one; plan without --aot, or on the machine")
-    # libtpu would otherwise ask a metadata server that is not there, and wait.
+    # libtpu would otherwise ask a metadata server that is not there, and wait; and refuse a second process, where none holds a chip.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     # A v4 chip has two cores that act as one device, as on the machine itself.
     more = {"chip_config_name": "megacore"} if topology.chip.jax_name == "v4" else {}
     try:
@@ -172,17 +173,15 @@ def measure(name: str, lower: Any, workload: Workload) -> Program:
     seconds = time.monotonic() - began
     memory, text = compiled.memory_analysis(), compiled.as_text()
     models = [model for model in (workload.student, workload.teacher) if model is not None]
-    splits = {1, workload.mesh["tensor"]}
-    widths = {model.vocab_size // split for model in models for split in splits}
-    sides = {model.hidden_size // split for model in models for split in {1, workload.mesh["fsdp"]}}
+    widths = {model.vocab_size // split for model in models for split in (1, workload.mesh["tensor"])}
     return Program(
         name=name,
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
-        temp_bytes=memory.temp_size_in_bytes,
+        peak_bytes=memory.peak_memory_in_bytes,
         flops=compiled.cost_analysis().get("flops", 0.0),
         compile_seconds=seconds,
         collectives=collectives(text),
-        most_logit_rows=most_rows(text, widths, {(width, side) for width in widths for side in sides}),
+        most_logit_rows=most_rows(text, widths, {model.hidden_size for model in models}),
     )

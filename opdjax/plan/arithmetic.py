@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -18,9 +17,12 @@ from opdjax.models.decoder import DecoderConfig, forward, parameter_shapes
 from opdjax.models.layout import specs_of
 from opdjax.plan.workload import Workload
 
-PHASES = ("sample", "teacher", "update")
-# Arrays [tile, V] in float32 that stand at once. Loss and gradient: logits, what the loss keeps of them, the cotangent.
-_STUDENT_TILES, _TEACHER_TILES = 3, 1
+# The update is looked at in the two moments when it may hold most: the pass over the vocabulary, and the backward pass of the layers.
+PHASES = ("sample", "teacher", "loss", "backward", "evaluate")
+PROGRAMS = {"sample": ("sample",), "teacher": ("teacher",), "update": ("loss", "backward")}
+_UPDATE = PROGRAMS["update"]
+# Arrays [tile, V] in float32 that stand at once in the loss: of the student alone, and where the teacher's distribution is read too.
+_TILES = {"none": 1, "token": 1, "vocabulary": 4}
 # Arrays [rows, V] in float32 when a token is drawn: logits, weights, their running sums.
 _DRAW_COPIES = 3
 
@@ -63,14 +65,23 @@ class Plan:
         """Bytes that a device holds in a phase."""
         return sum(item.num_bytes for item in self.items if phase in item.phases)
 
-    def of_program(self, phase: str) -> int:
-        """Bytes of a phase's program: its arguments and what it makes on the way."""
-        return sum(item.num_bytes for item in self.items if phase in item.phases and phase not in item.outside)
+    def of_program(self, name: str) -> int:
+        """Bytes of a program of the step when it holds most: its arguments and what it makes on the way."""
+        return max(self.held(phase) - self.beside(phase) for phase in PROGRAMS[name])
+
+    def beside(self, phase: str) -> int:
+        """Bytes that a device holds in a phase without its program being given them."""
+        return sum(item.num_bytes for item in self.items if phase in item.phases and phase in item.outside)
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """Those that the run has."""
+        return tuple(phase for phase in PHASES if phase != "evaluate" or self.workload.config.evaluation.source is not None)
 
     @property
     def fits(self) -> bool:
         """Whether every phase fits."""
-        return all(self.held(phase) <= self.capacity for phase in PHASES)
+        return all(self.held(phase) <= self.capacity for phase in self.phases)
 
     def first_over(self, phase: str) -> Item | None:
         """The first item, in the order of the table, that does not fit beside those before it."""
@@ -88,7 +99,7 @@ class Plan:
 
 def foresee(workload: Workload) -> Plan:
     """Count everything that a run holds and does."""
-    items = [*_standing(workload), *_sampling(workload), *_scoring(workload), *_updating(workload)]
+    items = [*_standing(workload), *_sampling(workload), *_scoring(workload), *_updating(workload), *_evaluating(workload)]
     bounds = {"sample": _sample_bound(workload), "teacher": _teacher_bound(workload), "update": _update_bound(workload)}
     return Plan(workload, tuple(item for item in items if item.num_bytes), bounds)
 
@@ -138,25 +149,25 @@ def _standing(workload: Workload) -> list[Item]:
     kept = parameter_bytes(student, "float32", mesh, config.student.split_over)
     published = parameter_bytes(student, workload.dtype, mesh, config.sampling.split_over)
     items = [
-        Item("student's parameters, float32", kept, PHASES, True, ("sample", "teacher")),
-        Item("optimizer's two moments", 2 * kept, PHASES, True, ("sample", "teacher")),
+        Item("student's parameters, float32", kept, PHASES, True, ("sample", "teacher", "evaluate")),
+        Item("optimizer's two moments", 2 * kept, PHASES, True, ("sample", "teacher", "evaluate")),
     ]
     samples = config.sampling.source == "student"
-    outside = (*(() if samples else ("sample",)), *(() if config.teacher_is_student else ("teacher",)))
+    outside = (*(() if samples else ("sample",)), *(() if config.teacher_is_student else ("teacher",)), "evaluate")
     head = _head_name(workload.scoring_model)
     wants_head = workload.needs == "vocabulary"
     if config.teacher_is_student and wants_head:
         published_head = parameter_bytes(student, workload.dtype, mesh, config.sampling.split_over, head)
         items.append(Item("published copy, its head", published_head, PHASES, True, outside))
         published -= published_head
-    items.append(Item("published copy of the student", published, PHASES, True, (*outside, "update")))
+    items.append(Item("published copy of the student", published, PHASES, True, (*outside, *_UPDATE)))
     if workload.teacher is not None:
         split = config.teacher.split_over
         head_bytes = parameter_bytes(workload.teacher, workload.teacher_dtype, mesh, split, head) if wants_head else 0
         rest = parameter_bytes(workload.teacher, workload.teacher_dtype, mesh, split) - head_bytes
-        unseen = () if config.sampling.source == "teacher" else ("sample",)
+        unseen = ("evaluate",) if config.sampling.source == "teacher" else ("sample", "evaluate")
         items.append(Item("teacher's head", head_bytes, PHASES, True, unseen))
-        items.append(Item("teacher's parameters", rest, PHASES, True, (*unseen, "update")))
+        items.append(Item("teacher's parameters", rest, PHASES, True, (*unseen, *_UPDATE)))
     return items
 
 
@@ -168,19 +179,39 @@ def _columns_bytes(workload: Workload) -> int:
 
 
 def _sampling(workload: Workload) -> list[Item]:
-    """Prefill and decode."""
-    config = workload.config
-    if config.sampling.source == "references":
+    """Prefill and decode of a step's rollouts."""
+    sampling = workload.config.sampling
+    if sampling.source == "references":
         return []
-    is_student = config.sampling.source == "student"
-    model, dtype = (workload.student, workload.dtype) if is_student else (workload.scoring_model, workload.teacher_dtype)
-    cache = cache_bytes(model, dtype, workload.rows, workload.columns, workload.mesh["tensor"])
-    logits = workload.rows * model.vocab_size // workload.mesh["tensor"] * 4
-    prefill = _forward_bytes(model, dtype, workload.rows, workload.prompt_columns, workload.mesh["tensor"])
+    model, dtype = _sampled_model(workload)
+    return _generating(workload, "sample", model, dtype, workload.rows, sampling.max_completion_length)
+
+
+def _sampled_model(workload: Workload) -> tuple[DecoderConfig, str]:
+    """Who writes the completions."""
+    is_student = workload.config.sampling.source == "student" or workload.teacher is None
+    return (workload.student, workload.dtype) if is_student else (workload.teacher, workload.teacher_dtype)
+
+
+def _evaluating(workload: Workload) -> list[Item]:
+    """Answers to held-out prompts, with a published copy of their own beside that of the step."""
+    config = workload.config
+    if config.evaluation.source is None:
+        return []
+    copy = parameter_bytes(workload.student, workload.dtype, workload.mesh, config.sampling.split_over)
+    rows = -(-config.evaluation.batch_size // workload.row_shards)
+    length = config.evaluation.max_completion_length
+    generating = _generating(workload, "evaluate", workload.student, workload.dtype, rows, length)
+    return [Item("a second published copy", copy, ("evaluate",), True), *generating]
+
+
+def _generating(workload: Workload, phase: str, model: DecoderConfig, dtype: str, rows: int, length: int) -> list[Item]:
+    prompt, tensor = workload.prompt_columns, workload.mesh["tensor"]
+    logits = rows * model.vocab_size // tensor * 4
     return [
-        Item("KV cache, prompt and completion", cache, ("sample",)),
-        Item(f"logits of the drawn tokens, {_DRAW_COPIES} arrays", _DRAW_COPIES * logits, ("sample",)),
-        Item("a layer's activations in the prefill", prefill, ("sample",)),
+        Item("KV cache, prompt and completion", cache_bytes(model, dtype, rows, prompt + length, tensor), (phase,)),
+        Item(f"logits of the drawn tokens, {_DRAW_COPIES} arrays", _DRAW_COPIES * logits, (phase,)),
+        Item("a layer's activations in the prefill", _forward_bytes(model, dtype, rows, prompt, tensor), (phase,)),
     ]
 
 
@@ -207,43 +238,53 @@ def _scoring(workload: Workload) -> list[Item]:
     layer = _forward_bytes(model, dtype, workload.micro_rows, workload.columns, mesh["tensor"])
     working = max(_whole_table(model, dtype, mesh, split), layer)
     items = [
-        Item("batch: ids, mask, log-probabilities", _columns_bytes(workload), ("teacher", "update"), True),
+        Item("batch: ids, mask, log-probabilities", _columns_bytes(workload), ("teacher", *_UPDATE), True),
         Item("teacher's embedding, gathered, or a layer", working, ("teacher",)),
     ]
     if workload.needs == "vocabulary":
         hidden = workload.rows * workload.columns * model.hidden_size * _size(dtype)
-        return [*items, Item("teacher's hidden states, whole batch", hidden, ("teacher", "update"), True)]
+        return [*items, Item("teacher's hidden states, whole batch", hidden, ("teacher", *_UPDATE), True)]
     gathered = 0 if model.ties_embeddings else _whole_table(model, dtype, mesh, split)
     tiles = 2 * _tile(workload, workload.micro_rows)
     return [*items, Item("teacher's head, gathered", gathered, ("teacher",)), Item("vocabulary tiles of the teacher", tiles, ("teacher",))]
 
 
 def _updating(workload: Workload) -> list[Item]:
-    """Loss, gradient and optimizer."""
+    """Loss, gradient and optimizer, which works in place."""
     config, mesh, student = workload.config, workload.mesh, workload.student
-    split, rows = config.student.split_over, workload.micro_rows
+    split, parts = config.student.split_over, config.train.gradient_accumulation_steps
     kept = parameter_bytes(student, "float32", mesh, split)
     cast = parameter_bytes(student, workload.dtype, mesh, split) if workload.dtype != "float32" else 0
     table = student.vocab_size // mesh["tensor"] * student.hidden_size
-    item = partial(Item, phases=("update",))
+    head, loss, backward = _whole_table(student, workload.dtype, mesh, split), ("loss",), ("backward",)
     items = [
-        item("student's parameters as computed with", cast),
-        item("gradient, float32", kept),
-        item("gradient of a micro-batch", cast if cast else kept * (config.train.gradient_accumulation_steps > 1)),
-        item("activations kept for the backward pass", kept_activations(workload)),
-        item("a layer's activations, backward", _backward_bytes(workload)),
-        item("student's embedding, gathered", _whole_table(student, workload.dtype, mesh, split)),
-        item("student's head, gathered", 0 if student.ties_embeddings else _whole_table(student, workload.dtype, mesh, split)),
-        item("head's gradient, summed in float32", table * 4),
-        item("head's gradient, reduced", table * _size(workload.dtype) if mesh["fsdp"] * mesh["data"] > 1 else 0),
+        Item("student's parameters as computed with", cast, _UPDATE),
+        Item("gradient, float32", kept, _UPDATE),
+        Item("activations kept for the backward pass", kept_activations(workload), _UPDATE),
+        Item("layers' weights kept gathered", _kept_weights(workload), _UPDATE),
+        Item("student's head, gathered", head, loss),
+        Item("head's gradient, summed in float32", table * 4, loss),
     ]
     if workload.needs == "vocabulary":
         of_teacher = config.teacher.split_over if workload.teacher else config.sampling.split_over
         dtype = workload.teacher_dtype if workload.teacher else workload.dtype
-        items.append(item("teacher's head, gathered", _whole_table(workload.scoring_model, dtype, mesh, of_teacher)))
-    tiles = _STUDENT_TILES + _TEACHER_TILES * (workload.needs == "vocabulary")
-    items.append(item(f"vocabulary tiles, {tiles} arrays", tiles * _tile(workload, rows)))
-    return items
+        items.append(Item("teacher's head, gathered", _whole_table(workload.scoring_model, dtype, mesh, of_teacher), loss))
+    tiles = _TILES[workload.needs]
+    items.append(Item(f"vocabulary tiles, {tiles} of them", tiles * _tile(workload, workload.micro_rows), loss))
+    return [
+        *items,
+        Item("head's gradient", table * _size(workload.dtype), backward),
+        Item("gradient of a micro-batch", cast if cast else kept * (parts > 1), backward),
+        Item("a layer's activations, backward", _backward_bytes(workload), backward),
+    ]
+
+
+def _kept_weights(workload: Workload) -> int:
+    """Without recomputation the backward pass finds the layers' kernels as the forward pass gathered them."""
+    if workload.config.train.remat or workload.mesh["fsdp"] == 1 or "fsdp" not in workload.config.student.split_over:
+        return 0
+    student = workload.student
+    return student.num_layers * _layer_kernels(student) // workload.mesh["tensor"] * _size(workload.dtype)
 
 
 def kept_activations(workload: Workload) -> int:
@@ -268,10 +309,10 @@ def _residual_bytes(model: DecoderConfig, dtype: str, rows: int, columns: int, r
 
 
 def _backward_bytes(workload: Workload) -> int:
-    """One layer as the backward pass sees it: probabilities of the attention, the MLP's inputs and their cotangents."""
+    """One layer as the backward pass sees it: scores and their cotangents in float32, probabilities, the MLP and its cotangents."""
     model, rows, columns = workload.student, workload.micro_rows, workload.columns
     tensor, size = workload.mesh["tensor"], _size(workload.dtype)
-    attention = rows * model.num_heads // tensor * columns * columns * size
+    attention = rows * model.num_heads // tensor * columns * columns * (2 * 4 + size)
     return attention + rows * columns * (6 * model.intermediate_size // tensor + 8 * model.hidden_size) * size
 
 
@@ -301,8 +342,7 @@ def _sample_bound(workload: Workload) -> Bound:
     config = workload.config
     if config.sampling.source == "references":
         return _bound(workload, 0.0, 0.0)
-    is_student = config.sampling.source == "student"
-    model, dtype = (workload.student, workload.dtype) if is_student else (workload.scoring_model, workload.teacher_dtype)
+    model, dtype = _sampled_model(workload)
     rows, prompt, length = config.rows_per_step, workload.prompt_columns, config.sampling.max_completion_length
     flops = _forward_flops(model, rows * prompt, prompt) + _forward_flops(model, rows * length, prompt + length / 2)
     flops += _head_flops(model, rows * length)

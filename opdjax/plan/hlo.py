@@ -66,18 +66,17 @@ def collectives(text: str) -> list[Collective]:
     return found
 
 
-def most_rows(text: str, widths: Collection[int], heads: Collection[tuple[int, int]]) -> int:
-    """The most rows that any array with a dimension of one of `widths` has; arrays of the shapes `heads`, in either order, aside.
+def most_rows(text: str, widths: Collection[int], sides: Collection[int]) -> int:
+    """The most rows that any array has whose last dimension is one of `widths`; a matrix with as many rows as one of `sides` aside.
 
-    With `widths` those of the vocabulary on a device it tells how many tokens' logits are held at once.
+    With `widths` the vocabulary on a device and `sides` the models' widths it tells how many tokens' logits are held at once: an
+    unembedding is [V, D], and its transpose is no logits either.
     """
-    parameters = {tuple(sorted(shape)) for shape in heads}
     most = 0
     for dims in {match.group(2) for match in _SHAPE.finditer(text)}:
-        shape = [int(size) for size in dims.split(",") if size]
-        wide = next((size for size in shape if size in widths), None)
-        if wide is not None and tuple(sorted(size for size in shape if size > 1)) not in parameters:
-            most = max(most, math.prod(shape) // wide)
+        *rows, width = [int(size) for size in dims.split(",") if size] or [0]
+        if width in widths and not (len(rows) == 1 and rows[0] in sides):
+            most = max(most, math.prod(rows))
     return most
 
 

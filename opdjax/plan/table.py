@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from opdjax.plan.aot import Program
-from opdjax.plan.arithmetic import PHASES, Plan
+from opdjax.plan.arithmetic import PROGRAMS, Plan
 from opdjax.plan.hlo import Collective
 
 _GIB, _MIB = 2**30, 2**20
@@ -35,25 +35,34 @@ def _heading(plan: Plan) -> str:
 
 
 def _memory(plan: Plan) -> str:
-    lines = [f"{'GiB on a device':46}" + "".join(f"{phase:>10}" for phase in PHASES)]
-    for item in plan.items:
-        lines.append(f"{item.name:46}" + "".join(_cell(item.num_bytes if phase in item.phases else 0) for phase in PHASES))
-    lines.append(f"{'in all':46}" + "".join(_cell(plan.held(phase)) for phase in PHASES))
-    lines.append(f"{'left of what programs may use':46}" + "".join(_cell(plan.capacity - plan.held(phase)) for phase in PHASES))
+    phases = plan.phases
+    lines = [f"{'GiB on a device':46}" + "".join(f"{phase:>12}" for phase in phases)]
+    for name, sizes in _by_name(plan).items():
+        lines.append(f"{name:46}" + "".join(_cell(sizes.get(phase, 0)) for phase in phases))
+    lines.append(f"{'in all':46}" + "".join(_cell(plan.held(phase)) for phase in phases))
+    lines.append(f"{'left of what programs may use':46}" + "".join(_cell(plan.capacity - plan.held(phase)) for phase in phases))
     return "\n".join(lines)
 
 
+def _by_name(plan: Plan) -> dict[str, dict[str, int]]:
+    """Name -> phase -> bytes: what is held in two phases in different sizes stands in one line."""
+    rows: dict[str, dict[str, int]] = defaultdict(dict)
+    for item in plan.items:
+        rows[item.name] |= dict.fromkeys(item.phases, item.num_bytes)
+    return rows
+
+
 def _cell(num_bytes: int) -> str:
-    return f"{num_bytes / _GIB:10.3f}" if num_bytes else f"{'':10}"
+    return f"{num_bytes / _GIB:12.3f}" if num_bytes else f"{'':12}"
 
 
 def _work(plan: Plan) -> str:
-    lines = [f"{'work of a step':46}" + "".join(f"{phase:>10}" for phase in PHASES)]
-    bounds = [plan.bounds[phase] for phase in PHASES]
-    lines.append(f"{'10^12 floating-point operations, all devices':46}" + "".join(f"{bound.flops / 1e12:10.1f}" for bound in bounds))
-    lines.append(f"{'seconds at least, nothing sent between devices':46}" + "".join(f"{bound.seconds:10.3f}" for bound in bounds))
+    lines = [f"{'work of a step':46}" + "".join(f"{phase:>12}" for phase in PROGRAMS)]
+    bounds = [plan.bounds[phase] for phase in PROGRAMS]
+    lines.append(f"{'10^12 floating-point operations, all devices':46}" + "".join(f"{bound.flops / 1e12:12.1f}" for bound in bounds))
+    lines.append(f"{'seconds at least, nothing sent between devices':46}" + "".join(f"{bound.seconds:12.3f}" for bound in bounds))
     limits = ("" if bound.seconds == 0 else "memory" if bound.is_by_memory else "arithmetic" for bound in bounds)
-    lines.append(f"{'limited by':46}" + "".join(f"{limit:>10}" for limit in limits))
+    lines.append(f"{'limited by':46}" + "".join(f"{limit:>12}" for limit in limits))
     config = plan.workload.config
     drawn = config.rows_per_step * config.sampling.max_completion_length
     seconds = sum(bound.seconds for bound in bounds)
@@ -63,16 +72,16 @@ def _work(plan: Plan) -> str:
 
 def _compiled(plan: Plan, programs: list[Program]) -> str:
     title = f"compiled for {plan.workload.topology.jax_name}, GiB on a device"
-    names = ("arguments", "temporary", "together", "counted", "ratio", "seconds")
+    names = ("arguments", "temporary", "peak", "counted", "ratio", "seconds")
     lines = [f"{title:46}" + "".join(f"{name:>11}" for name in names)]
     for program in programs:
         if program.problem is not None:
             lines.append(f"{program.name:46}{program.problem}")
             continue
-        together, counted = program.argument_bytes + program.temp_bytes, plan.of_program(program.name)
-        sizes = (program.argument_bytes, program.temp_bytes, together, counted)
+        counted = plan.of_program(program.name)
+        sizes = (program.argument_bytes, program.temp_bytes, program.peak_bytes, counted)
         cells = "".join(f"{size / _GIB:11.3f}" for size in sizes)
-        lines.append(f"{program.name:46}{cells}{counted / together:11.2f}{program.compile_seconds:11.0f}")
+        lines.append(f"{program.name:46}{cells}{counted / program.peak_bytes:11.2f}{program.compile_seconds:11.0f}")
     tile = min(plan.workload.config.estimator.tile, plan.workload.micro_rows * plan.workload.columns)
     widest = max((program.most_logit_rows for program in programs if program.name != "sample"), default=0)
     tokens = plan.workload.micro_rows * plan.workload.columns
@@ -112,7 +121,7 @@ def _short(name: str) -> str:
 def verdict(plan: Plan, programs: list[Program] | None = None) -> str:
     """One line a phase that does not fit, or one that says that all do."""
     lines = []
-    for phase in PHASES:
+    for phase in plan.phases:
         if (item := plan.first_over(phase)) is not None:
             lines.append(
                 f"does not fit: {phase} holds {plan.held(phase) / _GIB:.2f} GiB of {plan.capacity / _GIB:.2f}; the first item too many is "
@@ -120,11 +129,11 @@ def verdict(plan: Plan, programs: list[Program] | None = None) -> str:
             )
     lines += [f"does not fit: {program.name}: {program.problem}" for program in programs or () if program.problem is not None]
     for program in programs or ():
-        beside = sum(item.num_bytes for item in plan.items if program.name in item.outside and program.name in item.phases)
+        beside = max(plan.beside(phase) for phase in PROGRAMS[program.name])
         if program.problem is None and program.peak_bytes + beside > plan.capacity:
             held = f"{program.peak_bytes / _GIB:.2f} GiB as compiled and {beside / _GIB:.2f} beside it"
             lines.append(f"does not fit: {program.name} holds {held}, of {plan.capacity / _GIB:.2f}")
-    fullest = max(PHASES, key=plan.held)
+    fullest = max(plan.phases, key=plan.held)
     return "\n".join(lines) or f"fits: {fullest} holds most, {plan.held(fullest) / _GIB:.2f} of {plan.capacity / _GIB:.2f} GiB"
 
 
