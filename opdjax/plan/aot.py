@@ -5,25 +5,28 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from opdjax.decoding import Decoding
 from opdjax.models.decoder import DecoderConfig, head_of, parameter_shapes
 from opdjax.models.layout import shardings_of
 from opdjax.plan.hlo import Collective, collectives, most_rows
 from opdjax.plan.topology import Topology
 from opdjax.plan.workload import Workload
 from opdjax.prepare import spec_of
-from opdjax.sampler import Decoding, sample
+from opdjax.sampler import Placed, advance, block_size, num_slots, prefill, start
 from opdjax.scoring.local import score
 from opdjax.sharding import by_row, make_mesh, replicated
 from opdjax.train_state import init_state, make_optimizer, make_update
-from opdjax.types import PromptBatch, TeacherScores, TrainBatch
+from opdjax.types import TeacherScores, TrainBatch
 
 
 class NoCompilerError(RuntimeError):
@@ -72,21 +75,17 @@ def describe(topology: Topology) -> list[Any]:
 
 
 def compile_programs(workload: Workload) -> list[Program]:
-    """The programs of a step: the sampler's, the teacher's pass where there is one, the update."""
+    """The programs of a step: the sampler's two, the teacher's pass where there is one, the update."""
     mesh = make_mesh(**workload.mesh, devices=describe(workload.topology))
-    return [measure(name, lowered, workload) for name, lowered in programs(workload, mesh).items()]
-
-
-def programs(workload: Workload, mesh: Mesh) -> dict[str, Any]:
-    """Name -> a function that lowers the program with abstract arguments, laid out as the run's are."""
-    config = workload.config
-    found = {}
-    if config.sampling.source != "references":
-        found["sample"] = partial(_lower_sample, workload, mesh)
+    found = [] if workload.config.sampling.source == "references" else _compile_sampler(workload, mesh)
     if workload.needs != "none":
-        found["teacher"] = partial(_lower_score, workload, mesh)
-    found["update"] = partial(_lower_update, workload, mesh)
-    return found
+        found.append(measure("teacher", partial(_lower_score, workload, mesh), workload)[0])
+    return [*found, compile_update(workload, mesh)]
+
+
+def compile_update(workload: Workload, mesh: Mesh) -> Program:
+    """The update alone."""
+    return measure("update", partial(_lower_update, workload, mesh), workload)[0]
 
 
 def abstract_params(model: DecoderConfig, dtype: str, mesh: Mesh, split_over: tuple[str, ...]) -> Any:
@@ -149,32 +148,61 @@ def _lower_score(workload: Workload, mesh: Mesh) -> Any:
     return score.lower(params, head_of(params), _batch(workload, mesh), **how)
 
 
-def _lower_sample(workload: Workload, mesh: Mesh) -> Any:
+def _sampled(workload: Workload, mesh: Mesh) -> tuple[Any, dict[str, Any], tuple[int, int]]:
+    """(parameters, static arguments, (slots, prompts read at a time)) of what the sampler runs."""
     config, sampling = workload.config, workload.config.sampling
-    is_student = sampling.source == "student"
-    params = abstract_params(workload.student, workload.dtype, mesh, sampling.split_over) if is_student else _teacher_params(workload, mesh)
-    decoding = Decoding(sampling.max_completion_length, (0,), sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
-    whole = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))  # noqa: E731
-    count, width = config.train.prompts_per_step, workload.prompt_columns
-    prompts = PromptBatch(whole(jnp.int32, count, width), whole(jnp.bool_, count, width), whole(jnp.int32, count))
-    how = {"config": workload.student if is_student else workload.scoring_model, "decoding": decoding, "mesh": mesh}
-    return sample.lower(params, prompts, 0, 0, num_generations=sampling.num_generations, **how)
+    is_student = sampling.source == "student" or workload.teacher is None
+    model = workload.student if is_student else workload.teacher
+    params = abstract_params(model, workload.dtype, mesh, sampling.split_over) if is_student else _teacher_params(workload, mesh)
+    filters = (sampling.top_k, sampling.top_p, sampling.min_p)
+    decoding = Decoding(sampling.max_completion_length, (0,), sampling.temperature, *filters, kv_dtype=sampling.kv_dtype)
+    slots = num_slots(sampling.slots, config.rows_per_step, mesh)
+    return params, {"config": model, "decoding": decoding, "mesh": mesh}, (slots, block_size(slots, sampling.num_generations, mesh))
 
 
-def measure(name: str, lower: Any, workload: Workload) -> Program:
-    """Lower, compile and read what the compiler says."""
+def _compile_sampler(workload: Workload, mesh: Mesh) -> list[Program]:
+    """Reading prompts, and decoding at the longest ring, which takes most."""
+    params, static, (slots, block) = _sampled(workload, mesh)
+    width, count = workload.prompt_columns, workload.config.rows_per_step
+    whole = partial(jax.ShapeDtypeStruct, (block, width), sharding=replicated(mesh))
+    reading = prefill, (params, whole(jnp.int32), whole(jnp.bool_)), {"width": width, **static}
+    of_prefill, compiled = measure("prefill", partial(_lower, reading), workload)
+    if compiled is None:
+        return [of_prefill]
+    empty = start, (params,), {"slots": slots, "rows": count, "columns": width + static["decoding"].max_completion_length, **static}
+    state = _results(empty, _lower(empty).compile())
+    of_slot, number = np.zeros(slots, np.int32), np.int32(0)
+    placed = Placed(of_slot, of_slot, of_slot, of_slot)
+    arguments = (params, state, _results(reading, compiled), placed, np.zeros(3, np.int32), number, number)
+    decoding = advance, arguments, {"prompt_columns": width, **static}
+    return [of_prefill, measure("sample", partial(_lower, decoding), workload)[0]]
+
+
+def _lower(call: tuple[Any, tuple, dict[str, Any]]) -> Any:
+    function, arguments, static = call
+    return function.lower(*arguments, **static)
+
+
+def _results(call: tuple[Any, tuple, dict[str, Any]], compiled: Any) -> Any:
+    """What a call returns, laid out as its compiled program returns it."""
+    function, arguments, static = call
+    return _laid_out(function.eval_shape(*arguments, **static), compiled.output_shardings)
+
+
+def measure(name: str, lower: Callable, workload: Workload) -> tuple[Program, Any]:
+    """(what the compiler says of a program, the program itself; None where it does not fit)."""
     began = time.monotonic()
     try:
         compiled = lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Program(name, 0, 0, 0, 0, 0.0, time.monotonic() - began, [], 0, problem=str(error).partition("\n")[0])
+        return Program(name, 0, 0, 0, 0, 0.0, time.monotonic() - began, [], 0, problem=str(error).partition("\n")[0]), None
     seconds = time.monotonic() - began
     memory, text = compiled.memory_analysis(), compiled.as_text()
     models = [model for model in (workload.student, workload.teacher) if model is not None]
     widths = {model.vocab_size // split for model in models for split in (1, workload.mesh["tensor"])}
-    return Program(
+    found = Program(
         name=name,
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
@@ -185,3 +213,4 @@ def measure(name: str, lower: Any, workload: Workload) -> Program:
         collectives=collectives(text),
         most_logit_rows=most_rows(text, widths, {model.hidden_size for model in models}),
     )
+    return found, compiled

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from opdjax.models.decoder import DecoderConfig, forward, parameter_shapes
 from opdjax.models.layout import specs_of
 from opdjax.plan.workload import Workload
+from opdjax.sampler import BLOCKS_PER_FILL
 
 # The update is looked at in the two moments when it may hold most: the pass over the vocabulary, and the backward pass of the layers.
-PHASES = ("sample", "teacher", "loss", "backward", "evaluate")
-PROGRAMS = {"sample": ("sample",), "teacher": ("teacher",), "update": ("loss", "backward")}
+PHASES = ("prefill", "sample", "teacher", "loss", "backward", "evaluate")
+PROGRAMS = {"prefill": ("prefill",), "sample": ("sample",), "teacher": ("teacher",), "update": ("loss", "backward")}
 _UPDATE = PROGRAMS["update"]
 # Arrays [tile, V] in float32 that stand at once in the loss: of the student alone, and where the teacher's distribution is read too.
 _TILES = {"none": 1, "token": 1, "vocabulary": 4}
@@ -100,7 +101,12 @@ class Plan:
 def foresee(workload: Workload) -> Plan:
     """Count everything that a run holds and does."""
     items = [*_standing(workload), *_sampling(workload), *_scoring(workload), *_updating(workload), *_evaluating(workload)]
-    bounds = {"sample": _sample_bound(workload), "teacher": _teacher_bound(workload), "update": _update_bound(workload)}
+    bounds = {
+        "prefill": _prefill_bound(workload),
+        "sample": _sample_bound(workload),
+        "teacher": _teacher_bound(workload),
+        "update": _update_bound(workload),
+    }
     return Plan(workload, tuple(item for item in items if item.num_bytes), bounds)
 
 
@@ -149,11 +155,11 @@ def _standing(workload: Workload) -> list[Item]:
     kept = parameter_bytes(student, "float32", mesh, config.student.split_over)
     published = parameter_bytes(student, workload.dtype, mesh, config.sampling.split_over)
     items = [
-        Item("student's parameters, float32", kept, PHASES, True, ("sample", "teacher", "evaluate")),
-        Item("optimizer's two moments", 2 * kept, PHASES, True, ("sample", "teacher", "evaluate")),
+        Item("student's parameters, float32", kept, PHASES, True, ("prefill", "sample", "teacher", "evaluate")),
+        Item("optimizer's two moments", 2 * kept, PHASES, True, ("prefill", "sample", "teacher", "evaluate")),
     ]
     samples = config.sampling.source == "student"
-    outside = (*(() if samples else ("sample",)), *(() if config.teacher_is_student else ("teacher",)), "evaluate")
+    outside = (*(() if samples else ("prefill", "sample")), *(() if config.teacher_is_student else ("teacher",)), "evaluate")
     head = _head_name(workload.scoring_model)
     wants_head = workload.needs == "vocabulary"
     if config.teacher_is_student and wants_head:
@@ -165,7 +171,7 @@ def _standing(workload: Workload) -> list[Item]:
         split = config.teacher.split_over
         head_bytes = parameter_bytes(workload.teacher, workload.teacher_dtype, mesh, split, head) if wants_head else 0
         rest = parameter_bytes(workload.teacher, workload.teacher_dtype, mesh, split) - head_bytes
-        unseen = ("evaluate",) if config.sampling.source == "teacher" else ("sample", "evaluate")
+        unseen = ("evaluate",) if config.sampling.source == "teacher" else ("prefill", "sample", "evaluate")
         items.append(Item("teacher's head", head_bytes, PHASES, True, unseen))
         items.append(Item("teacher's parameters", rest, PHASES, True, (*unseen, *_UPDATE)))
     return items
@@ -184,7 +190,17 @@ def _sampling(workload: Workload) -> list[Item]:
     if sampling.source == "references":
         return []
     model, dtype = _sampled_model(workload)
-    return _generating(workload, "sample", model, dtype, workload.rows, sampling.max_completion_length)
+    kept = _storage(sampling.kv_dtype, dtype)
+    drawn = (workload.slots + workload.rows) * sampling.max_completion_length * 12
+    how = (model, dtype, kept, workload.slots, sampling.max_completion_length, sampling.num_generations)
+    return [
+        *_generating(workload, ("prefill", "sample"), *how),
+        Item("drawn tokens and their log-probabilities", drawn, ("prefill", "sample"), True, ("prefill",)),
+    ]
+
+
+def _storage(kv_dtype: str, dtype: str) -> str:
+    return dtype if kv_dtype == "auto" else kv_dtype
 
 
 def _sampled_model(workload: Workload) -> tuple[DecoderConfig, str]:
@@ -199,25 +215,30 @@ def _evaluating(workload: Workload) -> list[Item]:
     if config.evaluation.source is None:
         return []
     copy = parameter_bytes(workload.student, workload.dtype, workload.mesh, config.sampling.split_over)
-    rows = -(-config.evaluation.batch_size // workload.row_shards)
-    length = config.evaluation.max_completion_length
-    generating = _generating(workload, "evaluate", workload.student, workload.dtype, rows, length)
-    return [Item("a second published copy", copy, ("evaluate",), True), *generating]
+    rows, length = -(-config.evaluation.batch_size // workload.row_shards), config.evaluation.max_completion_length
+    how = (workload.student, workload.dtype, workload.dtype, rows, length, config.evaluation.num_samples)
+    return [Item("a second published copy", copy, ("evaluate",), True), *_generating(workload, ("evaluate",), *how)]
 
 
-def _generating(workload: Workload, phase: str, model: DecoderConfig, dtype: str, rows: int, length: int) -> list[Item]:
+def _generating(
+    workload: Workload, phases: tuple[str, ...], model: DecoderConfig, dtype: str, kept: str, rows: int, length: int, group: int
+) -> list[Item]:
+    """`rows` rows in decoding, and the prompts of the next ones, each of which a group of completions shares."""
     prompt, tensor = workload.prompt_columns, workload.mesh["tensor"]
+    waiting = -(-rows // (group * BLOCKS_PER_FILL))
     logits = rows * model.vocab_size // tensor * 4
     return [
-        Item("KV cache, prompt and completion", cache_bytes(model, dtype, rows, prompt + length, tensor), (phase,)),
-        Item(f"logits of the drawn tokens, {_DRAW_COPIES} arrays", _DRAW_COPIES * logits, (phase,)),
-        Item("a layer's activations in the prefill", _forward_bytes(model, dtype, rows, prompt, tensor), (phase,)),
+        Item("KV cache, prompt and completion", cache_bytes(model, kept, rows, prompt + length, tensor), phases, True, phases[:-1]),
+        Item("KV cache of prompts that wait", cache_bytes(model, kept, waiting, prompt, tensor), phases),
+        Item(f"logits of the drawn tokens, {_DRAW_COPIES} arrays", _DRAW_COPIES * logits, phases[-1:]),
+        Item("a layer's activations of the prompts", _forward_bytes(model, dtype, waiting, prompt, tensor), phases[:1]),
     ]
 
 
 def cache_bytes(model: DecoderConfig, dtype: str, rows: int, columns: int, tensor: int = 1) -> int:
-    """Keys and values of `rows` rows of `columns` columns, all layers."""
-    return 2 * model.num_layers * rows * columns * model.num_kv_heads // tensor * model.head_size * _size(dtype)
+    """Keys and values of `rows` rows of `columns` columns, all layers; int8 ones with a float32 scale each."""
+    each = model.head_size * _size(dtype) + 4 * (dtype == "int8")
+    return 2 * model.num_layers * rows * columns * model.num_kv_heads // tensor * each
 
 
 def _forward_bytes(model: DecoderConfig, dtype: str, rows: int, columns: int, tensor: int) -> int:
@@ -337,6 +358,17 @@ def _bound(workload: Workload, flops: float, traffic: float) -> Bound:
     return Bound(flops, traffic, max(by_flops, by_memory), by_memory > by_flops)
 
 
+def _prefill_bound(workload: Workload) -> Bound:
+    """A prompt is read once for all its completions."""
+    config, prompt = workload.config, workload.prompt_columns
+    if config.sampling.source == "references":
+        return _bound(workload, 0.0, 0.0)
+    model, dtype = _sampled_model(workload)
+    weights = parameter_bytes(model, dtype, workload.mesh, ("tensor",))
+    blocks = -(-workload.rows * BLOCKS_PER_FILL // workload.slots)
+    return _bound(workload, _forward_flops(model, config.train.prompts_per_step * prompt, prompt), blocks * weights)
+
+
 def _sample_bound(workload: Workload) -> Bound:
     """Decoding reads weights and cache anew for every token; rows that end early are not foreseen."""
     config = workload.config
@@ -344,11 +376,12 @@ def _sample_bound(workload: Workload) -> Bound:
         return _bound(workload, 0.0, 0.0)
     model, dtype = _sampled_model(workload)
     rows, prompt, length = config.rows_per_step, workload.prompt_columns, config.sampling.max_completion_length
-    flops = _forward_flops(model, rows * prompt, prompt) + _forward_flops(model, rows * length, prompt + length / 2)
-    flops += _head_flops(model, rows * length)
+    flops = _forward_flops(model, rows * length, prompt + length / 2) + _head_flops(model, rows * length)
     weights = parameter_bytes(model, dtype, workload.mesh, ("tensor",))
-    mean_cache = cache_bytes(model, dtype, workload.rows, prompt + length // 2, workload.mesh["tensor"])
-    return _bound(workload, flops, length * (weights + mean_cache))
+    kept = _storage(config.sampling.kv_dtype, dtype)
+    mean_cache = cache_bytes(model, kept, workload.rows, prompt + length // 2, workload.mesh["tensor"])
+    # With fewer slots than rows the weights are read that much oftener.
+    return _bound(workload, flops, length * (weights * workload.rows / workload.slots + mean_cache))
 
 
 def _teacher_bound(workload: Workload) -> Bound:

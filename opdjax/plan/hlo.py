@@ -22,7 +22,8 @@ class Collective:
     kind: str
     num_bytes: int  # on a device, each time: the larger of what goes in and what comes out
     loop: str | None  # the while loops that it stands in, outermost first; None: it runs once
-    times: int | None  # that it runs; None: in a loop whose number of rounds is not known before it runs
+    times: int  # that it runs, each loop around it whose rounds only the data tell taken as one round
+    is_open: bool  # whether there is such a loop
     source: str  # the operation of the program that it was made for
 
 
@@ -61,8 +62,8 @@ def collectives(text: str) -> list[Collective]:
             made -= given  # such a start returns its operands beside its results
         # XLA for TPU keeps a reduce-scatter as a computation of that name, an all-reduce and a slice in one kernel.
         kind = "reduce-scatter" if each.computation.startswith("all-reduce-scatter") else kind
-        loops, times = _loops_around(each.computation, callers, counts)
-        found.append(Collective(kind, max(given, made), " > ".join(loops) or None, times, each.source))
+        loops, times, is_open = _loops_around(each.computation, callers, counts)
+        found.append(Collective(kind, max(given, made), " > ".join(loops) or None, times, is_open, each.source))
     return found
 
 
@@ -121,16 +122,16 @@ def _rounds(loop: _Instruction, counts: dict[str, int]) -> int | None:
     return int(written.group(1)) if written else counts.get(re.search(r"condition=%([\w.-]+)", loop.rest).group(1))
 
 
-def _loops_around(computation: str, callers: dict[str, _Instruction], counts: dict[str, int]) -> tuple[list[str], int | None]:
-    """(names of the while loops around a computation, outermost first; rounds in all, None where a loop does not tell)."""
-    loops, times = [], 1
+def _loops_around(computation: str, callers: dict[str, _Instruction], counts: dict[str, int]) -> tuple[list[str], int, bool]:
+    """(names of the while loops around a computation, outermost first; rounds of those that tell; whether one does not)."""
+    loops, times, is_open = [], 1, False
     while caller := callers.get(computation):
         if caller.opcode == "while":
             loops.append(caller.source)
             rounds = _rounds(caller, counts)
-            times = None if rounds is None or times is None else times * rounds
+            times, is_open = times * (rounds or 1), is_open or rounds is None
         computation = caller.computation
-    return loops[::-1], times
+    return loops[::-1], times, is_open
 
 
 def _num_bytes(type_: str) -> int:

@@ -27,9 +27,11 @@ def _heading(plan: Plan) -> str:
     idle = topology.chips - workload.devices
     rest = f"; {idle} devices are left idle" if idle else ""
     parts = config.train.gradient_accumulation_steps
+    packed = f", packed into rows of {config.train.pack_length}" if config.train.pack_length else ""
+    tokens = f"{workload.prompt_columns} + {config.sampling.max_completion_length} tokens{packed}"
     return (
         f"{topology.name}: {topology.chips} devices of {topology.chip.hbm_bytes / _GIB:.2f} GiB, {hosts}; mesh {mesh}{rest}\n"
-        f"a step: {config.rows_per_step} rows of {workload.prompt_columns} + {config.sampling.max_completion_length} tokens; on a device "
+        f"a step: {config.rows_per_step} rows of {tokens}; on a device "
         f"{workload.rows} rows, {workload.micro_rows} at a time ({parts} micro-batches)"
     )
 
@@ -83,11 +85,9 @@ def _compiled(plan: Plan, programs: list[Program]) -> str:
         cells = "".join(f"{size / _GIB:11.3f}" for size in sizes)
         lines.append(f"{program.name:46}{cells}{counted / program.peak_bytes:11.2f}{program.compile_seconds:11.0f}")
     tile = min(plan.workload.config.estimator.tile, plan.workload.micro_rows * plan.workload.columns)
-    widest = max((program.most_logit_rows for program in programs if program.name != "sample"), default=0)
+    widest = max((program.most_logit_rows for program in programs if program.name in ("teacher", "update")), default=0)
     tokens = plan.workload.micro_rows * plan.workload.columns
-    lines.append(
-        f"logits of at most {widest:,} tokens stand in one array (estimator.tile {tile:,}; a micro-batch has {tokens:,} on a device)"
-    )
+    lines.append(f"logits of at most {widest:,} tokens stand in one array; a tile has {tile:,}, a micro-batch {tokens:,} on a device")
     return "\n".join(lines)
 
 
@@ -100,11 +100,10 @@ def _traffic(program: Program) -> str:
         return ""
     rows = []
     for (kind, loop), members in groups.items():
-        sent = sum(each.num_bytes * (each.times or 1) for each in members)
-        times = sum(each.times or 1 for each in members)
-        rounds = f"{times}" if all(each.times is not None for each in members) else f"{times} a round"
-        rows.append((sent, f"{kind:20}{len(members):>4}{rounds:>14}{sent / _MIB:>12.1f}  {_place(loop)}"))
-    lines = [f"{program.name + ': collectives':20}{'':>4}{'runs':>14}{'MiB a step':>12}  in the loop"]
+        sent, times = sum(each.num_bytes * each.times for each in members), sum(each.times for each in members)
+        rounds = " a round" if any(each.is_open for each in members) else ""
+        rows.append((sent, f"{kind:20}{len(members):>4}{f'{times}{rounds}':>14}{sent / _MIB:>12.1f}  {_place(loop)}"))
+    lines = [f"{program.name + ': collectives':20}{'':>4}{'runs':>14}{'MiB':>12}  in the loop"]
     return "\n".join(lines + [line for _, line in sorted(rows, key=lambda row: -row[0])])
 
 

@@ -65,8 +65,14 @@ class Workload:
 
     @property
     def columns(self) -> int:
-        """Of a row: prompt and completion."""
-        return self.prompt_columns + self.config.sampling.max_completion_length
+        """Of a row that is scored and trained on: prompt and completion, or what several rollouts share."""
+        return self.config.train.pack_length or self.prompt_columns + self.config.sampling.max_completion_length
+
+    @property
+    def slots(self) -> int:
+        """Rows that one device decodes at a time in a step."""
+        slots = self.config.sampling.slots
+        return self.rows if slots is None else min(slots // self.row_shards, self.rows)
 
 
 def read_workload(config: Config, topology: Topology) -> Workload:

@@ -22,7 +22,7 @@ def test_without_libtpu_it_is_said_what_to_install():
 def test_a_tiny_run_compiles_for_v5e(run_of):
     workload = run_of("v5e-8", micro=1, fsdp=8)
     programs = {program.name: program for program in compile_programs(workload)}
-    assert set(programs) == {"sample", "teacher", "update"}
+    assert set(programs) == {"prefill", "sample", "teacher", "update"}
     update = programs["update"]
     counted = sum(
         item.num_bytes for item in foresee(workload).items if "loss" in item.phases and "loss" not in item.outside and item.is_argument

@@ -6,7 +6,7 @@ import jax
 
 from opdjax.config import Config, DataConfig, EvaluationConfig, MeshConfig, SamplingConfig, TrainConfig
 from opdjax.models.decoder import init_params
-from opdjax.plan.aot import measure, programs
+from opdjax.plan.aot import compile_update
 from opdjax.plan.arithmetic import cache_bytes, foresee, kept_activations, num_parameters, parameter_bytes
 from opdjax.plan.topology import topology
 from opdjax.plan.workload import read_workload
@@ -50,7 +50,8 @@ def test_what_each_phase_holds(run_of):
     assert update["vocabulary tiles, 4 of them"] == 4 * 8 * 32 * 4
     assert update["teacher's hidden states, whole batch"] == teacher["teacher's hidden states, whole batch"] == 2 * 32 * 16 * 2
     assert sizes(plan, "sample")["KV cache, prompt and completion"] == 2 * 2 * 2 * 32 * 1 * 4 * 2
-    assert plan.phases == ("sample", "teacher", "loss", "backward")
+    assert sizes(plan, "sample")["KV cache of prompts that wait"] == 2 * 2 * 1 * 16 * 1 * 4 * 2
+    assert plan.phases == ("prefill", "sample", "teacher", "loss", "backward")
     assert plan.of_program("update") == max(plan.held(phase) - plan.beside(phase) for phase in ("loss", "backward"))
 
 
@@ -128,7 +129,7 @@ def test_the_arguments_are_those_of_the_compiled_update():
         config, student=dataclasses.replace(config.student, dtype="float32"), teacher=dataclasses.replace(config.teacher, dtype="float32")
     )
     workload = read_workload(config, topology("v5e-8"))
-    program = measure("update", programs(workload, make_mesh(2, 4))["update"], workload)
+    program = compile_update(workload, make_mesh(2, 4))
     counted = [item for item in foresee(workload).items if "loss" in item.phases and "loss" not in item.outside and item.is_argument]
     counters = 5 * 4  # of the state: steps, skipped, in a row, and two of the optimizer's own
     assert sum(item.num_bytes for item in counted) + counters == program.argument_bytes

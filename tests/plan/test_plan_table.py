@@ -37,8 +37,8 @@ def plan_of(monkeypatch, capsys, model, tmp_path):
 
 
 def program(**changes):
-    collective = Collective("all-gather", 2**20, "jit(update)/while > jit(update)/while/body/closed_call/jvp()/while", 6, "x")
-    open_ended = Collective("all-reduce", 2**10, "jit(update)/tiles", None, "y")
+    collective = Collective("all-gather", 2**20, "jit(update)/while > jit(update)/while/body/closed_call/jvp()/while", 6, False, "x")
+    open_ended = Collective("all-reduce", 2**10, "jit(update)/tiles", 1, True, "y")
     fields = {"name": "update", "argument_bytes": 2**29, "output_bytes": 0, "alias_bytes": 0, "peak_bytes": 2**30, "flops": 1.0}
     fields |= {"compile_seconds": 3.0, "collectives": [collective, collective, open_ended], "most_logit_rows": 8}
     return Program(**(fields | changes))
@@ -49,9 +49,9 @@ def test_the_table(run_of):
     shown = text(plan)
     assert shown.startswith(HEADING)
     lines = {line[:46].rstrip(): line[46:].split() for line in shown.splitlines()}
-    assert lines["GiB on a device"] == ["sample", "teacher", "loss", "backward"]
-    assert len(lines["in all"]) == 4
-    assert lines["limited by"][0] == "memory"
+    assert lines["GiB on a device"] == ["prefill", "sample", "teacher", "loss", "backward"]
+    assert len(lines["in all"]) == 5
+    assert lines["limited by"][1] == "memory"
     assert "at most 128 tokens of completions a step" in shown
     assert shown.endswith(f"of {plan.capacity / 2**30:.2f} GiB")
 
@@ -84,7 +84,7 @@ def test_the_status_tells_whether_it_fits(plan_of):
     assert status == 1
     last = out.splitlines()[-1]
     assert last.startswith("does not fit: backward holds ")
-    assert "the first item too many is 'a layer's activations, backward'" in last.replace('"', "'")
+    assert "the first item too many is 'activations kept for the backward pass'" in last
 
 
 @pytest.mark.parametrize(
