@@ -93,7 +93,7 @@ def test_help_lists_every_verb(opdjax):
         assert (status, err) == (0, "")
         listed = re.findall(r"^  (\w+) ", out, re.MULTILINE)
         assert listed == list(cli.VERBS)
-        assert {"train", "sweep", "table", "report", "doctor", "audit", "sample", "evaluate", "import", "export"} == set(listed)
+        assert {"train", "plan", "sweep", "table", "report", "doctor", "audit", "sample", "evaluate", "import", "export"} == set(listed)
     status, out, _ = opdjax()
     assert status == 2
     assert "usage: opdjax VERB" in out
