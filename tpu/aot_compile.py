@@ -8,16 +8,22 @@ name made of experiment, topology and overrides. Needs libtpu beside jax: pip in
 
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
+import jax
 import tyro
 
 from opdjax.config import Config
 from opdjax.experiments import load_experiment
-from opdjax.fields import ConfigError
+from opdjax.plan.aot import Program, compile_programs
+from opdjax.plan.arithmetic import foresee
+from opdjax.plan.hlo import traffic
+from opdjax.plan.table import fits, text
+from opdjax.plan.topology import topology
+from opdjax.plan.workload import read_workload
 
 
 def main(arguments: list[str]) -> int:
@@ -32,13 +38,7 @@ def main(arguments: list[str]) -> int:
         file, rest = pathlib.Path(rest[at + 1]), [*rest[:at], *rest[at + 2 :]]
     config = tyro.cli(Config, args=rest, default=load_experiment(experiment), prog="aot_compile.py EXPERIMENT TOPOLOGY")
     # No chip of this machine is needed, nor may one be taken from a run.
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    from opdjax.plan.aot import compile_programs
-    from opdjax.plan.arithmetic import foresee
-    from opdjax.plan.table import fits, text
-    from opdjax.plan.topology import topology
-    from opdjax.plan.workload import read_workload
-
+    jax.config.update("jax_platforms", "cpu")
     plan = foresee(read_workload(config, topology(name)))
     programs = compile_programs(plan.workload)
     print(text(plan, programs))
@@ -49,10 +49,16 @@ def main(arguments: list[str]) -> int:
             "versions": {package: _version(package) for package in ("jax", "jaxlib", "libtpu")},
             "mesh": plan.workload.mesh,
             "counted_bytes": {program.name: plan.of_program(program.name) for program in programs},
-            "programs": [dataclasses.asdict(program) for program in programs],
+            "programs": [described(program) for program in programs],
         }
         file.write_text(json.dumps(found, indent=1) + "\n")
     return 0 if fits(plan, programs) else 1
+
+
+def described(program: Program) -> dict[str, Any]:
+    """A program as JSON holds it, its collectives by kind and loop."""
+    fields = dataclasses.asdict(dataclasses.replace(program, collectives=[]))
+    return fields | {"temp_bytes": program.temp_bytes, "collectives": [dataclasses.asdict(row) for row in traffic(program.collectives)]}
 
 
 def _version(package: str) -> str | None:
@@ -65,5 +71,5 @@ def _version(package: str) -> str | None:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (ConfigError, ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:
         sys.exit(f"aot_compile.py: {error}")

@@ -224,13 +224,21 @@ def _generating(
     workload: Workload, phases: tuple[str, ...], model: DecoderConfig, dtype: str, kept: str, rows: int, length: int, group: int
 ) -> list[Item]:
     """`rows` rows in decoding, and the prompts of the next ones, each of which a group of completions shares."""
-    prompt, tensor = workload.prompt_columns, workload.mesh["tensor"]
+    prompt, tensor, decoding = workload.prompt_columns, workload.mesh["tensor"], phases[-1:]
     waiting = -(-rows // (group * BLOCKS_PER_FILL))
     logits = rows * model.vocab_size // tensor * 4
+    cache, prefix = cache_bytes(model, kept, rows, prompt + length, tensor), cache_bytes(model, kept, waiting, prompt, tensor)
+    # A slot may be given a prompt that another device has read, so all of them are gathered; and the branch that places rows writes
+    # into a copy of the cache. Both were seen in the buffer assignment of `advance` for v5e, with half a cache of prompts (the keys,
+    # then the values) that were chosen.
+    everyones = prefix * workload.row_shards if workload.row_shards > 1 else 0
     return [
-        Item("KV cache, prompt and completion", cache_bytes(model, kept, rows, prompt + length, tensor), phases, True, phases[:-1]),
-        Item("KV cache of prompts that wait", cache_bytes(model, kept, waiting, prompt, tensor), phases),
-        Item(f"logits of the drawn tokens, {_DRAW_COPIES} arrays", _DRAW_COPIES * logits, phases[-1:]),
+        Item("KV cache, prompt and completion", cache, phases, True, phases[:-1]),
+        Item("KV cache of prompts that wait", prefix, phases),
+        Item("KV cache, as rows are placed in it", cache, decoding),
+        Item("prompts that wait on all devices, chosen of", everyones + cache_bytes(model, kept, rows, prompt, tensor) // 2, decoding),
+        Item(f"logits of the drawn tokens, {_DRAW_COPIES} arrays", _DRAW_COPIES * logits, decoding),
+        Item("KV cache of prompts, as it is written", prefix, phases[:1]),
         Item("a layer's activations of the prompts", _forward_bytes(model, dtype, waiting, prompt, tensor), phases[:1]),
     ]
 
@@ -242,9 +250,9 @@ def cache_bytes(model: DecoderConfig, dtype: str, rows: int, columns: int, tenso
 
 
 def _forward_bytes(model: DecoderConfig, dtype: str, rows: int, columns: int, tensor: int) -> int:
-    """The most that one layer of a forward pass holds: attention's probabilities, in float32 and as they are multiplied, or the MLP."""
+    """The most that one layer of a forward pass holds: the scores of the attention in float32, or the MLP; and the residual stream."""
     heads, width = model.num_heads // tensor, model.intermediate_size // tensor
-    attention = rows * heads * columns * columns * (4 + _size(dtype))
+    attention = rows * heads * columns * columns * 4
     return max(attention, rows * columns * 3 * width * _size(dtype)) + 2 * rows * columns * model.hidden_size * 4
 
 

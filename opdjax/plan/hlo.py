@@ -67,6 +67,33 @@ def collectives(text: str) -> list[Collective]:
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """The collectives of one kind in one place."""
+
+    kind: str
+    loop: str | None
+    instructions: int
+    runs: int  # as `Collective.times`, all of them together
+    num_bytes: int  # of all runs
+    is_open: bool
+
+
+def traffic(found: list[Collective]) -> list[Traffic]:
+    """Collectives by kind and loop, those that send most first."""
+    groups: dict[tuple[str, str | None], list[Collective]] = {}
+    for each in found:
+        groups.setdefault((each.kind, each.loop), []).append(each)
+    rows = [
+        Traffic(
+            kind, loop, len(members), sum(each.times for each in members), sum(each.num_bytes * each.times for each in members),
+            any(each.is_open for each in members),
+        )
+        for (kind, loop), members in groups.items()
+    ]  # fmt: skip
+    return sorted(rows, key=lambda row: -row.num_bytes)
+
+
 def most_rows(text: str, widths: Collection[int], sides: Collection[int]) -> int:
     """The most rows that any array has whose last dimension is one of `widths`; a matrix with as many rows as one of `sides` aside.
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 
 from opdjax.plan.aot import Program
 from opdjax.plan.arithmetic import PROGRAMS, Plan
-from opdjax.plan.hlo import Collective
+from opdjax.plan.hlo import traffic
 
 _GIB, _MIB = 2**30, 2**20
 
@@ -93,18 +93,13 @@ def _compiled(plan: Plan, programs: list[Program]) -> str:
 
 def _traffic(program: Program) -> str:
     """Collectives of a program by kind and loop, those that send most first."""
-    groups: dict[tuple[str, str | None], list[Collective]] = defaultdict(list)
-    for each in program.collectives:
-        groups[each.kind, each.loop].append(each)
-    if not groups:
+    if not program.collectives:
         return ""
-    rows = []
-    for (kind, loop), members in groups.items():
-        sent, times = sum(each.num_bytes * each.times for each in members), sum(each.times for each in members)
-        rounds = " a round" if any(each.is_open for each in members) else ""
-        rows.append((sent, f"{kind:20}{len(members):>4}{f'{times}{rounds}':>14}{sent / _MIB:>12.1f}  {_place(loop)}"))
     lines = [f"{program.name + ': collectives':20}{'':>4}{'runs':>14}{'MiB':>12}  in the loop"]
-    return "\n".join(lines + [line for _, line in sorted(rows, key=lambda row: -row[0])])
+    for row in traffic(program.collectives):
+        runs = f"{row.runs}{' a round' if row.is_open else ''}"
+        lines.append(f"{row.kind:20}{row.instructions:>4}{runs:>14}{row.num_bytes / _MIB:>12.1f}  {_place(row.loop)}")
+    return "\n".join(lines)
 
 
 def _place(loop: str | None) -> str:
