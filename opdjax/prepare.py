@@ -118,9 +118,9 @@ def _for_this_machine(checkpoint: Checkpoint, model: ModelConfig, role: str) -> 
     return dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, attention=attention))
 
 
-def attention_of(model: ModelConfig, head_size: int, role: str) -> Implementation:
-    """The implementation of a model's attention on this machine; ConfigError where the one that is asked for cannot run."""
-    backend, asked = jax.default_backend(), f"{role}.attention"
+def attention_of(model: ModelConfig, head_size: int, role: str, backend: str | None = None) -> Implementation:
+    """The implementation of a model's attention on a backend (None: this machine's); ConfigError where what is asked for cannot run."""
+    backend, asked = backend or jax.default_backend(), f"{role}.attention"
     if model.attention == "auto":
         return "splash" if backend == "tpu" and head_size in SPLASH_HEAD_SIZES else "xla"
     if model.attention == "splash":
@@ -130,7 +130,9 @@ def attention_of(model: ModelConfig, head_size: int, role: str) -> Implementatio
         )
     if model.attention == "cudnn":
         require(backend == "gpu", asked, "cudnn", f"auto or xla: cuDNN needs an NVIDIA GPU, this is a {backend}")
-        require(compute_dtype(model) != "float32", asked, "cudnn", f"auto or xla: cuDNN computes in bfloat16, {role}.dtype is float32")
+        require(
+            compute_dtype(model, backend) != "float32", asked, "cudnn", f"auto or xla: cuDNN computes in bfloat16, {role}.dtype is float32"
+        )
         is_small = head_size <= CUDNN_MAX_HEAD_SIZE and head_size % 8 == 0
         require(is_small, asked, "cudnn", f"auto or xla: cuDNN's heads are of 8 to 128 in steps of 8, {role}'s of {head_size}")
     return model.attention
@@ -305,11 +307,11 @@ def stop_ids(checkpoint: Checkpoint, tokenizer: Any, more: tuple[int, ...] = ())
     return tuple(sorted(ids | set(more)))
 
 
-def compute_dtype(model: ModelConfig) -> str:
-    """The type of a model's forward pass on this machine."""
+def compute_dtype(model: ModelConfig, backend: str | None = None) -> str:
+    """The type of a model's forward pass on a backend; None: this machine's."""
     if model.dtype != "auto":
         return model.dtype
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return "float32" if (backend or jax.default_backend()) == "cpu" else "bfloat16"
 
 
 def facts(setup: Setup) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from opdjax.decoding import Decoding
 from opdjax.models.decoder import DecoderConfig, head_of, parameter_shapes
 from opdjax.models.layout import shardings_of
+from opdjax.models.lora import combine, init_adapters
 from opdjax.plan.hlo import Collective, collectives, most_rows
 from opdjax.plan.topology import Topology
 from opdjax.plan.workload import Workload
@@ -117,17 +118,32 @@ def _batch(workload: Workload, mesh: Mesh) -> TrainBatch:
     )
 
 
+def _adapters(workload: Workload, dtype: str, mesh: Mesh, split_over: tuple[str, ...]) -> Any:
+    leaves = jax.eval_shape(partial(init_adapters, workload.student, workload.config.lora, 0))
+    leaves = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), leaves)
+    return _laid_out(leaves, shardings_of(leaves, mesh, split_over))
+
+
+def _published(workload: Workload, mesh: Mesh) -> Any:
+    """The weights that rollouts are drawn with."""
+    over = workload.config.sampling.split_over
+    whole = abstract_params(workload.student, workload.dtype, mesh, over)
+    return combine(whole, _adapters(workload, workload.dtype, mesh, over)) if workload.config.lora.rank else whole
+
+
 def _teacher_params(workload: Workload, mesh: Mesh) -> Any:
-    config = workload.config
     if workload.teacher is None:
-        return abstract_params(workload.student, workload.dtype, mesh, config.sampling.split_over)
-    return abstract_params(workload.teacher, workload.teacher_dtype, mesh, config.teacher.split_over)
+        return _published(workload, mesh)
+    return abstract_params(workload.teacher, workload.teacher_dtype, mesh, workload.config.teacher.split_over)
 
 
 def _lower_update(workload: Workload, mesh: Mesh) -> Any:
     config = workload.config
     spec = spec_of(config, workload.student, workload.dtype, None, mesh)
-    params = abstract_params(workload.student, "float32", mesh, spec.split_over)
+    params, frozen = abstract_params(workload.student, "float32", mesh, spec.split_over), None
+    if config.lora.rank:
+        params = _adapters(workload, "float32", mesh, spec.split_over)
+        frozen = abstract_params(workload.student, workload.dtype, mesh, spec.split_over)
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     state = jax.eval_shape(partial(init_state, optimizer=optimizer), params)
     state = _laid_out(state, shardings_of(state, mesh, spec.split_over))
@@ -138,7 +154,7 @@ def _lower_update(workload: Workload, mesh: Mesh) -> Any:
         head = head_of(_teacher_params(workload, mesh))
         hidden = _rows(mesh, jnp.dtype(workload.teacher_dtype), *batch.tokens.shape, workload.scoring_model.hidden_size)
         batch = dataclasses.replace(batch, teacher=TeacherScores(hidden=hidden))
-    return make_update(spec, config.optimizer, config.train.num_steps).lower(state, batch, head)
+    return make_update(spec, config.optimizer, config.train.num_steps).lower(state, batch, head, frozen)
 
 
 def _lower_score(workload: Workload, mesh: Mesh) -> Any:
@@ -153,7 +169,7 @@ def _sampled(workload: Workload, mesh: Mesh) -> tuple[Any, dict[str, Any], tuple
     config, sampling = workload.config, workload.config.sampling
     is_student = sampling.source == "student" or workload.teacher is None
     model = workload.student if is_student else workload.teacher
-    params = abstract_params(model, workload.dtype, mesh, sampling.split_over) if is_student else _teacher_params(workload, mesh)
+    params = _published(workload, mesh) if is_student else _teacher_params(workload, mesh)
     filters = (sampling.top_k, sampling.top_p, sampling.min_p)
     decoding = Decoding(sampling.max_completion_length, (0,), sampling.temperature, *filters, kv_dtype=sampling.kv_dtype)
     slots = num_slots(sampling.slots, config.rows_per_step, mesh)

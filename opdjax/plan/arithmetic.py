@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,8 +16,10 @@ import jax.numpy as jnp
 
 from opdjax.models.decoder import DecoderConfig, forward, parameter_shapes
 from opdjax.models.layout import specs_of
+from opdjax.models.lora import combine, init_adapters
 from opdjax.plan.workload import Workload
 from opdjax.sampler import BLOCKS_PER_FILL
+from opdjax.sharding import make_mesh
 
 # The update is looked at in the two moments when it may hold most: the pass over the vocabulary, and the backward pass of the layers.
 PHASES = ("prefill", "sample", "teacher", "loss", "backward", "evaluate")
@@ -117,15 +120,30 @@ def num_parameters(model: DecoderConfig) -> int:
 
 def parameter_bytes(model: DecoderConfig, dtype: str, mesh: dict[str, int], split_over: tuple[str, ...], only: str | None = None) -> int:
     """Bytes of a model's parameters on one device, or of the one called `only`."""
-    itemsize = jnp.dtype(dtype).itemsize
-    leaves = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, dtype), parameter_shapes(model), is_leaf=lambda x: isinstance(x, tuple))
-    if only is not None:
-        leaves = {only: leaves[only]}
+    shapes = parameter_shapes(model)
+    leaves = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), shapes, is_leaf=lambda x: isinstance(x, tuple))
+    return _tree_bytes(leaves if only is None else {only: leaves[only]}, dtype, mesh, split_over)
 
+
+def _tree_bytes(tree: Any, dtype: str, mesh: dict[str, int], split_over: tuple[str, ...]) -> int:
     def on_device(leaf: Any, spec: Any) -> int:
-        return leaf.size // math.prod(mesh[axis] for axis in spec if axis is not None) * itemsize
+        return leaf.size // math.prod(mesh[axis] for axis in spec if axis is not None) * _size(dtype)
 
-    return sum(jax.tree.leaves(jax.tree.map(on_device, leaves, specs_of(leaves, split_over))))
+    return sum(jax.tree.leaves(jax.tree.map(on_device, tree, specs_of(tree, split_over))))
+
+
+def _adapters(workload: Workload) -> Any:
+    """Shapes of the student's adapters; None where all of its parameters are trained."""
+    lora = workload.config.lora
+    return jax.eval_shape(partial(init_adapters, workload.student, lora, 0)) if lora.rank else None
+
+
+def _trained_bytes(workload: Workload, dtype: str, split_over: tuple[str, ...]) -> int:
+    """Bytes of what is trained on one device: the adapters, or all of the student."""
+    adapters = _adapters(workload)
+    if adapters is None:
+        return parameter_bytes(workload.student, dtype, workload.mesh, split_over)
+    return _tree_bytes(adapters, dtype, workload.mesh, split_over)
 
 
 def _size(dtype: str) -> int:
@@ -152,18 +170,23 @@ def _tile(workload: Workload, rows: int) -> int:
 def _standing(workload: Workload) -> list[Item]:
     """What is held from one end of a step to the other."""
     config, mesh, student = workload.config, workload.mesh, workload.student
-    kept = parameter_bytes(student, "float32", mesh, config.student.split_over)
-    published = parameter_bytes(student, workload.dtype, mesh, config.sampling.split_over)
+    kept, sampled_over = _trained_bytes(workload, "float32", config.student.split_over), config.sampling.split_over
+    frozen = parameter_bytes(student, workload.dtype, mesh, config.student.split_over) if config.lora.rank else 0
+    published = _trained_bytes(workload, workload.dtype, sampled_over)
+    if config.lora.rank and set(sampled_over) != set(config.student.split_over):
+        published += parameter_bytes(student, workload.dtype, mesh, sampled_over)
+    unsampled = ("prefill", "sample", "teacher", "evaluate")
     items = [
-        Item("student's parameters, float32", kept, PHASES, True, ("prefill", "sample", "teacher", "evaluate")),
-        Item("optimizer's two moments", 2 * kept, PHASES, True, ("prefill", "sample", "teacher", "evaluate")),
+        Item("student's trained parameters, float32", kept, PHASES, True, unsampled),
+        Item("optimizer's two moments", 2 * kept, PHASES, True, unsampled),
+        Item("student's frozen parameters", frozen, PHASES, True, unsampled if published > kept else ("teacher",)),
     ]
     samples = config.sampling.source == "student"
     outside = (*(() if samples else ("prefill", "sample")), *(() if config.teacher_is_student else ("teacher",)), "evaluate")
     head = _head_name(workload.scoring_model)
     wants_head = workload.needs == "vocabulary"
     if config.teacher_is_student and wants_head:
-        published_head = parameter_bytes(student, workload.dtype, mesh, config.sampling.split_over, head)
+        published_head = parameter_bytes(student, workload.dtype, mesh, sampled_over, head)
         items.append(Item("published copy, its head", published_head, PHASES, True, outside))
         published -= published_head
     items.append(Item("published copy of the student", published, PHASES, True, (*outside, *_UPDATE)))
@@ -231,6 +254,7 @@ def _generating(
     # A slot may be given a prompt that another device has read, so all of them are gathered; and the branch that places rows writes
     # into a copy of the cache. Both were seen in the buffer assignment of `advance` for v5e, with half a cache of prompts (the keys,
     # then the values) that were chosen.
+    unfused = dataclasses.replace(model, attention="xla")  # the sampler's always is
     everyones = prefix * workload.row_shards if workload.row_shards > 1 else 0
     return [
         Item("KV cache, prompt and completion", cache, phases, True, phases[:-1]),
@@ -239,7 +263,7 @@ def _generating(
         Item("prompts that wait on all devices, chosen of", everyones + cache_bytes(model, kept, rows, prompt, tensor) // 2, decoding),
         Item(f"logits of the drawn tokens, {_DRAW_COPIES} arrays", _DRAW_COPIES * logits, decoding),
         Item("KV cache of prompts, as it is written", prefix, phases[:1]),
-        Item("a layer's activations of the prompts", _forward_bytes(model, dtype, waiting, prompt, tensor), phases[:1]),
+        Item("a layer's activations of the prompts", _forward_bytes(unfused, dtype, waiting, prompt, tensor), phases[:1]),
     ]
 
 
@@ -252,8 +276,8 @@ def cache_bytes(model: DecoderConfig, dtype: str, rows: int, columns: int, tenso
 def _forward_bytes(model: DecoderConfig, dtype: str, rows: int, columns: int, tensor: int) -> int:
     """The most that one layer of a forward pass holds: the scores of the attention in float32, or the MLP; and the residual stream."""
     heads, width = model.num_heads // tensor, model.intermediate_size // tensor
-    attention = rows * heads * columns * columns * 4
-    return max(attention, rows * columns * 3 * width * _size(dtype)) + 2 * rows * columns * model.hidden_size * 4
+    scores = rows * heads * columns * columns * 4 if model.attention == "xla" else 0
+    return max(scores, rows * columns * 3 * width * _size(dtype)) + 2 * rows * columns * model.hidden_size * 4
 
 
 def _scoring(workload: Workload) -> list[Item]:
@@ -282,8 +306,8 @@ def _updating(workload: Workload) -> list[Item]:
     """Loss, gradient and optimizer, which works in place."""
     config, mesh, student = workload.config, workload.mesh, workload.student
     split, parts = config.student.split_over, config.train.gradient_accumulation_steps
-    kept = parameter_bytes(student, "float32", mesh, split)
-    cast = parameter_bytes(student, workload.dtype, mesh, split) if workload.dtype != "float32" else 0
+    kept, is_whole = _trained_bytes(workload, "float32", split), not config.lora.rank
+    cast = _trained_bytes(workload, workload.dtype, split) if workload.dtype != "float32" else 0
     table = student.vocab_size // mesh["tensor"] * student.hidden_size
     head, loss, backward = _whole_table(student, workload.dtype, mesh, split), ("loss",), ("backward",)
     items = [
@@ -292,7 +316,7 @@ def _updating(workload: Workload) -> list[Item]:
         Item("activations kept for the backward pass", kept_activations(workload), _UPDATE),
         Item("layers' weights kept gathered", _kept_weights(workload), _UPDATE),
         Item("student's head, gathered", head, loss),
-        Item("head's gradient, summed in float32", table * 4, loss),
+        Item("head's gradient, summed in float32", table * 4 * is_whole, loss),
     ]
     if workload.needs == "vocabulary":
         of_teacher = config.teacher.split_over if workload.teacher else config.sampling.split_over
@@ -302,7 +326,7 @@ def _updating(workload: Workload) -> list[Item]:
     items.append(Item(f"vocabulary tiles, {tiles} of them", tiles * _tile(workload, workload.micro_rows), loss))
     return [
         *items,
-        Item("head's gradient", table * _size(workload.dtype), backward),
+        Item("head's gradient", table * _size(workload.dtype) * is_whole, backward),
         Item("gradient of a micro-batch", cast if cast else kept * (parts > 1), backward),
         Item("a layer's activations, backward", _backward_bytes(workload), backward),
     ]
@@ -310,30 +334,29 @@ def _updating(workload: Workload) -> list[Item]:
 
 def _kept_weights(workload: Workload) -> int:
     """Without recomputation the backward pass finds the layers' kernels as the forward pass gathered them."""
-    if workload.config.train.remat or workload.mesh["fsdp"] == 1 or "fsdp" not in workload.config.student.split_over:
+    if workload.config.train.remat == "layer" or workload.mesh["fsdp"] == 1 or "fsdp" not in workload.config.student.split_over:
         return 0
     student = workload.student
     return student.num_layers * _layer_kernels(student) // workload.mesh["tensor"] * _size(workload.dtype)
 
 
 def kept_activations(workload: Workload) -> int:
-    """What the forward pass of a micro-batch keeps for the backward pass, as JAX itself counts it; parameters aside.
-
-    The heads and the MLP are counted whole, whatever `tensor` is, and divided by it; the residual stream is on every device.
-    """
-    return _residual_bytes(workload.student, workload.dtype, workload.micro_rows, workload.columns, workload.config.train.remat)
-
-
-def _residual_bytes(model: DecoderConfig, dtype: str, rows: int, columns: int, remat: bool) -> int:
+    """What the forward pass of a micro-batch keeps for the backward pass, as JAX itself counts it; parameters aside."""
+    model, adapters = workload.student, _adapters(workload)
     shapes = parameter_shapes(model)
-    params = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, dtype), shapes, is_leaf=lambda x: isinstance(x, tuple))
-    ids = jax.ShapeDtypeStruct((rows, columns), jnp.int32)
+    whole = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, workload.dtype), shapes, is_leaf=lambda x: isinstance(x, tuple))
+    frozen, trained = (None, whole) if adapters is None else (whole, adapters)
+    trained = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, workload.dtype), trained)
+    ids = jax.ShapeDtypeStruct((workload.micro_rows, workload.columns), jnp.int32)
+    # Without a mesh the decoder computes no splash attention, which keeps far less.
+    mesh = make_mesh(1) if model.attention == "splash" else None
 
-    def residuals(params, tokens, segment_ids):
-        return jax.vjp(lambda params: forward(params, model, tokens, segment_ids, remat=remat), params)[1]
+    def residuals(frozen, trained, tokens, segment_ids):
+        pass_over = partial(forward, config=model, tokens=tokens, segment_ids=segment_ids, remat=workload.config.train.remat, mesh=mesh)
+        return jax.vjp(lambda trained: pass_over(combine(frozen, trained)), trained)[1]
 
-    kept = jax.tree.leaves(jax.eval_shape(residuals, params, ids, ids))
-    weights = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(params)}
+    kept = jax.tree.leaves(jax.eval_shape(residuals, frozen, trained, ids, ids))
+    weights = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((frozen, trained))}
     return sum(leaf.size * leaf.dtype.itemsize for leaf in kept if (leaf.shape, leaf.dtype) not in weights)
 
 
@@ -341,8 +364,8 @@ def _backward_bytes(workload: Workload) -> int:
     """One layer as the backward pass sees it: scores and their cotangents in float32, probabilities, the MLP and its cotangents."""
     model, rows, columns = workload.student, workload.micro_rows, workload.columns
     tensor, size = workload.mesh["tensor"], _size(workload.dtype)
-    attention = rows * model.num_heads // tensor * columns * columns * (2 * 4 + size)
-    return attention + rows * columns * (6 * model.intermediate_size // tensor + 8 * model.hidden_size) * size
+    scores = rows * model.num_heads // tensor * columns * columns * (2 * 4 + size) if model.attention == "xla" else 0
+    return scores + rows * columns * (6 * model.intermediate_size // tensor + 8 * model.hidden_size) * size
 
 
 def _forward_flops(model: DecoderConfig, tokens: float, context: float) -> float:
@@ -406,13 +429,17 @@ def _teacher_bound(workload: Workload) -> Bound:
 
 
 def _update_bound(workload: Workload) -> Bound:
-    """Forward once, backward twice as much, and the forward again where it is recomputed; the head's three products, the teacher's one."""
+    """Forward once, backward twice as much (once without gradients of kernels), and the forward again where it is recomputed.
+
+    Of the head three products, or two where it is frozen; of the teacher's one. What `dots` recomputes is next to nothing.
+    """
     config, student = workload.config, workload.student
+    again, products = config.train.remat == "layer", 2 if config.lora.rank else 3
     tokens, live = config.rows_per_step * workload.columns, config.rows_per_step * config.sampling.max_completion_length
-    flops = (3 + config.train.remat) * _forward_flops(student, tokens, workload.columns) + 3 * _head_flops(student, live)
+    flops = (products + again) * _forward_flops(student, tokens, workload.columns) + products * _head_flops(student, live)
     if workload.needs == "vocabulary":
         flops += _head_flops(workload.scoring_model, live)
-    state = 3 * parameter_bytes(student, "float32", workload.mesh, config.student.split_over)
+    state = 3 * _trained_bytes(workload, "float32", config.student.split_over)
     weights = parameter_bytes(student, workload.dtype, workload.mesh, ("tensor",))
-    passes = (2 + config.train.remat) * config.train.gradient_accumulation_steps
+    passes = (2 + again) * config.train.gradient_accumulation_steps
     return _bound(workload, flops, 2 * state + passes * weights)

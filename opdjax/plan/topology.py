@@ -60,6 +60,11 @@ class Topology:
         return self.chips // self.chips_per_host
 
     @property
+    def backend(self) -> str:
+        """As JAX calls the kind of machine."""
+        return "gpu" if self.shape is None else "tpu"
+
+    @property
     def jax_name(self) -> str | None:
         """As `jax.experimental.topologies` calls it, such as v5e:2x4; None where nothing compiles for it from elsewhere."""
         return None if self.shape is None else f"{self.chip.jax_name}:{'x'.join(map(str, self.shape))}"

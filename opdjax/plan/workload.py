@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Literal
 
 from opdjax.config import Config, ModelConfig
@@ -12,7 +13,7 @@ from opdjax.models.decoder import DecoderConfig
 from opdjax.models.hf import open_checkpoint
 from opdjax.models.layout import require_divides
 from opdjax.plan.topology import Topology
-from opdjax.prepare import needs_teacher, require_rows_divide
+from opdjax.prepare import attention_of, compute_dtype, needs_teacher, require_rows_divide
 from opdjax.sharding import mesh_sizes
 
 
@@ -31,12 +32,12 @@ class Workload:
     @property
     def dtype(self) -> str:
         """Of the student's forward pass."""
-        return _dtype(self.config.student)
+        return compute_dtype(self.config.student, self.topology.backend)
 
     @property
     def teacher_dtype(self) -> str:
         """Of the teacher's."""
-        return _dtype(self.config.teacher_model)
+        return compute_dtype(self.config.teacher_model, self.topology.backend)
 
     @property
     def scoring_model(self) -> DecoderConfig:
@@ -80,17 +81,13 @@ def read_workload(config: Config, topology: Topology) -> Workload:
     mesh = mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, topology.chips, topology.name)
     require_rows_divide(config, mesh["data"] * mesh["fsdp"])
     needs = bind(config.estimator.recipe, config.estimator.options)[0].teacher
-    student = _shape(config.student, mesh, "the student")
-    teacher = _shape(config.teacher, mesh, "the teacher") if needs_teacher(config) and not config.teacher_is_student else None
+    shape_of = partial(_shape, mesh=mesh, backend=topology.backend)
+    student = dataclasses.replace(shape_of(config.student, "student"), lora_scale=config.lora.scale)
+    teacher = shape_of(config.teacher, "teacher") if needs_teacher(config) and not config.teacher_is_student else None
     return Workload(config, topology, mesh, student, teacher, needs, padded_width(config.data.max_prompt_length))
 
 
-def _shape(model: ModelConfig, mesh: dict[str, int], what: str) -> DecoderConfig:
+def _shape(model: ModelConfig, role: str, mesh: dict[str, int], backend: str) -> DecoderConfig:
     config = open_checkpoint(model.path, model.revision, with_weights=False).config
-    require_divides(config, mesh, f"{what} {model.path}")
-    return config
-
-
-def _dtype(model: ModelConfig) -> str:
-    # The machine that plans may be a laptop: what counts is the one that is planned for, which is an accelerator.
-    return "bfloat16" if model.dtype == "auto" else model.dtype
+    require_divides(config, mesh, f"the {role} {model.path}")
+    return dataclasses.replace(config, attention=attention_of(model, config.head_size, role, backend))

@@ -38,7 +38,7 @@ def test_what_each_phase_holds(run_of):
     plan = foresee(run_of("v5e-4"))
     kept, published = 4 * ((KERNELS + EMBEDDING) // 2 + NORMS), 2 * (KERNELS + NORMS + EMBEDDING)
     update, teacher = sizes(plan, "loss") | sizes(plan, "backward"), sizes(plan, "teacher")
-    assert update["student's parameters, float32"] == kept
+    assert update["student's trained parameters, float32"] == kept
     assert update["optimizer's two moments"] == 2 * kept
     assert update["published copy of the student"] == published
     assert update["gradient, float32"] == kept
@@ -77,7 +77,7 @@ def test_tensor_splits_heads_mlp_and_vocabulary(run_of):
 
 
 def test_recomputing_keeps_the_residual_stream_alone(run_of):
-    without, with_remat = (foresee(run_of("v5e-4", train=train(remat))) for remat in (False, True))
+    without, with_remat = (foresee(run_of("v5e-4", train=train(remat))) for remat in ("none", "layer"))
     deeper = dataclasses.replace(with_remat.workload, student=dataclasses.replace(with_remat.workload.student, num_layers=5))
     kept = kept_activations(with_remat.workload)
     assert kept_activations(deeper) - kept == 3 * 32 * 8 * 2  # layers x tokens x width, bfloat16
