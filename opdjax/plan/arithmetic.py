@@ -173,19 +173,21 @@ def _standing(workload: Workload) -> list[Item]:
     kept, sampled_over = _trained_bytes(workload, "float32", config.student.split_over), config.sampling.split_over
     frozen = parameter_bytes(student, workload.dtype, mesh, config.student.split_over) if config.lora.rank else 0
     published = _trained_bytes(workload, workload.dtype, sampled_over)
-    if config.lora.rank and set(sampled_over) != set(config.student.split_over):
+    # Frozen parameters that lie alike for training and for sampling are one array.
+    is_one = bool(config.lora.rank) and set(sampled_over) == set(config.student.split_over)
+    if config.lora.rank and not is_one:
         published += parameter_bytes(student, workload.dtype, mesh, sampled_over)
     unsampled = ("prefill", "sample", "teacher", "evaluate")
     items = [
         Item("student's trained parameters, float32", kept, PHASES, True, unsampled),
         Item("optimizer's two moments", 2 * kept, PHASES, True, unsampled),
-        Item("student's frozen parameters", frozen, PHASES, True, unsampled if published > kept else ("teacher",)),
+        Item("student's frozen parameters", frozen, PHASES, True, ("teacher",) if is_one else unsampled),
     ]
     samples = config.sampling.source == "student"
     outside = (*(() if samples else ("prefill", "sample")), *(() if config.teacher_is_student else ("teacher",)), "evaluate")
     head = _head_name(workload.scoring_model)
     wants_head = workload.needs == "vocabulary"
-    if config.teacher_is_student and wants_head:
+    if config.teacher_is_student and wants_head and not is_one:
         published_head = parameter_bytes(student, workload.dtype, mesh, sampled_over, head)
         items.append(Item("published copy, its head", published_head, PHASES, True, outside))
         published -= published_head

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from opdjax.config import Config, DataConfig, EvaluationConfig, MeshConfig, SamplingConfig, TrainConfig
+from opdjax.config import Config, DataConfig, EvaluationConfig, LoraConfig, MeshConfig, SamplingConfig, TrainConfig
 from opdjax.models.decoder import init_params
 from opdjax.plan.aot import compile_update
 from opdjax.plan.arithmetic import cache_bytes, foresee, kept_activations, num_parameters, parameter_bytes
@@ -135,3 +135,26 @@ def test_the_arguments_are_those_of_the_compiled_update():
     assert sum(item.num_bytes for item in counted) + counters == program.argument_bytes
     assert any(each.kind == "reduce-scatter" or each.kind == "all-reduce" for each in program.collectives)
     assert program.most_logit_rows <= min(config.estimator.tile, workload.micro_rows * workload.columns)
+
+
+def test_adapters_alone_are_trained(run_of):
+    """Rank 2 on q and down: A 2 x 8 and B 8 x 2, A 2 x 16 and B 8 x 2, in two layers; `fsdp` splits neither rank nor heads."""
+    lora = LoraConfig(rank=2, targets=("q", "down"))
+    workload = run_of("v5e-4", lora=lora)
+    plan, whole = foresee(workload), foresee(run_of("v5e-4"))
+    update = sizes(plan, "loss") | sizes(plan, "backward")
+    adapters = 2 * (2 * 8 + 8 * 2 + 2 * 16 + 8 * 2)
+    assert adapters * 4 / 2 <= update["student's trained parameters, float32"] <= adapters * 4
+    assert update["optimizer's two moments"] == 2 * update["student's trained parameters, float32"]
+    assert update["student's frozen parameters"] == 2 * ((KERNELS + EMBEDDING) // 2 + NORMS)
+    assert not {"head's gradient, summed in float32", "head's gradient"} & set(update)
+    # The frozen ones lie split for training and whole for sampling.
+    assert update["published copy of the student"] > 2 * (KERNELS + NORMS + EMBEDDING)
+    assert plan.bounds["update"].flops < whole.bounds["update"].flops
+
+
+def test_a_fused_attention_holds_no_scores(run_of):
+    workload = run_of("v5e-4")
+    fused = dataclasses.replace(workload, student=dataclasses.replace(workload.student, attention="splash"))
+    plain, fused = (sizes(foresee(each), "backward")["a layer's activations, backward"] for each in (workload, fused))
+    assert plain - fused == 2 * 32 * 32 * (2 * 4 + 2)  # two heads, 32 x 32 columns
