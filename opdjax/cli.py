@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import json
 import os
 import pathlib
 import re
 import sys
-import traceback
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from opdjax.config import AuditConfig, Config, DataConfig, EvaluationConfig, MeshConfig, ModelConfig, SamplingConfig
-from opdjax.fields import ConfigError, from_dict, nearest
-from opdjax.points import SweepPoint
+from opdjax.experiments import load_experiment, load_sweep
+from opdjax.fields import ConfigError, nearest
 
 # The built-in pair on its own task.
 _MINI = Config(data=DataConfig(max_prompt_length=32), sampling=SamplingConfig(max_completion_length=24))
@@ -54,62 +51,6 @@ def _usage() -> str:
     return "usage: opdjax VERB …   (opdjax VERB --help tells more)\n\n" + "\n".join(lines)
 
 
-def load_experiment(file: str) -> Config:
-    """The config that an experiment file's `get_config()` returns, or that a run's config.json or a point's point.json holds."""
-    if pathlib.Path(file).suffix == ".json":
-        return _read_saved_config(pathlib.Path(file))
-    config = _call_in_file(file, "get_config")
-    if not isinstance(config, Config):
-        raise ConfigError(f"get_config() of {file} returned a {type(config).__name__}; expected a Config")
-    return config
-
-
-def load_sweep(file: str) -> list[SweepPoint]:
-    """The points that a sweep file's `get_sweep()` returns."""
-    found = _call_in_file(file, "get_sweep")
-    if not isinstance(found, list) or not found or not all(isinstance(point, SweepPoint) for point in found):
-        raise ConfigError(
-            f"get_sweep() of {file} returned {str(found)[:80]!r}; expected a list of points, as opdjax.points.points makes it"
-        )
-    ids = [point.id for point in found]
-    wrong = sorted({name for name in ids if ids.count(name) > 1 or not re.fullmatch(r"[\w,=+-][\w.,=+-]*", name)})
-    if wrong:
-        raise ConfigError(
-            f"get_sweep() of {file} returned points called {wrong}, twice or by no name of a directory; join their overrides with chain "
-            "and call opdjax.points.points once"
-        )
-    return found
-
-
-def _read_saved_config(path: pathlib.Path) -> Config:
-    try:
-        saved = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as the config of a run: {error}") from error
-    if not isinstance(saved, dict) or "config" not in saved:
-        raise ConfigError(f"{path} has no 'config'; expected the config.json of a run or the point.json of a sweep")
-    return from_dict(Config, saved["config"])
-
-
-def _call_in_file(file: str, function: str) -> Any:
-    path = pathlib.Path(file)
-    if not path.is_file() or path.suffix != ".py":
-        raise ConfigError(f"there is no file {file!r}; expected a Python file with {function}()")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        if function not in vars(module):
-            raise ConfigError(f"{file} defines no {function}()")
-        return vars(module)[function]()
-    except ConfigError:
-        raise
-    except (Exception, SystemExit) as error:  # it is the user's program and may raise anything
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        place = f" (line {lines[-1]})" if lines else ""
-        raise ConfigError(f"{file} does not run: {type(error).__name__}: {error}{place}") from error
-
-
 def train(arguments: list[str]) -> None:
     """EXPERIMENT --workdir DIR [--section.field VALUE …]: distil a student, or continue a run."""
     if not arguments or arguments[0].startswith("-"):
@@ -131,6 +72,38 @@ def train(arguments: list[str]) -> None:
         print(f"the trained student is in {workdir / result['student']}")
 
     _call(run, arguments[1:], "opdjax train EXPERIMENT")
+
+
+def plan(arguments: list[str]) -> None:
+    """EXPERIMENT --topology v5e-8 [--aot] [--section.field VALUE …]: foresee memory and time; status 1 where it does not fit."""
+    if not arguments or arguments[0].startswith("-"):
+        print("usage: opdjax plan EXPERIMENT --topology v5e-8 [--aot] [--section.field VALUE …]\n")
+        print("EXPERIMENT and the fields are those of train.")
+        sys.exit(0 if arguments and arguments[0] in ("-h", "--help") else 2)
+    default = load_experiment(arguments[0])
+
+    def run(topology: str, aot: bool = False, config: Annotated[Config, tyro.conf.arg(name="")] = default):
+        """Foresee what a run holds and how long a step takes at least, from the config.json of its models alone.
+
+        Args:
+            topology: the machine, such as v5e-8, v6e-16, v5p-8, h100-8
+            aot: also compile the programs of the run for it, which takes minutes and needs libtpu but no TPU
+            config: every field of the experiment
+        """
+        # Planning needs no accelerator, and must not take one from a run on this machine.
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        from opdjax.plan.aot import compile_programs
+        from opdjax.plan.arithmetic import foresee
+        from opdjax.plan.table import fits, text
+        from opdjax.plan.topology import topology as of_name
+        from opdjax.plan.workload import read_workload
+
+        plan = foresee(read_workload(config, of_name(topology)))
+        programs = compile_programs(plan.workload) if aot else None
+        print(text(plan, programs))
+        sys.exit(0 if fits(plan, programs) else 1)
+
+    _call(run, arguments[1:], "opdjax plan EXPERIMENT")
 
 
 def doctor(arguments: list[str]) -> None:
@@ -483,6 +456,7 @@ def _call(function: Callable, arguments: list[str], program: str) -> None:
 
 VERBS = {
     "train": train,
+    "plan": plan,
     "doctor": doctor,
     "audit": audit,
     "sweep": sweep,

@@ -21,7 +21,7 @@ from opdjax.evals.evaluate import Evaluator, completions
 from opdjax.evals.grading import GRADERS, require_grader
 from opdjax.fields import ConfigError, require
 from opdjax.models.attention import CUDNN_MAX_HEAD_SIZE, SPLASH_HEAD_SIZES, Implementation
-from opdjax.models.decoder import Params, head_of
+from opdjax.models.decoder import DecoderConfig, Params, head_of
 from opdjax.models.hf import Checkpoint, CheckpointError, fingerprint, load_params, open_checkpoint
 from opdjax.models.layout import constrain, require_divides
 from opdjax.models.lora import init_adapters
@@ -63,18 +63,7 @@ class Setup:
 def prepare(config: Config) -> Setup:
     """Read and check everything a run needs, before anything is computed."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    rows = config.rows_per_step
-    shards = num_row_shards(mesh)
-    if rows % (shards * config.train.gradient_accumulation_steps):
-        raise ConfigError(
-            f"{rows} rows a step (train.prompts_per_step x sampling.num_generations) do not divide into "
-            f"{config.train.gradient_accumulation_steps} micro-batches on {shards} devices (mesh.data x mesh.fsdp); change one of them"
-        )
-    if config.sampling.slots is not None and config.sampling.slots % shards:
-        raise ConfigError(
-            f"sampling.slots is {config.sampling.slots}; expected a multiple of {shards}, the devices that rows are split over "
-            "(mesh.data x mesh.fsdp)"
-        )
+    require_rows_divide(config, num_row_shards(mesh))
     student = _for_this_machine(open_student(config), config.student, "student")
     require_divides(student.config, mesh.shape, "the student")
     tokenizer = load_tokenizer(student.path)
@@ -129,9 +118,9 @@ def _for_this_machine(checkpoint: Checkpoint, model: ModelConfig, role: str) -> 
     return dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, attention=attention))
 
 
-def attention_of(model: ModelConfig, head_size: int, role: str) -> Implementation:
-    """The implementation of a model's attention on this machine; ConfigError where the one that is asked for cannot run."""
-    backend, asked = jax.default_backend(), f"{role}.attention"
+def attention_of(model: ModelConfig, head_size: int, role: str, backend: str | None = None) -> Implementation:
+    """The implementation of a model's attention on a backend (None: this machine's); ConfigError where what is asked for cannot run."""
+    backend, asked = backend or jax.default_backend(), f"{role}.attention"
     if model.attention == "auto":
         return "splash" if backend == "tpu" and head_size in SPLASH_HEAD_SIZES else "xla"
     if model.attention == "splash":
@@ -141,7 +130,9 @@ def attention_of(model: ModelConfig, head_size: int, role: str) -> Implementatio
         )
     if model.attention == "cudnn":
         require(backend == "gpu", asked, "cudnn", f"auto or xla: cuDNN needs an NVIDIA GPU, this is a {backend}")
-        require(compute_dtype(model) != "float32", asked, "cudnn", f"auto or xla: cuDNN computes in bfloat16, {role}.dtype is float32")
+        require(
+            compute_dtype(model, backend) != "float32", asked, "cudnn", f"auto or xla: cuDNN computes in bfloat16, {role}.dtype is float32"
+        )
         is_small = head_size <= CUDNN_MAX_HEAD_SIZE and head_size % 8 == 0
         require(is_small, asked, "cudnn", f"auto or xla: cuDNN's heads are of 8 to 128 in steps of 8, {role}'s of {head_size}")
     return model.attention
@@ -157,6 +148,21 @@ def load_student(setup: Setup) -> tuple[Params, Params | None]:
         return load_params(setup.student, "float32", mesh, over), None
     adapters = jax.jit(lambda: constrain(init_adapters(setup.student.config, config.lora, config.seed), mesh, over))()
     return adapters, load_params(setup.student, setup.dtype, mesh, over)
+
+
+def require_rows_divide(config: Config, shards: int) -> None:
+    """ConfigError where the rows of a step cannot be split over the micro-batches and the devices."""
+    parts, rows = config.train.gradient_accumulation_steps, config.rows_per_step
+    if rows % (shards * parts):
+        raise ConfigError(
+            f"{rows} rows a step (train.prompts_per_step x sampling.num_generations) do not divide into {parts} micro-batches "
+            f"(train.gradient_accumulation_steps) on {shards} devices (mesh.data x mesh.fsdp); change one of them"
+        )
+    if config.sampling.slots is not None and config.sampling.slots % shards:
+        raise ConfigError(
+            f"sampling.slots is {config.sampling.slots}; expected a multiple of {shards}, the devices that rows are split over "
+            "(mesh.data x mesh.fsdp)"
+        )
 
 
 def needs_teacher(config: Config) -> bool:
@@ -206,18 +212,22 @@ def scored_temperature(config: Config) -> float:
 
 def update_spec(setup: Setup) -> UpdateSpec:
     """What the run's update is made of."""
-    config = setup.config
+    return spec_of(setup.config, setup.student.config, setup.dtype, setup.decoding.valid_vocab, setup.mesh)
+
+
+def spec_of(config: Config, model: DecoderConfig, dtype: str, valid_vocab: int | None, mesh: Mesh) -> UpdateSpec:
+    """`update_spec` of a run of which no more is known than these."""
     return UpdateSpec(
-        model=setup.student.config,
+        model=model,
         estimator=config.estimator,
-        dtype=setup.dtype,
+        dtype=dtype,
         max_completion_length=config.sampling.max_completion_length,
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
         temperature=scored_temperature(config),
-        valid_vocab=setup.decoding.valid_vocab,
+        valid_vocab=valid_vocab,
         remat=config.train.remat,
         diagnostics_every=config.log.diagnostics_every,
-        mesh=setup.mesh,
+        mesh=mesh,
         split_over=config.student.split_over,
     )
 
@@ -297,11 +307,11 @@ def stop_ids(checkpoint: Checkpoint, tokenizer: Any, more: tuple[int, ...] = ())
     return tuple(sorted(ids | set(more)))
 
 
-def compute_dtype(model: ModelConfig) -> str:
-    """The type of a model's forward pass on this machine."""
+def compute_dtype(model: ModelConfig, backend: str | None = None) -> str:
+    """The type of a model's forward pass on a backend; None: this machine's."""
     if model.dtype != "auto":
         return model.dtype
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return "float32" if (backend or jax.default_backend()) == "cpu" else "bfloat16"
 
 
 def facts(setup: Setup) -> dict[str, Any]:

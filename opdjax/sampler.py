@@ -33,7 +33,7 @@ from opdjax.types import PromptBatch, Rollouts
 
 _SHORTEST_RING = 128  # columns; below it attention costs so little that another program is not worth its compilation
 _FREE_SHARE = 8  # while rows wait, decoding is interrupted once one slot in so many is free
-_BLOCKS_PER_FILL = 4  # prompts are read in blocks of which so many fill all slots
+BLOCKS_PER_FILL = 4  # prompts are read in blocks of which so many fill all slots
 
 
 @partial(jax.jit, static_argnames="count")
@@ -66,12 +66,12 @@ def sample(
     slots are split over `data` and `fsdp`, heads over `tensor`; ValueError where `slots` does not divide.
     """
     rows = _Rows.of(prompts, num_generations, first_sample)
-    slots = _num_slots(slots, len(rows.prompt_id), mesh)
-    blocks = deque(_blocks(np.asarray(prompts.mask), _block_size(slots, num_generations, mesh)))
+    slots = num_slots(slots, len(rows.prompt_id), mesh)
+    blocks = deque(_blocks(np.asarray(prompts.mask), block_size(slots, num_generations, mesh)))
     width = max((block.width for block in blocks), default=1)
     rings = _ring_sizes(decoding.max_completion_length)
     static = {"config": config, "decoding": decoding, "mesh": mesh}
-    state = _start(params, slots=slots, rows=len(rows.prompt_id), columns=width + rings[0], **static)
+    state = start(params, slots=slots, rows=len(rows.prompt_id), columns=width + rings[0], **static)
     names = np.array([seed, stream, policy_version], np.int32)
     prefix, waiting = None, deque()  # rows of the block that was read last: (place in it, row)
     is_done, drawn = np.ones(slots, bool), np.zeros(slots, np.int32)
@@ -129,13 +129,14 @@ def _blocks(mask: Bool[np.ndarray, "P T"], size: int) -> Iterator[_Block]:
         yield from (_Block(width, tuple(members[i : i + size]), size) for i in range(0, len(members), size))
 
 
-def _block_size(slots: int, num_generations: int, mesh: Mesh | None) -> int:
-    """Depends on no prompt, so that one program reads every block of a width."""
+def block_size(slots: int, num_generations: int, mesh: Mesh | None) -> int:
+    """Prompts that are read together. Depends on no prompt, so that one program reads every block of a width."""
     shards = num_row_shards(mesh)
-    return -(-slots // (num_generations * _BLOCKS_PER_FILL * shards)) * shards
+    return -(-slots // (num_generations * BLOCKS_PER_FILL * shards)) * shards
 
 
-def _num_slots(slots: int | None, rows: int, mesh: Mesh | None) -> int:
+def num_slots(slots: int | None, rows: int, mesh: Mesh | None) -> int:
+    """Rows decoded at a time; ValueError where the devices cannot share them out evenly."""
     shards = num_row_shards(mesh)
     if slots is not None and (slots < 1 or slots % shards):
         raise ValueError(f"slots is {slots}; expected a multiple of {shards}, the devices that rows are split over (mesh.data x mesh.fsdp)")
@@ -151,7 +152,7 @@ def _ring_sizes(length: int) -> list[int]:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Placed:
+class Placed:
     """What each slot is given, `[S]`: a place in the block that was read last (-1: nothing), and the row's names."""
 
     source: Int[Array, " S"]
@@ -177,12 +178,12 @@ class _Rows:
         repeat = partial(np.repeat, repeats=num_generations)
         return cls(repeat(np.asarray(prompts.prompt_id, np.int32)), first_sample + repeat(occurrence) * num_generations + numbers)
 
-    def place(self, waiting: deque[tuple[int, int]], free: np.ndarray, slots: int) -> _Placed:
+    def place(self, waiting: deque[tuple[int, int]], free: np.ndarray, slots: int) -> Placed:
         """Give the free slots to the rows that wait, in their order; those rows leave `waiting`."""
         source, row = np.full(slots, -1, np.int32), np.zeros(slots, np.int32)
         for slot in free[: len(waiting)]:
             source[slot], row[slot] = waiting.popleft()
-        return _Placed(source, row, self.prompt_id[row], self.sample_id[row])
+        return Placed(source, row, self.prompt_id[row], self.sample_id[row])
 
 
 # The work, on the device
@@ -235,7 +236,7 @@ def prefill(params, tokens, mask, *, width: int, config: DecoderConfig, decoding
 
 
 @partial(jax.jit, static_argnames=("slots", "rows", "columns", "config", "decoding", "mesh"))
-def _start(params, *, slots, rows, columns, config, decoding, mesh) -> SlotState:
+def start(params, *, slots, rows, columns, config, decoding, mesh) -> SlotState:
     """Empty slots."""
     dtype, length = params["embedding"].dtype, decoding.max_completion_length
     wide = jnp.promote_types(dtype, jnp.float32)
@@ -255,7 +256,7 @@ def _start(params, *, slots, rows, columns, config, decoding, mesh) -> SlotState
 
 @partial(jax.jit, static_argnames=("prompt_columns", "config", "decoding", "mesh"), donate_argnames="state")
 def advance(
-    params, state: SlotState, prefix: Prefix, placed: _Placed, names, limit, patience, *, prompt_columns, config, decoding, mesh
+    params, state: SlotState, prefix: Prefix, placed: Placed, names, limit, patience, *, prompt_columns, config, decoding, mesh
 ) -> tuple[SlotState, tuple[Array, Array]]:
     """Put rows into slots, then decode until `patience` slots are done, for at most `limit` steps.
 
@@ -280,7 +281,7 @@ def advance(
     return state, status if mesh is None else jax.lax.with_sharding_constraint(status, replicated(mesh))
 
 
-def _put(state: SlotState, prefix: Prefix, placed: _Placed, names: Int[Array, "3"], prompt_columns: int) -> SlotState:
+def _put(state: SlotState, prefix: Prefix, placed: Placed, names: Int[Array, "3"], prompt_columns: int) -> SlotState:
     """Slots that are given a row hand over the one they had and start it."""
     is_new = placed.source >= 0
     finished, lengths = _hand_over(state, is_new)

@@ -6,7 +6,8 @@ MLP and the vocabulary within a layer. Rows of a batch are split over `data` and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,18 +24,25 @@ AXES = ("data", "fsdp", "tensor")
 ROW_AXES = ("data", "fsdp")
 
 
-def make_mesh(data: int, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh of `data * fsdp * tensor` devices; `data` may be -1: as many as there are devices for."""
-    available = jax.devices()
-    data = max(len(available) // (fsdp * tensor), 1) if data == -1 else data
+def mesh_sizes(data: int, fsdp: int, tensor: int, available: int, kind: str) -> dict[str, int]:
+    """Axis -> size, out of `available` devices of a kind; `data` may be -1: as many as there are devices for."""
+    data = max(available // (fsdp * tensor), 1) if data == -1 else data
     count = data * fsdp * tensor
-    if count > len(available):
+    if count > available:
         named = ", ".join(f"mesh.{name} {size}" for name, size in zip(AXES, (data, fsdp, tensor)) if size > 1)
         raise ConfigError(
-            f"{named}: {count} devices, but there are {len(available)} {available[0].platform} devices; expected a product of at most "
+            f"{named}: {count} devices, but there are {available} {kind} devices; expected a product of at most "
             "so many (mesh.data -1: all that the others leave)"
         )
-    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=available[:count])
+    return {"data": data, "fsdp": fsdp, "tensor": tensor}
+
+
+def make_mesh(data: int, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of `data * fsdp * tensor` of these devices, by default of those that are here; `data` may be -1."""
+    available = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(data, fsdp, tensor, len(available), available[0].platform)
+    used = available[: math.prod(sizes.values())]
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=used)
 
 
 def num_row_shards(mesh: Mesh | None) -> int:

@@ -20,6 +20,7 @@ import opdjax.train
 from opdjax import cli
 from opdjax.config import MINI_PAIR, MINI_STUDENT
 from opdjax.evals.evaluate import Evaluator
+from opdjax.experiments import load_experiment, load_sweep
 
 ROW = '{"prompt": "1+1=", "answer": "2", "reference": "x"}\n'
 EXPERIMENT = """
@@ -121,7 +122,7 @@ class Place:
         """The directory of a sweep of two points of which none has begun."""
         from opdjax.sweep import _write_points
 
-        _write_points(cli.load_sweep(str(self.sweep()[1])), self.root / "sweep")
+        _write_points(load_sweep(str(self.sweep()[1])), self.root / "sweep")
         if file is not None:
             self.file(content, f"sweep/{file}")
         return self.sweep
@@ -463,7 +464,7 @@ def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("finished")
     (root / "rows.jsonl").write_text(ROW * 2)
     (root / "experiment.py").write_text(EXPERIMENT.format(rows=str(root / "rows.jsonl")))
-    opdjax.train.train(cli.load_experiment(str(root / "experiment.py")), root / "run")
+    opdjax.train.train(load_experiment(str(root / "experiment.py")), root / "run")
     return root
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from opdjax import cli
 from opdjax.config import MINI_PAIR, MINI_STUDENT, MINI_TEACHER, Config
+from opdjax.experiments import load_experiment
 from opdjax.fields import to_dict
 
 EXPERIMENT = """
@@ -92,7 +93,7 @@ def test_help_lists_every_verb(opdjax):
         assert (status, err) == (0, "")
         listed = re.findall(r"^  (\w+) ", out, re.MULTILINE)
         assert listed == list(cli.VERBS)
-        assert {"train", "sweep", "table", "report", "doctor", "audit", "sample", "evaluate", "import", "export"} == set(listed)
+        assert {"train", "plan", "sweep", "table", "report", "doctor", "audit", "sample", "evaluate", "import", "export"} == set(listed)
     status, out, _ = opdjax()
     assert status == 2
     assert "usage: opdjax VERB" in out
@@ -170,13 +171,13 @@ def test_a_file_that_is_no_experiment_is_refused(opdjax, experiment, tmp_path):
 
 
 def test_a_saved_config_can_be_run_again(experiment):
-    config = cli.load_experiment(str(experiment()))
+    config = load_experiment(str(experiment()))
     saved = experiment(json.dumps({"config": to_dict(config)}), "config.json")
-    assert cli.load_experiment(str(saved)) == config
+    assert load_experiment(str(saved)) == config
 
 
 def test_an_experiment_is_loaded_as_it_is(experiment):
-    config = cli.load_experiment(str(experiment()))
+    config = load_experiment(str(experiment()))
     assert isinstance(config, Config)
     assert (config.estimator.recipe, config.train.num_steps) == ("opd", 7)
 

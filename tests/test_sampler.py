@@ -787,7 +787,7 @@ def test_few_programs_serve_every_mix_of_prompts(student, mixed):
         return PromptBatch(np.where(mask, tokens, 0), mask, np.arange(len(lengths), dtype=np.int32))
 
     options = decoding(stop=(*student.stop, 5), temperature=1.1)  # no other test's, so that every program is counted
-    programs = lambda: np.array([f._cache_size() for f in (sampler.prefill, sampler.advance, sampler._collect, sampler._start)])  # noqa: E731
+    programs = lambda: np.array([f._cache_size() for f in (sampler.prefill, sampler.advance, sampler._collect, sampler.start)])  # noqa: E731
     counts = [programs()]
     for lengths, seed in (([5, 40, 3, 30, 20, 7], 0), ([45, 1, 1, 17, 33, 48], 1), ([20, 19, 18, 17, 40, 2], 2)):
         sample(student.params, batch(lengths, seed), seed, seed, config=student.config, decoding=options, num_generations=2, slots=4)

@@ -34,6 +34,8 @@ from opdjax.models.lora import merged, without_adapters
 from opdjax.sharding import is_lead, to_host
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+_CONFIGS = ("config.json", "generation_config.json")
 _CARRIED = ("tokenizer*", "*.jinja", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _STORED = ("F32", "BF16", "F16", "F64")  # how safetensors call what can be cast to those
@@ -63,9 +65,12 @@ class Checkpoint:
         return sum(int(np.prod(shape)) for shape in shapes)
 
 
-def open_checkpoint(path_or_id: str | os.PathLike, revision: str | None = None) -> Checkpoint:
-    """Describe a local directory, the hub repository of that id (downloaded to the hub's cache), or a built-in model (`@mini_student`)."""
-    path = _resolve(str(path_or_id), revision)
+def open_checkpoint(path_or_id: str | os.PathLike, revision: str | None = None, *, with_weights: bool = True) -> Checkpoint:
+    """Describe a local directory, the hub repository of that id (downloaded to the hub's cache), or a built-in model (`@mini_student`).
+
+    Without weights a directory that holds config.json alone will do, and of a repository no more than the configs are downloaded.
+    """
+    path = _resolve(str(path_or_id), revision, _WANTED if with_weights else _CONFIGS)
     raw = _read_json(path / "config.json")
     family = family_of(raw)
     try:
@@ -222,7 +227,7 @@ def _new_directory(out: pathlib.Path) -> Iterator[pathlib.Path]:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def _resolve(path_or_id: str, revision: str | None) -> pathlib.Path:
+def _resolve(path_or_id: str, revision: str | None, wanted: tuple[str, ...]) -> pathlib.Path:
     if path_or_id.startswith("@"):
         return _built_in(path_or_id)
     path = pathlib.Path(os.path.expanduser(path_or_id))
@@ -234,9 +239,8 @@ def _resolve(path_or_id: str, revision: str | None) -> pathlib.Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
     try:
-        return pathlib.Path(snapshot_download(path_or_id, revision=revision, allow_patterns=wanted))
+        return pathlib.Path(snapshot_download(path_or_id, revision=revision, allow_patterns=list(wanted)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise CheckpointError(f"{path_or_id!r} is no local directory, and the hub did not give it: {error}") from error
 

@@ -1,0 +1,93 @@
+"""What a run is made of, in sizes alone: read from its config and the models' config.json, never from weights, tokenizers or data."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Literal
+
+from opdjax.config import Config, ModelConfig
+from opdjax.data.prompts import padded_width
+from opdjax.estimators import bind
+from opdjax.models.decoder import DecoderConfig
+from opdjax.models.hf import open_checkpoint
+from opdjax.models.layout import require_divides
+from opdjax.plan.topology import Topology
+from opdjax.prepare import attention_of, compute_dtype, needs_teacher, require_rows_divide
+from opdjax.sharding import mesh_sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """One step of a run on one topology. Prompts are taken as long as data.max_prompt_length lets them be, completions likewise."""
+
+    config: Config
+    topology: Topology
+    mesh: dict[str, int]  # axis -> devices
+    student: DecoderConfig
+    teacher: DecoderConfig | None  # None: no frozen model stands beside the student
+    needs: Literal["none", "token", "vocabulary"]  # what the recipe asks a teacher for
+    prompt_columns: int
+
+    @property
+    def dtype(self) -> str:
+        """Of the student's forward pass."""
+        return compute_dtype(self.config.student, self.topology.backend)
+
+    @property
+    def teacher_dtype(self) -> str:
+        """Of the teacher's."""
+        return compute_dtype(self.config.teacher_model, self.topology.backend)
+
+    @property
+    def scoring_model(self) -> DecoderConfig:
+        """The model that scores: the teacher, or the student where it is its own."""
+        return self.teacher or self.student
+
+    @property
+    def devices(self) -> int:
+        """That the mesh uses."""
+        return self.mesh["data"] * self.mesh["fsdp"] * self.mesh["tensor"]
+
+    @property
+    def row_shards(self) -> int:
+        """Into how many parts the rows of a batch are split."""
+        return self.mesh["data"] * self.mesh["fsdp"]
+
+    @property
+    def rows(self) -> int:
+        """Of a step, on one device."""
+        return self.config.rows_per_step // self.row_shards
+
+    @property
+    def micro_rows(self) -> int:
+        """Of a micro-batch, on one device."""
+        return self.rows // self.config.train.gradient_accumulation_steps
+
+    @property
+    def columns(self) -> int:
+        """Of a row that is scored and trained on: prompt and completion, or what several rollouts share."""
+        return self.config.train.pack_length or self.prompt_columns + self.config.sampling.max_completion_length
+
+    @property
+    def slots(self) -> int:
+        """Rows that one device decodes at a time in a step."""
+        slots = self.config.sampling.slots
+        return self.rows if slots is None else min(slots // self.row_shards, self.rows)
+
+
+def read_workload(config: Config, topology: Topology) -> Workload:
+    """The run that `config` describes, on `topology`; ConfigError where its mesh, its rows or its models do not divide."""
+    mesh = mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, topology.chips, topology.name)
+    require_rows_divide(config, mesh["data"] * mesh["fsdp"])
+    needs = bind(config.estimator.recipe, config.estimator.options)[0].teacher
+    shape_of = partial(_shape, mesh=mesh, backend=topology.backend)
+    student = dataclasses.replace(shape_of(config.student, "student"), lora_scale=config.lora.scale)
+    teacher = shape_of(config.teacher, "teacher") if needs_teacher(config) and not config.teacher_is_student else None
+    return Workload(config, topology, mesh, student, teacher, needs, padded_width(config.data.max_prompt_length))
+
+
+def _shape(model: ModelConfig, role: str, mesh: dict[str, int], backend: str) -> DecoderConfig:
+    config = open_checkpoint(model.path, model.revision, with_weights=False).config
+    require_divides(config, mesh, f"the {role} {model.path}")
+    return dataclasses.replace(config, attention=attention_of(model, config.head_size, role, backend))

@@ -1,0 +1,36 @@
+# shellcheck shell=bash
+# Sourced by the scripts of this directory: reads the variables they share; prints every command, and runs it unless DRY_RUN=1.
+# The script that sources it sets `usage` first.
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+fail() {
+    printf '%s: %s\n' "$0" "$1" >&2
+    exit 2
+}
+
+need() { # need VARIABLE WHAT
+    [ -n "${!1:-}" ] || fail "$1 is not set; expected $2
+usage: ${usage:?}"
+}
+
+# Printed with printf %q, so that a line can be pasted into a shell as it stands.
+run() {
+    local line
+    printf -v line '%q ' "$@"
+    printf '%s\n' "${line% }"
+    [ "${DRY_RUN:-}" = 1 ] || "$@"
+}
+
+fact() { # fact FIELD: of TOPOLOGY
+    python3 "$root/tpu/topology.py" "$TOPOLOGY" "$1"
+}
+
+need NAME "the name of the TPU, such as opd"
+need ZONE "its zone, such as us-central1-a"
+where=("--zone=$ZONE")
+[ -z "${PROJECT:-}" ] || where+=("--project=$PROJECT")
+
+on_all_workers() { # on_all_workers COMMAND
+    run gcloud compute tpus tpu-vm ssh "$NAME" "${where[@]}" --worker=all "--command=$1"
+}
