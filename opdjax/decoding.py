@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from opdjax.ops.draw import invert_cdf
-from opdjax.ops.vocab import Head, VocabTile, head_logits
+from opdjax.ops.tile import Head, VocabTile, head_logits
 from opdjax.sharding import ROW_AXES
 
 TRAIN_STREAM, EVAL_STREAM, EXTRA_STREAM = 0, 1, 2

@@ -27,7 +27,8 @@ from opdjax.evals.evaluate import completions
 from opdjax.evals.grading import GRADERS
 from opdjax.models.decoder import DecoderConfig, Params, head_of
 from opdjax.models.hf import Checkpoint, load_params
-from opdjax.ops.vocab import Columns, Head, tiled_stats
+from opdjax.ops.tile import Head
+from opdjax.ops.vocab import Columns, tiled_stats
 from opdjax.prepare import Setup, Teacher, as_of_step, load_student, update_spec, with_credit
 from opdjax.sampler import sample
 from opdjax.scoring.local import score

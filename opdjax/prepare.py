@@ -25,7 +25,7 @@ from opdjax.models.decoder import DecoderConfig, Params, head_of
 from opdjax.models.hf import Checkpoint, CheckpointError, fingerprint, load_params, open_checkpoint
 from opdjax.models.layout import constrain, require_divides
 from opdjax.models.lora import init_adapters
-from opdjax.ops.vocab import Head
+from opdjax.ops.tile import Head
 from opdjax.sampler import extra_uniforms
 from opdjax.sharding import make_mesh, num_row_shards
 from opdjax.train_state import UpdateSpec

@@ -33,7 +33,7 @@ from opdjax.models.decoder import Params, abstract_params
 from opdjax.models.hf import Checkpoint, export, export_adapter, load_params
 from opdjax.models.layout import constrain, shardings_of
 from opdjax.models.lora import combine, init_adapters
-from opdjax.ops.vocab import Head
+from opdjax.ops.tile import Head
 from opdjax.prepare import Setup, as_of_step, facts, load_student, open_student, prepare, update_spec, with_credit
 from opdjax.processes import InterruptedRunError, agreed, join, on_lead, stop_requests
 from opdjax.results import read_result

@@ -23,7 +23,8 @@ from opdjax.estimators.losses import aggregation_weights, count_denominators
 from opdjax.models.decoder import DecoderConfig, Params, Remat, forward, head_of
 from opdjax.models.layout import WEIGHT_AXES, constrain, shardings_of
 from opdjax.models.lora import combine
-from opdjax.ops.vocab import Columns, Head, sum_dtype, tiled_loss, tiled_stats
+from opdjax.ops.tile import Head, sum_dtype
+from opdjax.ops.vocab import Columns, tiled_loss, tiled_stats
 from opdjax.sharding import scan_parts
 from opdjax.types import TeacherScores, TrainBatch
 

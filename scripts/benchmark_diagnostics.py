@@ -31,7 +31,8 @@ from opdjax.data.prompts import collate, indices_at
 from opdjax.diagnostics import observed
 from opdjax.estimators import bind
 from opdjax.models.hf import load_params
-from opdjax.ops.vocab import Columns, Head, tiled_loss, tiled_stats
+from opdjax.ops.tile import Head
+from opdjax.ops.vocab import Columns, tiled_loss, tiled_stats
 from opdjax.prepare import prepare, update_spec
 from opdjax.train import _rollouts, _score
 from opdjax.train_state import init_state, make_optimizer, make_update

@@ -12,7 +12,8 @@ import jax
 from benchmark_vocab import argument_shapes, cpu_model, make_arguments, parse_options, temp_mib, time_forms
 
 from opdjax.estimators import RECIPES
-from opdjax.ops.vocab import Columns, Head, tiled_loss, tiled_stats
+from opdjax.ops.tile import Head
+from opdjax.ops.vocab import Columns, tiled_loss, tiled_stats
 from opdjax.workdir import num_cores
 
 FORMS = {

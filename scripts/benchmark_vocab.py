@@ -20,7 +20,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from opdjax.ops.vocab import Columns, Head, tiled_loss
+from opdjax.ops.tile import Head
+from opdjax.ops.vocab import Columns, tiled_loss
 
 TARGETS = {"temp": 0.8, "seconds": 0.9, "long temp": 0.1}
 

@@ -33,7 +33,8 @@ from opdjax.estimators.divergence import reverse_kl
 from opdjax.models.decoder import DecoderConfig, head_of, init_params
 from opdjax.models.layout import shardings_of
 from opdjax.models.rope import Rope
-from opdjax.ops.vocab import Columns, Head, tiled_loss
+from opdjax.ops.tile import Head
+from opdjax.ops.vocab import Columns, tiled_loss
 from opdjax.sharding import by_row, make_mesh
 from opdjax.train_state import UpdateSpec, init_state, make_optimizer, make_update
 from opdjax.types import TeacherScores, TrainBatch

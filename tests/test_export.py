@@ -12,7 +12,7 @@ from opdjax.data.chat import load_tokenizer, valid_vocab
 from opdjax.data.prompts import collate, encode_prompts, read_prompts
 from opdjax.models.decoder import forward, head_of
 from opdjax.models.hf import load_params, open_checkpoint
-from opdjax.ops.vocab import head_logits
+from opdjax.ops.tile import head_logits
 from opdjax.prepare import stop_ids
 from opdjax.sampler import Decoding, sample
 from opdjax.train import train

@@ -20,7 +20,7 @@ from opdjax.decoding import EVAL_STREAM, TRAIN_STREAM, Decoding, draw_tokens, fi
 from opdjax.models import cached, decoder
 from opdjax.models.hf import load_params, open_checkpoint
 from opdjax.ops.draw import invert_cdf
-from opdjax.ops.vocab import VocabTile, head_logits
+from opdjax.ops.tile import VocabTile, head_logits
 from opdjax.sampler import extra_uniforms, sample
 from opdjax.sharding import by_row as by_row_of
 from opdjax.sharding import make_mesh

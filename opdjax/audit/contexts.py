@@ -12,7 +12,8 @@ from jaxtyping import Array, Float
 from opdjax.audit.subjects import Subject
 from opdjax.estimators.divergence import reverse_kl
 from opdjax.estimators.opd import score_norms
-from opdjax.ops.vocab import Columns, VocabTile
+from opdjax.ops.tile import VocabTile
+from opdjax.ops.vocab import Columns
 
 Stats = dict[str, Float[Array, " n"]]
 

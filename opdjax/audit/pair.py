@@ -21,7 +21,8 @@ from opdjax.estimators.divergence import reverse_kl
 from opdjax.models.decoder import Params
 from opdjax.models.hf import load_params
 from opdjax.ops.masked import rank_in_sequence
-from opdjax.ops.vocab import Columns, Head, Teacher, tiled_stats
+from opdjax.ops.tile import Head
+from opdjax.ops.vocab import Columns, Teacher, tiled_stats
 from opdjax.prepare import Setup, as_of_step, update_spec
 from opdjax.sampler import extra_uniforms, sample
 from opdjax.scoring.local import score

@@ -13,7 +13,7 @@ from opdjax.estimators import RECIPES, bind, sequence
 from opdjax.estimators.opd import REWARD_OPTIONS, sampled_reward
 from opdjax.estimators.opd import advantages as advantages_of
 from opdjax.estimators.pitfalls import PITFALLS, Pitfall
-from opdjax.ops.vocab import VocabTile
+from opdjax.ops.tile import VocabTile
 
 
 @dataclasses.dataclass(frozen=True)

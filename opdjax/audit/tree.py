@@ -17,7 +17,8 @@ import numpy as np
 from opdjax.audit.subjects import Subject, subject
 from opdjax.estimators import bind, sequence
 from opdjax.estimators.losses import AGGREGATIONS, aggregation_weights, count_denominators
-from opdjax.ops.vocab import Columns, VocabTile
+from opdjax.ops.tile import VocabTile
+from opdjax.ops.vocab import Columns
 
 LENGTH, END = 3, 0
 PREFIXES = [prefix for n in range(LENGTH) for prefix in itertools.product((1, 2), repeat=n)]

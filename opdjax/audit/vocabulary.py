@@ -13,7 +13,7 @@ import numpy as np
 from opdjax.audit.contexts import enumerate_draws, summarise
 from opdjax.audit.subjects import Subject, subject
 from opdjax.estimators.divergence import reverse_kl
-from opdjax.ops.vocab import VocabTile
+from opdjax.ops.tile import VocabTile
 
 
 def random_contexts(num_contexts: int, vocab: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

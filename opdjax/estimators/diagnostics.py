@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from opdjax.estimators import importance, sequence
 from opdjax.ops.masked import zero_where_masked
-from opdjax.ops.vocab import VocabTile
+from opdjax.ops.tile import VocabTile
 
 OVERLAP_TOP_K = 16
 _BLOCK = 128  # ids whose largest logit is taken first, where a vocabulary is long

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from opdjax.estimators.opd import sampled_reward
-from opdjax.ops.vocab import Columns, VocabTile
+from opdjax.ops.tile import VocabTile
+from opdjax.ops.vocab import Columns
 
 
 def reverse_kl(student: VocabTile, teacher: VocabTile) -> Float[Array, " n"]:

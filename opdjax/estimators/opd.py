@@ -14,7 +14,8 @@ from jaxtyping import Array, Float
 
 from opdjax.estimators import importance as ratios
 from opdjax.estimators.losses import clipped_policy_gradient_loss, policy_gradient_loss
-from opdjax.ops.vocab import Columns, VocabTile
+from opdjax.ops.tile import VocabTile
+from opdjax.ops.vocab import Columns
 
 BASELINES = ("full", "student_topk", "optimal", "batch_mean")
 REWARD_OPTIONS = ("reward_floor", "power_alpha")

@@ -18,7 +18,8 @@ from jaxtyping import Array, Bool, Float
 from opdjax.estimators.importance import k1, k3
 from opdjax.estimators.losses import policy_gradient_loss
 from opdjax.estimators.opd import opd, sampled_reward, student_topk_baseline
-from opdjax.ops.vocab import Columns, VocabTile
+from opdjax.ops.tile import VocabTile
+from opdjax.ops.vocab import Columns
 
 _VALUE_TOP_K = 8  # ids whose KL is taken for an advantage
 

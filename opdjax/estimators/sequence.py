@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from opdjax.estimators import advantage, importance
 from opdjax.estimators.opd import REWARD_OPTIONS, needed, sampled_reward
-from opdjax.ops.vocab import Columns, VocabTile
+from opdjax.ops.tile import VocabTile
+from opdjax.ops.vocab import Columns
 
 
 def is_coupled(options: dict[str, Any]) -> bool:

@@ -19,7 +19,7 @@ from opdjax.models.attention import SPLASH_OUTPUT, Implementation, attend_within
 from opdjax.models.layout import gathered
 from opdjax.models.rope import Rope, inverse_frequencies
 from opdjax.ops.masked import starts_sequence
-from opdjax.ops.vocab import Head
+from opdjax.ops.tile import Head
 from opdjax.sharding import keep_rows
 
 Params = dict[str, Any]

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from opdjax.models.decoder import DecoderConfig, Params, forward
-from opdjax.ops.vocab import Columns, Head, tiled_stats
+from opdjax.ops.tile import Head
+from opdjax.ops.vocab import Columns, tiled_stats
 from opdjax.sharding import scan_parts
 from opdjax.types import TeacherScores, TrainBatch
 

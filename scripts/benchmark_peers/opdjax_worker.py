@@ -31,7 +31,8 @@ from opdjax.config import (
 from opdjax.estimators import RECIPES
 from opdjax.metrics import MetricWriter
 from opdjax.models.hf import load_params, open_checkpoint
-from opdjax.ops.vocab import Columns, Head, VocabTile, tiled_loss
+from opdjax.ops.tile import Head
+from opdjax.ops.vocab import Columns, dense_loss, tiled_loss
 from opdjax.sampler import Decoding, sample
 from opdjax.types import PromptBatch
 
@@ -67,10 +68,10 @@ def _blocked(function, *arguments):
 def build_dense_loss(case):
     token_loss = partial(RECIPES["full_kl"].token_loss, divergence=case["divergence"])
     student, teacher = map(jnp.asarray, make_logits(case["tokens"], case["vocab"]))
-    token = jnp.zeros(case["tokens"], jnp.int32)
+    columns, weights = Columns(jnp.zeros(case["tokens"], jnp.int32)), jnp.full(case["tokens"], 1 / case["tokens"])
 
     def mean_loss(student, teacher):
-        return jnp.mean(token_loss(VocabTile(student), VocabTile(teacher), Columns(token))[0])
+        return dense_loss(token_loss, student, weights, columns, teacher)[0]
 
     return Job(partial(_blocked, jax.jit(jax.value_and_grad(mean_loss)), student, teacher), _describe_loss)
 

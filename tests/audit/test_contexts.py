@@ -11,7 +11,7 @@ from opdjax.audit.contexts import enumerate_draws, forward_gradient, measure, re
 from opdjax.audit.subjects import DEFAULT, Subject, choose, subject
 from opdjax.audit.vocabulary import audit_vocabulary, random_contexts
 from opdjax.estimators.divergence import forward_kl, reverse_kl
-from opdjax.ops.vocab import VocabTile
+from opdjax.ops.tile import VocabTile
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from opdjax.estimators import RECIPES, bind, sequence
-from opdjax.ops.vocab import Columns, VocabTile
+from opdjax.ops.tile import VocabTile
+from opdjax.ops.vocab import Columns
 
 
 def sample_gradients(name, options, student, teacher, tokens=None, **columns):

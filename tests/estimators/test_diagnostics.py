@@ -15,7 +15,7 @@ from opdjax.estimators.diagnostics import (
     top_k_overlap,
     vocabulary_stats,
 )
-from opdjax.ops.vocab import VocabTile
+from opdjax.ops.tile import VocabTile
 
 # Ids 0 to 3 live, id 4 pads the embedding.
 STUDENT = VocabTile(jnp.log(jnp.array([[1 / 2, 1 / 4, 1 / 8, 1 / 8, 0]])))

@@ -10,7 +10,8 @@ from jax.test_util import check_grads
 from opdjax.config import EstimatorConfig
 from opdjax.estimators.divergence import forward_kl, full_kl, jsd, reverse_kl, skew_forward_kl, skew_reverse_kl
 from opdjax.fields import ConfigError
-from opdjax.ops.vocab import Columns, VocabTile
+from opdjax.ops.tile import VocabTile
+from opdjax.ops.vocab import Columns
 
 LN2 = np.log(2.0)
 DIVERGENCES = {

@@ -27,7 +27,8 @@ from jax.test_util import check_grads
 
 from opdjax.estimators import RECIPES, bind, divergence, sequence
 from opdjax.estimators.losses import aggregation_weights, clipped_policy_gradient_loss, count_denominators
-from opdjax.ops.vocab import Columns, Head, VocabTile, tiled_loss, tiled_stats
+from opdjax.ops.tile import Head, VocabTile
+from opdjax.ops.vocab import Columns, tiled_loss, tiled_stats
 
 V = 7
 EVERY_SAMPLED = [

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from opdjax.estimators.losses import sft
 from opdjax.estimators.opd import advantages, full_baseline, optimal_baseline, sampled_reward, score_norms, student_topk_baseline
-from opdjax.ops.vocab import Columns, VocabTile
+from opdjax.ops.tile import VocabTile
+from opdjax.ops.vocab import Columns
 
 V, FLOOR, ALPHA = 7, -0.4, 0.6
 BASELINES = {

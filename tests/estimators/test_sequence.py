@@ -6,7 +6,8 @@ import pytest
 
 from opdjax.estimators import sequence
 from opdjax.estimators.opd import advantages
-from opdjax.ops.vocab import Columns, VocabTile
+from opdjax.ops.tile import VocabTile
+from opdjax.ops.vocab import Columns
 
 # Two sequences of two tokens: student (1/2, 1/4, 1/4), teacher (1/4, 1/2, 1/4), so that the tokens' r are (-ln 2, ln 2, 0).
 LN2 = np.log(2)

@@ -22,7 +22,8 @@ from opdjax.estimators.divergence import (
 )
 from opdjax.estimators.losses import sft
 from opdjax.fields import ConfigError
-from opdjax.ops.vocab import Columns, Head, VocabTile, tiled_loss
+from opdjax.ops.tile import Head, VocabTile
+from opdjax.ops.vocab import Columns, tiled_loss
 
 V = 9
 ROW = Columns(jnp.asarray([2]))

@@ -11,7 +11,7 @@ import pytest
 
 from opdjax.models import decoder
 from opdjax.models.hf import load_params, open_checkpoint
-from opdjax.ops.vocab import head_logits
+from opdjax.ops.tile import head_logits
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ '<s> ' + m['content'] + ' </s>' }}{% endfor %}"
 SIZES = {

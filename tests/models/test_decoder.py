@@ -12,7 +12,7 @@ from opdjax.models import cached, decoder
 from opdjax.models.attention import segment_mask
 from opdjax.models.hf import load_params, open_checkpoint
 from opdjax.models.rope import Rope
-from opdjax.ops.vocab import head_logits
+from opdjax.ops.tile import head_logits
 
 SMALL = decoder.DecoderConfig(
     vocab_size=31, hidden_size=12, num_layers=2, num_heads=6, num_kv_heads=2, head_size=6, intermediate_size=17, rope=Rope(1e4),

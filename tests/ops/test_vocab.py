@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from opdjax.ops import vocab as vocab_ops
-from opdjax.ops.vocab import Columns, Head, VocabTile, head_logits, tiled_loss, tiled_stats
+from opdjax.ops.tile import Head, VocabTile, head_logits
+from opdjax.ops.vocab import Columns, tiled_loss, tiled_stats
 from opdjax.sharding import ROW_AXES, make_mesh
 
 ROWS, WIDTH, VOCAB, TEACHER_WIDTH = 8, 4, 11, 6
@@ -529,6 +530,25 @@ def test_shards_add_up_in_float32():
     summed = re.findall(r'"stablehlo.all_reduce".*?\}\) : \((.*?)\) ->', text, flags=re.S)
     assert "tensor<50x16xf32>" in summed
     assert not [kind for kind in summed if "bf16" in kind]
+
+
+@over_losses
+def test_logits_of_ones_own(x64, token_loss, monkeypatch):
+    """Against plain autodiff, in blocks of two rows; a row of weight 0 may hold anything."""
+    monkeypatch.setattr(vocab_ops, "CPU_LOGITS", 2 * VOCAB)
+    rng = np.random.default_rng(5)
+    student, teacher = jnp.asarray(rng.normal(size=(6, VOCAB))), jnp.asarray(rng.normal(size=(6, VOCAB)))
+    columns = Columns(jnp.asarray(rng.integers(0, VOCAB, 6)), teacher_logprob=jnp.asarray(-rng.exponential(size=6)))
+    weights = jnp.asarray(rng.normal(size=6)).at[3].set(0)
+
+    def plain(student):
+        losses, outputs = token_loss(VocabTile(student), VocabTile(teacher), columns)
+        return jnp.sum(weights * losses), jax.tree.map(lambda x: x.at[3].set(0), outputs)
+
+    expected = jax.value_and_grad(plain, has_aux=True)(student)
+    ours = lambda logits: vocab_ops.dense_loss(token_loss, logits, weights, columns, teacher)  # noqa: E731
+    assert_close(jax.jit(jax.value_and_grad(ours, has_aux=True))(student.at[3].set(jnp.nan)), expected, 1e-12)
+    assert_close(ours(student)[0], expected[0][0], 1e-12)
 
 
 # Draws from a tile

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 from opdjax.decoding import Decoding, draw_next, row_keys
 from opdjax.diagnostics import observed
 from opdjax.estimators import bind
-from opdjax.ops.vocab import Columns, Head, VocabTile, tiled_loss, tiled_stats
+from opdjax.ops.tile import Head, VocabTile
+from opdjax.ops.vocab import Columns, tiled_loss, tiled_stats
 from opdjax.sharding import ROW_AXES, make_mesh
 
 B, T, V, D, U = 8, 5, 16, 8, 6

@@ -14,7 +14,8 @@ from opdjax.data.packing import to_train_batch
 from opdjax.data.prompts import encode_prompts, read_prompts
 from opdjax.models import decoder
 from opdjax.models.hf import load_params, open_checkpoint
-from opdjax.ops.vocab import Columns, Head, head_logits, tiled_stats
+from opdjax.ops.tile import Head, head_logits
+from opdjax.ops.vocab import Columns, tiled_stats
 from opdjax.sampler import TRAIN_STREAM, Decoding, sample
 from opdjax.scoring.local import score
 from opdjax.sharding import make_mesh, replicated, shard_rows
