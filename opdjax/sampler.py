@@ -72,18 +72,19 @@ def sample(
     rings = _ring_sizes(decoding.max_completion_length)
     static = {"config": config, "decoding": decoding, "mesh": mesh}
     state = start(params, slots=slots, rows=len(rows.prompt_id), columns=width + rings[0], **static)
+    parts = parts_of(params["layers"], config)
     names = np.array([seed, stream, policy_version], np.int32)
     prefix, waiting = None, deque()  # rows of the block that was read last: (place in it, row)
     is_done, drawn = np.ones(slots, bool), np.zeros(slots, np.int32)
     while waiting or blocks or not is_done.all():
         if blocks and not waiting:
             block = blocks.popleft()
-            prefix = prefill(params, *block.read(prompts), width=width, **static)
+            prefix = prefill(params, parts, *block.read(prompts), width=width, **static)
             waiting.extend(block.rows(num_generations))
         placed = rows.place(waiting, np.flatnonzero(is_done), slots)
         is_done, drawn = is_done & (placed.source < 0), np.where(placed.source < 0, drawn, 0)
         if blocks and is_done.any():
-            state, _ = advance(params, state, prefix, placed, names, 0, slots, prompt_columns=width, **static)
+            state, _ = advance(params, parts, state, prefix, placed, names, 0, slots, prompt_columns=width, **static)
             continue
         longest = int(drawn[~is_done].max())
         if longest == rings[0] and len(rings) > 1:
@@ -91,7 +92,7 @@ def sample(
             state = state.replace(cache=_with_ring(state.cache, state.cursor, width, rings[0], mesh))
         limit = rings[0] - longest if len(rings) > 1 else decoding.max_completion_length
         patience = max(slots // _FREE_SHARE, 1) if waiting or blocks else slots
-        state, status = advance(params, state, prefix, placed, names, limit, patience, prompt_columns=width, **static)
+        state, status = advance(params, parts, state, prefix, placed, names, limit, patience, prompt_columns=width, **static)
         is_done, drawn = map(np.asarray, status)
     return _collect(state, prompts.tokens, prompts.mask, rows, policy_version, decoding=decoding, mesh=mesh)
 
@@ -227,9 +228,9 @@ class SlotState:
 
 
 @partial(jax.jit, static_argnames=("width", "config", "decoding", "mesh"))
-def prefill(params, tokens, mask, *, width: int, config: DecoderConfig, decoding: Decoding, mesh: Mesh | None) -> Prefix:
+def prefill(params, parts, tokens, mask, *, width: int, config: DecoderConfig, decoding: Decoding, mesh: Mesh | None) -> Prefix:
     """Read left-padded prompts `[R, T]`; their cache is padded to `width` columns, whatever T."""
-    hidden, cache = cached.prefill(params, config, tokens, mask, _kv_dtype(params, decoding), mesh)
+    hidden, cache = cached.prefill(params, parts, config, tokens, mask, _kv_dtype(params, decoding), mesh)
     short = width - tokens.shape[1]
     cache = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(short, 0), (0, 0)]), cache)
     return Prefix(cached.constrain(cache, mesh), hidden, jnp.sum(mask, axis=1))
@@ -256,14 +257,14 @@ def start(params, *, slots, rows, columns, config, decoding, mesh) -> SlotState:
 
 @partial(jax.jit, static_argnames=("prompt_columns", "config", "decoding", "mesh"), donate_argnames="state")
 def advance(
-    params, state: SlotState, prefix: Prefix, placed: Placed, names, limit, patience, *, prompt_columns, config, decoding, mesh
+    params, parts, state: SlotState, prefix: Prefix, placed: Placed, names, limit, patience, *, prompt_columns, config, decoding, mesh
 ) -> tuple[SlotState, tuple[Array, Array]]:
-    """Put rows into slots, then decode until `patience` slots are done, for at most `limit` steps.
+    """Put rows into slots, then decode by `parts`, the layers apart, until `patience` slots are done, for at most `limit` steps.
 
     `names` are the seed, the stream and the policy version. Also returns what the host must know, a copy on every device:
     which slots are done and how many tokens each has drawn.
     """
-    head, parts = head_of(params, valid_vocab=decoding.valid_vocab), cached.parts_of(params["layers"], config)
+    head = head_of(params, valid_vocab=decoding.valid_vocab)
     put = lambda state: _put(state, prefix, placed, names, prompt_columns)  # noqa: E731
     state = jax.lax.cond(jnp.any(placed.source >= 0), put, lambda state: state, state)
 
@@ -385,6 +386,7 @@ def _kv_dtype(params: Params, decoding: Decoding):
     return params["embedding"].dtype if decoding.kv_dtype == "auto" else jnp.dtype(decoding.kv_dtype)
 
 
+parts_of = partial(jax.jit, static_argnums=1)(cached.parts_of)
 _constrain_cache = partial(jax.jit, static_argnames="mesh")(cached.constrain)
 
 

@@ -797,7 +797,9 @@ def test_few_programs_serve_every_mix_of_prompts(student, mixed):
 
 def test_a_prompt_is_read_once_for_all_its_generations(generate, mixed, monkeypatch):
     read, prefill = [], sampler.prefill
-    monkeypatch.setattr(sampler, "prefill", lambda params, tokens, mask, **rest: read.append(mask) or prefill(params, tokens, mask, **rest))
+    monkeypatch.setattr(
+        sampler, "prefill", lambda params, parts, tokens, mask, **rest: read.append(mask) or prefill(params, parts, tokens, mask, **rest)
+    )
     generate(mixed, num_generations=8, slots=16, temperature=1.5)
     assert sum(int(mask.any(1).sum()) for mask in read) == 6
     assert sum(mask.sum() for mask in read) == mixed.mask.sum()
@@ -833,7 +835,8 @@ def test_stored_in_fewer_bits_the_behavior_is_a_little_off(generate, mixed, stud
 
 def test_int8_keeps_each_number_to_half_a_step(student, rng):
     tokens, mask = rng.integers(3, 70, (2, 8)), np.ones((2, 8), bool)
-    caches = [cached.prefill(student.params, student.config, tokens, mask, dtype)[1] for dtype in (jnp.float32, jnp.int8)]
+    parts = cached.parts_of(student.params["layers"], student.config)
+    caches = [cached.prefill(student.params, parts, student.config, tokens, mask, dtype)[1] for dtype in (jnp.float32, jnp.int8)]
     for exact, stored in zip(caches[0].keys[:1] + caches[0].values[:1], caches[1].keys[:1] + caches[1].values[:1]):
         assert stored.data.dtype == jnp.int8
         assert np.abs(stored.data * stored.scale - exact.data).max(-1) == pytest.approx(0, abs=0.51 * float(stored.scale.max()))

@@ -23,7 +23,7 @@ from opdjax.plan.hlo import Collective, collectives, most_rows
 from opdjax.plan.topology import Topology
 from opdjax.plan.workload import Workload
 from opdjax.prepare import spec_of
-from opdjax.sampler import Placed, advance, block_size, num_slots, prefill, start
+from opdjax.sampler import Placed, advance, block_size, num_slots, parts_of, prefill, start
 from opdjax.scoring.local import score
 from opdjax.sharding import by_row, make_mesh, replicated
 from opdjax.train_state import init_state, make_optimizer, make_update
@@ -181,7 +181,9 @@ def _compile_sampler(workload: Workload, mesh: Mesh) -> list[Program]:
     params, static, (slots, block) = _sampled(workload, mesh)
     width, count = workload.prompt_columns, workload.config.rows_per_step
     whole = partial(jax.ShapeDtypeStruct, (block, width), sharding=replicated(mesh))
-    reading = prefill, (params, whole(jnp.int32), whole(jnp.bool_)), {"width": width, **static}
+    taking_apart = parts_of, (params["layers"], static["config"]), {}
+    parts = _results(taking_apart, _lower(taking_apart).compile())
+    reading = prefill, (params, parts, whole(jnp.int32), whole(jnp.bool_)), {"width": width, **static}
     of_prefill, compiled = measure("prefill", partial(_lower, reading), workload)
     if compiled is None:
         return [of_prefill]
@@ -189,7 +191,7 @@ def _compile_sampler(workload: Workload, mesh: Mesh) -> list[Program]:
     state = _results(empty, _lower(empty).compile())
     of_slot, number = np.zeros(slots, np.int32), np.int32(0)
     placed = Placed(of_slot, of_slot, of_slot, of_slot)
-    arguments = (params, state, _results(reading, compiled), placed, np.zeros(3, np.int32), number, number)
+    arguments = (params, parts, state, _results(reading, compiled), placed, np.zeros(3, np.int32), number, number)
     decoding = advance, arguments, {"prompt_columns": width, **static}
     return [of_prefill, measure("sample", partial(_lower, decoding), workload)[0]]
 
