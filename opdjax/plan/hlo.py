@@ -51,11 +51,13 @@ def collectives(text: str) -> list[Collective]:
         kind = each.opcode.removesuffix("-start")
         if kind not in _KINDS:
             continue
-        # XLA for TPU spreads one collective over several fusions, between which it goes on; each repeats the instruction.
-        channel = re.search(r"channel_id=(\d+)", each.rest)
-        if channel and (kind, channel.group(1)) in seen:
-            continue
-        seen.add((kind, channel and channel.group(1)))
+        # XLA for TPU spreads one collective over several fusions, between which it goes on; each repeats the instruction. Elsewhere
+        # a channel may be shared by collectives of one shape.
+        caller, channel = callers.get(each.computation), re.search(r"channel_id=(\d+)", each.rest)
+        if channel and caller is not None and caller.opcode == "fusion":
+            if (kind, channel.group(1)) in seen:
+                continue
+            seen.add((kind, channel.group(1)))
         operands = re.findall(r"%([\w.-]+)", each.rest.partition(")")[0])
         given, made = sum(sizes.get((each.computation, name), 0) for name in operands), _num_bytes(each.type)
         if each.opcode != kind and each.type.startswith("(") and kind != "all-reduce":
