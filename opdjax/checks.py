@@ -17,6 +17,7 @@ import numpy as np
 from opdjax.config import DataConfig
 from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, render
 from opdjax.data.prompts import PromptSet
+from opdjax.sharding import is_lead
 from opdjax.types import Rollouts, TrainBatch
 
 Status = Literal["ok", "warning", "fault"]
@@ -61,7 +62,7 @@ def enforce(findings: Iterable[Finding]) -> None:
     """Print the warnings; raise FaultError where there is a fault."""
     findings = list(findings)
     for finding in findings:
-        if finding.status == "warning":
+        if finding.status == "warning" and is_lead():
             print(finding)
     faults = [str(finding) for finding in findings if finding.status == "fault"]
     if faults:

@@ -172,7 +172,7 @@ class TrainConfig:
     remat: Literal["none", "dots", "layer"] = "none"
     max_nonfinite_steps: int = 5  # so many skipped steps in a row stop the run
     # Tokens of a row that several rollouts share; None: a row for each. There are as many rows either way; the rollouts fill as
-    # few micro-batches of them as they can, and the others cost nothing: nothing is saved with a single one. Attention is paid
+    # few micro-batches of them as they can, and the others cost no time: nothing is saved with a single one. Attention is paid
     # by the square of a row, so that rows much longer than the longest rollout lose what they save.
     pack_length: int | None = None
 
@@ -197,6 +197,9 @@ class LoraConfig:
         require(self.alpha > 0, "lora.alpha", self.alpha, "more than 0")
         is_set = 0 < len(self.targets) == len(set(self.targets))
         require(is_set, "lora.targets", self.targets, f"one or more of {', '.join(get_args(LoraTarget))}, each once")
+        for name in ("alpha", "targets") if self.rank == 0 else ():
+            default = LoraConfig.__dataclass_fields__[name].default
+            require(getattr(self, name) == default, f"lora.{name}", getattr(self, name), f"{default} where lora.rank is 0: no adapters")
 
     @property
     def scale(self) -> float:
@@ -315,7 +318,7 @@ class Config:
         self._check_source()
         require(self.student.path != STUDENT, "student.path", STUDENT, "the checkpoint that the student starts from")
         if self.teacher_is_student:
-            for name, default in (("revision", None), ("dtype", "auto"), ("attention", "auto")):
+            for name, default in (("revision", None), ("dtype", "auto"), ("attention", "auto"), ("split_over", ModelConfig().split_over)):
                 found = getattr(self.teacher, name)
                 require(found == default, f"teacher.{name}", found, f"{default}: the teacher is the student ({STUDENT})")
 
@@ -341,6 +344,8 @@ class Config:
         if source == "references":
             is_plain = self.sampling.temperature == 1 and not self.sampling.has_filter
             require(is_plain, "sampling.temperature, top_p, top_k, min_p", "set", "none of them where nothing is sampled (references)")
+            is_free = self.sampling.slots is None and self.sampling.kv_dtype == "auto"
+            require(is_free, "sampling.slots, kv_dtype", "set", "neither where nothing is sampled (references)")
         has_no_teacher = recipe == "sft" and source == "references"
         for name in ("teacher_format", "teacher_enable_thinking", "teacher_prompt_format") if has_no_teacher else ():
             require(getattr(self.data, name) is None, f"data.{name}", getattr(self.data, name), "none where no teacher reads the data")

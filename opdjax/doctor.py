@@ -67,8 +67,13 @@ def check_first_step(setup: Setup, batch: TrainBatch, rollouts: Rollouts, prompt
     findings = [checks.check_mask(batch, rollouts, prompts.tokens.shape[1], setup.decoding.stop_token_ids)]
     # The metric compares with the behaviour, which a filter moves away from what is scored.
     if "rollout/logprob_gap" in metrics and not setup.decoding.has_filter:
-        findings.append(checks.check_logprob_gap(metrics["rollout/logprob_gap"], setup.dtype, jax.default_backend()))
+        findings.append(checks.check_logprob_gap(metrics["rollout/logprob_gap"], _coarsest_dtype(setup), jax.default_backend()))
     return findings
+
+
+def _coarsest_dtype(setup: Setup) -> str:
+    """The type that decides how well sampler and update agree: keys and values may be stored in fewer bits than are computed with."""
+    return "bfloat16" if setup.config.sampling.kv_dtype in ("int8", "bfloat16") else setup.dtype
 
 
 def _compares_scores(setup: Setup) -> bool:
@@ -198,7 +203,7 @@ def _sampler_matches_scorer(setup: Setup, specimen: Specimen) -> Finding:
 
     sampled = np.asarray(specimen.rollouts.unfiltered_logprobs)
     return checks.check_sampler_matches_scorer(
-        sampled, np.asarray(mask), score_at, setup.decoding.temperature, setup.dtype, jax.default_backend()
+        sampled, np.asarray(mask), score_at, setup.decoding.temperature, _coarsest_dtype(setup), jax.default_backend()
     )
 
 

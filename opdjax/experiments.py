@@ -12,6 +12,7 @@ from typing import Any
 from opdjax.config import Config
 from opdjax.fields import ConfigError, from_dict
 from opdjax.points import SweepPoint
+from opdjax.workdir import as_of_today
 
 
 def load_experiment(file: str) -> Config:
@@ -48,7 +49,7 @@ def _read_saved_config(path: pathlib.Path) -> Config:
         raise ConfigError(f"{path} cannot be read as the config of a run: {error}") from error
     if not isinstance(saved, dict) or "config" not in saved:
         raise ConfigError(f"{path} has no 'config'; expected the config.json of a run or the point.json of a sweep")
-    return from_dict(Config, saved["config"])
+    return from_dict(Config, as_of_today(saved["config"]))
 
 
 def _call_in_file(file: str, function: str) -> Any:

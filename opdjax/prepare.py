@@ -26,6 +26,7 @@ from opdjax.models.hf import Checkpoint, CheckpointError, fingerprint, load_para
 from opdjax.models.layout import constrain, require_divides
 from opdjax.models.lora import init_adapters
 from opdjax.ops.tile import Head
+from opdjax.processes import from_lead
 from opdjax.sampler import extra_uniforms
 from opdjax.sharding import make_mesh, num_row_shards
 from opdjax.train_state import UpdateSpec
@@ -252,7 +253,12 @@ def task_reward(setup: Setup, rollouts: Rollouts) -> np.ndarray:
     """1 for each completion whose answer is right by the evaluation's grader, 0 for the others; `[B]`, float32."""
     grade = GRADERS[setup.config.evaluation.grader]
     answers = (setup.prompts.prompts[index].answer for index in np.asarray(rollouts.prompt_id))
-    return np.array([grade(text, answer) for text, answer in zip(completions(rollouts, setup.tokenizer), answers)], np.float32)
+
+    def graded():
+        return np.array([grade(text, answer) for text, answer in zip(completions(rollouts, setup.tokenizer), answers)], np.float32)
+
+    # A grader may give up by the clock, so that two processes could disagree.
+    return from_lead(graded, np.zeros(len(rollouts.prompt_id), np.float32))
 
 
 def _decoding(config: Config, checkpoint: Checkpoint, tokenizer: Any, more: tuple[int, ...]) -> Decoding:

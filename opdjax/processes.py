@@ -23,8 +23,8 @@ from opdjax.sharding import is_lead
 T = TypeVar("T")
 
 
-class LeadFailedError(RuntimeError):
-    """The lead process ended with an error, which it has printed."""
+class OtherFailedError(RuntimeError):
+    """Another process of the run ended with an error, which it has printed."""
 
 
 class InterruptedRunError(RuntimeError):
@@ -59,17 +59,32 @@ def join(processes: int) -> None:
 
 def on_lead(action: Callable[[], T]) -> T | None:
     """What `action` returns, which the lead alone does while the others wait; its error ends all of them."""
+    return _together(action, is_lead())
+
+
+def on_all(action: Callable[[], T]) -> T:
+    """What `action` returns, which every process does by itself; the error of one ends all of them."""
+    return _together(action, True)
+
+
+def _together(action: Callable[[], T], is_mine: bool) -> T | None:
     if jax.process_count() == 1:
         return action()
-    result, failure = None, None
-    if is_lead():
-        try:
-            result = action()
-        except (ValueError, RuntimeError, OSError) as error:
-            failure = error
-    if not agreed(failure is None):
-        raise failure or LeadFailedError("the first process stopped with an error; its message says which")
+    is_done, result = False, None
+    try:
+        result = action() if is_mine else None
+        is_done = True
+    finally:  # whatever was raised: the others wait to hear of it
+        is_done_by_all = np.all(multihost_utils.process_allgather(np.bool_(is_done)))
+    if not is_done_by_all:
+        raise OtherFailedError("another process of this run stopped with an error; its message says which")
     return result
+
+
+def from_lead(action: Callable[[], np.ndarray], like: np.ndarray) -> np.ndarray:
+    """The array that the lead computes, in every process; `like` has its shape and type."""
+    found = on_lead(action)
+    return found if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(found if is_lead() else like)
 
 
 def agreed(value: bool) -> bool:

@@ -58,17 +58,20 @@ def sample(
     first_sample: int = 0,
     mesh: Mesh | None = None,
     slots: int | None = None,
+    prompt_columns: int | None = None,
 ) -> Rollouts:
     """`num_generations` completions of each prompt (B = P * G rows, those of a prompt side by side).
 
     Rows are `[prompt | completion]`. `slots` rows are decoded at a time (None: all); prompts are host arrays, and a row without
     a prompt is filler that stays empty. Runs its own loop over jitted steps, so it cannot be called under jit. With a `mesh`,
-    slots are split over `data` and `fsdp`, heads over `tensor`; ValueError where `slots` does not divide.
+    slots are split over `data` and `fsdp`, heads over `tensor`; ValueError where `slots` does not divide. `prompt_columns`: of the
+    cache, for prompts (None: as the widest here needs); the same for all batches of a run, it is compiled once for each width
+    of prompts and each length of the ring.
     """
     rows = _Rows.of(prompts, num_generations, first_sample)
     slots = num_slots(slots, len(rows.prompt_id), mesh)
     blocks = deque(_blocks(np.asarray(prompts.mask), block_size(slots, num_generations, mesh)))
-    width = max((block.width for block in blocks), default=1)
+    width = max([block.width for block in blocks] + [prompt_columns or 1])
     rings = _ring_sizes(decoding.max_completion_length)
     static = {"config": config, "decoding": decoding, "mesh": mesh}
     state = start(params, slots=slots, rows=len(rows.prompt_id), columns=width + rings[0], **static)
@@ -387,7 +390,7 @@ def _kv_dtype(params: Params, decoding: Decoding):
 
 
 parts_of = partial(jax.jit, static_argnums=1)(cached.parts_of)
-_constrain_cache = partial(jax.jit, static_argnames="mesh")(cached.constrain)
+_constrain_cache = partial(jax.jit, static_argnames="mesh", donate_argnums=0)(cached.constrain)
 
 
 def _constrain(state: SlotState, mesh: Mesh | None) -> SlotState:

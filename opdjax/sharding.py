@@ -42,6 +42,12 @@ def make_mesh(data: int, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.D
     available = jax.devices() if devices is None else devices
     sizes = mesh_sizes(data, fsdp, tensor, len(available), available[0].platform)
     used = available[: math.prod(sizes.values())]
+    if jax.process_count() > 1 and devices is None and len(used) != len(available):
+        named = " x ".join(f"mesh.{name} {size}" for name, size in sizes.items())
+        raise ConfigError(
+            f"{named} use {len(used)} of {len(available)} devices; expected all of them where a run has several processes: one whose "
+            "devices are left out would never be heard of"
+        )
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=used)
 
 

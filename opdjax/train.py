@@ -35,7 +35,7 @@ from opdjax.models.layout import constrain, shardings_of
 from opdjax.models.lora import combine, init_adapters
 from opdjax.ops.tile import Head
 from opdjax.prepare import Setup, as_of_step, facts, load_student, open_student, prepare, update_spec, with_credit
-from opdjax.processes import InterruptedRunError, agreed, join, on_lead, stop_requests
+from opdjax.processes import InterruptedRunError, agreed, join, on_all, on_lead, stop_requests
 from opdjax.results import read_result
 from opdjax.sampler import sample
 from opdjax.scoring.local import score
@@ -59,8 +59,8 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
     join(config.mesh.processes)
     with contextlib.ExitStack() as opened:
         on_lead(lambda: opened.enter_context(locked(workdir)))
-        setup = prepare(config)
-        described = facts(setup)
+        setup = on_all(lambda: prepare(config))
+        described = on_all(lambda: facts(setup))
         is_finished = agreed(bool(on_lead(lambda: _open(workdir, setup, described))))
         if not is_finished:
             enforce(check_settings(setup))
@@ -108,14 +108,14 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> N
     evaluate = partial(_evaluate, setup, workdir)
     examine = make_examine(spec, _ALTERNATIVES)
 
-    evaluate(0, publish(state.params) if first == 0 else None)
+    published = publish(state.params)
+    evaluate(0, published)
     progress, timer = Progress(first, config.train.num_steps), Timer()
     opened.callback(progress.close)
     is_stop_asked = opened.enter_context(stop_requests())
     following = _prompts_of(setup, first)
     for step in range(first, config.train.num_steps):
-        prompts = following
-        params = publish(state.params)
+        prompts, params = following, published
         current = as_of_step(setup, params)
         with timer.phase("sample"):
             rollouts = to_host(_rollouts(current, params, prompts, step))
@@ -139,9 +139,12 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> N
 
         metrics |= (seconds := timer.take())
         metrics["perf/tokens_per_second"] = metrics["perf/trained_tokens"] / seconds["time/step"]
+        on_lead(lambda: writer.write(done, metrics))  # noqa: B023 (called at once)
         if is_lead():
-            writer.write(done, metrics)
             progress.show(done, metrics)
+        # Weights are published once a step, and the old ones let go before.
+        del params, current, published, teacher_head, batch
+        published = publish(state.params)
         streak = int(state.nonfinite_streak)
         if streak >= config.train.max_nonfinite_steps:
             checkpointer.wait()
@@ -151,7 +154,7 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> N
             )
         is_last = done == config.train.num_steps
         is_evaluated = is_last or (config.evaluation.every and done % config.evaluation.every == 0)
-        scores = evaluate(done, publish(state.params)) if is_evaluated else None
+        scores = evaluate(done, published) if is_evaluated else None
         is_stopped = is_stop_asked(done) and not is_last
         # In the middle of a streak nothing new is worth keeping, and the last good step must not be pushed out.
         if is_last or (streak == 0 and (is_evaluated or is_stopped or done % config.checkpoint.every == 0)):
@@ -161,9 +164,8 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> N
             raise InterruptedRunError(f"stopped after step {done}, as asked by a signal; the same command continues {workdir}")
     progress.close()
     checkpointer.wait()
-    for name in ("student", "student_adapter") if is_lead() else ():
-        shutil.rmtree(workdir / name, ignore_errors=True)  # of a run killed before it wrote its result
-    exported = _export_student(config, setup.student, combine(frozen, state.params), workdir / "student", spec.dtype)
+    on_lead(lambda: _clear_exports(workdir))
+    exported = on_all(lambda: _export_student(config, setup.student, combine(frozen, state.params), workdir / "student", spec.dtype))
     on_lead(lambda: _finish(setup, workdir, exported, int(state.num_skipped)))
 
 
@@ -212,7 +214,10 @@ def _packed(setup: Setup, batch: TrainBatch) -> tuple[TrainBatch, Metrics]:
 def _rollouts(setup: Setup, params: Params, prompts: PromptBatch, step: int) -> Rollouts:
     """The step's completions: drawn from the student, or answers written by the teacher or found in the data."""
     config, sampling = setup.config, setup.config.sampling
-    draw = partial(sample, num_generations=sampling.num_generations, mesh=setup.mesh, slots=sampling.slots)
+    columns = setup.prompts.columns(of_teacher=sampling.source == "teacher")
+    draw = partial(
+        sample, num_generations=sampling.num_generations, mesh=setup.mesh, slots=sampling.slots, prompt_columns=columns
+    )  # fmt: skip
     if sampling.source == "student":
         return draw(params, prompts, config.seed, step, config=setup.student.config, decoding=setup.decoding)
     if sampling.source == "references":
@@ -352,6 +357,12 @@ def _evaluate(setup: Setup, workdir: pathlib.Path, step: int, params: Params | N
 
 def _score_line(scores: dict[str, Any]) -> str:
     return "  ".join(f"{name} {scores[name]:.3f}" for name in ("avg@k", "pass@k", "greedy"))
+
+
+def _clear_exports(workdir: pathlib.Path) -> None:
+    """Remove what a run wrote that was killed before it had its result."""
+    for name in ("student", "student_adapter"):
+        shutil.rmtree(workdir / name, ignore_errors=True)
 
 
 def _export_student(config: Config, source: Checkpoint, params: Params, out: pathlib.Path, dtype: str | None) -> pathlib.Path:

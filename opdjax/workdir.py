@@ -22,6 +22,14 @@ from opdjax.fields import differences, from_dict, to_dict
 _OF_A_RUN = ("checkpoints", "student", "metrics.jsonl", "samples.jsonl", "eval.jsonl", "result.json", "*/point.json")
 
 
+# Fields that say how a run is computed: on which devices, how many rows at a time, by which kernels.
+_HOW = (
+    *(f"mesh.{name}" for name in ("data", "fsdp", "tensor", "processes")),
+    *(f"{model}.{name}" for model in ("student", "teacher") for name in ("split_over", "attention")),
+    *("sampling.split_over", "sampling.slots", "train.gradient_accumulation_steps", "train.remat"),
+)
+
+
 class WorkdirError(ValueError):
     """The directory belongs to another run or to one that is still going on, or what it holds is damaged."""
 
@@ -54,7 +62,8 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
 def claim(workdir: pathlib.Path, config: Config, facts: dict[str, Any]) -> None:
     """Write `config.json`, or check that the one that is there describes the same run on the same data.
 
-    A changed mesh or environment (library versions, cores) is printed only: the run then continues, but not bit for bit.
+    What says how the run is computed and not what (mesh, slots, micro-batches, environment) may change: it is printed, and the run
+    continues, but not bit for bit.
     """
     file = workdir / "config.json"
     new = {"config": to_dict(config), **facts}
@@ -66,17 +75,25 @@ def claim(workdir: pathlib.Path, config: Config, facts: dict[str, Any]) -> None:
         return
     old = read_run_config(workdir)
     described = [{"config": as_of_today(run["config"]), "data": run["data"]} for run in (old, new)]
-    meshes = [run["config"].pop("mesh") for run in described]
+    computed = [_take(run["config"], _HOW) for run in described]
     changed = differences(*described)
     if changed:
         listed = "\n  ".join(changed)
         raise WorkdirError(f"{workdir} holds a run of another config; choose another --workdir or undo (there -> now):\n  {listed}")
-    for line in differences(*meshes, "mesh.") + differences(old["environment"], new["environment"], "environment."):
+    for line in differences(*computed) + differences(old["environment"], new["environment"], "environment."):
         print(f"note: continuing under another {line}; results may differ in the last bits")
 
 
+def _take(config: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Those fields, taken out of the config."""
+    return {name: config[name.split(".")[0]].pop(name.split(".")[1]) for name in names}
+
+
 def as_of_today(saved: dict[str, Any]) -> dict[str, Any]:
-    """A saved config with the defaults of the fields that have come since, and with the names that the built-in models have now."""
+    """A saved config with the defaults of the fields that have come since, and with the names and values that are written now."""
+    train = saved.get("train", {})
+    if isinstance(train.get("remat"), bool):  # once there was only one degree of it
+        saved = saved | {"train": train | {"remat": "layer" if train["remat"] else "none"}}
     config = to_dict(from_dict(Config, saved))
     for role in ("student", "teacher"):
         config[role]["path"] = _name_of_today(config[role]["path"])

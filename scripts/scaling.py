@@ -269,7 +269,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=1024, help="of the hidden states of the vocabulary pass")
     parser.add_argument("--tile", type=int, default=512)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the forward pass")
-    parser.add_argument("--remat", action="store_true", help="recompute each layer in the backward pass")
+    parser.add_argument("--remat", choices=("none", "dots", "layer"), default="none", help="what the backward pass recomputes")
     parser.add_argument("--timed", action="store_true", help="run the updates too")
     return parser.parse_args()
 

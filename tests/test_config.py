@@ -250,6 +250,8 @@ REFUSED = [
     (LoraConfig, {"alpha": 0.0}, "lora.alpha is 0.0; expected more than 0"),
     (LoraConfig, {"targets": ()}, "lora.targets is (); expected one or more of q, k, v, o, gate, up, down, each once"),
     (LoraConfig, {"targets": ("q", "v", "q")}, "lora.targets is ('q', 'v', 'q'); expected one or more of q, k,"),
+    (LoraConfig, {"alpha": 32.0}, "lora.alpha is 32.0; expected 16.0 where lora.rank is 0: no adapters"),
+    (LoraConfig, {"targets": ("q",)}, "lora.targets is ('q',); expected ('q', 'k', 'v', 'o', 'gate', 'up', 'down') where lora.rank is 0"),
     (LoraConfig, {"targets": ("q", "gates")}, "lora.targets[1] is 'gates'; did you mean 'gate'?"),
     (LogConfig, {"samples_every": -1}, "log.samples_every is -1; expected 0 (off) or more"),
     (LogConfig, {"num_samples": 0}, "log.num_samples is 0; expected at least 1"),

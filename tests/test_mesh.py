@@ -3,14 +3,17 @@
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from mesh_pair import make_pair, mesh_config
 
 from opdjax.config import MeshConfig, TrainConfig
 from opdjax.fields import ConfigError
+from opdjax.models.decoder import forward
 from opdjax.models.hf import load_params, open_checkpoint
 from opdjax.prepare import prepare
+from opdjax.sharding import make_mesh
 from opdjax.train import export_step, train
 from opdjax.workdir import read_lines
 
@@ -81,6 +84,21 @@ def test_a_model_that_the_mesh_does_not_divide_is_refused_by_the_axis(pair):
         prepare(mesh_config(pair, MeshConfig(1, 1, 4)))
     with pytest.raises(ConfigError, match="mesh.fsdp is 3, which does not divide hidden_size 16 of the student"):
         prepare(mesh_config(pair, MeshConfig(1, 3, 1), train=TrainConfig(prompts_per_step=12)))
+
+
+def test_gathered_weights_are_not_kept_for_the_backward_pass(pair):
+    """Residuals of the trunk on 1x8x1: no kernel beside those that are split."""
+    checkpoint = open_checkpoint(pair / "student")
+    mesh = make_mesh(1, 8)
+    params = load_params(checkpoint, "float32", mesh)
+    tokens = jnp.zeros((8, 5), jnp.int32)
+
+    def kept(remat):
+        trunk = lambda params: forward(params, checkpoint.config, tokens, jnp.ones_like(tokens), remat=remat, mesh=mesh)  # noqa: E731
+        leaves = jax.tree.leaves(jax.eval_shape(lambda params: jax.vjp(trunk, params)[1], params))
+        return [leaf.shape for leaf in leaves].count(params["layers"]["gate_kernel"].shape)
+
+    assert kept("none") == kept("layer") == 3  # the split kernels of q, gate and up themselves
 
 
 def test_export_of_a_sharded_checkpoint(pair, tmp_path):

@@ -94,7 +94,7 @@ def test_what_the_lead_refuses_ends_all(pair, tmp_path):
     statuses, printed = finish(start(mesh_config(pair, MeshConfig(-1, processes=2)), workdir, devices=1), workdir)
     assert statuses == [2, 2]
     assert "it holds metrics.jsonl" in printed[0]
-    assert "the first process stopped with an error" in printed[1]
+    assert "another process of this run stopped with an error" in printed[1]
 
 
 def test_processes_that_are_not_told_of_each_other_are_refused(monkeypatch):

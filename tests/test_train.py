@@ -157,6 +157,13 @@ def test_a_run_killed_at_random_moments_ends_as_the_straight_one(straight, tmp_p
     assert_same_run(straight, workdir)
 
 
+def test_rollouts_from_a_cache_in_fewer_bits_are_no_fault(tmp_path):
+    """Its log-probs are a little off those of the update, which would be a fault where both are float32."""
+    train(vary(sampling={"kv_dtype": "int8"}, train={"num_steps": 1}, evaluation={"source": None}), tmp_path)
+    (row,) = without_times(tmp_path)
+    assert 1e-4 < row["rollout/logprob_gap"] < 0.05
+
+
 def test_several_samples_micro_batches_and_a_teacher_view_of_its_own(tmp_path):
     """Raw text for the student, the chat template for the teacher: the teacher's scores still land on the student's tokens."""
     config = vary(

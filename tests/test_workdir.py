@@ -8,9 +8,20 @@ import sys
 
 import pytest
 
-from opdjax.config import Config, ModelConfig, SamplingConfig, TrainConfig
-from opdjax.fields import ConfigError, from_dict
-from opdjax.workdir import WorkdirError, append_lines, claim, cut_lines, environment, locked, read_config, read_lines, write_json
+from opdjax.config import Config, EstimatorConfig, MeshConfig, ModelConfig, SamplingConfig, TrainConfig
+from opdjax.fields import ConfigError, from_dict, to_dict
+from opdjax.workdir import (
+    WorkdirError,
+    append_lines,
+    as_of_today,
+    claim,
+    cut_lines,
+    environment,
+    locked,
+    read_config,
+    read_lines,
+    write_json,
+)
 
 FACTS = {"data": {"prompts": "d1", "num_prompts": 3}, "environment": {"jax": "0.10.2", "cores": 2}}
 ENTER = """
@@ -224,3 +235,22 @@ def test_a_directory_that_names_the_built_in_models_by_where_they_once_lay_is_co
     claim(tmp_path, old, FACTS)
     with pytest.raises(WorkdirError, match=r"config.student.path: '@mini_student' -> '/x/mini_pair/student'"):
         claim(tmp_path, dataclasses.replace(old, student=ModelConfig("/x/mini_pair/student")), FACTS)
+
+
+def test_a_config_saved_when_remat_was_a_switch_is_read():
+    for saved, today in ((True, "layer"), (False, "none")):
+        config = to_dict(Config())
+        config["train"]["remat"] = saved
+        assert as_of_today(config)["train"]["remat"] == today
+
+
+def test_how_a_run_is_computed_may_change_and_is_told(tmp_path, capsys):
+    facts = {"data": {}, "environment": {}}
+    claim(tmp_path, Config(), facts)
+    sampling, rows = SamplingConfig(slots=6, split_over=()), TrainConfig(gradient_accumulation_steps=4, remat="layer")
+    claim(tmp_path, Config(sampling=sampling, train=rows, mesh=MeshConfig(2, 2)), facts)
+    told = capsys.readouterr().out
+    assert "sampling.slots: None -> 6" in told
+    assert "mesh.fsdp: 1 -> 2" in told
+    with pytest.raises(WorkdirError, match=r"sampling.top_k: 0 -> 5"):
+        claim(tmp_path, Config(sampling=SamplingConfig(top_k=5), estimator=EstimatorConfig("full_kl")), facts)

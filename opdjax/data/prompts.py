@@ -39,6 +39,11 @@ class PromptSet:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def columns(self, *, of_teacher: bool = False) -> int:
+        """The widest batch's columns, in that model's view."""
+        ids = self.teacher_ids if of_teacher and self.teacher_ids is not None else self.student_ids
+        return padded_width(max(map(len, ids)))
+
     @property
     def num_skipped(self) -> int:
         """Prompts over the length limit."""

@@ -14,6 +14,7 @@ from opdjax.decoding import EVAL_STREAM, Decoding
 from opdjax.evals.grading import GRADERS
 from opdjax.evals.passk import avg_at_k, mean_and_interval, pass_at_k
 from opdjax.models.decoder import DecoderConfig, Params
+from opdjax.processes import from_lead
 from opdjax.sampler import sample
 from opdjax.sharding import num_row_shards, to_host
 
@@ -63,8 +64,12 @@ class Evaluator:
             num_generations=num_samples, stream=EVAL_STREAM, mesh=self.mesh, slots=-(-config.batch_size // devices) * devices,
         )  # fmt: skip
         rollouts = to_host(rollouts)
-        answers = (prompt.answer for prompt in self.prompts.prompts for _ in range(num_samples))
-        correct = [grade(text, answer) for text, answer in zip(completions(rollouts, self.tokenizer), answers)]
+        answers = [prompt.answer for prompt in self.prompts.prompts for _ in range(num_samples)]
+
+        def graded():
+            return np.array([grade(text, answer) for text, answer in zip(completions(rollouts, self.tokenizer), answers)], np.int32)
+
+        correct = from_lead(graded, np.zeros(len(answers), np.int32))  # a grader may give up by the clock
         lengths, truncated = np.asarray(rollouts.mask).sum(1), np.asarray(rollouts.is_truncated)
         return tuple(np.asarray(column, np.int32).reshape(-1, num_samples) for column in (correct, lengths, truncated))
 

@@ -147,6 +147,7 @@ def _write(stored: Stored, new: Float[Array, "B T K H"], index, column) -> Store
     """Write T columns of one layer; `index` is its place in the stack, None where there is no stack."""
     new, scale = new.swapaxes(1, 2), None
     if stored.scale is not None:
+        new = new.astype(stored.scale.dtype)  # or the quotient would be rounded twice
         peak = jnp.max(jnp.abs(new), axis=-1, keepdims=True)
         scale = (peak / _INT8_MAX).astype(stored.scale.dtype)
         new = jnp.round(new / jnp.where(peak > 0, peak / _INT8_MAX, 1))

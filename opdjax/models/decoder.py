@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from opdjax.models.attention import SPLASH_OUTPUT, Implementation, attend_within_segments
-from opdjax.models.layout import gathered
+from opdjax.models.layout import gathered, is_kept
 from opdjax.models.rope import Rope, inverse_frequencies
 from opdjax.ops.masked import starts_sequence
 from opdjax.ops.tile import Head
@@ -26,6 +26,7 @@ Params = dict[str, Any]
 RUN_FIELDS = ("lora_scale", "attention")  # of a DecoderConfig: how a run computes the model, which no checkpoint says
 Remat = Literal["none", "dots", "layer"]
 _REMAT_POLICIES = {
+    "none": is_kept,
     "layer": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(SPLASH_OUTPUT)
@@ -132,7 +133,7 @@ def forward(
 
     embedding = gathered({"embedding": params["embedding"]}, mesh)["embedding"]
     x = keep_rows(embedding[tokens], mesh)
-    if remat != "none":
+    if remat != "none" or (mesh is not None and mesh.shape["fsdp"] > 1):
         # A scan keeps the two passes apart by itself; barriers against merging them again would only cost.
         layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[remat], prevent_cse=False)
     x, _ = jax.lax.scan(layer, x, params["layers"])

@@ -89,6 +89,14 @@ def gathered(weights: dict[str, jax.Array], mesh: Mesh | None) -> dict[str, jax.
     return {name: _gather(x, mesh, spec_of(name)) if spec_of(name) else x for name, x in weights.items()}
 
 
+def is_kept(primitive, *_, **__) -> bool:
+    """A rematerialisation policy: all is kept for the backward pass but what was only laid out anew, such as gathered weights.
+
+    Those of all layers, kept whole, would undo fsdp.
+    """
+    return primitive.name != "sharding_constraint"
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(x, mesh, spec):
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*(None if axis == "fsdp" else axis for axis in spec))))

@@ -169,7 +169,7 @@ def _run(token_loss, hidden, head, operands, *, tile, mesh, grad):
         total, outputs, dhidden, dhead = local(hidden, head, weights, columns, teacher, axes=axes)
         total = jax.lax.psum(total, ROW_AXES)
         if dhidden is not None and len(axes) == 3:
-            dhidden = jax.lax.psum(dhidden, "tensor")
+            dhidden = jax.lax.psum(dhidden, "tensor").astype(hidden.dtype)
         if dhead is not None:
             bias = None if dhead.bias is None else jax.lax.psum(dhead.bias, ROW_AXES)
             kernel = jax.lax.psum_scatter(jax.lax.psum(dhead.kernel, "data"), "fsdp", scatter_dimension=1, tiled=True)
@@ -282,7 +282,8 @@ def _tile(token_loss, head, teacher_head, rows, is_live, grad, dhead, axes):
     dhidden, dkernel = _pull_back(small, hidden, head.kernel, None if dhead is None else dhead.kernel, axes)
     if dhead is not None:
         dhead = dataclasses.replace(dhead, kernel=dkernel, bias=None if head.bias is None else dhead.bias + jnp.sum(draw, axis=0))
-    return total, outputs, dhidden.astype(hidden.dtype), dhead
+    # A slice's share is rounded once all slices are added.
+    return total, outputs, dhidden if len(axes) == 3 else dhidden.astype(hidden.dtype), dhead
 
 
 def _keep(is_live, x):

@@ -184,7 +184,7 @@ def _standing(workload: Workload) -> list[Item]:
         Item("student's frozen parameters", frozen, PHASES, True, ("teacher",) if is_one else unsampled),
     ]
     samples = config.sampling.source == "student"
-    outside = (*(() if samples else ("prefill", "sample")), *(() if config.teacher_is_student else ("teacher",)), "evaluate")
+    outside = (*(() if samples else ("prefill", "sample")), *(() if config.teacher_is_student else ("teacher",)))
     head = _head_name(workload.scoring_model)
     wants_head = workload.needs == "vocabulary"
     if config.teacher_is_student and wants_head and not is_one:
@@ -235,14 +235,13 @@ def _sampled_model(workload: Workload) -> tuple[DecoderConfig, str]:
 
 
 def _evaluating(workload: Workload) -> list[Item]:
-    """Answers to held-out prompts, with a published copy of their own beside that of the step."""
+    """Answers to held-out prompts."""
     config = workload.config
     if config.evaluation.source is None:
         return []
-    copy = parameter_bytes(workload.student, workload.dtype, workload.mesh, config.sampling.split_over)
     rows, length = -(-config.evaluation.batch_size // workload.row_shards), config.evaluation.max_completion_length
     how = (workload.student, workload.dtype, workload.dtype, rows, length, config.evaluation.num_samples)
-    return [Item("a second published copy", copy, ("evaluate",), True), *_generating(workload, ("evaluate",), *how)]
+    return _generating(workload, ("evaluate",), *how)
 
 
 def _generating(
@@ -316,7 +315,6 @@ def _updating(workload: Workload) -> list[Item]:
         Item("student's parameters as computed with", cast, _UPDATE),
         Item("gradient, float32", kept, _UPDATE),
         Item("activations kept for the backward pass", kept_activations(workload), _UPDATE),
-        Item("layers' weights kept gathered", _kept_weights(workload), _UPDATE),
         Item("student's head, gathered", head, loss),
         Item("head's gradient, summed in float32", table * 4 * is_whole, loss),
     ]
@@ -332,14 +330,6 @@ def _updating(workload: Workload) -> list[Item]:
         Item("gradient of a micro-batch", cast if cast else kept * (parts > 1), backward),
         Item("a layer's activations, backward", _backward_bytes(workload), backward),
     ]
-
-
-def _kept_weights(workload: Workload) -> int:
-    """Without recomputation the backward pass finds the layers' kernels as the forward pass gathered them."""
-    if workload.config.train.remat == "layer" or workload.mesh["fsdp"] == 1 or "fsdp" not in workload.config.student.split_over:
-        return 0
-    student = workload.student
-    return student.num_layers * _layer_kernels(student) // workload.mesh["tensor"] * _size(workload.dtype)
 
 
 def kept_activations(workload: Workload) -> int:
