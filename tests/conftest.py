@@ -16,6 +16,12 @@ jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_this_file_alone():
+    """What other files compiled is let go: it would fill the memory, and push out programs that a test counts."""
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Run the test in float64: enumeration tests compare to 1e-10."""
