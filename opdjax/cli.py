@@ -35,7 +35,7 @@ def main() -> None:
         VERBS[verb](arguments[1:])
     except (ValueError, RuntimeError, ImportError, OSError) as error:
         _complain(f"{type(error).__name__}: {error}")
-        sys.exit(143 if type(error).__name__ == "InterruptedRunError" else 2)  # 143: as shells say of SIGTERM
+        sys.exit(getattr(error, "exit_status", 2))
     except KeyboardInterrupt:
         _complain("interrupted; run the same command again to continue")
         sys.exit(130)  # as shells say of SIGINT

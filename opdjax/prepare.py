@@ -17,8 +17,8 @@ from opdjax.data.sources import Columns
 from opdjax.decoding import Decoding
 from opdjax.estimators import RECIPES
 from opdjax.estimators.advantage import group_centred
-from opdjax.evals.evaluate import Evaluator, completions
-from opdjax.evals.grading import GRADERS, require_grader
+from opdjax.evals.evaluate import Evaluator, graded
+from opdjax.evals.grading import require_grader
 from opdjax.fields import ConfigError, require
 from opdjax.models.attention import CUDNN_MAX_HEAD_SIZE, SPLASH_HEAD_SIZES, Implementation
 from opdjax.models.decoder import DecoderConfig, Params, head_of
@@ -26,7 +26,6 @@ from opdjax.models.hf import Checkpoint, CheckpointError, fingerprint, load_para
 from opdjax.models.layout import constrain, require_divides
 from opdjax.models.lora import init_adapters
 from opdjax.ops.tile import Head
-from opdjax.processes import from_lead
 from opdjax.sampler import extra_uniforms
 from opdjax.sharding import make_mesh, num_row_shards
 from opdjax.train_state import UpdateSpec
@@ -251,14 +250,8 @@ def with_credit(setup: Setup, batch: TrainBatch, rollouts: Rollouts) -> tuple[Tr
 
 def task_reward(setup: Setup, rollouts: Rollouts) -> np.ndarray:
     """1 for each completion whose answer is right by the evaluation's grader, 0 for the others; `[B]`, float32."""
-    grade = GRADERS[setup.config.evaluation.grader]
-    answers = (setup.prompts.prompts[index].answer for index in np.asarray(rollouts.prompt_id))
-
-    def graded():
-        return np.array([grade(text, answer) for text, answer in zip(completions(rollouts, setup.tokenizer), answers)], np.float32)
-
-    # A grader may give up by the clock, so that two processes could disagree.
-    return from_lead(graded, np.zeros(len(rollouts.prompt_id), np.float32))
+    answers = [setup.prompts.prompts[index].answer for index in np.asarray(rollouts.prompt_id)]
+    return graded(rollouts, answers, setup.tokenizer, setup.config.evaluation.grader).astype(np.float32)
 
 
 def _decoding(config: Config, checkpoint: Checkpoint, tokenizer: Any, more: tuple[int, ...]) -> Decoding:

@@ -30,6 +30,8 @@ class OtherFailedError(RuntimeError):
 class InterruptedRunError(RuntimeError):
     """The run was asked to stop (SIGTERM) and did, with everything kept that it takes to continue."""
 
+    exit_status = 143  # as shells say of SIGTERM
+
 
 def join(processes: int) -> None:
     """Find the other processes of this run; nothing to do where there is one. To be called before any device is touched.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ class Evaluator:
 
     def _grade(self, params, temperature, num_samples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(correct, completion length, truncated), each `[P, num_samples]`."""
-        config, grade = self.config, GRADERS[self.config.grader]
+        config = self.config
         decoding = Decoding(
             config.max_completion_length, self.stop_token_ids, temperature=temperature, top_k=config.top_k, top_p=config.top_p,
             valid_vocab=self.valid_vocab,
@@ -65,13 +66,22 @@ class Evaluator:
         )  # fmt: skip
         rollouts = to_host(rollouts)
         answers = [prompt.answer for prompt in self.prompts.prompts for _ in range(num_samples)]
-
-        def graded():
-            return np.array([grade(text, answer) for text, answer in zip(completions(rollouts, self.tokenizer), answers)], np.int32)
-
-        correct = from_lead(graded, np.zeros(len(answers), np.int32))  # a grader may give up by the clock
+        correct = graded(rollouts, answers, self.tokenizer, config.grader)
         lengths, truncated = np.asarray(rollouts.mask).sum(1), np.asarray(rollouts.is_truncated)
         return tuple(np.asarray(column, np.int32).reshape(-1, num_samples) for column in (correct, lengths, truncated))
+
+
+def graded(rollouts, answers: Sequence[str], tokenizer, grader: str) -> np.ndarray:
+    """1 for each completion (on the host) whose answer is right, 0 for the others; `[B]`, int32.
+
+    Of several processes the lead alone grades: a grader may give up by the clock, so that two of them could disagree.
+    """
+    grade = GRADERS[grader]
+
+    def of_texts():
+        return np.array([grade(text, answer) for text, answer in zip(completions(rollouts, tokenizer), answers)], np.int32)
+
+    return from_lead(of_texts, np.zeros(len(answers), np.int32))
 
 
 def completions(rollouts, tokenizer) -> list[str]:
