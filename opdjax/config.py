@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 from opdjax.estimator_config import EstimatorConfig
 from opdjax.fields import ConfigError, require, require_types
+from opdjax.near_policy_config import NearPolicyConfig
 
 PACKAGE = pathlib.Path(__file__).parent
 # Models by name: such a name is no directory's and no hub id's, and means the same on every machine that reads a config.
@@ -297,6 +298,7 @@ class Config:
     teacher: ModelConfig = ModelConfig(MINI_TEACHER)
     data: DataConfig = DataConfig()
     sampling: SamplingConfig = SamplingConfig()
+    near_policy: NearPolicyConfig = NearPolicyConfig()
     estimator: EstimatorConfig = EstimatorConfig()  # noqa: RUF009 (frozen)
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
@@ -316,6 +318,7 @@ class Config:
         expected = f"more than sampling.max_completion_length, {longest}: a row holds whole rollouts"
         require(packed is None or packed > longest, "train.pack_length", packed, expected)
         self._check_source()
+        self._check_near_policy()
         require(self.student.path != STUDENT, "student.path", STUDENT, "the checkpoint that the student starts from")
         if self.teacher_is_student:
             for name, default in (("revision", None), ("dtype", "auto"), ("attention", "auto"), ("split_over", ModelConfig().split_over)):
@@ -363,6 +366,31 @@ class Config:
                 "advertises; sample with temperature 1 and no filter, use the recipe full_kl, or set estimator.importance to accept the "
                 "KL at that temperature, without the tokens that a filter takes away"
             )
+
+    def _check_near_policy(self):
+        """What rollouts that are drawn ahead of their update can be used for."""
+        near = self.near_policy
+        if near.schedule == "none":
+            return
+        source, steps = self.sampling.source, self.train.num_steps
+        require(source == "student", "sampling.source", source, "student where near_policy.schedule is given: it is drawn ahead, not given")
+        expected = f"a checkpoint where near_policy.schedule is {near.schedule}: what it says of a rollout is stored"
+        require(not self.teacher_is_student, "teacher.path", self.teacher.path, expected)
+        expected = f"a divisor of train.num_steps, {steps}: every epoch has as many steps"
+        require(steps % near.num_epochs == 0, "near_policy.num_epochs", near.num_epochs, expected)
+        is_whole = near.schedule == "continuous" and near.filter == "none"
+        coef, expected = self.estimator.task_reward_coef, "none where rollouts of one prompt may be trained on apart (refresh, or a filter)"
+        require(not coef or is_whole, "estimator.task_reward_coef", coef, expected)
+        is_alone = near.generator != "thread" or self.mesh.processes == 1
+        expected = "inline or process where mesh.processes is not 1: a thread draws on devices of its own process alone"
+        require(is_alone, "near_policy.generator", near.generator, expected)
+        needs_row = near.schedule == "refresh" and self.train.pack_length is None
+        require(not needs_row, "train.pack_length", None, "the tokens of a row: where near_policy.schedule is refresh, rows are shared")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Updates of one pass over the prompts of a refresh."""
+        return self.train.num_steps // self.near_policy.num_epochs
 
     @property
     def rows_per_step(self) -> int:

@@ -12,7 +12,7 @@ from opdjax.fields import require, require_types
 class EstimatorConfig:
     """The recipe and its options; an option that the recipe does not have is refused."""
 
-    recipe: Literal["opd", "vopd", "full_kl", "topk_kl", "sft"] = "vopd"
+    recipe: Literal["opd", "vopd", "full_kl", "topk_kl", "npd", "sft"] = "vopd"
     aggregation: Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "fixed_denominator"] = "token_mean"
     tile: int = 512  # tokens whose logits exist at a time, per device
     discount: float | None = None  # opd, vopd: 0 credits a token with its own reward only, 1 with all that follow
@@ -30,16 +30,17 @@ class EstimatorConfig:
     clip_high: float | None = None  # ppo_clip: nor ratios above 1 + clip_high; None: 0.28
     baseline: Literal["full", "student_topk", "optimal", "batch_mean"] | None = None  # vopd
     baseline_top_k: int | None = None  # vopd with baseline student_topk
-    divergence: Literal["reverse", "forward", "jsd", "skew_forward", "skew_reverse"] | None = None  # full_kl; topk_kl (the first two)
+    divergence: Literal["reverse", "forward", "jsd", "skew_forward", "skew_reverse"] | None = None  # full_kl; topk_kl, npd (the first two)
     beta: float | None = None  # full_kl with divergence jsd: 0 forward KL, 1 reverse KL
     skew_alpha: float | None = None  # full_kl with a skew divergence: the share of its first argument in the second
     # topk_kl: the most likely ids of whom; of both: in one set or the other, in both, in exactly one
     support: Literal["student", "teacher", "union", "intersection", "symmetric_difference"] | None = None
-    support_top_k: int | None = None  # topk_kl: how many ids of each side
-    renormalize: Literal["both", "teacher", "none"] | None = None  # topk_kl: which side is renormalised on those ids
+    support_top_k: int | None = None  # topk_kl: how many ids of each side; npd: of the teacher
+    renormalize: Literal["both", "teacher", "none"] | None = None  # topk_kl, npd: which side is renormalised on those ids
     outside: Literal["drop", "tail", "floor"] | None = None  # topk_kl: the ids outside; tail needs renormalize none, floor teacher or none
     clamp_at_zero: bool | None = None  # topk_kl: a token's negative value counts as 0
     weight: Literal["p_student", "p_teacher", "none"] | None = None  # topk_kl as a policy gradient over the kept ids, weighted so
+    kd_weight: float | None = None  # npd: lambda, the share of the divergence from the teacher; the rest is cross-entropy on the tokens
     # topk_kl: all five options above as that system ships them; estimators/divergence.py has the table
     convention: Literal["tunix", "verl", "nemo_rl", "nemo_rl_floor", "easydel", "trl", "thunlp", "distillkit"] | None = None
 
@@ -47,6 +48,7 @@ class EstimatorConfig:
         require_types(self, "estimator.")
         require(self.tile > 0, "estimator.tile", self.tile, "at least 1")
         require(self.discount is None or 0 <= self.discount <= 1, "estimator.discount", self.discount, "from 0 to 1")
+        require(self.kd_weight is None or 0 <= self.kd_weight <= 1, "estimator.kd_weight", self.kd_weight, "from 0 to 1")
         require(self.beta is None or 0 <= self.beta <= 1, "estimator.beta", self.beta, "from 0 to 1")
         require(self.baseline_top_k is None or self.baseline_top_k > 0, "estimator.baseline_top_k", self.baseline_top_k, "at least 1")
         has_topk, has_jsd = self.baseline == "student_topk", self.divergence == "jsd"
@@ -89,7 +91,7 @@ class EstimatorConfig:
         floor, cap = self.importance_floor or 0.5, self.importance_cap or 2.0
         require(kind != "token_mask" or floor < cap, "estimator.importance_floor", floor, f"less than importance_cap, which is {cap}")
         require((self.clip_low or 0) < 1, "estimator.clip_low", self.clip_low, "less than 1")
-        if recipe in ("full_kl", "topk_kl"):
+        if recipe in ("full_kl", "topk_kl", "npd"):
             expected = f"none or prefix_truncate: {recipe} draws no token, so that only how its contexts were reached can be stale"
             require(kind in ("none", "prefix_truncate"), "estimator.importance", kind, expected)
         expected = "0 where importance is given: extra tokens are drawn from the student as it is"
@@ -98,8 +100,8 @@ class EstimatorConfig:
     def _check_topk(self):
         k, fixed = self.support_top_k, ("support", "renormalize", "outside", "clamp_at_zero", "weight")
         require(k is None or k > 0, "estimator.support_top_k", k, "at least 1")
-        has_divergence = self.recipe != "topk_kl" or self.divergence in (None, "reverse", "forward")
-        require(has_divergence, "estimator.divergence", self.divergence, "reverse or forward where the recipe is topk_kl")
+        has_divergence = self.recipe not in ("topk_kl", "npd") or self.divergence in (None, "reverse", "forward")
+        require(has_divergence, "estimator.divergence", self.divergence, f"reverse or forward where the recipe is {self.recipe}")
         if self.convention in ("tunix", "verl", "easydel", "thunlp"):
             fixed += ("divergence",)
         for name in fixed if self.convention is not None else ():

@@ -262,6 +262,8 @@ def passes(params, batch: TrainBatch, teacher_head, spec: UpdateSpec):
         behavior_logprob=batch.behavior_logprobs,
         advantage=batch.advantages,
         uniform=batch.uniforms,
+        teacher_ids=scores.top_ids,
+        teacher_top_logprob=scores.top_logprobs,
     )
     return hidden, head, columns, teacher
 

@@ -51,9 +51,12 @@ class Rollouts:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TeacherScores:
-    """What the teacher said of a batch; exactly one field is set. Its head is no data and travels beside the batch."""
+    """What the teacher said of a batch: the fields that the recipe reads. Its head is no data and travels beside the batch."""
 
     token_logprobs: Float[Array, "B T"] | None = None
+    # Its K most likely ids at each context, most likely first, and their log-probs under its full softmax.
+    top_ids: Int[Array, "B T K"] | None = None
+    top_logprobs: Float[Array, "B T K"] | None = None
     # Column t holds the teacher's hidden state once it has read the student's column t, so that the one shift by one
     # (in ops/vocab.py) serves student and teacher alike.
     hidden: Float[Array, "B T D"] | None = None

@@ -40,6 +40,8 @@ class Columns:
     behavior_logprob: Float[Array, " n"] | None = None  # of the distribution the token was truly drawn from
     advantage: Float[Array, " n"] | None = None  # of the whole completion, from a scalar reward
     uniform: Float[Array, "n M"] | None = None  # for M more draws from the student at this context
+    teacher_ids: Int[Array, "n K"] | None = None  # the teacher's K most likely, most likely first
+    teacher_top_logprob: Float[Array, "n K"] | None = None  # of them, under its full softmax
     # What couples tokens, prepared by `estimators.sequence` before the pass:
     future_reward: Float[Array, " n"] | None = None  # discounted, of the tokens after this one
     mean_reward: Float[Array, " n"] | None = None  # of the tokens of all other sequences
