@@ -384,13 +384,17 @@ class Config:
         is_alone = near.generator != "thread" or self.mesh.processes == 1
         expected = "inline or process where mesh.processes is not 1: a thread draws on devices of its own process alone"
         require(is_alone, "near_policy.generator", near.generator, expected)
-        needs_row = near.schedule == "refresh" and self.train.pack_length is None
-        require(not needs_row, "train.pack_length", None, "the tokens of a row: where near_policy.schedule is refresh, rows are shared")
 
     @property
     def steps_per_epoch(self) -> int:
         """Updates of one pass over the prompts of a refresh."""
         return self.train.num_steps // self.near_policy.num_epochs
+
+    @property
+    def refresh_steps(self) -> tuple[int, ...]:
+        """The numbers of updates after which all prompts of an epoch are answered anew, the first of them 0; none in other schedules."""
+        near = self.near_policy
+        return tuple(epoch * self.steps_per_epoch for epoch in (0, *near.refresh_epochs)) if near.schedule == "refresh" else ()
 
     @property
     def rows_per_step(self) -> int:

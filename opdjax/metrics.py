@@ -48,21 +48,23 @@ def _event_writer(workdir: pathlib.Path, last_step: int):
 
 
 class Timer:
-    """Seconds by named phase of a step, as `time/NAME`."""
+    """Seconds by named phase of a step, as `time/NAME`; `spans`: when each began (seconds since the epoch), and how long it took."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
-        self._clock, self._spent = clock, {}
+        self._clock, self._spent, self.spans = clock, {}, []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count what runs inside towards `name`."""
-        start = self._clock()
+        began, start = time.time(), self._clock()
         yield
-        self._spent[name] = self._spent.get(name, 0.0) + self._clock() - start
+        seconds = self._clock() - start
+        self._spent[name] = self._spent.get(name, 0.0) + seconds
+        self.spans.append({"what": name, "start": began, "seconds": seconds})
 
     def take(self) -> Metrics:
         """The phases since the last call, and their sum."""
-        spent, self._spent = self._spent, {}
+        spent, self._spent, self.spans = self._spent, {}, []
         return {f"time/{name}": seconds for name, seconds in spent.items()} | {"time/step": sum(spent.values())}
 
 

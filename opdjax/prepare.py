@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, load
 from opdjax.data.prompts import PromptSet, encode_prompts, read_prompts, require_of_each
 from opdjax.data.sources import Columns
 from opdjax.decoding import Decoding
-from opdjax.estimators import RECIPES
+from opdjax.estimators import bind
 from opdjax.estimators.advantage import group_centred
 from opdjax.evals.evaluate import Evaluator, graded
 from opdjax.evals.grading import require_grader
@@ -24,7 +25,7 @@ from opdjax.models.attention import CUDNN_MAX_HEAD_SIZE, SPLASH_HEAD_SIZES, Impl
 from opdjax.models.decoder import DecoderConfig, Params, head_of
 from opdjax.models.hf import Checkpoint, CheckpointError, fingerprint, load_params, open_checkpoint
 from opdjax.models.layout import constrain, require_divides
-from opdjax.models.lora import init_adapters
+from opdjax.models.lora import combine, init_adapters
 from opdjax.ops.tile import Head
 from opdjax.sampler import extra_uniforms
 from opdjax.sharding import make_mesh, num_row_shards
@@ -62,7 +63,7 @@ class Setup:
 
 def prepare(config: Config) -> Setup:
     """Read and check everything a run needs, before anything is computed."""
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, _learner_devices(config))
     require_rows_divide(config, num_row_shards(mesh))
     student = _for_this_machine(open_student(config), config.student, "student")
     require_divides(student.config, mesh.shape, "the student")
@@ -93,6 +94,18 @@ def prepare(config: Config) -> Setup:
     # The weights come last: what is wrong with the data is said before gigabytes are read.
     teacher = None if asked is None else _load_teacher(config, asked, teacher_tokenizer, shares_vocabulary, mesh)
     return Setup(config, mesh, student, compute_dtype(config.student), tokenizer, teacher, prompts, decoding, evaluator)
+
+
+def _learner_devices(config: Config) -> list[jax.Device] | None:
+    """Those that a generator in this process leaves; None: all."""
+    near, tensor = config.near_policy, config.mesh.tensor
+    if near.generator != "thread":
+        return None
+    available = len(jax.devices())
+    is_shared_out = near.generator_devices < available and near.generator_devices % tensor == 0
+    expected = f"a multiple of mesh.tensor, {tensor}, and fewer than the {available} devices that there are: the others update the student"
+    require(is_shared_out, "near_policy.generator_devices", near.generator_devices, expected)
+    return jax.devices()[: -near.generator_devices]
 
 
 def _require_room(config: Config, prompts: PromptSet) -> None:
@@ -150,6 +163,18 @@ def load_student(setup: Setup) -> tuple[Params, Params | None]:
     return adapters, load_params(setup.student, setup.dtype, mesh, over)
 
 
+def published(setup: Setup, params: Params) -> Params:
+    """A copy of what is trained, as rollouts are drawn with it: cast before it is sent."""
+    copies = jax.tree.map(lambda x: jnp.array(x, setup.dtype, copy=True), params)
+    return constrain(copies, setup.mesh, setup.config.sampling.split_over)
+
+
+def initial_weights(setup: Setup) -> Params:
+    """What rollouts are drawn with before the first update."""
+    trained, frozen = load_student(setup)
+    return combine(frozen, jax.jit(partial(published, setup))(trained))
+
+
 def require_rows_divide(config: Config, shards: int) -> None:
     """ConfigError where the rows of a step cannot be split over the micro-batches and the devices."""
     parts, rows = config.train.gradient_accumulation_steps, config.rows_per_step
@@ -167,14 +192,19 @@ def require_rows_divide(config: Config, shards: int) -> None:
 
 def needs_teacher(config: Config) -> bool:
     """Whether the run asks a teacher for scores or for answers."""
-    return RECIPES[config.estimator.recipe].teacher != "none" or config.sampling.source == "teacher"
+    return _reads_scores(config) or config.sampling.source == "teacher"
+
+
+def _reads_scores(config: Config) -> bool:
+    """Whether the teacher's numbers are compared with the student's, id by id."""
+    return bind(config.estimator.recipe, config.estimator.options)[0].teacher != "none" or config.near_policy.filter != "none"
 
 
 def _shares_vocabulary(config: Config, student: Any, teacher: Any) -> bool:
     try:
         check_same_vocabulary(student, teacher, config.estimator.recipe)
     except TokenizerMismatchError:
-        if RECIPES[config.estimator.recipe].teacher != "none":
+        if _reads_scores(config):
             raise
         return False
     return True
@@ -187,10 +217,11 @@ def _load_teacher(config: Config, checkpoint: Checkpoint, tokenizer: Any, shares
     teacher = Teacher(checkpoint, None, None, tokenizer, decoding, shares_vocabulary)
     if config.teacher_is_student:
         return teacher
-    return _with_weights(teacher, load_params(checkpoint, compute_dtype(config.teacher), mesh, config.teacher.split_over), config)
+    return with_teacher_weights(teacher, load_params(checkpoint, compute_dtype(config.teacher), mesh, config.teacher.split_over), config)
 
 
-def _with_weights(teacher: Teacher, params: Params, config: Config) -> Teacher:
+def with_teacher_weights(teacher: Teacher, params: Params, config: Config) -> Teacher:
+    """The teacher with these weights, and their head as its scores are made with it."""
     head = head_of(params, valid_vocab=teacher.decoding.valid_vocab, temperature=scored_temperature(config))
     return dataclasses.replace(teacher, params=params, head=head)
 
@@ -199,7 +230,7 @@ def as_of_step(setup: Setup, published: Params) -> Setup:
     """The setup whose teacher, where it is the student, has the weights `published` for a step; they are not copied."""
     if setup.teacher is None or not setup.config.teacher_is_student:
         return setup
-    return dataclasses.replace(setup, teacher=_with_weights(setup.teacher, published, setup.config))
+    return dataclasses.replace(setup, teacher=with_teacher_weights(setup.teacher, published, setup.config))
 
 
 def scored_temperature(config: Config) -> float:

@@ -7,41 +7,38 @@ run, and everything drawn is a pure function of (seed, step), so a run that was 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import math
 import pathlib
 import shutil
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from opdjax.checkpoint import Checkpointer
 from opdjax.checks import enforce
 from opdjax.config import Config
-from opdjax.data.packing import answer_rows, as_teacher_sees, filling, pack, to_train_batch
-from opdjax.data.prompts import collate, indices_at
 from opdjax.doctor import check_first_step, check_settings
-from opdjax.estimators import RECIPES, bind
+from opdjax.estimators import bind
 from opdjax.evals.evaluate import completions
 from opdjax.evals.passk import paired_difference
 from opdjax.fields import ConfigError
 from opdjax.metrics import MetricWriter, Progress, Timer
 from opdjax.models.decoder import Params, abstract_params
 from opdjax.models.hf import Checkpoint, export, export_adapter, load_params
-from opdjax.models.layout import constrain, shardings_of
+from opdjax.models.layout import shardings_of
 from opdjax.models.lora import combine, init_adapters
-from opdjax.ops.tile import Head
-from opdjax.prepare import Setup, as_of_step, facts, load_student, open_student, prepare, update_spec, with_credit
+from opdjax.near_policy.source import open_source
+from opdjax.prepare import Setup, as_of_step, facts, load_student, open_student, prepare, published, update_spec
 from opdjax.processes import InterruptedRunError, agreed, join, on_all, on_lead, stop_requests
 from opdjax.results import read_result
-from opdjax.sampler import sample
-from opdjax.scoring.local import score
+from opdjax.rollouts import Drawn, Source, rollout_metrics, scored, token_counts
 from opdjax.sharding import is_lead, make_mesh, num_row_shards, shard_rows, to_host
-from opdjax.train_state import init_state, make_examine, make_optimizer, make_update
-from opdjax.types import Metrics, PromptBatch, Rollouts, TrainBatch
+from opdjax.train_state import init_state, make_behavior_kl, make_examine, make_optimizer, make_update
+from opdjax.types import Metrics
 from opdjax.workdir import WorkdirError, append_lines, claim, cut_lines, locked, read_config, read_lines, require_local, write_json
 
 _ALTERNATIVES = 5  # of the teacher, written beside each token of the samples
@@ -102,49 +99,47 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> N
     if writer is not None:
         opened.callback(writer.close)
     # Copied even in the same type: the update writes over the state's arrays, and may read what was published as its teacher's head.
-    copied = jax.jit(partial(_published, setup))
+    copied = jax.jit(partial(published, setup))
     beside = frozen and jax.device_put(frozen, shardings_of(frozen, setup.mesh, config.sampling.split_over))  # no copy where they lie so
-    publish = lambda params: combine(beside, copied(params))  # noqa: E731
+    weights = lambda: combine(beside, copied(state.params))  # noqa: E731
     evaluate = partial(_evaluate, setup, workdir)
-    examine = make_examine(spec, _ALTERNATIVES)
+    # Drawing rollouts for epochs to come takes long: what comes before it is kept first.
+    is_kept = lambda step: step % config.checkpoint.every == 0 or step in config.refresh_steps  # noqa: E731
+    examine, behavior_kl = make_examine(spec, _ALTERNATIVES), make_behavior_kl(spec)
 
-    published = publish(state.params)
-    evaluate(0, published)
     progress, timer = Progress(first, config.train.num_steps), Timer()
     opened.callback(progress.close)
     is_stop_asked = opened.enter_context(stop_requests())
-    following = _prompts_of(setup, first)
+    source = opened.enter_context(open_source(setup, workdir, first, is_stop_asked))
+    evaluate(0, weights)
+    source.publish(first, weights, timer)
     for step in range(first, config.train.num_steps):
-        prompts, params = following, published
-        current = as_of_step(setup, params)
-        with timer.phase("sample"):
-            rollouts = to_host(_rollouts(current, params, prompts, step))
         done = step + 1
-        with timer.phase("pack"):
-            unpacked, told = with_credit(setup, to_train_batch(rollouts, prompts), rollouts)
-            unscored, filled = _packed(setup, unpacked)
+        drawn = source.take(step, timer)
+        current = as_of_step(setup, source.params)
         if config.log.samples_every and (done % config.log.samples_every == 0 or done == 1):
-            rows = _sample_rows(current, examine, params, rollouts, unpacked, done)
+            rows = _sample_rows(current, examine, _shown(source, weights), drawn, done)
             on_lead(lambda: append_lines(workdir / "samples.jsonl", rows))  # noqa: B023 (called at once)
         with timer.phase("teacher"):
-            batch, teacher_head = jax.block_until_ready(_score(current, unscored, needs))
+            batch, teacher_head = jax.block_until_ready(scored(current, drawn.rows, needs))
+        told = _probed(source, behavior_kl, state.params, frozen, setup, step)
         with timer.phase("update"):
             state, metrics = update(state, batch, teacher_head, frozen)
             # The update is only dispatched: while the device works, the host does what does not wait for it.
-            told |= filled | _rollout_metrics(setup, rollouts, step) | _token_counts(setup, unpacked)
-            following = _prompts_of(setup, done)
+            told |= rollout_metrics(setup, drawn.rollouts, step) | token_counts(setup, drawn.batch) | drawn.told
+            source.look_ahead(done)
             metrics = jax.tree.map(float, jax.device_get(metrics)) | told
-        if step == first:
-            enforce(check_first_step(setup, unpacked, rollouts, prompts, metrics))
+        # Weights that have been trained since the rollouts were drawn must disagree with them.
+        if step == first and np.all(np.asarray(drawn.rollouts.policy_version) == step):
+            enforce(check_first_step(setup, drawn.batch, drawn.rollouts, drawn.prompts, metrics))
 
+        on_lead(lambda: _keep_spans(setup, workdir, timer, done))  # noqa: B023 (called at once)
         metrics |= (seconds := timer.take())
         metrics["perf/tokens_per_second"] = metrics["perf/trained_tokens"] / seconds["time/step"]
         on_lead(lambda: writer.write(done, metrics))  # noqa: B023 (called at once)
         if is_lead():
             progress.show(done, metrics)
-        # Weights are published once a step, and the old ones let go before.
-        del params, current, published, teacher_head, batch
-        published = publish(state.params)
+        del current, teacher_head, batch, drawn  # what was made with the old weights is let go before there are new ones
         streak = int(state.nonfinite_streak)
         if streak >= config.train.max_nonfinite_steps:
             checkpointer.wait()
@@ -154,14 +149,17 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> N
             )
         is_last = done == config.train.num_steps
         is_evaluated = is_last or (config.evaluation.every and done % config.evaluation.every == 0)
-        scores = evaluate(done, published) if is_evaluated else None
+        scores = evaluate(done, weights) if is_evaluated else None
         is_stopped = is_stop_asked(done) and not is_last
         # In the middle of a streak nothing new is worth keeping, and the last good step must not be pushed out.
-        if is_last or (streak == 0 and (is_evaluated or is_stopped or done % config.checkpoint.every == 0)):
+        if is_last or (streak == 0 and (is_evaluated or is_stopped or is_kept(done))):
+            source.settle(done)
             checkpointer.save(done, state, scores)
         if is_stopped:
             checkpointer.wait()
             raise InterruptedRunError(f"stopped after step {done}, as asked by a signal; the same command continues {workdir}")
+        if not is_last:
+            source.publish(done, weights, timer)
     progress.close()
     checkpointer.wait()
     on_lead(lambda: _clear_exports(workdir))
@@ -169,18 +167,33 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> N
     on_lead(lambda: _finish(setup, workdir, exported, int(state.num_skipped)))
 
 
-def _published(setup: Setup, params: Params) -> Params:
-    """The weights that rollouts are drawn with, cast before they are sent."""
-    copies = jax.tree.map(lambda x: jnp.array(x, setup.dtype, copy=True), params)
-    return constrain(copies, setup.mesh, setup.config.sampling.split_over)
+def _shown(source: Source, weights: Callable[[], Params]) -> Params:
+    """The student's weights as they were published, copied only where the source keeps none."""
+    return weights() if source.params is None else source.params
+
+
+def _probed(source: Source, behavior_kl: Callable, params: Params, frozen: Params | None, setup: Setup, step: int) -> Metrics:
+    """How far the student has come from the policy that drew, on rollouts of which none was left out; every few steps."""
+    every = setup.config.log.diagnostics_every
+    if setup.config.near_policy.filter == "none" or not every:
+        return {}
+    if step % every:
+        return {"staleness/kl_all": math.nan}
+    return {"staleness/kl_all": float(behavior_kl(params, shard_rows(source.probe(step), setup.mesh), frozen))}
+
+
+def _keep_spans(setup: Setup, workdir: pathlib.Path, timer: Timer, step: int) -> None:
+    """What the learner did and when, where somebody else works beside it."""
+    if setup.config.near_policy.schedule != "none":
+        append_lines(workdir / "timeline-learner.jsonl", [span | {"step": step, "version": step} for span in timer.spans])
 
 
 def _cut_back(setup: Setup, workdir: pathlib.Path, step: int) -> None:
     """Drop the rows after the checkpoint that the run continues from; nothing is touched where what must be there before it is not."""
-    config, names = setup.config, ("metrics.jsonl", "samples.jsonl", "eval.jsonl")
+    config, names = setup.config, ("metrics.jsonl", "samples.jsonl", "eval.jsonl", "timeline-learner.jsonl")
     if step:
         print(f"continuing from step {step}")
-    metrics, _, evaluations = (read_lines(workdir / name) for name in names)
+    metrics, _, evaluations, _ = (read_lines(workdir / name) for name in names)
     # One checkpoint may be in the making and one streak of skipped steps behind it when a run is killed.
     reached, within = max([row["step"] for row in metrics], default=0), 2 * config.checkpoint.every + config.train.max_nonfinite_steps
     if step == 0 and reached > within:
@@ -197,117 +210,13 @@ def _cut_back(setup: Setup, workdir: pathlib.Path, step: int) -> None:
         cut_lines(workdir / name, step)
 
 
-def _prompts_of(setup: Setup, step: int) -> PromptBatch:
-    config = setup.config
-    return collate(setup.prompts, indices_at(step, config.train.prompts_per_step, len(setup.prompts), config.seed))
-
-
-def _packed(setup: Setup, batch: TrainBatch) -> tuple[TrainBatch, Metrics]:
-    """The rows that are scored and trained on, and how well they are filled; the batch itself where rows are not shared."""
-    train = setup.config.train
-    if train.pack_length is None:
-        return batch, {}
-    packed, source = pack(batch, train.pack_length, parts=train.gradient_accumulation_steps, shards=num_row_shards(setup.mesh))
-    return packed, filling(source)
-
-
-def _rollouts(setup: Setup, params: Params, prompts: PromptBatch, step: int) -> Rollouts:
-    """The step's completions: drawn from the student, or answers written by the teacher or found in the data."""
-    config, sampling = setup.config, setup.config.sampling
-    columns = setup.prompts.columns(of_teacher=sampling.source == "teacher")
-    draw = partial(
-        sample, num_generations=sampling.num_generations, mesh=setup.mesh, slots=sampling.slots, prompt_columns=columns
-    )  # fmt: skip
-    if sampling.source == "student":
-        return draw(params, prompts, config.seed, step, config=setup.student.config, decoding=setup.decoding)
-    if sampling.source == "references":
-        return answer_rows(prompts, _reference_answers(setup, prompts, step), sampling.max_completion_length, step)
-    teacher = setup.teacher
-    written = draw(teacher.params, as_teacher_sees(prompts), config.seed, step, config=teacher.checkpoint.config, decoding=teacher.decoding)
-    written = to_host(written)
-    rows = answer_rows(prompts, _as_student_ids(setup, written), sampling.max_completion_length, step)
-    is_truncated = rows.is_truncated | np.asarray(written.is_truncated)
-    return dataclasses.replace(rows, sample_id=np.asarray(written.sample_id), is_truncated=is_truncated)
-
-
-def _reference_answers(setup: Setup, prompts: PromptBatch, step: int) -> list[list[int]]:
-    """Each prompt's references in turn, over its generations and over the epochs."""
-    answers, count = [], setup.config.sampling.num_generations
-    for place, index in enumerate(np.asarray(prompts.prompt_id)):
-        texts = setup.prompts.prompts[index].references
-        epoch = (step * setup.config.train.prompts_per_step + place) // len(setup.prompts)
-        chosen = [texts[(epoch * count + number) % len(texts)] for number in range(count)]
-        answers += [[*setup.tokenizer.encode(text, add_special_tokens=False), _end_token(setup)] for text in chosen]
-    return answers
-
-
-def _as_student_ids(setup: Setup, written: Rollouts) -> list[list[int]]:
-    """The teacher's answers as it wrote them, ended as the student ends; through their text where its tokenizer is another one."""
-    teacher, answers = setup.teacher, []
-    texts = [None] * written.tokens.shape[0] if teacher.shares_vocabulary else completions(written, teacher.tokenizer)
-    for text, row, keep, is_cut in zip(texts, *map(np.asarray, (written.tokens, written.mask, written.is_truncated))):
-        # An answer that was cut off has no end to teach; an end that the student does not stop at would teach it to run on.
-        body = row[keep].tolist()[: None if is_cut else -1]
-        body = body if text is None else setup.tokenizer.encode(text, add_special_tokens=False)
-        answers.append(body if is_cut else [*body, _end_token(setup)])
-    return answers
-
-
-def _end_token(setup: Setup) -> int:
-    """The stop token that the student ends its answers with."""
-    stop, end = setup.decoding.stop_token_ids, setup.tokenizer.eos_token_id
-    return end if end in stop else stop[0]
-
-
-def _score(setup: Setup, batch: TrainBatch, needs: str) -> tuple[TrainBatch, Head | None]:
-    """The batch with what its recipe needs of the teacher, and the teacher's head where the recipe wants to use it."""
-    batch = shard_rows(batch, setup.mesh)
-    if needs == "none":
-        return batch, None
-    teacher, tile = setup.teacher, setup.config.estimator.tile
-    parts = setup.config.train.gradient_accumulation_steps if batch.tokens.shape[0] == setup.config.rows_per_step else 1
-    scores = score(
-        teacher.params, teacher.head, batch, config=teacher.checkpoint.config, needs=needs, tile=tile, parts=parts, mesh=setup.mesh
-    )
-    return dataclasses.replace(batch, teacher=scores), teacher.head if needs == "vocabulary" else None
-
-
-def _rollout_metrics(setup: Setup, rollouts: Rollouts, step: int) -> Metrics:
-    """Lengths in tokens, how completions ended, and by how many updates their policy is older than the one trained."""
-    tokens, mask = np.asarray(rollouts.tokens), np.asarray(rollouts.mask)
-    lengths, staleness = mask.sum(axis=1), step - np.asarray(rollouts.policy_version)
-    last = tokens[np.arange(len(tokens)), mask.shape[1] - 1 - mask[:, ::-1].argmax(axis=1)]
-    return {
-        "rollout/length_mean": float(lengths.mean()),
-        "rollout/length_min": float(lengths.min()),
-        "rollout/length_p50": float(np.median(lengths)),
-        "rollout/length_max": float(lengths.max()),
-        "rollout/truncated_ratio": float(np.asarray(rollouts.is_truncated).mean()),
-        "rollout/eos_rate": float((np.isin(last, setup.decoding.stop_token_ids) & (lengths > 0)).mean()),
-        "staleness/mean": float(staleness.mean()),
-        "staleness/max": float(staleness.max()),
-    }
-
-
-def _token_counts(setup: Setup, batch: TrainBatch) -> Metrics:
-    """What the step cost in tokens: drawn from the student, trained on, and read or written by the teacher, prompts included."""
-    config, trained = setup.config, float(np.asarray(batch.mask).sum())
-    passes = (RECIPES[config.estimator.recipe].teacher != "none") + (config.sampling.source == "teacher")
-    seen = (batch.teacher_view or batch).segment_ids
-    return {
-        "perf/generated_tokens": trained if config.sampling.source == "student" else 0.0,
-        "perf/trained_tokens": trained,
-        "perf/teacher_tokens": passes * float((np.asarray(seen) > 0).sum()),
-    }
-
-
-def _sample_rows(setup: Setup, examine, params: Params, rollouts: Rollouts, batch: TrainBatch, step: int) -> list[dict[str, Any]]:
+def _sample_rows(setup: Setup, examine, params: Params, drawn: Drawn, step: int) -> list[dict[str, Any]]:
     """The first rollouts of a step, each token with what the recipe makes of it and what the teacher would have preferred."""
     devices = num_row_shards(setup.mesh)
-    count = min(-(-setup.config.log.num_samples // devices) * devices, rollouts.tokens.shape[0])
-    first, few = jax.tree.map(lambda x: np.asarray(x)[:count], (rollouts, batch))
+    count = min(-(-setup.config.log.num_samples // devices) * devices, drawn.rollouts.tokens.shape[0])
+    first, few = jax.tree.map(lambda x: np.asarray(x)[:count], (drawn.rollouts, drawn.batch))
     is_comparable = setup.teacher is not None and setup.teacher.shares_vocabulary
-    few, teacher_head = _score(setup, few, "vocabulary" if is_comparable else "none")
+    few, teacher_head = scored(setup, few, "vocabulary" if is_comparable else "none")
     seen = to_host(examine(params, few, teacher_head))
     texts = completions(first, setup.tokenizer)
     rows = []
@@ -337,18 +246,20 @@ def _token_columns(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray, seen: d
     return columns
 
 
-def _evaluate(setup: Setup, workdir: pathlib.Path, step: int, params: Params | None) -> dict[str, float] | None:
+def _evaluate(setup: Setup, workdir: pathlib.Path, step: int, weights: Callable[[], Params]) -> dict[str, float] | None:
     """Append this step's scores to eval.jsonl unless they are there; at step 0 the extra temperatures as well."""
     if setup.evaluator is None:
         return None
     file, config = workdir / "eval.jsonl", setup.config.evaluation
     found = {(row["step"], row["temperature"]): row for row in read_lines(file)}
     measured = setup.evaluator, setup.evaluator.sampled
-    wanted = [(config.temperature, lambda: measured[0](params))]
-    wanted += [(at, partial(measured[1], params, at)) for at in (config.extra_temperatures if step == 0 else ())]
-    for temperature, measure in wanted:
-        if agreed((step, temperature) not in found):
-            found[step, temperature] = {"step": step, **measure()}
+    wanted = [(config.temperature, measured[0])]
+    wanted += [(at, partial(measured[1], temperature=at)) for at in (config.extra_temperatures if step == 0 else ())]
+    missing = [(at, measure) for at, measure in wanted if agreed((step, at) not in found)]
+    if missing:
+        params = weights()
+        for temperature, measure in missing:
+            found[step, temperature] = {"step": step, **measure(params)}
             on_lead(lambda: append_lines(file, [found[step, temperature]]))  # noqa: B023 (called at once)
             if temperature == config.temperature and is_lead():
                 print(f"evaluation at step {step}: {_score_line(found[step, temperature])}")

@@ -16,13 +16,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from opdjax.config import EstimatorConfig, OptimizerConfig
 from opdjax.diagnostics import observed, step_metrics
-from opdjax.estimators import Recipe, bind, sequence
+from opdjax.estimators import Recipe, bind, importance, sequence
 from opdjax.estimators.advantage import batch_totals
 from opdjax.estimators.divergence import reverse_kl
 from opdjax.estimators.losses import aggregation_weights, count_denominators
 from opdjax.models.decoder import DecoderConfig, Params, Remat, forward, head_of
 from opdjax.models.layout import WEIGHT_AXES, constrain, shardings_of
 from opdjax.models.lora import combine
+from opdjax.ops.masked import masked_mean
 from opdjax.ops.tile import Head, sum_dtype
 from opdjax.ops.vocab import Columns, tiled_loss, tiled_stats
 from opdjax.sharding import scan_parts
@@ -309,3 +310,16 @@ def make_examine(spec: UpdateSpec, num_alternatives: int) -> Callable:
         return _batch_loss(params, batch, weights, teacher_head, spec=spec, recipe=told, options=options)[1]
 
     return examine
+
+
+def make_behavior_kl(spec: UpdateSpec) -> Callable:
+    """The jitted `behavior_kl(params, batch, frozen=None)`: KL(student || behaviour) on a batch's tokens, nats, without gradient."""
+
+    @jax.jit
+    def behavior_kl(params: Params, batch: TrainBatch, frozen: Params | None = None) -> Float[Array, ""]:
+        hidden, head, columns, _ = passes(combine(frozen, params), dataclasses.replace(batch, teacher=None), None, spec)
+        take = lambda student, _, row: student.logprob(row.token)  # noqa: E731
+        logprobs = tiled_stats(take, hidden, head, batch.mask, columns, tile=spec.estimator.tile, mesh=spec.mesh)
+        return masked_mean(importance.kl_to_behavior(logprobs, batch.behavior_logprobs), batch.mask)
+
+    return behavior_kl

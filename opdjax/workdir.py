@@ -26,6 +26,7 @@ _OF_A_RUN = ("checkpoints", "student", "metrics.jsonl", "samples.jsonl", "eval.j
 _HOW = (
     *(f"mesh.{name}" for name in ("data", "fsdp", "tensor", "processes")),
     *(f"{model}.{name}" for model in ("student", "teacher") for name in ("split_over", "attention")),
+    *("near_policy.generator", "near_policy.generator_devices"),
     *("sampling.split_over", "sampling.slots", "train.gradient_accumulation_steps", "train.remat"),
 )
 

@@ -70,33 +70,35 @@ def _teacher_view(rollouts: Rollouts, prompts: PromptBatch) -> TeacherView:
     )
 
 
-def pack(batch: TrainBatch, length: int, *, parts: int = 1, shards: int = 1) -> tuple[TrainBatch, np.ndarray]:
+def pack(
+    batch: TrainBatch, length: int, *, parts: int = 1, shards: int = 1, rows: np.ndarray | None = None, num_rows: int | None = None
+) -> tuple[TrainBatch, np.ndarray]:
     """A batch of one rollout a row `[B, T]` in rows of `length` tokens that rollouts share, and where each column came from.
 
-    First-fit decreasing by the longer of the two views, so that a rollout stands in the same row for student and teacher; its
-    columns lie side by side, and the segments of a row are numbered 1, 2, 3 ... The rows `[B, length]`, of which the filled
-    ones are few, lie so that `split_rows` finds them in as few of the `parts` micro-batches as hold them, dealt evenly over
-    these and, within each, over the `shards` of its rows. Every field `[B, T, ...]` goes along. `source [B, length]` is the
-    place of each column among the `B * T` given ones, -1 where nothing stands.
+    `rows [B]`: the row of each rollout; None: `first_fit_decreasing` by the longer of the two views, so that a rollout stands in
+    the same row for student and teacher. The columns of a rollout lie side by side, and the segments of a row are numbered
+    1, 2, 3 ... There are `num_rows` rows (None: B), of which the filled ones may be few; they lie so that `split_rows` finds them
+    in as few of the `parts` micro-batches as hold them, dealt evenly over these and, within each, over the `shards` of its rows.
+    Every field `[B, T, ...]` goes along. `source [num_rows, length]` is the place of each column among the `B * T` given ones, -1
+    where nothing stands.
 
-    On the host, and the same whatever the mesh. ValueError where a rollout is longer than a row, or B is no multiple of
-    `parts * shards`.
+    On the host, and the same whatever the mesh. ValueError where the rollouts of a row are longer than it, or the rows are no
+    multiple of `parts * shards`.
     """
     batch = to_host(batch)
-    views = [batch] if batch.teacher_view is None else [batch, batch.teacher_view]
-    lengths = np.max([np.count_nonzero(view.segment_ids, axis=1) for view in views], axis=0)
-    if lengths.max() > length:
-        raise ValueError(f"a rollout with its prompt has {lengths.max()} tokens; expected at most {length}, those of a packed row")
-    rows, starts, numbers = _first_fit_decreasing(lengths, length)
-    rows = _dealt(rows, parts, shards)
-    source = _sources(batch.segment_ids, rows, starts, length)
+    lengths = packed_lengths(batch)
+    rows = first_fit_decreasing(lengths, length) if rows is None else rows
+    starts, numbers = _places(rows, lengths, length)
+    rows = _dealt(rows, parts, shards, num_rows or len(lengths))
+    shape = (num_rows or len(lengths), length)
+    source = _sources(batch.segment_ids, rows, starts, shape)
     take = lambda x: _gather(x, source)  # noqa: E731
     segment_ids = take(np.where(batch.segment_ids > 0, numbers[:, None], 0))
     packed = dataclasses.replace(jax.tree.map(take, dataclasses.replace(batch, teacher_view=None)), segment_ids=segment_ids)
     if batch.teacher_view is None:
         return packed, source
     view = batch.teacher_view
-    seen = _sources(view.segment_ids, rows, starts, length)
+    seen = _sources(view.segment_ids, rows, starts, shape)
     places = np.take_along_axis(_rank(view.segment_ids), view.columns, axis=1)
     view = TeacherView(
         tokens=_gather(view.tokens, seen),
@@ -104,6 +106,20 @@ def pack(batch: TrainBatch, length: int, *, parts: int = 1, shards: int = 1) -> 
         columns=take((starts[:, None] + np.maximum(places, 0)).astype(np.int32)),
     )
     return dataclasses.replace(packed, teacher_view=view), source
+
+
+def unpack(x: np.ndarray, source: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """`x [rows, length, ...]` of packed rows back in the columns `shape = (B, T)` that they came from; 0 in the others."""
+    is_live = source >= 0
+    found = np.zeros((shape[0] * shape[1], *x.shape[2:]), x.dtype)
+    found[source[is_live]] = x[is_live]
+    return found.reshape(*shape, *x.shape[2:])
+
+
+def packed_lengths(batch: TrainBatch) -> np.ndarray:
+    """Tokens that each rollout takes in a row, prompt included: those of the longer of the two views."""
+    views = [batch] if batch.teacher_view is None else [batch, batch.teacher_view]
+    return np.max([np.count_nonzero(view.segment_ids, axis=1) for view in views], axis=0)
 
 
 def filling(source: np.ndarray) -> Metrics:
@@ -114,24 +130,40 @@ def filling(source: np.ndarray) -> Metrics:
     return {"perf/packed_rows": float(used), "perf/packing_efficiency": efficiency}
 
 
-def _first_fit_decreasing(lengths: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row, first column and segment number of each rollout, the longest first; rows are numbered as they are opened."""
-    rows, starts, numbers = (np.zeros(len(lengths), np.int32) for _ in range(3))
-    room, count = np.full(len(lengths), length), np.zeros(len(lengths), np.int32)
+def first_fit_decreasing(lengths: np.ndarray, length: int) -> np.ndarray:
+    """The row of each rollout: the longest first, each in the first row that has room. Rows are numbered as they are opened.
+
+    ValueError where a rollout is longer than a row.
+    """
+    if lengths.max(initial=0) > length:
+        raise ValueError(f"a rollout with its prompt has {lengths.max()} tokens; expected at most {length}, those of a packed row")
+    rows, room = np.zeros(len(lengths), np.int32), np.full(len(lengths), length)
     for rollout in np.argsort(-lengths, kind="stable"):
-        row = int(np.argmax(room >= lengths[rollout]))
-        count[row] += 1
-        rows[rollout], starts[rollout], numbers[rollout] = row, length - room[row], count[row]
+        rows[rollout] = row = int(np.argmax(room >= lengths[rollout]))
         room[row] -= lengths[rollout]
-    return rows, starts, numbers
+    return rows
 
 
-def _dealt(rows: np.ndarray, parts: int, shards: int) -> np.ndarray:
-    """Where the rows numbered from 0 lie among as many as there are rollouts; the inverse of how `split_rows` cuts them."""
-    size, rest = divmod(len(rows), parts)
+def _places(rows: np.ndarray, lengths: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """First column and segment number of each rollout in its row, the longest first."""
+    starts, numbers = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.int32)
+    used, count = np.zeros(rows.max(initial=0) + 1, np.int32), np.zeros(rows.max(initial=0) + 1, np.int32)
+    for rollout in np.argsort(-lengths, kind="stable"):
+        row = rows[rollout]
+        count[row] += 1
+        starts[rollout], numbers[rollout] = used[row], count[row]
+        used[row] += lengths[rollout]
+    if used.max(initial=0) > length:
+        raise ValueError(f"the rollouts of a row have {used.max()} tokens; expected at most {length}")
+    return starts, numbers
+
+
+def _dealt(rows: np.ndarray, parts: int, shards: int, num_rows: int) -> np.ndarray:
+    """Where the rows numbered from 0 lie among `num_rows`; the inverse of how `split_rows` cuts them."""
+    size, rest = divmod(num_rows, parts)
     if rest or size % shards:
-        raise ValueError(f"{len(rows)} rows do not divide into {parts} micro-batches on {shards} shards")
-    filled = -(-(int(rows.max()) + 1) // size)
+        raise ValueError(f"{num_rows} rows do not divide into {parts} micro-batches on {shards} shards")
+    filled = -(-(int(rows.max(initial=0)) + 1) // size)
     turn, part = np.divmod(rows, filled)
     place = turn % shards * (size // shards) + turn // shards
     return place * parts + part
@@ -142,9 +174,9 @@ def _rank(segment_ids: np.ndarray) -> np.ndarray:
     return np.cumsum(segment_ids > 0, axis=1) - 1
 
 
-def _sources(segment_ids: np.ndarray, rows: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+def _sources(segment_ids: np.ndarray, rows: np.ndarray, starts: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """For every packed column, the flat place of the column that it takes; -1 where it takes none."""
-    source = np.full((len(rows), length), -1)
+    source = np.full(shape, -1)
     rollout, column = np.nonzero(segment_ids)
     source[rows[rollout], starts[rollout] + _rank(segment_ids)[rollout, column]] = rollout * segment_ids.shape[1] + column
     return source

@@ -72,16 +72,18 @@ class Evaluator:
 
 
 def graded(rollouts, answers: Sequence[str], tokenizer, grader: str) -> np.ndarray:
-    """1 for each completion (on the host) whose answer is right, 0 for the others; `[B]`, int32.
+    """1 for each completion (on the host) whose answer is right, 0 for the others; `[B]`, int32."""
+    return graded_texts(completions(rollouts, tokenizer), answers, grader)
+
+
+def graded_texts(texts: Sequence[str], answers: Sequence[str], grader: str) -> np.ndarray:
+    """1 for each text whose answer is right, 0 for the others; `[B]`, int32.
 
     Of several processes the lead alone grades: a grader may give up by the clock, so that two of them could disagree.
     """
     grade = GRADERS[grader]
-
-    def of_texts():
-        return np.array([grade(text, answer) for text, answer in zip(completions(rollouts, tokenizer), answers)], np.int32)
-
-    return from_lead(of_texts, np.zeros(len(answers), np.int32))
+    grades = lambda: np.array([grade(text, answer) for text, answer in zip(texts, answers)], np.int32)  # noqa: E731
+    return from_lead(grades, np.zeros(len(answers), np.int32))
 
 
 def completions(rollouts, tokenizer) -> list[str]:

@@ -1,0 +1,166 @@
+"""Sources of batches whose rollouts are drawn ahead of their update: all of some epochs at once, or step by step.
+
+What is drawn lies in the work directory before it is trained on, and batches are made of what lies there: so a run that is killed
+finds every rollout again, and a generator in this thread, in another, or in another process are the same to the learner.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from opdjax.metrics import Timer
+from opdjax.models.decoder import Params
+from opdjax.near_policy import stages, store, weights
+from opdjax.near_policy.buffer import BufferClosedError, RolloutBuffer
+from opdjax.near_policy.generator import Generator, Timeline, drawn_by, produce, read, readable, where_stored
+from opdjax.near_policy.loading import as_batch, drawn_tokens, filter_metrics, without
+from opdjax.near_policy.refresh import Refresh
+from opdjax.near_policy.store import ShardError
+from opdjax.prepare import Setup, with_credit
+from opdjax.rollouts import Drawn, OnPolicy, Source, packed, prompts_of
+from opdjax.types import TrainBatch
+
+
+@contextlib.contextmanager
+def open_source(setup: Setup, workdir: pathlib.Path, first: int, is_stop_asked: Callable[[int], bool]) -> Iterator[Source]:
+    """The source that the config asks for, from update `first` on; what works beside the learner ends with it."""
+    schedule = setup.config.near_policy.schedule
+    if schedule == "none":
+        yield OnPolicy(setup)
+    elif schedule == "refresh":
+        yield Refresh(setup, workdir, is_stop_asked)
+    else:
+        source = Continuous(setup, workdir, first)
+        try:
+            yield source
+        finally:
+            source.close()
+
+
+class Continuous:
+    """Every step's rollouts are drawn once, by weights that are at most `max_staleness` updates old when they are trained on."""
+
+    params = None
+
+    def __init__(self, setup: Setup, workdir: pathlib.Path, first: int):
+        self._setup, self._workdir, self._timeline = setup, workdir, Timeline(workdir)
+        near = setup.config.near_policy
+        self._steps = range(first, setup.config.train.num_steps)
+        look = self._look if near.generator == "process" else None
+        self._taken, self._ahead, self._unfiltered = first, None, None
+        self._buffer = RolloutBuffer(near.max_staleness, near.lag, look)
+        if look is None:
+            self._adopt(first)
+        self._generator = Generator(setup, workdir, self._buffer, self._steps) if near.generator == "thread" else None
+
+    def publish(self, version: int, weights_of: Callable[[], Params], timer: Timer) -> None:
+        near = self._setup.config.near_policy
+        with timer.phase("publish"):
+            if self._generator is not None:
+                self._generator.offer(version, weights_of)
+            if near.generator == "process":
+                weights.publish(self._workdir, version, weights_of(), keep_from=version - near.max_staleness)
+        if near.generator == "inline":
+            self._draw_with(version, weights_of, timer)
+
+    def take(self, step: int, timer: Timer) -> Drawn:
+        with timer.phase("wait"):
+            self._wait_for(step)
+        with timer.phase("pack"):
+            drawn, self._ahead = self._ahead or self._load(step), None
+            self._taken = step + 1
+            self._buffer.forget(step)
+        return drawn
+
+    def look_ahead(self, step: int) -> None:
+        if step in self._buffer:
+            self._ahead = self._load(step)
+
+    def settle(self, version: int) -> None:
+        if self._setup.config.near_policy.lag == "fixed":
+            for step in self._steps:
+                if self._taken <= step and self._buffer.wanted(step) < version:
+                    self._wait_for(step)
+
+    def probe(self, step: int) -> TrainBatch:
+        return packed(self._setup, self._unfiltered)[0]
+
+    def close(self) -> None:
+        """Let a generator in this process end."""
+        if self._generator is not None:
+            self._generator.close()
+
+    def _wait_for(self, step: int) -> None:
+        try:
+            self._buffer.wait_for(step)
+        except BufferClosedError as closed:
+            raise closed.__cause__ or closed  # what the generator failed with is the run's error
+
+    def _look(self) -> tuple[list[int], list[int]]:
+        """What another process has stored of the steps that may be drawn by now."""
+        reach = self._taken + self._setup.config.near_policy.max_staleness + 1
+        found = (step for step in range(self._taken, min(reach, self._steps.stop)) if step not in self._buffer)
+        return [], [step for step in found if where_stored(self._workdir, self._setup, step) is not None]
+
+    def _draw_with(self, version: int, weights_of: Callable[[], Params], timer: Timer) -> None:
+        """All steps that these weights are the ones for."""
+        wanted = [step for step in self._steps if step not in self._buffer and step >= self._taken and self._buffer.wanted(step) == version]
+        if not wanted:
+            return
+        with timer.phase("sample"):
+            params = weights_of()
+            for step in wanted:
+                produce(self._setup, self._workdir, self._timeline, step, version, lambda: params)
+                self._buffer.put(step)
+
+    def _adopt(self, first: int) -> None:
+        """Take over what is stored of the steps to come; what is damaged is made again where its inputs can be had again."""
+        near, is_annotated = self._setup.config.near_policy, stages.is_annotated(self._setup.config)
+        for step in self._steps:
+            version = drawn_by(self._workdir, self._setup, step)
+            if version is None:
+                self._require_weights(step, first)
+                return
+            directory = store.version_directory(self._workdir, version)
+            try:
+                samples = read(directory, "samples", step)
+            except ShardError:
+                if near.lag == "fixed" and version < first:
+                    raise
+                store.shards(directory, "samples")[step].unlink()
+                continue
+            if is_annotated and readable(directory, "annotations", step) is None:
+                stages.annotate(self._setup, samples, directory)
+            self._buffer.put(step)
+
+    def _require_weights(self, step: int, first: int) -> None:
+        """ShardError where a step's rollouts are missing and so are the weights that it must be drawn with."""
+        near, wanted = self._setup.config.near_policy, self._buffer.wanted(step)
+        if near.lag == "fixed" and wanted < first:
+            raise ShardError(
+                f"{self._workdir / 'rollouts'} has no rollouts of step {step}, and the weights of {wanted} updates that drew them are gone: "
+                f"the run continues from {first}; put the files back or start in a new work directory"
+            )
+
+    def _load(self, step: int) -> Drawn:
+        """What the update is made of, from its files."""
+        setup, near = self._setup, self._setup.config.near_policy
+        directory = store.version_directory(self._workdir, where_stored(self._workdir, setup, step))
+        samples = read(directory, "samples", step)
+        annotations = [read(directory, "annotations", step)] if stages.is_annotated(setup.config) else []
+        rollouts, batch = as_batch(setup, [samples], annotations)
+        # Numbers drawn for a step are named after it, however old the weights were that drew its tokens.
+        batch, told = with_credit(setup, batch, dataclasses.replace(rollouts, policy_version=np.full(len(samples), step, np.int32)))
+        told |= drawn_tokens([samples], bool(annotations))
+        if near.filter != "none":
+            document = stages.select(setup, [samples], annotations, directory, step)
+            told |= filter_metrics(document)
+            self._unfiltered = batch
+            batch = without(batch, np.array(document["kept"], bool))
+        rows, filled = packed(setup, batch)
+        return Drawn(prompts_of(setup, step), rollouts, batch, rows, told | filled)

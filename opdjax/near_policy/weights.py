@@ -1,0 +1,48 @@
+"""Weights for a generator in another process: one file a version in `WORKDIR/published/`, whole or not there."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+from safetensors.flax import load_file, save_file
+
+from opdjax.models.decoder import Params
+from opdjax.models.layout import shardings_of
+from opdjax.processes import on_lead
+from opdjax.sharding import to_host
+
+
+def _directory(workdir: pathlib.Path) -> pathlib.Path:
+    return workdir / "published"
+
+
+def published(workdir: pathlib.Path) -> list[int]:
+    """The versions that are there, rising."""
+    return sorted(int(path.stem) for path in _directory(workdir).glob("*.safetensors"))
+
+
+def publish(workdir: pathlib.Path, version: int, params: Params, keep_from: int) -> None:
+    """Write the weights after `version` updates, and drop those of versions before `keep_from`."""
+    params = to_host(params)
+
+    def write():
+        directory = _directory(workdir)
+        directory.mkdir(parents=True, exist_ok=True)
+        partial = directory / f"{version:08}.partial-{os.getpid()}"
+        save_file(flatten_dict(params, sep="."), partial)
+        partial.replace(directory / f"{version:08}.safetensors")
+        for old in published(workdir):
+            if old < keep_from:
+                (directory / f"{old:08}.safetensors").unlink(missing_ok=True)
+
+    on_lead(write)
+
+
+def fetch(workdir: pathlib.Path, version: int, mesh: Mesh, split_over: tuple[str, ...]) -> Params:
+    """The weights of a version, laid on the mesh; FileNotFoundError where they are not, or no longer, there."""
+    params = unflatten_dict(load_file(_directory(workdir) / f"{version:08}.safetensors"), sep=".")
+    return jax.device_put(params, shardings_of(params, mesh, split_over))
