@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -68,9 +67,11 @@ class OnPolicy:
         self._setup, self._following, self.params = setup, None, None
 
     def publish(self, version: int, weights: Callable[[], Params], timer: Timer) -> None:
+        """See `Source`."""
         self.params = weights()
 
     def take(self, step: int, timer: Timer) -> Drawn:
+        """See `Source`."""
         setup = self._setup
         prompts, self._following = self._following or prompts_of(setup, step), None
         with timer.phase("sample"):
@@ -81,14 +82,15 @@ class OnPolicy:
         return Drawn(prompts, rollouts, batch, rows, told | filled)
 
     def look_ahead(self, step: int) -> None:
+        """See `Source`."""
         self.params = None  # the old weights are let go before there are new ones
         self._following = prompts_of(self._setup, step)
 
     def settle(self, version: int) -> None:
-        """Nothing is drawn ahead."""
+        """See `Source`: nothing is drawn ahead."""
 
     def probe(self, step: int) -> None:
-        return None
+        """See `Source`: nothing is left out."""
 
 
 def prompts_of(setup: Setup, step: int) -> PromptBatch:
@@ -176,8 +178,8 @@ def scored(setup: Setup, batch: TrainBatch, needs: str) -> tuple[TrainBatch, Hea
     parts = parts if batch.tokens.shape[0] % (parts * num_row_shards(setup.mesh)) == 0 else 1
     top_k = {"top_k": stored_top_k(setup.config)} if needs == "top_k" else {}
     scores = score(
-        teacher.params, teacher.head, batch, config=teacher.checkpoint.config, needs=needs, tile=estimator.tile, parts=parts, mesh=setup.mesh,
-        **top_k,
+        teacher.params, teacher.head, batch, config=teacher.checkpoint.config, needs=needs, tile=estimator.tile, parts=parts,
+        mesh=setup.mesh, **top_k,
     )  # fmt: skip
     return dataclasses.replace(batch, teacher=scores), teacher.head if needs == "vocabulary" else None
 

@@ -43,11 +43,11 @@ def require_local(path: str | os.PathLike, option: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Hold the directory for this process; two runs never write one directory."""
+def locked(workdir: pathlib.Path, role: str = "") -> Iterator[None]:
+    """Hold the directory for this process; two runs never write one directory, nor two processes with the same other role."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / ".lock").open("w")
+        file = (workdir / (f".lock-{role}" if role else ".lock")).open("w")
     except OSError as error:
         raise WorkdirError(
             f"--workdir {workdir} cannot be written: {error.strerror}; expected a directory, or the place of a new one"
@@ -56,7 +56,8 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise WorkdirError(f"{workdir} is being written by another run; wait for it or choose another --workdir") from error
+            writer = role or "run"
+            raise WorkdirError(f"{workdir} is being written by another {writer}; wait for it or choose another --workdir") from error
         yield
 
 

@@ -63,7 +63,7 @@ def readable(directory: pathlib.Path, stage: str, number: int) -> Shard | None:
     """A shard if it is there and whole; a damaged one is told of, so that it is made again."""
     try:
         return read(directory, stage, number)
-    except ShardError as error:
+    except ShardError:
         if number in store.shards(directory, stage):
             on_lead(lambda: print(f"note: {error}; it is made again"))
         return None
@@ -155,7 +155,7 @@ class Generator:
                 self._buffer.put(step)
         except BufferClosedError:
             pass
-        except BaseException as error:  # noqa: BLE001 (whatever it is, the learner must not wait for ever, and raises it)
+        except BaseException as error:
             self._buffer.close(error)
         finally:
             self._end()

@@ -19,7 +19,7 @@ from opdjax.models.decoder import Params
 from opdjax.near_policy import stages, store, weights
 from opdjax.near_policy.generator import Timeline, read, readable
 from opdjax.near_policy.loading import as_batch, drawn_tokens, filter_metrics
-from opdjax.near_policy.store import Shard, ShardError
+from opdjax.near_policy.store import Shard
 from opdjax.prepare import Setup, initial_weights, with_credit
 from opdjax.processes import InterruptedRunError, on_lead
 from opdjax.rollouts import Drawn
@@ -56,6 +56,7 @@ class Refresh:
         require_prompts(setup.config, len(setup.prompts))
 
     def publish(self, version: int, weights_of: Callable[[], Params], timer: Timer) -> None:
+        """See `Source`."""
         if version not in self._setup.config.refresh_steps:
             return
         self._stored = None
@@ -72,18 +73,21 @@ class Refresh:
             annotate_missing(self._setup, self._workdir, self._timeline, version, go_on)
 
     def take(self, step: int, timer: Timer) -> Drawn:
+        """See `Source`."""
         with timer.phase("pack"):
             drawn, self._ahead = self._ahead or self._load(step), None
         return drawn
 
     def look_ahead(self, step: int) -> None:
+        """See `Source`."""
         if step < self._setup.config.train.num_steps and version_of(self._setup.config, step) == self._stored.version:
             self._ahead = self._load(step)
 
     def settle(self, version: int) -> None:
-        """What was drawn is stored."""
+        """See `Source`: what was drawn is stored."""
 
     def probe(self, step: int) -> TrainBatch:
+        """See `Source`."""
         stored, config = self._stored, self._setup.config
         count = sum(map(len, stored.samples))
         chosen = _random(config.seed, stored.version, -1).permutation(count)[: min(_PROBED, config.rows_per_step)]

@@ -59,6 +59,7 @@ class Continuous:
         self._generator = Generator(setup, workdir, self._buffer, self._steps) if near.generator == "thread" else None
 
     def publish(self, version: int, weights_of: Callable[[], Params], timer: Timer) -> None:
+        """See `Source`."""
         near = self._setup.config.near_policy
         with timer.phase("publish"):
             if self._generator is not None:
@@ -69,6 +70,7 @@ class Continuous:
             self._draw_with(version, weights_of, timer)
 
     def take(self, step: int, timer: Timer) -> Drawn:
+        """See `Source`."""
         with timer.phase("wait"):
             self._wait_for(step)
         with timer.phase("pack"):
@@ -78,16 +80,19 @@ class Continuous:
         return drawn
 
     def look_ahead(self, step: int) -> None:
+        """See `Source`."""
         if step in self._buffer:
             self._ahead = self._load(step)
 
     def settle(self, version: int) -> None:
+        """See `Source`."""
         if self._setup.config.near_policy.lag == "fixed":
             for step in self._steps:
                 if self._taken <= step and self._buffer.wanted(step) < version:
                     self._wait_for(step)
 
     def probe(self, step: int) -> TrainBatch:
+        """See `Source`."""
         return packed(self._setup, self._unfiltered)[0]
 
     def close(self) -> None:
@@ -99,7 +104,7 @@ class Continuous:
         try:
             self._buffer.wait_for(step)
         except BufferClosedError as closed:
-            raise closed.__cause__ or closed  # what the generator failed with is the run's error
+            raise (closed.__cause__ or closed) from None  # what the generator failed with is the run's error
 
     def _look(self) -> tuple[list[int], list[int]]:
         """What another process has stored of the steps that may be drawn by now."""
@@ -143,8 +148,8 @@ class Continuous:
         near, wanted = self._setup.config.near_policy, self._buffer.wanted(step)
         if near.lag == "fixed" and wanted < first:
             raise ShardError(
-                f"{self._workdir / 'rollouts'} has no rollouts of step {step}, and the weights of {wanted} updates that drew them are gone: "
-                f"the run continues from {first}; put the files back or start in a new work directory"
+                f"{self._workdir / 'rollouts'} has no rollouts of step {step}, and the weights of {wanted} updates that drew them are "
+                f"gone: the run continues from {first}; put the files back or start in a new work directory"
             )
 
     def _load(self, step: int) -> Drawn:

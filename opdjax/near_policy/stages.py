@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from opdjax.config import Config
-from opdjax.data.chat import assistant_header
+from opdjax.data.chat import Messages, assistant_header
 from opdjax.data.packing import answer_rows, first_fit_decreasing, pack, packed_lengths, to_train_batch, unpack
 from opdjax.estimators import bind
 from opdjax.evals.evaluate import graded_texts
@@ -38,9 +38,7 @@ def is_annotated(config: Config) -> bool:
     return recipe.teacher in ("token", "top_k") or config.near_policy.filter != "none"
 
 
-def generate(
-    setup: Setup, params: Params, prompts: PromptBatch, directory: pathlib.Path, *, number: int, step: int, version: int
-) -> None:
+def generate(setup: Setup, params: Params, prompts: PromptBatch, directory: pathlib.Path, *, number: int, step: int, version: int) -> None:
     """Draw the completions of these prompts with weights of `version` updates, and store them as shard `number`.
 
     `step`: the update that they are drawn for, after which the draws are named.
@@ -97,23 +95,32 @@ def annotate(setup: Setup, samples: Shard, directory: pathlib.Path) -> None:
 
 
 def select(setup: Setup, samples: Sequence[Shard], annotations: Sequence[Shard], directory: pathlib.Path, number: int) -> dict[str, Any]:
-    """Which of these samples are kept, by the run's filter: the document that is stored, or was before (see `ifd.document`)."""
-    config = setup.config.near_policy
+    """Which of these samples, drawn together, the run's filter keeps; also stored as `filter-NUMBER.json` (see `ifd.document`)."""
+    config, seed = setup.config.near_policy, setup.config.seed
     joined = lambda shards, name: np.concatenate([shard.columns[name] for shard in shards])  # noqa: E731
-    version = int(samples[0].columns["policy_version"][0])
-    tokens = [row for shard in samples for row in shard.columns["tokens"]]
-    prompt_id = joined(samples, "prompt_id")
-    texts = setup.tokenizer.batch_decode([row.tolist() for row in tokens], skip_special_tokens=True)
+    measure = lambda shards, who: ifd.ifd(joined(shards, f"{who}_nll"), joined(shards, f"{who}_alone_nll"), config.ifd_form)  # noqa: E731
+    student, teacher = measure(samples, "student"), measure(annotations, "teacher")
+    version, prompt_id = int(samples[0].columns["policy_version"][0]), joined(samples, "prompt_id")
+    delta, low, high = ifd.delta_ifd(teacher, student), config.ifd_min, config.ifd_max
+    if config.ifd_quantile is not None:
+        high = ifd.quantile_bound(delta, low, config.ifd_quantile)
+    kept = ifd.zones(delta, low, high) == "kept"
+    if config.filter == "random":
+        kept = ifd.random_control(int(kept.sum()), len(kept), seed=seed, version=version, number=number)
+    tokens = [row.tolist() for shard in samples for row in shard.columns["tokens"]]
+    texts = setup.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     document = ifd.document(
-        config, version=version, number=number, seed=setup.config.seed,
-        student=(joined(samples, "student_nll"), joined(samples, "student_alone_nll")),
-        teacher=(joined(annotations, "teacher_nll"), joined(annotations, "teacher_alone_nll")),
-        prompt_id=prompt_id, sample_id=joined(samples, "sample_id"),
-        is_correct=_graded(setup, prompt_id, texts), prompts=[setup.prompts.prompts[index].prompt for index in prompt_id],
-        completions=texts,
+        version=version, number=number, filter=config.filter, form=config.ifd_form, low=low, high=high, student_ifd=student,
+        teacher_ifd=teacher, kept=kept, prompt_id=prompt_id, sample_id=joined(samples, "sample_id"),
+        is_correct=_graded(setup, prompt_id, texts), prompt_text=lambda i: _text(setup.prompts.prompts[prompt_id[i]].prompt),
+        completion_text=lambda i: texts[i], seed=seed,
     )  # fmt: skip
     on_lead(lambda: store.write_filter(directory, number, document))
     return document
+
+
+def _text(prompt: str | Messages) -> str:
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def _alone(setup: Setup, tokens: Sequence[np.ndarray], *, of_teacher: bool) -> TrainBatch:
