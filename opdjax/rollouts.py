@@ -12,11 +12,9 @@ from typing import Protocol
 
 import numpy as np
 
-from opdjax.config import Config
 from opdjax.data.packing import answer_rows, as_teacher_sees, filling, pack, to_train_batch
 from opdjax.data.prompts import collate, indices_at
 from opdjax.estimators import RECIPES, bind
-from opdjax.estimators.npd import TOP_K
 from opdjax.evals.evaluate import completions
 from opdjax.metrics import Timer
 from opdjax.models.decoder import Params
@@ -176,23 +174,18 @@ def scored(setup: Setup, batch: TrainBatch, needs: str) -> tuple[TrainBatch, Hea
     teacher, estimator = setup.teacher, setup.config.estimator
     parts = setup.config.train.gradient_accumulation_steps
     parts = parts if batch.tokens.shape[0] % (parts * num_row_shards(setup.mesh)) == 0 else 1
-    top_k = {"top_k": stored_top_k(setup.config)} if needs == "top_k" else {}
     scores = score(
         teacher.params, teacher.head, batch, config=teacher.checkpoint.config, needs=needs, tile=estimator.tile, parts=parts,
-        mesh=setup.mesh, **top_k,
+        mesh=setup.mesh, top_k=bind(estimator.recipe, estimator.options)[0].top_k if needs == "top_k" else 0,
     )  # fmt: skip
     return dataclasses.replace(batch, teacher=scores), teacher.head if needs == "vocabulary" else None
-
-
-def stored_top_k(config: Config) -> int:
-    """The teacher's ids a token that the recipe reads; 0 where it reads none of them."""
-    recipe, options = bind(config.estimator.recipe, config.estimator.options)
-    return options.get("support_top_k", TOP_K) if recipe.teacher == "top_k" else 0
 
 
 def rollout_metrics(setup: Setup, rollouts: Rollouts, step: int) -> Metrics:
     """Lengths in tokens, how completions ended, and by how many updates their policy is older than the one trained."""
     tokens, mask = np.asarray(rollouts.tokens), np.asarray(rollouts.mask)
+    if not len(tokens):
+        return {}
     lengths, staleness = mask.sum(axis=1), step - np.asarray(rollouts.policy_version)
     last = tokens[np.arange(len(tokens)), mask.shape[1] - 1 - mask[:, ::-1].argmax(axis=1)]
     return {

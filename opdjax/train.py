@@ -213,7 +213,10 @@ def _cut_back(setup: Setup, workdir: pathlib.Path, step: int) -> None:
 def _sample_rows(setup: Setup, examine, params: Params, drawn: Drawn, step: int) -> list[dict[str, Any]]:
     """The first rollouts of a step, each token with what the recipe makes of it and what the teacher would have preferred."""
     devices = num_row_shards(setup.mesh)
-    count = min(-(-setup.config.log.num_samples // devices) * devices, drawn.rollouts.tokens.shape[0])
+    # As many as are asked for, and there are, in whole rows of devices.
+    count = min(-(-setup.config.log.num_samples // devices), drawn.rollouts.tokens.shape[0] // devices) * devices
+    if not count:
+        return []
     first, few = jax.tree.map(lambda x: np.asarray(x)[:count], (drawn.rollouts, drawn.batch))
     is_comparable = setup.teacher is not None and setup.teacher.shares_vocabulary
     few, teacher_head = scored(setup, few, "vocabulary" if is_comparable else "none")

@@ -34,7 +34,7 @@ from opdjax.models.hf import load_params
 from opdjax.ops.tile import Head
 from opdjax.ops.vocab import Columns, tiled_loss, tiled_stats
 from opdjax.prepare import prepare, update_spec
-from opdjax.train import _rollouts, _score
+from opdjax.rollouts import draw, scored
 from opdjax.train_state import init_state, make_optimizer, make_update
 from opdjax.workdir import num_cores
 
@@ -82,9 +82,9 @@ def mini_runs(estimator: EstimatorConfig) -> tuple[dict[str, Callable], dict[str
     needs = bind(estimator.recipe, estimator.options)[0].teacher
     params = load_params(setup.student, "float32")
     prompts = collate(setup.prompts, indices_at(0, 64, len(setup.prompts), 0))
-    rollouts = jax.block_until_ready(_rollouts(setup, params, prompts, 0))
+    rollouts = jax.block_until_ready(draw(setup, params, prompts, 0))
     unscored = to_train_batch(rollouts, prompts)
-    batch, head = _score(setup, unscored, needs)
+    batch, head = scored(setup, unscored, needs)
     # A rate that moves nothing: every run is then the same work.
     optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-12)
 
@@ -99,7 +99,7 @@ def mini_runs(estimator: EstimatorConfig) -> tuple[dict[str, Callable], dict[str
         return run
 
     compared = {"off": updating(0, 0), "between": updating(EVERY, 1), "observed": updating(EVERY, 0)}
-    return compared, {"sample": lambda: _rollouts(setup, params, prompts, 0).tokens, "teacher": lambda: _score(setup, unscored, needs)}
+    return compared, {"sample": lambda: draw(setup, params, prompts, 0).tokens, "teacher": lambda: scored(setup, unscored, needs)}
 
 
 def vocabulary_runs(estimator: EstimatorConfig, tokens: int, vocab: int, width: int, tile: int) -> tuple[dict[str, Callable], dict]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from test_train import TINY, assert_same_run, without_times
 
+import opdjax.rollouts
 import opdjax.train
 from opdjax.config import MINI_PAIR, EstimatorConfig, MeshConfig, ModelConfig
 from opdjax.data.chat import TokenizerMismatchError
@@ -46,7 +47,7 @@ def data(tmp_path):
 def test_an_interrupted_run_ends_as_the_straight_one(tmp_path, monkeypatch):
     config = taught(train={"num_steps": 3, "prompts_per_step": 4}, checkpoint={"every": 1})
     train(config, tmp_path / "straight")
-    real, seen = opdjax.train.collate, []
+    real, seen = opdjax.rollouts.collate, []
 
     def interrupting(prompts, indices):
         seen.append(1)
@@ -54,10 +55,10 @@ def test_an_interrupted_run_ends_as_the_straight_one(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(prompts, indices)
 
-    monkeypatch.setattr(opdjax.train, "collate", interrupting)
+    monkeypatch.setattr(opdjax.rollouts, "collate", interrupting)
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "broken")
-    monkeypatch.setattr(opdjax.train, "collate", real)
+    monkeypatch.setattr(opdjax.rollouts, "collate", real)
     train(config, tmp_path / "broken")
     assert_same_run(tmp_path / "straight", tmp_path / "broken")
     rows = without_times(tmp_path / "straight")

@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_cli import smooth
 
+import opdjax.rollouts
 import opdjax.train
 from opdjax import cli
 from opdjax.config import MINI_PAIR, MINI_STUDENT
@@ -475,7 +476,7 @@ def place(finished, tmp_path, monkeypatch):
     if "datasets" in sys.modules or "pyarrow" in sys.modules:
         monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for owner, name in ((opdjax.train, "_rollouts"), (Evaluator, "__call__")):
+    for owner, name in ((opdjax.rollouts, "_rollouts"), (Evaluator, "__call__")):
         monkeypatch.setattr(owner, name, lambda *_: pytest.fail("began to compute"))
     made = Place(tmp_path, finished / "run", finished / "experiment.py", [])
     yield made

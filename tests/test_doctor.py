@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import opdjax.doctor
 import opdjax.prepare
+import opdjax.rollouts
 import opdjax.train
 from opdjax import checks, cli
 from opdjax.checks import FaultError, enforce
@@ -328,7 +329,7 @@ def test_a_run_with_a_shifted_mask_stops_at_its_first_step(healthy, tmp_path, mo
     def make_update(*_):
         return lambda state, *_: (state, {"rollout/logprob_gap": 0.4})
 
-    monkeypatch.setattr(opdjax.train, "to_train_batch", shifted)
+    monkeypatch.setattr(opdjax.rollouts, "to_train_batch", shifted)
     monkeypatch.setattr(opdjax.train, "make_update", make_update)  # compiling the real one takes seconds
     with pytest.raises(FaultError, match=r"✗ mask: the mask is shifted by one column to the right[^✗]*\n✗ sampler_matches_scorer: "):
         train(vary(healthy, evaluation={"source": None}), tmp_path / "run")

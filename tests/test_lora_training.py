@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from test_mesh import assert_same_run
 from test_train import TINY, final_weights, vary, without_times
 
+import opdjax.rollouts
 import opdjax.train
 from opdjax.config import MINI_PAIR, LoraConfig, MeshConfig, ModelConfig, SamplingConfig
 from opdjax.models.hf import load_params, open_checkpoint
@@ -74,7 +75,7 @@ def test_checkpoints_hold_adapters_alone_and_any_of_them_is_exported(straight, t
 
 
 def test_an_interrupted_run_ends_as_the_straight_one(straight, tmp_path, monkeypatch):
-    real, seen = opdjax.train.collate, []
+    real, seen = opdjax.rollouts.collate, []
 
     def interrupting(*arguments):
         seen.append(1)
@@ -82,10 +83,10 @@ def test_an_interrupted_run_ends_as_the_straight_one(straight, tmp_path, monkeyp
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(opdjax.train, "collate", interrupting)
+    monkeypatch.setattr(opdjax.rollouts, "collate", interrupting)
     with pytest.raises(KeyboardInterrupt):
         train(LORA, tmp_path / "run")
-    monkeypatch.setattr(opdjax.train, "collate", real)
+    monkeypatch.setattr(opdjax.rollouts, "collate", real)
     train(LORA, tmp_path / "run")
     assert without_times(straight[0]) == without_times(tmp_path / "run")
     assert read_lines(straight[0] / "samples.jsonl") == read_lines(tmp_path / "run" / "samples.jsonl")

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 
+import opdjax.rollouts
 import opdjax.train
 from opdjax.checkpoint import CheckpointShapeError
 from opdjax.config import (
@@ -112,7 +113,7 @@ def test_a_finished_run_is_reported_not_repeated(straight, capsys):
 
 @pytest.mark.parametrize("stop_at", [pytest.param(1, marks=pytest.mark.long), 3, pytest.param(4, marks=pytest.mark.long)])
 def test_an_interrupted_run_ends_as_the_straight_one(stop_at, straight, tmp_path, monkeypatch):
-    real, seen = opdjax.train.collate, []
+    real, seen = opdjax.rollouts.collate, []
 
     def interrupting(prompts, indices, num_rows=None):
         if num_rows is None:  # a training batch
@@ -121,10 +122,10 @@ def test_an_interrupted_run_ends_as_the_straight_one(stop_at, straight, tmp_path
                 raise KeyboardInterrupt
         return real(prompts, indices, num_rows)
 
-    monkeypatch.setattr(opdjax.train, "collate", interrupting)
+    monkeypatch.setattr(opdjax.rollouts, "collate", interrupting)
     with pytest.raises(KeyboardInterrupt):
         train(TINY, tmp_path / "run")
-    monkeypatch.setattr(opdjax.train, "collate", real)
+    monkeypatch.setattr(opdjax.rollouts, "collate", real)
     train(TINY, tmp_path / "run")
     assert_same_run(straight, tmp_path / "run")
 
@@ -249,7 +250,7 @@ def test_a_student_that_is_its_own_teacher_learns_from_what_only_the_teacher_see
 
 @pytest.mark.long
 def test_a_student_that_is_its_own_teacher_resumes_and_is_compiled_once(tmp_path, monkeypatch):
-    config, made, real, seen = of_itself(train={"num_steps": 3}, checkpoint={"every": 1}), [], opdjax.train.collate, []
+    config, made, real, seen = of_itself(train={"num_steps": 3}, checkpoint={"every": 1}), [], opdjax.rollouts.collate, []
     monkeypatch.setattr(opdjax.train, "make_update", lambda *arguments: made.append(make_update(*arguments)) or made[0])
     train(config, tmp_path / "straight")
     assert made[0]._cache_size() == 1
@@ -260,10 +261,10 @@ def test_a_student_that_is_its_own_teacher_resumes_and_is_compiled_once(tmp_path
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(opdjax.train, "collate", interrupting)
+    monkeypatch.setattr(opdjax.rollouts, "collate", interrupting)
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "run")
-    monkeypatch.setattr(opdjax.train, "collate", real)
+    monkeypatch.setattr(opdjax.rollouts, "collate", real)
     train(config, tmp_path / "run")
     assert without_times(tmp_path / "straight") == without_times(tmp_path / "run")
     assert read_lines(tmp_path / "straight" / "samples.jsonl") == read_lines(tmp_path / "run" / "samples.jsonl")
@@ -354,7 +355,7 @@ def make_small_student(out):
 
 
 def test_a_loss_that_stays_non_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
-    real, calls = opdjax.train._score, []
+    real, calls = opdjax.train.scored, []
 
     def poisoned(setup, batch, needs):
         batch, head = real(setup, batch, needs)
@@ -364,7 +365,7 @@ def test_a_loss_that_stays_non_finite_stops_the_run_and_keeps_the_checkpoint(tmp
             batch = dataclasses.replace(batch, teacher=jax.tree.map(lambda x: x * np.nan, batch.teacher))
         return batch, head
 
-    monkeypatch.setattr(opdjax.train, "_score", poisoned)
+    monkeypatch.setattr(opdjax.train, "scored", poisoned)
     config = vary(
         train={"num_steps": 20, "max_nonfinite_steps": 3}, checkpoint={"every": 2}, evaluation={"source": None}, log={"samples_every": 0}
     )
@@ -372,6 +373,6 @@ def test_a_loss_that_stays_non_finite_stops_the_run_and_keeps_the_checkpoint(tmp
         train(config, tmp_path / "run")
     rows = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [row["grad/skipped_steps"] for row in rows] == [0, 1, 1, 1, 2, 3, 4]
-    monkeypatch.setattr(opdjax.train, "_score", real)
+    monkeypatch.setattr(opdjax.train, "scored", real)
     result = train(dataclasses.replace(config), tmp_path / "run")
     assert result["skipped_steps"] == 1

@@ -11,6 +11,7 @@ import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator
 
+import jax
 import numpy as np
 
 from opdjax.metrics import Timer
@@ -162,10 +163,10 @@ class Continuous:
         # Numbers drawn for a step are named after it, however old the weights were that drew its tokens.
         batch, told = with_credit(setup, batch, dataclasses.replace(rollouts, policy_version=np.full(len(samples), step, np.int32)))
         told |= drawn_tokens([samples], bool(annotations))
+        kept = np.ones(len(samples), bool)
         if near.filter != "none":
             document = stages.select(setup, [samples], annotations, directory, step)
-            told |= filter_metrics(document)
-            self._unfiltered = batch
-            batch = without(batch, np.array(document["kept"], bool))
-        rows, filled = packed(setup, batch)
+            kept, told, self._unfiltered = np.array(document["kept"], bool), told | filter_metrics(document), batch
+        rows, filled = packed(setup, without(batch, kept))
+        rollouts, batch = jax.tree.map(lambda x: np.asarray(x)[kept], (rollouts, batch))
         return Drawn(prompts_of(setup, step), rollouts, batch, rows, told | filled)

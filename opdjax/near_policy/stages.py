@@ -26,7 +26,7 @@ from opdjax.near_policy.store import Shard
 from opdjax.ops.tile import Head
 from opdjax.prepare import Setup
 from opdjax.processes import on_lead
-from opdjax.rollouts import draw, stored_top_k
+from opdjax.rollouts import draw
 from opdjax.scoring.local import score
 from opdjax.sharding import num_row_shards, shard_rows, to_host
 from opdjax.types import PromptBatch, TeacherScores, TrainBatch
@@ -75,7 +75,8 @@ def annotate(setup: Setup, samples: Shard, directory: pathlib.Path) -> None:
     config, teacher = setup.config, setup.teacher
     scorer = _Scorer.of(setup, teacher.checkpoint.config, teacher.params, teacher.head)
     _, batch = as_batch(setup, [samples])
-    top_k, mask, count = stored_top_k(config), np.asarray(batch.mask), len(samples)
+    top_k = bind(config.estimator.recipe, config.estimator.options)[0].top_k
+    mask, count = np.asarray(batch.mask), len(samples)
     found = scorer.scores(batch, top_k)
     of_tokens = lambda x: [row[kept].reshape(-1) for row, kept in zip(x, mask)]  # noqa: E731
     nothing, missing = [np.zeros(0)] * count, np.full(count, np.nan)
@@ -183,7 +184,7 @@ class _Scorer:
         packed, source = pack(batch, length, parts=num_rows // unit, shards=shards, rows=rows, num_rows=num_rows)
         scores = score(
             self.params, self.head, shard_rows(packed, mesh), config=self.model, needs="top_k" if top_k else "token",
-            tile=config.estimator.tile, parts=num_rows // unit, mesh=mesh, **({"top_k": top_k} if top_k else {}),
+            tile=config.estimator.tile, parts=num_rows // unit, mesh=mesh, top_k=top_k,
         )  # fmt: skip
         found = to_host(TeacherScores(scores.token_logprobs, scores.top_ids, scores.top_logprobs))
         return jax.tree.map(lambda x: unpack(x, source, batch.tokens.shape), found)
