@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from typing import Any
 
@@ -68,9 +69,36 @@ def render(prompt: str | Messages, tokenizer: Any, *, format: str, system_prompt
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if system_prompt is not None:
         messages = [{"role": "system", "content": system_prompt}, *messages]
+    return _templated(messages, tokenizer, enable_thinking, add_generation_prompt=True)
+
+
+def assistant_header(tokenizer: Any, *, format: str, enable_thinking: bool | None) -> list[int]:
+    """Token ids that an answer without a prompt follows, so that a model can say how likely it is on its own.
+
+    `chat`: what the template opens the assistant's turn with, after the BOS where conversations begin with one. Else, and for
+    `raw`, BOS, or EOS where there is none. ValueError where the tokenizer has none of them.
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if format == "chat" and tokenizer.chat_template is not None:
+        messages = [{"role": "user", "content": "1"}]
+        closed, opened = (_templated(messages, tokenizer, enable_thinking, add_generation_prompt=is_open) for is_open in (False, True))
+        shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(closed, opened)))
+        # An end of the conversation, or a last token that melts into the opening, may be gone; more would be another conversation.
+        if len(closed) - 1 <= shared < len(opened):
+            return [bos, *opened[shared:]] if opened[0] == bos else opened[shared:]
+    if bos is None and eos is None:
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template that opens an assistant's turn, no BOS and no EOS: "
+            "nothing can stand before an answer without its prompt; set near_policy.filter to none, or give it one of them"
+        )
+    return [eos if bos is None else bos]
+
+
+def _templated(messages: list[dict[str, str]], tokenizer: Any, enable_thinking: bool | None, *, add_generation_prompt: bool) -> list[int]:
+    """Token ids of a conversation; ValueError where the template does not take it."""
     options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
     try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False, **options)
     except _TEMPLATE_ERRORS as error:
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path} does not take this prompt: {type(error).__name__}: {error}; "

@@ -7,7 +7,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from opdjax.config import MINI_PAIR
-from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, load_tokenizer, render, valid_vocab
+from opdjax.data.chat import TokenizerMismatchError, assistant_header, check_same_vocabulary, load_tokenizer, render, valid_vocab
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,42 @@ def test_enable_thinking_reaches_the_template(tokenizer):
 def test_raw_is_the_bare_text(tokenizer):
     ids = show("34-17+25=", tokenizer, format="raw")
     assert tokenizer.convert_ids_to_tokens(ids) == ["34", "-", "17", "+", "25", "="]
+
+
+def header(tokenizer, format="chat", enable_thinking=None):
+    return assistant_header(tokenizer, format=format, enable_thinking=enable_thinking)
+
+
+def test_an_answer_without_its_prompt_follows_the_opening_of_the_turn(tokenizer):
+    ids = header(tokenizer)
+    assert tokenizer.decode(ids) == "<|im_start|>assistant\n"
+    assert show("7+8=", tokenizer)[-len(ids) :] == ids
+    thoughtless = header(tokenizer, enable_thinking=False)
+    assert tokenizer.decode(thoughtless) == "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert show("7+8=", tokenizer, enable_thinking=False)[-len(thoughtless) :] == thoughtless
+
+
+def test_without_an_opening_it_follows_bos_or_eos(tokenizer, untemplated):
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "user:": 3, "assistant:": 4}
+    plain = word_level(words)
+    with pytest.raises(ValueError, match="has no chat template that opens an assistant's turn, no BOS and no EOS"):
+        header(plain)
+    plain.eos_token = "</s>"
+    assert header(plain) == header(plain, "raw") == [2]
+    plain.bos_token = "<s>"
+    assert header(plain) == header(plain, "raw") == [1]
+    # A template that opens nothing is none.
+    plain.chat_template = "{% for m in messages %}{{ m.role }}: {% endfor %}"
+    assert header(plain) == [1]
+    plain.chat_template += "{% if add_generation_prompt %}assistant:{% endif %}"
+    assert header(plain) == [4]
+    plain.chat_template = plain.chat_template.replace("{% endif %}", "{% else %} </s>{% endif %}")
+    assert header(plain) == [4]
+    # Where conversations begin with BOS, so does this one.
+    plain.chat_template = "<s> " + plain.chat_template
+    assert header(plain) == [1, 4]
+    assert header(plain, "raw") == [1]
+    assert header(untemplated) == header(tokenizer, "raw") == [tokenizer.eos_token_id]
 
 
 def test_messages_cannot_be_raw(tokenizer):
