@@ -298,7 +298,7 @@ class Config:
     teacher: ModelConfig = ModelConfig(MINI_TEACHER)
     data: DataConfig = DataConfig()
     sampling: SamplingConfig = SamplingConfig()
-    near_policy: NearPolicyConfig = NearPolicyConfig()
+    near_policy: NearPolicyConfig = NearPolicyConfig()  # noqa: RUF009 (frozen)
     estimator: EstimatorConfig = EstimatorConfig()  # noqa: RUF009 (frozen)
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
