@@ -79,6 +79,7 @@ def token_metrics(outputs: Outputs, batch: TrainBatch) -> dict[str, Array]:
 
     k1, k2 and k3 are estimates of KL(student || teacher) from the sampled tokens. `kl/k3` is not clipped: one token that
     the teacher finds e^20 times as likely as the student makes it 5e8 over its share of the tokens; it may be infinite.
+    `staleness/kl` is KL(student || behaviour) of a token, the student as it is before this step's update.
     """
     mask, reward, metrics = batch.mask, outputs.get("reward"), {}
     if reward is not None:
@@ -88,11 +89,21 @@ def token_metrics(outputs: Outputs, batch: TrainBatch) -> dict[str, Array]:
             metrics[f"kl/{name}"] = masked_mean(estimate(-reward, jnp.zeros_like(reward)), mask)
         metrics["reward/mean"] = masked_mean(reward, mask)
     if batch.behavior_logprobs is not None:
-        metrics["rollout/logprob_gap"] = masked_mean(jnp.abs(outputs["student_logprob"] - batch.behavior_logprobs), mask)
+        metrics |= _staleness(outputs["student_logprob"], batch)
     if "advantage" in outputs:
         metrics["advantage/mean"] = masked_mean(outputs["advantage"], mask)
         metrics["advantage/std"] = masked_std(outputs["advantage"], mask)
     return metrics
+
+
+def _staleness(student_logprob: Float[Array, "B T"], batch: TrainBatch) -> dict[str, Array]:
+    """How far the student has moved from the policy that drew the tokens; on-policy, how far sampler and update differ in rounding."""
+    log_ratio, mask = student_logprob - batch.behavior_logprobs, batch.mask
+    return {
+        "rollout/logprob_gap": masked_mean(jnp.abs(log_ratio), mask),
+        "staleness/kl": masked_mean(importance.staleness_kl(student_logprob, batch.behavior_logprobs), mask),
+        "staleness/effective_sample_size": diagnostics.sequence_sample_size(log_ratio, mask, batch.segment_ids),
+    }
 
 
 def _importance(outputs: Outputs, batch: TrainBatch, options: dict[str, Any], is_policy_gradient: bool) -> dict[str, Array]:

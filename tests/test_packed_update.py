@@ -36,6 +36,7 @@ COUPLED = EstimatorConfig(
 )  # fmt: skip
 EXPECTED = EstimatorConfig("vopd", baseline="optimal", discount=0.7, return_to_go="expected", extra_draws=2, tile=5)
 PREFIX = EstimatorConfig("full_kl", importance="prefix_truncate", tile=16)
+STORED = EstimatorConfig("npd", support_top_k=3, kd_weight=0.7, importance="prefix_truncate", tile=5)
 
 
 def make_batch(rng, dtype, rows):
@@ -73,16 +74,23 @@ def trained(params, batch, head, spec):
     return loss, grads, told, None if shares is None else noise_and_signal(jnp.float32(1), *shares)
 
 
-def result(batch, estimator, dtype, parts=1, *, is_packed=False, mesh=None):
-    """What `trained` makes of the batch once it is packed, if at all, placed and scored, the last in as many parts."""
+def result(batch, estimator, dtype, parts=1, *, is_packed=False, mesh=None, is_stored=False):
+    """What `trained` makes of the batch once it is packed, if at all, placed and scored, the last in as many parts.
+
+    With `is_stored` the teacher's scores of the padded rows are packed and placed with them.
+    """
     student, teacher = make_models(jnp.dtype(dtype))
+    recipe = bind(estimator.recipe, estimator.options)[0]
+    of_teacher = functools.partial(score, teacher, head_of(teacher), config=MODEL, needs=recipe.teacher, top_k=recipe.top_k, tile=8)
+    if is_stored:
+        batch = dataclasses.replace(batch, teacher=of_teacher(batch))
     if is_packed:
         batch, _ = pack(batch, LENGTH, parts=parts, shards=num_row_shards(mesh))
     batch = batch if mesh is None else shard_rows(batch, mesh)
-    needs = bind(estimator.recipe, estimator.options)[0].teacher
-    scores = score(teacher, head_of(teacher), batch, config=MODEL, needs=needs, tile=8, parts=parts, mesh=mesh)
-    head = head_of(teacher) if needs == "vocabulary" else None
-    return trained(student, dataclasses.replace(batch, teacher=scores), head, spec_of(estimator, dtype, parts, mesh))
+    if not is_stored:
+        batch = dataclasses.replace(batch, teacher=of_teacher(batch, parts=parts, mesh=mesh))
+    head = head_of(teacher) if recipe.teacher == "vocabulary" else None
+    return trained(student, batch, head, spec_of(estimator, dtype, parts, mesh))
 
 
 def assert_same_lesson(expected, found, tolerance):
@@ -116,6 +124,22 @@ def test_packing_and_cutting_change_neither_loss_nor_gradient_nor_metrics(estima
     expected = result(batch, estimator, "float64")
     for is_packed, parts in forms:
         assert_same_lesson(expected, result(batch, estimator, "float64", parts, is_packed=is_packed), 1e-10)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("aggregation", ["token_mean", *(pytest.param(kind, marks=pytest.mark.long) for kind in AGGREGATIONS[1:])])
+def test_what_the_teacher_said_is_packed_and_cut_with_the_rows(aggregation, rng):
+    """Its top k stored beside the padded rows, or taken from the packed ones: one loss and one gradient."""
+    batch, estimator = make_batch(rng, np.float64, 8), dataclasses.replace(STORED, aggregation=aggregation)
+    expected = result(batch, estimator, "float64")
+    for how in ({"parts": 2, "is_stored": True}, {"parts": 2, "is_packed": True, "is_stored": True}, {"parts": 2, "is_packed": True}):
+        assert_same_lesson(expected, result(batch, estimator, "float64", **how), 1e-10)
+
+
+def test_eight_devices_train_on_stored_columns(rng):
+    batch = make_batch(rng, np.float32, 64)
+    sharded = result(batch, STORED, "float32", 2, is_packed=True, mesh=make_mesh(8), is_stored=True)
+    assert_same_lesson(result(batch, STORED, "float32"), sharded, 1e-5)
 
 
 @pytest.mark.parametrize(

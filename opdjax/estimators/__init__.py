@@ -14,9 +14,11 @@ class Recipe:
     """A token loss and what it needs: `token_loss(student, teacher, row, **options) -> (loss [n], outputs)`."""
 
     token_loss: Callable
-    teacher: Literal["none", "token", "vocabulary"]  # nothing, its log-prob of the sampled token, or its whole distribution
+    # Nothing, its log-prob of the sampled token, that and its most likely ids with theirs, or its whole distribution
+    teacher: Literal["none", "token", "top_k", "vocabulary"]
     is_policy_gradient: bool  # an expectation over sampled tokens: they must come from the distribution that is scored
     options: tuple[str, ...]
+    top_k: int = 0  # how many of the teacher's most likely ids it reads, where `teacher` is top_k
 
 
 _STATE_OPTIONS = ("importance", "importance_cap")  # of an exact divergence: how stale its contexts are
@@ -25,6 +27,7 @@ RECIPES = {
     "vopd": Recipe(opd.vopd, "vocabulary", True, ("baseline", "baseline_top_k", *opd.OPTIONS)),
     "full_kl": Recipe(divergence.full_kl, "vocabulary", False, (*divergence.FULL_OPTIONS, *_STATE_OPTIONS)),
     "topk_kl": Recipe(divergence.topk_kl, "vocabulary", False, ("divergence", *divergence.TOP_K_OPTIONS, *_STATE_OPTIONS)),
+    "npd": Recipe(divergence.npd, "top_k", False, (*divergence.NPD_OPTIONS, *_STATE_OPTIONS), divergence.NPD_TOP_K),
     "sft": Recipe(losses.sft, "none", False, ()),
 }
 
@@ -32,7 +35,7 @@ RECIPES = {
 def bind(name: str, options: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:
     """The recipe of that name as these options make it, and the options.
 
-    Its token loss reads the columns of `sequence.prepare`, and its `teacher` is what it needs under these options.
+    Its token loss reads the columns of `sequence.prepare`, and `teacher` and `top_k` are what it needs under these options.
     ValueError where the recipe, one of its options or its importance correction does not exist.
     """
     if name not in RECIPES:
@@ -46,4 +49,6 @@ def bind(name: str, options: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:
     if options.get("importance", "none") not in corrections:
         raise ValueError(f"recipe {name!r} has no importance correction {options['importance']!r}; it has {list(corrections)}")
     teacher = opd.teacher_needs(recipe.teacher, options) if recipe.is_policy_gradient else recipe.teacher
-    return dataclasses.replace(recipe, token_loss=sequence.weighted(recipe.token_loss), teacher=teacher), options
+    teacher = "none" if options.get("kd_weight") == 0 else teacher
+    top_k = options.get("support_top_k", recipe.top_k) if teacher == "top_k" else 0
+    return dataclasses.replace(recipe, token_loss=sequence.weighted(recipe.token_loss), teacher=teacher, top_k=top_k), options

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from opdjax.estimators import importance, sequence
-from opdjax.ops.masked import zero_where_masked
+from opdjax.ops.masked import rank_in_sequence, sequence_total, zero_where_masked
 from opdjax.ops.tile import VocabTile
 
 OVERLAP_TOP_K = 16
@@ -119,6 +119,19 @@ def effective_sample_size(weight: Float[Array, "*n"], mask: Bool[Array, "*n"]) -
     weight = zero_where_masked(weight, mask)
     squares = jnp.sum(jnp.square(weight)) * jnp.sum(mask)
     return jnp.where(squares > 0, jnp.square(jnp.sum(weight)) / jnp.where(squares > 0, squares, 1), 0)
+
+
+def sequence_sample_size(log_ratio: Float[Array, "B T"], mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"]) -> Float[Array, ""]:
+    """`effective_sample_size` of whole sequences, of which a row may hold several: the weight of each is the product of its ratios.
+
+    `log_ratio` = log student(y) - log behavior(y). 1 where the behaviour policy is the student; towards 1 / n where a few of n
+    sequences would carry an average over the student's. Sequences without a sampled token are none.
+    """
+    summed = sequence_total(zero_where_masked(log_ratio, mask), segment_ids)
+    is_first = mask & (rank_in_sequence(mask, segment_ids) == 0)
+    # The largest weight is 1: a product of many ratios is no number that has to be represented.
+    largest = jnp.max(jnp.where(is_first, summed, -jnp.inf))
+    return effective_sample_size(jnp.exp(summed - jnp.where(jnp.isfinite(largest), largest, 0)), is_first)
 
 
 def largest_share(x: Float[Array, "*n"], mask: Bool[Array, "*n"], share: float) -> Float[Array, ""]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from opdjax.estimators.opd import sampled_reward
+from opdjax.estimators.opd import needed, sampled_reward
 from opdjax.ops.tile import VocabTile
 from opdjax.ops.vocab import Columns
 
@@ -209,14 +209,11 @@ def topk_kl(
     if weight is not None:
         loss = _weighted_policy_gradient(s, t, weight)
     else:
-        normalise = _choose(renormalize, {"both": (True, True), "teacher": (False, True), "none": (False, False)}, "renormalize")
-        s, t = (_on_live(jax.nn.log_softmax, x, -jnp.inf) if is_wanted else x for x, is_wanted in zip((s, t), normalise))
-        swap = _choose(divergence, {"reverse": False, "forward": True}, "divergence")
-        loss = _sum_on(t, s) if swap else _sum_on(s, t)
+        loss = _on_support(s, t, renormalize, divergence, "topk_kl")
         if renormalize != "none" and (outside == "tail" or (outside == "floor" and renormalize == "both")):
             raise ValueError(f"topk_kl has outside {outside!r} with renormalize {renormalize!r}; expected renormalize 'none'")
         rest = _choose(outside, {"drop": _nothing, "tail": _tail_bucket, "floor": _floored}, "outside")
-        loss += rest(student, teacher, jnp.where(is_kept, ids, student.vocab_size), swap)
+        loss += rest(student, teacher, jnp.where(is_kept, ids, student.vocab_size), divergence == "forward")
     # With nothing kept there is nothing to compare, whatever stands for the rest.
     loss = jnp.where(jnp.any(is_kept, axis=-1), loss, 0)
     if clamp_at_zero:
@@ -224,6 +221,91 @@ def topk_kl(
     student_logprob = student.logprob(row.token)
     reward = sampled_reward(teacher.logprob(row.token), student_logprob)
     return loss, {"reward": reward, "student_logprob": student_logprob, "kl": jax.lax.stop_gradient(reverse_kl(student, teacher))}
+
+
+NPD_OPTIONS = ("kd_weight", "support_top_k", "renormalize", "divergence")
+NPD_TOP_K = 10
+
+
+def npd(
+    student: VocabTile,
+    teacher: VocabTile | None,
+    row: Columns,
+    *,
+    kd_weight: float = 0.9,
+    support_top_k: int = NPD_TOP_K,
+    renormalize: str = "none",
+    divergence: str = "forward",
+):
+    """Near-policy distillation: cross-entropy on the kept tokens, and a divergence from the teacher's stored top k.
+
+    Equation:  loss = (1 - kd_weight) (-log S(y)) + kd_weight sum_{v in K} q_v (log q_v - log p_v), nats; y the token that
+               was sampled, K the teacher's k most likely ids, p and q the probabilities of S and T (arXiv 2605.05940, the
+               loss as it is written: neither p nor q is divided by its mass on K). Other sums over K in its place:
+                 renormalize teacher  q divided by q(K): each context counts the same, and not by how sure the teacher is
+                 renormalize both     p divided by p(K) as well: KL of the distributions conditioned on K
+                 divergence reverse   p_v (log p_v - log q_v): the reverse direction on a support that was stored
+
+    Detached:  the teacher, its ids, and y, which is data. By the student's logits z, where d log p_v / dz = e_v - p, e_v
+               the unit vector of v, the gradient of the two parts is
+                 -log S(y)  p - e_y; in expectation p - b, b the policy that drew y: no direction where b is the student,
+                            towards what drew the answer where it was another, and towards what a filter kept
+                 forward    -sum_{v in K} q_v (e_v - p), divided by q(K) with `teacher`: at rest where p is q / q(K) on K
+                            and 0 outside, which is not the teacher; `both` rests wherever p is proportional to q on K
+                 reverse    sum_{v in K} p_v (log(p_v / q_v) + 1) (e_v - p), `both` without the + 1 and p, q conditioned
+               At S = T the divergence, which without `both` is none and may be negative, has the gradient
+                 none, forward     -grad p(K), whose descent pulls mass onto K
+                 teacher, forward  -grad log p(K), onto it
+                 none, reverse     grad p(K), off it
+                 teacher, reverse  (1 + log p(K)) grad p(K): off it where p(K) > 1/e, onto it below
+                 both              none
+
+    Cost:      k ids and k log-probs of the teacher a token (60 bytes at k = 10 with float16), stored by one pass of the
+               teacher over the answers and read as often as they are trained on. Of the vocabulary three products with a
+               [V, D] matrix a token, as `sft`: the teacher's unembedding is not there. A tile of the teacher, where one is
+               given, is read in place of what was stored; that costs what `topk_kl` costs.
+
+    Use it when rollouts are drawn ahead of their updates: the divergence asks nothing of who wrote the contexts, and the
+               teacher's work is done once. On the student's own tokens of the moment the cross-entropy is noise alone: take
+               kd_weight 1, or `full_kl` where the teacher is at hand.
+
+    Options:
+      kd_weight      lambda, 0.9; 0: cross-entropy on the answers that were kept, without a teacher; 1: the divergence alone
+      support_top_k  k, 10; ValueError where fewer are stored. An id that the teacher cannot draw is in no K
+      renormalize    none (default), teacher or both
+      divergence     forward (default) or reverse
+      importance     none (default) or prefix_truncate: the ratio of the tokens before, where another policy drew them
+      importance_cap  its largest value, 2
+    """
+    student_logprob = student.logprob(row.token)
+    loss = (kd_weight - 1) * student_logprob if kd_weight < 1 else jnp.zeros_like(student_logprob)
+    if kd_weight:
+        ids, t = _teachers_top_k(student, jax.lax.stop_gradient(teacher), row, support_top_k)
+        s = jnp.where(t == -jnp.inf, -jnp.inf, student.logprob(ids))
+        loss += kd_weight * _on_support(s, t, renormalize, divergence, "npd")
+    outputs = {"student_logprob": student_logprob}
+    teacher_logprob = row.teacher_logprob if teacher is None else teacher.logprob(row.token)
+    if teacher_logprob is not None:
+        outputs["reward"] = sampled_reward(teacher_logprob, student_logprob)
+    if teacher is not None:
+        outputs["kl"] = jax.lax.stop_gradient(reverse_kl(student, teacher))
+    return loss, outputs
+
+
+def _teachers_top_k(student: VocabTile, teacher: VocabTile | None, row: Columns, k: int) -> tuple[Int[Array, "n K"], Float[Array, "n K"]]:
+    """The teacher's k most likely ids and their log-probs, from its tile or as they were stored; id 0 where it can draw no more."""
+    if teacher is not None:
+        ids = teacher.top_k(k)
+        logprobs = teacher.logprob(ids)
+    else:
+        ids, logprobs = needed(row.teacher_ids, "teacher_ids", "npd"), needed(row.teacher_top_logprob, "teacher_top_logprob", "npd")
+        stored, wanted = ids.shape[-1], min(k, student.vocab_size)
+        if stored < wanted:
+            raise ValueError(f"npd has support_top_k {k}, but {stored} ids of the teacher are stored; expected at least {wanted}")
+        # Stored in few bits; sums are taken in the type of the logits.
+        ids, logprobs = ids[:, :wanted], logprobs[:, :wanted].astype(student.logits.dtype)
+    # A vocabulary padded beyond the student's has ids that no column of the student's logits stands for.
+    return jnp.where(logprobs == -jnp.inf, 0, ids), logprobs
 
 
 def _choose(value, table: dict, option: str, recipe: str = "topk_kl"):
@@ -257,6 +339,15 @@ def _on_live(f, logprobs: Float[Array, "n K"], fill: float) -> Float[Array, "n K
     """`f` of each row; `fill`, without gradient, in a row that is -inf throughout, of which a softmax would make NaN."""
     has_any = jnp.any(logprobs != -jnp.inf, axis=-1, keepdims=True)
     return jnp.where(has_any, f(jnp.where(has_any, logprobs, 0), axis=-1), fill)
+
+
+def _on_support(s: Float[Array, "n K"], t: Float[Array, "n K"], renormalize: str, divergence: str, recipe: str) -> Float[Array, " n"]:
+    """The divergence on the kept ids from the log-probs of student and teacher there, -inf on an id that is not kept."""
+    table = {"both": (True, True), "teacher": (False, True), "none": (False, False)}
+    normalise = _choose(renormalize, table, "renormalize", recipe)
+    s, t = (_on_live(jax.nn.log_softmax, x, -jnp.inf) if is_wanted else x for x, is_wanted in zip((s, t), normalise))
+    swap = _choose(divergence, {"reverse": False, "forward": True}, "divergence", recipe)
+    return _sum_on(t, s) if swap else _sum_on(s, t)
 
 
 def _sum_on(first: Float[Array, "n K"], second: Float[Array, "n K"]) -> Float[Array, " n"]:

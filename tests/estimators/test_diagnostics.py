@@ -11,6 +11,7 @@ from opdjax.estimators.diagnostics import (
     entropy,
     kth_largest,
     largest_share,
+    sequence_sample_size,
     squared_score,
     top_k_overlap,
     vocabulary_stats,
@@ -115,6 +116,24 @@ def test_effective_sample_size_by_hand():
     np.testing.assert_allclose(effective_sample_size(weight, jnp.array([True, True, False, True])), 16 / 30, rtol=1e-6)
     assert effective_sample_size(weight, jnp.zeros(4, bool)) == 0
     assert effective_sample_size(jnp.full(5, 0.1), jnp.ones(5, bool)) == pytest.approx(1)
+
+
+def test_sample_size_of_sequences_by_hand():
+    """Products 3 and 3/2; the same two packed in one row beside a prompt alone; and products that no float32 holds."""
+    expected = 4.5**2 / (2 * (9 + 9 / 4))
+    np.testing.assert_allclose(sequence_sample_size(RATIOS, MASK, SEGMENTS), expected, rtol=1e-6)
+    row = lambda *parts: jnp.concatenate(parts)[None]  # noqa: E731
+    packed = (
+        row(RATIOS[0], RATIOS[1], RATIOS[0, :2]),
+        row(MASK[0], MASK[1], jnp.zeros(2, bool)),
+        row(SEGMENTS[0], jnp.array([2, 2, 3, 3]), jnp.array([4, 4])),
+    )
+    np.testing.assert_allclose(sequence_sample_size(*packed), expected, rtol=1e-6)
+    for shift in (-200.0, 200.0):
+        np.testing.assert_allclose(sequence_sample_size(RATIOS.at[:, 1].add(shift), MASK, SEGMENTS), expected, rtol=1e-4)
+    assert sequence_sample_size(jnp.zeros((2, 4)), MASK, SEGMENTS) == 1
+    assert sequence_sample_size(RATIOS, 0 * MASK > 0, SEGMENTS) == 0
+    np.testing.assert_allclose(sequence_sample_size(RATIOS.at[0, 1].add(90.0), MASK, SEGMENTS), 1 / 2, rtol=1e-6)
 
 
 def test_largest_share_by_hand():

@@ -292,3 +292,33 @@ def test_k1_k2_k3_by_hand():
     np.testing.assert_allclose(importance.k3(student, teacher), [ln2 - 0.5, 1 - ln2], rtol=1e-5)
     near = importance.k3(jnp.float32(-1.0), jnp.float32(-1.0 - 2.0**-10))  # of order k1^2 / 2: exp(-k1) - 1 would lose most of it
     np.testing.assert_allclose(near, 2.0**-21, rtol=1e-3)
+
+
+def test_staleness_by_hand():
+    """rho = 1/2, 1, 2 and e."""
+    gap, ln2 = jnp.array([-np.log(2), 0, np.log(2), 1]), np.log(2)
+    found = importance.staleness_kl(gap - 3.0, jnp.full(4, -3.0))
+    np.testing.assert_allclose(found, [0.5 - ln2 / 2, 0, 2 * ln2 - 1, 1], rtol=2e-6)
+
+
+def test_staleness_loses_no_digits_near_one_and_overflows_nowhere():
+    gap = np.concatenate([s * 10.0 ** np.arange(-6, 1.8, 0.1) for s in (-1, 1)])
+    gap = np.append(gap, [-0.5, 0.5, -0.5000001, 0.4999999]).astype(np.float32)
+    wide = gap.astype(np.longdouble)
+    small = np.abs(wide) < 1e-2
+    exact = np.where(small, wide**2 / 2 + wide**3 / 3 + wide**4 / 8 + wide**5 / 30, wide * np.exp(wide) - np.expm1(wide))
+    np.testing.assert_allclose(importance.staleness_kl(jnp.asarray(gap), jnp.zeros(len(gap))), exact.astype(np.float64), rtol=2e-6)
+    extremes = importance.staleness_kl(jnp.float32([-np.inf, -300, 300]), jnp.zeros(3))
+    np.testing.assert_allclose(extremes, [1, 1, 59 * np.exp(60.0)], rtol=1e-5)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_mean_staleness_of_a_policys_own_draws_is_the_kl(rng):
+    """Over every token that the behaviour policy can draw: KL(student || behaviour), far apart and nearly the same."""
+    behavior = np.log(rng.dirichlet(np.ones(9)))
+    for scale in (1e-3, 0.1, 3.0):
+        student = behavior + scale * rng.normal(size=9)
+        student -= np.logaddexp.reduce(student)
+        found = importance.staleness_kl(jnp.asarray(student), jnp.asarray(behavior))
+        assert np.all(found >= 0)
+        np.testing.assert_allclose(np.exp(behavior) @ found, np.exp(student) @ (student - behavior), rtol=1e-7)

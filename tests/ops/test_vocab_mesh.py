@@ -36,8 +36,12 @@ RECIPES = {
     "top k, tail": ("topk_kl", {"support_top_k": 3, "renormalize": "none", "outside": "tail", "support": "union"}),
     "top k, floor": ("topk_kl", {"support_top_k": 3, "renormalize": "none", "outside": "floor"}),
     "top k, weighted": ("topk_kl", {"support_top_k": 3, "weight": "p_student", "renormalize": "none", "support": "symmetric_difference"}),
+    "npd": ("npd", {"support_top_k": 5, "kd_weight": 0.7}),
+    "npd, reverse": ("npd", {"support_top_k": 3, "renormalize": "both", "divergence": "reverse"}),
+    "npd, stored": ("npd", {"support_top_k": 5, "kd_weight": 0.7}),
     "sft": ("sft", {}),
 }
+ALONE = {"npd, stored", "sft"}  # the teacher is not there
 MESHES = {"2x2x2": (2, 2, 2), "1x2x4": (1, 2, 4), "2x4x1": (2, 4, 1)}
 
 
@@ -48,7 +52,11 @@ def problem(teacher_rows=V, bias=True):
     teacher_head = Head(normal(teacher_rows, U), temperature=1.3, valid_vocab=V - 3)
     weights = jnp.asarray(rng.random((B, T)) * (rng.random((B, T)) < 0.7)).at[:, 0].set(0)
     columns = Columns(
-        jnp.asarray(rng.integers(0, V - 3, (B, T))), uniform=jnp.asarray(rng.random((B, T, 3))), is_observed=jnp.ones((B, T), bool)
+        jnp.asarray(rng.integers(0, V - 3, (B, T))),
+        uniform=jnp.asarray(rng.random((B, T, 3))),
+        teacher_ids=jnp.asarray(rng.permuted(np.tile(np.arange(V - 3), (B, T, 1)), axis=2)[:, :, :6]),
+        teacher_top_logprob=jnp.asarray(np.log(rng.dirichlet(np.ones(7), (B, T))[:, :, :6])),
+        is_observed=jnp.ones((B, T), bool),
     )
     return normal(B, T, D), head, weights, columns, (normal(B, T, U), teacher_head)
 
@@ -65,7 +73,7 @@ def test_every_recipe_is_what_it_is_on_one_device(x64, name, mesh):
     recipe, options = RECIPES[name]
     token_loss = partial(observed(bind(recipe, options)[0].token_loss), **options)
     args = problem()
-    if recipe == "sft":
+    if name in ALONE:
         args = (*args[:4], None)
     expected, actual = run(token_loss, args), run(token_loss, args, make_mesh(*MESHES[mesh]))
     assert jax.tree.structure(actual) == jax.tree.structure(expected)

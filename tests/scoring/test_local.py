@@ -116,16 +116,16 @@ def with_view(warm):
 
 @pytest.fixture(scope="module")
 def run(models):
-    """run(batch, needs, mesh=None, head=None) -> the teacher's scores in float64, where one layout equals another to 1e-9."""
+    """run(batch, needs, mesh=None, head=None, **more) -> the teacher's scores in float64, where one layout equals another to 1e-9."""
 
-    def run(batch, needs, mesh=None, head=None):
+    def run(batch, needs, mesh=None, head=None, **more):
         teacher = models.teacher
         with jax.enable_x64(True):
             params, head = teacher.exact, head or decoder.head_of(teacher.exact)
             if mesh is not None:
                 batch = shard_rows(batch, mesh)
                 params, head = jax.device_put((params, head), replicated(mesh))
-            return score(params, head, batch, config=teacher.config, needs=needs, tile=TILE, mesh=mesh)
+            return score(params, head, batch, config=teacher.config, needs=needs, tile=TILE, mesh=mesh, **more)
 
     return run
 
@@ -183,6 +183,23 @@ def test_hidden_states_give_the_same_log_probs(batch, run, models):
     assert_scores(ours, run(batch, "token").token_logprobs, batch.mask)
 
 
+def test_the_most_likely_ids_are_those_of_the_whole_distribution(batch, run, models):
+    """With their log-probs under the full softmax, most likely first; the sampled token's beside them; in parts as at once."""
+    scores = run(batch, "top_k", top_k=7)
+    assert scores.hidden is None
+    assert_scores(scores.token_logprobs, run(batch, "token").token_logprobs, batch.mask)
+    with jax.enable_x64(True):
+        logits = head_logits(decoder.head_of(models.teacher.exact), run(batch, "vocabulary").hidden[:, :-1])
+        best, ids = jax.lax.top_k(jax.nn.log_softmax(logits), 7)
+    mask = np.asarray(batch.mask)
+    np.testing.assert_array_equal(np.asarray(scores.top_ids)[mask], np.asarray(ids)[mask[:, 1:]])
+    np.testing.assert_allclose(np.asarray(scores.top_logprobs)[mask], np.asarray(best)[mask[:, 1:]], atol=1e-9)
+    assert not np.asarray(scores.top_ids)[~mask].any()
+    again = run(batch, "top_k", top_k=7, parts=4)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-9), again, scores)
+    assert run(batch, "top_k", top_k=10**6).top_ids.shape[2] == models.teacher.config.vocab_size
+
+
 @pytest.fixture(scope="module")
 def expected_in_view(with_view, models):
     """The teacher's own rows scored densely, completion columns put where the student has them."""
@@ -216,10 +233,10 @@ def test_a_view_may_stand_at_other_columns_in_every_row(with_view, run, expected
     assert_scores(scores.token_logprobs, expected_in_view, with_view.mask)
 
 
-@pytest.mark.parametrize("needs", ["token", "vocabulary"])
-def test_eight_devices_score_as_one(with_view, run, needs):
+@pytest.mark.parametrize("how", [{"needs": "token"}, {"needs": "top_k", "top_k": 5}, {"needs": "vocabulary"}], ids=str)
+def test_eight_devices_score_as_one(with_view, run, how):
     mesh = make_mesh(8)
-    alone, sharded = (run(with_view, needs, mesh=m) for m in (None, mesh))
+    alone, sharded = (run(with_view, mesh=m, **how) for m in (None, mesh))
     assert jax.tree.structure(alone) == jax.tree.structure(sharded)
     for expected, actual in zip(jax.tree.leaves(alone), jax.tree.leaves(sharded)):
         assert actual.addressable_shards[0].data.shape[0] == 8
@@ -266,8 +283,11 @@ def test_a_padded_vocabulary_is_left_out_of_the_softmax(batch, run, models):
     assert np.mean(np.max(states @ kernel.T, -1) < np.max(states @ (5 * kernel[:10]).T, -1)) > 0.1  # they would have taken much
 
 
-def test_exactly_one_field_of_scores_is_set(batch, run):
+def test_no_field_of_scores_is_set_that_was_not_asked_for(batch, run):
     for needs, field in (("token", "token_logprobs"), ("vocabulary", "hidden")):
         scores = run(batch, needs)
         assert isinstance(scores, TeacherScores)
         assert [f.name for f in dataclasses.fields(scores) if getattr(scores, f.name) is not None] == [field]
+    for needs, top_k in (("top_k", 0), ("token", 3), ("vocabulary", 3)):
+        with pytest.raises(ValueError, match=f"top_k is {top_k} where needs is '{needs}'"):
+            run(batch, needs, top_k=top_k)
