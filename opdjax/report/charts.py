@@ -77,9 +77,30 @@ def legend(entries: Sequence[tuple[str, int]], *, has_dashes: bool = True) -> Ht
     for name, slot in entries:
         dash = " ".join(f"{d * 1.5:g}" for d in _DASHES[slot]) if has_dashes and slot != REST else ""
         stroke = tag("line", x1=1, y1=6, x2=27, y2=6, stroke_dasharray=dash or None)
-        colour = f"color: var(--{'rest' if slot == REST else f'series-{slot}'})"
-        items.append(tag("li", tag("svg", stroke, viewBox="0 0 28 12", class_="swatch", style=colour, aria_hidden="true"), name))
+        items.append(tag("li", swatch(stroke, colour=_variable(slot)), name))
     return tag("ul", *items, class_="legend")
+
+
+def swatches(entries: Sequence[tuple[str, Html]]) -> Html:
+    """Names, each with its mark."""
+    return tag("ul", *(tag("li", mark, tag("span", name)) for name, mark in entries), class_="legend")
+
+
+def box(slot: int, hatch: str = "") -> Html:
+    """The mark of a bar."""
+    colour = _variable(slot)
+    outline = {"fill": "none", "stroke": colour} if hatch else {"fill": colour}
+    strokes = [tag("line", x1=x, y1=11, x2=x + 9, y2=1) for x in ((3, 9, 15) if hatch else ())]
+    return swatch(tag("rect", x=1, y=1, width=26, height=10, **outline), *strokes, colour=colour)
+
+
+def swatch(*shapes: Html, colour: str) -> Html:
+    """A piece of what is drawn, as large as a word, for a legend."""
+    return tag("svg", *shapes, viewBox="0 0 28 12", class_="swatch", style=f"color: {colour}", aria_hidden="true")
+
+
+def _variable(slot: int) -> str:
+    return "var(--rest)" if slot == REST else f"var(--series-{slot})"
 
 
 def require_matplotlib() -> None:
