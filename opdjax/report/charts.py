@@ -21,7 +21,7 @@ SERIES = 6  # distinguishable by hue, dash and marker
 REST = -1  # the slot of lines that are only context
 _WIDTH, _HEIGHT = 380, 236
 # What matplotlib draws with, and the CSS variable that is put in its place.
-_ROLES = {"ink": "#fe0101", "muted": "#fe0202", "grid": "#fe0303", "rest": "#fe0404"}
+_ROLES = {"ink": "#fe0101", "muted": "#fe0202", "grid": "#fe0303", "rest": "#fe0404", "page": "#fe0505"}
 COLOURS = _ROLES | {f"series-{slot}": f"#fe10{slot:02x}" for slot in range(SERIES)}
 _VARIABLES = {colour: f"var(--{name})" for name, colour in COLOURS.items()}
 _DASHES = ((), (6, 2), (1.5, 1.5), (7, 2, 1.5, 2), (10, 2.5), (3, 2))
@@ -125,6 +125,12 @@ def _windowed(values: np.ndarray, window: int) -> np.ndarray:
     sums = np.concatenate(([0.0], np.cumsum(values)))
     at = np.arange(len(values))
     return sums[np.minimum(at + after, len(values))] - sums[np.maximum(at - before, 0)]
+
+
+def curve(steps: Sequence[float], values: Sequence[float | None], window: int, slot: int = 0) -> list[Line]:
+    """Every step in pale and the mean over `window` steps before it; the steps alone where the window is one step."""
+    raw = Line(steps, values, slot=slot, is_faint=window > 1)
+    return [raw, Line(steps, list(smooth(values, window)), slot=slot)] if window > 1 else [raw]
 
 
 def thin(x: Sequence[float], y: Sequence[float | None]) -> tuple[np.ndarray, np.ndarray]:
