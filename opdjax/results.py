@@ -59,6 +59,22 @@ class Run:
         """Of training."""
         return (self.result or {}).get("seconds")
 
+    @property
+    def draws_ahead(self) -> bool:
+        """Whether rollouts are drawn ahead of their update (near-policy)."""
+        return self.config.get("near_policy", {}).get("schedule", "none") != "none"
+
+    @property
+    def staleness(self) -> float | None:
+        """KL(student || behaviour) of what was trained on, nats a token, mean over the last ten steps; None where on-policy."""
+        return self.at_the_end("staleness/kl") if self.draws_ahead else None
+
+    @property
+    def keep_rate(self) -> float | None:
+        """Share of the samples that the filter kept, mean over all steps; None where there is no filter."""
+        is_filtered = self.draws_ahead and self.config["near_policy"].get("filter", "none") != "none"
+        return mean(self.column("filter/keep_rate")) if is_filtered else None
+
     def column(self, name: str) -> list[float | None]:
         """A metric, one value a step; None where it was not finite or not written."""
         return [row[name] if is_number(row.get(name)) else None for row in self.metrics]
@@ -82,6 +98,22 @@ def mean(values: Iterable[float | None]) -> float | None:
     """Of those that are known."""
     known = [value for value in values if is_number(value)]
     return statistics.fmean(known) if known else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """A stretch of time that the learner or the generator spent on one thing."""
+
+    what: str  # learner: wait, pack, teacher, update, publish; generator: admit, generate, annotate, store
+    start: float  # seconds since the epoch
+    seconds: float
+    step: int
+    version: int  # updates of the weights that were drawn with
+
+    @property
+    def end(self) -> float:
+        """When it was over."""
+        return self.start + self.seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +182,42 @@ def read_result(workdir: pathlib.Path) -> dict[str, Any]:
     return found
 
 
+def read_timeline(workdir: pathlib.Path, who: Literal["learner", "generator"]) -> list[Span]:
+    """What one of the two spent its time on, by start; empty where it wrote nothing. WorkdirError where a row is damaged."""
+    file = workdir / f"timeline-{who}.jsonl"
+    spans = []
+    for number, row in enumerate(read_lines(file), 1):
+        counts = [row.get(name) for name in ("step", "version")]
+        is_timed = is_number(row.get("start")) and is_number(row.get("seconds")) and row["seconds"] >= 0
+        if not (isinstance(row.get("what"), str) and is_timed and all(isinstance(value, int) for value in counts)):
+            expected = "expected what, start, seconds (not below 0), step and version; the report alone reads this file, so it may be moved"
+            raise WorkdirError(f"{file}, row {number} is no span of time: {json.dumps(row)[:80]}; {expected}")
+        spans.append(Span(row["what"], float(row["start"]), float(row["seconds"]), *counts))
+    return sorted(spans, key=lambda span: span.start)
+
+
+def read_filters(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """What the filter decided of every batch of samples, in the order of their policies; WorkdirError where a file is damaged."""
+    files = workdir.glob("rollouts/*/filter-*.json")
+    return sorted(map(_read_filter, files), key=lambda found: (found["version"], found["number"]))
+
+
+def _read_filter(file: pathlib.Path) -> dict[str, Any]:
+    advice = "put its original back, or report on a copy of the directory without it"
+    found = read_json(file, advice)
+    counts = ("version", "number", "num_samples", "num_kept", "num_degenerate", "num_disconnected", "num_unscored")
+    wrong = [name for name in counts if not isinstance(found.get(name), int)]
+    wrong += [name for name in ("histogram", "examples") if not isinstance(found.get(name), dict)]
+    wrong += [name for name in ("filter",) if not isinstance(found.get(name), str)]
+    if not wrong:
+        edges, bars = found["histogram"].get("edges"), found["histogram"].get("counts")
+        if not (isinstance(edges, list) and isinstance(bars, list) and (len(edges) == len(bars) + 1 or not bars)):
+            wrong.append("histogram (one edge more than counts)")
+    if wrong:
+        raise WorkdirError(f"{file} is not what a filter decided: {', '.join(wrong)} missing or of another kind; {advice}")
+    return found
+
+
 def read_point(file: pathlib.Path) -> dict[str, Any]:
     """What a point of a sweep was asked for; WorkdirError where its file is damaged."""
     advice = "delete it, and the command that made the sweep writes it again"
@@ -185,6 +253,16 @@ def groups(points: Sequence[Point]) -> list[Group]:
         if point.config["seed"] not in [other.config["seed"] for other in same]:
             same.append(point)
     return [Group({name: value for name, value in same[0].overrides.items() if name != "seed"}, tuple(same)) for same in found.values()]
+
+
+def wilson_interval(hits: int, trials: int) -> tuple[float, float]:
+    """The 95 % interval of a share after so many independent trials (Wilson 1927); all of 0 to 1 where there was none."""
+    if trials == 0:
+        return 0.0, 1.0
+    z, share = 1.959964, hits / trials
+    middle, half = share + z * z / (2 * trials), z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
 def seed_interval(values: Sequence[float]) -> tuple[float, float]:

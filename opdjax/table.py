@@ -26,6 +26,8 @@ COLUMNS: dict[str, Callable[[Run], float | None]] = {
     "gain in avg@k": lambda run: run.gain,
     "median gradient norm": lambda run: run.median("grad/norm"),
     "KL, last 10 steps": lambda run: run.at_the_end("kl/student_teacher"),
+    "staleness KL": lambda run: run.staleness,
+    "keep rate": lambda run: run.keep_rate,
     "seconds": lambda run: run.seconds,
 }
 
@@ -119,6 +121,8 @@ def _notes(points: list[Point], columns: list[str]) -> list[str]:
     }
     evaluations = "; ".join(f"{source}: k = {k}, at most {count} prompts" for source, k, count in sorted(kinds, key=str))
     notes = ["± is half a 95 % interval over seeds (Student's t). Runs of one row answer the same prompts, whose share is not part of it."]
+    if "staleness KL" in columns:
+        notes.append("Staleness KL: KL(student || behaviour) of the tokens trained on, last 10 steps. Keep rate: mean over all steps.")
     if columns:
         notes.append("KL is exact, but for opd and for vopd with a top-k baseline: there it is the mean log-ratio of the sampled tokens.")
         notes.append(f"{evaluations}. {len(done)} of {len(points)} points done; commit {', '.join(commits) or 'none'}.")

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from opdjax.report.charts import COLOURS, picture, tick
+from opdjax.report.charts import COLOURS, box, picture, swatch, tick
 from opdjax.report.markup import Html, tag
 from opdjax.results import is_number
 
@@ -219,19 +219,6 @@ def shares(title: str, x_label: str, categories: Sequence[str], kinds: Sequence[
 # Legends: HTML, which wraps on a narrow screen
 
 
-def swatches(entries: Sequence[tuple[str, Html]]) -> Html:
-    """Names, each with its mark."""
-    return tag("ul", *(tag("li", mark, tag("span", name)) for name, mark in entries), class_="legend")
-
-
-def box(slot: int, hatch: str = "") -> Html:
-    """The mark of a bar."""
-    colour = f"var(--series-{slot})"
-    outline = {"fill": "none", "stroke": colour} if hatch else {"fill": colour}
-    strokes = [tag("line", x1=x, y1=11, x2=x + 9, y2=1) for x in ((3, 9, 15) if hatch else ())]
-    return _mark(tag("rect", x=1, y=1, width=26, height=10, **outline), *strokes, colour=colour)
-
-
 def part_box(part: str) -> Html:
     """The mark of one of the PARTS."""
     return box(PARTS[part], _HATCHES[part])
@@ -239,22 +226,18 @@ def part_box(part: str) -> Html:
 
 def bar() -> Html:
     """The mark of a sum."""
-    return _mark(tag("line", x1=14, y1=0, x2=14, y2=12, stroke="var(--ink)"), colour="var(--ink)")
+    return swatch(tag("line", x1=14, y1=0, x2=14, y2=12, stroke="var(--ink)"), colour="var(--ink)")
 
 
 def dot(*, is_pitfall: bool) -> Html:
     """The mark of a recipe or a pitfall."""
     colour = f"var(--series-{_SLOTS[is_pitfall]})"
     if not is_pitfall:
-        return _mark(tag("circle", cx=14, cy=6, r=5, fill=colour), colour=colour)
+        return swatch(tag("circle", cx=14, cy=6, r=5, fill=colour), colour=colour)
     cross = {"stroke_width": 4, "stroke": colour}
-    return _mark(tag("line", x1=10, y1=2, x2=18, y2=10, **cross), tag("line", x1=10, y1=10, x2=18, y2=2, **cross), colour=colour)
+    return swatch(tag("line", x1=10, y1=2, x2=18, y2=10, **cross), tag("line", x1=10, y1=10, x2=18, y2=2, **cross), colour=colour)
 
 
 def ring() -> Html:
     """The mark of what an estimator says that it is."""
-    return _mark(tag("circle", cx=14, cy=6, r=5.2, fill="none", stroke="var(--ink)", stroke_width=1.4), colour="var(--ink)")
-
-
-def _mark(*shapes: Html, colour: str) -> Html:
-    return tag("svg", *shapes, viewBox="0 0 28 12", class_="swatch", style=f"color: {colour}", aria_hidden="true")
+    return swatch(tag("circle", cx=14, cy=6, r=5.2, fill="none", stroke="var(--ink)", stroke_width=1.4), colour="var(--ink)")

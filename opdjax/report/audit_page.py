@@ -28,6 +28,7 @@ from opdjax.report.audit_words import (
     told,
     verdict,
 )  # fmt: skip
+from opdjax.report.charts import swatches
 from opdjax.report.markup import Html, count, definitions, details, join, notice, number, section, table, tabs, tag
 from opdjax.report.measures import model_name
 from opdjax.results import is_number
@@ -89,7 +90,7 @@ def _directions(document: Document) -> Html:
         f"{document['vocabulary']['num_contexts']:,} random contexts": document["vocabulary"]["rows"],
     }
     views = {view: join((_angle_charts(document, rows, view), _exactness(document, rows))) for view, rows in sources.items()}
-    key = drawn.swatches(
+    key = swatches(
         [("recipe", drawn.dot(is_pitfall=False)), ("pitfall", drawn.dot(is_pitfall=True)), ("where it says it points", drawn.ring())]
     )
     words = {
@@ -185,7 +186,7 @@ def _noise(document: Document) -> Html:
     )
     charts = tag("div", *figures, class_="figures large")
     return section(
-        "noise", "How noisy is it?", told(noise_sentence(document)), drawn.swatches(key), charts, tag("p", note, class_="quiet"), *rest
+        "noise", "How noisy is it?", told(noise_sentence(document)), swatches(key), charts, tag("p", note, class_="quiet"), *rest
     )
 
 

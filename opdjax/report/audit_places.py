@@ -8,7 +8,7 @@ from typing import Any
 from opdjax.report import audit_charts as drawn
 from opdjax.report.audit_charts import Share
 from opdjax.report.audit_words import Document, percent, ratio, short, three, told
-from opdjax.report.charts import SERIES, Chart, Line, draw, legend
+from opdjax.report.charts import SERIES, Chart, Line, box, draw, legend, swatches
 from opdjax.report.markup import Html, details, section, table, tag
 from opdjax.report.measures import bucket_label
 from opdjax.results import is_number
@@ -36,7 +36,7 @@ def places_section(document: Document) -> Html:
         _share_chart("the whole, by position", x_label, position, contexts["buckets"], None),
         _ratio_lines("Logits: variance / opd, by position", x_label, position, buckets, shares),
     ]
-    kinds = [(kind.name, drawn.box(kind.slot, kind.hatch)) for kind in _kinds(contexts["bins"], parameters.get("variance_share"))]
+    kinds = [(kind.name, box(kind.slot, kind.hatch)) for kind in _kinds(contexts["bins"], parameters.get("variance_share"))]
     lines = legend([(short(document, name), slot) for slot, name in enumerate(baselines[:SERIES])]) if baselines else None
     note = (
         "Bars: shares of the whole, which add up to 100 % over the bins of one kind. Lines: a baseline's variance over that of opd in the "
@@ -45,7 +45,7 @@ def places_section(document: Document) -> Html:
     )
     return section(
         "places", "Where does the noise sit?", told(place_sentence(document)), tag("p", note, class_="quiet"),
-        drawn.swatches(kinds), lines, tag("div", *filter(None, by_kl), class_="figures large"),
+        swatches(kinds), lines, tag("div", *filter(None, by_kl), class_="figures large"),
         details("Table: by KL", _bin_table(document, contexts["bins"], kl, "by_kl", parameters)),
         tag("div", *filter(None, by_place), class_="figures large"),
         details("Table: by position", _bin_table(document, contexts["buckets"], position, "by_position", {})),

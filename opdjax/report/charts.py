@@ -21,7 +21,7 @@ SERIES = 6  # distinguishable by hue, dash and marker
 REST = -1  # the slot of lines that are only context
 _WIDTH, _HEIGHT = 380, 236
 # What matplotlib draws with, and the CSS variable that is put in its place.
-_ROLES = {"ink": "#fe0101", "muted": "#fe0202", "grid": "#fe0303", "rest": "#fe0404"}
+_ROLES = {"ink": "#fe0101", "muted": "#fe0202", "grid": "#fe0303", "rest": "#fe0404", "page": "#fe0505"}
 COLOURS = _ROLES | {f"series-{slot}": f"#fe10{slot:02x}" for slot in range(SERIES)}
 _VARIABLES = {colour: f"var(--{name})" for name, colour in COLOURS.items()}
 _DASHES = ((), (6, 2), (1.5, 1.5), (7, 2, 1.5, 2), (10, 2.5), (3, 2))
@@ -77,9 +77,30 @@ def legend(entries: Sequence[tuple[str, int]], *, has_dashes: bool = True) -> Ht
     for name, slot in entries:
         dash = " ".join(f"{d * 1.5:g}" for d in _DASHES[slot]) if has_dashes and slot != REST else ""
         stroke = tag("line", x1=1, y1=6, x2=27, y2=6, stroke_dasharray=dash or None)
-        colour = f"color: var(--{'rest' if slot == REST else f'series-{slot}'})"
-        items.append(tag("li", tag("svg", stroke, viewBox="0 0 28 12", class_="swatch", style=colour, aria_hidden="true"), name))
+        items.append(tag("li", swatch(stroke, colour=_variable(slot)), name))
     return tag("ul", *items, class_="legend")
+
+
+def swatches(entries: Sequence[tuple[str, Html]]) -> Html:
+    """Names, each with its mark."""
+    return tag("ul", *(tag("li", mark, tag("span", name)) for name, mark in entries), class_="legend")
+
+
+def box(slot: int, hatch: str = "") -> Html:
+    """The mark of a bar."""
+    colour = _variable(slot)
+    outline = {"fill": "none", "stroke": colour} if hatch else {"fill": colour}
+    strokes = [tag("line", x1=x, y1=11, x2=x + 9, y2=1) for x in ((3, 9, 15) if hatch else ())]
+    return swatch(tag("rect", x=1, y=1, width=26, height=10, **outline), *strokes, colour=colour)
+
+
+def swatch(*shapes: Html, colour: str) -> Html:
+    """A piece of what is drawn, as large as a word, for a legend."""
+    return tag("svg", *shapes, viewBox="0 0 28 12", class_="swatch", style=f"color: {colour}", aria_hidden="true")
+
+
+def _variable(slot: int) -> str:
+    return "var(--rest)" if slot == REST else f"var(--series-{slot})"
 
 
 def require_matplotlib() -> None:
@@ -104,6 +125,12 @@ def _windowed(values: np.ndarray, window: int) -> np.ndarray:
     sums = np.concatenate(([0.0], np.cumsum(values)))
     at = np.arange(len(values))
     return sums[np.minimum(at + after, len(values))] - sums[np.maximum(at - before, 0)]
+
+
+def curve(steps: Sequence[float], values: Sequence[float | None], window: int, slot: int = 0) -> list[Line]:
+    """Every step in pale and the mean over `window` steps before it; the steps alone where the window is one step."""
+    raw = Line(steps, values, slot=slot, is_faint=window > 1)
+    return [raw, Line(steps, list(smooth(values, window)), slot=slot)] if window > 1 else [raw]
 
 
 def thin(x: Sequence[float], y: Sequence[float | None]) -> tuple[np.ndarray, np.ndarray]:

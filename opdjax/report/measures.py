@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from opdjax.results import AXES, Run, mean
+from opdjax.results import AXES, Run, Span, mean
 
 SCORES = ("avg@k", "greedy", "pass@k")
 _POSITION = "kl/position/"
@@ -81,6 +81,17 @@ def bucket_label(bucket: Bucket) -> str:
     """Such as 3–5, or 12 for a range of one token."""
     first, last = bucket
     return f"{first}" if first == last else f"{first}–{last}"
+
+
+def covered(spans: Iterable[Span]) -> list[tuple[float, float]]:
+    """The stretches of time that lie in any of the spans, apart from each other and in order."""
+    found: list[tuple[float, float]] = []
+    for span in sorted(spans, key=lambda span: span.start):
+        if found and span.start <= found[-1][1]:
+            found[-1] = found[-1][0], max(found[-1][1], span.end)
+        else:
+            found.append((span.start, span.end))
+    return found
 
 
 def leaves(values: dict[str, Any], path: str = "") -> dict[str, Any]:

@@ -104,13 +104,14 @@ def _rollout(row: dict[str, Any], measure: _Measure | None, heading: str) -> Htm
         completion = join(token.mark(measure) for token in kept)
         numbers = details("Numbers of each token", _numbers(kept)) if columns else None
     return tag(
-        "div", tag("h4", "Prompt"), tag("div", _prompt(row.get("prompt", "")), class_="prompt"),
+        "div", tag("h4", "Prompt"), tag("div", prompt_text(row.get("prompt", "")), class_="prompt"),
         tag("h4", heading), tag("div", completion, class_="completion"),
         tag("p", "; ".join(facts), class_="facts"), numbers, class_="rollout",
     )  # fmt: skip
 
 
-def _prompt(prompt: Any) -> str:
+def prompt_text(prompt: Any) -> str:
+    """A prompt as it is read: text, or messages with the role of each."""
     if isinstance(prompt, list):
         return "\n".join(f"{message.get('role', '')}: {message.get('content', '')}" for message in prompt)
     return str(prompt)

@@ -9,7 +9,7 @@ import numpy as np
 from opdjax.config import Config
 from opdjax.fields import to_dict
 from opdjax.report import measures
-from opdjax.report.charts import Chart, Line, draw, grid, legend, smooth
+from opdjax.report.charts import Chart, Line, curve, draw, grid, legend, smooth
 from opdjax.report.markup import (
     Html,
     count,
@@ -28,7 +28,9 @@ from opdjax.report.markup import (
     tabs,
     tag,
 )  # fmt: skip
+from opdjax.report.near_policy import filter_section, staleness_section
 from opdjax.report.rollouts import rollouts_section
+from opdjax.report.timeline import cost_section, timeline_of, timeline_section
 from opdjax.results import AXES, Run, is_number
 
 _RECIPES = {
@@ -37,6 +39,7 @@ _RECIPES = {
     "lowers the variance of the policy gradient and not its mean.",
     "full_kl": "The divergence between the two whole next-token distributions is minimised at every position of the completion.",
     "topk_kl": "The divergence is minimised at every position on a few of the most likely tokens instead of the whole vocabulary.",
+    "npd": "Cross-entropy on the student's own kept tokens, mixed with the divergence from the teacher on its most likely tokens.",
     "sft": "Cross-entropy on the given tokens.",
 }
 _WRITERS = {
@@ -44,6 +47,12 @@ _WRITERS = {
     "them, and the student was trained towards the teacher on those very tokens.",
     "teacher": "The teacher wrote completions of prompts, and the student was trained on them.",
     "references": "The student was trained on the reference answers of the data.",
+}
+_AHEAD = {
+    "refresh": "Near-policy distillation: the student answered all prompts at once, the teacher gave its probabilities of them, and "
+    "the student was trained on what was kept of them for whole epochs, until rollouts were drawn anew.",
+    "continuous": "Near-policy distillation: the student sampled completions ahead of the updates that they were for, the teacher gave its "
+    "probability of every token in them, and the student, some updates older by then, was trained towards the teacher on those tokens.",
 }
 _SPARSE = ("entropy/student", "entropy/teacher", "overlap/ratio")  # told every log.diagnostics_every steps
 _AXIS_NOTES = {
@@ -60,7 +69,9 @@ def run_page(run: Run, failure: dict[str, Any] | None) -> tuple[str, list[Html |
     student, teacher = (measures.model_name(run.config[role]["path"]) for role in ("student", "teacher"))
     is_taught = run.config["estimator"]["recipe"] != "sft" or run.config["sampling"].get("source") == "teacher"
     title = f"{student} ← {teacher if is_taught else 'reference answers'}"
-    parts = [_result(run), _scores(run), _training(run), _positions(run), rollouts_section(run), _settings(run)]
+    timeline = timeline_of(run)
+    ahead = [staleness_section(run), filter_section(run), timeline_section(run, timeline), cost_section(run, timeline)]
+    parts = [_result(run), _scores(run), _training(run), *ahead, _positions(run), rollouts_section(run), _settings(run)]
     return f"{title}, {run.config['estimator']['recipe']}", [_header(run, failure, title), *parts]
 
 
@@ -71,9 +82,10 @@ def _header(run: Run, failure: dict[str, Any] | None, title: str) -> Html:
     estimator, source = run.config["estimator"], run.config["sampling"].get("source", "student")
     options = [f"{name} {shown(value)}" for name, value in estimator.items() if value is not None and name not in ("recipe", "tile")]
     about = _RECIPES.get(estimator["recipe"])
+    written = _AHEAD[run.config["near_policy"]["schedule"]] if run.draws_ahead else _WRITERS.get(source)
     return tag(
         "header", tag("h1", title), tag("p", outcome(run), class_="lead"),
-        tag("p", _WRITERS.get(source), " Recipe ", tag("code", estimator["recipe"]), f" ({', '.join(options)})." if options else ".",
+        tag("p", written, " Recipe ", tag("code", estimator["recipe"]), f" ({', '.join(options)})." if options else ".",
             f" {about}" if about else None, class_="quiet"),
         *_warnings(run), None if failure is None or run.result else failure_block(failure),
     )  # fmt: skip
@@ -236,9 +248,8 @@ def _training(run: Run) -> Html | None:
         if key in _SPARSE and known:
             figures.append(draw(chart, [Line(*zip(*known), has_markers=len(known) < 30)]))
         elif known:
-            is_smooth = window > 1 and key != "optimizer/learning_rate"  # which has no noise to take away
-            raw = Line(steps, values, is_faint=is_smooth)
-            figures.append(draw(chart, [raw, Line(steps, list(smooth(values, window)))] if is_smooth else [raw]))
+            is_noisy = key != "optimizer/learning_rate"
+            figures.append(draw(chart, curve(steps, values, window if is_noisy else 1)))
     signal, noise = (smooth(run.column(f"grad/{name}_squared"), window) for name in ("signal", "noise"))
     if np.isfinite(noise).any():
         # The ratio of two means, not the mean of ratios: a single step's signal is of either sign.

@@ -132,7 +132,7 @@ def _score_line(entry: Ranked, axis: str, score: str) -> Line | None:
 
 
 def training_section(entries: list[Ranked]) -> Html | None:
-    """KL and gradient norm during training."""
+    """KL, gradient norm and, of rollouts drawn ahead, their staleness during training."""
     charts = {
         "kl/student_teacher": ("KL(student || teacher)", "nats a token", "Distance from the teacher on the student's own completions."),
         "grad/norm": (
@@ -141,6 +141,17 @@ def training_section(entries: list[Ranked]) -> Html | None:
             "Of two estimators of one objective, that of lower variance has the smaller norm at the same KL.",
         ),
     }
+    if any(run.draws_ahead for entry in entries for run in entry.runs):
+        charts["staleness/kl"] = (
+            "Distance from the policy that drew",
+            "KL, nats a token",
+            "KL(student || behaviour) of the tokens trained on; near-policy is below 0.10 (NPD, arXiv 2605.05940).",
+        )
+        charts["staleness/effective_sample_size"] = (
+            "Effective sample size",
+            "share of the rollouts",
+            "How many fresh rollouts a stale one is worth, by the ratios of whole rollouts.",
+        )
     figures = []
     for name, (title, unit, about) in charts.items():
         lines = [line for entry in reversed(entries) if (line := _metric_line(entry, name)) is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from opdjax.report import measures
@@ -32,7 +33,15 @@ from opdjax.report.sweep_charts import (
     training_section,
     whisker,
 )  # fmt: skip
-from opdjax.results import Point, read_run
+from opdjax.results import Point, Run, read_run
+
+# Columns of groups whose rollouts are drawn ahead of their update.
+_AHEAD = {"staleness KL": lambda run: run.staleness, "keep rate": lambda run: run.keep_rate}
+_AHEAD_WORDS = {
+    "staleness KL": "KL(student || behaviour) of the tokens trained on, nats a token, mean over the last 10 steps: how far the student was "
+    "from the policy that drew; near-policy is below 0.10 (NPD, arXiv 2605.05940)",
+    "keep rate": "share of the samples that the filter kept, mean over all steps",
+}
 
 
 def sweep_page(points: list[Point], name: str) -> tuple[str, list[Html | None]]:
@@ -79,12 +88,13 @@ def _group_section(entries: list[Ranked], anchors: dict[str, str], k: int | None
     named = list(dict.fromkeys(name for entry in entries for name in entry.settings)) or ["group"]
     plot = tag("th", scope="col", aria_label=f"{labels[0]}, drawn")
     seeds = tag("th", "seeds", class_="text", scope="col")
-    head = [*named, "n", plot, *labels, "gain", "median gradient norm", "KL, last 10 steps", "seconds", seeds]
     finished = [entry for entry in entries if entry.runs]
-    rows = [_group_row(entry, named, anchors, low, high) for entry in finished]
+    ahead = {name: read for name, read in _AHEAD.items() if any(entry.over_seeds(read) for entry in finished)}
+    head = [*named, "n", plot, *labels, "gain", "median gradient norm", "KL, last 10 steps", *ahead, "seconds", seeds]
+    rows = [_group_row(entry, named, anchors, low, high, list(ahead.values())) for entry in finished]
     start = [before(entries, score) for score in measures.SCORES]
     if any(value is not None for value in start):
-        rows.append(table_row(["before training", *[""] * (len(named) + 1), *map(fixed, start), *[""] * 5]))
+        rows.append(table_row(["before training", *[""] * (len(named) + 1), *map(fixed, start), *[""] * (5 + len(ahead))]))
     caption = (
         "Mean ± half a 95 % interval over seeds (Student's t, n − 1 degrees of freedom; ± ∞: one seed alone has none), not over prompts. "
         f"Ordered by {labels[0]}; the plot runs from {fixed(low)} to {fixed(high)}."
@@ -95,6 +105,7 @@ def _group_section(entries: list[Ranked], anchors: dict[str, str], k: int | None
         labels[2]: "share of prompts where at least one sampled answer is right",
         "gain": f"in {labels[0]}: after less before training, on the same prompts",
         "KL": "KL(student || teacher) in nats a token, mean over the last 10 steps of training",
+        **{name: meaning for name, meaning in _AHEAD_WORDS.items() if name in ahead},
         "n": "finished points, which are what is averaged; a seed that is missing failed or is not finished (see Points)",
     }
     luck = "The first of many is partly lucky: choose on validation prompts, then report the chosen one on others."
@@ -109,13 +120,16 @@ def _group_section(entries: list[Ranked], anchors: dict[str, str], k: int | None
     )
 
 
-def _group_row(entry: Ranked, named: list[str], anchors: dict[str, str], low: float, high: float) -> Html:
+def _group_row(
+    entry: Ranked, named: list[str], anchors: dict[str, str], low: float, high: float, ahead: list[Callable[[Run], float | None]]
+) -> Html:
     avg = entry.over_seeds(final("avg@k"))
     scores = [_cell(entry.over_seeds(final(score))) for score in measures.SCORES]
     others = [
         _cell(entry.over_seeds(lambda run: run.gain), signed=True),
         _cell(entry.over_seeds(lambda run: run.median("grad/norm"))),
         _cell(entry.over_seeds(lambda run: run.at_the_end("kl/student_teacher"))),
+        *(_cell(entry.over_seeds(read), digits=4) for read in ahead),
         _cell(entry.over_seeds(lambda run: run.seconds), digits=0),
     ]
     seeds = joined_links([_seed(point, anchors) for point in entry.group.points])
