@@ -266,6 +266,25 @@ def sample(arguments: list[str]) -> None:
     _call(run, arguments, "opdjax sample")
 
 
+def inspect(arguments: list[str]) -> None:
+    """PATH [--samples N]: what stored rollouts hold; status 1 where they are damaged or not accounted for."""
+
+    def run(path: Annotated[pathlib.Path, tyro.conf.Positional], samples: int = 0):
+        """Print what stored rollouts hold: counts, bytes, what the filter kept, and what is damaged.
+
+        Args:
+            path: a shard, a directory rollouts/VERSION, or the work directory of a run
+            samples: print so many samples, spread evenly over what is there
+        """
+        from opdjax.near_policy.inspection import inspect as look_into
+
+        if samples < 0:
+            raise ConfigError(f"--samples is {samples}; expected 0 or more")
+        sys.exit(0 if look_into(path, samples) else 1)
+
+    _call(run, arguments, "opdjax inspect")
+
+
 def evaluate(arguments: list[str]) -> None:
     """MODEL [--evaluation.field VALUE …]: avg@k, pass@k and greedy accuracy with intervals."""
 
@@ -463,6 +482,7 @@ VERBS = {
     "table": table,
     "report": report,
     "sample": sample,
+    "inspect": inspect,
     "evaluate": evaluate,
     "import": import_,
     "export": export,

@@ -93,13 +93,15 @@ def test_help_lists_every_verb(opdjax):
         assert (status, err) == (0, "")
         listed = re.findall(r"^  (\w+) ", out, re.MULTILINE)
         assert listed == list(cli.VERBS)
-        assert {"train", "plan", "sweep", "table", "report", "doctor", "audit", "sample", "evaluate", "import", "export"} == set(listed)
+        assert {"train", "plan", "sweep", "table", "report", "doctor", "audit", "sample", "inspect", "evaluate", "import", "export"} == set(
+            listed
+        )
     status, out, _ = opdjax()
     assert status == 2
     assert "usage: opdjax VERB" in out
 
 
-@pytest.mark.parametrize("verb", ["sample", "evaluate", "import", "export"])
+@pytest.mark.parametrize("verb", ["sample", "inspect", "evaluate", "import", "export"])
 def test_every_verb_explains_itself(opdjax, verb):
     status, out, _ = opdjax(verb, "--help")
     assert status == 0

@@ -76,7 +76,7 @@ _ABANDONED_AFTER = 3600.0  # seconds; another machine's processes cannot be aske
 
 
 class ShardError(ValueError):
-    """A shard is not what was written: cut off, corrupted, renamed, or of another schema."""
+    """A shard is not what was written: missing, cut off, corrupted, renamed, or of another schema."""
 
 
 class StorageError(OSError):
@@ -150,7 +150,10 @@ def read_shard(path: pathlib.Path) -> Shard:
         raise ShardError(f"{path} has not the name of a shard; expected {' or '.join(SCHEMAS)}-NUMBER.DIGEST.parquet")
     stage, number, digest = match[1], int(match[2]), match[3]
     advice = "remove the file, and the command that wrote it writes it again"
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ShardError(f"{path} cannot be read: {error.strerror}; {advice}") from error
     if hashlib.sha256(data).hexdigest()[:16] != digest:
         found = "corrupted" if data.endswith(_MAGIC) else "truncated, or corrupted at its end"
         raise ShardError(f"{path} is {found}: its {len(data)} bytes have another digest than its name says; {advice}")
