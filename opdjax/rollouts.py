@@ -19,7 +19,7 @@ from opdjax.evals.evaluate import completions
 from opdjax.metrics import Timer
 from opdjax.models.decoder import Params
 from opdjax.ops.tile import Head
-from opdjax.prepare import Setup, with_credit
+from opdjax.prepare import Setup, as_of_step, with_credit
 from opdjax.sampler import sample
 from opdjax.scoring.local import score
 from opdjax.sharding import num_row_shards, shard_rows, to_host
@@ -73,7 +73,7 @@ class OnPolicy:
         setup = self._setup
         prompts, self._following = self._following or prompts_of(setup, step), None
         with timer.phase("sample"):
-            rollouts = to_host(_rollouts(setup, self.params, prompts, step))
+            rollouts = to_host(_rollouts(as_of_step(setup, self.params), self.params, prompts, step))
         with timer.phase("pack"):
             batch, told = with_credit(setup, to_train_batch(rollouts, prompts), rollouts)
             rows, filled = packed(setup, batch)
