@@ -63,9 +63,10 @@ def readable(directory: pathlib.Path, stage: str, number: int) -> Shard | None:
     """A shard if it is there and whole; a damaged one is told of, so that it is made again."""
     try:
         return read(directory, stage, number)
-    except ShardError:
+    except ShardError as error:
+        note = f"note: {error}; it is made again"
         if number in store.shards(directory, stage):
-            on_lead(lambda: print(f"note: {error}; it is made again"))
+            on_lead(lambda: print(note))
         return None
 
 
