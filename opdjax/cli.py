@@ -51,13 +51,19 @@ def _usage() -> str:
     return "usage: opdjax VERB …   (opdjax VERB --help tells more)\n\n" + "\n".join(lines)
 
 
+def _experiment(arguments: list[str], usage: str) -> Config:
+    """The config of the experiment that a verb's arguments begin with; tells how the verb is used where they do not."""
+    if arguments and not arguments[0].startswith("-"):
+        return load_experiment(arguments[0])
+    verb = usage.partition(" ")[0]
+    print(f"usage: opdjax {usage} [--section.field VALUE …]\n\nEXPERIMENT is a Python file with get_config().")
+    print(f"opdjax {verb} EXPERIMENT --help lists every field with its value in that experiment.")
+    sys.exit(0 if arguments and arguments[0] in ("-h", "--help") else 2)
+
+
 def train(arguments: list[str]) -> None:
     """EXPERIMENT --workdir DIR [--section.field VALUE …]: distil a student, or continue a run."""
-    if not arguments or arguments[0].startswith("-"):
-        print("usage: opdjax train EXPERIMENT --workdir DIR [--section.field VALUE …]\n\nEXPERIMENT is a Python file with get_config().")
-        print("opdjax train EXPERIMENT --help lists every field with its value in that experiment.")
-        sys.exit(0 if arguments and arguments[0] in ("-h", "--help") else 2)
-    default = load_experiment(arguments[0])
+    default = _experiment(arguments, "train EXPERIMENT --workdir DIR")
 
     def run(workdir: pathlib.Path, config: Annotated[Config, tyro.conf.arg(name="")] = default):
         """Distil a student.
@@ -76,11 +82,7 @@ def train(arguments: list[str]) -> None:
 
 def plan(arguments: list[str]) -> None:
     """EXPERIMENT --topology v5e-8 [--aot] [--section.field VALUE …]: foresee memory and time; status 1 where it does not fit."""
-    if not arguments or arguments[0].startswith("-"):
-        print("usage: opdjax plan EXPERIMENT --topology v5e-8 [--aot] [--section.field VALUE …]\n")
-        print("EXPERIMENT and the fields are those of train.")
-        sys.exit(0 if arguments and arguments[0] in ("-h", "--help") else 2)
-    default = load_experiment(arguments[0])
+    default = _experiment(arguments, "plan EXPERIMENT --topology v5e-8 [--aot]")
 
     def run(topology: str, aot: bool = False, config: Annotated[Config, tyro.conf.arg(name="")] = default):
         """Foresee what a run holds and how long a step takes at least, from the config.json of its models alone.
@@ -108,12 +110,7 @@ def plan(arguments: list[str]) -> None:
 
 def doctor(arguments: list[str]) -> None:
     """EXPERIMENT [--section.field VALUE …]: look for silent faults before a run; status 1 where there is one."""
-    if not arguments or arguments[0].startswith("-"):
-        print(
-            "usage: opdjax doctor EXPERIMENT [--num-prompts N] [--section.field VALUE …]\n\nEXPERIMENT and the fields are those of train."
-        )
-        sys.exit(0 if arguments and arguments[0] in ("-h", "--help") else 2)
-    default = load_experiment(arguments[0])
+    default = _experiment(arguments, "doctor EXPERIMENT [--num-prompts N]")
 
     def run(num_prompts: int = 8, config: Annotated[Config, tyro.conf.arg(name="")] = default):
         """Look for silent faults.
@@ -199,7 +196,10 @@ def audit(arguments: list[str]) -> None:
 
 
 def sample(arguments: list[str]) -> None:
-    """MODEL PROMPT …: print completions of prompts."""
+    """MODEL PROMPT …: print completions of prompts; [EXPERIMENT] --store WORKDIR draws what a run is trained on ahead of it."""
+    if "--store" in arguments:
+        _store(arguments)
+        return
 
     def run(
         model: Annotated[str, tyro.conf.Positional],
@@ -229,39 +229,17 @@ def sample(arguments: list[str]) -> None:
             dtype: of the forward pass
             seed: of the draws
         """
-        import numpy as np
-
-        from opdjax.data.chat import load_tokenizer
-        from opdjax.data.prompts import Prompt, collate, encode_prompts
-        from opdjax.decoding import Decoding
-        from opdjax.evals.evaluate import completions
-        from opdjax.models.hf import load_params, open_checkpoint
-        from opdjax.prepare import compute_dtype, num_ids, stop_ids, student_view
-        from opdjax.sampler import sample as draw
+        from opdjax.one_model import complete
 
         if not prompts:
             raise ConfigError("no prompt given; expected one or more texts after the model")
         # The checks of a run's config; a temperature of 0 is greedy here and not for rollouts that are trained on.
         SamplingConfig(num_generations, max_completion_length, temperature or 1.0, top_p, top_k, min_p)
         Config(seed=seed)
-        data = dataclasses.replace(student_view(data), source="the command line", overlong="error")
-        checkpoint = open_checkpoint(model)
-        tokenizer = load_tokenizer(checkpoint.path)
-        params = load_params(checkpoint, compute_dtype(ModelConfig(model, dtype=dtype)))
-        encoded = encode_prompts([Prompt(text) for text in prompts], data, tokenizer, tokenizer)
-        decoding = Decoding(
-            max_completion_length,
-            stop_ids(checkpoint, tokenizer),
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            valid_vocab=num_ids(checkpoint, tokenizer),
-        )
-        batch = collate(encoded, np.arange(len(prompts)))
-        rollouts = draw(params, batch, seed, 0, config=checkpoint.config, decoding=decoding, num_generations=num_generations)
-        for number, text in enumerate(completions(rollouts, tokenizer)):
-            print(f"{prompts[number // num_generations]}\t{text}")
+        drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        student = ModelConfig(model, dtype=dtype)
+        for prompt, text in complete(student, prompts, data, num_generations, max_completion_length, seed, **drawn):
+            print(f"{prompt}\t{text}")
 
     _call(run, arguments, "opdjax sample")
 
@@ -285,6 +263,53 @@ def inspect(arguments: list[str]) -> None:
     _call(run, arguments, "opdjax inspect")
 
 
+def _store(arguments: list[str]) -> None:
+    is_given = not arguments[0].startswith("-")
+    given = load_experiment(arguments[0]) if is_given else None
+
+    def draw(store: pathlib.Path, config: Config | None = None):
+        from opdjax.near_policy.serve import generate_for
+
+        print(f"{generate_for(store, config)} shards of rollouts were stored")
+
+    def of_experiment(store: pathlib.Path, config: Annotated[Config, tyro.conf.arg(name="")] = given):
+        """Draw the rollouts of an experiment, and have the teacher read them, before or beside its training.
+
+        With near_policy.generator process until the run is finished; else those of the weights before the first update.
+
+        Args:
+            store: work directory of the run, which need not have begun
+            config: every field of the experiment
+        """
+        draw(store, config)
+
+    def of_run(store: pathlib.Path):
+        """Draw the rollouts of a run, and have the teacher read them, beside its training.
+
+        Args:
+            store: work directory of the run
+        """
+        draw(store)
+
+    _call(of_experiment if is_given else of_run, arguments[is_given:], "opdjax sample [EXPERIMENT]")
+
+
+def annotate(arguments: list[str]) -> None:
+    """WORKDIR: have the teacher read the stored rollouts that it has not read yet."""
+
+    def run(workdir: Annotated[pathlib.Path, tyro.conf.Positional]):
+        """Have the teacher read what is stored and was not read yet, or whose reading is damaged.
+
+        Args:
+            workdir: work directory of a run whose rollouts are drawn ahead
+        """
+        from opdjax.near_policy.serve import annotate_all
+
+        print(f"{annotate_all(workdir)} shards of annotations were stored")
+
+    _call(run, arguments, "opdjax annotate")
+
+
 def evaluate(arguments: list[str]) -> None:
     """MODEL [--evaluation.field VALUE …]: avg@k, pass@k and greedy accuracy with intervals."""
 
@@ -304,24 +329,14 @@ def evaluate(arguments: list[str]) -> None:
             dtype: of the forward pass
             output: JSON file for the scores, those of each prompt included
         """
-        from opdjax.data.chat import load_tokenizer
-        from opdjax.models.hf import load_params, open_checkpoint
-        from opdjax.prepare import compute_dtype, make_evaluator
+        from opdjax.one_model import scores_of
         from opdjax.workdir import write_json
 
         if output is not None and not output.parent.is_dir():
             raise ConfigError(f"--output {output}: there is no directory {output.parent}; make it first")
         if output is not None and output.is_dir():
             raise ConfigError(f"--output {output} is a directory; expected the name of a file")
-        checkpoint = open_checkpoint(model)
-        student = ModelConfig(model, dtype=dtype)
-        config = Config(student=student, data=data, evaluation=evaluation)
-        evaluator = make_evaluator(config, checkpoint, load_tokenizer(checkpoint.path), None)
-        if evaluator is None:
-            raise ConfigError("evaluation.source is None; expected a data source with answers")
-        if evaluator.prompts.skipped:
-            print(f"left out {evaluator.prompts.num_skipped} prompts for their length, first {evaluator.prompts.skipped[0]}")
-        scores = evaluator(load_params(checkpoint, compute_dtype(student)))
+        scores = scores_of(Config(student=ModelConfig(model, dtype=dtype), data=data, evaluation=evaluation))
         for name in ("avg@k", "pass@k", "greedy"):
             print(f"{name.replace('@k', '@' + str(scores['k'])):10}{scores[name]:.4f} ± {scores[name + '_interval']:.4f}")
         print(f"{scores['num_prompts']} prompts, T = {scores['temperature']:g}; ± is half a 95 % interval over prompts")
@@ -340,25 +355,9 @@ def import_(arguments: list[str]) -> None:
         Args:
             model: checkpoint directory, hub id, or @mini_student or @mini_teacher
         """
-        from opdjax.data.chat import load_tokenizer
-        from opdjax.models.decoder import RUN_FIELDS
-        from opdjax.models.hf import load_params, open_checkpoint
-        from opdjax.prepare import num_ids, stop_ids
+        from opdjax.one_model import describe
 
-        checkpoint = open_checkpoint(model)
-        load_params(checkpoint, "bfloat16" if checkpoint.stored_dtype == "bfloat16" else "float32")
-        tokenizer = load_tokenizer(checkpoint.path)
-        facts = {
-            "path": str(checkpoint.path),
-            "architecture": checkpoint.raw_config["architectures"][0],
-            "parameters": checkpoint.num_parameters,
-            "stored dtype": checkpoint.stored_dtype,
-            **{name: value for name, value in dataclasses.asdict(checkpoint.config).items() if name not in RUN_FIELDS},
-            "tokenizer ids": num_ids(checkpoint, tokenizer),
-            "stop token ids": stop_ids(checkpoint, tokenizer),
-            "has chat template": tokenizer.chat_template is not None,
-        }
-        for name, value in facts.items():
+        for name, value in describe(model).items():
             print(f"{name:22}{value}")
 
     _call(run, arguments, "opdjax import")
@@ -482,6 +481,7 @@ VERBS = {
     "table": table,
     "report": report,
     "sample": sample,
+    "annotate": annotate,
     "inspect": inspect,
     "evaluate": evaluate,
     "import": import_,
