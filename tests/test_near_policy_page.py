@@ -68,10 +68,10 @@ def overlapped(num_steps=20, lag=4):
     for step in range(1, num_steps + 1):
         if step > lag:  # as stale as allowed: held back until the update before it is over
             ready = learner[-1]["start"] - BEGIN + learner[-1]["seconds"] - 0.9
-            generator.append(span("admit", now, max(0.0, ready - now), step, max(0, step - lag)))
+            generator.append(span("admit", now, max(0.0, ready - now), step - 1, -1))
             now = max(now, ready)
         for what, seconds in (("generate", 0.6), ("annotate", 0.15), ("store", 0.05)):
-            generator.append(span(what, now, seconds, step, max(0, step - lag)))
+            generator.append(span(what, now, seconds, step - 1, max(0, step - lag)))
             now += seconds
         drawn[step] = now
         begin = learner[-1]["start"] - BEGIN + learner[-1]["seconds"] if learner else 0.0
@@ -90,7 +90,7 @@ def overlapped(num_steps=20, lag=4):
 
 
 def in_turns(num_steps=6, refreshes=(1, 4)):
-    """(learner, generator) of a refresh: 10 s of drawing before some steps, an update a second."""
+    """(learner, generator) of one process that refreshes: 10 s of drawing before some steps, an update a second."""
     generator, learner, now = [], [], 0.0
     for step in range(1, num_steps + 1):
         begin = now
@@ -98,7 +98,7 @@ def in_turns(num_steps=6, refreshes=(1, 4)):
             for what, seconds in (("generate", 8.0), ("annotate", 1.5), ("store", 0.5)):
                 generator.append(span(what, now, seconds, step - 1, step - 1))
                 now += seconds
-        learner.append(span("wait", begin, now - begin, step, step))
+            learner += [span("sample", begin, 8.0, step, step), span("annotate", begin + 8.0, now - begin - 8.0, step, step)]
         for what, seconds in (("pack", 0.25), ("update", 0.75)):
             learner.append(span(what, now, seconds, step, step))
             now += seconds

@@ -231,7 +231,7 @@ def _charts(run: Run, groups: dict[int, list[dict[str, Any]]], judged: list[dict
         f"The upper bound differed between files, from {number(upper[0])} to {number(upper[-1])}; drawn is its median." if differ else None
     )
     key = zone_key({zone: _MEANINGS[zone] for zone in ZONES})
-    return join((key, grid(figures), None if note is None else tag("p", note, class_="quiet")))
+    return join((key, grid(figures), tag("p", note, class_="quiet")))
 
 
 def _x_range(drawn: list[Histogram], bounds: Bounds) -> tuple[float, float]:

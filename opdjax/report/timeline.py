@@ -24,7 +24,7 @@ _WORDS = {
     "store": "write to disk", "pack": "pack rows", "publish": "publish weights",
 }  # fmt: skip
 _ABOUT = {
-    "wait": "the learner had no rollouts to train on",
+    "wait": "the learner had no rollouts to train on: somebody else was drawing them, or it had to itself",
     "admit": "the generator was not let ahead: what it would draw would be staler than allowed, or nothing was asked of it",
     "generate": "the student draws completions",
     "annotate": "the teacher reads them and what it says of each token is kept",
@@ -71,9 +71,16 @@ def timeline_of(run: Run) -> Timeline | None:
     def at(time: float) -> float:
         return float(time - begin - lost[ends <= time].sum()) if len(ends) else time - begin
 
-    moved = {who: [dataclasses.replace(span, start=at(span.start)) for span in spans] for who, spans in lanes.items()}
+    moved = {who: [_as_drawn(who, span, at(span.start)) for span in spans] for who, spans in lanes.items()}
     length = at(busy[-1][1])
     return Timeline(moved, length, tuple(at(end) for end in ends), float(lost.sum()), max(length - total, 0.0))
+
+
+def _as_drawn(who: str, span: Span, start: float) -> Span:
+    """Both count steps by the update that is done with them, and a learner that draws for itself waits for what it draws."""
+    if who == "generator":  # whose steps are numbered as its files are, from 0
+        return dataclasses.replace(span, start=start, step=span.step + 1)
+    return dataclasses.replace(span, start=start, what="wait" if span.what in ("sample", "annotate") else span.what)
 
 
 # How long the learner waited
@@ -208,7 +215,7 @@ def cost_section(run: Run, timeline: Timeline | None) -> Html | None:
         return None
     rows = [[stage, number(_tenths(value)), percent(value / total)] for stage, value in seconds.items()]
     rows.append(table_row(["all stages", number(_tenths(total)), percent(1.0)], class_="main"))
-    filtering = "" if "filter" in seconds else " Filtering has no time of its own: it compares numbers that the other stages stored."
+    filtering = "" if "filter" in seconds else " Filtering is a part of pack."
     caption = (
         f"Work of learner and generator added up; who waits is not counted.{filtering} NPD (arXiv 2605.05940) reports 366 accelerator "
         "hours for its main run: 82 % generation, 11 % training, 5 % annotation, 2 % other."
