@@ -220,6 +220,7 @@ def test_a_bound_that_removed_nothing_is_named(tmp_path):
     parser = read(write_ahead(tmp_path / "run", filters=[idle]))
     assert "No sample was beyond the upper bound 0.8: it removed nothing in this run." in parser.all
     assert "−∞ ≤ Δ ≤ 0.8" in parser.all
+    assert "none degenerate, none disconnected" in parser.all
 
 
 def test_a_random_control_and_a_run_without_filter_say_so(tmp_path):
@@ -302,6 +303,14 @@ def test_both_ways_to_count_tokens_a_second(refresh):
     assert [row(refresh, stage)[1:] for stage in ("train", "all stages")] == [["4.5", "17.3\u00a0%"], ["26", "100\u00a0%"]]
     stages = {cells[0]: cells[1:] for cells in refresh.rows if len(cells) == 3}
     assert stages["generate"] == ["16", "61.5\u00a0%"]
+
+
+def test_a_window_shows_a_wait_where_nobody_draws_later(tmp_path):
+    learner, generator = in_turns(100, refreshes=(1, 61))
+    run = read_run(write_ahead(tmp_path / "run", config_ahead("refresh"), learner=learner, generator=generator))
+    (start, end), title = timeline._window(timeline.timeline_of(run))
+    assert title == "Steps 51 to 80, span by span"
+    assert (start, end) == (60.0, 100.0)  # 50 steps after the first drawing, then 30 steps and the second
 
 
 def test_one_of_the_two_timelines_is_enough(tmp_path):

@@ -155,7 +155,10 @@ def keep_sentence(found: list[dict[str, Any]]) -> str:
     names = ("samples", "kept", "degenerate", "disconnected", "unscored")
     samples, kept, degenerate, disconnected, unscored = (_sum(found, f"num_{name}") for name in names)
     drawn = f"Of {count(samples, 'sample')} {percent(kept / max(samples, 1))} were kept"
-    zones = [f"{percent(amount / max(samples, 1))} {zone}" for zone, amount in (("degenerate", degenerate), ("disconnected", disconnected))]
+    zones = [
+        f"{percent(amount / samples) if amount else 'none'} {zone}"
+        for zone, amount in (("degenerate", degenerate), ("disconnected", disconnected))
+    ]
     text = f"{drawn}; {zones[0]}, {zones[1]}"
     text += f", {percent(unscored / samples)} could not be scored." if unscored else "."
     right, wrong = _of_answers(found)

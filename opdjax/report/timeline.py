@@ -29,7 +29,7 @@ _ABOUT = {
     "generate": "the student draws completions",
     "annotate": "the teacher reads them and what it says of each token is kept",
     "store": "samples and annotations are written to disk",
-    "pack": "rollouts are read, filtered and put into rows",
+    "pack": "rollouts are read, filtered and put into rows, as far as that was not done while an update ran",
     "teacher": "the teacher scores the rows of an update; next to nothing where its scores were stored",
     "update": "forward, backward and optimizer",
     "publish": "the new weights are handed to the generator",
@@ -161,16 +161,25 @@ def timeline_section(run: Run, timeline: Timeline | None) -> Html | None:
 
 
 def _window(timeline: Timeline) -> tuple[tuple[float, float] | None, str]:
-    """From when to when some steps are shown once the learner no longer waits, or the last ones, and what to call that."""
+    """From when to when some steps are shown, and what to call that: once the learner no longer waits, or around its last long wait."""
     spans = timeline.of("learner")
-    steps = sorted({span.step for span in spans})
+    steps, waited = sorted({span.step for span in spans}), waits(spans)
     if len(steps) < 3:
         return None, ""
-    warm = warm_after(waits(spans))
-    first = max(0, min(1 if warm is None else max(warm, 1), len(steps) - _STEPS))
-    shown = steps[first : first + _STEPS]
+    found = _steps_from(spans, steps, max(warm_after(waited) or 1, 1))
+    if not any(span.end > found[0] and span.start < found[1] for span in timeline.of("generator")):
+        last = max((number for number, (wait, seconds) in enumerate(waited) if wait >= WARM * seconds), default=0)
+        found = _steps_from(spans, steps, last - _STEPS // 3)
+    start, end, first, last = found
+    return (start, end), f"Steps {first:,} to {last:,}, span by span"
+
+
+def _steps_from(spans: Sequence[Span], steps: Sequence[int], place: int) -> tuple[float, float, int, int]:
+    """(start, end, first step, last step) of some steps in a row, the first of them at this place among all where there are enough."""
+    place = max(0, min(place, len(steps) - _STEPS))
+    shown = steps[place : place + _STEPS]
     inside = [span for span in spans if shown[0] <= span.step <= shown[-1]]
-    return (min(span.start for span in inside), max(span.end for span in inside)), f"Steps {shown[0]:,} to {shown[-1]:,}, span by span"
+    return min(span.start for span in inside), max(span.end for span in inside), shown[0], shown[-1]
 
 
 def _share_table(timeline: Timeline) -> Html:
