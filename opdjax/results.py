@@ -203,7 +203,7 @@ def read_filters(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _read_filter(file: pathlib.Path) -> dict[str, Any]:
-    advice = "put its original back, or report on a copy of the directory without it"
+    advice = "remove it: it follows from the samples beside it"
     found = read_json(file, advice)
     counts = ("version", "number", "num_samples", "num_kept", "num_degenerate", "num_disconnected", "num_unscored")
     wrong = [name for name in counts if not isinstance(found.get(name), int)]

@@ -68,10 +68,10 @@ def overlapped(num_steps=20, lag=4):
     for step in range(1, num_steps + 1):
         if step > lag:  # as stale as allowed: held back until the update before it is over
             ready = learner[-1]["start"] - BEGIN + learner[-1]["seconds"] - 0.9
-            generator.append(span("admit", now, max(0.0, ready - now), step, max(0, step - lag)))
+            generator.append(span("admit", now, max(0.0, ready - now), step - 1, -1))
             now = max(now, ready)
         for what, seconds in (("generate", 0.6), ("annotate", 0.15), ("store", 0.05)):
-            generator.append(span(what, now, seconds, step, max(0, step - lag)))
+            generator.append(span(what, now, seconds, step - 1, max(0, step - lag)))
             now += seconds
         drawn[step] = now
         begin = learner[-1]["start"] - BEGIN + learner[-1]["seconds"] if learner else 0.0
@@ -90,7 +90,7 @@ def overlapped(num_steps=20, lag=4):
 
 
 def in_turns(num_steps=6, refreshes=(1, 4)):
-    """(learner, generator) of a refresh: 10 s of drawing before some steps, an update a second."""
+    """(learner, generator) of one process that refreshes: 10 s of drawing before some steps, an update a second."""
     generator, learner, now = [], [], 0.0
     for step in range(1, num_steps + 1):
         begin = now
@@ -98,7 +98,7 @@ def in_turns(num_steps=6, refreshes=(1, 4)):
             for what, seconds in (("generate", 8.0), ("annotate", 1.5), ("store", 0.5)):
                 generator.append(span(what, now, seconds, step - 1, step - 1))
                 now += seconds
-        learner.append(span("wait", begin, now - begin, step, step))
+            learner += [span("sample", begin, 8.0, step, step), span("annotate", begin + 8.0, now - begin - 8.0, step, step)]
         for what, seconds in (("pack", 0.25), ("update", 0.75)):
             learner.append(span(what, now, seconds, step, step))
             now += seconds
@@ -166,7 +166,7 @@ def test_an_alarm_that_hardly_rang(tmp_path, values, expected):
 
 def test_curves_far_below_the_alarm_are_not_pressed_flat_by_it(tmp_path):
     rows = [ahead(step, **{"staleness/kl": 0.001, "staleness/kl_all": None}) for step in range(1, 5)]
-    assert "All far below 0.10 nats, which is beyond the chart" in read(write_ahead(tmp_path / "run", metrics=rows)).all
+    assert "All is far below 0.10 nats" in read(write_ahead(tmp_path / "run", metrics=rows)).all
 
 
 def test_a_run_that_draws_anew_every_step_has_no_such_part(tmp_path):
@@ -220,6 +220,7 @@ def test_a_bound_that_removed_nothing_is_named(tmp_path):
     parser = read(write_ahead(tmp_path / "run", filters=[idle]))
     assert "No sample was beyond the upper bound 0.8: it removed nothing in this run." in parser.all
     assert "−∞ ≤ Δ ≤ 0.8" in parser.all
+    assert "none degenerate, none disconnected" in parser.all
 
 
 def test_a_random_control_and_a_run_without_filter_say_so(tmp_path):
@@ -233,7 +234,7 @@ def test_a_random_control_and_a_run_without_filter_say_so(tmp_path):
 def test_bounds_from_quantiles_that_differ_are_told(tmp_path):
     filters = [filter_document(step, step, ifd_max=0.1 * (step + 1)) for step in range(8)]
     settings = config_ahead(ifd_quantile=0.9)
-    assert "differed between files, from 0.1 to 0.8" in read(write_ahead(tmp_path / "run", settings, filters=filters)).all
+    assert "0 ≤ Δ ≤ 0.1 to 0.8 (a quantile of each file)" in read(write_ahead(tmp_path / "run", settings, filters=filters)).all
 
 
 def test_a_bar_is_cut_where_a_bound_runs_through_it():
@@ -302,6 +303,14 @@ def test_both_ways_to_count_tokens_a_second(refresh):
     assert [row(refresh, stage)[1:] for stage in ("train", "all stages")] == [["4.5", "17.3\u00a0%"], ["26", "100\u00a0%"]]
     stages = {cells[0]: cells[1:] for cells in refresh.rows if len(cells) == 3}
     assert stages["generate"] == ["16", "61.5\u00a0%"]
+
+
+def test_a_window_shows_a_wait_where_nobody_draws_later(tmp_path):
+    learner, generator = in_turns(100, refreshes=(1, 61))
+    run = read_run(write_ahead(tmp_path / "run", config_ahead("refresh"), learner=learner, generator=generator))
+    (start, end), title = timeline._window(timeline.timeline_of(run))
+    assert title == "Steps 51 to 80, span by span"
+    assert (start, end) == (60.0, 100.0)  # 50 steps after the first drawing, then 30 steps and the second
 
 
 def test_one_of_the_two_timelines_is_enough(tmp_path):

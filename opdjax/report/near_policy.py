@@ -70,7 +70,7 @@ def _crossing(known: list[tuple[int, float]]) -> str:
 
 
 def _three(value: float) -> str:
-    """Three significant digits, in nats."""
+    """Three significant digits."""
     return number(float(f"{value:.3g}"))
 
 
@@ -96,11 +96,11 @@ def _distance_chart(run: Run, steps: list[int], window: int) -> Html | None:
         return None
     most = max(value for line in lines for value in line.y if is_number(value))
     is_near = most > ALARM / 5  # otherwise the line would press the curves flat
-    told = f"The dashed line is {ALARM:.2f} nats" if is_near else f"All far below {ALARM:.2f} nats, which is beyond the chart:"
+    told = f"Dashed: {ALARM:.2f} nats" if is_near else f"All is far below {ALARM:.2f} nats"
     about = (
         "Mean over tokens of ρ log ρ − ρ + 1, ρ = p_student / p_behaviour of the token drawn: never below 0 and, over all rollouts, an "
-        f"unbiased estimate of KL(student || behaviour) at the contexts reached. {told}, under which NPD (arXiv 2605.05940) found training "
-        "to stay near-policy."
+        f"unbiased estimate of KL(student || behaviour) at the contexts reached. {told}, the bound of what NPD (arXiv 2605.05940) calls "
+        "near-policy."
     )
     top = 1.08 * max(most, ALARM) if is_near else 1.08 * most or 1.0
     chart = Chart(
@@ -134,7 +134,7 @@ def filter_section(run: Run) -> Html | None:
     return section(
         "kept", "Which samples are kept",
         tag("p", keep_sentence(judged), class_="told"),
-        tag("p", _rule(judged[-1]), class_="quiet"),
+        tag("p", _rule(judged), class_="quiet"),
         *_inert(judged), _charts(run, groups, judged), _counts(groups, judged), _examples(judged), _words(judged),
     )  # fmt: skip
 
@@ -155,7 +155,10 @@ def keep_sentence(found: list[dict[str, Any]]) -> str:
     names = ("samples", "kept", "degenerate", "disconnected", "unscored")
     samples, kept, degenerate, disconnected, unscored = (_sum(found, f"num_{name}") for name in names)
     drawn = f"Of {count(samples, 'sample')} {percent(kept / max(samples, 1))} were kept"
-    zones = [f"{percent(amount / max(samples, 1))} {zone}" for zone, amount in (("degenerate", degenerate), ("disconnected", disconnected))]
+    zones = [
+        f"{percent(amount / samples) if amount else 'none'} {zone}"
+        for zone, amount in (("degenerate", degenerate), ("disconnected", disconnected))
+    ]
     text = f"{drawn}; {zones[0]}, {zones[1]}"
     text += f", {percent(unscored / samples)} could not be scored." if unscored else "."
     right, wrong = _of_answers(found)
@@ -178,9 +181,15 @@ def _of_answers(found: list[dict[str, Any]]) -> tuple[Any, Any]:
     return tuple(tuple(sum(part[kind][name] for part in parts) for name in ("kept", "num")) for kind in ("right", "wrong"))
 
 
-def _rule(one: dict[str, Any]) -> str:
-    low, high = (one.get(f"ifd_{end}") for end in ("min", "max"))
-    bounds = f"{'−∞' if low is None else number(low)} ≤ Δ ≤ {'∞' if high is None else number(high)}"
+def _upper(found: list[dict[str, Any]]) -> list[float]:
+    """The upper bounds that were in force, rising: several where each is a quantile of its own file."""
+    return sorted({one["ifd_max"] for one in found if is_number(one.get("ifd_max"))})
+
+
+def _rule(found: list[dict[str, Any]]) -> str:
+    one, upper = found[-1], _upper(found)
+    low, high = one.get("ifd_min"), f"{_three(upper[0])} to {_three(upper[-1])}" if upper[1:] else _three(upper[0]) if upper else "∞"
+    bounds = f"{'−∞' if low is None else number(low)} ≤ Δ ≤ {high}{' (a quantile of each file)' if upper[1:] else ''}"
     form = {
         "nll_ratio": "mean negative log-probability of its tokens with the prompt, over that without",
         "perplexity_ratio": "perplexity with the prompt, over that without",
@@ -225,13 +234,11 @@ def _charts(run: Run, groups: dict[int, list[dict[str, Any]]], judged: list[dict
     x_range = _x_range(list(drawn.values()), _bounds(judged))
     figures = [deltas(title, one, _bounds(parts[title]), x_range) for title, one in drawn.items()]
     figures += [figure for figure in (_over_steps(run),) if figure is not None]
-    upper = sorted({one["ifd_max"] for one in judged if is_number(one.get("ifd_max"))})
-    differ = len(upper) > 1 and not is_apart
-    note = (
-        f"The upper bound differed between files, from {number(upper[0])} to {number(upper[-1])}; drawn is its median." if differ else None
-    )
+    upper = _upper(judged)
+    note = "The outermost bars of a file hold what lies beyond them too."
+    note += " The upper bound is the median of those of the files." if upper[1:] and not is_apart else ""
     key = zone_key({zone: _MEANINGS[zone] for zone in ZONES})
-    return join((key, grid(figures), None if note is None else tag("p", note, class_="quiet")))
+    return join((key, grid(figures), tag("p", note, class_="quiet")))
 
 
 def _x_range(drawn: list[Histogram], bounds: Bounds) -> tuple[float, float]:

@@ -128,8 +128,8 @@ def gantt(title: str, lanes: Lanes, window: tuple[float, float], cuts: Sequence[
             is_idle = slot_of(span.what) == REST
             axes.barh(y, right - left, left=left, height=0.4 if is_idle else 1.0, color=_colour(span.what), linewidth=0)
             pixels = (right - left) / (end - start) * (_WIDE - _NAMES - 10)
-            if is_numbered and span.what in ("generate", "update") and pixels > 7.5 * len(str(span.step)) + 3:
-                at = {"ha": "center", "va": "center", "color": COLOURS["page"], "fontsize": 11}
+            if is_numbered and span.what in ("generate", "update") and pixels > 6 * len(str(span.step)) + 2:
+                at = {"ha": "center", "va": "center", "color": COLOURS["page"], "fontsize": 9.5}
                 axes.text((left + right) / 2, y, str(span.step), **at)
 
     return _lanes(title, lanes, end - start, fill, cuts)

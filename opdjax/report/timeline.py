@@ -24,12 +24,12 @@ _WORDS = {
     "store": "write to disk", "pack": "pack rows", "publish": "publish weights",
 }  # fmt: skip
 _ABOUT = {
-    "wait": "the learner had no rollouts to train on",
+    "wait": "the learner had no rollouts to train on: somebody else was drawing them, or it had to itself",
     "admit": "the generator was not let ahead: what it would draw would be staler than allowed, or nothing was asked of it",
     "generate": "the student draws completions",
     "annotate": "the teacher reads them and what it says of each token is kept",
     "store": "samples and annotations are written to disk",
-    "pack": "rollouts are read, filtered and put into rows",
+    "pack": "rollouts are read, filtered and put into rows, as far as that was not done while an update ran",
     "teacher": "the teacher scores the rows of an update; next to nothing where its scores were stored",
     "update": "forward, backward and optimizer",
     "publish": "the new weights are handed to the generator",
@@ -71,9 +71,16 @@ def timeline_of(run: Run) -> Timeline | None:
     def at(time: float) -> float:
         return float(time - begin - lost[ends <= time].sum()) if len(ends) else time - begin
 
-    moved = {who: [dataclasses.replace(span, start=at(span.start)) for span in spans] for who, spans in lanes.items()}
+    moved = {who: [_as_drawn(who, span, at(span.start)) for span in spans] for who, spans in lanes.items()}
     length = at(busy[-1][1])
     return Timeline(moved, length, tuple(at(end) for end in ends), float(lost.sum()), max(length - total, 0.0))
+
+
+def _as_drawn(who: str, span: Span, start: float) -> Span:
+    """Both count steps by the update that is done with them, and a learner that draws for itself waits for what it draws."""
+    if who == "generator":  # whose steps are numbered as its files are, from 0
+        return dataclasses.replace(span, start=start, step=span.step + 1)
+    return dataclasses.replace(span, start=start, what="wait" if span.what in ("sample", "annotate") else span.what)
 
 
 # How long the learner waited
@@ -154,16 +161,25 @@ def timeline_section(run: Run, timeline: Timeline | None) -> Html | None:
 
 
 def _window(timeline: Timeline) -> tuple[tuple[float, float] | None, str]:
-    """From when to when some steps are shown once the learner no longer waits, or the last ones, and what to call that."""
+    """From when to when some steps are shown, and what to call that: once the learner no longer waits, or around its last long wait."""
     spans = timeline.of("learner")
-    steps = sorted({span.step for span in spans})
+    steps, waited = sorted({span.step for span in spans}), waits(spans)
     if len(steps) < 3:
         return None, ""
-    warm = warm_after(waits(spans))
-    first = max(0, min(1 if warm is None else max(warm, 1), len(steps) - _STEPS))
-    shown = steps[first : first + _STEPS]
+    found = _steps_from(spans, steps, max(warm_after(waited) or 1, 1))
+    if not any(span.end > found[0] and span.start < found[1] for span in timeline.of("generator")):
+        last = max((number for number, (wait, seconds) in enumerate(waited) if wait >= WARM * seconds), default=0)
+        found = _steps_from(spans, steps, last - _STEPS // 3)
+    start, end, first, last = found
+    return (start, end), f"Steps {first:,} to {last:,}, span by span"
+
+
+def _steps_from(spans: Sequence[Span], steps: Sequence[int], place: int) -> tuple[float, float, int, int]:
+    """(start, end, first step, last step) of some steps in a row, the first of them at this place among all where there are enough."""
+    place = max(0, min(place, len(steps) - _STEPS))
+    shown = steps[place : place + _STEPS]
     inside = [span for span in spans if shown[0] <= span.step <= shown[-1]]
-    return (min(span.start for span in inside), max(span.end for span in inside)), f"Steps {shown[0]:,} to {shown[-1]:,}, span by span"
+    return min(span.start for span in inside), max(span.end for span in inside), shown[0], shown[-1]
 
 
 def _share_table(timeline: Timeline) -> Html:
@@ -208,7 +224,7 @@ def cost_section(run: Run, timeline: Timeline | None) -> Html | None:
         return None
     rows = [[stage, number(_tenths(value)), percent(value / total)] for stage, value in seconds.items()]
     rows.append(table_row(["all stages", number(_tenths(total)), percent(1.0)], class_="main"))
-    filtering = "" if "filter" in seconds else " Filtering has no time of its own: it compares numbers that the other stages stored."
+    filtering = "" if "filter" in seconds else " Filtering is a part of pack."
     caption = (
         f"Work of learner and generator added up; who waits is not counted.{filtering} NPD (arXiv 2605.05940) reports 366 accelerator "
         "hours for its main run: 82 % generation, 11 % training, 5 % annotation, 2 % other."
