@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
+from opdjax.metrics import Timer
 from opdjax.models.decoder import Params
 from opdjax.models.layout import shardings_of
 from opdjax.near_policy import stages, store
@@ -113,19 +114,22 @@ class Generator:
         self._thread = threading.Thread(target=self._run, name="generator", daemon=True)
         self._thread.start()
 
-    def offer(self, version: int, weights: Callable[[], Params]) -> None:
+    def offer(self, version: int, weights: Callable[[], Params], timer: Timer) -> None:
         """Weights of `version` updates, sent to the generator's devices; waits while it holds two versions that it still needs."""
-        near, mesh = self._setup.config.near_policy, self._setup.mesh
-        is_fixed = near.lag == "fixed"
-        with self._changed:
+        is_fixed = self._setup.config.near_policy.lag == "fixed"
+        with timer.phase("wait"), self._changed:
             self._changed.wait_for(lambda: self._is_over or not is_fixed or len(self._held) < MOST_HELD)
             is_needed = self._buffer.wanted(self._next) <= version <= self._buffer.wanted(self._steps[-1])
             if self._is_over or (is_fixed and not is_needed):
                 return
-        copy = weights()
+        with timer.phase("publish"):
+            self._send(version, weights(), is_fixed)
+
+    def _send(self, version: int, copy: Params, is_fixed: bool) -> None:
+        config = self._setup.config
+        layout = shardings_of(copy, self._setup.mesh, config.sampling.split_over)
         # With adapters a part of the copy is the learner's own frozen kernels, which must not be given away.
-        layout = shardings_of(copy, mesh, self._setup.config.sampling.split_over)
-        sent = jax.device_put(copy, layout, donate=not self._setup.config.lora.rank)
+        sent = jax.device_put(copy, layout, donate=not config.lora.rank)
         with self._changed:
             if not is_fixed:
                 self._held.clear()  # the newest is all that will be asked for

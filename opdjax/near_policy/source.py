@@ -62,10 +62,10 @@ class Continuous:
     def publish(self, version: int, weights_of: Callable[[], Params], timer: Timer) -> None:
         """See `Source`."""
         near = self._setup.config.near_policy
-        with timer.phase("publish"):
-            if self._generator is not None:
-                self._generator.offer(version, weights_of)
-            if near.generator == "process":
+        if self._generator is not None:
+            self._generator.offer(version, weights_of, timer)
+        if near.generator == "process":
+            with timer.phase("publish"):
                 weights.publish(self._workdir, version, weights_of(), keep_from=version - near.max_staleness)
         if near.generator == "inline":
             self._draw_with(version, weights_of, timer)
