@@ -122,13 +122,12 @@ def doctor(arguments: list[str]) -> None:
         from opdjax.checks import check_tokenizers
         from opdjax.data.chat import load_tokenizer
         from opdjax.doctor import examine
-        from opdjax.estimators import RECIPES
         from opdjax.models.hf import open_checkpoint
-        from opdjax.prepare import prepare
+        from opdjax.prepare import prepare, reads_scores
 
         if num_prompts < 1:
             raise ConfigError(f"--num-prompts is {num_prompts}; expected at least 1")
-        if RECIPES[config.estimator.recipe].teacher != "none":
+        if reads_scores(config):
             tokenizers = [
                 load_tokenizer(open_checkpoint(model.path, model.revision).path) for model in (config.student, config.teacher_model)
             ]

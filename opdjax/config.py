@@ -344,6 +344,9 @@ class Config:
         )
         is_signal = recipe != "sft" or source != "student"
         require(is_signal, "sampling.source", source, "teacher or references: cross-entropy on its own draws teaches a student nothing")
+        is_signal = recipe != "npd" or self.estimator.kd_weight != 0 or source != "student" or self.near_policy.filter != "none"
+        expected = "more than 0, or rollouts that near_policy.filter chose: cross-entropy on all of its own draws teaches a student nothing"
+        require(is_signal, "estimator.kd_weight", self.estimator.kd_weight, expected)
         if source == "references":
             is_plain = self.sampling.temperature == 1 and not self.sampling.has_filter
             require(is_plain, "sampling.temperature, top_p, top_k, min_p", "set", "none of them where nothing is sampled (references)")

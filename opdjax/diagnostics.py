@@ -101,7 +101,7 @@ def _staleness(student_logprob: Float[Array, "B T"], batch: TrainBatch) -> dict[
     log_ratio, mask = student_logprob - batch.behavior_logprobs, batch.mask
     return {
         "rollout/logprob_gap": masked_mean(jnp.abs(log_ratio), mask),
-        "staleness/kl": masked_mean(importance.staleness_kl(student_logprob, batch.behavior_logprobs), mask),
+        "staleness/kl": masked_mean(importance.kl_to_behavior(student_logprob, batch.behavior_logprobs), mask),
         "staleness/effective_sample_size": diagnostics.sequence_sample_size(log_ratio, mask, batch.segment_ids),
     }
 

@@ -29,7 +29,7 @@ from opdjax.models.decoder import DecoderConfig, Params, head_of
 from opdjax.models.hf import Checkpoint, load_params
 from opdjax.ops.tile import Head
 from opdjax.ops.vocab import Columns, tiled_stats
-from opdjax.prepare import Setup, Teacher, as_of_step, load_student, update_spec, with_credit
+from opdjax.prepare import Setup, Teacher, as_of_step, load_student, reads_scores, update_spec, with_credit
 from opdjax.sampler import sample
 from opdjax.scoring.local import score
 from opdjax.train_state import UpdateSpec, loss_and_grad
@@ -57,7 +57,7 @@ class Specimen:
 
 def check_settings(setup: Setup) -> list[Finding]:
     """The checks that need no forward pass."""
-    if not _compares_scores(setup):
+    if not reads_scores(setup.config):
         setup = _alone(setup)
     return [_tokenizers(setup), _stop_tokens(setup), _chat_template(setup), _sampling_filter(setup)]
 
@@ -76,10 +76,6 @@ def _coarsest_dtype(setup: Setup) -> str:
     return "bfloat16" if setup.config.sampling.kv_dtype in ("int8", "bfloat16") else setup.dtype
 
 
-def _compares_scores(setup: Setup) -> bool:
-    return RECIPES[setup.config.estimator.recipe].teacher != "none"
-
-
 def _alone(setup: Setup, params: Params | None = None, head: Head | None = None) -> Setup:
     """The run with the student in its teacher's place: where no scores are compared, only the student can be at fault."""
     itself = Teacher(setup.student, params, head, setup.tokenizer, setup.decoding, shares_vocabulary=True)
@@ -93,7 +89,7 @@ def examine(setup: Setup, num_prompts: int = 8) -> Iterator[Finding]:
     """Every check, each finding as soon as it is made, on the prompts that the run takes first."""
     bind(setup.config.estimator.recipe, setup.config.estimator.options)
     made = _CHECKS
-    if not _compares_scores(setup):
+    if not reads_scores(setup.config):
         params = _load(setup, setup.student, setup.dtype)
         setup, made = _alone(setup, params, head_of(params, valid_vocab=setup.decoding.valid_vocab)), _CHECKS_OF_STUDENT
     elif setup.config.teacher_is_student:
@@ -180,7 +176,7 @@ def _stop_tokens(setup: Setup, specimen: Specimen | None = None) -> Finding:
         (setup.tokenizer, setup.teacher.tokenizer),
         setup.config.data,
         more=sampling.stop_token_ids,
-        endings=_endings(specimen.teacher_answers) if specimen is not None and _compares_scores(setup) else None,
+        endings=_endings(specimen.teacher_answers) if specimen is not None and reads_scores(setup.config) else None,
     )
     # Given answers are made to end where the student does; only what it is sampled for later can run on.
     is_mended = finding.status == "fault" and sampling.source != "student"
@@ -236,10 +232,13 @@ def _self_distillation(setup: Setup, specimen: Specimen) -> Finding:
     # Its own view on both sides: through another template the student would be in another context.
     own, start = _own_view(specimen.batch), load_student(setup)
     spec, mask = _update_spec(setup, own.tokens.shape[0]), np.asarray(own.mask)
+    # A recipe that reads nothing is run beside the log-probs that a filter of rollouts reads.
+    needs = "token" if recipe.teacher == "none" else recipe.teacher
+    read = partial(score, needs=needs, top_k=recipe.top_k, tile=config.estimator.tile)
 
     def lesson(params: Params, head: Head, batch: TrainBatch, model: DecoderConfig) -> checks.Lesson:
-        scores: TeacherScores = score(params, head, batch, config=model, needs=recipe.teacher, tile=config.estimator.tile)
-        head = head if recipe.teacher == "vocabulary" else None
+        scores: TeacherScores = read(params, head, batch, config=model)
+        head = head if needs == "vocabulary" else None
         loss, norm, outputs = _first_loss(*start, dataclasses.replace(own, teacher=scores), head, spec)
         reward = np.asarray(outputs["reward"])
         kl = np.asarray(outputs.get("kl", -reward))
@@ -256,6 +255,8 @@ def _self_distillation(setup: Setup, specimen: Specimen) -> Finding:
 
 def rests_at_teacher(estimator: EstimatorConfig) -> bool:
     """Whether the recipe's loss and gradient are 0 at student = teacher; others hold to something beside the teacher too."""
+    if estimator.recipe == "npd":
+        return estimator.kd_weight == 1 and estimator.renormalize == "both"
     if estimator.recipe != "topk_kl":
         return estimator.recipe in ("opd", "vopd", "full_kl") and not estimator.task_reward_coef
     options = estimator.options | TOP_K_CONVENTIONS.get(estimator.options.get("convention"), {})

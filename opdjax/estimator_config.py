@@ -106,6 +106,8 @@ class EstimatorConfig:
             fixed += ("divergence",)
         for name in fixed if self.convention is not None else ():
             require(getattr(self, name) is None, f"estimator.{name}", getattr(self, name), f"none: convention {self.convention} sets it")
+        for name in ("support_top_k", "renormalize", "divergence") if self.kd_weight == 0 else ():
+            require(getattr(self, name) is None, f"estimator.{name}", getattr(self, name), "none where kd_weight is 0: no teacher is read")
         has_outside = {"none": ("tail", "floor"), "teacher": ("floor",)}.get(self.renormalize, ())
         expected = f"drop where renormalize is {self.renormalize or 'both'}"
         require(self.outside in (None, "drop", *has_outside), "estimator.outside", self.outside, expected)

@@ -192,10 +192,10 @@ def require_rows_divide(config: Config, shards: int) -> None:
 
 def needs_teacher(config: Config) -> bool:
     """Whether the run asks a teacher for scores or for answers."""
-    return _reads_scores(config) or config.sampling.source == "teacher"
+    return reads_scores(config) or config.sampling.source == "teacher"
 
 
-def _reads_scores(config: Config) -> bool:
+def reads_scores(config: Config) -> bool:
     """Whether the teacher's numbers are compared with the student's, id by id."""
     return bind(config.estimator.recipe, config.estimator.options)[0].teacher != "none" or config.near_policy.filter != "none"
 
@@ -204,7 +204,7 @@ def _shares_vocabulary(config: Config, student: Any, teacher: Any) -> bool:
     try:
         check_same_vocabulary(student, teacher, config.estimator.recipe)
     except TokenizerMismatchError:
-        if _reads_scores(config):
+        if reads_scores(config):
             raise
         return False
     return True

@@ -21,6 +21,7 @@ from opdjax.config import (
     LoraConfig,
     MeshConfig,
     ModelConfig,
+    NearPolicyConfig,
     OptimizerConfig,
     SamplingConfig,
     TrainConfig,
@@ -49,20 +50,31 @@ UNUSUAL = Config(
     mesh=MeshConfig(2, 2, 2, 2),
     seed=11,
 )  # fmt: skip
-EXCLUDED = {
-    "estimator.skew_alpha",  # by the other options that are set
+# What does not stand beside it, so that every leaf differs from its default in one of them.
+OTHERS = [
     *(
-        "estimator.skew_alpha",
-        "estimator.weight",
-        "estimator.convention",
-        "estimator.power_alpha",
-        "estimator.importance",
-        "estimator.importance_cap",
+        Config(estimator=estimator)
+        for estimator in (
+            EstimatorConfig("opd", power_alpha=0.5, importance="token_mask", importance_cap=4.0, importance_floor=0.25),
+            EstimatorConfig("opd", importance="ppo_clip", clip_low=0.1, clip_high=0.3),
+            EstimatorConfig("full_kl", divergence="skew_forward", skew_alpha=0.3),
+            EstimatorConfig("topk_kl", weight="p_student"),
+            EstimatorConfig("topk_kl", convention="verl"),
+        )
     ),
-    *("estimator.importance_floor", "estimator.clip_low", "estimator.clip_high"),
-}
-CORRECTED = EstimatorConfig("opd", power_alpha=0.5, importance="token_mask", importance_cap=4.0, importance_floor=0.25)
-CLIPPED = EstimatorConfig("opd", importance="ppo_clip", clip_low=0.1, clip_high=0.3)
+    Config(
+        near_policy=NearPolicyConfig(
+            "refresh", 4, (2, 3), generator="process", filter="ifd", ifd_form="perplexity_ratio", ifd_min=-0.1, ifd_quantile=0.5,
+            shard_size=64,
+        ),
+        estimator=EstimatorConfig("npd", kd_weight=0.25),
+    ),
+    Config(
+        near_policy=NearPolicyConfig(
+            "continuous", max_staleness=3, lag="free", generator="thread", generator_devices=2, filter="random", ifd_min=None, ifd_max=1.5
+        )
+    ),
+]  # fmt: skip
 
 
 def leaves(value, path=""):
@@ -75,14 +87,12 @@ def leaves(value, path=""):
 
 
 def test_every_leaf_survives_the_file():
-    written = json.loads(json.dumps(to_dict(UNUSUAL)))
-    changed = [line.split(":")[0] for line in differences(to_dict(Config()), written)]
-    assert sorted(changed) == sorted(set(leaves(to_dict(Config()))) - EXCLUDED)
-    assert from_dict(Config, written) == UNUSUAL
-    assert from_dict(Config, to_dict(Config())) == Config()
-    for estimator in (CORRECTED, CLIPPED):
-        config = Config(estimator=estimator)
-        assert from_dict(Config, json.loads(json.dumps(to_dict(config)))) == config
+    changed = set()
+    for config in (UNUSUAL, *OTHERS, Config()):
+        written = json.loads(json.dumps(to_dict(config)))
+        changed |= {line.split(":")[0] for line in differences(to_dict(Config()), written)}
+        assert from_dict(Config, written) == config
+    assert changed == set(leaves(to_dict(Config())))
 
 
 @settings(max_examples=30, deadline=None)
@@ -150,7 +160,7 @@ def test_a_whole_number_is_read_as_a_float_where_one_is_expected():
         ({"optimizer": {"max_grad_norm": math.inf}}, "optimizer.max_grad_norm is inf; expected a finite number"),
         ({"estimator": {"beta": "x"}}, "estimator.beta is 'x'; expected float"),
         ({"estimator": {"recipe": "vodp"}}, "estimator.recipe is 'vodp'; did you mean 'vopd'?"),
-        ({"estimator": {"recipe": 3}}, "estimator.recipe is 3; expected one of ['full_kl', 'opd', 'sft', 'topk_kl', 'vopd']"),
+        ({"estimator": {"recipe": 3}}, "estimator.recipe is 3; expected one of ['full_kl', 'npd', 'opd', 'sft', 'topk_kl', 'vopd']"),
         ({"estimator": {"recipe": ["opd"]}}, "estimator.recipe is ['opd']; "),
         ({"estimator": {"baseline": "ful"}}, "estimator.baseline is 'ful'; did you mean 'full'?"),
         ({"sampling": {"stop_token_ids": 3}}, "sampling.stop_token_ids is 3; expected a list"),
@@ -191,6 +201,15 @@ REFUSED = [
     (EstimatorConfig, {"discount": 1.1}, "estimator.discount is 1.1; expected from 0 to 1"),
     (EstimatorConfig, {"beta": -0.1}, "estimator.beta is -0.1; expected from 0 to 1"),
     (EstimatorConfig, {"beta": 1.1}, "estimator.beta is 1.1; expected from 0 to 1"),
+    (EstimatorConfig, {"kd_weight": -0.1}, "estimator.kd_weight is -0.1; expected from 0 to 1"),
+    (EstimatorConfig, {"kd_weight": 1.1}, "estimator.kd_weight is 1.1; expected from 0 to 1"),
+    (EstimatorConfig, {"recipe": "npd", "divergence": "jsd"}, "divergence is 'jsd'; expected reverse or forward where the recipe"),
+    (EstimatorConfig, {"recipe": "npd", "support_top_k": 0}, "estimator.support_top_k is 0; expected at least 1"),
+    (EstimatorConfig, {"recipe": "npd", "kd_weight": 0.0, "support_top_k": 3}, "support_top_k is 3; expected none where kd_weight is 0"),
+    (
+        Config, {"estimator": EstimatorConfig("npd", kd_weight=0.0)},
+        "estimator.kd_weight is 0.0; expected more than 0, or rollouts that near_policy.filter chose",
+    ),
     (EstimatorConfig, {"baseline_top_k": 0}, "estimator.baseline_top_k is 0; expected at least 1"),
     (EstimatorConfig, {"return_to_go": "expected"}, "estimator.return_to_go is 'expected'; expected none unless discount is more than 0"),
     (EstimatorConfig, {"return_to_go": "sampled", "discount": 0.0}, "return_to_go is 'sampled'; expected none unless discount is more"),
@@ -210,7 +229,7 @@ REFUSED = [
     (EstimatorConfig, {"importance": "ppo_clip", "clip_low": 1.0}, "estimator.clip_low is 1.0; expected less than 1"),
     *(
         (EstimatorConfig, {"recipe": recipe, "importance": kind}, f"estimator.importance is '{kind}'; expected none or prefix_truncate")
-        for recipe in ("full_kl", "topk_kl") for kind in ("token_truncate", "token_mask", "sequence_mask", "ppo_clip")
+        for recipe in ("full_kl", "topk_kl", "npd") for kind in ("token_truncate", "token_mask", "sequence_mask", "ppo_clip")
     ),
     (
         Config,
@@ -290,6 +309,8 @@ def test_a_value_out_of_range_is_refused_by_name(section, values, message):
         (EstimatorConfig, {"prefix_weight": 0.0, "extra_draws": 0, "task_reward_coef": 0.0, "reward_floor": -1e-9, "importance": "none"}),
         (EstimatorConfig, {"recipe": "full_kl", "importance": "prefix_truncate", "importance_cap": 1e9}),
         (EstimatorConfig, {"extra_draws": 2, "importance": "none"}),
+        (EstimatorConfig, {"recipe": "npd", "kd_weight": 0.0}),
+        (EstimatorConfig, {"recipe": "npd", "kd_weight": 1.0, "support_top_k": 1, "importance": "prefix_truncate"}),
         (OptimizerConfig, {"b1": 0.0, "b2": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0, "warmup_steps": 0}),
         (EvaluationConfig, {"every": 0, "extra_temperatures": (), "seed": 2**31 - 1}),
         (MeshConfig, {"data": 1}),

@@ -138,6 +138,19 @@ def test_a_student_that_is_its_own_teacher_is_told_whether_it_uses_what_it_is_sh
     assert "makes no use of what data.teacher_prompt_format shows it; reword that" in findings["teacher_is_better"].message
 
 
+def test_a_run_that_reads_the_teachers_most_likely_ids(healthy):
+    findings = diagnose(vary(healthy, estimator={"recipe": "npd", "kd_weight": 1.0, "renormalize": "both"}))
+    assert list(findings) == CHECKS
+    assert complaints(findings) == {}
+
+
+def test_a_run_whose_rollouts_are_filtered_compares_scores_that_its_recipe_does_not_read(healthy):
+    near = {"schedule": "continuous", "filter": "ifd"}
+    findings = diagnose(vary(healthy, estimator={"recipe": "npd", "kd_weight": 0.0}, near_policy=near))
+    assert list(findings) == CHECKS
+    assert complaints(findings) == {}
+
+
 def test_a_run_that_compares_no_scores_is_judged_by_its_student(healthy):
     config = vary(healthy, estimator={"recipe": "sft"}, sampling={"source": "references"})
     findings = diagnose(config)
@@ -153,6 +166,9 @@ def test_which_recipes_rest_at_the_teacher():
     assert not rests(recipe="topk_kl", renormalize="none")
     assert rests(recipe="topk_kl", convention="tunix")
     assert not rests(recipe="topk_kl", convention="verl")
+    assert rests(recipe="npd", kd_weight=1.0, renormalize="both")
+    assert not rests(recipe="npd", kd_weight=1.0)
+    assert not rests(recipe="npd", renormalize="both")
 
 
 def test_a_healthy_run_starts_in_silence(healthy, capsys):

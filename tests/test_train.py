@@ -104,6 +104,29 @@ def test_a_run_leaves_a_whole_work_directory(straight):
         assert row["grad/skipped_steps"] == 0
 
 
+def test_the_teachers_most_likely_ids_are_read_step_by_step_where_nothing_is_stored(tmp_path):
+    """Recipe npd on-policy, in packed rows and two micro-batches: what it tells of its tokens, and that it learns."""
+    config = vary(
+        estimator={"recipe": "npd"},
+        train={"num_steps": 2, "gradient_accumulation_steps": 2, "pack_length": 52},
+        evaluation={"source": None},
+        log={"diagnostics_every": 1},
+    )
+    train(config, tmp_path / "run")
+    for row in read_lines(tmp_path / "run" / "metrics.jsonl"):
+        assert row["staleness/kl"] < 1e-9
+        assert row["staleness/effective_sample_size"] > 0.999
+        assert row["kl/student_teacher"] > 0
+        assert row["entropy/student"] > 0
+        assert row["grad/norm"] > 0
+    teller = read_lines(tmp_path / "run" / "samples.jsonl")[0]
+    assert {"student_logprobs", "teacher_logprobs", "kl"} <= teller.keys()
+    moved = jax.tree.map(
+        lambda x, y: float(np.abs(x - y).max()), final_weights(tmp_path / "run"), load_params(open_checkpoint(MINI_STUDENT), "float32")
+    )
+    assert max(jax.tree.leaves(moved)) > 1e-6
+
+
 def test_a_finished_run_is_reported_not_repeated(straight, capsys):
     before = (straight / "metrics.jsonl").read_bytes()
     assert train(TINY, straight) == json.loads((straight / "result.json").read_text())

@@ -19,7 +19,7 @@ from opdjax.estimators import bind
 from opdjax.estimators.losses import aggregation_weights, count_denominators
 from opdjax.estimators.pitfalls import PITFALLS
 from opdjax.ops.vocab import tiled_loss
-from opdjax.scoring.local import token_logprobs
+from opdjax.scoring.local import token_logprobs, top_logprobs
 from opdjax.train_state import passes, vocabulary_loss
 
 _REPEATS = 5
@@ -31,8 +31,8 @@ def audit_costs(states: States, subjects: Sequence[Subject]) -> dict[str, Any]:
     """Seconds and bytes a token of what differs between recipes: the pass over the vocabulary, both models' trunks left out.
 
     From hidden states to the loss and its gradients for hidden states and head, the teacher's log-probs included that a recipe
-    asks for; on the rows of one micro-batch, medians of alternating runs. `bytes_per_token`: the largest working memory of the
-    compiled program over the tokens, where XLA tells it.
+    asks for, also where training would store them and read them more than once; on the rows of one micro-batch, medians of
+    alternating runs. `bytes_per_token`: the largest working memory of the compiled program over the tokens, where XLA tells it.
     """
     num_tokens, runs, rows = int(states.mask[: states.rows_at_once].sum()), {}, {}
     for each in (one for one in subjects if one.recipe is not None):
@@ -64,6 +64,9 @@ def _compile(states: States, each: Subject):
         teacher = (taught, teacher_head) if recipe.teacher == "vocabulary" else None
         if recipe.teacher == "token":
             columns = dataclasses.replace(columns, teacher_logprob=token_logprobs(taught, teacher_head, batch, tile=tile))
+        if recipe.teacher == "top_k":
+            said = top_logprobs(taught, teacher_head, batch, top_k=recipe.top_k, tile=tile)
+            columns = dataclasses.replace(columns, teacher_ids=said.top_ids, teacher_top_logprob=said.top_logprobs)
         loss = partial(vocabulary_loss, spec=states.spec, recipe=recipe, options=options)
         return jax.grad(lambda hidden, head: loss(hidden, head, columns, teacher, batch, weights)[0], argnums=(0, 1))(hidden, head)
 

@@ -36,20 +36,27 @@ def forward_gradient(student: VocabTile, teacher: VocabTile) -> Float[Array, "n 
 def measure(subject: Subject, student: VocabTile, teacher: VocabTile, mean_reward: Float[Array, ""] | float = 0.0) -> Stats:
     """Per-context statistics of an uncoupled subject, from closed forms that cost O(V) a context (gradients: of the logits).
 
-    A draw's gradient is `-A_v (e_v - p)`, its squared norm `A_v^2 w_v`: nothing of size V x V is formed. An estimator that
-    draws nothing is differentiated. See `summarise` for what the statistics are for.
+    A draw's gradient is `-A_v (e_v - p)`, its squared norm `A_v^2 w_v`: nothing of size V x V is formed. What does not depend on
+    the draw is differentiated. See `summarise` for what the statistics are for.
     """
+    undrawn = _undrawn_gradient(subject, student, teacher)
     if not subject.is_sampled:
-        loss = subject.token_loss()
-        row = Columns(jnp.zeros(student.logits.shape[0], jnp.int32))
-        own = jax.grad(lambda logits: jnp.sum(loss(VocabTile(logits), teacher, row)[0]))(student.logits)
-        return _compare(own, jnp.zeros(own.shape[0], own.dtype), student, teacher)
+        return _compare(undrawn, jnp.zeros(undrawn.shape[0], undrawn.dtype), student, teacher)
     drawn, p = _probs(subject.drawn_from(student, teacher)), _probs(student)
     advantage = jnp.where(drawn > 0, subject.advantages(student, teacher, mean_reward), 0)
     pushed = drawn * advantage
     own = -(pushed - p * jnp.sum(pushed, axis=-1, keepdims=True))
     second = jnp.sum(drawn * jnp.square(advantage) * score_norms(student), axis=-1)
-    return _compare(own, (second - jnp.sum(jnp.square(own), axis=-1)) / subject.num_draws, student, teacher)
+    variance = (second - jnp.sum(jnp.square(own), axis=-1)) / subject.num_draws
+    return _compare(own + undrawn, variance, student, teacher)
+
+
+def _undrawn_gradient(subject: Subject, student: VocabTile, teacher: VocabTile) -> Float[Array, "n V"]:
+    loss = subject.undrawn_loss()
+    if loss is None:
+        return jnp.zeros_like(student.logits)
+    row = Columns(jnp.zeros(student.logits.shape[0], jnp.int32))
+    return jax.grad(lambda logits: jnp.sum(loss(VocabTile(logits), teacher, row)[0]))(student.logits)
 
 
 def enumerate_draws(subject: Subject, student: VocabTile, teacher: VocabTile, mean_reward: Float[Array, ""] | float = 0.0) -> Stats:

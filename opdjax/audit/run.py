@@ -82,6 +82,8 @@ def describe(each: Subject) -> dict[str, Any]:
     about = each.pitfall.about if each.recipe is None else summary(each.recipe)
     if each.recipe == "sft":
         about += " Measured at the student's contexts with the teacher's tokens; in training the contexts are the teacher's too."
+    if each.recipe == "npd":
+        about += " Measured on all of the student's own tokens; in training a student of earlier updates drew them and a filter chose."
     return {
         "recipe": each.recipe, "options": each.options, "is_pitfall": each.recipe is None, "advertises": each.advertises,
         "is_sampled": each.is_sampled, "is_coupled": each.is_coupled, "about": about,

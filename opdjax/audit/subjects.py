@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from opdjax.estimators import RECIPES, bind, sequence
+from opdjax.estimators.divergence import NPD_KD_WEIGHT
 from opdjax.estimators.opd import REWARD_OPTIONS, sampled_reward
 from opdjax.estimators.opd import advantages as advantages_of
 from opdjax.estimators.pitfalls import PITFALLS, Pitfall
@@ -32,7 +34,12 @@ class Subject:
     @property
     def is_sampled(self) -> bool:
         """Whether its gradient depends on the token that was drawn."""
-        return self.recipe is None or RECIPES[self.recipe].is_policy_gradient or self.recipe == "sft"
+        is_crossed = self.recipe == "sft" or (self.recipe == "npd" and self._kd_weight < 1)
+        return self.recipe is None or RECIPES[self.recipe].is_policy_gradient or is_crossed
+
+    @property
+    def _kd_weight(self) -> float:
+        return self.options.get("kd_weight", NPD_KD_WEIGHT)
 
     @property
     def is_coupled(self) -> bool:
@@ -63,12 +70,21 @@ class Subject:
         recipe, options = bind(self.recipe, self.options)
         return lambda student, teacher, row: recipe.token_loss(student, teacher, row, **options)
 
+    def undrawn_loss(self) -> Callable | None:
+        """The part of the loss that the same context has whatever was drawn there; None where there is none."""
+        if not self.is_sampled:
+            return self.token_loss()
+        if self.recipe != "npd" or not self._kd_weight:
+            return None
+        alone, weight = subject("npd", **(self.options | {"kd_weight": 1.0})).token_loss(), self._kd_weight
+        return lambda student, teacher, row: (weight * alone(student, teacher, row)[0], {})
+
     def advantages(self, student: VocabTile, teacher: VocabTile, mean_reward: Float[Array, ""]) -> Float[Array, "n V"]:
-        """The factor `A_v` in the gradient `-A_v grad log student(v)` of each token; `mean_reward` is that of `batch_mean`."""
+        """The factor `A_v` in the gradient `-A_v grad log student(v)` of each token drawn; `mean_reward` is that of `batch_mean`."""
         if self.recipe is None:
             return self.pitfall.advantages(student, teacher)
-        if self.recipe == "sft":
-            return jnp.ones_like(student.logits)
+        if self.recipe in ("sft", "npd"):
+            return jnp.full_like(student.logits, 1.0 if self.recipe == "sft" else 1 - self._kd_weight)
         how = {name: self.options.get(name) for name in REWARD_OPTIONS}
         baseline = self.options.get("baseline", "full") if self.recipe == "vopd" else None
         if baseline == "batch_mean":
@@ -108,6 +124,8 @@ DEFAULT = (
     subject("topk_kl", convention="tunix", support_top_k=8),
     subject("topk_kl", convention="trl", support_top_k=8, divergence="forward"),
     subject("topk_kl", convention="thunlp", support_top_k=8),
+    subject("npd"),
+    subject("npd", kd_weight=1.0),
     subject("sft"),
     *(Subject(name) for name, pitfall in PITFALLS.items() if pitfall.token_loss is not None),
 )
@@ -120,16 +138,15 @@ COUPLED = (
 )
 
 
-_DEFAULTS = {"baseline": "full", "divergence": "reverse"}
 # What an option reads that the audit does not have: rewards of a task, data that another policy drew.
 _BEYOND = ("task_reward_coef", "importance")
 
 
 def _filled(each: Subject) -> tuple[str | None, dict[str, Any]]:
-    """Recipe and options with the usual defaults in place of nothing, so that one estimator is not measured twice."""
-    has = () if each.recipe is None else RECIPES[each.recipe].options
-    usual = {name: value for name, value in _DEFAULTS.items() if name in has}
-    return each.recipe or each.name, usual | {name: value for name, value in each.options.items() if value not in (0, "none", None)}
+    """Recipe and options with its defaults in place of nothing, so that one estimator is not measured twice."""
+    known = {} if each.recipe is None else inspect.signature(RECIPES[each.recipe].token_loss).parameters
+    usual = {name: known[name].default for name in known if known[name].kind is inspect.Parameter.KEYWORD_ONLY}
+    return each.recipe or each.name, {name: value for name, value in (usual | each.options).items() if value not in (0, "none", None)}
 
 
 def choose(names: Sequence[str] | None, options: dict[str, Any] | None = None, recipe: str | None = None) -> list[Subject]:

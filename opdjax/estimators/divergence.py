@@ -224,7 +224,7 @@ def topk_kl(
 
 
 NPD_OPTIONS = ("kd_weight", "support_top_k", "renormalize", "divergence")
-NPD_TOP_K = 10
+NPD_KD_WEIGHT, NPD_TOP_K = 0.9, 10
 
 
 def npd(
@@ -232,7 +232,7 @@ def npd(
     teacher: VocabTile | None,
     row: Columns,
     *,
-    kd_weight: float = 0.9,
+    kd_weight: float = NPD_KD_WEIGHT,
     support_top_k: int = NPD_TOP_K,
     renormalize: str = "none",
     divergence: str = "forward",

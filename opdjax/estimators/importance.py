@@ -85,7 +85,7 @@ def k3(student_logprob: Float[Array, "*n"], teacher_logprob: Float[Array, "*n"])
     return jnp.expm1(-gap) + gap
 
 
-def staleness_kl(student_logprob: Float[Array, "*n"], behavior_logprob: Float[Array, "*n"]) -> Float[Array, "*n"]:
+def kl_to_behavior(student_logprob: Float[Array, "*n"], behavior_logprob: Float[Array, "*n"]) -> Float[Array, "*n"]:
     """`rho log rho - rho + 1`, nats: unbiased for KL(student || behavior) over y ~ behavior, never negative, 0 at rho = 1.
 
     What k3 is to tokens of the student. Tokens that the behaviour policy cannot draw (filters) are missing from it. A diagnostic;

@@ -148,8 +148,13 @@ def _lower_update(workload: Workload, mesh: Mesh) -> Any:
     state = jax.eval_shape(partial(init_state, optimizer=optimizer), params)
     state = _laid_out(state, shardings_of(state, mesh, spec.split_over))
     batch, head = _batch(workload, mesh), None
-    if workload.needs == "token":
-        batch = dataclasses.replace(batch, teacher=TeacherScores(token_logprobs=_rows(mesh, jnp.float32, *batch.tokens.shape)))
+    if workload.needs in ("token", "top_k"):
+        field = partial(_rows, mesh)
+        scores = TeacherScores(token_logprobs=field(jnp.float32, *batch.tokens.shape))
+        if workload.top_k:
+            top = (*batch.tokens.shape, workload.top_k)
+            scores = dataclasses.replace(scores, top_ids=field(jnp.int32, *top), top_logprobs=field(jnp.float32, *top))
+        batch = dataclasses.replace(batch, teacher=scores)
     if workload.needs == "vocabulary":
         head = head_of(_teacher_params(workload, mesh))
         hidden = _rows(mesh, jnp.dtype(workload.teacher_dtype), *batch.tokens.shape, workload.scoring_model.hidden_size)
@@ -160,8 +165,8 @@ def _lower_update(workload: Workload, mesh: Mesh) -> Any:
 def _lower_score(workload: Workload, mesh: Mesh) -> Any:
     config, params = workload.config, _teacher_params(workload, mesh)
     parts = config.train.gradient_accumulation_steps
-    how = {"config": workload.scoring_model, "needs": workload.needs, "tile": config.estimator.tile, "parts": parts, "mesh": mesh}
-    return score.lower(params, head_of(params), _batch(workload, mesh), **how)
+    how = {"needs": workload.needs, "top_k": workload.top_k, "tile": config.estimator.tile, "parts": parts, "mesh": mesh}
+    return score.lower(params, head_of(params), _batch(workload, mesh), config=workload.scoring_model, **how)
 
 
 def _sampled(workload: Workload, mesh: Mesh) -> tuple[Any, dict[str, Any], tuple[int, int]]:

@@ -26,7 +26,7 @@ PHASES = ("prefill", "sample", "teacher", "loss", "backward", "evaluate")
 PROGRAMS = {"prefill": ("prefill",), "sample": ("sample",), "teacher": ("teacher",), "update": ("loss", "backward")}
 _UPDATE = PROGRAMS["update"]
 # Arrays [tile, V] in float32 that stand at once in the loss: of the student alone, and where the teacher's distribution is read too.
-_TILES = {"none": 1, "token": 1, "vocabulary": 4}
+_TILES = {"none": 1, "token": 1, "top_k": 1, "vocabulary": 4}
 # Arrays [rows, V] in float32 when a token is drawn: logits, weights, their running sums.
 _DRAW_COPIES = 3
 
@@ -206,7 +206,7 @@ def _columns_bytes(workload: Workload) -> int:
     """Of the batch's columns on one device: ids, segments, log-probabilities (4 bytes each), the mask."""
     options, tokens = workload.config.estimator.options, workload.rows * workload.columns
     wide = 2 + (workload.config.sampling.source == "student") + bool(options.get("task_reward_coef")) + (options.get("extra_draws") or 0)
-    return tokens * (4 * wide + 1 + 4 * (workload.needs == "token"))
+    return tokens * (4 * wide + 1 + 4 * (workload.needs in ("token", "top_k")))
 
 
 def _sampling(workload: Workload) -> list[Item]:
@@ -298,6 +298,8 @@ def _scoring(workload: Workload) -> list[Item]:
     if workload.needs == "vocabulary":
         hidden = workload.rows * workload.columns * model.hidden_size * _size(dtype)
         return [*items, Item("teacher's hidden states, whole batch", hidden, ("teacher", *_UPDATE), True)]
+    top = workload.rows * workload.columns * workload.top_k * 8  # an id and a float32 each
+    items.append(Item("teacher's most likely ids, with log-probabilities", top, ("teacher", *_UPDATE), True))
     gathered = 0 if model.ties_embeddings else _whole_table(model, dtype, mesh, split)
     tiles = 2 * _tile(workload, workload.micro_rows)
     return [*items, Item("teacher's head, gathered", gathered, ("teacher",)), Item("vocabulary tiles of the teacher", tiles, ("teacher",))]
@@ -413,7 +415,7 @@ def _teacher_bound(workload: Workload) -> Bound:
     config, model = workload.config, workload.scoring_model
     tokens = config.rows_per_step * workload.columns
     flops = _forward_flops(model, tokens, workload.columns)
-    if workload.needs == "token":
+    if workload.needs in ("token", "top_k"):
         flops += _head_flops(model, config.rows_per_step * config.sampling.max_completion_length)
     dtype = workload.teacher_dtype if workload.teacher else workload.dtype
     weights = parameter_bytes(model, dtype, workload.mesh, ("tensor",))

@@ -26,7 +26,8 @@ class Workload:
     mesh: dict[str, int]  # axis -> devices
     student: DecoderConfig
     teacher: DecoderConfig | None  # None: no frozen model stands beside the student
-    needs: Literal["none", "token", "vocabulary"]  # what the recipe asks a teacher for
+    needs: Literal["none", "token", "top_k", "vocabulary"]  # what the recipe asks a teacher for
+    top_k: int  # of its most likely ids, where that is top_k
     prompt_columns: int
 
     @property
@@ -80,11 +81,11 @@ def read_workload(config: Config, topology: Topology) -> Workload:
     """The run that `config` describes, on `topology`; ConfigError where its mesh, its rows or its models do not divide."""
     mesh = mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, topology.chips, topology.name)
     require_rows_divide(config, mesh["data"] * mesh["fsdp"])
-    needs = bind(config.estimator.recipe, config.estimator.options)[0].teacher
+    recipe, _ = bind(config.estimator.recipe, config.estimator.options)
     shape_of = partial(_shape, mesh=mesh, backend=topology.backend)
     student = dataclasses.replace(shape_of(config.student, "student"), lora_scale=config.lora.scale)
     teacher = shape_of(config.teacher, "teacher") if needs_teacher(config) and not config.teacher_is_student else None
-    return Workload(config, topology, mesh, student, teacher, needs, padded_width(config.data.max_prompt_length))
+    return Workload(config, topology, mesh, student, teacher, recipe.teacher, recipe.top_k, padded_width(config.data.max_prompt_length))
 
 
 def _shape(model: ModelConfig, role: str, mesh: dict[str, int], backend: str) -> DecoderConfig:

@@ -68,6 +68,9 @@ def test_subjects_are_chosen_by_name_and_the_experiments_own_comes_first():
     assert own.name == "opd reward_floor=-3"
     assert choose(None, {}, "opd") == choose(None)
     assert [each.name for each in choose(["vopd"], {}, "vopd")].count("vopd baseline=full") == 0  # it is the first one
+    for options in ({}, {"divergence": "forward", "kd_weight": 0.9, "importance": "none"}, {"kd_weight": 1.0, "support_top_k": 10}):
+        assert len(choose(["npd"], options, "npd")) == len(choose(["npd"]))
+    assert len(choose(["npd"], {"kd_weight": 0.0}, "npd")) == len(choose(["npd"])) + 1
     with pytest.raises(ValueError, match="estimator.task_reward_coef is 0.5"):
         choose(None, {"task_reward_coef": 0.5}, "opd")
     with pytest.raises(ValueError, match=r"nothing called \['vodp'\] to audit"):
@@ -78,6 +81,7 @@ def test_what_a_subject_advertises():
     said = {each.name: each.advertises for each in DEFAULT}
     assert said["opd"] == said["vopd baseline=optimal"] == said["full_kl divergence=reverse"] == said["k3_direct"] == "reverse"
     assert said["sft"] == said["full_kl divergence=forward"] == "forward"
-    assert said["opd reward_floor=-2"] == said["full_kl divergence=jsd"] == "own"
+    assert said["opd reward_floor=-2"] == said["full_kl divergence=jsd"] == said["npd"] == "own"
+    assert [subject("npd", kd_weight=weight).is_sampled for weight in (0.0, 0.9, 1.0)] == [True, True, False]
     assert subject("opd", discount=1.0).is_coupled
     assert not subject("vopd", baseline="batch_mean").is_coupled

@@ -48,7 +48,7 @@ def test_the_parts_of_a_variance_are_found(rng):
 
 @pytest.mark.parametrize("parameter_space", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_few_estimators_on_the_built_in_pair(parameter_space):
-    subjects = [subject("opd"), subject("opd", extra_draws=3), subject("opd", discount=1.0), Subject("k3_direct")]
+    subjects = [subject("opd"), subject("opd", extra_draws=3), subject("opd", discount=1.0), subject("npd"), Subject("k3_direct")]
     how = AuditConfig(num_contexts=20, vocab=8, num_prompts=16, parameter_space=parameter_space)
     document = audit(cli._MINI, subjects, how, tell=lambda _: None)
     contexts = document["contexts"]["rows"]
@@ -94,7 +94,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(tmp_path):
 
 
 def test_explain_prints_the_page_of_every_recipe_and_pitfall(capsys):
-    for name in ("opd", "vopd", "full_kl", "topk_kl", "sft"):
+    for name in ("opd", "vopd", "full_kl", "topk_kl", "npd", "sft"):
         cli.audit(["--explain", name])
         page = capsys.readouterr().out
         for part in ("Equation:", "Detached:", "Cost:", "Use it when"):

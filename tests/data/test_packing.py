@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opdjax.data.packing import filling, pack, to_train_batch
+from opdjax.data.packing import filling, first_fit_decreasing, pack, packed_lengths, to_train_batch, unpack
 from opdjax.data.prompts import Prompt, PromptSet, collate
 from opdjax.sharding import split_rows
 from opdjax.types import Rollouts
@@ -166,3 +166,55 @@ def test_packing_loses_nothing(data):
         np.testing.assert_array_equal(at[rows, columns - 1], at[rows, columns] - 1)
     again, _ = pack(jax.tree.map(jax.numpy.asarray, batch), packed.tokens.shape[1], parts=parts, shards=shards)
     jax.tree.map(np.testing.assert_array_equal, again, packed)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 40), st.data())
+def test_first_fit_decreasing_is_near_the_best_there_is(length, data):
+    """Full rows are cut to pieces, so that the best is known: all of them full again. Any two rows are more than one row's tokens."""
+    cuts = [data.draw(st.lists(st.integers(1, length), max_size=6, unique=True)) for _ in range(data.draw(st.integers(1, 12)))]
+    pieces = [piece for cut in cuts for piece in np.diff([0, *sorted({*cut, length})])]
+    lengths = np.array(data.draw(st.permutations(pieces)))
+    rows = first_fit_decreasing(lengths, length)
+    used = np.bincount(rows, lengths)
+    assert used.max() <= length
+    assert used.min() > 0
+    assert 9 * len(used) <= 11 * len(cuts) + 6  # Dosa 2007
+    least = np.sort(used)[:2]
+    assert len(used) == 1 or least.sum() > length  # more than half of all columns are filled
+    np.testing.assert_array_equal(rows, first_fit_decreasing(lengths, length))
+
+
+def next_fit(lengths, length):
+    """Rollouts in the order they are given, a new row where the next one does not fit."""
+    rows, row, room = [], 0, length
+    for each in lengths:
+        row, room = (row, room - each) if each <= room else (row + 1, length - each)
+        rows.append(row)
+    return np.array(rows)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=24), st.integers(0, 30), st.sampled_from([(1, 1), (3, 1), (2, 2)]), st.booleans())
+def test_every_token_stands_once_and_in_order(sizes, room, cut, is_given):
+    """Rollouts of any lengths, in rows that are chosen here or elsewhere, more rows than there are rollouts; and back again."""
+    batch, (parts, shards), length = rows_of(sizes), cut, max(sizes) + room
+    np.testing.assert_array_equal(packed_lengths(batch), sizes)
+    num_rows = -(-len(sizes) // (parts * shards)) * parts * shards
+    packed, source = pack(
+        batch, length, parts=parts, shards=shards, rows=next_fit(sizes, length) if is_given else None, num_rows=num_rows
+    )  # fmt: skip
+    assert packed.tokens.shape == source.shape == (num_rows, length)
+    width, found = batch.tokens.shape[1], []
+    for row, segments in zip(source, packed.segment_ids):
+        starts = np.flatnonzero(np.diff(segments, prepend=0))  # where a segment begins, or the padding after the last
+        pieces = [piece for piece in np.split(row, starts) if piece.size and piece[0] >= 0]
+        assert len(pieces) == segments.max()  # a segment in two places would count twice
+        for piece in pieces:
+            np.testing.assert_array_equal(piece // width, piece[0] // width)
+            assert (np.diff(piece) > 0).all()
+        found += [piece[0] // width for piece in pieces]
+    assert sorted(found) == list(range(len(sizes)))
+    np.testing.assert_array_equal(np.sort(source[source >= 0]), np.flatnonzero(batch.segment_ids))
+    again = unpack(packed.tokens, source, batch.tokens.shape)
+    np.testing.assert_array_equal(again, np.where(batch.segment_ids, batch.tokens, 0))

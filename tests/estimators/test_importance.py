@@ -297,7 +297,7 @@ def test_k1_k2_k3_by_hand():
 def test_staleness_by_hand():
     """rho = 1/2, 1, 2 and e."""
     gap, ln2 = jnp.array([-np.log(2), 0, np.log(2), 1]), np.log(2)
-    found = importance.staleness_kl(gap - 3.0, jnp.full(4, -3.0))
+    found = importance.kl_to_behavior(gap - 3.0, jnp.full(4, -3.0))
     np.testing.assert_allclose(found, [0.5 - ln2 / 2, 0, 2 * ln2 - 1, 1], rtol=2e-6)
 
 
@@ -307,8 +307,8 @@ def test_staleness_loses_no_digits_near_one_and_overflows_nowhere():
     wide = gap.astype(np.longdouble)
     small = np.abs(wide) < 1e-2
     exact = np.where(small, wide**2 / 2 + wide**3 / 3 + wide**4 / 8 + wide**5 / 30, wide * np.exp(wide) - np.expm1(wide))
-    np.testing.assert_allclose(importance.staleness_kl(jnp.asarray(gap), jnp.zeros(len(gap))), exact.astype(np.float64), rtol=2e-6)
-    extremes = importance.staleness_kl(jnp.float32([-np.inf, -300, 300]), jnp.zeros(3))
+    np.testing.assert_allclose(importance.kl_to_behavior(jnp.asarray(gap), jnp.zeros(len(gap))), exact.astype(np.float64), rtol=2e-6)
+    extremes = importance.kl_to_behavior(jnp.float32([-np.inf, -300, 300]), jnp.zeros(3))
     np.testing.assert_allclose(extremes, [1, 1, 59 * np.exp(60.0)], rtol=1e-5)
 
 
@@ -319,6 +319,6 @@ def test_the_mean_staleness_of_a_policys_own_draws_is_the_kl(rng):
     for scale in (1e-3, 0.1, 3.0):
         student = behavior + scale * rng.normal(size=9)
         student -= np.logaddexp.reduce(student)
-        found = importance.staleness_kl(jnp.asarray(student), jnp.asarray(behavior))
+        found = importance.kl_to_behavior(jnp.asarray(student), jnp.asarray(behavior))
         assert np.all(found >= 0)
         np.testing.assert_allclose(np.exp(behavior) @ found, np.exp(student) @ (student - behavior), rtol=1e-7)

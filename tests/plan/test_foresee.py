@@ -3,8 +3,9 @@
 import dataclasses
 
 import jax
+import pytest
 
-from opdjax.config import Config, DataConfig, EvaluationConfig, LoraConfig, MeshConfig, SamplingConfig, TrainConfig
+from opdjax.config import Config, DataConfig, EstimatorConfig, EvaluationConfig, LoraConfig, MeshConfig, SamplingConfig, TrainConfig
 from opdjax.models.decoder import init_params
 from opdjax.plan.aot import compile_update
 from opdjax.plan.arithmetic import cache_bytes, foresee, kept_activations, num_parameters, parameter_bytes
@@ -61,6 +62,12 @@ def test_a_recipe_without_the_teachers_distribution_holds_less(run_of):
     assert "vocabulary tiles, 1 of them" in sizes(of_tokens, "loss")
     assert "vocabulary tiles of the teacher" in sizes(of_tokens, "teacher")
     assert not {name for name in sizes(of_text, "teacher") if "vocabulary" in name}
+    # Two rows of 32 columns a device, ten ids and log-probs each.
+    of_top_k = foresee(run_of("v5e-4", recipe="npd"))
+    for phase in ("teacher", "loss"):
+        more = sizes(of_top_k, phase)["teacher's most likely ids, with log-probabilities"]
+        assert more == of_top_k.held(phase) - of_tokens.held(phase) == 2 * 32 * 10 * 8
+    assert of_top_k.bounds == of_tokens.bounds
     assert of_text.bounds["teacher"].seconds == of_text.bounds["sample"].seconds == 0
 
 
@@ -116,11 +123,13 @@ def test_what_does_not_fit_is_named(run_of):
     assert plan.largest("loss").num_bytes == max(sizes(plan, "loss").values())
 
 
-def test_the_arguments_are_those_of_the_compiled_update():
+@pytest.mark.parametrize("recipe", ["vopd", "npd"])
+def test_the_arguments_are_those_of_the_compiled_update(recipe):
     """The mini pair on eight simulated devices, parameters split over four of them."""
     config = Config(
         data=DataConfig(max_prompt_length=16),
         sampling=SamplingConfig(max_completion_length=16),
+        estimator=EstimatorConfig(recipe),
         train=TrainConfig(prompts_per_step=8),
         evaluation=EvaluationConfig(source=None),
         mesh=MeshConfig(data=2, fsdp=4),
