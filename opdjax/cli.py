@@ -135,8 +135,9 @@ def doctor(arguments: list[str]) -> None:
             if vocabularies.status == "fault":
                 print(f"{vocabularies}\nthe other checks compare ids, so they were not made")
                 sys.exit(1)
-        # A few rows need no more than one device, and need not divide over many.
-        setup = prepare(dataclasses.replace(config, mesh=MeshConfig(1)))
+        # A few rows need no more than one device, need not divide over many, and are drawn by whoever examines them.
+        near_policy = dataclasses.replace(config.near_policy, generator="inline", generator_devices=1, lag="fixed")
+        setup = prepare(dataclasses.replace(config, mesh=MeshConfig(1), near_policy=near_policy))
         has_fault = False
         for finding in examine(setup, num_prompts):
             print(finding, flush=True)

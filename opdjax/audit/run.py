@@ -15,7 +15,7 @@ from opdjax.audit.pair import audit_contexts, reach
 from opdjax.audit.subjects import Subject
 from opdjax.audit.tree import audit_tree
 from opdjax.audit.vocabulary import audit_vocabulary
-from opdjax.config import AuditConfig, Config, EstimatorConfig, MeshConfig, SamplingConfig
+from opdjax.config import AuditConfig, Config, EstimatorConfig, MeshConfig, NearPolicyConfig, SamplingConfig
 from opdjax.estimators import RECIPES
 from opdjax.estimators.pitfalls import PITFALLS
 from opdjax.prepare import Setup, prepare
@@ -51,6 +51,7 @@ def _prepare(config: Config, how: AuditConfig) -> Setup:
             train=dataclasses.replace(config.train, prompts_per_step=how.num_prompts, gradient_accumulation_steps=1),
             evaluation=dataclasses.replace(config.evaluation, source=None),
             mesh=MeshConfig(1),
+            near_policy=NearPolicyConfig(),
         )
     )
 

@@ -23,6 +23,7 @@ from opdjax.near_policy.loading import as_batch, drawn_tokens, filter_metrics, w
 from opdjax.near_policy.refresh import Refresh
 from opdjax.near_policy.store import ShardError
 from opdjax.prepare import Setup, with_credit
+from opdjax.processes import InterruptedRunError, on_lead
 from opdjax.rollouts import Drawn, OnPolicy, Source, packed, prompts_of
 from opdjax.types import TrainBatch
 
@@ -31,12 +32,14 @@ from opdjax.types import TrainBatch
 def open_source(setup: Setup, workdir: pathlib.Path, first: int, is_stop_asked: Callable[[int], bool]) -> Iterator[Source]:
     """The source that the config asks for, from update `first` on; what works beside the learner ends with it."""
     schedule = setup.config.near_policy.schedule
+    if setup.config.near_policy.generator == "process":
+        on_lead(lambda: print(f"rollouts are drawn by another process, to be started beside this one: opdjax sample --store {workdir}"))
     if schedule == "none":
         yield OnPolicy(setup)
     elif schedule == "refresh":
         yield Refresh(setup, workdir, is_stop_asked)
     else:
-        source = Continuous(setup, workdir, first)
+        source = Continuous(setup, workdir, first, is_stop_asked)
         try:
             yield source
         finally:
@@ -48,8 +51,9 @@ class Continuous:
 
     params = None
 
-    def __init__(self, setup: Setup, workdir: pathlib.Path, first: int):
+    def __init__(self, setup: Setup, workdir: pathlib.Path, first: int, is_stop_asked: Callable[[int], bool]):
         self._setup, self._workdir, self._timeline = setup, workdir, Timeline(workdir)
+        self._is_stop_asked = is_stop_asked
         near = setup.config.near_policy
         self._steps = range(first, setup.config.train.num_steps)
         look = self._look if near.generator == "process" else None
@@ -108,7 +112,11 @@ class Continuous:
             raise (closed.__cause__ or closed) from None  # what the generator failed with is the run's error
 
     def _look(self) -> tuple[list[int], list[int]]:
-        """What another process has stored of the steps that may be drawn by now."""
+        """What another process has stored of the steps that may be drawn by now; it may never come, so signals are heard here."""
+        if self._is_stop_asked(self._taken):
+            raise InterruptedRunError(
+                f"stopped while waiting for rollouts of step {self._taken}; the same command continues {self._workdir}"
+            )
         reach = self._taken + self._setup.config.near_policy.max_staleness + 1
         found = (step for step in range(self._taken, min(reach, self._steps.stop)) if step not in self._buffer)
         return [], [step for step in found if where_stored(self._workdir, self._setup, step) is not None]
