@@ -53,10 +53,10 @@ def rows_of(file: pathlib.Path) -> list[dict]:
 
 
 def measures(workdir: pathlib.Path, warm: int) -> dict[str, float]:
-    """Per update from step `warm` on: seconds, tokens a second, the share that the learner waited, rollouts stored ahead at most."""
+    """Per update from step `warm` on: seconds, tokens a second, the share in which nothing is learnt for want of rollouts, steps stored ahead at most."""
     metrics = [row for row in rows_of(workdir / "metrics.jsonl") if row["step"] > warm]
     spans = rows_of(workdir / "timeline-learner.jsonl")
-    wait = sum(row.get("time/wait", 0) + row.get("time/publish", 0) for row in metrics)
+    idle = sum(row.get(f"time/{name}", 0) for row in metrics for name in ("wait", "sample", "annotate"))
     seconds = sum(row["time/step"] for row in metrics)
     if spans:  # from the clock on the wall: what lies between the phases counts as well
         ends = {row["step"]: row["start"] + row["seconds"] for row in spans if row["what"] == "update"}
@@ -65,7 +65,7 @@ def measures(workdir: pathlib.Path, warm: int) -> dict[str, float]:
     return {
         "seconds": seconds / len(metrics),
         "tokens/s": tokens / seconds,
-        "learner waits": wait / seconds,
+        "learner idle": idle / seconds,
         "generator busy": busy(workdir, warm),
         "ahead": most_ahead(workdir),
     }
@@ -112,14 +112,16 @@ def main() -> None:
     print(
         f"recipe {options.recipe}, {options.steps - options.warm} updates of 128 rollouts, medians of {options.repeats}; runs in {root}\n"
     )
-    print("| | seconds an update | range | throughput, synchronous = 1 | tokens/s | learner waits | generator busy | steps ahead at most |")
+    print(
+        "| | seconds an update | range | throughput, synchronous = 1 | tokens/s | learner idle for generation | generator busy | steps ahead at most |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for name, runs in found.items():
         middle = {key: statistics.median(row[key] for row in runs) for key in runs[0]}
         spread = f"{min(row['seconds'] for row in runs):.3f} to {max(row['seconds'] for row in runs):.3f}"
         print(
             f"| {name} | {middle['seconds']:.3f} | {spread} | {base / middle['seconds']:.2f} | {middle['tokens/s']:.0f} "
-            f"| {middle['learner waits']:.1%} | {middle['generator busy']:.0%} | {middle['ahead']:.0f} |"
+            f"| {middle['learner idle']:.1%} | {middle['generator busy']:.0%} | {middle['ahead']:.0f} |"
         )
 
 
