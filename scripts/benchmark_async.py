@@ -53,7 +53,7 @@ def rows_of(file: pathlib.Path) -> list[dict]:
 
 
 def measures(workdir: pathlib.Path, warm: int) -> dict[str, float]:
-    """Per update from step `warm` on: seconds, tokens a second, the share in which nothing is learnt for want of rollouts, steps stored ahead at most."""
+    """Per update from step `warm` on: seconds, tokens a second, the share lost for want of rollouts, most steps stored ahead."""
     metrics = [row for row in rows_of(workdir / "metrics.jsonl") if row["step"] > warm]
     spans = rows_of(workdir / "timeline-learner.jsonl")
     idle = sum(row.get(f"time/{name}", 0) for row in metrics for name in ("wait", "sample", "annotate"))
