@@ -320,6 +320,6 @@ def make_behavior_kl(spec: UpdateSpec) -> Callable:
         hidden, head, columns, _ = passes(combine(frozen, params), dataclasses.replace(batch, teacher=None), None, spec)
         take = lambda student, _, row: student.logprob(row.token)  # noqa: E731
         logprobs = tiled_stats(take, hidden, head, batch.mask, columns, tile=spec.estimator.tile, mesh=spec.mesh)
-        return masked_mean(importance.staleness_kl(logprobs, batch.behavior_logprobs), batch.mask)
+        return masked_mean(importance.kl_to_behavior(logprobs, batch.behavior_logprobs), batch.mask)
 
     return behavior_kl
