@@ -14,7 +14,7 @@ import numpy as np
 
 from opdjax.data.packing import answer_rows, as_teacher_sees, filling, pack, to_train_batch
 from opdjax.data.prompts import collate, indices_at
-from opdjax.estimators import RECIPES, bind
+from opdjax.estimators import bind
 from opdjax.evals.evaluate import completions
 from opdjax.metrics import Timer
 from opdjax.models.decoder import Params
@@ -203,7 +203,7 @@ def rollout_metrics(setup: Setup, rollouts: Rollouts, step: int) -> Metrics:
 def token_counts(setup: Setup, batch: TrainBatch) -> Metrics:
     """What the step cost in tokens: drawn from the student, trained on, and read or written by the teacher, prompts included."""
     config, trained = setup.config, float(np.asarray(batch.mask).sum())
-    passes = (RECIPES[config.estimator.recipe].teacher != "none") + (config.sampling.source == "teacher")
+    passes = (bind(config.estimator.recipe, config.estimator.options)[0].teacher != "none") + (config.sampling.source == "teacher")
     seen = (batch.teacher_view or batch).segment_ids
     return {
         "perf/generated_tokens": trained if config.sampling.source == "student" else 0.0,

@@ -210,8 +210,8 @@ def open_version(setup: Setup, workdir: pathlib.Path, timeline: Timeline, versio
         )
     unit = config.train.gradient_accumulation_steps * num_row_shards(setup.mesh)
     capacity = -(-num_rows // steps // unit) * unit
-    told |= {"perf/packing_efficiency": float(lengths.sum()) / (num_rows * length)}
-    on_lead(lambda: print(f"rollouts of version {version}: {sum(map(len, samples))} drawn, {len(kept)} kept, in {num_rows} rows"))
+    filled = f"in {num_rows} rows of {length} tokens, {lengths.sum() / (num_rows * length):.1%} filled"
+    on_lead(lambda: print(f"rollouts of version {version}: {sum(map(len, samples))} drawn, {len(kept)} kept, {filled}"))
     return Stored(version, samples, annotations, kept, rows, length, capacity, told)
 
 
