@@ -52,7 +52,7 @@ class NearPolicyConfig:
         require(quantile is None or high == NearPolicyConfig.ifd_max, "near_policy.ifd_max", high, expected)
         epochs = self.refresh_epochs
         is_ordered = list(epochs) == sorted(set(epochs)) and all(0 < epoch < self.num_epochs for epoch in epochs)
-        expected = f"rising numbers of 1 or more, less than near_policy.num_epochs, {self.num_epochs}: the first rollouts are drawn before epoch 0 in any case"
+        expected = f"rising, each at least 1 and less than near_policy.num_epochs, {self.num_epochs}: epoch 0 has them anyway"
         require(is_ordered, "near_policy.refresh_epochs", epochs, expected)
         self._check_owners()
 
