@@ -112,10 +112,8 @@ def main() -> None:
     print(
         f"recipe {options.recipe}, {options.steps - options.warm} updates of 128 rollouts, medians of {options.repeats}; runs in {root}\n"
     )
-    print(
-        "| | seconds an update | range | throughput, synchronous = 1 | tokens/s | learner idle for generation | generator busy | steps ahead at most |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    columns = ("seconds an update", "range", "throughput, synchronous = 1", "tokens/s", "learner idle for generation", "generator busy")
+    print(f"| | {' | '.join(columns)} | steps ahead at most |\n|{'---|' * (len(columns) + 2)}")
     for name, runs in found.items():
         middle = {key: statistics.median(row[key] for row in runs) for key in runs[0]}
         spread = f"{min(row['seconds'] for row in runs):.3f} to {max(row['seconds'] for row in runs):.3f}"

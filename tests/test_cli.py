@@ -93,15 +93,27 @@ def test_help_lists_every_verb(opdjax):
         assert (status, err) == (0, "")
         listed = re.findall(r"^  (\w+) ", out, re.MULTILINE)
         assert listed == list(cli.VERBS)
-        assert {"train", "plan", "sweep", "table", "report", "doctor", "audit", "sample", "inspect", "evaluate", "import", "export"} == set(
-            listed
-        )
+        assert {
+            "train",
+            "plan",
+            "sweep",
+            "table",
+            "report",
+            "doctor",
+            "audit",
+            "sample",
+            "annotate",
+            "inspect",
+            "evaluate",
+            "import",
+            "export",
+        } == set(listed)
     status, out, _ = opdjax()
     assert status == 2
     assert "usage: opdjax VERB" in out
 
 
-@pytest.mark.parametrize("verb", ["sample", "inspect", "evaluate", "import", "export"])
+@pytest.mark.parametrize("verb", ["sample", "annotate", "inspect", "evaluate", "import", "export"])
 def test_every_verb_explains_itself(opdjax, verb):
     status, out, _ = opdjax(verb, "--help")
     assert status == 0
@@ -113,7 +125,7 @@ def test_help_of_training_shows_the_values_of_the_experiment(opdjax, experiment)
     out = smooth(out)
     assert status == 0
     assert "--train.num-steps INT optimizer updates (default: 7)" in out
-    assert "--estimator.recipe {opd,vopd,full_kl,topk_kl,sft}" in out
+    assert "--estimator.recipe {opd,vopd,full_kl,topk_kl,npd,sft}" in out
     # Every field is documented where it is declared; tyro takes the comments for help.
     assert "tokens whose logits exist at a time, per device (default: 512)" in out
     assert opdjax("train", "--help")[0] == 0
@@ -194,7 +206,7 @@ def test_an_experiment_is_loaded_as_it_is(experiment):
         (["--train.num-step", "1"], "Perhaps you meant: --train.num-steps INT"),
         (
             ["--estimator.recipe", "vodp"],
-            "invalid choice 'vodp' for argument '--estimator.recipe'. Expected one of ('opd', 'vopd', 'full_kl', 'topk_kl', 'sft')",
+            "invalid choice 'vodp' for argument '--estimator.recipe'. Expected one of ('opd', 'vopd', 'full_kl', 'topk_kl', 'npd', 'sft')",
         ),
         (["--optimizer.learning-rate", "abc"], "Error parsing --optimizer.learning-rate: could not convert string to float: 'abc'"),
         (["--train.num-steps", "1.5"], "Error parsing --train.num-steps: invalid literal for int() with base 10: '1.5'"),
