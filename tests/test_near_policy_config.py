@@ -25,7 +25,7 @@ FILTERED = REFRESH | {"filter": "ifd"}
         (FILTERED | {"ifd_max": None, "ifd_quantile": 0.5}, "ifd_max is None; expected its default where"),
         # When they are drawn
         *(
-            (REFRESH | {"num_epochs": 4, "refresh_epochs": epochs}, f"refresh_epochs is {epochs}; expected rising, each at least 1 and less")
+            (REFRESH | {"num_epochs": 4, "refresh_epochs": epochs}, f"refresh_epochs is {epochs}; expected rising, each at least 1")
             for epochs in ((0,), (4,), (2, 1), (1, 1))
         ),
         # A field that nothing reads
