@@ -49,6 +49,7 @@ def annotate_all(workdir: pathlib.Path) -> int:
 
 
 def _setup(workdir: pathlib.Path, config: Config | None) -> Setup:
+    store.require_pyarrow()
     setup = prepare(read_config(workdir) if config is None else config)
     if setup.config.near_policy.schedule == "none":
         raise WorkdirError(f"{workdir}: near_policy.schedule is none; expected refresh or continuous: nothing is drawn ahead")

@@ -36,7 +36,9 @@ def open_source(setup: Setup, workdir: pathlib.Path, first: int, is_stop_asked: 
         on_lead(lambda: print(f"rollouts are drawn by another process, to be started beside this one: opdjax sample --store {workdir}"))
     if schedule == "none":
         yield OnPolicy(setup)
-    elif schedule == "refresh":
+        return
+    store.require_pyarrow()
+    if schedule == "refresh":
         yield Refresh(setup, workdir, is_stop_asked)
     else:
         source = Continuous(setup, workdir, first, is_stop_asked)

@@ -255,7 +255,8 @@ def _is_another_alive(process: str) -> bool:
 # Columns and bytes
 
 
-def _pyarrow() -> Any:
+def require_pyarrow() -> Any:
+    """The library that shards are written with; ImportError that says how to get it. To be asked before anything is drawn."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -265,14 +266,14 @@ def _pyarrow() -> Any:
 
 
 def _arrow_schema(stage: str) -> Any:
-    pa = _pyarrow()
+    pa = require_pyarrow()
     types = {name: pa.type_for_alias(column.type) for name, column in SCHEMAS[stage].items()}
     is_list = {name: column.per != "sample" for name, column in SCHEMAS[stage].items()}
     return pa.schema([(name, pa.list_(pa.field("element", of)) if is_list[name] else of) for name, of in types.items()])
 
 
 def _serialised(stage: str, number: int, columns: Mapping[str, Sequence], facts: Mapping[str, str | int]) -> bytes:
-    pa = _pyarrow()
+    pa = require_pyarrow()
     schema = _arrow_schema(stage)
     _require_fit(stage, columns, facts)
     arrays = [_array(columns[name], column, name) for name, column in SCHEMAS[stage].items()]
@@ -310,7 +311,7 @@ def _require_fit(stage: str, columns: Mapping[str, Sequence], facts: Mapping[str
 
 def _array(values: Sequence, column: Column, name: str) -> Any:
     """The column for Arrow; ValueError where a value does not fit its type."""
-    pa = _pyarrow()
+    pa = require_pyarrow()
     if column.per == "sample":
         cast = _cast(values, column.type, name)
         return pa.array(cast, mask=np.isnan(cast) if column.is_nullable else None)
@@ -333,7 +334,7 @@ def _cast(values: Any, type: str, name: str) -> np.ndarray:
 
 
 def _parsed(path: pathlib.Path, data: bytes) -> tuple[Any, dict[str, Any]]:
-    pa = _pyarrow()
+    pa = require_pyarrow()
     try:
         table = pa.parquet.read_table(pa.BufferReader(data))
         facts = json.loads((table.schema.metadata or {})[_KEY])
