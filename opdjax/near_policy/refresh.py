@@ -87,11 +87,15 @@ class Refresh:
         """See `Source`: what was drawn is stored."""
 
     def probe(self, step: int) -> TrainBatch:
-        """See `Source`."""
-        stored, config = self._stored, self._setup.config
-        count = sum(map(len, stored.samples))
-        chosen = _random(config.seed, stored.version, -1).permutation(count)[: min(_PROBED, config.rows_per_step)]
-        return self._packed(as_batch(self._setup, stored.samples, (), np.sort(chosen))[1], None)[0]
+        """See `Source`: random ones, as many as the rows of a step have room for."""
+        stored, seed = self._stored, self._setup.config.seed
+        chosen = _random(seed, stored.version, -1).permutation(sum(map(len, stored.samples)))[:_PROBED]
+        while True:
+            _, batch = as_batch(self._setup, stored.samples, (), chosen)
+            rows = first_fit_decreasing(packed_lengths(batch), stored.length)
+            if rows.max() < stored.capacity:
+                return self._packed(batch, rows)[0]
+            chosen = chosen[: len(chosen) // 2]
 
     def _load(self, step: int) -> Drawn:
         """The rows that this step of its epoch is dealt, in an order of the epoch's own."""
@@ -114,9 +118,8 @@ class Refresh:
         told |= filled | (stored.told if step == version else dict.fromkeys(drawn_tokens([], bool(stored.annotations)), 0.0))
         return Drawn(collate(setup.prompts, np.asarray(rollouts.prompt_id)), rollouts, batch, rows, told)
 
-    def _packed(self, batch: TrainBatch, rows: np.ndarray | None) -> tuple[TrainBatch, dict[str, float]]:
+    def _packed(self, batch: TrainBatch, rows: np.ndarray) -> tuple[TrainBatch, dict[str, float]]:
         train, shards, stored = self._setup.config.train, num_row_shards(self._setup.mesh), self._stored
-        rows = first_fit_decreasing(packed_lengths(batch), stored.length) if rows is None else rows
         packed, source = pack(
             batch, stored.length, parts=train.gradient_accumulation_steps, shards=shards, rows=rows, num_rows=stored.capacity
         )
