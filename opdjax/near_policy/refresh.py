@@ -197,25 +197,29 @@ def open_version(setup: Setup, workdir: pathlib.Path, timeline: Timeline, versio
     if config.near_policy.filter != "none":
         document = stages.select(setup, samples, annotations, directory, 0)
         kept, told = np.flatnonzero(document["kept"]), told | filter_metrics(document)
-        if not len(kept):
-            raise ConfigError(
-                f"near_policy.filter {config.near_policy.filter} keeps none of {len(document['kept'])} rollouts (opdjax inspect "
-                f"{directory}); widen near_policy.ifd_min and ifd_max"
-            )
+    steps = config.steps_per_epoch
+    if len(kept) < steps:
+        raise ConfigError(
+            f"near_policy.filter {config.near_policy.filter} keeps {len(kept)} of {len(document['kept'])} rollouts of version {version}, "
+            f"fewer than an epoch has steps, {steps} (opdjax inspect {directory}); widen near_policy.ifd_min and ifd_max"
+        )
     lengths = _lengths(setup, samples)[kept]
     length = config.train.pack_length or int(lengths.max())
-    rows = first_fit_decreasing(lengths, length) if config.train.pack_length else np.arange(len(kept), dtype=np.int32)
-    num_rows, steps = int(rows.max()) + 1, config.steps_per_epoch
-    if num_rows < steps:
-        raise ConfigError(
-            f"the {len(kept)} rollouts that are kept fill {num_rows} rows of {length} tokens, fewer than an epoch has steps, {steps}; "
-            "lower train.pack_length or raise train.prompts_per_step"
-        )
+    rows = _rows(lengths, length, steps) if config.train.pack_length else np.arange(len(kept), dtype=np.int32)
+    num_rows = int(rows.max()) + 1
     unit = config.train.gradient_accumulation_steps * num_row_shards(setup.mesh)
     capacity = -(-num_rows // steps // unit) * unit
     filled = f"in {num_rows} rows of {length} tokens, {lengths.sum() / (num_rows * length):.1%} filled"
     on_lead(lambda: print(f"rollouts of version {version}: {sum(map(len, samples))} drawn, {len(kept)} kept, {filled}"))
     return Stored(version, samples, annotations, kept, rows, length, capacity, told)
+
+
+def _rows(lengths: np.ndarray, length: int, steps: int) -> np.ndarray:
+    """The row of each rollout, packed; less full where an epoch would otherwise have fewer rows than steps."""
+    rows = first_fit_decreasing(lengths, length)
+    if rows.max() + 1 < steps:
+        rows = first_fit_decreasing(lengths, max(int(lengths.sum()) // steps, int(lengths.max())))
+    return rows if rows.max() + 1 >= steps else np.arange(len(lengths), dtype=np.int32)
 
 
 def _blocks(config: Config, num_prompts: int) -> list[np.ndarray]:
