@@ -9,6 +9,7 @@ from opdjax.plan.arithmetic import PROGRAMS, Plan
 from opdjax.plan.hlo import traffic
 
 _GIB, _MIB = 2**30, 2**20
+_AHEAD = "\nrollouts are drawn ahead; all is counted on the learner's devices, as if every step drew and scored its own"
 
 
 def text(plan: Plan, programs: list[Program] | None = None) -> str:
@@ -25,7 +26,9 @@ def _heading(plan: Plan) -> str:
     hosts = "1 host" if topology.hosts == 1 else f"{topology.hosts} hosts"
     mesh = " x ".join(f"{axis} {size}" for axis, size in workload.mesh.items())
     idle = topology.chips - workload.devices
-    rest = f"; {idle} devices are left idle" if idle else ""
+    generator = config.near_policy.generator_devices if config.near_policy.generator == "thread" else 0
+    rest = f"; {generator} devices generate" if generator else ""
+    rest += f"; {idle - generator} devices are left idle" if idle > generator else ""
     parts = config.train.gradient_accumulation_steps
     packed = f", packed into rows of {config.train.pack_length}" if config.train.pack_length else ""
     tokens = f"{workload.prompt_columns} + {config.sampling.max_completion_length} tokens{packed}"
@@ -33,6 +36,7 @@ def _heading(plan: Plan) -> str:
         f"{topology.name}: {topology.chips} devices of {topology.chip.hbm_bytes / _GIB:.2f} GiB, {hosts}; mesh {mesh}{rest}\n"
         f"a step: {config.rows_per_step} rows of {tokens}; on a device "
         f"{workload.rows} rows, {workload.micro_rows} at a time ({parts} micro-batches)"
+        f"{'' if config.near_policy.schedule == 'none' else _AHEAD}"
     )
 
 

@@ -79,7 +79,9 @@ class Workload:
 
 def read_workload(config: Config, topology: Topology) -> Workload:
     """The run that `config` describes, on `topology`; ConfigError where its mesh, its rows or its models do not divide."""
-    mesh = mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, topology.chips, topology.name)
+    near = config.near_policy
+    available = topology.chips - (near.generator_devices if near.generator == "thread" else 0)
+    mesh = mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, available, topology.name)
     require_rows_divide(config, mesh["data"] * mesh["fsdp"])
     recipe, _ = bind(config.estimator.recipe, config.estimator.options)
     shape_of = partial(_shape, mesh=mesh, backend=topology.backend)

@@ -6,10 +6,11 @@ import pathlib
 import huggingface_hub
 import pytest
 
-from opdjax.config import Config, EvaluationConfig, MeshConfig, ModelConfig, TrainConfig
+from opdjax.config import Config, EvaluationConfig, MeshConfig, ModelConfig, NearPolicyConfig, TrainConfig
 from opdjax.fields import ConfigError
 from opdjax.models.hf import CheckpointError, load_params, open_checkpoint
 from opdjax.plan.arithmetic import foresee
+from opdjax.plan.table import text
 from opdjax.plan.topology import topology
 from opdjax.plan.workload import read_workload
 
@@ -21,6 +22,14 @@ def test_sizes_of_a_run(run_of):
     assert (workload.prompt_columns, workload.columns) == (16, 32)  # prompts are padded as the run pads them
     assert workload.dtype == "bfloat16"  # of an accelerator, whatever machine plans
     assert workload.needs == "vocabulary"
+
+
+def test_a_generator_in_the_process_leaves_the_learner_fewer_devices(run_of):
+    near_policy = NearPolicyConfig(schedule="continuous", max_staleness=2, generator="thread", generator_devices=4)
+    workload = run_of("v5e-8", near_policy=near_policy)
+    assert workload.devices == 4
+    assert "; 4 devices generate\n" in text(foresee(workload))
+    assert "rollouts are drawn ahead" in text(foresee(workload))
 
 
 def test_a_config_json_alone_is_enough(model):
