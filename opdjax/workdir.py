@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Any
+from typing import Any, BinaryIO
 
 from opdjax.config import MINI_STUDENT, MINI_TEACHER, Config
 from opdjax.fields import differences, from_dict, to_dict
@@ -188,9 +188,25 @@ def _row(line: bytes, place: str) -> dict[str, Any]:
 
 
 def append_lines(file: pathlib.Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows to a JSONL file and hand them to the system."""
-    with file.open("a") as out:
-        out.writelines(json.dumps(row) + "\n" for row in rows)
+    """Add rows to a JSONL file and hand them to the system, in the place of a last line that was cut off in mid-write."""
+    with file.open("a+b") as out:
+        end = _end_of_rows(out)
+        if end < out.seek(0, os.SEEK_END):
+            out.truncate(end)
+        out.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def _end_of_rows(file: BinaryIO) -> int:
+    """Where the last complete line ends."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(end - 4096, 0)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
 
 
 def cut_lines(file: pathlib.Path, last_step: int) -> None:

@@ -41,15 +41,17 @@ class Timeline:
         on_lead(lambda: append_lines(self._file, [row]))
 
 
-def produce(setup: Setup, workdir: pathlib.Path, timeline: Timeline, step: int, version: int, params: Callable[[], Params]) -> None:
-    """Draw the rollouts of a step and have the teacher read them, as far as that is not stored already."""
+def produce(setup: Setup, workdir: pathlib.Path, timeline: Timeline, step: int, version: int, params: Callable[[], Params]) -> bool:
+    """Draw the rollouts of a step and have the teacher read them, as far as that is not stored already; whether any were drawn."""
     directory = store.version_directory(workdir, version)
-    if readable(directory, "samples", step) is None:
+    is_missing = readable(directory, "samples", step) is None
+    if is_missing:
         with timeline.span("generate", step, version):
             stages.generate(setup, params(), prompts_of(setup, step), directory, number=step, step=step, version=version)
     if stages.is_annotated(setup.config) and readable(directory, "annotations", step) is None:
         with timeline.span("annotate", step, version):
             stages.annotate(setup, read(directory, "samples", step), directory)
+    return is_missing
 
 
 def read(directory: pathlib.Path, stage: str, number: int) -> Shard:

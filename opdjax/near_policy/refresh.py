@@ -203,8 +203,9 @@ def open_version(setup: Setup, workdir: pathlib.Path, timeline: Timeline, versio
             f"near_policy.filter {config.near_policy.filter} keeps {len(kept)} of {len(document['kept'])} rollouts of version {version}, "
             f"fewer than an epoch has steps, {steps} (opdjax inspect {directory}); widen near_policy.ifd_min and ifd_max"
         )
-    lengths = _lengths(setup, samples)[kept]
-    length = config.train.pack_length or int(lengths.max())
+    lengths = _lengths(setup, samples)
+    length = config.train.pack_length or int(lengths.max())  # of what was left out too: a probe reads it
+    lengths = lengths[kept]
     rows = _rows(lengths, length, steps) if config.train.pack_length else np.arange(len(kept), dtype=np.int32)
     num_rows = int(rows.max()) + 1
     unit = config.train.gradient_accumulation_steps * num_row_shards(setup.mesh)

@@ -15,7 +15,7 @@ from opdjax.models.decoder import Params
 from opdjax.near_policy import stages, store, weights
 from opdjax.near_policy.buffer import BufferClosedError, RolloutBuffer
 from opdjax.near_policy.generator import Timeline, drawn_by, produce, readable
-from opdjax.near_policy.refresh import annotate_missing, generate_missing, is_complete, require_prompts
+from opdjax.near_policy.refresh import annotate_missing, generate_missing, is_complete, require_prompts, version_of
 from opdjax.near_policy.store import ShardError
 from opdjax.prepare import Setup, facts, initial_weights, prepare
 from opdjax.workdir import WorkdirError, claim, locked, read_config
@@ -71,7 +71,8 @@ class _Draws:
         """All prompts of an epoch, for each version that the schedule names."""
         setup, workdir = self._setup, self._workdir
         require_prompts(setup.config, len(setup.prompts))
-        for version in setup.config.refresh_steps if self._goes_on else (0,):
+        current = version_of(setup.config, self._first())  # those before it are trained on already
+        for version in (v for v in setup.config.refresh_steps if v >= current) if self._goes_on else (0,):
             if not is_complete(setup, workdir, version):
                 if not self._wait_for(version):
                     return
@@ -83,7 +84,8 @@ class _Draws:
         """The rollouts of one step after the other."""
         setup, near = self._setup, self._setup.config.near_policy
         buffer = RolloutBuffer(near.max_staleness, near.lag, lambda: self._look(buffer))
-        for step in range(setup.config.train.num_steps if self._goes_on else near.max_staleness + 1):
+        # What is trained on already is not drawn again, should somebody have removed it.
+        for step in range(self._first(), setup.config.train.num_steps if self._goes_on else near.max_staleness + 1):
             version = drawn_by(self._workdir, setup, step)
             if version is not None and readable(store.version_directory(self._workdir, version), "samples", step) is None:
                 store.shards(store.version_directory(self._workdir, version), "samples")[step].unlink()
@@ -94,8 +96,7 @@ class _Draws:
                         version = buffer.admit(step)
                 except BufferClosedError:
                     return
-            produce(setup, self._workdir, self._timeline, step, version, lambda: self._weights(version))  # noqa: B023
-            self.num_stored += 1
+            self.num_stored += produce(setup, self._workdir, self._timeline, step, version, lambda: self._weights(version))  # noqa: B023
 
     def _look(self, buffer: RolloutBuffer) -> tuple[list[int], list[int]]:
         if self._is_over():
@@ -109,6 +110,11 @@ class _Draws:
                 return False
             time.sleep(_SECONDS_BETWEEN_LOOKS)
         return True
+
+    def _first(self) -> int:
+        """The update that the learner continues from if it is started now."""
+        saved = (path.name for path in (self._workdir / "checkpoints").glob("*"))
+        return max((int(name) for name in saved if name.isdecimal()), default=0)
 
     def _is_over(self) -> bool:
         return (self._workdir / "result.json").exists()

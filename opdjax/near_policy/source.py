@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Callable, Iterator
 
@@ -21,8 +22,8 @@ from opdjax.near_policy.buffer import BufferClosedError, RolloutBuffer
 from opdjax.near_policy.generator import Generator, Timeline, drawn_by, produce, read, readable, where_stored
 from opdjax.near_policy.loading import as_batch, drawn_tokens, filter_metrics, without
 from opdjax.near_policy.refresh import Refresh
-from opdjax.near_policy.store import ShardError
-from opdjax.prepare import Setup, with_credit
+from opdjax.near_policy.store import Shard, ShardError
+from opdjax.prepare import Setup, initial_weights, with_credit
 from opdjax.processes import InterruptedRunError, on_lead
 from opdjax.rollouts import Drawn, OnPolicy, Source, packed, prompts_of
 from opdjax.types import TrainBatch
@@ -120,8 +121,9 @@ class Continuous:
                 f"stopped while waiting for rollouts of step {self._taken}; the same command continues {self._workdir}"
             )
         reach = self._taken + self._setup.config.near_policy.max_staleness + 1
-        found = (step for step in range(self._taken, min(reach, self._steps.stop)) if step not in self._buffer)
-        return [], [step for step in found if where_stored(self._workdir, self._setup, step) is not None]
+        missing = (step for step in range(self._taken, min(reach, self._steps.stop)) if step not in self._buffer)
+        # They come in their order: those after the first that is not there need not be looked for.
+        return [], list(itertools.takewhile(lambda step: where_stored(self._workdir, self._setup, step) is not None, missing))
 
     def _draw_with(self, version: int, weights_of: Callable[[], Params], timer: Timer) -> None:
         """All steps that these weights are the ones for."""
@@ -135,40 +137,45 @@ class Continuous:
                 self._buffer.put(step)
 
     def _adopt(self, first: int) -> None:
-        """Take over what is stored of the steps to come; what is damaged is made again where its inputs can be had again."""
-        near, is_annotated = self._setup.config.near_policy, stages.is_annotated(self._setup.config)
+        """Take over what is stored of the steps to come; what is damaged is drawn again where its weights can be had again."""
+        is_fixed = self._setup.config.near_policy.lag == "fixed"
         for step in self._steps:
-            version = drawn_by(self._workdir, self._setup, step)
-            if version is None:
-                self._require_weights(step, first)
-                return
-            directory = store.version_directory(self._workdir, version)
+            version, wanted, reason = drawn_by(self._workdir, self._setup, step), self._buffer.wanted(step), None
             try:
-                samples = read(directory, "samples", step)
-            except ShardError:
-                if near.lag == "fixed" and version < first:
-                    raise
-                store.shards(directory, "samples")[step].unlink()
-                continue
-            if is_annotated and readable(directory, "annotations", step) is None:
-                stages.annotate(self._setup, samples, directory)
-            self._buffer.put(step)
+                self._samples(step, version)
+            except ShardError as error:
+                reason = error
+            if reason is None:
+                self._buffer.put(step)
+            elif is_fixed and wanted < first:
+                if wanted:
+                    raise ShardError(
+                        f"{reason}; the weights of {wanted} updates that drew them are gone, for the run continues from {first}: put the "
+                        "file back or start in a new work directory"
+                    ) from reason
+                produce(self._setup, self._workdir, self._timeline, step, 0, lambda: initial_weights(self._setup))
+                self._buffer.put(step)
+            elif version is not None and not is_fixed:  # other weights may draw it now; in its own place a new one replaces it
+                store.shards(store.version_directory(self._workdir, version), "samples")[step].unlink()
 
-    def _require_weights(self, step: int, first: int) -> None:
-        """ShardError where a step's rollouts are missing and so are the weights that it must be drawn with."""
-        near, wanted = self._setup.config.near_policy, self._buffer.wanted(step)
-        if near.lag == "fixed" and wanted < first:
-            raise ShardError(
-                f"{self._workdir / 'rollouts'} has no rollouts of step {step}, and the weights of {wanted} updates that drew them are "
-                f"gone: the run continues from {first}; put the files back or start in a new work directory"
-            )
+    def _samples(self, step: int, version: int | None) -> Shard:
+        if version is None:
+            raise ShardError(f"{self._workdir / 'rollouts'} has no rollouts of step {step}")
+        return read(store.version_directory(self._workdir, version), "samples", step)
+
+    def _annotations(self, samples: Shard, directory: pathlib.Path, step: int) -> Shard:
+        """What the teacher said of them, who is asked again where that is damaged."""
+        found = readable(directory, "annotations", step)
+        if found is None:
+            stages.annotate(self._setup, samples, directory)
+        return found or read(directory, "annotations", step)
 
     def _load(self, step: int) -> Drawn:
         """What the update is made of, from its files."""
         setup, near = self._setup, self._setup.config.near_policy
-        directory = store.version_directory(self._workdir, where_stored(self._workdir, setup, step))
-        samples = read(directory, "samples", step)
-        annotations = [read(directory, "annotations", step)] if stages.is_annotated(setup.config) else []
+        samples = self._samples(step, drawn_by(self._workdir, setup, step))
+        directory = samples.path.parent
+        annotations = [self._annotations(samples, directory, step)] if stages.is_annotated(setup.config) else []
         rollouts, batch = as_batch(setup, [samples], annotations)
         # Numbers drawn for a step are named after it, however old the weights were that drew its tokens.
         batch, told = with_credit(setup, batch, dataclasses.replace(rollouts, policy_version=np.full(len(samples), step, np.int32)))

@@ -133,7 +133,7 @@ def write_shard(
     """
     data = _serialised(stage, number, columns, facts)
     name = f"{stage}-{number:08}.{hashlib.sha256(data).hexdigest()[:16]}.parquet"
-    path = _write_whole(directory / name, data)
+    path = write_whole(directory / name, data)
     for other in directory.glob(f"{stage}-{number:08}.*.parquet"):
         if other != path:
             other.unlink(missing_ok=True)
@@ -171,7 +171,7 @@ def read_shard(path: pathlib.Path) -> Shard:
 
 def write_filter(directory: pathlib.Path, number: int, document: Mapping[str, Any]) -> pathlib.Path:
     """Write which samples are kept, whole or not at all; StorageError where the system does not take the file."""
-    return _write_whole(directory / _filter_name(number), (json.dumps(document, allow_nan=False) + "\n").encode())
+    return write_whole(directory / _filter_name(number), (json.dumps(document, allow_nan=False) + "\n").encode())
 
 
 def read_filter(directory: pathlib.Path, number: int) -> dict[str, Any]:
@@ -192,8 +192,8 @@ def _filter_name(number: int) -> str:
 # Whole files
 
 
-def _write_whole(path: pathlib.Path, data: bytes) -> pathlib.Path:
-    """The file appears under its name once all of its bytes are on the disk, and never before."""
+def write_whole(path: pathlib.Path, data: bytes) -> pathlib.Path:
+    """The file appears under its name once all of its bytes are on the disk, and never before; StorageError where it cannot."""
     partial = path.with_name(f"{path.name}.partial-{platform.node()}-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

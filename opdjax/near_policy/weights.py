@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
-from safetensors.flax import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.flax import load_file, save
 
 from opdjax.models.decoder import Params
 from opdjax.models.layout import shardings_of
+from opdjax.near_policy.store import ShardError, write_whole
 from opdjax.processes import on_lead
 from opdjax.sharding import to_host
 
@@ -26,15 +27,12 @@ def published(workdir: pathlib.Path) -> list[int]:
 
 
 def publish(workdir: pathlib.Path, version: int, params: Params, keep_from: int) -> None:
-    """Write the weights after `version` updates, and drop those of versions before `keep_from`."""
+    """Write the weights after `version` updates, and drop those of versions before `keep_from`; StorageError where there is no room."""
     params = to_host(params)
 
     def write():
         directory = _directory(workdir)
-        directory.mkdir(parents=True, exist_ok=True)
-        partial = directory / f"{version:08}.partial-{os.getpid()}"
-        save_file(flatten_dict(params, sep="."), partial)
-        partial.replace(directory / f"{version:08}.safetensors")
+        write_whole(directory / f"{version:08}.safetensors", save(flatten_dict(params, sep=".")))
         for old in published(workdir):
             if old < keep_from:
                 (directory / f"{old:08}.safetensors").unlink(missing_ok=True)
@@ -44,5 +42,9 @@ def publish(workdir: pathlib.Path, version: int, params: Params, keep_from: int)
 
 def fetch(workdir: pathlib.Path, version: int, mesh: Mesh, split_over: tuple[str, ...]) -> Params:
     """The weights of a version, laid on the mesh; FileNotFoundError where they are not, or no longer, there."""
-    params = unflatten_dict(load_file(_directory(workdir) / f"{version:08}.safetensors"), sep=".")
+    path = _directory(workdir) / f"{version:08}.safetensors"
+    try:
+        params = unflatten_dict(load_file(path), sep=".")
+    except SafetensorError as error:
+        raise ShardError(f"{path} is damaged: {error}; restart the learner, which publishes its weights again") from error
     return jax.device_put(params, shardings_of(params, mesh, split_over))
