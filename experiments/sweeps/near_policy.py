@@ -56,7 +56,6 @@ NEAR_POLICY = {
 ABLATIONS = {
     "npd_no_packing": near(pack_length=None),
     "npd_no_refresh": near(near_policy=refreshed()),
-    "npd_2_refreshes": near(near_policy=refreshed(3, 6)),
     "npd_9_refreshes": near(near_policy=refreshed(*range(1, 10))),
     # The paper's upper bound drops nothing here; one that drops a tenth of what the lower one leaves, and one without the lower.
     "npd_quantile": near(near_policy=NearPolicyConfig("refresh", num_epochs=10, refresh_epochs=(5,), filter="ifd", ifd_quantile=0.9)),
@@ -66,15 +65,17 @@ ABLATIONS = {
 }
 # The same of NPD without its filter, at that one's rate.
 NO_FILTER_ABLATIONS = {
+    "no_filter_no_packing": near(near_policy=NO_FILTER, pack_length=None),
     "no_filter_no_refresh": near(near_policy=refreshed(filter="none")),
-    "no_filter_2_refreshes": near(near_policy=refreshed(3, 6, filter="none")),
     "no_filter_9_refreshes": near(near_policy=refreshed(*range(1, 10), filter="none")),
 }
 KD_WEIGHTS = {f"npd_lambda_{weight:g}": near(EstimatorConfig(recipe="npd", kd_weight=weight, support_top_k=10)) for weight in (0.5, 1.0)}
 TOP_K = {f"npd_k_{k}": near(EstimatorConfig(recipe="npd", kd_weight=0.9, support_top_k=k)) for k in (1, 3, 100)}
 METHODS = ON_POLICY | NEAR_POLICY | ABLATIONS | NO_FILTER_ABLATIONS | KD_WEIGHTS | TOP_K
 
-GRID = (1e-4, 3e-4, 1e-3, 3e-3)
+# The best rate of a sampled-token reward lies lower than that of an exact divergence (sweeps/white_box.py).
+GRID = (3e-4, 1e-3, 3e-3)
+SAMPLED_GRID = (1e-4, 3e-4, 1e-3)
 BEST_RATE: dict[str, float] = {}
 NUM_SEEDS = 3
 
@@ -83,10 +84,14 @@ BASE = Config(
     sampling=SamplingConfig(num_generations=1, max_completion_length=24),
     optimizer=OptimizerConfig(learning_rate=3e-4, schedule="cosine", warmup_steps=5, b2=0.98, max_grad_norm=1.0),
     train=TrainConfig(num_steps=100, prompts_per_step=64),
-    evaluation=EvaluationConfig(num_prompts=512, num_samples=8, max_completion_length=24, every=20),
+    evaluation=EvaluationConfig(num_prompts=256, num_samples=8, max_completion_length=24, every=25),
     log=LogConfig(samples_every=0),
 )
-VALIDATION = product(vary("evaluation.source", {"validation": "arithmetic:validation"}), vary("evaluation.every", (0,)))
+VALIDATION = product(
+    vary("evaluation.source", {"validation": "arithmetic:validation"}),
+    vary("evaluation.every", (0,)),
+    vary("evaluation.num_prompts", (512,)),
+)
 
 
 def method(name: str):
@@ -106,7 +111,8 @@ def at_its_rate(name: str):
 
 def grid_of(name: str):
     """The rates from which one method's best is chosen."""
-    return product(method(name), vary("optimizer.learning_rate", GRID), VALIDATION, seeds(1, first=100))
+    rates = SAMPLED_GRID if name in ("sft", "opd", "vopd") else GRID
+    return product(method(name), vary("optimizer.learning_rate", rates), VALIDATION, seeds(1, first=100))
 
 
 def get_sweep() -> list[SweepPoint]:
