@@ -1,7 +1,7 @@
 """What the near-policy sweep says: python scripts/near_policy_study.py RUNS [--out experiments/results/near_policy]
 
-Reads the runs of experiments/sweeps/near_policy.py and writes OUT.md and OUT.json. While BEST_RATE in the sweep file is empty
-it prints the best rates of the grid instead; where it differs from the grid it refuses.
+Reads the runs of experiments/sweeps/near_policy.py and writes OUT.md and OUT.json. Where BEST_RATE in the sweep
+file differs from what the grid says, it prints the grid and refuses.
 """
 
 import argparse
@@ -302,7 +302,7 @@ always the same draws. The untrained student: avg@8 {start:.3f}. `sft`, `opd`, `
 every update's prompts answered anew, `sft` by the teacher; the others store answers of all 640 prompts before the first epoch
 and before the sixth, with what the teacher says of them. `npd` is the setting of the paper: 0 <= Delta <= 0.8, lambda 0.9,
 k 10, packed rows (of {pack} tokens here). Its variants change one setting: `npd_random` keeps as many as the filter, whichever;
-`npd_quantile` drops the upper tenth of what the lower bound leaves, `npd_upper_only` the upper tenth of all;
+`npd_upper_only` drops the upper tenth of Delta and nothing below;
 `npd_no_kd` is cross-entropy on what the filter kept; `npd_9_refreshes` has one before every epoch; `no_filter_…` keep all.
 
 "±" is half a 95 % interval over paired seeds (Student's t; {seeds} seeds). All runs train on the same 640 prompts and answer the same

@@ -39,7 +39,7 @@ CORRECTED = {
     "reverse_prefix": EstimatorConfig(recipe="full_kl", divergence="reverse", importance="prefix_truncate"),
 }
 LAGS = (0, 8, 32)
-RATE = 1e-3
+RATE = 3e-4
 NUM_SEEDS = 3
 
 BASE = Config(
