@@ -6,8 +6,9 @@
     hf:NAME[@CONFIG]#SPLIT              a dataset of the hub, or a directory: of data files, or written by save_to_disk
     tfds:NAME[/CONFIG][:VERSION]#SPLIT  a TFDS builder, prepared on first use in its TFDS_DATA_DIR, or a builder's directory
 
-SPLIT may be a slice in the notation of the library, such as `train[:10%]`. A text that begins with `/`, `.` or `~` is always
-a directory. The last two read through `datasets` and through the random access of TFDS, which needs no TensorFlow.
+SPLIT may be a slice in the notation of the library, such as `train[:10%]`, of the built-in task one of rows, such as
+`train[:640]`. A text that begins with `/`, `.` or `~` is always a directory. The last two read through `datasets` and through
+the random access of TFDS, which needs no TensorFlow.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import glob
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -129,12 +131,13 @@ def _json_object(line: bytes, place: str) -> dict[str, Any]:
     return row
 
 
-def _arithmetic(split: str, columns: Columns) -> Rows:
+def _arithmetic(text: str, columns: Columns) -> Rows:
+    split, start, end = re.fullmatch(r"(.*?)(?:\[(\d*):(\d*)\])?", text, re.DOTALL).groups()
     try:
         problems = arithmetic.problems(split)
     except ValueError as error:
         raise DataError(str(error)) from error
-    for number, problem in enumerate(problems):
+    for number, problem in list(enumerate(problems))[slice(int(start or 0), int(end or len(problems)))]:
         row = {"prompt": problem.prompt, "answer": problem.answer, "reference": problem.reference}
         yield f"arithmetic:{split}, row {number}", row
 

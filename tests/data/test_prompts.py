@@ -62,6 +62,8 @@ def test_the_built_in_task_as_a_source():
     for row in rows[:20]:
         assert row.references[0].endswith(f"#{row.answer}")
         assert eval(row.prompt.removesuffix("=")) == int(row.answer)
+    assert read_prompts("arithmetic:validation[:3]") == rows[:3]
+    assert read_prompts("arithmetic:validation[1020:]") == rows[1020:]
 
 
 MALFORMED = {
@@ -122,6 +124,7 @@ def test_an_empty_file_is_refused(write, lines):
         ("gsm8k", r"data source 'gsm8k' is not known; expected arithmetic:SPLIT, a \.jsonl file, parquet:PATH, hf:"),
         ("huggingface:gsm8k", r"data source 'huggingface:gsm8k' is not known; expected arithmetic:SPLIT"),
         ("rows.csv", r"data source 'rows\.csv' is not known"),
+        ("arithmetic:test[:10%]", r"arithmetic has no split 'test\[:10%\]'"),
         ("arithmetic:tset", r"arithmetic has no split 'tset'; expected one of \['test', 'train', 'validation'\]"),
     ],
 )

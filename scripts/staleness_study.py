@@ -1,0 +1,158 @@
+"""What the staleness sweep says: python scripts/staleness_study.py RUNS [--out experiments/results/staleness]
+
+Reads the runs of experiments/sweeps/staleness.py and writes OUT.md and OUT.json.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+
+from benchmark_vocab import cpu_model
+from near_policy_study import load_sweep, median_of
+from white_box_study import markdown, paired, spread
+
+from opdjax.results import Run, read_points, read_run
+
+ROOT = pathlib.Path(__file__).parents[1]
+# What an estimator without a correction is compared with at the same lag: (left, right, what the difference is of).
+QUESTIONS = (
+    ("forward", "reverse", "direction, exact and recomputed"),
+    ("cached_forward", "cached_reverse", "direction, on the ten ids stored"),
+    ("reverse", "vopd", "exact in place of sampled, reverse"),
+    ("cached_reverse", "reverse", "stored ids in place of all, reverse"),
+    ("cached_forward", "forward", "stored ids in place of all, forward"),
+    ("opd_token_truncate", "opd", "truncated ratio of the token"),
+    ("opd_sequence_mask", "opd", "masked ratio of the sequence"),
+    ("vopd_token_truncate", "vopd", "truncated ratio of the token"),
+    ("reverse_prefix", "reverse", "truncated ratio of the prefix"),
+)
+
+
+def numbers(run: Run) -> dict:
+    """The numbers of one run; what is said of staleness is the median of the last twenty steps."""
+    last = lambda name: median_of(run.column(name)[-20:])  # noqa: E731
+    return {
+        **{name: run.score(name) for name in ("avg@k", "greedy", "pass@k")},
+        "start": run.result["eval_before"]["avg@k"],
+        "behavior_kl": last("staleness/kl"),
+        "sample_size": last("staleness/effective_sample_size"),
+        "grad_norm": run.median("grad/norm"),
+        "commit": run.environment["commit"],
+    }
+
+
+def read_all(directory: pathlib.Path) -> tuple[list[dict], list[str]]:
+    rows, missing = [], []
+    for point in read_points(directory):
+        if point.status != "done":
+            missing.append(point.id)
+            continue
+        lag = point.config["near_policy"]["max_staleness"]
+        named = {"id": point.id, "estimator": point.overrides["estimator"], "lag": lag, "seed": point.config["seed"]}
+        rows.append(named | numbers(read_run(point.workdir)))
+    return rows, missing
+
+
+def pick(rows: list[dict], estimator: str, lag: int) -> list[dict]:
+    return sorted((row for row in rows if (row["estimator"], row["lag"]) == (estimator, lag)), key=lambda row: row["seed"])
+
+
+def column_table(rows: list[dict], names, lags, column: str) -> str:
+    lines = [[f"`{name}`", *(spread(pick(rows, name, lag), column) for lag in lags)] for name in names]
+    return markdown(["estimator", *(f"lag {lag}" for lag in lags)], lines)
+
+
+def lost_table(rows: list[dict], names, lags) -> str:
+    """avg@8 at a lag less that at lag 0, of the same estimator without its correction."""
+    lines = []
+    for name in names:
+        plain = pick(rows, name if pick(rows, name, 0) else name.partition("_")[0], 0)
+        lines.append([f"`{name}`", *(difference(plain, pick(rows, name, lag)) for lag in lags if lag)])
+    return markdown(["estimator", *(f"lag {lag} less lag 0" for lag in lags if lag)], lines)
+
+
+def difference(left: list[dict], right: list[dict]) -> str:
+    """Of avg@8, right less left, paired by seed."""
+    middle, half, count = paired(left, right, "avg@k")
+    return "" if not count else f"{middle:+.3f}" if math.isinf(half) else f"{middle:+.3f} ± {half:.3f}"
+
+
+def question_table(rows: list[dict], lags) -> str:
+    lines = []
+    for left, right, what in QUESTIONS:
+        cells = [difference(pick(rows, right, lag), pick(rows, left, lag)) for lag in lags]
+        lines.append([what, f"`{left}` less `{right}`", *cells])
+    return markdown(["of what", "avg@8", *(f"lag {lag}" for lag in lags)], lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=pathlib.Path)
+    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "experiments" / "results" / "staleness")
+    args = parser.parse_args()
+    sweep = load_sweep("staleness")
+    rows, missing = read_all(args.runs)
+    names, lags = (*sweep.PLAIN, *sweep.CORRECTED), sweep.LAGS
+    attempts = [json.loads(line) for file in args.runs.glob("*/attempts.jsonl") for line in file.read_text().splitlines()]
+    text = TEXT.format(
+        runs=len(rows), missing=", ".join(missing) or "none", minutes=sum(row.get("seconds", 0.0) for row in attempts) / 60,
+        commits=", ".join(sorted({row["commit"][:10] for row in rows})), machine=cpu_model(), start=rows[0]["start"], rate=sweep.RATE,
+        seeds=len({row["seed"] for row in rows}), scores=column_table(rows, names, lags, "avg@k"), lost=lost_table(rows, names, lags),
+        questions=question_table(rows, lags), kl=column_table(rows, names, lags, "behavior_kl"),
+        sizes=column_table(rows, names, lags, "sample_size"), greedy=column_table(rows, names, lags, "greedy"),
+    )  # fmt: skip
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.with_suffix(".md").write_text(text)
+    args.out.with_suffix(".json").write_text(json.dumps({"runs": rows, "missing": missing}, indent=1) + "\n")
+    print(text)
+
+
+TEXT = """# Old rollouts on the mini pair
+
+    opdjax sweep experiments/sweeps/staleness.py --workdir runs/staleness --jobs 2
+    python scripts/staleness_study.py runs/staleness
+
+{runs} runs at commit {commits}, {minutes:.0f} minutes of runs added up (two at a time, one core each, other work beside them); missing
+points: {missing}. Machine: {machine}, two cores.
+Every run: 100 updates of 64 answers, learning rate {rate:g} for all, constant after five steps; 256 test prompts, 8 samples each at
+T = 1, always the same draws. The untrained student: avg@8 {start:.3f}. At lag L every answer was drawn by the weights of L updates
+before (in the first L updates: by the start). `reverse`, `forward`: the exact divergence, recomputed; `cached_…`: the
+same on the ten ids that the teacher's stored answer holds (reverse: renormalised on both sides); `…_token_truncate`: min(rho, 2);
+`…_sequence_mask`: the ratio of the sequence, nothing above 3; `…_prefix`: the ratio of the tokens before, at most 2.
+
+"±" is half a 95 % interval over {seeds} paired seeds (Student's t). One rate for all does not compare the estimators at their best:
+what is compared is what a lag costs each.
+
+## avg@8 at the end
+
+{scores}
+
+Greedy:
+
+{greedy}
+
+## What the lag costs
+
+Beside lag 0 of the same estimator, without its correction.
+
+{lost}
+
+## Direction, sampling, storage and correction, each alone
+
+{questions}
+
+## How old the rollouts were
+
+KL(student ‖ behaviour) = mean(rho log rho - rho + 1), nats a token, median of the last twenty steps:
+
+{kl}
+
+Effective sample size of the sequence ratios, as a share of the sequences:
+
+{sizes}
+"""
+
+
+if __name__ == "__main__":
+    main()
