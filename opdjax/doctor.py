@@ -59,7 +59,18 @@ def check_settings(setup: Setup) -> list[Finding]:
     """The checks that need no forward pass."""
     if not reads_scores(setup.config):
         setup = _alone(setup)
-    return [_tokenizers(setup), _stop_tokens(setup), _chat_template(setup), _sampling_filter(setup)]
+    return [_tokenizers(setup), _stop_tokens(setup), _chat_template(setup), _sampling_filter(setup), *_staleness(setup)]
+
+
+def _staleness(setup: Setup) -> list[Finding]:
+    """A warning where tokens of an older policy are weighed as if they were the student's own."""
+    config, near = setup.config, setup.config.near_policy
+    recipe, options = bind(config.estimator.recipe, config.estimator.options)
+    is_stale = near.schedule == "refresh" or near.max_staleness > 0
+    if not (is_stale and recipe.is_policy_gradient and options.get("importance", "none") == "none"):
+        return []
+    why = f"recipe {config.estimator.recipe!r} weighs tokens that an older policy drew as its own, so its gradient is biased"
+    return [Finding("staleness", "warning", f"{why}; set estimator.importance, or use a divergence, which draws no token")]
 
 
 def check_first_step(setup: Setup, batch: TrainBatch, rollouts: Rollouts, prompts: PromptBatch, metrics: Metrics) -> list[Finding]:

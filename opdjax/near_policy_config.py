@@ -26,7 +26,9 @@ class NearPolicyConfig:
     # its config; free with the newest there are
     lag: Literal["fixed", "free"] = "fixed"
     # Who draws: inline, this process between updates, on the same devices; thread, beside the updates on devices of its own;
-    # process, another process on this or another machine (opdjax sample --store WORKDIR), through files of the work directory
+    # process, another process on this or another machine (opdjax sample --store WORKDIR), through files of the work directory.
+    # A thread holds two versions of the weights: under a fixed lag the learner waits when it is two versions ahead of what is being
+    # drawn, however much is stored; under a free one it never waits with stored rollouts at hand
     generator: Literal["inline", "thread", "process"] = "inline"
     generator_devices: int = 1  # thread: the last so many devices of this process draw, mesh.* splits the others
     # Samples kept: all; ifd, those with ifd_min <= IFD_teacher - IFD_student <= ifd_max; random, as many as ifd would keep, whichever

@@ -105,6 +105,9 @@ def _learner_devices(config: Config) -> list[jax.Device] | None:
     is_shared_out = near.generator_devices < available and near.generator_devices % tensor == 0
     expected = f"a multiple of mesh.tensor, {tensor}, and fewer than the {available} devices that there are: the others update the student"
     require(is_shared_out, "near_policy.generator_devices", near.generator_devices, expected)
+    slots, shards = config.sampling.slots, near.generator_devices // tensor
+    expected = f"a multiple of {shards}, the devices that rows are split over where they are drawn (near_policy.generator_devices)"
+    require(slots is None or slots % shards == 0, "sampling.slots", slots, expected)
     return jax.devices()[: -near.generator_devices]
 
 

@@ -51,7 +51,7 @@ class Source(Protocol):
     def look_ahead(self, step: int) -> None:
         """The update before `step` is under way: do on the host what can be done for this one, if there is one."""
 
-    def settle(self, version: int) -> None:
+    def settle(self, version: int, timer: Timer) -> None:
         """Return once everything drawn by weights older than `version` is where a run that is killed finds it again."""
 
     def probe(self, step: int) -> TrainBatch | None:
@@ -84,7 +84,7 @@ class OnPolicy:
         self.params = None  # the old weights are let go before there are new ones
         self._following = prompts_of(self._setup, step)
 
-    def settle(self, version: int) -> None:
+    def settle(self, version: int, timer: Timer) -> None:
         """See `Source`: nothing is drawn ahead."""
 
     def probe(self, step: int) -> None:
@@ -167,9 +167,8 @@ def scored(setup: Setup, batch: TrainBatch, needs: str) -> tuple[TrainBatch, Hea
     """The batch on the devices with what a recipe needs of the teacher where it is not there yet, and the teacher's head where the
     recipe wants to use it.
     """
-    batch, found = shard_rows(batch, setup.mesh), batch.teacher
-    has_all = found is not None and {"token": found.token_logprobs, "top_k": found.top_ids}.get(needs) is not None
-    if needs == "none" or has_all:
+    is_missing, batch = _is_unscored(batch, needs), shard_rows(batch, setup.mesh)
+    if not is_missing:
         return batch, None
     teacher, estimator = setup.teacher, setup.config.estimator
     parts = setup.config.train.gradient_accumulation_steps
@@ -200,13 +199,24 @@ def rollout_metrics(setup: Setup, rollouts: Rollouts, step: int) -> Metrics:
     }
 
 
-def token_counts(setup: Setup, batch: TrainBatch) -> Metrics:
-    """What the step cost in tokens: drawn from the student, trained on, and read or written by the teacher, prompts included."""
-    config, trained = setup.config, float(np.asarray(batch.mask).sum())
-    passes = (bind(config.estimator.recipe, config.estimator.options)[0].teacher != "none") + (config.sampling.source == "teacher")
-    seen = (batch.teacher_view or batch).segment_ids
+def _is_unscored(batch: TrainBatch, needs: str) -> bool:
+    """Whether what a recipe needs of the teacher is still to be had of it."""
+    stored = {"token": batch.teacher.token_logprobs, "top_k": batch.teacher.top_ids} if batch.teacher is not None else {}
+    return needs != "none" and stored.get(needs) is None
+
+
+def token_counts(setup: Setup, drawn: Drawn) -> Metrics:
+    """What the step cost in tokens: drawn from the student, trained on, and read or written by the teacher, prompts included.
+
+    What was drawn and read ahead for many steps counts for the one whose `told` tells of it.
+    """
+    config, batch = setup.config, drawn.batch
+    trained, source = float(np.asarray(batch.mask).sum()), config.sampling.source
+    recipe, _ = bind(config.estimator.recipe, config.estimator.options)
+    passes = _is_unscored(batch, recipe.teacher) + (source == "teacher")
+    seen = float((np.asarray((batch.teacher_view or batch).segment_ids) > 0).sum())
     return {
-        "perf/generated_tokens": trained if config.sampling.source == "student" else 0.0,
+        "perf/generated_tokens": drawn.told.get("perf/generated_tokens", trained if source == "student" else 0.0),
         "perf/trained_tokens": trained,
-        "perf/teacher_tokens": passes * float((np.asarray(seen) > 0).sum()),
+        "perf/teacher_tokens": passes * seen + drawn.told.get("perf/annotated_tokens", 0.0),
     }

@@ -56,6 +56,8 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
     join(config.mesh.processes)
     with contextlib.ExitStack() as opened:
         on_lead(lambda: opened.enter_context(locked(workdir)))
+        if config.near_policy.schedule != "none" and config.near_policy.generator != "process":
+            on_lead(lambda: opened.enter_context(locked(workdir, "generator")))  # it draws itself
         setup = on_all(lambda: prepare(config))
         described = on_all(lambda: facts(setup))
         is_finished = agreed(bool(on_lead(lambda: _open(workdir, setup, described))))
@@ -122,11 +124,11 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> N
             on_lead(lambda: append_lines(workdir / "samples.jsonl", rows))  # noqa: B023 (called at once)
         with timer.phase("teacher"):
             batch, teacher_head = jax.block_until_ready(scored(current, drawn.rows, needs))
-        told = _probed(source, behavior_kl, state.params, frozen, setup, step)
+        told = _probed(source, behavior_kl, state.params, frozen, setup, step, timer)
         with timer.phase("update"):
             state, metrics = update(state, batch, teacher_head, frozen)
             # The update is only dispatched: while the device works, the host does what does not wait for it.
-            told |= rollout_metrics(setup, drawn.rollouts, step) | token_counts(setup, drawn.batch) | drawn.told
+            told |= rollout_metrics(setup, drawn.rollouts, step) | drawn.told | token_counts(setup, drawn)
             source.look_ahead(done)
             metrics = jax.tree.map(float, jax.device_get(metrics)) | told
         # Weights that have been trained since the rollouts were drawn must disagree with them.
@@ -153,7 +155,7 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> N
         is_stopped = is_stop_asked(done) and not is_last
         # In the middle of a streak nothing new is worth keeping, and the last good step must not be pushed out.
         if is_last or (streak == 0 and (is_evaluated or is_stopped or is_kept(done))):
-            source.settle(done)
+            source.settle(done, timer)
             checkpointer.save(done, state, scores)
         if is_stopped:
             checkpointer.wait()
@@ -172,14 +174,15 @@ def _shown(source: Source, weights: Callable[[], Params]) -> Params:
     return weights() if source.params is None else source.params
 
 
-def _probed(source: Source, behavior_kl: Callable, params: Params, frozen: Params | None, setup: Setup, step: int) -> Metrics:
+def _probed(source: Source, behavior_kl: Callable, params: Params, frozen: Params | None, setup: Setup, step: int, timer: Timer) -> Metrics:
     """How far the student has come from the policy that drew, on rollouts of which none was left out; every few steps."""
     every = setup.config.log.diagnostics_every
     if setup.config.near_policy.filter == "none" or not every:
         return {}
     if step % every:
         return {"staleness/kl_all": math.nan}
-    return {"staleness/kl_all": float(behavior_kl(params, shard_rows(source.probe(step), setup.mesh), frozen))}
+    with timer.phase("probe"):
+        return {"staleness/kl_all": float(behavior_kl(params, shard_rows(source.probe(step), setup.mesh), frozen))}
 
 
 def _keep_spans(setup: Setup, workdir: pathlib.Path, timer: Timer, step: int) -> None:

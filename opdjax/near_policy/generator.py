@@ -16,7 +16,7 @@ from opdjax.models.decoder import Params
 from opdjax.models.layout import shardings_of
 from opdjax.near_policy import stages, store
 from opdjax.near_policy.buffer import BufferClosedError, RolloutBuffer
-from opdjax.near_policy.store import Shard, ShardError
+from opdjax.near_policy.store import DamagedShardError, MissingShardError, Shard
 from opdjax.prepare import Setup, with_teacher_weights
 from opdjax.processes import on_lead
 from opdjax.rollouts import prompts_of
@@ -58,7 +58,9 @@ def read(directory: pathlib.Path, stage: str, number: int) -> Shard:
     """A shard that must be there; ShardError where it is not, or is damaged."""
     paths = store.shards(directory, stage)
     if number not in paths:
-        raise ShardError(f"{directory} has no {stage} {number}, which had been stored; put the file back or use a new work directory")
+        raise MissingShardError(
+            f"{directory} has no {stage} {number}, which had been stored; put the file back or use a new work directory"
+        )
     return store.read_shard(paths[number])
 
 
@@ -66,10 +68,11 @@ def readable(directory: pathlib.Path, stage: str, number: int) -> Shard | None:
     """A shard if it is there and whole; a damaged one is told of, so that it is made again."""
     try:
         return read(directory, stage, number)
-    except ShardError as error:
+    except MissingShardError:
+        return None
+    except DamagedShardError as error:
         note = f"note: {error}; it is made again"
-        if number in store.shards(directory, stage):
-            on_lead(lambda: print(note))
+        on_lead(lambda: print(note))
         return None
 
 
@@ -154,8 +157,8 @@ class Generator:
                 with timeline.span("admit", step, -1):
                     version = self._buffer.admit(step)
                 with self._changed:
-                    # A newer one may have come since; then it is drawn with that.
-                    version = version if version in self._held else max(self._held)
+                    if self._setup.config.near_policy.lag == "free":  # a newer one may have come since
+                        version = max(self._held)
                     params = self._held[version]
                 produce(self._setup, self._workdir, timeline, step, version, lambda: params)  # noqa: B023 (called at once)
                 del params

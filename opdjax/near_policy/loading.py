@@ -66,11 +66,11 @@ def without(batch: TrainBatch, is_kept: np.ndarray) -> TrainBatch:
     return dataclasses.replace(batch, mask=of_kept(batch.mask), segment_ids=of_kept(batch.segment_ids), teacher_view=view)
 
 
-def drawn_tokens(samples: Sequence[Shard], is_annotated: bool) -> Metrics:
-    """What was drawn, and read by the teacher, for the step that is the first to be trained on these samples."""
-    count = lambda name: float(sum(len(row) for shard in samples for row in shard.columns[name]))  # noqa: E731
-    generated = count("tokens")
-    return {"perf/generated_tokens": generated} | ({"perf/teacher_tokens": generated + count("prompt_tokens")} if is_annotated else {})
+def drawn_tokens(samples: Sequence[Shard], annotations: Sequence[Shard]) -> Metrics:
+    """What was drawn, and read by the teacher once and for all, told of the step that is the first to be trained on these samples."""
+    generated = sum(len(row) for shard in samples for row in shard.columns["tokens"])
+    read = sum(shard.facts["num_tokens"] for shard in annotations)
+    return {"perf/generated_tokens": float(generated), "perf/annotated_tokens": float(read)}
 
 
 def filter_metrics(document: dict[str, Any]) -> Metrics:

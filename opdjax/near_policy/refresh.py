@@ -83,7 +83,7 @@ class Refresh:
         if step < self._setup.config.train.num_steps and version_of(self._setup.config, step) == self._stored.version:
             self._ahead = self._load(step)
 
-    def settle(self, version: int) -> None:
+    def settle(self, version: int, timer: Timer) -> None:
         """See `Source`: what was drawn is stored."""
 
     def probe(self, step: int) -> TrainBatch:
@@ -115,7 +115,7 @@ class Refresh:
         rank[mine] = np.arange(len(mine))
         rows, filled = self._packed(batch, rank[stored.rows[is_mine]])
         # What was drawn and read for many steps is told of the first of them.
-        told |= filled | (stored.told if step == version else dict.fromkeys(drawn_tokens([], bool(stored.annotations)), 0.0))
+        told |= filled | (stored.told if step == version else dict.fromkeys(drawn_tokens([], []), 0.0))
         return Drawn(collate(setup.prompts, np.asarray(rollouts.prompt_id)), rollouts, batch, rows, told)
 
     def _packed(self, batch: TrainBatch, rows: np.ndarray) -> tuple[TrainBatch, dict[str, float]]:
@@ -193,7 +193,7 @@ def open_version(setup: Setup, workdir: pathlib.Path, timeline: Timeline, versio
     samples = [read(directory, "samples", number) for number in numbers]
     annotate_missing(setup, workdir, timeline, version, lambda: None)
     annotations = [read(directory, "annotations", number) for number in numbers] if stages.is_annotated(config) else []
-    kept, told = np.arange(sum(map(len, samples))), drawn_tokens(samples, bool(annotations))
+    kept, told = np.arange(sum(map(len, samples))), drawn_tokens(samples, annotations)
     if config.near_policy.filter != "none":
         document = stages.select(setup, samples, annotations, directory, 0)
         kept, told = np.flatnonzero(document["kept"]), told | filter_metrics(document)
@@ -201,7 +201,8 @@ def open_version(setup: Setup, workdir: pathlib.Path, timeline: Timeline, versio
     if len(kept) < steps:
         raise ConfigError(
             f"near_policy.filter {config.near_policy.filter} keeps {len(kept)} of {len(document['kept'])} rollouts of version {version}, "
-            f"fewer than an epoch has steps, {steps} (opdjax inspect {directory}); widen near_policy.ifd_min and ifd_max"
+            f"fewer than an epoch has steps, {steps} (opdjax inspect {directory}); start in a new work directory with wider "
+            "near_policy.ifd_min and ifd_max (opdjax export gives the student of the last checkpoint)"
         )
     lengths = _lengths(setup, samples)
     length = config.train.pack_length or int(lengths.max())  # of what was left out too: a probe reads it

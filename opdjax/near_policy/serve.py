@@ -6,11 +6,12 @@ started again at any time; neither waits for the other to be there.
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import time
 from typing import Any
 
-from opdjax.config import Config
+from opdjax.config import Config, MeshConfig
 from opdjax.models.decoder import Params
 from opdjax.near_policy import stages, store, weights
 from opdjax.near_policy.buffer import BufferClosedError, RolloutBuffer
@@ -50,7 +51,13 @@ def annotate_all(workdir: pathlib.Path) -> int:
 
 def _setup(workdir: pathlib.Path, config: Config | None) -> Setup:
     store.require_pyarrow()
-    setup = prepare(read_config(workdir) if config is None else config)
+    if config is None and not (workdir / "config.json").exists():
+        raise WorkdirError(
+            f"{workdir} has no config.json; start the run first (opdjax train), or give the EXPERIMENT: the generator reads it"
+        )
+    asked = read_config(workdir) if config is None else config
+    # All devices of this machine, which need not be as many as the learner's, draw.
+    setup = prepare(dataclasses.replace(asked, mesh=MeshConfig(data=-1, tensor=asked.mesh.tensor)))
     if setup.config.near_policy.schedule == "none":
         raise WorkdirError(f"{workdir}: near_policy.schedule is none; expected refresh or continuous: nothing is drawn ahead")
     if config is not None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
+from opdjax.fields import ConfigError
 from opdjax.metrics import Timer
 from opdjax.models.decoder import Params
 from opdjax.near_policy import stages, store, weights
@@ -22,9 +23,9 @@ from opdjax.near_policy.buffer import BufferClosedError, RolloutBuffer
 from opdjax.near_policy.generator import Generator, Timeline, drawn_by, produce, read, readable, where_stored
 from opdjax.near_policy.loading import as_batch, drawn_tokens, filter_metrics, without
 from opdjax.near_policy.refresh import Refresh
-from opdjax.near_policy.store import Shard, ShardError
+from opdjax.near_policy.store import DamagedShardError, MissingShardError, Shard, ShardError
 from opdjax.prepare import Setup, initial_weights, with_credit
-from opdjax.processes import InterruptedRunError, on_lead
+from opdjax.processes import InterruptedRunError, agreed, on_lead
 from opdjax.rollouts import Drawn, OnPolicy, Source, packed, prompts_of
 from opdjax.types import TrainBatch
 
@@ -60,7 +61,7 @@ class Continuous:
         near = setup.config.near_policy
         self._steps = range(first, setup.config.train.num_steps)
         look = self._look if near.generator == "process" else None
-        self._taken, self._ahead, self._unfiltered = first, None, None
+        self._taken, self._ahead, self._unfiltered, self._num_empty = first, None, None, 0
         self._buffer = RolloutBuffer(near.max_staleness, near.lag, look)
         if look is None:
             self._adopt(first)
@@ -89,15 +90,16 @@ class Continuous:
 
     def look_ahead(self, step: int) -> None:
         """See `Source`."""
-        if step in self._buffer:
+        if agreed(step in self._buffer):  # loading is done by all processes together or by none
             self._ahead = self._load(step)
 
-    def settle(self, version: int) -> None:
+    def settle(self, version: int, timer: Timer) -> None:
         """See `Source`."""
         if self._setup.config.near_policy.lag == "fixed":
-            for step in self._steps:
-                if self._taken <= step and self._buffer.wanted(step) < version:
-                    self._wait_for(step)
+            with timer.phase("wait"):
+                for step in self._steps:
+                    if self._taken <= step and self._buffer.wanted(step) < version:
+                        self._wait_for(step)
 
     def probe(self, step: int) -> TrainBatch:
         """See `Source`."""
@@ -116,7 +118,7 @@ class Continuous:
 
     def _look(self) -> tuple[list[int], list[int]]:
         """What another process has stored of the steps that may be drawn by now; it may never come, so signals are heard here."""
-        if self._is_stop_asked(self._taken):
+        if jax.process_count() == 1 and self._is_stop_asked(self._taken):
             raise InterruptedRunError(
                 f"stopped while waiting for rollouts of step {self._taken}; the same command continues {self._workdir}"
             )
@@ -143,7 +145,7 @@ class Continuous:
             version, wanted, reason = drawn_by(self._workdir, self._setup, step), self._buffer.wanted(step), None
             try:
                 self._samples(step, version)
-            except ShardError as error:
+            except (DamagedShardError, MissingShardError) as error:
                 reason = error
             if reason is None:
                 self._buffer.put(step)
@@ -160,7 +162,7 @@ class Continuous:
 
     def _samples(self, step: int, version: int | None) -> Shard:
         if version is None:
-            raise ShardError(f"{self._workdir / 'rollouts'} has no rollouts of step {step}")
+            raise MissingShardError(f"{self._workdir / 'rollouts'} has no rollouts of step {step}")
         return read(store.version_directory(self._workdir, version), "samples", step)
 
     def _annotations(self, samples: Shard, directory: pathlib.Path, step: int) -> Shard:
@@ -179,11 +181,22 @@ class Continuous:
         rollouts, batch = as_batch(setup, [samples], annotations)
         # Numbers drawn for a step are named after it, however old the weights were that drew its tokens.
         batch, told = with_credit(setup, batch, dataclasses.replace(rollouts, policy_version=np.full(len(samples), step, np.int32)))
-        told |= drawn_tokens([samples], bool(annotations))
+        told |= drawn_tokens([samples], annotations)
         kept = np.ones(len(samples), bool)
         if near.filter != "none":
             document = stages.select(setup, [samples], annotations, directory, step)
             kept, told, self._unfiltered = np.array(document["kept"], bool), told | filter_metrics(document), batch
+        self._require_some(kept, step, directory)
         rows, filled = packed(setup, without(batch, kept))
         rollouts, batch = jax.tree.map(lambda x: np.asarray(x)[kept], (rollouts, batch))
         return Drawn(prompts_of(setup, step), rollouts, batch, rows, told | filled)
+
+    def _require_some(self, kept: np.ndarray, step: int, directory: pathlib.Path) -> None:
+        """ConfigError where the filter has left nothing of too many steps in a row: each would still move the optimizer."""
+        self._num_empty = 0 if kept.any() else self._num_empty + 1
+        most = self._setup.config.train.max_nonfinite_steps
+        if self._num_empty >= most:
+            raise ConfigError(
+                f"near_policy.filter {self._setup.config.near_policy.filter} has kept no rollout of the last {most} steps, up to {step} "
+                f"(opdjax inspect {directory}); start in a new work directory with wider near_policy.ifd_min and ifd_max"
+            )

@@ -77,7 +77,7 @@ def annotate(setup: Setup, samples: Shard, directory: pathlib.Path) -> None:
     _, batch = as_batch(setup, [samples])
     top_k = bind(config.estimator.recipe, config.estimator.options)[0].top_k
     mask, count = np.asarray(batch.mask), len(samples)
-    found = scorer.scores(batch, top_k)
+    found, num_tokens = scorer.scores(batch, top_k), _num_tokens(batch)
     of_tokens = lambda x: [row[kept].reshape(-1) for row, kept in zip(x, mask)]  # noqa: E731
     nothing, missing = [np.zeros(0)] * count, np.full(count, np.nan)
     columns = {name: samples.columns[name] for name in ("prompt_id", "sample_id", "policy_version")} | {
@@ -90,8 +90,11 @@ def annotate(setup: Setup, samples: Shard, directory: pathlib.Path) -> None:
         plain = dataclasses.replace(scorer, head=dataclasses.replace(scorer.head, temperature=1.0))
         is_scored = config.sampling.temperature == 1
         columns["teacher_nll"] = _mean_nll(found.token_logprobs, mask) if is_scored else plain.nll(batch)
-        columns["teacher_alone_nll"] = plain.nll(_alone(setup, samples.columns["tokens"], of_teacher=True))
-    facts = {"teacher": config.teacher.path, "top_k": 0 if found.top_ids is None else found.top_ids.shape[2]}
+        alone = _alone(setup, samples.columns["tokens"], of_teacher=True)
+        columns["teacher_alone_nll"] = plain.nll(alone)
+        num_tokens += _num_tokens(alone) + (not is_scored) * _num_tokens(batch)
+    facts = {"teacher": config.teacher.path, "temperature": str(config.sampling.temperature), "num_tokens": num_tokens}
+    facts["top_k"] = 0 if found.top_ids is None else found.top_ids.shape[2]
     on_lead(lambda: store.write_shard(directory, "annotations", samples.facts["number"], columns, facts))
 
 
@@ -139,6 +142,11 @@ def _alone(setup: Setup, tokens: Sequence[np.ndarray], *, of_teacher: bool) -> T
     return TrainBatch(rows.tokens, rows.mask, rows.segment_ids, None)
 
 
+def _num_tokens(batch: TrainBatch) -> int:
+    """Tokens that the teacher reads of a batch."""
+    return int(np.count_nonzero((batch.teacher_view or batch).segment_ids))
+
+
 def _mean_nll(logprobs: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Nats a token of each row, in float64; NaN where a row has none."""
     total, count = -np.where(mask, logprobs, 0).sum(axis=1, dtype=np.float64), mask.sum(axis=1)
@@ -177,14 +185,15 @@ class _Scorer:
         shards, count = num_row_shards(mesh), len(batch.tokens)
         # As many rows at a time as an update has: what fits there fits here, where nothing is differentiated.
         unit = -(-config.rows_per_step // config.train.gradient_accumulation_steps // shards) * shards
-        num_rows = -(-count // unit) * unit
         view = batch.tokens if batch.teacher_view is None else batch.teacher_view.tokens
         length = config.train.pack_length or max(batch.tokens.shape[1], view.shape[1])
         rows = first_fit_decreasing(packed_lengths(batch), length) if config.train.pack_length else np.arange(count)
-        packed, source = pack(batch, length, parts=num_rows // unit, shards=shards, rows=rows, num_rows=num_rows)
+        # Few numbers of micro-batches mean few compiled programs; those that hold nothing cost no time.
+        parts = 1 << (int(rows.max()) // unit).bit_length()
+        packed, source = pack(batch, length, parts=parts, shards=shards, rows=rows, num_rows=parts * unit)
         scores = score(
             self.params, self.head, shard_rows(packed, mesh), config=self.model, needs="top_k" if top_k else "token",
-            tile=config.estimator.tile, parts=num_rows // unit, mesh=mesh, top_k=top_k,
+            tile=config.estimator.tile, parts=parts, mesh=mesh, top_k=top_k,
         )  # fmt: skip
         found = to_host(TeacherScores(scores.token_logprobs, scores.top_ids, scores.top_logprobs))
         return jax.tree.map(lambda x: unpack(x, source, batch.tokens.shape), found)

@@ -56,9 +56,11 @@ SCHEMAS: dict[str, dict[str, Column]] = {
     },
     "annotations": {
         **_WHICH,
-        "teacher_logprobs": Column("float32", "of the completion's tokens, under the teacher's full softmax", "token"),
+        "teacher_logprobs": Column(
+            "float32", "of the completion's tokens, by the teacher's full softmax at the sampling temperature", "token"
+        ),
         "teacher_ids": Column("int32", "the teacher's top_k likeliest ids at each token, likeliest first", "top"),
-        "teacher_top_logprobs": Column("float16", "of teacher_ids, under the teacher's full softmax", "top"),
+        "teacher_top_logprobs": Column("float16", "of teacher_ids, by the same softmax", "top"),
         "teacher_nll": Column("float64", "the teacher's mean NLL of the completion given the prompt", is_nullable=True),
         "teacher_alone_nll": Column("float64", "the teacher's mean NLL of the completion without the prompt", is_nullable=True),
     },
@@ -77,6 +79,14 @@ _ABANDONED_AFTER = 3600.0  # seconds; another machine's processes cannot be aske
 
 class ShardError(ValueError):
     """A shard is not what was written: missing, cut off, corrupted, renamed, or of another schema."""
+
+
+class DamagedShardError(ShardError):
+    """The bytes of a shard are not those that were written: what its inputs make again may take its place."""
+
+
+class MissingShardError(ShardError):
+    """A shard that had been stored is not there."""
 
 
 class StorageError(OSError):
@@ -153,10 +163,12 @@ def read_shard(path: pathlib.Path) -> Shard:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ShardError(f"{path} cannot be read: {error.strerror}; {advice}") from error
+        raise ShardError(
+            f"{path} cannot be read: {error.strerror}; it may be whole: see to its storage and run the command again"
+        ) from error
     if hashlib.sha256(data).hexdigest()[:16] != digest:
         found = "corrupted" if data.endswith(_MAGIC) else "truncated, or corrupted at its end"
-        raise ShardError(f"{path} is {found}: its {len(data)} bytes have another digest than its name says; {advice}")
+        raise DamagedShardError(f"{path} is {found}: its {len(data)} bytes have another digest than its name says; {advice}")
     table, facts = _parsed(path, data)
     if facts.get("schema") != SCHEMA_VERSION:
         expected = f"this version of opdjax reads schema {SCHEMA_VERSION}; read it with the one that wrote it, or {advice}"
@@ -339,7 +351,7 @@ def _parsed(path: pathlib.Path, data: bytes) -> tuple[Any, dict[str, Any]]:
         table = pa.parquet.read_table(pa.BufferReader(data))
         facts = json.loads((table.schema.metadata or {})[_KEY])
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise ShardError(f"{path} is no shard that opdjax wrote: {type(error).__name__}: {error}; remove it") from error
+        raise DamagedShardError(f"{path} is no shard that opdjax wrote: {type(error).__name__}: {error}; remove it") from error
     return table, facts
 
 
