@@ -189,11 +189,14 @@ def _row(line: bytes, place: str) -> dict[str, Any]:
 
 def append_lines(file: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     """Add rows to a JSONL file and hand them to the system, in the place of a last line that was cut off in mid-write."""
-    with file.open("a+b") as out:
-        end = _end_of_rows(out)
-        if end < out.seek(0, os.SEEK_END):
-            out.truncate(end)
-        out.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+    try:
+        with file.open("a+b") as out:
+            end = _end_of_rows(out)
+            if end < out.seek(0, os.SEEK_END):
+                out.truncate(end)
+            out.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+    except OSError as error:  # of a full disk python would not say where
+        raise OSError(error.errno, f"{error.strerror}; make room and run the same command again", str(file)) from error
 
 
 def _end_of_rows(file: BinaryIO) -> int:
