@@ -157,7 +157,7 @@ class Generator:
                 with timeline.span("admit", step, -1):
                     version = self._buffer.admit(step)
                 with self._changed:
-                    if self._setup.config.near_policy.lag == "free":  # a newer one may have come since
+                    if self._setup.config.near_policy.lag == "free" and version not in self._held:  # a newer one took its place
                         version = max(self._held)
                     params = self._held[version]
                 produce(self._setup, self._workdir, timeline, step, version, lambda: params)  # noqa: B023 (called at once)

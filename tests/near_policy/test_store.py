@@ -211,7 +211,7 @@ def test_a_foreign_file_is_no_shard(tmp_path, shard):
         read_shard(renamed)
     with pytest.raises(ShardError, match="has not the name of a shard; expected samples or annotations-NUMBER.DIGEST.parquet"):
         read_shard(tmp_path / "samples-3.parquet")
-    with pytest.raises(ShardError, match="cannot be read: No such file or directory; remove the file"):
+    with pytest.raises(ShardError, match="cannot be read: No such file or directory; it may be whole"):
         read_shard(shard)
     foreign = tmp_path / "foreign"
     for content in (b"PAR1, it says", b""):
