@@ -121,7 +121,8 @@ before (in the first L updates: by the start). `reverse`, `forward`: the exact d
 same on the ten ids that the teacher's stored answer holds (reverse: renormalised on both sides); `…_token_truncate`: min(rho, 2);
 `…_sequence_mask`: the ratio of the sequence, nothing above 3; `…_prefix`: the ratio of the tokens before, at most 2.
 
-"±" is half a 95 % interval over paired seeds (Student's t); a number without it is of one seed. One rate for all does not compare the estimators at their best:
+"±" is half a 95 % interval over paired seeds (Student's t); a number without it is of one seed.
+One rate for all does not compare the estimators at their best:
 what is compared is what a lag costs each.
 
 ## avg@8 at the end
