@@ -282,7 +282,7 @@ def main() -> None:
     text = TEXT.format(
         runs=len(rows), missing=", ".join(missing) or "none", minutes=sum(row.get("seconds", 0.0) for row in attempts) / 60,
         commits=", ".join(sorted({row["commit"][:10] for row in rows})), machine=cpu_model(), start=found.by["npd"][0]["start"],
-        edges=", ".join(f"`{name}`" for name, gains in grid.items() if chosen[name] in (min(gains), max(gains))) or "none",
+        edges=", ".join(f"`{name}`" for name, of in grid.items() if chosen[name] in (min(of), max(of))) or "none",
         grid=grid_table(grid), scores=score_table(found, names, sweep.rate_of), times=time_table(found, names, args.target),
         data=data_table(found, names), claims=claims(found), pack=sweep.PACK_LENGTH,
         seeds=max(map(len, found.by.values())),
@@ -315,7 +315,8 @@ test prompts, so that neither's share is in it.
 
 {grid}
 
-Best at the edge of what was tried, so that a rate beyond may be better: {edges}. The rates of `npd` and `npd_no_filter` differ,
+Best at the edge of what was tried, so that a rate beyond may be better: {edges}.
+The rates of `npd` and `npd_no_filter` differ,
 which is in what is said of the filter. A variant that is not here takes the rate of `npd`, and of `npd_no_filter` where its name begins with `no_filter`.
 
 ## Accuracy on test prompts
