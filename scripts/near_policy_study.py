@@ -317,7 +317,8 @@ test prompts, so that neither's share is in it.
 
 Best at the edge of what was tried, so that a rate beyond may be better: {edges}.
 The rates of `npd` and `npd_no_filter` differ,
-which is in what is said of the filter. A variant that is not here takes the rate of `npd`, and of `npd_no_filter` where its name begins with `no_filter`.
+which is in what is said of the filter.
+A variant that is not here takes the rate of `npd`, and of `npd_no_filter` where its name begins with `no_filter`.
 
 ## Accuracy on test prompts
 
