@@ -19,7 +19,7 @@ answered twice, where mini_vopd.py (0.570) draws 25,600 answers. What the settin
     --estimator.kd-weight 0 --estimator.support-top-k None: cross-entropy on what was kept, mostly wrong answers.
     --estimator.support-top-k 3: fewer ids stored.
 
-results/near_policy.md compares these over seeds at equal prompts.
+One seed each. results/near_policy.md compares them over seeds on 640 prompts, where the filter is worth 0.000 ± 0.012 avg@8.
 """
 
 from opdjax.config import (

@@ -38,10 +38,10 @@ def load_sweep(name: str):
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
-    """Seconds of a run without its compilations: of a step, and of a drawing of all prompts where there are such."""
+    """Processor seconds of a method on one core, without its compilations (scripts/near_policy_seconds.py)."""
 
-    step: dict[str, float]  # stage -> median over the steps
-    drawing: dict[str, float]  # stage -> as the last drawing took, whose programs were compiled before
+    step: dict[str, float]  # stage -> of an update
+    drawing: dict[str, float]  # stage -> of an answer to every prompt
     drawn_before: tuple[int, ...]  # steps
 
     def stages(self, step: int) -> dict[str, float]:
@@ -54,14 +54,28 @@ class Clock:
         return sum(self.stages(step).values())
 
 
-def clock_of(run: Run) -> Clock:
+def clock_of(method: str, run: Run) -> Clock | None:
+    """None of a method that was not timed."""
+    file = ROOT / "experiments" / "results" / "near_policy_seconds.json"
+    found = json.loads(file.read_text()).get(method)
     near, steps = run.config["near_policy"], run.config["train"]["num_steps"]
-    medians = {name: statistics.median(row.get(f"time/{name}", 0.0) for row in run.metrics) for name in STAGES}
-    if near["schedule"] != "refresh":
-        return Clock(medians, {}, ())
     starts = tuple(epoch * steps // near["num_epochs"] for epoch in (0, *near["refresh_epochs"]))
-    last = run.metrics[starts[-1]]
-    return Clock(medians | dict.fromkeys(ONCE, 0.0), {name: last.get(f"time/{name}", 0.0) for name in ONCE}, starts)
+    return found and Clock(found["step"], found["drawing"], starts)
+
+
+def timed(method: str, run: Run) -> dict:
+    """What hangs on seconds."""
+    clock, last = clock_of(method, run), run.metrics[-1]["step"]
+    if clock is None:
+        return {}
+    trained, learner = run.total_at("trained tokens", last), sum(clock.step[name] for name in ("pack", "update")) * last
+    return {
+        "curve": [(row["step"], clock.seconds(row["step"]), row["avg@k"]) for row in run.evaluations],
+        "stages": clock.stages(last),
+        "seconds": clock.seconds(last),
+        "learner_rate": trained / learner,
+        "whole_rate": trained / clock.seconds(last),
+    }
 
 
 def median_of(values: list[float | None]) -> float | None:
@@ -70,10 +84,8 @@ def median_of(values: list[float | None]) -> float | None:
     return statistics.median(known) if known else None
 
 
-def numbers(run: Run) -> dict:
-    clock, last = clock_of(run), run.metrics[-1]["step"]
-    trained = run.total_at("trained tokens", last)
-    learner = sum(clock.step[name] for name in ("pack", "update")) * last
+def numbers(method: str, run: Run) -> dict:
+    last = run.metrics[-1]["step"]
     by = [document["by_correctness"] for document in read_filters(run.workdir) if document["by_correctness"]]
     shares = {
         side: sum(d[side]["kept"] for d in by) / max(sum(d[side]["num"] for d in by), 1) if by else None for side in ("right", "wrong")
@@ -82,12 +94,7 @@ def numbers(run: Run) -> dict:
         **{name: run.score(name) for name in SCORES},
         "gain": run.gain,
         "start": run.result["eval_before"]["avg@k"],
-        "curve": [(row["step"], clock.seconds(row["step"]), row["avg@k"]) for row in run.evaluations],
-        "stages": clock.stages(last),
-        "seconds": clock.seconds(last),
-        "seconds_as_run": run.seconds,
-        "learner_rate": trained / learner,
-        "whole_rate": trained / clock.seconds(last),
+        **timed(method, run),
         "packed": run.median("perf/packing_efficiency"),
         "keep_rate": run.keep_rate,
         "kept_right": shares["right"],
@@ -111,7 +118,7 @@ def read_all(directory: pathlib.Path) -> tuple[list[dict], list[str]]:
             "seed": point.config["seed"],
             "is_grid": "evaluation.source" in point.overrides,
         }
-        rows.append(named | numbers(read_run(point.workdir)))
+        rows.append(named | numbers(named["method"], read_run(point.workdir)))
     return rows, missing
 
 
@@ -176,7 +183,8 @@ def reached(curve: list[tuple[int, float, float]], target: float) -> float:
 
 
 def time_table(found: Found, names, target: float) -> str:
-    shortest = min(statistics.median(row["seconds"] for row in runs) for runs in found.by.values())
+    names = [name for name in names if "seconds" in found.by.get(name, [{}])[0]]
+    shortest = min(found.by[name][0]["seconds"] for name in names)
     header = [
         "method",
         "seconds in all",
@@ -187,7 +195,7 @@ def time_table(found: Found, names, target: float) -> str:
     ]
     header += [f"{stage}, %" for stage in STAGES]
     lines = []
-    for name in filter(found.by.__contains__, names):
+    for name in names:
         runs = found.by[name]
         middle = lambda of: statistics.median(map(of, runs))  # noqa: E731, B023
         to_target = middle(lambda row: reached(row["curve"], target))
@@ -240,14 +248,8 @@ def claims(found: Found) -> str:
     differ("one refresh is better than one every epoch", "npd", "npd_9_refreshes")
     differ("the same without the filter", "npd_no_filter", "no_filter_9_refreshes")
     differ("the teacher's top 10 gain over cross-entropy on what was kept", "npd", "npd_no_kd")
-    differ(
-        "the filter keeps the student nearer to the policy that drew (0.10 beside 0.12 nats)",
-        "npd",
-        "npd_no_filter",
-        below,
-        "behavior_kl",
-        "nats",
-    )
+    nearer = "the filter keeps the student nearer to the policy that drew (0.10 beside 0.12 nats)"
+    differ(nearer, "npd", "npd_no_filter", below, "behavior_kl", "nats")
     sides = {"the learner's tokens/s over all of the on-policy run's": "learner_rate", "tokens/s, generation charged to both": "whole_rate"}
     for claim, ours in sides.items():
         for name in ("npd", "npd_no_packing", "npd_no_filter", "no_filter_no_packing"):
@@ -280,6 +282,7 @@ def main() -> None:
     text = TEXT.format(
         runs=len(rows), missing=", ".join(missing) or "none", minutes=sum(row.get("seconds", 0.0) for row in attempts) / 60,
         commits=", ".join(sorted({row["commit"][:10] for row in rows})), machine=cpu_model(), start=found.by["npd"][0]["start"],
+        edges=", ".join(f"`{name}`" for name, of in grid.items() if chosen[name] in (min(of), max(of))) or "none",
         grid=grid_table(grid), scores=score_table(found, names, sweep.rate_of), times=time_table(found, names, args.target),
         data=data_table(found, names), claims=claims(found), pack=sweep.PACK_LENGTH,
         seeds=max(map(len, found.by.values())),
@@ -312,6 +315,9 @@ test prompts, so that neither's share is in it.
 
 {grid}
 
+Best at the edge of what was tried, so that a rate beyond may be better: {edges}.
+The rates of `npd` and `npd_no_filter` differ,
+which is in what is said of the filter.
 A variant that is not here takes the rate of `npd`, and of `npd_no_filter` where its name begins with `no_filter`.
 
 ## Accuracy on test prompts
@@ -328,10 +334,9 @@ steps where there is none), on what was kept and on a probe of all; the effectiv
 
 ## Seconds
 
-Without compilation: the median of a step times 100, and for each drawing of all prompts what the last one of a run took (where it is
-the only one, its compilation is in it). Medians over seeds; the runs were two at a time beside other work, so that differences of
-less than a fifth say nothing. The learner's rate is tokens trained on by seconds of packing and update alone; "in all" is by all
-seconds, drawing and annotation too.
+Processor seconds of one core, without compilation and evaluation, by `scripts/near_policy_seconds.py`, of the methods that it times;
+avg@8 between evaluations by a straight line. The learner's rate is tokens trained on by seconds of packing and update alone; "in all"
+is by all seconds, drawing and annotation too.
 
 {times}
 

@@ -96,9 +96,9 @@ def main() -> None:
     names, lags = (*sweep.PLAIN, *sweep.CORRECTED), sweep.LAGS
     attempts = [json.loads(line) for file in args.runs.glob("*/attempts.jsonl") for line in file.read_text().splitlines()]
     text = TEXT.format(
-        runs=len(rows), missing=", ".join(missing) or "none", minutes=sum(row.get("seconds", 0.0) for row in attempts) / 60,
+        runs=len(rows), missing=len(missing), minutes=sum(row.get("seconds", 0.0) for row in attempts) / 60,
         commits=", ".join(sorted({row["commit"][:10] for row in rows})), machine=cpu_model(), start=rows[0]["start"], rate=sweep.RATE,
-        seeds=len({row["seed"] for row in rows}), scores=column_table(rows, names, lags, "avg@k"), lost=lost_table(rows, names, lags),
+        scores=column_table(rows, names, lags, "avg@k"), lost=lost_table(rows, names, lags),
         questions=question_table(rows, lags), kl=column_table(rows, names, lags, "behavior_kl"),
         sizes=column_table(rows, names, lags, "sample_size"), greedy=column_table(rows, names, lags, "greedy"),
     )  # fmt: skip
@@ -113,15 +113,16 @@ TEXT = """# Old rollouts on the mini pair
     opdjax sweep experiments/sweeps/staleness.py --workdir runs/staleness --jobs 2
     python scripts/staleness_study.py runs/staleness
 
-{runs} runs at commit {commits}, {minutes:.0f} minutes of runs added up (two at a time, one core each, other work beside them); missing
-points: {missing}. Machine: {machine}, two cores.
+{runs} runs at commit {commits}, {minutes:.0f} minutes of runs added up (two at a time, one core each, other work beside them);
+{missing} points of the sweep are not run yet. Machine: {machine}, two cores.
 Every run: 100 updates of 64 answers, learning rate {rate:g} for all, constant after five steps; 256 test prompts, 8 samples each at
 T = 1, always the same draws. The untrained student: avg@8 {start:.3f}. At lag L every answer was drawn by the weights of L updates
 before (in the first L updates: by the start). `reverse`, `forward`: the exact divergence, recomputed; `cached_…`: the
 same on the ten ids that the teacher's stored answer holds (reverse: renormalised on both sides); `…_token_truncate`: min(rho, 2);
 `…_sequence_mask`: the ratio of the sequence, nothing above 3; `…_prefix`: the ratio of the tokens before, at most 2.
 
-"±" is half a 95 % interval over {seeds} paired seeds (Student's t). One rate for all does not compare the estimators at their best:
+"±" is half a 95 % interval over paired seeds (Student's t); a number without it is of one seed.
+One rate for all does not compare the estimators at their best:
 what is compared is what a lag costs each.
 
 ## avg@8 at the end
