@@ -132,9 +132,10 @@ def test_a_probe_reads_longer_rollouts_than_the_filter_kept(tmp_path):
 
 
 @pytest.mark.long
-def test_a_step_of_which_nothing_is_kept_teaches_nothing(tmp_path):
+def test_steps_of_which_nothing_is_kept_teach_nothing_and_end_the_run(tmp_path):
     config = near(LAG | {"filter": "ifd", "ifd_min": 50.0, "ifd_max": 60.0}, log={"samples_every": 1, "diagnostics_every": 1})
-    train(config, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"has kept no rollout of the last 5 steps, up to 4 .*start in a new work directory with wider"):
+        train(config, tmp_path / "run")
     for row in read_lines(tmp_path / "run" / "metrics.jsonl"):
         assert (row["grad/norm"], row["filter/keep_rate"], row["perf/trained_tokens"], row["grad/skipped_steps"]) == (0, 0, 0, 0)
     with pytest.raises(ConfigError, match="keeps 0 of 24 rollouts"):
