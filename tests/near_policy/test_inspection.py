@@ -118,7 +118,9 @@ def test_a_shard_tells_its_columns(run, look):
     assert is_in_order
     assert lines[0] == "annotations: schema 1, top_k 2"
     tokens = 4 * 13
-    assert f"teacher_logprobs float32 {tokens} of the completion's tokens, under the teacher's full softmax" in lines
+    assert (
+        f"teacher_logprobs float32 {tokens} of the completion's tokens, by the teacher's full softmax at the sampling temperature" in lines
+    )
     assert any(line.startswith(f"teacher_ids int32 {2 * tokens} ") for line in lines)
     assert lines[-1].startswith(f"4 samples, {tokens} tokens, ")
 
