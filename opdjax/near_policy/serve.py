@@ -56,8 +56,9 @@ def _setup(workdir: pathlib.Path, config: Config | None) -> Setup:
             f"{workdir} has no config.json; start the run first (opdjax train), or give the EXPERIMENT: the generator reads it"
         )
     asked = read_config(workdir) if config is None else config
-    # All devices of this machine, which need not be as many as the learner's, draw.
-    setup = prepare(dataclasses.replace(asked, mesh=MeshConfig(data=-1, tensor=asked.mesh.tensor)))
+    # Beside a learner all devices of this machine draw, which need not be as many as the learner's.
+    is_beside = asked.near_policy.generator == "process"
+    setup = prepare(dataclasses.replace(asked, mesh=MeshConfig(tensor=asked.mesh.tensor)) if is_beside else asked)
     if setup.config.near_policy.schedule == "none":
         raise WorkdirError(f"{workdir}: near_policy.schedule is none; expected refresh or continuous: nothing is drawn ahead")
     if config is not None:
