@@ -348,8 +348,8 @@ def _cast(values: Any, type: str, name: str) -> np.ndarray:
 def _parsed(path: pathlib.Path, data: bytes) -> tuple[Any, dict[str, Any]]:
     pa = require_pyarrow()
     try:
-        # Threads gain nothing on bytes that are in memory.
-        table = pa.parquet.read_table(pa.BufferReader(data), use_threads=False, pre_buffer=False)
+        # Not read_table, whose scanner starts threads that an interpreter may still be starting when it ends: it then aborts.
+        table = pa.parquet.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
         facts = json.loads((table.schema.metadata or {})[_KEY])
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise DamagedShardError(f"{path} is no shard that opdjax wrote: {type(error).__name__}: {error}; remove it") from error
