@@ -12,9 +12,11 @@ import pathlib
 import re
 from typing import Any, Literal, get_args
 
+from opdjax.api_config import ApiConfig, EndpointConfig
 from opdjax.estimator_config import EstimatorConfig
 from opdjax.fields import ConfigError, require, require_types
 from opdjax.near_policy_config import NearPolicyConfig
+from opdjax.rubrics_config import RubricsConfig
 
 PACKAGE = pathlib.Path(__file__).parent
 # Models by name: such a name is no directory's and no hub id's, and means the same on every machine that reads a config.
@@ -301,6 +303,11 @@ class Config:
     sampling: SamplingConfig = SamplingConfig()
     near_policy: NearPolicyConfig = NearPolicyConfig()  # noqa: RUF009 (frozen)
     estimator: EstimatorConfig = EstimatorConfig()  # noqa: RUF009 (frozen)
+    rubrics: RubricsConfig = RubricsConfig()  # noqa: RUF009 (frozen)
+    rubricator: EndpointConfig = EndpointConfig()  # noqa: RUF009 (frozen): writes rubrics, and scores where no rubric is asked for
+    verifier: EndpointConfig = EndpointConfig()  # noqa: RUF009 (frozen): holds answers to a rubric
+    teacher_api: EndpointConfig = EndpointConfig()  # noqa: RUF009 (frozen): writes the references of opdjax teach; none: the teacher's checkpoint does
+    api: ApiConfig = ApiConfig()  # noqa: RUF009 (frozen)
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     lora: LoraConfig = LoraConfig()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any, BinaryIO
 
+from opdjax.api_config import TRANSPORT, ApiConfig
 from opdjax.config import MINI_STUDENT, MINI_TEACHER, Config
 from opdjax.fields import differences, from_dict, to_dict
 
@@ -22,12 +24,15 @@ from opdjax.fields import differences, from_dict, to_dict
 _OF_A_RUN = ("checkpoints", "student", "metrics.jsonl", "samples.jsonl", "eval.jsonl", "result.json", "*/point.json")
 
 
-# Fields that say how a run is computed: on which devices, how many rows at a time, by which kernels.
+# Fields that say how a run is computed: on which devices, how many rows at a time, by which kernels, over which line.
 _HOW = (
     *(f"mesh.{name}" for name in ("data", "fsdp", "tensor", "processes")),
     *(f"{model}.{name}" for model in ("student", "teacher") for name in ("split_over", "attention")),
     *("near_policy.generator", "near_policy.generator_devices"),
     *("sampling.split_over", "sampling.slots", "train.gradient_accumulation_steps", "train.remat"),
+    *(f"{role}.{name}" for role in ("rubricator", "verifier", "teacher_api") for name in TRANSPORT),
+    *(f"api.{field.name}" for field in dataclasses.fields(ApiConfig)),
+    "rubrics.draw_parts",
 )
 
 

@@ -1,0 +1,67 @@
+"""How a judge that reads text alone says what an answer is worth. Standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Literal
+
+from opdjax.fields import require, require_types
+
+
+@dataclasses.dataclass(frozen=True)
+class RubricsConfig:
+    """Rubrics of a prompt's answers (ROPD, arXiv 2605.07396) and of their stages (RubricEM, arXiv 2605.10899)."""
+
+    num_references: int = 4  # answers of the teacher that each group is contrasted with (m); identical ones count once
+    min_criteria: int = 4  # of a rubric
+    max_criteria: int = 12
+    grades: Literal["binary", "graded"] = "binary"  # a criterion is met or not, or 0, 1, 2
+    polarity: Literal["positive", "signed"] = "positive"  # signed: a criterion may also name a flaw, whose absence scores
+    rubric_of: Literal["group", "student"] = "group"  # one rubric for all rollouts of a prompt, or one for each (ablation)
+    blind: bool = True  # the verifier sees references and rollouts as one anonymous pool; false: it is told which is which (ablation)
+    # every_step: induced from the rollouts at hand. frozen: once for each prompt, from answers of the untrained student (ablation).
+    # evolving: criteria of a prompt stay from visit to visit, new ones come, those that tell least apart are pruned (RubricEM)
+    refresh: Literal["every_step", "frozen", "evolving"] = "every_step"
+    # Stages of an answer, in their order, and for each but the first the regular expression whose first match, after the start of
+    # the stage before, begins it. None: answers are not divided
+    stage_names: tuple[str, ...] = ()
+    stage_markers: tuple[str, ...] = ()
+    stage_caps: tuple[int, ...] = ()  # evolving: active criteria kept of each stage, or the one number of an undivided answer; (): 3 each
+    answers_per_call: int = 0  # of a pool that the verifier reads at a time, references not counted; 0: all
+    max_answer_chars: int = 24000  # of an answer that a judge is shown
+    max_reasks: int = 2  # further asks for a reply that cannot be used, each with what was wrong
+    max_failed_share: float = 0.4  # of a step's groups; where more have no reward, the run stops
+    templates: str = ""  # directory whose files replace the package's prompts of the same name
+    draw_parts: int = 2  # a step's prompts are drawn in so many parts: one is judged while the next is drawn
+
+    def __post_init__(self):
+        require_types(self, "rubrics.")
+        for name in ("num_references", "min_criteria", "max_answer_chars", "draw_parts"):
+            require(getattr(self, name) > 0, f"rubrics.{name}", getattr(self, name), "at least 1")
+        low, high = self.min_criteria, self.max_criteria
+        require(high >= low, "rubrics.max_criteria", high, f"at least rubrics.min_criteria, {low}")
+        require(self.answers_per_call >= 0, "rubrics.answers_per_call", self.answers_per_call, "0 (all) or more")
+        require(self.max_reasks >= 0, "rubrics.max_reasks", self.max_reasks, "0 or more")
+        require(0 <= self.max_failed_share < 1, "rubrics.max_failed_share", self.max_failed_share, "at least 0 and less than 1")
+        self._check_stages()
+
+    def _check_stages(self):
+        names, markers, caps = self.stage_names, self.stage_markers, self.stage_caps
+        require(len(set(names)) == len(names) != 1, "rubrics.stage_names", names, "two or more different names, or none")
+        expected = f"{max(len(names) - 1, 0)} regular expressions: where each stage but the first begins"
+        require(len(markers) == max(len(names) - 1, 0), "rubrics.stage_markers", markers, expected)
+        for marker in markers:
+            require(_compiles(marker), "rubrics.stage_markers", marker, "a regular expression of Python")
+        is_evolving, count = self.refresh == "evolving", max(len(names), 1)
+        require(not caps or is_evolving, "rubrics.stage_caps", caps, "none unless rubrics.refresh is evolving")
+        require(len(caps) in (0, count), "rubrics.stage_caps", caps, f"{count} numbers")
+        require(all(cap > 0 for cap in caps), "rubrics.stage_caps", caps, "at least 1 each")
+
+
+def _compiles(expression: str) -> bool:
+    try:
+        re.compile(expression)
+    except re.error:
+        return False
+    return True
