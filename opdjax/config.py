@@ -304,8 +304,8 @@ class Config:
     near_policy: NearPolicyConfig = NearPolicyConfig()  # noqa: RUF009 (frozen)
     estimator: EstimatorConfig = EstimatorConfig()  # noqa: RUF009 (frozen)
     rubrics: RubricsConfig = RubricsConfig()  # noqa: RUF009 (frozen)
-    rubricator: EndpointConfig = EndpointConfig()  # noqa: RUF009 (frozen): writes rubrics, and scores where no rubric is asked for
-    verifier: EndpointConfig = EndpointConfig()  # noqa: RUF009 (frozen): holds answers to a rubric
+    rubricator: EndpointConfig = EndpointConfig()  # noqa: RUF009 (frozen): writes rubrics and reflections
+    verifier: EndpointConfig = EndpointConfig()  # noqa: RUF009 (frozen): holds answers to a rubric, or scores them where there is none
     teacher_api: EndpointConfig = EndpointConfig()  # noqa: RUF009 (frozen): writes the references of opdjax teach; none: the teacher's checkpoint does
     api: ApiConfig = ApiConfig()  # noqa: RUF009 (frozen)
     optimizer: OptimizerConfig = OptimizerConfig()

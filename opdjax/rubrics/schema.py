@@ -108,8 +108,13 @@ def _object(fields: dict[str, Any]) -> dict[str, Any]:
     return {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
 
 
-def parse_rubric(text: str, config: RubricsConfig, stages: tuple[str, ...] = ()) -> tuple[Rubric, tuple[str, ...]]:
-    """The rubric in a reply, and the repairs it took; ReplyError where there is none that the config allows."""
+def parse_rubric(
+    text: str, config: RubricsConfig, stages: tuple[str, ...] = (), bounds: tuple[int, int] | None = None
+) -> tuple[Rubric, tuple[str, ...]]:
+    """The rubric in a reply, and the repairs it took; ReplyError where there is none that the config allows.
+
+    `bounds`: fewest and most criteria; None: the config's.
+    """
     document, repairs = read_object(text, "criteria")
     document = _without_unknown(document, {"criteria"}, repairs)
     items = document["criteria"]
@@ -120,7 +125,7 @@ def parse_rubric(text: str, config: RubricsConfig, stages: tuple[str, ...] = ())
         {"id", "category", "text", "weight"} | ({"polarity"} if config.polarity == "signed" else set()) | ({"stage"} if stages else set())
     )
     criteria = tuple(_criterion(item, place, known, repairs, config.grades) for place, item in enumerate(items))
-    _check_rubric(criteria, config, stages)
+    _check_rubric(criteria, bounds or (config.min_criteria, config.max_criteria), stages)
     return Rubric(criteria), tuple(sorted(repairs))
 
 
@@ -137,13 +142,13 @@ def _criterion(item: Any, place: int, known: set[str], repairs: set[str], grade:
         raise ReplyError("schema_error", f"criterion {place + 1}: {_first_of(error)}") from error
 
 
-def _check_rubric(criteria: tuple[Criterion, ...], config: RubricsConfig, stages: tuple[str, ...]) -> None:
-    low, high, ids = config.min_criteria, config.max_criteria, [criterion.id for criterion in criteria]
+def _check_rubric(criteria: tuple[Criterion, ...], bounds: tuple[int, int], stages: tuple[str, ...]) -> None:
+    (low, high), ids = bounds, [criterion.id for criterion in criteria]
     if not low <= len(criteria) <= high:
         raise ReplyError("validation_error", f"there are {len(criteria)} criteria; expected from {low} to {high}")
     if len(set(ids)) < len(ids):
         raise ReplyError("validation_error", f"the ids are {', '.join(ids)}; expected each once")
-    if all(criterion.polarity == "negative" for criterion in criteria):
+    if low and all(criterion.polarity == "negative" for criterion in criteria):
         raise ReplyError("validation_error", "all criteria are negative; expected at least one that an answer can meet")
     for criterion in criteria if stages else ():
         if criterion.stage not in stages:
