@@ -22,6 +22,7 @@ PACKAGE = pathlib.Path(__file__).parent
 # Models by name: such a name is no directory's and no hub id's, and means the same on every machine that reads a config.
 MINI_TEACHER, MINI_STUDENT = "@mini_teacher", "@mini_student"  # the built-in pair
 LoraTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]  # the kernels of a layer
+JUDGED_RECIPES = ("ropd", "tjudge", "ropd_stages")  # that learn from what judges say of whole answers
 STUDENT = "@student"  # as teacher.path: the student that is trained, with the weights it has at each step
 MINI_PAIR = PACKAGE / "assets" / "mini_pair"  # where it lies: `teacher` and `student`
 TEACHER_FIELDS = ("prompt", "answer", "reference")  # of a row, in data.teacher_prompt_format
@@ -327,6 +328,7 @@ class Config:
         require(packed is None or packed > longest, "train.pack_length", packed, expected)
         self._check_source()
         self._check_near_policy()
+        self._check_reward()
         require(self.student.path != STUDENT, "student.path", STUDENT, "the checkpoint that the student starts from")
         if self.teacher_is_student:
             for name, default in (("revision", None), ("dtype", "auto"), ("attention", "auto"), ("split_over", ModelConfig().split_over)):
@@ -395,6 +397,31 @@ class Config:
         is_alone = near.generator != "thread" or self.mesh.processes == 1
         expected = "inline or process where mesh.processes is not 1: a thread draws on devices of its own process alone"
         require(is_alone, "near_policy.generator", near.generator, expected)
+
+    def _check_reward(self):
+        """What a recipe that learns from rewards of whole answers needs, and what nobody else reads."""
+        recipe, rubrics = self.estimator.recipe, self.rubrics
+        is_judged = recipe in JUDGED_RECIPES
+        require(is_judged or rubrics == RubricsConfig(), "rubrics", "set", f"its defaults where the recipe is {recipe}: it asks no judge")
+        if recipe != "grpo" and not is_judged:
+            return
+        source, generations = self.sampling.source, self.sampling.num_generations
+        require(source == "student", "sampling.source", source, f"student: {recipe} averages over the student's draws")
+        expected = f"at least 2: {recipe} compares the completions of a prompt with each other"
+        require(generations > 1, "sampling.num_generations", generations, expected)
+        near = self.near_policy
+        is_whole = near.schedule == "none" or (recipe == "grpo" and near.schedule == "continuous" and near.filter == "none")
+        expected = f"none where the recipe is {recipe}: its rollouts are compared within a prompt, and judged for the update that they are drawn for"
+        require(is_whole, "near_policy.schedule", near.schedule, expected)
+        for role in ("verifier", "rubricator") if is_judged else ():
+            is_needed = role == "verifier" or recipe != "tjudge"
+            require(getattr(self, role).is_given or not is_needed, f"{role}.base_url", "", f"the address of a judge: {recipe} asks one")
+        is_staged = recipe == "ropd_stages"
+        expected = "two or more names where the recipe is ropd_stages, and none elsewhere"
+        require(bool(rubrics.stage_names) == is_staged, "rubrics.stage_names", rubrics.stage_names, expected)
+        for name in ("grades", "polarity", "rubric_of", "refresh") if recipe == "tjudge" else ():
+            default = RubricsConfig.__dataclass_fields__[name].default
+            require(getattr(rubrics, name) == default, f"rubrics.{name}", getattr(rubrics, name), f"{default} where the recipe is tjudge")
 
     @property
     def steps_per_epoch(self) -> int:

@@ -37,6 +37,10 @@ class Drawn:
     told: Metrics
 
 
+class SourceStoppedError(RuntimeError):
+    """No batch can be had for now; what has been trained is worth keeping, and the same command goes on from there."""
+
+
 class Source(Protocol):
     """Batches for one update after the other."""
 
@@ -46,7 +50,7 @@ class Source(Protocol):
         """The student after `version` updates; `weights` makes a copy that is the source's own."""
 
     def take(self, step: int, timer: Timer) -> Drawn:
-        """What update `step` (from 0) is made of."""
+        """What update `step` (from 0) is made of; SourceStoppedError where it cannot be had for now."""
 
     def look_ahead(self, step: int) -> None:
         """The update before `step` is under way: do on the host what can be done for this one, if there is one."""

@@ -27,7 +27,7 @@ class RubricsConfig:
     # the stage before, begins it. None: answers are not divided
     stage_names: tuple[str, ...] = ()
     stage_markers: tuple[str, ...] = ()
-    stage_caps: tuple[int, ...] = ()  # evolving: active criteria kept of each stage, or the one number of an undivided answer; (): 3 each
+    stage_caps: tuple[int, ...] = ()  # evolving: criteria kept of each stage (of an undivided answer, one number); (): 3, or max_criteria
     answers_per_call: int = 0  # of a pool that the verifier reads at a time, references not counted; 0: all
     max_answer_chars: int = 24000  # of an answer that a judge is shown
     max_reasks: int = 2  # further asks for a reply that cannot be used, each with what was wrong

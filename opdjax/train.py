@@ -26,6 +26,7 @@ from opdjax.estimators import bind
 from opdjax.evals.evaluate import completions
 from opdjax.evals.passk import paired_difference
 from opdjax.fields import ConfigError
+from opdjax.judged import ROWS, is_judged, open_judged
 from opdjax.metrics import MetricWriter, Progress, Timer
 from opdjax.models.decoder import Params, abstract_params
 from opdjax.models.hf import Checkpoint, export, export_adapter, load_params
@@ -35,7 +36,7 @@ from opdjax.near_policy.source import open_source
 from opdjax.prepare import Setup, as_of_step, facts, load_student, open_student, prepare, published, update_spec
 from opdjax.processes import InterruptedRunError, agreed, join, on_all, on_lead, stop_requests
 from opdjax.results import read_result
-from opdjax.rollouts import Drawn, Source, rollout_metrics, scored, token_counts
+from opdjax.rollouts import Drawn, Source, SourceStoppedError, rollout_metrics, scored, token_counts
 from opdjax.sharding import is_lead, make_mesh, num_row_shards, shard_rows, to_host
 from opdjax.train_state import init_state, make_behavior_kl, make_examine, make_optimizer, make_update
 from opdjax.types import Metrics
@@ -112,12 +113,19 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> N
     progress, timer = Progress(first, config.train.num_steps), Timer()
     opened.callback(progress.close)
     is_stop_asked = opened.enter_context(stop_requests())
-    source = opened.enter_context(open_source(setup, workdir, first, is_stop_asked))
+    judged = open_judged(setup, workdir, first) if is_judged(config) else None
+    source = opened.enter_context(judged or open_source(setup, workdir, first, is_stop_asked))
     evaluate(0, weights)
     source.publish(first, weights, timer)
     for step in range(first, config.train.num_steps):
         done = step + 1
-        drawn = source.take(step, timer)
+        try:
+            drawn = source.take(step, timer)
+        except SourceStoppedError:
+            if step > (checkpointer.latest_step or 0) and not int(state.nonfinite_streak):
+                checkpointer.save(step, state)
+            checkpointer.wait()
+            raise
         current = as_of_step(setup, source.params)
         if config.log.samples_every and (done % config.log.samples_every == 0 or done == 1):
             rows = _sample_rows(current, examine, _shown(source, weights), drawn, done)
@@ -193,10 +201,10 @@ def _keep_spans(setup: Setup, workdir: pathlib.Path, timer: Timer, step: int) ->
 
 def _cut_back(setup: Setup, workdir: pathlib.Path, step: int) -> None:
     """Drop the rows after the checkpoint that the run continues from; nothing is touched where what must be there before it is not."""
-    config, names = setup.config, ("metrics.jsonl", "samples.jsonl", "eval.jsonl", "timeline-learner.jsonl")
+    config, names = setup.config, ("metrics.jsonl", "samples.jsonl", "eval.jsonl", "timeline-learner.jsonl", ROWS)
     if step:
         print(f"continuing from step {step}")
-    metrics, _, evaluations, _ = (read_lines(workdir / name) for name in names)
+    metrics, _, evaluations, *_ = (read_lines(workdir / name) for name in names)
     # One checkpoint may be in the making and one streak of skipped steps behind it when a run is killed.
     reached, within = max([row["step"] for row in metrics], default=0), 2 * config.checkpoint.every + config.train.max_nonfinite_steps
     if step == 0 and reached > within:

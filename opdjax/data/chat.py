@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import os
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import jinja2
@@ -105,3 +108,33 @@ def _templated(messages: list[dict[str, str]], tokenizer: Any, enable_thinking: 
             "mend it, or use format 'raw'"
         ) from error
     return tokenizer.encode(text, add_special_tokens=False)
+
+
+def stage_starts(text: str, markers: Sequence[str]) -> list[int | None]:
+    """Where each stage of an answer begins, in characters; None for one that is not there, whose text is the stage's before.
+
+    The first begins at 0, every other at the first match of its regular expression in `markers` after the beginning of the one
+    found before it. The matched text belongs to the stage that it begins.
+    """
+    starts: list[int | None] = [0]
+    reached = 0
+    for marker in markers:
+        found = re.compile(marker, re.MULTILINE).search(text, reached)
+        starts.append(found.start() if found else None)
+        reached = max(found.end(), found.start() + 1) if found else reached
+    return starts
+
+
+def stage_ids(tokens: Sequence[int], tokenizer: Any, markers: Sequence[str]) -> list[int]:
+    """The stage, counted from 0, of each token of a completion; of a token that spans two stages, the later one.
+
+    Special tokens belong to the stage that they follow.
+    """
+    read = lambda count: tokenizer.decode(tokens[:count], skip_special_tokens=True)  # noqa: E731
+    ids = [0] * len(tokens)
+    for stage, start in enumerate(stage_starts(read(len(tokens)), markers)):
+        # The first token with which the text grows beyond the stage's first character.
+        begins = 0 if not start else bisect.bisect_right(range(1, len(tokens) + 1), start, key=lambda count: len(read(count)))
+        if start is not None:
+            ids[begins:] = [stage] * (len(tokens) - begins)
+    return ids

@@ -102,6 +102,14 @@ def _scored(judge: Judge, group: Group, rubric: Rubric, verdicts, reference_verd
     return Judgement(group, rubric, verdicts, reference_verdicts, of(verdicts), of(reference_verdicts), by_stage, tally)
 
 
+async def rubric_of(judge: Judge, group: Group) -> Rubric | None:
+    """The rubric alone; None where none can be had."""
+    try:
+        return await induce(judge, group.question, group.references, group.answers, Tally())
+    except (ReplyError, ApiUnavailableError, ApiRequestError):
+        return None
+
+
 def joined(existing: Sequence[Criterion], new: Sequence[Criterion]) -> Rubric:
     """All criteria, numbered anew; of two with the same text and stage the first."""
     unique = {(criterion.text, criterion.stage): criterion for criterion in reversed([*existing, *new])}
@@ -110,7 +118,7 @@ def joined(existing: Sequence[Criterion], new: Sequence[Criterion]) -> Rubric:
 
 
 def as_row(judgement: Judgement, step: int, correct: Sequence[int] | None, *, has_texts: bool) -> dict[str, Any]:
-    """The judgement as a row of rubrics.jsonl; texts only where they are asked for."""
+    """The judgement as a row of rubrics.jsonl; `correct` by its rollouts, texts only where they are asked for."""
     group, rubric, tally = judgement.group, judgement.rubric, judgement.tally
     rounded = lambda values: [None if v is None else round(v, 6) for v in values]  # noqa: E731
     row = {
@@ -119,7 +127,7 @@ def as_row(judgement: Judgement, step: int, correct: Sequence[int] | None, *, ha
         "verdicts": judgement.verdicts, "reference_verdicts": judgement.reference_verdicts,
         "scores": rounded(judgement.scores), "reference_scores": rounded(judgement.reference_scores),
         "stage_scores": judgement.stage_scores and [None if v is None else rounded(v) for v in judgement.stage_scores],
-        "correct": None if correct is None else [int(correct[sample]) for sample in group.samples],
+        "correct": None if correct is None else [int(is_right) for is_right in correct],
         "problems": dict(tally.problems), "repairs": dict(tally.repairs), "reasks": tally.num_reasks,
     }  # fmt: skip
     if has_texts:
@@ -127,8 +135,8 @@ def as_row(judgement: Judgement, step: int, correct: Sequence[int] | None, *, ha
     return row
 
 
-def metrics_of(judgements: Sequence[Judgement], correct: dict[tuple[int, int], int] | None) -> dict[str, float]:
-    """Numbers of a step. `correct`: 1 for each right answer by (place of its group among the judgements' groups, sample).
+def metrics_of(judgements: Sequence[Judgement], correct: Sequence[Sequence[int]] | None) -> dict[str, float]:
+    """Numbers of a step. `correct`: 1 for each right answer, by judgement and rollout; None where nobody knows.
 
     Rewards and scores are in [0, 1]; `no_signal_share`: of the criteria, those that all rollouts of the group meet alike;
     `tied_groups`: share of scored groups whose rollouts all have one score; `auc`: how often a right answer scores above a wrong
@@ -152,12 +160,7 @@ def metrics_of(judgements: Sequence[Judgement], correct: dict[tuple[int, int], i
     for problem in ("empty", "truncated", "parse_error", "schema_error", "validation_error", "missing_answer", "unavailable", "refused"):
         found[f"rubric/problems/{problem}"] = float(sum(judgement.tally.problems[problem] for judgement in judgements))
     if correct is not None:
-        pairs = [
-            (value, correct[place, sample])
-            for place, judgement in enumerate(judgements)
-            for value, sample in zip(judgement.scores, judgement.group.samples)
-            if value is not None
-        ]
+        pairs = [pair for judgement, right in zip(judgements, correct) for pair in zip(judgement.scores, right) if pair[0] is not None]
         found["rubric/auc"] = auc([v for v, is_right in pairs if is_right], [v for v, is_right in pairs if not is_right])
     return found
 
