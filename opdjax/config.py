@@ -411,7 +411,7 @@ class Config:
         require(generations > 1, "sampling.num_generations", generations, expected)
         near = self.near_policy
         is_whole = near.schedule == "none" or (recipe == "grpo" and near.schedule == "continuous" and near.filter == "none")
-        expected = f"none where the recipe is {recipe}: its rollouts are compared within a prompt, and judged for the update that they are drawn for"
+        expected = f"none where the recipe is {recipe}: a prompt's rollouts are judged together, for the update that they are drawn for"
         require(is_whole, "near_policy.schedule", near.schedule, expected)
         for role in ("verifier", "rubricator") if is_judged else ():
             is_needed = role == "verifier" or recipe != "tjudge"
