@@ -7,7 +7,16 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from opdjax.config import MINI_PAIR
-from opdjax.data.chat import TokenizerMismatchError, assistant_header, check_same_vocabulary, load_tokenizer, render, valid_vocab
+from opdjax.data.chat import (
+    TokenizerMismatchError,
+    assistant_header,
+    check_same_vocabulary,
+    load_tokenizer,
+    render,
+    stage_ids,
+    stage_starts,
+    valid_vocab,
+)
 
 
 @pytest.fixture(scope="module")
@@ -159,3 +168,36 @@ def test_the_same_vocabulary_split_otherwise_is_refused(tokenizer):
     assert show("12", other, format="raw") != show("12", tokenizer, format="raw")
     with pytest.raises(TokenizerMismatchError, match="split the same text differently.*recipe 'opd' compares their logits id by id"):
         check_same_vocabulary(tokenizer, other, "opd")
+
+
+# Stages
+
+
+@pytest.mark.parametrize(
+    ("text", "starts"),
+    [
+        ("1+2=3;3+4=7#7", [0, 5, 11]),
+        ("1+2=3#3", [0, None, 5]),  # no second step: its text is the first one's
+        ("1+2=3;3+4=7", [0, 5, None]),
+        ("#7;1", [0, 2, None]),  # a marker counts after the stage before alone
+        ("", [0, None, None]),
+    ],
+)
+def test_where_the_stages_of_an_answer_begin(text, starts):
+    assert stage_starts(text, (";", "#")) == starts
+
+
+def test_a_marker_that_matches_nothing_still_moves_on():
+    assert stage_starts("ab", ("", "")) == [0, 0, 1]
+
+
+@pytest.mark.parametrize("text", ["34-17=17;17+25=42#42", "34-17=17#42", "34;1#", "#", ";;##", "17+25"])
+def test_each_token_has_the_stage_that_its_text_stands_in(text, tokenizer):
+    tokens = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+    ids, starts = stage_ids(tokens, tokenizer, (";", "#")), stage_starts(text, (";", "#"))
+    assert ids == sorted(ids)
+    for count, stage in enumerate(ids[:-1]):
+        last = len(tokenizer.decode(tokens[: count + 1])) - 1
+        assert stage == max(number for number, start in enumerate(starts) if start is not None and start <= last)
+    assert ids[-1] == ids[-2]
+    assert stage_ids([], tokenizer, (";",)) == []
