@@ -26,7 +26,7 @@ from opdjax.estimators import bind
 from opdjax.evals.evaluate import completions
 from opdjax.evals.passk import paired_difference
 from opdjax.fields import ConfigError
-from opdjax.judged import ROWS, is_judged, open_judged
+from opdjax.judged.source import ROWS, open_judged
 from opdjax.metrics import MetricWriter, Progress, Timer
 from opdjax.models.decoder import Params, abstract_params
 from opdjax.models.hf import Checkpoint, export, export_adapter, load_params
@@ -113,7 +113,7 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> N
     progress, timer = Progress(first, config.train.num_steps), Timer()
     opened.callback(progress.close)
     is_stop_asked = opened.enter_context(stop_requests())
-    judged = open_judged(setup, workdir, first) if is_judged(config) else None
+    judged = open_judged(setup, workdir, first) if config.is_judged else None
     source = opened.enter_context(judged or open_source(setup, workdir, first, is_stop_asked))
     evaluate(0, weights)
     source.publish(first, weights, timer)
