@@ -7,6 +7,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -135,9 +136,9 @@ class _View:
     prompt_format: str
     is_teachers: bool = False  # its format then has the fields of a row, and takes messages as well
 
-    def ids(self, row: Prompt, place: str, said: Mapping[str, str] | None = None) -> tuple[int, ...]:
+    def ids(self, row: Prompt, place: str, said: Mapping[str, str] = MappingProxyType({})) -> tuple[int, ...]:
         """The row's tokens, `said` what judges say of a rollout; DataError where it cannot be shown."""
-        prompt = _with_context(row, self.prompt_format, said or {}) if self.is_teachers else _wrapped(row, self.prompt_format)
+        prompt = _with_context(row, self.prompt_format, said) if self.is_teachers else _wrapped(row, self.prompt_format)
         try:
             ids = render(prompt, self.tokenizer, format=self.format, system_prompt=self.system_prompt, enable_thinking=self.enable_thinking)
         except ValueError as error:
@@ -165,7 +166,7 @@ def teacher_ids_with(row: Prompt, data: DataConfig, tokenizer: Any, said: Mappin
     return _views(data, tokenizer, tokenizer)[1].ids(row, f"a prompt of {data.source}", said)
 
 
-def _with_context(row: Prompt, format: str, said: Mapping[str, str]) -> str | Messages:
+def _with_context(row: Prompt, format: str, said: Mapping[str, str] = MappingProxyType({})) -> str | Messages:
     """What only the teacher is shown, around the prompt or, in messages, around the last turn of the user.
 
     Privileged context: SDFT and OPSD (arXiv 2601.18734), whose teacher is the student that also sees a solution.

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 import jax
 import numpy as np
 
-from opdjax.api.client import ApiError
+from opdjax.api.replies import ApiError
 from opdjax.data.packing import to_train_batch
 from opdjax.data.prompts import collate
 from opdjax.evals.evaluate import completions, graded

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from opdjax.api.client import ApiRequestError, ApiUnavailableError
+from opdjax.api.replies import ApiRequestError, ApiUnavailableError
 from opdjax.rubrics.asking import Judge, Tally
 from opdjax.rubrics.rubricator import induce
 from opdjax.rubrics.schema import Criterion, ReplyError, Rubric

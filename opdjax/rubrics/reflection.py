@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 
-from opdjax.api.client import ApiRequestError, ApiUnavailableError
+from opdjax.api.replies import ApiRequestError, ApiUnavailableError
 from opdjax.rubrics.asking import Judge, Question, ask
 from opdjax.rubrics.groups import Judgement
 from opdjax.rubrics.schema import ReplyError, read_object
