@@ -183,11 +183,12 @@ def _num_steps(task: Sequence[Step], references: Sequence[Answer]) -> int:
 
 
 def _agreed_step(references: Sequence[Answer], place: int) -> str | None:
-    """What most references do as this step, as a demand; a sum that is wrong is none, whoever agrees on it."""
-    steps = [reference.steps[place] for reference in references if place < len(reference.steps)]
-    most = _majority([step.key for step in steps], len(references))
-    agreed = next((step for step in steps if step.key == most), None)
-    return demands.STEP.format(agreed) if agreed is not None and agreed.holds else None
+    """What most references do as this step, as a demand; none where a sum up to there is wrong, whoever agrees on it."""
+    able = [reference.steps for reference in references if place < len(reference.steps)]
+    most = _majority([steps[place].key for steps in able], len(references))
+    holding = (steps[place] for steps in able if all(step.holds for step in steps[: place + 1]))
+    agreed = next((step for step in holding if step.key == most), None)
+    return None if agreed is None else demands.STEP.format(agreed)
 
 
 def _agreed_value(references: Sequence[Answer]) -> int | None:
