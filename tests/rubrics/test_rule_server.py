@@ -3,6 +3,7 @@
 import asyncio
 import collections
 import concurrent.futures
+import contextlib
 import http.client
 import json
 import subprocess
@@ -57,6 +58,11 @@ def asked_of(url, request, timeout=10, **more):
 
 def text_of(document):
     return document["choices"][0]["message"]["content"]
+
+
+def models_of(connection):
+    connection.request("GET", "/v1/models")
+    return connection.getresponse().read()
 
 
 def stats(url):
@@ -117,7 +123,7 @@ def test_one_connection_serves_many_requests_and_bad_ones_end_it(judge_server):
     for _ in range(20):
         connection.request("POST", "/v1/chat/completions", json.dumps({"model": "any", **VERIFIER}))
         assert connection.getresponse().read()
-    assert stats(judge_server)["connections"] == begun + 3  # this one, and one each time that was asked
+    assert stats(judge_server)["connections"] == begun + 2  # this one, and that which asks
     for body, headers, status in (
         ("{", {}, 400),
         ("[1]", {}, 400),
@@ -222,23 +228,61 @@ def test_readers_put_right_what_can_be_put_right(start_judge):
         except ReplyError as error:
             read[fault] = error.kind
     assert read == {
-        "truncated": "parse_error", "empty": "empty", "bad_weight": "schema_error",
+        "truncated": "schema_error", "empty": "empty", "bad_weight": "schema_error",
         "prose": (("prose",), 0), "fence": (("fence",), 0), "lying_total": (("unknown_keys",), 0), "reordered": ((), 0),
         "missing_verdict": ((), 1), "missing_answer": ((), 1),
     }  # fmt: skip
 
 
+def test_a_cut_off_reply_is_told_from_a_malformed_one(start_judge):
+    """Of a reply that was cut off, an object inside it can often be read: what helps is room, and the judge is told so."""
+    heard = []
+
+    async def complete(role, messages, *, schema=None, schema_name="reply", sample=0):
+        heard.append(messages)
+        choice = asked_of(url, {"messages": messages})[1]["choices"][0]
+        return Reply(choice["message"]["content"], choice["finish_reason"], False, 0, 0)
+
+    judge = Judge(complete, RubricsConfig(max_reasks=1))
+    with start_judge("--faults", 1, "--fault-kinds", "truncated") as url:
+        (found,) = asyncio.run(judge_group(judge, group_of(judge, 0, QUESTION, [RIGHT], [RIGHT, WRONG], [False] * 2), "rubric"))
+    assert not found.is_scored
+    assert found.tally.problems == {"truncated": 2}
+    assert "be brief" in heard[1][-1]["content"]
+
+
+def test_faults_do_not_change_what_answers_are_worth(start_judge):
+    """Every kind of fault, of a third of the requests: asked again, the groups come to the scores that the rules give."""
+    answers = [RIGHT, WRONG, "34-17=17;17+25=41#41", ""]
+
+    async def complete(role, messages, *, schema=None, schema_name="reply", sample=0):
+        status = None
+        while status != 200:
+            with contextlib.suppress(http.client.RemoteDisconnected):
+                status, document, _ = asked_of(url, {"messages": messages})
+        choice = document["choices"][0]
+        return Reply(choice["message"]["content"], choice["finish_reason"], False, 0, 0)
+
+    judge, found, problems = Judge(complete, RubricsConfig(max_reasks=9)), [], collections.Counter()
+    with start_judge("--faults", 0.35, "--hang", 0.01) as url:
+        for _ in range(40):
+            (judgement,) = asyncio.run(judge_group(judge, group_of(judge, 0, QUESTION, [RIGHT], answers, [False] * 4), "rubric"))
+            found.append(judgement.scores)
+            problems += judgement.tally.problems
+    # 5 the value, 2 and 4 the steps, 2 that the value follows, 1 the form.
+    assert set(found) == {(1.0, 3 / 14, 5 / 14, 0.0)}
+    assert problems.keys() == {"truncated", "empty", "schema_error", "missing_answer"}
+
+
 def test_a_judge_goes_down(start_judge):
     with start_judge("--down-after", 3) as url:
         idle = http.client.HTTPConnection(urllib.parse.urlsplit(url).netloc, timeout=10)
-        idle.request("GET", "/v1/models")
-        assert idle.getresponse().read()
+        assert models_of(idle)
         assert [asked_of(url, VERIFIER)[0] for _ in range(3)] == [200] * 3
         with pytest.raises(urllib.error.URLError, match="refused"):
             asked_of(url, VERIFIER)
-        with pytest.raises(OSError):  # noqa: PT011  whichever way the system tells of a broken connection
-            idle.request("GET", "/v1/models")
-            idle.getresponse()
+        with pytest.raises(ConnectionError):
+            models_of(idle)
 
 
 def run(*words):
