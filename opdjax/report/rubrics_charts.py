@@ -1,0 +1,227 @@
+"""Charts and tables of judged rollouts: curves by step, scores of right and of wrong answers, which answer meets which criterion."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from opdjax.report import measures
+from opdjax.report.charts import COLOURS, Chart, Line, box, curve, draw, picture, swatches, tick
+from opdjax.report.judgements import Group, Judged, Steps, auc
+from opdjax.report.markup import Html, details, fixed, join, number, table, table_row, tag
+from opdjax.report.rollouts import percent
+from opdjax.results import is_number
+
+RIGHT, WRONG = 2, 1  # colours
+BINS = 10  # of a score from 0 to 1
+_AUC_BINS, _AUC_GROUPS = 12, 24  # stretches of steps at most; groups that each should have at least
+_TEXT = 4000  # letters of an answer that are shown
+_MARKS = {1.0: ("✓", "met"), 0.0: ("✗", "unmet")}
+
+
+# By step
+
+
+def over_steps(chart: Chart, steps: Steps, parts: Sequence[tuple[int, Callable[[list[Group]], Any]]]) -> Html | None:
+    """The chart of what each part, (colour, measure of a step's groups), says of every step; None where none says anything."""
+    order, window = list(steps), measures.smoothing_window(len(steps))
+    found = [(slot, [_plain(measure(groups)) for groups in steps.values()]) for slot, measure in parts]
+    lines = [line for slot, values in found if any(map(is_number, values)) for line in curve(order, values, window, slot=slot)]
+    return draw(chart, lines) if lines else None
+
+
+def _plain(value: Any) -> float | None:
+    """A number, a rate's number, or None."""
+    value = getattr(value, "value", value)
+    return float(value) if is_number(value) else None
+
+
+def from_columns(chart: Chart, order: Sequence[int], columns: Sequence[tuple[int, Sequence[float | None]]]) -> Html | None:
+    """The chart of metrics, (colour, one value a step); None where all are empty."""
+    window = measures.smoothing_window(len(order))
+    lines = [line for slot, values in columns if any(map(is_number, values)) for line in curve(order, values, window, slot=slot)]
+    return draw(chart, lines) if lines else None
+
+
+def auc_chart(steps: Steps) -> Html | None:
+    """The AUC of stretches of steps with its interval; None where no stretch has right and wrong answers."""
+    order, groups = list(steps), sum(map(len, steps.values()))
+    size = max(1, min(_AUC_BINS, len(order), groups // _AUC_GROUPS))
+    stretches = [part.tolist() for part in np.array_split(np.array(order), size)]
+    found = [(part, auc(group for step in part for group in steps[step])) for part in stretches]
+    known = [(sum(part) / len(part), rate) for part, rate in found if rate is not None]
+    if not known:
+        return None
+    x, rates = zip(*known)
+    ends = [(max(0.0, r.value - r.half_width), min(1.0, r.value + r.half_width)) for r in rates]
+    low, high = zip(*((a, b) if is_number(r.half_width) else (math.nan, math.nan) for r, (a, b) in zip(rates, ends)))
+    line = Line(x, [r.value for r in rates], low, high, slot=0, has_markers=True, bars=True)
+    width = max(map(len, stretches))
+    about = (
+        f"The chance that a right answer scores above a wrong one (a tie counts half), over all rollouts of {width:,} steps at a time. 1: "
+        "the judge always prefers what is right; dashed, 0.5: no better than a coin. Bars: 95 % intervals."
+    )
+    chart = Chart("How well scores tell right from wrong (AUC)", "step", "AUC", about, reference=0.5, y_range=(min(0.4, *low_of(low)), 1.02))
+    return draw(chart, [line])
+
+
+def low_of(ends: Iterable[float]) -> list[float]:
+    """Those that are numbers, with room below; at least two values."""
+    return [0.4, 0.4, *(end - 0.02 for end in ends if is_number(end))]
+
+
+# Scores by truth
+
+
+def shares_by_score(scores: np.ndarray) -> np.ndarray:
+    """`[BINS]`: share of the scores in each tenth of 0 to 1; 1 itself belongs to the last."""
+    counts = np.bincount(bins_of(scores), minlength=BINS)
+    return counts / max(scores.size, 1)
+
+
+def bins_of(scores: np.ndarray) -> np.ndarray:
+    """The tenth that each score lies in; a score that is 0.3 but for rounding is in that which begins there."""
+    return np.clip(np.floor(scores * BINS + 1e-6), 0, BINS - 1).astype(int)
+
+
+def truth_histogram(right: np.ndarray, wrong: np.ndarray) -> Html:
+    """Scores of right and of wrong answers side by side, each as shares of its own kind."""
+    title = "Scores of right and wrong answers"
+
+    def paint(figure: Any) -> None:
+        axes = figure.add_axes((0.135, 0.19, 0.84, 0.7))
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.set_axisbelow(True)
+        axes.grid(axis="y", linewidth=0.8)
+        at = np.arange(BINS) / BINS
+        for scores, slot, left in ((right, RIGHT, 0.008), (wrong, WRONG, 0.051)):
+            style = {"color": COLOURS[f"series-{slot}"], "linewidth": 0}
+            axes.bar(at + left, shares_by_score(scores), width=0.041, align="edge", **style)
+        axes.tick_params(length=0, pad=5)
+        axes.set_xlim(0, 1)
+        axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: tick(value))
+        axes.text(-0.13, 1.055, "share of its kind", transform=axes.transAxes, color=COLOURS["muted"])
+        axes.text(0.5, -0.15, "score", transform=axes.transAxes, color=COLOURS["muted"], ha="center", va="top")
+
+    about = "Good: the two heaps lie apart, right answers to the right. Where they overlap, the reward cannot tell them from each other."
+    drawn = picture(f"{title}: share of each kind against score", 380, 236, paint)
+    return tag("figure", tag("h3", title), drawn, tag("figcaption", about))
+
+
+def truth_key() -> Html:
+    """The legend of `truth_histogram`."""
+    return swatches([("right answers", box(RIGHT)), ("wrong answers", box(WRONG))])
+
+
+def truth_table(right: np.ndarray, wrong: np.ndarray) -> Html:
+    """Of each tenth of the scores how many answers have it, and how many of those are right."""
+    counts = [np.bincount(bins_of(scores), minlength=BINS) for scores in (right, wrong)]
+    rows = []
+    for place, (good, bad) in enumerate(zip(*counts)):
+        if good + bad:
+            name = f"{place / BINS:.1f} to {(place + 1) / BINS:.1f}"
+            rows.append([name, f"{good:,}", f"{bad:,}", percent(good / (good + bad))])
+    return table(["score", "right", "wrong", "share right"], rows, class_="dense")
+
+
+# Who meets what
+
+
+def pass_matrix(row: Judged, group_mean: float | None) -> Html:
+    """Criteria by answers, references first, and below what the answers earned; a table that needs no colour to be read."""
+    size, references = len(row.samples), len(row.reference_scores)
+    marks = [tag("th", f"ref {place + 1}", class_="mark", scope="col") for place in range(references)]
+    marks += [tag("th", f"{sample}", class_="mark edge" if not at else "mark", scope="col") for at, sample in enumerate(row.samples)]
+    head = [tag("th", "criterion", class_="text", scope="col"), tag("th", "kind", class_="text", scope="col"), "weight", *marks, "met by"]
+    body = [_criterion_row(row, place) for place in range(len(row.criteria))]
+    foot = [_foot("score", [*row.reference_scores, *row.scores], references, 2)]
+    if group_mean is not None:
+        foot.append(_foot("score less the group's mean", [math.nan] * references + list(row.scores - group_mean), references, 2, signed=True))
+    if row.correct is not None:
+        words = [""] * references + ["right" if is_right else "wrong" for is_right in row.correct]
+        foot.append(_foot("the final answer is", words, references))
+    words = "rollout" if size == 1 else "rollouts"
+    caption = (
+        f"Columns: {f'ref 1 to {references}, the references, then ' if references else ''}the {words} by number. ✓ earns the weight, ✗ "
+        "does not, ½ earns half; for a flaw ✓ means that it is not there. – : the judge gave no usable verdict. Met by: how many rollouts "
+        "meet it; a criterion that all or none meet cannot move the training."
+    )
+    return table(head, [*body, *foot], caption=caption if row.criteria else None, class_="dense verdicts")
+
+
+def _criterion_row(row: Judged, place: int) -> Html:
+    criterion, met = row.criteria[place], row.met[:, place]
+    known = met[np.isfinite(met)]
+    stage = f" ({criterion.stage})" if criterion.stage else ""
+    name = join((tag("span", "flaw", class_="badge"), " ", criterion.text)) if criterion.is_flaw else criterion.text
+    total, is_alike = fixed(float(known.sum()), 1).removesuffix(".0"), len(known) > 1 and (known == known[0]).all()
+    cells = [_mark(value, is_edge=False) for value in row.reference_met[:, place]]
+    cells += [_mark(value, is_edge=not at) for at, value in enumerate(met)]
+    heard = f"{total} of {len(known)}" + (", all alike" if is_alike else "")
+    return table_row([tag("th", name, class_="long", scope="row"), tag("td", criterion.category + stage, class_="text"),
+                      number(criterion.weight), *cells, heard])  # fmt: skip
+
+
+def _mark(value: float, *, is_edge: bool) -> Html:
+    sign, kind = ("–", "") if not is_number(value) else _MARKS.get(float(value), ("½", ""))
+    return tag("td", sign, class_=" ".join(part for part in ("mark", kind, "edge" if is_edge else "") if part))
+
+
+def _foot(name: str, values: Sequence[Any], references: int, digits: int = 0, *, signed: bool = False) -> Html:
+    shown = [value if isinstance(value, str) else _signed(value, digits) if signed else fixed(value, digits) for value in values]
+    if signed:  # references are judged, and no reward is made of that
+        shown = ["" if at < references else text for at, text in enumerate(shown)]
+    cells = [tag("td", text, class_="mark edge" if at == references else "mark") for at, text in enumerate(shown)]
+    return table_row([tag("th", name, class_="text", scope="row"), "", "", *cells, ""], class_="main")
+
+
+def _signed(value: float, digits: int) -> str:
+    return ("+" if is_number(value) and value > 0 else "") + fixed(value, digits)
+
+
+def answer_texts(row: Judged, group_mean: float | None) -> Html | None:
+    """The answers as the judge saw them, each with what it earned; None where they were not written down."""
+    texts = row.texts
+    answers, references = (value if isinstance(value := texts.get(name), list) else [] for name in ("answers", "references"))
+    if not answers and not references:
+        return None
+    cut = texts.get("is_truncated") or []
+    blocks = [_answer(f"Reference {at + 1}", text, [_score_words(_at(row.reference_scores, at), None)]) for at, text in enumerate(references)]
+    for at, text in enumerate(answers):
+        facts = [_score_words(_at(row.scores, at), group_mean)]
+        if row.correct is not None and at < len(row.correct):
+            facts.append("the final answer is right" if row.correct[at] else "the final answer is wrong")
+        facts += ["cut off at the length limit"] if at < len(cut) and cut[at] else []
+        blocks.append(_answer(f"Rollout {row.samples[at] if at < len(row.samples) else at}", text, facts))
+    shown = tag("div", *blocks, class_="rollouts")
+    is_short = sum(len(str(text)) for text in [*answers, *references]) < _TEXT
+    return details("The answers, word for word", shown, open=is_short)
+
+
+def _at(values: np.ndarray, place: int) -> float:
+    return float(values[place]) if place < len(values) else math.nan
+
+
+def _score_words(score: float, group_mean: float | None) -> str:
+    if not is_number(score):
+        return "no score"
+    against = "" if group_mean is None else f", {_signed(score - group_mean, 2)} against the group's mean"
+    return f"score {fixed(score, 2)}{against}"
+
+
+def _answer(name: str, text: Any, facts: Sequence[str]) -> Html:
+    return tag(
+        "div", tag("h4", f"{name}: {'; '.join(facts)}"), tag("div", shortened(str(text)) or "(empty)", class_="completion"), class_="rollout"
+    )
+
+
+def shortened(text: str, limit: int = _TEXT) -> str:
+    """The text, or its start and its end."""
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit // 2]} […{len(text) - limit:,} letters…] {text[-(limit // 2) :]}"
