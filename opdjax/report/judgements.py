@@ -237,7 +237,9 @@ def categories(groups: Iterable[Group]) -> list[str]:
     return names if len(names) <= _CATEGORIES + 1 else [*names[:_CATEGORIES], OTHER]
 
 
-def pass_rate(groups: Sequence[Group], category: str | None = None, named: Sequence[str] = (), *, of_references: bool = False) -> Rate | None:
+def pass_rate(
+    groups: Sequence[Group], category: str | None = None, named: Sequence[str] = (), *, of_references: bool = False
+) -> Rate | None:
     """Share of the criteria that is met, weights aside, over all rollouts (or references) that have verdicts.
 
     `category`: of that one alone; OTHER: of all that are not among `named`. None where there are no verdicts.

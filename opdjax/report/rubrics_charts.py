@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,13 +64,9 @@ def auc_chart(steps: Steps) -> Html | None:
         f"The chance that a right answer scores above a wrong one (a tie counts half), over all rollouts of {width:,} steps at a time. 1: "
         "the judge always prefers what is right; dashed, 0.5: no better than a coin. Bars: 95 % intervals."
     )
-    chart = Chart("How well scores tell right from wrong (AUC)", "step", "AUC", about, reference=0.5, y_range=(min(0.4, *low_of(low)), 1.02))
+    floor = min([0.4, *(end - 0.02 for end in low if is_number(end))])
+    chart = Chart("How well scores tell right from wrong (AUC)", "step", "AUC", about, reference=0.5, y_range=(floor, 1.02))
     return draw(chart, [line])
-
-
-def low_of(ends: Iterable[float]) -> list[float]:
-    """Those that are numbers, with room below; at least two values."""
-    return [0.4, 0.4, *(end - 0.02 for end in ends if is_number(end))]
 
 
 # Scores by truth
@@ -141,7 +137,9 @@ def pass_matrix(row: Judged, group_mean: float | None) -> Html:
     body = [_criterion_row(row, place) for place in range(len(row.criteria))]
     foot = [_foot("score", [*row.reference_scores, *row.scores], references, 2)]
     if group_mean is not None:
-        foot.append(_foot("score less the group's mean", [math.nan] * references + list(row.scores - group_mean), references, 2, signed=True))
+        foot.append(
+            _foot("score less the group's mean", [math.nan] * references + list(row.scores - group_mean), references, 2, signed=True)
+        )
     if row.correct is not None:
         words = [""] * references + ["right" if is_right else "wrong" for is_right in row.correct]
         foot.append(_foot("the final answer is", words, references))
@@ -191,7 +189,9 @@ def answer_texts(row: Judged, group_mean: float | None) -> Html | None:
     if not answers and not references:
         return None
     cut = texts.get("is_truncated") or []
-    blocks = [_answer(f"Reference {at + 1}", text, [_score_words(_at(row.reference_scores, at), None)]) for at, text in enumerate(references)]
+    blocks = [
+        _answer(f"Reference {at + 1}", text, [_score_words(_at(row.reference_scores, at), None)]) for at, text in enumerate(references)
+    ]
     for at, text in enumerate(answers):
         facts = [_score_words(_at(row.scores, at), group_mean)]
         if row.correct is not None and at < len(row.correct):
@@ -216,7 +216,10 @@ def _score_words(score: float, group_mean: float | None) -> str:
 
 def _answer(name: str, text: Any, facts: Sequence[str]) -> Html:
     return tag(
-        "div", tag("h4", f"{name}: {'; '.join(facts)}"), tag("div", shortened(str(text)) or "(empty)", class_="completion"), class_="rollout"
+        "div",
+        tag("h4", f"{name}: {'; '.join(facts)}"),
+        tag("div", shortened(str(text)) or "(empty)", class_="completion"),
+        class_="rollout",
     )
 
 
