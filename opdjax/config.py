@@ -26,6 +26,7 @@ JUDGED_RECIPES = ("ropd", "tjudge", "ropd_stages")  # that learn from what judge
 STUDENT = "@student"  # as teacher.path: the student that is trained, with the weights it has at each step
 MINI_PAIR = PACKAGE / "assets" / "mini_pair"  # where it lies: `teacher` and `student`
 TEACHER_FIELDS = ("prompt", "answer", "reference")  # of a row, in data.teacher_prompt_format
+JUDGED_FIELDS = ("rubric", "verdicts", "reflection")  # of a rollout, there as well: what judges say of it
 
 
 def _require_sampling(section: str, sampling: Any) -> None:
@@ -82,14 +83,17 @@ class DataConfig:
     answer_column: str | None = None  # the value to grade by, a string or a number; None: `answer`, where there is one
     reference_column: str | None = None  # worked answers: text, texts or messages; None: `references` or `reference`, where there is one
     # What the teacher reads in the place of prompt_format: {prompt} (in messages the last turn of the user), and what only it is
-    # shown, {answer} and {reference}, the row's first. Other braces stay as they are. None: as prompt_format.
+    # shown, {answer} and {reference}, the row's first, and of each rollout {rubric}, {verdicts} and {reflection}, which judges write
+    # (rubricator, verifier). Other braces stay as they are. None: as prompt_format.
     teacher_prompt_format: str | None = None
+    max_teacher_prompt_length: int = 2048  # tokens, with what judges say; a rollout whose teacher would read more is left out
 
     def __post_init__(self):
         require_types(self, "data.")
         require("{prompt}" in self.prompt_format, "data.prompt_format", self.prompt_format, "a text that contains {prompt}")
         self._check_teacher_prompt_format()
-        require(self.max_prompt_length > 0, "data.max_prompt_length", self.max_prompt_length, "at least 1")
+        for name in ("max_prompt_length", "max_teacher_prompt_length"):
+            require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "at least 1")
         for name in ("prompt_column", "answer_column", "reference_column"):
             require(getattr(self, name) != "", f"data.{name}", "", "the name of a column")
         is_teacher_chat = (self.teacher_format or self.format) == "chat"
@@ -102,8 +106,9 @@ class DataConfig:
         text = "{prompt}" if self.teacher_prompt_format is None else self.teacher_prompt_format
         require("{prompt}" in text, "data.teacher_prompt_format", text, "a text that contains {prompt}")
         # A misspelt field would be shown to the teacher as it stands, and no error would tell.
-        for name in set(re.findall(r"\{(\w+)\}", text)) - set(TEACHER_FIELDS):
-            close = difflib.get_close_matches(name, TEACHER_FIELDS, n=1)
+        fields = (*TEACHER_FIELDS, *JUDGED_FIELDS)
+        for name in set(re.findall(r"\{(\w+)\}", text)) - set(fields):
+            close = difflib.get_close_matches(name, fields, n=1)
             require(not close, "data.teacher_prompt_format", text, f"{{{''.join(close)}}} in place of {{{name}}}")
 
 
@@ -398,18 +403,30 @@ class Config:
         expected = "inline or process where mesh.processes is not 1: a thread draws on devices of its own process alone"
         require(is_alone, "near_policy.generator", near.generator, expected)
 
+    @property
+    def is_judged(self) -> bool:
+        """Whether judges are asked about rollouts: for their rewards, or for what the teacher is shown."""
+        return self.estimator.recipe in JUDGED_RECIPES or bool(self.judged_fields)
+
+    @property
+    def judged_fields(self) -> tuple[str, ...]:
+        """What of the judges' words the teacher is shown."""
+        return tuple(name for name in JUDGED_FIELDS if f"{{{name}}}" in (self.data.teacher_prompt_format or ""))
+
     def _check_reward(self):
-        """What a recipe that learns from rewards of whole answers needs, and what nobody else reads."""
-        recipe, rubrics = self.estimator.recipe, self.rubrics
-        is_judged = recipe in JUDGED_RECIPES
+        """What a recipe that learns from rewards of whole answers needs, what judges need, and what nobody else reads."""
+        recipe, rubrics, is_judged, format = self.estimator.recipe, self.rubrics, self.is_judged, self.data.teacher_prompt_format
         require(is_judged or rubrics == RubricsConfig(), "rubrics", "set", f"its defaults where the recipe is {recipe}: it asks no judge")
         if recipe != "grpo" and not is_judged:
             return
-        source, generations = self.sampling.source, self.sampling.num_generations
+        source, generations, near = self.sampling.source, self.sampling.num_generations, self.near_policy
         require(source == "student", "sampling.source", source, f"student: {recipe} averages over the student's draws")
-        expected = f"at least 2: {recipe} compares the completions of a prompt with each other"
-        require(generations > 1, "sampling.num_generations", generations, expected)
-        near = self.near_policy
+        if recipe == "grpo" or recipe in JUDGED_RECIPES:
+            expected = f"at least 2: {recipe} compares the completions of a prompt with each other"
+            require(generations > 1, "sampling.num_generations", generations, expected)
+            require(
+                format is None, "data.teacher_prompt_format", format, f"none where the recipe is {recipe}: it reads no teacher's scores"
+            )
         is_whole = near.schedule == "none" or (recipe == "grpo" and near.schedule == "continuous" and near.filter == "none")
         expected = f"none where the recipe is {recipe}: a prompt's rollouts are judged together, for the update that they are drawn for"
         require(is_whole, "near_policy.schedule", near.schedule, expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 
 from opdjax.config import STUDENT, Config, DataConfig, ModelConfig
 from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, load_tokenizer, valid_vocab
-from opdjax.data.prompts import PromptSet, encode_prompts, read_prompts, require_of_each
+from opdjax.data.prompts import Prompt, PromptSet, encode_prompts, read_prompts, require_of_each
 from opdjax.data.sources import Columns
 from opdjax.decoding import Decoding
 from opdjax.estimators import bind
@@ -27,6 +28,7 @@ from opdjax.models.hf import Checkpoint, CheckpointError, fingerprint, load_para
 from opdjax.models.layout import constrain, require_divides
 from opdjax.models.lora import combine, init_adapters
 from opdjax.ops.tile import Head
+from opdjax.rubrics.texts import template_versions
 from opdjax.sampler import extra_uniforms
 from opdjax.sharding import make_mesh, num_row_shards
 from opdjax.train_state import UpdateSpec
@@ -80,9 +82,7 @@ def prepare(config: Config) -> Setup:
     if config.sampling.source == "references":
         column = config.data.reference_column or "references"
         require_of_each(rows, "references", column, config.data.source, "training on the data's own answers needs them")
-    if config.estimator.task_reward_coef:
-        require_grader(config.evaluation.grader)
-        require_of_each(rows, "answer", config.data.answer_column or "answer", config.data.source, "a task reward needs them")
+    _require_reward_data(config, rows)
     prompts = encode_prompts(rows, config.data, tokenizer, teacher_tokenizer)
     _require_room(config, prompts)
     if asked is not None and config.teacher_is_student and prompts.teacher_ids is None:
@@ -94,6 +94,20 @@ def prepare(config: Config) -> Setup:
     # The weights come last: what is wrong with the data is said before gigabytes are read.
     teacher = None if asked is None else _load_teacher(config, asked, teacher_tokenizer, shares_vocabulary, mesh)
     return Setup(config, mesh, student, compute_dtype(config.student), tokenizer, teacher, prompts, decoding, evaluator)
+
+
+def _require_reward_data(config: Config, rows: list[Prompt]) -> None:
+    """What the rewards are made of is there."""
+    data = config.data
+    if config.estimator.task_reward_coef or config.estimator.recipe == "grpo":
+        require_grader(config.evaluation.grader)
+        require_of_each(rows, "answer", data.answer_column or "answer", data.source, "a task reward needs them")
+    missing = [name for name in ("openai", "pydantic") if config.is_judged and importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"judges are asked through {' and '.join(missing)}: pip install 'opdjax[judge]'")
+    if config.is_judged and config.rubrics.num_references:
+        reason = "judges are shown a teacher's answers: write them with opdjax teach (data.references), or set rubrics.num_references to 0"
+        require_of_each(rows, "references", data.reference_column or "references", data.source, reason)
 
 
 def _learner_devices(config: Config) -> list[jax.Device] | None:
@@ -358,6 +372,8 @@ def facts(setup: Setup) -> dict[str, Any]:
         "student": fingerprint(setup.student),
         "teacher": _teacher_fingerprint(setup),
     }
+    if setup.config.is_judged:
+        data["judge_prompts"] = template_versions(setup.config.rubrics.templates)
     devices = [device.device_kind for device in setup.mesh.devices.flat]
     return {"data": data, "environment": environment(devices)}
 

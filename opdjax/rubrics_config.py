@@ -13,7 +13,7 @@ from opdjax.fields import require, require_types
 class RubricsConfig:
     """Rubrics of a prompt's answers (ROPD, arXiv 2605.07396) and of their stages (RubricEM, arXiv 2605.10899)."""
 
-    num_references: int = 4  # answers of the teacher that each group is contrasted with (m); identical ones count once
+    num_references: int = 4  # answers of the teacher that a group is contrasted with (m), identical ones counted once; 0: none
     min_criteria: int = 4  # of a rubric
     max_criteria: int = 12
     grades: Literal["binary", "graded"] = "binary"  # a criterion is met or not, or 0, 1, 2
@@ -37,7 +37,8 @@ class RubricsConfig:
 
     def __post_init__(self):
         require_types(self, "rubrics.")
-        for name in ("num_references", "min_criteria", "max_answer_chars", "draw_parts"):
+        require(self.num_references >= 0, "rubrics.num_references", self.num_references, "0 (none) or more")
+        for name in ("min_criteria", "max_answer_chars", "draw_parts"):
             require(getattr(self, name) > 0, f"rubrics.{name}", getattr(self, name), "at least 1")
         low, high = self.min_criteria, self.max_criteria
         require(high >= low, "rubrics.max_criteria", high, f"at least rubrics.min_criteria, {low}")

@@ -26,7 +26,6 @@ from opdjax.estimators import bind
 from opdjax.evals.evaluate import completions
 from opdjax.evals.passk import paired_difference
 from opdjax.fields import ConfigError
-from opdjax.judged import ROWS, is_judged, open_judged
 from opdjax.metrics import MetricWriter, Progress, Timer
 from opdjax.models.decoder import Params, abstract_params
 from opdjax.models.hf import Checkpoint, export, export_adapter, load_params
@@ -113,8 +112,7 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> N
     progress, timer = Progress(first, config.train.num_steps), Timer()
     opened.callback(progress.close)
     is_stop_asked = opened.enter_context(stop_requests())
-    judged = open_judged(setup, workdir, first) if is_judged(config) else None
-    source = opened.enter_context(judged or open_source(setup, workdir, first, is_stop_asked))
+    source = opened.enter_context(_open_source(setup, workdir, first, is_stop_asked))
     evaluate(0, weights)
     source.publish(first, weights, timer)
     for step in range(first, config.train.num_steps):
@@ -177,6 +175,15 @@ def _run(setup: Setup, workdir: pathlib.Path, opened: contextlib.ExitStack) -> N
     on_lead(lambda: _finish(setup, workdir, exported, int(state.num_skipped)))
 
 
+def _open_source(setup: Setup, workdir: pathlib.Path, first: int, is_stop_asked: Callable[[int], bool]):
+    """Where the batches come from, until it is closed."""
+    if not setup.config.is_judged:
+        return open_source(setup, workdir, first, is_stop_asked)
+    from opdjax.judged.source import open_judged  # its packages are an extra
+
+    return open_judged(setup, workdir, first)
+
+
 def _shown(source: Source, weights: Callable[[], Params]) -> Params:
     """The student's weights as they were published, copied only where the source keeps none."""
     return weights() if source.params is None else source.params
@@ -201,7 +208,7 @@ def _keep_spans(setup: Setup, workdir: pathlib.Path, timer: Timer, step: int) ->
 
 def _cut_back(setup: Setup, workdir: pathlib.Path, step: int) -> None:
     """Drop the rows after the checkpoint that the run continues from; nothing is touched where what must be there before it is not."""
-    config, names = setup.config, ("metrics.jsonl", "samples.jsonl", "eval.jsonl", "timeline-learner.jsonl", ROWS)
+    config, names = setup.config, ("metrics.jsonl", "samples.jsonl", "eval.jsonl", "timeline-learner.jsonl", "rubrics.jsonl")
     if step:
         print(f"continuing from step {step}")
     metrics, _, evaluations, *_ = (read_lines(workdir / name) for name in names)

@@ -6,12 +6,13 @@ import dataclasses
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from opdjax.config import TEACHER_FIELDS, DataConfig
+from opdjax.config import JUDGED_FIELDS, TEACHER_FIELDS, DataConfig
 from opdjax.data.chat import Messages, render
 from opdjax.data.sources import Columns, DataError, read_rows, value_at
 from opdjax.types import PromptBatch
@@ -135,9 +136,9 @@ class _View:
     prompt_format: str
     is_teachers: bool = False  # its format then has the fields of a row, and takes messages as well
 
-    def ids(self, row: Prompt, place: str) -> tuple[int, ...]:
-        """The row's tokens; DataError where it cannot be shown."""
-        prompt = _with_context(row, self.prompt_format) if self.is_teachers else _wrapped(row, self.prompt_format)
+    def ids(self, row: Prompt, place: str, said: Mapping[str, str] = MappingProxyType({})) -> tuple[int, ...]:
+        """The row's tokens, `said` what judges say of a rollout; DataError where it cannot be shown."""
+        prompt = _with_context(row, self.prompt_format, said) if self.is_teachers else _wrapped(row, self.prompt_format)
         try:
             ids = render(prompt, self.tokenizer, format=self.format, system_prompt=self.system_prompt, enable_thinking=self.enable_thinking)
         except ValueError as error:
@@ -160,16 +161,24 @@ def _wrapped(row: Prompt, format: str) -> str | Messages:
     return format.replace("{prompt}", row.prompt) if isinstance(row.prompt, str) else row.prompt
 
 
-def _with_context(row: Prompt, format: str) -> str | Messages:
+def teacher_ids_with(row: Prompt, data: DataConfig, tokenizer: Any, said: Mapping[str, str]) -> tuple[int, ...]:
+    """The row as the teacher is shown it with what judges say of one rollout (`JUDGED_FIELDS`)."""
+    return _views(data, tokenizer, tokenizer)[1].ids(row, f"a prompt of {data.source}", said)
+
+
+def _with_context(row: Prompt, format: str, said: Mapping[str, str] = MappingProxyType({})) -> str | Messages:
     """What only the teacher is shown, around the prompt or, in messages, around the last turn of the user.
 
     Privileged context: SDFT and OPSD (arXiv 2601.18734), whose teacher is the student that also sees a solution.
     """
-    fields = {"answer": row.answer, "reference": row.references[0] if row.references else None}
+    fields = {name: said.get(name, "") for name in JUDGED_FIELDS}
+    fields |= {"answer": row.answer, "reference": row.references[0] if row.references else None}
 
     def shown(prompt: str) -> str:
         # In one go: braces in what is put in are text.
-        return re.sub("{(" + "|".join(TEACHER_FIELDS) + ")}", lambda found: {**fields, "prompt": prompt}[found[1]], format)
+        return re.sub(
+            "{(" + "|".join((*TEACHER_FIELDS, *JUDGED_FIELDS)) + ")}", lambda found: {**fields, "prompt": prompt}[found[1]], format
+        )
 
     if isinstance(row.prompt, str):
         return shown(row.prompt)

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
-from opdjax.api.client import ApiRequestError, ApiUnavailableError, Reply
+from opdjax.api.replies import ApiRequestError, ApiUnavailableError, Reply
 from opdjax.rubrics.schema import ReplyError
 from opdjax.rubrics.texts import fill, load_template
 from opdjax.rubrics_config import RubricsConfig

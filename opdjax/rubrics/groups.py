@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from opdjax.api.client import ApiRequestError, ApiUnavailableError
+from opdjax.api.replies import ApiRequestError, ApiUnavailableError
 from opdjax.rubrics.asking import Judge, Tally
 from opdjax.rubrics.rubricator import induce
 from opdjax.rubrics.schema import Criterion, ReplyError, Rubric
@@ -43,6 +43,7 @@ class Judgement:
     reference_scores: tuple[float | None, ...]
     stage_scores: tuple[tuple[float, ...] | None, ...] | None  # by rollout and stage; None where answers are not divided
     tally: Tally
+    reflections: tuple[str | None, ...] | None = None  # by rollout, where they are asked for
 
     @property
     def is_scored(self) -> bool:
@@ -132,6 +133,7 @@ def as_row(judgement: Judgement, step: int, correct: Sequence[int] | None, *, ha
     }  # fmt: skip
     if has_texts:
         row |= {"question": group.question, "references": list(group.references), "answers": list(group.answers)}
+        row |= {} if judgement.reflections is None else {"reflections": list(judgement.reflections)}
     return row
 
 

@@ -57,8 +57,9 @@ def fill(template: str, words: Mapping[str, str], blocks: Mapping[str, Block]) -
     places = set(_PLACE.findall(body))
     if places - values.keys():
         raise ConfigError(f"the prompt template {_name(template)} has [[{min(places - values.keys())}]]; it can have {sorted(values)}")
-    if (blocks.keys() | {"tag"}) - places:
-        raise ConfigError(f"the prompt template {_name(template)} lacks [[{min((blocks.keys() | {'tag'}) - places)}]]")
+    unseen = (blocks.keys() | ({"tag"} if blocks else set())) - places
+    if unseen:
+        raise ConfigError(f"the prompt template {_name(template)} lacks [[{min(unseen)}]]")
     return _PLACE.sub(lambda match: values[match[1]], body).strip() + "\n"
 
 

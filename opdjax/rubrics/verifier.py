@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from opdjax.api.client import ApiRequestError, ApiUnavailableError
+from opdjax.api.replies import ApiRequestError, ApiUnavailableError
 from opdjax.rubrics.asking import Judge, Question, Tally, ask
 from opdjax.rubrics.schema import Criterion, Read, ReplyError, Rubric, parse_scores, parse_verdicts, score_schema, verdict_schema
 from opdjax.rubrics.texts import fill

@@ -6,6 +6,7 @@ stays strictly on-policy. Of several hosts the lead alone asks judges.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import pathlib
@@ -15,22 +16,21 @@ from concurrent.futures import Future
 import jax
 import numpy as np
 
-from opdjax.api.client import ApiError
-from opdjax.config import Config
-from opdjax.data.chat import stage_ids
+from opdjax.api.replies import ApiError
 from opdjax.data.packing import to_train_batch
 from opdjax.data.prompts import collate
-from opdjax.estimators import bind
-from opdjax.estimators.advantage import credit_matrix, group_advantage, spread_stages, stage_advantage, stage_balance
 from opdjax.evals.evaluate import completions, graded
+from opdjax.judged.context import with_context
+from opdjax.judged.credit import credited, least_scored, only, reward_of, usable
 from opdjax.metrics import Timer
 from opdjax.models.decoder import Params
-from opdjax.prepare import Setup
+from opdjax.prepare import Setup, with_credit
 from opdjax.processes import from_lead
 from opdjax.rollouts import Drawn, SourceStoppedError, draw, packed, prompts_of
 from opdjax.rubrics.criteria import FROZEN, CriteriaStore
 from opdjax.rubrics.groups import Group, Judgement, as_row, group_of, judge_group, metrics_of, rubric_of
 from opdjax.rubrics.line import Line, open_line
+from opdjax.rubrics.reflection import reflect
 from opdjax.sharding import is_lead, num_row_shards, to_host
 from opdjax.types import Metrics, PromptBatch, Rollouts, TrainBatch
 from opdjax.workdir import WorkdirError, append_lines, read_lines
@@ -39,9 +39,14 @@ ROLES = ("rubricator", "verifier")
 ROWS = "rubrics.jsonl"  # what judges said, by step
 
 
-def is_judged(config: Config) -> bool:
-    """Whether the config's recipe learns from what judges say of whole answers."""
-    return bind(config.estimator.recipe, config.estimator.options)[0].reward in ("scalar", "rubric", "stages")
+@dataclasses.dataclass(frozen=True)
+class Heard:
+    """What judges said of a step's rollouts; NaN where they could not."""
+
+    scores: np.ndarray  # [B], in [0, 1]
+    by_stage: np.ndarray  # [B, K]
+    judged: list[list[Judgement]] | None  # by prompt; of the lead process alone
+    told: Metrics
 
 
 @contextlib.contextmanager
@@ -59,7 +64,7 @@ class Judged:
 
     def __init__(self, setup: Setup, workdir: pathlib.Path, first: int, line: Line | None):
         self._setup, self._workdir, self._line, self.params = setup, workdir, line, None
-        self._kind = "scalar" if bind(setup.config.estimator.recipe, setup.config.estimator.options)[0].reward == "scalar" else "rubric"
+        self._kind = "scalar" if reward_of(setup.config) == "scalar" else "rubric"
         self._criteria = CriteriaStore(setup.config.rubrics, workdir)
         if is_lead():
             self._criteria.restore(read_lines(workdir / ROWS))
@@ -75,12 +80,11 @@ class Judged:
         prompts = prompts_of(self._setup, step)
         rollouts, futures = self._draw(prompts, step, timer)
         with timer.phase("judge_wait"):
-            correct = self._correct(rollouts)
-            judgements, told = self._heard(futures, prompts, correct, step)
+            heard = self._heard(futures, self._correct(rollouts), step)
         with timer.phase("pack"):
-            batch = self._credited(to_train_batch(rollouts, prompts), rollouts, *judgements)
+            batch = self._batch(prompts, rollouts, heard)
             rows, filled = packed(self._setup, batch)
-        return Drawn(prompts, rollouts, batch, rows, told | filled)
+        return Drawn(prompts, rollouts, batch, rows, heard.told | filled)
 
     def look_ahead(self, step: int) -> None:
         """See `Source`: the old weights are let go before there are new ones."""
@@ -91,6 +95,16 @@ class Judged:
 
     def probe(self, step: int) -> None:
         """See `Source`: nothing is left out."""
+
+    def _batch(self, prompts: PromptBatch, rollouts: Rollouts, heard: Heard) -> TrainBatch:
+        """Rows with their advantages, or with a teacher that is told what judges say."""
+        setup = self._setup
+        if reward_of(setup.config) != "none":
+            batch, _ = with_credit(setup, to_train_batch(rollouts, prompts), rollouts)
+            return credited(batch, rollouts, heard.scores, heard.by_stage, setup.config, setup.tokenizer)
+        rows, is_told = with_context(setup, prompts, heard.judged)
+        batch, _ = with_credit(setup, to_train_batch(rollouts, rows), rollouts)
+        return only(batch, is_told & usable(heard.scores, setup.config))
 
     def _draw(self, prompts: PromptBatch, name: int, timer: Timer) -> tuple[Rollouts, list[Future]]:
         """The rollouts of the prompts, and what judges are going to say of each prompt's."""
@@ -116,7 +130,10 @@ class Judged:
         return groups
 
     async def _judge_one(self, group: Group) -> list[Judgement]:
-        return await judge_group(self._line.judge, group, self._kind)
+        found = await judge_group(self._line.judge, group, self._kind)
+        if "reflection" not in self._setup.config.judged_fields:
+            return found
+        return list(await asyncio.gather(*(reflect(self._line.judge, judgement) for judgement in found)))
 
     def _correct(self, rollouts: Rollouts) -> np.ndarray | None:
         """1 for each right answer, where all answers are known; for the record alone."""
@@ -125,36 +142,35 @@ class Judged:
             return None
         return graded(rollouts, answers, self._setup.tokenizer, self._setup.config.evaluation.grader)
 
-    def _heard(self, futures: list[Future], prompts: PromptBatch, correct, step: int) -> tuple[tuple[np.ndarray, np.ndarray], Metrics]:
-        """((scores [B], stage scores [B, K]), what to tell), NaN for what nobody could say; in every process."""
+    def _heard(self, futures: list[Future], correct: np.ndarray | None, step: int) -> Heard:
+        """What judges said of the step, in every process; SourceStoppedError where they cannot be asked or say too little."""
         config = self._setup.config
-        shape = (config.rows_per_step, max(len(config.rubrics.stage_names), 1))
-        stopped, told = None, {}
+        shape = (config.rows_per_step, max(len(config.rubrics.stage_names), 1) + 2)
+        judged, stopped, told = None, None, {}
 
         def on_lead() -> np.ndarray:
-            nonlocal stopped, told
-            found = np.full((shape[0], shape[1] + 2), np.nan, np.float32)
+            nonlocal judged, stopped, told
+            found = np.full(shape, np.nan, np.float32)
             try:
-                per_group = self._line.results(futures)
+                judged = self._line.results(futures)
             except ApiError as error:
                 stopped = error
                 self._line.keep_usage(step + 1)
             else:
-                told = self._record(per_group, correct, step)
-                _fill(found, per_group, config.sampling.num_generations)
-                share = told["rubric/failed_share"]
-                if share > config.rubrics.max_failed_share:
-                    stopped = f"{share:.0%} of the groups have no reward ({_causes(told)}), more than rubrics.max_failed_share allows"
-            found[:, -1] = 0 if stopped is None else 1
+                told = self._record(judged, correct, step)
+                _fill(found, judged, config.sampling.num_generations)
+                if told["rubric/failed_share"] > config.rubrics.max_failed_share:
+                    stopped = f"of {told['rubric/failed_share']:.0%} of the groups nothing could be said ({_causes(told)})"
+            found[:, -1] = stopped is not None
             return found
 
-        found = from_lead(on_lead, np.zeros((shape[0], shape[1] + 2), np.float32))
+        found = from_lead(on_lead, np.zeros(shape, np.float32))
         if found[0, -1]:
             raise SourceStoppedError(
                 f"step {step + 1} has no rewards: {stopped or 'the first process says why'}; what was trained is kept, and the same "
                 f"command continues {self._workdir} once the judge can be asked again"
             ) from (stopped if isinstance(stopped, ApiError) else None)
-        return (found[:, 0], found[:, 1:-1]), told
+        return Heard(found[:, 0], found[:, 1:-1], judged, told)
 
     def _record(self, per_group: list[list[Judgement]], correct: np.ndarray | None, step: int) -> Metrics:
         """Write down what was said, and what is to be told of it."""
@@ -170,36 +186,14 @@ class Judged:
             row = as_row(judgement, step + 1, right and right[number], has_texts=has_texts)
             rows.append(row if kept is None else row | {"kept": kept})
         append_lines(self._workdir / ROWS, rows)
-        is_failed = [sum(s is not None for j in judgements for s in j.scores) < 2 for judgements in per_group]
+        least = least_scored(config)
+        is_failed = [sum(s is not None for j in judgements for s in j.scores) < least for judgements in per_group]
         told = metrics_of([judgement for _, judgement in flat], right)
         return (
             told
             | {"rubric/failed_groups": float(sum(is_failed)), "rubric/failed_share": float(np.mean(is_failed))}
             | self._line.keep_usage(step + 1)
         )
-
-    def _credited(self, batch: TrainBatch, rollouts: Rollouts, scores: np.ndarray, by_stage: np.ndarray) -> TrainBatch:
-        """The batch with its advantages; a rollout without a score is no part of it, in numerators and denominators alike."""
-        config, size = self._setup.config, self._setup.config.sampling.num_generations
-        is_scored = np.isfinite(scores)
-        is_scored &= np.repeat(is_scored.reshape(-1, size).sum(axis=1) >= 2, size)
-        scale, mask = config.estimator.advantage or "mean", np.asarray(batch.mask) & is_scored[:, None]
-        if bind(config.estimator.recipe, config.estimator.options)[0].reward == "stages":
-            advantages = self._by_stage(rollouts, mask, np.nan_to_num(by_stage), is_scored, scale)
-        else:
-            advantages = np.asarray(group_advantage(np.nan_to_num(scores), is_scored, size, scale))[:, None]
-        advantages = np.where(mask, advantages, 0).astype(np.float32)
-        segments = np.where(is_scored[:, None], np.asarray(batch.segment_ids), 0)
-        return dataclasses.replace(batch, mask=mask, segment_ids=segments, advantages=advantages)
-
-    def _by_stage(self, rollouts: Rollouts, mask: np.ndarray, scores: np.ndarray, is_scored: np.ndarray, scale: str) -> np.ndarray:
-        config = self._setup.config
-        size, count, estimator = config.sampling.num_generations, len(config.rubrics.stage_names), config.estimator
-        ids = token_stages(rollouts, self._setup.tokenizer, config.rubrics.stage_markers)
-        has_stage = np.stack([(np.asarray(rollouts.mask) & (ids == stage)).any(axis=1) for stage in range(count)], axis=1)
-        credit = credit_matrix(estimator.stage_credit, count, estimator.stage_credit_matrix or ())
-        advantages = spread_stages(stage_advantage(scores, has_stage, is_scored, credit, size, scale), ids)
-        return np.asarray(advantages * stage_balance(ids, mask, count) if estimator.stage_token_mean else advantages)
 
     def _freeze(self, step: int, timer: Timer) -> None:
         """Before the first update, a rubric for every prompt that the run visits, from answers of the student as it is then."""
@@ -239,15 +233,6 @@ class Judged:
                 f"no rubrics can be had: {stopped or 'the first process says why'}; those that were made are kept, and the same command "
                 f"continues {self._workdir} once the judge can be asked again"
             ) from stopped
-
-
-def token_stages(rollouts: Rollouts, tokenizer, markers: Sequence[str]) -> np.ndarray:
-    """`[B, T]`: the stage of each sampled token, counted from 0; -1 elsewhere."""
-    tokens, mask = np.asarray(rollouts.tokens), np.asarray(rollouts.mask)
-    found = np.full(tokens.shape, -1, np.int32)
-    for row, keep in enumerate(mask):
-        found[row, keep] = stage_ids(tokens[row, keep].tolist(), tokenizer, markers)
-    return found
 
 
 def as_question(prompt: str | Sequence[dict[str, str]]) -> str:
