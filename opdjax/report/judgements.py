@@ -19,6 +19,7 @@ from opdjax.workdir import WorkdirError, read_lines
 ROWS, SPENDING = "rubrics.jsonl", "spending.jsonl"
 OTHER = "other"  # categories that are too rare for a chart of their own
 _CATEGORIES = 4
+_TEXTS = ("question", "references", "answers", "is_truncated", "reflections")
 
 
 # Reading
@@ -52,7 +53,7 @@ class Judged:
     correct: np.ndarray | None  # [n], whether the answer is right; None where that is not known
     problems: dict[str, int]  # replies that could not be used, by class
     repairs: dict[str, int]  # replies that were put right, by what
-    texts: dict[str, Any]  # question, references, answers, is_truncated where they were written down
+    texts: dict[str, Any]  # of _TEXTS those that were written down
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +148,7 @@ def _judged(row: dict[str, Any], stages: Sequence[str]) -> Judged:
         stage_scores=_stage_scores(row, criteria, row.get("stages") or stages),
         correct=None if correct is None or None in correct else np.array(correct, float) > 0.5,
         problems=_counts(row.get("problems")), repairs=_counts(row.get("repairs")),
-        texts={name: row[name] for name in ("question", "references", "answers", "is_truncated") if row.get(name) is not None},
+        texts={name: row[name] for name in _TEXTS if row.get(name) is not None},
     )  # fmt: skip
 
 

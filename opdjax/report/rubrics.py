@@ -3,72 +3,28 @@
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from opdjax.config import JUDGED_RECIPES
 from opdjax.report import judgements, measures
 from opdjax.report.charts import Chart, grid, legend
 from opdjax.report.judgements import Group, Rate, Steps
-from opdjax.report.markup import (
-    Html,
-    count,
-    definitions,
-    details,
-    duration,
-    fixed,
-    join,
-    notice,
-    number,
-    section,
-    table,
-    table_row,
-    tabs,
-    tag,
-)
-from opdjax.report.rollouts import percent, prompt_text
-from opdjax.report.rubrics_charts import (
-    answer_texts,
-    auc_chart,
-    from_columns,
-    over_steps,
-    pass_matrix,
-    shortened,
-    truth_histogram,
-    truth_key,
-    truth_table,
-)
+from opdjax.report.markup import Html, count, details, fixed, notice, section, table, table_row, tag
+from opdjax.report.rollouts import percent
+from opdjax.report.rubrics_charts import auc_chart, from_columns, over_steps, smoothed, truth_histogram, truth_key, truth_table
+from opdjax.report.rubrics_cost import cost_section, failures_section
+from opdjax.report.rubrics_examples import examples_section
 from opdjax.results import Run, is_number, mean
 
-RECIPES = ("ropd", "ropd_stages", "tjudge")  # that learn from what a judge says
 _STUDENT, _REFERENCES = 0, 1  # colours
-_EXAMPLE_STEPS = 3
-_QUESTION = 3000  # letters
-_PROBLEMS = {
-    "unavailable": "no reply: every retry failed, or the server was taken for down",
-    "refused": "the server refused this one request, such as one longer than its context",
-    "truncated": "the reply reached its length limit before its JSON ended: a larger max_tokens helps",
-    "empty": "the reply held nothing",
-    "parse_error": "the reply held no JSON object",
-    "schema_error": "the JSON was of another form than asked for",
-    "validation_error": "the form was right and the content not, such as too few criteria or verdicts",
-    "missing_answer": "the verifier left an answer out, which was then asked for alone",
-}
-_REPAIRS = {
-    "fence": "a code fence around the JSON was taken off",
-    "prose": "prose around the JSON was taken off",
-    "unknown_keys": "keys that nobody asked for were dropped",
-    "id_case": "ids were put in lower case",
-    "unknown_answers": "verdicts about answers that do not exist were dropped",
-}
 
 
-def is_judged(run: Run) -> bool:
-    """Whether the run learns from what a judge says of whole answers."""
-    return run.config["estimator"]["recipe"] in RECIPES
+def is_rewarded(run: Run) -> bool:
+    """Whether the run's rewards are what a judge says of whole answers; a judge may also be asked for what a teacher is shown."""
+    return run.config["estimator"]["recipe"] in JUDGED_RECIPES
 
 
 def judge_name(run: Run) -> str:
@@ -82,7 +38,7 @@ def judged_sections(run: Run) -> list[Html | None]:
     if not steps:
         return [_of_metrics(run), cost_section(run)]
     return [
-        rubrics_section(steps), signal_section(steps), truth_section(steps), stages_section(run, steps), failures_section(run, steps),
+        rubrics_section(steps, is_reward=is_rewarded(run)), signal_section(steps), truth_section(steps), stages_section(run, steps), failures_section(run, steps),
         cost_section(run), examples_section(steps),
     ]  # fmt: skip
 
@@ -96,41 +52,37 @@ def end_length(steps: Steps) -> int:
     return max(1, min(measures.end_length(len(steps)), len(steps) // 2))
 
 
-def _smoothed(num_steps: int) -> str:
-    window = measures.smoothing_window(num_steps)
-    return f" Pale: every step; strong: mean over {window} steps." if window > 1 else ""
-
-
 # What is rewarded
 
 
-def rubrics_section(steps: Steps) -> Html:
+def rubrics_section(steps: Steps, *, is_reward: bool) -> Html:
     """How many criteria rollouts and references meet, by kind, and the scores that come of it."""
     groups = judgements.all_groups(steps)
     has_rubrics = any(row.criteria for group in groups for row in group.rows)
-    about = (
-        "A judge reads the rollouts of a prompt beside reference answers of a stronger model, writes a rubric (weighted criteria) that "
-        "tells better answers from worse, and checks every answer against it. The score, the met criteria's share of the weights, is the "
-        "reward. References are checked too, and never trained on: they show what the same rubric gives a strong answer. Good: the "
-        "student's line climbs towards that of the references."
-        if has_rubrics
-        else "A judge reads the rollouts of a prompt, beside reference answers where there are any, and gives each a score from 0 to 1, "
-        "which is its reward. Good: the student's line climbs towards that of the references."
-    )
-    changing = (
-        " Rubrics are usually written anew at every visit and aim at what the rollouts still lack, so a flat line need not mean that "
-        "nothing was learned: look at the gap to the references as well."
-        if has_rubrics
-        else ""
-    )
     return section(
-        "rubrics", "What the judge rewards",
+        "rubrics", "What the judge rewards" if is_reward else "What the judge says",
         tag("p", progress_sentence(steps), class_="told"),
-        tag("p", about, changing, _smoothed(len(steps)), class_="quiet"),
+        tag("p", _about(has_rubrics, is_reward), smoothed(len(steps)), class_="quiet"),
         legend([("rollouts of the student", _STUDENT), ("references", _REFERENCES)]),
         grid(figure for figure in _pass_charts(steps, groups, has_rubrics) if figure is not None),
         _pass_table(steps, groups, has_rubrics),
     )  # fmt: skip
+
+
+def _about(has_rubrics: bool, is_reward: bool) -> str:
+    use = "is the reward" if is_reward else "is no reward here: a teacher that scores the tokens is shown what the judge said"
+    good = (
+        "References, answers of a stronger model, are judged in the same way and never trained on: they show what the same judge gives a "
+    )
+    good += "strong answer. Good: the student's line climbs towards theirs."
+    if not has_rubrics:
+        return f"A judge reads the rollouts of a prompt and gives each a score from 0 to 1, which {use}. {good}"
+    return (
+        "For each prompt a judge reads the student's rollouts beside the references and writes a rubric: criteria that tell better answers "
+        "from worse, each with a weight. It then checks every answer against them. The score, the share of the weights whose criteria are "
+        f"met, {use}. {good} Rubrics are usually written anew at every visit and aim at what the rollouts still lack, so a flat line need "
+        "not mean that nothing was learned: look at the gap to the references as well."
+    )
 
 
 def progress_sentence(steps: Steps) -> str:
@@ -245,7 +197,7 @@ def signal_section(steps: Steps) -> Html | None:
     key = legend([("all alike", 0), ("met by all rollouts", 2), ("met by none", 1)]) if found.share is not None else None
     return section(
         "signal", "How much the judge tells apart",
-        tag("p", "; ".join(told) + ".", class_="told"), tag("p", about, _smoothed(len(steps)), class_="quiet"), key,
+        tag("p", "; ".join(told) + ".", class_="told"), tag("p", about, smoothed(len(steps)), class_="quiet"), key,
         grid(figure for figure in _signal_charts(steps) if figure is not None),
     )  # fmt: skip
 
@@ -287,7 +239,7 @@ def truth_section(steps: Steps) -> Html | None:
     key = legend([("mean reward", 0), ("share of right answers", 2)])
     return section(
         "truth", "Reward against right answers",
-        tag("p", truth_sentence(groups), class_="told"), tag("p", about, _smoothed(len(steps)), class_="quiet"),
+        tag("p", truth_sentence(groups), class_="told"), tag("p", about, smoothed(len(steps)), class_="quiet"),
         key, truth_key(), grid(figure for figure in figures if figure is not None),
         _truth_rows(steps), details("Answers by score", truth_table(right, wrong)),
     )  # fmt: skip
@@ -350,8 +302,8 @@ def _truth_rows(steps: Steps) -> Html:
         table_row(_truth_row(name, part), class_="main" if name == "all steps" and len(parts) > 1 else None) for name, part in parts.items()
     ]
     caption = (
-        "AUC: over all pairs of a right and a wrong answer, of whatever prompt; ± is half a 95 % interval that takes groups as independent. "
-        "For scale: ROPD (arXiv 2605.07396, Table A4) reports an AUC of 0.90 and 15 % of bad updates over its own checkpoints."
+        "AUC: over all pairs of a right and a wrong answer, of whatever prompt; ± is half a 95 % interval that takes groups as independent."
+        " For scale: ROPD (arXiv 2605.07396, Table A4) reports an AUC of 0.90 and 15 % of bad updates over its own checkpoints."
     )
     return table(head, rows, caption=caption, class_="dense")
 
@@ -388,226 +340,13 @@ def stages_section(run: Run, steps: Steps) -> Html | None:
     head = ["stage", f"first {count(length, 'step')}", f"last {count(length, 'step')}", "all"]
     figure = over_steps(chart, steps, parts)
     return section(
-        "stages", "Stages of an answer", tag("p", about, _smoothed(len(steps)), class_="quiet"),
+        "stages", "Stages of an answer", tag("p", about, smoothed(len(steps)), class_="quiet"),
         legend([(name, place) for place, name in enumerate(names[:6])]), grid([figure] if figure is not None else []), table(head, rows),
     )  # fmt: skip
 
 
 def _at(values: np.ndarray, place: int) -> float:
     return float(values[place]) if place < values.size else math.nan
-
-
-# Failures
-
-
-def failures_section(run: Run, steps: Steps) -> Html:
-    """Groups without a reward, and why."""
-    groups = judgements.all_groups(steps)
-    failed, problems, repairs = (sum(g.is_failed for g in groups), *(judgements.counted(groups, kind) for kind in ("problems", "repairs")))
-    unscored = sum(int((~np.isfinite(group.scores)).sum()) for group in groups)
-    rollouts = sum(group.scores.size for group in groups)
-    about = (
-        "A judge's reply that cannot be had or used is asked for again, with what was wrong; where that fails too, its rollouts have no "
-        "reward. They are left out of the update, from its numerators and denominators alike, and not taken for bad answers. A group "
-        "fails where fewer than two of its rollouts have a score. Good: near 0."
-    )
-    told = f"{failed:,} of {count(len(groups), 'group')} failed ({percent(failed / len(groups))}); {unscored:,} of {rollouts:,} rollouts have no score."
-    key, figures = _failure_charts(run, steps, problems)
-    return section(
-        "failures", "Replies that failed", tag("p", told, class_="told"), tag("p", about, _smoothed(len(steps)), class_="quiet"), key,
-        grid(figure for figure in figures if figure is not None),
-        _counts_table("Replies that could not be used", "problem", problems, _PROBLEMS, len(groups)),
-        _counts_table("Replies that were put right", "repair", repairs, _REPAIRS, len(groups)),
-    )  # fmt: skip
-
-
-def _failure_charts(run: Run, steps: Steps, problems: Counter) -> tuple[Html | None, list[Html | None]]:
-    limit = (run.config.get("rubrics") or {}).get("max_failed_share")
-    has_failed = any(group.is_failed for groups in steps.values() for group in groups)
-    stops = f" A step above {percent(limit)} stops the run (rubrics.max_failed_share)." if is_number(limit) else ""
-    chart = Chart("Failed groups", "step", "share of the groups", f"Groups that taught nothing for want of scores.{stops}", bounds=(0, 1))
-    figures = [over_steps(chart, steps, [(0, judgements.failed_share)])] if has_failed else []
-    kinds = [name for name, amount in problems.most_common(6) if amount]
-    if kinds:
-        about = "Replies that could not be used, by what was wrong with them; most are mended by asking again."
-        parts = [(place, lambda groups, kind=kind: judgements.counted(groups, "problems")[kind]) for place, kind in enumerate(kinds)]
-        figures.append(over_steps(Chart("Problems a step", "step", "replies", about, bounds=(0, None)), steps, parts))
-    return legend([(name, place) for place, name in enumerate(kinds)]) if kinds else None, figures
-
-
-def _counts_table(title: str, noun: str, counts: Counter, meanings: Mapping[str, str], groups: int) -> Html | None:
-    if not sum(counts.values()):
-        return tag("p", f"{title}: none.", class_="quiet")
-    rows = [[name, f"{amount:,}", fixed(100 * amount / groups, 1), tag("td", meanings.get(name, ""), class_="wrap text")]
-            for name, amount in counts.most_common() if amount]  # fmt: skip
-    head = [noun, "in all", "per 100 groups", tag("th", "what it means", class_="text", scope="col")]
-    return join((tag("h3", title), table(head, rows)))
-
-
-# Cost
-
-
-def cost_section(run: Run) -> Html | None:
-    """What judges were asked, what it cost, and how long the learner waited; None where nobody was asked."""
-    roles = _roles(run)
-    waits = run.column("time/judge_wait")
-    if not roles and all(value is None for value in waits):
-        return None
-    about = (
-        "Every question to a judge by the role it was asked in: the rubricator writes rubrics, the verifier checks answers against them. "
-        "Replies from the cache cost nothing. Waiting is the time in which the learner stood still for judges after all rollouts were drawn; "
-        "good is a small share of the step."
-    )
-    key = legend([(role, place) for place, role in enumerate(roles[:6])]) if len(roles) > 1 else None
-    return section(
-        "judge-cost", "What judging cost", *(tag("p", text, class_="told") for text in [_cost_sentence(run, roles)] if text),
-        tag("p", about, _smoothed(len(run.metrics)), class_="quiet"), key,
-        grid(figure for figure in _cost_charts(run, roles) if figure is not None), _cost_table(run, roles),
-    )  # fmt: skip
-
-
-def _roles(run: Run) -> list[str]:
-    found = {match[1] for row in run.metrics for name in row if (match := re.fullmatch(r"api/([^/]+)/calls", name))}
-    return sorted(found | {row["role"] for row in judgements.read_spending(run.workdir)})
-
-
-def _totals(run: Run, roles: Sequence[str]) -> tuple[dict[str, Counter], bool]:
-    """(by role what was used, whether that is of the whole run): spending.jsonl also knows of steps that were done again or never ended."""
-    spending = judgements.read_spending(run.workdir)
-    rows = spending or [
-        {"role": role} | {name.rpartition("/")[2]: value for name, value in row.items() if name.startswith(f"api/{role}/")}
-        for row in run.metrics for role in roles
-    ]  # fmt: skip
-    found: dict[str, Counter] = {role: Counter() for role in roles}
-    for row in rows:
-        found[row["role"]].update({name: value for name, value in row.items() if name not in ("step", "role") and is_number(value)})
-    return found, bool(spending)
-
-
-def _cost_sentence(run: Run, roles: Sequence[str]) -> str:
-    total, parts = Counter(), []
-    for used in _totals(run, roles)[0].values():
-        total.update(used)
-    if roles:
-        steps = max(len(run.metrics), 1)
-        parts.append(
-            f"{count(int(total['calls']), 'call')} with {_tokens(total['input_tokens'] + total['output_tokens'])} tokens, "
-            f"{_dollars(total['dollars'])} ({_dollars(total['dollars'] / steps)} a step)"
-        )
-    waited, spent = (sum(value for value in run.column(name) if value is not None) for name in ("time/judge_wait", "time/step"))
-    if waited and spent:
-        parts.append(f"the learner waited for judges {percent(waited / spent)} of its time ({duration(waited)})")
-    text = "; ".join(parts)
-    return f"{text[:1].upper()}{text[1:]}." if text else ""
-
-
-def _dollars(value: float) -> str:
-    if not value:
-        return "$0"
-    return f"${value:,.2f}" if value >= 1 else f"${float(f'{value:.2g}'):g}"
-
-
-def _tokens(value: float) -> str:
-    """Such as 1.2 M or 34 k."""
-    for size, unit in ((1e6, " M"), (1e3, " k")):
-        if value >= size:
-            return f"{float(f'{value / size:.3g}'):g}{unit}"
-    return f"{value:,.0f}"
-
-
-def _cost_charts(run: Run, roles: Sequence[str]) -> list[Html | None]:
-    order = measures.steps_of(run)
-
-    def by_role(*names: str) -> list[tuple[int, list[float | None]]]:
-        columns = [[run.column(f"api/{role}/{name}") for name in names] for role in roles[:6]]
-        return [(place, [_sum(values) for values in zip(*parts)]) for place, parts in enumerate(columns)]
-
-    charts = [
-        (Chart("Calls a step", "step", "calls", "Asked of each role, retries apart.", bounds=(0, None)), by_role("calls")),
-        (
-            Chart("Tokens a step", "step", "tokens read and written", "Grows with the length of the answers.", bounds=(0, None)),
-            by_role("input_tokens", "output_tokens"),
-        ),
-    ]
-    priced = by_role("dollars")
-    if any(value for _, values in priced for value in values):
-        charts.append((Chart("Dollars a step", "step", "dollars", "By the prices of the config.", bounds=(0, None)), priced))
-    charts.append((
-        Chart("Waited for judges", "step", "seconds", "After the last rollout of the step was drawn.", bounds=(0, None)),
-        [(0, run.column("time/judge_wait"))],
-    ))  # fmt: skip
-    return [from_columns(chart, order, columns) for chart, columns in charts]
-
-
-def _sum(values: Sequence[float | None]) -> float | None:
-    return None if all(value is None for value in values) else sum(value for value in values if value is not None)
-
-
-def _cost_table(run: Run, roles: Sequence[str]) -> Html | None:
-    if not roles:
-        return None
-    found, is_whole = _totals(run, roles)
-    whole = Counter()
-    for used in found.values():
-        whole.update(used)
-    rows: list[Any] = [_cost_row(role, used, len(run.metrics)) for role, used in found.items()]
-    if len(rows) > 1:
-        rows.append(table_row(_cost_row("all", whole, len(run.metrics)), class_="main"))
-    head = ["role", "calls", "from the cache", "retries", "tokens read", "tokens written", "dollars", "dollars a step"]
-    caption = "Of the whole run, steps that were done again included." if is_whole else "Of the steps in metrics.jsonl."
-    return table(head, rows, caption=caption)
-
-
-def _cost_row(name: str, used: Mapping[str, float], steps: int) -> list[str]:
-    cached = f"{used['cached']:,.0f} ({percent(used['cached'] / used['calls'])})" if used["calls"] else "–"
-    plain = [f"{used[field]:,.0f}" for field in ("retries", "input_tokens", "output_tokens")]
-    return [name, f"{used['calls']:,.0f}", cached, *plain, _dollars(used["dollars"]), _dollars(used["dollars"] / max(steps, 1))]
-
-
-# Examples
-
-
-def examples_section(steps: Steps) -> Html | None:
-    """A few groups as the judge saw them; None where no texts were written down."""
-    logged = [step for step, groups in steps.items() if any(_has_texts(group) for group in groups)]
-    if not logged:
-        return None
-    chosen = sorted({logged[round(at * (len(logged) - 1) / (_EXAMPLE_STEPS - 1))] for at in range(_EXAMPLE_STEPS)})
-    views = {f"step {step:,}": _example(_telling(steps[step])) for step in chosen}
-    about = (
-        f"From {'the one step' if len(logged) == 1 else f'{len(views)} of {len(logged)} steps'} whose texts were written down: the first "
-        "prompt whose rollouts do not all score alike. Texts are as the judge saw them, without what was thought aloud."
-    )
-    return section("judged", "Judged answers", tag("p", about, class_="quiet"), tabs("judged-step", views, "From"))
-
-
-def _has_texts(group: Group) -> bool:
-    return "answers" in group.rows[0].texts or "question" in group.rows[0].texts
-
-
-def _telling(groups: Sequence[Group]) -> Group:
-    """The first group with texts whose scores differ; else the first that has scores, or texts."""
-    known = [group for group in groups if _has_texts(group)]
-    return min(known, key=lambda group: {False: 0, True: 1, None: 2}[group.is_tied])
-
-
-def _example(group: Group) -> Html:
-    known = group.scores[np.isfinite(group.scores)]
-    group_mean = float(known.mean()) if known.size > 1 else None
-    # Where each rollout has a rubric of its own, a few tell what such rubrics are like.
-    rows = group.rows[:2]
-    parts = [tag("h4", "Question"), tag("div", shortened(prompt_text(rows[0].texts.get("question", "")), _QUESTION), class_="prompt")]
-    question = tag("div", *parts, class_="rollout") if "question" in rows[0].texts else None
-    shown = [join((pass_matrix(row, group_mean), _failure_note(row), answer_texts(row, group_mean))) for row in rows]
-    more = tag("p", f"Each rollout has a rubric of its own; {len(group.rows) - 2} more are not shown.", class_="quiet")
-    return join((tag("p", f"Prompt {group.rows[0].prompt_id}", class_="quiet"), question, *shown, more if len(group.rows) > 2 else None))
-
-
-def _failure_note(row: judgements.Judged) -> Html | None:
-    if np.isfinite(row.scores).any():
-        return None
-    causes = ", ".join(f"{name} {amount}" for name, amount in row.problems.items() if amount)
-    return notice(f"Nobody could say what these answers are worth{f' ({causes})' if causes else ''}.")
 
 
 # Without rows
@@ -633,6 +372,6 @@ def _of_metrics(run: Run) -> Html | None:
     missing = notice(f"{judgements.ROWS} is missing or empty, so this is what metrics.jsonl tells by itself.")
     key = legend([("rollouts of the student", _STUDENT), ("references", _REFERENCES)])
     return section(
-        "rubrics", "What the judge rewards", missing, tag("p", _smoothed(len(order)).strip() or None, class_="quiet"), key,
+        "rubrics", "What the judge rewards", missing, tag("p", smoothed(len(order)).strip() or None, class_="quiet"), key,
         grid(figure for figure in figures if figure is not None),
     )  # fmt: skip

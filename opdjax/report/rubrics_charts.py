@@ -10,8 +10,8 @@ import numpy as np
 
 from opdjax.report import measures
 from opdjax.report.charts import COLOURS, Chart, Line, box, curve, draw, picture, swatches, tick
-from opdjax.report.judgements import Group, Judged, Steps, auc
-from opdjax.report.markup import Html, details, fixed, join, number, table, table_row, tag
+from opdjax.report.judgements import Group, Steps, auc
+from opdjax.report.markup import Html, table, tag
 from opdjax.report.rollouts import percent
 from opdjax.results import is_number
 
@@ -23,6 +23,12 @@ _MARKS = {1.0: ("✓", "met"), 0.0: ("✗", "unmet")}
 
 
 # By step
+
+
+def smoothed(num_steps: int) -> str:
+    """What the lines of a chart over so many steps are."""
+    window = measures.smoothing_window(num_steps)
+    return f" Pale: every step; strong: mean over {window} steps." if window > 1 else ""
 
 
 def over_steps(chart: Chart, steps: Steps, parts: Sequence[tuple[int, Callable[[list[Group]], Any]]]) -> Html | None:
@@ -123,108 +129,3 @@ def truth_table(right: np.ndarray, wrong: np.ndarray) -> Html:
             name = f"{place / BINS:.1f} to {(place + 1) / BINS:.1f}"
             rows.append([name, f"{good:,}", f"{bad:,}", percent(good / (good + bad))])
     return table(["score", "right", "wrong", "share right"], rows, class_="dense")
-
-
-# Who meets what
-
-
-def pass_matrix(row: Judged, group_mean: float | None) -> Html:
-    """Criteria by answers, references first, and below what the answers earned; a table that needs no colour to be read."""
-    size, references = len(row.samples), len(row.reference_scores)
-    marks = [tag("th", f"ref {place + 1}", class_="mark", scope="col") for place in range(references)]
-    marks += [tag("th", f"{sample}", class_="mark edge" if not at else "mark", scope="col") for at, sample in enumerate(row.samples)]
-    head = [tag("th", "criterion", class_="text", scope="col"), tag("th", "kind", class_="text", scope="col"), "weight", *marks, "met by"]
-    body = [_criterion_row(row, place) for place in range(len(row.criteria))]
-    foot = [_foot("score", [*row.reference_scores, *row.scores], references, 2)]
-    if group_mean is not None:
-        foot.append(
-            _foot("score less the group's mean", [math.nan] * references + list(row.scores - group_mean), references, 2, signed=True)
-        )
-    if row.correct is not None:
-        words = [""] * references + ["right" if is_right else "wrong" for is_right in row.correct]
-        foot.append(_foot("the final answer is", words, references))
-    words = "rollout" if size == 1 else "rollouts"
-    caption = (
-        f"Columns: {f'ref 1 to {references}, the references, then ' if references else ''}the {words} by number. ✓ earns the weight, ✗ "
-        "does not, ½ earns half; for a flaw ✓ means that it is not there. – : the judge gave no usable verdict. Met by: how many rollouts "
-        "meet it; a criterion that all or none meet cannot move the training."
-    )
-    return table(head, [*body, *foot], caption=caption if row.criteria else None, class_="dense verdicts")
-
-
-def _criterion_row(row: Judged, place: int) -> Html:
-    criterion, met = row.criteria[place], row.met[:, place]
-    known = met[np.isfinite(met)]
-    stage = f" ({criterion.stage})" if criterion.stage else ""
-    name = join((tag("span", "flaw", class_="badge"), " ", criterion.text)) if criterion.is_flaw else criterion.text
-    total, is_alike = fixed(float(known.sum()), 1).removesuffix(".0"), len(known) > 1 and (known == known[0]).all()
-    cells = [_mark(value, is_edge=False) for value in row.reference_met[:, place]]
-    cells += [_mark(value, is_edge=not at) for at, value in enumerate(met)]
-    heard = f"{total} of {len(known)}" + (", all alike" if is_alike else "")
-    return table_row([tag("th", name, class_="long", scope="row"), tag("td", criterion.category + stage, class_="text"),
-                      number(criterion.weight), *cells, heard])  # fmt: skip
-
-
-def _mark(value: float, *, is_edge: bool) -> Html:
-    sign, kind = ("–", "") if not is_number(value) else _MARKS.get(float(value), ("½", ""))
-    return tag("td", sign, class_=" ".join(part for part in ("mark", kind, "edge" if is_edge else "") if part))
-
-
-def _foot(name: str, values: Sequence[Any], references: int, digits: int = 0, *, signed: bool = False) -> Html:
-    shown = [value if isinstance(value, str) else _signed(value, digits) if signed else fixed(value, digits) for value in values]
-    if signed:  # references are judged, and no reward is made of that
-        shown = ["" if at < references else text for at, text in enumerate(shown)]
-    cells = [tag("td", text, class_="mark edge" if at == references else "mark") for at, text in enumerate(shown)]
-    return table_row([tag("th", name, class_="text", scope="row"), "", "", *cells, ""], class_="main")
-
-
-def _signed(value: float, digits: int) -> str:
-    return ("+" if is_number(value) and value > 0 else "") + fixed(value, digits)
-
-
-def answer_texts(row: Judged, group_mean: float | None) -> Html | None:
-    """The answers as the judge saw them, each with what it earned; None where they were not written down."""
-    texts = row.texts
-    answers, references = (value if isinstance(value := texts.get(name), list) else [] for name in ("answers", "references"))
-    if not answers and not references:
-        return None
-    cut = texts.get("is_truncated") or []
-    blocks = [
-        _answer(f"Reference {at + 1}", text, [_score_words(_at(row.reference_scores, at), None)]) for at, text in enumerate(references)
-    ]
-    for at, text in enumerate(answers):
-        facts = [_score_words(_at(row.scores, at), group_mean)]
-        if row.correct is not None and at < len(row.correct):
-            facts.append("the final answer is right" if row.correct[at] else "the final answer is wrong")
-        facts += ["cut off at the length limit"] if at < len(cut) and cut[at] else []
-        blocks.append(_answer(f"Rollout {row.samples[at] if at < len(row.samples) else at}", text, facts))
-    shown = tag("div", *blocks, class_="rollouts")
-    is_short = sum(len(str(text)) for text in [*answers, *references]) < _TEXT
-    return details("The answers, word for word", shown, open=is_short)
-
-
-def _at(values: np.ndarray, place: int) -> float:
-    return float(values[place]) if place < len(values) else math.nan
-
-
-def _score_words(score: float, group_mean: float | None) -> str:
-    if not is_number(score):
-        return "no score"
-    against = "" if group_mean is None else f", {_signed(score - group_mean, 2)} against the group's mean"
-    return f"score {fixed(score, 2)}{against}"
-
-
-def _answer(name: str, text: Any, facts: Sequence[str]) -> Html:
-    return tag(
-        "div",
-        tag("h4", f"{name}: {'; '.join(facts)}"),
-        tag("div", shortened(str(text)) or "(empty)", class_="completion"),
-        class_="rollout",
-    )
-
-
-def shortened(text: str, limit: int = _TEXT) -> str:
-    """The text, or its start and its end."""
-    if len(text) <= limit:
-        return text
-    return f"{text[: limit // 2]} […{len(text) - limit:,} letters…] {text[-(limit // 2) :]}"
