@@ -37,10 +37,8 @@ def judged_sections(run: Run) -> list[Html | None]:
     steps = judgements.read_judgements(run.workdir, _stage_names(run))
     if not steps:
         return [_of_metrics(run), cost_section(run)]
-    return [
-        rubrics_section(steps, is_reward=is_rewarded(run)), signal_section(steps), truth_section(steps), stages_section(run, steps), failures_section(run, steps),
-        cost_section(run), examples_section(steps),
-    ]  # fmt: skip
+    what = [rubrics_section(steps, is_reward=is_rewarded(run)), signal_section(steps), truth_section(steps), stages_section(run, steps)]
+    return [*what, failures_section(run, steps), cost_section(run), examples_section(steps)]
 
 
 def _stage_names(run: Run) -> list[str]:

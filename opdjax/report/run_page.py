@@ -61,8 +61,8 @@ _AHEAD = {
     "probability of every token in them, and the student, some updates older by then, was trained towards the teacher on those tokens.",
 }
 _JUDGED = (
-    "The student sampled several answers to each prompt, a judge that reads text alone said what each is worth, and the student was trained "
-    "towards its better answers. No probabilities of a teacher were used."
+    "The student sampled several answers to each prompt, a judge that reads text alone said what each is worth, and the student was "
+    "trained towards its better answers. No probabilities of a teacher were used."
 )
 _SPARSE = ("entropy/student", "entropy/teacher", "overlap/ratio")  # told every log.diagnostics_every steps
 _AXIS_NOTES = {
@@ -322,8 +322,10 @@ def _training_charts(run: Run) -> dict[str, Chart]:
             reference=clip or None, bounds=(0, None),
         ),
         "advantage/std": Chart(
-            "Spread of the advantage", "step", "standard deviation, nats",
-            "Of the advantage over tokens: the noise that multiplies the gradient. It should shrink as the student nears the teacher.",
+            "Spread of the advantage", "step", "standard deviation" if is_rewarded(run) else "standard deviation, nats",
+            "Of the advantage over tokens: how much the scores of a prompt's answers differ. At 0 there is nothing left to learn from."
+            if is_rewarded(run)
+            else "Of the advantage over tokens: the noise that multiplies the gradient. It should shrink as the student nears the teacher.",
             bounds=(0, None),
         ),
         "entropy/student": Chart(
