@@ -273,7 +273,7 @@ def test_the_page_of_a_random_run(random_run):
         "Score: mean score against step",
         "Pass rate, task: share met against step",
         "Criteria without signal: share of the criteria against step",
-        "How well scores tell right from wrong (AUC): AUC against step",
+        "Telling right from wrong (AUC): AUC against step",
         "Bad updates: share of the pairs against step",
         "Scores of right and wrong answers: share of each kind against score",
         "Failed groups: share of the groups against step",
@@ -295,7 +295,7 @@ def test_an_example_shows_who_meets_what(tmp_path):
     assert row(parser, "score", "", "")[3:6] == ["1.00", "0.71", "0.00"]
     assert row(parser, "score less the group's mean")[3:6] == ["", "+0.36", "−0.36"]
     assert row(parser, "the final answer is")[4:6] == ["right", "wrong"]
-    assert "Rollout 1: score 0.00, −0.36 against the group's mean; the final answer is wrong; cut off at the length limit" in parser.all
+    assert "Rollout 1: score 0.00, −0.36 against the group's mean; wrong answer; cut off at the length limit" in parser.all
 
 
 def test_what_judges_and_students_write_is_never_html(tmp_path):

@@ -117,7 +117,9 @@ def _pass_charts(steps: Steps, groups: Sequence[Group], has_rubrics: bool) -> li
     def both(measure: Any) -> list[tuple[int, Any]]:
         return [(_STUDENT, measure), (_REFERENCES, lambda part: measure(part, of_references=True))]
 
-    score = Chart("Score", "step", "mean score", "The reward itself, weights included, from 0 to 1.", bounds=(0, 1))
+    score = Chart(
+        "Score", "step", "mean score", "Weights included; 1 where every criterion is met." if has_rubrics else None, y_range=(-0.02, 1.02)
+    )
     found = [over_steps(score, steps, both(judgements.mean_score))]
     if not has_rubrics:
         return found

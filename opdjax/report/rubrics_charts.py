@@ -71,7 +71,7 @@ def auc_chart(steps: Steps) -> Html | None:
         "the judge always prefers what is right; dashed, 0.5: no better than a coin. Bars: 95 % intervals."
     )
     floor = min([0.4, *(end - 0.02 for end in low if is_number(end))])
-    chart = Chart("How well scores tell right from wrong (AUC)", "step", "AUC", about, reference=0.5, y_range=(floor, 1.02))
+    chart = Chart("Telling right from wrong (AUC)", "step", "AUC", about, reference=0.5, y_range=(floor, 1.02))
     return draw(chart, [line])
 
 
@@ -117,7 +117,7 @@ def truth_histogram(right: np.ndarray, wrong: np.ndarray) -> Html:
 
 def truth_key() -> Html:
     """The legend of `truth_histogram`."""
-    return swatches([("right answers", box(RIGHT)), ("wrong answers", box(WRONG))])
+    return swatches([("scores of right answers", box(RIGHT)), ("scores of wrong answers", box(WRONG))])
 
 
 def truth_table(right: np.ndarray, wrong: np.ndarray) -> Html:

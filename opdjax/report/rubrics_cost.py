@@ -147,7 +147,7 @@ def _from_cache(used: Mapping[str, float]) -> str:
 def _dollars(value: float) -> str:
     if not value:
         return "$0"
-    return f"${value:,.2f}" if value >= 1 else f"${float(f'{value:.2g}'):g}"
+    return f"${value:,.2f}" if value >= 0.1 else f"${float(f'{value:.2g}'):g}"
 
 
 def _tokens(value: float) -> str:

@@ -69,26 +69,27 @@ def _failure_note(row: Judged) -> Html | None:
 
 def pass_matrix(row: Judged, group_mean: float | None) -> Html:
     """Criteria by answers, references first, and below what the answers earned; a table that needs no colour to be read."""
-    size, references = len(row.samples), len(row.reference_scores)
-    marks = [tag("th", f"ref {place + 1}", class_="mark", scope="col") for place in range(references)]
-    marks += [tag("th", f"{sample}", class_="mark edge" if not at else "mark", scope="col") for at, sample in enumerate(row.samples)]
-    head = [tag("th", "criterion", class_="text", scope="col"), tag("th", "kind", class_="text", scope="col"), "weight", *marks, "met by"]
+    references = len(row.reference_scores)
+    names = [f"ref {place + 1}" for place in range(references)] + [str(sample) for sample in row.samples]
+    marks = [tag("th", name, class_=_place_class(at == references), scope="col") for at, name in enumerate(names)]
+    words = [tag("th", name, class_="text", scope="col") for name in ("criterion", "kind")]
     body = [_criterion_row(row, place) for place in range(len(row.criteria))]
-    foot = [_foot("score", [*row.reference_scores, *row.scores], references, 2)]
+    unrewarded = [""] * references
+    body.append(_foot("score", [fixed(score, 2) for score in (*row.reference_scores, *row.scores)], references))
     if group_mean is not None:
-        foot.append(
-            _foot("score less the group's mean", [math.nan] * references + list(row.scores - group_mean), references, 2, signed=True)
-        )
+        body.append(_foot("score less the group's mean", [*unrewarded, *(_signed(score - group_mean) for score in row.scores)], references))
     if row.correct is not None:
-        words = [""] * references + ["right" if is_right else "wrong" for is_right in row.correct]
-        foot.append(_foot("the final answer is", words, references))
-    words = "rollout" if size == 1 else "rollouts"
+        body.append(_foot("the final answer is", [*unrewarded, *("right" if good else "wrong" for good in row.correct)], references))
     caption = (
-        f"Columns: {f'ref 1 to {references}, the references, then ' if references else ''}the {words} by number. ✓ earns the weight, ✗ "
-        "does not, ½ earns half; for a flaw ✓ means that it is not there. – : the judge gave no usable verdict. Met by: how many rollouts "
-        "meet it; a criterion that all or none meet cannot move the training."
+        f"Columns: {'the references (ref), then ' if references else ''}the rollouts by number, from 0. ✓ earns the weight, ✗ does not, "
+        "½ earns half; for a flaw ✓ means that it is not there. – : the judge gave no usable verdict. Met by: how many rollouts meet it; a "
+        "criterion that all or none meet cannot move the training."
     )
-    return table(head, [*body, *foot], caption=caption if row.criteria else None, class_="dense verdicts")
+    return table([*words, "weight", *marks, "met by"], body, caption=caption if row.criteria else None, class_="dense verdicts")
+
+
+def _place_class(is_edge: bool, kind: str = "") -> str:
+    return " ".join(part for part in ("mark", kind, "edge" if is_edge else "") if part)
 
 
 def _criterion_row(row: Judged, place: int) -> Html:
@@ -106,19 +107,16 @@ def _criterion_row(row: Judged, place: int) -> Html:
 
 def _mark(value: float, *, is_edge: bool) -> Html:
     sign, kind = ("–", "") if not is_number(value) else _MARKS.get(float(value), ("½", ""))
-    return tag("td", sign, class_=" ".join(part for part in ("mark", kind, "edge" if is_edge else "") if part))
+    return tag("td", sign, class_=_place_class(is_edge, kind))
 
 
-def _foot(name: str, values: Sequence[Any], references: int, digits: int = 0, *, signed: bool = False) -> Html:
-    shown = [value if isinstance(value, str) else _signed(value, digits) if signed else fixed(value, digits) for value in values]
-    if signed:  # references are judged, and no reward is made of that
-        shown = ["" if at < references else text for at, text in enumerate(shown)]
-    cells = [tag("td", text, class_="mark edge" if at == references else "mark") for at, text in enumerate(shown)]
+def _foot(name: str, values: Sequence[str], references: int) -> Html:
+    cells = [tag("td", text, class_=_place_class(at == references)) for at, text in enumerate(values)]
     return table_row([tag("th", name, class_="text", scope="row"), "", "", *cells, ""], class_="main")
 
 
-def _signed(value: float, digits: int) -> str:
-    return ("+" if is_number(value) and value > 0 else "") + fixed(value, digits)
+def _signed(value: float) -> str:
+    return ("+" if is_number(value) and value > 0 else "") + fixed(float(value), 2)
 
 
 def answer_texts(row: Judged, group_mean: float | None) -> Html | None:
@@ -130,7 +128,7 @@ def answer_texts(row: Judged, group_mean: float | None) -> Html | None:
     for at, text in enumerate(answers):
         facts = [_score_words(row.scores, at, group_mean)]
         if row.correct is not None and at < len(row.correct):
-            facts.append("the final answer is right" if row.correct[at] else "the final answer is wrong")
+            facts.append("right answer" if row.correct[at] else "wrong answer")
         facts += ["cut off at the length limit"] if at < len(cut) and cut[at] else []
         name = f"Rollout {row.samples[at] if at < len(row.samples) else at}"
         blocks.append(_answer(name, text, facts, told[at] if at < len(told) else None))
@@ -146,7 +144,7 @@ def _list(row: Judged, name: str) -> list[Any]:
 def _score_words(scores: np.ndarray, place: int, group_mean: float | None) -> str:
     if place >= len(scores) or not is_number(float(scores[place])):
         return "no score"
-    against = "" if group_mean is None else f", {_signed(scores[place] - group_mean, 2)} against the group's mean"
+    against = "" if group_mean is None else f", {_signed(scores[place] - group_mean)} against the group's mean"
     return f"score {fixed(float(scores[place]), 2)}{against}"
 
 
