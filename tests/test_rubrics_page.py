@@ -1,5 +1,6 @@
 """The part of a run's page about judged rewards: numbers by hand, one safe page, and every state its files can be in."""
 
+import collections
 import json
 import math
 import random
@@ -11,6 +12,10 @@ from test_report import NASTY, config, metric, read, row, write_run
 from opdjax.report import judgements, rubrics
 from opdjax.report.judgements import auc, pairs, pass_rate, ratio, read_judgements, signal, tied_share
 from opdjax.report.page import page
+from opdjax.rubrics.asking import Tally
+from opdjax.rubrics.groups import Group, Judgement, as_row, metrics_of
+from opdjax.rubrics.schema import Criterion, Rubric
+from opdjax.rubrics.scores import score
 from opdjax.workdir import WorkdirError
 
 STAGES = ("work", "answer")
@@ -243,6 +248,33 @@ def test_rare_categories_are_drawn_together(tmp_path):
     named = judgements.categories(groups)
     assert named == ["a", "b", "c", "d", "other"]
     assert pass_rate(groups, "other", named).value == 0.25
+
+
+def test_what_is_read_back_is_what_the_run_has_told(tmp_path):
+    """The producer's own rows and numbers, of random verdicts: graded, with flaws, some missing."""
+    rng, told = random.Random(1), []
+    for prompt_id in range(12):
+        kinds = [(rng.choice(["positive", "negative"]), rng.randint(1, 5)) for _ in range(4)]
+        of = tuple(
+            Criterion(id=f"c{at}", category="task", text="t", weight=w, polarity=p, grade="graded") for at, (p, w) in enumerate(kinds)
+        )
+        verdicts = tuple(None if rng.random() < 0.1 else tuple(rng.choice([0, 0, 1, 2]) for _ in of) for _ in range(3))
+        scores = tuple(None if found is None else score(of, found) for found in verdicts)
+        group = Group(prompt_id, "q", ("r",), ("a", "b", "c"), (0, 1, 2))
+        tally = Tally(collections.Counter(empty=1), collections.Counter(prose=2), 1)
+        told.append(Judgement(group, Rubric(of), verdicts, ((2,) * 4,), scores, (score(of, (2,) * 4),), None, tally))
+    right = [[rng.randint(0, 1) for _ in range(3)] for _ in told]
+    rows = [as_row(one, 1, correct, has_texts=True) for one, correct in zip(told, right)]
+    groups, expected = groups_of(tmp_path, rows), metrics_of(told, right)
+    assert judgements.mean_score(groups).value == pytest.approx(expected["rubric/reward_mean"], abs=1e-5)
+    assert judgements.mean_score(groups, of_references=True).value == pytest.approx(expected["rubric/reference_score_mean"], abs=1e-5)
+    assert auc(groups).value == pytest.approx(expected["rubric/auc"])
+    assert judgements.num_criteria(groups) == expected["rubric/num_criteria"]
+    several = [one for one in told if sum(found is not None for found in one.scores) > 1]  # of one rollout nothing can be alike
+    assert signal(groups).share == pytest.approx(metrics_of(several, None)["rubric/no_signal_share"])
+    assert tied_share(groups) == pytest.approx(metrics_of(several, None)["rubric/tied_groups"])
+    assert judgements.counted(groups, "problems") == {"empty": 12}
+    assert judgements.counted(groups, "repairs") == {"prose": 24}
 
 
 # The page
