@@ -227,6 +227,7 @@ def ratio(sums: Sequence[float], counts: Sequence[int]) -> Rate | None:
         return None
     total, count = np.array(pairs, float).T
     value, size = total.sum() / count.sum(), len(pairs)
+    # Verdicts on one prompt's rollouts hang together: as independent ones they would make the interval several times too narrow.
     spread = math.sqrt(((total - value * count) ** 2).sum() * size / (size - 1)) / count.sum() if size > 1 else math.inf
     return Rate(float(value), float(stdtrit(size - 1, 0.975)) * spread if size > 1 else math.inf, int(count.sum()))
 
@@ -301,7 +302,7 @@ def signal(groups: Iterable[Group]) -> Signal:
     counts = np.zeros(4, int)
     for row in (row for group in groups for row in group.rows if row.criteria):
         known = row.met[np.isfinite(row.met).all(axis=1)]
-        if len(known) > 1:
+        if len(known) > 1:  # a rollout alone is always like itself
             alike = (known == known[0]).all(axis=0)
             counts += [alike.size, (alike & (known[0] == 1)).sum(), (alike & (known[0] == 0)).sum(), alike.sum()]
     return Signal(*map(int, counts))

@@ -71,8 +71,10 @@ def _about(has_rubrics: bool, is_reward: bool) -> str:
     use = "is the reward" if is_reward else "is no reward here: a teacher that scores the tokens is shown what the judge said"
     good = (
         "References, answers of a stronger model, are judged in the same way and never trained on: they show what the same judge gives a "
+        "strong answer. Good: the student's line climbs towards theirs."
     )
-    good += "strong answer. Good: the student's line climbs towards theirs."
+    # The sections that follow speak of rewards and updates.
+    good += "" if is_reward else " What is said below of rewards is true of these scores, and no update is made of them."
     if not has_rubrics:
         return f"A judge reads the rollouts of a prompt and gives each a score from 0 to 1, which {use}. {good}"
     return (
