@@ -38,20 +38,20 @@ class EndpointConfig:
     output_price: float = 0.0  # dollars a million tokens of replies
 
     def __post_init__(self):
-        require_types(self)
-        require(bool(self.base_url) == bool(self.model), "model", self.model, "a name where base_url is given, and only there")
+        require_types(self, "endpoint.")
+        require(bool(self.base_url) == bool(self.model), "endpoint.model", self.model, "a name where base_url is given, and only there")
         is_address = not self.base_url or self.base_url.startswith(("http://", "https://"))
-        require(is_address, "base_url", self.base_url, "an address that starts with http:// or https://")
+        require(is_address, "endpoint.base_url", self.base_url, "an address that starts with http:// or https://")
         # Would be a key: letters and figures of a variable's name are upper case in every system's habit.
         is_name = not self.api_key_env or (self.api_key_env.isidentifier() and self.api_key_env.isupper())
-        require(is_name, "api_key_env", "***", "the NAME of an environment variable, in capital letters, never the key itself")
-        require(self.temperature is None or self.temperature >= 0, "temperature", self.temperature, "0 or more")
-        require(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "more than 0 and at most 1")
-        require(self.max_tokens > 0, "max_tokens", self.max_tokens, "at least 1")
-        require(self.timeout > 0, "timeout", self.timeout, "more than 0")
-        require(self.concurrency > 0, "concurrency", self.concurrency, "at least 1")
+        require(is_name, "endpoint.api_key_env", "***", "the NAME of an environment variable, in capital letters, never the key itself")
+        require(self.temperature is None or self.temperature >= 0, "endpoint.temperature", self.temperature, "0 or more")
+        require(self.top_p is None or 0 < self.top_p <= 1, "endpoint.top_p", self.top_p, "more than 0 and at most 1")
+        require(self.max_tokens > 0, "endpoint.max_tokens", self.max_tokens, "at least 1")
+        require(self.timeout > 0, "endpoint.timeout", self.timeout, "more than 0")
+        require(self.concurrency > 0, "endpoint.concurrency", self.concurrency, "at least 1")
         for name in ("requests_per_minute", "tokens_per_minute", "input_price", "output_price"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 (none) or more")
+            require(getattr(self, name) >= 0, f"endpoint.{name}", getattr(self, name), "0 (none) or more")
 
     @property
     def is_given(self) -> bool:

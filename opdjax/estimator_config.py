@@ -7,12 +7,14 @@ from typing import Any, Literal
 
 from opdjax.fields import require, require_types
 
+REWARDED = ("grpo", "ropd", "tjudge", "ropd_stages")  # recipes whose reward is of a whole answer
+
 
 @dataclasses.dataclass(frozen=True)
 class EstimatorConfig:
     """The recipe and its options; an option that the recipe does not have is refused."""
 
-    recipe: Literal["opd", "vopd", "full_kl", "topk_kl", "npd", "sft"] = "vopd"
+    recipe: Literal["opd", "vopd", "full_kl", "topk_kl", "npd", "sft", "grpo", "ropd", "tjudge", "ropd_stages"] = "vopd"
     aggregation: Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "fixed_denominator"] = "token_mean"
     tile: int = 512  # tokens whose logits exist at a time, per device
     discount: float | None = None  # opd, vopd: 0 credits a token with its own reward only, 1 with all that follow
@@ -26,8 +28,17 @@ class EstimatorConfig:
     importance: Literal["none", "token_truncate", "token_mask", "sequence_mask", "prefix_truncate", "ppo_clip"] | None = None
     importance_cap: float | None = None  # largest ratio; None: 3 for sequence_mask, 2 for the others
     importance_floor: float | None = None  # token_mask: smallest ratio; None: 0.5
-    clip_low: float | None = None  # ppo_clip: ratios below 1 - clip_low gain nothing; None: 0.2
-    clip_high: float | None = None  # ppo_clip: nor ratios above 1 + clip_high; None: 0.28
+    clip_low: float | None = None  # ppo_clip, grpo and its kin: ratios below 1 - clip_low gain nothing; None: 0.2
+    clip_high: float | None = None  # as clip_low: nor ratios above 1 + clip_high; None: 0.28
+    # grpo, ropd, tjudge, ropd_stages: a reward less the mean of its prompt's completions, or that over their standard deviation
+    advantage: Literal["mean", "mean_std"] | None = None
+    dual_clip: float | None = None  # these: the loss of a punished token grows up to this ratio; None: 3; 0: without end
+    reference_kl_coef: float | None = None  # these: adds coef * penalty for leaving the student's start, of which a frozen copy is kept
+    reference_kl: Literal["k2", "k3_direct"] | None = None  # its form: descends KL(student || start), or KL(start || student)
+    # ropd_stages: how much of later stages' scores a stage is credited with; None: paper for four stages, else decay
+    stage_credit: Literal["paper", "identity", "last", "decay"] | None = None
+    stage_credit_matrix: tuple[float, ...] | None = None  # ropd_stages: the same in numbers, row by row, in place of stage_credit
+    stage_token_mean: bool | None = None  # ropd_stages: every stage weighs alike in a token mean, however long it is
     baseline: Literal["full", "student_topk", "optimal", "batch_mean"] | None = None  # vopd
     baseline_top_k: int | None = None  # vopd with baseline student_topk
     divergence: Literal["reverse", "forward", "jsd", "skew_forward", "skew_reverse"] | None = None  # full_kl; topk_kl, npd (the first two)
@@ -63,6 +74,7 @@ class EstimatorConfig:
         self._check_topk()
         self._check_reward()
         self._check_importance()
+        self._check_rewarded()
 
     def _check_reward(self):
         floor, alpha, draws = self.reward_floor, self.power_alpha, self.extra_draws
@@ -82,20 +94,34 @@ class EstimatorConfig:
         kind, recipe = self.importance or "none", self.recipe
         owners = {
             "importance_cap": ("token_truncate", "token_mask", "sequence_mask", "prefix_truncate"),
-            "importance_floor": ("token_mask",), "clip_low": ("ppo_clip",), "clip_high": ("ppo_clip",),
+            "importance_floor": ("token_mask",),
         }  # fmt: skip
+        owners |= {} if recipe in REWARDED else {"clip_low": ("ppo_clip",), "clip_high": ("ppo_clip",)}
         for name, kinds in owners.items():
             value = getattr(self, name)
             require(value is None or kind in kinds, f"estimator.{name}", value, f"none unless importance is {' or '.join(kinds)}")
             require(value is None or value > 0, f"estimator.{name}", value, "more than 0")
         floor, cap = self.importance_floor or 0.5, self.importance_cap or 2.0
         require(kind != "token_mask" or floor < cap, "estimator.importance_floor", floor, f"less than importance_cap, which is {cap}")
+        for name in ("clip_low", "clip_high"):
+            require(getattr(self, name) is None or getattr(self, name) > 0, f"estimator.{name}", getattr(self, name), "more than 0")
         require((self.clip_low or 0) < 1, "estimator.clip_low", self.clip_low, "less than 1")
         if recipe in ("full_kl", "topk_kl", "npd"):
             expected = f"none or prefix_truncate: {recipe} draws no token, so that only how its contexts were reached can be stale"
             require(kind in ("none", "prefix_truncate"), "estimator.importance", kind, expected)
         expected = "0 where importance is given: extra tokens are drawn from the student as it is"
         require(kind == "none" or not self.extra_draws, "estimator.extra_draws", self.extra_draws, expected)
+
+    def _check_rewarded(self):
+        dual, coef, matrix = self.dual_clip, self.reference_kl_coef, self.stage_credit_matrix
+        require(not dual or dual > 1, "estimator.dual_clip", dual, "more than 1, or 0 (off)")
+        require(coef is None or coef >= 0, "estimator.reference_kl_coef", coef, "0 (off) or more")
+        expected = "none unless reference_kl_coef is more than 0"
+        require(bool(coef) or self.reference_kl is None, "estimator.reference_kl", self.reference_kl, expected)
+        expected = "none where stage_credit_matrix is given"
+        require(matrix is None or self.stage_credit is None, "estimator.stage_credit", self.stage_credit, expected)
+        is_mean = not self.stage_token_mean or self.aggregation == "token_mean"
+        require(is_mean, "estimator.aggregation", self.aggregation, "token_mean where stage_token_mean is on")
 
     def _check_topk(self):
         k, fixed = self.support_top_k, ("support", "renormalize", "outside", "clamp_at_zero", "weight")
@@ -123,3 +149,8 @@ class EstimatorConfig:
         shared = ("recipe", "aggregation", "tile")
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in shared}
         return {name: value for name, value in given.items() if value is not None}
+
+
+# ROPD as released, and as its paper prints it (arXiv 2605.07396, section 2.2 and algorithm 1).
+ROPD_CODE = EstimatorConfig("ropd", "token_mean", advantage="mean", clip_low=0.2, clip_high=0.28, dual_clip=3.0)
+ROPD_PAPER = EstimatorConfig("ropd", "sequence_mean_token_mean", advantage="mean_std", clip_low=0.2, clip_high=0.28, dual_clip=0.0)

@@ -18,7 +18,7 @@ from opdjax.data.prompts import Prompt, PromptSet, encode_prompts, read_prompts,
 from opdjax.data.sources import Columns
 from opdjax.decoding import Decoding
 from opdjax.estimators import bind
-from opdjax.estimators.advantage import group_centred
+from opdjax.estimators.advantage import group_advantage
 from opdjax.evals.evaluate import Evaluator, graded
 from opdjax.evals.grading import require_grader
 from opdjax.fields import ConfigError, require
@@ -288,10 +288,10 @@ def with_credit(setup: Setup, batch: TrainBatch, rollouts: Rollouts) -> tuple[Tr
     options, told = setup.config.estimator.options, {}
     if options.get("extra_draws"):
         batch = dataclasses.replace(batch, uniforms=extra_uniforms(rollouts, setup.config.seed, options["extra_draws"]))
-    if options.get("task_reward_coef"):
-        reward = task_reward(setup, rollouts)
+    if options.get("task_reward_coef") or setup.config.estimator.recipe == "grpo":
+        reward, size = task_reward(setup, rollouts), setup.config.sampling.num_generations
         told["rollout/task_reward"] = float(reward.mean())
-        advantage = group_centred(reward, setup.config.sampling.num_generations)
+        advantage = group_advantage(reward, np.ones(len(reward), bool), size, options.get("advantage", "mean"))
         batch = dataclasses.replace(batch, advantages=jnp.where(batch.mask, advantage[:, None], 0))
     return batch, told
 

@@ -262,6 +262,7 @@ def passes(params, batch: TrainBatch, teacher_head, spec: UpdateSpec):
         teacher_logprob=scores.token_logprobs,
         behavior_logprob=batch.behavior_logprobs,
         advantage=batch.advantages,
+        reference_logprob=batch.reference_logprobs,
         uniform=batch.uniforms,
         teacher_ids=scores.top_ids,
         teacher_top_logprob=scores.top_logprobs,

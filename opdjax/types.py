@@ -84,7 +84,8 @@ class TrainBatch:
     mask: Bool[Array, "B T"]
     segment_ids: Int[Array, "B T"]  # 0 on padding
     behavior_logprobs: Float[Array, "B T"] | None
-    advantages: Float[Array, "B T"] | None = None  # of whole completions, from a scalar reward; each of their tokens has it
+    advantages: Float[Array, "B T"] | None = None  # of whole completions or their stages, from a scalar reward; each token has its own's
+    reference_logprobs: Float[Array, "B T"] | None = None  # of the student as it was at the start, for a penalty on leaving it
     uniforms: Float[Array, "B T M"] | None = None  # for M more draws from the student at each context
     teacher_view: TeacherView | None = None
     teacher: TeacherScores | None = None

@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opdjax.config import (
+    ApiConfig,
     CheckpointConfig,
     Config,
     DataConfig,
+    EndpointConfig,
     EstimatorConfig,
     EvaluationConfig,
     LogConfig,
@@ -23,17 +25,21 @@ from opdjax.config import (
     ModelConfig,
     NearPolicyConfig,
     OptimizerConfig,
+    RubricsConfig,
     SamplingConfig,
     TrainConfig,
 )
 from opdjax.fields import ConfigError, differences, from_dict, nearest, to_dict
 
+ENDPOINT = EndpointConfig(
+    "http://host:1/v1", "judge", "JUDGE_KEY", 0.5, 0.9, 3, "low", 100, "max_completion_tokens", "text", 9.0, 4, 60, 9000, 0.5, 1.5
+)
 # Every leaf differs from its default.
 UNUSUAL = Config(
     student=ModelConfig("a", "main", "bfloat16", ("tensor",), "splash"),
     teacher=ModelConfig("b", "v2", "float32", ("fsdp",), "xla"),
     data=DataConfig(
-        "x.jsonl", "Q: {prompt}", "be short", "raw", True, "chat", False, 64, "error", "question", "a.b", "text", "{prompt}{answer}"
+        "x.jsonl", "Q: {prompt}", "be short", "raw", True, "chat", False, 64, "error", "question", "a.b", "text", "{prompt}{answer}", 99
     ),
     sampling=SamplingConfig(6, 33, 0.7, 0.9, 20, 0.1, (7, 8), "teacher", ("fsdp",), 12, "int8"),
     estimator=EstimatorConfig(
@@ -48,6 +54,10 @@ UNUSUAL = Config(
     checkpoint=CheckpointConfig(10, 3, "greedy"),
     log=LogConfig(0, 2, True, 3),
     mesh=MeshConfig(2, 2, 2, 2),
+    rubricator=ENDPOINT,
+    verifier=ENDPOINT,
+    teacher_api=ENDPOINT,
+    api=ApiConfig("replies.sqlite", True, 2.5, 1, 2, 0.5),
     seed=11,
 )  # fmt: skip
 # What does not stand beside it, so that every leaf differs from its default in one of them.
@@ -61,6 +71,15 @@ OTHERS = [
             EstimatorConfig("topk_kl", weight="p_student"),
             EstimatorConfig("topk_kl", convention="verl"),
         )
+    ),
+    Config(
+        estimator=EstimatorConfig("ropd_stages"),
+        sampling=SamplingConfig(4),
+        rubrics=RubricsConfig(
+            2, 3, 9, "graded", "signed", "student", False, "evolving", ("a", "b"), (";",), (2, 3), 3, 99, 1, 0.3, "mine", 4
+        ),
+        rubricator=ENDPOINT,
+        verifier=ENDPOINT,
     ),
     Config(
         near_policy=NearPolicyConfig(
@@ -410,3 +429,70 @@ def test_importing_the_package_starts_nothing():
         "print(len(names) > 25, dict(os.environ) == before, jax.config.values == flags, xla_bridge.backends_are_initialized())"
     )
     assert run_python(code) == "True True True False"
+
+
+# Judges
+
+
+JUDGED = {"estimator": EstimatorConfig("opd"), "sampling": SamplingConfig(4), "rubricator": ENDPOINT, "verifier": ENDPOINT}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"sampling": SamplingConfig(1)}, "at least 2: ropd compares"),
+        ({"verifier": EndpointConfig()}, "verifier.base_url"),
+        ({"rubricator": EndpointConfig()}, "rubricator.base_url"),
+        ({"rubrics": RubricsConfig(stage_names=("a", "b"), stage_markers=(";",))}, "none elsewhere"),
+        ({"estimator": EstimatorConfig("ropd_stages")}, "two or more names"),
+        ({"estimator": EstimatorConfig("tjudge"), "rubrics": RubricsConfig(rubric_of="student")}, "group where the recipe is tjudge"),
+        ({"estimator": EstimatorConfig("opd"), "rubrics": RubricsConfig(grades="graded")}, "it asks no judge"),
+        ({"near_policy": NearPolicyConfig("continuous", max_staleness=1)}, "near_policy.schedule"),
+        ({"data": DataConfig(teacher_prompt_format="{prompt} {reference}")}, "reads no teacher's scores"),
+    ],
+)
+def test_what_judged_runs_need(changes, told):
+    with pytest.raises(ConfigError, match=told):
+        Config(**({**JUDGED, "estimator": EstimatorConfig("ropd")} | changes))
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"base_url": "http://h/v1"}, "endpoint.model"),
+        ({"base_url": "h:80", "model": "m"}, "starts with http"),
+        ({"api_key_env": "sk-abc123"}, "NAME of an environment variable"),
+        ({"temperature": -1.0}, "endpoint.temperature"),
+        ({"timeout": 0.0}, "endpoint.timeout"),
+        ({"tokens_per_minute": -1}, "endpoint.tokens_per_minute"),
+    ],
+)
+def test_endpoints_that_cannot_be(fields, told):
+    with pytest.raises(ConfigError, match=told) as refused:
+        EndpointConfig(**fields)
+    assert "sk-abc123" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"stage_names": ("one",)}, "two or more"),
+        ({"stage_names": ("a", "b")}, "1 regular expressions"),
+        ({"stage_names": ("a", "b"), "stage_markers": ("(",)}, "regular expression of Python"),
+        ({"stage_caps": (2,)}, "none unless rubrics.refresh is evolving"),
+        ({"max_criteria": 3}, "at least rubrics.min_criteria, 4"),
+        ({"max_failed_share": 1.0}, "less than 1"),
+    ],
+)
+def test_rubrics_that_cannot_be(fields, told):
+    with pytest.raises(ConfigError, match=told):
+        RubricsConfig(**fields)
+
+
+def test_a_teacher_that_is_told_what_judges_say():
+    told = DataConfig(teacher_prompt_format="{prompt} {verdicts}")
+    config = Config(data=told, **JUDGED)
+    assert config.is_judged
+    assert config.judged_fields == ("verdicts",)
+    with pytest.raises(ConfigError, match=r"\{verdicts\} in place of \{verdict\}"):
+        DataConfig(teacher_prompt_format="{prompt} {verdict}")

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
-from opdjax.estimators import divergence, importance, losses, opd, sequence
+from opdjax.estimators import divergence, grpo, importance, losses, opd, sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +19,8 @@ class Recipe:
     is_policy_gradient: bool  # an expectation over sampled tokens: they must come from the distribution that is scored
     options: tuple[str, ...]
     top_k: int = 0  # how many of the teacher's most likely ids it reads, where `teacher` is top_k
+    # What gives a completion its reward, where the recipe learns from one: a grader, or a judge's plain score, rubric, rubric by stages
+    reward: Literal["none", "task", "scalar", "rubric", "stages"] = "none"
 
 
 _STATE_OPTIONS = ("importance", "importance_cap")  # of an exact divergence: how stale its contexts are
@@ -29,6 +31,10 @@ RECIPES = {
     "topk_kl": Recipe(divergence.topk_kl, "vocabulary", False, ("divergence", *divergence.TOP_K_OPTIONS, *_STATE_OPTIONS)),
     "npd": Recipe(divergence.npd, "top_k", False, (*divergence.NPD_OPTIONS, *_STATE_OPTIONS), divergence.NPD_TOP_K),
     "sft": Recipe(losses.sft, "none", False, ()),
+    "grpo": Recipe(grpo.grpo, "none", True, ("advantage", *grpo.LOSS_OPTIONS), reward="task"),
+    "ropd": Recipe(grpo.ropd, "none", True, ("advantage", *grpo.LOSS_OPTIONS), reward="rubric"),
+    "tjudge": Recipe(grpo.tjudge, "none", True, ("advantage", *grpo.LOSS_OPTIONS), reward="scalar"),
+    "ropd_stages": Recipe(grpo.ropd_stages, "none", True, (*grpo.CREDIT_OPTIONS, *grpo.LOSS_OPTIONS), reward="stages"),
 }
 
 
@@ -48,7 +54,8 @@ def bind(name: str, options: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:
     corrections = corrections if recipe.is_policy_gradient else ("none", "prefix_truncate")  # no action that could be stale
     if options.get("importance", "none") not in corrections:
         raise ValueError(f"recipe {name!r} has no importance correction {options['importance']!r}; it has {list(corrections)}")
-    teacher = opd.teacher_needs(recipe.teacher, options) if recipe.is_policy_gradient else recipe.teacher
+    is_teacher_read = recipe.is_policy_gradient and recipe.reward == "none"
+    teacher = opd.teacher_needs(recipe.teacher, options) if is_teacher_read else recipe.teacher
     teacher = "none" if options.get("kd_weight") == 0 else teacher
     top_k = options.get("support_top_k", recipe.top_k) if teacher == "top_k" else 0
     return dataclasses.replace(recipe, token_loss=sequence.weighted(recipe.token_loss), teacher=teacher, top_k=top_k), options

@@ -1,11 +1,17 @@
-"""Credit that reaches beyond one token: rewards to come, the mean of the batch, a reward of the task."""
+"""Credit that reaches beyond one token: rewards to come, the mean of the batch, rewards of whole answers and of their stages."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from opdjax.ops.masked import reverse_discounted_sum, sequence_total, zero_where_masked
+
+SCALES = ("mean", "mean_std")
+STAGE_CREDITS = ("paper", "identity", "last", "decay")
 
 
 def future_reward(
@@ -59,7 +65,98 @@ def prefix_weight(
     return jnp.where(mask & (total > 0), 1 + gain * remaining / jnp.where(total > 0, total, 1), 1 + gain * mask)
 
 
-def group_centred(reward: Float[Array, " B"], group_size: int) -> Float[Array, " B"]:
-    """`reward - mean` over the completions of the same prompt, which stand side by side; in the unit of the reward."""
-    groups = reward.reshape(-1, group_size)
-    return (groups - jnp.mean(groups, axis=1, keepdims=True)).reshape(-1)
+def group_advantage(
+    reward: Float[Array, " B"], is_scored: Bool[Array, " B"], group_size: int, scale: str, epsilon: float = 1e-6
+) -> Float[Array, " B"]:
+    """`reward - mean` over the scored completions of the same prompt, which stand side by side; in the unit of the reward.
+
+    `scale` mean_std divides that by their population std + `epsilon`, which stands outside the root (GRPO, arXiv 2402.03300; ROPD,
+    arXiv 2605.07396, equation 6): without unit, and near-tied groups then weigh as much as others. 0 for a completion without a
+    score, whatever its reward holds, and in groups with fewer than two. ValueError on another scale.
+    """
+    if scale not in SCALES:
+        raise ValueError(f"there is no scale {scale!r} of advantages; expected one of {SCALES}")
+    groups, live = jnp.reshape(jnp.where(is_scored, reward, 0), (-1, group_size)), jnp.reshape(is_scored, (-1, group_size))
+    return _normalised(groups, live, scale, epsilon).reshape(-1)
+
+
+def _normalised(x: Float[Array, "P G ..."], live: Bool[Array, "P G ..."], scale: str, epsilon: float) -> Float[Array, "P G ..."]:
+    """Centred over the live entries of each group, and divided by their population std where `scale` says so; 0 elsewhere."""
+    count = jnp.sum(live, axis=1, keepdims=True)
+    mean = jnp.sum(jnp.where(live, x, 0), axis=1, keepdims=True) / jnp.maximum(count, 1)
+    centred = jnp.where(live & (count > 1), x - mean, 0)
+    if scale == "mean":
+        return centred
+    std = jnp.sqrt(jnp.sum(jnp.square(centred), axis=1, keepdims=True) / jnp.maximum(count, 1))
+    return centred / (std + epsilon)
+
+
+def credit_matrix(name: str | None, num_stages: int, custom: Sequence[float] = ()) -> np.ndarray:
+    """Lambda `[K, K]`: row k says how much of each stage's score stage k is credited with; nothing of stages before it.
+
+    `paper`: RubricEM's for four stages (arXiv 2605.10899, section 3.3). `identity`: its own score alone. `last`: the last stage's
+    score for all, plain group-relative credit. `decay`: 1 for itself, 0.8 for the last, 0.5 between; ours. None: paper for four
+    stages, else decay. `custom`: K * K numbers row by row, upper triangular with ones on the diagonal. ValueError otherwise.
+    """
+    if len(custom):
+        matrix = np.asarray(custom, float)
+        if matrix.size != num_stages**2:
+            raise ValueError(f"stage_credit_matrix has {matrix.size} numbers; expected {num_stages**2}, row by row for {num_stages} stages")
+        matrix = matrix.reshape(num_stages, num_stages)
+        if np.any(np.tril(matrix, -1)) or np.any(np.diag(matrix) != 1):
+            raise ValueError("stage_credit_matrix credits a stage with earlier ones, or not with itself; expected 0 there and 1 here")
+        return matrix
+    name = name or ("paper" if num_stages == 4 else "decay")
+    if name == "paper" and num_stages != 4:
+        raise ValueError(f"stage_credit paper is made for 4 stages, there are {num_stages}; expected identity, last or decay")
+    if name == "paper":
+        return np.array([[1, 0.4, 0.6, 0.8], [0, 1, 0.4, 0.8], [0, 0, 1, 0.8], [0, 0, 0, 1]])
+    if name == "last":
+        return np.tile(np.eye(num_stages)[-1], (num_stages, 1))
+    if name == "identity":
+        return np.eye(num_stages)
+    if name != "decay":
+        raise ValueError(f"there is no stage_credit {name!r}; expected one of {STAGE_CREDITS}")
+    matrix = np.triu(np.full((num_stages, num_stages), 0.5))
+    matrix[:, -1] = 0.8
+    np.fill_diagonal(matrix, 1)
+    return matrix
+
+
+def stage_advantage(
+    scores: Float[Array, "B K"],
+    has_stage: Bool[Array, "B K"],
+    is_scored: Bool[Array, " B"],
+    credit: Float[Array, "K K"],
+    group_size: int,
+    scale: str,
+    epsilon: float = 1e-8,
+) -> Float[Array, "B K"]:
+    """The advantage of each stage: `G = R @ credit.T`, normalised per stage over the group's scored rollouts that have it.
+
+    RubricEM's SS-GRPO (arXiv 2605.10899, section 3.3; mean_std as there, population std). A stage that a rollout lacks has score 0,
+    which the stages before it are credited with, and no advantage of its own. `scale` as in `group_advantage`.
+    """
+    if scale not in SCALES:
+        raise ValueError(f"there is no scale {scale!r} of advantages; expected one of {SCALES}")
+    live = has_stage & is_scored[:, None]
+    returns = jnp.where(live, scores, 0) @ jnp.asarray(credit, scores.dtype).T
+    shape = (-1, group_size, scores.shape[1])
+    return _normalised(returns.reshape(shape), live.reshape(shape), scale, epsilon).reshape(scores.shape)
+
+
+def spread_stages(advantages: Float[Array, "B K"], stage_ids: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """Each token's stage's advantage; 0 where `stage_ids` is -1, outside all stages."""
+    return jnp.where(stage_ids >= 0, jnp.take_along_axis(advantages, jnp.maximum(stage_ids, 0), axis=1), 0)
+
+
+def stage_balance(stage_ids: Int[Array, "B T"], mask: Bool[Array, "B T"], num_stages: int) -> Float[Array, "B T"]:
+    """`N / (S N_k)` at the tokens of stage k, N of all stages' tokens and S the number of stages that have any; 0 elsewhere.
+
+    As a factor it makes a mean over tokens the mean over stages of their own token means: long stages no longer outweigh short ones.
+    """
+    live = mask & (stage_ids >= 0)
+    counts = jnp.sum((stage_ids[..., None] == jnp.arange(num_stages)) & live[..., None], axis=(0, 1))
+    present = jnp.maximum(jnp.sum(counts > 0), 1)
+    factor = jnp.sum(counts) / (present * jnp.maximum(counts, 1))
+    return jnp.where(live, factor[jnp.maximum(stage_ids, 0)], 0)

@@ -11,6 +11,7 @@ import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from opdjax.estimators import advantage, importance
+from opdjax.estimators.grpo import CREDIT_OPTIONS
 from opdjax.estimators.opd import REWARD_OPTIONS, needed, sampled_reward
 from opdjax.ops.tile import VocabTile
 from opdjax.ops.vocab import Columns
@@ -83,10 +84,10 @@ def sequence_importance(log_ratio, mask, segment_ids, options, is_policy_gradien
 
 
 def weighted(token_loss: Callable) -> Callable:
-    """The token loss under `row.loss_weight`, spared the options that `prepare` has turned into columns."""
+    """The token loss under `row.loss_weight`, spared the options that have been turned into columns."""
 
     def loss_of(student, teacher, row, **options):
-        outside = {"return_to_go", "prefix_weight"}
+        outside = {"return_to_go", "prefix_weight", *CREDIT_OPTIONS}
         if options.get("importance", "none") in ("none", *importance.SEQUENCE_CORRECTIONS):
             outside |= {"importance", "importance_cap"}
         inner = {name: value for name, value in options.items() if name not in outside}

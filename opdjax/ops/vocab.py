@@ -38,7 +38,8 @@ class Columns:
     token: Int[Array, " n"]
     teacher_logprob: Float[Array, " n"] | None = None
     behavior_logprob: Float[Array, " n"] | None = None  # of the distribution the token was truly drawn from
-    advantage: Float[Array, " n"] | None = None  # of the whole completion, from a scalar reward
+    advantage: Float[Array, " n"] | None = None  # of the whole completion or its stage, from a scalar reward
+    reference_logprob: Float[Array, " n"] | None = None  # of the student as it was at the start
     uniform: Float[Array, "n M"] | None = None  # for M more draws from the student at this context
     teacher_ids: Int[Array, "n K"] | None = None  # the teacher's K most likely, most likely first
     teacher_top_logprob: Float[Array, "n K"] | None = None  # of them, under its full softmax

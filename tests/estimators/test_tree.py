@@ -25,7 +25,7 @@ from enumeration import (
     token_logprobs,
 )
 
-from opdjax.estimators.advantage import future_reward, group_centred, mean_of_other_sequences, prefix_weight
+from opdjax.estimators.advantage import future_reward, group_advantage, mean_of_other_sequences, prefix_weight
 from opdjax.ops.masked import running_sum
 
 BASELINES = {"none": ("opd", {}), "full": ("vopd", {}), "optimal": ("vopd", {"baseline": "optimal"})}
@@ -109,7 +109,9 @@ def test_a_task_reward_adds_its_gradient_less_the_share_of_its_own_group_mean(gr
     """G completions of one prompt: R - mean holds (G - 1) / G of R's own gradient. All groups are visited."""
     reward, coef, theta = rng.normal(size=len(SEQUENCES)), 0.8, tables[0]
     groups = np.array(list(itertools.product(range(len(SEQUENCES)), repeat=group)))
-    credit = np.asarray(group_centred(jnp.asarray(reward[groups].reshape(-1)), group)).reshape(groups.shape)
+    credit = np.asarray(group_advantage(jnp.asarray(reward[groups].reshape(-1)), jnp.ones(groups.size, bool), group, "mean")).reshape(
+        groups.shape
+    )
     columns = {"advantage": np.repeat(credit[..., None], LENGTH, axis=2)}
     of_reward = jax.grad(lambda x: jnp.sum(jnp.exp(sequence_logprobs(x)) * reward))(theta)
     for discount in (0.0, 1.0) if group == 2 else (0.0,):
@@ -173,6 +175,7 @@ def test_prefix_weight_by_hand():
     by_hand(prefix_weight(jnp.where(BRICK_MASK, 0.0, G), BRICK_MASK, SEGMENTS, 0.5), 1.5 * BRICK_MASK)
 
 
-def test_group_centred_by_hand():
-    np.testing.assert_allclose(group_centred(jnp.array([1.0, 0.0, 0.0, 1.0, 1.0, 1.0]), 3), [2 / 3, -1 / 3, -1 / 3, 0, 0, 0], atol=1e-6)
-    np.testing.assert_array_equal(group_centred(jnp.array([1.0, 0.5]), 1), 0)
+def test_group_advantage_by_hand():
+    centred = lambda x, size: group_advantage(jnp.array(x), jnp.ones(len(x), bool), size, "mean")  # noqa: E731
+    np.testing.assert_allclose(centred([1.0, 0.0, 0.0, 1.0, 1.0, 1.0], 3), [2 / 3, -1 / 3, -1 / 3, 0, 0, 0], atol=1e-6)
+    np.testing.assert_array_equal(centred([1.0, 0.5], 1), 0)
