@@ -67,14 +67,14 @@ def _counts(index: ReferenceIndex, rows: list[Prompt], count: int) -> dict[str, 
     """What the index holds of these prompts."""
     found = [index.answers.get(key_of(row.prompt), {}) for row in rows]
     every = [answer for answers in found for answer in answers.values()]
-    unique = [len(index.usable(row.prompt)) for row in rows]
-    whole = sum(not answer.is_truncated and bool(answer.text.strip()) for answer in every)
+    usable = [index.usable(row.prompt) for row in rows]
+    unique = [len(set(texts)) for texts in usable]
     return {
         "prompts": len(rows),
         "answers": len(every),
         "empty": sum(not answer.text.strip() for answer in every),
         "truncated": sum(answer.is_truncated for answer in every),
-        "duplicates": whole - sum(unique),
+        "duplicates": sum(map(len, usable)) - sum(unique),
         f"prompts with fewer than {count} different answers": sum(number < count for number in unique),
         "prompts without any": sum(not number for number in unique),
     }

@@ -46,10 +46,9 @@ class ReferenceIndex:
     answers: dict[str, dict[int, Answer]]  # by key and number of the draw
 
     def usable(self, prompt: str | Messages) -> tuple[str, ...]:
-        """The prompt's answers in the order of their draws: whole ones with text, each once; none where there are none."""
+        """The prompt's answers in the order of their draws, those without text and those that were cut off left out."""
         found = self.answers.get(key_of(prompt), {})
-        texts = (answer.text for _, answer in sorted(found.items()) if not answer.is_truncated)
-        return tuple(dict.fromkeys(text for text in texts if text.strip()))
+        return tuple(answer.text for _, answer in sorted(found.items()) if not answer.is_truncated and answer.text.strip())
 
     def missing(self, prompt: str | Messages, count: int) -> list[int]:
         """The numbers of the draws, of `count`, that are still to be made."""
