@@ -47,11 +47,11 @@ def reference_penalty(student_logprob: Float[Array, "*n"], reference_logprob: Fl
     `k2`: d^2 / 2, whose expected gradient over y ~ student is that of KL(student || reference). `k3_direct`: e^-d - 1 + d, whose
     value estimates that KL but whose gradient, taken directly, descends KL(reference || student) instead.
     """
-    difference = student_logprob - jax.lax.stop_gradient(reference_logprob)
+    reference_logprob = jax.lax.stop_gradient(reference_logprob)
     if kind == "k2":
-        return 0.5 * jnp.square(difference)
+        return ratios.k2(student_logprob, reference_logprob)
     if kind == "k3_direct":
-        return jnp.expm1(-difference) + difference
+        return ratios.k3(student_logprob, reference_logprob)
     raise ValueError(f"there is no reference penalty {kind!r}; expected k2 or k3_direct")
 
 
