@@ -13,7 +13,7 @@ import re
 from typing import Any, Literal, get_args
 
 from opdjax.api_config import ApiConfig, EndpointConfig
-from opdjax.estimator_config import EstimatorConfig
+from opdjax.estimator_config import ROPD_CODE, ROPD_PAPER, EstimatorConfig
 from opdjax.fields import ConfigError, require, require_types
 from opdjax.near_policy_config import NearPolicyConfig
 from opdjax.rubrics_config import RubricsConfig

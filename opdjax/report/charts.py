@@ -211,6 +211,8 @@ def y_range(chart: Chart, lines: Iterable[Line]) -> tuple[float, float]:
         least, most = min(least, chart.reference), max(most, chart.reference)
     spread = most - least
     low, high = min([least, *(max(end, least - spread) for end in ends)]), max([most, *(min(end, most + spread) for end in ends)])
+    if high - low < 1e-9 * max(abs(low), abs(high)):  # one value but for rounding, which would else be drawn as large as the chart
+        low = high
     margin = 0.06 * (high - low) or 0.05 * max(abs(high), 1.0 if high == 0 else 0.0)
     below, above = chart.bounds
     edge = 0.02 * (high - low)  # so that a line along a bound is still seen whole

@@ -30,6 +30,7 @@ from opdjax.report.markup import (
 )  # fmt: skip
 from opdjax.report.near_policy import filter_section, staleness_section
 from opdjax.report.rollouts import rollouts_section
+from opdjax.report.rubrics import is_rewarded, judge_name, judged_sections
 from opdjax.report.timeline import cost_section, timeline_of, timeline_section
 from opdjax.results import AXES, Run, is_number
 
@@ -41,6 +42,11 @@ _RECIPES = {
     "topk_kl": "The divergence is minimised at every position on a few of the most likely tokens instead of the whole vocabulary.",
     "npd": "Cross-entropy on the student's own kept tokens, mixed with the divergence from the teacher on its most likely tokens.",
     "sft": "Cross-entropy on the given tokens.",
+    "ropd": "The reward of an answer is the share of its rubric's weights that it earns (ROPD, arXiv 2605.07396); its advantage over the "
+    "other answers to the prompt multiplies a clipped policy gradient.",
+    "ropd_stages": "Each stage of an answer is scored by its own criteria and credited with later stages' scores too (RubricEM, arXiv "
+    "2605.10899); advantages over the other answers to the prompt multiply a clipped policy gradient.",
+    "tjudge": "The reward of an answer is one number from a judge, without a rubric: the control for what rubrics add.",
 }
 _WRITERS = {
     "student": "On-policy distillation: the student sampled completions of prompts, the teacher gave its probability of every token in "
@@ -54,6 +60,10 @@ _AHEAD = {
     "continuous": "Near-policy distillation: the student sampled completions ahead of the updates that they were for, the teacher gave its "
     "probability of every token in them, and the student, some updates older by then, was trained towards the teacher on those tokens.",
 }
+_JUDGED = (
+    "The student sampled several answers to each prompt, a judge that reads text alone said what each is worth, and the student was "
+    "trained towards its better answers. No probabilities of a teacher were used."
+)
 _SPARSE = ("entropy/student", "entropy/teacher", "overlap/ratio")  # told every log.diagnostics_every steps
 _AXIS_NOTES = {
     "steps": "optimizer updates",
@@ -69,9 +79,20 @@ def run_page(run: Run, failure: dict[str, Any] | None) -> tuple[str, list[Html |
     student, teacher = (measures.model_name(run.config[role]["path"]) for role in ("student", "teacher"))
     is_taught = run.config["estimator"]["recipe"] != "sft" or run.config["sampling"].get("source") == "teacher"
     title = f"{student} ← {teacher if is_taught else 'reference answers'}"
+    if is_rewarded(run):
+        title = f"{student}, judged by {measures.model_name(judge_name(run))}"
     timeline = timeline_of(run)
     ahead = [staleness_section(run), filter_section(run), timeline_section(run, timeline), cost_section(run, timeline)]
-    parts = [_result(run), _scores(run), _training(run), *ahead, _positions(run), rollouts_section(run), _settings(run)]
+    parts = [
+        _result(run),
+        _scores(run),
+        *judged_sections(run),
+        _training(run),
+        *ahead,
+        _positions(run),
+        rollouts_section(run),
+        _settings(run),
+    ]
     return f"{title}, {run.config['estimator']['recipe']}", [_header(run, failure, title), *parts]
 
 
@@ -83,6 +104,7 @@ def _header(run: Run, failure: dict[str, Any] | None, title: str) -> Html:
     options = [f"{name} {shown(value)}" for name, value in estimator.items() if value is not None and name not in ("recipe", "tile")]
     about = _RECIPES.get(estimator["recipe"])
     written = _AHEAD[run.config["near_policy"]["schedule"]] if run.draws_ahead else _WRITERS.get(source)
+    written = _JUDGED if is_rewarded(run) else written
     return tag(
         "header", tag("h1", title), tag("p", outcome(run), class_="lead"),
         tag("p", written, " Recipe ", tag("code", estimator["recipe"]), f" ({', '.join(options)})." if options else ".",
@@ -300,8 +322,10 @@ def _training_charts(run: Run) -> dict[str, Chart]:
             reference=clip or None, bounds=(0, None),
         ),
         "advantage/std": Chart(
-            "Spread of the advantage", "step", "standard deviation, nats",
-            "Of the advantage over tokens: the noise that multiplies the gradient. It should shrink as the student nears the teacher.",
+            "Spread of the advantage", "step", "standard deviation" if is_rewarded(run) else "standard deviation, nats",
+            "Of the advantage over tokens: how much the scores of a prompt's answers differ. At 0 there is nothing left to learn from."
+            if is_rewarded(run)
+            else "Of the advantage over tokens: the noise that multiplies the gradient. It should shrink as the student nears the teacher.",
             bounds=(0, None),
         ),
         "entropy/student": Chart(

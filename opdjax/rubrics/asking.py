@@ -76,7 +76,7 @@ async def ask(judge: Judge, question: Question, parse: Callable[[str], tuple[T, 
             found, repairs = parse(reply.text)
         except ReplyError as error:
             wrong = error
-            if reply.finish_reason == "length" and error.kind in ("parse_error", "empty"):
+            if reply.finish_reason == "length" and error.kind != "validation_error":
                 wrong = ReplyError("truncated", "the reply reached its length limit before the JSON object ended; be brief")
             tally.problems[wrong.kind] += 1
             messages = [*first, *_reask(judge, reply.text, wrong)]

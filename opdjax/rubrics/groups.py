@@ -129,7 +129,7 @@ def as_row(judgement: Judgement, step: int, correct: Sequence[int] | None, *, ha
         "scores": rounded(judgement.scores), "reference_scores": rounded(judgement.reference_scores),
         "stage_scores": judgement.stage_scores and [None if v is None else rounded(v) for v in judgement.stage_scores],
         "correct": None if correct is None else [int(is_right) for is_right in correct],
-        "problems": dict(tally.problems), "repairs": dict(tally.repairs), "reasks": tally.num_reasks,
+        "problems": dict(+tally.problems), "repairs": dict(tally.repairs), "reasks": tally.num_reasks,
     }  # fmt: skip
     if has_texts:
         row |= {"question": group.question, "references": list(group.references), "answers": list(group.answers)}
@@ -149,7 +149,7 @@ def metrics_of(judgements: Sequence[Judgement], correct: Sequence[Sequence[int]]
     references = [value for judgement in scored for value in judgement.reference_scores if value is not None]
     with_rubric = [judgement for judgement in scored if judgement.rubric is not None]
     is_tied = [len({v for v in judgement.scores if v is not None}) < 2 for judgement in scored if len(judgement.scores) > 1]
-    alike = [len(set(column)) < 2 for judgement in with_rubric for column in _columns(judgement)]
+    alike = [len(set(column)) < 2 for judgement in with_rubric for column in _columns(judgement) if len(column) > 1]
     found = {
         "rubric/reward_mean": _mean(rewards),
         "rubric/reference_score_mean": _mean(references),

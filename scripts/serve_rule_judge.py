@@ -1,0 +1,417 @@
+"""A judge over HTTP for the built-in task, so that judged runs need no network and no model; and one that fails on purpose.
+
+    python scripts/serve_rule_judge.py --port 8321                                 # until it is interrupted
+    python scripts/serve_rule_judge.py --port 0 --faults 0.3 -- COMMAND {url} ...  # beside a command, whose exit status it passes on
+
+It speaks OpenAI chat completions on the loopback interface (`POST /v1/chat/completions`, without streaming; `GET /v1/models`), and
+says at `GET /stats` what it was asked. What it judges by is `opdjax.rubrics.rules`.
+
+A share of the requests goes wrong: which, and how, is a hash of the seed, the request's body and how often that body came, so that
+neither the order of requests nor the number of connections changes it, and the same request sent again may succeed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import collections
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from opdjax.rubrics.rules import reply_to, role_of
+
+HOST, MODEL = "127.0.0.1", "rule-judge"
+MAX_BODY = 64 * 2**20
+REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 411: "Length Required", 413: "Content Too Large"}
+REASONS |= {429: "Too Many Requests", 500: "Internal Server Error"}
+Document = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    method: str
+    path: str
+    body: bytes
+    is_last: bool  # of its connection
+
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+    status: int
+    document: Document
+    headers: tuple[str, ...] = ()
+
+
+class ProtocolError(Exception):
+    """A request that is none; the connection ends with this response."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.response = refused(status, message)
+
+
+# What can go wrong in transit. The rest goes wrong in the reply: in its text, or in what it says.
+TRANSIT = ("rate_limit", "server_error", "timeout")
+SPOILED_TEXT: dict[str, Callable[[str], str]] = {
+    "truncated": lambda text: text[: len(text) // 2],
+    "prose": lambda text: f"Here is what I found.\n\n{text}\n\nTell me if you need more.",
+    "empty": lambda text: "",
+    "fence": lambda text: f"```json\n{text}\n```",
+}
+
+
+def missing_verdict(document: Document, pick: int) -> Document | None:
+    able = [answer for answer in document.get("answers", ()) if answer.get("verdicts")]
+    if not able:
+        return None
+    able[pick % len(able)]["verdicts"].pop()
+    return document
+
+
+def missing_answer(document: Document, pick: int) -> Document | None:
+    answers = document.get("answers")
+    if not answers:
+        return None
+    answers.pop(pick % len(answers))
+    return document
+
+
+def bad_weight(document: Document, pick: int) -> Document | None:
+    criteria = document.get("criteria")
+    if not criteria:
+        return None
+    criteria[pick % len(criteria)]["weight"] = (0, 9, -1, 100)[pick % 4]
+    return document
+
+
+def lying_total(document: Document, pick: int) -> Document | None:
+    if not document.keys() & {"answers", "criteria"}:
+        return None
+    for answer in document.get("answers", ()):
+        answer["final_score"] = 1000 + pick % 7
+    return document | {"total": 10_000}
+
+
+def reordered(document: Document, pick: int) -> Document | None:
+    answers = document.get("answers", ())
+    if len(answers) < 2:
+        return None
+    turn = 1 + pick % (len(answers) - 1)
+    return document | {"answers": answers[turn:] + answers[:turn]}
+
+
+# None where a reply has nothing of the kind: another fault is then taken.
+SPOILED_WORD: dict[str, Callable[[Document, int], Document | None]] = {
+    f.__name__: f for f in (missing_verdict, missing_answer, bad_weight, lying_total, reordered)
+}
+FAULTS = (*TRANSIT, *SPOILED_TEXT, *SPOILED_WORD)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    port: int = 0  # 0: any that is free
+    latency: float = 0.0  # seconds before each reply
+    faults: float = 0.0  # share of requests
+    fault_kinds: tuple[str, ...] = FAULTS
+    seed: int = 0
+    hang: float = 5.0  # seconds that a timeout lasts
+    down_after: int = 0  # requests, after which connections are refused; 0: never
+
+
+class JudgeServer:
+    """A server and what it was asked; `start` it inside a running loop, and `stop` it there."""
+
+    def __init__(self, options: Options):
+        self._options, self._seen = options, collections.Counter()
+        self._roles, self._faults = collections.Counter(), collections.Counter()
+        self._counts = {"requests": 0, "connections": 0, "in_flight": 0, "max_in_flight": 0}
+        self._connections: dict[asyncio.Task, asyncio.StreamWriter] = {}
+        self._idle: set[asyncio.Task] = set()
+        self._listening: asyncio.Server | None = None
+
+    async def start(self) -> JudgeServer:
+        """Listen; OSError where the port is taken."""
+        self._listening = await asyncio.start_server(self._converse, HOST, self._options.port, backlog=1024)
+        self.port = self._listening.sockets[0].getsockname()[1]
+        return self
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.port}/v1"
+
+    @property
+    def stats(self) -> Document:
+        return {**self._counts, "roles": dict(self._roles), "faults": dict(self._faults)}
+
+    @property
+    def is_down(self) -> bool:
+        return not self._listening.is_serving()
+
+    async def stop(self) -> None:
+        """Refuse connections, and break off those there are."""
+        self._listening.close()
+        for task, writer in self._connections.items():
+            writer.transport.abort()
+            task.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+
+    def _go_down(self) -> None:
+        """Refuse connections; requests that have come are answered still."""
+        self._listening.close()
+        for task in self._idle:
+            self._connections[task].transport.abort()
+
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        self._connections[task] = writer
+        self._counts["connections"] += 1
+        try:
+            await self._answer_all(reader, writer, task)
+        except ProtocolError as error:
+            writer.write(as_bytes(error.response, is_last=True))
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass  # whoever asked has gone
+        finally:
+            del self._connections[task]
+            self._idle.discard(task)
+            writer.close()
+
+    async def _answer_all(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, task: asyncio.Task) -> None:
+        is_last = False
+        while not is_last:
+            self._idle.add(task)
+            request = await read_request(reader)
+            self._idle.discard(task)
+            response = None if request is None or self.is_down else await self._answer(request)
+            if response is None:
+                return
+            is_last = request.is_last or self.is_down
+            writer.write(as_bytes(response, is_last))
+            await writer.drain()
+
+    async def _answer(self, request: Request) -> Response | None:
+        """None where the connection ends without a word."""
+        if (request.method, request.path) == ("POST", "/v1/chat/completions"):
+            return await self._counted(request.body)
+        if (request.method, request.path) == ("GET", "/v1/models"):
+            return Response(200, {"object": "list", "data": [{"id": MODEL, "object": "model", "created": 0, "owned_by": "opdjax"}]})
+        if (request.method, request.path) == ("GET", "/stats"):
+            return Response(200, self.stats)
+        return refused(404, f"there is no {request.method} {request.path}; there are POST /v1/chat/completions, GET /v1/models, GET /stats")
+
+    async def _counted(self, body: bytes) -> Response | None:
+        counts = self._counts
+        counts["requests"] += 1
+        counts["in_flight"] += 1
+        counts["max_in_flight"] = max(counts["max_in_flight"], counts["in_flight"])
+        if counts["requests"] == self._options.down_after:
+            self._go_down()
+        try:
+            return await self._complete(body)
+        finally:
+            counts["in_flight"] -= 1
+
+    async def _complete(self, body: bytes) -> Response | None:
+        try:
+            asked = checked(body)
+        except ValueError as error:
+            return refused(400, str(error))
+        self._roles[role_of(asked["messages"]) or "other"] += 1
+        document = fitted(reply_to(asked["messages"]), asked_schema(asked))
+        fault, digest = self._fault(body, document)
+        self._faults.update([fault] if fault else [])
+        pick = int.from_bytes(digest[16:20])
+        if fault == "rate_limit":
+            seconds = 0.05 + 0.15 * pick / 2**32
+            return dataclasses.replace(refused(429, "too many requests"), headers=(f"Retry-After: {seconds:.3f}",))
+        await asyncio.sleep(self._options.hang if fault == "timeout" else self._options.latency)
+        if fault == "timeout":
+            return None
+        if fault == "server_error":
+            return refused(500, "the server failed")
+        return completion(asked, *spoiled(document, fault, pick))
+
+    def _fault(self, body: bytes, document: Document) -> tuple[str | None, bytes]:
+        """What goes wrong with this request, and the digest that decided it."""
+        key = hashlib.sha256(body).digest()
+        digest = hashlib.sha256(f"{self._options.seed} {self._seen[key]} ".encode() + body).digest()
+        self._seen[key] += 1
+        if int.from_bytes(digest[:8]) >= self._options.faults * 2**64:
+            return None, digest
+        able = [kind for kind in self._options.fault_kinds if kind not in SPOILED_WORD or SPOILED_WORD[kind](copy.deepcopy(document), 0)]
+        return (able[int.from_bytes(digest[8:16]) % len(able)] if able else None), digest
+
+
+async def read_request(reader: asyncio.StreamReader) -> Request | None:
+    """The next request; None where the connection has ended between two. ProtocolError on what is no HTTP/1.1 with a length."""
+    try:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+    except asyncio.IncompleteReadError as error:
+        if error.partial.strip():
+            raise
+        return None
+    except asyncio.LimitOverrunError:
+        raise ProtocolError(400, "the request's head is too long; expected at most 64 KiB") from None
+    first, *lines = head.strip().split("\r\n")
+    words = first.split(" ")
+    if len(words) != 3 or not words[2].startswith("HTTP/1."):
+        raise ProtocolError(400, "expected an HTTP/1.1 request")
+    headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if "transfer-encoding" in headers:
+        raise ProtocolError(411, "expected a body with Content-Length, not a chunked one")
+    length = headers.get("content-length", "0")
+    if not (length.isascii() and length.isdigit()) or len(length) > 18:
+        raise ProtocolError(400, "Content-Length is no number")
+    if int(length) > MAX_BODY:
+        raise ProtocolError(413, f"the body has {length} bytes; expected at most {MAX_BODY}")
+    is_last = headers.get("connection", "").lower() == "close" or words[2] == "HTTP/1.0"
+    return Request(words[0], words[1].partition("?")[0], await reader.readexactly(int(length)), is_last)
+
+
+def as_bytes(response: Response, is_last: bool) -> bytes:
+    body = json.dumps(response.document).encode()
+    connection = "close" if is_last else "keep-alive"
+    head = [f"HTTP/1.1 {response.status} {REASONS[response.status]}", "Content-Type: application/json", f"Content-Length: {len(body)}"]
+    return "\r\n".join([*head, f"Connection: {connection}", *response.headers, "", ""]).encode() + body
+
+
+def refused(status: int, message: str) -> Response:
+    return Response(status, {"error": {"message": message, "type": REASONS[status].lower().replace(" ", "_"), "code": status}})
+
+
+def checked(body: bytes) -> Document:
+    """The request, ValueError where it asks for what is not offered."""
+    try:
+        asked = json.loads(body)
+    except RecursionError:
+        raise ValueError("the body is nested too deeply") from None
+    if not isinstance(asked, dict) or not isinstance(asked.get("model"), str):
+        raise ValueError('expected a JSON object with "model" and "messages"')
+    messages = asked.get("messages")
+    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
+        raise ValueError("messages: expected a list of objects that is not empty")
+    if asked.get("stream") or asked.get("n", 1) != 1:
+        raise ValueError("stream, n: expected one reply that is not streamed")
+    form = asked.get("response_format")
+    kind = form.get("type") if isinstance(form, dict) else None if form else "text"
+    has_schema = isinstance(asked_schema(asked), dict) if kind == "json_schema" else True
+    if kind not in ("text", "json_object", "json_schema") or not has_schema:
+        raise ValueError("response_format: expected a type of text, json_object, or json_schema with a schema")
+    return asked
+
+
+def asked_schema(asked: Document) -> Any:
+    """The JSON schema that the reply must have; None where there is none."""
+    form = asked.get("response_format")
+    if not isinstance(form, dict) or form.get("type") != "json_schema" or not isinstance(form.get("json_schema"), dict):
+        return None
+    return form["json_schema"].get("schema")
+
+
+def fitted(value: Any, schema: Any) -> Any:
+    """The value without the keys that a strict schema leaves no room for."""
+    if isinstance(value, dict) and isinstance(schema, dict):
+        fields, is_strict = schema.get("properties") or {}, schema.get("additionalProperties") is False
+        return {name: fitted(item, fields.get(name)) for name, item in value.items() if name in fields or not is_strict}
+    if isinstance(value, list) and isinstance(schema, dict):
+        return [fitted(item, schema.get("items")) for item in value]
+    return value
+
+
+def spoiled(document: Document, fault: str | None, pick: int) -> tuple[str, str]:
+    """Text and finish_reason of the reply."""
+    if fault in SPOILED_WORD:
+        document = SPOILED_WORD[fault](copy.deepcopy(document), pick)
+    text = json.dumps(document)
+    return SPOILED_TEXT[fault](text) if fault in SPOILED_TEXT else text, "length" if fault == "truncated" else "stop"
+
+
+def completion(asked: Document, text: str, finish_reason: str) -> Response:
+    """A chat completion, cut at the request's own limit; a token is four characters."""
+    limit = asked.get("max_completion_tokens") or asked.get("max_tokens")
+    if isinstance(limit, int) and len(text) > 4 * limit > 0:
+        text, finish_reason = text[: 4 * limit], "length"
+    shown = sum(len(message["content"]) for message in asked["messages"] if isinstance(message.get("content"), str))
+    tokens = {"prompt_tokens": math.ceil(shown / 4), "completion_tokens": math.ceil(len(text) / 4)}
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "message": message, "finish_reason": finish_reason, "logprobs": None}
+    named = {"id": "chatcmpl-rules", "object": "chat.completion", "created": int(time.time()), "model": asked["model"]}
+    return Response(200, named | {"choices": [choice], "usage": tokens | {"total_tokens": sum(tokens.values())}})
+
+
+async def serve(options: Options, command: list[str]) -> int:
+    """Serve until SIGINT or SIGTERM, or as long as the command runs; the exit status."""
+    try:
+        server = await JudgeServer(options).start()
+    except OSError as error:
+        print(f"port {options.port} cannot be had ({error.strerror}); take another with --port, or any with --port 0", file=sys.stderr)
+        return 2
+    print(f"judging at {server.url}", file=sys.stderr if command else sys.stdout, flush=True)
+    try:
+        return await beside(server, command) if command else await until_ended()
+    finally:
+        await server.stop()
+        print(f"judged: {json.dumps(server.stats)}", file=sys.stderr, flush=True)
+
+
+async def until_ended() -> int:
+    ended = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    await ended.wait()
+    return 0
+
+
+async def beside(server: JudgeServer, command: list[str]) -> int:
+    """The exit status of the command, in whose words {url} stands for the server's address."""
+    try:
+        process = await asyncio.create_subprocess_exec(*(word.replace("{url}", server.url) for word in command))
+    except OSError as error:
+        print(f"{command[0]} cannot be run: {error.strerror}", file=sys.stderr)
+        return 127
+    # An interrupt from the terminal reaches the command by itself.
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, lambda: None)
+    loop.add_signal_handler(signal.SIGTERM, process.terminate)
+    status = await process.wait()
+    return status if status >= 0 else 128 - status
+
+
+def parsed(words: list[str]) -> tuple[Options, list[str]]:
+    own, command = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--port", type=int, default=8321, help="0: any that is free")
+    parser.add_argument("--latency", type=float, default=0.0, help="seconds before each reply")
+    parser.add_argument("--faults", type=float, default=0.0, help="share of the requests that goes wrong")
+    parser.add_argument("--fault-kinds", default=",".join(FAULTS), help="of which kinds; by default %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="another one, other requests go wrong")
+    parser.add_argument("--hang", type=float, default=5.0, help="seconds that a timeout keeps a request waiting")
+    parser.add_argument("--down-after", type=int, default=0, help="requests after which connections are refused; 0: never")
+    given = parser.parse_args(own)
+    kinds = tuple(filter(None, given.fault_kinds.split(",")))
+    if not set(kinds) <= set(FAULTS):
+        parser.error(f"--fault-kinds: there is no {', '.join(sorted(set(kinds) - set(FAULTS)))}; there are {', '.join(FAULTS)}")
+    if not 0 <= given.faults <= 1:
+        parser.error(f"--faults is {given.faults}; expected a share from 0 to 1")
+    if min(given.latency, given.hang, given.down_after) < 0:
+        parser.error("--latency, --hang and --down-after are 0 or more")
+    return Options(**vars(given) | {"fault_kinds": kinds}), command
+
+
+def main() -> None:
+    try:
+        sys.exit(asyncio.run(serve(*parsed(sys.argv[1:]))))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
