@@ -189,7 +189,10 @@ def test_a_whole_number_is_read_as_a_float_where_one_is_expected():
         ({"optimizer": {"max_grad_norm": math.inf}}, "optimizer.max_grad_norm is inf; expected a finite number"),
         ({"estimator": {"beta": "x"}}, "estimator.beta is 'x'; expected float"),
         ({"estimator": {"recipe": "vodp"}}, "estimator.recipe is 'vodp'; did you mean 'vopd'?"),
-        ({"estimator": {"recipe": 3}}, "estimator.recipe is 3; expected one of ['full_kl', 'grpo', 'npd', 'opd', 'ropd', 'ropd_stages', 'sft', 'tjudge', 'topk_kl', 'vopd']"),
+        (
+            {"estimator": {"recipe": 3}},
+            "estimator.recipe is 3; expected one of ['full_kl', 'grpo', 'npd', 'opd', 'ropd', 'ropd_stages', 'sft', 'tjudge', 'topk_kl', 'vopd']",
+        ),
         ({"estimator": {"recipe": ["opd"]}}, "estimator.recipe is ['opd']; "),
         ({"estimator": {"baseline": "ful"}}, "estimator.baseline is 'ful'; did you mean 'full'?"),
         ({"sampling": {"stop_token_ids": 3}}, "sampling.stop_token_ids is 3; expected a list"),
