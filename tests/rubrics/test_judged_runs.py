@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from opdjax.config import (
-    MINI_TEACHER,
     ROPD_CODE,
     ApiConfig,
     CheckpointConfig,
@@ -19,6 +18,7 @@ from opdjax.config import (
     EstimatorConfig,
     EvaluationConfig,
     LogConfig,
+    MeshConfig,
     ModelConfig,
     OptimizerConfig,
     RubricsConfig,
@@ -224,7 +224,7 @@ def rollouts_of(setup, count):
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "fixed_denominator"])
 def test_a_group_without_scores_has_no_gradient_and_is_in_no_denominator(aggregation):
-    made = config(NOWHERE, estimator=dataclasses.replace(ROPD_CODE, aggregation=aggregation), teacher=ModelConfig(MINI_TEACHER))
+    made = config(NOWHERE, estimator=dataclasses.replace(ROPD_CODE, aggregation=aggregation), mesh=MeshConfig(1))
     setup = prepare(made)
     rollouts, spec = rollouts_of(setup, 8), update_spec(setup)
     batch = TrainBatch(rollouts.tokens, rollouts.mask, rollouts.segment_ids, rollouts.behavior_logprobs)
