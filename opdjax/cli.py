@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import pathlib
 import re
@@ -12,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from opdjax.config import AuditConfig, Config, DataConfig, EvaluationConfig, MeshConfig, ModelConfig, SamplingConfig
+from opdjax.config import AuditConfig, Config, DataConfig, EvaluationConfig, ModelConfig, SamplingConfig
 from opdjax.experiments import load_experiment, load_sweep
 from opdjax.fields import ConfigError, nearest
 
@@ -119,27 +118,10 @@ def doctor(arguments: list[str]) -> None:
             num_prompts: of the data, that go through the models
             config: every field of the experiment
         """
-        from opdjax.checks import check_tokenizers
-        from opdjax.data.chat import load_tokenizer
-        from opdjax.doctor import examine
-        from opdjax.models.hf import open_checkpoint
-        from opdjax.prepare import prepare, reads_scores
+        from opdjax.doctor import findings_of
 
-        if num_prompts < 1:
-            raise ConfigError(f"--num-prompts is {num_prompts}; expected at least 1")
-        if reads_scores(config):
-            tokenizers = [
-                load_tokenizer(open_checkpoint(model.path, model.revision).path) for model in (config.student, config.teacher_model)
-            ]
-            vocabularies = check_tokenizers(*tokenizers, config.estimator.recipe)
-            if vocabularies.status == "fault":
-                print(f"{vocabularies}\nthe other checks compare ids, so they were not made")
-                sys.exit(1)
-        # A few rows need no more than one device, need not divide over many, and are drawn by whoever examines them.
-        near_policy = dataclasses.replace(config.near_policy, generator="inline", generator_devices=1, lag="fixed")
-        setup = prepare(dataclasses.replace(config, mesh=MeshConfig(1), near_policy=near_policy))
         has_fault = False
-        for finding in examine(setup, num_prompts):
+        for finding in findings_of(config, num_prompts):
             print(finding, flush=True)
             has_fault |= finding.status == "fault"
         sys.exit(1 if has_fault else 0)
@@ -242,6 +224,24 @@ def sample(arguments: list[str]) -> None:
             print(f"{prompt}\t{text}")
 
     _call(run, arguments, "opdjax sample")
+
+
+def teach(arguments: list[str]) -> None:
+    """EXPERIMENT [--section.field VALUE …]: have a teacher answer the prompts, into the index that data.references names."""
+    default = _experiment(arguments, "teach EXPERIMENT")
+
+    def run(config: Annotated[Config, tyro.conf.arg(name="")] = default):
+        """Have a teacher answer every prompt of the data; the same command goes on where it was stopped.
+
+        Args:
+            config: every field of the experiment; read are data, teach, teacher, teacher_api, api and seed
+        """
+        from opdjax.teach import teach as have_answered
+
+        for name, value in have_answered(config).items():
+            print(f"{name}: {value:g}")
+
+    _call(run, arguments[1:], "opdjax teach EXPERIMENT")
 
 
 def inspect(arguments: list[str]) -> None:
@@ -481,6 +481,7 @@ VERBS = {
     "table": table,
     "report": report,
     "sample": sample,
+    "teach": teach,
     "annotate": annotate,
     "inspect": inspect,
     "evaluate": evaluate,

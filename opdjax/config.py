@@ -7,13 +7,12 @@ the work directory. `None` for an option of a recipe means that recipe's own def
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import pathlib
-import re
 from typing import Any, Literal, get_args
 
 from opdjax.api_config import ApiConfig, EndpointConfig
-from opdjax.estimator_config import ROPD_CODE, ROPD_PAPER, EstimatorConfig
+from opdjax.data_config import JUDGED_FIELDS, TEACHER_FIELDS, DataConfig, TeachConfig  # noqa: F401 (all of a config in one place)
+from opdjax.estimator_config import ROPD_CODE, ROPD_PAPER, EstimatorConfig  # noqa: F401
 from opdjax.fields import ConfigError, require, require_types
 from opdjax.near_policy_config import NearPolicyConfig
 from opdjax.rubrics_config import RubricsConfig
@@ -25,8 +24,6 @@ LoraTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]  # the kernels of
 JUDGED_RECIPES = ("ropd", "tjudge", "ropd_stages")  # that learn from what judges say of whole answers
 STUDENT = "@student"  # as teacher.path: the student that is trained, with the weights it has at each step
 MINI_PAIR = PACKAGE / "assets" / "mini_pair"  # where it lies: `teacher` and `student`
-TEACHER_FIELDS = ("prompt", "answer", "reference")  # of a row, in data.teacher_prompt_format
-JUDGED_FIELDS = ("rubric", "verdicts", "reflection")  # of a rollout, there as well: what judges say of it
 
 
 def _require_sampling(section: str, sampling: Any) -> None:
@@ -59,57 +56,6 @@ class ModelConfig:
     # 128 or 256) and cudnn (NVIDIA GPU, bfloat16, heads of up to 128) are fused kernels that never do. auto: splash on a TPU where it
     # can run, else xla; cudnn has not been timed yet
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """The prompts and how each model sees them."""
-
-    # arithmetic:SPLIT for the built-in task, a .jsonl file, parquet:PATH (file, directory or pattern), hf:NAME[@CONFIG]#SPLIT,
-    # or tfds:NAME[/CONFIG][:VERSION]#SPLIT. NAME may be a directory (./DIR, /DIR), SPLIT a slice such as train[:10%], of the built-in
-    # task one of rows such as train[:640].
-    source: str = "arithmetic:train"
-    prompt_format: str = "{prompt}"  # wrapped around a prompt that is a string; must contain {prompt}
-    system_prompt: str | None = None  # put before the messages; needs a chat format
-    format: Literal["chat", "raw"] = "chat"  # the tokenizer's chat template, or the bare text
-    enable_thinking: bool | None = None  # handed to the chat template; None: the template's own default
-    teacher_format: Literal["chat", "raw"] | None = None  # None: the teacher sees what the student sees
-    teacher_enable_thinking: bool | None = None  # None: as enable_thinking
-    max_prompt_length: int = 512  # tokens, template included
-    overlong: Literal["skip", "error"] = "skip"  # what to do with longer prompts: leave them out, counted, or refuse the data
-    # Of any source: a string, or a list of messages, of which the assistant's turn that it may end in becomes a reference.
-    # `a.b` is field b of column a (reward_model.ground_truth), `a.0` the first item of a list (prompt.0.content).
-    prompt_column: str = "prompt"
-    answer_column: str | None = None  # the value to grade by, a string or a number; None: `answer`, where there is one
-    reference_column: str | None = None  # worked answers: text, texts or messages; None: `references` or `reference`, where there is one
-    # What the teacher reads in the place of prompt_format: {prompt} (in messages the last turn of the user), and what only it is
-    # shown, {answer} and {reference}, the row's first, and of each rollout {rubric}, {verdicts} and {reflection}, which judges write
-    # (rubricator, verifier). Other braces stay as they are. None: as prompt_format.
-    teacher_prompt_format: str | None = None
-    max_teacher_prompt_length: int = 2048  # tokens, with what judges say; a rollout whose teacher would read more is left out
-
-    def __post_init__(self):
-        require_types(self, "data.")
-        require("{prompt}" in self.prompt_format, "data.prompt_format", self.prompt_format, "a text that contains {prompt}")
-        self._check_teacher_prompt_format()
-        for name in ("max_prompt_length", "max_teacher_prompt_length"):
-            require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "at least 1")
-        for name in ("prompt_column", "answer_column", "reference_column"):
-            require(getattr(self, name) != "", f"data.{name}", "", "the name of a column")
-        is_teacher_chat = (self.teacher_format or self.format) == "chat"
-        is_chat, thinking = self.format == "chat" or is_teacher_chat, self.teacher_enable_thinking
-        require(is_chat or self.system_prompt is None, "data.system_prompt", self.system_prompt, "none where no format is chat")
-        require(is_chat or self.enable_thinking is None, "data.enable_thinking", self.enable_thinking, "none where no format is chat")
-        require(is_teacher_chat or thinking is None, "data.teacher_enable_thinking", thinking, "none where the teacher's format is raw")
-
-    def _check_teacher_prompt_format(self):
-        text = "{prompt}" if self.teacher_prompt_format is None else self.teacher_prompt_format
-        require("{prompt}" in text, "data.teacher_prompt_format", text, "a text that contains {prompt}")
-        # A misspelt field would be shown to the teacher as it stands, and no error would tell.
-        fields = (*TEACHER_FIELDS, *JUDGED_FIELDS)
-        for name in set(re.findall(r"\{(\w+)\}", text)) - set(fields):
-            close = difflib.get_close_matches(name, fields, n=1)
-            require(not close, "data.teacher_prompt_format", text, f"{{{''.join(close)}}} in place of {{{name}}}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,13 +251,14 @@ class Config:
 
     student: ModelConfig = ModelConfig(MINI_STUDENT)
     teacher: ModelConfig = ModelConfig(MINI_TEACHER)
-    data: DataConfig = DataConfig()
+    data: DataConfig = DataConfig()  # noqa: RUF009 (frozen)
     sampling: SamplingConfig = SamplingConfig()
     near_policy: NearPolicyConfig = NearPolicyConfig()  # noqa: RUF009 (frozen)
     estimator: EstimatorConfig = EstimatorConfig()  # noqa: RUF009 (frozen)
     rubrics: RubricsConfig = RubricsConfig()  # noqa: RUF009 (frozen)
     rubricator: EndpointConfig = EndpointConfig()  # noqa: RUF009 (frozen): writes rubrics and reflections
     verifier: EndpointConfig = EndpointConfig()  # noqa: RUF009 (frozen): holds answers to a rubric, or scores them where there is none
+    teach: TeachConfig = TeachConfig()  # noqa: RUF009 (frozen)
     teacher_api: EndpointConfig = EndpointConfig()  # noqa: RUF009 (frozen): writes the references of opdjax teach; none: the teacher's checkpoint does
     api: ApiConfig = ApiConfig()  # noqa: RUF009 (frozen)
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -16,8 +16,8 @@ import numpy as np
 
 from opdjax import checks
 from opdjax.checks import Finding
-from opdjax.config import EstimatorConfig, EvaluationConfig
-from opdjax.data.chat import valid_vocab
+from opdjax.config import Config, EstimatorConfig, EvaluationConfig, MeshConfig
+from opdjax.data.chat import load_tokenizer, valid_vocab
 from opdjax.data.packing import as_teacher_sees, pack, to_train_batch
 from opdjax.data.prompts import collate, indices_at
 from opdjax.decoding import Decoding
@@ -25,11 +25,12 @@ from opdjax.estimators import RECIPES, bind
 from opdjax.estimators.divergence import TOP_K_CONVENTIONS
 from opdjax.evals.evaluate import completions
 from opdjax.evals.grading import GRADERS
+from opdjax.fields import require
 from opdjax.models.decoder import DecoderConfig, Params, head_of
-from opdjax.models.hf import Checkpoint, load_params
+from opdjax.models.hf import Checkpoint, load_params, open_checkpoint
 from opdjax.ops.tile import Head
 from opdjax.ops.vocab import Columns, tiled_stats
-from opdjax.prepare import Setup, Teacher, as_of_step, load_student, reads_scores, update_spec, with_credit
+from opdjax.prepare import Setup, Teacher, as_of_step, load_student, prepare, reads_scores, update_spec, with_credit
 from opdjax.sampler import sample
 from opdjax.scoring.local import score
 from opdjax.train_state import UpdateSpec, loss_and_grad
@@ -97,6 +98,21 @@ def _alone(setup: Setup, params: Params | None = None, head: Head | None = None)
 # What `opdjax doctor` runs
 
 
+def findings_of(config: Config, num_prompts: int) -> Iterator[Finding]:
+    """Every check of `examine` on a run of this config; where the tokenizers do not agree, that alone, for the others compare ids."""
+    require(num_prompts > 0, "--num-prompts", num_prompts, "at least 1")
+    if reads_scores(config):
+        tokenizers = [load_tokenizer(open_checkpoint(model.path, model.revision).path) for model in (config.student, config.teacher_model)]
+        vocabularies = checks.check_tokenizers(*tokenizers, config.estimator.recipe)
+        if vocabularies.status == "fault":
+            yield vocabularies
+            print("the other checks compare ids, so they were not made")
+            return
+    # A few rows need no more than one device, need not divide over many, and are drawn by whoever examines them.
+    near_policy = dataclasses.replace(config.near_policy, generator="inline", generator_devices=1, lag="fixed")
+    yield from examine(prepare(dataclasses.replace(config, mesh=MeshConfig(1), near_policy=near_policy)), num_prompts)
+
+
 def examine(setup: Setup, num_prompts: int = 8) -> Iterator[Finding]:
     """Every check, each finding as soon as it is made, on the prompts that the run takes first."""
     bind(setup.config.estimator.recipe, setup.config.estimator.options)
@@ -118,7 +134,9 @@ def take_specimen(setup: Setup, num_prompts: int) -> Specimen:
     params = _load(setup, setup.student, setup.dtype)
     head = head_of(params, valid_vocab=decoding.valid_vocab, temperature=decoding.temperature)
     rollouts = sample(params, prompts, config.seed, 0, config=setup.student.config, decoding=decoding)
-    batch, _ = with_credit(setup, to_train_batch(rollouts, prompts), rollouts)
+    batch = to_train_batch(rollouts, prompts)
+    if reads_scores(config):  # rewards of whole groups are no part of what is looked at
+        batch, _ = with_credit(setup, batch, rollouts)
     scores = _teacher_logprobs(setup, batch)
     answers = _greedy(setup, setup.teacher.params, setup.teacher.checkpoint.config, as_teacher_sees(prompts))
     return Specimen(indices, prompts, params, head, rollouts, batch, scores, answers)

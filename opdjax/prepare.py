@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from opdjax.config import STUDENT, Config, DataConfig, ModelConfig
 from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, load_tokenizer, valid_vocab
-from opdjax.data.prompts import Prompt, PromptSet, encode_prompts, read_prompts, require_of_each
+from opdjax.data.prompts import Prompt, PromptSet, encode_prompts, load_rows, read_prompts, require_of_each
 from opdjax.data.sources import Columns
 from opdjax.decoding import Decoding
 from opdjax.estimators import bind
@@ -80,7 +80,7 @@ def prepare(config: Config) -> Setup:
         require_divides(asked.config, mesh.shape, "the teacher")
     teacher_tokenizer = tokenizer if asked is None else load_tokenizer(asked.path)
     shares_vocabulary = _shares_vocabulary(config, tokenizer, teacher_tokenizer)
-    rows = read_prompts(config.data.source, Columns.of(config.data))
+    rows = load_rows(config.data)
     if config.sampling.source == "references":
         column = config.data.reference_column or "references"
         require_of_each(rows, "references", column, config.data.source, "training on the data's own answers needs them")
@@ -353,7 +353,9 @@ def make_evaluator(config: Config, student: Checkpoint, tokenizer: Any, mesh: Me
     require_grader(config.evaluation.grader)
     names = ("prompt_column", "answer_column")
     columns = {name: getattr(config.evaluation, name) or getattr(config.data, name) for name in names}
-    data = dataclasses.replace(student_view(config.data), source=config.evaluation.source, reference_column=None, **columns)
+    data = dataclasses.replace(
+        student_view(config.data), source=config.evaluation.source, reference_column=None, references=None, **columns
+    )
     rows = read_prompts(data.source, Columns.of(data))[: config.evaluation.num_prompts]
     require_of_each(rows, "answer", data.answer_column or "answer", data.source, "evaluation needs them")
     prompts = encode_prompts(rows, data, tokenizer, tokenizer)

@@ -158,6 +158,7 @@ class JudgeServer:
     async def stop(self) -> None:
         """Refuse connections, and break off those there are."""
         self._listening.close()
+        # Aborted and not closed, since whoever does not read would keep a closed one open until its buffer is sent.
         for task, writer in self._connections.items():
             writer.transport.abort()
             task.cancel()
@@ -212,6 +213,7 @@ class JudgeServer:
         counts["requests"] += 1
         counts["in_flight"] += 1
         counts["max_in_flight"] = max(counts["max_in_flight"], counts["in_flight"])
+        # At once, and not with the reply: a server that dies does not wait until it is asked for the last time.
         if counts["requests"] == self._options.down_after:
             self._go_down()
         try:
@@ -241,7 +243,7 @@ class JudgeServer:
 
     def _fault(self, body: bytes, document: Document) -> tuple[str | None, bytes]:
         """What goes wrong with this request, and the digest that decided it."""
-        key = hashlib.sha256(body).digest()
+        key = hashlib.sha256(body).digest()  # whole bodies would fill the memory
         digest = hashlib.sha256(f"{self._options.seed} {self._seen[key]} ".encode() + body).digest()
         self._seen[key] += 1
         if int.from_bytes(digest[:8]) >= self._options.faults * 2**64:

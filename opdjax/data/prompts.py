@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -14,6 +15,7 @@ import numpy as np
 
 from opdjax.config import JUDGED_FIELDS, TEACHER_FIELDS, DataConfig
 from opdjax.data.chat import Messages, render
+from opdjax.data.references import read_index, references_of
 from opdjax.data.sources import Columns, DataError, read_rows, value_at
 from opdjax.types import PromptBatch
 
@@ -155,6 +157,22 @@ def _views(data: DataConfig, student_tokenizer: Any, teacher_tokenizer: Any) -> 
     thinking = data.enable_thinking if thinking is None else thinking
     wrap = data.teacher_prompt_format
     return student, _View(teacher_tokenizer, format, thinking, system[format], wrap or data.prompt_format, is_teachers=bool(wrap))
+
+
+def messages_of(row: Prompt, data: DataConfig) -> list[dict[str, str]]:
+    """The row as a conversation for a model behind an interface of its own: the student's words, and the system's."""
+    prompt = _wrapped(row, data.prompt_format)
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    return turns if data.system_prompt is None else [{"role": "system", "content": data.system_prompt}, *turns]
+
+
+def load_rows(data: DataConfig) -> list[Prompt]:
+    """The rows of a config's source, with a teacher's answers for references where it names an index of them."""
+    rows = read_prompts(data.source, Columns.of(data))
+    if data.references is None:
+        return rows
+    found = references_of(read_index(pathlib.Path(data.references)), [row.prompt for row in rows], data.source)
+    return [dataclasses.replace(row, references=texts) for row, texts in zip(rows, found)]
 
 
 def _wrapped(row: Prompt, format: str) -> str | Messages:

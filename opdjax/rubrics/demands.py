@@ -17,6 +17,7 @@ LAST = "The value after # is the result of the last step."
 FORM = "Every step is of the form a+b=c or a-b=c with ; between two steps, and then come # and one whole number."
 END = "The answer ends with the number after #: nothing follows it."
 SUMS = "There are steps, and the sum of every one is right: what stands after = is what stands before it."
+WORKED = "The sum of every step is right, and the value after # is the result of the last one."
 CHAIN = "Every step but the first begins with the result of the step before it."
 NUMBERS = "The steps start from {} and apply {} in this order."
 COUNT = "The number of steps is {}."
@@ -106,6 +107,7 @@ def read_answer(text: str) -> Answer:
 
 def read_task(question: str) -> tuple[Step, ...]:
     """The steps, from left to right, of the first sum in a question, one before a `=` if there is one; () where there is no sum."""
+    # False sorts first: a range such as 2-3 in the words around a task is no sum that asks for its value.
     found = sorted(_SUM.finditer(_close(question)), key=lambda match: not match[2])
     if not found:
         return ()
@@ -124,6 +126,7 @@ def grade(criterion: str, answer: Answer) -> int:
     A text that is none of this file's sentences is held to the first equation in it, or else to the first value after a #; one
     without either is never met: what cannot be understood cannot be granted.
     """
+    # Searched for, not matched: id, category and marks of a criterion stand before its sentence.
     for sentence, check in _CHECKS:
         found = sentence.search(criterion)
         if found:
@@ -154,7 +157,7 @@ def _all_or_part(hits: Sequence[bool]) -> int:
 def _has_step(answer: Answer, text: str) -> int:
     """In part: the right terms with another result."""
     match = _STEPS.fullmatch(text)
-    if match is None:
+    if match is None:  # the numbers of a criterion that somebody else wrote may be too long
         return NOT_MET
     wanted = _step_of(match)
     alike = [step.result for step in answer.steps if step.terms == wanted.terms]
@@ -184,7 +187,12 @@ def _sums(answer: Answer) -> int:
     return _all_or_part([step.holds for step in answer.steps])
 
 
+def _is_worked(answer: Answer) -> int:
+    return _all_or_part([_sums(answer) == MET, _follows_last(answer) == MET])
+
+
 def _chain(answer: Answer) -> int:
+    # One step has nothing to link to, and meets this.
     links = [step.left == before.result for before, step in itertools.pairwise(answer.steps)]
     return _all_or_part(links or [bool(answer.steps)])
 
@@ -237,6 +245,7 @@ def _sentence(template: str, *holes: str) -> re.Pattern:
     return re.compile("".join(itertools.chain(*itertools.zip_longest(parts, (f"({hole})" for hole in holes), fillvalue=""))))
 
 
+# The numbers in the holes are as short as those that are read of answers: int() then takes them all.
 _WHOLE, _PLACE, _SIGN = rf"-?{_DIGITS}", "[0-9]{1,6}", rf"[+-]{_DIGITS}"
 _CHECKS: tuple[tuple[re.Pattern, Callable[..., int]], ...] = (
     (_sentence(STEP, rf"-?{_DIGITS}[+-]{_DIGITS}=-?{_DIGITS}"), _has_step),
@@ -245,6 +254,7 @@ _CHECKS: tuple[tuple[re.Pattern, Callable[..., int]], ...] = (
     (_sentence(FORM), _is_formed),
     (_sentence(END), _ends),
     (_sentence(SUMS), _sums),
+    (_sentence(WORKED), _is_worked),
     (_sentence(CHAIN), _chain),
     (_sentence(NUMBERS, _WHOLE, rf"{_SIGN}(?:, {_SIGN})*"), _numbers),
     (_sentence(COUNT, _PLACE), _count),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -54,14 +53,14 @@ class Judgement:
 def group_of(
     judge: Judge, prompt_id: int, question: str, references: Sequence[str], answers: Sequence[str], is_truncated: Sequence[bool]
 ) -> Group:
-    """The group as it is shown: what was thought aloud is left out, and of the references the first `num_references` by a hash.
+    """The group as it is shown: what was thought aloud is left out, and of the references the first `num_references`.
 
-    The choice is a function of the set of references, so that the order they are stored in means nothing.
+    Identical references stay as many as they are: what a teacher says again and again, a rubric may rely on.
     """
-    limit = judge.config.max_answer_chars
-    shown = sorted({shown_answer(text, False, limit) for text in references}, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
+    limit, count = judge.config.max_answer_chars, judge.config.num_references
+    shown = tuple(shown_answer(text, False, limit) for text in references[:count])
     texts = tuple(shown_answer(text, is_cut, limit) for text, is_cut in zip(answers, is_truncated))
-    return Group(prompt_id, question, tuple(shown[: judge.config.num_references]), texts, tuple(range(len(texts))))
+    return Group(prompt_id, question, shown, texts, tuple(range(len(texts))))
 
 
 async def judge_group(judge: Judge, group: Group, kind: Kind) -> list[Judgement]:

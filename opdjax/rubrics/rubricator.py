@@ -23,7 +23,7 @@ async def induce(
 ) -> Rubric:
     """A rubric for the student's answers, contrasted with the references; ReplyError or ApiError where none can be had.
 
-    Identical answers are shown once, and all in the order of their text, so that the rubric is a function of the set of answers.
+    Identical rollouts are shown once, and all in the order of their text: the rubric does not depend on the order they came in.
     With `existing` criteria only new ones are asked for, and none may come.
     """
     config, stages = judge.config, judge.config.stage_names
@@ -37,7 +37,7 @@ async def induce(
     }
     blocks: dict[str, Block] = {
         "question": ("question", [question]),
-        "references": ("reference", sorted(set(references))),
+        "references": ("reference", sorted(references)),
         "students": ("student", sorted(set(answers))),
         "existing": ("existing", [criterion.text for criterion in existing]),
     }

@@ -103,12 +103,14 @@ def _criterion(place: int, demand: Demand, stages: Sequence[str], is_signed: boo
 
 def _chosen(demanded: Sequence[Demand], low: int, high: int) -> list[Demand]:
     """What counts, filled up to `low` with spare demands, and of too many the weightiest; in the order they came."""
+    # Padding only lowers the share of what counts, so spare demands come in only for want of others.
     wanted = [demand for demand in demanded if not demand.is_spare]
     spare = [demand for demand in demanded if demand.is_spare]
     known = {demand.text for demand in demanded}
     steps = (_spare(demands.STEP_SUM.format(number), "reasoning", 1) for number in itertools.count(1))
     more = (demand for demand in steps if demand.text not in known)
     filled = [*wanted, *itertools.islice(itertools.chain(spare, more), max(low - len(wanted), 0))]
+    # The sort is stable: of demands with one weight those stay that came first.
     kept = set(sorted(range(len(filled)), key=lambda place: -filled[place].weight)[:high])
     return [demand for place, demand in enumerate(filled) if place in kept]
 
@@ -116,6 +118,7 @@ def _chosen(demanded: Sequence[Demand], low: int, high: int) -> list[Demand]:
 def _overall(task: Sequence[Step], references: Sequence[Answer], students: Sequence[Answer]) -> Iterator[Demand]:
     """Demands on an undivided answer: what references agree on by name, and where they differ that the arithmetic holds."""
     value = _agreed_value(references)
+    # Steps by their place: a reference that goes another way from there on agrees with nobody after it.
     steps = [_agreed_step(references, place) for place in range(_num_steps(task, references))]
     if value is not None:
         yield Demand(demands.VALUE.format(value), "task", 5)
@@ -124,11 +127,13 @@ def _overall(task: Sequence[Step], references: Sequence[Answer], students: Seque
             yield Demand(text, "reasoning", _weight(text, students), place)
     is_disputed = value is None or None in steps
     if is_disputed:
-        yield Demand(demands.SUMS, "reasoning", 4 if value is not None else 5)
+        yield Demand(demands.WORKED, "task", 5) if value is None else Demand(demands.SUMS, "reasoning", 4)
     yield dataclasses.replace(_merit(demands.CHAIN, "reasoning", students), is_spare=not is_disputed)
     if task:
-        numbers = demands.NUMBERS.format(task[0].left, ", ".join(step.term for step in task))
-        yield dataclasses.replace(_merit(numbers, "task", students), is_spare=not is_disputed)
+        # Where no value can be named, what is worked out rightly from other numbers is told from an answer by this alone.
+        numbers = _merit(demands.NUMBERS.format(task[0].left, ", ".join(step.term for step in task)), "task", students)
+        weight = 4 if value is None and numbers.weight > 1 else numbers.weight
+        yield dataclasses.replace(numbers, weight=weight, is_spare=not is_disputed)
     yield _merit(demands.LAST, "quality", students)
     yield Demand(demands.FORM, "quality", 1)
     yield _spare(demands.END, "quality", 1)
@@ -158,7 +163,8 @@ def _by_stage(task: Sequence[Step], references: Sequence[Answer], students: Sequ
 def _with_flaws(demanded: Sequence[Demand], is_whole: bool) -> list[Demand]:
     """Flaws too, none of them the mirror image of a demand that is there."""
     kept = [demand for demand in demanded if demand.text != demands.END]
-    if is_whole and all(demand.text != demands.SUMS for demand in kept):
+    # An undivided answer's alone: criteria of a stage look at nothing outside it.
+    if is_whole and not {demand.text for demand in kept} & {demands.SUMS, demands.WORKED}:
         kept.append(Demand(demands.FLAW_SUM, "reasoning", 2, is_flaw=True))
     return [*kept, Demand(demands.FLAW_AFTER, "quality", 1, is_flaw=True)]
 

@@ -3,7 +3,6 @@
 import asyncio
 import collections
 import concurrent.futures
-import contextlib
 import http.client
 import json
 import subprocess
@@ -18,8 +17,10 @@ import pytest
 from conftest import SCRIPT
 
 from opdjax.api.replies import Reply
+from opdjax.api_config import ApiConfig, EndpointConfig
 from opdjax.rubrics.asking import Judge
 from opdjax.rubrics.groups import group_of, judge_group
+from opdjax.rubrics.line import open_line
 from opdjax.rubrics.rules import reply_to
 from opdjax.rubrics.schema import ReplyError, parse_rubric, parse_verdicts
 from opdjax.rubrics_config import RubricsConfig
@@ -251,27 +252,25 @@ def test_a_cut_off_reply_is_told_from_a_malformed_one(start_judge):
     assert "be brief" in heard[1][-1]["content"]
 
 
-def test_faults_do_not_change_what_answers_are_worth(start_judge):
-    """Every kind of fault, of a third of the requests: asked again, the groups come to the scores that the rules give."""
+def test_faults_do_not_change_what_answers_are_worth(start_judge, tmp_path):
+    """Through the package's own client, of a third of the requests every kind: the groups come to the scores that the rules give."""
     answers = [RIGHT, WRONG, "34-17=17;17+25=41#41", ""]
-
-    async def complete(role, messages, *, schema=None, schema_name="reply", sample=0):
-        status = None
-        while status != 200:
-            with contextlib.suppress(http.client.RemoteDisconnected):
-                status, document, _ = asked_of(url, {"messages": messages})
-        choice = document["choices"][0]
-        return Reply(choice["message"]["content"], choice["finish_reason"], False, 0, 0)
-
-    judge, found, problems = Judge(complete, RubricsConfig(max_reasks=9)), [], collections.Counter()
-    with start_judge("--faults", 0.35, "--hang", 0.01) as url:
-        for _ in range(40):
-            (judgement,) = asyncio.run(judge_group(judge, group_of(judge, 0, QUESTION, [RIGHT], answers, [False] * 4), "rubric"))
-            found.append(judgement.scores)
-            problems += judgement.tally.problems
+    with (
+        start_judge("--faults", 0.35, "--hang", 0.01, "--seed", 3) as url,
+        open_line(
+            dict.fromkeys(("rubricator", "verifier"), EndpointConfig(base_url=url, model="any")),
+            ApiConfig(max_retries=9, breaker_failures=100), RubricsConfig(max_reasks=9), tmp_path,
+        ) as line,
+    ):  # fmt: skip
+        groups = [group_of(line.judge, n, f"({n}) {QUESTION}", [RIGHT], answers, [False] * 4) for n in range(40)]
+        found = [one for (one,) in line.results([line.submit(judge_group(line.judge, group, "rubric")) for group in groups])]
+        told, usage = stats(url), line.keep_usage(1)
     # 5 the value, 2 and 4 the steps, 2 that the value follows, 1 the form.
-    assert set(found) == {(1.0, 3 / 14, 5 / 14, 0.0)}
+    assert {one.scores for one in found} == {(1.0, 3 / 14, 5 / 14, 0.0)}
+    problems = sum((one.tally.problems for one in found), collections.Counter())
     assert problems.keys() == {"truncated", "empty", "schema_error", "missing_answer"}
+    assert set(told["faults"]) == {"rate_limit", "server_error", "timeout", *CONTENT_FAULTS}
+    assert usage["api/verifier/retries"] > 0
 
 
 def test_a_judge_goes_down(start_judge):

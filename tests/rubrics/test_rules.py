@@ -95,17 +95,21 @@ def test_where_references_differ_no_criterion_names_what_is_in_dispute():
     other = "34-17=17;17+25=41#41"
     found = rubric([RIGHT, other, SLIPPED], [RIGHT, other])
     assert "The answer contains the step 34-17=17." in found
-    assert found[demands.SUMS].weight == 5
+    assert found[demands.WORKED].weight == 5
     assert not [text for text in found if "42" in text or "41" in text]
-    scores = judged([RIGHT, other, SLIPPED], [RIGHT, other]).scores
-    assert scores[0] == 1.0 > scores[1]
-    assert scores[0] > scores[2]
+    # 1 the first step, 5 that it is worked out, 1 the chain, 4 the numbers, 2 that the value follows, 1 the form.
+    scores = judged([RIGHT, other, MISCOPIED, "34-17=17;17-25=-8#-8"], [RIGHT, other]).scores
+    assert scores == (1.0, 9 / 14, 7 / 14, 10 / 14)
+    # A value that most agree on, by steps that differ: the sums are asked for, and the value by name.
+    found = rubric([RIGHT, SLIPPED], [RIGHT, "17+25=42;42+0=42#42"])
+    assert (found["The value after # is 42."].weight, found[demands.SUMS].weight) == (5, 4)
+    assert demands.WORKED not in found
 
 
 def test_a_wrong_sum_is_never_demanded_whoever_agrees_on_it():
     found = rubric([RIGHT, SLIPPED], [SLIPPED])
     assert not [text for text in found if "=18" in text or "43" in text]
-    assert demands.SUMS in found
+    assert demands.WORKED in found
     # A majority that holds outvotes the one that slipped.
     assert "The value after # is 42." in rubric([SLIPPED], [RIGHT, "34-17=17; 17+25=42 #42", SLIPPED])
 
@@ -143,7 +147,7 @@ def test_flaws_are_asked_for_and_seen():
     assert [verdicts[flaws[demands.FLAW_SUM]] for verdicts in found.verdicts] == [0, 1, 0]
     assert [verdicts[flaws[demands.FLAW_AFTER]] for verdicts in found.verdicts] == [0, 0, 1]
     disputed = rubric([RIGHT], [RIGHT, SLIPPED], polarity="signed")
-    assert demands.SUMS in disputed
+    assert demands.WORKED in disputed
     assert demands.FLAW_SUM not in disputed  # no mirror images
 
 

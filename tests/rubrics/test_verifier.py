@@ -163,11 +163,13 @@ def test_plain_scores_without_a_rubric():
     assert not scripted.prompts("rubricator")
 
 
-def test_how_many_references_and_which_is_a_function_of_their_set():
-    judge = Judge(Scripted(), RubricsConfig(num_references=1))
-    chosen = {group_of(judge, 0, "", order, ["x"], [False]).references for order in itertools.permutations(("p", "q", "r", "p"))}
-    assert len(chosen) == 1
-    assert len(next(iter(chosen))) == 1
+def test_the_first_references_are_shown_and_the_same_one_twice_as_two():
+    scripted = Scripted()
+    (found,) = judged(scripted, references=("ab", "abc", "ab", "c"), num_references=3)
+    assert found.group.references == ("ab", "abc", "ab")
+    assert read_blocks(scripted.prompts("rubricator")[0])["reference"] == ["ab", "ab", "abc"]
+    assert read_blocks(scripted.prompts("verifier")[0])["answer"].count("ab") == 1
+    assert found.reference_scores == (WORTH["ab"], WORTH["abc"], WORTH["ab"])
 
 
 def test_a_truncated_answer_is_marked_for_the_judge():

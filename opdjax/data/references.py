@@ -1,0 +1,123 @@
+"""A teacher's answers on disk, by the content of the prompt: the index that `opdjax teach` writes and runs read.
+
+JSONL. The first row says who answered and how; every other row holds answers to one prompt, under a key that is a digest of the
+prompt's own text and never a row number, so that data may be reordered, cut or joined.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from opdjax.data.chat import Messages
+from opdjax.data.sources import DataError
+from opdjax.fields import differences
+from opdjax.workdir import append_lines, read_lines
+
+_SCHEMA = "opdjax.references/1"
+
+
+class ReferenceMissError(DataError):
+    """A prompt has no answers in the index."""
+
+
+class ReferenceIndexError(DataError):
+    """The index is damaged, of another teacher, or no index."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One answer of the teacher."""
+
+    text: str
+    is_truncated: bool  # its length ran out before it ended
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceIndex:
+    """Answers by prompt."""
+
+    path: pathlib.Path
+    teacher: dict[str, Any]  # who answered, how sampled, how asked
+    answers: dict[str, dict[int, Answer]]  # by key and number of the draw
+
+    def usable(self, prompt: str | Messages) -> tuple[str, ...]:
+        """The prompt's answers in the order of their draws, those without text and those that were cut off left out."""
+        found = self.answers.get(key_of(prompt), {})
+        return tuple(answer.text for _, answer in sorted(found.items()) if not answer.is_truncated and answer.text.strip())
+
+    def missing(self, prompt: str | Messages, count: int) -> list[int]:
+        """The numbers of the draws, of `count`, that are still to be made."""
+        return [number for number in range(count) if number not in self.answers.get(key_of(prompt), {})]
+
+
+def key_of(prompt: str | Messages) -> str:
+    """sha256 of the prompt as a conversation, in canonical JSON; a text is one turn of the user."""
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    return hashlib.sha256(json.dumps(turns, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def read_index(path: pathlib.Path) -> ReferenceIndex:
+    """The whole index; ReferenceIndexError where there is none, or it cannot be trusted. A last row cut off in mid-write is ignored."""
+    if not path.is_file():
+        raise ReferenceIndexError(f"data.references is {path}, which is no file; write it with opdjax teach EXPERIMENT")
+    header, *rows = read_lines(path) or [{}]
+    if header.get("schema") != _SCHEMA or not isinstance(header.get("teacher"), dict):
+        raise ReferenceIndexError(f"{path} does not begin as {_SCHEMA} does; expected an index written by opdjax teach")
+    answers: dict[str, dict[int, Answer]] = {}
+    for number, row in enumerate(rows, 2):
+        _add(answers, row, f"{path}, row {number}")
+    return ReferenceIndex(path, header["teacher"], answers)
+
+
+def _add(answers: dict[str, dict[int, Answer]], row: dict[str, Any], place: str) -> None:
+    key, found = row.get("key"), row.get("answers")
+    fields = {"draw": int, "text": str, "is_truncated": bool}
+    is_whole = isinstance(key, str) and isinstance(found, list)
+    if not is_whole or not all(isinstance(one, dict) and all(type(one.get(n)) is t for n, t in fields.items()) for one in found):
+        raise ReferenceIndexError(f"{place} is damaged; expected a key and a list of answers. Delete the row, and run opdjax teach again")
+    known = answers.setdefault(key, {})
+    for one in found:
+        if one["draw"] in known:
+            raise ReferenceIndexError(f"{place} holds draw {one['draw']} of a prompt that has it already; delete one of the rows")
+        known[one["draw"]] = Answer(one["text"], one["is_truncated"])
+
+
+def open_index(path: pathlib.Path, teacher: dict[str, Any]) -> ReferenceIndex:
+    """The index to add to: a new one, or one by the same teacher; ReferenceIndexError that names what differs."""
+    if not path.exists() or not path.stat().st_size:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        append_lines(path, [{"schema": _SCHEMA, "teacher": teacher}])
+    found = read_index(path)
+    changed = differences(found.teacher, json.loads(json.dumps(teacher)))
+    if changed:
+        listed = "\n  ".join(changed)
+        raise ReferenceIndexError(f"{path} was written by another teacher; name another file or undo (there -> now):\n  {listed}")
+    return found
+
+
+def add_answers(path: pathlib.Path, answers: Iterable[tuple[str | Messages, dict[int, Answer]]]) -> None:
+    """Append answers by prompt and number of the draw."""
+    append_lines(path, [
+        {"key": key_of(prompt), "prompt": prompt, "answers": [{"draw": n, **dataclasses.asdict(answer)} for n, answer in found.items()]}
+        for prompt, found in answers
+    ])  # fmt: skip
+
+
+def references_of(index: ReferenceIndex, prompts: Sequence[str | Messages], source: str) -> list[tuple[str, ...]]:
+    """The references of all prompts; ReferenceMissError where some have none: no reward can be made of nothing."""
+    found = [index.usable(prompt) for prompt in prompts]
+    lacking = [number for number, texts in enumerate(found) if not texts]
+    if lacking:
+        first = prompts[lacking[0]]
+        unasked = sum(key_of(prompts[number]) not in index.answers for number in lacking)
+        raise ReferenceMissError(
+            f"{index.path} has no answers to {len(lacking)} of the {len(prompts)} prompts of {source}, first prompt {lacking[0]}, "
+            f"{str(first)[:80]!r} (key {key_of(first)[:12]}). {unasked} were never asked: run opdjax teach with the same data to add them. "
+            f"{len(lacking) - unasked} were answered with nothing, or with what was cut off: leave them out, or allow longer answers"
+        )
+    return found
