@@ -124,9 +124,7 @@ class TestTree:
         credit = np.reshape(group_advantage(jnp.asarray(reward[groups].ravel()), jnp.ones(groups.size, bool), size, "mean"), groups.shape)
         columns = {"advantage": np.repeat(credit[..., None], LENGTH, axis=2), "behavior_logprob": token_logprobs(theta)}
         of_reward = jax.grad(lambda x: jnp.sum(jnp.exp(sequence_logprobs(x)) * reward))(theta)
-        np.testing.assert_allclose(
-            expectation(tables, "grpo", {}, groups, **columns), -(1 - 1 / size) * of_reward / LENGTH, atol=1e-10
-        )
+        np.testing.assert_allclose(expectation(tables, "grpo", {}, groups, **columns), -(1 - 1 / size) * of_reward / LENGTH, atol=1e-10)
 
     def test_dividing_by_the_deviation_is_another_gradient(self, tables, rng):
         """It weighs prompts and pairs anew: no multiple of the reward's own gradient."""
