@@ -79,7 +79,8 @@ def token_metrics(outputs: Outputs, batch: TrainBatch) -> dict[str, Array]:
 
     k1, k2 and k3 are estimates of KL(student || teacher) from the sampled tokens. `kl/k3` is not clipped: one token that
     the teacher finds e^20 times as likely as the student makes it 5e8 over its share of the tokens; it may be infinite.
-    `staleness/kl` is KL(student || behaviour) of a token, the student as it is before this step's update.
+    `staleness/kl` is KL(student || behaviour) of a token, the student as it is before this step's update; `kl/reference` k3 of
+    KL(student || reference), the student's start, whatever form its penalty has.
     """
     mask, reward, metrics = batch.mask, outputs.get("reward"), {}
     if reward is not None:
@@ -90,6 +91,8 @@ def token_metrics(outputs: Outputs, batch: TrainBatch) -> dict[str, Array]:
         metrics["reward/mean"] = masked_mean(reward, mask)
     if batch.behavior_logprobs is not None:
         metrics |= _staleness(outputs["student_logprob"], batch)
+    if batch.reference_logprobs is not None:
+        metrics["kl/reference"] = masked_mean(importance.k3(outputs["student_logprob"], batch.reference_logprobs), mask)
     if "advantage" in outputs:
         metrics["advantage/mean"] = masked_mean(outputs["advantage"], mask)
         metrics["advantage/std"] = masked_std(outputs["advantage"], mask)

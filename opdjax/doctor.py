@@ -68,7 +68,8 @@ def _staleness(setup: Setup) -> list[Finding]:
     config, near = setup.config, setup.config.near_policy
     recipe, options = bind(config.estimator.recipe, config.estimator.options)
     is_stale = near.schedule == "refresh" or near.max_staleness > 0
-    if not (is_stale and recipe.is_policy_gradient and options.get("importance", "none") == "none"):
+    is_weighed = recipe.reward != "none" or options.get("importance", "none") != "none"  # recipes of rewards have a ratio of their own
+    if not is_stale or not recipe.is_policy_gradient or is_weighed:
         return []
     why = f"recipe {config.estimator.recipe!r} weighs tokens that an older policy drew as its own, so its gradient is biased"
     return [Finding("staleness", "warning", f"{why}; set estimator.importance, or use a divergence, which draws no token")]

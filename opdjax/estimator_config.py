@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from opdjax.fields import require, require_types
@@ -118,6 +119,8 @@ class EstimatorConfig:
         require(coef is None or coef >= 0, "estimator.reference_kl_coef", coef, "0 (off) or more")
         expected = "none unless reference_kl_coef is more than 0"
         require(bool(coef) or self.reference_kl is None, "estimator.reference_kl", self.reference_kl, expected)
+        is_square = matrix is None or (len(matrix) > 1 and math.isqrt(len(matrix)) ** 2 == len(matrix))
+        require(is_square, "estimator.stage_credit_matrix", matrix, "K * K numbers, row by row, for K stages")
         expected = "none where stage_credit_matrix is given"
         require(matrix is None or self.stage_credit is None, "estimator.stage_credit", self.stage_credit, expected)
         is_mean = not self.stage_token_mean or self.aggregation == "token_mean"

@@ -18,7 +18,7 @@ from opdjax.data.prompts import Prompt, PromptSet, encode_prompts, load_rows, re
 from opdjax.data.sources import Columns
 from opdjax.decoding import Decoding
 from opdjax.estimators import bind
-from opdjax.estimators.advantage import group_advantage
+from opdjax.estimators.advantage import credit_matrix, group_advantage
 from opdjax.evals.evaluate import Evaluator, graded
 from opdjax.evals.grading import require_grader
 from opdjax.fields import ConfigError, require
@@ -30,6 +30,7 @@ from opdjax.models.lora import combine, init_adapters
 from opdjax.ops.tile import Head
 from opdjax.rubrics.texts import template_versions
 from opdjax.sampler import extra_uniforms
+from opdjax.scoring.local import score
 from opdjax.sharding import make_mesh, num_row_shards
 from opdjax.train_state import UpdateSpec
 from opdjax.types import Metrics, Rollouts, TrainBatch
@@ -61,6 +62,7 @@ class Setup:
     prompts: PromptSet
     decoding: Decoding
     evaluator: Evaluator | None
+    reference: Teacher | None = None  # the student as it starts, where there is a penalty on leaving it
 
 
 def prepare(config: Config) -> Setup:
@@ -93,7 +95,8 @@ def prepare(config: Config) -> Setup:
     evaluator = make_evaluator(config, student, tokenizer, mesh)
     # The weights come last: what is wrong with the data is said before gigabytes are read.
     teacher = None if asked is None else _load_teacher(config, asked, teacher_tokenizer, shares_vocabulary, mesh)
-    return Setup(config, mesh, student, compute_dtype(config.student), tokenizer, teacher, prompts, decoding, evaluator)
+    reference = _load_reference(config, Teacher(student, None, None, tokenizer, decoding, shares_vocabulary=True), mesh)
+    return Setup(config, mesh, student, compute_dtype(config.student), tokenizer, teacher, prompts, decoding, evaluator, reference)
 
 
 def _require_reward_data(config: Config, rows: list[Prompt]) -> None:
@@ -102,6 +105,8 @@ def _require_reward_data(config: Config, rows: list[Prompt]) -> None:
     if config.estimator.task_reward_coef or config.estimator.recipe == "grpo":
         require_grader(config.evaluation.grader)
         require_of_each(rows, "answer", data.answer_column or "answer", data.source, "a task reward needs them")
+    if config.rubrics.stage_names:  # said before a judge is paid for scores that nobody could be credited with
+        credit_matrix(config.estimator.stage_credit, len(config.rubrics.stage_names), config.estimator.stage_credit_matrix or ())
     missing = [name for name in ("openai", "pydantic") if config.is_judged and importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"judges are asked through {' and '.join(missing)}: pip install 'opdjax[judge]'")
@@ -177,7 +182,8 @@ def load_student(setup: Setup) -> tuple[Params, Params | None]:
     if not config.lora.rank:
         return load_params(setup.student, "float32", mesh, over), None
     adapters = jax.jit(lambda: constrain(init_adapters(setup.student.config, config.lora, config.seed), mesh, over))()
-    return adapters, load_params(setup.student, setup.dtype, mesh, over)
+    # Adapters start at 0: the student without them is the reference, and one copy serves both.
+    return adapters, load_params(setup.student, setup.dtype, mesh, over) if setup.reference is None else setup.reference.params
 
 
 def published(setup: Setup, params: Params) -> Params:
@@ -235,6 +241,33 @@ def _load_teacher(config: Config, checkpoint: Checkpoint, tokenizer: Any, shares
     if config.teacher_is_student:
         return teacher
     return with_teacher_weights(teacher, load_params(checkpoint, compute_dtype(config.teacher), mesh, config.teacher.split_over), config)
+
+
+def _load_reference(config: Config, start: Teacher, mesh: Mesh) -> Teacher | None:
+    """`start` with the weights of the student's checkpoint, as a forward pass reads them; None where nothing is compared with it."""
+    if not config.estimator.reference_kl_coef:
+        return None
+    return with_teacher_weights(
+        start, load_params(start.checkpoint, compute_dtype(config.student), mesh, config.student.split_over), config
+    )
+
+
+def with_reference(setup: Setup, batch: TrainBatch) -> TrainBatch:
+    """A batch on the devices with the log-probs of its tokens under the student's start, where there is a penalty on leaving it."""
+    reference = setup.reference
+    if reference is None:
+        return batch
+    found = score(
+        reference.params, reference.head, dataclasses.replace(batch, teacher_view=None), config=reference.checkpoint.config, needs="token",
+        tile=setup.config.estimator.tile, parts=num_score_parts(setup, batch), mesh=setup.mesh,
+    )  # fmt: skip
+    return dataclasses.replace(batch, reference_logprobs=found.token_logprobs)
+
+
+def num_score_parts(setup: Setup, batch: TrainBatch) -> int:
+    """As many parts as an update has micro-batches, for models that score a batch; 1 where its rows do not divide into them."""
+    parts = setup.config.train.gradient_accumulation_steps
+    return parts if batch.tokens.shape[0] % (parts * num_row_shards(setup.mesh)) == 0 else 1
 
 
 def with_teacher_weights(teacher: Teacher, params: Params, config: Config) -> Teacher:

@@ -19,7 +19,7 @@ from opdjax.evals.evaluate import completions
 from opdjax.metrics import Timer
 from opdjax.models.decoder import Params
 from opdjax.ops.tile import Head
-from opdjax.prepare import Setup, as_of_step, with_credit
+from opdjax.prepare import Setup, as_of_step, num_score_parts, with_credit, with_reference
 from opdjax.sampler import sample
 from opdjax.scoring.local import score
 from opdjax.sharding import num_row_shards, shard_rows, to_host
@@ -168,18 +168,17 @@ def _end_token(setup: Setup) -> int:
 
 
 def scored(setup: Setup, batch: TrainBatch, needs: str) -> tuple[TrainBatch, Head | None]:
-    """The batch on the devices with what a recipe needs of the teacher where it is not there yet, and the teacher's head where the
-    recipe wants to use it.
+    """The batch on the devices with what a recipe needs of the teacher where it is not there yet, and of the student's start; and
+    the teacher's head where the recipe wants to use it.
     """
-    is_missing, batch = _is_unscored(batch, needs), shard_rows(batch, setup.mesh)
+    is_missing, batch = _is_unscored(batch, needs), with_reference(setup, shard_rows(batch, setup.mesh))
     if not is_missing:
         return batch, None
     teacher, estimator = setup.teacher, setup.config.estimator
-    parts = setup.config.train.gradient_accumulation_steps
-    parts = parts if batch.tokens.shape[0] % (parts * num_row_shards(setup.mesh)) == 0 else 1
+    top_k = bind(estimator.recipe, estimator.options)[0].top_k if needs == "top_k" else 0
     scores = score(
-        teacher.params, teacher.head, batch, config=teacher.checkpoint.config, needs=needs, tile=estimator.tile, parts=parts,
-        mesh=setup.mesh, top_k=bind(estimator.recipe, estimator.options)[0].top_k if needs == "top_k" else 0,
+        teacher.params, teacher.head, batch, config=teacher.checkpoint.config, needs=needs, tile=estimator.tile,
+        parts=num_score_parts(setup, batch), mesh=setup.mesh, top_k=top_k,
     )  # fmt: skip
     return dataclasses.replace(batch, teacher=scores), teacher.head if needs == "vocabulary" else None
 

@@ -19,6 +19,7 @@ from opdjax.diagnostics import observed, step_metrics
 from opdjax.estimators import Recipe, bind, importance, sequence
 from opdjax.estimators.advantage import batch_totals
 from opdjax.estimators.divergence import reverse_kl
+from opdjax.estimators.grpo import clipping
 from opdjax.estimators.losses import aggregation_weights, count_denominators
 from opdjax.models.decoder import DecoderConfig, Params, Remat, forward, head_of
 from opdjax.models.layout import WEIGHT_AXES, constrain, shardings_of
@@ -139,7 +140,8 @@ def make_update(spec: UpdateSpec, config: OptimizerConfig, num_steps: int, layou
         }
         if shares is not None:
             metrics |= noise_and_signal(norm, *shares)
-        told = step_metrics(outputs, batch, is_observed, spec.max_completion_length, options, recipe.is_policy_gradient)
+        corrected = options if recipe.reward == "none" else clipping(options)
+        told = step_metrics(outputs, batch, is_observed, spec.max_completion_length, corrected, recipe.is_policy_gradient)
         return new_state, metrics | told
 
     return update

@@ -73,11 +73,21 @@ OTHERS = [
         )
     ),
     Config(
-        estimator=EstimatorConfig("ropd_stages"),
+        estimator=EstimatorConfig(
+            "ropd_stages", advantage="mean_std", dual_clip=2.5, reference_kl_coef=0.001, reference_kl="k2",
+            stage_credit="decay", stage_token_mean=True,
+        ),
         sampling=SamplingConfig(4),
         rubrics=RubricsConfig(
             2, 3, 9, "graded", "signed", "student", False, "evolving", ("a", "b"), (";",), (2, 3), 3, 99, 1, 0.3, "mine", 4
         ),
+        rubricator=ENDPOINT,
+        verifier=ENDPOINT,
+    ),
+    Config(
+        estimator=EstimatorConfig("ropd_stages", stage_credit_matrix=(1.0, 0.8, 0.0, 1.0)),
+        sampling=SamplingConfig(4),
+        rubrics=RubricsConfig(stage_names=("a", "b"), stage_markers=(";",)),
         rubricator=ENDPOINT,
         verifier=ENDPOINT,
     ),
@@ -179,7 +189,10 @@ def test_a_whole_number_is_read_as_a_float_where_one_is_expected():
         ({"optimizer": {"max_grad_norm": math.inf}}, "optimizer.max_grad_norm is inf; expected a finite number"),
         ({"estimator": {"beta": "x"}}, "estimator.beta is 'x'; expected float"),
         ({"estimator": {"recipe": "vodp"}}, "estimator.recipe is 'vodp'; did you mean 'vopd'?"),
-        ({"estimator": {"recipe": 3}}, "estimator.recipe is 3; expected one of ['full_kl', 'npd', 'opd', 'sft', 'topk_kl', 'vopd']"),
+        (
+            {"estimator": {"recipe": 3}},
+            "estimator.recipe is 3; expected one of ['full_kl', 'grpo', 'npd', 'opd', 'ropd', 'ropd_stages', 'sft', 'tjudge', 'topk_kl', 'vopd']",
+        ),
         ({"estimator": {"recipe": ["opd"]}}, "estimator.recipe is ['opd']; "),
         ({"estimator": {"baseline": "ful"}}, "estimator.baseline is 'ful'; did you mean 'full'?"),
         ({"sampling": {"stop_token_ids": 3}}, "sampling.stop_token_ids is 3; expected a list"),

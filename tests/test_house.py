@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from opdjax.config import Config, EstimatorConfig, SamplingConfig
+from opdjax.config import Config, EndpointConfig, EstimatorConfig, RubricsConfig, SamplingConfig
 from opdjax.estimators import RECIPES, bind
 from opdjax.experiments import load_experiment, load_sweep
 from opdjax.fields import ConfigError
@@ -30,7 +30,13 @@ def test_an_experiment_is_data(file):
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_config_refuses_altered_sampling_for_just_the_policy_gradients(name):
     altered = SamplingConfig(temperature=0.7)
-    if RECIPES[name].is_policy_gradient:
+    if RECIPES[name].reward != "none":  # its ratio is to the tempered policy: the reward is earned there
+        altered, judge = SamplingConfig(2, temperature=0.7), EndpointConfig("http://host:1/v1", "judge")
+        asked = {} if name == "grpo" else {"rubricator": judge, "verifier": judge}
+        if name == "ropd_stages":
+            asked["rubrics"] = RubricsConfig(stage_names=("a", "b"), stage_markers=(";",))
+        assert Config(estimator=EstimatorConfig(recipe=name), sampling=altered, **asked).sampling == altered
+    elif RECIPES[name].is_policy_gradient:
         with pytest.raises(ConfigError, match="sampling.temperature 0.7"):
             Config(estimator=EstimatorConfig(recipe=name), sampling=altered)
     elif name == "sft":  # never reads the student's own draws

@@ -161,6 +161,11 @@ def choose(names: Sequence[str] | None, options: dict[str, Any] | None = None, r
         raise ValueError(f"there is nothing called {unknown} to audit; expected some of {sorted({s.recipe or s.name for s in known})}")
     if recipe is not None:
         beyond = [name for name in _BEYOND if (options or {}).get(name) not in (None, 0, "none")]
+        if RECIPES[recipe].reward != "none":
+            raise ValueError(
+                f"estimator.recipe is {recipe!r}; expected one that a teacher supervises: the audit of a pair has no rewards of answers. "
+                f"opdjax audit --explain {recipe} tells of it"
+            )
         if beyond:
             raise ValueError(
                 f"estimator.{beyond[0]} is {options[beyond[0]]!r}; expected none: the audit of a pair has neither rewards of a task nor "

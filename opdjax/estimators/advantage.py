@@ -12,6 +12,7 @@ from opdjax.ops.masked import reverse_discounted_sum, sequence_total, zero_where
 
 SCALES = ("mean", "mean_std")
 STAGE_CREDITS = ("paper", "identity", "last", "decay")
+_ROUNDING = 16  # units in the last place by which equal scores may differ once they are summed
 
 
 def future_reward(
@@ -81,14 +82,22 @@ def group_advantage(
 
 
 def _normalised(x: Float[Array, "P G ..."], live: Bool[Array, "P G ..."], scale: str, epsilon: float) -> Float[Array, "P G ..."]:
-    """Centred over the live entries of each group, and divided by their population std where `scale` says so; 0 elsewhere."""
+    """Centred over the live entries of each group, and divided by their population std where `scale` says so; 0 elsewhere.
+
+    Exactly 0 in a group whose entries are all equal.
+    """
     count = jnp.sum(live, axis=1, keepdims=True)
-    mean = jnp.sum(jnp.where(live, x, 0), axis=1, keepdims=True) / jnp.maximum(count, 1)
-    centred = jnp.where(live & (count > 1), x - mean, 0)
+    mean_of = lambda y: jnp.sum(jnp.where(live, y, 0), axis=1, keepdims=True) / jnp.maximum(count, 1)  # noqa: E731
+    size = jnp.max(jnp.where(live, jnp.abs(x), 0), axis=1, keepdims=True)
+    # Counted from one of them, so that equal ones differ by nothing: a mean of equal numbers may be another number.
+    x = x - jnp.max(jnp.where(live, x, -jnp.inf), axis=1, keepdims=True)
+    centred = jnp.where(live & (count > 1), x - mean_of(x), 0)
     if scale == "mean":
         return centred
-    std = jnp.sqrt(jnp.sum(jnp.square(centred), axis=1, keepdims=True) / jnp.maximum(count, 1))
-    return centred / (std + epsilon)
+    std = jnp.sqrt(mean_of(jnp.square(centred)))
+    # What rounding leaves of a tie is no spread: divided by itself it would be an advantage of 1.
+    is_tied = std <= _ROUNDING * jnp.finfo(centred.dtype).eps * size
+    return jnp.where(is_tied, 0, centred / (std + epsilon))
 
 
 def credit_matrix(name: str | None, num_stages: int, custom: Sequence[float] = ()) -> np.ndarray:
@@ -103,8 +112,11 @@ def credit_matrix(name: str | None, num_stages: int, custom: Sequence[float] = (
         if matrix.size != num_stages**2:
             raise ValueError(f"stage_credit_matrix has {matrix.size} numbers; expected {num_stages**2}, row by row for {num_stages} stages")
         matrix = matrix.reshape(num_stages, num_stages)
-        if np.any(np.tril(matrix, -1)) or np.any(np.diag(matrix) != 1):
-            raise ValueError("stage_credit_matrix credits a stage with earlier ones, or not with itself; expected 0 there and 1 here")
+        if not np.all(np.isfinite(matrix)) or np.any(np.tril(matrix, -1)) or np.any(np.diag(matrix) != 1):
+            raise ValueError(
+                f"stage_credit_matrix is {matrix.tolist()}; expected finite numbers, 1 on the diagonal (a stage's own score) and 0 below "
+                "it (no stage is credited with earlier ones)"
+            )
         return matrix
     name = name or ("paper" if num_stages == 4 else "decay")
     if name == "paper" and num_stages != 4:
@@ -151,12 +163,13 @@ def spread_stages(advantages: Float[Array, "B K"], stage_ids: Int[Array, "B T"])
 
 
 def stage_balance(stage_ids: Int[Array, "B T"], mask: Bool[Array, "B T"], num_stages: int) -> Float[Array, "B T"]:
-    """`N / (S N_k)` at the tokens of stage k, N of all stages' tokens and S the number of stages that have any; 0 elsewhere.
+    """`N / (S N_k)` at the tokens of stage k, N of all unmasked tokens and S the number of stages that have any; 0 elsewhere.
 
-    As a factor it makes a mean over tokens the mean over stages of their own token means: long stages no longer outweigh short ones.
+    As a factor it makes a mean over all N tokens the mean over stages of their own token means: long stages no longer outweigh
+    short ones, and tokens outside all stages weigh nothing.
     """
     live = mask & (stage_ids >= 0)
     counts = jnp.sum((stage_ids[..., None] == jnp.arange(num_stages)) & live[..., None], axis=(0, 1))
     present = jnp.maximum(jnp.sum(counts > 0), 1)
-    factor = jnp.sum(counts) / (present * jnp.maximum(counts, 1))
+    factor = jnp.sum(mask) / (present * jnp.maximum(counts, 1))
     return jnp.where(live, factor[jnp.maximum(stage_ids, 0)], 0)

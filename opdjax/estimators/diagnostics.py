@@ -95,7 +95,7 @@ def applied_importance(
     """(weight that the correction leaves each token, whether its ratio was cut); `log_ratio` = log student(y) - log behavior(y).
 
     Cut is: truncated to the cap, dropped for being outside the band, or, with ppo_clip, beyond the bound in the advantage's
-    favour, where the gradient is 0. Of the corrections of whole sequences the ratio is the product.
+    favour or beyond `dual_clip` against it, where the gradient is 0. Of the corrections of whole sequences the ratio is the product.
     """
     kind, log_ratio = options["importance"], zero_where_masked(log_ratio, mask)
     ratio, cap = jnp.exp(log_ratio), options.get("importance_cap", importance.DEFAULT_CAPS.get(options["importance"]))
@@ -109,7 +109,8 @@ def applied_importance(
         weight, is_cut = importance.token_mask(ratio, floor, cap), (ratio < floor) | (ratio > cap)
     else:
         low, high = options.get("clip_low", importance.CLIP_LOW), options.get("clip_high", importance.CLIP_HIGH)
-        is_cut = ((advantage > 0) & (ratio > 1 + high)) | ((advantage < 0) & (ratio < 1 - low))
+        is_above = ratio > (options.get("dual_clip") or math.inf)
+        is_cut = ((advantage > 0) & (ratio > 1 + high)) | ((advantage < 0) & ((ratio < 1 - low) | is_above))
         weight = jnp.where(is_cut, 0, ratio)
     return zero_where_masked(weight, mask), is_cut & mask
 

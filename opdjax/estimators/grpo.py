@@ -5,6 +5,8 @@ All four are one token loss; they differ in where the advantage of a token comes
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -41,17 +43,22 @@ def dual_clipped_loss(
     return jnp.where(advantage < 0, jnp.minimum(loss, -dual * advantage), loss)
 
 
+def clipping(options: dict[str, Any]) -> dict[str, Any]:
+    """What `diagnostics.applied_importance` is asked to see which tokens the loss of these options cuts."""
+    return {"dual_clip": DUAL_CLIP} | options | {"importance": "ppo_clip"}
+
+
 def reference_penalty(student_logprob: Float[Array, "*n"], reference_logprob: Float[Array, "*n"], kind: str) -> Float[Array, "*n"]:
     """A penalty, nats, on leaving the reference policy, differentiated as it stands; d = log student(y) - log reference(y).
 
     `k2`: d^2 / 2, whose expected gradient over y ~ student is that of KL(student || reference). `k3_direct`: e^-d - 1 + d, whose
     value estimates that KL but whose gradient, taken directly, descends KL(reference || student) instead.
     """
-    difference = student_logprob - jax.lax.stop_gradient(reference_logprob)
+    reference_logprob = jax.lax.stop_gradient(reference_logprob)
     if kind == "k2":
-        return 0.5 * jnp.square(difference)
+        return ratios.k2(student_logprob, reference_logprob)
     if kind == "k3_direct":
-        return jnp.expm1(-difference) + difference
+        return ratios.k3(student_logprob, reference_logprob)
     raise ValueError(f"there is no reference penalty {kind!r}; expected k2 or k3_direct")
 
 
@@ -88,7 +95,8 @@ def grpo(
       clip_high          0.28: nor ratios above 1 + clip_high
       dual_clip          3: c above, for punished tokens; 0 off
       reference_kl_coef  0; adds coef * penalty for leaving the student's start, nats
-      reference_kl       k3_direct (default), which descends KL(start || student) when differentiated; k2, KL(student || start)
+      reference_kl       k3_direct (default), which descends KL(start || student) when differentiated, and whose gradient has a factor
+                         start(y) / student(y) that one token can blow up; k2, KL(student || start), grows with its logarithm
     """
     student_logprob, advantage = student.logprob(row.token), needed(row.advantage, "advantage", "a policy gradient on rewards")
     behavior_logprob = needed(row.behavior_logprob, "behavior_logprob", "a policy gradient on rewards")
@@ -96,9 +104,7 @@ def grpo(
     outputs = {"advantage": jax.lax.stop_gradient(advantage), "student_logprob": student_logprob}
     if reference_kl_coef:
         reference_logprob = needed(row.reference_logprob, "reference_logprob", "reference_kl_coef")
-        penalty = reference_penalty(student_logprob, reference_logprob, reference_kl)
-        loss = loss + reference_kl_coef * penalty
-        outputs["reference_penalty"] = jax.lax.stop_gradient(penalty)
+        loss += reference_kl_coef * reference_penalty(student_logprob, reference_logprob, reference_kl)
     return loss, outputs
 
 

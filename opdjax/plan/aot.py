@@ -21,7 +21,7 @@ from opdjax.models.layout import shardings_of
 from opdjax.models.lora import combine, init_adapters
 from opdjax.plan.hlo import Collective, collectives, most_rows
 from opdjax.plan.topology import Topology
-from opdjax.plan.workload import Workload
+from opdjax.plan.workload import Workload, has_advantages
 from opdjax.prepare import spec_of
 from opdjax.sampler import Placed, advance, block_size, num_slots, parts_of, prefill, start
 from opdjax.scoring.local import score
@@ -113,7 +113,7 @@ def _batch(workload: Workload, mesh: Mesh) -> TrainBatch:
         mask=field(jnp.bool_, *shape),
         segment_ids=field(jnp.int32, *shape),
         behavior_logprobs=field(jnp.float32, *shape) if config.sampling.source == "student" else None,
-        advantages=field(jnp.float32, *shape) if options.get("task_reward_coef") else None,
+        advantages=field(jnp.float32, *shape) if has_advantages(config.estimator) else None,
         uniforms=field(jnp.float32, *shape, options["extra_draws"]) if options.get("extra_draws") else None,
     )
 
@@ -132,9 +132,9 @@ def _published(workload: Workload, mesh: Mesh) -> Any:
 
 
 def _teacher_params(workload: Workload, mesh: Mesh) -> Any:
-    if workload.teacher is None:
+    if workload.teacher is None and not workload.has_reference:
         return _published(workload, mesh)
-    return abstract_params(workload.teacher, workload.teacher_dtype, mesh, workload.config.teacher.split_over)
+    return abstract_params(workload.scoring_model, workload.teacher_dtype, mesh, workload.scoring_split)
 
 
 def _lower_update(workload: Workload, mesh: Mesh) -> Any:
@@ -148,7 +148,9 @@ def _lower_update(workload: Workload, mesh: Mesh) -> Any:
     state = jax.eval_shape(partial(init_state, optimizer=optimizer), params)
     state = _laid_out(state, shardings_of(state, mesh, spec.split_over))
     batch, head = _batch(workload, mesh), None
-    if workload.needs in ("token", "top_k"):
+    if workload.has_reference:
+        batch = dataclasses.replace(batch, reference_logprobs=_rows(mesh, jnp.float32, *batch.tokens.shape))
+    elif workload.needs in ("token", "top_k"):
         field = partial(_rows, mesh)
         scores = TeacherScores(token_logprobs=field(jnp.float32, *batch.tokens.shape))
         if workload.top_k:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from opdjax.models.decoder import DecoderConfig, forward, parameter_shapes
 from opdjax.models.layout import specs_of
 from opdjax.models.lora import combine, init_adapters
-from opdjax.plan.workload import Workload
+from opdjax.plan.workload import Workload, has_advantages
 from opdjax.sampler import BLOCKS_PER_FILL
 from opdjax.sharding import make_mesh
 
@@ -181,7 +181,7 @@ def _standing(workload: Workload) -> list[Item]:
     items = [
         Item("student's trained parameters, float32", kept, PHASES, True, unsampled),
         Item("optimizer's two moments", 2 * kept, PHASES, True, unsampled),
-        Item("student's frozen parameters", frozen, PHASES, True, ("teacher",) if is_one else unsampled),
+        Item("student's frozen parameters", frozen, PHASES, True, _not_given_frozen(workload, is_one, unsampled)),
     ]
     samples = config.sampling.source == "student"
     outside = (*(() if samples else ("prefill", "sample")), *(() if config.teacher_is_student else ("teacher",)))
@@ -193,19 +193,26 @@ def _standing(workload: Workload) -> list[Item]:
         published -= published_head
     items.append(Item("published copy of the student", published, PHASES, True, (*outside, *_UPDATE)))
     if workload.teacher is not None:
-        split = config.teacher.split_over
+        split, role = workload.scoring_split, "reference" if workload.has_reference else "teacher"
         head_bytes = parameter_bytes(workload.teacher, workload.teacher_dtype, mesh, split, head) if wants_head else 0
         rest = parameter_bytes(workload.teacher, workload.teacher_dtype, mesh, split) - head_bytes
         unseen = ("evaluate",) if config.sampling.source == "teacher" else ("prefill", "sample", "evaluate")
         items.append(Item("teacher's head", head_bytes, PHASES, True, unseen))
-        items.append(Item("teacher's parameters", rest, PHASES, True, (*unseen, *_UPDATE)))
+        items.append(Item(f"{role}'s parameters", rest, PHASES, True, (*unseen, *_UPDATE)))
     return items
+
+
+def _not_given_frozen(workload: Workload, is_one: bool, unsampled: tuple[str, ...]) -> tuple[str, ...]:
+    """The phases whose programs are not given the student's frozen parameters; `is_one`: one array for training and sampling."""
+    outside = ("teacher",) if is_one else unsampled
+    return tuple(phase for phase in outside if phase != "teacher" or not workload.has_reference)
 
 
 def _columns_bytes(workload: Workload) -> int:
     """Of the batch's columns on one device: ids, segments, log-probabilities (4 bytes each), the mask."""
     options, tokens = workload.config.estimator.options, workload.rows * workload.columns
-    wide = 2 + (workload.config.sampling.source == "student") + bool(options.get("task_reward_coef")) + (options.get("extra_draws") or 0)
+    config = workload.config
+    wide = 2 + (config.sampling.source == "student") + has_advantages(config.estimator) + (options.get("extra_draws") or 0)
     return tokens * (4 * wide + 1 + 4 * (workload.needs in ("token", "top_k")))
 
 
@@ -285,9 +292,9 @@ def _scoring(workload: Workload) -> list[Item]:
     """The teacher's pass."""
     if workload.needs == "none":
         return []
-    config, mesh, model = workload.config, workload.mesh, workload.scoring_model
+    mesh, model = workload.mesh, workload.scoring_model
     dtype = workload.teacher_dtype if workload.teacher else workload.dtype
-    split = config.teacher.split_over if workload.teacher else config.sampling.split_over
+    split = workload.scoring_split
     # The embedding is let go once it has been looked up in.
     layer = _forward_bytes(model, dtype, workload.micro_rows, workload.columns, mesh["tensor"])
     working = max(_whole_table(model, dtype, mesh, split), layer)
@@ -321,9 +328,8 @@ def _updating(workload: Workload) -> list[Item]:
         Item("head's gradient, summed in float32", table * 4 * is_whole, loss),
     ]
     if workload.needs == "vocabulary":
-        of_teacher = config.teacher.split_over if workload.teacher else config.sampling.split_over
         dtype = workload.teacher_dtype if workload.teacher else workload.dtype
-        items.append(Item("teacher's head, gathered", _whole_table(workload.scoring_model, dtype, mesh, of_teacher), loss))
+        items.append(Item("teacher's head, gathered", _whole_table(workload.scoring_model, dtype, mesh, workload.scoring_split), loss))
     tiles = _TILES[workload.needs]
     items.append(Item(f"vocabulary tiles, {tiles} of them", tiles * _tile(workload, workload.micro_rows), loss))
     return [

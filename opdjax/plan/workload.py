@@ -6,9 +6,9 @@ import dataclasses
 from functools import partial
 from typing import Literal
 
-from opdjax.config import Config, ModelConfig
+from opdjax.config import Config, EstimatorConfig, ModelConfig
 from opdjax.data.prompts import padded_width
-from opdjax.estimators import bind
+from opdjax.estimators import RECIPES, bind
 from opdjax.models.decoder import DecoderConfig
 from opdjax.models.hf import open_checkpoint
 from opdjax.models.layout import require_divides
@@ -25,8 +25,8 @@ class Workload:
     topology: Topology
     mesh: dict[str, int]  # axis -> devices
     student: DecoderConfig
-    teacher: DecoderConfig | None  # None: no frozen model stands beside the student
-    needs: Literal["none", "token", "top_k", "vocabulary"]  # what the recipe asks a teacher for
+    teacher: DecoderConfig | None  # or the reference; None: no frozen model stands beside the student
+    needs: Literal["none", "token", "top_k", "vocabulary"]  # what the recipe asks a teacher for, or the reference
     top_k: int  # of its most likely ids, where that is top_k
     prompt_columns: int
 
@@ -36,14 +36,26 @@ class Workload:
         return compute_dtype(self.config.student, self.topology.backend)
 
     @property
+    def has_reference(self) -> bool:
+        """Whether the model that scores is the student as it starts; no such recipe reads a teacher too."""
+        return bool(self.config.estimator.reference_kl_coef)
+
+    @property
     def teacher_dtype(self) -> str:
-        """Of the teacher's."""
-        return compute_dtype(self.config.teacher_model, self.topology.backend)
+        """Of the teacher's, or the reference's."""
+        return self.dtype if self.has_reference else compute_dtype(self.config.teacher_model, self.topology.backend)
 
     @property
     def scoring_model(self) -> DecoderConfig:
-        """The model that scores: the teacher, or the student where it is its own."""
+        """The model that scores: the teacher, or the student where it is its own, now or as it starts."""
         return self.teacher or self.student
+
+    @property
+    def scoring_split(self) -> tuple[str, ...]:
+        """The mesh axes that the parameters of the model that scores lie split over."""
+        if self.has_reference:
+            return self.config.student.split_over
+        return self.config.teacher.split_over if self.teacher else self.config.sampling.split_over
 
     @property
     def devices(self) -> int:
@@ -86,8 +98,18 @@ def read_workload(config: Config, topology: Topology) -> Workload:
     recipe, _ = bind(config.estimator.recipe, config.estimator.options)
     shape_of = partial(_shape, mesh=mesh, backend=topology.backend)
     student = dataclasses.replace(shape_of(config.student, "student"), lora_scale=config.lora.scale)
-    teacher = shape_of(config.teacher, "teacher") if needs_teacher(config) and not config.teacher_is_student else None
-    return Workload(config, topology, mesh, student, teacher, recipe.teacher, recipe.top_k, padded_width(config.data.max_prompt_length))
+    teacher, needs = None, recipe.teacher
+    if config.estimator.reference_kl_coef:
+        # Beside adapters the reference is the frozen student that is there already.
+        teacher, needs = None if config.lora.rank else student, "token"
+    elif needs_teacher(config) and not config.teacher_is_student:
+        teacher = shape_of(config.teacher, "teacher")
+    return Workload(config, topology, mesh, student, teacher, needs, recipe.top_k, padded_width(config.data.max_prompt_length))
+
+
+def has_advantages(estimator: EstimatorConfig) -> bool:
+    """Whether a batch carries an advantage of each token."""
+    return bool(estimator.task_reward_coef) or RECIPES[estimator.recipe].reward != "none"
 
 
 def _shape(model: ModelConfig, role: str, mesh: dict[str, int], backend: str) -> DecoderConfig:
