@@ -233,13 +233,17 @@ def teach(arguments: list[str]) -> None:
     def run(config: Annotated[Config, tyro.conf.arg(name="")] = default):
         """Have a teacher answer every prompt of the data; the same command goes on where it was stopped.
 
+        Status 1 where some prompts have no answer that a run could use.
+
         Args:
-            config: every field of the experiment; read are data, teach, teacher, teacher_api, api and seed
+            config: every field of the experiment; read are data, teach, teacher, teacher_api, api, mesh, seed and student's tokenizer
         """
         from opdjax.teach import teach as have_answered
 
-        for name, value in have_answered(config).items():
-            print(f"{name}: {value:g}")
+        told = have_answered(config)
+        for name, value in told.items():
+            print(f"{name}: {value if isinstance(value, int) else round(value, 6)}")
+        sys.exit(1 if told["prompts without any"] else 0)
 
     _call(run, arguments[1:], "opdjax teach EXPERIMENT")
 

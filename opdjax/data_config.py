@@ -49,6 +49,7 @@ class DataConfig:
             require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "at least 1")
         for name in ("prompt_column", "answer_column", "reference_column"):
             require(getattr(self, name) != "", f"data.{name}", "", "the name of a column")
+        require(self.references != "", "data.references", "", "the name of a file, or none")
         is_one = self.references is None or self.reference_column is None
         require(is_one, "data.references", self.references, "none where data.reference_column is given")
         is_teacher_chat = (self.teacher_format or self.format) == "chat"
@@ -71,12 +72,12 @@ class DataConfig:
 class TeachConfig:
     """How `opdjax teach` has prompts answered by a teacher."""
 
-    num_answers: int = 4  # of each prompt
+    num_answers: int = 4  # of each prompt; more of them may be asked for later
     batch_size: int = 64  # prompts asked at a time; what they are answered is kept before the next are asked
-    # Of a checkpoint, teacher.path; a model behind teacher_api is sampled as that section says.
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_completion_length: int = 512
+    # Of a checkpoint, teacher.path; a model behind teacher_api is sampled as that section says, and these are refused.
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0  # 1: off
+    max_completion_length: int = 512  # tokens, stop token included; an answer that is cut off there is never used
 
     def __post_init__(self):
         require_types(self, "teach.")

@@ -80,8 +80,8 @@ def prepare(config: Config) -> Setup:
         require_divides(asked.config, mesh.shape, "the teacher")
     teacher_tokenizer = tokenizer if asked is None else load_tokenizer(asked.path)
     shares_vocabulary = _shares_vocabulary(config, tokenizer, teacher_tokenizer)
-    rows = load_rows(config.data)
-    if config.sampling.source == "references":
+    rows = load_rows(config.data, tokenizer)
+    if config.sampling.source == "references" and config.data.references is None:
         column = config.data.reference_column or "references"
         require_of_each(rows, "references", column, config.data.source, "training on the data's own answers needs them")
     _require_reward_data(config, rows)
@@ -110,7 +110,7 @@ def _require_reward_data(config: Config, rows: list[Prompt]) -> None:
     missing = [name for name in ("openai", "pydantic") if config.is_judged and importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"judges are asked through {' and '.join(missing)}: pip install 'opdjax[judge]'")
-    if config.is_judged and config.rubrics.num_references:
+    if config.is_judged and config.rubrics.num_references and data.references is None:
         reason = "judges are shown a teacher's answers: write them with opdjax teach (data.references), or set rubrics.num_references to 0"
         require_of_each(rows, "references", data.reference_column or "references", data.source, reason)
 

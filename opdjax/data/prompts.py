@@ -166,12 +166,22 @@ def messages_of(row: Prompt, data: DataConfig) -> list[dict[str, str]]:
     return turns if data.system_prompt is None else [{"role": "system", "content": data.system_prompt}, *turns]
 
 
-def load_rows(data: DataConfig) -> list[Prompt]:
-    """The rows of a config's source, with a teacher's answers for references where it names an index of them."""
+def load_rows(data: DataConfig, tokenizer: Any) -> list[Prompt]:
+    """The rows of a config's source, with a teacher's answers for references where it names an index of them.
+
+    ReferenceMissError where the index lacks a prompt. One that is too long for the student (`tokenizer`) is left out by every run, so
+    that `opdjax teach` does not ask for it.
+    """
     rows = read_prompts(data.source, Columns.of(data))
     if data.references is None:
         return rows
-    found = references_of(read_index(pathlib.Path(data.references)), [row.prompt for row in rows], data.source)
+    view = _views(data, tokenizer, tokenizer)[0]
+
+    def is_left_out(number: int) -> bool:
+        ids = view.ids(rows[number], f"prompt {number} of {data.source}")
+        return data.overlong == "skip" and len(ids) > data.max_prompt_length
+
+    found = references_of(read_index(pathlib.Path(data.references)), [row.prompt for row in rows], data.source, is_left_out)
     return [dataclasses.replace(row, references=texts) for row, texts in zip(rows, found)]
 
 
@@ -207,7 +217,9 @@ def _with_context(row: Prompt, format: str, said: Mapping[str, str] = MappingPro
 def _require_context(rows: Sequence[Prompt], data: DataConfig) -> None:
     """Every row has what the teacher is to be shown of it."""
     columns = {"answer": data.answer_column or "answer", "references": data.reference_column or "references"}
-    for field, shown in (("answer", "{answer}"), ("references", "{reference}")):
+    # Those of an index are there for all rows that are not left out.
+    wanted = (("answer", "{answer}"),) if data.references else (("answer", "{answer}"), ("references", "{reference}"))
+    for field, shown in wanted:
         if shown in (data.teacher_prompt_format or ""):
             reason = f"data.teacher_prompt_format shows it to the teacher: add it, name its column in data.{field.removesuffix('s')}_column"
             require_of_each(rows, field, columns[field], data.source, f"{reason}, or take {shown} out")
@@ -233,7 +245,9 @@ def encode_prompts(rows: Sequence[Prompt], data: DataConfig, student_tokenizer: 
     for number, row in enumerate(rows):
         place = f"prompt {number} of {data.source}"
         _require_text(row, place)
-        rendered = [view.ids(row, place) for view in views]
+        rendered = [views[0].ids(row, place)]
+        if len(rendered[0]) <= data.max_prompt_length:
+            rendered.append(views[1].ids(row, place))
         longest = max(map(len, rendered))
         if longest > data.max_prompt_length:
             skipped.append(f"{place} with {longest} tokens: {str(_wrapped(row, data.prompt_format))[:80]!r}")

@@ -10,15 +10,16 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from opdjax.data.chat import Messages
 from opdjax.data.sources import DataError
 from opdjax.fields import differences
-from opdjax.workdir import append_lines, read_lines
+from opdjax.workdir import append_lines
 
 _SCHEMA = "opdjax.references/1"
+_BEGINNING = f'{{"schema": "{_SCHEMA}"'  # of every index
 
 
 class ReferenceMissError(DataError):
@@ -64,14 +65,38 @@ def key_of(prompt: str | Messages) -> str:
 def read_index(path: pathlib.Path) -> ReferenceIndex:
     """The whole index; ReferenceIndexError where there is none, or it cannot be trusted. A last row cut off in mid-write is ignored."""
     if not path.is_file():
-        raise ReferenceIndexError(f"data.references is {path}, which is no file; write it with opdjax teach EXPERIMENT")
-    header, *rows = read_lines(path) or [{}]
+        found = "is a directory" if path.is_dir() else "does not exist"
+        raise ReferenceIndexError(f"data.references names {path}, which {found}; write the file with opdjax teach EXPERIMENT")
+    rows = _rows(path)
+    _, header = next(rows, ("", {}))
     if header.get("schema") != _SCHEMA or not isinstance(header.get("teacher"), dict):
-        raise ReferenceIndexError(f"{path} does not begin as {_SCHEMA} does; expected an index written by opdjax teach")
+        raise ReferenceIndexError(
+            f"{path} does not begin as {_SCHEMA} does; expected an index written by this version of opdjax teach: name another file in "
+            "data.references"
+        )
     answers: dict[str, dict[int, Answer]] = {}
-    for number, row in enumerate(rows, 2):
-        _add(answers, row, f"{path}, row {number}")
+    for place, row in rows:
+        _add(answers, row, place)
     return ReferenceIndex(path, header["teacher"], answers)
+
+
+def _rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each whole row stands, and the row, one at a time: thousands of long answers are gigabytes."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):  # of bytes that are no text as well
+                row = None
+            if not isinstance(row, dict):
+                raise _damaged(f"{path}, line {number}", f"expected a JSON object, found {line[:60]!r}")
+            yield f"{path}, line {number}", row
+
+
+def _damaged(place: str, what: str) -> ReferenceIndexError:
+    return ReferenceIndexError(f"{place} is damaged: {what}. Delete the line, and run opdjax teach again: it asks for what is missing")
 
 
 def _add(answers: dict[str, dict[int, Answer]], row: dict[str, Any], place: str) -> None:
@@ -79,25 +104,38 @@ def _add(answers: dict[str, dict[int, Answer]], row: dict[str, Any], place: str)
     fields = {"draw": int, "text": str, "is_truncated": bool}
     is_whole = isinstance(key, str) and isinstance(found, list)
     if not is_whole or not all(isinstance(one, dict) and all(type(one.get(n)) is t for n, t in fields.items()) for one in found):
-        raise ReferenceIndexError(f"{place} is damaged; expected a key and a list of answers. Delete the row, and run opdjax teach again")
+        raise _damaged(place, "expected a key and a list of answers with draw, text and is_truncated")
     known = answers.setdefault(key, {})
     for one in found:
         if one["draw"] in known:
-            raise ReferenceIndexError(f"{place} holds draw {one['draw']} of a prompt that has it already; delete one of the rows")
+            raise _damaged(place, f"draw {one['draw']} of the prompt {str(row.get('prompt'))[:80]!r} stands above already")
         known[one["draw"]] = Answer(one["text"], one["is_truncated"])
 
 
 def open_index(path: pathlib.Path, teacher: dict[str, Any]) -> ReferenceIndex:
     """The index to add to: a new one, or one by the same teacher; ReferenceIndexError that names what differs."""
-    if not path.exists() or not path.stat().st_size:
+    if _is_new(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         append_lines(path, [{"schema": _SCHEMA, "teacher": teacher}])
     found = read_index(path)
     changed = differences(found.teacher, json.loads(json.dumps(teacher)))
     if changed:
         listed = "\n  ".join(changed)
-        raise ReferenceIndexError(f"{path} was written by another teacher; name another file or undo (there -> now):\n  {listed}")
+        raise ReferenceIndexError(
+            f"{path} was written by another teacher; name another file in data.references or undo (there -> now):\n  {listed}"
+        )
     return found
+
+
+def _is_new(path: pathlib.Path) -> bool:
+    """Whether nothing is there yet, or what a writer left that was killed in its first line; any other file is left alone."""
+    if not path.exists():
+        return True
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        line = file.readline().decode(errors="replace")
+    return not line.endswith("\n") and (line.startswith(_BEGINNING) or _BEGINNING.startswith(line))
 
 
 def add_answers(path: pathlib.Path, answers: Iterable[tuple[str | Messages, dict[int, Answer]]]) -> None:
@@ -108,16 +146,28 @@ def add_answers(path: pathlib.Path, answers: Iterable[tuple[str | Messages, dict
     ])  # fmt: skip
 
 
-def references_of(index: ReferenceIndex, prompts: Sequence[str | Messages], source: str) -> list[tuple[str, ...]]:
-    """The references of all prompts; ReferenceMissError where some have none: no reward can be made of nothing."""
+def references_of(
+    index: ReferenceIndex, prompts: Sequence[str | Messages], source: str, is_left_out: Callable[[int], bool] = lambda _: False
+) -> list[tuple[str, ...]]:
+    """The references of all prompts; ReferenceMissError where some have none: no reward can be made of nothing.
+
+    A prompt that the run leaves out anyway (`is_left_out` by its number, asked only of those without answers) may have none.
+    """
     found = [index.usable(prompt) for prompt in prompts]
-    lacking = [number for number, texts in enumerate(found) if not texts]
-    if lacking:
-        first = prompts[lacking[0]]
-        unasked = sum(key_of(prompts[number]) not in index.answers for number in lacking)
-        raise ReferenceMissError(
-            f"{index.path} has no answers to {len(lacking)} of the {len(prompts)} prompts of {source}, first prompt {lacking[0]}, "
-            f"{str(first)[:80]!r} (key {key_of(first)[:12]}). {unasked} were never asked: run opdjax teach with the same data to add them. "
-            f"{len(lacking) - unasked} were answered with nothing, or with what was cut off: leave them out, or allow longer answers"
+    lacking = [number for number, texts in enumerate(found) if not texts and not is_left_out(number)]
+    if not lacking:
+        return found
+    first = prompts[lacking[0]]
+    unasked = sum(key_of(prompts[number]) not in index.answers for number in lacking)
+    told = (
+        f"{index.path} has no answers to {len(lacking)} of the {len(prompts)} prompts of {source}, first prompt {lacking[0]}, "
+        f"{str(first)[:80]!r} (key {key_of(first)[:12]})."
+    )
+    if unasked:
+        told += f" {unasked} have never been answered: opdjax teach EXPERIMENT, with the same data, adds what is missing."
+    if unasked < len(lacking):
+        told += (
+            f" {len(lacking) - unasked} were answered with nothing, or with what was cut off: draw more (teach.num_answers), allow "
+            "longer answers in another index (teach.max_completion_length, teacher_api.max_tokens), or take them out of the data."
         )
-    return found
+    raise ReferenceMissError(told)
