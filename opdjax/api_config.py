@@ -67,8 +67,9 @@ class ApiConfig:
     offline: bool = False  # answer from the cache alone; a reply that is not there ends the run and is named
     max_dollars: float = 0.0  # of the whole run, by the prices of its roles; a run that reaches it stops, with a checkpoint; 0: no cap
     max_retries: int = 4  # of a request after 408, 429, 5xx, a timeout or a broken connection; nothing else is tried again
-    breaker_failures: int = 5  # requests in a row, retries included, that fail before a role is taken for down
-    breaker_seconds: float = 30.0  # that nobody calls it then, before one request tries
+    # Requests in a row, retries included, that fail before a role is taken for down; whoever says 429 is not down
+    breaker_failures: int = 5
+    breaker_seconds: float = 30.0  # that nobody calls it then, before one request tries; all others wait for what comes of it
 
     def __post_init__(self):
         require_types(self, "api.")

@@ -43,7 +43,7 @@ async def serve(seconds: float) -> None:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).lower()
                 await reader.readexactly(int(head.split(b"content-length:")[1].split(b"\r\n")[0]))
-                await asyncio.sleep(seconds)
+                await asyncio.sleep(seconds)  # all that are in flight wait at once
                 writer.write(response)
                 await writer.drain()
         writer.close()
@@ -80,7 +80,7 @@ async def in_flight(count: int, most: int, one: Callable[[int], Awaitable]) -> N
 
 async def bare(port: int, args: argparse.Namespace) -> None:
     """The requests over connections that are kept, without any client."""
-    free: list = []
+    free: list = []  # connections
 
     async def one(number: int) -> None:
         body = json.dumps({"model": "m", "messages": prompt(number, args.chars), "max_tokens": 8192}).encode()
@@ -103,6 +103,7 @@ async def through_client(port: int, args: argparse.Namespace, path: pathlib.Path
 
         async def one(number: int) -> None:
             reply = await client.complete("verifier", prompt(number, args.chars), schema=SCHEMA, schema_name="verdicts")
+            # A fast answer that is another one's would be worth nothing.
             if reply.text != REPLY:
                 raise RuntimeError(f"call {number} had another reply: {reply.text[:100]!r}")
 
@@ -116,7 +117,7 @@ def measured(name: str, work: Awaitable, args: argparse.Namespace) -> None:
     """One row of the table."""
     allowed = args.in_flight / (args.milliseconds / 1000)
     wall, cpu = time.perf_counter(), time.process_time()
-    asyncio.run(work)
+    asyncio.run(work)  # connections are made anew in it, as at the start of a run
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     rate = args.calls / wall
     print(f"| {name} | {rate:,.0f} | {allowed:,.0f} | {rate / allowed:.0%} | {1000 * cpu / args.calls:.2f} |", flush=True)

@@ -37,6 +37,7 @@ class ReplyCache:
         self._path = pathlib.Path(path)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            # Opened in one thread and read in that of the event loop. Each statement is a transaction: a reply is safe at once.
             self._file = sqlite3.connect(self._path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
         except (sqlite3.Error, OSError) as error:
             raise self._error("opened", error) from error
@@ -58,6 +59,7 @@ class ReplyCache:
                 if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) or time.monotonic() > deadline:
                     raise
                 time.sleep(_LOOK_AGAIN)
+        # A power cut may then cost the last replies, which are asked for again, but never damages the file.
         run("PRAGMA synchronous=NORMAL")
         run("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, version INTEGER, reply TEXT, written REAL)")
         columns = [row[1] for row in run("PRAGMA table_info(replies)")]

@@ -72,6 +72,7 @@ class _Role:
 
     def redacted(self, text: str, longest: int = 500) -> str:
         """The text, short and without the key, in whatever quotes it stands."""
+        # Bodies and representations that quote it escape it as well.
         for form in {self._key, repr(self._key)[1:-1], json.dumps(self._key)[1:-1]} - {""}:
             text = text.replace(form, "***")
         return text[:longest]
@@ -220,10 +221,12 @@ class ApiClient:
                 cause, question.is_sent = str(error), False
                 wait = self._wait(attempt, error.retry_after)
                 if error.is_rate_limit:
+                    # The limit is the role's and not this request's: the others would only hear the same.
                     role.requests.pause(wait)
                 attempt += 1
                 if attempt > self._api.max_retries or admission == "probe" or not question.callers:
                     break
+                self._check_cap()  # before the pause: others may wait until this one is told
                 role.usage.retries += 1
                 await asyncio.sleep(wait)
                 continue
@@ -235,7 +238,9 @@ class ApiClient:
     def _wait(self, attempt: int, retry_after: float | None) -> float:
         """Seconds until a request is tried again: what the server says, else ever longer ones."""
         if retry_after:
+            # Who says an hour is asked sooner: a run that stands still so long looks like one that hangs.
             return min(retry_after, _LONGEST_RETRY_AFTER)
+        # By chance too, lest those who failed together come back together.
         return min(_FIRST_WAIT * 2.0 ** min(attempt, 10) * self._jitter.uniform(0.5, 1.5), _LONGEST_WAIT)
 
     def _check_cap(self) -> None:

@@ -23,6 +23,7 @@ class Budget:
         """Wait until the units may be spent. More than a second's worth is lent, and those who come later wait for it."""
         async with self._turn:
             while (wait := self._wait(units)) > 0:
+                # What was foreseen is many times what most replies come to, and is given back meanwhile.
                 await asyncio.sleep(min(wait, _LOOK_AGAIN))
             self._level -= units if self._rate else 0
 

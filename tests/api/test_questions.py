@@ -145,6 +145,20 @@ def test_who_hears_of_the_cap_hears_it_when_all_that_is_paid_for_is_kept(tmp_pat
     assert run(scenario()) == (2, 4.0, 4.0, True, 2)
 
 
+def test_who_hears_of_the_cap_does_not_wait_for_what_is_to_be_asked_again():
+    def reply(body, number):
+        return dataclasses.replace(refusal(503, "later", "retry-after: 90"), delay=0.3) if number == 0 else Said()
+
+    async def scenario():
+        async with calling(reply, api=ApiConfig(max_dollars=1.0), **PRICED) as (client, server):
+            slow = asyncio.create_task(outcome(client.complete("judge", asked("slow"))))
+            await until(lambda: server.bodies)
+            await client.complete("judge", asked("quick"))
+            return await outcome(client.complete("judge", asked("too much"))), await slow
+
+    assert [type(found) for found in run(scenario())] == [SpendingCapError] * 2
+
+
 def test_offline_nobody_is_asked_and_no_key_is_needed(tmp_path, monkeypatch):
     cache = ReplyCache(tmp_path / "r.sqlite")
     monkeypatch.setenv("A_KEY", "sk-1")
