@@ -54,8 +54,8 @@ class CriteriaStore:
         return dataclasses.replace(group, rubric=self._frozen.get(prompt), existing=self._in_use.get(prompt, ()))
 
     def learn(self, judgement: Judgement) -> list[str] | None:
-        """The ids of the criteria that stay in use at this prompt; None where criteria do not evolve or none came."""
-        if self._config.refresh != "evolving" or judgement.rubric is None:
+        """The ids of the criteria that stay in use at this prompt; None where criteria do not evolve or no rollout was held to them."""
+        if self._config.refresh != "evolving" or not any(judgement.verdicts):
             return None
         kept = pruned(judgement, self._config)
         self._in_use[judgement.group.prompt_id] = kept
