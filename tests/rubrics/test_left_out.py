@@ -19,6 +19,8 @@ from opdjax.config import (
     SamplingConfig,
     TrainConfig,
 )
+from opdjax.rollouts import SourceStoppedError
+from opdjax.rubrics.criteria import FROZEN
 from opdjax.train import train
 from opdjax.workdir import read_lines
 
@@ -57,3 +59,14 @@ def test_a_first_step_with_failed_groups_is_trained_on_the_others(start_judge, t
     assert 0 < row["perf/trained_tokens"] < row["rollout/length_mean"] * 32
     assert row["grad/norm"] > 0
     assert "NaN" not in (tmp_path / "samples.jsonl").read_text()
+
+
+def test_rubrics_are_not_frozen_as_missing_while_nobody_answers(start_judge, judge_server, tmp_path):
+    rubrics = RubricsConfig(draw_parts=1, refresh="frozen")
+    with start_judge("--down-after", 2) as base_url, pytest.raises(SourceStoppedError, match="rubrics"):
+        train(config(base_url, rubrics=rubrics), tmp_path)
+    assert all(row["rubric"] for row in read_lines(tmp_path / FROZEN))
+    train(config(judge_server, rubrics=rubrics), tmp_path)
+    rows = read_lines(tmp_path / FROZEN)
+    assert len({row["prompt_id"] for row in rows}) == len(rows) == 8
+    assert all(row["rubric"] for row in rows)
