@@ -45,8 +45,16 @@ class Line:
     def keep_usage(self, step: int) -> dict[str, float]:
         """What was asked since the last call, by role: returned as metrics, and written where a continued run finds what it has spent."""
         usage = {role: dataclasses.asdict(used) for role, used in self.client.take_usage().items()}
-        append_lines(self.workdir / SPENDING, [{"step": step, "role": role, **used} for role, used in usage.items()])
+        self._write(step, usage)
         return {f"api/{role}/{name}": float(value) for role, used in usage.items() for name, value in used.items()}
+
+    def keep_rest(self) -> None:
+        """What was answered since the last step was counted: it is paid for, though the run ended before it could use it."""
+        usage = {role: dataclasses.asdict(used) for role, used in self.client.take_usage().items() if used.calls}
+        self._write(max((row["step"] for row in read_lines(self.workdir / SPENDING)), default=0), usage)
+
+    def _write(self, step: int, usage: Mapping[str, dict[str, Any]]) -> None:
+        append_lines(self.workdir / SPENDING, [{"step": step, "role": role, **used} for role, used in usage.items()])
 
 
 @contextlib.contextmanager
@@ -57,10 +65,12 @@ def open_line(roles: Mapping[str, EndpointConfig], api: ApiConfig, rubrics: Rubr
     with contextlib.closing(ReplyCache(api.cache or workdir / "replies.sqlite")) as cache, _running_loop() as loop:
         run = lambda work: asyncio.run_coroutine_threadsafe(work, loop).result()  # noqa: E731
         client = run(_made(lambda: ApiClient(given, api, cache, spent)))
+        line = Line(client, Judge(client.complete, rubrics), loop, workdir)
         try:
-            yield Line(client, Judge(client.complete, rubrics), loop, workdir)
+            yield line
         finally:
             run(client.close())
+            line.keep_rest()
 
 
 async def _made(make):
