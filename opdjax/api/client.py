@@ -154,10 +154,15 @@ class ApiClient:
             except (ApiRequestError, ApiRefusedError):
                 role.breaker.succeeded()  # somebody answers
                 raise
+            except (SpendingCapError, asyncio.CancelledError):
+                role.breaker.abandoned()  # those who wait for this one as the probe would wait for ever
+                raise
             role.breaker.succeeded()
-            if self._cache is not None:
-                self._cache.put(key, dataclasses.asdict(reply))
-            return reply
+            if self._cache is None:
+                return reply
+            self._cache.put(key, dataclasses.asdict(reply))
+            # Of two runs that ask the same at once both go on with the reply that stays: a replay finds no other.
+            return dataclasses.replace(reply, **self._cache.get(key))
         reason = cause or "no request has been answered lately"
         raise ApiUnavailableError(f"the {role.name} at {role.endpoint.base_url} does not answer: {reason}")
 

@@ -75,6 +75,10 @@ class Breaker:
         self._failures, self._opened = self._failures + 1, self._clock()
         self._settle(False)
 
+    def abandoned(self) -> None:
+        """A request was given up; whether it would have been answered nobody knows."""
+        self._settle(False)
+
     def _settle(self, is_answered: bool) -> None:
         if self._probe is not None and not self._probe.done():
             self._probe.set_result(is_answered)
