@@ -134,6 +134,12 @@ def _require_room(config: Config, prompts: PromptSet) -> None:
     """Every rollout fits a packed row, in both views."""
     room, answer = config.train.pack_length, config.sampling.max_completion_length
     longest = max(map(len, prompts.student_ids + (prompts.teacher_ids or ())))
+    told = config.data.max_teacher_prompt_length if config.judged_fields else 0
+    if room is not None and told + answer > room:
+        raise ConfigError(
+            f"train.pack_length is {room}; expected at least {told + answer}: what a teacher is shown with judges' words, up to "
+            f"data.max_teacher_prompt_length, {told}, and an answer of sampling.max_completion_length, {answer}"
+        )
     if room is not None and longest + answer > room:
         raise ConfigError(
             f"train.pack_length is {room}; expected at least {longest + answer}: the longest prompt of {config.data.source}, of {longest} "

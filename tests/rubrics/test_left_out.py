@@ -19,6 +19,8 @@ from opdjax.config import (
     SamplingConfig,
     TrainConfig,
 )
+from opdjax.fields import ConfigError
+from opdjax.prepare import prepare
 from opdjax.rollouts import SourceStoppedError
 from opdjax.rubrics.criteria import FROZEN
 from opdjax.train import train
@@ -70,3 +72,11 @@ def test_rubrics_are_not_frozen_as_missing_while_nobody_answers(start_judge, jud
     rows = read_lines(tmp_path / FROZEN)
     assert len({row["prompt_id"] for row in rows}) == len(rows) == 8
     assert all(row["rubric"] for row in rows)
+
+
+def test_a_packed_row_has_room_for_what_judges_say():
+    told = config("http://127.0.0.1:9/v1", **TOLD)
+    packed = dataclasses.replace(told, train=dataclasses.replace(told.train, pack_length=200))
+    with pytest.raises(ConfigError, match="pack_length is 200; expected at least 2072"):
+        prepare(packed)
+    prepare(dataclasses.replace(packed, data=dataclasses.replace(told.data, max_teacher_prompt_length=176)))
