@@ -18,20 +18,20 @@ import numpy as np
 
 from opdjax.api.replies import ApiError
 from opdjax.data.packing import to_train_batch
-from opdjax.data.prompts import collate
+from opdjax.data.prompts import collate, indices_at
 from opdjax.evals.evaluate import completions, graded
 from opdjax.judged.context import with_context
 from opdjax.judged.credit import credited, least_scored, only, reward_of, usable
 from opdjax.metrics import Timer
 from opdjax.models.decoder import Params
 from opdjax.prepare import Setup, with_credit
-from opdjax.processes import from_lead
+from opdjax.processes import from_lead, on_lead
 from opdjax.rollouts import Drawn, SourceStoppedError, draw, packed, prompts_of
 from opdjax.rubrics.criteria import FROZEN, CriteriaStore
 from opdjax.rubrics.groups import Group, Judgement, as_row, group_of, judge_group, metrics_of, rubric_of
 from opdjax.rubrics.line import Line, open_line
 from opdjax.rubrics.reflection import reflect
-from opdjax.sharding import is_lead, num_row_shards, to_host
+from opdjax.sharding import num_row_shards, to_host
 from opdjax.types import Metrics, PromptBatch, Rollouts, TrainBatch
 from opdjax.workdir import WorkdirError, append_lines, read_lines
 
@@ -53,9 +53,9 @@ class Heard:
 def open_judged(setup: Setup, workdir: pathlib.Path, first: int) -> Iterator[Judged]:
     """The source, from update `first` on; its calls end with it."""
     with contextlib.ExitStack() as opened:
-        config, line = setup.config, None
-        if is_lead():
-            line = opened.enter_context(open_line({role: getattr(config, role) for role in ROLES}, config.api, config.rubrics, workdir))
+        config = setup.config
+        roles = {role: getattr(config, role) for role in ROLES}
+        line = on_lead(lambda: opened.enter_context(open_line(roles, config.api, config.rubrics, workdir)))
         yield Judged(setup, workdir, first, line)
 
 
@@ -65,9 +65,8 @@ class Judged:
     def __init__(self, setup: Setup, workdir: pathlib.Path, first: int, line: Line | None):
         self._setup, self._workdir, self._line, self.params = setup, workdir, line, None
         self._kind = "scalar" if reward_of(setup.config) == "scalar" else "rubric"
-        self._criteria = CriteriaStore(setup.config.rubrics, workdir)
-        if is_lead():
-            self._criteria.restore(read_lines(workdir / ROWS))
+        self._criteria, self._is_frozen = CriteriaStore(setup.config.rubrics, workdir), False
+        on_lead(lambda: self._criteria.restore(read_lines(workdir / ROWS)))
 
     def publish(self, version: int, weights: Callable[[], Params], timer: Timer) -> None:
         """See `Source`."""
@@ -75,8 +74,9 @@ class Judged:
 
     def take(self, step: int, timer: Timer) -> Drawn:
         """See `Source`."""
-        if self._setup.config.rubrics.refresh == "frozen":
+        if self._setup.config.rubrics.refresh == "frozen" and not self._is_frozen:
             self._freeze(step, timer)
+            self._is_frozen = True
         prompts = prompts_of(self._setup, step)
         rollouts, futures = self._draw(prompts, step, timer)
         with timer.phase("judge_wait"):
@@ -198,7 +198,7 @@ class Judged:
     def _freeze(self, step: int, timer: Timer) -> None:
         """Before the first update, a rubric for every prompt that the run visits, from answers of the student as it is then."""
         setup, size = self._setup, self._setup.config.train.prompts_per_step
-        visited = np.unique(np.concatenate([prompts_of(setup, s).prompt_id for s in range(setup.config.train.num_steps)]))
+        visited = np.unique(indices_at(0, size * setup.config.train.num_steps, len(setup.prompts), setup.config.seed))
         is_missing = from_lead(lambda: np.isin(visited, self._criteria.unfrozen(visited.tolist())), np.zeros(len(visited), bool))
         missing = visited[is_missing]
         if len(missing) and step:
