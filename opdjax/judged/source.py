@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from opdjax.api.replies import ApiError
+from opdjax.config import Config
 from opdjax.data.packing import to_train_batch
 from opdjax.data.prompts import collate
 from opdjax.evals.evaluate import completions, graded
@@ -52,11 +53,13 @@ class Heard:
 @contextlib.contextmanager
 def open_judged(setup: Setup, workdir: pathlib.Path, first: int) -> Iterator[Judged]:
     """The source, from update `first` on; its calls end with it."""
-    with contextlib.ExitStack() as opened:
-        config, line = setup.config, None
-        if is_lead():
-            line = opened.enter_context(open_line({role: getattr(config, role) for role in ROLES}, config.api, config.rubrics, workdir))
+    with line_of(setup.config, workdir) if is_lead() else contextlib.nullcontext() as line:
         yield Judged(setup, workdir, first, line)
+
+
+def line_of(config: Config, workdir: pathlib.Path) -> contextlib.AbstractContextManager[Line]:
+    """The line to the config's judges."""
+    return open_line({role: getattr(config, role) for role in ROLES}, config.api, config.rubrics, workdir)
 
 
 class Judged:
@@ -128,6 +131,10 @@ class Judged:
             group = group_of(self._line.judge, prompt, as_question(row.prompt), row.references, texts[own], is_cut[own])
             groups.append(self._criteria.given(group) if self._kind == "rubric" else group)
         return groups
+
+    def judge(self, rollouts: Rollouts) -> list[list[Judgement]]:
+        """What judges say of the rollouts (on the host), by prompt; of the lead alone, whose errors are the client's."""
+        return self._line.results([self._line.submit(self._judge_one(group)) for group in self._groups(rollouts)])
 
     async def _judge_one(self, group: Group) -> list[Judgement]:
         found = await judge_group(self._line.judge, group, self._kind)

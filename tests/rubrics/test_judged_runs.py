@@ -26,6 +26,7 @@ from opdjax.config import (
     TrainConfig,
 )
 from opdjax.judged.credit import credited, token_stages
+from opdjax.judged.examine import examine_judge
 from opdjax.prepare import prepare, update_spec
 from opdjax.rollouts import SourceStoppedError
 from opdjax.train import train
@@ -204,6 +205,17 @@ def test_right_answers_alone_make_grpo_and_a_penalty_keeps_to_the_start(tmp_path
     train(base, tmp_path)
     assert not (tmp_path / "rubrics.jsonl").exists()
     assert all(0 <= reward <= 1 for reward in told(tmp_path, "rollout/task_reward"))
+
+
+def test_the_doctor_asks_the_judge_and_says_what_a_run_would_cost(judge_server):
+    found = {finding.name: finding for finding in examine_judge(config(judge_server))}
+    assert {name: finding.status for name, finding in found.items()} == dict.fromkeys(
+        ("judge", "judge_spread", "judge_references", "judge_cost"), "ok"
+    )
+    assert "about 32 times" in found["judge_cost"].message  # four steps of four prompts, two calls each
+    (down,) = examine_judge(config(NOWHERE))
+    assert down.status == "fault"
+    assert "4 of 4 groups have no score; of the replies: unavailable 4" in down.message
 
 
 # What masking comes to
