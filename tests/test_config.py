@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opdjax.config import (
+    ROPD_CODE,
+    ROPD_PAPER,
     ApiConfig,
     CheckpointConfig,
     Config,
@@ -30,6 +32,7 @@ from opdjax.config import (
     TeachConfig,
     TrainConfig,
 )
+from opdjax.estimators import bind
 from opdjax.fields import ConfigError, differences, from_dict, nearest, to_dict
 
 ENDPOINT = EndpointConfig(
@@ -40,8 +43,8 @@ UNUSUAL = Config(
     student=ModelConfig("a", "main", "bfloat16", ("tensor",), "splash"),
     teacher=ModelConfig("b", "v2", "float32", ("fsdp",), "xla"),
     data=DataConfig(
-        "x.jsonl", "Q: {prompt}", "be short", "raw", True, "chat", False, 64, "error", "question", "a.b", "text", None,
-        "{prompt}{answer}", 99,
+        "x.jsonl", "Q: {prompt}", "be short", "raw", True, "chat", False, 64, "error", "question", "a.b", "text", None, "{prompt}{answer}",
+        99,
     ),
     sampling=SamplingConfig(6, 33, 0.7, 0.9, 20, 0.1, (7, 8), "teacher", ("fsdp",), 12, "int8"),
     estimator=EstimatorConfig(
@@ -58,14 +61,12 @@ UNUSUAL = Config(
     mesh=MeshConfig(2, 2, 2, 2),
     rubricator=ENDPOINT,
     verifier=ENDPOINT,
-    teach=TeachConfig(2, 3, 0.7, 0.9, 44),
     teacher_api=ENDPOINT,
     api=ApiConfig("replies.sqlite", True, 2.5, 1, 2, 0.5),
     seed=11,
 )  # fmt: skip
 # What does not stand beside it, so that every leaf differs from its default in one of them.
 OTHERS = [
-    Config(data=DataConfig(references="answers.jsonl")),
     *(
         Config(estimator=estimator)
         for estimator in (
@@ -89,6 +90,8 @@ OTHERS = [
         verifier=ENDPOINT,
     ),
     Config(
+        data=DataConfig(references="taught.jsonl"),
+        teach=TeachConfig(2, 8, 0.5, 0.9, 99),
         estimator=EstimatorConfig("ropd_stages", stage_credit_matrix=(1.0, 0.8, 0.0, 1.0)),
         sampling=SamplingConfig(4),
         rubrics=RubricsConfig(stage_names=("a", "b"), stage_markers=(";",)),
@@ -195,7 +198,7 @@ def test_a_whole_number_is_read_as_a_float_where_one_is_expected():
         ({"estimator": {"recipe": "vodp"}}, "estimator.recipe is 'vodp'; did you mean 'vopd'?"),
         (
             {"estimator": {"recipe": 3}},
-            "estimator.recipe is 3; expected one of ['full_kl', 'grpo', 'npd', 'opd', 'ropd', 'ropd_stages', 'sft', 'tjudge', 'topk_kl', 'vopd']",
+            "estimator.recipe is 3; expected one of ['full_kl', 'grpo', 'npd', 'opd', 'ropd', ",
         ),
         ({"estimator": {"recipe": ["opd"]}}, "estimator.recipe is ['opd']; "),
         ({"estimator": {"baseline": "ful"}}, "estimator.baseline is 'ful'; did you mean 'full'?"),
@@ -446,6 +449,40 @@ def test_importing_the_package_starts_nothing():
         "print(len(names) > 25, dict(os.environ) == before, jax.config.values == flags, xla_bridge.backends_are_initialized())"
     )
     assert run_python(code) == "True True True False"
+
+
+# Rewards of whole answers
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"dual_clip": 1.0}, "estimator.dual_clip is 1.0; expected more than 1, or 0"),
+        ({"dual_clip": -3.0}, "estimator.dual_clip"),
+        ({"clip_low": 1.0}, "estimator.clip_low is 1.0; expected less than 1"),
+        ({"clip_high": 0.0}, "estimator.clip_high is 0.0; expected more than 0"),
+        ({"reference_kl_coef": -0.1}, "estimator.reference_kl_coef"),
+        ({"reference_kl": "k2"}, "none unless reference_kl_coef is more than 0"),
+        ({"reference_kl_coef": 0.1, "reference_kl": "k1"}, "estimator.reference_kl is 'k1'"),
+        ({"advantage": "std"}, "estimator.advantage is 'std'"),
+        ({"stage_credit_matrix": ()}, "K \\* K numbers"),
+        ({"stage_credit_matrix": (1.0, 0.5, 1.0)}, "K \\* K numbers"),
+        ({"stage_credit_matrix": (1.0, 0.5, 0.0, 1.0), "stage_credit": "last"}, "none where stage_credit_matrix is given"),
+        ({"stage_token_mean": True, "aggregation": "fixed_denominator"}, "token_mean where stage_token_mean is on"),
+    ],
+)
+def test_options_of_rewards_that_cannot_be(fields, told):
+    with pytest.raises(ConfigError, match=told):
+        EstimatorConfig("ropd_stages", **fields)
+
+
+def test_the_presets_of_ropd_are_its_release_and_its_paper():
+    released, printed = ROPD_CODE, ROPD_PAPER
+    assert (released.aggregation, released.advantage) == ("token_mean", "mean")
+    assert (printed.aggregation, printed.advantage) == ("sequence_mean_token_mean", "mean_std")
+    for preset in (released, printed):
+        bind(preset.recipe, preset.options)
+        assert (preset.clip_low, preset.clip_high) == (0.2, 0.28)
 
 
 # Judges

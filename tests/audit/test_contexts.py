@@ -73,6 +73,8 @@ def test_subjects_are_chosen_by_name_and_the_experiments_own_comes_first():
     assert len(choose(["npd"], {"kd_weight": 0.0}, "npd")) == len(choose(["npd"])) + 1
     with pytest.raises(ValueError, match="estimator.task_reward_coef is 0.5"):
         choose(None, {"task_reward_coef": 0.5}, "opd")
+    with pytest.raises(ValueError, match="estimator.recipe is 'ropd'; expected one that a teacher supervises"):
+        choose(None, {}, "ropd")
     with pytest.raises(ValueError, match=r"nothing called \['vodp'\] to audit"):
         choose(["vodp"])
 

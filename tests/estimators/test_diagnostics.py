@@ -16,6 +16,7 @@ from opdjax.estimators.diagnostics import (
     top_k_overlap,
     vocabulary_stats,
 )
+from opdjax.estimators.grpo import clipping
 from opdjax.ops.tile import VocabTile
 
 # Ids 0 to 3 live, id 4 pads the embedding.
@@ -100,6 +101,16 @@ def test_applied_importance_by_hand(kind):
     found = applied_importance(RATIOS, advantage, MASK, SEGMENTS, {"importance": kind, **options}, is_policy_gradient=True)
     np.testing.assert_allclose(found[0], weights, rtol=1e-6)
     np.testing.assert_array_equal(found[1], np.array(cut, bool))
+
+
+def test_a_punished_token_beyond_the_dual_bound_is_cut():
+    """Of the ratios 1/4, 4, 3 and 1, 3/2 the third is punished."""
+    advantage = jnp.array([[jnp.nan, -1.0, 1, -1], [1, 1, jnp.nan, jnp.nan]])
+    for dual, is_third_cut in ((2.5, True), (3.5, False), (0.0, False)):
+        asked = clipping({"dual_clip": dual})
+        _, is_cut = applied_importance(RATIOS, advantage, MASK, SEGMENTS, asked, is_policy_gradient=True)
+        np.testing.assert_array_equal(is_cut, [[False, True, True, is_third_cut], [False, True, False, False]])
+    assert clipping({})["dual_clip"] == 3
 
 
 def test_an_exact_divergence_weighs_the_contexts_alone():

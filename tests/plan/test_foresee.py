@@ -123,14 +123,16 @@ def test_what_does_not_fit_is_named(run_of):
     assert plan.largest("loss").num_bytes == max(sizes(plan, "loss").values())
 
 
-@pytest.mark.parametrize("recipe", ["vopd", "npd"])
-def test_the_arguments_are_those_of_the_compiled_update(recipe):
+@pytest.mark.parametrize(
+    "estimator", [EstimatorConfig("vopd"), EstimatorConfig("npd"), EstimatorConfig("grpo", reference_kl_coef=0.1)], ids=lambda e: e.recipe
+)
+def test_the_arguments_are_those_of_the_compiled_update(estimator):
     """The mini pair on eight simulated devices, parameters split over four of them."""
     config = Config(
         data=DataConfig(max_prompt_length=16),
-        sampling=SamplingConfig(max_completion_length=16),
-        estimator=EstimatorConfig(recipe),
-        train=TrainConfig(prompts_per_step=8),
+        sampling=SamplingConfig(2, max_completion_length=16),
+        estimator=estimator,
+        train=TrainConfig(prompts_per_step=4),
         evaluation=EvaluationConfig(source=None),
         mesh=MeshConfig(data=2, fsdp=4),
     )
@@ -167,3 +169,38 @@ def test_a_fused_attention_holds_no_scores(run_of):
     fused = dataclasses.replace(workload, student=dataclasses.replace(workload.student, attention="splash"))
     plain, fused = (sizes(foresee(each), "backward")["a layer's activations, backward"] for each in (workload, fused))
     assert plain - fused == 2 * 32 * 32 * (2 * 4 + 2)  # two heads, 32 x 32 columns
+
+
+PAIRS = TrainConfig(prompts_per_step=4, gradient_accumulation_steps=2)
+PENALISED = {"sampling": SamplingConfig(2, max_completion_length=16), "train": PAIRS}
+
+
+def penalised(run_of, recipe="grpo", coef=0.1, **sections):
+    return foresee(run_of("v5e-4", estimator=EstimatorConfig(recipe, tile=8, reference_kl_coef=coef), **PENALISED, **sections))
+
+
+def test_a_reference_is_a_second_frozen_student(run_of):
+    """It is held whole at all times, reads every row once, and adds a column to the batch; advantages are counted with or without."""
+    plan, plain = penalised(run_of), penalised(run_of, coef=None)
+    size = 2 * ((KERNELS + EMBEDDING) // 2 + NORMS)
+    for phase in ("sample", "teacher", "loss"):
+        assert sizes(plan, phase)["reference's parameters"] == size
+        assert not any("teacher's parameters" in name for name in sizes(plan, phase))
+    column = 2 * 32 * 4
+    assert plan.held("loss") - plain.held("loss") == size + sizes(plan, "loss")["batch: ids, mask, log-probabilities"]
+    taught = foresee(run_of("v5e-4", recipe="opd", **PENALISED))
+    batch = sizes(taught, "loss")["batch: ids, mask, log-probabilities"]
+    assert sizes(plan, "loss")["batch: ids, mask, log-probabilities"] == batch + column
+    trunk = 8 * 32 * (2 * KERNELS + 4 * 2 * 32 * 8)
+    assert plan.bounds["teacher"].flops == trunk + 2 * 8 * 16 * 32 * 8
+    assert plain.bounds["teacher"].flops == 0
+    assert plan.bounds["update"] == plain.bounds["update"]
+
+
+def test_beside_adapters_the_reference_is_the_frozen_student(run_of):
+    lora = LoraConfig(rank=2, targets=("q", "down"))
+    plan, plain = penalised(run_of, lora=lora), penalised(run_of, coef=None, lora=lora)
+    assert not any("reference" in name for name in sizes(plan, "loss"))
+    assert plan.bounds["teacher"].flops > plain.bounds["teacher"].flops == 0
+    frozen = sizes(plan, "teacher")["student's frozen parameters"]
+    assert plan.of_program("teacher") >= frozen > 0
