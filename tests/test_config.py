@@ -43,8 +43,8 @@ UNUSUAL = Config(
     student=ModelConfig("a", "main", "bfloat16", ("tensor",), "splash"),
     teacher=ModelConfig("b", "v2", "float32", ("fsdp",), "xla"),
     data=DataConfig(
-        "x.jsonl", "Q: {prompt}", "be short", "raw", True, "chat", False, 64, "error", "question", "a.b", "text", None, "{prompt}{answer}",
-        99,
+        "x.jsonl", "Q: {prompt}", "be short", "raw", True, "chat", False, 64, "error", "question", "a.b", "text", None,
+        "{prompt}{answer}", 99,
     ),
     sampling=SamplingConfig(6, 33, 0.7, 0.9, 20, 0.1, (7, 8), "teacher", ("fsdp",), 12, "int8"),
     estimator=EstimatorConfig(
@@ -61,12 +61,14 @@ UNUSUAL = Config(
     mesh=MeshConfig(2, 2, 2, 2),
     rubricator=ENDPOINT,
     verifier=ENDPOINT,
+    teach=TeachConfig(2, 3, 0.7, 0.9, 44),
     teacher_api=ENDPOINT,
     api=ApiConfig("replies.sqlite", True, 2.5, 1, 2, 0.5),
     seed=11,
 )  # fmt: skip
 # What does not stand beside it, so that every leaf differs from its default in one of them.
 OTHERS = [
+    Config(data=DataConfig(references="answers.jsonl")),
     *(
         Config(estimator=estimator)
         for estimator in (
