@@ -19,7 +19,7 @@ import numpy as np
 from opdjax.api.replies import ApiError
 from opdjax.config import Config
 from opdjax.data.packing import to_train_batch
-from opdjax.data.prompts import collate
+from opdjax.data.prompts import Prompt, collate
 from opdjax.evals.evaluate import completions, graded
 from opdjax.judged.context import with_context
 from opdjax.judged.credit import credited, least_scored, only, reward_of, usable
@@ -32,6 +32,7 @@ from opdjax.rubrics.criteria import FROZEN, CriteriaStore
 from opdjax.rubrics.groups import Group, Judgement, as_row, group_of, judge_group, metrics_of, rubric_of
 from opdjax.rubrics.line import Line, open_line
 from opdjax.rubrics.reflection import reflect
+from opdjax.rubrics.schema import Criterion
 from opdjax.sharding import is_lead, num_row_shards, to_host
 from opdjax.types import Metrics, PromptBatch, Rollouts, TrainBatch
 from opdjax.workdir import WorkdirError, append_lines, read_lines
@@ -129,8 +130,20 @@ class Judged:
             prompt, own = int(ids[start]), slice(start, start + size)
             row = self._setup.prompts.prompts[prompt]
             group = group_of(self._line.judge, prompt, as_question(row.prompt), row.references, texts[own], is_cut[own])
-            groups.append(self._criteria.given(group) if self._kind == "rubric" else group)
+            groups.append(self._criteria.given(group, self._own_criteria(row)) if self._kind == "rubric" else group)
         return groups
+
+    def _own_criteria(self, row: Prompt) -> tuple[Criterion, ...]:
+        """The prompt's own criteria, as a rubric has them."""
+        grade = self._setup.config.rubrics.grades
+        polarity = {False: "positive", True: "negative"}
+        return tuple(
+            Criterion(
+                id=f"c{place + 1}", category="given", text=given.text, weight=given.weight, polarity=polarity[given.is_flaw], grade=grade,
+                stage=given.stage, is_given=True,
+            )
+            for place, given in enumerate(row.criteria)
+        )  # fmt: skip
 
     def judge(self, rollouts: Rollouts) -> list[list[Judgement]]:
         """What judges say of the rollouts (on the host), by prompt; of the lead alone, whose errors are the client's."""
