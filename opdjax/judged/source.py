@@ -241,8 +241,14 @@ class Judged:
             nonlocal stopped
             groups = self._groups(rollouts)
             try:
-                rubrics = self._line.results([self._line.submit(rubric_of(self._line.judge, group)) for group in groups])
-                self._criteria.freeze({group.prompt_id: rubric for group, rubric in zip(groups, rubrics)})
+                found = self._line.results([self._line.submit(rubric_of(self._line.judge, group)) for group in groups])
+                rubrics = {group.prompt_id: rubric for group, rubric in zip(groups, found)}
+                lacking = [prompt for prompt, rubric in rubrics.items() if rubric is None]
+                # A missing rubric is frozen too; where nobody answers, it is not the prompt that has none.
+                if len(lacking) > self._setup.config.rubrics.max_failed_share * len(rubrics):
+                    stopped = f"{len(lacking)} of {len(rubrics)} prompts got none"
+                    rubrics = {prompt: rubric for prompt, rubric in rubrics.items() if rubric is not None}
+                self._criteria.freeze(rubrics)
             except ApiError as error:
                 stopped = error
             self._line.keep_usage(0)
@@ -252,7 +258,7 @@ class Judged:
             raise SourceStoppedError(
                 f"no rubrics can be had: {stopped or 'the first process says why'}; those that were made are kept, and the same command "
                 f"continues {self._workdir} once the judge can be asked again"
-            ) from stopped
+            ) from (stopped if isinstance(stopped, ApiError) else None)
 
 
 def as_question(prompt: str | Sequence[dict[str, str]]) -> str:

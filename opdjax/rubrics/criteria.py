@@ -56,8 +56,8 @@ class CriteriaStore:
         return dataclasses.replace(group, rubric=rubric, existing=self._in_use.get(prompt, tuple(own)))
 
     def learn(self, judgement: Judgement) -> list[str] | None:
-        """The ids of the criteria that stay in use at this prompt; None where criteria do not evolve or none came."""
-        if self._config.refresh != "evolving" or judgement.rubric is None:
+        """The ids of the criteria that stay in use at this prompt; None where criteria do not evolve or no rollout was held to them."""
+        if self._config.refresh != "evolving" or not any(judgement.verdicts):
             return None
         kept = pruned(judgement, self._config)
         self._in_use[judgement.group.prompt_id] = kept
