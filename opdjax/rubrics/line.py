@@ -44,7 +44,8 @@ class Line:
 
     def keep_usage(self, step: int) -> dict[str, float]:
         """What was asked since the last call, by role: returned as metrics, and written where a continued run finds what it has spent."""
-        usage = {role: dataclasses.asdict(used) for role, used in self.client.take_usage().items()}
+        taken = self.submit(_made(self.client.take_usage)).result()  # in the loop that counts, between two replies and not amid one
+        usage = {role: dataclasses.asdict(used) for role, used in taken.items()}
         append_lines(self.workdir / SPENDING, [{"step": step, "role": role, **used} for role, used in usage.items()])
         return {f"api/{role}/{name}": float(value) for role, used in usage.items() for name, value in used.items()}
 
