@@ -387,7 +387,8 @@ class Config:
         is_staged = recipe == "ropd_stages"
         expected = "two or more names where the recipe is ropd_stages, and none elsewhere"
         require(bool(rubrics.stage_names) == is_staged, "rubrics.stage_names", rubrics.stage_names, expected)
-        for name in ("grades", "polarity", "rubric_of", "refresh") if recipe == "tjudge" else ():
+        of_rubrics = ("min_criteria", "max_criteria", "grades", "polarity", "rubric_of", "refresh", "blind")
+        for name in of_rubrics if recipe == "tjudge" else ():
             default = RubricsConfig.__dataclass_fields__[name].default
             require(getattr(rubrics, name) == default, f"rubrics.{name}", getattr(rubrics, name), f"{default} where the recipe is tjudge")
 
