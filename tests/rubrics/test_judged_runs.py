@@ -42,6 +42,7 @@ NOWHERE = "http://127.0.0.1:9/v1"  # nobody listens
 def config(base_url, **changes):
     judge = EndpointConfig(base_url, "rules", input_price=1.0, output_price=2.0)
     base = Config(
+        teacher=ModelConfig("nobody/knows"),  # its text is all there is of it: no weights, no tokenizer
         data=DataConfig(source="arithmetic:train[:64]", max_prompt_length=32),
         sampling=SamplingConfig(num_generations=4, max_completion_length=24),
         estimator=ROPD_CODE,
