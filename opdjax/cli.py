@@ -237,9 +237,7 @@ def teach(arguments: list[str]) -> None:
     default = _experiment(arguments, "teach EXPERIMENT")
 
     def run(config: Annotated[Config, tyro.conf.arg(name="")] = default):
-        """Have a teacher answer every prompt of the data; the same command goes on where it was stopped.
-
-        Status 1 where some prompts have no answer that a run could use.
+        """Have a teacher answer every prompt of the data, or go on with it; status 1 where some have no answer that a run could use.
 
         Args:
             config: every field of the experiment; read are data, teach, teacher, teacher_api, api, mesh, seed and student's tokenizer

@@ -27,7 +27,7 @@ class RubricsConfig:
     # given: the prompt's own (data.rubric_column) alone, no rubricator is asked; with the others they stand beside what is induced
     refresh: Literal["every_step", "frozen", "evolving", "given"] = "every_step"
     # Stages of an answer, in their order, and for each but the first the regular expression whose first match, after the start of
-    # the stage before, begins it. None: answers are not divided
+    # the stage before, begins it; (): answers are not divided. Of what is thought aloud judges see nothing, whatever stage it is in
     stage_names: tuple[str, ...] = ()
     stage_markers: tuple[str, ...] = ()
     stage_caps: tuple[int, ...] = ()  # evolving: criteria kept of each stage (of an undivided answer, one number); (): 3, or max_criteria
