@@ -227,9 +227,11 @@ class ApiClient:
                 role.usage.retries += 1
                 await asyncio.sleep(wait)
                 continue
-            if self._cache is not None:
-                self._cache.put(question.key, reply)
-            return reply
+            if self._cache is None:
+                return reply
+            self._cache.put(question.key, reply)
+            # Of two runs that ask the same at once both go on with the reply that stays: a replay finds no other.
+            return dataclasses.replace(self._cache.get(question.key) or reply, is_cached=False)
         raise ApiUnavailableError(f"the {role.name} at {role.endpoint.base_url} does not answer: {cause}")
 
     def _wait(self, attempt: int, retry_after: float | None) -> float:
