@@ -333,10 +333,10 @@ class ApiClient:
 
 def _refusal(role: _Role, body: dict[str, Any], error: openai.APIStatusError) -> Exception:
     """What a status other than 200 means."""
-    status, said = error.status_code, role.redacted(error.message)
+    status, said = error.status_code, role.redacted(_words_of(error.response.text))
     if status in _RETRIED or status >= 500:
         return _TransientError(f"status {status}: {said}", _retry_after(error.response.headers), is_rate_limit=status == 429)
-    if status in _OF_THE_REQUEST and "response_format" in body and _names_the_form(error.message):
+    if status in _OF_THE_REQUEST and "response_format" in body and _names_the_form(error.response.text):
         return _FormRefusedError()
     if status in _OF_THE_REQUEST:
         return ApiRequestError(f"the {role.name} refuses a request with status {status}: {said}")
@@ -344,6 +344,17 @@ def _refusal(role: _Role, body: dict[str, Any], error: openai.APIStatusError) ->
         f"the {role.name} at {role.endpoint.base_url} answers with status {status}: {said}; check its base_url, model and the key in "
         f"{role.endpoint.api_key_env or 'api_key_env (none is named)'}"
     )
+
+
+def _words_of(text: str) -> str:
+    """What a server says in the body of a refusal; the package's own error keeps it only where it has one certain form."""
+    try:
+        said = json.loads(text)
+        for name in ("error", "message", "detail"):
+            said = said[name] if isinstance(said, dict) and isinstance(said.get(name), (dict, str)) else said
+    except (ValueError, RecursionError):
+        said = None
+    return " ".join((said if isinstance(said, str) else text).split()) or "(nothing)"
 
 
 def _names_the_form(said: str) -> bool:
