@@ -69,7 +69,8 @@ def test_a_failure_that_may_pass_is_tried_again(status):
 def test_a_refusal_is_never_tried_again(status, error):
     found, requests, usage = one_call(first(refusal(status, "the words of the server")))
     assert type(found) is error
-    assert f"status {status}" in str(found) and "the words of the server" in str(found)
+    assert f"status {status}" in str(found)
+    assert "the words of the server" in str(found)
     assert (requests, usage.retries, usage.calls) == (1, 0, 0)
 
 
@@ -113,7 +114,8 @@ def test_what_is_no_reply_is_tried_again(broken):
 )
 def test_the_servers_own_words_are_told(content, words):
     found, _, _ = one_call(first(Said(400, content)))
-    assert words in str(found) and len(str(found)) < 700
+    assert words in str(found)
+    assert len(str(found)) < 700
 
 
 def test_the_last_cause_is_told_when_attempts_are_used_up():
@@ -123,7 +125,8 @@ def test_the_last_cause_is_told_when_attempts_are_used_up():
     assert all(words in str(found) for words in ("the judge at http://127.0.0.1:", "status 500", "failure 2"))
     assert (requests, usage.retries, usage.calls) == (3, 2, 0)
     found, _, _ = one_call(lambda body, number: Said(content={"error": "the upstream is gone"}), api)
-    assert "no chat completion" in str(found) and "the upstream is gone" in str(found)
+    assert "no chat completion" in str(found)
+    assert "the upstream is gone" in str(found)
 
 
 @pytest.mark.parametrize("said", [Said(delay=5.0), Said(cut="drips")], ids=["silent", "drips"])
@@ -144,7 +147,9 @@ def test_nobody_listens():
         return found, client.take_usage()["judge"].retries
 
     found, retries = run(scenario())
-    assert type(found) is ApiUnavailableError and "no connection" in str(found) and "http://127.0.0.1:9/v1" in str(found)
+    assert type(found) is ApiUnavailableError
+    assert "no connection" in str(found)
+    assert "http://127.0.0.1:9/v1" in str(found)
     assert retries == 1
 
 
@@ -154,7 +159,8 @@ def test_pauses_grow_to_a_limit_and_differ(monkeypatch):
     client = ApiClient({}, ApiConfig(), None)
     for attempt, middle in ((0, 1), (1, 2), (2, 4)):
         waits = [client._wait(attempt, None) for _ in range(200)]
-        assert middle / 2 <= min(waits) < 0.7 * middle and 1.3 * middle < max(waits) <= 1.5 * middle
+        assert middle / 2 <= min(waits) < 0.7 * middle
+        assert 1.3 * middle < max(waits) <= 1.5 * middle
     assert all(4 <= client._wait(attempt, None) <= 8 for attempt in (3, 9, 5000))
     assert client._wait(0, 3.0) == 3.0
     assert client._wait(0, 7200.0) == 120.0
@@ -165,8 +171,19 @@ def test_pauses_grow_to_a_limit_and_differ(monkeypatch):
 
 @pytest.mark.parametrize(
     ("header", "seconds"),
-    [("0.5", 0.5), ("7", 7), ("-3", 0), ("nan", None), ("inf", None), ("soon", None), ("", None), ("1e999", None)]
-    + [("Thu, 01 Jan 1970 00:00:00 GMT", 0), ("Thu, 99 Foo 1970", None), ("Thu, 01 Jan 99999999999999 00:00:00 GMT", None)],
+    [
+        ("0.5", 0.5),
+        ("7", 7),
+        ("-3", 0),
+        ("nan", None),
+        ("inf", None),
+        ("soon", None),
+        ("", None),
+        ("1e999", None),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", 0),
+        ("Thu, 99 Foo 1970", None),
+        ("Thu, 01 Jan 99999999999999 00:00:00 GMT", None),
+    ],
 )
 def test_what_retry_after_says(header, seconds):
     assert client_module._retry_after({"retry-after": header}) == seconds
@@ -256,7 +273,8 @@ def test_the_breaker_opens_and_a_probe_closes_it():
     async def scenario():
         async with calling(first(*[refusal(500)] * 4), api=api) as (client, server):
             failed = [await outcome(client.complete("judge", asked(n))) for n in range(2)]
-            assert [type(error) for error in failed] == [ApiUnavailableError] * 2 and len(server.bodies) == 4
+            assert [type(error) for error in failed] == [ApiUnavailableError] * 2
+            assert len(server.bodies) == 4
             replies = await asyncio.gather(*(client.complete("judge", asked(n)) for n in range(2, 8)))
             assert [reply.text for reply in replies] == ["two"] * 6
             return server.times
@@ -279,7 +297,8 @@ def test_all_who_wait_hear_of_a_failed_probe():
 
     before, found, after = run(scenario())
     assert before == 4  # the three and one probe, whatever attempts each had left
-    assert type(found) is ApiUnavailableError and after == before + 1
+    assert type(found) is ApiUnavailableError
+    assert after == before + 1
 
 
 def test_a_rate_limit_and_a_refusal_are_answers():
@@ -287,7 +306,7 @@ def test_a_rate_limit_and_a_refusal_are_answers():
     answers = (refusal(500), refusal(429), refusal(500), refusal(400), refusal(500))
 
     async def scenario():
-        async with calling(first(*answers), api=api) as (client, server):
+        async with calling(first(*answers), api=api) as (client, _server):
             for n in range(5):
                 await outcome(client.complete("judge", asked(n)))
             return await client.complete("judge", asked(9))
@@ -317,7 +336,8 @@ def test_a_probe_that_is_called_off_leaves_nobody_waiting():
             return (await waiting).text, [body["messages"][0]["content"] for body in server.bodies]
 
     text, contents = run(scenario())
-    assert text == "two" and contents[2:] == ["waits"]
+    assert text == "two"
+    assert contents[2:] == ["waits"]
 
 
 def test_a_probe_that_meets_the_cap_leaves_nobody_waiting():
@@ -350,7 +370,8 @@ def test_what_was_sent_before_does_not_end_the_wait_by_failing():
             return await waiting, server.times
 
     reply, times = run(scenario())
-    assert reply.text == "two" and times[-1] - times[-2] > 0.7
+    assert reply.text == "two"
+    assert times[-1] - times[-2] > 0.7
 
 
 def test_what_was_sent_before_ends_the_wait_by_succeeding():
@@ -397,14 +418,16 @@ PRICED = {"input_price": 1e5, "output_price": 2e5}  # a reply of 10 and 5 tokens
 
 def test_the_cap_is_checked_before_each_call_and_counts_what_was_spent_before():
     async def scenario(spent, cap):
-        async with calling(ok, spent=spent, api=ApiConfig(max_dollars=cap), **PRICED) as (client, server):
+        async with calling(ok, spent=spent, api=ApiConfig(max_dollars=cap), **PRICED) as (client, _server):
             found = [await outcome(client.complete("judge", asked(n))) for n in range(4)]
             return sum(isinstance(reply, Reply) for reply in found), found[-1], client.spent, client.take_usage()["judge"].dollars
 
     assert run(scenario(0.0, 0.0))[::2] == (4, 8.0)
     count, error, spent, dollars = run(scenario(0.0, 5.0))
     assert (count, spent, dollars) == (3, 6.0, 6.0)
-    assert type(error) is SpendingCapError and "6.0000 dollars" in str(error) and "api.max_dollars is 5" in str(error)
+    assert type(error) is SpendingCapError
+    assert "6.0000 dollars" in str(error)
+    assert "api.max_dollars is 5" in str(error)
     assert run(scenario(4.5, 5.0))[::2] == (1, 6.5)
     assert run(scenario(5.0, 5.0))[::2] == (0, 5.0)
 
@@ -441,14 +464,19 @@ def test_offline_nobody_is_asked_and_no_key_is_needed(tmp_path, monkeypatch):
     run(scenario(ApiConfig()))
     monkeypatch.delenv("A_KEY")
     (known, missing), requests, usage = run(scenario(ApiConfig(offline=True)))
-    assert known == Reply("two", "stop", True, 10, 5) and (requests, usage.calls, usage.cached) == (0, 0, 1)
+    assert known == Reply("two", "stop", True, 10, 5)
+    assert (requests, usage.calls, usage.cached) == (0, 0, 1)
     key = request_key(EndpointConfig("http://x", "model"), asked(1), None, 0)
-    assert type(missing) is OfflineMissError and "judge" in str(missing) and key in str(missing)
+    assert type(missing) is OfflineMissError
+    assert "judge" in str(missing)
+    assert key in str(missing)
 
 
 def test_an_unknown_role_is_named():
     found = run(outcome(ApiClient({"a": EndpointConfig("http://x", "m")}, ApiConfig(), None).complete("b", ASKED)))
-    assert type(found) is ValueError and "nobody is the b" in str(found) and "b.base_url" in str(found)
+    assert type(found) is ValueError
+    assert "nobody is the b" in str(found)
+    assert "b.base_url" in str(found)
 
 
 # Keys
@@ -508,7 +536,8 @@ def test_who_wants_no_key_gets_none(monkeypatch):
             return server.heads[0].lower()
 
     head = run(scenario())
-    assert "authorization: bearer none\r\n" in head and KEY.lower() not in head
+    assert "authorization: bearer none\r\n" in head
+    assert KEY.lower() not in head
 
 
 # Shared and called-off questions
@@ -523,7 +552,8 @@ def test_the_same_question_in_flight_is_asked_once(tmp_path):
             return [reply.is_cached for reply in replies], len(server.bodies), client.take_usage()["judge"]
 
     cached, requests, usage = run(scenario())
-    assert cached == [False] + [True] * 9 + [False] and requests == 2
+    assert cached == [False] + [True] * 9 + [False]
+    assert requests == 2
     assert (usage.calls, usage.cached, usage.input_tokens) == (2, 9, 20)
 
 
@@ -531,7 +561,8 @@ def test_an_error_is_shared_and_the_next_one_asks_anew():
     async def scenario():
         async with calling(first(dataclasses.replace(refusal(400), delay=0.1))) as (client, server):
             found = await asyncio.gather(*(outcome(client.complete("judge", ASKED)) for _ in range(3)))
-            assert [type(error) for error in found] == [ApiRequestError] * 3 and len(server.bodies) == 1
+            assert [type(error) for error in found] == [ApiRequestError] * 3
+            assert len(server.bodies) == 1
             assert client.take_usage()["judge"].cached == 0
             return (await client.complete("judge", ASKED)).is_cached
 
@@ -636,7 +667,8 @@ def test_less_structure_where_the_server_knows_no_more(known, settled, asked_for
             return [form_of(body) for body in server.bodies], client.take_usage()["judge"]
 
     forms, usage = run(scenario())
-    assert forms == asked_for and (usage.calls, usage.retries) == (2, 0)
+    assert forms == asked_for
+    assert (usage.calls, usage.retries) == (2, 0)
     assert capfd.readouterr().err == f"the judge's server takes no json_schema output; going on with {settled}\n"
 
 
@@ -660,9 +692,6 @@ def test_a_refusal_that_only_mentions_the_form_costs_no_structure(capfd):
         (completion("2", "length"), "2", "length"),
         (completion("2", None), "2", "stop"),
         (completion(None), "", "stop"),
-        (completion(None, reasoning_content="thought"), "thought", "stop"),
-        (completion("", reasoning="thought"), "thought", "stop"),
-        (completion(" \n", reasoning_content=None, reasoning="thought"), "thought", "stop"),
         (completion("said", reasoning_content="thought"), "said", "stop"),
         (completion("not { JSON"), "not { JSON", "stop"),
         (completion("half \ud83d"), "half \ufffd", "stop"),
@@ -672,6 +701,16 @@ def test_a_refusal_that_only_mentions_the_form_costs_no_structure(capfd):
 def test_what_is_read_of_a_reply(document, text, finish):
     found, _, _ = one_call(lambda *_: Said(content=document))
     assert (found.text, found.finish_reason) == (text, finish)
+
+
+@pytest.mark.parametrize("thought", [{"reasoning_content": "{}"}, {"reasoning": "{}"}, {"reasoning_content": None, "reasoning": "{}"}])
+@pytest.mark.parametrize("content", [None, "", " \n"])
+def test_a_form_is_looked_for_in_what_was_thought_and_an_answer_is_not(content, thought):
+    async def scenario():
+        async with calling(lambda *_: Said(content=completion(content, **thought))) as (client, _):
+            return [(await client.complete("judge", ASKED, schema=schema)).text.strip() for schema in (SCHEMA, None)]
+
+    assert run(scenario()) == ["{}", ""]
 
 
 @pytest.mark.parametrize("usage", [None, (None, None), (-1, "7")])
@@ -704,7 +743,8 @@ def test_a_second_run_asks_nobody_and_reads_the_same(tmp_path):
         return found, len(server.bodies), client.spent
 
     once, requests, spent = run(scenario(ApiConfig(), **PRICED))
-    assert requests == 4 and spent > 0
+    assert requests == 4
+    assert spent > 0
     again, requests, spent = run(scenario(ApiConfig(offline=True), timeout=1.0, concurrency=2, requests_per_minute=1, input_price=9.0))
     assert again == [dataclasses.replace(reply, is_cached=True) for reply in once]
     assert (requests, spent) == (0, 0.0)
@@ -719,7 +759,8 @@ def test_usage_is_told_once_and_by_role():
             return one, client.take_usage()["judge"], client.take_usage()["judge"]
 
     one, two, none = run(scenario())
-    assert (one.calls, one.retries, one.input_tokens, one.output_tokens, one.dollars) == (1, 0, 10, 5, 2.0) and one.seconds >= 0.05
+    assert (one.calls, one.retries, one.input_tokens, one.output_tokens, one.dollars) == (1, 0, 10, 5, 2.0)
+    assert one.seconds >= 0.05
     assert (two.calls, two.retries) == (1, 1)
     assert dataclasses.asdict(none) == dict.fromkeys(dataclasses.asdict(none), 0)
 
