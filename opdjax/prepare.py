@@ -107,12 +107,27 @@ def _require_reward_data(config: Config, rows: list[Prompt]) -> None:
         require_of_each(rows, "answer", data.answer_column or "answer", data.source, "a task reward needs them")
     if config.rubrics.stage_names:  # said before a judge is paid for scores that nobody could be credited with
         credit_matrix(config.estimator.stage_credit, len(config.rubrics.stage_names), config.estimator.stage_credit_matrix or ())
+    _require_own_criteria(config, rows)
     missing = [name for name in ("openai", "pydantic") if config.is_judged and importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"judges are asked through {' and '.join(missing)}: pip install 'opdjax[judge]'")
     if config.is_judged and config.rubrics.num_references and data.references is None:
         reason = "judges are shown a teacher's answers: write them with opdjax teach (data.references), or set rubrics.num_references to 0"
         require_of_each(rows, "references", data.reference_column or "references", data.source, reason)
+
+
+def _require_own_criteria(config: Config, rows: list[Prompt]) -> None:
+    """Criteria that come with the prompts are such as the config's rubrics may have."""
+    stages, place = config.rubrics.stage_names, f"of {config.data.source} (data.rubric_column)"
+    for number, row in enumerate(rows):
+        if config.rubrics.refresh == "given" and not row.criteria:
+            raise ConfigError(f"prompt {number} {place} has no criteria; rubrics.refresh is given, so that nobody writes any")
+        for criterion in row.criteria:
+            if criterion.is_flaw and config.rubrics.polarity == "positive":
+                raise ConfigError(f"prompt {number} {place} has a criterion of negative weight; set rubrics.polarity to signed")
+            if criterion.stage not in (stages or (None,)):
+                expected = f"one of {list(stages)}" if stages else "none, for rubrics.stage_names is empty"
+                raise ConfigError(f"prompt {number} {place} has a criterion of stage {criterion.stage!r}; expected {expected}")
 
 
 def _learner_devices(config: Config) -> list[jax.Device] | None:

@@ -23,10 +23,11 @@ class RubricsConfig:
     rubric_of: Literal["group", "student"] = "group"  # one rubric for all rollouts of a prompt, or one for each (ablation)
     blind: bool = True  # the verifier sees references and rollouts as one anonymous pool; false: it is told which is which (ablation)
     # every_step: induced from the rollouts at hand. frozen: once for each prompt, from answers of the untrained student (ablation).
-    # evolving: criteria of a prompt stay from visit to visit, new ones come, those that tell least apart are pruned (RubricEM)
-    refresh: Literal["every_step", "frozen", "evolving"] = "every_step"
+    # evolving: criteria of a prompt stay from visit to visit, new ones come, those that tell least apart are pruned (RubricEM).
+    # given: the prompt's own (data.rubric_column) alone, no rubricator is asked; with the others they stand beside what is induced
+    refresh: Literal["every_step", "frozen", "evolving", "given"] = "every_step"
     # Stages of an answer, in their order, and for each but the first the regular expression whose first match, after the start of
-    # the stage before, begins it. None: answers are not divided
+    # the stage before, begins it; (): answers are not divided. Of what is thought aloud judges see nothing, whatever stage it is in
     stage_names: tuple[str, ...] = ()
     stage_markers: tuple[str, ...] = ()
     stage_caps: tuple[int, ...] = ()  # evolving: criteria kept of each stage (of an undivided answer, one number); (): 3, or max_criteria

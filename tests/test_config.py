@@ -43,7 +43,7 @@ UNUSUAL = Config(
     student=ModelConfig("a", "main", "bfloat16", ("tensor",), "splash"),
     teacher=ModelConfig("b", "v2", "float32", ("fsdp",), "xla"),
     data=DataConfig(
-        "x.jsonl", "Q: {prompt}", "be short", "raw", True, "chat", False, 64, "error", "question", "a.b", "text", None,
+        "x.jsonl", "Q: {prompt}", "be short", "raw", True, "chat", False, 64, "error", "question", "a.b", "text", "rubric", None,
         "{prompt}{answer}", 99,
     ),
     sampling=SamplingConfig(6, 33, 0.7, 0.9, 20, 0.1, (7, 8), "teacher", ("fsdp",), 12, "int8"),

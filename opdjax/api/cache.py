@@ -9,13 +9,15 @@ import sqlite3
 import time
 from typing import Any
 
-from opdjax.api.replies import ApiError
+from opdjax.api.replies import ApiError, Reply
 from opdjax.api_config import EndpointConfig
 
 _VERSION = 1
-_BUSY_SECONDS = 60.0
+_BUSY_SECONDS, _LOOK_AGAIN = 60.0, 0.05
 # What of an endpoint decides a reply; how it is reached and paid does not.
 _DECIDING = ("model", "temperature", "top_p", "seed", "reasoning_effort", "max_tokens", "output")
+_KEPT = {"text": str, "finish_reason": str, "input_tokens": int, "output_tokens": int}
+_COLUMNS = ["key", "version", "reply", "written"]
 
 
 class CacheError(ApiError):
@@ -29,49 +31,77 @@ def request_key(endpoint: EndpointConfig, messages: list[dict[str, str]], schema
 
 
 class ReplyCache:
-    """Replies by their key; of one and the same key the first that was written stays."""
+    """Replies by their key; of one and the same key the first that was written stays. Of any thread, one at a time."""
 
     def __init__(self, path: str | pathlib.Path):
         self._path = pathlib.Path(path)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = sqlite3.connect(self._path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-            self._file.execute("PRAGMA journal_mode=WAL")
-            self._file.execute("PRAGMA synchronous=NORMAL")
-            self._file.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, version INTEGER, reply TEXT, written REAL)")
         except (sqlite3.Error, OSError) as error:
             raise self._error("opened", error) from error
+        try:
+            self._prepare()
+        except (sqlite3.Error, ValueError) as error:
+            self._file.close()
+            raise self._error("opened", error) from error
 
-    def get(self, key: str) -> dict[str, Any] | None:
+    def _prepare(self) -> None:
+        run = self._file.execute
+        # Two processes that make the file at once are not made to wait for each other by SQLite, where it is the mode that changes.
+        deadline = time.monotonic() + _BUSY_SECONDS
+        while run("PRAGMA journal_mode").fetchone()[0] != "wal":
+            try:
+                run("PRAGMA journal_mode=WAL")
+                break
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) or time.monotonic() > deadline:
+                    raise
+                time.sleep(_LOOK_AGAIN)
+        run("PRAGMA synchronous=NORMAL")
+        run("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, version INTEGER, reply TEXT, written REAL)")
+        columns = [row[1] for row in run("PRAGMA table_info(replies)")]
+        if columns != _COLUMNS:
+            raise ValueError(f"its table of replies has the columns {', '.join(columns)}, expected {', '.join(_COLUMNS)}")
+
+    def get(self, key: str) -> Reply | None:
         """The reply, or None; CacheError where what is there cannot be read."""
         try:
             row = self._file.execute("SELECT version, reply FROM replies WHERE key = ?", (key,)).fetchone()
-            if row is None:
-                return None
-            reply = json.loads(row[1])
-            if row[0] != _VERSION or not isinstance(reply, dict) or not isinstance(reply.get("text"), str):
-                raise ValueError(f"the row {key} is of version {row[0]}, expected {_VERSION}")
-        except (sqlite3.Error, ValueError, TypeError) as error:
+            return None if row is None else _reply_of(key, *row)
+        except (sqlite3.Error, ValueError, TypeError, RecursionError) as error:
             raise self._error("read", error) from error
-        return reply
 
-    def put(self, key: str, reply: dict[str, Any]) -> None:
-        """Keep the reply, unless there is one already."""
+    def put(self, key: str, reply: Reply) -> None:
+        """Keep the reply, unless there is one already; CacheError where it cannot be written."""
         try:
-            row = (key, _VERSION, json.dumps(reply), time.time())
+            row = (key, _VERSION, json.dumps({name: getattr(reply, name) for name in _KEPT}), time.time())
             self._file.execute("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?)", row)
         except sqlite3.Error as error:
             raise self._error("written", error) from error
-
-    def __len__(self) -> int:
-        return self._file.execute("SELECT count(*) FROM replies").fetchone()[0]
 
     def close(self) -> None:
         """Let go of the file."""
         self._file.close()
 
     def _error(self, what: str, error: Exception) -> CacheError:
+        todo = {
+            "opened": "see that the directory can be written and that the file is a cache of replies",
+            "read": "the file is damaged or of another version: move it away together with its -wal and -shm",
+            "written": "free the disk, or make the file and its directory writable",
+        }[what]
         return CacheError(
-            f"the replies in {self._path} could not be {what}: {error}; free the disk, or name another file in api.cache (replies that "
+            f"the replies in {self._path} could not be {what}: {error}; {todo}, or name another file in api.cache (replies that "
             "are not in it are asked for again)"
         )
+
+
+def _reply_of(key: str, version: int, text: str) -> Reply:
+    """The reply in a row; ValueError where it is none."""
+    if version != _VERSION:
+        raise ValueError(f"the row {key} is of version {version}, expected {_VERSION}")
+    found = json.loads(text)
+    values = [found.get(name) for name in _KEPT] if isinstance(found, dict) else []
+    if not values or not all(isinstance(value, kind) for value, kind in zip(values, _KEPT.values())):
+        raise ValueError(f"the row {key} is no reply")
+    return Reply(is_cached=False, **dict(zip(_KEPT, values)))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from typing import Literal
+
+_LOOK_AGAIN = 0.1  # seconds after which whoever waits looks whether units were given back
 
 
 class Budget:
@@ -20,12 +23,12 @@ class Budget:
         """Wait until the units may be spent. More than a second's worth is lent, and those who come later wait for it."""
         async with self._turn:
             while (wait := self._wait(units)) > 0:
-                await asyncio.sleep(wait)
+                await asyncio.sleep(min(wait, _LOOK_AGAIN))
             self._level -= units if self._rate else 0
 
     def give_back(self, units: float) -> None:
         """Correct what was foreseen by what it came to; fewer than none where it was more."""
-        self._level = min(self._level + units, self._capacity)
+        self._level = min(self._level + units, self._capacity) if self._rate else self._level
 
     def pause(self, seconds: float) -> None:
         """Nobody is served for so long: the server asked for it."""
@@ -40,46 +43,52 @@ class Budget:
         return max(blocked, (min(units, self._capacity) - self._level) / self._rate)
 
 
+Admission = Literal["free", "probe", "down"]
+
+
 class Breaker:
-    """Open after so many failures in a row: everybody then waits until, after a while, one request has tried."""
+    """Open after so many failures in a row: everybody then waits until, after a while, one request, the probe, has tried.
+
+    They wait, and do not fail at once, so that a server which is away for a moment costs that moment and not the questions
+    of many steps; if the probe fails as well, all who waited are told so.
+    """
 
     def __init__(self, most_failures: int, seconds: float, clock: Callable[[], float] = time.monotonic):
         self._most, self._seconds, self._clock = most_failures, seconds, clock
-        self._failures, self._opened, self._probe = 0, 0.0, None
+        self._failures, self._opened, self._is_probing = 0, 0.0, False
+        self._news: asyncio.Future[bool] | None = None  # whether to look again; False: the probe failed
 
-    async def enter(self) -> bool:
-        """Whether this request may be sent: at once, as the probe, or once a probe went through; False where a probe failed."""
-        while self._failures >= self._most:
-            if self._probe is not None:
-                if not await asyncio.shield(self._probe):
-                    return False
-                continue
-            wait = self._opened + self._seconds - self._clock()
-            self._probe = asyncio.get_running_loop().create_future()
-            if wait > 0:
-                try:
-                    await asyncio.sleep(wait)
-                except asyncio.CancelledError:
-                    self._settle(False)
-                    raise
-            return True
-        return True
+    @property
+    def is_open(self) -> bool:
+        """Whether the server is taken for down."""
+        return self._failures >= self._most
 
-    def succeeded(self) -> None:
-        """A request was answered."""
-        self._failures = 0
-        self._settle(True)
+    async def enter(self) -> Admission:
+        """Wait until a request may be sent: as any other, or as the probe; `down` where a probe failed meanwhile.
 
-    def failed(self) -> None:
-        """A request was not answered, and might have been."""
-        self._failures, self._opened = self._failures + 1, self._clock()
-        self._settle(False)
+        Whoever is let in must `leave`, whatever comes of it: all others wait for the probe.
+        """
+        while self.is_open:
+            wait = max(self._opened + self._seconds - self._clock(), 0.0)
+            if not wait and not self._is_probing:
+                self._is_probing = True
+                return "probe"
+            news = self._news = self._news or asyncio.get_running_loop().create_future()
+            await asyncio.wait([news], timeout=None if self._is_probing else wait)
+            if news.done() and not news.result():
+                return "down"
+        return "free"
 
-    def abandoned(self) -> None:
-        """A request was given up; whether it would have been answered nobody knows."""
-        self._settle(False)
-
-    def _settle(self, is_answered: bool) -> None:
-        if self._probe is not None and not self._probe.done():
-            self._probe.set_result(is_answered)
-        self._probe = None
+    def leave(self, admission: Admission, is_answered: bool | None) -> None:
+        """What came of a request that was let in; None: it was never sent, or nobody waited for what came of it."""
+        if is_answered:
+            self._failures = 0
+        elif is_answered is not None:
+            self._failures, self._opened = self._failures + 1, self._clock()
+        if admission == "probe":
+            self._is_probing = False
+        # What others still hear who were sent before the breaker opened must not end the wait for the probe, unless it is good.
+        if is_answered or admission == "probe":
+            news, self._news = self._news, None
+            if news is not None:
+                news.set_result(is_answered is not False)

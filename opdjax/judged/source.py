@@ -17,8 +17,9 @@ import jax
 import numpy as np
 
 from opdjax.api.replies import ApiError
+from opdjax.config import Config
 from opdjax.data.packing import to_train_batch
-from opdjax.data.prompts import collate, indices_at
+from opdjax.data.prompts import Prompt, collate, indices_at
 from opdjax.evals.evaluate import completions, graded
 from opdjax.judged.context import with_context
 from opdjax.judged.credit import credited, least_scored, only, reward_of, usable
@@ -31,6 +32,7 @@ from opdjax.rubrics.criteria import FROZEN, CriteriaStore
 from opdjax.rubrics.groups import Group, Judgement, as_row, group_of, judge_group, metrics_of, rubric_of
 from opdjax.rubrics.line import Line, open_line
 from opdjax.rubrics.reflection import reflect
+from opdjax.rubrics.schema import Criterion
 from opdjax.sharding import num_row_shards, to_host
 from opdjax.types import Metrics, PromptBatch, Rollouts, TrainBatch
 from opdjax.workdir import WorkdirError, append_lines, read_lines
@@ -53,10 +55,13 @@ class Heard:
 def open_judged(setup: Setup, workdir: pathlib.Path, first: int) -> Iterator[Judged]:
     """The source, from update `first` on; its calls end with it."""
     with contextlib.ExitStack() as opened:
-        config = setup.config
-        roles = {role: getattr(config, role) for role in ROLES}
-        line = on_lead(lambda: opened.enter_context(open_line(roles, config.api, config.rubrics, workdir)))
+        line = on_lead(lambda: opened.enter_context(line_of(setup.config, workdir)))
         yield Judged(setup, workdir, first, line)
+
+
+def line_of(config: Config, workdir: pathlib.Path) -> contextlib.AbstractContextManager[Line]:
+    """The line to the config's judges."""
+    return open_line({role: getattr(config, role) for role in ROLES}, config.api, config.rubrics, workdir)
 
 
 class Judged:
@@ -126,8 +131,24 @@ class Judged:
             prompt, own = int(ids[start]), slice(start, start + size)
             row = self._setup.prompts.prompts[prompt]
             group = group_of(self._line.judge, prompt, as_question(row.prompt), row.references, texts[own], is_cut[own])
-            groups.append(self._criteria.given(group) if self._kind == "rubric" else group)
+            groups.append(self._criteria.given(group, self._own_criteria(row)) if self._kind == "rubric" else group)
         return groups
+
+    def _own_criteria(self, row: Prompt) -> tuple[Criterion, ...]:
+        """The prompt's own criteria, as a rubric has them."""
+        grade = self._setup.config.rubrics.grades
+        polarity = {False: "positive", True: "negative"}
+        return tuple(
+            Criterion(
+                id=f"c{place + 1}", category="given", text=given.text, weight=given.weight, polarity=polarity[given.is_flaw], grade=grade,
+                stage=given.stage, is_given=True,
+            )
+            for place, given in enumerate(row.criteria)
+        )  # fmt: skip
+
+    def judge(self, rollouts: Rollouts) -> list[list[Judgement]]:
+        """What judges say of the rollouts (on the host), by prompt; of the lead alone, whose errors are the client's."""
+        return self._line.results([self._line.submit(self._judge_one(group)) for group in self._groups(rollouts)])
 
     async def _judge_one(self, group: Group) -> list[Judgement]:
         found = await judge_group(self._line.judge, group, self._kind)

@@ -82,7 +82,7 @@ async def _judged(judge: Judge, group: Group, kind: Kind) -> Judgement:
             scores, reference_scores = await rate(judge, group.question, group.references, group.answers, tally)
             return _failed(group, tally, scores=tuple(scores), reference_scores=tuple(reference_scores))
         rubric = group.rubric or await induce(judge, group.question, group.references, group.answers, tally, group.existing)
-        rubric = joined(group.existing, rubric.criteria) if group.existing else rubric
+        rubric = rubric if group.rubric or not group.existing else joined(group.existing, rubric.criteria)
         verdicts, reference_verdicts = await verify(judge, group.question, rubric, group.references, group.answers, tally)
     except (ReplyError, ApiUnavailableError, ApiRequestError):
         return _failed(group, tally)
@@ -105,7 +105,8 @@ def _scored(judge: Judge, group: Group, rubric: Rubric, verdicts, reference_verd
 async def rubric_of(judge: Judge, group: Group) -> Rubric | None:
     """The rubric alone; None where none can be had."""
     try:
-        return await induce(judge, group.question, group.references, group.answers, Tally())
+        rubric = await induce(judge, group.question, group.references, group.answers, Tally(), group.existing)
+        return joined(group.existing, rubric.criteria) if group.existing else rubric
     except (ReplyError, ApiUnavailableError, ApiRequestError):
         return None
 

@@ -44,6 +44,7 @@ class Criterion(pydantic.BaseModel):
     polarity: Literal["positive", "negative"] = "positive"  # negative: a flaw, whose absence scores
     grade: Literal["binary", "graded"] = "binary"  # met or not, or 0, 1, 2
     stage: str | None = None  # the part of an answer that it looks at; None: all of it
+    is_given: bool = False  # it came with the prompt, and stays
 
 
 @dataclasses.dataclass(frozen=True)

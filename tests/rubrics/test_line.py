@@ -4,7 +4,7 @@ import asyncio
 
 from opdjax.api.cache import ReplyCache
 from opdjax.api.client import ApiClient
-from opdjax.api.replies import ApiUnavailableError, SpendingCapError
+from opdjax.api.replies import ApiUnavailableError, Reply, SpendingCapError
 from opdjax.api_config import ApiConfig, EndpointConfig
 from opdjax.rubrics.line import SPENDING, open_line
 from opdjax.rubrics_config import RubricsConfig
@@ -27,7 +27,7 @@ def test_what_was_answered_when_a_run_ends_is_kept_as_spent(judge_server, tmp_pa
 
 def test_two_runs_that_ask_the_same_at_once_go_on_with_one_reply(judge_server, tmp_path):
     cache = ReplyCache(tmp_path / "replies.sqlite")
-    first_of = {"text": "of the other run", "finish_reason": "stop", "is_cached": False, "input_tokens": 1, "output_tokens": 2}
+    first_of = Reply("of the other run", "stop", False, 1, 2)
 
     class Overtaken(ReplyCache):
         def put(self, key, reply):
@@ -60,4 +60,4 @@ def test_nobody_waits_for_a_probe_that_the_spending_cap_gave_up():
         finally:
             await client.close()
 
-    assert [type(error) for error in asyncio.run(asked())] == [ApiUnavailableError, SpendingCapError, ApiUnavailableError]
+    assert [type(error) for error in asyncio.run(asked())] == [ApiUnavailableError, SpendingCapError, SpendingCapError]
