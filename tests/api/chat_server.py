@@ -140,3 +140,18 @@ async def outcome(call):
         return await call
     except Exception as error:  # whatever it is, a test looks at it
         return error
+
+
+def asked(text):
+    """A question of its own."""
+    return [{"role": "user", "content": str(text)}]
+
+
+def ok(body, number):
+    """A good response, whatever is asked."""
+    return Said()
+
+
+def first(*responses):
+    """Those responses, one after the other, then good ones."""
+    return lambda body, number: responses[number] if number < len(responses) else Said()
