@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -71,7 +72,7 @@ async def judge_group(judge: Judge, group: Group, kind: Kind) -> list[Judgement]
     """
     if kind == "rubric" and judge.config.rubric_of == "student":
         each = (dataclasses.replace(group, answers=(answer,), samples=(sample,)) for answer, sample in zip(group.answers, group.samples))
-        return [await _judged(judge, one, kind) for one in each]
+        return list(await asyncio.gather(*(_judged(judge, one, kind) for one in each)))
     return [await _judged(judge, group, kind)]
 
 
