@@ -102,6 +102,8 @@ def prepare(config: Config) -> Setup:
 def _require_reward_data(config: Config, rows: list[Prompt]) -> None:
     """What the rewards are made of is there."""
     data = config.data
+    if config.is_judged and all(row.answer is not None for row in rows):
+        require_grader(config.evaluation.grader)  # scores are recorded beside right answers where these are known
     if config.estimator.task_reward_coef or config.estimator.recipe == "grpo":
         require_grader(config.evaluation.grader)
         require_of_each(rows, "answer", data.answer_column or "answer", data.source, "a task reward needs them")
