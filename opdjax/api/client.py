@@ -313,7 +313,8 @@ class ApiClient:
         try:
             # The package's own limit is on the wait for each piece of a response, which may come in very many.
             async with asyncio.timeout(role.endpoint.timeout):
-                raw = await role.sdk.chat.completions.with_raw_response.create(**body)
+                # And not chat.completions.create, whose check of each field of the request costs a seventh of the call.
+                content = await role.sdk.post("/chat/completions", cast_to=bytes, body=body)
         except (openai.APITimeoutError, TimeoutError):
             raise _TransientError(f"no reply within endpoint.timeout, {role.endpoint.timeout:g} seconds") from None
         except openai.APIConnectionError as error:
@@ -322,7 +323,6 @@ class ApiClient:
             raise _refusal(role, body, error) from None
         except openai.OpenAIError as error:
             raise ApiRequestError(role.redacted(f"the {role.name}'s request failed: {type(error).__name__}: {error}")) from None
-        content = raw.http_response.content
         try:
             return _reply_of(json.loads(content), body, is_form=is_form)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
