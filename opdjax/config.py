@@ -378,12 +378,17 @@ class Config:
         expected = f"none where the recipe is {recipe}: a prompt's rollouts are judged together, for the update that they are drawn for"
         require(is_whole, "near_policy.schedule", near.schedule, expected)
         for role in ("verifier", "rubricator") if is_judged else ():
-            is_needed = role == "verifier" or recipe != "tjudge"
+            is_needed = role == "verifier" or (recipe != "tjudge" and rubrics.refresh != "given")
             require(getattr(self, role).is_given or not is_needed, f"{role}.base_url", "", f"the address of a judge: {recipe} asks one")
+        column = self.data.rubric_column
+        require(
+            rubrics.refresh != "given" or bool(column), "data.rubric_column", column, "a column of criteria where rubrics.refresh is given"
+        )
         is_staged = recipe == "ropd_stages"
         expected = "two or more names where the recipe is ropd_stages, and none elsewhere"
         require(bool(rubrics.stage_names) == is_staged, "rubrics.stage_names", rubrics.stage_names, expected)
-        for name in ("grades", "polarity", "rubric_of", "refresh") if recipe == "tjudge" else ():
+        of_rubrics = ("min_criteria", "max_criteria", "grades", "polarity", "rubric_of", "refresh", "blind")
+        for name in of_rubrics if recipe == "tjudge" else ():
             default = RubricsConfig.__dataclass_fields__[name].default
             require(getattr(rubrics, name) == default, f"rubrics.{name}", getattr(rubrics, name), f"{default} where the recipe is tjudge")
 

@@ -34,6 +34,8 @@ class DataConfig:
     prompt_column: str = "prompt"
     answer_column: str | None = None  # the value to grade by, a string or a number; None: `answer`, where there is one
     reference_column: str | None = None  # worked answers: text, texts or messages; None: `references` or `reference`, where there is one
+    # A prompt's own criteria, which every rubric of it has: texts, or {text (or description), weight (or points), stage}; None: none
+    rubric_column: str | None = None
     references: str | None = None  # in their place a teacher's answers to all prompts: the file that opdjax teach writes
     # What the teacher reads in the place of prompt_format: {prompt} (in messages the last turn of the user), and what only it is
     # shown, {answer} and {reference}, the row's first, and of each rollout {rubric}, {verdicts} and {reflection}, which judges write
@@ -47,7 +49,7 @@ class DataConfig:
         self._check_teacher_prompt_format()
         for name in ("max_prompt_length", "max_teacher_prompt_length"):
             require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "at least 1")
-        for name in ("prompt_column", "answer_column", "reference_column"):
+        for name in ("prompt_column", "answer_column", "reference_column", "rubric_column"):
             require(getattr(self, name) != "", f"data.{name}", "", "the name of a column")
         require(self.references != "", "data.references", "", "the name of a file, or none")
         is_one = self.references is None or self.reference_column is None

@@ -77,6 +77,9 @@ def _staleness(setup: Setup) -> list[Finding]:
 
 def check_first_step(setup: Setup, batch: TrainBatch, rollouts: Rollouts, prompts: PromptBatch, metrics: Metrics) -> list[Finding]:
     """The mask of the first batch, and the sampler against the update by that step's own metrics."""
+    if setup.config.is_judged:  # a rollout that is left out, because nobody could score it, stands in no segment
+        is_kept = np.asarray(batch.segment_ids).any(axis=1)
+        batch, rollouts = jax.tree.map(lambda x: np.asarray(x)[is_kept], (batch, rollouts))
     findings = [checks.check_mask(batch, rollouts, prompts.tokens.shape[1], setup.decoding.stop_token_ids)]
     # The metric compares with the behaviour, which a filter moves away from what is scored.
     if "rollout/logprob_gap" in metrics and not setup.decoding.has_filter:

@@ -13,7 +13,9 @@ from opdjax.fields import require, require_types
 class RubricsConfig:
     """Rubrics of a prompt's answers (ROPD, arXiv 2605.07396) and of their stages (RubricEM, arXiv 2605.10899)."""
 
-    num_references: int = 4  # answers of the teacher that a group is contrasted with (m), identical ones counted once; 0: none
+    num_references: int = (
+        4  # a group is contrasted with the first so many answers of the teacher (m), or all where there are fewer; 0: none
+    )
     min_criteria: int = 4  # of a rubric
     max_criteria: int = 12
     grades: Literal["binary", "graded"] = "binary"  # a criterion is met or not, or 0, 1, 2
@@ -21,10 +23,11 @@ class RubricsConfig:
     rubric_of: Literal["group", "student"] = "group"  # one rubric for all rollouts of a prompt, or one for each (ablation)
     blind: bool = True  # the verifier sees references and rollouts as one anonymous pool; false: it is told which is which (ablation)
     # every_step: induced from the rollouts at hand. frozen: once for each prompt, from answers of the untrained student (ablation).
-    # evolving: criteria of a prompt stay from visit to visit, new ones come, those that tell least apart are pruned (RubricEM)
-    refresh: Literal["every_step", "frozen", "evolving"] = "every_step"
+    # evolving: criteria of a prompt stay from visit to visit, new ones come, those that tell least apart are pruned (RubricEM).
+    # given: the prompt's own (data.rubric_column) alone, no rubricator is asked; with the others they stand beside what is induced
+    refresh: Literal["every_step", "frozen", "evolving", "given"] = "every_step"
     # Stages of an answer, in their order, and for each but the first the regular expression whose first match, after the start of
-    # the stage before, begins it. None: answers are not divided
+    # the stage before, begins it; (): answers are not divided. Of what is thought aloud judges see nothing, whatever stage it is in
     stage_names: tuple[str, ...] = ()
     stage_markers: tuple[str, ...] = ()
     stage_caps: tuple[int, ...] = ()  # evolving: criteria kept of each stage (of an undivided answer, one number); (): 3, or max_criteria
@@ -45,6 +48,9 @@ class RubricsConfig:
         require(self.answers_per_call >= 0, "rubrics.answers_per_call", self.answers_per_call, "0 (all) or more")
         require(self.max_reasks >= 0, "rubrics.max_reasks", self.max_reasks, "0 or more")
         require(0 <= self.max_failed_share < 1, "rubrics.max_failed_share", self.max_failed_share, "at least 0 and less than 1")
+        is_prompts = self.rubric_of == "group" or self.refresh == "every_step"
+        expected = f"group where rubrics.refresh is {self.refresh}: what outlives a step belongs to a prompt, and to no single rollout"
+        require(is_prompts, "rubrics.rubric_of", self.rubric_of, expected)
         self._check_stages()
 
     def _check_stages(self):

@@ -140,8 +140,8 @@ def storm_text(directory: pathlib.Path | None, by) -> str:
     return (
         f"\n## A judge that fails\n\nSeed {clean['seed']} once more, with 30 % of the judge's replies spoilt, of every kind "
         f"(`scripts/serve_rule_judge.py --faults 0.3`): avg@8 {run['avg@k']:.3f} ± {run['prompt_interval']:.3f} over prompts, the clean "
-        f"run {clean['avg@k']:.3f} ± {clean['prompt_interval']:.3f}. Of {len(rows)} groups {run['failed']:.0f} had no reward and were masked; "
-        f"{retries:.0f} requests were sent again by the client. Replies that could not be used or were put right: {counted}.\n"
+        f"run {clean['avg@k']:.3f} ± {clean['prompt_interval']:.3f}. Of {len(rows)} groups {run['failed']:.0f} had no reward and were "
+        f"masked; {retries:.0f} requests were sent again by the client. Replies that could not be used or were put right: {counted}.\n"
     )
 
 

@@ -43,7 +43,7 @@ UNUSUAL = Config(
     student=ModelConfig("a", "main", "bfloat16", ("tensor",), "splash"),
     teacher=ModelConfig("b", "v2", "float32", ("fsdp",), "xla"),
     data=DataConfig(
-        "x.jsonl", "Q: {prompt}", "be short", "raw", True, "chat", False, 64, "error", "question", "a.b", "text", None,
+        "x.jsonl", "Q: {prompt}", "be short", "raw", True, "chat", False, 64, "error", "question", "a.b", "text", "rubric", None,
         "{prompt}{answer}", 99,
     ),
     sampling=SamplingConfig(6, 33, 0.7, 0.9, 20, 0.1, (7, 8), "teacher", ("fsdp",), 12, "int8"),
@@ -86,7 +86,7 @@ OTHERS = [
         ),
         sampling=SamplingConfig(4),
         rubrics=RubricsConfig(
-            2, 3, 9, "graded", "signed", "student", False, "evolving", ("a", "b"), (";",), (2, 3), 3, 99, 1, 0.3, "mine", 4
+            2, 3, 9, "graded", "signed", "group", False, "evolving", ("a", "b"), (";",), (2, 3), 3, 99, 1, 0.3, "mine", 4
         ),
         rubricator=ENDPOINT,
         verifier=ENDPOINT,
@@ -96,7 +96,7 @@ OTHERS = [
         teach=TeachConfig(2, 8, 0.5, 0.9, 99),
         estimator=EstimatorConfig("ropd_stages", stage_credit_matrix=(1.0, 0.8, 0.0, 1.0)),
         sampling=SamplingConfig(4),
-        rubrics=RubricsConfig(stage_names=("a", "b"), stage_markers=(";",)),
+        rubrics=RubricsConfig(rubric_of="student", stage_names=("a", "b"), stage_markers=(";",)),
         rubricator=ENDPOINT,
         verifier=ENDPOINT,
     ),
@@ -502,6 +502,8 @@ JUDGED = {"estimator": EstimatorConfig("opd"), "sampling": SamplingConfig(4), "r
         ({"rubrics": RubricsConfig(stage_names=("a", "b"), stage_markers=(";",))}, "none elsewhere"),
         ({"estimator": EstimatorConfig("ropd_stages")}, "two or more names"),
         ({"estimator": EstimatorConfig("tjudge"), "rubrics": RubricsConfig(rubric_of="student")}, "group where the recipe is tjudge"),
+        ({"estimator": EstimatorConfig("tjudge"), "rubrics": RubricsConfig(blind=False)}, "True where the recipe is tjudge"),
+        ({"estimator": EstimatorConfig("tjudge"), "rubrics": RubricsConfig(max_criteria=5)}, "12 where the recipe is tjudge"),
         ({"estimator": EstimatorConfig("opd"), "rubrics": RubricsConfig(grades="graded")}, "it asks no judge"),
         ({"near_policy": NearPolicyConfig("continuous", max_staleness=1)}, "near_policy.schedule"),
         ({"data": DataConfig(teacher_prompt_format="{prompt} {reference}")}, "reads no teacher's scores"),
@@ -533,6 +535,7 @@ def test_endpoints_that_cannot_be(fields, told):
     ("fields", "told"),
     [
         ({"stage_names": ("one",)}, "two or more"),
+        ({"rubric_of": "student", "refresh": "frozen"}, "group where rubrics.refresh is frozen"),
         ({"stage_names": ("a", "b")}, "1 regular expressions"),
         ({"stage_names": ("a", "b"), "stage_markers": ("(",)}, "regular expression of Python"),
         ({"stage_caps": (2,)}, "none unless rubrics.refresh is evolving"),

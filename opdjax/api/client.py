@@ -230,9 +230,11 @@ class ApiClient:
                 role.usage.retries += 1
                 await asyncio.sleep(wait)
                 continue
-            if self._cache is not None:
-                self._cache.put(question.key, reply)
-            return reply
+            if self._cache is None:
+                return reply
+            self._cache.put(question.key, reply)
+            # Of two runs that ask the same at once both go on with the reply that stays: a replay finds no other.
+            return dataclasses.replace(self._cache.get(question.key) or reply, is_cached=False)
         raise ApiUnavailableError(f"the {role.name} at {role.endpoint.base_url} does not answer: {cause}")
 
     def _wait(self, attempt: int, retry_after: float | None) -> float:
@@ -302,7 +304,7 @@ class ApiClient:
         output = "text" if question.schema is None else role.output
         while True:
             try:
-                reply = await self._post(role, _body(role.endpoint, question, output))
+                reply = await self._post(role, _body(role.endpoint, question, output), is_form=question.schema is not None)
             except _FormRefusedError:
                 output = _LESS_STRUCTURE[output]
                 await role.requests.take(1)
@@ -311,7 +313,7 @@ class ApiClient:
                 role.settle_on(output)
             return reply
 
-    async def _post(self, role: _Role, body: dict[str, Any]) -> Reply:
+    async def _post(self, role: _Role, body: dict[str, Any], *, is_form: bool) -> Reply:
         """One request on the wire."""
         try:
             # The package's own limit is on the wait for each piece of a response, which may come in very many.
@@ -327,7 +329,7 @@ class ApiClient:
         except openai.OpenAIError as error:
             raise ApiRequestError(role.redacted(f"the {role.name}'s request failed: {type(error).__name__}: {error}")) from None
         try:
-            return _reply_of(json.loads(content), body)
+            return _reply_of(json.loads(content), body, is_form=is_form)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             # A proxy's page, perhaps, or an error under a status of 200.
             said = role.redacted(content.decode(errors="replace"), 200)
@@ -384,12 +386,13 @@ def _as_unicode(text: str) -> str:
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _reply_of(document: Any, body: dict[str, Any]) -> Reply:
+def _reply_of(document: Any, body: dict[str, Any], *, is_form: bool) -> Reply:
     """The reply in a response; LookupError, TypeError and the like where it is no chat completion."""
     choice = document["choices"][0]
     message = choice["message"]
-    # Servers that part what was thought from what is said leave the second empty where it all counts as thought.
-    forms = [message.get(name) or "" for name in ("content", "reasoning_content", "reasoning")]
+    # Servers that part what was thought from what is said may leave the second empty; a filled form is looked for there as well, but
+    # what was thought aloud is no answer to a prompt.
+    forms = [message.get(name) or "" for name in ("content", *(("reasoning_content", "reasoning") if is_form else ()))]
     said = _as_unicode(next((form for form in forms if form.strip()), ""))
     usage = document.get("usage") or {}
     asked = sum(len(each["content"]) for each in body["messages"])

@@ -21,12 +21,24 @@ from opdjax.types import PromptBatch
 
 
 @dataclasses.dataclass(frozen=True)
+class GivenCriterion:
+    """A criterion that comes with its prompt."""
+
+    text: str
+    weight: int  # 1 to 5
+    is_flaw: bool  # written with a negative weight: its absence scores
+    stage: str | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Prompt:
     """One row of a data source."""
 
     prompt: str | Messages
     answer: str | None = None  # the final value, for grading
     references: tuple[str, ...] = ()  # worked answers
+    # What any answer is held to, beside what judges think of; no part of a digest where there are none.
+    criteria: tuple[GivenCriterion, ...] = dataclasses.field(default=(), repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +82,29 @@ def _parse_row(row: dict[str, Any], columns: Columns, place: str) -> Prompt:
         raise DataError(f"{place}: {name!r} is {answer!r}; expected a string or a number, or null where there is none")
     name = columns.reference or ("references" if "references" in row else "reference")
     references = _value(row, name, place) if columns.reference or name in row else None
-    return Prompt(prompt, None if answer is None else str(answer), _parse_references(references, name, place) or completion)
+    criteria = _parse_criteria(_value(row, columns.rubric, place), columns.rubric, place) if columns.rubric else ()
+    return Prompt(prompt, None if answer is None else str(answer), _parse_references(references, name, place) or completion, criteria)
+
+
+def _parse_criteria(value: Any, name: str, place: str) -> tuple[GivenCriterion, ...]:
+    """A prompt's own criteria: texts, or records with a text and a weight from -5 to 5, of which a negative one marks a flaw."""
+    if not isinstance(value, list):
+        raise DataError(f"{place}: the rubric {name!r} is {value!r}; expected a list of criteria")
+    return tuple(
+        _parse_criterion({"text": item} if isinstance(item, str) else item, f"{place}: criterion {n + 1}") for n, item in enumerate(value)
+    )
+
+
+def _parse_criterion(item: Any, place: str) -> GivenCriterion:
+    found = item if isinstance(item, dict) else {}
+    text, weight, stage = found.get("text", found.get("description")), found.get("weight", found.get("points", 1)), found.get("stage")
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"{place} is {item!r}; expected a text, or a record with text (or description)")
+    if type(weight) is not int or not 1 <= abs(weight) <= 5:
+        raise DataError(f"{place} has weight {weight!r}; expected a whole number from 1 to 5, or from -5 to -1 for a flaw")
+    if not isinstance(stage, (str, type(None))):
+        raise DataError(f"{place} has stage {stage!r}; expected the name of one, or none")
+    return GivenCriterion(text, abs(weight), weight < 0, stage)
 
 
 def _value(row: dict[str, Any], path: str, place: str) -> Any:
@@ -265,7 +299,8 @@ def encode_prompts(rows: Sequence[Prompt], data: DataConfig, student_tokenizer: 
             f"raise it, or see why {skipped[0]} is so long"
         )
     student_ids, teacher_ids = map(tuple, ids)
-    digest = hashlib.sha256(repr((kept, student_ids, teacher_ids)).encode()).hexdigest()
+    criteria = [row.criteria for row in kept]
+    digest = hashlib.sha256(repr((kept, student_ids, teacher_ids, *([criteria] if any(criteria) else []))).encode()).hexdigest()
     same = student_ids == teacher_ids
     return PromptSet(tuple(kept), student_ids, None if same else teacher_ids, tuple(skipped), digest)
 

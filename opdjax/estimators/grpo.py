@@ -73,21 +73,21 @@ def grpo(
     reference_kl_coef: float = 0.0,
     reference_kl: str = "k3_direct",
 ):
-    """Clipped policy gradient on the group-relative advantage of a right answer: reinforcement learning, no teacher at all.
+    """Clipped policy gradient on the group-relative advantage of a right answer: reinforcement learning, no teacher.
 
-    Equation: loss(y) = -min(rho A, clip(rho, 1 - low, 1 + high) A), for A < 0 at most -c A; rho = student(y) / behavior(y). A is
-    the reward of the whole completion (1 for a right answer) less the mean over the prompt's completions: GRPO (arXiv
-    2402.03300), in the form of Dr. GRPO (arXiv 2503.20783) unless `advantage` is mean_std. On-policy rho = 1 and the expected
-    gradient of a group of n is -(1 - 1/n) that of the expected reward, summed over the tokens: the mean contains the
-    completion's own reward.
+    Equation: loss(y) = -min(rho A, clip(rho, 1 - low, 1 + high) A), for A < 0 at most -c A; rho = student(y) /
+    behavior(y). A is the reward of the whole completion (1 for a right answer) less the mean over the prompt's
+    completions: GRPO (arXiv 2402.03300), in the form of Dr. GRPO (arXiv 2503.20783) unless `advantage` is mean_std.
+    On-policy rho = 1 and the expected gradient of a group of n is -(1 - 1/n) that of the expected reward, summed over
+    the tokens: the mean contains the completion's own reward.
 
     Detached: A and the behaviour and reference log-probs; the gradient flows through rho.
 
-    Cost: none but the forward pass that every recipe has; n completions a prompt, and a prompt whose completions all fare alike
-    teaches nothing. A reference penalty takes a second, frozen copy of the student and its forward pass.
+    Cost: none but the forward pass that every recipe has; n completions a prompt, and a prompt whose completions all
+    fare alike teaches nothing. A reference penalty takes a second, frozen copy of the student and its forward pass.
 
-    Use it when answers can be checked and nobody can be asked. One number a completion is little: a teacher's log-probs (`opd`)
-    say as much of every token.
+    Use it when answers can be checked and nobody can be asked. One number a completion is little: a teacher's log-probs
+    (`opd`) say as much of every token.
 
     Options:
       advantage          mean (default): A = r - mean; mean_std: divided by the group's population std + 1e-6
@@ -95,8 +95,8 @@ def grpo(
       clip_high          0.28: nor ratios above 1 + clip_high
       dual_clip          3: c above, for punished tokens; 0 off
       reference_kl_coef  0; adds coef * penalty for leaving the student's start, nats
-      reference_kl       k3_direct (default), which descends KL(start || student) when differentiated, and whose gradient has a factor
-                         start(y) / student(y) that one token can blow up; k2, KL(student || start), grows with its logarithm
+      reference_kl       k3_direct (default), which descends KL(start || student) when differentiated, its gradient with
+                         a factor start(y) / student(y) that one token can blow up; k2: KL(student || start)
     """
     student_logprob, advantage = student.logprob(row.token), needed(row.advantage, "advantage", "a policy gradient on rewards")
     behavior_logprob = needed(row.behavior_logprob, "behavior_logprob", "a policy gradient on rewards")
@@ -109,23 +109,24 @@ def grpo(
 
 
 def ropd(student: VocabTile, teacher: VocabTile | None, row: Columns, **options):
-    """Rubric-based on-policy distillation: `grpo` whose reward is the share of a rubric that an answer meets; the teacher gives text.
+    """Rubric-based on-policy distillation: `grpo` whose reward is the share of a rubric that an answer meets.
 
-    Equation: r_i = sum_k w_k v_ik / sum_k w_k in [0, 1], the criteria k and weights w written anew at each visit of a prompt from
-    its rollouts and the teacher's references, the verdicts v from one blind pool of both; A_i = r_i - mean r, then the loss of
-    `grpo`. ROPD, arXiv 2605.07396, equations 3 to 8, as released (ROPD_CODE); ROPD_PAPER has the advantage and the
-    aggregation that the paper prints. A rollout that nobody could judge counts in no sum and no denominator.
+    Equation: r_i = sum_k w_k v_ik / sum_k w_k in [0, 1], the criteria k and weights w written anew at each visit of a
+    prompt from its rollouts and the teacher's references, the verdicts v from one blind pool of both; A_i = r_i - mean
+    r, then the loss of `grpo`. ROPD, arXiv 2605.07396, equations 3 to 8, as released (ROPD_CODE); ROPD_PAPER has the
+    advantage and the aggregation that the paper prints. A rollout that nobody could judge counts in no sum and no
+    denominator.
 
     Detached: as in `grpo`; scores are numbers from outside.
 
-    Cost: two calls of a judge a prompt and step, each reading all its answers (32 prompts: 64 calls), and the teacher's references
-    once. Calls of one part of a step run while the next is drawn. No logit of the teacher's.
+    Cost: two calls of a judge a prompt and step, each reading all its answers (32 prompts: 64 calls), and the teacher's
+    references once. Calls of one part of a step run while the next is drawn. No logit of the teacher's.
 
-    Use it when the teacher is known by its text alone, or has another tokenizer. `opd` learns more from a completion wherever
-    log-probs can be had.
+    Use it when the teacher is known by its text alone, or has another tokenizer. `opd` learns more from a completion
+    wherever log-probs can be had.
 
     Options:
-      as grpo; what judges are asked is the config's section rubrics
+      ...  and all of grpo; what judges are asked is the config's section rubrics
     """
     return grpo(student, teacher, row, **options)
 
@@ -133,39 +134,39 @@ def ropd(student: VocabTile, teacher: VocabTile | None, row: Columns, **options)
 def tjudge(student: VocabTile, teacher: VocabTile | None, row: Columns, **options):
     """Teacher as judge: `grpo` whose reward is one score in [0, 1] that the judge gives an answer by its own standard.
 
-    Equation: r_i = the judge's score; A and the loss as in `grpo`. The baseline that ROPD (arXiv 2605.07396, table 1) is measured
-    against; its prompt is not published, ours is rubrics/templates/scalar_judge.txt.
+    Equation: r_i = the judge's score; A and the loss as in `grpo`. The baseline that ROPD (arXiv 2605.07396, table 1)
+    is measured against; its prompt is not published, ours is rubrics/templates/scalar_judge.txt.
 
     Detached: as in `grpo`.
 
     Cost: one call a prompt and step.
 
-    Use it when a rubric costs too much, or to tell what rubrics are worth. Scores are coarser and drift from prompt to prompt,
-    which the mean over a group takes away only within it.
+    Use it when a rubric costs too much, or to tell what rubrics are worth. Scores are coarser and drift from prompt to
+    prompt, which the mean over a group takes away only within it.
 
     Options:
-      as grpo
+      ...  and all of grpo
     """
     return grpo(student, teacher, row, **options)
 
 
 def ropd_stages(student: VocabTile, teacher: VocabTile | None, row: Columns, **options):
-    """`ropd` with stage-structured credit: every stage of an answer has a score, and is credited with its own and those that follow.
+    """`ropd` with stage-structured credit: every stage of an answer is credited with its own score and later ones.
 
-    Equation: G_ik = sum_{j >= k} lambda_kj R_ij, R_ij the share of stage j's criteria that rollout i meets; A_ik = G_ik less its
-    mean over the group's rollouts that have stage k, as `advantage` says; every token of stage k has A_ik. SS-GRPO of RubricEM,
-    arXiv 2605.10899, section 3.3, without its tools; a missing stage scores 0 and has no tokens.
+    Equation: G_ik = sum_{j >= k} lambda_kj R_ij, R_ij the share of stage j's criteria that rollout i meets; A_ik = G_ik
+    less its mean over the group's rollouts that have stage k, as `advantage` says; every token of stage k has A_ik.
+    SS-GRPO of RubricEM, arXiv 2605.10899, section 3.3, without its tools; a missing stage scores 0 and has no tokens.
 
     Detached: as in `grpo`.
 
     Cost: that of `ropd`: criteria carry the name of their stage, and no further call is made.
 
-    Use it when answers have parts of which early ones can be judged by themselves. With the credit `last` it is a policy gradient
-    on the last stage's score.
+    Use it when answers have parts of which early ones can be judged by themselves. With the credit `last` it is a
+    policy gradient on the last stage's score.
 
     Options:
-      stage_credit         lambda: paper (four stages), identity (each stage its own score), last (the last stage's score for all),
-                           decay (1 for itself, 0.8 for the last, 0.5 between: ours); default paper for four stages, else decay
+      stage_credit         lambda: paper (four stages), identity (its own score alone), last (the last stage's for all),
+                           decay (1 for itself, 0.8 for the last, 0.5 between: ours); paper for four stages, else decay
       stage_credit_matrix  a lambda of your own, row by row, in place of stage_credit
       stage_token_mean     false; true: each stage weighs alike in the loss, however many tokens it has
       ...                  and all of grpo

@@ -13,7 +13,7 @@ import numpy as np
 
 from opdjax.data.prompts import padded_width, teacher_ids_with
 from opdjax.prepare import Setup
-from opdjax.processes import from_lead
+from opdjax.processes import from_lead, on_lead
 from opdjax.rubrics.groups import Judgement
 from opdjax.rubrics.reflection import rubric_text, verdict_text
 from opdjax.types import PromptBatch
@@ -30,7 +30,8 @@ def with_context(setup: Setup, prompts: PromptBatch, judged: Sequence[Sequence[J
     size = setup.config.sampling.num_generations
     rows = per_rollout(prompts, size)
     count = len(rows.prompt_id)
-    ids = _context_ids(setup, rows, judged) if judged is not None else [()] * count
+    # Whatever goes wrong with it ends all processes: the lead alone knows what was said.
+    ids = on_lead(lambda: _context_ids(setup, rows, judged))
     width = int(from_lead(lambda: np.array(padded_width(max(map(len, ids)) or 1)), np.array(0)))
 
     def padded() -> np.ndarray:

@@ -17,21 +17,23 @@ import jax
 import numpy as np
 
 from opdjax.api.replies import ApiError
+from opdjax.config import Config
 from opdjax.data.packing import to_train_batch
-from opdjax.data.prompts import collate
+from opdjax.data.prompts import Prompt, collate, indices_at
 from opdjax.evals.evaluate import completions, graded
 from opdjax.judged.context import with_context
 from opdjax.judged.credit import credited, least_scored, only, reward_of, usable
 from opdjax.metrics import Timer
 from opdjax.models.decoder import Params
 from opdjax.prepare import Setup, with_credit
-from opdjax.processes import from_lead
+from opdjax.processes import from_lead, on_lead
 from opdjax.rollouts import Drawn, SourceStoppedError, draw, packed, prompts_of
 from opdjax.rubrics.criteria import FROZEN, CriteriaStore
 from opdjax.rubrics.groups import Group, Judgement, as_row, group_of, judge_group, metrics_of, rubric_of
 from opdjax.rubrics.line import Line, open_line
 from opdjax.rubrics.reflection import reflect
-from opdjax.sharding import is_lead, num_row_shards, to_host
+from opdjax.rubrics.schema import Criterion
+from opdjax.sharding import num_row_shards, to_host
 from opdjax.types import Metrics, PromptBatch, Rollouts, TrainBatch
 from opdjax.workdir import WorkdirError, append_lines, read_lines
 
@@ -53,10 +55,13 @@ class Heard:
 def open_judged(setup: Setup, workdir: pathlib.Path, first: int) -> Iterator[Judged]:
     """The source, from update `first` on; its calls end with it."""
     with contextlib.ExitStack() as opened:
-        config, line = setup.config, None
-        if is_lead():
-            line = opened.enter_context(open_line({role: getattr(config, role) for role in ROLES}, config.api, config.rubrics, workdir))
+        line = on_lead(lambda: opened.enter_context(line_of(setup.config, workdir)))
         yield Judged(setup, workdir, first, line)
+
+
+def line_of(config: Config, workdir: pathlib.Path) -> contextlib.AbstractContextManager[Line]:
+    """The line to the config's judges."""
+    return open_line({role: getattr(config, role) for role in ROLES}, config.api, config.rubrics, workdir)
 
 
 class Judged:
@@ -65,9 +70,8 @@ class Judged:
     def __init__(self, setup: Setup, workdir: pathlib.Path, first: int, line: Line | None):
         self._setup, self._workdir, self._line, self.params = setup, workdir, line, None
         self._kind = "scalar" if reward_of(setup.config) == "scalar" else "rubric"
-        self._criteria = CriteriaStore(setup.config.rubrics, workdir)
-        if is_lead():
-            self._criteria.restore(read_lines(workdir / ROWS))
+        self._criteria, self._is_frozen = CriteriaStore(setup.config.rubrics, workdir), False
+        on_lead(lambda: self._criteria.restore(read_lines(workdir / ROWS)))
 
     def publish(self, version: int, weights: Callable[[], Params], timer: Timer) -> None:
         """See `Source`."""
@@ -75,8 +79,9 @@ class Judged:
 
     def take(self, step: int, timer: Timer) -> Drawn:
         """See `Source`."""
-        if self._setup.config.rubrics.refresh == "frozen":
+        if self._setup.config.rubrics.refresh == "frozen" and not self._is_frozen:
             self._freeze(step, timer)
+            self._is_frozen = True
         prompts = prompts_of(self._setup, step)
         rollouts, futures = self._draw(prompts, step, timer)
         with timer.phase("judge_wait"):
@@ -126,8 +131,24 @@ class Judged:
             prompt, own = int(ids[start]), slice(start, start + size)
             row = self._setup.prompts.prompts[prompt]
             group = group_of(self._line.judge, prompt, as_question(row.prompt), row.references, texts[own], is_cut[own])
-            groups.append(self._criteria.given(group) if self._kind == "rubric" else group)
+            groups.append(self._criteria.given(group, self._own_criteria(row)) if self._kind == "rubric" else group)
         return groups
+
+    def _own_criteria(self, row: Prompt) -> tuple[Criterion, ...]:
+        """The prompt's own criteria, as a rubric has them."""
+        grade = self._setup.config.rubrics.grades
+        polarity = {False: "positive", True: "negative"}
+        return tuple(
+            Criterion(
+                id=f"c{place + 1}", category="given", text=given.text, weight=given.weight, polarity=polarity[given.is_flaw], grade=grade,
+                stage=given.stage, is_given=True,
+            )
+            for place, given in enumerate(row.criteria)
+        )  # fmt: skip
+
+    def judge(self, rollouts: Rollouts) -> list[list[Judgement]]:
+        """What judges say of the rollouts (on the host), by prompt; of the lead alone, whose errors are the client's."""
+        return self._line.results([self._line.submit(self._judge_one(group)) for group in self._groups(rollouts)])
 
     async def _judge_one(self, group: Group) -> list[Judgement]:
         found = await judge_group(self._line.judge, group, self._kind)
@@ -198,7 +219,7 @@ class Judged:
     def _freeze(self, step: int, timer: Timer) -> None:
         """Before the first update, a rubric for every prompt that the run visits, from answers of the student as it is then."""
         setup, size = self._setup, self._setup.config.train.prompts_per_step
-        visited = np.unique(np.concatenate([prompts_of(setup, s).prompt_id for s in range(setup.config.train.num_steps)]))
+        visited = np.unique(indices_at(0, size * setup.config.train.num_steps, len(setup.prompts), setup.config.seed))
         is_missing = from_lead(lambda: np.isin(visited, self._criteria.unfrozen(visited.tolist())), np.zeros(len(visited), bool))
         missing = visited[is_missing]
         if len(missing) and step:
@@ -221,8 +242,14 @@ class Judged:
             nonlocal stopped
             groups = self._groups(rollouts)
             try:
-                rubrics = self._line.results([self._line.submit(rubric_of(self._line.judge, group)) for group in groups])
-                self._criteria.freeze({group.prompt_id: rubric for group, rubric in zip(groups, rubrics)})
+                found = self._line.results([self._line.submit(rubric_of(self._line.judge, group)) for group in groups])
+                rubrics = {group.prompt_id: rubric for group, rubric in zip(groups, found)}
+                lacking = [prompt for prompt, rubric in rubrics.items() if rubric is None]
+                # A missing rubric is frozen too; where nobody answers, it is not the prompt that has none.
+                if len(lacking) > self._setup.config.rubrics.max_failed_share * len(rubrics):
+                    stopped = f"{len(lacking)} of {len(rubrics)} prompts got none"
+                    rubrics = {prompt: rubric for prompt, rubric in rubrics.items() if rubric is not None}
+                self._criteria.freeze(rubrics)
             except ApiError as error:
                 stopped = error
             self._line.keep_usage(0)
@@ -232,7 +259,7 @@ class Judged:
             raise SourceStoppedError(
                 f"no rubrics can be had: {stopped or 'the first process says why'}; those that were made are kept, and the same command "
                 f"continues {self._workdir} once the judge can be asked again"
-            ) from stopped
+            ) from (stopped if isinstance(stopped, ApiError) else None)
 
 
 def as_question(prompt: str | Sequence[dict[str, str]]) -> str:

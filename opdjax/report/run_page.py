@@ -315,7 +315,7 @@ def _training_charts(run: Run) -> dict[str, Chart]:
         ),
         "loss/objective": Chart(
             "Loss", "step", "nats",
-            "The recipe's objective. Under a policy gradient (opd, vopd) it has no target: judge by KL and scores; look here for jumps.",
+            "The recipe's objective. Under a policy gradient it has no target: judge by KL and scores; look here for jumps.",
         ),
         "grad/norm": Chart(
             "Gradient norm", "step", "global norm", f"{clipped} Spikes or growth mean that the learning rate is too high.",

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from opdjax.rubrics.groups import Group, Judgement
+from opdjax.rubrics.groups import Group, Judgement, joined
 from opdjax.rubrics.schema import Criterion, Rubric
 from opdjax.rubrics.scores import share
 from opdjax.rubrics_config import RubricsConfig
@@ -48,14 +48,16 @@ class CriteriaStore:
         append_lines(self._file, [{"prompt_id": prompt, "rubric": criteria} for prompt, criteria in dumped.items()])
         self._frozen |= rubrics
 
-    def given(self, group: Group) -> Group:
-        """The group with what its prompt has from before."""
-        prompt = group.prompt_id
-        return dataclasses.replace(group, rubric=self._frozen.get(prompt), existing=self._in_use.get(prompt, ()))
+    def given(self, group: Group, own: Sequence[Criterion] = ()) -> Group:
+        """The group with what its prompt has from before: its `own` criteria, a frozen rubric, criteria in use."""
+        prompt, rubric = group.prompt_id, self._frozen.get(group.prompt_id)
+        if self._config.refresh == "given":
+            rubric = joined(own, ())
+        return dataclasses.replace(group, rubric=rubric, existing=self._in_use.get(prompt, tuple(own)))
 
     def learn(self, judgement: Judgement) -> list[str] | None:
-        """The ids of the criteria that stay in use at this prompt; None where criteria do not evolve or none came."""
-        if self._config.refresh != "evolving" or judgement.rubric is None:
+        """The ids of the criteria that stay in use at this prompt; None where criteria do not evolve or no rollout was held to them."""
+        if self._config.refresh != "evolving" or not any(judgement.verdicts):
             return None
         kept = pruned(judgement, self._config)
         self._in_use[judgement.group.prompt_id] = kept
@@ -63,7 +65,10 @@ class CriteriaStore:
 
 
 def pruned(judgement: Judgement, config: RubricsConfig) -> tuple[Criterion, ...]:
-    """The criteria of each stage whose shares vary most over the rollouts, up to the stage's cap; of equal ones the older."""
+    """The criteria of each stage whose shares vary most over the rollouts, up to the stage's cap; of equal ones the older.
+
+    The prompt's own criteria are kept, and take no place.
+    """
     stages: Sequence[str | None] = config.stage_names or (None,)
     caps = config.stage_caps or ((_DEFAULT_CAP,) * len(stages) if config.stage_names else (config.max_criteria,))
     verdicts = [found for found in judgement.verdicts if found is not None]
@@ -71,9 +76,9 @@ def pruned(judgement: Judgement, config: RubricsConfig) -> tuple[Criterion, ...]
         criterion.id: statistics.pvariance([share(criterion, found[place]) for found in verdicts])
         for place, criterion in enumerate(judgement.rubric.criteria)
     }
-    kept: set[str] = set()
+    kept = {criterion.id for criterion in judgement.rubric.criteria if criterion.is_given}
     for stage, cap in zip(stages, caps):
-        ranked = sorted((c for c in judgement.rubric.criteria if c.stage == stage), key=lambda c: -spread[c.id])
+        ranked = sorted((c for c in judgement.rubric.criteria if c.stage == stage and not c.is_given), key=lambda c: -spread[c.id])
         kept |= {criterion.id for criterion in ranked[:cap]}
     return tuple(criterion for criterion in judgement.rubric.criteria if criterion.id in kept)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -71,7 +72,7 @@ async def judge_group(judge: Judge, group: Group, kind: Kind) -> list[Judgement]
     """
     if kind == "rubric" and judge.config.rubric_of == "student":
         each = (dataclasses.replace(group, answers=(answer,), samples=(sample,)) for answer, sample in zip(group.answers, group.samples))
-        return [await _judged(judge, one, kind) for one in each]
+        return list(await asyncio.gather(*(_judged(judge, one, kind) for one in each)))
     return [await _judged(judge, group, kind)]
 
 
@@ -82,7 +83,7 @@ async def _judged(judge: Judge, group: Group, kind: Kind) -> Judgement:
             scores, reference_scores = await rate(judge, group.question, group.references, group.answers, tally)
             return _failed(group, tally, scores=tuple(scores), reference_scores=tuple(reference_scores))
         rubric = group.rubric or await induce(judge, group.question, group.references, group.answers, tally, group.existing)
-        rubric = joined(group.existing, rubric.criteria) if group.existing else rubric
+        rubric = rubric if group.rubric or not group.existing else joined(group.existing, rubric.criteria)
         verdicts, reference_verdicts = await verify(judge, group.question, rubric, group.references, group.answers, tally)
     except (ReplyError, ApiUnavailableError, ApiRequestError):
         return _failed(group, tally)
@@ -105,7 +106,8 @@ def _scored(judge: Judge, group: Group, rubric: Rubric, verdicts, reference_verd
 async def rubric_of(judge: Judge, group: Group) -> Rubric | None:
     """The rubric alone; None where none can be had."""
     try:
-        return await induce(judge, group.question, group.references, group.answers, Tally())
+        rubric = await induce(judge, group.question, group.references, group.answers, Tally(), group.existing)
+        return joined(group.existing, rubric.criteria) if group.existing else rubric
     except (ReplyError, ApiUnavailableError, ApiRequestError):
         return None
 

@@ -44,10 +44,22 @@ class Line:
 
     def keep_usage(self, step: int) -> dict[str, float]:
         """What was asked since the last call, by role: returned as metrics, and written where a continued run finds what it has spent."""
-        taken = self.submit(_made(self.client.take_usage)).result()  # in the loop that counts, between two replies and not amid one
-        usage = {role: dataclasses.asdict(used) for role, used in taken.items()}
-        append_lines(self.workdir / SPENDING, [{"step": step, "role": role, **used} for role, used in usage.items()])
+        usage = self._taken()
+        self._write(step, usage)
         return {f"api/{role}/{name}": float(value) for role, used in usage.items() for name, value in used.items()}
+
+    def keep_rest(self) -> None:
+        """What was answered since the last step was counted: it is paid for, though the run ended before it could use it."""
+        usage = {role: used for role, used in self._taken().items() if used["calls"]}
+        self._write(max((row["step"] for row in read_lines(self.workdir / SPENDING)), default=0), usage)
+
+    def _taken(self) -> dict[str, dict[str, Any]]:
+        """Counted in the loop that counts, between two replies and not amid one."""
+        taken = self.submit(_made(self.client.take_usage)).result()
+        return {role: dataclasses.asdict(used) for role, used in taken.items()}
+
+    def _write(self, step: int, usage: Mapping[str, dict[str, Any]]) -> None:
+        append_lines(self.workdir / SPENDING, [{"step": step, "role": role, **used} for role, used in usage.items()])
 
 
 @contextlib.contextmanager
@@ -58,10 +70,12 @@ def open_line(roles: Mapping[str, EndpointConfig], api: ApiConfig, rubrics: Rubr
     with contextlib.closing(ReplyCache(api.cache or workdir / "replies.sqlite")) as cache, _running_loop() as loop:
         run = lambda work: asyncio.run_coroutine_threadsafe(work, loop).result()  # noqa: E731
         client = run(_made(lambda: ApiClient(given, api, cache, spent)))
+        line = Line(client, Judge(client.complete, rubrics), loop, workdir)
         try:
-            yield Line(client, Judge(client.complete, rubrics), loop, workdir)
+            yield line
         finally:
             run(client.close())
+            line.keep_rest()
 
 
 async def _made(make):

@@ -18,6 +18,12 @@ from opdjax.rubrics.texts import fill
 
 _SCHEMA = {"type": "object", "properties": {"reflection": {"type": "string"}}, "required": ["reflection"], "additionalProperties": False}
 
+# By the share that is earned: a flaw that is absent is not "met".
+_WORDS = {
+    "positive": {0.0: "missed", 0.5: "met in part", 1.0: "met"},
+    "negative": {0.0: "not avoided", 0.5: "avoided in part", 1.0: "avoided"},
+}
+
 
 def rubric_text(judgement: Judgement) -> str:
     """The criteria, one a line."""
@@ -26,9 +32,8 @@ def rubric_text(judgement: Judgement) -> str:
 
 def verdict_text(judgement: Judgement, place: int) -> str:
     """How one rollout did on each criterion, one a line."""
-    words = {0.0: "missed", 0.5: "met in part", 1.0: "met"}
     pairs = zip(judgement.rubric.criteria, judgement.verdicts[place])
-    return "\n".join(f"- {words[share(criterion, verdict)]}: {criterion.text}" for criterion, verdict in pairs)
+    return "\n".join(f"- {_WORDS[criterion.polarity][share(criterion, verdict)]}: {criterion.text}" for criterion, verdict in pairs)
 
 
 async def reflect(judge: Judge, judgement: Judgement) -> Judgement:

@@ -44,6 +44,7 @@ class Criterion(pydantic.BaseModel):
     polarity: Literal["positive", "negative"] = "positive"  # negative: a flaw, whose absence scores
     grade: Literal["binary", "graded"] = "binary"  # met or not, or 0, 1, 2
     stage: str | None = None  # the part of an answer that it looks at; None: all of it
+    is_given: bool = False  # it came with the prompt, and stays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,17 +217,23 @@ def read_object(text: str, key: str) -> tuple[dict[str, Any], set[str]]:
     """The JSON object of a reply that has this key, and the repairs it took; ReplyError where there is none."""
     if not text.strip():
         raise ReplyError("empty", "the reply is empty; expected a JSON object")
-    found, fenced = _loaded(text), _FENCE.match(text)
-    repairs: set[str] = set()
+    found, said = _loaded(text), _after_thought(text)
+    fenced, repairs = _FENCE.match(said), set()
     if found is None and fenced:
         found, repairs = _loaded(fenced.group(1)), {"fence"}
     if found is None:
-        found, repairs = _first_object(text, key), {"prose"}
+        found, repairs = _first_object(said, key), {"prose"}
     if found is None:
         raise ReplyError("parse_error", f"the reply holds no JSON object; expected one with {key!r}, and nothing around it")
     if not isinstance(found, dict) or key not in found:
         raise ReplyError("schema_error", f"the reply is {_shown(found)}; expected a JSON object with {key!r}")
     return found, repairs
+
+
+def _after_thought(text: str) -> str:
+    """What is said after thinking aloud, which servers may leave in a reply: a draft in there is no answer."""
+    _, closed, rest = text.rpartition("</think>")
+    return "" if not closed and text.lstrip().startswith("<think>") else rest
 
 
 def _loaded(text: str) -> Any:

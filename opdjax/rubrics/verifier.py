@@ -29,7 +29,7 @@ async def verify(
 ) -> tuple[list[Verdicts | None], list[Verdicts | None]]:
     """Verdicts of each answer and of each reference; None where the verifier gave none, after asking for that answer alone.
 
-    ReplyError or ApiError where nothing of a pool can be had.
+    ReplyError or ApiError where nothing can be had of any pool.
     """
     is_graded = judge.config.grades == "graded"
     schema, width = verdict_schema(is_graded), len(rubric.criteria)
@@ -67,10 +67,18 @@ async def _of_pool(
     answers: Sequence[str],
     tally: Tally,
 ) -> tuple[list[Any], list[Any]]:
-    """What the verifier says of every answer and reference, pool by pool; what it leaves out is asked for again, each alone."""
+    """What the verifier says of every answer and reference, pool by pool; what it leaves out is asked for again, each alone.
+
+    A pool that it cannot judge leaves its answers without a word, and the other pools as they are.
+    """
     found: dict[str, Any] = {}
+    failed = None
     for pool in pools(references, answers, judge.config.answers_per_call, is_blind=judge.config.blind):
-        read = await ask(judge, asked(pool), lambda text, pool=pool: _whole(parse(text, len(pool))), tally)
+        try:
+            read = await ask(judge, asked(pool), lambda text, pool=pool: _whole(parse(text, len(pool))), tally)
+        except (ReplyError, ApiUnavailableError, ApiRequestError) as error:
+            failed = error
+            continue
         found |= {pool[place]: value for place, value in read.found.items() if pool[place] not in found}
         missing = [pool[place] for place in read.problems if pool[place] in set(answers) and pool[place] not in found]
         tally.problems["missing_answer"] += len(set(missing))
@@ -78,6 +86,8 @@ async def _of_pool(
             value = await _alone(judge, asked, parse, references, text, tally)
             if value is not None:
                 found[text] = value
+    if failed is not None and not found:
+        raise failed
     return [found.get(text) for text in answers], [found.get(text) for text in references]
 
 

@@ -259,9 +259,6 @@ def test_a_refusal_that_only_mentions_the_form_costs_no_structure(capfd):
         (completion("2", "length"), "2", "length"),
         (completion("2", None), "2", "stop"),
         (completion(None), "", "stop"),
-        (completion(None, reasoning_content="thought"), "thought", "stop"),
-        (completion("", reasoning="thought"), "thought", "stop"),
-        (completion(" \n", reasoning_content=None, reasoning="thought"), "thought", "stop"),
         (completion("said", reasoning_content="thought"), "said", "stop"),
         (completion("not { JSON"), "not { JSON", "stop"),
         (completion("half \ud83d"), "half \ufffd", "stop"),
@@ -271,6 +268,16 @@ def test_a_refusal_that_only_mentions_the_form_costs_no_structure(capfd):
 def test_what_is_read_of_a_reply(document, text, finish):
     found, _, _ = one_call(lambda *_: Said(content=document))
     assert (found.text, found.finish_reason) == (text, finish)
+
+
+@pytest.mark.parametrize("thought", [{"reasoning_content": "{}"}, {"reasoning": "{}"}, {"reasoning_content": None, "reasoning": "{}"}])
+@pytest.mark.parametrize("content", [None, "", " \n"])
+def test_a_form_is_looked_for_in_what_was_thought_and_an_answer_is_not(content, thought):
+    async def scenario():
+        async with calling(lambda *_: Said(content=completion(content, **thought))) as (client, _):
+            return [(await client.complete("judge", ASKED, schema=schema)).text.strip() for schema in (SCHEMA, None)]
+
+    assert run(scenario()) == ["{}", ""]
 
 
 @pytest.mark.parametrize("usage", [None, (None, None), (-1, "7")])

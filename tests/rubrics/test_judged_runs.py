@@ -25,7 +25,9 @@ from opdjax.config import (
     SamplingConfig,
     TrainConfig,
 )
+from opdjax.data.arithmetic import problems
 from opdjax.judged.credit import credited, token_stages
+from opdjax.judged.examine import examine_judge
 from opdjax.prepare import prepare, update_spec
 from opdjax.rollouts import SourceStoppedError
 from opdjax.train import train
@@ -40,6 +42,7 @@ NOWHERE = "http://127.0.0.1:9/v1"  # nobody listens
 def config(base_url, **changes):
     judge = EndpointConfig(base_url, "rules", input_price=1.0, output_price=2.0)
     base = Config(
+        teacher=ModelConfig("nobody/knows"),  # its text is all there is of it: no weights, no tokenizer
         data=DataConfig(source="arithmetic:train[:64]", max_prompt_length=32),
         sampling=SamplingConfig(num_generations=4, max_completion_length=24),
         estimator=ROPD_CODE,
@@ -204,6 +207,53 @@ def test_right_answers_alone_make_grpo_and_a_penalty_keeps_to_the_start(tmp_path
     train(base, tmp_path)
     assert not (tmp_path / "rubrics.jsonl").exists()
     assert all(0 <= reward <= 1 for reward in told(tmp_path, "rollout/task_reward"))
+
+
+@pytest.mark.parametrize("refresh", ["given", "evolving"])
+def test_a_prompt_s_own_criteria_are_in_every_rubric_of_it(judge_server, tmp_path, refresh):
+    rows = [
+        {
+            "prompt": problem.prompt,
+            "reference": problem.reference,
+            "rubric": [f"The value after # is {problem.answer}.", {"text": "Ends.", "weight": 3}],
+        }
+        for problem in problems("train")[:4]
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(source=str(tmp_path / "rows.jsonl"), max_prompt_length=32, rubric_column="rubric")
+    base = config(judge_server, data=data, rubrics=RubricsConfig(draw_parts=1, refresh=refresh, min_criteria=1, max_criteria=5))
+    if refresh == "given":
+        base = dataclasses.replace(base, rubricator=EndpointConfig())
+    train(base, tmp_path / "run")
+    for row in read_lines(tmp_path / "run" / "rubrics.jsonl"):
+        own = [criterion for criterion in row["rubric"] if criterion["is_given"]]
+        assert [criterion["weight"] for criterion in own] == [1, 3]
+        assert (len(row["rubric"]) == 2) == (refresh == "given")
+        assert row.get("kept") is None or {"c1", "c2"} <= set(row["kept"])
+
+
+def test_own_criteria_that_cannot_be(tmp_path):
+    def refused(criterion, match, **rubrics):
+        (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "1+1=", "reference": "2", "rubric": [criterion]}) + "\n")
+        data = DataConfig(source=str(tmp_path / "rows.jsonl"), max_prompt_length=32, rubric_column="rubric")
+        with pytest.raises(ValueError, match=match):
+            prepare(config(NOWHERE, data=data, rubrics=RubricsConfig(draw_parts=1, **rubrics), mesh=MeshConfig(1)))
+
+    refused({"text": ""}, "expected a text, or a record with text")
+    refused({"text": "a", "weight": 9}, "weight 9; expected a whole number from 1 to 5")
+    refused({"description": "a", "points": -2}, "negative weight; set rubrics.polarity to signed")
+    refused({"text": "a", "stage": "end"}, "stage 'end'; expected none")
+
+
+def test_the_doctor_asks_the_judge_and_says_what_a_run_would_cost(judge_server):
+    found = {finding.name: finding for finding in examine_judge(config(judge_server))}
+    assert {name: finding.status for name, finding in found.items()} == dict.fromkeys(
+        ("judge", "judge_spread", "judge_references", "judge_cost"), "ok"
+    )
+    assert "about 32 times" in found["judge_cost"].message  # four steps of four prompts, two calls each
+    (down,) = examine_judge(config(NOWHERE))
+    assert down.status == "fault"
+    assert "4 of 4 groups have no score; of the replies: unavailable 4" in down.message
 
 
 # What masking comes to

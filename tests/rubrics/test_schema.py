@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from opdjax.rubrics.schema import ERRORS, REPAIRS, Criterion, ReplyError, Rubric, parse_rubric, parse_scores, parse_verdicts
+from opdjax.rubrics.schema import ERRORS, REPAIRS, Criterion, ReplyError, Rubric, parse_rubric, parse_scores, parse_verdicts, read_object
 from opdjax.rubrics.scores import score, stage_scores
 from opdjax.rubrics_config import RubricsConfig
 
@@ -229,3 +229,21 @@ def test_no_reward_comes_from_a_declared_total(marks, total):
     for name in ("total", "final_score", "weighted_score", "pass_rate", "score"):
         lying = parse_verdicts(verdicts((1, marks), **{name: total}), 1, 3, False)
         assert lying.found == plain.found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<think>first {"answers": [1]} perhaps</think>{"answers": []}',
+        '{"answers": [1]} no, </think>\n```json\n{"answers": []}\n```',
+        'so: {"answers": []}',
+    ],
+)
+def test_of_a_reply_that_thinks_aloud_only_what_follows_counts(text):
+    assert read_object(text, "answers")[0] == {"answers": []}
+
+
+def test_a_reply_that_never_stops_thinking_holds_nothing():
+    with pytest.raises(ReplyError, match="no JSON object"):
+        read_object('<think>{"answers": []} or', "answers")
+    assert read_object('{"answers": ["</think>"]}', "answers")[0] == {"answers": ["</think>"]}

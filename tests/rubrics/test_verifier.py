@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from opdjax.api.replies import ApiUnavailableError, Reply
+from opdjax.api.replies import ApiRequestError, ApiUnavailableError, Reply
 from opdjax.rubrics.asking import Judge
 from opdjax.rubrics.groups import as_row, auc, group_of, joined, judge_group, metrics_of
+from opdjax.rubrics.reflection import verdict_text
 from opdjax.rubrics.schema import Criterion
 from opdjax.rubrics.texts import read_blocks
 from opdjax.rubrics.verifier import pools
@@ -213,3 +214,20 @@ def test_what_a_step_tells():
 def test_auc_by_hand():
     assert auc([1.0, 0.5], [0.5, 0.0]) == pytest.approx(3.5 / 4)
     assert auc([], [1.0]) != auc([], [1.0])
+
+
+def test_a_pool_that_cannot_be_judged_leaves_the_other_pools():
+    scripted = Scripted(lambda role, number, document: ApiRequestError("too long") if role == "verifier" and number == 1 else document)
+    (found,) = judged(scripted, answers=("a", "b", "c"), answers_per_call=1)
+    assert found.scores.count(None) == 1
+    assert all(score in (None, WORTH[answer]) for score, answer in zip(found.scores, ("a", "b", "c")))
+    (none,) = judged(Scripted(lambda role, number, document: "no" if role == "verifier" else document), answers_per_call=1)
+    assert not none.is_scored
+
+
+def test_a_flaw_that_an_answer_is_free_of_is_told_as_avoided():
+    flaw = {**CRITERIA[1], "polarity": "negative"}
+    spoil = lambda role, number, document: {"criteria": [CRITERIA[0], flaw]} if role == "rubricator" else document  # noqa: E731
+    (found,) = judged(Scripted(spoil), answers=("a", "b"), polarity="signed")
+    assert verdict_text(found, 0).splitlines() == ["- met: has a", "- avoided: has b"]
+    assert verdict_text(found, 1).splitlines() == ["- missed: has a", "- not avoided: has b"]
