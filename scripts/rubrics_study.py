@@ -169,7 +169,7 @@ def main() -> None:
         "\nThe judge goes by rules. As a scalar judge it works out the right value itself, so that `tjudge` is rewarded by right answers "
         "and form: an oracle that no teacher of the paper is. `grpo` is rewarded by right answers alone. Knowing who wrote what moves no "
         "rule, so that `not_blind` can only tell that nothing else changes. Rates: 1e-4 is the best of 1e-4, 3e-4 and 1e-3 for `ropd` (one "
-        "seed, avg@8 0.532, 0.494, 0.043) and was taken for all that see text; 3e-4 is the best of five of `opd` and `vopd` at 64 rollouts.\n",
+        "seed, avg@8 0.532, 0.494, 0.043) and taken for all that see text; 3e-4 is the best of five of `opd` and `vopd` at 64 rollouts.\n",
         "## What judges said and cost\n",
         judge_table(by),
         "\nAUC: how often a right answer scores above a wrong one of the same step, ties counting half.\n",
