@@ -1,4 +1,5 @@
-"""The exact divergence at every sampled context, on the built-in mini pair: no action variance, the costly upper mark.
+"""The exact divergence at every sampled context, on the built-in mini pair: no action variance, the
+costly upper mark.
 
 Paper: GKD, "On-Policy Distillation of Language Models", arXiv 2306.13649.
 
@@ -8,7 +9,16 @@ Two CPU cores, about two minutes. Expected on 512 test problems: avg@8 0.409 -> 
 greedy 0.543 -> 0.967.
 """
 
-from opdjax.config import Config, DataConfig, EstimatorConfig, EvaluationConfig, LogConfig, OptimizerConfig, SamplingConfig, TrainConfig
+from opdjax.config import (
+    Config,
+    DataConfig,
+    EstimatorConfig,
+    EvaluationConfig,
+    LogConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> Config:
@@ -16,8 +26,12 @@ def get_config() -> Config:
         data=DataConfig(source="arithmetic:train", max_prompt_length=32),
         sampling=SamplingConfig(num_generations=1, max_completion_length=24),
         estimator=EstimatorConfig(recipe="full_kl", divergence="reverse", aggregation="token_mean"),
-        optimizer=OptimizerConfig(learning_rate=3e-4, schedule="cosine", warmup_steps=5, b2=0.98, max_grad_norm=1.0),
+        optimizer=OptimizerConfig(
+            learning_rate=3e-4, schedule="cosine", warmup_steps=5, b2=0.98, max_grad_norm=1.0
+        ),
         train=TrainConfig(num_steps=200, prompts_per_step=128),
-        evaluation=EvaluationConfig(num_prompts=512, num_samples=8, max_completion_length=24, extra_temperatures=(0.7, 0.5)),
+        evaluation=EvaluationConfig(
+            num_prompts=512, num_samples=8, max_completion_length=24, extra_temperatures=(0.7, 0.5)
+        ),
         log=LogConfig(samples_every=50),
     )

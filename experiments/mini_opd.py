@@ -1,4 +1,5 @@
-"""Vanilla sampled-token on-policy distillation on the built-in mini pair: what vOPD is compared with (arXiv 2605.07865).
+"""Vanilla sampled-token on-policy distillation on the built-in mini pair: what vOPD is compared
+with (arXiv 2605.07865).
 
     opdjax train experiments/mini_opd.py --workdir runs/mini_opd
 
@@ -6,7 +7,16 @@ Two CPU cores, about two minutes. Expected on 512 test problems: avg@8 0.409 -> 
 greedy 0.543 -> 0.934.
 """
 
-from opdjax.config import Config, DataConfig, EstimatorConfig, EvaluationConfig, LogConfig, OptimizerConfig, SamplingConfig, TrainConfig
+from opdjax.config import (
+    Config,
+    DataConfig,
+    EstimatorConfig,
+    EvaluationConfig,
+    LogConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> Config:
@@ -14,8 +24,12 @@ def get_config() -> Config:
         data=DataConfig(source="arithmetic:train", max_prompt_length=32),
         sampling=SamplingConfig(num_generations=1, max_completion_length=24),
         estimator=EstimatorConfig(recipe="opd", aggregation="token_mean"),
-        optimizer=OptimizerConfig(learning_rate=3e-4, schedule="cosine", warmup_steps=5, b2=0.98, max_grad_norm=1.0),
+        optimizer=OptimizerConfig(
+            learning_rate=3e-4, schedule="cosine", warmup_steps=5, b2=0.98, max_grad_norm=1.0
+        ),
         train=TrainConfig(num_steps=200, prompts_per_step=128),
-        evaluation=EvaluationConfig(num_prompts=512, num_samples=8, max_completion_length=24, extra_temperatures=(0.7, 0.5)),
+        evaluation=EvaluationConfig(
+            num_prompts=512, num_samples=8, max_completion_length=24, extra_temperatures=(0.7, 0.5)
+        ),
         log=LogConfig(samples_every=50),
     )

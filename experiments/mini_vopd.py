@@ -1,6 +1,8 @@
-"""vOPD on the built-in mini pair: sampled-token distillation with the full-vocabulary control variate.
+"""vOPD on the built-in mini pair: sampled-token distillation with the full-vocabulary control
+variate.
 
-Paper: "KL for a KL: On-Policy Distillation with Control Variate Baseline", arXiv 2605.07865. This is the quick start.
+Paper: "KL for a KL: On-Policy Distillation with Control Variate Baseline", arXiv 2605.07865. This
+is the quick start.
 
     opdjax train experiments/mini_vopd.py --workdir runs/mini_vopd
 
@@ -8,7 +10,16 @@ Two CPU cores, about two minutes. Expected on 512 test problems: avg@8 0.409 -> 
 greedy 0.543 -> 0.957.
 """
 
-from opdjax.config import Config, DataConfig, EstimatorConfig, EvaluationConfig, LogConfig, OptimizerConfig, SamplingConfig, TrainConfig
+from opdjax.config import (
+    Config,
+    DataConfig,
+    EstimatorConfig,
+    EvaluationConfig,
+    LogConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> Config:
@@ -16,8 +27,12 @@ def get_config() -> Config:
         data=DataConfig(source="arithmetic:train", max_prompt_length=32),
         sampling=SamplingConfig(num_generations=1, max_completion_length=24),
         estimator=EstimatorConfig(recipe="vopd", baseline="full", aggregation="token_mean"),
-        optimizer=OptimizerConfig(learning_rate=3e-4, schedule="cosine", warmup_steps=5, b2=0.98, max_grad_norm=1.0),
+        optimizer=OptimizerConfig(
+            learning_rate=3e-4, schedule="cosine", warmup_steps=5, b2=0.98, max_grad_norm=1.0
+        ),
         train=TrainConfig(num_steps=200, prompts_per_step=128),
-        evaluation=EvaluationConfig(num_prompts=512, num_samples=8, max_completion_length=24, extra_temperatures=(0.7, 0.5)),
+        evaluation=EvaluationConfig(
+            num_prompts=512, num_samples=8, max_completion_length=24, extra_temperatures=(0.7, 0.5)
+        ),
         log=LogConfig(samples_every=50),
     )

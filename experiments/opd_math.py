@@ -1,13 +1,15 @@
-"""Vanilla sampled-token OPD at the scale of vOPD's paper: Qwen3-1.7B-Base from Qwen3-1.7B on competition mathematics.
+"""Vanilla sampled-token OPD at the scale of vOPD's paper: Qwen3-1.7B-Base from Qwen3-1.7B on
+competition mathematics.
 
-The row "OPD" of "KL for a KL: On-Policy Distillation with Control Variate Baseline", arXiv 2605.07865; everything but the
-estimator is as in vopd_math.py, whose docstring tells the settings, the data and the deviations.
+The row "OPD" of "KL for a KL: On-Policy Distillation with Control Variate Baseline", arXiv
+2605.07865; everything but the estimator is as in vopd_math.py, whose docstring tells the settings,
+the data and the deviations.
 
     opdjax train experiments/opd_math.py --workdir runs/opd_math \
         --data.source dapo14k.jsonl --evaluation.source math500.jsonl
 
-Hardware: the paper reports one H200 or A100 a run, 2 to 6 hours. Expected score by the paper, 8 samples at T = 0.6 on
-MATH-500: 58.7. Not run here yet.
+Hardware: the paper reports one H200 or A100 a run, 2 to 6 hours. Expected score by the paper, 8
+samples at T = 0.6 on MATH-500: 58.7. Not run here yet.
 """
 
 from opdjax.config import (
@@ -37,7 +39,9 @@ def get_config() -> Config:
         sampling=SamplingConfig(num_generations=1, max_completion_length=2048, temperature=1.0),
         estimator=EstimatorConfig(recipe="opd", aggregation="token_mean"),
         optimizer=OptimizerConfig(learning_rate=1e-5, schedule="cosine", max_grad_norm=1.0),
-        train=TrainConfig(num_steps=219, prompts_per_step=64, gradient_accumulation_steps=16, remat="layer"),
+        train=TrainConfig(
+            num_steps=219, prompts_per_step=64, gradient_accumulation_steps=16, remat="layer"
+        ),
         evaluation=EvaluationConfig(
             source="math500.jsonl",
             grader="boxed",

@@ -1,20 +1,23 @@
 """vOPD at the scale of its paper: Qwen3-1.7B-Base from Qwen3-1.7B on competition mathematics.
 
-Paper: "KL for a KL: On-Policy Distillation with Control Variate Baseline", arXiv 2605.07865, with the settings of its
-released configuration: 64 prompts x 1 rollout a step, fresh every step, at most 1024 + 2048 tokens, temperature 1 and no
-filter, AdamW at 1e-5 with a cosine down to 0, clip 1, one epoch of 14 thousand prompts (about 219 steps), the student's
-top 100 ids as the support of the baseline, global token mean, raw text without a chat template.
+Paper: "KL for a KL: On-Policy Distillation with Control Variate Baseline", arXiv 2605.07865, with
+the settings of its released configuration: 64 prompts x 1 rollout a step, fresh every step, at most
+1024 + 2048 tokens, temperature 1 and no filter, AdamW at 1e-5 with a cosine down to 0, clip 1, one
+epoch of 14 thousand prompts (about 219 steps), the student's top 100 ids as the support of the
+baseline, global token mean, raw text without a chat template.
 
     opdjax train experiments/vopd_math.py --workdir runs/vopd_math \
         --data.source dapo14k.jsonl --evaluation.source math500.jsonl
 
-Data: JSON lines with `prompt` (the problem) and, for the evaluation, `answer`; the paper trains on the English part of
-DAPO-Math-17k and reports MATH-500 among others. The grader needs `pip install 'opdjax[eval]'`.
+Data: JSON lines with `prompt` (the problem) and, for the evaluation, `answer`; the paper trains on
+the English part of DAPO-Math-17k and reports MATH-500 among others. The grader needs `pip install
+'opdjax[eval]'`.
 
-Hardware: the paper reports one H200 or A100 a run, 2 to 6 hours. Expected score by the paper, 8 samples at T = 0.6 on
-MATH-500: 64.9 (plain OPD: 58.7). Not run here yet. Deviations: every parameter is trained where the paper trains LoRA
-adapters of rank 64; no importance mask between sampler and trainer, which here are one set of kernels; generation ends
-at the stop ids of the student's own checkpoint.
+Hardware: the paper reports one H200 or A100 a run, 2 to 6 hours. Expected score by the paper, 8
+samples at T = 0.6 on MATH-500: 64.9 (plain OPD: 58.7). Not run here yet. Deviations: every
+parameter is trained where the paper trains LoRA adapters of rank 64; no importance mask between
+sampler and trainer, which here are one set of kernels; generation ends at the stop ids of the
+student's own checkpoint.
 """
 
 from opdjax.config import (
@@ -42,9 +45,13 @@ def get_config() -> Config:
             max_prompt_length=1024,
         ),
         sampling=SamplingConfig(num_generations=1, max_completion_length=2048, temperature=1.0),
-        estimator=EstimatorConfig(recipe="vopd", baseline="student_topk", baseline_top_k=100, aggregation="token_mean"),
+        estimator=EstimatorConfig(
+            recipe="vopd", baseline="student_topk", baseline_top_k=100, aggregation="token_mean"
+        ),
         optimizer=OptimizerConfig(learning_rate=1e-5, schedule="cosine", max_grad_norm=1.0),
-        train=TrainConfig(num_steps=219, prompts_per_step=64, gradient_accumulation_steps=16, remat="layer"),
+        train=TrainConfig(
+            num_steps=219, prompts_per_step=64, gradient_accumulation_steps=16, remat="layer"
+        ),
         evaluation=EvaluationConfig(
             source="math500.jsonl",
             grader="boxed",

@@ -1,14 +1,17 @@
-"""opdjax beside what can run beside it, on this machine and in this run: losses, the on-policy step, generation.
+"""opdjax beside what can run beside it, on this machine and in this run: losses, the on-policy
+step, generation.
 
     python scripts/benchmark.py                             # all of it, on the CPU
     python scripts/benchmark.py --only a --peers tunix      # losses, against one peer
     python scripts/benchmark.py --device gpu --output gpu.json
 
-(a) value and gradient of the exact divergences, from logits and from hidden states; (b) the full on-policy step; (c) generation,
-with lengths that are equal and with a long tail, where a share of the vocabulary stops a completion and only the tokens up to
-it count. Each peer runs in its own environment under `.bench/`, made by this script on first use (about three minutes). Every
-system runs at the number of threads that is fastest for it. Losses and gradients of one divergence must agree before
-times mean anything: a row says where they do not. What a peer cannot do, or fails at, is a row with the reason.
+(a) value and gradient of the exact divergences, from logits and from hidden states; (b) the full
+on-policy step; (c) generation, with lengths that are equal and with a long tail, where a share of
+the vocabulary stops a completion and only the tokens up to it count. Each peer runs in its own
+environment under `.bench/`, made by this script on first use (about three minutes). Every system
+runs at the number of threads that is fastest for it. Losses and gradients of one divergence must
+agree before times mean anything: a row says where they do not. What a peer cannot do, or fails at,
+is a row with the reason.
 """
 
 from __future__ import annotations
@@ -34,7 +37,10 @@ from benchmark_peers.workers import Worker, WorkerError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent / ".bench"
 _PROBES = 2  # runs at each number of threads, of which the faster counts
-TOLERANCE = {"cpu": 1e-3, "gpu": 3e-2}  # relative, between losses and gradient norms of one divergence
+TOLERANCE = {
+    "cpu": 1e-3,
+    "gpu": 3e-2,
+}  # relative, between losses and gradient norms of one divergence
 
 
 @dataclasses.dataclass
@@ -47,7 +53,9 @@ class Contender:
 
 
 class Fleet:
-    """The workers of all systems, at every number of threads that is tried; those of a peer without environment say why."""
+    """The workers of all systems, at every number of threads that is tried; those of a peer without
+    environment say why.
+    """
 
     def __init__(self, options: argparse.Namespace):
         self.failures: dict[str, str] = {}
@@ -57,14 +65,21 @@ class Fleet:
         given = dict(pair.split("=", 1) for pair in options.python)
         for system in ("opdjax", *options.peers):
             try:
-                python = sys.executable if system == "opdjax" else given.get(system) or python_of(system, ROOT / "venvs", options.device)
+                python = (
+                    sys.executable
+                    if system == "opdjax"
+                    else given.get(system) or python_of(system, ROOT / "venvs", options.device)
+                )
             except InstallationError as error:
                 self.failures[system] = str(error)
                 continue
             self.workers[system] = [Worker(system, python, count, ROOT) for count in threads]
 
     def versions(self) -> dict[str, dict[str, str]]:
-        return {system: next((w.versions for w in workers if w.versions), {}) for system, workers in self.workers.items()}
+        return {
+            system: next((w.versions for w in workers if w.versions), {})
+            for system, workers in self.workers.items()
+        }
 
     def stop(self) -> None:
         for workers in self.workers.values():
@@ -75,14 +90,25 @@ class Fleet:
 def worker_case(case: dict[str, Any], device: str) -> dict[str, Any]:
     """The case with all that a worker needs to know of it."""
     sizes = SIZES[device]
-    student, teacher = write_pair(ROOT / f"models-{device}", sizes) if case["kind"] in ("generate", "tail", "step") else ("", "")
+    student, teacher = (
+        write_pair(ROOT / f"models-{device}", sizes)
+        if case["kind"] in ("generate", "tail", "step")
+        else ("", "")
+    )
     is_tail = case["kind"] == "tail"
     fields = ("dtype", "matmul", "vocab", "width", "step_batch", "batch", "prompt", "new")
-    return case | {name: getattr(sizes, name) for name in fields} | {
-        "student": str(student), "teacher": str(teacher), "student_shape": dataclasses.asdict(sizes.student),
-        "prompts": sizes.tail_prompts if is_tail else sizes.batch,
-        "prompts_file": str(ROOT / f"models-{device}" / "prompts.jsonl"), "stop_ids": stop_ids(sizes) if is_tail else [EOS],
-    }  # fmt: skip
+    return (
+        case
+        | {name: getattr(sizes, name) for name in fields}
+        | {
+            "student": str(student),
+            "teacher": str(teacher),
+            "student_shape": dataclasses.asdict(sizes.student),
+            "prompts": sizes.tail_prompts if is_tail else sizes.batch,
+            "prompts_file": str(ROOT / f"models-{device}" / "prompts.jsonl"),
+            "stop_ids": stop_ids(sizes) if is_tail else [EOS],
+        }
+    )
 
 
 def enter(form: Form, case: dict[str, Any], fleet: Fleet) -> Contender | str:
@@ -95,7 +121,11 @@ def enter(form: Form, case: dict[str, Any], fleet: Fleet) -> Contender | str:
     for worker in [known] if known else fleet.workers[form.system]:
         try:
             worker.ask(do="prepare", case=case | {"form": form.name})
-            probes = [] if known or len(fleet.workers[form.system]) == 1 else [worker.ask(do="run")["seconds"] for _ in range(_PROBES)]
+            probes = (
+                []
+                if known or len(fleet.workers[form.system]) == 1
+                else [worker.ask(do="run")["seconds"] for _ in range(_PROBES)]
+            )
             tried.append((min(probes, default=0), worker))
         except WorkerError as error:
             reason = str(error)
@@ -124,14 +154,23 @@ def alternate(ours: Contender, peers: list[Contender], repeats: int) -> dict[For
     return failed
 
 
-def measure(case: dict[str, Any], fleet: Fleet, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(
+    case: dict[str, Any], fleet: Fleet, options: argparse.Namespace
+) -> list[dict[str, Any]]:
     """The rows of one case, opdjax's first."""
-    forms = [form for form in FORMS[case["kind"]] if form.system == "opdjax" or form.system in options.peers]
+    forms = [
+        form
+        for form in FORMS[case["kind"]]
+        if form.system == "opdjax" or form.system in options.peers
+    ]
     full_case, entered = worker_case(case, options.device), []
-    # Forms of one worker share its process, which holds one job: those of a system take turns as rivals of opdjax's.
+    # Forms of one worker share its process, which holds one job: those of a system take turns as
+    # rivals of opdjax's.
     rounds: list[list[Form]] = [[]]
     for form in forms[1:]:
-        place = next((group for group in rounds if form.system not in {f.system for f in group}), None)
+        place = next(
+            (group for group in rounds if form.system not in {f.system for f in group}), None
+        )
         if place is None:
             rounds.append(place := [])
         place.append(form)
@@ -144,18 +183,28 @@ def measure(case: dict[str, Any], fleet: Fleet, options: argparse.Namespace) -> 
         if isinstance(ours, Contender):
             start = len(ours.runs)
             # Alone, too, opdjax is measured.
-            failed = alternate(ours, peers, options.repeats) if peers else alternate(ours, [ours], options.repeats)
+            failed = (
+                alternate(ours, peers, options.repeats)
+                if peers
+                else alternate(ours, [ours], options.repeats)
+            )
             if ours.form in failed:
                 ours = failed[ours.form]
         for form, contender in entered.items():
             reason = contender if isinstance(contender, str) else failed.get(form)
-            pairs = ours.runs[start:][peers.index(contender) :: len(peers)] if isinstance(ours, Contender) and reason is None else []
+            pairs = (
+                ours.runs[start:][peers.index(contender) :: len(peers)]
+                if isinstance(ours, Contender) and reason is None
+                else []
+            )
             rows.append(row_of(case, form, reason or contender, pairs))
     rows.insert(0, row_of(case, forms[0], ours, []))
     return rows
 
 
-def row_of(case, form: Form, contender: Contender | str, pairs: list[dict[str, Any]]) -> dict[str, Any]:
+def row_of(
+    case, form: Form, contender: Contender | str, pairs: list[dict[str, Any]]
+) -> dict[str, Any]:
     row = case | {"system": form.system, "form": form.name, "remark": form.remark}
     if isinstance(contender, str):
         return row | {"error": contender}
@@ -165,10 +214,13 @@ def row_of(case, form: Form, contender: Contender | str, pairs: list[dict[str, A
     tokens = [speed(run) for run in runs] if "useful_tokens" in facts else []
     ratios = [(1 / speed(ours)) / seconds for ours, seconds in zip(pairs, cost)]
     return row | {
-        "threads": contender.worker.threads, "seconds": [run["seconds"] for run in runs],
-        "cpu_seconds": [run["cpu_seconds"] for run in runs], "tokens_per_second": tokens, "facts": facts,
+        "threads": contender.worker.threads,
+        "seconds": [run["seconds"] for run in runs],
+        "cpu_seconds": [run["cpu_seconds"] for run in runs],
+        "tokens_per_second": tokens,
+        "facts": facts,
         "ratio": statistics.median(ratios) if ratios else None,
-    }  # fmt: skip
+    }
 
 
 def speed(run: dict[str, Any]) -> float:
@@ -186,10 +238,14 @@ def compare(rows: list[dict[str, Any]], tolerance: float) -> None:
         theirs = (row["facts"]["loss"], *row["facts"]["norms"])
         for name, mine, other in zip(names, (ours["loss"], *ours["norms"]), theirs):
             if abs(mine - other) > tolerance * abs(mine):
-                row.setdefault("warnings", []).append(f"DIFFERS: {name} is {other / mine:.4g} of opdjax's")
+                row.setdefault("warnings", []).append(
+                    f"DIFFERS: {name} is {other / mine:.4g} of opdjax's"
+                )
 
 
-def add_floors(rows: list[dict[str, Any]], device: str, flops_per_second: float, bytes_per_second: float) -> None:
+def add_floors(
+    rows: list[dict[str, Any]], device: str, flops_per_second: float, bytes_per_second: float
+) -> None:
     """Seconds that the least work of each row would take at the measured rates."""
     for row in rows:
         if "error" not in row:
@@ -206,19 +262,43 @@ def machine(device: str) -> str:
     found = f"{model}, {len(os.sched_getaffinity(0))} cores"
     if device == "gpu":
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        found += ", " + subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+        found += (
+            ", " + subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+        )
     return found
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=("a", "b", "c"), default=["a", "b", "c"], help="parts to run")
-    parser.add_argument("--peers", nargs="*", choices=tuple(PINS), default=list(PINS), help="systems to run beside opdjax")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=("a", "b", "c"), default=["a", "b", "c"], help="parts to run"
+    )
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        choices=tuple(PINS),
+        default=list(PINS),
+        help="systems to run beside opdjax",
+    )
     parser.add_argument("--repeats", type=int, default=5)
     cores = sorted({1, len(os.sched_getaffinity(0))})
-    parser.add_argument("--threads", nargs="+", type=int, default=cores, help="numbers of CPU cores that every system is tried on")
+    parser.add_argument(
+        "--threads",
+        nargs="+",
+        type=int,
+        default=cores,
+        help="numbers of CPU cores that every system is tried on",
+    )
     parser.add_argument("--device", choices=tuple(SIZES), default="cpu")
-    parser.add_argument("--python", nargs="*", default=[], metavar="PEER=PATH", help="an interpreter that has the peer")
+    parser.add_argument(
+        "--python",
+        nargs="*",
+        default=[],
+        metavar="PEER=PATH",
+        help="an interpreter that has the peer",
+    )
     parser.add_argument("--output", type=pathlib.Path, help="a JSON file for every run's figures")
     return parser.parse_args()
 
@@ -236,12 +316,21 @@ def main() -> None:
                 found = measure(case, fleet, options)
                 compare(found, TOLERANCE[options.device])
                 rows += found
-        result = {"machine": machine(options.device), "versions": fleet.versions(), "repeats": options.repeats, "rows": rows}
+        result = {
+            "machine": machine(options.device),
+            "versions": fleet.versions(),
+            "repeats": options.repeats,
+            "rows": rows,
+        }
     finally:
         fleet.stop()
-    least = min(min(row["seconds"]) for row in rows if row["kind"] == "matmul" and row.get("seconds"))
+    least = min(
+        min(row["seconds"]) for row in rows if row["kind"] == "matmul" and row.get("seconds")
+    )
     result["flops_per_second"] = 2 * SIZES[options.device].matmul ** 3 / least
-    result["bytes_per_second"] = max(rate for row in rows if (rate := row.get("facts", {}).get("bytes_per_second")))
+    result["bytes_per_second"] = max(
+        rate for row in rows if (rate := row.get("facts", {}).get("bytes_per_second"))
+    )
     add_floors(rows, options.device, result["flops_per_second"], result["bytes_per_second"])
     print(to_markdown(result))
     if options.output:

@@ -1,13 +1,15 @@
-"""What the diagnostics of a step cost: paired, alternating runs of the same work without them, between them and with them.
+"""What the diagnostics of a step cost: paired, alternating runs of the same work without them,
+between them and with them.
 
     python scripts/benchmark_diagnostics.py                # both sizes, about five minutes
 
-`off`: log.diagnostics_every 0. `between`: a step that skips them. `observed`: a step that takes them. The mini pair runs the
-real jitted update on 64 rows, and its share is of a whole step (sampling, teacher's scores, update without diagnostics). At
-V = 151,936 and width 1,024 only the work on the vocabulary is run (teacher's scores, loss, both gradients), float32: the
-share is of that alone, so that of a step, which samples and runs two models beside it, is smaller. Shares are medians of
-the paired differences with a 95 % interval from the order statistics. `--clock cpu` counts the process's CPU seconds, which
-say more than the wall on a machine that does other work.
+`off`: log.diagnostics_every 0. `between`: a step that skips them. `observed`: a step that takes
+them. The mini pair runs the real jitted update on 64 rows, and its share is of a whole step
+(sampling, teacher's scores, update without diagnostics). At V = 151,936 and width 1,024 only the
+work on the vocabulary is run (teacher's scores, loss, both gradients), float32: the share is of
+that alone, so that of a step, which samples and runs two models beside it, is smaller. Shares are
+medians of the paired differences with a 95 % interval from the order statistics. `--clock cpu`
+counts the process's CPU seconds, which say more than the wall on a machine that does other work.
 """
 
 from __future__ import annotations
@@ -25,18 +27,25 @@ import jax.numpy as jnp
 from benchmark_recipes import RECIPES
 from benchmark_vocab import cpu_model, make_arguments
 
-from opdjax.config import Config, DataConfig, EstimatorConfig, EvaluationConfig, MeshConfig, SamplingConfig
+from opdjax.config import (
+    Config,
+    DataConfig,
+    EstimatorConfig,
+    EvaluationConfig,
+    MeshConfig,
+    SamplingConfig,
+)
 from opdjax.data.packing import to_train_batch
 from opdjax.data.prompts import collate, indices_at
-from opdjax.diagnostics import observed
+from opdjax.engine.step_metrics import observed
+from opdjax.engine.update import init_state, make_optimizer, make_update
 from opdjax.estimators import bind
 from opdjax.models.hf import load_params
 from opdjax.ops.tile import Head
-from opdjax.ops.vocab import Columns, tiled_loss, tiled_stats
-from opdjax.prepare import prepare, update_spec
-from opdjax.rollouts import draw, scored
-from opdjax.train_state import init_state, make_optimizer, make_update
-from opdjax.workdir import num_cores
+from opdjax.ops.vocab import TokenInputs, tiled_loss, tiled_stats
+from opdjax.rollouts.on_policy import draw, scored
+from opdjax.rollouts.setup import prepare, update_spec
+from opdjax.runs.workdir import num_cores
 
 FORMS = {
     "opd": EstimatorConfig(recipe="opd"),
@@ -56,7 +65,9 @@ def seconds_of(run: Callable, clock: Callable) -> float:
 
 
 def alternate(runs: dict[str, Callable], repeats: int, clock: Callable) -> dict[str, list[float]]:
-    """Seconds of each, one after the other in turn, the order reversed every time; the first two rounds are left out."""
+    """Seconds of each, one after the other in turn, the order reversed every time; the first two
+    rounds are left out.
+    """
     found: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 2):
         for name in list(runs)[:: 1 if turn % 2 else -1]:
@@ -69,15 +80,22 @@ def median_interval(values: list[float]) -> tuple[float, float, float]:
     ordered, count = sorted(values), len(values)
     reach = math.ceil(0.98 * math.sqrt(count))
     middle = (count - 1) / 2
-    return statistics.median(values), ordered[max(0, math.floor(middle - reach))], ordered[min(count - 1, math.ceil(middle + reach))]
+    return (
+        statistics.median(values),
+        ordered[max(0, math.floor(middle - reach))],
+        ordered[min(count - 1, math.ceil(middle + reach))],
+    )
 
 
 def mini_runs(estimator: EstimatorConfig) -> tuple[dict[str, Callable], dict[str, Callable]]:
     """(what is compared, what else a step does)."""
     config = Config(
-        data=DataConfig(max_prompt_length=32), sampling=SamplingConfig(max_completion_length=24), estimator=estimator,
-        evaluation=EvaluationConfig(source=None), mesh=MeshConfig(1),
-    )  # fmt: skip
+        data=DataConfig(max_prompt_length=32),
+        sampling=SamplingConfig(max_completion_length=24),
+        estimator=estimator,
+        evaluation=EvaluationConfig(source=None),
+        mesh=MeshConfig(1),
+    )
     setup = prepare(config)
     needs = bind(estimator.recipe, estimator.options)[0].teacher
     params = load_params(setup.student, "float32")
@@ -89,47 +107,90 @@ def mini_runs(estimator: EstimatorConfig) -> tuple[dict[str, Callable], dict[str
     optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-12)
 
     def updating(every: int, step: int) -> Callable:
-        update = make_update(dataclasses.replace(update_spec(setup), diagnostics_every=every), optimizer, 100)
+        update = make_update(
+            dataclasses.replace(update_spec(setup), diagnostics_every=every), optimizer, 100
+        )
         held = [init_state(params, make_optimizer(optimizer, 100))]
 
         def run():
-            held[0], metrics = update(dataclasses.replace(held[0], step=jnp.int32(step)), batch, head)
+            held[0], metrics = update(
+                dataclasses.replace(held[0], step=jnp.int32(step)), batch, head
+            )
             return jax.tree.map(float, jax.device_get(metrics))
 
         return run
 
-    compared = {"off": updating(0, 0), "between": updating(EVERY, 1), "observed": updating(EVERY, 0)}
-    return compared, {"sample": lambda: draw(setup, params, prompts, 0).tokens, "teacher": lambda: scored(setup, unscored, needs)}
+    compared = {
+        "off": updating(0, 0),
+        "between": updating(EVERY, 1),
+        "observed": updating(EVERY, 0),
+    }
+    return compared, {
+        "sample": lambda: draw(setup, params, prompts, 0).tokens,
+        "teacher": lambda: scored(setup, unscored, needs),
+    }
 
 
-def vocabulary_runs(estimator: EstimatorConfig, tokens: int, vocab: int, width: int, tile: int) -> tuple[dict[str, Callable], dict]:
+def vocabulary_runs(
+    estimator: EstimatorConfig, tokens: int, vocab: int, width: int, tile: int
+) -> tuple[dict[str, Callable], dict]:
     recipe, options = RECIPES[estimator.recipe], estimator.options
     arguments = make_arguments(tokens, vocab, width)
 
     def loss(hidden, kernel, weights, token, teacher_hidden, teacher_kernel, is_observed):
-        columns, teacher = Columns(token), (teacher_hidden, Head(teacher_kernel))
+        columns, teacher = TokenInputs(token), (teacher_hidden, Head(teacher_kernel))
         if recipe.teacher == "token":
-            read = lambda tile, _, row: tile.logprob(row.token)  # noqa: E731
-            columns = Columns(token, tiled_stats(read, teacher_hidden, Head(teacher_kernel), weights > 0, columns, tile=tile))
+            read = lambda tile, _, row: tile.logprob(row.token)
+            columns = TokenInputs(
+                token,
+                tiled_stats(
+                    read, teacher_hidden, Head(teacher_kernel), weights > 0, columns, tile=tile
+                ),
+            )
             teacher = None
         if is_observed is not None:
-            columns = dataclasses.replace(columns, is_observed=jnp.broadcast_to(is_observed, token.shape))
+            columns = dataclasses.replace(
+                columns, is_observed=jnp.broadcast_to(is_observed, token.shape)
+            )
         told = observed(recipe.token_loss)
-        return tiled_loss(lambda *tiles: told(*tiles, **options), hidden, Head(kernel), weights, columns, teacher, tile=tile)
+        return tiled_loss(
+            lambda *tiles: told(*tiles, **options),
+            hidden,
+            Head(kernel),
+            weights,
+            columns,
+            teacher,
+            tile=tile,
+        )
 
     compiled = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
     taken = {"off": None, "between": jnp.bool_(False), "observed": jnp.bool_(True)}
     return {name: lambda flag=flag: compiled(*arguments, flag) for name, flag in taken.items()}, {}
 
 
-def row(label: str, runs: tuple[dict[str, Callable], dict[str, Callable]], repeats: int, clock: Callable) -> str:
+def row(
+    label: str, runs: tuple[dict[str, Callable], dict[str, Callable]], repeats: int, clock: Callable
+) -> str:
     compared, others = runs
     found = alternate(compared, repeats, clock)
-    rest = sum(statistics.median(values) for values in alternate(others, max(repeats // 4, 3), clock).values()) if others else 0.0
+    rest = (
+        sum(
+            statistics.median(values)
+            for values in alternate(others, max(repeats // 4, 3), clock).values()
+        )
+        if others
+        else 0.0
+    )
     whole = rest + statistics.median(found["off"])
     cells = [f"{1e3 * whole:.1f}"]
-    shares = {name: [(with_it - off) / whole for with_it, off in zip(found[name], found["off"])] for name in ("between", "observed")}
-    shares[f"1 of {EVERY}"] = [((EVERY - 1) * one + other) / EVERY for one, other in zip(shares["between"], shares["observed"])]
+    shares = {
+        name: [(with_it - off) / whole for with_it, off in zip(found[name], found["off"])]
+        for name in ("between", "observed")
+    }
+    shares[f"1 of {EVERY}"] = [
+        ((EVERY - 1) * one + other) / EVERY
+        for one, other in zip(shares["between"], shares["observed"])
+    ]
     for values in shares.values():
         middle, low, high = (100 * value for value in median_interval(values))
         cells.append(f"{middle:+.1f} ({low:+.1f} to {high:+.1f})")
@@ -138,19 +199,38 @@ def row(label: str, runs: tuple[dict[str, Callable], dict[str, Callable]], repea
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=200, help="of the mini pair's update")
-    parser.add_argument("--long-repeats", type=int, default=12, help="of the work on the long vocabulary")
+    parser.add_argument(
+        "--long-repeats", type=int, default=12, help="of the work on the long vocabulary"
+    )
     parser.add_argument("--only", choices=("mini", "long"))
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
     options = parser.parse_args()
     clock = CLOCKS[options.clock]
-    print(f"Machine: {cpu_model()}, {num_cores()} cores; jax {jax.__version__} on {jax.default_backend()}.\n")
-    print(f"| work | {options.clock} ms without | between, % | observed, % | one of {EVERY} observed, % |\n|---|---|---|---|---|")
+    print(
+        f"Machine: {cpu_model()}, {num_cores()} cores; jax {jax.__version__} on {jax.default_backend()}.\n"
+    )
+    print(
+        f"| work | {options.clock} ms without | between, % | observed, % | one of {EVERY} observed, % |\n|---|---|---|---|---|"
+    )
     for label, estimator in FORMS.items() if options.only != "long" else ():
-        print(row(f"mini pair, `{label}`, a step", mini_runs(estimator), options.repeats, clock), flush=True)
+        print(
+            row(f"mini pair, `{label}`, a step", mini_runs(estimator), options.repeats, clock),
+            flush=True,
+        )
     for label, estimator in FORMS.items() if options.only != "mini" else ():
-        print(row(f"V = 151,936, `{label}`", vocabulary_runs(estimator, 256, 151936, 1024, 128), options.long_repeats, clock), flush=True)
+        print(
+            row(
+                f"V = 151,936, `{label}`",
+                vocabulary_runs(estimator, 256, 151936, 1024, 128),
+                options.long_repeats,
+                clock,
+            ),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Seconds and memory of what a step does after sampling, one rollout a row against packed rows: pack, teacher's scores, update.
+"""Seconds and memory of what a step does after sampling, one rollout a row against packed rows:
+pack, teacher's scores, update.
 
     python scripts/benchmark_packing.py                    # about three minutes
 
-The mini pair with 64 rollouts a step, in one micro-batch and in eight. `own rollouts`: as the student answers, of at most 48
-tokens. `long tail`: random tokens, log-normal lengths (median 40, sigma 1) of at most 240. A packed row is as long as a padded
-one, or twice that. Every form trains on the same tokens. Seconds are medians of alternating runs; temporary memory is XLA's
-own figure for the update, arguments and results excluded.
+The mini pair with 64 rollouts a step, in one micro-batch and in eight. `own rollouts`: as the
+student answers, of at most 48 tokens. `long tail`: random tokens, log-normal lengths (median 40,
+sigma 1) of at most 240. A packed row is as long as a padded one, or twice that. Every form trains
+on the same tokens. Seconds are medians of alternating runs; temporary memory is XLA's own figure
+for the update, arguments and results excluded.
 """
 
 from __future__ import annotations
@@ -20,15 +22,23 @@ import numpy as np
 from benchmark_diagnostics import CLOCKS, alternate
 from benchmark_vocab import cpu_model, temp_mib
 
-from opdjax.config import Config, DataConfig, EstimatorConfig, EvaluationConfig, MeshConfig, SamplingConfig, TrainConfig
+from opdjax.config import (
+    Config,
+    DataConfig,
+    EstimatorConfig,
+    EvaluationConfig,
+    MeshConfig,
+    SamplingConfig,
+    TrainConfig,
+)
 from opdjax.data.packing import answer_rows, filling, pack, to_train_batch
 from opdjax.data.prompts import collate, indices_at
+from opdjax.engine.update import init_state, make_optimizer, make_update
 from opdjax.models.hf import load_params
-from opdjax.prepare import Setup, prepare, update_spec
-from opdjax.train import _rollouts, _score
-from opdjax.train_state import init_state, make_optimizer, make_update
+from opdjax.rollouts.on_policy import _rollouts, scored
+from opdjax.rollouts.setup import Setup, prepare, update_spec
+from opdjax.runs.workdir import num_cores
 from opdjax.types import PromptBatch, Rollouts, TrainBatch
-from opdjax.workdir import num_cores
 
 _ROWS, _PARTS = 64, 8
 
@@ -60,7 +70,9 @@ def long_tail(setup: Setup, prompts: PromptBatch) -> Rollouts:
 CASES = {"own rollouts": (48, own_rollouts), "long tail": (240, long_tail)}
 
 
-def form(setup: Setup, batch: TrainBatch, parts: int, pack_length: int | None) -> tuple[Callable, str, float]:
+def form(
+    setup: Setup, batch: TrainBatch, parts: int, pack_length: int | None
+) -> tuple[Callable, str, float]:
     """(one step after sampling, how full its rows are, MiB of temporary memory of the update)."""
     train = dataclasses.replace(setup.config.train, gradient_accumulation_steps=parts)
     # A rate that moves nothing: every run is then the same work.
@@ -73,23 +85,42 @@ def form(setup: Setup, batch: TrainBatch, parts: int, pack_length: int | None) -
         return batch if pack_length is None else pack(batch, pack_length, parts=parts)[0]
 
     def step() -> dict:
-        scored, head = _score(setup, rows(), "vocabulary")
+        with_scores, head = scored(setup, rows(), "vocabulary")
         held[0], metrics = update(held[0], scored, head)
         return jax.device_get(metrics)
 
-    told = np.where(np.asarray(batch.segment_ids) > 0, 0, -1) if pack_length is None else pack(batch, pack_length, parts=parts)[1]
+    told = (
+        np.where(np.asarray(batch.segment_ids) > 0, 0, -1)
+        if pack_length is None
+        else pack(batch, pack_length, parts=parts)[1]
+    )
     filled = filling(told)
-    memory = temp_mib(update.lower(held[0], *_score(setup, rows(), "vocabulary")).compile())
-    return step, f"{filled['perf/packed_rows']:.0f} x {told.shape[1]} | {filled['perf/packing_efficiency']:.2f}", memory
+    memory = temp_mib(update.lower(held[0], *scored(setup, rows(), "vocabulary")).compile())
+    return (
+        step,
+        f"{filled['perf/packed_rows']:.0f} x {told.shape[1]} | {filled['perf/packing_efficiency']:.2f}",
+        memory,
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: the process's CPU seconds, for a busy machine")
+    parser.add_argument(
+        "--clock",
+        choices=tuple(CLOCKS),
+        default="wall",
+        help="cpu: the process's CPU seconds, for a busy machine",
+    )
     options = parser.parse_args()
-    print(f"Machine: {cpu_model()}, {num_cores()} cores; jax {jax.__version__} on {jax.default_backend()}; `vopd`, {_ROWS} rollouts.\n")
-    print(f"| rollouts | form | rows x tokens | filled | update, XLA temp MiB | {options.clock} s | over padded, 1 |")
+    print(
+        f"Machine: {cpu_model()}, {num_cores()} cores; jax {jax.__version__} on {jax.default_backend()}; `vopd`, {_ROWS} rollouts.\n"
+    )
+    print(
+        f"| rollouts | form | rows x tokens | filled | update, XLA temp MiB | {options.clock} s | over padded, 1 |"
+    )
     print("|---|---|---|---|---|---|---|")
     for label, (most, draw) in CASES.items():
         setup = setup_of(most)
@@ -97,14 +128,22 @@ def main() -> None:
         batch = to_train_batch(draw(setup, prompts), prompts)
         width = batch.tokens.shape[1]
         settings = {
-            "padded, 1": (1, None), f"padded, {_PARTS}": (_PARTS, None),
-            f"packed, {_PARTS}": (_PARTS, width), f"packed, {_PARTS}, twice as long": (_PARTS, 2 * width),
-        }  # fmt: skip
+            "padded, 1": (1, None),
+            f"padded, {_PARTS}": (_PARTS, None),
+            f"packed, {_PARTS}": (_PARTS, width),
+            f"packed, {_PARTS}, twice as long": (_PARTS, 2 * width),
+        }
         forms = {name: form(setup, batch, *how) for name, how in settings.items()}
-        found = alternate({name: step for name, (step, *_) in forms.items()}, options.repeats, CLOCKS[options.clock])
+        found = alternate(
+            {name: step for name, (step, *_) in forms.items()},
+            options.repeats,
+            CLOCKS[options.clock],
+        )
         seconds = {name: statistics.median(values) for name, values in found.items()}
         for name, (_, filled, memory) in forms.items():
-            print(f"| {label} | {name} | {filled} | {memory:.1f} | {seconds[name]:.4f} | {seconds[name] / seconds['padded, 1']:.2f} |")
+            print(
+                f"| {label} | {name} | {filled} | {memory:.1f} | {seconds[name]:.4f} | {seconds[name] / seconds['padded, 1']:.2f} |"
+            )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Memory and time of the tiled vocabulary pass against plain logits: reverse KL(student || teacher) and both gradients.
+"""Memory and time of the tiled vocabulary pass against plain logits: reverse KL(student || teacher)
+and both gradients.
 
     python scripts/benchmark_vocab.py                      # the table: T = 512 timed, T = 8192 compiled only
     python scripts/benchmark_vocab.py --vocab 32000 --width 256 --repeats 5
 
-Everything is float32 and one row (B = 1). The teacher is given as hidden states and a head of the student's size. Both
-forms take the same arguments and return the loss and its gradients with respect to the student's hidden states and head.
-Temporary memory is XLA's own figure (arguments and results excluded); seconds are medians of alternating runs. CPU seconds
-of the process are printed beside them because they say more on a machine that does other work.
+Everything is float32 and one row (B = 1). The teacher is given as hidden states and a head of the
+student's size. Both forms take the same arguments and return the loss and its gradients with
+respect to the student's hidden states and head. Temporary memory is XLA's own figure (arguments and
+results excluded); seconds are medians of alternating runs. CPU seconds of the process are printed
+beside them because they say more on a machine that does other work.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from opdjax.ops.tile import Head
-from opdjax.ops.vocab import Columns, tiled_loss
+from opdjax.ops.vocab import TokenInputs, tiled_loss
 
 TARGETS = {"temp": 0.8, "seconds": 0.9, "long temp": 0.1}
 
@@ -33,21 +35,31 @@ def reverse_kl(student, teacher, row):
 def tiled_form(tile):
     def loss(hidden, kernel, weights, token, teacher_hidden, teacher_kernel):
         teacher = (teacher_hidden, Head(teacher_kernel))
-        return tiled_loss(reverse_kl, hidden, Head(kernel), weights, Columns(token), teacher, tile=tile)[0]
+        return tiled_loss(
+            reverse_kl, hidden, Head(kernel), weights, TokenInputs(token), teacher, tile=tile
+        )[0]
 
     return loss
 
 
 def dense_form(hidden, kernel, weights, token, teacher_hidden, teacher_kernel):
-    """What one writes without the pass: logits of all tokens, two log-softmaxes, a sum over the vocabulary."""
+    """What one writes without the pass: logits of all tokens, two log-softmaxes, a sum over the
+    vocabulary.
+    """
     student = jax.nn.log_softmax(hidden[:, :-1] @ kernel.T)
     teacher = jax.nn.log_softmax(teacher_hidden[:, :-1] @ teacher_kernel.T)
     return jnp.sum(weights[:, 1:] * jnp.sum(jnp.exp(student) * (student - teacher), axis=-1))
 
 
 def argument_shapes(tokens, vocab, width):
-    hidden, kernel = jax.ShapeDtypeStruct((1, tokens, width), jnp.float32), jax.ShapeDtypeStruct((vocab, width), jnp.float32)
-    weights, token = jax.ShapeDtypeStruct((1, tokens), jnp.float32), jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+    hidden, kernel = (
+        jax.ShapeDtypeStruct((1, tokens, width), jnp.float32),
+        jax.ShapeDtypeStruct((vocab, width), jnp.float32),
+    )
+    weights, token = (
+        jax.ShapeDtypeStruct((1, tokens), jnp.float32),
+        jax.ShapeDtypeStruct((1, tokens), jnp.int32),
+    )
     return hidden, kernel, weights, token, hidden, kernel
 
 
@@ -58,14 +70,24 @@ def make_arguments(tokens, vocab, width):
     hidden = 2 * jax.random.normal(keys[2], (1, tokens, width))
     teacher_hidden = hidden + 0.3 * jax.random.normal(keys[3], (1, tokens, width))
     weights = jnp.full((1, tokens), 1 / (tokens - 1)).at[:, 0].set(0)
-    return hidden, kernel, weights, jax.random.randint(keys[4], (1, tokens), 0, vocab), teacher_hidden, teacher_kernel
+    return (
+        hidden,
+        kernel,
+        weights,
+        jax.random.randint(keys[4], (1, tokens), 0, vocab),
+        teacher_hidden,
+        teacher_kernel,
+    )
 
 
 def compile_forms(options, tokens):
     """Both forms compiled for `tokens` tokens, by name."""
     shapes = argument_shapes(tokens, options.vocab, options.width)
     forms = {"dense": dense_form, f"tiled ({options.tile})": tiled_form(options.tile)}
-    return {name: jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*shapes).compile() for name, loss in forms.items()}
+    return {
+        name: jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*shapes).compile()
+        for name, loss in forms.items()
+    }
 
 
 def temp_mib(compiled):
@@ -81,19 +103,24 @@ def run_once(compiled, arguments):
 
 
 def time_forms(forms, arguments, repeats):
-    """Median seconds, wall and CPU, and the last result of every form, after one untimed run of each."""
+    """Median seconds, wall and CPU, and the last result of every form, after one untimed run of
+    each.
+    """
     runs = {name: [] for name in forms}
     for _ in range(repeats + 1):
         for name, compiled in forms.items():
             runs[name].append(run_once(compiled, arguments))
-    median = lambda kept, i: statistics.median(run[i] for run in kept[1:])  # noqa: E731
+    median = lambda kept, i: statistics.median(run[i] for run in kept[1:])
     return {name: (median(kept, 0), median(kept, 1), *kept[-1][2:]) for name, kept in runs.items()}
 
 
 def cpu_model():
     try:
         with open("/proc/cpuinfo") as file:
-            return next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.processor())
+            return next(
+                (line.split(":")[1].strip() for line in file if line.startswith("model name")),
+                platform.processor(),
+            )
     except FileNotFoundError:
         return platform.processor()
 
@@ -103,7 +130,9 @@ def verdict(what, tiled, dense):
 
 
 def parse_options(description=__doc__, tokens=512):
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=tokens, help="tokens of the timed comparison")
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--width", type=int, default=1024)
@@ -114,14 +143,27 @@ def parse_options(description=__doc__, tokens=512):
 
 def main():
     parser = parse_options()
-    parser.add_argument("--long-tokens", type=int, default=8192, help="tokens of the comparison that is only compiled")
+    parser.add_argument(
+        "--long-tokens",
+        type=int,
+        default=8192,
+        help="tokens of the comparison that is only compiled",
+    )
     options = parser.parse_args()
-    print(f"Machine: {cpu_model()}, {os.cpu_count()} cores; jax {jax.__version__} on {jax.default_backend()}.")
-    print(f"V = {options.vocab}, D = {options.width}, B = 1, float32, value and gradients of reverse KL, tile {options.tile}.\n")
+    print(
+        f"Machine: {cpu_model()}, {os.cpu_count()} cores; jax {jax.__version__} on {jax.default_backend()}."
+    )
+    print(
+        f"V = {options.vocab}, D = {options.width}, B = 1, float32, value and gradients of reverse KL, tile {options.tile}.\n"
+    )
 
     forms = compile_forms(options, options.tokens)
-    timed = time_forms(forms, make_arguments(options.tokens, options.vocab, options.width), options.repeats)
-    print("| T | form | XLA temp MiB | seconds | CPU seconds | loss | norm of d hidden | norm of d head |")
+    timed = time_forms(
+        forms, make_arguments(options.tokens, options.vocab, options.width), options.repeats
+    )
+    print(
+        "| T | form | XLA temp MiB | seconds | CPU seconds | loss | norm of d hidden | norm of d head |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     temps = {}
     for name, (seconds, cpu_seconds, loss, (dhidden, dhead)) in timed.items():
@@ -130,14 +172,23 @@ def main():
         print(f"| {options.tokens} | {name} | {cost} | {loss:.6f} | {dhidden:.6e} | {dhead:.6e} |")
     del forms
 
-    long_temps = {name: temp_mib(compiled) for name, compiled in compile_forms(options, options.long_tokens).items()}
+    long_temps = {
+        name: temp_mib(compiled)
+        for name, compiled in compile_forms(options, options.long_tokens).items()
+    }
     for name, temp in long_temps.items():
         print(f"| {options.long_tokens} | {name} | {temp:.0f} | compiled only | | | | |")
 
     dense, tiled = timed
-    print(f"\nTemporary memory, tiled / dense, T = {options.tokens}: {verdict('temp', temps[tiled], temps[dense])}")
-    print(f"Seconds, tiled / dense, T = {options.tokens}: {verdict('seconds', timed[tiled][0], timed[dense][0])}")
-    print(f"Temporary memory, tiled / dense, T = {options.long_tokens}: {verdict('long temp', long_temps[tiled], long_temps[dense])}")
+    print(
+        f"\nTemporary memory, tiled / dense, T = {options.tokens}: {verdict('temp', temps[tiled], temps[dense])}"
+    )
+    print(
+        f"Seconds, tiled / dense, T = {options.tokens}: {verdict('seconds', timed[tiled][0], timed[dense][0])}"
+    )
+    print(
+        f"Temporary memory, tiled / dense, T = {options.long_tokens}: {verdict('long temp', long_temps[tiled], long_temps[dense])}"
+    )
 
 
 if __name__ == "__main__":

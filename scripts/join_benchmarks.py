@@ -1,12 +1,16 @@
-"""One file of several benchmarks for evaluation.source: JSON lines with prompt, answer and the name of the benchmark.
+"""One file of several benchmarks for evaluation.source: JSON lines with prompt, answer and the name
+of the benchmark.
 
     python scripts/join_benchmarks.py math4.jsonl \
-        MATH500=hf:HuggingFaceH4/MATH-500#test,problem,answer Minerva=hf:math-ai/minervamath#test,question,answer \
+        MATH500=hf:HuggingFaceH4/MATH-500#test,problem,answer
+        Minerva=hf:math-ai/minervamath#test,question,answer \
         AMC23=hf:math-ai/amc23#test,question,answer \
-        AIME24/25=hf:HuggingFaceH4/aime_2024#train,problem,answer AIME24/25=hf:MathArena/aime_2025#train,problem,answer
+        AIME24/25=hf:HuggingFaceH4/aime_2024#train,problem,answer
+        AIME24/25=hf:MathArena/aime_2025#train,problem,answer
 
-Each argument is NAME=SOURCE,PROMPT_COLUMN,ANSWER_COLUMN, with any source that data.source takes; of one name there may be several. The
-file is read with --evaluation.benchmark-column benchmark. It is written whole or not at all.
+Each argument is NAME=SOURCE,PROMPT_COLUMN,ANSWER_COLUMN, with any source that data.source takes; of
+one name there may be several. The file is read with --evaluation.benchmark-column benchmark. It is
+written whole or not at all.
 """
 
 from __future__ import annotations
@@ -17,23 +21,29 @@ import pathlib
 import sys
 
 from opdjax.data.prompts import read_prompts, require_of_each
-from opdjax.data.sources import Columns, DataError
+from opdjax.data.sources import ColumnMap, DataError
 
 
 def rows_of(argument: str) -> list[dict[str, object]]:
-    """The rows of one NAME=SOURCE,PROMPT_COLUMN,ANSWER_COLUMN; DataError where they cannot be had or one has no answer."""
+    """The rows of one NAME=SOURCE,PROMPT_COLUMN,ANSWER_COLUMN; DataError where they cannot be had
+    or one has no answer.
+    """
     name, equals, rest = argument.partition("=")
     parts = rest.rsplit(",", 2)
     if not (name and equals and len(parts) == 3 and all(parts)):
-        raise DataError(f"{argument!r} names no benchmark; expected NAME=SOURCE,PROMPT_COLUMN,ANSWER_COLUMN")
+        raise DataError(
+            f"{argument!r} names no benchmark; expected NAME=SOURCE,PROMPT_COLUMN,ANSWER_COLUMN"
+        )
     source, prompt, answer = parts
-    found = read_prompts(source, Columns(prompt, answer))
+    found = read_prompts(source, ColumnMap(prompt, answer))
     require_of_each(found, "answer", answer, source, "an evaluation needs one of every row")
     return [{"prompt": row.prompt, "answer": row.answer, "benchmark": name} for row in found]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("output", type=pathlib.Path)
     parser.add_argument("benchmarks", nargs="+", metavar="NAME=SOURCE,PROMPT_COLUMN,ANSWER_COLUMN")
     arguments = parser.parse_args()
@@ -42,7 +52,9 @@ def main() -> None:
     except DataError as error:
         sys.exit(f"join_benchmarks: {error}")
     partial = arguments.output.with_name(f"{arguments.output.name}.partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    partial.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     partial.replace(arguments.output)
     for name in dict.fromkeys(row["benchmark"] for row in rows):
         print(f"{name}: {sum(row['benchmark'] == name for row in rows)} prompts")

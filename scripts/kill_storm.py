@@ -1,10 +1,12 @@
-"""Runs whose rollouts are drawn ahead, killed again and again: does every one of them end as if nobody had killed it?
+"""Runs whose rollouts are drawn ahead, killed again and again: does every one of them end as if
+nobody had killed it?
 
     python scripts/kill_storm.py --workdir runs/kills --output experiments/results/kills.md
 
-Of each way to draw, a run on the mini pair is sent SIGKILL at random moments: its learner, its generator, or both, each a process of
-its own where the generator is one. What was killed is started again by the same command, and after the last kill left to finish. Then
-the table tells whether the final weights, and the metrics of every step, are bit for bit those of a run that nobody killed, and
+Of each way to draw, a run on the mini pair is sent SIGKILL at random moments: its learner, its
+generator, or both, each a process of its own where the generator is one. What was killed is started
+again by the same command, and after the last kill left to finish. Then the table tells whether the
+final weights, and the metrics of every step, are bit for bit those of a run that nobody killed, and
 whether every rollout of every step is there once, whole, and as old as the schedule says.
 """
 
@@ -39,9 +41,9 @@ from opdjax.config import (
     SamplingConfig,
     TrainConfig,
 )
-from opdjax.fields import to_dict
-from opdjax.near_policy import store
-from opdjax.workdir import read_lines
+from opdjax.config.validation import to_dict
+from opdjax.rollouts.near_policy import shards
+from opdjax.runs.workdir import read_lines
 
 BASE = Config(
     data=DataConfig(max_prompt_length=32),
@@ -55,7 +57,13 @@ BASE = Config(
     mesh=MeshConfig(1),
 )
 REFRESH = {"schedule": "refresh", "num_epochs": 4, "refresh_epochs": (1, 2), "shard_size": 16}
-CONTINUOUS = {"schedule": "continuous", "max_staleness": 2, "filter": "ifd", "ifd_min": None, "ifd_quantile": 0.7}
+CONTINUOUS = {
+    "schedule": "continuous",
+    "max_staleness": 2,
+    "filter": "ifd",
+    "ifd_min": None,
+    "ifd_quantile": 0.7,
+}
 THREAD = {"generator": "thread", "generator_devices": 1}
 WAYS = {
     "refresh, inline": REFRESH,
@@ -76,7 +84,9 @@ class Run:
         self.workdir, self._saved = workdir, workdir.with_suffix(".json")
         self._saved.write_text(json.dumps({"config": to_dict(config)}))
         self._log = workdir.with_suffix(".log").open("w")
-        self.roles = ("learner", "generator") if config.near_policy.generator == "process" else ("learner",)
+        self.roles = (
+            ("learner", "generator") if config.near_policy.generator == "process" else ("learner",)
+        )
         self._devices = 2 if config.near_policy.generator == "thread" else 1
         self._running: dict[str, subprocess.Popen] = {}
 
@@ -84,11 +94,25 @@ class Run:
         """Whatever does not run, and has not done its work."""
         for role in self.roles:
             if role not in self._running and not (self.workdir / "result.json").exists():
-                given = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(self._devices), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+                given = {
+                    "JAX_PLATFORMS": "cpu",
+                    "JAX_NUM_CPU_DEVICES": str(self._devices),
+                    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+                }
                 given |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
                 verb = ("train", "--workdir") if role == "learner" else ("sample", "--store")
-                command = [sys.executable, "-m", "opdjax", verb[0], str(self._saved), verb[1], str(self.workdir)]
-                self._running[role] = subprocess.Popen(command, env=os.environ | given, stdout=self._log, stderr=subprocess.STDOUT)
+                command = [
+                    sys.executable,
+                    "-m",
+                    "opdjax",
+                    verb[0],
+                    str(self._saved),
+                    verb[1],
+                    str(self.workdir),
+                ]
+                self._running[role] = subprocess.Popen(
+                    command, env=os.environ | given, stdout=self._log, stderr=subprocess.STDOUT
+                )
 
     def kill(self, roles: tuple[str, ...]) -> None:
         """SIGKILL, all at once."""
@@ -99,7 +123,9 @@ class Run:
             process.wait()
 
     def lasts(self, is_over: Callable[[], bool]) -> bool:
-        """Whether the run still goes on when `is_over`; RuntimeError where a process of it ends with an error."""
+        """Whether the run still goes on when `is_over`; RuntimeError where a process of it ends
+        with an error.
+        """
         while any(process.poll() is None for process in self._running.values()):
             if any(process.poll() for process in self._running.values()):
                 break
@@ -116,7 +142,9 @@ class Run:
         deadline = time.monotonic() + LONGEST
         if self.lasts(lambda: time.monotonic() > deadline):
             self.kill(self.roles)
-            raise RuntimeError(f"{self.workdir} is not finished after {LONGEST} s; see {self._log.name}")
+            raise RuntimeError(
+                f"{self.workdir} is not finished after {LONGEST} s; see {self._log.name}"
+            )
 
     def progress(self) -> dict[str, int]:
         """What each end has done: bytes of metrics, files of rollouts."""
@@ -125,19 +153,30 @@ class Run:
         return {"learner": metrics.stat().st_size if metrics.exists() else 0, "generator": files}
 
 
-def stormed(config: Config, workdir: pathlib.Path, kills: int, rng: random.Random) -> dict[str, int]:
-    """A run killed so many times, then left to finish; how often each role was killed, and how often while rows were written."""
+def stormed(
+    config: Config, workdir: pathlib.Path, kills: int, rng: random.Random
+) -> dict[str, int]:
+    """A run killed so many times, then left to finish; how often each role was killed, and how
+    often while rows were written.
+    """
     run, counts = Run(config, workdir), collections.Counter()
     run.start()
     while counts["kills"] < kills:
-        # Of four kills one at any moment, its start and the compiling included, three a little after either end has done something.
+        # Of four kills one at any moment, its start and the compiling included, three a little
+        # after either end has done something.
         watched, before = rng.choice(("learner", "generator")), run.progress()
         deadline = time.monotonic() + (rng.uniform(0.1, 8) if rng.random() < 0.25 else LONGEST)
-        if not run.lasts(lambda: time.monotonic() > deadline or run.progress()[watched] != before[watched]):  # noqa: B023 (called at once)
+        if not run.lasts(
+            lambda: time.monotonic() > deadline or run.progress()[watched] != before[watched]
+        ):
             break  # finished: the table says after how many kills
         counts["at work"] += run.progress() != before
         time.sleep(rng.uniform(0, 0.2))
-        roles = rng.choice((("learner",), ("generator",), ("learner", "generator"))) if len(run.roles) > 1 else run.roles
+        roles = (
+            rng.choice((("learner",), ("generator",), ("learner", "generator")))
+            if len(run.roles) > 1
+            else run.roles
+        )
         run.kill(roles)
         counts.update(roles)
         counts["kills"] += 1
@@ -147,29 +186,53 @@ def stormed(config: Config, workdir: pathlib.Path, kills: int, rng: random.Rando
 
 
 def account(config: Config, workdir: pathlib.Path) -> list[str]:
-    """What is amiss with the stored rollouts: lost, there more than once, damaged, or of another age than the schedule allows."""
-    near, wanted, found, amiss = config.near_policy, collections.Counter(), collections.Counter(), []
-    for version in store.versions(workdir):
-        directory = store.version_directory(workdir, version)
-        samples, annotations = (store.shards(directory, stage) for stage in ("samples", "annotations"))
+    """What is amiss with the stored rollouts: lost, there more than once, damaged, or of another
+    age than the schedule allows.
+    """
+    near, wanted, found, amiss = (
+        config.near_policy,
+        collections.Counter(),
+        collections.Counter(),
+        [],
+    )
+    for version in shards.versions(workdir):
+        directory = shards.version_directory(workdir, version)
+        samples, annotations = (
+            shards.shards(directory, stage) for stage in ("samples", "annotations")
+        )
         if samples.keys() != annotations.keys():
-            amiss.append(f"version {version}: samples {sorted(samples)}, annotations {sorted(annotations)}")
+            amiss.append(
+                f"version {version}: samples {sorted(samples)}, annotations {sorted(annotations)}"
+            )
         amiss += [f"left behind: {path.name}" for path in directory.glob("*.partial*")]
         for number, path in samples.items():
-            shard = store.read_shard(path)
-            read = store.read_shard(annotations[number]) if number in annotations else shard
-            amiss += [f"{path.name}: another annotation"] * (not np.array_equal(shard.columns["prompt_id"], read.columns["prompt_id"]))
-            columns = (shard.columns[name].tolist() for name in ("step", "prompt_id", "sample_id", "policy_version"))
+            shard = shards.read_shard(path)
+            read = shards.read_shard(annotations[number]) if number in annotations else shard
+            amiss += [f"{path.name}: another annotation"] * (
+                not np.array_equal(shard.columns["prompt_id"], read.columns["prompt_id"])
+            )
+            columns = (
+                shard.columns[name].tolist()
+                for name in ("step", "prompt_id", "sample_id", "policy_version")
+            )
             for step, prompt, sample, drawn in zip(*columns):
                 found[step, prompt, sample] += 1
-                ages = range(near.max_staleness + 1) if near.lag == "free" else [min(near.max_staleness, step)]
-                amiss += [f"step {step} drawn by version {drawn}"] * (drawn != version or step - drawn not in ages)
+                ages = (
+                    range(near.max_staleness + 1)
+                    if near.lag == "free"
+                    else [min(near.max_staleness, step)]
+                )
+                amiss += [f"step {step} drawn by version {drawn}"] * (
+                    drawn != version or step - drawn not in ages
+                )
     steps = config.refresh_steps or range(config.train.num_steps)
     per_step = config.rows_per_step * (config.steps_per_epoch if config.refresh_steps else 1)
     wanted = dict.fromkeys(steps, per_step)
     counted = collections.Counter(step for step, _, _ in found)
     amiss += [
-        f"step {step}: {counted[step]} of {wanted.get(step, 0)} rollouts" for step in wanted | counted if counted[step] != wanted.get(step)
+        f"step {step}: {counted[step]} of {wanted.get(step, 0)} rollouts"
+        for step in wanted | counted
+        if counted[step] != wanted.get(step)
     ]
     amiss += [f"twice: {key}" for key, count in found.items() if count > 1]
     return amiss
@@ -178,13 +241,22 @@ def account(config: Config, workdir: pathlib.Path) -> list[str]:
 def told(workdir: pathlib.Path) -> list[dict]:
     """The metrics of every step, timing aside."""
     rows = read_lines(workdir / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "perf/tokens_per_second"} for row in rows]
+    return [
+        {
+            k: v
+            for k, v in row.items()
+            if not k.startswith("time/") and k != "perf/tokens_per_second"
+        }
+        for row in rows
+    ]
 
 
 def is_same(left: pathlib.Path, right: pathlib.Path) -> bool:
     """Whether weights and metrics are equal, bit for bit."""
     weights = [load_file(path / "student" / "model.safetensors") for path in (left, right)]
-    same = weights[0].keys() == weights[1].keys() and all(np.array_equal(value, weights[1][name]) for name, value in weights[0].items())
+    same = weights[0].keys() == weights[1].keys() and all(
+        np.array_equal(value, weights[1][name]) for name, value in weights[0].items()
+    )
     return same and told(left) == told(right)
 
 
@@ -196,7 +268,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="ways that contain this")
     options = parser.parse_args()
-    lines = ["| rollouts | kills (learner, generator) | while it wrote | as undisturbed, bit for bit | rollouts | seconds |"]
+    lines = [
+        "| rollouts | kills (learner, generator) | while it wrote | as undisturbed, bit for bit | rollouts | seconds |"
+    ]
     lines += ["|---|---|---|---|---|---|"]
     shutil.rmtree(options.workdir, ignore_errors=True)
     options.workdir.mkdir(parents=True)
@@ -205,7 +279,11 @@ def main() -> None:
         if options.only and options.only not in way:
             continue
         config = dataclasses.replace(BASE, near_policy=NearPolicyConfig(**given))
-        rng, name, began = random.Random(f"{options.seed} {way}"), way.replace(", ", "_").replace(" ", "_"), time.monotonic()
+        rng, name, began = (
+            random.Random(f"{options.seed} {way}"),
+            way.replace(", ", "_").replace(" ", "_"),
+            time.monotonic(),
+        )
         calm, storm = options.workdir / f"{name}_calm", options.workdir / f"{name}_storm"
         run = Run(config, calm)
         run.start()
@@ -217,7 +295,13 @@ def main() -> None:
         by_role = ", ".join(str(counts.get(role, 0)) for role in ("learner", "generator"))
         verdict = "; ".join(amiss[:3]) or "all there, once"
         agrees = {True: "yes", False: "**no**", None: "not promised"}[same]
-        cells = [way, f"{counts.get('kills', 0)} ({by_role})", str(counts.get("at work", 0)), agrees, verdict]
+        cells = [
+            way,
+            f"{counts.get('kills', 0)} ({by_role})",
+            str(counts.get("at work", 0)),
+            agrees,
+            verdict,
+        ]
         lines.append("| " + " | ".join([*cells, f"{time.monotonic() - began:.0f}"]) + " |")
         print(lines[-1], flush=True)
     print("\n".join(lines))

@@ -1,11 +1,13 @@
-"""Train the mini pair: a teacher on the arithmetic task, and an earlier checkpoint of it as the student.
+"""Train the mini pair: a teacher on the arithmetic task, and an earlier checkpoint of it as the
+student.
 
     python scripts/make_mini_pair.py --workdir runs/mini_pair          # train, resumable
     python scripts/make_mini_pair.py --workdir runs/mini_pair --pick   # measure the checkpoints, write the package's pair
 
-The teacher also sees chains with injected mistakes. The wrong token itself is masked from the loss and everything after
-it is computed correctly from the wrong value, so that the teacher's distribution after a student's own mistake is the
-sensible one: carry on from there. One example in ten has no prompt, so that an unconditional likelihood exists.
+The teacher also sees chains with injected mistakes. The wrong token itself is masked from the loss
+and everything after it is computed correctly from the wrong value, so that the teacher's
+distribution after a student's own mistake is the sensible one: carry on from there. One example in
+ten has no prompt, so that an unconditional likelihood exists.
 """
 
 from __future__ import annotations
@@ -26,11 +28,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from opdjax.config import PACKAGE
-from opdjax.data import arithmetic
+from opdjax.data.tasks import arithmetic
 from opdjax.models import decoder
 from opdjax.models.families import family_of
 from opdjax.models.hf import Checkpoint, export, load_params, open_checkpoint
-from opdjax.ops.vocab import Columns, tiled_loss
+from opdjax.ops.vocab import TokenInputs, tiled_loss
 
 LARGEST_NUMBER = 199
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -49,10 +51,16 @@ COLUMNS = 32  # the longest example
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A word-level tokenizer whose words are the integers 0 to 199, the symbols and the role names."""
     words = SPECIAL + SYMBOLS + [str(n) for n in range(LARGEST_NUMBER + 1)]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<|endoftext|>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"1[0-9][0-9]|[1-9][0-9]|[0-9]|[a-z]+|\n|."), "isolated")
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<|endoftext|>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(
+        Regex(r"1[0-9][0-9]|[1-9][0-9]|[0-9]|[a-z]+|\n|."), "isolated"
+    )
     tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     fast.add_tokens([AddedToken(word, normalized=False) for word in ("<think>", "</think>")])
     fast.chat_template = CHAT_TEMPLATE
@@ -62,13 +70,30 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def model_config(vocab_size: int) -> dict:
     """The `config.json` of both models."""
     return {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": vocab_size, "hidden_size": 96,
-        "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16, "intermediate_size": 288,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-        "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "max_position_embeddings": 512,
-        "use_sliding_window": False, "initializer_range": 0.02, "use_cache": True, "dtype": "float32",
-        "bos_token_id": None, "eos_token_id": SPECIAL.index("<|im_end|>"), "pad_token_id": SPECIAL.index("<|endoftext|>"),
-    }  # fmt: skip
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": vocab_size,
+        "hidden_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 16,
+        "intermediate_size": 288,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "max_position_embeddings": 512,
+        "use_sliding_window": False,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "dtype": "float32",
+        "bos_token_id": None,
+        "eos_token_id": SPECIAL.index("<|im_end|>"),
+        "pad_token_id": SPECIAL.index("<|endoftext|>"),
+    }
 
 
 class Corpus:
@@ -92,13 +117,19 @@ class Corpus:
         problem = arithmetic.draw(rng)
         while arithmetic.split_of(problem) != "train":
             problem = arithmetic.draw(rng)
-        prompt = ["<|im_start|>", "user", "\n", *_words(problem.prompt), "<|im_end|>", "\n"] if rng.random() >= 0.1 else []
+        prompt = (
+            ["<|im_start|>", "user", "\n", *_words(problem.prompt), "<|im_end|>", "\n"]
+            if rng.random() >= 0.1
+            else []
+        )
         header = [*prompt, "<|im_start|>", "assistant", "\n"]
         answer, trained = self._answer(problem, rng)
         return header + answer, [False] * len(header) + trained
 
     def _answer(self, problem, rng) -> tuple[list[str], list[bool]]:
-        """The worked answer, each value replaced by a wrong one at the mistake rate; what follows is right given it."""
+        """The worked answer, each value replaced by a wrong one at the mistake rate; what follows
+        is right given it.
+        """
         words, trained = [], []
 
         def write(text):
@@ -106,10 +137,13 @@ class Corpus:
             trained.extend([True] * len(_words(text)))
 
         def write_value(value, rate, low, high):
-            written = int(np.clip(self._wrong(value, rng), low, high)) if rng.random() < rate else value
+            written = (
+                int(np.clip(self._wrong(value, rng), low, high)) if rng.random() < rate else value
+            )
             new, right = _words(str(written)), _words(str(value))
             words.extend(new)
-            # A shared minus sign is no mistake, and after a flipped sign the right thing to write is the same number.
+            # A shared minus sign is no mistake, and after a flipped sign the right thing to write
+            # is the same number.
             trained.extend(w == r for w, r in zip(new, right) if len(new) == len(right))
             if len(new) != len(right):
                 trained.extend([False] + [written == -value] * (len(new) - 1))
@@ -165,7 +199,9 @@ def make_step(config, optimizer):
     def loss_fn(params, tokens, mask, segments):
         hidden = decoder.forward(params, config, tokens, segments)
         weights = mask / mask.sum()
-        return tiled_loss(cross_entropy, hidden, decoder.head_of(params), weights, Columns(tokens), tile=2048)[0]
+        return tiled_loss(
+            cross_entropy, hidden, decoder.head_of(params), weights, TokenInputs(tokens), tile=2048
+        )[0]
 
     @jax.jit
     def step(params, opt_state, tokens, mask, segments):
@@ -177,11 +213,29 @@ def make_step(config, optimizer):
 
 
 def greedy_accuracy(params, config, tokenizer, problems) -> float:
-    """Share of problems whose greedy answer ends in the right value; plain decoding without a cache."""
+    """Share of problems whose greedy answer ends in the right value; plain decoding without a
+    cache.
+    """
     vocab = tokenizer.get_vocab()
-    rows = [["<|im_start|>", "user", "\n", *_words(p.prompt), "<|im_end|>", "\n", "<|im_start|>", "assistant", "\n"] for p in problems]
+    rows = [
+        [
+            "<|im_start|>",
+            "user",
+            "\n",
+            *_words(p.prompt),
+            "<|im_end|>",
+            "\n",
+            "<|im_start|>",
+            "assistant",
+            "\n",
+        ]
+        for p in problems
+    ]
     width = max(map(len, rows))
-    tokens, segments = np.zeros((len(rows), COLUMNS), np.int32), np.zeros((len(rows), COLUMNS), np.int32)
+    tokens, segments = (
+        np.zeros((len(rows), COLUMNS), np.int32),
+        np.zeros((len(rows), COLUMNS), np.int32),
+    )
     for i, row in enumerate(rows):
         tokens[i, width - len(row) : width] = [vocab[word] for word in row]
         segments[i, width - len(row) : width] = 1
@@ -196,8 +250,15 @@ def greedy_accuracy(params, config, tokenizer, problems) -> float:
     for column in range(width, COLUMNS):
         tokens, segments = next_token(params, tokens, segments, column)
     names = {i: word for word, i in vocab.items()}
-    texts = ["".join(names[int(t)] for t in row[width:]).split("<|im_end|>")[0] for row in np.asarray(tokens)]
-    return float(np.mean([text.split("#")[-1] == p.answer and "#" in text for text, p in zip(texts, problems)]))
+    texts = [
+        "".join(names[int(t)] for t in row[width:]).split("<|im_end|>")[0]
+        for row in np.asarray(tokens)
+    ]
+    return float(
+        np.mean(
+            [text.split("#")[-1] == p.answer and "#" in text for text, p in zip(texts, problems)]
+        )
+    )
 
 
 def train(args) -> None:
@@ -205,35 +266,54 @@ def train(args) -> None:
     tokenizer = make_tokenizer()
     raw = model_config(len(tokenizer))
     config = family_of(raw).read_config(raw)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, args.learning_rate, 100, args.steps, 0.02 * args.learning_rate)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.05))
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, args.learning_rate, 100, args.steps, 0.02 * args.learning_rate
+    )
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.05)
+    )
     params = decoder.init_params(config, jax.random.key(args.seed))
     state = {"params": params, "opt_state": optimizer.init(params)}
     options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True)
     manager = ocp.CheckpointManager(args.workdir.absolute() / "checkpoints", options=options)
     start = manager.latest_step() or 0
     if start:
-        state = manager.restore(start, args=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state)))
+        state = manager.restore(
+            start,
+            args=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state)),
+        )
     corpus, step_fn = Corpus(tokenizer, args.seed, args.mistake_rate), make_step(config, optimizer)
     held_out = arithmetic.problems("validation")[:256]
-    print(f"{sum(x.size for x in jax.tree.leaves(params))} parameters, vocabulary {len(tokenizer)}, from step {start}", flush=True)
+    print(
+        f"{sum(x.size for x in jax.tree.leaves(params))} parameters, vocabulary {len(tokenizer)}, from step {start}",
+        flush=True,
+    )
     clock = time.time()
     for step in range(start, args.steps):
-        params, opt_state, loss = step_fn(state["params"], state["opt_state"], *corpus.batch(step, args.batch))
+        params, opt_state, loss = step_fn(
+            state["params"], state["opt_state"], *corpus.batch(step, args.batch)
+        )
         state = {"params": params, "opt_state": opt_state}
         done = step + 1
         if done % args.save_every == 0 or done == args.steps:
             accuracy = greedy_accuracy(params, config, tokenizer, held_out)
             manager.save(done, args=ocp.args.StandardSave(state))
             manager.wait_until_finished()
-            print(f"step {done} loss {float(loss):.4f} greedy {accuracy:.3f} {time.time() - clock:.0f} s", flush=True)
+            print(
+                f"step {done} loss {float(loss):.4f} greedy {accuracy:.3f} {time.time() - clock:.0f} s",
+                flush=True,
+            )
 
 
 def restore_params(workdir: pathlib.Path, step: int) -> dict:
     """The parameters of one training checkpoint, as numpy arrays."""
-    manager = ocp.CheckpointManager(workdir.absolute() / "checkpoints", item_handlers=ocp.StandardCheckpointHandler())
+    manager = ocp.CheckpointManager(
+        workdir.absolute() / "checkpoints", item_handlers=ocp.StandardCheckpointHandler()
+    )
     if step not in manager.all_steps():
-        raise SystemExit(f"no checkpoint of step {step} in {workdir}; there are {sorted(manager.all_steps())}")
+        raise SystemExit(
+            f"no checkpoint of step {step} in {workdir}; there are {sorted(manager.all_steps())}"
+        )
     return jax.tree.map(np.asarray, manager.restore(step)["params"])
 
 
@@ -246,7 +326,14 @@ def write_model(params: dict, out: pathlib.Path) -> None:
         tokenizer.save_pretrained(folder)
         ids = {"eos_token_id": raw["eos_token_id"], "pad_token_id": raw["pad_token_id"]}
         pathlib.Path(folder, "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
-        source = Checkpoint(pathlib.Path(folder), raw, family, family.read_config(raw), (raw["eos_token_id"],), "float32")
+        source = Checkpoint(
+            pathlib.Path(folder),
+            raw,
+            family,
+            family.read_config(raw),
+            (raw["eos_token_id"],),
+            "float32",
+        )
         shutil.rmtree(out, ignore_errors=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         export(params, source, out)
@@ -254,27 +341,41 @@ def write_model(params: dict, out: pathlib.Path) -> None:
 
 def pick(args) -> None:
     """Write teacher and student, then measure both as they will be loaded."""
-    for name, step in (("teacher", args.teacher_step or args.steps), ("student", args.student_step)):
+    for name, step in (
+        ("teacher", args.teacher_step or args.steps),
+        ("student", args.student_step),
+    ):
         out = args.out / name
         write_model(restore_params(args.workdir, step), out)
         checkpoint = open_checkpoint(out)
         params = load_params(checkpoint, "float32")
-        accuracy = greedy_accuracy(params, checkpoint.config, make_tokenizer(), arithmetic.problems("test"))
+        accuracy = greedy_accuracy(
+            params, checkpoint.config, make_tokenizer(), arithmetic.problems("test")
+        )
         size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
         print(f"{name}: step {step}, greedy {accuracy:.3f} on 2048 test problems, {size:.2f} MB")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
-    parser.add_argument("--pick", action="store_true", help="choose and write the pair instead of training")
+    parser.add_argument(
+        "--pick", action="store_true", help="choose and write the pair instead of training"
+    )
     parser.add_argument("--out", type=pathlib.Path, default=PACKAGE / "assets" / "mini_pair")
     parser.add_argument("--teacher-step", type=int, default=0, help="0: the last step")
     parser.add_argument("--student-step", type=int, default=1800)
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=192)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--mistake-rate", type=float, default=0.3, help="of results in the 65 %% of chains that may err")
+    parser.add_argument(
+        "--mistake-rate",
+        type=float,
+        default=0.3,
+        help="of results in the 65 %% of chains that may err",
+    )
     parser.add_argument("--save-every", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

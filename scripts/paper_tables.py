@@ -1,8 +1,9 @@
-"""Every paper's table that a sweep can answer: python scripts/paper_tables.py RUNS [--quiet RUNS] [--out experiments/results/papers]
+"""Every paper's table that a sweep can answer: python scripts/paper_tables.py RUNS [--quiet RUNS]
+[--out experiments/results/papers]
 
-Reads the runs of experiments/sweeps/mini_all.py and writes OUT.md and OUT.json: all claims at a glance, then the tables as `opdjax
-table RUNS --paper NAME` prints them. Seconds are read from --quiet, a second directory of the same sweep whose runs had the machine to
-themselves.
+Reads the runs of experiments/sweeps/mini_all.py and writes OUT.md and OUT.json: all claims at a
+glance, then the tables as `opdjax table RUNS --paper NAME` prints them. Seconds are read from
+--quiet, a second directory of the same sweep whose runs had the machine to themselves.
 """
 
 import argparse
@@ -13,13 +14,13 @@ from typing import Any
 
 from benchmark_vocab import cpu_model
 
-from opdjax.papers.compare import Comparison, compare
-from opdjax.papers.printing import claims_of, paper_table
-from opdjax.papers.registry import PAPER_TABLES
-from opdjax.papers.tables import PaperTable
-from opdjax.results import Point, read_points, read_run
-from opdjax.tabular import markdown
-from opdjax.workdir import read_lines
+from opdjax.report.papers.compare import Comparison, compare
+from opdjax.report.papers.printing import claims_of, paper_table
+from opdjax.report.papers.registry import PAPER_TABLES
+from opdjax.report.papers.tables import PaperTable
+from opdjax.report.table_formats import markdown
+from opdjax.runs.results import Point, read_points, read_run
+from opdjax.runs.workdir import read_lines
 
 
 def is_timed(table: PaperTable) -> bool:
@@ -30,13 +31,22 @@ def is_timed(table: PaperTable) -> bool:
 
 def minutes_of(points: list[Point]) -> float:
     """Of all attempts, those that were killed included as far as somebody saw them end."""
-    return sum(row.get("seconds", 0.0) for point in points for row in read_lines(point.workdir / "attempts.jsonl")) / 60
+    return (
+        sum(
+            row.get("seconds", 0.0)
+            for point in points
+            for row in read_lines(point.workdir / "attempts.jsonl")
+        )
+        / 60
+    )
 
 
 def header(directories: list[pathlib.Path], points: list[Point]) -> list[str]:
     done = [point for point in points if point.status == "done"]
     commits = sorted({str(read_run(point.workdir).environment["commit"])[:10] for point in done})
-    commands = [f"    opdjax sweep experiments/sweeps/mini_all.py --workdir {directories[0]} --jobs 2"]
+    commands = [
+        f"    opdjax sweep experiments/sweeps/mini_all.py --workdir {directories[0]} --jobs 2"
+    ]
     commands += [
         f"    opdjax sweep experiments/sweeps/mini_all.py --workdir {directory} --only …    # of what is timed"
         for directory in directories[1:]
@@ -44,12 +54,16 @@ def header(directories: list[pathlib.Path], points: list[Point]) -> list[str]:
     commands.append(f"    python scripts/paper_tables.py {' --quiet '.join(map(str, directories))}")
     missing = [point.id for point in points if point.status != "done"]
     return [
-        "# The papers' tables on the mini pair", "", *commands, "",
+        "# The papers' tables on the mini pair",
+        "",
+        *commands,
+        "",
         f"{len(done)} of {len(points)} runs done ({', '.join(missing) or 'none'} missing), at commit {', '.join(commits)}; "
         f"{minutes_of(points):.0f} minutes of runs added up.",
         f"Machine: {cpu_model()}, two cores, one core a run, no accelerator; other work ran beside it.",
-        "A student of 0.35 million parameters says little of one of billions: what is not seen here may well hold there.", "",
-    ]  # fmt: skip
+        "A student of 0.35 million parameters says little of one of billions: what is not seen here may well hold there.",
+        "",
+    ]
 
 
 def at_a_glance(found: list[Comparison]) -> list[str]:
@@ -59,40 +73,77 @@ def at_a_glance(found: list[Comparison]) -> list[str]:
     names = [compared.table.name for compared in found for _ in compared.verdicts]
     head, rows = claims_of(verdicts)
     return [
-        f"## All {len(verdicts)} claims: {', '.join(f'{count} {status}' for status, count in counted.most_common())}", "",
+        f"## All {len(verdicts)} claims: {', '.join(f'{count} {status}' for status, count in counted.most_common())}",
+        "",
         "Seen: the whole 95 % interval of the paired difference over seeds is on the claim's side; contradicted: none of it is.",
-        "", markdown(["table", *head], [[name, *row] for name, row in zip(names, rows)]), "",
-    ]  # fmt: skip
+        "",
+        markdown(["table", *head], [[name, *row] for name, row in zip(names, rows)]),
+        "",
+    ]
 
 
 def as_json(compared: Comparison) -> dict[str, Any]:
     cells = [
-        {"row": row, "column": column, "paper": cell.paper and [cell.paper.number, cell.paper.mark], "by_seed": dict(cell.by_seed),
-         "config": cell.digest, "missing": list(cell.missing)}
-        for (row, column), cell in compared.cells.items() if cell.paper or cell.digest
-    ]  # fmt: skip
+        {
+            "row": row,
+            "column": column,
+            "paper": cell.paper and [cell.paper.number, cell.paper.mark],
+            "by_seed": dict(cell.by_seed),
+            "config": cell.digest,
+            "missing": list(cell.missing),
+        }
+        for (row, column), cell in compared.cells.items()
+        if cell.paper or cell.digest
+    ]
     claims = [
-        {"claim": v.claim.text, "mark": v.claim.mark, "column": v.column.label, "status": v.status, "difference": v.difference, "n": v.n}
+        {
+            "claim": v.claim.text,
+            "mark": v.claim.mark,
+            "column": v.column.label,
+            "status": v.status,
+            "difference": v.difference,
+            "n": v.n,
+        }
         for v in compared.verdicts
     ]
     return {"cells": cells, "claims": claims, "flags": list(compared.flags)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", type=pathlib.Path)
-    parser.add_argument("--quiet", type=pathlib.Path, help="runs of the same arms that had the machine to themselves, for seconds")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("experiments/results/papers"))
+    parser.add_argument(
+        "--quiet",
+        type=pathlib.Path,
+        help="runs of the same arms that had the machine to themselves, for seconds",
+    )
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path("experiments/results/papers")
+    )
     given = parser.parse_args()
-    sources = {name: given.quiet if given.quiet and is_timed(table) else given.runs for name, table in PAPER_TABLES.items()}
+    sources = {
+        name: given.quiet if given.quiet and is_timed(table) else given.runs
+        for name, table in PAPER_TABLES.items()
+    }
     points = {directory: read_points(directory) for directory in {given.runs, *sources.values()}}
     found = {name: compare(table, points[sources[name]]) for name, table in PAPER_TABLES.items()}
     found = {name: compared for name, compared in found.items() if compared.is_run}
-    parts = [*header([given.runs, *([given.quiet] if given.quiet else [])], points[given.runs]), *at_a_glance(list(found.values()))]
+    parts = [
+        *header([given.runs, *([given.quiet] if given.quiet else [])], points[given.runs]),
+        *at_a_glance(list(found.values())),
+    ]
     for name in found:
-        parts += [paper_table(sources[name], name), *([f"- Of the runs in {given.quiet}."] if sources[name] == given.quiet else []), ""]
+        parts += [
+            paper_table(sources[name], name),
+            *([f"- Of the runs in {given.quiet}."] if sources[name] == given.quiet else []),
+            "",
+        ]
     given.out.with_suffix(".md").write_text("\n".join(parts))
-    given.out.with_suffix(".json").write_text(json.dumps({name: as_json(compared) for name, compared in found.items()}, indent=1) + "\n")
+    given.out.with_suffix(".json").write_text(
+        json.dumps({name: as_json(compared) for name, compared in found.items()}, indent=1) + "\n"
+    )
     print("\n".join(at_a_glance(list(found.values()))))
 
 

@@ -1,7 +1,8 @@
-"""What the sweep of black-box distillation says: python scripts/rubrics_study.py RUNS [--faulty RUN] [--out experiments/results/rubrics]
+"""What the sweep of black-box distillation says: python scripts/rubrics_study.py RUNS [--faulty
+RUN] [--out experiments/results/rubrics]
 
-Reads the runs of experiments/sweeps/rubrics.py, and with --faulty one more of mini_ropd.py whose judge failed on purpose; writes
-OUT.md and OUT.json.
+Reads the runs of experiments/sweeps/rubrics.py, and with --faulty one more of mini_ropd.py whose
+judge failed on purpose; writes OUT.md and OUT.json.
 """
 
 import argparse
@@ -13,11 +14,19 @@ import statistics
 from benchmark_vocab import cpu_model
 from white_box_study import markdown, paired, spread
 
-from opdjax.results import Run, read_points, read_run
-from opdjax.workdir import read_lines
+from opdjax.runs.results import Run, read_points, read_run
+from opdjax.runs.workdir import read_lines
 
 ROLES = ("rubricator", "verifier")
-ABLATIONS = ("one_reference", "rubric_per_student", "not_blind", "frozen", "evolving", "ropd_paper", "ropd_stages")
+ABLATIONS = (
+    "one_reference",
+    "rubric_per_student",
+    "not_blind",
+    "frozen",
+    "evolving",
+    "ropd_paper",
+    "ropd_stages",
+)
 
 
 def mean_of(run: Run, name: str, rows: slice = slice(None)) -> float | None:
@@ -27,20 +36,36 @@ def mean_of(run: Run, name: str, rows: slice = slice(None)) -> float | None:
 
 def numbers(run: Run) -> dict:
     """The numbers of one run; `gain` is paired by prompt, and so is its interval."""
-    change, calls = run.result["paired_difference"], [[f"api/{role}/{name}" for role in ROLES] for name in ("calls", "input_tokens")]
+    change, calls = (
+        run.result["paired_difference"],
+        [[f"api/{role}/{name}" for role in ROLES] for name in ("calls", "input_tokens")],
+    )
     per_step = [[mean_of(run, name) or 0.0 for name in names] for names in calls]
     return {
-        "avg@k": run.score("avg@k"), "greedy": run.score("greedy"), "pass@k": run.score("pass@k"), "gain": run.gain,
-        "gain_interval": change["avg@k_interval"], "prompt_interval": run.result["eval_after"]["avg@k_interval"],
+        "avg@k": run.score("avg@k"),
+        "greedy": run.score("greedy"),
+        "pass@k": run.score("pass@k"),
+        "gain": run.gain,
+        "gain_interval": change["avg@k_interval"],
+        "prompt_interval": run.result["eval_after"]["avg@k_interval"],
         "start": run.result["eval_before"]["avg@k"],
-        "halfway": next((row["avg@k"] for row in run.evaluations if 0 < row["step"] < run.result["num_steps"]), None),
-        "auc": mean_of(run, "rubric/auc"), "no_signal": mean_of(run, "rubric/no_signal_share"), "tied": mean_of(run, "rubric/tied_groups"),
+        "halfway": next(
+            (row["avg@k"] for row in run.evaluations if 0 < row["step"] < run.result["num_steps"]),
+            None,
+        ),
+        "auc": mean_of(run, "rubric/auc"),
+        "no_signal": mean_of(run, "rubric/no_signal_share"),
+        "tied": mean_of(run, "rubric/tied_groups"),
         "reward_first": mean_of(run, "rubric/reward_mean", slice(0, 10)),
         "reward_last": mean_of(run, "rubric/reward_mean", slice(-10, None)),
-        "failed": sum(row.get("rubric/failed_groups") or 0 for row in run.metrics), "calls": sum(per_step[0]), "tokens": sum(per_step[1]),
-        "seconds": run.median("time/step"), "judge_wait": run.median("time/judge_wait"), "commit": run.environment["commit"],
+        "failed": sum(row.get("rubric/failed_groups") or 0 for row in run.metrics),
+        "calls": sum(per_step[0]),
+        "tokens": sum(per_step[1]),
+        "seconds": run.median("time/step"),
+        "judge_wait": run.median("time/judge_wait"),
+        "commit": run.environment["commit"],
         "prompt_scores": run.result["eval_after"]["per_prompt"],
-    }  # fmt: skip
+    }
 
 
 def read_all(directory: pathlib.Path) -> tuple[dict[str, list[dict]], list[str]]:
@@ -49,8 +74,14 @@ def read_all(directory: pathlib.Path) -> tuple[dict[str, list[dict]], list[str]]
     missing = []
     for point in read_points(directory):
         if point.status == "done":
-            row = {"id": point.id, "seed": point.config["seed"], "rate": point.config["optimizer"]["learning_rate"]}
-            by.setdefault(point.overrides["estimator"], []).append(row | numbers(read_run(point.workdir)))
+            row = {
+                "id": point.id,
+                "seed": point.config["seed"],
+                "rate": point.config["optimizer"]["learning_rate"],
+            }
+            by.setdefault(point.overrides["estimator"], []).append(
+                row | numbers(read_run(point.workdir))
+            )
         else:
             missing.append(point.id)
     return {name: sorted(runs, key=lambda row: row["seed"]) for name, runs in by.items()}, missing
@@ -58,7 +89,11 @@ def read_all(directory: pathlib.Path) -> tuple[dict[str, list[dict]], list[str]]
 
 def beside(by, name: str, other: str) -> str:
     mean, half, count = paired(by.get(other, []), by.get(name, []), "avg@k")
-    return "" if name == other or not count else f"{mean:+.3f}" + ("" if math.isinf(half) else f" ± {half:.3f}")
+    return (
+        ""
+        if name == other or not count
+        else f"{mean:+.3f}" + ("" if math.isinf(half) else f" ± {half:.3f}")
+    )
 
 
 def score_table(by) -> str:
@@ -79,46 +114,109 @@ def score_table(by) -> str:
         least = min(row["gain"] - row["gain_interval"] for row in runs)
         scores = [spread(runs, column) for column in ("avg@k", "gain")]
         more = [spread(runs, column) for column in ("halfway", "greedy", "pass@k")]
-        lines.append([f"`{name}`", f"{runs[0]['rate']:g}", str(len(runs)), *scores, f"{least:+.3f}", beside(by, name, "ropd"), *more])
+        lines.append(
+            [
+                f"`{name}`",
+                f"{runs[0]['rate']:g}",
+                str(len(runs)),
+                *scores,
+                f"{least:+.3f}",
+                beside(by, name, "ropd"),
+                *more,
+            ]
+        )
     return markdown(header, lines)
 
 
 def judge_table(by) -> str:
-    header = ["method", "AUC", "criteria without signal, %", "tied groups, %", "reward, first ten steps", "last ten", "failed groups"]
-    header += ["calls a step", "thousands of tokens read a step", "seconds a step", "of them waiting for judges"]
+    header = [
+        "method",
+        "AUC",
+        "criteria without signal, %",
+        "tied groups, %",
+        "reward, first ten steps",
+        "last ten",
+        "failed groups",
+    ]
+    header += [
+        "calls a step",
+        "thousands of tokens read a step",
+        "seconds a step",
+        "of them waiting for judges",
+    ]
     lines = []
     for name, runs in by.items():
         if not runs[0]["calls"]:
             continue
-        shares = [spread([{"x": 100 * row[column]} for row in runs if row[column] is not None], "x", 0) for column in ("no_signal", "tied")]
+        shares = [
+            spread([{"x": 100 * row[column]} for row in runs if row[column] is not None], "x", 0)
+            for column in ("no_signal", "tied")
+        ]
         rewards = [spread(runs, column, 3) for column in ("reward_first", "reward_last")]
-        mean = {column: statistics.fmean(row[column] for row in runs) for column in ("failed", "calls", "tokens", "seconds", "judge_wait")}
+        mean = {
+            column: statistics.fmean(row[column] for row in runs)
+            for column in ("failed", "calls", "tokens", "seconds", "judge_wait")
+        }
         cells = [f"{mean['failed']:.0f}", f"{mean['calls']:.0f}", f"{mean['tokens'] / 1000:.0f}"]
-        lines.append([f"`{name}`", spread(runs, "auc"), *shares, *rewards, *cells, f"{mean['seconds']:.2f}", f"{mean['judge_wait']:.2f}"])
+        lines.append(
+            [
+                f"`{name}`",
+                spread(runs, "auc"),
+                *shares,
+                *rewards,
+                *cells,
+                f"{mean['seconds']:.2f}",
+                f"{mean['judge_wait']:.2f}",
+            ]
+        )
     return markdown(header, lines)
 
 
 def claims(by) -> str:
-    """Claims of the papers beside what is seen here: seen where the paired interval over seeds lies on the claim's side of 0."""
+    """Claims of the papers beside what is seen here: seen where the paired interval over seeds lies
+    on the claim's side of 0.
+    """
     said = {
         ("ropd", "tjudge"): "ROPD beats a scalar judge (table 1: by 2.5 points on AIME24)",
         ("ropd", "opd"): "ROPD beats distillation from logits (table 2: 45.9 against 32.8)",
         ("ropd", "one_reference"): "four references beat one (table 6: by 17.9)",
-        ("ropd", "rubric_per_student"): "one rubric for a group beats one for each rollout (table 6: by 3.8)",
+        (
+            "ropd",
+            "rubric_per_student",
+        ): "one rubric for a group beats one for each rollout (table 6: by 3.8)",
         ("ropd", "not_blind"): "a blind verifier beats one that knows (table 6: by 3.3)",
-        ("ropd_stages", "ropd"): "credit by stages beats credit to the whole answer (RubricEM, figure 5)",
+        (
+            "ropd_stages",
+            "ropd",
+        ): "credit by stages beats credit to the whole answer (RubricEM, figure 5)",
     }
     lines = []
     for (left, right), text in said.items():
         mean, half, count = paired(by.get(right, []), by.get(left, []), "avg@k")
         known = count > 1 and not math.isinf(half)
-        verdict = "not run" if not count else "undecided" if not known or abs(mean) <= half else "seen" if mean > 0 else "contradicted"
+        verdict = (
+            "not run"
+            if not count
+            else "undecided"
+            if not known or abs(mean) <= half
+            else "seen"
+            if mean > 0
+            else "contradicted"
+        )
         verdict = (
             "no difference at all"
-            if count and all(a["prompt_scores"] == b["prompt_scores"] for a, b in zip(by[left], by[right]))
+            if count
+            and all(a["prompt_scores"] == b["prompt_scores"] for a, b in zip(by[left], by[right]))
             else verdict
         )
-        lines.append([text, f"{mean:+.3f}" + (f" ± {half:.3f}" if known else "") if count else "", str(count), verdict])
+        lines.append(
+            [
+                text,
+                f"{mean:+.3f}" + (f" ± {half:.3f}" if known else "") if count else "",
+                str(count),
+                verdict,
+            ]
+        )
     return markdown(["claim", "avg@8 here", "pairs", "verdict"], lines)
 
 
@@ -128,14 +226,18 @@ def storm_text(directory: pathlib.Path | None, by) -> str:
     run, rows = numbers(read_run(directory)), read_lines(directory / "rubrics.jsonl")
     metrics = read_run(directory).metrics
     problems = {
-        name.rpartition("/")[2]: sum(row[name] or 0 for row in metrics) for name in metrics[0] if name.startswith("rubric/problems/")
+        name.rpartition("/")[2]: sum(row[name] or 0 for row in metrics)
+        for name in metrics[0]
+        if name.startswith("rubric/problems/")
     }
     repairs: dict[str, int] = {}
     for row in rows:
         for name, count in row["repairs"].items():
             repairs[name] = repairs.get(name, 0) + count
     clean = by["ropd"][0]
-    counted = ", ".join(f"{name} {count:.0f}" for name, count in (*problems.items(), *repairs.items()) if count)
+    counted = ", ".join(
+        f"{name} {count:.0f}" for name, count in (*problems.items(), *repairs.items()) if count
+    )
     retries = sum(row[f"api/{role}/retries"] for row in metrics for role in ROLES)
     return (
         f"\n## A judge that fails\n\nSeed {clean['seed']} once more, with 30 % of the judge's replies spoilt, of every kind "
@@ -151,10 +253,14 @@ def short(point: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", type=pathlib.Path)
     parser.add_argument("--faulty", type=pathlib.Path)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("experiments/results/rubrics"))
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path("experiments/results/rubrics")
+    )
     arguments = parser.parse_args()
     by, missing = read_all(arguments.runs)
     count = sum(map(len, by.values()))
@@ -178,8 +284,13 @@ def main() -> None:
         storm_text(arguments.faulty, by),
     ]
     arguments.out.with_suffix(".md").write_text("\n".join(part for part in parts if part))
-    document = {name: [{k: v for k, v in row.items() if k != "prompt_scores"} for row in runs] for name, runs in by.items()}
-    arguments.out.with_suffix(".json").write_text(json.dumps({"missing": missing, "runs": document}, indent=1) + "\n")
+    document = {
+        name: [{k: v for k, v in row.items() if k != "prompt_scores"} for row in runs]
+        for name, runs in by.items()
+    }
+    arguments.out.with_suffix(".json").write_text(
+        json.dumps({"missing": missing, "runs": document}, indent=1) + "\n"
+    )
     print(arguments.out.with_suffix(".md").read_text())
 
 

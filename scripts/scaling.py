@@ -1,14 +1,16 @@
-"""How cost grows: memory of the vocabulary pass against T x V, and memory, collectives and seconds of an update against its sizes.
+"""How cost grows: memory of the vocabulary pass against T x V, and memory, collectives and seconds
+of an update against its sizes.
 
     python scripts/scaling.py --out runs/scaling                               # compiled for 8 simulated devices
     python scripts/scaling.py --out runs/scaling --parts vocabulary
     python scripts/scaling.py --out runs/scaling --mesh 1x1x1 1x8x1 2x2x2 --timed
     python scripts/scaling.py --out runs/scaling --devices 0 --mesh 1x4x2      # on the devices that there are
 
-Temporary memory is XLA's own figure for one device, arguments and results excluded. Nothing is run without `--timed`, so that
-sizes may be far beyond this machine's memory. Collectives are read off the compiled program; one in a loop is counted as
-often as the loop goes round where the compiler knows how often, else once. A mesh is data x fsdp x tensor. Writes
-`vocabulary.csv`, `update.csv`, `README.md` with both tables and, where matplotlib is installed (the `report` extra), plots.
+Temporary memory is XLA's own figure for one device, arguments and results excluded. Nothing is run
+without `--timed`, so that sizes may be far beyond this machine's memory. Collectives are read off
+the compiled program; one in a loop is counted as often as the loop goes round where the compiler
+knows how often, else once. A mesh is data x fsdp x tensor. Writes `vocabulary.csv`, `update.csv`,
+`README.md` with both tables and, where matplotlib is installed (the `report` extra), plots.
 """
 
 from __future__ import annotations
@@ -29,14 +31,14 @@ from benchmark_peers.settings import SIZES, Model
 from jax.sharding import Mesh
 
 from opdjax.config import EstimatorConfig, OptimizerConfig
+from opdjax.engine.update import UpdateSpec, init_state, make_optimizer, make_update
 from opdjax.estimators.divergence import reverse_kl
 from opdjax.models.decoder import DecoderConfig, head_of, init_params
-from opdjax.models.layout import shardings_of
+from opdjax.models.partitioning import shardings_of
 from opdjax.models.rope import Rope
+from opdjax.ops.sharding import by_row, make_mesh
 from opdjax.ops.tile import Head
-from opdjax.ops.vocab import Columns, tiled_loss
-from opdjax.sharding import by_row, make_mesh
-from opdjax.train_state import UpdateSpec, init_state, make_optimizer, make_update
+from opdjax.ops.vocab import TokenInputs, tiled_loss
 from opdjax.types import TeacherScores, TrainBatch
 
 MODELS = {
@@ -55,9 +57,15 @@ def vocabulary_rows(options) -> list[dict[str, Any]]:
     for vocab in options.vocab:
         for tokens in options.tokens:
             row = {"tokens": tokens, "vocab": vocab, "width": options.width, "tile": options.tile}
-            row["tiled_mib"] = _temp_mib(_lower_loss(_tiled(options.tile), tokens, vocab, options.width))
+            row["tiled_mib"] = _temp_mib(
+                _lower_loss(_tiled(options.tile), tokens, vocab, options.width)
+            )
             is_too_large = 4 * tokens * vocab > _DENSE_LIMIT
-            row["dense_mib"] = None if is_too_large else _temp_mib(_lower_loss(_dense, tokens, vocab, options.width))
+            row["dense_mib"] = (
+                None
+                if is_too_large
+                else _temp_mib(_lower_loss(_dense, tokens, vocab, options.width))
+            )
             row["head_gradient_mib"] = 4 * vocab * options.width / 2**20
             rows.append(row)
             print(row, flush=True)
@@ -70,7 +78,9 @@ def _tiled(tile):
 
     def loss(hidden, kernel, weights, token, teacher_hidden, teacher_kernel):
         teacher = (teacher_hidden, Head(teacher_kernel))
-        return tiled_loss(token_loss, hidden, Head(kernel), weights, Columns(token), teacher, tile=tile)[0]
+        return tiled_loss(
+            token_loss, hidden, Head(kernel), weights, TokenInputs(token), teacher, tile=tile
+        )[0]
 
     return loss
 
@@ -82,10 +92,12 @@ def _dense(hidden, kernel, weights, token, teacher_hidden, teacher_kernel):
 
 
 def _lower_loss(loss, tokens, vocab, width):
-    shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)  # noqa: E731
+    shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)
     hidden, kernel, weights = shape(1, tokens, width), shape(vocab, width), shape(1, tokens)
     token = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
-    return jax.jit(jax.value_and_grad(loss, (0, 1))).lower(hidden, kernel, weights, token, hidden, kernel)
+    return jax.jit(jax.value_and_grad(loss, (0, 1))).lower(
+        hidden, kernel, weights, token, hidden, kernel
+    )
 
 
 def _temp_mib(lowered) -> float:
@@ -93,14 +105,24 @@ def _temp_mib(lowered) -> float:
 
 
 def update_rows(options) -> list[dict[str, Any]]:
-    """One row a model, batch, length and mesh: what an update of full-vocabulary distillation takes."""
+    """One row a model, batch, length and mesh: what an update of full-vocabulary distillation
+    takes.
+    """
     rows = []
     for name in options.models:
         for batch in options.batch:
             for length in options.length:
                 for sizes in options.mesh:
                     row = _update_row(MODELS[name], make_mesh(*sizes), batch, length, options)
-                    rows.append({"model": name, "mesh": "x".join(map(str, sizes)), "batch": batch, "length": length} | row)
+                    rows.append(
+                        {
+                            "model": name,
+                            "mesh": "x".join(map(str, sizes)),
+                            "batch": batch,
+                            "length": length,
+                        }
+                        | row
+                    )
                     print(rows[-1], flush=True)
     return rows
 
@@ -108,20 +130,32 @@ def update_rows(options) -> list[dict[str, Any]]:
 def _update_row(model: Model, mesh: Mesh, batch: int, length: int, options) -> dict[str, Any]:
     config, optimizer_config = _decoder_config(model), OptimizerConfig()
     spec = UpdateSpec(
-        model=config, estimator=EstimatorConfig(recipe="full_kl", tile=options.tile), dtype=options.dtype,
-        max_completion_length=length, remat=options.remat, mesh=mesh,
-    )  # fmt: skip
+        model=config,
+        estimator=EstimatorConfig(recipe="full_kl", tile=options.tile),
+        dtype=options.dtype,
+        max_completion_length=length,
+        remat=options.remat,
+        mesh=mesh,
+    )
     update = make_update(spec, optimizer_config, num_steps=1000)
 
     def start():
         params = init_params(config, jax.random.key(0))
         head = jax.tree.map(lambda x: x.astype(options.dtype), head_of(params).kernel)
-        return init_state(params, make_optimizer(optimizer_config, 1000), mesh), _batch(config, batch, length, options.dtype), head
+        return (
+            init_state(params, make_optimizer(optimizer_config, 1000), mesh),
+            _batch(config, batch, length, options.dtype),
+            head,
+        )
 
     state, rows, head = jax.eval_shape(start)
-    place = lambda tree, shardings: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)  # noqa: E731
+    place = lambda tree, shardings: jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )
     state = place(state, shardings_of(state, mesh))
-    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_row(mesh)), rows)
+    rows = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_row(mesh)), rows
+    )
     head = place({"head": head}, shardings_of({"head": head}, mesh))["head"]
     began = time.perf_counter()
     compiled = update.lower(state, rows, Head(head)).compile()
@@ -139,19 +173,33 @@ def _update_row(model: Model, mesh: Mesh, batch: int, length: int, options) -> d
 
 def _decoder_config(model: Model) -> DecoderConfig:
     return DecoderConfig(
-        vocab_size=model.vocab, hidden_size=model.hidden, num_layers=model.layers, num_heads=model.heads,
-        num_kv_heads=model.kv_heads, head_size=model.head, intermediate_size=model.mlp, rope=Rope(theta=1e6), norm_epsilon=1e-6,
-        ties_embeddings=True, has_qk_norm=True, has_qkv_bias=False, has_output_bias=False,
-    )  # fmt: skip
+        vocab_size=model.vocab,
+        hidden_size=model.hidden,
+        num_layers=model.layers,
+        num_heads=model.heads,
+        num_kv_heads=model.kv_heads,
+        head_size=model.head,
+        intermediate_size=model.mlp,
+        rope=Rope(theta=1e6),
+        norm_epsilon=1e-6,
+        ties_embeddings=True,
+        has_qk_norm=True,
+        has_qkv_bias=False,
+        has_output_bias=False,
+    )
 
 
 def _batch(config: DecoderConfig, batch: int, length: int, dtype: str) -> TrainBatch:
-    """Rows whose second half was sampled, with the hidden states of a teacher of the student's width."""
+    """Rows whose second half was sampled, with the hidden states of a teacher of the student's
+    width.
+    """
     tokens = jnp.arange(batch * length, dtype=jnp.int32).reshape(batch, length) % config.vocab_size
     mask = jnp.broadcast_to(jnp.arange(length) >= length // 2, tokens.shape)
     hidden = jnp.ones((batch, length, config.hidden_size), dtype)
     logprobs = jnp.zeros(tokens.shape)
-    return TrainBatch(tokens, mask, jnp.ones_like(tokens), logprobs, teacher=TeacherScores(hidden=hidden))
+    return TrainBatch(
+        tokens, mask, jnp.ones_like(tokens), logprobs, teacher=TeacherScores(hidden=hidden)
+    )
 
 
 def _seconds(compiled, start, abstract) -> float:
@@ -167,7 +215,9 @@ def _seconds(compiled, start, abstract) -> float:
 
 
 def collectives(text: str) -> dict[str, Any]:
-    """How many collectives of each kind a compiled program runs on a device, and the bytes of their results."""
+    """How many collectives of each kind a compiled program runs on a device, and the bytes of their
+    results.
+    """
     bodies, called = _computations(text)
     counts, sent = Counter(), 0
     found = re.compile(rf"= (\(.*?\)|\S+) ({'|'.join(COLLECTIVES)})(?:-start)?\(")
@@ -175,13 +225,20 @@ def collectives(text: str) -> dict[str, Any]:
         for result, kind in found.findall(body):
             counts[kind] += called[name]
             sent += called[name] * _bytes(result)
-    return {kind.replace("-", "_"): counts[kind] for kind in COLLECTIVES} | {"collective_mib": sent / 2**20}
+    return {kind.replace("-", "_"): counts[kind] for kind in COLLECTIVES} | {
+        "collective_mib": sent / 2**20
+    }
 
 
 def _computations(text: str) -> tuple[dict[str, str], dict[str, int]]:
-    """The text of each computation, and how often it runs: as often as the loops around it go round."""
+    """The text of each computation, and how often it runs: as often as the loops around it go
+    round.
+    """
     heads = list(re.finditer(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$", text, re.MULTILINE))
-    bodies = {m[1]: text[m.end() : after] for m, after in zip(heads, [*(m.start() for m in heads[1:]), len(text)])}
+    bodies = {
+        m[1]: text[m.end() : after]
+        for m, after in zip(heads, [*(m.start() for m in heads[1:]), len(text)])
+    }
     entry = next(m[1] for m in heads if m[0].startswith("ENTRY"))
     times: dict[str, int] = Counter()
 
@@ -190,7 +247,9 @@ def _computations(text: str) -> tuple[dict[str, str], dict[str, int]]:
         for line in bodies[name].splitlines():
             trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
             inside = count * (int(trips[1]) if trips and " while(" in line else 1)
-            for other in re.findall(r"(?:body|calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", line):
+            for other in re.findall(
+                r"(?:body|calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", line
+            ):
                 if other in bodies:
                     visit(other, inside)
 
@@ -200,9 +259,23 @@ def _computations(text: str) -> tuple[dict[str, str], dict[str, int]]:
 
 def _bytes(shapes: str) -> int:
     """Bytes of an HLO shape or tuple of shapes."""
-    widths = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1, "f64": 8, "s64": 8, "u8": 1, "s8": 1}
+    widths = {
+        "f32": 4,
+        "bf16": 2,
+        "f16": 2,
+        "s32": 4,
+        "u32": 4,
+        "pred": 1,
+        "f64": 8,
+        "s64": 8,
+        "u8": 1,
+        "s8": 1,
+    }
     found = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-    return sum(widths.get(kind, 4) * math.prod(int(d) for d in dims.split(",") if d) for kind, dims in found)
+    return sum(
+        widths.get(kind, 4) * math.prod(int(d) for d in dims.split(",") if d)
+        for kind, dims in found
+    )
 
 
 def write_table(rows: list[dict[str, Any]], name: str, out: pathlib.Path) -> str:
@@ -219,7 +292,10 @@ def write_table(rows: list[dict[str, Any]], name: str, out: pathlib.Path) -> str
         return "" if value is None else str(value)
 
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return "\n".join(lines + ["| " + " | ".join(cell(row.get(column)) for column in columns) + " |" for row in rows])
+    return "\n".join(
+        lines
+        + ["| " + " | ".join(cell(row.get(column)) for column in columns) + " |" for row in rows]
+    )
 
 
 def plot(rows: dict[str, list[dict[str, Any]]], out: pathlib.Path) -> None:
@@ -232,15 +308,37 @@ def plot(rows: dict[str, list[dict[str, Any]]], out: pathlib.Path) -> None:
     if rows.get("vocabulary"):
         figure, axes = pyplot.subplots(figsize=(6, 4))
         for form, marker in (("dense_mib", "o"), ("tiled_mib", "s"), ("head_gradient_mib", "_")):
-            points = [(row["tokens"] * row["vocab"], row[form]) for row in rows["vocabulary"] if row[form] is not None]
-            axes.loglog(*zip(*sorted(points)), marker, label=form.removesuffix("_mib").replace("_", " "))
-        axes.set(xlabel="T x V", ylabel="temporary MiB", title="value and gradients of reverse KL from hidden states")
+            points = [
+                (row["tokens"] * row["vocab"], row[form])
+                for row in rows["vocabulary"]
+                if row[form] is not None
+            ]
+            axes.loglog(
+                *zip(*sorted(points)), marker, label=form.removesuffix("_mib").replace("_", " ")
+            )
+        axes.set(
+            xlabel="T x V",
+            ylabel="temporary MiB",
+            title="value and gradients of reverse KL from hidden states",
+        )
         axes.legend()
         figure.savefig(out / "vocabulary.svg", bbox_inches="tight")
     if rows.get("update"):
-        names = [f"{row['model']} {row['batch']}x{row['length']}\n{row['mesh']}" for row in rows["update"]]
-        measures = [name for name in ("temp_mib", "arguments_mib", "collective_mib", "step_s") if name in rows["update"][0]]
-        figure, panels = pyplot.subplots(len(measures), figsize=(1 + 0.8 * len(names), 2.5 * len(measures)), sharex=True, squeeze=False)
+        names = [
+            f"{row['model']} {row['batch']}x{row['length']}\n{row['mesh']}"
+            for row in rows["update"]
+        ]
+        measures = [
+            name
+            for name in ("temp_mib", "arguments_mib", "collective_mib", "step_s")
+            if name in rows["update"][0]
+        ]
+        figure, panels = pyplot.subplots(
+            len(measures),
+            figsize=(1 + 0.8 * len(names), 2.5 * len(measures)),
+            sharex=True,
+            squeeze=False,
+        )
         for panel, measure in zip(panels[:, 0], measures):
             panel.bar(names, [row[measure] for row in rows["update"]])
             panel.set(ylabel=measure.replace("_", " "))
@@ -251,25 +349,63 @@ def plot(rows: dict[str, list[dict[str, Any]]], out: pathlib.Path) -> None:
 def _mesh_sizes(text: str) -> tuple[int, int, int]:
     sizes = tuple(map(int, text.split("x")))
     if len(sizes) != 3 or min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no mesh; expected DATAxFSDPxTENSOR such as 2x2x2")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no mesh; expected DATAxFSDPxTENSOR such as 2x2x2"
+        )
     return sizes
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="directory for tables and plots")
-    parser.add_argument("--parts", nargs="+", choices=("vocabulary", "update"), default=["vocabulary", "update"])
-    parser.add_argument("--devices", type=int, default=8, help="simulated CPU devices; 0: the devices that there are")
-    parser.add_argument("--mesh", nargs="+", type=_mesh_sizes, default=[(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=pathlib.Path, required=True, help="directory for tables and plots"
+    )
+    parser.add_argument(
+        "--parts", nargs="+", choices=("vocabulary", "update"), default=["vocabulary", "update"]
+    )
+    parser.add_argument(
+        "--devices",
+        type=int,
+        default=8,
+        help="simulated CPU devices; 0: the devices that there are",
+    )
+    parser.add_argument(
+        "--mesh", nargs="+", type=_mesh_sizes, default=[(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)]
+    )
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=["3.4M"])
     parser.add_argument("--batch", nargs="+", type=int, default=[8, 32], help="rows of an update")
-    parser.add_argument("--length", nargs="+", type=int, default=[256, 1024], help="tokens of a row, prompt and completion")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[512, 2048, 8192, 32768], help="T of the vocabulary pass")
-    parser.add_argument("--vocab", nargs="+", type=int, default=[32_000, 151_936], help="V of the vocabulary pass")
-    parser.add_argument("--width", type=int, default=1024, help="of the hidden states of the vocabulary pass")
+    parser.add_argument(
+        "--length",
+        nargs="+",
+        type=int,
+        default=[256, 1024],
+        help="tokens of a row, prompt and completion",
+    )
+    parser.add_argument(
+        "--tokens",
+        nargs="+",
+        type=int,
+        default=[512, 2048, 8192, 32768],
+        help="T of the vocabulary pass",
+    )
+    parser.add_argument(
+        "--vocab", nargs="+", type=int, default=[32_000, 151_936], help="V of the vocabulary pass"
+    )
+    parser.add_argument(
+        "--width", type=int, default=1024, help="of the hidden states of the vocabulary pass"
+    )
     parser.add_argument("--tile", type=int, default=512)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the forward pass")
-    parser.add_argument("--remat", choices=("none", "dots", "layer"), default="none", help="what the backward pass recomputes")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the forward pass"
+    )
+    parser.add_argument(
+        "--remat",
+        choices=("none", "dots", "layer"),
+        default="none",
+        help="what the backward pass recomputes",
+    )
     parser.add_argument("--timed", action="store_true", help="run the updates too")
     return parser.parse_args()
 
@@ -280,9 +416,16 @@ def main() -> None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", options.devices)
     options.out.mkdir(parents=True, exist_ok=True)
-    rows = {part: {"vocabulary": vocabulary_rows, "update": update_rows}[part](options) for part in options.parts}
-    tables = [f"jax {jax.__version__}, {len(jax.devices())} {jax.devices()[0].platform} devices, {options.dtype}\n"]
-    tables += [f"## {part}\n\n{write_table(found, part, options.out)}\n" for part, found in rows.items()]
+    rows = {
+        part: {"vocabulary": vocabulary_rows, "update": update_rows}[part](options)
+        for part in options.parts
+    }
+    tables = [
+        f"jax {jax.__version__}, {len(jax.devices())} {jax.devices()[0].platform} devices, {options.dtype}\n"
+    ]
+    tables += [
+        f"## {part}\n\n{write_table(found, part, options.out)}\n" for part, found in rows.items()
+    ]
     (options.out / "README.md").write_text("\n".join(tables))
     print("\n".join(tables))
     try:

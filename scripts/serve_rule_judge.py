@@ -1,13 +1,17 @@
-"""A judge over HTTP for the built-in task, so that judged runs need no network and no model; and one that fails on purpose.
+"""A judge over HTTP for the built-in task, so that judged runs need no network and no model; and
+one that fails on purpose.
 
     python scripts/serve_rule_judge.py --port 8321                                 # until it is interrupted
-    python scripts/serve_rule_judge.py --port 0 --faults 0.3 -- COMMAND {url} ...  # beside a command, whose exit status it passes on
+    python scripts/serve_rule_judge.py --port 0 --faults 0.3 -- COMMAND {url} ...  # beside a
+    command, whose exit status it passes on
 
-It speaks OpenAI chat completions on the loopback interface (`POST /v1/chat/completions`, without streaming; `GET /v1/models`), and
-says at `GET /stats` what it was asked. What it judges by is `opdjax.rubrics.rules`.
+It speaks OpenAI chat completions on the loopback interface (`POST /v1/chat/completions`, without
+streaming; `GET /v1/models`), and says at `GET /stats` what it was asked. What it judges by is
+`opdjax.judge.rule_based.rules`.
 
-A share of the requests goes wrong: which, and how, is a hash of the seed, the request's body and how often that body came, so that
-neither the order of requests nor the number of connections changes it, and the same request sent again may succeed.
+A share of the requests goes wrong: which, and how, is a hash of the seed, the request's body and
+how often that body came, so that neither the order of requests nor the number of connections
+changes it, and the same request sent again may succeed.
 """
 
 from __future__ import annotations
@@ -24,12 +28,18 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from opdjax.rubrics.rule_judge import asked_schema, completion, reply_document
-from opdjax.rubrics.rules import role_of
+from opdjax.judge.rule_based.rules import role_of
+from opdjax.judge.rule_based.server import asked_schema, completion, reply_document
 
 HOST, MODEL = "127.0.0.1", "rule-judge"
 MAX_BODY = 64 * 2**20
-REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 411: "Length Required", 413: "Content Too Large"}
+REASONS = {
+    200: "OK",
+    400: "Bad Request",
+    404: "Not Found",
+    411: "Length Required",
+    413: "Content Too Large",
+}
 REASONS |= {429: "Too Many Requests", 500: "Internal Server Error"}
 Document = dict[str, Any]
 
@@ -138,7 +148,9 @@ class JudgeServer:
 
     async def start(self) -> JudgeServer:
         """Listen; OSError where the port is taken."""
-        self._listening = await asyncio.start_server(self._converse, HOST, self._options.port, backlog=1024)
+        self._listening = await asyncio.start_server(
+            self._converse, HOST, self._options.port, backlog=1024
+        )
         self.port = self._listening.sockets[0].getsockname()[1]
         return self
 
@@ -157,7 +169,8 @@ class JudgeServer:
     async def stop(self) -> None:
         """Refuse connections, and break off those there are."""
         self._listening.close()
-        # Aborted and not closed, since whoever does not read would keep a closed one open until its buffer is sent.
+        # Aborted and not closed, since whoever does not read would keep a closed one open until its
+        # buffer is sent.
         for task, writer in self._connections.items():
             writer.transport.abort()
             task.cancel()
@@ -184,7 +197,9 @@ class JudgeServer:
             self._idle.discard(task)
             writer.close()
 
-    async def _answer_all(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, task: asyncio.Task) -> None:
+    async def _answer_all(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, task: asyncio.Task
+    ) -> None:
         is_last = False
         while not is_last:
             self._idle.add(task)
@@ -202,17 +217,27 @@ class JudgeServer:
         if (request.method, request.path) == ("POST", "/v1/chat/completions"):
             return await self._counted(request.body)
         if (request.method, request.path) == ("GET", "/v1/models"):
-            return Response(200, {"object": "list", "data": [{"id": MODEL, "object": "model", "created": 0, "owned_by": "opdjax"}]})
+            return Response(
+                200,
+                {
+                    "object": "list",
+                    "data": [{"id": MODEL, "object": "model", "created": 0, "owned_by": "opdjax"}],
+                },
+            )
         if (request.method, request.path) == ("GET", "/stats"):
             return Response(200, self.stats)
-        return refused(404, f"there is no {request.method} {request.path}; there are POST /v1/chat/completions, GET /v1/models, GET /stats")
+        return refused(
+            404,
+            f"there is no {request.method} {request.path}; there are POST /v1/chat/completions, GET /v1/models, GET /stats",
+        )
 
     async def _counted(self, body: bytes) -> Response | None:
         counts = self._counts
         counts["requests"] += 1
         counts["in_flight"] += 1
         counts["max_in_flight"] = max(counts["max_in_flight"], counts["in_flight"])
-        # At once, and not with the reply: a server that dies does not wait until it is asked for the last time.
+        # At once, and not with the reply: a server that dies does not wait until it is asked for
+        # the last time.
         if counts["requests"] == self._options.down_after:
             self._go_down()
         try:
@@ -232,7 +257,9 @@ class JudgeServer:
         pick = int.from_bytes(digest[16:20])
         if fault == "rate_limit":
             seconds = 0.05 + 0.15 * pick / 2**32
-            return dataclasses.replace(refused(429, "too many requests"), headers=(f"Retry-After: {seconds:.3f}",))
+            return dataclasses.replace(
+                refused(429, "too many requests"), headers=(f"Retry-After: {seconds:.3f}",)
+            )
         await asyncio.sleep(self._options.hang if fault == "timeout" else self._options.latency)
         if fault == "timeout":
             return None
@@ -247,12 +274,18 @@ class JudgeServer:
         self._seen[key] += 1
         if int.from_bytes(digest[:8]) >= self._options.faults * 2**64:
             return None, digest
-        able = [kind for kind in self._options.fault_kinds if kind not in SPOILED_WORD or SPOILED_WORD[kind](copy.deepcopy(document), 0)]
+        able = [
+            kind
+            for kind in self._options.fault_kinds
+            if kind not in SPOILED_WORD or SPOILED_WORD[kind](copy.deepcopy(document), 0)
+        ]
         return (able[int.from_bytes(digest[8:16]) % len(able)] if able else None), digest
 
 
 async def read_request(reader: asyncio.StreamReader) -> Request | None:
-    """The next request; None where the connection has ended between two. ProtocolError on what is no HTTP/1.1 with a length."""
+    """The next request; None where the connection has ended between two. ProtocolError on what is
+    no HTTP/1.1 with a length.
+    """
     try:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
     except asyncio.IncompleteReadError as error:
@@ -260,12 +293,17 @@ async def read_request(reader: asyncio.StreamReader) -> Request | None:
             raise
         return None
     except asyncio.LimitOverrunError:
-        raise ProtocolError(400, "the request's head is too long; expected at most 64 KiB") from None
+        raise ProtocolError(
+            400, "the request's head is too long; expected at most 64 KiB"
+        ) from None
     first, *lines = head.strip().split("\r\n")
     words = first.split(" ")
     if len(words) != 3 or not words[2].startswith("HTTP/1."):
         raise ProtocolError(400, "expected an HTTP/1.1 request")
-    headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    headers = {
+        name.strip().lower(): value.strip()
+        for name, _, value in (line.partition(":") for line in lines)
+    }
     if "transfer-encoding" in headers:
         raise ProtocolError(411, "expected a body with Content-Length, not a chunked one")
     length = headers.get("content-length", "0")
@@ -274,18 +312,35 @@ async def read_request(reader: asyncio.StreamReader) -> Request | None:
     if int(length) > MAX_BODY:
         raise ProtocolError(413, f"the body has {length} bytes; expected at most {MAX_BODY}")
     is_last = headers.get("connection", "").lower() == "close" or words[2] == "HTTP/1.0"
-    return Request(words[0], words[1].partition("?")[0], await reader.readexactly(int(length)), is_last)
+    return Request(
+        words[0], words[1].partition("?")[0], await reader.readexactly(int(length)), is_last
+    )
 
 
 def as_bytes(response: Response, is_last: bool) -> bytes:
     body = json.dumps(response.document).encode()
     connection = "close" if is_last else "keep-alive"
-    head = [f"HTTP/1.1 {response.status} {REASONS[response.status]}", "Content-Type: application/json", f"Content-Length: {len(body)}"]
-    return "\r\n".join([*head, f"Connection: {connection}", *response.headers, "", ""]).encode() + body
+    head = [
+        f"HTTP/1.1 {response.status} {REASONS[response.status]}",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+    ]
+    return (
+        "\r\n".join([*head, f"Connection: {connection}", *response.headers, "", ""]).encode() + body
+    )
 
 
 def refused(status: int, message: str) -> Response:
-    return Response(status, {"error": {"message": message, "type": REASONS[status].lower().replace(" ", "_"), "code": status}})
+    return Response(
+        status,
+        {
+            "error": {
+                "message": message,
+                "type": REASONS[status].lower().replace(" ", "_"),
+                "code": status,
+            }
+        },
+    )
 
 
 def checked(body: bytes) -> Document:
@@ -297,7 +352,11 @@ def checked(body: bytes) -> Document:
     if not isinstance(asked, dict) or not isinstance(asked.get("model"), str):
         raise ValueError('expected a JSON object with "model" and "messages"')
     messages = asked.get("messages")
-    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
+    if (
+        not isinstance(messages, list)
+        or not messages
+        or not all(isinstance(message, dict) for message in messages)
+    ):
         raise ValueError("messages: expected a list of objects that is not empty")
     if asked.get("stream") or asked.get("n", 1) != 1:
         raise ValueError("stream, n: expected one reply that is not streamed")
@@ -305,7 +364,9 @@ def checked(body: bytes) -> Document:
     kind = form.get("type") if isinstance(form, dict) else None if form else "text"
     has_schema = isinstance(asked_schema(asked), dict) if kind == "json_schema" else True
     if kind not in ("text", "json_object", "json_schema") or not has_schema:
-        raise ValueError("response_format: expected a type of text, json_object, or json_schema with a schema")
+        raise ValueError(
+            "response_format: expected a type of text, json_object, or json_schema with a schema"
+        )
     return asked
 
 
@@ -314,7 +375,9 @@ def spoiled(document: Document, fault: str | None, pick: int) -> tuple[str, str]
     if fault in SPOILED_WORD:
         document = SPOILED_WORD[fault](copy.deepcopy(document), pick)
     text = json.dumps(document)
-    return SPOILED_TEXT[fault](text) if fault in SPOILED_TEXT else text, "length" if fault == "truncated" else "stop"
+    return SPOILED_TEXT[fault](
+        text
+    ) if fault in SPOILED_TEXT else text, "length" if fault == "truncated" else "stop"
 
 
 async def serve(options: Options, command: list[str]) -> int:
@@ -322,7 +385,10 @@ async def serve(options: Options, command: list[str]) -> int:
     try:
         server = await JudgeServer(options).start()
     except OSError as error:
-        print(f"port {options.port} cannot be had ({error.strerror}); take another with --port, or any with --port 0", file=sys.stderr)
+        print(
+            f"port {options.port} cannot be had ({error.strerror}); take another with --port, or any with --port 0",
+            file=sys.stderr,
+        )
         return 2
     print(f"judging at {server.url}", file=sys.stderr if command else sys.stdout, flush=True)
     try:
@@ -343,7 +409,9 @@ async def until_ended() -> int:
 async def beside(server: JudgeServer, command: list[str]) -> int:
     """The exit status of the command, in whose words {url} stands for the server's address."""
     try:
-        process = await asyncio.create_subprocess_exec(*(word.replace("{url}", server.url) for word in command))
+        process = await asyncio.create_subprocess_exec(
+            *(word.replace("{url}", server.url) for word in command)
+        )
     except OSError as error:
         print(f"{command[0]} cannot be run: {error.strerror}", file=sys.stderr)
         return 127
@@ -356,19 +424,38 @@ async def beside(server: JudgeServer, command: list[str]) -> int:
 
 
 def parsed(words: list[str]) -> tuple[Options, list[str]]:
-    own, command = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    own, command = (
+        (words[: words.index("--")], words[words.index("--") + 1 :])
+        if "--" in words
+        else (words, [])
+    )
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--port", type=int, default=8321, help="0: any that is free")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds before each reply")
-    parser.add_argument("--faults", type=float, default=0.0, help="share of the requests that goes wrong")
-    parser.add_argument("--fault-kinds", default=",".join(FAULTS), help="of which kinds; by default %(default)s")
+    parser.add_argument(
+        "--faults", type=float, default=0.0, help="share of the requests that goes wrong"
+    )
+    parser.add_argument(
+        "--fault-kinds", default=",".join(FAULTS), help="of which kinds; by default %(default)s"
+    )
     parser.add_argument("--seed", type=int, default=0, help="another one, other requests go wrong")
-    parser.add_argument("--hang", type=float, default=5.0, help="seconds that a timeout keeps a request waiting")
-    parser.add_argument("--down-after", type=int, default=0, help="requests after which connections are refused; 0: never")
+    parser.add_argument(
+        "--hang", type=float, default=5.0, help="seconds that a timeout keeps a request waiting"
+    )
+    parser.add_argument(
+        "--down-after",
+        type=int,
+        default=0,
+        help="requests after which connections are refused; 0: never",
+    )
     given = parser.parse_args(own)
     kinds = tuple(filter(None, given.fault_kinds.split(",")))
     if not set(kinds) <= set(FAULTS):
-        parser.error(f"--fault-kinds: there is no {', '.join(sorted(set(kinds) - set(FAULTS)))}; there are {', '.join(FAULTS)}")
+        parser.error(
+            f"--fault-kinds: there is no {', '.join(sorted(set(kinds) - set(FAULTS)))}; there are {', '.join(FAULTS)}"
+        )
     if not 0 <= given.faults <= 1:
         parser.error(f"--faults is {given.faults}; expected a share from 0 to 1")
     if min(given.latency, given.hang, given.down_after) < 0:

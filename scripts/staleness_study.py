@@ -1,4 +1,5 @@
-"""What the staleness sweep says: python scripts/staleness_study.py RUNS [--out experiments/results/staleness]
+"""What the staleness sweep says: python scripts/staleness_study.py RUNS [--out
+experiments/results/staleness]
 
 Reads the runs of experiments/sweeps/staleness.py and writes OUT.md and OUT.json.
 """
@@ -12,10 +13,11 @@ from benchmark_vocab import cpu_model
 from near_policy_study import load_sweep, median_of
 from white_box_study import markdown, paired, spread
 
-from opdjax.results import Run, read_points, read_run
+from opdjax.runs.results import Run, read_points, read_run
 
 ROOT = pathlib.Path(__file__).parents[1]
-# What an estimator without a correction is compared with at the same lag: (left, right, what the difference is of).
+# What an estimator without a correction is compared with at the same lag: (left, right, what the
+# difference is of).
 QUESTIONS = (
     ("forward", "reverse", "direction, exact and recomputed"),
     ("cached_forward", "cached_reverse", "direction, on the ten ids stored"),
@@ -31,7 +33,7 @@ QUESTIONS = (
 
 def numbers(run: Run) -> dict:
     """The numbers of one run; what is said of staleness is the median of the last twenty steps."""
-    last = lambda name: median_of(run.column(name)[-20:])  # noqa: E731
+    last = lambda name: median_of(run.column(name)[-20:])
     return {
         **{name: run.score(name) for name in ("avg@k", "greedy", "pass@k")},
         "start": run.result["eval_before"]["avg@k"],
@@ -49,17 +51,27 @@ def read_all(directory: pathlib.Path) -> tuple[list[dict], list[str]]:
             missing.append(point.id)
             continue
         lag = point.config["near_policy"]["max_staleness"]
-        named = {"id": point.id, "estimator": point.overrides["estimator"], "lag": lag, "seed": point.config["seed"]}
+        named = {
+            "id": point.id,
+            "estimator": point.overrides["estimator"],
+            "lag": lag,
+            "seed": point.config["seed"],
+        }
         rows.append(named | numbers(read_run(point.workdir)))
     return rows, missing
 
 
 def pick(rows: list[dict], estimator: str, lag: int) -> list[dict]:
-    return sorted((row for row in rows if (row["estimator"], row["lag"]) == (estimator, lag)), key=lambda row: row["seed"])
+    return sorted(
+        (row for row in rows if (row["estimator"], row["lag"]) == (estimator, lag)),
+        key=lambda row: row["seed"],
+    )
 
 
 def column_table(rows: list[dict], names, lags, column: str) -> str:
-    lines = [[f"`{name}`", *(spread(pick(rows, name, lag), column) for lag in lags)] for name in names]
+    lines = [
+        [f"`{name}`", *(spread(pick(rows, name, lag), column) for lag in lags)] for name in names
+    ]
     return markdown(["estimator", *(f"lag {lag}" for lag in lags)], lines)
 
 
@@ -68,14 +80,18 @@ def lost_table(rows: list[dict], names, lags) -> str:
     lines = []
     for name in names:
         plain = pick(rows, name if pick(rows, name, 0) else name.partition("_")[0], 0)
-        lines.append([f"`{name}`", *(difference(plain, pick(rows, name, lag)) for lag in lags if lag)])
+        lines.append(
+            [f"`{name}`", *(difference(plain, pick(rows, name, lag)) for lag in lags if lag)]
+        )
     return markdown(["estimator", *(f"lag {lag} less lag 0" for lag in lags if lag)], lines)
 
 
 def difference(left: list[dict], right: list[dict]) -> str:
     """Of avg@8, right less left, paired by seed."""
     middle, half, count = paired(left, right, "avg@k")
-    return "" if not count else f"{middle:+.3f}" if math.isinf(half) else f"{middle:+.3f} ± {half:.3f}"
+    return (
+        "" if not count else f"{middle:+.3f}" if math.isinf(half) else f"{middle:+.3f} ± {half:.3f}"
+    )
 
 
 def question_table(rows: list[dict], lags) -> str:
@@ -87,24 +103,42 @@ def question_table(rows: list[dict], lags) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", type=pathlib.Path)
-    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "experiments" / "results" / "staleness")
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=ROOT / "experiments" / "results" / "staleness"
+    )
     args = parser.parse_args()
     sweep = load_sweep("staleness")
     rows, missing = read_all(args.runs)
     names, lags = (*sweep.PLAIN, *sweep.CORRECTED), sweep.LAGS
-    attempts = [json.loads(line) for file in args.runs.glob("*/attempts.jsonl") for line in file.read_text().splitlines()]
+    attempts = [
+        json.loads(line)
+        for file in args.runs.glob("*/attempts.jsonl")
+        for line in file.read_text().splitlines()
+    ]
     text = TEXT.format(
-        runs=len(rows), missing=len(missing), minutes=sum(row.get("seconds", 0.0) for row in attempts) / 60,
-        commits=", ".join(sorted({row["commit"][:10] for row in rows})), machine=cpu_model(), start=rows[0]["start"], rate=sweep.RATE,
-        scores=column_table(rows, names, lags, "avg@k"), lost=lost_table(rows, names, lags),
-        questions=question_table(rows, lags), kl=column_table(rows, names, lags, "behavior_kl"),
-        sizes=column_table(rows, names, lags, "sample_size"), greedy=column_table(rows, names, lags, "greedy"),
-    )  # fmt: skip
+        runs=len(rows),
+        missing=len(missing),
+        minutes=sum(row.get("seconds", 0.0) for row in attempts) / 60,
+        commits=", ".join(sorted({row["commit"][:10] for row in rows})),
+        machine=cpu_model(),
+        start=rows[0]["start"],
+        rate=sweep.RATE,
+        scores=column_table(rows, names, lags, "avg@k"),
+        lost=lost_table(rows, names, lags),
+        questions=question_table(rows, lags),
+        kl=column_table(rows, names, lags, "behavior_kl"),
+        sizes=column_table(rows, names, lags, "sample_size"),
+        greedy=column_table(rows, names, lags, "greedy"),
+    )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.with_suffix(".md").write_text(text)
-    args.out.with_suffix(".json").write_text(json.dumps({"runs": rows, "missing": missing}, indent=1) + "\n")
+    args.out.with_suffix(".json").write_text(
+        json.dumps({"runs": rows, "missing": missing}, indent=1) + "\n"
+    )
     print(text)
 
 

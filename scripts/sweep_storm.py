@@ -1,12 +1,15 @@
 """A sweep by several runners at once that are killed at random, and what has become of it.
 
-    python scripts/sweep_storm.py experiments/sweeps/mini_vopd.py --workdir DIR --only 'seed=0' --kills 10 --runners 3
-    python scripts/sweep_storm.py FILE --workdir gs://bucket/storm --against DIR2
+    python scripts/sweep_storm.py experiments/sweeps/mini_vopd.py --workdir DIR --only 'seed=0'
+    --kills 10 --runners 3 python scripts/sweep_storm.py FILE --workdir gs://bucket/storm --against
+    DIR2
 
-SIGKILL goes to a runner, to a child, or to both, at moments drawn from the seed; a killed runner is started again until as many
-kills as asked for are spent, and then all are left to finish. At the end every point must be done, none by two attempts that were
-completed, and nothing may be lost; with `--against`, an undisturbed sweep, every point's scores and its student's bytes must be the
-same as there. The exit status is 1 where that is not so. Processes of this script alone are killed: those it started, and their children.
+SIGKILL goes to a runner, to a child, or to both, at moments drawn from the seed; a killed runner is
+started again until as many kills as asked for are spent, and then all are left to finish. At the
+end every point must be done, none by two attempts that were completed, and nothing may be lost;
+with `--against`, an undisturbed sweep, every point's scores and its student's bytes must be the
+same as there. The exit status is 1 where that is not so. Processes of this script alone are killed:
+those it started, and their children.
 """
 
 from __future__ import annotations
@@ -24,9 +27,9 @@ import sys
 import tempfile
 import time
 
-from opdjax.experiments import load_sweep
-from opdjax.points import SweepPoint, select
-from opdjax.remote import Folder, is_remote, url_of
+from opdjax.cli.experiments import load_sweep
+from opdjax.config.grid import SweepPoint, select
+from opdjax.runs.object_store import Folder, is_remote, url_of
 
 
 @dataclasses.dataclass
@@ -53,10 +56,24 @@ class Where:
 
 
 def start(asked: argparse.Namespace, number: int, logs: pathlib.Path) -> Runner:
-    command = [sys.executable, "-m", "opdjax", "sweep", asked.file, "--workdir", asked.workdir, "--jobs", str(asked.jobs)]
+    command = [
+        sys.executable,
+        "-m",
+        "opdjax",
+        "sweep",
+        asked.file,
+        "--workdir",
+        asked.workdir,
+        "--jobs",
+        str(asked.jobs),
+    ]
     log = logs / f"runner-{number}.txt"
     with log.open("a") as out:
-        process = subprocess.Popen([*command, *(f"--only={glob}" for glob in asked.only)], stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [*command, *(f"--only={glob}" for glob in asked.only)],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
     return Runner(process, log)
 
 
@@ -79,7 +96,9 @@ def storm(asked: argparse.Namespace, logs: pathlib.Path) -> list[str]:
         if runner.process.poll() is None:
             hit = kill(runner.process.pid, what)
             if hit:
-                told.append(f"{time.monotonic() - began:7.1f} s  {' and '.join(hit)} of runner {number}")
+                told.append(
+                    f"{time.monotonic() - began:7.1f} s  {' and '.join(hit)} of runner {number}"
+                )
                 print(told[-1], flush=True)
         elif all(runner.process.poll() is not None for runner in runners):
             print(f"the sweep was over after {len(told)} of {asked.kills} kills", flush=True)
@@ -120,7 +139,9 @@ def verdict(points: list[SweepPoint], where: Where, straight: Where | None) -> b
         completed = sum(row["returncode"] == 0 for row in ends)
         faults = faults_of(point.id, completed, where, straight)
         is_well &= not faults
-        print(f"{point.id:{width}}  {starts:5}  {completed:9}  {starts - len(ends):8}  {', '.join(faults) or 'as it should be'}")
+        print(
+            f"{point.id:{width}}  {starts:5}  {completed:9}  {starts - len(ends):8}  {', '.join(faults) or 'as it should be'}"
+        )
     return is_well
 
 
@@ -128,22 +149,33 @@ def faults_of(id: str, completed: int, where: Where, straight: Where | None) -> 
     found = where.read(f"{id}/result.json")
     if found is None:
         return ["has no result"]
-    faults = [f"was completed {completed} times"] * (completed > 1)  # none: an orphan's end has no witness
+    faults = [f"was completed {completed} times"] * (
+        completed > 1
+    )  # none: an orphan's end has no witness
     steps = [row["step"] for row in where.rows(f"{id}/metrics.jsonl")]
-    faults += ["steps are lost or doubled"] * (steps != list(range(1, json.loads(found)["num_steps"] + 1)))
+    faults += ["steps are lost or doubled"] * (
+        steps != list(range(1, json.loads(found)["num_steps"] + 1))
+    )
     if straight is not None:
         there = straight.read(f"{id}/result.json")
         if there is None:
             return [*faults, f"has no result in {straight.name}"]
         one, other = (json.loads(result) for result in (found, there))
-        faults += ["scores differ"] * any(one.get(name) != other.get(name) for name in ("eval_before", "eval_after", "paired_difference"))
+        faults += ["scores differ"] * any(
+            one.get(name) != other.get(name)
+            for name in ("eval_before", "eval_after", "paired_difference")
+        )
         name = f"{id}/student/model.safetensors"
-        faults += ["the student's bytes differ"] * (where.read(name) is None or where.read(name) != straight.read(name))
+        faults += ["the student's bytes differ"] * (
+            where.read(name) is None or where.read(name) != straight.read(name)
+        )
     return faults
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file", help="sweep file")
     parser.add_argument("--workdir", required=True, help="a new directory, or gs://…")
     parser.add_argument("--only", action="append", default=[], help="as of opdjax sweep")
@@ -151,7 +183,13 @@ def main() -> None:
     parser.add_argument("--runners", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="of each runner")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, nargs=2, default=(5.0, 30.0), help="between two kills, at least and at most")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        nargs=2,
+        default=(5.0, 30.0),
+        help="between two kills, at least and at most",
+    )
     parser.add_argument("--against", help="directory of an undisturbed sweep")
     asked = parser.parse_args()
     points = load_sweep(asked.file)

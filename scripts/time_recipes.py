@@ -1,8 +1,10 @@
-"""Seconds a step of every recipe of the white-box study, one after the other on a machine that does nothing else.
+"""Seconds a step of every recipe of the white-box study, one after the other on a machine that does
+nothing else.
 
     python scripts/time_recipes.py            # prints a table, writes experiments/results/white_box_seconds.json
 
-Real runs of 40 steps of 64 completions without evaluation; medians of the last 30 steps, the better of two rounds.
+Real runs of 40 steps of 64 completions without evaluation; medians of the last 30 steps, the better
+of two rounds.
 """
 
 import dataclasses
@@ -13,8 +15,8 @@ import tempfile
 
 from white_box_study import ROOT, load_sweep
 
-from opdjax.points import points, product, vary
-from opdjax.results import read_run
+from opdjax.config.grid import points, product, vary
+from opdjax.runs.results import read_run
 from opdjax.train import train
 
 PHASES = ("time/sample", "time/teacher", "time/update", "time/step")
@@ -37,9 +39,14 @@ def main() -> None:
     )
     short = vary("train.num_steps", (40,))
     names = (*sweep.ON_POLICY, *sweep.VARIANTS, *sweep.OFF_POLICY)
-    configs = {name: points(base, product(sweep.one_recipe(name), short))[0].config for name in names}
+    configs = {
+        name: points(base, product(sweep.one_recipe(name), short))[0].config for name in names
+    }
     rounds = [{name: run_once(config) for name, config in configs.items()} for _ in range(2)]
-    best = {name: min((found[name] for found in rounds), key=lambda seconds: seconds["time/step"]) for name in configs}
+    best = {
+        name: min((found[name] for found in rounds), key=lambda seconds: seconds["time/step"])
+        for name in configs
+    }
     print("| recipe | sample | teacher | update | step |\n|---|---|---|---|---|")
     for name, seconds in best.items():
         print(f"| `{name}` | " + " | ".join(f"{seconds[phase]:.4f}" for phase in PHASES) + " |")

@@ -1,7 +1,9 @@
-"""What the white-box sweep says: python scripts/white_box_study.py RUNS [--out experiments/results/white_box]
+"""What the white-box sweep says: python scripts/white_box_study.py RUNS [--out
+experiments/results/white_box]
 
-Reads the runs of experiments/sweeps/white_box.py and writes OUT.md and OUT.json. While BEST_RATE in the sweep file is empty
-it prints the best rates of the grid instead; where it differs from the grid it refuses.
+Reads the runs of experiments/sweeps/white_box.py and writes OUT.md and OUT.json. While BEST_RATE in
+the sweep file is empty it prints the best rates of the grid instead; where it differs from the grid
+it refuses.
 """
 
 import argparse
@@ -13,7 +15,7 @@ import statistics
 
 from benchmark_vocab import cpu_model
 
-from opdjax.results import AXES, Run, mean, read_points, read_run, seed_interval
+from opdjax.runs.results import AXES, Run, mean, read_points, read_run, seed_interval
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCORES = ("avg@k", "greedy", "pass@k")
@@ -21,7 +23,9 @@ MARGIN = 0.02  # of avg@8: recipes this close count as equal
 
 
 def load_sweep():
-    spec = importlib.util.spec_from_file_location("white_box", ROOT / "experiments" / "sweeps" / "white_box.py")
+    spec = importlib.util.spec_from_file_location(
+        "white_box", ROOT / "experiments" / "sweeps" / "white_box.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -29,13 +33,18 @@ def load_sweep():
 
 def numbers(run: Run) -> dict:
     """The numbers of one run; intervals here are over prompts."""
-    after, norms = run.result["eval_after"], [row["grad/norm"] for row in run.metrics if row.get("grad/norm") is not None]
+    after, norms = (
+        run.result["eval_after"],
+        [row["grad/norm"] for row in run.metrics if row.get("grad/norm") is not None],
+    )
     last = run.metrics[-1]["step"]
     return {
         **{name: run.score(name) for name in SCORES},
         "prompt_interval": after["avg@k_interval"],
         "gain": run.gain,
-        "halfway": next((row["avg@k"] for row in run.evaluations if row["step"] == last // 2), None),
+        "halfway": next(
+            (row["avg@k"] for row in run.evaluations if row["step"] == last // 2), None
+        ),
         "grad_norm": run.median("grad/norm"),
         "grad_norm_first": statistics.median(norms[:10]),
         "kl_first": mean(run.column("kl/student_teacher")[:3]),
@@ -47,7 +56,9 @@ def numbers(run: Run) -> dict:
 
 
 def signal_to_noise(run: Run) -> float | None:
-    """Of the gradient of a step: both squares are averaged over the run before they are divided, for one step's may be negative."""
+    """Of the gradient of a step: both squares are averaged over the run before they are divided,
+    for one step's may be negative.
+    """
     signal, noise = (mean(run.column(f"grad/{name}_squared")) for name in ("signal", "noise"))
     return math.sqrt(max(signal, 0) / noise) if noise else None
 
@@ -59,16 +70,18 @@ def read_all(directory: pathlib.Path) -> tuple[list[dict], list[str]]:
             missing.append(point.id)
             continue
         asked = point.overrides
-        rows.append({
-            "id": point.id,
-            "recipe": asked["estimator"],
-            "rate": point.config["optimizer"]["learning_rate"],
-            "rows": point.config["train"]["prompts_per_step"],
-            "parts": point.config["train"]["gradient_accumulation_steps"],
-            "seed": point.config["seed"],
-            "is_grid": "evaluation.source" in asked,
-            **numbers(read_run(point.workdir)),
-        })  # fmt: skip
+        rows.append(
+            {
+                "id": point.id,
+                "recipe": asked["estimator"],
+                "rate": point.config["optimizer"]["learning_rate"],
+                "rows": point.config["train"]["prompts_per_step"],
+                "parts": point.config["train"]["gradient_accumulation_steps"],
+                "seed": point.config["seed"],
+                "is_grid": "evaluation.source" in asked,
+                **numbers(read_run(point.workdir)),
+            }
+        )
     return rows, missing
 
 
@@ -82,7 +95,12 @@ def grid_of(rows: list[dict], parts: int) -> dict[str, dict[float, float]]:
 
 
 def pick(rows: list[dict], recipe: str, rate: float, batch: int = 64, parts: int = 1) -> list[dict]:
-    found = [r for r in rows if not r["is_grid"] and (r["recipe"], r["rate"], r["rows"], r["parts"]) == (recipe, rate, batch, parts)]
+    found = [
+        r
+        for r in rows
+        if not r["is_grid"]
+        and (r["recipe"], r["rate"], r["rows"], r["parts"]) == (recipe, rate, batch, parts)
+    ]
     return sorted(found, key=lambda row: row["seed"])
 
 
@@ -102,19 +120,44 @@ def paired(left: list[dict], right: list[dict], name: str) -> tuple[float, float
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *("| " + " | ".join(row) + " |" for row in rows)])
+    return "\n".join(
+        [
+            "| " + " | ".join(header) + " |",
+            "|" + "---|" * len(header),
+            *("| " + " | ".join(row) + " |" for row in rows),
+        ]
+    )
 
 
 def grid_table(grid, rates) -> str:
     def cell(gains, rate):
         best = gains.get(rate) == max(gains.values())
-        return "" if rate not in gains else f"**{gains[rate]:+.3f}**" if best else f"{gains[rate]:+.3f}"
+        return (
+            ""
+            if rate not in gains
+            else f"**{gains[rate]:+.3f}**"
+            if best
+            else f"{gains[rate]:+.3f}"
+        )
 
-    return markdown(["recipe", *(f"{rate:g}" for rate in rates)], [[name, *(cell(g, rate) for rate in rates)] for name, g in grid.items()])
+    return markdown(
+        ["recipe", *(f"{rate:g}" for rate in rates)],
+        [[name, *(cell(g, rate) for rate in rates)] for name, g in grid.items()],
+    )
 
 
 def score_table(rows, names, rate_of) -> str:
-    header = ["recipe", "rate", "n", "avg@8", "greedy", "pass@8", "prompt interval", "gradient norm", "KL at the end"]
+    header = [
+        "recipe",
+        "rate",
+        "n",
+        "avg@8",
+        "greedy",
+        "pass@8",
+        "prompt interval",
+        "gradient norm",
+        "KL at the end",
+    ]
     lines = []
     for name in names:
         if not (runs := pick(rows, name, rate_of(name))):
@@ -136,7 +179,9 @@ def score_table(rows, names, rate_of) -> str:
 
 
 def variant_table(rows, names, rate_of, parts) -> str:
-    """The variants of the sampled-token estimator beside what they are compared with; pairs by seed."""
+    """The variants of the sampled-token estimator beside what they are compared with; pairs by
+    seed.
+    """
     header = [
         "recipe",
         "rate",
@@ -153,10 +198,23 @@ def variant_table(rows, names, rate_of, parts) -> str:
     anchors = [pick(rows, name, rate_of(name), parts=parts) for name in ("opd", "vopd_full")]
     for name in names:
         runs = pick(rows, name, rate_of(name), parts=parts)
-        beside = ["" if runs == anchor else "{:+.3f} ± {:.3f}".format(*paired(anchor, runs, "avg@k")) for anchor in anchors]
+        beside = [
+            "" if runs == anchor else "{:+.3f} ± {:.3f}".format(*paired(anchor, runs, "avg@k"))
+            for anchor in anchors
+        ]
         cells = [spread(runs, column) for column in ("greedy", "grad_norm", "signal_to_noise")]
         step = timed.get(name, {}).get("time/step", math.nan)
-        lines.append([f"`{name}`", f"{rate_of(name):g}", str(len(runs)), spread(runs, "avg@k"), *beside, *cells, f"{step:.3f}"])
+        lines.append(
+            [
+                f"`{name}`",
+                f"{rate_of(name):g}",
+                str(len(runs)),
+                spread(runs, "avg@k"),
+                *beside,
+                *cells,
+                f"{step:.3f}",
+            ]
+        )
     return markdown(header, lines)
 
 
@@ -167,7 +225,14 @@ def read_seconds() -> dict[str, dict[str, float]]:
 
 def axes_table(rows, names, best) -> str:
     counts = list(AXES)[1:4]
-    header = ["recipe", "avg@8 halfway", "avg@8 at the end", *(f"{axis}, thousands" for axis in counts), "seconds a step", "seconds in all"]
+    header = [
+        "recipe",
+        "avg@8 halfway",
+        "avg@8 at the end",
+        *(f"{axis}, thousands" for axis in counts),
+        "seconds a step",
+        "seconds in all",
+    ]
     timed, lines = read_seconds(), []
     for name in names:
         if not (runs := pick(rows, name, best[name])):
@@ -175,7 +240,9 @@ def axes_table(rows, names, best) -> str:
         tokens = [f"{statistics.fmean(row[axis] for row in runs) / 1000:.1f}" for axis in counts]
         step = timed.get(name, {}).get("time/step", math.nan)
         seconds = [f"{step:.3f}", f"{step * runs[0]['steps']:.1f}"]
-        lines.append([f"`{name}`", spread(runs, "halfway"), spread(runs, "avg@k"), *tokens, *seconds])
+        lines.append(
+            [f"`{name}`", spread(runs, "halfway"), spread(runs, "avg@k"), *tokens, *seconds]
+        )
     return markdown(header, lines)
 
 
@@ -190,7 +257,9 @@ def pair_table(rows, names, best) -> str:
             mean, half, count = paired(ours, theirs, column)
             cells.append(f"{mean:+.3f} ± {half:.3f}")
         lines.append([f"`{name}`", *cells, str(count)])
-    return markdown(["recipe less `opd`, each at its best rate", "avg@8", "greedy", "pass@8", "pairs"], lines)
+    return markdown(
+        ["recipe less `opd`, each at its best rate", "avg@8", "greedy", "pass@8", "pairs"], lines
+    )
 
 
 def batch_table(rows, names, best) -> str:
@@ -199,12 +268,24 @@ def batch_table(rows, names, best) -> str:
         for batch in (16, 64, 128):
             if not (runs := pick(rows, name, best[name], batch)):
                 continue
-            lines.append([f"`{name}`", str(batch), str(len(runs)), *(spread(runs, column) for column in SCORES), spread(runs, "grad_norm")])
-    return markdown(["recipe", "rollouts a step", "n", "avg@8", "greedy", "pass@8", "gradient norm"], lines)
+            lines.append(
+                [
+                    f"`{name}`",
+                    str(batch),
+                    str(len(runs)),
+                    *(spread(runs, column) for column in SCORES),
+                    spread(runs, "grad_norm"),
+                ]
+            )
+    return markdown(
+        ["recipe", "rollouts a step", "n", "avg@8", "greedy", "pass@8", "gradient norm"], lines
+    )
 
 
 def paired_ratio(left: list[dict], right: list[dict], name: str) -> tuple[float, float]:
-    """(geometric mean of left / right over common seeds, the factor that its 95 % interval multiplies and divides it by)."""
+    """(geometric mean of left / right over common seeds, the factor that its 95 % interval
+    multiplies and divides it by).
+    """
     ours = {row["seed"]: row[name] for row in right}
     ratios = [math.log(row[name] / ours[row["seed"]]) for row in left if row["seed"] in ours]
     mean, half = seed_interval(ratios) if ratios else (math.nan, math.inf)
@@ -212,17 +293,23 @@ def paired_ratio(left: list[dict], right: list[dict], name: str) -> tuple[float,
 
 
 def judge(low: float, high: float, claimed: tuple[float, float]) -> str:
-    """`seen` where the whole interval lies in what is claimed, `contradicted` where none of it does, else `undecided`."""
+    """`seen` where the whole interval lies in what is claimed, `contradicted` where none of it
+    does, else `undecided`.
+    """
     if claimed[0] < low and high < claimed[1]:
         return "seen"
     return "contradicted" if high <= claimed[0] or low >= claimed[1] else "undecided"
 
 
 def claims(rows, best, common) -> list[list[str]]:
-    """Each claim of the vOPD paper, what was found, and the verdict by a rule that is stated with it."""
+    """Each claim of the vOPD paper, what was found, and the verdict by a rule that is stated with
+    it.
+    """
 
     def difference(left, right, name="avg@k"):
-        mean, half, count = paired(pick(rows, left, best[left]), pick(rows, right, best[right]), name)
+        mean, half, count = paired(
+            pick(rows, left, best[left]), pick(rows, right, best[right]), name
+        )
         return (mean - half, mean + half), f"{mean:+.3f} ± {half:.3f} avg@8 ({count} pairs)"
 
     better, equal = (0, math.inf), (-MARGIN, MARGIN)
@@ -232,27 +319,66 @@ def claims(rows, best, common) -> list[list[str]]:
         found.append([claim, text, rule, verdict])
 
     interval, text = difference("opd", "vopd_full")
-    add("vOPD is more accurate than OPD (+2.4 to +6.2 points)", text, "above 0", judge(*interval, better))
+    add(
+        "vOPD is more accurate than OPD (+2.4 to +6.2 points)",
+        text,
+        "above 0",
+        judge(*interval, better),
+    )
     interval, text = difference("full_kl_reverse", "vopd_full")
-    add("vOPD is as accurate as the exact full-vocabulary KL", text, f"within ± {MARGIN}", judge(*interval, equal))
+    add(
+        "vOPD is as accurate as the exact full-vocabulary KL",
+        text,
+        f"within ± {MARGIN}",
+        judge(*interval, equal),
+    )
     pairs = [difference("vopd_full", f"vopd_k{k}") for k in (5, 20, 100)]
     text = "; ".join(f"k = {k}: {pair[1]}" for k, pair in zip((5, 20, 100), pairs))
     verdicts = {judge(*pair[0], equal) for pair in pairs}
-    verdict = "seen" if verdicts == {"seen"} else "contradicted" if "contradicted" in verdicts else "undecided"
-    add("the top-k baseline does what the full one does, flat in k, even at k = 5", text, f"each within ± {MARGIN}", verdict)
+    verdict = (
+        "seen"
+        if verdicts == {"seen"}
+        else "contradicted"
+        if "contradicted" in verdicts
+        else "undecided"
+    )
+    add(
+        "the top-k baseline does what the full one does, flat in k, even at k = 5",
+        text,
+        f"each within ± {MARGIN}",
+        verdict,
+    )
     interval, text = difference("topk_kl_renormalize", "vopd_k5")
-    add("the biased top-k KL gains less than vOPD with the top-k baseline (here at k = 5)", text, "above 0", judge(*interval, better))
-    ratio, factor = paired_ratio(pick(rows, "opd", common), pick(rows, "vopd_full", common), "grad_norm")
-    text = f"OPD's median norm is {ratio:.2f} (×/÷ {factor:.2f}) times vOPD's, both at the common rate"
+    add(
+        "the biased top-k KL gains less than vOPD with the top-k baseline (here at k = 5)",
+        text,
+        "above 0",
+        judge(*interval, better),
+    )
+    ratio, factor = paired_ratio(
+        pick(rows, "opd", common), pick(rows, "vopd_full", common), "grad_norm"
+    )
+    text = (
+        f"OPD's median norm is {ratio:.2f} (×/÷ {factor:.2f}) times vOPD's, both at the common rate"
+    )
     verdict = judge(ratio / factor, ratio * factor, (10, math.inf))
-    add("gradient norms of vOPD lie one to two orders of magnitude below OPD's", text, "ratio above 10", verdict)
+    add(
+        "gradient norms of vOPD lie one to two orders of magnitude below OPD's",
+        text,
+        "ratio above 10",
+        verdict,
+    )
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", type=pathlib.Path)
-    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "experiments" / "results" / "white_box")
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=ROOT / "experiments" / "results" / "white_box"
+    )
     args = parser.parse_args()
     sweep = load_sweep()
     names, best = (*sweep.ON_POLICY, *sweep.OFF_POLICY), sweep.BEST_RATE
@@ -261,16 +387,28 @@ def main() -> None:
     variant_grid = grid_of(rows, parts_of_variants)
     grid = grid_of(rows, 1)
     gains_of = grid | variant_grid
-    incomplete = [name for name in (*names, *sweep.VARIANTS) if set(gains_of.get(name, ())) != set(sweep.GRID)]
+    incomplete = [
+        name for name in (*names, *sweep.VARIANTS) if set(gains_of.get(name, ())) != set(sweep.GRID)
+    ]
     if incomplete:
-        raise SystemExit(f"the grid lacks rates of {', '.join(incomplete)}; finish the sweep first ({len(missing)} points are missing)")
+        raise SystemExit(
+            f"the grid lacks rates of {', '.join(incomplete)}; finish the sweep first ({len(missing)} points are missing)"
+        )
     chosen = {name: max(gains, key=gains.get) for name, gains in gains_of.items()}
     if best != chosen:
         differing = {name: rate for name, rate in chosen.items() if best.get(name) != rate}
-        raise SystemExit(f"BEST_RATE of the sweep differs from the grid, which says {differing} ({len(missing)} points are missing)")
-    attempts = [json.loads(line) for file in args.runs.glob("*/attempts.jsonl") for line in file.read_text().splitlines()]
+        raise SystemExit(
+            f"BEST_RATE of the sweep differs from the grid, which says {differing} ({len(missing)} points are missing)"
+        )
+    attempts = [
+        json.loads(line)
+        for file in args.runs.glob("*/attempts.jsonl")
+        for line in file.read_text().splitlines()
+    ]
     spent = sum(row.get("seconds", 0.0) for row in attempts) / 60
-    before = read_run(args.runs / next(row["id"] for row in rows if not row["is_grid"])).result["eval_before"]
+    before = read_run(args.runs / next(row["id"] for row in rows if not row["is_grid"])).result[
+        "eval_before"
+    ]
     commits = sorted({row["commit"][:10] for row in rows})
     parts = {
         "grid": grid_table(grid, sweep.GRID),
@@ -279,22 +417,46 @@ def main() -> None:
         "axes": axes_table(rows, names, best),
         "pairs": pair_table(rows, names, best),
         "batches": batch_table(rows, sweep.OTHER_BATCHES, best),
-        "claims": markdown(["claim of arXiv 2605.07865", "found", "claimed", "verdict"], claims(rows, best, sweep.COMMON_RATE)),
+        "claims": markdown(
+            ["claim of arXiv 2605.07865", "found", "claimed", "verdict"],
+            claims(rows, best, sweep.COMMON_RATE),
+        ),
         "variant_grid": grid_table(variant_grid, sweep.GRID),
-        "variants": variant_table(rows, (*sweep.ANCHORS, *sweep.VARIANTS), best.__getitem__, parts_of_variants),
-        "variants_common": variant_table(rows, (*sweep.ANCHORS, *sweep.VARIANTS), lambda _: sweep.COMMON_RATE, parts_of_variants),
-        "edges": ", ".join(f"`{name}`" for name in best if best[name] in (min(sweep.GRID), max(sweep.GRID))) or "none",
+        "variants": variant_table(
+            rows, (*sweep.ANCHORS, *sweep.VARIANTS), best.__getitem__, parts_of_variants
+        ),
+        "variants_common": variant_table(
+            rows, (*sweep.ANCHORS, *sweep.VARIANTS), lambda _: sweep.COMMON_RATE, parts_of_variants
+        ),
+        "edges": ", ".join(
+            f"`{name}`" for name in best if best[name] in (min(sweep.GRID), max(sweep.GRID))
+        )
+        or "none",
     }
     text = TEXT.format(
-        runs=len(rows), missing=", ".join(missing) or "none", minutes=spent, commits=", ".join(commits), steps=sweep.BASE.train.num_steps,
-        batch=sweep.BASE.train.prompts_per_step, k=sweep.BASE.evaluation.num_samples, prompts=sweep.BASE.evaluation.num_prompts,
-        machine=cpu_model(), common=sweep.COMMON_RATE, avg=before["avg@k"], greedy=before["greedy"], passk=before["pass@k"],
+        runs=len(rows),
+        missing=", ".join(missing) or "none",
+        minutes=spent,
+        commits=", ".join(commits),
+        steps=sweep.BASE.train.num_steps,
+        batch=sweep.BASE.train.prompts_per_step,
+        k=sweep.BASE.evaluation.num_samples,
+        prompts=sweep.BASE.evaluation.num_prompts,
+        machine=cpu_model(),
+        common=sweep.COMMON_RATE,
+        avg=before["avg@k"],
+        greedy=before["greedy"],
+        passk=before["pass@k"],
         **parts,
-    )  # fmt: skip
+    )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.with_suffix(".md").write_text(text)
     args.out.with_suffix(".json").write_text(
-        json.dumps({"best_rate": best, "common_rate": sweep.COMMON_RATE, "runs": rows, "missing": missing}, indent=1) + "\n"
+        json.dumps(
+            {"best_rate": best, "common_rate": sweep.COMMON_RATE, "runs": rows, "missing": missing},
+            indent=1,
+        )
+        + "\n"
     )
     print(text)
 

@@ -42,11 +42,19 @@ def make_pair(directory: pathlib.Path) -> None:
     for seed, name in enumerate(("student", "teacher")):
         described = directory / f"{name}_config"
         described.mkdir(parents=True)
-        (described / "config.json").write_text(json.dumps(built_in.raw_config | SIZES | {"layer_types": ["full_attention"] * 2}))
+        (described / "config.json").write_text(
+            json.dumps(built_in.raw_config | SIZES | {"layer_types": ["full_attention"] * 2})
+        )
         config = open_checkpoint(described).config
-        source = dataclasses.replace(built_in, raw_config=json.loads((described / "config.json").read_text()), config=config)
-        # Larger than at the start of training, so that the two differ and distributions are not flat.
-        params = jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, init_params(config, jax.random.key(seed), jnp.float32))
+        source = dataclasses.replace(
+            built_in, raw_config=json.loads((described / "config.json").read_text()), config=config
+        )
+        # Larger than at the start of training, so that the two differ and distributions are not
+        # flat.
+        params = jax.tree.map(
+            lambda x: 3 * x if x.ndim > 1 else x,
+            init_params(config, jax.random.key(seed), jnp.float32),
+        )
         export(params, source, directory / name, "float32")
 
 
@@ -55,12 +63,21 @@ def mesh_config(directory: pathlib.Path, mesh: MeshConfig, **sections) -> Config
     given = {
         "data": DataConfig(max_prompt_length=32),
         "sampling": SamplingConfig(max_completion_length=12),
-        "estimator": EstimatorConfig(recipe="vopd", baseline="student_topk", baseline_top_k=5, aggregation="fixed_denominator", tile=16),
+        "estimator": EstimatorConfig(
+            recipe="vopd",
+            baseline="student_topk",
+            baseline_top_k=5,
+            aggregation="fixed_denominator",
+            tile=16,
+        ),
         "optimizer": OptimizerConfig(learning_rate=1e-3),
         "train": TrainConfig(num_steps=2, prompts_per_step=16, gradient_accumulation_steps=2),
         "evaluation": EvaluationConfig(source=None),
         "checkpoint": CheckpointConfig(every=1),
         "log": LogConfig(samples_every=0, diagnostics_every=1),
     }
-    models = {"student": ModelConfig(str(directory / "student")), "teacher": ModelConfig(str(directory / "teacher"))}
+    models = {
+        "student": ModelConfig(str(directory / "student")),
+        "teacher": ModelConfig(str(directory / "teacher")),
+    }
     return Config(**models, mesh=mesh, **given | sections)

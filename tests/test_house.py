@@ -5,10 +5,10 @@ import pathlib
 
 import pytest
 
+from opdjax.cli.experiments import load_experiment, load_sweep
 from opdjax.config import Config, EndpointConfig, EstimatorConfig, RubricsConfig, SamplingConfig
+from opdjax.config.validation import ConfigError
 from opdjax.estimators import RECIPES, bind
-from opdjax.experiments import load_experiment, load_sweep
-from opdjax.fields import ConfigError
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
@@ -19,7 +19,11 @@ SWEEPS = sorted((ROOT / "experiments" / "sweeps").glob("*.py"))
 def test_an_experiment_is_data(file):
     nodes = list(ast.walk(ast.parse(file.read_text())))
     assert not any(isinstance(node, ast.Import) for node in nodes)
-    assert {node.module for node in nodes if isinstance(node, ast.ImportFrom)} <= {"opdjax.config", "opdjax.points", "opdjax.experiments"}
+    assert {node.module for node in nodes if isinstance(node, ast.ImportFrom)} <= {
+        "opdjax.config",
+        "opdjax.config.grid",
+        "opdjax.cli.experiments",
+    }
     if file in SWEEPS:
         assert load_sweep(str(file))
         return
@@ -30,12 +34,20 @@ def test_an_experiment_is_data(file):
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_config_refuses_altered_sampling_for_just_the_policy_gradients(name):
     altered = SamplingConfig(temperature=0.7)
-    if RECIPES[name].reward != "none":  # its ratio is to the tempered policy: the reward is earned there
-        altered, judge = SamplingConfig(2, temperature=0.7), EndpointConfig("http://host:1/v1", "judge")
+    if (
+        RECIPES[name].reward != "none"
+    ):  # its ratio is to the tempered policy: the reward is earned there
+        altered, judge = (
+            SamplingConfig(2, temperature=0.7),
+            EndpointConfig("http://host:1/v1", "judge"),
+        )
         asked = {} if name == "grpo" else {"rubricator": judge, "verifier": judge}
         if name == "ropd_stages":
             asked["rubrics"] = RubricsConfig(stage_names=("a", "b"), stage_markers=(";",))
-        assert Config(estimator=EstimatorConfig(recipe=name), sampling=altered, **asked).sampling == altered
+        assert (
+            Config(estimator=EstimatorConfig(recipe=name), sampling=altered, **asked).sampling
+            == altered
+        )
     elif RECIPES[name].is_policy_gradient:
         with pytest.raises(ConfigError, match="sampling.temperature 0.7"):
             Config(estimator=EstimatorConfig(recipe=name), sampling=altered)
@@ -53,5 +65,7 @@ def test_the_readme_names_every_verb_and_file_that_it_should():
     for file in EXPERIMENTS + SWEEPS:
         assert file.name in ledger, file
     for file in (ROOT / "opdjax").rglob("*.py"):
-        if file.name != "__init__.py" and file.parent.name != "report":  # whose parts only its pages use
+        if (
+            file.name != "__init__.py" and file.parent.name != "report"
+        ):  # whose parts only its pages use
             assert file.name in text, file

@@ -2,8 +2,9 @@
 
     python tpu/aot_compile.py EXPERIMENT TOPOLOGY [--json FILE] [--section.field VALUE …]
 
-Prints what `opdjax plan EXPERIMENT --topology TOPOLOGY --aot` prints; with --json the numbers are added to FILE as well, under a
-name made of experiment, topology and overrides. Needs libtpu beside jax: pip install 'jax[tpu]==0.10.2'.
+Prints what `opdjax plan EXPERIMENT --topology TOPOLOGY --aot` prints; with --json the numbers are
+added to FILE as well, under a name made of experiment, topology and overrides. Needs libtpu beside
+jax: pip install 'jax[tpu]==0.10.2'.
 """
 
 import dataclasses
@@ -16,14 +17,14 @@ from typing import Any
 import jax
 import tyro
 
+from opdjax.cli.experiments import load_experiment
 from opdjax.config import Config
-from opdjax.experiments import load_experiment
-from opdjax.plan.aot import Program, compile_programs
-from opdjax.plan.arithmetic import foresee
-from opdjax.plan.hlo import traffic
-from opdjax.plan.table import fits, text
-from opdjax.plan.topology import topology
-from opdjax.plan.workload import read_workload
+from opdjax.config.topology import topology
+from opdjax.diagnose.plan.aot import Program, compile_programs
+from opdjax.diagnose.plan.arithmetic import foresee
+from opdjax.diagnose.plan.hlo import traffic
+from opdjax.diagnose.plan.table import fits, text
+from opdjax.diagnose.plan.workload import read_workload
 
 
 def main(arguments: list[str]) -> int:
@@ -36,7 +37,12 @@ def main(arguments: list[str]) -> int:
     if "--json" in rest:
         at = rest.index("--json")
         file, rest = pathlib.Path(rest[at + 1]), [*rest[:at], *rest[at + 2 :]]
-    config = tyro.cli(Config, args=rest, default=load_experiment(experiment), prog="aot_compile.py EXPERIMENT TOPOLOGY")
+    config = tyro.cli(
+        Config,
+        args=rest,
+        default=load_experiment(experiment),
+        prog="aot_compile.py EXPERIMENT TOPOLOGY",
+    )
     # No chip of this machine is needed, nor may one be taken from a run.
     jax.config.update("jax_platforms", "cpu")
     plan = foresee(read_workload(config, topology(name)))
@@ -58,7 +64,10 @@ def main(arguments: list[str]) -> int:
 def described(program: Program) -> dict[str, Any]:
     """A program as JSON holds it, its collectives by kind and loop."""
     fields = dataclasses.asdict(dataclasses.replace(program, collectives=[]))
-    return fields | {"temp_bytes": program.temp_bytes, "collectives": [dataclasses.asdict(row) for row in traffic(program.collectives)]}
+    return fields | {
+        "temp_bytes": program.temp_bytes,
+        "collectives": [dataclasses.asdict(row) for row in traffic(program.collectives)],
+    }
 
 
 def _version(package: str) -> str | None:

@@ -1,4 +1,5 @@
-"""What the launch scripts need to know of a slice: `python3 tpu/topology.py v5e-8 [FIELD]`; without arguments, all there are.
+"""What the launch scripts need to know of a slice: `python3 tpu/topology.py v5e-8 [FIELD]`; without
+arguments, all there are.
 
 Prints from the package's own table, on any Python 3 and without installing anything.
 """
@@ -8,7 +9,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from opdjax.plan.topology import TOPOLOGIES, topology
+from opdjax.config.topology import TOPOLOGIES, topology
 
 
 def facts(name):
@@ -31,7 +32,9 @@ def main(arguments):
     if not arguments:
         for name in TOPOLOGIES:
             if TOPOLOGIES[name].accelerator_type:
-                print(f"{name:10}" + "".join(f"{value:22}" for value in facts(name).values()).rstrip())
+                print(
+                    f"{name:10}" + "".join(f"{value:22}" for value in facts(name).values()).rstrip()
+                )
         return
     found = facts(arguments[0])
     if len(arguments) == 1:

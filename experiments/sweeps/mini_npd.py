@@ -1,12 +1,14 @@
-"""The NPD paper's tables on the built-in mini pair: its components one by one, lambda, k, tau, refreshes, the gap to the teacher.
+"""The NPD paper's tables on the built-in mini pair: its components one by one, lambda, k, tau,
+refreshes, the gap to the teacher.
 
     opdjax sweep experiments/sweeps/mini_npd.py --workdir runs/mini_npd --jobs 2
     opdjax table runs/mini_npd --paper npd_components      # npd_lambda, npd_k, npd_tau, npd_refresh, npd_math
 
-Ten epochs over the same 640 prompts, 100 updates of 64; arm `npd` is the paper's setting (lambda 0.9, k 10, tau 0.8, one refresh before
-the sixth epoch, packed rows of 256 tokens), every other arm changes one thing. All learn at 3e-4, the best of a grid for `npd` and for its
-unfiltered variant alike (results/near_policy.md). Four paired seeds.
-Paper: arXiv 2605.05940. Two CPU cores: about 30 seconds a run and core.
+Ten epochs over the same 640 prompts, 100 updates of 64; arm `npd` is the paper's setting (lambda
+0.9, k 10, tau 0.8, one refresh before the sixth epoch, packed rows of 256 tokens), every other arm
+changes one thing. All learn at 3e-4, the best of a grid for `npd` and for its unfiltered variant
+alike (results/near_policy.md). Four paired seeds. Paper: arXiv 2605.05940. Two CPU cores: about 30
+seconds a run and core.
 """
 
 from opdjax.config import (
@@ -22,21 +24,35 @@ from opdjax.config import (
     TeachConfig,
     TrainConfig,
 )
-from opdjax.points import SweepPoint, arms, chain, points, product, seeds
+from opdjax.config.grid import SweepPoint, arms, chain, points, product, seeds
 
 LOSS = {"recipe": "npd", "kd_weight": 0.9, "support_top_k": 10}
-PAPER = {"schedule": "refresh", "num_epochs": 10, "refresh_epochs": (5,), "filter": "ifd", "ifd_min": 0.0, "ifd_max": 0.8}
+PAPER = {
+    "schedule": "refresh",
+    "num_epochs": 10,
+    "refresh_epochs": (5,),
+    "filter": "ifd",
+    "ifd_min": 0.0,
+    "ifd_max": 0.8,
+}
 
 
 def ahead(loss: dict = LOSS, **changed) -> dict:
     """The paper's setting with these fields of `near_policy` changed."""
-    return {"estimator": EstimatorConfig(**loss), "near_policy": NearPolicyConfig(**PAPER | changed), "train.pack_length": 256}
+    return {
+        "estimator": EstimatorConfig(**loss),
+        "near_policy": NearPolicyConfig(**PAPER | changed),
+        "train.pack_length": 256,
+    }
 
 
 ARMS = {
     # What the paper adds, one after the other.
-    "npd_sft": {"estimator": EstimatorConfig("sft"), "sampling.source": "teacher"},
-    "npd_offline_kd": {"estimator": EstimatorConfig(**LOSS), "sampling.source": "teacher"},
+    "npd_sft": {"estimator": EstimatorConfig("sft"), "sampling.completions_from": "teacher"},
+    "npd_offline_kd": {
+        "estimator": EstimatorConfig(**LOSS),
+        "sampling.completions_from": "teacher",
+    },
     "npd_rollouts": ahead(refresh_epochs=(), filter="none"),
     "npd_filter": ahead(refresh_epochs=()),
     "npd": ahead(),
@@ -68,9 +84,13 @@ def get_sweep() -> list[SweepPoint]:
     base = Config(
         data=DataConfig(source="arithmetic:train[:640]", max_prompt_length=32),
         sampling=SamplingConfig(num_generations=1, max_completion_length=24),
-        optimizer=OptimizerConfig(learning_rate=3e-4, schedule="cosine", warmup_steps=5, b2=0.98, max_grad_norm=1.0),
+        optimizer=OptimizerConfig(
+            learning_rate=3e-4, schedule="cosine", warmup_steps=5, b2=0.98, max_grad_norm=1.0
+        ),
         train=TrainConfig(num_steps=100, prompts_per_step=64),
-        evaluation=EvaluationConfig(num_prompts=512, num_samples=8, max_completion_length=24, every=50),
+        evaluation=EvaluationConfig(
+            num_prompts=512, num_samples=8, max_completion_length=24, every=50
+        ),
         log=LogConfig(samples_every=50),
     )
     runs = chain(product(arms(ARMS), seeds(4)), product(arms({"teacher": TEACHER}), seeds(1)))

@@ -1,14 +1,16 @@
-"""Black-box distillation on the built-in mini pair: ROPD, its ablations and stage credit beside what reads logits, three seeds each.
+"""Black-box distillation on the built-in mini pair: ROPD, its ablations and stage credit beside
+what reads logits, three seeds each.
 
     opdjax teach experiments/mini_ropd.py
-    python scripts/serve_rule_judge.py -- opdjax sweep experiments/sweeps/rubrics.py --workdir runs/rubrics --jobs 2
+    python scripts/serve_rule_judge.py -- opdjax sweep experiments/sweeps/rubrics.py --workdir
+    runs/rubrics --jobs 2
     python scripts/rubrics_study.py runs/rubrics        # writes experiments/results/rubrics.*
 
-Every method takes 150 updates of 32 prompts x 8 rollouts, three passes over the same 1,600 prompts. Those that see the teacher's
-text alone learn at 1e-4, the best of 1e-4, 3e-4 and 1e-3 for `ropd`, one seed each; those that read its log-probs at 3e-4, the best
-of five in white_box.py.
-Papers: ROPD (arXiv 2605.07396), table 6 for the ablations; RubricEM (arXiv 2605.10899), section 3.3, for the stages.
-Two CPU cores: about two minutes a run.
+Every method takes 150 updates of 32 prompts x 8 rollouts, three passes over the same 1,600 prompts.
+Those that see the teacher's text alone learn at 1e-4, the best of 1e-4, 3e-4 and 1e-3 for `ropd`,
+one seed each; those that read its log-probs at 3e-4, the best of five in white_box.py. Papers: ROPD
+(arXiv 2605.07396), table 6 for the ablations; RubricEM (arXiv 2605.10899), section 3.3, for the
+stages. Two CPU cores: about two minutes a run.
 """
 
 from opdjax.config import (
@@ -25,10 +27,12 @@ from opdjax.config import (
     SamplingConfig,
     TrainConfig,
 )
-from opdjax.points import SweepPoint, chain, points, product, seeds, vary, zipped
+from opdjax.config.grid import SweepPoint, chain, points, product, seeds, vary, zipped
 
 JUDGE = EndpointConfig("http://127.0.0.1:8321/v1", "rules")
-STAGES = RubricsConfig(stage_names=("first step", "second step", "answer"), stage_markers=(";", "#"))
+STAGES = RubricsConfig(
+    stage_names=("first step", "second step", "answer"), stage_markers=(";", "#")
+)
 TEXT_ONLY = {
     "ropd": (ROPD_CODE, RubricsConfig()),
     "tjudge": (EstimatorConfig("tjudge"), RubricsConfig()),
@@ -49,12 +53,18 @@ MORE = {
 def judged(variants: dict[str, tuple[EstimatorConfig, RubricsConfig]]) -> list:
     """What each variant sets."""
     estimators = vary("estimator", {name: estimator for name, (estimator, _) in variants.items()})
-    return zipped(estimators, vary("rubrics", {name: rubrics for name, (_, rubrics) in variants.items()}))
+    return zipped(
+        estimators, vary("rubrics", {name: rubrics for name, (_, rubrics) in variants.items()})
+    )
 
 
 def get_sweep() -> list[SweepPoint]:
     base = Config(
-        data=DataConfig(source="arithmetic:train[:1600]", max_prompt_length=32, references="runs/references/arithmetic.jsonl"),
+        data=DataConfig(
+            source="arithmetic:train[:1600]",
+            max_prompt_length=32,
+            references="runs/references/arithmetic.jsonl",
+        ),
         sampling=SamplingConfig(num_generations=8, max_completion_length=24),
         rubricator=JUDGE,
         verifier=JUDGE,

@@ -1,18 +1,30 @@
-"""Every white-box recipe on the built-in mini pair: a learning rate each from one grid, then paired seeds.
+"""Every white-box recipe on the built-in mini pair: a learning rate each from one grid, then paired
+seeds.
 
     opdjax sweep experiments/sweeps/white_box.py --workdir runs/white_box --jobs 2
     python scripts/white_box_study.py runs/white_box        # checks the rates below, writes experiments/results/white_box.*
 
-First the grid: five rates a recipe, validation prompts, a seed of its own. Its best rates stand in `BEST_RATE`. Then the
-comparison on test prompts: seeds 0 to 4 (0 to 7 for those in `MORE_SEEDS`) at the recipe's best rate and at a common one;
-all recipes see the same prompts in the same order and draw with the same keys. Smaller and larger batches for three of them.
-Then, in eight micro-batches a step so that each run tells signal from noise, the variants of the sampled-token estimator.
-Hardware: two CPU cores, 13 seconds a run and core at best, 250 minutes of runs in all beside other work. Paper: the claims of
-"KL for a KL: On-Policy Distillation with Control Variate Baseline", arXiv 2605.07865; results/white_box.md says what was seen.
+First the grid: five rates a recipe, validation prompts, a seed of its own. Its best rates stand in
+`BEST_RATE`. Then the comparison on test prompts: seeds 0 to 4 (0 to 7 for those in `MORE_SEEDS`) at
+the recipe's best rate and at a common one; all recipes see the same prompts in the same order and
+draw with the same keys. Smaller and larger batches for three of them. Then, in eight micro-batches
+a step so that each run tells signal from noise, the variants of the sampled-token estimator.
+Hardware: two CPU cores, 13 seconds a run and core at best, 250 minutes of runs in all beside other
+work. Paper: the claims of "KL for a KL: On-Policy Distillation with Control Variate Baseline",
+arXiv 2605.07865; results/white_box.md says what was seen.
 """
 
-from opdjax.config import Config, DataConfig, EstimatorConfig, EvaluationConfig, LogConfig, OptimizerConfig, SamplingConfig, TrainConfig
-from opdjax.points import SweepPoint, chain, points, product, seeds, vary
+from opdjax.config import (
+    Config,
+    DataConfig,
+    EstimatorConfig,
+    EvaluationConfig,
+    LogConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainConfig,
+)
+from opdjax.config.grid import SweepPoint, chain, points, product, seeds, vary
 
 ON_POLICY = {
     "opd": EstimatorConfig(recipe="opd"),
@@ -24,10 +36,15 @@ ON_POLICY = {
     "full_kl_forward": EstimatorConfig(recipe="full_kl", divergence="forward"),
     "full_kl_jsd": EstimatorConfig(recipe="full_kl", divergence="jsd", beta=0.5),
     # k = 5 of 214 ids: at 20 both already hold all but a thousandth of the student's mass.
-    "topk_kl_renormalize": EstimatorConfig(recipe="topk_kl", support="student", support_top_k=5, renormalize="both"),
-    "topk_kl_tail": EstimatorConfig(recipe="topk_kl", support="student", support_top_k=5, renormalize="none", outside="tail"),
+    "topk_kl_renormalize": EstimatorConfig(
+        recipe="topk_kl", support="student", support_top_k=5, renormalize="both"
+    ),
+    "topk_kl_tail": EstimatorConfig(
+        recipe="topk_kl", support="student", support_top_k=5, renormalize="none", outside="tail"
+    ),
 }
-# Variants of the sampled-token estimator, and what they are compared with, in micro-batches: the same gradient, and its noise.
+# Variants of the sampled-token estimator, and what they are compared with, in micro-batches: the
+# same gradient, and its noise.
 VARIANTS = {
     "vopd_optimal": EstimatorConfig(recipe="vopd", baseline="optimal"),
     "vopd_batch_mean": EstimatorConfig(recipe="vopd", baseline="batch_mean"),
@@ -70,7 +87,9 @@ OTHER_BATCHES = ("opd", "vopd_full", "full_kl_reverse")
 BASE = Config(
     data=DataConfig(source="arithmetic:train", max_prompt_length=32),
     sampling=SamplingConfig(num_generations=1, max_completion_length=24),
-    optimizer=OptimizerConfig(learning_rate=COMMON_RATE, schedule="cosine", warmup_steps=5, b2=0.98, max_grad_norm=1.0),
+    optimizer=OptimizerConfig(
+        learning_rate=COMMON_RATE, schedule="cosine", warmup_steps=5, b2=0.98, max_grad_norm=1.0
+    ),
     train=TrainConfig(num_steps=100, prompts_per_step=64),
     evaluation=EvaluationConfig(num_prompts=512, num_samples=8, max_completion_length=24, every=50),
     log=LogConfig(samples_every=50),
@@ -81,18 +100,27 @@ VALIDATION = vary("evaluation.source", {"validation": "arithmetic:validation"})
 def one_recipe(name: str):
     """The recipe, and whose text it reads."""
     if name in OFF_POLICY:
-        return product(vary("estimator", {name: OFF_POLICY[name]}), vary("sampling.source", ("teacher",)))
+        return product(
+            vary("estimator", {name: OFF_POLICY[name]}),
+            vary("sampling.completions_from", ("teacher",)),
+        )
     return vary("estimator", {name: (ON_POLICY | VARIANTS)[name]})
 
 
 def at_rate(name: str, rate: float):
     """Paired seeds of one recipe."""
-    return product(one_recipe(name), vary("optimizer.learning_rate", (rate,)), seeds(8 if name in MORE_SEEDS else 5))
+    return product(
+        one_recipe(name),
+        vary("optimizer.learning_rate", (rate,)),
+        seeds(8 if name in MORE_SEEDS else 5),
+    )
 
 
 def grid_of(name: str):
     """The rates from which one recipe's best is chosen."""
-    return product(one_recipe(name), vary("optimizer.learning_rate", GRID), VALIDATION, seeds(1, first=100))
+    return product(
+        one_recipe(name), vary("optimizer.learning_rate", GRID), VALIDATION, seeds(1, first=100)
+    )
 
 
 def get_sweep() -> list[SweepPoint]:
@@ -100,11 +128,18 @@ def get_sweep() -> list[SweepPoint]:
     best = [at_rate(name, BEST_RATE[name]) for name in names]
     common = [at_rate(name, COMMON_RATE) for name in names]
     batches = [
-        product(one_recipe(name), vary("optimizer.learning_rate", (BEST_RATE[name],)), seeds(5), vary("train.prompts_per_step", (16, 128)))
+        product(
+            one_recipe(name),
+            vary("optimizer.learning_rate", (BEST_RATE[name],)),
+            seeds(5),
+            vary("train.prompts_per_step", (16, 128)),
+        )
         for name in OTHER_BATCHES
     ]
     compared = (*ANCHORS, *VARIANTS)
-    variants = [grid_of(name) for name in VARIANTS] + [at_rate(name, COMMON_RATE) for name in compared]
+    variants = [grid_of(name) for name in VARIANTS] + [
+        at_rate(name, COMMON_RATE) for name in compared
+    ]
     variants += [at_rate(name, BEST_RATE[name]) for name in compared]
     whole = chain(*map(grid_of, names), *best, *common, *batches)
     return points(BASE, chain(whole, *(product(each, MICRO_BATCHES) for each in variants)))

@@ -1,4 +1,6 @@
-"""From rollouts, or given answers, to rows that are trained on: one row a rollout, or packed rows that several share."""
+"""From rollouts, or given answers, to rows that are trained on: one row a rollout, or packed rows
+that several share.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opdjax.sharding import to_host
+from opdjax.ops.sharding import to_host
 from opdjax.types import Metrics, PromptBatch, Rollouts, TeacherView, TrainBatch
 
 
@@ -24,17 +26,23 @@ def to_train_batch(rollouts: Rollouts, prompts: PromptBatch) -> TrainBatch:
     )
 
 
-def answer_rows(prompts: PromptBatch, answers: Sequence[Sequence[int]], length: int, policy_version: int) -> Rollouts:
-    """Given answers (token ids, stop token included; B = P * G, those of a prompt side by side) in the form of rollouts.
+def answer_rows(
+    prompts: PromptBatch, answers: Sequence[Sequence[int]], length: int, policy_version: int
+) -> Rollouts:
+    """Given answers (token ids, stop token included; B = P * G, those of a prompt side by side) in
+    the form of rollouts.
 
     An answer longer than `length` tokens is cut there and counts as truncated.
     """
     repeats = len(answers) // prompts.tokens.shape[0]
-    tokens, mask = np.zeros((len(answers), length), np.int32), np.zeros((len(answers), length), bool)
+    tokens, mask = (
+        np.zeros((len(answers), length), np.int32),
+        np.zeros((len(answers), length), bool),
+    )
     for row, answer in enumerate(answers):
         kept = answer[:length]
         tokens[row, : len(kept)], mask[row, : len(kept)] = kept, True
-    repeat = lambda x: np.repeat(np.asarray(x), repeats, axis=0)  # noqa: E731
+    repeat = lambda x: np.repeat(np.asarray(x), repeats, axis=0)
     prompt_mask = repeat(prompts.mask)
     return Rollouts(
         tokens=np.concatenate([repeat(prompts.tokens), tokens], axis=1),
@@ -57,7 +65,9 @@ def as_teacher_sees(prompts: PromptBatch) -> PromptBatch:
 
 
 def _teacher_view(rollouts: Rollouts, prompts: PromptBatch) -> TeacherView:
-    """The teacher's prompt in front of the same completion. Both prompts end just before the completion's first column."""
+    """The teacher's prompt in front of the same completion. Both prompts end just before the
+    completion's first column.
+    """
     repeats = rollouts.tokens.shape[0] // prompts.tokens.shape[0]
     student_width, teacher_width = prompts.tokens.shape[1], prompts.teacher_tokens.shape[1]
     tokens = jnp.repeat(prompts.teacher_tokens, repeats, axis=0)
@@ -71,19 +81,28 @@ def _teacher_view(rollouts: Rollouts, prompts: PromptBatch) -> TeacherView:
 
 
 def pack(
-    batch: TrainBatch, length: int, *, parts: int = 1, shards: int = 1, rows: np.ndarray | None = None, num_rows: int | None = None
+    batch: TrainBatch,
+    length: int,
+    *,
+    parts: int = 1,
+    shards: int = 1,
+    rows: np.ndarray | None = None,
+    num_rows: int | None = None,
 ) -> tuple[TrainBatch, np.ndarray]:
-    """A batch of one rollout a row `[B, T]` in rows of `length` tokens that rollouts share, and where each column came from.
+    """A batch of one rollout a row `[B, T]` in rows of `length` tokens that rollouts share, and
+    where each column came from.
 
-    `rows [B]`: the row of each rollout; None: `first_fit_decreasing` by the longer of the two views, so that a rollout stands in
-    the same row for student and teacher. The columns of a rollout lie side by side, and the segments of a row are numbered
-    1, 2, 3 ... There are `num_rows` rows (None: B), of which the filled ones may be few; they lie so that `split_rows` finds them
-    in as few of the `parts` micro-batches as hold them, dealt evenly over these and, within each, over the `shards` of its rows.
-    Every field `[B, T, ...]` goes along. `source [num_rows, length]` is the place of each column among the `B * T` given ones, -1
-    where nothing stands.
+    `rows [B]`: the row of each rollout; None: `first_fit_decreasing` by the longer of the two
+    views, so that a rollout stands in the same row for student and teacher. The columns of a
+    rollout lie side by side, and the segments of a row are numbered 1, 2, 3 ... There are
+    `num_rows` rows (None: B), of which the filled ones may be few; they lie so that `split_rows`
+    finds them in as few of the `parts` micro-batches as hold them, dealt evenly over these and,
+    within each, over the `shards` of its rows. Every field `[B, T, ...]` goes along. `source
+    [num_rows, length]` is the place of each column among the `B * T` given ones, -1 where nothing
+    stands.
 
-    On the host, and the same whatever the mesh. ValueError where the rollouts of a row are longer than it, or the rows are no
-    multiple of `parts * shards`.
+    On the host, and the same whatever the mesh. ValueError where the rollouts of a row are longer
+    than it, or the rows are no multiple of `parts * shards`.
     """
     batch = to_host(batch)
     lengths = packed_lengths(batch)
@@ -92,9 +111,11 @@ def pack(
     rows = _dealt(rows, parts, shards, num_rows or len(lengths))
     shape = (num_rows or len(lengths), length)
     source = _sources(batch.segment_ids, rows, starts, shape)
-    take = lambda x: _gather(x, source)  # noqa: E731
+    take = lambda x: _gather(x, source)
     segment_ids = take(np.where(batch.segment_ids > 0, numbers[:, None], 0))
-    packed = dataclasses.replace(jax.tree.map(take, dataclasses.replace(batch, teacher_view=None)), segment_ids=segment_ids)
+    packed = dataclasses.replace(
+        jax.tree.map(take, dataclasses.replace(batch, teacher_view=None)), segment_ids=segment_ids
+    )
     if batch.teacher_view is None:
         return packed, source
     view = batch.teacher_view
@@ -109,7 +130,9 @@ def pack(
 
 
 def unpack(x: np.ndarray, source: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """`x [rows, length, ...]` of packed rows back in the columns `shape = (B, T)` that they came from; 0 in the others."""
+    """`x [rows, length, ...]` of packed rows back in the columns `shape = (B, T)` that they came
+    from; 0 in the others.
+    """
     is_live = source >= 0
     found = np.zeros((shape[0] * shape[1], *x.shape[2:]), x.dtype)
     found[source[is_live]] = x[is_live]
@@ -117,13 +140,17 @@ def unpack(x: np.ndarray, source: np.ndarray, shape: tuple[int, int]) -> np.ndar
 
 
 def packed_lengths(batch: TrainBatch) -> np.ndarray:
-    """Tokens that each rollout takes in a row, prompt included: those of the longer of the two views."""
+    """Tokens that each rollout takes in a row, prompt included: those of the longer of the two
+    views.
+    """
     views = [batch] if batch.teacher_view is None else [batch, batch.teacher_view]
     return np.max([np.count_nonzero(view.segment_ids, axis=1) for view in views], axis=0)
 
 
 def filling(source: np.ndarray) -> Metrics:
-    """How well the rows of `pack` are filled: their number, and the share of their columns in which a token stands."""
+    """How well the rows of `pack` are filled: their number, and the share of their columns in which
+    a token stands.
+    """
     is_live = source >= 0
     used = int(np.count_nonzero(is_live.any(axis=1)))
     efficiency = float(np.count_nonzero(is_live)) / max(used * source.shape[1], 1)
@@ -131,12 +158,15 @@ def filling(source: np.ndarray) -> Metrics:
 
 
 def first_fit_decreasing(lengths: np.ndarray, length: int) -> np.ndarray:
-    """The row of each rollout: the longest first, each in the first row that has room. Rows are numbered as they are opened.
+    """The row of each rollout: the longest first, each in the first row that has room. Rows are
+    numbered as they are opened.
 
     ValueError where a rollout is longer than a row.
     """
     if lengths.max(initial=0) > length:
-        raise ValueError(f"a rollout with its prompt has {lengths.max()} tokens; expected at most {length}, those of a packed row")
+        raise ValueError(
+            f"a rollout with its prompt has {lengths.max()} tokens; expected at most {length}, those of a packed row"
+        )
     rows, room = np.zeros(len(lengths), np.int32), np.full(len(lengths), length)
     for rollout in np.argsort(-lengths, kind="stable"):
         rows[rollout] = row = int(np.argmax(room >= lengths[rollout]))
@@ -147,22 +177,31 @@ def first_fit_decreasing(lengths: np.ndarray, length: int) -> np.ndarray:
 def _places(rows: np.ndarray, lengths: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     """First column and segment number of each rollout in its row, the longest first."""
     starts, numbers = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.int32)
-    used, count = np.zeros(rows.max(initial=0) + 1, np.int32), np.zeros(rows.max(initial=0) + 1, np.int32)
+    used, count = (
+        np.zeros(rows.max(initial=0) + 1, np.int32),
+        np.zeros(rows.max(initial=0) + 1, np.int32),
+    )
     for rollout in np.argsort(-lengths, kind="stable"):
         row = rows[rollout]
         count[row] += 1
         starts[rollout], numbers[rollout] = used[row], count[row]
         used[row] += lengths[rollout]
     if used.max(initial=0) > length:
-        raise ValueError(f"the rollouts of a row have {used.max()} tokens; expected at most {length}")
+        raise ValueError(
+            f"the rollouts of a row have {used.max()} tokens; expected at most {length}"
+        )
     return starts, numbers
 
 
 def _dealt(rows: np.ndarray, parts: int, shards: int, num_rows: int) -> np.ndarray:
-    """Where the rows numbered from 0 lie among `num_rows`; the inverse of how `split_rows` cuts them."""
+    """Where the rows numbered from 0 lie among `num_rows`; the inverse of how `split_rows` cuts
+    them.
+    """
     size, rest = divmod(num_rows, parts)
     if rest or size % shards:
-        raise ValueError(f"{num_rows} rows do not divide into {parts} micro-batches on {shards} shards")
+        raise ValueError(
+            f"{num_rows} rows do not divide into {parts} micro-batches on {shards} shards"
+        )
     filled = -(-(int(rows.max(initial=0)) + 1) // size)
     turn, part = np.divmod(rows, filled)
     place = turn % shards * (size // shards) + turn // shards
@@ -174,11 +213,15 @@ def _rank(segment_ids: np.ndarray) -> np.ndarray:
     return np.cumsum(segment_ids > 0, axis=1) - 1
 
 
-def _sources(segment_ids: np.ndarray, rows: np.ndarray, starts: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+def _sources(
+    segment_ids: np.ndarray, rows: np.ndarray, starts: np.ndarray, shape: tuple[int, int]
+) -> np.ndarray:
     """For every packed column, the flat place of the column that it takes; -1 where it takes none."""
     source = np.full(shape, -1)
     rollout, column = np.nonzero(segment_ids)
-    source[rows[rollout], starts[rollout] + _rank(segment_ids)[rollout, column]] = rollout * segment_ids.shape[1] + column
+    source[rows[rollout], starts[rollout] + _rank(segment_ids)[rollout, column]] = (
+        rollout * segment_ids.shape[1] + column
+    )
     return source
 
 

@@ -1,4 +1,6 @@
-"""Credit that reaches beyond one token: rewards to come, the mean of the batch, rewards of whole answers and of their stages."""
+"""Credit that reaches beyond one token: rewards to come, the mean of the batch, rewards of whole
+answers and of their stages.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +18,21 @@ _ROUNDING = 16  # units in the last place by which equal scores may differ once 
 
 
 def future_reward(
-    reward: Float[Array, "B T"], mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"], discount: float
+    reward: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    discount: float,
 ) -> Float[Array, "B T"]:
     """`sum_{s > t} discount^(s - t) R_s` over the later sampled tokens of the same sequence, nats.
 
-    Added to the immediate reward it is the reward to go. discount 0 is vOPD's token-level credit: the gradient of
-    sum_t KL_t with the distribution of contexts held fixed. discount 1 is the gradient of the sequence KL. With `reward`
-    the expectation over each context's tokens (-KL) in place of the reward of the token drawn there, the same in
-    expectation and with less noise.
+    Added to the immediate reward it is the reward to go. discount 0 is vOPD's token-level credit:
+    the gradient of sum_t KL_t with the distribution of contexts held fixed. discount 1 is the
+    gradient of the sequence KL. With `reward` the expectation over each context's tokens (-KL) in
+    place of the reward of the token drawn there, the same in expectation and with less noise.
     """
-    return reverse_discounted_sum(reward, mask, segment_ids, discount) - zero_where_masked(reward, mask)
+    return reverse_discounted_sum(reward, mask, segment_ids, discount) - zero_where_masked(
+        reward, mask
+    )
 
 
 def mean_of_other_sequences(
@@ -34,62 +41,90 @@ def mean_of_other_sequences(
     segment_ids: Int[Array, "B T"],
     totals: tuple[Float[Array, ""], Float[Array, ""]] | None = None,
 ) -> Float[Array, "B T"]:
-    """At each column, the mean reward of the sampled tokens of all other sequences; 0 where there is no other.
+    """At each column, the mean reward of the sampled tokens of all other sequences; 0 where there
+    is no other.
 
-    The whole sequence is left out and not the token alone: what follows a token was written because of it, and a baseline
-    must not depend on its token. `totals`: (sum of rewards, tokens) of the whole batch where these rows are a part of it.
+    The whole sequence is left out and not the token alone: what follows a token was written because
+    of it, and a baseline must not depend on its token. `totals`: (sum of rewards, tokens) of the
+    whole batch where these rows are a part of it.
     """
     reward = zero_where_masked(reward, mask)
     live = mask.astype(reward.dtype)
     total, count = batch_totals(reward, mask) if totals is None else totals
     others = count - sequence_total(live, segment_ids)
-    return jnp.where(others > 0, (total - sequence_total(reward, segment_ids)) / jnp.maximum(others, 1), 0)
+    return jnp.where(
+        others > 0, (total - sequence_total(reward, segment_ids)) / jnp.maximum(others, 1), 0
+    )
 
 
-def batch_totals(reward: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def batch_totals(
+    reward: Float[Array, "B T"], mask: Bool[Array, "B T"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(sum of rewards, number of sampled tokens)."""
     return jnp.sum(zero_where_masked(reward, mask)), jnp.sum(mask).astype(reward.dtype)
 
 
 def prefix_weight(
-    reward: Float[Array, "B T"], mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"], gain: float
+    reward: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    gain: float,
 ) -> Float[Array, "B T"]:
-    """`1 + gain * (1 - F_t)`, F_t the share of the sequence's disagreement `sum |r|` that lies before token t.
+    """`1 + gain * (1 - F_t)`, F_t the share of the sequence's disagreement `sum |r|` that lies
+    before token t.
 
-    IW-OPD (arXiv 2606.22600), its released form: 1 + gain at the first token, then ever nearer 1. The weight of a token depends
-    on what follows it, so that the expected gradient is no longer that of the KL.
+    IW-OPD (arXiv 2606.22600), its released form: 1 + gain at the first token, then ever nearer 1.
+    The weight of a token depends on what follows it, so that the expected gradient is no longer
+    that of the KL.
     """
     gaps = zero_where_masked(jnp.abs(reward), mask)
     total = sequence_total(gaps, segment_ids)
     # What lies at t and after, rather than 1 minus what lies before.
     remaining = reverse_discounted_sum(gaps, mask, segment_ids, 1.0)
-    return jnp.where(mask & (total > 0), 1 + gain * remaining / jnp.where(total > 0, total, 1), 1 + gain * mask)
+    return jnp.where(
+        mask & (total > 0), 1 + gain * remaining / jnp.where(total > 0, total, 1), 1 + gain * mask
+    )
 
 
 def group_advantage(
-    reward: Float[Array, " B"], is_scored: Bool[Array, " B"], group_size: int, scale: str, epsilon: float = 1e-6
+    reward: Float[Array, " B"],
+    is_scored: Bool[Array, " B"],
+    group_size: int,
+    scale: str,
+    epsilon: float = 1e-6,
 ) -> Float[Array, " B"]:
-    """`reward - mean` over the scored completions of the same prompt, which stand side by side; in the unit of the reward.
+    """`reward - mean` over the scored completions of the same prompt, which stand side by side; in
+    the unit of the reward.
 
-    `scale` mean_std divides that by their population std + `epsilon`, which stands outside the root (GRPO, arXiv 2402.03300; ROPD,
-    arXiv 2605.07396, equation 6): without unit, and near-tied groups then weigh as much as others. 0 for a completion without a
-    score, whatever its reward holds, and in groups with fewer than two. ValueError on another scale.
+    `scale` mean_std divides that by their population std + `epsilon`, which stands outside the root
+    (GRPO, arXiv 2402.03300; ROPD, arXiv 2605.07396, equation 6): without unit, and near-tied groups
+    then weigh as much as others. 0 for a completion without a score, whatever its reward holds, and
+    in groups with fewer than two. ValueError on another scale.
     """
     if scale not in SCALES:
         raise ValueError(f"there is no scale {scale!r} of advantages; expected one of {SCALES}")
-    groups, live = jnp.reshape(jnp.where(is_scored, reward, 0), (-1, group_size)), jnp.reshape(is_scored, (-1, group_size))
+    groups, live = (
+        jnp.reshape(jnp.where(is_scored, reward, 0), (-1, group_size)),
+        jnp.reshape(is_scored, (-1, group_size)),
+    )
     return _normalised(groups, live, scale, epsilon).reshape(-1)
 
 
-def _normalised(x: Float[Array, "P G ..."], live: Bool[Array, "P G ..."], scale: str, epsilon: float) -> Float[Array, "P G ..."]:
-    """Centred over the live entries of each group, and divided by their population std where `scale` says so; 0 elsewhere.
+def _normalised(
+    x: Float[Array, "P G ..."], live: Bool[Array, "P G ..."], scale: str, epsilon: float
+) -> Float[Array, "P G ..."]:
+    """Centred over the live entries of each group, and divided by their population std where
+    `scale` says so; 0 elsewhere.
 
     Exactly 0 in a group whose entries are all equal.
     """
     count = jnp.sum(live, axis=1, keepdims=True)
-    mean_of = lambda y: jnp.sum(jnp.where(live, y, 0), axis=1, keepdims=True) / jnp.maximum(count, 1)  # noqa: E731
+    mean_of = lambda y: (
+        jnp.sum(jnp.where(live, y, 0), axis=1, keepdims=True) / jnp.maximum(count, 1)
+    )
     size = jnp.max(jnp.where(live, jnp.abs(x), 0), axis=1, keepdims=True)
-    # Counted from one of them, so that equal ones differ by nothing: a mean of equal numbers may be another number.
+    # Counted from one of them, so that equal ones differ by nothing: a mean of equal numbers may be
+    # another number.
     x = x - jnp.max(jnp.where(live, x, -jnp.inf), axis=1, keepdims=True)
     centred = jnp.where(live & (count > 1), x - mean_of(x), 0)
     if scale == "mean":
@@ -101,18 +136,26 @@ def _normalised(x: Float[Array, "P G ..."], live: Bool[Array, "P G ..."], scale:
 
 
 def credit_matrix(name: str | None, num_stages: int, custom: Sequence[float] = ()) -> np.ndarray:
-    """Lambda `[K, K]`: row k says how much of each stage's score stage k is credited with; nothing of stages before it.
+    """Lambda `[K, K]`: row k says how much of each stage's score stage k is credited with; nothing
+    of stages before it.
 
-    `paper`: RubricEM's for four stages (arXiv 2605.10899, section 3.3). `identity`: its own score alone. `last`: the last stage's
-    score for all, plain group-relative credit. `decay`: 1 for itself, 0.8 for the last, 0.5 between; ours. None: paper for four
-    stages, else decay. `custom`: K * K numbers row by row, upper triangular with ones on the diagonal. ValueError otherwise.
+    `paper`: RubricEM's for four stages (arXiv 2605.10899, section 3.3). `identity`: its own score
+    alone. `last`: the last stage's score for all, plain group-relative credit. `decay`: 1 for
+    itself, 0.8 for the last, 0.5 between; ours. None: paper for four stages, else decay. `custom`:
+    K * K numbers row by row, upper triangular with ones on the diagonal. ValueError otherwise.
     """
     if len(custom):
         matrix = np.asarray(custom, float)
         if matrix.size != num_stages**2:
-            raise ValueError(f"stage_credit_matrix has {matrix.size} numbers; expected {num_stages**2}, row by row for {num_stages} stages")
+            raise ValueError(
+                f"stage_credit_matrix has {matrix.size} numbers; expected {num_stages**2}, row by row for {num_stages} stages"
+            )
         matrix = matrix.reshape(num_stages, num_stages)
-        if not np.all(np.isfinite(matrix)) or np.any(np.tril(matrix, -1)) or np.any(np.diag(matrix) != 1):
+        if (
+            not np.all(np.isfinite(matrix))
+            or np.any(np.tril(matrix, -1))
+            or np.any(np.diag(matrix) != 1)
+        ):
             raise ValueError(
                 f"stage_credit_matrix is {matrix.tolist()}; expected finite numbers, 1 on the diagonal (a stage's own score) and 0 below "
                 "it (no stage is credited with earlier ones)"
@@ -120,7 +163,9 @@ def credit_matrix(name: str | None, num_stages: int, custom: Sequence[float] = (
         return matrix
     name = name or ("paper" if num_stages == 4 else "decay")
     if name == "paper" and num_stages != 4:
-        raise ValueError(f"stage_credit paper is made for 4 stages, there are {num_stages}; expected identity, last or decay")
+        raise ValueError(
+            f"stage_credit paper is made for 4 stages, there are {num_stages}; expected identity, last or decay"
+        )
     if name == "paper":
         return np.array([[1, 0.4, 0.6, 0.8], [0, 1, 0.4, 0.8], [0, 0, 1, 0.8], [0, 0, 0, 1]])
     if name == "last":
@@ -144,32 +189,45 @@ def stage_advantage(
     scale: str,
     epsilon: float = 1e-8,
 ) -> Float[Array, "B K"]:
-    """The advantage of each stage: `G = R @ credit.T`, normalised per stage over the group's scored rollouts that have it.
+    """The advantage of each stage: `G = R @ credit.T`, normalised per stage over the group's scored
+    rollouts that have it.
 
-    RubricEM's SS-GRPO (arXiv 2605.10899, section 3.3; mean_std as there, population std). A stage that a rollout lacks has score 0,
-    which the stages before it are credited with, and no advantage of its own. `scale` as in `group_advantage`.
+    RubricEM's SS-GRPO (arXiv 2605.10899, section 3.3; mean_std as there, population std). A stage
+    that a rollout lacks has score 0, which the stages before it are credited with, and no advantage
+    of its own. `scale` as in `group_advantage`.
     """
     if scale not in SCALES:
         raise ValueError(f"there is no scale {scale!r} of advantages; expected one of {SCALES}")
     live = has_stage & is_scored[:, None]
     returns = jnp.where(live, scores, 0) @ jnp.asarray(credit, scores.dtype).T
     shape = (-1, group_size, scores.shape[1])
-    return _normalised(returns.reshape(shape), live.reshape(shape), scale, epsilon).reshape(scores.shape)
+    return _normalised(returns.reshape(shape), live.reshape(shape), scale, epsilon).reshape(
+        scores.shape
+    )
 
 
-def spread_stages(advantages: Float[Array, "B K"], stage_ids: Int[Array, "B T"]) -> Float[Array, "B T"]:
+def spread_stages(
+    advantages: Float[Array, "B K"], stage_ids: Int[Array, "B T"]
+) -> Float[Array, "B T"]:
     """Each token's stage's advantage; 0 where `stage_ids` is -1, outside all stages."""
-    return jnp.where(stage_ids >= 0, jnp.take_along_axis(advantages, jnp.maximum(stage_ids, 0), axis=1), 0)
+    return jnp.where(
+        stage_ids >= 0, jnp.take_along_axis(advantages, jnp.maximum(stage_ids, 0), axis=1), 0
+    )
 
 
-def stage_balance(stage_ids: Int[Array, "B T"], mask: Bool[Array, "B T"], num_stages: int) -> Float[Array, "B T"]:
-    """`N / (S N_k)` at the tokens of stage k, N of all unmasked tokens and S the number of stages that have any; 0 elsewhere.
+def stage_balance(
+    stage_ids: Int[Array, "B T"], mask: Bool[Array, "B T"], num_stages: int
+) -> Float[Array, "B T"]:
+    """`N / (S N_k)` at the tokens of stage k, N of all unmasked tokens and S the number of stages
+    that have any; 0 elsewhere.
 
-    As a factor it makes a mean over all N tokens the mean over stages of their own token means: long stages no longer outweigh
-    short ones, and tokens outside all stages weigh nothing.
+    As a factor it makes a mean over all N tokens the mean over stages of their own token means:
+    long stages no longer outweigh short ones, and tokens outside all stages weigh nothing.
     """
     live = mask & (stage_ids >= 0)
-    counts = jnp.sum((stage_ids[..., None] == jnp.arange(num_stages)) & live[..., None], axis=(0, 1))
+    counts = jnp.sum(
+        (stage_ids[..., None] == jnp.arange(num_stages)) & live[..., None], axis=(0, 1)
+    )
     present = jnp.maximum(jnp.sum(counts > 0), 1)
     factor = jnp.sum(mask) / (present * jnp.maximum(counts, 1))
     return jnp.where(live, factor[jnp.maximum(stage_ids, 0)], 0)

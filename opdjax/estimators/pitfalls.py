@@ -1,9 +1,10 @@
 """Estimators that look right and are not: each is shipped somewhere, and none of them is a recipe.
 
-They stand here so that the audit can show what they do. A pitfall of one token has a `token_loss` like a recipe's and its
-`advantages`, the factor A_v in its gradient -A_v grad log student(v) for every token v; where tokens are drawn from another
-distribution than the one they are scored under, `drawn_from` gives it. A pitfall of a batch has `weights` in place of
-`losses.aggregation_weights`, or `add` in place of a sum.
+They stand here so that the audit can show what they do. A pitfall of one token has a `token_loss`
+like a recipe's and its `advantages`, the factor A_v in its gradient -A_v grad log student(v) for
+every token v; where tokens are drawn from another distribution than the one they are scored under,
+`drawn_from` gives it. A pitfall of a batch has `weights` in place of `losses.aggregation_weights`,
+or `add` in place of a sum.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from opdjax.estimators.importance import k1, k3
 from opdjax.estimators.losses import policy_gradient_loss
 from opdjax.estimators.opd import opd, sampled_reward, student_topk_baseline
 from opdjax.ops.tile import VocabTile
-from opdjax.ops.vocab import Columns
+from opdjax.ops.vocab import TokenInputs
 
 _VALUE_TOP_K = 8  # ids whose KL is taken for an advantage
 
@@ -36,28 +37,38 @@ class Pitfall:
     add: Callable | None = None
 
 
-def k1_direct(student: VocabTile, teacher: VocabTile, row: Columns):
+def k1_direct(student: VocabTile, teacher: VocabTile, row: TokenInputs):
     """k1 as the loss: `log student(y) - log teacher(y)`, differentiated."""
     student_logprob = student.logprob(row.token)
-    return k1(student_logprob, jax.lax.stop_gradient(teacher.logprob(row.token))), {"student_logprob": student_logprob}
-
-
-def k3_direct(student: VocabTile, teacher: VocabTile, row: Columns):
-    """k3 as the loss: `teacher(y) / student(y) - 1 + log student(y) - log teacher(y)`, differentiated."""
-    student_logprob = student.logprob(row.token)
-    return k3(student_logprob, jax.lax.stop_gradient(teacher.logprob(row.token))), {"student_logprob": student_logprob}
-
-
-def topk_value(student: VocabTile, teacher: VocabTile, row: Columns):
-    """Minus the KL on the student's top k ids as the advantage of whatever token was drawn."""
-    student_logprob = student.logprob(row.token)
-    return policy_gradient_loss(student_topk_baseline(student, teacher, _VALUE_TOP_K), student_logprob), {
+    return k1(student_logprob, jax.lax.stop_gradient(teacher.logprob(row.token))), {
         "student_logprob": student_logprob
     }
 
 
-def filtered(student: VocabTile, *, temperature: float = 0.7, k: int = 50, top_p: float = 0.95) -> VocabTile:
-    """The distribution that a sampler with these settings draws from: tempered, then top k, then top p."""
+def k3_direct(student: VocabTile, teacher: VocabTile, row: TokenInputs):
+    """k3 as the loss: `teacher(y) / student(y) - 1 + log student(y) - log teacher(y)`,
+    differentiated.
+    """
+    student_logprob = student.logprob(row.token)
+    return k3(student_logprob, jax.lax.stop_gradient(teacher.logprob(row.token))), {
+        "student_logprob": student_logprob
+    }
+
+
+def topk_value(student: VocabTile, teacher: VocabTile, row: TokenInputs):
+    """Minus the KL on the student's top k ids as the advantage of whatever token was drawn."""
+    student_logprob = student.logprob(row.token)
+    return policy_gradient_loss(
+        student_topk_baseline(student, teacher, _VALUE_TOP_K), student_logprob
+    ), {"student_logprob": student_logprob}
+
+
+def filtered(
+    student: VocabTile, *, temperature: float = 0.7, k: int = 50, top_p: float = 0.95
+) -> VocabTile:
+    """The distribution that a sampler with these settings draws from: tempered, then top k, then
+    top p.
+    """
     logits = student.logits / temperature
     ordered = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0]
     probs = jax.nn.softmax(ordered, axis=-1)
@@ -67,21 +78,29 @@ def filtered(student: VocabTile, *, temperature: float = 0.7, k: int = 50, top_p
 
 
 def mean_of_means(mask: Bool[Array, "B T"], parts: int) -> Float[Array, "B T"]:
-    """Weights of a loss that averages over the tokens of each micro-batch, and then over micro-batches."""
+    """Weights of a loss that averages over the tokens of each micro-batch, and then over
+    micro-batches.
+    """
     live = mask.astype(jnp.result_type(float)).reshape(parts, -1, mask.shape[1])
-    return (live / jnp.maximum(jnp.sum(live, axis=(1, 2), keepdims=True), 1) / parts).reshape(mask.shape)
+    return (live / jnp.maximum(jnp.sum(live, axis=(1, 2), keepdims=True), 1) / parts).reshape(
+        mask.shape
+    )
 
 
 def shifted_mask(mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
-    """Token-mean weights of a mask moved on by one column: the first token is not trained, what follows the last one is."""
-    moved = jnp.concatenate([jnp.zeros_like(mask[:, :1]), mask[:, :-1]], axis=1).astype(jnp.result_type(float))
+    """Token-mean weights of a mask moved on by one column: the first token is not trained, what
+    follows the last one is.
+    """
+    moved = jnp.concatenate([jnp.zeros_like(mask[:, :1]), mask[:, :-1]], axis=1).astype(
+        jnp.result_type(float)
+    )
     return moved / jnp.maximum(jnp.sum(moved), 1)
 
 
 def add_in_bfloat16(losses: Float[Array, " n"], chunk: int = 64) -> Float[Array, ""]:
     """The sum of per-token losses, chunk by chunk, in an accumulator of the model's type."""
     parts = jnp.pad(losses, (0, -losses.size % chunk)).reshape(-1, chunk).astype(jnp.bfloat16)
-    add = lambda total, part: (total + jnp.sum(part), None)  # noqa: E731
+    add = lambda total, part: (total + jnp.sum(part), None)
     return jax.lax.scan(add, jnp.zeros((), jnp.bfloat16), parts)[0].astype(losses.dtype)
 
 
@@ -100,14 +119,18 @@ PITFALLS = {
         "covers modes. Its noise grows with teacher(y) / student(y). verl's YAML default (loss_mode k3, use_policy_gradient "
         "false) under a documentation that says reverse KL; TorchRL's DistillationLoss, which says so.",
         k3_direct,
-        lambda student, teacher: jnp.where(student.logits > -jnp.inf, jnp.expm1(teacher.logprobs - student.logprobs), 0),
+        lambda student, teacher: jnp.where(
+            student.logits > -jnp.inf, jnp.expm1(teacher.logprobs - student.logprobs), 0
+        ),
     ),
     "topk_value_advantage": Pitfall(
         "A KL on the top k ids is less noisy than the reward of one token, so its value is handed to the policy gradient as "
         "the advantage. It is a property of the context: whatever token was drawn gets the same, and the expected gradient "
         "is 0. It is the baseline of vOPD without the reward it belongs to. Reported against radixark/miles (issue 2362).",
         topk_value,
-        lambda student, teacher: jnp.broadcast_to(student_topk_baseline(student, teacher, _VALUE_TOP_K)[:, None], student.logits.shape),
+        lambda student, teacher: jnp.broadcast_to(
+            student_topk_baseline(student, teacher, _VALUE_TOP_K)[:, None], student.logits.shape
+        ),
     ),
     "filtered_sampling": Pitfall(
         "Completions are drawn at a temperature or through top-k and top-p, and scored under the full softmax at temperature "

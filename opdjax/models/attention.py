@@ -1,8 +1,9 @@
 """Causal attention within segments, by one of three implementations that agree up to rounding.
 
-`xla` writes the T x T scores of every head out and runs everywhere. `cudnn` (NVIDIA GPUs) and `splash` (TPUs) are fused
-kernels after FlashAttention (arXiv:2205.14135) that never hold them for every head, forward or backward. `auto` of a run's config is
-splash on TPU and xla elsewhere: cudnn is there to be asked for, nothing here has been measured on a GPU.
+`xla` writes the T x T scores of every head out and runs everywhere. `cudnn` (NVIDIA GPUs) and
+`splash` (TPUs) are fused kernels after FlashAttention (arXiv:2205.14135) that never hold them for
+every head, forward or backward. `auto` of a run's config is splash on TPU and xla elsewhere: cudnn
+is there to be asked for, nothing here has been measured on a GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from opdjax.sharding import ROW_AXES, num_row_shards
+from opdjax.ops.sharding import ROW_AXES, num_row_shards
 
 Implementation = Literal["xla", "cudnn", "splash"]
 SPLASH_HEAD_SIZES = (64, 128, 256)  # that its kernels have been compiled for
@@ -30,10 +31,11 @@ _BLOCKS = (512, 256, 128)  # columns a kernel holds at a time, the largest that 
 def attend_within_segments(
     segment_ids: Int[Array, "B T"], implementation: Implementation, mesh: Mesh | None = None
 ) -> Callable[..., Float[Array, "B T O"]]:
-    """`attend(q, k, v)` of whole rows: a token sees itself and the earlier columns of its own segment.
+    """`attend(q, k, v)` of whole rows: a token sees itself and the earlier columns of its own
+    segment.
 
-    q is `[B, T, N, H]`, k and v are `[B, T, K, H]`, K a divisor of N. `mesh`: that splash attention is split over, rows over `data`
-    and `fsdp`, heads over `tensor`.
+    q is `[B, T, N, H]`, k and v are `[B, T, K, H]`, K a divisor of N. `mesh`: that splash attention
+    is split over, rows over `data` and `fsdp`, heads over `tensor`.
     """
     if implementation == "splash":
         return partial(splash_attention, segment_ids=segment_ids, mesh=mesh)
@@ -43,12 +45,19 @@ def attend_within_segments(
 
 
 def segment_mask(q_columns, q_segments, k_columns, k_segments) -> Bool[Array, "B Q S"]:
-    """Whether a column of the queries sees one of the keys: itself and the earlier ones of its own segment."""
-    return (q_segments[:, :, None] == k_segments[:, None, :]) & (k_columns[None, None, :] <= q_columns[None, :, None])
+    """Whether a column of the queries sees one of the keys: itself and the earlier ones of its own
+    segment.
+    """
+    return (q_segments[:, :, None] == k_segments[:, None, :]) & (
+        k_columns[None, None, :] <= q_columns[None, :, None]
+    )
 
 
 def masked_attention(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], mask: Bool[Array, "B T T"]
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    mask: Bool[Array, "B T T"],
 ) -> Float[Array, "B T O"]:
     """Grouped-query attention under any mask; scores and softmax in at least float32."""
     batch, length, heads, size = q.shape
@@ -61,21 +70,30 @@ def masked_attention(
     return jnp.einsum("bkgts,bskh->btkgh", probs, v).reshape(batch, length, heads * size)
 
 
-def fused_attention(q, k, v, mask: Bool[Array, "B T T"], implementation: str = "cudnn") -> Float[Array, "B T O"]:
-    """`masked_attention` by jax.nn's entry to cuDNN: bfloat16 or float16, heads of at most 128 in multiples of 8.
+def fused_attention(
+    q, k, v, mask: Bool[Array, "B T T"], implementation: str = "cudnn"
+) -> Float[Array, "B T O"]:
+    """`masked_attention` by jax.nn's entry to cuDNN: bfloat16 or float16, heads of at most 128 in
+    multiples of 8.
 
     cuDNN takes the mask as a bias, T x T numbers a row that all heads share.
     """
     batch, length = q.shape[:2]
-    # Its backward pass refuses odd lengths under a bias. What is added sees nothing and is seen by nothing.
+    # Its backward pass refuses odd lengths under a bias. What is added sees nothing and is seen by
+    # nothing.
     odd = (0, length % 2)
     q, k, v = (jnp.pad(x, ((0, 0), odd, (0, 0), (0, 0))) for x in (q, k, v))
     mask = jnp.pad(mask, ((0, 0), odd, odd))[:, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)[:, :length].reshape(batch, length, -1)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)[
+        :, :length
+    ].reshape(batch, length, -1)
 
 
-def splash_attention(q, k, v, segment_ids: Int[Array, "B T"], mesh: Mesh | None, interpret: bool = False) -> Float[Array, "B T O"]:
-    """Causal attention within segments by the TPU's block-sparse flash kernel; `interpret` runs it anywhere, slowly.
+def splash_attention(
+    q, k, v, segment_ids: Int[Array, "B T"], mesh: Mesh | None, interpret: bool = False
+) -> Float[Array, "B T O"]:
+    """Causal attention within segments by the TPU's block-sparse flash kernel; `interpret` runs it
+    anywhere, slowly.
 
     Blocks above the diagonal are not visited. Columns are padded to a multiple of 128.
     """
@@ -90,16 +108,35 @@ def splash_attention(q, k, v, segment_ids: Int[Array, "B T"], mesh: Mesh | None,
         # XLA cannot split a kernel by itself. What does not divide is computed by every device.
         rows = ROW_AXES if batch % num_row_shards(mesh) == 0 else None
         split = P(rows, "tensor" if k.shape[1] % mesh.shape["tensor"] == 0 else None)
-        run = jax.shard_map(run, mesh=mesh, in_specs=(split, split, split, P(rows)), out_specs=split, check_vma=False)
+        run = jax.shard_map(
+            run,
+            mesh=mesh,
+            in_specs=(split, split, split, P(rows)),
+            out_specs=split,
+            check_vma=False,
+        )
     return run(q, k, v, segment_ids).swapaxes(1, 2)[:, :length].reshape(batch, length, heads * size)
 
 
-def _splash_rows(q: Float[Array, "B N T H"], k, v, segment_ids, *, interpret: bool) -> Float[Array, "B N T H"]:
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # takes a second to import and is a TPU's business
+def _splash_rows(
+    q: Float[Array, "B N T H"], k, v, segment_ids, *, interpret: bool
+) -> Float[Array, "B N T H"]:
+    from jax.experimental.pallas.ops.tpu import (
+        splash_attention as splash,
+    )  # takes a second to import and is a TPU's business
 
     heads, length = q.shape[1:3]
     block = next(size for size in _BLOCKS if length % size == 0)
-    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
+    names = (
+        "block_q",
+        "block_kv",
+        "block_kv_compute",
+        "block_q_dkv",
+        "block_kv_dkv",
+        "block_kv_dkv_compute",
+        "block_q_dq",
+        "block_kv_dq",
+    )
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([splash.CausalMask((length, length))] * heads),
         block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),

@@ -1,8 +1,9 @@
 """One decoder for every family: a pure function of stacked parameters.
 
-`forward` returns hidden states, not logits: the vocabulary is visited in tiles (ops/vocab.py). Layers are stacked on the
-leading axis and run by `lax.scan`, so that compile time does not grow with depth. Padding may stand on either side and a
-row may hold several packed sequences: a token attends to earlier columns of its own segment only.
+`forward` returns hidden states, not logits: the vocabulary is visited in tiles (ops/vocab.py).
+Layers are stacked on the leading axis and run by `lax.scan`, so that compile time does not grow
+with depth. Padding may stand on either side and a row may hold several packed sequences: a token
+attends to earlier columns of its own segment only.
 """
 
 from __future__ import annotations
@@ -16,20 +17,24 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from opdjax.models.attention import SPLASH_OUTPUT, Implementation, attend_within_segments
-from opdjax.models.layout import gathered, is_kept
+from opdjax.models.partitioning import gathered, is_kept
 from opdjax.models.rope import Rope, inverse_frequencies
 from opdjax.ops.masked import starts_sequence
+from opdjax.ops.sharding import keep_rows
 from opdjax.ops.tile import Head
-from opdjax.sharding import keep_rows
 
 Params = dict[str, Any]
-RUN_FIELDS = ("lora_scale", "attention")  # of a DecoderConfig: how a run computes the model, which no checkpoint says
+RUN_FIELDS = (
+    "lora_scale",
+    "attention",
+)  # of a DecoderConfig: how a run computes the model, which no checkpoint says
 Remat = Literal["none", "dots", "layer"]
 _REMAT_POLICIES = {
     "none": is_kept,
     "layer": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(SPLASH_OUTPUT)
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(SPLASH_OUTPUT),
     ),
 }
 
@@ -60,9 +65,16 @@ def parameter_shapes(config: DecoderConfig) -> Params:
     d, f, h = config.hidden_size, config.intermediate_size, config.head_size
     q, kv = config.num_heads * h, config.num_kv_heads * h
     layer = {
-        "attention_norm": (d,), "q_kernel": (q, d), "k_kernel": (kv, d), "v_kernel": (kv, d), "o_kernel": (d, q),
-        "mlp_norm": (d,), "gate_kernel": (f, d), "up_kernel": (f, d), "down_kernel": (d, f),
-    }  # fmt: skip
+        "attention_norm": (d,),
+        "q_kernel": (q, d),
+        "k_kernel": (kv, d),
+        "v_kernel": (kv, d),
+        "o_kernel": (d, q),
+        "mlp_norm": (d,),
+        "gate_kernel": (f, d),
+        "up_kernel": (f, d),
+        "down_kernel": (d, f),
+    }
     if config.has_qk_norm:
         layer |= {"q_norm": (h,), "k_norm": (h,)}
     if config.has_qkv_bias:
@@ -78,12 +90,18 @@ def parameter_shapes(config: DecoderConfig) -> Params:
 def abstract_params(config: DecoderConfig, dtype) -> Params:
     """The tree of parameters as shapes and types, without values."""
     shapes = parameter_shapes(config)
-    return jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), shapes, is_leaf=lambda x: isinstance(x, tuple))
+    return jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
 
 
 def init_params(config: DecoderConfig, key: jax.Array, dtype=jnp.float32) -> Params:
     """Random parameters: norms 1, biases 0, embeddings N(0, 0.02²), kernels N(0, 1/in)."""
-    leaves, tree = jax.tree_util.tree_flatten_with_path(parameter_shapes(config), is_leaf=lambda x: isinstance(x, tuple))
+    leaves, tree = jax.tree_util.tree_flatten_with_path(
+        parameter_shapes(config), is_leaf=lambda x: isinstance(x, tuple)
+    )
     keys = jax.random.split(key, len(leaves))
 
     def init(name, shape, key):
@@ -94,12 +112,16 @@ def init_params(config: DecoderConfig, key: jax.Array, dtype=jnp.float32) -> Par
         scale = 0.02 if name in ("embedding", "head") else shape[-1] ** -0.5
         return scale * jax.random.normal(key, shape, dtype)
 
-    return tree.unflatten([init(path[-1].key, shape, key) for (path, shape), key in zip(leaves, keys)])
+    return tree.unflatten(
+        [init(path[-1].key, shape, key) for (path, shape), key in zip(leaves, keys)]
+    )
 
 
 def head_of(params: Params, *, valid_vocab: int | None = None, temperature: float = 1.0) -> Head:
     """The unembedding of these parameters: the embedding itself where they are tied."""
-    return Head(params.get("head", params["embedding"]), valid_vocab=valid_vocab, temperature=temperature)
+    return Head(
+        params.get("head", params["embedding"]), valid_vocab=valid_vocab, temperature=temperature
+    )
 
 
 def positions_of(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -117,13 +139,19 @@ def forward(
     remat: Remat = "none",
     mesh: Mesh | None = None,
 ) -> Float[Array, "B T D"]:
-    """Hidden states after the final norm, in the parameters' type. Segment 0 is padding; its states are garbage.
+    """Hidden states after the final norm, in the parameters' type. Segment 0 is padding; its states
+    are garbage.
 
-    With a `mesh`, rows stay split over its `data` and `fsdp` axes, and each layer's weights are gathered along `fsdp` in turn;
-    without one, splash attention gives way to xla, for a kernel must be told what it is split over. `remat`: what the backward
-    pass computes again. `layer`: all of a layer but its input. `dots`: all but the products with its kernels and splash's output.
+    With a `mesh`, rows stay split over its `data` and `fsdp` axes, and each layer's weights are
+    gathered along `fsdp` in turn; without one, splash attention gives way to xla, for a kernel must
+    be told what it is split over. `remat`: what the backward pass computes again. `layer`: all of a
+    layer but its input. `dots`: all but the products with its kernels and splash's output.
     """
-    attend = attend_within_segments(segment_ids, "xla" if mesh is None and config.attention == "splash" else config.attention, mesh)
+    attend = attend_within_segments(
+        segment_ids,
+        "xla" if mesh is None and config.attention == "splash" else config.attention,
+        mesh,
+    )
     rope = _rope(positions_of(segment_ids), config)
 
     def layer(x, weights):
@@ -134,13 +162,16 @@ def forward(
     embedding = gathered({"embedding": params["embedding"]}, mesh)["embedding"]
     x = keep_rows(embedding[tokens], mesh)
     if remat != "none" or (mesh is not None and mesh.shape["fsdp"] > 1):
-        # A scan keeps the two passes apart by itself; barriers against merging them again would only cost.
+        # A scan keeps the two passes apart by itself; barriers against merging them again would
+        # only cost.
         layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[remat], prevent_cse=False)
     x, _ = jax.lax.scan(layer, x, params["layers"])
     return _rms_norm(x, params["final_norm"], config.norm_epsilon)
 
 
-def _rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], epsilon: float) -> Float[Array, "... D"]:
+def _rms_norm(
+    x: Float[Array, "... D"], scale: Float[Array, " D"], epsilon: float
+) -> Float[Array, "... D"]:
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
     return normed.astype(x.dtype) * scale
@@ -150,7 +181,9 @@ def _rope(positions: Int[Array, "B T"], config: DecoderConfig):
     """Cosines and sines `[B, T, 1, H/2]`; angles in float32, since bfloat16 cannot count past 256."""
     inverse = inverse_frequencies(config.rope, config.head_size)
     angles = positions[:, :, None, None].astype(jnp.float32) * inverse
-    return jnp.cos(angles) * config.rope.attention_factor, jnp.sin(angles) * config.rope.attention_factor
+    return jnp.cos(angles) * config.rope.attention_factor, jnp.sin(
+        angles
+    ) * config.rope.attention_factor
 
 
 def _rotate(x: Float[Array, "B T N H"], rope) -> Float[Array, "B T N H"]:
@@ -160,7 +193,9 @@ def _rotate(x: Float[Array, "B T N H"], rope) -> Float[Array, "B T N H"]:
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
 
 
-def _linear(x: Float[Array, "B T I"], weights: Params, name: str, config: DecoderConfig) -> Float[Array, "B T O"]:
+def _linear(
+    x: Float[Array, "B T I"], weights: Params, name: str, config: DecoderConfig
+) -> Float[Array, "B T O"]:
     y = jnp.einsum("bti,oi->bto", x, weights[f"{name}_kernel"])
     if f"{name}_lora_a" in weights:
         low = jnp.einsum("bti,ri->btr", x, weights[f"{name}_lora_a"])
@@ -172,7 +207,10 @@ def _linear(x: Float[Array, "B T I"], weights: Params, name: str, config: Decode
 def _project(x, weights, rope, config: DecoderConfig):
     """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]` of one layer, rotated."""
     x = _rms_norm(x, weights["attention_norm"], config.norm_epsilon)
-    q, k, v = (_linear(x, weights, name, config).reshape(*x.shape[:2], -1, config.head_size) for name in ("q", "k", "v"))
+    q, k, v = (
+        _linear(x, weights, name, config).reshape(*x.shape[:2], -1, config.head_size)
+        for name in ("q", "k", "v")
+    )
     if config.has_qk_norm:
         q = _rms_norm(q, weights["q_norm"], config.norm_epsilon)
         k = _rms_norm(k, weights["k_norm"], config.norm_epsilon)

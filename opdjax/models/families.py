@@ -1,7 +1,7 @@
 """One row per model family: how its `config.json` reads and what its tensors are called.
 
-A name table maps our parameter path to the checkpoint's tensor name; `{i}` is the layer. Kernels keep the checkpoint's
-`[out, in]` layout, so import and export move no element.
+A name table maps our parameter path to the checkpoint's tensor name; `{i}` is the layer. Kernels
+keep the checkpoint's `[out, in]` layout, so import and export move no element.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class Family:
     global_names: dict[str, str]
 
     def names(self, config: DecoderConfig) -> tuple[dict[str, str], dict[str, str]]:
-        """(global, per layer) path -> tensor name, of just the parameters that a model of this config has."""
+        """(global, per layer) path -> tensor name, of just the parameters that a model of this
+        config has.
+        """
         absent = set()
         if config.ties_embeddings:
             absent.add("head")
@@ -47,7 +49,8 @@ class Family:
 
 @dataclasses.dataclass(frozen=True)
 class _Fields:
-    """An object of `config.json`, read with errors that name the field, its value and what was expected.
+    """An object of `config.json`, read with errors that name the field, its value and what was
+    expected.
 
     A field that is null counts as absent. One that is absent and has no default is a KeyError.
     """
@@ -60,7 +63,11 @@ class _Fields:
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self._get(name, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        if (
+            not isinstance(value, (int, float))
+            or isinstance(value, bool)
+            or not 0 < value < math.inf
+        ):
             self.refuse(name, "a positive number")
         return float(value)
 
@@ -87,11 +94,15 @@ class _Fields:
             self.refuse(name, f"{json.dumps(expected)} ({reason})")
 
     def refuse(self, name: str, expected: str) -> None:
-        raise UnsupportedModelError(f"config.json sets {self.within}{name} {self.values[name]!r}; expected {expected}")
+        raise UnsupportedModelError(
+            f"config.json sets {self.within}{name} {self.values[name]!r}; expected {expected}"
+        )
 
 
 def _read_original_length(rope: _Fields, config: _Fields) -> int:
-    """In transformers' order: the field beside the rope's object wins over the one in it, and today's length stands in for both."""
+    """In transformers' order: the field beside the rope's object wins over the one in it, and
+    today's length stands in for both.
+    """
     name = "original_max_position_embeddings"
     owner = config if config.has(name) else rope
     return owner.integer(name) if owner.has(name) else config.integer("max_position_embeddings")
@@ -106,12 +117,19 @@ def _read_llama3(rope: _Fields, config: _Fields) -> dict[str, Any]:
     if fast <= slow:
         rope.refuse("high_freq_factor", f"more than low_freq_factor, {slow}")
     length = _read_original_length(rope, config)
-    return {"factor": rope.number("factor"), "original_length": length, "slow_rotations": slow, "fast_rotations": fast}
+    return {
+        "factor": rope.number("factor"),
+        "original_length": length,
+        "slow_rotations": slow,
+        "fast_rotations": fast,
+    }
 
 
 def _read_yarn(rope: _Fields, config: _Fields) -> dict[str, Any]:
     factor = rope.number("factor")
-    scales = [rope.number(name) if rope.has(name) else None for name in ("mscale", "mscale_all_dim")]
+    scales = [
+        rope.number(name) if rope.has(name) else None for name in ("mscale", "mscale_all_dim")
+    ]
     return {
         "factor": factor,
         "original_length": _read_original_length(rope, config),
@@ -122,7 +140,12 @@ def _read_yarn(rope: _Fields, config: _Fields) -> dict[str, Any]:
     }
 
 
-_ROPE_READERS = {"default": lambda rope, config: {}, "linear": _read_linear, "llama3": _read_llama3, "yarn": _read_yarn}
+_ROPE_READERS = {
+    "default": lambda rope, config: {},
+    "linear": _read_linear,
+    "llama3": _read_llama3,
+    "yarn": _read_yarn,
+}
 _IMPURE = "the frequencies of this kind follow the longest sequence in the batch, so cached tokens would disagree with a full forward"
 _IMPURE_ROPES = {
     "dynamic": f"{_IMPURE}; up to max_position_embeddings tokens it equals 'default', which you may write instead",
@@ -131,11 +154,18 @@ _IMPURE_ROPES = {
 
 
 def _read_rope(raw: dict[str, Any], default_theta: float | None) -> Rope:
-    """transformers 5 writes all of it to `rope_parameters`, older files wrote `rope_scaling` beside a `rope_theta`."""
+    """transformers 5 writes all of it to `rope_parameters`, older files wrote `rope_scaling` beside
+    a `rope_theta`.
+    """
     written = [name for name in ("rope_parameters", "rope_scaling") if raw.get(name)]
-    ropes = [_read_written_rope(raw, name, default_theta) for name in written or ["rope_parameters"]]
+    ropes = [
+        _read_written_rope(raw, name, default_theta) for name in written or ["rope_parameters"]
+    ]
     if ropes[0] != ropes[-1]:
-        _Fields(raw).refuse("rope_scaling", f"what rope_parameters says, {raw['rope_parameters']!r}, or just one of the two")
+        _Fields(raw).refuse(
+            "rope_scaling",
+            f"what rope_parameters says, {raw['rope_parameters']!r}, or just one of the two",
+        )
     return ropes[0]
 
 
@@ -151,44 +181,67 @@ def _read_written_rope(raw: dict[str, Any], name: str, default_theta: float | No
         rope.refuse(spelling, f"one of {sorted(_ROPE_READERS)}{reason}")
     for fields in (config, rope):
         fields.expect("partial_rotary_factor", 1, "all of a head is rotated")
-    theta = rope.number("rope_theta") if rope.has("rope_theta") else _read_shared_theta(config, default_theta)
+    theta = (
+        rope.number("rope_theta")
+        if rope.has("rope_theta")
+        else _read_shared_theta(config, default_theta)
+    )
     return Rope(theta, kind, **_ROPE_READERS[kind](rope, config))
 
 
 def _read_shared_theta(config: _Fields, default: float | None) -> float:
     if not config.has("rope_theta") and default is None:  # a silent default is wrong
-        raise UnsupportedModelError("config.json has neither rope_parameters.rope_theta nor rope_theta; add the base frequency")
+        raise UnsupportedModelError(
+            "config.json has neither rope_parameters.rope_theta nor rope_theta; add the base frequency"
+        )
     return config.number("rope_theta", default)
 
 
 def _refuse_sliding_window(config: _Fields, num_layers: int) -> None:
-    """Layers slide as `layer_types` says; without it, those from `max_window_layers` up where the window is on."""
+    """Layers slide as `layer_types` says; without it, those from `max_window_layers` up where the
+    window is on.
+    """
     kinds = config.values.get("layer_types")
     if kinds is not None:
         if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
             config.refuse("layer_types", "'full_attention' in every layer")
         return
     # 4096 and 28 are the defaults of the Qwen families; a window that is null is off.
-    has_window = config.boolean("use_sliding_window", False) and config.values.get("sliding_window", 4096) is not None
+    has_window = (
+        config.boolean("use_sliding_window", False)
+        and config.values.get("sliding_window", 4096) is not None
+    )
     if has_window and config.integer("max_window_layers", 28, least=0) < num_layers:
         config.refuse("use_sliding_window", "false (every layer attends to all tokens)")
 
 
-def _read_decoder(raw: dict[str, Any], *, head_size: int | None = None, rope_theta: float | None = None, **switches: bool) -> DecoderConfig:
+def _read_decoder(
+    raw: dict[str, Any],
+    *,
+    head_size: int | None = None,
+    rope_theta: float | None = None,
+    **switches: bool,
+) -> DecoderConfig:
     """What the families share; `head_size` and `rope_theta` are a family's own defaults."""
     config = _Fields(raw)
     config.expect("hidden_act", "silu", "the gate of the MLP")
     config.expect("quantization_config", None, "weights that are not quantized")
-    num_layers, num_heads, width = (config.integer(name) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+    num_layers, num_heads, width = (
+        config.integer(name) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    )
     _refuse_sliding_window(config, num_layers)
     num_kv_heads = config.integer("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         config.refuse("num_key_value_heads", f"a divisor of num_attention_heads, {num_heads}")
     if head_size is None and not config.has("head_dim") and width % num_heads:
-        config.refuse("hidden_size", f"a multiple of num_attention_heads, {num_heads}, or a head_dim")
+        config.refuse(
+            "hidden_size", f"a multiple of num_attention_heads, {num_heads}, or a head_dim"
+        )
     head_size = config.integer("head_dim", head_size or width // num_heads)
     if head_size % 2:
-        raise UnsupportedModelError(f"config.json implies a head_dim of {head_size}; expected an even one (its dimensions rotate in pairs)")
+        raise UnsupportedModelError(
+            f"config.json implies a head_dim of {head_size}; expected an even one (its dimensions rotate in pairs)"
+        )
     return DecoderConfig(
         vocab_size=config.integer("vocab_size"),
         hidden_size=width,
@@ -206,7 +259,9 @@ def _read_decoder(raw: dict[str, Any], *, head_size: int | None = None, rope_the
 
 def _read_qwen3(raw: dict[str, Any]) -> DecoderConfig:
     has_bias = _Fields(raw).boolean("attention_bias", False)
-    return _read_decoder(raw, head_size=128, has_qk_norm=True, has_qkv_bias=has_bias, has_output_bias=has_bias)
+    return _read_decoder(
+        raw, head_size=128, has_qk_norm=True, has_qkv_bias=has_bias, has_output_bias=has_bias
+    )
 
 
 def _read_qwen2(raw: dict[str, Any]) -> DecoderConfig:
@@ -215,11 +270,15 @@ def _read_qwen2(raw: dict[str, Any]) -> DecoderConfig:
 
 
 def _read_llama(raw: dict[str, Any]) -> DecoderConfig:
-    """Llama 2 to 3.2. The files of Llama 2 name no rope_theta; `pretraining_tp` splits the same products differently."""
+    """Llama 2 to 3.2. The files of Llama 2 name no rope_theta; `pretraining_tp` splits the same
+    products differently.
+    """
     config = _Fields(raw)
     config.expect("mlp_bias", False, "an MLP without biases")
     has_bias = config.boolean("attention_bias", False)
-    return _read_decoder(raw, rope_theta=10000.0, has_qk_norm=False, has_qkv_bias=has_bias, has_output_bias=has_bias)
+    return _read_decoder(
+        raw, rope_theta=10000.0, has_qk_norm=False, has_qkv_bias=has_bias, has_output_bias=has_bias
+    )
 
 
 _LAYER_NAMES = {
@@ -239,7 +298,11 @@ _LAYER_NAMES = {
     "up_kernel": "model.layers.{i}.mlp.up_proj.weight",
     "down_kernel": "model.layers.{i}.mlp.down_proj.weight",
 }
-_GLOBAL_NAMES = {"embedding": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "head": "lm_head.weight"}
+_GLOBAL_NAMES = {
+    "embedding": "model.embed_tokens.weight",
+    "final_norm": "model.norm.weight",
+    "head": "lm_head.weight",
+}
 
 FAMILIES = {
     "LlamaForCausalLM": Family(_read_llama, _LAYER_NAMES, _GLOBAL_NAMES),

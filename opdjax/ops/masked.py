@@ -1,4 +1,6 @@
-"""Reductions that take their mask as an argument: what stands in a masked slot, NaN included, changes nothing."""
+"""Reductions that take their mask as an argument: what stands in a masked slot, NaN included,
+changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ def zero_where_masked(x: Float[Array, ...], mask: Bool[Array, ...]) -> Float[Arr
 
 def masked_sum(x: Float[Array, ...], mask: Bool[Array, ...], axis=None) -> Float[Array, ...]:
     """Sum of the unmasked entries, in at least float32."""
-    return jnp.sum(zero_where_masked(x, mask), axis=axis, dtype=jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.sum(
+        zero_where_masked(x, mask), axis=axis, dtype=jnp.promote_types(x.dtype, jnp.float32)
+    )
 
 
 def masked_mean(x: Float[Array, ...], mask: Bool[Array, ...], axis=None) -> Float[Array, ...]:
@@ -26,23 +30,32 @@ def masked_std(x: Float[Array, ...], mask: Bool[Array, ...]) -> Float[Array, ""]
     """Population standard deviation of the unmasked entries; 0 where there are none."""
     x = zero_where_masked(x, mask)
     variance = masked_mean(jnp.square(x - masked_mean(x, mask)), mask)
-    # The root has an infinite slope at 0: without the inner guard, equal entries would have a gradient of NaN.
+    # The root has an infinite slope at 0: without the inner guard, equal entries would have a
+    # gradient of NaN.
     return jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 0)
 
 
-def masked_quantiles(x: Float[Array, ...], mask: Bool[Array, ...], shares: tuple[float, ...]) -> Float[Array, " Q"]:
-    """Quantiles of the unmasked entries, between two entries by straight line (numpy's default); NaN where there are none."""
+def masked_quantiles(
+    x: Float[Array, ...], mask: Bool[Array, ...], shares: tuple[float, ...]
+) -> Float[Array, " Q"]:
+    """Quantiles of the unmasked entries, between two entries by straight line (numpy's default);
+    NaN where there are none.
+    """
     count = jnp.sum(mask)
     ascending = jnp.sort(jnp.where(mask, x, jnp.inf).reshape(-1))
     place = jnp.asarray(shares, ascending.dtype) * jnp.maximum(count - 1, 0)
     below = jnp.floor(place).astype(jnp.int32)
     low, high = ascending[below], ascending[jnp.minimum(below + 1, jnp.maximum(count - 1, 0))]
     # Equal neighbours are taken as they are: of two infinities the difference would be NaN.
-    return jnp.where(count > 0, jnp.where(low == high, low, low + (place - below) * (high - low)), jnp.nan)
+    return jnp.where(
+        count > 0, jnp.where(low == high, low, low + (place - below) * (high - low)), jnp.nan
+    )
 
 
 def starts_sequence(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
-    """True where a column does not continue the segment of the column before it; padding counts as a segment."""
+    """True where a column does not continue the segment of the column before it; padding counts as
+    a segment.
+    """
     differs = segment_ids[:, 1:] != segment_ids[:, :-1]
     return jnp.concatenate([jnp.ones_like(differs[:, :1]), differs], axis=1)
 
@@ -55,7 +68,9 @@ def sequence_index(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
 def sequence_total(x: Float[Array, "B T"], segment_ids: Int[Array, "B T"]) -> Float[Array, "B T"]:
     """At every column, the sum of `x` over the sequence the column belongs to."""
     index = sequence_index(segment_ids)
-    totals = jax.vmap(lambda row, at: jax.ops.segment_sum(row, at, num_segments=row.shape[0]))(x, index)
+    totals = jax.vmap(lambda row, at: jax.ops.segment_sum(row, at, num_segments=row.shape[0]))(
+        x, index
+    )
     return jnp.take_along_axis(totals, index, axis=1)
 
 
@@ -65,21 +80,30 @@ def rank_in_sequence(mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"]) -
     return before - jax.lax.cummax(jnp.where(starts_sequence(segment_ids), before, 0), axis=1)
 
 
-def running_sum(x: Float[Array, "B T"], mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"]) -> Float[Array, "B T"]:
+def running_sum(
+    x: Float[Array, "B T"], mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"]
+) -> Float[Array, "B T"]:
     """At every column, the sum of the unmasked entries of the same sequence up to and including it."""
 
-    # Not a difference of two sums over the row: that would round by what the sequences before this one hold.
+    # Not a difference of two sums over the row: that would round by what the sequences before this
+    # one hold.
     def add(earlier, later):
         (before, was_started), (total, is_started) = earlier, later
         return jnp.where(is_started, total, before + total), was_started | is_started
 
-    return jax.lax.associative_scan(add, (zero_where_masked(x, mask), starts_sequence(segment_ids)), axis=1)[0]
+    return jax.lax.associative_scan(
+        add, (zero_where_masked(x, mask), starts_sequence(segment_ids)), axis=1
+    )[0]
 
 
 def reverse_discounted_sum(
-    x: Float[Array, "B T"], mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"], discount: float
+    x: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    discount: float,
 ) -> Float[Array, "B T"]:
-    """`y[b, t] = x[b, t] + discount * y[b, t + 1]` over the unmasked columns, never across a segment's end.
+    """`y[b, t] = x[b, t] + discount * y[b, t + 1]` over the unmasked columns, never across a
+    segment's end.
 
     Masked columns contribute 0 and neither reset nor decay the sum. Returns 0 on masked columns.
     """

@@ -1,4 +1,6 @@
-"""Charts of the audit: a row a subject, its name beside what was measured, so that nothing has to be looked up in a legend."""
+"""Charts of the audit: a row a subject, its name beside what was measured, so that nothing has to
+be looked up in a legend.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from typing import Any
 
 from opdjax.report.charts import COLOURS, box, picture, swatch, tick
 from opdjax.report.markup import Html, tag
-from opdjax.results import is_number
+from opdjax.runs.results import is_number
 
 _WIDTH, _ROW, _FONT = 560, 27, 14
 _TOP, _BOTTOM = 4, 54
@@ -22,14 +24,18 @@ _HATCHES = {"prompt": "", "trajectory": "////", "action": ""}
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A subject in a chart. `value` is an angle or a ratio; `note` is written in its place where there is none."""
+    """A subject in a chart. `value` is an angle or a ratio; `note` is written in its place where
+    there is none.
+    """
 
     label: str
     is_pitfall: bool = False
     value: float | None = None
     low: float | None = None
     high: float | None = None
-    parts: tuple[float, ...] = ()  # sizes of the PARTS; `value` is then their sum, to which one below 0 counts too
+    parts: tuple[
+        float, ...
+    ] = ()  # sizes of the PARTS; `value` is then their sum, to which one below 0 counts too
     is_target: bool = False  # it says that it points here
     text: str = ""  # the number, written at the right edge
     note: str = ""
@@ -39,17 +45,34 @@ Groups = Sequence[tuple[str, Sequence[Entry]]]  # a heading ("" for none) and th
 
 
 def angles(title: str, x_label: str, groups: Groups, *, widest: float, where: str) -> Html | None:
-    """Degrees between an estimator's expected gradient and an exact one; a ring at 0 marks what it says that it is."""
+    """Degrees between an estimator's expected gradient and an exact one; a ring at 0 marks what it
+    says that it is.
+    """
 
     def paint(axes: Any) -> None:
         axes.set_xlim(-0.05 * widest, 1.05 * widest)
-        axes.set_xticks([degrees for degrees in range(0, 181, 30 if widest > 60 else 15) if degrees <= 1.05 * widest])
+        axes.set_xticks(
+            [
+                degrees
+                for degrees in range(0, 181, 30 if widest > 60 else 15)
+                if degrees <= 1.05 * widest
+            ]
+        )
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}°")
 
     def mark(axes: Any, y: float, entry: Entry) -> None:
         colour = _colour(entry)
         if entry.is_target:
-            axes.plot([0], [y], marker="o", markersize=17, color="none", markeredgecolor=COLOURS["ink"], markeredgewidth=1.4, zorder=4)
+            axes.plot(
+                [0],
+                [y],
+                marker="o",
+                markersize=17,
+                color="none",
+                markeredgecolor=COLOURS["ink"],
+                markeredgewidth=1.4,
+                zorder=4,
+            )
         axes.plot([0, entry.value], [y, y], color=colour, linewidth=1.8, zorder=2.5)
         axes.plot([entry.value], [y], **_marker(entry), zorder=5)
 
@@ -59,7 +82,12 @@ def angles(title: str, x_label: str, groups: Groups, *, widest: float, where: st
 def ratios(title: str, x_label: str, groups: Groups) -> Html | None:
     """Ratios on a logarithmic scale, as bars from 1: to the left less, to the right more."""
     entries = [entry for _, rows in groups for entry in rows]
-    ends = [end for entry in entries for end in (entry.value, entry.low, entry.high) if is_number(end) and end > 0]
+    ends = [
+        end
+        for entry in entries
+        for end in (entry.value, entry.low, entry.high)
+        if is_number(end) and end > 0
+    ]
     low, high = min([*ends, 0.8]) / 1.1, max([*ends, 1.25]) * 1.1
 
     def paint(axes: Any) -> None:
@@ -71,9 +99,24 @@ def ratios(title: str, x_label: str, groups: Groups) -> Html | None:
 
     def mark(axes: Any, y: float, entry: Entry) -> None:
         value = max(entry.value, low)
-        axes.barh([y], [value - 1], left=1, height=0.56, color=_colour(entry), alpha=0.3, linewidth=0, zorder=2.5)
+        axes.barh(
+            [y],
+            [value - 1],
+            left=1,
+            height=0.56,
+            color=_colour(entry),
+            alpha=0.3,
+            linewidth=0,
+            zorder=2.5,
+        )
         if is_number(entry.low) and is_number(entry.high):
-            axes.plot([max(entry.low, low), entry.high], [y, y], color=_colour(entry), linewidth=2.2, zorder=3)
+            axes.plot(
+                [max(entry.low, low), entry.high],
+                [y, y],
+                color=_colour(entry),
+                linewidth=2.2,
+                zorder=3,
+            )
         axes.plot([value], [y], **_marker(entry), zorder=4)
 
     return _figure(title, x_label, groups, paint, mark)
@@ -95,29 +138,62 @@ def stacks(title: str, x_label: str, groups: Groups, *, limit: float, unit: str)
         start = 0.0
         for (part, slot), size in zip(PARTS.items(), entry.parts):
             colour = COLOURS[f"series-{slot}"]
-            solid = {"facecolor": colour, "linewidth": 0} if not _HATCHES[part] else {"facecolor": "none", "linewidth": 0.8}
-            axes.barh([y], [size], left=start, height=0.62, edgecolor=colour, hatch=_HATCHES[part], **solid, zorder=3)
+            solid = (
+                {"facecolor": colour, "linewidth": 0}
+                if not _HATCHES[part]
+                else {"facecolor": "none", "linewidth": 0.8}
+            )
+            axes.barh(
+                [y],
+                [size],
+                left=start,
+                height=0.62,
+                edgecolor=colour,
+                hatch=_HATCHES[part],
+                **solid,
+                zorder=3,
+            )
             start += size
         if is_number(entry.value) and 0 <= entry.value <= limit:
-            axes.plot([entry.value, entry.value], [y - 0.44, y + 0.44], color=COLOURS["ink"], linewidth=2.6, zorder=5)
+            axes.plot(
+                [entry.value, entry.value],
+                [y - 0.44, y + 0.44],
+                color=COLOURS["ink"],
+                linewidth=2.6,
+                zorder=5,
+            )
         if start > limit:
-            axes.plot([limit], [y], marker=">", markersize=9, color=COLOURS["ink"], clip_on=False, zorder=5)
+            axes.plot(
+                [limit],
+                [y],
+                marker=">",
+                markersize=9,
+                color=COLOURS["ink"],
+                clip_on=False,
+                zorder=5,
+            )
 
     return _figure(title, x_label, groups, paint, mark)
 
 
-def _figure(title: str, x_label: str, groups: Groups, paint: Callable, mark: Callable, where: str = "") -> Html | None:
+def _figure(
+    title: str, x_label: str, groups: Groups, paint: Callable, mark: Callable, where: str = ""
+) -> Html | None:
     entries = [entry for _, rows in groups for entry in rows]
     if not entries:
         return None
     lines = len(entries) + sum(1.15 for heading, _ in groups if heading)
     height = _TOP + _ROW * lines + _BOTTOM
-    labels = min(max([len(entry.label) for entry in entries], default=0) * _GLYPH + _GAP, 0.48 * _WIDTH)
+    labels = min(
+        max([len(entry.label) for entry in entries], default=0) * _GLYPH + _GAP, 0.48 * _WIDTH
+    )
     texts = max([len(entry.text) for entry in entries], default=0) * _GLYPH
     right = _WIDTH - (texts + _GAP if texts else _GAP)
 
     def draw(figure: Any) -> None:
-        axes = figure.add_axes((labels / _WIDTH, _BOTTOM / height, (right - labels) / _WIDTH, _ROW * lines / height))
+        axes = figure.add_axes(
+            (labels / _WIDTH, _BOTTOM / height, (right - labels) / _WIDTH, _ROW * lines / height)
+        )
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.set_ylim(lines, 0)
         axes.set_yticks([])
@@ -127,30 +203,71 @@ def _figure(title: str, x_label: str, groups: Groups, paint: Callable, mark: Cal
         axes.minorticks_off()
         axes.tick_params(length=0, pad=6, labelsize=_FONT)
         beside = axes.get_yaxis_transform()  # x in widths of the panel, y in rows
-        at = lambda x: (x - labels) / (right - labels)  # noqa: E731
-        axes.text(at(labels), lines + 1.6, x_label, color=COLOURS["muted"], fontsize=_FONT, va="center", transform=beside, clip_on=False)
+        at = lambda x: (x - labels) / (right - labels)
+        axes.text(
+            at(labels),
+            lines + 1.6,
+            x_label,
+            color=COLOURS["muted"],
+            fontsize=_FONT,
+            va="center",
+            transform=beside,
+            clip_on=False,
+        )
         y = 0.0
         for heading, rows in groups:
             if heading:
-                style = {"color": COLOURS["muted"], "fontsize": _FONT, "fontweight": "bold", "va": "center"}
+                style = {
+                    "color": COLOURS["muted"],
+                    "fontsize": _FONT,
+                    "fontweight": "bold",
+                    "va": "center",
+                }
                 axes.text(at(0), y + 0.72, heading, **style, transform=beside, zorder=6)
                 y += 1.15
             for entry in rows:
-                style = {"fontsize": min(_FONT, _FONT * (labels - _GAP) / (len(entry.label) * _GLYPH or 1)), "va": "center"}
+                style = {
+                    "fontsize": min(
+                        _FONT, _FONT * (labels - _GAP) / (len(entry.label) * _GLYPH or 1)
+                    ),
+                    "va": "center",
+                }
                 axes.text(
-                    at(0), y + 0.5, entry.label, color=_colour(entry) if entry.is_pitfall else COLOURS["ink"], **style, transform=beside
+                    at(0),
+                    y + 0.5,
+                    entry.label,
+                    color=_colour(entry) if entry.is_pitfall else COLOURS["ink"],
+                    **style,
+                    transform=beside,
                 )
                 if entry.text:
-                    axes.text(at(_WIDTH), y + 0.5, entry.text, ha="right", va="center", fontsize=_FONT, transform=beside)
+                    axes.text(
+                        at(_WIDTH),
+                        y + 0.5,
+                        entry.text,
+                        ha="right",
+                        va="center",
+                        fontsize=_FONT,
+                        transform=beside,
+                    )
                 if entry.note:
                     axes.axhspan(y, y + 1, color=COLOURS["grid"], linewidth=0, zorder=1)
-                    note = {"color": COLOURS["muted"], "fontsize": _FONT - 0.5, "ha": "center", "va": "center"}
+                    note = {
+                        "color": COLOURS["muted"],
+                        "fontsize": _FONT - 0.5,
+                        "ha": "center",
+                        "va": "center",
+                    }
                     axes.text(0.5, y + 0.5, entry.note, **note, transform=beside, zorder=6)
                 elif is_number(entry.value) or entry.parts:
                     mark(axes, y + 0.5, entry)
                 y += 1
 
-    return tag("figure", tag("h3", title), picture(", ".join(filter(None, (f"{title}: {x_label}", where))), _WIDTH, height, draw))
+    return tag(
+        "figure",
+        tag("h3", title),
+        picture(", ".join(filter(None, (f"{title}: {x_label}", where))), _WIDTH, height, draw),
+    )
 
 
 def _colour(entry: Entry) -> str:
@@ -169,7 +286,11 @@ def _marker(entry: Entry) -> dict[str, Any]:
 def _log_ticks(low: float, high: float) -> list[float]:
     """Few round numbers, 1 among them."""
     for steps in ((1, 1.2, 1.5, 2, 3, 5, 8), (1, 2, 5), (1, 3), (1,)):
-        found = [round(m * 10.0**e, 12) for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for m in steps]
+        found = [
+            round(m * 10.0**e, 12)
+            for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+            for m in steps
+        ]
         found = [value for value in found if low <= value <= high]
         if len(found) <= 6:
             break
@@ -202,7 +323,9 @@ def shares(title: str, x_label: str, categories: Sequence[str], kinds: Sequence[
         for number, kind in enumerate(kinds):
             colour = COLOURS[f"series-{kind.slot}"]
             solid = (
-                {"facecolor": colour, "linewidth": 0} if not kind.hatch else {"facecolor": "none", "linewidth": 0.8, "hatch": kind.hatch}
+                {"facecolor": colour, "linewidth": 0}
+                if not kind.hatch
+                else {"facecolor": "none", "linewidth": 0.8, "hatch": kind.hatch}
             )
             x = [at + width * (number - (len(kinds) - 1) / 2) for at in range(len(categories))]
             heights = [100 * value if is_number(value) else 0.0 for value in kind.values]
@@ -211,9 +334,22 @@ def shares(title: str, x_label: str, categories: Sequence[str], kinds: Sequence[
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
         axes.tick_params(length=0, pad=6, labelsize=_FONT + 1)
         axes.set_xlim(-0.55, len(categories) - 0.45)
-        axes.text(0.5, -0.17, x_label, transform=axes.transAxes, color=COLOURS["muted"], fontsize=_FONT + 1, ha="center", va="center")
+        axes.text(
+            0.5,
+            -0.17,
+            x_label,
+            transform=axes.transAxes,
+            color=COLOURS["muted"],
+            fontsize=_FONT + 1,
+            ha="center",
+            va="center",
+        )
 
-    return tag("figure", tag("h3", title), picture(f"{title}: share against {x_label}", _WIDTH, height, draw))
+    return tag(
+        "figure",
+        tag("h3", title),
+        picture(f"{title}: share against {x_label}", _WIDTH, height, draw),
+    )
 
 
 # Legends: HTML, which wraps on a narrow screen
@@ -235,9 +371,16 @@ def dot(*, is_pitfall: bool) -> Html:
     if not is_pitfall:
         return swatch(tag("circle", cx=14, cy=6, r=5, fill=colour), colour=colour)
     cross = {"stroke_width": 4, "stroke": colour}
-    return swatch(tag("line", x1=10, y1=2, x2=18, y2=10, **cross), tag("line", x1=10, y1=10, x2=18, y2=2, **cross), colour=colour)
+    return swatch(
+        tag("line", x1=10, y1=2, x2=18, y2=10, **cross),
+        tag("line", x1=10, y1=10, x2=18, y2=2, **cross),
+        colour=colour,
+    )
 
 
 def ring() -> Html:
     """The mark of what an estimator says that it is."""
-    return swatch(tag("circle", cx=14, cy=6, r=5.2, fill="none", stroke="var(--ink)", stroke_width=1.4), colour="var(--ink)")
+    return swatch(
+        tag("circle", cx=14, cy=6, r=5.2, fill="none", stroke="var(--ink)", stroke_width=1.4),
+        colour="var(--ink)",
+    )

@@ -6,12 +6,13 @@ import math
 from typing import Any
 
 from opdjax.report.markup import Html, number, shown, tag
-from opdjax.results import is_number
+from opdjax.runs.results import is_number
 
 Document = dict[str, Any]
 
 KL = {"reverse": "KL(student || teacher)", "forward": "KL(teacher || student)"}
-CLOSE = 1.0  # degrees within which an estimator is said to point somewhere: rounding moves a cosine of 1 by less
+# degrees within which an estimator is said to point somewhere: rounding moves a cosine of 1 by less
+CLOSE = 1.0
 EXACT = 1e-9  # what is enumerated is enumerated in float64
 _SHORT = {"baseline_top_k": "k", "support_top_k": "k", "renormalize": "renorm."}
 
@@ -22,7 +23,9 @@ def is_pitfall(document: Document, name: str) -> bool:
 
 
 def short(document: Document, name: str) -> str:
-    """A subject's name for a chart: its options without their names where the value alone says enough."""
+    """A subject's name for a chart: its options without their names where the value alone says
+    enough.
+    """
     about = document["subjects"].get(name, {})
     if not about.get("recipe"):
         return name
@@ -55,7 +58,13 @@ def percent(share: float | None, digits: int = 1) -> str:
     """Such as 12.3 %; what is no more than rounding is 0."""
     if not is_number(share):
         return "–"
-    return "0" if abs(share) < EXACT else f"{number(float(f'{100 * share:.{digits}f}'))} %" if abs(share) >= 1e-3 else "< 0.1 %"
+    return (
+        "0"
+        if abs(share) < EXACT
+        else f"{number(float(f'{100 * share:.{digits}f}'))} %"
+        if abs(share) >= 1e-3
+        else "< 0.1 %"
+    )
 
 
 def ratio(value: float | None, interval=None) -> str:
@@ -104,7 +113,9 @@ def verdict(document: Document, row: dict[str, Any], aim: str) -> str:
     aim = aim if aim in KL else "reverse"
     other = "forward" if aim == "reverse" else "reverse"
     if found[aim] is not None and found[aim] <= CLOSE:
-        return f"points along {KL[aim]} within {CLOSE:g}°, with a bias of {percent(row['bias'][aim])}"
+        return (
+            f"points along {KL[aim]} within {CLOSE:g}°, with a bias of {percent(row['bias'][aim])}"
+        )
     if found[other] is not None and found[other] <= CLOSE:
         return f"points along {KL[other]}, {degrees(found[aim])} from {KL[aim]}"
     return f"is off by {degrees(found[aim])}"

@@ -1,6 +1,8 @@
-"""Line charts as inline SVG: text stays text, and colours are CSS variables, so that one drawing serves light and dark.
+"""Line charts as inline SVG: text stays text, and colours are CSS variables, so that one drawing
+serves light and dark.
 
-A chart carries no legend: it stands beside it in HTML, where it wraps on a narrow screen and covers nothing.
+A chart carries no legend: it stands beside it in HTML, where it wraps on a narrow screen and covers
+nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +23,13 @@ SERIES = 6  # distinguishable by hue, dash and marker
 REST = -1  # the slot of lines that are only context
 _WIDTH, _HEIGHT = 380, 236
 # What matplotlib draws with, and the CSS variable that is put in its place.
-_ROLES = {"ink": "#fe0101", "muted": "#fe0202", "grid": "#fe0303", "rest": "#fe0404", "page": "#fe0505"}
+_ROLES = {
+    "ink": "#fe0101",
+    "muted": "#fe0202",
+    "grid": "#fe0303",
+    "rest": "#fe0404",
+    "page": "#fe0505",
+}
 COLOURS = _ROLES | {f"series-{slot}": f"#fe10{slot:02x}" for slot in range(SERIES)}
 _VARIABLES = {colour: f"var(--{name})" for name, colour in COLOURS.items()}
 _DASHES = ((), (6, 2), (1.5, 1.5), (7, 2, 1.5, 2), (10, 2.5), (3, 2))
@@ -30,8 +38,10 @@ _MANY_POINTS = 700
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
-    """One line; `low` and `high` bound its interval. The slot sets colour, dash and marker, the same in every chart."""
+class ChartLine:
+    """One line; `low` and `high` bound its interval. The slot sets colour, dash and marker, the
+    same in every chart.
+    """
 
     x: Sequence[float]
     y: Sequence[float | None]
@@ -56,10 +66,12 @@ class Chart:
     categories: Sequence[str] = ()  # names of x = 0, 1, 2 …
     reference: float | None = None  # a thin horizontal line
     bounds: tuple[float | None, float | None] = (None, None)  # what y cannot leave
-    y_range: tuple[float, float] | None = None  # for charts that are compared; otherwise as the lines need it
+    y_range: tuple[float, float] | None = (
+        None  # for charts that are compared; otherwise as the lines need it
+    )
 
 
-def draw(chart: Chart, lines: Sequence[Line]) -> Html:
+def draw(chart: Chart, lines: Sequence[ChartLine]) -> Html:
     """The chart as a figure with its title and caption; ImportError where matplotlib is missing."""
     described = f"{chart.title}: {chart.y_label} against {chart.x_label}"
     caption = tag("figcaption", chart.about) if chart.about is not None else None
@@ -75,7 +87,9 @@ def legend(entries: Sequence[tuple[str, int]], *, has_dashes: bool = True) -> Ht
     """Names of slots, each with a piece of its line."""
     items = []
     for name, slot in entries:
-        dash = " ".join(f"{d * 1.5:g}" for d in _DASHES[slot]) if has_dashes and slot != REST else ""
+        dash = (
+            " ".join(f"{d * 1.5:g}" for d in _DASHES[slot]) if has_dashes and slot != REST else ""
+        )
         stroke = tag("line", x1=1, y1=6, x2=27, y2=6, stroke_dasharray=dash or None)
         items.append(tag("li", swatch(stroke, colour=_variable(slot)), name))
     return tag("ul", *items, class_="legend")
@@ -83,7 +97,9 @@ def legend(entries: Sequence[tuple[str, int]], *, has_dashes: bool = True) -> Ht
 
 def swatches(entries: Sequence[tuple[str, Html]]) -> Html:
     """Names, each with its mark."""
-    return tag("ul", *(tag("li", mark, tag("span", name)) for name, mark in entries), class_="legend")
+    return tag(
+        "ul", *(tag("li", mark, tag("span", name)) for name, mark in entries), class_="legend"
+    )
 
 
 def box(slot: int, hatch: str = "") -> Html:
@@ -96,7 +112,14 @@ def box(slot: int, hatch: str = "") -> Html:
 
 def swatch(*shapes: Html, colour: str) -> Html:
     """A piece of what is drawn, as large as a word, for a legend."""
-    return tag("svg", *shapes, viewBox="0 0 28 12", class_="swatch", style=f"color: {colour}", aria_hidden="true")
+    return tag(
+        "svg",
+        *shapes,
+        viewBox="0 0 28 12",
+        class_="swatch",
+        style=f"color: {colour}",
+        aria_hidden="true",
+    )
 
 
 def _variable(slot: int) -> str:
@@ -127,26 +150,39 @@ def _windowed(values: np.ndarray, window: int) -> np.ndarray:
     return sums[np.minimum(at + after, len(values))] - sums[np.maximum(at - before, 0)]
 
 
-def curve(steps: Sequence[float], values: Sequence[float | None], window: int, slot: int = 0) -> list[Line]:
-    """Every step in pale and the mean over `window` steps before it; the steps alone where the window is one step."""
-    raw = Line(steps, values, slot=slot, is_faint=window > 1)
-    return [raw, Line(steps, list(smooth(values, window)), slot=slot)] if window > 1 else [raw]
+def curve(
+    steps: Sequence[float], values: Sequence[float | None], window: int, slot: int = 0
+) -> list[ChartLine]:
+    """Every step in pale and the mean over `window` steps before it; the steps alone where the
+    window is one step.
+    """
+    raw = ChartLine(steps, values, slot=slot, is_faint=window > 1)
+    return [raw, ChartLine(steps, list(smooth(values, window)), slot=slot)] if window > 1 else [raw]
 
 
 def thin(x: Sequence[float], y: Sequence[float | None]) -> tuple[np.ndarray, np.ndarray]:
-    """The same line with fewer points: the least and the greatest of each stretch stay, so that no spike is lost."""
-    x, y = np.asarray(x, float), np.array([math.nan if value is None else value for value in y], float)
+    """The same line with fewer points: the least and the greatest of each stretch stay, so that no
+    spike is lost.
+    """
+    x, y = (
+        np.asarray(x, float),
+        np.array([math.nan if value is None else value for value in y], float),
+    )
     if len(x) <= _MANY_POINTS:
         return x, y
     kept: set[int] = {0, len(x) - 1}
     for part in np.array_split(np.arange(len(x)), _MANY_POINTS // 2):
         known = part[np.isfinite(y[part])]
-        kept |= {int(known[y[known].argmin()]), int(known[y[known].argmax()])} if len(known) else {int(part[0])}
+        kept |= (
+            {int(known[y[known].argmin()]), int(known[y[known].argmax()])}
+            if len(known)
+            else {int(part[0])}
+        )
     chosen = sorted(kept)
     return x[chosen], y[chosen]
 
 
-def _svg(chart: Chart, lines: Sequence[Line], described: str) -> Html:
+def _svg(chart: Chart, lines: Sequence[ChartLine], described: str) -> Html:
     def paint(figure: Any) -> None:
         axes = figure.add_axes((0.135, 0.19, 0.84, 0.7))
         _frame(axes, chart)
@@ -159,16 +195,27 @@ def _svg(chart: Chart, lines: Sequence[Line], described: str) -> Html:
 
 
 def picture(described: str, width: float, height: float, paint: Callable[[Any], None]) -> Html:
-    """What `paint` puts on a figure of this size (pixels) in COLOURS, as inline SVG; ImportError where matplotlib is missing."""
+    """What `paint` puts on a figure of this size (pixels) in COLOURS, as inline SVG; ImportError
+    where matplotlib is missing.
+    """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     settings = {
-        "svg.fonttype": "none", "svg.hashsalt": "opdjax", "font.size": 11, "axes.linewidth": 0.8, "lines.solid_capstyle": "round",
-        "text.color": COLOURS["ink"], "text.parse_math": False, "axes.edgecolor": COLOURS["muted"], "grid.color": COLOURS["grid"],
-        "xtick.color": COLOURS["muted"], "ytick.color": COLOURS["muted"], "axes.labelcolor": COLOURS["muted"],
-    }  # fmt: skip
+        "svg.fonttype": "none",
+        "svg.hashsalt": "opdjax",
+        "font.size": 11,
+        "axes.linewidth": 0.8,
+        "lines.solid_capstyle": "round",
+        "text.color": COLOURS["ink"],
+        "text.parse_math": False,
+        "axes.edgecolor": COLOURS["muted"],
+        "grid.color": COLOURS["grid"],
+        "xtick.color": COLOURS["muted"],
+        "ytick.color": COLOURS["muted"],
+        "axes.labelcolor": COLOURS["muted"],
+    }
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(width / 72, height / 72))
         FigureCanvasSVG(figure)
@@ -186,7 +233,15 @@ def _frame(axes: Any, chart: Chart) -> None:
     axes.margins(x=0.05 if chart.is_x_log or chart.categories else 0.02)
     # At fixed places: matplotlib would measure every tick label, twice, to find them.
     axes.text(-0.13, 1.055, chart.y_label, transform=axes.transAxes, color=COLOURS["muted"])
-    axes.text(0.5, -0.15, chart.x_label, transform=axes.transAxes, color=COLOURS["muted"], ha="center", va="top")
+    axes.text(
+        0.5,
+        -0.15,
+        chart.x_label,
+        transform=axes.transAxes,
+        color=COLOURS["muted"],
+        ha="center",
+        va="top",
+    )
     if chart.reference is not None:
         axes.axhline(chart.reference, color=COLOURS["muted"], linewidth=0.9, dashes=(4, 3))
     if chart.is_x_log:
@@ -195,11 +250,20 @@ def _frame(axes: Any, chart: Chart) -> None:
         axes.set_yscale("log")
 
 
-def y_range(chart: Chart, lines: Iterable[Line]) -> tuple[float, float]:
-    """Room for every line and most of its interval: one that is several times wider than all lines together is cut at the edge."""
+def y_range(chart: Chart, lines: Iterable[ChartLine]) -> tuple[float, float]:
+    """Room for every line and most of its interval: one that is several times wider than all lines
+    together is cut at the edge.
+    """
     lines = list(lines)
     means = _finite(value for line in lines for value in line.y)
-    ends = _finite(value for line in lines if line.slot != REST for side in (line.low, line.high) if side is not None for value in side)
+    ends = _finite(
+        value
+        for line in lines
+        if line.slot != REST
+        for side in (line.low, line.high)
+        if side is not None
+        for value in side
+    )
     if chart.is_y_log:
         means, ends = [value for value in means if value > 0], []
     if not means:
@@ -210,8 +274,13 @@ def y_range(chart: Chart, lines: Iterable[Line]) -> tuple[float, float]:
     if chart.reference is not None and chart.reference > 0.5 * least and chart.reference < 2 * most:
         least, most = min(least, chart.reference), max(most, chart.reference)
     spread = most - least
-    low, high = min([least, *(max(end, least - spread) for end in ends)]), max([most, *(min(end, most + spread) for end in ends)])
-    if high - low < 1e-9 * max(abs(low), abs(high)):  # one value but for rounding, which would else be drawn as large as the chart
+    low, high = (
+        min([least, *(max(end, least - spread) for end in ends)]),
+        max([most, *(min(end, most + spread) for end in ends)]),
+    )
+    if high - low < 1e-9 * max(
+        abs(low), abs(high)
+    ):  # one value but for rounding, which would else be drawn as large as the chart
         low = high
     margin = 0.06 * (high - low) or 0.05 * max(abs(high), 1.0 if high == 0 else 0.0)
     below, above = chart.bounds
@@ -226,11 +295,19 @@ def _finite(values: Iterable[float | None]) -> list[float]:
     return [float(value) for value in values if value is not None and math.isfinite(value)]
 
 
-def _draw_line(axes: Any, line: Line, *, is_many: bool) -> None:
+def _draw_line(axes: Any, line: ChartLine, *, is_many: bool) -> None:
     colour = COLOURS["rest"] if line.slot == REST else COLOURS[f"series-{line.slot}"]
-    x, y = thin(line.x, line.y) if line.low is None else (np.asarray(line.x, float), np.asarray(line.y, float))
+    x, y = (
+        thin(line.x, line.y)
+        if line.low is None
+        else (np.asarray(line.x, float), np.asarray(line.y, float))
+    )
     width = 0.8 if line.is_faint or line.slot == REST else 1.9
-    style: dict[str, Any] = {"color": colour, "linewidth": width, "alpha": 0.4 if line.is_faint else 1.0}
+    style: dict[str, Any] = {
+        "color": colour,
+        "linewidth": width,
+        "alpha": 0.4 if line.is_faint else 1.0,
+    }
     style["zorder"] = 1.5 if line.slot == REST else 2.0 if line.is_faint else 3.0
     if is_many and line.slot != REST and not line.is_faint and _DASHES[line.slot]:
         style["dashes"] = _DASHES[line.slot]
@@ -244,32 +321,65 @@ def _draw_line(axes: Any, line: Line, *, is_many: bool) -> None:
     if line.bars:
         axes.vlines(x[known], low[known], high[known], color=colour, linewidth=1.2, zorder=2.5)
     elif known.any():
-        axes.fill_between(x, low, high, where=known, color=colour, alpha=0.1 if is_many else 0.16, linewidth=0, zorder=1.8)
+        axes.fill_between(
+            x,
+            low,
+            high,
+            where=known,
+            color=colour,
+            alpha=0.1 if is_many else 0.16,
+            linewidth=0,
+            zorder=1.8,
+        )
 
 
 def _ticks(axes: Any, chart: Chart) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    scientific = FuncFormatter(lambda value, _: f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-").replace("e+00", ""))
+    scientific = FuncFormatter(
+        lambda value, _: f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-").replace("e+00", "")
+    )
     for axis, is_log in ((axes.xaxis, chart.is_x_log), (axes.yaxis, chart.is_y_log)):
         axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(scientific if is_log and axis is axes.xaxis else FuncFormatter(lambda value, _: tick(value)))
+        axis.set_major_formatter(
+            scientific
+            if is_log and axis is axes.xaxis
+            else FuncFormatter(lambda value, _: tick(value))
+        )
         if not is_log:
-            axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=axis is axes.xaxis))
+            axis.set_major_locator(
+                MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=axis is axes.xaxis)
+            )
         else:
             low, high = sorted(axis.get_view_interval())
             decades = math.log10(high / low)
-            axis.set_major_locator(LogLocator(subs=(1.0,) if decades > 4 else (1.0, 3.0) if decades > 1.2 else (1.0, 2.0, 3.0, 5.0)))
+            axis.set_major_locator(
+                LogLocator(
+                    subs=(1.0,)
+                    if decades > 4
+                    else (1.0, 3.0)
+                    if decades > 1.2
+                    else (1.0, 2.0, 3.0, 5.0)
+                )
+            )
     if chart.is_x_log:  # few, unevenly spaced values: a tick on each
         drawn = sorted(
-            {float(value) for line in axes.get_lines() if len(line.get_xdata()) > 0 for value in line.get_xdata() if value > 1e-30}
+            {
+                float(value)
+                for line in axes.get_lines()
+                if len(line.get_xdata()) > 0
+                for value in line.get_xdata()
+                if value > 1e-30
+            }
         )
         if 0 < len(drawn) <= 6:
             axes.xaxis.set_major_locator(FixedLocator(drawn))
     if chart.categories:
         every = math.ceil(len(chart.categories) / 6)
         axes.set_xticks(range(0, len(chart.categories), every), chart.categories[::every])
-        axes.set_xlim(-0.3, len(chart.categories) - 0.7)  # all of them, whether or not a line is there
+        axes.set_xlim(
+            -0.3, len(chart.categories) - 0.7
+        )  # all of them, whether or not a line is there
 
 
 def tick(value: float) -> str:
@@ -281,24 +391,44 @@ def tick(value: float) -> str:
 
 
 def _inline(svg: str, described: str, width: float, height: float) -> str:
-    """Only the drawing, scaling with its column, with variables for colours and the page's own font."""
+    """Only the drawing, scaling with its column, with variables for colours and the page's own
+    font.
+    """
     body = svg[svg.index("<svg") :]
     body = body[body.index(">") + 1 :]
-    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
+    body = re.sub(
+        r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL
+    )
     body = re.sub(r"<[^>]*>", lambda found: _plain(found[0]), body)
     used = set(re.findall(r"#([\w.-]+)", body))
-    own = "c" + hashlib.sha256((described + body).encode()).hexdigest()[:8]  # no two charts of a page share an id
-    body = re.sub(r' id="([^"]+)"', lambda found: f' id="{own}{found[1]}"' if found[1] in used else "", body)
+    own = (
+        "c" + hashlib.sha256((described + body).encode()).hexdigest()[:8]
+    )  # no two charts of a page share an id
+    body = re.sub(
+        r' id="([^"]+)"', lambda found: f' id="{own}{found[1]}"' if found[1] in used else "", body
+    )
     body = re.sub(r'(href="#|url\(#)', rf"\g<1>{own}", body).replace("xlink:href", "href")
     body = re.sub(r"\s*\n\s*", " ", body)
-    start = str(tag("svg", class_="chart", viewBox=f"0 0 {width:g} {height:g}", role="img", aria_label=described)).removesuffix("</svg>")
+    start = str(
+        tag(
+            "svg",
+            class_="chart",
+            viewBox=f"0 0 {width:g} {height:g}",
+            role="img",
+            aria_label=described,
+        )
+    ).removesuffix("</svg>")
     return start + body
 
 
 def _plain(element: str) -> str:
-    """One SVG element without what the page's style sheet says better, its coordinates to a hundredth."""
+    """One SVG element without what the page's style sheet says better, its coordinates to a
+    hundredth.
+    """
     element = re.sub(r" font-family: [^;\"]*;?| transform=\"rotate\(-0 [^\"]*\"", "", element)
-    element = re.sub(r"\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), element)
+    element = re.sub(
+        r"\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), element
+    )
     for colour, variable in _VARIABLES.items():
         element = element.replace(colour, variable)
     return element

@@ -1,4 +1,6 @@
-"""HTML that is escaped by construction: every text becomes safe when it enters a tag, and numbers are written one way."""
+"""HTML that is escaped by construction: every text becomes safe when it enters a tag, and numbers
+are written one way.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import html
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from opdjax.results import is_number
+from opdjax.runs.results import is_number
 
 _VOID = {"br", "col", "input", "meta"}
 
@@ -19,21 +21,55 @@ class Html(str):
 
 def join(parts: Iterable[Any]) -> Html:
     """Children one after another: HTML as it is, None as nothing, all else escaped."""
-    return Html("".join(part if isinstance(part, Html) else html.escape(str(part)) for part in parts if part is not None))
+    return Html(
+        "".join(
+            part if isinstance(part, Html) else html.escape(str(part))
+            for part in parts
+            if part is not None
+        )
+    )
 
 
 def tag(name: str, /, *children: Any, **attributes: Any) -> Html:
-    """An element. Attributes: `class_` is class, `data_x` is data-x, True is a bare attribute, None and False are left out."""
-    given = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items() if value is not None and value is not False}
-    written = "".join(f" {key}" if value is True else f' {key}="{html.escape(str(value))}"' for key, value in given.items())
-    return Html(f"<{name}{written}>") if name in _VOID else Html(f"<{name}{written}>{join(children)}</{name}>")
+    """An element. Attributes: `class_` is class, `data_x` is data-x, True is a bare attribute, None
+    and False are left out.
+    """
+    given = {
+        key.rstrip("_").replace("_", "-"): value
+        for key, value in attributes.items()
+        if value is not None and value is not False
+    }
+    written = "".join(
+        f" {key}" if value is True else f' {key}="{html.escape(str(value))}"'
+        for key, value in given.items()
+    )
+    return (
+        Html(f"<{name}{written}>")
+        if name in _VOID
+        else Html(f"<{name}{written}>{join(children)}</{name}>")
+    )
 
 
-def table(head: Sequence[Any], rows: Iterable[Sequence[Any]], *, caption: Any = None, class_: str | None = None) -> Html:
-    """A table in a box of its own that scrolls sideways where the screen is narrow. A cell may be a ready `td` or `th`."""
+def table(
+    head: Sequence[Any],
+    rows: Iterable[Sequence[Any]],
+    *,
+    caption: Any = None,
+    class_: str | None = None,
+) -> Html:
+    """A table in a box of its own that scrolls sideways where the screen is narrow. A cell may be a
+    ready `td` or `th`.
+    """
     columns = tag("thead", tag("tr", *(_cell(cell, "th", scope="col") for cell in head)))
     body = tag("tbody", *(row if isinstance(row, Html) else table_row(row) for row in rows))
-    box = tag("div", tag("table", columns, body, class_=class_), class_="scroll", tabindex=0, role="group", aria_label="table")
+    box = tag(
+        "div",
+        tag("table", columns, body, class_=class_),
+        class_="scroll",
+        tabindex=0,
+        role="group",
+        aria_label="table",
+    )
     # Not a <caption>: that would be as wide as the table and scroll away with it.
     return box if caption is None else join((box, tag("p", caption, class_="quiet")))
 
@@ -41,7 +77,9 @@ def table(head: Sequence[Any], rows: Iterable[Sequence[Any]], *, caption: Any = 
 def table_row(cells: Sequence[Any], **attributes: Any) -> Html:
     """A row whose first cell names it."""
     first, *others = cells
-    return tag("tr", _cell(first, "th", scope="row"), *(_cell(cell, "td") for cell in others), **attributes)
+    return tag(
+        "tr", _cell(first, "th", scope="row"), *(_cell(cell, "td") for cell in others), **attributes
+    )
 
 
 def _cell(content: Any, name: str, **attributes: Any) -> Html:
@@ -61,20 +99,27 @@ def details(summary: Any, *children: Any, **attributes: Any) -> Html:
 
 
 def tabs(name: str, views: dict[str, Any], question: str) -> Html:
-    """One of several views at a time, chosen by radio buttons alone, so that it works without JavaScript."""
+    """One of several views at a time, chosen by radio buttons alone, so that it works without
+    JavaScript.
+    """
     if len(views) == 1:
         return tag("div", *views.values())
     choices = []
     for number, view in enumerate(views):
         key = f"{name}-{number}"
-        choices += [tag("input", type="radio", name=name, id=key, checked=number == 0), tag("label", view, for_=key)]
+        choices += [
+            tag("input", type="radio", name=name, id=key, checked=number == 0),
+            tag("label", view, for_=key),
+        ]
     panels = [tag("div", panel, class_="panel") for panel in views.values()]
     return tag("div", tag("span", question, class_="question"), *choices, *panels, class_="tabs")
 
 
 def definitions(pairs: dict[str, Any]) -> Html:
     """Words and what they mean."""
-    return tag("dl", *(join((tag("dt", name), tag("dd", meaning))) for name, meaning in pairs.items()))
+    return tag(
+        "dl", *(join((tag("dt", name), tag("dd", meaning))) for name, meaning in pairs.items())
+    )
 
 
 def notice(*children: Any, kind: str = "note") -> Html:
@@ -92,7 +137,9 @@ def fixed(value: float | None, digits: int = 3) -> str:
     return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−") if is_number(value) else "–"
 
 
-def plus_minus(value: float | None, half_width: float | None, digits: int = 3, *, signed: bool = False) -> str:
+def plus_minus(
+    value: float | None, half_width: float | None, digits: int = 3, *, signed: bool = False
+) -> str:
     """Such as 0.570 ± 0.021; an interval that one value alone cannot have is ± ∞."""
     if not is_number(value):
         return "–"
@@ -103,7 +150,9 @@ def plus_minus(value: float | None, half_width: float | None, digits: int = 3, *
 
 
 def number(value: Any, smallest: float = 1e-3) -> str:
-    """Four significant digits, thousands set apart, those under `smallest` as in 3e-4; what is no number stays as it is."""
+    """Four significant digits, thousands set apart, those under `smallest` as in 3e-4; what is no
+    number stays as it is.
+    """
     if not is_number(value):
         return "–" if value is None or isinstance(value, float) else str(value)
     if value == 0 or smallest <= abs(value) < 1e4:
@@ -117,7 +166,9 @@ def number(value: Any, smallest: float = 1e-3) -> str:
 
 
 def amount(value: float, half_width: float) -> str:
-    """Such as 30,640 ± 8,900 or 0.0515 ± 0.055: figures enough for quantities of any size, with thousands set apart."""
+    """Such as 30,640 ± 8,900 or 0.0515 ± 0.055: figures enough for quantities of any size, with
+    thousands set apart.
+    """
     told = number(float(f"{value:.4g}"))
     return f"{told} ± {number(float(f'{half_width:.2g}')) if is_number(half_width) else '∞'}"
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from opdjax.results import AXES, Run, Span, mean
+from opdjax.runs.results import AXES, Run, Span, mean
 
 SCORES = ("avg@k", "greedy", "pass@k")
 _POSITION = "kl/position/"
@@ -20,9 +20,15 @@ def score_label(name: str, k: int | None) -> str:
 
 
 def evaluated(run: Run) -> list[dict[str, Any]]:
-    """The evaluations at the temperature of the config, by step; extra temperatures are another quantity."""
+    """The evaluations at the temperature of the config, by step; extra temperatures are another
+    quantity.
+    """
     temperature = run.config.get("evaluation", {}).get("temperature")
-    by_step = {row["step"]: row for row in run.evaluations if row.get("temperature") == temperature and "avg@k" in row}
+    by_step = {
+        row["step"]: row
+        for row in run.evaluations
+        if row.get("temperature") == temperature and "avg@k" in row
+    }
     return [by_step[step] for step in sorted(by_step)]
 
 
@@ -33,7 +39,9 @@ def samples_per_prompt(run: Run) -> int | None:
 
 
 def totals(run: Run, axis: str, steps: Iterable[int]) -> list[float] | None:
-    """What had been spent at each of the steps, in the units of the axis; None where the run did not record it."""
+    """What had been spent at each of the steps, in the units of the axis; None where the run did
+    not record it.
+    """
     found = [run.total_at(axis, step) for step in steps]
     is_recorded = AXES[axis] is None or any(AXES[axis] in row for row in run.metrics)
     return found if is_recorded and all(map(math.isfinite, found)) else None
@@ -56,25 +64,40 @@ def smoothing_window(num_steps: int) -> int:
 
 
 def end_length(num_steps: int) -> int:
-    """Steps that a profile at the start or the end of training is averaged over: a tenth, at least ten."""
+    """Steps that a profile at the start or the end of training is averaged over: a tenth, at least
+    ten.
+    """
     return min(num_steps, max(10, num_steps // 10))
 
 
 def kl_by_position(rows: list[dict[str, Any]]) -> dict[Bucket, float]:
-    """Mean over the steps of KL(student || teacher) in each range of completion tokens that any of them reached."""
-    buckets = sorted({bucket for row in rows for name in row if (bucket := _bucket(name)) is not None})
-    means = {bucket: mean(row.get(f"{_POSITION}{_name(bucket, rows)}") for row in rows) for bucket in buckets}
+    """Mean over the steps of KL(student || teacher) in each range of completion tokens that any of
+    them reached.
+    """
+    buckets = sorted(
+        {bucket for row in rows for name in row if (bucket := _bucket(name)) is not None}
+    )
+    means = {
+        bucket: mean(row.get(f"{_POSITION}{_name(bucket, rows)}") for row in rows)
+        for bucket in buckets
+    }
     return {bucket: value for bucket, value in means.items() if value is not None}
 
 
 def _bucket(name: str) -> Bucket | None:
     first, _, last = name.removeprefix(_POSITION).partition("-")
-    return (int(first), int(last)) if name.startswith(_POSITION) and first.isdecimal() and last.isdecimal() else None
+    return (
+        (int(first), int(last))
+        if name.startswith(_POSITION) and first.isdecimal() and last.isdecimal()
+        else None
+    )
 
 
 def _name(bucket: Bucket, rows: list[dict[str, Any]]) -> str:
     """The ranges are written with leading zeros, as many as the longest needs."""
-    return next(name.removeprefix(_POSITION) for row in rows for name in row if _bucket(name) == bucket)
+    return next(
+        name.removeprefix(_POSITION) for row in rows for name in row if _bucket(name) == bucket
+    )
 
 
 def bucket_label(bucket: Bucket) -> str:
@@ -98,7 +121,9 @@ def leaves(values: dict[str, Any], path: str = "") -> dict[str, Any]:
     """A nested config as `section.field: value`."""
     found: dict[str, Any] = {}
     for name, value in values.items():
-        found |= leaves(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
+        found |= (
+            leaves(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
+        )
     return found
 
 

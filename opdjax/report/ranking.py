@@ -1,4 +1,6 @@
-"""The groups of a sweep with their finished runs, in order of their score. Only seeds of one group are ever averaged."""
+"""The groups of a sweep with their finished runs, in order of their score. Only seeds of one group
+are ever averaged.
+"""
 
 from __future__ import annotations
 
@@ -8,27 +10,31 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from opdjax.config.saved import upgrade
 from opdjax.report import measures
 from opdjax.report.charts import REST, SERIES
 from opdjax.report.markup import shown
-from opdjax.results import Group, Point, Run, groups, is_number, read_run, seed_interval
-from opdjax.workdir import as_of_today
+from opdjax.runs.results import Point, Run, SeedGroup, groups, is_number, read_run, seed_interval
 
 Interval = tuple[float, float]  # mean over seeds, half width of its 95 % interval
 
 
 @dataclasses.dataclass(frozen=True)
 class Ranked:
-    """A group and its finished runs; `slot` is its colour in every chart, REST where there are too many groups for colours."""
+    """A group and its finished runs; `slot` is its colour in every chart, REST where there are too
+    many groups for colours.
+    """
 
-    group: Group
+    group: SeedGroup
     runs: tuple[Run, ...]
     settings: dict[str, str]  # the overrides that tell it from other groups, as they are shown
     slot: int = REST
     is_reference: bool = False  # measures the teacher itself among students: a ceiling, not an arm
 
     def over_seeds(self, value: Callable[[Run], float | None]) -> Interval | None:
-        """Mean and half width of the 95 % interval over seeds of what the runs have; None where none has it."""
+        """Mean and half width of the 95 % interval over seeds of what the runs have; None where
+        none has it.
+        """
         return interval(value(run) for run in self.runs)
 
 
@@ -39,25 +45,41 @@ def interval(values: Iterable[float | None]) -> Interval | None:
 
 
 def ranked(points: list[Point]) -> list[Ranked]:
-    """All groups, the best avg@k first, those without a finished run after them, and last what measures the teacher itself."""
+    """All groups, the best avg@k first, those without a finished run after them, and last what
+    measures the teacher itself.
+    """
     together = groups(points)
     names = telling([group.overrides for group in together])
     found = [
         Ranked(
             group,
             tuple(read_run(point.workdir) for point in group.done),
-            {shown_as: override(group.overrides[name]) for name, shown_as in names.items() if name in group.overrides},
+            {
+                shown_as: override(group.overrides[name])
+                for name, shown_as in names.items()
+                if name in group.overrides
+            },
         )
         for group in together
     ]
-    found.sort(key=lambda entry: -entry.over_seeds(final("avg@k"))[0] if entry.over_seeds(final("avg@k")) else math.inf)
+    found.sort(
+        key=lambda entry: (
+            -entry.over_seeds(final("avg@k"))[0] if entry.over_seeds(final("avg@k")) else math.inf
+        )
+    )
     students = {group.points[0].config["student"]["path"] for group in together}
-    found = [dataclasses.replace(entry, is_reference=len(students) > 1 and _is_of_teacher(entry.group)) for entry in found]
-    return [*coloured([entry for entry in found if not entry.is_reference]), *(entry for entry in found if entry.is_reference)]
+    found = [
+        dataclasses.replace(entry, is_reference=len(students) > 1 and _is_of_teacher(entry.group))
+        for entry in found
+    ]
+    return [
+        *coloured([entry for entry in found if not entry.is_reference]),
+        *(entry for entry in found if entry.is_reference),
+    ]
 
 
-def _is_of_teacher(group: Group) -> bool:
-    config = as_of_today(group.points[0].config)
+def _is_of_teacher(group: SeedGroup) -> bool:
+    config = upgrade(group.points[0].config)
     return config["student"]["path"] == config["teacher"]["path"]
 
 
@@ -76,7 +98,12 @@ def final(score: str) -> Callable[[Run], float | None]:
 
 def before(entries: list[Ranked], score: str) -> float | None:
     """The untrained student's score where it is one and the same for all runs."""
-    found = {(run.result or {}).get("eval_before", {}).get(score) for entry in entries if not entry.is_reference for run in entry.runs}
+    found = {
+        (run.result or {}).get("eval_before", {}).get(score)
+        for entry in entries
+        if not entry.is_reference
+        for run in entry.runs
+    }
     return found.pop() if len(found) == 1 else None
 
 
@@ -90,39 +117,75 @@ def not_comparable(entries: list[Ranked]) -> list[tuple[str, str]]:
     """(kind of notice, text): what differs between finished runs although they stand side by side."""
     runs = [run for entry in entries for run in entry.runs]
     found = []
-    for digest, part in (("prompts", "data"), ("evaluation", "evaluation"), ("student", "student"), ("teacher", "teacher")):
+    for digest, part in (
+        ("prompts", "data"),
+        ("evaluation", "evaluation"),
+        ("student", "student"),
+        ("teacher", "teacher"),
+    ):
         seen: dict[str, set] = {}
         for run in runs:
             if run.data.get(digest) is not None:  # a run that loads no teacher has no digest of one
                 seen.setdefault(repr(run.config.get(part)), set()).add(run.data[digest])
         if any(len(digests) > 1 for digests in seen.values()):
             found.append(
-                ("warning", f"The {digest} digest differs between points with the same {part} settings: their files changed in between.")
+                (
+                    "warning",
+                    f"The {digest} digest differs between points with the same {part} settings: their files changed in between.",
+                )
             )
     if len({repr(_asked(run)) for run in runs}) > 1:
-        found.append(("warning", "The points were evaluated with different settings: compare scores only where those are the same."))
-    mixed = [fact for fact in ("opdjax", "commit", "jax") if len({repr(run.environment.get(fact)) for run in runs}) > 1]
+        found.append(
+            (
+                "warning",
+                "The points were evaluated with different settings: compare scores only where those are the same.",
+            )
+        )
+    mixed = [
+        fact
+        for fact in ("opdjax", "commit", "jax")
+        if len({repr(run.environment.get(fact)) for run in runs}) > 1
+    ]
     if mixed:
-        found.append(("note", f"The points were run under different versions ({', '.join(mixed)})."))
+        found.append(
+            ("note", f"The points were run under different versions ({', '.join(mixed)}).")
+        )
     return found
 
 
 def _asked(run: Run) -> dict[str, Any]:
-    """What the final scores depend on; neither how often they are taken nor how many rows are drawn at a time is of it."""
-    evaluation = as_of_today(run.config)["evaluation"]
-    return {name: value for name, value in evaluation.items() if name not in ("every", "batch_size")}
+    """What the final scores depend on; neither how often they are taken nor how many rows are drawn
+    at a time is of it.
+    """
+    evaluation = upgrade(run.config)["evaluation"]
+    return {
+        name: value for name, value in evaluation.items() if name not in ("every", "batch_size")
+    }
 
 
 def label(entry: Ranked, *left_out: str) -> str:
     """What tells a group from the others, in words."""
-    told = [(name, value) for name, value in entry.settings.items() if name.rpartition(".")[2] not in left_out]
-    return ", ".join(value if name == "arm" else f"{name} {value}" for name, value in told) or "base"
+    told = [
+        (name, value)
+        for name, value in entry.settings.items()
+        if name.rpartition(".")[2] not in left_out
+    ]
+    return (
+        ", ".join(value if name == "arm" else f"{name} {value}" for name, value in told) or "base"
+    )
 
 
 def telling(overrides: list[dict[str, Any]]) -> dict[str, str]:
-    """The overrides in which some groups differ, each with the name it is shown by; all of them where there is one group."""
+    """The overrides in which some groups differ, each with the name it is shown by; all of them
+    where there is one group.
+    """
     names = dict.fromkeys(name for values in overrides for name in values)
-    differing = [name for name in names if len(overrides) == 1 or any(values.get(name) != overrides[0].get(name) for values in overrides)]
+    differing = [
+        name
+        for name in names
+        if len(overrides) == 1
+        or any(values.get(name) != overrides[0].get(name) for values in overrides)
+    ]
     return dict(zip(differing, short_names(differing)))
 
 

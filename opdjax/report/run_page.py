@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from opdjax.config import Config
-from opdjax.fields import to_dict
+from opdjax.config.validation import to_dict
 from opdjax.report import measures
-from opdjax.report.charts import Chart, Line, curve, draw, grid, legend, smooth
+from opdjax.report.charts import Chart, ChartLine, curve, draw, grid, legend, smooth
 from opdjax.report.markup import (
     Html,
     count,
@@ -27,13 +27,13 @@ from opdjax.report.markup import (
     table_row,
     tabs,
     tag,
-)  # fmt: skip
+)
 from opdjax.report.near_policy import filter_section, staleness_section
 from opdjax.report.rollouts import rollouts_section
 from opdjax.report.rubrics import is_rewarded, judge_name, judged_sections
 from opdjax.report.side_by_side import Marker, progress_section, unmarked
 from opdjax.report.timeline import cost_section, timeline_of, timeline_section
-from opdjax.results import AXES, Run, is_number
+from opdjax.runs.results import AXES, Run, is_number
 
 _RECIPES = {
     "opd": "Each sampled token is rewarded with log p_teacher − log p_student and its probability moved by policy gradient.",
@@ -65,7 +65,11 @@ _JUDGED = (
     "The student sampled several answers to each prompt, a judge that reads text alone said what each is worth, and the student was "
     "trained towards its better answers. No probabilities of a teacher were used."
 )
-_SPARSE = ("entropy/student", "entropy/teacher", "overlap/ratio")  # told every log.diagnostics_every steps
+_SPARSE = (
+    "entropy/student",
+    "entropy/teacher",
+    "overlap/ratio",
+)  # told every log.diagnostics_every steps
 _AXIS_NOTES = {
     "steps": "optimizer updates",
     "generated tokens": "tokens that the student sampled in training",
@@ -75,15 +79,27 @@ _AXIS_NOTES = {
 }
 
 
-def run_page(run: Run, failure: dict[str, Any] | None, mark: Marker = unmarked) -> tuple[str, list[Html | None]]:
+def run_page(
+    run: Run, failure: dict[str, Any] | None, mark: Marker = unmarked
+) -> tuple[str, list[Html | None]]:
     """(title, parts of the page)."""
-    student, teacher = (measures.model_name(run.config[role]["path"]) for role in ("student", "teacher"))
-    is_taught = run.config["estimator"]["recipe"] != "sft" or run.config["sampling"].get("source") == "teacher"
+    student, teacher = (
+        measures.model_name(run.config[role]["path"]) for role in ("student", "teacher")
+    )
+    is_taught = (
+        run.config["estimator"]["recipe"] != "sft"
+        or run.config["sampling"].get("source") == "teacher"
+    )
     title = f"{student} ← {teacher if is_taught else 'reference answers'}"
     if is_rewarded(run):
         title = f"{student}, judged by {measures.model_name(judge_name(run))}"
     timeline = timeline_of(run)
-    ahead = [staleness_section(run), filter_section(run), timeline_section(run, timeline), cost_section(run, timeline)]
+    ahead = [
+        staleness_section(run),
+        filter_section(run),
+        timeline_section(run, timeline),
+        cost_section(run, timeline),
+    ]
     parts = [
         _result(run),
         _scores(run),
@@ -103,16 +119,32 @@ def run_page(run: Run, failure: dict[str, Any] | None, mark: Marker = unmarked) 
 
 def _header(run: Run, failure: dict[str, Any] | None, title: str) -> Html:
     estimator, source = run.config["estimator"], run.config["sampling"].get("source", "student")
-    options = [f"{name} {shown(value)}" for name, value in estimator.items() if value is not None and name not in ("recipe", "tile")]
+    options = [
+        f"{name} {shown(value)}"
+        for name, value in estimator.items()
+        if value is not None and name not in ("recipe", "tile")
+    ]
     about = _RECIPES.get(estimator["recipe"])
-    written = _AHEAD[run.config["near_policy"]["schedule"]] if run.draws_ahead else _WRITERS.get(source)
+    written = (
+        _AHEAD[run.config["near_policy"]["schedule"]] if run.draws_ahead else _WRITERS.get(source)
+    )
     written = _JUDGED if is_rewarded(run) else written
     return tag(
-        "header", tag("h1", title), tag("p", outcome(run), class_="lead"),
-        tag("p", written, " Recipe ", tag("code", estimator["recipe"]), f" ({', '.join(options)})." if options else ".",
-            f" {about}" if about else None, class_="quiet"),
-        *_warnings(run), None if failure is None or run.result else failure_block(failure),
-    )  # fmt: skip
+        "header",
+        tag("h1", title),
+        tag("p", outcome(run), class_="lead"),
+        tag(
+            "p",
+            written,
+            " Recipe ",
+            tag("code", estimator["recipe"]),
+            f" ({', '.join(options)})." if options else ".",
+            f" {about}" if about else None,
+            class_="quiet",
+        ),
+        *_warnings(run),
+        None if failure is None or run.result else failure_block(failure),
+    )
 
 
 def outcome(run: Run) -> str:
@@ -122,9 +154,17 @@ def outcome(run: Run) -> str:
     if not rows:
         kl = [value for value in run.column("kl/student_teacher") if value is not None]
         end = run.at_the_end("kl/student_teacher")
-        moved = f"; KL(student || teacher) was {number(kl[0])} nats a token at first and {number(end)} at the end" if kl else ""
+        moved = (
+            f"; KL(student || teacher) was {number(kl[0])} nats a token at first and {number(end)} at the end"
+            if kl
+            else ""
+        )
         return f"{spent} of training, without an evaluation{moved}."
-    name, first, last = measures.score_label("avg@k", rows[0].get("k")), rows[0]["avg@k"], rows[-1]["avg@k"]
+    name, first, last = (
+        measures.score_label("avg@k", rows[0].get("k")),
+        rows[0]["avg@k"],
+        rows[-1]["avg@k"],
+    )
     if run.result is None or "paired_difference" not in run.result:
         if len(rows) == 1:
             return f"{name} was {fixed(first)} at step {rows[0]['step']}; nothing later has been evaluated ({spent} so far)."
@@ -141,21 +181,45 @@ def _warnings(run: Run) -> list[Html]:
     found: list[Html] = []
     if run.result is None:
         done, asked = _steps_done(run), run.config["train"]["num_steps"]
-        found.append(notice(f"Not finished: {done:,} of {asked:,} steps ({done / asked:.0%}) are done.", kind="warning"))
+        found.append(
+            notice(
+                f"Not finished: {done:,} of {asked:,} steps ({done / asked:.0%}) are done.",
+                kind="warning",
+            )
+        )
     skipped = skipped_steps(run)
     if skipped:
-        where = [row["step"] for row in run.metrics if "loss/objective" in row and not is_number(row["loss/objective"])]
-        listed = f": {', '.join(map(str, where[:10]))}{' …' if len(where) > 10 else ''}" if where else ""
-        found.append(notice(f"{count(skipped, 'step')} skipped because the loss or gradient was not finite{listed}.", kind="warning"))
+        where = [
+            row["step"]
+            for row in run.metrics
+            if "loss/objective" in row and not is_number(row["loss/objective"])
+        ]
+        listed = (
+            f": {', '.join(map(str, where[:10]))}{' …' if len(where) > 10 else ''}" if where else ""
+        )
+        found.append(
+            notice(
+                f"{count(skipped, 'step')} skipped because the loss or gradient was not finite{listed}.",
+                kind="warning",
+            )
+        )
     left_out = run.data.get("num_skipped")
     if left_out:
         longest = run.config["data"]["max_prompt_length"]
         found.append(
-            notice(f"{count(left_out, 'prompt')} left out: longer than data.max_prompt_length = {longest} tokens.", kind="warning")
+            notice(
+                f"{count(left_out, 'prompt')} left out: longer than data.max_prompt_length = {longest} tokens.",
+                kind="warning",
+            )
         )
     cut = run.at_the_end("rollout/truncated_ratio")
     if cut is not None and cut > 0.05:
-        found.append(notice(f"At the end of training {cut:.0%} of completions were cut off at the length limit.", kind="warning"))
+        found.append(
+            notice(
+                f"At the end of training {cut:.0%} of completions were cut off at the length limit.",
+                kind="warning",
+            )
+        )
     return found
 
 
@@ -167,10 +231,19 @@ def skipped_steps(run: Run) -> int:
 
 def failure_block(failure: dict[str, Any]) -> Html:
     """Why a run failed: short facts in a line, texts of many lines as they are."""
-    texts = {name: "\n".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in failure.items()}
+    texts = {
+        name: "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+        for name, value in failure.items()
+    }
     short = [f"{name}: {text.strip()}" for name, text in texts.items() if "\n" not in text.strip()]
-    long = [join((tag("p", name), tag("pre", text))) for name, text in texts.items() if "\n" in text.strip()]
-    return tag("div", tag("p", tag("strong", "Failed. "), "; ".join(short)), *long, class_="notice warning")
+    long = [
+        join((tag("p", name), tag("pre", text)))
+        for name, text in texts.items()
+        if "\n" in text.strip()
+    ]
+    return tag(
+        "div", tag("p", tag("strong", "Failed. "), "; ".join(short)), *long, class_="notice warning"
+    )
 
 
 def _steps_done(run: Run) -> int:
@@ -192,21 +265,35 @@ def _result(run: Run) -> Html | None:
     last = result.get("eval_after", rows[-1])
     lines = [_score_row("before training", result.get("eval_before", rows[0]))]
     for row in result.get("eval_before_sharpened", ()):
-        lines.append(_score_row(f"before, sampled {'more' if row['temperature'] < temperature else 'less'} sharply", row))
+        lines.append(
+            _score_row(
+                f"before, sampled {'more' if row['temperature'] < temperature else 'less'} sharply",
+                row,
+            )
+        )
     if last["step"] != rows[0]["step"]:
-        lines.append(_score_row("after training" if run.result else f"at step {last['step']}", last, class_="main"))
+        lines.append(
+            _score_row(
+                "after training" if run.result else f"at step {last['step']}", last, class_="main"
+            )
+        )
     change = result.get("paired_difference")
     if change:
-        cells = [plus_minus(change.get(name), change.get(f"{name}_interval"), signed=True) for name in measures.SCORES]
+        cells = [
+            plus_minus(change.get(name), change.get(f"{name}_interval"), signed=True)
+            for name in measures.SCORES
+        ]
         lines.append(table_row(["gain, paired by prompt", "", *cells]))
     head = ["student", "T", *(measures.score_label(name, k) for name in measures.SCORES)]
-    caption = (
-        f"{count(last['num_prompts'], 'held-out prompt')} ({run.config['evaluation']['source']}); ± is half a 95 % interval over prompts."
-    )
+    caption = f"{count(last['num_prompts'], 'held-out prompt')} ({run.config['evaluation']['source']}); ± is half a 95 % interval over prompts."
     words = {
-        measures.score_label("avg@k", k): f"share of right answers among {k} sampled ones a prompt, averaged over prompts",
+        measures.score_label(
+            "avg@k", k
+        ): f"share of right answers among {k} sampled ones a prompt, averaged over prompts",
         "greedy": "share of prompts whose most likely answer (T = 0) is right",
-        measures.score_label("pass@k", k): f"share of prompts where at least one of {k} sampled answers is right",
+        measures.score_label(
+            "pass@k", k
+        ): f"share of prompts where at least one of {k} sampled answers is right",
         "T": f"temperature the answers were sampled at; training is judged at {number(temperature)}",
     }
     if result.get("eval_before_sharpened"):
@@ -214,7 +301,9 @@ def _result(run: Run) -> Html | None:
             "the untrained student at a lower temperature: a gain that is no larger than this is sharpening, not learning"
         )
     if change:
-        words["paired"] = "both students answered the same prompts, so the interval is of the difference, prompt by prompt"
+        words["paired"] = (
+            "both students answered the same prompts, so the interval is of the difference, prompt by prompt"
+        )
     return section("result", "Result", table(head, lines, caption=caption), definitions(words))
 
 
@@ -232,7 +321,11 @@ def _scores(run: Run) -> Html | None:
         spent = measures.totals(run, axis, [row["step"] for row in rows])
         if spent is not None:
             views[axis] = grid(_score_chart(rows, spent, axis, name) for name in measures.SCORES)
-    often = " Only the start and the end were evaluated; set evaluation.every for a curve." if len(rows) == 2 else ""
+    often = (
+        " Only the start and the end were evaluated; set evaluation.every for a curve."
+        if len(rows) == 2
+        else ""
+    )
     note = f"The band is a 95 % interval over prompts. Every evaluation asks the same prompts, so neighbouring points err alike.{often}"
     notes = definitions({axis: _AXIS_NOTES[axis] for axis in views})
     return section(
@@ -248,14 +341,26 @@ def _score_chart(rows: list[dict[str, Any]], spent: list[float], axis: str, name
     y = [row.get(name) for row in rows]
     half = [row.get(f"{name}_interval") for row in rows]
     label = measures.score_label(name, rows[0].get("k"))
-    return draw(Chart(label, axis, "share right", bounds=(0, 1)), [interval_line(spent, y, half, slot=0, has_markers=True)])
+    return draw(
+        Chart(label, axis, "share right", bounds=(0, 1)),
+        [interval_line(spent, y, half, slot=0, has_markers=True)],
+    )
 
 
-def interval_line(x: list[float], y: list[Any], half: list[Any], **style: Any) -> Line:
+def interval_line(x: list[float], y: list[Any], half: list[Any], **style: Any) -> ChartLine:
     """A line with its interval; where either is unknown the interval is left out."""
-    known = [(value, width) if is_number(value) and is_number(width) else (float("nan"),) * 2 for value, width in zip(y, half)]
+    known = [
+        (value, width) if is_number(value) and is_number(width) else (float("nan"),) * 2
+        for value, width in zip(y, half)
+    ]
     values = [value if is_number(value) else float("nan") for value in y]
-    return Line(x, values, [value - width for value, width in known], [value + width for value, width in known], **style)
+    return ChartLine(
+        x,
+        values,
+        [value - width for value, width in known],
+        [value + width for value, width in known],
+        **style,
+    )
 
 
 # How training went
@@ -270,30 +375,48 @@ def _training(run: Run) -> Html | None:
         values = run.column(key)
         known = [(step, value) for step, value in zip(steps, values) if value is not None]
         if key in _SPARSE and known:
-            figures.append(draw(chart, [Line(*zip(*known), has_markers=len(known) < 30)]))
+            figures.append(draw(chart, [ChartLine(*zip(*known), has_markers=len(known) < 30)]))
         elif known:
             is_noisy = key != "optimizer/learning_rate"
             figures.append(draw(chart, curve(steps, values, window if is_noisy else 1)))
-    signal, noise = (smooth(run.column(f"grad/{name}_squared"), window) for name in ("signal", "noise"))
+    signal, noise = (
+        smooth(run.column(f"grad/{name}_squared"), window) for name in ("signal", "noise")
+    )
     if np.isfinite(noise).any():
         # The ratio of two means, not the mean of ratios: a single step's signal is of either sign.
-        figures.append(draw(_signal_chart(window), [Line(steps, np.where(noise > 0, signal / np.where(noise > 0, noise, 1), np.nan))]))
+        figures.append(
+            draw(
+                _signal_chart(window),
+                [
+                    ChartLine(
+                        steps, np.where(noise > 0, signal / np.where(noise > 0, noise, 1), np.nan)
+                    )
+                ],
+            )
+        )
     smoothed = f" Pale: every step; strong: mean over {window} steps." if window > 1 else ""
     return section(
-        "training", "Training curves", tag("p", f"One value a step, over that step's rollouts.{smoothed}", class_="quiet"), grid(figures)
+        "training",
+        "Training curves",
+        tag("p", f"One value a step, over that step's rollouts.{smoothed}", class_="quiet"),
+        grid(figures),
     )
 
 
 def _signal_chart(window: int) -> Chart:
     return Chart(
-        "Signal to noise of the gradient", "step", "squared norms",
+        "Signal to noise of the gradient",
+        "step",
+        "squared norms",
         f"Squared norm of the expected gradient over the variance of a step's, each a mean over {count(window, 'step')}. Far below 1 a "
         "step is mostly chance: a larger batch or a quieter estimator helps. Told where a step has several micro-batches.",
-    )  # fmt: skip
+    )
 
 
 def _is_sampled(run: Run) -> bool:
-    """Whether the KL that was told is the mean log-ratio of the sampled tokens, kl/k1 by another name."""
+    """Whether the KL that was told is the mean log-ratio of the sampled tokens, kl/k1 by another
+    name.
+    """
     told, estimate = run.column("kl/student_teacher"), run.column("kl/k1")
     if all(value is None for value in estimate):
         return run.config["estimator"]["recipe"] == "opd"
@@ -304,7 +427,9 @@ def _training_charts(run: Run) -> dict[str, Chart]:
     config = run.config
     clip = config["optimizer"].get("max_grad_norm")
     limit = config["sampling"]["max_completion_length"]
-    kind = "estimated from the sampled tokens alone" if _is_sampled(run) else "exact at every position"
+    kind = (
+        "estimated from the sampled tokens alone" if _is_sampled(run) else "exact at every position"
+    )
     clipped = (
         f"Before clipping; the dashed line is where it is clipped (max_grad_norm = {number(clip)})."
         if clip
@@ -312,58 +437,94 @@ def _training_charts(run: Run) -> dict[str, Chart]:
     )
     return {
         "kl/student_teacher": Chart(
-            "KL(student || teacher)", "step", "nats a token",
+            "KL(student || teacher)",
+            "step",
+            "nats a token",
             f"Distance from the teacher on the student's own completions, {kind}. It should fall, then level off.",
         ),
         "loss/objective": Chart(
-            "Loss", "step", "nats",
+            "Loss",
+            "step",
+            "nats",
             "The recipe's objective. Under a policy gradient it has no target: judge by KL and scores; look here for jumps.",
         ),
         "grad/norm": Chart(
-            "Gradient norm", "step", "global norm", f"{clipped} Spikes or growth mean that the learning rate is too high.",
-            reference=clip or None, bounds=(0, None),
+            "Gradient norm",
+            "step",
+            "global norm",
+            f"{clipped} Spikes or growth mean that the learning rate is too high.",
+            reference=clip or None,
+            bounds=(0, None),
         ),
         "advantage/std": Chart(
-            "Spread of the advantage", "step", "standard deviation" if is_rewarded(run) else "standard deviation, nats",
+            "Spread of the advantage",
+            "step",
+            "standard deviation" if is_rewarded(run) else "standard deviation, nats",
             "Of the advantage over tokens: how much the scores of a prompt's answers differ. At 0 there is nothing left to learn from."
             if is_rewarded(run)
             else "Of the advantage over tokens: the noise that multiplies the gradient. It should shrink as the student nears the teacher.",
             bounds=(0, None),
         ),
         "entropy/student": Chart(
-            "Entropy of the student", "step", "nats a token",
-            "Of its next-token distributions on its own completions. A fall to 0 means that it has stopped exploring.", bounds=(0, None),
+            "Entropy of the student",
+            "step",
+            "nats a token",
+            "Of its next-token distributions on its own completions. A fall to 0 means that it has stopped exploring.",
+            bounds=(0, None),
         ),
         "entropy/teacher": Chart(
-            "Entropy of the teacher", "step", "nats a token",
-            "On the same contexts. Growth means that the student leads it where it is not at home.", bounds=(0, None),
+            "Entropy of the teacher",
+            "step",
+            "nats a token",
+            "On the same contexts. Growth means that the student leads it where it is not at home.",
+            bounds=(0, None),
         ),
         "overlap/ratio": Chart(
-            "Overlap of the most likely tokens", "step", "share",
-            "How many of the student's 16 most likely tokens are among the teacher's 16.", bounds=(0, 1),
+            "Overlap of the most likely tokens",
+            "step",
+            "share",
+            "How many of the student's 16 most likely tokens are among the teacher's 16.",
+            bounds=(0, 1),
         ),
         "rollout/length_mean": Chart(
-            "Completion length", "step", "tokens, mean",
+            "Completion length",
+            "step",
+            "tokens, mean",
             f"At most {limit:,}. A collapse, or a growth to the limit, is a failure to look into.",
         ),
         "rollout/truncated_ratio": Chart(
-            "Cut-off completions", "step", "share", f"Completions that reached {limit:,} tokens without ending. It should stay near 0.",
+            "Cut-off completions",
+            "step",
+            "share",
+            f"Completions that reached {limit:,} tokens without ending. It should stay near 0.",
             bounds=(0, 1),
         ),
         "optimizer/learning_rate": Chart(
-            "Learning rate", "step", "step size", "The schedule as it was applied; skipped steps do not advance it.", bounds=(0, None),
+            "Learning rate",
+            "step",
+            "step size",
+            "The schedule as it was applied; skipped steps do not advance it.",
+            bounds=(0, None),
         ),
-    }  # fmt: skip
+    }
 
 
 def _positions(run: Run) -> Html | None:
     length = measures.end_length(len(run.metrics))
-    early, late = measures.kl_by_position(run.metrics[:length]), measures.kl_by_position(run.metrics[-length:])
+    early, late = (
+        measures.kl_by_position(run.metrics[:length]),
+        measures.kl_by_position(run.metrics[-length:]),
+    )
     buckets = sorted(early.keys() | late.keys())
     if not buckets or len(run.metrics) < 2:
         return None
     lines = [
-        Line(range(len(buckets)), [part.get(bucket) for bucket in buckets], slot=slot, has_markers=True)
+        ChartLine(
+            range(len(buckets)),
+            [part.get(bucket) for bucket in buckets],
+            slot=slot,
+            has_markers=True,
+        )
         for slot, part in ((1, early), (0, late))
     ]
     chart = Chart(
@@ -377,7 +538,13 @@ def _positions(run: Run) -> Html | None:
         "drifts into contexts which the teacher would not have written; late positions are seen by long completions only."
     )
     key = legend([(f"first {count(length, 'step')}", 1), (f"last {count(length, 'step')}", 0)])
-    return section("positions", "KL by position", tag("p", about, class_="quiet"), key, grid([draw(chart, lines)]))
+    return section(
+        "positions",
+        "KL by position",
+        tag("p", about, class_="quiet"),
+        key,
+        grid([draw(chart, lines)]),
+    )
 
 
 # What it was made with
@@ -390,9 +557,13 @@ def _settings(run: Run) -> Html:
 def config_tables(config: dict[str, Any]) -> Html:
     """The settings that differ from the defaults, then all of them by section."""
     defaults, given = measures.leaves(to_dict(Config())), measures.leaves(config)
-    changed = {name: value for name, value in given.items() if not _is_default(name, value, defaults)}
+    changed = {
+        name: value for name, value in given.items() if not _is_default(name, value, defaults)
+    }
     rows = [[name, shown(value), _default(name, defaults)] for name, value in changed.items()]
-    words = f"{len(changed)} of {count(len(given), 'setting')} differ from the defaults" + (":" if changed else ".")
+    words = f"{len(changed)} of {count(len(given), 'setting')} differ from the defaults" + (
+        ":" if changed else "."
+    )
     every, at = [], None
     for name, value in given.items():
         head, _, field = name.rpartition(".")
@@ -400,11 +571,19 @@ def config_tables(config: dict[str, Any]) -> Html:
             every.append(table_row([head or "run", "", ""], class_="section"))
             at = head
         is_changed = name in changed
-        every.append(table_row([field, shown(value), "changed" if is_changed else ""], class_="changed" if is_changed else None))
-    return join((
-        tag("p", words), table(["setting", "value", "default"], rows, class_="words") if changed else None,
-        details("All settings", table(["setting", "value", ""], every, class_="words")),
-    ))  # fmt: skip
+        every.append(
+            table_row(
+                [field, shown(value), "changed" if is_changed else ""],
+                class_="changed" if is_changed else None,
+            )
+        )
+    return join(
+        (
+            tag("p", words),
+            table(["setting", "value", "default"], rows, class_="words") if changed else None,
+            details("All settings", table(["setting", "value", ""], every, class_="words")),
+        )
+    )
 
 
 def _default(name: str, defaults: dict[str, Any]) -> str:
@@ -414,8 +593,12 @@ def _default(name: str, defaults: dict[str, Any]) -> str:
 
 
 def _is_default(name: str, value: Any, defaults: dict[str, Any]) -> bool:
-    """The built-in models are the default, also where a config of old names the directory that they lay in."""
-    if name in ("student.path", "teacher.path") and str(value).endswith("/assets/mini_pair/" + name.removesuffix(".path")):
+    """The built-in models are the default, also where a config of old names the directory that they
+    lay in.
+    """
+    if name in ("student.path", "teacher.path") and str(value).endswith(
+        "/assets/mini_pair/" + name.removesuffix(".path")
+    ):
         return True
     return name in defaults and defaults[name] == value
 
@@ -425,7 +608,9 @@ def facts_table(run: Run) -> Html:
     environment = [(name, shown(value)) for name, value in run.environment.items()]
     data = [(name, tag("code", shown(value))) for name, value in run.data.items()]
     about = "Digests: runs with the same one used the same prompts or weights."
-    return join((
-        details("Environment", table(["", "value"], environment, class_="words")),
-        details("Data and models", table(["", "value"], data, class_="words", caption=about)),
-    ))  # fmt: skip
+    return join(
+        (
+            details("Environment", table(["", "value"], environment, class_="words")),
+            details("Data and models", table(["", "value"], data, class_="words", caption=about)),
+        )
+    )

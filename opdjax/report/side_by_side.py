@@ -1,4 +1,6 @@
-"""The same prompt answered twice: by several arms of a sweep, or by one run before and after training."""
+"""The same prompt answered twice: by several arms of a sweep, or by one run before and after
+training.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,12 @@ from opdjax.report import measures
 from opdjax.report.markup import Html, count, section, table, table_row, tabs, tag
 from opdjax.report.ranking import Ranked, label
 from opdjax.report.rollouts import prompt_text
-from opdjax.results import Run
+from opdjax.runs.results import Run
 
 _PROMPTS = 6  # shown
 _TEXT = 1200  # letters of an answer
-# (whether a row of samples.jsonl is right, the answer that its data gives); None where that is not known.
+# (whether a row of samples.jsonl is right, the answer that its data gives); None where that is not
+# known.
 Marker = Callable[[Run, Mapping[str, Any]], tuple[bool | None, str | None]]
 
 
@@ -25,7 +28,7 @@ def unmarked(run: Run, row: Mapping[str, Any]) -> tuple[None, None]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class ShownAnswer:
     """What was answered to a prompt, and whether it is right."""
 
     prompt: str
@@ -35,43 +38,57 @@ class Answer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
+class ComparedPrompt:
     """A prompt and who answered what to it."""
 
     where: str  # in words
     prompt: str
-    answers: tuple[tuple[str, Answer], ...]  # (who, what)
+    answers: tuple[tuple[str, ShownAnswer], ...]  # (who, what)
 
     @property
     def reference(self) -> str | None:
         """The answer of the data."""
-        return next((answer.reference for _, answer in self.answers if answer.reference is not None), None)
+        return next(
+            (answer.reference for _, answer in self.answers if answer.reference is not None), None
+        )
 
     @property
     def telling(self) -> tuple[bool, int, int]:
-        """The greater the more there is to see: some right and some wrong, many different answers, many who answered."""
+        """The greater the more there is to see: some right and some wrong, many different answers,
+        many who answered.
+        """
         marks = {answer.is_right for _, answer in self.answers} - {None}
         return len(marks) > 1, len({answer.text for _, answer in self.answers}), len(self.answers)
 
 
-def evaluated_answers(run: Run) -> dict[int, list[Answer]]:
-    """By step, the most likely answers to the first held-out prompts; empty for runs of before these were kept."""
+def evaluated_answers(run: Run) -> dict[int, list[ShownAnswer]]:
+    """By step, the most likely answers to the first held-out prompts; empty for runs of before
+    these were kept.
+    """
     return {
         row["step"]: [
-            Answer(prompt_text(each["prompt"]), each["completion"], bool(each["is_right"]), each["answer"]) for each in row["answers"]
+            ShownAnswer(
+                prompt_text(each["prompt"]),
+                each["completion"],
+                bool(each["is_right"]),
+                each["answer"],
+            )
+            for each in row["answers"]
         ]
         for row in measures.evaluated(run)
         if row.get("answers")
-    }  # fmt: skip
+    }
 
 
-def trained_answers(run: Run, mark: Marker) -> dict[int, list[Answer]]:
+def trained_answers(run: Run, mark: Marker) -> dict[int, list[ShownAnswer]]:
     """By step, the first recorded rollout of each prompt that was trained on."""
-    found: dict[int, dict[str, Answer]] = {}
+    found: dict[int, dict[str, ShownAnswer]] = {}
     for row in sorted(run.samples, key=lambda row: (row["step"], row.get("sample_id", 0))):
         prompt = prompt_text(row.get("prompt", ""))
         if prompt not in found.setdefault(row["step"], {}):
-            found[row["step"]][prompt] = Answer(prompt, str(row.get("completion", "")), *mark(run, row))
+            found[row["step"]][prompt] = ShownAnswer(
+                prompt, str(row.get("completion", "")), *mark(run, row)
+            )
     return {step: list(answers.values()) for step, answers in found.items()}
 
 
@@ -92,38 +109,55 @@ def arms_section(entries: Sequence[Ranked], mark: Marker) -> Html | None:
         else "Rollouts that were trained on: runs of one seed draw the same prompts at the same step, so their answers stand side by side. "
         "One sampled answer each, with luck in it: for scores see above."
     )
-    note = (
-        f"{kind} Chosen are the prompts where arms differ most; equal answers share a row. The better arm of a table is not better on each."
+    note = f"{kind} Chosen are the prompts where arms differ most; equal answers share a row. The better arm of a table is not better on each."
+    return section(
+        "answers",
+        "Answers side by side",
+        tag("p", note, class_="quiet"),
+        _panels(chosen, "arms", "answers"),
     )
-    return section("answers", "Answers side by side", tag("p", note, class_="quiet"), _panels(chosen, "arms", "answers"))
 
 
-def _held_out(entries: Sequence[Ranked]) -> list[Question]:
-    found: dict[tuple[int, str], list[tuple[str, Answer]]] = {}
+def _held_out(entries: Sequence[Ranked]) -> list[ComparedPrompt]:
+    found: dict[tuple[int, str], list[tuple[str, ShownAnswer]]] = {}
     for entry in entries:
         for run in entry.runs:
             by_step = evaluated_answers(run)
             for answer in by_step[max(by_step)] if by_step else ():
-                found.setdefault((run.config["seed"], answer.prompt), []).append((label(entry), answer))
-    return [Question(f"seed {seed}, after training", prompt, tuple(who)) for (seed, prompt), who in found.items()]
+                found.setdefault((run.config["seed"], answer.prompt), []).append(
+                    (label(entry), answer)
+                )
+    return [
+        ComparedPrompt(f"seed {seed}, after training", prompt, tuple(who))
+        for (seed, prompt), who in found.items()
+    ]
 
 
-def _trained(entries: Sequence[Ranked], mark: Marker) -> list[Question]:
-    found: dict[tuple[int, int, str], list[tuple[str, Answer]]] = {}
+def _trained(entries: Sequence[Ranked], mark: Marker) -> list[ComparedPrompt]:
+    found: dict[tuple[int, int, str], list[tuple[str, ShownAnswer]]] = {}
     for entry in entries:
         for run in entry.runs:
             if run.config["sampling"].get("source", "student") != "student":
                 continue  # what it was trained on was written by another
             for step, answers in trained_answers(run, mark).items():
-                for answer in answers if step > 1 else ():  # the first is answered by the untrained student, the same in all arms
-                    found.setdefault((run.config["seed"], step, answer.prompt), []).append((label(entry), answer))
-    return [Question(f"seed {seed}, step {step:,}", prompt, tuple(who)) for (seed, step, prompt), who in found.items()]
+                for answer in (
+                    answers if step > 1 else ()
+                ):  # the first is answered by the untrained student, the same in all arms
+                    found.setdefault((run.config["seed"], step, answer.prompt), []).append(
+                        (label(entry), answer)
+                    )
+    return [
+        ComparedPrompt(f"seed {seed}, step {step:,}", prompt, tuple(who))
+        for (seed, step, prompt), who in found.items()
+    ]
 
 
-def _chosen(questions: Iterable[Question]) -> list[Question]:
+def _chosen(questions: Iterable[ComparedPrompt]) -> list[ComparedPrompt]:
     """The most telling ones, each prompt once; nothing to compare where one alone answered."""
-    chosen: dict[str, Question] = {}
-    for question in sorted((q for q in questions if len(q.answers) > 1), key=lambda q: q.telling, reverse=True):
+    chosen: dict[str, ComparedPrompt] = {}
+    for question in sorted(
+        (q for q in questions if len(q.answers) > 1), key=lambda q: q.telling, reverse=True
+    ):
         chosen.setdefault(question.prompt, question)
     return list(chosen.values())[:_PROMPTS]
 
@@ -132,49 +166,81 @@ def _chosen(questions: Iterable[Question]) -> list[Question]:
 
 
 def progress_section(run: Run, mark: Marker) -> Html | None:
-    """The first answers beside the last ones to the same prompts; None where no prompt was answered at two steps."""
+    """The first answers beside the last ones to the same prompts; None where no prompt was answered
+    at two steps.
+    """
     kept = evaluated_answers(run)
     about = "The most likely answers (T = 0) to held-out prompts"
     if len(kept) < 2:
-        kept, about = trained_answers(run, mark), "Rollouts that were trained on, of prompts that came up again"
-    found: dict[str, list[tuple[str, Answer]]] = {}
+        kept, about = (
+            trained_answers(run, mark),
+            "Rollouts that were trained on, of prompts that came up again",
+        )
+    found: dict[str, list[tuple[str, ShownAnswer]]] = {}
     for step in sorted(kept):
         for answer in kept[step]:
             found.setdefault(answer.prompt, []).append((f"step {step:,}", answer))
-    again = [Question("", prompt, (who[0], who[-1])) for prompt, who in found.items() if len(who) > 1]
+    again = [
+        ComparedPrompt("", prompt, (who[0], who[-1]))
+        for prompt, who in found.items()
+        if len(who) > 1
+    ]
     chosen = _chosen(again)
     if not chosen:
         return None
     told = ""
     if all(answer.is_right is not None for question in again for _, answer in question.answers):
-        turned = [(question.answers[0][1].is_right, question.answers[1][1].is_right) for question in again]
+        turned = [
+            (question.answers[0][1].is_right, question.answers[1][1].is_right) for question in again
+        ]
         better, worse = turned.count((False, True)), turned.count((True, False))
         told = f" Of {count(len(again), 'prompt')} {better} went from wrong to right, {worse} from right to wrong."
     note = f"{about}: the first answer beside the last one.{told}"
-    return section("answers", "First and last answers", tag("p", note, class_="quiet"), _panels(chosen, "step", "progress"))
+    return section(
+        "answers",
+        "First and last answers",
+        tag("p", note, class_="quiet"),
+        _panels(chosen, "step", "progress"),
+    )
 
 
 # Both
 
 
-def _panels(questions: Sequence[Question], who: str, name: str) -> Html:
-    views = {f"{number}: {_cut(question.prompt, 32)}": _panel(question, who) for number, question in enumerate(questions, 1)}
+def _panels(questions: Sequence[ComparedPrompt], who: str, name: str) -> Html:
+    views = {
+        f"{number}: {_cut(question.prompt, 32)}": _panel(question, who)
+        for number, question in enumerate(questions, 1)
+    }
     return tabs(name, views, "Prompt")
 
 
-def _panel(question: Question, who: str) -> Html:
+def _panel(question: ComparedPrompt, who: str) -> Html:
     reference = question.reference
-    facts = tag("p", f"{question.where[:1].upper()}{question.where[1:]}.", class_="facts") if question.where else None
-    told = None if reference is None else (tag("h4", "Right answer"), tag("div", _cut(reference, _TEXT), class_="prompt"))
+    facts = (
+        tag("p", f"{question.where[:1].upper()}{question.where[1:]}.", class_="facts")
+        if question.where
+        else None
+    )
+    told = (
+        None
+        if reference is None
+        else (tag("h4", "Right answer"), tag("div", _cut(reference, _TEXT), class_="prompt"))
+    )
     head = [tag("th", name, class_="text", scope="col") for name in ("answer", "", who)]
     rows = [_row(text, mark, names) for (text, mark), names in _together(question)]
     return tag(
-        "div", facts, tag("h4", "Prompt"), tag("div", _cut(question.prompt, _TEXT), class_="prompt"), *(told or ()),
-        table(head, rows, class_="samples"), class_="rollout",
-    )  # fmt: skip
+        "div",
+        facts,
+        tag("h4", "Prompt"),
+        tag("div", _cut(question.prompt, _TEXT), class_="prompt"),
+        *(told or ()),
+        table(head, rows, class_="samples"),
+        class_="rollout",
+    )
 
 
-def _together(question: Question) -> list[tuple[tuple[str, bool | None], list[str]]]:
+def _together(question: ComparedPrompt) -> list[tuple[tuple[str, bool | None], list[str]]]:
     """Who gave each answer, the right ones first."""
     if len(question.answers) == 2:
         return [((answer.text, answer.is_right), [who]) for who, answer in question.answers]
@@ -185,12 +251,18 @@ def _together(question: Question) -> list[tuple[tuple[str, bool | None], list[st
 
 
 def _row(text: str, is_right: bool | None, names: Sequence[str]) -> Html:
-    shown = {True: ("✓ right", "seen"), False: ("✗ wrong", "contradicted"), None: ("not graded", "not-run")}[is_right]
-    return table_row([
-        tag("th", _cut(text, _TEXT) or "∅", class_="sample", scope="row"),
-        tag("td", tag("span", shown[0], class_=f"chip {shown[1]}"), class_="text"),
-        tag("td", ", ".join(names), class_="wrap text"),
-    ])  # fmt: skip
+    shown = {
+        True: ("✓ right", "seen"),
+        False: ("✗ wrong", "contradicted"),
+        None: ("not graded", "not-run"),
+    }[is_right]
+    return table_row(
+        [
+            tag("th", _cut(text, _TEXT) or "∅", class_="sample", scope="row"),
+            tag("td", tag("span", shown[0], class_=f"chip {shown[1]}"), class_="text"),
+            tag("td", ", ".join(names), class_="wrap text"),
+        ]
+    )
 
 
 def _cut(text: str, limit: int) -> str:

@@ -1,4 +1,6 @@
-"""A student and a teacher with random weights, written once as Hugging Face checkpoints that every system loads."""
+"""A student and a teacher with random weights, written once as Hugging Face checkpoints that every
+system loads.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ _PROMPTS = 4096
 
 
 def write_pair(root: pathlib.Path, sizes: Sizes) -> tuple[pathlib.Path, pathlib.Path]:
-    """The directories of student and teacher; made unless they are there. `prompts.jsonl` lies beside them."""
+    """The directories of student and teacher; made unless they are there. `prompts.jsonl` lies
+    beside them.
+    """
     marker = root / "prompts.jsonl"
     student, teacher = root / "student", root / "teacher"
     if not marker.exists():
@@ -31,7 +35,9 @@ def write_pair(root: pathlib.Path, sizes: Sizes) -> tuple[pathlib.Path, pathlib.
 
 
 def stop_ids(sizes: Sizes) -> list[int]:
-    """Words that end a completion in the case with a long tail: about this share of every distribution, so lengths are geometric."""
+    """Words that end a completion in the case with a long tail: about this share of every
+    distribution, so lengths are geometric.
+    """
     rng, vocab = np.random.default_rng(3), sizes.student.vocab
     count = max(round(sizes.tail_share * vocab), 1)
     return sorted(int(i) for i in rng.choice(np.arange(FIRST_WORD, vocab), count, replace=False))
@@ -40,16 +46,37 @@ def stop_ids(sizes: Sizes) -> list[int]:
 def _write(directory: pathlib.Path, model: Model, sizes: Sizes, seed: int) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     dtype = np.float32 if sizes.dtype == "float32" else ml_dtypes.bfloat16
-    save_file({name: x.astype(dtype) for name, x in _tensors(model, seed)}, directory / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: x.astype(dtype) for name, x in _tensors(model, seed)},
+        directory / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     config = {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": model.vocab, "hidden_size": model.hidden,
-        "num_hidden_layers": model.layers, "num_attention_heads": model.heads, "num_key_value_heads": model.kv_heads,
-        "head_dim": model.head, "intermediate_size": model.mlp, "rope_theta": 10000.0,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-        "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "max_position_embeddings": 4096,
-        "use_sliding_window": False, "initializer_range": 0.02, "use_cache": True, "dtype": sizes.dtype,
-        "bos_token_id": None, "eos_token_id": EOS, "pad_token_id": PAD,
-    }  # fmt: skip
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": model.vocab,
+        "hidden_size": model.hidden,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head,
+        "intermediate_size": model.mlp,
+        "rope_theta": 10000.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "max_position_embeddings": 4096,
+        "use_sliding_window": False,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "dtype": sizes.dtype,
+        "bos_token_id": None,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+    }
     (directory / "config.json").write_text(json.dumps(config, indent=1))
     generation = {"eos_token_id": EOS, "pad_token_id": PAD, "do_sample": True}
     (directory / "generation_config.json").write_text(json.dumps(generation, indent=1))
@@ -58,16 +85,22 @@ def _write(directory: pathlib.Path, model: Model, sizes: Sizes, seed: int) -> No
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<pad>", "<eos>"])
     tokenizer.save(str(directory / "tokenizer.json"))
-    named = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "<eos>", "padding_side": "left"}
+    named = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": "<pad>",
+        "eos_token": "<eos>",
+        "padding_side": "left",
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(named, indent=1))
 
 
 def _tensors(model: Model, seed: int):
     """(name, array) of every tensor.
 
-    No padding or end-of-sequence token is ever drawn, so that every completion has the full length in every system without
-    an option that only some have: component 0 of the residual stream is a positive constant that no layer writes to, and
-    the rows of these two tokens answer it with a logit of about -60.
+    No padding or end-of-sequence token is ever drawn, so that every completion has the full length
+    in every system without an option that only some have: component 0 of the residual stream is a
+    positive constant that no layer writes to, and the rows of these two tokens answer it with a
+    logit of about -60.
     """
     rng, d, h = np.random.default_rng(seed), model.hidden, model.head
 

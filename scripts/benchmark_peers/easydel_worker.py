@@ -16,10 +16,21 @@ from easydel.trainers.distillation_trainer._fn import chunked_distillation_loss,
 from easydel.trainers.generalized_knowledge_distillation_trainer._fn import generalized_jsd_loss
 from transformers import AutoTokenizer, GenerationConfig
 
-from benchmark_peers.inputs import count_until_stop, describe_lengths, make_hidden, make_logits, make_matrices, read_prompts
+from benchmark_peers.inputs import (
+    count_until_stop,
+    describe_lengths,
+    make_hidden,
+    make_logits,
+    make_matrices,
+    read_prompts,
+)
 from benchmark_peers.protocol import Job, Stepper, serve
 
-_BETAS = {"reverse": 0.0, "forward": 1.0, "jsd": 0.5}  # its own convention, the reverse of everybody's
+_BETAS = {
+    "reverse": 0.0,
+    "forward": 1.0,
+    "jsd": 0.5,
+}  # its own convention, the reverse of everybody's
 
 
 def _blocked(function, *arguments):
@@ -28,7 +39,13 @@ def _blocked(function, *arguments):
 
 def _describe_loss(result):
     loss, gradients = result
-    return {"loss": float(loss), "norms": [float(jnp.linalg.norm(g.astype(jnp.float32).ravel())) for g in jax.tree.leaves(gradients)]}
+    return {
+        "loss": float(loss),
+        "norms": [
+            float(jnp.linalg.norm(g.astype(jnp.float32).ravel()))
+            for g in jax.tree.leaves(gradients)
+        ],
+    }
 
 
 def build_product(case):
@@ -38,7 +55,10 @@ def build_product(case):
 
 def build_dense_loss(case, loss):
     student, teacher = (jnp.asarray(x)[None] for x in make_logits(case["tokens"], case["vocab"]))
-    return Job(partial(_blocked, jax.jit(jax.value_and_grad(partial(loss, case))), student, teacher), _describe_loss)
+    return Job(
+        partial(_blocked, jax.jit(jax.value_and_grad(partial(loss, case))), student, teacher),
+        _describe_loss,
+    )
 
 
 def _hinton(case, student, teacher):
@@ -50,43 +70,74 @@ def _generalized(case, student, teacher):
 
 
 def build_chunked_loss(case):
-    hidden, head, teacher, teacher_head = (jnp.asarray(x, case["dtype"]) for x in make_hidden(case["tokens"], case["vocab"], case["width"]))
+    hidden, head, teacher, teacher_head = (
+        jnp.asarray(x, case["dtype"])
+        for x in make_hidden(case["tokens"], case["vocab"], case["width"])
+    )
 
     def loss(hidden, head, teacher, teacher_head):
-        of = lambda kernel: lambda states: states @ kernel.T  # noqa: E731
-        return chunked_distillation_loss(hidden[None], teacher[None], of(head), of(teacher_head), temperature=1.0, alpha=1.0)[0]
+        of = lambda kernel: lambda states: states @ kernel.T
+        return chunked_distillation_loss(
+            hidden[None], teacher[None], of(head), of(teacher_head), temperature=1.0, alpha=1.0
+        )[0]
 
-    return Job(partial(_blocked, jax.jit(jax.value_and_grad(loss, (0, 1))), hidden, head, teacher, teacher_head), _describe_loss)
+    return Job(
+        partial(
+            _blocked, jax.jit(jax.value_and_grad(loss, (0, 1))), hidden, head, teacher, teacher_head
+        ),
+        _describe_loss,
+    )
 
 
 def _load(path, case):
     dtype = jnp.dtype(case["dtype"])
     return ed.AutoEasyDeLModelForCausalLM.from_pretrained(
-        path, dtype=dtype, param_dtype=dtype, from_torch=True, sharding_axis_dims=(1, -1, 1, 1, 1), auto_shard_model=True
+        path,
+        dtype=dtype,
+        param_dtype=dtype,
+        from_torch=True,
+        sharding_axis_dims=(1, -1, 1, 1, 1),
+        auto_shard_model=True,
     )
 
 
 def build_generate(case):
     model = _load(case["student"], case)
     options = {
-        "max_new_tokens": case["new"], "do_sample": True, "temperature": 1.0, "top_p": case["top_p"], "top_k": 0,
-        "eos_token_id": case["stop_ids"], "pad_token_id": 0,
-    }  # fmt: skip
+        "max_new_tokens": case["new"],
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_p": case["top_p"],
+        "top_k": 0,
+        "eos_token_id": case["stop_ids"],
+        "pad_token_id": 0,
+    }
     model.generation_config = GenerationConfig(**options)
     graph, state, rest = model.split_module()
 
     @jax.jit
     def generate(state, rest, ids, key):
         module = model.merge_module(graph, state, rest)
-        return module.generate(ids, attention_mask=jnp.ones_like(ids), generation_config=module.generation_config, prng_key=key).sequences
+        return module.generate(
+            ids,
+            attention_mask=jnp.ones_like(ids),
+            generation_config=module.generation_config,
+            prng_key=key,
+        ).sequences
 
-    ids = jnp.asarray([row["ids"] for row in read_prompts(case["student"])[: case["prompts"]]], jnp.int32)
+    ids = jnp.asarray(
+        [row["ids"] for row in read_prompts(case["student"])[: case["prompts"]]], jnp.int32
+    )
     seeds = iter(range(10**6))
 
     def run(count=case["prompts"]):
         with model.mesh:
             return [
-                np.asarray(generate(state, rest, ids[i : i + case["batch"]], jax.random.PRNGKey(next(seeds))))
+                np.asarray(
+                    generate(
+                        state, rest, ids[i : i + case["batch"]], jax.random.PRNGKey(next(seeds))
+                    )
+                )
                 for i in range(0, count, case["batch"])
             ]
 
@@ -101,7 +152,13 @@ def build_trainer(case):
     def loop(pause):
         class PausingTrainer(ed.OnPolicyDistillationTrainer):
             def on_step_end(self, state, metrics, step):
-                pause({"useful_tokens": int(metrics.other_metrics["completion_length"] * case["step_batch"])})
+                pause(
+                    {
+                        "useful_tokens": int(
+                            metrics.other_metrics["completion_length"] * case["step_batch"]
+                        )
+                    }
+                )
                 return state, metrics
 
         with tempfile.TemporaryDirectory() as directory:
@@ -134,10 +191,21 @@ def _trainer(case, directory, trainer):
     )
     tokenizer = AutoTokenizer.from_pretrained(case["student"])
     student, teacher = _load(case["student"], case), _load(case["teacher"], case)
-    options = {"max_new_tokens": case["new"], "do_sample": True, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
+    options = {
+        "max_new_tokens": case["new"],
+        "do_sample": True,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": 0,
+    }
     student.generation_config = GenerationConfig(**options)
     rows = Dataset.from_list([{"prompt": row["prompt"]} for row in read_prompts(case["student"])])
-    return trainer(arguments=config, processing_class=tokenizer, student_model=student, teacher_model=teacher, train_dataset=rows)
+    return trainer(
+        arguments=config,
+        processing_class=tokenizer,
+        student_model=student,
+        teacher_model=teacher,
+        train_dataset=rows,
+    )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,10 @@ def make_logits(tokens: int, vocab: int) -> tuple[np.ndarray, np.ndarray]:
 def make_hidden(tokens: int, vocab: int, width: int) -> tuple[np.ndarray, ...]:
     """Hidden states `[tokens, width]` and head `[vocab, width]` of student and teacher, float32."""
     rng, shape = np.random.default_rng(0), (min(tokens, _BLOCK), width)
-    student, head = rng.standard_normal(shape, np.float32), rng.standard_normal((vocab, width), np.float32) / width**0.5
+    student, head = (
+        rng.standard_normal(shape, np.float32),
+        rng.standard_normal((vocab, width), np.float32) / width**0.5,
+    )
     teacher_head = head + 0.3 * rng.standard_normal((vocab, width), np.float32) / width**0.5
     teacher = student + 0.3 * rng.standard_normal(shape, np.float32)
     return _tile(2 * student, tokens), head, _tile(2 * teacher, tokens), teacher_head
@@ -34,7 +37,9 @@ def make_hidden(tokens: int, vocab: int, width: int) -> tuple[np.ndarray, ...]:
 def make_matrices(size: int) -> tuple[np.ndarray, np.ndarray]:
     """Two square float32 matrices."""
     rng = np.random.default_rng(0)
-    return rng.standard_normal((size, size), np.float32), rng.standard_normal((size, size), np.float32)
+    return rng.standard_normal((size, size), np.float32), rng.standard_normal(
+        (size, size), np.float32
+    )
 
 
 def read_prompts(checkpoint: str) -> list[dict[str, Any]]:
@@ -44,9 +49,15 @@ def read_prompts(checkpoint: str) -> list[dict[str, Any]]:
 
 
 def describe_lengths(lengths) -> dict[str, Any]:
-    """What a generation tells: useful tokens (the stop token included) and how long completions were."""
+    """What a generation tells: useful tokens (the stop token included) and how long completions
+    were.
+    """
     lengths = np.asarray(lengths)
-    return {"useful_tokens": int(lengths.sum()), "mean_length": float(lengths.mean()), "max_length": int(lengths.max())}
+    return {
+        "useful_tokens": int(lengths.sum()),
+        "mean_length": float(lengths.mean()),
+        "max_length": int(lengths.max()),
+    }
 
 
 def count_until_stop(tokens: np.ndarray, stop_ids: list[int]) -> np.ndarray:

@@ -1,4 +1,6 @@
-"""opdjax's side: the recipe on given logits, the tiled pass from hidden states, the sampler, and the loop itself."""
+"""opdjax's side: the recipe on given logits, the tiled pass from hidden states, the sampler, and
+the loop itself.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmark_peers.inputs import count_until_stop, describe_lengths, make_hidden, make_logits, make_matrices, read_prompts
+from benchmark_peers.inputs import (
+    count_until_stop,
+    describe_lengths,
+    make_hidden,
+    make_logits,
+    make_matrices,
+    read_prompts,
+)
 from benchmark_peers.protocol import Job, Stepper, serve
 from opdjax import train
 from opdjax.config import (
@@ -28,12 +37,13 @@ from opdjax.config import (
     SamplingConfig,
     TrainConfig,
 )
+from opdjax.engine.decoding import Decoding
+from opdjax.engine.sampler import sample
 from opdjax.estimators import RECIPES
-from opdjax.metrics import MetricWriter
 from opdjax.models.hf import load_params, open_checkpoint
 from opdjax.ops.tile import Head
-from opdjax.ops.vocab import Columns, dense_loss, tiled_loss
-from opdjax.sampler import Decoding, sample
+from opdjax.ops.vocab import TokenInputs, dense_loss, tiled_loss
+from opdjax.runs.metrics import MetricWriter
 from opdjax.types import PromptBatch
 
 _LOSS_TILE = 256  # tokens
@@ -41,13 +51,21 @@ _LOSS_TILE = 256  # tokens
 
 def _describe_loss(result):
     loss, gradients = result
-    return {"loss": float(loss), "norms": [float(jnp.linalg.norm(g.astype(jnp.float32))) for g in jax.tree.leaves(gradients)]}
+    return {
+        "loss": float(loss),
+        "norms": [
+            float(jnp.linalg.norm(g.astype(jnp.float32))) for g in jax.tree.leaves(gradients)
+        ],
+    }
 
 
 def build_product(case):
     one, other = map(jnp.asarray, make_matrices(case["matmul"]))
     one, other = one.astype(case["dtype"]), other.astype(case["dtype"])
-    return Job(partial(_blocked, jax.jit(jnp.matmul), one, other), lambda _: {"bytes_per_second": _copy_rate()})
+    return Job(
+        partial(_blocked, jax.jit(jnp.matmul), one, other),
+        lambda _: {"bytes_per_second": _copy_rate()},
+    )
 
 
 def _copy_rate():
@@ -68,26 +86,41 @@ def _blocked(function, *arguments):
 def build_dense_loss(case):
     token_loss = partial(RECIPES["full_kl"].token_loss, divergence=case["divergence"])
     student, teacher = map(jnp.asarray, make_logits(case["tokens"], case["vocab"]))
-    columns, weights = Columns(jnp.zeros(case["tokens"], jnp.int32)), jnp.full(case["tokens"], 1 / case["tokens"])
+    columns, weights = (
+        TokenInputs(jnp.zeros(case["tokens"], jnp.int32)),
+        jnp.full(case["tokens"], 1 / case["tokens"]),
+    )
 
     def mean_loss(student, teacher):
         return dense_loss(token_loss, student, weights, columns, teacher)[0]
 
-    return Job(partial(_blocked, jax.jit(jax.value_and_grad(mean_loss)), student, teacher), _describe_loss)
+    return Job(
+        partial(_blocked, jax.jit(jax.value_and_grad(mean_loss)), student, teacher), _describe_loss
+    )
 
 
 def build_tiled_loss(case):
     tokens = case["tokens"]
     token_loss = partial(RECIPES["full_kl"].token_loss, divergence=case["divergence"])
-    arrays = (jnp.asarray(x, case["dtype"]) for x in make_hidden(tokens, case["vocab"], case["width"]))
+    arrays = (
+        jnp.asarray(x, case["dtype"]) for x in make_hidden(tokens, case["vocab"], case["width"])
+    )
     hidden, head, teacher_hidden, teacher_head = arrays
     # Column t of `hidden` predicts column t + 1: one column more than there are tokens with a loss.
     hidden, teacher_hidden = (jnp.pad(x, ((0, 1), (0, 0)))[None] for x in (hidden, teacher_hidden))
     weights = jnp.full((1, tokens + 1), 1 / tokens).at[0, 0].set(0)
-    columns = Columns(jnp.zeros((1, tokens + 1), jnp.int32))
+    columns = TokenInputs(jnp.zeros((1, tokens + 1), jnp.int32))
 
     def loss(hidden, head, teacher_hidden, teacher_head):
-        return tiled_loss(token_loss, hidden, Head(head), weights, columns, (teacher_hidden, Head(teacher_head)), tile=_LOSS_TILE)
+        return tiled_loss(
+            token_loss,
+            hidden,
+            Head(head),
+            weights,
+            columns,
+            (teacher_hidden, Head(teacher_head)),
+            tile=_LOSS_TILE,
+        )
 
     function = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
 
@@ -107,29 +140,51 @@ def build_sampler(case):
     prompts = PromptBatch(tokens, np.ones(tokens.shape, bool), np.arange(count, dtype=np.int32))
     decoding = Decoding(case["new"], tuple(case["stop_ids"]), top_p=case["top_p"])
     has_slots = "slots" in inspect.signature(sample).parameters and count > batch
-    draw = partial(sample, config=checkpoint.config, decoding=decoding, **({"slots": batch} if has_slots else {}))
-    parts = [prompts] if has_slots else [jax.tree.map(lambda x, i=i: x[i : i + batch], prompts) for i in range(0, count, batch)]
+    draw = partial(
+        sample,
+        config=checkpoint.config,
+        decoding=decoding,
+        **({"slots": batch} if has_slots else {}),
+    )
+    parts = (
+        [prompts]
+        if has_slots
+        else [
+            jax.tree.map(lambda x, i=i: x[i : i + batch], prompts) for i in range(0, count, batch)
+        ]
+    )
     seeds = iter(range(10**6))
 
     def run(parts=parts):
         seed = next(seeds)
-        return [np.asarray(jax.block_until_ready(draw(params, part, seed, 0)).tokens) for part in parts]
+        return [
+            np.asarray(jax.block_until_ready(draw(params, part, seed, 0)).tokens) for part in parts
+        ]
 
     def describe(drawn):
         completions = np.concatenate([tokens[:, -case["new"] :] for tokens in drawn])
-        return describe_lengths(count_until_stop(completions, case["stop_ids"])) | {"slots": has_slots}
+        return describe_lengths(count_until_stop(completions, case["stop_ids"])) | {
+            "slots": has_slots
+        }
 
     return Job(run, describe, warm_up=lambda: run(parts[:1]))
 
 
 def build_loop(case):
-    """`opdjax.train.train` as it stands; only the writer of its metrics, which it calls once a step, is made to wait."""
+    """`opdjax.train.train` as it stands; only the writer of its metrics, which it calls once a
+    step, is made to wait.
+    """
 
     def loop(pause):
         class PausingWriter(MetricWriter):
             def write(self, step, metrics):
                 super().write(step, metrics)
-                pause({"loss": metrics["loss/objective"], "useful_tokens": int(metrics["perf/trained_tokens"])})
+                pause(
+                    {
+                        "loss": metrics["loss/objective"],
+                        "useful_tokens": int(metrics["perf/trained_tokens"]),
+                    }
+                )
 
         train.MetricWriter = PausingWriter
         with tempfile.TemporaryDirectory() as directory:
@@ -143,7 +198,9 @@ def _loop_config(case):
     return Config(
         student=ModelConfig(case["student"], dtype=case["dtype"]),
         teacher=ModelConfig(case["teacher"], dtype=case["dtype"]),
-        data=DataConfig(source=case["prompts_file"], format="raw", max_prompt_length=case["prompt"]),
+        data=DataConfig(
+            source=case["prompts_file"], format="raw", max_prompt_length=case["prompt"]
+        ),
         sampling=SamplingConfig(max_completion_length=case["new"]),
         estimator=EstimatorConfig(recipe="full_kl", divergence=case["divergence"]),
         optimizer=OptimizerConfig(learning_rate=1e-6, schedule="constant"),

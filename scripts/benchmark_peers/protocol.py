@@ -1,8 +1,10 @@
-"""How the benchmark talks to a worker: one JSON object a line, on the worker's standard input and output.
+"""How the benchmark talks to a worker: one JSON object a line, on the worker's standard input and
+output.
 
-A worker of a peer runs in that peer's environment and imports this file and `inputs.py` of this folder, nothing of opdjax.
-It answers `{"do": "prepare", "case": ...}` by building the work and running it untimed, `{"do": "run"}` by running it
-once with the clocks on, `{"do": "drop"}` by forgetting it. Whatever it prints else goes to its log.
+A worker of a peer runs in that peer's environment and imports this file and `inputs.py` of this
+folder, nothing of opdjax. It answers `{"do": "prepare", "case": ...}` by building the work and
+running it untimed, `{"do": "run"}` by running it once with the clocks on, `{"do": "drop"}` by
+forgetting it. Whatever it prints else goes to its log.
 """
 
 from __future__ import annotations
@@ -22,15 +24,21 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Work that can be timed: `run()` returns when all of it is done; `describe(result)` is not timed and JSON-able."""
+    """Work that can be timed: `run()` returns when all of it is done; `describe(result)` is not
+    timed and JSON-able.
+    """
 
     run: Callable[[], Any]
     describe: Callable[[Any], dict[str, Any]] = lambda result: {}
-    warm_up: Callable[[], Any] | None = None  # in place of `run` before the clocks are on: less of the same, where that is enough
+    warm_up: Callable[[], Any] | None = (
+        None  # in place of `run` before the clocks are on: less of the same, where that is enough
+    )
 
 
 class Stepper:
-    """Gives the steps of a training loop that cannot be called one at a time: the loop runs in a thread and waits after each."""
+    """Gives the steps of a training loop that cannot be called one at a time: the loop runs in a
+    thread and waits after each.
+    """
 
     def __init__(self, loop: Callable[[Callable[[dict], None]], None]):
         self._go, self._done = queue.Queue(), queue.Queue()
@@ -61,7 +69,9 @@ class Stepper:
 
 
 def serve(builders: dict[str, Callable[..., Job]], versions: dict[str, str]) -> None:
-    """Answer commands until standard input ends. `builders` are by form; each takes a case with the sizes in it."""
+    """Answer commands until standard input ends. `builders` are by form; each takes a case with the
+    sizes in it.
+    """
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 

@@ -1,4 +1,6 @@
-"""What is compared: sizes, the work of each case, who does it and by which function, and the least that the work could cost."""
+"""What is compared: sizes, the work of each case, who does it and by which function, and the least
+that the work could cost.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,13 @@ class Model:
     vocab: int
 
     def forward_flops(self, tokens: int, contexts: int, predictions: int) -> float:
-        """Of `tokens` tokens that read `contexts` columns in all and of which `predictions` are followed by the unembedding."""
-        projections = self.hidden * self.head * (2 * self.heads + 2 * self.kv_heads) + 3 * self.hidden * self.mlp
+        """Of `tokens` tokens that read `contexts` columns in all and of which `predictions` are
+        followed by the unembedding.
+        """
+        projections = (
+            self.hidden * self.head * (2 * self.heads + 2 * self.kv_heads)
+            + 3 * self.hidden * self.mlp
+        )
         layers = self.layers * (2 * projections * tokens + 4 * self.heads * self.head * contexts)
         return layers + 2 * self.hidden * self.vocab * predictions
 
@@ -48,16 +55,36 @@ class Sizes:
 
 SIZES = {
     "cpu": Sizes(
-        dtype="float32", matmul=3072, loss_tokens=(256,), vocab=151_936, width=256,
-        student=Model(256, 4, 8, 4, 32, 768, 4096), teacher=Model(256, 6, 8, 4, 32, 768, 4096),
-        step_batch=8, batch=16, prompt=32, new=128, tail_prompts=128, tail_share=1 / 25,
+        dtype="float32",
+        matmul=3072,
+        loss_tokens=(256,),
+        vocab=151_936,
+        width=256,
+        student=Model(256, 4, 8, 4, 32, 768, 4096),
+        teacher=Model(256, 6, 8, 4, 32, 768, 4096),
+        step_batch=8,
+        batch=16,
+        prompt=32,
+        new=128,
+        tail_prompts=128,
+        tail_share=1 / 25,
     ),
     "gpu": Sizes(
-        dtype="bfloat16", matmul=8192, loss_tokens=(2048, 8192), vocab=151_936, width=2048,
-        student=Model(2048, 28, 16, 8, 128, 6144, 151_936), teacher=Model(2560, 36, 32, 8, 128, 9728, 151_936),
-        step_batch=16, batch=64, prompt=256, new=512, tail_prompts=512, tail_share=1 / 110,
+        dtype="bfloat16",
+        matmul=8192,
+        loss_tokens=(2048, 8192),
+        vocab=151_936,
+        width=2048,
+        student=Model(2048, 28, 16, 8, 128, 6144, 151_936),
+        teacher=Model(2560, 36, 32, 8, 128, 9728, 151_936),
+        step_batch=16,
+        batch=64,
+        prompt=256,
+        new=512,
+        tail_prompts=512,
+        tail_share=1 / 110,
     ),
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +105,23 @@ _GENERATION = (
     Form("easydel", "generate", remark="compiled"),
 )
 FORMS = {
-    "matmul": (Form("opdjax", "product"), Form("trl", "product"), Form("tunix", "product"), Form("easydel", "product")),
+    "matmul": (
+        Form("opdjax", "product"),
+        Form("trl", "product"),
+        Form("tunix", "product"),
+        Form("easydel", "product"),
+    ),
     "logits": (
         Form("opdjax", "full_kl"),
         Form("trl", "generalized_jsd_loss"),
         Form("easydel", "distillation_loss", ("forward",)),
         Form("easydel", "generalized_jsd_loss"),
-        Form("tunix", "LogitStrategy.compute_loss", ("forward",), "and two cross-entropies with one-hot labels, of weight 0"),
+        Form(
+            "tunix",
+            "LogitStrategy.compute_loss",
+            ("forward",),
+            "and two cross-entropies with one-hot labels, of weight 0",
+        ),
     ),
     "hidden": (
         Form("opdjax", "tiled_loss"),
@@ -112,22 +149,37 @@ def cases_of(part: str, device: str) -> list[dict[str, Any]]:
             logits = f"{{}} KL from logits [{tokens}, {sizes.vocab}]"
             hidden = f"{{}} KL from hidden states [{tokens}, {sizes.width}]"
             named = {"kind": "logits", "tokens": tokens}
-            cases += [named | {"divergence": name, "title": logits.format(name)} for name in DIVERGENCES]
+            cases += [
+                named | {"divergence": name, "title": logits.format(name)} for name in DIVERGENCES
+            ]
             named = {"kind": "hidden", "tokens": tokens}
-            cases += [named | {"divergence": name, "title": hidden.format(name)} for name in ("reverse", "forward")]
+            cases += [
+                named | {"divergence": name, "title": hidden.format(name)}
+                for name in ("reverse", "forward")
+            ]
         return cases
     if part == "b":
-        return [{"kind": "step", "divergence": "reverse", "title": f"on-policy step, {sizes.step_batch} x {sizes.new} tokens"}]
+        return [
+            {
+                "kind": "step",
+                "divergence": "reverse",
+                "title": f"on-policy step, {sizes.step_batch} x {sizes.new} tokens",
+            }
+        ]
     generated = f"generation, {sizes.batch} x {sizes.new} tokens, top-p {{}}"
     tail = f"generation with a long tail, {sizes.tail_prompts} prompts in batches or slots of {sizes.batch}"
-    cases = [{"kind": "generate", "top_p": top_p, "title": generated.format(top_p)} for top_p in (1.0, 0.95)]
+    cases = [
+        {"kind": "generate", "top_p": top_p, "title": generated.format(top_p)}
+        for top_p in (1.0, 0.95)
+    ]
     return [*cases, {"kind": "tail", "top_p": 1.0, "title": tail}]
 
 
 def least_work(case: dict[str, Any], device: str, useful_tokens: float) -> tuple[float, float]:
     """(FLOPs of the matrix products, bytes that must move) of a case.
 
-    Bytes are counted for the losses from logits alone, which hold no product: two arrays read and one written.
+    Bytes are counted for the losses from logits alone, which hold no product: two arrays read and
+    one written.
     """
     sizes, kind = SIZES[device], case["kind"]
     if kind == "matmul":
@@ -139,10 +191,14 @@ def least_work(case: dict[str, Any], device: str, useful_tokens: float) -> tuple
     rows = sizes.step_batch if kind == "step" else useful_tokens / sizes.new
     contexts = rows * (sizes.prompt + sizes.new) ** 2 / 2
     tokens, predictions = rows * (sizes.prompt + sizes.new), rows * sizes.new
-    if kind == "tail":  # short rows read short contexts: half of the mean length in front of a token, beside the prompt
+    if (
+        kind == "tail"
+    ):  # short rows read short contexts: half of the mean length in front of a token, beside the prompt
         tokens, predictions = useful_tokens + sizes.tail_prompts * sizes.prompt, useful_tokens
         contexts = tokens * (sizes.prompt + useful_tokens / sizes.tail_prompts) / 2
     generation = sizes.student.forward_flops(tokens, contexts, predictions)
     if kind != "step":
         return generation, 0.0
-    return generation + sizes.teacher.forward_flops(tokens, contexts, predictions) + 3 * generation, 0.0
+    return generation + sizes.teacher.forward_flops(
+        tokens, contexts, predictions
+    ) + 3 * generation, 0.0

@@ -8,7 +8,10 @@ from typing import Any
 
 def to_markdown(result: dict[str, Any]) -> str:
     """One table, after what it was measured on."""
-    versions = "; ".join(f"{system}: {', '.join(f'{n} {v}' for n, v in found.items())}" for system, found in result["versions"].items())
+    versions = "; ".join(
+        f"{system}: {', '.join(f'{n} {v}' for n, v in found.items())}"
+        for system, found in result["versions"].items()
+    )
     rates = f"{result['flops_per_second'] / 1e9:.0f} GFLOP/s and {result['bytes_per_second'] / 1e9:.1f} GB/s"
     lines = [
         f"{result['machine']}. Versions: {versions}.",
@@ -28,13 +31,25 @@ def _row(row: dict[str, Any]) -> str:
         return f"{head} | | | | | | | | {row['error'].replace('|', '/')} |"
     seconds, facts = row["seconds"], row["facts"]
     middle = statistics.median(seconds)
-    tokens = f"{statistics.median(row['tokens_per_second']):.0f}" if row["tokens_per_second"] else ""
+    tokens = (
+        f"{statistics.median(row['tokens_per_second']):.0f}" if row["tokens_per_second"] else ""
+    )
     ratio = f"{row['ratio']:.2f}" if row.get("ratio") else ""
     spread = f"{middle:.3f} ({min(seconds):.3f}–{max(seconds):.3f})"
     cpu = f"{statistics.median(row['cpu_seconds']):.2f}"
     loss = f"{facts['loss']:.6f}" if "loss" in facts else ""
     norms = ", ".join(f"{norm:.4e}" for norm in facts.get("norms", ()))
-    cells = [row["threads"] or "gpu", spread, cpu, tokens, ratio, f"{middle / row['floor']:.1f}", loss, norms, _remark(row)]
+    cells = [
+        row["threads"] or "gpu",
+        spread,
+        cpu,
+        tokens,
+        ratio,
+        f"{middle / row['floor']:.1f}",
+        loss,
+        norms,
+        _remark(row),
+    ]
     return head + " " + " | ".join(map(str, cells)) + " |"
 
 

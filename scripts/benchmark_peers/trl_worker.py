@@ -15,7 +15,14 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDTrainer
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-from benchmark_peers.inputs import count_until_stop, describe_lengths, make_hidden, make_logits, make_matrices, read_prompts
+from benchmark_peers.inputs import (
+    count_until_stop,
+    describe_lengths,
+    make_hidden,
+    make_logits,
+    make_matrices,
+    read_prompts,
+)
 from benchmark_peers.protocol import Job, Stepper, serve
 
 _BETAS = {"reverse": 1.0, "forward": 0.0, "jsd": 0.5}
@@ -39,7 +46,10 @@ def _value_and_grad(loss, leaves):
 
 
 def _describe_loss(result):
-    return {"loss": float(result[0]), "norms": [float(torch.linalg.vector_norm(g, dtype=torch.float64)) for g in result[1]]}
+    return {
+        "loss": float(result[0]),
+        "norms": [float(torch.linalg.vector_norm(g, dtype=torch.float64)) for g in result[1]],
+    }
 
 
 def build_product(case):
@@ -59,7 +69,9 @@ def build_dense_loss(case):
 
     def loss():
         beta, tokens = _BETAS[case["divergence"]], case["tokens"]
-        return GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta, reduction="sum") / tokens
+        return (
+            GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta, reduction="sum") / tokens
+        )
 
     return Job(partial(_value_and_grad, loss, [student]), _describe_loss)
 
@@ -72,27 +84,46 @@ def build_chunked_loss(case):
     mask = torch.ones(1, case["tokens"], device=_DEVICE)
 
     def loss():
-        return _chunked_divergence_loss(hidden[None], teacher_hidden[None], head, teacher_head, mask, _BETAS[case["divergence"]])[0]
+        return _chunked_divergence_loss(
+            hidden[None], teacher_hidden[None], head, teacher_head, mask, _BETAS[case["divergence"]]
+        )[0]
 
     return Job(partial(_value_and_grad, loss, [hidden, head]), _describe_loss)
 
 
 def build_generate(case, cache):
-    model = AutoModelForCausalLM.from_pretrained(case["student"], dtype=getattr(torch, case["dtype"])).to(_DEVICE).eval()
-    ids = torch.tensor([row["ids"] for row in read_prompts(case["student"])[: case["prompts"]]], device=_DEVICE)
+    model = (
+        AutoModelForCausalLM.from_pretrained(case["student"], dtype=getattr(torch, case["dtype"]))
+        .to(_DEVICE)
+        .eval()
+    )
+    ids = torch.tensor(
+        [row["ids"] for row in read_prompts(case["student"])[: case["prompts"]]], device=_DEVICE
+    )
     torch.manual_seed(0)
-    options = {"max_new_tokens": case["new"], "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": case["top_p"]}
+    options = {
+        "max_new_tokens": case["new"],
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": case["top_p"],
+    }
     options |= {"eos_token_id": case["stop_ids"], "pad_token_id": 0, "cache_implementation": cache}
 
     parts = ids.split(case["batch"])
 
     def run(parts=parts):
         with torch.inference_mode():
-            return [model.generate(part, attention_mask=torch.ones_like(part), **options).cpu() for part in parts]
+            return [
+                model.generate(part, attention_mask=torch.ones_like(part), **options).cpu()
+                for part in parts
+            ]
 
     def describe(drawn):
         completions = [tokens[:, ids.shape[1] :].numpy() for tokens in drawn]
-        return describe_lengths([n for part in completions for n in count_until_stop(part, case["stop_ids"])])
+        return describe_lengths(
+            [n for part in completions for n in count_until_stop(part, case["stop_ids"])]
+        )
 
     return Job(run, describe, warm_up=lambda: run(parts[:1]))
 
@@ -125,7 +156,9 @@ def _trainer(case, directory, callback):
         disable_tqdm=True,
     )
     rows = Dataset.from_list([{"prompt": row["prompt"]} for row in read_prompts(case["student"])])
-    return DistillationTrainer(case["student"], case["teacher"], args=config, train_dataset=rows, callbacks=[callback])
+    return DistillationTrainer(
+        case["student"], case["teacher"], args=config, train_dataset=rows, callbacks=[callback]
+    )
 
 
 if __name__ == "__main__":
@@ -137,4 +170,11 @@ if __name__ == "__main__":
         "generate, static cache": partial(build_generate, cache="static"),
         "DistillationTrainer": build_trainer,
     }
-    serve(forms, {"trl": trl.__version__, "torch": torch.__version__, "transformers": transformers.__version__})
+    serve(
+        forms,
+        {
+            "trl": trl.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    )

@@ -1,4 +1,6 @@
-"""Tunix's side: its logit distillation loss and its sampler. It has no on-policy distillation and no loss from hidden states."""
+"""Tunix's side: its logit distillation loss and its sampler. It has no on-policy distillation and
+no loss from hidden states.
+"""
 
 from __future__ import annotations
 
@@ -27,26 +29,50 @@ def build_product(case):
 
 
 def build_logit_strategy(case):
-    strategy = LogitStrategy(lambda *_: None, lambda *_: None, lambda *_: None, temperature=1.0, alpha=1.0)
+    strategy = LogitStrategy(
+        lambda *_: None, lambda *_: None, lambda *_: None, temperature=1.0, alpha=1.0
+    )
     student, teacher = (jnp.asarray(x)[None] for x in make_logits(case["tokens"], case["vocab"]))
     labels = jax.nn.one_hot(jnp.zeros((1, case["tokens"]), jnp.int32), case["vocab"])
-    function = jax.jit(jax.value_and_grad(lambda *arguments: strategy.compute_loss(*arguments), has_aux=True))
+    function = jax.jit(
+        jax.value_and_grad(lambda *arguments: strategy.compute_loss(*arguments), has_aux=True)
+    )
 
     def run():
         (loss, _), gradient = _blocked(function, student, teacher, labels)
         return loss, gradient
 
-    return Job(run, lambda result: {"loss": float(result[0]), "norms": [float(jnp.linalg.norm(result[1].ravel()))]})
+    return Job(
+        run,
+        lambda result: {
+            "loss": float(result[0]),
+            "norms": [float(jnp.linalg.norm(result[1].ravel()))],
+        },
+    )
 
 
 def build_sampler(case):
     shape = case["student_shape"]
     config = ModelConfig(
-        num_layers=shape["layers"], vocab_size=shape["vocab"], embed_dim=shape["hidden"], hidden_dim=shape["mlp"],
-        num_heads=shape["heads"], head_dim=shape["head"], num_kv_heads=shape["kv_heads"], rope_theta=10_000, norm_eps=1e-6,
-        use_tied_embedding=True, dtype=jnp.dtype(case["dtype"]), param_dtype=jnp.dtype(case["dtype"]),
-    )  # fmt: skip
-    mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:1])
+        num_layers=shape["layers"],
+        vocab_size=shape["vocab"],
+        embed_dim=shape["hidden"],
+        hidden_dim=shape["mlp"],
+        num_heads=shape["heads"],
+        head_dim=shape["head"],
+        num_kv_heads=shape["kv_heads"],
+        rope_theta=10_000,
+        norm_eps=1e-6,
+        use_tied_embedding=True,
+        dtype=jnp.dtype(case["dtype"]),
+        param_dtype=jnp.dtype(case["dtype"]),
+    )
+    mesh = jax.make_mesh(
+        (1, 1),
+        ("fsdp", "tp"),
+        axis_types=(jax.sharding.AxisType.Auto,) * 2,
+        devices=jax.devices()[:1],
+    )
     model = create_model_from_safe_tensors(case["student"], config, mesh, jnp.dtype(case["dtype"]))
     columns = case["prompt"] + case["new"]
     cache = CacheConfig(columns, config.num_layers, config.num_kv_heads, config.head_dim)
@@ -58,9 +84,14 @@ def build_sampler(case):
         lengths = []
         for start in range(0, count, case["batch"]):
             drawn = sampler(
-                texts[start : start + case["batch"]], case["new"], case["prompt"], eos_tokens=case["stop_ids"],
-                temperature=1.0, top_p=case["top_p"], seed=next(seeds),
-            )  # fmt: skip
+                texts[start : start + case["batch"]],
+                case["new"],
+                case["prompt"],
+                eos_tokens=case["stop_ids"],
+                temperature=1.0,
+                top_p=case["top_p"],
+                seed=next(seeds),
+            )
             # What it returns ends before the stop token.
             lengths += [min(len(tokens) + 1, case["new"]) for tokens in drawn.tokens]
         return lengths
@@ -69,5 +100,9 @@ def build_sampler(case):
 
 
 if __name__ == "__main__":
-    forms = {"product": build_product, "LogitStrategy.compute_loss": build_logit_strategy, "Sampler": build_sampler}
+    forms = {
+        "product": build_product,
+        "LogitStrategy.compute_loss": build_logit_strategy,
+        "Sampler": build_sampler,
+    }
     serve(forms, {"google-tunix": version("google-tunix"), "jax": jax.__version__})

@@ -1,4 +1,6 @@
-"""The benchmark's side of a worker: a subprocess on some cores of this machine, asked one thing at a time."""
+"""The benchmark's side of a worker: a subprocess on some cores of this machine, asked one thing at
+a time.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +22,25 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """One system in its own process, on `threads` cores of the CPU or on the accelerator (`threads` None)."""
+    """One system in its own process, on `threads` cores of the CPU or on the accelerator (`threads`
+    None).
+    """
 
     def __init__(self, system: str, python: str, threads: int | None, root: pathlib.Path):
         self.system, self.threads, self.versions = system, threads, {}
-        self._command, self._environment = _command(system, python, threads), _environment(system, threads, root)
+        self._command, self._environment = (
+            _command(system, python, threads),
+            _environment(system, threads, root),
+        )
         self._log = (root / "logs" / f"{system}-{threads or 'gpu'}.log").open("w")
         self._answers: queue.Queue = queue.Queue()
         self._process: subprocess.Popen | None = None
         self._death: str | None = None
 
     def ask(self, **command: Any) -> dict[str, Any]:
-        """The answer to one command; WorkerError with the reason where there is none. A worker is started when first asked."""
+        """The answer to one command; WorkerError with the reason where there is none. A worker is
+        started when first asked.
+        """
         if self._death:
             raise WorkerError(self._death)
         if self._process is None:
@@ -53,7 +62,9 @@ class Worker:
     def _start(self):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
         try:
-            self._process = subprocess.Popen(self._command, cwd=SCRIPTS, env=self._environment, text=True, **pipes)
+            self._process = subprocess.Popen(
+                self._command, cwd=SCRIPTS, env=self._environment, text=True, **pipes
+            )
         except OSError as error:
             self._death = f"not started: {error}"
             raise WorkerError(self._death) from error
@@ -73,7 +84,9 @@ class Worker:
         else:
             if answer is not None:
                 return answer
-            self._death = f"its process ended with status {self._process.wait()}: {self._last_words()}"
+            self._death = (
+                f"its process ended with status {self._process.wait()}: {self._last_words()}"
+            )
         self.stop()
         raise WorkerError(self._death)
 
@@ -91,7 +104,11 @@ def _command(system, python, threads):
 
 
 def _environment(system, threads, root):
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_", "JAX_", "OMP_", "MKL_"))}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("XLA_", "JAX_", "OMP_", "MKL_"))
+    }
     cache = root / "compiled" / f"{system}-{threads or 'gpu'}"
     path = [str(SCRIPTS.parent)] if system == "opdjax" else []
     kept |= {
@@ -105,4 +122,8 @@ def _environment(system, threads, root):
     if threads is None:
         # Several systems share the accelerator: none may take most of its memory at the start.
         return kept | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    return kept | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
+    return kept | {
+        "JAX_PLATFORMS": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": str(threads),
+    }

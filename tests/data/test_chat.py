@@ -38,7 +38,13 @@ def word_level(words, split=None):
 
 
 def show(prompt, tokenizer, *, format="chat", system_prompt=None, enable_thinking=None):
-    return render(prompt, tokenizer, format=format, system_prompt=system_prompt, enable_thinking=enable_thinking)
+    return render(
+        prompt,
+        tokenizer,
+        format=format,
+        system_prompt=system_prompt,
+        enable_thinking=enable_thinking,
+    )
 
 
 def test_chat_opens_the_turn_of_the_assistant(tokenizer):
@@ -55,21 +61,23 @@ def test_a_conversation_is_rendered_turn_by_turn(tokenizer):
         {"role": "assistant", "content": "2"},
         {"role": "user", "content": "2+1="},
     )
-    expected = (
-        "<|im_start|>user\n1+1=<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n<|im_start|>user\n2+1=<|im_end|>\n<|im_start|>assistant\n"
-    )
+    expected = "<|im_start|>user\n1+1=<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n<|im_start|>user\n2+1=<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(show(messages, tokenizer)) == expected
     assert show(({"role": "user", "content": "7+8="},), tokenizer) == show("7+8=", tokenizer)
 
 
 def test_the_system_prompt_comes_first(tokenizer):
     plain, ids = show("7+8=", tokenizer), show("7+8=", tokenizer, system_prompt="12")
-    assert tokenizer.decode(ids).startswith("<|im_start|>system\n12<|im_end|>\n<|im_start|>user\n7+8=")
+    assert tokenizer.decode(ids).startswith(
+        "<|im_start|>system\n12<|im_end|>\n<|im_start|>user\n7+8="
+    )
     assert ids[len(ids) - len(plain) :] == plain
 
 
 def test_enable_thinking_reaches_the_template(tokenizer):
-    default, on, off = (show("7+8=", tokenizer, enable_thinking=value) for value in (None, True, False))
+    default, on, off = (
+        show("7+8=", tokenizer, enable_thinking=value) for value in (None, True, False)
+    )
     assert default == on
     # The template answers False with an empty thought behind the assistant's opening.
     assert off[: len(on)] == on
@@ -97,7 +105,9 @@ def test_an_answer_without_its_prompt_follows_the_opening_of_the_turn(tokenizer)
 def test_without_an_opening_it_follows_bos_or_eos(tokenizer, untemplated):
     words = {"<unk>": 0, "<s>": 1, "</s>": 2, "user:": 3, "assistant:": 4}
     plain = word_level(words)
-    with pytest.raises(ValueError, match="has no chat template that opens an assistant's turn, no BOS and no EOS"):
+    with pytest.raises(
+        ValueError, match="has no chat template that opens an assistant's turn, no BOS and no EOS"
+    ):
         header(plain)
     plain.eos_token = "</s>"
     assert header(plain) == header(plain, "raw") == [2]
@@ -123,7 +133,9 @@ def test_messages_cannot_be_raw(tokenizer):
 
 
 def test_a_tokenizer_without_template_says_so(untemplated):
-    with pytest.raises(ValueError, match=r"mini_pair.student has no chat template; use format 'raw'"):
+    with pytest.raises(
+        ValueError, match=r"mini_pair.student has no chat template; use format 'raw'"
+    ):
         show("7+8=", untemplated)
     assert len(show("7+8=", untemplated, format="raw")) == 4
 
@@ -150,7 +162,13 @@ def test_a_differing_vocabulary_is_refused_with_its_tokens():
         check_same_vocabulary(ours, theirs, "full_kl")
     message = str(error.value)
     assert "differ in 4 tokens" in message
-    for part in ("'cat': 1 / 2", "'dog': 2 / 1", "'emu': 3 / None", "'fox': None / 3", "recipe 'full_kl'"):
+    for part in (
+        "'cat': 1 / 2",
+        "'dog': 2 / 1",
+        "'emu': 3 / None",
+        "'fox': None / 3",
+        "recipe 'full_kl'",
+    ):
         assert part in message
 
 
@@ -163,10 +181,15 @@ def test_only_the_first_of_many_differing_tokens_are_shown():
 
 def test_the_same_vocabulary_split_otherwise_is_refused(tokenizer):
     other = copy.deepcopy(tokenizer)
-    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[0-9]|[a-z]+|\n|."), "isolated")
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(
+        Regex("[0-9]|[a-z]+|\n|."), "isolated"
+    )
     assert other.get_vocab() == tokenizer.get_vocab()
     assert show("12", other, format="raw") != show("12", tokenizer, format="raw")
-    with pytest.raises(TokenizerMismatchError, match="split the same text differently.*recipe 'opd' compares their logits id by id"):
+    with pytest.raises(
+        TokenizerMismatchError,
+        match="split the same text differently.*recipe 'opd' compares their logits id by id",
+    ):
         check_same_vocabulary(tokenizer, other, "opd")
 
 
@@ -191,13 +214,17 @@ def test_a_marker_that_matches_nothing_still_moves_on():
     assert stage_starts("ab", ("", "")) == [0, 0, 1]
 
 
-@pytest.mark.parametrize("text", ["34-17=17;17+25=42#42", "34-17=17#42", "34;1#", "#", ";;##", "17+25"])
+@pytest.mark.parametrize(
+    "text", ["34-17=17;17+25=42#42", "34-17=17#42", "34;1#", "#", ";;##", "17+25"]
+)
 def test_each_token_has_the_stage_that_its_text_stands_in(text, tokenizer):
     tokens = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
     ids, starts = stage_ids(tokens, tokenizer, (";", "#")), stage_starts(text, (";", "#"))
     assert ids == sorted(ids)
     for count, stage in enumerate(ids[:-1]):
         last = len(tokenizer.decode(tokens[: count + 1])) - 1
-        assert stage == max(number for number, start in enumerate(starts) if start is not None and start <= last)
+        assert stage == max(
+            number for number, start in enumerate(starts) if start is not None and start <= last
+        )
     assert ids[-1] == ids[-2]
     assert stage_ids([], tokenizer, (";",)) == []

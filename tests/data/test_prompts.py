@@ -1,4 +1,6 @@
-"""Prompts: what is read, what is refused and by which words, and that every prompt is used once an epoch."""
+"""Prompts: what is read, what is refused and by which words, and that every prompt is used once an
+epoch.
+"""
 
 import dataclasses
 import itertools
@@ -11,7 +13,15 @@ from hypothesis import strategies as st
 
 from opdjax.config import MINI_PAIR, DataConfig
 from opdjax.data.chat import load_tokenizer
-from opdjax.data.prompts import Prompt, PromptSet, _with_context, collate, encode_prompts, indices_at, read_prompts
+from opdjax.data.prompts import (
+    Prompt,
+    PromptSet,
+    _with_context,
+    collate,
+    encode_prompts,
+    indices_at,
+    read_prompts,
+)
 from opdjax.data.sources import DataError
 
 RAW = DataConfig(format="raw")
@@ -26,14 +36,19 @@ def tokenizer():
 def write(tmp_path):
     def write(*lines, name="data.jsonl"):
         path = tmp_path / name
-        path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
+        path.write_text(
+            "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines),
+            encoding="utf-8",
+        )
         return str(path)
 
     return write
 
 
 def encode(rows, data, tokenizer):
-    return encode_prompts([Prompt(row) if isinstance(row, str) else row for row in rows], data, tokenizer, tokenizer)
+    return encode_prompts(
+        [Prompt(row) if isinstance(row, str) else row for row in rows], data, tokenizer, tokenizer
+    )
 
 
 # Reading
@@ -42,7 +57,12 @@ def encode(rows, data, tokenizer):
 def test_rows_of_every_form(write):
     source = write(
         {"prompt": "1+1=", "answer": "2", "reference": "1+1=2"},
-        {"prompt": [{"role": "system", "content": "be short"}, {"role": "user", "content": "né 你好", "name": "x"}]},
+        {
+            "prompt": [
+                {"role": "system", "content": "be short"},
+                {"role": "user", "content": "né 你好", "name": "x"},
+            ]
+        },
         "",
         {"prompt": "n", "answer": 42, "references": ["a", "b"], "other": None},
         {"prompt": "f", "answer": 0.5, "references": []},
@@ -100,7 +120,9 @@ def test_a_malformed_row_is_named_by_file_and_line(write, line):
 def test_a_line_that_is_no_utf8_is_named(tmp_path):
     path = tmp_path / "latin.jsonl"
     path.write_bytes(b'{"prompt": "fine"}\n' + '{"prompt": "né"}'.encode("latin-1"))
-    with pytest.raises(DataError, match=r"latin\.jsonl, line 2: not UTF-8 text \(invalid continuation byte\)"):
+    with pytest.raises(
+        DataError, match=r"latin\.jsonl, line 2: not UTF-8 text \(invalid continuation byte\)"
+    ):
         read_prompts(str(path))
 
 
@@ -121,11 +143,20 @@ def test_an_empty_file_is_refused(write, lines):
     ("source", "message"),
     [
         ("/nowhere/rows.jsonl", "data source /nowhere/rows.jsonl does not exist"),
-        ("gsm8k", r"data source 'gsm8k' is not known; expected arithmetic:SPLIT, a \.jsonl file, parquet:PATH, hf:"),
-        ("huggingface:gsm8k", r"data source 'huggingface:gsm8k' is not known; expected arithmetic:SPLIT"),
+        (
+            "gsm8k",
+            r"data source 'gsm8k' is not known; expected arithmetic:SPLIT, a \.jsonl file, parquet:PATH, hf:",
+        ),
+        (
+            "huggingface:gsm8k",
+            r"data source 'huggingface:gsm8k' is not known; expected arithmetic:SPLIT",
+        ),
         ("rows.csv", r"data source 'rows\.csv' is not known"),
         ("arithmetic:test[:10%]", r"arithmetic has no split 'test\[:10%\]'"),
-        ("arithmetic:tset", r"arithmetic has no split 'tset'; expected one of \['test', 'train', 'validation'\]"),
+        (
+            "arithmetic:tset",
+            r"arithmetic has no split 'tset'; expected one of \['test', 'train', 'validation'\]",
+        ),
     ],
 )
 def test_an_unknown_source_is_refused(source, message):
@@ -160,7 +191,12 @@ def test_the_teacher_is_shown_the_answer_and_a_reference_around_the_prompt(token
     # In place of the student's format, not around it; what is no field of a row stays.
     expected = ["1+1=2#2;1+1={0}", "2+3=5#5;2+3={0}"]
     assert found.teacher_ids == tuple(tuple(tokenizer.encode(text)) for text in expected)
-    assert encode(rows, dataclasses.replace(SHOWN, teacher_prompt_format="{prompt}"), tokenizer).teacher_ids is None
+    assert (
+        encode(
+            rows, dataclasses.replace(SHOWN, teacher_prompt_format="{prompt}"), tokenizer
+        ).teacher_ids
+        is None
+    )
 
 
 def test_braces_in_what_is_shown_are_text(tokenizer):
@@ -170,15 +206,26 @@ def test_braces_in_what_is_shown_are_text(tokenizer):
 
 
 def test_in_messages_the_last_turn_of_the_user_shows_it(tokenizer):
-    turns = [("system", "7"), ("user", "1+1="), ("assistant", "2"), ("user", "2+3="), ("assistant", "5")]
-    row = Prompt(tuple({"role": role, "content": content} for role, content in turns[:4]), "5", ("2+3=5",))
+    turns = [
+        ("system", "7"),
+        ("user", "1+1="),
+        ("assistant", "2"),
+        ("user", "2+3="),
+        ("assistant", "5"),
+    ]
+    row = Prompt(
+        tuple({"role": role, "content": content} for role, content in turns[:4]), "5", ("2+3=5",)
+    )
     data = DataConfig(prompt_format="8{prompt}", teacher_prompt_format="{prompt}{reference}")
     found = encode([row], data, tokenizer)
     student, teacher = (tokenizer.decode(ids[0]) for ids in (found.student_ids, found.teacher_ids))
     assert student.count("2+3=") == 1
     assert teacher == student.replace("2+3=", "2+3=2+3=5")
     assert row.prompt[3]["content"] == "2+3="
-    with pytest.raises(DataError, match=r"prompt 0 of .* has no turn of the user, around which data\.teacher_prompt_format goes"):
+    with pytest.raises(
+        DataError,
+        match=r"prompt 0 of .* has no turn of the user, around which data\.teacher_prompt_format goes",
+    ):
         encode([dataclasses.replace(row, prompt=row.prompt[:1])], data, tokenizer)
 
 
@@ -191,7 +238,11 @@ def test_in_messages_the_last_turn_of_the_user_shows_it(tokenizer):
             r"prompt 1 of x\.jsonl has no 'references' \(1 such rows\); .*data\.reference_column, or take",
         ),
         (Prompt("1+1=", "2", (" ",)), {"reference_column": "r"}, "prompt 1 of .* has no 'r'"),
-        (Prompt("1+1=", None, ("2",)), {}, r"has no 'answer' .*name its column in data\.answer_column, or take \{answer\} out"),
+        (
+            Prompt("1+1=", None, ("2",)),
+            {},
+            r"has no 'answer' .*name its column in data\.answer_column, or take \{answer\} out",
+        ),
         (Prompt("1+1=", "", ("2",)), {"answer_column": "a.b"}, r"has no 'a\.b'"),
     ],
 )
@@ -200,12 +251,23 @@ def test_a_row_without_what_the_teacher_is_to_be_shown_is_named(tokenizer, row, 
     with pytest.raises(DataError, match=message):
         encode([fine, row], dataclasses.replace(SHOWN, source="x.jsonl", **columns), tokenizer)
     # A format that does not show it does not need it.
-    assert len(encode([fine, row], dataclasses.replace(SHOWN, teacher_prompt_format="7{prompt}"), tokenizer)) == 2
+    assert (
+        len(
+            encode(
+                [fine, row],
+                dataclasses.replace(SHOWN, teacher_prompt_format="7{prompt}"),
+                tokenizer,
+            )
+        )
+        == 2
+    )
 
 
 def test_the_limit_holds_for_what_the_teacher_is_shown(tokenizer):
     rows = [Prompt("1+1=", "2", ("2",)), Prompt("1+1=", "2", ("1+1=2+0",))]
-    data = dataclasses.replace(SHOWN, teacher_prompt_format="{prompt}{reference}", max_prompt_length=10)
+    data = dataclasses.replace(
+        SHOWN, teacher_prompt_format="{prompt}{reference}", max_prompt_length=10
+    )
     found = encode(rows, data, tokenizer)
     assert [row.references for row in found.prompts] == [("2",)]
     assert found.skipped[0].endswith("with 11 tokens: '1+1='")
@@ -213,7 +275,14 @@ def test_the_limit_holds_for_what_the_teacher_is_shown(tokenizer):
 
 def test_what_the_teacher_is_shown_is_part_of_the_digest(tokenizer):
     rows = [Prompt("1+1=", "2", ("1+1=2",))]
-    views = [SHOWN, RAW, *(dataclasses.replace(SHOWN, teacher_prompt_format=text) for text in ("{prompt}{answer}", "{prompt}{reference}"))]
+    views = [
+        SHOWN,
+        RAW,
+        *(
+            dataclasses.replace(SHOWN, teacher_prompt_format=text)
+            for text in ("{prompt}{answer}", "{prompt}{reference}")
+        ),
+    ]
     assert len({encode(rows, data, tokenizer).digest for data in views}) == len(views)
 
 
@@ -250,7 +319,9 @@ def test_nothing_left_is_an_error(tokenizer):
 def test_what_cannot_be_rendered_is_named_by_its_prompt(tokenizer):
     rows = [Prompt("1+1="), Prompt(({"role": "user", "content": "1"},))]
     data = dataclasses.replace(RAW, source="x.jsonl")
-    with pytest.raises(DataError, match=r"prompt 1 of x\.jsonl: a prompt made of messages needs format 'chat'"):
+    with pytest.raises(
+        DataError, match=r"prompt 1 of x\.jsonl: a prompt made of messages needs format 'chat'"
+    ):
         encode(rows, data, tokenizer)
     with pytest.raises(DataError, match=r"prompt 1 of x\.jsonl has no tokens: ''"):
         encode(["1+1=", ""], data, tokenizer)
@@ -258,8 +329,15 @@ def test_what_cannot_be_rendered_is_named_by_its_prompt(tokenizer):
 
 def test_the_teacher_sees_a_view_of_its_own_only_where_it_differs(tokenizer):
     rows = ["1+1=", "2+3="]
-    assert encode(rows, DataConfig(format="raw", teacher_format="raw"), tokenizer).teacher_ids is None
-    assert encode(rows, DataConfig(enable_thinking=False, teacher_enable_thinking=False), tokenizer).teacher_ids is None
+    assert (
+        encode(rows, DataConfig(format="raw", teacher_format="raw"), tokenizer).teacher_ids is None
+    )
+    assert (
+        encode(
+            rows, DataConfig(enable_thinking=False, teacher_enable_thinking=False), tokenizer
+        ).teacher_ids
+        is None
+    )
     assert encode(rows, DataConfig(enable_thinking=False), tokenizer).teacher_ids is None
 
     raw = encode(rows, RAW, tokenizer).student_ids
@@ -273,9 +351,13 @@ def test_the_teacher_sees_a_view_of_its_own_only_where_it_differs(tokenizer):
 
 
 def test_the_system_prompt_goes_to_the_chat_view_alone(tokenizer):
-    found = encode(["1+1="], DataConfig(format="raw", teacher_format="chat", system_prompt="12"), tokenizer)
+    found = encode(
+        ["1+1="], DataConfig(format="raw", teacher_format="chat", system_prompt="12"), tokenizer
+    )
     assert tokenizer.decode(found.student_ids[0]) == "1+1="
-    assert tokenizer.decode(found.teacher_ids[0]).startswith("<|im_start|>system\n12<|im_end|>\n<|im_start|>user\n1+1=")
+    assert tokenizer.decode(found.teacher_ids[0]).startswith(
+        "<|im_start|>system\n12<|im_end|>\n<|im_start|>user\n1+1="
+    )
 
 
 def test_the_digest_tells_what_a_run_was_trained_on(tokenizer):
@@ -308,12 +390,17 @@ def stream(length, num_prompts, seed):
 @given(st.integers(1, 12), st.integers(1, 30), st.integers(0, 2**31 - 1))
 def test_every_prompt_once_an_epoch_whatever_the_step_size(num_prompts, per_step, seed):
     num_steps = -(-3 * num_prompts // per_step)
-    # A step is computed by itself, the last one first; steps that straddle one or more epochs are among them.
-    steps = [indices_at(step, per_step, num_prompts, seed) for step in reversed(range(num_steps))][::-1]
+    # A step is computed by itself, the last one first; steps that straddle one or more epochs are
+    # among them.
+    steps = [indices_at(step, per_step, num_prompts, seed) for step in reversed(range(num_steps))][
+        ::-1
+    ]
     assert {len(step) for step in steps} == {per_step}
     drawn = np.concatenate(steps)
     for epoch in range(3):
-        assert sorted(drawn[epoch * num_prompts : (epoch + 1) * num_prompts]) == list(range(num_prompts))
+        assert sorted(drawn[epoch * num_prompts : (epoch + 1) * num_prompts]) == list(
+            range(num_prompts)
+        )
     np.testing.assert_array_equal(drawn, stream(len(drawn), num_prompts, seed))
 
 
@@ -324,9 +411,14 @@ def test_a_step_that_straddles_epochs_by_hand():
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
-    orders = [tuple(stream(60, 20, seed)[20 * epoch : 20 * (epoch + 1)]) for seed in range(4) for epoch in range(3)]
+    orders = [
+        tuple(stream(60, 20, seed)[20 * epoch : 20 * (epoch + 1)])
+        for seed in range(4)
+        for epoch in range(3)
+    ]
     assert len(set(orders)) == 12
-    # Not a rotation or a reversal of one another either: a place holds a different prompt nearly always.
+    # Not a rotation or a reversal of one another either: a place holds a different prompt nearly
+    # always.
     agreements = [np.mean(np.array(a) == np.array(b)) for a, b in itertools.combinations(orders, 2)]
     assert np.mean(agreements) == pytest.approx(1 / 20, abs=0.03)
 
@@ -335,9 +427,15 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 
 
 def prompt_set(lengths, teacher_lengths=None):
-    """Prompts of given lengths; token n of prompt i is 100 i + n + 1 for the student and 1000 more for the teacher."""
+    """Prompts of given lengths; token n of prompt i is 100 i + n + 1 for the student and 1000 more
+    for the teacher.
+    """
     ids, teacher_ids = (
-        None if wanted is None else tuple(tuple(range(first + 100 * i + 1, first + 100 * i + n + 1)) for i, n in enumerate(wanted))
+        None
+        if wanted is None
+        else tuple(
+            tuple(range(first + 100 * i + 1, first + 100 * i + n + 1)) for i, n in enumerate(wanted)
+        )
         for first, wanted in ((0, lengths), (1000, teacher_lengths))
     )
     return PromptSet(tuple(Prompt(f"p{i}") for i in range(len(lengths))), ids, teacher_ids, 0, "")
@@ -355,7 +453,18 @@ def test_prompts_end_in_the_last_column():
 
 @pytest.mark.parametrize(
     ("longest", "width"),
-    [(1, 16), (16, 16), (17, 32), (112, 112), (113, 128), (128, 128), (129, 256), (256, 256), (257, 384), (1000, 1024)],
+    [
+        (1, 16),
+        (16, 16),
+        (17, 32),
+        (112, 112),
+        (113, 128),
+        (128, 128),
+        (129, 256),
+        (256, 256),
+        (257, 384),
+        (1000, 1024),
+    ],
 )
 def test_widths_come_in_few_sizes(longest, width):
     batch = collate(prompt_set([1, longest]), np.array([0, 1]))

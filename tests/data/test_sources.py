@@ -1,4 +1,6 @@
-"""Where rows are stored does not matter: Parquet, Hugging Face and TFDS give the prompts that JSON lines give, and a run as well."""
+"""Where rows are stored does not matter: Parquet, Hugging Face and TFDS give the prompts that JSON
+lines give, and a run as well.
+"""
 
 import json
 import os
@@ -10,10 +12,11 @@ import numpy as np
 import pytest
 from test_train import vary, without_times
 
-from opdjax.data import arithmetic
 from opdjax.data.prompts import Prompt, read_prompts
-from opdjax.data.sources import Columns, DataError
-from opdjax.train import prepare, train
+from opdjax.data.sources import ColumnMap, DataError
+from opdjax.data.tasks import arithmetic
+from opdjax.rollouts.setup import prepare
+from opdjax.train import train
 
 pytest.importorskip("pyarrow")
 datasets = pytest.importorskip("datasets")
@@ -23,7 +26,10 @@ pytest.importorskip("array_record")
 import pyarrow.parquet  # noqa: E402
 
 SPLIT = "validation"
-PROBLEMS = [{"prompt": problem.prompt, "answer": problem.answer, "reference": problem.reference} for problem in arithmetic.problems(SPLIT)]
+PROBLEMS = [
+    {"prompt": problem.prompt, "answer": problem.answer, "reference": problem.reference}
+    for problem in arithmetic.problems(SPLIT)
+]
 EXPECTED = [Prompt(row["prompt"], row["answer"], (row["reference"],)) for row in PROBLEMS]
 KINDS = ("parquet", "hf", "tfds")
 
@@ -38,7 +44,9 @@ class StoredRows(tfds.core.GeneratorBasedBuilder):
         super().__init__(**options)
 
     def _info(self):
-        return tfds.core.DatasetInfo(builder=self, description="rows", features=tfds.features.FeaturesDict(self.features))
+        return tfds.core.DatasetInfo(
+            builder=self, description="rows", features=tfds.features.FeaturesDict(self.features)
+        )
 
     def _split_generators(self, dl_manager):
         return {"train": self._generate_examples()}
@@ -90,14 +98,23 @@ def prepared(here):
         "assert rows == opdjax.data.prompts.read_prompts('arithmetic:test')[:205], rows[:3]\n"
         "assert not [name for name in sys.modules if name.split('.')[0] in ('tensorflow', 'torch')]\n"
     )
-    environment = {**os.environ, "TFDS_DATA_DIR": str(here / "tfds"), "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
-    runs = [subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE) for _ in range(2)]
+    environment = {
+        **os.environ,
+        "TFDS_DATA_DIR": str(here / "tfds"),
+        "PYTHONPATH": str(pathlib.Path(__file__).parents[2]),
+    }
+    runs = [
+        subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
     return [(run.communicate(timeout=120)[1].decode(), run.returncode) for run in runs]
 
 
 @pytest.fixture(scope="module")
 def stored(here, prepared):
-    """The problems of the split in every kind of storage: name -> where, and how a split or slice of it is written."""
+    """The problems of the split in every kind of storage: name -> where, and how a split or slice
+    of it is written.
+    """
     saved = datasets.Dataset.from_list(PROBLEMS)
     saved.save_to_disk(str(here / "saved"))
     saved.train_test_split(0.5, shuffle=False).save_to_disk(str(here / "saved_splits"))
@@ -119,8 +136,17 @@ def stored(here, prepared):
     }
 
 
-STORED = ("parquet", "hf", "tfds", "parquet directory", "parquet pattern", "hf directory of files", "hf saved splits",
-          "tfds with a version", "tfds directory")  # fmt: skip
+STORED = (
+    "parquet",
+    "hf",
+    "tfds",
+    "parquet directory",
+    "parquet pattern",
+    "hf directory of files",
+    "hf saved splits",
+    "tfds with a version",
+    "tfds directory",
+)
 
 
 @pytest.mark.parametrize("name", STORED)
@@ -132,7 +158,10 @@ def test_the_stored_rows_are_the_problems_in_their_order(stored, name):
 def test_a_run_does_not_depend_on_where_its_rows_are_stored(stored, kind, straight, tmp_path):
     train(vary_source(stored[kind]), tmp_path / "run")
     assert without_times(tmp_path / "run") == without_times(straight)
-    left, right = (json.loads((workdir / "config.json").read_text())["data"] for workdir in (tmp_path / "run", straight))
+    left, right = (
+        json.loads((workdir / "config.json").read_text())["data"]
+        for workdir in (tmp_path / "run", straight)
+    )
     assert left == right
 
 
@@ -153,23 +182,33 @@ def test_tfds_prepares_the_builtin_task_once_and_without_tensorflow(prepared, he
     assert [path.name for path in (here / "tfds" / "opdjax_arithmetic").iterdir()] == ["1.0.0"]
 
 
-SLICES = {"train[:10%]": slice(0, 102), "train[1000:]": slice(1000, None), "train[50%:75%]": slice(512, 768)}
+SLICES = {
+    "train[:10%]": slice(0, 102),
+    "train[1000:]": slice(1000, None),
+    "train[50%:75%]": slice(512, 768),
+}
 
 
 @pytest.mark.parametrize("split", SLICES)
 @pytest.mark.parametrize("name", ["hf", "hf directory of files", "tfds"])
 def test_slices_are_exact(stored, name, split):
-    source = stored[name].rpartition("#")[0] + "#" + (split.replace("train", SPLIT) if name == "tfds" else split)
+    source = (
+        stored[name].rpartition("#")[0]
+        + "#"
+        + (split.replace("train", SPLIT) if name == "tfds" else split)
+    )
     assert read_prompts(source) == EXPECTED[SLICES[split]]
 
 
 def test_a_saved_slice_goes_by_the_name_of_its_split(stored, tmp_path):
-    part = datasets.load_dataset(stored["hf directory of files"][3:].partition("#")[0], split="train[:10]")
+    part = datasets.load_dataset(
+        stored["hf directory of files"][3:].partition("#")[0], split="train[:10]"
+    )
     part.save_to_disk(str(tmp_path / "saved"))
     assert read_prompts(f"hf:{tmp_path / 'saved'}#train[5:]") == EXPECTED[5:10]
 
 
-# Columns
+# ColumnMap
 
 
 def user(text):
@@ -181,35 +220,55 @@ def assistant(text):
 
 
 SYSTEM = {"role": "system", "content": "be short"}
-# Rows as others store them, where what is in them, their TFDS features, and the prompts they stand for.
+# Rows as others store them, where what is in them, their TFDS features, and the prompts they stand
+# for.
 STYLES = {
     "problem and solution": (
-        [{"problem": "né 1+1=", "solution": "so 2", "answer": 2}, {"problem": "2+2=", "solution": "so 4", "answer": 4}],
-        Columns("problem", reference="solution"),
+        [
+            {"problem": "né 1+1=", "solution": "so 2", "answer": 2},
+            {"problem": "2+2=", "solution": "so 4", "answer": 4},
+        ],
+        ColumnMap("problem", reference="solution"),
         {"problem": TEXT, "solution": TEXT, "answer": np.int64},
         [Prompt("né 1+1=", "2", ("so 2",)), Prompt("2+2=", "4", ("so 4",))],
     ),
     "prompt and completion": (
         [{"prompt": [SYSTEM, user("né 1+1=")], "completion": [assistant("2")]}],
-        Columns(reference="completion"),
+        ColumnMap(reference="completion"),
         {"prompt": MESSAGES, "completion": MESSAGES},
         [Prompt((SYSTEM, user("né 1+1=")), None, ("2",))],
     ),
     "messages": (
-        [{"messages": [user("1+1="), assistant("2"), user("and 1?"), assistant("3")]}, {"messages": [user("2+2=")]}],
-        Columns("messages"),
+        [
+            {"messages": [user("1+1="), assistant("2"), user("and 1?"), assistant("3")]},
+            {"messages": [user("2+2=")]},
+        ],
+        ColumnMap("messages"),
         {"messages": MESSAGES},
-        [Prompt((user("1+1="), assistant("2"), user("and 1?")), None, ("3",)), Prompt((user("2+2="),))],
+        [
+            Prompt((user("1+1="), assistant("2"), user("and 1?")), None, ("3",)),
+            Prompt((user("2+2="),)),
+        ],
     ),
     "reward model": (
-        [{"prompt": [user("1+1=")], "reward_model": {"ground_truth": "2", "style": "rule"}, "extra_info": {"index": 0}}],
-        Columns(answer="reward_model.ground_truth"),
-        {"prompt": MESSAGES, "reward_model": {"ground_truth": TEXT, "style": TEXT}, "extra_info": {"index": np.int64}},
+        [
+            {
+                "prompt": [user("1+1=")],
+                "reward_model": {"ground_truth": "2", "style": "rule"},
+                "extra_info": {"index": 0},
+            }
+        ],
+        ColumnMap(answer="reward_model.ground_truth"),
+        {
+            "prompt": MESSAGES,
+            "reward_model": {"ground_truth": TEXT, "style": TEXT},
+            "extra_info": {"index": np.int64},
+        },
         [Prompt((user("1+1="),), "2")],
     ),
     "several references": (
         [{"prompt": "1+1=", "references": ["2", "1+1=2"]}, {"prompt": "2+2=", "references": []}],
-        Columns(),
+        ColumnMap(),
         {"prompt": TEXT, "references": tfds.features.Sequence(TEXT)},
         [Prompt("1+1=", None, ("2", "1+1=2")), Prompt("2+2=")],
     ),
@@ -236,41 +295,81 @@ def test_columns_of_other_names_and_shapes(kind, style, tmp_path):
 
 def test_the_default_answer_and_reference_may_be_absent_or_null(tmp_path):
     store_parquet(
-        [{"prompt": "1+1=", "answer": None, "reference": None}, {"prompt": "2", "answer": 0.5, "reference": "r"}], tmp_path / "a.parquet"
+        [
+            {"prompt": "1+1=", "answer": None, "reference": None},
+            {"prompt": "2", "answer": 0.5, "reference": "r"},
+        ],
+        tmp_path / "a.parquet",
     )
     store_parquet([{"prompt": "3"}], tmp_path / "b.parquet")
-    assert read_prompts(f"parquet:{tmp_path}") == [Prompt("1+1="), Prompt("2", "0.5", ("r",)), Prompt("3")]
+    assert read_prompts(f"parquet:{tmp_path}") == [
+        Prompt("1+1="),
+        Prompt("2", "0.5", ("r",)),
+        Prompt("3"),
+    ]
 
 
 def test_a_name_with_a_dot_and_an_item_of_a_list(tmp_path):
-    source = store_lines([{"a.b": "1+1=", "a": {"b": "no"}, "final_answer": ["2", "3"]}], tmp_path / "rows.jsonl")
-    assert read_prompts(source, Columns("a.b", "final_answer.0")) == [Prompt("1+1=", "2")]
-    with pytest.raises(DataError, match=r"there is no column 'final_answer\.2'; found \['2', '3'\]"):
-        read_prompts(source, Columns("a.b", "final_answer.2"))
+    source = store_lines(
+        [{"a.b": "1+1=", "a": {"b": "no"}, "final_answer": ["2", "3"]}], tmp_path / "rows.jsonl"
+    )
+    assert read_prompts(source, ColumnMap("a.b", "final_answer.0")) == [Prompt("1+1=", "2")]
+    with pytest.raises(
+        DataError, match=r"there is no column 'final_answer\.2'; found \['2', '3'\]"
+    ):
+        read_prompts(source, ColumnMap("a.b", "final_answer.2"))
 
 
 def test_messages_whose_fields_differ_by_row(tmp_path):
-    """`datasets` keeps such values as JSON text and decodes them only when rows are read its own way."""
-    rows = [{"prompt": [user("1+1=")], "answer": 2}, {"prompt": [{**user("2+2="), "name": {"first": "x"}}], "answer": "4"}]
+    """`datasets` keeps such values as JSON text and decodes them only when rows are read its own
+    way.
+    """
+    rows = [
+        {"prompt": [user("1+1=")], "answer": 2},
+        {"prompt": [{**user("2+2="), "name": {"first": "x"}}], "answer": "4"},
+    ]
     store_lines(rows, tmp_path / "rows.jsonl")
-    assert read_prompts(f"hf:{tmp_path}#train") == [Prompt((user("1+1="),), "2"), Prompt((user("2+2="),), "4")]
+    assert read_prompts(f"hf:{tmp_path}#train") == [
+        Prompt((user("1+1="),), "2"),
+        Prompt((user("2+2="),), "4"),
+    ]
 
 
 def test_training_and_evaluation_read_columns_of_their_own(tmp_path):
-    """Prompts as verl stores them, evaluated on problems with an answer; unless told, the evaluation reads as training does."""
+    """Prompts as verl stores them, evaluated on problems with an answer; unless told, the
+    evaluation reads as training does.
+    """
     rows = [
-        {"prompt": [user(row["prompt"])], "reward_model": {"ground_truth": row["answer"]}, "why": row["reference"]} for row in PROBLEMS[:8]
+        {
+            "prompt": [user(row["prompt"])],
+            "reward_model": {"ground_truth": row["answer"]},
+            "why": row["reference"],
+        }
+        for row in PROBLEMS[:8]
     ]
     trained, held_out = (
         store("parquet", rows, None, tmp_path),
         store_lines([{"problem": "1+1=", "answer": "2"}], tmp_path / "held_out.jsonl"),
     )
-    data = {"source": trained, "answer_column": "reward_model.ground_truth", "reference_column": "why"}
-    setup = prepare(vary(data=data, evaluation={"source": held_out, "prompt_column": "problem", "answer_column": "answer"}))
-    assert setup.prompts.prompts == tuple(Prompt((user(p.prompt),), p.answer, p.references) for p in EXPECTED[:8])
+    data = {
+        "source": trained,
+        "answer_column": "reward_model.ground_truth",
+        "reference_column": "why",
+    }
+    setup = prepare(
+        vary(
+            data=data,
+            evaluation={"source": held_out, "prompt_column": "problem", "answer_column": "answer"},
+        )
+    )
+    assert setup.prompts.prompts == tuple(
+        Prompt((user(p.prompt),), p.answer, p.references) for p in EXPECTED[:8]
+    )
     assert setup.evaluator.prompts.prompts == (Prompt("1+1=", "2"),)
     config = vary(data=data, evaluation={"source": trained})
-    assert [p.answer for p in prepare(config).evaluator.prompts.prompts] == [p.answer for p in EXPECTED[:8]]
+    assert [p.answer for p in prepare(config).evaluator.prompts.prompts] == [
+        p.answer for p in EXPECTED[:8]
+    ]
 
 
 # Errors
@@ -283,20 +382,38 @@ PACKAGES = {"parquet:x": "pyarrow", "hf:x#train": "datasets", "tfds:x#train": "t
 def test_a_missing_package_is_named_with_its_extra(source, monkeypatch):
     monkeypatch.setitem(sys.modules, PACKAGES[source], None)
     with pytest.raises(
-        ImportError, match=rf"{source.partition(':')[0]}:.*needs another package.*{PACKAGES[source]}.*pip install 'opdjax\[data\]'"
+        ImportError,
+        match=rf"{source.partition(':')[0]}:.*needs another package.*{PACKAGES[source]}.*pip install 'opdjax\[data\]'",
     ):
         read_prompts(source)
 
 
 @pytest.mark.parametrize("kind", ["lines", *KINDS])
 def test_a_missing_column_is_named_with_those_that_are_there(kind, tmp_path):
-    source = store(kind, [{"question": "1+1=", "nested": {"truth": "2"}}], {"question": TEXT, "nested": {"truth": TEXT}}, tmp_path)
+    source = store(
+        kind,
+        [{"question": "1+1=", "nested": {"truth": "2"}}],
+        {"question": TEXT, "nested": {"truth": TEXT}},
+        tmp_path,
+    )
     for columns, message in (
-        (Columns(), r"no column 'prompt'; found \['nested', 'question'\]\. Name the right one in data\.prompt_column"),
-        (Columns("questions"), r"no column 'questions'; found \['nested', 'question'\], did you mean 'question'\?"),
-        (Columns("question", "nested.thruth"), r"no column 'nested\.thruth'; found \['truth'\], did you mean 'truth'\?"),
-        (Columns("question", "answer"), r"no column 'answer'; found \['nested', 'question'\]"),
-        (Columns("question", reference="nested.truth.x"), r"no column 'nested\.truth\.x'; found "),
+        (
+            ColumnMap(),
+            r"no column 'prompt'; found \['nested', 'question'\]\. Name the right one in data\.prompt_column",
+        ),
+        (
+            ColumnMap("questions"),
+            r"no column 'questions'; found \['nested', 'question'\], did you mean 'question'\?",
+        ),
+        (
+            ColumnMap("question", "nested.thruth"),
+            r"no column 'nested\.thruth'; found \['truth'\], did you mean 'truth'\?",
+        ),
+        (ColumnMap("question", "answer"), r"no column 'answer'; found \['nested', 'question'\]"),
+        (
+            ColumnMap("question", reference="nested.truth.x"),
+            r"no column 'nested\.truth\.x'; found ",
+        ),
     ):
         with pytest.raises(DataError, match=message):
             read_prompts(source, columns)
@@ -304,9 +421,15 @@ def test_a_missing_column_is_named_with_those_that_are_there(kind, tmp_path):
 
 WRONG_TYPES = {
     "a number as prompt": ([{"prompt": 3}], "row 0: 'prompt' is 3; expected a non-empty string"),
-    "a record as answer": ([{"prompt": "a", "answer": {"x": 1}}], r"row 0: 'answer' is \{'x': 1\}; expected a string or a number"),
+    "a record as answer": (
+        [{"prompt": "a", "answer": {"x": 1}}],
+        r"row 0: 'answer' is \{'x': 1\}; expected a string or a number",
+    ),
     "bytes that are no text": ([{"prompt": b"\xff"}], "row 0: 'prompt' is not UTF-8 text"),
-    "messages without content": ([{"prompt": [{"role": "user"}]}], "row 0: 'prompt' is .* expected a non-empty string or a list"),
+    "messages without content": (
+        [{"prompt": [{"role": "user"}]}],
+        "row 0: 'prompt' is .* expected a non-empty string or a list",
+    ),
     "a null": ([{"prompt": "a"}, {"prompt": None}], "row 1: 'prompt' is None"),
 }
 
@@ -321,7 +444,9 @@ def test_a_value_of_a_wrong_type_is_named_by_its_row(kind, name, tmp_path):
 
 def broken_tfds(directory, change):
     """A prepared dataset whose directory was changed afterwards."""
-    path = pathlib.Path(store_tfds([{"prompt": str(n)} for n in range(20)], directory, {"prompt": TEXT}))
+    path = pathlib.Path(
+        store_tfds([{"prompt": str(n)} for n in range(20)], directory, {"prompt": TEXT})
+    )
     change(path)
     return f"tfds:{path}#train"
 
@@ -341,7 +466,9 @@ def make(directory, name, content=b""):
 
 
 def empty_parquet(directory):
-    pyarrow.parquet.write_table(pyarrow.table({"prompt": pyarrow.array([], pyarrow.string())}), directory / "rows.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"prompt": pyarrow.array([], pyarrow.string())}), directory / "rows.parquet"
+    )
     return f"parquet:{directory}"
 
 
@@ -351,37 +478,103 @@ def whole_parquet_splits(directory):
 
 # Name: the source, made in an empty directory from the stored problems, and what is said of it.
 REFUSED = {
-    "no split": (lambda d, s: "hf:org/name", r"'hf:org/name' names no split; expected hf:NAME#SPLIT, such as hf:org/name#train"),
-    "an empty split": (lambda d, s: "tfds:mnist#", r"names no split; expected tfds:NAME#SPLIT, such as tfds:mnist#train"),
+    "no split": (
+        lambda d, s: "hf:org/name",
+        r"'hf:org/name' names no split; expected hf:NAME#SPLIT, such as hf:org/name#train",
+    ),
+    "an empty split": (
+        lambda d, s: "tfds:mnist#",
+        r"names no split; expected tfds:NAME#SPLIT, such as tfds:mnist#train",
+    ),
     "no name": (lambda d, s: "tfds:#train", "names no split"),
-    "hf, another split": (lambda d, s: s["hf"].replace("#train", "#trian"), r'Unknown split "trian".*\[\'train\'\]'),
-    "hf, another split of files": (lambda d, s: s["hf directory of files"] + "ing", r'Unknown split "training".*\[\'train\'\]'),
-    "hf, a slice that is none": (lambda d, s: s["hf"] + "[:10", r"Unrecognized instruction format: train\[:10"),
+    "hf, another split": (
+        lambda d, s: s["hf"].replace("#train", "#trian"),
+        r'Unknown split "trian".*\[\'train\'\]',
+    ),
+    "hf, another split of files": (
+        lambda d, s: s["hf directory of files"] + "ing",
+        r'Unknown split "training".*\[\'train\'\]',
+    ),
+    "hf, a slice that is none": (
+        lambda d, s: s["hf"] + "[:10",
+        r"Unrecognized instruction format: train\[:10",
+    ),
     "hf, an empty slice": (lambda d, s: s["hf"] + "[:0]", "holds no prompts"),
-    "hf, an empty slice of files": (lambda d, s: s["hf directory of files"] + "[:0]", "corresponds to no data"),
+    "hf, an empty slice of files": (
+        lambda d, s: s["hf directory of files"] + "[:0]",
+        "corresponds to no data",
+    ),
     "hf, an empty directory": (lambda d, s: f"hf:{d}#train", "doesn't contain any data files"),
     "hf, no directory": (lambda d, s: f"hf:{d}/x#train", "there is no directory"),
-    "hf, a file of another kind": (lambda d, s: f"hf:{make(d, 'a.parquet', b'no').parent}#train", "Parquet file size is 2 bytes"),
-    "hf, lines that are no JSON": (lambda d, s: f"hf:{make(d, 'a.jsonl', b'no').parent}#train", r"generating the dataset \(.*JSON"),
-    "hf, another configuration": (lambda d, s: s["hf directory of files"].replace("#", "@x#"), "BuilderConfig 'x' not found"),
-    "hf, no network": (lambda d, s: "hf:nobody/nothing@main#train", "reach 'nobody/nothing' on the Hub.*the latter needs a network"),
-    "tfds, another split": (lambda d, s: "tfds:opdjax_arithmetic#trian", r"Unknown split 'trian'.*its splits are \['test', 'train', 'val"),
-    "tfds, a slice that is none": (lambda d, s: "tfds:opdjax_arithmetic#train[:10", r"parsing split.*a slice is written train\[:10%\]"),
+    "hf, a file of another kind": (
+        lambda d, s: f"hf:{make(d, 'a.parquet', b'no').parent}#train",
+        "Parquet file size is 2 bytes",
+    ),
+    "hf, lines that are no JSON": (
+        lambda d, s: f"hf:{make(d, 'a.jsonl', b'no').parent}#train",
+        r"generating the dataset \(.*JSON",
+    ),
+    "hf, another configuration": (
+        lambda d, s: s["hf directory of files"].replace("#", "@x#"),
+        "BuilderConfig 'x' not found",
+    ),
+    "hf, no network": (
+        lambda d, s: "hf:nobody/nothing@main#train",
+        "reach 'nobody/nothing' on the Hub.*the latter needs a network",
+    ),
+    "tfds, another split": (
+        lambda d, s: "tfds:opdjax_arithmetic#trian",
+        r"Unknown split 'trian'.*its splits are \['test', 'train', 'val",
+    ),
+    "tfds, a slice that is none": (
+        lambda d, s: "tfds:opdjax_arithmetic#train[:10",
+        r"parsing split.*a slice is written train\[:10%\]",
+    ),
     "tfds, an empty slice": (lambda d, s: "tfds:opdjax_arithmetic#train[:0%]", "its splits are"),
-    "tfds, a backward slice": (lambda d, s: "tfds:opdjax_arithmetic#train[10%:5%]", "its splits are"),
-    "tfds, another name": (lambda d, s: "tfds:nothing_here#train", "Dataset nothing_here not found; expected a builder that TFDS knows"),
-    "tfds, another version": (lambda d, s: "tfds:opdjax_arithmetic:9.9.9#train", "cannot be loaded at version 9.9.9, only: 1.0.0"),
-    "tfds, a name that is none": (lambda d, s: "tfds:a b#train", "Parsing builder name string a b failed"),
-    "tfds, no builder's directory": (lambda d, s: f"tfds:{d}#train", "Could not read dataset info.*a builder's directory"),
-    "tfds, tfrecord": (lambda d, s: broken_tfds(d, as_tfrecord), "stored as tfrecord, which only TensorFlow reads; expected array_record"),
+    "tfds, a backward slice": (
+        lambda d, s: "tfds:opdjax_arithmetic#train[10%:5%]",
+        "its splits are",
+    ),
+    "tfds, another name": (
+        lambda d, s: "tfds:nothing_here#train",
+        "Dataset nothing_here not found; expected a builder that TFDS knows",
+    ),
+    "tfds, another version": (
+        lambda d, s: "tfds:opdjax_arithmetic:9.9.9#train",
+        "cannot be loaded at version 9.9.9, only: 1.0.0",
+    ),
+    "tfds, a name that is none": (
+        lambda d, s: "tfds:a b#train",
+        "Parsing builder name string a b failed",
+    ),
+    "tfds, no builder's directory": (
+        lambda d, s: f"tfds:{d}#train",
+        "Could not read dataset info.*a builder's directory",
+    ),
+    "tfds, tfrecord": (
+        lambda d, s: broken_tfds(d, as_tfrecord),
+        "stored as tfrecord, which only TensorFlow reads; expected array_record",
+    ),
     "tfds, lost files": (lambda d, s: broken_tfds(d, without_records), "its splits are"),
-    "tfds, a slice of parquet": (lambda d, s: whole_parquet_splits(d) + "[:10%]", "reads only whole splits; its splits are"),
-    "parquet, no file": (lambda d, s: f"parquet:{d}", r"names no file; expected a \.parquet file, a directory of them or a pattern"),
+    "tfds, a slice of parquet": (
+        lambda d, s: whole_parquet_splits(d) + "[:10%]",
+        "reads only whole splits; its splits are",
+    ),
+    "parquet, no file": (
+        lambda d, s: f"parquet:{d}",
+        r"names no file; expected a \.parquet file, a directory of them or a pattern",
+    ),
     "parquet, no match": (lambda d, s: f"parquet:{d}/*.parquet", "names no file"),
     "parquet, no rows": (lambda d, s: empty_parquet(d), "holds no prompts"),
-    "parquet, another kind": (lambda d, s: f"parquet:{make(d, 'a.parquet', b'no')}", r"a\.parquet cannot be read as Parquet: "),
-    "parquet, cut off": (lambda d, s: f"parquet:{make(d, 'a', b'PAR1' * 99)}", "cannot be read as Parquet"),
-}  # fmt: skip
+    "parquet, another kind": (
+        lambda d, s: f"parquet:{make(d, 'a.parquet', b'no')}",
+        r"a\.parquet cannot be read as Parquet: ",
+    ),
+    "parquet, cut off": (
+        lambda d, s: f"parquet:{make(d, 'a', b'PAR1' * 99)}",
+        "cannot be read as Parquet",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -396,12 +589,15 @@ def test_whole_splits_of_parquet_are_read_through_tfds(tmp_path):
 
 
 def test_a_builder_that_needs_tensorflow_to_be_prepared(tmp_path, monkeypatch):
-    from opdjax.data.arithmetic_tfds import OpdjaxArithmetic
+    from opdjax.data.tasks.arithmetic_tfds import OpdjaxArithmetic
 
     def download_and_prepare(self, **options):
         raise ModuleNotFoundError("No module named 'tensorflow'")
 
     monkeypatch.setattr("tensorflow_datasets.core.constants.DATA_DIR", str(tmp_path))
     monkeypatch.setattr(OpdjaxArithmetic, "download_and_prepare", download_and_prepare)
-    with pytest.raises(DataError, match=r"could not be prepared here \(No module named 'tensorflow'\); prepare it elsewhere"):
+    with pytest.raises(
+        DataError,
+        match=r"could not be prepared here \(No module named 'tensorflow'\); prepare it elsewhere",
+    ):
         read_prompts("tfds:opdjax_arithmetic#train")

@@ -7,26 +7,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opdjax.estimators import RECIPES, bind, sequence
+from opdjax.estimators import RECIPES, bind, coupling
 from opdjax.ops.tile import VocabTile
-from opdjax.ops.vocab import Columns
+from opdjax.ops.vocab import TokenInputs
 
 
 def sample_gradients(name, options, student, teacher, tokens=None, **columns):
-    """(gradient with respect to the logits [n, V], outputs) of each token on its own; without `tokens` every one of the V.
+    """(gradient with respect to the logits [n, V], outputs) of each token on its own; without
+    `tokens` every one of the V.
 
     A column is one number for all tokens, or one a token.
     """
     tokens = jnp.arange(len(student)) if tokens is None else jnp.asarray(tokens)
     rows = [np.broadcast_to(x, (len(tokens), len(student))) for x in (student, teacher)]
-    columns = {key: np.broadcast_to(x, (len(tokens), *np.shape(x)[1:])) for key, x in columns.items()}
-    return _gradients(*rows, Columns(tokens, **columns), name, tuple(options.items()))
+    columns = {
+        key: np.broadcast_to(x, (len(tokens), *np.shape(x)[1:])) for key, x in columns.items()
+    }
+    return _gradients(*rows, TokenInputs(tokens, **columns), name, tuple(options.items()))
 
 
 @partial(jax.jit, static_argnames=("name", "options"))
 def _gradients(student, teacher, columns, name, options):
     def total(logits):
-        loss, outputs = RECIPES[name].token_loss(VocabTile(logits), VocabTile(teacher), columns, **dict(options))
+        loss, outputs = RECIPES[name].token_loss(
+            VocabTile(logits), VocabTile(teacher), columns, **dict(options)
+        )
         return jnp.sum(loss), outputs
 
     return jax.grad(total, has_aux=True)(student)
@@ -51,16 +56,24 @@ def relative_bias(found, exact):
 
 LENGTH, EOS = 3, 0
 CONTEXTS = [prefix for n in range(LENGTH) for prefix in itertools.product((1, 2), repeat=n)]
-SEQUENCES = [(*prefix, EOS) for prefix in CONTEXTS] + [(*prefix, y) for prefix in CONTEXTS if len(prefix) == 2 for y in (1, 2)]
+SEQUENCES = [(*prefix, EOS) for prefix in CONTEXTS] + [
+    (*prefix, y) for prefix in CONTEXTS if len(prefix) == 2 for y in (1, 2)
+]
 PAIRS = np.array(list(itertools.product(range(len(SEQUENCES)), repeat=2)))
 TOKENS, CONTEXT_OF, MASK = (np.zeros((len(SEQUENCES), LENGTH), kind) for kind in (int, int, bool))
 for _row, _sequence in enumerate(SEQUENCES):
     for _t, _token in enumerate(_sequence):
-        TOKENS[_row, _t], CONTEXT_OF[_row, _t], MASK[_row, _t] = _token, CONTEXTS.index(_sequence[:_t]), True
+        TOKENS[_row, _t], CONTEXT_OF[_row, _t], MASK[_row, _t] = (
+            _token,
+            CONTEXTS.index(_sequence[:_t]),
+            True,
+        )
 
 
 def token_logprobs(theta):
-    """Log-probability [S, T] of every token of every sequence under the table theta [C, V]; 0 where masked."""
+    """Log-probability [S, T] of every token of every sequence under the table theta [C, V]; 0 where
+    masked.
+    """
     return jnp.where(MASK, jax.nn.log_softmax(theta, axis=-1)[CONTEXT_OF, TOKENS], 0)
 
 
@@ -76,24 +89,30 @@ def reach(theta):
 
 
 def sequence_gradients(tables, name, options=None, batches=None, **columns):
-    """Gradient [N, C, V] of the recipe's loss on each batch of sequences `[N, R]` (by number), under fixed_denominator.
+    """Gradient [N, C, V] of the recipe's loss on each batch of sequences `[N, R]` (by number),
+    under fixed_denominator.
 
-    Without `batches` every sequence is a batch of its own. A column is `[S, T]`, one for every sequence, or `[N, R, T]`.
-    The recipe is bound and prepared as an update does it, on dense tiles.
+    Without `batches` every sequence is a batch of its own. A column is `[S, T]`, one for every
+    sequence, or `[N, R, T]`. The recipe is bound and prepared as an update does it, on dense tiles.
     """
     batches = np.arange(len(SEQUENCES))[:, None] if batches is None else batches
     shape = (*batches.shape, LENGTH)
     recipe, options = bind(name, options or {})
     student, teacher = (jnp.asarray(table)[CONTEXT_OF[batches]] for table in tables)
-    columns = {key: jnp.asarray(x if np.shape(x)[:2] == shape[:2] else np.asarray(x)[batches]) for key, x in columns.items()}
-    columns, mask = Columns(jnp.asarray(TOKENS[batches]), **columns), jnp.asarray(MASK[batches])
-    flat = lambda tree: jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), tree)  # noqa: E731
+    columns = {
+        key: jnp.asarray(x if np.shape(x)[:2] == shape[:2] else np.asarray(x)[batches])
+        for key, x in columns.items()
+    }
+    columns, mask = TokenInputs(jnp.asarray(TOKENS[batches]), **columns), jnp.asarray(MASK[batches])
+    flat = lambda tree: jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), tree)
     teacher = VocabTile(flat(teacher))
-    if sequence.is_coupled(options):
-        stats = sequence.token_stats(VocabTile(flat(student)), teacher, flat(columns), options)
+    if coupling.is_coupled(options):
+        stats = coupling.token_stats(VocabTile(flat(student)), teacher, flat(columns), options)
         stats = jax.tree.map(lambda x: x.reshape(shape), stats)
         segments = jnp.ones(shape[1:], int)
-        prepare = lambda *args: sequence.prepare(*args, segments, options, is_policy_gradient=recipe.is_policy_gradient)  # noqa: E731
+        prepare = lambda *args: coupling.prepare(
+            *args, segments, options, is_policy_gradient=recipe.is_policy_gradient
+        )
         columns = jax.vmap(prepare)(columns, stats, mask)
 
     def total(logits):
@@ -109,7 +128,9 @@ def expectation(tables, name, options=None, batches=None, behavior=None, **colum
     if behavior is not None:
         columns["behavior_logprob"] = token_logprobs(behavior)
     gradients = sequence_gradients(tables, name, options, batches, **columns)
-    return np.tensordot(batch_probabilities(tables[0] if behavior is None else behavior, batches), gradients, 1)
+    return np.tensordot(
+        batch_probabilities(tables[0] if behavior is None else behavior, batches), gradients, 1
+    )
 
 
 def batch_probabilities(theta, batches=None):
@@ -119,15 +140,22 @@ def batch_probabilities(theta, batches=None):
 
 def action_variance(tables, name, options=None, **columns):
     """Trace of the covariance of one sequence's gradient."""
-    gradients, probs = sequence_gradients(tables, name, options, **columns), batch_probabilities(tables[0])
+    gradients, probs = (
+        sequence_gradients(tables, name, options, **columns),
+        batch_probabilities(tables[0]),
+    )
     mean = np.tensordot(probs, gradients, 1)
     return np.tensordot(probs, np.sum(np.square(gradients - mean), axis=(1, 2)), 1)
 
 
 def exact_gradient(tables, discount):
-    """sum_c P(reach c) sum_y grad p(y | c) Q(c, y), Q = -r + discount * cost to go, divided by the fixed denominator; by recursion."""
+    """sum_c P(reach c) sum_y grad p(y | c) Q(c, y), Q = -r + discount * cost to go, divided by the
+    fixed denominator; by recursion.
+    """
     theta, _ = tables
-    student_logprobs, teacher_logprobs = (np.asarray(jax.nn.log_softmax(x, axis=-1)) for x in tables)
+    student_logprobs, teacher_logprobs = (
+        np.asarray(jax.nn.log_softmax(x, axis=-1)) for x in tables
+    )
     cost = student_logprobs - teacher_logprobs
     for index in reversed(range(len(CONTEXTS))):
         for y in (1, 2):
@@ -135,4 +163,6 @@ def exact_gradient(tables, discount):
                 child = CONTEXTS.index((*CONTEXTS[index], y))
                 cost[index, y] += discount * np.sum(np.exp(student_logprobs[child]) * cost[child])
     weight = reach(theta)[:, None] * cost
-    return np.asarray(jax.grad(lambda x: jnp.sum(weight * jax.nn.softmax(x, axis=-1)))(theta)) / LENGTH
+    return (
+        np.asarray(jax.grad(lambda x: jnp.sum(weight * jax.nn.softmax(x, axis=-1)))(theta)) / LENGTH
+    )

@@ -8,10 +8,17 @@ import pytest
 from jax.test_util import check_grads
 
 from opdjax.config import EstimatorConfig
-from opdjax.estimators.divergence import forward_kl, full_kl, jsd, reverse_kl, skew_forward_kl, skew_reverse_kl
-from opdjax.fields import ConfigError
+from opdjax.config.validation import ConfigError
+from opdjax.estimators.divergence import (
+    forward_kl,
+    full_kl,
+    jsd,
+    reverse_kl,
+    skew_forward_kl,
+    skew_reverse_kl,
+)
 from opdjax.ops.tile import VocabTile
-from opdjax.ops.vocab import Columns
+from opdjax.ops.vocab import TokenInputs
 
 LN2 = np.log(2.0)
 DIVERGENCES = {
@@ -35,12 +42,21 @@ def pair(rng):
 
 def test_hand_worked_numbers():
     """Student (1/2, 1/2, 0), teacher (1/4, 3/4, 0); the mixture at beta 1/4 is (7/16, 9/16, 0)."""
-    student, teacher = tile([np.log(0.5), np.log(0.5), -np.inf]), tile([np.log(0.25), np.log(0.75), -np.inf])
-    np.testing.assert_allclose(reverse_kl(student, teacher)[0], 0.5 * np.log(2) + 0.5 * np.log(2 / 3), rtol=1e-6)
-    np.testing.assert_allclose(forward_kl(student, teacher)[0], 0.25 * np.log(0.5) + 0.75 * np.log(1.5), rtol=1e-6)
+    student, teacher = (
+        tile([np.log(0.5), np.log(0.5), -np.inf]),
+        tile([np.log(0.25), np.log(0.75), -np.inf]),
+    )
+    np.testing.assert_allclose(
+        reverse_kl(student, teacher)[0], 0.5 * np.log(2) + 0.5 * np.log(2 / 3), rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        forward_kl(student, teacher)[0], 0.25 * np.log(0.5) + 0.75 * np.log(1.5), rtol=1e-6
+    )
     to_mixture_t = 0.25 * np.log(4 / 7) + 0.75 * np.log(4 / 3)
     to_mixture_s = 0.5 * np.log(8 / 7) + 0.5 * np.log(8 / 9)
-    np.testing.assert_allclose(jsd(student, teacher, 0.25)[0], 0.25 * to_mixture_t + 0.75 * to_mixture_s, rtol=1e-5)
+    np.testing.assert_allclose(
+        jsd(student, teacher, 0.25)[0], 0.25 * to_mixture_t + 0.75 * to_mixture_s, rtol=1e-5
+    )
 
 
 def test_beta_names_its_limits(pair):
@@ -52,8 +68,12 @@ def test_beta_names_its_limits(pair):
 @pytest.mark.usefixtures("x64")
 def test_scaled_jsd_approaches_its_limits(pair):
     student, teacher = map(tile, pair)
-    np.testing.assert_allclose(jsd(student, teacher, 1e-7) / 1e-7, forward_kl(student, teacher), rtol=1e-5)
-    np.testing.assert_allclose(jsd(student, teacher, 1 - 1e-7) / 1e-7, reverse_kl(student, teacher), rtol=1e-5)
+    np.testing.assert_allclose(
+        jsd(student, teacher, 1e-7) / 1e-7, forward_kl(student, teacher), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        jsd(student, teacher, 1 - 1e-7) / 1e-7, reverse_kl(student, teacher), rtol=1e-5
+    )
 
 
 @pytest.mark.usefixtures("x64")
@@ -85,7 +105,9 @@ def test_reverse_kl_gradient_in_closed_form(pair):
     student, teacher = pair
     p, q = jax.nn.log_softmax(student), jax.nn.log_softmax(teacher)
     kl = jnp.sum(jnp.exp(p) * (p - q))
-    found = jax.grad(lambda x: reverse_kl(VocabTile(x[None]), tile(teacher))[0])(jnp.asarray(student))
+    found = jax.grad(lambda x: reverse_kl(VocabTile(x[None]), tile(teacher))[0])(
+        jnp.asarray(student)
+    )
     np.testing.assert_allclose(found, jnp.exp(p) * (p - q - kl), atol=1e-12)
 
 
@@ -101,7 +123,10 @@ def test_what_the_student_cannot_draw_costs_nothing_and_what_the_teacher_cannot_
 
 def test_skewed_numbers_by_hand():
     """As above at alpha 1/4: T against (7/16, 9/16, 0), S against (5/16, 11/16, 0)."""
-    student, teacher = tile([np.log(0.5), np.log(0.5), -np.inf]), tile([np.log(0.25), np.log(0.75), -np.inf])
+    student, teacher = (
+        tile([np.log(0.5), np.log(0.5), -np.inf]),
+        tile([np.log(0.25), np.log(0.75), -np.inf]),
+    )
     forward = 0.25 * np.log(4 / 7) + 0.75 * np.log(4 / 3)
     reverse = 0.5 * np.log(8 / 5) + 0.5 * np.log(8 / 11)
     np.testing.assert_allclose(skew_forward_kl(student, teacher, 0.25)[0], forward, rtol=1e-5)
@@ -109,9 +134,13 @@ def test_skewed_numbers_by_hand():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("skew", "plain"), [(skew_forward_kl, forward_kl), (skew_reverse_kl, reverse_kl)])
+@pytest.mark.parametrize(
+    ("skew", "plain"), [(skew_forward_kl, forward_kl), (skew_reverse_kl, reverse_kl)]
+)
 def test_a_skew_divergence_lies_between_its_limits(skew, plain, pair):
-    """The plain KL at alpha 0 and nothing at 1, falling between; a teacher that shares no id costs log(1 / alpha)."""
+    """The plain KL at alpha 0 and nothing at 1, falling between; a teacher that shares no id costs
+    log(1 / alpha).
+    """
     student, teacher = map(tile, pair)
     np.testing.assert_allclose(skew(student, teacher, 0.0), plain(student, teacher), rtol=1e-12)
     np.testing.assert_allclose(skew(student, teacher, 1.0), 0, atol=1e-12)
@@ -124,7 +153,9 @@ def test_a_skew_divergence_lies_between_its_limits(skew, plain, pair):
 @pytest.mark.usefixtures("x64")
 def test_the_two_skew_divergences_are_one_with_the_sides_exchanged(pair):
     student, teacher = map(tile, pair)
-    np.testing.assert_array_equal(skew_forward_kl(student, teacher, 0.3), skew_reverse_kl(teacher, student, 0.3))
+    np.testing.assert_array_equal(
+        skew_forward_kl(student, teacher, 0.3), skew_reverse_kl(teacher, student, 0.3)
+    )
 
 
 @pytest.mark.usefixtures("x64")
@@ -156,13 +187,24 @@ class TestVariants(chex.TestCase):
         for name in DIVERGENCES.keys() - {"jsd, 0.3"}:
 
             def of_row(s, t, name=name):
-                loss, outputs = full_kl(VocabTile(s), VocabTile(t), Columns(jnp.zeros(4, jnp.int32)), divergence=name)
+                loss, outputs = full_kl(
+                    VocabTile(s),
+                    VocabTile(t),
+                    TokenInputs(jnp.zeros(4, jnp.int32)),
+                    divergence=name,
+                )
                 return loss, outputs["kl"]
 
             losses, kl = self.variant(jax.vmap(of_row))(student, teacher)
             alone = [of_row(*rows) for rows in zip(student, teacher)]
-            np.testing.assert_allclose(losses, np.stack([loss for loss, _ in alone]), rtol=1e-4, atol=1e-6)
-            np.testing.assert_allclose(kl, jax.vmap(lambda s, t: reverse_kl(VocabTile(s), VocabTile(t)))(student, teacher), rtol=1e-4)
+            np.testing.assert_allclose(
+                losses, np.stack([loss for loss, _ in alone]), rtol=1e-4, atol=1e-6
+            )
+            np.testing.assert_allclose(
+                kl,
+                jax.vmap(lambda s, t: reverse_kl(VocabTile(s), VocabTile(t)))(student, teacher),
+                rtol=1e-4,
+            )
 
 
 @pytest.mark.parametrize("name", ["skew_forward", "skew_reverse"])
@@ -171,26 +213,51 @@ def test_the_skew_reaches_the_recipe(name, pair):
     exact = {"skew_forward": skew_forward_kl, "skew_reverse": skew_reverse_kl}[name]
     student, teacher = map(tile, pair)
     for options, alpha in (({}, 0.1), ({"skew_alpha": 0.4}, 0.4)):
-        found = full_kl(student, teacher, Columns(jnp.asarray([0])), divergence=name, **options)[0]
+        found = full_kl(
+            student, teacher, TokenInputs(jnp.asarray([0])), divergence=name, **options
+        )[0]
         np.testing.assert_array_equal(found, exact(student, teacher, alpha))
 
 
 def test_an_unknown_divergence_is_refused(pair):
-    with pytest.raises(ValueError, match="full_kl has no divergence 'renyi'; expected one of \\['reverse', 'forward', 'jsd', "):
-        full_kl(*map(tile, pair), Columns(jnp.asarray([0])), divergence="renyi")
+    with pytest.raises(
+        ValueError,
+        match="full_kl has no divergence 'renyi'; expected one of \\['reverse', 'forward', 'jsd', ",
+    ):
+        full_kl(*map(tile, pair), TokenInputs(jnp.asarray([0])), divergence="renyi")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"skew_alpha": 0.1}, "estimator.skew_alpha is 0.1; expected none unless divergence is a skew one"),
-        ({"skew_alpha": 0.1, "divergence": "jsd"}, "estimator.skew_alpha is 0.1; expected none unless divergence is a skew one"),
-        ({"skew_alpha": 0.0, "divergence": "skew_forward"}, "estimator.skew_alpha is 0.0; expected more than 0"),
-        ({"skew_alpha": 1.0, "divergence": "skew_reverse"}, "estimator.skew_alpha is 1.0; expected more than 0"),
-        ({"recipe": "topk_kl", "divergence": "skew_forward"}, "estimator.divergence is 'skew_forward'; expected reverse or forward"),
+        (
+            {"skew_alpha": 0.1},
+            "estimator.skew_alpha is 0.1; expected none unless divergence is a skew one",
+        ),
+        (
+            {"skew_alpha": 0.1, "divergence": "jsd"},
+            "estimator.skew_alpha is 0.1; expected none unless divergence is a skew one",
+        ),
+        (
+            {"skew_alpha": 0.0, "divergence": "skew_forward"},
+            "estimator.skew_alpha is 0.0; expected more than 0",
+        ),
+        (
+            {"skew_alpha": 1.0, "divergence": "skew_reverse"},
+            "estimator.skew_alpha is 1.0; expected more than 0",
+        ),
+        (
+            {"recipe": "topk_kl", "divergence": "skew_forward"},
+            "estimator.divergence is 'skew_forward'; expected reverse or forward",
+        ),
     ],
 )
 def test_the_config_holds_the_skew_to_its_divergence(options, message):
     with pytest.raises(ConfigError, match=message):
         EstimatorConfig(**{"recipe": "full_kl"} | options)
-    assert EstimatorConfig(recipe="full_kl", divergence="skew_forward", skew_alpha=0.2).options["skew_alpha"] == 0.2
+    assert (
+        EstimatorConfig(recipe="full_kl", divergence="skew_forward", skew_alpha=0.2).options[
+            "skew_alpha"
+        ]
+        == 0.2
+    )

@@ -1,4 +1,6 @@
-"""Policy gradients on rewards of whole answers: every branch of the loss by hand, what they advertise by enumeration in float64."""
+"""Policy gradients on rewards of whole answers: every branch of the loss by hand, what they
+advertise by enumeration in float64.
+"""
 
 import itertools
 from functools import partial
@@ -26,7 +28,7 @@ from opdjax.estimators.advantage import group_advantage, spread_stages, stage_ad
 from opdjax.estimators.grpo import dual_clipped_loss, reference_penalty
 from opdjax.estimators.losses import aggregation_weights, count_denominators
 from opdjax.ops.tile import Head, VocabTile
-from opdjax.ops.vocab import Columns, tiled_loss
+from opdjax.ops.vocab import TokenInputs, tiled_loss
 
 V = 7
 ALL = ("grpo", "ropd", "tjudge", "ropd_stages")
@@ -41,7 +43,8 @@ def logits(rng):
 
 # By hand
 
-# (A, rho): the loss and its derivative by log student(y), clipped to 0.8 .. 1.28 and, for A < 0, bounded at 3.
+# (A, rho): the loss and its derivative by log student(y), clipped to 0.8 .. 1.28 and, for A < 0,
+# bounded at 3.
 BRANCHES = {
     "gain, below the band": (2.0, 0.5, -1.0, -1.0),
     "gain, inside": (2.0, 1.1, -2.2, -2.2),
@@ -58,14 +61,14 @@ BRANCHES = {
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_the_clipped_loss_by_hand(branch):
     advantage, ratio, value, slope = BRANCHES[branch]
-    loss = lambda x: dual_clipped_loss(jnp.array(advantage), x, jnp.log(0.1), 0.2, 0.28, 3.0)  # noqa: E731
+    loss = lambda x: dual_clipped_loss(jnp.array(advantage), x, jnp.log(0.1), 0.2, 0.28, 3.0)
     found = jax.value_and_grad(loss)(jnp.log(0.1 * ratio))
     np.testing.assert_allclose(found, (value, slope), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.usefixtures("x64")
 def test_without_the_dual_bound_a_punished_token_costs_ever_more():
-    loss = lambda x: dual_clipped_loss(jnp.array(-2.0), x, jnp.log(0.1), 0.2, 0.28, 0.0)  # noqa: E731
+    loss = lambda x: dual_clipped_loss(jnp.array(-2.0), x, jnp.log(0.1), 0.2, 0.28, 0.0)
     np.testing.assert_allclose(jax.value_and_grad(loss)(jnp.log(0.4)), (8.0, 8.0), rtol=1e-12)
 
 
@@ -73,20 +76,33 @@ def test_without_the_dual_bound_a_punished_token_costs_ever_more():
 def test_the_clipped_loss_agrees_with_finite_differences(rng):
     advantage, gap = rng.normal(size=40), rng.normal(size=40)
     behavior = -rng.exponential(size=40)
-    loss = lambda x: dual_clipped_loss(jnp.asarray(advantage), x, jnp.asarray(behavior), 0.2, 0.28, 3.0)  # noqa: E731
+    loss = lambda x: dual_clipped_loss(
+        jnp.asarray(advantage), x, jnp.asarray(behavior), 0.2, 0.28, 3.0
+    )
     check_grads(loss, (jnp.asarray(behavior + gap),), order=1, modes=["rev"])
-    held = jax.grad(lambda a: jnp.sum(dual_clipped_loss(a, jnp.asarray(behavior + gap), jnp.asarray(behavior), 0.2, 0.28, 3.0)))
+    held = jax.grad(
+        lambda a: jnp.sum(
+            dual_clipped_loss(a, jnp.asarray(behavior + gap), jnp.asarray(behavior), 0.2, 0.28, 3.0)
+        )
+    )
     np.testing.assert_array_equal(held(jnp.asarray(advantage)), 0)
 
 
 @pytest.mark.usefixtures("x64")
 def test_penalties_by_hand():
-    """student(y) twice reference(y): d = ln 2; k2 = d^2 / 2, slope d; k3 = 1/2 - 1 + d, slope 1 - 1/2."""
+    """student(y) twice reference(y): d = ln 2; k2 = d^2 / 2, slope d; k3 = 1/2 - 1 + d, slope 1 -
+    1/2.
+    """
     d = np.log(2.0)
     for kind, value, slope in (("k2", d * d / 2, d), ("k3_direct", d - 0.5, 0.5)):
-        penalty = lambda x, kind=kind: reference_penalty(x, jnp.log(0.2), kind)  # noqa: E731
-        np.testing.assert_allclose(jax.value_and_grad(penalty)(jnp.log(0.4)), (value, slope), rtol=1e-12)
-        assert jax.grad(lambda r, kind=kind: reference_penalty(jnp.log(0.4), r, kind))(jnp.log(0.2)) == 0
+        penalty = lambda x, kind=kind: reference_penalty(x, jnp.log(0.2), kind)
+        np.testing.assert_allclose(
+            jax.value_and_grad(penalty)(jnp.log(0.4)), (value, slope), rtol=1e-12
+        )
+        assert (
+            jax.grad(lambda r, kind=kind: reference_penalty(jnp.log(0.4), r, kind))(jnp.log(0.2))
+            == 0
+        )
     with pytest.raises(ValueError, match="no reference penalty 'k1'"):
         reference_penalty(jnp.zeros(1), jnp.zeros(1), "k1")
 
@@ -96,13 +112,19 @@ def test_penalties_by_hand():
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ALL)
-def test_the_expected_gradient_is_that_of_the_reward_less_the_share_of_its_own_mean(name, logits, rng):
+def test_the_expected_gradient_is_that_of_the_reward_less_the_share_of_its_own_mean(
+    name, logits, rng
+):
     """Groups of two: all V^2 pairs, each completion one token."""
     student, reward = logits[0], rng.normal(size=V)
     pairs = np.array(list(itertools.product(range(V), repeat=2)))
-    credit = group_advantage(jnp.asarray(reward[pairs].ravel()), jnp.ones(pairs.size, bool), 2, "mean")
+    credit = group_advantage(
+        jnp.asarray(reward[pairs].ravel()), jnp.ones(pairs.size, bool), 2, "mean"
+    )
     behavior = jax.nn.log_softmax(jnp.asarray(student))[pairs.ravel()]
-    each, _ = sample_gradients(name, {}, student, student, pairs.ravel(), advantage=credit, behavior_logprob=behavior)
+    each, _ = sample_gradients(
+        name, {}, student, student, pairs.ravel(), advantage=credit, behavior_logprob=behavior
+    )
     probs = np.prod(np.asarray(jax.nn.softmax(student))[pairs], axis=1)
     found = probs @ np.mean(np.reshape(each, (len(pairs), 2, V)), axis=1)
     of_reward = jax.grad(lambda x: jax.nn.softmax(x) @ reward)(jnp.asarray(student))
@@ -118,19 +140,45 @@ class TestTree:
 
     @pytest.mark.parametrize("size", [2, 3])
     def test_on_policy(self, size, tables, rng):
-        """All groups of completions of up to three tokens, under the aggregation whose divisor is fixed."""
+        """All groups of completions of up to three tokens, under the aggregation whose divisor is
+        fixed.
+        """
         theta, reward = tables[0], rng.normal(size=len(SEQUENCES))
-        groups = PAIRS if size == 2 else np.array(list(itertools.product(range(len(SEQUENCES)), repeat=3)))
-        credit = np.reshape(group_advantage(jnp.asarray(reward[groups].ravel()), jnp.ones(groups.size, bool), size, "mean"), groups.shape)
-        columns = {"advantage": np.repeat(credit[..., None], LENGTH, axis=2), "behavior_logprob": token_logprobs(theta)}
+        groups = (
+            PAIRS
+            if size == 2
+            else np.array(list(itertools.product(range(len(SEQUENCES)), repeat=3)))
+        )
+        credit = np.reshape(
+            group_advantage(
+                jnp.asarray(reward[groups].ravel()), jnp.ones(groups.size, bool), size, "mean"
+            ),
+            groups.shape,
+        )
+        columns = {
+            "advantage": np.repeat(credit[..., None], LENGTH, axis=2),
+            "behavior_logprob": token_logprobs(theta),
+        }
         of_reward = jax.grad(lambda x: jnp.sum(jnp.exp(sequence_logprobs(x)) * reward))(theta)
-        np.testing.assert_allclose(expectation(tables, "grpo", {}, groups, **columns), -(1 - 1 / size) * of_reward / LENGTH, atol=1e-10)
+        np.testing.assert_allclose(
+            expectation(tables, "grpo", {}, groups, **columns),
+            -(1 - 1 / size) * of_reward / LENGTH,
+            atol=1e-10,
+        )
 
     def test_dividing_by_the_deviation_is_another_gradient(self, tables, rng):
         """It weighs prompts and pairs anew: no multiple of the reward's own gradient."""
         theta, reward = tables[0], rng.normal(size=len(SEQUENCES))
-        credit = np.reshape(group_advantage(jnp.asarray(reward[PAIRS].ravel()), jnp.ones(PAIRS.size, bool), 2, "mean_std"), PAIRS.shape)
-        columns = {"advantage": np.repeat(credit[..., None], LENGTH, axis=2), "behavior_logprob": token_logprobs(theta)}
+        credit = np.reshape(
+            group_advantage(
+                jnp.asarray(reward[PAIRS].ravel()), jnp.ones(PAIRS.size, bool), 2, "mean_std"
+            ),
+            PAIRS.shape,
+        )
+        columns = {
+            "advantage": np.repeat(credit[..., None], LENGTH, axis=2),
+            "behavior_logprob": token_logprobs(theta),
+        }
         found = expectation(tables, "grpo", {}, PAIRS, **columns)
         of_reward = jax.grad(lambda x: jnp.sum(jnp.exp(sequence_logprobs(x)) * reward))(theta)
         cosine = -np.vdot(found, of_reward) / np.linalg.norm(found) / np.linalg.norm(of_reward)
@@ -143,22 +191,36 @@ def test_an_unclipped_ratio_corrects_for_another_policys_draws(logits, rng):
     student, behavior = logits
     reward = rng.normal(size=V)
     pairs = np.array(list(itertools.product(range(V), repeat=2)))
-    credit = group_advantage(jnp.asarray(reward[pairs].ravel()), jnp.ones(pairs.size, bool), 2, "mean")
+    credit = group_advantage(
+        jnp.asarray(reward[pairs].ravel()), jnp.ones(pairs.size, bool), 2, "mean"
+    )
     drawn = jax.nn.log_softmax(jnp.asarray(behavior))[pairs.ravel()]
     of_reward = jax.grad(lambda x: jax.nn.softmax(x) @ reward)(jnp.asarray(student))
     probs = np.prod(np.asarray(jax.nn.softmax(behavior))[pairs], axis=1)
 
     def expected(options):
-        each, _ = sample_gradients("grpo", options, student, student, pairs.ravel(), advantage=credit, behavior_logprob=drawn)
+        each, _ = sample_gradients(
+            "grpo",
+            options,
+            student,
+            student,
+            pairs.ravel(),
+            advantage=credit,
+            behavior_logprob=drawn,
+        )
         return probs @ np.mean(np.reshape(each, (len(pairs), 2, V)), axis=1)
 
     np.testing.assert_allclose(expected(UNCLIPPED), -0.5 * of_reward, atol=1e-10)
-    assert np.linalg.norm(expected({}) + 0.5 * of_reward) > 0.05 * np.linalg.norm(of_reward)  # clipping costs bias
+    assert np.linalg.norm(expected({}) + 0.5 * of_reward) > 0.05 * np.linalg.norm(
+        of_reward
+    )  # clipping costs bias
 
 
 @pytest.mark.usefixtures("x64")
 def test_which_way_the_penalties_go(logits):
-    """Differentiated as they stand, over y ~ student: k2 descends KL(student || reference), k3 KL(reference || student)."""
+    """Differentiated as they stand, over y ~ student: k2 descends KL(student || reference), k3
+    KL(reference || student).
+    """
     student, reference = logits
     held = {
         "advantage": 0.0,
@@ -169,9 +231,13 @@ def test_which_way_the_penalties_go(logits):
         options = {"reference_kl_coef": 0.3, "reference_kl": kind}
         exact = 0.3 * jax.grad(divergence)(jnp.asarray(student), jnp.asarray(reference))
         assert np.linalg.norm(exact) > 0.05
-        np.testing.assert_allclose(expected_gradient("grpo", options, student, student, **held), exact, atol=1e-12)
+        np.testing.assert_allclose(
+            expected_gradient("grpo", options, student, student, **held), exact, atol=1e-12
+        )
     values = reference_penalty(held["behavior_logprob"], held["reference_logprob"], "k3_direct")
-    np.testing.assert_allclose(jax.nn.softmax(student) @ values, reverse_kl(student, reference), rtol=1e-12)
+    np.testing.assert_allclose(
+        jax.nn.softmax(student) @ values, reverse_kl(student, reference), rtol=1e-12
+    )
 
 
 @pytest.mark.usefixtures("x64")
@@ -180,9 +246,23 @@ def test_the_credit_last_is_the_plain_advantage_of_the_last_stage(rng):
     theta, scores = jnp.asarray(rng.normal(size=(7, 3))), rng.random((len(SEQUENCES), 2))
     stages = np.minimum(np.arange(LENGTH), 1)[None].repeat(PAIRS.size, axis=0)
     is_there, is_scored = np.ones((PAIRS.size, 2), bool), np.ones(PAIRS.size, bool)
-    by_stage = stage_advantage(jnp.asarray(scores[PAIRS.ravel()]), is_there, is_scored, np.array([[0, 1.0], [0, 1]]), 2, "mean")
+    by_stage = stage_advantage(
+        jnp.asarray(scores[PAIRS.ravel()]),
+        is_there,
+        is_scored,
+        np.array([[0, 1.0], [0, 1]]),
+        2,
+        "mean",
+    )
     credit = np.reshape(spread_stages(by_stage, jnp.asarray(stages)), (*PAIRS.shape, LENGTH))
-    found = expectation((theta, theta), "ropd_stages", {}, PAIRS, advantage=credit, behavior_logprob=token_logprobs(theta))
+    found = expectation(
+        (theta, theta),
+        "ropd_stages",
+        {},
+        PAIRS,
+        advantage=credit,
+        behavior_logprob=token_logprobs(theta),
+    )
     of_last = jax.grad(lambda x: jnp.sum(jnp.exp(sequence_logprobs(x)) * scores[:, 1]))(theta)
     np.testing.assert_allclose(found, -0.5 * of_last / LENGTH, atol=1e-10)
 
@@ -203,18 +283,27 @@ def batch_of(rng, dtype=np.float32):
         "behavior_logprob": -rng.exponential(2, size=(4, 5)),
         "reference_logprob": -rng.exponential(2, size=(4, 5)),
     }
-    return hidden, kernel, rng.integers(0, V, (4, 5)), {name: x.astype(dtype) for name, x in columns.items()}
+    return (
+        hidden,
+        kernel,
+        rng.integers(0, V, (4, 5)),
+        {name: x.astype(dtype) for name, x in columns.items()},
+    )
 
 
 @partial(jax.jit, static_argnames=("name", "options"))
 def value_and_grad(hidden, kernel, tokens, columns, mask, name="ropd", options=()):
     recipe, options = bind(name, dict(options))
     segments = SEGMENTS[: len(mask)]
-    weights = aggregation_weights(mask, segments, "token_mean", count_denominators(mask, segments, 4))
+    weights = aggregation_weights(
+        mask, segments, "token_mean", count_denominators(mask, segments, 4)
+    )
 
     def loss(hidden, kernel):
-        row = Columns(tokens, **columns)
-        return tiled_loss(partial(recipe.token_loss, **options), hidden, Head(kernel), weights, row, tile=3)[0]
+        row = TokenInputs(tokens, **columns)
+        return tiled_loss(
+            partial(recipe.token_loss, **options), hidden, Head(kernel), weights, row, tile=3
+        )[0]
 
     return jax.value_and_grad(loss, argnums=(0, 1))(hidden, kernel)
 
@@ -227,23 +316,36 @@ def test_garbage_in_masked_slots_changes_nothing(name, rng):
     assert np.all(np.isfinite(clean[0]))
     assert np.any(clean[1][1])
     spoilt = {key: np.where(MASK, x, np.nan) for key, x in columns.items()}
-    chex.assert_trees_all_equal(value_and_grad(hidden, kernel, tokens, spoilt, MASK, name, options), clean)
+    chex.assert_trees_all_equal(
+        value_and_grad(hidden, kernel, tokens, spoilt, MASK, name, options), clean
+    )
 
 
 def test_a_group_that_nobody_scored_has_no_gradient_and_no_share_in_the_mean(rng):
-    """Its advantages are 0 whatever its scores hold; masked, as judged runs do it, the others' mean does not see it either."""
+    """Its advantages are 0 whatever its scores hold; masked, as judged runs do it, the others' mean
+    does not see it either.
+    """
     hidden, kernel, tokens, columns = batch_of(rng)
-    scores, is_scored = jnp.array([0.3, 0.9, jnp.nan, jnp.inf]), jnp.array([True, True, False, False])
-    columns["advantage"] = np.broadcast_to(group_advantage(scores, is_scored, 2, "mean")[:, None], MASK.shape)
+    scores, is_scored = (
+        jnp.array([0.3, 0.9, jnp.nan, jnp.inf]),
+        jnp.array([True, True, False, False]),
+    )
+    columns["advantage"] = np.broadcast_to(
+        group_advantage(scores, is_scored, 2, "mean")[:, None], MASK.shape
+    )
     _, (of_hidden, _) = value_and_grad(hidden, kernel, tokens, columns, MASK)
     assert np.any(of_hidden[:2])
     np.testing.assert_array_equal(of_hidden[2:], 0)
     nobody = group_advantage(scores, jnp.zeros(4, bool), 2, "mean_std")
     np.testing.assert_array_equal(nobody, 0)
     alone = columns | {"advantage": np.broadcast_to(nobody[:, None], MASK.shape)}
-    chex.assert_trees_all_equal(value_and_grad(hidden, kernel, tokens, alone, MASK), (0.0, (0 * hidden, 0 * kernel)))
+    chex.assert_trees_all_equal(
+        value_and_grad(hidden, kernel, tokens, alone, MASK), (0.0, (0 * hidden, 0 * kernel))
+    )
     masked = value_and_grad(hidden, kernel, tokens, columns, MASK & is_scored[:, None])
-    without = value_and_grad(hidden[:2], kernel, tokens[:2], {name: x[:2] for name, x in columns.items()}, MASK[:2])
+    without = value_and_grad(
+        hidden[:2], kernel, tokens[:2], {name: x[:2] for name, x in columns.items()}, MASK[:2]
+    )
     np.testing.assert_allclose(masked[0], without[0], rtol=1e-6)
     np.testing.assert_allclose(masked[1][1], without[1][1], rtol=1e-5, atol=1e-7)
 
@@ -253,11 +355,18 @@ def test_a_penalised_update_agrees_with_finite_differences(rng):
     hidden, kernel, tokens, columns = batch_of(rng, float)
     for kind in ("k2", "k3_direct"):
         options = (("reference_kl_coef", 0.1), ("reference_kl", kind))
-        loss = lambda h, k, options=options: value_and_grad(h, k, tokens, columns, MASK, "grpo", options)[0]  # noqa: E731
-        of_hidden, of_kernel = value_and_grad(hidden, kernel, tokens, columns, MASK, "grpo", options)[1]
+        loss = lambda h, k, options=options: value_and_grad(
+            h, k, tokens, columns, MASK, "grpo", options
+        )[0]
+        of_hidden, of_kernel = value_and_grad(
+            hidden, kernel, tokens, columns, MASK, "grpo", options
+        )[1]
         towards = rng.normal(size=hidden.shape), rng.normal(size=kernel.shape)
         step = 1e-6
-        ahead, behind = (loss(hidden + sign * step * towards[0], kernel + sign * step * towards[1]) for sign in (1, -1))
+        ahead, behind = (
+            loss(hidden + sign * step * towards[0], kernel + sign * step * towards[1])
+            for sign in (1, -1)
+        )
         slope = np.vdot(of_hidden, towards[0]) + np.vdot(of_kernel, towards[1])
         np.testing.assert_allclose((ahead - behind) / (2 * step), slope, rtol=1e-6)
 
@@ -268,15 +377,28 @@ class TestTransforms(chex.TestCase):
         rng = np.random.default_rng(1)
         student = jnp.asarray(rng.normal(size=(8, 4, V)), jnp.float32)
         columns = {
-            "advantage": rng.normal(size=(8, 4)), "behavior_logprob": -rng.exponential(2, size=(8, 4)),
+            "advantage": rng.normal(size=(8, 4)),
+            "behavior_logprob": -rng.exponential(2, size=(8, 4)),
             "reference_logprob": -rng.exponential(2, size=(8, 4)),
-        }  # fmt: skip
-        rows = Columns(jnp.asarray(rng.integers(0, V, (8, 4))), **{key: np.float32(x) for key, x in columns.items()})
-        how = [("grpo", {}), ("ropd", PENALISED), ("tjudge", UNCLIPPED), ("ropd_stages", {"reference_kl_coef": 1.0})]
-        losses = lambda s, row: [RECIPES[name].token_loss(VocabTile(s), None, row, **options)[0] for name, options in how]  # noqa: E731
-        flat = lambda tree: jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), tree)  # noqa: E731
+        }
+        rows = TokenInputs(
+            jnp.asarray(rng.integers(0, V, (8, 4))),
+            **{key: np.float32(x) for key, x in columns.items()},
+        )
+        how = [
+            ("grpo", {}),
+            ("ropd", PENALISED),
+            ("tjudge", UNCLIPPED),
+            ("ropd_stages", {"reference_kl_coef": 1.0}),
+        ]
+        losses = lambda s, row: [
+            RECIPES[name].token_loss(VocabTile(s), None, row, **options)[0] for name, options in how
+        ]
+        flat = lambda tree: jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), tree)
         plain = [x.reshape(8, 4) for x in losses(flat(student), flat(rows))]
-        chex.assert_trees_all_close(self.variant(jax.vmap(losses))(student, rows), plain, rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(
+            self.variant(jax.vmap(losses))(student, rows), plain, rtol=1e-5, atol=1e-6
+        )
 
 
 # Refusals
@@ -298,8 +420,13 @@ def test_what_the_batch_lacks_is_named():
     tile, token = VocabTile(jnp.zeros((1, V))), jnp.zeros(1, int)
     zero = jnp.zeros(1)
     with pytest.raises(ValueError, match="'advantage', which this batch does not carry"):
-        RECIPES["ropd"].token_loss(tile, None, Columns(token, behavior_logprob=zero))
+        RECIPES["ropd"].token_loss(tile, None, TokenInputs(token, behavior_logprob=zero))
     with pytest.raises(ValueError, match="'behavior_logprob', which"):
-        RECIPES["ropd"].token_loss(tile, None, Columns(token, advantage=zero))
+        RECIPES["ropd"].token_loss(tile, None, TokenInputs(token, advantage=zero))
     with pytest.raises(ValueError, match="'reference_logprob', which"):
-        RECIPES["ropd"].token_loss(tile, None, Columns(token, advantage=zero, behavior_logprob=zero), reference_kl_coef=0.1)
+        RECIPES["ropd"].token_loss(
+            tile,
+            None,
+            TokenInputs(token, advantage=zero, behavior_logprob=zero),
+            reference_kl_coef=0.1,
+        )

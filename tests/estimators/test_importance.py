@@ -1,4 +1,6 @@
-"""Tokens that another policy drew: what each ratio makes of the expected gradient, by enumeration under that policy."""
+"""Tokens that another policy drew: what each ratio makes of the expected gradient, by enumeration
+under that policy.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +42,9 @@ class TestOneContext:
         student, teacher, behavior = logits
         drawn = jax.nn.log_softmax(behavior)
         options = options if name == "opd" else options | {"baseline": "full"}
-        found = expected_gradient(name, options, student, teacher, np.exp(drawn), behavior_logprob=drawn)
+        found = expected_gradient(
+            name, options, student, teacher, np.exp(drawn), behavior_logprob=drawn
+        )
         return found, jax.grad(reverse_kl)(student, teacher)
 
     def stated(self, logits, weight, value=0.0):
@@ -59,16 +63,23 @@ class TestOneContext:
 
     @pytest.mark.parametrize("name", ["opd", "vopd"])
     def test_the_whole_ratio_is_exact(self, name, logits):
-        for kind in ({"importance": "token_truncate"}, {"importance": "token_mask", "importance_floor": 0.0}):
+        for kind in (
+            {"importance": "token_truncate"},
+            {"importance": "token_mask", "importance_floor": 0.0},
+        ):
             found, exact = self.found(logits, kind | {"importance_cap": HUGE}, name)
             np.testing.assert_allclose(found, exact, atol=1e-10)
 
     @pytest.mark.parametrize("cap", [1.2, 2.0, None])
     def test_a_truncated_ratio_has_the_expectation_it_states(self, cap, logits):
         p, b = self.both(logits)
-        options = {"importance": "token_truncate"} | ({} if cap is None else {"importance_cap": cap})
+        options = {"importance": "token_truncate"} | (
+            {} if cap is None else {"importance_cap": cap}
+        )
         found, exact = self.found(logits, options)
-        np.testing.assert_allclose(found, self.stated(logits, np.minimum(p, (2.0 if cap is None else cap) * b)), atol=1e-12)
+        np.testing.assert_allclose(
+            found, self.stated(logits, np.minimum(p, (2.0 if cap is None else cap) * b)), atol=1e-12
+        )
         print(f"one context, min(rho, {cap}): relative bias {relative_bias(found, exact):.3f}")
 
     @pytest.mark.parametrize("band", [(0.8, 1.25), (0.5, 2.0)])
@@ -76,10 +87,14 @@ class TestOneContext:
         p, b = self.both(logits)
         floor, cap = band
         inside = (p >= floor * b) & (p <= cap * b)
-        found, exact = self.found(logits, {"importance": "token_mask", "importance_floor": floor, "importance_cap": cap})
+        found, exact = self.found(
+            logits, {"importance": "token_mask", "importance_floor": floor, "importance_cap": cap}
+        )
         np.testing.assert_allclose(found, self.stated(logits, p * inside), atol=1e-12)
         if band == (0.5, 2.0):
-            np.testing.assert_allclose(self.found(logits, {"importance": "token_mask"})[0], found, atol=1e-14)  # the defaults
+            np.testing.assert_allclose(
+                self.found(logits, {"importance": "token_mask"})[0], found, atol=1e-14
+            )  # the defaults
         else:
             assert 0 < inside.sum() < V
         print(f"one context, mask {band}: relative bias {relative_bias(found, exact):.3f}")
@@ -89,66 +104,106 @@ class TestOneContext:
         p, b = self.both(logits)
         reward = np.asarray(jax.nn.log_softmax(teacher) - jax.nn.log_softmax(student))
         for low, high in ((importance.CLIP_LOW, importance.CLIP_HIGH), (0.05, 0.1)):
-            is_dropped = ((reward > 0) & (p > (1 + high) * b)) | ((reward < 0) & (p < (1 - low) * b))
+            is_dropped = ((reward > 0) & (p > (1 + high) * b)) | (
+                (reward < 0) & (p < (1 - low) * b)
+            )
             assert is_dropped.any()
             assert not is_dropped.all()
-            options = {"importance": "ppo_clip"} | ({} if low == importance.CLIP_LOW else {"clip_low": low, "clip_high": high})
+            options = {"importance": "ppo_clip"} | (
+                {} if low == importance.CLIP_LOW else {"clip_low": low, "clip_high": high}
+            )
             found, exact = self.found(logits, options)
             np.testing.assert_allclose(found, self.stated(logits, p * ~is_dropped), atol=1e-12)
-            print(f"one context, ppo_clip {low}, {high}: relative bias {relative_bias(found, exact):.3f}")
+            print(
+                f"one context, ppo_clip {low}, {high}: relative bias {relative_bias(found, exact):.3f}"
+            )
 
     @pytest.mark.parametrize("kind", importance.TOKEN_CORRECTIONS)
     def test_on_policy_every_correction_is_opd(self, kind, logits):
         student, teacher, _ = logits
         columns = {"behavior_logprob": jax.nn.log_softmax(student)}
         found, _ = sample_gradients("opd", {"importance": kind}, student, teacher, **columns)
-        np.testing.assert_allclose(found, sample_gradients("opd", {}, student, teacher)[0], atol=1e-12)
+        np.testing.assert_allclose(
+            found, sample_gradients("opd", {}, student, teacher)[0], atol=1e-12
+        )
 
     def test_a_baseline_is_free_under_the_whole_ratio_alone(self, logits):
         """Under min(rho, C) it adds b sum_v min(p_v, C b_v) grad log student(v), which is not 0."""
         for cap in (HUGE, 2.0, 1.2):
             options = {"importance": "token_truncate", "importance_cap": cap}
-            (with_baseline, exact), (without, _) = self.found(logits, options, "vopd"), self.found(logits, options)
+            (with_baseline, exact), (without, _) = (
+                self.found(logits, options, "vopd"),
+                self.found(logits, options),
+            )
             share = relative_bias(with_baseline - without + exact, exact)
-            print(f"one context, vopd under min(rho, {cap:g}): the baseline moves the gradient by {share:.1e}")
+            print(
+                f"one context, vopd under min(rho, {cap:g}): the baseline moves the gradient by {share:.1e}"
+            )
             assert share < 1e-12 if cap == HUGE else share > 1e-3
 
     @pytest.mark.parametrize("name", ["opd", "vopd"])
     def test_no_ratio_brings_back_what_a_filter_took_away(self, name, logits):
-        """The two least likely tokens are never drawn: the whole ratio then sums over the others, and the baseline is not free."""
+        """The two least likely tokens are never drawn: the whole ratio then sums over the others,
+        and the baseline is not free.
+        """
         student, teacher, _ = logits
         p = np.asarray(jax.nn.softmax(student))
         kept = p > np.sort(p)[1]
         behavior = np.where(kept, student, -np.inf)
-        found, exact = self.found((student, teacher, behavior), {"importance": "token_truncate", "importance_cap": HUGE}, name)
+        found, exact = self.found(
+            (student, teacher, behavior),
+            {"importance": "token_truncate", "importance_cap": HUGE},
+            name,
+        )
         value = 0.0 if name == "opd" else -reverse_kl(student, teacher)
         np.testing.assert_allclose(found, self.stated(logits, p * kept, value), atol=1e-12)
-        print(f"one context, {name}, {1 - p @ kept:.3f} of the mass filtered: relative bias {relative_bias(found, exact):.3f}")
+        print(
+            f"one context, {name}, {1 - p @ kept:.3f} of the mass filtered: relative bias {relative_bias(found, exact):.3f}"
+        )
         assert relative_bias(found, exact) > 0.01
 
     def test_every_importance_ratio_and_weight_is_detached(self, logits):
-        """The ratio of token_truncate is differentiated by nobody: its gradient is a multiple of the score."""
+        """The ratio of token_truncate is differentiated by nobody: its gradient is a multiple of
+        the score.
+        """
         student, teacher, behavior = logits
         drawn = jax.nn.log_softmax(behavior)
-        np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(importance.token_ratio(x, drawn)))(jnp.asarray(student)), 0)
+        np.testing.assert_array_equal(
+            jax.grad(lambda x: jnp.sum(importance.token_ratio(x, drawn)))(jnp.asarray(student)), 0
+        )
         for kind in ("token_truncate", "token_mask"):
             options = {"importance": kind, "importance_cap": 5.0}
-            found = np.asarray(sample_gradients("opd", options, student, teacher, behavior_logprob=drawn)[0])
+            found = np.asarray(
+                sample_gradients("opd", options, student, teacher, behavior_logprob=drawn)[0]
+            )
             score = np.eye(V) - jax.nn.softmax(student)
             ratio = np.exp(jax.nn.log_softmax(student) - drawn)
-            weight = np.minimum(ratio, 5.0) if kind == "token_truncate" else np.where((ratio >= 0.5) & (ratio <= 5), ratio, 0)
+            weight = (
+                np.minimum(ratio, 5.0)
+                if kind == "token_truncate"
+                else np.where((ratio >= 0.5) & (ratio <= 5), ratio, 0)
+            )
             reward = jax.nn.log_softmax(teacher) - jax.nn.log_softmax(student)
             np.testing.assert_allclose(found, -(weight * reward)[:, None] * score, atol=1e-12)
 
     def test_k1_k2_k3(self, logits):
         student, teacher, _ = logits
-        p, kl, q = jax.nn.softmax(student), reverse_kl(student, teacher), jax.nn.log_softmax(teacher)
+        p, kl, q = (
+            jax.nn.softmax(student),
+            reverse_kl(student, teacher),
+            jax.nn.log_softmax(teacher),
+        )
         for estimate in (importance.k1, importance.k3):
             np.testing.assert_allclose(p @ estimate(jax.nn.log_softmax(student), q), kl, rtol=1e-12)
         assert np.all(importance.k3(jax.nn.log_softmax(student), q) >= 0)
         assert abs(p @ importance.k2(jax.nn.log_softmax(student), q) - kl) > 0.01 * kl
-        gradients = {k: jax.jacrev(lambda x, k=k: getattr(importance, k)(jax.nn.log_softmax(x), q))(student) for k in ("k1", "k2", "k3")}
-        np.testing.assert_allclose(gradients["k2"], sample_gradients("opd", {}, student, teacher)[0], atol=1e-12)
+        gradients = {
+            k: jax.jacrev(lambda x, k=k: getattr(importance, k)(jax.nn.log_softmax(x), q))(student)
+            for k in ("k1", "k2", "k3")
+        }
+        np.testing.assert_allclose(
+            gradients["k2"], sample_gradients("opd", {}, student, teacher)[0], atol=1e-12
+        )
         np.testing.assert_allclose(p @ gradients["k1"], 0, atol=1e-12)
         forward = jax.grad(lambda x: jnp.sum(jnp.exp(q) * (q - jax.nn.log_softmax(x))))(student)
         np.testing.assert_allclose(p @ gradients["k3"], forward, atol=1e-12)
@@ -165,32 +220,60 @@ class TestTree:
     @pytest.mark.parametrize("name", ["opd", "vopd"])
     def test_the_whole_prefix_ratio_is_exact_without_discount(self, name, tables):
         pair, behavior = tables
-        found = expectation(pair, name, {"importance": "prefix_truncate", "importance_cap": HUGE}, behavior=behavior)
+        found = expectation(
+            pair, name, {"importance": "prefix_truncate", "importance_cap": HUGE}, behavior=behavior
+        )
         np.testing.assert_allclose(found, exact_gradient(pair, 0.0), atol=1e-10)
 
     def test_what_follows_a_token_is_not_in_its_prefix_ratio(self, tables):
         pair, behavior = tables
         for how in ("sampled", "expected"):
-            options = {"importance": "prefix_truncate", "importance_cap": HUGE, "discount": 1.0, "return_to_go": how}
-            bias = relative_bias(expectation(pair, "opd", options, behavior=behavior), exact_gradient(pair, 1.0))
+            options = {
+                "importance": "prefix_truncate",
+                "importance_cap": HUGE,
+                "discount": 1.0,
+                "return_to_go": how,
+            }
+            bias = relative_bias(
+                expectation(pair, "opd", options, behavior=behavior), exact_gradient(pair, 1.0)
+            )
             print(f"tree, prefix ratio with discount 1, returns {how}: relative bias {bias:.3f}")
             assert bias > 0.01
 
     def test_an_exact_divergence_takes_the_ratio_of_reaching_its_context(self, tables):
         pair, behavior = tables
         options = {"importance": "prefix_truncate", "importance_cap": HUGE}
-        np.testing.assert_allclose(expectation(pair, "full_kl", options, behavior=behavior), exact_gradient(pair, 0.0), atol=1e-10)
+        np.testing.assert_allclose(
+            expectation(pair, "full_kl", options, behavior=behavior),
+            exact_gradient(pair, 0.0),
+            atol=1e-10,
+        )
         uncorrected = expectation(pair, "full_kl", {}, behavior=behavior)
-        stale = jax.grad(lambda x: sum(p * reverse_kl(x[i], pair[1][i]) for i, p in enumerate(reach(behavior))))(pair[0]) / LENGTH
+        stale = (
+            jax.grad(
+                lambda x: sum(
+                    p * reverse_kl(x[i], pair[1][i]) for i, p in enumerate(reach(behavior))
+                )
+            )(pair[0])
+            / LENGTH
+        )
         np.testing.assert_allclose(uncorrected, stale, atol=1e-10)
         for cap in (2.0, 1.2):
-            found = expectation(pair, "full_kl", options | {"importance_cap": cap}, behavior=behavior)
-            print(f"tree, full_kl, exclusive prefix ratio below {cap}: relative bias {relative_bias(found, exact_gradient(pair, 0.0)):.3f}")
-        print(f"tree, full_kl, none: relative bias {relative_bias(uncorrected, exact_gradient(pair, 0.0)):.3f}")
+            found = expectation(
+                pair, "full_kl", options | {"importance_cap": cap}, behavior=behavior
+            )
+            print(
+                f"tree, full_kl, exclusive prefix ratio below {cap}: relative bias {relative_bias(found, exact_gradient(pair, 0.0)):.3f}"
+            )
+        print(
+            f"tree, full_kl, none: relative bias {relative_bias(uncorrected, exact_gradient(pair, 0.0)):.3f}"
+        )
 
     @pytest.mark.parametrize("name", ["opd", "vopd"])
     @pytest.mark.parametrize("discount", [0.0, 0.5, 1.0])
-    def test_the_ratio_of_the_whole_sequence_is_exact_whatever_the_discount(self, name, discount, tables):
+    def test_the_ratio_of_the_whole_sequence_is_exact_whatever_the_discount(
+        self, name, discount, tables
+    ):
         pair, behavior = tables
         options = {"importance": "sequence_mask", "importance_cap": HUGE, "discount": discount}
         found = expectation(pair, name, options, behavior=behavior)
@@ -200,11 +283,19 @@ class TestTree:
         pair, behavior = tables
         exact = exact_gradient(pair, 0.0)
         for options in (
-            {}, {"importance": "token_truncate", "importance_cap": 1.2}, {"importance": "token_truncate"}, {"importance": "token_mask"},
-            {"importance": "token_mask", "importance_floor": 0.8, "importance_cap": 1.2}, {"importance": "prefix_truncate"},
-            {"importance": "sequence_mask"}, {"importance": "ppo_clip"},
-        ):  # fmt: skip
-            biases = [relative_bias(expectation(pair, name, options, behavior=behavior), exact) for name in ("opd", "vopd")]
+            {},
+            {"importance": "token_truncate", "importance_cap": 1.2},
+            {"importance": "token_truncate"},
+            {"importance": "token_mask"},
+            {"importance": "token_mask", "importance_floor": 0.8, "importance_cap": 1.2},
+            {"importance": "prefix_truncate"},
+            {"importance": "sequence_mask"},
+            {"importance": "ppo_clip"},
+        ):
+            biases = [
+                relative_bias(expectation(pair, name, options, behavior=behavior), exact)
+                for name in ("opd", "vopd")
+            ]
             print(f"tree, {options or 'none'}: relative bias {biases[0]:.3f}, vopd {biases[1]:.3f}")
             assert min(biases) > 0
 
@@ -213,7 +304,10 @@ class TestTree:
         ratio = np.exp(sequence_logprobs(pair[0]) - sequence_logprobs(behavior))
         cap = float(np.sort(ratio)[len(SEQUENCES) // 2]) * 1.001
         found = sequence_gradients(
-            pair, "opd", {"importance": "sequence_mask", "importance_cap": cap}, behavior_logprob=token_logprobs(behavior)
+            pair,
+            "opd",
+            {"importance": "sequence_mask", "importance_cap": cap},
+            behavior_logprob=token_logprobs(behavior),
         )
         plain = sequence_gradients(pair, "opd")
         weight = np.where(ratio <= cap, ratio, 0)
@@ -233,7 +327,9 @@ class TestTree:
 
 
 def test_ratios_of_single_tokens_by_hand():
-    ratio = importance.token_ratio(jnp.log(jnp.array([0.1, 0.2, 0.5, 0.8])), jnp.log(jnp.array([0.4, 0.2, 0.2, 0.2])))
+    ratio = importance.token_ratio(
+        jnp.log(jnp.array([0.1, 0.2, 0.5, 0.8])), jnp.log(jnp.array([0.4, 0.2, 0.2, 0.2]))
+    )
     np.testing.assert_allclose(ratio, [0.25, 1, 2.5, 4], rtol=1e-6)
     np.testing.assert_allclose(importance.token_truncate(ratio, 2.0), [0.25, 1, 2, 2], rtol=1e-6)
     np.testing.assert_allclose(importance.token_mask(ratio, 0.5, 3.0), [0, 1, 2.5, 0], rtol=1e-6)
@@ -244,11 +340,15 @@ def test_ratios_of_single_tokens_by_hand():
 NAN = np.nan
 SEGMENTS = jnp.array([[1, 1, 1, 1, 0, 2, 2, 2], [0, 1, 1, 1, 1, 1, 0, 0]])
 MASK = jnp.array([[0, 1, 1, 1, 0, 0, 1, 1], [0, 0, 1, 1, 0, 1, 0, 0]], bool)
-LOG_RATIO = jnp.log(jnp.array([[NAN, 2.0, 0.5, 4.0, NAN, NAN, 3.0, 0.1], [NAN, NAN, 0.25, 2.0, NAN, 8.0, NAN, NAN]]))
+LOG_RATIO = jnp.log(
+    jnp.array([[NAN, 2.0, 0.5, 4.0, NAN, NAN, 3.0, 0.1], [NAN, NAN, 0.25, 2.0, NAN, 8.0, NAN, NAN]])
+)
 
 
 def test_ratios_of_prefixes_and_sequences_by_hand():
-    """Two sequences packed into one row and one in another, with garbage wherever nothing was sampled."""
+    """Two sequences packed into one row and one in another, with garbage wherever nothing was
+    sampled.
+    """
 
     def check(found, expected):
         np.testing.assert_allclose(jnp.where(MASK, found, 0), expected, rtol=1e-5)
@@ -266,21 +366,32 @@ def test_ratios_of_prefixes_and_sequences_by_hand():
 
 def test_a_ratio_too_large_for_float32_is_bounded_all_the_same():
     far, mask, segments = jnp.full((1, 3), 80.0), jnp.ones((1, 3), bool), jnp.ones((1, 3), int)
-    np.testing.assert_allclose(importance.prefix_truncate(far, mask, segments, 2.0, is_inclusive=True), 2, rtol=1e-6)
+    np.testing.assert_allclose(
+        importance.prefix_truncate(far, mask, segments, 2.0, is_inclusive=True), 2, rtol=1e-6
+    )
     np.testing.assert_array_equal(importance.sequence_mask(far, mask, segments, 3.0), 0)
-    np.testing.assert_array_equal(importance.sequence_mask(-far, mask, segments, 3.0), 0)  # e^-240 underflows to 0
+    np.testing.assert_array_equal(
+        importance.sequence_mask(-far, mask, segments, 3.0), 0
+    )  # e^-240 underflows to 0
 
 
 def test_the_clipped_surrogate_by_hand():
-    """Ratios 0.5, 1 and 2 under advantages of either sign, band 0.8 to 1.3: value and slope with respect to log student(y)."""
+    """Ratios 0.5, 1 and 2 under advantages of either sign, band 0.8 to 1.3: value and slope with
+    respect to log student(y).
+    """
     ratio = jnp.array([0.5, 1.0, 2.0, 0.5, 1.0, 2.0])
     advantage = jnp.array([2.0, 2.0, 2.0, -2.0, -2.0, -2.0])
     student, behavior = jnp.log(ratio) - 3, jnp.full(6, -3.0)
-    loss = lambda s: clipped_policy_gradient_loss(advantage, s, behavior, 0.2, 0.3)  # noqa: E731
+    loss = lambda s: clipped_policy_gradient_loss(advantage, s, behavior, 0.2, 0.3)
     np.testing.assert_allclose(loss(student), [-1, -2, -2.6, 1.6, 2, 4], rtol=1e-6)
-    # Flat only where the ratio has already gone where the advantage sends it: above the band if better, below it if worse.
-    np.testing.assert_allclose(jax.grad(lambda s: jnp.sum(loss(s)))(student), [-1, -2, 0, 0, 2, 4], rtol=1e-5)
-    held = jax.grad(lambda a: jnp.sum(clipped_policy_gradient_loss(a, student, behavior, 0.2, 0.3)))(advantage)
+    # Flat only where the ratio has already gone where the advantage sends it: above the band if
+    # better, below it if worse.
+    np.testing.assert_allclose(
+        jax.grad(lambda s: jnp.sum(loss(s)))(student), [-1, -2, 0, 0, 2, 4], rtol=1e-5
+    )
+    held = jax.grad(
+        lambda a: jnp.sum(clipped_policy_gradient_loss(a, student, behavior, 0.2, 0.3))
+    )(advantage)
     np.testing.assert_array_equal(held, 0)
 
 
@@ -290,7 +401,9 @@ def test_k1_k2_k3_by_hand():
     np.testing.assert_allclose(importance.k1(student, teacher), [ln2, -ln2], rtol=1e-6)
     np.testing.assert_allclose(importance.k2(student, teacher), [ln2**2 / 2] * 2, rtol=1e-6)
     np.testing.assert_allclose(importance.k3(student, teacher), [ln2 - 0.5, 1 - ln2], rtol=1e-5)
-    near = importance.k3(jnp.float32(-1.0), jnp.float32(-1.0 - 2.0**-10))  # of order k1^2 / 2: exp(-k1) - 1 would lose most of it
+    near = importance.k3(
+        jnp.float32(-1.0), jnp.float32(-1.0 - 2.0**-10)
+    )  # of order k1^2 / 2: exp(-k1) - 1 would lose most of it
     np.testing.assert_allclose(near, 2.0**-21, rtol=1e-3)
 
 
@@ -306,19 +419,31 @@ def test_staleness_loses_no_digits_near_one_and_overflows_nowhere():
     gap = np.append(gap, [-0.5, 0.5, -0.5000001, 0.4999999]).astype(np.float32)
     wide = gap.astype(np.longdouble)
     small = np.abs(wide) < 1e-2
-    exact = np.where(small, wide**2 / 2 + wide**3 / 3 + wide**4 / 8 + wide**5 / 30, wide * np.exp(wide) - np.expm1(wide))
-    np.testing.assert_allclose(importance.kl_to_behavior(jnp.asarray(gap), jnp.zeros(len(gap))), exact.astype(np.float64), rtol=2e-6)
+    exact = np.where(
+        small,
+        wide**2 / 2 + wide**3 / 3 + wide**4 / 8 + wide**5 / 30,
+        wide * np.exp(wide) - np.expm1(wide),
+    )
+    np.testing.assert_allclose(
+        importance.kl_to_behavior(jnp.asarray(gap), jnp.zeros(len(gap))),
+        exact.astype(np.float64),
+        rtol=2e-6,
+    )
     extremes = importance.kl_to_behavior(jnp.float32([-np.inf, -300, 300]), jnp.zeros(3))
     np.testing.assert_allclose(extremes, [1, 1, 59 * np.exp(60.0)], rtol=1e-5)
 
 
 @pytest.mark.usefixtures("x64")
 def test_the_mean_staleness_of_a_policys_own_draws_is_the_kl(rng):
-    """Over every token that the behaviour policy can draw: KL(student || behaviour), far apart and nearly the same."""
+    """Over every token that the behaviour policy can draw: KL(student || behaviour), far apart and
+    nearly the same.
+    """
     behavior = np.log(rng.dirichlet(np.ones(9)))
     for scale in (1e-3, 0.1, 3.0):
         student = behavior + scale * rng.normal(size=9)
         student -= np.logaddexp.reduce(student)
         found = importance.kl_to_behavior(jnp.asarray(student), jnp.asarray(behavior))
         assert np.all(found >= 0)
-        np.testing.assert_allclose(np.exp(behavior) @ found, np.exp(student) @ (student - behavior), rtol=1e-7)
+        np.testing.assert_allclose(
+            np.exp(behavior) @ found, np.exp(student) @ (student - behavior), rtol=1e-7
+        )

@@ -6,7 +6,8 @@ import pytest
 
 from opdjax.estimators.losses import AGGREGATIONS, aggregation_weights, count_denominators
 
-# Two rows; the second packs two sequences. Sequences have 2, 1 and 3 trained tokens; 3 sequences of at most 4.
+# Two rows; the second packs two sequences. Sequences have 2, 1 and 3 trained tokens; 3 sequences of
+# at most 4.
 MASK = jnp.array([[0, 1, 1, 0, 0, 0], [0, 1, 0, 1, 1, 1]], bool)
 SEGMENTS = jnp.array([[1, 1, 1, 0, 0, 0], [1, 1, 2, 2, 2, 2]])
 EXPECTED = {
@@ -20,7 +21,9 @@ EXPECTED = {
 @pytest.mark.parametrize("kind", AGGREGATIONS)
 def test_weights_by_hand(kind):
     denominators = count_denominators(MASK, SEGMENTS, max_length=4)
-    np.testing.assert_allclose(aggregation_weights(MASK, SEGMENTS, kind, denominators), EXPECTED[kind], rtol=1e-6)
+    np.testing.assert_allclose(
+        aggregation_weights(MASK, SEGMENTS, kind, denominators), EXPECTED[kind], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", AGGREGATIONS)

@@ -25,10 +25,14 @@ from enumeration import (
 )
 from jax.test_util import check_grads
 
-from opdjax.estimators import RECIPES, bind, divergence, sequence
-from opdjax.estimators.losses import aggregation_weights, clipped_policy_gradient_loss, count_denominators
+from opdjax.estimators import RECIPES, bind, coupling, divergence
+from opdjax.estimators.losses import (
+    aggregation_weights,
+    clipped_policy_gradient_loss,
+    count_denominators,
+)
 from opdjax.ops.tile import Head, VocabTile
-from opdjax.ops.vocab import Columns, tiled_loss, tiled_stats
+from opdjax.ops.vocab import TokenInputs, tiled_loss, tiled_stats
 
 V = 7
 EVERY_SAMPLED = [
@@ -48,7 +52,7 @@ def logits(rng):
 def token_loss(name, options, student, teacher, token):
     """The recipe's loss of one token under one-context tiles."""
     tiles = (VocabTile(jnp.asarray(student)[None]), VocabTile(jnp.asarray(teacher)[None]))
-    loss, outputs = RECIPES[name].token_loss(*tiles, Columns(jnp.asarray([token])), **options)
+    loss, outputs = RECIPES[name].token_loss(*tiles, TokenInputs(jnp.asarray([token])), **options)
     return loss[0], outputs
 
 
@@ -59,41 +63,55 @@ class TestOneContext:
         student, teacher = logits
         exact = jax.grad(reverse_kl)(student, teacher)
         assert np.linalg.norm(exact) > 0.1
-        np.testing.assert_allclose(expected_gradient(name, options, student, teacher), exact, atol=1e-10)
+        np.testing.assert_allclose(
+            expected_gradient(name, options, student, teacher), exact, atol=1e-10
+        )
 
     def test_the_full_baseline_makes_advantages_average_to_zero(self, logits):
         student, teacher = logits
-        advantages = np.array([token_loss("vopd", {}, student, teacher, y)[1]["advantage"][0] for y in range(V)])
+        advantages = np.array(
+            [token_loss("vopd", {}, student, teacher, y)[1]["advantage"][0] for y in range(V)]
+        )
         assert np.abs(advantages).max() > 0.1
         assert abs(jax.nn.softmax(student) @ advantages) < 1e-12
 
     def test_k_of_one_is_opd(self, logits):
         for y in range(V):
-            one, _ = token_loss("vopd", {"baseline": "student_topk", "baseline_top_k": 1}, *logits, y)
+            one, _ = token_loss(
+                "vopd", {"baseline": "student_topk", "baseline_top_k": 1}, *logits, y
+            )
             np.testing.assert_allclose(one, token_loss("opd", {}, *logits, y)[0], rtol=1e-14)
 
     @pytest.mark.parametrize("k", [V, V + 1, 100])
     def test_k_of_at_least_v_is_the_full_baseline(self, k, logits):
         for y in range(V):
-            topk, _ = token_loss("vopd", {"baseline": "student_topk", "baseline_top_k": k}, *logits, y)
+            topk, _ = token_loss(
+                "vopd", {"baseline": "student_topk", "baseline_top_k": k}, *logits, y
+            )
             np.testing.assert_allclose(topk, token_loss("vopd", {}, *logits, y)[0], rtol=1e-13)
 
     @pytest.mark.parametrize(("name", "options"), EVERY_SAMPLED)
     def test_a_student_that_is_the_teacher_gets_no_gradient(self, name, options, logits):
         student, _ = logits
         for y in range(V):
-            gradient = jax.grad(lambda x, y=y: token_loss(name, options, x, student, y)[0])(jnp.asarray(student))
+            gradient = jax.grad(lambda x, y=y: token_loss(name, options, x, student, y)[0])(
+                jnp.asarray(student)
+            )
             np.testing.assert_allclose(gradient, 0, atol=1e-14)
 
     @pytest.mark.parametrize(("name", "options"), EVERY_SAMPLED)
     def test_no_gradient_reaches_the_teacher(self, name, options, logits):
         student, teacher = logits
-        gradient = jax.grad(lambda t: token_loss(name, options, student, t, 2)[0])(jnp.asarray(teacher))
+        gradient = jax.grad(lambda t: token_loss(name, options, student, t, 2)[0])(
+            jnp.asarray(teacher)
+        )
         np.testing.assert_array_equal(gradient, 0)
 
 
 def test_hand_worked_numbers():
-    """Student (1/2, 1/4, 1/4), teacher (1/4, 1/2, 1/4), token 0: r = ln(1/2), KL = (1/2) ln 2 - (1/4) ln 2 = (1/4) ln 2."""
+    """Student (1/2, 1/4, 1/4), teacher (1/4, 1/2, 1/4), token 0: r = ln(1/2), KL = (1/2) ln 2 -
+    (1/4) ln 2 = (1/4) ln 2.
+    """
     student, teacher = np.log([0.5, 0.25, 0.25]), np.log([0.25, 0.5, 0.25])
     ln2 = np.log(2.0)
     loss, outputs = token_loss("opd", {}, student, teacher, 0)
@@ -104,35 +122,58 @@ def test_hand_worked_numbers():
     np.testing.assert_allclose(outputs["advantage"][0], -0.75 * ln2, rtol=1e-6)
     np.testing.assert_allclose(loss, 0.75 * ln2 * np.log(0.5), rtol=1e-6)
     # On the student's top two (renormalised to 2/3, 1/3 and 1/3, 2/3) the KL is (1/3) ln 2.
-    _, outputs = token_loss("vopd", {"baseline": "student_topk", "baseline_top_k": 2}, student, teacher, 0)
+    _, outputs = token_loss(
+        "vopd", {"baseline": "student_topk", "baseline_top_k": 2}, student, teacher, 0
+    )
     np.testing.assert_allclose(outputs["advantage"][0], -ln2 + ln2 / 3, rtol=1e-6)
     assert "kl" not in outputs  # a truncated KL is not reported as the KL
 
 
 # The tree, through the tiled pass and the real aggregation
 
-ENCODED = (np.pad(TOKENS, ((0, 0), (1, 0))), np.pad(MASK, ((0, 0), (1, 0))))  # column 0 is the prompt
+ENCODED = (
+    np.pad(TOKENS, ((0, 0), (1, 0))),
+    np.pad(MASK, ((0, 0), (1, 0))),
+)  # column 0 is the prompt
 
 
 @partial(jax.jit, static_argnames=("name", "options", "aggregation"))
-def batch_gradient(theta, teacher_theta, rows, name, options=(), aggregation="fixed_denominator", **columns):
-    """Gradient [C, V] of the recipe's loss on a batch of sequences (by number), as an update forms it."""
+def batch_gradient(
+    theta, teacher_theta, rows, name, options=(), aggregation="fixed_denominator", **columns
+):
+    """Gradient [C, V] of the recipe's loss on a batch of sequences (by number), as an update forms
+    it.
+    """
     options = dict(options)
     tokens, mask = (jnp.asarray(x)[rows] for x in ENCODED)
     # The hidden state is the one-hot context, one column before the token that it predicts.
     hidden = jnp.pad(jnp.eye(len(CONTEXTS))[CONTEXT_OF], ((0, 0), (0, 1), (0, 0)))[rows]
     segments = jnp.ones_like(tokens)
-    weights = aggregation_weights(mask, segments, aggregation, count_denominators(mask, segments, LENGTH))
+    weights = aggregation_weights(
+        mask, segments, aggregation, count_denominators(mask, segments, LENGTH)
+    )
     recipe, options = bind(name, options)
-    columns = Columns(tokens, **{key: jnp.pad(x, ((0, 0), (1, 0)))[rows] for key, x in columns.items()})
+    columns = TokenInputs(
+        tokens, **{key: jnp.pad(x, ((0, 0), (1, 0)))[rows] for key, x in columns.items()}
+    )
     teacher = (hidden, Head(teacher_theta.T))
-    if sequence.is_coupled(options):
-        stat = partial(sequence.token_stats, options=options)
+    if coupling.is_coupled(options):
+        stat = partial(coupling.token_stats, options=options)
         stats = tiled_stats(stat, hidden, Head(theta.T), mask, columns, teacher, tile=4)
-        columns = sequence.prepare(columns, stats, mask, segments, options, is_policy_gradient=recipe.is_policy_gradient)
+        columns = coupling.prepare(
+            columns, stats, mask, segments, options, is_policy_gradient=recipe.is_policy_gradient
+        )
 
     def loss(kernel):
-        return tiled_loss(partial(recipe.token_loss, **options), hidden, Head(kernel), weights, columns, teacher, tile=4)[0]
+        return tiled_loss(
+            partial(recipe.token_loss, **options),
+            hidden,
+            Head(kernel),
+            weights,
+            columns,
+            teacher,
+            tile=4,
+        )[0]
 
     return jax.grad(loss)(theta.T).T
 
@@ -143,10 +184,14 @@ class TestTree:
     def tables(self, rng):
         return tuple(jnp.asarray(rng.normal(size=(len(CONTEXTS), 3))) for _ in range(2))
 
-    def expectation(self, tables, name, options=(), aggregation="fixed_denominator", batches=None, **columns):
+    def expectation(
+        self, tables, name, options=(), aggregation="fixed_denominator", batches=None, **columns
+    ):
         batches = np.arange(len(SEQUENCES))[:, None] if batches is None else batches
-        one = lambda rows: batch_gradient(*tables, rows, name, options, aggregation, **columns)  # noqa: E731
-        return jnp.tensordot(batch_probabilities(tables[0], batches), jax.vmap(one)(jnp.asarray(batches)), 1)
+        one = lambda rows: batch_gradient(*tables, rows, name, options, aggregation, **columns)
+        return jnp.tensordot(
+            batch_probabilities(tables[0], batches), jax.vmap(one)(jnp.asarray(batches)), 1
+        )
 
     @pytest.mark.parametrize(
         ("name", "options"),
@@ -168,19 +213,37 @@ class TestTree:
 
     @pytest.mark.parametrize(
         ("aggregation", "is_free"),
-        [("fixed_denominator", True), ("sequence_mean_token_sum", True), ("token_mean", False), ("sequence_mean_token_mean", False)],
+        [
+            ("fixed_denominator", True),
+            ("sequence_mean_token_sum", True),
+            ("token_mean", False),
+            ("sequence_mean_token_mean", False),
+        ],
     )
-    def test_a_baseline_is_free_only_where_no_divisor_depends_on_the_sample(self, aggregation, is_free, tables):
-        """Two rows, all 225 pairs: the baseline's part of the expected gradient, relative to the gradient."""
-        found, without = (self.expectation(tables, name, (), aggregation, PAIRS) for name in ("vopd", "opd"))
+    def test_a_baseline_is_free_only_where_no_divisor_depends_on_the_sample(
+        self, aggregation, is_free, tables
+    ):
+        """Two rows, all 225 pairs: the baseline's part of the expected gradient, relative to the
+        gradient.
+        """
+        found, without = (
+            self.expectation(tables, name, (), aggregation, PAIRS) for name in ("vopd", "opd")
+        )
         print(f"{aggregation}: relative bias of the baseline {relative_bias(found, without):.3e}")
-        assert (relative_bias(found, without) < 1e-12) if is_free else (0.01 < relative_bias(found, without) < 0.5)
+        assert (
+            (relative_bias(found, without) < 1e-12)
+            if is_free
+            else (0.01 < relative_bias(found, without) < 0.5)
+        )
 
 
 # Under jit and vmap, finite differences, garbage, refusals
 
 OPTIONED = [  # every option, in few recipes
-    ("opd", {"reward_floor": -0.5, "discount": 0.5, "task_reward_coef": 0.7, "importance": "ppo_clip"}),
+    (
+        "opd",
+        {"reward_floor": -0.5, "discount": 0.5, "task_reward_coef": 0.7, "importance": "ppo_clip"},
+    ),
     ("opd", {"power_alpha": 0.5, "extra_draws": 2}),
     ("opd", {"importance": "token_truncate", "importance_cap": 1.1}),
     ("vopd", {"baseline": "batch_mean", "importance": "token_mask", "importance_floor": 0.9}),
@@ -191,7 +254,10 @@ OPTIONED = [  # every option, in few recipes
 def random_columns(rng, shape):
     """Every column that a recipe may read."""
     normal = {key: rng.normal(size=shape) for key in ("advantage", "future_reward", "mean_reward")}
-    positive = {"behavior_logprob": -rng.exponential(2, size=shape), "loss_weight": rng.exponential(size=shape)}
+    positive = {
+        "behavior_logprob": -rng.exponential(2, size=shape),
+        "loss_weight": rng.exponential(size=shape),
+    }
     return normal | positive | {"uniform": rng.random((*shape, 2))}
 
 
@@ -200,16 +266,24 @@ class TestTransforms(chex.TestCase):
     def test_recipes_agree_with_and_without_transforms(self):
         rng = np.random.default_rng(1)
         student, teacher = (jnp.asarray(rng.normal(size=(8, 4, V)), jnp.float32) for _ in range(2))
-        rows = Columns(jnp.asarray(rng.integers(0, V, (8, 4))), **{key: np.float32(x) for key, x in random_columns(rng, (8, 4)).items()})
+        rows = TokenInputs(
+            jnp.asarray(rng.integers(0, V, (8, 4))),
+            **{key: np.float32(x) for key, x in random_columns(rng, (8, 4)).items()},
+        )
         recipes = [*EVERY_SAMPLED[:4], *OPTIONED, ("full_kl", {"divergence": "jsd", "beta": 0.3})]
 
         def losses(s, t, row):
-            return [bind(name, options)[0].token_loss(VocabTile(s), VocabTile(t), row, **options)[0] for name, options in recipes]
+            return [
+                bind(name, options)[0].token_loss(VocabTile(s), VocabTile(t), row, **options)[0]
+                for name, options in recipes
+            ]
 
         # Tokens do not see one another: all rows at once are the reference.
-        flat = lambda tree: jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), tree)  # noqa: E731
+        flat = lambda tree: jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), tree)
         plain = [x.reshape(8, 4) for x in losses(*map(flat, (student, teacher, rows)))]
-        chex.assert_trees_all_close(self.variant(jax.vmap(losses))(student, teacher, rows), plain, rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(
+            self.variant(jax.vmap(losses))(student, teacher, rows), plain, rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.usefixtures("x64")
@@ -227,7 +301,7 @@ def test_gradient_agrees_with_finite_differences_when_the_advantage_is_held(name
     student, teacher = logits
     columns = {"future_reward": 0.3} if "discount" in options else {}
     gradients, outputs = sample_gradients(name, options, student, teacher, [3], **columns)
-    surrogate = lambda x: -outputs["advantage"][0] * jax.nn.log_softmax(x)[3]  # noqa: E731
+    surrogate = lambda x: -outputs["advantage"][0] * jax.nn.log_softmax(x)[3]
     check_grads(surrogate, (jnp.asarray(student),), order=1, modes=["rev"])
     np.testing.assert_allclose(gradients[0], jax.grad(surrogate)(jnp.asarray(student)), rtol=1e-10)
 
@@ -236,8 +310,12 @@ def test_gradient_agrees_with_finite_differences_when_the_advantage_is_held(name
 def test_the_clipped_surrogate_agrees_with_finite_differences_when_the_advantage_is_held(logits):
     student, teacher = logits
     behavior = jax.nn.log_softmax(student) + np.array([-0.1, 0.1, 0.6, -0.6, 0.0, 0.9, -0.9])
-    gradients, outputs = sample_gradients("opd", {"importance": "ppo_clip"}, student, teacher, behavior_logprob=behavior)
-    surrogate = lambda x: clipped_policy_gradient_loss(outputs["advantage"], jax.nn.log_softmax(x), behavior, 0.2, 0.28)  # noqa: E731
+    gradients, outputs = sample_gradients(
+        "opd", {"importance": "ppo_clip"}, student, teacher, behavior_logprob=behavior
+    )
+    surrogate = lambda x: clipped_policy_gradient_loss(
+        outputs["advantage"], jax.nn.log_softmax(x), behavior, 0.2, 0.28
+    )
     check_grads(surrogate, (jnp.asarray(student),), order=1, modes=["rev"])
     np.testing.assert_allclose(gradients, jax.jacrev(surrogate)(jnp.asarray(student)), atol=1e-12)
     assert 0 < np.sum(~np.any(gradients, axis=1)) < V
@@ -245,35 +323,81 @@ def test_the_clipped_surrogate_agrees_with_finite_differences_when_the_advantage
 
 GIVEN = ("advantage", "behavior_logprob", "uniform")  # by the batch; the other columns are prepared
 COUPLED = [
-    ("opd", {"discount": 0.5, "prefix_weight": 0.5, "importance": "prefix_truncate", "task_reward_coef": 0.5}),
-    ("vopd", {"baseline": "batch_mean", "discount": 0.5, "return_to_go": "expected", "extra_draws": 2, "reward_floor": -0.5}),
+    (
+        "opd",
+        {
+            "discount": 0.5,
+            "prefix_weight": 0.5,
+            "importance": "prefix_truncate",
+            "task_reward_coef": 0.5,
+        },
+    ),
+    (
+        "vopd",
+        {
+            "baseline": "batch_mean",
+            "discount": 0.5,
+            "return_to_go": "expected",
+            "extra_draws": 2,
+            "reward_floor": -0.5,
+        },
+    ),
     ("opd", {"importance": "sequence_mask", "power_alpha": 0.5}),
     ("full_kl", {"importance": "prefix_truncate"}),
 ]
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [EVERY_SAMPLED[0], EVERY_SAMPLED[1], *OPTIONED[2:4], *COUPLED, ("full_kl", {"divergence": "jsd"})]
+    ("name", "options"),
+    [
+        EVERY_SAMPLED[0],
+        EVERY_SAMPLED[1],
+        *OPTIONED[2:4],
+        *COUPLED,
+        ("full_kl", {"divergence": "jsd"}),
+    ],
 )
 def test_nan_in_masked_slots_changes_neither_value_nor_gradient(name, options, rng):
     hidden, teacher_hidden = (rng.normal(size=(2, 5, 4)).astype(np.float32) for _ in range(2))
     head, teacher_head = (Head(jnp.asarray(rng.normal(size=(V, 4)), jnp.float32)) for _ in range(2))
     tokens = jnp.asarray(rng.integers(0, V, (2, 5)))
-    weights, segments = jnp.asarray([[0, 0, 1, 1, 0], [0, 1, 1, 0, 0]], jnp.float32), jnp.asarray([[0, 1, 1, 1, 0], [1, 1, 1, 0, 0]])
-    columns = {key: x.astype(np.float32) for key, x in random_columns(rng, (2, 5)).items() if key in GIVEN}
-    # Hidden column t predicts token t + 1: these are the columns from which no counted token is predicted.
+    weights, segments = (
+        jnp.asarray([[0, 0, 1, 1, 0], [0, 1, 1, 0, 0]], jnp.float32),
+        jnp.asarray([[0, 1, 1, 1, 0], [1, 1, 1, 0, 0]]),
+    )
+    columns = {
+        key: x.astype(np.float32) for key, x in random_columns(rng, (2, 5)).items() if key in GIVEN
+    }
+    # Hidden column t predicts token t + 1: these are the columns from which no counted token is
+    # predicted.
     unread = np.array([[1, 0, 0, 1, 1], [0, 0, 1, 1, 1]], bool)
     recipe, options = bind(name, options)
 
     @jax.jit
     def run(hidden, teacher_hidden, columns):
-        row, teacher, mask = Columns(tokens, **columns), (teacher_hidden, teacher_head), weights > 0
-        if sequence.is_coupled(options):
-            stats = tiled_stats(partial(sequence.token_stats, options=options), hidden, head, mask, row, teacher, tile=3)
-            row = sequence.prepare(row, stats, mask, segments, options, is_policy_gradient=recipe.is_policy_gradient)
+        row, teacher, mask = (
+            TokenInputs(tokens, **columns),
+            (teacher_hidden, teacher_head),
+            weights > 0,
+        )
+        if coupling.is_coupled(options):
+            stats = tiled_stats(
+                partial(coupling.token_stats, options=options),
+                hidden,
+                head,
+                mask,
+                row,
+                teacher,
+                tile=3,
+            )
+            row = coupling.prepare(
+                row, stats, mask, segments, options, is_policy_gradient=recipe.is_policy_gradient
+            )
 
         def loss(hidden, head):
-            return tiled_loss(partial(recipe.token_loss, **options), hidden, head, weights, row, teacher, tile=3)[0]
+            return tiled_loss(
+                partial(recipe.token_loss, **options), hidden, head, weights, row, teacher, tile=3
+            )[0]
 
         return jax.value_and_grad(loss, argnums=(0, 1))(hidden, head)
 
@@ -281,7 +405,10 @@ def test_nan_in_masked_slots_changes_neither_value_nor_gradient(name, options, r
     assert np.isfinite(clean[0])
     assert np.any(clean[1][0])
     garbage = [np.where(unread[:, :, None], np.nan, x) for x in (hidden, teacher_hidden)]
-    spoilt = {key: np.where((weights > 0).reshape(2, 5, *[1] * (x.ndim - 2)), x, np.nan) for key, x in columns.items()}
+    spoilt = {
+        key: np.where((weights > 0).reshape(2, 5, *[1] * (x.ndim - 2)), x, np.nan)
+        for key, x in columns.items()
+    }
     chex.assert_trees_all_equal(run(*garbage, spoilt), clean)
 
 
@@ -301,9 +428,12 @@ def test_options_that_a_recipe_does_not_have_are_refused():
         "topk_kl": ["ppo_clip"],
     }.items():
         for kind in kinds:
-            with pytest.raises(ValueError, match=f"recipe '{name}' has no importance correction '{kind}'"):
+            with pytest.raises(
+                ValueError, match=f"recipe '{name}' has no importance correction '{kind}'"
+            ):
                 bind(name, {"importance": kind})
-    # Unbound, a recipe knows neither the options that `prepare` turns into columns nor what is misspelt.
+    # Unbound, a recipe knows neither the options that `prepare` turns into columns nor what is
+    # misspelt.
     for option in ({"prefix_weight": 0.5}, {"return_to_go": "expected"}, {"importance_capp": 2.0}):
         with pytest.raises(TypeError, match=next(iter(option))):
             token_loss("opd", option, np.zeros(3), np.zeros(3), 0)
@@ -316,14 +446,27 @@ def test_options_that_a_recipe_does_not_have_are_refused():
     [
         ("opd", {}, "token"),
         ("opd", {"discount": 1.0, "return_to_go": "sampled", "extra_draws": 0}, "token"),
-        ("opd", {"reward_floor": -1.0, "prefix_weight": 0.5, "importance": "sequence_mask", "task_reward_coef": 1.0}, "token"),
+        (
+            "opd",
+            {
+                "reward_floor": -1.0,
+                "prefix_weight": 0.5,
+                "importance": "sequence_mask",
+                "task_reward_coef": 1.0,
+            },
+            "token",
+        ),
         ("opd", {"discount": 1.0, "return_to_go": "expected"}, "vocabulary"),
         ("opd", {"extra_draws": 1}, "vocabulary"),
         ("vopd", {}, "vocabulary"),
         ("vopd", {"baseline": "optimal"}, "vocabulary"),
         ("vopd", {"baseline": "batch_mean"}, "token"),
         ("vopd", {"baseline": "batch_mean", "extra_draws": 2}, "vocabulary"),
-        ("vopd", {"baseline": "batch_mean", "discount": 0.5, "return_to_go": "expected"}, "vocabulary"),
+        (
+            "vopd",
+            {"baseline": "batch_mean", "discount": 0.5, "return_to_go": "expected"},
+            "vocabulary",
+        ),
         ("full_kl", {"importance": "prefix_truncate"}, "vocabulary"),
         ("topk_kl", {}, "vocabulary"),
         ("sft", {}, "none"),
@@ -338,11 +481,20 @@ def test_what_a_recipe_reads_of_the_teacher(name, options, needs, rng):
     # The columns alone are enough, where no more is asked for.
     shape, mask = (2, 3), np.array([[0, 1, 1], [0, 1, 0]], bool)
     tile = VocabTile(jnp.asarray(rng.normal(size=(6, V)), jnp.float32))
-    row = Columns(jnp.zeros(shape, int), teacher_logprob=-jnp.ones(shape), behavior_logprob=-jnp.ones(shape), advantage=jnp.ones(shape))
-    flat = lambda tree: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)  # noqa: E731
-    if sequence.is_coupled(options):
-        stats = jax.tree.map(lambda x: x.reshape(shape), sequence.token_stats(tile, None, flat(row), options))
-        row = sequence.prepare(row, stats, mask, jnp.ones(shape, int), options, is_policy_gradient=True)
+    row = TokenInputs(
+        jnp.zeros(shape, int),
+        teacher_logprob=-jnp.ones(shape),
+        behavior_logprob=-jnp.ones(shape),
+        advantage=jnp.ones(shape),
+    )
+    flat = lambda tree: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+    if coupling.is_coupled(options):
+        stats = jax.tree.map(
+            lambda x: x.reshape(shape), coupling.token_stats(tile, None, flat(row), options)
+        )
+        row = coupling.prepare(
+            row, stats, mask, jnp.ones(shape, int), options, is_policy_gradient=True
+        )
     assert np.isfinite(recipe.token_loss(tile, None, flat(row), **options)[0]).all()
 
 
@@ -362,16 +514,31 @@ def test_what_a_recipe_reads_of_the_teacher(name, options, needs, rng):
     ids=lambda x: x if isinstance(x, str) else str(x),
 )
 def test_a_column_that_is_missing_is_named(name, options, missing):
-    tile, known = VocabTile(jnp.zeros((1, 3))), {} if missing.startswith("a recipe") else {"teacher_logprob": jnp.zeros(1)}
+    tile, known = (
+        VocabTile(jnp.zeros((1, 3))),
+        {} if missing.startswith("a recipe") else {"teacher_logprob": jnp.zeros(1)},
+    )
     with pytest.raises(ValueError, match=f"{missing}, which this batch does not carry"):
-        RECIPES[name].token_loss(tile, None, Columns(jnp.zeros(1, int), **known), **options)
+        RECIPES[name].token_loss(tile, None, TokenInputs(jnp.zeros(1, int), **known), **options)
 
 
 def test_a_missing_behaviour_is_named_before_the_pass():
     recipe, options = bind("opd", {"importance": "sequence_mask"})
-    row, tile = Columns(jnp.zeros((1, 1), int)), VocabTile(jnp.zeros((1, 3)))
+    row, tile = TokenInputs(jnp.zeros((1, 1), int)), VocabTile(jnp.zeros((1, 3)))
     stats = {"student_logprob": tile.logprob(row.token[0])[None]}
     with pytest.raises(ValueError, match="importance sequence_mask reads 'behavior_logprob'"):
-        sequence.prepare(row, stats, np.ones((1, 1), bool), jnp.ones((1, 1), int), options, is_policy_gradient=recipe.is_policy_gradient)
+        coupling.prepare(
+            row,
+            stats,
+            np.ones((1, 1), bool),
+            jnp.ones((1, 1), int),
+            options,
+            is_policy_gradient=recipe.is_policy_gradient,
+        )
     with pytest.raises(ValueError, match="return_to_go expected reads 'teacher'"):
-        sequence.token_stats(tile, None, Columns(row.token[0], teacher_logprob=jnp.zeros(1)), {"return_to_go": "expected"})
+        coupling.token_stats(
+            tile,
+            None,
+            TokenInputs(row.token[0], teacher_logprob=jnp.zeros(1)),
+            {"return_to_go": "expected"},
+        )

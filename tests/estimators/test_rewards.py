@@ -1,4 +1,6 @@
-"""Transforms of the reward, baselines and extra draws at one context: by hand, and by enumerating every action in float64."""
+"""Transforms of the reward, baselines and extra draws at one context: by hand, and by enumerating
+every action in float64.
+"""
 
 import itertools
 
@@ -11,15 +13,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opdjax.estimators.losses import sft
-from opdjax.estimators.opd import advantages, full_baseline, optimal_baseline, sampled_reward, score_norms, student_topk_baseline
+from opdjax.estimators.opd import (
+    advantages,
+    full_baseline,
+    optimal_baseline,
+    sampled_reward,
+    score_norms,
+    student_topk_baseline,
+)
 from opdjax.ops.tile import VocabTile
-from opdjax.ops.vocab import Columns
+from opdjax.ops.vocab import TokenInputs
 
 V, FLOOR, ALPHA = 7, -0.4, 0.6
 BASELINES = {
-    "opd": ("opd", {}), "full": ("vopd", {}), "optimal": ("vopd", {"baseline": "optimal"}),
-    "topk": ("vopd", {"baseline": "student_topk", "baseline_top_k": 3}), "batch_mean": ("vopd", {"baseline": "batch_mean"}),
-}  # fmt: skip
+    "opd": ("opd", {}),
+    "full": ("vopd", {}),
+    "optimal": ("vopd", {"baseline": "optimal"}),
+    "topk": ("vopd", {"baseline": "student_topk", "baseline_top_k": 3}),
+    "batch_mean": ("vopd", {"baseline": "batch_mean"}),
+}
 TRANSFORMS = {"plain": {}, "floor": {"reward_floor": FLOOR}, "power": {"power_alpha": ALPHA}}
 MEAN = {"mean_reward": -0.37}
 
@@ -64,51 +76,83 @@ class TestExpectedGradients:
     def test_the_transforms_are_biased_for_the_kl(self, logits):
         exact = jax.grad(reverse_kl)(*logits)
         for transform in ("floor", "power"):
-            assert np.linalg.norm(jax.grad(POTENTIALS[transform])(*logits) - exact) > 0.05 * np.linalg.norm(exact)
+            assert np.linalg.norm(
+                jax.grad(POTENTIALS[transform])(*logits) - exact
+            ) > 0.05 * np.linalg.norm(exact)
 
     @pytest.mark.parametrize("transform", TRANSFORMS)
-    def test_advantages_average_to_zero_under_the_full_baseline_of_their_own_reward(self, transform, logits):
+    def test_advantages_average_to_zero_under_the_full_baseline_of_their_own_reward(
+        self, transform, logits
+    ):
         found = sample_gradients("vopd", TRANSFORMS[transform], *logits)[1]["advantage"]
         assert np.abs(found).max() > 0.1
         assert abs(jax.nn.softmax(logits[0]) @ found) < 1e-12
         table = advantages(*tiles(*logits), baseline="full", **TRANSFORMS[transform])[0]
         np.testing.assert_allclose(table, found, atol=1e-12)
         without = advantages(*tiles(*logits), **TRANSFORMS[transform])[0]
-        np.testing.assert_allclose(without, sample_gradients("opd", TRANSFORMS[transform], *logits)[1]["advantage"], atol=1e-12)
+        np.testing.assert_allclose(
+            without,
+            sample_gradients("opd", TRANSFORMS[transform], *logits)[1]["advantage"],
+            atol=1e-12,
+        )
 
     def test_only_the_plain_full_baseline_is_reported_as_the_kl(self, logits):
         outputs = sample_gradients("vopd", {}, *logits)[1]
         np.testing.assert_allclose(outputs["kl"], reverse_kl(*logits), rtol=1e-12)
-        for options in ({"reward_floor": FLOOR}, {"reward_floor": 0.0}, {"power_alpha": ALPHA}, {"baseline": "optimal"}):
+        for options in (
+            {"reward_floor": FLOOR},
+            {"reward_floor": 0.0},
+            {"power_alpha": ALPHA},
+            {"baseline": "optimal"},
+        ):
             outputs = sample_gradients("vopd", options, *logits)[1]
             assert "kl" not in outputs
-            # What is logged as the reward stays the log-ratio, whose mean is -KL, under every transform.
-            np.testing.assert_allclose(jax.nn.softmax(logits[0]) @ outputs["reward"], -reverse_kl(*logits), rtol=1e-12)
+            # What is logged as the reward stays the log-ratio, whose mean is -KL, under every
+            # transform.
+            np.testing.assert_allclose(
+                jax.nn.softmax(logits[0]) @ outputs["reward"], -reverse_kl(*logits), rtol=1e-12
+            )
 
     def test_a_student_that_is_the_teacher_gets_no_gradient(self, logits):
         for (name, options), how in itertools.product(BASELINES.values(), TRANSFORMS.values()):
-            gradients, _ = sample_gradients(name, options | how, logits[0], logits[0], mean_reward=0.0)
+            gradients, _ = sample_gradients(
+                name, options | how, logits[0], logits[0], mean_reward=0.0
+            )
             np.testing.assert_allclose(gradients, 0, atol=1e-14)
 
     def test_padded_ids_change_nothing(self, logits):
         padded = [np.append(x, [-np.inf, -np.inf]) for x in logits]
         for (name, options), how in itertools.product(BASELINES.values(), TRANSFORMS.values()):
-            found = np.asarray(sample_gradients(name, options | how, *padded, tokens=np.arange(V), **MEAN)[0])
-            np.testing.assert_allclose(found[:, :V], sample_gradients(name, options | how, *logits, **MEAN)[0], atol=1e-12)
+            found = np.asarray(
+                sample_gradients(name, options | how, *padded, tokens=np.arange(V), **MEAN)[0]
+            )
+            np.testing.assert_allclose(
+                found[:, :V], sample_gradients(name, options | how, *logits, **MEAN)[0], atol=1e-12
+            )
             np.testing.assert_array_equal(found[:, V:], 0)
 
     def test_cross_entropy_on_its_own_draws_teaches_nothing(self, logits):
-        loss = lambda x: jnp.sum(jax.nn.softmax(logits[0]) * sft(VocabTile(jnp.tile(x, (V, 1))), None, Columns(jnp.arange(V)))[0])  # noqa: E731
+        loss = lambda x: jnp.sum(
+            jax.nn.softmax(logits[0])
+            * sft(VocabTile(jnp.tile(x, (V, 1))), None, TokenInputs(jnp.arange(V)))[0]
+        )
         np.testing.assert_allclose(jax.grad(loss)(jnp.asarray(logits[0])), 0, atol=1e-12)
 
 
 @pytest.mark.usefixtures("x64")
 class TestExtraDraws:
-    """Four tokens, so that all 4^(m+1) outcomes of the first draw and the m extra ones can be visited."""
+    """Four tokens, so that all 4^(m+1) outcomes of the first draw and the m extra ones can be
+    visited.
+    """
 
     @pytest.mark.parametrize("options", [{}, {"reward_floor": FLOOR}], ids=["plain", "floor"])
-    @pytest.mark.parametrize(("name", "baseline"), [("opd", {}), ("vopd", {"baseline": "full"}), ("vopd", {"baseline": "batch_mean"})])
-    def test_expectation_stays_and_the_action_variance_falls_to_its_share(self, name, baseline, options, logits):
+    @pytest.mark.parametrize(
+        ("name", "baseline"),
+        [("opd", {}), ("vopd", {"baseline": "full"}), ("vopd", {"baseline": "batch_mean"})],
+    )
+    def test_expectation_stays_and_the_action_variance_falls_to_its_share(
+        self, name, baseline, options, logits
+    ):
         student, teacher = (x[:4] for x in logits)
         options = options | baseline
         p = np.asarray(jax.nn.softmax(student))
@@ -121,10 +165,14 @@ class TestExtraDraws:
             draws = np.array(list(itertools.product(range(4), repeat=m + 1)))
             weight = np.prod(p[draws], axis=1)
             more = options | {"extra_draws": m}
-            several, outputs = sample_gradients(name, more, student, teacher, draws[:, 0], uniform=middle[draws[:, 1:]], **MEAN)
+            several, outputs = sample_gradients(
+                name, more, student, teacher, draws[:, 0], uniform=middle[draws[:, 1:]], **MEAN
+            )
             np.testing.assert_allclose(several, np.mean(np.asarray(one)[draws], axis=1), atol=1e-12)
             np.testing.assert_allclose(weight @ several, exact, atol=1e-10)
-            np.testing.assert_allclose(weight @ np.sum(np.square(several - exact), axis=1), variance / (m + 1), rtol=1e-10)
+            np.testing.assert_allclose(
+                weight @ np.sum(np.square(several - exact), axis=1), variance / (m + 1), rtol=1e-10
+            )
             assert outputs["advantage"].shape == (len(draws),)
 
     def test_what_does_not_belong_to_the_context_is_credited_to_the_first_draw_alone(self, logits):
@@ -136,7 +184,8 @@ class TestExtraDraws:
         np.testing.assert_allclose(found - plain, -(0.3 - 0.5) * score, atol=1e-12)
 
 
-# By hand: student (1/2, 1/4, 1/4), teacher (1/4, 1/2, 1/4), so that the rewards are (-ln 2, ln 2, 0).
+# By hand: student (1/2, 1/4, 1/4), teacher (1/4, 1/2, 1/4), so that the rewards are (-ln 2, ln 2,
+# 0).
 
 BY_HAND = np.log([0.5, 0.25, 0.25]), np.log([0.25, 0.5, 0.25])
 LN2 = np.log(2.0)
@@ -145,11 +194,19 @@ LN2 = np.log(2.0)
 def test_rewards_by_hand():
     student, teacher = BY_HAND
     np.testing.assert_allclose(sampled_reward(teacher, student), [-LN2, LN2, 0], atol=1e-6)
-    np.testing.assert_allclose(sampled_reward(teacher, student, reward_floor=-0.5), [-0.5, LN2, 0], atol=1e-6)
-    np.testing.assert_allclose(sampled_reward(teacher, student, reward_floor=-5.0), [-LN2, LN2, 0], atol=1e-6)
-    np.testing.assert_allclose(sampled_reward(teacher, student, power_alpha=1.0), [-0.25, 0.25, 0], atol=1e-6)
+    np.testing.assert_allclose(
+        sampled_reward(teacher, student, reward_floor=-0.5), [-0.5, LN2, 0], atol=1e-6
+    )
+    np.testing.assert_allclose(
+        sampled_reward(teacher, student, reward_floor=-5.0), [-LN2, LN2, 0], atol=1e-6
+    )
+    np.testing.assert_allclose(
+        sampled_reward(teacher, student, power_alpha=1.0), [-0.25, 0.25, 0], atol=1e-6
+    )
     root = np.sqrt(0.5) - 0.5
-    np.testing.assert_allclose(sampled_reward(teacher, student, power_alpha=0.5), [-root, root, 0], atol=1e-6)
+    np.testing.assert_allclose(
+        sampled_reward(teacher, student, power_alpha=0.5), [-root, root, 0], atol=1e-6
+    )
     # No token is worth more than 1 or less than -1, impossible ones included.
     found = sampled_reward(jnp.array([-jnp.inf, 0.0]), jnp.array([0.0, -jnp.inf]), power_alpha=0.3)
     np.testing.assert_allclose(found, [-1, 1])
@@ -157,7 +214,9 @@ def test_rewards_by_hand():
 
 def test_score_norms_by_hand():
     """w = ((1/2)^2 + 2 / 16, (3/4)^2 + 1/4 + 1/16, the same): 3/8, 7/8, 7/8."""
-    np.testing.assert_allclose(score_norms(VocabTile(jnp.asarray(BY_HAND[0])[None]))[0], [3 / 8, 7 / 8, 7 / 8], rtol=1e-6)
+    np.testing.assert_allclose(
+        score_norms(VocabTile(jnp.asarray(BY_HAND[0])[None]))[0], [3 / 8, 7 / 8, 7 / 8], rtol=1e-6
+    )
 
 
 def test_baselines_by_hand():
@@ -170,7 +229,9 @@ def test_baselines_by_hand():
     np.testing.assert_allclose(optimal_baseline(*pair, power_alpha=1.0), 0.25 / 20, rtol=1e-5)
     # On two ids: student (2/3, 1/3), teacher (1/3, 2/3).
     np.testing.assert_allclose(student_topk_baseline(*pair, 2), -LN2 / 3, rtol=1e-6)
-    np.testing.assert_allclose(student_topk_baseline(*pair, 2, reward_floor=-0.5), LN2 / 3 - 1 / 3, rtol=1e-5)
+    np.testing.assert_allclose(
+        student_topk_baseline(*pair, 2, reward_floor=-0.5), LN2 / 3 - 1 / 3, rtol=1e-5
+    )
     np.testing.assert_allclose(student_topk_baseline(*pair, 2, power_alpha=1.0), -1 / 9, rtol=1e-5)
 
 
@@ -180,13 +241,21 @@ def test_baselines_by_hand():
 @pytest.mark.usefixtures("x64")
 def test_score_norms_equal_the_naive_formula(rng):
     logits = jnp.asarray(
-        np.concatenate([rng.normal(size=(40, V)), np.zeros((1, V)), np.log([[0.4, 0.4, 0.1, 0.025, 0.025, 0.025, 0.025]])])
+        np.concatenate(
+            [
+                rng.normal(size=(40, V)),
+                np.zeros((1, V)),
+                np.log([[0.4, 0.4, 0.1, 0.025, 0.025, 0.025, 0.025]]),
+            ]
+        )
     )
     p = jax.nn.softmax(logits)
     naive = 1 - 2 * p + jnp.sum(jnp.square(p), axis=1, keepdims=True)
     np.testing.assert_allclose(score_norms(VocabTile(logits)), naive, rtol=1e-12)
     jacobian = jax.vmap(jax.jacrev(jax.nn.log_softmax))(logits)
-    np.testing.assert_allclose(score_norms(VocabTile(logits)), np.sum(np.square(jacobian), axis=2), rtol=1e-12)
+    np.testing.assert_allclose(
+        score_norms(VocabTile(logits)), np.sum(np.square(jacobian), axis=2), rtol=1e-12
+    )
 
 
 def test_score_norms_keep_their_digits_where_the_student_is_nearly_sure(rng):
@@ -196,7 +265,12 @@ def test_score_norms_keep_their_digits_where_the_student_is_nearly_sure(rng):
     logits[2] = 0
     exact = np.exp(logits.astype(np.float64))
     exact /= exact.sum()
-    w = np.array([np.square(np.delete(exact, v).sum()) + np.sum(np.square(np.delete(exact, v))) for v in range(V)])
+    w = np.array(
+        [
+            np.square(np.delete(exact, v).sum()) + np.sum(np.square(np.delete(exact, v)))
+            for v in range(V)
+        ]
+    )
     found = np.asarray(score_norms(VocabTile(jnp.asarray(logits)[None]))[0])
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, w, rtol=1e-5)
@@ -205,7 +279,9 @@ def test_score_norms_keep_their_digits_where_the_student_is_nearly_sure(rng):
     # The baseline is then as exact, and only below E[w] = 1e-12 given up.
     teacher = rng.normal(size=V).astype(np.float32)
     reward = (teacher - np.logaddexp.reduce(teacher.astype(np.float64))) - np.log(exact)
-    np.testing.assert_allclose(optimal_baseline(*tiles(logits, teacher))[0], (exact * w) @ reward / (exact @ w), rtol=1e-5)
+    np.testing.assert_allclose(
+        optimal_baseline(*tiles(logits, teacher))[0], (exact * w) @ reward / (exact @ w), rtol=1e-5
+    )
     assert optimal_baseline(*tiles(np.where(np.arange(V) == 2, 0, logits - 10), teacher))[0] == 0
 
 
@@ -217,7 +293,12 @@ def spread_of(student, teacher):
     p, w = jax.nn.softmax(student), score_norms(pair[0])[0]
     value = optimal_baseline(*pair)[0]
     reward = jnp.where(live, advantages(*pair)[0], 0)
-    return jnp.sum(p * w * jnp.square(reward - value)), jnp.sum(p * w * jnp.square(reward)), jnp.sum(p * w), value
+    return (
+        jnp.sum(p * w * jnp.square(reward - value)),
+        jnp.sum(p * w * jnp.square(reward)),
+        jnp.sum(p * w),
+        value,
+    )
 
 
 @settings(max_examples=200, deadline=None)
@@ -227,10 +308,15 @@ def spread_of(student, teacher):
     st.sampled_from([0.1, 3.0, 100.0]),
     st.integers(1, V),
 )
-def test_the_optimal_baseline_never_adds_action_variance(seed, student_scale, teacher_scale, num_live):
+def test_the_optimal_baseline_never_adds_action_variance(
+    seed, student_scale, teacher_scale, num_live
+):
     rng = np.random.default_rng(seed)
     with jax.enable_x64(True):
-        pair = [jnp.where(jnp.arange(V) < num_live, scale * rng.normal(size=V), -jnp.inf) for scale in (student_scale, teacher_scale)]
+        pair = [
+            jnp.where(jnp.arange(V) < num_live, scale * rng.normal(size=V), -jnp.inf)
+            for scale in (student_scale, teacher_scale)
+        ]
         best, without, total, value = (float(x) for x in spread_of(*pair))
     assert np.isfinite([best, without, total, value]).all()
     assert best <= without * (1 + 1e-9)

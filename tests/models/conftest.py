@@ -1,4 +1,6 @@
-"""Random checkpoints of every family, of odd sizes, written by transformers: what the model tests compare with."""
+"""Random checkpoints of every family, of odd sizes, written by transformers: what the model tests
+compare with.
+"""
 
 import json
 import shutil
@@ -15,12 +17,20 @@ from opdjax.ops.tile import head_logits
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ '<s> ' + m['content'] + ' </s>' }}{% endfor %}"
 SIZES = {
-    "vocab_size": 131, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "head_dim": 10, "eos_token_id": [3, 5], "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 131,
+    "hidden_size": 24,
+    "intermediate_size": 37,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "eos_token_id": [3, 5],
+    "pad_token_id": 0,
+}
 
 
-# What the model tests call a checkpoint -> its family and what it sets besides SIZES; a field that is ... is left out.
+# What the model tests call a checkpoint -> its family and what it sets besides SIZES; a field that
+# is ... is left out.
 PAIRS = {
     "untied": ("Qwen3", {}),
     "bias": ("Qwen3", {"attention_bias": True}),
@@ -34,20 +44,34 @@ PAIRS = {
 
 @pytest.fixture(scope="session")
 def build():
-    """build(family, **config fields) -> a torch model; norms, biases and logits far from their usual 1, 0 and 0."""
+    """build(family, **config fields) -> a torch model; norms, biases and logits far from their
+    usual 1, 0 and 0.
+    """
     import torch
     import transformers
 
     torch.set_num_threads(1)
 
     def build(family="Qwen3", **changes):
-        fields = {**SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, **changes}
-        config = getattr(transformers, f"{family}Config")(**{name: value for name, value in fields.items() if value is not ...})
+        fields = {
+            **SIZES,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            **changes,
+        }
+        config = getattr(transformers, f"{family}Config")(
+            **{name: value for name, value in fields.items() if value is not ...}
+        )
         model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
         generator = torch.Generator().manual_seed(0)
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
-            scale, shift = (0.2, 1.0) if "norm" in name else (0.5, 0.0) if "embed" in name or "bias" in name else (0.3, 0.0)
+            scale, shift = (
+                (0.2, 1.0)
+                if "norm" in name
+                else (0.5, 0.0)
+                if "embed" in name or "bias" in name
+                else (0.3, 0.0)
+            )
             parameter.data.copy_(shift + scale * noise)
         return model
 
@@ -56,14 +80,23 @@ def build():
 
 @pytest.fixture(scope="session")
 def save(tmp_path_factory):
-    """save(torch model, **save_pretrained arguments) -> the checkpoint directory, a tokenizer with a chat template in it."""
+    """save(torch model, **save_pretrained arguments) -> the checkpoint directory, a tokenizer with
+    a chat template in it.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {word: i for i, word in enumerate(["<pad>", "<s>", "<unk>", "</s>"] + [f"w{i}" for i in range(4, 131)])}
+    words = {
+        word: i
+        for i, word in enumerate(
+            ["<pad>", "<s>", "<unk>", "</s>"] + [f"w{i}" for i in range(4, 131)]
+        )
+    }
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", bos_token="<s>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", bos_token="<s>"
+    )
     fast.chat_template = CHAT_TEMPLATE
 
     def save(model, **arguments):
@@ -77,13 +110,19 @@ def save(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pairs(build, save):
-    """The same weights on both sides: name -> torch model, directory, checkpoint and our parameters in float32."""
+    """The same weights on both sides: name -> torch model, directory, checkpoint and our parameters
+    in float32.
+    """
     pairs = {}
     for name, (family, changes) in PAIRS.items():
         model = build(family, **changes)
         checkpoint = open_checkpoint(save(model))
         pairs[name] = types.SimpleNamespace(
-            model=model, path=checkpoint.path, checkpoint=checkpoint, config=checkpoint.config, params=load_params(checkpoint, "float32")
+            model=model,
+            path=checkpoint.path,
+            checkpoint=checkpoint,
+            config=checkpoint.config,
+            params=load_params(checkpoint, "float32"),
         )
     return pairs
 
@@ -96,13 +135,17 @@ def pair(request, pairs):
 
 @pytest.fixture
 def copy(pairs, tmp_path):
-    """copy(name, **config fields) -> a copy of that checkpoint to change; a field set to None is null, to ... is absent."""
+    """copy(name, **config fields) -> a copy of that checkpoint to change; a field set to None is
+    null, to ... is absent.
+    """
 
     def copy(name, **fields):
         path = tmp_path / "copy"
         shutil.copytree(pairs[name].path, path)
         raw = json.loads((path / "config.json").read_text()) | fields
-        (path / "config.json").write_text(json.dumps({key: value for key, value in raw.items() if value is not ...}))
+        (path / "config.json").write_text(
+            json.dumps({key: value for key, value in raw.items() if value is not ...})
+        )
         return path
 
     return copy
@@ -117,19 +160,27 @@ def our_logits():
         return head_logits(decoder.head_of(params), hidden)
 
     compiled = jax.jit(logits, static_argnums=1)
-    return lambda params, config, *rows: np.asarray(compiled(params, config, *map(jnp.asarray, rows)))
+    return lambda params, config, *rows: np.asarray(
+        compiled(params, config, *map(jnp.asarray, rows))
+    )
 
 
 @pytest.fixture(scope="session")
 def torch_logits():
-    """torch_logits(model, tokens, segment_ids) -> numpy [B, T, V]; one segment a row, padding on either side."""
+    """torch_logits(model, tokens, segment_ids) -> numpy [B, T, V]; one segment a row, padding on
+    either side.
+    """
     import torch
 
     def logits(model, tokens, segment_ids):
         mask = torch.as_tensor(segment_ids, dtype=torch.long)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         with torch.no_grad():
-            output = model(input_ids=torch.as_tensor(tokens, dtype=torch.long), attention_mask=mask, position_ids=positions)
+            output = model(
+                input_ids=torch.as_tensor(tokens, dtype=torch.long),
+                attention_mask=mask,
+                position_ids=positions,
+            )
         return output.logits.float().numpy()
 
     return logits

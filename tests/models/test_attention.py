@@ -1,4 +1,6 @@
-"""Fused attention against the scores written out: padded and packed rows, grouped heads, over a mesh; and where it is refused."""
+"""Fused attention against the scores written out: padded and packed rows, grouped heads, over a
+mesh; and where it is refused.
+"""
 
 import dataclasses
 import itertools
@@ -10,12 +12,18 @@ import numpy as np
 import pytest
 
 from opdjax.config import Config, ModelConfig
-from opdjax.fields import ConfigError
+from opdjax.config.validation import ConfigError
 from opdjax.models import attention, decoder
-from opdjax.models.attention import attend_within_segments, fused_attention, masked_attention, segment_mask, splash_attention
+from opdjax.models.attention import (
+    attend_within_segments,
+    fused_attention,
+    masked_attention,
+    segment_mask,
+    splash_attention,
+)
 from opdjax.models.rope import Rope
-from opdjax.prepare import attention_of
-from opdjax.sharding import make_mesh
+from opdjax.ops.sharding import make_mesh
+from opdjax.rollouts.setup import attention_of
 
 interpreted = partial(splash_attention, interpret=True)
 
@@ -33,8 +41,12 @@ def packed_rows(rows, columns):
 
 def inputs(rng, rows, columns, heads, kv_heads, size):
     """(q, k, v, weights of the outputs, segment ids)."""
-    shapes = [(rows, columns, count, size) for count in (heads, kv_heads, kv_heads)] + [(rows, columns, heads * size)]
-    return *(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes), jnp.asarray(packed_rows(rows, columns))
+    shapes = [(rows, columns, count, size) for count in (heads, kv_heads, kv_heads)] + [
+        (rows, columns, heads * size)
+    ]
+    return *(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes), jnp.asarray(
+        packed_rows(rows, columns)
+    )
 
 
 def value_and_grads(attend, q, k, v, weights, segments):
@@ -50,7 +62,9 @@ def value_and_grads(attend, q, k, v, weights, segments):
 
 def assert_equal_to_xla(attend, arguments):
     segments = arguments[-1]
-    expected = jax.jit(partial(value_and_grads, attend_within_segments(segments, "xla")))(*arguments)
+    expected = jax.jit(partial(value_and_grads, attend_within_segments(segments, "xla")))(
+        *arguments
+    )
     found = jax.jit(partial(value_and_grads, partial(attend, segment_ids=segments)))(*arguments)
     for name, one, other in zip(("output", "dq", "dk", "dv"), found, expected):
         np.testing.assert_allclose(one, other, atol=2e-5, err_msg=name)
@@ -62,36 +76,66 @@ def test_splash_equals_the_scores_written_out(rng):
     assert_equal_to_xla(partial(interpreted, mesh=None), inputs(rng, 2, 300, 4, 2, 64))
 
 
-@pytest.mark.parametrize(("rows", "kv_heads"), [(4, 2), pytest.param(3, 1, marks=pytest.mark.long)], ids=["split", "what-does-not-divide"])
+@pytest.mark.parametrize(
+    ("rows", "kv_heads"),
+    [(4, 2), pytest.param(3, 1, marks=pytest.mark.long)],
+    ids=["split", "what-does-not-divide"],
+)
 def test_splash_over_a_mesh_equals_one_device(rows, kv_heads, rng):
-    assert_equal_to_xla(partial(interpreted, mesh=make_mesh(2, 2, 2)), inputs(rng, rows, 20, 4, kv_heads, 64))
+    assert_equal_to_xla(
+        partial(interpreted, mesh=make_mesh(2, 2, 2)), inputs(rng, rows, 20, 4, kv_heads, 64)
+    )
 
 
 def test_the_decoder_with_splash_is_the_decoder(rng, monkeypatch):
-    """Rematerialised `dots` keeps the kernel's output: what the backward pass would otherwise run the kernel again for."""
+    """Rematerialised `dots` keeps the kernel's output: what the backward pass would otherwise run
+    the kernel again for.
+    """
     monkeypatch.setattr(attention, "splash_attention", interpreted)
     plain = decoder.DecoderConfig(
-        vocab_size=31, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_size=64, intermediate_size=8, rope=Rope(1e4),
-        norm_epsilon=1e-6, ties_embeddings=True, has_qk_norm=True, has_qkv_bias=False, has_output_bias=False,
-    )  # fmt: skip
+        vocab_size=31,
+        hidden_size=16,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_size=64,
+        intermediate_size=8,
+        rope=Rope(1e4),
+        norm_epsilon=1e-6,
+        ties_embeddings=True,
+        has_qk_norm=True,
+        has_qkv_bias=False,
+        has_output_bias=False,
+    )
     params = jax.jit(decoder.init_params, static_argnums=0)(plain, jax.random.key(0))
     tokens, segments = rng.integers(0, 31, (2, 40)), packed_rows(2, 40)
 
     def states(params, config, remat="dots"):
-        return jnp.where(segments[..., None] > 0, decoder.forward(params, config, tokens, segments, remat=remat, mesh=make_mesh(1)), 0)
+        return jnp.where(
+            segments[..., None] > 0,
+            decoder.forward(params, config, tokens, segments, remat=remat, mesh=make_mesh(1)),
+            0,
+        )
 
     fused = dataclasses.replace(plain, attention="splash")
     outputs = [
-        jax.jit(jax.value_and_grad(lambda p, c: jnp.sum(states(p, c) ** 3), argnums=0), static_argnums=1)(params, c) for c in (plain, fused)
+        jax.jit(
+            jax.value_and_grad(lambda p, c: jnp.sum(states(p, c) ** 3), argnums=0), static_argnums=1
+        )(params, c)
+        for c in (plain, fused)
     ]
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-3), *outputs)
-    residuals = jax.tree.leaves(jax.eval_shape(lambda p: jax.vjp(partial(states, config=fused), p)[1], params))
+    residuals = jax.tree.leaves(
+        jax.eval_shape(lambda p: jax.vjp(partial(states, config=fused), p)[1], params)
+    )
     assert (2, 2, 2, 128, 64) in {leaf.shape for leaf in residuals}  # [L, B, N, T padded, H]
 
 
 @pytest.mark.parametrize("columns", [pytest.param(12, marks=pytest.mark.long), 13])
 def test_what_cudnn_is_given_is_the_same_attention(columns, rng):
-    """The call that is handed to cuDNN, computed by its XLA twin; lengths that cuDNN refuses are padded."""
+    """The call that is handed to cuDNN, computed by its XLA twin; lengths that cuDNN refuses are
+    padded.
+    """
     q, k, v, _, segments = inputs(rng, 3, columns, 4, 2, 16)
     mask = segment_mask(jnp.arange(columns), segments, jnp.arange(columns), segments)
     live = np.asarray(segments) > 0
@@ -106,7 +150,9 @@ def test_cudnn_is_called_forward_and_backward(rng, monkeypatch):
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
     *arguments, segments = inputs(rng, 2, 13, 4, 2, 64)
     arguments = [x.astype(jnp.bfloat16) for x in arguments]
-    run = jax.jit(partial(value_and_grads, attend_within_segments(segments, "cudnn"), segments=segments))
+    run = jax.jit(
+        partial(value_and_grads, attend_within_segments(segments, "cudnn"), segments=segments)
+    )
     lowered = run.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     assert "__cudnn$fmhaScaleBiasSoftmax" in lowered
     assert "__cudnn$fmhaScaleBiasSoftmaxBackward" in lowered
@@ -121,11 +167,35 @@ def test_cudnn_is_called_forward_and_backward(rng, monkeypatch):
         ("auto", "tpu", "auto", 80, "xla"),
         ("xla", "tpu", "auto", 128, "xla"),
         ("cudnn", "gpu", "auto", 128, "cudnn"),
-        ("splash", "cpu", "auto", 64, "student.attention is 'splash'; expected auto or xla: splash attention needs a TPU, this is a cpu"),
-        ("splash", "tpu", "auto", 80, r"auto or xla: its heads are of \(64, 128, 256\), student's of 80"),
-        ("cudnn", "cpu", "auto", 64, "student.attention is 'cudnn'; expected auto or xla: cuDNN needs an NVIDIA GPU, this is a cpu"),
+        (
+            "splash",
+            "cpu",
+            "auto",
+            64,
+            "student.attention is 'splash'; expected auto or xla: splash attention needs a TPU, this is a cpu",
+        ),
+        (
+            "splash",
+            "tpu",
+            "auto",
+            80,
+            r"auto or xla: its heads are of \(64, 128, 256\), student's of 80",
+        ),
+        (
+            "cudnn",
+            "cpu",
+            "auto",
+            64,
+            "student.attention is 'cudnn'; expected auto or xla: cuDNN needs an NVIDIA GPU, this is a cpu",
+        ),
         ("cudnn", "gpu", "float32", 64, "cuDNN computes in bfloat16, student.dtype is float32"),
-        ("cudnn", "gpu", "auto", 256, "cuDNN's heads are of 8 to 128 in steps of 8, student's of 256"),
+        (
+            "cudnn",
+            "gpu",
+            "auto",
+            256,
+            "cuDNN's heads are of 8 to 128 in steps of 8, student's of 256",
+        ),
     ],
 )
 def test_what_runs_where(asked, backend, dtype, head_size, found, monkeypatch):
@@ -139,5 +209,7 @@ def test_what_runs_where(asked, backend, dtype, head_size, found, monkeypatch):
 
 
 def test_a_teacher_that_is_the_student_has_its_attention():
-    with pytest.raises(ConfigError, match="teacher.attention is 'xla'; expected auto: the teacher is the student"):
+    with pytest.raises(
+        ConfigError, match="teacher.attention is 'xla'; expected auto: the teacher is the student"
+    ):
         Config(teacher=ModelConfig("@student", attention="xla"))

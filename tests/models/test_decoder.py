@@ -1,4 +1,6 @@
-"""The decoder: equal to transformers, to itself by columns, in packed rows and with rematerialisation."""
+"""The decoder: equal to transformers, to itself by columns, in packed rows and with
+rematerialisation.
+"""
 
 import dataclasses
 from functools import partial
@@ -8,38 +10,71 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opdjax.models import cached, decoder
+from opdjax.models import decoder, kv_cache
 from opdjax.models.attention import segment_mask
 from opdjax.models.hf import load_params, open_checkpoint
 from opdjax.models.rope import Rope
 from opdjax.ops.tile import head_logits
 
 SMALL = decoder.DecoderConfig(
-    vocab_size=31, hidden_size=12, num_layers=2, num_heads=6, num_kv_heads=2, head_size=6, intermediate_size=17, rope=Rope(1e4),
-    norm_epsilon=1e-6, ties_embeddings=True, has_qk_norm=True, has_qkv_bias=True, has_output_bias=True,
-)  # fmt: skip
+    vocab_size=31,
+    hidden_size=12,
+    num_layers=2,
+    num_heads=6,
+    num_kv_heads=2,
+    head_size=6,
+    intermediate_size=17,
+    rope=Rope(1e4),
+    norm_epsilon=1e-6,
+    ties_embeddings=True,
+    has_qk_norm=True,
+    has_qkv_bias=True,
+    has_output_bias=True,
+)
 CONFIGS = {  # every switch on and off, and frequencies of every form
     "qwen3": SMALL,
     "qwen2": dataclasses.replace(
-        SMALL, has_qk_norm=False, has_output_bias=False,
-        rope=Rope(100.0, "yarn", factor=4.0, original_length=10, slow_rotations=0.5, fast_rotations=4.0, attention_factor=1.3),
+        SMALL,
+        has_qk_norm=False,
+        has_output_bias=False,
+        rope=Rope(
+            100.0,
+            "yarn",
+            factor=4.0,
+            original_length=10,
+            slow_rotations=0.5,
+            fast_rotations=4.0,
+            attention_factor=1.3,
+        ),
     ),
     "llama": dataclasses.replace(
-        SMALL, has_qk_norm=False, has_qkv_bias=False, has_output_bias=False, ties_embeddings=False,
-        rope=Rope(100.0, "llama3", factor=8.0, original_length=16, slow_rotations=1.0, fast_rotations=2.0),
+        SMALL,
+        has_qk_norm=False,
+        has_qkv_bias=False,
+        has_output_bias=False,
+        ties_embeddings=False,
+        rope=Rope(
+            100.0, "llama3", factor=8.0, original_length=16, slow_rotations=1.0, fast_rotations=2.0
+        ),
     ),
-}  # fmt: skip
+}
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 forward = jax.jit(decoder.forward, static_argnums=1)
 
 
 @partial(jax.jit, static_argnums=1)
 def read_on(params, config, tokens, segments, positions, cache, seen, start):
-    """Hidden states of columns `start : start + T` of rows whose segments so far are `seen`; the cache and `seen` with them."""
+    """Hidden states of columns `start : start + T` of rows whose segments so far are `seen`; the
+    cache and `seen` with them.
+    """
     seen = jax.lax.dynamic_update_slice(seen, segments, (0, start))
-    is_visible = segment_mask(start + jnp.arange(tokens.shape[1]), segments, jnp.arange(seen.shape[1]), seen)
-    parts = cached.parts_of(params["layers"], config)
-    hidden, cache = cached.forward_cached(params, parts, config, tokens, positions, cache, start, is_visible)
+    is_visible = segment_mask(
+        start + jnp.arange(tokens.shape[1]), segments, jnp.arange(seen.shape[1]), seen
+    )
+    parts = kv_cache.parts_of(params["layers"], config)
+    hidden, cache = kv_cache.forward_cached(
+        params, parts, config, tokens, positions, cache, start, is_visible
+    )
     return hidden, cache, seen
 
 
@@ -49,17 +84,27 @@ def small_params(config=SMALL):
 
     def draw(path, shape):
         name = path[-1].key
-        shift, scale = (1.0, 0.3) if name.endswith("norm") else (0.0, 0.3 if name.endswith("bias") else shape[-1] ** -0.5)
+        shift, scale = (
+            (1.0, 0.3)
+            if name.endswith("norm")
+            else (0.0, 0.3 if name.endswith("bias") else shape[-1] ** -0.5)
+        )
         return jnp.asarray(shift + scale * rng.normal(size=shape))
 
-    return jax.tree_util.tree_map_with_path(draw, decoder.parameter_shapes(config), is_leaf=lambda x: isinstance(x, tuple))
+    return jax.tree_util.tree_map_with_path(
+        draw, decoder.parameter_shapes(config), is_leaf=lambda x: isinstance(x, tuple)
+    )
 
 
 def padded(rng, lengths, width, side, vocab, pad=0):
-    """Random (tokens, segment ids), row i with lengths[i] live columns; the padding stands at `side`."""
+    """Random (tokens, segment ids), row i with lengths[i] live columns; the padding stands at
+    `side`.
+    """
     column = np.arange(width)
     live = np.stack([column < n if side == "right" else column >= width - n for n in lengths])
-    return np.where(live, rng.integers(0, vocab, live.shape), pad).astype(np.int32), live.astype(np.int32)
+    return np.where(live, rng.integers(0, vocab, live.shape), pad).astype(np.int32), live.astype(
+        np.int32
+    )
 
 
 # Parity with transformers
@@ -69,7 +114,10 @@ def padded(rng, lengths, width, side, vocab, pad=0):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_logits_equal_transformers(pair, our_logits, torch_logits, rng, side, lengths):
     tokens, segments = padded(rng, lengths, 11, side, 131, pad=130)
-    ours, theirs = our_logits(pair.params, pair.config, tokens, segments), torch_logits(pair.model, tokens, segments)
+    ours, theirs = (
+        our_logits(pair.params, pair.config, tokens, segments),
+        torch_logits(pair.model, tokens, segments),
+    )
     assert np.std(theirs[segments == 1]) > 1
     np.testing.assert_allclose(ours[segments == 1], theirs[segments == 1], atol=2e-4, rtol=0)
 
@@ -80,23 +128,30 @@ def test_greedy_tokens_equal_generate(pair, rng):
     steps, lengths = 12, [6, 1, 4, 5, 2]
     prompts = [rng.integers(6, 131, n) for n in lengths]
     expected = [
-        pair.model.generate(torch.as_tensor(prompt)[None], max_new_tokens=steps, do_sample=False, eos_token_id=None)[
-            0, len(prompt) :
-        ].tolist()
+        pair.model.generate(
+            torch.as_tensor(prompt)[None], max_new_tokens=steps, do_sample=False, eos_token_id=None
+        )[0, len(prompt) :].tolist()
         for prompt in prompts
     ]
     tokens, segments = np.zeros((5, 6), np.int32), np.zeros((5, 6), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, 6 - len(prompt) :], segments[row, 6 - len(prompt) :] = prompt, 1
-    cache, seen = cached.init_cache(pair.config, 5, 6 + steps, jnp.float32), jnp.zeros((5, 6 + steps), jnp.int32)
+    cache, seen = (
+        kv_cache.init_cache(pair.config, 5, 6 + steps, jnp.float32),
+        jnp.zeros((5, 6 + steps), jnp.int32),
+    )
     positions = decoder.positions_of(jnp.asarray(segments))
-    hidden, cache, seen = read_on(pair.params, pair.config, tokens, segments, positions, cache, seen, 0)
+    hidden, cache, seen = read_on(
+        pair.params, pair.config, tokens, segments, positions, cache, seen, 0
+    )
     chosen = []
     for step in range(steps):
         chosen.append(jnp.argmax(head_logits(decoder.head_of(pair.params), hidden[:, -1]), axis=-1))
         positions = np.asarray(lengths, np.int32)[:, None] + step
         ones = np.ones((5, 1), np.int32)
-        hidden, cache, seen = read_on(pair.params, pair.config, chosen[-1][:, None], ones, positions, cache, seen, 6 + step)
+        hidden, cache, seen = read_on(
+            pair.params, pair.config, chosen[-1][:, None], ones, positions, cache, seen, 6 + step
+        )
     assert np.stack(chosen, 1).tolist() == expected
     assert len({token for row in expected for token in row}) > 10
 
@@ -111,7 +166,12 @@ def old_rope(theta, **fields):
     return {"rope_parameters": ..., "rope_theta": theta, "rope_scaling": fields or None}
 
 
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 2.0,
+    "original_max_position_embeddings": 16,
+}
 YARN = {"factor": 4.0, "beta_fast": 4, "beta_slow": 0.5, "original_max_position_embeddings": 10}
 
 
@@ -128,9 +188,15 @@ YARN = {"factor": 4.0, "beta_fast": 4, "beta_slow": 0.5, "original_max_position_
         ("untied", rope("yarn", 100.0, **YARN, truncate=False, mscale=1.0, mscale_all_dim=0.4)),
         ("llama-bias-tied", old_rope(100.0, **YARN, type="yarn", attention_factor=1.3)),
     ],
-    ids=lambda value: value if isinstance(value, str) else (value.get("rope_scaling") or {"rope_type": "old", **value}).get("rope_type"),
+    ids=lambda value: (
+        value
+        if isinstance(value, str)
+        else (value.get("rope_scaling") or {"rope_type": "old", **value}).get("rope_type")
+    ),
 )
-def test_rope_moves_logits_as_in_transformers(pairs, copy, our_logits, torch_logits, rng, name, fields):
+def test_rope_moves_logits_as_in_transformers(
+    pairs, copy, our_logits, torch_logits, rng, name, fields
+):
     from transformers import AutoModelForCausalLM
 
     pair, path = pairs[name], copy(name, **fields)
@@ -140,7 +206,10 @@ def test_rope_moves_logits_as_in_transformers(pairs, copy, our_logits, torch_log
     theirs = torch_logits(AutoModelForCausalLM.from_pretrained(path).eval(), *rows)
     ours = our_logits(pair.params, checkpoint.config, *rows)
     np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=0)
-    moved, expected = ours - our_logits(pair.params, pair.config, *rows), theirs - torch_logits(pair.model, *rows)
+    moved, expected = (
+        ours - our_logits(pair.params, pair.config, *rows),
+        theirs - torch_logits(pair.model, *rows),
+    )
     assert np.max(np.abs(expected)) > 0.5
     np.testing.assert_allclose(moved, expected, atol=4e-4, rtol=0)
 
@@ -150,7 +219,9 @@ def test_bfloat16_stays_near_float32(pairs, rng):
     params = load_params(pair.checkpoint, "bfloat16")
     tokens, segments = padded(rng, [9, 9], 9, "right", 131)
     hidden = forward(params, pair.config, tokens, segments)
-    exact = forward(jax.tree.map(lambda x: x.astype(jnp.float32), params), pair.config, tokens, segments)
+    exact = forward(
+        jax.tree.map(lambda x: x.astype(jnp.float32), params), pair.config, tokens, segments
+    )
     assert hidden.dtype == jnp.bfloat16
     assert head_logits(decoder.head_of(params), hidden).dtype == jnp.float32
     error = np.linalg.norm(np.asarray(hidden, np.float32) - exact) / np.linalg.norm(exact)
@@ -167,32 +238,50 @@ def test_positions_restart_at_each_segment():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("widths", [[6, 1, 1, 1, 1, 1], [4, 4, 3], [1] * 11], ids=["prefill", "blocks", "columns"])
+@pytest.mark.parametrize(
+    "widths", [[6, 1, 1, 1, 1, 1], [4, 4, 3], [1] * 11], ids=["prefill", "blocks", "columns"]
+)
 @every_config
 def test_cache_equals_full_forward(rng, monkeypatch, config, widths):
-    monkeypatch.setattr(cached, "_MAX_APART", 8 if len(widths) == 3 else 0)  # with the layers in one stack, too
+    monkeypatch.setattr(
+        kv_cache, "_MAX_APART", 8 if len(widths) == 3 else 0
+    )  # with the layers in one stack, too
     params = small_params(config)
     tokens, segments = padded(rng, [11, 8, 6], 11, "left", config.vocab_size)
     positions = decoder.positions_of(jnp.asarray(segments))
     full = forward(params, config, tokens, segments)
-    cache = jax.tree.map(lambda x: x + 1e3, cached.init_cache(config, 3, 14, jnp.float64))  # unwritten columns may hold anything
+    cache = jax.tree.map(
+        lambda x: x + 1e3, kv_cache.init_cache(config, 3, 14, jnp.float64)
+    )  # unwritten columns may hold anything
     seen, start, parts = jnp.zeros((3, 14), jnp.int32), 0, []
     for width in widths:
         now = np.s_[:, start : start + width]
-        hidden, cache, seen = read_on(params, config, tokens[now], segments[now], positions[now], cache, seen, start)
+        hidden, cache, seen = read_on(
+            params, config, tokens[now], segments[now], positions[now], cache, seen, start
+        )
         start += width
         parts.append(hidden)
-    np.testing.assert_allclose(np.concatenate(parts, 1)[segments == 1], full[segments == 1], atol=1e-10, rtol=0)
+    np.testing.assert_allclose(
+        np.concatenate(parts, 1)[segments == 1], full[segments == 1], atol=1e-10, rtol=0
+    )
 
 
-PACKED = np.zeros((6, 12), np.int32)  # as many rows as there are segments, so that both layouts share one compilation
+PACKED = np.zeros(
+    (6, 12), np.int32
+)  # as many rows as there are segments, so that both layouts share one compilation
 PACKED[:2] = [1, 1, 1, 1, 2, 2, 2, 2, 2, 3, 0, 0], [0, 7, 7, 1, 1, 1, 1, 1, 1, 2, 2, 2]
 
 
 def separate_rows(tokens, segments):
-    """Each segment in a row of its own, right-padded, and the columns of the packed rows that they come from."""
+    """Each segment in a row of its own, right-padded, and the columns of the packed rows that they
+    come from.
+    """
     apart, live, origins = np.zeros_like(tokens), np.zeros_like(segments), []
-    pieces = [(row, segment) for row, ids in enumerate(segments) for segment in sorted(set(ids.tolist()) - {0})]
+    pieces = [
+        (row, segment)
+        for row, ids in enumerate(segments)
+        for segment in sorted(set(ids.tolist()) - {0})
+    ]
     for out, (row, segment) in enumerate(pieces):
         columns = np.flatnonzero(segments[row] == segment)
         apart[out, : len(columns)], live[out, : len(columns)] = tokens[row, columns], 1
@@ -212,7 +301,9 @@ weighed_grad = jax.jit(jax.grad(weighed, has_aux=True), static_argnames=("remat"
 @pytest.fixture
 def batch(rng):
     """Tokens for PACKED and a weight for every element of their hidden states."""
-    return rng.integers(0, SMALL.vocab_size, PACKED.shape), rng.normal(size=(*PACKED.shape, SMALL.hidden_size))
+    return rng.integers(0, SMALL.vocab_size, PACKED.shape), rng.normal(
+        size=(*PACKED.shape, SMALL.hidden_size)
+    )
 
 
 @pytest.mark.usefixtures("x64")
@@ -226,7 +317,9 @@ def test_packed_rows_equal_separate_rows(batch, config):
     packed_grad, packed = weighed_grad(params, tokens, PACKED, weights, config=config)
     apart_grad, expected = weighed_grad(params, apart, live, apart_weights, config=config)
     np.testing.assert_allclose(packed[origin], expected[np.nonzero(live)], atol=1e-10, rtol=0)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-10, rtol=1e-10), packed_grad, apart_grad)
+    jax.tree.map(
+        partial(np.testing.assert_allclose, atol=1e-10, rtol=1e-10), packed_grad, apart_grad
+    )
     assert min(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(packed_grad["layers"])) > 1e-10
 
 
@@ -245,17 +338,22 @@ def test_padding_changes_neither_value_nor_gradient(batch, garbage):
 @pytest.mark.usefixtures("x64")
 def test_remat_changes_nothing(batch):
     params, (tokens, weights) = small_params(), batch
-    plain, *others = (weighed_grad(params, tokens, PACKED, weights, remat=how) for how in ("none", "dots", "layer"))
+    plain, *others = (
+        weighed_grad(params, tokens, PACKED, weights, remat=how)
+        for how in ("none", "dots", "layer")
+    )
     for remat in others:
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11), plain, remat)
 
 
 def test_remat_keeps_what_it_says():
-    """Of a layer: its input; with `dots` also the products with its kernels, all but the last, which no gradient asks for."""
+    """Of a layer: its input; with `dots` also the products with its kernels, all but the last,
+    which no gradient asks for.
+    """
     params, tokens = small_params(), np.zeros(PACKED.shape, np.int32)
 
     def kept(remat):
-        states = lambda params: decoder.forward(params, SMALL, tokens, PACKED, remat=remat)  # noqa: E731
+        states = lambda params: decoder.forward(params, SMALL, tokens, PACKED, remat=remat)
         residuals = jax.tree.leaves(jax.eval_shape(lambda p: jax.vjp(states, p)[1], params))
         return sum(leaf.shape[:3] == (SMALL.num_layers, *PACKED.shape) for leaf in residuals)
 
@@ -270,7 +368,11 @@ def test_later_columns_do_not_reach_earlier_ones(rng):
     tokens = rng.integers(0, SMALL.vocab_size, (2, 9))
     changed = tokens.copy()
     changed[:, 5] = (tokens[:, 5] + 1) % SMALL.vocab_size
-    difference = np.abs(np.asarray(forward(params, SMALL, tokens, segments) - forward(params, SMALL, changed, segments))).max((0, 2))
+    difference = np.abs(
+        np.asarray(
+            forward(params, SMALL, tokens, segments) - forward(params, SMALL, changed, segments)
+        )
+    ).max((0, 2))
     assert (difference[:5] == 0).all()
     assert (difference[5:] > 1e-3).all()
 
@@ -280,8 +382,21 @@ def test_only_relative_positions_matter(rng):
     params, segments = small_params(), np.ones((2, 9), np.int32)
     tokens = rng.integers(0, SMALL.vocab_size, (2, 9))
     at_zero, shifted, doubled = (
-        read_on(params, SMALL, tokens, segments, positions, cached.init_cache(SMALL, 2, 9, jnp.float64), jnp.zeros((2, 9), jnp.int32), 0)[0]
-        for positions in (np.tile(np.arange(9), (2, 1)), np.tile(np.arange(9) + 1001, (2, 1)), np.tile(np.arange(9) * 2, (2, 1)))
+        read_on(
+            params,
+            SMALL,
+            tokens,
+            segments,
+            positions,
+            kv_cache.init_cache(SMALL, 2, 9, jnp.float64),
+            jnp.zeros((2, 9), jnp.int32),
+            0,
+        )[0]
+        for positions in (
+            np.tile(np.arange(9), (2, 1)),
+            np.tile(np.arange(9) + 1001, (2, 1)),
+            np.tile(np.arange(9) * 2, (2, 1)),
+        )
     )
     np.testing.assert_allclose(shifted, at_zero, atol=1e-3, rtol=0)  # the angles are float32
     assert np.max(np.abs(doubled - at_zero)) > 1e-2
@@ -296,8 +411,14 @@ def test_init_params_follow_their_stated_scales():
     for name in ("q_kernel", "v_kernel", "o_kernel", "gate_kernel", "down_kernel"):
         kernel = np.asarray(params["layers"][name])
         np.testing.assert_allclose(np.std(kernel) * kernel.shape[-1] ** 0.5, 1.0, rtol=0.1)
-        assert np.corrcoef(kernel[0].ravel(), kernel[1].ravel())[0, 1] < 0.2  # every layer draws its own
-    assert np.unique(params["layers"]["q_norm"]).tolist() == np.unique(params["final_norm"]).tolist() == [1.0]
+        assert (
+            np.corrcoef(kernel[0].ravel(), kernel[1].ravel())[0, 1] < 0.2
+        )  # every layer draws its own
+    assert (
+        np.unique(params["layers"]["q_norm"]).tolist()
+        == np.unique(params["final_norm"]).tolist()
+        == [1.0]
+    )
     assert np.unique(params["layers"]["o_bias"]).tolist() == [0.0]
     assert abs(np.corrcoef(np.ravel(params["embedding"]), np.ravel(params["head"]))[0, 1]) < 0.05
 
@@ -307,6 +428,9 @@ def test_head_of_unties_masks_and_tempers(rng):
     embedding, head = rng.normal(size=(2, 7, 5)).astype(np.float32)
     tied = head_logits(decoder.head_of({"embedding": embedding}), hidden)
     np.testing.assert_allclose(tied, hidden @ embedding.T, rtol=1e-5, atol=1e-6)
-    untied = head_logits(decoder.head_of({"embedding": embedding, "head": head}, valid_vocab=6, temperature=0.5), hidden)
+    untied = head_logits(
+        decoder.head_of({"embedding": embedding, "head": head}, valid_vocab=6, temperature=0.5),
+        hidden,
+    )
     np.testing.assert_allclose(untied[:, :6], 2 * hidden @ head[:6].T, rtol=1e-5, atol=1e-6)
     assert np.isneginf(untied[:, 6:]).all()

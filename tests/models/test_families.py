@@ -1,4 +1,6 @@
-"""What `config.json` may say: spellings that read alike, defaults of the families, and refusals that name the field."""
+"""What `config.json` may say: spellings that read alike, defaults of the families, and refusals
+that name the field.
+"""
 
 import json
 
@@ -9,10 +11,21 @@ from opdjax.models.hf import CheckpointError, open_checkpoint
 from opdjax.models.rope import Rope
 
 RAW = {
-    "vocab_size": 131, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "rope_theta": 1e4, "max_position_embeddings": 640,
-}  # fmt: skip
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    "vocab_size": 131,
+    "hidden_size": 24,
+    "intermediate_size": 37,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "rope_theta": 1e4,
+    "max_position_embeddings": 640,
+}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
 
 
@@ -22,7 +35,9 @@ def read(tmp_path):
 
     def read(family="Qwen2", **fields):
         raw = {"architectures": [f"{family}ForCausalLM"], **RAW, **fields}
-        (tmp_path / "config.json").write_text(json.dumps({name: value for name, value in raw.items() if value is not ...}))
+        (tmp_path / "config.json").write_text(
+            json.dumps({name: value for name, value in raw.items() if value is not ...})
+        )
         return open_checkpoint(tmp_path).config
 
     return read
@@ -35,16 +50,26 @@ def scaled(kind, **fields):
 
 @pytest.mark.parametrize(
     ("kind", "options", "outside"),
-    [("default", {}, {}), ("linear", {"factor": 2.0}, {}), ("llama3", LLAMA3, {}),
-     ("yarn", YARN | {"beta_fast": 16, "truncate": False}, {}),
-     ("yarn", YARN | {"original_max_position_embeddings": 640}, {"original_max_position_embeddings": 64})],
+    [
+        ("default", {}, {}),
+        ("linear", {"factor": 2.0}, {}),
+        ("llama3", LLAMA3, {}),
+        ("yarn", YARN | {"beta_fast": 16, "truncate": False}, {}),
+        (
+            "yarn",
+            YARN | {"original_max_position_embeddings": 640},
+            {"original_max_position_embeddings": 64},
+        ),
+    ],
     ids=["default", "linear", "llama3", "yarn", "yarn-length-outside"],
-)  # fmt: skip
+)
 def test_spellings_read_alike(read, kind, options, outside):
     new = {"rope_type": kind, "rope_theta": 5e5, **options}
     expected = read(rope_parameters=new, rope_theta=..., **outside)
     assert (expected.rope.kind, expected.rope.theta) == (kind, 5e5)
-    assert expected.rope.original_length == (64 if "original_max_position_embeddings" in options else 0)
+    assert expected.rope.original_length == (
+        64 if "original_max_position_embeddings" in options else 0
+    )
     old = {"type": kind, **options}
     for fields in (
         {"rope_scaling": old, "rope_theta": 5e5},
@@ -52,14 +77,24 @@ def test_spellings_read_alike(read, kind, options, outside):
         {"rope_scaling": new},  # the theta inside wins
         {"rope_scaling": old, "rope_theta": 5e5, "rope_parameters": new},
         {"rope_parameters": new | {"type": "passed over"}},
-        {"rope_parameters": new | {"partial_rotary_factor": 1.0}, "rope_scaling": {}, "partial_rotary_factor": None},
+        {
+            "rope_parameters": new | {"partial_rotary_factor": 1.0},
+            "rope_scaling": {},
+            "partial_rotary_factor": None,
+        },
     ):
         assert read(**fields, **outside) == expected
 
 
 def test_attention_factor_is_read_as_a_number(read):
     assert read(**scaled("yarn", **YARN)).rope == Rope(
-        1e4, "yarn", factor=4.0, original_length=64, slow_rotations=1.0, fast_rotations=32.0, attention_factor=1.1386294361119891
+        1e4,
+        "yarn",
+        factor=4.0,
+        original_length=64,
+        slow_rotations=1.0,
+        fast_rotations=32.0,
+        attention_factor=1.1386294361119891,
     )
     assert read(**scaled("yarn", **YARN, attention_factor=2)).rope.attention_factor == 2
 
@@ -68,7 +103,9 @@ def test_attention_factor_is_read_as_a_number(read):
 def test_defaults_equal_transformers(read, family):
     import transformers
 
-    theirs = getattr(transformers, f"{family}Config")(**{k: v for k, v in RAW.items() if k != "rope_theta"})
+    theirs = getattr(transformers, f"{family}Config")(
+        **{k: v for k, v in RAW.items() if k != "rope_theta"}
+    )
     config = read(family, num_key_value_heads=2)
     assert config.head_size == (getattr(theirs, "head_dim", None) or 24 // 6)
     assert config.norm_epsilon == theirs.rms_norm_eps
@@ -78,7 +115,9 @@ def test_defaults_equal_transformers(read, family):
     if family == "Llama":  # the files of Llama 2 leave it out
         assert read(family, rope_theta=...).rope.theta == theirs.rope_parameters["rope_theta"]
     else:
-        with pytest.raises(UnsupportedModelError, match="neither rope_parameters.rope_theta nor rope_theta"):
+        with pytest.raises(
+            UnsupportedModelError, match="neither rope_parameters.rope_theta nor rope_theta"
+        ):
             read(family, rope_theta=...)
 
 
@@ -86,11 +125,26 @@ def test_defaults_equal_transformers(read, family):
     ("family", "fields"),
     [
         ("Llama", {"pretraining_tp": 2, "mlp_bias": False, "attention_bias": None}),
-        ("Qwen2", {"use_sliding_window": False, "sliding_window": 32, "max_window_layers": 0, "layer_types": ["full_attention"] * 2}),
+        (
+            "Qwen2",
+            {
+                "use_sliding_window": False,
+                "sliding_window": 32,
+                "max_window_layers": 0,
+                "layer_types": ["full_attention"] * 2,
+            },
+        ),
         ("Qwen2", {"use_sliding_window": False, "sliding_window": 32, "max_window_layers": 0}),
         ("Qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 2}),
         ("Qwen3", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}),
-        ("Qwen3", {"use_sliding_window": True, "max_window_layers": 0, "layer_types": ["full_attention"] * 2}),
+        (
+            "Qwen3",
+            {
+                "use_sliding_window": True,
+                "max_window_layers": 0,
+                "layer_types": ["full_attention"] * 2,
+            },
+        ),
     ],
 )
 def test_options_without_effect_are_passed_over(read, family, fields):
@@ -104,41 +158,117 @@ KINDS = r"expected one of \['default', 'linear', 'llama3', 'yarn'\]"
 @pytest.mark.parametrize(
     ("family", "fields", "words"),
     [
-        ("Mamba", {}, r"MambaForCausalLM.*expected one of \['LlamaForCausalLM', 'Qwen2ForCausalLM', 'Qwen3ForCausalLM'\]"),
+        (
+            "Mamba",
+            {},
+            r"MambaForCausalLM.*expected one of \['LlamaForCausalLM', 'Qwen2ForCausalLM', 'Qwen3ForCausalLM'\]",
+        ),
         ("Qwen3", {"architectures": ...}, "names the architecture nothing"),
-        ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, WINDOW),
+        (
+            "Qwen2",
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+            WINDOW,
+        ),
         ("Qwen3", {"use_sliding_window": True, "max_window_layers": 0}, WINDOW),
-        ("Qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types \['full.*\]; expected 'full_attention' in every"),
+        (
+            "Qwen2",
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            r"layer_types \['full.*\]; expected 'full_attention' in every",
+        ),
         ("Qwen2", {"layer_types": 3}, "layer_types 3; expected 'full_attention' in every layer"),
         ("Qwen3", {"hidden_act": "gelu"}, "hidden_act 'gelu'; expected \"silu\""),
         ("Llama", {"mlp_bias": True}, r"mlp_bias True; expected false \(an MLP without biases"),
         ("Llama", {"attention_bias": "yes"}, "attention_bias 'yes'; expected true or false"),
-        ("Llama", {"quantization_config": {"bits": 4}}, r"quantization_config \{'bits': 4\}; expected null \(weights that are not"),
-        ("Llama", {"partial_rotary_factor": 0.5}, r"sets partial_rotary_factor 0\.5; expected 1 \(all of a head"),
-        ("Llama", scaled("linear", factor=2.0, partial_rotary_factor=0.5), r"rope_scaling\.partial_rotary_factor 0\.5; expected 1"),
-        ("Llama", {"hidden_size": 25}, "hidden_size 25; expected a multiple of num_attention_heads, 6, or a head_dim"),
+        (
+            "Llama",
+            {"quantization_config": {"bits": 4}},
+            r"quantization_config \{'bits': 4\}; expected null \(weights that are not",
+        ),
+        (
+            "Llama",
+            {"partial_rotary_factor": 0.5},
+            r"sets partial_rotary_factor 0\.5; expected 1 \(all of a head",
+        ),
+        (
+            "Llama",
+            scaled("linear", factor=2.0, partial_rotary_factor=0.5),
+            r"rope_scaling\.partial_rotary_factor 0\.5; expected 1",
+        ),
+        (
+            "Llama",
+            {"hidden_size": 25},
+            "hidden_size 25; expected a multiple of num_attention_heads, 6, or a head_dim",
+        ),
         ("Qwen2", {"head_dim": 5}, "implies a head_dim of 5; expected an even one"),
         ("Qwen2", {"hidden_size": 18}, "implies a head_dim of 3; expected an even one"),
-        ("Qwen2", {"num_key_value_heads": 4}, "num_key_value_heads 4; expected a divisor of num_attention_heads, 6"),
+        (
+            "Qwen2",
+            {"num_key_value_heads": 4},
+            "num_key_value_heads 4; expected a divisor of num_attention_heads, 6",
+        ),
         ("Qwen2", {"vocab_size": "131"}, "vocab_size '131'; expected an integer of at least 1"),
-        ("Qwen2", {"num_hidden_layers": 0}, "num_hidden_layers 0; expected an integer of at least 1"),
+        (
+            "Qwen2",
+            {"num_hidden_layers": 0},
+            "num_hidden_layers 0; expected an integer of at least 1",
+        ),
         ("Qwen2", {"rms_norm_eps": True}, "rms_norm_eps True; expected a positive number"),
         ("Qwen2", {"rope_theta": float("inf")}, "rope_theta inf; expected a positive number"),
         ("Qwen2", scaled("mystery"), rf"rope_scaling\.rope_type 'mystery'; {KINDS}$"),
-        ("Qwen2", {"rope_parameters": {"type": ["yarn"]}}, rf"rope_parameters\.type \['yarn'\]; {KINDS}$"),
-        ("Llama", scaled("dynamic", factor=2.0), rf"rope_type 'dynamic'; {KINDS}; the frequencies of this kind follow.*equals 'default'"),
-        ("Llama", {"rope_scaling": {"type": "longrope"}}, rf"rope_scaling\.type 'longrope'; {KINDS}; the frequencies of this kind follow"),
-        ("Qwen3", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters {'full.*expected one flat object"),
+        (
+            "Qwen2",
+            {"rope_parameters": {"type": ["yarn"]}},
+            rf"rope_parameters\.type \['yarn'\]; {KINDS}$",
+        ),
+        (
+            "Llama",
+            scaled("dynamic", factor=2.0),
+            rf"rope_type 'dynamic'; {KINDS}; the frequencies of this kind follow.*equals 'default'",
+        ),
+        (
+            "Llama",
+            {"rope_scaling": {"type": "longrope"}},
+            rf"rope_scaling\.type 'longrope'; {KINDS}; the frequencies of this kind follow",
+        ),
+        (
+            "Qwen3",
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            "rope_parameters {'full.*expected one flat object",
+        ),
         ("Qwen3", {"rope_parameters": "yarn"}, "rope_parameters 'yarn'; expected one flat object"),
-        ("Qwen3", {"rope_theta": ..., "rope_parameters": {"rope_type": "default"}}, "neither rope_parameters.rope_theta nor rope_theta"),
-        ("Qwen3", {"rope_parameters": {"rope_theta": 1e6}, **scaled("linear", factor=2.0)}, "rope_scaling .*; expected what rope_par"),
-        ("Llama", scaled("llama3", **LLAMA3 | {"factor": "8"}), r"rope_scaling\.factor '8'; expected a positive number"),
-        ("Llama", scaled("llama3", **LLAMA3 | {"high_freq_factor": 1}), "high_freq_factor 1; expected more than low_freq_factor, 1.0"),
-        ("Qwen2", scaled("yarn", **YARN, truncate=1), r"rope_scaling\.truncate 1; expected true or false"),
-        ("Qwen2", scaled("yarn", factor=4, original_max_position_embeddings=6.5), "embeddings 6.5; expected an integer of at least 1"),
+        (
+            "Qwen3",
+            {"rope_theta": ..., "rope_parameters": {"rope_type": "default"}},
+            "neither rope_parameters.rope_theta nor rope_theta",
+        ),
+        (
+            "Qwen3",
+            {"rope_parameters": {"rope_theta": 1e6}, **scaled("linear", factor=2.0)},
+            "rope_scaling .*; expected what rope_par",
+        ),
+        (
+            "Llama",
+            scaled("llama3", **LLAMA3 | {"factor": "8"}),
+            r"rope_scaling\.factor '8'; expected a positive number",
+        ),
+        (
+            "Llama",
+            scaled("llama3", **LLAMA3 | {"high_freq_factor": 1}),
+            "high_freq_factor 1; expected more than low_freq_factor, 1.0",
+        ),
+        (
+            "Qwen2",
+            scaled("yarn", **YARN, truncate=1),
+            r"rope_scaling\.truncate 1; expected true or false",
+        ),
+        (
+            "Qwen2",
+            scaled("yarn", factor=4, original_max_position_embeddings=6.5),
+            "embeddings 6.5; expected an integer of at least 1",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) and len(value) < 6 else "",
-)  # fmt: skip
+)
 def test_unsupported_models_are_refused(read, family, fields, words):
     with pytest.raises(UnsupportedModelError, match=words):
         read(family, **fields)
@@ -152,7 +282,10 @@ def test_unsupported_models_are_refused(read, family, fields, words):
         (scaled("linear"), "rope_scaling.factor"),
         (scaled("yarn", original_max_position_embeddings=64), "rope_scaling.factor"),
         (scaled("yarn", factor=4.0) | {"max_position_embeddings": ...}, "max_position_embeddings"),
-        *((scaled("llama3", **LLAMA3 | {name: None}), f"rope_scaling.{name}") for name in list(LLAMA3)[:3]),
+        *(
+            (scaled("llama3", **LLAMA3 | {name: None}), f"rope_scaling.{name}")
+            for name in list(LLAMA3)[:3]
+        ),
     ],
 )
 def test_config_without_a_field_is_refused(read, fields, name):

@@ -1,4 +1,6 @@
-"""Checkpoints: import and export move no bit, shards, and every way in which a directory can be wrong."""
+"""Checkpoints: import and export move no bit, shards, and every way in which a directory can be
+wrong.
+"""
 
 import dataclasses
 import json
@@ -14,18 +16,24 @@ from safetensors.numpy import load_file, save_file
 from opdjax.models import decoder, hf
 from opdjax.models.hf import CheckpointError, export, load_params, open_checkpoint
 from opdjax.models.rope import Rope
-from opdjax.sharding import make_mesh
+from opdjax.ops.sharding import make_mesh
 
 
 def tensors_of(path):
     """Tensor name -> array, of all files in the directory."""
-    return {name: array for file in sorted(path.glob("*.safetensors")) for name, array in load_file(file).items()}
+    return {
+        name: array
+        for file in sorted(path.glob("*.safetensors"))
+        for name, array in load_file(file).items()
+    }
 
 
 def assert_same_bits(left, right):
     """Two trees of arrays: the same structure, types and bytes."""
     assert jax.tree.structure(left) == jax.tree.structure(right)
-    for a, b in zip(map(np.asarray, jax.tree.leaves(left)), map(np.asarray, jax.tree.leaves(right))):
+    for a, b in zip(
+        map(np.asarray, jax.tree.leaves(left)), map(np.asarray, jax.tree.leaves(right))
+    ):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
         assert a.tobytes() == b.tobytes()
 
@@ -43,19 +51,39 @@ def bfloat16_path(build, save):
 def test_open_checkpoint_reads_config(pairs):
     bias = pairs["bias"]
     assert bias.config == decoder.DecoderConfig(
-        vocab_size=131, hidden_size=24, num_layers=2, num_heads=6, num_kv_heads=2, head_size=10, intermediate_size=37, rope=Rope(10000.0),
-        norm_epsilon=1e-6, ties_embeddings=False, has_qk_norm=True, has_qkv_bias=True, has_output_bias=True,
-    )  # fmt: skip
-    tied = dataclasses.replace(bias.config, ties_embeddings=True, has_qkv_bias=False, has_output_bias=False)
+        vocab_size=131,
+        hidden_size=24,
+        num_layers=2,
+        num_heads=6,
+        num_kv_heads=2,
+        head_size=10,
+        intermediate_size=37,
+        rope=Rope(10000.0),
+        norm_epsilon=1e-6,
+        ties_embeddings=False,
+        has_qk_norm=True,
+        has_qkv_bias=True,
+        has_output_bias=True,
+    )
+    tied = dataclasses.replace(
+        bias.config, ties_embeddings=True, has_qkv_bias=False, has_output_bias=False
+    )
     assert pairs["tied"].config == tied
     llama = dataclasses.replace(bias.config, ties_embeddings=True, has_qk_norm=False)
     assert pairs["llama-bias-tied"].config == llama
     assert pairs["llama"].config == dataclasses.replace(
-        llama, head_size=4, norm_epsilon=1e-5, ties_embeddings=False, has_qkv_bias=False, has_output_bias=False
+        llama,
+        head_size=4,
+        norm_epsilon=1e-5,
+        ties_embeddings=False,
+        has_qkv_bias=False,
+        has_output_bias=False,
     )
     qwen2 = dataclasses.replace(llama, ties_embeddings=False, has_output_bias=False)
     assert pairs["qwen2"].config == qwen2
-    assert pairs["qwen2-tied"].config == dataclasses.replace(qwen2, head_size=4, ties_embeddings=True)
+    assert pairs["qwen2-tied"].config == dataclasses.replace(
+        qwen2, head_size=4, ties_embeddings=True
+    )
     for pair in pairs.values():
         assert pair.checkpoint.num_parameters == sum(p.numel() for p in pair.model.parameters())
         assert pair.checkpoint.stored_dtype == "float32"
@@ -63,9 +91,14 @@ def test_open_checkpoint_reads_config(pairs):
 
 @pytest.mark.parametrize(
     ("generation", "fields", "expected"),
-    [({"eos_token_id": [3, 5]}, {}, (3, 5)), ({"eos_token_id": 7}, {}, (7,)), (None, {}, (3, 5)), ({}, {"eos_token_id": 9}, (9,)),
-     (None, {"eos_token_id": None}, ())],
-)  # fmt: skip
+    [
+        ({"eos_token_id": [3, 5]}, {}, (3, 5)),
+        ({"eos_token_id": 7}, {}, (7,)),
+        (None, {}, (3, 5)),
+        ({}, {"eos_token_id": 9}, (9,)),
+        (None, {"eos_token_id": None}, ()),
+    ],
+)
 def test_stop_tokens_come_from_the_generation_config_first(copy, generation, fields, expected):
     path = copy("untied", **fields)
     (path / "generation_config.json").unlink()
@@ -78,9 +111,15 @@ def test_load_stacks_layers_in_order(pairs):
     state = {name: tensor.numpy() for name, tensor in pairs["bias"].model.state_dict().items()}
     layers = pairs["bias"].params["layers"]
     for layer in range(2):
-        for ours, theirs in [("k_kernel", "self_attn.k_proj.weight"), ("o_bias", "self_attn.o_proj.bias"),
-                             ("mlp_norm", "post_attention_layernorm.weight"), ("up_kernel", "mlp.up_proj.weight")]:  # fmt: skip
-            np.testing.assert_array_equal(layers[ours][layer], state[f"model.layers.{layer}.{theirs}"])
+        for ours, theirs in [
+            ("k_kernel", "self_attn.k_proj.weight"),
+            ("o_bias", "self_attn.o_proj.bias"),
+            ("mlp_norm", "post_attention_layernorm.weight"),
+            ("up_kernel", "mlp.up_proj.weight"),
+        ]:
+            np.testing.assert_array_equal(
+                layers[ours][layer], state[f"model.layers.{layer}.{theirs}"]
+            )
 
 
 def test_bfloat16_loads_as_float32_exactly(bfloat16_path, pairs):
@@ -89,12 +128,19 @@ def test_bfloat16_loads_as_float32_exactly(bfloat16_path, pairs):
     stored = open_checkpoint(bfloat16_path)
     assert stored.stored_dtype == "bfloat16"
     params = load_params(stored, "float32")
-    rounded = {name: tensor.to(torch.bfloat16).float().numpy() for name, tensor in pairs["bias"].model.state_dict().items()}
+    rounded = {
+        name: tensor.to(torch.bfloat16).float().numpy()
+        for name, tensor in pairs["bias"].model.state_dict().items()
+    }
     assert params["embedding"].dtype == params["layers"]["q_bias"].dtype == jnp.float32
     np.testing.assert_array_equal(params["embedding"], rounded["model.embed_tokens.weight"])
-    np.testing.assert_array_equal(params["layers"]["q_bias"][1], rounded["model.layers.1.self_attn.q_proj.bias"])
+    np.testing.assert_array_equal(
+        params["layers"]["q_bias"][1], rounded["model.layers.1.self_attn.q_proj.bias"]
+    )
     # Rounding on the way in is torch's rounding.
-    assert_same_bits(load_params(pairs["bias"].checkpoint, "bfloat16"), load_params(stored, "bfloat16"))
+    assert_same_bits(
+        load_params(pairs["bias"].checkpoint, "bfloat16"), load_params(stored, "bfloat16")
+    )
 
 
 def test_sharded_checkpoint_loads_the_same(pairs, save):
@@ -138,7 +184,9 @@ def test_export_takes_a_dtype(pairs, tmp_path):
     pair = pairs["untied"]
     out = export(pair.params, pair.checkpoint, tmp_path / "out", dtype="bfloat16")
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
-    assert_same_bits(load_params(open_checkpoint(out), "bfloat16"), load_params(pair.checkpoint, "bfloat16"))
+    assert_same_bits(
+        load_params(open_checkpoint(out), "bfloat16"), load_params(pair.checkpoint, "bfloat16")
+    )
 
 
 def test_export_carries_everything_that_is_not_weights(copy, pairs, tmp_path):
@@ -150,7 +198,13 @@ def test_export_carries_everything_that_is_not_weights(copy, pairs, tmp_path):
     (tmp_path / "out").mkdir()  # empty: fine
     out = export(pairs["untied"].params, open_checkpoint(path), tmp_path / "out")
     files = {file.name for file in path.iterdir()} - {"training_state.bin"}
-    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "merges.txt"} < files
+    assert {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "merges.txt",
+    } < files
     assert {file.name for file in out.iterdir()} == files
     for name in files - {"config.json", "model.safetensors"}:
         assert (out / name).read_bytes() == (path / name).read_bytes()
@@ -160,11 +214,15 @@ def test_export_carries_everything_that_is_not_weights(copy, pairs, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(out)
     text = tokenizer.apply_chat_template([{"role": "user", "content": "w7 w130"}], tokenize=False)
     assert tokenizer(text)["input_ids"] == [1, 7, 130, 3]
-    assert [file.name for file in tmp_path.iterdir() if file.name != path.name] == ["out"]  # no half-written directory stays
+    assert [file.name for file in tmp_path.iterdir() if file.name != path.name] == [
+        "out"
+    ]  # no half-written directory stays
 
 
 @pytest.mark.parametrize("shard_bytes", [5 * 2**30, 9000], ids=["whole", "shards"])
-def test_transformers_loads_what_we_export(pair, our_logits, torch_logits, monkeypatch, rng, tmp_path, shard_bytes):
+def test_transformers_loads_what_we_export(
+    pair, our_logits, torch_logits, monkeypatch, rng, tmp_path, shard_bytes
+):
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setattr(hf, "_SHARD_BYTES", shard_bytes)
@@ -174,9 +232,16 @@ def test_transformers_loads_what_we_export(pair, our_logits, torch_logits, monke
         index = json.loads((out / "model.safetensors.index.json").read_text())
         shards = {file.name: load_file(file) for file in out.glob("*.safetensors")}
         assert index["metadata"]["total_size"] == 4 * pair.checkpoint.num_parameters
-        assert index["weight_map"] == {tensor: file for file, shard in shards.items() for tensor in shard}
-        assert sorted(shards) == [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-        assert all(len(shard) == 1 or sum(x.nbytes for x in shard.values()) <= 9000 for shard in shards.values())
+        assert index["weight_map"] == {
+            tensor: file for file, shard in shards.items() for tensor in shard
+        }
+        assert sorted(shards) == [
+            f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
+        ]
+        assert all(
+            len(shard) == 1 or sum(x.nbytes for x in shard.values()) <= 9000
+            for shard in shards.values()
+        )
         assert any(len(shard) > 1 for shard in shards.values())
     assert_same_bits(load_params(open_checkpoint(out), "float32"), trained)
 
@@ -184,17 +249,29 @@ def test_transformers_loads_what_we_export(pair, our_logits, torch_logits, monke
     assert not any(report.values())  # no missing, unexpected or mismatched key
     rows = rng.integers(0, 131, (2, 9)), np.ones((2, 9), np.int64)
     expected = pair.model.state_dict()
-    assert all(np.array_equal(tensor.numpy(), expected[key].numpy() * np.float32(1.25)) for key, tensor in loaded.state_dict().items())
-    np.testing.assert_allclose(our_logits(trained, pair.config, *rows), torch_logits(loaded.eval(), *rows), atol=2e-4, rtol=0)
+    assert all(
+        np.array_equal(tensor.numpy(), expected[key].numpy() * np.float32(1.25))
+        for key, tensor in loaded.state_dict().items()
+    )
+    np.testing.assert_allclose(
+        our_logits(trained, pair.config, *rows),
+        torch_logits(loaded.eval(), *rows),
+        atol=2e-4,
+        rtol=0,
+    )
 
 
 def test_export_refuses_what_does_not_fit(pairs, tmp_path):
     pair = pairs["untied"]
     narrow = pair.params | {"embedding": pair.params["embedding"][:, :-1]}
-    with pytest.raises(CheckpointError, match=re.escape("['embedding'] (131, 23), expected (131, 24)")):
+    with pytest.raises(
+        CheckpointError, match=re.escape("['embedding'] (131, 23), expected (131, 24)")
+    ):
         export(narrow, pair.checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(CheckpointError, match=r"export as 'float16'; expected one of \['bfloat16', 'float32'\]"):
+    with pytest.raises(
+        CheckpointError, match=r"export as 'float16'; expected one of \['bfloat16', 'float32'\]"
+    ):
         export(pair.params, pair.checkpoint, tmp_path / "out", dtype="float16")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
@@ -207,13 +284,19 @@ def test_export_refuses_what_does_not_fit(pairs, tmp_path):
 
 
 def test_directory_without_config_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"has no config\.json; expected a Hugging Face checkpoint"):
+    with pytest.raises(
+        CheckpointError, match=r"has no config\.json; expected a Hugging Face checkpoint"
+    ):
         open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b'{"architectures": [', "is not valid JSON: .*line 1 column"), (b"\xff{}", "is not valid JSON: .*utf-8"), (b"[]", "holds a list")],
+    [
+        (b'{"architectures": [', "is not valid JSON: .*line 1 column"),
+        (b"\xff{}", "is not valid JSON: .*utf-8"),
+        (b"[]", "holds a list"),
+    ],
 )
 def test_broken_config_is_refused(tmp_path, content, words):
     (tmp_path / "config.json").write_bytes(content)
@@ -243,7 +326,11 @@ def reload(path):
     return load_params(open_checkpoint(path), "float32")
 
 
-NORM, EMBEDDING, HEAD = "model.layers.1.self_attn.q_norm.weight", "model.embed_tokens.weight", "lm_head.weight"
+NORM, EMBEDDING, HEAD = (
+    "model.layers.1.self_attn.q_norm.weight",
+    "model.embed_tokens.weight",
+    "lm_head.weight",
+)
 
 
 @pytest.mark.parametrize(
@@ -251,21 +338,46 @@ NORM, EMBEDDING, HEAD = "model.layers.1.self_attn.q_norm.weight", "model.embed_t
     [
         ("untied", lambda t: t.pop(NORM), [f"missing tensor {NORM}"]),
         ("untied", lambda t: t.pop(HEAD), ["missing tensor lm_head.weight"]),
-        ("untied", lambda t: t.update({"model.layers.2.extra": t[NORM]}), ["unexpected tensor model.layers.2.extra"]),
-        ("untied", lambda t: t.update({NORM: t[NORM][:-1]}), [f"{NORM} has shape (9,); config.json implies (10,)"]),
-        ("untied", lambda t: t.update({"x": t.pop(NORM), HEAD: t[HEAD].T.copy()}),
-         [f"missing tensor {NORM}", "unexpected tensor x", "lm_head.weight has shape (24, 131); config.json implies (131, 24)"]),
-        ("tied", lambda t: t.update({HEAD: t[EMBEDDING] + 1}), ["unexpected tensor lm_head.weight"]),
-        ("tied", lambda t: t.update({HEAD: t.pop(EMBEDDING)}), ["missing tensor model.embed_tokens.weight", "unexpected tensor lm_head"]),
+        (
+            "untied",
+            lambda t: t.update({"model.layers.2.extra": t[NORM]}),
+            ["unexpected tensor model.layers.2.extra"],
+        ),
+        (
+            "untied",
+            lambda t: t.update({NORM: t[NORM][:-1]}),
+            [f"{NORM} has shape (9,); config.json implies (10,)"],
+        ),
+        (
+            "untied",
+            lambda t: t.update({"x": t.pop(NORM), HEAD: t[HEAD].T.copy()}),
+            [
+                f"missing tensor {NORM}",
+                "unexpected tensor x",
+                "lm_head.weight has shape (24, 131); config.json implies (131, 24)",
+            ],
+        ),
+        (
+            "tied",
+            lambda t: t.update({HEAD: t[EMBEDDING] + 1}),
+            ["unexpected tensor lm_head.weight"],
+        ),
+        (
+            "tied",
+            lambda t: t.update({HEAD: t.pop(EMBEDDING)}),
+            ["missing tensor model.embed_tokens.weight", "unexpected tensor lm_head"],
+        ),
     ],
     ids=["missing", "missing head", "extra", "shape", "all at once", "untrue copy", "head alone"],
-)  # fmt: skip
+)
 def test_wrong_tensors_are_all_named(copy, name, change, words):
     path = copy(name)
     tensors = load_file(path / "model.safetensors")
     change(tensors)
     save_file(tensors, path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"does not hold the model that its config\.json describes") as error:
+    with pytest.raises(
+        CheckpointError, match=r"does not hold the model that its config\.json describes"
+    ) as error:
         reload(path)
     assert len(str(error.value).splitlines()) == 1 + len(words)
     assert all(word in str(error.value) for word in words)
@@ -273,14 +385,19 @@ def test_wrong_tensors_are_all_named(copy, name, change, words):
 
 def test_many_wrong_tensors_are_counted(copy):
     path = copy("untied", num_hidden_layers=5)
-    with pytest.raises(CheckpointError, match=r"and 13 more$"):  # 3 absent layers of 11 tensors, 20 of them listed
+    with pytest.raises(
+        CheckpointError, match=r"and 13 more$"
+    ):  # 3 absent layers of 11 tensors, 20 of them listed
         reload(path)
 
 
 def test_stored_rotary_frequencies_are_passed_over(copy, pairs):
     path = copy("llama")  # as the files of Llama 2 hold them
     tensors = load_file(path / "model.safetensors")
-    save_file(tensors | {"model.layers.1.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}, path / "model.safetensors")
+    save_file(
+        tensors | {"model.layers.1.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)},
+        path / "model.safetensors",
+    )
     assert_same_bits(reload(path), pairs["llama"].params)
 
 
@@ -296,14 +413,18 @@ def test_corrupt_weights_are_refused(copy, content):
     path = copy("untied")
     weights = path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7] if content is None else content)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a readable safetensors file"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors is not a readable safetensors file"
+    ):
         reload(path)
 
 
 def test_absent_weights_are_refused(copy):
     path = copy("untied")
     (path / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
+    with pytest.raises(
+        CheckpointError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"
+    ):
         reload(path)
 
 
@@ -312,7 +433,8 @@ def test_index_of_an_absent_file_is_refused(pairs, save):
     shard = sorted(path.glob("*.safetensors"))[1]
     shard.unlink()
     with pytest.raises(
-        CheckpointError, match=rf"index\.json names files that are not there \(download them too\): {re.escape(shard.name)}$"
+        CheckpointError,
+        match=rf"index\.json names files that are not there \(download them too\): {re.escape(shard.name)}$",
     ):
         reload(path)
 
@@ -323,7 +445,9 @@ def test_index_of_an_absent_tensor_is_refused(pairs, save):
     other = next(file for file in index["weight_map"].values() if file != index["weight_map"][NORM])
     index["weight_map"][NORM] = other
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=rf"{re.escape(other)} does not give the tensor {re.escape(NORM)}"):
+    with pytest.raises(
+        CheckpointError, match=rf"{re.escape(other)} does not give the tensor {re.escape(NORM)}"
+    ):
         reload(path)
 
 
@@ -335,5 +459,7 @@ def test_index_without_weight_map_is_refused(copy):
 
 
 def test_unknown_dtype_is_refused(pairs):
-    with pytest.raises(CheckpointError, match=r"load as 'float16'; expected one of \['bfloat16', 'float32'\]"):
+    with pytest.raises(
+        CheckpointError, match=r"load as 'float16'; expected one of \['bfloat16', 'float32'\]"
+    ):
         load_params(pairs["untied"].checkpoint, "float16")

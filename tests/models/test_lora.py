@@ -1,4 +1,6 @@
-"""Adapters: the function they add, what of them is trained, and that PEFT and transformers read what is exported."""
+"""Adapters: the function they add, what of them is trained, and that PEFT and transformers read
+what is exported.
+"""
 
 import dataclasses
 import functools
@@ -10,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from test_train_state import MODEL, gradient, make_batch, make_models, relative_difference, scored
+from test_update import MODEL, gradient, make_batch, make_models, relative_difference, scored
 
 from opdjax.config import EstimatorConfig, LoraConfig, ModelConfig, OptimizerConfig
+from opdjax.engine.update import UpdateSpec, init_state, loss_and_grad, make_optimizer, make_update
 from opdjax.estimators import bind
 from opdjax.models.decoder import forward, parameter_shapes
 from opdjax.models.hf import export, export_adapter, load_params, open_checkpoint
 from opdjax.models.lora import combine, init_adapters, merged, without_adapters
-from opdjax.train_state import UpdateSpec, init_state, loss_and_grad, make_optimizer, make_update
 
 LORA = LoraConfig(rank=3, alpha=12.0, targets=("v", "q", "o", "down", "up"))
 SCALE = 4.0
@@ -34,7 +36,9 @@ def trained_adapters(model, rng, dtype=np.float32):
 
 
 def test_adapters_are_shaped_and_drawn_as_pefts():
-    """Kaiming uniform with a = sqrt(5), which is U(-1/sqrt(in), 1/sqrt(in)), and zeros; every layer and target draws its own."""
+    """Kaiming uniform with a = sqrt(5), which is U(-1/sqrt(in), 1/sqrt(in)), and zeros; every layer
+    and target draws its own.
+    """
     wide = dataclasses.replace(MODEL, hidden_size=400)
     layers = init_adapters(wide, LORA, 5)["layers"]
     assert {name.partition("_")[0] for name in layers} == set(LORA.targets)
@@ -54,13 +58,18 @@ def test_adapters_are_shaped_and_drawn_as_pefts():
 
 def test_new_adapters_change_nothing_and_trained_ones_are_their_merged_kernels(rng):
     (base, _), batch, model = make_models(jnp.float32), make_batch(rng), with_scale(MODEL)
-    run = jax.jit(functools.partial(forward, config=model, tokens=batch.tokens, segment_ids=batch.segment_ids))
+    run = jax.jit(
+        functools.partial(forward, config=model, tokens=batch.tokens, segment_ids=batch.segment_ids)
+    )
     plain = run(base)
     np.testing.assert_array_equal(run(combine(base, init_adapters(model, LORA, 0))), plain)
     adapted = combine(base, trained_adapters(model, rng))
     whole = without_adapters(adapted)
     assert jax.tree.map(jnp.shape, whole) == parameter_shapes(model)
-    stacked = {name: jnp.stack([merged(adapted, name, layer, SCALE) for layer in range(model.num_layers)]) for name in whole["layers"]}
+    stacked = {
+        name: jnp.stack([merged(adapted, name, layer, SCALE) for layer in range(model.num_layers)])
+        for name in whole["layers"]
+    }
     whole = whole | {"layers": stacked}
     live = np.asarray(batch.segment_ids) > 0
     np.testing.assert_allclose(run(adapted)[live], run(whole)[live], atol=1e-5)
@@ -70,22 +79,35 @@ def test_new_adapters_change_nothing_and_trained_ones_are_their_merged_kernels(r
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_gradients_are_those_of_the_kernels_by_the_chain_rule(parts, rng):
-    """W' = W + s B A: dB = s dW' A^T, dA = s B^T dW', of which dW' is the gradient of the merged model."""
+    """W' = W + s B A: dB = s dW' A^T, dA = s B^T dW', of which dW' is the gradient of the merged
+    model.
+    """
     base, teacher = make_models(jnp.float64)
     estimator, model = EstimatorConfig(recipe="full_kl", tile=5), with_scale(MODEL)
     batch, head = scored(make_batch(rng), teacher, estimator)
     adapters = trained_adapters(model, rng, np.float64)
     layers = combine(base, adapters)["layers"]
-    kernels = {f"{t}_kernel": layers[f"{t}_kernel"] + SCALE * layers[f"{t}_lora_b"] @ layers[f"{t}_lora_a"] for t in LORA.targets}
-    expected_loss, whole, _ = gradient(base | {"layers": base["layers"] | kernels}, batch, head, estimator, "float64")
+    kernels = {
+        f"{t}_kernel": layers[f"{t}_kernel"] + SCALE * layers[f"{t}_lora_b"] @ layers[f"{t}_lora_a"]
+        for t in LORA.targets
+    }
+    expected_loss, whole, _ = gradient(
+        base | {"layers": base["layers"] | kernels}, batch, head, estimator, "float64"
+    )
 
     spec = UpdateSpec(model, estimator, "float64", 7, gradient_accumulation_steps=parts)
     bound = bind(estimator.recipe, estimator.options)
-    loss, found, *_ = jax.jit(lambda p, b, h, f: loss_and_grad(p, b, h, spec, *bound, frozen=f))(adapters, batch, head, base)
+    loss, found, *_ = jax.jit(lambda p, b, h, f: loss_and_grad(p, b, h, spec, *bound, frozen=f))(
+        adapters, batch, head, base
+    )
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-11)
     expected = {}
     for target in LORA.targets:
-        dkernel, a, b = whole["layers"][f"{target}_kernel"], layers[f"{target}_lora_a"], layers[f"{target}_lora_b"]
+        dkernel, a, b = (
+            whole["layers"][f"{target}_kernel"],
+            layers[f"{target}_lora_a"],
+            layers[f"{target}_lora_b"],
+        )
         expected[f"{target}_lora_a"] = SCALE * b.swapaxes(1, 2) @ dkernel
         expected[f"{target}_lora_b"] = SCALE * dkernel @ a.swapaxes(1, 2)
     assert relative_difference({"layers": expected}, found) < 1e-10
@@ -93,17 +115,36 @@ def test_gradients_are_those_of_the_kernels_by_the_chain_rule(parts, rng):
 
 def test_an_update_trains_the_adapters_alone(rng):
     base, teacher = make_models(jnp.bfloat16)
-    estimator, model, config = EstimatorConfig(recipe="full_kl", tile=5), with_scale(MODEL), OptimizerConfig(learning_rate=1e-2)
+    estimator, model, config = (
+        EstimatorConfig(recipe="full_kl", tile=5),
+        with_scale(MODEL),
+        OptimizerConfig(learning_rate=1e-2),
+    )
     batch, head = scored(make_batch(rng), teacher, estimator)
-    update, kept = make_update(UpdateSpec(model, estimator, "bfloat16", 7), config, 10), jax.device_get(base)
+    update, kept = (
+        make_update(UpdateSpec(model, estimator, "bfloat16", 7), config, 10),
+        jax.device_get(base),
+    )
     state = init_state(init_adapters(model, LORA, 0), make_optimizer(config, 10))
     # In float32 stand adapters and moments: nothing of the shape of a kernel or of the head.
     sizes = sum(x.size for x in jax.tree.leaves(init_adapters(model, LORA, 0)))
-    assert sum(x.size for x in jax.tree.leaves((state.params, state.opt_state)) if x.dtype == jnp.float32) == 3 * sizes
+    assert (
+        sum(
+            x.size
+            for x in jax.tree.leaves((state.params, state.opt_state))
+            if x.dtype == jnp.float32
+        )
+        == 3 * sizes
+    )
     lowered = update.lower(state, batch, head, base).as_text()
     shapes = {leaf.shape for leaf in jax.tree.leaves(base) if leaf.ndim > 1}
     assert {(11, 8), (2, 12, 8), (2, 8, 12)} <= shapes
-    assert not [shape for shape in shapes for s in (shape, shape[1:]) if len(s) > 1 and f"tensor<{'x'.join(map(str, s))}xf32>" in lowered]
+    assert not [
+        shape
+        for shape in shapes
+        for s in (shape, shape[1:])
+        if len(s) > 1 and f"tensor<{'x'.join(map(str, s))}xf32>" in lowered
+    ]
 
     losses = []
     for _ in range(3):
@@ -132,17 +173,26 @@ def test_a_merged_export_is_the_adapted_model(pairs, our_logits, rng, tmp_path):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     # A sum in bfloat16 would lose what is less than 1/256 of a weight; here it is rounded once.
     kernel = params["layers"]["q_kernel"].astype(jnp.bfloat16)
-    exact = np.float32(kernel) + SCALE * np.matmul(params["layers"]["q_lora_b"], params["layers"]["q_lora_a"])
+    exact = np.float32(kernel) + SCALE * np.matmul(
+        params["layers"]["q_lora_b"], params["layers"]["q_lora_a"]
+    )
     found = merged({"layers": params["layers"] | {"q_kernel": kernel}}, "q_kernel", 1, SCALE)
     np.testing.assert_allclose(found, exact[1], rtol=1e-5, atol=1e-6)
 
 
 def test_the_adapter_directory_holds_pefts_names(pairs, rng, tmp_path):
     checkpoint, params = adapted_pair(pairs, "untied", rng)
-    export_adapter(params, checkpoint, LORA, ModelConfig("owner/name", "main"), tmp_path / "adapter")
+    export_adapter(
+        params, checkpoint, LORA, ModelConfig("owner/name", "main"), tmp_path / "adapter"
+    )
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["target_modules"] == ["v_proj", "q_proj", "o_proj", "down_proj", "up_proj"]
-    assert (config["base_model_name_or_path"], config["revision"], config["r"], config["lora_alpha"]) == ("owner/name", "main", 3, 12.0)
+    assert (
+        config["base_model_name_or_path"],
+        config["revision"],
+        config["r"],
+        config["lora_alpha"],
+    ) == ("owner/name", "main", 3, 12.0)
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(tensors) == 2 * 2 * len(LORA.targets)
     assert tensors["base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"].shape == (3, 37)
@@ -151,14 +201,21 @@ def test_the_adapter_directory_holds_pefts_names(pairs, rng, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["untied", pytest.param("qwen2-tied", marks=pytest.mark.long), pytest.param("llama", marks=pytest.mark.long)]
+    "name",
+    [
+        "untied",
+        pytest.param("qwen2-tied", marks=pytest.mark.long),
+        pytest.param("llama", marks=pytest.mark.long),
+    ],
 )
 def test_peft_computes_what_we_compute(name, pairs, build, our_logits, torch_logits, rng, tmp_path):
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
     checkpoint, params = adapted_pair(pairs, name, rng)
-    export_adapter(params, checkpoint, LORA, ModelConfig(str(checkpoint.path)), tmp_path / "adapter")
+    export_adapter(
+        params, checkpoint, LORA, ModelConfig(str(checkpoint.path)), tmp_path / "adapter"
+    )
     export(params, checkpoint, tmp_path / "student")
     rows = rng.integers(0, 131, (2, 9)), np.ones((2, 9), np.int64)
     expected = our_logits(params, checkpoint.config, *rows)

@@ -1,4 +1,6 @@
-"""Masked and per-sequence reductions: hand-worked numbers, and garbage in masked slots that changes nothing."""
+"""Masked and per-sequence reductions: hand-worked numbers, and garbage in masked slots that changes
+nothing.
+"""
 
 from functools import partial
 
@@ -22,7 +24,8 @@ from opdjax.ops.masked import (
 X = jnp.array([[1.0, 2.0, 6.0], [3.0, 100.0, -7.0]])
 MASK = jnp.array([[True, True, False], [True, False, True]])  # keeps 1, 2, 3, -7
 
-# Two sequences and padding in the first row; in the second a sequence, padding in the middle, another sequence.
+# Two sequences and padding in the first row; in the second a sequence, padding in the middle,
+# another sequence.
 SEGMENTS = jnp.array([[1, 1, 1, 2, 2, 2, 0, 0], [1, 1, 0, 2, 2, 2, 2, 3]])
 VALUES = jnp.array([[1.0, 2, 4, 8, 16, 32, 64, 128], [1, 2, 4, 8, 16, 32, 64, 128]])
 LIVE = jnp.array([[0, 1, 1, 0, 1, 1, 0, 0], [1, 1, 0, 1, 0, 1, 0, 1]], bool)
@@ -49,11 +52,15 @@ def test_nothing_unmasked_gives_zero(jit):
         value, gradient = jit(jax.value_and_grad(reduce))(nan, nothing)
         assert value == 0
         np.testing.assert_array_equal(gradient, 0)
-    np.testing.assert_array_equal(jit(partial(masked_mean, axis=1))(X, MASK.at[0].set(False)), [0, -2])
+    np.testing.assert_array_equal(
+        jit(partial(masked_mean, axis=1))(X, MASK.at[0].set(False)), [0, -2]
+    )
 
 
 def test_equal_entries_have_no_spread():
-    value, gradient = jax.value_and_grad(masked_std)(jnp.array([2.0, 2.0, jnp.nan]), jnp.array([True, True, False]))
+    value, gradient = jax.value_and_grad(masked_std)(
+        jnp.array([2.0, 2.0, jnp.nan]), jnp.array([True, True, False])
+    )
     assert value == 0
     assert np.all(np.isfinite(gradient))
 
@@ -71,7 +78,8 @@ def test_sequence_index_by_hand():
     np.testing.assert_array_equal(sequence_index(SEGMENTS), expected)
     # An id that comes back after another one names a new sequence.
     np.testing.assert_array_equal(
-        sequence_index(jnp.array([[5, 5, 1, 5], [0, 0, 0, 0], [4, 3, 2, 1]])), [[0, 0, 1, 2], [0] * 4, [0, 1, 2, 3]]
+        sequence_index(jnp.array([[5, 5, 1, 5], [0, 0, 0, 0], [4, 3, 2, 1]])),
+        [[0, 0, 1, 2], [0] * 4, [0, 1, 2, 3]],
     )
 
 
@@ -79,11 +87,15 @@ def test_sequence_index_by_hand():
 def test_sequence_total_by_hand(jit):
     expected = [[7, 7, 7, 56, 56, 56, 192, 192], [3, 3, 4, 120, 120, 120, 120, 128]]
     np.testing.assert_array_equal(jit(sequence_total)(VALUES, SEGMENTS), expected)
-    np.testing.assert_array_equal(jit(sequence_total)(jnp.array([[1.0, 2.0, 4.0]]), jnp.array([[1, 2, 1]])), [[1, 2, 4]])
+    np.testing.assert_array_equal(
+        jit(sequence_total)(jnp.array([[1.0, 2.0, 4.0]]), jnp.array([[1, 2, 1]])), [[1, 2, 4]]
+    )
 
 
 def test_sequence_total_gradient_stays_in_the_sequence():
-    gradient = jax.grad(lambda x: sequence_total(x, SEGMENTS)[0, 4] + 10 * sequence_total(x, SEGMENTS)[1, 0])(VALUES)
+    gradient = jax.grad(
+        lambda x: sequence_total(x, SEGMENTS)[0, 4] + 10 * sequence_total(x, SEGMENTS)[1, 0]
+    )(VALUES)
     np.testing.assert_array_equal(gradient, [[0, 0, 0, 1, 1, 1, 0, 0], [10, 10, 0, 0, 0, 0, 0, 0]])
 
 
@@ -98,13 +110,19 @@ def test_sequence_total_gradient_stays_in_the_sequence():
     ],
 )
 def test_reverse_discounted_sum_by_hand(jit, discount, expected):
-    np.testing.assert_array_equal(jit(partial(reverse_discounted_sum, discount=discount))(VALUES, LIVE, SEGMENTS), expected)
+    np.testing.assert_array_equal(
+        jit(partial(reverse_discounted_sum, discount=discount))(VALUES, LIVE, SEGMENTS), expected
+    )
 
 
 def test_reverse_discounted_sum_across_segment_zero():
-    """Columns of segment 0 are a sequence like any other to this function: nothing flows in or out of them."""
+    """Columns of segment 0 are a sequence like any other to this function: nothing flows in or out
+    of them.
+    """
     everything = jnp.ones((1, 5), bool)
-    sums = reverse_discounted_sum(jnp.array([[1.0, 2, 4, 8, 16]]), everything, jnp.array([[1, 1, 0, 0, 1]]), 1.0)
+    sums = reverse_discounted_sum(
+        jnp.array([[1.0, 2, 4, 8, 16]]), everything, jnp.array([[1, 1, 0, 0, 1]]), 1.0
+    )
     np.testing.assert_array_equal(sums, [[3, 2, 12, 8, 16]])
 
 
@@ -136,7 +154,11 @@ def test_garbage_in_masked_slots_changes_neither_value_nor_gradient(reduce, garb
 
 def test_numerical_gradients(x64):
     x = jnp.asarray(np.random.default_rng(0).normal(size=VALUES.shape))
-    for reduce in (masked_mean, masked_std, lambda x, mask: reverse_discounted_sum(x, mask, SEGMENTS, 0.7)):
+    for reduce in (
+        masked_mean,
+        masked_std,
+        lambda x, mask: reverse_discounted_sum(x, mask, SEGMENTS, 0.7),
+    ):
         check_grads(jax.jit(lambda x, reduce=reduce: reduce(x, LIVE)), (x,), order=1, modes=["rev"])
 
 

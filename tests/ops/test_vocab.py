@@ -1,4 +1,6 @@
-"""The tiled pass against plain dense logits: value, outputs and gradients, whatever the tile, the mesh and the garbage."""
+"""The tiled pass against plain dense logits: value, outputs and gradients, whatever the tile, the
+mesh and the garbage.
+"""
 
 import re
 from functools import cache, partial
@@ -12,12 +14,13 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from opdjax.ops import vocab as vocab_ops
+from opdjax.ops.sharding import ROW_AXES, make_mesh
 from opdjax.ops.tile import Head, VocabTile, head_logits
-from opdjax.ops.vocab import Columns, tiled_loss, tiled_stats
-from opdjax.sharding import ROW_AXES, make_mesh
+from opdjax.ops.vocab import TokenInputs, tiled_loss, tiled_stats
 
 ROWS, WIDTH, VOCAB, TEACHER_WIDTH = 8, 4, 11, 6
-LENGTH = 5  # 40 tokens, 5 on each of 8 devices: a tile of 3 divides neither, one of 64 is larger than both
+# 40 tokens, 5 on each of 8 devices: a tile of 3 divides neither, one of 64 is larger than both
+LENGTH = 5
 
 
 def cross_entropy(student, teacher, row):
@@ -31,10 +34,14 @@ def reverse_kl(student, teacher, row):
 
 
 def topk_forward_kl(student, teacher, row):
-    """Forward KL on the teacher's top 3, plus a renormalised term on the student's own top 2, scaled by a column."""
+    """Forward KL on the teacher's top 3, plus a renormalised term on the student's own top 2,
+    scaled by a column.
+    """
     ids, own = teacher.top_k(3), student.top_k(2)
     theirs, ours = teacher.logprob(ids), student.logprob(ids)
-    loss = jnp.sum(jnp.exp(theirs) * (theirs - ours), -1) + row.teacher_logprob * jax.nn.logsumexp(student.logprob(own), -1)
+    loss = jnp.sum(jnp.exp(theirs) * (theirs - ours), -1) + row.teacher_logprob * jax.nn.logsumexp(
+        student.logprob(own), -1
+    )
     return loss, {"ids": own, "mass": jnp.sum(jnp.exp(ours), -1), "kept": ours}
 
 
@@ -43,15 +50,20 @@ over_losses = pytest.mark.parametrize("token_loss", LOSSES, ids=lambda f: f.__na
 
 
 def problem(dtype=jnp.float64, seed=0, **head_options):
-    """(hidden, head, weights, columns, teacher): weights of both signs, some of them 0, one row of zeros only."""
+    """(hidden, head, weights, columns, teacher): weights of both signs, some of them 0, one row of
+    zeros only.
+    """
     rng = np.random.default_rng(seed)
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
     head = Head(normal(VOCAB, WIDTH), normal(VOCAB), **head_options)
     teacher_head = Head(normal(VOCAB, TEACHER_WIDTH), valid_vocab=head_options.get("valid_vocab"))
     weights = rng.normal(size=(ROWS, LENGTH)) * (rng.random((ROWS, LENGTH)) < 0.7)
     weights[:, 0] = weights[2] = 0
     tokens = rng.integers(0, head_options.get("valid_vocab", VOCAB), (ROWS, LENGTH))
-    columns = Columns(jnp.asarray(tokens, jnp.int32), teacher_logprob=jnp.asarray(-rng.exponential(size=tokens.shape), dtype))
+    columns = TokenInputs(
+        jnp.asarray(tokens, jnp.int32),
+        teacher_logprob=jnp.asarray(-rng.exponential(size=tokens.shape), dtype),
+    )
     teacher = normal(ROWS, LENGTH, TEACHER_WIDTH), teacher_head
     return normal(ROWS, LENGTH, WIDTH), head, jnp.asarray(weights, dtype), columns, teacher
 
@@ -60,13 +72,21 @@ def dense_logits(hidden, head):
     logits = hidden @ head.kernel.T + (0 if head.bias is None else head.bias)
     logits = logits if head.softcap is None else head.softcap * jnp.tanh(logits / head.softcap)
     valid = head.kernel.shape[0] if head.valid_vocab is None else head.valid_vocab
-    return jnp.pad(logits[..., :valid] / head.temperature, ((0, 0), (0, head.kernel.shape[0] - valid)), constant_values=-jnp.inf)
+    return jnp.pad(
+        logits[..., :valid] / head.temperature,
+        ((0, 0), (0, head.kernel.shape[0] - valid)),
+        constant_values=-jnp.inf,
+    )
 
 
 def dense_loss(token_loss, hidden, head, weights, columns, teacher=None):
-    """The reference: logits of all tokens at once, plain autodiff. Column t >= 1 is predicted by hidden column t - 1."""
-    tile_of = lambda states, head: VocabTile(dense_logits(states[:, :-1].reshape(-1, states.shape[-1]), head))  # noqa: E731
-    flat = lambda x: x[:, 1:].reshape(-1)  # noqa: E731
+    """The reference: logits of all tokens at once, plain autodiff. Column t >= 1 is predicted by
+    hidden column t - 1.
+    """
+    tile_of = lambda states, head: VocabTile(
+        dense_logits(states[:, :-1].reshape(-1, states.shape[-1]), head)
+    )
+    flat = lambda x: x[:, 1:].reshape(-1)
     student, taught = tile_of(hidden, head), None if teacher is None else tile_of(*teacher)
     losses, outputs = token_loss(student, taught, jax.tree.map(flat, columns))
     is_live = weights[:, 1:] != 0
@@ -89,7 +109,9 @@ def value_outputs_gradients(loss, *args):
 def dense_reference(token_loss):
     """What every test of `problem()` compares with, in float64; compiled once."""
     with jax.enable_x64(True):
-        return jax.tree.map(np.asarray, value_outputs_gradients(partial(dense_loss, token_loss), *problem()))
+        return jax.tree.map(
+            np.asarray, value_outputs_gradients(partial(dense_loss, token_loss), *problem())
+        )
 
 
 def assert_close(actual, expected, tolerance):
@@ -111,10 +133,18 @@ def mesh_of_eight():
 def test_vocab_tile_by_hand():
     tile = VocabTile(jnp.log(jnp.array([[1.0, 2.0, 5.0], [3.0, 3.0, 2.0]])))
     np.testing.assert_allclose(tile.logsumexp, np.log([8.0, 8.0]), rtol=1e-6)
-    np.testing.assert_allclose(tile.logprobs, np.log([[1 / 8, 2 / 8, 5 / 8], [3 / 8, 3 / 8, 2 / 8]]), rtol=1e-6)
+    np.testing.assert_allclose(
+        tile.logprobs, np.log([[1 / 8, 2 / 8, 5 / 8], [3 / 8, 3 / 8, 2 / 8]]), rtol=1e-6
+    )
     np.testing.assert_allclose(tile.logprob(jnp.array([2, 0])), np.log([5 / 8, 3 / 8]), rtol=1e-6)
-    np.testing.assert_allclose(tile.logprob(jnp.array([[2, 0], [2, 2]])), np.log([[5 / 8, 1 / 8], [2 / 8, 2 / 8]]), rtol=1e-6)
-    np.testing.assert_allclose(tile.expect(jnp.array([[8.0, 4.0, -1.6], [0.0, 8.0, 4.0]])), [1 + 1 - 1, 3 + 1], rtol=1e-6)
+    np.testing.assert_allclose(
+        tile.logprob(jnp.array([[2, 0], [2, 2]])),
+        np.log([[5 / 8, 1 / 8], [2 / 8, 2 / 8]]),
+        rtol=1e-6,
+    )
+    np.testing.assert_allclose(
+        tile.expect(jnp.array([[8.0, 4.0, -1.6], [0.0, 8.0, 4.0]])), [1 + 1 - 1, 3 + 1], rtol=1e-6
+    )
     np.testing.assert_array_equal(tile.top_k(2), [[2, 1], [0, 1]])
     np.testing.assert_array_equal(tile.top_k(9), [[2, 1, 0], [0, 1, 2]])
 
@@ -123,7 +153,9 @@ def test_vocab_tile_by_hand():
 def test_expect_gives_ids_of_probability_zero_no_part(garbage):
     logits = jnp.log(jnp.array([[1.0, 3.0, 0.0]]))  # probabilities 1/4, 3/4, 0
     f = jnp.array([[1.0, 2.0, garbage]])
-    value, (dlogits, df) = jax.value_and_grad(lambda logits, f: VocabTile(logits).expect(f)[0], (0, 1))(logits, f)
+    value, (dlogits, df) = jax.value_and_grad(
+        lambda logits, f: VocabTile(logits).expect(f)[0], (0, 1)
+    )(logits, f)
     np.testing.assert_allclose(value, 1.75, rtol=1e-6)
     np.testing.assert_allclose(dlogits, [[0.25 * (1 - 1.75), 0.75 * (2 - 1.75), 0]], rtol=1e-6)
     np.testing.assert_allclose(df, [[0.25, 0.75, 0]], rtol=1e-6)
@@ -133,15 +165,25 @@ def test_expect_gives_ids_of_probability_zero_no_part(garbage):
 def test_divergence_of_two_padded_tiles_is_finite():
     student = jnp.log(jnp.array([[1.0, 3.0, 0.0, 0.0]]))
     teacher = VocabTile(jnp.log(jnp.array([[1.0, 1.0, 0.0, 0.0]])))
-    kl = lambda logits: VocabTile(logits).expect(VocabTile(logits).logprobs - teacher.logprobs)[0]  # noqa: E731
+    kl = lambda logits: VocabTile(logits).expect(VocabTile(logits).logprobs - teacher.logprobs)[0]
     value, gradient = jax.value_and_grad(kl)(student)
     expected = 0.25 * np.log(0.5) + 0.75 * np.log(1.5)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
-    np.testing.assert_allclose(gradient, [[0.25 * (np.log(0.5) - expected), 0.75 * (np.log(1.5) - expected), 0, 0]], rtol=1e-5)
+    np.testing.assert_allclose(
+        gradient,
+        [[0.25 * (np.log(0.5) - expected), 0.75 * (np.log(1.5) - expected), 0, 0]],
+        rtol=1e-5,
+    )
 
 
 def test_head_logits_by_hand():
-    head = Head(jnp.array([[1.0, 0.0], [0.0, 2.0], [9.0, 9.0]]), jnp.array([0.5, -0.5, 9.0]), softcap=4.0, valid_vocab=2, temperature=2.0)
+    head = Head(
+        jnp.array([[1.0, 0.0], [0.0, 2.0], [9.0, 9.0]]),
+        jnp.array([0.5, -0.5, 9.0]),
+        softcap=4.0,
+        valid_vocab=2,
+        temperature=2.0,
+    )
     logits = head_logits(head, jnp.array([[1.5, 2.25]]))  # raw: 2, 4
     np.testing.assert_allclose(logits, [[2 * np.tanh(0.5), 2 * np.tanh(1.0), -np.inf]], rtol=1e-6)
 
@@ -151,7 +193,8 @@ def test_head_logits_by_hand():
 
 def test_hidden_of_the_column_before_predicts_the_token():
     tokens = jnp.array([[2, 0, 1, 2]])
-    # Column t holds log 2 at the id of token t + 1: its probability is then 2 / (2 + 1 + 1); any other column gives it 1 / 4.
+    # Column t holds log 2 at the id of token t + 1: its probability is then 2 / (2 + 1 + 1); any
+    # other column gives it 1 / 4.
     hidden = jnp.log(2.0) * jax.nn.one_hot(jnp.array([[0, 1, 2, 0]]), 3)
     hidden = hidden.at[:, -1].set(jnp.nan)  # predicts a token that is not there
     teacher = (jnp.zeros((1, 4, 1)).at[:, -1].set(jnp.nan), Head(jnp.zeros((3, 1))))  # uniform
@@ -159,15 +202,22 @@ def test_hidden_of_the_column_before_predicts_the_token():
 
     def loss(student, teacher, row):
         logprob = student.logprob(row.token)
-        return -logprob, {"logprob": logprob, "kl": student.expect(student.logprobs - teacher.logprobs)}
+        return -logprob, {
+            "logprob": logprob,
+            "kl": student.expect(student.logprobs - teacher.logprobs),
+        }
 
     def total(hidden):
-        return tiled_loss(loss, hidden, Head(jnp.eye(3)), weights, Columns(tokens), teacher, tile=2)
+        return tiled_loss(
+            loss, hidden, Head(jnp.eye(3)), weights, TokenInputs(tokens), teacher, tile=2
+        )
 
     (value, outputs), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(hidden)
     np.testing.assert_allclose(value, 111 * np.log(2), rtol=1e-6)
     np.testing.assert_allclose(outputs["logprob"], [[0, *[np.log(0.5)] * 3]], rtol=1e-6)
-    np.testing.assert_allclose(outputs["kl"], [[0, *[0.5 * np.log(1.5) + 0.5 * np.log(0.75)] * 3]], rtol=1e-5)
+    np.testing.assert_allclose(
+        outputs["kl"], [[0, *[0.5 * np.log(1.5) + 0.5 * np.log(0.75)] * 3]], rtol=1e-5
+    )
     expected = [[-0.5, 0.25, 0.25], [2.5, -5, 2.5], [25, 25, -50], [0, 0, 0]]  # w * (p - one-hot)
     np.testing.assert_allclose(gradient[0], expected, rtol=1e-6)
 
@@ -177,10 +227,20 @@ def test_hidden_of_the_column_before_predicts_the_token():
 
 @pytest.mark.parametrize(
     ("token_loss", "tile"),
-    [(cross_entropy, 3), (cross_entropy, 40), (reverse_kl, 1), (reverse_kl, 3), *((topk_forward_kl, n) for n in (1, 3, 40, 64))],
+    [
+        (cross_entropy, 3),
+        (cross_entropy, 40),
+        (reverse_kl, 1),
+        (reverse_kl, 3),
+        *((topk_forward_kl, n) for n in (1, 3, 40, 64)),
+    ],
 )
 def test_equals_dense_in_float64(x64, token_loss, tile):
-    assert_close(value_outputs_gradients(partial(tiled_loss, token_loss, tile=tile), *problem()), dense_reference(token_loss), 1e-10)
+    assert_close(
+        value_outputs_gradients(partial(tiled_loss, token_loss, tile=tile), *problem()),
+        dense_reference(token_loss),
+        1e-10,
+    )
 
 
 @pytest.mark.parametrize("block", [1, 4, 10])
@@ -198,25 +258,39 @@ def test_equals_dense_in_float32(token_loss):
 
 def test_equals_dense_without_jit():
     args = problem(jnp.float32)
-    (value, outputs), gradients = jax.value_and_grad(partial(tiled_loss, reverse_kl, tile=3), (0, 1), has_aux=True)(*args)
+    (value, outputs), gradients = jax.value_and_grad(
+        partial(tiled_loss, reverse_kl, tile=3), (0, 1), has_aux=True
+    )(*args)
     assert_close((value, outputs, gradients), dense_reference(reverse_kl), 1e-5)
 
 
 @over_losses
 @pytest.mark.parametrize("tile", [3, 64])
 def test_sharded_equals_unsharded(x64, token_loss, tile):
-    actual = value_outputs_gradients(partial(tiled_loss, token_loss, tile=tile, mesh=mesh_of_eight()), *problem())
+    actual = value_outputs_gradients(
+        partial(tiled_loss, token_loss, tile=tile, mesh=mesh_of_eight()), *problem()
+    )
     assert_close(actual, dense_reference(token_loss), 1e-10)
     if tile == 3:
-        assert_close(actual, value_outputs_gradients(partial(tiled_loss, token_loss, tile=tile), *problem()), 1e-12)
+        assert_close(
+            actual,
+            value_outputs_gradients(partial(tiled_loss, token_loss, tile=tile), *problem()),
+            1e-12,
+        )
 
 
 def test_sharded_takes_distributed_rows(x64):
     hidden, head, weights, columns, (teacher_hidden, teacher_head) = problem()
     mesh = mesh_of_eight()
-    rows = lambda x: jax.device_put(x, NamedSharding(mesh, P(ROW_AXES)))  # noqa: E731
-    everywhere = lambda x: jax.device_put(x, NamedSharding(mesh, P()))  # noqa: E731
-    placed = rows(hidden), everywhere(head), rows(weights), rows(columns), (rows(teacher_hidden), everywhere(teacher_head))
+    rows = lambda x: jax.device_put(x, NamedSharding(mesh, P(ROW_AXES)))
+    everywhere = lambda x: jax.device_put(x, NamedSharding(mesh, P()))
+    placed = (
+        rows(hidden),
+        everywhere(head),
+        rows(weights),
+        rows(columns),
+        (rows(teacher_hidden), everywhere(teacher_head)),
+    )
     actual = value_outputs_gradients(partial(tiled_loss, reverse_kl, tile=3, mesh=mesh), *placed)
     assert_close(actual, dense_reference(reverse_kl), 1e-10)
     assert actual[2][0].sharding.is_equivalent_to(NamedSharding(mesh, P(ROW_AXES)), 3)
@@ -228,7 +302,11 @@ PADDED = {"valid_vocab": 9, "softcap": 2.0, "temperature": 1.7}
 
 @pytest.mark.parametrize(
     ("token_loss", "options"),
-    [(reverse_kl, {"softcap": 1.5}), (reverse_kl, {"temperature": 0.6}), *((loss, PADDED) for loss in LOSSES)],
+    [
+        (reverse_kl, {"softcap": 1.5}),
+        (reverse_kl, {"temperature": 0.6}),
+        *((loss, PADDED) for loss in LOSSES),
+    ],
     ids=["softcap", "temperature", *(f"padded-{loss.__name__}" for loss in LOSSES)],
 )
 def test_head_options(x64, token_loss, options):
@@ -247,24 +325,44 @@ def test_padded_ids_stand_for_no_token(x64):
     hidden, head, weights, columns, (teacher_hidden, teacher_head) = problem(valid_vocab=9)
     head = Head(head.kernel.at[9:].set(1e6), head.bias, valid_vocab=9)
     padded = value_outputs_gradients(
-        partial(tiled_loss, reverse_kl, tile=7), hidden, head, weights, columns, (teacher_hidden, teacher_head)
+        partial(tiled_loss, reverse_kl, tile=7),
+        hidden,
+        head,
+        weights,
+        columns,
+        (teacher_hidden, teacher_head),
     )
     cut = value_outputs_gradients(
         partial(tiled_loss, reverse_kl, tile=7),
-        hidden, Head(head.kernel[:9], head.bias[:9]), weights, columns, (teacher_hidden, Head(teacher_head.kernel[:9])),
-    )  # fmt: skip
+        hidden,
+        Head(head.kernel[:9], head.bias[:9]),
+        weights,
+        columns,
+        (teacher_hidden, Head(teacher_head.kernel[:9])),
+    )
     assert_close(padded[:2], cut[:2], 1e-12)
-    assert_close((padded[2][0], padded[2][1].kernel[:9], padded[2][1].bias[:9]), (cut[2][0], cut[2][1].kernel, cut[2][1].bias), 1e-12)
+    assert_close(
+        (padded[2][0], padded[2][1].kernel[:9], padded[2][1].bias[:9]),
+        (cut[2][0], cut[2][1].kernel, cut[2][1].bias),
+        1e-12,
+    )
 
 
 @pytest.mark.parametrize("width", [9, 14], ids=["narrower", "wider"])
 def test_teacher_table_of_another_width(x64, width):
-    """One vocabulary of 9 tokens, padded to 11 rows in the student: a teacher padded to 9 or 14 says the same."""
+    """One vocabulary of 9 tokens, padded to 11 rows in the student: a teacher padded to 9 or 14
+    says the same.
+    """
     hidden, head, weights, columns, (teacher_hidden, teacher_head) = problem(**PADDED)
-    resize = lambda x: jnp.resize(x[:9], (width, *x.shape[1:]))  # noqa: E731
+    resize = lambda x: jnp.resize(x[:9], (width, *x.shape[1:]))
     other = Head(resize(teacher_head.kernel), valid_vocab=9)
-    run = lambda head_: value_outputs_gradients(  # noqa: E731
-        partial(tiled_loss, reverse_kl, tile=7), hidden, head, weights, columns, (teacher_hidden, head_)
+    run = lambda head_: value_outputs_gradients(
+        partial(tiled_loss, reverse_kl, tile=7),
+        hidden,
+        head,
+        weights,
+        columns,
+        (teacher_hidden, head_),
     )
     assert_close(run(other), run(teacher_head), 1e-12)
 
@@ -276,17 +374,22 @@ def test_tied_embedding_gets_both_parts(x64):
         states = jnp.tanh(embedding[columns.token] @ jnp.arange(16.0).reshape(4, 4) / 8)
         return loss(states, Head(embedding), weights, columns, teacher)[0]
 
-    gradient = lambda loss: jax.jit(jax.grad(partial(through, loss)))(head.kernel)  # noqa: E731
+    gradient = lambda loss: jax.jit(jax.grad(partial(through, loss)))(head.kernel)
     actual = gradient(partial(tiled_loss, reverse_kl, tile=3))
     assert_close(actual, gradient(partial(dense_loss, reverse_kl)), 1e-10)
-    assert np.abs(actual - gradient(partial(tiled_loss, reverse_kl, tile=3, head_grad=False))).max() > 1e-3
+    assert (
+        np.abs(actual - gradient(partial(tiled_loss, reverse_kl, tile=3, head_grad=False))).max()
+        > 1e-3
+    )
 
 
 @pytest.mark.parametrize("is_sharded", [False, True], ids=["one_device", "sharded"])
 def test_without_head_gradient(x64, is_sharded):
     args, mesh = problem(), mesh_of_eight() if is_sharded else None
     full = dense_reference(reverse_kl)
-    value, outputs, (dhidden, dhead) = value_outputs_gradients(partial(tiled_loss, reverse_kl, tile=3, head_grad=False, mesh=mesh), *args)
+    value, outputs, (dhidden, dhead) = value_outputs_gradients(
+        partial(tiled_loss, reverse_kl, tile=3, head_grad=False, mesh=mesh), *args
+    )
     assert_close((value, outputs, dhidden), (*full[:2], full[2][0]), 1e-10)
     np.testing.assert_array_equal(dhead.kernel, 0)
     np.testing.assert_array_equal(dhead.bias, 0)
@@ -294,9 +397,16 @@ def test_without_head_gradient(x64, is_sharded):
 
 def test_nothing_but_hidden_and_head_gets_a_gradient():
     args = problem(jnp.float32)
-    loss = lambda weights, columns, teacher: tiled_loss(reverse_kl, *args[:2], weights, columns, teacher, tile=3)[0]  # noqa: E731
+    loss = lambda weights, columns, teacher: tiled_loss(
+        reverse_kl, *args[:2], weights, columns, teacher, tile=3
+    )[0]
     gradients = jax.grad(loss, (0, 1, 2), allow_int=True)(*args[2:])
-    for gradient in (gradients[0], gradients[1].teacher_logprob, gradients[2][0], gradients[2][1].kernel):
+    for gradient in (
+        gradients[0],
+        gradients[1].teacher_logprob,
+        gradients[2][0],
+        gradients[2][1].kernel,
+    ):
         np.testing.assert_array_equal(gradient, 0)
 
 
@@ -316,14 +426,20 @@ def test_upstream_cotangent_scales_the_gradient(x64):
     hidden, head, *rest = problem()
     value, _, plain = dense_reference(reverse_kl)
     for outer, slope in ((lambda x: 3 * x, 3.0), (jnp.sin, np.cos(value))):
-        loss = lambda hidden, head: outer(tiled_loss(reverse_kl, hidden, head, *rest, tile=3)[0])  # noqa: B023, E731
-        assert_close(jax.jit(jax.grad(loss, (0, 1)))(hidden, head), jax.tree.map(lambda g: slope * g, plain), 1e-10)  # noqa: B023
+        loss = lambda hidden, head: outer(tiled_loss(reverse_kl, hidden, head, *rest, tile=3)[0])  # noqa: B023
+        assert_close(
+            jax.jit(jax.grad(loss, (0, 1)))(hidden, head),
+            jax.tree.map(lambda g: slope * g, plain),
+            1e-10,
+        )
 
 
 @over_losses
 def test_numerical_gradient(x64, token_loss):
     hidden, head, *rest = problem(softcap=3.0)
-    loss = lambda hidden, kernel, bias: tiled_loss(token_loss, hidden, Head(kernel, bias, softcap=3.0), *rest, tile=3)[0]  # noqa: E731
+    loss = lambda hidden, kernel, bias: tiled_loss(
+        token_loss, hidden, Head(kernel, bias, softcap=3.0), *rest, tile=3
+    )[0]
     check_grads(jax.jit(loss), (hidden, head.kernel, head.bias), order=1, modes=["rev"])
 
 
@@ -333,10 +449,20 @@ def test_numerical_gradient(x64, token_loss):
 def with_garbage(hidden, weights, columns, teacher):
     """NaN, and ids out of range, in every slot that no token of non-zero weight reads."""
     is_dead = np.asarray(weights) == 0
-    is_unread = np.concatenate([is_dead[:, 1:], np.ones((ROWS, 1), bool)], axis=1)[..., None]  # the shift
-    spoil = lambda x, where, garbage: jnp.asarray(np.where(where, garbage, x), x.dtype)  # noqa: E731
-    columns = Columns(spoil(columns.token, is_dead, 10**6), teacher_logprob=spoil(columns.teacher_logprob, is_dead, np.nan))
-    return spoil(hidden, is_unread, np.nan), weights, columns, (spoil(teacher[0], is_unread, np.nan), teacher[1])
+    is_unread = np.concatenate([is_dead[:, 1:], np.ones((ROWS, 1), bool)], axis=1)[
+        ..., None
+    ]  # the shift
+    spoil = lambda x, where, garbage: jnp.asarray(np.where(where, garbage, x), x.dtype)
+    columns = TokenInputs(
+        spoil(columns.token, is_dead, 10**6),
+        teacher_logprob=spoil(columns.teacher_logprob, is_dead, np.nan),
+    )
+    return (
+        spoil(hidden, is_unread, np.nan),
+        weights,
+        columns,
+        (spoil(teacher[0], is_unread, np.nan), teacher[1]),
+    )
 
 
 @over_losses
@@ -344,22 +470,42 @@ def with_garbage(hidden, weights, columns, teacher):
 def test_garbage_where_the_weight_is_zero_changes_nothing(x64, token_loss, is_sharded):
     hidden, head, *rest = problem()
     dirty, *dirty_rest = with_garbage(hidden, *rest)
-    # The last tile that is visited holds tokens that count and garbage, on one device and on the shards alike.
-    loss = partial(tiled_loss, token_loss, tile=3 if is_sharded else 5, mesh=mesh_of_eight() if is_sharded else None)
+    # The last tile that is visited holds tokens that count and garbage, on one device and on the
+    # shards alike.
+    loss = partial(
+        tiled_loss,
+        token_loss,
+        tile=3 if is_sharded else 5,
+        mesh=mesh_of_eight() if is_sharded else None,
+    )
     assert int(jnp.sum(rest[0] != 0)) % 5 != 0
     run = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
-    for a, b in zip(jax.tree.leaves(run(dirty, head, *dirty_rest)), jax.tree.leaves(run(hidden, head, *rest))):
+    for a, b in zip(
+        jax.tree.leaves(run(dirty, head, *dirty_rest)), jax.tree.leaves(run(hidden, head, *rest))
+    ):
         np.testing.assert_array_equal(a, b)
 
 
 def test_recipe_undefined_where_the_weight_is_zero(x64):
-    """A dead slot enters as zeros; a recipe that divides by one of its columns must not leak the infinity."""
+    """A dead slot enters as zeros; a recipe that divides by one of its columns must not leak the
+    infinity.
+    """
     hidden, head, weights, columns, _ = problem()
-    ratio = lambda s, t, row: (s.logprob(row.token) / row.teacher_logprob, None)  # noqa: E731
-    columns = Columns(columns.token, teacher_logprob=jnp.where(weights == 0, 0, columns.teacher_logprob))
-    actual = value_outputs_gradients(partial(tiled_loss, ratio, tile=5), hidden, head, weights, columns)
-    safe = Columns(columns.token, teacher_logprob=jnp.where(weights == 0, -1, columns.teacher_logprob))
-    assert_close(actual, value_outputs_gradients(partial(dense_loss, ratio), hidden, head, weights, safe), 1e-10)
+    ratio = lambda s, t, row: (s.logprob(row.token) / row.teacher_logprob, None)
+    columns = TokenInputs(
+        columns.token, teacher_logprob=jnp.where(weights == 0, 0, columns.teacher_logprob)
+    )
+    actual = value_outputs_gradients(
+        partial(tiled_loss, ratio, tile=5), hidden, head, weights, columns
+    )
+    safe = TokenInputs(
+        columns.token, teacher_logprob=jnp.where(weights == 0, -1, columns.teacher_logprob)
+    )
+    assert_close(
+        actual,
+        value_outputs_gradients(partial(dense_loss, ratio), hidden, head, weights, safe),
+        1e-10,
+    )
 
 
 @pytest.mark.parametrize("is_sharded", [False, True], ids=["one_device", "sharded"])
@@ -367,7 +513,9 @@ def test_no_weight_no_loss(is_sharded):
     hidden, head, weights, *rest = problem(jnp.float32)
     nothing = jnp.full_like(hidden, jnp.nan)
     loss = partial(tiled_loss, reverse_kl, tile=3, mesh=mesh_of_eight() if is_sharded else None)
-    for leaf in jax.tree.leaves(value_outputs_gradients(loss, nothing, head, jnp.zeros_like(weights), *rest)):
+    for leaf in jax.tree.leaves(
+        value_outputs_gradients(loss, nothing, head, jnp.zeros_like(weights), *rest)
+    ):
         np.testing.assert_array_equal(leaf, 0)
 
 
@@ -379,10 +527,14 @@ def test_stats_equal_dense(x64, is_sharded):
     hidden, head, weights, columns, teacher = problem(valid_vocab=9)
     hidden, weights, columns, teacher = with_garbage(hidden, weights, columns, teacher)
     clean_hidden, _, _, clean_columns, clean_teacher = problem(valid_vocab=9)
-    stat = lambda *tiles: topk_forward_kl(*tiles)[1] | reverse_kl(*tiles)[1] | cross_entropy(*tiles)[1]  # noqa: E731
+    stat = lambda *tiles: (
+        topk_forward_kl(*tiles)[1] | reverse_kl(*tiles)[1] | cross_entropy(*tiles)[1]
+    )
     dense = jax.jit(partial(dense_loss, lambda *tiles: (0.0, stat(*tiles))))
     _, expected = dense(clean_hidden, head, weights, clean_columns, clean_teacher)
-    tiled = jax.jit(partial(tiled_stats, stat, tile=3, mesh=mesh_of_eight() if is_sharded else None))
+    tiled = jax.jit(
+        partial(tiled_stats, stat, tile=3, mesh=mesh_of_eight() if is_sharded else None)
+    )
     actual = tiled(hidden, head, weights != 0, columns, teacher)
     assert_close(actual, expected, 1e-10)
     assert actual["ids"].dtype == jnp.int32
@@ -393,19 +545,27 @@ def test_stats_inside_a_differentiated_function(x64):
     hidden, head, weights, columns, _ = problem()
 
     def loss(hidden):
-        stats = tiled_stats(lambda s, t, row: s.logprob(row.token), hidden, head, weights != 0, columns, tile=3)
+        stats = tiled_stats(
+            lambda s, t, row: s.logprob(row.token), hidden, head, weights != 0, columns, tile=3
+        )
         return jnp.sum(stats * hidden[..., 0])
 
     _, outputs, _ = dense_reference(cross_entropy)
-    np.testing.assert_allclose(jax.jit(jax.grad(loss))(hidden)[..., 0], outputs["logprob"], rtol=1e-10)
+    np.testing.assert_allclose(
+        jax.jit(jax.grad(loss))(hidden)[..., 0], outputs["logprob"], rtol=1e-10
+    )
 
 
 # ---- long sums
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)], ids=["float32", "bfloat16"]
+)
 def test_sums_over_32768_tokens(dtype, tolerance):
-    """Against numpy in float64 from the same inputs: sums in float32 whatever the type of the hidden states and the head."""
+    """Against numpy in float64 from the same inputs: sums in float32 whatever the type of the
+    hidden states and the head.
+    """
     rng = np.random.default_rng(0)
     rows, length, width, vocab = 8, 4096, 4, 13
     hidden = jnp.asarray(rng.normal(size=(rows, length, width)), dtype)
@@ -414,17 +574,28 @@ def test_sums_over_32768_tokens(dtype, tolerance):
     weights = np.full((rows, length), 1 / (rows * length), np.float32)
     weights[:, 0] = 0
 
-    loss = lambda h, k: tiled_loss(lambda s, t, row: (-s.logprob(row.token), None), h, Head(k), weights, Columns(tokens), tile=1024)[0]  # noqa: E731
+    loss = lambda h, k: tiled_loss(
+        lambda s, t, row: (-s.logprob(row.token), None),
+        h,
+        Head(k),
+        weights,
+        TokenInputs(tokens),
+        tile=1024,
+    )[0]
     value, (dhidden, dkernel) = jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, kernel)
 
-    states, w, k = np.asarray(hidden, np.float64)[:, :-1].reshape(-1, width), weights[:, 1:].reshape(-1), np.asarray(kernel, np.float64)
+    states, w, k = (
+        np.asarray(hidden, np.float64)[:, :-1].reshape(-1, width),
+        weights[:, 1:].reshape(-1),
+        np.asarray(kernel, np.float64),
+    )
     logits = states @ k.T
     logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     at_token = np.arange(len(w)), tokens[:, 1:].reshape(-1)
     dlogits = np.exp(logprobs)
     dlogits[at_token] -= 1
     dlogits *= w[:, None]
-    relative = lambda a, e: np.linalg.norm(np.asarray(a, np.float64) - e) / np.linalg.norm(e)  # noqa: E731
+    relative = lambda a, e: np.linalg.norm(np.asarray(a, np.float64) - e) / np.linalg.norm(e)
     assert relative(value, -(w * logprobs[at_token]).sum()) < 1e-5
     assert relative(dkernel, dlogits.T @ states) < tolerance
     assert relative(dhidden[:, :-1].reshape(-1, width), dlogits @ k) < tolerance
@@ -449,37 +620,66 @@ def computations(hlo):
 def inside_while_loops(hlo):
     """The lines of every computation that runs inside a while body, called ones included."""
     found = computations(hlo)
-    waiting = [name for lines in found.values() for line in lines for name in re.findall(r"body=%?([\w.\-]+)", line)]
+    waiting = [
+        name
+        for lines in found.values()
+        for line in lines
+        for name in re.findall(r"body=%?([\w.\-]+)", line)
+    ]
     assert waiting
     visited = set()
     while waiting:
         name = waiting.pop()
         if name not in visited:
             visited.add(name)
-            waiting += [word for line in found[name] for word in re.findall(r"%?([\w.\-]+)", line.split("=", 1)[-1]) if word in found]
+            waiting += [
+                word
+                for line in found[name]
+                for word in re.findall(r"%?([\w.\-]+)", line.split("=", 1)[-1])
+                if word in found
+            ]
     return [line for name in visited for line in found[name]]
 
 
 def largest_array(hlo):
-    return max(np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"\w\[([\d,]+)\]", hlo))
+    return max(
+        np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"\w\[([\d,]+)\]", hlo)
+    )
 
 
-COLLECTIVE = re.compile(r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
+COLLECTIVE = re.compile(
+    r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\("
+)
 
 
 def test_compiled_program_holds_no_logits_and_reduces_once():
     mesh, rows, length, vocab, width = mesh_of_eight(), 8, 512, 1000, 16
-    shape = lambda spec, *dims, dtype=jnp.float32: jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, spec))  # noqa: E731
-    hidden, kernel = shape(P(ROW_AXES), rows, length, width), Head(shape(P(), vocab, width), shape(P(), vocab))
-    weights, columns = shape(P(ROW_AXES), rows, length), Columns(shape(P(ROW_AXES), rows, length, dtype=jnp.int32))
+    shape = lambda spec, *dims, dtype=jnp.float32: jax.ShapeDtypeStruct(
+        dims, dtype, sharding=NamedSharding(mesh, spec)
+    )
+    hidden, kernel = (
+        shape(P(ROW_AXES), rows, length, width),
+        Head(shape(P(), vocab, width), shape(P(), vocab)),
+    )
+    weights, columns = (
+        shape(P(ROW_AXES), rows, length),
+        TokenInputs(shape(P(ROW_AXES), rows, length, dtype=jnp.int32)),
+    )
     args = hidden, kernel, weights, columns, (hidden, kernel)
 
     def compiled_text(loss):
-        return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True)).lower(*args).compile().as_text()
+        return (
+            jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True)).lower(*args).compile().as_text()
+        )
 
-    dense, tiled = compiled_text(partial(dense_loss, reverse_kl)), compiled_text(partial(tiled_loss, reverse_kl, tile=64, mesh=mesh))
+    dense, tiled = (
+        compiled_text(partial(dense_loss, reverse_kl)),
+        compiled_text(partial(tiled_loss, reverse_kl, tile=64, mesh=mesh)),
+    )
     assert largest_array(dense) >= (length - 1) * vocab  # the check can fail
-    assert largest_array(tiled) <= rows * length * width  # the hidden states; a tile of logits is 64 * 1000
+    assert (
+        largest_array(tiled) <= rows * length * width
+    )  # the hidden states; a tile of logits is 64 * 1000
     assert not re.search(r"\[(\d+,)*(512|4096),1000\]", tiled)
     assert f"[64,{vocab}]" in tiled
     assert COLLECTIVE.search(tiled)
@@ -488,13 +688,21 @@ def test_compiled_program_holds_no_logits_and_reduces_once():
 
 
 def test_without_head_gradient_no_accumulator():
-    """head_grad=False: two matmuls a tile instead of three, and nothing of the head's size is summed or sent."""
+    """head_grad=False: two matmuls a tile instead of three, and nothing of the head's size is
+    summed or sent.
+    """
     mesh, vocab, width = mesh_of_eight(), 600, 64
-    hidden, head, columns = jnp.zeros((8, 16, width)), Head(jnp.zeros((vocab, width))), Columns(jnp.zeros((8, 16), jnp.int32))
-    loss = lambda s, t, row: (-s.logprob(row.token), None)  # noqa: E731
+    hidden, head, columns = (
+        jnp.zeros((8, 16, width)),
+        Head(jnp.zeros((vocab, width))),
+        TokenInputs(jnp.zeros((8, 16), jnp.int32)),
+    )
+    loss = lambda s, t, row: (-s.logprob(row.token), None)
 
     def compiled(head_grad):
-        pass_ = lambda h, k: tiled_loss(loss, h, k, jnp.ones((8, 16)), columns, tile=8, head_grad=head_grad, mesh=mesh)[0]  # noqa: E731
+        pass_ = lambda h, k: tiled_loss(
+            loss, h, k, jnp.ones((8, 16)), columns, tile=8, head_grad=head_grad, mesh=mesh
+        )[0]
         return jax.jit(jax.value_and_grad(pass_, (0, 1))).lower(hidden, head).compile()
 
     with_head, without = compiled(True), compiled(False)
@@ -506,11 +714,19 @@ def test_without_head_gradient_no_accumulator():
 
 
 def test_head_gradient_is_added_in_place(monkeypatch):
-    """On CPU in blocks of rows, so that no second [V, D] is held; on accelerators in one product, whose sum XLA fuses."""
+    """On CPU in blocks of rows, so that no second [V, D] is held; on accelerators in one product,
+    whose sum XLA fuses.
+    """
     monkeypatch.setattr(vocab_ops, "CPU_BLOCK", 512)
     vocab, width = 9000, 64
-    hidden, head, columns = jnp.zeros((8, 16, width)), Head(jnp.zeros((vocab, width))), Columns(jnp.zeros((8, 16), jnp.int32))
-    loss = lambda h, k: tiled_loss(lambda s, t, row: (-s.logprob(row.token), None), h, k, jnp.ones((8, 16)), columns, tile=8)[0]  # noqa: E731
+    hidden, head, columns = (
+        jnp.zeros((8, 16, width)),
+        Head(jnp.zeros((vocab, width))),
+        TokenInputs(jnp.zeros((8, 16), jnp.int32)),
+    )
+    loss = lambda h, k: tiled_loss(
+        lambda s, t, row: (-s.logprob(row.token), None), h, k, jnp.ones((8, 16)), columns, tile=8
+    )[0]
     traced = jax.jit(jax.value_and_grad(loss, (0, 1))).trace(hidden, head)
     assert traced.lower().compile().memory_analysis().temp_size_in_bytes < vocab * width * 4
     assert f"512x{width}x" in traced.lower().as_text()
@@ -522,9 +738,20 @@ def test_head_gradient_is_added_in_place(monkeypatch):
 
 def test_shards_add_up_in_float32():
     """A bfloat16 head: its gradient is rounded once, after the shares of all shards are in it."""
-    hidden, head = jnp.zeros((8, 4, 16), jnp.bfloat16), Head(jnp.zeros((50, 16), jnp.bfloat16), jnp.zeros(50, jnp.bfloat16))
-    columns, weights = Columns(jnp.zeros((8, 4), jnp.int32)), jnp.ones((8, 4))
-    loss = lambda h, k: tiled_loss(lambda s, t, row: (-s.logprob(row.token), None), h, k, weights, columns, tile=2, mesh=mesh_of_eight())[0]  # noqa: E731
+    hidden, head = (
+        jnp.zeros((8, 4, 16), jnp.bfloat16),
+        Head(jnp.zeros((50, 16), jnp.bfloat16), jnp.zeros(50, jnp.bfloat16)),
+    )
+    columns, weights = TokenInputs(jnp.zeros((8, 4), jnp.int32)), jnp.ones((8, 4))
+    loss = lambda h, k: tiled_loss(
+        lambda s, t, row: (-s.logprob(row.token), None),
+        h,
+        k,
+        weights,
+        columns,
+        tile=2,
+        mesh=mesh_of_eight(),
+    )[0]
     text = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, head).as_text()
     assert re.search(r"\(tensor<50x16xf32>\) -> tensor<50x16xf32>", text)
     summed = re.findall(r'"stablehlo.all_reduce".*?\}\) : \((.*?)\) ->', text, flags=re.S)
@@ -537,8 +764,14 @@ def test_logits_of_ones_own(x64, token_loss, monkeypatch):
     """Against plain autodiff, in blocks of two rows; a row of weight 0 may hold anything."""
     monkeypatch.setattr(vocab_ops, "CPU_LOGITS", 2 * VOCAB)
     rng = np.random.default_rng(5)
-    student, teacher = jnp.asarray(rng.normal(size=(6, VOCAB))), jnp.asarray(rng.normal(size=(6, VOCAB)))
-    columns = Columns(jnp.asarray(rng.integers(0, VOCAB, 6)), teacher_logprob=jnp.asarray(-rng.exponential(size=6)))
+    student, teacher = (
+        jnp.asarray(rng.normal(size=(6, VOCAB))),
+        jnp.asarray(rng.normal(size=(6, VOCAB))),
+    )
+    columns = TokenInputs(
+        jnp.asarray(rng.integers(0, VOCAB, 6)),
+        teacher_logprob=jnp.asarray(-rng.exponential(size=6)),
+    )
     weights = jnp.asarray(rng.normal(size=6)).at[3].set(0)
 
     def plain(student):
@@ -546,8 +779,10 @@ def test_logits_of_ones_own(x64, token_loss, monkeypatch):
         return jnp.sum(weights * losses), jax.tree.map(lambda x: x.at[3].set(0), outputs)
 
     expected = jax.value_and_grad(plain, has_aux=True)(student)
-    ours = lambda logits: vocab_ops.dense_loss(token_loss, logits, weights, columns, teacher)  # noqa: E731
-    assert_close(jax.jit(jax.value_and_grad(ours, has_aux=True))(student.at[3].set(jnp.nan)), expected, 1e-12)
+    ours = lambda logits: vocab_ops.dense_loss(token_loss, logits, weights, columns, teacher)
+    assert_close(
+        jax.jit(jax.value_and_grad(ours, has_aux=True))(student.at[3].set(jnp.nan)), expected, 1e-12
+    )
     assert_close(ours(student)[0], expected[0][0], 1e-12)
 
 
@@ -556,8 +791,12 @@ def test_logits_of_ones_own(x64, token_loss, monkeypatch):
 
 @pytest.mark.parametrize("vocab", [3, 7, 200])
 def test_a_tile_draws_where_the_uniform_number_falls_in_its_distribution(vocab, rng):
-    """Against searchsorted in float64, some ids impossible; a midpoint of each id's share draws that id."""
-    logits = np.where(rng.random((20, vocab)) < 0.2, -np.inf, 3 * rng.normal(size=(20, vocab))).astype(np.float32)
+    """Against searchsorted in float64, some ids impossible; a midpoint of each id's share draws
+    that id.
+    """
+    logits = np.where(
+        rng.random((20, vocab)) < 0.2, -np.inf, 3 * rng.normal(size=(20, vocab))
+    ).astype(np.float32)
     logits[:, vocab // 2] = 0
     p = np.exp(logits.astype(np.float64))
     cdf = np.cumsum(p / p.sum(axis=1, keepdims=True), axis=1)
@@ -573,23 +812,29 @@ def test_a_tile_draws_where_the_uniform_number_falls_in_its_distribution(vocab, 
         middle = cdf - np.diff(cdf, axis=1, prepend=0) / 2
         every = np.asarray(VocabTile(jnp.asarray(logits)).draw(jnp.asarray(middle, jnp.float32)))
         likely = np.diff(cdf, axis=1, prepend=0) > 1e-5
-        np.testing.assert_array_equal(every[likely], np.broadcast_to(np.arange(vocab), logits.shape)[likely])
+        np.testing.assert_array_equal(
+            every[likely], np.broadcast_to(np.arange(vocab), logits.shape)[likely]
+        )
 
 
 def test_draws_of_a_tile_follow_its_distribution(rng):
-    """Chi-square with 6 degrees of freedom: 22.5 is its 99.9 % point. Shifted logits are the same distribution."""
+    """Chi-square with 6 degrees of freedom: 22.5 is its 99.9 % point. Shifted logits are the same
+    distribution.
+    """
     logits = rng.normal(size=7).astype(np.float32)
     p = np.exp(logits) / np.exp(logits).sum()
     for shift in (0, 500, -500):
         uniform = jnp.asarray(rng.random((1, 20_000)), jnp.float32)
-        found = np.asarray(VocabTile(jnp.asarray(logits + np.float32(shift))[None]).draw(uniform))[0]
+        found = np.asarray(VocabTile(jnp.asarray(logits + np.float32(shift))[None]).draw(uniform))[
+            0
+        ]
         counts = np.bincount(found, minlength=7)
         assert np.sum(np.square(counts - 20_000 * p) / (20_000 * p)) < 22.5
 
 
 def test_nothing_is_differentiated_through_a_draw(rng):
     uniform = jnp.asarray(rng.random((2, 3)), jnp.float32)
-    drawn = lambda x: jnp.sum(VocabTile(x).logprob(VocabTile(x).draw(uniform)))  # noqa: E731
+    drawn = lambda x: jnp.sum(VocabTile(x).logprob(VocabTile(x).draw(uniform)))
     held = VocabTile(jnp.asarray(rng.normal(size=(2, 7)), jnp.float32))
     ids = held.draw(uniform)
     expected = jax.grad(lambda x: jnp.sum(VocabTile(x).logprob(ids)))(held.logits)

@@ -1,4 +1,6 @@
-"""The tiled pass where the vocabulary is split over `tensor` and the head over `fsdp`: every recipe, against one device."""
+"""The tiled pass where the vocabulary is split over `tensor` and the head over `fsdp`: every
+recipe, against one device.
+"""
 
 import re
 from functools import partial
@@ -10,12 +12,12 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from opdjax.decoding import Decoding, draw_next, row_keys
-from opdjax.diagnostics import observed
+from opdjax.engine.decoding import Decoding, draw_next, row_keys
+from opdjax.engine.step_metrics import observed
 from opdjax.estimators import bind
+from opdjax.ops.sharding import ROW_AXES, make_mesh
 from opdjax.ops.tile import Head, VocabTile
-from opdjax.ops.vocab import Columns, tiled_loss, tiled_stats
-from opdjax.sharding import ROW_AXES, make_mesh
+from opdjax.ops.vocab import TokenInputs, tiled_loss, tiled_stats
 
 B, T, V, D, U = 8, 5, 16, 8, 6
 RECIPES = {
@@ -31,11 +33,27 @@ RECIPES = {
     "top k": ("topk_kl", {"support_top_k": 3}),
     "top k, wider than a slice": (
         "topk_kl",
-        {"support_top_k": 11, "support": "teacher", "divergence": "forward", "renormalize": "teacher"},
+        {
+            "support_top_k": 11,
+            "support": "teacher",
+            "divergence": "forward",
+            "renormalize": "teacher",
+        },
     ),
-    "top k, tail": ("topk_kl", {"support_top_k": 3, "renormalize": "none", "outside": "tail", "support": "union"}),
+    "top k, tail": (
+        "topk_kl",
+        {"support_top_k": 3, "renormalize": "none", "outside": "tail", "support": "union"},
+    ),
     "top k, floor": ("topk_kl", {"support_top_k": 3, "renormalize": "none", "outside": "floor"}),
-    "top k, weighted": ("topk_kl", {"support_top_k": 3, "weight": "p_student", "renormalize": "none", "support": "symmetric_difference"}),
+    "top k, weighted": (
+        "topk_kl",
+        {
+            "support_top_k": 3,
+            "weight": "p_student",
+            "renormalize": "none",
+            "support": "symmetric_difference",
+        },
+    ),
     "npd": ("npd", {"support_top_k": 5, "kd_weight": 0.7}),
     "npd, reverse": ("npd", {"support_top_k": 3, "renormalize": "both", "divergence": "reverse"}),
     "npd, stored": ("npd", {"support_top_k": 5, "kd_weight": 0.7}),
@@ -47,14 +65,16 @@ MESHES = {"2x2x2": (2, 2, 2), "1x2x4": (1, 2, 4), "2x4x1": (2, 4, 1)}
 
 def problem(teacher_rows=V, bias=True):
     rng = np.random.default_rng(1)
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape))  # noqa: E731
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape))
     head = Head(normal(V, D), normal(V) if bias else None, softcap=4.0, valid_vocab=V - 3)
     teacher_head = Head(normal(teacher_rows, U), temperature=1.3, valid_vocab=V - 3)
     weights = jnp.asarray(rng.random((B, T)) * (rng.random((B, T)) < 0.7)).at[:, 0].set(0)
-    columns = Columns(
+    columns = TokenInputs(
         jnp.asarray(rng.integers(0, V - 3, (B, T))),
         uniform=jnp.asarray(rng.random((B, T, 3))),
-        teacher_ids=jnp.asarray(rng.permuted(np.tile(np.arange(V - 3), (B, T, 1)), axis=2)[:, :, :6]),
+        teacher_ids=jnp.asarray(
+            rng.permuted(np.tile(np.arange(V - 3), (B, T, 1)), axis=2)[:, :, :6]
+        ),
         teacher_top_logprob=jnp.asarray(np.log(rng.dirichlet(np.ones(7), (B, T))[:, :, :6])),
         is_observed=jnp.ones((B, T), bool),
     )
@@ -67,7 +87,9 @@ def run(token_loss, args, mesh=None):
     return jax.device_get((value, outputs, grads))
 
 
-@pytest.mark.parametrize("mesh", [pytest.param(key, marks=[] if key == "2x2x2" else pytest.mark.long) for key in MESHES])
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(key, marks=[] if key == "2x2x2" else pytest.mark.long) for key in MESHES]
+)
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_what_it_is_on_one_device(x64, name, mesh):
     recipe, options = RECIPES[name]
@@ -84,7 +106,11 @@ def test_every_recipe_is_what_it_is_on_one_device(x64, name, mesh):
 def test_a_teacher_whose_embedding_is_padded_otherwise(x64, teacher_rows):
     token_loss = partial(bind("full_kl", {})[0].token_loss)
     args = problem(teacher_rows, bias=False)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10), run(token_loss, args, make_mesh(2, 2, 2)), run(token_loss, args))
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-10),
+        run(token_loss, args, make_mesh(2, 2, 2)),
+        run(token_loss, args),
+    )
 
 
 def test_statistics(x64):
@@ -99,7 +125,9 @@ def test_statistics(x64):
             "at": teacher.logprob(drawn),
         }
 
-    of = lambda mesh: jax.jit(partial(tiled_stats, stat, tile=3, mesh=mesh))(hidden, head, weights != 0, columns, teacher)  # noqa: E731
+    of = lambda mesh: jax.jit(partial(tiled_stats, stat, tile=3, mesh=mesh))(
+        hidden, head, weights != 0, columns, teacher
+    )
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10), of(make_mesh(2, 2, 2)), of(None))
 
 
@@ -107,8 +135,10 @@ def test_no_id_of_probability_zero_is_drawn_at_the_edge_of_a_slice(x64):
     logits = jnp.where(jnp.arange(V) % 4 == 1, 0.0, -jnp.inf)[None].repeat(8, 0)
     uniform = jnp.linspace(0, 1 - 1e-12, 8)[:, None]
     mesh = make_mesh(1, 1, 4)
-    draw = lambda x, u: VocabTile(x, "tensor").draw(u)  # noqa: E731
-    drawn = jax.shard_map(draw, mesh=mesh, in_specs=(P(None, "tensor"), P()), out_specs=P())(logits, uniform)
+    draw = lambda x, u: VocabTile(x, "tensor").draw(u)
+    drawn = jax.shard_map(draw, mesh=mesh, in_specs=(P(None, "tensor"), P()), out_specs=P())(
+        logits, uniform
+    )
     assert drawn[:, 0].tolist() == [1, 1, 5, 5, 9, 9, 13, 13]
 
 
@@ -134,38 +164,76 @@ def test_a_head_that_the_mesh_does_not_divide_is_refused():
         )
 
 
-COLLECTIVE = re.compile(r"= (\S+) (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(-start)?\(")
+COLLECTIVE = re.compile(
+    r"= (\S+) (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(-start)?\("
+)
 
 
 def test_what_is_sent_inside_the_loop_is_of_a_tiles_tokens_not_of_its_logits():
-    """Of `vopd` with k = 5 on 2x2x2: the head is gathered and its gradient reduced outside; inside a few numbers a token."""
+    """Of `vopd` with k = 5 on 2x2x2: the head is gathered and its gradient reduced outside; inside
+    a few numbers a token.
+    """
     mesh, length, vocab, width, tile = make_mesh(2, 2, 2), 64, 1000, 48, 16
     recipe, options = "vopd", {"baseline": "student_topk", "baseline_top_k": 5}
     token_loss = partial(bind(recipe, options)[0].token_loss, **options)
-    shape = lambda spec, *dims, dtype=jnp.float32: jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, spec))  # noqa: E731
+    shape = lambda spec, *dims, dtype=jnp.float32: jax.ShapeDtypeStruct(
+        dims, dtype, sharding=NamedSharding(mesh, spec)
+    )
     rows = P(ROW_AXES)
-    hidden, weights, tokens = shape(rows, 8, length, width), shape(rows, 8, length), shape(rows, 8, length, dtype=jnp.int32)
+    hidden, weights, tokens = (
+        shape(rows, 8, length, width),
+        shape(rows, 8, length),
+        shape(rows, 8, length, dtype=jnp.int32),
+    )
     head = Head(shape(P("tensor", "fsdp"), vocab, width))
-    loss = lambda h, k, w, c, t, tk: tiled_loss(token_loss, h, k, w, Columns(c), (t, tk), tile=tile, mesh=mesh)[0]  # noqa: E731
-    text = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, head, weights, tokens, hidden, head).compile().as_text()
-    assert not re.search(rf"\[(\d+,)*({8 * length}|{2 * length}),({vocab}|{vocab // 2})\]", text)  # no [N, V]
+    loss = lambda h, k, w, c, t, tk: tiled_loss(
+        token_loss, h, k, w, TokenInputs(c), (t, tk), tile=tile, mesh=mesh
+    )[0]
+    text = (
+        jax.jit(jax.grad(loss, (0, 1)))
+        .lower(hidden, head, weights, tokens, hidden, head)
+        .compile()
+        .as_text()
+    )
+    assert not re.search(
+        rf"\[(\d+,)*({8 * length}|{2 * length}),({vocab}|{vocab // 2})\]", text
+    )  # no [N, V]
     assert not re.search(rf"\[{tile},{vocab}\]", text)  # nor a whole tile's logits
-    bodies = [part for part in re.split(r"\n(?=%?\S+ \(.*\) -> .* \{\n)", text) if "while_body" in part or "region" in part.split("(")[0]]
-    sent = [found for body in bodies for found in COLLECTIVE.finditer(body) if f"[{tile}" in found[1]]
+    bodies = [
+        part
+        for part in re.split(r"\n(?=%?\S+ \(.*\) -> .* \{\n)", text)
+        if "while_body" in part or "region" in part.split("(")[0]
+    ]
+    sent = [
+        found for body in bodies for found in COLLECTIVE.finditer(body) if f"[{tile}" in found[1]
+    ]
     assert sent
     for found in sent:
-        sizes = [int(np.prod([int(d) for d in dims.split(",") if d])) for dims in re.findall(r"\[([\d,]*)\]", found[1])]
+        sizes = [
+            int(np.prod([int(d) for d in dims.split(",") if d]))
+            for dims in re.findall(r"\[([\d,]*)\]", found[1])
+        ]
         assert max(sizes) <= tile * 2 * 5
-    assert re.search(rf"= f32\[{vocab // 2},{width // 2}\]\S* (reduce-scatter|all-reduce|dynamic-slice|fusion)", text)
+    assert re.search(
+        rf"= f32\[{vocab // 2},{width // 2}\]\S* (reduce-scatter|all-reduce|dynamic-slice|fusion)",
+        text,
+    )
 
 
-@pytest.mark.parametrize("filters", [{}, {"temperature": 0.0}, {"top_k": 6, "top_p": 0.8, "min_p": 0.02}], ids=str)
+@pytest.mark.parametrize(
+    "filters", [{}, {"temperature": 0.0}, {"top_k": 6, "top_p": 0.8, "min_p": 0.02}], ids=str
+)
 def test_a_token_is_drawn_from_slices_as_from_the_whole(filters):
     decoding = Decoding(8, (0,), **filters)
     hidden, head = problem()[:2]
-    hidden, head = hidden[:, 0].astype(jnp.float32), jax.tree.map(lambda x: x.astype(jnp.float32), head)
+    hidden, head = (
+        hidden[:, 0].astype(jnp.float32),
+        jax.tree.map(lambda x: x.astype(jnp.float32), head),
+    )
     keys, position = row_keys(3, 0, jnp.arange(B), jnp.zeros(B, int), 0), jnp.arange(B)
-    of = lambda mesh: jax.jit(draw_next, static_argnums=(4, 5))(head, hidden, keys, position, decoding, mesh)  # noqa: E731
+    of = lambda mesh: jax.jit(draw_next, static_argnums=(4, 5))(
+        head, hidden, keys, position, decoding, mesh
+    )
     expected, actual = of(None), of(make_mesh(2, 2, 2))
     np.testing.assert_array_equal(actual[0], expected[0])
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), actual[1:], expected[1:])

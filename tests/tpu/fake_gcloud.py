@@ -1,9 +1,11 @@
-"""A gcloud whose cloud is a directory: queued resources that take a while, slices that are taken away, workers that run what they are told.
+"""A gcloud whose cloud is a directory: queued resources that take a while, slices that are taken
+away, workers that run what they are told.
 
     FAKE_CLOUD=DIR python fake_gcloud.py compute tpus …
 
-`DIR/plan.json`: how many looks a resource waits before it is ACTIVE, at which look each slice is taken away, which share of the calls
-fails, half of them after they have done their work. A worker is `DIR/disk`, the home of what runs there; it goes with the slice.
+`DIR/plan.json`: how many looks a resource waits before it is ACTIVE, at which look each slice is
+taken away, which share of the calls fails, half of them after they have done their work. A worker
+is `DIR/disk`, the home of what runs there; it goes with the slice.
 """
 
 import contextlib
@@ -21,7 +23,10 @@ STATE, DISK = CLOUD / "state.json", CLOUD / "disk"
 
 
 def main(words):
-    plan, state = json.loads((CLOUD / "plan.json").read_text()), {"calls": 0, "slices": 0, "name": None, "looks": 0}
+    plan, state = (
+        json.loads((CLOUD / "plan.json").read_text()),
+        {"calls": 0, "slices": 0, "name": None, "looks": 0},
+    )
     if STATE.exists():
         state |= json.loads(STATE.read_text())
     state["calls"] += 1
@@ -45,9 +50,14 @@ def run(words, plan, state):
     assert words[:2] == ["compute", "tpus"], words
     verb = " ".join(words[2:4])
     return {
-        "queued-resources create": create, "queued-resources describe": look, "queued-resources delete": delete,
-        "queued-resources list": lambda *_: (0, state["name"] or "none"), "tpu-vm describe": node, "tpu-vm scp": copy, "tpu-vm ssh": ssh,
-    }[verb](words[4:], plan, state)  # fmt: skip
+        "queued-resources create": create,
+        "queued-resources describe": look,
+        "queued-resources delete": delete,
+        "queued-resources list": lambda *_: (0, state["name"] or "none"),
+        "tpu-vm describe": node,
+        "tpu-vm scp": copy,
+        "tpu-vm ssh": ssh,
+    }[verb](words[4:], plan, state)
 
 
 def create(words, plan, state):
@@ -110,8 +120,14 @@ def ssh(words, plan, state):
         return 1, "ERROR: (gcloud) ssh: no route to host"
     command = next(word.partition("=")[2] for word in words if word.startswith("--command="))
     bin_ = pathlib.Path(__file__).parent / "fake_worker"
-    environment = os.environ | {"HOME": str(DISK), "PATH": f"{bin_}:{os.environ['PATH']}", "TMUX_DIR": str(DISK)}
-    done = subprocess.run(["bash", "-c", command], cwd=DISK, env=environment, capture_output=True, text=True)
+    environment = os.environ | {
+        "HOME": str(DISK),
+        "PATH": f"{bin_}:{os.environ['PATH']}",
+        "TMUX_DIR": str(DISK),
+    }
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=DISK, env=environment, capture_output=True, text=True
+    )
     return done.returncode, (done.stdout + done.stderr).strip()
 
 

@@ -1,4 +1,6 @@
-"""The mini experiment compiled for eight chips of v5e, by the script that a user would call; needs libtpu, no TPU."""
+"""The mini experiment compiled for eight chips of v5e, by the script that a user would call; needs
+libtpu, no TPU.
+"""
 
 import importlib.util
 import json
@@ -10,23 +12,45 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 COMMAND = [sys.executable, ROOT / "tpu" / "aot_compile.py"]
-SIZES = ["--mesh.data", "2", "--mesh.fsdp", "4", "--train.prompts-per-step", "16", "--sampling.max-completion-length", "96"]
+SIZES = [
+    "--mesh.data",
+    "2",
+    "--mesh.fsdp",
+    "4",
+    "--train.prompts-per-step",
+    "16",
+    "--sampling.max-completion-length",
+    "96",
+]
 TILE = 64  # a quarter of the tokens of a device
 
 
 def test_the_script_says_how_it_is_called_and_what_is_wrong():
     assert subprocess.run(COMMAND, capture_output=True, text=True).returncode == 2
-    told = subprocess.run([*COMMAND, "experiments/mini_vopd.py", "v5e-7"], capture_output=True, text=True, cwd=ROOT)
+    told = subprocess.run(
+        [*COMMAND, "experiments/mini_vopd.py", "v5e-7"], capture_output=True, text=True, cwd=ROOT
+    )
     assert told.returncode
     assert "there is no topology 'v5e-7'" in told.stderr
 
 
 @pytest.mark.long
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jax[tpu]'")
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jax[tpu]'"
+)
 def test_the_mini_experiment_fits_eight_chips_and_forms_no_logits_of_all_tokens(tmp_path):
     file = tmp_path / "aot.json"
     told = subprocess.run(
-        [*COMMAND, "experiments/mini_vopd.py", "v5e-8", "--json", file, *SIZES, "--estimator.tile", str(TILE)],
+        [
+            *COMMAND,
+            "experiments/mini_vopd.py",
+            "v5e-8",
+            "--json",
+            file,
+            *SIZES,
+            "--estimator.tile",
+            str(TILE),
+        ],
         capture_output=True,
         text=True,
         cwd=ROOT,

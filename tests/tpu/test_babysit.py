@@ -1,4 +1,6 @@
-"""The life of a slice, from asking for it to deleting it, on a cloud that is a directory: taken away, failing, and watched over."""
+"""The life of a slice, from asking for it to deleting it, on a cloud that is a directory: taken
+away, failing, and watched over.
+"""
 
 import json
 import os
@@ -13,7 +15,8 @@ import pytest
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 TRAIN = ["train", "experiments/vopd_math.py", "--workdir", "gs://bucket/run"]
-# A run of 30 steps that goes on from what is in the bucket. What it does at a step may be said in a file beside it.
+# A run of 30 steps that goes on from what is in the bucket. What it does at a step may be said in a
+# file beside it.
 OPDJAX = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >> "$BUCKET/commands"
 touch "$BUCKET/steps"
@@ -34,25 +37,50 @@ class Cloud:
         self.directory, self.bucket = directory, directory / "bucket"
         for folder in (directory / "bin", self.bucket):
             folder.mkdir()
-        (directory / "plan.json").write_text(json.dumps({"waits": 2, "taken_away_at": [], "failures": 0.0, "seed": 0} | plan))
+        (directory / "plan.json").write_text(
+            json.dumps({"waits": 2, "taken_away_at": [], "failures": 0.0, "seed": 0} | plan)
+        )
         gcloud, opdjax = directory / "bin" / "gcloud", directory / "opdjax"
-        gcloud.write_text(f'#!/usr/bin/env bash\nexec {sys.executable} {HERE / "fake_gcloud.py"} "$@"\n')
+        gcloud.write_text(
+            f'#!/usr/bin/env bash\nexec {sys.executable} {HERE / "fake_gcloud.py"} "$@"\n'
+        )
         opdjax.write_text(OPDJAX)
         for file in (gcloud, opdjax):
             file.chmod(0o755)
 
     def variables(self, **more):
-        given = {"NAME": "opd", "ZONE": "z", "TOPOLOGY": "v5e-8", "POLL": "0.05", "TMPDIR": str(self.directory), "HOSTNAME": "worker"}
-        given |= {"FAKE_CLOUD": str(self.directory), "FAKE_OPDJAX": str(self.directory / "opdjax"), "BUCKET": str(self.bucket)}
-        given |= {"PATH": f"{self.directory / 'bin'}:{os.environ['PATH']}", "REAL_PYTHON": sys.executable}
+        given = {
+            "NAME": "opd",
+            "ZONE": "z",
+            "TOPOLOGY": "v5e-8",
+            "POLL": "0.05",
+            "TMPDIR": str(self.directory),
+            "HOSTNAME": "worker",
+        }
+        given |= {
+            "FAKE_CLOUD": str(self.directory),
+            "FAKE_OPDJAX": str(self.directory / "opdjax"),
+            "BUCKET": str(self.bucket),
+        }
+        given |= {
+            "PATH": f"{self.directory / 'bin'}:{os.environ['PATH']}",
+            "REAL_PYTHON": sys.executable,
+        }
         return given | more
 
     def call(self, script, *arguments, **variables):
         command, given = [ROOT / "tpu" / script, *arguments], self.variables(**variables)
-        return subprocess.run(command, env=given, capture_output=True, text=True, cwd=self.directory, timeout=120)
+        return subprocess.run(
+            command, env=given, capture_output=True, text=True, cwd=self.directory, timeout=120
+        )
 
     def start(self, script, *arguments):
-        return subprocess.Popen([ROOT / "tpu" / script, *arguments], env=self.variables(), cwd=self.directory, start_new_session=True)
+        return subprocess.Popen(
+            [ROOT / "tpu" / script, *arguments],
+            env=self.variables(),
+            cwd=self.directory,
+            start_new_session=True,
+        )
 
     def babysit(self, **variables):
         return self.call("babysit.sh", *TRAIN, **variables)
@@ -66,7 +94,11 @@ class Cloud:
         return json.loads((self.directory / "state.json").read_text())
 
     def calls(self, verb):
-        return [line for line in (self.directory / "calls").read_text().splitlines() if line.startswith(verb) and "fails" not in line]
+        return [
+            line
+            for line in (self.directory / "calls").read_text().splitlines()
+            if line.startswith(verb) and "fails" not in line
+        ]
 
 
 def test_create_set_up_run_lose_and_babysit_until_it_is_deleted(tmp_path):
@@ -95,7 +127,9 @@ def test_create_set_up_run_lose_and_babysit_until_it_is_deleted(tmp_path):
     assert not (tmp_path / "disk").exists()
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))])
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))]
+)
 def test_it_lives_through_lost_slices_and_a_gcloud_that_fails(tmp_path, seed):
     cloud = Cloud(tmp_path, taken_away_at=[12, 9, 14], failures=0.3, seed=seed)
     (cloud.bucket / "at-12").write_text("1")  # and one crash of the run's own
@@ -121,7 +155,10 @@ def test_a_run_that_crashes_is_started_again_on_the_same_slice(tmp_path):
 
 
 def test_it_gives_up_on_a_run_that_is_wrong_and_on_slices_that_do_not_last(tmp_path):
-    wrong, short = (Cloud(tmp_path / name, **plan) for name, plan in made(tmp_path, wrong={}, short={"taken_away_at": [4] * 9}))
+    wrong, short = (
+        Cloud(tmp_path / name, **plan)
+        for name, plan in made(tmp_path, wrong={}, short={"taken_away_at": [4] * 9})
+    )
     (wrong.bucket / "always").write_text("2")
     told = wrong.babysit()
     assert told.returncode == 1
@@ -148,7 +185,14 @@ def test_it_gives_up_where_gcloud_always_fails(tmp_path):
 
 def test_started_anew_it_leaves_running_what_runs(tmp_path):
     cloud = Cloud(tmp_path)
-    for script, *arguments in (["create.sh"], ["status.sh"], ["status.sh"], ["status.sh"], ["setup_vm.sh"], ["run.sh", *TRAIN]):
+    for script, *arguments in (
+        ["create.sh"],
+        ["status.sh"],
+        ["status.sh"],
+        ["status.sh"],
+        ["setup_vm.sh"],
+        ["run.sh", *TRAIN],
+    ):
         cloud.call(script, *arguments)
     finished = cloud.babysit()
     assert finished.returncode == 0, finished.stdout + finished.stderr
@@ -156,11 +200,15 @@ def test_started_anew_it_leaves_running_what_runs(tmp_path):
 
 
 def test_a_work_directory_that_goes_with_the_slice_is_refused(tmp_path):
-    told = Cloud(tmp_path).call("babysit.sh", "train", "experiments/vopd_math.py", "--workdir", "runs/a")
+    told = Cloud(tmp_path).call(
+        "babysit.sh", "train", "experiments/vopd_math.py", "--workdir", "runs/a"
+    )
     assert told.returncode == 2
     assert "no --workdir gs://BUCKET/RUN among the arguments" in told.stderr
     (tmp_path / "data").mkdir()
-    told = Cloud(tmp_path / "data").call("babysit.sh", "train", "e.py", "--data.source", "gs://b/rows.jsonl", "--workdir", "runs/a")
+    told = Cloud(tmp_path / "data").call(
+        "babysit.sh", "train", "e.py", "--data.source", "gs://b/rows.jsonl", "--workdir", "runs/a"
+    )
     assert told.returncode == 2  # what is read from a bucket makes no work directory there
 
 
@@ -169,10 +217,16 @@ def test_a_work_directory_that_goes_with_the_slice_is_refused(tmp_path):
     [
         (TRAIN, {"TOPOLOGY": "v5e-9"}, "there is no topology 'v5e-9'"),
         (TRAIN, {"FILES": "absent.jsonl"}, "there is no file absent.jsonl"),
-        (["sweep", "s.py", "--workdir", "gs://b/s"], {"TOPOLOGY": "v5e-16"}, "on which only train runs"),
+        (
+            ["sweep", "s.py", "--workdir", "gs://b/s"],
+            {"TOPOLOGY": "v5e-16"},
+            "on which only train runs",
+        ),
     ],
 )
-def test_what_no_look_would_mend_is_told_before_a_slice_is_asked_for(tmp_path, arguments, variables, message):
+def test_what_no_look_would_mend_is_told_before_a_slice_is_asked_for(
+    tmp_path, arguments, variables, message
+):
     cloud = Cloud(tmp_path)
     told = cloud.call("babysit.sh", *arguments, **variables)
     assert told.returncode == 2
@@ -185,7 +239,11 @@ def test_failures_are_in_a_row_only_while_nothing_is_well_between_them(tmp_path)
     (tmp_path / "opdjax").write_text(OPDJAX.replace("sleep 0.05", "sleep 0.2"))
     gcloud = tmp_path / "bin" / "gcloud"
     every_second = 'echo >> looks; [ $(($(wc -l < looks) % 2)) = 0 ] || { echo "ERROR: UNAVAILABLE" >&2; exit 1; }'
-    gcloud.write_text(gcloud.read_text().replace("exec", f'[ "$3 $4" != "tpu-vm describe" ] || {{ {every_second}; }}\nexec'))
+    gcloud.write_text(
+        gcloud.read_text().replace(
+            "exec", f'[ "$3 $4" != "tpu-vm describe" ] || {{ {every_second}; }}\nexec'
+        )
+    )
     finished = cloud.babysit(MAX_FAILURES="3")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert finished.stdout.count("failed (1 in a row)") > 3
@@ -195,7 +253,10 @@ def test_a_disk_that_was_lost_is_set_up_again(tmp_path):
     cloud = Cloud(tmp_path)
     # A slice that was made anew under its name: what was on it is gone, and nobody says so.
     (cloud.directory / "opdjax").write_text(
-        OPDJAX.replace("sleep 0.05", '[ "$step" != 9 ] || { echo x >> "$BUCKET/steps"; rm -rf "$HOME/opdjax"; exit 1; }')
+        OPDJAX.replace(
+            "sleep 0.05",
+            '[ "$step" != 9 ] || { echo x >> "$BUCKET/steps"; rm -rf "$HOME/opdjax"; exit 1; }',
+        )
     )
     finished = cloud.babysit()
     assert finished.returncode == 0, finished.stdout + finished.stderr

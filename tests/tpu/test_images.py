@@ -11,7 +11,11 @@ SKY = yaml.safe_load((ROOT / "tpu" / "sky.yaml").read_text())
 
 
 def test_what_the_image_copies_is_in_the_checkout():
-    copied = [source for line in re.findall(r"^COPY (.*)$", DOCKERFILE, re.MULTILINE) for source in line.split()[:-1]]
+    copied = [
+        source
+        for line in re.findall(r"^COPY (.*)$", DOCKERFILE, re.MULTILINE)
+        for source in line.split()[:-1]
+    ]
     assert {"opdjax", "setup.cfg", "tpu/requirements.txt"} <= set(copied)
     assert all((ROOT / source).exists() for source in copied)
 

@@ -1,0 +1,166 @@
+"""Verbs of one checkpoint."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Annotated, Literal
+
+import tyro
+
+from opdjax.cli.parsing import call, named
+from opdjax.cli.runs import store
+from opdjax.config import Config, DataConfig, EvaluationConfig, ModelConfig, SamplingConfig
+from opdjax.config.validation import ConfigError
+from opdjax.runs.object_store import Folder, is_remote, written
+
+
+def sample(arguments: list[str]) -> None:
+    """MODEL PROMPT …: print completions of prompts; [EXPERIMENT] --store WORKDIR draws what a run
+    is trained on ahead of it.
+    """
+    if "--store" in arguments:
+        store(arguments)
+        return
+
+    def run(
+        model: Annotated[str, tyro.conf.Positional],
+        prompts: Annotated[tuple[str, ...], tyro.conf.Positional],
+        data: DataConfig = DataConfig(),  # noqa: B008
+        num_generations: int = 1,
+        max_completion_length: int = 512,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        seed: int = 0,
+    ):
+        """Print completions of prompts.
+
+        Args:
+            model: checkpoint directory, hub id, or @mini_student or @mini_teacher
+            prompts: texts to complete
+            data: how a prompt is rendered
+            num_generations: completions of each prompt
+            max_completion_length: tokens, stop token included
+            temperature: 0 is greedy
+            top_p: 1 is off
+            top_k: 0 is off
+            min_p: 0 is off
+            dtype: of the forward pass
+            seed: of the draws
+        """
+        from opdjax.cli.one_model import complete
+
+        if not prompts:
+            raise ConfigError("no prompt given; expected one or more texts after the model")
+        # The checks of a run's config; a temperature of 0 is greedy here and not for rollouts that
+        # are trained on.
+        SamplingConfig(
+            num_generations, max_completion_length, temperature or 1.0, top_p, top_k, min_p
+        )
+        Config(seed=seed)
+        drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        student = ModelConfig(model, dtype=dtype)
+        for prompt, text in complete(
+            student, prompts, data, num_generations, max_completion_length, seed, **drawn
+        ):
+            print(f"{prompt}\t{text}")
+
+    call(run, arguments, "opdjax sample")
+
+
+def evaluate(arguments: list[str]) -> None:
+    """MODEL [--evaluation.field VALUE …]: avg@k, pass@k and greedy accuracy with intervals."""
+
+    def run(
+        model: Annotated[str, tyro.conf.Positional],
+        data: DataConfig = DataConfig(),  # noqa: B008
+        evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008
+        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        output: pathlib.Path | None = None,
+    ):
+        """Print the scores of a checkpoint.
+
+        Args:
+            model: checkpoint directory, hub id, or @mini_student or @mini_teacher
+            data: how a prompt is rendered; its source is not read
+            evaluation: which prompts, how answers are drawn and graded
+            dtype: of the forward pass
+            output: JSON file for the scores, those of each prompt included
+        """
+        from opdjax.cli.one_model import scores_of
+        from opdjax.runs.statistics import benchmark_lines
+        from opdjax.runs.workdir import write_json
+
+        is_local = output is not None and not is_remote(output)
+        if is_local and not output.parent.is_dir():
+            raise ConfigError(
+                f"--output {output}: there is no directory {output.parent}; make it first"
+            )
+        if is_local and output.is_dir():
+            raise ConfigError(f"--output {output} is a directory; expected the name of a file")
+        scores = scores_of(
+            Config(student=ModelConfig(model, dtype=dtype), data=data, evaluation=evaluation)
+        )
+        for name in ("avg@k", "pass@k", "greedy"):
+            print(
+                f"{name.replace('@k', '@' + str(scores['k'])):10}{scores[name]:.4f} ± {scores[name + '_interval']:.4f}"
+            )
+        for line in benchmark_lines(scores.get("benchmarks", {})):
+            print(line)
+        print(
+            f"{scores['num_prompts']} prompts, T = {scores['temperature']:g}; ± is half a 95 % interval over prompts"
+        )
+        if output is not None:
+            with written(output) as file:
+                write_json(file, scores)
+
+    call(run, arguments, "opdjax evaluate")
+
+
+def import_(arguments: list[str]) -> None:
+    """MODEL: check that a checkpoint can be loaded, and describe it."""
+
+    def run(model: Annotated[str, tyro.conf.Positional]):
+        """Check and describe a checkpoint.
+
+        Args:
+            model: checkpoint directory, hub id, or @mini_student or @mini_teacher
+        """
+        from opdjax.cli.one_model import describe
+
+        for name, value in describe(model).items():
+            print(f"{name:22}{value}")
+
+    call(run, arguments, "opdjax import")
+
+
+def export(arguments: list[str]) -> None:
+    """WORKDIR OUT [--step N|latest|best]: a run's student as a Hugging Face checkpoint, its
+    adapters as OUT_adapter.
+    """
+
+    def run(
+        workdir: Annotated[pathlib.Path, tyro.conf.Positional],
+        out: Annotated[pathlib.Path, tyro.conf.Positional],
+        step: str = "latest",
+        dtype: Literal["float32", "bfloat16"] | None = None,
+    ):
+        """Write a run's student as a Hugging Face checkpoint.
+
+        Args:
+            workdir: work directory of a run
+            out: new directory
+            step: a checkpoint's step, `latest`, or `best` by checkpoint.best_metric
+            dtype: of the weights; none: that of the student the run started from
+        """
+        from opdjax.cli.export import export_step
+
+        if is_remote(out) and Folder(out).files():
+            raise ConfigError(f"{named(out)} exists and is not empty; export into a new directory")
+        with written(out) as directory:
+            export_step(workdir, step, directory, dtype)
+        print(f"wrote {named(out)}")
+
+    call(run, arguments, "opdjax export")

@@ -1,0 +1,89 @@
+"""A checkpoint by itself: what it answers, how it scores, what it is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from opdjax.config import Config, DataConfig, ModelConfig
+from opdjax.config.validation import ConfigError
+from opdjax.data.chat import load_tokenizer
+from opdjax.data.prompts import Prompt, collate, encode_prompts
+from opdjax.engine.decoding import Decoding
+from opdjax.engine.evaluate import completions
+from opdjax.engine.sampler import sample
+from opdjax.models.decoder import RUN_FIELDS
+from opdjax.models.hf import load_params, open_checkpoint
+from opdjax.rollouts.setup import compute_dtype, make_evaluator, num_ids, stop_ids, student_view
+
+
+def complete(
+    model: ModelConfig,
+    prompts: Sequence[str],
+    data: DataConfig,
+    num_generations: int,
+    max_completion_length: int,
+    seed: int,
+    **drawn: float,
+) -> Iterator[tuple[str, str]]:
+    """(prompt, completion) of every draw; `drawn`: temperature (0: greedy), top_k, top_p and min_p."""
+    data = dataclasses.replace(student_view(data), source="the command line", overlong="error")
+    checkpoint = open_checkpoint(model.path)
+    tokenizer = load_tokenizer(checkpoint.path)
+    params = load_params(checkpoint, compute_dtype(model))
+    encoded = encode_prompts([Prompt(text) for text in prompts], data, tokenizer, tokenizer)
+    decoding = Decoding(
+        max_completion_length,
+        stop_ids(checkpoint, tokenizer),
+        valid_vocab=num_ids(checkpoint, tokenizer),
+        **drawn,
+    )
+    batch = collate(encoded, np.arange(len(prompts)))
+    rollouts = sample(
+        params,
+        batch,
+        seed,
+        0,
+        config=checkpoint.config,
+        decoding=decoding,
+        num_generations=num_generations,
+    )
+    for number, text in enumerate(completions(rollouts, tokenizer)):
+        yield prompts[number // num_generations], text
+
+
+def scores_of(config: Config) -> dict[str, Any]:
+    """The scores of the config's student by its evaluation; ConfigError where it names no prompts."""
+    checkpoint = open_checkpoint(config.student.path)
+    evaluator = make_evaluator(config, checkpoint, load_tokenizer(checkpoint.path), None)
+    if evaluator is None:
+        raise ConfigError("evaluation.source is None; expected a data source with answers")
+    if evaluator.prompts.skipped:
+        print(
+            f"left out {evaluator.prompts.num_skipped} prompts for their length, first {evaluator.prompts.skipped[0]}"
+        )
+    return evaluator(load_params(checkpoint, compute_dtype(config.student)))
+
+
+def describe(model: str) -> dict[str, Any]:
+    """What a checkpoint is, once all of it could be read."""
+    checkpoint = open_checkpoint(model)
+    load_params(checkpoint, "bfloat16" if checkpoint.stored_dtype == "bfloat16" else "float32")
+    tokenizer = load_tokenizer(checkpoint.path)
+    return {
+        "path": str(checkpoint.path),
+        "architecture": checkpoint.raw_config["architectures"][0],
+        "parameters": checkpoint.num_parameters,
+        "stored dtype": checkpoint.stored_dtype,
+        **{
+            name: value
+            for name, value in dataclasses.asdict(checkpoint.config).items()
+            if name not in RUN_FIELDS
+        },
+        "tokenizer ids": num_ids(checkpoint, tokenizer),
+        "stop token ids": stop_ids(checkpoint, tokenizer),
+        "has chat template": tokenizer.chat_template is not None,
+    }

@@ -1,0 +1,42 @@
+"""Reads the `config.json` of earlier versions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from opdjax.config.model import MINI_STUDENT, MINI_TEACHER
+from opdjax.config.run import Config
+from opdjax.config.validation import from_dict, to_dict
+
+# Keys that earlier versions wrote, and their names today.
+RENAMED_KEYS = {"sampling.source": "sampling.completions_from"}
+
+
+def upgrade(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved config under today's keys and values, with the defaults of the fields added since."""
+    upgraded = {
+        name: dict(value) if isinstance(value, dict) else value for name, value in saved.items()
+    }
+    for old, new in RENAMED_KEYS.items():
+        (section, key), (new_section, new_key) = old.split("."), new.split(".")
+        if key in upgraded.get(section, {}):
+            upgraded.setdefault(new_section, {})[new_key] = upgraded[section].pop(key)
+    train = upgraded.get("train", {})
+    if isinstance(train.get("remat"), bool):  # remat used to be a flag
+        train["remat"] = "layer" if train["remat"] else "none"
+    config = to_dict(from_dict(Config, upgraded))
+    for role in ("student", "teacher"):
+        config[role]["path"] = _built_in_name(config[role]["path"])
+    return config
+
+
+def _built_in_name(path: str) -> str:
+    """`@mini_teacher` or `@mini_student` for a path that early versions saved; other paths as they
+    are.
+    """
+    name = {"teacher": MINI_TEACHER, "student": MINI_STUDENT}.get(path.rpartition("/")[2])
+    return (
+        name
+        if name and path.endswith(f"/opdjax/assets/mini_pair/{path.rpartition('/')[2]}")
+        else path
+    )

@@ -1,6 +1,0 @@
-"""Every table of a paper that can be stated, by its name."""
-
-from opdjax.papers import npd, ropd, rubricem, vopd
-from opdjax.papers.tables import PaperTable
-
-PAPER_TABLES: dict[str, PaperTable] = {table.name: table for table in (*vopd.TABLES, *npd.TABLES, *ropd.TABLES, *rubricem.TABLES)}

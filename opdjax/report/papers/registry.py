@@ -1,0 +1,8 @@
+"""Every table of a paper that can be stated, by its name."""
+
+from opdjax.report.papers import npd, ropd, rubricem, vopd
+from opdjax.report.papers.tables import PaperTable
+
+PAPER_TABLES: dict[str, PaperTable] = {
+    table.name: table for table in (*vopd.TABLES, *npd.TABLES, *ropd.TABLES, *rubricem.TABLES)
+}

@@ -1,0 +1,58 @@
+"""Weights for a generator in another process: one file a version in `WORKDIR/published/`, whole or
+not there.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+from safetensors import SafetensorError
+from safetensors.flax import load_file, save
+
+from opdjax.models.decoder import Params
+from opdjax.models.partitioning import shardings_of
+from opdjax.ops.multihost import on_process_zero
+from opdjax.ops.sharding import to_host
+from opdjax.rollouts.near_policy.shards import ShardError, write_whole
+
+
+def _directory(workdir: pathlib.Path) -> pathlib.Path:
+    return workdir / "published"
+
+
+def published(workdir: pathlib.Path) -> list[int]:
+    """The versions that are there, rising."""
+    return sorted(int(path.stem) for path in _directory(workdir).glob("*.safetensors"))
+
+
+def publish(workdir: pathlib.Path, version: int, params: Params, keep_from: int) -> None:
+    """Write the weights after `version` updates, and drop those of versions before `keep_from`;
+    StorageError where there is no room.
+    """
+    params = to_host(params)
+
+    def write():
+        directory = _directory(workdir)
+        write_whole(directory / f"{version:08}.safetensors", save(flatten_dict(params, sep=".")))
+        for old in published(workdir):
+            if old < keep_from:
+                (directory / f"{old:08}.safetensors").unlink(missing_ok=True)
+
+    on_process_zero(write)
+
+
+def fetch(workdir: pathlib.Path, version: int, mesh: Mesh, split_over: tuple[str, ...]) -> Params:
+    """The weights of a version, laid on the mesh; FileNotFoundError where they are not, or no
+    longer, there.
+    """
+    path = _directory(workdir) / f"{version:08}.safetensors"
+    try:
+        params = unflatten_dict(load_file(path), sep=".")
+    except SafetensorError as error:
+        raise ShardError(
+            f"{path} is damaged: {error}; restart the learner, which publishes its weights again"
+        ) from error
+    return jax.device_put(params, shardings_of(params, mesh, split_over))

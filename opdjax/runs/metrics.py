@@ -1,0 +1,124 @@
+"""Where a run's numbers go: metrics.jsonl always, TensorBoard on request, and a line that a person
+can watch.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from opdjax.runs.workdir import append_lines, cut_lines
+from opdjax.types import Metrics
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class MetricWriter:
+    """Appends `{"step": n, ...}` rows to metrics.jsonl; rows after `last_step` are cut away first."""
+
+    def __init__(self, workdir: pathlib.Path, *, last_step: int, tensorboard: bool):
+        self._file = workdir / "metrics.jsonl"
+        cut_lines(self._file, last_step)
+        self._events = _event_writer(workdir, last_step) if tensorboard else None
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """One row a step."""
+        # JSON has no NaN: a step whose loss was not finite shows null.
+        append_lines(
+            self._file,
+            [
+                {"step": step}
+                | {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            ],
+        )
+        if self._events is not None:
+            for name, value in metrics.items():
+                self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Finish the event files."""
+        if self._events is not None:
+            self._events.close()
+
+
+def _event_writer(workdir: pathlib.Path, last_step: int):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "log.tensorboard needs tensorboardX: pip install 'opdjax[tensorboard]'"
+        ) from error
+    return SummaryWriter(str(workdir), purge_step=last_step + 1)
+
+
+class Timer:
+    """Seconds by named phase of a step, as `time/NAME`; `spans`: when each began (seconds since the
+    epoch), and how long it took.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self._clock, self._spent, self.spans = clock, {}, []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count what runs inside towards `name`."""
+        began, start = time.time(), self._clock()
+        yield
+        seconds = self._clock() - start
+        self._spent[name] = self._spent.get(name, 0.0) + seconds
+        self.spans.append({"what": name, "start": began, "seconds": seconds})
+
+    def take(self) -> Metrics:
+        """The phases since the last call, and their sum."""
+        spent, self._spent, self.spans = self._spent, {}, []
+        return {f"time/{name}": seconds for name, seconds in spent.items()} | {
+            "time/step": sum(spent.values())
+        }
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a plain line every ten seconds."""
+
+    def __init__(self, first: int, total: int, stream=sys.stderr):
+        self._total, self._stream, self._last_line = total, stream, 0.0
+        self._timed_from: tuple[float, int] | None = (
+            None  # the first step compiles and would spoil the estimate
+        )
+        self._bar = (
+            tqdm(initial=first, total=total, unit="step", file=stream) if stream.isatty() else None
+        )
+
+    def show(self, step: int, metrics: Metrics) -> None:
+        """Report the step just done."""
+        kl = f"KL {metrics['kl/student_teacher']:.4f}  " if "kl/student_teacher" in metrics else ""
+        text = f"loss {metrics['loss/objective']:.4f}  {kl}{metrics['perf/tokens_per_second']:.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(1)
+            return
+        now = time.perf_counter()
+        if now - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._total:
+            self._last_line = now
+            print(
+                f"step {step}/{self._total}  {text}{self._time_left(now, step)}",
+                file=self._stream,
+                flush=True,
+            )
+        self._timed_from = self._timed_from or (now, step)
+
+    def _time_left(self, now: float, step: int) -> str:
+        if self._timed_from is None:
+            return ""
+        start, first = self._timed_from
+        return f"  {(now - start) / (step - first) * (self._total - step):.0f} s left"
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.close()

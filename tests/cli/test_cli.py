@@ -1,0 +1,515 @@
+"""The console command: help without jax, mistakes in one line with status 2, and verbs on the mini
+pair.
+"""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from opdjax.cli import main
+from opdjax.cli.experiments import load_experiment
+from opdjax.config import MINI_PAIR, MINI_STUDENT, MINI_TEACHER, Config
+from opdjax.config.validation import to_dict
+
+EXPERIMENT = """
+from opdjax.config import Config, EstimatorConfig, TrainConfig
+
+def get_config() -> Config:
+    return Config(estimator=EstimatorConfig(recipe="opd"), train=TrainConfig(num_steps=7))
+"""
+SMALL = (
+    "--evaluation.num-prompts",
+    "4",
+    "--evaluation.num-samples",
+    "2",
+    "--evaluation.batch-size",
+    "8",
+    "--evaluation.max-completion-length",
+    "24",
+)
+
+
+@pytest.fixture
+def opdjax(monkeypatch, capsys):
+    """opdjax(*arguments) -> (status, stdout, stderr without boxes and line breaks)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["opdjax", *map(str, arguments)])
+        try:
+            status = main.main() or 0
+        except SystemExit as end:
+            status = end.code
+        out, err = capsys.readouterr()
+        return status, out, smooth(err)
+
+    return run
+
+
+def smooth(text):
+    """The text without the boxes that tyro draws and wraps it in."""
+    text = re.sub(r"^[│╭╰|+]|[│╮╯|+]$|─+|-{5,}", " ", text, flags=re.MULTILINE)
+    return " ".join(text.split())
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """experiment(text) -> the path of an experiment file with that text."""
+
+    def write(text=EXPERIMENT, name="experiment.py"):
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+# Help
+
+
+def run_python(code, *arguments):
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+
+HEAVY = """
+import sys
+from opdjax.cli import main
+try:
+    main()
+except SystemExit as end:
+    print("status", end.code, "loaded", sorted({"jax", "flax", "optax", "orbax", "transformers", "numpy"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["sampel"], ["sample", "--help"], ["train", "EXPERIMENT", "--help"]],
+    ids=" ".join,
+)
+def test_help_loads_nothing_heavy(arguments, experiment):
+    arguments = [experiment() if argument == "EXPERIMENT" else argument for argument in arguments]
+    last = run_python(HEAVY, *arguments).splitlines()[-1]
+    assert last == f"status {2 if arguments == ['sampel'] else 0} loaded []"
+
+
+def test_the_console_script_is_installed():
+    script = pathlib.Path(sys.executable).with_name("opdjax")
+    done = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: opdjax VERB")
+
+
+def test_help_lists_every_verb(opdjax):
+    for flag in ("--help", "-h"):
+        status, out, err = opdjax(flag)
+        assert (status, err) == (0, "")
+        listed = re.findall(r"^  (\w+) ", out, re.MULTILINE)
+        assert listed == list(main.VERBS)
+        assert {
+            "train",
+            "plan",
+            "sweep",
+            "table",
+            "report",
+            "doctor",
+            "audit",
+            "sample",
+            "teach",
+            "annotate",
+            "inspect",
+            "evaluate",
+            "import",
+            "export",
+        } == set(listed)
+    status, out, _ = opdjax()
+    assert status == 2
+    assert "usage: opdjax VERB" in out
+
+
+@pytest.mark.parametrize("verb", ["sample", "annotate", "inspect", "evaluate", "import", "export"])
+def test_every_verb_explains_itself(opdjax, verb):
+    status, out, _ = opdjax(verb, "--help")
+    assert status == 0
+    assert f"usage: opdjax {verb}" in out
+
+
+def test_help_of_training_shows_the_values_of_the_experiment(opdjax, experiment):
+    status, out, _ = opdjax("train", experiment(), "--help")
+    out = smooth(out)
+    assert status == 0
+    assert "--train.num-steps INT optimizer updates (default: 7)" in out
+    # So long a list is broken inside.
+    assert (
+        "--estimator.recipe{opd,vopd,full_kl,topk_kl,npd,sft,grpo,ropd,tjudge,ropd_stages}"
+        in out.replace(" ", "")
+    )
+    # Every field is documented where it is declared; tyro takes the comments for help.
+    assert "tokens whose logits exist at a time, per device (default: 512)" in out
+    assert opdjax("train", "--help")[0] == 0
+    assert opdjax("train")[0] == 2
+
+
+# Mistakes
+
+
+def test_an_unknown_verb_is_answered_with_the_nearest(opdjax):
+    assert opdjax("trian") == (2, "", "opdjax: there is no verb 'trian'; did you mean 'train'?")
+    status, _, err = opdjax("xyz")
+    assert status == 2
+    assert err.endswith(f"expected one of {sorted(main.VERBS)}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1", "experiment.py defines no get_config()"),
+        (
+            "def get_config(): return {'seed': 0}",
+            "experiment.py returned a dict; expected a Config",
+        ),
+        ("def get_config(): pass", "experiment.py returned a NoneType; expected a Config"),
+        (
+            "def get_config() return 1",
+            "experiment.py does not run: SyntaxError: expected ':' (experiment.py, line 1)",
+        ),
+        ("import nosuchmodule", "ModuleNotFoundError: No module named 'nosuchmodule'"),
+        (
+            "from opdjax.config import *\ndef get_config(): return Config(data=DataConfig(sorce='x'))",
+            "experiment.py does not run: TypeError: DataConfig.__init__() got an unexpected keyword argument 'sorce'",
+        ),
+        (
+            "def get_config(): return Config()",
+            "experiment.py does not run: NameError: name 'Config' is not defined",
+        ),
+        (
+            "from opdjax.config import *\ndef get_config(): return Config(train=TrainConfig(num_steps=2.5))",
+            "ConfigError: train.num_steps is 2.5; expected int",
+        ),
+        (
+            "from opdjax.config import *\ndef get_config(): return Config(train=TrainConfig(num_steps=0))",
+            "ConfigError: train.num_steps is 0; expected at least 1",
+        ),
+    ],
+)
+def test_an_experiment_that_gives_no_config_is_refused(opdjax, experiment, tmp_path, text, message):
+    status, out, err = opdjax("train", experiment(text), "--workdir", tmp_path / "run")
+    assert (status, out) == (2, "")
+    assert err.startswith("opdjax: ")
+    assert message in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_that_is_no_experiment_is_refused(opdjax, experiment, tmp_path):
+    for path in (tmp_path / "nowhere.py", tmp_path):
+        status, _, err = opdjax("train", path, "--workdir", tmp_path / "run")
+        assert status == 2
+        assert (
+            err
+            == f"opdjax: ConfigError: there is no file '{path}'; expected a Python file with get_config()"
+        )
+    saved = experiment("{}", "config.json")
+    status, _, err = opdjax("train", saved, "--workdir", tmp_path / "run")
+    assert status == 2
+    assert (
+        err
+        == f"opdjax: ConfigError: {saved} has no 'config'; expected the config.json of a run or the point.json of a sweep"
+    )
+
+
+def test_a_saved_config_can_be_run_again(experiment):
+    config = load_experiment(str(experiment()))
+    saved = experiment(json.dumps({"config": to_dict(config)}), "config.json")
+    assert load_experiment(str(saved)) == config
+
+
+def test_an_experiment_is_loaded_as_it_is(experiment):
+    config = load_experiment(str(experiment()))
+    assert isinstance(config, Config)
+    assert (config.estimator.recipe, config.train.num_steps) == ("opd", 7)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--optimizer.learning-rat", "1"],
+            "Unrecognized options: --optimizer.learning-rat, 1 Perhaps you meant: --optimizer.learning-rate FLOAT",
+        ),
+        (["--train.num-step", "1"], "Perhaps you meant: --train.num-steps INT"),
+        (
+            ["--estimator.recipe", "vodp"],
+            "invalid choice 'vodp' for argument '--estimator.recipe'. Expected one of ('opd', 'vopd', 'full_kl', 'topk_kl', 'npd', 'sft', "
+            "'grpo', 'ropd', 'tjudge', 'ropd_stages')",
+        ),
+        (
+            ["--optimizer.learning-rate", "abc"],
+            "Error parsing --optimizer.learning-rate: could not convert string to float: 'abc'",
+        ),
+        (
+            ["--train.num-steps", "1.5"],
+            "Error parsing --train.num-steps: invalid literal for int() with base 10: '1.5'",
+        ),
+        (["--data.max-prompt-length", "0"], "data.max_prompt_length is 0; expected at least 1"),
+        (
+            ["--optimizer.max-grad-norm", "inf"],
+            "optimizer.max_grad_norm is inf; expected a finite number",
+        ),
+        (["--seed", "-1"], "seed is -1; expected from 0 to 2147483647"),
+        (["--sampling.temperature", "0.5"], "recipe 'opd' with sampling.temperature 0.5"),
+        (
+            ["--train.gradient-accumulation-steps", "7"],
+            "train.gradient_accumulation_steps is 7; expected a divisor of the 64 rows a step",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_flag_that_does_not_fit_is_refused(opdjax, experiment, tmp_path, flags, message):
+    status, out, err = opdjax("train", experiment(), "--workdir", tmp_path / "run", *flags)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_asks_for_a_work_directory(opdjax, experiment):
+    status, _, err = opdjax("train", experiment())
+    assert status == 2
+    assert "Missing from opdjax train EXPERIMENT: --workdir PATH" in err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "option"),
+    [("--estimator.divergence", "jsd", "divergence"), ("--estimator.baseline", "full", "baseline")],
+)
+def test_an_option_of_another_recipe_is_refused_before_anything_is_written(
+    opdjax, experiment, tmp_path, flag, value, option
+):
+    status, out, err = opdjax("train", experiment(), "--workdir", tmp_path / "run", flag, value)
+    assert (status, out) == (2, "")
+    assert f"recipe 'opd' has no option '{option}'; it has ['discount', 'return_to_go', " in err
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_errors_and_interruptions_end_in_one_line(opdjax, monkeypatch):
+    def failing(error):
+        def verb(arguments):
+            raise error
+
+        return verb
+
+    for error, status, message in (
+        (OSError("disk full"), 2, "opdjax: OSError: disk full"),
+        (RuntimeError("no finite loss"), 2, "opdjax: RuntimeError: no finite loss"),
+        (KeyboardInterrupt(), 130, "opdjax: interrupted; run the same command again to continue"),
+    ):
+        monkeypatch.setitem(main.VERBS, "sample", failing(error))
+        assert opdjax("sample") == (status, "", message)
+    # A mistake of the program's own keeps its traceback.
+    monkeypatch.setitem(main.VERBS, "sample", failing(KeyError("bug")))
+    with pytest.raises(KeyError):
+        opdjax("sample")
+
+
+@pytest.mark.parametrize(
+    "verb", [("import",), ("evaluate",), ("sample", "1+1=")], ids=lambda verb: verb[0]
+)
+def test_a_directory_without_a_model_is_named(opdjax, tmp_path, verb):
+    status, _, err = opdjax(verb[0], tmp_path, *verb[1:])
+    assert status == 2
+    assert f"{tmp_path} has no config.json; expected a Hugging Face checkpoint directory" in err
+
+
+def test_export_of_a_directory_without_a_run(opdjax, tmp_path):
+    status, _, err = opdjax("export", tmp_path, tmp_path / "out")
+    assert status == 2
+    assert f"{tmp_path} has no config.json; expected the work directory of a run" in err
+    assert not (tmp_path / "out").exists()
+
+
+# Verbs at work
+
+
+def test_import_prints_the_facts_of_a_checkpoint(opdjax):
+    status, out, _ = opdjax("import", MINI_TEACHER)
+    facts = dict(re.split(r"\s{2,}|(?<=^.{22})", line, maxsplit=1) for line in out.splitlines())
+    published = json.loads((MINI_PAIR / "teacher" / "config.json").read_text())
+    assert status == 0
+    assert facts["path"] == str(MINI_PAIR / "teacher")
+    assert facts["architecture"] == "Qwen3ForCausalLM"
+    for fact, name in (
+        ("num_layers", "num_hidden_layers"),
+        ("hidden_size", "hidden_size"),
+        ("vocab_size", "vocab_size"),
+        ("num_kv_heads", "num_key_value_heads"),
+        ("intermediate_size", "intermediate_size"),
+    ):
+        assert facts[fact] == str(published[name])
+    # Embedding and final norm; per layer q, k, v, o, the norms of q and k, three of the MLP and two
+    # norms.
+    width, inner, size = (
+        published["hidden_size"],
+        published["intermediate_size"],
+        published["head_dim"],
+    )
+    queries, keys = published["num_attention_heads"] * size, published["num_key_value_heads"] * size
+    layer = 2 * width * queries + 2 * width * keys + 2 * size + 3 * width * inner + 2 * width
+    assert published["tie_word_embeddings"]
+    assert facts["parameters"] == str(
+        published["vocab_size"] * width + width + published["num_hidden_layers"] * layer
+    )
+    assert facts["stop token ids"] == "(2,)"
+    assert facts["tokenizer ids"] == "214"
+    assert facts["has chat template"] == "True"
+
+
+def answers(out):
+    return [tuple(line.split("\t")) for line in out.splitlines()]
+
+
+def test_a_greedy_answer_depends_on_nothing_but_its_prompt(opdjax):
+    common = ("--temperature", "0", "--max-completion-length", "24")
+    status, out, _ = opdjax("sample", MINI_TEACHER, "7+8+9=", *common)
+    assert status == 0
+    # What the teacher was made for, and what a broken template or tokenizer would spoil.
+    assert answers(out) == [("7+8+9=", "7+8=15;15+9=24#24")]
+    _, again, _ = opdjax(
+        "sample",
+        MINI_TEACHER,
+        "40-3-22=",
+        "7+8+9=",
+        *common,
+        "--seed",
+        "5",
+        "--num-generations",
+        "2",
+    )
+    assert answers(again)[2:] == answers(out) * 2
+    assert [prompt for prompt, _ in answers(again)[:2]] == ["40-3-22="] * 2
+
+
+def test_draws_follow_the_seed(opdjax):
+    def draw(seed):
+        status, out, _ = opdjax(
+            "sample",
+            MINI_STUDENT,
+            "34-17+25=",
+            "--num-generations",
+            "6",
+            "--max-completion-length",
+            "24",
+            "--temperature",
+            "1.5",
+            "--seed",
+            seed,
+        )
+        assert status == 0
+        return answers(out)
+
+    first = draw(0)
+    assert len(first) == 6
+    assert len(set(first)) > 1
+    assert draw(0) == first
+    assert draw(1) != first
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--top-p", "2"], "sampling.top_p is 2.0; expected more than 0 and at most 1"),
+        (["--temperature", "-1"], "sampling.temperature is -1.0; expected more than 0"),
+        (["--num-generations", "0"], "sampling.num_generations is 0; expected at least 1"),
+        (
+            ["--max-completion-length", "0"],
+            "sampling.max_completion_length is 0; expected at least 1",
+        ),
+        (["--seed", "2147483648"], "seed is 2147483648; expected at most 2147483647"),
+        (
+            ["--data.max-prompt-length", "3"],
+            "data.max_prompt_length is 3, exceeded by prompt 0 of the command line with 14 tokens",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_sampling_refuses_what_a_run_would_refuse(opdjax, flags, message):
+    status, out, err = opdjax("sample", MINI_STUDENT, "1+1+1=", *flags)
+    assert (status, out) == (2, "")
+    assert message in err
+
+
+def test_sampling_without_a_prompt(opdjax):
+    status, _, err = opdjax("sample", MINI_STUDENT)
+    assert status == 2
+    assert err.endswith("no prompt given; expected one or more texts after the model")
+
+
+def test_evaluation_prints_and_writes_its_scores(opdjax, tmp_path):
+    file = tmp_path / "scores.json"
+    status, out, _ = opdjax("evaluate", MINI_STUDENT, *SMALL, "--output", file)
+    assert status == 0
+    scores = json.loads(file.read_text())
+    assert {key: scores[key] for key in ("temperature", "n", "k", "num_prompts")} == {
+        "temperature": 1.0,
+        "n": 2,
+        "k": 2,
+        "num_prompts": 4,
+    }
+    right, greedy = scores["per_prompt"], scores["per_prompt_greedy"]
+    assert len(right) == len(greedy) == 4
+    assert set(right) <= {0, 1, 2}
+    assert set(greedy) <= {0, 1}
+    assert scores["avg@k"] == pytest.approx(sum(right) / 8)
+    assert scores["pass@k"] == pytest.approx(sum(count > 0 for count in right) / 4)
+    assert scores["greedy"] == pytest.approx(sum(greedy) / 4)
+    assert [each["is_right"] for each in scores["answers"]] == [bool(count) for count in greedy]
+    assert all(
+        each["is_right"] == each["completion"].endswith(f"#{each['answer']}")
+        for each in scores["answers"]
+    )
+    assert 0 <= scores["truncated_ratio"] <= 1 <= scores["length_mean"] <= 24
+    expected = [
+        f"avg@2     {scores['avg@k']:.4f} ± {scores['avg@k_interval']:.4f}",
+        f"pass@2    {scores['pass@k']:.4f} ± {scores['pass@k_interval']:.4f}",
+        f"greedy    {scores['greedy']:.4f} ± {scores['greedy_interval']:.4f}",
+        "4 prompts, T = 1; ± is half a 95 % interval over prompts",
+    ]
+    assert out.splitlines() == expected
+
+
+def test_the_teacher_solves_what_it_was_made_for(opdjax, tmp_path):
+    rows = [
+        {"prompt": "7+8+9=", "answer": 24},
+        {"prompt": "7+8+9=", "answer": "25"},
+        {"prompt": "1+1+1=", "answer": 3.0},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    file = tmp_path / "scores.json"
+    status, _, _ = opdjax(
+        "evaluate",
+        MINI_TEACHER,
+        *SMALL,
+        "--evaluation.source",
+        tmp_path / "rows.jsonl",
+        "--output",
+        file,
+    )
+    assert status == 0
+    # Right, wrong by the answer that was asked for, right.
+    assert json.loads(file.read_text())["per_prompt_greedy"] == [1, 0, 1]
+
+
+def test_evaluation_needs_a_source_with_answers(opdjax, tmp_path):
+    status, _, err = opdjax("evaluate", MINI_STUDENT, *SMALL, "--evaluation.source", "None")
+    assert status == 2
+    assert err.endswith("evaluation.source is None; expected a data source with answers")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=", "answer": 2}\n{"prompt": "1+2="}\n')
+    status, _, err = opdjax(
+        "evaluate", MINI_STUDENT, *SMALL, "--evaluation.source", tmp_path / "rows.jsonl"
+    )
+    assert status == 2
+    assert "rows.jsonl has no 'answer' (1 such rows); evaluation needs them" in err

@@ -1,0 +1,65 @@
+"""The student that a run hands back, in transformers on torch: the same answers, token for token."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from test_train import TINY
+
+from opdjax.config import DataConfig
+from opdjax.data.chat import load_tokenizer, valid_vocab
+from opdjax.data.prompts import collate, encode_prompts, read_prompts
+from opdjax.engine.decoding import Decoding
+from opdjax.engine.sampler import sample
+from opdjax.models.decoder import forward, head_of
+from opdjax.models.hf import load_params, open_checkpoint
+from opdjax.ops.tile import head_logits
+from opdjax.rollouts.setup import stop_ids
+from opdjax.train import train
+
+
+def test_the_exported_student_answers_alike_in_transformers(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    config = dataclasses.replace(TINY, evaluation=dataclasses.replace(TINY.evaluation, source=None))
+    exported = tmp_path / "run" / train(config, tmp_path / "run")["student"]
+    checkpoint, tokenizer = open_checkpoint(exported), load_tokenizer(exported)
+    params = load_params(checkpoint, "float32")
+    assert not jax.tree.all(
+        jax.tree.map(
+            jnp.array_equal, params, load_params(open_checkpoint(config.student.path), "float32")
+        )
+    )
+
+    prompts = encode_prompts(
+        read_prompts("arithmetic:test")[:64], DataConfig(), tokenizer, tokenizer
+    )
+    batch = collate(prompts, np.arange(64))
+    decoding = Decoding(
+        24, stop_ids(checkpoint, tokenizer), temperature=0.0, valid_vocab=valid_vocab(tokenizer)
+    )
+    ours = sample(params, batch, 0, 0, config=checkpoint.config, decoding=decoding)
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    inputs = {
+        "input_ids": torch.tensor(batch.tokens).long(),
+        "attention_mask": torch.tensor(batch.mask).long(),
+    }
+    theirs = model.generate(**inputs, do_sample=False, max_new_tokens=24)
+    width = batch.tokens.shape[1]
+    for row in range(64):
+        answer = np.asarray(ours.tokens)[row][np.asarray(ours.mask)[row]]
+        np.testing.assert_array_equal(theirs[row, width : width + len(answer)], answer)
+
+    hidden = forward(
+        params, checkpoint.config, jnp.asarray(batch.tokens), jnp.asarray(batch.mask, jnp.int32)
+    )
+    positions = torch.tensor(np.maximum(np.cumsum(batch.mask, axis=1) - 1, 0))
+    with torch.no_grad():
+        logits = model(**inputs, position_ids=positions).logits.numpy()
+    live = np.asarray(batch.mask)
+    np.testing.assert_allclose(
+        np.asarray(head_logits(head_of(params), hidden))[live], logits[live], atol=2e-4
+    )

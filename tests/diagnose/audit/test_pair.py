@@ -1,0 +1,159 @@
+"""The audit of a real pair: bins, intervals, the analysis of variance, and the whole command on the
+built-in models.
+"""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from opdjax.cli import runs
+from opdjax.config import AuditConfig
+from opdjax.diagnose.audit.gradients import _share_signal, _split
+from opdjax.diagnose.audit.pair import KL_QUANTILES, kl_bins, ratio_with_interval
+from opdjax.diagnose.audit.run import audit
+from opdjax.diagnose.audit.subjects import Subject, subject
+from opdjax.diagnose.audit.table import text
+
+
+def test_every_context_is_in_one_bin_and_bins_are_ordered(rng):
+    kl, mask = rng.exponential(size=(7, 9)), rng.random((7, 9)) < 0.8
+    bins = kl_bins(kl, mask)
+    np.testing.assert_array_equal(np.sum(bins, axis=0), mask)
+    assert len(bins) == len(KL_QUANTILES) - 1
+    held = [kl[inside] for inside in bins if inside.any()]
+    assert all(low.max() <= high.min() for low, high in itertools.pairwise(held))
+
+
+def test_a_ratio_and_its_interval(rng):
+    plain = rng.exponential(size=400)
+    ratio, low, high = ratio_with_interval(0.5 * plain, plain)
+    assert (ratio, low, high) == pytest.approx((0.5, 0.5, 0.5))
+    ratio, low, high = ratio_with_interval(rng.permutation(plain), plain)
+    assert low < ratio < high
+    assert ratio == pytest.approx(1)
+    assert ratio_with_interval(plain[:3], np.zeros(3)) == (None, None, None)
+
+
+def test_the_parts_of_a_variance_are_found(rng):
+    """Gradients of 2,000 prompts, 3 rollouts, 2 redraws in 5 dimensions, of parts with variances 1,
+    4 and 9 a dimension.
+    """
+    prompts, rollouts, redraws, size = 2000, 3, 2, 5
+    g = (
+        0.5
+        + rng.normal(size=(prompts, 1, 1, size))
+        + 2 * rng.normal(size=(prompts, rollouts, 1, size))
+    )
+    g = g + 3 * rng.normal(size=(prompts, rollouts, redraws, size))
+    by_rollout, center = g.mean(axis=2), g.mean(axis=(1, 2))
+    sums = [
+        np.square(g - by_rollout[:, :, None]).sum(axis=(1, 2, 3)),
+        np.square(by_rollout - center[:, None]).sum(axis=(1, 2)),
+    ]
+    found = _split(
+        np.square(center.mean(axis=0)).sum(),
+        *sums,
+        np.square(center).sum(axis=1),
+        redraws,
+        rollouts,
+    )
+    for name, expected in (
+        ("prompt", 5),
+        ("trajectory", 20),
+        ("action", 45),
+        ("noise", 70),
+        ("signal", 1.25),
+    ):
+        assert found[name] == pytest.approx(expected, rel=0.15), name
+
+
+@pytest.mark.parametrize("parameter_space", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_a_few_estimators_on_the_built_in_pair(parameter_space):
+    subjects = [
+        subject("opd"),
+        subject("opd", extra_draws=3),
+        subject("opd", discount=1.0),
+        subject("npd"),
+        Subject("k3_direct"),
+    ]
+    how = AuditConfig(num_contexts=20, vocab=8, num_prompts=16, parameter_space=parameter_space)
+    document = audit(runs.MINI, subjects, how, tell=lambda _: None)
+    contexts = document["contexts"]["rows"]
+    assert contexts["opd"]["bias"]["reverse"] < 1e-4
+    assert contexts["k3_direct"]["cosine"]["forward"] > 0.999
+    assert document["costs"]["opd"]["seconds_per_token"] > 0
+    assert document["batch_pitfalls"]["shifted_mask"]["bias"] > 0.1
+    assert "k3_direct (pitfall)" in text(document)
+    json.dumps(document, allow_nan=False)
+    if parameter_space:
+        gradients = document["gradients"]["rows"]
+        assert (
+            0.08 < gradients["opd extra_draws=3"]["action"] / gradients["opd"]["action"] < 0.6
+        )  # 1 / 4 in expectation
+        assert gradients["opd discount=1"]["action"] is None
+
+
+@pytest.mark.long
+def test_the_command_writes_tables_and_page(tmp_path, capsys):
+    runs.audit(
+        [
+            "--workdir",
+            str(tmp_path),
+            "--how.num-contexts",
+            "20",
+            "--how.num-prompts",
+            "4",
+            "--only",
+            "opd",
+            "k3_direct",
+        ]
+    )
+    printed = capsys.readouterr().out
+    assert (tmp_path / "audit.txt").read_text() in printed
+    assert json.loads((tmp_path / "audit.json").read_text())["subjects"]["k3_direct"]["is_pitfall"]
+    assert str(tmp_path / "audit.html") in printed
+
+
+def test_recipes_of_one_expectation_share_the_signal_that_is_told_best():
+    subjects = [
+        subject("opd"),
+        subject("full_kl", divergence="reverse"),
+        subject("opd", reward_floor=-2.0),
+        Subject("k3_direct"),
+    ]
+    rows = {each.name: {"signal": float(place)} for place, each in enumerate(subjects)}
+    _share_signal(subjects, rows)
+    assert [row["signal"] for row in rows.values()] == [1, 1, 2, 3]
+
+
+def test_what_cannot_be_measured_is_refused_before_anything_is(tmp_path):
+    for arguments, message in (
+        (["--teacher.path", "@mini_student", "--only", "opd"], "student and teacher say the same"),
+        (
+            ["--estimator.recipe", "opd", "--estimator.importance", "token_truncate"],
+            "estimator.importance is 'token_truncate'",
+        ),
+        (
+            ["--estimator.recipe", "opd", "--estimator.baseline", "full"],
+            "recipe 'opd' has no option 'baseline'",
+        ),
+        (["--how.num-prompts", "100000"], "expected at most"),
+        (["--only", "vodp"], "nothing called"),
+    ):
+        small = ["--how.num-contexts", "2", "--how.vocab", "3"]
+        with pytest.raises(ValueError, match=message):
+            runs.audit(["--workdir", str(tmp_path / "x"), *small, *arguments])
+
+
+def test_explain_prints_the_page_of_every_recipe_and_pitfall(capsys):
+    for name in ("opd", "vopd", "full_kl", "topk_kl", "npd", "sft"):
+        runs.audit(["--explain", name])
+        page = capsys.readouterr().out
+        for part in ("Equation:", "Detached:", "Cost:", "Use it when"):
+            assert part in page, (name, part)
+    runs.audit(["--explain", "k3_direct"])
+    assert "KL(teacher || student)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no recipe and no pitfall 'opq'"):
+        runs.audit(["--explain", "opq"])

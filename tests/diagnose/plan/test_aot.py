@@ -1,0 +1,57 @@
+"""Compiling for a slice that is not here: needs libtpu, no TPU."""
+
+import importlib.util
+
+import pytest
+
+from opdjax.config import ModelConfig, TrainConfig
+from opdjax.config.topology import topology
+from opdjax.diagnose.plan.aot import NoCompilerError, compile_programs, describe
+from opdjax.diagnose.plan.arithmetic import foresee
+
+HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
+
+
+@pytest.mark.skipif(HAS_LIBTPU, reason="libtpu is installed")
+def test_without_libtpu_it_is_said_what_to_install():
+    with pytest.raises(
+        NoCompilerError, match=r"install libtpu beside the same jax: pip install 'jax\[tpu\]=="
+    ):
+        describe(topology("v5e-8"))
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not HAS_LIBTPU, reason="needs libtpu: pip install 'jax[tpu]'")
+def test_a_small_run_compiles_for_v5e(run_of, model):
+    """Wide enough that a TPU pads nothing that counts."""
+    wide = {
+        "hidden_size": 1024,
+        "intermediate_size": 1024,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    }
+    wide["num_hidden_layers"] = 6
+    models = {
+        role: ModelConfig(model(f"wide {role}", vocab_size=2048, **wide))
+        for role in ("student", "teacher")
+    }
+    train = TrainConfig(
+        prompts_per_step=8, remat="layer"
+    )  # as runs of a size that needs a slice are
+    workload = run_of("v5e-8", fsdp=8, train=train, **models)
+    plan, programs = (
+        foresee(workload),
+        {program.name: program for program in compile_programs(workload)},
+    )
+    assert set(programs) == {"prefill", "sample", "teacher", "update"}
+    update = programs["update"]
+    counted = sum(
+        item.num_bytes
+        for item in plan.items
+        if "loss" in item.phases and "loss" not in item.outside and item.is_argument
+    )
+    assert counted <= update.argument_bytes <= 1.01 * counted
+    assert 0.85 < plan.of_program("update") / update.peak_bytes < 1.15
+    assert update.most_logit_rows <= 8
+    assert any(each.kind == "all-gather" and each.loop for each in update.collectives)

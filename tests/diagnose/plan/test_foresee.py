@@ -1,0 +1,295 @@
+"""Bytes and operations, worked by hand for a tiny pair, and against what XLA says of the same
+programs on this machine.
+"""
+
+import dataclasses
+
+import jax
+import pytest
+
+from opdjax.config import (
+    Config,
+    DataConfig,
+    EstimatorConfig,
+    EvaluationConfig,
+    LoraConfig,
+    MeshConfig,
+    SamplingConfig,
+    TrainConfig,
+)
+from opdjax.config.topology import topology
+from opdjax.diagnose.plan.aot import compile_update
+from opdjax.diagnose.plan.arithmetic import (
+    cache_bytes,
+    foresee,
+    kept_activations,
+    num_parameters,
+    parameter_bytes,
+)
+from opdjax.diagnose.plan.workload import read_workload
+from opdjax.models.decoder import init_params
+from opdjax.ops.sharding import make_mesh
+
+ONE = {"data": 1, "fsdp": 1, "tensor": 1}
+# A layer's kernels: q and o 8 x 8, k and v 8 x 4, three of the MLP 8 x 16; its norms 2 x 8. The
+# embedding 32 x 8, the last norm 8.
+KERNELS, NORMS, EMBEDDING = 2 * (2 * 64 + 2 * 32 + 3 * 128), 2 * 2 * 8 + 8, 256
+
+
+def sizes(plan, phase):
+    return {item.name: item.num_bytes for item in plan.items if phase in item.phases}
+
+
+def test_parameters(run_of):
+    student = run_of("v5e-4").student
+    assert num_parameters(student) == KERNELS + NORMS + EMBEDDING
+    assert parameter_bytes(student, "float32", ONE, ("fsdp", "tensor")) == 4 * (
+        KERNELS + NORMS + EMBEDDING
+    )
+    mesh = {"data": 2, "fsdp": 2, "tensor": 1}
+    # Norms lie whole on every device.
+    assert parameter_bytes(student, "bfloat16", mesh, ("fsdp", "tensor")) == 2 * (
+        (KERNELS + EMBEDDING) // 2 + NORMS
+    )
+    assert parameter_bytes(student, "bfloat16", mesh, ("tensor",)) == 2 * (
+        KERNELS + NORMS + EMBEDDING
+    )
+    real = sum(
+        leaf.size
+        for leaf in jax.tree.leaves(
+            jax.eval_shape(lambda key: init_params(student, key), jax.random.key(0))
+        )
+    )
+    assert num_parameters(student) == real
+
+
+def test_what_each_phase_holds(run_of):
+    """4 devices as 2 x 2: two rows a device, one at a time, of 16 + 16 columns."""
+    plan = foresee(run_of("v5e-4"))
+    kept, published = 4 * ((KERNELS + EMBEDDING) // 2 + NORMS), 2 * (KERNELS + NORMS + EMBEDDING)
+    update, teacher = sizes(plan, "loss") | sizes(plan, "backward"), sizes(plan, "teacher")
+    assert update["student's trained parameters, float32"] == kept
+    assert update["optimizer's two moments"] == 2 * kept
+    assert update["published copy of the student"] == published
+    assert update["gradient, float32"] == kept
+    assert (
+        update["student's parameters as computed with"]
+        == update["gradient of a micro-batch"]
+        == kept // 2
+    )
+    assert update["teacher's head"] == 32 * 16 * 2 // 2
+    assert update["teacher's head, gathered"] == 32 * 16 * 2
+    assert update["student's head, gathered"] == 32 * 8 * 2
+    assert update["head's gradient, summed in float32"] == 32 * 8 * 4
+    assert update["vocabulary tiles, 4 of them"] == 4 * 8 * 32 * 4
+    assert (
+        update["teacher's hidden states, whole batch"]
+        == teacher["teacher's hidden states, whole batch"]
+        == 2 * 32 * 16 * 2
+    )
+    assert sizes(plan, "sample")["KV cache, prompt and completion"] == 2 * 2 * 2 * 32 * 1 * 4 * 2
+    assert sizes(plan, "sample")["KV cache of prompts that wait"] == 2 * 2 * 1 * 16 * 1 * 4 * 2
+    assert plan.phases == ("prefill", "sample", "teacher", "loss", "backward")
+    assert plan.of_program("update") == max(
+        plan.held(phase) - plan.beside(phase) for phase in ("loss", "backward")
+    )
+
+
+def test_a_recipe_without_the_teachers_distribution_holds_less(run_of):
+    of_tokens, of_text = (
+        foresee(run_of("v5e-4", recipe="opd")),
+        foresee(run_of("v5e-4", recipe="sft", **taught())),
+    )
+    assert "teacher's hidden states, whole batch" not in sizes(of_tokens, "loss")
+    assert "vocabulary tiles, 1 of them" in sizes(of_tokens, "loss")
+    assert "vocabulary tiles of the teacher" in sizes(of_tokens, "teacher")
+    assert not {name for name in sizes(of_text, "teacher") if "vocabulary" in name}
+    # Two rows of 32 columns a device, ten ids and log-probs each.
+    of_top_k = foresee(run_of("v5e-4", recipe="npd"))
+    for phase in ("teacher", "loss"):
+        more = sizes(of_top_k, phase)["teacher's most likely ids, with log-probabilities"]
+        assert more == of_top_k.held(phase) - of_tokens.held(phase) == 2 * 32 * 10 * 8
+    assert of_top_k.bounds == of_tokens.bounds
+    assert of_text.bounds["teacher"].seconds == of_text.bounds["sample"].seconds == 0
+
+
+def taught():
+    return {"sampling": SamplingConfig(max_completion_length=16, completions_from="references")}
+
+
+def test_tensor_splits_heads_mlp_and_vocabulary(run_of):
+    student = dataclasses.replace(run_of("v5e-4").student, num_kv_heads=2)
+    assert cache_bytes(student, "bfloat16", 3, 10, tensor=2) * 2 == cache_bytes(
+        student, "bfloat16", 3, 10
+    )
+    mesh = {"data": 1, "fsdp": 1, "tensor": 2}
+    grown = 2 * 2 * 4 * 8  # k and v are twice as wide now
+    assert parameter_bytes(student, "float32", mesh, ("tensor",)) == 4 * (
+        (KERNELS + grown + EMBEDDING) // 2 + NORMS
+    )
+
+
+def test_recomputing_keeps_the_residual_stream_alone(run_of):
+    without, with_remat = (
+        foresee(run_of("v5e-4", train=train(remat))) for remat in ("none", "layer")
+    )
+    deeper = dataclasses.replace(
+        with_remat.workload, student=dataclasses.replace(with_remat.workload.student, num_layers=5)
+    )
+    kept = kept_activations(with_remat.workload)
+    assert kept_activations(deeper) - kept == 3 * 32 * 8 * 2  # layers x tokens x width, bfloat16
+    assert kept_activations(without.workload) > 4 * kept
+    assert with_remat.bounds["update"].flops > without.bounds["update"].flops
+
+
+def train(remat):
+    return TrainConfig(prompts_per_step=8, gradient_accumulation_steps=2, remat=remat)
+
+
+def test_work_of_a_step(run_of):
+    """8 rows of 32 tokens: the update's three passes through kernels and attention, three products
+    with the head and the teacher's one.
+    """
+    plan = foresee(run_of("v5e-4"))
+    trunk = 8 * 32 * (2 * KERNELS + 4 * 2 * 32 * 8)
+    assert plan.bounds["update"].flops == 3 * trunk + 3 * 2 * 8 * 16 * 32 * 8 + 2 * 8 * 16 * 32 * 16
+    assert plan.bounds["update"].seconds >= plan.bounds["update"].flops / 4 / 197e12
+    assert plan.bounds["sample"].is_by_memory
+
+
+def test_what_does_not_fit_is_named(run_of):
+    plan = foresee(run_of("v5e-4"))
+    assert plan.fits
+    assert plan.first_over("loss") is None
+    small = dataclasses.replace(plan.workload.topology.chip, hbm_bytes=plan.held("teacher"))
+    tight = dataclasses.replace(
+        plan.workload, topology=dataclasses.replace(plan.workload.topology, chip=small)
+    )
+    plan = foresee(tight)
+    assert not plan.fits
+    assert plan.first_over("teacher") is None
+    total = 0
+    for item in (item for item in plan.items if "loss" in item.phases):
+        total += item.num_bytes
+        if total > small.hbm_bytes:
+            break
+    assert plan.first_over("loss") is item
+    assert plan.largest("loss").num_bytes == max(sizes(plan, "loss").values())
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        EstimatorConfig("vopd"),
+        EstimatorConfig("npd"),
+        EstimatorConfig("grpo", reference_kl_coef=0.1),
+    ],
+    ids=lambda e: e.recipe,
+)
+def test_the_arguments_are_those_of_the_compiled_update(estimator):
+    """The mini pair on eight simulated devices, parameters split over four of them."""
+    config = Config(
+        data=DataConfig(max_prompt_length=16),
+        sampling=SamplingConfig(2, max_completion_length=16),
+        estimator=estimator,
+        train=TrainConfig(prompts_per_step=4),
+        evaluation=EvaluationConfig(source=None),
+        mesh=MeshConfig(data=2, fsdp=4),
+    )
+    config = dataclasses.replace(
+        config,
+        student=dataclasses.replace(config.student, dtype="float32"),
+        teacher=dataclasses.replace(config.teacher, dtype="float32"),
+    )
+    workload = read_workload(config, topology("v5e-8"))
+    program = compile_update(workload, make_mesh(2, 4))
+    counted = [
+        item
+        for item in foresee(workload).items
+        if "loss" in item.phases and "loss" not in item.outside and item.is_argument
+    ]
+    counters = 5 * 4  # of the state: steps, skipped, in a row, and two of the optimizer's own
+    assert sum(item.num_bytes for item in counted) + counters == program.argument_bytes
+    assert any(
+        each.kind == "reduce-scatter" or each.kind == "all-reduce" for each in program.collectives
+    )
+    assert program.most_logit_rows <= min(
+        config.estimator.tile, workload.micro_rows * workload.columns
+    )
+
+
+def test_adapters_alone_are_trained(run_of):
+    """Rank 2 on q and down: A 2 x 8 and B 8 x 2, A 2 x 16 and B 8 x 2, in two layers; `fsdp` splits
+    neither rank nor heads.
+    """
+    lora = LoraConfig(rank=2, targets=("q", "down"))
+    workload = run_of("v5e-4", lora=lora)
+    plan, whole = foresee(workload), foresee(run_of("v5e-4"))
+    update = sizes(plan, "loss") | sizes(plan, "backward")
+    adapters = 2 * (2 * 8 + 8 * 2 + 2 * 16 + 8 * 2)
+    assert adapters * 4 / 2 <= update["student's trained parameters, float32"] <= adapters * 4
+    assert update["optimizer's two moments"] == 2 * update["student's trained parameters, float32"]
+    assert update["student's frozen parameters"] == 2 * ((KERNELS + EMBEDDING) // 2 + NORMS)
+    assert not {"head's gradient, summed in float32", "head's gradient"} & set(update)
+    # The frozen ones lie split for training and whole for sampling.
+    assert update["published copy of the student"] > 2 * (KERNELS + NORMS + EMBEDDING)
+    assert plan.bounds["update"].flops < whole.bounds["update"].flops
+
+
+def test_a_fused_attention_holds_no_scores(run_of):
+    workload = run_of("v5e-4")
+    fused = dataclasses.replace(
+        workload, student=dataclasses.replace(workload.student, attention="splash")
+    )
+    plain, fused = (
+        sizes(foresee(each), "backward")["a layer's activations, backward"]
+        for each in (workload, fused)
+    )
+    assert plain - fused == 2 * 32 * 32 * (2 * 4 + 2)  # two heads, 32 x 32 columns
+
+
+PAIRS = TrainConfig(prompts_per_step=4, gradient_accumulation_steps=2)
+PENALISED = {"sampling": SamplingConfig(2, max_completion_length=16), "train": PAIRS}
+
+
+def penalised(run_of, recipe="grpo", coef=0.1, **sections):
+    return foresee(
+        run_of(
+            "v5e-4",
+            estimator=EstimatorConfig(recipe, tile=8, reference_kl_coef=coef),
+            **PENALISED,
+            **sections,
+        )
+    )
+
+
+def test_a_reference_is_a_second_frozen_student(run_of):
+    """It is held whole at all times, reads every row once, and adds a column to the batch;
+    advantages are counted with or without.
+    """
+    plan, plain = penalised(run_of), penalised(run_of, coef=None)
+    size = 2 * ((KERNELS + EMBEDDING) // 2 + NORMS)
+    for phase in ("sample", "teacher", "loss"):
+        assert sizes(plan, phase)["reference's parameters"] == size
+        assert not any("teacher's parameters" in name for name in sizes(plan, phase))
+    column = 2 * 32 * 4
+    assert (
+        plan.held("loss") - plain.held("loss")
+        == size + sizes(plan, "loss")["batch: ids, mask, log-probabilities"]
+    )
+    taught = foresee(run_of("v5e-4", recipe="opd", **PENALISED))
+    batch = sizes(taught, "loss")["batch: ids, mask, log-probabilities"]
+    assert sizes(plan, "loss")["batch: ids, mask, log-probabilities"] == batch + column
+    trunk = 8 * 32 * (2 * KERNELS + 4 * 2 * 32 * 8)
+    assert plan.bounds["teacher"].flops == trunk + 2 * 8 * 16 * 32 * 8
+    assert plain.bounds["teacher"].flops == 0
+    assert plan.bounds["update"] == plain.bounds["update"]
+
+
+def test_beside_adapters_the_reference_is_the_frozen_student(run_of):
+    lora = LoraConfig(rank=2, targets=("q", "down"))
+    plan, plain = penalised(run_of, lora=lora), penalised(run_of, coef=None, lora=lora)
+    assert not any("reference" in name for name in sizes(plan, "loss"))
+    assert plan.bounds["teacher"].flops > plain.bounds["teacher"].flops == 0
+    frozen = sizes(plan, "teacher")["student's frozen parameters"]
+    assert plan.of_program("teacher") >= frozen > 0

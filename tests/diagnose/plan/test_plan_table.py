@@ -1,0 +1,140 @@
+"""The verb: its table, its exit status, its errors."""
+
+import sys
+
+import pytest
+
+from opdjax.cli import main
+from opdjax.diagnose.plan.aot import Program
+from opdjax.diagnose.plan.arithmetic import foresee
+from opdjax.diagnose.plan.hlo import Collective
+from opdjax.diagnose.plan.table import fits, text, verdict
+
+HEADING = """\
+v5e-4: 4 devices of 15.75 GiB, 1 host; mesh data 2 x fsdp 2 x tensor 1
+a step: 8 rows of 16 + 16 tokens; on a device 2 rows, 1 at a time (2 micro-batches)
+"""
+
+
+@pytest.fixture
+def plan_of(monkeypatch, capsys, model, tmp_path):
+    """plan_of(*arguments) -> (status, stdout, stderr) of `opdjax plan` on a tiny pair."""
+    file = tmp_path / "experiment.py"
+    file.write_text(
+        "from opdjax.config import *\n"
+        f"def get_config(): return Config(ModelConfig({model('one')!r}), ModelConfig({model('two')!r}), "
+        "train=TrainConfig(prompts_per_step=8), evaluation=EvaluationConfig(source=None))\n"
+    )
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["opdjax", "plan", str(file), *arguments])
+        with pytest.raises(SystemExit) as end:
+            main.main()
+        return end.value.code, *capsys.readouterr()
+
+    return run
+
+
+def program(**changes):
+    collective = Collective(
+        "all-gather",
+        2**20,
+        "jit(update)/while > jit(update)/while/body/closed_call/jvp()/while",
+        6,
+        False,
+        "x",
+    )
+    open_ended = Collective("all-reduce", 2**10, "jit(update)/tiles", 1, True, "y")
+    fields = {
+        "name": "update",
+        "argument_bytes": 2**29,
+        "output_bytes": 0,
+        "alias_bytes": 0,
+        "peak_bytes": 2**30,
+        "flops": 1.0,
+    }
+    fields |= {
+        "compile_seconds": 3.0,
+        "collectives": [collective, collective, open_ended],
+        "most_logit_rows": 8,
+    }
+    return Program(**(fields | changes))
+
+
+def test_the_table(run_of):
+    plan = foresee(run_of("v5e-4"))
+    shown = text(plan)
+    assert shown.startswith(HEADING)
+    lines = {line[:46].rstrip(): line[46:].split() for line in shown.splitlines()}
+    assert lines["GiB on a device"] == ["prefill", "sample", "teacher", "loss", "backward"]
+    assert len(lines["in all"]) == 5
+    assert lines["limited by"][1] == "memory"
+    assert "at most 128 tokens of completions a step" in shown
+    assert shown.endswith(f"of {plan.capacity / 2**30:.2f} GiB")
+
+
+def test_what_the_compiler_says_stands_beside_it(run_of):
+    plan = foresee(run_of("v5e-4"))
+    shown = text(plan, [program()])
+    row = next(line for line in shown.splitlines() if line.startswith("update   "))
+    assert row.split()[:4] == ["update", "0.500", "0.500", "1.000"]
+    assert "logits of at most 8 tokens stand in one array; a tile has 8" in shown
+    assert (
+        "all-gather             2            12        12.0  jit(update)/while > jvp()/while"
+        in shown
+    )
+    assert "1 a round" in shown  # a loop whose rounds are known only when it runs
+    assert fits(plan, [program()])
+
+
+def test_what_does_not_fit_is_said(run_of):
+    plan = foresee(run_of("v5e-4"))
+    large = program(peak_bytes=plan.capacity)
+    assert not fits(plan, [large])
+    assert "does not fit: update holds 15.75 GiB as compiled and 0.00 beside it" in verdict(
+        plan, [large]
+    )
+    refused = program(problem="RESOURCE_EXHAUSTED: 480.00G")
+    assert "does not fit: update: RESOURCE_EXHAUSTED: 480.00G" in verdict(plan, [refused])
+    assert "RESOURCE_EXHAUSTED" in text(plan, [refused])
+
+
+def test_the_status_tells_whether_it_fits(plan_of):
+    status, out, _ = plan_of("--topology", "v5e-8")
+    assert (status, out.splitlines()[-1][:5]) == (0, "fits:")
+    status, out, _ = plan_of("--topology", "v5e-1", "--sampling.max-completion-length", "65536")
+    assert status == 1
+    last = out.splitlines()[-1]
+    assert last.startswith("does not fit: backward holds ")
+    assert "the first item too many is 'activations kept for the backward pass'" in last
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--topology", "v6e-9"), "there is no topology 'v6e-9'; expected one of v6e-1"),
+        (
+            ("--topology", "v5e-8", "--mesh.tensor", "2"),
+            "mesh.tensor is 2, which does not divide num_key_value_heads 1 of the student",
+        ),
+        (
+            ("--topology", "h100-8", "--aot"),
+            "h100-8: XLA compiles for a GPU only where there is one",
+        ),
+    ],
+)
+def test_a_question_that_has_no_answer(plan_of, arguments, message):
+    status, out, err = plan_of(*arguments)
+    assert status == 2
+    assert message in err
+    assert out == ""
+
+
+def test_help_names_the_fields(monkeypatch, capsys):
+    for arguments in (["plan"], ["plan", "--help"]):
+        monkeypatch.setattr(sys, "argv", ["opdjax", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main.main()
+        assert end.value.code == (2 if len(arguments) == 1 else 0)
+        assert "opdjax plan EXPERIMENT --topology" in capsys.readouterr().out

@@ -1,0 +1,123 @@
+"""What a plan reads, and what it refuses."""
+
+import dataclasses
+import pathlib
+
+import huggingface_hub
+import pytest
+
+from opdjax.config import (
+    Config,
+    EvaluationConfig,
+    MeshConfig,
+    ModelConfig,
+    NearPolicyConfig,
+    TrainConfig,
+)
+from opdjax.config.topology import topology
+from opdjax.config.validation import ConfigError
+from opdjax.diagnose.plan.arithmetic import foresee
+from opdjax.diagnose.plan.table import text
+from opdjax.diagnose.plan.workload import read_workload
+from opdjax.models.hf import CheckpointError, load_params, open_checkpoint
+
+
+def test_sizes_of_a_run(run_of):
+    workload = run_of("v5e-8", micro=1)
+    assert workload.mesh == {
+        "data": 4,
+        "fsdp": 2,
+        "tensor": 1,
+    }  # data takes the devices that are left
+    assert (workload.devices, workload.row_shards, workload.rows) == (8, 8, 1)
+    assert (workload.prompt_columns, workload.columns) == (
+        16,
+        32,
+    )  # prompts are padded as the run pads them
+    assert workload.dtype == "bfloat16"  # of an accelerator, whatever machine plans
+    assert workload.needs == "vocabulary"
+
+
+def test_a_generator_in_the_process_leaves_the_learner_fewer_devices(run_of):
+    near_policy = NearPolicyConfig(
+        schedule="continuous", max_staleness=2, generator="thread", generator_devices=4
+    )
+    workload = run_of("v5e-8", near_policy=near_policy)
+    assert workload.devices == 4
+    assert "; 4 devices generate\n" in text(foresee(workload))
+    assert "rollouts are drawn ahead" in text(foresee(workload))
+
+
+def test_a_config_json_alone_is_enough(model):
+    path = model("alone")
+    assert [file.name for file in pathlib.Path(path).iterdir()] == ["config.json"]
+    checkpoint = open_checkpoint(path, with_weights=False)
+    assert checkpoint.config.hidden_size == 8
+    with pytest.raises(CheckpointError, match=r"neither model.safetensors nor"):
+        load_params(checkpoint, "float32")
+
+
+def test_of_a_hub_id_nothing_but_the_configs_is_downloaded(model, monkeypatch):
+    asked = []
+
+    def download(name, revision, allow_patterns):
+        asked.append((name, revision, allow_patterns))
+        return model("downloaded" + str(len(asked)))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    config = Config(
+        student=ModelConfig("owner/one", "main"),
+        teacher=ModelConfig("owner/two"),
+        train=TrainConfig(prompts_per_step=8),
+    )
+    read_workload(config, topology("v5e-8"))
+    wanted = ["config.json", "generation_config.json"]
+    assert asked == [("owner/one", "main", wanted), ("owner/two", None, wanted)]
+
+
+def test_a_student_that_is_its_own_teacher_is_read_once(run_of):
+    workload = run_of("v5e-4", teacher=ModelConfig("@student"))
+    assert workload.teacher is None
+    assert workload.scoring_model == workload.student
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        (
+            MeshConfig(fsdp=8, tensor=2),
+            "mesh.fsdp 8, mesh.tensor 2: 16 devices, but there are 8 v5e-8 devices",
+        ),
+        (
+            MeshConfig(tensor=2),
+            "mesh.tensor is 2, which does not divide num_key_value_heads 1 of the student",
+        ),
+        (MeshConfig(data=3), "8 rows a step .* do not divide into 2 micro-batches .* on 3 devices"),
+    ],
+)
+def test_a_mesh_that_cannot_divide_is_refused(run_of, mesh, message):
+    workload = run_of("v5e-4")
+    with pytest.raises(ConfigError, match=message):
+        read_workload(dataclasses.replace(workload.config, mesh=mesh), topology("v5e-8"))
+
+
+def test_the_teacher_is_refused_by_its_own_name(run_of, model):
+    config = run_of("v5e-4").config
+    odd = dataclasses.replace(config, teacher=ModelConfig(model("odd", hidden_size=9)))
+    with pytest.raises(
+        ConfigError,
+        match=r"mesh.fsdp is 2, which does not divide hidden_size 9 of the teacher .*odd",
+    ):
+        read_workload(odd, topology("v5e-4"))
+
+
+def test_evaluation_is_foreseen_where_there_is_one(run_of):
+    plan = foresee(
+        run_of("v5e-4", evaluation=EvaluationConfig(batch_size=10, max_completion_length=48))
+    )
+    cache = next(
+        item for item in plan.items if item.phases == ("evaluate",) and "KV cache" in item.name
+    )
+    assert (
+        cache.num_bytes == 2 * 2 * 3 * (16 + 48) * 4 * 2
+    )  # 10 rows on four devices: 3 on the fullest

@@ -1,0 +1,558 @@
+"""The doctor: a healthy pair passes every check, and each planted fault is found under its own
+name, with nothing else crying wolf.
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import opdjax.diagnose.doctor
+import opdjax.rollouts.on_policy
+import opdjax.rollouts.setup
+import opdjax.train
+from opdjax.cli import main
+from opdjax.config import (
+    MINI_PAIR,
+    Config,
+    DataConfig,
+    EstimatorConfig,
+    EvaluationConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainConfig,
+)
+from opdjax.data.chat import load_tokenizer
+from opdjax.data.packing import to_train_batch
+from opdjax.data.tasks.arithmetic import problems
+from opdjax.diagnose.doctor import examine, take_specimen
+from opdjax.rollouts import checks
+from opdjax.rollouts.checks import FaultError, check_settings, enforce
+from opdjax.rollouts.setup import prepare
+from opdjax.train import train
+
+CHECKS = [
+    "tokenizers",
+    "padded_vocabulary",
+    "stop_tokens",
+    "chat_template",
+    "sampler_matches_scorer",
+    "sampling_filter",
+    "self_distillation",
+    "teacher_dtype",
+    "repeated_scores",
+    "teacher_is_better",
+    "mask",
+]
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory):
+    """The mini pair on sixteen problems with answers and references."""
+    source = tmp_path_factory.mktemp("data") / "problems.jsonl"
+    rows = [
+        {"prompt": p.prompt, "answer": p.answer, "reference": p.reference}
+        for p in problems("train")[:16]
+    ]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Config(
+        data=DataConfig(str(source), max_prompt_length=32),
+        sampling=SamplingConfig(max_completion_length=20),
+        estimator=EstimatorConfig("vopd", tile=64),
+        optimizer=OptimizerConfig(learning_rate=1e-4),
+        train=TrainConfig(num_steps=1, prompts_per_step=8),
+        evaluation=EvaluationConfig(str(source)),
+        mesh=MeshConfig(1),
+    )
+
+
+def vary(config, **sections):
+    """The config with some fields of some sections replaced."""
+    return dataclasses.replace(
+        config,
+        **{
+            name: dataclasses.replace(getattr(config, name), **fields)
+            for name, fields in sections.items()
+        },
+    )
+
+
+def diagnose(config):
+    """{name: finding} of every check."""
+    return {finding.name: finding for finding in examine(prepare(config))}
+
+
+def complaints(findings):
+    """{name: status} of what is not ok."""
+    return {name: finding.status for name, finding in findings.items() if finding.status != "ok"}
+
+
+@pytest.fixture
+def plant(tmp_path, healthy):
+    """plant(role, file, change) -> the healthy config with a copy of that model whose JSON or text
+    file was changed.
+    """
+
+    def copy(role, file, change, config=healthy):
+        target = tmp_path / role
+        if not target.exists():
+            shutil.copytree(MINI_PAIR / role, target)
+        path = target / file
+        text = path.read_text()
+        path.write_text(
+            json.dumps(change(json.loads(text))) if path.suffix == ".json" else change(text)
+        )
+        return dataclasses.replace(config, **{role: ModelConfig(str(target))})
+
+    return copy
+
+
+@pytest.fixture
+def opdjax_doctor(monkeypatch, capsys, tmp_path, healthy):
+    """opdjax_doctor(*options) -> (status, stdout), of the command on the healthy experiment."""
+    experiment = tmp_path / "experiment.py"
+    names = sorted(set(re.findall(r"\b\w*Config\b", repr(healthy))))
+    experiment.write_text(
+        f"from opdjax.config import {', '.join(names)}\n\ndef get_config() -> Config:\n    return {healthy!r}\n"
+    )
+
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["opdjax", "doctor", str(experiment), *map(str, options)])
+        with pytest.raises(SystemExit) as end:
+            main.main()
+        return end.value.code, capsys.readouterr().out
+
+    return run
+
+
+# A healthy pair
+
+
+def test_a_healthy_pair_passes_every_check(opdjax_doctor):
+    status, out = opdjax_doctor()
+    assert status == 0
+    assert re.findall(r"^(.) (\w+): ", out, re.MULTILINE) == [("✓", name) for name in CHECKS]
+    assert "8 of 8 greedy teacher answers do" in out
+    assert "+'<think>'" in out  # what turning thinking off would change
+
+
+def test_a_healthy_pair_passes_under_a_recipe_that_sees_one_log_prob_a_token(healthy):
+    assert complaints(diagnose(vary(healthy, estimator={"recipe": "opd"}))) == {}
+
+
+def test_a_teacher_view_of_its_own_is_a_warning_and_nothing_else(healthy):
+    """Bare text for the student, the template for the teacher: the config asks for it, and the
+    scores still land on the tokens.
+    """
+    findings = diagnose(vary(healthy, data={"format": "raw", "teacher_format": "chat"}))
+    assert complaints(findings) == {"chat_template": "warning"}
+    assert "+'<|im_start|>'" in findings["chat_template"].details
+
+
+def test_a_student_that_is_its_own_teacher_is_told_whether_it_uses_what_it_is_shown(healthy):
+    """The mini student was never trained to read an answer in its prompt: every other check passes."""
+    shown = {"teacher_prompt_format": "{answer}#{prompt}", "max_prompt_length": 64}
+    config = dataclasses.replace(vary(healthy, data=shown), teacher=ModelConfig("@student"))
+    findings = diagnose(config)
+    assert list(findings) == CHECKS
+    assert complaints(findings) == {"chat_template": "warning", "teacher_is_better": "fault"}
+    assert (
+        "makes no use of what data.teacher_prompt_format shows it; reword that"
+        in findings["teacher_is_better"].message
+    )
+
+
+def test_a_run_that_reads_the_teachers_most_likely_ids(healthy):
+    findings = diagnose(
+        vary(healthy, estimator={"recipe": "npd", "kd_weight": 1.0, "renormalize": "both"})
+    )
+    assert list(findings) == CHECKS
+    assert complaints(findings) == {}
+
+
+def test_a_run_whose_rollouts_are_filtered_compares_scores_that_its_recipe_does_not_read(healthy):
+    near = {"schedule": "continuous", "filter": "ifd"}
+    findings = diagnose(
+        vary(healthy, estimator={"recipe": "npd", "kd_weight": 0.0}, near_policy=near)
+    )
+    assert list(findings) == CHECKS
+    assert complaints(findings) == {}
+
+
+def test_a_run_that_compares_no_scores_is_judged_by_its_student(healthy):
+    config = vary(healthy, estimator={"recipe": "sft"}, sampling={"source": "references"})
+    findings = diagnose(config)
+    assert list(findings) == [
+        "padded_vocabulary",
+        "stop_tokens",
+        "sampler_matches_scorer",
+        "sampling_filter",
+        "mask",
+    ]
+    assert complaints(findings) == {}
+    enforce(check_settings(prepare(config)))
+
+
+def test_which_recipes_rest_at_the_teacher():
+    rests = lambda **options: opdjax.diagnose.doctor.rests_at_teacher(EstimatorConfig(**options))
+    assert all(rests(recipe=name) for name in ("opd", "vopd", "full_kl", "topk_kl"))
+    assert rests(recipe="topk_kl", renormalize="none", outside="tail")
+    assert not rests(recipe="topk_kl", renormalize="none")
+    assert rests(recipe="topk_kl", convention="tunix")
+    assert not rests(recipe="topk_kl", convention="verl")
+    assert rests(recipe="npd", kd_weight=1.0, renormalize="both")
+    assert not rests(recipe="npd", kd_weight=1.0)
+    assert not rests(recipe="npd", renormalize="both")
+
+
+def test_a_healthy_run_starts_in_silence(healthy, capsys):
+    findings = check_settings(prepare(healthy))
+    assert [finding.name for finding in findings] == [
+        "tokenizers",
+        "stop_tokens",
+        "chat_template",
+        "sampling_filter",
+    ]
+    enforce(findings)
+    assert capsys.readouterr().out == ""
+
+
+# Eight planted faults
+
+
+def swap_two_ids(tokenizer):
+    vocab = tokenizer["model"]["vocab"]
+    vocab["17"], vocab["18"] = vocab["18"], vocab["17"]
+    return tokenizer
+
+
+def test_fault_1_a_wrong_tokenizer(plant, opdjax_doctor):
+    config = plant("teacher", "tokenizer.json", swap_two_ids)
+    status, out = opdjax_doctor("--teacher.path", config.teacher.path)
+    assert status == 1
+    assert out.startswith("✗ tokenizers: student and teacher differ in 2 tokens")
+    assert (
+        len(out.splitlines()) == 2
+    )  # the other checks would compare ids that mean different things
+
+
+@pytest.mark.parametrize(
+    ("role", "message"),
+    [
+        (
+            "student",
+            "the student's generation config ends at 0 '<|endoftext|>', the teacher's at 2 '<|im_end|>': nothing in common",
+        ),
+        ("teacher", "the teacher ends its answers with 0 '<|endoftext|>' only"),
+    ],
+)
+def test_fault_2_a_wrong_stop_token(plant, role, message):
+    findings = diagnose(
+        plant(role, "generation_config.json", lambda values: values | {"eos_token_id": 0})
+    )
+    assert complaints(findings) == {"stop_tokens": "fault"}
+    assert message in findings["stop_tokens"].message
+    advice = {
+        "student": "set eos_token_id alike in both",
+        "teacher": "what to do: --sampling.stop-token-ids 0",
+    }
+    assert advice[role] in findings["stop_tokens"].message
+
+
+def test_fault_2_a_base_student_that_knows_no_end_of_turn(plant):
+    """Answers run on past the end of the turn; the ids of the run's own config mend it."""
+    plant("student", "generation_config.json", lambda values: values | {"eos_token_id": 0})
+    config = plant(
+        "student", "tokenizer_config.json", lambda values: values | {"eos_token": "<|endoftext|>"}
+    )
+    findings = diagnose(config)
+    assert complaints(findings) == {"stop_tokens": "fault"}
+    message = findings["stop_tokens"].message
+    assert (
+        "the chat template of student and teacher ends a turn with 2 '<|im_end|>', where rollouts do not end"
+        in message
+    )
+    assert message.endswith("what to do: --sampling.stop-token-ids 2")
+    assert (
+        "8 of 8 greedy teacher answers end with 2 '<|im_end|>', where rollouts do not end"
+        in message
+    )
+    assert complaints(diagnose(vary(config, sampling={"stop_token_ids": (2,)}))) == {}
+    # Given answers are made to end where the student does.
+    given = vary(config, estimator={"recipe": "sft"}, sampling={"source": "references"})
+    assert [(f.name, f.status) for f in check_settings(prepare(given)) if f.status != "ok"] == [
+        ("stop_tokens", "warning")
+    ]
+
+
+@pytest.mark.parametrize(("side", "step"), [("right", 1), ("left", -1)])
+def test_fault_3_a_shifted_mask(healthy, monkeypatch, side, step):
+    """Two checks see it: from the tokens alone, and from the log-probs, which fit one column
+    further.
+    """
+
+    def shifted(rollouts, prompts):
+        batch = to_train_batch(rollouts, prompts)
+        return dataclasses.replace(batch, mask=jnp.roll(batch.mask, step, axis=1))
+
+    monkeypatch.setattr(opdjax.diagnose.doctor, "to_train_batch", shifted)
+    findings = diagnose(healthy)
+    assert complaints(findings) == {"mask": "fault", "sampler_matches_scorer": "fault"}
+    for finding in (findings["mask"], findings["sampler_matches_scorer"]):
+        assert f"the mask is shifted by one column to the {side}" in finding.message
+
+
+def pad_embedding(path, rows=16):
+    """Rows beyond the tokenizer whose logits are large: three times those of the digits."""
+    tensors = load_file(path / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors["model.embed_tokens.weight"] = np.concatenate(
+        [embedding, 3 * embedding[14 : 14 + rows]]
+    )
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(
+        json.dumps(config | {"vocab_size": config["vocab_size"] + rows})
+    )
+
+
+def test_fault_4_padded_vocabulary_that_is_not_masked(plant, tmp_path, monkeypatch):
+    config = plant("student", "config.json", lambda values: values)
+    pad_embedding(tmp_path / "student")
+    real = opdjax.rollouts.setup.Decoding
+    monkeypatch.setattr(
+        opdjax.rollouts.setup,
+        "Decoding",
+        lambda *args, **options: real(*args, **options | {"valid_vocab": None}),
+    )
+    findings = diagnose(config)
+    assert complaints(findings) == {"padded_vocabulary": "fault"}
+    message = findings["padded_vocabulary"].message
+    assert re.search(r"\d+ of \d+ sampled tokens are ids from 214 on", message)
+    assert "the student gives its padded ids 214 to 229 a probability of up to" in message
+
+
+def test_fault_4_padded_vocabulary_of_a_teacher(plant, tmp_path):
+    config = plant("teacher", "config.json", lambda values: values)
+    pad_embedding(tmp_path / "teacher")
+    setup = prepare(config)
+    specimen = take_specimen(setup, 8)
+    finding = opdjax.diagnose.doctor._padded_vocabulary(setup, specimen)
+    assert finding.status == "ok"  # padded and masked, as it should be
+    assert (
+        "embedding rows beyond them (student 0, teacher 16) have probability 0" in finding.message
+    )
+    head = dataclasses.replace(setup.teacher.head, valid_vocab=None)
+    setup = dataclasses.replace(setup, teacher=dataclasses.replace(setup.teacher, head=head))
+    finding = opdjax.diagnose.doctor._padded_vocabulary(setup, specimen)
+    assert finding.status == "fault"
+    assert "the teacher gives its padded ids 214 to 229 a probability of up to" in finding.message
+
+
+def test_fault_5_a_template_that_differs(plant):
+    config = plant(
+        "teacher",
+        "chat_template.jinja",
+        lambda text: text.replace("<|im_start|>assistant", "<|im_start|>user"),
+    )
+    findings = diagnose(config)
+    assert findings["chat_template"].status == "fault"
+    assert "their chat templates differ" in findings["chat_template"].message
+    assert {"-'assistant'", "+'user'"} <= set(findings["chat_template"].details)
+    declared = diagnose(vary(config, data={"teacher_format": "chat"}))["chat_template"]
+    assert declared.status == "warning"
+    # A prompt that it was not trained on may cost the teacher its answers.
+    assert complaints(findings).keys() <= {"chat_template", "stop_tokens", "teacher_is_better"}
+
+
+def test_fault_6_a_filter_on_an_exact_divergence(opdjax_doctor):
+    status, out = opdjax_doctor("--estimator.recipe", "full_kl", "--sampling.top-p", "0.9")
+    assert status == 0
+    assert re.findall(r"^[!✗] (\w+): ", out, re.MULTILINE) == ["sampling_filter"]
+    assert re.search(
+        r"! sampling_filter: top_p, top_k or min_p is on: it removes \d+\.\d+% of the mass", out
+    )
+
+
+def test_fault_6_a_filter_on_a_policy_gradient(healthy):
+    """The config refuses it, so the sampler is given it behind the config's back."""
+    setup = prepare(healthy)
+    setup = dataclasses.replace(setup, decoding=dataclasses.replace(setup.decoding, top_p=0.9))
+    findings = {finding.name: finding for finding in examine(setup)}
+    assert complaints(findings) == {"sampling_filter": "fault"}
+    assert "its gradient is biased" in findings["sampling_filter"].message
+
+
+def test_fault_7_a_teacher_in_another_dtype(healthy):
+    """Its own name, and the student through the teacher's path no longer agrees with itself."""
+    findings = diagnose(vary(healthy, teacher={"dtype": "bfloat16"}))
+    assert complaints(findings) == {"teacher_dtype": "fault", "self_distillation": "fault"}
+    assert (
+        "the teacher computes in bfloat16 (stored as float32)" in findings["teacher_dtype"].message
+    )
+    assert "set --teacher.dtype float32" in findings["teacher_dtype"].message
+
+
+def test_a_teacher_dtype_that_the_student_shares():
+    judge = lambda difference, stored: checks.check_teacher_dtype(
+        np.array([difference]), "bfloat16", "bfloat16", stored, "cpu"
+    )
+    assert judge(0.01, "bfloat16").status == "ok"
+    assert judge(0.01, "float32").status == "warning"  # narrower than the checkpoint
+    assert judge(0.5, "bfloat16").status == "warning"
+
+
+def test_fault_8_a_swapped_pair(healthy):
+    findings = diagnose(
+        dataclasses.replace(healthy, student=healthy.teacher, teacher=healthy.student)
+    )
+    assert complaints(findings) == {"teacher_is_better": "fault"}
+    assert "student and teacher look swapped" in findings["teacher_is_better"].message
+
+
+# What a run makes of it
+
+
+def test_a_run_with_a_fault_in_its_settings_does_not_start(plant, tmp_path):
+    config = plant(
+        "teacher",
+        "chat_template.jinja",
+        lambda text: text.replace("<|im_start|>assistant", "<|im_start|>user"),
+    )
+    with pytest.raises(
+        FaultError, match="the run was stopped.*\n✗ chat_template: .*--data.teacher-format chat"
+    ):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_with_a_shifted_mask_stops_at_its_first_step(healthy, tmp_path, monkeypatch):
+    def shifted(rollouts, prompts):
+        batch = to_train_batch(rollouts, prompts)
+        return dataclasses.replace(batch, mask=jnp.roll(batch.mask, 1, axis=1))
+
+    def make_update(*_):
+        return lambda state, *_: (state, {"rollout/logprob_gap": 0.4})
+
+    monkeypatch.setattr(opdjax.rollouts.on_policy, "to_train_batch", shifted)
+    monkeypatch.setattr(
+        opdjax.train, "make_update", make_update
+    )  # compiling the real one takes seconds
+    with pytest.raises(
+        FaultError,
+        match=r"✗ mask: the mask is shifted by one column to the right[^✗]*\n✗ sampler_matches_scorer: ",
+    ):
+        train(vary(healthy, evaluation={"source": None}), tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_warning_is_printed_and_the_run_goes_on(capsys):
+    enforce([checks.Finding("a", "ok", "fine"), checks.Finding("b", "warning", "look", ("here",))])
+    assert capsys.readouterr().out == "! b: look\n    here\n"
+
+
+# Single checks on plain values
+
+
+class TestSamplerMatchesScorer:
+    @pytest.fixture
+    def arrays(self, rng):
+        scores = -rng.exponential(size=(3, 12)).astype(np.float32)
+        mask = np.zeros((3, 12), bool)
+        mask[:, 4:9] = True
+        return np.where(mask, scores, 0), mask, scores
+
+    def judge(self, sampled, mask, score_at, temperature=1.0):
+        return checks.check_sampler_matches_scorer(
+            sampled, mask, score_at, temperature, "float32", "cpu"
+        )
+
+    def test_log_probs_that_are_shifted(self, arrays):
+        sampled, mask, scores = arrays
+        finding = self.judge(np.roll(sampled, 1, axis=1), mask, lambda _: scores)
+        assert finding.status == "fault"
+        assert "the sampler's log-probs are shifted by one column to the right" in finding.message
+
+    def test_another_temperature(self, arrays):
+        sampled, mask, scores = arrays
+        finding = self.judge(
+            sampled, mask, lambda temperature: scores / temperature, temperature=0.7
+        )
+        assert (
+            "the sampler's log-probs are those of temperature 1, the scorer's of 0.7"
+            in finding.message
+        )
+
+    def test_no_explanation(self, arrays):
+        sampled, mask, scores = arrays
+        assert (
+            "neither a shift nor a temperature"
+            in self.judge(sampled, mask, lambda _: 1.1 * scores).message
+        )
+        assert self.judge(sampled, mask, lambda _: np.full_like(scores, np.nan)).status == "fault"
+        assert self.judge(sampled, np.zeros_like(mask), lambda _: scores).status == "fault"
+
+
+def test_repeated_scores_that_do_not_repeat():
+    first = np.linspace(-1, 0, 5)
+    judge = lambda again, otherwise: checks.check_repeated_scores(
+        first, again, otherwise, "packed rows", "float32", "cpu"
+    )
+    assert judge(first, first + 1e-5).status == "ok"
+    assert judge(first + 1e-6, first).status == "warning"
+    assert "teacher reads what is not of the rollout" in judge(first, first + 0.1).message
+    assert judge(np.full(5, np.nan), first).status == "fault"
+
+
+def test_a_teacher_that_does_not_know_the_text():
+    judge = lambda *values: checks.check_teacher_is_better(*map(np.array, values[:2]), *values[2:])
+    assert (
+        "expected less than ln(V)/2"
+        in judge([5.0, 5.0], [4.0, 4.0], "reference answers", 200).message
+    )
+    assert judge([0.2, 0.3], [np.nan, 0.1], "prompts", 200).status == "fault"
+    # Other words than the references, but better answers; and no ranking where nothing is known.
+    assert judge([0.2, 0.3], [0.9, 0.8], "reference answers", 200, (1, 2)).status == "ok"
+    assert judge([0.2, 0.3], [0.9, 0.8], "reference answers", 200).status == "warning"
+    assert judge([0.2, 0.3], [0.9, 0.8], "prompts", 200).status == "ok"
+
+
+def test_a_recipe_whose_loss_does_not_vanish():
+    teacher, itself = checks.Lesson(0.5, 0.3, -0.6, 27.0), checks.Lesson(0.0, 0.0, 0.4, 3.0)
+    judge = lambda vanishes: checks.check_self_distillation(
+        itself, teacher, "r", vanishes, ("float32", "float32"), "cpu"
+    )
+    assert judge(True).status == "fault"
+    assert judge(False).status == "ok"
+    assert "need not be 0" in judge(False).message
+
+
+def test_tokenizers_that_split_alike_only_some_texts(plant):
+    def drop_letters(tokenizer):
+        tokenizer["pre_tokenizer"]["pattern"]["Regex"] = "1[0-9][0-9]|[0-9]|[a-z]+|\\n|."
+        return tokenizer
+
+    config = plant("teacher", "tokenizer.json", drop_letters)
+    finding = checks.check_tokenizers(
+        load_tokenizer(MINI_PAIR / "student"), load_tokenizer(config.teacher.path), "opd"
+    )
+    assert finding.status == "fault"
+
+
+def test_the_end_of_a_turn_is_read_from_the_template():
+    tokenizer = load_tokenizer(MINI_PAIR / "student")
+    assert checks.end_of_turn(tokenizer) == 2
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    assert checks.end_of_turn(tokenizer) is None
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    assert checks.end_of_turn(tokenizer) is None
+    tokenizer.chat_template = None
+    assert checks.end_of_turn(tokenizer) is None

@@ -1,0 +1,180 @@
+"""Several benchmarks in one evaluation: scores of each and of all alike; and nothing of it where no
+column names them.
+"""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+from opdjax.cli.models import evaluate
+from opdjax.config import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    MeshConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainConfig,
+)
+from opdjax.data.prompts import first_of_each, read_prompts
+from opdjax.data.sources import ColumnMap, DataError
+from opdjax.report.papers.reading import reader
+from opdjax.runs.results import read_run
+from opdjax.runs.statistics import benchmark_lines, by_benchmark
+from opdjax.runs.workdir import read_lines
+from opdjax.train import train
+
+SUMS = [
+    ("1+2=", "3", "small"),
+    ("34-17+25=", "42", "large"),
+    ("2+2=", "4", "small"),
+    ("61-20=", "41", "large"),
+    ("5-4=", "1", "small"),
+]
+TINY = Config(
+    data=DataConfig(source="arithmetic:train[:64]", max_prompt_length=32),
+    sampling=SamplingConfig(max_completion_length=20),
+    optimizer=OptimizerConfig(learning_rate=5e-4),
+    train=TrainConfig(num_steps=2, prompts_per_step=8),
+    evaluation=EvaluationConfig(
+        num_samples=4, max_completion_length=20, batch_size=32, extra_temperatures=(0.5,)
+    ),
+    mesh=MeshConfig(data=1),
+)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": p, "answer": a, "of": b}) + "\n" for p, a, b in SUMS)
+    )
+    return path
+
+
+def of(file, column):
+    return dataclasses.replace(
+        TINY,
+        evaluation=dataclasses.replace(TINY.evaluation, source=str(file), benchmark_column=column),
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(file, tmp_path_factory):
+    """The same run without and with a column of benchmarks."""
+    directory = tmp_path_factory.mktemp("runs")
+    for name, column in (("plain", None), ("named", "of")):
+        train(of(file, column), directory / name)
+    return directory
+
+
+def test_scores_of_benchmarks_by_hand():
+    scores = np.array([0.0, 1.0, 0.5, 1.0, 1.0])
+    found = by_benchmark(["a", "b", "a", "b", "a"], {"avg@k": scores})
+    # a: 0, 0.5, 1, whose deviation is a half; b: 1, 1.
+    half = 1.959964 * 0.5 / math.sqrt(3)
+    assert found["a"] == {"num_prompts": 3, "avg@k": 0.5, "avg@k_interval": pytest.approx(half)}
+    assert found["b"] == {"num_prompts": 2, "avg@k": 1.0, "avg@k_interval": 0.0}
+    assert found["mean"] == {
+        "num_prompts": 5,
+        "avg@k": 0.75,
+        "avg@k_interval": pytest.approx(half / 2),
+    }
+    assert math.isinf(by_benchmark(["a", "b"], {"avg@k": scores[:2]})["mean"]["avg@k_interval"])
+
+
+def test_every_evaluation_holds_the_scores_of_each_benchmark(runs):
+    for row in read_lines(runs / "named" / "eval.jsonl"):
+        right = np.array(row["per_prompt"]) / 4
+        small = np.array([name == "small" for _, _, name in SUMS])
+        found = row["benchmarks"]
+        assert list(found) == ["small", "large", "mean"]
+        assert found["small"]["avg@k"] == pytest.approx(right[small].mean())
+        assert found["large"]["avg@k"] == pytest.approx(right[~small].mean())
+        assert found["mean"]["avg@k"] == pytest.approx(
+            (right[small].mean() + right[~small].mean()) / 2
+        )
+        assert ("greedy" in found["mean"]) == (row["temperature"] == 1.0)
+    run = read_run(runs / "named")
+    assert reader("avg@k:large")(run) == run.result["eval_after"]["benchmarks"]["large"]["avg@k"]
+    assert (
+        reader("greedy:mean", "before")(run)
+        == run.result["eval_before"]["benchmarks"]["mean"]["greedy"]
+    )
+    assert reader("avg@k:large")(read_run(runs / "plain")) is None
+
+
+def test_a_column_of_benchmarks_changes_no_other_number(runs):
+    plain, named = (read_lines(runs / name / "eval.jsonl") for name in ("plain", "named"))
+    assert "benchmarks" not in plain[0]
+    assert plain == [
+        {name: value for name, value in row.items() if name != "benchmarks"} for row in named
+    ]
+
+
+def test_a_run_of_before_there_was_such_a_column_is_continued(runs, file, capsys):
+    saved = json.loads((runs / "plain" / "config.json").read_text())
+    del saved["config"]["evaluation"]["benchmark_column"]
+    (runs / "plain" / "config.json").write_text(json.dumps(saved))
+    train(of(file, None), runs / "plain")
+    assert "holds a finished run" in capsys.readouterr().out
+
+
+def test_the_command_prints_them(file, tmp_path, capsys):
+    output = tmp_path / "scores.json"
+    short = (
+        "--evaluation.num-samples",
+        "2",
+        "--evaluation.max-completion-length",
+        "20",
+        "--data.max-prompt-length",
+        "32",
+    )
+    evaluate(
+        [
+            "@mini_student",
+            "--evaluation.source",
+            str(file),
+            "--evaluation.benchmark-column",
+            "of",
+            *short,
+            "--output",
+            str(output),
+        ]
+    )
+    printed, found = capsys.readouterr().out, json.loads(output.read_text())["benchmarks"]
+    for line in benchmark_lines(found):
+        assert line in printed
+    assert found["small"]["num_prompts"] == 3
+
+
+def test_num_prompts_counts_those_of_each_benchmark(file):
+    rows = read_prompts(str(file), ColumnMap(benchmark="of"))
+    assert [row.prompt for row in first_of_each(rows, 1)] == ["1+2=", "34-17+25="]
+    assert [row.prompt for row in first_of_each(rows, 2)] == ["1+2=", "34-17+25=", "2+2=", "61-20="]
+    assert [row.prompt for row in first_of_each(read_prompts(str(file)), 2)] == [
+        "1+2=",
+        "34-17+25=",
+    ]
+
+
+@pytest.mark.parametrize("value", [None, "", " ", 7, "mean"])
+def test_what_is_no_name_of_a_benchmark_is_refused(tmp_path, value):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "1+2=", "answer": "3", "of": value}) + "\n")
+    with pytest.raises(DataError, match="the benchmark 'of' is"):
+        read_prompts(str(path), ColumnMap(benchmark="of"))
+    with pytest.raises(DataError, match="'source'"):
+        read_prompts(str(path), ColumnMap(benchmark="source"))
+
+
+def test_parquet_is_asked_for_the_column(tmp_path, file):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"prompt": p, "answer": a, "of": b, "long": "x" * 100} for p, a, b in SUMS]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    found = read_prompts(f"parquet:{tmp_path / 'rows.parquet'}", ColumnMap(benchmark="of"))
+    assert [row.benchmark for row in found] == [name for _, _, name in SUMS]

@@ -1,0 +1,373 @@
+"""Packed rows train as padded ones do: loss, gradient and metrics agree, however the batch is cut,
+and empty micro-batches cost nothing.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import opdjax.train
+from opdjax.config import (
+    Config,
+    DataConfig,
+    EstimatorConfig,
+    EvaluationConfig,
+    LogConfig,
+    MeshConfig,
+    SamplingConfig,
+    TrainConfig,
+)
+from opdjax.config.validation import ConfigError
+from opdjax.data.packing import pack, to_train_batch
+from opdjax.diagnose.doctor import examine
+from opdjax.engine.scorer import score
+from opdjax.engine.step_metrics import step_metrics
+from opdjax.engine.update import UpdateSpec, loss_and_grad, make_update, noise_and_signal
+from opdjax.estimators import bind
+from opdjax.estimators.losses import AGGREGATIONS
+from opdjax.models.decoder import DecoderConfig, head_of, init_params
+from opdjax.models.rope import Rope
+from opdjax.ops.sharding import make_mesh, num_row_shards, scan_parts, shard_rows
+from opdjax.rollouts.setup import prepare
+from opdjax.runs.workdir import read_lines
+from opdjax.types import PromptBatch, Rollouts
+
+MODEL = DecoderConfig(
+    vocab_size=11,
+    hidden_size=8,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_size=4,
+    intermediate_size=12,
+    rope=Rope(1e4),
+    norm_epsilon=1e-6,
+    ties_embeddings=True,
+    has_qk_norm=True,
+    has_qkv_bias=False,
+    has_output_bias=False,
+)
+PROMPT, ANSWER, LENGTH = 4, 6, 17  # two of the longest rollouts do not fit a row
+COUPLED = EstimatorConfig(
+    "vopd",
+    baseline="batch_mean",
+    discount=0.7,
+    prefix_weight=0.5,
+    importance="sequence_mask",
+    importance_cap=9.0,
+    task_reward_coef=0.5,
+    tile=5,
+)
+EXPECTED = EstimatorConfig(
+    "vopd", baseline="optimal", discount=0.7, return_to_go="expected", extra_draws=2, tile=5
+)
+PREFIX = EstimatorConfig("full_kl", importance="prefix_truncate", tile=16)
+STORED = EstimatorConfig(
+    "npd", support_top_k=3, kd_weight=0.7, importance="prefix_truncate", tile=5
+)
+
+
+def make_batch(rng, dtype, rows):
+    """Rollouts of many lengths with all that a recipe may read of them; the teacher is shown longer
+    prompts.
+    """
+    student, teacher = rng.integers(1, PROMPT + 1, rows), rng.integers(1, PROMPT + 3, rows)
+    left = lambda lengths, width: np.arange(width) >= width - lengths[:, None]
+    ids = lambda mask: np.where(mask, rng.integers(0, MODEL.vocab_size, mask.shape), 0).astype(
+        np.int32
+    )
+    before, answer = (
+        left(student, PROMPT),
+        np.arange(ANSWER) < np.minimum(rng.geometric(0.4, rows), ANSWER)[:, None],
+    )
+    prompts = PromptBatch(
+        ids(before),
+        before,
+        np.arange(rows),
+        ids(left(teacher, PROMPT + 2)),
+        left(teacher, PROMPT + 2),
+    )
+    tokens = np.concatenate([prompts.tokens, ids(answer)], axis=1)
+    mask = np.concatenate([before & False, answer], axis=1)
+    behavior = np.where(
+        mask, -np.log(MODEL.vocab_size) + 0.4 * rng.normal(size=mask.shape), 0
+    ).astype(dtype)
+    segments, zero = (
+        np.concatenate([before, answer], axis=1).astype(np.int32),
+        np.zeros(rows, np.int32),
+    )
+    batch = to_train_batch(
+        Rollouts(tokens, mask, segments, behavior, behavior, zero, zero, zero, zero > 0), prompts
+    )
+    advantages = np.where(mask, rng.normal(size=(rows, 1)), 0).astype(dtype)
+    return dataclasses.replace(
+        batch, advantages=advantages, uniforms=rng.random((*mask.shape, 2)).astype(dtype)
+    )
+
+
+@functools.cache
+def make_models(dtype):
+    init = jax.jit(lambda seed: init_params(MODEL, jax.random.key(seed), dtype))
+    return init(0), init(1)
+
+
+def spec_of(estimator, dtype, parts, mesh=None):
+    return UpdateSpec(
+        MODEL,
+        estimator,
+        dtype,
+        max_completion_length=ANSWER,
+        gradient_accumulation_steps=parts,
+        mesh=mesh,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def trained(params, batch, head, spec):
+    """(loss, gradient, metrics of the tokens, noise and signal or None)."""
+    recipe, options = bind(spec.estimator.recipe, spec.estimator.options)
+    loss, grads, outputs, shares = loss_and_grad(
+        params, batch, head, spec, recipe, options, jnp.bool_(True)
+    )
+    told = step_metrics(outputs, batch, jnp.bool_(True), ANSWER, options, recipe.is_policy_gradient)
+    return loss, grads, told, None if shares is None else noise_and_signal(jnp.float32(1), *shares)
+
+
+def result(batch, estimator, dtype, parts=1, *, is_packed=False, mesh=None, is_stored=False):
+    """What `trained` makes of the batch once it is packed, if at all, placed and scored, the last
+    in as many parts.
+
+    With `is_stored` the teacher's scores of the padded rows are packed and placed with them.
+    """
+    student, teacher = make_models(jnp.dtype(dtype))
+    recipe = bind(estimator.recipe, estimator.options)[0]
+    of_teacher = functools.partial(
+        score,
+        teacher,
+        head_of(teacher),
+        config=MODEL,
+        needs=recipe.teacher,
+        top_k=recipe.top_k,
+        tile=8,
+    )
+    if is_stored:
+        batch = dataclasses.replace(batch, teacher=of_teacher(batch))
+    if is_packed:
+        batch, _ = pack(batch, LENGTH, parts=parts, shards=num_row_shards(mesh))
+    batch = batch if mesh is None else shard_rows(batch, mesh)
+    if not is_stored:
+        batch = dataclasses.replace(batch, teacher=of_teacher(batch, parts=parts, mesh=mesh))
+    head = head_of(teacher) if recipe.teacher == "vocabulary" else None
+    return trained(student, batch, head, spec_of(estimator, dtype, parts, mesh))
+
+
+def assert_same_lesson(expected, found, tolerance):
+    (loss, whole, told, _), (other_loss, other, other_told, _) = expected, found
+    np.testing.assert_allclose(other_loss, loss, rtol=tolerance)
+    left, right = (
+        np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (whole, other)
+    )
+    assert np.linalg.norm(left - right) / np.linalg.norm(left) < tolerance
+    assert told.keys() == other_told.keys()
+    for name, value in told.items():
+        np.testing.assert_allclose(
+            other_told[name], value, rtol=10 * tolerance, atol=tolerance, err_msg=name
+        )
+
+
+ONCE = [(True, 2)]
+EVERY = [(False, 2), (True, 1), (True, 2), (True, 8)]
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("estimator", "aggregation", "forms"),
+    [
+        (COUPLED, "token_mean", EVERY),
+        *((COUPLED, kind, ONCE) for kind in ("sequence_mean_token_mean", "fixed_denominator")),
+        (EXPECTED, "token_mean", ONCE),
+        (PREFIX, "token_mean", ONCE),
+        *(
+            pytest.param(e, kind, EVERY, marks=pytest.mark.long)
+            for e in (COUPLED, EXPECTED, PREFIX)
+            for kind in AGGREGATIONS
+        ),
+    ],
+    ids=lambda x: str(getattr(x, "baseline", x)),
+)
+def test_packing_and_cutting_change_neither_loss_nor_gradient_nor_metrics(
+    estimator, aggregation, forms, rng
+):
+    batch, estimator = (
+        make_batch(rng, np.float64, 8),
+        dataclasses.replace(estimator, aggregation=aggregation),
+    )
+    expected = result(batch, estimator, "float64")
+    for is_packed, parts in forms:
+        assert_same_lesson(
+            expected, result(batch, estimator, "float64", parts, is_packed=is_packed), 1e-10
+        )
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "aggregation",
+    ["token_mean", *(pytest.param(kind, marks=pytest.mark.long) for kind in AGGREGATIONS[1:])],
+)
+def test_what_the_teacher_said_is_packed_and_cut_with_the_rows(aggregation, rng):
+    """Its top k stored beside the padded rows, or taken from the packed ones: one loss and one
+    gradient.
+    """
+    batch, estimator = (
+        make_batch(rng, np.float64, 8),
+        dataclasses.replace(STORED, aggregation=aggregation),
+    )
+    expected = result(batch, estimator, "float64")
+    for how in (
+        {"parts": 2, "is_stored": True},
+        {"parts": 2, "is_packed": True, "is_stored": True},
+        {"parts": 2, "is_packed": True},
+    ):
+        assert_same_lesson(expected, result(batch, estimator, "float64", **how), 1e-10)
+
+
+def test_eight_devices_train_on_stored_columns(rng):
+    batch = make_batch(rng, np.float32, 64)
+    sharded = result(batch, STORED, "float32", 2, is_packed=True, mesh=make_mesh(8), is_stored=True)
+    assert_same_lesson(result(batch, STORED, "float32"), sharded, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "parts"),
+    [
+        (COUPLED, 2),
+        *(
+            pytest.param(e, parts, marks=pytest.mark.long)
+            for e in (COUPLED, EXPECTED, PREFIX)
+            for parts in (1, 2, 8)
+        ),
+    ],
+)
+def test_eight_devices_train_on_packed_rows_as_one_does_on_padded_ones(estimator, parts, rng):
+    batch = make_batch(rng, np.float32, 64)
+    expected = result(batch, estimator, "float32")
+    assert_same_lesson(
+        expected,
+        result(batch, estimator, "float32", parts, is_packed=True, mesh=make_mesh(8)),
+        1e-5,
+    )
+
+
+def test_one_program_visits_only_the_micro_batches_that_hold_a_token(rng):
+    """Sixteen rollouts of few tokens or many: the same compiled functions, over one or three
+    micro-batches of eight.
+    """
+    full = make_batch(rng, np.float32, 16)
+    few = jax.tree.map(
+        lambda x: x * (np.arange(16) < 2).reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype),
+        jax.tree.map(np.asarray, full),
+    )
+    estimator = EstimatorConfig("opd")
+    noise, programs = [], []
+    for batch in (few, full):
+        noise.append(
+            result(batch, estimator, "float32", 8, is_packed=True)[3]["grad/noise_squared"]
+        )
+        programs.append((trained._cache_size(), score._cache_size()))
+    assert programs[0] == programs[1]
+    np.testing.assert_array_equal(
+        np.isnan(noise), [True, False]
+    )  # a single micro-batch tells nothing of the noise
+
+
+def test_parts_after_the_last_live_one_are_skipped():
+    """Rows 0 and 3 of six in three parts are part 0; a mask on row 4 makes it two parts, the empty
+    one between them included.
+    """
+
+    @jax.jit
+    def run(mask):
+        return scan_parts(lambda total, part: (total + 1, 10 * part), 0, jnp.arange(6), mask, 3)
+
+    for row, outputs in ((3, [0, 0, 0, 30, 0, 0]), (4, [0, 10, 0, 30, 40, 0]), (None, [0] * 6)):
+        mask, count = np.zeros((6, 2), bool), 0 if row is None else row % 3 + 1
+        mask[row if count else [], 1] = True
+        total, found, visited = run(mask)
+        assert (int(total), int(visited)) == (count, count)
+        np.testing.assert_array_equal(found, outputs)
+
+
+def run_of(pack_length, **train):
+    """The mini pair, the teacher shown more than the student."""
+    return Config(
+        data=DataConfig(max_prompt_length=32, format="raw", teacher_format="chat"),
+        sampling=SamplingConfig(max_completion_length=20),
+        estimator=EstimatorConfig("vopd", tile=64),
+        train=TrainConfig(
+            **{"num_steps": 1, "prompts_per_step": 8} | train, pack_length=pack_length
+        ),
+        evaluation=EvaluationConfig(source=None),
+        log=LogConfig(samples_every=1, num_samples=2),
+        mesh=MeshConfig(1),
+    )
+
+
+def test_a_packed_run_learns_what_a_padded_one_does(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        opdjax.train,
+        "make_update",
+        lambda *arguments: made.append(make_update(*arguments)) or made[-1],
+    )
+    opdjax.train.train(run_of(None), tmp_path / "padded")
+    opdjax.train.train(run_of(64, num_steps=2, gradient_accumulation_steps=4), tmp_path / "packed")
+    assert [update._cache_size() for update in made] == [1, 1]
+    (padded,), (packed, _) = (
+        read_lines(tmp_path / name / "metrics.jsonl") for name in ("padded", "packed")
+    )
+    assert 1 < packed["perf/packed_rows"] < 8
+    assert (
+        0.3 < packed["perf/packing_efficiency"] < 1
+    )  # of columns of the student, whose prompts are the shorter ones
+    # The schedules differ with the number of steps, seconds always.
+    for name in (
+        name for name in padded if not name.startswith(("time/", "perf/tokens_per", "optimizer/"))
+    ):
+        if padded[name] is None:  # no token stands at these positions
+            assert packed[name] is None
+        else:
+            np.testing.assert_allclose(
+                packed[name], padded[name], rtol=1e-4, atol=1e-6, err_msg=name
+            )
+    told = [
+        [row for row in read_lines(tmp_path / name / "samples.jsonl") if row["step"] == 1]
+        for name in ("padded", "packed")
+    ]
+    assert told[0] == told[1]
+
+
+@pytest.mark.long
+def test_the_doctor_examines_packed_rows():
+    found = {
+        finding.name: finding
+        for finding in examine(prepare(run_of(64, gradient_accumulation_steps=4)))
+    }
+    assert {name for name, finding in found.items() if finding.status == "fault"} == set()
+    assert "packed rows" in found["repeated_scores"].message
+
+
+def test_a_row_too_short_for_a_rollout_is_refused():
+    with pytest.raises(
+        ConfigError,
+        match="train.pack_length is 20; expected more than sampling.max_completion_length, 20",
+    ):
+        run_of(20)
+    with pytest.raises(
+        ConfigError,
+        match=r"train.pack_length is 30; expected at least \d\d: the longest prompt of arithmetic:train",
+    ):
+        prepare(run_of(30))

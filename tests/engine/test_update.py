@@ -1,0 +1,459 @@
+"""One update: its gradient does not depend on how the batch is cut, and its optimizer is the one
+the config names.
+"""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from opdjax.config import EstimatorConfig, OptimizerConfig
+from opdjax.engine.scorer import score
+from opdjax.engine.update import (
+    UpdateSpec,
+    init_state,
+    learning_rate_at,
+    loss_and_grad,
+    make_optimizer,
+    make_update,
+    noise_and_signal,
+)
+from opdjax.estimators import bind
+from opdjax.estimators.losses import AGGREGATIONS
+from opdjax.models.decoder import DecoderConfig, head_of, init_params
+from opdjax.models.rope import Rope
+from opdjax.ops.sharding import make_mesh, shard_rows
+from opdjax.types import TeacherScores, TrainBatch
+
+MODEL = DecoderConfig(
+    vocab_size=11,
+    hidden_size=8,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_size=4,
+    intermediate_size=12,
+    rope=Rope(1e4),
+    norm_epsilon=1e-6,
+    ties_embeddings=True,
+    has_qk_norm=True,
+    has_qkv_bias=False,
+    has_output_bias=False,
+)
+RECIPES = [
+    EstimatorConfig(recipe="opd", discount=0.5, tile=5),
+    EstimatorConfig(recipe="vopd", tile=16),
+    EstimatorConfig(recipe="full_kl", divergence="jsd", beta=0.4, tile=3),
+]
+
+
+def few_of(names, *kept):
+    """All the names, those that are not kept left to the long tests."""
+    return [name if name in kept else pytest.param(name, marks=pytest.mark.long) for name in names]
+
+
+COUPLED = {  # what a token is worth depends on other tokens, or on more than its own draw
+    "batch_mean": EstimatorConfig(recipe="vopd", baseline="batch_mean", tile=5),
+    "expected": EstimatorConfig(
+        recipe="vopd",
+        baseline="optimal",
+        discount=0.7,
+        return_to_go="expected",
+        task_reward_coef=0.5,
+        extra_draws=2,
+        tile=5,
+    ),
+    "prefix": EstimatorConfig(
+        recipe="opd",
+        importance="prefix_truncate",
+        prefix_weight=0.5,
+        power_alpha=0.5,
+        discount=0.3,
+        tile=16,
+    ),
+    "exclusive": EstimatorConfig(recipe="full_kl", importance="prefix_truncate", tile=5),
+}
+
+
+def make_batch(rng, rows=8, columns=9):
+    """Rows of several lengths, padded on both sides."""
+    shape, lengths, starts = (
+        (rows, columns),
+        rng.integers(2, columns - 3, rows),
+        rng.integers(0, 3, rows),
+    )
+    column = np.arange(columns)
+    segments = ((column >= starts[:, None]) & (column < (starts + lengths)[:, None])).astype(
+        np.int32
+    )
+    mask = (segments == 1) & (column > starts[:, None] + 1)
+    return TrainBatch(
+        tokens=jnp.asarray(rng.integers(0, MODEL.vocab_size, shape), jnp.int32),
+        mask=jnp.asarray(mask),
+        segment_ids=jnp.asarray(segments),
+        behavior_logprobs=jnp.zeros(shape),
+    )
+
+
+def with_credit(batch, rng):
+    """The batch with what a reward of the task, extra draws and stale tokens bring."""
+    shape = batch.tokens.shape
+    advantages = jnp.where(batch.mask, rng.normal(size=(shape[0], 1)), 0)
+    behavior = jnp.where(batch.mask, -np.log(MODEL.vocab_size) + 0.4 * rng.normal(size=shape), 0)
+    return dataclasses.replace(
+        batch,
+        advantages=advantages,
+        behavior_logprobs=behavior,
+        uniforms=jnp.asarray(rng.random((*shape, 2))),
+    )
+
+
+@functools.cache
+def make_models(dtype):
+    init = jax.jit(lambda seed: init_params(MODEL, jax.random.key(seed), dtype))
+    return init(0), init(1)
+
+
+def scored(batch, teacher, recipe):
+    needs = bind(recipe.recipe, recipe.options)[0].teacher
+    scores = score(teacher, head_of(teacher), batch, config=MODEL, needs=needs, tile=8)
+    return dataclasses.replace(batch, teacher=scores), head_of(
+        teacher
+    ) if needs == "vocabulary" else None
+
+
+def gradient(student, batch, head, estimator, dtype, **spec):
+    spec = UpdateSpec(MODEL, estimator, dtype, max_completion_length=7, **spec)
+    return jax.jit(
+        lambda p, b, h: loss_and_grad(p, b, h, spec, *bind(estimator.recipe, estimator.options))[:3]
+    )(student, batch, head)
+
+
+def relative_difference(left, right):
+    one, other = (
+        np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (left, right)
+    )
+    return np.linalg.norm(one - other) / np.linalg.norm(one)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("estimator", "aggregation"),
+    [
+        *((RECIPES[1], kind) for kind in AGGREGATIONS[:2]),
+        *(pytest.param(RECIPES[1], kind, marks=pytest.mark.long) for kind in AGGREGATIONS[2:]),
+        (RECIPES[0], "token_mean"),
+        pytest.param(RECIPES[2], "token_mean", marks=pytest.mark.long),
+    ],
+    ids=lambda x: getattr(x, "recipe", x),
+)
+def test_the_gradient_does_not_depend_on_the_number_of_micro_batches(estimator, aggregation, rng):
+    student, teacher = make_models(jnp.float64)
+    estimator = dataclasses.replace(estimator, aggregation=aggregation)
+    batch, head = scored(make_batch(rng), teacher, estimator)
+    loss, whole, outputs = gradient(student, batch, head, estimator, "float64")
+    for parts in (2, 8) if aggregation == "token_mean" else (2,):
+        part_loss, cut, part_outputs = gradient(
+            student, batch, head, estimator, "float64", gradient_accumulation_steps=parts
+        )
+        np.testing.assert_allclose(part_loss, loss, rtol=1e-12)
+        assert relative_difference(whole, cut) < 1e-10
+        chex.assert_trees_all_close(part_outputs, outputs, rtol=1e-10)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", few_of(COUPLED, "batch_mean"))
+def test_what_couples_tokens_does_not_depend_on_the_number_of_micro_batches(name, rng):
+    student, teacher = make_models(jnp.float64)
+    estimator = COUPLED[name]
+    batch, head = scored(with_credit(make_batch(rng), rng), teacher, estimator)
+    loss, whole, outputs = gradient(student, batch, head, estimator, "float64")
+    plain = EstimatorConfig("opd" if head is None else estimator.recipe, tile=estimator.tile)
+    _, without, _ = gradient(student, batch, head, plain, "float64")
+    assert relative_difference(without, whole) > 0.01  # the options do something
+    for parts in (2, 8):
+        part_loss, cut, part_outputs = gradient(
+            student, batch, head, estimator, "float64", gradient_accumulation_steps=parts
+        )
+        np.testing.assert_allclose(part_loss, loss, rtol=1e-12)
+        assert relative_difference(whole, cut) < 1e-10
+        chex.assert_trees_all_close(part_outputs, outputs, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", few_of(COUPLED, "batch_mean"))
+def test_what_couples_tokens_is_the_same_on_eight_devices(name, rng):
+    student, teacher = make_models(jnp.float32)
+    batch, head = scored(with_credit(make_batch(rng), rng), teacher, COUPLED[name])
+    _, one, _ = gradient(student, batch, head, COUPLED[name], "float32")
+    mesh = make_mesh(8)
+    _, eight, _ = gradient(
+        student, shard_rows(batch, mesh), head, COUPLED[name], "float32", mesh=mesh
+    )
+    assert relative_difference(one, eight) < 1e-5
+
+
+@pytest.mark.usefixtures("x64")
+def test_noise_and_signal_are_those_of_the_micro_batches_gradients(rng):
+    """Under the fixed denominator a micro-batch on its own (every fourth row) estimates the
+    gradient of the whole.
+    """
+    student, teacher = make_models(jnp.float64)
+    estimator = EstimatorConfig(recipe="opd", discount=0.5, aggregation="fixed_denominator", tile=5)
+    batch, _ = scored(make_batch(rng), teacher, estimator)
+    spec = UpdateSpec(MODEL, estimator, "float64", 7, gradient_accumulation_steps=4)
+    bound = bind("opd", estimator.options)
+    _, grads, _, shares = jax.jit(lambda p, b: loss_and_grad(p, b, None, spec, *bound))(
+        student, batch
+    )
+    found = noise_and_signal(optax.tree.norm(grads), *shares)
+    flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+    parts = [jax.tree.map(lambda x, i=i: x[i::4], batch) for i in range(4)]
+    each = np.stack(
+        [flat(gradient(student, part, None, estimator, "float64")[1]) for part in parts]
+    )
+    mean = each.mean(axis=0)
+    np.testing.assert_allclose(flat(grads), mean, atol=1e-12)
+    noise = np.sum(np.square(each - mean)) / (4 * 3)
+    np.testing.assert_allclose(found["grad/noise_squared"], noise, rtol=1e-9)
+    np.testing.assert_allclose(
+        found["grad/signal_squared"], np.sum(np.square(mean)) - noise, rtol=1e-9
+    )
+
+
+def test_noise_and_signal_are_unbiased(rng):
+    """Gradients g + e of three micro-batches, |g|^2 = 5 and E|e|^2 = 6: the mean's noise is 2, the
+    signal 5.
+    """
+    each = np.array([2.0, 1.0]) + np.sqrt(3) * rng.normal(size=(40_000, 3, 2))
+    norm, squares = (
+        np.linalg.norm(each.mean(axis=1), axis=1),
+        np.sum(np.square(each / 3), axis=(1, 2)),
+    )
+    found = noise_and_signal(jnp.asarray(norm), jnp.asarray(squares), 3)
+    np.testing.assert_allclose(np.mean(found["grad/noise_squared"]), 2, atol=0.05)
+    np.testing.assert_allclose(np.mean(found["grad/signal_squared"]), 5, atol=0.15)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [*RECIPES[:2], pytest.param(RECIPES[2], marks=pytest.mark.long)],
+    ids=lambda e: e.recipe,
+)
+def test_eight_devices_and_remat_give_the_gradient_of_one(estimator, rng):
+    student, teacher = make_models(jnp.float32)
+    batch, head = scored(make_batch(rng), teacher, estimator)
+    _, one, _ = gradient(student, batch, head, estimator, "float32")
+    mesh = make_mesh(8)
+    _, eight, _ = gradient(student, shard_rows(batch, mesh), head, estimator, "float32", mesh=mesh)
+    _, remat, _ = gradient(student, batch, head, estimator, "float32", remat="layer")
+    assert relative_difference(one, eight) < 1e-5
+    assert relative_difference(one, remat) < 1e-5
+
+
+@pytest.mark.parametrize("needs", ["token", "vocabulary"])
+def test_scoring_in_parts_changes_nothing(needs, rng):
+    _, teacher = make_models(jnp.float32)
+    batch = make_batch(rng)
+    one, four = (
+        score(teacher, head_of(teacher), batch, config=MODEL, needs=needs, tile=8, parts=parts)
+        for parts in (1, 4)
+    )
+    chex.assert_trees_all_close(one, four, atol=1e-5)
+
+
+def test_pmap_over_eight_devices_gives_the_gradient_of_jit_over_the_mesh(rng):
+    """pmap is today a wrapper of shard_map; jit over a mesh is the core because it also shards what
+    pmap would replicate.
+    """
+    estimator = EstimatorConfig(recipe="vopd", aggregation="fixed_denominator")
+    student, teacher = make_models(jnp.float32)
+    batch, head = scored(make_batch(rng), teacher, estimator)
+    _, core, _ = gradient(student, batch, head, estimator, "float32")
+    spec = UpdateSpec(MODEL, estimator, "float32", max_completion_length=7)
+    shards = jax.tree.map(lambda x: x.reshape(8, 1, *x.shape[1:]), batch)
+
+    def one_row(params, row):
+        _, grads, _, _ = loss_and_grad(params, row, head, spec, *bind("vopd", {}))
+        return jax.lax.pmean(grads, "rows")
+
+    mapped = jax.pmap(one_row, axis_name="rows", in_axes=(None, 0))(student, shards)
+    assert relative_difference(core, jax.tree.map(lambda x: x[0], mapped)) < 1e-5
+
+
+def test_a_batch_that_is_not_finite_changes_nothing_but_the_counters(rng):
+    estimator = EstimatorConfig(recipe="opd")
+    student, teacher = make_models(jnp.float32)
+    batch, _ = scored(make_batch(rng), teacher, estimator)
+    config = OptimizerConfig(learning_rate=1e-2)
+    optimizer = make_optimizer(config, 10)
+    update = make_update(UpdateSpec(MODEL, estimator, "float32", 7), config, 10)
+    poisoned = dataclasses.replace(
+        batch, teacher=TeacherScores(token_logprobs=batch.teacher.token_logprobs * jnp.nan)
+    )
+    state = init_state(student, optimizer)
+    kept = jax.tree.map(np.asarray, (state.params, state.opt_state))
+    state, metrics = update(state, poisoned)
+    assert not np.isfinite(metrics["loss/objective"])
+    chex.assert_trees_all_equal(jax.tree.map(np.asarray, (state.params, state.opt_state)), kept)
+    assert (int(state.step), int(state.num_skipped), int(state.nonfinite_streak)) == (1, 1, 1)
+    state, _ = update(state, poisoned)
+    assert (int(state.num_skipped), int(state.nonfinite_streak)) == (2, 2)
+    state, metrics = update(state, batch)
+    assert (int(state.step), int(state.num_skipped), int(state.nonfinite_streak)) == (3, 2, 0)
+    assert metrics["optimizer/learning_rate"] == pytest.approx(
+        1e-2
+    )  # the first step that is applied
+    assert np.isfinite(metrics["loss/objective"])
+    assert relative_difference(kept[0], state.params) > 0
+
+
+def test_a_bfloat16_forward_keeps_float32_parameters_and_small_steps(rng):
+    """A step of 1e-6 on weights near 1 would vanish in bfloat16."""
+    estimator = EstimatorConfig(recipe="full_kl")
+    student, teacher = make_models(jnp.bfloat16)
+    batch, head = scored(make_batch(rng), teacher, estimator)
+    config = OptimizerConfig(learning_rate=1e-6, schedule="constant")
+    update = make_update(UpdateSpec(MODEL, estimator, "bfloat16", 7), config, 10)
+    state, _ = update(init_state(student, make_optimizer(config, 10)), batch, head)
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    moved = np.abs(np.asarray(state.params["final_norm"]) - 1)
+    assert moved.max() == pytest.approx(1e-6, rel=0.1)
+
+
+def test_learning_rate_by_hand():
+    cosine = learning_rate_at(
+        OptimizerConfig(learning_rate=1.0, schedule="cosine", warmup_steps=4), 12
+    )
+    np.testing.assert_allclose(
+        [cosine(s) for s in (0, 1, 4, 8, 12)], [0, 0.25, 1, 0.5, 0], atol=1e-6
+    )
+    linear = learning_rate_at(OptimizerConfig(learning_rate=1.0, schedule="linear"), 10)
+    np.testing.assert_allclose([linear(s) for s in (0, 5, 10)], [1, 0.5, 0], atol=1e-6)
+    constant = learning_rate_at(
+        OptimizerConfig(learning_rate=1.0, schedule="constant", warmup_steps=2), 10
+    )
+    np.testing.assert_allclose([constant(s) for s in (1, 2, 9)], [0.5, 1, 1], atol=1e-6)
+
+
+def test_weight_decay_leaves_norms_alone_and_clipping_can_be_off():
+    student, _ = make_models(jnp.float32)
+    config = OptimizerConfig(
+        learning_rate=0.1, schedule="constant", weight_decay=0.5, max_grad_norm=0.0
+    )
+    optimizer = make_optimizer(config, 10)
+    updates, _ = optimizer.update(
+        jax.tree.map(jnp.zeros_like, student), optimizer.init(student), student
+    )
+    np.testing.assert_array_equal(updates["final_norm"], 0)
+    np.testing.assert_array_equal(updates["layers"]["q_norm"], 0)
+    np.testing.assert_allclose(updates["embedding"], -0.05 * student["embedding"], rtol=1e-6)
+    np.testing.assert_allclose(
+        updates["layers"]["q_kernel"], -0.05 * student["layers"]["q_kernel"], rtol=1e-6
+    )
+
+
+IMPORTANCE = EstimatorConfig(
+    recipe="vopd", baseline="student_topk", baseline_top_k=3, importance="prefix_truncate", tile=5
+)
+
+
+def diagnosed(student, batch, head, estimator, every, **spec):
+    """(parameters, metrics) after one update."""
+    config = OptimizerConfig(learning_rate=1e-2)
+    spec = UpdateSpec(
+        MODEL, estimator, "float32", 7, diagnostics_every=every, valid_vocab=9, **spec
+    )
+    state, metrics = make_update(spec, config, 10)(
+        init_state(student, make_optimizer(config, 10)), batch, head
+    )
+    return jax.device_get((state.params, metrics))
+
+
+def drawn(batch):
+    """Tokens that the model can draw, with log-probs of a policy nearby."""
+    behavior = -2 - jnp.abs(jnp.sin(jnp.arange(batch.tokens.size, dtype=jnp.float32))).reshape(
+        batch.tokens.shape
+    )
+    return dataclasses.replace(batch, tokens=batch.tokens % 9, behavior_logprobs=behavior)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [*(pytest.param(r, marks=pytest.mark.long) for r in (RECIPES[0], RECIPES[2])), IMPORTANCE],
+    ids=lambda e: e.recipe,
+)
+def test_diagnostics_change_no_bit_of_an_update(estimator, rng):
+    student, teacher = make_models(jnp.float32)
+    batch, head = scored(drawn(make_batch(rng)), teacher, estimator)
+    params, metrics = diagnosed(student, batch, head, estimator, 1)
+    without, fewer = diagnosed(student, batch, head, estimator, 0)
+    chex.assert_trees_all_equal(params, without)
+    chex.assert_trees_all_equal({name: metrics[name] for name in fewer}, fewer)
+    assert {"entropy/student"} <= metrics.keys() - fewer.keys()
+    assert ("overlap/ratio" in metrics) == (head is not None)
+    assert ("importance/clip_fraction" in metrics) == (estimator.importance is not None)
+    assert all(np.isfinite(value) for name, value in metrics.items() if "position" not in name)
+
+
+def test_diagnostics_do_not_depend_on_how_the_batch_is_cut(rng):
+    student, teacher = make_models(jnp.float32)
+    batch, head = scored(drawn(make_batch(rng)), teacher, IMPORTANCE)
+    _, metrics = diagnosed(student, batch, head, IMPORTANCE, 1)
+    mesh = make_mesh(8)
+    for rows, spec in (
+        (batch, {"gradient_accumulation_steps": 2}),
+        (shard_rows(batch, mesh), {"mesh": mesh}),
+    ):
+        _, found = diagnosed(student, rows, head, IMPORTANCE, 1, **spec)
+        for name, value in metrics.items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_what_stands_in_masked_slots_reaches_no_diagnostic(rng):
+    student, teacher = make_models(jnp.float32)
+    batch, head = scored(drawn(make_batch(rng)), teacher, IMPORTANCE)
+    hidden = jnp.where(batch.segment_ids[:, :, None] > 0, batch.teacher.hidden, jnp.nan)
+    spoilt = dataclasses.replace(
+        batch,
+        behavior_logprobs=jnp.where(batch.mask, batch.behavior_logprobs, jnp.nan),
+        teacher=TeacherScores(hidden=hidden),
+    )
+    chex.assert_trees_all_equal(
+        *(diagnosed(student, rows, head, IMPORTANCE, 1)[1] for rows in (batch, spoilt))
+    )
+
+
+def test_kl_is_exact_wherever_the_whole_teacher_is_read(rng):
+    """A baseline on the student's top k leaves the KL that is told as it is."""
+    student, teacher = make_models(jnp.float32)
+    batch, head = scored(drawn(make_batch(rng)), teacher, RECIPES[1])
+    told = [
+        diagnosed(student, batch, head, estimator, 0)[1]["kl/student_teacher"]
+        for estimator in (RECIPES[1], IMPORTANCE)
+    ]
+    np.testing.assert_allclose(*told, rtol=1e-6)
+
+
+def test_diagnostics_are_taken_every_so_many_steps(rng):
+    estimator = RECIPES[1]
+    student, teacher = make_models(jnp.float32)
+    batch, head = scored(drawn(make_batch(rng)), teacher, estimator)
+    config = OptimizerConfig()
+    update = make_update(
+        UpdateSpec(MODEL, estimator, "float32", 7, diagnostics_every=2), config, 10
+    )
+    state, told = init_state(student, make_optimizer(config, 10)), []
+    for _ in range(3):
+        state, metrics = update(state, batch, head)
+        told.append(
+            [
+                bool(np.isfinite(metrics[name]))
+                for name in ("entropy/student", "reward/p05", "overlap/ratio", "kl/k3")
+            ]
+        )
+    assert told == [[True] * 4, [False, False, False, True], [True] * 4]

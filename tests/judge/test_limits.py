@@ -1,0 +1,268 @@
+"""Limits and the breaker, alone and over real sockets."""
+
+import asyncio
+import dataclasses
+
+import pytest
+from chat_server import ASKED, Said, asked, calling, first, ok, outcome, refusal, run, until
+
+from opdjax.config.api import ApiConfig
+from opdjax.judge import limits
+from opdjax.judge.cache import ReplyCache
+from opdjax.judge.limits import Budget
+from opdjax.judge.replies import ApiUnavailableError, Reply, SpendingCapError
+
+# Limits
+
+
+def test_a_budget_serves_by_turns_and_lends_what_is_more_than_a_second(monkeypatch):
+    monkeypatch.setattr(limits, "_LOOK_AGAIN", 0.0005)
+
+    async def scenario():
+        clock, served = [0.0], []
+        budget = Budget(600, lambda: clock[0])  # 10 a second
+
+        async def one(name, units):
+            await budget.take(units)
+            served.append((name, round(clock[0], 1)))
+
+        takers = [
+            asyncio.create_task(one(name, units))
+            for name, units in (("a", 4), ("b", 6), ("c", 30), ("d", 1), ("e", 1))
+        ]
+        while not all(taker.done() for taker in takers):
+            await asyncio.sleep(0.002)  # whoever waits has looked
+            clock[0] += 0.1
+        return served
+
+    served = run(scenario())
+    assert [name for name, _ in served] == ["a", "b", "c", "d", "e"]
+    assert [time for _, time in served] == pytest.approx([0.0, 0.0, 1.0, 3.1, 3.2], abs=0.101)
+
+
+def test_what_is_given_back_is_there_for_whoever_waits():
+    async def scenario():
+        budget = Budget(60)  # one a second
+        await budget.take(600)
+        waiting = asyncio.create_task(budget.take(1))
+        await asyncio.sleep(0.01)
+        budget.give_back(600)
+        await waiting  # and not for ten minutes
+
+    run(scenario())
+
+
+def test_no_more_than_so_many_at_once():
+    async def scenario():
+        async with calling(lambda *_: Said(delay=0.03), concurrency=5) as (client, server):
+            await asyncio.gather(*(client.complete("judge", asked(n)) for n in range(40)))
+            return server.most_open, len(server.bodies)
+
+    assert run(scenario()) == (5, 40)
+
+
+def test_more_connections_than_the_package_keeps_by_itself():
+    async def scenario():
+        async with calling(lambda *_: Said(delay=0.5), concurrency=150) as (client, server):
+            await asyncio.gather(*(client.complete("judge", asked(n)) for n in range(150)))
+            return server.most_open
+
+    assert run(scenario()) == 150
+
+
+def test_requests_and_tokens_a_minute():
+    async def seconds(count, **endpoint):
+        async with calling(ok, **endpoint) as (client, server):
+            await asyncio.gather(*(client.complete("judge", asked(n)) for n in range(count)))
+            return server.times[-1] - server.times[0]
+
+    # A second's worth is there at the start: 10 of 14 at once, the rest at 10 a second.
+    assert 0.3 < run(seconds(14, requests_per_minute=600)) < 3
+    # 6,000 tokens a second are one request's 6,000, of which its 15 are counted once it was
+    # answered.
+    assert run(seconds(8, tokens_per_minute=360_000, max_tokens=6_000)) < 3
+    assert 0.9 < run(seconds(8, tokens_per_minute=360_000, max_tokens=6_000, concurrency=1)) + 1 < 4
+
+
+def test_failed_requests_use_no_tokens():
+    async def scenario():
+        async with calling(
+            first(*[refusal(500)] * 4), tokens_per_minute=60_000, max_tokens=30_000
+        ) as (client, server):
+            await client.complete("judge", ASKED)
+            return server.times[-1] - server.times[0]
+
+    assert run(scenario()) < 5  # and not 30 seconds for each failure
+
+
+# The breaker
+
+
+def test_the_breaker_opens_and_a_probe_closes_it():
+    api = ApiConfig(max_retries=1, breaker_failures=4, breaker_seconds=0.4)
+
+    async def scenario():
+        async with calling(first(*[refusal(500)] * 4), api=api) as (client, server):
+            failed = [await outcome(client.complete("judge", asked(n))) for n in range(2)]
+            assert [type(error) for error in failed] == [ApiUnavailableError] * 2
+            assert len(server.bodies) == 4
+            replies = await asyncio.gather(
+                *(client.complete("judge", asked(n)) for n in range(2, 8))
+            )
+            assert [reply.text for reply in replies] == ["two"] * 6
+            return server.times
+
+    times = run(scenario())
+    assert len(times) == 10
+    assert times[4] - times[3] >= 0.39  # the probe, alone
+    assert times[5] > times[4]
+
+
+def test_all_who_wait_hear_of_a_failed_probe():
+    api = ApiConfig(max_retries=4, breaker_failures=3, breaker_seconds=0.2)
+
+    async def scenario():
+        async with calling(lambda *_: refusal(503, "away"), api=api) as (client, server):
+            found = await asyncio.gather(
+                *(outcome(client.complete("judge", asked(n))) for n in range(3))
+            )
+            assert [type(error) for error in found] == [ApiUnavailableError] * 3
+            assert all("503" in str(error) for error in found)
+            return (
+                len(server.bodies),
+                await outcome(client.complete("judge", asked(9))),
+                len(server.bodies),
+            )
+
+    before, found, after = run(scenario())
+    assert before == 4  # the three and one probe, whatever attempts each had left
+    assert type(found) is ApiUnavailableError
+    assert after == before + 1
+
+
+def test_a_rate_limit_and_a_refusal_are_answers():
+    api = ApiConfig(max_retries=0, breaker_failures=2, breaker_seconds=60.0)
+    answers = (refusal(500), refusal(429), refusal(500), refusal(400), refusal(500))
+
+    async def scenario():
+        async with calling(first(*answers), api=api) as (client, _server):
+            for n in range(5):
+                await outcome(client.complete("judge", asked(n)))
+            return await client.complete("judge", asked(9))
+
+    assert run(scenario()).text == "two"
+
+
+def open_breaker(seconds):
+    """Settings with which two failures open it."""
+    return ApiConfig(max_retries=0, breaker_failures=2, breaker_seconds=seconds)
+
+
+async def opened(client):
+    await asyncio.gather(
+        *(outcome(client.complete("judge", asked(f"opens {n}"))) for n in range(2))
+    )
+    assert client._roles["judge"].breaker.is_open
+
+
+def test_a_probe_that_is_called_off_leaves_nobody_waiting():
+    async def scenario():
+        async with calling(
+            first(refusal(500), refusal(500)), api=open_breaker(0.1), requests_per_minute=120
+        ) as (client, server):
+            await opened(
+                client
+            )  # which used up the first second's requests: the probe waits for its turn
+            probe = asyncio.create_task(client.complete("judge", asked("probe")))
+            await until(lambda: client._roles["judge"].breaker._is_probing)
+            waiting = asyncio.create_task(client.complete("judge", asked("waits")))
+            await asyncio.sleep(0.01)
+            probe.cancel()
+            return (await waiting).text, [body["messages"][0]["content"] for body in server.bodies]
+
+    text, contents = run(scenario())
+    assert text == "two"
+    assert contents[2:] == ["waits"]
+
+
+def test_a_probe_that_meets_the_cap_leaves_nobody_waiting():
+    api = dataclasses.replace(open_breaker(0.2), max_dollars=1.0)
+
+    async def scenario():
+        async with calling(lambda *_: refusal(500), api=api) as (client, _):
+            await opened(client)
+            calls = [
+                asyncio.create_task(outcome(client.complete("judge", asked(n)))) for n in range(3)
+            ]
+            await asyncio.sleep(0.05)
+            client._spent = 1.0
+            return await asyncio.gather(*calls)
+
+    assert {type(found) for found in run(scenario())} == {SpendingCapError}
+
+
+def test_what_was_sent_before_does_not_end_the_wait_by_failing():
+    def reply(body, number):
+        if body["messages"][0]["content"] == "slow":
+            return dataclasses.replace(refusal(500), delay=0.3)
+        return refusal(500) if number < 3 else Said()
+
+    async def scenario():
+        async with calling(reply, api=open_breaker(0.8)) as (client, server):
+            slow = asyncio.create_task(outcome(client.complete("judge", asked("slow"))))
+            await until(lambda: server.bodies)
+            await opened(client)
+            waiting = asyncio.create_task(client.complete("judge", asked("waits")))
+            assert type(await slow) is ApiUnavailableError
+            return await waiting, server.times
+
+    waited, times = run(scenario())
+    assert waited.text == "two"
+    assert times[-1] - times[-2] > 0.7
+
+
+def test_what_was_sent_before_ends_the_wait_by_succeeding():
+    def reply(body, number):
+        return (
+            Said(delay=0.3)
+            if body["messages"][0]["content"] == "slow"
+            else refusal(500)
+            if number < 3
+            else Said()
+        )
+
+    async def scenario():
+        async with calling(reply, api=open_breaker(600.0)) as (client, server):
+            slow = asyncio.create_task(client.complete("judge", asked("slow")))
+            await until(lambda: server.bodies)
+            await opened(client)
+            return await client.complete("judge", asked("waits")), await slow
+
+    assert [reply.text for reply in run(scenario())] == ["two", "two"]
+
+
+def test_who_queues_asks_nobody_who_is_taken_for_down():
+    api = ApiConfig(max_retries=0, breaker_failures=2, breaker_seconds=0.3)
+
+    async def scenario():
+        async with calling(lambda *_: refusal(500), api=api, concurrency=1) as (client, server):
+            found = await asyncio.gather(
+                *(outcome(client.complete("judge", asked(n))) for n in range(20))
+            )
+            return {type(error) for error in found}, len(server.bodies)
+
+    assert run(scenario()) == ({ApiUnavailableError}, 3)  # two that opened it, one probe
+
+
+def test_cached_replies_are_answered_whatever_the_breaker_says(tmp_path):
+    cache = ReplyCache(tmp_path / "r.sqlite")
+
+    async def scenario():
+        async with calling(
+            first(Said(), refusal(500), refusal(500)), cache, api=open_breaker(600.0)
+        ) as (client, _):
+            await client.complete("judge", ASKED)
+            await opened(client)
+            return await client.complete("judge", ASKED)
+
+    assert run(scenario()) == Reply("two", "stop", True, 10, 5)

@@ -1,0 +1,161 @@
+"""Two processes on one machine (gloo) are one run: same loss, same weights, stopped together,
+continued together.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+from mesh_pair import make_pair, mesh_config
+from test_mesh import assert_same_run
+
+from opdjax.config import EvaluationConfig, LogConfig, MeshConfig, TrainConfig
+from opdjax.config.validation import to_dict
+from opdjax.ops.multihost import join
+from opdjax.runs.workdir import read_lines
+from opdjax.train import train
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("pair")
+    make_pair(directory)
+    return directory
+
+
+def start(config, workdir, count=2, devices=2):
+    """`count` processes of one run, each with `devices` devices; their stdout in files beside the
+    work directory.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    saved = workdir.with_suffix(".json")
+    saved.write_text(json.dumps({"config": to_dict(config)}))
+    started = []
+    for number in range(count):
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "JAX_PROCESS_ID": str(number),
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        }
+        output = workdir.with_suffix(f".{number}.txt").open("w")
+        command = [sys.executable, "-m", "opdjax", "train", str(saved), "--workdir", str(workdir)]
+        started.append(
+            subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        )
+    return started
+
+
+def finish(processes, workdir):
+    """Exit statuses and what each process printed."""
+    try:
+        statuses = [process.wait(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return statuses, [
+        workdir.with_suffix(f".{number}.txt").read_text() for number in range(len(processes))
+    ]
+
+
+def test_two_processes_are_one_run_and_stop_together(pair, tmp_path):
+    """Two steps each, the second after a SIGTERM that reached one process alone; samples and
+    evaluation by one of them.
+    """
+    sections = {
+        "train": TrainConfig(num_steps=2, prompts_per_step=16, gradient_accumulation_steps=2),
+        "evaluation": EvaluationConfig(
+            num_prompts=16, num_samples=2, max_completion_length=12, batch_size=32
+        ),
+        "log": LogConfig(samples_every=1, num_samples=2, diagnostics_every=1),
+    }
+    mesh = MeshConfig(2, 2, 1, processes=2)
+    workdir = tmp_path / "two"
+    processes = start(mesh_config(pair, mesh, **sections), workdir)
+    while not (workdir / "eval.jsonl").exists() and all(
+        process.poll() is None for process in processes
+    ):
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)
+    statuses, printed = finish(processes, workdir)
+    assert statuses == [143, 143], printed
+    assert all("stopped after step 1" in text for text in printed)
+    statuses, printed = finish(start(mesh_config(pair, mesh, **sections), workdir), workdir)
+    assert statuses == [0, 0], printed
+    assert "continuing from step 1" in printed[0]
+    assert "continuing" not in printed[1]
+
+    train(mesh_config(pair, MeshConfig(1), **sections), tmp_path / "one")
+    assert_same_run(workdir, tmp_path / "one")
+    for name in ("eval.jsonl", "samples.jsonl"):
+        two, one = (read_lines(path / name) for path in (workdir, tmp_path / "one"))
+        assert [row["step"] for row in two] == [row["step"] for row in one]
+    assert [row["tokens"] for row in two] == [row["tokens"] for row in one]
+
+
+def test_what_the_lead_refuses_ends_all(pair, tmp_path):
+    workdir = tmp_path / "used"
+    workdir.mkdir()
+    (workdir / "metrics.jsonl").write_text("{}\n")
+    statuses, printed = finish(
+        start(mesh_config(pair, MeshConfig(-1, processes=2)), workdir, devices=1), workdir
+    )
+    assert statuses == [2, 2]
+    assert "it holds metrics.jsonl" in printed[0]
+    assert "another process of this run stopped with an error" in printed[1]
+
+
+def test_processes_that_are_not_told_of_each_other_are_refused(monkeypatch):
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
+    with pytest.raises(ValueError, match="set JAX_COORDINATOR_ADDRESS"):
+        join(2)
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+    monkeypatch.delenv("JAX_PROCESS_ID", raising=False)
+    with pytest.raises(ValueError, match="set JAX_PROCESS_ID"):
+        join(2)
+
+
+def test_sigterm_ends_a_run_after_its_step_with_everything_kept(pair, tmp_path):
+    """One process: the same command continues where it stopped."""
+    config = mesh_config(pair, MeshConfig(1), train=TrainConfig(num_steps=400, prompts_per_step=4))
+    workdir = tmp_path / "run"
+    saved = tmp_path / "config.json"
+    saved.write_text(json.dumps({"config": to_dict(config)}))
+    command = [
+        sys.executable,
+        "-m",
+        "opdjax",
+        "train",
+        str(saved),
+        "--workdir",
+        str(workdir),
+        "--checkpoint.every",
+        "1000",
+    ]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+    }
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    while not (workdir / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, printed = process.communicate(timeout=120)
+    done = read_lines(pathlib.Path(workdir / "metrics.jsonl"))[-1]["step"]
+    assert process.returncode == 143
+    assert f"stopped after step {done}" in printed
+    assert [
+        int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()
+    ] == [done]

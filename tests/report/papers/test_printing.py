@@ -1,0 +1,189 @@
+"""`opdjax table DIR --paper NAME`: numbers with all that one must know of them, in three formats."""
+
+import csv
+import io
+import re
+import subprocess
+import sys
+
+import pytest
+import study
+
+from opdjax.config.validation import ConfigError
+from opdjax.report.papers.printing import paper_table, paper_tables
+from opdjax.report.papers.registry import PAPER_TABLES
+from opdjax.report.table_formats import latex, markdown
+
+SCORES = {
+    "opd": (0.50, 0.52, 0.54),
+    "vopd": (0.60, 0.62, 0.64),
+    "vopd_k100": (0.60, 0.62, 0.64),
+    "full_kl": (0.615, 0.635, 0.655),
+    "opd_topk": (0.5,),
+}
+HUB = {
+    name: tuple({"MATH500": value, "AMC23": value - 0.2} for value in values)
+    for name, values in SCORES.items()
+}
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("mini")
+    study.make(directory, SCORES)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("hub")
+    study.make(directory, HUB, pair="qwen3_1_7b", start={"MATH500": 0.4, "AMC23": 0.1})
+    return directory
+
+
+def rows_of(text):
+    """First cell of each line of the first Markdown table -> header -> cell."""
+    lines = [
+        re.split(r"(?<!\\) \| ", line.removeprefix("| ").removesuffix(" |"))
+        for line in text.split("\n\n")[2].splitlines()
+    ]
+    return {line[0]: dict(zip(lines[0], line)) for line in lines}
+
+
+def test_ours_stand_beside_the_papers_in_its_unit(hub):
+    found = rows_of(paper_table(hub, "vopd_table1"))["vOPD"]
+    assert found["1.7B MATH500, %: paper"] == "64.9 [N]"
+    assert found["1.7B MATH500, %: ours"] == "62.00 ± 4.97 (n=3)"  # 4.303 * 2 / sqrt 3
+    assert found["1.7B MATH500, %: ours - paper"] == "-2.90"
+    assert found["1.7B average, %: ours - paper"] == "+19.00"  # 52 - 33
+    assert found["4B average, %: paper"] == "45.3 [N]"
+    assert "4B average, %: ours" not in found  # nothing of it is in the sweep
+
+
+def test_the_mini_pair_is_never_subtracted_from_a_paper(mini):
+    text = paper_table(mini, "vopd_table1")
+    assert rows_of(text)["vOPD"]["mini pair, avg@8: ours"] == "0.620 ± 0.050 (n=3)"
+    assert "ours - paper" not in text
+
+
+def test_claims_have_verdicts_and_paired_differences(mini):
+    text = paper_table(mini, "vopd_table1")
+    assert (
+        "| vOPD is better than OPD [N] | vOPD, OPD | mini pair, avg@8 | above 0 | 0.100 ± 0.000 | 3 | seen |"
+        in text
+    )
+    assert (
+        "exact divergence [A] | vOPD, OPD full | mini pair, avg@8 | within ± 0.01 | -0.015 ± 0.000 | 3 | contradicted |"
+        in text
+    )
+    assert "vOPD top-k, OPD top-k | mini pair, avg@8 | above 0 | 0.100 | 1 | undecided |" in text
+
+
+def test_rows_that_are_the_same_run_for_run_are_said_to_be(mini):
+    found = next(
+        line
+        for line in paper_table(mini, "vopd_table1").splitlines()
+        if line.startswith("| vOPD with a top-k baseline")
+    )
+    assert "| 0 in every seed | 3 | seen |" in found
+
+
+def test_a_deleted_result_is_told(tmp_path):
+    study.make(tmp_path, SCORES)
+    before = rows_of(paper_table(tmp_path, "vopd_table1"))
+    assert before["vOPD"]["missing"] == ""
+    assert before["OPD top-k"]["missing"] == "seed=1, seed=2"
+    (tmp_path / "pair=mini,arm=vopd,seed=1" / "result.json").unlink()
+    after = rows_of(paper_table(tmp_path, "vopd_table1"))["vOPD"]
+    assert after["missing"] == "seed=1"
+    assert after["mini pair, avg@8: ours"] == "0.620 ± 0.254 (n=2)"  # 12.706 * 0.02828 / sqrt 2
+    lines = list(csv.DictReader(io.StringIO(paper_table(tmp_path, "vopd_table1", "csv"))))
+    (cell,) = [
+        line for line in lines if line["name"] == "vOPD" and line["column"].startswith("mini")
+    ]
+    assert cell["missing"] == "pair=mini,arm=vopd,seed=1"
+
+
+def test_rows_are_told_apart_by_the_digest_of_their_config(mini):
+    found = rows_of(paper_table(mini, "vopd_table1"))
+    digests = {found[row]["config"] for row in ("OPD", "vOPD", "OPD full")}
+    assert len(digests) == 3
+    assert all(re.fullmatch("[0-9a-f]{8}", digest) for digest in digests)
+
+
+def test_what_is_not_implemented_says_so(mini):
+    found = rows_of(paper_table(mini, "ropd_table2"))["ExOPD"]
+    assert "not one of the recipes here" in found["note"]
+    assert found["average, %: paper"] == "35.25 [P]"
+
+
+def test_a_directory_without_the_tables_arms_says_what_it_looks_for(mini):
+    text = paper_table(mini, "npd_math")
+    assert "This directory has no point of the table: it looks for arm=npd" in text
+    assert "not run" in text
+
+
+@pytest.mark.parametrize("name", PAPER_TABLES)
+def test_every_table_prints_in_every_format(name, hub):
+    text = paper_table(hub, name, "latex")
+    for tabular in re.findall(r"\\begin\{tabular\}\{(l+)\}\n(.*?)\\end\{tabular\}", text, re.S):
+        lines = [line for line in tabular[1].splitlines() if line.endswith(r"\\")]
+        assert lines
+        assert {len(re.findall(r"(?<!\\)&", line)) + 1 for line in lines} == {len(tabular[0])}
+    body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
+    assert not re.search(r"(?<!\\)[%#_]", body)
+    plain = re.sub(r"\\[{}]", "", body)
+    assert plain.count("{") == plain.count("}")
+    assert body.count("$") % 2 == 0
+    lines = list(csv.reader(io.StringIO(paper_table(hub, name, "csv"))))
+    assert {len(line) for line in lines} == {13}
+    markdown_lines = paper_table(hub, name).split("\n\n")[2].splitlines()
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in markdown_lines}) == 1
+
+
+def test_csv_has_all_figures(hub):
+    lines = list(csv.DictReader(io.StringIO(paper_table(hub, "vopd_table1", "csv"))))
+    (cell,) = [line for line in lines if (line["name"], line["column"]) == ("vOPD", "1.7B MATH500")]
+    assert float(cell["ours"]) == pytest.approx(62.0, abs=1e-12)
+    assert float(cell["half interval"]) == pytest.approx(4.302652729749464 * 2 / 3**0.5, rel=1e-9)
+    assert (cell["paper"], cell["mark"], cell["n"]) == ("64.9", "N", "3")
+    claims = [
+        line for line in lines if line["kind"] == "claim" and line["column"] == "1.7B average"
+    ]
+    assert [line["verdict"] for line in claims] == ["seen", "seen", "contradicted", "undecided"]
+
+
+def test_text_is_text_in_latex_and_markdown():
+    nasty = r"a_b & 5 % of {x} \cmd ~ ^ # $ < | ±"
+    escaped = latex(["h"], [[nasty]]).splitlines()[4]
+    assert escaped == (
+        r"a\_b \& 5 \% of \{x\} \textbackslash{}cmd \textasciitilde{} \textasciicircum{} \# \$ \textless{} \textbar{} $\pm$ \\"
+    )
+    assert markdown(["h"], [["a|b\nc"]]).splitlines()[2] == r"| a\|b c |"
+
+
+def test_a_name_that_no_table_has(mini):
+    with pytest.raises(
+        ConfigError, match=r"did you mean 'vopd_table1'\?; the names are vopd_table1, vopd_k,"
+    ):
+        paper_table(mini, "vopd_tabel1")
+    assert [line.split()[0] for line in paper_tables().splitlines()] == list(PAPER_TABLES)
+
+
+def test_the_command(mini, tmp_path):
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "opdjax", "table", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+        )
+
+    output = tmp_path / "out.tex"
+    done = run(mini, "--paper", "vopd_k", "--format", "latex", "--output", output)
+    assert (done.returncode, done.stdout) == (0, f"wrote {output}\n")
+    assert output.read_text() == paper_table(mini, "vopd_k", "latex") + "\n"
+    assert run("--papers").stdout == paper_tables() + "\n"
+    failed = run(mini, "--paper", "vopd")
+    assert failed.returncode != 0
+    assert "there is no table 'vopd'" in failed.stderr
+    assert "needs the directory of a sweep" in run().stderr

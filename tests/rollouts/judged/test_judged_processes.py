@@ -1,0 +1,63 @@
+"""Two processes of one judged run: what judges say reaches both, and what keeps the lead from
+asking ends both.
+"""
+
+import dataclasses
+
+from mesh_pair import make_pair, mesh_config
+from test_multihost import finish, start
+
+from opdjax.config import (
+    ROPD_CODE,
+    DataConfig,
+    EndpointConfig,
+    LogConfig,
+    MeshConfig,
+    RubricsConfig,
+    SamplingConfig,
+    TrainConfig,
+)
+from opdjax.runs.workdir import read_lines
+from opdjax.train import train
+
+
+def judged(directory, mesh, judge):
+    return mesh_config(
+        directory,
+        mesh,
+        estimator=dataclasses.replace(ROPD_CODE, tile=16),
+        rubricator=judge,
+        verifier=judge,
+        data=DataConfig(source="arithmetic:train[:8]", max_prompt_length=32),
+        sampling=SamplingConfig(num_generations=2, max_completion_length=12),
+        rubrics=RubricsConfig(draw_parts=2),
+        train=TrainConfig(num_steps=1, prompts_per_step=8),
+        log=LogConfig(samples_every=0, diagnostics_every=0),
+    )
+
+
+def test_two_processes_hear_the_same_and_a_missing_key_ends_both(judge_server, tmp_path):
+    make_pair(tmp_path / "pair")
+    two, judge = MeshConfig(2, processes=2), EndpointConfig(judge_server, "rules")
+    locked = dataclasses.replace(judge, api_key_env="NO_SUCH_KEY")
+    statuses, printed = finish(
+        start(judged(tmp_path / "pair", two, locked), tmp_path / "locked", devices=1),
+        tmp_path / "locked",
+    )
+    assert 0 not in statuses
+    assert "NO_SUCH_KEY, which is not set" in printed[0]
+    assert "another process of this run stopped with an error" in printed[1]
+    statuses, printed = finish(
+        start(judged(tmp_path / "pair", two, judge), tmp_path / "two", devices=1), tmp_path / "two"
+    )
+    assert statuses == [0, 0], printed
+    train(judged(tmp_path / "pair", MeshConfig(1), judge), tmp_path / "one")
+    rows = [
+        [{**row, "problems": {}} for row in read_lines(tmp_path / name / "rubrics.jsonl")]
+        for name in ("one", "two")
+    ]
+    assert rows[0] == rows[1]
+    losses = [
+        read_lines(tmp_path / name / "metrics.jsonl")[0]["grad/norm"] for name in ("one", "two")
+    ]
+    assert abs(losses[0] - losses[1]) <= 1e-4 * losses[0]

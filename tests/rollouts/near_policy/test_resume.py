@@ -1,0 +1,294 @@
+"""A run whose rollouts are drawn ahead is killed, its files are damaged, the disk is full: it
+continues, or says by name why not.
+"""
+
+import collections
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+from near_runs import (
+    CHOSEN,
+    LAG,
+    ONE_THREAD,
+    REFRESH,
+    ROOT,
+    assert_same_run,
+    environment,
+    near,
+    save,
+    stored_bytes,
+)
+
+import opdjax.rollouts.near_policy.continuous
+import opdjax.rollouts.near_policy.refresh
+from opdjax.rollouts.near_policy import shards, stages
+from opdjax.rollouts.near_policy.shards import ShardError
+from opdjax.runs.workdir import append_lines, read_lines
+from opdjax.train import train
+
+PACKED = {"train": {"pack_length": 60}}
+AHEAD = near(LAG | CHOSEN, **PACKED)
+THREAD = near(LAG | CHOSEN | ONE_THREAD, **PACKED)
+ANEW = near(REFRESH)
+
+
+def interrupt(monkeypatch, where, name, count):
+    """The call number `count`, from 0, of a function raises KeyboardInterrupt, as every later one."""
+    real, seen = getattr(where, name), []
+
+    def interrupting(*arguments, **named):
+        seen.append(1)
+        if len(seen) > count:
+            raise KeyboardInterrupt
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(where, name, interrupting)
+
+
+def killed(config, workdir, monkeypatch, where, name, count):
+    """A run that was interrupted there."""
+    with monkeypatch.context() as patched:
+        interrupt(patched, where, name, count)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, workdir)
+    return workdir
+
+
+SOURCE, AGAIN = opdjax.rollouts.near_policy.continuous, opdjax.rollouts.near_policy.refresh
+MOMENTS = {
+    "refresh, mid-epoch": (ANEW, AGAIN, "as_batch", 5),
+    "thread, drawing": (THREAD, stages, "generate", 4),
+    "refresh, annotating anew": (ANEW, stages, "annotate", 3),
+    "inline": (AHEAD, SOURCE, "as_batch", 5),
+    "refresh, first generation": (ANEW, stages, "generate", 1),
+    "refresh, first annotation": (ANEW, stages, "annotate", 1),
+    "refresh, generating anew": (ANEW, stages, "generate", 2),
+    "refresh, first epoch": (ANEW, AGAIN, "as_batch", 1),
+    "inline, annotating": (AHEAD, stages, "annotate", 4),
+    "inline, first step": (AHEAD, SOURCE, "as_batch", 0),
+    "thread, learning": (THREAD, SOURCE, "as_batch", 5),
+    "thread, annotating": (THREAD, stages, "annotate", 5),
+}
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [*list(MOMENTS)[:2], *(pytest.param(m, marks=pytest.mark.long) for m in list(MOMENTS)[2:])],
+)
+def test_a_run_that_was_killed_ends_as_the_straight_one(
+    moment, ahead, refreshed, tmp_path, monkeypatch
+):
+    config, where, name, count = MOMENTS[moment]
+    killed(config, tmp_path / "run", monkeypatch, where, name, count)
+    train(config, tmp_path / "run")
+    straight = refreshed if config is ANEW else ahead
+    assert_same_run(straight, tmp_path / "run")
+    assert stored_bytes(straight) == stored_bytes(tmp_path / "run")
+
+
+@pytest.mark.long
+def test_who_draws_may_change_when_a_run_continues(ahead, tmp_path, monkeypatch):
+    for first, then in ((AHEAD, THREAD), (THREAD, AHEAD)):
+        workdir = tmp_path / first.near_policy.generator
+        killed(first, workdir, monkeypatch, SOURCE, "as_batch", 4)
+        train(then, workdir)
+        assert_same_run(ahead, workdir)
+
+
+# Damage
+
+
+@pytest.fixture(scope="module")
+def halfway(tmp_path_factory):
+    """Runs that were killed after five of six steps, whose checkpoint is step 4."""
+    patched, directory = pytest.MonkeyPatch(), tmp_path_factory.mktemp("halfway")
+    return {
+        "ahead": killed(AHEAD, directory / "ahead", patched, SOURCE, "as_batch", 5),
+        "refresh": killed(ANEW, directory / "refresh", patched, AGAIN, "as_batch", 5),
+    }
+
+
+def shard(workdir, stage, version, number):
+    return shards.shards(shards.version_directory(workdir, version), stage)[number]
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def corrupt(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("which", "config", "stage", "version", "number", "damage"),
+    [
+        ("ahead", AHEAD, "annotations", 2, 4, truncate),  # the teacher can be asked again
+        pytest.param("refresh", ANEW, "annotations", 3, 1, corrupt, marks=pytest.mark.long),
+    ],
+)
+def test_what_can_be_made_again_is(
+    which, config, stage, version, number, damage, halfway, ahead, refreshed, tmp_path
+):
+    workdir = shutil.copytree(halfway[which], tmp_path / "run")
+    damage(shard(workdir, stage, version, number))
+    train(config, workdir)
+    straight = {"ahead": ahead, "refresh": refreshed}[which]
+    assert_same_run(straight, workdir)
+
+
+@pytest.mark.parametrize(
+    ("which", "config", "version", "number", "damage", "message"),
+    [
+        (
+            "ahead",
+            AHEAD,
+            2,
+            4,
+            truncate,
+            "samples-00000004.* is truncated.*weights of 2 updates.* are gone",
+        ),
+        pytest.param(
+            "ahead",
+            AHEAD,
+            3,
+            5,
+            pathlib.Path.unlink,
+            "no rollouts of step 5; the weights of 3 updates",
+            marks=pytest.mark.long,
+        ),
+        ("refresh", ANEW, 3, 1, corrupt, "samples-00000001.* is corrupted"),
+        pytest.param(
+            "refresh",
+            ANEW,
+            3,
+            0,
+            pathlib.Path.unlink,
+            "has no samples 0, which had been stored",
+            marks=pytest.mark.long,
+        ),
+    ],
+)
+def test_what_cannot_be_made_again_is_named(
+    which, config, version, number, damage, message, halfway, tmp_path
+):
+    workdir = shutil.copytree(halfway[which], tmp_path / "run")
+    damage(shard(workdir, "samples", version, number))
+    with pytest.raises(ShardError, match=message):
+        train(config, workdir)
+    assert len(read_lines(workdir / "metrics.jsonl")) == 4
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("version", "step"), [(0, 2), (2, 4)])
+@pytest.mark.parametrize("damage", [truncate, corrupt, pathlib.Path.unlink])
+def test_what_weights_that_can_be_had_drew_is_drawn_again(
+    version, step, damage, ahead, tmp_path, monkeypatch
+):
+    """The run continues from step 2: those of its checkpoint and those before the first update are
+    at hand.
+    """
+    workdir = killed(AHEAD, tmp_path / "run", monkeypatch, SOURCE, "as_batch", 3)
+    damage(shard(workdir, "samples", version, step))
+    train(AHEAD, workdir)
+    assert_same_run(ahead, workdir)
+    assert stored_bytes(ahead) == stored_bytes(workdir)
+
+
+@pytest.mark.long
+def test_a_free_run_with_a_gap_draws_nothing_twice(tmp_path, monkeypatch):
+    """It continues from step 2, whose rollouts are gone; those of step 3 are damaged."""
+    config = near(LAG | ONE_THREAD | {"lag": "free"})
+    workdir = killed(config, tmp_path / "run", monkeypatch, SOURCE, "as_batch", 3)
+    shards_of(workdir)[2][0].unlink()
+    truncate(shards_of(workdir)[3][0])
+    train(config, workdir)
+    assert {step: len(paths) for step, paths in shards_of(workdir).items()} == dict.fromkeys(
+        range(6), 1
+    )
+
+
+def shards_of(workdir):
+    """step -> files of its samples, by whatever version."""
+    found = collections.defaultdict(list)
+    for version in shards.versions(workdir):
+        for number, path in shards.shards(
+            shards.version_directory(workdir, version), "samples"
+        ).items():
+            found[number].append(path)
+    return found
+
+
+# No room
+
+
+SCRIPT = """
+import resource, sys
+from opdjax.cli import main
+from opdjax.rollouts.near_policy import shards
+real, count = shards.write_whole, int(sys.argv.pop(1))
+
+def full(path, data):
+    global count
+    count -= 1
+    if count < 0:  # from now on the system refuses whatever grows beyond this
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
+    return real(path, data)
+
+shards.write_whole = full
+import opdjax.rollouts.near_policy.published_weights
+opdjax.rollouts.near_policy.published_weights.write_whole = full
+main.main()
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("config", "files"), [(THREAD, 9), (ANEW, 1), (AHEAD, 4)], ids=["thread", "refresh", "inline"]
+)
+def test_a_full_disk_ends_a_run_that_continues_when_there_is_room(
+    config, files, ahead, refreshed, tmp_path
+):
+    """The limit is the system's own; two simulated devices, one for a thread."""
+    workdir = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-c",
+        SCRIPT,
+        str(files),
+        "train",
+        str(save(config, workdir)),
+        "--workdir",
+        str(workdir),
+    ]
+    done = subprocess.run(
+        command, env=environment(2), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("opdjax: ")]
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(lines) == 1
+    assert "make room" in lines[0] or "let files grow larger" in lines[0]
+    assert str(workdir) in lines[0]
+    for path in (workdir / "rollouts").glob("*/*.parquet"):
+        shards.read_shard(path)
+    assert not list((workdir / "rollouts").glob("*/*.partial*"))
+    train(config, workdir)
+    assert_same_run(refreshed if config is ANEW else ahead, workdir)
+
+
+def test_a_row_that_was_cut_off_is_written_over(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    append_lines(file, [{"step": 1}])
+    for torn in ('{"st', '{"step": 2, "long": "' + 9000 * "x"):
+        with file.open("a") as out:
+            out.write(torn)
+        append_lines(file, [{"step": 2}])
+    assert [row["step"] for row in read_lines(file)] == [1, 2, 2]
+    assert json.loads(file.read_text().splitlines()[0]) == {"step": 1}

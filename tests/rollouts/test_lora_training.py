@@ -1,0 +1,156 @@
+"""A run that trains adapters: it samples what it trains, keeps nothing else, resumes bit for bit
+and exports both forms.
+"""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from mesh_pair import make_pair, mesh_config
+from safetensors.numpy import load_file
+from test_mesh import assert_same_run
+from test_train import TINY, final_weights, vary, without_times
+
+import opdjax.rollouts.on_policy
+import opdjax.train
+from opdjax.cli.export import export_step
+from opdjax.config import MINI_PAIR, LoraConfig, MeshConfig, ModelConfig, SamplingConfig
+from opdjax.engine.update import make_update
+from opdjax.models.hf import load_params, open_checkpoint
+from opdjax.runs.workdir import read_lines
+from opdjax.train import train
+
+LORA = dataclasses.replace(
+    vary(
+        train={"num_steps": 3},
+        evaluation={"source": None},
+        checkpoint={"every": 1},
+        optimizer={"learning_rate": 2e-2, "warmup_steps": 0},
+    ),
+    lora=LoraConfig(rank=4, alpha=8.0, targets=("q", "v", "down")),
+)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """(work directory of an undisturbed run, how often its update was compiled)."""
+    workdir, made = tmp_path_factory.mktemp("lora") / "run", []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            opdjax.train,
+            "make_update",
+            lambda *arguments: made.append(make_update(*arguments)) or made[0],
+        )
+        train(LORA, workdir)
+    return workdir, made[0]._cache_size()
+
+
+def test_the_sampler_writes_from_what_is_trained(straight):
+    workdir, num_compiled = straight
+    rows = read_lines(workdir / "metrics.jsonl")
+    assert all(
+        row["rollout/logprob_gap"] < 1e-5 for row in rows
+    )  # of the unmerged adapters, in sampler and update
+    assert rows[0]["kl/student_teacher"] != rows[2]["kl/student_teacher"]
+    assert num_compiled == 1
+
+
+def test_the_exports_are_the_base_and_what_was_learned(straight):
+    workdir, _ = straight
+    found, base = final_weights(workdir), load_params(open_checkpoint(LORA.student.path), "float32")
+    adapter = load_file(workdir / "student_adapter" / "adapter_model.safetensors")
+    moved = [
+        name
+        for name, leaf in found["layers"].items()
+        if not jnp.array_equal(leaf, base["layers"][name])
+    ]
+    assert sorted(moved) == ["down_kernel", "q_kernel", "v_kernel"]
+    np.testing.assert_array_equal(found["embedding"], base["embedding"])
+    module = "base_model.model.model.layers.2.mlp.down_proj.lora_{}.weight"
+    delta = 2.0 * adapter[module.format("B")] @ adapter[module.format("A")]
+    np.testing.assert_allclose(
+        found["layers"]["down_kernel"][2], base["layers"]["down_kernel"][2] + delta, atol=1e-6
+    )
+    assert np.abs(delta).max() > 1e-3
+    config = json.loads((workdir / "student_adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(MINI_PAIR / "student")
+
+
+def test_checkpoints_hold_adapters_alone_and_any_of_them_is_exported(straight, tmp_path):
+    workdir, _ = straight
+    stored = json.loads((workdir / "checkpoints" / "3" / "default" / "_METADATA").read_text())[
+        "tree_metadata"
+    ]
+    names = {name for name in stored if "'params'" in name}
+    assert len(names) == 6
+    assert all("_lora_" in name for name in names)
+    out = export_step(workdir, "latest", tmp_path / "out", None)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        load_params(open_checkpoint(out), "float32"),
+        final_weights(workdir),
+    )
+    for directory in (workdir / "student_adapter", tmp_path / "out_adapter"):
+        adapter = load_file(directory / "adapter_model.safetensors")
+        assert adapter["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"].shape == (
+            4,
+            96,
+        )
+
+
+def test_an_interrupted_run_ends_as_the_straight_one(straight, tmp_path, monkeypatch):
+    real, seen = opdjax.rollouts.on_policy.collate, []
+
+    def interrupting(*arguments):
+        seen.append(1)
+        if len(seen) > 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(opdjax.rollouts.on_policy, "collate", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        train(LORA, tmp_path / "run")
+    monkeypatch.setattr(opdjax.rollouts.on_policy, "collate", real)
+    train(LORA, tmp_path / "run")
+    assert without_times(straight[0]) == without_times(tmp_path / "run")
+    assert read_lines(straight[0] / "samples.jsonl") == read_lines(
+        tmp_path / "run" / "samples.jsonl"
+    )
+    for name in ("student/model.safetensors", "student_adapter/adapter_model.safetensors"):
+        assert (straight[0] / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+
+
+@pytest.mark.long
+def test_adapters_on_a_mesh_are_those_of_one_device(tmp_path):
+    """Adapters split as their kernels are; the sampler is sent a base without `fsdp`."""
+    make_pair(tmp_path)
+    sampling = SamplingConfig(max_completion_length=12, split_over=("tensor",))
+    for mesh in (MeshConfig(1), MeshConfig(2, 2, 2)):
+        config = mesh_config(tmp_path, mesh, lora=LoraConfig(rank=3), sampling=sampling)
+        train(config, tmp_path / str(mesh.tensor))
+    assert_same_run(tmp_path / "2", tmp_path / "1")
+    one, eight = (
+        load_file(tmp_path / name / "student_adapter" / "adapter_model.safetensors")
+        for name in ("1", "2")
+    )
+    for name, matrix in one.items():
+        np.testing.assert_allclose(eight[name], matrix, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.long
+def test_a_student_with_adapters_is_its_own_teacher_adapters_included(tmp_path):
+    shown = {"teacher_prompt_format": "{reference}\n{prompt}", "max_prompt_length": 64}
+    config = dataclasses.replace(
+        LORA,
+        data=dataclasses.replace(TINY.data, **shown),
+        estimator=dataclasses.replace(TINY.estimator, recipe="full_kl"),
+    )
+    rows = {}
+    for teacher in ("@student", "@mini_student"):
+        train(dataclasses.replace(config, teacher=ModelConfig(teacher)), tmp_path / teacher)
+        rows[teacher] = without_times(tmp_path / teacher)
+    assert rows["@student"][0] == rows["@mini_student"][0]
+    assert rows["@student"][1]["kl/k1"] != rows["@mini_student"][1]["kl/k1"]

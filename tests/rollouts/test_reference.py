@@ -1,0 +1,167 @@
+"""The penalty on leaving the student's start: a frozen copy, at whose log-probs every batch is
+looked at once.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import opdjax.rollouts.on_policy
+from opdjax.config import (
+    Config,
+    DataConfig,
+    EstimatorConfig,
+    EvaluationConfig,
+    LogConfig,
+    LoraConfig,
+    OptimizerConfig,
+    RubricsConfig,
+    SamplingConfig,
+    TrainConfig,
+)
+from opdjax.data.packing import pack, to_train_batch, unpack
+from opdjax.ops.sharding import shard_rows, to_host
+from opdjax.rollouts.checks import check_settings
+from opdjax.rollouts.on_policy import draw, prompts_of, scored, with_reference
+from opdjax.rollouts.setup import initial_weights, load_student, prepare
+from opdjax.runs.workdir import read_lines
+from opdjax.train import train
+
+COEF = 0.05
+
+
+def config_of(**sections):
+    usual = {
+        "data": DataConfig(source="arithmetic:train[:64]", max_prompt_length=32),
+        "sampling": SamplingConfig(num_generations=4, max_completion_length=24),
+        "estimator": EstimatorConfig("grpo", reference_kl_coef=COEF, reference_kl="k2"),
+        "optimizer": OptimizerConfig(learning_rate=1e-3),
+        "train": TrainConfig(num_steps=3, prompts_per_step=4, gradient_accumulation_steps=2),
+        "evaluation": EvaluationConfig(source=None),
+        "log": LogConfig(samples_every=1, num_samples=2),
+    }
+    return Config(**(usual | sections))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Three steps of grpo with a penalty, in two micro-batches."""
+    workdir = tmp_path_factory.mktemp("reference") / "run"
+    train(config_of(), workdir)
+    return workdir
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_reference_says_of_the_first_rollouts_what_the_student_said(temperature):
+    """At the temperature that is sampled at; packed rows and a teacher's view of its own change
+    nothing.
+    """
+    sampling = SamplingConfig(num_generations=4, max_completion_length=24, temperature=temperature)
+    setup = prepare(
+        config_of(
+            sampling=sampling, data=DataConfig(source="arithmetic:train[:64]", max_prompt_length=32)
+        )
+    )
+    prompts = prompts_of(setup, 0)
+    rollouts = to_host(draw(setup, initial_weights(setup), prompts, 0))
+    batch = to_train_batch(rollouts, prompts)
+    found, head = scored(setup, batch, "none")
+    assert head is None
+    mask = np.asarray(rollouts.mask)
+    np.testing.assert_allclose(
+        np.asarray(found.reference_logprobs)[mask], rollouts.behavior_logprobs[mask], atol=2e-5
+    )
+    rows, source = pack(batch, 96, parts=2, shards=8)
+    of_rows = with_reference(setup, shard_rows(rows, setup.mesh)).reference_logprobs
+    again = unpack(np.asarray(of_rows), source, mask.shape)
+    np.testing.assert_allclose(again[mask], rollouts.behavior_logprobs[mask], atol=2e-5)
+    shown = dataclasses.replace(
+        prompts, teacher_tokens=prompts.tokens[:, :5], teacher_mask=np.ones((4, 5), bool)
+    )
+    beside = with_reference(setup, shard_rows(to_train_batch(rollouts, shown), setup.mesh))
+    assert beside.teacher_view is not None
+    np.testing.assert_array_equal(
+        np.asarray(beside.reference_logprobs), np.asarray(found.reference_logprobs)
+    )
+
+
+def test_without_a_coefficient_there_is_none():
+    for coef in (None, 0.0):
+        setup = prepare(config_of(estimator=EstimatorConfig("grpo", reference_kl_coef=coef)))
+        assert setup.reference_policy is None
+        batch = object()
+        assert with_reference(setup, batch) is batch
+
+
+def test_the_penalty_starts_at_nothing_and_grows(straight):
+    rows = read_lines(straight / "metrics.jsonl")
+    assert abs(rows[0]["kl/reference"]) < 1e-9
+    assert all(row["kl/reference"] > 1e-4 for row in rows[1:])
+    assert all(row["rollout/logprob_gap"] < 1e-4 for row in rows)
+    assert all(row["importance/clip_fraction"] == 0 for row in rows)
+    assert "kl/student_teacher" not in rows[0]
+    seen = read_lines(straight / "samples.jsonl")[0]
+    assert seen["student_logprobs"] is not None
+    assert seen["advantages"] is not None
+
+
+def test_an_interrupted_run_has_the_same_reference(straight, tmp_path, monkeypatch):
+    """Continued at step 2, the reference is the start again and not the weights that were restored."""
+    real, seen = opdjax.rollouts.on_policy.collate, []
+
+    def interrupting(*arguments):
+        seen.append(1)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(opdjax.rollouts.on_policy, "collate", interrupting)
+    every_step = dataclasses.replace(config_of().checkpoint, every=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(config_of(checkpoint=every_step), tmp_path / "run")
+    monkeypatch.setattr(opdjax.rollouts.on_policy, "collate", real)
+    train(config_of(checkpoint=every_step), tmp_path / "run")
+    both = [
+        [row["kl/reference"] for row in read_lines(workdir / "metrics.jsonl")]
+        for workdir in (straight, tmp_path / "run")
+    ]
+    assert both[0] == both[1]
+
+
+def test_beside_adapters_the_frozen_student_is_the_reference(tmp_path):
+    """One copy of the weights serves both, and adapters start at its log-probs."""
+    config = config_of(lora=LoraConfig(rank=2))
+    setup = prepare(config)
+    _, frozen = load_student(setup)
+    for left, right in zip(jax.tree.leaves(frozen), jax.tree.leaves(setup.reference_policy.params)):
+        assert left is right
+    train(config, tmp_path / "run")
+    rows = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert abs(rows[0]["kl/reference"]) < 1e-9
+    assert rows[-1]["kl/reference"] > 1e-6
+
+
+def test_a_run_with_a_reference_is_found_in_order():
+    setup = prepare(config_of())
+    assert {finding.status for finding in check_settings(setup)} <= {"ok", "warning"}
+
+
+def test_stages_that_cannot_be_credited_are_refused_before_anything_is_asked():
+    stages = RubricsConfig(stage_names=("derive", "answer"), stage_markers=("#",), num_references=0)
+    judge = dataclasses.replace(
+        config_of().verifier, base_url="http://127.0.0.1:9/v1", model="rules"
+    )
+    for options, told in (
+        ({"stage_credit": "paper"}, "there are 2"),
+        ({"stage_credit_matrix": (1.0,) * 9}, "has 9 numbers; expected 4"),
+    ):
+        config = config_of(
+            estimator=EstimatorConfig("ropd_stages", **options),
+            rubrics=stages,
+            rubricator=judge,
+            verifier=judge,
+        )
+        with pytest.raises(ValueError, match=told):
+            prepare(config)

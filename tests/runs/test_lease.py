@@ -1,0 +1,181 @@
+"""Leases on a fake Google Cloud Storage: exactly one holder, however they race, die or sleep."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from opdjax.runs.lease import LOST, LeaseLostError, Watch, acquire, holder_of, inherited, take
+from opdjax.runs.object_store import Folder
+from opdjax.runs.workdir import WorkdirError
+
+HOLD = """
+import os, sys, time
+from opdjax.runs.lease import acquire
+from opdjax.runs.object_store import Folder
+lease = acquire(Folder(sys.argv[1])).start(lambda: os._exit(75))
+print("held", lease.number, flush=True)
+sys.stdin.read()
+lease.release()
+"""
+
+
+@pytest.fixture(params=["gs://bucket/run", "memory://bucket/run"])
+def folder(request, gcs):
+    folder = Folder(request.param)
+    yield folder
+    for name in folder.files():
+        folder.remove(name)
+
+
+@pytest.fixture
+def seconds(monkeypatch):
+    monkeypatch.setenv("OPDJAX_LEASE_SECONDS", "1.5")
+    return 1.5
+
+
+@contextlib.contextmanager
+def holder(url):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout.readline().startswith("held ")
+            yield process
+        finally:
+            process.kill()
+
+
+def test_one_of_many_takers_wins(folder):
+    taken, barrier = [], threading.Barrier(8)
+
+    def race():
+        barrier.wait()
+        if (lease := take(folder, Watch())) is not None:
+            taken.append(lease)
+
+    for number in (1, 2, 3):
+        threads = [threading.Thread(target=race) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [lease.number for lease in taken] == [number]
+        taken.pop().release()
+
+
+def test_faults_on_the_way_make_neither_two_holders_nor_none(gcs):
+    folder = Folder("gs://bucket/run")
+    gcs.store.fault_rate = 0.1
+    for number in range(1, 6):
+        taken, barrier = [], threading.Barrier(2)
+
+        def race():
+            barrier.wait()  # noqa: B023 (joined below)
+            taken.append(take(folder, Watch()))  # noqa: B023 (joined below)
+
+        threads = [threading.Thread(target=race) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        (lease,) = filter(None, taken)
+        assert lease.number == number
+        lease.renew()
+        lease.release()
+
+
+def test_a_holder_that_renews_is_let_alone_and_one_that_does_not_is_taken_over(folder, seconds):
+    lease = acquire(folder)
+    watch = Watch()
+    until = time.monotonic() + 1.4 * seconds
+    while time.monotonic() < until:
+        lease.renew()
+        assert take(folder, watch) is None
+        time.sleep(0.1)
+    lease.start(lambda: pytest.fail("lost"))
+    with pytest.raises(WorkdirError, match="is being written by another run on"):
+        acquire(folder)
+    lease.stop()
+    watch = Watch()
+    assert take(folder, watch) is None
+    time.sleep(seconds * 1.2)
+    second = take(folder, watch)
+    assert second.number == lease.number + 1
+    with pytest.raises(
+        LeaseLostError, match="was taken over by another process, or could have been"
+    ):
+        lease.renew()
+    with pytest.raises(LeaseLostError):
+        lease.check()
+    lease.release()  # of what is not ours: nothing
+    second.renew()
+    assert sorted(folder.below(".lease").entries()[0]) == ["000002"]
+
+
+def test_a_released_lease_is_free_at_once_and_numbers_only_grow(folder):
+    for number in (1, 2, 3):
+        lease = acquire(folder)
+        assert lease.number == number
+        lease.release()
+        assert holder_of(folder).is_released
+
+
+def test_a_dead_process_of_this_machine_need_not_be_waited_for(gcs):
+    folder = Folder("gs://bucket/run")
+    with holder(folder.url) as process:
+        assert take(folder, Watch()) is None
+        process.kill()
+        process.wait()
+    assert take(folder, Watch()).number == 2
+
+
+def test_a_process_of_another_machine_is_waited_for(gcs, seconds):
+    folder = Folder("gs://bucket/run")
+    acquire(folder).stop()
+    about = json.loads(folder.read(".lease/000001"))
+    folder.write(
+        ".lease/000001",
+        json.dumps(about | {"machine": "another", "processes": [[1, 1]], "host": "far"}).encode(),
+    )
+    began = time.monotonic()
+    assert acquire(folder).number == 2
+    assert time.monotonic() - began > seconds
+
+
+def test_a_holder_that_sleeps_is_stopped_when_it_wakes(gcs, seconds):
+    folder = Folder("gs://bucket/run")
+    with holder(folder.url) as process:
+        os.kill(process.pid, signal.SIGSTOP)
+        second = acquire(folder)
+        os.kill(process.pid, signal.SIGCONT)
+        assert process.wait(5) == LOST
+    assert second.number == 2
+    second.renew()
+
+
+def test_a_holder_that_cannot_reach_the_storage_stops(gcs, seconds, capfd):
+    with holder("gs://bucket/run") as process:
+        gcs.store.forbidden = "lease"
+        assert process.wait(20) == LOST
+
+
+def test_a_child_goes_on_with_what_its_parent_held(folder, monkeypatch, seconds):
+    lease = acquire(folder)
+    for name, value in lease.hand_on().items():
+        monkeypatch.setenv(name, value)
+    assert inherited(folder.below("elsewhere")) is None
+    child = inherited(folder)
+    assert child.number == lease.number
+    child.note(step=3)
+    child.renew()
+    assert holder_of(folder).about["step"] == 3
+    time.sleep(seconds * 1.2)
+    with pytest.raises(LeaseLostError):  # nobody has renewed it: it may be another's by now
+        inherited(folder)

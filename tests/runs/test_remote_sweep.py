@@ -1,0 +1,332 @@
+"""Sweeps on gs://: several runners in one place, killed and paused; tables and status from there."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from opdjax.config import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    LogConfig,
+    MeshConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainConfig,
+)
+from opdjax.config.grid import chain, points, product, seeds, select, vary
+from opdjax.config.validation import ConfigError
+from opdjax.runs.lease import holder_of
+from opdjax.runs.object_store import Folder
+from opdjax.runs.workdir import WorkdirError
+from opdjax.sweeps.claims import open_place
+from opdjax.sweeps.runner import run_sweep
+from opdjax.sweeps.status import describe, status_table
+
+ROOT = pathlib.Path(__file__).parents[2]
+URL = "gs://bucket/sweep"
+BASE = """
+import dataclasses
+from opdjax.config import *
+from opdjax.config.grid import points, product, seeds, vary
+
+def get_sweep():
+    base = Config(
+        data=DataConfig(max_prompt_length=32), sampling=SamplingConfig(max_completion_length=4),
+        optimizer=OptimizerConfig(learning_rate=1e-4), train=TrainConfig(num_steps=4, prompts_per_step=2),
+        evaluation=EvaluationConfig(num_prompts=2, num_samples=2, max_completion_length=4), checkpoint=CheckpointConfig(every=2),
+        log=LogConfig(samples_every=0), mesh=MeshConfig(data=1),
+    )
+    return points(base, product(vary("estimator.discount", (0.0, 1.0)), seeds(2)))
+"""
+TINY = Config(
+    data=DataConfig(max_prompt_length=32),
+    sampling=SamplingConfig(max_completion_length=4),
+    optimizer=OptimizerConfig(learning_rate=1e-4),
+    train=TrainConfig(num_steps=2, prompts_per_step=2),
+    evaluation=EvaluationConfig(num_prompts=2, num_samples=2, max_completion_length=4),
+    log=LogConfig(samples_every=0),
+    mesh=MeshConfig(data=1),
+)
+
+
+@pytest.fixture(autouse=True)
+def _children(gcs, monkeypatch):
+    monkeypatch.setenv(
+        "JAX_COMPILATION_CACHE_DIR",
+        os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache")),
+    )
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OPDJAX_LEASE_SECONDS", "4")
+
+
+def launch(file, *arguments):
+    command = [sys.executable, "-m", "opdjax", "sweep", str(file), "--workdir", URL, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def attempts(id):
+    data = Folder(URL).read(f"{id}/attempts.jsonl") or b""
+    return [json.loads(line) for line in data.splitlines()]
+
+
+def completions(ids):
+    return [sum(row.get("returncode") == 0 for row in attempts(id)) for id in ids]
+
+
+def until(condition, seconds=90):
+    give_up = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.1)
+
+
+def test_points_run_there_and_all_that_is_known_of_them_is_there(gcs):
+    made, said = (
+        points(TINY, chain(seeds(1), vary("student.path", {"nowhere": "no/such/model/here"}))),
+        [],
+    )
+    assert "waiting seed=0" in describe(made, URL, 1)
+    counts = run_sweep(made, URL, jobs=1, say=said.append)
+    assert counts == {"points": 2, "done": 1, "failed": 1, "stopped": 0}
+    folder = Folder(URL)
+    assert {"point.json", "config.json", "result.json", "attempts.jsonl", "log.txt"} <= set(
+        folder.below("seed=0").entries()[0]
+    )
+    failure = json.loads(folder.read("student.path=nowhere/failure.json"))
+    assert "'no/such/model/here' is no directory and no hub id" in failure["log_tail"][-1]
+    assert b"no hub id" in folder.read("student.path=nowhere/log.txt")
+    assert [row["event"] for row in attempts("seed=0")] == ["start", "end"]
+    assert any(line.startswith("done   seed=0  avg@k ") for line in said)
+    assert run_sweep(made, URL, say=said.append)["done"] == 1  # from what lies there alone
+    assert len(attempts("seed=0")) == 2
+    said.clear()
+    assert run_sweep(made[1:], URL, retry_failed=True, say=said.append)["failed"] == 1
+    assert [row["event"] for row in attempts("student.path=nowhere")] == ["start", "end"] * 2
+    with open_place(URL) as place:
+        place.refresh([p.id for p in made])
+        text, is_over = status_table(made, place)
+    assert is_over
+    assert [line.split()[:2] for line in text.splitlines()[1:3]] == [
+        ["seed=0", "done"],
+        ["student.path=nowhere", "failed"],
+    ]
+    assert text.splitlines()[-1].startswith("1 done, 1 failed of 2; 1 done in the last ")
+    with pytest.raises(
+        WorkdirError,
+        match="gs://bucket/sweep/seed=0 was asked for with another config; choose another --workdir",
+    ):
+        run_sweep(points(TINY, seeds(1))[:0] + _changed(), URL)
+    with pytest.raises(
+        WorkdirError, match="--workdir gs://bucket/sweep/seed=0 holds a config.json, of a run"
+    ):
+        run_sweep(made, f"{URL}/seed=0")
+
+
+def _changed():
+    import dataclasses
+
+    return points(
+        dataclasses.replace(TINY, optimizer=OptimizerConfig(learning_rate=2e-4)), seeds(1)
+    )
+
+
+@pytest.fixture
+def slow_points(monkeypatch, tmp_path):
+    """Points whose child holds its lease, works for some seconds and writes a result: runners and
+    leases without the models.
+    """
+    package = tmp_path / "fake" / "opdjax"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(f"__path__.append({str(ROOT / 'opdjax')!r})")
+    (package / "__main__.py").write_text(
+        "import json, os, sys, time\n"
+        "if os.environ.get('FAIL'):\n"
+        "    sys.exit('as it was told to')\n"
+        "from opdjax.runs.mirror import at_home\n"
+        "from opdjax.runs.workdir import write_json\n"
+        "with at_home(sys.argv[4]) as home:\n"
+        "    write_json(home.directory / 'config.json', {})\n"
+        "    for step in range(int(os.environ.get('WORK', 10))):\n"
+        "        home.note(step=step, num_steps=10)\n"
+        "        time.sleep(0.1)\n"
+        "    write_json(home.directory / 'result.json', {'eval_after': {'avg@k': 0.5}, 'by': os.getpid()})\n"
+        "    home.finish()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'fake'}{os.pathsep}{ROOT}")
+    made = points(TINY, product(vary("estimator.discount", (0.0, 1.0)), seeds(3)))
+    file = tmp_path / "runner.py"
+    file.write_text(
+        "import pickle, sys\nfrom opdjax.sweeps.runner import run_sweep\n"
+        f"made = pickle.load(open({str(tmp_path / 'points')!r}, 'rb'))\n"
+        f"print(run_sweep(made, {URL!r}, say=lambda line: print(line, flush=True)))\n"
+    )
+    import pickle
+
+    (tmp_path / "points").write_bytes(pickle.dumps(made))
+    started = []
+
+    def start():
+        started.append(
+            subprocess.Popen(
+                [sys.executable, str(file)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+        return started[-1]
+
+    yield made, start
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_three_runners_share_the_points_and_none_is_run_twice(slow_points):
+    made, start = slow_points
+    for runner in [start() for _ in range(3)]:
+        out, _ = runner.communicate()
+        assert "'done': 6, 'failed': 0, 'stopped': 0" in out, out
+    assert completions(p.id for p in made) == [1] * 6
+    assert [len(attempts(p.id)) for p in made] == [2] * 6
+
+
+@pytest.mark.long
+def test_a_killed_runner_loses_nothing_and_its_orphan_is_let_finish(slow_points, monkeypatch):
+    made, start = slow_points
+    monkeypatch.setenv("WORK", "80")  # longer than a lease lasts
+    runner = start()
+    until(lambda: attempts(made[0].id))
+    orphan = attempts(made[0].id)[0]["pid"]
+    runner.kill()
+    monkeypatch.setenv("WORK", "3")
+    out, _ = start().communicate()
+    assert "'done': 6, 'failed': 0, 'stopped': 0" in out, out
+    assert json.loads(Folder(URL).read(f"{made[0].id}/result.json"))["by"] == orphan
+    assert [row["event"] for row in attempts(made[0].id)] == ["start"]
+
+
+def test_a_killed_runner_and_child_are_replaced_at_once(slow_points, monkeypatch):
+    made, start = slow_points
+    monkeypatch.setenv("OPDJAX_LEASE_SECONDS", "600")
+    monkeypatch.setenv("WORK", "80")
+    runner = start()
+    until(lambda: attempts(made[0].id))
+    child = attempts(made[0].id)[0]["pid"]
+    runner.kill()
+    os.kill(child, signal.SIGKILL)
+    monkeypatch.setenv("WORK", "3")
+    out, _ = start().communicate()
+    assert "'done': 6" in out, out
+    assert [row["event"] for row in attempts(made[0].id)] == ["start", "start", "end"]
+
+
+@pytest.mark.long
+def test_a_child_that_sleeps_is_fenced_and_its_runner_goes_on(slow_points, monkeypatch):
+    made, start = slow_points
+    monkeypatch.setenv("WORK", "80")
+    first = start()
+    until(lambda: attempts(made[0].id))
+    child = attempts(made[0].id)[0]["pid"]
+    until(lambda: (holder_of(Folder(URL).below(made[0].id)).about.get("step") or 0) > 0)
+    os.kill(child, signal.SIGSTOP)
+    monkeypatch.setenv("WORK", "3")
+    second = start()
+    out, _ = second.communicate()
+    assert "'done': 6" in out, out
+    monkeypatch.setenv("WORK", "80")
+    told, _ = first.communicate()
+    assert f"lost   {made[0].id}: its lease lapsed" in told, told
+    assert "'done': 6" in told
+    assert not pathlib.Path(f"/proc/{child}").exists()  # killed in its sleep, by its runner
+    assert json.loads(Folder(URL).read(f"{made[0].id}/result.json"))["by"] != child
+    assert max(completions(p.id for p in made)) == 1
+
+
+@pytest.mark.long
+def test_the_storage_fails_now_and_then_and_the_sweep_does_not(slow_points, gcs):
+    made, start = slow_points
+    gcs.store.fault_rate = 0.03
+    runners = [start(), start()]
+    told = [runner.communicate()[0] for runner in runners]
+    gcs.store.fault_rate = 0.0
+    assert all("'done': 6" in out for out in told), told
+    assert completions(p.id for p in made) == [1] * 6
+
+
+def test_who_works_where_is_seen_from_elsewhere(slow_points, monkeypatch):
+    made, start = slow_points
+    monkeypatch.setenv("WORK", "200")
+    runner = start()
+    until(
+        lambda: (
+            (holder_of(Folder(URL).below(made[0].id)) or runner) is not runner
+            and attempts(made[0].id)
+        )
+    )
+    until(lambda: (holder_of(Folder(URL).below(made[0].id)).about.get("step") or 0) > 0)
+
+    def line():
+        with open_place(URL) as place:
+            place.refresh([p.id for p in made])
+            return status_table(made, place)[0].splitlines()[1].split()
+
+    name, state, host, step, *_ = line()
+    assert (name, state, host, step.partition("/")[2]) == (
+        made[0].id,
+        "running",
+        os.uname().nodename[:16],
+        "2",
+    )
+    child = attempts(made[0].id)[0]["pid"]
+    os.kill(child, signal.SIGSTOP)
+    until(lambda: line()[1] == "stalled", 15)
+    until(
+        lambda: not pathlib.Path(f"/proc/{child}").exists()
+    )  # its runner stops it: somebody else may have the point
+    runner.terminate()
+    runner.wait()
+    until(lambda: line()[1] == "waiting", 15)
+
+
+def test_a_failed_point_is_tried_again_in_the_same_call(slow_points, monkeypatch):
+    monkeypatch.setattr("opdjax.sweeps.runner._PAUSE", 0.5)
+    monkeypatch.setenv("FAIL", "1")
+    made, said = slow_points[0][:1], []
+    assert run_sweep(made, URL, retries=2, say=said.append)["failed"] == 1
+    assert [line.split()[0] for line in said if line[0].isalpha()] == [
+        "start",
+        "FAILED",
+        "again",
+    ] * 2 + ["start", "FAILED"]
+    assert [row["event"] for row in attempts(made[0].id)] == ["start", "end"] * 3
+    assert (
+        json.loads(Folder(URL).read(f"{made[0].id}/failure.json"))["log_tail"]
+        == ["as it was told to"] * 3
+    )
+
+
+def test_points_are_chosen_by_id_and_by_parts():
+    made = points(TINY, product(vary("estimator.discount", (0.0, 1.0)), seeds(11)))
+    ids = lambda *patterns: [p.id for p in select(made, patterns)]
+    assert ids("discount=1,seed=1") == ["discount=1,seed=1"]
+    assert ids("seed=1") == ["discount=0,seed=1", "discount=1,seed=1"]
+    assert ids("discount=0,seed=1*") == ["discount=0,seed=1", "discount=0,seed=10"]
+    assert ids("seed=3", "discount=1,seed=2") == [
+        "discount=0,seed=3",
+        "discount=1,seed=2",
+        "discount=1,seed=3",
+    ]
+    with pytest.raises(
+        ConfigError,
+        match=r"--only 'discount=2,seed=1' names no point of the sweep; .* such as discount=1,seed=1",
+    ):
+        ids("discount=2,seed=1")

@@ -1,0 +1,111 @@
+"""pass@k against the enumeration of every choice of k samples; intervals by hand."""
+
+import itertools
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opdjax.runs.statistics import avg_at_k, mean_and_interval, paired_difference, pass_at_k
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.booleans(), min_size=1, max_size=7), st.data())
+def test_pass_at_k_is_the_share_of_choices_with_a_right_answer(row, data):
+    k = data.draw(st.integers(1, len(row)))
+    choices = list(itertools.combinations(row, k))
+    expected = sum(map(any, choices)) / len(choices)
+    np.testing.assert_allclose(pass_at_k(np.array([row]), k), [expected], rtol=0, atol=1e-12)
+
+
+def test_pass_at_k_of_several_prompts_by_hand():
+    correct = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0]])
+    # 1 - C(n - c, 2) / C(4, 2) with C(4, 2) = 6: misses 3, 1, 6, 0.
+    np.testing.assert_allclose(pass_at_k(correct, 2), [1 / 2, 5 / 6, 0, 1], atol=1e-15)
+    np.testing.assert_allclose(pass_at_k(correct, 1), avg_at_k(correct), atol=1e-15)
+    np.testing.assert_array_equal(pass_at_k(correct, 4), [1, 1, 0, 1])
+
+
+def test_pass_at_k_is_exact_for_many_samples():
+    # C(512, 256) overflows a float64 product; one right of 512 is found by 256 choices with
+    # probability 1/2.
+    correct = np.zeros((1, 512), bool)
+    correct[0, 7] = True
+    np.testing.assert_allclose(pass_at_k(correct, 256), [0.5], rtol=1e-12)
+
+
+@pytest.mark.parametrize("k", [0, 4, -1])
+def test_pass_at_k_refuses_more_answers_than_were_drawn(k):
+    with pytest.raises(
+        ValueError, match=rf"pass@{k} needs at least {k} samples a prompt, there are 3"
+    ):
+        pass_at_k(np.ones((2, 3)), k)
+
+
+def test_avg_at_k_is_the_share_of_right_answers_of_each_prompt():
+    np.testing.assert_allclose(avg_at_k(np.array([[1, 0, 0, 0], [1, 1, 1, 0]])), [0.25, 0.75])
+
+
+def test_interval_by_hand():
+    # mean 0.625; squared deviations .390625 + .140625 + .140625 + .015625 = .6875; / 3 = .2291667;
+    # root / 2 = .2393568.
+    mean, half = mean_and_interval(np.array([0.0, 1.0, 1.0, 0.5]))
+    assert mean == 0.625
+    assert half == pytest.approx(1.959964 * 0.2393568, rel=1e-6)
+
+
+def test_interval_takes_the_prompt_as_the_unit():
+    # Eight equal answers of each of four prompts say no more than one answer of each.
+    answers = np.array([[0], [1], [1], [1]])
+    single, repeated = (mean_and_interval(avg_at_k(np.repeat(answers, n, axis=1))) for n in (1, 8))
+    assert single == repeated
+    assert repeated[1] == pytest.approx(1.959964 * math.sqrt(0.75 * 0.25 / 3), rel=1e-6)
+
+
+def test_interval_of_one_prompt_is_unknown():
+    assert mean_and_interval(np.array([0.75])) == (0.75, math.inf)
+
+
+def test_the_interval_covers_the_truth_in_about_19_of_20_samples():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(1000):
+        mean, half = mean_and_interval(rng.binomial(1, 0.3, 200) / 1)
+        hits += abs(mean - 0.3) <= half
+    assert 920 <= hits <= 970
+
+
+def test_paired_difference_by_hand():
+    # Differences .5, 0, -.5, .75: mean .1875, squared deviations sum to .921875; / 3, root, / 2 =
+    # .2771695.
+    before, after = np.array([0.0, 0.5, 1.0, 0.25]), np.array([0.5, 0.5, 0.5, 1.0])
+    mean, half = paired_difference(before, after)
+    assert mean == 0.1875
+    assert half == pytest.approx(1.959964 * 0.2771695, rel=1e-6)
+    assert paired_difference(after, before) == (-mean, half)
+
+
+def test_pairing_removes_what_differs_between_prompts():
+    before = np.array([0.0, 0.25, 0.5, 0.75])
+    mean, half = paired_difference(before, before + 0.25)
+    assert (mean, half) == (0.25, 0.0)
+    assert mean_and_interval(before)[1] > 0.3
+
+
+def test_scores_of_different_prompts_are_not_paired():
+    with pytest.raises(ValueError, match="4 and 3 prompts cannot be paired"):
+        paired_difference(np.zeros(4), np.zeros(3))
+
+
+def test_scoring_needs_no_jax():
+    code = "import sys, opdjax.runs.statistics, opdjax.data.grading; print(sorted({'jax', 'transformers', 'math_verify'} & set(sys.modules)))"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )

@@ -1,0 +1,312 @@
+"""The work directory: one writer, one config, and files that survive being cut off in mid-write."""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from opdjax.config import (
+    Config,
+    EstimatorConfig,
+    MeshConfig,
+    ModelConfig,
+    SamplingConfig,
+    TrainConfig,
+)
+from opdjax.config.saved import upgrade
+from opdjax.config.validation import ConfigError, from_dict, to_dict
+from opdjax.runs.workdir import (
+    WorkdirError,
+    append_lines,
+    claim,
+    cut_lines,
+    environment,
+    locked,
+    read_config,
+    read_lines,
+    write_json,
+)
+
+FACTS = {"data": {"prompts": "d1", "num_prompts": 3}, "environment": {"jax": "0.10.2", "cores": 2}}
+ENTER = """
+import pathlib, sys
+from opdjax.runs.workdir import locked
+with locked(pathlib.Path(sys.argv[1])):
+    print("entered", flush=True)
+    sys.stdin.read()
+"""
+
+
+# The lock
+
+
+def test_a_second_process_is_refused_while_the_first_holds_the_directory(tmp_path):
+    workdir = tmp_path / "new" / "run"
+    with subprocess.Popen(
+        [sys.executable, "-c", ENTER, workdir],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout.readline() == "entered\n"
+        message = (
+            f"{workdir} is being written by another run; wait for it or choose another --workdir"
+        )
+        with pytest.raises(WorkdirError, match=message), locked(workdir):
+            pytest.fail("entered a directory that another process holds")
+        other.communicate()
+    with locked(workdir):
+        pass
+
+
+def test_a_killed_process_leaves_no_lock_behind(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", ENTER, tmp_path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout.readline() == "entered\n"
+        other.kill()
+        other.wait()
+        with locked(tmp_path):
+            assert (tmp_path / ".lock").exists()
+
+
+def test_the_lock_is_released_when_the_run_fails(tmp_path):
+    def run():
+        with locked(tmp_path):
+            with pytest.raises(WorkdirError), locked(tmp_path):
+                pass
+            raise KeyError("the run")
+
+    with pytest.raises(KeyError):
+        run()
+    with locked(tmp_path):
+        pass
+
+
+# The config of a run
+
+
+def test_claiming_writes_a_config_that_reads_back(tmp_path):
+    config = Config(train=TrainConfig(num_steps=7), seed=3)
+    claim(tmp_path, config, FACTS)
+    assert read_config(tmp_path) == config
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["data"] == FACTS["data"]
+    assert written["environment"] == FACTS["environment"]
+
+
+def test_the_same_run_may_continue_without_a_word(tmp_path, capsys):
+    claim(tmp_path, Config(), FACTS)
+    before = (tmp_path / "config.json").read_bytes()
+    claim(tmp_path, Config(), FACTS)
+    assert (tmp_path / "config.json").read_bytes() == before
+    assert capsys.readouterr().out == ""
+
+
+def test_another_config_is_refused_with_what_differs(tmp_path):
+    claim(tmp_path, Config(), FACTS)
+    before = (tmp_path / "config.json").read_bytes()
+    changed = Config(train=TrainConfig(num_steps=7), sampling=SamplingConfig(num_generations=2))
+    with pytest.raises(WorkdirError) as error:
+        claim(tmp_path, changed, FACTS)
+    message, *lines = str(error.value).split("\n  ")
+    assert (
+        message
+        == f"{tmp_path} holds a run of another config; choose another --workdir or undo (there -> now):"
+    )
+    assert lines == ["config.sampling.num_generations: 1 -> 2", "config.train.num_steps: 100 -> 7"]
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_other_data_are_refused_too(tmp_path):
+    claim(tmp_path, Config(), FACTS)
+    with pytest.raises(WorkdirError, match="data.prompts: 'd1' -> 'd2'"):
+        claim(tmp_path, Config(), FACTS | {"data": {"prompts": "d2", "num_prompts": 3}})
+
+
+def test_another_environment_is_only_noted(tmp_path, capsys):
+    claim(tmp_path, Config(), FACTS)
+    claim(tmp_path, Config(), FACTS | {"environment": {"jax": "0.11.0", "cores": 2}})
+    expected = "note: continuing under another environment.jax: '0.10.2' -> '0.11.0'; results may differ in the last bits\n"
+    assert capsys.readouterr().out == expected
+
+
+def test_the_environment_can_be_written_and_names_the_machine(tmp_path):
+    found = environment(["cpu", "cpu"])
+    write_json(tmp_path / "e.json", found)
+    assert json.loads((tmp_path / "e.json").read_text()) == found
+    assert found["devices"] == ["cpu", "cpu"]
+    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["jax"] == __import__("jax").__version__
+
+
+def test_a_directory_without_a_run_says_so(tmp_path):
+    with pytest.raises(
+        WorkdirError, match=f"{tmp_path} has no config.json; expected the work directory of a run"
+    ):
+        read_config(tmp_path)
+
+
+def test_a_config_file_that_was_tampered_with_is_refused_by_name(tmp_path):
+    claim(tmp_path, Config(), FACTS)
+    file = tmp_path / "config.json"
+    file.write_text(file.read_text().replace('"num_steps"', '"num_stepz"'))
+    with pytest.raises(
+        ConfigError, match=r"unknown field 'train\.num_stepz'; did you mean 'num_steps'\?"
+    ):
+        read_config(tmp_path)
+
+
+# Files
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "result.json"
+    write_json(file, {"a": 1})
+    assert json.loads(file.read_text()) == {"a": 1}
+
+    def fail_in_the_middle(self, text):
+        with self.open("w") as out:
+            out.write(text[: len(text) // 2])
+        raise OSError("disk full")
+
+    monkeypatch.setattr(pathlib.Path, "write_text", fail_in_the_middle)
+    with pytest.raises(OSError, match="disk full"):
+        write_json(file, {"a": 2, "b": 3})
+    with pytest.raises(OSError, match="disk full"):
+        write_json(tmp_path / "other.json", {"a": 2})
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert not (tmp_path / "other.json").exists()
+
+
+def test_what_json_cannot_hold_leaves_the_file_alone(tmp_path):
+    file = tmp_path / "result.json"
+    write_json(file, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(file, {"a": object()})
+    assert json.loads(file.read_text()) == {"a": 1}
+
+
+def test_lines_are_appended_and_read_back(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    assert read_lines(file) == []
+    append_lines(file, [{"step": 1, "text": "né\n你好\u2028"}])
+    append_lines(file, [])
+    append_lines(file, [{"step": 2}, {"step": 2, "x": None}])
+    assert read_lines(file) == [
+        {"step": 1, "text": "né\n你好\u2028"},
+        {"step": 2},
+        {"step": 2, "x": None},
+    ]
+    assert file.read_text().count("\n") == 3
+
+
+@pytest.mark.parametrize("keep", range(len('{"step": 2, "loss": 0.25}') + 1))
+def test_a_last_line_that_was_cut_off_is_ignored(tmp_path, keep):
+    file = tmp_path / "rows.jsonl"
+    append_lines(file, [{"step": 1, "loss": 0.5}])
+    with file.open("a") as out:
+        out.write('{"step": 2, "loss": 0.25}'[:keep])
+    assert read_lines(file) == [{"step": 1, "loss": 0.5}]
+    # A continued run cuts first, so that its own rows never join the torn one.
+    cut_lines(file, 1)
+    append_lines(file, [{"step": 2, "loss": 0.125}])
+    assert read_lines(file) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.125}]
+
+
+def test_a_torn_line_in_the_middle_is_not_passed_over(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
+    with pytest.raises(WorkdirError, match=r"rows\.jsonl, line 2 is damaged: "):
+        read_lines(file)
+
+
+def test_cutting_drops_the_rows_of_later_steps(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    rows = [
+        {"step": 0, "x": 0.1},
+        {"step": 1},
+        {"step": 2, "n": 1},
+        {"step": 2, "n": 2},
+        {"step": 3},
+    ]
+    append_lines(file, rows)
+    cut_lines(file, 2)
+    assert read_lines(file) == rows[:4]
+    cut_lines(file, 2)
+    assert read_lines(file) == rows[:4]
+    cut_lines(file, -1)
+    assert file.read_text() == ""
+    cut_lines(tmp_path / "none.jsonl", 3)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_facts_do_not_leak_into_the_config(tmp_path):
+    # The recorded config is the run's own, not that of the machine it started on.
+    config = dataclasses.replace(Config(), seed=9)
+    claim(tmp_path, config, FACTS)
+    claim(
+        tmp_path,
+        config,
+        {"data": FACTS["data"], "environment": {"jax": "9", "cores": 96, "devices": ["TPU v5"]}},
+    )
+    assert read_config(tmp_path) == config
+    assert json.loads((tmp_path / "config.json").read_text())["environment"] == FACTS["environment"]
+
+
+def test_a_directory_that_names_the_built_in_models_by_where_they_once_lay_is_continued(tmp_path):
+    claim(tmp_path, Config(), FACTS)
+    file = tmp_path / "config.json"
+    for role in ("student", "teacher"):
+        file.write_text(
+            file.read_text().replace(
+                f'"@mini_{role}"', f'"/home/old/opdjax/assets/mini_pair/{role}"'
+            )
+        )
+    assert "@mini" not in file.read_text()
+    before = file.read_bytes()
+    claim(tmp_path, Config(), FACTS)
+    assert file.read_bytes() == before
+    assert read_config(tmp_path) == Config()
+    # Such a config, run again by itself, is the same run too; another directory of that name is
+    # another model.
+    old = from_dict(Config, json.loads(before)["config"])
+    claim(tmp_path, old, FACTS)
+    with pytest.raises(
+        WorkdirError, match=r"config.student.path: '@mini_student' -> '/x/mini_pair/student'"
+    ):
+        claim(
+            tmp_path, dataclasses.replace(old, student=ModelConfig("/x/mini_pair/student")), FACTS
+        )
+
+
+def test_a_config_saved_when_remat_was_a_switch_is_read():
+    for saved, today in ((True, "layer"), (False, "none")):
+        config = to_dict(Config())
+        config["train"]["remat"] = saved
+        assert upgrade(config)["train"]["remat"] == today
+
+
+def test_how_a_run_is_computed_may_change_and_is_told(tmp_path, capsys):
+    facts = {"data": {}, "environment": {}}
+    claim(tmp_path, Config(), facts)
+    sampling, rows = (
+        SamplingConfig(slots=6, split_over=()),
+        TrainConfig(gradient_accumulation_steps=4, remat="layer"),
+    )
+    claim(tmp_path, Config(sampling=sampling, train=rows, mesh=MeshConfig(2, 2)), facts)
+    told = capsys.readouterr().out
+    assert "sampling.slots: None -> 6" in told
+    assert "mesh.fsdp: 1 -> 2" in told
+    with pytest.raises(WorkdirError, match=r"sampling.top_k: 0 -> 5"):
+        claim(
+            tmp_path,
+            Config(sampling=SamplingConfig(top_k=5), estimator=EstimatorConfig("full_kl")),
+            facts,
+        )
