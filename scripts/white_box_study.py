@@ -15,7 +15,8 @@ import statistics
 
 from benchmark_vocab import cpu_model
 
-from opdjax.runs.results import AXES, Run, mean, read_points, read_run, seed_interval
+from opdjax.runs.results import AXES, Run, mean, read_points, read_run
+from opdjax.runs.statistics import seed_interval
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCORES = ("avg@k", "greedy", "pass@k")

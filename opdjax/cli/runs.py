@@ -16,7 +16,7 @@ from opdjax.cli.parsing import call, experiment_of, named
 from opdjax.config import AuditConfig, Config, DataConfig, SamplingConfig
 from opdjax.config.validation import ConfigError
 from opdjax.runs.mirror import visiting
-from opdjax.runs.object_store import Folder, is_remote, local_copy, written
+from opdjax.runs.object_store import Folder, is_remote, local_copy, open_output
 
 # The built-in pair on its own task.
 MINI = Config(
@@ -152,7 +152,7 @@ def audit(arguments: list[str]) -> None:
         )
         document = measure(config, subjects, how)
         tables = text(document)
-        with written(workdir) as place:
+        with open_output(workdir) as place:
             place.mkdir(parents=True, exist_ok=True)
             write_json(place / "audit.json", document)
             (place / "audit.txt").write_text(tables + "\n", encoding="utf-8")

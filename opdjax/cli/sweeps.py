@@ -15,7 +15,7 @@ from opdjax.config.fleet import FleetConfig
 from opdjax.config.grid import SweepPoint
 from opdjax.config.validation import ConfigError
 from opdjax.runs.mirror import visiting
-from opdjax.runs.object_store import written
+from opdjax.runs.object_store import open_output
 
 
 def sweep(arguments: list[str]) -> None:
@@ -204,7 +204,7 @@ def table(arguments: list[str]) -> None:
         if output is None:
             print(text)
         else:
-            with written(output) as file:
+            with open_output(output) as file:
                 file.write_text(f"{text}\n")
             print(f"wrote {named(output)}")
 
@@ -237,7 +237,7 @@ def report(arguments: list[str]) -> None:
         if paper is not None and against is not None:
             raise ConfigError("--paper is of a sweep and --against of a run; expected one of them")
         output = output or directory / page_name(paper, against)
-        with visiting(directory) as place, written(output) as file, contextlib.ExitStack() as held:
+        with visiting(directory) as place, open_output(output) as file, contextlib.ExitStack() as held:
             other = held.enter_context(visiting(against)) if against is not None else None
             write_report(place, file, paper=paper, against=other, mark=mark)
         print(f"wrote {named(output)}")

@@ -27,7 +27,8 @@ from opdjax.report.markup import (
 )
 from opdjax.report.near_policy_charts import ZONES, Bounds, Histogram, deltas, pooled, zone_key
 from opdjax.report.rollouts import percent, prompt_text
-from opdjax.runs.results import Run, is_number, read_filters, wilson_interval
+from opdjax.runs.results import Run, is_number, read_filters
+from opdjax.runs.statistics import wilson_interval
 
 ALARM = 0.10  # nats a token: what NPD calls near-policy
 _VERSIONS = 6  # histograms side by side; more are drawn as one

@@ -14,7 +14,8 @@ from opdjax.config.saved import upgrade
 from opdjax.report import measures
 from opdjax.report.charts import REST, SERIES
 from opdjax.report.markup import shown
-from opdjax.runs.results import Point, Run, SeedGroup, groups, is_number, read_run, seed_interval
+from opdjax.runs.results import Point, Run, SeedGroup, groups, is_number, read_run
+from opdjax.runs.statistics import seed_interval
 
 Interval = tuple[float, float]  # mean over seeds, half width of its 95 % interval
 

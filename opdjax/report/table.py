@@ -12,7 +12,8 @@ from typing import Any
 from opdjax.config.saved import upgrade
 from opdjax.config.validation import differences
 from opdjax.report.table_formats import Format, comma_separated, latex, markdown
-from opdjax.runs.results import Point, Run, SeedGroup, groups, read_points, read_run, seed_interval
+from opdjax.runs.results import Point, Run, SeedGroup, groups, read_points, read_run
+from opdjax.runs.statistics import seed_interval
 from opdjax.runs.workdir import WorkdirError
 
 # What a row shows of its runs; a column that no run has is left out.

@@ -46,7 +46,7 @@ from opdjax.judge.replies import ApiError, ApiRequestError, ApiUnavailableError
 from opdjax.models.hf import fingerprint, load_params, open_checkpoint
 from opdjax.ops.sharding import make_mesh, to_host
 from opdjax.rollouts.setup import compute_dtype, num_ids, open_student, stop_ids, student_view
-from opdjax.runs.mirror import file_at_home
+from opdjax.runs.mirror import open_remote_file
 from opdjax.runs.object_store import is_remote
 from opdjax.runs.workdir import WorkdirError, append_lines, locked, read_lines
 from opdjax.types import PromptBatch
@@ -148,7 +148,7 @@ def _one_writer(references: str) -> Iterator[tuple[pathlib.Path, Callable[[], No
     with contextlib.ExitStack() as held:
         try:
             if is_remote(references):
-                path, keep = held.enter_context(file_at_home(references, "teach"))
+                path, keep = held.enter_context(open_remote_file(references, "teach"))
             else:
                 held.enter_context(locked(path.parent, f"teach-{path.name}"))
                 keep = lambda: None

@@ -66,7 +66,7 @@ class Holder:
 def holder_of(folder: Folder) -> Holder | None:
     """Who holds the place, or held it last; None where nobody ever did."""
     while numbers := sorted(
-        int(name) for name in folder.below(".lease").entries()[0] if name.isdecimal()
+        int(name) for name in folder.subfolder(".lease").entries()[0] if name.isdecimal()
     ):
         data = folder.read(_name(numbers[-1]))
         if data is not None:  # else it was cleared away between the two looks
@@ -74,7 +74,7 @@ def holder_of(folder: Folder) -> Holder | None:
     return None
 
 
-class Watch:
+class ExpiryWatch:
     """What a taker has seen of a place, and since when by its own clock."""
 
     def __init__(self):
@@ -121,7 +121,7 @@ class Lease:
         self._renewed = json.loads(data)["clock"] if data else -math.inf
         self.renew()
 
-    def note(self, **notes: Any) -> None:
+    def record_progress(self, **notes: Any) -> None:
         """What others shall see of the work (step, num_steps), from the next renewal on."""
         self._notes |= notes
 
@@ -235,7 +235,7 @@ class Lease:
 
     def _check_number(self) -> None:
         numbers = [
-            int(name) for name in self._folder.below(".lease").entries()[0] if name.isdecimal()
+            int(name) for name in self._folder.subfolder(".lease").entries()[0] if name.isdecimal()
         ]
         if max(numbers, default=self.number) > self.number:
             raise self._lost()
@@ -247,7 +247,7 @@ class Lease:
         )
 
 
-def take(folder: Folder, watch: Watch) -> Lease | None:
+def try_acquire(folder: Folder, watch: ExpiryWatch) -> Lease | None:
     """The lease of a place that nobody holds, or whose holder the watch has seen lapse; None where
     it is not to be had now.
     """
@@ -258,7 +258,7 @@ def take(folder: Folder, watch: Watch) -> Lease | None:
     lease = Lease(folder, number, owner, [_process(os.getpid())], seconds_of_leases())
     if not lease.create():
         return None
-    names = [name for name in folder.below(".lease").entries()[0] if name.isdecimal()]
+    names = [name for name in folder.subfolder(".lease").entries()[0] if name.isdecimal()]
     if any(
         int(name) > number for name in names
     ):  # we came late: ours had been made before, and cleared away
@@ -279,10 +279,10 @@ def acquire(folder: Folder) -> Lease:
     """The lease of a place, waited for until it is clear whether its holder lives; WorkdirError
     where it does.
     """
-    watch, told = Watch(), False
+    watch, told = ExpiryWatch(), False
     first = found = holder_of(folder)
     began = time.monotonic()
-    while (lease := take(folder, watch)) is None:
+    while (lease := try_acquire(folder, watch)) is None:
         found = holder_of(folder)
         if (
             found is not None
@@ -301,7 +301,7 @@ def acquire(folder: Folder) -> Lease:
     return lease
 
 
-def inherited(folder: Folder) -> Lease | None:
+def inherit(folder: Folder) -> Lease | None:
     """The lease of this place that the process which started this one holds, to be renewed here
     from now on.
     """

@@ -67,18 +67,18 @@ class WorkdirMirror:
         """Whether the directory is a copy."""
         return self._folder is not None
 
-    def note(self, **notes: Any) -> None:
+    def record_progress(self, **notes: Any) -> None:
         """What of the work others shall see who look at the lease."""
         if self._lease:
-            self._lease.note(**notes)
+            self._lease.record_progress(**notes)
 
-    def keep(self) -> None:
+    def upload(self) -> None:
         """Bring up what has changed; LeaseLostError, and nothing is written, where somebody else
         has the work directory.
         """
         if self._lease:
             self._lease.renew()
-            self._known = self._folder.keep(
+            self._known = self._folder.upload(
                 self.directory, self._known, lambda name: _is_of_the_run(name) and name != _RESULT
             )
             self._lease.check()
@@ -86,16 +86,16 @@ class WorkdirMirror:
     def finish(self) -> None:
         """Bring up everything, and the result last of all, where there is none yet."""
         if self._lease:
-            self.keep()
+            self.upload()
             if not self._folder.create(_RESULT, (self.directory / _RESULT).read_bytes()):
                 raise LeaseLostError(
                     f"{self.name} has the result of another process; this one's is not written"
                 )
 
-    def fetch_result(self) -> None:
+    def download_result(self) -> None:
         """Have the result that the lead wrote; for the other processes of a run."""
         if self._folder and not self._lease:
-            self._folder.bring(self.directory, lambda name: name == _RESULT)
+            self._folder.download(self.directory, lambda name: name == _RESULT)
 
 
 @contextlib.contextmanager
@@ -122,7 +122,7 @@ def open_workdir(workdir: str | os.PathLike) -> Iterator[WorkdirMirror]:
                     with contextlib.suppress(
                         OSError, LeaseLostError
                     ):  # what stopped the run is what is to be told
-                        home.keep()
+                        home.upload()
             if (directory / _RESULT).exists():
                 shutil.rmtree(directory)  # all of it is up
     finally:
@@ -133,26 +133,26 @@ def open_workdir(workdir: str | os.PathLike) -> Iterator[WorkdirMirror]:
 
 
 @contextlib.contextmanager
-def file_at_home(url: str, role: str) -> Iterator[tuple[pathlib.Path, Callable[[], None]]]:
+def open_remote_file(url: str, role: str) -> Iterator[tuple[pathlib.Path, Callable[[], None]]]:
     """Hold a file on gs:// that grows by rows: where it is written here, with what lies
     scratch_workdir it under its name, and how it is kept.
     """
     parent, _, name = url_of(url).rpartition("/")
     folder = Folder(parent)
-    lease = acquire(folder.below(f".{role}-{name}")).start(lambda: _stop_at_once(url))
+    lease = acquire(folder.subfolder(f".{role}-{name}")).start(lambda: _stop_at_once(url))
     with contextlib.ExitStack() as held:
         held.callback(lease.release)
         directory = held.enter_context(_scratch(url))
         held.enter_context(named_as(parent, directory))
         for found, tag in folder.entries()[0].items():
             if found == name or found.startswith(f"{name}."):
-                folder.fetch(found, directory / found, tag)
+                folder.download_file(found, directory / found, tag)
 
         def keep() -> None:
             lease.renew()
             for file in directory.glob(f"{name}*"):
                 if not file.name.endswith(("-wal", "-shm")):
-                    folder.send(file, file.name)
+                    folder.upload_file(file, file.name)
 
         try:
             yield directory / name, keep
@@ -182,14 +182,14 @@ def read_only_workdir(
         return WorkdirMirror(pathlib.Path(workdir))
     folder = Folder(workdir)
     directory = scratch_of(folder.url, "views") / folder.url.rpartition("/")[2]
-    folder.bring(directory, wanted)
+    folder.download(directory, wanted)
     directory.mkdir(parents=True, exist_ok=True)
     return WorkdirMirror(directory, folder)
 
 
 def _bring(folder: Folder, directory: pathlib.Path) -> set[str]:
     is_finished = _RESULT in folder.entries()[0]
-    return folder.bring(
+    return folder.download(
         directory, lambda name: _is_of_the_run(name) and not (is_finished and "/" in name)
     )
 

@@ -70,7 +70,7 @@ class Folder:
         self._files = _file_system(self.url.partition("://")[0])
         self._root = self.url if self.url.startswith("gs:") else self.url.partition(":/")[2]
 
-    def below(self, name: str) -> Folder:
+    def subfolder(self, name: str) -> Folder:
         """A folder in this one."""
         return Folder(f"{self.url}/{name}")
 
@@ -140,7 +140,7 @@ class Folder:
             name for name, about in here.items() if name and about["type"] == "directory"
         )
 
-    def fetch(self, name: str, file: pathlib.Path, tag: str) -> None:
+    def download_file(self, name: str, file: pathlib.Path, tag: str) -> None:
         """Copy an object to a file, which is there whole or not at all; nothing to do where it is
         still the same.
         """
@@ -160,7 +160,7 @@ class Folder:
         finally:
             partial.unlink(missing_ok=True)
 
-    def send(self, file: pathlib.Path, name: str) -> None:
+    def upload_file(self, file: pathlib.Path, name: str) -> None:
         """Copy a file to an object."""
         before = file.stat().st_mtime_ns
         with _still(file) as still, self._told(), self._bucket_expected():
@@ -173,22 +173,22 @@ class Folder:
 
     def _send_if_there(self, file: pathlib.Path, name: str) -> None:
         try:
-            self.send(file, name)
+            self.upload_file(file, name)
         except (
             FileNotFoundError
         ):  # the run goes on: another thread has just put a file of another name in its place
             if file.exists():
                 raise
 
-    def bring(self, directory: pathlib.Path, wanted: Wanted = lambda name: True) -> set[str]:
+    def download(self, directory: pathlib.Path, wanted: Wanted = lambda name: True) -> set[str]:
         """Make a directory hold just what is here, as far as it is wanted; returns the names."""
         found = {name: tag for name, tag in self.files().items() if wanted(name)}
         for name in _local_names(directory, wanted) - found.keys():
             (directory / name).unlink(missing_ok=True)
-        each(lambda item: self.fetch(item[0], directory / item[0], item[1]), found.items())
+        each(lambda item: self.download_file(item[0], directory / item[0], item[1]), found.items())
         return set(found)
 
-    def keep(
+    def upload(
         self, directory: pathlib.Path, known: set[str], wanted: Wanted = lambda name: True
     ) -> set[str]:
         """Bring up what a directory holds, as far as it is wanted, and remove what it no longer
@@ -250,9 +250,9 @@ def local_copy(path: str | os.PathLike, wanted: Wanted = lambda name: True) -> p
     folder = Folder(path)
     place, tag = scratch_of(folder.url, "copies") / folder.url.rpartition("/")[2], folder.tag()
     if tag is not None:
-        folder.fetch("", place, tag)
+        folder.download_file("", place, tag)
         return place
-    folder.bring(place, wanted)
+    folder.download(place, wanted)
     if not any(file.is_file() for file in place.rglob("*")):
         raise RemoteError(
             f"there is nothing at {folder.url}; expected an object, or a folder of objects"
@@ -261,7 +261,7 @@ def local_copy(path: str | os.PathLike, wanted: Wanted = lambda name: True) -> p
 
 
 @contextlib.contextmanager
-def written(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+def open_output(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Where a file or a directory is to be written: the path itself, or of a URL a place here, sent
     with what lies beside it at the end.
     """
@@ -272,7 +272,7 @@ def written(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     with tempfile.TemporaryDirectory() as scratch:
         yield pathlib.Path(scratch) / name
         made = sorted(_local_names(pathlib.Path(scratch), lambda name: True))
-        each(lambda name: Folder(parent).send(pathlib.Path(scratch) / name, name), made)
+        each(lambda name: Folder(parent).upload_file(pathlib.Path(scratch) / name, name), made)
 
 
 @functools.cache

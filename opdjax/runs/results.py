@@ -12,8 +12,6 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from scipy.special import stdtrit
-
 from opdjax.config.saved import upgrade
 from opdjax.runs.statistics import benchmark_lines
 from opdjax.runs.workdir import WorkdirError, read_json, read_lines, read_run_config
@@ -318,31 +316,6 @@ def groups(points: Sequence[Point]) -> list[SeedGroup]:
         )
         for same in found.values()
     ]
-
-
-def wilson_interval(hits: int, trials: int) -> tuple[float, float]:
-    """The 95 % interval of a share after so many independent trials (Wilson 1927); all of 0 to 1
-    where there was none.
-    """
-    if trials == 0:
-        return 0.0, 1.0
-    z, share = 1.959964, hits / trials
-    middle, half = (
-        share + z * z / (2 * trials),
-        z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)),
-    )
-    scale = 1 + z * z / trials
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
-
-
-def seed_interval(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, half width of its 95 % interval) over seeds, by Student's t; the half width of one
-    value alone is infinite.
-    """
-    if len(values) < 2:
-        return float(values[0]), math.inf
-    spread = statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values), float(stdtrit(len(values) - 1, 0.975)) * spread
 
 
 def result_table(result: dict[str, Any]) -> str:

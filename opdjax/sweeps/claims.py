@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
-from opdjax.runs.lease import Lease, Watch, holder_of, seconds_of_leases, take
+from opdjax.runs.lease import ExpiryWatch, Lease, holder_of, seconds_of_leases, try_acquire
 from opdjax.runs.object_store import Folder, RemoteError, each, is_remote, scratch_root
 from opdjax.runs.results import FAILURE, POINT, RESULT, status_of
 from opdjax.runs.workdir import WorkdirError, read_lines
@@ -236,7 +236,7 @@ class _RemotePlace:
             scratch_root() / "compiled",
         )
         self.held: set[str] = set()
-        self._watches: dict[str, Watch] = {}
+        self._watches: dict[str, ExpiryWatch] = {}
         self._looked: dict[str, float] = {}
         self._refreshed = -float("inf")
         self._pause = seconds_of_leases() / 6
@@ -254,7 +254,7 @@ class _RemotePlace:
         self._refreshed = time.monotonic()
 
     def _refresh(self, id: str) -> None:
-        folder, directory = self.folder.below(id), self.directory / id
+        folder, directory = self.folder.subfolder(id), self.directory / id
         found = {name: tag for name, tag in folder.entries()[0].items() if name in _TOLD}
         for name in set(_TOLD) - found.keys():
             (directory / name).unlink(missing_ok=True)
@@ -262,13 +262,13 @@ class _RemotePlace:
             with contextlib.suppress(
                 FileNotFoundError
             ):  # another runner has just begun to try a failure again
-                folder.fetch(name, directory / name, tag)
+                folder.download_file(name, directory / name, tag)
 
     def publish(self, *files: pathlib.Path) -> None:
         def tell(file: pathlib.Path) -> None:
             name = str(file.relative_to(self.directory))
             if file.exists():
-                self.folder.send(file, name)
+                self.folder.upload_file(file, name)
             else:
                 self.folder.remove(name)
 
@@ -277,7 +277,7 @@ class _RemotePlace:
     def claim(self, id: str) -> Claim | None:
         if time.monotonic() - self._looked.get(id, -float("inf")) < self._pause:
             return None
-        lease = take(self.folder.below(id), self._watches.setdefault(id, Watch()))
+        lease = try_acquire(self.folder.subfolder(id), self._watches.setdefault(id, ExpiryWatch()))
         self._looked[id] = time.monotonic()
         if lease is None:
             return None
@@ -291,7 +291,7 @@ class _RemotePlace:
         found: dict[str, Beat] = {}
 
         def look(id: str) -> None:
-            holder = holder_of(self.folder.below(id))
+            holder = holder_of(self.folder.subfolder(id))
             if holder is not None and not holder.is_released and not holder.is_dead:
                 age = time.time() - holder.about["time"]
                 found[id] = Beat(
@@ -305,5 +305,5 @@ class _RemotePlace:
         return found
 
     def step(self, id: str) -> int:
-        holder = holder_of(self.folder.below(id))
+        holder = holder_of(self.folder.subfolder(id))
         return (holder.about.get("step") if holder else None) or 0
