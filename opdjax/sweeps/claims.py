@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
-from opdjax.runs.lease import ExpiryWatch, Lease, holder_of, seconds_of_leases, try_acquire
+from opdjax.runs.lease import ExpiryWatch, Lease, holder_of, lease_seconds, try_acquire
 from opdjax.runs.object_store import Folder, RemoteError, each, is_remote, scratch_root
 from opdjax.runs.results import FAILURE, POINT, RESULT, status_of
 from opdjax.runs.workdir import WorkdirError, read_lines
@@ -198,7 +198,7 @@ class _RemoteClaim:
     def __init__(self, place: _RemotePlace, id: str, lease: Lease):
         self._place, self._id, self._lease, self._pid = place, id, lease, None
         self.number, self.is_lost, self._log_sent = lease.number, False, time.monotonic()
-        self.environment = lease.hand_on()
+        self.environment = lease.child_environment()
         lease.start(self._lose, lambda: self._pid is not None)
 
     def _lose(self) -> None:
@@ -208,7 +208,7 @@ class _RemoteClaim:
                 os.killpg(self._pid, signal.SIGKILL)
 
     def started(self, pid: int) -> None:
-        self._lease.hand_on(pid)
+        self._lease.add_process(pid)
         self._pid = pid
         if self.is_lost:
             self._lose()
@@ -239,7 +239,7 @@ class _RemotePlace:
         self._watches: dict[str, ExpiryWatch] = {}
         self._looked: dict[str, float] = {}
         self._refreshed = -float("inf")
-        self._pause = seconds_of_leases() / 6
+        self._pause = lease_seconds() / 6
 
     def workdir(self, id: str) -> str:
         return f"{self.folder.url}/{id}"

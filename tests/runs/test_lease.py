@@ -176,7 +176,7 @@ def test_a_holder_that_cannot_reach_the_storage_stops(gcs, seconds, capfd):
 
 def test_a_child_goes_on_with_what_its_parent_held(folder, monkeypatch, seconds):
     lease = acquire(folder)
-    for name, value in lease.hand_on().items():
+    for name, value in lease.child_environment().items():
         monkeypatch.setenv(name, value)
     assert inherit(folder.subfolder("elsewhere")) is None
     child = inherit(folder)
