@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from opdjax.config import STUDENT, Config, DataConfig
-from opdjax.config.validation import require
+from opdjax.config.validation import MissingExtraError, require
 from opdjax.data.chat import load_tokenizer
 from opdjax.data.prompts import (
     Prompt,
@@ -321,7 +321,7 @@ def _api_asked(config: Config, path: pathlib.Path, _: Sequence[Pending]) -> Iter
         from opdjax.judge.cache import ReplyCache
         from opdjax.judge.client import ApiClient
     except ImportError as error:
-        raise ImportError(
+        raise MissingExtraError(
             f"teacher_api is asked through another package ({error}): pip install 'opdjax[judge]'"
         ) from error
     spending = path.with_name(f"{path.name}.spending.jsonl")

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from opdjax.config.validation import MissingExtraError
 from opdjax.runs.workdir import append_lines, cut_lines
 from opdjax.types import Metrics
 
@@ -51,7 +52,7 @@ def _event_writer(workdir: pathlib.Path, last_step: int):
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
-        raise ImportError(
+        raise MissingExtraError(
             "log.tensorboard needs tensorboardX: pip install 'opdjax[tensorboard]'"
         ) from error
     return SummaryWriter(str(workdir), purge_step=last_step + 1)

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from opdjax.runs.lease import ExpiryWatch, Lease, holder_of, lease_seconds, try_acquire
-from opdjax.runs.object_store import Folder, RemoteError, each, is_remote, scratch_root
+from opdjax.runs.object_store import Folder, RemoteError, in_parallel, is_remote, scratch_root
 from opdjax.runs.results import FAILURE, POINT, RESULT, status_of
 from opdjax.runs.workdir import WorkdirError, read_lines
 
@@ -247,7 +247,7 @@ class _RemotePlace:
     def refresh(self, ids: Iterable[str], is_urgent: bool = False) -> None:
         if not is_urgent and time.monotonic() - self._refreshed < self._pause:
             return
-        each(
+        in_parallel(
             self._refresh,
             [id for id in ids if id not in self.held and status_of(self.directory / id) != "done"],
         )
@@ -272,7 +272,7 @@ class _RemotePlace:
             else:
                 self.folder.remove(name)
 
-        each(tell, files)
+        in_parallel(tell, files)
 
     def claim(self, id: str) -> Claim | None:
         if time.monotonic() - self._looked.get(id, -float("inf")) < self._pause:
@@ -301,7 +301,7 @@ class _RemotePlace:
                     holder.about.get("step"),
                 )
 
-        each(look, ids)
+        in_parallel(look, ids)
         return found
 
     def step(self, id: str) -> int:

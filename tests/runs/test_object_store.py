@@ -27,7 +27,7 @@ def test_what_is_a_url():
     assert url_of("gs:/bucket/a/") == "gs://bucket/a"
     with pytest.raises(
         RemoteError,
-        match="s3://b is no place to read or write; expected a local path or gs://BUCKET/NAME",
+        match="s3://b cannot be read or written; expected a local path or gs://BUCKET/NAME",
     ):
         url_of("s3:/b")
     with pytest.raises(RemoteError, match="names no bucket"):
@@ -179,7 +179,7 @@ def test_a_bucket_that_is_not_there_is_told(gcs, tmp_path):
 def test_the_extra_that_is_missing_is_named():
     code = "import sys; sys.modules['gcsfs'] = None; from opdjax.runs.object_store import Folder; Folder('gs://b/x')"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "ImportError: gs:// needs gcsfs: pip install 'opdjax[gcs]'" in ran.stderr
+    assert "MissingExtraError: gs:// needs gcsfs: pip install 'opdjax[gcs]'" in ran.stderr
 
 
 def test_local_copies(gcs, tmp_path):
