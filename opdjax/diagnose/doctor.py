@@ -18,7 +18,7 @@ from opdjax.config import Config, EstimatorConfig, MeshConfig
 from opdjax.config.validation import require
 from opdjax.data.chat import load_tokenizer, valid_vocab
 from opdjax.data.grading import GRADERS
-from opdjax.data.packing import as_teacher_sees, pack, to_train_batch, unpack
+from opdjax.data.packing import for_teacher, pack, to_train_batch, unpack
 from opdjax.data.prompts import collate, indices_at
 from opdjax.diagnose import checks
 from opdjax.engine.decoding import Decoding
@@ -121,7 +121,7 @@ def first_batch(setup: Setup, num_prompts: int) -> FirstBatch:
     if reads_scores(config):  # otherwise rewards need whole groups, and no check reads them
         batch, _ = with_credit(setup, batch, rollouts)
     teacher = setup.teacher
-    answers = _greedy(setup, teacher.params, teacher.checkpoint.config, as_teacher_sees(prompts))
+    answers = _greedy(setup, teacher.params, teacher.checkpoint.config, for_teacher(prompts))
     scores = _teacher_logprobs(setup, batch)
     return FirstBatch(indices, prompts, params, head, rollouts, batch, scores, answers)
 
