@@ -812,7 +812,7 @@ WORKDIRS = {
         "WorkdirError",
         lambda p: p.resume("metrics.jsonl", b"\xff{\n"),
         "metrics.jsonl, line 1 is damaged",
-        "expected a JSON object. Put it right",
+        "expected a JSON object. Repair it",
     ),
     "lost checkpoints": (
         "WorkdirError",
