@@ -16,7 +16,7 @@ from opdjax.config.validation import differences
 from opdjax.report.papers.reading import best_score, reader, spent_until
 from opdjax.report.papers.tables import PaperColumn, PaperTable, Row
 from opdjax.report.papers.verdicts import Cell, Verdict, verdicts_of
-from opdjax.runs.results import Point, Run, SeedGroup, groups, read_run
+from opdjax.runs.results import Point, Run, SeedGroup, read_run, seed_groups
 from opdjax.runs.workdir import WorkdirError
 
 Reading = Callable[[pathlib.Path], Run]
@@ -56,7 +56,7 @@ def compare(table: PaperTable, points: Sequence[Point]) -> Comparison:
     questions.
     """
     reading = functools.cache(read_run)
-    available = groups(points)
+    available = seed_groups(points)
     found = {
         (row.label, column.label): _find(row, column, available, reading)
         for row in table.rows
