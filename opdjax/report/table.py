@@ -13,7 +13,8 @@ from typing import Any
 from opdjax.config.saved import upgrade
 from opdjax.config.validation import differences
 from opdjax.report.table_formats import Format, comma_separated, latex, markdown
-from opdjax.runs.results import Point, Run, SeedGroup, groups, read_points, read_run, seed_interval
+from opdjax.runs.results import Point, Run, SeedGroup, read_points, read_run, seed_groups
+from opdjax.runs.statistics import seed_interval
 from opdjax.runs.workdir import WorkdirError
 
 Reading = Callable[[pathlib.Path], Run]
@@ -25,7 +26,7 @@ COLUMNS: dict[str, Callable[[Run], float | None]] = {
     "pass@k": lambda run: run.score("pass@k"),
     "gain in avg@k": lambda run: run.gain,
     "median gradient norm": lambda run: run.median("grad/norm"),
-    "KL, last 10 steps": lambda run: run.at_the_end("kl/student_teacher"),
+    "KL, last 10 steps": lambda run: run.last_mean("kl/student_teacher"),
     "staleness KL": lambda run: run.staleness,
     "keep rate": lambda run: run.keep_rate,
     "seconds": lambda run: run.seconds,
@@ -50,7 +51,7 @@ def table(directory: pathlib.Path, format: Format = "markdown") -> str:
     one row have different data or models.
     """
     points = read_points(directory)
-    found = groups(points)
+    found = seed_groups(points)
     rows = [_row(group) for group in found]
     names = list(dict.fromkeys(name for group in found for name in group.overrides))
     columns = [name for name in COLUMNS if any(name in row.values for row in rows)]

@@ -46,7 +46,8 @@ from opdjax.report.papers.verdicts import Verdict
 from opdjax.report.pareto import costs, front
 from opdjax.report.ranking import Ranked, label, ranked
 from opdjax.report.scatter import ticks
-from opdjax.runs.results import SeedGroup, read_points, read_run, seed_interval
+from opdjax.runs.results import SeedGroup, read_points, read_run
+from opdjax.runs.statistics import seed_interval
 from opdjax.runs.workdir import WorkdirError
 
 SCORES = {"opd": (0.50, 0.51, 0.52), "vopd": (0.55, 0.56, 0.565), "full_kl": (0.60, 0.61, 0.605)}

@@ -16,7 +16,7 @@ from opdjax.report.papers.reading import best_score, reader, spent_until
 from opdjax.report.papers.tables import PaperColumn, PaperTable, Row
 from opdjax.report.papers.verdicts import Cell, Verdict, verdicts_of
 from opdjax.report.table import Reading, read_group
-from opdjax.runs.results import Point, Run, SeedGroup, groups, read_run
+from opdjax.runs.results import Point, Run, SeedGroup, read_run, seed_groups
 from opdjax.runs.workdir import WorkdirError
 
 
@@ -59,7 +59,7 @@ def compare(table: PaperTable, points: Sequence[Point]) -> Comparison:
     point, or if rows of one column were evaluated on different prompts or in different ways.
     """
     reading = functools.cache(read_run)
-    available = groups(points)
+    available = seed_groups(points)
     keys = [(row, column) for row in table.rows for column in table.columns]
     found = {
         (row.label, column.label): _find(row, column, available, reading) for row, column in keys

@@ -28,7 +28,7 @@ def reader(read: str, when: Literal["after", "before"] = "after") -> Callable[[R
     if kind == "median":
         return lambda run: run.median(name)
     if kind == "last":
-        return lambda run: run.at_the_end(name)
+        return lambda run: run.last_mean(name)
     raise ValueError(
         f"a column reads {read!r}; expected a score (avg@k:NAME), seconds, median:METRIC or "
         "last:METRIC"

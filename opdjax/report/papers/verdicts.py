@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from opdjax.report.papers.tables import PaperClaim, PaperColumn, PaperTable, Value
-from opdjax.runs.results import seed_interval
+from opdjax.runs.statistics import seed_interval
 
 Status = Literal["reproduced", "contradicted", "inconclusive", "not run"]
 Pairs = list[tuple[float, float]]  # (left, right) of the same seed
