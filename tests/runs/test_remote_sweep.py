@@ -327,6 +327,6 @@ def test_points_are_chosen_by_id_and_by_parts():
     ]
     with pytest.raises(
         ConfigError,
-        match=r"--only 'discount=2,seed=1' names no point of the sweep; .* such as discount=1,seed=1",
+        match=r"--only 'discount=2,seed=1' matches no point of the sweep; .* such as discount=1,seed=1",
     ):
         ids("discount=2,seed=1")
