@@ -28,7 +28,7 @@ class Ranked:
 
     group: SeedGroup
     runs: tuple[Run, ...]
-    settings: dict[str, str]  # the overrides that tell it from other seed_groups, as they are shown
+    settings: dict[str, str]  # the overrides that tell it from other groups, as they are shown
     slot: int = REST
     is_reference: bool = False  # measures the teacher itself among students: a ceiling, not an arm
 
@@ -46,7 +46,7 @@ def interval(values: Iterable[float | None]) -> Interval | None:
 
 
 def ranked(points: list[Point]) -> list[Ranked]:
-    """All seed_groups, the best avg@k first, those without a finished run after them, and last what
+    """All groups, the best avg@k first, those without a finished run after them, and last what
     measures the teacher itself.
     """
     together = seed_groups(points)

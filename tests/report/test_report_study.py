@@ -188,7 +188,7 @@ def test_runs_of_several_commits_and_single_seeds_are_told(tmp_path):
     described["environment"]["commit"] = "deadbeef"
     (directory / "config.json").write_text(json.dumps(described))
     page = read(tmp_path)
-    assert "Runs of several commits stand in this table: c0ffee, deadbeef." in page.all
+    assert "The runs of this table are of several commits: c0ffee, deadbeef." in page.all
     assert "0.500 ± ∞ (n = 1)" in page.all
     assert "without an interval: one seed" in page.source
 
@@ -201,7 +201,7 @@ def test_a_sweep_without_a_paper_has_no_such_section(tmp_path):
 
 def verdict(kind, difference, margin=0.0):
     return Verdict(
-        PaperClaim("c", kind, "a", "b", "x", margin), PaperColumn("x"), "reproduced", difference, 3
+        PaperClaim(kind, "c", "a", "b", "x", margin), PaperColumn("x"), "reproduced", difference, 3
     )
 
 
