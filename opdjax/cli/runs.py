@@ -66,11 +66,11 @@ def plan(arguments: list[str]) -> None:
         os.environ["JAX_PLATFORMS"] = "cpu"
         from opdjax.config.topology import topology as of_name
         from opdjax.diagnose.plan.aot import compile_programs
-        from opdjax.diagnose.plan.arithmetic import foresee
+        from opdjax.diagnose.plan.estimate import estimate
         from opdjax.diagnose.plan.table import fits, text
         from opdjax.diagnose.plan.workload import read_workload
 
-        plan = foresee(read_workload(config, of_name(topology)))
+        plan = estimate(read_workload(config, of_name(topology)))
         programs = compile_programs(plan.workload) if aot else None
         print(text(plan, programs))
         sys.exit(0 if fits(plan, programs) else 1)
@@ -79,16 +79,16 @@ def plan(arguments: list[str]) -> None:
 
 
 def doctor(arguments: list[str]) -> None:
-    """EXPERIMENT [--section.field VALUE …]: look for silent faults before a run; status 1 where
-    there is one.
+    """EXPERIMENT [--section.field VALUE …]: finds mistakes that would train without an error, also
+    in judges; exits with 1 if it finds any.
     """
     default = experiment_of(arguments, "doctor EXPERIMENT [--num-prompts N]")
 
     def run(num_prompts: int = 8, config: Annotated[Config, tyro.conf.arg(name="")] = default):
-        """Look for silent faults.
+        """Find mistakes that would train without an error, also in judges; exit with 1 if any.
 
         Args:
-            num_prompts: of the data, that go through the models
+            num_prompts: prompts of the data that go through the models
             config: every field of the experiment
         """
         from opdjax.diagnose.doctor import run_checks
@@ -124,7 +124,7 @@ def audit(arguments: list[str]) -> None:
     def run(
         workdir: pathlib.Path,
         only: tuple[str, ...] = (),
-        how: AuditConfig = AuditConfig(),  # noqa: B008
+        audit: AuditConfig = AuditConfig(),  # noqa: B008
         config: Annotated[Config, tyro.conf.arg(name="")] = default,
     ):
         """Measure the estimators; without EXPERIMENT, on the built-in pair. `opdjax audit --explain
@@ -137,7 +137,7 @@ def audit(arguments: list[str]) -> None:
         Args:
             workdir: directory for audit.json, audit.txt and audit.html
             only: recipes and pitfalls by name; none: all
-            how: how much is measured
+            audit: how much is measured
             config: every field of the experiment; its own recipe is measured too
         """
         from opdjax.diagnose.audit.run import audit as measure
@@ -150,7 +150,7 @@ def audit(arguments: list[str]) -> None:
         subjects = choose(
             only or None, *((config.estimator.options, config.estimator.recipe) if is_asked else ())
         )
-        document = measure(config, subjects, how)
+        document = measure(config, subjects, audit)
         tables = text(document)
         with written(workdir) as place:
             place.mkdir(parents=True, exist_ok=True)

@@ -78,8 +78,10 @@ def test_a_few_estimators_on_the_built_in_pair(parameter_space):
         subject("npd"),
         Subject("k3_direct"),
     ]
-    how = AuditConfig(num_contexts=20, vocab=8, num_prompts=16, parameter_space=parameter_space)
-    document = audit(runs.MINI, subjects, how, tell=lambda _: None)
+    settings = AuditConfig(
+        num_contexts=20, vocab=8, num_prompts=16, parameter_space=parameter_space
+    )
+    document = audit(runs.MINI, subjects, settings, log=lambda _: None)
     contexts = document["contexts"]["rows"]
     assert contexts["opd"]["bias"]["reverse"] < 1e-4
     assert contexts["k3_direct"]["cosine"]["forward"] > 0.999
