@@ -95,7 +95,7 @@ def sweep(arguments: list[str]) -> None:
                     shard=(first, count),
                     retry_failed=retry_failed,
                     retries=retries,
-                    say=_say,
+                    log=_say,
                 )
             )
 
@@ -152,11 +152,11 @@ def _launch(
     is_dry: bool,
 ) -> None:
     from opdjax.sweeps.fleet import skypilot, xpk
-    from opdjax.sweeps.fleet.shards import fleet_of
+    from opdjax.sweeps.fleet.shards import make_fleet
 
     url = named(url)
     submitted = {"skypilot": skypilot, "xpk": xpk}[engine].launch(
-        fleet_of(file, url, points, config, options), _say, is_dry=is_dry
+        make_fleet(file, url, points, config, options), _say, is_dry=is_dry
     )
     if not is_dry:
         print(

@@ -139,11 +139,11 @@ class Place:
 
     def asked(self, file=None, content=None):
         """The directory of a sweep of two points of which none has begun."""
-        from opdjax.sweeps.claims import open_place
+        from opdjax.sweeps.claims import open_sweep
         from opdjax.sweeps.runner import _write_points
 
-        with open_place(self.root / "sweep") as place:
-            _write_points(load_sweep(str(self.sweep()[1])), place)
+        with open_sweep(self.root / "sweep") as sweep:
+            _write_points(load_sweep(str(self.sweep()[1])), sweep)
         if file is not None:
             self.file(content, f"sweep/{file}")
         return self.sweep
