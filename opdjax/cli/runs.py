@@ -64,11 +64,11 @@ def plan(arguments: list[str]) -> None:
         os.environ["JAX_PLATFORMS"] = "cpu"
         from opdjax.config.topology import topology as of_name
         from opdjax.diagnose.plan.aot import compile_programs
-        from opdjax.diagnose.plan.arithmetic import foresee
+        from opdjax.diagnose.plan.estimate import estimate
         from opdjax.diagnose.plan.table import fits, text
         from opdjax.diagnose.plan.workload import read_workload
 
-        plan = foresee(read_workload(config, of_name(topology)))
+        plan = estimate(read_workload(config, of_name(topology)))
         programs = compile_programs(plan.workload) if aot else None
         print(text(plan, programs))
         sys.exit(0 if fits(plan, programs) else 1)
@@ -87,9 +87,9 @@ def doctor(arguments: list[str]) -> None:
             num_prompts: prompts of the data that go through the models
             config: every field of the experiment
         """
-        from opdjax.diagnose.doctor import findings_of
+        from opdjax.diagnose.doctor import run_checks
 
-        found = findings_of(config, num_prompts)
+        found = run_checks(config, num_prompts)
         if config.is_judged:
             from opdjax.diagnose.judge import examine_judge  # its packages are an extra
 
@@ -118,7 +118,7 @@ def audit(arguments: list[str]) -> None:
     def run(
         workdir: pathlib.Path,
         only: tuple[str, ...] = (),
-        how: AuditConfig = AuditConfig(),  # noqa: B008
+        audit: AuditConfig = AuditConfig(),  # noqa: B008
         config: Annotated[Config, tyro.conf.arg(name="")] = default,
     ):
         """Measure bias, variance and cost of the estimators; without EXPERIMENT, on the built-in
@@ -131,7 +131,7 @@ def audit(arguments: list[str]) -> None:
         Args:
             workdir: directory for audit.json, audit.txt and audit.html
             only: recipes and pitfalls by name; none: all
-            how: size of the measurement
+            audit: size of the measurement
             config: every field of the experiment; its own recipe is measured too
         """
         from opdjax.diagnose.audit.run import audit as measure
@@ -143,7 +143,7 @@ def audit(arguments: list[str]) -> None:
         estimator, own = config.estimator, ()
         if is_given or estimator != MINI.estimator:
             own = (estimator.options, estimator.recipe)
-        document = measure(config, choose(only or None, *own), how)
+        document = measure(config, choose(only or None, *own), audit)
         tables = text(document)
         with open_output(workdir) as directory:
             directory.mkdir(parents=True, exist_ok=True)

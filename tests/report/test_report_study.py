@@ -340,7 +340,7 @@ def test_a_run_shows_its_first_answers_beside_its_last(tmp_path):
         samples=[sample(1, completion="early"), sample(6, completion="late")],
     )
     page = read(again)
-    assert "of prompts that came up again" in page.all
+    assert "for prompts that came up again" in page.all
     assert row(page, "early")[1:] == ["not graded", "step 1"]
     assert 'id="answers"' not in read(write_run(tmp_path / "once", **BARE)).source
 
