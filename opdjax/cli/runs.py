@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import pathlib
 import re
@@ -89,13 +88,15 @@ def doctor(arguments: list[str]) -> None:
         """
         from opdjax.diagnose.doctor import run_checks
 
-        found = run_checks(config, num_prompts)
-        if config.is_judged:
-            from opdjax.diagnose.judge import examine_judge  # its packages are an extra
+        def findings():
+            yield from run_checks(config, num_prompts)
+            if config.is_judged:  # imported after the checks, which name a missing package
+                from opdjax.diagnose.judge import examine_judge
 
-            found = itertools.chain(found, examine_judge(config))
+                yield from examine_judge(config)
+
         has_fault = False
-        for finding in found:
+        for finding in findings():
             print(finding, flush=True)
             has_fault |= finding.status == "fault"
         sys.exit(1 if has_fault else 0)
