@@ -25,6 +25,7 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from opdjax.config.validation import ConfigError
 from opdjax.data.prompts import padded_width
 from opdjax.engine.decoding import (
     EXTRA_STREAM,
@@ -81,7 +82,7 @@ def sample(
     Rows are `[prompt | completion]`. `slots` rows are decoded at a time (None: all); prompts are
     host arrays, and a row without a prompt is filler that stays empty. Runs its own loop over
     jitted steps, so it cannot be called under jit. With a `mesh`, slots are split over `data` and
-    `fsdp`, heads over `tensor`; ValueError where `slots` does not divide. `prompt_columns`: of the
+    `fsdp`, heads over `tensor`; ConfigError where `slots` does not divide. `prompt_columns`: of the
     cache, for prompts (None: as the widest here needs); the same for all batches of a run, it is
     compiled once for each width of prompts and each length of the ring.
     """
@@ -197,10 +198,10 @@ def block_size(slots: int, num_generations: int, mesh: Mesh | None) -> int:
 
 
 def num_slots(slots: int | None, rows: int, mesh: Mesh | None) -> int:
-    """Rows decoded at a time; ValueError where the devices cannot share them out evenly."""
+    """Rows decoded at a time; ConfigError where the devices cannot share them out evenly."""
     shards = num_row_shards(mesh)
     if slots is not None and (slots < 1 or slots % shards):
-        raise ValueError(
+        raise ConfigError(
             f"slots is {slots}; expected a multiple of {shards}, the devices that rows are split over (mesh.data x mesh.fsdp)"
         )
     most = -(-rows // shards) * shards
