@@ -16,7 +16,7 @@ from opdjax.models.decoder import abstract_params
 from opdjax.models.hf import load_params
 from opdjax.models.lora import combine, init_adapters
 from opdjax.models.partitioning import shardings_of
-from opdjax.ops.sharding import make_mesh
+from opdjax.ops.sharding import abstract_like, make_mesh
 from opdjax.rollouts.setup import open_student
 from opdjax.runs.checkpoint import Checkpointer
 from opdjax.runs.mirror import read_only_workdir
@@ -48,11 +48,7 @@ def export_step(
     adapters = partial(init_adapters, source.config, lora, config.seed)
     trained = jax.eval_shape(adapters) if lora.rank else abstract_params(source.config, "float32")
     abstract = jax.eval_shape(partial(init_state, optimizer=optimizer, mesh=mesh), trained)
-    like = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        abstract,
-        shardings_of(abstract, mesh),
-    )
+    like = abstract_like(abstract, shardings_of(abstract, mesh))
     found = checkpointer.restore(wanted, like).params
     return _export_student(
         config,

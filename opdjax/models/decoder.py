@@ -60,20 +60,15 @@ class DecoderConfig:
     attention: Implementation = "xla"
 
 
-def parameter_shapes(config: DecoderConfig) -> Params:
-    """The shape of every parameter, as the tree that `forward` takes."""
+def abstract_params(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
+    """The tree of parameters that `forward` takes, as shapes and types without values."""
     d, f, h = config.hidden_size, config.intermediate_size, config.head_size
     q, kv = config.num_heads * h, config.num_kv_heads * h
     layer = {
-        "attention_norm": (d,),
-        "q_kernel": (q, d),
-        "k_kernel": (kv, d),
-        "v_kernel": (kv, d),
-        "o_kernel": (d, q),
-        "mlp_norm": (d,),
-        "gate_kernel": (f, d),
-        "up_kernel": (f, d),
-        "down_kernel": (d, f),
+        **dict.fromkeys(("attention_norm", "mlp_norm"), (d,)),
+        **dict.fromkeys(("k_kernel", "v_kernel"), (kv, d)),
+        **dict.fromkeys(("gate_kernel", "up_kernel"), (f, d)),
+        **{"q_kernel": (q, d), "o_kernel": (d, q), "down_kernel": (d, f)},
     }
     if config.has_qk_norm:
         layer |= {"q_norm": (h,), "k_norm": (h,)}
@@ -84,37 +79,31 @@ def parameter_shapes(config: DecoderConfig) -> Params:
     shapes = {"embedding": (config.vocab_size, d), "final_norm": (d,)}
     if not config.ties_embeddings:
         shapes["head"] = (config.vocab_size, d)
-    return shapes | {"layers": {name: (config.num_layers, *shape) for name, shape in layer.items()}}
+    shapes["layers"] = {name: (config.num_layers, *shape) for name, shape in layer.items()}
+    abstract = lambda shape: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+    return jax.tree.map(abstract, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def abstract_params(config: DecoderConfig, dtype) -> Params:
-    """The tree of parameters as shapes and types, without values."""
-    shapes = parameter_shapes(config)
-    return jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)),
-        shapes,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
+def num_parameters(config: DecoderConfig) -> int:
+    """Elements of all parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
 
 
-def init_params(config: DecoderConfig, key: jax.Array, dtype=jnp.float32) -> Params:
+def init_params(config: DecoderConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
     """Random parameters: norms 1, biases 0, embeddings N(0, 0.02²), kernels N(0, 1/in)."""
-    leaves, tree = jax.tree_util.tree_flatten_with_path(
-        parameter_shapes(config), is_leaf=lambda x: isinstance(x, tuple)
-    )
-    keys = jax.random.split(key, len(leaves))
+    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config, dtype))
 
-    def init(name, shape, key):
+    def init(path, leaf, key):
+        name = path[-1].key
         if name.endswith("norm"):
-            return jnp.ones(shape, dtype)
+            return jnp.ones(leaf.shape, dtype)
         if name.endswith("bias"):
-            return jnp.zeros(shape, dtype)
-        scale = 0.02 if name in ("embedding", "head") else shape[-1] ** -0.5
-        return scale * jax.random.normal(key, shape, dtype)
+            return jnp.zeros(leaf.shape, dtype)
+        scale = 0.02 if name in ("embedding", "head") else leaf.shape[-1] ** -0.5
+        return scale * jax.random.normal(key, leaf.shape, dtype)
 
-    return tree.unflatten(
-        [init(path[-1].key, shape, key) for (path, shape), key in zip(leaves, keys)]
-    )
+    keys = jax.random.split(key, len(leaves))
+    return tree.unflatten(init(*leaf, key) for leaf, key in zip(leaves, keys))
 
 
 def head_of(params: Params, *, valid_vocab: int | None = None, temperature: float = 1.0) -> Head:

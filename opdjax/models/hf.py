@@ -29,7 +29,7 @@ from safetensors.numpy import save_file
 
 from opdjax.config import MINI_PAIR, MINI_STUDENT, MINI_TEACHER, STUDENT, LoraConfig, ModelConfig
 from opdjax.config.validation import nearest
-from opdjax.models.decoder import DecoderConfig, Params, abstract_params, parameter_shapes
+from opdjax.models.decoder import DecoderConfig, Params, abstract_params, num_parameters
 from opdjax.models.families import Family, UnsupportedModelError, family_of
 from opdjax.models.lora import merged, without_adapters
 from opdjax.models.partitioning import WEIGHT_AXES, shardings_of
@@ -76,10 +76,7 @@ class Checkpoint:
     @property
     def num_parameters(self) -> int:
         """Elements of all tensors."""
-        shapes = jax.tree.leaves(
-            parameter_shapes(self.config), is_leaf=lambda x: isinstance(x, tuple)
-        )
-        return sum(int(np.prod(shape)) for shape in shapes)
+        return num_parameters(self.config)
 
 
 def open_checkpoint(
@@ -424,11 +421,11 @@ def _size(path: pathlib.Path) -> str:
 
 def _expected_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     global_names, layer_names = checkpoint.family.names(checkpoint.config)
-    shapes = parameter_shapes(checkpoint.config)
-    expected = {tensor: shapes[name] for name, tensor in global_names.items()}
+    params = abstract_params(checkpoint.config)
+    expected = {tensor: params[name].shape for name, tensor in global_names.items()}
     for name, template in layer_names.items():
         for layer in range(checkpoint.config.num_layers):
-            expected[template.format(i=layer)] = shapes["layers"][name][1:]
+            expected[template.format(i=layer)] = params["layers"][name].shape[1:]
     return expected
 
 
@@ -476,14 +473,11 @@ def _is_tied_copy(checkpoint, located, files, name) -> bool:
 
 
 def _check_shapes(params: Params, source: Checkpoint) -> None:
-    expected = jax.tree_util.tree_flatten_with_path(
-        parameter_shapes(source.config), is_leaf=lambda x: isinstance(x, tuple)
-    )[0]
-    found = {
-        jax.tree_util.keystr(path): leaf.shape
-        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
-    }
-    wanted = {jax.tree_util.keystr(path): shape for path, shape in expected}
+    keystr = jax.tree_util.keystr
+    found, wanted = (
+        {keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (params, abstract_params(source.config))
+    )
     if found != wanted:
         wrong = sorted(
             name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from opdjax.config import LoraConfig, LoraTarget
-from opdjax.models.decoder import DecoderConfig, Params, parameter_shapes
+from opdjax.models.decoder import DecoderConfig, Params, abstract_params
 
 _STREAM = 3  # of the run's seed; those of the sampler are 0 to 2
 
@@ -28,9 +28,9 @@ def init_adapters(model: DecoderConfig, lora: LoraConfig, seed: int) -> Params:
     one without adapters. What a target draws does not depend on which others there are.
     """
     stream = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), _STREAM)
-    shapes, layers = parameter_shapes(model)["layers"], {}
+    kernels, layers = abstract_params(model)["layers"], {}
     for target in lora.targets:
-        num_layers, size_out, size_in = shapes[f"{target}_kernel"]
+        num_layers, size_out, size_in = kernels[f"{target}_kernel"].shape
         key, bound = jax.random.fold_in(stream, get_args(LoraTarget).index(target)), size_in**-0.5
         layers[f"{target}_lora_a"] = jax.random.uniform(
             key, (num_layers, lora.rank, size_in), jnp.float32, -bound, bound

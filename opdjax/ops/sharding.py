@@ -142,6 +142,12 @@ def scan_parts(
     return carry, merge_rows(outputs), num_visited
 
 
+def abstract_like(tree: Any, shardings: Any) -> Any:
+    """The tree's shapes and types, with these shardings and without values."""
+    abstract = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return jax.tree.map(abstract, tree, shardings)
+
+
 def shard_rows(batch: Any, mesh: Mesh) -> Any:
     """Place a tree of host arrays, the same in every process, with their first axis split over the
     rows' axes.

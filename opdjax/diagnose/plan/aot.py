@@ -24,10 +24,10 @@ from opdjax.engine.decoding import Decoding
 from opdjax.engine.sampler import Placed, advance, block_size, num_slots, parts_of, prefill, start
 from opdjax.engine.scorer import score
 from opdjax.engine.update import init_state, make_optimizer, make_update, spec_of
-from opdjax.models.decoder import DecoderConfig, head_of, parameter_shapes
+from opdjax.models.decoder import DecoderConfig, abstract_params, head_of
 from opdjax.models.lora import combine, init_adapters
 from opdjax.models.partitioning import shardings_of
-from opdjax.ops.sharding import by_row, make_mesh, replicated
+from opdjax.ops.sharding import abstract_like, by_row, make_mesh, replicated
 from opdjax.types import TeacherScores, TrainBatch
 
 
@@ -103,25 +103,11 @@ def compile_update(workload: Workload, mesh: Mesh) -> Program:
     return measure("update", partial(_lower_update, workload, mesh), workload)[0]
 
 
-def abstract_params(
+def _sharded_params(
     model: DecoderConfig, dtype: str, mesh: Mesh, split_over: tuple[str, ...]
 ) -> Any:
-    """The parameters of a model without their values."""
-    shapes = parameter_shapes(model)
-    leaves = jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)),
-        shapes,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
-    return _laid_out(leaves, shardings_of(leaves, mesh, split_over))
-
-
-def _laid_out(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        tree,
-        shardings,
-    )
+    params = abstract_params(model, dtype)
+    return abstract_like(params, shardings_of(params, mesh, split_over))
 
 
 def _rows(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
@@ -149,13 +135,13 @@ def _batch(workload: Workload, mesh: Mesh) -> TrainBatch:
 def _adapters(workload: Workload, dtype: str, mesh: Mesh, split_over: tuple[str, ...]) -> Any:
     leaves = jax.eval_shape(partial(init_adapters, workload.student, workload.config.lora, 0))
     leaves = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), leaves)
-    return _laid_out(leaves, shardings_of(leaves, mesh, split_over))
+    return abstract_like(leaves, shardings_of(leaves, mesh, split_over))
 
 
 def _published(workload: Workload, mesh: Mesh) -> Any:
     """The weights that rollouts are drawn with."""
     over = workload.config.sampling.split_over
-    whole = abstract_params(workload.student, workload.dtype, mesh, over)
+    whole = _sharded_params(workload.student, workload.dtype, mesh, over)
     return (
         combine(whole, _adapters(workload, workload.dtype, mesh, over))
         if workload.config.lora.rank
@@ -166,7 +152,7 @@ def _published(workload: Workload, mesh: Mesh) -> Any:
 def _teacher_params(workload: Workload, mesh: Mesh) -> Any:
     if workload.teacher is None and not workload.has_reference:
         return _published(workload, mesh)
-    return abstract_params(
+    return _sharded_params(
         workload.scoring_model, workload.teacher_dtype, mesh, workload.scoring_split
     )
 
@@ -174,13 +160,13 @@ def _teacher_params(workload: Workload, mesh: Mesh) -> Any:
 def _lower_update(workload: Workload, mesh: Mesh) -> Any:
     config = workload.config
     spec = spec_of(config, workload.student, workload.dtype, None, mesh)
-    params, frozen = abstract_params(workload.student, "float32", mesh, spec.split_over), None
+    params, frozen = _sharded_params(workload.student, "float32", mesh, spec.split_over), None
     if config.lora.rank:
         params = _adapters(workload, "float32", mesh, spec.split_over)
-        frozen = abstract_params(workload.student, workload.dtype, mesh, spec.split_over)
+        frozen = _sharded_params(workload.student, workload.dtype, mesh, spec.split_over)
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     state = jax.eval_shape(partial(init_state, optimizer=optimizer), params)
-    state = _laid_out(state, shardings_of(state, mesh, spec.split_over))
+    state = abstract_like(state, shardings_of(state, mesh, spec.split_over))
     batch, head = _batch(workload, mesh), None
     if workload.has_reference:
         batch = dataclasses.replace(
@@ -296,7 +282,7 @@ def _lower(call: tuple[Any, tuple, dict[str, Any]]) -> Any:
 def _results(call: tuple[Any, tuple, dict[str, Any]], compiled: Any) -> Any:
     """What a call returns, laid out as its compiled program returns it."""
     function, arguments, static = call
-    return _laid_out(function.eval_shape(*arguments, **static), compiled.output_shardings)
+    return abstract_like(function.eval_shape(*arguments, **static), compiled.output_shardings)
 
 
 def measure(name: str, lower: Callable, workload: Workload) -> tuple[Program, Any]:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from opdjax.diagnose.plan.workload import Workload, has_advantages
 from opdjax.engine.sampler import BLOCKS_PER_FILL
-from opdjax.models.decoder import DecoderConfig, forward, parameter_shapes
+from opdjax.models.decoder import DecoderConfig, abstract_params, forward
 from opdjax.models.lora import combine, init_adapters
 from opdjax.models.partitioning import specs_of
 from opdjax.ops.sharding import make_mesh
@@ -140,16 +140,6 @@ def foresee(workload: Workload) -> Plan:
     return Plan(workload, tuple(item for item in items if item.num_bytes), bounds)
 
 
-def num_parameters(model: DecoderConfig) -> int:
-    """Elements of all parameters."""
-    return sum(
-        math.prod(shape)
-        for shape in jax.tree.leaves(
-            parameter_shapes(model), is_leaf=lambda x: isinstance(x, tuple)
-        )
-    )
-
-
 def parameter_bytes(
     model: DecoderConfig,
     dtype: str,
@@ -158,12 +148,7 @@ def parameter_bytes(
     only: str | None = None,
 ) -> int:
     """Bytes of a model's parameters on one device, or of the one called `only`."""
-    shapes = parameter_shapes(model)
-    leaves = jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)),
-        shapes,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
+    leaves = abstract_params(model, dtype)
     return _tree_bytes(leaves if only is None else {only: leaves[only]}, dtype, mesh, split_over)
 
 
@@ -511,12 +496,7 @@ def kept_activations(workload: Workload) -> int:
     parameters aside.
     """
     model, adapters = workload.student, _adapters(workload)
-    shapes = parameter_shapes(model)
-    whole = jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, workload.dtype),
-        shapes,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
+    whole = abstract_params(model, workload.dtype)
     frozen, trained = (None, whole) if adapters is None else (whole, adapters)
     trained = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, workload.dtype), trained)
     ids = jax.ShapeDtypeStruct((workload.micro_rows, workload.columns), jnp.int32)
