@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from opdjax.config import MINI_STUDENT, DataConfig
 from opdjax.data.chat import load_tokenizer
 from opdjax.data.prompts import collate, encode_prompts, read_prompts
-from opdjax.engine import sampler
+from opdjax.engine import sampler, scheduling
 from opdjax.engine.decoding import (
     EVAL_STREAM,
     TRAIN_STREAM,
@@ -969,8 +969,8 @@ def test_filler_alone_draws_nothing(generate, mixed, steps):
 @pytest.fixture
 def short_rings(monkeypatch):
     """Rings of 4, 8, 16 and 24 columns."""
-    monkeypatch.setattr(sampler, "_SHORTEST_RING", 4)
-    assert sampler._ring_sizes(LENGTH) == [4, 8, LENGTH]
+    monkeypatch.setattr(scheduling, "_SHORTEST_RING", 4)
+    assert scheduling.ring_sizes(LENGTH) == [4, 8, LENGTH]
 
 
 @pytest.mark.parametrize("slots", [None, 5])
@@ -980,15 +980,15 @@ def test_a_ring_that_grows_changes_nothing(generate, mixed, rollouts, slots):
 
 
 def test_ring_sizes():
-    assert [sampler._ring_sizes(n) for n in (1, 24, 128, 200, 256)] == [
+    assert [scheduling.ring_sizes(n) for n in (1, 24, 128, 200, 256)] == [
         [1],
         [24],
         [128],
         [200],
         [128, 256],
     ]
-    assert sampler._ring_sizes(1000) == [128, 256, 1000]
-    assert sampler._ring_sizes(1024) == [128, 256, 512, 1024]
+    assert scheduling.ring_sizes(1000) == [128, 256, 1000]
+    assert scheduling.ring_sizes(1024) == [128, 256, 512, 1024]
 
 
 @pytest.mark.usefixtures("short_rings")
@@ -1053,8 +1053,8 @@ def test_a_prompt_is_read_once_for_all_its_generations(generate, mixed, monkeypa
     monkeypatch.setattr(
         sampler,
         "prefill",
-        lambda params, parts, tokens, mask, **rest: (
-            read.append(mask) or prefill(params, parts, tokens, mask, **rest)
+        lambda params, layer_params, tokens, mask, **rest: (
+            read.append(mask) or prefill(params, layer_params, tokens, mask, **rest)
         ),
     )
     generate(mixed, num_generations=8, slots=16, temperature=1.5)
@@ -1102,9 +1102,9 @@ def test_stored_in_fewer_bits_the_behavior_is_a_little_off(
 
 def test_int8_keeps_each_number_to_half_a_step(student, rng):
     tokens, mask = rng.integers(3, 70, (2, 8)), np.ones((2, 8), bool)
-    parts = kv_cache.parts_of(student.params["layers"], student.config)
+    layer_params = kv_cache.split_layers(student.params["layers"], student.config)
     caches = [
-        kv_cache.prefill(student.params, parts, student.config, tokens, mask, dtype)[1]
+        kv_cache.prefill(student.params, layer_params, student.config, tokens, mask, dtype)[1]
         for dtype in (jnp.float32, jnp.int8)
     ]
     for exact, stored in zip(

@@ -71,9 +71,9 @@ def read_on(params, config, tokens, segments, positions, cache, seen, start):
     is_visible = segment_mask(
         start + jnp.arange(tokens.shape[1]), segments, jnp.arange(seen.shape[1]), seen
     )
-    parts = kv_cache.parts_of(params["layers"], config)
+    layer_params = kv_cache.split_layers(params["layers"], config)
     hidden, cache = kv_cache.forward_cached(
-        params, parts, config, tokens, positions, cache, start, is_visible
+        params, layer_params, config, tokens, positions, cache, start, is_visible
     )
     return hidden, cache, seen
 
@@ -242,7 +242,7 @@ def test_positions_restart_at_each_segment():
 @every_config
 def test_cache_equals_full_forward(rng, monkeypatch, config, widths):
     monkeypatch.setattr(
-        kv_cache, "_MAX_APART", 8 if len(widths) == 3 else 0
+        kv_cache, "_MAX_UNSTACKED", 8 if len(widths) == 3 else 0
     )  # with the layers in one stack, too
     params = small_params(config)
     tokens, segments = padded(rng, [11, 8, 6], 11, "left", config.vocab_size)

@@ -21,7 +21,8 @@ from opdjax.config.topology import Topology
 from opdjax.diagnose.plan.hlo import Collective, collectives, most_rows
 from opdjax.diagnose.plan.workload import Workload, has_advantages
 from opdjax.engine.decoding import Decoding
-from opdjax.engine.sampler import Placed, advance, block_size, num_slots, parts_of, prefill, start
+from opdjax.engine.sampler import advance, prefill, split_layers, start
+from opdjax.engine.scheduling import Assignments, block_size, num_slots
 from opdjax.engine.scorer import score
 from opdjax.engine.update import init_state, make_optimizer, make_update, spec_of
 from opdjax.models.decoder import DecoderConfig, abstract_params, head_of
@@ -237,12 +238,12 @@ def _compile_sampler(workload: Workload, mesh: Mesh) -> list[Program]:
     params, static, (slots, block) = _sampled(workload, mesh)
     width, count = workload.prompt_columns, workload.config.rows_per_step
     whole = partial(jax.ShapeDtypeStruct, (block, width), sharding=replicated(mesh))
-    taking_apart = parts_of, (params["layers"], static["config"]), {}
-    parts = _results(taking_apart, _lower(taking_apart).compile())
+    splitting = split_layers, (params["layers"], static["config"]), {}
+    layer_params = _results(splitting, _lower(splitting).compile())
     reading = (
         prefill,
-        (params, parts, whole(jnp.int32), whole(jnp.bool_)),
-        {"width": width, **static},
+        (params, layer_params, whole(jnp.int32), whole(jnp.bool_)),
+        {"prompt_columns": width, **static},
     )
     of_prefill, compiled = measure("prefill", partial(_lower, reading), workload)
     if compiled is None:
@@ -259,13 +260,13 @@ def _compile_sampler(workload: Workload, mesh: Mesh) -> list[Program]:
     )
     state = _results(empty, _lower(empty).compile())
     of_slot, number = np.zeros(slots, np.int32), np.int32(0)
-    placed = Placed(of_slot, of_slot, of_slot, of_slot)
+    assignments = Assignments(of_slot, of_slot, of_slot, of_slot)
     arguments = (
         params,
-        parts,
+        layer_params,
         state,
         _results(reading, compiled),
-        placed,
+        assignments,
         np.zeros(3, np.int32),
         number,
         number,

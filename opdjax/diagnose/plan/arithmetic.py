@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from opdjax.diagnose.plan.workload import Workload, has_advantages
-from opdjax.engine.sampler import BLOCKS_PER_FILL
+from opdjax.engine.scheduling import BLOCKS_PER_FILL
 from opdjax.models.decoder import DecoderConfig, abstract_params, forward
 from opdjax.models.lora import combine, init_adapters
 from opdjax.models.partitioning import specs_of
