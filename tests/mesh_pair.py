@@ -24,7 +24,8 @@ from opdjax.config import (
     TrainConfig,
 )
 from opdjax.models.decoder import init_params
-from opdjax.models.hf import export, open_checkpoint
+from opdjax.models.hf import open_checkpoint
+from opdjax.models.hf_export import export
 
 SIZES = {
     "hidden_size": 16,

@@ -172,7 +172,8 @@ def test_cudnn_is_called_forward_and_backward(rng, monkeypatch):
             "cpu",
             "auto",
             64,
-            "student.attention is 'splash'; expected auto or xla: splash attention needs a TPU, this is a cpu",
+            "student.attention is 'splash'; expected auto or xla: splash attention needs a TPU, this "
+            "is a cpu",
         ),
         (
             "splash",
@@ -186,7 +187,8 @@ def test_cudnn_is_called_forward_and_backward(rng, monkeypatch):
             "cpu",
             "auto",
             64,
-            "student.attention is 'cudnn'; expected auto or xla: cuDNN needs an NVIDIA GPU, this is a cpu",
+            "student.attention is 'cudnn'; expected auto or xla: cuDNN needs an NVIDIA GPU, this is "
+            "a cpu",
         ),
         ("cudnn", "gpu", "float32", 64, "cuDNN computes in bfloat16, student.dtype is float32"),
         (

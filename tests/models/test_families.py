@@ -161,7 +161,8 @@ KINDS = r"expected one of \['default', 'linear', 'llama3', 'yarn'\]"
         (
             "Mamba",
             {},
-            r"MambaForCausalLM.*expected one of \['LlamaForCausalLM', 'Qwen2ForCausalLM', 'Qwen3ForCausalLM'\]",
+            r"MambaForCausalLM.*expected one of \['LlamaForCausalLM', 'Qwen2ForCausalLM', "
+            r"'Qwen3ForCausalLM'\]",
         ),
         ("Qwen3", {"architectures": ...}, "names the architecture nothing"),
         (
@@ -187,7 +188,7 @@ KINDS = r"expected one of \['default', 'linear', 'llama3', 'yarn'\]"
         (
             "Llama",
             {"partial_rotary_factor": 0.5},
-            r"sets partial_rotary_factor 0\.5; expected 1 \(all of a head",
+            r"sets partial_rotary_factor 0\.5; expected 1 \(all dimensions of a head",
         ),
         (
             "Llama",
@@ -223,12 +224,12 @@ KINDS = r"expected one of \['default', 'linear', 'llama3', 'yarn'\]"
         (
             "Llama",
             scaled("dynamic", factor=2.0),
-            rf"rope_type 'dynamic'; {KINDS}; the frequencies of this kind follow.*equals 'default'",
+            rf"rope_type 'dynamic'; {KINDS}; the frequencies of this kind depend.*equals 'default'",
         ),
         (
             "Llama",
             {"rope_scaling": {"type": "longrope"}},
-            rf"rope_scaling\.type 'longrope'; {KINDS}; the frequencies of this kind follow",
+            rf"rope_scaling\.type 'longrope'; {KINDS}; the frequencies of this kind depend",
         ),
         (
             "Qwen3",
@@ -244,7 +245,7 @@ KINDS = r"expected one of \['default', 'linear', 'llama3', 'yarn'\]"
         (
             "Qwen3",
             {"rope_parameters": {"rope_theta": 1e6}, **scaled("linear", factor=2.0)},
-            "rope_scaling .*; expected what rope_par",
+            "rope_scaling .*; expected the same as rope_par",
         ),
         (
             "Llama",

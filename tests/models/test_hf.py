@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 from opdjax.models import decoder, hf
-from opdjax.models.hf import CheckpointError, export, load_params, open_checkpoint
+from opdjax.models.hf import CheckpointError, load_params, open_checkpoint
+from opdjax.models.hf_export import export
 from opdjax.models.rope import Rope
 from opdjax.ops.sharding import make_mesh
 
@@ -306,7 +307,8 @@ def test_broken_config_is_refused(tmp_path, content, words):
 
 @pytest.mark.parametrize("path", ["/no/such/place", "./owner/name", "a/b/c", "justaname"])
 def test_neither_directory_nor_id_is_refused(path):
-    with pytest.raises(CheckpointError, match=f"'{re.escape(path)}' is no directory and no hub id"):
+    words = f"'{re.escape(path)}' is neither a directory nor a hub id"
+    with pytest.raises(CheckpointError, match=words):
         open_checkpoint(path)
 
 
@@ -318,7 +320,8 @@ def test_hub_failure_is_named(monkeypatch):
         raise LocalEntryNotFoundError(f"offline: {name}@{revision}")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(CheckpointError, match="the hub did not give it: offline: owner/absent@v1"):
+    words = "downloading it from the hub failed: offline: owner/absent@v1"
+    with pytest.raises(CheckpointError, match=words):
         open_checkpoint("owner/absent", revision="v1")
 
 
@@ -434,7 +437,8 @@ def test_index_of_an_absent_file_is_refused(pairs, save):
     shard.unlink()
     with pytest.raises(
         CheckpointError,
-        match=rf"index\.json names files that are not there \(download them too\): {re.escape(shard.name)}$",
+        match=r"index\.json names files that do not exist \(download them too\): "
+        rf"{re.escape(shard.name)}$",
     ):
         reload(path)
 
@@ -446,7 +450,7 @@ def test_index_of_an_absent_tensor_is_refused(pairs, save):
     index["weight_map"][NORM] = other
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(
-        CheckpointError, match=rf"{re.escape(other)} does not give the tensor {re.escape(NORM)}"
+        CheckpointError, match=rf"{re.escape(other)} does not hold the tensor {re.escape(NORM)}"
     ):
         reload(path)
 

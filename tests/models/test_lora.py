@@ -18,7 +18,8 @@ from opdjax.config import EstimatorConfig, LoraConfig, ModelConfig, OptimizerCon
 from opdjax.engine.update import UpdateSpec, init_state, loss_and_grad, make_optimizer, make_update
 from opdjax.estimators import bind
 from opdjax.models.decoder import abstract_params, forward
-from opdjax.models.hf import export, export_adapter, load_params, open_checkpoint
+from opdjax.models.hf import load_params, open_checkpoint
+from opdjax.models.hf_export import export, export_adapter
 from opdjax.models.lora import combine, init_adapters, merged, without_adapters
 
 LORA = LoraConfig(rank=3, alpha=12.0, targets=("v", "q", "o", "down", "up"))
