@@ -15,7 +15,8 @@ import statistics
 
 from benchmark_vocab import cpu_model
 
-from opdjax.runs.results import AXES, Run, mean, read_points, read_run, seed_interval
+from opdjax.runs.results import AXES, Run, mean, read_points, read_run
+from opdjax.runs.statistics import seed_interval
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCORES = ("avg@k", "greedy", "pass@k")
@@ -48,7 +49,7 @@ def numbers(run: Run) -> dict:
         "grad_norm": run.median("grad/norm"),
         "grad_norm_first": statistics.median(norms[:10]),
         "kl_first": mean(run.column("kl/student_teacher")[:3]),
-        "kl_last": run.at_the_end("kl/student_teacher"),
+        "kl_last": run.last_mean("kl/student_teacher"),
         "signal_to_noise": signal_to_noise(run),
         **{axis: run.total_at(axis, last) for axis in AXES},
         "commit": run.environment["commit"],
@@ -293,12 +294,12 @@ def paired_ratio(left: list[dict], right: list[dict], name: str) -> tuple[float,
 
 
 def judge(low: float, high: float, claimed: tuple[float, float]) -> str:
-    """`seen` where the whole interval lies in what is claimed, `contradicted` where none of it
-    does, else `undecided`.
+    """`reproduced` where the whole interval lies in what is claimed, `contradicted` where none of it
+    does, else `inconclusive`.
     """
     if claimed[0] < low and high < claimed[1]:
-        return "seen"
-    return "contradicted" if high <= claimed[0] or low >= claimed[1] else "undecided"
+        return "reproduced"
+    return "contradicted" if high <= claimed[0] or low >= claimed[1] else "inconclusive"
 
 
 def claims(rows, best, common) -> list[list[str]]:
@@ -336,11 +337,11 @@ def claims(rows, best, common) -> list[list[str]]:
     text = "; ".join(f"k = {k}: {pair[1]}" for k, pair in zip((5, 20, 100), pairs))
     verdicts = {judge(*pair[0], equal) for pair in pairs}
     verdict = (
-        "seen"
-        if verdicts == {"seen"}
+        "reproduced"
+        if verdicts == {"reproduced"}
         else "contradicted"
         if "contradicted" in verdicts
-        else "undecided"
+        else "inconclusive"
     )
     add(
         "the top-k baseline does what the full one does, flat in k, even at k = 5",
@@ -527,7 +528,7 @@ All at the common rate {common:g}:
 
 ## The paper's claims, at this size
 
-"Seen" means that the whole 95 % interval lies in what is claimed, "contradicted" that none of it does, "undecided" the rest.
+"Seen" means that the whole 95 % interval lies in what is claimed, "contradicted" that none of it does, "inconclusive" the rest.
 Five claims are judged, without a correction for their number.
 
 {claims}

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from opdjax.config import DataConfig
+from opdjax.config.validation import MissingExtraError
 from opdjax.data.tasks import arithmetic
 from opdjax.runs.object_store import is_remote, local_copy
 
@@ -53,7 +54,7 @@ class ColumnMap:
     benchmark: str | None = None  # None: no benchmark is read
 
     @classmethod
-    def of(cls, data: DataConfig) -> ColumnMap:
+    def from_config(cls, data: DataConfig) -> ColumnMap:
         """Those that a config names."""
         return cls(
             data.prompt_column, data.answer_column, data.reference_column, data.rubric_column
@@ -364,7 +365,7 @@ def _extra(kind: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise ImportError(
+        raise MissingExtraError(
             f"a data source {kind}:… needs another package ({error}): pip install 'opdjax[data]'"
         ) from error
 

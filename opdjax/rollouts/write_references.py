@@ -19,16 +19,10 @@ from typing import Any
 import numpy as np
 
 from opdjax.config import STUDENT, Config, DataConfig
-from opdjax.config.validation import require
+from opdjax.config.validation import MissingExtraError, require
 from opdjax.data.chat import load_tokenizer
-from opdjax.data.prompts import (
-    Prompt,
-    PromptSet,
-    collate,
-    encode_prompts,
-    messages_of,
-    read_prompts,
-)
+from opdjax.data.prompt_rows import Prompt, read_prompts
+from opdjax.data.prompts import PromptSet, collate, encode_prompts, messages_of
 from opdjax.data.references import (
     ReferenceAnswer,
     ReferenceIndex,
@@ -46,7 +40,7 @@ from opdjax.judge.replies import ApiError, ApiRequestError, ApiUnavailableError
 from opdjax.models.hf import fingerprint, load_params, open_checkpoint
 from opdjax.ops.sharding import make_mesh, to_host
 from opdjax.rollouts.setup import compute_dtype, num_ids, open_student, stop_ids, student_view
-from opdjax.runs.mirror import file_at_home
+from opdjax.runs.mirror import open_remote_file
 from opdjax.runs.object_store import is_remote
 from opdjax.runs.workdir import WorkdirError, append_lines, locked, read_lines
 from opdjax.types import PromptBatch
@@ -135,7 +129,7 @@ def _checked_path(config: Config) -> str:
 
 def _rows_to_answer(config: Config) -> tuple[list[Prompt], int]:
     """The prompts that a run keeps, each once, and how many are too long for it."""
-    rows = read_prompts(config.data.source, ColumnMap.of(config.data))
+    rows = read_prompts(config.data.source, ColumnMap.from_config(config.data))
     tokenizer = load_tokenizer(open_student(config).path)
     kept = encode_prompts(rows, student_view(config.data), tokenizer, tokenizer)
     return list({key_of(row.prompt): row for row in kept.prompts}.values()), kept.num_skipped
@@ -148,7 +142,7 @@ def _one_writer(references: str) -> Iterator[tuple[pathlib.Path, Callable[[], No
     with contextlib.ExitStack() as held:
         try:
             if is_remote(references):
-                path, keep = held.enter_context(file_at_home(references, "teach"))
+                path, keep = held.enter_context(open_remote_file(references, "teach"))
             else:
                 held.enter_context(locked(path.parent, f"teach-{path.name}"))
                 keep = lambda: None
@@ -272,7 +266,7 @@ def _checkpoint_asked(
         config=checkpoint.config,
         decoding=decoding,
         mesh=mesh,
-        prompt_columns=prompts.columns(),
+        prompt_columns=prompts.max_width(),
     )
 
     def asked(batch: Sequence[Pending], told: Counter) -> Found:
@@ -321,7 +315,7 @@ def _api_asked(config: Config, path: pathlib.Path, _: Sequence[Pending]) -> Iter
         from opdjax.judge.cache import ReplyCache
         from opdjax.judge.client import ApiClient
     except ImportError as error:
-        raise ImportError(
+        raise MissingExtraError(
             f"teacher_api is asked through another package ({error}): pip install 'opdjax[judge]'"
         ) from error
     spending = path.with_name(f"{path.name}.spending.jsonl")

@@ -21,8 +21,9 @@ from test_cli import smooth
 import opdjax.rollouts.on_policy
 import opdjax.train
 from opdjax.cli import main
-from opdjax.cli.experiments import load_experiment, load_sweep
+from opdjax.cli.experiments import load_experiment
 from opdjax.config import MINI_PAIR, MINI_STUDENT
+from opdjax.config.experiments import load_sweep
 from opdjax.engine.evaluate import Evaluator
 
 ROW = '{"prompt": "1+1=", "answer": "2", "reference": "x"}\n'
@@ -219,7 +220,7 @@ DATA = {
     "a web address": (
         "RemoteError",
         lambda p: p.train("--data.source", "https://x.y/z.jsonl"),
-        "https://x.y/z.jsonl is no place to read or write; expected a local path or gs://BUCKET/NAME",
+        "https://x.y/z.jsonl cannot be read or written; expected a local path or gs://BUCKET/NAME",
     ),
     "a table of another kind": (
         "DataError",
@@ -338,7 +339,7 @@ DATA = {
             "{prompt}1",
         ),
         "prompt 0 of",
-        "has no turn of the user, around which data.teacher_prompt_format goes",
+        "has no user's turn, which data.teacher_prompt_format wraps",
     ),
     "an evaluation without answers": (
         "DataError",
@@ -799,7 +800,7 @@ WORKDIRS = {
     "a bucket": (
         "RemoteError",
         lambda p: ["train", p.experiment, "--workdir", "s3://bucket/run"],
-        "s3://bucket/run is no place to read or write; expected a local path or gs://BUCKET/NAME",
+        "s3://bucket/run cannot be read or written; expected a local path or gs://BUCKET/NAME",
     ),
     "a lost evaluation": (
         "WorkdirError",
@@ -811,7 +812,7 @@ WORKDIRS = {
         "WorkdirError",
         lambda p: p.resume("metrics.jsonl", b"\xff{\n"),
         "metrics.jsonl, line 1 is damaged",
-        "expected a JSON object. Put it right",
+        "expected a JSON object. Repair it",
     ),
     "lost checkpoints": (
         "WorkdirError",
@@ -843,7 +844,7 @@ WORKDIRS = {
     "export to a bucket": (
         "RemoteError",
         lambda p: ["export", p.run(), "s3://b/x"],
-        "s3://b/x is no place to read or write",
+        "s3://b/x cannot be read or written",
     ),
     "export of an unknown step": (
         "ConfigError",

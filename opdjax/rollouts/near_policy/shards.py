@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from opdjax.config.validation import MissingExtraError
 from opdjax.runs.workdir import read_json
 
 
@@ -156,7 +157,7 @@ def versions(workdir: pathlib.Path) -> list[int]:
     )
 
 
-def shards(directory: pathlib.Path, stage: str) -> dict[int, pathlib.Path]:
+def shard_paths(directory: pathlib.Path, stage: str) -> dict[int, pathlib.Path]:
     """number -> file of one stage, numbers rising; unread, so any of them may be damaged."""
     found: dict[int, pathlib.Path] = {}
     for path in directory.glob(f"{stage}-*.parquet"):
@@ -343,7 +344,9 @@ def require_pyarrow() -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError("stored rollouts need pyarrow: pip install 'opdjax[data]'") from error
+        raise MissingExtraError(
+            "stored rollouts need pyarrow: pip install 'opdjax[data]'"
+        ) from error
     return pyarrow
 
 

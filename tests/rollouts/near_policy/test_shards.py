@@ -9,14 +9,13 @@ import sys
 import numpy as np
 import pytest
 
-from opdjax.cli.runs import store
-from opdjax.rollouts.near_policy import shards
+from opdjax.rollouts.near_policy import shards as shards_module
 from opdjax.rollouts.near_policy.shards import (
     ShardError,
     StorageError,
     read_filter,
     read_shard,
-    shards,
+    shard_paths,
     version_directory,
     versions,
     write_filter,
@@ -64,8 +63,8 @@ def annotations(rng):
 
 
 def assert_read(shard, columns, stage):
-    assert list(shard.columns) == list(shards.SCHEMAS[stage])
-    for name, column in shards.SCHEMAS[stage].items():
+    assert list(shard.columns) == list(shards_module.SCHEMAS[stage])
+    for name, column in shards_module.SCHEMAS[stage].items():
         read = shard.columns[name]
         if column.per == "sample":
             assert read.dtype == column.type
@@ -88,7 +87,7 @@ def test_samples_come_back_as_they_were(tmp_path, samples):
     assert_read(shard, samples, "samples")
     assert shard.facts == {
         **FACTS,
-        "schema": shards.SCHEMA_VERSION,
+        "schema": shards_module.SCHEMA_VERSION,
         "stage": "samples",
         "number": 12,
     }
@@ -153,16 +152,16 @@ def test_a_shard_takes_the_place_of_the_one_before(tmp_path, samples, annotation
 
 def test_what_there_is_is_listed_by_number(tmp_path, samples):
     assert versions(tmp_path) == []
-    assert shards(version_directory(tmp_path, 40), "samples") == {}
+    assert shard_paths(version_directory(tmp_path, 40), "samples") == {}
     for version, number in ((40, 11), (40, 2), (0, 123_456_789)):
         write_shard(version_directory(tmp_path, version), "samples", number, samples, {})
     (tmp_path / "rollouts" / "notes").mkdir()
     directory = version_directory(tmp_path, 40)
     (directory / "samples-00000003.parquet").touch()
     assert versions(tmp_path) == [0, 40]
-    assert list(shards(directory, "samples")) == [2, 11]
-    assert shards(directory, "annotations") == {}
-    assert list(shards(version_directory(tmp_path, 0), "samples")) == [123_456_789]
+    assert list(shard_paths(directory, "samples")) == [2, 11]
+    assert shard_paths(directory, "annotations") == {}
+    assert list(shard_paths(version_directory(tmp_path, 0), "samples")) == [123_456_789]
 
 
 def test_of_two_that_a_killed_writer_left_the_later_counts(tmp_path, samples):
@@ -178,7 +177,7 @@ def test_of_two_that_a_killed_writer_left_the_later_counts(tmp_path, samples):
         paths.append(made.rename(tmp_path / made.name))
     for later in paths:
         os.utime(later, ns=(2 * 10**18, 2 * 10**18))
-        assert shards(tmp_path, "samples") == {3: later}
+        assert shard_paths(tmp_path, "samples") == {3: later}
         os.utime(later, ns=(10**18, 10**18))
 
 
@@ -251,7 +250,7 @@ def rename_as_digest(path):
     """The file under the name that its bytes ask for, as a writer would give it."""
     return path.rename(
         path.with_name(
-            f"samples-00000003.{shards.hashlib.sha256(path.read_bytes()).hexdigest()[:16]}.parquet"
+            f"samples-00000003.{shards_module.hashlib.sha256(path.read_bytes()).hexdigest()[:16]}.parquet"
         )
     )
 
@@ -277,15 +276,15 @@ def test_a_foreign_file_is_no_shard(tmp_path, shard):
 
 
 def test_another_schema_is_named(tmp_path, samples, monkeypatch):
-    monkeypatch.setattr(store, "SCHEMA_VERSION", 9)
+    monkeypatch.setattr(shards_module, "SCHEMA_VERSION", 9)
     path = write_shard(tmp_path, "samples", 3, samples, {})
     monkeypatch.undo()
     with pytest.raises(ShardError, match=r"is of schema 9; this version of opdjax reads schema 1"):
         read_shard(path)
     monkeypatch.setitem(
-        shards.SCHEMAS,
+        shards_module.SCHEMAS,
         "samples",
-        shards.SCHEMAS["samples"] | {"more": shards.ShardColumn("int32", "")},
+        shards_module.SCHEMAS["samples"] | {"more": shards_module.ShardColumn("int32", "")},
     )
     path = write_shard(tmp_path, "samples", 3, samples | {"more": [1] * 4}, {})
     monkeypatch.undo()
@@ -330,7 +329,7 @@ def test_a_killed_writer_leaves_nothing_that_reads_and_the_next_cleans_up(tmp_pa
         assert len(drafts) == 1
         assert drafts[0].startswith("samples-00000003.")
         assert drafts[0].endswith(f".parquet.partial-{platform.node()}-{writer.pid}")
-        assert shards(tmp_path, "samples") == {}
+        assert shard_paths(tmp_path, "samples") == {}
         # While it lives its draft is its own.
         write_shard(tmp_path, "samples", 3, samples, {})
         assert len([*tmp_path.glob("*.partial-*")]) == 1
@@ -340,7 +339,7 @@ def test_a_killed_writer_leaves_nothing_that_reads_and_the_next_cleans_up(tmp_pa
         "a draft of another number is not its to judge"
     )
     path = write_shard(tmp_path, "samples", 3, samples, {})
-    assert shards(tmp_path, "samples")[3] == path
+    assert shard_paths(tmp_path, "samples")[3] == path
     assert not [*tmp_path.glob("*.partial-*")]
 
 
@@ -414,7 +413,7 @@ def test_a_full_disk_leaves_what_was_there(tiny_disk, samples):
     read_shard(before)
     fill.unlink()
     assert failure_of(tiny_disk, "plain") == ""
-    assert len(read_shard(shards(tiny_disk, "samples")[3])) == 100
+    assert len(read_shard(shard_paths(tiny_disk, "samples")[3])) == 100
 
 
 def test_a_place_that_takes_no_files_is_named(tmp_path, samples):
@@ -429,12 +428,12 @@ def test_a_place_that_takes_no_files_is_named(tmp_path, samples):
 
 
 def test_a_filter_comes_back_and_its_damage_is_named(tmp_path):
-    assert shards.filters(tmp_path) == []
+    assert shards_module.filters(tmp_path) == []
     document = {"version": 4, "kept": [0, 1], "ifd_max": None, "text": "né"}
     path = write_filter(tmp_path, 12, document)
     assert path.name == "filter-00000012.json"
     assert read_filter(tmp_path, 12) == document
-    assert shards.filters(tmp_path) == [12]
+    assert shards_module.filters(tmp_path) == [12]
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(WorkdirError, match=f"{path} cannot be read as JSON.*; remove it"):
         read_filter(tmp_path, 12)
