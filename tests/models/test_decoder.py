@@ -1,4 +1,4 @@
-"""The decoder: equal to transformers, to itself by columns, in packed rows and with
+"""The decoder equals transformers; it equals itself with a cache, in packed rows and with
 rematerialisation.
 """
 
@@ -31,7 +31,7 @@ SMALL = decoder.DecoderConfig(
     has_qkv_bias=True,
     has_output_bias=True,
 )
-CONFIGS = {  # every switch on and off, and frequencies of every form
+CONFIGS = {  # every option on and off, and every kind of frequencies
     "qwen3": SMALL,
     "qwen2": dataclasses.replace(
         SMALL,
@@ -64,8 +64,8 @@ forward = jax.jit(decoder.forward, static_argnums=1)
 
 @partial(jax.jit, static_argnums=1)
 def read_on(params, config, tokens, segments, positions, cache, seen, start):
-    """Hidden states of columns `start : start + T` of rows whose segments so far are `seen`; the
-    cache and `seen` with them.
+    """(hidden states of columns `start : start + T`, cache, seen); `seen` are the segment ids of
+    all columns so far.
     """
     seen = jax.lax.dynamic_update_slice(seen, segments, (0, start))
     is_visible = segment_mask(
@@ -79,7 +79,7 @@ def read_on(params, config, tokens, segments, positions, cache, seen, start):
 
 
 def small_params(config=SMALL):
-    """Float64; norms and biases are off 1 and 0, so that leaving one out shows."""
+    """Float64; norms differ from 1 and biases from 0, so that a missing one is noticed."""
     rng = np.random.default_rng(1)
 
     def draw(path, leaf):
@@ -95,9 +95,7 @@ def small_params(config=SMALL):
 
 
 def padded(rng, lengths, width, side, vocab, pad=0):
-    """Random (tokens, segment ids), row i with lengths[i] live columns; the padding stands at
-    `side`.
-    """
+    """Random (tokens, segment ids); row i has lengths[i] live columns and padding on `side`."""
     column = np.arange(width)
     live = np.stack([column < n if side == "right" else column >= width - n for n in lengths])
     return np.where(live, rng.integers(0, vocab, live.shape), pad).astype(np.int32), live.astype(
@@ -155,12 +153,12 @@ def test_greedy_tokens_equal_generate(pair, rng):
 
 
 def rope(kind, theta=1e4, **fields):
-    """As transformers 5 writes it to config.json."""
+    """config.json as transformers 5 writes it."""
     return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **fields}}
 
 
 def old_rope(theta, **fields):
-    """As transformers 4 wrote it."""
+    """config.json as transformers 4 wrote it."""
     return {"rope_parameters": ..., "rope_theta": theta, "rope_scaling": fields or None}
 
 
@@ -271,8 +269,8 @@ PACKED[:2] = [1, 1, 1, 1, 2, 2, 2, 2, 2, 3, 0, 0], [0, 7, 7, 1, 1, 1, 1, 1, 1, 2
 
 
 def separate_rows(tokens, segments):
-    """Each segment in a row of its own, right-padded, and the columns of the packed rows that they
-    come from.
+    """Each segment in its own right-padded row, and the columns of the packed rows that the
+    segments come from.
     """
     apart, live, origins = np.zeros_like(tokens), np.zeros_like(segments), []
     pieces = [
@@ -288,7 +286,7 @@ def separate_rows(tokens, segments):
 
 
 def weighed(params, tokens, segments, weights, remat="none", config=SMALL):
-    """A scalar of the live hidden states, and the states."""
+    """A scalar function of the live hidden states, and the states."""
     hidden = decoder.forward(params, config, tokens, segments, remat=remat)
     return jnp.sum(jnp.where(segments[..., None] > 0, hidden, 0) ** 2 * weights), hidden
 
@@ -345,8 +343,8 @@ def test_remat_changes_nothing(batch):
 
 
 def test_remat_keeps_what_it_says():
-    """Of a layer: its input; with `dots` also the products with its kernels, all but the last,
-    which no gradient asks for.
+    """`layer` keeps the layer's input; `dots` also keeps the products with kernels, except the
+    last, which no gradient needs.
     """
     params, tokens = small_params(), np.zeros(PACKED.shape, np.int32)
 

@@ -1,6 +1,4 @@
-"""Checkpoints: import and export move no bit, shards, and every way in which a directory can be
-wrong.
-"""
+"""Checkpoints: import and export change no bit, several files, and every error of a directory."""
 
 import dataclasses
 import json
@@ -30,7 +28,7 @@ def tensors_of(path):
 
 
 def assert_same_bits(left, right):
-    """Two trees of arrays: the same structure, types and bytes."""
+    """Two trees of arrays have the same structure, dtypes and bytes."""
     assert jax.tree.structure(left) == jax.tree.structure(right)
     for a, b in zip(
         map(np.asarray, jax.tree.leaves(left)), map(np.asarray, jax.tree.leaves(right))
@@ -138,7 +136,7 @@ def test_bfloat16_loads_as_float32_exactly(bfloat16_path, pairs):
     np.testing.assert_array_equal(
         params["layers"]["q_bias"][1], rounded["model.layers.1.self_attn.q_proj.bias"]
     )
-    # Rounding on the way in is torch's rounding.
+    # Import rounds as torch does.
     assert_same_bits(
         load_params(pairs["bias"].checkpoint, "bfloat16"), load_params(stored, "bfloat16")
     )
@@ -151,7 +149,7 @@ def test_sharded_checkpoint_loads_the_same(pairs, save):
     assert_same_bits(load_params(open_checkpoint(path), "float32"), pairs["bias"].params)
 
 
-def test_load_lays_parameters_on_the_mesh_and_reads_each_slice_once(pairs, monkeypatch):
+def test_load_shards_parameters_and_reads_each_slice_once(pairs, monkeypatch):
     read, largest = hf._Files.read, []
     monkeypatch.setattr(hf._Files, "read", lambda *args: largest.append(read(*args)) or largest[-1])
     params = load_params(pairs["tied"].checkpoint, "float32", make_mesh(2, 4, 1))
@@ -190,13 +188,13 @@ def test_export_takes_a_dtype(pairs, tmp_path):
     )
 
 
-def test_export_carries_everything_that_is_not_weights(copy, pairs, tmp_path):
+def test_export_copies_everything_that_is_not_weights(copy, pairs, tmp_path):
     from transformers import AutoTokenizer
 
     path = copy("untied", torch_dtype="float32", dtype=None, a_field_we_do_not_read=[1, {"b": 2}])
     (path / "merges.txt").write_text("a b\n")
     (path / "training_state.bin").write_bytes(b"not ours")
-    (tmp_path / "out").mkdir()  # empty: fine
+    (tmp_path / "out").mkdir()  # an empty directory is accepted
     out = export(pairs["untied"].params, open_checkpoint(path), tmp_path / "out")
     files = {file.name for file in path.iterdir()} - {"training_state.bin"}
     assert {
@@ -217,7 +215,7 @@ def test_export_carries_everything_that_is_not_weights(copy, pairs, tmp_path):
     assert tokenizer(text)["input_ids"] == [1, 7, 130, 3]
     assert [file.name for file in tmp_path.iterdir() if file.name != path.name] == [
         "out"
-    ]  # no half-written directory stays
+    ]  # no partial directory remains
 
 
 @pytest.mark.parametrize("shard_bytes", [5 * 2**30, 9000], ids=["whole", "shards"])
@@ -394,8 +392,8 @@ def test_many_wrong_tensors_are_counted(copy):
         reload(path)
 
 
-def test_stored_rotary_frequencies_are_passed_over(copy, pairs):
-    path = copy("llama")  # as the files of Llama 2 hold them
+def test_stored_rotary_frequencies_are_ignored(copy, pairs):
+    path = copy("llama")  # as in files of Llama 2
     tensors = load_file(path / "model.safetensors")
     save_file(
         tensors | {"model.layers.1.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)},

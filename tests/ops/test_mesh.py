@@ -1,4 +1,4 @@
-"""A run on eight simulated devices, however they are arranged, is the run on one."""
+"""A run on eight simulated devices equals the run on one, for every mesh."""
 
 import shutil
 
@@ -55,7 +55,7 @@ def assert_same_run(workdir, other, rtol=1e-5):
     for one, eight in zip(numbers(other), numbers(workdir), strict=True):
         assert one.keys() == eight.keys()
         for name in one:
-            if one[name] is None:  # no token stands at these positions
+            if one[name] is None:  # no token has these positions
                 assert eight[name] is None
             else:
                 np.testing.assert_allclose(
@@ -85,9 +85,9 @@ def test_eight_devices_are_one_and_their_checkpoint_is_continued_on_one_and_back
             assert_same_run(continued(source, pair, target, tmp_path / f"on{target.tensor}"), alone)
 
 
-def continued(source, pair, mesh, workdir):
-    """The run of `source`, killed after its first step, continued on another mesh."""
-    shutil.copytree(source, workdir)
+def continued(workdir_before, pair, mesh, workdir):
+    """The run of `workdir_before`, killed after its first step, continued on another mesh."""
+    shutil.copytree(workdir_before, workdir)
     for gone in ("checkpoints/2", "student"):
         shutil.rmtree(workdir / gone)
     (workdir / "result.json").unlink()
@@ -98,7 +98,8 @@ def continued(source, pair, mesh, workdir):
 def test_a_model_that_the_mesh_does_not_divide_is_refused_by_the_axis(pair):
     with pytest.raises(
         ConfigError,
-        match="mesh.tensor is 4, which does not divide num_key_value_heads 2, vocab_size 214 of the student",
+        match="mesh.tensor is 4, which does not divide num_key_value_heads 2, vocab_size 214 of "
+        "the student",
     ):
         prepare(mesh_config(pair, MeshConfig(1, 1, 4)))
     with pytest.raises(
@@ -108,7 +109,7 @@ def test_a_model_that_the_mesh_does_not_divide_is_refused_by_the_axis(pair):
 
 
 def test_gathered_weights_are_not_kept_for_the_backward_pass(pair):
-    """Residuals of the trunk on 1x8x1: no kernel beside those that are split."""
+    """Residuals of the trunk on 1x8x1 hold sharded kernels only."""
     checkpoint = open_checkpoint(pair / "student")
     mesh = make_mesh(1, 8)
     params = load_params(checkpoint, "float32", mesh)
@@ -121,7 +122,7 @@ def test_gathered_weights_are_not_kept_for_the_backward_pass(pair):
         leaves = jax.tree.leaves(jax.eval_shape(lambda params: jax.vjp(trunk, params)[1], params))
         return [leaf.shape for leaf in leaves].count(params["layers"]["gate_kernel"].shape)
 
-    assert kept("none") == kept("layer") == 3  # the split kernels of q, gate and up themselves
+    assert kept("none") == kept("layer") == 3  # the sharded kernels of q, gate and up
 
 
 def test_export_of_a_sharded_checkpoint(pair, tmp_path):

@@ -1,5 +1,5 @@
-"""Two processes on one machine (gloo) are one run: same loss, same weights, stopped together,
-continued together.
+"""Two processes on one machine (gloo) act as one run: same loss and weights; they stop and continue
+together.
 """
 
 import json
@@ -31,8 +31,8 @@ def pair(tmp_path_factory):
 
 
 def start(config, workdir, count=2, devices=2):
-    """`count` processes of one run, each with `devices` devices; their stdout in files beside the
-    work directory.
+    """Start `count` processes of one run with `devices` devices each; their stdout goes to files
+    next to the work directory.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -58,7 +58,7 @@ def start(config, workdir, count=2, devices=2):
 
 
 def finish(processes, workdir):
-    """Exit statuses and what each process printed."""
+    """Exit statuses and output of each process."""
     try:
         statuses = [process.wait(timeout=240) for process in processes]
     finally:
@@ -70,8 +70,8 @@ def finish(processes, workdir):
 
 
 def test_two_processes_are_one_run_and_stop_together(pair, tmp_path):
-    """Two steps each, the second after a SIGTERM that reached one process alone; samples and
-    evaluation by one of them.
+    """Two steps each; the second follows a SIGTERM to only one process. One process samples and
+    evaluates.
     """
     sections = {
         "train": TrainConfig(num_steps=2, prompts_per_step=16, gradient_accumulation_steps=2),
@@ -104,7 +104,7 @@ def test_two_processes_are_one_run_and_stop_together(pair, tmp_path):
     assert [row["tokens"] for row in two] == [row["tokens"] for row in one]
 
 
-def test_what_the_lead_refuses_ends_all(pair, tmp_path):
+def test_an_error_on_process_zero_stops_all(pair, tmp_path):
     workdir = tmp_path / "used"
     workdir.mkdir()
     (workdir / "metrics.jsonl").write_text("{}\n")
@@ -116,7 +116,7 @@ def test_what_the_lead_refuses_ends_all(pair, tmp_path):
     assert "another process of this run stopped with an error" in printed[1]
 
 
-def test_processes_that_are_not_told_of_each_other_are_refused(monkeypatch):
+def test_processes_without_a_coordinator_are_refused(monkeypatch):
     monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
     with pytest.raises(ValueError, match="set JAX_COORDINATOR_ADDRESS"):
         join(2)
