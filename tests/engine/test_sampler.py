@@ -220,8 +220,7 @@ def test_frequencies_match_the_softmax(rng, filters):
 
 
 def reference_keep(logits, top_k=0, top_p=1.0, min_p=0.0, slack=0.0):
-    """The tokens that a sort keeps, in float64; a positive slack keeps more, a negative one fewer.
-    """
+    """The tokens that a sort keeps, in float64; a positive slack keeps more, a negative fewer."""
     logits = np.asarray(logits, np.float64)
     keep = np.isfinite(logits)
     if top_k:

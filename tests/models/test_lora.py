@@ -1,5 +1,4 @@
-"""Adapters: the function they add, their training, and that PEFT and transformers read the export.
-"""
+"""Adapters: the function they add, their training, and that PEFT and transformers read them."""
 
 import dataclasses
 import functools

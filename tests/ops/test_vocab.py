@@ -115,8 +115,7 @@ def dense_reference(token_loss):
 
 
 def assert_close(actual, expected, tolerance):
-    """Leaves agree to `tolerance`, relative to the largest expected entry of the leaf (at least 1).
-    """
+    """Leaves agree to `tolerance`, relative to the largest expected entry (at least 1)."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
         a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
@@ -486,8 +485,7 @@ def test_garbage_where_the_weight_is_zero_changes_nothing(x64, token_loss, is_sh
 
 
 def test_recipe_undefined_where_the_weight_is_zero(x64):
-    """Inputs of a dead slot are zeros; the infinity of a recipe that divides by one must not leak.
-    """
+    """Inputs of a dead slot are zeros; the infinity of a division by one must not leak."""
     hidden, head, weights, columns, _ = problem()
     ratio = lambda s, t, row: (s.logprob(row.token) / row.teacher_logprob, None)
     columns = TokenInputs(
