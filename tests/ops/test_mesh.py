@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mesh_pair import make_pair, mesh_config
+from mesh_pair import assert_same_run, make_pair, mesh_config, weights
 
 from opdjax.cli.export import export_step
 from opdjax.config import MeshConfig, TrainConfig
@@ -15,7 +15,6 @@ from opdjax.models.decoder import forward
 from opdjax.models.hf import load_params, open_checkpoint
 from opdjax.ops.sharding import make_mesh
 from opdjax.rollouts.setup import prepare
-from opdjax.runs.workdir import read_lines
 from opdjax.train import train
 
 MESHES = {"8x1x1": MeshConfig(8), "2x4x1": MeshConfig(2, 4), "2x2x2": MeshConfig(2, 2, 2)}
@@ -34,44 +33,6 @@ def alone(pair, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("alone")
     train(mesh_config(pair, MeshConfig(1)), workdir)
     return workdir
-
-
-def numbers(workdir):
-    rows = read_lines(workdir / "metrics.jsonl")
-    timed = ("time/", "perf/tokens_per_second")
-    return [
-        {name: value for name, value in row.items() if not name.startswith(timed)} for row in rows
-    ]
-
-
-def weights(workdir):
-    return load_params(open_checkpoint(workdir / "student"), "float32")
-
-
-def assert_same_run(workdir, other, rtol=1e-5):
-    """Metrics and weights to `rtol`; a metric that is a difference of large numbers, to that of the
-    loss's size.
-    """
-    for one, eight in zip(numbers(other), numbers(workdir), strict=True):
-        assert one.keys() == eight.keys()
-        for name in one:
-            if one[name] is None:  # no token has these positions
-                assert eight[name] is None
-            else:
-                np.testing.assert_allclose(
-                    eight[name],
-                    one[name],
-                    rtol=rtol * (10 if name != "loss/objective" else 1),
-                    atol=rtol,
-                    err_msg=name,
-                )
-    difference = sum(
-        np.sum((a - b) ** 2)
-        for a, b in zip(jax.tree.leaves(weights(workdir)), jax.tree.leaves(weights(other)))
-    )
-    assert (
-        difference**0.5 <= rtol * sum(np.sum(x**2) for x in jax.tree.leaves(weights(other))) ** 0.5
-    )
 
 
 @pytest.mark.parametrize("mesh", MESHES)

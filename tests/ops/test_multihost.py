@@ -6,15 +6,13 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import jax
 import pytest
-from mesh_pair import make_pair, mesh_config
-from test_mesh import assert_same_run
+from mesh_pair import assert_same_run, finish, make_pair, mesh_config, start
 
 from opdjax.config import EvaluationConfig, LogConfig, MeshConfig, TrainConfig
 from opdjax.config.validation import to_dict
@@ -28,45 +26,6 @@ def pair(tmp_path_factory):
     directory = tmp_path_factory.mktemp("pair")
     make_pair(directory)
     return directory
-
-
-def start(config, workdir, count=2, devices=2):
-    """Start `count` processes of one run with `devices` devices each; their stdout goes to files
-    next to the work directory.
-    """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    saved = workdir.with_suffix(".json")
-    saved.write_text(json.dumps({"config": to_dict(config)}))
-    started = []
-    for number in range(count):
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "JAX_NUM_CPU_DEVICES": str(devices),
-            "JAX_PROCESS_ID": str(number),
-            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-            "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
-        }
-        output = workdir.with_suffix(f".{number}.txt").open("w")
-        command = [sys.executable, "-m", "opdjax", "train", str(saved), "--workdir", str(workdir)]
-        started.append(
-            subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-        )
-    return started
-
-
-def finish(processes, workdir):
-    """Exit statuses and output of each process."""
-    try:
-        statuses = [process.wait(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return statuses, [
-        workdir.with_suffix(f".{number}.txt").read_text() for number in range(len(processes))
-    ]
 
 
 def test_two_processes_are_one_run_and_stop_together(pair, tmp_path):
