@@ -30,7 +30,8 @@ from opdjax.config import PACKAGE
 from opdjax.data.tasks import arithmetic
 from opdjax.models import decoder
 from opdjax.models.families import family_of
-from opdjax.models.hf import Checkpoint, export, load_params, open_checkpoint
+from opdjax.models.hf import Checkpoint, load_params, open_checkpoint
+from opdjax.models.hf_export import export
 from opdjax.ops.vocab import TokenInputs, tiled_loss
 
 LARGEST_NUMBER = 199

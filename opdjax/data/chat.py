@@ -140,7 +140,7 @@ def assistant_header(tokenizer: Any, *, format: str, enable_thinking: bool | Non
         if len(closed) - 1 <= shared < len(opened):
             return [bos, *opened[shared:]] if opened[0] == bos else opened[shared:]
     if bos is None and eos is None:
-        raise ValueError(
+        raise TokenizerError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template that opens an assistant's turn, no BOS and no EOS: "
             "nothing can stand before an answer without its prompt; set near_policy.filter to none, or give it one of them"
         )

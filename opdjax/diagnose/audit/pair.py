@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from opdjax.config.validation import ConfigError
 from opdjax.data.packing import to_train_batch
 from opdjax.data.prompts import collate, indices_at
 from opdjax.diagnose.audit.contexts import measure, summarise
@@ -86,11 +87,11 @@ def collect_states(
 ) -> States:
     """Sample answers to prompts in the order of training and score them with both models.
 
-    ValueError if the data has fewer prompts: a repeated prompt would count as two.
+    ConfigError if the data has fewer prompts: a repeated prompt would count as two.
     """
     if num_prompts > len(setup.prompts):
         source = setup.config.data.source
-        raise ValueError(
+        raise ConfigError(
             f"audit.num_prompts is {num_prompts}; expected at most {len(setup.prompts)}, the number"
             f" of prompts in {source}"
         )
@@ -145,7 +146,7 @@ def audit_contexts(states: States, subjects: Sequence[Subject]) -> dict[str, Any
     mask, kl, mean_reward = states.mask, states.kl, -float(states.kl[states.mask].mean())
     plain = states.per_token(lambda s, t, _: measure(subject("opd"), s, t))["variance"]
     if not plain[mask].any():
-        raise ValueError(
+        raise ConfigError(
             "student and teacher have the same distribution at every context; "
             "expected a teacher that differs"
         )

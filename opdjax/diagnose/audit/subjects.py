@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from opdjax.config.validation import ConfigError
 from opdjax.estimators import RECIPES, bind, coupling
 from opdjax.estimators.divergence import NPD_KD_WEIGHT
 from opdjax.estimators.opd import REWARD_OPTIONS, sampled_reward
@@ -175,13 +176,13 @@ def choose(
     """Return the subjects to measure.
 
     These are the default subjects of the recipes and pitfalls `names` (None: all), preceded by the
-    config's own `recipe` with its `options`, and in any case `opd`. ValueError on an unknown name
+    config's own `recipe` with its `options`, and in any case `opd`. ConfigError on an unknown name
     and on options that need rewards or stale data.
     """
     subjects = (*DEFAULT, *COUPLED)
     known = {each.recipe or each.name for each in subjects}
     if unknown := sorted(set(names or ()) - known):
-        raise ValueError(f"cannot audit {unknown}; expected some of {sorted(known)}")
+        raise ConfigError(f"cannot audit {unknown}; expected some of {sorted(known)}")
     chosen = [each for each in subjects if names is None or (each.recipe or each.name) in names]
     if recipe is not None:
         own = _own_subject(recipe, options or {})
@@ -193,13 +194,13 @@ def choose(
 
 def _own_subject(recipe: str, options: dict[str, Any]) -> Subject:
     if RECIPES[recipe].reward != "none":
-        raise ValueError(
+        raise ConfigError(
             f"estimator.recipe is {recipe!r}; expected one that a teacher supervises: the audit of "
             f"a pair has no rewards. opdjax audit --explain {recipe} describes it"
         )
     for name in _REFUSED_OPTIONS:
         if options.get(name) not in _OFF:
-            raise ValueError(
+            raise ConfigError(
                 f"estimator.{name} is {options[name]!r}; expected none: the audit of a pair has "
                 "neither task rewards nor stale data (its tree measures importance corrections)"
             )
