@@ -114,7 +114,7 @@ def assistant_header(tokenizer: Any, *, format: str, enable_thinking: bool | Non
     """Token ids before an answer without its prompt, so that its own likelihood is defined.
 
     `chat`: the template's opening of the assistant's turn, after the BOS if conversations begin
-    with one. `raw`, or no such template: BOS, else EOS. Raises ValueError without any of them.
+    with one. `raw`, or no such template: BOS, else EOS. TokenizerError if there is none of them.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if format == "chat" and tokenizer.chat_template is not None:
@@ -131,7 +131,7 @@ def assistant_header(tokenizer: Any, *, format: str, enable_thinking: bool | Non
         if len(closed) - 1 <= shared < len(opened):
             return [bos, *opened[shared:]] if opened[0] == bos else opened[shared:]
     if bos is None and eos is None:
-        raise ValueError(
+        raise TokenizerError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template that opens an "
             "assistant's turn, no BOS and no EOS: nothing can stand before an answer without its "
             "prompt; set near_policy.filter to none, or give it one of them"

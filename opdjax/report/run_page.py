@@ -126,7 +126,9 @@ def _header(run: Run, failure: dict[str, Any] | None, title: str) -> Html:
     ]
     about = _RECIPES.get(estimator["recipe"])
     written = (
-        _AHEAD[run.config["near_policy"]["schedule"]] if run.is_near_policy else _WRITERS.get(source)
+        _AHEAD[run.config["near_policy"]["schedule"]]
+        if run.is_near_policy
+        else _WRITERS.get(source)
     )
     written = _JUDGED if is_rewarded(run) else written
     return tag(
