@@ -16,7 +16,7 @@ from typing import Any
 
 from opdjax.judge.prompts import read_blocks
 from opdjax.judge.rule_based import demands
-from opdjax.judge.rule_based.demands import WorkedAnswer, Step, grade, read_answer, read_task
+from opdjax.judge.rule_based.demands import Step, WorkedAnswer, grade, read_answer, read_task
 
 _BLOCK = re.compile(
     r"^=== (\w+ \d+ [0-9a-f]{12}) ===\n.*?\n=== end of \1 ===$", re.DOTALL | re.MULTILINE
