@@ -126,11 +126,11 @@ def _say(line: str) -> None:
 
 def _checked_points(file: str, only: tuple[str, ...]) -> list[SweepPoint]:
     from opdjax.config.grid import select
-    from opdjax.estimators import bind
+    from opdjax.estimators import estimator_of
 
     points = select(load_sweep(file), only) if only else load_sweep(file)
     for point in points:  # an option that a recipe does not have would fail every one of them
-        bind(point.config.estimator.recipe, point.config.estimator.options)
+        estimator_of(point.config.estimator)
     return points
 
 

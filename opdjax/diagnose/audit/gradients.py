@@ -20,7 +20,7 @@ import numpy as np
 
 from opdjax.diagnose.audit.pair import States, kl_bins, ratio_with_interval
 from opdjax.diagnose.audit.subjects import Subject
-from opdjax.engine.update import passes, prepared
+from opdjax.engine.update import prepared, vocabulary_inputs
 from opdjax.estimators import bind
 from opdjax.ops.vocab import TokenInputs, tiled_loss
 from opdjax.types import TrainBatch
@@ -128,7 +128,7 @@ def _measure(
         weights = _by_prompt(
             states, jnp.asarray(mask / states.spec.max_completion_length, jnp.float32)
         )
-        found = run(params, states.teacher[1], (batch, columns, weights), draws)
+        found = run(params, states.inputs.teacher[1], (batch, columns, weights), draws)
         total, *per_prompt = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
         return _split(total, *per_prompt, draws[0].shape[2], states.num_generations)
 
@@ -147,11 +147,10 @@ def _scan_prompts(each: Subject, spec, params, teacher_head, rows, draws):
         (batch, columns, weights), (token, uniform) = jax.tree.map(lambda x: x[None], (row, draw))
 
         def loss(params):
-            hidden, head, _, teacher = passes(params, batch, teacher_head, spec)
+            inputs = vocabulary_inputs(params, batch, teacher_head, spec)
             drawn = dataclasses.replace(columns, token=token, uniform=uniform)
-            return tiled_loss(
-                each.token_loss(), hidden, head, weights, drawn, teacher, tile=spec.estimator.tile
-            )[0]
+            operands = inputs.hidden, inputs.head, weights, drawn, inputs.teacher
+            return tiled_loss(each.token_loss(), *operands, tile=spec.estimator.tile)[0]
 
         return jax.grad(loss)(params)
 
@@ -218,12 +217,11 @@ def _columns(states: States, each: Subject) -> TokenInputs:
     """The columns of the whole batch, prepared where the subject asks for it; tokens and uniforms
     are set draw by draw.
     """
-    columns = dataclasses.replace(states.columns, uniform=None)
+    columns = dataclasses.replace(states.inputs.row, uniform=None)
     if each.recipe is None:
         return columns
-    recipe, options = bind(each.recipe, each.options)
-    prepare = jax.jit(partial(prepared, spec=states.spec, recipe=recipe, options=options))
-    return prepare(states.hidden, states.head, columns, states.teacher, states.batch)
+    spec = dataclasses.replace(states.spec, estimator=bind(each.recipe, each.options))
+    return jax.jit(partial(prepared, spec=spec))(states.inputs._replace(row=columns), states.batch)
 
 
 def num_uniforms(subjects: Sequence[Subject]) -> int:
@@ -236,7 +234,7 @@ def _as_drawn(states: States, each: Subject):
     themselves.
     """
     extra = each.num_draws - 1
-    return jnp.asarray(states.batch.tokens)[:, None], states.columns.uniform[
+    return jnp.asarray(states.batch.tokens)[:, None], states.inputs.row.uniform[
         :, None, :, :extra
     ] if extra else None
 
@@ -245,13 +243,13 @@ def _redraws(states: States, each: Subject):
     """(tokens `[B, R, T]`, uniforms of extra draws `[B, R, T, M]` or None), drawn anew at every
     context.
     """
-    first, extra = states.columns.uniform[:, :, :NUM_REDRAWS], each.num_draws - 1
+    first, extra = states.inputs.row.uniform[:, :, :NUM_REDRAWS], each.num_draws - 1
     tokens = states.per_token(
         lambda student, teacher, row: each.drawn_from(student, teacher).draw(row.uniform),
         uniform=first,
     )
     if not extra:
         return jnp.moveaxis(tokens, -1, 1), None
-    more = states.columns.uniform[:, :, NUM_REDRAWS : NUM_REDRAWS * (1 + extra)]
+    more = states.inputs.row.uniform[:, :, NUM_REDRAWS : NUM_REDRAWS * (1 + extra)]
     more = jnp.moveaxis(more.reshape(*more.shape[:2], NUM_REDRAWS, extra), 2, 1)
     return jnp.moveaxis(tokens, -1, 1), more

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from opdjax.data.packing import to_train_batch
 from opdjax.data.prompts import collate, indices_at
@@ -21,14 +20,13 @@ from opdjax.diagnose.audit.contexts import measure, summarise
 from opdjax.diagnose.audit.subjects import Subject, subject
 from opdjax.engine.sampler import extra_uniforms, sample
 from opdjax.engine.scorer import score
-from opdjax.engine.update import UpdateSpec, passes
+from opdjax.engine.update import UpdateSpec, VocabularyInputs, vocabulary_inputs
 from opdjax.estimators.divergence import reverse_kl
 from opdjax.models.decoder import Params
 from opdjax.models.hf import load_params
 from opdjax.ops.masked import rank_in_sequence
 from opdjax.ops.sharding import merge_rows, split_rows
-from opdjax.ops.tile import Head
-from opdjax.ops.vocab import Teacher, TokenInputs, tiled_stats
+from opdjax.ops.vocab import tiled_stats
 from opdjax.rollouts.setup import Setup, update_spec, with_current_teacher
 from opdjax.types import TrainBatch
 
@@ -48,10 +46,7 @@ class States:
     params: Params
     spec: UpdateSpec
     batch: TrainBatch  # with the teacher's hidden states
-    hidden: Float[Array, "B T D"]
-    head: Head
-    columns: TokenInputs
-    teacher: Teacher
+    inputs: VocabularyInputs
     num_generations: int
     rows_at_once: int  # that fit into memory when they are differentiated; divides B
 
@@ -71,11 +66,11 @@ class States:
         """
         run = jax.jit(lambda *operands: tiled_stats(stat, *operands, tile=self.spec.estimator.tile))
         found = run(
-            self.hidden,
-            self.head,
+            self.inputs.hidden,
+            self.inputs.head,
             self.batch.mask,
-            dataclasses.replace(self.columns, **columns),
-            self.teacher,
+            dataclasses.replace(self.inputs.row, **columns),
+            self.inputs.teacher,
         )
         return jax.tree.map(np.asarray, found)
 
@@ -134,19 +129,21 @@ def reach(
     )
     spec = dataclasses.replace(update_spec(setup), gradient_accumulation_steps=1, mesh=None)
     rows = prompts_at_once * num_generations
-    hidden, head, columns, seen = _pass_in_parts(params, batch, teacher.head, spec, len(parts))
-    return States(params, spec, batch, hidden, head, columns, seen, num_generations, rows)
+    inputs = _inputs_in_parts(params, batch, teacher.head, spec, len(parts))
+    return States(params, spec, batch, inputs, num_generations, rows)
 
 
 @partial(jax.jit, static_argnames=("spec", "parts"))
-def _pass_in_parts(params, batch, teacher_head, spec, parts: int):
-    """`passes`, the hidden states of the student a few rows at a time."""
+def _inputs_in_parts(params, batch, teacher_head, spec, parts: int) -> VocabularyInputs:
+    """`vocabulary_inputs`, with the student's hidden states computed a few rows at a time."""
     hidden = merge_rows(
         jax.lax.map(
-            lambda part: passes(params, part, teacher_head, spec)[0], split_rows(batch, parts)
+            lambda part: vocabulary_inputs(params, part, teacher_head, spec).hidden,
+            split_rows(batch, parts),
         )
     )
-    return hidden, *passes(params, batch, teacher_head, spec)[1:]  # the rest of it needs no trunk
+    # Everything else needs no forward pass: XLA drops the second one.
+    return vocabulary_inputs(params, batch, teacher_head, spec)._replace(hidden=hidden)
 
 
 def audit_contexts(states: States, subjects: Sequence[Subject]) -> dict[str, Any]:

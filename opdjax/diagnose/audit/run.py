@@ -23,7 +23,7 @@ from opdjax.diagnose.audit.pair import audit_contexts, reach
 from opdjax.diagnose.audit.subjects import Subject
 from opdjax.diagnose.audit.tree import audit_tree
 from opdjax.diagnose.audit.vocabulary import audit_vocabulary
-from opdjax.estimators import RECIPES
+from opdjax.estimators import TOKEN_LOSSES
 from opdjax.estimators.pitfalls import PITFALLS
 from opdjax.rollouts.setup import Setup, prepare
 from opdjax.runs.workdir import environment
@@ -148,17 +148,17 @@ def describe(each: Subject) -> dict[str, Any]:
 
 def summary(recipe: str) -> str:
     """The first line of a recipe's page."""
-    return inspect.getdoc(RECIPES[recipe].token_loss).partition("\n")[0]
+    return inspect.getdoc(TOKEN_LOSSES[recipe]).partition("\n")[0]
 
 
 def explain(name: str) -> str:
     """The page of a recipe: equation, what is detached, cost, use, options; or what is known of a
     pitfall.
     """
-    if name in RECIPES:
-        return inspect.getdoc(RECIPES[name].token_loss)
+    if name in TOKEN_LOSSES:
+        return inspect.getdoc(TOKEN_LOSSES[name])
     if name in PITFALLS:
         return PITFALLS[name].about
     raise ValueError(
-        f"there is no recipe and no pitfall {name!r}; expected one of {[*RECIPES, *PITFALLS]}"
+        f"there is no recipe and no pitfall {name!r}; expected one of {[*TOKEN_LOSSES, *PITFALLS]}"
     )

@@ -10,8 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from opdjax.estimators import RECIPES, bind, coupling
-from opdjax.estimators.divergence import NPD_KD_WEIGHT
+from opdjax.config.recipes import RECIPES
+from opdjax.estimators import TOKEN_LOSSES, bind, coupling
 from opdjax.estimators.opd import REWARD_OPTIONS, sampled_reward
 from opdjax.estimators.opd import advantages as advantages_of
 from opdjax.estimators.pitfalls import PITFALLS, Pitfall
@@ -39,7 +39,7 @@ class Subject:
 
     @property
     def _kd_weight(self) -> float:
-        return self.options.get("kd_weight", NPD_KD_WEIGHT)
+        return RECIPES[self.recipe].with_defaults(self.options).get("kd_weight", 1.0)
 
     @property
     def is_coupled(self) -> bool:
@@ -73,8 +73,7 @@ class Subject:
         """`token_loss(student, teacher, row) -> (loss, outputs)`."""
         if self.recipe is None:
             return self.pitfall.token_loss
-        recipe, options = bind(self.recipe, self.options)
-        return lambda student, teacher, row: recipe.token_loss(student, teacher, row, **options)
+        return bind(self.recipe, self.options).token_loss
 
     def undrawn_loss(self) -> Callable | None:
         """The part of the loss that the same context has whatever was drawn there; None where there
@@ -174,9 +173,7 @@ def _filled(each: Subject) -> tuple[str | None, dict[str, Any]]:
     """Recipe and options with its defaults in place of nothing, so that one estimator is not
     measured twice.
     """
-    known = (
-        {} if each.recipe is None else inspect.signature(RECIPES[each.recipe].token_loss).parameters
-    )
+    known = {} if each.recipe is None else inspect.signature(TOKEN_LOSSES[each.recipe]).parameters
     usual = {
         name: known[name].default
         for name in known
@@ -206,7 +203,7 @@ def choose(
         )
     if recipe is not None:
         beyond = [name for name in _BEYOND if (options or {}).get(name) not in (None, 0, "none")]
-        if RECIPES[recipe].reward != "none":
+        if RECIPES[recipe].is_rewarded:
             raise ValueError(
                 f"estimator.recipe is {recipe!r}; expected one that a teacher supervises: the audit of a pair has no rewards of answers. "
                 f"opdjax audit --explain {recipe} tells of it"

@@ -9,9 +9,10 @@ from functools import partial
 from typing import Literal
 
 from opdjax.config import Config, EstimatorConfig, ModelConfig
+from opdjax.config.recipes import RECIPES
 from opdjax.config.topology import Topology
 from opdjax.data.prompts import padded_width
-from opdjax.estimators import RECIPES, bind
+from opdjax.estimators import estimator_of
 from opdjax.models.decoder import DecoderConfig
 from opdjax.models.hf import open_checkpoint
 from opdjax.models.partitioning import require_divides
@@ -121,10 +122,10 @@ def read_workload(config: Config, topology: Topology) -> Workload:
         config.mesh.data, config.mesh.fsdp, config.mesh.tensor, available, topology.name
     )
     require_rows_divide(config, mesh["data"] * mesh["fsdp"])
-    recipe, _ = bind(config.estimator.recipe, config.estimator.options)
+    estimator = estimator_of(config.estimator)
     shape_of = partial(_shape, mesh=mesh, backend=topology.backend)
     student = dataclasses.replace(shape_of(config.student, "student"), lora_scale=config.lora.scale)
-    teacher, needs = None, recipe.teacher
+    teacher, needs = None, estimator.teacher
     if config.estimator.reference_kl_coef:
         # Beside adapters the reference is the frozen student that is there already.
         teacher, needs = None if config.lora.rank else student, "token"
@@ -137,14 +138,14 @@ def read_workload(config: Config, topology: Topology) -> Workload:
         student,
         teacher,
         needs,
-        recipe.top_k,
+        estimator.top_k,
         padded_width(config.data.max_prompt_length),
     )
 
 
 def has_advantages(estimator: EstimatorConfig) -> bool:
     """Whether a batch carries an advantage of each token."""
-    return bool(estimator.task_reward_coef) or RECIPES[estimator.recipe].reward != "none"
+    return bool(estimator.task_reward_coef) or RECIPES[estimator.recipe].is_rewarded
 
 
 def _shape(model: ModelConfig, role: str, mesh: dict[str, int], backend: str) -> DecoderConfig:
