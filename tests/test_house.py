@@ -8,8 +8,9 @@ import pytest
 from opdjax.cli.experiments import load_experiment
 from opdjax.config import Config, EndpointConfig, EstimatorConfig, RubricsConfig, SamplingConfig
 from opdjax.config.experiments import load_sweep
+from opdjax.config.recipes import RECIPES
 from opdjax.config.validation import ConfigError
-from opdjax.estimators import RECIPES, bind
+from opdjax.estimators import estimator_of
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
@@ -30,7 +31,7 @@ def test_an_experiment_is_data(file):
         assert load_sweep(str(file))
         return
     config = load_experiment(str(file))
-    bind(config.estimator.recipe, config.estimator.options)
+    estimator_of(config.estimator)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -54,7 +55,7 @@ def test_the_config_refuses_altered_sampling_for_just_the_policy_gradients(name)
         with pytest.raises(ConfigError, match="sampling.temperature 0.7"):
             Config(estimator=EstimatorConfig(recipe=name), sampling=altered)
     elif name == "sft":  # never reads the student's own draws
-        taught = SamplingConfig(temperature=0.7, source="teacher")
+        taught = SamplingConfig(temperature=0.7, completions_from="teacher")
         assert Config(estimator=EstimatorConfig(recipe=name), sampling=taught).sampling == taught
     else:
         assert Config(estimator=EstimatorConfig(recipe=name), sampling=altered).sampling == altered
