@@ -36,7 +36,7 @@ from opdjax.estimators.divergence import reverse_kl
 from opdjax.models.decoder import DecoderConfig, head_of, init_params
 from opdjax.models.partitioning import shardings_of
 from opdjax.models.rope import Rope
-from opdjax.ops.sharding import by_row, make_mesh
+from opdjax.ops.sharding import abstract_like, by_row, make_mesh
 from opdjax.ops.tile import Head
 from opdjax.ops.vocab import TokenInputs, tiled_loss
 from opdjax.types import TeacherScores, TrainBatch
@@ -149,14 +149,11 @@ def _update_row(model: Model, mesh: Mesh, batch: int, length: int, options) -> d
         )
 
     state, rows, head = jax.eval_shape(start)
-    place = lambda tree, shardings: jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
-    )
-    state = place(state, shardings_of(state, mesh))
+    place = lambda tree: abstract_like(tree, shardings_of(tree, mesh))
+    state, head = place(state), place({"head": head})["head"]
     rows = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_row(mesh)), rows
     )
-    head = place({"head": head}, shardings_of({"head": head}, mesh))["head"]
     began = time.perf_counter()
     compiled = update.lower(state, rows, Head(head)).compile()
     memory = compiled.memory_analysis()

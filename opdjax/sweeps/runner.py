@@ -106,6 +106,19 @@ def run_sweep(
     return {"points": len(mine), "done": done, "failed": failed, "stopped": stopped}
 
 
+def require_complete(counts: dict[str, int]) -> None:
+    """SweepIncompleteError unless all points in a result of `run_sweep` are done."""
+    if counts["failed"]:
+        raise SweepIncompleteError(
+            f"{counts['failed']} points failed: see failure.json in their directories; "
+            "--retry-failed runs them again"
+        )
+    if counts["stopped"]:
+        raise SweepIncompleteError(
+            f"{counts['stopped']} points were stopped; the same command resumes them"
+        )
+
+
 def _run(
     mine: Sequence[SweepPoint],
     sweep: SweepDirectory,

@@ -92,7 +92,7 @@ def test_points_run_and_a_failure_is_kept_with_its_reason(swept):
     assert counts == {"points": 3, "done": 2, "failed": 1, "stopped": 0}
     failure = json.loads((directory / "student.path=nowhere" / "failure.json").read_text())
     assert failure["returncode"] == 2
-    assert "'no/such/model/here' is no directory and no hub id" in failure["log_tail"][-1]
+    assert "'no/such/model/here' is neither a directory nor a hub id" in failure["log_tail"][-1]
     assert any(
         line.startswith("FAILED student.path=nowhere: opdjax: CheckpointError") for line in logged
     )
