@@ -145,3 +145,9 @@ def completions(rollouts, tokenizer) -> list[str]:
     tokens, mask = np.asarray(rollouts.tokens), np.asarray(rollouts.mask)
     ids = [row[keep].tolist() for row, keep in zip(tokens, mask)]
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+def last_tokens(rollouts) -> np.ndarray:
+    """The last sampled token of each row, `[B]`; undefined for an empty row."""
+    tokens, mask = np.asarray(rollouts.tokens), np.asarray(rollouts.mask)
+    return tokens[np.arange(len(tokens)), mask.shape[1] - 1 - mask[:, ::-1].argmax(axis=1)]

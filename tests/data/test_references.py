@@ -197,7 +197,7 @@ def test_a_draw_that_stands_there_twice_is_named(path):
     path.write_text("".join([*lines, lines[1]]))
     with pytest.raises(
         ReferenceIndexError,
-        match=r"line 5 is damaged: draw 0 of the prompt '1\+1=' stands above already",
+        match=r"line 5 is damaged: draw 0 of the prompt '1\+1=' is also on an earlier line",
     ):
         read_index(path)
 
@@ -231,7 +231,7 @@ def test_a_miss_names_prompt_key_file_and_numbers(path):
         in told
     )
     assert (
-        "1 were answered with nothing, or with what was cut off: draw more (teach.num_answers)"
+        "1 have only empty or truncated answers: sample more (teach.num_answers)"
         in told
     )
     with pytest.raises(ReferenceMissError) as error:
