@@ -720,13 +720,13 @@ CHECKPOINTS = {
         "DataError",
         student(lambda p: p.model("chat_template.jinja", "{% for m in messages %}")),
         "TemplateSyntaxError: Unexpected end of template",
-        "mend it, or use format 'raw'",
+        "change it, or use format 'raw'",
     ),
     "a chat template that cannot be computed": (
         "DataError",
         student(lambda p: p.model("chat_template.jinja", "{{ 1 + 'a' }}")),
         "TypeError: unsupported operand",
-        "mend it, or use format 'raw'",
+        "change it, or use format 'raw'",
     ),
     "a chat template of nothing": (
         "DataError",
