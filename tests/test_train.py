@@ -470,7 +470,7 @@ class TestBadInput:
         (other / "config.json").write_text(json.dumps(config))
         with pytest.raises(
             CheckpointShapeError,
-            match=r"layers\.down_kernel has shape \(3, 96, 288\), this model's is \(3, 96, 64\)",
+            match=r"layers\.down_kernel has shape \(3, 96, 288\), this model needs \(3, 96, 64\)",
         ):
             train(dataclasses.replace(TINY, student=ModelConfig(str(small))), other)
 
@@ -478,7 +478,7 @@ class TestBadInput:
 def make_small_student(out):
     """The mini student with a narrower MLP."""
     from opdjax.models.decoder import init_params
-    from opdjax.models.hf import export
+    from opdjax.models.hf_export import export
 
     source = open_checkpoint(MINI_STUDENT)
     source = dataclasses.replace(

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from opdjax.config.validation import MissingExtraError
 from opdjax.report.markup import Html, number, tag
 
 SERIES = 6  # distinguishable by hue, dash and marker
@@ -131,7 +132,9 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError("opdjax report needs matplotlib: pip install 'opdjax[report]'") from error
+        raise MissingExtraError(
+            "opdjax report needs matplotlib: pip install 'opdjax[report]'"
+        ) from error
 
 
 def smooth(values: Sequence[float | None], window: int) -> np.ndarray:

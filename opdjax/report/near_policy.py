@@ -27,7 +27,8 @@ from opdjax.report.markup import (
 )
 from opdjax.report.near_policy_charts import ZONES, Bounds, Histogram, deltas, pooled, zone_key
 from opdjax.report.rollouts import percent, prompt_text
-from opdjax.runs.results import Run, is_number, read_filters, wilson_interval
+from opdjax.runs.results import Run, is_number, read_filters
+from opdjax.runs.statistics import wilson_interval
 
 ALARM = 0.10  # nats a token: what NPD calls near-policy
 _VERSIONS = 6  # histograms side by side; more are drawn as one
@@ -46,7 +47,7 @@ def staleness_section(run: Run) -> Html | None:
     """How far the student had moved from the policy that drew what it was trained on; None where
     rollouts are drawn anew every step.
     """
-    if not run.draws_ahead or all(value is None for value in run.column("staleness/mean")):
+    if not run.is_near_policy or all(value is None for value in run.column("staleness/mean")):
         return None
     steps, window = measures.steps_of(run), measures.smoothing_window(len(run.metrics))
     figures = [
@@ -169,7 +170,7 @@ def _weight_chart(run: Run, steps: list[int], window: int) -> Html | None:
 
 def filter_section(run: Run) -> Html | None:
     """What Delta-IFD made of the samples, and some of them; None where no sample was ever judged."""
-    found = read_filters(run.workdir) if run.draws_ahead else []
+    found = read_filters(run.workdir) if run.is_near_policy else []
     judged = [
         one for one in found if one["filter"] != "none" or sum(one["histogram"].get("counts", ()))
     ]

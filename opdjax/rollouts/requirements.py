@@ -8,7 +8,7 @@ import jax
 
 from opdjax.config.recipes import RECIPES
 from opdjax.config.run import Config
-from opdjax.config.validation import ConfigError, require
+from opdjax.config.validation import ConfigError, MissingExtraError, require
 from opdjax.data.grading import require_grader
 from opdjax.data.prompt_rows import Prompt, require_field
 from opdjax.data.prompts import PromptSet
@@ -42,11 +42,11 @@ def _require_reward_data(config: Config, rows: list[Prompt]) -> None:
         if config.is_judged and importlib.util.find_spec(name) is None
     ]
     if missing:
-        raise ImportError(
+        raise MissingExtraError(
             f"judges are asked through {' and '.join(missing)}: pip install 'opdjax[judge]'"
         )
     if config.is_judged and config.rubrics.num_references and data.references is None:
-        reason = "judges are shown a teacher's answers: write them with opdjax teach (data.references), or set rubrics.num_references to 0"
+        reason = "judges are shown a teacher's answers: write them with opdjax references (data.references), or set rubrics.num_references to 0"
         require_field(
             rows, "references", data.reference_column or "references", data.source, reason
         )

@@ -12,7 +12,8 @@ from opdjax.config import Config, EstimatorConfig, NearPolicyConfig, TrainConfig
 from opdjax.report import near_policy, near_policy_charts, page, timeline
 from opdjax.report.near_policy_charts import Histogram
 from opdjax.report.table import table
-from opdjax.runs.results import Span, read_filters, read_run, read_timeline, wilson_interval
+from opdjax.runs.results import Span, read_filters, read_run, read_timeline
+from opdjax.runs.statistics import wilson_interval
 from opdjax.runs.workdir import WorkdirError
 
 BEGIN = 1_800_000_000.0
@@ -560,5 +561,5 @@ def test_a_sweep_tells_staleness_and_keep_rate_of_those_that_have_them(tmp_path)
         ["0.0100 ± ∞", "0.7500 ± ∞"],
         ["0.0400 ± ∞", "0.7500 ± ∞"],
     ]
-    assert "Distance from the policy that drew" in parser.all
+    assert "Distance from the behaviour policy" in parser.all
     assert "| staleness KL | keep rate |" in table(tmp_path)

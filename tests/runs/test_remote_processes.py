@@ -12,8 +12,7 @@ import time
 
 import jax
 import pytest
-from mesh_pair import make_pair, mesh_config
-from test_mesh import assert_same_run
+from mesh_pair import assert_same_run, make_pair, mesh_config
 
 from opdjax.config import EvaluationConfig, LogConfig, MeshConfig, TrainConfig
 from opdjax.config.validation import to_dict
@@ -103,7 +102,5 @@ def test_two_processes_stop_together_and_go_on_from_the_bucket_alone(gcs, tmp_pa
     assert "continuing from step 1" in printed[0]
     assert holder_of(Folder(URL)).is_released
     train(mesh_config(tmp_path, MeshConfig(1), **SECTIONS), tmp_path / "one")
-    assert_same_run(
-        read_only_workdir(URL, lambda name: not name.startswith("checkpoints")).directory,
-        tmp_path / "one",
-    )
+    with read_only_workdir(URL, lambda name: not name.startswith("checkpoints")) as mirror:
+        assert_same_run(mirror.directory, tmp_path / "one")
