@@ -29,7 +29,8 @@ from opdjax.engine.update import (
 )
 from opdjax.estimators import bind
 from opdjax.models.decoder import Params
-from opdjax.models.hf import Checkpoint, export, export_adapter
+from opdjax.models.hf import Checkpoint
+from opdjax.models.hf_export import export, export_adapter
 from opdjax.models.lora import combine
 from opdjax.models.partitioning import shardings_of
 from opdjax.ops.multihost import (

@@ -72,7 +72,7 @@ def audit_page(document: Document, name: str) -> tuple[str, list[Html | None]]:
 def _header(document: Document, title: str) -> Html:
     contexts, how, environment = (
         document["contexts"],
-        document.get("how", {}),
+        document.get("settings", document.get("how", {})),
         document.get("environment", {}),
     )
     recipes = sum(not about.get("is_pitfall") for about in document["subjects"].values())

@@ -47,7 +47,7 @@ def staleness_section(run: Run) -> Html | None:
     """How far the student had moved from the policy that drew what it was trained on; None where
     rollouts are drawn anew every step.
     """
-    if not run.draws_ahead or all(value is None for value in run.column("staleness/mean")):
+    if not run.is_near_policy or all(value is None for value in run.column("staleness/mean")):
         return None
     steps, window = measures.steps_of(run), measures.smoothing_window(len(run.metrics))
     figures = [
@@ -170,7 +170,7 @@ def _weight_chart(run: Run, steps: list[int], window: int) -> Html | None:
 
 def filter_section(run: Run) -> Html | None:
     """What Delta-IFD made of the samples, and some of them; None where no sample was ever judged."""
-    found = read_filters(run.workdir) if run.draws_ahead else []
+    found = read_filters(run.workdir) if run.is_near_policy else []
     judged = [
         one for one in found if one["filter"] != "none" or sum(one["histogram"].get("counts", ()))
     ]

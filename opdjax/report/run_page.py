@@ -126,7 +126,9 @@ def _header(run: Run, failure: dict[str, Any] | None, title: str) -> Html:
     ]
     about = _RECIPES.get(estimator["recipe"])
     written = (
-        _AHEAD[run.config["near_policy"]["schedule"]] if run.draws_ahead else _WRITERS.get(source)
+        _AHEAD[run.config["near_policy"]["schedule"]]
+        if run.is_near_policy
+        else _WRITERS.get(source)
     )
     written = _JUDGED if is_rewarded(run) else written
     return tag(
@@ -153,7 +155,7 @@ def outcome(run: Run) -> str:
     spent = f"{count(_steps_done(run), 'step')}, {duration(_seconds(run))}"
     if not rows:
         kl = [value for value in run.column("kl/student_teacher") if value is not None]
-        end = run.at_the_end("kl/student_teacher")
+        end = run.last_mean("kl/student_teacher")
         moved = (
             f"; KL(student || teacher) was {number(kl[0])} nats a token at first and {number(end)} at the end"
             if kl
@@ -212,7 +214,7 @@ def _warnings(run: Run) -> list[Html]:
                 kind="warning",
             )
         )
-    cut = run.at_the_end("rollout/truncated_ratio")
+    cut = run.last_mean("rollout/truncated_ratio")
     if cut is not None and cut > 0.05:
         found.append(
             notice(

@@ -16,7 +16,7 @@ import numpy as np
 
 from opdjax.data.packing import answer_rows, for_teacher, pack, packing_metrics, to_train_batch
 from opdjax.data.prompts import collate, indices_at
-from opdjax.engine.evaluate import completions, graded
+from opdjax.engine.evaluate import completions, graded, last_tokens
 from opdjax.engine.sampler import extra_uniforms, sample
 from opdjax.engine.scorer import score
 from opdjax.estimators import bind
@@ -217,20 +217,18 @@ def rollout_metrics(setup: Setup, rollouts: Rollouts, step: int) -> Metrics:
     """Lengths in tokens, how completions ended, and by how many updates their policy is older than
     the one trained.
     """
-    tokens, mask = np.asarray(rollouts.tokens), np.asarray(rollouts.mask)
-    if not len(tokens):
+    mask = np.asarray(rollouts.mask)
+    if not len(mask):
         return {}
     lengths, staleness = mask.sum(axis=1), step - np.asarray(rollouts.policy_version)
-    last = tokens[np.arange(len(tokens)), mask.shape[1] - 1 - mask[:, ::-1].argmax(axis=1)]
+    is_stopped = np.isin(last_tokens(rollouts), setup.decoding.stop_token_ids) & (lengths > 0)
     return {
         "rollout/length_mean": float(lengths.mean()),
         "rollout/length_min": float(lengths.min()),
         "rollout/length_p50": float(np.median(lengths)),
         "rollout/length_max": float(lengths.max()),
         "rollout/truncated_ratio": float(np.asarray(rollouts.is_truncated).mean()),
-        "rollout/eos_rate": float(
-            (np.isin(last, setup.decoding.stop_token_ids) & (lengths > 0)).mean()
-        ),
+        "rollout/eos_rate": float(is_stopped.mean()),
         "staleness/mean": float(staleness.mean()),
         "staleness/max": float(staleness.max()),
     }

@@ -45,7 +45,7 @@ def _require_reward_data(config: Config, rows: list[Prompt]) -> None:
             f"judges are asked through {' and '.join(missing)}: pip install 'opdjax[judge]'"
         )
     if config.is_judged and config.rubrics.num_references and data.references is None:
-        reason = "judges are shown a teacher's answers: write them with opdjax teach (data.references), or set rubrics.num_references to 0"
+        reason = "judges are shown a teacher's answers: write them with opdjax references (data.references), or set rubrics.num_references to 0"
         require_field(
             rows, "references", data.reference_column or "references", data.source, reason
         )

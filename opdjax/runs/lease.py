@@ -239,7 +239,7 @@ class Lease:
 
 
 def try_acquire(folder: Folder, watch: ExpiryWatch) -> Lease | None:
-    """The lease of a folder if it is free or `watch` saw it expire; None if it cannot be had now."""
+    """The lease of a folder if it is free or `watch` saw it expire, else None."""
     holder = holder_of(folder)
     if not watch.is_free(holder):
         return None

@@ -1,4 +1,4 @@
-"""Output of a run's metrics: metrics.jsonl, TensorBoard on request, and progress on the terminal."""
+"""Writes a run's metrics: metrics.jsonl, TensorBoard on request, progress on the terminal."""
 
 from __future__ import annotations
 

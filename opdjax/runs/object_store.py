@@ -187,8 +187,8 @@ class Folder:
         """
         stored = {name: tag for name, tag in self.files().items() if wanted(name)}
         local = _local_names(directory, wanted)
-        # Files of one directory are uploaded in the order in which they were written, so that their
-        # generations keep it: when a killed writer leaves two files for one thing, the later counts.
+        # Files of one directory are uploaded in the order in which they were written, and their
+        # generations keep it: if a killed writer left two versions of one thing, the later counts.
         changed: dict[str, list[str]] = {}
         for name in sorted(local, key=lambda name: _mtime(directory / name)):
             if name not in stored or not _is_current(directory / name, stored[name]):
@@ -354,6 +354,6 @@ def _snapshot(file: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def in_parallel(action: Callable[[Any], None], items: Iterable[Any]) -> None:
-    """Call `action` for every item, several at a time: storage is slow, but serves many requests."""
+    """Call `action` for every item, several at a time: each request to the storage is slow."""
     with concurrent.futures.ThreadPoolExecutor(_CONCURRENCY) as pool:
         list(pool.map(action, items))

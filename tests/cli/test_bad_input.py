@@ -139,11 +139,11 @@ class Place:
 
     def asked(self, file=None, content=None):
         """The directory of a sweep of two points of which none has begun."""
-        from opdjax.sweeps.claims import open_place
+        from opdjax.sweeps.claims import open_sweep
         from opdjax.sweeps.runner import _write_points
 
-        with open_place(self.root / "sweep") as place:
-            _write_points(load_sweep(str(self.sweep()[1])), place)
+        with open_sweep(self.root / "sweep") as sweep:
+            _write_points(load_sweep(str(self.sweep()[1])), sweep)
         if file is not None:
             self.file(content, f"sweep/{file}")
         return self.sweep
@@ -186,7 +186,7 @@ def student(path, *flags):
 
 
 def imported(path):
-    return lambda p: ["import", path(p)]
+    return lambda p: ["check", path(p)]
 
 
 def tokens(change):
@@ -388,7 +388,7 @@ DATA = {
 }
 
 CONFIG = {
-    "an unknown verb": ("there is no verb", lambda p: ["trian"], "'trian'; did you mean 'train'?"),
+    "an unknown command": ("there is no command", lambda p: ["trian"], "'trian'; did you mean 'train'?"),
     "an unknown field": (
         PARSED,
         lambda p: p.train("--train.num-step", "1"),
@@ -584,28 +584,28 @@ CHECKPOINTS = {
     "no such directory": (
         "CheckpointError",
         student(lambda p: p.root / "no", "--teacher.path", "no"),
-        "no' is no directory and no hub id (owner/name)",
+        "no' is neither a directory nor a hub id (owner/name)",
     ),
     "an empty path": (
         "CheckpointError",
         lambda p: p.train("--student.path", ""),
-        "'' is no directory and no hub id",
+        "'' is neither a directory nor a hub id",
     ),
     "a built-in model that there is not": (
         "CheckpointError",
         lambda p: p.train("--student.path", "@mini_studnet"),
-        "'@mini_studnet' is no built-in model; did you mean '@mini_student'?",
+        "'@mini_studnet' is not a built-in model; did you mean '@mini_student'?",
         "a directory of that name is ./@mini_studnet",
     ),
     "a hub id out of reach": (
         "CheckpointError",
-        lambda p: ["import", "no/thing"],
-        "'no/thing' is no local directory, and the hub did not give it",
+        lambda p: ["check", "no/thing"],
+        "'no/thing' is not a local directory, and downloading it from the hub failed",
         "HF_HUB_OFFLINE=0",
     ),
     "a name that no hub takes": (
         "CheckpointError",
-        lambda p: ["import", "a b/c d"],
+        lambda p: ["check", "a b/c d"],
         "'a b/c d' is no local directory",
         "alphanumeric",
     ),
@@ -643,7 +643,7 @@ CHECKPOINTS = {
     "a type that is a list": (
         "CheckpointError",
         imported(lambda p: p.model("config.json", dtype=["a"])),
-        "sets dtype ['a']; expected the name of a type",
+        "sets dtype ['a']; expected the name of a dtype",
     ),
     "no weights": (
         "CheckpointError",
@@ -675,7 +675,7 @@ CHECKPOINTS = {
     "an index of absent files": (
         "CheckpointError",
         index('{"weight_map": {"a": "b.safetensors"}}'),
-        "names files that are not there (download them too): b.safetensors",
+        "names files that do not exist (download them too): b.safetensors",
     ),
     "an index that is a list": (
         "CheckpointError",
@@ -720,13 +720,13 @@ CHECKPOINTS = {
         "DataError",
         student(lambda p: p.model("chat_template.jinja", "{% for m in messages %}")),
         "TemplateSyntaxError: Unexpected end of template",
-        "mend it, or use format 'raw'",
+        "change it, or use format 'raw'",
     ),
     "a chat template that cannot be computed": (
         "DataError",
         student(lambda p: p.model("chat_template.jinja", "{{ 1 + 'a' }}")),
         "TypeError: unsupported operand",
-        "mend it, or use format 'raw'",
+        "change it, or use format 'raw'",
     ),
     "a chat template of nothing": (
         "DataError",
@@ -812,7 +812,7 @@ WORKDIRS = {
         "WorkdirError",
         lambda p: p.resume("metrics.jsonl", b"\xff{\n"),
         "metrics.jsonl, line 1 is damaged",
-        "expected a JSON object. Put it right",
+        "expected a JSON object. Repair it",
     ),
     "lost checkpoints": (
         "WorkdirError",
@@ -839,7 +839,7 @@ WORKDIRS = {
     "export over a file": (
         "CheckpointError",
         lambda p: ["export", p.run(), p.file("x")],
-        "is a file or lies in one; export into a new directory",
+        "is a file or is inside one; export into a new directory",
     ),
     "export to a bucket": (
         "RemoteError",

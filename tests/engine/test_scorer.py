@@ -1,5 +1,5 @@
-"""Scores against dense log-softmaxes in float64: own rows, the teacher's own view, packed rows,
-sharded rows.
+"""Scores against dense float64 log-softmaxes: the student's rows, the teacher's own view, packed
+rows, sharded rows.
 """
 
 import dataclasses
@@ -37,8 +37,8 @@ ROUNDING = 3e-5  # of float32 log-probs, at most; a tenth of it on average
 
 @pytest.fixture(scope="module")
 def models():
-    """Student and teacher: parameters (`exact` in float64), config, and `dense`, log-probs of each
-    column's token in whole rows.
+    """Student and teacher: parameters (`exact`: in float64), config, and `dense`, the log-probs of
+    each column's token in whole rows.
     """
 
     def load(path):
@@ -80,7 +80,7 @@ def pad_left(rows, width):
 
 @pytest.fixture(scope="module")
 def prompts(models):
-    """64 prompts of 14, 6, 1 and 0 tokens; the teacher's are longer by worked examples, cut to many
+    """64 prompts of 14, 6, 1 and 0 tokens; the teacher's also hold worked examples, cut to many
     lengths.
     """
     tokenizer = load_tokenizer(models.student.checkpoint.path)
@@ -103,12 +103,12 @@ def prompts(models):
 
 @pytest.fixture(scope="module")
 def draw(models):
-    """draw(prompts, generations, **options of Decoding) -> rollouts of the student."""
+    """draw(prompts, generations, **options of Decoding) -> the student's rollouts."""
 
     def draw(prompts, num_generations, **options):
         decoding = Decoding(LENGTH, models.student.checkpoint.stop_token_ids, **options)
         bare = dataclasses.replace(prompts, teacher_tokens=None, teacher_mask=None)
-        # with all arguments, as in test_sampler.py, so that both files share their compilations
+        # With all arguments, as in test_sampler.py, so that both files share compiled programs.
         return sample(
             models.student.params,
             bare,
@@ -127,20 +127,20 @@ def draw(models):
 
 @pytest.fixture(scope="module")
 def rollouts(draw, prompts):
-    """One of each prompt, from the plain softmax."""
+    """One rollout of each prompt, from the plain softmax."""
     return draw(prompts, 1)
 
 
 @pytest.fixture(scope="module")
 def batch(rollouts, prompts):
-    """The batch whose teacher reads the student's rows."""
+    """The batch of a teacher that reads the student's rows."""
     return dataclasses.replace(to_train_batch(rollouts, prompts), teacher_view=None)
 
 
 @pytest.fixture(scope="module")
 def warm(draw, prompts):
-    """Eight of each of eight prompts, warmer and filtered; and their batch, whose teacher reads
-    prompts of its own.
+    """Eight rollouts of each of eight prompts, tempered and filtered, and their batch, whose
+    teacher reads its own prompts.
     """
     few = jax.tree.map(lambda x: x[:8], prompts)
     rollouts = draw(few, 8, **WARM)
@@ -154,8 +154,8 @@ def with_view(warm):
 
 @pytest.fixture(scope="module")
 def run(models):
-    """run(batch, needs, mesh=None, head=None, **more) -> the teacher's scores in float64, where one
-    layout equals another to 1e-9.
+    """run(batch, needs, mesh=None, head=None, **more) -> the teacher's scores in float64, in which
+    all layouts agree to 1e-9.
     """
 
     def run(batch, needs, mesh=None, head=None, **more):
@@ -180,7 +180,7 @@ def run(models):
 
 
 def assert_scores(actual, expected, mask, atol=1e-9):
-    """Equal where the student sampled, 0 elsewhere."""
+    """Scores are equal where the student sampled, and 0 elsewhere."""
     actual, expected, mask = map(np.asarray, (actual, expected, mask))
     assert actual.shape == mask.shape
     assert mask.sum() > 100
@@ -191,7 +191,7 @@ def assert_scores(actual, expected, mask, atol=1e-9):
 
 @jax.jit
 def taken(hidden, head, batch):
-    """Log-probs of the sampled tokens from hidden states, by the tiled pass itself."""
+    """Log-probs of the sampled tokens from hidden states, by the tiled pass."""
     take = lambda model, _, row: model.logprob(row.token)
     return tiled_stats(take, hidden, head, batch.mask, TokenInputs(batch.tokens), tile=TILE)
 
@@ -254,8 +254,8 @@ def test_hidden_states_give_the_same_log_probs(batch, run, models):
 
 
 def test_the_most_likely_ids_are_those_of_the_whole_distribution(batch, run, models):
-    """With their log-probs under the full softmax, most likely first; the sampled token's beside
-    them; in parts as at once.
+    """Most likely first, with log-probs under the full softmax, and the sampled token's log-prob;
+    the same in parts and at once.
     """
     scores = run(batch, "top_k", top_k=7)
     assert scores.hidden is None
@@ -278,7 +278,7 @@ def test_the_most_likely_ids_are_those_of_the_whole_distribution(batch, run, mod
 
 @pytest.fixture(scope="module")
 def expected_in_view(with_view, models):
-    """The teacher's own rows scored densely, completion columns put where the student has them."""
+    """Dense scores of the teacher's own rows, with completion columns at the student's places."""
     view = with_view.teacher_view
     dense = models.teacher.dense(view.tokens, view.segment_ids)
     return np.pad(dense[:, TEACHER_WIDTH:], ((0, 0), (WIDTH, 0)))
@@ -300,7 +300,7 @@ def test_hidden_states_of_a_view_give_the_same_log_probs(with_view, run, models,
     assert_scores(ours, expected_in_view, with_view.mask)
 
 
-def test_a_view_may_stand_at_other_columns_in_every_row(with_view, run, expected_in_view):
+def test_a_view_may_have_other_columns_in_every_row(with_view, run, expected_in_view):
     """The same teacher rows padded on the right, so that columns differ by row."""
     view = jax.tree.map(np.asarray, with_view.teacher_view)
     shift = np.where(np.asarray(with_view.mask).any(1), np.argmax(view.segment_ids != 0, axis=1), 0)
@@ -329,8 +329,8 @@ def test_eight_devices_score_as_one(with_view, run, how):
 
 
 def pack_pairs(batch):
-    """Rows 2i and 2i + 1 in one row of twice the width, nothing between them; and where each column
-    came from.
+    """Rows 2i and 2i + 1 in one row of twice the width, without padding between them, and the
+    origin of each column.
     """
     tokens, mask, segments = (np.asarray(x) for x in (batch.tokens, batch.mask, batch.segment_ids))
     count, width = tokens.shape
@@ -367,7 +367,7 @@ def test_padding_may_hold_anything(batch, run):
 
 
 def test_a_padded_vocabulary_is_left_out_of_the_softmax(batch, run, models):
-    """Ids from `valid_vocab` on take no mass: the head's extra rows change no score."""
+    """Ids from `valid_vocab` on have no mass: the head's extra rows change no score."""
     kernel = np.asarray(models.teacher.exact["embedding"])
     padded = Head(np.concatenate([kernel, 5 * kernel[:10]]), valid_vocab=len(kernel))
     plain = np.asarray(run(batch, "token").token_logprobs)
@@ -375,10 +375,10 @@ def test_a_padded_vocabulary_is_left_out_of_the_softmax(batch, run, models):
     states = np.asarray(run(batch, "vocabulary").hidden)[np.asarray(batch.segment_ids) > 0]
     assert (
         np.mean(np.max(states @ kernel.T, -1) < np.max(states @ (5 * kernel[:10]).T, -1)) > 0.1
-    )  # they would have taken much
+    )  # they would have had much
 
 
-def test_no_field_of_scores_is_set_that_was_not_asked_for(batch, run):
+def test_only_requested_scores_are_set(batch, run):
     for needs, field in (("token", "token_logprobs"), ("vocabulary", "hidden")):
         scores = run(batch, needs)
         assert isinstance(scores, TeacherScores)

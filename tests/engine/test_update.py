@@ -1,5 +1,5 @@
-"""One update: its gradient does not depend on how the batch is cut, and its optimizer is the one
-the config names.
+"""One update: its gradient does not depend on the number of micro-batches, and its optimizer is
+that of the config.
 """
 
 import dataclasses
@@ -53,11 +53,11 @@ RECIPES = [
 
 
 def few_of(names, *kept):
-    """All the names, those that are not kept left to the long tests."""
+    """All names; those that are not `kept` run with the long tests."""
     return [name if name in kept else pytest.param(name, marks=pytest.mark.long) for name in names]
 
 
-COUPLED = {  # what a token is worth depends on other tokens, or on more than its own draw
+COUPLED = {  # a token's advantage depends on other tokens, or on more than its own draw
     "batch_mean": EstimatorConfig(recipe="vopd", baseline="batch_mean", tile=5),
     "expected": EstimatorConfig(
         recipe="vopd",
@@ -101,7 +101,7 @@ def make_batch(rng, rows=8, columns=9):
 
 
 def with_credit(batch, rng):
-    """The batch with what a reward of the task, extra draws and stale tokens bring."""
+    """The batch with advantages of a task reward, uniforms for extra draws, and stale tokens."""
     shape = batch.tokens.shape
     advantages = jnp.where(batch.mask, rng.normal(size=(shape[0], 1)), 0)
     behavior = jnp.where(batch.mask, -np.log(MODEL.vocab_size) + 0.4 * rng.normal(size=shape), 0)
@@ -199,9 +199,7 @@ def test_what_couples_tokens_is_the_same_on_eight_devices(name, rng):
 
 @pytest.mark.usefixtures("x64")
 def test_noise_and_signal_are_those_of_the_micro_batches_gradients(rng):
-    """Under the fixed denominator a micro-batch on its own (every fourth row) estimates the
-    gradient of the whole.
-    """
+    """With the fixed denominator, a micro-batch (every fourth row) estimates the whole gradient."""
     student, teacher = make_models(jnp.float64)
     estimator = EstimatorConfig(recipe="opd", discount=0.5, aggregation="fixed_denominator", tile=5)
     batch, _ = scored(make_batch(rng), teacher, estimator)
@@ -226,7 +224,7 @@ def test_noise_and_signal_are_those_of_the_micro_batches_gradients(rng):
 
 
 def test_noise_and_signal_are_unbiased(rng):
-    """Gradients g + e of three micro-batches, |g|^2 = 5 and E|e|^2 = 6: the mean's noise is 2, the
+    """Gradients g + e of three micro-batches, |g|^2 = 5 and E|e|^2 = 6: the mean has noise 2 and
     signal 5.
     """
     each = np.array([2.0, 1.0]) + np.sqrt(3) * rng.normal(size=(40_000, 3, 2))
@@ -267,8 +265,8 @@ def test_scoring_in_parts_changes_nothing(needs, rng):
 
 
 def test_pmap_over_eight_devices_gives_the_gradient_of_jit_over_the_mesh(rng):
-    """pmap is today a wrapper of shard_map; jit over a mesh is the core because it also shards what
-    pmap would replicate.
+    """pmap is a wrapper of shard_map; jit over a mesh is the core because it also shards what pmap
+    would replicate.
     """
     estimator = EstimatorConfig(recipe="vopd", aggregation="fixed_denominator")
     student, teacher = make_models(jnp.float32)
@@ -375,7 +373,7 @@ def diagnosed(student, batch, head, estimator, every, **spec):
 
 
 def drawn(batch):
-    """Tokens that the model can draw, with log-probs of a policy nearby."""
+    """Tokens that the model can sample, with log-probs of a similar policy."""
     behavior = -2 - jnp.abs(jnp.sin(jnp.arange(batch.tokens.size, dtype=jnp.float32))).reshape(
         batch.tokens.shape
     )
@@ -414,7 +412,7 @@ def test_diagnostics_do_not_depend_on_how_the_batch_is_cut(rng):
             np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-def test_what_stands_in_masked_slots_reaches_no_diagnostic(rng):
+def test_masked_slots_change_no_diagnostic(rng):
     student, teacher = make_models(jnp.float32)
     batch, head = scored(drawn(make_batch(rng)), teacher, IMPORTANCE)
     hidden = jnp.where(batch.segment_ids[:, :, None] > 0, batch.teacher.hidden, jnp.nan)
@@ -428,18 +426,18 @@ def test_what_stands_in_masked_slots_reaches_no_diagnostic(rng):
     )
 
 
-def test_kl_is_exact_wherever_the_whole_teacher_is_read(rng):
-    """A baseline on the student's top k leaves the KL that is told as it is."""
+def test_kl_is_exact_whenever_the_whole_teacher_is_read(rng):
+    """A baseline on the student's top k does not change the KL metric."""
     student, teacher = make_models(jnp.float32)
     batch, head = scored(drawn(make_batch(rng)), teacher, RECIPES[1])
-    told = [
+    metrics = [
         diagnosed(student, batch, head, estimator, 0)[1]["kl/student_teacher"]
         for estimator in (RECIPES[1], IMPORTANCE)
     ]
-    np.testing.assert_allclose(*told, rtol=1e-6)
+    np.testing.assert_allclose(*metrics, rtol=1e-6)
 
 
-def test_diagnostics_are_taken_every_so_many_steps(rng):
+def test_diagnostics_are_computed_every_n_steps(rng):
     estimator = RECIPES[1]
     student, teacher = make_models(jnp.float32)
     batch, head = scored(drawn(make_batch(rng)), teacher, estimator)
@@ -447,13 +445,9 @@ def test_diagnostics_are_taken_every_so_many_steps(rng):
     update = make_update(
         UpdateSpec(MODEL, estimator, "float32", 7, diagnostics_every=2), config, 10
     )
-    state, told = init_state(student, make_optimizer(config, 10)), []
+    names = ("entropy/student", "reward/p05", "overlap/ratio", "kl/k3")
+    state, is_finite = init_state(student, make_optimizer(config, 10)), []
     for _ in range(3):
         state, metrics = update(state, batch, head)
-        told.append(
-            [
-                bool(np.isfinite(metrics[name]))
-                for name in ("entropy/student", "reward/p05", "overlap/ratio", "kl/k3")
-            ]
-        )
-    assert told == [[True] * 4, [False, False, False, True], [True] * 4]
+        is_finite.append([bool(np.isfinite(metrics[name])) for name in names])
+    assert is_finite == [[True] * 4, [False, False, False, True], [True] * 4]

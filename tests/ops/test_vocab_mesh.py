@@ -1,5 +1,5 @@
-"""The tiled pass where the vocabulary is split over `tensor` and the head over `fsdp`: every
-recipe, against one device.
+"""The tiled pass with the vocabulary sharded over `tensor` and the head over `fsdp`: every recipe,
+against one device.
 """
 
 import re
@@ -59,7 +59,7 @@ RECIPES = {
     "npd, stored": ("npd", {"support_top_k": 5, "kd_weight": 0.7}),
     "sft": ("sft", {}),
 }
-ALONE = {"npd, stored", "sft"}  # the teacher is not there
+ALONE = {"npd, stored", "sft"}  # without a teacher model
 MESHES = {"2x2x2": (2, 2, 2), "1x2x4": (1, 2, 4), "2x4x1": (2, 4, 1)}
 
 
@@ -91,7 +91,7 @@ def run(token_loss, args, mesh=None):
     "mesh", [pytest.param(key, marks=[] if key == "2x2x2" else pytest.mark.long) for key in MESHES]
 )
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_is_what_it_is_on_one_device(x64, name, mesh):
+def test_every_recipe_equals_one_device(x64, name, mesh):
     recipe, options = RECIPES[name]
     token_loss = partial(observed(bind(recipe, options)[0].token_loss), **options)
     args = problem()
@@ -142,7 +142,7 @@ def test_no_id_of_probability_zero_is_drawn_at_the_edge_of_a_slice(x64):
     assert drawn[:, 0].tolist() == [1, 1, 5, 5, 9, 9, 13, 13]
 
 
-def test_a_recipe_that_sums_over_its_own_slice_alone_is_refused():
+def test_a_recipe_that_sums_over_its_own_slice_only_is_refused():
     def forgets(student, teacher, row):
         return jnp.sum(jnp.exp(student.logprobs), axis=-1), None
 
@@ -169,9 +169,9 @@ COLLECTIVE = re.compile(
 )
 
 
-def test_what_is_sent_inside_the_loop_is_of_a_tiles_tokens_not_of_its_logits():
-    """Of `vopd` with k = 5 on 2x2x2: the head is gathered and its gradient reduced outside; inside
-    a few numbers a token.
+def test_collectives_inside_the_loop_are_of_a_tiles_tokens_not_of_its_logits():
+    """`vopd` with k = 5 on 2x2x2: the head is gathered and its gradient reduced outside of the
+    loop; inside, collectives are a few numbers per token.
     """
     mesh, length, vocab, width, tile = make_mesh(2, 2, 2), 64, 1000, 48, 16
     recipe, options = "vopd", {"baseline": "student_topk", "baseline_top_k": 5}

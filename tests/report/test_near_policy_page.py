@@ -561,5 +561,5 @@ def test_a_sweep_tells_staleness_and_keep_rate_of_those_that_have_them(tmp_path)
         ["0.0100 ± ∞", "0.7500 ± ∞"],
         ["0.0400 ± ∞", "0.7500 ± ∞"],
     ]
-    assert "Distance from the policy that drew" in parser.all
+    assert "Distance from the behaviour policy" in parser.all
     assert "| staleness KL | keep rate |" in table(tmp_path)

@@ -1,4 +1,4 @@
-"""`opdjax inspect`: counts, accounts, damage by name, and samples as text; without jax."""
+"""`opdjax rollouts`: counts, accounts, damage by name, and samples as text; without jax."""
 
 import dataclasses
 import subprocess
