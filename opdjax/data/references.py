@@ -1,4 +1,4 @@
-"""A teacher's answers on disk, by prompt: the index that `opdjax teach` writes and runs read.
+"""A teacher's answers on disk, by prompt: the index that `opdjax references` writes and runs read.
 
 JSONL. The first row describes the teacher and its sampling; every other row holds answers to one
 prompt. The key is a digest of the prompt's text, not a row number: data may be reordered, cut or
@@ -72,7 +72,7 @@ def read_index(path: pathlib.Path) -> ReferenceIndex:
     if not path.is_file():
         found = "is a directory" if path.is_dir() else "does not exist"
         raise ReferenceIndexError(
-            f"data.references names {path}, which {found}; write the file with opdjax teach "
+            f"data.references names {path}, which {found}; write the file with opdjax references "
             "EXPERIMENT"
         )
     rows = _rows(path)
@@ -80,7 +80,7 @@ def read_index(path: pathlib.Path) -> ReferenceIndex:
     if header.get("schema") != _SCHEMA or not isinstance(header.get("teacher"), dict):
         raise ReferenceIndexError(
             f"{path} does not begin as {_SCHEMA} does; expected an index written by this version "
-            "of opdjax teach: name another file in data.references"
+            "of opdjax references: name another file in data.references"
         )
     answers: dict[str, dict[int, ReferenceAnswer]] = {}
     for place, row in rows:
@@ -106,8 +106,8 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _damaged(place: str, what: str) -> ReferenceIndexError:
     return ReferenceIndexError(
-        f"{place} is damaged: {what}. Delete the line, and run opdjax teach again: it adds what is "
-        "missing"
+        f"{place} is damaged: {what}. Delete the line, and run opdjax references again: it adds "
+        "what is missing"
     )
 
 
@@ -195,7 +195,7 @@ def references_of(
     )
     if num_unasked:
         message += (
-            f" {num_unasked} have never been answered: opdjax teach EXPERIMENT, with the same "
+            f" {num_unasked} have never been answered: opdjax references EXPERIMENT, with the same "
             "data, adds what is missing."
         )
     if num_unasked < len(lacking):

@@ -191,8 +191,8 @@ def judged(directory, **data):
 def test_a_teacher_answers_before_the_points_that_read_its_answers(tmp_path):
     logged = []
     assert run_sweep(judged(tmp_path), tmp_path / "sweep", log=logged.append)["done"] == 2
-    assert logged[0] == f"teach  {tmp_path / 'answers.jsonl'}"
-    assert sum(line.startswith("teach") for line in logged) == 1
+    assert logged[0] == f"write  {tmp_path / 'answers.jsonl'}"
+    assert sum(line.startswith("write") for line in logged) == 1
     answers = (tmp_path / "answers.jsonl").read_bytes()
     (tmp_path / "answers.jsonl").write_bytes(
         answers[: len(answers) // 2]
