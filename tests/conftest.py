@@ -53,3 +53,22 @@ def judge_server():
     """The base_url of a rule-based judge that never fails."""
     with serving() as base_url:
         yield base_url
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """(work directory of TINY, which nothing disturbed; the compiled updates that it made)."""
+    from tiny_runs import TINY, recorded_updates
+
+    from opdjax.train import train
+
+    workdir = tmp_path_factory.mktemp("tiny") / "run"
+    with recorded_updates() as updates:
+        train(TINY, workdir)
+    return workdir, updates
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny):
+    """Work directory of TINY, which nothing disturbed."""
+    return tiny[0]

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 import opdjax.rollouts.on_policy
+import opdjax.train
 from opdjax.config import (
     CheckpointConfig,
     Config,
@@ -36,7 +37,7 @@ from opdjax.runs.workdir import read_lines
 ROOT = pathlib.Path(__file__).parents[1]
 HANG = 300  # seconds after which a wait counts as a hang, on the slowest machine
 TINY = Config(
-    data=DataConfig(max_prompt_length=32),
+    data=DataConfig(source="arithmetic:train[:64]", max_prompt_length=32),
     sampling=SamplingConfig(max_completion_length=20),
     estimator=EstimatorConfig(recipe="vopd", tile=64),
     optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=2),
@@ -116,6 +117,22 @@ def assert_close_run(workdir, other, rtol=1e-5):
     leaves = [jax.tree.leaves(final_weights(run)) for run in (workdir, other)]
     norm = lambda arrays: sum(np.sum(x**2) for x in arrays) ** 0.5
     assert norm([a - b for a, b in zip(*leaves)]) <= rtol * norm(leaves[1])
+
+
+@contextlib.contextmanager
+def recorded_updates():
+    """The compiled updates of the runs inside; `_cache_size()` counts the programs of one."""
+    made, real = [], opdjax.train.make_update
+
+    def make_update(*arguments):
+        made.append(real(*arguments))
+        return made[-1]
+
+    opdjax.train.make_update = make_update
+    try:
+        yield made
+    finally:
+        opdjax.train.make_update = real
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ from opdjax.runs.workdir import read_lines
 ROOT = pathlib.Path(__file__).parents[2]
 URL = "gs://bucket/run"
 SMALL = Config(
-    data=DataConfig(max_prompt_length=32),
+    data=DataConfig("arithmetic:train[:64]", max_prompt_length=32),
     sampling=SamplingConfig(max_completion_length=4),
     optimizer=OptimizerConfig(learning_rate=1e-4),
     train=TrainConfig(num_steps=6, prompts_per_step=2),

@@ -38,7 +38,7 @@ from opdjax.config.grid import points, product, seeds, vary
 
 def get_sweep():
     base = Config(
-        data=DataConfig(max_prompt_length=32), sampling=SamplingConfig(max_completion_length=4),
+        data=DataConfig("arithmetic:train[:64]", max_prompt_length=32), sampling=SamplingConfig(max_completion_length=4),
         optimizer=OptimizerConfig(learning_rate=1e-4), train=TrainConfig(num_steps=4, prompts_per_step=2),
         evaluation=EvaluationConfig(num_prompts=2, num_samples=2, max_completion_length=4), checkpoint=CheckpointConfig(every=2),
         log=LogConfig(samples_every=0), mesh=MeshConfig(data=1),
@@ -46,7 +46,7 @@ def get_sweep():
     return points(base, product(vary("estimator.discount", (0.0, 1.0)), seeds(2)))
 """
 TINY = Config(
-    data=DataConfig(max_prompt_length=32),
+    data=DataConfig("arithmetic:train[:64]", max_prompt_length=32),
     sampling=SamplingConfig(max_completion_length=4),
     optimizer=OptimizerConfig(learning_rate=1e-4),
     train=TrainConfig(num_steps=2, prompts_per_step=2),

@@ -30,7 +30,7 @@ from opdjax.runs.workdir import read_lines
 
 ROOT = pathlib.Path(__file__).parents[3]
 BASE = Config(
-    data=DataConfig(max_prompt_length=32),
+    data=DataConfig("arithmetic:train[:64]", max_prompt_length=32),
     sampling=SamplingConfig(max_completion_length=12),
     estimator=EstimatorConfig("npd", tile=64),
     optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=1),
