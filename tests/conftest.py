@@ -72,3 +72,13 @@ def tiny(tmp_path_factory):
 def tiny_run(tiny):
     """Work directory of TINY, which nothing disturbed."""
     return tiny[0]
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    """Directory of a pair of models that every mesh of eight devices divides."""
+    from mesh_pair import make_pair
+
+    directory = tmp_path_factory.mktemp("pair")
+    make_pair(directory)
+    return directory

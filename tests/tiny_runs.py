@@ -183,6 +183,7 @@ def start(config, workdir, *, files=None, devices=1, count=1, command="train", *
     """`opdjax train` (or `opdjax sample --store`) on this config in `count` processes of one run.
 
     The config and the output of each process lie next to `files`, by default the work directory.
+    `{number}` in an environment variable stands for the number of the process.
     """
     files = pathlib.Path(files or workdir)
     saved = save(config, files.with_suffix(".json"))
@@ -192,7 +193,8 @@ def start(config, workdir, *, files=None, devices=1, count=1, command="train", *
     started = []
     for number in range(count):
         of_group = {"JAX_PROCESS_ID": str(number), "JAX_COORDINATOR_ADDRESS": address}
-        given = environment(devices, **(of_group if count > 1 else {}), **variables)
+        own = {name: value.format(number=number) for name, value in variables.items()}
+        given = environment(devices, **(of_group if count > 1 else {}), **own)
         with files.with_suffix(f".{number}.txt").open("w") as output:
             started.append(
                 subprocess.Popen(arguments, env=given, stdout=output, stderr=subprocess.STDOUT)
