@@ -309,13 +309,13 @@ def vocabulary_inputs(
     teacher = None if scores.hidden is None else (scores.hidden, teacher_head)
     row = TokenInputs(
         batch.tokens,
-        teacher_logprob=scores.token_logprobs,
-        behavior_logprob=batch.behavior_logprobs,
-        advantage=batch.advantages,
-        reference_logprob=batch.reference_logprobs,
-        uniform=batch.uniforms,
-        teacher_ids=scores.top_ids,
-        teacher_top_logprob=scores.top_logprobs,
+        teacher_logprobs=scores.teacher_logprobs,
+        behavior_logprobs=batch.behavior_logprobs,
+        advantages=batch.advantages,
+        reference_logprobs=batch.reference_logprobs,
+        uniforms=batch.uniforms,
+        teacher_top_ids=scores.teacher_top_ids,
+        teacher_top_logprobs=scores.teacher_top_logprobs,
     )
     return VocabularyInputs(hidden, head, row, teacher)
 
@@ -346,7 +346,7 @@ def _totals(
 
     def add_part(totals, part: TrainBatch):
         stats = _stats(vocabulary_inputs(params, part, teacher_head, spec), part, spec)
-        return jax.tree.map(jnp.add, totals, batch_totals(stats["reward"], part.mask)), None
+        return jax.tree.map(jnp.add, totals, batch_totals(stats["rewards"], part.mask)), None
 
     zero = jnp.zeros((), sum_dtype(spec.dtype))
     parts = spec.gradient_accumulation_steps
@@ -358,7 +358,7 @@ def make_examine(spec: UpdateSpec, num_alternatives: int) -> Callable:
     """The jitted `examine(params, batch, teacher_head) -> outputs [B, T, ...]`, for samples.jsonl.
 
     Beside the recipe's own outputs, where the batch holds the teacher's hidden states:
-    `teacher_logprob`, `kl` (exact), and the teacher's most likely `alternatives` (ids) with their
+    `teacher_logprobs`, `kl` (exact), and the teacher's most likely `alternatives` (ids) with their
     `alternative_logprobs`.
     """
 
@@ -367,7 +367,7 @@ def make_examine(spec: UpdateSpec, num_alternatives: int) -> Callable:
         if teacher is not None:
             ids = teacher.top_k(num_alternatives)
             outputs |= {
-                "teacher_logprob": teacher.logprob(row.token),
+                "teacher_logprobs": teacher.logprob(row.tokens),
                 "kl": reverse_kl(student, teacher),
             }
             outputs |= {"alternatives": ids, "alternative_logprobs": teacher.logprob(ids)}
@@ -394,7 +394,7 @@ def make_behavior_kl(spec: UpdateSpec) -> Callable:
         untaught = dataclasses.replace(batch, teacher=None)
         inputs = vocabulary_inputs(combine(frozen, params), untaught, None, spec)
         logprobs = tiled_stats(
-            lambda student, _, row: student.logprob(row.token),
+            lambda student, _, row: student.logprob(row.tokens),
             inputs.hidden,
             inputs.head,
             batch.mask,

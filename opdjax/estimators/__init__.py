@@ -78,13 +78,13 @@ class Estimator:
         return grpo.clipping(self.options) if self.recipe.is_rewarded else self.options
 
     def token_loss(self, student: VocabTile, teacher: VocabTile | None, row: TokenInputs):
-        """(loss [n], outputs) of n tokens, nats; weighted by `row.loss_weight` where it is given."""
+        """(loss [n], outputs) of n tokens, nats; weighted by `row.loss_weights` where it is given."""
         loss, outputs = TOKEN_LOSSES[self.name](
             student, teacher, row, **coupling.pointwise(self.options)
         )
-        if row.loss_weight is None:
+        if row.loss_weights is None:
             return loss, outputs
-        return jax.lax.stop_gradient(row.loss_weight) * loss, outputs
+        return jax.lax.stop_gradient(row.loss_weights) * loss, outputs
 
     def token_stats(
         self, student: VocabTile, teacher: VocabTile | None, row: TokenInputs
