@@ -160,9 +160,11 @@ def stormed(
         # shortly after learner or generator has written something.
         watched, before = rng.choice(("learner", "generator")), run.progress()
         deadline = time.monotonic() + (rng.uniform(0.1, 8) if rng.random() < 0.25 else LONGEST)
-        if not run.lasts(
-            lambda: time.monotonic() > deadline or run.progress()[watched] != before[watched]
-        ):
+
+        def is_due(watched=watched, before=before, deadline=deadline) -> bool:
+            return time.monotonic() > deadline or run.progress()[watched] != before[watched]
+
+        if not run.lasts(is_due):
             break  # finished: the table counts the kills
         counts["at work"] += run.progress() != before
         time.sleep(rng.uniform(0, 0.2))

@@ -8,13 +8,12 @@ What takes only the recipe's own outputs is told every step. What takes whole di
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from opdjax.estimators import diagnostics, importance
+from opdjax.estimators import Estimator, diagnostics, importance
 from opdjax.estimators.divergence import reverse_kl
 from opdjax.ops.masked import (
     masked_mean,
@@ -37,14 +36,14 @@ def observed(token_loss: Callable) -> Callable:
     observed step the diagnostics.
     """
 
-    def loss_of(student, teacher, row, **options):
-        loss, outputs = token_loss(student, teacher, row, **options)
+    def loss_of(student, teacher, row):
+        loss, outputs = token_loss(student, teacher, row)
         tiles = jax.lax.stop_gradient((student, teacher))
         if teacher is not None and "kl" not in outputs:
             outputs = outputs | {"kl": reverse_kl(*tiles)}
         if row.is_observed is None:
             return loss, outputs
-        stats = lambda: diagnostics.vocabulary_stats(*tiles, row.token)
+        stats = lambda: diagnostics.vocabulary_stats(*tiles, row.tokens)
         # Made of the loss, so that on a mesh they differ between devices where the statistics do.
         nothing = lambda: jax.tree.map(
             lambda x: jnp.where(True, 0, loss).astype(x.dtype), jax.eval_shape(stats)
@@ -59,17 +58,16 @@ def step_metrics(
     batch: TrainBatch,
     is_observed: Bool[Array, ""] | None,
     max_length: int,
-    options: dict[str, Any],
-    is_policy_gradient: bool,
+    estimator: Estimator,
 ) -> dict[str, Array]:
-    """All scalars of a step that come of its tokens."""
-    metrics = token_metrics(outputs, batch) | _importance(
-        outputs, batch, options, is_policy_gradient
-    )
-    if "reward" in outputs:
+    """All scalars of a step that are computed from its tokens."""
+    metrics = token_metrics(outputs, batch) | _importance(outputs, batch, estimator)
+    if "rewards" in outputs:
         metrics |= by_position("kl", masked_mean, _kl(outputs), batch, max_length)
-    if "advantage" in outputs:
-        metrics |= by_position("advantage/std", masked_std, outputs["advantage"], batch, max_length)
+    if "advantages" in outputs:
+        metrics |= by_position(
+            "advantage/std", masked_std, outputs["advantages"], batch, max_length
+        )
     if is_observed is None:
         return metrics
 
@@ -83,7 +81,7 @@ def step_metrics(
 
 
 def _kl(outputs: Outputs) -> Float[Array, "B T"]:
-    return outputs["kl"] if "kl" in outputs else -outputs["reward"]
+    return outputs["kl"] if "kl" in outputs else -outputs["rewards"]
 
 
 def token_metrics(outputs: Outputs, batch: TrainBatch) -> dict[str, Array]:
@@ -96,7 +94,7 @@ def token_metrics(outputs: Outputs, batch: TrainBatch) -> dict[str, Array]:
     token, the student as it is before this step's update; `kl/reference` k3 of KL(student ||
     reference), the student's start, whatever form its penalty has.
     """
-    mask, reward, metrics = batch.mask, outputs.get("reward"), {}
+    mask, reward, metrics = batch.mask, outputs.get("rewards"), {}
     if reward is not None:
         metrics["kl/student_teacher"] = masked_mean(_kl(outputs), mask)
         # reward = log teacher - log student
@@ -104,26 +102,26 @@ def token_metrics(outputs: Outputs, batch: TrainBatch) -> dict[str, Array]:
             metrics[f"kl/{name}"] = masked_mean(estimate(-reward, jnp.zeros_like(reward)), mask)
         metrics["reward/mean"] = masked_mean(reward, mask)
     if batch.behavior_logprobs is not None:
-        metrics |= _staleness(outputs["student_logprob"], batch)
+        metrics |= _staleness(outputs["student_logprobs"], batch)
     if batch.reference_logprobs is not None:
         metrics["kl/reference"] = masked_mean(
-            importance.k3(outputs["student_logprob"], batch.reference_logprobs), mask
+            importance.k3(outputs["student_logprobs"], batch.reference_logprobs), mask
         )
-    if "advantage" in outputs:
-        metrics["advantage/mean"] = masked_mean(outputs["advantage"], mask)
-        metrics["advantage/std"] = masked_std(outputs["advantage"], mask)
+    if "advantages" in outputs:
+        metrics["advantage/mean"] = masked_mean(outputs["advantages"], mask)
+        metrics["advantage/std"] = masked_std(outputs["advantages"], mask)
     return metrics
 
 
-def _staleness(student_logprob: Float[Array, "B T"], batch: TrainBatch) -> dict[str, Array]:
+def _staleness(student_logprobs: Float[Array, "B T"], batch: TrainBatch) -> dict[str, Array]:
     """How far the student has moved from the policy that drew the tokens; on-policy, how far
     sampler and update differ in rounding.
     """
-    log_ratio, mask = student_logprob - batch.behavior_logprobs, batch.mask
+    log_ratio, mask = student_logprobs - batch.behavior_logprobs, batch.mask
     return {
         "rollout/logprob_gap": masked_mean(jnp.abs(log_ratio), mask),
         "staleness/kl": masked_mean(
-            importance.kl_to_behavior(student_logprob, batch.behavior_logprobs), mask
+            importance.kl_to_behavior(student_logprobs, batch.behavior_logprobs), mask
         ),
         "staleness/effective_sample_size": diagnostics.sequence_sample_size(
             log_ratio, mask, batch.segment_ids
@@ -131,23 +129,22 @@ def _staleness(student_logprob: Float[Array, "B T"], batch: TrainBatch) -> dict[
     }
 
 
-def _importance(
-    outputs: Outputs, batch: TrainBatch, options: dict[str, Any], is_policy_gradient: bool
-) -> dict[str, Array]:
+def _importance(outputs: Outputs, batch: TrainBatch, estimator: Estimator) -> dict[str, Array]:
     """Under an importance correction: each token's own ratio to the behaviour policy, how many were
     cut, what their weights are worth.
     """
+    options = estimator.ratio_options
     if options.get("importance", "none") == "none" or batch.behavior_logprobs is None:
         return {}
     mask = batch.mask
-    log_ratio = outputs["student_logprob"] - batch.behavior_logprobs
+    log_ratio = outputs["student_logprobs"] - batch.behavior_logprobs
     weight, is_cut = diagnostics.applied_importance(
         log_ratio,
-        outputs.get("advantage"),
+        outputs.get("advantages"),
         mask,
         batch.segment_ids,
         options,
-        is_policy_gradient=is_policy_gradient,
+        is_policy_gradient=estimator.recipe.is_policy_gradient,
     )
     ratio = jnp.exp(zero_where_masked(log_ratio, mask))
     return {
@@ -166,16 +163,16 @@ def _observed_metrics(outputs: Outputs, batch: TrainBatch, max_length: int) -> d
     where it is known, else |k1|.
     """
     mask, metrics = batch.mask, {}
-    if "reward" in outputs:
+    if "rewards" in outputs:
         metrics |= dict(
-            zip(_QUANTILES, masked_quantiles(outputs["reward"], mask, tuple(_QUANTILES.values())))
+            zip(_QUANTILES, masked_quantiles(outputs["rewards"], mask, tuple(_QUANTILES.values())))
         )
         metrics["kl/top5pct_share"] = diagnostics.largest_share(
             jnp.abs(_kl(outputs)), mask, _TOP_SHARE
         )
-    if "advantage" in outputs:
+    if "advantages" in outputs:
         metrics["advantage/squared_score"] = masked_mean(
-            jnp.square(outputs["advantage"]) * outputs["squared_score"], mask
+            jnp.square(outputs["advantages"]) * outputs["squared_score"], mask
         )
     names = (
         "entropy/student",

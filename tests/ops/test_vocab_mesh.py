@@ -71,11 +71,11 @@ def problem(teacher_rows=V, bias=True):
     weights = jnp.asarray(rng.random((B, T)) * (rng.random((B, T)) < 0.7)).at[:, 0].set(0)
     columns = TokenInputs(
         jnp.asarray(rng.integers(0, V - 3, (B, T))),
-        uniform=jnp.asarray(rng.random((B, T, 3))),
-        teacher_ids=jnp.asarray(
+        uniforms=jnp.asarray(rng.random((B, T, 3))),
+        teacher_top_ids=jnp.asarray(
             rng.permuted(np.tile(np.arange(V - 3), (B, T, 1)), axis=2)[:, :, :6]
         ),
-        teacher_top_logprob=jnp.asarray(np.log(rng.dirichlet(np.ones(7), (B, T))[:, :, :6])),
+        teacher_top_logprobs=jnp.asarray(np.log(rng.dirichlet(np.ones(7), (B, T))[:, :, :6])),
         is_observed=jnp.ones((B, T), bool),
     )
     return normal(B, T, D), head, weights, columns, (normal(B, T, U), teacher_head)
@@ -93,7 +93,7 @@ def run(token_loss, args, mesh=None):
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_equals_one_device(x64, name, mesh):
     recipe, options = RECIPES[name]
-    token_loss = partial(observed(bind(recipe, options)[0].token_loss), **options)
+    token_loss = observed(bind(recipe, options).token_loss)
     args = problem()
     if name in ALONE:
         args = (*args[:4], None)
@@ -104,7 +104,7 @@ def test_every_recipe_equals_one_device(x64, name, mesh):
 
 @pytest.mark.parametrize("teacher_rows", [V - 3, V + 6])
 def test_a_teacher_whose_embedding_is_padded_otherwise(x64, teacher_rows):
-    token_loss = partial(bind("full_kl", {})[0].token_loss)
+    token_loss = bind("full_kl").token_loss
     args = problem(teacher_rows, bias=False)
     jax.tree.map(
         partial(np.testing.assert_allclose, rtol=1e-10),
@@ -117,7 +117,7 @@ def test_statistics(x64):
     hidden, head, weights, columns, teacher = problem()
 
     def stat(student, teacher, row):
-        drawn = student.draw(row.uniform)
+        drawn = student.draw(row.uniforms)
         return {
             "top": student.top_k(7),
             "drawn": drawn,
@@ -154,7 +154,7 @@ def test_a_head_that_the_mesh_does_not_divide_is_refused():
     hidden, _, weights, columns, _ = problem()
     with pytest.raises(ValueError, match="10 rows, which mesh.tensor 4 does not divide"):
         tiled_loss(
-            lambda s, t, row: (s.logprob(row.token), None),
+            lambda s, t, row: (s.logprob(row.tokens), None),
             hidden,
             Head(jnp.ones((10, D))),
             weights,
@@ -175,7 +175,7 @@ def test_collectives_inside_the_loop_are_of_a_tiles_tokens_not_of_its_logits():
     """
     mesh, length, vocab, width, tile = make_mesh(2, 2, 2), 64, 1000, 48, 16
     recipe, options = "vopd", {"baseline": "student_topk", "baseline_top_k": 5}
-    token_loss = partial(bind(recipe, options)[0].token_loss, **options)
+    token_loss = bind(recipe, options).token_loss
     shape = lambda spec, *dims, dtype=jnp.float32: jax.ShapeDtypeStruct(
         dims, dtype, sharding=NamedSharding(mesh, spec)
     )
