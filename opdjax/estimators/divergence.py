@@ -135,12 +135,8 @@ def full_kl(
     loss = _choose(divergence, exact, "divergence", "full_kl")(student, teacher)
     student_logprobs = student.logprob(row.tokens)
     reward = sampled_reward(teacher.logprob(row.tokens), student_logprobs)
-    kl = loss if divergence == "reverse" else reverse_kl(student, teacher)
-    return loss, {
-        "rewards": reward,
-        "student_logprobs": student_logprobs,
-        "kl": jax.lax.stop_gradient(kl),
-    }
+    outputs = {"rewards": reward, "student_logprobs": student_logprobs}
+    return loss, outputs | ({"kl": jax.lax.stop_gradient(loss)} if divergence == "reverse" else {})
 
 
 SUPPORTS_OF_BOTH = ("union", "intersection", "symmetric_difference")
@@ -259,11 +255,7 @@ def topk_kl(
         loss = jnp.maximum(loss, 0)
     student_logprobs = student.logprob(row.tokens)
     reward = sampled_reward(teacher.logprob(row.tokens), student_logprobs)
-    return loss, {
-        "rewards": reward,
-        "student_logprobs": student_logprobs,
-        "kl": jax.lax.stop_gradient(reverse_kl(student, teacher)),
-    }
+    return loss, {"rewards": reward, "student_logprobs": student_logprobs}
 
 
 def npd(
@@ -337,8 +329,6 @@ def npd(
     teacher_logprobs = row.teacher_logprobs if teacher is None else teacher.logprob(row.tokens)
     if teacher_logprobs is not None:
         outputs["rewards"] = sampled_reward(teacher_logprobs, student_logprobs)
-    if teacher is not None:
-        outputs["kl"] = jax.lax.stop_gradient(reverse_kl(student, teacher))
     return loss, outputs
 
 
