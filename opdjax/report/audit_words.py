@@ -87,7 +87,7 @@ def listed(words: list[str]) -> str:
 
 def told(text: str) -> Html:
     """The one sentence of a section."""
-    return tag("p", text, class_="told")
+    return tag("p", text, class_="finding")
 
 
 def aim_of(document: Document, name: str) -> str:

@@ -65,7 +65,7 @@ def staleness_section(run: Run) -> Html | None:
     return section(
         "staleness",
         "Staleness",
-        *(tag("p", text, class_="told") for text in [distance_sentence(run)] if text),
+        *(tag("p", text, class_="finding") for text in [distance_sentence(run)] if text),
         tag("p", about, class_="quiet"),
         key,
         grid(figure for figure in figures if figure is not None),
@@ -179,7 +179,7 @@ def filter_section(run: Run) -> Html | None:
     return section(
         "kept",
         "Which samples are kept",
-        tag("p", keep_sentence(judged), class_="told"),
+        tag("p", keep_sentence(judged), class_="finding"),
         tag("p", _rule(judged), class_="quiet"),
         *_inert(judged),
         _charts(run, groups, judged),

@@ -162,7 +162,7 @@ def _overview(found: dict[str, Comparison | WorkdirError]) -> Html:
     lead = tag(
         "p",
         f"{count(len(verdicts), 'claim')} of {count(len(found), 'paper table')}: {told}.",
-        class_="told",
+        class_="finding",
     )
     head = [
         _text("verdict"),

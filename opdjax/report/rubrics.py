@@ -79,7 +79,7 @@ def rubrics_section(steps: Steps, *, is_reward: bool) -> Html:
     return section(
         "rubrics",
         "What the judge rewards" if is_reward else "What the judge says",
-        tag("p", progress_sentence(steps), class_="told"),
+        tag("p", progress_sentence(steps), class_="finding"),
         tag("p", _about(has_rubrics, is_reward), smoothed(len(steps)), class_="quiet"),
         legend([("rollouts of the student", _STUDENT), ("references", _REFERENCES)]),
         grid(figure for figure in _pass_charts(steps, groups, has_rubrics) if figure is not None),
@@ -289,7 +289,7 @@ def signal_section(steps: Steps) -> Html | None:
     return section(
         "signal",
         "How much the judge tells apart",
-        tag("p", "; ".join(told) + ".", class_="told"),
+        tag("p", "; ".join(told) + ".", class_="finding"),
         tag("p", about, smoothed(len(steps)), class_="quiet"),
         key,
         grid(figure for figure in _signal_charts(steps) if figure is not None),
@@ -357,7 +357,7 @@ def truth_section(steps: Steps) -> Html | None:
     return section(
         "truth",
         "Reward against right answers",
-        tag("p", truth_sentence(groups), class_="told"),
+        tag("p", truth_sentence(groups), class_="finding"),
         tag("p", about, smoothed(len(steps)), class_="quiet"),
         key,
         truth_key(),

@@ -61,7 +61,7 @@ def failures_section(run: Run, steps: Steps) -> Html:
     return section(
         "failures",
         "Replies that failed",
-        tag("p", told, class_="told"),
+        tag("p", told, class_="finding"),
         tag("p", about, smoothed(len(steps)), class_="quiet"),
         key,
         grid(figure for figure in figures if figure is not None),
@@ -151,7 +151,7 @@ def cost_section(run: Run) -> Html | None:
     return section(
         "judge-cost",
         "What judging cost",
-        *(tag("p", text, class_="told") for text in [_cost_sentence(run, roles)] if text),
+        *(tag("p", text, class_="finding") for text in [_cost_sentence(run, roles)] if text),
         tag("p", about, smoothed(len(run.metrics)), class_="quiet"),
         key,
         grid(figure for figure in _cost_charts(run, roles) if figure is not None),

@@ -198,7 +198,7 @@ def timeline_section(run: Run, timeline: TimelineData | None) -> Html | None:
     return section(
         "timeline",
         "Timeline",
-        tag("p", sentence, class_="told") if sentence else None,
+        tag("p", sentence, class_="finding") if sentence else None,
         tag("p", about, class_="quiet"),
         time_key(timeline.lanes, _WORDS),
         None if window is None else gantt(title, timeline.lanes, window),
@@ -316,7 +316,7 @@ def cost_section(run: Run, timeline: TimelineData | None) -> Html | None:
     return section(
         "cost",
         "Cost of the stages",
-        tag("p", speeds[0], class_="told") if speeds else None,
+        tag("p", speeds[0], class_="finding") if speeds else None,
         table(["stage", "seconds", "share"], rows, caption=caption),
         speeds[1] if speeds else None,
     )

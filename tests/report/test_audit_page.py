@@ -215,7 +215,7 @@ def sections(parser):
 
 def told(parser, anchor):
     found = re.search(
-        rf'<section id="{anchor}"><h2>[^<]*</h2><p class="told">(.*?)</p>', parser.source
+        rf'<section id="{anchor}"><h2>[^<]*</h2><p class="finding">(.*?)</p>', parser.source
     )
     return found[1].replace("&#x27;", "'")
 
