@@ -31,7 +31,7 @@ from opdjax.config import (
     SamplingConfig,
     TrainConfig,
 )
-from opdjax.data.packing import answer_rows, filling, pack, to_train_batch
+from opdjax.data.packing import answer_rows, pack, packing_metrics, to_train_batch
 from opdjax.data.prompts import collate, indices_at
 from opdjax.engine.update import init_state, make_optimizer, make_update
 from opdjax.models.hf import load_params
@@ -94,7 +94,7 @@ def form(
         if pack_length is None
         else pack(batch, pack_length, parts=parts)[1]
     )
-    filled = filling(told)
+    filled = packing_metrics(told)
     memory = temp_mib(update.lower(held[0], *scored(setup, rows(), "vocabulary")).compile())
     return (
         step,

@@ -20,7 +20,7 @@ import json
 import pathlib
 import sys
 
-from opdjax.data.prompts import read_prompts, require_of_each
+from opdjax.data.prompt_rows import read_prompts, require_field
 from opdjax.data.sources import ColumnMap, DataError
 
 
@@ -36,7 +36,7 @@ def rows_of(argument: str) -> list[dict[str, object]]:
         )
     source, prompt, answer = parts
     found = read_prompts(source, ColumnMap(prompt, answer))
-    require_of_each(found, "answer", answer, source, "an evaluation needs one of every row")
+    require_field(found, "answer", answer, source, "an evaluation needs one of every row")
     return [{"prompt": row.prompt, "answer": row.answer, "benchmark": name} for row in found]
 
 

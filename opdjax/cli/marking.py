@@ -41,7 +41,7 @@ def _answers(data: DataConfig) -> dict[str, str]:
     """By prompt. Empty where the source cannot be read any more: a report is of runs, whose data
     may lie on another machine.
     """
-    columns, found = ColumnMap.of(data), {}
+    columns, found = ColumnMap.from_config(data), {}
     try:
         for place, row in read_rows(data.source, columns):
             name = columns.answer or "answer"

@@ -57,7 +57,7 @@ def answer_rows(
     )
 
 
-def as_teacher_sees(prompts: PromptBatch) -> PromptBatch:
+def for_teacher(prompts: PromptBatch) -> PromptBatch:
     """The prompts through the teacher's own template, where it has one."""
     if prompts.teacher_tokens is None:
         return prompts
@@ -147,7 +147,7 @@ def packed_lengths(batch: TrainBatch) -> np.ndarray:
     return np.max([np.count_nonzero(view.segment_ids, axis=1) for view in views], axis=0)
 
 
-def filling(source: np.ndarray) -> Metrics:
+def packing_metrics(source: np.ndarray) -> Metrics:
     """How well the rows of `pack` are filled: their number, and the share of their columns in which
     a token stands.
     """

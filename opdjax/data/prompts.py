@@ -1,12 +1,9 @@
-"""Prompts: read once, encoded once, and then addressed at random by (seed, epoch, step), so that a
-restart needs no iterator state.
-"""
+"""Prompts as token ids, addressed by (seed, epoch, step): a restart needs no iterator state."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -16,251 +13,97 @@ import numpy as np
 
 from opdjax.config import JUDGED_FIELDS, TEACHER_FIELDS, DataConfig
 from opdjax.data.chat import Messages, render
+from opdjax.data.prompt_rows import Prompt, read_prompts, require_field
 from opdjax.data.references import read_index, references_of
-from opdjax.data.sources import ColumnMap, DataError, read_rows, value_at
+from opdjax.data.sources import ColumnMap, DataError
 from opdjax.runs.object_store import local_copy
 from opdjax.types import PromptBatch
 
-MEAN = "mean"  # of all benchmarks, beside their names
-
-
-@dataclasses.dataclass(frozen=True)
-class GivenCriterion:
-    """A criterion that comes with its prompt."""
-
-    text: str
-    weight: int  # 1 to 5
-    is_flaw: bool  # written with a negative weight: its absence scores
-    stage: str | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """One row of a data source."""
-
-    prompt: str | Messages
-    answer: str | None = None  # the final value, for grading
-    references: tuple[str, ...] = ()  # worked answers
-    # What any answer is held to, beside what judges think of; no part of a digest where there are
-    # none.
-    criteria: tuple[GivenCriterion, ...] = dataclasses.field(default=(), repr=False)
-    benchmark: str | None = dataclasses.field(
-        default=None, repr=False
-    )  # that it belongs to, of an evaluation; as criteria
+_NO_TEXTS: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptSet:
-    """Prompts with their token ids; `prompt_id` everywhere is the index into it."""
+    """Prompts with their token ids; `prompt_id` is the index into it."""
 
     prompts: tuple[Prompt, ...]
     student_ids: tuple[tuple[int, ...], ...]
-    teacher_ids: tuple[tuple[int, ...], ...] | None  # None: the student's view
-    skipped: tuple[str, ...]  # what was left out for its length, described
+    teacher_ids: tuple[tuple[int, ...], ...] | None  # None: the same as the student's
+    skipped: tuple[str, ...]  # descriptions of the prompts over the length limit
     digest: str  # sha256 of the rows and of the token ids
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def columns(self, *, of_teacher: bool = False) -> int:
-        """The widest batch's columns, in that model's view."""
+    def max_width(self, *, of_teacher: bool = False) -> int:
+        """Columns of the widest batch, of the student's or the teacher's prompts."""
         ids = self.teacher_ids if of_teacher and self.teacher_ids is not None else self.student_ids
         return padded_width(max(map(len, ids)))
 
     @property
     def num_skipped(self) -> int:
-        """Prompts over the length limit."""
+        """Number of prompts over the length limit."""
         return len(self.skipped)
 
 
-def read_prompts(source: str, columns: ColumnMap = ColumnMap()) -> list[Prompt]:  # noqa: B008
-    """The rows of a data source (see `sources`), in their stored order."""
-    rows = [_parse_row(row, columns, place) for place, row in read_rows(source, columns)]
-    if not rows:
-        raise DataError(f"{source} holds no prompts; expected at least one row")
-    return rows
+def load_rows(data: DataConfig, tokenizer: Any) -> list[Prompt]:
+    """The rows of `data.source`; where `data.references` is set, with the answers it stores.
 
-
-def _parse_row(row: dict[str, Any], columns: ColumnMap, place: str) -> Prompt:
-    prompt, completion = _parse_prompt(_value(row, columns.prompt, place), columns.prompt, place)
-    name = columns.answer or "answer"
-    answer = _value(row, name, place) if columns.answer or name in row else None
-    is_number = (
-        isinstance(answer, (int, float)) and not isinstance(answer, bool) and math.isfinite(answer)
-    )
-    if not is_number and not isinstance(answer, (str, type(None))):
-        raise DataError(
-            f"{place}: {name!r} is {answer!r}; expected a string or a number, or null where there is none"
-        )
-    name = columns.reference or ("references" if "references" in row else "reference")
-    references = _value(row, name, place) if columns.reference or name in row else None
-    criteria = (
-        _parse_criteria(_value(row, columns.rubric, place), columns.rubric, place)
-        if columns.rubric
-        else ()
-    )
-    references = _parse_references(references, name, place) or completion
-    benchmark = (
-        _parse_benchmark(_value(row, columns.benchmark, place), columns.benchmark, place)
-        if columns.benchmark
-        else None
-    )
-    return Prompt(prompt, None if answer is None else str(answer), references, criteria, benchmark)
-
-
-def first_of_each(rows: Sequence[Prompt], count: int) -> list[Prompt]:
-    """The first so many rows of every benchmark (of all rows, where they belong to none), in their
-    order.
+    Raises ReferenceMissError if the index lacks a prompt, except one that is too long for the
+    student (whose tokenizer is given): every run leaves it out, so `opdjax teach` skips it too.
     """
-    taken: dict[str | None, int] = {}
-    kept = []
-    for row in rows:
-        taken[row.benchmark] = taken.get(row.benchmark, 0) + 1
-        if taken[row.benchmark] <= count:
-            kept.append(row)
-    return kept
+    rows = read_prompts(data.source, ColumnMap.from_config(data))
+    if data.references is None:
+        return rows
+    view = _views(data, tokenizer, tokenizer)[0]
+
+    def is_left_out(number: int) -> bool:
+        ids = view.ids(rows[number], f"prompt {number} of {data.source}")
+        return data.overlong == "skip" and len(ids) > data.max_prompt_length
+
+    index, prompts = read_index(local_copy(data.references)), [row.prompt for row in rows]
+    found = references_of(index, prompts, data.source, is_left_out)
+    return [dataclasses.replace(row, references=texts) for row, texts in zip(rows, found)]
 
 
-def _parse_benchmark(value: Any, name: str, place: str) -> str:
-    if not isinstance(value, str) or not value.strip() or value == MEAN:
-        raise DataError(
-            f"{place}: the benchmark {name!r} is {value!r}; expected its name, and not {MEAN!r}, which all of them together have"
-        )
-    return value
+def messages_of(row: Prompt, data: DataConfig) -> list[dict[str, str]]:
+    """The row as a conversation for a chat API, with the student's format and system prompt."""
+    prompt = _wrapped(row, data.prompt_format)
+    system = [] if data.system_prompt is None else [_message("system", data.system_prompt)]
+    return [*system, *([_message("user", prompt)] if isinstance(prompt, str) else prompt)]
 
 
-def _parse_criteria(value: Any, name: str, place: str) -> tuple[GivenCriterion, ...]:
-    """A prompt's own criteria: texts, or records with a text and a weight from -5 to 5, of which a
-    negative one marks a flaw.
-    """
-    if not isinstance(value, list):
-        raise DataError(f"{place}: the rubric {name!r} is {value!r}; expected a list of criteria")
-    return tuple(
-        _parse_criterion(
-            {"text": item} if isinstance(item, str) else item, f"{place}: criterion {n + 1}"
-        )
-        for n, item in enumerate(value)
-    )
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
 
 
-def _parse_criterion(item: Any, place: str) -> GivenCriterion:
-    found = item if isinstance(item, dict) else {}
-    text, weight, stage = (
-        found.get("text", found.get("description")),
-        found.get("weight", found.get("points", 1)),
-        found.get("stage"),
-    )
-    if not isinstance(text, str) or not text.strip():
-        raise DataError(
-            f"{place} is {item!r}; expected a text, or a record with text (or description)"
-        )
-    if type(weight) is not int or not 1 <= abs(weight) <= 5:
-        raise DataError(
-            f"{place} has weight {weight!r}; expected a whole number from 1 to 5, or from -5 to -1 for a flaw"
-        )
-    if not isinstance(stage, (str, type(None))):
-        raise DataError(f"{place} has stage {stage!r}; expected the name of one, or none")
-    return GivenCriterion(text, abs(weight), weight < 0, stage)
-
-
-def _value(row: dict[str, Any], path: str, place: str) -> Any:
-    return _plain(value_at(row, path, place), path, place)
-
-
-def _plain(value: Any, path: str, place: str) -> Any:
-    """Python's own types in place of the bytes and numpy values that TFDS returns."""
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{place}: {path!r} is not UTF-8 text ({error.reason})") from error
-    if isinstance(value, (np.generic, np.ndarray)):
-        return _plain(value.tolist(), path, place)
-    if isinstance(value, dict):
-        return {name: _plain(item, path, place) for name, item in value.items()}
-    return [_plain(item, path, place) for item in value] if isinstance(value, list) else value
-
-
-def _parse_prompt(value: Any, name: str, place: str) -> tuple[str | Messages, tuple[str, ...]]:
-    """The prompt, and the assistant's turn that a whole conversation ends in: what the student is
-    to write is not its prompt.
-    """
-    if isinstance(value, str) and value:
-        return value, ()
-    messages = _parse_messages(value)
-    if not messages:
-        raise DataError(
-            f"{place}: {name!r} is {value!r}; expected a non-empty string or a list of {{role, content}} messages"
-        )
-    if messages[-1]["role"] != "assistant":
-        return messages, ()
-    if len(messages) == 1:
-        raise DataError(
-            f"{place}: {name!r} holds only an assistant's turn: {value!r}; expected a turn of the user before it"
-        )
-    return messages[:-1], (messages[-1]["content"],)
-
-
-def _parse_messages(value: Any) -> Messages | None:
-    if (
-        isinstance(value, dict)
-        and value.keys() >= {"role", "content"}
-        and all(isinstance(column, list) for column in value.values())
-    ):
-        # TFDS stores a sequence of records as a record of sequences.
-        value = [
-            {"role": role, "content": content}
-            for role, content in zip(value["role"], value["content"])
-        ]
-    is_messages = isinstance(value, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in value
-    )
-    return (
-        tuple({"role": m["role"], "content": m["content"]} for m in value) if is_messages else None
-    )
-
-
-def _parse_references(value: Any, name: str, place: str) -> tuple[str, ...]:
-    """Worked answers: a string, several, or a conversation whose last assistant's turn is one."""
-    texts = [value] if isinstance(value, str) else [] if value is None else value
-    if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
-        return tuple(filter(None, texts))
-    turns = [
-        message["content"]
-        for message in _parse_messages(value) or ()
-        if message["role"] == "assistant"
-    ]
-    if not turns:
-        expected = "a string, a list of strings or messages with a turn of the assistant"
-        raise DataError(
-            f"{place}: the reference answers {name!r} are {value!r}; expected {expected}"
-        )
-    return (turns[-1],)
+def teacher_prompt_ids(
+    row: Prompt, data: DataConfig, tokenizer: Any, judge_texts: Mapping[str, str]
+) -> tuple[int, ...]:
+    """Token ids of the teacher's prompt with a judge's texts on one rollout (`JUDGED_FIELDS`)."""
+    view = _views(data, tokenizer, tokenizer)[1]
+    return view.ids(row, f"a prompt of {data.source}", judge_texts)
 
 
 @dataclasses.dataclass(frozen=True)
 class _View:
-    """How one of the two models is shown a row."""
+    """How the student or the teacher is shown a row."""
 
     tokenizer: Any
     format: str
     enable_thinking: bool | None
     system_prompt: str | None
     prompt_format: str
-    is_teachers: bool = False  # its format then has the fields of a row, and takes messages as well
+    has_context: bool = False  # prompt_format is the teacher's own: it may name fields of the row
 
     def ids(
-        self, row: Prompt, place: str, said: Mapping[str, str] = MappingProxyType({})
+        self, row: Prompt, place: str, judge_texts: Mapping[str, str] = _NO_TEXTS
     ) -> tuple[int, ...]:
-        """The row's tokens, `said` what judges say of a rollout; DataError where it cannot be
-        shown.
-        """
-        prompt = (
-            _with_context(row, self.prompt_format, said)
-            if self.is_teachers
-            else _wrapped(row, self.prompt_format)
-        )
+        """Token ids of the row; DataError if it cannot be rendered or is empty."""
+        if self.has_context:
+            prompt = _with_context(row, self.prompt_format, judge_texts)
+        else:
+            prompt = _wrapped(row, self.prompt_format)
         try:
             ids = render(
                 prompt,
@@ -279,7 +122,6 @@ class _View:
 
 
 def _views(data: DataConfig, student_tokenizer: Any, teacher_tokenizer: Any) -> tuple[_View, _View]:
-    format, thinking = data.teacher_format or data.format, data.teacher_enable_thinking
     system = {"chat": data.system_prompt, "raw": None}
     student = _View(
         student_tokenizer,
@@ -288,86 +130,37 @@ def _views(data: DataConfig, student_tokenizer: Any, teacher_tokenizer: Any) -> 
         system[data.format],
         data.prompt_format,
     )
-    thinking = data.enable_thinking if thinking is None else thinking
-    wrap = data.teacher_prompt_format
-    return student, _View(
+    format, thinking = data.teacher_format or data.format, data.teacher_enable_thinking
+    teacher = _View(
         teacher_tokenizer,
         format,
-        thinking,
+        data.enable_thinking if thinking is None else thinking,
         system[format],
-        wrap or data.prompt_format,
-        is_teachers=bool(wrap),
+        data.teacher_prompt_format or data.prompt_format,
+        has_context=bool(data.teacher_prompt_format),
     )
-
-
-def messages_of(row: Prompt, data: DataConfig) -> list[dict[str, str]]:
-    """The row as a conversation for a model behind an interface of its own: the student's words,
-    and the system's.
-    """
-    prompt = _wrapped(row, data.prompt_format)
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    return (
-        turns
-        if data.system_prompt is None
-        else [{"role": "system", "content": data.system_prompt}, *turns]
-    )
-
-
-def load_rows(data: DataConfig, tokenizer: Any) -> list[Prompt]:
-    """The rows of a config's source, with a teacher's answers for references where it names an
-    index of them.
-
-    ReferenceMissError where the index lacks a prompt. One that is too long for the student
-    (`tokenizer`) is left out by every run, so that `opdjax teach` does not ask for it.
-    """
-    rows = read_prompts(data.source, ColumnMap.of(data))
-    if data.references is None:
-        return rows
-    view = _views(data, tokenizer, tokenizer)[0]
-
-    def is_left_out(number: int) -> bool:
-        ids = view.ids(rows[number], f"prompt {number} of {data.source}")
-        return data.overlong == "skip" and len(ids) > data.max_prompt_length
-
-    found = references_of(
-        read_index(local_copy(data.references)),
-        [row.prompt for row in rows],
-        data.source,
-        is_left_out,
-    )
-    return [dataclasses.replace(row, references=texts) for row, texts in zip(rows, found)]
+    return student, teacher
 
 
 def _wrapped(row: Prompt, format: str) -> str | Messages:
     return format.replace("{prompt}", row.prompt) if isinstance(row.prompt, str) else row.prompt
 
 
-def teacher_ids_with(
-    row: Prompt, data: DataConfig, tokenizer: Any, said: Mapping[str, str]
-) -> tuple[int, ...]:
-    """The row as the teacher is shown it with what judges say of one rollout (`JUDGED_FIELDS`)."""
-    return _views(data, tokenizer, tokenizer)[1].ids(row, f"a prompt of {data.source}", said)
-
-
 def _with_context(
-    row: Prompt, format: str, said: Mapping[str, str] = MappingProxyType({})
+    row: Prompt, format: str, judge_texts: Mapping[str, str] = _NO_TEXTS
 ) -> str | Messages:
-    """What only the teacher is shown, around the prompt or, in messages, around the last turn of
-    the user.
+    """The prompt, or the last user turn of a conversation, inside the teacher's own format.
 
     Privileged context: SDFT and OPSD (arXiv 2601.18734), whose teacher is the student that also
     sees a solution.
     """
-    fields = {name: said.get(name, "") for name in JUDGED_FIELDS}
+    fields = {name: judge_texts.get(name, "") for name in JUDGED_FIELDS}
     fields |= {"answer": row.answer, "reference": row.references[0] if row.references else None}
+    names = re.compile("{(" + "|".join((*TEACHER_FIELDS, *JUDGED_FIELDS)) + ")}")
 
     def shown(prompt: str) -> str:
-        # In one go: braces in what is put in are text.
-        return re.sub(
-            "{(" + "|".join((*TEACHER_FIELDS, *JUDGED_FIELDS)) + ")}",
-            lambda found: {**fields, "prompt": prompt}[found[1]],
-            format,
-        )
+        # One pass: braces in an inserted text stay text.
+        return names.sub(lambda found: {**fields, "prompt": prompt}[found[1]], format)
 
     if isinstance(row.prompt, str):
         return shown(row.prompt)
@@ -378,72 +171,55 @@ def _with_context(
 
 
 def _require_context(rows: Sequence[Prompt], data: DataConfig) -> None:
-    """Every row has what the teacher is to be shown of it."""
-    columns = {
-        "answer": data.answer_column or "answer",
-        "references": data.reference_column or "references",
-    }
-    # Those of an index are there for all rows that are not left out.
-    wanted = (
-        (("answer", "{answer}"),)
-        if data.references
-        else (("answer", "{answer}"), ("references", "{reference}"))
-    )
-    for field, shown in wanted:
-        if shown in (data.teacher_prompt_format or ""):
-            reason = f"data.teacher_prompt_format shows it to the teacher: add it, name its column in data.{field.removesuffix('s')}_column"
-            require_of_each(
-                rows, field, columns[field], data.source, f"{reason}, or take {shown} out"
+    """Raise DataError unless every row has the fields that `data.teacher_prompt_format` names."""
+    format = data.teacher_prompt_format
+    if not format:
+        return
+    fields = {"answer": ("answer", "{answer}", data.answer_column)}
+    # With an index of references, `load_rows` has checked that every row has one.
+    if not data.references:
+        fields["references"] = ("reference", "{reference}", data.reference_column)
+    for field, (name, shown, column) in fields.items():
+        if shown in format:
+            reason = (
+                f"data.teacher_prompt_format shows it to the teacher: add it, name its column in "
+                f"data.{name}_column, or take {shown} out"
             )
-    for number, row in enumerate(rows if data.teacher_prompt_format else ()):
-        if not isinstance(row.prompt, str) and not any(
-            message["role"] == "user" for message in row.prompt
-        ):
+            require_field(rows, field, column or field, data.source, reason)
+    for number, row in enumerate(rows):
+        is_text = isinstance(row.prompt, str)
+        if not is_text and all(message["role"] != "user" for message in row.prompt):
             raise DataError(
-                f"prompt {number} of {data.source} has no turn of the user, around which data.teacher_prompt_format goes"
+                f"prompt {number} of {data.source} has no user's turn, which "
+                "data.teacher_prompt_format wraps"
             )
-
-
-def require_of_each(
-    rows: Sequence[Prompt], field: str, column: str, source: str, reason: str
-) -> None:
-    """DataError that names the first row whose `answer` or `references` is missing or blank."""
-    given = (getattr(row, field) or () for row in rows)
-    texts = ((value,) if isinstance(value, str) else value for value in given)
-    lacking = [
-        number
-        for number, found in enumerate(texts)
-        if not found or not all(text.strip() for text in found)
-    ]
-    if lacking:
-        raise DataError(
-            f"prompt {lacking[0]} of {source} has no {column!r} ({len(lacking)} such rows); {reason}"
-        )
 
 
 def encode_prompts(
     rows: Sequence[Prompt], data: DataConfig, student_tokenizer: Any, teacher_tokenizer: Any
 ) -> PromptSet:
-    """Render every row for student and teacher; rows over `max_prompt_length` in either view are
-    left out and counted, or refused.
+    """Render every row for student and teacher.
+
+    A row over `max_prompt_length` tokens in either view is left out and counted, or refused with
+    DataError if `data.overlong` is "error".
     """
     _require_context(rows, data)
     views = _views(data, student_tokenizer, teacher_tokenizer)
-    kept, ids, skipped = [], ([], []), []
+    limit, kept, ids, skipped = data.max_prompt_length, [], ([], []), []
     for number, row in enumerate(rows):
         place = f"prompt {number} of {data.source}"
-        _require_text(row, place)
+        _require_unicode(row, place)
         rendered = [views[0].ids(row, place)]
-        if len(rendered[0]) <= data.max_prompt_length:
+        if len(rendered[0]) <= limit:
             rendered.append(views[1].ids(row, place))
         longest = max(map(len, rendered))
-        if longest > data.max_prompt_length:
-            skipped.append(
-                f"{place} with {longest} tokens: {str(_wrapped(row, data.prompt_format))[:80]!r}"
-            )
+        if longest > limit:
+            text = str(_wrapped(row, data.prompt_format))[:80]
+            skipped.append(f"{place} with {longest} tokens: {text!r}")
             if data.overlong == "error":
                 raise DataError(
-                    f"data.max_prompt_length is {data.max_prompt_length}, exceeded by {skipped[0]}; raise it or set data.overlong to skip"
+                    f"data.max_prompt_length is {limit}, exceeded by {skipped[0]}; raise it or set "
+                    "data.overlong to skip"
                 )
             continue
         kept.append(row)
@@ -451,74 +227,68 @@ def encode_prompts(
             view.append(tokens)
     if not kept:
         raise DataError(
-            f"{data.source} has no prompt of at most {data.max_prompt_length} tokens ({len(rows)} rows read); "
-            f"raise it, or see why {skipped[0]} is so long"
+            f"{data.source} has no prompt of at most {limit} tokens ({len(rows)} rows read); "
+            f"raise data.max_prompt_length, or shorten the prompts, first {skipped[0]}"
         )
     student_ids, teacher_ids = map(tuple, ids)
-    unseen = ([row.criteria for row in kept], [row.benchmark for row in kept])
-    digest = hashlib.sha256(
-        repr(
-            (kept, student_ids, teacher_ids, *(column for column in unseen if any(column)))
-        ).encode()
-    ).hexdigest()
-    same = student_ids == teacher_ids
+    is_same, digest = student_ids == teacher_ids, _digest(kept, student_ids, teacher_ids)
     return PromptSet(
-        tuple(kept), student_ids, None if same else teacher_ids, tuple(skipped), digest
+        tuple(kept), student_ids, None if is_same else teacher_ids, tuple(skipped), digest
     )
 
 
-def _require_text(row: Prompt, place: str) -> None:
-    """Half a surrogate pair, as text cut between two escapes leaves it, has no bytes that a
-    tokenizer could read.
-    """
-    contents = (
-        [row.prompt]
-        if isinstance(row.prompt, str)
-        else [message["content"] for message in row.prompt]
-    )
+def _digest(rows: list[Prompt], *ids: tuple[tuple[int, ...], ...]) -> str:
+    """sha256 of the rows and their token ids; recorded by runs, so its bytes must not change."""
+    optional = ([row.criteria for row in rows], [row.benchmark for row in rows])
+    hashed = (rows, *ids, *(column for column in optional if any(column)))
+    return hashlib.sha256(repr(hashed).encode()).hexdigest()
+
+
+def _require_unicode(row: Prompt, place: str) -> None:
+    """Raise DataError on half a surrogate pair: no tokenizer can encode it."""
+    is_text = isinstance(row.prompt, str)
+    contents = [row.prompt] if is_text else [message["content"] for message in row.prompt]
     try:
         "".join([*contents, *row.references, row.answer or ""]).encode()
     except UnicodeEncodeError as error:
         found = error.object[error.start]
         raise DataError(
-            f"{place} holds {found!r}, half a surrogate pair; expected Unicode text: write the row again"
+            f"{place} holds {found!r}, half a surrogate pair; expected Unicode text: write the row "
+            "again"
         ) from error
 
 
 def indices_at(step: int, prompts_per_step: int, num_prompts: int, seed: int) -> np.ndarray:
-    """Which prompts step `step` (counted from 0) takes: every prompt once an epoch, in an order of
-    that epoch's own.
+    """Prompt indices `[prompts_per_step]` of step `step`, counted from 0.
+
+    Every epoch visits each prompt once, in a permutation of its own.
     """
     positions = np.arange(step * prompts_per_step, (step + 1) * prompts_per_step)
-    orders = {
-        epoch: _order_of(int(epoch), num_prompts, seed)
-        for epoch in np.unique(positions // num_prompts)
-    }
+    epochs = np.unique(positions // num_prompts)
+    orders = {epoch: _epoch_order(int(epoch), num_prompts, seed) for epoch in epochs}
     return np.array([orders[p // num_prompts][p % num_prompts] for p in positions], np.int32)
 
 
-def _order_of(epoch: int, num_prompts: int, seed: int) -> np.ndarray:
-    return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, epoch])).permutation(
-        num_prompts
-    )
+def _epoch_order(epoch: int, num_prompts: int, seed: int) -> np.ndarray:
+    bits = np.random.Philox(key=seed, counter=[0, 0, 0, epoch])
+    return np.random.Generator(bits).permutation(num_prompts)
 
 
 def collate(prompts: PromptSet, indices: np.ndarray, num_rows: int | None = None) -> PromptBatch:
-    """The prompts at `indices`, padded on the left to one of a few widths, and with empty rows up
-    to `num_rows`.
+    """The prompts at `indices`, left-padded to one of a few widths.
+
+    `num_rows`: rows of the batch (None: `len(indices)`); those beyond the indices are empty.
     """
     num_rows = num_rows or len(indices)
     tokens, mask = _pad_left([prompts.student_ids[i] for i in indices], num_rows)
     teacher_tokens = teacher_mask = None
     if prompts.teacher_ids is not None:
-        teacher_tokens, teacher_mask = _pad_left(
-            [prompts.teacher_ids[i] for i in indices], num_rows
-        )
+        teacher_rows = [prompts.teacher_ids[i] for i in indices]
+        teacher_tokens, teacher_mask = _pad_left(teacher_rows, num_rows)
     prompt_id = np.zeros(num_rows, np.int32)
     prompt_id[: len(indices)] = indices
-    occurrence = np.array(
-        [np.sum(prompt_id[:i] == prompt_id[i]) for i in range(num_rows)], np.int32
-    )
+    earlier = [np.sum(prompt_id[:row] == prompt_id[row]) for row in range(num_rows)]
+    occurrence = np.array(earlier, np.int32)
     return PromptBatch(tokens, mask, prompt_id, teacher_tokens, teacher_mask, occurrence)
 
 

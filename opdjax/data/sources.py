@@ -53,7 +53,7 @@ class ColumnMap:
     benchmark: str | None = None  # None: no benchmark is read
 
     @classmethod
-    def of(cls, data: DataConfig) -> ColumnMap:
+    def from_config(cls, data: DataConfig) -> ColumnMap:
         """Those that a config names."""
         return cls(
             data.prompt_column, data.answer_column, data.reference_column, data.rubric_column

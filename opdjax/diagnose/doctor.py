@@ -20,7 +20,7 @@ from opdjax.config import Config, EstimatorConfig, MeshConfig
 from opdjax.config.validation import require
 from opdjax.data.chat import load_tokenizer, valid_vocab
 from opdjax.data.grading import GRADERS
-from opdjax.data.packing import as_teacher_sees, pack, to_train_batch
+from opdjax.data.packing import for_teacher, pack, to_train_batch
 from opdjax.data.prompts import collate, indices_at
 from opdjax.engine.decoding import Decoding
 from opdjax.engine.evaluate import completions
@@ -121,7 +121,7 @@ def take_specimen(setup: Setup, num_prompts: int) -> Specimen:
         batch, _ = with_credit(setup, batch, rollouts)
     scores = _teacher_logprobs(setup, batch)
     answers = _greedy(
-        setup, setup.teacher.params, setup.teacher.checkpoint.config, as_teacher_sees(prompts)
+        setup, setup.teacher.params, setup.teacher.checkpoint.config, for_teacher(prompts)
     )
     return Specimen(indices, prompts, params, head, rollouts, batch, scores, answers)
 

@@ -16,7 +16,7 @@ from opdjax.judge.judgement import Judgement
 from opdjax.judge.replies import ApiError
 from opdjax.ops.sharding import to_host
 from opdjax.rollouts.checks import Finding
-from opdjax.rollouts.judged import JudgedSource, line_of
+from opdjax.rollouts.judged import JudgedSource, background_judge
 from opdjax.rollouts.on_policy import draw
 from opdjax.rollouts.setup import initial_weights, prepare
 
@@ -33,8 +33,11 @@ def examine_judge(config: Config) -> Iterator[Finding]:
     setup = prepare(dataclasses.replace(config, mesh=MeshConfig(1)))
     indices = indices_at(0, min(_GROUPS, len(setup.prompts)), len(setup.prompts), config.seed)
     rollouts = to_host(draw(setup, initial_weights(setup), collate(setup.prompts, indices), 0))
-    with tempfile.TemporaryDirectory() as scratch, line_of(config, pathlib.Path(scratch)) as line:
-        source = JudgedSource(setup, pathlib.Path(scratch), 0, line)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        background_judge(config, pathlib.Path(scratch)) as background,
+    ):
+        source = JudgedSource(setup, pathlib.Path(scratch), 0, background)
         try:
             found = [judgement for judgements in source.judge(rollouts) for judgement in judgements]
         except ApiError as error:
@@ -44,7 +47,7 @@ def examine_judge(config: Config) -> Iterator[Finding]:
         if not any(judgement.is_scored for judgement in found):
             return
         yield from _spread(found)
-        yield _cost(config, line.keep_usage(0), len(indices))
+        yield _cost(config, background.record_usage(0), len(indices))
 
 
 def _replies(found: list[Judgement]) -> Finding:

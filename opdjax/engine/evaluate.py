@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from opdjax.config import EvaluationConfig
 from opdjax.data.grading import GRADERS
-from opdjax.data.prompts import Prompt, PromptSet, collate
+from opdjax.data.prompt_rows import Prompt
+from opdjax.data.prompts import PromptSet, collate
 from opdjax.engine.decoding import EVAL_STREAM, Decoding
 from opdjax.engine.sampler import sample
 from opdjax.models.decoder import DecoderConfig, Params

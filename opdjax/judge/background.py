@@ -46,7 +46,7 @@ class BackgroundJudge:
             for future in futures:
                 future.cancel()
 
-    def keep_usage(self, step: int) -> dict[str, float]:
+    def record_usage(self, step: int) -> dict[str, float]:
         """What was asked since the last call, by role: returned as metrics, and written where a
         continued run finds what it has spent.
         """
@@ -58,7 +58,7 @@ class BackgroundJudge:
             for name, value in used.items()
         }
 
-    def keep_rest(self) -> None:
+    def record_remaining_usage(self) -> None:
         """What was answered since the last step was counted: it is paid for, though the run ended
         before it could use it.
         """
@@ -80,7 +80,7 @@ class BackgroundJudge:
 
 
 @contextlib.contextmanager
-def open_line(
+def open_background_judge(
     roles: Mapping[str, EndpointConfig],
     api: ApiConfig,
     rubrics: RubricsConfig,
@@ -102,7 +102,7 @@ def open_line(
             yield line
         finally:
             run(client.close())
-            line.keep_rest()
+            line.record_remaining_usage()
 
 
 async def _made(make):

@@ -22,7 +22,7 @@ import openai
 
 from opdjax.config.api import ApiConfig, EndpointConfig
 from opdjax.judge.cache import ReplyCache, request_key
-from opdjax.judge.limits import Admission, Breaker, Budget
+from opdjax.judge.limits import Admission, CircuitBreaker, RateLimiter
 from opdjax.judge.replies import (
     ApiRefusedError,
     ApiRequestError,
@@ -72,11 +72,11 @@ class _Role:
         self.name, self.endpoint, self.output, self.usage = name, endpoint, endpoint.output, Usage()
         self._key = "" if api.offline else _key_of(name, endpoint)
         self.requests, self.tokens = (
-            Budget(endpoint.requests_per_minute),
-            Budget(endpoint.tokens_per_minute),
+            RateLimiter(endpoint.requests_per_minute),
+            RateLimiter(endpoint.tokens_per_minute),
         )
         self.places = asyncio.Semaphore(endpoint.concurrency)
-        self.breaker = Breaker(api.breaker_failures, api.breaker_seconds)
+        self.breaker = CircuitBreaker(api.breaker_failures, api.breaker_seconds)
         self._answer = answer
         if answer is not None:
             return

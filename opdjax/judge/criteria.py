@@ -47,7 +47,7 @@ class CriteriaStore:
                     c for c in _rubric(row["rubric"]).criteria if c.id in row["kept"]
                 )
 
-    def unfrozen(self, prompt_ids: Iterable[int]) -> list[int]:
+    def without_frozen_rubric(self, prompt_ids: Iterable[int]) -> list[int]:
         """Those of the prompts whose rubric has not been asked for yet."""
         return [prompt for prompt in prompt_ids if prompt not in self._frozen]
 
@@ -65,7 +65,7 @@ class CriteriaStore:
         )
         self._frozen |= rubrics
 
-    def given(self, group: RolloutGroup, own: Sequence[Criterion] = ()) -> RolloutGroup:
+    def with_existing(self, group: RolloutGroup, own: Sequence[Criterion] = ()) -> RolloutGroup:
         """The group with what its prompt has from before: its `own` criteria, a frozen rubric,
         criteria in use.
         """
@@ -76,7 +76,7 @@ class CriteriaStore:
             group, rubric=rubric, existing=self._in_use.get(prompt, tuple(own))
         )
 
-    def learn(self, judgement: Judgement) -> list[str] | None:
+    def update(self, judgement: Judgement) -> list[str] | None:
         """The ids of the criteria that stay in use at this prompt; None where criteria do not
         evolve or no rollout was held to them.
         """

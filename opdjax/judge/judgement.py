@@ -151,7 +151,7 @@ def _scored(
     )
 
 
-async def rubric_of(judge: Judge, group: RolloutGroup) -> Rubric | None:
+async def induce_or_none(judge: Judge, group: RolloutGroup) -> Rubric | None:
     """The rubric alone; None where none can be had."""
     try:
         rubric = await induce(

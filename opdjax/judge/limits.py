@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-_LOOK_AGAIN = 0.1  # seconds after which whoever waits looks whether units were given back
+_POLL_SECONDS = 0.1  # seconds after which whoever waits looks whether units were given back
 
 
-class Budget:
+class RateLimiter:
     """So many units a minute, none of them saved up for longer than a second; 0: no limit. Whoever
     comes first is served first.
     """
@@ -31,7 +31,7 @@ class Budget:
             while (wait := self._wait(units)) > 0:
                 # What was foreseen is many times what most replies come to, and is given back
                 # meanwhile.
-                await asyncio.sleep(min(wait, _LOOK_AGAIN))
+                await asyncio.sleep(min(wait, _POLL_SECONDS))
             self._level -= units if self._rate else 0
 
     def give_back(self, units: float) -> None:
@@ -57,7 +57,7 @@ class Budget:
 Admission = Literal["free", "probe", "down"]
 
 
-class Breaker:
+class CircuitBreaker:
     """Open after so many failures in a row: everybody then waits until, after a while, one request,
     the probe, has tried.
 

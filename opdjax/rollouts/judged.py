@@ -20,18 +20,19 @@ import numpy as np
 
 from opdjax.config import Config
 from opdjax.data.packing import to_train_batch
-from opdjax.data.prompts import Prompt, collate, indices_at
+from opdjax.data.prompt_rows import Prompt
+from opdjax.data.prompts import collate, indices_at
 from opdjax.engine.evaluate import completions, graded
-from opdjax.judge.background import BackgroundJudge, open_line
+from opdjax.judge.background import BackgroundJudge, open_background_judge
 from opdjax.judge.criteria import FROZEN, CriteriaStore
 from opdjax.judge.judgement import (
     Judgement,
     RolloutGroup,
     as_row,
     group_of,
+    induce_or_none,
     judge_group,
     metrics_of,
-    rubric_of,
 )
 from opdjax.judge.reflection import reflect
 from opdjax.judge.replies import ApiError
@@ -66,15 +67,17 @@ class JudgeScores:
 def open_judged(setup: Setup, workdir: pathlib.Path, first: int) -> Iterator[JudgedSource]:
     """The source, from update `first` on; its calls end with it."""
     with contextlib.ExitStack() as opened:
-        line = on_process_zero(lambda: opened.enter_context(line_of(setup.config, workdir)))
-        yield JudgedSource(setup, workdir, first, line)
+        background = on_process_zero(
+            lambda: opened.enter_context(background_judge(setup.config, workdir))
+        )
+        yield JudgedSource(setup, workdir, first, background)
 
 
-def line_of(
+def background_judge(
     config: Config, workdir: pathlib.Path
 ) -> contextlib.AbstractContextManager[BackgroundJudge]:
-    """The line to the config's judges."""
-    return open_line(
+    """The judge of the config, on a background thread."""
+    return open_background_judge(
         {role: getattr(config, role) for role in ROLES}, config.api, config.rubrics, workdir
     )
 
@@ -85,9 +88,9 @@ class JudgedSource:
     """
 
     def __init__(
-        self, setup: Setup, workdir: pathlib.Path, first: int, line: BackgroundJudge | None
+        self, setup: Setup, workdir: pathlib.Path, first: int, background: BackgroundJudge | None
     ):
-        self._setup, self._workdir, self._line, self.params = setup, workdir, line, None
+        self._setup, self._workdir, self._background, self.params = setup, workdir, background, None
         self._kind = "scalar" if reward_of(setup.config) == "scalar" else "rubric"
         self._criteria, self._is_frozen = CriteriaStore(setup.config.rubrics, workdir), False
         on_process_zero(lambda: self._criteria.restore(read_lines(workdir / ROWS)))
@@ -139,9 +142,10 @@ class JudgedSource:
             with timer.phase("sample"):
                 rollouts = to_host(draw(setup, self.params, part, name))
             parts.append(rollouts)
-            if self._line is not None:
+            if self._background is not None:
                 futures += [
-                    self._line.submit(self._judge_one(group)) for group in self._groups(rollouts)
+                    self._background.submit(self._judge_one(group))
+                    for group in self._groups(rollouts)
                 ]
         return jax.tree.map(lambda *columns: np.concatenate(columns), *parts), futures
 
@@ -157,7 +161,7 @@ class JudgedSource:
             prompt, own = int(ids[start]), slice(start, start + size)
             row = self._setup.prompts.prompts[prompt]
             group = group_of(
-                self._line.judge,
+                self._background.judge,
                 prompt,
                 as_question(row.prompt),
                 row.references,
@@ -165,7 +169,7 @@ class JudgedSource:
                 is_cut[own],
             )
             groups.append(
-                self._criteria.given(group, self._own_criteria(row))
+                self._criteria.with_existing(group, self._own_criteria(row))
                 if self._kind == "rubric"
                 else group
             )
@@ -193,16 +197,18 @@ class JudgedSource:
         """What judges say of the rollouts (on the host), by prompt; of the lead alone, whose errors
         are the client's.
         """
-        return self._line.results(
-            [self._line.submit(self._judge_one(group)) for group in self._groups(rollouts)]
+        return self._background.results(
+            [self._background.submit(self._judge_one(group)) for group in self._groups(rollouts)]
         )
 
     async def _judge_one(self, group: RolloutGroup) -> list[Judgement]:
-        found = await judge_group(self._line.judge, group, self._kind)
+        found = await judge_group(self._background.judge, group, self._kind)
         if "reflection" not in self._setup.config.judged_fields:
             return found
         return list(
-            await asyncio.gather(*(reflect(self._line.judge, judgement) for judgement in found))
+            await asyncio.gather(
+                *(reflect(self._background.judge, judgement) for judgement in found)
+            )
         )
 
     def _correct(self, rollouts: Rollouts) -> np.ndarray | None:
@@ -228,10 +234,10 @@ class JudgedSource:
             nonlocal judged, stopped, told
             found = np.full(shape, np.nan, np.float32)
             try:
-                judged = self._line.results(futures)
+                judged = self._background.results(futures)
             except ApiError as error:
                 stopped = error
-                self._line.keep_usage(step + 1)
+                self._background.record_usage(step + 1)
             else:
                 told = self._record(judged, correct, step)
                 _fill(found, judged, config.sampling.num_generations)
@@ -271,7 +277,7 @@ class JudgedSource:
         )
         rows = []
         for number, (_, judgement) in enumerate(flat):
-            kept = self._criteria.learn(judgement)
+            kept = self._criteria.update(judgement)
             row = as_row(judgement, step + 1, right and right[number], has_texts=has_texts)
             rows.append(row if kept is None else row | {"kept": kept})
         append_lines(self._workdir / ROWS, rows)
@@ -287,7 +293,7 @@ class JudgedSource:
                 "rubric/failed_groups": float(sum(is_failed)),
                 "rubric/failed_share": float(np.mean(is_failed)),
             }
-            | self._line.keep_usage(step + 1)
+            | self._background.record_usage(step + 1)
         )
 
     def _freeze(self, step: int, timer: Timer) -> None:
@@ -301,7 +307,7 @@ class JudgedSource:
             )
         )
         is_missing = from_process_zero(
-            lambda: np.isin(visited, self._criteria.unfrozen(visited.tolist())),
+            lambda: np.isin(visited, self._criteria.without_frozen_rubric(visited.tolist())),
             np.zeros(len(visited), bool),
         )
         missing = visited[is_missing]
@@ -330,8 +336,11 @@ class JudgedSource:
             nonlocal stopped
             groups = self._groups(rollouts)
             try:
-                found = self._line.results(
-                    [self._line.submit(rubric_of(self._line.judge, group)) for group in groups]
+                found = self._background.results(
+                    [
+                        self._background.submit(induce_or_none(self._background.judge, group))
+                        for group in groups
+                    ]
                 )
                 rubrics = {group.prompt_id: rubric for group, rubric in zip(groups, found)}
                 lacking = [prompt for prompt, rubric in rubrics.items() if rubric is None]
@@ -345,7 +354,7 @@ class JudgedSource:
                 self._criteria.freeze(rubrics)
             except ApiError as error:
                 stopped = error
-            self._line.keep_usage(0)
+            self._background.record_usage(0)
             return np.array(stopped is not None)
 
         if from_process_zero(on_process_zero, np.array(False)):

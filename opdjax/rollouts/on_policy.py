@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from opdjax.data.packing import answer_rows, as_teacher_sees, filling, pack, to_train_batch
+from opdjax.data.packing import answer_rows, for_teacher, pack, packing_metrics, to_train_batch
 from opdjax.data.prompts import collate, indices_at
 from opdjax.engine.evaluate import completions, graded
 from opdjax.engine.sampler import extra_uniforms, sample
@@ -87,7 +87,7 @@ def packed(setup: Setup, batch: TrainBatch) -> tuple[TrainBatch, Metrics]:
         parts=train.gradient_accumulation_steps,
         shards=num_row_shards(setup.mesh),
     )
-    return packed, filling(source)
+    return packed, packing_metrics(source)
 
 
 def draw(setup: Setup, params: Params, prompts: PromptBatch, name: int) -> Rollouts:
@@ -105,7 +105,7 @@ def draw(setup: Setup, params: Params, prompts: PromptBatch, name: int) -> Rollo
         num_generations=sampling.num_generations,
         mesh=setup.mesh,
         slots=sampling.slots,
-        prompt_columns=setup.prompts.columns(),
+        prompt_columns=setup.prompts.max_width(),
     )
 
 
@@ -120,11 +120,11 @@ def _rollouts(setup: Setup, params: Params, prompts: PromptBatch, step: int) -> 
         return answer_rows(
             prompts, _reference_answers(setup, prompts, step), sampling.max_completion_length, step
         )
-    teacher, columns = setup.teacher, setup.prompts.columns(of_teacher=True)
+    teacher, columns = setup.teacher, setup.prompts.max_width(of_teacher=True)
     written = to_host(
         sample(
             teacher.params,
-            as_teacher_sees(prompts),
+            for_teacher(prompts),
             config.seed,
             step,
             config=teacher.checkpoint.config,

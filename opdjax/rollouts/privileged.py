@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from opdjax.data.prompts import padded_width, teacher_ids_with
+from opdjax.data.prompts import padded_width, teacher_prompt_ids
 from opdjax.judge.judgement import Judgement
 from opdjax.judge.reflection import rubric_text, verdict_text
 from opdjax.ops.multihost import from_process_zero, on_process_zero
@@ -75,7 +75,7 @@ def _context_ids(
                 }
                 said["reflection"] = judgement.reflections[number] if judgement.reflections else ""
                 row = setup.prompts.prompts[int(rows.prompt_id[place * size + sample])]
-                ids = teacher_ids_with(row, data, setup.teacher.tokenizer, said)
+                ids = teacher_prompt_ids(row, data, setup.teacher.tokenizer, said)
                 found[place * size + sample] = (
                     ids if len(ids) <= data.max_teacher_prompt_length else ()
                 )

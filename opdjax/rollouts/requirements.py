@@ -9,7 +9,8 @@ import jax
 from opdjax.config.run import Config
 from opdjax.config.validation import ConfigError, require
 from opdjax.data.grading import require_grader
-from opdjax.data.prompts import Prompt, PromptSet, require_of_each
+from opdjax.data.prompt_rows import Prompt, require_field
+from opdjax.data.prompts import PromptSet
 from opdjax.estimators.advantage import credit_matrix
 
 
@@ -22,7 +23,7 @@ def _require_reward_data(config: Config, rows: list[Prompt]) -> None:
         )  # scores are recorded beside right answers where these are known
     if config.estimator.task_reward_coef or config.estimator.recipe == "grpo":
         require_grader(config.evaluation.grader)
-        require_of_each(
+        require_field(
             rows, "answer", data.answer_column or "answer", data.source, "a task reward needs them"
         )
     if (
@@ -45,7 +46,7 @@ def _require_reward_data(config: Config, rows: list[Prompt]) -> None:
         )
     if config.is_judged and config.rubrics.num_references and data.references is None:
         reason = "judges are shown a teacher's answers: write them with opdjax teach (data.references), or set rubrics.num_references to 0"
-        require_of_each(
+        require_field(
             rows, "references", data.reference_column or "references", data.source, reason
         )
 

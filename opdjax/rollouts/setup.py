@@ -19,14 +19,8 @@ from opdjax.data.chat import (
     valid_vocab,
 )
 from opdjax.data.grading import require_grader
-from opdjax.data.prompts import (
-    PromptSet,
-    encode_prompts,
-    first_of_each,
-    load_rows,
-    read_prompts,
-    require_of_each,
-)
+from opdjax.data.prompt_rows import first_of_each, read_prompts, require_field
+from opdjax.data.prompts import PromptSet, encode_prompts, load_rows
 from opdjax.data.sources import ColumnMap
 from opdjax.engine.decoding import Decoding
 from opdjax.engine.evaluate import Evaluator
@@ -105,7 +99,7 @@ def prepare(config: Config) -> Setup:
     rows = load_rows(config.data, tokenizer)
     if config.sampling.completions_from == "references" and config.data.references is None:
         column = config.data.reference_column or "references"
-        require_of_each(
+        require_field(
             rows,
             "references",
             column,
@@ -356,10 +350,12 @@ def make_evaluator(
     )
     rows = read_prompts(
         data.source,
-        dataclasses.replace(ColumnMap.of(data), benchmark=config.evaluation.benchmark_column),
+        dataclasses.replace(
+            ColumnMap.from_config(data), benchmark=config.evaluation.benchmark_column
+        ),
     )
     rows = first_of_each(rows, config.evaluation.num_prompts)
-    require_of_each(
+    require_field(
         rows, "answer", data.answer_column or "answer", data.source, "evaluation needs them"
     )
     prompts = encode_prompts(rows, data, tokenizer, tokenizer)

@@ -21,14 +21,8 @@ import numpy as np
 from opdjax.config import STUDENT, Config, DataConfig
 from opdjax.config.validation import require
 from opdjax.data.chat import load_tokenizer
-from opdjax.data.prompts import (
-    Prompt,
-    PromptSet,
-    collate,
-    encode_prompts,
-    messages_of,
-    read_prompts,
-)
+from opdjax.data.prompt_rows import Prompt, read_prompts
+from opdjax.data.prompts import PromptSet, collate, encode_prompts, messages_of
 from opdjax.data.references import (
     ReferenceAnswer,
     ReferenceIndex,
@@ -135,7 +129,7 @@ def _checked_path(config: Config) -> str:
 
 def _rows_to_answer(config: Config) -> tuple[list[Prompt], int]:
     """The prompts that a run keeps, each once, and how many are too long for it."""
-    rows = read_prompts(config.data.source, ColumnMap.of(config.data))
+    rows = read_prompts(config.data.source, ColumnMap.from_config(config.data))
     tokenizer = load_tokenizer(open_student(config).path)
     kept = encode_prompts(rows, student_view(config.data), tokenizer, tokenizer)
     return list({key_of(row.prompt): row for row in kept.prompts}.values()), kept.num_skipped
@@ -272,7 +266,7 @@ def _checkpoint_asked(
         config=checkpoint.config,
         decoding=decoding,
         mesh=mesh,
-        prompt_columns=prompts.columns(),
+        prompt_columns=prompts.max_width(),
     )
 
     def asked(batch: Sequence[Pending], told: Counter) -> Found:

@@ -338,7 +338,7 @@ DATA = {
             "{prompt}1",
         ),
         "prompt 0 of",
-        "has no turn of the user, around which data.teacher_prompt_format goes",
+        "has no user's turn, which data.teacher_prompt_format wraps",
     ),
     "an evaluation without answers": (
         "DataError",

@@ -11,14 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opdjax.data.packing import (
-    filling,
     first_fit_decreasing,
     pack,
     packed_lengths,
+    packing_metrics,
     to_train_batch,
     unpack,
 )
-from opdjax.data.prompts import Prompt, PromptSet, collate
+from opdjax.data.prompt_rows import Prompt
+from opdjax.data.prompts import PromptSet, collate
 from opdjax.ops.sharding import split_rows
 from opdjax.types import Rollouts
 
@@ -150,8 +151,8 @@ def test_first_fit_decreasing_by_hand():
     np.testing.assert_array_equal(
         packed.mask[:2].astype(int), [[0, 1, 1, 1, 1, 0, 1], [0, 1, 1, 1, 0, 1, 1]]
     )
-    assert filling(source) == {"perf/packed_rows": 2.0, "perf/packing_efficiency": 1.0}
-    assert filling(pack(rows_of([3, 5, 2, 4]), 8)[1]) == {
+    assert packing_metrics(source) == {"perf/packed_rows": 2.0, "perf/packing_efficiency": 1.0}
+    assert packing_metrics(pack(rows_of([3, 5, 2, 4]), 8)[1]) == {
         "perf/packed_rows": 2.0,
         "perf/packing_efficiency": 14 / 16,
     }

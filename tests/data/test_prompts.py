@@ -13,15 +13,8 @@ from hypothesis import strategies as st
 
 from opdjax.config import MINI_PAIR, DataConfig
 from opdjax.data.chat import load_tokenizer
-from opdjax.data.prompts import (
-    Prompt,
-    PromptSet,
-    _with_context,
-    collate,
-    encode_prompts,
-    indices_at,
-    read_prompts,
-)
+from opdjax.data.prompt_rows import Prompt, read_prompts
+from opdjax.data.prompts import PromptSet, _with_context, collate, encode_prompts, indices_at
 from opdjax.data.sources import DataError
 
 RAW = DataConfig(format="raw")
@@ -103,7 +96,7 @@ MALFORMED = {
     '{"prompt": "a", "answer": true}': "'answer' is True; expected a string or a number",
     '{"prompt": "a", "references": [1]}': "the reference answers 'references' are [1]; expected a string, a list of strings or messages",
     '{"prompt": "a", "reference": 1}': "the reference answers 'reference' are 1; expected a string, a list of strings or messages",
-    '{"prompt": "a", "references": [{"role": "user", "content": "b"}]}': "or messages with a turn of the assistant",
+    '{"prompt": "a", "references": [{"role": "user", "content": "b"}]}': "or messages with an assistant's turn",
     '{"prompt": [{"role": "assistant", "content": "b"}]}': "'prompt' holds only an assistant's turn",
 }
 
@@ -224,7 +217,7 @@ def test_in_messages_the_last_turn_of_the_user_shows_it(tokenizer):
     assert row.prompt[3]["content"] == "2+3="
     with pytest.raises(
         DataError,
-        match=r"prompt 0 of .* has no turn of the user, around which data\.teacher_prompt_format goes",
+        match=r"prompt 0 of .* has no user's turn, which data\.teacher_prompt_format wraps",
     ):
         encode([dataclasses.replace(row, prompt=row.prompt[:1])], data, tokenizer)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from test_train import vary, without_times
 
-from opdjax.data.prompts import Prompt, read_prompts
+from opdjax.data.prompt_rows import Prompt, read_prompts
 from opdjax.data.sources import ColumnMap, DataError
 from opdjax.data.tasks import arithmetic
 from opdjax.rollouts.setup import prepare
@@ -91,11 +91,11 @@ def prepared(here):
     """Two processes that are the first to ask for the built-in task, at the same time."""
     script = (
         "import sys\n"
-        "import opdjax.data.prompts\n"
+        "import opdjax.data.prompt_rows\n"
         "early = [name for name in ('tensorflow_datasets', 'datasets', 'pyarrow') if name in sys.modules]\n"
         "assert not early, early\n"
-        "rows = opdjax.data.prompts.read_prompts('tfds:opdjax_arithmetic#test[:10%]')\n"
-        "assert rows == opdjax.data.prompts.read_prompts('arithmetic:test')[:205], rows[:3]\n"
+        "rows = opdjax.data.prompt_rows.read_prompts('tfds:opdjax_arithmetic#test[:10%]')\n"
+        "assert rows == opdjax.data.prompt_rows.read_prompts('arithmetic:test')[:205], rows[:3]\n"
         "assert not [name for name in sys.modules if name.split('.')[0] in ('tensorflow', 'torch')]\n"
     )
     environment = {

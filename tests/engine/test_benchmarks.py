@@ -19,7 +19,7 @@ from opdjax.config import (
     SamplingConfig,
     TrainConfig,
 )
-from opdjax.data.prompts import first_of_each, read_prompts
+from opdjax.data.prompt_rows import first_of_each, read_prompts
 from opdjax.data.sources import ColumnMap, DataError
 from opdjax.report.papers.reading import reader
 from opdjax.runs.results import read_run

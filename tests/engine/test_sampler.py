@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from opdjax.config import MINI_STUDENT, DataConfig
 from opdjax.data.chat import load_tokenizer
-from opdjax.data.prompts import collate, encode_prompts, read_prompts
+from opdjax.data.prompt_rows import read_prompts
+from opdjax.data.prompts import collate, encode_prompts
 from opdjax.engine import sampler
 from opdjax.engine.decoding import (
     EVAL_STREAM,

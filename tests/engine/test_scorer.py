@@ -13,7 +13,8 @@ import pytest
 from opdjax.config import MINI_STUDENT, MINI_TEACHER, DataConfig
 from opdjax.data.chat import load_tokenizer
 from opdjax.data.packing import to_train_batch
-from opdjax.data.prompts import encode_prompts, read_prompts
+from opdjax.data.prompt_rows import read_prompts
+from opdjax.data.prompts import encode_prompts
 from opdjax.engine.decoding import TRAIN_STREAM, Decoding
 from opdjax.engine.sampler import sample
 from opdjax.engine.scorer import score

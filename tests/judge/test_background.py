@@ -6,7 +6,7 @@ import asyncio
 
 from opdjax.config.api import ApiConfig, EndpointConfig
 from opdjax.config.rubrics import RubricsConfig
-from opdjax.judge.background import SPENDING, open_line
+from opdjax.judge.background import SPENDING, open_background_judge
 from opdjax.judge.cache import ReplyCache
 from opdjax.judge.client import ApiClient
 from opdjax.judge.replies import ApiUnavailableError, Reply, SpendingCapError
@@ -17,13 +17,13 @@ ASKED = [{"role": "user", "content": "what is it worth?"}]
 
 def test_what_was_answered_when_a_run_ends_is_kept_as_spent(judge_server, tmp_path):
     roles = {"verifier": EndpointConfig(judge_server, "rules", input_price=1.0, output_price=1.0)}
-    with open_line(roles, ApiConfig(), RubricsConfig(), tmp_path) as line:
-        line.keep_usage(3)
+    with open_background_judge(roles, ApiConfig(), RubricsConfig(), tmp_path) as line:
+        line.record_usage(3)
         line.results([line.submit(line.client.complete("verifier", ASKED))])
         spent = line.client.spent
     assert sum(row["dollars"] for row in read_lines(tmp_path / SPENDING)) == spent > 0
     assert {row["step"] for row in read_lines(tmp_path / SPENDING)} == {3}
-    with open_line(roles, ApiConfig(), RubricsConfig(), tmp_path) as line:
+    with open_background_judge(roles, ApiConfig(), RubricsConfig(), tmp_path) as line:
         assert line.client.spent == spent
 
 

@@ -16,5 +16,5 @@ def test_criteria_that_no_rollout_was_held_to_are_not_kept(tmp_path):
     assert found.reference_scores[0] == 1
     assert not found.is_scored
     store = CriteriaStore(RubricsConfig(refresh="evolving"), tmp_path)
-    assert store.learn(found) is None
-    assert store.given(found.group).existing == ()
+    assert store.update(found) is None
+    assert store.with_existing(found.group).existing == ()

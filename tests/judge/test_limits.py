@@ -9,18 +9,18 @@ from chat_server import ASKED, Said, asked, calling, first, ok, outcome, refusal
 from opdjax.config.api import ApiConfig
 from opdjax.judge import limits
 from opdjax.judge.cache import ReplyCache
-from opdjax.judge.limits import Budget
+from opdjax.judge.limits import RateLimiter
 from opdjax.judge.replies import ApiUnavailableError, Reply, SpendingCapError
 
 # Limits
 
 
 def test_a_budget_serves_by_turns_and_lends_what_is_more_than_a_second(monkeypatch):
-    monkeypatch.setattr(limits, "_LOOK_AGAIN", 0.0005)
+    monkeypatch.setattr(limits, "_POLL_SECONDS", 0.0005)
 
     async def scenario():
         clock, served = [0.0], []
-        budget = Budget(600, lambda: clock[0])  # 10 a second
+        budget = RateLimiter(600, lambda: clock[0])  # 10 a second
 
         async def one(name, units):
             await budget.take(units)
@@ -42,7 +42,7 @@ def test_a_budget_serves_by_turns_and_lends_what_is_more_than_a_second(monkeypat
 
 def test_what_is_given_back_is_there_for_whoever_waits():
     async def scenario():
-        budget = Budget(60)  # one a second
+        budget = RateLimiter(60)  # one a second
         await budget.take(600)
         waiting = asyncio.create_task(budget.take(1))
         await asyncio.sleep(0.01)

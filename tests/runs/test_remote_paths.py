@@ -10,7 +10,7 @@ import pytest
 
 from opdjax.cli import main
 from opdjax.config import MINI_STUDENT, Config, DataConfig, EstimatorConfig, ModelConfig
-from opdjax.data.prompts import read_prompts
+from opdjax.data.prompt_rows import read_prompts
 from opdjax.data.references import key_of, open_index
 from opdjax.data.sources import ColumnMap
 from opdjax.models.hf import open_checkpoint

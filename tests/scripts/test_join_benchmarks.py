@@ -5,7 +5,7 @@ import pathlib
 import subprocess
 import sys
 
-from opdjax.data.prompts import read_prompts
+from opdjax.data.prompt_rows import read_prompts
 from opdjax.data.sources import ColumnMap
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "join_benchmarks.py"

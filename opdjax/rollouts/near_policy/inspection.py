@@ -200,8 +200,8 @@ def _conclude(held: list[_Held], num_samples: int) -> bool:
     samples, annotations = (
         [seen for of in held for seen in of.of_stage(stage)] for stage in SCHEMAS
     )
-    for shards in filter(None, (samples, annotations)):
-        print(_facts(shards))
+    for kind in filter(None, (samples, annotations)):
+        print(_facts(kind))
     repeated = {
         stage: sum(_num_repeated(_keys(of.of_stage(stage))) for of in held) for stage in SCHEMAS
     }

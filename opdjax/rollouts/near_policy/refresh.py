@@ -14,7 +14,7 @@ import numpy as np
 
 from opdjax.config import Config
 from opdjax.config.validation import ConfigError
-from opdjax.data.packing import filling, first_fit_decreasing, pack, packed_lengths
+from opdjax.data.packing import first_fit_decreasing, pack, packed_lengths, packing_metrics
 from opdjax.data.prompts import collate, indices_at
 from opdjax.models.decoder import Params
 from opdjax.ops.multihost import InterruptedRunError, on_process_zero
@@ -158,7 +158,7 @@ class RefreshSource:
             rows=rows,
             num_rows=stored.capacity,
         )
-        return packed, filling(source)
+        return packed, packing_metrics(source)
 
     def _wait_for(self, version: int) -> None:
         while not is_complete(self._setup, self._workdir, version):

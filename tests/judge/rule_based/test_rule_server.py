@@ -20,7 +20,7 @@ from judge_server import SCRIPT
 
 from opdjax.config.api import ApiConfig, EndpointConfig
 from opdjax.config.rubrics import RubricsConfig
-from opdjax.judge.background import open_line
+from opdjax.judge.background import open_background_judge
 from opdjax.judge.judgement import group_of, judge_group
 from opdjax.judge.replies import Reply
 from opdjax.judge.rule_based.rules import reply_to
@@ -323,7 +323,7 @@ def test_faults_do_not_change_what_answers_are_worth(start_judge, tmp_path):
     answers = [RIGHT, WRONG, "34-17=17;17+25=41#41", ""]
     with (
         start_judge("--faults", 0.35, "--hang", 0.01, "--seed", 3) as url,
-        open_line(
+        open_background_judge(
             dict.fromkeys(("rubricator", "verifier"), EndpointConfig(base_url=url, model="any")),
             ApiConfig(max_retries=9, breaker_failures=100),
             RubricsConfig(max_reasks=9),
@@ -340,7 +340,7 @@ def test_faults_do_not_change_what_answers_are_worth(start_judge, tmp_path):
                 [line.submit(judge_group(line.judge, group, "rubric")) for group in groups]
             )
         ]
-        told, usage = stats(url), line.keep_usage(1)
+        told, usage = stats(url), line.record_usage(1)
     # 5 the value, 2 and 4 the steps, 2 that the value follows, 1 the form.
     assert {one.scores for one in found} == {(1.0, 3 / 14, 5 / 14, 0.0)}
     problems = sum((one.tally.problems for one in found), collections.Counter())

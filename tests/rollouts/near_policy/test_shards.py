@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from opdjax.cli.runs import store
-from opdjax.rollouts.near_policy import shards
+from opdjax.rollouts.near_policy import shards as shards_module
 from opdjax.rollouts.near_policy.shards import (
     ShardError,
     StorageError,
@@ -64,8 +64,8 @@ def annotations(rng):
 
 
 def assert_read(shard, columns, stage):
-    assert list(shard.columns) == list(shards.SCHEMAS[stage])
-    for name, column in shards.SCHEMAS[stage].items():
+    assert list(shard.columns) == list(shards_module.SCHEMAS[stage])
+    for name, column in shards_module.SCHEMAS[stage].items():
         read = shard.columns[name]
         if column.per == "sample":
             assert read.dtype == column.type
@@ -88,7 +88,7 @@ def test_samples_come_back_as_they_were(tmp_path, samples):
     assert_read(shard, samples, "samples")
     assert shard.facts == {
         **FACTS,
-        "schema": shards.SCHEMA_VERSION,
+        "schema": shards_module.SCHEMA_VERSION,
         "stage": "samples",
         "number": 12,
     }
@@ -251,7 +251,7 @@ def rename_as_digest(path):
     """The file under the name that its bytes ask for, as a writer would give it."""
     return path.rename(
         path.with_name(
-            f"samples-00000003.{shards.hashlib.sha256(path.read_bytes()).hexdigest()[:16]}.parquet"
+            f"samples-00000003.{shards_module.hashlib.sha256(path.read_bytes()).hexdigest()[:16]}.parquet"
         )
     )
 
@@ -283,9 +283,9 @@ def test_another_schema_is_named(tmp_path, samples, monkeypatch):
     with pytest.raises(ShardError, match=r"is of schema 9; this version of opdjax reads schema 1"):
         read_shard(path)
     monkeypatch.setitem(
-        shards.SCHEMAS,
+        shards_module.SCHEMAS,
         "samples",
-        shards.SCHEMAS["samples"] | {"more": shards.ShardColumn("int32", "")},
+        shards_module.SCHEMAS["samples"] | {"more": shards_module.ShardColumn("int32", "")},
     )
     path = write_shard(tmp_path, "samples", 3, samples | {"more": [1] * 4}, {})
     monkeypatch.undo()
@@ -429,12 +429,12 @@ def test_a_place_that_takes_no_files_is_named(tmp_path, samples):
 
 
 def test_a_filter_comes_back_and_its_damage_is_named(tmp_path):
-    assert shards.filters(tmp_path) == []
+    assert shards_module.filters(tmp_path) == []
     document = {"version": 4, "kept": [0, 1], "ifd_max": None, "text": "né"}
     path = write_filter(tmp_path, 12, document)
     assert path.name == "filter-00000012.json"
     assert read_filter(tmp_path, 12) == document
-    assert shards.filters(tmp_path) == [12]
+    assert shards_module.filters(tmp_path) == [12]
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(WorkdirError, match=f"{path} cannot be read as JSON.*; remove it"):
         read_filter(tmp_path, 12)

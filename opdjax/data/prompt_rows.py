@@ -1,0 +1,194 @@
+"""Rows of a data source, parsed into prompts with their answers, references and criteria."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from opdjax.data.chat import Messages
+from opdjax.data.sources import ColumnMap, DataError, read_rows, value_at
+
+MEAN = "mean"  # reserved: names the mean over all benchmarks in metrics
+
+
+# The digest of a PromptSet hashes the repr of the next two classes: their names and fields stay.
+@dataclasses.dataclass(frozen=True)
+class GivenCriterion:
+    """A rubric criterion stored with its prompt."""
+
+    text: str
+    weight: int  # 1 to 5
+    is_flaw: bool  # stored with a negative weight: an answer without the flaw earns the points
+    stage: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One row of a data source."""
+
+    prompt: str | Messages
+    answer: str | None = None  # the final value, for grading
+    references: tuple[str, ...] = ()  # worked answers
+    # repr=False: rows without criteria or benchmark keep the digest they always had.
+    criteria: tuple[GivenCriterion, ...] = dataclasses.field(default=(), repr=False)
+    benchmark: str | None = dataclasses.field(default=None, repr=False)
+
+
+def read_prompts(source: str, columns: ColumnMap = ColumnMap()) -> list[Prompt]:  # noqa: B008
+    """All rows of a data source (formats: `sources`), in their stored order."""
+    rows = [_parse_row(row, columns, place) for place, row in read_rows(source, columns)]
+    if not rows:
+        raise DataError(f"{source} holds no prompts; expected at least one row")
+    return rows
+
+
+def first_of_each(rows: Sequence[Prompt], count: int) -> list[Prompt]:
+    """The first `count` rows of each benchmark, in their order; without benchmarks, of all rows."""
+    taken: dict[str | None, int] = {}
+    kept = []
+    for row in rows:
+        taken[row.benchmark] = taken.get(row.benchmark, 0) + 1
+        if taken[row.benchmark] <= count:
+            kept.append(row)
+    return kept
+
+
+def require_field(
+    rows: Sequence[Prompt], field: str, column: str, source: str, reason: str
+) -> None:
+    """Raise DataError that names the first row whose `answer` or `references` is missing or blank."""
+    values = (getattr(row, field) or () for row in rows)
+    texts = ((value,) if isinstance(value, str) else value for value in values)
+    lacking = [n for n, row in enumerate(texts) if not row or not all(t.strip() for t in row)]
+    if lacking:
+        raise DataError(
+            f"prompt {lacking[0]} of {source} has no {column!r} ({len(lacking)} such rows); {reason}"
+        )
+
+
+def _parse_row(row: dict[str, Any], columns: ColumnMap, place: str) -> Prompt:
+    def read(name: str) -> tuple[Any, str, str]:
+        return _plain(value_at(row, name, place), name, place), name, place
+
+    def read_optional(column: str | None, default: str) -> tuple[Any, str, str]:
+        is_read = column or default in row
+        return read(column or default) if is_read else (None, default, place)
+
+    prompt, completion = _parse_prompt(*read(columns.prompt))
+    answer, name, _ = read_optional(columns.answer, "answer")
+    is_number = type(answer) in (int, float) and math.isfinite(answer)
+    if not is_number and not isinstance(answer, (str, type(None))):
+        raise DataError(
+            f"{place}: {name!r} is {answer!r}; expected a string or a number, or null for none"
+        )
+    default = "references" if "references" in row else "reference"
+    references = _parse_references(*read_optional(columns.reference, default))
+    return Prompt(
+        prompt,
+        None if answer is None else str(answer),
+        references or completion,
+        _parse_criteria(*read(columns.rubric)) if columns.rubric else (),
+        _parse_benchmark(*read(columns.benchmark)) if columns.benchmark else None,
+    )
+
+
+def _plain(value: Any, path: str, place: str) -> Any:
+    """Python's own types in place of the bytes and numpy values that TFDS returns."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{place}: {path!r} is not UTF-8 text ({error.reason})") from error
+    if isinstance(value, (np.generic, np.ndarray)):
+        return _plain(value.tolist(), path, place)
+    if isinstance(value, dict):
+        return {name: _plain(item, path, place) for name, item in value.items()}
+    return [_plain(item, path, place) for item in value] if isinstance(value, list) else value
+
+
+def _parse_benchmark(value: Any, name: str, place: str) -> str:
+    if not isinstance(value, str) or not value.strip() or value == MEAN:
+        raise DataError(
+            f"{place}: the benchmark {name!r} is {value!r}; expected its name, other than {MEAN!r}, "
+            "which names the mean over all benchmarks"
+        )
+    return value
+
+
+def _parse_criteria(value: Any, name: str, place: str) -> tuple[GivenCriterion, ...]:
+    """Criteria stored as texts, or as records with a text and a weight (negative: a flaw)."""
+    if not isinstance(value, list):
+        raise DataError(f"{place}: the rubric {name!r} is {value!r}; expected a list of criteria")
+    records = ({"text": item} if isinstance(item, str) else item for item in value)
+    return tuple(_parse_criterion(r, f"{place}: criterion {n}") for n, r in enumerate(records, 1))
+
+
+def _parse_criterion(item: Any, place: str) -> GivenCriterion:
+    record = item if isinstance(item, dict) else {}
+    text = record.get("text", record.get("description"))
+    weight = record.get("weight", record.get("points", 1))
+    stage = record.get("stage")
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(
+            f"{place} is {item!r}; expected a text, or a record with text (or description)"
+        )
+    if type(weight) is not int or not 1 <= abs(weight) <= 5:
+        raise DataError(
+            f"{place} has weight {weight!r}; expected a whole number from 1 to 5, "
+            "or from -5 to -1 for a flaw"
+        )
+    if not isinstance(stage, (str, type(None))):
+        raise DataError(f"{place} has stage {stage!r}; expected the name of a stage, or none")
+    return GivenCriterion(text, abs(weight), weight < 0, stage)
+
+
+def _parse_prompt(value: Any, name: str, place: str) -> tuple[str | Messages, tuple[str, ...]]:
+    """The prompt, and the final assistant turn of a conversation: a reference, not the prompt."""
+    if isinstance(value, str) and value:
+        return value, ()
+    messages = _parse_messages(value)
+    if not messages:
+        raise DataError(
+            f"{place}: {name!r} is {value!r}; expected a non-empty string or a list of "
+            "{role, content} messages"
+        )
+    if messages[-1]["role"] != "assistant":
+        return messages, ()
+    if len(messages) == 1:
+        raise DataError(
+            f"{place}: {name!r} holds only an assistant's turn: {value!r}; expected a user's turn "
+            "before it"
+        )
+    return messages[:-1], (messages[-1]["content"],)
+
+
+def _parse_messages(value: Any) -> Messages | None:
+    fields = ("role", "content")
+    is_record = isinstance(value, dict) and value.keys() >= set(fields)
+    if is_record and all(isinstance(column, list) for column in value.values()):
+        # TFDS stores a sequence of records as a record of sequences.
+        value = [dict(zip(fields, pair)) for pair in zip(*(value[name] for name in fields))]
+    if not isinstance(value, list) or not all(
+        isinstance(m, dict) and all(isinstance(m.get(name), str) for name in fields) for m in value
+    ):
+        return None
+    return tuple({name: message[name] for name in fields} for message in value)
+
+
+def _parse_references(value: Any, name: str, place: str) -> tuple[str, ...]:
+    """Worked answers: a string, a list of strings, or a conversation's last assistant turn."""
+    texts = [value] if isinstance(value, str) else [] if value is None else value
+    if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
+        return tuple(filter(None, texts))
+    messages = _parse_messages(value) or ()
+    turns = [message["content"] for message in messages if message["role"] == "assistant"]
+    if not turns:
+        raise DataError(
+            f"{place}: the reference answers {name!r} are {value!r}; expected a string, a list of "
+            "strings or messages with an assistant's turn"
+        )
+    return (turns[-1],)
