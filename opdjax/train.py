@@ -41,7 +41,8 @@ from opdjax.ops.multihost import (
     stop_requests,
 )
 from opdjax.ops.sharding import is_process_zero, shard_rows
-from opdjax.rollouts.checks import check_first_step, check_settings, enforce
+from opdjax.rollouts.checks import check_first_step, check_settings
+from opdjax.rollouts.findings import enforce
 from opdjax.rollouts.near_policy.continuous import open_source
 from opdjax.rollouts.on_policy import rollout_metrics, scored, token_counts
 from opdjax.rollouts.samples import _sample_rows

@@ -198,7 +198,7 @@ def account(config: Config, workdir: pathlib.Path) -> list[str]:
     for version in shards.versions(workdir):
         directory = shards.version_directory(workdir, version)
         samples, annotations = (
-            shards.shards(directory, stage) for stage in ("samples", "annotations")
+            shards.shard_paths(directory, stage) for stage in ("samples", "annotations")
         )
         if samples.keys() != annotations.keys():
             amiss.append(

@@ -458,7 +458,7 @@ is by all seconds, drawing and annotation too.
 
 ## The paper's claims, at this size
 
-"Seen" means that the whole 95 % interval lies in what is claimed, "contradicted" that none of it does, "undecided" the rest, without a
+"Reproduced": the whole 95 % interval lies in the claimed range; "contradicted": none of it does; "inconclusive": the rest, without a
 correction for their number.
 
 {claims}

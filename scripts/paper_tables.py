@@ -61,7 +61,7 @@ def header(directories: list[pathlib.Path], points: list[Point]) -> list[str]:
         f"{len(done)} of {len(points)} runs done ({', '.join(missing) or 'none'} missing), at commit {', '.join(commits)}; "
         f"{minutes_of(points):.0f} minutes of runs added up.",
         f"Machine: {cpu_model()}, two cores, one core a run, no accelerator; other work ran beside it.",
-        "A student of 0.35 million parameters says little of one of billions: what is not seen here may well hold there.",
+        "A student of 0.35 million parameters says little of one of billions: a claim that is not reproduced here may hold there.",
         "",
     ]
 
@@ -75,7 +75,7 @@ def at_a_glance(found: list[Comparison]) -> list[str]:
     return [
         f"## All {len(verdicts)} claims: {', '.join(f'{count} {status}' for status, count in counted.most_common())}",
         "",
-        "Seen: the whole 95 % interval of the paired difference over seeds is on the claim's side; contradicted: none of it is.",
+        "Reproduced: the whole 95 % interval of the paired difference over seeds is on the claim's side; contradicted: none of it is.",
         "",
         markdown(["table", *head], [[name, *row] for name, row in zip(names, rows)]),
         "",

@@ -173,7 +173,7 @@ def judge_table(by) -> str:
 
 
 def claims(by) -> str:
-    """Claims of the papers beside what is seen here: seen where the paired interval over seeds lies
+    """Claims of the papers beside what is found here: reproduced where the paired interval over seeds lies
     on the claim's side of 0.
     """
     said = {
@@ -197,9 +197,9 @@ def claims(by) -> str:
         verdict = (
             "not run"
             if not count
-            else "undecided"
+            else "inconclusive"
             if not known or abs(mean) <= half
-            else "seen"
+            else "reproduced"
             if mean > 0
             else "contradicted"
         )

@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 
-from opdjax.cli.experiments import load_sweep
+from opdjax.config.experiments import load_sweep
 from opdjax.config.grid import SweepPoint, select
 from opdjax.runs.object_store import Folder, is_remote, url_of
 

@@ -293,12 +293,12 @@ def paired_ratio(left: list[dict], right: list[dict], name: str) -> tuple[float,
 
 
 def judge(low: float, high: float, claimed: tuple[float, float]) -> str:
-    """`seen` where the whole interval lies in what is claimed, `contradicted` where none of it
-    does, else `undecided`.
+    """`reproduced` where the whole interval lies in what is claimed, `contradicted` where none of it
+    does, else `inconclusive`.
     """
     if claimed[0] < low and high < claimed[1]:
-        return "seen"
-    return "contradicted" if high <= claimed[0] or low >= claimed[1] else "undecided"
+        return "reproduced"
+    return "contradicted" if high <= claimed[0] or low >= claimed[1] else "inconclusive"
 
 
 def claims(rows, best, common) -> list[list[str]]:
@@ -336,11 +336,11 @@ def claims(rows, best, common) -> list[list[str]]:
     text = "; ".join(f"k = {k}: {pair[1]}" for k, pair in zip((5, 20, 100), pairs))
     verdicts = {judge(*pair[0], equal) for pair in pairs}
     verdict = (
-        "seen"
-        if verdicts == {"seen"}
+        "reproduced"
+        if verdicts == {"reproduced"}
         else "contradicted"
         if "contradicted" in verdicts
-        else "undecided"
+        else "inconclusive"
     )
     add(
         "the top-k baseline does what the full one does, flat in k, even at k = 5",
@@ -527,7 +527,7 @@ All at the common rate {common:g}:
 
 ## The paper's claims, at this size
 
-"Seen" means that the whole 95 % interval lies in what is claimed, "contradicted" that none of it does, "undecided" the rest.
+"Seen" means that the whole 95 % interval lies in what is claimed, "contradicted" that none of it does, "inconclusive" the rest.
 Five claims are judged, without a correction for their number.
 
 {claims}

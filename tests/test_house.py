@@ -5,8 +5,9 @@ import pathlib
 
 import pytest
 
-from opdjax.cli.experiments import load_experiment, load_sweep
+from opdjax.cli.experiments import load_experiment
 from opdjax.config import Config, EndpointConfig, EstimatorConfig, RubricsConfig, SamplingConfig
+from opdjax.config.experiments import load_sweep
 from opdjax.config.validation import ConfigError
 from opdjax.estimators import RECIPES, bind
 
@@ -22,7 +23,8 @@ def test_an_experiment_is_data(file):
     assert {node.module for node in nodes if isinstance(node, ast.ImportFrom)} <= {
         "opdjax.config",
         "opdjax.config.grid",
-        "opdjax.cli.experiments",
+        "opdjax.config.experiments",
+        "dataclasses",
     }
     if file in SWEEPS:
         assert load_sweep(str(file))

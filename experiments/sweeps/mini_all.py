@@ -9,7 +9,7 @@ The points of mini_vopd.py, mini_npd.py and mini_ropd.py beside this file, which
 is. Two CPU cores: about an hour.
 """
 
-from opdjax.cli.experiments import sweeps_beside
+from opdjax.config.experiments import sweeps_beside
 from opdjax.config.grid import SweepPoint
 
 

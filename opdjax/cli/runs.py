@@ -91,9 +91,9 @@ def doctor(arguments: list[str]) -> None:
             num_prompts: of the data, that go through the models
             config: every field of the experiment
         """
-        from opdjax.diagnose.doctor import findings_of
+        from opdjax.diagnose.doctor import run_checks
 
-        found = findings_of(config, num_prompts)
+        found = run_checks(config, num_prompts)
         if config.is_judged:
             from opdjax.diagnose.judge import examine_judge  # its packages are an extra
 

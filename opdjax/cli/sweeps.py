@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from opdjax.cli.experiments import load_sweep
 from opdjax.cli.parsing import call, named
+from opdjax.config.experiments import load_sweep
 from opdjax.config.fleet import FleetConfig
 from opdjax.config.grid import SweepPoint
 from opdjax.config.validation import ConfigError

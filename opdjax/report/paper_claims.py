@@ -31,11 +31,11 @@ from opdjax.runs.results import Point
 from opdjax.runs.workdir import WorkdirError
 
 # Each with a sign and a word, so that colour is never all that tells them apart.
-_STATUS = {"seen": "✓", "contradicted": "✗", "undecided": "?", "not run": "–"}
+_STATUS = {"reproduced": "✓", "contradicted": "✗", "inconclusive": "?", "not run": "–"}
 _MEANING = {
-    "seen": "all of the 95 % interval of the paired difference is on the claim's side",
+    "reproduced": "all of the 95 % interval of the paired difference is on the claim's side",
     "contradicted": "all of it is on the other side",
-    "undecided": "it reaches over both sides: more seeds, or a larger difference, would be needed",
+    "inconclusive": "it reaches over both sides: more seeds, or a larger difference, would be needed",
     "not run": "the rows that it compares have no finished runs with a seed in common here",
 }
 

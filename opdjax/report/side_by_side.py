@@ -252,8 +252,8 @@ def _together(question: ComparedPrompt) -> list[tuple[tuple[str, bool | None], l
 
 def _row(text: str, is_right: bool | None, names: Sequence[str]) -> Html:
     shown = {
-        True: ("✓ right", "seen"),
-        False: ("✗ wrong", "contradicted"),
+        True: ("✓ right", "right"),
+        False: ("✗ wrong", "wrong"),
         None: ("not graded", "not-run"),
     }[is_right]
     return table_row(

@@ -21,8 +21,9 @@ from test_cli import smooth
 import opdjax.rollouts.on_policy
 import opdjax.train
 from opdjax.cli import main
-from opdjax.cli.experiments import load_experiment, load_sweep
+from opdjax.cli.experiments import load_experiment
 from opdjax.config import MINI_PAIR, MINI_STUDENT
+from opdjax.config.experiments import load_sweep
 from opdjax.engine.evaluate import Evaluator
 
 ROW = '{"prompt": "1+1=", "answer": "2", "reference": "x"}\n'

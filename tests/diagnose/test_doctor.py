@@ -1,6 +1,4 @@
-"""The doctor: a healthy pair passes every check, and each planted fault is found under its own
-name, with nothing else crying wolf.
-"""
+"""The doctor: a healthy pair passes every check, and each planted fault fails its check alone."""
 
 import dataclasses
 import json
@@ -33,9 +31,10 @@ from opdjax.config import (
 from opdjax.data.chat import load_tokenizer
 from opdjax.data.packing import to_train_batch
 from opdjax.data.tasks.arithmetic import problems
-from opdjax.diagnose.doctor import examine, take_specimen
-from opdjax.rollouts import checks
-from opdjax.rollouts.checks import FaultError, check_settings, enforce
+from opdjax.diagnose import checks
+from opdjax.diagnose.doctor import examine, first_batch, is_zero_at_teacher
+from opdjax.rollouts.checks import check_settings, check_tokenizers, end_of_turn
+from opdjax.rollouts.findings import FaultError, Finding, enforce
 from opdjax.rollouts.setup import prepare
 from opdjax.train import train
 
@@ -121,7 +120,8 @@ def opdjax_doctor(monkeypatch, capsys, tmp_path, healthy):
     experiment = tmp_path / "experiment.py"
     names = sorted(set(re.findall(r"\b\w*Config\b", repr(healthy))))
     experiment.write_text(
-        f"from opdjax.config import {', '.join(names)}\n\ndef get_config() -> Config:\n    return {healthy!r}\n"
+        f"from opdjax.config import {', '.join(names)}\n\n"
+        f"def get_config() -> Config:\n    return {healthy!r}\n"
     )
 
     def run(*options):
@@ -157,8 +157,8 @@ def test_a_teacher_view_of_its_own_is_a_warning_and_nothing_else(healthy):
     assert "+'<|im_start|>'" in findings["chat_template"].details
 
 
-def test_a_student_that_is_its_own_teacher_is_told_whether_it_uses_what_it_is_shown(healthy):
-    """The mini student was never trained to read an answer in its prompt: every other check passes."""
+def test_a_student_that_is_its_own_teacher_must_use_what_its_prompt_shows(healthy):
+    """The mini student was never trained to read an answer in its prompt; other checks pass."""
     shown = {"teacher_prompt_format": "{answer}#{prompt}", "max_prompt_length": 64}
     config = dataclasses.replace(vary(healthy, data=shown), teacher=ModelConfig("@student"))
     findings = diagnose(config)
@@ -188,7 +188,7 @@ def test_a_run_whose_rollouts_are_filtered_compares_scores_that_its_recipe_does_
 
 
 def test_a_run_that_compares_no_scores_is_judged_by_its_student(healthy):
-    config = vary(healthy, estimator={"recipe": "sft"}, sampling={"source": "references"})
+    config = vary(healthy, estimator={"recipe": "sft"}, sampling={"completions_from": "references"})
     findings = diagnose(config)
     assert list(findings) == [
         "padded_vocabulary",
@@ -201,16 +201,16 @@ def test_a_run_that_compares_no_scores_is_judged_by_its_student(healthy):
     enforce(check_settings(prepare(config)))
 
 
-def test_which_recipes_rest_at_the_teacher():
-    rests = lambda **options: opdjax.diagnose.doctor.rests_at_teacher(EstimatorConfig(**options))
-    assert all(rests(recipe=name) for name in ("opd", "vopd", "full_kl", "topk_kl"))
-    assert rests(recipe="topk_kl", renormalize="none", outside="tail")
-    assert not rests(recipe="topk_kl", renormalize="none")
-    assert rests(recipe="topk_kl", convention="tunix")
-    assert not rests(recipe="topk_kl", convention="verl")
-    assert rests(recipe="npd", kd_weight=1.0, renormalize="both")
-    assert not rests(recipe="npd", kd_weight=1.0)
-    assert not rests(recipe="npd", renormalize="both")
+def test_which_recipes_are_zero_at_the_teacher():
+    is_zero = lambda **options: is_zero_at_teacher(EstimatorConfig(**options))
+    assert all(is_zero(recipe=name) for name in ("opd", "vopd", "full_kl", "topk_kl"))
+    assert is_zero(recipe="topk_kl", renormalize="none", outside="tail")
+    assert not is_zero(recipe="topk_kl", renormalize="none")
+    assert is_zero(recipe="topk_kl", convention="tunix")
+    assert not is_zero(recipe="topk_kl", convention="verl")
+    assert is_zero(recipe="npd", kd_weight=1.0, renormalize="both")
+    assert not is_zero(recipe="npd", kd_weight=1.0)
+    assert not is_zero(recipe="npd", renormalize="both")
 
 
 def test_a_healthy_run_starts_in_silence(healthy, capsys):
@@ -249,9 +249,10 @@ def test_fault_1_a_wrong_tokenizer(plant, opdjax_doctor):
     [
         (
             "student",
-            "the student's generation config ends at 0 '<|endoftext|>', the teacher's at 2 '<|im_end|>': nothing in common",
+            "the student's generation config ends at 0 '<|endoftext|>', the teacher's at 2 "
+            "'<|im_end|>'",
         ),
-        ("teacher", "the teacher ends its answers with 0 '<|endoftext|>' only"),
+        ("teacher", "the teacher ends its answers only with 0 '<|endoftext|>'"),
     ],
 )
 def test_fault_2_a_wrong_stop_token(plant, role, message):
@@ -261,7 +262,7 @@ def test_fault_2_a_wrong_stop_token(plant, role, message):
     assert complaints(findings) == {"stop_tokens": "fault"}
     assert message in findings["stop_tokens"].message
     advice = {
-        "student": "set eos_token_id alike in both",
+        "student": "set the same eos_token_id in both",
         "teacher": "what to do: --sampling.stop-token-ids 0",
     }
     assert advice[role] in findings["stop_tokens"].message
@@ -276,18 +277,14 @@ def test_fault_2_a_base_student_that_knows_no_end_of_turn(plant):
     findings = diagnose(config)
     assert complaints(findings) == {"stop_tokens": "fault"}
     message = findings["stop_tokens"].message
-    assert (
-        "the chat template of student and teacher ends a turn with 2 '<|im_end|>', where rollouts do not end"
-        in message
-    )
+    template = "the chat template of student and teacher ends a turn with 2 '<|im_end|>'"
+    assert f"{template}, where rollouts do not stop" in message
     assert message.endswith("what to do: --sampling.stop-token-ids 2")
-    assert (
-        "8 of 8 greedy teacher answers end with 2 '<|im_end|>', where rollouts do not end"
-        in message
-    )
+    answers = "8 of 8 greedy teacher answers end with 2 '<|im_end|>'"
+    assert f"{answers}, where rollouts do not stop" in message
     assert complaints(diagnose(vary(config, sampling={"stop_token_ids": (2,)}))) == {}
     # Given answers are made to end where the student does.
-    given = vary(config, estimator={"recipe": "sft"}, sampling={"source": "references"})
+    given = vary(config, estimator={"recipe": "sft"}, sampling={"completions_from": "references"})
     assert [(f.name, f.status) for f in check_settings(prepare(given)) if f.status != "ok"] == [
         ("stop_tokens", "warning")
     ]
@@ -344,15 +341,15 @@ def test_fault_4_padded_vocabulary_of_a_teacher(plant, tmp_path):
     config = plant("teacher", "config.json", lambda values: values)
     pad_embedding(tmp_path / "teacher")
     setup = prepare(config)
-    specimen = take_specimen(setup, 8)
-    finding = opdjax.diagnose.doctor._padded_vocabulary(setup, specimen)
+    first = first_batch(setup, 8)
+    finding = opdjax.diagnose.doctor._check_padded_vocabulary(setup, first)
     assert finding.status == "ok"  # padded and masked, as it should be
     assert (
         "embedding rows beyond them (student 0, teacher 16) have probability 0" in finding.message
     )
     head = dataclasses.replace(setup.teacher.head, valid_vocab=None)
     setup = dataclasses.replace(setup, teacher=dataclasses.replace(setup.teacher, head=head))
-    finding = opdjax.diagnose.doctor._padded_vocabulary(setup, specimen)
+    finding = opdjax.diagnose.doctor._check_padded_vocabulary(setup, first)
     assert finding.status == "fault"
     assert "the teacher gives its padded ids 214 to 229 a probability of up to" in finding.message
 
@@ -448,14 +445,15 @@ def test_a_run_with_a_shifted_mask_stops_at_its_first_step(healthy, tmp_path, mo
     )  # compiling the real one takes seconds
     with pytest.raises(
         FaultError,
-        match=r"✗ mask: the mask is shifted by one column to the right[^✗]*\n✗ sampler_matches_scorer: ",
+        match=r"✗ mask: the mask is shifted by one column to the right[^✗]*"
+        r"\n✗ sampler_matches_scorer: ",
     ):
         train(vary(healthy, evaluation={"source": None}), tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_warning_is_printed_and_the_run_goes_on(capsys):
-    enforce([checks.Finding("a", "ok", "fine"), checks.Finding("b", "warning", "look", ("here",))])
+    enforce([Finding("a", "ok", "fine"), Finding("b", "warning", "look", ("here",))])
     assert capsys.readouterr().out == "! b: look\n    here\n"
 
 
@@ -508,7 +506,7 @@ def test_repeated_scores_that_do_not_repeat():
     )
     assert judge(first, first + 1e-5).status == "ok"
     assert judge(first + 1e-6, first).status == "warning"
-    assert "teacher reads what is not of the rollout" in judge(first, first + 0.1).message
+    assert "the teacher reads tokens outside the rollout" in judge(first, first + 0.1).message
     assert judge(np.full(5, np.nan), first).status == "fault"
 
 
@@ -526,13 +524,16 @@ def test_a_teacher_that_does_not_know_the_text():
 
 
 def test_a_recipe_whose_loss_does_not_vanish():
-    teacher, itself = checks.Lesson(0.5, 0.3, -0.6, 27.0), checks.Lesson(0.0, 0.0, 0.4, 3.0)
+    teacher, itself = (
+        checks.FirstUpdate(0.5, 0.3, -0.6, 27.0),
+        checks.FirstUpdate(0.0, 0.0, 0.4, 3.0),
+    )
     judge = lambda vanishes: checks.check_self_distillation(
         itself, teacher, "r", vanishes, ("float32", "float32"), "cpu"
     )
     assert judge(True).status == "fault"
     assert judge(False).status == "ok"
-    assert "need not be 0" in judge(False).message
+    assert "may have another loss and gradient there" in judge(False).message
 
 
 def test_tokenizers_that_split_alike_only_some_texts(plant):
@@ -541,7 +542,7 @@ def test_tokenizers_that_split_alike_only_some_texts(plant):
         return tokenizer
 
     config = plant("teacher", "tokenizer.json", drop_letters)
-    finding = checks.check_tokenizers(
+    finding = check_tokenizers(
         load_tokenizer(MINI_PAIR / "student"), load_tokenizer(config.teacher.path), "opd"
     )
     assert finding.status == "fault"
@@ -549,10 +550,10 @@ def test_tokenizers_that_split_alike_only_some_texts(plant):
 
 def test_the_end_of_a_turn_is_read_from_the_template():
     tokenizer = load_tokenizer(MINI_PAIR / "student")
-    assert checks.end_of_turn(tokenizer) == 2
+    assert end_of_turn(tokenizer) == 2
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    assert checks.end_of_turn(tokenizer) is None
+    assert end_of_turn(tokenizer) is None
     tokenizer.chat_template = "{{ raise_exception('no') }}"
-    assert checks.end_of_turn(tokenizer) is None
+    assert end_of_turn(tokenizer) is None
     tokenizer.chat_template = None
-    assert checks.end_of_turn(tokenizer) is None
+    assert end_of_turn(tokenizer) is None

@@ -129,7 +129,7 @@ def test_every_verdict_stands_in_the_overview_with_its_paired_difference(study):
             assert difference == plus_minus(*verdict.difference, signed=True)
     counts = {
         status: sum(verdict.status == status for _, verdict in verdicts)
-        for status in ("seen", "contradicted", "undecided", "not run")
+        for status in ("reproduced", "contradicted", "inconclusive", "not run")
     }
     told = ", ".join(f"{amount_} {status}" for status, amount_ in counts.items() if amount_)
     assert (
@@ -146,7 +146,7 @@ def test_a_claim_is_drawn_with_a_text_that_says_what_is_seen(study):
         if name == "svg" and attributes.get("class", "").startswith("claim")
     ]
     assert (
-        f"mean {mean:.3g}, from {mean - half:.3g} to {mean + half:.3g}; the claim holds above 0: seen"
+        f"mean {mean:.3g}, from {mean - half:.3g} to {mean + half:.3g}; the claim holds above 0: reproduced"
         in labels
     )
 
@@ -200,7 +200,7 @@ def test_a_sweep_without_a_paper_has_no_such_section(tmp_path):
 
 def verdict(kind, difference, margin=0.0):
     return Verdict(
-        PaperClaim("c", kind, "a", "b", "x", margin), PaperColumn("x"), "seen", difference, 3
+        PaperClaim("c", kind, "a", "b", "x", margin), PaperColumn("x"), "reproduced", difference, 3
     )
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 from opdjax.report.papers.tables import PaperClaim, PaperColumn, PaperTable, Value
 from opdjax.runs.results import seed_interval
 
-Status = Literal["seen", "contradicted", "undecided", "not run"]
+Status = Literal["reproduced", "contradicted", "inconclusive", "not run"]
 Seeds = list[tuple[int, float, float]]  # of the left and the right row
 
 
@@ -119,7 +119,7 @@ def _compared(claim: PaperClaim, pairs: Seeds) -> tuple[Status, tuple[float, flo
 def _ratio(margin: float, pairs: Seeds) -> tuple[Status, tuple[float, float] | None]:
     """Of logarithms, whose interval is even; told as a ratio with the larger of its two sides."""
     if any(a <= 0 or b <= 0 for _, a, b in pairs):
-        return "undecided", None
+        return "inconclusive", None
     mean, half = seed_interval([math.log(a / b) for _, a, b in pairs])
     told = math.exp(mean), math.exp(mean) * math.expm1(half) if half < 50 else math.inf
     return _decide(mean - math.log(margin), half), told
@@ -136,14 +136,14 @@ def _gap(claim: PaperClaim, column: PaperColumn, left: Cell, base: Cell, right: 
         for seed, a in left.by_seed.items()
     ]
     if any(goal <= start for _, start, goal in triples):
-        return Verdict(claim, column, "undecided", None, len(triples))
+        return Verdict(claim, column, "inconclusive", None, len(triples))
     mean, half = seed_interval([(a - start) / (goal - start) for a, start, goal in triples])
     return Verdict(claim, column, _decide(mean - claim.margin, half), (mean, half), len(triples))
 
 
 def _decide(excess: float, half: float) -> Status:
     """Seen where the whole interval is on the claim's side, contradicted where none of it is."""
-    return "seen" if excess > half else "contradicted" if excess < -half else "undecided"
+    return "reproduced" if excess > half else "contradicted" if excess < -half else "inconclusive"
 
 
 def _bounded(status: Status, kind: str, left: frozenset[int], right: frozenset[int]) -> Status:
@@ -151,8 +151,8 @@ def _bounded(status: Status, kind: str, left: frozenset[int], right: frozenset[i
     undecided.
     """
     more, less = (right, left) if kind != "less" else (left, right)
-    if (status == "seen" and (more or (kind == "equal" and less))) or (
+    if (status == "reproduced" and (more or (kind == "equal" and less))) or (
         status == "contradicted" and less
     ):
-        return "undecided"
+        return "inconclusive"
     return status

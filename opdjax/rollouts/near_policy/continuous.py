@@ -225,7 +225,7 @@ class ContinuousSource:
             elif (
                 version is not None and not is_fixed
             ):  # other weights may draw it now; in its own place a new one replaces it
-                shards.shards(shards.version_directory(self._workdir, version), "samples")[
+                shards.shard_paths(shards.version_directory(self._workdir, version), "samples")[
                     step
                 ].unlink()
 

@@ -83,7 +83,7 @@ def produce(
 
 def read(directory: pathlib.Path, stage: str, number: int) -> Shard:
     """A shard that must be there; ShardError where it is not, or is damaged."""
-    paths = shards.shards(directory, stage)
+    paths = shards.shard_paths(directory, stage)
     if number not in paths:
         raise MissingShardError(
             f"{directory} has no {stage} {number}, which had been stored; put the file back or use a new work directory"
@@ -111,7 +111,7 @@ def drawn_by(workdir: pathlib.Path, setup: Setup, step: int) -> int | None:
     found = (
         version
         for version in possible
-        if step in shards.shards(shards.version_directory(workdir, version), "samples")
+        if step in shards.shard_paths(shards.version_directory(workdir, version), "samples")
     )
     return next(found, None)
 
@@ -125,7 +125,7 @@ def where_stored(workdir: pathlib.Path, setup: Setup, step: int) -> int | None:
         return version
     return (
         version
-        if step in shards.shards(shards.version_directory(workdir, version), "annotations")
+        if step in shards.shard_paths(shards.version_directory(workdir, version), "annotations")
         else None
     )
 

@@ -142,7 +142,7 @@ class _Draws:
                 )
                 annotate_missing(setup, workdir, self._timeline, version, lambda: None)
                 self.num_stored += len(
-                    shards.shards(shards.version_directory(workdir, version), "samples")
+                    shards.shard_paths(shards.version_directory(workdir, version), "samples")
                 )
 
     def steps(self) -> None:
@@ -159,7 +159,7 @@ class _Draws:
                 and readable(shards.version_directory(self._workdir, version), "samples", step)
                 is None
             ):
-                shards.shards(shards.version_directory(self._workdir, version), "samples")[
+                shards.shard_paths(shards.version_directory(self._workdir, version), "samples")[
                     step
                 ].unlink()
                 version = None

@@ -44,7 +44,7 @@ def inspect(path: pathlib.Path, num_samples: int = 0) -> bool:
     """
     if path.is_file():
         return _inspect_shard(path, num_samples)
-    if any(shards.shards(path, stage) for stage in SCHEMAS):
+    if any(shards.shard_paths(path, stage) for stage in SCHEMAS):
         return _inspect_version(path, num_samples)
     versions = shards.versions(path)
     if not versions:
@@ -119,7 +119,7 @@ class _Held:
     @classmethod
     def of(cls, directory: pathlib.Path) -> _Held:
         damaged: list[str] = []
-        paths = [path for stage in SCHEMAS for path in shards.shards(directory, stage).values()]
+        paths = [path for stage in SCHEMAS for path in shards.shard_paths(directory, stage).values()]
         seen = _whole(paths, lambda path: _see(shards.read_shard(path)), damaged)
         filters = _whole(
             shards.filters(directory), lambda number: shards.read_filter(directory, number), damaged

@@ -223,7 +223,7 @@ def annotate_missing(
     many shards those were.
     """
     directory, count = shards.version_directory(workdir, version), 0
-    for number in shards.shards(directory, "samples") if stages.is_annotated(setup.config) else ():
+    for number in shards.shard_paths(directory, "samples") if stages.is_annotated(setup.config) else ():
         if readable(directory, "annotations", number) is None:
             go_on()
             with timeline.span("annotate", version, version):
@@ -239,7 +239,7 @@ def is_complete(setup: Setup, workdir: pathlib.Path, version: int) -> bool:
         range(len(_blocks(setup.config, len(setup.prompts)))),
     )
     names = ("samples", "annotations") if stages.is_annotated(setup.config) else ("samples",)
-    return all(set(wanted) <= shards.shards(directory, name).keys() for name in names)
+    return all(set(wanted) <= shards.shard_paths(directory, name).keys() for name in names)
 
 
 def open_version(

@@ -156,7 +156,7 @@ def versions(workdir: pathlib.Path) -> list[int]:
     )
 
 
-def shards(directory: pathlib.Path, stage: str) -> dict[int, pathlib.Path]:
+def shard_paths(directory: pathlib.Path, stage: str) -> dict[int, pathlib.Path]:
     """number -> file of one stage, numbers rising; unread, so any of them may be damaged."""
     found: dict[int, pathlib.Path] = {}
     for path in directory.glob(f"{stage}-*.parquet"):

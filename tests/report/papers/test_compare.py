@@ -45,19 +45,19 @@ def test_a_cell_is_the_mean_over_seeds_with_students_interval(tmp_path):
     [
         # Differences 0.03, 0.02, 0.04: mean 0.03, deviation 0.01, half interval 4.303 * 0.01 / sqrt
         # 3 = 0.0248.
-        ("more", 0.0, (0.47, 0.50, 0.50), "seen"),
+        ("more", 0.0, (0.47, 0.50, 0.50), "reproduced"),
         (
             "more",
             0.01,
             (0.47, 0.50, 0.50),
-            "undecided",
+            "inconclusive",
         ),  # 0.005 is inside, by its interval from 0.0052 on
         ("more", 0.06, (0.47, 0.50, 0.50), "contradicted"),  # 0.0548 is its end
         ("less", 0.0, (0.47, 0.50, 0.50), "contradicted"),
-        ("equal", 0.06, (0.47, 0.50, 0.50), "seen"),
-        ("equal", 0.05, (0.47, 0.50, 0.50), "undecided"),
+        ("equal", 0.06, (0.47, 0.50, 0.50), "reproduced"),
+        ("equal", 0.05, (0.47, 0.50, 0.50), "inconclusive"),
         ("equal", 0.005, (0.47, 0.50, 0.50), "contradicted"),
-        ("more", 0.0, (0.50, 0.49, 0.53), "undecided"),  # 0, 0.03, 0.01
+        ("more", 0.0, (0.50, 0.49, 0.53), "inconclusive"),  # 0, 0.03, 0.01
     ],
 )
 def test_verdicts_are_of_differences_paired_by_seed(tmp_path, kind, margin, right, status):
@@ -73,13 +73,13 @@ def test_a_ratio_is_decided_on_its_logarithm(tmp_path):
     # 1.722.
     study.make(tmp_path / "same", {"opd": (0.80, 0.80, 0.80), "vopd": (0.10, 0.10, 0.10)})
     found = verdict(tmp_path / "same", PaperClaim("text", "ratio", "a", "b", "mini", 7.9))
-    assert found.status == "seen"
+    assert found.status == "reproduced"
     assert found.difference == pytest.approx((8.0, 0.0))
     study.make(tmp_path / "wide", {"opd": (0.40, 0.80, 0.80), "vopd": (0.10, 0.10, 0.05)})
     for margin, status in (
-        (1.42, "seen"),
-        (1.45, "undecided"),
-        (44.0, "undecided"),
+        (1.42, "reproduced"),
+        (1.45, "inconclusive"),
+        (44.0, "inconclusive"),
         (45.0, "contradicted"),
     ):
         found = verdict(tmp_path / "wide", PaperClaim("text", "ratio", "a", "b", "mini", margin))
@@ -87,7 +87,7 @@ def test_a_ratio_is_decided_on_its_logarithm(tmp_path):
     assert found.difference[0] == pytest.approx(8.0)
     study.make(tmp_path / "zero", {"opd": (0.40,), "vopd": (0.0,)})
     found = verdict(tmp_path / "zero", PaperClaim("text", "ratio", "a", "b", "mini", 2.0))
-    assert (found.status, found.difference) == ("undecided", None)
+    assert (found.status, found.difference) == ("inconclusive", None)
 
 
 def test_the_share_of_a_gap_that_is_closed(tmp_path):
@@ -107,12 +107,12 @@ def test_the_share_of_a_gap_that_is_closed(tmp_path):
     # (0.5 - 0.2) / (0.7 - 0.2) and so on: 0.6, 0.8, 1.0 ± 4.303 * 0.2 / sqrt 3 = 0.497; one teacher
     # stands for all seeds.
     assert found[0].difference == pytest.approx((0.8, T_OF_2 * 0.2 / math.sqrt(3)))
-    assert [each.status for each in found] == ["seen", "undecided", "contradicted"]
+    assert [each.status for each in found] == ["reproduced", "inconclusive", "contradicted"]
 
 
 def test_one_seed_decides_nothing_and_no_pair_is_not_run(tmp_path):
     study.make(tmp_path, {"opd": (0.5,), "vopd": (0.9,)})
-    assert verdict(tmp_path, PaperClaim("text", "less", "a", "b", "mini")).status == "undecided"
+    assert verdict(tmp_path, PaperClaim("text", "less", "a", "b", "mini")).status == "inconclusive"
     (tmp_path / "pair=mini,arm=vopd,seed=0" / "result.json").unlink()
     found = verdict(tmp_path, PaperClaim("text", "less", "a", "b", "mini"))
     assert (found.status, found.n, found.difference) == ("not run", 0, None)
@@ -142,7 +142,7 @@ def test_what_was_spent_until_as_good_as_anothers_best(tmp_path):
     assert found.cells["fast", "prompts"].ours[0] == 160
     assert found.cells["fast", "seconds"].ours[0] == pytest.approx(5.0)
     assert (found.verdicts[0].status, found.verdicts[0].difference[0]) == (
-        "seen",
+        "reproduced",
         pytest.approx(3.0),
     )
 
@@ -154,7 +154,8 @@ def test_a_run_that_never_was_as_good_is_told_and_decides_nothing(tmp_path):
     assert found.verdicts[0].status == "contradicted"  # 480 / 640 at most
     # 0.75 is above a half, but would not be had the fast one gone on for long.
     assert (
-        race(tmp_path / "more", ((0, 0.3), (40, 0.5)), margin=0.5).verdicts[0].status == "undecided"
+        race(tmp_path / "more", ((0, 0.3), (40, 0.5)), margin=0.5).verdicts[0].status
+        == "inconclusive"
     )
 
 

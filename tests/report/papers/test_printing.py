@@ -69,14 +69,14 @@ def test_the_mini_pair_is_never_subtracted_from_a_paper(mini):
 def test_claims_have_verdicts_and_paired_differences(mini):
     text = paper_table(mini, "vopd_table1")
     assert (
-        "| vOPD is better than OPD [N] | vOPD, OPD | mini pair, avg@8 | above 0 | 0.100 ± 0.000 | 3 | seen |"
+        "| vOPD is better than OPD [N] | vOPD, OPD | mini pair, avg@8 | above 0 | 0.100 ± 0.000 | 3 | reproduced |"
         in text
     )
     assert (
         "exact divergence [A] | vOPD, OPD full | mini pair, avg@8 | within ± 0.01 | -0.015 ± 0.000 | 3 | contradicted |"
         in text
     )
-    assert "vOPD top-k, OPD top-k | mini pair, avg@8 | above 0 | 0.100 | 1 | undecided |" in text
+    assert "vOPD top-k, OPD top-k | mini pair, avg@8 | above 0 | 0.100 | 1 | inconclusive |" in text
 
 
 def test_rows_that_are_the_same_run_for_run_are_said_to_be(mini):
@@ -85,7 +85,7 @@ def test_rows_that_are_the_same_run_for_run_are_said_to_be(mini):
         for line in paper_table(mini, "vopd_table1").splitlines()
         if line.startswith("| vOPD with a top-k baseline")
     )
-    assert "| 0 in every seed | 3 | seen |" in found
+    assert "| 0 in every seed | 3 | reproduced |" in found
 
 
 def test_a_deleted_result_is_told(tmp_path):
@@ -150,7 +150,12 @@ def test_csv_has_all_figures(hub):
     claims = [
         line for line in lines if line["kind"] == "claim" and line["column"] == "1.7B average"
     ]
-    assert [line["verdict"] for line in claims] == ["seen", "seen", "contradicted", "undecided"]
+    assert [line["verdict"] for line in claims] == [
+        "reproduced",
+        "reproduced",
+        "contradicted",
+        "inconclusive",
+    ]
 
 
 def test_text_is_text_in_latex_and_markdown():

@@ -11,7 +11,7 @@ import sys
 import pytest
 import study
 
-from opdjax.cli.experiments import load_sweep
+from opdjax.config.experiments import load_sweep
 from opdjax.estimators import bind
 from opdjax.report.papers.compare import compare
 from opdjax.report.papers.registry import PAPER_TABLES

@@ -352,12 +352,11 @@ def test_the_doctor_asks_the_judge_and_says_what_a_run_would_cost(judge_server):
     assert {name: finding.status for name, finding in found.items()} == dict.fromkeys(
         ("judge", "judge_spread", "judge_references", "judge_cost"), "ok"
     )
-    assert (
-        "about 32 times" in found["judge_cost"].message
-    )  # four steps of four prompts, two calls each
+    # four steps of four prompts, two calls each
+    assert "about 32 requests" in found["judge_cost"].message
     (down,) = examine_judge(config(NOWHERE))
     assert down.status == "fault"
-    assert "4 of 4 groups have no score; of the replies: unavailable 4" in down.message
+    assert "4 of 4 groups have no score; unusable replies: unavailable 4" in down.message
 
 
 # What masking comes to

@@ -95,7 +95,7 @@ def drawn(workdir):
     return {
         (version, number): shards.read_shard(path)
         for version in shards.versions(workdir)
-        for number, path in shards.shards(
+        for number, path in shards.shard_paths(
             shards.version_directory(workdir, version), "samples"
         ).items()
     }

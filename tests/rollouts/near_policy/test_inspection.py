@@ -113,7 +113,7 @@ def look(capsys):
 def size(run, version, stage):
     return sum(
         path.stat().st_size
-        for path in shards.shards(shards.version_directory(run, version), stage).values()
+        for path in shards.shard_paths(shards.version_directory(run, version), stage).values()
     )
 
 
@@ -150,7 +150,7 @@ def test_a_version_is_counted_by_number(run, look):
 
 
 def test_a_shard_tells_its_columns(run, look):
-    is_in_order, lines = look(shards.shards(shards.version_directory(run, 12), "annotations")[0])
+    is_in_order, lines = look(shards.shard_paths(shards.version_directory(run, 12), "annotations")[0])
     assert is_in_order
     assert lines[0] == "annotations: schema 1, top_k 2"
     tokens = 4 * 13
@@ -164,7 +164,7 @@ def test_a_shard_tells_its_columns(run, look):
 
 def test_damage_is_named_and_the_rest_is_counted(run, look):
     directory = shards.version_directory(run, 0)
-    damaged = shards.shards(directory, "samples")[1]
+    damaged = shards.shard_paths(directory, "samples")[1]
     damaged.write_bytes(damaged.read_bytes()[:100])
     (directory / "filter-00000000.json").write_text("{")
     for path in (run, directory):
@@ -182,7 +182,7 @@ def test_damage_is_named_and_the_rest_is_counted(run, look):
 
 
 def test_samples_may_wait_for_their_annotation(run, look):
-    shards.shards(shards.version_directory(run, 0), "annotations")[1].unlink()
+    shards.shard_paths(shards.version_directory(run, 0), "annotations")[1].unlink()
     is_in_order, lines = look(run)
     assert is_in_order
     assert (
@@ -231,7 +231,7 @@ def test_samples_are_shown_as_text_where_the_run_names_a_tokenizer(run, look):
 
 def test_samples_are_shown_as_ids_without_it(run, look, tokenizer):
     (run / "config.json").unlink()
-    path = shards.shards(shards.version_directory(run, 12), "samples")[0]
+    path = shards.shard_paths(shards.version_directory(run, 12), "samples")[0]
     _, lines = look(path, 2)
     assert any(
         line.startswith(f"note: tokens are shown by their ids: {run} has no config.json")
@@ -272,7 +272,7 @@ def test_the_verb_needs_no_jax_and_its_status_tells(run):
         return done.stdout.splitlines()[-1]
 
     assert verb(run, "--samples", 1) == "status 0 loaded []"
-    path = shards.shards(shards.version_directory(run, 12), "samples")[0]
+    path = shards.shard_paths(shards.version_directory(run, 12), "samples")[0]
     path.write_bytes(b"")
     assert verb(run) == "status 1 loaded []"
     assert verb(run, "--samples", -1) == verb(run / "nowhere") == "status 2 loaded []"

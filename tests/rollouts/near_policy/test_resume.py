@@ -113,7 +113,7 @@ def halfway(tmp_path_factory):
 
 
 def shard(workdir, stage, version, number):
-    return shards.shards(shards.version_directory(workdir, version), stage)[number]
+    return shards.shard_paths(shards.version_directory(workdir, version), stage)[number]
 
 
 def truncate(path):
@@ -218,7 +218,7 @@ def shards_of(workdir):
     """step -> files of its samples, by whatever version."""
     found = collections.defaultdict(list)
     for version in shards.versions(workdir):
-        for number, path in shards.shards(
+        for number, path in shards.shard_paths(
             shards.version_directory(workdir, version), "samples"
         ).items():
             found[number].append(path)

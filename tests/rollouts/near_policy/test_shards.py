@@ -9,14 +9,13 @@ import sys
 import numpy as np
 import pytest
 
-from opdjax.cli.runs import store
 from opdjax.rollouts.near_policy import shards as shards_module
 from opdjax.rollouts.near_policy.shards import (
     ShardError,
     StorageError,
     read_filter,
     read_shard,
-    shards,
+    shard_paths,
     version_directory,
     versions,
     write_filter,
@@ -153,16 +152,16 @@ def test_a_shard_takes_the_place_of_the_one_before(tmp_path, samples, annotation
 
 def test_what_there_is_is_listed_by_number(tmp_path, samples):
     assert versions(tmp_path) == []
-    assert shards(version_directory(tmp_path, 40), "samples") == {}
+    assert shard_paths(version_directory(tmp_path, 40), "samples") == {}
     for version, number in ((40, 11), (40, 2), (0, 123_456_789)):
         write_shard(version_directory(tmp_path, version), "samples", number, samples, {})
     (tmp_path / "rollouts" / "notes").mkdir()
     directory = version_directory(tmp_path, 40)
     (directory / "samples-00000003.parquet").touch()
     assert versions(tmp_path) == [0, 40]
-    assert list(shards(directory, "samples")) == [2, 11]
-    assert shards(directory, "annotations") == {}
-    assert list(shards(version_directory(tmp_path, 0), "samples")) == [123_456_789]
+    assert list(shard_paths(directory, "samples")) == [2, 11]
+    assert shard_paths(directory, "annotations") == {}
+    assert list(shard_paths(version_directory(tmp_path, 0), "samples")) == [123_456_789]
 
 
 def test_of_two_that_a_killed_writer_left_the_later_counts(tmp_path, samples):
@@ -178,7 +177,7 @@ def test_of_two_that_a_killed_writer_left_the_later_counts(tmp_path, samples):
         paths.append(made.rename(tmp_path / made.name))
     for later in paths:
         os.utime(later, ns=(2 * 10**18, 2 * 10**18))
-        assert shards(tmp_path, "samples") == {3: later}
+        assert shard_paths(tmp_path, "samples") == {3: later}
         os.utime(later, ns=(10**18, 10**18))
 
 
@@ -277,7 +276,7 @@ def test_a_foreign_file_is_no_shard(tmp_path, shard):
 
 
 def test_another_schema_is_named(tmp_path, samples, monkeypatch):
-    monkeypatch.setattr(store, "SCHEMA_VERSION", 9)
+    monkeypatch.setattr(shards_module, "SCHEMA_VERSION", 9)
     path = write_shard(tmp_path, "samples", 3, samples, {})
     monkeypatch.undo()
     with pytest.raises(ShardError, match=r"is of schema 9; this version of opdjax reads schema 1"):
@@ -330,7 +329,7 @@ def test_a_killed_writer_leaves_nothing_that_reads_and_the_next_cleans_up(tmp_pa
         assert len(drafts) == 1
         assert drafts[0].startswith("samples-00000003.")
         assert drafts[0].endswith(f".parquet.partial-{platform.node()}-{writer.pid}")
-        assert shards(tmp_path, "samples") == {}
+        assert shard_paths(tmp_path, "samples") == {}
         # While it lives its draft is its own.
         write_shard(tmp_path, "samples", 3, samples, {})
         assert len([*tmp_path.glob("*.partial-*")]) == 1
@@ -340,7 +339,7 @@ def test_a_killed_writer_leaves_nothing_that_reads_and_the_next_cleans_up(tmp_pa
         "a draft of another number is not its to judge"
     )
     path = write_shard(tmp_path, "samples", 3, samples, {})
-    assert shards(tmp_path, "samples")[3] == path
+    assert shard_paths(tmp_path, "samples")[3] == path
     assert not [*tmp_path.glob("*.partial-*")]
 
 
@@ -414,7 +413,7 @@ def test_a_full_disk_leaves_what_was_there(tiny_disk, samples):
     read_shard(before)
     fill.unlink()
     assert failure_of(tiny_disk, "plain") == ""
-    assert len(read_shard(shards(tiny_disk, "samples")[3])) == 100
+    assert len(read_shard(shard_paths(tiny_disk, "samples")[3])) == 100
 
 
 def test_a_place_that_takes_no_files_is_named(tmp_path, samples):

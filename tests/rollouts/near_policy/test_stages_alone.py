@@ -13,10 +13,10 @@ from opdjax.train import train
 
 def test_drawn_and_annotated_ahead_of_the_run(refreshed, tmp_path):
     workdir, first = tmp_path / "run", shards.version_directory(tmp_path / "run", 0)
-    assert generate_for(workdir, near(REFRESH)) == len(shards.shards(first, "samples"))
+    assert generate_for(workdir, near(REFRESH)) == len(shards.shard_paths(first, "samples"))
     wanted = [path for path in stored_bytes(refreshed) if "/00000000/" in path]
     assert stored_bytes(workdir) == wanted
-    shards.shards(first, "annotations")[0].unlink()
+    shards.shard_paths(first, "annotations")[0].unlink()
     assert annotate_all(workdir) == 1
     assert annotate_all(workdir) == 0
     assert stored_bytes(workdir) == wanted

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from opdjax.cli import main
-from opdjax.cli.experiments import load_sweep
 from opdjax.config import PACKAGE, ROPD_CODE, Config, EndpointConfig, SamplingConfig
+from opdjax.config.experiments import load_sweep
 from opdjax.config.fleet import FleetConfig
 from opdjax.config.grid import points, seeds
 from opdjax.config.topology import TOPOLOGIES
