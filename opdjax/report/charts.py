@@ -249,9 +249,9 @@ def small_axes(canvas: Any, x_label: str, y_label: str) -> Any:
     return axes
 
 
-def label_below(axes: Any, text: str, y: float) -> None:
+def label_below(axes: Any, text: str, y: float, **style: Any) -> None:
     """The label of the x axis, at height `y` in units of the axes."""
-    style = {"color": COLOURS["muted"], "ha": "center", "va": "top"}
+    style |= {"color": COLOURS["muted"], "ha": "center", "va": "top"}
     axes.text(0.5, y, text, transform=axes.transAxes, **style)
 
 

@@ -228,11 +228,11 @@ class Parser(html.parser.HTMLParser):
         if "script" not in self.open and "style" not in self.open:
             self.text.append(data)
         if "td" in self.open or "th" in self.open:
-            self.rows[-1][-1] += data
+            self.rows[-1][-1] += data.replace("\u00a0", " ")
 
 
 def read(directory, **options):
-    """The page, parsed; every page is checked to be balanced, self-contained and free of nonsense."""
+    """The page, parsed and checked: balanced tags, self-contained, no nan, inf or None."""
     source = write_report(directory, **options).read_text()
     parser = Parser()
     parser.feed(source)
@@ -333,14 +333,14 @@ def test_each_token_carries_its_numbers(finished):
     assert row(finished, "3") == [
         "3",
         "1.500",
-        "50\u00a0%",
-        "87.5\u00a0%",
-        "‘3’\u00a087.5\u00a0%, ‘4’\u00a010\u00a0%",
+        "50 %",
+        "87.5 %",
+        "‘3’ 87.5 %, ‘4’ 10 %",
         "0.500",
         "1.000",
         "0",
     ]
-    assert row(finished, "!")[4] == "‘⏎’\u00a075\u00a0%, ‘!’\u00a020\u00a0%"
+    assert row(finished, "!")[4] == "‘⏎’ 75 %, ‘!’ 20 %"
     tokens = [
         attributes
         for name, attributes in finished.tags
@@ -458,7 +458,7 @@ def test_a_recipe_without_advantages_is_coloured_by_kl(tmp_path):
         write_run(tmp_path / "run", samples=[sample(advantages=None, rewards=None)], **BARE)
     )
     assert "Shaded by KL(student || teacher)" in parser.all
-    assert row(parser, "3")[1] == "50\u00a0%"
+    assert row(parser, "3")[1] == "50 %"
 
 
 def test_a_token_without_a_finite_number_has_no_colour(tmp_path):
@@ -679,7 +679,10 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_importing_it_loads_neither_jax_nor_matplotlib():
-    code = "import sys, opdjax.report.page; sys.exit(bool({'jax', 'matplotlib', 'flax'} & set(sys.modules)))"
+    code = (
+        "import sys, opdjax.report.page;"
+        "sys.exit(bool({'jax', 'matplotlib', 'flax'} & set(sys.modules)))"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], cwd=pathlib.Path(__file__).parents[2], check=False
