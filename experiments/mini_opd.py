@@ -1,35 +1,19 @@
-"""Vanilla sampled-token on-policy distillation on the built-in mini pair: what vOPD is compared
-with (arXiv 2605.07865).
+"""Plain sampled-token on-policy distillation on the built-in mini pair, the baseline of vOPD.
+
+Paper: "KL for a KL", arXiv 2605.07865. Everything but the estimator is as in mini_vopd.py.
 
     opdjax train experiments/mini_opd.py --workdir runs/mini_opd
 
-Two CPU cores, about two minutes. Expected on 512 test problems: avg@8 0.409 -> 0.564,
+Hardware: two CPU cores, about two minutes. Expected on 512 test problems: avg@8 0.409 -> 0.564,
 greedy 0.543 -> 0.934.
 """
 
-from opdjax.config import (
-    Config,
-    DataConfig,
-    EstimatorConfig,
-    EvaluationConfig,
-    LogConfig,
-    OptimizerConfig,
-    SamplingConfig,
-    TrainConfig,
-)
+from dataclasses import replace
+
+from opdjax.config import Config, EstimatorConfig
+from opdjax.config.experiments import config_beside
 
 
 def get_config() -> Config:
-    return Config(
-        data=DataConfig(source="arithmetic:train", max_prompt_length=32),
-        sampling=SamplingConfig(num_generations=1, max_completion_length=24),
-        estimator=EstimatorConfig(recipe="opd", aggregation="token_mean"),
-        optimizer=OptimizerConfig(
-            learning_rate=3e-4, schedule="cosine", warmup_steps=5, b2=0.98, max_grad_norm=1.0
-        ),
-        train=TrainConfig(num_steps=200, prompts_per_step=128),
-        evaluation=EvaluationConfig(
-            num_prompts=512, num_samples=8, max_completion_length=24, extra_temperatures=(0.7, 0.5)
-        ),
-        log=LogConfig(samples_every=50),
-    )
+    base = config_beside(__file__, "mini_vopd.py")
+    return replace(base, estimator=EstimatorConfig("opd"))

@@ -1,20 +1,18 @@
-"""ROPD on the mini pair: rubrics written and verified by a judge, the teacher known by its text
-alone.
+"""ROPD on the mini pair: a judge writes rubrics and grades answers; the teacher provides text only.
 
-Paper: Rubric-based On-policy Distillation (arXiv 2605.07396), as released: m = 4 references,
-mean-centred advantages, token mean, clip 0.2 / 0.28. 32 prompts x 8 rollouts a step, 64 calls of
-the judge.
+Paper: "Rubric-based On-policy Distillation", arXiv 2605.07396, as released: four references,
+mean-centred advantages, token mean, clip 0.2 / 0.28. A step has 32 prompts x 8 rollouts and makes
+64 judge calls.
 
-    opdjax teach experiments/mini_ropd.py                                   # the teacher answers 1,600 prompts four times
+    opdjax teach experiments/mini_ropd.py           # the teacher answers 1,600 prompts four times
     opdjax train experiments/mini_ropd.py --workdir runs/mini_ropd
 
-The judge goes by rules and works on the texts it is sent, in this process; any server with the
-OpenAI protocol takes its place by
---rubricator.base-url, --rubricator.model, and the same of --verifier (scripts/serve_rule_judge.py
-is one).
+The judge is rule-based and runs in this process on the texts it is sent. Any server with the OpenAI
+protocol can replace it: --rubricator.base-url and --rubricator.model, and the same for --verifier
+(scripts/serve_rule_judge.py is such a server).
 
-Two CPU cores, three minutes. Expected on 512 test problems, three seeds: avg@8 0.409 -> 0.541 ±
-0.036, greedy 0.543 -> 0.893.
+Hardware: two CPU cores, three minutes. Expected on 512 test problems, three seeds: avg@8 0.409 ->
+0.541 ± 0.036, greedy 0.543 -> 0.893.
 """
 
 from opdjax.config import (
@@ -30,20 +28,16 @@ from opdjax.config import (
     TrainConfig,
 )
 
-JUDGE = EndpointConfig(RULE_JUDGE, "rules")
-
 
 def get_config() -> Config:
+    judge = EndpointConfig(RULE_JUDGE, "rules")
+    references = "runs/references/arithmetic.jsonl"
     return Config(
-        data=DataConfig(
-            source="arithmetic:train[:1600]",
-            max_prompt_length=32,
-            references="runs/references/arithmetic.jsonl",
-        ),
+        data=DataConfig("arithmetic:train[:1600]", max_prompt_length=32, references=references),
         sampling=SamplingConfig(num_generations=8, max_completion_length=24),
         estimator=ROPD_CODE,
-        rubricator=JUDGE,
-        verifier=JUDGE,
+        rubricator=judge,
+        verifier=judge,
         teach=TeachConfig(num_answers=4, batch_size=400, max_completion_length=24),
         optimizer=OptimizerConfig(learning_rate=1e-4, schedule="constant", b2=0.98),
         train=TrainConfig(num_steps=150, prompts_per_step=32),

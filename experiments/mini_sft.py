@@ -1,40 +1,22 @@
-"""Cross-entropy on text that the teacher samples, on the built-in mini pair: sequence-level
-distillation, off-policy.
+"""Cross-entropy on text that the teacher samples, on the built-in mini pair.
 
-Paper: "Sequence-Level Knowledge Distillation", arXiv 1606.07947. `--sampling.completions_from
-references` takes the data's own answers.
+This is off-policy sequence-level distillation. Paper: "Sequence-Level Knowledge Distillation",
+arXiv 1606.07947. `--sampling.completions_from references` trains on the data's own answers.
+Everything but the estimator and the completions is as in mini_vopd.py.
 
     opdjax train experiments/mini_sft.py --workdir runs/mini_sft
 
-Two CPU cores, about two minutes. Expected on 512 test problems: avg@8 0.409 -> 0.588,
+Hardware: two CPU cores, about two minutes. Expected on 512 test problems: avg@8 0.409 -> 0.588,
 greedy 0.543 -> 0.967.
 """
 
-from opdjax.config import (
-    Config,
-    DataConfig,
-    EstimatorConfig,
-    EvaluationConfig,
-    LogConfig,
-    OptimizerConfig,
-    SamplingConfig,
-    TrainConfig,
-)
+from dataclasses import replace
+
+from opdjax.config import Config, EstimatorConfig
+from opdjax.config.experiments import config_beside
 
 
 def get_config() -> Config:
-    return Config(
-        data=DataConfig(source="arithmetic:train", max_prompt_length=32),
-        sampling=SamplingConfig(
-            num_generations=1, max_completion_length=24, completions_from="teacher"
-        ),
-        estimator=EstimatorConfig(recipe="sft", aggregation="token_mean"),
-        optimizer=OptimizerConfig(
-            learning_rate=3e-4, schedule="cosine", warmup_steps=5, b2=0.98, max_grad_norm=1.0
-        ),
-        train=TrainConfig(num_steps=200, prompts_per_step=128),
-        evaluation=EvaluationConfig(
-            num_prompts=512, num_samples=8, max_completion_length=24, extra_temperatures=(0.7, 0.5)
-        ),
-        log=LogConfig(samples_every=50),
-    )
+    base = config_beside(__file__, "mini_vopd.py")
+    sampling = replace(base.sampling, completions_from="teacher")
+    return replace(base, estimator=EstimatorConfig("sft"), sampling=sampling)

@@ -1,30 +1,28 @@
-"""NPD at the scale of its controlled experiment: Qwen2.5-Math-1.5B from Qwen2.5-Math-7B-Instruct on
-mathematics.
+"""NPD at the scale of its controlled experiment: Qwen2.5-Math-1.5B from Qwen2.5-Math-7B-Instruct.
 
 Paper: "Near-Policy: Accelerating On-Policy Distillation via Asynchronous Generation and Selective
-Packing", arXiv
-2605.05940: 50 thousand prompts of MetaMathQA, answered by the student before the first epoch and
-once more before the sixth of ten, kept where 0 <= IFD_teacher - IFD_student <= 0.8, packed; 0.9 of
-the forward KL on the teacher's top 10 ids and 0.1 of cross-entropy on what was kept, both read from
-what one pass of the teacher stored; learning rate 1e-5 with a cosine, clip 1.
+Packing", arXiv 2605.05940. The student answers 50 thousand prompts of MetaMathQA before the first
+of ten epochs and again before the sixth. An answer is kept if 0 <= IFD_teacher - IFD_student <=
+0.8; rows are packed. The loss is 0.9 of the forward KL on the teacher's top 10 ids and 0.1 of
+cross-entropy on the kept answers; one teacher pass stores what both need. Learning rate 1e-5 with a
+cosine, clip 1.
 
     opdjax train experiments/npd_math.py --workdir runs/npd_math \
         --data.source metamathqa50k.jsonl --evaluation.source math500.jsonl
 
 Data: JSON lines with `prompt` (the problem) and, for the evaluation, `answer`. The grader needs
-`pip install 'opdjax[eval]'`.
-`--near-policy.generator process` beside `opdjax sample --store runs/npd_math` lets machines of
-their own draw and annotate;
-`--near-policy.filter none` keeps everything, and --near-policy.ifd-max, --estimator.kd-weight,
---estimator.support-top-k,
---near-policy.refresh-epochs, --train.pack-length are the paper's sweeps.
+`pip install 'opdjax[eval]'`. To sample and annotate on separate machines, train with
+`--near-policy.generator process` and run `opdjax sample --store runs/npd_math` there.
+`--near-policy.filter none` keeps all answers. The paper varies --near-policy.ifd-max,
+--estimator.kd-weight, --estimator.support-top-k, --near-policy.refresh-epochs and
+--train.pack-length.
 
-Hardware: not told for this pair; the paper's main run takes 366 hours of one Ascend NPU, 300 of
-them to draw the rollouts. Expected score by the paper, MATH-500: 76.6 from 62.0 (teacher: 80.0),
-GSM8K: 82.9 from 77.3 (teacher: 89.3). Not run here yet. Deviations: the cosine ends at 0, the
-paper's at 1e-6; rows of 4,096 tokens, the model's context and quick with any attention, the paper's
-of 32,768. The paper does not tell batch size, temperature and the longest answer, chosen here; its
-student is fine-tuned on answers first: give that one as --student.path.
+Hardware: not stated for this pair; the paper's main run takes 366 hours on one Ascend NPU, 300 of
+them for generation. Expected score from the paper, MATH-500: 76.6 from 62.0 (teacher: 80.0), GSM8K:
+82.9 from 77.3 (teacher: 89.3). Not run here yet. Deviations: the cosine ends at 0, the paper's at
+1e-6; rows have 4,096 tokens, the model's context and fast with any attention, the paper's 32,768.
+The paper does not state batch size, temperature and answer length; those here are ours. Its student
+is first fine-tuned on answers: pass such a student as --student.path.
 """
 
 from opdjax.config import (
@@ -46,19 +44,12 @@ def get_config() -> Config:
     return Config(
         student=ModelConfig("Qwen/Qwen2.5-Math-1.5B"),
         teacher=ModelConfig("Qwen/Qwen2.5-Math-7B-Instruct"),
-        data=DataConfig(source="metamathqa50k.jsonl", format="chat", max_prompt_length=1024),
+        data=DataConfig("metamathqa50k.jsonl", format="chat", max_prompt_length=1024),
         sampling=SamplingConfig(num_generations=1, max_completion_length=2048, temperature=1.0),
         near_policy=NearPolicyConfig(
-            schedule="refresh",
-            num_epochs=10,
-            refresh_epochs=(5,),
-            filter="ifd",
-            ifd_min=0.0,
-            ifd_max=0.8,
+            "refresh", num_epochs=10, refresh_epochs=(5,), filter="ifd", ifd_min=0.0, ifd_max=0.8
         ),
-        estimator=EstimatorConfig(
-            recipe="npd", kd_weight=0.9, support_top_k=10, aggregation="token_mean"
-        ),
+        estimator=EstimatorConfig("npd", kd_weight=0.9, support_top_k=10),
         optimizer=OptimizerConfig(learning_rate=1e-5, schedule="cosine", max_grad_norm=1.0),
         train=TrainConfig(
             num_steps=3900,

@@ -1,57 +1,21 @@
-"""Vanilla sampled-token OPD at the scale of vOPD's paper: Qwen3-1.7B-Base from Qwen3-1.7B on
-competition mathematics.
+"""Plain sampled-token OPD at the scale of vOPD's paper: Qwen3-1.7B-Base from Qwen3-1.7B.
 
-The row "OPD" of "KL for a KL: On-Policy Distillation with Control Variate Baseline", arXiv
-2605.07865; everything but the estimator is as in vopd_math.py, whose docstring tells the settings,
-the data and the deviations.
+Paper: the row "OPD" of "KL for a KL", arXiv 2605.07865. Everything but the estimator is as in
+vopd_math.py, whose docstring has the settings, the data and the deviations.
 
     opdjax train experiments/opd_math.py --workdir runs/opd_math \
         --data.source dapo14k.jsonl --evaluation.source math500.jsonl
 
-Hardware: the paper reports one H200 or A100 a run, 2 to 6 hours. Expected score by the paper, 8
-samples at T = 0.6 on MATH-500: 58.7. Not run here yet.
+Hardware: the paper reports one H200 or A100 per run, 2 to 6 hours. Expected score from the paper,
+8 samples at T = 0.6 on MATH-500: 58.7. Not run here yet.
 """
 
-from opdjax.config import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    EstimatorConfig,
-    EvaluationConfig,
-    LogConfig,
-    ModelConfig,
-    OptimizerConfig,
-    SamplingConfig,
-    TrainConfig,
-)
+from dataclasses import replace
+
+from opdjax.config import Config, EstimatorConfig
+from opdjax.config.experiments import config_beside
 
 
 def get_config() -> Config:
-    return Config(
-        student=ModelConfig("Qwen/Qwen3-1.7B-Base"),
-        teacher=ModelConfig("Qwen/Qwen3-1.7B"),
-        data=DataConfig(
-            source="dapo14k.jsonl",
-            format="raw",
-            prompt_format="{prompt}\n\nPlease reason step by step, and put your final answer within \\boxed{}.",
-            max_prompt_length=1024,
-        ),
-        sampling=SamplingConfig(num_generations=1, max_completion_length=2048, temperature=1.0),
-        estimator=EstimatorConfig(recipe="opd", aggregation="token_mean"),
-        optimizer=OptimizerConfig(learning_rate=1e-5, schedule="cosine", max_grad_norm=1.0),
-        train=TrainConfig(
-            num_steps=219, prompts_per_step=64, gradient_accumulation_steps=16, remat="layer"
-        ),
-        evaluation=EvaluationConfig(
-            source="math500.jsonl",
-            grader="boxed",
-            num_prompts=500,
-            num_samples=8,
-            temperature=0.6,
-            max_completion_length=4096,
-            batch_size=64,
-        ),
-        checkpoint=CheckpointConfig(every=20),
-        log=LogConfig(samples_every=20),
-        seed=42,
-    )
+    base = config_beside(__file__, "vopd_math.py")
+    return replace(base, estimator=EstimatorConfig("opd"))

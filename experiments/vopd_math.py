@@ -1,23 +1,23 @@
 """vOPD at the scale of its paper: Qwen3-1.7B-Base from Qwen3-1.7B on competition mathematics.
 
 Paper: "KL for a KL: On-Policy Distillation with Control Variate Baseline", arXiv 2605.07865, with
-the settings of its released configuration: 64 prompts x 1 rollout a step, fresh every step, at most
-1024 + 2048 tokens, temperature 1 and no filter, AdamW at 1e-5 with a cosine down to 0, clip 1, one
-epoch of 14 thousand prompts (about 219 steps), the student's top 100 ids as the support of the
-baseline, global token mean, raw text without a chat template.
+the settings of its released configuration: 64 prompts x 1 rollout a step, sampled anew at every
+step, at most 1024 + 2048 tokens, temperature 1 without a filter; AdamW at 1e-5, cosine to 0, clip
+1; one epoch of 14 thousand prompts (about 219 steps); the baseline on the student's top 100 ids;
+global token mean; raw text without a chat template.
 
     opdjax train experiments/vopd_math.py --workdir runs/vopd_math \
         --data.source dapo14k.jsonl --evaluation.source math500.jsonl
 
-Data: JSON lines with `prompt` (the problem) and, for the evaluation, `answer`; the paper trains on
-the English part of DAPO-Math-17k and reports MATH-500 among others. The grader needs `pip install
-'opdjax[eval]'`.
+Data: JSON lines with `prompt` (the problem) and, for the evaluation, `answer`. The paper trains on
+the English part of DAPO-Math-17k and evaluates on MATH-500 and others. The grader needs
+`pip install 'opdjax[eval]'`.
 
-Hardware: the paper reports one H200 or A100 a run, 2 to 6 hours. Expected score by the paper, 8
-samples at T = 0.6 on MATH-500: 64.9 (plain OPD: 58.7). Not run here yet. Deviations: every
-parameter is trained where the paper trains LoRA adapters of rank 64; no importance mask between
-sampler and trainer, which here are one set of kernels; generation ends at the stop ids of the
-student's own checkpoint.
+Hardware: the paper reports one H200 or A100 per run, 2 to 6 hours. Expected score from the paper,
+8 samples at T = 0.6 on MATH-500: 64.9 (plain OPD: 58.7). Not run here yet. Deviations: all
+parameters are trained, the paper trains LoRA adapters of rank 64; there is no importance mask
+between sampler and trainer, which use the same kernels here; generation stops at the stop ids of
+the student's checkpoint.
 """
 
 from opdjax.config import (
@@ -33,21 +33,18 @@ from opdjax.config import (
     TrainConfig,
 )
 
+BOXED = "{prompt}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+
 
 def get_config() -> Config:
     return Config(
         student=ModelConfig("Qwen/Qwen3-1.7B-Base"),
         teacher=ModelConfig("Qwen/Qwen3-1.7B"),
         data=DataConfig(
-            source="dapo14k.jsonl",
-            format="raw",
-            prompt_format="{prompt}\n\nPlease reason step by step, and put your final answer within \\boxed{}.",
-            max_prompt_length=1024,
+            source="dapo14k.jsonl", format="raw", prompt_format=BOXED, max_prompt_length=1024
         ),
         sampling=SamplingConfig(num_generations=1, max_completion_length=2048, temperature=1.0),
-        estimator=EstimatorConfig(
-            recipe="vopd", baseline="student_topk", baseline_top_k=100, aggregation="token_mean"
-        ),
+        estimator=EstimatorConfig("vopd", baseline="student_topk", baseline_top_k=100),
         optimizer=OptimizerConfig(learning_rate=1e-5, schedule="cosine", max_grad_norm=1.0),
         train=TrainConfig(
             num_steps=219, prompts_per_step=64, gradient_accumulation_steps=16, remat="layer"

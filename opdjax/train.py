@@ -88,21 +88,21 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
     join(config.mesh.processes)
     with contextlib.ExitStack() as opened:
         _require_home(config, workdir)
-        home = on_process_zero(
+        mirror = on_process_zero(
             lambda: opened.enter_context(open_workdir(workdir))
         ) or scratch_workdir(workdir, jax.process_index())
-        workdir = home.directory
+        workdir = mirror.directory
         if config.near_policy.schedule != "none" and config.near_policy.generator != "process":
             on_process_zero(
                 lambda: opened.enter_context(locked(workdir, "generator"))
             )  # it draws itself
         setup = on_all(lambda: prepare(config))
         described = on_all(lambda: facts(setup))
-        is_finished = agreed(bool(on_process_zero(lambda: _open(home, setup, described))))
+        is_finished = agreed(bool(on_process_zero(lambda: _open(mirror, setup, described))))
         if not is_finished:
             enforce(check_settings(setup))
-            _run(setup, home, opened)
-        home.fetch_result()
+            _run(setup, mirror, opened)
+        mirror.download_result()
         return read_result(workdir)
 
 
@@ -121,33 +121,33 @@ def _require_home(config: Config, workdir: str | os.PathLike) -> None:
         )
 
 
-def _open(home: WorkdirMirror, setup: Setup, described: dict[str, Any]) -> bool:
+def _open(mirror: WorkdirMirror, setup: Setup, described: dict[str, Any]) -> bool:
     """Claim the directory and say what is to be said before a run; whether it holds a finished one."""
-    claim(home.directory, setup.config, described)
+    claim(mirror.directory, setup.config, described)
     for prompts in (setup.prompts, setup.evaluator.prompts if setup.evaluator else None):
         if prompts is not None and prompts.skipped:
             print(
                 f"left out {prompts.num_skipped} prompts over {setup.config.data.max_prompt_length} tokens, first {prompts.skipped[0]}"
             )
-    if not (home.directory / "result.json").exists():
-        home.keep()  # others see that it has begun
+    if not (mirror.directory / "result.json").exists():
+        mirror.upload()  # others see that it has begun
         return False
-    print(f"{home.name} holds a finished run")
-    result = read_result(home.directory)
+    print(f"{mirror.name} holds a finished run")
+    result = read_result(mirror.directory)
     if "eval_after" in result:
         print(result_table(result))
     return True
 
 
-def _run(setup: Setup, home: WorkdirMirror, opened: contextlib.ExitStack) -> None:
-    config, workdir = setup.config, home.directory
+def _run(setup: Setup, mirror: WorkdirMirror, opened: contextlib.ExitStack) -> None:
+    config, workdir = setup.config, mirror.directory
     spec, needs = (
         update_spec(setup),
         bind(config.estimator.recipe, config.estimator.options)[0].teacher,
     )
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     checkpointer = Checkpointer(
-        home.checkpoints, keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric
+        mirror.checkpoints, keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric
     )
     opened.callback(checkpointer.close)
 
@@ -178,7 +178,7 @@ def _run(setup: Setup, home: WorkdirMirror, opened: contextlib.ExitStack) -> Non
     is_kept = lambda step: step % config.checkpoint.every == 0 or step in config.refresh_steps
 
     def save(step: int, scores: dict[str, float] | None = None) -> None:
-        on_process_zero(home.keep)  # first: a checkpoint stands for all that came before it
+        on_process_zero(mirror.upload)  # first: a checkpoint stands for all that came before it
         checkpointer.save(step, state, scores)
 
     examine, behavior_kl = make_examine(spec, _ALTERNATIVES), make_behavior_kl(spec)
@@ -226,7 +226,7 @@ def _run(setup: Setup, home: WorkdirMirror, opened: contextlib.ExitStack) -> Non
         metrics |= (seconds := timer.take())
         metrics["perf/tokens_per_second"] = metrics["perf/trained_tokens"] / seconds["time/step"]
         on_process_zero(lambda: writer.write(done, metrics))  # noqa: B023 (called at once)
-        home.note(step=done, num_steps=config.train.num_steps)
+        mirror.record_progress(step=done, num_steps=config.train.num_steps)
         if is_process_zero():
             progress.show(done, metrics)
         del (
@@ -240,7 +240,7 @@ def _run(setup: Setup, home: WorkdirMirror, opened: contextlib.ExitStack) -> Non
             checkpointer.wait()
             raise NonFiniteLossError(
                 f"steps {done - config.train.max_nonfinite_steps + 1} to {done} had no finite loss or gradient; the last good checkpoint "
-                f"in {home.checkpoints} is step {checkpointer.latest_step or 'none'}. Lower the learning rate or check the models"
+                f"in {mirror.checkpoints} is step {checkpointer.latest_step or 'none'}. Lower the learning rate or check the models"
             )
         is_last = done == config.train.num_steps
         is_evaluated = is_last or (config.evaluation.every and done % config.evaluation.every == 0)
@@ -254,7 +254,7 @@ def _run(setup: Setup, home: WorkdirMirror, opened: contextlib.ExitStack) -> Non
         if is_stopped:
             checkpointer.wait()
             raise InterruptedRunError(
-                f"stopped after step {done}, as asked by a signal; the same command continues {home.name}"
+                f"stopped after step {done}, as asked by a signal; the same command continues {mirror.name}"
             )
         if not is_last:
             source.publish(done, weights, timer)
@@ -267,7 +267,7 @@ def _run(setup: Setup, home: WorkdirMirror, opened: contextlib.ExitStack) -> Non
         )
     )
     on_process_zero(lambda: _finish(setup, workdir, exported, int(state.num_skipped)))
-    on_process_zero(home.finish)
+    on_process_zero(mirror.finish)
 
 
 def _open_source(

@@ -15,7 +15,8 @@ import statistics
 
 from benchmark_vocab import cpu_model
 
-from opdjax.runs.results import AXES, Run, mean, read_points, read_run, seed_interval
+from opdjax.runs.results import AXES, Run, mean, read_points, read_run
+from opdjax.runs.statistics import seed_interval
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCORES = ("avg@k", "greedy", "pass@k")
@@ -48,7 +49,7 @@ def numbers(run: Run) -> dict:
         "grad_norm": run.median("grad/norm"),
         "grad_norm_first": statistics.median(norms[:10]),
         "kl_first": mean(run.column("kl/student_teacher")[:3]),
-        "kl_last": run.at_the_end("kl/student_teacher"),
+        "kl_last": run.last_mean("kl/student_teacher"),
         "signal_to_noise": signal_to_noise(run),
         **{axis: run.total_at(axis, last) for axis in AXES},
         "commit": run.environment["commit"],

@@ -470,7 +470,7 @@ class TestBadInput:
         (other / "config.json").write_text(json.dumps(config))
         with pytest.raises(
             CheckpointShapeError,
-            match=r"layers\.down_kernel has shape \(3, 96, 288\), this model's is \(3, 96, 64\)",
+            match=r"layers\.down_kernel has shape \(3, 96, 288\), this model needs \(3, 96, 64\)",
         ):
             train(dataclasses.replace(TINY, student=ModelConfig(str(small))), other)
 

@@ -2,96 +2,71 @@
 refreshes, the gap to the teacher.
 
     opdjax sweep experiments/sweeps/mini_npd.py --workdir runs/mini_npd --jobs 2
-    opdjax table runs/mini_npd --paper npd_components      # npd_lambda, npd_k, npd_tau, npd_refresh, npd_math
+    opdjax table runs/mini_npd --paper npd_components
+        # also npd_lambda, npd_k, npd_tau, npd_refresh, npd_math, npd_speed
 
-Ten epochs over the same 640 prompts, 100 updates of 64; arm `npd` is the paper's setting (lambda
-0.9, k 10, tau 0.8, one refresh before the sixth epoch, packed rows of 256 tokens), every other arm
-changes one thing. All learn at 3e-4, the best of a grid for `npd` and for its unfiltered variant
-alike (results/near_policy.md). Four paired seeds. Paper: arXiv 2605.05940. Two CPU cores: about 30
-seconds a run and core.
+Paper: arXiv 2605.05940. Ten epochs over the same 640 prompts, 100 updates of 64. Arm `npd` is the
+paper's setting (lambda 0.9, k 10, tau 0.8, one refresh before the sixth epoch, packed rows of 256
+tokens); every other arm changes one setting. All arms use learning rate 3e-4, the best of a grid
+for `npd` and for its unfiltered variant (results/near_policy.md). Four paired seeds. Hardware: two
+CPU cores, about 30 seconds per run and core.
 """
 
+from dataclasses import replace
+
 from opdjax.config import (
-    MINI_TEACHER,
-    Config,
     DataConfig,
     EstimatorConfig,
     EvaluationConfig,
-    LogConfig,
     NearPolicyConfig,
-    OptimizerConfig,
-    SamplingConfig,
-    TeachConfig,
     TrainConfig,
 )
-from opdjax.config.grid import SweepPoint, arms, chain, points, product, seeds
+from opdjax.config.experiments import config_beside
+from opdjax.config.grid import SweepPoint, arms, points, product, seeds
 
-LOSS = {"recipe": "npd", "kd_weight": 0.9, "support_top_k": 10}
-PAPER = {
-    "schedule": "refresh",
-    "num_epochs": 10,
-    "refresh_epochs": (5,),
-    "filter": "ifd",
-    "ifd_min": 0.0,
-    "ifd_max": 0.8,
-}
+NPD = config_beside(__file__, "../mini_npd.py")
+FROM_TEACHER = {"sampling.completions_from": "teacher"}
 
 
-def ahead(loss: dict = LOSS, **changed) -> dict:
-    """The paper's setting with these fields of `near_policy` changed."""
+def near(loss: dict | None = None, **changed) -> dict:
+    """The paper's setting with some fields of `estimator` and `near_policy` changed."""
     return {
-        "estimator": EstimatorConfig(**loss),
-        "near_policy": NearPolicyConfig(**PAPER | changed),
+        "estimator": replace(NPD.estimator, **loss or {}),
+        "near_policy": replace(NPD.near_policy, **changed),
         "train.pack_length": 256,
     }
 
 
 ARMS = {
-    # What the paper adds, one after the other.
-    "npd_sft": {"estimator": EstimatorConfig("sft"), "sampling.completions_from": "teacher"},
-    "npd_offline_kd": {
-        "estimator": EstimatorConfig(**LOSS),
-        "sampling.completions_from": "teacher",
-    },
-    "npd_rollouts": ahead(refresh_epochs=(), filter="none"),
-    "npd_filter": ahead(refresh_epochs=()),
-    "npd": ahead(),
-    # The same loss on answers of the moment.
-    "npd_on_policy": {"estimator": EstimatorConfig(**LOSS)},
-    "npd_lambda_0": ahead({"recipe": "npd", "kd_weight": 0.0}),
-    **{f"npd_lambda_{weight:g}": ahead(LOSS | {"kd_weight": weight}) for weight in (0.5, 1.0)},
-    **{f"npd_k{k}": ahead(LOSS | {"support_top_k": k}) for k in (1, 5, 50)},
-    **{f"npd_tau_{tau:g}": ahead(ifd_max=tau) for tau in (0.1, 0.2, 0.4)},
-    "npd_refresh_2": ahead(refresh_epochs=(3, 6)),
-    "npd_refresh_9": ahead(refresh_epochs=tuple(range(1, 10))),
-}
-
-# Its scores before any update are the teacher's; the same run in all twins.
-TEACHER = {
-    "student.path": MINI_TEACHER,
-    "estimator": EstimatorConfig("opd"),
-    "data": DataConfig(source="arithmetic:train", max_prompt_length=32),
-    "sampling": SamplingConfig(num_generations=1, max_completion_length=24),
-    "optimizer": OptimizerConfig(),
-    "train": TrainConfig(num_steps=1, prompts_per_step=1),
-    "teach": TeachConfig(),
-    "evaluation": EvaluationConfig(num_prompts=512, num_samples=8, max_completion_length=24),
-    "log": LogConfig(samples_every=0),
+    # The paper's components, added one after the other.
+    "npd_sft": {"estimator": EstimatorConfig("sft"), **FROM_TEACHER},
+    "npd_offline_kd": {"estimator": NPD.estimator, **FROM_TEACHER},
+    "npd_rollouts": near(refresh_epochs=(), filter="none"),
+    "npd_filter": near(refresh_epochs=()),
+    "npd": near(),
+    # The same loss on on-policy answers.
+    "npd_on_policy": {"estimator": NPD.estimator},
+    "npd_lambda_0": near({"kd_weight": 0.0, "support_top_k": None}),
+    **{f"npd_lambda_{weight:g}": near({"kd_weight": weight}) for weight in (0.5, 1.0)},
+    **{f"npd_k{k}": near({"support_top_k": k}) for k in (1, 5, 50)},
+    **{f"npd_tau_{tau:g}": near(ifd_max=tau) for tau in (0.1, 0.2, 0.4)},
+    "npd_refresh_2": near(refresh_epochs=(3, 6)),
+    "npd_refresh_9": near(refresh_epochs=tuple(range(1, 10))),
 }
 
 
 def get_sweep() -> list[SweepPoint]:
-    base = Config(
-        data=DataConfig(source="arithmetic:train[:640]", max_prompt_length=32),
-        sampling=SamplingConfig(num_generations=1, max_completion_length=24),
-        optimizer=OptimizerConfig(
-            learning_rate=3e-4, schedule="cosine", warmup_steps=5, b2=0.98, max_grad_norm=1.0
-        ),
+    base = replace(
+        NPD,
+        data=DataConfig("arithmetic:train[:640]", max_prompt_length=32),
+        near_policy=NearPolicyConfig(),
+        optimizer=replace(NPD.optimizer, learning_rate=3e-4),
         train=TrainConfig(num_steps=100, prompts_per_step=64),
-        evaluation=EvaluationConfig(
-            num_prompts=512, num_samples=8, max_completion_length=24, every=50
-        ),
-        log=LogConfig(samples_every=50),
+        evaluation=EvaluationConfig(max_completion_length=24, every=50),
     )
-    runs = chain(product(arms(ARMS), seeds(4)), product(arms({"teacher": TEACHER}), seeds(1)))
-    return points(base, product(arms({"mini": {}}, "pair"), runs))
+    teacher = config_beside(__file__, "../mini_teacher.py")
+    mini = arms({"mini": {}}, "pair")
+    return [
+        *points(base, product(mini, arms(ARMS), seeds(4))),
+        *points(teacher, product(mini, arms({"teacher": {}}), seeds(1))),
+    ]

@@ -1,92 +1,78 @@
-"""Near-policy distillation beside its baselines on the built-in mini pair: a learning rate each
-from one grid, then paired seeds.
+"""Near-policy distillation and its baselines on the built-in mini pair: a learning-rate grid per
+method, then paired seeds.
 
     opdjax sweep experiments/sweeps/near_policy.py --workdir runs/near_policy --jobs 2
-    python scripts/near_policy_study.py runs/near_policy    # checks the rates below, writes experiments/results/near_policy.*
+    python scripts/near_policy_study.py runs/near_policy
+        # checks BEST_RATE below, writes experiments/results/near_policy.*
 
-Every method takes 100 updates of 64 of the same 640 prompts, ten epochs. Those of `ON_POLICY` are
-answered anew for every update, by the student or (`sft`) by the teacher; those of `NEAR_POLICY`
-twice in all, before the first and before the sixth epoch. First the grid: validation prompts, a
-seed of its own; its best rates stand in `BEST_RATE`. Then the comparison on test prompts, and one
-setting at a time of NPD changed, at the rate of NPD as the paper has it. Paper: arXiv 2605.05940;
-results/near_policy.md says what of its claims was seen.
+Paper: arXiv 2605.05940; results/near_policy.md has the verdicts on its claims. Every method takes
+100 updates of 64 of the same 640 prompts, ten epochs. Methods in `ON_POLICY` train on new answers
+at every update, by the student or (`sft`) by the teacher. Methods in `NEAR_POLICY` train on answers
+sampled twice in all, before the first and before the sixth epoch. The grid runs first, on
+validation prompts with its own seed; its best rates are `BEST_RATE`. Then come the comparison on
+test prompts and the ablations of NPD, one setting each, at the rate of NPD as in the paper.
+Hardware: two CPU cores, 63 minutes of runs.
 """
 
+from dataclasses import replace
+
 from opdjax.config import (
-    Config,
     DataConfig,
     EstimatorConfig,
     EvaluationConfig,
     LogConfig,
     NearPolicyConfig,
-    OptimizerConfig,
-    SamplingConfig,
     TrainConfig,
 )
+from opdjax.config.experiments import config_beside
 from opdjax.config.grid import SweepPoint, chain, points, product, seeds, vary
 
+MINI = config_beside(__file__, "../mini_npd.py")
 PACK_LENGTH = 256
-NPD = EstimatorConfig(recipe="npd", kd_weight=0.9, support_top_k=10)
-NO_FILTER = NearPolicyConfig(schedule="refresh", num_epochs=10, refresh_epochs=(5,))
-PAPER = NearPolicyConfig(
-    schedule="refresh", num_epochs=10, refresh_epochs=(5,), filter="ifd", ifd_min=0.0, ifd_max=0.8
-)
-
-
-def refreshed(*epochs: int, filter: str = "ifd") -> NearPolicyConfig:
-    """All prompts answered anew before these epochs."""
-    return NearPolicyConfig(schedule="refresh", num_epochs=10, refresh_epochs=epochs, filter=filter)
+NPD, PAPER = MINI.estimator, MINI.near_policy
+NO_FILTER = replace(PAPER, filter="none")
 
 
 def near(
-    estimator: EstimatorConfig = NPD,
     near_policy: NearPolicyConfig = PAPER,
+    estimator: EstimatorConfig = NPD,
     pack_length: int | None = PACK_LENGTH,
 ) -> dict:
-    """What a variant of NPD sets."""
+    """The fields that a variant of NPD sets."""
     return {"estimator": estimator, "near_policy": near_policy, "train.pack_length": pack_length}
 
 
 ON_POLICY = {
-    "sft": {"estimator": EstimatorConfig(recipe="sft"), "sampling.completions_from": "teacher"},
-    "opd": {"estimator": EstimatorConfig(recipe="opd")},
-    "vopd": {"estimator": EstimatorConfig(recipe="vopd", baseline="full")},
-    # The same divergence on answers of the moment: what drawing them ahead costs, and nothing else.
+    "sft": {"estimator": EstimatorConfig("sft"), "sampling.completions_from": "teacher"},
+    "opd": {"estimator": EstimatorConfig("opd")},
+    "vopd": {"estimator": EstimatorConfig("vopd", baseline="full")},
+    # The divergence of NPD on on-policy answers isolates the cost of stale answers.
     "npd_fresh": {"estimator": NPD},
 }
 NEAR_POLICY = {
     "npd": near(),
-    "npd_no_filter": near(near_policy=NO_FILTER),
-    "npd_random": near(near_policy=refreshed(5, filter="random")),
-    "npd_no_kd": near(EstimatorConfig(recipe="npd", kd_weight=0.0)),
+    "npd_no_filter": near(NO_FILTER),
+    "npd_random": near(replace(PAPER, filter="random")),
+    "npd_no_kd": near(estimator=EstimatorConfig("npd", kd_weight=0.0)),
 }
+EVERY_EPOCH = tuple(range(1, 10))
 # One setting changed at a time, at the rate of `npd`.
 ABLATIONS = {
     "npd_no_packing": near(pack_length=None),
-    "npd_no_refresh": near(near_policy=refreshed()),
-    "npd_9_refreshes": near(near_policy=refreshed(*range(1, 10))),
-    # The paper's upper bound drops nothing here: one that drops a tenth, without the lower one.
-    "npd_upper_only": near(
-        near_policy=NearPolicyConfig(
-            "refresh",
-            num_epochs=10,
-            refresh_epochs=(5,),
-            filter="ifd",
-            ifd_min=None,
-            ifd_quantile=0.9,
-        )
-    ),
+    "npd_no_refresh": near(replace(PAPER, refresh_epochs=())),
+    "npd_9_refreshes": near(replace(PAPER, refresh_epochs=EVERY_EPOCH)),
+    # The paper's upper bound drops nothing here. This one drops a tenth, without the lower bound.
+    "npd_upper_only": near(replace(PAPER, ifd_min=None, ifd_quantile=0.9)),
 }
-# The same of NPD without its filter, at that one's rate.
+# The same changes to NPD without its filter, at the rate of `npd_no_filter`.
 NO_FILTER_ABLATIONS = {
-    "no_filter_no_packing": near(near_policy=NO_FILTER, pack_length=None),
-    "no_filter_no_refresh": near(near_policy=refreshed(filter="none")),
-    "no_filter_9_refreshes": near(near_policy=refreshed(*range(1, 10), filter="none")),
+    "no_filter_no_packing": near(NO_FILTER, pack_length=None),
+    "no_filter_no_refresh": near(replace(NO_FILTER, refresh_epochs=())),
+    "no_filter_9_refreshes": near(replace(NO_FILTER, refresh_epochs=EVERY_EPOCH)),
 }
 METHODS = ON_POLICY | NEAR_POLICY | ABLATIONS | NO_FILTER_ABLATIONS
 
-# The best rate of a sampled-token reward lies lower than that of an exact divergence
-# (sweeps/white_box.py).
+# A sampled-token reward has a lower best rate than an exact divergence (sweeps/white_box.py).
 GRID = (3e-4, 1e-3, 3e-3)
 SAMPLED_GRID = (1e-4, 3e-4, 1e-3)
 BEST_RATE = {
@@ -101,14 +87,13 @@ BEST_RATE = {
 }
 NUM_SEEDS = 3
 
-BASE = Config(
-    data=DataConfig(source="arithmetic:train[:640]", max_prompt_length=32),
-    sampling=SamplingConfig(num_generations=1, max_completion_length=24),
-    optimizer=OptimizerConfig(
-        learning_rate=3e-4, schedule="cosine", warmup_steps=5, b2=0.98, max_grad_norm=1.0
-    ),
+BASE = replace(
+    MINI,
+    data=DataConfig("arithmetic:train[:640]", max_prompt_length=32),
+    near_policy=NearPolicyConfig(),
+    optimizer=replace(MINI.optimizer, learning_rate=3e-4),
     train=TrainConfig(num_steps=100, prompts_per_step=64),
-    evaluation=EvaluationConfig(num_prompts=256, num_samples=8, max_completion_length=24, every=25),
+    evaluation=EvaluationConfig(num_prompts=256, max_completion_length=24, every=25),
     log=LogConfig(samples_every=0),
 )
 VALIDATION = product(
@@ -119,7 +104,7 @@ VALIDATION = product(
 
 
 def method(name: str):
-    """Everything that a method sets, under its name."""
+    """All fields that a method sets; the values of whole sections carry the method's name."""
     return product(
         *(
             vary(field, {name: value} if "." not in field else (value,))
@@ -129,25 +114,23 @@ def method(name: str):
 
 
 def rate_of(name: str) -> float:
-    """Of a method that has none of its own, that of the one it is a variant of."""
-    return (
-        BEST_RATE.get(name) or BEST_RATE["npd_no_filter" if name in NO_FILTER_ABLATIONS else "npd"]
-    )
+    """The method's best rate; an ablation has the rate of the method that it varies."""
+    varied = "npd_no_filter" if name in NO_FILTER_ABLATIONS else "npd"
+    return BEST_RATE.get(name) or BEST_RATE[varied]
 
 
 def at_its_rate(name: str):
     """Paired seeds of one method."""
-    return product(
-        method(name), vary("optimizer.learning_rate", (rate_of(name),)), seeds(NUM_SEEDS)
-    )
+    rates = vary("optimizer.learning_rate", (rate_of(name),))
+    return product(method(name), rates, seeds(NUM_SEEDS))
 
 
 def grid_of(name: str):
-    """The rates from which one method's best is chosen."""
-    rates = SAMPLED_GRID if name in ("sft", "opd", "vopd") else GRID
-    return product(
-        method(name), vary("optimizer.learning_rate", rates), VALIDATION, seeds(1, first=100)
+    """The grid of rates of one method."""
+    rates = vary(
+        "optimizer.learning_rate", SAMPLED_GRID if name in ("sft", "opd", "vopd") else GRID
     )
+    return product(method(name), rates, VALIDATION, seeds(1, first=100))
 
 
 def get_sweep() -> list[SweepPoint]:

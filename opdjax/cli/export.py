@@ -1,4 +1,4 @@
-"""Exports the student of one checkpoint of a run."""
+"""Exports the student of a checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 
 from opdjax.config.run import Config
 from opdjax.config.validation import ConfigError
-from opdjax.engine.update import init_state, make_optimizer
+from opdjax.engine.update import TrainState, init_state, make_optimizer
 from opdjax.models.decoder import abstract_params
-from opdjax.models.hf import load_params
+from opdjax.models.hf import Checkpoint, load_params
 from opdjax.models.lora import combine, init_adapters
 from opdjax.models.partitioning import shardings_of
 from opdjax.ops.sharding import make_mesh
@@ -27,44 +27,49 @@ from opdjax.train import _export_student
 def export_step(
     workdir: str | os.PathLike, step: str, out: pathlib.Path, dtype: str | None
 ) -> pathlib.Path:
-    """Write the student of one checkpoint (`latest`, `best` or a step) of a run as a Hugging Face
-    checkpoint.
+    """Write the student of one checkpoint of a run as a Hugging Face checkpoint, and return its
+    directory.
+
+    `step` is `latest`, `best` or a number; ConfigError if there is no such checkpoint.
     """
-    home = read_only_workdir(workdir, lambda name: name == "config.json")
-    config = read_config(home.directory)
-    source, lora = open_student(config), config.lora
-    keep, best_metric = config.checkpoint.keep, config.checkpoint.best_metric
-    checkpointer = Checkpointer(
-        home.checkpoints, keep=keep, best_metric=best_metric, is_read_only=True
-    )
-    named = {"latest": checkpointer.latest_step, "best": checkpointer.best_step}
-    wanted = named[step] if step in named else int(step) if step.isdecimal() else None
-    if wanted not in checkpointer.steps:
-        raise ConfigError(
-            f"{home.name} has no checkpoint {step!r}; there are {checkpointer.steps} (best: {named['best']})"
+    with read_only_workdir(workdir, lambda name: name == "config.json") as mirror:
+        config = read_config(mirror.directory)
+        checkpointer = Checkpointer(
+            mirror.checkpoints,
+            keep=config.checkpoint.keep,
+            best_metric=config.checkpoint.best_metric,
+            is_read_only=True,
         )
+        best = checkpointer.best_step
+        named = {"latest": checkpointer.latest_step, "best": best}
+        wanted = named.get(step, int(step) if step.isdecimal() else None)
+        if wanted not in checkpointer.steps:
+            raise ConfigError(
+                f"{mirror.name} has no checkpoint {step!r}; there are {checkpointer.steps} (best: "
+                f"{best})"
+            )
+        mesh, student = _export_mesh(config), open_student(config)
+        trained = checkpointer.restore(wanted, _abstract_state(config, student, mesh)).params
+        frozen = load_params(student, "float32", mesh) if config.lora.rank else None
+        return _export_student(config, student, combine(frozen, trained), out, dtype)
+
+
+def _abstract_state(config: Config, student: Checkpoint, mesh: Mesh) -> TrainState:
+    """Shapes and shardings of the run's training state."""
+    adapters = partial(init_adapters, student.config, config.lora, config.seed)
+    is_lora = config.lora.rank > 0
+    trained = jax.eval_shape(adapters) if is_lora else abstract_params(student.config, "float32")
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
-    mesh = _mesh_for_export(config)
-    adapters = partial(init_adapters, source.config, lora, config.seed)
-    trained = jax.eval_shape(adapters) if lora.rank else abstract_params(source.config, "float32")
-    abstract = jax.eval_shape(partial(init_state, optimizer=optimizer, mesh=mesh), trained)
-    like = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        abstract,
-        shardings_of(abstract, mesh),
-    )
-    found = checkpointer.restore(wanted, like).params
-    return _export_student(
-        config,
-        source,
-        combine(load_params(source, "float32", mesh) if lora.rank else None, found),
-        out,
-        dtype,
+    state = jax.eval_shape(partial(init_state, optimizer=optimizer, mesh=mesh), trained)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state,
+        shardings_of(state, mesh),
     )
 
 
-def _mesh_for_export(config: Config) -> Mesh:
-    """The run's own mesh where there are the devices for it, else one device."""
+def _export_mesh(config: Config) -> Mesh:
+    """The mesh of the run if this machine has the devices for it, else one device."""
     try:
         return make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     except ConfigError:

@@ -11,7 +11,7 @@ from opdjax.cli.parsing import call, named
 from opdjax.cli.runs import store
 from opdjax.config import Config, DataConfig, EvaluationConfig, ModelConfig, SamplingConfig
 from opdjax.config.validation import ConfigError
-from opdjax.runs.object_store import Folder, is_remote, written
+from opdjax.runs.object_store import Folder, is_remote, open_output
 
 
 def sample(arguments: list[str]) -> None:
@@ -113,7 +113,7 @@ def evaluate(arguments: list[str]) -> None:
             f"{scores['num_prompts']} prompts, T = {scores['temperature']:g}; ± is half a 95 % interval over prompts"
         )
         if output is not None:
-            with written(output) as file:
+            with open_output(output) as file:
                 write_json(file, scores)
 
     call(run, arguments, "opdjax evaluate")
@@ -159,7 +159,7 @@ def export(arguments: list[str]) -> None:
 
         if is_remote(out) and Folder(out).files():
             raise ConfigError(f"{named(out)} exists and is not empty; export into a new directory")
-        with written(out) as directory:
+        with open_output(out) as directory:
             export_step(workdir, step, directory, dtype)
         print(f"wrote {named(out)}")
 

@@ -15,8 +15,8 @@ from opdjax.cli.experiments import load_experiment
 from opdjax.cli.parsing import call, experiment_of, named
 from opdjax.config import AuditConfig, Config, DataConfig, SamplingConfig
 from opdjax.config.validation import ConfigError
-from opdjax.runs.mirror import visiting
-from opdjax.runs.object_store import Folder, is_remote, local_copy, written
+from opdjax.runs.mirror import read_only_workdir
+from opdjax.runs.object_store import Folder, is_remote, local_copy, open_output
 
 # The built-in pair on its own task.
 MINI = Config(
@@ -152,7 +152,7 @@ def audit(arguments: list[str]) -> None:
         )
         document = measure(config, subjects, how)
         tables = text(document)
-        with written(workdir) as place:
+        with open_output(workdir) as place:
             place.mkdir(parents=True, exist_ok=True)
             write_json(place / "audit.json", document)
             (place / "audit.txt").write_text(tables + "\n", encoding="utf-8")
@@ -257,10 +257,8 @@ def inspect(arguments: list[str]) -> None:
             raise ConfigError(f"--samples is {samples}; expected 0 or more")
         if is_remote(path) and Folder(path).tag() is not None:
             path = local_copy(path)
-        with visiting(
-            path,
-            lambda name: not re.match(r"(checkpoints|student|student_adapter|published)/", name),
-        ) as place:
-            sys.exit(0 if look_into(place, samples) else 1)
+        unread = re.compile(r"(checkpoints|student|student_adapter|published)/")
+        with read_only_workdir(path, lambda name: not unread.match(name)) as mirror:
+            sys.exit(0 if look_into(mirror.directory, samples) else 1)
 
     call(run, arguments, "opdjax inspect")

@@ -14,8 +14,8 @@ from opdjax.config.experiments import load_sweep
 from opdjax.config.fleet import FleetConfig
 from opdjax.config.grid import SweepPoint
 from opdjax.config.validation import ConfigError
-from opdjax.runs.mirror import visiting
-from opdjax.runs.object_store import written
+from opdjax.runs.mirror import read_only_workdir
+from opdjax.runs.object_store import open_output
 
 
 def sweep(arguments: list[str]) -> None:
@@ -195,16 +195,15 @@ def table(arguments: list[str]) -> None:
                 "opdjax table needs the directory of a sweep (or --papers, which lists the tables of papers)"
             )
         else:
-            with visiting(directory) as place:
-                text = (
-                    make_table(place, format)
-                    if paper is None
-                    else paper_table(place, paper, format)
-                )
+            with read_only_workdir(directory) as mirror:
+                if paper is None:
+                    text = make_table(mirror.directory, format)
+                else:
+                    text = paper_table(mirror.directory, paper, format)
         if output is None:
             print(text)
         else:
-            with written(output) as file:
+            with open_output(output) as file:
                 file.write_text(f"{text}\n")
             print(f"wrote {named(output)}")
 
@@ -237,9 +236,11 @@ def report(arguments: list[str]) -> None:
         if paper is not None and against is not None:
             raise ConfigError("--paper is of a sweep and --against of a run; expected one of them")
         output = output or directory / page_name(paper, against)
-        with visiting(directory) as place, written(output) as file, contextlib.ExitStack() as held:
-            other = held.enter_context(visiting(against)) if against is not None else None
-            write_report(place, file, paper=paper, against=other, mark=mark)
+        with contextlib.ExitStack() as stack:
+            mirror = stack.enter_context(read_only_workdir(directory))
+            other = against and stack.enter_context(read_only_workdir(against)).directory
+            file = stack.enter_context(open_output(output))
+            write_report(mirror.directory, file, paper=paper, against=other, mark=mark)
         print(f"wrote {named(output)}")
 
     call(run, arguments, "opdjax report")

@@ -47,18 +47,19 @@ def load_sweep(file: str | pathlib.Path) -> list[SweepPoint]:
 
 
 def config_beside(file: str, name: str) -> Config:
-    """The config of another experiment file in the directory of `file`."""
-    return load_config(pathlib.Path(file).with_name(name))
+    """The config of another experiment file, `name`, relative to the directory of `file`."""
+    return load_config(pathlib.Path(file).parent / name)
 
 
 def sweeps_beside(file: str, *names: str) -> list[SweepPoint]:
-    """The points of several sweep files in the directory of `file`, in order, equal points once.
+    """The points of several sweep files, in order, equal points once; `names` are relative to the
+    directory of `file`.
 
     Different points with one id stay in the list; `load_sweep` then refuses them.
     """
     found: list[SweepPoint] = []
     for name in names:
-        points = load_sweep(pathlib.Path(file).with_name(name))
+        points = load_sweep(pathlib.Path(file).parent / name)
         found += [point for point in points if point not in found]
     return found
 

@@ -20,6 +20,10 @@ class ConfigError(ValueError):
     """A field that does not exist, or a value that the field does not take."""
 
 
+class MissingExtraError(ImportError):
+    """A package of an optional extra is not installed."""
+
+
 hints_of = functools.cache(
     typing.get_type_hints
 )  # evaluates every annotation anew: most of the time that a sweep's configs take to read

@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from opdjax.config.validation import MissingExtraError
+
 _SECONDS_PER_ANSWER = 5.0
 _AFTER_HASH = re.compile(r"#\s*(-?\d[\d,]*(?:\.\d+)?)")
 
@@ -73,7 +75,7 @@ def _verify(answer: str, content: str) -> bool:
 def require_grader(name: str) -> None:
     """Raise ImportError before any work is done if the grader's package is missing."""
     if name == "boxed" and importlib.util.find_spec("math_verify") is None:
-        raise ImportError("the grader 'boxed' needs math-verify: pip install 'opdjax[eval]'")
+        raise MissingExtraError("the grader 'boxed' needs math-verify: pip install 'opdjax[eval]'")
 
 
 def last_boxed(text: str) -> str | None:

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from opdjax.config import DataConfig
+from opdjax.config.validation import MissingExtraError
 from opdjax.data.tasks import arithmetic
 from opdjax.runs.object_store import is_remote, local_copy
 
@@ -364,7 +365,7 @@ def _extra(kind: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise ImportError(
+        raise MissingExtraError(
             f"a data source {kind}:… needs another package ({error}): pip install 'opdjax[data]'"
         ) from error
 

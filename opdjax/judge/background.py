@@ -1,6 +1,4 @@
-"""The line from a thread that computes to judges: their calls run in an event loop in a thread of
-its own.
-"""
+"""Runs judge requests on an asyncio loop in a background thread, while the caller computes."""
 
 from __future__ import annotations
 
@@ -21,25 +19,25 @@ from opdjax.judge.rule_based.server import answer
 from opdjax.judge.structured_output import Judge
 from opdjax.runs.workdir import append_lines, read_lines
 
-# what was asked and what it cost, by step and role; of it nothing is ever cut back
+# Usage and cost by step and role. It is never truncated on resume: the money is spent.
 SPENDING = "spending.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
 class BackgroundJudge:
-    """Judges that can be asked."""
+    """Submits judge requests to an asyncio loop in a background thread and collects results."""
 
     client: ApiClient
     judge: Judge
     loop: asyncio.AbstractEventLoop
     workdir: pathlib.Path
 
-    def submit(self, question: Coroutine) -> Future:
-        """Begin a question."""
-        return asyncio.run_coroutine_threadsafe(question, self.loop)
+    def submit(self, request: Coroutine) -> Future:
+        """Start a request (a coroutine); returns its future."""
+        return asyncio.run_coroutine_threadsafe(request, self.loop)
 
     def results(self, futures: Sequence[Future]) -> list[Any]:
-        """All answers; the first error ends the questions that are still open."""
+        """Wait for all results; the first error cancels the other requests and is raised."""
         try:
             return [future.result() for future in futures]
         finally:
@@ -47,36 +45,29 @@ class BackgroundJudge:
                 future.cancel()
 
     def record_usage(self, step: int) -> dict[str, float]:
-        """What was asked since the last call, by role: returned as metrics, and written where a
-        continued run finds what it has spent.
-        """
-        usage = self._taken()
+        """Write the usage since the last call to spending.jsonl; returns it as metrics by role."""
+        usage = self._take_usage()
         self._write(step, usage)
         return {
             f"api/{role}/{name}": float(value)
-            for role, used in usage.items()
-            for name, value in used.items()
+            for role, counts in usage.items()
+            for name, value in counts.items()
         }
 
     def record_remaining_usage(self) -> None:
-        """What was answered since the last step was counted: it is paid for, though the run ended
-        before it could use it.
-        """
-        usage = {role: used for role, used in self._taken().items() if used["calls"]}
-        self._write(
-            max((row["step"] for row in read_lines(self.workdir / SPENDING)), default=0), usage
-        )
+        """Write usage since the last step: replies paid for that the run ended before using."""
+        last_step = max((row["step"] for row in read_lines(self.workdir / SPENDING)), default=0)
+        usage = self._take_usage().items()
+        self._write(last_step, {role: counts for role, counts in usage if counts["calls"]})
 
-    def _taken(self) -> dict[str, dict[str, Any]]:
-        """Counted in the loop that counts, between two replies and not amid one."""
-        taken = self.submit(_made(self.client.take_usage)).result()
-        return {role: dataclasses.asdict(used) for role, used in taken.items()}
+    def _take_usage(self) -> dict[str, dict[str, Any]]:
+        """Read in the client's loop, hence never in the middle of a reply's accounting."""
+        usage = self.submit(_call(self.client.take_usage)).result()
+        return {role: dataclasses.asdict(counts) for role, counts in usage.items()}
 
     def _write(self, step: int, usage: Mapping[str, dict[str, Any]]) -> None:
-        append_lines(
-            self.workdir / SPENDING,
-            [{"step": step, "role": role, **used} for role, used in usage.items()],
-        )
+        rows = [{"step": step, "role": role, **counts} for role, counts in usage.items()]
+        append_lines(self.workdir / SPENDING, rows)
 
 
 @contextlib.contextmanager
@@ -86,28 +77,29 @@ def open_background_judge(
     rubrics: RubricsConfig,
     workdir: pathlib.Path,
 ) -> Iterator[BackgroundJudge]:
-    """The line to those who have a role: replies are cached, and the spending cap counts from what
-    the run has spent before.
+    """A judge for the roles whose endpoint is configured; on exit its requests are cancelled.
+
+    Replies are cached. The spending cap includes what earlier runs in this work directory spent.
     """
-    given = {name: endpoint for name, endpoint in roles.items() if endpoint.is_given}
+    roles = {name: endpoint for name, endpoint in roles.items() if endpoint.is_given}
     spent = sum(row["dollars"] for row in read_lines(workdir / SPENDING))
     with (
         contextlib.closing(ReplyCache(api.cache or workdir / "replies.sqlite")) as cache,
         _running_loop() as loop,
     ):
-        run = lambda work: asyncio.run_coroutine_threadsafe(work, loop).result()
-        client = run(_made(lambda: ApiClient(given, api, cache, spent, {RULE_JUDGE: answer})))
-        line = BackgroundJudge(client, Judge(client.complete, rubrics), loop, workdir)
+        run = lambda coroutine: asyncio.run_coroutine_threadsafe(coroutine, loop).result()
+        client = run(_call(lambda: ApiClient(roles, api, cache, spent, {RULE_JUDGE: answer})))
+        background = BackgroundJudge(client, Judge(client.complete, rubrics), loop, workdir)
         try:
-            yield line
+            yield background
         finally:
             run(client.close())
-            line.record_remaining_usage()
+            background.record_remaining_usage()
 
 
-async def _made(make):
-    """What is made in the loop that it is used in."""
-    return make()
+async def _call(function):
+    """The function's result, computed in the loop that runs this coroutine."""
+    return function()
 
 
 @contextlib.contextmanager
@@ -118,14 +110,14 @@ def _running_loop() -> Iterator[asyncio.AbstractEventLoop]:
     try:
         yield loop
     finally:
-        asyncio.run_coroutine_threadsafe(_end_others(), loop).result()
+        asyncio.run_coroutine_threadsafe(_cancel_all(), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
 
 
-async def _end_others() -> None:
-    """Cancel what is still open, and wait until it has ended."""
+async def _cancel_all() -> None:
+    """Cancel all other tasks of the loop and wait until they have ended."""
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()

@@ -1,5 +1,6 @@
-"""Replies on disk, by what was asked: a run that is replayed asks nobody. One SQLite file, which
-several processes may use at once.
+"""Replies on disk by request, so that a replayed run sends none: one SQLite file.
+
+Several processes may use the file at once.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from opdjax.config.api import EndpointConfig
 from opdjax.judge.replies import ApiError, Reply
 
 _VERSION = 1
-_BUSY_SECONDS, _LOOK_AGAIN = 60.0, 0.05
-# What of an endpoint decides a reply; how it is reached and paid does not.
-_DECIDING = ("model", "temperature", "top_p", "seed", "reasoning_effort", "max_tokens", "output")
-_KEPT = {"text": str, "finish_reason": str, "input_tokens": int, "output_tokens": int}
+_BUSY_SECONDS, _POLL_SECONDS = 60.0, 0.05
+# Fields of an endpoint that the reply depends on (not its address, limits and prices).
+_KEY_FIELDS = ("model", "temperature", "top_p", "seed", "reasoning_effort", "max_tokens", "output")
+_REPLY_FIELDS = {"text": str, "finish_reason": str, "input_tokens": int, "output_tokens": int}
 _COLUMNS = ["key", "version", "reply", "written"]
 
 
 class CacheError(ApiError):
-    """The file of replies cannot be read or written."""
+    """The cache file cannot be opened, read or written."""
 
 
 def request_key(
@@ -32,30 +33,24 @@ def request_key(
     schema: dict[str, Any] | None,
     sample: int,
 ) -> str:
-    """sha256 of all that decides a reply: the model and its sampling, the messages, the form asked
-    for, the sample's number.
-    """
-    asked = {name: getattr(endpoint, name) for name in _DECIDING} | {
-        "messages": messages,
-        "schema": schema,
-        "sample": sample,
-    }
-    return hashlib.sha256(
-        json.dumps(asked, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode()
-    ).hexdigest()
+    """sha256 of everything the reply depends on; `sample` numbers repeats of one request."""
+    request = {name: getattr(endpoint, name) for name in _KEY_FIELDS}
+    request |= {"messages": messages, "schema": schema, "sample": sample}
+    text = json.dumps(request, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class ReplyCache:
-    """Replies by their key; of one and the same key the first that was written stays. Of any
-    thread, one at a time.
+    """Replies by key. The first reply written under a key stays.
+
+    Any thread may use it, one at a time.
     """
 
     def __init__(self, path: str | pathlib.Path):
         self._path = pathlib.Path(path)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            # Opened in one thread and read in that of the event loop. Each statement is a
-            # transaction: a reply is safe at once.
+            # Opened in one thread, used in the event loop's. Autocommit: a reply is stored at once.
             self._file = sqlite3.connect(
                 self._path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
             )
@@ -69,80 +64,73 @@ class ReplyCache:
 
     def _prepare(self) -> None:
         run = self._file.execute
-        # Two processes that make the file at once are not made to wait for each other by SQLite,
-        # where it is the mode that changes.
+        # SQLite's busy timeout does not cover a change of journal mode by two processes at once.
         deadline = time.monotonic() + _BUSY_SECONDS
+        busy = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
         while run("PRAGMA journal_mode").fetchone()[0] != "wal":
             try:
                 run("PRAGMA journal_mode=WAL")
                 break
             except sqlite3.OperationalError as error:
-                if (
-                    error.sqlite_errorcode & 0xFF
-                    not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-                    or time.monotonic() > deadline
-                ):
+                is_busy = error.sqlite_errorcode & 0xFF in busy
+                if not is_busy or time.monotonic() > deadline:
                     raise
-                time.sleep(_LOOK_AGAIN)
-        # A power cut may then cost the last replies, which are asked for again, but never damages
-        # the file.
+                time.sleep(_POLL_SECONDS)
+        # A power cut may lose the last replies, which are requested again; the file stays intact.
         run("PRAGMA synchronous=NORMAL")
         run(
-            "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, version INTEGER, reply TEXT, written REAL)"
+            "CREATE TABLE IF NOT EXISTS replies "
+            "(key TEXT PRIMARY KEY, version INTEGER, reply TEXT, written REAL)"
         )
         columns = [row[1] for row in run("PRAGMA table_info(replies)")]
         if columns != _COLUMNS:
             raise ValueError(
-                f"its table of replies has the columns {', '.join(columns)}, expected {', '.join(_COLUMNS)}"
+                f"its table of replies has the columns {', '.join(columns)}, expected "
+                f"{', '.join(_COLUMNS)}"
             )
 
     def get(self, key: str) -> Reply | None:
-        """The reply, or None; CacheError where what is there cannot be read."""
+        """The reply, or None if there is none; CacheError if it cannot be read."""
+        query = "SELECT version, reply FROM replies WHERE key = ?"
         try:
-            row = self._file.execute(
-                "SELECT version, reply FROM replies WHERE key = ?", (key,)
-            ).fetchone()
-            return None if row is None else _reply_of(key, *row)
+            row = self._file.execute(query, (key,)).fetchone()
+            return None if row is None else _parse_row(key, *row)
         except (sqlite3.Error, ValueError, TypeError, RecursionError) as error:
             raise self._error("read", error) from error
 
     def put(self, key: str, reply: Reply) -> None:
-        """Keep the reply, unless there is one already; CacheError where it cannot be written."""
+        """Store the reply unless the key has one; CacheError if it cannot be written."""
         try:
-            row = (
-                key,
-                _VERSION,
-                json.dumps({name: getattr(reply, name) for name in _KEPT}),
-                time.time(),
-            )
+            text = json.dumps({name: getattr(reply, name) for name in _REPLY_FIELDS})
+            row = (key, _VERSION, text, time.time())
             self._file.execute("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?)", row)
         except sqlite3.Error as error:
             raise self._error("written", error) from error
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._file.close()
 
-    def _error(self, what: str, error: Exception) -> CacheError:
-        todo = {
-            "opened": "see that the directory can be written and that the file is a cache of replies",
-            "read": "the file is damaged or of another version: move it away together with its -wal and -shm",
+    def _error(self, action: str, error: Exception) -> CacheError:
+        advice = {
+            "opened": "check that the directory is writable and the file a cache of replies",
+            "read": "the file is damaged or of another version: move it away together with its "
+            "-wal and -shm files",
             "written": "free the disk, or make the file and its directory writable",
-        }[what]
+        }[action]
         return CacheError(
-            f"the replies in {self._path} could not be {what}: {error}; {todo}, or name another file in api.cache (replies that "
-            "are not in it are asked for again)"
+            f"the replies in {self._path} could not be {action}: {error}; {advice}, or name "
+            "another file in api.cache (replies that are not in it are requested again)"
         )
 
 
-def _reply_of(key: str, version: int, text: str) -> Reply:
-    """The reply in a row; ValueError where it is none."""
+def _parse_row(key: str, version: int, text: str) -> Reply:
+    """The reply in a row; ValueError if it holds none."""
     if version != _VERSION:
         raise ValueError(f"the row {key} is of version {version}, expected {_VERSION}")
     found = json.loads(text)
-    values = [found.get(name) for name in _KEPT] if isinstance(found, dict) else []
-    if not values or not all(
-        isinstance(value, kind) for value, kind in zip(values, _KEPT.values())
-    ):
+    values = [found.get(name) for name in _REPLY_FIELDS] if isinstance(found, dict) else []
+    kinds = _REPLY_FIELDS.values()
+    if not values or not all(isinstance(value, kind) for value, kind in zip(values, kinds)):
         raise ValueError(f"the row {key} is no reply")
-    return Reply(is_cached=False, **dict(zip(_KEPT, values)))
+    return Reply(is_cached=False, **dict(zip(_REPLY_FIELDS, values)))

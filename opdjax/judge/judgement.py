@@ -1,5 +1,6 @@
-"""One prompt's rollouts, judged: rubric, verdicts, scores, and what to tell of them. Everything
-here is text and plain numbers.
+"""The judgement of one prompt's rollouts (rubric, verdicts, scores) and its metrics.
+
+Everything here is text and plain numbers.
 """
 
 from __future__ import annotations
@@ -10,11 +11,10 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from opdjax.judge.prompts import shown_answer
-from opdjax.judge.replies import ApiRequestError, ApiUnavailableError
 from opdjax.judge.rubricator import induce
-from opdjax.judge.schema import Criterion, ReplyError, Rubric
+from opdjax.judge.schema import ERRORS, Criterion, Rubric
 from opdjax.judge.scores import score, stage_scores
-from opdjax.judge.structured_output import Judge, Tally
+from opdjax.judge.structured_output import NO_USABLE_REPLY, UNANSWERED, Judge, Tally
 from opdjax.judge.verifier import rate, verify
 
 Kind = Literal["rubric", "scalar"]
@@ -28,16 +28,14 @@ class RolloutGroup:
     question: str
     references: tuple[str, ...]
     answers: tuple[str, ...]  # by rollout
-    samples: tuple[int, ...]  # the numbers of the rollouts
-    rubric: Rubric | None = None  # one that is given, and not induced anew
-    existing: tuple[Criterion, ...] = ()  # criteria that stay, beside which new ones are induced
+    samples: tuple[int, ...]  # the rollouts' numbers within the prompt
+    rubric: Rubric | None = None  # None: induced from the rollouts
+    existing: tuple[Criterion, ...] = ()  # kept; new criteria are induced in addition
 
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """What came of a group, or of the one rollout that a rubric of its own was made for; None
-    stands for what nobody could say.
-    """
+    """Result for a group, or for one rollout with a rubric of its own; None: judging failed."""
 
     group: RolloutGroup
     rubric: Rubric | None
@@ -45,11 +43,10 @@ class Judgement:
     reference_verdicts: tuple[tuple[int, ...] | None, ...]
     scores: tuple[float | None, ...]  # in [0, 1], by rollout
     reference_scores: tuple[float | None, ...]
-    stage_scores: (
-        tuple[tuple[float, ...] | None, ...] | None
-    )  # by rollout and stage; None where answers are not divided
+    # By rollout and stage; None if answers have no stages.
+    stage_scores: tuple[tuple[float, ...] | None, ...] | None
     tally: Tally
-    reflections: tuple[str | None, ...] | None = None  # by rollout, where they are asked for
+    reflections: tuple[str | None, ...] | None = None  # by rollout, if requested
 
     @property
     def is_scored(self) -> bool:
@@ -65,11 +62,9 @@ def group_of(
     answers: Sequence[str],
     is_truncated: Sequence[bool],
 ) -> RolloutGroup:
-    """The group as it is shown: what was thought aloud is left out, and of the references the first
-    `num_references`.
+    """The group as judges see it: texts without reasoning, the first `num_references` references.
 
-    Identical references stay as many as they are: what a teacher says again and again, a rubric may
-    rely on.
+    Identical references are kept: a rubric may rely on what a teacher says repeatedly.
     """
     limit, count = judge.config.max_answer_chars, judge.config.num_references
     shown = tuple(shown_answer(text, False, limit) for text in references[:count])
@@ -78,113 +73,82 @@ def group_of(
 
 
 async def judge_group(judge: Judge, group: RolloutGroup, kind: Kind) -> list[Judgement]:
-    """The judgement of all rollouts together, or one of each where each has a rubric of its own.
+    """One judgement of all rollouts, or one per rollout if each has a rubric of its own.
 
-    A reply that cannot be had or used fails the judgement, whose scores are then None; what must
-    stop the run (a refused key, the spending cap, a reply missing offline) is raised.
+    If there is no usable reply, the judgement's scores are None. Errors that must stop the run are
+    raised: a refused key, the spending cap, a missing reply offline.
     """
     if kind == "rubric" and judge.config.rubric_of == "student":
-        each = (
+        singles = (
             dataclasses.replace(group, answers=(answer,), samples=(sample,))
             for answer, sample in zip(group.answers, group.samples)
         )
-        return list(await asyncio.gather(*(_judged(judge, one, kind) for one in each)))
-    return [await _judged(judge, group, kind)]
+        return list(await asyncio.gather(*(_judgement(judge, one, kind) for one in singles)))
+    return [await _judgement(judge, group, kind)]
 
 
-async def _judged(judge: Judge, group: RolloutGroup, kind: Kind) -> Judgement:
-    tally = Tally()
+async def _judgement(judge: Judge, group: RolloutGroup, kind: Kind) -> Judgement:
+    tally, texts = Tally(), (group.references, group.answers)
     try:
         if kind == "scalar":
-            scores, reference_scores = await rate(
-                judge, group.question, group.references, group.answers, tally
-            )
-            return _failed(
-                group, tally, scores=tuple(scores), reference_scores=tuple(reference_scores)
-            )
-        rubric = group.rubric or await induce(
-            judge, group.question, group.references, group.answers, tally, group.existing
-        )
-        rubric = (
-            rubric
-            if group.rubric or not group.existing
-            else joined(group.existing, rubric.criteria)
-        )
-        verdicts, reference_verdicts = await verify(
-            judge, group.question, rubric, group.references, group.answers, tally
-        )
-    except (ReplyError, ApiUnavailableError, ApiRequestError):
-        return _failed(group, tally)
-    return _scored(judge, group, rubric, tuple(verdicts), tuple(reference_verdicts), tally)
-
-
-def _failed(group: RolloutGroup, tally: Tally, **known: Any) -> Judgement:
-    nobody, none = (None,) * len(group.answers), (None,) * len(group.references)
-    found = {
-        "verdicts": nobody,
-        "reference_verdicts": none,
-        "scores": nobody,
-        "reference_scores": none,
-    } | known
-    return Judgement(group, None, **found, stage_scores=None, tally=tally)
-
-
-def _scored(
-    judge: Judge, group: RolloutGroup, rubric: Rubric, verdicts, reference_verdicts, tally: Tally
-) -> Judgement:
-    of = lambda found: tuple(None if v is None else score(rubric.criteria, v) for v in found)
+            scores, of_references = map(tuple, await rate(judge, group.question, *texts, tally))
+            return _without_rubric(group, tally, scores=scores, reference_scores=of_references)
+        rubric = group.rubric or await _induce(judge, group, tally)
+        verdicts, of_references = await verify(judge, group.question, rubric, *texts, tally)
+    except NO_USABLE_REPLY:
+        return _without_rubric(group, tally)
+    scores_of = lambda rows: tuple(None if v is None else score(rubric.criteria, v) for v in rows)
     stages = judge.config.stage_names
-    by_stage = (
-        tuple(None if v is None else stage_scores(rubric, v, stages) for v in verdicts)
-        if stages
-        else None
-    )
+    by_stage = tuple(None if v is None else stage_scores(rubric, v, stages) for v in verdicts)
     return Judgement(
         group,
         rubric,
-        verdicts,
-        reference_verdicts,
-        of(verdicts),
-        of(reference_verdicts),
-        by_stage,
+        tuple(verdicts),
+        tuple(of_references),
+        scores_of(verdicts),
+        scores_of(of_references),
+        by_stage if stages else None,
         tally,
     )
 
 
+def _without_rubric(group: RolloutGroup, tally: Tally, **known: Any) -> Judgement:
+    no_answer, no_reference = (None,) * len(group.answers), (None,) * len(group.references)
+    fields = {"scores": no_answer, "reference_scores": no_reference} | known
+    fields |= {"verdicts": no_answer, "reference_verdicts": no_reference}
+    return Judgement(group, None, **fields, stage_scores=None, tally=tally)
+
+
 async def induce_or_none(judge: Judge, group: RolloutGroup) -> Rubric | None:
-    """The rubric alone; None where none can be had."""
+    """The rubric of a group, without verdicts; None if there is no usable reply."""
     try:
-        rubric = await induce(
-            judge, group.question, group.references, group.answers, Tally(), group.existing
-        )
-        return joined(group.existing, rubric.criteria) if group.existing else rubric
-    except (ReplyError, ApiUnavailableError, ApiRequestError):
+        return await _induce(judge, group, Tally())
+    except NO_USABLE_REPLY:
         return None
 
 
-def joined(existing: Sequence[Criterion], new: Sequence[Criterion]) -> Rubric:
-    """All criteria, numbered anew; of two with the same text and stage the first."""
-    unique = {
-        (criterion.text, criterion.stage): criterion for criterion in reversed([*existing, *new])
-    }
-    ordered = [
-        criterion
-        for criterion in [*existing, *new]
-        if unique.get((criterion.text, criterion.stage)) is criterion
-    ]
-    return Rubric(
-        tuple(
-            criterion.model_copy(update={"id": f"c{place + 1}"})
-            for place, criterion in enumerate(ordered)
-        )
+async def _induce(judge: Judge, group: RolloutGroup, tally: Tally) -> Rubric:
+    rubric = await induce(
+        judge, group.question, group.references, group.answers, tally, group.existing
     )
+    return joined(group.existing, rubric.criteria) if group.existing else rubric
+
+
+def joined(existing: Sequence[Criterion], new: Sequence[Criterion]) -> Rubric:
+    """All criteria with new ids; of several with the same text and stage the first."""
+    unique: dict[tuple[str, str | None], Criterion] = {}
+    for criterion in [*existing, *new]:
+        unique.setdefault((criterion.text, criterion.stage), criterion)
+    numbered = enumerate(unique.values(), 1)
+    return Rubric(tuple(c.model_copy(update={"id": f"c{number}"}) for number, c in numbered))
 
 
 def as_row(
     judgement: Judgement, step: int, correct: Sequence[int] | None, *, has_texts: bool
 ) -> dict[str, Any]:
-    """The judgement as a row of rubrics.jsonl; `correct` by its rollouts, texts only where they are
-    asked for.
+    """The judgement as a row of rubrics.jsonl.
+
+    `correct`: 1 for each right answer, by rollout; None: unknown. `has_texts`: include the texts.
     """
     group, rubric, tally = judgement.group, judgement.rubric, judgement.tally
     rounded = lambda values: [None if v is None else round(v, 6) for v in values]
@@ -206,11 +170,8 @@ def as_row(
         "reasks": tally.num_reasks,
     }
     if has_texts:
-        row |= {
-            "question": group.question,
-            "references": list(group.references),
-            "answers": list(group.answers),
-        }
+        row |= {"question": group.question, "references": list(group.references)}
+        row |= {"answers": list(group.answers)}
         row |= {} if judgement.reflections is None else {"reflections": list(judgement.reflections)}
     return row
 
@@ -218,81 +179,57 @@ def as_row(
 def metrics_of(
     judgements: Sequence[Judgement], correct: Sequence[Sequence[int]] | None
 ) -> dict[str, float]:
-    """Numbers of a step. `correct`: 1 for each right answer, by judgement and rollout; None where
-    nobody knows.
+    """Metrics of a step. `correct`: 1 for each right answer, by judgement and rollout, or None.
 
-    Rewards and scores are in [0, 1]; `no_signal_share`: of the criteria, those that all rollouts of
-    the group meet alike; `tied_groups`: share of scored groups whose rollouts all have one score;
-    `auc`: how often a right answer scores above a wrong one of the same step, ties counting half;
-    NaN where there is nothing to compare.
+    Rewards and scores are in [0, 1]. `no_signal_share`: the share of criteria whose verdict is the
+    same for all rollouts of the group; `tied_groups`: the share of scored groups in which all
+    rollouts have the same score; `auc`: see `auc`, over the step. NaN if there is nothing to
+    average or compare.
     """
     scored = [judgement for judgement in judgements if judgement.is_scored]
-    rewards = [value for judgement in scored for value in judgement.scores if value is not None]
-    references = [
-        value for judgement in scored for value in judgement.reference_scores if value is not None
-    ]
     with_rubric = [judgement for judgement in scored if judgement.rubric is not None]
-    is_tied = [
-        len({v for v in judgement.scores if v is not None}) < 2
-        for judgement in scored
-        if len(judgement.scores) > 1
-    ]
-    alike = [
-        len(set(column)) < 2
-        for judgement in with_rubric
-        for column in _columns(judgement)
-        if len(column) > 1
-    ]
-    found = {
-        "rubric/reward_mean": _mean(rewards),
-        "rubric/reference_score_mean": _mean(references),
+    present = lambda values: [value for value in values if value is not None]
+    flat = lambda rows: [value for row in rows for value in row]
+    rewards = [present(judgement.scores) for judgement in scored]
+    references = [present(judgement.reference_scores) for judgement in scored]
+    has_several = [len(judgement.scores) > 1 for judgement in scored]
+    is_tied = [len(set(values)) < 2 for values, several in zip(rewards, has_several) if several]
+    by_criterion = [row for judgement in with_rubric for row in zip(*present(judgement.verdicts))]
+    is_alike = [len(set(row)) < 2 for row in by_criterion if len(row) > 1]
+    num_unscored = sum(value is None for judgement in judgements for value in judgement.scores)
+    metrics = {
+        "rubric/reward_mean": _mean(flat(rewards)),
+        "rubric/reference_score_mean": _mean(flat(references)),
         "rubric/num_criteria": _mean([len(judgement.rubric.criteria) for judgement in with_rubric]),
-        "rubric/no_signal_share": _mean(alike),
+        "rubric/no_signal_share": _mean(is_alike),
         "rubric/tied_groups": _mean(is_tied),
-        "rubric/unscored_rollouts": float(
-            sum(value is None for judgement in judgements for value in judgement.scores)
-        ),
+        "rubric/unscored_rollouts": float(num_unscored),
         "rubric/reasks": float(sum(judgement.tally.num_reasks for judgement in judgements)),
     }
-    for problem in (
-        "empty",
-        "truncated",
-        "parse_error",
-        "schema_error",
-        "validation_error",
-        "missing_answer",
-        "unavailable",
-        "refused",
-    ):
-        found[f"rubric/problems/{problem}"] = float(
-            sum(judgement.tally.problems[problem] for judgement in judgements)
-        )
+    for problem in (*ERRORS, "missing_answer", *UNANSWERED.values()):
+        count = sum(judgement.tally.problems[problem] for judgement in judgements)
+        metrics[f"rubric/problems/{problem}"] = float(count)
     if correct is not None:
         pairs = [
-            pair
-            for judgement, right in zip(judgements, correct)
-            for pair in zip(judgement.scores, right)
-            if pair[0] is not None
+            (value, is_right)
+            for judgement, labels in zip(judgements, correct)
+            for value, is_right in zip(judgement.scores, labels)
+            if value is not None
         ]
-        found["rubric/auc"] = auc(
-            [v for v, is_right in pairs if is_right], [v for v, is_right in pairs if not is_right]
-        )
-    return found
+        right = [value for value, is_right in pairs if is_right]
+        metrics["rubric/auc"] = auc(right, [value for value, is_right in pairs if not is_right])
+    return metrics
 
 
 def auc(right: Sequence[float], wrong: Sequence[float]) -> float:
-    """The probability that a value of `right` is above one of `wrong`, ties counting half; NaN
-    where one of them is empty.
+    """The probability that a value of `right` exceeds one of `wrong`; a tie counts half.
+
+    NaN if one of them is empty.
     """
     if not right or not wrong:
         return float("nan")
     wins = sum((a > b) + 0.5 * (a == b) for a in right for b in wrong)
     return wins / (len(right) * len(wrong))
-
-
-def _columns(judgement: Judgement) -> list[tuple[int, ...]]:
-    """Verdicts by criterion."""
-    return list(zip(*(verdicts for verdicts in judgement.verdicts if verdicts is not None)))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,6 +1,4 @@
-"""How often a server may be asked: a budget a minute, and a breaker that notices that nobody
-answers. For one event loop.
-"""
+"""A rate limiter and a circuit breaker for requests to one server, within one event loop."""
 
 from __future__ import annotations
 
@@ -9,37 +7,38 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-_POLL_SECONDS = 0.1  # seconds after which whoever waits looks whether units were given back
+_POLL_SECONDS = 0.1  # seconds between checks for returned units
 
 
 class RateLimiter:
-    """So many units a minute, none of them saved up for longer than a second; 0: no limit. Whoever
-    comes first is served first.
+    """Token bucket: units per minute, at most one second's worth saved up; 0: no limit.
+
+    Waiting callers are served in order.
     """
 
     def __init__(self, per_minute: float, clock: Callable[[], float] = time.monotonic):
         self._rate, self._clock = per_minute / 60, clock
         self._capacity = max(self._rate, 1.0)
-        self._level, self._at, self._blocked_until = self._capacity, clock(), 0.0
+        self._level, self._updated, self._blocked_until = self._capacity, clock(), 0.0
         self._turn = asyncio.Lock()
 
-    async def take(self, units: float) -> None:
-        """Wait until the units may be spent. More than a second's worth is lent, and those who come
-        later wait for it.
+    async def acquire(self, units: float) -> None:
+        """Wait until the units may be spent.
+
+        More units than the bucket holds are granted once it is full; later callers wait longer.
         """
         async with self._turn:
             while (wait := self._wait(units)) > 0:
-                # What was foreseen is many times what most replies come to, and is given back
-                # meanwhile.
+                # Polls: replies use far fewer tokens than reserved, and the rest is returned.
                 await asyncio.sleep(min(wait, _POLL_SECONDS))
             self._level -= units if self._rate else 0
 
     def give_back(self, units: float) -> None:
-        """Correct what was foreseen by what it came to; fewer than none where it was more."""
+        """Return units that were reserved and not used; negative if more were used."""
         self._level = min(self._level + units, self._capacity) if self._rate else self._level
 
     def pause(self, seconds: float) -> None:
-        """Nobody is served for so long: the server asked for it."""
+        """Serve no one for this long: the server asked for it."""
         self._blocked_until = max(self._blocked_until, self._clock() + seconds)
 
     def _wait(self, units: float) -> float:
@@ -47,10 +46,8 @@ class RateLimiter:
         blocked = self._blocked_until - now
         if not self._rate:
             return blocked
-        self._level, self._at = (
-            min(self._capacity, self._level + (now - self._at) * self._rate),
-            now,
-        )
+        gained = (now - self._updated) * self._rate
+        self._level, self._updated = min(self._capacity, self._level + gained), now
         return max(blocked, (min(units, self._capacity) - self._level) / self._rate)
 
 
@@ -58,58 +55,53 @@ Admission = Literal["free", "probe", "down"]
 
 
 class CircuitBreaker:
-    """Open after so many failures in a row: everybody then waits until, after a while, one request,
-    the probe, has tried.
+    """Opens after `max_failures` failures in a row: callers then wait for one probe request.
 
-    They wait, and do not fail at once, so that a server which is away for a moment costs that
-    moment and not the questions of many steps; if the probe fails as well, all who waited are told
-    so.
+    Callers wait instead of failing at once, so that a short outage costs its own length and not
+    the judgements of many steps. If the probe fails, every waiting caller is refused.
     """
 
     def __init__(
-        self, most_failures: int, seconds: float, clock: Callable[[], float] = time.monotonic
+        self, max_failures: int, seconds: float, clock: Callable[[], float] = time.monotonic
     ):
-        self._most, self._seconds, self._clock = most_failures, seconds, clock
+        self._max_failures, self._seconds, self._clock = max_failures, seconds, clock
         self._failures, self._opened, self._is_probing = 0, 0.0, False
-        self._news: asyncio.Future[bool] | None = (
-            None  # whether to look again; False: the probe failed
-        )
+        # Wakes the waiting callers: True: check again, False: the probe failed.
+        self._wakeup: asyncio.Future[bool] | None = None
 
     @property
     def is_open(self) -> bool:
-        """Whether the server is taken for down."""
-        return self._failures >= self._most
+        """Whether the server counts as down."""
+        return self._failures >= self._max_failures
 
     async def enter(self) -> Admission:
-        """Wait until a request may be sent: as any other, or as the probe; `down` where a probe
-        failed meanwhile.
+        """Wait for permission to send: "free", "probe", or "down" if a probe failed meanwhile.
 
-        Whoever is let in must `leave`, whatever comes of it: all others wait for the probe.
+        After "free" or "probe" the caller must call `leave`: everyone waits for the probe.
         """
         while self.is_open:
             wait = max(self._opened + self._seconds - self._clock(), 0.0)
             if not wait and not self._is_probing:
                 self._is_probing = True
                 return "probe"
-            news = self._news = self._news or asyncio.get_running_loop().create_future()
-            await asyncio.wait([news], timeout=None if self._is_probing else wait)
-            if news.done() and not news.result():
+            if self._wakeup is None:
+                self._wakeup = asyncio.get_running_loop().create_future()
+            wakeup = self._wakeup
+            await asyncio.wait([wakeup], timeout=None if self._is_probing else wait)
+            if wakeup.done() and not wakeup.result():
                 return "down"
         return "free"
 
     def leave(self, admission: Admission, is_answered: bool | None) -> None:
-        """What came of a request that was let in; None: it was never sent, or nobody waited for
-        what came of it.
-        """
+        """Report the outcome of an admitted request; None: not sent, or cancelled."""
         if is_answered:
             self._failures = 0
         elif is_answered is not None:
             self._failures, self._opened = self._failures + 1, self._clock()
         if admission == "probe":
             self._is_probing = False
-        # What others still hear who were sent before the breaker opened must not end the wait for
-        # the probe, unless it is good.
+        # A request sent before the breaker opened ends the wait only if it succeeds.
         if is_answered or admission == "probe":
-            news, self._news = self._news, None
-            if news is not None:
-                news.set_result(is_answered is not False)
+            wakeup, self._wakeup = self._wakeup, None
+            if wakeup is not None:
+                wakeup.set_result(is_answered is not False)

@@ -1,6 +1,4 @@
-"""What comes of a call: a reply, or one of the named errors. Nothing here needs the client's
-packages.
-"""
+"""The result of a request to a chat model: a reply, or a named error. Standard library only."""
 
 from __future__ import annotations
 
@@ -9,10 +7,10 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What a chat model wrote."""
+    """The text that a chat model wrote, and its token counts."""
 
     text: str
-    finish_reason: str  # stop, or length where it was cut off
+    finish_reason: str  # "stop", or "length" if the token limit cut it off
     is_cached: bool
     input_tokens: int
     output_tokens: int
@@ -20,42 +18,40 @@ class Reply:
 
 @dataclasses.dataclass
 class Usage:
-    """What a role was asked since it was last counted."""
+    """Requests, tokens and cost of a role since its usage was last read."""
 
-    calls: int = 0  # requests that were sent and answered
-    cached: int = 0  # replies that were at hand
+    calls: int = 0  # requests sent and answered
+    cached: int = 0  # replies from the cache, or shared with an identical request in flight
     retries: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
     dollars: float = 0.0
-    seconds: float = 0.0  # of all requests together
+    seconds: float = 0.0  # summed over requests
 
 
 class ApiError(RuntimeError):
-    """Nobody answers, or nobody may be asked: the run stops and can be continued."""
+    """A request failed. The subclasses say whether the run can go on or must stop."""
 
 
 class MissingKeyError(ApiError):
-    """The environment variable that should hold the key is not set."""
+    """The environment variable for the API key is not set."""
 
 
 class ApiRefusedError(ApiError):
-    """The server refuses whoever asks, or knows no such model: no request can succeed."""
+    """The server rejects the key or the model: no request can succeed."""
 
 
 class SpendingCapError(ApiError):
-    """What the run may cost is spent."""
+    """The run has reached its spending cap."""
 
 
 class OfflineMissError(ApiError):
-    """The reply is not in the cache, and nobody may be asked."""
+    """The reply is not in the cache, and api.offline forbids requests."""
 
 
 class ApiUnavailableError(ApiError):
-    """This request failed as often as it may be tried, or the role is taken for down; the next one
-    may succeed.
-    """
+    """All attempts failed, or the role's circuit breaker is open; a later request may succeed."""
 
 
 class ApiRequestError(ApiError):
-    """The server refuses this one request, too long a context perhaps; another may succeed."""
+    """The server rejects this request, for instance its length; another one may succeed."""

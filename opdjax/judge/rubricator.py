@@ -1,6 +1,4 @@
-"""Rubric induction: what sets the answers of one prompt apart, as criteria that each can be held to
-(ROPD, section 2.2).
-"""
+"""Rubric induction: criteria that tell the answers to one prompt apart (ROPD, section 2.2)."""
 
 from __future__ import annotations
 
@@ -13,11 +11,22 @@ from opdjax.judge.prompts import Block, fill
 from opdjax.judge.schema import Criterion, Rubric, parse_rubric, rubric_schema
 from opdjax.judge.structured_output import Judge, JudgeRequest, Tally, ask
 
-_EXISTING = "\nCriteria that are in use already, and kept. Write only criteria that see what these do not:\n\n"
-_SIGNED = """
-A criterion may also name a flaw ("polarity": "negative"): an answer that shows it loses the points. Use few of them, only for flaws that
-can be seen beyond doubt, and never as the mirror image of a positive one.
-"""
+# Parts of the prompt. Replies are cached by the prompt's bytes: a changed word is a cache miss.
+_EXISTING = (
+    "\nCriteria that are in use already, and kept. Write only criteria that see what these do "
+    "not:\n\n"
+)
+_SIGNED = (
+    '\nA criterion may also name a flaw ("polarity": "negative"): an answer that shows it loses '
+    "the points. Use few of them, only for flaws that\ncan be seen beyond doubt, and never as the "
+    "mirror image of a positive one.\n"
+)
+_STAGES = (
+    "\nAn answer has stages, in this order:\n{}\n"
+    "Every criterion looks at one stage, which it names, and at nothing outside it: what the stage "
+    "is for and how well it serves\nthose that follow, never whether a heading or a tag is there. "
+    "Write a few criteria for each stage.\n"
+)
 
 
 async def induce(
@@ -28,18 +37,18 @@ async def induce(
     tally: Tally,
     existing: Sequence[Criterion] = (),
 ) -> Rubric:
-    """A rubric for the student's answers, contrasted with the references; ReplyError or ApiError
-    where none can be had.
+    """A rubric that contrasts the student's answers with the references.
 
-    Identical rollouts are shown once, and all in the order of their text: the rubric does not
-    depend on the order they came in. With `existing` criteria only new ones are asked for, and none
-    may come.
+    Identical answers are shown once and all texts are sorted, so that the rubric does not depend
+    on their order. With `existing` criteria only new ones are requested, possibly none. Raises
+    ReplyError or ApiError if there is no usable reply.
     """
     config, stages = judge.config, judge.config.stage_names
+    bounds = (0 if existing else config.min_criteria, config.max_criteria)
     words = {
-        "min_criteria": str(_bounds(config, existing)[0]),
-        "max_criteria": str(_bounds(config, existing)[1]),
-        "format": _format(config, stages),
+        "min_criteria": str(bounds[0]),
+        "max_criteria": str(bounds[1]),
+        "format": _example(config, stages),
         "signs": _SIGNED if config.polarity == "signed" else "",
         "stages": _stage_note(stages),
         "existing_note": _EXISTING if existing else "",
@@ -51,28 +60,16 @@ async def induce(
         "existing": ("existing", [criterion.text for criterion in existing]),
     }
     prompt = fill(judge.template("rubricator"), words, blocks)
-    asked = JudgeRequest("rubricator", prompt, rubric_schema(config, stages), "rubric")
-    bounds = _bounds(config, existing)
-    return await ask(judge, asked, lambda text: parse_rubric(text, config, stages, bounds), tally)
-
-
-def _bounds(config: RubricsConfig, existing: Sequence[Criterion]) -> tuple[int, int]:
-    return (0, config.max_criteria) if existing else (config.min_criteria, config.max_criteria)
+    request = JudgeRequest("rubricator", prompt, rubric_schema(config, stages), "rubric")
+    return await ask(judge, request, lambda text: parse_rubric(text, config, stages, bounds), tally)
 
 
 def _stage_note(stages: Sequence[str]) -> str:
-    if not stages:
-        return ""
-    lines = "\n".join(f'- stage "{stage}"' for stage in stages)
-    return (
-        f"\nAn answer has stages, in this order:\n{lines}\n"
-        "Every criterion looks at one stage, which it names, and at nothing outside it: what the stage is for and how well it serves\n"
-        "those that follow, never whether a heading or a tag is there. Write a few criteria for each stage.\n"
-    )
+    return _STAGES.format("\n".join(f'- stage "{stage}"' for stage in stages)) if stages else ""
 
 
-def _format(config: RubricsConfig, stages: Sequence[str]) -> str:
-    """An example of the reply, in the fields that are asked for."""
+def _example(config: RubricsConfig, stages: Sequence[str]) -> str:
+    """An example of the reply with the requested fields."""
     item: dict[str, Any] = {"id": "c1", "category": "task", "text": "...", "weight": 5}
     if config.polarity == "signed":
         item["polarity"] = "positive"

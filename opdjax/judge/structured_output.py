@@ -1,4 +1,4 @@
-"""One question to a judge, asked again with what was wrong until its reply can be used."""
+"""A request to a judge for a JSON reply, repeated with the error until the reply is usable."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from opdjax.judge.replies import ApiRequestError, ApiUnavailableError, Reply
 from opdjax.judge.schema import ReplyError
 
 T = TypeVar("T")
-UNANSWERED = {
-    ApiUnavailableError: "unavailable",
-    ApiRequestError: "refused",
-}  # why there is no reply at all
-_MAX_ECHO = 4000  # characters of a reply that is shown to its writer again
+# Errors without a reply -> their name among a tally's problems.
+UNANSWERED = {ApiUnavailableError: "unavailable", ApiRequestError: "refused"}
+NO_USABLE_REPLY = (ReplyError, *UNANSWERED)  # errors of `ask` that fail a judgement, not the run
+_MAX_ECHO = 4000  # characters of an unusable reply that are shown to the judge again
 
 
 class Complete(Protocol):
-    """`ApiClient.complete`."""
+    """The signature of `ApiClient.complete`."""
 
     def __call__(
         self,
@@ -32,24 +31,24 @@ class Complete(Protocol):
         schema_name: str = "reply",
         sample: int = 0,
     ) -> Awaitable[Reply]:
-        """The reply of whoever has the role."""
+        """The reply of the chat model with this role."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """Whom to ask, and how the questions read."""
+    """How to reach the judge's roles, and the settings of its prompts."""
 
     complete: Complete
     config: RubricsConfig
 
     def template(self, name: str) -> str:
-        """The prompt of that name, the user's own where there is one."""
+        """The prompt template of that name, from rubrics.templates if it is there."""
         return load_template(name, self.config.templates)
 
 
 @dataclasses.dataclass
 class Tally:
-    """What was wrong with the replies about one group, by class, and what was put right."""
+    """Counts over the replies about one group: problems and repairs by kind, repeated requests."""
 
     problems: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     repairs: collections.Counter = dataclasses.field(default_factory=collections.Counter)
@@ -58,56 +57,56 @@ class Tally:
 
 @dataclasses.dataclass(frozen=True)
 class JudgeRequest:
-    """What is asked of a role, and the form of the answer."""
+    """A prompt for a role, and the JSON schema of the reply."""
 
     role: str
-    text: str
+    prompt: str
     schema: dict[str, Any]
-    name: str  # of the schema
+    schema_name: str
 
 
 async def ask(
     judge: Judge,
-    question: JudgeRequest,
+    request: JudgeRequest,
     parse: Callable[[str], tuple[T, tuple[str, ...]]],
     tally: Tally,
 ) -> T:
-    """What `parse` makes of the reply; a reply that it refuses is asked for again, `max_reasks`
-    times, with the reason.
+    """The parsed reply; `parse` returns (value, repairs) or raises ReplyError.
 
-    ReplyError where the last one cannot be used either. A reply that was cut off at its length
-    limit is told apart, since more room and not another attempt is what helps.
+    After a ReplyError the request is repeated with its message, up to `max_reasks` times, then the
+    error is raised. A reply cut off at its length limit gets a message of its own: it must become
+    shorter.
     """
-    first = [{"role": "user", "content": question.text}]
-    messages = first
+    prompt = {"role": "user", "content": request.prompt}
+    messages = [prompt]
     for attempt in range(judge.config.max_reasks + 1):
         tally.num_reasks += attempt > 0
         try:
             reply = await judge.complete(
-                question.role, messages, schema=question.schema, schema_name=question.name
+                request.role, messages, schema=request.schema, schema_name=request.schema_name
             )
         except tuple(UNANSWERED) as error:
             tally.problems[UNANSWERED[type(error)]] += 1
             raise
         try:
-            found, repairs = parse(reply.text)
+            value, repairs = parse(reply.text)
         except ReplyError as error:
-            wrong = error
+            problem = error
             if reply.finish_reason == "length" and error.kind != "validation_error":
-                wrong = ReplyError(
+                problem = ReplyError(
                     "truncated",
                     "the reply reached its length limit before the JSON object ended; be brief",
                 )
-            tally.problems[wrong.kind] += 1
-            messages = [*first, *_reask(judge, reply.text, wrong)]
+            tally.problems[problem.kind] += 1
+            messages = [prompt, *_reask(judge, reply.text, problem)]
             continue
         tally.repairs.update(repairs)
-        return found
-    raise wrong
+        return value
+    raise problem
 
 
-def _reask(judge: Judge, text: str, wrong: ReplyError) -> list[dict[str, str]]:
-    """The reply as its writer's own turn, and what is wrong with it."""
-    words = fill(judge.template("reask"), {"problem": str(wrong).rstrip(".")}, {})
+def _reask(judge: Judge, text: str, problem: ReplyError) -> list[dict[str, str]]:
+    """The unusable reply as an assistant turn, and a user turn with the problem."""
+    correction = fill(judge.template("reask"), {"problem": str(problem).rstrip(".")}, {})
     echo = text.encode("utf-8", "replace").decode("utf-8")[:_MAX_ECHO].strip() or "(empty)"
-    return [{"role": "assistant", "content": echo}, {"role": "user", "content": words}]
+    return [{"role": "assistant", "content": echo}, {"role": "user", "content": correction}]

@@ -1,9 +1,8 @@
-"""Verification: answers held to a rubric, or scored without one, as one anonymous pool in the order
-of their content (ROPD, section 2.2).
+"""Verification: answers graded against a rubric, or scored without one, in blinded pools.
 
-A verdict depends on the set of texts in the pool and never on who wrote which, or on the order they
-came in: identical texts are judged once. References stand in every pool, as an anchor of what can
-be reached.
+A pool is sorted by a hash of the texts and identical texts are judged once, so a verdict depends on
+the set of texts and never on their order or author. Every pool contains the references, as anchors
+(ROPD, section 2.2).
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from opdjax.judge.prompts import fill
-from opdjax.judge.replies import ApiRequestError, ApiUnavailableError
 from opdjax.judge.schema import (
     Criterion,
-    Read,
+    ParsedAnswers,
     ReplyError,
     Rubric,
     parse_scores,
@@ -25,13 +23,16 @@ from opdjax.judge.schema import (
     score_schema,
     verdict_schema,
 )
-from opdjax.judge.structured_output import Judge, JudgeRequest, Tally, ask
+from opdjax.judge.structured_output import NO_USABLE_REPLY, Judge, JudgeRequest, Tally, ask
 
-_GRADED = """- A verdict is 2 where the criterion is fully met, 1 where it is met in part, 0 where it is not.
-"""
-_SIGNED = """- A criterion marked "flaw" is met by an answer that shows the flaw.
-"""
-_KNOWN = "- The first [[num_references]] answers are references by a strong model; the others are a student's.\n"
+# Parts of the prompt. Replies are cached by the prompt's bytes: a changed word is a cache miss.
+_GRADED = (
+    "- A verdict is 2 where the criterion is fully met, 1 where it is met in part, 0 where it is "
+    "not.\n"
+)
+_SIGNED = '- A criterion marked "flaw" is met by an answer that shows the flaw.\n'
+_OPEN = "- The first {} answers are references by a strong model; the others are a student's.\n"
+_SCORE_EXAMPLE = '{"answers": [{"answer_index": 1, "score": 0.7}, ...]}'
 Verdicts = tuple[int, ...]
 
 
@@ -43,138 +44,118 @@ async def verify(
     answers: Sequence[str],
     tally: Tally,
 ) -> tuple[list[Verdicts | None], list[Verdicts | None]]:
-    """Verdicts of each answer and of each reference; None where the verifier gave none, after
-    asking for that answer alone.
+    """Verdicts of each answer and of each reference.
 
-    ReplyError or ApiError where nothing can be had of any pool.
+    An answer without verdicts is sent once more on its own; None if that fails too. Raises
+    ReplyError or ApiError if no pool has a usable reply.
     """
-    is_graded = judge.config.grades == "graded"
-    schema, width = verdict_schema(is_graded), len(rubric.criteria)
+    is_graded, width = judge.config.grades == "graded", len(rubric.criteria)
+    words = {"format": _verdict_example(is_graded, width), "grades": _notes(judge, references)}
+    criteria = [_criterion_line(criterion) for criterion in rubric.criteria]
 
-    def asked(texts: Sequence[str]) -> JudgeRequest:
-        words = {"format": _verdict_format(is_graded, width), "grades": _notes(judge, references)}
+    def request(texts: Sequence[str]) -> JudgeRequest:
         blocks = {
             "question": ("question", [question]),
-            "criteria": ("criterion", [_shown(criterion) for criterion in rubric.criteria]),
+            "criteria": ("criterion", criteria),
             "answers": ("answer", texts),
         }
-        return JudgeRequest(
-            "verifier", fill(judge.template("verifier"), words, blocks), schema, "verdicts"
-        )
+        prompt = fill(judge.template("verifier"), words, blocks)
+        return JudgeRequest("verifier", prompt, verdict_schema(is_graded), "verdicts")
 
-    return await _of_pool(
-        judge,
-        asked,
-        lambda text, count: parse_verdicts(text, count, width, is_graded),
-        references,
-        answers,
-        tally,
-    )
+    def parse(text: str, count: int) -> ParsedAnswers:
+        return parse_verdicts(text, count, width, is_graded)
+
+    return await _judge_pools(judge, request, parse, references, answers, tally)
 
 
 async def rate(
     judge: Judge, question: str, references: Sequence[str], answers: Sequence[str], tally: Tally
 ) -> tuple[list[float | None], list[float | None]]:
-    """A score in [0, 1] of each answer and of each reference, by the judge's own standard; as
-    `verify`.
-    """
+    """A score in [0, 1] of each answer and reference, without a rubric; errors as in `verify`."""
 
-    def asked(texts: Sequence[str]) -> JudgeRequest:
-        words = {"format": '{"answers": [{"answer_index": 1, "score": 0.7}, ...]}'}
+    def request(texts: Sequence[str]) -> JudgeRequest:
         blocks = {"question": ("question", [question]), "answers": ("answer", texts)}
-        return JudgeRequest(
-            "verifier",
-            fill(judge.template("scalar_judge"), words, blocks),
-            score_schema(),
-            "scores",
-        )
+        prompt = fill(judge.template("scalar_judge"), {"format": _SCORE_EXAMPLE}, blocks)
+        return JudgeRequest("verifier", prompt, score_schema(), "scores")
 
-    return await _of_pool(judge, asked, parse_scores, references, answers, tally)
+    return await _judge_pools(judge, request, parse_scores, references, answers, tally)
 
 
-async def _of_pool(
+async def _judge_pools(
     judge: Judge,
-    asked: Callable[[Sequence[str]], JudgeRequest],
-    parse: Callable[[str, int], Read],
+    request: Callable[[Sequence[str]], JudgeRequest],
+    parse: Callable[[str, int], ParsedAnswers],
     references: Sequence[str],
     answers: Sequence[str],
     tally: Tally,
 ) -> tuple[list[Any], list[Any]]:
-    """What the verifier says of every answer and reference, pool by pool; what it leaves out is
-    asked for again, each alone.
+    """The value of every answer and reference, pool by pool; missing answers are sent alone.
 
-    A pool that it cannot judge leaves its answers without a word, and the other pools as they are.
+    A pool that fails leaves its answers at None and the other pools as they are.
     """
-    found: dict[str, Any] = {}
-    failed = None
-    for pool in pools(
-        references, answers, judge.config.answers_per_call, is_blind=judge.config.blind
-    ):
+    values: dict[str, Any] = {}
+    failure, config = None, judge.config
+    for pool in pools(references, answers, config.answers_per_call, is_blind=config.blind):
+
+        def parse_pool(text: str, size: int = len(pool)) -> tuple[ParsedAnswers, tuple[str, ...]]:
+            return _require_any(parse(text, size))
+
         try:
-            read = await ask(
-                judge, asked(pool), lambda text, pool=pool: _whole(parse(text, len(pool))), tally
-            )
-        except (ReplyError, ApiUnavailableError, ApiRequestError) as error:
-            failed = error
+            parsed = await ask(judge, request(pool), parse_pool, tally)
+        except NO_USABLE_REPLY as error:
+            failure = error
             continue
-        found |= {
-            pool[place]: value for place, value in read.found.items() if pool[place] not in found
-        }
-        missing = [
-            pool[place]
-            for place in read.problems
-            if pool[place] in set(answers) and pool[place] not in found
-        ]
-        tally.problems["missing_answer"] += len(set(missing))
-        for text in dict.fromkeys(missing):
-            value = await _alone(judge, asked, parse, references, text, tally)
+        found = {pool[place]: value for place, value in parsed.values.items()}
+        values = found | values
+        unread = (pool[place] for place in parsed.problems)
+        missing = dict.fromkeys(text for text in unread if text in answers and text not in values)
+        tally.problems["missing_answer"] += len(missing)
+        for text in missing:
+            value = await _judge_alone(judge, request, parse, references, text, tally)
             if value is not None:
-                found[text] = value
-    if failed is not None and not found:
-        raise failed
-    return [found.get(text) for text in answers], [found.get(text) for text in references]
+                values[text] = value
+    if failure is not None and not values:
+        raise failure
+    return [values.get(text) for text in answers], [values.get(text) for text in references]
 
 
-async def _alone(
-    judge: Judge, asked, parse, references: Sequence[str], text: str, tally: Tally
+async def _judge_alone(
+    judge: Judge, request, parse, references: Sequence[str], text: str, tally: Tally
 ) -> Any:
-    """What the verifier says of one answer beside the references; None where it cannot say."""
+    """The value of one answer in a pool with the references; None if there is no usable reply."""
     (pool,) = pools(references, [text], 0, is_blind=judge.config.blind)
-    place = len(pool) - 1 if not judge.config.blind else pool.index(text)
+    place = pool.index(text) if judge.config.blind else len(pool) - 1
 
-    def of_one(reply: str) -> tuple[Any, tuple[str, ...]]:
-        read = parse(reply, len(pool))
-        if place not in read.found:
-            raise ReplyError("validation_error", read.problems[place])
-        return read.found[place], read.repairs
+    def parse_one(reply: str) -> tuple[Any, tuple[str, ...]]:
+        parsed = parse(reply, len(pool))
+        if place not in parsed.values:
+            raise ReplyError("validation_error", parsed.problems[place])
+        return parsed.values[place], parsed.repairs
 
     tally.num_reasks += 1
     try:
-        return await ask(judge, asked(pool), of_one, tally)
-    except (ReplyError, ApiUnavailableError, ApiRequestError):
+        return await ask(judge, request(pool), parse_one, tally)
+    except NO_USABLE_REPLY:
         return None
 
 
-def _whole(read: Read) -> tuple[Read, tuple[str, ...]]:
-    """The reading; ReplyError where not one answer could be read."""
-    if not read.found:
-        raise ReplyError("validation_error", "; ".join(list(read.problems.values())[:3]))
-    return read, read.repairs
+def _require_any(parsed: ParsedAnswers) -> tuple[ParsedAnswers, tuple[str, ...]]:
+    if not parsed.values:
+        raise ReplyError("validation_error", "; ".join(list(parsed.problems.values())[:3]))
+    return parsed, parsed.repairs
 
 
 def pools(
     references: Sequence[str], answers: Sequence[str], size: int, *, is_blind: bool
 ) -> list[list[str]]:
-    """The texts of each call: at most `size` answers (0: all), and every reference.
+    """The texts of each request: all references and at most `size` answers (0: all).
 
-    Blind: in the order of a hash of their content. Else the references first, then the answers, as
-    the verifier is told.
+    Blind: sorted by a hash of the text. Otherwise the references come first, as the prompt says.
     """
-    unique = (
-        sorted(set(answers) - set(references), key=_digest)
-        if is_blind
-        else list(dict.fromkeys(answers))
-    )
+    if is_blind:
+        unique = sorted(set(answers) - set(references), key=_digest)
+    else:
+        unique = list(dict.fromkeys(answers))
     size = size or max(len(unique), 1)
     chunks = [unique[start : start + size] for start in range(0, len(unique), size)] or [[]]
     if is_blind:
@@ -186,24 +167,20 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _shown(criterion: Criterion) -> str:
-    marks = [f"stage {criterion.stage!r}"] if criterion.stage else []
+def _criterion_line(criterion: Criterion) -> str:
+    marks = [criterion.category]
+    marks += [f"stage {criterion.stage!r}"] if criterion.stage else []
     marks += ["flaw"] if criterion.polarity == "negative" else []
-    return f"{criterion.id} ({', '.join([criterion.category, *marks])}): {criterion.text}"
+    return f"{criterion.id} ({', '.join(marks)}): {criterion.text}"
 
 
 def _notes(judge: Judge, references: Sequence[str]) -> str:
-    signed = _SIGNED if judge.config.polarity == "signed" else ""
-    known = (
-        ""
-        if judge.config.blind
-        else _KNOWN.replace("[[num_references]]", str(len(set(references))))
-    )
-    return signed + (_GRADED if judge.config.grades == "graded" else "") + known
+    notes = _SIGNED if judge.config.polarity == "signed" else ""
+    notes += _GRADED if judge.config.grades == "graded" else ""
+    return notes + ("" if judge.config.blind else _OPEN.format(len(set(references))))
 
 
-def _verdict_format(is_graded: bool, width: int) -> str:
+def _verdict_example(is_graded: bool, width: int) -> str:
     verdicts = ([2, 0, 1] if is_graded else [True, False, True])[: min(width, 3)]
-    return json.dumps({"answers": [{"answer_index": 1, "verdicts": verdicts}]}).replace(
-        "}]}", "}, ...]}"
-    )
+    example = json.dumps({"answers": [{"answer_index": 1, "verdicts": verdicts}]})
+    return example.replace("}]}", "}, ...]}")

@@ -102,7 +102,7 @@ def _is_judged(run: Run) -> bool:
 
 def _judged_row(entry: Ranked) -> Html:
     shares: list[Callable[[Run], float | None]] = [
-        lambda run: run.at_the_end("rubric/reward_mean"),
+        lambda run: run.last_mean("rubric/reward_mean"),
         lambda run: mean(run.column("rubric/auc")),
         lambda run: mean(run.column("rubric/tied_groups")),
         lambda run: mean(run.column("rubric/failed_share")),
@@ -152,7 +152,7 @@ def _page_of(entry: Ranked) -> Html:
 
 def ahead_section(entries: Sequence[Ranked]) -> Html | None:
     """How stale the rollouts were, and how many were kept; None where every arm is on-policy."""
-    ahead = coloured([entry for entry in entries if any(run.draws_ahead for run in entry.runs)])
+    ahead = coloured([entry for entry in entries if any(run.is_near_policy for run in entry.runs)])
     if not ahead:
         return None
     charts = {
@@ -211,7 +211,7 @@ def _ahead_row(entry: Ranked) -> Html:
     amounts: list[Callable[[Run], float | None]] = [
         lambda run: mean(run.column("staleness/mean")),
         lambda run: mean(run.column("staleness/kl")),
-        lambda run: run.at_the_end("staleness/kl"),
+        lambda run: run.last_mean("staleness/kl"),
         lambda run: max(
             (value for value in run.column("staleness/kl") if value is not None), default=None
         ),

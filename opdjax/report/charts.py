@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from opdjax.config.validation import MissingExtraError
 from opdjax.report.markup import Html, number, tag
 from opdjax.report.measures import smoothing_window
 from opdjax.runs.results import is_number
@@ -140,7 +141,9 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError("opdjax report needs matplotlib: pip install 'opdjax[report]'") from error
+        raise MissingExtraError(
+            "opdjax report needs matplotlib: pip install 'opdjax[report]'"
+        ) from error
 
 
 def smooth(values: Sequence[float | None], window: int) -> np.ndarray:

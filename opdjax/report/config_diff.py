@@ -21,7 +21,8 @@ from opdjax.report.markup import (
     tag,
 )
 from opdjax.report.ranking import Ranked, label
-from opdjax.runs.results import Run, is_number, seed_interval
+from opdjax.runs.results import Run, is_number
+from opdjax.runs.statistics import seed_interval
 
 _ARMS = 3  # named one by one
 

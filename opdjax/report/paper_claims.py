@@ -1,5 +1,5 @@
-"""Paper tables beside the runs of a sweep: every claim in one line, then a card a table with the
-paper's numbers and ours.
+"""The papers' part of a sweep's page: a line per claim, then a card per table with the paper's
+numbers and ours.
 """
 
 from __future__ import annotations
@@ -23,35 +23,37 @@ from opdjax.report.markup import (
     tag,
 )
 from opdjax.report.papers.compare import Comparison, compare
-from opdjax.report.papers.printing import asked_of
+from opdjax.report.papers.printing import claimed_of, has_part, marks_of, row_note
 from opdjax.report.papers.registry import PAPER_TABLES
 from opdjax.report.papers.tables import MARKS, PaperColumn, PaperTable, Row
 from opdjax.report.papers.verdicts import Cell, Verdict
+from opdjax.report.table import seed_of
 from opdjax.runs.results import Point
 from opdjax.runs.workdir import WorkdirError
 
-# Each with a sign and a word, so that colour is never all that tells them apart.
+Found = dict[str, Comparison | WorkdirError]  # by table; an error if its runs do not compare
+
+# A sign and a word each, so that a verdict is readable without its colour.
 _STATUS = {"reproduced": "✓", "contradicted": "✗", "inconclusive": "?", "not run": "–"}
 _MEANING = {
-    "reproduced": "all of the 95 % interval of the paired difference is on the claim's side",
-    "contradicted": "all of it is on the other side",
-    "inconclusive": "it reaches over both sides: more seeds, or a larger difference, would be needed",
-    "not run": "the rows that it compares have no finished runs with a seed in common here",
+    "reproduced": "the whole 95 % interval of the paired difference is on the claim's side",
+    "contradicted": "the whole interval is on the other side",
+    "inconclusive": "the interval covers both sides: it needs more seeds or a larger difference",
+    "not run": "the compared rows have no finished runs with a common seed here",
 }
 
 
-def compared(
-    points: Sequence[Point], only: str | None = None
-) -> dict[str, Comparison | WorkdirError]:
-    """The tables that have points here; in place of one whose runs do not compare, why they do not.
+def compared(points: Sequence[Point], only: str | None = None) -> Found:
+    """The tables that have points here, by name.
 
-    ConfigError where `only` is no table, WorkdirError where it has no point here.
+    ConfigError if `only` is no table, WorkdirError if it has no point here.
     """
     if only is not None and only not in PAPER_TABLES:
         raise ConfigError(
-            f"--paper {only!r} is no table of a paper; {nearest(only, PAPER_TABLES)}; opdjax table --papers lists them"
+            f"--paper {only!r} is no table of a paper; {nearest(only, PAPER_TABLES)}; opdjax table "
+            "--papers lists them"
         )
-    found: dict[str, Comparison | WorkdirError] = {}
+    found: Found = {}
     for name, paper_table in PAPER_TABLES.items():
         if only in (None, name):
             try:
@@ -62,7 +64,8 @@ def compared(
                 found |= {name: made} if made.is_run else {}
     if only is not None and not found:
         raise WorkdirError(
-            f"--paper {only}: the sweep has no point of this table; expected points with labels such as {_labels(only)}"
+            f"--paper {only}: the sweep has no point of this table; expected points with labels "
+            f"such as {_labels(only)}"
         )
     return found
 
@@ -75,7 +78,7 @@ def _labels(name: str) -> str:
 
 
 def of_table(points: Sequence[Point], name: str) -> list[Point]:
-    """The points of a table's rows and columns."""
+    """The points that belong to cells of a table."""
     rows, columns = PAPER_TABLES[name].rows, PAPER_TABLES[name].columns
     wanted = [
         {**row.labels, **column.labels}
@@ -91,10 +94,8 @@ def of_table(points: Sequence[Point], name: str) -> list[Point]:
     ]
 
 
-def paper_sections(
-    found: dict[str, Comparison | WorkdirError], *, is_narrowed: bool = False
-) -> list[Html | None]:
-    """The overview of all claims and the cards; nothing where no table has a point here."""
+def paper_sections(found: Found, *, is_narrowed: bool = False) -> list[Html]:
+    """The overview of all claims and a card per table; empty if no table has a point here."""
     if not found:
         return []
     cards = [
@@ -102,44 +103,30 @@ def paper_sections(
         for name, each in found.items()
     ]
     about = (
-        "What the paper measured, on its own models, beside what these runs measured, on theirs. Other models make other numbers: where "
-        "the scales differ no difference is taken, and it is the claims (who wins, by how much) that are compared."
+        "The paper's numbers, from its own models, and the numbers of these runs. Different models "
+        "have different scores: if the scales differ, no difference is taken, and only the claims "
+        "(which method wins, by how much) are compared."
     )
-    how = (
-        "In brackets: how sure the paper's number is, told in the notes. Ours: mean ± half a 95 % interval over n seeds. Drawn: the dot is "
-        "our mean difference, the bar its 95 % interval, the shade where the claim holds: all of the bar in the shade is seen, none of it "
-        "contradicted. A dotted bar across: one seed alone, which has no interval."
+    legend = (
+        "In brackets: the source of the paper's number, explained in the notes. Ours: mean ± half "
+        "a 95 % interval over n seeds. In a chart, the dot is our mean difference, the bar its "
+        "95 % interval, and the claim holds in the shaded area: a claim is reproduced if the whole "
+        "bar is in it and contradicted if none is. A dotted bar: one seed, which has no interval."
     )
     rest = [name for name in PAPER_TABLES if name not in found]
-    absent = (
-        tag("p", f"Tables without a point here: {', '.join(rest)}.", class_="quiet")
-        if rest and not is_narrowed
-        else None
-    )
-    return [
-        _overview(found),
-        section(
-            "papers",
-            "Paper tables",
-            tag("p", about, class_="quiet"),
-            tag("p", how, class_="quiet"),
-            *cards,
-            absent,
-        ),
-    ]
+    absent = None
+    if rest and not is_narrowed:
+        absent = tag("p", f"Tables without a point here: {', '.join(rest)}.", class_="quiet")
+    notes = (tag("p", text, class_="quiet") for text in (about, legend))
+    return [_overview(found), section("papers", "Paper tables", *notes, *cards, absent)]
 
 
 def _refused(name: str, error: WorkdirError) -> Html:
-    reason = join(
-        (
-            tag("p", f"{name}: its runs do not compare, so no number is shown."),
-            tag("pre", str(error)),
-        )
-    )
+    refusal = tag("p", f"{name}: its runs do not compare, so no number is shown.")
     return tag(
         "article",
         tag("h3", f"{name}: {PAPER_TABLES[name].title}"),
-        notice(reason, kind="warning"),
+        notice(join((refusal, tag("pre", str(error)))), kind="warning"),
         id=f"paper-{name}",
         class_="card",
     )
@@ -148,6 +135,7 @@ def _refused(name: str, error: WorkdirError) -> Html:
 # All claims
 
 
+<<<<<<< HEAD
 def _overview(found: dict[str, Comparison | WorkdirError]) -> Html:
     verdicts = [
         (each.table, verdict)
@@ -164,28 +152,33 @@ def _overview(found: dict[str, Comparison | WorkdirError]) -> Html:
         f"{count(len(verdicts), 'claim')} of {count(len(found), 'paper table')}: {told}.",
         class_="finding",
     )
+=======
+def _overview(found: Found) -> Html:
+    made = [each for each in found.values() if isinstance(each, Comparison)]
+    verdicts = [(each.table, verdict) for each in made for verdict in each.verdicts]
+    statuses = [verdict.status for _, verdict in verdicts]
+    counts = [f"{statuses.count(name)} {name}" for name in _STATUS if name in statuses]
+    claims, tables = count(len(verdicts), "claim"), count(len(found), "paper table")
+    lead = tag("p", f"{claims} of {tables}: {', '.join(counts)}.", class_="told")
+>>>>>>> house
     head = [
-        _text("verdict"),
-        _text("claim"),
-        _text("table"),
+        *map(_text, ("verdict", "claim", "table")),
         "difference over seeds",
         "pairs",
         _text("measured as"),
     ]
     rows = [_overview_row(table_, verdict) for table_, verdict in verdicts]
     caption = (
-        "Each claim is tested on pairs of runs with the same seed, by the 95 % interval (Student's t) of their difference. A verdict is of "
-        "these runs and models, not of the paper's."
+        "A claim is tested on pairs of runs with the same seed, by the 95 % interval (Student's t) "
+        "of their difference. A verdict applies to these runs and models, not to the paper's."
     )
+    meanings = {f"{_STATUS[name]} {name}": text for name, text in _MEANING.items()}
     return section(
         "claims",
         "Claims of the papers",
         lead,
         table(head, rows, caption=caption, class_="claims dense"),
-        details(
-            "What the verdicts mean",
-            definitions({f"{_STATUS[name]} {name}": text for name, text in _MEANING.items()}),
-        ),
+        details("Meaning of the verdicts", definitions(meanings)),
     )
 
 
@@ -203,18 +196,18 @@ def _overview_row(of: PaperTable, verdict: Verdict) -> Html:
 
 
 def chip(status: str) -> Html:
-    """A verdict by sign, word and colour."""
+    """A verdict as sign, word and colour."""
     return tag("span", f"{_STATUS[status]} {status}", class_=f"chip {status.replace(' ', '-')}")
 
 
 def _subject(verdict: Verdict) -> str:
-    """What is compared with what, in which column."""
+    """The compared rows and the column."""
     claim = verdict.claim
-    how = {
+    forms = {
         "ratio": f"{claim.left} / {claim.right}",
-        "gap": f"{claim.left}, as a share of the way from {claim.base} to {claim.right}",
+        "gap": f"{claim.left}, as a share of the gap from {claim.base} to {claim.right}",
     }
-    return f"{how.get(claim.kind, f'{claim.left} − {claim.right}')}: {verdict.column.label}"
+    return f"{forms.get(claim.kind, f'{claim.left} − {claim.right}')}: {verdict.column.label}"
 
 
 def _difference(verdict: Verdict) -> str:
@@ -233,18 +226,14 @@ def _digits(value: float) -> int:
 
 def _card(found: Comparison) -> Html:
     own = found.table
-    runs = (
-        None
-        if found.verdicts
-        else tag("p", "The paper makes no claim here that runs could test.", class_="quiet")
-    )
+    untested = tag("p", "The paper makes no claim here that runs could test.", class_="quiet")
     return tag(
         "article",
         tag("h3", f"{own.name}: {own.title}"),
-        tag("p", f"{own.paper}. The paper's setting: {own.settings}.", class_="quiet"),
+        tag("p", f"{own.paper}. The paper's settings: {own.settings}.", class_="quiet"),
         *(notice(f"{flag[:1].upper()}{flag[1:]}.") for flag in found.flags),
         _numbers(found),
-        _claims(found) if found.verdicts else runs,
+        _claims(found) if found.verdicts else untested,
         _notes(found),
         id=f"paper-{own.name}",
         class_="card",
@@ -252,34 +241,16 @@ def _card(found: Comparison) -> Html:
 
 
 def _numbers(found: Comparison) -> Html:
-    shown, hidden = _split(found)
+    """Columns with our numbers or with claims; the others on request."""
+    claimed = {claim.column for claim in found.table.claims}
+    columns = found.columns
+    shown = [c for c in columns if c.label in claimed or has_part(found, c, "ours")] or columns
+    hidden = [column for column in columns if column not in shown]
     rest = None
     if hidden:
-        rest = details(
-            f"{count(len(hidden), 'more column')} that the paper alone has",
-            _matrix(found, hidden),
-            class_="more",
-        )
+        summary = f"{count(len(hidden), 'more column')} with numbers of the paper only"
+        rest = details(summary, _matrix(found, hidden), class_="more")
     return join((_matrix(found, shown), rest))
-
-
-def _split(found: Comparison) -> tuple[list[PaperColumn], list[PaperColumn]]:
-    """Columns of ours and those that claims are of; the others."""
-    named = {claim.column for claim in found.table.claims}
-    shown = [
-        column for column in found.columns if column.label in named or _has(found, column, "ours")
-    ]
-    shown = shown or list(found.columns)
-    return shown, [column for column in found.columns if column not in shown]
-
-
-def _has(found: Comparison, column: PaperColumn, part: str) -> bool:
-    cells = [found.cells[row.label, column.label] for row in found.table.rows]
-    if part == "ours":
-        return any(cell.digest for cell in cells)
-    return any(
-        cell.paper if part == "paper" else cell.difference(column) is not None for cell in cells
-    )
 
 
 def _matrix(found: Comparison, columns: Sequence[PaperColumn]) -> Html:
@@ -287,31 +258,26 @@ def _matrix(found: Comparison, columns: Sequence[PaperColumn]) -> Html:
         (column, part)
         for column in columns
         for part in ("paper", "ours", "difference")
-        if _has(found, column, part)
+        if has_part(found, column, part)
     ]
     rows = found.table.rows
-    missing = {
-        row.label: _missing([found.cells[row.label, column.label] for column in columns])
-        for row in rows
-    }
-    notes = {row.label: row.note or ("" if row.labels else "not implemented here") for row in rows}
     extra = {
-        name: told for name, told in (("missing", missing), ("note", notes)) if any(told.values())
+        "missing": [
+            _missing([found.cells[row.label, column.label] for column in columns]) for row in rows
+        ],
+        "note": [row_note(row) for row in rows],
     }
-    head = [
-        _text("method"),
-        *(_heading(column, part) for column, part in parts),
-        *(_text(name) for name in extra),
-    ]
+    extra = {name: texts for name, texts in extra.items() if any(texts)}
+    head = [_text("method"), *(_heading(*part) for part in parts), *map(_text, extra)]
     lines = [
         table_row(
             [
                 row.label,
                 *(_cell(found, row, *part) for part in parts),
-                *(tag("td", told[row.label], class_="wrap text") for told in extra.values()),
+                *(tag("td", texts[at], class_="wrap text") for texts in extra.values()),
             ]
         )
-        for row in rows
+        for at, row in enumerate(rows)
     ]
     return table(head, lines, class_="dense")
 
@@ -347,23 +313,15 @@ def _ours(cell: Cell, column: PaperColumn) -> str:
 
 
 def _missing(cells: Sequence[Cell]) -> str:
-    ids = list(dict.fromkeys(id for cell in cells for id in cell.missing))
-    seeds = [
-        next((part.removeprefix("seed=") for part in id.split(",") if part.startswith("seed=")), id)
-        for id in ids
-    ]
-    return (
-        f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(dict.fromkeys(seeds))}"
-        if seeds
-        else ""
-    )
+    """The seeds of the cells' points that are not done."""
+    ids = (id for cell in cells for id in cell.missing)
+    seeds = list(dict.fromkeys(seed_of(id).removeprefix("seed=") for id in ids))
+    return f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(seeds)}" if seeds else ""
 
 
 def _claims(found: Comparison) -> Html:
     head = [
-        _text("verdict"),
-        _text("claim, and how it is tested"),
-        _text("our difference, drawn"),
+        *map(_text, ("verdict", "claim and test", "our difference")),
         "in numbers",
         "pairs",
     ]
@@ -385,22 +343,16 @@ def _claims(found: Comparison) -> Html:
 def _stated(verdict: Verdict) -> Html:
     claim = verdict.claim
     mark = tag("abbr", f"[{claim.mark}]", title=MARKS[claim.mark])
-    asked = asked_of(verdict).replace("-", "−")
-    return join(
-        (claim.text, " ", mark, tag("span", f"{_subject(verdict)}; asked: {asked}", class_="asked"))
-    )
+    claimed = claimed_of(verdict).replace("-", "−")
+    test = tag("span", f"{_subject(verdict)}; claimed: {claimed}", class_="asked")
+    return join((claim.text, " ", mark, test))
 
 
 def _notes(found: Comparison) -> Html:
-    cells = found.cells.values()
-    marks = {cell.paper.mark for cell in cells if cell.paper} | {
-        claim.mark for claim in found.table.claims
-    }
-    told = {f"[{mark}]": text for mark, text in MARKS.items() if mark in marks}
-    remarks = (
-        tag("ul", *(tag("li", note) for note in found.table.notes)) if found.table.notes else None
-    )
-    return details("Notes, and what the letters in brackets mean", remarks, definitions(told))
+    notes = found.table.notes
+    listed = tag("ul", *(tag("li", note) for note in notes)) if notes else None
+    marks = {f"[{mark}]": text for mark, text in marks_of(found).items()}
+    return details("Notes, and the letters in brackets", listed, definitions(marks))
 
 
 def _text(name: str) -> Html:

@@ -14,7 +14,8 @@ from opdjax.config.saved import upgrade
 from opdjax.report import measures
 from opdjax.report.charts import REST, SERIES
 from opdjax.report.markup import shown
-from opdjax.runs.results import Point, Run, SeedGroup, groups, is_number, read_run, seed_interval
+from opdjax.runs.results import Point, Run, SeedGroup, is_number, read_run, seed_groups
+from opdjax.runs.statistics import seed_interval
 
 Interval = tuple[float, float]  # mean over seeds, half width of its 95 % interval
 
@@ -27,7 +28,7 @@ class Ranked:
 
     group: SeedGroup
     runs: tuple[Run, ...]
-    settings: dict[str, str]  # the overrides that tell it from other groups, as they are shown
+    settings: dict[str, str]  # the overrides that tell it from other seed_groups, as they are shown
     slot: int = REST
     is_reference: bool = False  # measures the teacher itself among students: a ceiling, not an arm
 
@@ -45,10 +46,10 @@ def interval(values: Iterable[float | None]) -> Interval | None:
 
 
 def ranked(points: list[Point]) -> list[Ranked]:
-    """All groups, the best avg@k first, those without a finished run after them, and last what
+    """All seed_groups, the best avg@k first, those without a finished run after them, and last what
     measures the teacher itself.
     """
-    together = groups(points)
+    together = seed_groups(points)
     names = telling([group.overrides for group in together])
     found = [
         Ranked(

@@ -103,7 +103,7 @@ def _title(run: Run) -> str:
 
 def _header(run: Run, failure: dict[str, Any] | None, title: str) -> Html:
     recipe = measures.recipe_of(run)
-    schedule = run.config["near_policy"]["schedule"] if run.draws_ahead else None
+    schedule = run.config["near_policy"]["schedule"] if run.is_near_policy else None
     sentences = (
         _SCHEDULES[schedule] if schedule else _COMPLETIONS.get(measures.completions_from(run)),
         _TEACHER_NEEDS.get(measures.teacher_need(run)),
@@ -135,7 +135,7 @@ def outcome(run: Run) -> str:
         kl = [value for value in run.column("kl/student_teacher") if value is not None]
         if not kl:
             return f"{spent} of training, without an evaluation."
-        end = number(run.at_the_end("kl/student_teacher"))
+        end = number(run.last_mean("kl/student_teacher"))
         return (
             f"{spent} of training, without an evaluation; KL(student || teacher) was"
             f" {number(kl[0])} nats a token at first and {end} at the end."
@@ -173,7 +173,7 @@ def _warnings(run: Run) -> list[str]:
     if left_out:
         limit = f"data.max_prompt_length = {run.config['data']['max_prompt_length']} tokens"
         found.append(f"{count(left_out, 'prompt')} left out: longer than {limit}.")
-    cut = run.at_the_end("rollout/truncated_ratio")
+    cut = run.last_mean("rollout/truncated_ratio")
     if cut is not None and cut > 0.05:
         what = f"{cut:.0%} of completions were cut off at the length limit"
         found.append(f"At the end of training {what}.")

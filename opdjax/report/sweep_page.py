@@ -252,7 +252,7 @@ def _group_row(
     others = [
         _cell(entry.over_seeds(lambda run: run.gain), signed=True),
         _cell(entry.over_seeds(lambda run: run.median("grad/norm"))),
-        _cell(entry.over_seeds(lambda run: run.at_the_end("kl/student_teacher"))),
+        _cell(entry.over_seeds(lambda run: run.last_mean("kl/student_teacher"))),
         *(_cell(entry.over_seeds(read), digits=4) for read in ahead),
         _cell(entry.over_seeds(lambda run: run.seconds), digits=0),
     ]

@@ -7,7 +7,7 @@ import importlib.util
 import jax
 
 from opdjax.config.run import Config
-from opdjax.config.validation import ConfigError, require
+from opdjax.config.validation import ConfigError, MissingExtraError, require
 from opdjax.data.grading import require_grader
 from opdjax.data.prompt_rows import Prompt, require_field
 from opdjax.data.prompts import PromptSet
@@ -41,7 +41,7 @@ def _require_reward_data(config: Config, rows: list[Prompt]) -> None:
         if config.is_judged and importlib.util.find_spec(name) is None
     ]
     if missing:
-        raise ImportError(
+        raise MissingExtraError(
             f"judges are asked through {' and '.join(missing)}: pip install 'opdjax[judge]'"
         )
     if config.is_judged and config.rubrics.num_references and data.references is None:

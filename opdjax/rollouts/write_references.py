@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from opdjax.config import STUDENT, Config, DataConfig
-from opdjax.config.validation import require
+from opdjax.config.validation import MissingExtraError, require
 from opdjax.data.chat import load_tokenizer
 from opdjax.data.prompt_rows import Prompt, read_prompts
 from opdjax.data.prompts import PromptSet, collate, encode_prompts, messages_of
@@ -40,7 +40,7 @@ from opdjax.judge.replies import ApiError, ApiRequestError, ApiUnavailableError
 from opdjax.models.hf import fingerprint, load_params, open_checkpoint
 from opdjax.ops.sharding import make_mesh, to_host
 from opdjax.rollouts.setup import compute_dtype, num_ids, open_student, stop_ids, student_view
-from opdjax.runs.mirror import file_at_home
+from opdjax.runs.mirror import open_remote_file
 from opdjax.runs.object_store import is_remote
 from opdjax.runs.workdir import WorkdirError, append_lines, locked, read_lines
 from opdjax.types import PromptBatch
@@ -142,7 +142,7 @@ def _one_writer(references: str) -> Iterator[tuple[pathlib.Path, Callable[[], No
     with contextlib.ExitStack() as held:
         try:
             if is_remote(references):
-                path, keep = held.enter_context(file_at_home(references, "teach"))
+                path, keep = held.enter_context(open_remote_file(references, "teach"))
             else:
                 held.enter_context(locked(path.parent, f"teach-{path.name}"))
                 keep = lambda: None
@@ -315,7 +315,7 @@ def _api_asked(config: Config, path: pathlib.Path, _: Sequence[Pending]) -> Iter
         from opdjax.judge.cache import ReplyCache
         from opdjax.judge.client import ApiClient
     except ImportError as error:
-        raise ImportError(
+        raise MissingExtraError(
             f"teacher_api is asked through another package ({error}): pip install 'opdjax[judge]'"
         ) from error
     spending = path.with_name(f"{path.name}.spending.jsonl")

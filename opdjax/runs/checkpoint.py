@@ -1,4 +1,4 @@
-"""Training states on disk, by orbax. Everything of orbax that the project uses is in this file."""
+"""Training states on disk. The only module that uses orbax."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 
 class CheckpointShapeError(ValueError):
-    """The stored state does not have the shape of the run that wants to continue from it."""
+    """A stored state does not fit the model or optimizer of the run that resumes from it."""
 
 
 class UnreadableCheckpointError(ValueError):
@@ -23,7 +23,7 @@ class UnreadableCheckpointError(ValueError):
 
 
 class Checkpointer:
-    """Saves states asynchronously; keeps the newest `keep` and the best one by a metric."""
+    """Saves states asynchronously; keeps the newest `keep` and the one with the highest metric."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Checkpointer:
         best_metric: str,
         is_read_only: bool = False,
     ):
-        # Orbax reports every step of every save; what matters here surfaces as exceptions.
+        # Orbax logs every step of every save; failures surface as exceptions.
         logging.getLogger("absl").setLevel(logging.ERROR)
         self._best_metric = best_metric
         best = BestN(
@@ -44,7 +44,7 @@ class Checkpointer:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
             best_fn=lambda metrics: metrics[best_metric],
-            # A reader must leave alone what a run beside it is in the middle of writing.
+            # A reader must not remove what a running process is writing.
             cleanup_tmp_directories=not is_read_only,
             read_only=is_read_only,
             create=not is_read_only,
@@ -55,45 +55,44 @@ class Checkpointer:
 
     @property
     def latest_step(self) -> int | None:
-        """The newest complete checkpoint."""
+        """Step of the newest complete checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     @property
     def steps(self) -> list[int]:
-        """Every complete checkpoint, oldest first."""
+        """Steps of all complete checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
     @property
     def best_step(self) -> int | None:
-        """The checkpoint with the highest metric among those that were evaluated."""
+        """Step of the evaluated checkpoint with the highest metric; None if none was evaluated."""
         scored = {step: self._manager.metrics(step) for step in self.steps}
         scored = {step: metrics[self._best_metric] for step, metrics in scored.items() if metrics}
         return max(scored, key=scored.get) if scored else None
 
     def save(self, step: int, state: Any, evaluation: dict[str, float] | None = None) -> None:
-        """Start writing `state`; it may be donated as soon as this returns."""
+        """Start to write `state`, which may be donated as soon as this returns."""
         if jax.default_backend() == "cpu":
-            # On CPU the host copy that the writer takes would be a view of the very buffers that
-            # are donated next.
+            # On CPU the writer's host copy would be a view of the buffers that are donated next.
             state = jax.tree.map(jnp.copy, state)
         self._manager.save(step, args=ocp.args.StandardSave(state), metrics=evaluation)
 
     def restore(self, step: int, like: Any) -> Any:
-        """The state of that step, laid out as `like`; CheckpointShapeError where it is another
-        model's.
+        """The state of a step, with the shapes and shardings of `like`; CheckpointShapeError if it
+        belongs to another model or optimizer, UnreadableCheckpointError if it is damaged.
         """
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         self._check_params(step, target.params)
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(target))
         except ValueError as error:
-            reason = _first_line(error)
             raise CheckpointShapeError(
-                f"checkpoint {step} is damaged, or of a run with another optimizer: {reason}; {self._advice(step)}"
+                f"checkpoint {step} is damaged, or from a run with another optimizer: "
+                f"{_first_line(error)}; {self._advice(step)}"
             ) from error
 
     def _check_params(self, step: int, wanted: Any) -> None:
-        """Name every parameter whose shape differs; orbax itself would name none."""
+        """CheckpointShapeError that lists every mismatched parameter; orbax itself names none."""
         try:
             stored = flatten_dict(self._manager.item_metadata(step).tree["params"], sep=".")
         except (ValueError, OSError, KeyError, AttributeError) as error:
@@ -102,27 +101,31 @@ class Checkpointer:
             ) from error
         wanted = flatten_dict(wanted, sep=".")
         problems = [f"{name} is missing" for name in wanted.keys() - stored.keys()]
-        problems += [f"{name} is not of this model" for name in stored.keys() - wanted.keys()]
+        problems += [f"{name} is not in this model" for name in stored.keys() - wanted.keys()]
         for name in stored.keys() & wanted.keys():
             if tuple(stored[name].shape) != wanted[name].shape:
                 problems.append(
-                    f"{name} has shape {tuple(stored[name].shape)}, this model's is {wanted[name].shape}"
+                    f"{name} has shape {tuple(stored[name].shape)}; this model needs "
+                    f"{wanted[name].shape}"
                 )
         if problems:
             raise CheckpointShapeError(
-                f"checkpoint {step} holds another model:\n  " + "\n  ".join(sorted(problems))
+                f"checkpoint {step} is from another model:\n  " + "\n  ".join(sorted(problems))
             )
 
     def _advice(self, step: int) -> str:
         earlier = [other for other in self.steps if other != step]
-        return f"delete {self._manager.directory / str(step)} to use another one (there are {earlier}), or start in a new work directory"
+        return (
+            f"delete {self._manager.directory / str(step)} to use another one (there are "
+            f"{earlier}), or start in a new work directory"
+        )
 
     def wait(self) -> None:
-        """Return once everything saved so far is on disk."""
+        """Wait until all saved states are on disk."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Finish what is being written and let go of the directory."""
+        """Finish pending writes and close the directory."""
         self._manager.close()
 
 

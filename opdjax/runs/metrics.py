@@ -1,6 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl always, TensorBoard on request, and a line that a person
-can watch.
-"""
+"""Writes a run's metrics: metrics.jsonl, TensorBoard on request, progress on the terminal."""
 
 from __future__ import annotations
 
@@ -13,6 +11,7 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from opdjax.config.validation import MissingExtraError
 from opdjax.runs.workdir import append_lines, cut_lines
 from opdjax.types import Metrics
 
@@ -20,7 +19,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class MetricWriter:
-    """Appends `{"step": n, ...}` rows to metrics.jsonl; rows after `last_step` are cut away first."""
+    """Appends `{"step": n, ...}` rows to metrics.jsonl, after dropping rows beyond `last_step`."""
 
     def __init__(self, workdir: pathlib.Path, *, last_step: int, tensorboard: bool):
         self._file = workdir / "metrics.jsonl"
@@ -28,21 +27,16 @@ class MetricWriter:
         self._events = _event_writer(workdir, last_step) if tensorboard else None
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """One row a step."""
-        # JSON has no NaN: a step whose loss was not finite shows null.
-        append_lines(
-            self._file,
-            [
-                {"step": step}
-                | {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-            ],
-        )
+        """Write the row of one step."""
+        # JSON has no NaN: values that are not finite become null.
+        row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        append_lines(self._file, [{"step": step} | row])
         if self._events is not None:
             for name, value in metrics.items():
                 self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Finish the event files."""
+        """Close the TensorBoard files."""
         if self._events is not None:
             self._events.close()
 
@@ -51,15 +45,15 @@ def _event_writer(workdir: pathlib.Path, last_step: int):
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
-        raise ImportError(
+        raise MissingExtraError(
             "log.tensorboard needs tensorboardX: pip install 'opdjax[tensorboard]'"
         ) from error
     return SummaryWriter(str(workdir), purge_step=last_step + 1)
 
 
 class Timer:
-    """Seconds by named phase of a step, as `time/NAME`; `spans`: when each began (seconds since the
-    epoch), and how long it took.
+    """Seconds per named phase of a step, as `time/NAME`. `spans` lists the start (seconds since the
+    epoch) and duration of each phase.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
@@ -67,7 +61,7 @@ class Timer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count what runs inside towards `name`."""
+        """Add the duration of the block to `name`."""
         began, start = time.time(), self._clock()
         yield
         seconds = self._clock() - start
@@ -75,7 +69,7 @@ class Timer:
         self.spans.append({"what": name, "start": began, "seconds": seconds})
 
     def take(self) -> Metrics:
-        """The phases since the last call, and their sum."""
+        """Seconds of the phases since the last call, and their sum as `time/step`."""
         spent, self._spent, self.spans = self._spent, {}, []
         return {f"time/{name}": seconds for name, seconds in spent.items()} | {
             "time/step": sum(spent.values())
@@ -83,21 +77,21 @@ class Timer:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a plain line every ten seconds."""
+    """A progress bar on a terminal; elsewhere a line every ten seconds."""
 
     def __init__(self, first: int, total: int, stream=sys.stderr):
         self._total, self._stream, self._last_line = total, stream, 0.0
-        self._timed_from: tuple[float, int] | None = (
-            None  # the first step compiles and would spoil the estimate
-        )
+        # Set after the first step, which compiles and would distort the estimate.
+        self._timed_from: tuple[float, int] | None = None
         self._bar = (
             tqdm(initial=first, total=total, unit="step", file=stream) if stream.isatty() else None
         )
 
     def show(self, step: int, metrics: Metrics) -> None:
-        """Report the step just done."""
+        """Show the metrics of a finished step."""
         kl = f"KL {metrics['kl/student_teacher']:.4f}  " if "kl/student_teacher" in metrics else ""
-        text = f"loss {metrics['loss/objective']:.4f}  {kl}{metrics['perf/tokens_per_second']:.0f} tokens/s"
+        speed = f"{metrics['perf/tokens_per_second']:.0f} tokens/s"
+        text = f"loss {metrics['loss/objective']:.4f}  {kl}{speed}"
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(1)
@@ -105,11 +99,8 @@ class Progress:
         now = time.perf_counter()
         if now - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._total:
             self._last_line = now
-            print(
-                f"step {step}/{self._total}  {text}{self._time_left(now, step)}",
-                file=self._stream,
-                flush=True,
-            )
+            line = f"step {step}/{self._total}  {text}{self._time_left(now, step)}"
+            print(line, file=self._stream, flush=True)
         self._timed_from = self._timed_from or (now, step)
 
     def _time_left(self, now: float, step: int) -> str:
@@ -119,6 +110,6 @@ class Progress:
         return f"  {(now - start) / (step - first) * (self._total - step):.0f} s left"
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Close the progress bar."""
         if self._bar is not None:
             self._bar.close()

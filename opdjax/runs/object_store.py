@@ -1,9 +1,9 @@
-"""What lies behind a URL such as gs://bucket/run, by fsspec: objects read, written whole, created
-exclusively, copied to and fro. No jax.
+"""Objects behind a URL such as gs://bucket/run, by fsspec: read, written whole, created
+exclusively, copied from and to local files. No jax.
 
-A file that was fetched or sent carries the tag of its object (generation, where there is one) as
-its time of modification: whether the two are still the same is seen from a listing and a stat,
-without a register that could go wrong.
+A file that was downloaded or uploaded carries the tag of its object (the generation, where there is
+one) as its modification time. So a listing and a stat show whether the two are still the same,
+without an index that could become wrong.
 """
 
 from __future__ import annotations
@@ -21,27 +21,30 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-_SCHEMES = ("gs", "memory")  # the latter lives and dies with a process
-_AT_A_TIME = 8  # objects on their way
+from opdjax.config.validation import MissingExtraError
+
+_SCHEMES = ("gs", "memory")  # memory: objects of one process, for tests
+_CONCURRENCY = 8  # objects transferred at a time
 _SQLITE = (".sqlite", ".sqlite3", ".db")
 Wanted = Callable[[str], bool]
 
 
 class RemoteError(OSError):
-    """The storage behind a URL could not be had, or does not hold what it should."""
+    """The storage behind a URL could not be reached, or lacks what was expected there."""
 
 
 def is_remote(path: str | os.PathLike) -> bool:
-    """Whether it is a URL, also as pathlib spells one (gs:/bucket)."""
+    """Whether it is a URL, also in pathlib's spelling (gs:/bucket)."""
     return re.match(r"[a-z][a-z0-9]+:/", str(path)) is not None
 
 
 def url_of(path: str | os.PathLike) -> str:
-    """The URL as it should be spelled; RemoteError where no storage of its kind is known."""
+    """The URL in its proper spelling; RemoteError for a scheme other than gs://."""
     scheme, rest = re.fullmatch(r"([a-z][a-z0-9]+):/+(.*)", str(path), re.DOTALL).groups()
     if scheme not in _SCHEMES:
         raise RemoteError(
-            f"{scheme}://{rest} is no place to read or write; expected a local path or gs://BUCKET/NAME"
+            f"{scheme}://{rest} cannot be read or written; expected a local path or "
+            "gs://BUCKET/NAME"
         )
     if not rest.strip("/"):
         raise RemoteError(f"{scheme}:// names no bucket; expected gs://BUCKET/NAME")
@@ -49,52 +52,51 @@ def url_of(path: str | os.PathLike) -> str:
 
 
 def scratch_root() -> pathlib.Path:
-    """Where local copies of what is remote live: $OPDJAX_SCRATCH, or in the user's cache."""
-    default = (
-        pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "opdjax"
-    )
-    return pathlib.Path(os.environ.get("OPDJAX_SCRATCH") or default)
+    """Directory of all local copies: $OPDJAX_SCRATCH, or opdjax in the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(os.environ.get("OPDJAX_SCRATCH") or pathlib.Path(cache) / "opdjax")
 
 
 def scratch_of(url: str, kind: str) -> pathlib.Path:
-    """The local place of a URL, the same in every process of this machine."""
+    """Local path for a URL, the same in every process of this machine."""
     readable = re.sub(r"[^A-Za-z0-9._=,-]+", "-", url.partition("://")[2])[-60:].strip("-")
     return scratch_root() / kind / f"{readable}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
 
 
 class Folder:
-    """The objects below a URL; names are relative to it."""
+    """The objects below a URL; names are relative to it. Every method raises RemoteError if the
+    storage cannot be reached.
+    """
 
     def __init__(self, url: str | os.PathLike):
         self.url = url_of(url)
         self._files = _file_system(self.url.partition("://")[0])
         self._root = self.url if self.url.startswith("gs:") else self.url.partition(":/")[2]
 
-    def below(self, name: str) -> Folder:
-        """A folder in this one."""
+    def subfolder(self, name: str) -> Folder:
+        """The folder of that name in this one."""
         return Folder(f"{self.url}/{name}")
 
     def read(self, name: str) -> bytes | None:
-        """What the object holds; None where there is none."""
-        with self._told():
+        """Content of an object; None if there is none."""
+        with self._errors():
             try:
                 return self._files.cat_file(f"{self._root}/{name}")
             except FileNotFoundError:
                 return None
 
     def write(self, name: str, data: bytes) -> None:
-        """Put an object in the place of what is there; readers see the old one or the new one."""
-        with self._told(), self._bucket_expected():
+        """Create or replace an object; readers see the old content or the new one."""
+        with self._errors(), self._missing_bucket():
             self._files.pipe_file(f"{self._root}/{name}", data)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Put an object where none is; False where there is one. Of all who try at once, one
-        succeeds.
+        """Create an object; False if it exists. Of several concurrent calls one succeeds.
 
-        `data` must differ from what anybody else would write: a request whose answer was lost on
-        the way is told by it.
+        `data` must differ from what any other process would write: it shows that a request whose
+        response was lost was our own.
         """
-        with self._told(), self._bucket_expected():
+        with self._errors(), self._missing_bucket():
             try:
                 self._files.pipe_file(f"{self._root}/{name}", data, mode="create")
             except FileExistsError:
@@ -102,177 +104,172 @@ class Folder:
             return True
 
     def remove(self, name: str) -> None:
-        """Take an object away, if there is one."""
-        with self._told(), contextlib.suppress(FileNotFoundError):
+        """Remove an object if it exists."""
+        with self._errors(), contextlib.suppress(FileNotFoundError):
             self._files.rm_file(f"{self._root}/{name}")
 
     def tag(self, name: str = "") -> str | None:
-        """What tells this state of an object from every other one; None where there is no object."""
-        with self._told():
+        """A text that identifies this version of an object; None if there is no object."""
+        with self._errors():
             try:
-                found = self._files.info(f"{self._root}/{name}".rstrip("/"))
+                info = self._files.info(f"{self._root}/{name}".rstrip("/"))
             except FileNotFoundError:
                 return None
-            return _tag(found) if found["type"] == "file" else None
+            return _tag(info) if info["type"] == "file" else None
 
     def files(self) -> dict[str, str]:
-        """Every object, however deep: name -> tag."""
-        with self._told():
-            found = self._files.find(self._root, detail=True)
+        """All objects, at any depth: name -> tag."""
+        with self._errors():
+            listed = self._files.find(self._root, detail=True)
         return {
-            self._name(path): _tag(about)
-            for path, about in found.items()
-            if about["type"] == "file" and not path.endswith("/")
+            self._name(path): _tag(info)
+            for path, info in listed.items()
+            if info["type"] == "file" and not path.endswith("/")
         }
 
     def entries(self) -> tuple[dict[str, str], list[str]]:
-        """The objects that lie right here, name -> tag, and the folders."""
-        with self._told():
+        """The objects directly in this folder, name -> tag, and the names of its subfolders."""
+        with self._errors():
             try:
-                found = self._files.ls(self._root, detail=True)
+                listed = self._files.ls(self._root, detail=True)
             except FileNotFoundError:
                 return {}, []
-        here = {self._name(about["name"]): about for about in found}
-        files = {
-            name: _tag(about) for name, about in here.items() if name and about["type"] == "file"
-        }
-        return files, sorted(
-            name for name, about in here.items() if name and about["type"] == "directory"
-        )
+        here = {self._name(info["name"]): info for info in listed}
+        here.pop("", None)
+        files = {name: _tag(info) for name, info in here.items() if info["type"] == "file"}
+        return files, sorted(name for name, info in here.items() if info["type"] == "directory")
 
-    def fetch(self, name: str, file: pathlib.Path, tag: str) -> None:
-        """Copy an object to a file, which is there whole or not at all; nothing to do where it is
-        still the same.
-        """
-        if _stands_for(file, tag):
+    def download_file(self, name: str, file: pathlib.Path, tag: str) -> None:
+        """Copy an object to a file, whole or not at all; does nothing if the file is up to date."""
+        if _is_current(file, tag):
             return
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}.partial")
         try:
-            with self._told():
+            with self._errors():
                 self._files.get_file(f"{self._root}/{name}".rstrip("/"), str(partial))
             os.utime(partial, ns=(_stamp(tag), _stamp(tag)))
             partial.replace(file)
-            for log in (
-                ("-wal", "-shm") if file.suffix in _SQLITE else ()
-            ):  # of what was there before
-                file.with_name(file.name + log).unlink(missing_ok=True)
+            if file.suffix in _SQLITE:  # the logs of the replaced database
+                for log in ("-wal", "-shm"):
+                    file.with_name(file.name + log).unlink(missing_ok=True)
         finally:
             partial.unlink(missing_ok=True)
 
-    def send(self, file: pathlib.Path, name: str) -> None:
+    def upload_file(self, file: pathlib.Path, name: str) -> None:
         """Copy a file to an object."""
         before = file.stat().st_mtime_ns
-        with _still(file) as still, self._told(), self._bucket_expected():
-            self._files.put_file(str(still), f"{self._root}/{name}")
+        with _snapshot(file) as snapshot, self._errors(), self._missing_bucket():
+            self._files.put_file(str(snapshot), f"{self._root}/{name}")
         tag = self.tag(name)
-        if (
-            tag is not None and file.stat().st_mtime_ns == before
-        ):  # else it was written to on the way, and is sent again next time
+        # A file that was written to during the upload keeps its time, so it is uploaded again.
+        if tag is not None and file.stat().st_mtime_ns == before:
             os.utime(file, ns=(_stamp(tag), _stamp(tag)))
 
-    def _send_if_there(self, file: pathlib.Path, name: str) -> None:
-        try:
-            self.send(file, name)
-        except (
-            FileNotFoundError
-        ):  # the run goes on: another thread has just put a file of another name in its place
-            if file.exists():
-                raise
-
-    def bring(self, directory: pathlib.Path, wanted: Wanted = lambda name: True) -> set[str]:
-        """Make a directory hold just what is here, as far as it is wanted; returns the names."""
-        found = {name: tag for name, tag in self.files().items() if wanted(name)}
-        for name in _local_names(directory, wanted) - found.keys():
+    def download(self, directory: pathlib.Path, wanted: Wanted = lambda name: True) -> set[str]:
+        """Make the wanted files of a directory equal to the objects here; returns their names."""
+        stored = {name: tag for name, tag in self.files().items() if wanted(name)}
+        for name in _local_names(directory, wanted) - stored.keys():
             (directory / name).unlink(missing_ok=True)
-        each(lambda item: self.fetch(item[0], directory / item[0], item[1]), found.items())
-        return set(found)
+        in_parallel(
+            lambda item: self.download_file(item[0], directory / item[0], item[1]), stored.items()
+        )
+        return set(stored)
 
-    def keep(
+    def upload(
         self, directory: pathlib.Path, known: set[str], wanted: Wanted = lambda name: True
     ) -> set[str]:
-        """Bring up what a directory holds, as far as it is wanted, and remove what it no longer
-        does; returns the names.
+        """Upload the wanted files of a directory and remove objects whose file is gone; returns the
+        names of the files.
 
-        `known`: the names that the last `bring` or `keep` returned. What others have put here since
-        is left alone.
+        `known`: the names that the last `download` or `upload` returned. Objects that other
+        processes have written since are left alone.
         """
-        there = {name: tag for name, tag in self.files().items() if wanted(name)}
-        here = _local_names(directory, wanted)
-        # Files of one directory go up in the order of their writing, which their generations then
-        # keep: of two that stand for the same thing, as a writer leaves them that is killed, the
-        # later one counts.
-        written: dict[str, list[str]] = {}
-        for name in sorted(here, key=lambda name: _written_at(directory / name)):
-            if name not in there or not _stands_for(directory / name, there[name]):
-                written.setdefault(name.rpartition("/")[0], []).append(name)
-        each(
-            lambda names: [self._send_if_there(directory / name, name) for name in names],
-            written.values(),
+        stored = {name: tag for name, tag in self.files().items() if wanted(name)}
+        local = _local_names(directory, wanted)
+        # Files of one directory are uploaded in the order in which they were written, and their
+        # generations keep it: if a killed writer left two versions of one thing, the later counts.
+        changed: dict[str, list[str]] = {}
+        for name in sorted(local, key=lambda name: _mtime(directory / name)):
+            if name not in stored or not _is_current(directory / name, stored[name]):
+                changed.setdefault(name.rpartition("/")[0], []).append(name)
+        in_parallel(
+            lambda names: [self._upload_if_present(directory / name, name) for name in names],
+            changed.values(),
         )
-        each(self.remove, sorted(known & there.keys() - here))
-        return here
+        in_parallel(self.remove, sorted(known & stored.keys() - local))
+        return local
+
+    def _upload_if_present(self, file: pathlib.Path, name: str) -> None:
+        try:
+            self.upload_file(file, name)
+        except FileNotFoundError:  # another thread of the run has just renamed or removed it
+            if file.exists():
+                raise
 
     def _name(self, path: str) -> str:
         return path.removeprefix(self._root.partition("://")[2] or self._root).strip("/")
 
     @contextlib.contextmanager
-    def _bucket_expected(self) -> Iterator[None]:
+    def _missing_bucket(self) -> Iterator[None]:
+        """Turn the service's 404 response to a write into a RemoteError."""
         try:
             yield
         except FileNotFoundError as error:
-            if str(error).startswith("http"):  # the service's answer, and not a local file
+            if str(error).startswith("http"):  # the service's response, not a missing local file
                 raise RemoteError(
-                    f"{self.url} cannot be written: there is no such bucket; expected one that has been made"
+                    f"{self.url} cannot be written: there is no such bucket; create it first"
                 ) from error
             raise
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """Whatever the libraries raise for a service that fails, as one error that says where."""
+    def _errors(self) -> Iterator[None]:
+        """Turn the errors of the storage libraries into a RemoteError that names the URL."""
         try:
             yield
         except (FileNotFoundError, FileExistsError, RemoteError):
             raise
-        except _failures() as error:
+        except _library_errors() as error:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise RemoteError(
-                f"{self.url} could not be reached: {reason}; check the bucket's name, the network and the credentials"
+                f"{self.url} could not be reached: {reason}; check the bucket's name, the network "
+                "and the credentials"
             ) from error
 
 
 def local_copy(path: str | os.PathLike, wanted: Wanted = lambda name: True) -> pathlib.Path:
-    """The path itself, or of a URL its copy on this machine, brought up to date: a file, or a
-    directory with what is wanted of it.
+    """A local path unchanged, or the updated local copy of a URL: a file, or a directory with its
+    wanted files. RemoteError if there is nothing at the URL.
     """
     if not is_remote(path):
         return pathlib.Path(path)
     folder = Folder(path)
-    place, tag = scratch_of(folder.url, "copies") / folder.url.rpartition("/")[2], folder.tag()
+    copy, tag = scratch_of(folder.url, "copies") / folder.url.rpartition("/")[2], folder.tag()
     if tag is not None:
-        folder.fetch("", place, tag)
-        return place
-    folder.bring(place, wanted)
-    if not any(file.is_file() for file in place.rglob("*")):
+        folder.download_file("", copy, tag)
+        return copy
+    folder.download(copy, wanted)
+    if not any(file.is_file() for file in copy.rglob("*")):
         raise RemoteError(
             f"there is nothing at {folder.url}; expected an object, or a folder of objects"
         )
-    return place
+    return copy
 
 
 @contextlib.contextmanager
-def written(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Where a file or a directory is to be written: the path itself, or of a URL a place here, sent
-    with what lies beside it at the end.
+def open_output(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Where to write a file or a directory: a local path itself, or for a URL a temporary path that
+    is uploaded at the end, with all files beside it.
     """
     if not is_remote(path):
         yield pathlib.Path(path)
         return
     parent, _, name = url_of(path).rpartition("/")
-    with tempfile.TemporaryDirectory() as scratch:
-        yield pathlib.Path(scratch) / name
-        made = sorted(_local_names(pathlib.Path(scratch), lambda name: True))
-        each(lambda name: Folder(parent).send(pathlib.Path(scratch) / name, name), made)
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = pathlib.Path(temporary)
+        yield scratch / name
+        folder, names = Folder(parent), sorted(_local_names(scratch, lambda name: True))
+        in_parallel(lambda name: folder.upload_file(scratch / name, name), names)
 
 
 @functools.cache
@@ -280,47 +277,43 @@ def _file_system(scheme: str) -> Any:
     try:
         import fsspec
 
-        # What others write must be seen.
+        # No cache of listings: writes of other processes must be seen.
         return fsspec.filesystem(scheme, use_listings_cache=False)
     except ImportError as error:
-        raise ImportError(f"{scheme}:// needs gcsfs: pip install 'opdjax[gcs]'") from error
+        raise MissingExtraError(f"{scheme}:// needs gcsfs: pip install 'opdjax[gcs]'") from error
 
 
 @functools.cache
-def _failures() -> tuple[type[BaseException], ...]:
-    """What gcsfs lets through of its own libraries."""
-    found: list[type[BaseException]] = [OSError, ValueError, TimeoutError, RuntimeError]
+def _library_errors() -> tuple[type[BaseException], ...]:
+    """What gcsfs and its libraries raise."""
+    errors: list[type[BaseException]] = [OSError, ValueError, TimeoutError, RuntimeError]
     with contextlib.suppress(ImportError):
         import aiohttp
         import google.auth.exceptions
         from gcsfs.retry import ChecksumError, HttpError
 
-        found += [
-            aiohttp.ClientError,
-            google.auth.exceptions.GoogleAuthError,
-            ChecksumError,
-            HttpError,
-        ]
-    return tuple(found)
+        errors += [aiohttp.ClientError, google.auth.exceptions.GoogleAuthError]
+        errors += [ChecksumError, HttpError]
+    return tuple(errors)
 
 
-def _tag(about: dict[str, Any]) -> str:
-    """The generation, which grows with every object that is written (in memory, its time), and the
-    size.
-    """
-    generation, created = about.get("generation"), about.get("created")
-    return f"{generation or int(getattr(created, 'timestamp', lambda: created)() * 1e6)}-{about['size']}"
+def _tag(info: dict[str, Any]) -> str:
+    """`GENERATION-SIZE`; the generation grows with every write (of memory://: its time)."""
+    generation, created = info.get("generation"), info.get("created")
+    if not generation:
+        generation = int(getattr(created, "timestamp", lambda: created)() * 1e6)
+    return f"{generation}-{info['size']}"
 
 
 def _stamp(tag: str) -> int:
-    """Nanoseconds since the epoch, in January 1970: no file is written then, and a later object has
-    a later time.
+    """Modification time of the local copy, in nanoseconds since the epoch. It lies in January 1970,
+    when no file was written, and a later object has a later time.
     """
     return int(tag.partition("-")[0])
 
 
-def _stands_for(file: pathlib.Path, tag: str) -> bool:
-    if file.suffix in _SQLITE:  # its last rows may stand in the log beside it
+def _is_current(file: pathlib.Path, tag: str) -> bool:
+    if file.suffix in _SQLITE:  # its last rows may be in the log beside it
         return False
     try:
         found = file.stat()
@@ -329,7 +322,7 @@ def _stands_for(file: pathlib.Path, tag: str) -> bool:
     return (found.st_mtime_ns, found.st_size) == (_stamp(tag), int(tag.partition("-")[2]))
 
 
-def _written_at(file: pathlib.Path) -> int:
+def _mtime(file: pathlib.Path) -> int:
     try:
         return file.stat().st_mtime_ns
     except FileNotFoundError:
@@ -337,34 +330,30 @@ def _written_at(file: pathlib.Path) -> int:
 
 
 def _local_names(directory: pathlib.Path, wanted: Wanted) -> set[str]:
-    """Files of a directory that are whole: not locks, drafts and the side files of a database."""
-    found = (pathlib.Path(place, name) for place, _, files in os.walk(directory) for name in files)
+    """Complete files of a directory: no locks, no partial files, no logs of a database."""
+    found = (pathlib.Path(path, name) for path, _, files in os.walk(directory) for name in files)
     names = (str(file.relative_to(directory)) for file in found)
-    return {
-        name
-        for name in names
-        if wanted(name)
-        and not re.search(r"(^|/)\.lock|\.partial(-[^/]*)?$|-(wal|shm|journal)$", name)
-    }
+    incomplete = re.compile(r"(^|/)\.lock|\.partial(-[^/]*)?$|-(wal|shm|journal)$")
+    return {name for name in names if wanted(name) and not incomplete.search(name)}
 
 
 @contextlib.contextmanager
-def _still(file: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A file to copy from: of a database at work, a copy taken between two transactions."""
+def _snapshot(file: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A file to copy from; of a database in use, a copy made between two transactions."""
     if file.suffix not in _SQLITE:
         yield file
         return
     with tempfile.TemporaryDirectory() as scratch:
         copy = pathlib.Path(scratch) / file.name
         with (
-            contextlib.closing(sqlite3.connect(file)) as source,
+            contextlib.closing(sqlite3.connect(file)) as database,
             contextlib.closing(sqlite3.connect(copy)) as target,
         ):
-            source.backup(target)
+            database.backup(target)
         yield copy
 
 
-def each(action: Callable[[Any], None], items: Iterable[Any]) -> None:
-    """Do it with all of them, several at a time; storage answers slowly, and to many at once."""
-    with concurrent.futures.ThreadPoolExecutor(_AT_A_TIME) as pool:
+def in_parallel(action: Callable[[Any], None], items: Iterable[Any]) -> None:
+    """Call `action` for every item, several at a time: each request to the storage is slow."""
+    with concurrent.futures.ThreadPoolExecutor(_CONCURRENCY) as pool:
         list(pool.map(action, items))

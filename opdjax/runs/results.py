@@ -1,5 +1,5 @@
-"""Work directories read back, finished or not: one run, or a sweep with a directory a point. No
-jax: this runs anywhere.
+"""Reads work directories, of finished and unfinished runs and of sweeps (one directory per point).
+No jax: this runs on any machine.
 """
 
 from __future__ import annotations
@@ -12,15 +12,12 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from scipy.special import stdtrit
-
 from opdjax.config.saved import upgrade
 from opdjax.runs.statistics import benchmark_lines
 from opdjax.runs.workdir import WorkdirError, read_json, read_lines, read_run_config
 
 POINT, FAILURE, RESULT = "point.json", "failure.json", "result.json"
-# What a score can be plotted against: the name, and the per-step metric that adds up to it (None:
-# the step itself).
+# X-axes of plots: name, and the per-step metric whose sum it is (None: the step itself).
 AXES = {
     "steps": None,
     "generated tokens": "perf/generated_tokens",
@@ -32,7 +29,7 @@ AXES = {
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One work directory; `result` is None until the run is complete."""
+    """Content of one work directory; `result` is None until the run is complete."""
 
     workdir: pathlib.Path
     config: dict[str, Any]
@@ -44,8 +41,8 @@ class Run:
     result: dict[str, Any] | None
 
     def total_at(self, axis: str, step: int) -> float:
-        """Steps, tokens or seconds spent up to and including `step`; NaN where the run did not
-        record them.
+        """Steps, tokens or seconds up to and including `step`; NaN if the run did not record
+        them.
         """
         name = AXES[axis]
         if name is None:
@@ -58,81 +55,78 @@ class Run:
 
     @property
     def gain(self) -> float | None:
-        """avg@k after less before, on the same prompts."""
+        """avg@k after training minus before, on the same prompts."""
         return (self.result or {}).get("paired_difference", {}).get("avg@k")
 
     @property
     def seconds(self) -> float | None:
-        """Of training."""
+        """Duration of the training."""
         return (self.result or {}).get("seconds")
 
     @property
-    def draws_ahead(self) -> bool:
-        """Whether rollouts are drawn ahead of their update (near-policy)."""
+    def is_near_policy(self) -> bool:
+        """Whether rollouts are sampled ahead of their update."""
         return self.config.get("near_policy", {}).get("schedule", "none") != "none"
 
     @property
     def staleness(self) -> float | None:
-        """KL(student || behaviour) of what was trained on, nats a token, mean over the last ten
-        steps; None where on-policy.
+        """KL(student || behaviour) of the trained tokens, in nats per token, mean over the last ten
+        steps; None for an on-policy run.
         """
-        return self.at_the_end("staleness/kl") if self.draws_ahead else None
+        return self.last_mean("staleness/kl") if self.is_near_policy else None
 
     @property
     def keep_rate(self) -> float | None:
-        """Share of the samples that the filter kept, mean over all steps; None where there is no
-        filter.
-        """
-        is_filtered = (
-            self.draws_ahead and self.config["near_policy"].get("filter", "none") != "none"
-        )
+        """Share of the samples that the filter kept, mean over all steps; None without a filter."""
+        near_policy = self.config.get("near_policy", {})
+        is_filtered = self.is_near_policy and near_policy.get("filter", "none") != "none"
         return mean(self.column("filter/keep_rate")) if is_filtered else None
 
     def column(self, name: str) -> list[float | None]:
-        """A metric, one value a step; None where it was not finite or not written."""
+        """A metric, one value per step; None where it was not finite or not written."""
         return [row[name] if is_number(row.get(name)) else None for row in self.metrics]
 
     def median(self, name: str) -> float | None:
-        """Of a metric over all steps."""
+        """Median of a metric over all steps; None if it was never finite."""
         known = [value for value in self.column(name) if value is not None]
         return statistics.median(known) if known else None
 
-    def at_the_end(self, name: str) -> float | None:
-        """Mean of a metric over the last ten steps."""
+    def last_mean(self, name: str) -> float | None:
+        """Mean of a metric over the last ten steps; None if it was never finite there."""
         return mean(self.column(name)[-10:])
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number (JSON's null stands for one that is not)."""
+    """Whether it is a finite number; in JSON, null stands for one that is not finite."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """Of those that are known."""
+    """Mean of the finite values; None if there are none."""
     known = [value for value in values if is_number(value)]
     return statistics.fmean(known) if known else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """A stretch of time that the learner or the generator spent on one thing."""
+    """A period that the learner or the generator spent on one activity."""
 
     # learner: wait, pack, teacher, update, publish; generator: admit, generate, annotate, store
     what: str
     start: float  # seconds since the epoch
     seconds: float
     step: int
-    version: int  # updates of the weights that were drawn with
+    version: int  # updates of the weights that sampled
 
     @property
     def end(self) -> float:
-        """When it was over."""
+        """Seconds since the epoch."""
         return self.start + self.seconds
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One point of a sweep: what was asked for, and what has come of it."""
+    """One point of a sweep: its requested config and its state."""
 
     id: str
     workdir: pathlib.Path
@@ -142,32 +136,30 @@ class Point:
 
     @property
     def status(self) -> Literal["done", "failed", "begun", "waiting"]:
-        """See `status_of`."""
+        """As `status_of` returns it."""
         return status_of(self.workdir)
 
 
 @dataclasses.dataclass(frozen=True)
 class SeedGroup:
-    """The points of a sweep that differ in nothing but their seed."""
+    """The points of a sweep that differ only in their seed."""
 
     overrides: dict[str, Any]
     points: tuple[Point, ...]
 
     @property
     def done(self) -> tuple[Point, ...]:
-        """The points whose runs are complete."""
+        """Points whose runs are complete."""
         return tuple(point for point in self.points if point.status == "done")
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Ids of those that are not."""
+        """Ids of points whose runs are not complete."""
         return tuple(point.id for point in self.points if point.status != "done")
 
 
 def status_of(directory: pathlib.Path) -> Literal["done", "failed", "begun", "waiting"]:
-    """How far a point is; one that is `begun` is running or will be continued, and only its runner
-    knows which.
-    """
+    """State of a point. `begun`: it is running or was interrupted; only its runner knows which."""
     for name, status in ((RESULT, "done"), (FAILURE, "failed"), ("config.json", "begun")):
         if (directory / name).exists():
             return status
@@ -175,7 +167,7 @@ def status_of(directory: pathlib.Path) -> Literal["done", "failed", "begun", "wa
 
 
 def read_run(workdir: pathlib.Path) -> Run:
-    """Everything a work directory holds; WorkdirError where it is not one."""
+    """The run in a work directory; WorkdirError if there is none or a file is damaged."""
     found = read_run_config(workdir)
     result = workdir / RESULT
     return Run(
@@ -191,9 +183,12 @@ def read_run(workdir: pathlib.Path) -> Run:
 
 
 def read_result(workdir: pathlib.Path) -> dict[str, Any]:
-    """The final numbers of a run; WorkdirError where they are damaged."""
+    """The final numbers of a run; WorkdirError if the file is damaged."""
     file = workdir / RESULT
-    advice = "delete it, and opdjax train with this run's config writes it again from its last checkpoint"
+    advice = (
+        "delete it, and opdjax train with this run's config writes it again from its last "
+        "checkpoint"
+    )
     found = read_json(file, advice)
     scores = [found.get(name, {}) for name in ("eval_before", "eval_after", "paired_difference")]
     if "student" not in found or not all(isinstance(score, dict) for score in scores):
@@ -202,8 +197,8 @@ def read_result(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def read_timeline(workdir: pathlib.Path, who: Literal["learner", "generator"]) -> list[Span]:
-    """What one of the two spent its time on, by start; empty where it wrote nothing. WorkdirError
-    where a row is damaged.
+    """The activities of the learner or the generator, sorted by start; empty if none were recorded.
+    WorkdirError if a row is damaged.
     """
     file = workdir / f"timeline-{who}.jsonl"
     spans = []
@@ -212,68 +207,58 @@ def read_timeline(workdir: pathlib.Path, who: Literal["learner", "generator"]) -
         is_timed = (
             is_number(row.get("start")) and is_number(row.get("seconds")) and row["seconds"] >= 0
         )
-        if not (
-            isinstance(row.get("what"), str)
-            and is_timed
-            and all(isinstance(value, int) for value in counts)
-        ):
-            expected = "expected what, start, seconds (not below 0), step and version; the report alone reads this file, so it may be moved"
+        is_counted = all(isinstance(value, int) for value in counts)
+        if not (isinstance(row.get("what"), str) and is_timed and is_counted):
             raise WorkdirError(
-                f"{file}, row {number} is no span of time: {json.dumps(row)[:80]}; {expected}"
+                f"{file}, row {number} is no span of time: {json.dumps(row)[:80]}; expected what, "
+                "start, seconds (not below 0), step and version. Only the report reads this file, "
+                "so it may be moved"
             )
         spans.append(Span(row["what"], float(row["start"]), float(row["seconds"]), *counts))
     return sorted(spans, key=lambda span: span.start)
 
 
 def read_filters(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """What the filter decided of every batch of samples, in the order of their policies;
-    WorkdirError where a file is damaged.
+    """The filter's decisions on every batch of samples, sorted by policy version; WorkdirError if a
+    file is damaged.
     """
     files = workdir.glob("rollouts/*/filter-*.json")
     return sorted(map(_read_filter, files), key=lambda found: (found["version"], found["number"]))
 
 
 def _read_filter(file: pathlib.Path) -> dict[str, Any]:
-    advice = "remove it: it follows from the samples beside it"
+    advice = "delete it: it is computed from the samples beside it"
     found = read_json(file, advice)
-    counts = (
-        "version",
-        "number",
-        "num_samples",
-        "num_kept",
-        "num_degenerate",
-        "num_disconnected",
-        "num_unscored",
-    )
+    counts = ["version", "number", "num_samples", "num_kept"]
+    counts += ["num_degenerate", "num_disconnected", "num_unscored"]
     wrong = [name for name in counts if not isinstance(found.get(name), int)]
     wrong += [name for name in ("histogram", "examples") if not isinstance(found.get(name), dict)]
-    wrong += [name for name in ("filter",) if not isinstance(found.get(name), str)]
+    wrong += [] if isinstance(found.get("filter"), str) else ["filter"]
     if not wrong:
         edges, bars = found["histogram"].get("edges"), found["histogram"].get("counts")
-        if not (
-            isinstance(edges, list)
-            and isinstance(bars, list)
-            and (len(edges) == len(bars) + 1 or not bars)
-        ):
+        are_lists = isinstance(edges, list) and isinstance(bars, list)
+        if not (are_lists and (len(edges) == len(bars) + 1 or not bars)):
             wrong.append("histogram (one edge more than counts)")
     if wrong:
         raise WorkdirError(
-            f"{file} is not what a filter decided: {', '.join(wrong)} missing or of another kind; {advice}"
+            f"{file} is not the record of a filter: {', '.join(wrong)} missing or of a wrong type; "
+            f"{advice}"
         )
     return found
 
 
 def read_point(file: pathlib.Path) -> dict[str, Any]:
-    """What a point of a sweep was asked for; WorkdirError where its file is damaged."""
+    """The `id`, `overrides` and `config` of a point of a sweep; WorkdirError if the file is
+    damaged.
+    """
     advice = "delete it, and the command that made the sweep writes it again"
-    asked = read_json(file, advice)
-    if not isinstance(asked.get("id"), str) or not all(
-        isinstance(asked.get(name), dict) for name in ("overrides", "config")
-    ):
+    point = read_json(file, advice)
+    are_dicts = all(isinstance(point.get(name), dict) for name in ("overrides", "config"))
+    if not (isinstance(point.get("id"), str) and are_dicts):
         raise WorkdirError(
             f"{file} is not a point of a sweep: expected id, overrides and config; {advice}"
         )
-    return asked
+    return point
 
 
 def is_sweep(directory: pathlib.Path) -> bool:
@@ -282,31 +267,29 @@ def is_sweep(directory: pathlib.Path) -> bool:
 
 
 def read_points(directory: pathlib.Path) -> list[Point]:
-    """Every point that was ever asked for in this directory, by id."""
+    """All points in the directory of a sweep, sorted by id; WorkdirError if there are none."""
     points = []
     for file in sorted(directory.glob(f"*/{POINT}")):
-        asked, failure = read_point(file), file.with_name(FAILURE)
-        failed = (
-            read_json(failure, "delete it to have the point run again")
-            if failure.exists()
-            else None
-        )
-        points.append(Point(asked["id"], file.parent, asked["overrides"], asked["config"], failed))
+        found, path = read_point(file), file.with_name(FAILURE)
+        advice = "delete it, and the point runs again"
+        failure = read_json(path, advice) if path.exists() else None
+        point = Point(found["id"], file.parent, found["overrides"], found["config"], failure)
+        points.append(point)
     if not points:
         raise WorkdirError(
-            f"{directory} holds no points of a sweep; expected a directory given to opdjax sweep --workdir"
+            f"{directory} holds no points of a sweep; expected a directory given to opdjax sweep "
+            "--workdir"
         )
     return points
 
 
-def groups(points: Sequence[Point]) -> list[SeedGroup]:
-    """Points by config, the seed aside: two runs are averaged only where every other setting is the
-    same, and no run twice.
+def seed_groups(points: Sequence[Point]) -> list[SeedGroup]:
+    """Points grouped by their config without the seed, each seed once: runs are averaged only if
+    all other settings agree.
     """
     found: dict[str, list[Point]] = {}
     for point in points:
-        # As of today: points that were asked for before a field came are those that leave it as it
-        # is.
+        # Upgraded, so that a point written before a field existed equals one with its default.
         config = {name: value for name, value in upgrade(point.config).items() if name != "seed"}
         same = found.setdefault(json.dumps(config, sort_keys=True), [])
         if point.config["seed"] not in [other.config["seed"] for other in same]:
@@ -320,33 +303,8 @@ def groups(points: Sequence[Point]) -> list[SeedGroup]:
     ]
 
 
-def wilson_interval(hits: int, trials: int) -> tuple[float, float]:
-    """The 95 % interval of a share after so many independent trials (Wilson 1927); all of 0 to 1
-    where there was none.
-    """
-    if trials == 0:
-        return 0.0, 1.0
-    z, share = 1.959964, hits / trials
-    middle, half = (
-        share + z * z / (2 * trials),
-        z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)),
-    )
-    scale = 1 + z * z / trials
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
-
-
-def seed_interval(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, half width of its 95 % interval) over seeds, by Student's t; the half width of one
-    value alone is infinite.
-    """
-    if len(values) < 2:
-        return float(values[0]), math.inf
-    spread = statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values), float(stdtrit(len(values) - 1, 0.975)) * spread
-
-
 def result_table(result: dict[str, Any]) -> str:
-    """Before and after, as a person reads it."""
+    """The scores before and after training, as a printed table."""
     before, after, change = result["eval_before"], result["eval_after"], result["paired_difference"]
     k = before["k"]
     lines = [f"{'':32}{f'avg@{k}':>15}{f'pass@{k}':>15}{'greedy':>15}"]
@@ -369,7 +327,7 @@ def result_table(result: dict[str, Any]) -> str:
     lines.append(f"{'gain, paired by prompt':32}{gains['avg@k']:>15}{'':>15}{gains['greedy']:>15}")
     if "benchmarks" in after:
         lines += [
-            "after, by benchmark; mean: of them, each counting alike",
+            "after, by benchmark; mean: over benchmarks, equally weighted",
             *benchmark_lines(after["benchmarks"]),
         ]
     lines.append(

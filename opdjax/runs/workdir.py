@@ -1,4 +1,4 @@
-"""The work directory of a run: its config, its lock, and its append-only JSONL files."""
+"""A run's work directory: its config, its lock, and its append-only JSONL files."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from opdjax.config.api import TRANSPORT, ApiConfig
 from opdjax.config.saved import upgrade
 from opdjax.config.validation import differences, from_dict, to_dict
 
-# What a run would overwrite, or, in a directory of a sweep, stand among.
-_OF_A_RUN = (
+# A directory that holds one of these and no config.json is not empty: a run would overwrite it, or
+# mix with the points of a sweep.
+_RUN_FILES = (
     "checkpoints",
     "student",
     "metrics.jsonl",
@@ -32,9 +33,9 @@ _OF_A_RUN = (
 )
 
 
-# Fields that say how a run is computed: on which devices, how many rows at a time, by which
-# kernels, over which line.
-_HOW = (
+# Fields that say how a run is computed: devices, rows at a time, kernels, connections. They may
+# change when a run is resumed.
+_EXECUTION_FIELDS = (
     *(f"mesh.{name}" for name in ("data", "fsdp", "tensor", "processes")),
     *(
         f"{model}.{name}"
@@ -50,91 +51,94 @@ _HOW = (
 
 
 class WorkdirError(ValueError):
-    """The directory belongs to another run or to one that is still going on, or what it holds is
-    damaged.
-    """
+    """The work directory belongs to another run, is in use, or has damaged files."""
 
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path, role: str = "") -> Iterator[None]:
-    """Hold the directory for this process; two runs never write one directory, nor two processes
-    with the same other role.
+    """Lock the directory for this process; WorkdirError if another process with this role (default:
+    a run) holds it, or it cannot be written.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / (f".lock-{role}" if role else ".lock")).open("w")
     except OSError as error:
         raise WorkdirError(
-            f"--workdir {workdir} cannot be written: {error.strerror}; expected a directory, or the place of a new one"
+            f"--workdir {workdir} cannot be written: {error.strerror}; expected a directory, or a "
+            "path where one can be made"
         ) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            writer = role or "run"
             raise WorkdirError(
-                f"{workdir} is being written by another {writer}; wait for it or choose another --workdir"
+                f"{workdir} is being written by another {role or 'run'}; wait for it or choose "
+                "another --workdir"
             ) from error
         yield
 
 
 def claim(workdir: pathlib.Path, config: Config, facts: dict[str, Any]) -> None:
-    """Write `config.json`, or check that the one that is there describes the same run on the same
-    data.
+    """Write `config.json`, or check that the existing one describes the same run on the same data;
+    WorkdirError if not.
 
-    What says how the run is computed and not what (mesh, slots, micro-batches, environment) may
-    change: it is printed, and the run continues, but not bit for bit.
+    Settings that change only how the run is computed (mesh, slots, micro-batches, environment) may
+    differ: the difference is printed, and the run continues, but not bit for bit.
     """
     file = workdir / "config.json"
     new = {"config": to_dict(config), **facts}
     if not file.exists():
-        found = sorted(path.name for name in _OF_A_RUN for path in workdir.glob(name))
+        found = sorted(path.name for name in _RUN_FILES for path in workdir.glob(name))
         if found:
             raise WorkdirError(
-                f"{workdir} has no config.json, yet it holds {', '.join(found)}; expected a new directory or that of a run"
+                f"{workdir} has no config.json, yet it holds {', '.join(found)}; expected a new "
+                "directory or that of a run"
             )
         write_json(file, new)
         return
     old = read_run_config(workdir)
     described = [{"config": upgrade(run["config"]), "data": run["data"]} for run in (old, new)]
-    computed = [_take(run["config"], _HOW) for run in described]
+    execution = [_pop(run["config"], _EXECUTION_FIELDS) for run in described]
     changed = differences(*described)
     if changed:
         listed = "\n  ".join(changed)
         raise WorkdirError(
-            f"{workdir} holds a run of another config; choose another --workdir or undo (there -> now):\n  {listed}"
+            f"{workdir} holds a run of another config; choose another --workdir or undo (there -> "
+            f"now):\n  {listed}"
         )
-    for line in differences(*computed) + differences(
-        old["environment"], new["environment"], "environment."
-    ):
+    environments = differences(old["environment"], new["environment"], "environment.")
+    for line in differences(*execution) + environments:
         print(f"note: continuing under another {line}; results may differ in the last bits")
 
 
-def _take(config: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """Those fields, taken out of the config."""
+def _pop(config: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Remove these `section.field` entries from the config and return them."""
     return {name: config[name.split(".")[0]].pop(name.split(".")[1]) for name in names}
 
 
 def read_config(workdir: pathlib.Path) -> Config:
-    """The config that a work directory was made with."""
+    """The config of the run in a work directory."""
     return from_dict(Config, upgrade(read_run_config(workdir)["config"]))
 
 
 def read_run_config(workdir: pathlib.Path) -> dict[str, Any]:
-    """`config.json` as it stands: the config, the data digests and the environment."""
+    """The `config`, `data` (digests) and `environment` of `config.json`; WorkdirError if it is
+    missing or damaged.
+    """
     file = workdir / "config.json"
     if not file.exists():
         raise WorkdirError(f"{workdir} has no config.json; expected the work directory of a run")
     found = read_json(file, "put its original back or start in a new work directory")
     if not all(isinstance(found.get(name), dict) for name in ("config", "data", "environment")):
         raise WorkdirError(
-            f"{file} is not the config of a run (a model's, perhaps); expected a work directory made by opdjax train"
+            f"{file} is not the config of a run (a model's, perhaps); expected a work directory "
+            "made by opdjax train"
         )
     return found
 
 
 def environment(devices: list[str]) -> dict[str, Any]:
-    """What bit-identical continuation depends on."""
+    """Everything that bit-identical resuming depends on: versions, machine, devices, flags."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
     return {
         "opdjax": version("opdjax"),
@@ -149,7 +153,7 @@ def environment(devices: list[str]) -> dict[str, Any]:
 
 
 def num_cores() -> int:
-    """Cores that this process may run on."""
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
@@ -165,7 +169,7 @@ def _git_commit() -> str | None:
 
 
 def read_json(file: pathlib.Path, advice: str) -> dict[str, Any]:
-    """The object that a file holds; WorkdirError with the advice where it is damaged."""
+    """The JSON object in a file; WorkdirError with the advice if it is damaged."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -176,15 +180,17 @@ def read_json(file: pathlib.Path, advice: str) -> dict[str, Any]:
 
 
 def write_json(file: pathlib.Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    # Two runners may write one file at once: each has a draft of its own.
+    """Write a JSON file atomically."""
+    # Two processes may write one file at once, so each has its own temporary name.
     partial = file.with_name(f"{file.name}.{platform.node()}.{os.getpid()}.partial")
     partial.write_text(json.dumps(value, indent=2) + "\n")
     partial.replace(file)
 
 
 def read_lines(file: pathlib.Path) -> list[dict[str, Any]]:
-    """The complete rows of a JSONL file; a last line that was cut off in mid-write is ignored."""
+    """The complete rows of a JSONL file, without a last line whose write was interrupted;
+    WorkdirError if a row is damaged.
+    """
     if not file.exists():
         return []
     *lines, _unfinished = file.read_bytes().split(b"\n")
@@ -196,13 +202,14 @@ def _row(line: bytes, place: str) -> dict[str, Any]:
         if isinstance(row := json.loads(line), dict):
             return row
     raise WorkdirError(
-        f"{place} is damaged: {line[:60]!r}; expected a JSON object. Put it right or start in a new work directory"
+        f"{place} is damaged: {line[:60]!r}; expected a JSON object. Repair it or start in a new "
+        "work directory"
     )
 
 
 def append_lines(file: pathlib.Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows to a JSONL file and hand them to the system, in the place of a last line that was
-    cut off in mid-write.
+    """Append rows to a JSONL file and flush them; a last line whose write was interrupted is
+    replaced. OSError with advice if the disk is full.
     """
     try:
         with file.open("a+b") as out:
@@ -210,17 +217,14 @@ def append_lines(file: pathlib.Path, rows: list[dict[str, Any]]) -> None:
             if end < out.seek(0, os.SEEK_END):
                 out.truncate(end)
             out.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-    except OSError as error:  # of a full disk python would not say where
-        advice = (
-            "; make room and run the same command again"
-            if not isinstance(error, FileNotFoundError)
-            else ""
-        )
+    except OSError as error:  # Python's error for a full disk does not name the file
+        is_missing = isinstance(error, FileNotFoundError)
+        advice = "" if is_missing else "; make room and run the same command again"
         raise OSError(error.errno, f"{error.strerror}{advice}", str(file)) from error
 
 
 def _end_of_rows(file: BinaryIO) -> int:
-    """Where the last complete line ends."""
+    """Offset of the end of the last complete line."""
     end = file.seek(0, os.SEEK_END)
     while end:
         start = max(end - 4096, 0)
@@ -233,7 +237,7 @@ def _end_of_rows(file: BinaryIO) -> int:
 
 
 def cut_lines(file: pathlib.Path, last_step: int) -> None:
-    """Drop the rows after `last_step`: the run continues from that step's checkpoint and will write
+    """Drop the rows after `last_step`: a run that resumes from the checkpoint of that step writes
     them again.
     """
     if file.exists():

@@ -18,8 +18,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
-from opdjax.runs.lease import Lease, Watch, holder_of, seconds_of_leases, take
-from opdjax.runs.object_store import Folder, RemoteError, each, is_remote, scratch_root
+from opdjax.runs.lease import ExpiryWatch, Lease, holder_of, lease_seconds, try_acquire
+from opdjax.runs.object_store import Folder, RemoteError, in_parallel, is_remote, scratch_root
 from opdjax.runs.results import FAILURE, POINT, RESULT, status_of
 from opdjax.runs.workdir import WorkdirError, read_lines
 
@@ -198,7 +198,7 @@ class _RemoteClaim:
     def __init__(self, place: _RemotePlace, id: str, lease: Lease):
         self._place, self._id, self._lease, self._pid = place, id, lease, None
         self.number, self.is_lost, self._log_sent = lease.number, False, time.monotonic()
-        self.environment = lease.hand_on()
+        self.environment = lease.child_environment()
         lease.start(self._lose, lambda: self._pid is not None)
 
     def _lose(self) -> None:
@@ -208,7 +208,7 @@ class _RemoteClaim:
                 os.killpg(self._pid, signal.SIGKILL)
 
     def started(self, pid: int) -> None:
-        self._lease.hand_on(pid)
+        self._lease.add_process(pid)
         self._pid = pid
         if self.is_lost:
             self._lose()
@@ -236,10 +236,10 @@ class _RemotePlace:
             scratch_root() / "compiled",
         )
         self.held: set[str] = set()
-        self._watches: dict[str, Watch] = {}
+        self._watches: dict[str, ExpiryWatch] = {}
         self._looked: dict[str, float] = {}
         self._refreshed = -float("inf")
-        self._pause = seconds_of_leases() / 6
+        self._pause = lease_seconds() / 6
 
     def workdir(self, id: str) -> str:
         return f"{self.folder.url}/{id}"
@@ -247,14 +247,14 @@ class _RemotePlace:
     def refresh(self, ids: Iterable[str], is_urgent: bool = False) -> None:
         if not is_urgent and time.monotonic() - self._refreshed < self._pause:
             return
-        each(
+        in_parallel(
             self._refresh,
             [id for id in ids if id not in self.held and status_of(self.directory / id) != "done"],
         )
         self._refreshed = time.monotonic()
 
     def _refresh(self, id: str) -> None:
-        folder, directory = self.folder.below(id), self.directory / id
+        folder, directory = self.folder.subfolder(id), self.directory / id
         found = {name: tag for name, tag in folder.entries()[0].items() if name in _TOLD}
         for name in set(_TOLD) - found.keys():
             (directory / name).unlink(missing_ok=True)
@@ -262,22 +262,22 @@ class _RemotePlace:
             with contextlib.suppress(
                 FileNotFoundError
             ):  # another runner has just begun to try a failure again
-                folder.fetch(name, directory / name, tag)
+                folder.download_file(name, directory / name, tag)
 
     def publish(self, *files: pathlib.Path) -> None:
         def tell(file: pathlib.Path) -> None:
             name = str(file.relative_to(self.directory))
             if file.exists():
-                self.folder.send(file, name)
+                self.folder.upload_file(file, name)
             else:
                 self.folder.remove(name)
 
-        each(tell, files)
+        in_parallel(tell, files)
 
     def claim(self, id: str) -> Claim | None:
         if time.monotonic() - self._looked.get(id, -float("inf")) < self._pause:
             return None
-        lease = take(self.folder.below(id), self._watches.setdefault(id, Watch()))
+        lease = try_acquire(self.folder.subfolder(id), self._watches.setdefault(id, ExpiryWatch()))
         self._looked[id] = time.monotonic()
         if lease is None:
             return None
@@ -291,7 +291,7 @@ class _RemotePlace:
         found: dict[str, Beat] = {}
 
         def look(id: str) -> None:
-            holder = holder_of(self.folder.below(id))
+            holder = holder_of(self.folder.subfolder(id))
             if holder is not None and not holder.is_released and not holder.is_dead:
                 age = time.time() - holder.about["time"]
                 found[id] = Beat(
@@ -301,9 +301,9 @@ class _RemotePlace:
                     holder.about.get("step"),
                 )
 
-        each(look, ids)
+        in_parallel(look, ids)
         return found
 
     def step(self, id: str) -> int:
-        holder = holder_of(self.folder.below(id))
+        holder = holder_of(self.folder.subfolder(id))
         return (holder.about.get("step") if holder else None) or 0

@@ -220,7 +220,7 @@ DATA = {
     "a web address": (
         "RemoteError",
         lambda p: p.train("--data.source", "https://x.y/z.jsonl"),
-        "https://x.y/z.jsonl is no place to read or write; expected a local path or gs://BUCKET/NAME",
+        "https://x.y/z.jsonl cannot be read or written; expected a local path or gs://BUCKET/NAME",
     ),
     "a table of another kind": (
         "DataError",
@@ -800,7 +800,7 @@ WORKDIRS = {
     "a bucket": (
         "RemoteError",
         lambda p: ["train", p.experiment, "--workdir", "s3://bucket/run"],
-        "s3://bucket/run is no place to read or write; expected a local path or gs://BUCKET/NAME",
+        "s3://bucket/run cannot be read or written; expected a local path or gs://BUCKET/NAME",
     ),
     "a lost evaluation": (
         "WorkdirError",
@@ -812,7 +812,7 @@ WORKDIRS = {
         "WorkdirError",
         lambda p: p.resume("metrics.jsonl", b"\xff{\n"),
         "metrics.jsonl, line 1 is damaged",
-        "expected a JSON object. Put it right",
+        "expected a JSON object. Repair it",
     ),
     "lost checkpoints": (
         "WorkdirError",
@@ -844,7 +844,7 @@ WORKDIRS = {
     "export to a bucket": (
         "RemoteError",
         lambda p: ["export", p.run(), "s3://b/x"],
-        "s3://b/x is no place to read or write",
+        "s3://b/x cannot be read or written",
     ),
     "export of an unknown step": (
         "ConfigError",

@@ -24,6 +24,7 @@ from chat_server import (
 
 from opdjax.config.api import ApiConfig, EndpointConfig
 from opdjax.judge import client as client_module
+from opdjax.judge.chat_completions import retry_after
 from opdjax.judge.client import ApiClient
 from opdjax.judge.replies import (
     ApiRefusedError,
@@ -190,13 +191,13 @@ def test_pauses_grow_to_a_limit_and_differ(monkeypatch):
     ],
 )
 def test_what_retry_after_says(header, seconds):
-    assert client_module._retry_after({"retry-after": header}) == seconds
+    assert retry_after({"retry-after": header}) == seconds
 
 
 @pytest.mark.parametrize("zone", ["GMT", "-0000"])
 def test_retry_after_as_a_date(zone):
     date = email.utils.formatdate(time.time() + 30).replace("-0000", zone)
-    assert 27 < client_module._retry_after({"retry-after": date}) <= 30
+    assert 27 < retry_after({"retry-after": date}) <= 30
 
 
 @pytest.mark.parametrize("status", [429, 503])
@@ -291,7 +292,7 @@ def test_less_structure_where_the_server_knows_no_more(known, settled, asked_for
     assert (usage.calls, usage.retries) == (2, 0)
     assert (
         capfd.readouterr().err
-        == f"the judge's server takes no json_schema output; going on with {settled}\n"
+        == f"the judge's server does not support json_schema output; using {settled}\n"
     )
 
 

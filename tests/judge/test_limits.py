@@ -23,7 +23,7 @@ def test_a_budget_serves_by_turns_and_lends_what_is_more_than_a_second(monkeypat
         budget = RateLimiter(600, lambda: clock[0])  # 10 a second
 
         async def one(name, units):
-            await budget.take(units)
+            await budget.acquire(units)
             served.append((name, round(clock[0], 1)))
 
         takers = [
@@ -43,8 +43,8 @@ def test_a_budget_serves_by_turns_and_lends_what_is_more_than_a_second(monkeypat
 def test_what_is_given_back_is_there_for_whoever_waits():
     async def scenario():
         budget = RateLimiter(60)  # one a second
-        await budget.take(600)
-        waiting = asyncio.create_task(budget.take(1))
+        await budget.acquire(600)
+        waiting = asyncio.create_task(budget.acquire(1))
         await asyncio.sleep(0.01)
         budget.give_back(600)
         await waiting  # and not for ten minutes

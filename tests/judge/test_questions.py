@@ -239,7 +239,7 @@ def test_an_unknown_role_is_named():
         )
     )
     assert type(found) is ValueError
-    assert "nobody is the b" in str(found)
+    assert "no endpoint has the role b" in str(found)
     assert "b.base_url" in str(found)
 
 

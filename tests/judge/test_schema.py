@@ -61,7 +61,7 @@ def test_the_two_lying_totals_and_the_worked_example_of_the_paper():
             verdicts((1, list(marks)), final_score=declared, total=declared), 1, 4, False
         )
         assert read.repairs == ("unknown_keys",)
-        assert score(criteria(5, 4, 2, 1), read.found[0]) == pytest.approx(expected, abs=1e-12)
+        assert score(criteria(5, 4, 2, 1), read.values[0]) == pytest.approx(expected, abs=1e-12)
     assert score(criteria(5, 5, 4, 5, 3), (1, 0, 1, 1, 1)) == pytest.approx(17 / 22, abs=1e-12)
     assert score(criteria(5, 5, 4, 5, 3), (1, 0, 0, 0, 0)) == pytest.approx(5 / 22, abs=1e-12)
 
@@ -154,7 +154,7 @@ def test_verdicts_are_mapped_by_index_whatever_their_order():
     read = parse_verdicts(
         verdicts((3, [True, True]), (1, [False, True]), (2, [True, False])), 3, 2, False
     )
-    assert read.found == {0: (0, 1), 1: (1, 0), 2: (1, 1)}
+    assert read.values == {0: (0, 1), 1: (1, 0), 2: (1, 1)}
     assert not read.problems
 
 
@@ -168,7 +168,7 @@ def test_an_answer_that_is_wrong_missing_or_there_twice_loses_only_itself():
         (5, [1, 0]),
     ]
     read = parse_verdicts(verdicts(*rows), 5, 2, False)
-    assert read.found == {0: (1, 0)}
+    assert read.values == {0: (1, 0)}
     assert {
         place: text for place, text in read.problems.items() if "once" in text or "missing" in text
     } == {
@@ -182,14 +182,14 @@ def test_an_answer_that_is_wrong_missing_or_there_twice_loses_only_itself():
 
 def test_grades_are_whole_numbers_up_to_two():
     read = parse_verdicts(verdicts((1, [0, 2]), (2, [3, 0]), (3, [True, False])), 3, 2, True)
-    assert read.found == {0: (0, 2)}
+    assert read.values == {0: (0, 2)}
     assert set(read.problems) == {1, 2}
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, 2, "1", None, True, 10**400])
 def test_a_score_outside_its_range_is_no_score(value):
     read = parse_scores(json.dumps({"answers": [{"answer_index": 1, "score": value}]}), 1)
-    assert read.found == {}
+    assert read.values == {}
     assert set(read.problems) == {0}
 
 
@@ -197,7 +197,7 @@ def test_plain_scores():
     read = parse_scores(
         '{"answers": [{"answer_index": 2, "score": 1}, {"answer_index": 1, "score": 0.25}]}', 2
     )
-    assert read.found == {0: 0.25, 1: 1.0}
+    assert read.values == {0: 0.25, 1: 1.0}
 
 
 # Whatever a judge writes
@@ -269,10 +269,10 @@ def check(text):
     for is_graded in (False, True):
         held = criteria(5, 1, grade="graded" if is_graded else "binary")
         read = read_or_refused(parse_verdicts, text, 2, 2, is_graded)
-        assert read is None or set(read.found) | set(read.problems) == {0, 1}
-        assert read is None or all(0 <= score(held, found) <= 1 for found in read.found.values())
+        assert read is None or set(read.values) | set(read.problems) == {0, 1}
+        assert read is None or all(0 <= score(held, found) <= 1 for found in read.values.values())
     read = read_or_refused(parse_scores, text, 2)
-    assert read is None or all(0 <= found <= 1 for found in read.found.values())
+    assert read is None or all(0 <= found <= 1 for found in read.values.values())
 
 
 REPLIES = st.text(max_size=200) | VALUES.map(lambda v: json.dumps(v)) | mutated()
@@ -302,7 +302,7 @@ def test_no_reward_comes_from_a_declared_total(marks, total):
     plain = parse_verdicts(verdicts((1, marks)), 1, 3, False)
     for name in ("total", "final_score", "weighted_score", "pass_rate", "score"):
         lying = parse_verdicts(verdicts((1, marks), **{name: total}), 1, 3, False)
-        assert lying.found == plain.found
+        assert lying.values == plain.values
 
 
 @pytest.mark.parametrize(

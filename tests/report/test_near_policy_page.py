@@ -12,7 +12,8 @@ from opdjax.config import Config, EstimatorConfig, NearPolicyConfig, TrainConfig
 from opdjax.report import near_policy, near_policy_charts, page, timeline, timeline_charts
 from opdjax.report.near_policy_charts import Histogram
 from opdjax.report.table import table
-from opdjax.runs.results import Span, read_filters, read_run, read_timeline, wilson_interval
+from opdjax.runs.results import Span, read_filters, read_run, read_timeline
+from opdjax.runs.statistics import wilson_interval
 from opdjax.runs.workdir import WorkdirError
 
 BEGIN = 1_800_000_000.0

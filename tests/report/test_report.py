@@ -16,7 +16,8 @@ from opdjax.config import Config, EstimatorConfig, OptimizerConfig
 from opdjax.config.validation import to_dict
 from opdjax.report import charts, markup, measures, page, ranking
 from opdjax.report.page import write_report
-from opdjax.runs.results import read_points, read_run, seed_interval
+from opdjax.runs.results import read_points, read_run
+from opdjax.runs.statistics import seed_interval
 from opdjax.runs.workdir import WorkdirError
 
 ENVIRONMENT = {"opdjax": "0.1.0", "commit": "c0ffee", "python": "3.11.7", "jax": "0.10.2"}

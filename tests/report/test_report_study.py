@@ -46,7 +46,8 @@ from opdjax.report.papers.verdicts import Verdict
 from opdjax.report.pareto import costs, front
 from opdjax.report.ranking import Ranked, label, ranked
 from opdjax.report.scatter import ticks
-from opdjax.runs.results import SeedGroup, read_points, read_run, seed_interval
+from opdjax.runs.results import SeedGroup, read_points, read_run
+from opdjax.runs.statistics import seed_interval
 from opdjax.runs.workdir import WorkdirError
 
 SCORES = {"opd": (0.50, 0.51, 0.52), "vopd": (0.55, 0.56, 0.565), "full_kl": (0.60, 0.61, 0.605)}
@@ -187,7 +188,7 @@ def test_runs_of_several_commits_and_single_seeds_are_told(tmp_path):
     described["environment"]["commit"] = "deadbeef"
     (directory / "config.json").write_text(json.dumps(described))
     page = read(tmp_path)
-    assert "Runs of several commits stand in this table: c0ffee, deadbeef." in page.all
+    assert "The runs of this table are of several commits: c0ffee, deadbeef." in page.all
     assert "0.500 ± ∞ (n = 1)" in page.all
     assert "without an interval: one seed" in page.source
 
@@ -200,7 +201,7 @@ def test_a_sweep_without_a_paper_has_no_such_section(tmp_path):
 
 def verdict(kind, difference, margin=0.0):
     return Verdict(
-        PaperClaim("c", kind, "a", "b", "x", margin), PaperColumn("x"), "reproduced", difference, 3
+        PaperClaim(kind, "c", "a", "b", "x", margin), PaperColumn("x"), "reproduced", difference, 3
     )
 
 

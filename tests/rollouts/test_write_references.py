@@ -190,7 +190,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
         ReferenceIndexError, match=r"data\.references, .*file/answers\.jsonl, cannot be written"
     ):
         teach(lesson(tmp_path / "file" / "answers.jsonl"))
-    with pytest.raises(RemoteError, match="s3://bucket/answers.jsonl is no place to read or write"):
+    with pytest.raises(RemoteError, match="s3://bucket/answers.jsonl cannot be read or written"):
         teach(lesson("s3://bucket/answers.jsonl"))
 
 

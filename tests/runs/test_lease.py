@@ -11,7 +11,15 @@ import time
 
 import pytest
 
-from opdjax.runs.lease import LOST, LeaseLostError, Watch, acquire, holder_of, inherited, take
+from opdjax.runs.lease import (
+    LOST,
+    ExpiryWatch,
+    LeaseLostError,
+    acquire,
+    holder_of,
+    inherit,
+    try_acquire,
+)
 from opdjax.runs.object_store import Folder
 from opdjax.runs.workdir import WorkdirError
 
@@ -57,7 +65,7 @@ def test_one_of_many_takers_wins(folder):
 
     def race():
         barrier.wait()
-        if (lease := take(folder, Watch())) is not None:
+        if (lease := try_acquire(folder, ExpiryWatch())) is not None:
             taken.append(lease)
 
     for number in (1, 2, 3):
@@ -78,7 +86,7 @@ def test_faults_on_the_way_make_neither_two_holders_nor_none(gcs):
 
         def race():
             barrier.wait()  # noqa: B023 (joined below)
-            taken.append(take(folder, Watch()))  # noqa: B023 (joined below)
+            taken.append(try_acquire(folder, ExpiryWatch()))  # noqa: B023 (joined below)
 
         threads = [threading.Thread(target=race) for _ in range(2)]
         for thread in threads:
@@ -93,20 +101,20 @@ def test_faults_on_the_way_make_neither_two_holders_nor_none(gcs):
 
 def test_a_holder_that_renews_is_let_alone_and_one_that_does_not_is_taken_over(folder, seconds):
     lease = acquire(folder)
-    watch = Watch()
+    watch = ExpiryWatch()
     until = time.monotonic() + 1.4 * seconds
     while time.monotonic() < until:
         lease.renew()
-        assert take(folder, watch) is None
+        assert try_acquire(folder, watch) is None
         time.sleep(0.1)
     lease.start(lambda: pytest.fail("lost"))
     with pytest.raises(WorkdirError, match="is being written by another run on"):
         acquire(folder)
     lease.stop()
-    watch = Watch()
-    assert take(folder, watch) is None
+    watch = ExpiryWatch()
+    assert try_acquire(folder, watch) is None
     time.sleep(seconds * 1.2)
-    second = take(folder, watch)
+    second = try_acquire(folder, watch)
     assert second.number == lease.number + 1
     with pytest.raises(
         LeaseLostError, match="was taken over by another process, or could have been"
@@ -116,7 +124,7 @@ def test_a_holder_that_renews_is_let_alone_and_one_that_does_not_is_taken_over(f
         lease.check()
     lease.release()  # of what is not ours: nothing
     second.renew()
-    assert sorted(folder.below(".lease").entries()[0]) == ["000002"]
+    assert sorted(folder.subfolder(".lease").entries()[0]) == ["000002"]
 
 
 def test_a_released_lease_is_free_at_once_and_numbers_only_grow(folder):
@@ -130,10 +138,10 @@ def test_a_released_lease_is_free_at_once_and_numbers_only_grow(folder):
 def test_a_dead_process_of_this_machine_need_not_be_waited_for(gcs):
     folder = Folder("gs://bucket/run")
     with holder(folder.url) as process:
-        assert take(folder, Watch()) is None
+        assert try_acquire(folder, ExpiryWatch()) is None
         process.kill()
         process.wait()
-    assert take(folder, Watch()).number == 2
+    assert try_acquire(folder, ExpiryWatch()).number == 2
 
 
 def test_a_process_of_another_machine_is_waited_for(gcs, seconds):
@@ -168,14 +176,14 @@ def test_a_holder_that_cannot_reach_the_storage_stops(gcs, seconds, capfd):
 
 def test_a_child_goes_on_with_what_its_parent_held(folder, monkeypatch, seconds):
     lease = acquire(folder)
-    for name, value in lease.hand_on().items():
+    for name, value in lease.child_environment().items():
         monkeypatch.setenv(name, value)
-    assert inherited(folder.below("elsewhere")) is None
-    child = inherited(folder)
+    assert inherit(folder.subfolder("elsewhere")) is None
+    child = inherit(folder)
     assert child.number == lease.number
-    child.note(step=3)
+    child.record_progress(step=3)
     child.renew()
     assert holder_of(folder).about["step"] == 3
     time.sleep(seconds * 1.2)
     with pytest.raises(LeaseLostError):  # nobody has renewed it: it may be another's by now
-        inherited(folder)
+        inherit(folder)

@@ -13,9 +13,9 @@ from opdjax.runs.object_store import (
     RemoteError,
     is_remote,
     local_copy,
+    open_output,
     scratch_of,
     url_of,
-    written,
 )
 
 
@@ -27,7 +27,7 @@ def test_what_is_a_url():
     assert url_of("gs:/bucket/a/") == "gs://bucket/a"
     with pytest.raises(
         RemoteError,
-        match="s3://b is no place to read or write; expected a local path or gs://BUCKET/NAME",
+        match="s3://b cannot be read or written; expected a local path or gs://BUCKET/NAME",
     ):
         url_of("s3:/b")
     with pytest.raises(RemoteError, match="names no bucket"):
@@ -46,7 +46,7 @@ def test_objects(folder):
     assert folder.read("a") is None
     folder.write("a", b"1")
     folder.write("b/c", b"2")
-    folder.below("b").write("d", b"3")
+    folder.subfolder("b").write("d", b"3")
     assert folder.read("b/d") == b"3"
     assert folder.create("e", b"4")
     assert not folder.create("e", b"5")
@@ -60,7 +60,7 @@ def test_objects(folder):
     folder.remove("a")
     folder.remove("a")
     assert folder.tag("a") is None
-    assert folder.below("nothing").entries() == ({}, [])
+    assert folder.subfolder("nothing").entries() == ({}, [])
 
 
 def test_a_directory_is_kept_and_brought_back(folder, tmp_path):
@@ -69,20 +69,20 @@ def test_a_directory_is_kept_and_brought_back(folder, tmp_path):
     (here / "rows.jsonl").write_text("1\n")
     (here / "deep" / "big").write_bytes(os.urandom(6 << 20))  # in several requests
     (here / ".lock").touch()
-    known = folder.keep(here, set())
+    known = folder.upload(here, set())
     assert sorted(folder.files()) == sorted(known) == ["deep/big", "rows.jsonl"]
-    folder.bring(there)
+    folder.download(there)
     assert (there / "deep" / "big").read_bytes() == (here / "deep" / "big").read_bytes()
     (here / "deep" / "big").unlink()
     with (here / "rows.jsonl").open("a") as rows:
         rows.write("2\n")
     folder.write("report.html", b"of somebody who looks on")
-    folder.keep(here, known)
+    folder.upload(here, known)
     assert sorted(folder.files()) == ["report.html", "rows.jsonl"]
     folder.remove("report.html")
     (there / "stray").touch()
     (there / "rows.jsonl").write_text("written here since\n")
-    folder.bring(there)
+    folder.download(there)
     assert {str(f.relative_to(there)): f.read_text() for f in there.rglob("*") if f.is_file()} == {
         "rows.jsonl": "1\n2\n"
     }
@@ -94,14 +94,14 @@ def test_the_later_of_two_files_stays_the_later_one(folder, tmp_path):
     for name in ("z-old", "b-new", "draft.partial-host-1"):
         (here / name).write_text(name)
         time.sleep(0.01)
-    folder.keep(here, set())
-    folder.bring(tmp_path / "there")
+    folder.upload(here, set())
+    folder.download(tmp_path / "there")
     for directory in (here, tmp_path / "there"):
         assert (directory / "z-old").stat().st_mtime_ns < (directory / "b-new").stat().st_mtime_ns
     assert sorted(folder.files()) == ["b-new", "z-old"]
     (here / "a-newest").write_text("")
-    folder.keep(here, set())
-    folder.bring(tmp_path / "there")
+    folder.upload(here, set())
+    folder.download(tmp_path / "there")
     assert (
         max((tmp_path / "there").iterdir(), key=lambda file: file.stat().st_mtime_ns).name
         == "a-newest"
@@ -112,11 +112,11 @@ def test_what_is_the_same_does_not_travel_again(gcs, tmp_path):
     folder = Folder("gs://bucket/x")
     for name in ("a", "b"):
         (tmp_path / name).write_text(name)
-    folder.keep(tmp_path, set())
-    folder.bring(tmp_path / "copy")
+    folder.upload(tmp_path, set())
+    folder.download(tmp_path / "copy")
     before = len(gcs.store.requests)
-    folder.keep(tmp_path, set(), lambda name: "copy" not in name)
-    folder.bring(tmp_path / "copy")
+    folder.upload(tmp_path, set(), lambda name: "copy" not in name)
+    folder.download(tmp_path / "copy")
     assert [request.split()[0] for request in gcs.store.requests[before:]] == [
         "GET",
         "GET",
@@ -131,8 +131,8 @@ def test_a_database_at_work_travels_whole(folder, tmp_path):
     at_work.execute("CREATE TABLE replies (key TEXT)")
     for count in (1, 2):
         at_work.execute("INSERT INTO replies VALUES ('k')")
-        folder.keep(here, set())
-        folder.bring(tmp_path / "there")
+        folder.upload(here, set())
+        folder.download(tmp_path / "there")
         found = (
             sqlite3.connect(tmp_path / "there" / "replies.sqlite")
             .execute("SELECT count(*) FROM replies")
@@ -147,8 +147,8 @@ def test_faults_are_ridden_out(gcs, tmp_path):
     gcs.store.fault_rate = 0.1
     for number in range(8):
         (tmp_path / str(number)).write_bytes(bytes([number]) * 1000)
-    folder.keep(tmp_path, set())
-    folder.bring(tmp_path / "copy")
+    folder.upload(tmp_path, set())
+    folder.download(tmp_path / "copy")
     assert [(tmp_path / "copy" / str(n)).read_bytes() for n in range(8)] == [
         bytes([n]) * 1000 for n in range(8)
     ]
@@ -168,7 +168,7 @@ def test_a_bucket_that_is_not_there_is_told(gcs, tmp_path):
     gcs.store.forbidden, gcs.store.refusal = "POST", 404
     for write in (
         lambda: Folder("gs://no/x").write("a", b""),
-        lambda: Folder("gs://no/x").keep(tmp_path, set()),
+        lambda: Folder("gs://no/x").upload(tmp_path, set()),
     ):
         with pytest.raises(
             RemoteError, match="gs://no/x cannot be written: there is no such bucket"
@@ -179,7 +179,7 @@ def test_a_bucket_that_is_not_there_is_told(gcs, tmp_path):
 def test_the_extra_that_is_missing_is_named():
     code = "import sys; sys.modules['gcsfs'] = None; from opdjax.runs.object_store import Folder; Folder('gs://b/x')"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "ImportError: gs:// needs gcsfs: pip install 'opdjax[gcs]'" in ran.stderr
+    assert "MissingExtraError: gs:// needs gcsfs: pip install 'opdjax[gcs]'" in ran.stderr
 
 
 def test_local_copies(gcs, tmp_path):
@@ -197,6 +197,6 @@ def test_local_copies(gcs, tmp_path):
         RemoteError, match="there is nothing at gs://bucket/none; expected an object, or a folder"
     ):
         local_copy("gs://bucket/none")
-    with written("gs://bucket/out/page.html") as page:
+    with open_output("gs://bucket/out/page.html") as page:
         page.write_text("x")
     assert Folder("gs://bucket/out").read("page.html") == b"x"

@@ -15,7 +15,7 @@ from opdjax.data.references import key_of, open_index
 from opdjax.data.sources import ColumnMap
 from opdjax.models.hf import open_checkpoint
 from opdjax.rollouts.near_policy.generator_process import annotate_all, generate_for
-from opdjax.runs.mirror import file_at_home
+from opdjax.runs.mirror import open_remote_file
 from opdjax.runs.object_store import Folder, RemoteError, scratch_root
 from opdjax.runs.workdir import WorkdirError, append_lines
 
@@ -37,7 +37,7 @@ def model(gcs):
     """A checkpoint on gs://, with something beside it that no loader needs."""
     folder = Folder("gs://bucket/models/student")
     for file in open_checkpoint(MINI_STUDENT, None).path.iterdir():
-        folder.send(_copy(file), file.name)
+        folder.upload_file(_copy(file), file.name)
     folder.write("huge.bin", b"not wanted")
     return folder.url
 
@@ -66,7 +66,7 @@ def test_prompts(gcs, tmp_path):
     import pyarrow as pa
 
     pyarrow.write_table(pa.Table.from_pylist([ROW, ROW]), tmp_path / "part.parquet")
-    Folder("gs://bucket/data/parts").send(tmp_path / "part.parquet", "a.parquet")
+    Folder("gs://bucket/data/parts").upload_file(tmp_path / "part.parquet", "a.parquet")
     assert len(list(read_prompts("parquet:gs://bucket/data/parts", ColumnMap()))) == 2
     with pytest.raises(RemoteError, match="there is nothing at gs://bucket/data/no.jsonl"):
         read_prompts("gs://bucket/data/no.jsonl", ColumnMap())
@@ -75,19 +75,19 @@ def test_prompts(gcs, tmp_path):
 def test_an_index_of_answers_has_one_writer_and_grows(gcs, monkeypatch):
     monkeypatch.setenv("OPDJAX_LEASE_SECONDS", "2")
     url = "gs://bucket/answers.jsonl"
-    with file_at_home(url, "teach") as (path, keep):
+    with open_remote_file(url, "teach") as (path, keep):
         open_index(path, {"model": "m"})
         keep()
         with (
             pytest.raises(WorkdirError, match="is being written by another run on"),
-            file_at_home(url, "teach"),
+            open_remote_file(url, "teach"),
         ):
             pass
         answer = {"draw": 0, "text": "2", "is_truncated": False}
         append_lines(path, [{"key": key_of("1+1="), "prompt": "1+1=", "answers": [answer]}])
         assert Folder("gs://bucket").read("answers.jsonl").count(b"\n") == 1
     shutil.rmtree(scratch_root())
-    with file_at_home(url, "teach") as (path, _):
+    with open_remote_file(url, "teach") as (path, _):
         assert open_index(path, {"model": "m"}).missing("1+1=", 2) == [1]
 
 

@@ -103,7 +103,5 @@ def test_two_processes_stop_together_and_go_on_from_the_bucket_alone(gcs, tmp_pa
     assert "continuing from step 1" in printed[0]
     assert holder_of(Folder(URL)).is_released
     train(mesh_config(tmp_path, MeshConfig(1), **SECTIONS), tmp_path / "one")
-    assert_same_run(
-        read_only_workdir(URL, lambda name: not name.startswith("checkpoints")).directory,
-        tmp_path / "one",
-    )
+    with read_only_workdir(URL, lambda name: not name.startswith("checkpoints")) as mirror:
+        assert_same_run(mirror.directory, tmp_path / "one")

@@ -97,7 +97,7 @@ def test_points_run_there_and_all_that_is_known_of_them_is_there(gcs):
     assert counts == {"points": 2, "done": 1, "failed": 1, "stopped": 0}
     folder = Folder(URL)
     assert {"point.json", "config.json", "result.json", "attempts.jsonl", "log.txt"} <= set(
-        folder.below("seed=0").entries()[0]
+        folder.subfolder("seed=0").entries()[0]
     )
     failure = json.loads(folder.read("student.path=nowhere/failure.json"))
     assert "'no/such/model/here' is no directory and no hub id" in failure["log_tail"][-1]
@@ -149,15 +149,15 @@ def slow_points(monkeypatch, tmp_path):
         "import json, os, sys, time\n"
         "if os.environ.get('FAIL'):\n"
         "    sys.exit('as it was told to')\n"
-        "from opdjax.runs.mirror import at_home\n"
+        "from opdjax.runs.mirror import open_workdir\n"
         "from opdjax.runs.workdir import write_json\n"
-        "with at_home(sys.argv[4]) as home:\n"
-        "    write_json(home.directory / 'config.json', {})\n"
+        "with open_workdir(sys.argv[4]) as mirror:\n"
+        "    write_json(mirror.directory / 'config.json', {})\n"
         "    for step in range(int(os.environ.get('WORK', 10))):\n"
-        "        home.note(step=step, num_steps=10)\n"
+        "        mirror.record_progress(step=step, num_steps=10)\n"
         "        time.sleep(0.1)\n"
-        "    write_json(home.directory / 'result.json', {'eval_after': {'avg@k': 0.5}, 'by': os.getpid()})\n"
-        "    home.finish()\n"
+        "    write_json(mirror.directory / 'result.json', {'eval_after': {'avg@k': 0.5}, 'by': os.getpid()})\n"
+        "    mirror.finish()\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'fake'}{os.pathsep}{ROOT}")
     made = points(TINY, product(vary("estimator.discount", (0.0, 1.0)), seeds(3)))
@@ -236,7 +236,7 @@ def test_a_child_that_sleeps_is_fenced_and_its_runner_goes_on(slow_points, monke
     first = start()
     until(lambda: attempts(made[0].id))
     child = attempts(made[0].id)[0]["pid"]
-    until(lambda: (holder_of(Folder(URL).below(made[0].id)).about.get("step") or 0) > 0)
+    until(lambda: (holder_of(Folder(URL).subfolder(made[0].id)).about.get("step") or 0) > 0)
     os.kill(child, signal.SIGSTOP)
     monkeypatch.setenv("WORK", "3")
     second = start()
@@ -268,11 +268,11 @@ def test_who_works_where_is_seen_from_elsewhere(slow_points, monkeypatch):
     runner = start()
     until(
         lambda: (
-            (holder_of(Folder(URL).below(made[0].id)) or runner) is not runner
+            (holder_of(Folder(URL).subfolder(made[0].id)) or runner) is not runner
             and attempts(made[0].id)
         )
     )
-    until(lambda: (holder_of(Folder(URL).below(made[0].id)).about.get("step") or 0) > 0)
+    until(lambda: (holder_of(Folder(URL).subfolder(made[0].id)).about.get("step") or 0) > 0)
 
     def line():
         with open_place(URL) as place:

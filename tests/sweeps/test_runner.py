@@ -239,7 +239,7 @@ def test_a_row_never_mixes_data(swept, tmp_path):
     (tmp_path / "seed=1" / "config.json").write_text(json.dumps(saved))
     with pytest.raises(
         WorkdirError,
-        match=r"seed=1 holds another run than its row asks for, or saw other data.*\n  prompts: ",
+        match=r"seed=1 holds another run than its point asks for, or one with other data.*\n  prompts: ",
     ):
         table(tmp_path)
 

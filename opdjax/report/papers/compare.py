@@ -1,5 +1,5 @@
-"""A paper's table beside the runs of a sweep: our mean for each cell, what is missing, and what
-becomes of the paper's claims. No jax.
+"""Compares a paper's table with the runs of a sweep: our mean for each cell, missing runs, and the
+verdicts on the paper's claims. No jax.
 """
 
 from __future__ import annotations
@@ -8,97 +8,84 @@ import dataclasses
 import functools
 import hashlib
 import json
-import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from opdjax.config.saved import upgrade
 from opdjax.config.validation import differences
 from opdjax.report.papers.reading import best_score, reader, spent_until
 from opdjax.report.papers.tables import PaperColumn, PaperTable, Row
 from opdjax.report.papers.verdicts import Cell, Verdict, verdicts_of
-from opdjax.runs.results import Point, Run, SeedGroup, groups, read_run
+from opdjax.report.table import Reading, read_group
+from opdjax.runs.results import Point, Run, SeedGroup, read_run, seed_groups
 from opdjax.runs.workdir import WorkdirError
-
-Reading = Callable[[pathlib.Path], Run]
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A table with the cells of ours; columns that neither the paper nor the sweep fills are left
-    out.
-    """
+    """A table with our cells; columns that neither the paper nor the sweep fills are left out."""
 
     table: PaperTable
     columns: tuple[PaperColumn, ...]
-    cells: Mapping[tuple[str, str], Cell]  # by the labels of row and column
+    cells: Mapping[tuple[str, str], Cell]  # by (row label, column label)
     verdicts: tuple[Verdict, ...]
-    flags: tuple[
-        str, ...
-    ] = ()  # what to know before rows are compared: other prompts, other commits
+    flags: tuple[str, ...] = ()  # caveats: rows with other prompts, commits or machines
 
     @property
     def is_run(self) -> bool:
-        """Whether the sweep holds any point of the table."""
+        """Whether the sweep has any point of the table."""
         return any(cell.digest for cell in self.cells.values())
 
 
 @dataclasses.dataclass(frozen=True)
-class _Found:
+class _CellRuns:
     """The runs of one cell."""
 
     row: Row
     group: SeedGroup
-    runs: Mapping[int, Run]  # those that are done, by seed
+    runs: Mapping[int, Run]  # completed runs by seed
+
+    @property
+    def first(self) -> Run | None:
+        return next(iter(self.runs.values()), None)
+
+
+_Found = Mapping[tuple[str, str], _CellRuns | None]
 
 
 def compare(table: PaperTable, points: Sequence[Point]) -> Comparison:
-    """WorkdirError where a cell would mix configs, or where rows of one column answered other
-    questions.
+    """The table with the runs of the points.
+
+    WorkdirError if a cell would mix configs, if a run's directory holds another config than its
+    point, or if rows of one column were evaluated on different prompts or in different ways.
     """
     reading = functools.cache(read_run)
-    available = groups(points)
+    available = seed_groups(points)
+    keys = [(row, column) for row in table.rows for column in table.columns]
     found = {
-        (row.label, column.label): _find(row, column, available, reading)
-        for row in table.rows
-        for column in table.columns
+        (row.label, column.label): _find(row, column, available, reading) for row, column in keys
     }
-    cells = {
-        (row.label, column.label): _cell(row, column, found)
-        for row in table.rows
-        for column in table.columns
-    }
-    flags = [flag for column in table.columns for flag in _checked(table, column, found)]
-    runs = [run for each in found.values() if each is not None for run in each.runs.values()]
-    kept = tuple(
-        c
-        for c in table.columns
-        if any(
-            cells[row.label, c.label].paper or cells[row.label, c.label].digest
-            for row in table.rows
-        )
-    )
+    cells = {(row.label, column.label): _cell(row, column, found) for row, column in keys}
+    flags = [flag for column in table.columns for flag in _column_flags(table, column, found)]
+    filled = {column for (_, column), cell in cells.items() if cell.paper or cell.digest}
     return Comparison(
         table,
-        kept,
+        tuple(column for column in table.columns if column.label in filled),
         cells,
         tuple(verdicts_of(table, cells)),
-        tuple(dict.fromkeys([*flags, *_commits(runs)])),
+        tuple(dict.fromkeys([*flags, *_commit_flags(found)])),
     )
 
 
 def digest_of(group: SeedGroup) -> str:
-    """Eight figures of the config's hash, the seed aside: what one cell averages over has one
-    digest.
-    """
-    config = {
-        name: value for name, value in upgrade(group.points[0].config).items() if name != "seed"
-    }
+    """The first eight characters of the hash of the group's config without its seed."""
+    config = upgrade(group.points[0].config)
+    config.pop("seed")
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _find(
     row: Row, column: PaperColumn, available: Sequence[SeedGroup], reading: Reading
-) -> _Found | None:
+) -> _CellRuns | None:
     if row.labels is None or not column.read:
         return None
     wanted = {**row.labels, **column.labels}
@@ -106,122 +93,90 @@ def _find(
     if len(fitting) > 1:
         changed = "\n  ".join(differences(fitting[0].points[0].config, fitting[1].points[0].config))
         raise WorkdirError(
-            f"row {row.label!r}, column {column.label!r} fits runs of {len(fitting)} configs, which no mean may mix; "
-            f"expected one for {wanted} (first -> second):\n  {changed}"
+            f"row {row.label!r}, column {column.label!r} fits runs of {len(fitting)} configs, "
+            f"which no mean may mix; expected one for {wanted} (first -> second):\n  {changed}"
         )
     if not fitting:
         return None
-    runs = {point.config["seed"]: reading(point.workdir) for point in fitting[0].done}
-    _require_own_data(fitting[0], runs)
-    return _Found(row, fitting[0], runs)
+    runs = read_group(fitting[0], reading)
+    return _CellRuns(row, fitting[0], {run.config["seed"]: run for run in runs})
 
 
-def _require_own_data(group: SeedGroup, runs: Mapping[int, Run]) -> None:
-    first = next(iter(runs.values()), None)
-    for point in group.done:
-        run = runs[point.config["seed"]]
-        changed = differences(upgrade(point.config), upgrade(run.config)) + differences(
-            first.data, run.data
-        )
-        if changed:
-            listed = "\n  ".join(changed)
-            raise WorkdirError(
-                f"{run.workdir} holds another run than its cell asks for, or saw other data; move it away:\n  {listed}"
-            )
-
-
-def _cell(row: Row, column: PaperColumn, found: Mapping[tuple[str, str], _Found | None]) -> Cell:
+def _cell(row: Row, column: PaperColumn, found: _Found) -> Cell:
     own, paper = found[row.label, column.label], row.values.get(column.label)
     if own is None:
         return Cell(paper, {}, (), None)
-    missing, digest, censored = own.group.missing, digest_of(own.group), set()
+    cell = functools.partial(Cell, paper, missing=own.group.missing, digest=digest_of(own.group))
+    runs = sorted(own.runs.items())
     if not column.until:
-        values = {seed: reader(column.read, row.when)(run) for seed, run in own.runs.items()}
-        return Cell(
-            paper,
-            {seed: value for seed, value in sorted(values.items()) if value is not None},
-            missing,
-            digest,
-        )
-    spent = {}
+        read = reader(column.read, row.when)
+        return cell({seed: value for seed, run in runs if (value := read(run)) is not None})
     goal = found[column.until, column.label]
-    for seed, run in sorted(own.runs.items()):
-        target = (
-            best_score(goal.runs[seed], column.read)
-            if goal is not None and seed in goal.runs
-            else None
-        )
-        if row.when == "after" and target is not None:
-            spent[seed], is_reached = spent_until(run, column, target)
-            censored |= set() if is_reached else {seed}
-    return Cell(paper, spent, missing, digest, frozenset(censored))
+    if goal is None or row.when == "before":
+        return cell({})
+    targets = {seed: best_score(run, column.read) for seed, run in goal.runs.items()}
+    spent = {
+        seed: spent_until(run, column, target)
+        for seed, run in runs
+        if (target := targets.get(seed)) is not None
+    }
+    return cell(
+        {seed: amount for seed, (amount, _) in spent.items()},
+        censored=frozenset(seed for seed, (_, is_reached) in spent.items() if not is_reached),
+    )
 
 
-def _checked(
-    table: PaperTable, column: PaperColumn, found: Mapping[tuple[str, str], _Found | None]
-) -> list[str]:
-    """Rows compare only where their students were asked the same questions in the same way; what
-    else they differ in is told.
-    """
-    first, *others = [
-        each for row in table.rows if (each := found[row.label, column.label]) is not None
-    ] or [None]
-    flags = []
-    for other in others:
-        names = f"rows {first.row.label!r} and {other.row.label!r} of {table.name}"
-        if changed := differences(
-            _evaluation(first, column), _evaluation(other, column), "evaluation."
-        ):
-            listed = "\n  ".join(changed)
+def _column_flags(table: PaperTable, column: PaperColumn, found: _Found) -> list[str]:
+    """Caveats on comparing the rows of a column; WorkdirError if they do not compare."""
+    present = [each for row in table.rows if (each := found[row.label, column.label]) is not None]
+    return [flag for other in present[1:] for flag in _pair_flags(table, column, present[0], other)]
+
+
+def _pair_flags(
+    table: PaperTable, column: PaperColumn, first: _CellRuns, other: _CellRuns
+) -> Iterator[str]:
+    names = f"rows {first.row.label!r} and {other.row.label!r} of {table.name}"
+    settings = [_evaluation(each, column) for each in (first, other)]
+    if changed := differences(*settings, "evaluation."):
+        listed = "\n  ".join(changed)
+        raise WorkdirError(f"{names} were evaluated in other ways and do not compare:\n  {listed}")
+    one, two = first.first, other.first
+    if one is None or two is None:
+        return
+    if one.data.get("evaluation") != two.data.get("evaluation"):
+        if one.config["student"]["path"] == two.config["student"]["path"]:
             raise WorkdirError(
-                f"{names} were evaluated in other ways and do not compare:\n  {listed}"
+                f"{names} answered other prompts ({one.workdir}, {two.workdir}) and do not compare"
             )
-        one, two = (next(iter(each.runs.values()), None) for each in (first, other))
-        if one is None or two is None:
-            continue
-        if one.data.get("evaluation") != two.data.get("evaluation"):
-            if one.config["student"]["path"] == two.config["student"]["path"]:
-                raise WorkdirError(
-                    f"{names} answered other prompts ({one.workdir}, {two.workdir}) and do not compare"
-                )
-            flags.append(f"{names} are of other students, whose prompts have other tokens")
-        if one.data.get("prompts") != two.data.get("prompts") and "before" not in (
-            first.row.when,
-            other.row.when,
-        ):
-            flags.append(f"{names} were trained on other prompts")
-        if _is_time(column) and (machines := differences(_machine(one), _machine(two))):
-            flags.append(
-                f"{names} ran on other machines, which seconds depend on: {'; '.join(machines)}"
-            )
-    return flags
+        yield f"{names} have different students, whose prompts have different tokens"
+    is_start = "before" in (first.row.when, other.row.when)
+    if one.data.get("prompts") != two.data.get("prompts") and not is_start:
+        yield f"{names} were trained on other prompts"
+    if _is_time(column) and (machines := differences(_machine(one), _machine(two))):
+        yield f"{names} ran on other machines, which affects seconds: {'; '.join(machines)}"
 
 
 def _is_time(column: PaperColumn) -> bool:
-    return (
-        "seconds" in (column.read, column.spent if column.until else "")
-        or "time/" in column.read
-        or "per_second" in column.read
-    )
+    parts = (column.read, column.spent if column.until else "")
+    return "seconds" in parts or "time/" in column.read or "per_second" in column.read
 
 
 def _machine(run: Run) -> dict[str, object]:
     return {name: run.environment.get(name) for name in ("machine", "devices", "cores")}
 
 
-def _evaluation(found: _Found, column: PaperColumn) -> dict[str, object]:
-    """What a score depends on; when one is taken matters only where the first of them is looked
-    for.
+def _evaluation(found: _CellRuns, column: PaperColumn) -> dict[str, object]:
+    """The evaluation settings that a column depends on; the interval between evaluations matters
+    only if the column reads the first evaluation that reaches a target.
     """
     evaluation = upgrade(found.group.points[0].config)["evaluation"]
     left_out = ("batch_size",) if column.until else ("batch_size", "every")
     return {name: value for name, value in evaluation.items() if name not in left_out}
 
 
-def _commits(runs: Iterable[Run]) -> list[str]:
+def _commit_flags(found: _Found) -> list[str]:
+    runs = [run for each in found.values() if each is not None for run in each.runs.values()]
     commits = sorted({str(run.environment.get("commit"))[:12] for run in runs})
-    return (
-        [f"runs of several commits stand in this table: {', '.join(commits)}"]
-        if len(commits) > 1
-        else []
-    )
+    if len(commits) < 2:
+        return []
+    return [f"the runs of this table are of several commits: {', '.join(commits)}"]

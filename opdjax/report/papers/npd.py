@@ -2,113 +2,92 @@
 Selective Packing" (arXiv 2605.05940).
 """
 
-from opdjax.report.papers.tables import PaperClaim, PaperColumn, PaperTable, Row, Value, numbers
+from functools import partial
+
+from opdjax.report.papers.tables import PaperClaim, PaperColumn, PaperTable, Row, numbers
 
 PAPER = "NPD, arXiv 2605.05940"
-_OPENPANGU = "openPangu-Embedded-7B to 1B, 1.2 million samples of its makers, mean of 11 benchmarks, 8 Ascend NPUs, 366 hours of one"
-_MATH = "Qwen2.5-Math-1.5B from Qwen2.5-Math-7B-Instruct, 50 thousand prompts (MetaMathQA by all signs), lr 1e-5, ten epochs"
-_PAIR = {"pair": "qwen2_5_math_1_5b"}
-_MATH500, _GSM8K = (
-    PaperColumn(f"1.5B {name}", f"avg@k:{name}", _PAIR, 100, "%") for name in ("MATH500", "GSM8K")
+_OPENPANGU = (
+    "openPangu-Embedded-7B to 1B, 1.2 million samples of its makers, mean of 11 benchmarks, 8 "
+    "Ascend NPUs, 366 hours on one"
 )
-_MINI = PaperColumn("mini pair, avg@8", labels={"pair": "mini"})
+_MATH = (
+    "Qwen2.5-Math-1.5B from Qwen2.5-Math-7B-Instruct, 50 thousand prompts (apparently MetaMathQA), "
+    "lr 1e-5, ten epochs"
+)
+_BOTH_SETTINGS = f"{_OPENPANGU}; here the pair of its controlled experiment: {_MATH}"
+_PAIR, _MINI_PAIR = {"pair": "qwen2_5_math_1_5b"}, {"pair": "mini"}
+_MATH500 = PaperColumn("1.5B MATH500", "avg@k:MATH500", _PAIR, 100, "%")
+_GSM8K = PaperColumn("1.5B GSM8K", "avg@k:GSM8K", _PAIR, 100, "%")
+_MINI = PaperColumn("mini pair, avg@8", labels=_MINI_PAIR)
 _PANGU = PaperColumn("openPangu-1B, 11 benchmarks", "", {}, 1, "%")
-_NO_PANGU = "openPangu's weights are read by no family here and its data are its makers': the column has the paper's numbers alone."
+_more = partial(PaperClaim, "more", column=_MATH500.label, mark="N")
 
 
-def _sweep_of(name: str, title: str, best: str, claim: str, rows: tuple[Row, ...]) -> PaperTable:
-    """One setting changed at a time; all that was recovered of the paper's curves is where they
-    peak.
-    """
+def _vary(name: str, title: str, best: str, setting: str, rows: tuple[Row, ...]) -> PaperTable:
+    """One setting varied; only the peak of the paper's curve was recovered, not the curve."""
     others = [row.label for row in rows if row.label != best]
     return PaperTable(
         name,
         PAPER,
         title,
-        f"{_OPENPANGU}; here the pair of its controlled experiment: {_MATH}",
+        _BOTH_SETTINGS,
         (_MATH500, _GSM8K, _MINI),
         rows,
-        tuple(
-            PaperClaim(
-                f"{claim}: {best} is better than {other}",
-                "more",
-                best,
-                other,
-                _MATH500.label,
-                mark="N",
-            )
-            for other in others
-        ),
+        tuple(_more(f"{setting}: {best} is better than {each}", best, each) for each in others),
         ("The paper's curve was not recovered; its text names the best setting.",),
     )
 
 
-def _pangu(number: float, mark: str) -> dict[str, Value]:
-    return {_PANGU.label: Value(number, mark)}
-
-
 _STALENESS = PaperColumn("1.5B staleness", "last:staleness/kl", _PAIR, 1, "nats")
-_MINI_STALENESS = PaperColumn(
-    "mini pair, staleness", "last:staleness/kl", {"pair": "mini"}, 1, "nats"
-)
+_pangu = lambda number, mark: numbers((_PANGU,), (number,), mark)
 COMPONENTS = PaperTable(
     name="npd_components",
     paper=PAPER,
-    title="What each part adds: the student's own answers, the filter, one refresh",
-    settings=f"{_OPENPANGU}; here the pair of its controlled experiment: {_MATH}",
-    columns=(_PANGU, _MATH500, _GSM8K, _STALENESS, _MINI, _MINI_STALENESS),
+    title="The gain of each component: the student's own answers, the filter, one refresh",
+    settings=_BOTH_SETTINGS,
+    columns=(
+        *(_PANGU, _MATH500, _GSM8K, _STALENESS, _MINI),
+        PaperColumn("mini pair, staleness", _STALENESS.read, _MINI_PAIR, 1, "nats"),
+    ),
     rows=(
-        Row("SFT", {"arm": "npd_sft"}, _pangu(56.28, "N"), note="on the teacher's answers"),
+        Row("SFT", {"arm": "npd_sft"}, _pangu(56.28, "N"), "on the teacher's answers"),
         Row(
             "offline KD",
             {"arm": "npd_offline_kd"},
             _pangu(58.79, "I"),
-            note="teacher's answers; what the steps below leave",
+            "on the teacher's answers; the remainder of the gains below",
         ),
         Row(
             "+ packed rollouts",
             {"arm": "npd_rollouts"},
             _pangu(61.63, "I"),
-            note="its own answers, drawn once; +2.84 in the notes",
+            "its own answers, sampled once; +2.84 in the notes",
         ),
-        Row("+ filter", {"arm": "npd_filter"}, _pangu(62.78, "I"), note="+1.15 in the notes"),
-        Row("NPD", {"arm": "npd"}, _pangu(64.37, "N"), note="+ one refresh: +1.59 in the notes"),
+        Row("+ filter", {"arm": "npd_filter"}, _pangu(62.78, "I"), "+1.15 in the notes"),
+        Row("NPD", {"arm": "npd"}, _pangu(64.37, "N"), "+ one refresh: +1.59 in the notes"),
         Row(
             "SFT + GRPO",
             None,
             _pangu(59.86, "D"),
-            note="a second training, of 300 steps; +3.58 in the notes",
+            "a second training of 300 steps; +3.58 in the notes",
         ),
         Row(
             "NPD + GRPO",
             None,
             _pangu(68.73, "N"),
-            note="a second training of the exported student: recipe grpo",
+            "a second training of the exported student: recipe grpo",
         ),
-        Row("Qwen3-1.7B", None, _pangu(63.69, "N"), note="another model, as it is"),
+        Row("Qwen3-1.7B", None, _pangu(63.69, "N"), "another model, untrained here"),
     ),
     claims=(
-        PaperClaim("NPD is better than SFT", "more", "NPD", "SFT", _MATH500.label, mark="A"),
+        _more("NPD is better than SFT", "NPD", "SFT", mark="A"),
+        _more("its own answers are better than the teacher's", "+ packed rollouts", "offline KD"),
+        _more("the filter adds to that", "+ filter", "+ packed rollouts"),
+        _more("one refresh adds to that", "NPD", "+ filter"),
         PaperClaim(
-            "its own answers are better than the teacher's",
-            "more",
-            "+ packed rollouts",
-            "offline KD",
-            _MATH500.label,
-            mark="N",
-        ),
-        PaperClaim(
-            "the filter adds to that",
-            "more",
-            "+ filter",
-            "+ packed rollouts",
-            _MATH500.label,
-            mark="N",
-        ),
-        PaperClaim("one refresh adds to that", "more", "NPD", "+ filter", _MATH500.label, mark="N"),
-        PaperClaim(
-            "the filter keeps data nearer to the student",
             "less",
+            "the filter keeps data closer to the student",
             "+ filter",
             "+ packed rollouts",
             _STALENESS.label,
@@ -116,13 +95,16 @@ COMPONENTS = PaperTable(
         ),
     ),
     notes=(
-        _NO_PANGU,
-        "The paper tells the gains of the parts; their sum leaves 2.51 points for the step from SFT to distillation, which is inferred.",
-        "Staleness: KL(student || behaviour) of what was trained on, last ten steps; the paper's: under 0.10, without the filter 0.12.",
+        "openPangu is not a supported model family and its data belong to its makers: the column "
+        "has only the paper's numbers.",
+        "The paper states the gains of the components; their sum leaves 2.51 points for the step "
+        "from SFT to offline distillation, which is inferred.",
+        "Staleness: KL(student || behaviour) of the tokens trained on, last ten steps; in the "
+        "paper under 0.10, without the filter 0.12.",
     ),
 )
 
-LAMBDA = _sweep_of(
+LAMBDA = _vary(
     "npd_lambda",
     "The teacher's share of the loss",
     "lambda = 0.9",
@@ -134,9 +116,9 @@ LAMBDA = _sweep_of(
         Row("lambda = 1", {"arm": "npd_lambda_1"}),
     ),
 )
-K = _sweep_of(
+K = _vary(
     "npd_k",
-    "How many of the teacher's tokens are distilled",
+    "How many of the teacher's top ids are distilled",
     "k = 10",
     "k",
     (
@@ -146,9 +128,9 @@ K = _sweep_of(
         Row("k = 50", {"arm": "npd_k50"}),
     ),
 )
-TAU = _sweep_of(
+TAU = _vary(
     "npd_tau",
-    "How far teacher and student may be apart on an answer that is kept",
+    "The largest teacher-student difference of an answer that is kept",
     "tau = 0.8",
     "tau",
     (
@@ -158,9 +140,9 @@ TAU = _sweep_of(
         Row("tau = 0.8", {"arm": "npd"}),
     ),
 )
-REFRESH = _sweep_of(
+REFRESH = _vary(
     "npd_refresh",
-    "How often the prompts are answered anew in ten epochs",
+    "How often the student answers the prompts again in ten epochs",
     "one refresh",
     "refreshes",
     (
@@ -172,10 +154,11 @@ REFRESH = _sweep_of(
 )
 
 _BOTH = (_GSM8K, _MATH500)
+_ON_POLICY_NOTE = "the same loss on on-policy answers; the paper's baseline is DistiLLM-2"
 MATH = PaperTable(
     name="npd_math",
     paper=PAPER,
-    title="Controlled experiment on mathematics: how much of the gap to the teacher is closed",
+    title="Controlled experiment on mathematics: the closed share of the gap to the teacher",
     settings=_MATH,
     columns=(*_BOTH, _MINI),
     rows=(
@@ -188,58 +171,38 @@ MATH = PaperTable(
         ),
         Row("SFT", {"arm": "npd_sft"}),
         Row("offline KD", {"arm": "npd_offline_kd"}),
-        Row(
-            "on-policy",
-            {"arm": "npd_on_policy"},
-            note="the same loss on answers of the moment; the paper's baseline is DistiLLM-2",
-        ),
-        Row(
-            "DistiLLM-2, GKD", None, note="compared in the paper; their numbers were not recovered"
-        ),
+        Row("on-policy", {"arm": "npd_on_policy"}, note=_ON_POLICY_NOTE),
+        Row("DistiLLM-2, GKD", None, note="in the paper, but their numbers were not recovered"),
         Row("NPD", {"arm": "npd"}, numbers(_BOTH, (82.87, 76.6), "N")),
         Row(
             "teacher",
             {"arm": "teacher"},
             numbers(_BOTH, (89.31, 80.0), "N"),
-            "its scores as a student before any update",
+            "scored before any update",
             "before",
         ),
     ),
     claims=(
         PaperClaim(
-            "NPD closes 46 to 81 % of the gap to its teacher",
             "gap",
+            "NPD closes 46 to 81 % of the gap to its teacher",
             "NPD",
             "teacher",
-            "1.5B MATH500",
+            _MATH500.label,
             0.46,
             "N",
             "student before",
         ),
-        PaperClaim("NPD is better than SFT", "more", "NPD", "SFT", "1.5B MATH500", mark="N"),
-        PaperClaim(
-            "NPD is better than offline distillation",
-            "more",
-            "NPD",
-            "offline KD",
-            "1.5B MATH500",
-            mark="N",
-        ),
-        PaperClaim(
-            "NPD is better than the on-policy baseline",
-            "more",
-            "NPD",
-            "on-policy",
-            "1.5B MATH500",
-            mark="N",
-        ),
+        _more("NPD is better than SFT", "NPD", "SFT"),
+        _more("NPD is better than offline distillation", "NPD", "offline KD"),
+        _more("NPD is better than the on-policy baseline", "NPD", "on-policy"),
     ),
-    notes=("Of the gap at least 46 %, its smaller share, is asked in every column.",),
+    notes=("The claim on the gap is tested with its smaller share, 46 %, in every column.",),
 )
 
 _SPEED = tuple(
     PaperColumn(f"{name} {what}", read, labels, 1, unit)
-    for name, labels in (("1.5B", _PAIR), ("mini pair", {"pair": "mini"}))
+    for name, labels in (("1.5B", _PAIR), ("mini pair", _MINI_PAIR))
     for what, read, unit in (
         ("learner", "median:perf/tokens_per_second", "tokens/s"),
         ("whole run", "seconds", "s"),
@@ -248,32 +211,29 @@ _SPEED = tuple(
 SPEED = PaperTable(
     name="npd_speed",
     paper=PAPER,
-    title="Speed beside the on-policy baseline: of the learner alone, and of the whole run with generation charged",
+    title="Speed against the on-policy baseline: the learner alone, and whole runs with generation",
     settings=_MATH,
     columns=_SPEED,
     rows=(
         Row("NPD", {"arm": "npd"}),
-        Row(
-            "on-policy",
-            {"arm": "npd_on_policy"},
-            note="the same loss; the paper's baseline is DistiLLM-2",
-        ),
+        Row("on-policy", {"arm": "npd_on_policy"}, note=_ON_POLICY_NOTE),
         Row("SFT", {"arm": "npd_sft"}),
     ),
     claims=(
         PaperClaim(
-            "the learner is 8.1 times as fast as on-policy",
             "ratio",
+            "the learner is 8.1 times as fast as on-policy",
             "NPD",
             "on-policy",
             _SPEED[0].label,
             8.1,
-            mark="B",
+            "B",
         ),
     ),
     notes=(
-        "The median step of a refreshed schedule draws nothing, that of the on-policy one does; the whole run charges both.",
-        "How the paper charges its 300 of 366 hours of generation was not recovered.",
+        "The median step of a refresh schedule samples nothing, that of the on-policy one does; "
+        "the whole run includes both.",
+        "How the paper accounts for its 300 of 366 hours of generation was not recovered.",
     ),
 )
 

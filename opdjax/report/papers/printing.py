@@ -1,11 +1,12 @@
-"""A paper's table beside ours as text: Markdown and LaTeX for readers, CSV for programs. No jax."""
+"""Prints a paper's table with our numbers: Markdown and LaTeX for readers, CSV for programs. No
+jax.
+"""
 
 from __future__ import annotations
 
 import math
 import pathlib
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from opdjax.config.validation import ConfigError, nearest
@@ -13,41 +14,29 @@ from opdjax.report.papers.compare import Comparison, compare
 from opdjax.report.papers.registry import PAPER_TABLES
 from opdjax.report.papers.tables import MARKS, PaperColumn, PaperTable, Row
 from opdjax.report.papers.verdicts import Cell, Verdict
+from opdjax.report.table import seed_of
 from opdjax.report.table_formats import Format, comma_separated, latex, markdown
 from opdjax.runs.results import read_points
 
-_CSV = (
-    "kind",
-    "name",
-    "column",
-    "unit",
-    "paper",
-    "mark",
-    "ours",
-    "half interval",
-    "n",
-    "difference",
-    "missing",
-    "config",
-    "verdict",
-)
-_SIGN = {"ratio": "left / right", "gap": "share of the gap"}
+_CSV = "kind,name,column,unit,paper,mark,ours,half interval,n,difference,missing,config,verdict"
+_RATIOS = {"ratio": "left / right", "gap": "share of the gap"}
 
 
 def paper_table(directory: pathlib.Path, name: str, format: Format = "markdown") -> str:
-    """The table of a paper beside the runs of the sweep in `directory`; ConfigError where no table
-    has that name.
+    """The paper's table with the runs of the sweep in `directory`; ConfigError if no table has the
+    name.
     """
     if name not in PAPER_TABLES:
         raise ConfigError(
-            f"there is no table {name!r}; {nearest(name, PAPER_TABLES)}; the names are {', '.join(PAPER_TABLES)}"
+            f"there is no table {name!r}; {nearest(name, PAPER_TABLES)}; the names are "
+            f"{', '.join(PAPER_TABLES)}"
         )
     found = compare(PAPER_TABLES[name], read_points(directory))
     return {"markdown": _markdown, "latex": _latex, "csv": _csv}[format](found)
 
 
 def paper_tables() -> str:
-    """Every table that can be stated, a line each."""
+    """A line per table: name, title and paper."""
     width = max(map(len, PAPER_TABLES))
     return "\n".join(
         f"{name:{width}}  {table.title} ({table.paper})" for name, table in PAPER_TABLES.items()
@@ -62,72 +51,70 @@ def _markdown(found: Comparison) -> str:
         markdown(*cells_of(found)),
     ]
     if found.verdicts:
-        parts += [
-            "What the paper claims, and what these runs say:",
-            markdown(*claims_of(found.verdicts)),
-        ]
+        parts += ["The paper's claims, tested on these runs:", markdown(*claims_of(found.verdicts))]
     return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes_of(found))])
 
 
 def _latex(found: Comparison) -> str:
-    comments = [
-        f"{found.table.name}: {found.table.title}. {found.table.paper}. {found.table.settings}",
-        *notes_of(found),
-    ]
-    tables = [
-        latex(*cells_of(found)),
-        *([latex(*claims_of(found.verdicts))] if found.verdicts else []),
-    ]
-    return "\n".join([*(f"% {comment}" for comment in comments), "\n\n".join(tables)])
+    table = found.table
+    about = f"{table.name}: {table.title}. {table.paper}. {table.settings}"
+    tables = [latex(*cells_of(found))]
+    if found.verdicts:
+        tables.append(latex(*claims_of(found.verdicts)))
+    comments = [f"% {comment}" for comment in (about, *notes_of(found))]
+    return "\n".join([*comments, "\n\n".join(tables)])
 
 
 def cells_of(found: Comparison) -> tuple[list[str], list[list[str]]]:
-    """(header, rows): of each column the paper's number, ours and their difference, each where
-    there is one at all.
+    """(header, rows): for each column the paper's number, ours and their difference; a part that no
+    row has is left out.
     """
     parts = [
-        (column, kind)
+        (column, part)
         for column in found.columns
-        for kind in ("paper", "ours", "ours - paper")
-        if _has(found, column, kind)
+        for part in ("paper", "ours", "difference")
+        if has_part(found, column, part)
+    ]
+    shown = {"paper": "paper", "ours": "ours", "difference": "ours - paper"}
+    header = ["method"]
+    for column, part in parts:
+        unit = f", {column.unit}" if column.unit else ""
+        header.append(f"{column.label}{unit}: {shown[part]}")
+    rows = [
+        [row.label, *(_shown(found.cells[row.label, c.label], c, part) for c, part in parts)]
+        for row in found.table.rows
     ]
     extra = {
-        "missing": _missing,
-        "config": _digests,
-        "note": lambda found, row: row.note or ("" if row.labels else "not implemented here"),
+        "missing": [_by_pair(found, row, _missing_seeds) for row in found.table.rows],
+        "config": [_by_pair(found, row, _digests) for row in found.table.rows],
+        "note": [row_note(row) for row in found.table.rows],
     }
-    header = [
-        "method",
-        *(
-            f"{column.label}{f', {column.unit}' if column.unit else ''}: {kind}"
-            for column, kind in parts
-        ),
-    ]
-    rows = []
-    for row in found.table.rows:
-        numbers = [
-            _shown(found.cells[row.label, column.label], column, kind) for column, kind in parts
-        ]
-        rows.append([row.label, *numbers, *(tell(found, row) for tell in extra.values())])
-    kept = [
-        i for i in range(len(header) + len(extra)) if i < len(header) or any(row[i] for row in rows)
-    ]
-    return [[*header, *extra][i] for i in kept], [[row[i] for i in kept] for row in rows]
+    for name, texts in extra.items():
+        if any(texts):
+            header.append(name)
+            rows = [[*row, text] for row, text in zip(rows, texts)]
+    return header, rows
 
 
-def _has(found: Comparison, column: PaperColumn, kind: str) -> bool:
+def has_part(found: Comparison, column: PaperColumn, part: str) -> bool:
+    """Whether any row of a column has the part: `paper`, `ours` or `difference`."""
     cells = [found.cells[row.label, column.label] for row in found.table.rows]
-    if kind == "ours":
+    if part == "ours":
         return any(cell.digest for cell in cells)
     return any(
-        cell.paper if kind == "paper" else cell.difference(column) is not None for cell in cells
+        cell.paper if part == "paper" else cell.difference(column) is not None for cell in cells
     )
 
 
-def _shown(cell: Cell, column: PaperColumn, kind: str) -> str:
-    if kind == "paper":
+def row_note(row: Row) -> str:
+    """The row's note; a row without an arm always has one."""
+    return row.note or ("" if row.labels else "not implemented here")
+
+
+def _shown(cell: Cell, column: PaperColumn, part: str) -> str:
+    if part == "paper":
         return f"{cell.paper.number:g} [{cell.paper.mark}]" if cell.paper else ""
-    if kind == "ours - paper":
+    if part == "difference":
         difference = cell.difference(column)
         return "" if difference is None else f"{difference:+.2f}"
     if cell.ours is None:
@@ -144,14 +131,14 @@ def _interval(found: tuple[float, float], scale: float = 1.0, unit: str = "") ->
 
 
 def claims_of(verdicts: Sequence[Verdict]) -> tuple[list[str], list[list[str]]]:
-    """(header, rows): what was claimed of what, and what became of it."""
+    """(header, rows): a row per verdict."""
     header = ["claim", "of", "column", "compared", "left - right, by seed", "n", "verdict"]
     return header, [
         [
             f"{each.claim.text} [{each.claim.mark}]",
             f"{each.claim.left}, {each.claim.right}",
             each.column.label,
-            asked_of(each),
+            claimed_of(each),
             _difference(each),
             str(each.n),
             each.status,
@@ -166,124 +153,109 @@ def _difference(verdict: Verdict) -> str:
     return "0 in every seed" if verdict.difference == (0.0, 0.0) else _interval(verdict.difference)
 
 
-def asked_of(verdict: Verdict) -> str:
-    """What the paper says of the difference, such as `above 0`."""
+def claimed_of(verdict: Verdict) -> str:
+    """The claimed range of the difference, such as `above 0`."""
     kind, margin = verdict.claim.kind, verdict.claim.margin
-    wanted = {
-        "more": f"above {margin:g}",
-        "less": f"below {0 - margin:g}",
-        "equal": f"within ± {margin:g}",
-    }
-    return wanted.get(kind) or f"{_SIGN[kind]}: at least {margin:g}"
+    if kind in _RATIOS:
+        return f"{_RATIOS[kind]}: at least {margin:g}"
+    if kind == "equal":
+        return f"within ± {margin:g}"
+    return f"above {margin:g}" if kind == "more" else f"below {0 - margin:g}"
 
 
-def _missing(found: Comparison, row: Row) -> str:
-    return _by_pair(found, row, lambda cell: [_seed(id) for id in cell.missing])
+def _missing_seeds(cell: Cell) -> list[str]:
+    return [seed_of(id) for id in cell.missing]
 
 
-def _digests(found: Comparison, row: Row) -> str:
-    return _by_pair(found, row, lambda cell: [cell.digest] if cell.digest else [])
+def _digests(cell: Cell) -> list[str]:
+    return [cell.digest] if cell.digest else []
 
 
-def _by_pair(found: Comparison, row: Row, tell) -> str:
-    """What cells of one pair of models share, once; the pair by name where there are several."""
-    told = {
-        column.labels.get("pair", ""): tell(found.cells[row.label, column.label])
-        for column in found.columns
-    }
-    pairs = {
-        c.labels.get("pair", "")
-        for c in found.columns
-        if any(found.cells[r.label, c.label].digest for r in found.table.rows)
+def _by_pair(found: Comparison, row: Row, items_of: Callable[[Cell], list[str]]) -> str:
+    """Facts that the cells of one pair of models share, once per pair; with the pair's name if the
+    table has runs of several.
+    """
+    is_run = {pair_of(column) for column in found.columns if has_part(found, column, "ours")}
+    facts = {
+        pair_of(column): items_of(found.cells[row.label, column.label]) for column in found.columns
     }
     return "; ".join(
-        (f"{pair} " if len(pairs) > 1 else "") + ", ".join(items)
-        for pair, items in told.items()
+        (f"{pair} " if len(is_run) > 1 else "") + ", ".join(items)
+        for pair, items in facts.items()
         if items
     )
 
 
-def _seed(id: str) -> str:
-    """The seed that is not there; the id where it has none."""
-    found = re.search(r"(?:^|,)(seed=\d+)", id)
-    return found[1] if found else id
+def pair_of(column: PaperColumn) -> str:
+    """The pair of models that a column is restricted to, or an empty string."""
+    return column.labels.get("pair", "")
 
 
 def notes_of(found: Comparison) -> Iterable[str]:
-    """What a reader of the table must know."""
+    """Caveats, the table's notes and the meaning of its marks."""
     table = found.table
-    yield from (f"Mind: {flag}." for flag in found.flags)
+    yield from (f"Caveat: {flag}." for flag in found.flags)
     if not found.is_run:
         yield f"This directory has no point of the table: it looks for {_wanted(table)}."
     yield from table.notes
-    marks = {cell.paper.mark for cell in found.cells.values() if cell.paper} | {
-        claim.mark for claim in table.claims
-    }
-    yield f"Behind a number of the paper: {', '.join(f'[{mark}] {MARKS[mark]}' for mark in MARKS if mark in marks)}."
+    marks = marks_of(found)
+    yield f"Source of a paper's number: {', '.join(f'[{m}] {text}' for m, text in marks.items())}."
     if found.is_run:
-        yield "± is half a 95 % interval over n seeds (Student's t); a claim is seen, or contradicted, where all of that interval says so."
-        yield "config: a digest of every setting but the seed; cells of one digest are of the same runs."
+        yield (
+            "± is half a 95 % interval over n seeds (Student's t). A claim is reproduced if the "
+            "whole interval is on its side, contradicted if none of it is, else inconclusive."
+        )
+        yield (
+            "config: a digest of all settings but the seed; cells with one digest come from the "
+            "same runs."
+        )
+
+
+def marks_of(found: Comparison) -> dict[str, str]:
+    """The marks that the table uses, with their meaning."""
+    used = {cell.paper.mark for cell in found.cells.values() if cell.paper}
+    used |= {claim.mark for claim in found.table.claims}
+    return {mark: text for mark, text in MARKS.items() if mark in used}
 
 
 def _wanted(table: PaperTable) -> str:
-    names = dict.fromkeys(
-        f"{k}={v}"
-        for part in (*table.rows, *table.columns)
-        if part.labels
-        for k, v in part.labels.items()
-    )
-    return " ".join(names)
+    parts = [part.labels for part in (*table.rows, *table.columns) if part.labels]
+    return " ".join(dict.fromkeys(f"{k}={v}" for labels in parts for k, v in labels.items()))
 
 
 def _csv(found: Comparison) -> str:
-    """A line a cell, then a line a claim; differences of claims are in a run's own unit."""
-    lines: list[list[Any]] = []
+    """A line per cell, then a line per claim; differences of claims are in a run's own unit."""
+    lines = []
     for row in found.table.rows:
         for column in found.columns:
             cell = found.cells[row.label, column.label]
             if cell.paper or cell.digest:
                 lines.append(_csv_cell(row, column, cell))
     for each in found.verdicts:
-        mean, half = each.difference or ("", math.inf)
-        lines.append(
-            [
-                "claim",
-                each.claim.text,
-                each.column.label,
-                "",
-                "",
-                each.claim.mark,
-                mean,
-                "" if math.isinf(half) else half,
-                each.n,
-                "",
-                "",
-                "",
-                each.status,
-            ]
-        )
-    return comma_separated(_CSV, lines)
+        ours = _csv_interval(each.difference, each.n)
+        paper = ("", "", each.claim.mark)  # unit, paper, mark
+        rest = ("", "", "", each.status)
+        lines.append(["claim", each.claim.text, each.column.label, *paper, *ours, *rest])
+    return comma_separated(_CSV.split(","), lines)
 
 
 def _csv_cell(row: Row, column: PaperColumn, cell: Cell) -> list[Any]:
     paper = (cell.paper.number, cell.paper.mark) if cell.paper else ("", "")
-    mean, half = (value * column.scale for value in cell.ours) if cell.ours else ("", math.inf)
+    ours = cell.ours and tuple(value * column.scale for value in cell.ours)
     difference = cell.difference(column)
     status = f"at least, in {len(cell.censored)} of {len(cell.by_seed)}" if cell.censored else ""
-    ours = (
-        mean,
-        "" if math.isinf(half) else half,
-        len(cell.by_seed),
-        "" if difference is None else difference,
-    )
     return [
-        "cell",
-        row.label,
-        column.label,
-        column.unit,
+        *("cell", row.label, column.label, column.unit),
         *paper,
-        *ours,
+        *_csv_interval(ours, len(cell.by_seed)),
+        "" if difference is None else difference,
         " ".join(cell.missing),
         cell.digest or "",
         status,
     ]
+
+
+def _csv_interval(found: tuple[float, float] | None, n: int) -> tuple[Any, Any, int]:
+    """(mean, half width, n); the half width of one seed is empty."""
+    mean, half = found or ("", math.inf)
+    return mean, "" if math.isinf(half) else half, n

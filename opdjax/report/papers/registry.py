@@ -1,4 +1,4 @@
-"""Every table of a paper that can be stated, by its name."""
+"""All tables of papers, by name."""
 
 from opdjax.report.papers import npd, ropd, rubricem, vopd
 from opdjax.report.papers.tables import PaperTable

@@ -1,17 +1,23 @@
-"""Tables of "Rubric-based On-policy Distillation" (arXiv 2605.07396): a teacher that is known by
-its text, judged by rubrics.
+"""Tables of "Rubric-based On-policy Distillation" (arXiv 2605.07396): a teacher that provides text
+only, and judges that grade by rubrics.
 """
+
+from functools import partial
 
 from opdjax.report.papers.tables import PaperClaim, PaperColumn, PaperTable, Row, numbers
 
 PAPER = "ROPD, arXiv 2605.07396"
-_BLACK_BOX = "Qwen3-4B, {}, from GPT-5.2-chat-latest as teacher, rubricator and verifier; DAPO-Math-17K, 531 steps of 32 x 8, lr 1e-6, 8 A100"
-_WHITE_BOX = "Qwen3-4B, non-thinking, from Qwen3-30B-A3B as teacher, rubricator and verifier; DAPO-Math-17K, 531 steps of 32 x 8, lr 1e-6, 8 A100"
+_TRAINING = "DAPO-Math-17K, 531 steps of 32 x 8, lr 1e-6, 8 A100"
+_BLACK_BOX = (
+    "Qwen3-4B, {}, from GPT-5.2-chat-latest as teacher, rubricator and verifier; " + _TRAINING
+)
+_WHITE_BOX = (
+    "Qwen3-4B, non-thinking, from Qwen3-30B-A3B as teacher, rubricator and verifier; " + _TRAINING
+)
 _MINI = PaperColumn("mini pair, avg@8", labels={"pair": "mini"})
-_OTHERS = "not one of the recipes here"
+_OTHERS = "not implemented here"
 _MATH = ("AIME24", "AIME25", "HMMT25 Feb", "HMMT25 Nov")
 _UNGRADED = tuple(PaperColumn(name, "", {}, 1, "%") for name in ("HealthBench", "IFEval"))
-_UNGRADED_NOTE = "HealthBench is scored by a model and IFEval by programs of its own: no grader here can, so that they have the paper's numbers alone."
 
 
 def _columns(
@@ -22,50 +28,51 @@ def _columns(
     )
 
 
+def _average(label: str, pair: str) -> PaperColumn:
+    return PaperColumn(label, "avg@k:mean", {"pair": pair}, 100, "%")
+
+
 def _black_box(
     name: str, mode: str, pair: str, science: str, student: tuple, judged: dict[str, tuple]
 ) -> PaperTable:
     """Table 1 in one of its two modes."""
     columns = (*_columns(pair), *_columns(science, ("GPQA-Diamond",)), *_UNGRADED)
+    values = lambda row: numbers(columns, row)
     teacher = (80.83, 67.08, 43.75, 57.50, 78.66, 92.82, 94.37)
     return PaperTable(
         name=name,
         paper=PAPER,
-        title=f"A black box as the teacher, {mode}",
+        title=f"A black-box teacher, {mode}",
         settings=_BLACK_BOX.format(mode),
         columns=(*columns, _MINI) if mode == "non-thinking" else columns,
         rows=(
-            Row("teacher", None, numbers(columns, teacher), note="known by its text alone"),
-            Row(
-                "Qwen3-4B",
-                {"arm": "ropd"},
-                numbers(columns, student),
-                "the student before training",
-                "before",
-            ),
+            Row("teacher", None, values(teacher), "provides text only"),
+            Row("Qwen3-4B", {"arm": "ropd"}, values(student), "the untrained student", "before"),
             Row(
                 "SFT",
                 {"arm": "ropd_sft"},
-                note="on the teacher's answers; its numbers were not recovered",
+                note="on the teacher's answers; the paper's numbers were not recovered",
             ),
             Row(
                 "T-Judge",
                 {"arm": "ropd_tjudge"},
-                numbers(columns, judged["T-Judge"]),
-                note="one score by the verifier, no rubric",
+                values(judged["T-Judge"]),
+                "one score by the verifier, without a rubric",
             ),
-            Row("OVD", None, numbers(columns, judged["OVD"]), note=_OTHERS),
-            Row("GAD", None, numbers(columns, judged["GAD"]), note=_OTHERS),
-            Row("ROPD", {"arm": "ropd"}, numbers(columns, judged["ROPD"])),
+            Row("OVD", None, values(judged["OVD"]), _OTHERS),
+            Row("GAD", None, values(judged["GAD"]), _OTHERS),
+            Row("ROPD", {"arm": "ropd"}, values(judged["ROPD"])),
         ),
         claims=(
-            PaperClaim("ROPD is better than a scalar judge", "more", "ROPD", "T-Judge", "AIME24"),
-            PaperClaim("ROPD is better than its start", "more", "ROPD", "Qwen3-4B", "AIME24"),
+            PaperClaim("more", "ROPD is better than a scalar judge", "ROPD", "T-Judge", "AIME24"),
+            PaperClaim("more", "ROPD improves its student", "ROPD", "Qwen3-4B", "AIME24"),
         ),
         notes=(
-            "pass@1 of the paper is the mean over 16 samples at temperature 1 and top-p 0.95.",
-            "GPQA-Diamond is of students trained on RaR-Science-20k, HealthBench on RaR-Medical-20k.",
-            _UNGRADED_NOTE,
+            "The paper's pass@1 is the mean over 16 samples at temperature 1 and top-p 0.95.",
+            "GPQA-Diamond scores students trained on RaR-Science-20k, HealthBench students trained "
+            "on RaR-Medical-20k.",
+            "HealthBench is graded by a model and IFEval by its own programs, which are not "
+            "implemented here: these columns have only the paper's numbers.",
         ),
     )
 
@@ -98,24 +105,26 @@ TABLE1_THINKING = _black_box(
 )
 
 _MOE_NOTE = (
-    "Qwen3-30B-A3B is a mixture of experts, which the decoder here does not compute: behind a server it teaches and judges by its text, "
-    "but LOPD, which reads its log-probs, and its own scores have no runs. With Qwen3-14B in its place all rows do."
+    "Qwen3-30B-A3B is a mixture of experts, which the decoder does not support: behind a server it "
+    "teaches and judges through text, but LOPD, which reads its log-probs, and its own scores have "
+    "no runs. With Qwen3-14B in its place all rows have runs."
 )
-_AVERAGE = PaperColumn("average", "avg@k:mean", {"pair": "qwen3_4b_30b"}, 100, "%")
-_14B = PaperColumn("from Qwen3-14B, average", "avg@k:mean", {"pair": "qwen3_4b_14b"}, 100, "%")
+_AVERAGE = _average("average", "qwen3_4b_30b")
 _T2 = (*_columns("qwen3_4b_30b"), _AVERAGE)
+_more = partial(PaperClaim, "more", column=_AVERAGE.label)
+_gap = partial(PaperClaim, "gap", right="teacher", column=_AVERAGE.label, base="student")
 TABLE2 = PaperTable(
     name="ropd_table2",
     paper=PAPER,
-    title="A white box as the teacher: text alone beside log-probs",
+    title="A white-box teacher: its text against its log-probs",
     settings=_WHITE_BOX,
-    columns=(*_T2, _14B, _MINI),
+    columns=(*_T2, _average("from Qwen3-14B, average", "qwen3_4b_14b"), _MINI),
     rows=(
         Row(
             "teacher",
             {"arm": "teacher"},
             numbers(_T2, (76.25, 61.25, 33.33, 55.00, 56.46)),
-            "as a student before any update",
+            "scored before any update",
             "before",
         ),
         Row(
@@ -128,140 +137,84 @@ TABLE2 = PaperTable(
             "SFT",
             {"arm": "ropd_sft"},
             numbers(_T2, (26.69, 22.50, 11.62, 8.33, 17.29)),
-            note="reads text",
+            "reads text",
         ),
         Row(
             "LOPD",
             {"arm": "lopd"},
             numbers(_T2, (47.92, 38.75, 20.42, 24.17, 32.82)),
-            note="reads log-probs: plain OPD",
+            "reads log-probs: plain OPD",
         ),
         Row(
             "ExOPD",
             None,
             numbers(_T2, (50.66, 41.25, 22.42, 26.68, 35.25)),
-            note=f"reads log-probs; {_OTHERS}",
+            f"reads log-probs; {_OTHERS}",
         ),
         Row(
-            "ROPD",
-            {"arm": "ropd"},
-            numbers(_T2, (63.33, 55.93, 25.40, 38.80, 45.87)),
-            note="reads text",
+            "ROPD", {"arm": "ropd"}, numbers(_T2, (63.33, 55.93, 25.40, 38.80, 45.87)), "reads text"
         ),
     ),
     claims=(
-        PaperClaim(
-            "ROPD, by text alone, is better than LOPD, by log-probs",
-            "more",
-            "ROPD",
-            "LOPD",
-            "average",
-        ),
-        PaperClaim("ROPD is better than SFT", "more", "ROPD", "SFT", "average"),
-        PaperClaim("LOPD is better than SFT", "more", "LOPD", "SFT", "average"),
-        PaperClaim(
-            "ROPD closes 74.1 % of the gap to its teacher",
-            "gap",
-            "ROPD",
-            "teacher",
-            "average",
-            0.741,
-            "P",
-            "student",
-        ),
-        PaperClaim(
-            "LOPD closes 42.1 % of the gap to its teacher",
-            "gap",
-            "LOPD",
-            "teacher",
-            "average",
-            0.421,
-            "P",
-            "student",
-        ),
+        _more("ROPD, from text, is better than LOPD, from log-probs", "ROPD", "LOPD"),
+        _more("ROPD is better than SFT", "ROPD", "SFT"),
+        _more("LOPD is better than SFT", "LOPD", "SFT"),
+        _gap("ROPD closes 74.1 % of the gap to its teacher", "ROPD", margin=0.741),
+        _gap("LOPD closes 42.1 % of the gap to its teacher", "LOPD", margin=0.421),
     ),
     notes=(_MOE_NOTE,),
 )
 
-_EFFICIENCY = {
-    "paper": (
-        PaperColumn(
-            "prompts until LOPD's best",
-            "avg@k:mean",
-            {"pair": "qwen3_4b_30b"},
-            1,
-            "",
-            "LOPD",
-            "prompts",
-        ),
-        PaperColumn(
-            "hours until LOPD's best",
-            "avg@k:mean",
-            {"pair": "qwen3_4b_30b"},
-            1 / 3600,
-            "h",
-            "LOPD",
-            "seconds",
-        ),
-    ),
-    "14b": (
-        PaperColumn(
-            "from Qwen3-14B, prompts",
-            "avg@k:mean",
-            {"pair": "qwen3_4b_14b"},
-            1,
-            "",
-            "LOPD",
-            "prompts",
-        ),
-        PaperColumn(
-            "from Qwen3-14B, hours",
-            "avg@k:mean",
-            {"pair": "qwen3_4b_14b"},
-            1 / 3600,
-            "h",
-            "LOPD",
-            "seconds",
-        ),
-    ),
-    "mini": (
-        PaperColumn("mini pair, prompts", "avg@k", {"pair": "mini"}, 1, "", "LOPD", "prompts"),
-        PaperColumn("mini pair, seconds", "avg@k", {"pair": "mini"}, 1, "s", "LOPD", "seconds"),
-    ),
-}
+
+def _until_lopd(prompts: str, time: str, read: str, pair: str, scale: float, unit: str) -> tuple:
+    """Prompts and time until a run scores as well as LOPD's best evaluation."""
+    labels = {"pair": pair}
+    return (
+        PaperColumn(prompts, read, labels, 1, "", "LOPD", "prompts"),
+        PaperColumn(time, read, labels, scale, unit, "LOPD", "seconds"),
+    )
+
+
+_hours = partial(_until_lopd, read="avg@k:mean", scale=1 / 3600, unit="h")
+_F3 = _hours("prompts until LOPD's best", "hours until LOPD's best", pair="qwen3_4b_30b")
 EFFICIENCY = PaperTable(
     name="ropd_efficiency",
     paper=PAPER,
-    title="Figure 3: what it takes to score as well as LOPD does at its best",
+    title="Figure 3: the cost of reaching LOPD's best score",
     settings=_WHITE_BOX,
-    columns=tuple(column for pair in _EFFICIENCY.values() for column in pair),
+    columns=(
+        *_F3,
+        *_hours("from Qwen3-14B, prompts", "from Qwen3-14B, hours", pair="qwen3_4b_14b"),
+        *_until_lopd("mini pair, prompts", "mini pair, seconds", "avg@k", "mini", 1, "s"),
+    ),
     rows=(
-        Row("ROPD", {"arm": "ropd"}, numbers(_EFFICIENCY["paper"], (1600, 5.5))),
-        Row("LOPD", {"arm": "lopd"}, numbers(_EFFICIENCY["paper"], (15400, 34.4))),
+        Row("ROPD", {"arm": "ropd"}, numbers(_F3, (1600, 5.5))),
+        Row("LOPD", {"arm": "lopd"}, numbers(_F3, (15400, 34.4))),
     ),
     claims=(
         PaperClaim(
-            "ROPD takes a tenth of LOPD's prompts (9.6 times fewer)",
             "ratio",
+            "ROPD takes a tenth of LOPD's prompts (9.6 times fewer)",
             "LOPD",
             "ROPD",
-            "prompts until LOPD's best",
+            _F3[0].label,
             9.6,
         ),
         PaperClaim(
-            "ROPD takes fewer hours (6.3 times)",
             "ratio",
+            "ROPD takes fewer hours (6.3 times)",
             "LOPD",
             "ROPD",
-            "hours until LOPD's best",
+            _F3[1].label,
             6.3,
             "D",
         ),
     ),
     notes=(
-        "Read at a run's evaluations, so no finer than evaluation.every; the target is the best of LOPD's run of the same seed.",
-        "The paper's hours are those until 48.3 % on AIME24, its samples are taken for prompts.",
-        "Hours are of training steps, judges waited for and evaluations left out.",
+        "Read at a run's evaluations, so to a precision of evaluation.every; the target is the "
+        "best score of LOPD's run with the same seed.",
+        "The paper's hours are those until 48.3 % on AIME24; its samples are read as prompts.",
+        "Hours count training steps with the time spent waiting for judges, without evaluations.",
         _MOE_NOTE,
     ),
 )
@@ -269,13 +222,13 @@ EFFICIENCY = PaperTable(
 _T3 = tuple(PaperColumn(f"Gemma3-4B-it {name}", "", {}, 100, "%") for name in (*_MATH, "average"))
 _SMALLER = (
     *_columns("qwen3_1_7b_gpt", prefix="Qwen3-1.7B "),
-    PaperColumn("Qwen3-1.7B average", "avg@k:mean", {"pair": "qwen3_1_7b_gpt"}, 100, "%"),
+    _average("Qwen3-1.7B average", "qwen3_1_7b_gpt"),
 )
 TABLE3 = PaperTable(
     name="ropd_table3",
     paper=PAPER,
     title="A student of another family",
-    settings="Gemma3-4B-it from GPT-5.2-chat-latest; DAPO-Math-17K, 531 steps of 32 x 8, lr 1e-6, 8 A100",
+    settings=f"Gemma3-4B-it from GPT-5.2-chat-latest; {_TRAINING}",
     columns=(*_T3, *_SMALLER),
     rows=(
         Row(
@@ -284,22 +237,22 @@ TABLE3 = PaperTable(
             numbers(_T3, (6.67, 12.92, 1.67, 6.25, 6.88)),
             when="before",
         ),
-        Row("OVD", None, numbers(_T3, (7.38, 13.00, 2.05, 6.36, 7.20)), note=_OTHERS),
-        Row("GAD", None, numbers(_T3, (6.92, 12.50, 1.83, 6.08, 6.83)), note=_OTHERS),
+        Row("OVD", None, numbers(_T3, (7.38, 13.00, 2.05, 6.36, 7.20)), _OTHERS),
+        Row("GAD", None, numbers(_T3, (6.92, 12.50, 1.83, 6.08, 6.83)), _OTHERS),
         Row("ROPD", {"arm": "ropd"}, numbers(_T3, (10.00, 13.72, 2.92, 6.88, 8.38))),
     ),
     claims=(
         PaperClaim(
-            "ROPD is better than its start, whatever the student",
             "more",
+            "ROPD improves other students too",
             "ROPD",
             "student before",
             "Qwen3-1.7B average",
         ),
     ),
     notes=(
-        "Gemma 3 is no family that the decoder here computes (Llama, Qwen2, Qwen3 are). What can be run in its place is one of a "
-        "supported one, Qwen3-1.7B without thinking: columns of its own, with no number of the paper.",
+        "Gemma 3 is not a supported model family (Llama, Qwen2 and Qwen3 are). Qwen3-1.7B without "
+        "thinking replaces it, in columns without numbers of the paper.",
     ),
 )
 
@@ -307,7 +260,7 @@ _T6 = _columns("qwen3_4b_gpt", ("AIME24",))
 TABLE6 = PaperTable(
     name="ropd_table6",
     paper=PAPER,
-    title="Leave one out: references, the shared rubric, the blind pool",
+    title="Ablations: references, the shared rubric, the blind pool",
     settings=_BLACK_BOX.format("non-thinking"),
     columns=(*_T6, _MINI),
     rows=(
@@ -316,21 +269,18 @@ TABLE6 = PaperTable(
             "one reference",
             {"arm": "ropd_one_reference"},
             numbers(_T6, (47.08,)),
-            note="m = 1 in place of 4",
+            "m = 1 instead of 4",
         ),
         Row("a rubric for each rollout", {"arm": "ropd_per_student"}, numbers(_T6, (61.25,))),
         Row("a verifier that is not blind", {"arm": "ropd_not_blind"}, numbers(_T6, (61.75,))),
         Row("ROPD", {"arm": "ropd"}, numbers(_T6, (65.02,))),
     ),
     claims=tuple(
-        PaperClaim(text, "more", "ROPD", row, "AIME24")
+        PaperClaim("more", text, "ROPD", row, "AIME24")
         for text, row in (
             ("four references are better than one", "one reference"),
-            (
-                "one rubric for a group is better than one for each rollout",
-                "a rubric for each rollout",
-            ),
-            ("a blind verifier is better than one that knows", "a verifier that is not blind"),
+            ("one rubric per group is better than one per rollout", "a rubric for each rollout"),
+            ("a blind verifier is better than an informed one", "a verifier that is not blind"),
         )
     ),
 )

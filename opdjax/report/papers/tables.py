@@ -1,9 +1,8 @@
-"""A table or a figure of a paper as data: what it compares, its numbers and how sure they are, and
-what the paper claims of them.
+"""A paper's table or figure as data: what it compares, its numbers and its claims.
 
-A row is an arm of a sweep (`opdjax.config.grid.arms`), a column a score of its runs, perhaps of one
-pair of models; a cell is the mean over the seeds of the points that have the labels of both. Sweeps
-at the paper's size and their small twins use the same labels.
+A row is an arm of a sweep (`opdjax.config.grid.arms`). A column is a score or metric of its runs,
+possibly for one pair of models. A cell is the mean over the seeds of the points that carry the
+labels of both. Sweeps at the paper's size and their small twins use the same labels.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-# How sure a number is, strongest first: what stands behind it.
+# Where a number comes from, the most reliable source first.
 MARKS = {
     "C": "the released code",
-    "P": "the paper's or its author's own words",
+    "P": "the paper or its author",
     "R": "a later release of the same author",
     "A": "the abstract",
     "T": "the code base that the paper builds on",
@@ -38,64 +37,57 @@ class Value:
 
 @dataclasses.dataclass(frozen=True)
 class PaperColumn:
-    """What is compared: how it is read from a run, and on which points."""
+    """A quantity, how it is read from a run, and the points that it applies to."""
 
     label: str
-    read: str = (
-        "avg@k"  # see compare.reader; empty: a number of the paper that no run here can have
-    )
-    labels: Mapping[str, str] = dataclasses.field(
-        default_factory=dict
-    )  # that its points have beside the row's, such as pair
-    scale: float = 1.0  # of a run's number to the paper's unit, such as 100 for percent
+    # See `reading.reader`. Empty: only the paper has this number, no run here can have it.
+    read: str = "avg@k"
+    # Labels that the column's points carry in addition to the row's, such as pair.
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    scale: float = 1.0  # from a run's number to the paper's unit, such as 100 for percent
     unit: str = ""
-    # Label of a row: the number is then not the score `read` itself, but what a run had spent when
-    # it first scored as much as the run of that row and seed ever did.
+    # Label of a row. If set, the number is not the score `read` but the cost (`spent`) until a run
+    # first scores as much as the best evaluation of that row's run with the same seed.
     until: str = ""
-    spent: Literal["prompts", "seconds"] = "prompts"  # until then
+    spent: Literal["prompts", "seconds"] = "prompts"
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A method: an arm of the sweep, or, without labels, one that is not implemented here."""
+    """A method: an arm of the sweep, or, without labels, a method that is not implemented here."""
 
     label: str
     labels: Mapping[str, str] | None  # such as {"arm": "vopd"}
-    values: Mapping[str, Value] = dataclasses.field(
-        default_factory=dict
-    )  # by the label of the column
+    values: Mapping[str, Value] = dataclasses.field(default_factory=dict)  # by column label
     note: str = ""
-    when: Literal["after", "before"] = (
-        "after"  # training; before: the start of these runs, such as an untrained student
-    )
+    # The score after or before training; `before` is the untrained student of these runs.
+    when: Literal["after", "before"] = "after"
 
 
 @dataclasses.dataclass(frozen=True)
 class PaperClaim:
-    """What the paper says of two rows in a column, as a statement that runs can bear out or
-    contradict.
+    """A statement of the paper about two rows in a column, which runs can reproduce or contradict.
 
-    `more`, `less`: left less right is above `margin`, or below -margin. `equal`: it lies within ±
-    margin. `ratio`: left is at least `margin` times right. `gap`: left has closed at least the
-    share `margin` of what lies between `base` and right. Differences are of a run's own numbers,
-    not in the paper's unit.
+    `more`, `less`: left minus right is above `margin`, or below -margin. `equal`: it is within ±
+    margin. `ratio`: left is at least `margin` times right. `gap`: left closes at least the share
+    `margin` of the gap from `base` to right. Margins are in a run's own unit, not the paper's.
     """
 
-    text: str
     kind: Literal["more", "less", "equal", "ratio", "gap"]
-    left: str  # labels of rows
+    text: str
+    left: str  # label of a row
     right: str
-    column: str  # label of the column; its labels' `pair` is left open where the study has another
+    column: str  # label; the claim is also tested in columns that read the same for other pairs
     margin: float = 0.0
     mark: str = "P"
-    base: str = ""  # label of a row; of a gap
+    base: str = ""  # label of a row, for a gap
 
 
 @dataclasses.dataclass(frozen=True)
 class PaperTable:
-    """A table or figure, with what it was measured on."""
+    """A table or figure of a paper."""
 
-    name: str  # as `opdjax table --paper` calls it
+    name: str  # as in `opdjax table --paper NAME`
     paper: str
     title: str
     settings: str  # models, data, hardware
@@ -104,21 +96,14 @@ class PaperTable:
     claims: tuple[PaperClaim, ...]
     notes: tuple[str, ...] = ()
 
-    def row(self, label: str) -> Row:
-        """By its label."""
-        return next(row for row in self.rows if row.label == label)
-
     def column(self, label: str) -> PaperColumn:
-        """By its label."""
+        """The column with this label."""
         return next(column for column in self.columns if column.label == label)
 
 
 def numbers(
     columns: Sequence[PaperColumn], values: Sequence[float | None], mark: str = "P"
 ) -> dict[str, Value]:
-    """A row of the paper, one number a column from the first on; None where it has none."""
-    return {
-        column.label: Value(value, mark)
-        for column, value in zip(columns, values)
-        if value is not None
-    }
+    """The paper's values of a row by column label; a value of None is left out."""
+    pairs = zip(columns, values)
+    return {column.label: Value(value, mark) for column, value in pairs if value is not None}

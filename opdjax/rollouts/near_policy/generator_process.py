@@ -44,11 +44,11 @@ def generate_for(workdir: pathlib.Path, config: Config | None) -> int:
     config's generator is `process` this goes on until the run is finished; else it ends with what
     is drawn by the weights before the first update.
     """
-    with _held(workdir) as home:
-        setup = _setup(home, config)
-        draws = _Draws(setup, home.directory)
+    with _held(workdir) as mirror:
+        setup = _setup(mirror, config)
+        draws = _Draws(setup, mirror.directory)
         (draws.refreshes if setup.config.near_policy.schedule == "refresh" else draws.steps)()
-        home.keep()
+        mirror.upload()
         return draws.num_stored
 
 
@@ -56,8 +56,8 @@ def annotate_all(workdir: pathlib.Path) -> int:
     """Have the teacher read every stored rollout that it has not read, or not whole; how many
     shards those were.
     """
-    with _held(workdir) as home:
-        setup, workdir = _setup(home, None), home.directory
+    with _held(workdir) as mirror:
+        setup, workdir = _setup(mirror, None), mirror.directory
         if not stages.is_annotated(setup.config):
             raise WorkdirError(
                 f"{workdir} holds a run whose recipe reads hidden states, which are made anew for each update; none are stored"
@@ -67,7 +67,7 @@ def annotate_all(workdir: pathlib.Path) -> int:
             annotate_missing(setup, workdir, timeline, version, lambda: None)
             for version in shards.versions(workdir)
         )
-        home.keep()
+        mirror.upload()
         return count
 
 
@@ -77,16 +77,16 @@ def _held(workdir: pathlib.Path) -> Iterator[WorkdirMirror]:
     beside a run there.
     """
     if is_remote(workdir):
-        with open_workdir(workdir) as home:
-            yield home
+        with open_workdir(workdir) as mirror:
+            yield mirror
         return
     with locked(workdir, "generator"):
         yield WorkdirMirror(workdir)
 
 
-def _setup(home: WorkdirMirror, config: Config | None) -> Setup:
+def _setup(mirror: WorkdirMirror, config: Config | None) -> Setup:
     shards.require_pyarrow()
-    workdir = home.directory
+    workdir = mirror.directory
     if config is None and not (workdir / "config.json").exists():
         raise WorkdirError(
             f"{workdir} has no config.json; start the run first (opdjax train), or give the EXPERIMENT: the generator reads it"
@@ -94,9 +94,9 @@ def _setup(home: WorkdirMirror, config: Config | None) -> Setup:
     asked = read_config(workdir) if config is None else config
     # Beside a learner all devices of this machine draw, which need not be as many as the learner's.
     is_beside = asked.near_policy.generator == "process"
-    if is_beside and home.is_remote:
+    if is_beside and mirror.is_remote:
         raise WorkdirError(
-            f"{home.name}: a generator beside a run needs a file system that both see; mount the bucket"
+            f"{mirror.name}: a generator beside a run needs a file system that both see; mount the bucket"
         )
     setup = prepare(
         dataclasses.replace(asked, mesh=MeshConfig(tensor=asked.mesh.tensor))

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from opdjax.config.validation import MissingExtraError
 from opdjax.runs.workdir import read_json
 
 
@@ -343,7 +344,9 @@ def require_pyarrow() -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError("stored rollouts need pyarrow: pip install 'opdjax[data]'") from error
+        raise MissingExtraError(
+            "stored rollouts need pyarrow: pip install 'opdjax[data]'"
+        ) from error
     return pyarrow
 
 

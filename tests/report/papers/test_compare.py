@@ -62,7 +62,7 @@ def test_a_cell_is_the_mean_over_seeds_with_students_interval(tmp_path):
 )
 def test_verdicts_are_of_differences_paired_by_seed(tmp_path, kind, margin, right, status):
     study.make(tmp_path, {"opd": (0.50, 0.52, 0.54), "vopd": right})
-    found = verdict(tmp_path, PaperClaim("text", kind, "a", "b", "mini", margin))
+    found = verdict(tmp_path, PaperClaim(kind, "text", "a", "b", "mini", margin))
     assert (found.status, found.n) == (status, 3)
     if right[0] == 0.47:
         assert found.difference == pytest.approx((0.03, T_OF_2 * 0.01 / math.sqrt(3)))
@@ -72,7 +72,7 @@ def test_a_ratio_is_decided_on_its_logarithm(tmp_path):
     # 8, 8, 8: no spread; then 4, 8, 16, whose logarithms are ln 8 ± 4.303 * ln 2 / sqrt 3 = 2.079 ±
     # 1.722.
     study.make(tmp_path / "same", {"opd": (0.80, 0.80, 0.80), "vopd": (0.10, 0.10, 0.10)})
-    found = verdict(tmp_path / "same", PaperClaim("text", "ratio", "a", "b", "mini", 7.9))
+    found = verdict(tmp_path / "same", PaperClaim("ratio", "text", "a", "b", "mini", 7.9))
     assert found.status == "reproduced"
     assert found.difference == pytest.approx((8.0, 0.0))
     study.make(tmp_path / "wide", {"opd": (0.40, 0.80, 0.80), "vopd": (0.10, 0.10, 0.05)})
@@ -82,11 +82,11 @@ def test_a_ratio_is_decided_on_its_logarithm(tmp_path):
         (44.0, "inconclusive"),
         (45.0, "contradicted"),
     ):
-        found = verdict(tmp_path / "wide", PaperClaim("text", "ratio", "a", "b", "mini", margin))
+        found = verdict(tmp_path / "wide", PaperClaim("ratio", "text", "a", "b", "mini", margin))
         assert found.status == status, margin
     assert found.difference[0] == pytest.approx(8.0)
     study.make(tmp_path / "zero", {"opd": (0.40,), "vopd": (0.0,)})
-    found = verdict(tmp_path / "zero", PaperClaim("text", "ratio", "a", "b", "mini", 2.0))
+    found = verdict(tmp_path / "zero", PaperClaim("ratio", "text", "a", "b", "mini", 2.0))
     assert (found.status, found.difference) == ("inconclusive", None)
 
 
@@ -100,7 +100,7 @@ def test_the_share_of_a_gap_that_is_closed(tmp_path):
     study.make(tmp_path / "teachers", {"teacher": (0.9,)}, start=0.7)
     points = [*read_points(tmp_path / "students"), *read_points(tmp_path / "teachers")]
     claims = [
-        PaperClaim("text", "gap", "a", "goal", "mini", margin, base="start")
+        PaperClaim("gap", "text", "a", "goal", "mini", margin, base="start")
         for margin in (0.2, 0.5, 1.5)
     ]
     found = compare(table(*claims, rows=rows), points).verdicts
@@ -112,9 +112,9 @@ def test_the_share_of_a_gap_that_is_closed(tmp_path):
 
 def test_one_seed_decides_nothing_and_no_pair_is_not_run(tmp_path):
     study.make(tmp_path, {"opd": (0.5,), "vopd": (0.9,)})
-    assert verdict(tmp_path, PaperClaim("text", "less", "a", "b", "mini")).status == "inconclusive"
+    assert verdict(tmp_path, PaperClaim("less", "text", "a", "b", "mini")).status == "inconclusive"
     (tmp_path / "pair=mini,arm=vopd,seed=0" / "result.json").unlink()
-    found = verdict(tmp_path, PaperClaim("text", "less", "a", "b", "mini"))
+    found = verdict(tmp_path, PaperClaim("less", "text", "a", "b", "mini"))
     assert (found.status, found.n, found.difference) == ("not run", 0, None)
 
 
@@ -130,7 +130,7 @@ def race(directory, fast, slow=((0, 0.3), (10, 0.4), (20, 0.5), (30, 0.6), (40, 
     study.make(
         directory, {"ropd": (0.5, 0.5), "lopd": (0.5, 0.5)}, curve={"ropd": fast, "lopd": slow}
     )
-    claim = PaperClaim("text", "ratio", "slow", "fast", "prompts", margin)
+    claim = PaperClaim("ratio", "text", "slow", "fast", "prompts", margin)
     return compare(table(claim, columns=SPENT, rows=RACE), read_points(directory))
 
 
@@ -225,7 +225,7 @@ def test_other_training_prompts_and_commits_are_told(tmp_path):
     ).flags
     assert flags == (
         "rows 'a' and 'b' of t were trained on other prompts",
-        "runs of several commits stand in this table: beef, c0ffee",
+        "the runs of this table are of several commits: beef, c0ffee",
     )
 
 
@@ -243,7 +243,7 @@ def test_seconds_of_other_machines_are_told(tmp_path):
     ).flags
     assert (
         flag
-        == "rows 'a' and 'b' of t ran on other machines, which seconds depend on: devices: ['cpu'] -> ['TPU v5e']"
+        == "rows 'a' and 'b' of t ran on other machines, which affects seconds: devices: ['cpu'] -> ['TPU v5e']"
     )
 
 

@@ -1,0 +1,109 @@
+"""Requests and responses of the OpenAI chat-completions protocol, as JSON documents."""
+
+from __future__ import annotations
+
+import datetime
+import email.utils
+import json
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from opdjax.config.api import EndpointConfig
+from opdjax.judge.replies import Reply
+
+CHARS_PER_TOKEN = 4  # estimate, used where a server does not count and before a request is sent
+_FORMAT_WORDS = (
+    *("response_format", "response_schema", "json_schema", "json schema", "json_object"),
+    "structured output",
+)
+
+
+def request_body(
+    endpoint: EndpointConfig,
+    messages: list[dict[str, str]],
+    schema: dict[str, Any] | None,
+    schema_name: str,
+    output: str,
+) -> dict[str, Any]:
+    """The request; `output` is the reply format: "json_schema", "json_object" or "text"."""
+    body = {
+        "model": endpoint.model,
+        "messages": [message | {"content": _valid(message["content"])} for message in messages],
+        endpoint.max_tokens_field: endpoint.max_tokens,
+    }
+    names = ("temperature", "top_p", "seed", "reasoning_effort")
+    body |= {name: getattr(endpoint, name) for name in names if getattr(endpoint, name) is not None}
+    if output == "json_object":
+        return body | {"response_format": {"type": "json_object"}}
+    if output == "json_schema":
+        form = {"name": schema_name, "schema": schema, "strict": True}
+        return body | {"response_format": {"type": "json_schema", "json_schema": form}}
+    return body
+
+
+def read_reply(document: Any, body: dict[str, Any], *, is_structured: bool) -> Reply:
+    """The reply in a response to `body`.
+
+    Raises LookupError, TypeError and the like if the document is no chat completion.
+    """
+    choice = document["choices"][0]
+    message = choice["message"]
+    # Servers that separate reasoning from content may leave the content empty. JSON is then looked
+    # for in the reasoning; free text is not: reasoning is no answer.
+    names = ("content", *(("reasoning_content", "reasoning") if is_structured else ()))
+    texts = [message.get(name) or "" for name in names]
+    text = _valid(next((text for text in texts if text.strip()), ""))
+    usage = document.get("usage") or {}
+    num_chars = sum(len(message["content"]) for message in body["messages"])
+    counts = (
+        (usage.get("prompt_tokens"), num_chars),
+        (usage.get("completion_tokens"), len(text)),
+    )
+    tokens = [
+        count if isinstance(count, int) and count >= 0 else -(-chars // CHARS_PER_TOKEN)
+        for count, chars in counts
+    ]
+    return Reply(text, str(choice.get("finish_reason") or "stop"), False, *tokens)
+
+
+def _valid(text: str) -> str:
+    """Half surrogate pairs (a text cut inside one) replaced: no request can carry them."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def error_message(text: str) -> str:
+    """The server's message in an error body of any form; the whole body if it has none.
+
+    The openai package keeps the message only of one exact form.
+    """
+    try:
+        found = json.loads(text)
+        for name in ("error", "message", "detail"):
+            if isinstance(found, dict) and isinstance(found.get(name), (dict, str)):
+                found = found[name]
+    except (ValueError, RecursionError):
+        found = None
+    return " ".join((found if isinstance(found, str) else text).split()) or "(nothing)"
+
+
+def is_about_format(text: str) -> bool:
+    """Whether an error body is about the requested reply format."""
+    return any(word in text.lower() for word in _FORMAT_WORDS)
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds in a Retry-After header, a number or a date; None if absent or unreadable."""
+    value = headers.get("retry-after", "")
+    try:
+        return max(seconds, 0.0) if math.isfinite(seconds := float(value)) else None
+    except ValueError:
+        pass
+    try:
+        date = email.utils.parsedate_to_datetime(value)
+        return max(date.replace(tzinfo=date.tzinfo or datetime.UTC).timestamp() - time.time(), 0.0)
+    except (ValueError, TypeError, LookupError, OverflowError):
+        return None
