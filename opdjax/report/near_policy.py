@@ -32,13 +32,8 @@ from opdjax.report.markup import (
     text_head,
 )
 from opdjax.report.near_policy_charts import ZONES, Bounds, Histogram, deltas, pooled, zone_key
-<<<<<<< HEAD
-from opdjax.runs.results import Run, is_number, read_filters
-=======
-from opdjax.report.rollouts import percent, prompt_text
 from opdjax.runs.results import Run, is_number, read_filters
 from opdjax.runs.statistics import wilson_interval
->>>>>>> house
 
 ALARM = 0.10  # nats a token: the limit of what NPD calls near-policy
 _VERSIONS = 6  # histograms side by side; more versions are pooled
@@ -63,15 +58,8 @@ Filter = dict[str, Any]  # one filter file: counts, bounds, histogram and exampl
 
 
 def staleness_section(run: Run) -> Html | None:
-<<<<<<< HEAD
     """Distance of the student from the policy that sampled its data; None for on-policy runs."""
     if not run.is_near_policy or all(value is None for value in run.column("staleness/mean")):
-=======
-    """How far the student had moved from the policy that drew what it was trained on; None where
-    rollouts are drawn anew every step.
-    """
-    if not run.is_near_policy or all(value is None for value in run.column("staleness/mean")):
->>>>>>> house
         return None
     key = legend(
         [("trained on: mean", 0), ("oldest of the step", 4), ("all rollouts, before the filter", 1)]
@@ -166,19 +154,10 @@ def _weight_chart(run: Run) -> Html | None:
 
 
 def filter_section(run: Run) -> Html | None:
-<<<<<<< HEAD
     """What the Delta-IFD filter kept, with examples; None where no sample was scored."""
     found = read_filters(run.workdir) if run.is_near_policy else []
     scored = [f for f in found if f["filter"] != "none" or sum(f["histogram"].get("counts", ()))]
     if not scored:
-=======
-    """What Delta-IFD made of the samples, and some of them; None where no sample was ever judged."""
-    found = read_filters(run.workdir) if run.is_near_policy else []
-    judged = [
-        one for one in found if one["filter"] != "none" or sum(one["histogram"].get("counts", ()))
-    ]
-    if not judged:
->>>>>>> house
         return None
     versions: dict[int, list[Filter]] = {}
     for one in scored:

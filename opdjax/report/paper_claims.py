@@ -135,32 +135,13 @@ def _refused(name: str, error: WorkdirError) -> Html:
 # All claims
 
 
-<<<<<<< HEAD
-def _overview(found: dict[str, Comparison | WorkdirError]) -> Html:
-    verdicts = [
-        (each.table, verdict)
-        for each in found.values()
-        if isinstance(each, Comparison)
-        for verdict in each.verdicts
-    ]
-    counts = {
-        status: sum(verdict.status == status for _, verdict in verdicts) for status in _STATUS
-    }
-    told = ", ".join(f"{amount} {status}" for status, amount in counts.items() if amount)
-    lead = tag(
-        "p",
-        f"{count(len(verdicts), 'claim')} of {count(len(found), 'paper table')}: {told}.",
-        class_="finding",
-    )
-=======
 def _overview(found: Found) -> Html:
     made = [each for each in found.values() if isinstance(each, Comparison)]
     verdicts = [(each.table, verdict) for each in made for verdict in each.verdicts]
     statuses = [verdict.status for _, verdict in verdicts]
     counts = [f"{statuses.count(name)} {name}" for name in _STATUS if name in statuses]
     claims, tables = count(len(verdicts), "claim"), count(len(found), "paper table")
-    lead = tag("p", f"{claims} of {tables}: {', '.join(counts)}.", class_="told")
->>>>>>> house
+    lead = tag("p", f"{claims} of {tables}: {', '.join(counts)}.", class_="finding")
     head = [
         *map(_text, ("verdict", "claim", "table")),
         "difference over seeds",
