@@ -12,7 +12,13 @@ import sys
 
 import pytest
 
-from opdjax.config import Config, EstimatorConfig, OptimizerConfig
+from opdjax.config import (
+    Config,
+    EstimatorConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplingConfig,
+)
 from opdjax.config.validation import to_dict
 from opdjax.report import charts, markup, measures, page, ranking
 from opdjax.report.page import write_report
@@ -351,6 +357,51 @@ def test_each_token_carries_its_numbers(finished):
         ("t for strong", "3: advantage 1.500", "0"),
         ("t against", "!: advantage −0.250", "-1"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sampling", "title"),
+    [
+        ("grpo", {"num_generations": 4}, "models/student ← graded answers"),
+        ("sft", {"completions_from": "references"}, "models/student ← reference answers"),
+    ],
+)
+def test_a_run_that_reads_no_teacher_says_so_and_nothing_else_of_one(
+    tmp_path, recipe, sampling, title
+):
+    settings = Config(
+        student=ModelConfig("models/student"),
+        estimator=EstimatorConfig(recipe=recipe),
+        sampling=SamplingConfig(**sampling),
+    )
+    of_teacher = {"kl/student_teacher": None, "perf/teacher_tokens": 0.0, "advantage/std": 0.5}
+    rows = [metric(step, **of_teacher) for step in range(1, 7)]
+    rows = [{name: v for name, v in row.items() if "kl/" not in name} for row in rows]
+    plain = sample(**dict.fromkeys(("teacher_logprobs", "teacher_top", "kl", "rewards")))
+    parser = read(write_run(tmp_path / "run", settings, metrics=rows, samples=[plain]))
+    assert title in parser.all
+    assert "The loss used no probabilities of a teacher." in parser.all
+    before_settings = parser.all[: parser.all.rindex("Settings")]
+    assert before_settings.count("teacher") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"recipe": "opd"}, "The teacher gave its probability of every trained token."),
+        ({"recipe": "vopd"}, "The teacher gave its next-token distribution at every position."),
+        (
+            {"recipe": "vopd", "baseline": "batch_mean"},
+            "The teacher gave its probability of every trained token.",
+        ),
+        ({"recipe": "npd"}, "The teacher gave its most likely tokens and their probabilities"),
+    ],
+)
+def test_what_the_teacher_gave_follows_from_recipe_and_options(tmp_path, options, expected):
+    settings = Config(estimator=EstimatorConfig(**options))
+    parser = read(write_run(tmp_path / "run", settings, **BARE))
+    assert expected in parser.all
+    assert "On-policy: the student sampled completions" in parser.all
 
 
 def test_a_run_that_is_going_on_says_how_far_it_is(tmp_path):

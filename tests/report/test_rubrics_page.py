@@ -487,6 +487,7 @@ def test_the_page_of_a_random_run(random_run):
     ):
         assert expected in labels
     assert "judged by judge-32b" in random_run.all
+    assert "The loss used no probabilities of a teacher." in random_run.all
     assert row(random_run, "unavailable")[1] != "0"
 
 
