@@ -1,17 +1,15 @@
-"""opdjax beside what can run beside it, on this machine and in this run: losses, the on-policy
-step, generation.
+"""Compare opdjax with other libraries on this machine: losses, the on-policy step, generation.
 
-    python scripts/benchmark.py                             # all of it, on the CPU
+    python scripts/benchmark.py                             # everything, on the CPU
     python scripts/benchmark.py --only a --peers tunix      # losses, against one peer
     python scripts/benchmark.py --device gpu --output gpu.json
 
-(a) value and gradient of the exact divergences, from logits and from hidden states; (b) the full
-on-policy step; (c) generation, with lengths that are equal and with a long tail, where a share of
-the vocabulary stops a completion and only the tokens up to it count. Each peer runs in its own
-environment under `.bench/`, made by this script on first use (about three minutes). Every system
-runs at the number of threads that is fastest for it. Losses and gradients of one divergence must
-agree before times mean anything: a row says where they do not. What a peer cannot do, or fails at,
-is a row with the reason.
+(a) Value and gradient of the exact divergences, from logits and from hidden states. (b) The full
+on-policy step. (c) Generation, with equal lengths and with a long tail, where some ids stop a
+completion and only the tokens up to the stop count. Each peer runs in its own environment under
+`.bench/`, which this script makes on first use (about three minutes). Every system runs at its
+fastest number of threads. Losses and gradients of one divergence must agree, or the row says so.
+What a peer cannot do, or fails at, is a row with the reason.
 """
 
 from __future__ import annotations
@@ -36,16 +34,14 @@ from benchmark_peers.table import to_markdown
 from benchmark_peers.workers import Worker, WorkerError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent / ".bench"
-_PROBES = 2  # runs at each number of threads, of which the faster counts
-TOLERANCE = {
-    "cpu": 1e-3,
-    "gpu": 3e-2,
-}  # relative, between losses and gradient norms of one divergence
+_PROBES = 2  # runs at each number of threads; the faster counts
+# Relative, between losses and gradient norms of one divergence.
+TOLERANCE = {"cpu": 1e-3, "gpu": 3e-2}
 
 
 @dataclasses.dataclass
 class Contender:
-    """One form of one case, on the worker that it is fastest on."""
+    """One form of one case, on its fastest worker."""
 
     form: Form
     worker: Worker
@@ -53,14 +49,15 @@ class Contender:
 
 
 class Fleet:
-    """The workers of all systems, at every number of threads that is tried; those of a peer without
-    environment say why.
+    """The workers of all systems, one for each number of threads.
+
+    `failures`: why a peer has no environment.
     """
 
     def __init__(self, options: argparse.Namespace):
         self.failures: dict[str, str] = {}
         self.workers: dict[str, list[Worker]] = {}
-        self.fastest: dict[Form, Worker] = {}  # by the first case that a form was tried in
+        self.fastest: dict[Form, Worker] = {}  # set by the first case of a form
         threads = [None] if options.device == "gpu" else options.threads
         given = dict(pair.split("=", 1) for pair in options.python)
         for system in ("opdjax", *options.peers):
@@ -88,7 +85,7 @@ class Fleet:
 
 
 def worker_case(case: dict[str, Any], device: str) -> dict[str, Any]:
-    """The case with all that a worker needs to know of it."""
+    """Return the case with everything that a worker needs."""
     sizes = SIZES[device]
     student, teacher = (
         write_pair(ROOT / f"models-{device}", sizes)
@@ -112,7 +109,7 @@ def worker_case(case: dict[str, Any], device: str) -> dict[str, Any]:
 
 
 def enter(form: Form, case: dict[str, Any], fleet: Fleet) -> Contender | str:
-    """The form prepared on the worker that does it fastest, or the reason why there is none."""
+    """Prepare the form on its fastest worker; return the reason if no worker can run it."""
     if form.system in fleet.failures:
         return fleet.failures[form.system]
     if case.get("divergence") not in (None, *form.divergences) and case["kind"] != "step":
@@ -140,7 +137,7 @@ def enter(form: Form, case: dict[str, Any], fleet: Fleet) -> Contender | str:
 
 
 def alternate(ours: Contender, peers: list[Contender], repeats: int) -> dict[Form, str]:
-    """Peer, opdjax, peer, opdjax ...; the reason of each contender that failed on the way, by form."""
+    """Run peer, opdjax, peer, opdjax ...; return the error of each form that failed."""
     failed: dict[Form, str] = {}
     for _ in range(repeats):
         for peer in peers:
@@ -157,15 +154,14 @@ def alternate(ours: Contender, peers: list[Contender], repeats: int) -> dict[For
 def measure(
     case: dict[str, Any], fleet: Fleet, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """The rows of one case, opdjax's first."""
+    """Return the rows of one case, opdjax's first."""
     forms = [
         form
         for form in FORMS[case["kind"]]
         if form.system == "opdjax" or form.system in options.peers
     ]
     full_case, entered = worker_case(case, options.device), []
-    # Forms of one worker share its process, which holds one job: those of a system take turns as
-    # rivals of opdjax's.
+    # A worker process holds one job, so the forms of one system are in different rounds.
     rounds: list[list[Form]] = [[]]
     for form in forms[1:]:
         place = next(
@@ -182,12 +178,7 @@ def measure(
         failed = {}
         if isinstance(ours, Contender):
             start = len(ours.runs)
-            # Alone, too, opdjax is measured.
-            failed = (
-                alternate(ours, peers, options.repeats)
-                if peers
-                else alternate(ours, [ours], options.repeats)
-            )
+            failed = alternate(ours, peers or [ours], options.repeats)
             if ours.form in failed:
                 ours = failed[ours.form]
         for form, contender in entered.items():
@@ -224,12 +215,12 @@ def row_of(
 
 
 def speed(run: dict[str, Any]) -> float:
-    """Useful tokens a second; runs a second where no tokens are counted."""
+    """Return useful tokens a second; runs a second if no tokens are counted."""
     return run["facts"].get("useful_tokens", 1) / run["seconds"]
 
 
 def compare(rows: list[dict[str, Any]], tolerance: float) -> None:
-    """Note in each row of a loss how its value and gradient differ from opdjax's."""
+    """Add a warning to each row whose loss or gradient differs from opdjax's."""
     ours = rows[0].get("facts", {})
     for row in rows[1:]:
         if row["kind"] not in ("logits", "hidden") or "error" in row or "loss" not in ours:
@@ -246,7 +237,7 @@ def compare(rows: list[dict[str, Any]], tolerance: float) -> None:
 def add_floors(
     rows: list[dict[str, Any]], device: str, flops_per_second: float, bytes_per_second: float
 ) -> None:
-    """Seconds that the least work of each row would take at the measured rates."""
+    """Add the seconds that the least work of each row takes at the measured rates."""
     for row in rows:
         if "error" not in row:
             flops, moved = least_work(row, device, row["facts"].get("useful_tokens", 0))
@@ -280,7 +271,7 @@ def parse() -> argparse.Namespace:
         nargs="*",
         choices=tuple(PINS),
         default=list(PINS),
-        help="systems to run beside opdjax",
+        help="systems to compare with",
     )
     parser.add_argument("--repeats", type=int, default=5)
     cores = sorted({1, len(os.sched_getaffinity(0))})
@@ -289,7 +280,7 @@ def parse() -> argparse.Namespace:
         nargs="+",
         type=int,
         default=cores,
-        help="numbers of CPU cores that every system is tried on",
+        help="numbers of CPU cores to try for every system",
     )
     parser.add_argument("--device", choices=tuple(SIZES), default="cpu")
     parser.add_argument(
@@ -297,19 +288,21 @@ def parse() -> argparse.Namespace:
         nargs="*",
         default=[],
         metavar="PEER=PATH",
-        help="an interpreter that has the peer",
+        help="a Python interpreter with the peer installed",
     )
-    parser.add_argument("--output", type=pathlib.Path, help="a JSON file for every run's figures")
+    parser.add_argument(
+        "--output", type=pathlib.Path, help="JSON file for the figures of every run"
+    )
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers are ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the workers too
     (ROOT / "logs").mkdir(parents=True, exist_ok=True)
     fleet, rows = Fleet(options), []
     try:
-        # The step comes last: its trainers keep their workers.
+        # The step comes last because its trainers keep their workers.
         for part in ("floor", *sorted(options.only, key="acb".index)):
             for case in cases_of(part, options.device):
                 print(f"measuring: {case['title']}", file=sys.stderr, flush=True)

@@ -1,14 +1,13 @@
-"""Asynchronous against synchronous generation on the same two simulated devices, and whether the
-learner ever waits.
+"""Compare asynchronous with synchronous generation on the same two simulated devices.
 
-    python scripts/benchmark_async.py                  # prints a table; --workdir keeps the runs, for opdjax report
-    python scripts/benchmark_async.py --repeats 3 --steps 60
+    python scripts/benchmark_async.py                  # prints a table
+    python scripts/benchmark_async.py --repeats 3 --steps 60 --workdir DIR   # keeps the runs
 
-Every run is the mini pair on the same prompts with the same number of updates, in a process of its
-own with two simulated CPU devices: synchronous on both (data parallel, the paper's on-policy
-baseline), and asynchronous with one device each for generator and learner. The steps before the
-buffer is warm, and those in which programs are compiled, are left out of all figures. Two devices
-of one machine share its cores and memory: what overlaps here is the work, not the hardware.
+Every run trains the mini pair on the same prompts for the same number of updates, in its own
+process with two simulated CPU devices: synchronous on both (data parallel, the paper's on-policy
+baseline), or asynchronous with one device each for generator and learner. All figures leave out the
+first steps, which fill the buffer and compile the programs. Both devices share the cores and memory
+of one machine: the work overlaps here, the hardware does not.
 """
 
 from __future__ import annotations
@@ -39,32 +38,12 @@ RECIPES = {
 
 
 def run(workdir: pathlib.Path, options: tuple[str, ...], steps: int) -> None:
-    """One training run on simulated devices."""
-    command = [
-        sys.executable,
-        "-m",
-        "opdjax",
-        "train",
-        "experiments/mini_vopd.py",
-        "--workdir",
-        str(workdir),
-    ]
-    command += [
-        "--train.num-steps",
-        str(steps),
-        "--evaluation.source",
-        "None",
-        "--evaluation.extra-temperatures",
-    ]
-    command += [
-        "--log.samples-every",
-        "0",
-        "--log.diagnostics-every",
-        "0",
-        "--checkpoint.every",
-        str(steps),
-        *options,
-    ]
+    """Train once on simulated devices."""
+    command = [sys.executable, "-m", "opdjax", "train", "experiments/mini_vopd.py"]
+    settings = {"workdir": workdir, "train.num-steps": steps, "checkpoint.every": steps}
+    settings |= {"log.samples-every": 0, "log.diagnostics-every": 0, "evaluation.source": None}
+    command += [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    command += ["--evaluation.extra-temperatures", *options]
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
         "JAX_PLATFORMS": "cpu",
@@ -75,13 +54,15 @@ def run(workdir: pathlib.Path, options: tuple[str, ...], steps: int) -> None:
 
 
 def rows_of(file: pathlib.Path) -> list[dict]:
-    """The rows of a JSONL file; none where there is none."""
+    """Return the rows of a JSONL file; none if it does not exist."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def measures(workdir: pathlib.Path, warm: int) -> dict[str, float]:
-    """Per update from step `warm` on: seconds, tokens a second, the share lost for want of
-    rollouts, most steps stored ahead.
+    """Return the figures of a run from step `warm` on.
+
+    Seconds an update, tokens a second, the share of time that the learner waits for rollouts, and
+    the most steps stored ahead.
     """
     metrics = [row for row in rows_of(workdir / "metrics.jsonl") if row["step"] > warm]
     spans = rows_of(workdir / "timeline-learner.jsonl")
@@ -89,7 +70,7 @@ def measures(workdir: pathlib.Path, warm: int) -> dict[str, float]:
         row.get(f"time/{name}", 0) for row in metrics for name in ("wait", "sample", "annotate")
     )
     seconds = sum(row["time/step"] for row in metrics)
-    if spans:  # from the clock on the wall: what lies between the phases counts as well
+    if spans:  # wall clock: the time between phases counts too
         ends = {
             row["step"]: row["start"] + row["seconds"] for row in spans if row["what"] == "update"
         }
@@ -105,9 +86,7 @@ def measures(workdir: pathlib.Path, warm: int) -> dict[str, float]:
 
 
 def busy(workdir: pathlib.Path, warm: int) -> float:
-    """The share of its time that a generator draws and annotates; NaN where it takes turns with the
-    learner.
-    """
+    """Return the share of time in which the generator works; NaN if it never works on its own."""
     spans = [row for row in rows_of(workdir / "timeline-generator.jsonl") if row["step"] > warm]
     if not any(row["what"] == "admit" for row in spans):
         return float("nan")
@@ -116,8 +95,8 @@ def busy(workdir: pathlib.Path, warm: int) -> float:
 
 
 def most_ahead(workdir: pathlib.Path) -> float:
-    """The most steps whose rollouts were stored and not yet trained on."""
-    drawn = {
+    """Return the most steps whose rollouts were stored and not yet trained on."""
+    sampled = {
         row["step"]: row["start"] + row["seconds"]
         for row in rows_of(workdir / "timeline-generator.jsonl")
         if row["what"] != "admit"
@@ -127,11 +106,10 @@ def most_ahead(workdir: pathlib.Path) -> float:
         for row in rows_of(workdir / "timeline-learner.jsonl")
         if row["what"] == "pack"
     }
-    moments = sorted(
-        [(at, 1) for at in drawn.values()] + [(taken[step], -1) for step in drawn if step in taken]
-    )
+    moments = [(at, 1) for at in sampled.values()]
+    moments += [(taken[step], -1) for step in sampled if step in taken]
     depth = most = 0
-    for _, change in moments:
+    for _, change in sorted(moments):
         depth += change
         most = max(most, depth)
     return most
@@ -148,32 +126,27 @@ def main() -> None:
     options = parser.parse_args()
     root = options.workdir or pathlib.Path(tempfile.mkdtemp(prefix="benchmark_async_"))
     found: dict[str, list[dict[str, float]]] = {name: [] for name in MODES}
-    for repeat in range(
-        options.repeats
-    ):  # modes in turn, so that a busy minute of the machine meets them all
+    for repeat in range(options.repeats):  # alternate the modes: other load then affects them all
         for number, (name, given) in enumerate(MODES.items()):
             workdir = root / f"{number}_{repeat}"
             run(workdir, RECIPES[options.recipe] + given, options.steps)
             found[name].append(measures(workdir, options.warm))
     base = statistics.median(row["seconds"] for row in found["synchronous, both devices"])
     print(
-        f"recipe {options.recipe}, {options.steps - options.warm} updates of 128 rollouts, medians of {options.repeats}; runs in {root}\n"
+        f"recipe {options.recipe}, {options.steps - options.warm} updates of 128 rollouts, "
+        f"medians of {options.repeats}; runs in {root}\n"
     )
-    columns = (
-        "seconds an update",
-        "range",
-        "throughput, synchronous = 1",
-        "tokens/s",
-        "learner idle for generation",
-        "generator busy",
-    )
-    print(f"| | {' | '.join(columns)} | steps ahead at most |\n|{'---|' * (len(columns) + 2)}")
+    columns = ("seconds an update", "range", "throughput, synchronous = 1", "tokens/s")
+    columns += ("learner idle for generation", "generator busy", "steps ahead at most")
+    print(f"| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     for name, runs in found.items():
         middle = {key: statistics.median(row[key] for row in runs) for key in runs[0]}
-        spread = f"{min(row['seconds'] for row in runs):.3f} to {max(row['seconds'] for row in runs):.3f}"
+        seconds = [row["seconds"] for row in runs]
         print(
-            f"| {name} | {middle['seconds']:.3f} | {spread} | {base / middle['seconds']:.2f} | {middle['tokens/s']:.0f} "
-            f"| {middle['learner idle']:.1%} | {middle['generator busy']:.0%} | {middle['ahead']:.0f} |"
+            f"| {name} | {middle['seconds']:.3f} | {min(seconds):.3f} to {max(seconds):.3f} "
+            f"| {base / middle['seconds']:.2f} | {middle['tokens/s']:.0f} "
+            f"| {middle['learner idle']:.1%} | {middle['generator busy']:.0%} "
+            f"| {middle['ahead']:.0f} |"
         )
 
 

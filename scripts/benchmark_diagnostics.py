@@ -1,15 +1,14 @@
-"""What the diagnostics of a step cost: paired, alternating runs of the same work without them,
-between them and with them.
+"""Measure the cost of a step's diagnostics in paired, alternating runs of the same work.
 
     python scripts/benchmark_diagnostics.py                # both sizes, about five minutes
 
-`off`: log.diagnostics_every 0. `between`: a step that skips them. `observed`: a step that takes
-them. The mini pair runs the real jitted update on 64 rows, and its share is of a whole step
-(sampling, teacher's scores, update without diagnostics). At V = 151,936 and width 1,024 only the
-work on the vocabulary is run (teacher's scores, loss, both gradients), float32: the share is of
-that alone, so that of a step, which samples and runs two models beside it, is smaller. Shares are
-medians of the paired differences with a 95 % interval from the order statistics. `--clock cpu`
-counts the process's CPU seconds, which say more than the wall on a machine that does other work.
+`off`: log.diagnostics_every 0. `between`: a step that skips the diagnostics. `observed`: a step
+that computes them. The mini pair runs the real jitted update on 64 rows; its share is that of a
+whole step (sampling, teacher's scores, update without diagnostics). At V = 151,936 and width 1,024
+only the work on the vocabulary is run (teacher's scores, loss, both gradients) in float32; the
+share is that of this work, so the share of a whole step is smaller. Shares are medians of the
+paired differences with a 95 % interval from the order statistics. `--clock cpu` counts the
+process's CPU seconds, which are more reliable on a busy machine.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from benchmark_recipes import RECIPES
-from benchmark_vocab import cpu_model, make_arguments
+from benchmark_vocab import machine, make_arguments
 
 from opdjax.config import (
     Config,
@@ -45,7 +44,6 @@ from opdjax.ops.tile import Head
 from opdjax.ops.vocab import TokenInputs, tiled_loss, tiled_stats
 from opdjax.rollouts.on_policy import draw, scored
 from opdjax.rollouts.setup import prepare, update_spec
-from opdjax.runs.workdir import num_cores
 
 FORMS = {
     "opd": EstimatorConfig(recipe="opd"),
@@ -53,8 +51,6 @@ FORMS = {
     "full_kl": EstimatorConfig(recipe="full_kl"),
 }
 EVERY = Config().log.diagnostics_every
-
-
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -65,8 +61,9 @@ def seconds_of(run: Callable, clock: Callable) -> float:
 
 
 def alternate(runs: dict[str, Callable], repeats: int, clock: Callable) -> dict[str, list[float]]:
-    """Seconds of each, one after the other in turn, the order reversed every time; the first two
-    rounds are left out.
+    """Return the seconds of alternating runs, in reversed order every other round.
+
+    The first two rounds are left out.
     """
     found: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 2):
@@ -76,7 +73,7 @@ def alternate(runs: dict[str, Callable], repeats: int, clock: Callable) -> dict[
 
 
 def median_interval(values: list[float]) -> tuple[float, float, float]:
-    """(median, lower, upper): the 95 % interval of a median by its order statistics."""
+    """Return (median, lower, upper): the 95 % interval from the order statistics."""
     ordered, count = sorted(values), len(values)
     reach = math.ceil(0.98 * math.sqrt(count))
     middle = (count - 1) / 2
@@ -88,7 +85,7 @@ def median_interval(values: list[float]) -> tuple[float, float, float]:
 
 
 def mini_runs(estimator: EstimatorConfig) -> tuple[dict[str, Callable], dict[str, Callable]]:
-    """(what is compared, what else a step does)."""
+    """Return (the updates that are compared, the other parts of a step)."""
     config = Config(
         data=DataConfig(max_prompt_length=32),
         sampling=SamplingConfig(max_completion_length=24),
@@ -103,7 +100,7 @@ def mini_runs(estimator: EstimatorConfig) -> tuple[dict[str, Callable], dict[str
     rollouts = jax.block_until_ready(draw(setup, params, prompts, 0))
     unscored = to_train_batch(rollouts, prompts)
     batch, head = scored(setup, unscored, needs)
-    # A rate that moves nothing: every run is then the same work.
+    # So small that no parameter changes: every run is the same work.
     optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-12)
 
     def updating(every: int, step: int) -> Callable:
@@ -152,9 +149,9 @@ def vocabulary_runs(
             columns = dataclasses.replace(
                 columns, is_observed=jnp.broadcast_to(is_observed, token.shape)
             )
-        told = observed(recipe.token_loss)
+        token_loss = observed(recipe.token_loss)
         return tiled_loss(
-            lambda *tiles: told(*tiles, **options),
+            lambda *tiles: token_loss(*tiles, **options),
             hidden,
             Head(kernel),
             weights,
@@ -202,19 +199,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=200, help="of the mini pair's update")
+    parser.add_argument("--repeats", type=int, default=200, help="runs of the mini pair's update")
     parser.add_argument(
-        "--long-repeats", type=int, default=12, help="of the work on the long vocabulary"
+        "--long-repeats", type=int, default=12, help="runs of the work on the long vocabulary"
     )
     parser.add_argument("--only", choices=("mini", "long"))
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
     options = parser.parse_args()
     clock = CLOCKS[options.clock]
+    print(machine() + "\n")
     print(
-        f"Machine: {cpu_model()}, {num_cores()} cores; jax {jax.__version__} on {jax.default_backend()}.\n"
-    )
-    print(
-        f"| work | {options.clock} ms without | between, % | observed, % | one of {EVERY} observed, % |\n|---|---|---|---|---|"
+        f"| work | {options.clock} ms without | between, % | observed, % "
+        f"| one of {EVERY} observed, % |\n|---|---|---|---|---|"
     )
     for label, estimator in FORMS.items() if options.only != "long" else ():
         print(

@@ -1,13 +1,12 @@
-"""Seconds and memory of what a step does after sampling, one rollout a row against packed rows:
-pack, teacher's scores, update.
+"""Compare packed rows with one rollout a row: time and memory of packing, scoring and update.
 
     python scripts/benchmark_packing.py                    # about three minutes
 
-The mini pair with 64 rollouts a step, in one micro-batch and in eight. `own rollouts`: as the
-student answers, of at most 48 tokens. `long tail`: random tokens, log-normal lengths (median 40,
-sigma 1) of at most 240. A packed row is as long as a padded one, or twice that. Every form trains
-on the same tokens. Seconds are medians of alternating runs; temporary memory is XLA's own figure
-for the update, arguments and results excluded.
+The mini pair with 64 rollouts a step, in one micro-batch and in eight. `own rollouts`: the
+student's answers of at most 48 tokens. `long tail`: random tokens with log-normal lengths (median
+40, sigma 1) of at most 240. A packed row is as long as a padded row, or twice as long. Every form
+trains on the same tokens. Seconds are medians of alternating runs; temporary memory is XLA's own
+figure for the update, without arguments and results.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from benchmark_diagnostics import CLOCKS, alternate
-from benchmark_vocab import cpu_model, temp_mib
+from benchmark_vocab import machine, temp_mib
 
 from opdjax.config import (
     Config,
@@ -37,7 +36,6 @@ from opdjax.engine.update import init_state, make_optimizer, make_update
 from opdjax.models.hf import load_params
 from opdjax.rollouts.on_policy import _rollouts, scored
 from opdjax.rollouts.setup import Setup, prepare, update_spec
-from opdjax.runs.workdir import num_cores
 from opdjax.types import PromptBatch, Rollouts, TrainBatch
 
 _ROWS, _PARTS = 64, 8
@@ -73,9 +71,9 @@ CASES = {"own rollouts": (48, own_rollouts), "long tail": (240, long_tail)}
 def form(
     setup: Setup, batch: TrainBatch, parts: int, pack_length: int | None
 ) -> tuple[Callable, str, float]:
-    """(one step after sampling, how full its rows are, MiB of temporary memory of the update)."""
+    """Return (a step without sampling, how full its rows are, temporary MiB of the update)."""
     train = dataclasses.replace(setup.config.train, gradient_accumulation_steps=parts)
-    # A rate that moves nothing: every run is then the same work.
+    # So small that no parameter changes: every run is the same work.
     optimizer = dataclasses.replace(setup.config.optimizer, learning_rate=1e-12)
     setup = dataclasses.replace(setup, config=dataclasses.replace(setup.config, train=train))
     update = make_update(update_spec(setup), optimizer, 100)
@@ -85,22 +83,17 @@ def form(
         return batch if pack_length is None else pack(batch, pack_length, parts=parts)[0]
 
     def step() -> dict:
-        with_scores, head = scored(setup, rows(), "vocabulary")
-        held[0], metrics = update(held[0], scored, head)
+        held[0], metrics = update(held[0], *scored(setup, rows(), "vocabulary"))
         return jax.device_get(metrics)
 
-    told = (
-        np.where(np.asarray(batch.segment_ids) > 0, 0, -1)
-        if pack_length is None
-        else pack(batch, pack_length, parts=parts)[1]
-    )
-    filled = packing_metrics(told)
+    if pack_length is None:
+        source = np.where(np.asarray(batch.segment_ids) > 0, 0, -1)
+    else:
+        source = pack(batch, pack_length, parts=parts)[1]
+    metrics = packing_metrics(source)
+    size = f"{metrics['perf/packed_rows']:.0f} x {source.shape[1]}"
     memory = temp_mib(update.lower(held[0], *scored(setup, rows(), "vocabulary")).compile())
-    return (
-        step,
-        f"{filled['perf/packed_rows']:.0f} x {told.shape[1]} | {filled['perf/packing_efficiency']:.2f}",
-        memory,
-    )
+    return step, f"{size} | {metrics['perf/packing_efficiency']:.2f}", memory
 
 
 def main() -> None:
@@ -112,14 +105,13 @@ def main() -> None:
         "--clock",
         choices=tuple(CLOCKS),
         default="wall",
-        help="cpu: the process's CPU seconds, for a busy machine",
+        help="cpu counts the process's CPU seconds, for a busy machine",
     )
     options = parser.parse_args()
+    print(f"{machine()} `vopd`, {_ROWS} rollouts.\n")
     print(
-        f"Machine: {cpu_model()}, {num_cores()} cores; jax {jax.__version__} on {jax.default_backend()}; `vopd`, {_ROWS} rollouts.\n"
-    )
-    print(
-        f"| rollouts | form | rows x tokens | filled | update, XLA temp MiB | {options.clock} s | over padded, 1 |"
+        "| rollouts | form | rows x tokens | filled | update, XLA temp MiB "
+        f"| {options.clock} s | over padded, 1 |"
     )
     print("|---|---|---|---|---|---|---|")
     for label, (most, draw) in CASES.items():
@@ -133,7 +125,7 @@ def main() -> None:
             f"packed, {_PARTS}": (_PARTS, width),
             f"packed, {_PARTS}, twice as long": (_PARTS, 2 * width),
         }
-        forms = {name: form(setup, batch, *how) for name, how in settings.items()}
+        forms = {name: form(setup, batch, *each) for name, each in settings.items()}
         found = alternate(
             {name: step for name, (step, *_) in forms.items()},
             options.repeats,
@@ -142,7 +134,8 @@ def main() -> None:
         seconds = {name: statistics.median(values) for name, values in found.items()}
         for name, (_, filled, memory) in forms.items():
             print(
-                f"| {label} | {name} | {filled} | {memory:.1f} | {seconds[name]:.4f} | {seconds[name] / seconds['padded, 1']:.2f} |"
+                f"| {label} | {name} | {filled} | {memory:.1f} | {seconds[name]:.4f} "
+                f"| {seconds[name] / seconds['padded, 1']:.2f} |"
             )
 
 

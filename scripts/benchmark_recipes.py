@@ -1,12 +1,11 @@
-"""Seconds and memory of each recipe's work on the vocabulary: teacher's scores, loss and both
-gradients, from hidden states on.
+"""Measure time and memory of each recipe's work on the vocabulary, starting from hidden states.
 
     python scripts/benchmark_recipes.py                    # V = 151,936, D = 1,024, 256 tokens
 
-What comes before (sampling, both forward passes) is the same for every recipe and is left out.
-`opd` reads one log-prob a token, which still takes the teacher's whole softmax. `npd` with the
-teacher's ids taken here is what annotation and one step take together, with stored ones what each
-further step takes. Seconds are medians of alternating runs, float32, one row.
+The work is the teacher's scores, the loss and both gradients. Sampling and both forward passes are
+the same for every recipe and are left out. `opd` reads one log-prob a token, which still needs the
+teacher's whole softmax. `npd` is annotation and one step together; with stored ids it is the cost
+of each further step. Seconds are medians of alternating runs in float32 with one row.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from benchmark_vocab import (
     argument_shapes,
-    cpu_model,
+    machine,
     make_arguments,
     parse_options,
     temp_mib,
@@ -27,7 +26,6 @@ from benchmark_vocab import (
 from opdjax.estimators import RECIPES
 from opdjax.ops.tile import Head
 from opdjax.ops.vocab import TokenInputs, tiled_loss, tiled_stats
-from opdjax.runs.workdir import num_cores
 
 STORED = "npd, teacher's 10, stored"
 FORMS = {
@@ -92,12 +90,8 @@ def form(label, tile):
 
 def main():
     options = parse_options(__doc__, tokens=256).parse_args()
-    print(
-        f"Machine: {cpu_model()}, {num_cores()} cores; jax {jax.__version__} on {jax.default_backend()}."
-    )
-    print(
-        f"V = {options.vocab}, D = {options.width}, {options.tokens} tokens, tile {options.tile}, float32.\n"
-    )
+    sizes = f"V = {options.vocab}, D = {options.width}, {options.tokens} tokens"
+    print(f"{machine()}\n{sizes}, tile {options.tile}, float32.\n")
     shapes = argument_shapes(options.tokens, options.vocab, options.width)
     compiled = {
         label: jax.jit(jax.value_and_grad(form(label, options.tile), (0, 1)))
@@ -109,13 +103,11 @@ def main():
         compiled, make_arguments(options.tokens, options.vocab, options.width), options.repeats
     )
     slowest = timed["full_kl, reverse"][0]
-    print(
-        "| recipe | XLA temp MiB | seconds | CPU seconds | seconds / full_kl reverse |\n|---|---|---|---|---|"
-    )
+    print("| recipe | XLA temp MiB | seconds | CPU seconds | seconds / full_kl reverse |")
+    print("|---|---|---|---|---|")
     for label, (seconds, cpu_seconds, *_) in timed.items():
-        print(
-            f"| {label} | {temp_mib(compiled[label]):.0f} | {seconds:.2f} | {cpu_seconds:.2f} | {seconds / slowest:.2f} |"
-        )
+        cells = f"{temp_mib(compiled[label]):.0f} | {seconds:.2f} | {cpu_seconds:.2f}"
+        print(f"| {label} | {cells} | {seconds / slowest:.2f} |")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,18 @@
-"""Memory and time of the tiled vocabulary pass against plain logits: reverse KL(student || teacher)
-and both gradients.
+"""Compare the tiled vocabulary pass with plain logits: time and memory of the reverse KL.
 
-    python scripts/benchmark_vocab.py                      # the table: T = 512 timed, T = 8192 compiled only
+    python scripts/benchmark_vocab.py                      # T = 512 timed, T = 8192 only compiled
     python scripts/benchmark_vocab.py --vocab 32000 --width 256 --repeats 5
 
-Everything is float32 and one row (B = 1). The teacher is given as hidden states and a head of the
-student's size. Both forms take the same arguments and return the loss and its gradients with
-respect to the student's hidden states and head. Temporary memory is XLA's own figure (arguments and
-results excluded); seconds are medians of alternating runs. CPU seconds of the process are printed
-beside them because they say more on a machine that does other work.
+Everything is float32 with one row (B = 1). The teacher is given as hidden states and a head of the
+student's size. Both forms take the same arguments and return KL(student || teacher) and its
+gradients with respect to the student's hidden states and head. Temporary memory is XLA's own figure
+(without arguments and results); seconds are medians of alternating runs. CPU seconds of the process
+are printed too: they are more reliable on a busy machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import statistics
 import time
@@ -24,6 +22,7 @@ import jax.numpy as jnp
 
 from opdjax.ops.tile import Head
 from opdjax.ops.vocab import TokenInputs, tiled_loss
+from opdjax.runs.workdir import num_cores
 
 TARGETS = {"temp": 0.8, "seconds": 0.9, "long temp": 0.1}
 
@@ -43,9 +42,7 @@ def tiled_form(tile):
 
 
 def dense_form(hidden, kernel, weights, token, teacher_hidden, teacher_kernel):
-    """What one writes without the pass: logits of all tokens, two log-softmaxes, a sum over the
-    vocabulary.
-    """
+    """Return the loss without the tiled pass: all logits, two log-softmaxes, a sum over V."""
     student = jax.nn.log_softmax(hidden[:, :-1] @ kernel.T)
     teacher = jax.nn.log_softmax(teacher_hidden[:, :-1] @ teacher_kernel.T)
     return jnp.sum(weights[:, 1:] * jnp.sum(jnp.exp(student) * (student - teacher), axis=-1))
@@ -81,7 +78,7 @@ def make_arguments(tokens, vocab, width):
 
 
 def compile_forms(options, tokens):
-    """Both forms compiled for `tokens` tokens, by name."""
+    """Return both forms, compiled for `tokens` tokens, by name."""
     shapes = argument_shapes(tokens, options.vocab, options.width)
     forms = {"dense": dense_form, f"tiled ({options.tile})": tiled_form(options.tile)}
     return {
@@ -95,7 +92,7 @@ def temp_mib(compiled):
 
 
 def run_once(compiled, arguments):
-    """(seconds, CPU seconds, loss, gradient norms); the gradients are gone when it returns."""
+    """Return (seconds, CPU seconds, loss, gradient norms), not the gradients."""
     start, cpu_start = time.perf_counter(), time.process_time()
     loss, gradients = jax.block_until_ready(compiled(*arguments))
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
@@ -103,8 +100,9 @@ def run_once(compiled, arguments):
 
 
 def time_forms(forms, arguments, repeats):
-    """Median seconds, wall and CPU, and the last result of every form, after one untimed run of
-    each.
+    """Return each form's median seconds (wall and CPU) and its last result.
+
+    The first run of each is not counted.
     """
     runs = {name: [] for name in forms}
     for _ in range(repeats + 1):
@@ -125,8 +123,15 @@ def cpu_model():
         return platform.processor()
 
 
+def machine():
+    """Return a line with CPU, cores, jax and backend."""
+    found = f"{cpu_model()}, {num_cores()} cores; jax {jax.__version__}"
+    return f"Machine: {found} on {jax.default_backend()}."
+
+
 def verdict(what, tiled, dense):
-    return f"{tiled / dense:.3f} (target <= {TARGETS[what]}: {'met' if tiled <= TARGETS[what] * dense else 'MISSED'})"
+    outcome = "met" if tiled <= TARGETS[what] * dense else "MISSED"
+    return f"{tiled / dense:.3f} (target <= {TARGETS[what]}: {outcome})"
 
 
 def parse_options(description=__doc__, tokens=512):
@@ -147,24 +152,21 @@ def main():
         "--long-tokens",
         type=int,
         default=8192,
-        help="tokens of the comparison that is only compiled",
+        help="tokens of the comparison that is compiled but not run",
     )
     options = parser.parse_args()
+    sizes = f"V = {options.vocab}, D = {options.width}, B = 1"
     print(
-        f"Machine: {cpu_model()}, {os.cpu_count()} cores; jax {jax.__version__} on {jax.default_backend()}."
-    )
-    print(
-        f"V = {options.vocab}, D = {options.width}, B = 1, float32, value and gradients of reverse KL, tile {options.tile}.\n"
+        f"{machine()}\n{sizes}, float32, value and gradients of reverse KL, tile {options.tile}.\n"
     )
 
     forms = compile_forms(options, options.tokens)
     timed = time_forms(
         forms, make_arguments(options.tokens, options.vocab, options.width), options.repeats
     )
-    print(
-        "| T | form | XLA temp MiB | seconds | CPU seconds | loss | norm of d hidden | norm of d head |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    columns = ("T", "form", "XLA temp MiB", "seconds", "CPU seconds", "loss")
+    columns += ("norm of d hidden", "norm of d head")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     temps = {}
     for name, (seconds, cpu_seconds, loss, (dhidden, dhead)) in timed.items():
         temps[name] = temp_mib(forms[name])
@@ -180,15 +182,12 @@ def main():
         print(f"| {options.long_tokens} | {name} | {temp:.0f} | compiled only | | | | |")
 
     dense, tiled = timed
-    print(
-        f"\nTemporary memory, tiled / dense, T = {options.tokens}: {verdict('temp', temps[tiled], temps[dense])}"
-    )
-    print(
-        f"Seconds, tiled / dense, T = {options.tokens}: {verdict('seconds', timed[tiled][0], timed[dense][0])}"
-    )
-    print(
-        f"Temporary memory, tiled / dense, T = {options.long_tokens}: {verdict('long temp', long_temps[tiled], long_temps[dense])}"
-    )
+    memory = verdict("temp", temps[tiled], temps[dense])
+    seconds = verdict("seconds", timed[tiled][0], timed[dense][0])
+    long_memory = verdict("long temp", long_temps[tiled], long_temps[dense])
+    print(f"\nTemporary memory, tiled / dense, T = {options.tokens}: {memory}")
+    print(f"Seconds, tiled / dense, T = {options.tokens}: {seconds}")
+    print(f"Temporary memory, tiled / dense, T = {options.long_tokens}: {long_memory}")
 
 
 if __name__ == "__main__":

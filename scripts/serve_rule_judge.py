@@ -1,17 +1,16 @@
-"""A judge over HTTP for the built-in task, so that judged runs need no network and no model; and
-one that fails on purpose.
+"""The rule-based judge of the built-in task over HTTP, optionally with injected faults.
 
-    python scripts/serve_rule_judge.py --port 8321                                 # until it is interrupted
-    python scripts/serve_rule_judge.py --port 0 --faults 0.3 -- COMMAND {url} ...  # beside a
-    command, whose exit status it passes on
+    python scripts/serve_rule_judge.py --port 8321                      # until it is interrupted
+    python scripts/serve_rule_judge.py --port 0 --faults 0.3 -- COMMAND {url} ...  # during a
+    command, whose exit status it returns
 
-It speaks OpenAI chat completions on the loopback interface (`POST /v1/chat/completions`, without
-streaming; `GET /v1/models`), and says at `GET /stats` what it was asked. What it judges by is
+It serves OpenAI chat completions on the loopback interface (`POST /v1/chat/completions`, without
+streaming; `GET /v1/models`) and its counts at `GET /stats`. The rules are in
 `opdjax.judge.rule_based.rules`.
 
-A share of the requests goes wrong: which, and how, is a hash of the seed, the request's body and
-how often that body came, so that neither the order of requests nor the number of connections
-changes it, and the same request sent again may succeed.
+`--faults` is the share of requests that fail. Which ones, and how, is a hash of the seed, the
+request's body and the number of earlier requests with that body: it does not depend on the order of
+requests or on the number of connections, and a repeated request may succeed.
 """
 
 from __future__ import annotations
@@ -29,18 +28,14 @@ from collections.abc import Callable
 from typing import Any
 
 from opdjax.judge.rule_based.rules import role_of
-from opdjax.judge.rule_based.server import asked_schema, completion, reply_document
+from opdjax.judge.rule_based.server import completion, reply_document, requested_schema
 
 HOST, MODEL = "127.0.0.1", "rule-judge"
 MAX_BODY = 64 * 2**20
 REASONS = {
-    200: "OK",
-    400: "Bad Request",
-    404: "Not Found",
-    411: "Length Required",
-    413: "Content Too Large",
+    **{200: "OK", 400: "Bad Request", 404: "Not Found", 411: "Length Required"},
+    **{413: "Content Too Large", 429: "Too Many Requests", 500: "Internal Server Error"},
 }
-REASONS |= {429: "Too Many Requests", 500: "Internal Server Error"}
 Document = dict[str, Any]
 
 
@@ -60,16 +55,16 @@ class Response:
 
 
 class ProtocolError(Exception):
-    """A request that is none; the connection ends with this response."""
+    """A malformed request; the connection ends with this response."""
 
     def __init__(self, status: int, message: str):
         super().__init__(message)
         self.response = refused(status, message)
 
 
-# What can go wrong in transit. The rest goes wrong in the reply: in its text, or in what it says.
-TRANSIT = ("rate_limit", "server_error", "timeout")
-SPOILED_TEXT: dict[str, Callable[[str], str]] = {
+# Faults of the transport, of the reply's text, and of its content.
+TRANSPORT_FAULTS = ("rate_limit", "server_error", "timeout")
+TEXT_FAULTS: dict[str, Callable[[str], str]] = {
     "truncated": lambda text: text[: len(text) // 2],
     "prose": lambda text: f"Here is what I found.\n\n{text}\n\nTell me if you need more.",
     "empty": lambda text: "",
@@ -117,26 +112,26 @@ def reordered(document: Document, pick: int) -> Document | None:
     return document | {"answers": answers[turn:] + answers[:turn]}
 
 
-# None where a reply has nothing of the kind: another fault is then taken.
-SPOILED_WORD: dict[str, Callable[[Document, int], Document | None]] = {
+# They return None for a reply that the fault does not apply to: another fault is then taken.
+CONTENT_FAULTS: dict[str, Callable[[Document, int], Document | None]] = {
     f.__name__: f for f in (missing_verdict, missing_answer, bad_weight, lying_total, reordered)
 }
-FAULTS = (*TRANSIT, *SPOILED_TEXT, *SPOILED_WORD)
+FAULTS = (*TRANSPORT_FAULTS, *TEXT_FAULTS, *CONTENT_FAULTS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    port: int = 0  # 0: any that is free
+    port: int = 0  # 0: any free one
     latency: float = 0.0  # seconds before each reply
     faults: float = 0.0  # share of requests
     fault_kinds: tuple[str, ...] = FAULTS
     seed: int = 0
-    hang: float = 5.0  # seconds that a timeout lasts
-    down_after: int = 0  # requests, after which connections are refused; 0: never
+    hang: float = 5.0  # seconds of a timeout
+    down_after: int = 0  # number of requests after which connections are refused; 0: never
 
 
 class JudgeServer:
-    """A server and what it was asked; `start` it inside a running loop, and `stop` it there."""
+    """The server and its counts; `start` and `stop` it inside one running loop."""
 
     def __init__(self, options: Options):
         self._options, self._seen = options, collections.Counter()
@@ -147,7 +142,7 @@ class JudgeServer:
         self._listening: asyncio.Server | None = None
 
     async def start(self) -> JudgeServer:
-        """Listen; OSError where the port is taken."""
+        """Listen; OSError if the port is taken."""
         self._listening = await asyncio.start_server(
             self._converse, HOST, self._options.port, backlog=1024
         )
@@ -167,17 +162,17 @@ class JudgeServer:
         return not self._listening.is_serving()
 
     async def stop(self) -> None:
-        """Refuse connections, and break off those there are."""
+        """Refuse new connections and abort the open ones."""
         self._listening.close()
-        # Aborted and not closed, since whoever does not read would keep a closed one open until its
-        # buffer is sent.
+        # Aborted, not closed: a client that does not read would keep a closed connection open
+        # until its buffer is sent.
         for task, writer in self._connections.items():
             writer.transport.abort()
             task.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
 
     def _go_down(self) -> None:
-        """Refuse connections; requests that have come are answered still."""
+        """Refuse new connections; received requests are still answered."""
         self._listening.close()
         for task in self._idle:
             self._connections[task].transport.abort()
@@ -191,7 +186,7 @@ class JudgeServer:
         except ProtocolError as error:
             writer.write(as_bytes(error.response, is_last=True))
         except (ConnectionError, asyncio.IncompleteReadError):
-            pass  # whoever asked has gone
+            pass  # the client has disconnected
         finally:
             del self._connections[task]
             self._idle.discard(task)
@@ -213,22 +208,19 @@ class JudgeServer:
             await writer.drain()
 
     async def _answer(self, request: Request) -> Response | None:
-        """None where the connection ends without a word."""
-        if (request.method, request.path) == ("POST", "/v1/chat/completions"):
+        """None: close the connection without a response."""
+        route = (request.method, request.path)
+        if route == ("POST", "/v1/chat/completions"):
             return await self._counted(request.body)
-        if (request.method, request.path) == ("GET", "/v1/models"):
-            return Response(
-                200,
-                {
-                    "object": "list",
-                    "data": [{"id": MODEL, "object": "model", "created": 0, "owned_by": "opdjax"}],
-                },
-            )
-        if (request.method, request.path) == ("GET", "/stats"):
+        if route == ("GET", "/v1/models"):
+            model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "opdjax"}
+            return Response(200, {"object": "list", "data": [model]})
+        if route == ("GET", "/stats"):
             return Response(200, self.stats)
         return refused(
             404,
-            f"there is no {request.method} {request.path}; there are POST /v1/chat/completions, GET /v1/models, GET /stats",
+            f"there is no {request.method} {request.path}; expected POST /v1/chat/completions, "
+            "GET /v1/models or GET /stats",
         )
 
     async def _counted(self, body: bytes) -> Response | None:
@@ -236,8 +228,7 @@ class JudgeServer:
         counts["requests"] += 1
         counts["in_flight"] += 1
         counts["max_in_flight"] = max(counts["max_in_flight"], counts["in_flight"])
-        # At once, and not with the reply: a server that dies does not wait until it is asked for
-        # the last time.
+        # Before the reply: a server that crashes does not wait for its last request.
         if counts["requests"] == self._options.down_after:
             self._go_down()
         try:
@@ -247,28 +238,26 @@ class JudgeServer:
 
     async def _complete(self, body: bytes) -> Response | None:
         try:
-            asked = checked(body)
+            request = checked(body)
         except ValueError as error:
             return refused(400, str(error))
-        self._roles[role_of(asked["messages"]) or "other"] += 1
-        document = reply_document(asked)
+        self._roles[role_of(request["messages"]) or "other"] += 1
+        document = reply_document(request)
         fault, digest = self._fault(body, document)
         self._faults.update([fault] if fault else [])
         pick = int.from_bytes(digest[16:20])
         if fault == "rate_limit":
-            seconds = 0.05 + 0.15 * pick / 2**32
-            return dataclasses.replace(
-                refused(429, "too many requests"), headers=(f"Retry-After: {seconds:.3f}",)
-            )
+            header = f"Retry-After: {0.05 + 0.15 * pick / 2**32:.3f}"
+            return dataclasses.replace(refused(429, "too many requests"), headers=(header,))
         await asyncio.sleep(self._options.hang if fault == "timeout" else self._options.latency)
         if fault == "timeout":
             return None
         if fault == "server_error":
             return refused(500, "the server failed")
-        return Response(200, completion(asked, *spoiled(document, fault, pick)))
+        return Response(200, completion(request, *spoiled(document, fault, pick)))
 
     def _fault(self, body: bytes, document: Document) -> tuple[str | None, bytes]:
-        """What goes wrong with this request, and the digest that decided it."""
+        """The fault of this request, and the digest that decided it."""
         key = hashlib.sha256(body).digest()  # whole bodies would fill the memory
         digest = hashlib.sha256(f"{self._options.seed} {self._seen[key]} ".encode() + body).digest()
         self._seen[key] += 1
@@ -277,14 +266,15 @@ class JudgeServer:
         able = [
             kind
             for kind in self._options.fault_kinds
-            if kind not in SPOILED_WORD or SPOILED_WORD[kind](copy.deepcopy(document), 0)
+            if kind not in CONTENT_FAULTS or CONTENT_FAULTS[kind](copy.deepcopy(document), 0)
         ]
         return (able[int.from_bytes(digest[8:16]) % len(able)] if able else None), digest
 
 
 async def read_request(reader: asyncio.StreamReader) -> Request | None:
-    """The next request; None where the connection has ended between two. ProtocolError on what is
-    no HTTP/1.1 with a length.
+    """The next request; None if the connection ended after the last one.
+
+    Raises ProtocolError if it is not HTTP/1.1 with a Content-Length.
     """
     try:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
@@ -293,17 +283,14 @@ async def read_request(reader: asyncio.StreamReader) -> Request | None:
             raise
         return None
     except asyncio.LimitOverrunError:
-        raise ProtocolError(
-            400, "the request's head is too long; expected at most 64 KiB"
-        ) from None
+        message = "the request's head is too long; expected at most 64 KiB"
+        raise ProtocolError(400, message) from None
     first, *lines = head.strip().split("\r\n")
     words = first.split(" ")
     if len(words) != 3 or not words[2].startswith("HTTP/1."):
         raise ProtocolError(400, "expected an HTTP/1.1 request")
-    headers = {
-        name.strip().lower(): value.strip()
-        for name, _, value in (line.partition(":") for line in lines)
-    }
+    pairs = (line.partition(":") for line in lines)
+    headers = {name.strip().lower(): value.strip() for name, _, value in pairs}
     if "transfer-encoding" in headers:
         raise ProtocolError(411, "expected a body with Content-Length, not a chunked one")
     length = headers.get("content-length", "0")
@@ -312,93 +299,80 @@ async def read_request(reader: asyncio.StreamReader) -> Request | None:
     if int(length) > MAX_BODY:
         raise ProtocolError(413, f"the body has {length} bytes; expected at most {MAX_BODY}")
     is_last = headers.get("connection", "").lower() == "close" or words[2] == "HTTP/1.0"
-    return Request(
-        words[0], words[1].partition("?")[0], await reader.readexactly(int(length)), is_last
-    )
+    body = await reader.readexactly(int(length))
+    return Request(words[0], words[1].partition("?")[0], body, is_last)
 
 
 def as_bytes(response: Response, is_last: bool) -> bytes:
     body = json.dumps(response.document).encode()
-    connection = "close" if is_last else "keep-alive"
     head = [
         f"HTTP/1.1 {response.status} {REASONS[response.status]}",
         "Content-Type: application/json",
         f"Content-Length: {len(body)}",
+        f"Connection: {'close' if is_last else 'keep-alive'}",
+        *response.headers,
     ]
-    return (
-        "\r\n".join([*head, f"Connection: {connection}", *response.headers, "", ""]).encode() + body
-    )
+    return "\r\n".join([*head, "", ""]).encode() + body
 
 
 def refused(status: int, message: str) -> Response:
-    return Response(
-        status,
-        {
-            "error": {
-                "message": message,
-                "type": REASONS[status].lower().replace(" ", "_"),
-                "code": status,
-            }
-        },
-    )
+    kind = REASONS[status].lower().replace(" ", "_")
+    return Response(status, {"error": {"message": message, "type": kind, "code": status}})
 
 
 def checked(body: bytes) -> Document:
-    """The request, ValueError where it asks for what is not offered."""
+    """The request; ValueError if it needs something that is not offered."""
     try:
-        asked = json.loads(body)
+        request = json.loads(body)
     except RecursionError:
         raise ValueError("the body is nested too deeply") from None
-    if not isinstance(asked, dict) or not isinstance(asked.get("model"), str):
+    if not isinstance(request, dict) or not isinstance(request.get("model"), str):
         raise ValueError('expected a JSON object with "model" and "messages"')
-    messages = asked.get("messages")
-    if (
-        not isinstance(messages, list)
-        or not messages
-        or not all(isinstance(message, dict) for message in messages)
-    ):
+    messages = request.get("messages")
+    is_list = isinstance(messages, list) and bool(messages)
+    if not is_list or not all(isinstance(message, dict) for message in messages):
         raise ValueError("messages: expected a list of objects that is not empty")
-    if asked.get("stream") or asked.get("n", 1) != 1:
+    if request.get("stream") or request.get("n", 1) != 1:
         raise ValueError("stream, n: expected one reply that is not streamed")
-    form = asked.get("response_format")
+    form = request.get("response_format")
     kind = form.get("type") if isinstance(form, dict) else None if form else "text"
-    has_schema = isinstance(asked_schema(asked), dict) if kind == "json_schema" else True
+    has_schema = kind != "json_schema" or isinstance(requested_schema(request), dict)
     if kind not in ("text", "json_object", "json_schema") or not has_schema:
         raise ValueError(
             "response_format: expected a type of text, json_object, or json_schema with a schema"
         )
-    return asked
+    return request
 
 
 def spoiled(document: Document, fault: str | None, pick: int) -> tuple[str, str]:
-    """Text and finish_reason of the reply."""
-    if fault in SPOILED_WORD:
-        document = SPOILED_WORD[fault](copy.deepcopy(document), pick)
+    """Text and finish_reason of the reply with its fault."""
+    if fault in CONTENT_FAULTS:
+        document = CONTENT_FAULTS[fault](copy.deepcopy(document), pick)
     text = json.dumps(document)
-    return SPOILED_TEXT[fault](
-        text
-    ) if fault in SPOILED_TEXT else text, "length" if fault == "truncated" else "stop"
+    text = TEXT_FAULTS[fault](text) if fault in TEXT_FAULTS else text
+    return text, "length" if fault == "truncated" else "stop"
 
 
 async def serve(options: Options, command: list[str]) -> int:
-    """Serve until SIGINT or SIGTERM, or as long as the command runs; the exit status."""
+    """Serve until SIGINT or SIGTERM, or until the command ends; returns the exit status."""
     try:
         server = await JudgeServer(options).start()
     except OSError as error:
         print(
-            f"port {options.port} cannot be had ({error.strerror}); take another with --port, or any with --port 0",
+            f"port {options.port} is not available ({error.strerror}); take another with --port, "
+            "or any free one with --port 0",
             file=sys.stderr,
         )
         return 2
-    print(f"judging at {server.url}", file=sys.stderr if command else sys.stdout, flush=True)
+    print(f"serving at {server.url}", file=sys.stderr if command else sys.stdout, flush=True)
     try:
-        return await beside(server, command) if command else await until_ended()
+        return await run_command(server, command) if command else await until_signal()
     finally:
         await server.stop()
-        print(f"judged: {json.dumps(server.stats)}", file=sys.stderr, flush=True)
+        print(f"served: {json.dumps(server.stats)}", file=sys.stderr, flush=True)
 
 
-async def until_ended() -> int:
+async def until_signal() -> int:
     ended = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
@@ -406,16 +380,15 @@ async def until_ended() -> int:
     return 0
 
 
-async def beside(server: JudgeServer, command: list[str]) -> int:
-    """The exit status of the command, in whose words {url} stands for the server's address."""
+async def run_command(server: JudgeServer, command: list[str]) -> int:
+    """The exit status of the command, with {url} replaced by the server's address."""
+    words = [word.replace("{url}", server.url) for word in command]
     try:
-        process = await asyncio.create_subprocess_exec(
-            *(word.replace("{url}", server.url) for word in command)
-        )
+        process = await asyncio.create_subprocess_exec(*words)
     except OSError as error:
-        print(f"{command[0]} cannot be run: {error.strerror}", file=sys.stderr)
+        print(f"{command[0]} does not run: {error.strerror}", file=sys.stderr)
         return 127
-    # An interrupt from the terminal reaches the command by itself.
+    # The terminal sends an interrupt to the command directly.
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, lambda: None)
     loop.add_signal_handler(signal.SIGTERM, process.terminate)
@@ -424,43 +397,36 @@ async def beside(server: JudgeServer, command: list[str]) -> int:
 
 
 def parsed(words: list[str]) -> tuple[Options, list[str]]:
-    own, command = (
-        (words[: words.index("--")], words[words.index("--") + 1 :])
-        if "--" in words
-        else (words, [])
-    )
+    split = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--port", type=int, default=8321, help="0: any that is free")
-    parser.add_argument("--latency", type=float, default=0.0, help="seconds before each reply")
-    parser.add_argument(
-        "--faults", type=float, default=0.0, help="share of the requests that goes wrong"
+    add = parser.add_argument
+    add("--port", type=int, default=8321, help="the port; 0: any free one")
+    add("--latency", type=float, default=0.0, help="seconds before each reply")
+    add("--faults", type=float, default=0.0, help="share of requests that fail, from 0 to 1")
+    add(
+        "--fault-kinds",
+        default=",".join(FAULTS),
+        help="kinds of faults, separated by commas; default: %(default)s",
     )
-    parser.add_argument(
-        "--fault-kinds", default=",".join(FAULTS), help="of which kinds; by default %(default)s"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="another one, other requests go wrong")
-    parser.add_argument(
-        "--hang", type=float, default=5.0, help="seconds that a timeout keeps a request waiting"
-    )
-    parser.add_argument(
+    add("--seed", type=int, default=0, help="seed that selects the requests which fail")
+    add("--hang", type=float, default=5.0, help="seconds until a timeout fault ends the connection")
+    add(
         "--down-after",
         type=int,
         default=0,
-        help="requests after which connections are refused; 0: never",
+        help="number of requests after which connections are refused; 0: never",
     )
-    given = parser.parse_args(own)
+    given = parser.parse_args(words[:split])
     kinds = tuple(filter(None, given.fault_kinds.split(",")))
-    if not set(kinds) <= set(FAULTS):
-        parser.error(
-            f"--fault-kinds: there is no {', '.join(sorted(set(kinds) - set(FAULTS)))}; there are {', '.join(FAULTS)}"
-        )
+    if unknown := sorted(set(kinds) - set(FAULTS)):
+        parser.error(f"--fault-kinds is {', '.join(unknown)}; expected some of {', '.join(FAULTS)}")
     if not 0 <= given.faults <= 1:
         parser.error(f"--faults is {given.faults}; expected a share from 0 to 1")
     if min(given.latency, given.hang, given.down_after) < 0:
-        parser.error("--latency, --hang and --down-after are 0 or more")
-    return Options(**vars(given) | {"fault_kinds": kinds}), command
+        parser.error("--latency, --hang and --down-after must be 0 or more")
+    return Options(**vars(given) | {"fault_kinds": kinds}), words[split + 1 :]
 
 
 def main() -> None:

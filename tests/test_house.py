@@ -55,7 +55,7 @@ def test_the_config_refuses_altered_sampling_for_just_the_policy_gradients(name)
         with pytest.raises(ConfigError, match="sampling.temperature 0.7"):
             Config(estimator=EstimatorConfig(recipe=name), sampling=altered)
     elif name == "sft":  # never reads the student's own draws
-        taught = SamplingConfig(temperature=0.7, source="teacher")
+        taught = SamplingConfig(temperature=0.7, completions_from="teacher")
         assert Config(estimator=EstimatorConfig(recipe=name), sampling=taught).sampling == taught
     else:
         assert Config(estimator=EstimatorConfig(recipe=name), sampling=altered).sampling == altered

@@ -21,7 +21,7 @@ from opdjax.cli.experiments import load_experiment
 from opdjax.config import Config
 from opdjax.config.topology import topology
 from opdjax.diagnose.plan.aot import Program, compile_programs
-from opdjax.diagnose.plan.arithmetic import foresee
+from opdjax.diagnose.plan.estimate import estimate
 from opdjax.diagnose.plan.hlo import traffic
 from opdjax.diagnose.plan.table import fits, text
 from opdjax.diagnose.plan.workload import read_workload
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
     )
     # No chip of this machine is needed, nor may one be taken from a run.
     jax.config.update("jax_platforms", "cpu")
-    plan = foresee(read_workload(config, topology(name)))
+    plan = estimate(read_workload(config, topology(name)))
     programs = compile_programs(plan.workload)
     print(text(plan, programs))
     if file is not None:
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
         found[title] = {
             "versions": {package: _version(package) for package in ("jax", "jaxlib", "libtpu")},
             "mesh": plan.workload.mesh,
-            "counted_bytes": {program.name: plan.of_program(program.name) for program in programs},
+            "counted_bytes": {each.name: plan.program_bytes(each.name) for each in programs},
             "programs": [described(program) for program in programs],
         }
         file.write_text(json.dumps(found, indent=1) + "\n")

@@ -15,7 +15,9 @@ from opdjax.runs.object_store import local_copy
 
 
 def load_experiment(file: str) -> Config:
-    """The config of an experiment file, of a run's config.json or of a point's point.json."""
+    """The config of an experiment file, of a run's config.json or of a point's point.json;
+    ConfigError if there is none.
+    """
     if pathlib.Path(file).suffix == ".json":
         return _read_saved_config(local_copy(file))
     return load_config(file)

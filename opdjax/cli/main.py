@@ -1,55 +1,20 @@
-"""The console command `opdjax`: what it is called with, and how it fails. The verbs are in
-`opdjax.verbs`, a short function each.
+"""The console command `opdjax`: finds the command, and reports errors.
 
-Heavy imports happen inside the verbs, so that help is instant.
+Heavy imports happen inside the commands, so that help is instant.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import traceback
 
-from opdjax.cli.models import evaluate, export, import_, sample
-from opdjax.cli.runs import annotate, audit, doctor, inspect, plan, teach, train
+from opdjax.cli.models import check, evaluate, export, sample
+from opdjax.cli.runs import audit, doctor, plan, references, rollouts, score, train
 from opdjax.cli.sweeps import report, sweep, table
 from opdjax.config.validation import nearest
 
-
-def main() -> None:
-    """Run `opdjax VERB …`; a mistake of the user's ends in one line on stderr and status 2, never
-    in a traceback.
-    """
-    # transformers serves tokenizers here; that torch is absent is as intended and needs no advice
-    # on every run.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_usage())
-        sys.exit(0 if arguments else 2)
-    verb = arguments[0]
-    if verb not in VERBS:
-        sys.exit(_complain(f"there is no verb {verb!r}; {nearest(verb, VERBS)}"))
-    try:
-        VERBS[verb](arguments[1:])
-    except (ValueError, RuntimeError, ImportError, OSError) as error:
-        _complain(f"{type(error).__name__}: {error}")
-        sys.exit(getattr(error, "exit_status", 2))
-    except KeyboardInterrupt:
-        _complain("interrupted; run the same command again to continue")
-        sys.exit(130)  # as shells say of SIGINT
-
-
-def _complain(message: str) -> int:
-    print(f"opdjax: {message}", file=sys.stderr)
-    return 2
-
-
-def _usage() -> str:
-    lines = [f"  {name:<10}{function.__doc__.splitlines()[0]}" for name, function in VERBS.items()]
-    return "usage: opdjax VERB …   (opdjax VERB --help tells more)\n\n" + "\n".join(lines)
-
-
-VERBS = {
+COMMANDS = {
     "train": train,
     "plan": plan,
     "doctor": doctor,
@@ -58,10 +23,91 @@ VERBS = {
     "table": table,
     "report": report,
     "sample": sample,
-    "teach": teach,
-    "annotate": annotate,
-    "inspect": inspect,
+    "references": references,
+    "score": score,
+    "rollouts": rollouts,
     "evaluate": evaluate,
-    "import": import_,
+    "check": check,
     "export": export,
 }
+ALIASES = {"teach": "references", "annotate": "score", "inspect": "rollouts", "import": "check"}
+
+# Errors that a user can fix, with their subclasses: reported in one line, with exit status 2 or the
+# error's own `exit_status`. All other errors are bugs, or come from a library: they keep their
+# traceback and Python's exit status 1. Listed by name: importing the classes would load jax.
+USER_ERRORS = (
+    "builtins.OSError",  # a missing or unreadable file, a full disk, the network
+    "opdjax.config.validation.ConfigError",
+    "opdjax.config.validation.MissingExtraError",
+    "opdjax.data.chat.TokenizerError",
+    "opdjax.data.chat.TokenizerMismatchError",
+    "opdjax.data.sources.DataError",
+    "opdjax.diagnose.plan.aot.NoCompilerError",
+    "opdjax.judge.replies.ApiError",
+    "opdjax.models.families.UnsupportedModelError",
+    "opdjax.models.hf.CheckpointError",
+    "opdjax.ops.multihost.InterruptedRunError",
+    "opdjax.ops.multihost.OtherFailedError",
+    "opdjax.rollouts.findings.FaultError",
+    "opdjax.rollouts.near_policy.shards.ShardError",
+    "opdjax.rollouts.source.SourceStoppedError",
+    "opdjax.runs.checkpoint.CheckpointShapeError",
+    "opdjax.runs.checkpoint.UnreadableCheckpointError",
+    "opdjax.runs.lease.LeaseLostError",
+    "opdjax.runs.workdir.WorkdirError",
+    "opdjax.sweeps.fleet.shards.FleetError",
+    "opdjax.sweeps.runner.SweepIncompleteError",
+    "opdjax.sweeps.runner.SweepInterruptedError",
+    "opdjax.sweeps.runner.SweepReferencesError",
+    "opdjax.train.NonFiniteLossError",
+)
+
+
+def main() -> None:
+    """Run `opdjax COMMAND …`. Errors in USER_ERRORS are reported in one line; with --debug or
+    OPDJAX_DEBUG=1 also with their traceback.
+    """
+    # Only tokenizers of transformers are used here: its advice to install torch does not apply.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    is_debugging = len(arguments) < len(sys.argv) - 1 or os.environ.get("OPDJAX_DEBUG") == "1"
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        sys.exit(0 if arguments else 2)
+    name = ALIASES.get(arguments[0], arguments[0])
+    if name not in COMMANDS:
+        _report(f"there is no command {name!r}; {nearest(name, COMMANDS)}")
+        sys.exit(2)
+    try:
+        COMMANDS[name](arguments[1:])
+    except KeyboardInterrupt:
+        _report("interrupted; run the same command again to continue")
+        sys.exit(130)  # the shell's status for SIGINT
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        if not is_user_error(error):
+            raise
+        if is_debugging:
+            traceback.print_exc()
+        _report(f"{type(error).__name__}: {error}")
+        sys.exit(getattr(error, "exit_status", 2))
+
+
+def is_user_error(error: BaseException) -> bool:
+    """Whether the class of an error, or a base class of it, is in USER_ERRORS."""
+    names = {f"{base.__module__}.{base.__qualname__}" for base in type(error).__mro__}
+    return not names.isdisjoint(USER_ERRORS)
+
+
+def _report(message: str) -> None:
+    print(f"opdjax: {message}", file=sys.stderr)
+
+
+def _usage() -> str:
+    lines = ["usage: opdjax COMMAND …", ""]
+    for name, function in COMMANDS.items():
+        lines.append(f"  {name:<12}{function.__doc__.splitlines()[0]}")
+    aliases = ", ".join(f"{alias} (now {name})" for alias, name in ALIASES.items())
+    lines += ["", "opdjax COMMAND --help lists the options of a command."]
+    lines += ["--debug, with any command, or OPDJAX_DEBUG=1 adds the traceback to an error."]
+    lines += [f"Old names that still work: {aliases}."]
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Verbs of one checkpoint."""
+"""Commands for one checkpoint."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Annotated, Literal
 
 import tyro
 
-from opdjax.cli.parsing import call, named
+from opdjax.cli.parsing import as_given, call
 from opdjax.cli.runs import store
 from opdjax.config import Config, DataConfig, EvaluationConfig, ModelConfig, SamplingConfig
 from opdjax.config.validation import ConfigError
 from opdjax.runs.object_store import Folder, is_remote, open_output
 
+Dtype = Literal["auto", "float32", "bfloat16"]
+
 
 def sample(arguments: list[str]) -> None:
-    """MODEL PROMPT …: print completions of prompts; [EXPERIMENT] --store WORKDIR draws what a run
-    is trained on ahead of it.
-    """
+    """MODEL PROMPT …: print completions; [EXPERIMENT] --store WORKDIR: store a run's rollouts."""
     if "--store" in arguments:
         store(arguments)
         return
@@ -32,38 +32,37 @@ def sample(arguments: list[str]) -> None:
         top_p: float = 1.0,
         top_k: int = 0,
         min_p: float = 0.0,
-        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        dtype: Dtype = "auto",
         seed: int = 0,
     ):
-        """Print completions of prompts.
+        """Print completions of prompts, one line each: prompt, tab, completion.
 
         Args:
             model: checkpoint directory, hub id, or @mini_student or @mini_teacher
             prompts: texts to complete
             data: how a prompt is rendered
-            num_generations: completions of each prompt
-            max_completion_length: tokens, stop token included
+            num_generations: completions per prompt
+            max_completion_length: tokens, including the stop token
             temperature: 0 is greedy
             top_p: 1 is off
             top_k: 0 is off
             min_p: 0 is off
             dtype: of the forward pass
-            seed: of the draws
+            seed: of the random draws
         """
         from opdjax.cli.one_model import complete
 
         if not prompts:
             raise ConfigError("no prompt given; expected one or more texts after the model")
-        # The checks of a run's config; a temperature of 0 is greedy here and not for rollouts that
-        # are trained on.
+        # Validation only. A temperature of 0 is allowed here, but not in a run's rollouts.
         SamplingConfig(
             num_generations, max_completion_length, temperature or 1.0, top_p, top_k, min_p
         )
         Config(seed=seed)
-        drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        distribution = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         student = ModelConfig(model, dtype=dtype)
         for prompt, text in complete(
-            student, prompts, data, num_generations, max_completion_length, seed, **drawn
+            student, prompts, data, num_generations, max_completion_length, seed, **distribution
         ):
             print(f"{prompt}\t{text}")
 
@@ -71,13 +70,13 @@ def sample(arguments: list[str]) -> None:
 
 
 def evaluate(arguments: list[str]) -> None:
-    """MODEL [--evaluation.field VALUE …]: avg@k, pass@k and greedy accuracy with intervals."""
+    """MODEL [--evaluation.field VALUE …]: print avg@k, pass@k and greedy accuracy."""
 
     def run(
         model: Annotated[str, tyro.conf.Positional],
         data: DataConfig = DataConfig(),  # noqa: B008
         evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008
-        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        dtype: Dtype = "auto",
         output: pathlib.Path | None = None,
     ):
         """Print the scores of a checkpoint.
@@ -85,32 +84,31 @@ def evaluate(arguments: list[str]) -> None:
         Args:
             model: checkpoint directory, hub id, or @mini_student or @mini_teacher
             data: how a prompt is rendered; its source is not read
-            evaluation: which prompts, how answers are drawn and graded
+            evaluation: prompts, sampling and grading
             dtype: of the forward pass
-            output: JSON file for the scores, those of each prompt included
+            output: JSON file for the scores, including those of each prompt
         """
         from opdjax.cli.one_model import scores_of
         from opdjax.runs.statistics import benchmark_lines
         from opdjax.runs.workdir import write_json
 
-        is_local = output is not None and not is_remote(output)
-        if is_local and not output.parent.is_dir():
-            raise ConfigError(
-                f"--output {output}: there is no directory {output.parent}; make it first"
-            )
-        if is_local and output.is_dir():
-            raise ConfigError(f"--output {output} is a directory; expected the name of a file")
-        scores = scores_of(
-            Config(student=ModelConfig(model, dtype=dtype), data=data, evaluation=evaluation)
-        )
+        if output is not None and not is_remote(output):
+            if not output.parent.is_dir():
+                raise ConfigError(
+                    f"--output {output}: there is no directory {output.parent}; make it first"
+                )
+            if output.is_dir():
+                raise ConfigError(f"--output {output} is a directory; expected the name of a file")
+        student = ModelConfig(model, dtype=dtype)
+        scores = scores_of(Config(student=student, data=data, evaluation=evaluation))
         for name in ("avg@k", "pass@k", "greedy"):
-            print(
-                f"{name.replace('@k', '@' + str(scores['k'])):10}{scores[name]:.4f} ± {scores[name + '_interval']:.4f}"
-            )
+            title = name.replace("@k", f"@{scores['k']}")
+            print(f"{title:10}{scores[name]:.4f} ± {scores[name + '_interval']:.4f}")
         for line in benchmark_lines(scores.get("benchmarks", {})):
             print(line)
         print(
-            f"{scores['num_prompts']} prompts, T = {scores['temperature']:g}; ± is half a 95 % interval over prompts"
+            f"{scores['num_prompts']} prompts, T = {scores['temperature']:g}; ± is half a 95 % "
+            "interval over prompts"
         )
         if output is not None:
             with open_output(output) as file:
@@ -119,11 +117,11 @@ def evaluate(arguments: list[str]) -> None:
     call(run, arguments, "opdjax evaluate")
 
 
-def import_(arguments: list[str]) -> None:
+def check(arguments: list[str]) -> None:
     """MODEL: check that a checkpoint can be loaded, and describe it."""
 
     def run(model: Annotated[str, tyro.conf.Positional]):
-        """Check and describe a checkpoint.
+        """Check that a checkpoint can be loaded, and describe it.
 
         Args:
             model: checkpoint directory, hub id, or @mini_student or @mini_teacher
@@ -133,13 +131,11 @@ def import_(arguments: list[str]) -> None:
         for name, value in describe(model).items():
             print(f"{name:22}{value}")
 
-    call(run, arguments, "opdjax import")
+    call(run, arguments, "opdjax check")
 
 
 def export(arguments: list[str]) -> None:
-    """WORKDIR OUT [--step N|latest|best]: a run's student as a Hugging Face checkpoint, its
-    adapters as OUT_adapter.
-    """
+    """WORKDIR OUT [--step N|latest|best]: write a run's student as a Hugging Face checkpoint."""
 
     def run(
         workdir: Annotated[pathlib.Path, tyro.conf.Positional],
@@ -147,20 +143,22 @@ def export(arguments: list[str]) -> None:
         step: str = "latest",
         dtype: Literal["float32", "bfloat16"] | None = None,
     ):
-        """Write a run's student as a Hugging Face checkpoint.
+        """Write a run's student as a Hugging Face checkpoint, and its adapters to OUT_adapter.
 
         Args:
             workdir: work directory of a run
             out: new directory
-            step: a checkpoint's step, `latest`, or `best` by checkpoint.best_metric
-            dtype: of the weights; none: that of the student the run started from
+            step: step of a checkpoint, `latest`, or `best` by checkpoint.best_metric
+            dtype: of the weights; none: that of the checkpoint the run started from
         """
         from opdjax.cli.export import export_step
 
         if is_remote(out) and Folder(out).files():
-            raise ConfigError(f"{named(out)} exists and is not empty; export into a new directory")
+            raise ConfigError(
+                f"{as_given(out)} exists and is not empty; export into a new directory"
+            )
         with open_output(out) as directory:
             export_step(workdir, step, directory, dtype)
-        print(f"wrote {named(out)}")
+        print(f"wrote {as_given(out)}")
 
     call(run, arguments, "opdjax export")

@@ -1,4 +1,4 @@
-"""A checkpoint by itself: what it answers, how it scores, what it is."""
+"""Samples from, scores and describes a single checkpoint."""
 
 from __future__ import annotations
 
@@ -28,9 +28,11 @@ def complete(
     num_generations: int,
     max_completion_length: int,
     seed: int,
-    **drawn: float,
+    **distribution: float,
 ) -> Iterator[tuple[str, str]]:
-    """(prompt, completion) of every draw; `drawn`: temperature (0: greedy), top_k, top_p and min_p."""
+    """(prompt, completion) of `num_generations` samples per prompt; `distribution`: temperature (0
+    is greedy), top_k, top_p, min_p.
+    """
     data = dataclasses.replace(student_view(data), source="the command line", overlong="error")
     checkpoint = open_checkpoint(model.path)
     tokenizer = load_tokenizer(checkpoint.path)
@@ -40,12 +42,11 @@ def complete(
         max_completion_length,
         stop_ids(checkpoint, tokenizer),
         valid_vocab=num_ids(checkpoint, tokenizer),
-        **drawn,
+        **distribution,
     )
-    batch = collate(encoded, np.arange(len(prompts)))
     rollouts = sample(
         params,
-        batch,
+        collate(encoded, np.arange(len(prompts))),
         seed,
         0,
         config=checkpoint.config,
@@ -57,33 +58,29 @@ def complete(
 
 
 def scores_of(config: Config) -> dict[str, Any]:
-    """The scores of the config's student by its evaluation; ConfigError where it names no prompts."""
+    """The evaluation scores of the config's student; ConfigError without evaluation prompts."""
     checkpoint = open_checkpoint(config.student.path)
     evaluator = make_evaluator(config, checkpoint, load_tokenizer(checkpoint.path), None)
     if evaluator is None:
         raise ConfigError("evaluation.source is None; expected a data source with answers")
-    if evaluator.prompts.skipped:
-        print(
-            f"left out {evaluator.prompts.num_skipped} prompts for their length, first {evaluator.prompts.skipped[0]}"
-        )
+    if skipped := evaluator.prompts.skipped:
+        number = evaluator.prompts.num_skipped
+        print(f"{number} prompts were too long and are left out, first {skipped[0]}")
     return evaluator(load_params(checkpoint, compute_dtype(config.student)))
 
 
 def describe(model: str) -> dict[str, Any]:
-    """What a checkpoint is, once all of it could be read."""
+    """Facts about a checkpoint, after reading all of it."""
     checkpoint = open_checkpoint(model)
     load_params(checkpoint, "bfloat16" if checkpoint.stored_dtype == "bfloat16" else "float32")
     tokenizer = load_tokenizer(checkpoint.path)
+    fields = dataclasses.asdict(checkpoint.config)
     return {
         "path": str(checkpoint.path),
         "architecture": checkpoint.raw_config["architectures"][0],
         "parameters": checkpoint.num_parameters,
         "stored dtype": checkpoint.stored_dtype,
-        **{
-            name: value
-            for name, value in dataclasses.asdict(checkpoint.config).items()
-            if name not in RUN_FIELDS
-        },
+        **{name: value for name, value in fields.items() if name not in RUN_FIELDS},
         "tokenizer ids": num_ids(checkpoint, tokenizer),
         "stop token ids": stop_ids(checkpoint, tokenizer),
         "has chat template": tokenizer.chat_template is not None,

@@ -11,33 +11,20 @@ from opdjax.config.validation import require, require_types
 class AuditConfig:
     """How much `opdjax audit` measures."""
 
-    num_contexts: int = 1000  # random ones, every draw of which is enumerated
-    vocab: int = 50  # of the random contexts, at most 200
-    num_prompts: int = 128  # that the student answers
-    num_generations: int = (
-        2  # answers a prompt: what differs between them is the noise of trajectories
-    )
-    # The gradients of all parameters too, one rollout at a time, some sixty passes over all
-    # rollouts; memory for five float32 copies of the student.
+    num_contexts: int = 1000  # random contexts; every token of each is enumerated
+    vocab: int = 50  # tokens in the vocabulary of the random contexts, at most 200
+    num_prompts: int = 128  # prompts that the student answers
+    # Answers per prompt; their differences measure the noise of trajectories.
+    num_generations: int = 2
+    # Also measure the gradient of all parameters, one rollout at a time. Takes about sixty passes
+    # over all rollouts and memory for five float32 copies of the student.
     parameter_space: bool = True
 
     def __post_init__(self):
-        require_types(self, "how.")
-        for name, least in (
-            ("num_contexts", 1),
-            ("vocab", 2),
-            ("num_prompts", 2),
-            ("num_generations", 2),
-        ):
-            require(
-                getattr(self, name) >= least,
-                f"how.{name}",
-                getattr(self, name),
-                f"at least {least}",
-            )
-        require(
-            self.vocab <= 200,
-            "how.vocab",
-            self.vocab,
-            "at most 200: V x V numbers are enumerated at each context",
-        )
+        require_types(self, "audit.")
+        minimum = {"num_contexts": 1, "vocab": 2, "num_prompts": 2, "num_generations": 2}
+        for name, least in minimum.items():
+            value = getattr(self, name)
+            require(value >= least, f"audit.{name}", value, f"at least {least}")
+        most = "at most 200: V x V numbers are enumerated at each context"
+        require(self.vocab <= 200, "audit.vocab", self.vocab, most)

@@ -1,4 +1,4 @@
-"""How a sweep is spread over machines that others schedule. Standard library only."""
+"""Settings of a sweep on machines of an external scheduler. Standard library only."""
 
 from __future__ import annotations
 
@@ -9,20 +9,17 @@ from opdjax.config.validation import require, require_types
 
 @dataclasses.dataclass(frozen=True)
 class FleetConfig:
-    """The machines that shards of a sweep are submitted to."""
+    """The machines on which the shards of a sweep run."""
 
-    # of each shard's machine, such as v5e-8 or h100-8, of one host; python3 tpu/topology.py lists
-    # the slices
+    # machine of each shard: one host, such as v5e-8 or h100-8; python3 tpu/topology.py lists them
     topology: str = ""
-    shards: int = 1  # jobs that are submitted, each with its share of the points
-    spot: bool = (
-        False  # machines that may be taken away at any minute; the job then goes on elsewhere
-    )
-    max_restarts: int = 3  # of a shard that ended with an error
-    zone: str = ""  # empty: skypilot looks for one; xpk takes gcloud's default
-    project: str = ""  # xpk: empty: gcloud's default
-    cluster: str = ""  # xpk: of GKE, made by xpk cluster create
-    # xpk: what tpu/Dockerfile was built to, such as us-docker.pkg.dev/PROJECT/REPOSITORY/opdjax
+    shards: int = 1  # number of jobs to submit, each with an equal share of the points
+    spot: bool = False  # use spot machines; a preempted job continues on another machine
+    max_restarts: int = 3  # restarts of a shard after an error
+    zone: str = ""  # empty: skypilot finds one; xpk uses gcloud's default
+    project: str = ""  # of xpk; empty: gcloud's default
+    cluster: str = ""  # GKE cluster of xpk, made by xpk cluster create
+    # image of xpk, built from tpu/Dockerfile: us-docker.pkg.dev/PROJECT/REPOSITORY/opdjax
     image: str = ""
 
     def __post_init__(self):

@@ -1,5 +1,5 @@
-"""The machines that a run can be planned for, by name. Standard library only, so that launch
-scripts can ask it too.
+"""The machines that a run can be planned for, by name. Standard library only, so that the launch
+scripts can read it too.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ import dataclasses
 import difflib
 import math
 
+from opdjax.config.validation import ConfigError
+
 _GIB = 2**30
 
 
@@ -15,23 +17,19 @@ _GIB = 2**30
 class Chip:
     """One kind of accelerator; a chip is one device of JAX."""
 
-    hbm_bytes: int  # that a program may use, which is less than what is sold
+    hbm_bytes: int  # usable by a program: less than the nominal size
     peak_flops: float  # FLOP/s, dense bfloat16
     hbm_bandwidth: float  # bytes/s
-    cores_in_name: int = (
-        1  # TensorCores a chip, where Google's names count those: v5p-8 has 4 chips
-    )
-    jax_name: str | None = (
-        None  # of the generation, for compiling without the machine; None: no such way (GPUs)
-    )
-    accelerator_type: str | None = None  # of the generation, as gcloud calls it
+    cores_in_name: int = 1  # TensorCores per chip where Google's names count them: v5p-8, 4 chips
+    jax_name: str | None = None  # for compilation without the machine; None: not possible (GPUs)
+    accelerator_type: str | None = None  # gcloud's name of the generation
     runtime_version: str | None = None
 
 
-# Peak and bandwidth of TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. Their usable memory
-# is what libtpu 0.0.42 says when a program does not fit ("exceeds available HBM (15.75G)"). GPUs:
-# NVIDIA's data sheets of the SXM modules (A100 with 80 GB), and three quarters of what the driver
-# offers, which is what JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+# TPUs: peak and bandwidth from docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; usable memory from
+# the error of libtpu 0.0.42 for a program that does not fit ("exceeds available HBM (15.75G)").
+# GPUs: NVIDIA's data sheets of the SXM modules (A100 with 80 GB), and three quarters of the memory
+# that the driver reports, which JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION is set.
 CHIPS = {
     "v4": Chip(round(30.75 * _GIB), 275e12, 1228e9, 2, "v4", "v4", "tpu-ubuntu2204-base"),
     "v5e": Chip(round(15.75 * _GIB), 197e12, 819e9, 1, "v5e", "v5litepod", "v2-alpha-tpuv5-lite"),
@@ -41,7 +39,7 @@ CHIPS = {
     "h100": Chip(round(0.75 * 79.1 * _GIB), 989e12, 3350e9),
     "h200": Chip(round(0.75 * 139.7 * _GIB), 989e12, 4800e9),
 }
-# How the chips of a slice are arranged, and, where it is not 2x2x1, how those of one host are.
+# Shapes of slices, and the shape of one host's chips where it is not 2x2x1.
 _FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _DEEP = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8))
 _HOST = {(1, 1): (1, 1, 1), (2, 4): (2, 4, 1)}
@@ -52,42 +50,39 @@ _GPUS_PER_HOST = 8
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """So many chips of a kind, and how they hang together."""
+    """A number of chips of one kind, and their arrangement."""
 
     name: str
     chip: Chip
     chips: int
     chips_per_host: int
-    shape: tuple[int, ...] | None = None  # of a TPU slice
+    shape: tuple[int, ...] | None = None  # of a TPU slice; None: GPUs
     host_shape: tuple[int, int, int] | None = None
 
     @property
     def hosts(self) -> int:
-        """Machines, each running one process."""
+        """Number of machines, each of which runs one process."""
         return self.chips // self.chips_per_host
 
     @property
     def backend(self) -> str:
-        """As JAX calls the kind of machine."""
+        """JAX's name of the kind of accelerator."""
         return "gpu" if self.shape is None else "tpu"
 
     @property
     def jax_name(self) -> str | None:
-        """As `jax.experimental.topologies` calls it, such as v5e:2x4; None where nothing compiles
-        for it from elsewhere.
+        """Name in `jax.experimental.topologies`, such as v5e:2x4; None if programs can be compiled
+        only on the machine.
         """
-        return (
-            None if self.shape is None else f"{self.chip.jax_name}:{'x'.join(map(str, self.shape))}"
-        )
+        shape = self.shape and "x".join(map(str, self.shape))
+        return shape and f"{self.chip.jax_name}:{shape}"
 
     @property
     def accelerator_type(self) -> str | None:
-        """As gcloud calls it, such as v5litepod-8."""
-        return (
-            None
-            if self.shape is None
-            else f"{self.chip.accelerator_type}-{self.chips * self.chip.cores_in_name}"
-        )
+        """gcloud's name, such as v5litepod-8; None for GPUs."""
+        if self.shape is None:
+            return None
+        return f"{self.chip.accelerator_type}-{self.chips * self.chip.cores_in_name}"
 
 
 def _slices() -> dict[str, Topology]:
@@ -109,18 +104,15 @@ TOPOLOGIES = _slices()
 
 
 def topology(name: str) -> Topology:
-    """The topology of that name; ValueError that lists the nearest names where there is none."""
+    """The topology of that name; ConfigError, which lists the nearest names, if there is none."""
     if name in TOPOLOGIES:
         return TOPOLOGIES[name]
     kind = name.rpartition("-")[0]
-    near = [
-        known for known in TOPOLOGIES if known.startswith(f"{kind}-")
-    ] or difflib.get_close_matches(name, TOPOLOGIES, n=5)
-    hint = (
-        "of v4 and v5p the number counts TensorCores, two a chip, as in Google's names"
-        if kind in ("v4", "v5p")
-        else "KIND-CHIPS"
-    )
-    raise ValueError(
-        f"there is no topology {name!r}; expected one of {', '.join(near or TOPOLOGIES)} ({hint})"
+    near = [known for known in TOPOLOGIES if known.startswith(f"{kind}-")]
+    near = near or difflib.get_close_matches(name, TOPOLOGIES, n=5) or TOPOLOGIES
+    hint = "KIND-CHIPS"
+    if kind in ("v4", "v5p"):
+        hint = "the number in v4 and v5p names counts TensorCores, two per chip, as Google's does"
+    raise ConfigError(
+        f"there is no topology {name!r}; expected one of {', '.join(near)} ({hint})"
     )

@@ -141,9 +141,8 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError(
-            "opdjax report needs matplotlib: pip install 'opdjax[report]'"
-        ) from error
+        needed = "opdjax report needs matplotlib: pip install 'opdjax[report]'"
+        raise MissingExtraError(needed) from error
 
 
 def smooth(values: Sequence[float | None], window: int) -> np.ndarray:

@@ -1,6 +1,4 @@
-"""The same prompt answered twice: by several arms of a sweep, or by one run before and after
-training.
-"""
+"""The same prompt answered by several arms of a sweep, or by one run before and after training."""
 
 from __future__ import annotations
 
@@ -9,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from opdjax.config.saved import upgrade
 from opdjax.report import measures
 from opdjax.report.markup import Html, count, section, table, table_row, tabs, tag
 from opdjax.report.ranking import Ranked, label
@@ -16,54 +15,52 @@ from opdjax.report.rollouts import prompt_text
 from opdjax.runs.results import Run
 
 _PROMPTS = 6  # shown
-_TEXT = 1200  # letters of an answer
-# (whether a row of samples.jsonl is right, the answer that its data gives); None where that is not
-# known.
+_TEXT = 1200  # characters of an answer
+# Grades a row of samples.jsonl: (whether it is right, the data's answer), None where unknown.
 Marker = Callable[[Run, Mapping[str, Any]], tuple[bool | None, str | None]]
 
 
 def unmarked(run: Run, row: Mapping[str, Any]) -> tuple[None, None]:
-    """Where nobody says what is right."""
+    """The Marker that grades nothing."""
     return None, None
 
 
 @dataclasses.dataclass(frozen=True)
 class ShownAnswer:
-    """What was answered to a prompt, and whether it is right."""
+    """An answer to a prompt, with its grade."""
 
     prompt: str
     text: str
-    is_right: bool | None
+    is_right: bool | None  # None: not graded
     reference: str | None
 
 
 @dataclasses.dataclass(frozen=True)
 class ComparedPrompt:
-    """A prompt and who answered what to it."""
+    """A prompt with the answers of several arms, or of one run at several steps."""
 
-    where: str  # in words
+    place: str  # seed and step, in words
     prompt: str
-    answers: tuple[tuple[str, ShownAnswer], ...]  # (who, what)
+    answers: tuple[tuple[str, ShownAnswer], ...]  # (arm or step, answer)
 
     @property
     def reference(self) -> str | None:
-        """The answer of the data."""
-        return next(
-            (answer.reference for _, answer in self.answers if answer.reference is not None), None
-        )
+        """The data's answer."""
+        known = (a.reference for _, a in self.answers if a.reference is not None)
+        return next(known, None)
 
     @property
-    def telling(self) -> tuple[bool, int, int]:
-        """The greater the more there is to see: some right and some wrong, many different answers,
-        many who answered.
+    def variety(self) -> tuple[bool, int, int]:
+        """Sorts prompts by how different their answers are: mixed grades, distinct answers, number
+        of answers.
         """
-        marks = {answer.is_right for _, answer in self.answers} - {None}
-        return len(marks) > 1, len({answer.text for _, answer in self.answers}), len(self.answers)
+        grades = {answer.is_right for _, answer in self.answers} - {None}
+        return len(grades) > 1, len({answer.text for _, answer in self.answers}), len(self.answers)
 
 
 def evaluated_answers(run: Run) -> dict[int, list[ShownAnswer]]:
-    """By step, the most likely answers to the first held-out prompts; empty for runs of before
-    these were kept.
+    """The greedy answers to the first held-out prompts, by step; empty for runs of earlier
+    versions, which did not record them.
     """
     return {
         row["step"]: [
@@ -81,35 +78,36 @@ def evaluated_answers(run: Run) -> dict[int, list[ShownAnswer]]:
 
 
 def trained_answers(run: Run, mark: Marker) -> dict[int, list[ShownAnswer]]:
-    """By step, the first recorded rollout of each prompt that was trained on."""
+    """The first recorded rollout of each training prompt, by step."""
     found: dict[int, dict[str, ShownAnswer]] = {}
     for row in sorted(run.samples, key=lambda row: (row["step"], row.get("sample_id", 0))):
         prompt = prompt_text(row.get("prompt", ""))
-        if prompt not in found.setdefault(row["step"], {}):
-            found[row["step"]][prompt] = ShownAnswer(
-                prompt, str(row.get("completion", "")), *mark(run, row)
-            )
+        at_step = found.setdefault(row["step"], {})
+        if prompt not in at_step:
+            text = str(row.get("completion", ""))
+            at_step[prompt] = ShownAnswer(prompt, text, *mark(run, row))
     return {step: list(answers.values()) for step, answers in found.items()}
 
 
-# Of a sweep
+# A sweep
 
 
 def arms_section(entries: Sequence[Ranked], mark: Marker) -> Html | None:
-    """Prompts on which arms disagree most; None where no two arms answered the same one."""
-    held_out, trained = _held_out(entries), []
-    if not held_out:
-        trained = _trained(entries, mark)
-    chosen = _chosen(held_out or trained)
+    """The prompts on which arms differ most; None if no prompt was answered by two arms."""
+    held_out = _held_out(entries)
+    chosen = _most_varied(held_out or _trained(entries, mark))
     if not chosen:
         return None
-    kind = (
-        "The most likely answers (T = 0) to held-out prompts, after training."
-        if held_out
-        else "Rollouts that were trained on: runs of one seed draw the same prompts at the same step, so their answers stand side by side. "
-        "One sampled answer each, with luck in it: for scores see above."
+    kind = "Greedy answers (T = 0) to held-out prompts, after training."
+    if not held_out:
+        kind = (
+            "Training rollouts: runs with one seed have the same prompts at the same step. Each is "
+            "one sampled answer, so chance plays a part; for scores see above."
+        )
+    note = (
+        f"{kind} These are the prompts on which arms differ most; equal answers share a row. The "
+        "arm with the better score is not better on every prompt."
     )
-    note = f"{kind} Chosen are the prompts where arms differ most; equal answers share a row. The better arm of a table is not better on each."
     return section(
         "answers",
         "Answers side by side",
@@ -124,12 +122,11 @@ def _held_out(entries: Sequence[Ranked]) -> list[ComparedPrompt]:
         for run in entry.runs:
             by_step = evaluated_answers(run)
             for answer in by_step[max(by_step)] if by_step else ():
-                found.setdefault((run.config["seed"], answer.prompt), []).append(
-                    (label(entry), answer)
-                )
+                key = run.config["seed"], answer.prompt
+                found.setdefault(key, []).append((label(entry), answer))
     return [
-        ComparedPrompt(f"seed {seed}, after training", prompt, tuple(who))
-        for (seed, prompt), who in found.items()
+        ComparedPrompt(f"seed {seed}, after training", prompt, tuple(answers))
+        for (seed, prompt), answers in found.items()
     ]
 
 
@@ -137,65 +134,54 @@ def _trained(entries: Sequence[Ranked], mark: Marker) -> list[ComparedPrompt]:
     found: dict[tuple[int, int, str], list[tuple[str, ShownAnswer]]] = {}
     for entry in entries:
         for run in entry.runs:
-            if run.config["sampling"].get("source", "student") != "student":
-                continue  # what it was trained on was written by another
+            if upgrade(run.config)["sampling"]["completions_from"] != "student":
+                continue  # the student wrote none of its training answers
             for step, answers in trained_answers(run, mark).items():
-                for answer in (
-                    answers if step > 1 else ()
-                ):  # the first is answered by the untrained student, the same in all arms
-                    found.setdefault((run.config["seed"], step, answer.prompt), []).append(
-                        (label(entry), answer)
-                    )
+                if step == 1:
+                    continue  # by the untrained student, equal in all arms
+                for answer in answers:
+                    key = run.config["seed"], step, answer.prompt
+                    found.setdefault(key, []).append((label(entry), answer))
     return [
-        ComparedPrompt(f"seed {seed}, step {step:,}", prompt, tuple(who))
-        for (seed, step, prompt), who in found.items()
+        ComparedPrompt(f"seed {seed}, step {step:,}", prompt, tuple(answers))
+        for (seed, step, prompt), answers in found.items()
     ]
 
 
-def _chosen(questions: Iterable[ComparedPrompt]) -> list[ComparedPrompt]:
-    """The most telling ones, each prompt once; nothing to compare where one alone answered."""
+def _most_varied(prompts: Iterable[ComparedPrompt]) -> list[ComparedPrompt]:
+    """The prompts with the most different answers, each once, if it has two answers or more."""
+    comparable = (each for each in prompts if len(each.answers) > 1)
     chosen: dict[str, ComparedPrompt] = {}
-    for question in sorted(
-        (q for q in questions if len(q.answers) > 1), key=lambda q: q.telling, reverse=True
-    ):
-        chosen.setdefault(question.prompt, question)
+    for each in sorted(comparable, key=lambda each: each.variety, reverse=True):
+        chosen.setdefault(each.prompt, each)
     return list(chosen.values())[:_PROMPTS]
 
 
-# Of one run
+# One run
 
 
 def progress_section(run: Run, mark: Marker) -> Html | None:
-    """The first answers beside the last ones to the same prompts; None where no prompt was answered
-    at two steps.
+    """The first and last answers to the same prompts; None if no prompt was answered at two
+    steps.
     """
-    kept = evaluated_answers(run)
-    about = "The most likely answers (T = 0) to held-out prompts"
-    if len(kept) < 2:
-        kept, about = (
-            trained_answers(run, mark),
-            "Rollouts that were trained on, of prompts that came up again",
-        )
+    by_step = evaluated_answers(run)
+    about = "Greedy answers (T = 0) to held-out prompts"
+    if len(by_step) < 2:
+        by_step = trained_answers(run, mark)
+        about = "Training rollouts for prompts that came up again"
     found: dict[str, list[tuple[str, ShownAnswer]]] = {}
-    for step in sorted(kept):
-        for answer in kept[step]:
+    for step in sorted(by_step):
+        for answer in by_step[step]:
             found.setdefault(answer.prompt, []).append((f"step {step:,}", answer))
-    again = [
-        ComparedPrompt("", prompt, (who[0], who[-1]))
-        for prompt, who in found.items()
-        if len(who) > 1
+    repeated = [
+        ComparedPrompt("", prompt, (answers[0], answers[-1]))
+        for prompt, answers in found.items()
+        if len(answers) > 1
     ]
-    chosen = _chosen(again)
+    chosen = _most_varied(repeated)
     if not chosen:
         return None
-    told = ""
-    if all(answer.is_right is not None for question in again for _, answer in question.answers):
-        turned = [
-            (question.answers[0][1].is_right, question.answers[1][1].is_right) for question in again
-        ]
-        better, worse = turned.count((False, True)), turned.count((True, False))
-        told = f" Of {count(len(again), 'prompt')} {better} went from wrong to right, {worse} from right to wrong."
-    note = f"{about}: the first answer beside the last one.{told}"
+    note = f"{about}: the first and the last answer.{_changes(repeated)}"
     return section(
         "answers",
         "First and last answers",
@@ -204,68 +190,70 @@ def progress_section(run: Run, mark: Marker) -> Html | None:
     )
 
 
+def _changes(repeated: Sequence[ComparedPrompt]) -> str:
+    """How many prompts changed their grade; empty if an answer is not graded."""
+    grades = [tuple(answer.is_right for _, answer in each.answers) for each in repeated]
+    if any(None in pair for pair in grades):
+        return ""
+    better, worse = grades.count((False, True)), grades.count((True, False))
+    return (
+        f" Of {count(len(grades), 'prompt')} {better} went from wrong to right, {worse} from right "
+        "to wrong."
+    )
+
+
 # Both
 
 
-def _panels(questions: Sequence[ComparedPrompt], who: str, name: str) -> Html:
+def _panels(prompts: Sequence[ComparedPrompt], who: str, name: str) -> Html:
     views = {
-        f"{number}: {_cut(question.prompt, 32)}": _panel(question, who)
-        for number, question in enumerate(questions, 1)
+        f"{number}: {_cut(each.prompt, 32)}": _panel(each, who)
+        for number, each in enumerate(prompts, 1)
     }
     return tabs(name, views, "Prompt")
 
 
-def _panel(question: ComparedPrompt, who: str) -> Html:
-    reference = question.reference
-    facts = (
-        tag("p", f"{question.where[:1].upper()}{question.where[1:]}.", class_="facts")
-        if question.where
-        else None
-    )
-    told = (
-        None
-        if reference is None
-        else (tag("h4", "Right answer"), tag("div", _cut(reference, _TEXT), class_="prompt"))
-    )
+def _panel(compared: ComparedPrompt, who: str) -> Html:
+    place, reference = compared.place, compared.reference
+    parts = [tag("p", f"{place[:1].upper()}{place[1:]}.", class_="facts")] if place else []
+    texts = {"Prompt": compared.prompt, "Right answer": reference}
+    for title, text in texts.items():
+        if text is not None:
+            parts += [tag("h4", title), tag("div", _cut(text, _TEXT), class_="prompt")]
     head = [tag("th", name, class_="text", scope="col") for name in ("answer", "", who)]
-    rows = [_row(text, mark, names) for (text, mark), names in _together(question)]
-    return tag(
-        "div",
-        facts,
-        tag("h4", "Prompt"),
-        tag("div", _cut(question.prompt, _TEXT), class_="prompt"),
-        *(told or ()),
-        table(head, rows, class_="samples"),
-        class_="rollout",
-    )
+    rows = [_row(text, is_right, names) for (text, is_right), names in _by_answer(compared)]
+    return tag("div", *parts, table(head, rows, class_="samples"), class_="rollout")
 
 
-def _together(question: ComparedPrompt) -> list[tuple[tuple[str, bool | None], list[str]]]:
-    """Who gave each answer, the right ones first."""
-    if len(question.answers) == 2:
-        return [((answer.text, answer.is_right), [who]) for who, answer in question.answers]
+def _by_answer(compared: ComparedPrompt) -> list[tuple[tuple[str, bool | None], list[str]]]:
+    """Arms by their answer, right answers first; two steps of a run stay in order."""
+    if len(compared.answers) == 2:
+        return [((answer.text, answer.is_right), [who]) for who, answer in compared.answers]
     found: dict[tuple[str, bool | None], list[str]] = collections.defaultdict(list)
-    for who, answer in question.answers:
+    for who, answer in compared.answers:
         found[answer.text, answer.is_right].append(who)
     return sorted(found.items(), key=lambda each: (each[0][1] is not True, -len(each[1])))
 
 
+_GRADES = {
+    True: ("✓ right", "right"),
+    False: ("✗ wrong", "wrong"),
+    None: ("not graded", "not-run"),
+}
+
+
 def _row(text: str, is_right: bool | None, names: Sequence[str]) -> Html:
-    shown = {
-        True: ("✓ right", "right"),
-        False: ("✗ wrong", "wrong"),
-        None: ("not graded", "not-run"),
-    }[is_right]
+    grade, class_ = _GRADES[is_right]
     return table_row(
         [
             tag("th", _cut(text, _TEXT) or "∅", class_="sample", scope="row"),
-            tag("td", tag("span", shown[0], class_=f"chip {shown[1]}"), class_="text"),
+            tag("td", tag("span", grade, class_=f"chip {class_}"), class_="text"),
             tag("td", ", ".join(names), class_="wrap text"),
         ]
     )
 
 
 def _cut(text: str, limit: int) -> str:
-    """Its start and its end, which are what tells: a problem and its answer."""
+    """The text's start and end: a problem and its answer."""
     half = limit // 2
     return text if len(text) <= limit else f"{text[:half]} […] {text[-half:]}"

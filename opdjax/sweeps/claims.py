@@ -1,8 +1,8 @@
-"""Where the points of a sweep live, in a directory or on gs://, and how a runner claims one.
+"""The directory of a sweep, local or on gs://, and how a runner claims one of its points.
 
-What is known of the points is read from `directory`. On gs:// that is a copy of a runner's own:
-`refresh` brings what others have done, `publish` tells them what was done here. A claim is a lock
-on a local disk and a lease elsewhere; the child that runs the point has it too.
+A claim is a lock on a local disk and a lease on gs://; the child process that runs the point holds
+it too. The state of the points is read from `path`. On gs:// that is a private copy of each runner:
+`refresh` downloads what other runners have written, `upload` uploads what this one has written.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from opdjax.runs.results import FAILURE, POINT, RESULT, status_of
 from opdjax.runs.workdir import WorkdirError, read_lines
 
 ATTEMPTS, LOG = "attempts.jsonl", "log.txt"
-_TOLD = (POINT, FAILURE, RESULT, ATTEMPTS, LOG, "config.json")
-_QUIET = 600.0  # seconds without a row after which a local run is called stalled
-_LOG_EVERY = 30.0
+_SHARED = (POINT, FAILURE, RESULT, ATTEMPTS, LOG, "config.json")
+_STALLED_AFTER = 600.0  # seconds without a new row in a local run
+_LOG_INTERVAL = 30.0  # seconds between uploads of a log
 
 
 @dataclasses.dataclass(frozen=True)
-class Beat:
-    """The last sign of life of who runs a point."""
+class Heartbeat:
+    """The last sign of life of a running point."""
 
     host: str
     age: float  # seconds
@@ -40,121 +40,117 @@ class Beat:
 
 
 class Claim(Protocol):
-    """A point that nobody else may run."""
+    """A point that only this runner may run."""
 
-    environment: dict[str, str]  # for the child, which holds the claim as well
-    descriptors: tuple[int, ...]  # likewise
-    number: int | None  # of the lease
+    environment: dict[str, str]  # variables with which the child holds the claim too
+    descriptors: tuple[int, ...]  # files to pass to the child, for the same purpose
+    lease_number: int | None  # None: a local lock
+    is_lost: bool  # another runner may have the point: nothing may be written about it
 
     def started(self, pid: int) -> None:
-        """The child runs: where the claim is lost, it is killed."""
+        """Call after the child has started. It is killed if the claim is lost."""
 
-    def tend(self) -> None:
-        """To be called now and then while the child runs."""
+    def upload_log(self) -> None:
+        """Call regularly while the child runs; uploads its log now and then."""
 
     def ended(self) -> None:
-        """The child is over: what remains to be done is done under the claim of its runner alone."""
+        """Call after the child has ended. From then on this runner alone holds the claim."""
 
-    @property
-    def is_lost(self) -> bool:
-        """Whether somebody else may have the point: nothing may be written about it."""
-
-    def close(self) -> None:
+    def release(self) -> None:
         """Give the point back."""
 
 
-class Place(Protocol):
-    """A directory of points."""
+class SweepDirectory(Protocol):
+    """The directory that holds the points of a sweep."""
 
-    name: str
-    directory: pathlib.Path
-    compiled: pathlib.Path  # programs, kept for all points
+    name: str  # path or URL that the user gave
+    path: pathlib.Path  # local files of the points: `path / ID`
+    compilation_cache: pathlib.Path  # compiled programs, shared by all points
 
     def workdir(self, id: str) -> str:
-        """The work directory of a point's run."""
+        """Path or URL of the work directory of a point."""
 
     def refresh(self, ids: Iterable[str], is_urgent: bool = False) -> None:
-        """Bring `directory` up to date, as often as is worth it."""
+        """Download the state of points; unless urgent, at most every few seconds."""
 
-    def publish(self, *files: pathlib.Path) -> None:
-        """Let others see files of `directory`, or that they are gone."""
+    def upload(self, *files: pathlib.Path) -> None:
+        """Upload files of `path`, or remove the objects of files that are gone."""
 
     def claim(self, id: str) -> Claim | None:
-        """The claim on a point, None where somebody else has it."""
+        """The claim on a point; None if another runner holds it."""
 
-    def beats(self, ids: Iterable[str]) -> dict[str, Beat]:
-        """Of the points that somebody runs now."""
+    def heartbeats(self, ids: Iterable[str]) -> dict[str, Heartbeat]:
+        """The heartbeats of those points that are running now, by id."""
 
     def step(self, id: str) -> int:
-        """Steps that a point's run has done, as far as is known."""
+        """Steps that a point has completed, as far as is known."""
 
 
 @contextlib.contextmanager
-def open_place(workdir: str | os.PathLike) -> Iterator[Place]:
-    """The place of a sweep; WorkdirError where it cannot live there: in a file, in a single run."""
+def open_sweep(workdir: str | os.PathLike) -> Iterator[SweepDirectory]:
+    """The directory of a sweep; WorkdirError if it is a file or holds a single run."""
     if is_remote(workdir):
         with tempfile.TemporaryDirectory(prefix="opdjax-sweep-") as directory:
-            place = _RemotePlace(Folder(workdir), pathlib.Path(directory))
-            _require_no_run("config.json" in place.folder.entries()[0], place.name)
-            yield place
+            sweep = _RemoteSweep(Folder(workdir), pathlib.Path(directory))
+            _require_no_run("config.json" in sweep.folder.entries()[0], sweep.name)
+            yield sweep
         return
-    place = _LocalPlace(pathlib.Path(workdir))
-    if any(
-        path.exists() and not path.is_dir() for path in (place.directory, *place.directory.parents)
-    ):
+    sweep = _LocalSweep(pathlib.Path(workdir))
+    if any(path.exists() and not path.is_dir() for path in (sweep.path, *sweep.path.parents)):
         raise WorkdirError(
-            f"--workdir {workdir} is a file or lies in one; expected a directory, or the place of a new one"
+            f"--workdir {workdir} is a file or lies in one; expected a directory, or a path where "
+            "one can be made"
         )
-    _require_no_run((place.directory / "config.json").exists(), place.name)
-    yield place
+    _require_no_run((sweep.path / "config.json").exists(), sweep.name)
+    yield sweep
 
 
 def _require_no_run(is_run: bool, name: str) -> None:
     if is_run:
         raise WorkdirError(
-            f"--workdir {name} holds a config.json, of a run or a model; expected a directory for the whole sweep"
+            f"--workdir {name} holds a config.json, of a run or a model; expected a directory for "
+            "the whole sweep"
         )
 
 
 class _LocalClaim:
+    """A lock that runner and child hold; it is released when both have ended."""
+
     environment: dict[str, str] = {}  # noqa: RUF012 (never written to)
-    number, is_lost = None, False
+    lease_number, is_lost = None, False
 
     def __init__(self, file: Any):
         self._file, self.descriptors = file, (file.fileno(),)
 
     def started(self, pid: int) -> None:
-        pass  # the lock goes when both are dead, however they died, and never earlier
+        pass
 
-    def tend(self) -> None:
+    def upload_log(self) -> None:
         pass
 
     def ended(self) -> None:
         pass
 
-    def close(self) -> None:
+    def release(self) -> None:
         self._file.close()
 
 
-class _LocalPlace:
-    def __init__(self, directory: pathlib.Path):
-        self.name, self.directory, self.compiled = (
-            str(directory),
-            directory,
-            (directory / ".compiled").resolve(),
-        )
+class _LocalSweep:
+    def __init__(self, path: pathlib.Path):
+        self.name, self.path = str(path), path
+        self.compilation_cache = (path / ".compiled").resolve()
 
     def workdir(self, id: str) -> str:
-        return str(self.directory / id)
+        return str(self.path / id)
 
     def refresh(self, ids: Iterable[str], is_urgent: bool = False) -> None:
         pass
 
-    def publish(self, *files: pathlib.Path) -> None:
+    def upload(self, *files: pathlib.Path) -> None:
         pass
 
     def claim(self, id: str) -> Claim | None:
-        file = (self.directory / id / ".claim").open("w")
+        file = (self.path / id / ".claim").open("w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -162,28 +158,26 @@ class _LocalPlace:
             return None
         return _LocalClaim(file)
 
-    def beats(self, ids: Iterable[str]) -> dict[str, Beat]:
-        return {id: beat for id in ids if (beat := self._beat(id)) is not None}
+    def heartbeats(self, ids: Iterable[str]) -> dict[str, Heartbeat]:
+        return {id: beat for id in ids if (beat := self._heartbeat(id)) is not None}
 
-    def _beat(self, id: str) -> Beat | None:
+    def _heartbeat(self, id: str) -> Heartbeat | None:
+        directory = self.path / id
         try:
-            with (self.directory / id / ".claim").open() as file:
+            with (directory / ".claim").open() as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return None
+                return None  # nobody holds the claim
         except FileNotFoundError:
             return None
         except BlockingIOError:
             pass
-        written = [
-            file.stat().st_mtime
-            for name in ("metrics.jsonl", LOG, ATTEMPTS)
-            if (file := self.directory / id / name).exists()
-        ]
-        age = time.time() - max(written, default=time.time())
-        return Beat(_last_host(self.directory / id), age, age > _QUIET, self.step(id))
+        files = [directory / name for name in ("metrics.jsonl", LOG, ATTEMPTS)]
+        now = time.time()
+        age = now - max((file.stat().st_mtime for file in files if file.exists()), default=now)
+        return Heartbeat(_last_host(directory), age, age > _STALLED_AFTER, self.step(id))
 
     def step(self, id: str) -> int:
-        file = self.directory / id / "metrics.jsonl"
+        file = self.path / id / "metrics.jsonl"
         return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
@@ -193,11 +187,14 @@ def _last_host(directory: pathlib.Path) -> str:
 
 
 class _RemoteClaim:
+    """A lease that the child renews while it runs, and the runner before and after."""
+
     descriptors: tuple[int, ...] = ()
 
-    def __init__(self, place: _RemotePlace, id: str, lease: Lease):
-        self._place, self._id, self._lease, self._pid = place, id, lease, None
-        self.number, self.is_lost, self._log_sent = lease.number, False, time.monotonic()
+    def __init__(self, sweep: _RemoteSweep, id: str, lease: Lease):
+        self._sweep, self._id, self._lease, self._pid = sweep, id, lease, None
+        self.lease_number, self.is_lost = lease.number, False
+        self._log_uploaded = time.monotonic()
         self.environment = lease.child_environment()
         lease.start(self._lose, lambda: self._pid is not None)
 
@@ -213,96 +210,86 @@ class _RemoteClaim:
         if self.is_lost:
             self._lose()
 
-    def tend(self) -> None:
-        if time.monotonic() - self._log_sent > _LOG_EVERY and not self.is_lost:
-            self._log_sent = time.monotonic()
-            with contextlib.suppress(RemoteError):  # it goes up again at the end
-                self._place.publish(self._place.directory / self._id / LOG)
+    def upload_log(self) -> None:
+        if time.monotonic() - self._log_uploaded > _LOG_INTERVAL and not self.is_lost:
+            self._log_uploaded = time.monotonic()
+            with contextlib.suppress(RemoteError):  # the log is uploaded again at the end
+                self._sweep.upload(self._sweep.path / self._id / LOG)
 
     def ended(self) -> None:
         self._pid = None
 
-    def close(self) -> None:
-        self._place.held.discard(self._id)
+    def release(self) -> None:
+        self._sweep.held.discard(self._id)
         self._lease.release()
 
 
-class _RemotePlace:
-    def __init__(self, folder: Folder, directory: pathlib.Path):
-        self.name, self.folder, self.directory, self.compiled = (
-            folder.url,
-            folder,
-            directory,
-            scratch_root() / "compiled",
-        )
-        self.held: set[str] = set()
+class _RemoteSweep:
+    def __init__(self, folder: Folder, path: pathlib.Path):
+        self.name, self.folder, self.path = folder.url, folder, path
+        self.compilation_cache = scratch_root() / "compiled"
+        self.held: set[str] = set()  # ids of points that this runner has claimed
         self._watches: dict[str, ExpiryWatch] = {}
-        self._looked: dict[str, float] = {}
+        self._tried: dict[str, float] = {}
         self._refreshed = -float("inf")
-        self._pause = lease_seconds() / 6
+        self._interval = lease_seconds() / 6  # between two looks at one point
 
     def workdir(self, id: str) -> str:
         return f"{self.folder.url}/{id}"
 
     def refresh(self, ids: Iterable[str], is_urgent: bool = False) -> None:
-        if not is_urgent and time.monotonic() - self._refreshed < self._pause:
+        if not is_urgent and time.monotonic() - self._refreshed < self._interval:
             return
-        in_parallel(
-            self._refresh,
-            [id for id in ids if id not in self.held and status_of(self.directory / id) != "done"],
-        )
+        open_ids = [id for id in ids if id not in self.held and status_of(self.path / id) != "done"]
+        in_parallel(self._refresh, open_ids)
         self._refreshed = time.monotonic()
 
     def _refresh(self, id: str) -> None:
-        folder, directory = self.folder.subfolder(id), self.directory / id
-        found = {name: tag for name, tag in folder.entries()[0].items() if name in _TOLD}
-        for name in set(_TOLD) - found.keys():
+        folder, directory = self.folder.subfolder(id), self.path / id
+        stored = {name: tag for name, tag in folder.entries()[0].items() if name in _SHARED}
+        for name in set(_SHARED) - stored.keys():
             (directory / name).unlink(missing_ok=True)
-        for name, tag in found.items():
-            with contextlib.suppress(
-                FileNotFoundError
-            ):  # another runner has just begun to try a failure again
+        for name, tag in stored.items():
+            # Another runner that retries a failed point has just removed the file.
+            with contextlib.suppress(FileNotFoundError):
                 folder.download_file(name, directory / name, tag)
 
-    def publish(self, *files: pathlib.Path) -> None:
-        def tell(file: pathlib.Path) -> None:
-            name = str(file.relative_to(self.directory))
+    def upload(self, *files: pathlib.Path) -> None:
+        def upload(file: pathlib.Path) -> None:
+            name = str(file.relative_to(self.path))
             if file.exists():
                 self.folder.upload_file(file, name)
             else:
                 self.folder.remove(name)
 
-        in_parallel(tell, files)
+        in_parallel(upload, files)
 
     def claim(self, id: str) -> Claim | None:
-        if time.monotonic() - self._looked.get(id, -float("inf")) < self._pause:
+        if time.monotonic() - self._tried.get(id, -float("inf")) < self._interval:
             return None
         lease = try_acquire(self.folder.subfolder(id), self._watches.setdefault(id, ExpiryWatch()))
-        self._looked[id] = time.monotonic()
+        self._tried[id] = time.monotonic()
         if lease is None:
             return None
-        del self._watches[id], self._looked[id]
+        del self._watches[id], self._tried[id]
         claim = _RemoteClaim(self, id, lease)
-        self._refresh(id)  # what its last holder left
+        self._refresh(id)  # what its last holder wrote
         self.held.add(id)
         return claim
 
-    def beats(self, ids: Iterable[str]) -> dict[str, Beat]:
-        found: dict[str, Beat] = {}
+    def heartbeats(self, ids: Iterable[str]) -> dict[str, Heartbeat]:
+        beats: dict[str, Heartbeat] = {}
 
-        def look(id: str) -> None:
+        def read(id: str) -> None:
             holder = holder_of(self.folder.subfolder(id))
             if holder is not None and not holder.is_released and not holder.is_dead:
-                age = time.time() - holder.about["time"]
-                found[id] = Beat(
-                    holder.about["host"],
-                    max(age, 0.0),
-                    age > holder.about["seconds"],
-                    holder.about.get("step"),
-                )
+                about = holder.about
+                age = time.time() - about["time"]
+                is_stalled = age > about["seconds"]
+                beats[id] = Heartbeat(about["host"], max(age, 0.0), is_stalled, about.get("step"))
 
-        in_parallel(look, ids)
-        return found
+        in_parallel(read, ids)
+        return beats
 
     def step(self, id: str) -> int:
         holder = holder_of(self.folder.subfolder(id))

@@ -1,10 +1,10 @@
-"""Runs the points of a sweep, each as a subprocess in a directory of its own, by as many runners as
-one likes.
+"""Runs the points of a sweep, each as a subprocess in its own directory; any number of runners may
+share the points.
 
-A point is an ordinary run in `DIR/ID`, so a half-done one continues and a finished one is skipped.
-A runner claims a point by a lock, on gs:// by a lease, that its child holds too: it goes when both
-are dead, however they died, and never earlier, so no point is ever run twice at a time and none is
-lost.
+A point is an ordinary run in `DIR/ID`: an interrupted one is resumed and a finished one is skipped.
+A runner claims a point by a lock, on gs:// by a lease, which its child process holds too. The claim
+ends when both have ended, however they ended, and never earlier: no point is run twice at a time,
+and none is lost.
 """
 
 from __future__ import annotations
@@ -18,57 +18,58 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from opdjax.config.grid import SweepPoint
 from opdjax.config.saved import upgrade
 from opdjax.config.validation import differences, to_dict
 from opdjax.runs.lease import LOST
 from opdjax.runs.object_store import Folder, RemoteError, is_remote, url_of
-from opdjax.runs.results import FAILURE, POINT, RESULT, read_point, status_of
+from opdjax.runs.results import FAILURE, POINT, read_point, status_of
 from opdjax.runs.workdir import WorkdirError, append_lines, read_json, write_json
-from opdjax.sweeps.claims import ATTEMPTS, LOG, Claim, Place, open_place
-from opdjax.sweeps.status import status_line
+from opdjax.sweeps.claims import ATTEMPTS, LOG, Claim, SweepDirectory, open_sweep
+from opdjax.sweeps.status import scores_after, status_line
 
 _POLL, _REPORT = 0.2, 20.0  # seconds
-_PAUSE = 10.0  # seconds before a failed point is tried again, times the failures so far
-_LOG_TAIL = 25  # lines of a failed run that are kept with its failure
-_FROM_OUTSIDE = (
-    signal.SIGKILL,
-    signal.SIGTERM,
-    signal.SIGINT,
-    signal.SIGHUP,
-)  # other signals are crashes
-Say = Callable[[str], None]
+_PAUSE = 10.0  # seconds before a failed point is run again, times its failures so far
+_LOG_TAIL = 25  # lines of a failed run's log that are kept in failure.json
+# Signals from outside, which interrupt a run. Other signals are crashes of the run.
+_INTERRUPTS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_OPDJAX = (sys.executable, "-P", "-m", "opdjax")
+Log = Callable[[str], None]
 
 
 class SweepInterruptedError(RuntimeError):
-    """The sweep was asked to stop; the same command goes on."""
+    """The sweep received a stop signal; the same command resumes it."""
 
 
-class SweepTeachError(RuntimeError):
-    """No point that reads a teacher's answers can run: there are none."""
+class SweepReferencesError(RuntimeError):
+    """The reference answers that points need could not be written."""
+
+
+class SweepIncompleteError(RuntimeError):
+    """Points of the sweep failed or were interrupted."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """A child at work."""
+    """A running child process."""
 
     point: SweepPoint
     process: subprocess.Popen
     claim: Claim
     slot: int
-    started: float
+    started: float  # monotonic
 
 
 @dataclasses.dataclass
-class _Tries:
-    """What a runner has tried of a point, and whether it will again."""
+class _Attempts:
+    """What this runner has tried of a point."""
 
-    outcome: str | None = None  # None: it is open
+    outcome: str | None = None  # None: the point is open
     failures: int = 0
-    not_before: float = 0.0  # monotonic
-    after: float = 0.0  # seconds since the epoch: a failure from before then is tried again
+    not_before: float = 0.0  # monotonic time of the next attempt
+    since: float = 0.0  # seconds since the epoch: an earlier failure does not count
 
 
 def run_sweep(
@@ -79,267 +80,238 @@ def run_sweep(
     shard: tuple[int, int] = (1, 1),
     retry_failed: bool = False,
     retries: int = 0,
-    say: Say = print,
+    log: Log = print,
 ) -> dict[str, int]:
-    """Run what is not done yet, `jobs` at a time, and return how many points are `done`, `failed`
-    and `stopped`.
+    """Run the unfinished points, `jobs` at a time, and return the numbers of `points`, `done`,
+    `failed` and `stopped`.
 
     `shard` (i, n) takes every n-th point from the i-th on. Points that another runner holds are
-    waited for, and taken over if it dies. A point that fails is tried up to `retries` times more.
-    With several jobs the cores of this machine are shared out evenly between them; an accelerator
-    is not, so there one job at a time is right.
+    waited for, and taken over if it dies. A point that fails is run again up to `retries` times.
+    Several jobs share the CPU cores of this machine evenly; they cannot share an accelerator, so
+    use one job there.
     """
-    with open_place(workdir) as place:
-        place.refresh([p.id for p in points])
-        _write_points(points, place)
-        _teach_first(points, place, say)
+    with open_sweep(workdir) as sweep:
+        sweep.refresh([p.id for p in points])
+        _write_points(points, sweep)
+        _write_references(points, sweep, log)
         mine = list(points[shard[0] - 1 :: shard[1]])
-        # A failure is tried again once: not those of this runner, nor those that another one has
-        # just met.
-        tries = {p.id: _Tries(after=time.time() if retry_failed else 0.0) for p in mine}
-        _run(mine, place, tries, jobs, retries, say)
-        place.refresh(tries, is_urgent=True)
-        states = [status_of(place.directory / id) for id in tries]
+        # With retry_failed, only failures from before this call are run again.
+        since = time.time() if retry_failed else 0.0
+        attempts = {p.id: _Attempts(since=since) for p in mine}
+        _run(mine, sweep, attempts, jobs, retries, log)
+        sweep.refresh(attempts, is_urgent=True)
+        states = [status_of(sweep.path / id) for id in attempts]
     done, failed = states.count("done"), states.count("failed")
-    return {
-        "points": len(mine),
-        "done": done,
-        "failed": failed,
-        "stopped": len(mine) - done - failed,
-    }
+    stopped = len(mine) - done - failed
+    return {"points": len(mine), "done": done, "failed": failed, "stopped": stopped}
+
+
+def require_complete(counts: dict[str, int]) -> None:
+    """SweepIncompleteError unless all points in a result of `run_sweep` are done."""
+    if counts["failed"]:
+        raise SweepIncompleteError(
+            f"{counts['failed']} points failed: see failure.json in their directories; "
+            "--retry-failed runs them again"
+        )
+    if counts["stopped"]:
+        raise SweepIncompleteError(
+            f"{counts['stopped']} points were stopped; the same command resumes them"
+        )
 
 
 def _run(
     mine: Sequence[SweepPoint],
-    place: Place,
-    tries: dict[str, _Tries],
+    sweep: SweepDirectory,
+    attempts: dict[str, _Attempts],
     jobs: int,
     retries: int,
-    say: Say,
+    log: Log,
 ) -> None:
-    """The loop: reap, claim, start, until nothing of `mine` is open."""
+    """Collect ended children and start new ones until no point of `mine` is open."""
     running: list[_Job] = []
     last_report = time.monotonic()
-    with _stop_signals() as asked_to_stop, _ending(running, place):
+    with _stop_signals() as received, _terminating(running, sweep):
         while True:
-            if asked_to_stop:
+            if received:
                 raise SweepInterruptedError(
-                    f"{asked_to_stop[0]}: the points at work were stopped; the same command continues them"
+                    f"{received[0]}: the running points were stopped; the same command resumes them"
                 )
             for job in running:
-                job.claim.tend()
+                job.claim.upload_log()
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
-                _settle(tries[job.point.id], _finish(job, place, say), retries, job.point.id, say)
-            place.refresh(tries)
-            open_points = [
-                p
-                for p in mine
-                if tries[p.id].outcome is None
-                and not _is_settled(place.directory / p.id, tries[p.id].after)
-            ]
-            waiting = [p for p in open_points if p.id not in {job.point.id for job in running}]
-            due = [p for p in waiting if time.monotonic() >= tries[p.id].not_before]
-            while (
-                len(running) < jobs
-                and (job := _start_next(due, place, running, jobs, tries)) is not None
-            ):
+                outcome = _finish(job, sweep, log)
+                _record_outcome(attempts[job.point.id], outcome, retries, job.point.id, log)
+            sweep.refresh(attempts)
+            open_points = [p for p in mine if _is_open(sweep.path / p.id, attempts[p.id])]
+            at_work = {job.point.id for job in running}
+            waiting = [p for p in open_points if p.id not in at_work]
+            due = [p for p in waiting if time.monotonic() >= attempts[p.id].not_before]
+            while len(running) < jobs and (job := _start_next(due, sweep, running, jobs, attempts)):
                 due.remove(job.point)
                 running.append(job)
-                say(f"start  {job.point.id}")
+                log(f"start  {job.point.id}")
             if not open_points and not running:
                 return
             if time.monotonic() - last_report > _REPORT:
                 last_report = time.monotonic()
-                held = (
-                    len(due) if len(running) < jobs else 0
-                )  # there was room, and none of them could be had
-                say(
-                    status_line(mine, place, [job.point for job in running], jobs)
-                    + (f", {held} held by others" if held else "")
-                )
+                line = status_line(mine, sweep, [job.point for job in running], jobs)
+                if due and len(running) < jobs:  # none of them could be claimed
+                    line += f", {len(due)} held by other runners"
+                log(line)
             time.sleep(_POLL)
 
 
-def _settle(tried: _Tries, outcome: str, retries: int, id: str, say: Say) -> None:
-    """Note what became of a point; one that failed stays open while it may be tried again, one that
-    was lost until somebody ends it.
+def _record_outcome(attempts: _Attempts, outcome: str, retries: int, id: str, log: Log) -> None:
+    """Record the outcome of a child. A failed point stays open for its retries, and one whose claim
+    was lost until some runner finishes it.
     """
     if outcome == "lost":
         return
-    tried.failures += outcome == "failed"
-    if outcome != "failed" or tried.failures > retries:
-        tried.outcome = outcome
+    attempts.failures += outcome == "failed"
+    if outcome != "failed" or attempts.failures > retries:
+        attempts.outcome = outcome
         return
-    pause = _PAUSE * tried.failures
-    tried.not_before, tried.after = time.monotonic() + pause, time.time()
-    say(f"again  {id} in {pause:.0f} s, the {tried.failures}. of {retries} times")
+    pause = _PAUSE * attempts.failures
+    attempts.not_before, attempts.since = time.monotonic() + pause, time.time()
+    log(f"retry  {id} in {pause:.0f} s ({attempts.failures} of {retries} retries)")
 
 
-def _is_settled(directory: pathlib.Path, after: float) -> bool:
-    """Whether nothing is left to do: done, or failed and not to be tried again (`after`: failures
-    before then are).
-    """
-    status = status_of(directory)
+def _is_open(directory: pathlib.Path, attempts: _Attempts) -> bool:
+    """Whether a point must still be run: neither done nor failed since `attempts.since`."""
+    if attempts.outcome is not None:
+        return False
+    status, file = status_of(directory), directory / FAILURE
     if status != "failed":
-        return status == "done"
+        return status != "done"
     try:
-        failure = read_json(directory / FAILURE, "delete it to have the point run again")
-        return failure.get("time", (directory / FAILURE).stat().st_mtime) >= after
+        failure = read_json(file, "delete it, and the point runs again")
+        return failure.get("time", file.stat().st_mtime) < attempts.since
     except (FileNotFoundError, WorkdirError):
-        if (directory / FAILURE).exists():
+        if file.exists():
             raise
-        return False  # another runner has just begun to try it again
+        return True  # another runner has just started to retry it
 
 
-def _write_points(points: Sequence[SweepPoint], place: Place) -> None:
-    """Say in each point's directory what is asked for, so that a table knows what is missing;
-    refuse to change what was asked.
+def _write_points(points: Sequence[SweepPoint], sweep: SweepDirectory) -> None:
+    """Write point.json into each point's directory, so that tables know which points are missing;
+    WorkdirError if it holds another config.
     """
-    new = []
-    for point in points:
-        directory = place.directory / point.id
-        if not (directory / POINT).exists():
-            new.append(point)
+    files = {sweep.path / point.id / POINT: point for point in points}
+    new = {file: point for file, point in files.items() if not file.exists()}
+    for file, point in files.items():
+        if file in new:
             continue
-        changed = differences(
-            upgrade(read_point(directory / POINT)["config"]), upgrade(to_dict(point.config))
-        )
-        if changed:
+        stored = upgrade(read_point(file)["config"])
+        if changed := differences(stored, upgrade(to_dict(point.config))):
             listed = "\n  ".join(changed)
             raise WorkdirError(
-                f"{place.workdir(point.id)} was asked for with another config; choose another --workdir (there -> now):\n  {listed}"
+                f"{sweep.workdir(point.id)} belongs to a point with another config; choose another "
+                f"--workdir (there -> now):\n  {listed}"
             )
-    for point in new:
-        directory = place.directory / point.id
-        directory.mkdir(parents=True, exist_ok=True)
-        write_json(
-            directory / POINT,
-            {"id": point.id, "overrides": point.overrides, "config": to_dict(point.config)},
-        )
-    place.publish(*(place.directory / point.id / POINT for point in new))
+    for file, point in new.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        config = to_dict(point.config)
+        write_json(file, {"id": point.id, "overrides": point.overrides, "config": config})
+    sweep.upload(*new)
 
 
-def _teach_first(points: Sequence[SweepPoint], place: Place, say: Say) -> None:
-    """Have a teacher fill the indexes of answers that points will read; one point stands for all of
-    an index.
+def _write_references(points: Sequence[SweepPoint], sweep: SweepDirectory, log: Log) -> None:
+    """Have a teacher write the answers that points read as data.references, once per file.
 
-    A checkpoint is asked for whatever is missing, as where it was stopped half-way; a model that is
-    paid for only where nothing is there.
+    A checkpoint writes any missing answers, so an interrupted file is completed. A model behind an
+    API, which costs money, is called only if there is no file at all.
     """
-    wanting = {
+    readers = {
         p.config.data.references: p
         for p in points
-        if p.config.is_judged and status_of(place.directory / p.id) != "done"
+        if p.config.is_judged and status_of(sweep.path / p.id) != "done"
     }
-    for index, point in wanting.items():
-        is_there = index is not None and _is_there(index)
-        if index is None or (is_there and point.config.teacher_api.is_given):
+    for file, point in readers.items():
+        exists = file is not None and _exists(file)
+        if file is None or (exists and point.config.teacher_api.is_given):
             continue
-        say(f"teach  {index}")
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "opdjax",
-            "teach",
-            str(place.directory / point.id / POINT),
-        ]
-        # Who loses a race for the index waits for the winner.
+        log(f"teach  {file}")
+        command = (*_OPDJAX, "teach", str(sweep.path / point.id / POINT))
+        # Another process may be writing the same file: wait for it.
         while (run := _run_to_its_end(command)).returncode and "another opdjax teach" in run.stderr:
             time.sleep(_REPORT)
-        if run.returncode and not is_there:
-            raise SweepTeachError(
-                f"the answers that points read as data.references could not be had: {run.stderr.strip()[-500:]}"
+        if not run.returncode:
+            continue
+        reason = run.stderr.strip()[-500:]
+        if not exists:
+            raise SweepReferencesError(
+                f"the answers that points read as data.references could not be written: {reason}"
             )
-        if (
-            run.returncode
-        ):  # of another teacher, perhaps: the points will tell whether they can use it
-            say(f"note: going on with {index} as it is: {run.stderr.strip()[-500:]}")
+        # They may be another teacher's; the points check whether they can use them.
+        log(f"note: using {file} as it is: {reason}")
 
 
 def _run_to_its_end(command: Sequence[str]) -> subprocess.CompletedProcess:
-    """As subprocess.run, but a runner that is asked to stop takes the child with it."""
+    """Like subprocess.run, but a stop signal ends the child too."""
+    pipe = subprocess.PIPE
     with (
-        _stop_signals() as asked_to_stop,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as child,
+        _stop_signals() as received,
+        subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as child,
     ):
         while True:
             try:
                 out, error = child.communicate(timeout=_POLL)
                 break
             except subprocess.TimeoutExpired:
-                if asked_to_stop:
+                if received:
                     child.terminate()
-    if asked_to_stop:
+    if received:
         raise SweepInterruptedError(
-            f"{asked_to_stop[0]}: the teacher was stopped; the same command goes on with its answers"
+            f"{received[0]}: the teacher was stopped; the same command resumes its answers"
         )
     return subprocess.CompletedProcess(command, child.returncode, out, error)
 
 
-def _is_there(file: str) -> bool:
-    return (
-        Folder(url_of(file)).tag() is not None if is_remote(file) else pathlib.Path(file).exists()
-    )
+def _exists(file: str) -> bool:
+    if is_remote(file):
+        return Folder(url_of(file)).tag() is not None
+    return pathlib.Path(file).exists()
 
 
 def _start_next(
     due: Sequence[SweepPoint],
-    place: Place,
+    sweep: SweepDirectory,
     running: Sequence[_Job],
     jobs: int,
-    tries: dict[str, _Tries],
+    attempts: dict[str, _Attempts],
 ) -> _Job | None:
-    """Claim and start the first point that nobody else holds."""
+    """Claim and start the first point that no other runner holds; None if there is none."""
     for point in due:
-        directory = place.directory / point.id
-        if not directory.exists():  # somebody has deleted it since
-            _write_points([point], place)
-        claim = place.claim(point.id)
+        directory = sweep.path / point.id
+        if not directory.exists():  # deleted since
+            _write_points([point], sweep)
+        claim = sweep.claim(point.id)
         if claim is None:
             continue
-        if _is_settled(
-            directory, tries[point.id].after
-        ):  # by another runner, between our look and our claim
-            claim.close()
+        if not _is_open(directory, attempts[point.id]):  # finished elsewhere before the claim
+            claim.release()
             continue
         (directory / FAILURE).unlink(missing_ok=True)
         slot = min(set(range(jobs)) - {job.slot for job in running})
-        return _Job(
-            point, _spawn(point.id, claim, slot, jobs, place), claim, slot, time.monotonic()
-        )
+        process = _spawn(point.id, claim, slot, jobs, sweep)
+        return _Job(point, process, claim, slot, time.monotonic())
     return None
 
 
-def _spawn(id: str, claim: Claim, slot: int, jobs: int, place: Place) -> subprocess.Popen:
-    directory = place.directory / id
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "opdjax",
-        "train",
-        str(directory / POINT),
-        "--workdir",
-        place.workdir(id),
-    ]
-    # The points of a sweep are often the same program on other numbers: compiled once, it serves
-    # them all.
-    environment = {
-        "JAX_COMPILATION_CACHE_DIR": str(place.compiled),
-        **os.environ,
-        **claim.environment,
-    }
-    with (directory / LOG).open("a") as log:
+def _spawn(
+    id: str, claim: Claim, slot: int, jobs: int, sweep: SweepDirectory
+) -> subprocess.Popen:
+    directory = sweep.path / id
+    # Points are often the same program with other numbers, which is then compiled once.
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(sweep.compilation_cache)}
+    with (directory / LOG).open("a") as output:
         child = subprocess.Popen(
-            command,
+            [*_OPDJAX, "train", str(directory / POINT), "--workdir", sweep.workdir(id)],
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env={**cache, **os.environ, **claim.environment},
             pass_fds=claim.descriptors,
             start_new_session=True,
         )
@@ -348,101 +320,83 @@ def _spawn(id: str, claim: Claim, slot: int, jobs: int, place: Place) -> subproc
         cores = sorted(os.sched_getaffinity(0))
         share = max(len(cores) // jobs, 1)
         first = slot * share % len(cores)
-        with contextlib.suppress(ProcessLookupError):  # it may be over already
+        with contextlib.suppress(ProcessLookupError):  # it may have ended already
             os.sched_setaffinity(child.pid, cores[first : first + share])
-    lease = {} if claim.number is None else {"lease": claim.number}
-    start = {
-        "event": "start",
-        "host": platform.node(),
-        "pid": child.pid,
-        "time": time.time(),
-        **lease,
-    }
+    start = {"event": "start", "host": platform.node(), "pid": child.pid, "time": time.time()}
+    if claim.lease_number is not None:
+        start["lease"] = claim.lease_number
     append_lines(directory / ATTEMPTS, [start])
-    place.publish(directory / ATTEMPTS, directory / FAILURE)
+    sweep.upload(directory / ATTEMPTS, directory / FAILURE)
     return child
 
 
-def _record_end(job: _Job, place: Place) -> float:
-    """Write down how a child ended; returns its seconds."""
+def _record_end(job: _Job, sweep: SweepDirectory) -> float:
+    """Record the end of a child in its attempts; returns its duration in seconds."""
     job.claim.ended()
     seconds = round(time.monotonic() - job.started, 3)
     if not job.claim.is_lost:
-        directory = place.directory / job.point.id
-        end = {
-            "event": "end",
-            "returncode": job.process.returncode,
-            "seconds": seconds,
-            "time": time.time(),
-        }
+        directory, code = sweep.path / job.point.id, job.process.returncode
+        end = {"event": "end", "returncode": code, "seconds": seconds, "time": time.time()}
         append_lines(directory / ATTEMPTS, [end])
-        place.publish(directory / LOG, directory / ATTEMPTS)
+        sweep.upload(directory / LOG, directory / ATTEMPTS)
     return seconds
 
 
-def _finish(job: _Job, place: Place, say: Say) -> str:
-    """Record what became of a child, before its claim is given up."""
-    id, directory, code = job.point.id, place.directory / job.point.id, job.process.returncode
+def _finish(job: _Job, sweep: SweepDirectory, log: Log) -> str:
+    """Record the outcome of an ended child, log it, and release its claim."""
+    id, directory, code = job.point.id, sweep.path / job.point.id, job.process.returncode
     if not directory.exists():
-        say(f"killed {id}: its directory was deleted; run the same command again to begin it anew")
-        job.claim.close()
+        log(f"killed {id}: its directory was deleted; run the same command again to start it anew")
+        job.claim.release()
         return "stopped"
-    seconds = _record_end(job, place)
+    seconds = _record_end(job, sweep)
+    # A run that saves its step before it stops exits with 128 plus the signal's number.
+    number = -code if code < 0 else code - 128
     if job.claim.is_lost or code == LOST:
         outcome = "lost"
-        say(f"lost   {id}: its lease lapsed; whoever takes it next goes on with it")
+        log(f"lost   {id}: its lease expired; the next runner that claims it resumes it")
     elif code == 0:
         outcome = "done"
-    elif (number := -code if code < 0 else code - 128) in _FROM_OUTSIDE:
-        # A preemption, the memory killer, a person: nothing is wrong with the point, it will be
-        # continued. A run that had the time to keep its step ends with a status of its own, 128 and
-        # the signal's number.
+    elif number in _INTERRUPTS:
+        # By a preemption, the out-of-memory killer or a person: the point is sound and is resumed.
         outcome = "stopped"
-        say(
-            f"killed {id} by {signal.Signals(number).name}; run the same command again to continue it"
-        )
+        name = signal.Signals(number).name
+        log(f"killed {id} by {name}; run the same command again to resume it")
     else:
         outcome = "failed"
         tail = (directory / LOG).read_text(errors="replace").splitlines()[-_LOG_TAIL:]
-        write_json(
-            directory / FAILURE,
-            {"returncode": code, "seconds": seconds, "time": time.time(), "log_tail": tail},
-        )
-        place.publish(directory / FAILURE)
-        say(f"FAILED {id}: {tail[-1] if tail else 'no output'} ({place.workdir(id)}/{LOG})")
-    job.claim.close()
+        failure = {"returncode": code, "seconds": seconds, "time": time.time(), "log_tail": tail}
+        write_json(directory / FAILURE, failure)
+        sweep.upload(directory / FAILURE)
+        log(f"FAILED {id}: {tail[-1] if tail else 'no output'} ({sweep.workdir(id)}/{LOG})")
+    job.claim.release()
     if outcome == "done":
-        place.refresh([id], is_urgent=True)
-        say(f"done   {id}  {_scores(directory)}  {seconds:.0f} s")
+        sweep.refresh([id], is_urgent=True)
+        after = scores_after(sweep, id)
+        scores = [f"{name} {after[name]:.3f}" for name in ("avg@k", "greedy") if name in after]
+        log(f"done   {id}  {'  '.join(scores)}  {seconds:.0f} s")
     return outcome
 
 
-def _scores(directory: pathlib.Path) -> str:
-    after = read_json(directory / RESULT, "delete it, and the run writes it again").get(
-        "eval_after", {}
-    )
-    return "  ".join(f"{name} {after[name]:.3f}" for name in ("avg@k", "greedy") if name in after)
-
-
 @contextlib.contextmanager
-def _stop_signals():
-    """The names of the stop signals that have come; the loop looks when no child is half started."""
-    asked: list[str] = []
-    wanted = (signal.SIGTERM, signal.SIGINT)
-    before = [
-        signal.signal(number, lambda got, _: asked.append(signal.Signals(got).name))
-        for number in wanted
-    ]
+def _stop_signals() -> Iterator[list[str]]:
+    """The names of the stop signals received so far. The caller checks them between two steps, so
+    that no child is left half started.
+    """
+    received: list[str] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    record = lambda number, _: received.append(signal.Signals(number).name)
+    before = [signal.signal(number, record) for number in numbers]
     try:
-        yield asked
+        yield received
     finally:
-        for number, handler in zip(wanted, before):
+        for number, handler in zip(numbers, before):
             signal.signal(number, handler)
 
 
 @contextlib.contextmanager
-def _ending(running: list[_Job], place: Place):
-    """Leave no child behind when the runner itself is stopped in an orderly way."""
+def _terminating(running: list[_Job], sweep: SweepDirectory) -> Iterator[None]:
+    """Terminate the running children when the block ends, also by an error."""
     try:
         yield
     finally:
@@ -450,6 +404,6 @@ def _ending(running: list[_Job], place: Place):
             job.process.terminate()
         for job in running:
             job.process.wait()
-            with contextlib.suppress(RemoteError):  # whatever ended the runner is to be told
-                _record_end(job, place)
-                job.claim.close()
+            with contextlib.suppress(RemoteError):  # the error that ended the block is reported
+                _record_end(job, sweep)
+                job.claim.release()

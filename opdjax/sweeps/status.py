@@ -1,5 +1,5 @@
-"""How far a sweep is: before it, while it runs, and of a whole fleet that shares its directory. No
-jax.
+"""Progress of a sweep: before it runs, while it runs, and across all machines that share its
+directory. No jax.
 """
 
 from __future__ import annotations
@@ -11,70 +11,59 @@ from collections.abc import Callable, Sequence
 from opdjax.config.grid import SweepPoint
 from opdjax.runs.results import RESULT, status_of
 from opdjax.runs.workdir import num_cores, read_json, read_lines
-from opdjax.sweeps.claims import ATTEMPTS, Beat, Place, open_place
+from opdjax.sweeps.claims import ATTEMPTS, Heartbeat, SweepDirectory, open_sweep
 
 _HOUR = 3600.0
 
 
 def status_line(
-    points: Sequence[SweepPoint], place: Place, running: Sequence[SweepPoint], jobs: int
+    points: Sequence[SweepPoint], sweep: SweepDirectory, running: Sequence[SweepPoint], jobs: int
 ) -> str:
     """Such as `12/60 done, 1 failed, 2 running (a 40 %, b 5 %), about 21 min left`."""
-    done, failed = (
-        [p for p in points if status_of(place.directory / p.id) == wanted]
-        for wanted in ("done", "failed")
-    )
-    shares = {p.id: place.step(p.id) / p.config.train.num_steps for p in running}
-    parts = [f"{len(done)}/{len(points)} done"] + ([f"{len(failed)} failed"] if failed else [])
+    done = [p for p in points if status_of(sweep.path / p.id) == "done"]
+    num_failed = sum(status_of(sweep.path / p.id) == "failed" for p in points)
+    shares = {p.id: sweep.step(p.id) / p.config.train.num_steps for p in running}
+    parts = [f"{len(done)}/{len(points)} done"]
+    if num_failed:
+        parts.append(f"{num_failed} failed")
     if running:
-        parts.append(
-            f"{len(running)} running ({', '.join(f'{p.id} {shares[p.id]:.0%}' for p in running)})"
-        )
-    left = max(
-        0.0, len(points) - len(done) - len(failed) - sum(shares.values())
-    )  # one may be done and its process not over
-    seconds = seconds_per_point(done, place)
-    return ", ".join(parts) + (
-        "" if seconds is None else f", about {_duration(left * seconds / jobs)} left"
-    )
+        listed = ", ".join(f"{id} {share:.0%}" for id, share in shares.items())
+        parts.append(f"{len(running)} running ({listed})")
+    seconds = seconds_per_point(done, sweep)
+    if seconds is not None:
+        # Below 0 where a point is done and its process has not ended yet.
+        left = max(0.0, len(points) - len(done) - num_failed - sum(shares.values()))
+        parts.append(f"about {_duration(left * seconds / jobs)} left")
+    return ", ".join(parts)
 
 
-def seconds_per_point(points: Sequence[SweepPoint], place: Place) -> float | None:
-    """The mean over finished points of the time their attempts took; None where nothing has
-    finished.
-    """
-    spent = [
-        sum(row.get("seconds", 0.0) for row in read_lines(place.directory / p.id / ATTEMPTS))
-        for p in points
-    ]
+def seconds_per_point(points: Sequence[SweepPoint], sweep: SweepDirectory) -> float | None:
+    """Mean duration of finished points, summed over their attempts; None if none has finished."""
+    rows = [read_lines(sweep.path / p.id / ATTEMPTS) for p in points]
+    spent = [sum(row.get("seconds", 0.0) for row in attempts) for attempts in rows]
     spent = [seconds for seconds in spent if seconds]
     return sum(spent) / len(spent) if spent else None
 
 
 def describe(points: Sequence[SweepPoint], workdir: str | os.PathLike, jobs: int) -> str:
-    """What `--dry-run` prints: every point and its state, the count, and what is left to do."""
-    with open_place(workdir) as place:
-        place.refresh([p.id for p in points])
-        return _described(points, place, jobs)
-
-
-def _described(points: Sequence[SweepPoint], place: Place, jobs: int) -> str:
-    state = {p.id: status_of(place.directory / p.id) for p in points}
-    lines = [f"{state[p.id]:8}{p.id}" for p in points]
+    """Output of `--dry-run`: every point and its state, their number, and the remaining work."""
+    with open_sweep(workdir) as sweep:
+        sweep.refresh([p.id for p in points])
+        state = {p.id: status_of(sweep.path / p.id) for p in points}
+        seconds = seconds_per_point([p for p in points if state[p.id] == "done"], sweep)
     left = [p for p in points if state[p.id] != "done"]
-    rollouts = sum(p.config.train.num_steps * p.config.rows_per_step for p in left)
+    steps = sum(p.config.train.num_steps for p in left)
+    completions = sum(p.config.train.num_steps * p.config.rows_per_step for p in left)
+    lines = [f"{state[p.id]:8}{p.id}" for p in points]
     lines.append(
-        f"{len(points)} points, {len(left)} not done: {sum(p.config.train.num_steps for p in left)} steps, {rollouts} completions"
+        f"{len(points)} points, {len(left)} not done: {steps} steps, {completions} completions"
     )
-    seconds = seconds_per_point([p for p in points if state[p.id] == "done"], place)
     if seconds is None:
-        lines.append(
-            "none has finished here yet, so there is no measured time to estimate from; the status tells it after the first"
-        )
+        lines.append("no point has finished here yet, so the remaining time is unknown")
     else:
-        estimate = _duration(len(left) * seconds / jobs)
         lines.append(
-            f"about {estimate} with --jobs {jobs}, at {seconds:.0f} s a point as measured on those done ({num_cores()} cores)"
+            f"about {_duration(len(left) * seconds / jobs)} with --jobs {jobs}, at {seconds:.0f} s "
+            f"per point, the mean of the finished ones ({num_cores()} cores)"
         )
     return "\n".join(lines)
 
@@ -83,90 +72,72 @@ def watch(
     points: Sequence[SweepPoint],
     workdir: str | os.PathLike,
     seconds: float,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> None:
-    """What `--status` prints: the table of a fleet; with `seconds` again and again, until nothing
-    is left to do.
+    """Output of `--status`: the state of every point. With `seconds` it is repeated at that
+    interval until no point is left.
     """
-    with open_place(workdir) as place:
+    with open_sweep(workdir) as sweep:
         while True:
-            place.refresh([p.id for p in points], is_urgent=True)
-            text, is_over = status_table(points, place)
-            say(text)
-            if not seconds or is_over:
+            sweep.refresh([p.id for p in points], is_urgent=True)
+            text, is_finished = status_table(points, sweep)
+            log(text)
+            if not seconds or is_finished:
                 return
             time.sleep(seconds)
 
 
-def status_table(points: Sequence[SweepPoint], place: Place) -> tuple[str, bool]:
-    """A line for every point (state, host, steps, when it was last heard of, score), the totals;
-    and whether all are settled.
-    """
-    states = {p.id: status_of(place.directory / p.id) for p in points}
-    beats = place.beats(
-        id for id, state in states.items() if state in ("begun", "waiting", "failed")
-    )
+def status_table(points: Sequence[SweepPoint], sweep: SweepDirectory) -> tuple[str, bool]:
+    """(a line per point and a summary, whether no point is left to run)."""
+    states: dict[str, str] = {p.id: status_of(sweep.path / p.id) for p in points}
+    beats = sweep.heartbeats(id for id, state in states.items() if state != "done")
     for id, state in states.items():
         if id in beats:
             states[id] = "stalled" if beats[id].is_stalled else "running"
-        elif state == "begun":  # nobody has it: it will be continued
+        elif state == "begun":  # interrupted, to be resumed
             states[id] = "waiting"
     width = max(len(p.id) for p in points)
-    lines = [f"{'point':{width}}  {'state':8} {'host':16} {'step':>11} {'heard of':>9}  avg@k"]
-    lines += [_line(p, states[p.id], beats.get(p.id), place, width) for p in points]
-    counts = {
-        state: list(states.values()).count(state)
-        for state in ("done", "failed", "running", "stalled", "waiting")
-    }
-    lines.append(
-        ", ".join(f"{number} {state}" for state, number in counts.items() if number)
-        + f" of {len(points)}"
-        + _pace(points, place)
-    )
+    lines = [f"{'point':{width}}  {'state':8} {'host':16} {'step':>11} {'last seen':>9}  avg@k"]
+    lines += [_line(p, states[p.id], beats.get(p.id), sweep, width) for p in points]
+    order = ("done", "failed", "running", "stalled", "waiting")
+    counts = {state: list(states.values()).count(state) for state in order}
+    listed = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
+    lines.append(f"{listed} of {len(points)}{_pace(points, sweep)}")
     return "\n".join(lines), counts["done"] + counts["failed"] == len(points)
 
 
-def _line(point: SweepPoint, state: str, beat: Beat | None, place: Place, width: int) -> str:
-    step = "" if beat is None else f"{beat.step or 0}/{point.config.train.num_steps}"
-    host, age = ("", "") if beat is None else (beat.host, _duration(beat.age))
-    score = ""
+def _line(
+    point: SweepPoint, state: str, beat: Heartbeat | None, sweep: SweepDirectory, width: int
+) -> str:
+    host = step = age = score = ""
+    if beat is not None:
+        host, age = beat.host[:16], _duration(beat.age)
+        step = f"{beat.step or 0}/{point.config.train.num_steps}"
     if state == "done":
-        scores = read_json(
-            place.directory / point.id / RESULT, "delete it, and the run writes it again"
-        ).get("eval_after", {})
+        scores = scores_after(sweep, point.id)
         score = f"{scores['avg@k']:.3f}" if "avg@k" in scores else ""
-    return f"{point.id:{width}}  {state:8} {host[:16]:16} {step:>11} {age:>9}  {score}".rstrip()
+    return f"{point.id:{width}}  {state:8} {host:16} {step:>11} {age:>9}  {score}".rstrip()
 
 
-def _pace(points: Sequence[SweepPoint], place: Place) -> str:
-    """How many were done in the last hour, and how long the rest takes at that rate."""
-    now, open_points = (
-        time.time(),
-        [p for p in points if status_of(place.directory / p.id) not in ("done", "failed")],
-    )
-    attempts = [read_lines(place.directory / p.id / ATTEMPTS) for p in points]
-    ends = [
-        row["time"]
-        for rows in attempts
-        for row in rows
-        if row["event"] == "end" and row["returncode"] == 0
-    ]
-    recent = [end for end in ends if now - end < _HOUR]
-    if not recent:
+def scores_after(sweep: SweepDirectory, id: str) -> dict[str, float]:
+    """Scores of a finished point after training; WorkdirError if its result is damaged."""
+    advice = "delete it, and the run writes it again"
+    return read_json(sweep.path / id / RESULT, advice).get("eval_after", {})
+
+
+def _pace(points: Sequence[SweepPoint], sweep: SweepDirectory) -> str:
+    """Points finished in the last hour, and the remaining time at that rate."""
+    now = time.time()
+    rows = [row for p in points for row in read_lines(sweep.path / p.id / ATTEMPTS)]
+    recent = [row for row in rows if now - row["time"] < _HOUR]
+    num_done = sum(row["event"] == "end" and row["returncode"] == 0 for row in recent)
+    if not num_done:
         return ""
-    starts = [
-        row["time"]
-        for rows in attempts
-        for row in rows
-        if row["event"] == "start" and now - row["time"] < _HOUR
-    ]
-    hours = min(max(now - min(starts, default=now - _HOUR), 1.0), _HOUR) / _HOUR
-    left = (
-        f"; about {_duration(len(open_points) / len(recent) * hours * _HOUR)} left"
-        if open_points
-        else ""
-    )
-    return f"; {len(recent)} done in the last {_duration(hours * _HOUR)}{left}"
+    starts = [row["time"] for row in recent if row["event"] == "start"]
+    span = min(max(now - min(starts, default=now - _HOUR), 1.0), _HOUR)
+    text = f"; {num_done} done in the last {_duration(span)}"
+    left = sum(status_of(sweep.path / p.id) not in ("done", "failed") for p in points)
+    return f"{text}; about {_duration(left / num_done * span)} left" if left else text
 
 
 def _duration(seconds: float) -> str:

@@ -139,11 +139,11 @@ class Place:
 
     def asked(self, file=None, content=None):
         """The directory of a sweep of two points of which none has begun."""
-        from opdjax.sweeps.claims import open_place
+        from opdjax.sweeps.claims import open_sweep
         from opdjax.sweeps.runner import _write_points
 
-        with open_place(self.root / "sweep") as place:
-            _write_points(load_sweep(str(self.sweep()[1])), place)
+        with open_sweep(self.root / "sweep") as sweep:
+            _write_points(load_sweep(str(self.sweep()[1])), sweep)
         if file is not None:
             self.file(content, f"sweep/{file}")
         return self.sweep
@@ -186,7 +186,7 @@ def student(path, *flags):
 
 
 def imported(path):
-    return lambda p: ["import", path(p)]
+    return lambda p: ["check", path(p)]
 
 
 def tokens(change):
@@ -388,7 +388,7 @@ DATA = {
 }
 
 CONFIG = {
-    "an unknown verb": ("there is no verb", lambda p: ["trian"], "'trian'; did you mean 'train'?"),
+    "an unknown command": ("there is no command", lambda p: ["trian"], "'trian'; did you mean 'train'?"),
     "an unknown field": (
         PARSED,
         lambda p: p.train("--train.num-step", "1"),
@@ -599,13 +599,13 @@ CHECKPOINTS = {
     ),
     "a hub id out of reach": (
         "CheckpointError",
-        lambda p: ["import", "no/thing"],
+        lambda p: ["check", "no/thing"],
         "'no/thing' is no local directory, and the hub did not give it",
         "HF_HUB_OFFLINE=0",
     ),
     "a name that no hub takes": (
         "CheckpointError",
-        lambda p: ["import", "a b/c d"],
+        lambda p: ["check", "a b/c d"],
         "'a b/c d' is no local directory",
         "alphanumeric",
     ),

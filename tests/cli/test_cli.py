@@ -1,7 +1,9 @@
-"""The console command: help without jax, mistakes in one line with status 2, and verbs on the mini
-pair.
+"""The console command: help without jax, mistakes in one line with status 2, and commands on the
+built-in models.
 """
 
+import ast
+import importlib
 import json
 import pathlib
 import re
@@ -12,8 +14,10 @@ import pytest
 
 from opdjax.cli import main
 from opdjax.cli.experiments import load_experiment
-from opdjax.config import MINI_PAIR, MINI_STUDENT, MINI_TEACHER, Config
-from opdjax.config.validation import to_dict
+from opdjax.config import MINI_PAIR, MINI_STUDENT, MINI_TEACHER, PACKAGE, Config
+from opdjax.config.validation import ConfigError, MissingExtraError, to_dict
+from opdjax.data.references import ReferenceMissError
+from opdjax.runs.lease import LeaseLostError
 
 EXPERIMENT = """
 from opdjax.config import Config, EstimatorConfig, TrainConfig
@@ -103,41 +107,31 @@ def test_help_loads_nothing_heavy(arguments, experiment):
 def test_the_console_script_is_installed():
     script = pathlib.Path(sys.executable).with_name("opdjax")
     done = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("usage: opdjax VERB")
+    assert done.stdout.startswith("usage: opdjax COMMAND")
 
 
-def test_help_lists_every_verb(opdjax):
+NAMES = "train plan doctor audit sweep table report sample references score rollouts evaluate check"
+
+
+def test_help_lists_every_command(opdjax):
     for flag in ("--help", "-h"):
         status, out, err = opdjax(flag)
         assert (status, err) == (0, "")
         listed = re.findall(r"^  (\w+) ", out, re.MULTILINE)
-        assert listed == list(main.VERBS)
-        assert {
-            "train",
-            "plan",
-            "sweep",
-            "table",
-            "report",
-            "doctor",
-            "audit",
-            "sample",
-            "teach",
-            "annotate",
-            "inspect",
-            "evaluate",
-            "import",
-            "export",
-        } == set(listed)
+        assert listed == list(main.COMMANDS) == [*NAMES.split(), "export"]
     status, out, _ = opdjax()
     assert status == 2
-    assert "usage: opdjax VERB" in out
+    assert "usage: opdjax COMMAND" in out
 
 
-@pytest.mark.parametrize("verb", ["sample", "annotate", "inspect", "evaluate", "import", "export"])
-def test_every_verb_explains_itself(opdjax, verb):
-    status, out, _ = opdjax(verb, "--help")
+@pytest.mark.parametrize(
+    "command", ["sample", "score", "rollouts", "evaluate", "check", "export", *main.ALIASES]
+)
+def test_every_command_explains_itself_under_its_old_name_too(opdjax, command):
+    status, out, _ = opdjax(command, "--help")
+    # Without an experiment, this one prints its usage alone.
     assert status == 0
-    assert f"usage: opdjax {verb}" in out
+    assert f"usage: opdjax {main.ALIASES.get(command, command)}" in out
 
 
 def test_help_of_training_shows_the_values_of_the_experiment(opdjax, experiment):
@@ -159,11 +153,11 @@ def test_help_of_training_shows_the_values_of_the_experiment(opdjax, experiment)
 # Mistakes
 
 
-def test_an_unknown_verb_is_answered_with_the_nearest(opdjax):
-    assert opdjax("trian") == (2, "", "opdjax: there is no verb 'trian'; did you mean 'train'?")
+def test_an_unknown_command_is_answered_with_the_nearest(opdjax):
+    assert opdjax("trian") == (2, "", "opdjax: there is no command 'trian'; did you mean 'train'?")
     status, _, err = opdjax("xyz")
     assert status == 2
-    assert err.endswith(f"expected one of {sorted(main.VERBS)}")
+    assert err.endswith(f"expected one of {sorted(main.COMMANDS)}")
 
 
 @pytest.mark.parametrize(
@@ -296,31 +290,99 @@ def test_an_option_of_another_recipe_is_refused_before_anything_is_written(
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_errors_and_interruptions_end_in_one_line(opdjax, monkeypatch):
-    def failing(error):
-        def verb(arguments):
+@pytest.fixture
+def failing(opdjax, monkeypatch):
+    """failing(error, *arguments) -> the outcome of a command that raises the error."""
+
+    def run(error, *arguments):
+        def command(arguments):
+            assert "--debug" not in arguments
             raise error
 
-        return verb
+        monkeypatch.setitem(main.COMMANDS, "sample", command)
+        return opdjax(*(arguments or ("sample",)))
 
-    for error, status, message in (
-        (OSError("disk full"), 2, "opdjax: OSError: disk full"),
-        (RuntimeError("no finite loss"), 2, "opdjax: RuntimeError: no finite loss"),
-        (KeyboardInterrupt(), 130, "opdjax: interrupted; run the same command again to continue"),
-    ):
-        monkeypatch.setitem(main.VERBS, "sample", failing(error))
-        assert opdjax("sample") == (status, "", message)
-    # A mistake of the program's own keeps its traceback.
-    monkeypatch.setitem(main.VERBS, "sample", failing(KeyError("bug")))
-    with pytest.raises(KeyError):
-        opdjax("sample")
+    return run
 
 
 @pytest.mark.parametrize(
-    "verb", [("import",), ("evaluate",), ("sample", "1+1=")], ids=lambda verb: verb[0]
+    ("error", "status", "message"),
+    [
+        (ConfigError("seed is -1"), 2, "ConfigError: seed is -1"),
+        (ReferenceMissError("no answers"), 2, "ReferenceMissError: no answers"),  # a DataError
+        (FileNotFoundError(2, "Gone", "x"), 2, "FileNotFoundError: [Errno 2] Gone: 'x'"),
+        (MissingExtraError("pip install x"), 2, "MissingExtraError: pip install x"),
+        (LeaseLostError("taken over"), 75, "LeaseLostError: taken over"),
+        (KeyboardInterrupt(), 130, "interrupted; run the same command again to continue"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
-def test_a_directory_without_a_model_is_named(opdjax, tmp_path, verb):
-    status, _, err = opdjax(verb[0], tmp_path, *verb[1:])
+def test_a_mistake_of_the_user_ends_in_one_line(failing, error, status, message):
+    assert failing(error) == (status, "", f"opdjax: {message}")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [KeyError("a"), RuntimeError("a"), ValueError("a"), ImportError("a"), ModuleNotFoundError("a")],
+    ids=lambda error: type(error).__name__,
+)
+def test_any_other_error_keeps_its_traceback(failing, error):
+    with pytest.raises(type(error)) as raised:
+        failing(error)
+    assert raised.value is error
+
+
+def test_a_bug_ends_with_the_status_of_python():
+    code = (
+        "from opdjax.cli import main; main.COMMANDS['sample'] = lambda _: {}['bug']; main.main()"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, "sample"], capture_output=True, text=True)
+    assert ran.returncode == 1
+    assert ran.stderr.startswith("Traceback")
+    assert ran.stderr.endswith("KeyError: 'bug'\n")
+
+
+@pytest.mark.parametrize("arguments", [("sample", "--debug"), ("--debug", "sample"), ("sample",)])
+def test_debugging_adds_the_traceback(failing, monkeypatch, arguments):
+    if "--debug" not in arguments:
+        monkeypatch.setenv("OPDJAX_DEBUG", "1")
+    status, out, err = failing(ConfigError("seed is -1"), *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("Traceback (most recent call last)")
+    assert err.endswith("opdjax: ConfigError: seed is -1")
+    monkeypatch.setenv("OPDJAX_DEBUG", "0")
+    assert failing(ConfigError("seed is -1"))[2] == "opdjax: ConfigError: seed is -1"
+
+
+# Errors that a caller inside the package handles. One that reaches the command line is a bug.
+INTERNAL = {
+    "opdjax.judge.client._FormRefusedError",
+    "opdjax.judge.client._PostponedError",
+    "opdjax.judge.client._TransientError",
+    "opdjax.judge.schema.ReplyError",
+    "opdjax.rollouts.near_policy.buffer.BufferClosedError",
+}
+
+
+def test_every_error_of_the_package_is_either_the_users_or_internal():
+    classes = set()
+    for file in sorted((PACKAGE).rglob("*.py")):
+        module = ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Error"):
+                classes.add(f"{module}.{node.name}")
+    assert classes >= INTERNAL | (set(main.USER_ERRORS) - {"builtins.OSError"})
+    for name in classes:
+        module, _, error = name.rpartition(".")
+        is_users = main.is_user_error(getattr(importlib.import_module(module), error)("a"))
+        assert is_users != (name in INTERNAL), name
+
+
+@pytest.mark.parametrize(
+    "words", [("check",), ("evaluate",), ("sample", "1+1=")], ids=lambda words: words[0]
+)
+def test_a_directory_without_a_model_is_named(opdjax, tmp_path, words):
+    status, _, err = opdjax(words[0], tmp_path, *words[1:])
     assert status == 2
     assert f"{tmp_path} has no config.json; expected a Hugging Face checkpoint directory" in err
 
@@ -332,11 +394,11 @@ def test_export_of_a_directory_without_a_run(opdjax, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# Verbs at work
+# Commands at work
 
 
-def test_import_prints_the_facts_of_a_checkpoint(opdjax):
-    status, out, _ = opdjax("import", MINI_TEACHER)
+def test_check_prints_the_facts_of_a_checkpoint(opdjax):
+    status, out, _ = opdjax("check", MINI_TEACHER)
     facts = dict(re.split(r"\s{2,}|(?<=^.{22})", line, maxsplit=1) for line in out.splitlines())
     published = json.loads((MINI_PAIR / "teacher" / "config.json").read_text())
     assert status == 0

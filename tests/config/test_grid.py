@@ -40,7 +40,7 @@ def test_zipped_pairs_entries():
         "estimator=vopd,learning_rate=0.0003",
     ]
     with pytest.raises(
-        ConfigError, match=r"zipped sweeps have \[2, 3\] entries; expected as many in each"
+        ConfigError, match=r"zipped sweeps have \[2, 3\] entries; expected the same number in each"
     ):
         zipped(RATES, seeds(3))
 
@@ -112,7 +112,7 @@ def test_values_that_do_not_fit_a_file_name_stay_apart():
         (lambda: points(Config(), vary("estimator", (3,))), "the point estimator=3 of the sweep"),
         (
             lambda: points(Config(), vary("optimizer.learning_rate", (0.1234567, 0.1234568))),
-            "two points of the sweep are called 'learning_rate=0.123457' and differ",
+            "two different points of the sweep have the id 'learning_rate=0.123457'",
         ),
     ],
 )

@@ -118,7 +118,7 @@ def document():
     return {
         "student": "@mini_student",
         "teacher": "models/teacher",
-        "how": {"num_generations": 2},
+        "settings": {"num_generations": 2},
         "subjects": {
             "opd": described("opd"),
             "vopd baseline=optimal": described("vopd", baseline="optimal"),

@@ -683,12 +683,12 @@ def test_only_what_tells_groups_apart_names_them():
         {"a.source": "x", "b.source": 1, "seedless.lr": 2, "same": 0},
         {"a.source": "y", "seedless.lr": 3, "same": 0},
     ]
-    assert ranking.telling(overrides) == {
+    assert ranking.differing_overrides(overrides) == {
         "a.source": "a.source",
         "b.source": "b.source",
         "seedless.lr": "lr",
     }
-    assert ranking.telling(overrides[:1])["same"] == "same"
+    assert ranking.differing_overrides(overrides[:1])["same"] == "same"
 
 
 def test_seeds_are_averaged_at_common_steps_only(tmp_path):
@@ -770,9 +770,9 @@ def test_text_is_escaped_wherever_it_enters_a_tag():
         (markup.shown(True), "yes"),
         (charts.tick(40000), "40k"),
         (charts.tick(-0.25), "−0.25"),
-        (ranking.override("0.0003"), "3e-4"),
-        (ranking.override("inf"), "inf"),
-        (ranking.override("7"), "7"),
+        (ranking.shown_override("0.0003"), "3e-4"),
+        (ranking.shown_override("inf"), "inf"),
+        (ranking.shown_override("7"), "7"),
         (charts.tick(2.5e6), "2.5M"),
         (measures.bucket_label((0, 2)), "0–2"),
         (measures.model_name("/a/b/mini_pair/student"), "mini_pair/student"),

@@ -21,7 +21,7 @@ from test_report import (
     write_sweep,
 )
 
-from opdjax.cli.marking import mark
+from opdjax.cli.grade_samples import grade_sample
 from opdjax.cli.sweeps import report
 from opdjax.config import (
     MINI_TEACHER,
@@ -305,7 +305,7 @@ def test_rollouts_of_one_step_are_marked_by_the_data_they_came_from(tmp_path):
         metrics=[],
         samples=[sample(50, prompt=prompt, completion="the teacher's own")],
     )
-    page = read(tmp_path, mark=mark)
+    page = read(tmp_path, mark=grade_sample)
     assert row(page, right)[1:] == ["✓ right", "vopd"]
     assert row(page, wrong)[1:] == ["✗ wrong", "opd"]
     assert "Seed 0, step 50." in page.all
@@ -340,7 +340,7 @@ def test_a_run_shows_its_first_answers_beside_its_last(tmp_path):
         samples=[sample(1, completion="early"), sample(6, completion="late")],
     )
     page = read(again)
-    assert "of prompts that came up again" in page.all
+    assert "for prompts that came up again" in page.all
     assert row(page, "early")[1:] == ["not graded", "step 1"]
     assert 'id="answers"' not in read(write_run(tmp_path / "once", **BARE)).source
 
@@ -410,7 +410,7 @@ def test_the_command_writes_each_page_under_a_name_of_its_own(study, tmp_path, c
 
 
 def test_the_command_needs_no_jax():
-    code = "import sys, opdjax.cli.marking, opdjax.report.page; sys.exit(bool({'jax', 'flax', 'torch'} & set(sys.modules)))"
+    code = "import sys, opdjax.cli.grade_samples, opdjax.report.page; sys.exit(bool({'jax', 'flax', 'torch'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -25,7 +25,7 @@ from opdjax.config.validation import ConfigError
 from opdjax.runs.lease import holder_of
 from opdjax.runs.object_store import Folder
 from opdjax.runs.workdir import WorkdirError
-from opdjax.sweeps.claims import open_place
+from opdjax.sweeps.claims import open_sweep
 from opdjax.sweeps.runner import run_sweep
 from opdjax.sweeps.status import describe, status_table
 
@@ -88,12 +88,12 @@ def until(condition, seconds=90):
 
 
 def test_points_run_there_and_all_that_is_known_of_them_is_there(gcs):
-    made, said = (
+    made, logged = (
         points(TINY, chain(seeds(1), vary("student.path", {"nowhere": "no/such/model/here"}))),
         [],
     )
     assert "waiting seed=0" in describe(made, URL, 1)
-    counts = run_sweep(made, URL, jobs=1, say=said.append)
+    counts = run_sweep(made, URL, jobs=1, log=logged.append)
     assert counts == {"points": 2, "done": 1, "failed": 1, "stopped": 0}
     folder = Folder(URL)
     assert {"point.json", "config.json", "result.json", "attempts.jsonl", "log.txt"} <= set(
@@ -103,15 +103,15 @@ def test_points_run_there_and_all_that_is_known_of_them_is_there(gcs):
     assert "'no/such/model/here' is no directory and no hub id" in failure["log_tail"][-1]
     assert b"no hub id" in folder.read("student.path=nowhere/log.txt")
     assert [row["event"] for row in attempts("seed=0")] == ["start", "end"]
-    assert any(line.startswith("done   seed=0  avg@k ") for line in said)
-    assert run_sweep(made, URL, say=said.append)["done"] == 1  # from what lies there alone
+    assert any(line.startswith("done   seed=0  avg@k ") for line in logged)
+    assert run_sweep(made, URL, log=logged.append)["done"] == 1  # from what lies there alone
     assert len(attempts("seed=0")) == 2
-    said.clear()
-    assert run_sweep(made[1:], URL, retry_failed=True, say=said.append)["failed"] == 1
+    logged.clear()
+    assert run_sweep(made[1:], URL, retry_failed=True, log=logged.append)["failed"] == 1
     assert [row["event"] for row in attempts("student.path=nowhere")] == ["start", "end"] * 2
-    with open_place(URL) as place:
-        place.refresh([p.id for p in made])
-        text, is_over = status_table(made, place)
+    with open_sweep(URL) as sweep:
+        sweep.refresh([p.id for p in made])
+        text, is_over = status_table(made, sweep)
     assert is_over
     assert [line.split()[:2] for line in text.splitlines()[1:3]] == [
         ["seed=0", "done"],
@@ -120,7 +120,7 @@ def test_points_run_there_and_all_that_is_known_of_them_is_there(gcs):
     assert text.splitlines()[-1].startswith("1 done, 1 failed of 2; 1 done in the last ")
     with pytest.raises(
         WorkdirError,
-        match="gs://bucket/sweep/seed=0 was asked for with another config; choose another --workdir",
+        match="gs://bucket/sweep/seed=0 belongs to a point with another config; choose another --workdir",
     ):
         run_sweep(points(TINY, seeds(1))[:0] + _changed(), URL)
     with pytest.raises(
@@ -165,7 +165,7 @@ def slow_points(monkeypatch, tmp_path):
     file.write_text(
         "import pickle, sys\nfrom opdjax.sweeps.runner import run_sweep\n"
         f"made = pickle.load(open({str(tmp_path / 'points')!r}, 'rb'))\n"
-        f"print(run_sweep(made, {URL!r}, say=lambda line: print(line, flush=True)))\n"
+        f"print(run_sweep(made, {URL!r}, log=lambda line: print(line, flush=True)))\n"
     )
     import pickle
 
@@ -244,7 +244,7 @@ def test_a_child_that_sleeps_is_fenced_and_its_runner_goes_on(slow_points, monke
     assert "'done': 6" in out, out
     monkeypatch.setenv("WORK", "80")
     told, _ = first.communicate()
-    assert f"lost   {made[0].id}: its lease lapsed" in told, told
+    assert f"lost   {made[0].id}: its lease expired" in told, told
     assert "'done': 6" in told
     assert not pathlib.Path(f"/proc/{child}").exists()  # killed in its sleep, by its runner
     assert json.loads(Folder(URL).read(f"{made[0].id}/result.json"))["by"] != child
@@ -275,9 +275,9 @@ def test_who_works_where_is_seen_from_elsewhere(slow_points, monkeypatch):
     until(lambda: (holder_of(Folder(URL).subfolder(made[0].id)).about.get("step") or 0) > 0)
 
     def line():
-        with open_place(URL) as place:
-            place.refresh([p.id for p in made])
-            return status_table(made, place)[0].splitlines()[1].split()
+        with open_sweep(URL) as sweep:
+            sweep.refresh([p.id for p in made])
+            return status_table(made, sweep)[0].splitlines()[1].split()
 
     name, state, host, step, *_ = line()
     assert (name, state, host, step.partition("/")[2]) == (
@@ -300,12 +300,12 @@ def test_who_works_where_is_seen_from_elsewhere(slow_points, monkeypatch):
 def test_a_failed_point_is_tried_again_in_the_same_call(slow_points, monkeypatch):
     monkeypatch.setattr("opdjax.sweeps.runner._PAUSE", 0.5)
     monkeypatch.setenv("FAIL", "1")
-    made, said = slow_points[0][:1], []
-    assert run_sweep(made, URL, retries=2, say=said.append)["failed"] == 1
-    assert [line.split()[0] for line in said if line[0].isalpha()] == [
+    made, logged = slow_points[0][:1], []
+    assert run_sweep(made, URL, retries=2, log=logged.append)["failed"] == 1
+    assert [line.split()[0] for line in logged if line[0].isalpha()] == [
         "start",
         "FAILED",
-        "again",
+        "retry",
     ] * 2 + ["start", "FAILED"]
     assert [row["event"] for row in attempts(made[0].id)] == ["start", "end"] * 3
     assert (
@@ -327,6 +327,6 @@ def test_points_are_chosen_by_id_and_by_parts():
     ]
     with pytest.raises(
         ConfigError,
-        match=r"--only 'discount=2,seed=1' names no point of the sweep; .* such as discount=1,seed=1",
+        match=r"--only 'discount=2,seed=1' matches no point of the sweep; .* such as discount=1,seed=1",
     ):
         ids("discount=2,seed=1")

@@ -37,8 +37,8 @@ from opdjax.config.grid import chain, points, seeds, vary
 from opdjax.report.table import table
 from opdjax.runs.results import read_points
 from opdjax.runs.workdir import WorkdirError, read_lines
-from opdjax.sweeps.claims import open_place
-from opdjax.sweeps.runner import SweepTeachError, run_sweep
+from opdjax.sweeps.claims import open_sweep
+from opdjax.sweeps.runner import SweepReferencesError, run_sweep
 from opdjax.sweeps.status import describe, seconds_per_point, status_line, status_table, watch
 
 TINY = Config(
@@ -65,8 +65,8 @@ def _one_device(monkeypatch):
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """Two points done, one failed, and everything the runner said."""
-    directory, said = tmp_path_factory.mktemp("sweep"), []
+    """Two points done, one failed, and everything the runner logged."""
+    directory, logged = tmp_path_factory.mktemp("sweep"), []
     broken = vary("student.path", {"nowhere": "no/such/model/here"})
     made = points(TINY, chain(seeds(2), broken))
     with pytest.MonkeyPatch.context() as patch:
@@ -75,8 +75,8 @@ def swept(tmp_path_factory):
             os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache")),
         )
         patch.setenv("PYTHONPATH", str(ROOT))
-        counts = run_sweep(made, directory, jobs=2, say=said.append)
-    return made, directory, counts, said
+        counts = run_sweep(made, directory, jobs=2, log=logged.append)
+    return made, directory, counts, logged
 
 
 def starts(directory, point_id):
@@ -88,15 +88,15 @@ def starts(directory, point_id):
 
 
 def test_points_run_and_a_failure_is_kept_with_its_reason(swept):
-    _, directory, counts, said = swept
+    _, directory, counts, logged = swept
     assert counts == {"points": 3, "done": 2, "failed": 1, "stopped": 0}
     failure = json.loads((directory / "student.path=nowhere" / "failure.json").read_text())
     assert failure["returncode"] == 2
     assert "'no/such/model/here' is no directory and no hub id" in failure["log_tail"][-1]
     assert any(
-        line.startswith("FAILED student.path=nowhere: opdjax: CheckpointError") for line in said
+        line.startswith("FAILED student.path=nowhere: opdjax: CheckpointError") for line in logged
     )
-    assert any(line.startswith("done   seed=0  avg@k ") for line in said)
+    assert any(line.startswith("done   seed=0  avg@k ") for line in logged)
     assert {p.id: p.status for p in read_points(directory)} == {
         "seed=0": "done",
         "seed=1": "done",
@@ -106,11 +106,11 @@ def test_points_run_and_a_failure_is_kept_with_its_reason(swept):
 
 def test_a_second_call_runs_nothing_and_a_retry_only_what_failed(swept):
     made, directory, _, _ = swept
-    said = []
-    assert run_sweep(made, directory, say=said.append)["done"] == 2
-    assert said == []
-    assert run_sweep(made, directory, retry_failed=True, say=said.append)["failed"] == 1
-    assert [line.split()[:2] for line in said] == [
+    logged = []
+    assert run_sweep(made, directory, log=logged.append)["done"] == 2
+    assert logged == []
+    assert run_sweep(made, directory, retry_failed=True, log=logged.append)["failed"] == 1
+    assert [line.split()[:2] for line in logged] == [
         ["start", "student.path=nowhere"],
         ["FAILED", "student.path=nowhere:"],
     ]
@@ -123,30 +123,30 @@ def test_what_is_printed_before_and_during(swept):
     assert text.splitlines()[0] == "done    seed=0"
     assert "failed  student.path=nowhere" in text
     assert "3 points, 1 not done: 2 steps, 4 completions" in text
-    assert "s a point as measured on those done" in text
-    assert "none has finished here yet" in describe(made, directory / "elsewhere", jobs=2)
-    with open_place(directory) as place:
-        assert seconds_per_point(made, place) > 0
-        line = status_line(made, place, [made[2]], jobs=1)
+    assert "s per point, the mean of the finished ones" in text
+    assert "no point has finished here yet" in describe(made, directory / "elsewhere", jobs=2)
+    with open_sweep(directory) as sweep:
+        assert seconds_per_point(made, sweep) > 0
+        line = status_line(made, sweep, [made[2]], jobs=1)
     assert line.startswith("2/3 done, 1 failed, 1 running (student.path=nowhere 0%), about ")
 
 
 def test_the_status_tells_of_runners_elsewhere(swept, capsys):
     made, directory, _, _ = swept
-    state = lambda: [line.split()[1] for line in status_table(made, place)[0].splitlines()[1:4]]
-    with open_place(directory) as place:
+    state = lambda: [line.split()[1] for line in status_table(made, sweep)[0].splitlines()[1:4]]
+    with open_sweep(directory) as sweep:
         assert state() == ["done", "done", "failed"]
-        claim = place.claim(made[2].id)
-        assert place.claim(made[2].id) is None
+        claim = sweep.claim(made[2].id)
+        assert sweep.claim(made[2].id) is None
         assert state() == ["done", "done", "running"]
         for file in (directory / made[2].id).iterdir():
             os.utime(file, (0, 0))
         assert state() == ["done", "done", "stalled"]
-        claim.close()
+        claim.release()
         assert state() == ["done", "done", "failed"]
     watch(made, directory, 60.0)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["point", "state", "host", "step", "heard", "of", "avg@k"]
+    assert lines[0].split() == ["point", "state", "host", "step", "last", "seen", "avg@k"]
     assert lines[1].split()[:2] == ["seed=0", "done"]
     assert lines[-1].startswith("2 done, 1 failed of 3; 2 done in the last ")
 
@@ -189,16 +189,16 @@ def judged(directory, **data):
 
 
 def test_a_teacher_answers_before_the_points_that_read_its_answers(tmp_path):
-    said = []
-    assert run_sweep(judged(tmp_path), tmp_path / "sweep", say=said.append)["done"] == 2
-    assert said[0] == f"teach  {tmp_path / 'answers.jsonl'}"
-    assert sum(line.startswith("teach") for line in said) == 1
+    logged = []
+    assert run_sweep(judged(tmp_path), tmp_path / "sweep", log=logged.append)["done"] == 2
+    assert logged[0] == f"teach  {tmp_path / 'answers.jsonl'}"
+    assert sum(line.startswith("teach") for line in logged) == 1
     answers = (tmp_path / "answers.jsonl").read_bytes()
     (tmp_path / "answers.jsonl").write_bytes(
         answers[: len(answers) // 2]
     )  # as if it had been killed there
     (tmp_path / "sweep" / "seed=1" / "result.json").unlink()
-    assert run_sweep(judged(tmp_path), tmp_path / "sweep", say=said.append)["done"] == 2
+    assert run_sweep(judged(tmp_path), tmp_path / "sweep", log=logged.append)["done"] == 2
     assert sorted((tmp_path / "answers.jsonl").read_bytes().splitlines()) == sorted(
         answers.splitlines()
     )
@@ -211,8 +211,8 @@ def test_no_point_is_begun_where_the_teacher_cannot_answer(tmp_path):
         )
         for p in judged(tmp_path)
     ]
-    with pytest.raises(SweepTeachError, match="no/such/teacher"):
-        run_sweep(made, tmp_path / "sweep", say=lambda line: None)
+    with pytest.raises(SweepReferencesError, match="no/such/teacher"):
+        run_sweep(made, tmp_path / "sweep", log=lambda line: None)
     assert not list((tmp_path / "sweep").glob("*/attempts.jsonl"))
 
 
@@ -223,7 +223,7 @@ def test_a_changed_sweep_file_is_refused_before_anything_runs(swept):
     )
     with pytest.raises(
         WorkdirError,
-        match=r"seed=0 was asked for with another config.*\n  optimizer.learning_rate: 0.0001 -> 0.0002",
+        match=r"seed=0 belongs to a point with another config.*\n  optimizer.learning_rate: 0.0001 -> 0.0002",
     ):
         run_sweep(changed, directory)
 
@@ -356,13 +356,13 @@ def test_a_run_that_keeps_its_step_before_it_is_taken_away_has_not_failed(tmp_pa
         dataclasses.replace(TINY, train=TrainConfig(num_steps=100_000, prompts_per_step=2)),
         seeds(1),
     )
-    said, threads = [], []
+    logged, threads = [], []
     with ThreadPoolExecutor(1) as pool:
         threads.append(pool.submit(lambda: os.kill(begun(tmp_path, "seed=0"), signal.SIGTERM)))
-        counts = run_sweep(made, tmp_path, say=said.append)
+        counts = run_sweep(made, tmp_path, log=logged.append)
     threads[0].result()
     assert counts == {"points": 1, "done": 0, "failed": 0, "stopped": 1}
-    assert said[-1] == "killed seed=0 by SIGTERM; run the same command again to continue it"
+    assert logged[-1] == "killed seed=0 by SIGTERM; run the same command again to resume it"
     assert (
         read_lines(tmp_path / "seed=0" / "attempts.jsonl")[-1]["returncode"] == 143
     )  # it had the time to say so
@@ -370,20 +370,20 @@ def test_a_run_that_keeps_its_step_before_it_is_taken_away_has_not_failed(tmp_pa
 
 
 def test_a_point_whose_directory_is_deleted_costs_no_other_point(tmp_path):
-    made, said = points(TINY, seeds(2)), []
+    made, logged = points(TINY, seeds(2)), []
 
-    def say(line):
-        said.append(line)
+    def log(line):
+        logged.append(line)
         if line == "start  seed=0":
             shutil.rmtree(tmp_path / "seed=0")
             shutil.rmtree(tmp_path / "seed=1")
 
-    assert run_sweep(made, tmp_path, say=say) == {"points": 2, "done": 1, "failed": 0, "stopped": 1}
+    assert run_sweep(made, tmp_path, log=log) == {"points": 2, "done": 1, "failed": 0, "stopped": 1}
     assert (
-        "killed seed=0: its directory was deleted; run the same command again to begin it anew"
-        in said
+        "killed seed=0: its directory was deleted; run the same command again to start it anew"
+        in logged
     )
-    assert run_sweep(made, tmp_path, say=said.append)["done"] == 2
+    assert run_sweep(made, tmp_path, log=logged.append)["done"] == 2
 
 
 def test_a_damaged_result_is_named(swept, tmp_path):

@@ -1,4 +1,4 @@
-"""What a subject costs on a real batch, and what the pitfalls of a batch do to its gradient."""
+"""The cost of each subject on a real batch, and what a batch's pitfalls do to its gradient."""
 
 from __future__ import annotations
 
@@ -28,21 +28,22 @@ _SUM_DRAWS = 20
 
 
 def audit_costs(states: States, subjects: Sequence[Subject]) -> dict[str, Any]:
-    """Seconds and bytes a token of what differs between recipes: the pass over the vocabulary, both
-    models' trunks left out.
+    """Return seconds and bytes a token of each recipe's pass over the vocabulary.
 
-    From hidden states to the loss and its gradients for hidden states and head, the teacher's
-    log-probs included that a recipe asks for, also where training would store them and read them
-    more than once; on the rows of one micro-batch, medians of alternating runs. `bytes_per_token`:
-    the largest working memory of the compiled program over the tokens, where XLA tells it.
+    The pass goes from hidden states to the loss and its gradients for hidden states and head; the
+    layers of both models are left out, because all recipes share them. It includes the teacher's
+    log-probs that a recipe reads, even where training would store and reuse them. Measured on the
+    rows of one micro-batch, as medians of alternating runs. `bytes_per_token`: the temporary memory
+    of the compiled program over the tokens; None if XLA does not report it.
     """
     num_tokens, runs, rows = int(states.mask[: states.rows_at_once].sum()), {}, {}
-    for each in (one for one in subjects if one.recipe is not None):
+    for each in subjects:
+        if each.recipe is None:
+            continue
         run, operands = _compile(states, each)
         memory = run.memory_analysis()
-        rows[each.name] = {
-            "bytes_per_token": None if memory is None else memory.temp_size_in_bytes / num_tokens
-        }
+        num_bytes = None if memory is None else memory.temp_size_in_bytes / num_tokens
+        rows[each.name] = {"bytes_per_token": num_bytes}
         runs[each.name] = partial(run, *operands)
         jax.block_until_ready(runs[each.name]())
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -59,51 +60,40 @@ def audit_costs(states: States, subjects: Sequence[Subject]) -> dict[str, Any]:
 def _compile(states: States, each: Subject):
     recipe, options = bind(each.recipe, each.options)
     extra, tile = each.num_draws - 1, states.spec.estimator.tile
-    columns = dataclasses.replace(
-        states.columns, uniform=states.columns.uniform[:, :, :extra] if extra else None
-    )
-    first = lambda tree: jax.tree.map(lambda x: x[: states.rows_at_once], tree)
-    hidden, columns, taught, batch = first(
-        (states.hidden, columns, states.teacher[0], states.batch)
+    uniform = states.columns.uniform[:, :, :extra] if extra else None
+    columns = dataclasses.replace(states.columns, uniform=uniform)
+    batch = dataclasses.replace(states.batch, teacher=None, uniforms=None)
+    hidden, columns, teacher_hidden, batch = jax.tree.map(
+        lambda x: x[: states.rows_at_once], (states.hidden, columns, states.teacher[0], batch)
     )
 
-    def gradients(hidden, head, columns, taught, teacher_head, batch):
+    def gradients(hidden, head, columns, teacher_hidden, teacher_head, batch):
         weights = batch.mask / jnp.sum(batch.mask)
-        teacher = (taught, teacher_head) if recipe.teacher == "vocabulary" else None
+        teacher = (teacher_hidden, teacher_head) if recipe.teacher == "vocabulary" else None
         if recipe.teacher == "token":
-            columns = dataclasses.replace(
-                columns, teacher_logprob=token_logprobs(taught, teacher_head, batch, tile=tile)
-            )
+            logprob = token_logprobs(teacher_hidden, teacher_head, batch, tile=tile)
+            columns = dataclasses.replace(columns, teacher_logprob=logprob)
         if recipe.teacher == "top_k":
-            said = top_logprobs(taught, teacher_head, batch, top_k=recipe.top_k, tile=tile)
+            top = top_logprobs(teacher_hidden, teacher_head, batch, top_k=recipe.top_k, tile=tile)
             columns = dataclasses.replace(
-                columns, teacher_ids=said.top_ids, teacher_top_logprob=said.top_logprobs
+                columns, teacher_ids=top.top_ids, teacher_top_logprob=top.top_logprobs
             )
         loss = partial(vocabulary_loss, spec=states.spec, recipe=recipe, options=options)
-        return jax.grad(
-            lambda hidden, head: loss(hidden, head, columns, teacher, batch, weights)[0],
-            argnums=(0, 1),
-        )(hidden, head)
+        total = lambda hidden, head: loss(hidden, head, columns, teacher, batch, weights)[0]
+        return jax.grad(total, argnums=(0, 1))(hidden, head)
 
-    operands = (
-        hidden,
-        states.head,
-        columns,
-        taught,
-        states.teacher[1],
-        dataclasses.replace(batch, teacher=None, uniforms=None),
-    )
+    operands = (hidden, states.head, columns, teacher_hidden, states.teacher[1], batch)
     return jax.jit(gradients).lower(*operands).compile(), operands
 
 
 def audit_batch_pitfalls(states: States) -> dict[str, Any]:
-    """Relative error and cosine of the exact reverse KL's gradient under each pitfall's weights;
-    error of sums in bfloat16.
+    """Return what the pitfalls of a batch do.
+
+    Relative error and cosine of the exact reverse KL's gradient under each pitfall's weights, and
+    the relative error of sums in bfloat16.
     """
-    batch = states.batch
-    denominators = count_denominators(
-        batch.mask, batch.segment_ids, states.spec.max_completion_length
-    )
+    batch, length = states.batch, states.spec.max_completion_length
+    denominators = count_denominators(batch.mask, batch.segment_ids, length)
     right = aggregation_weights(batch.mask, batch.segment_ids, "token_mean", denominators)
     mask, parts = jnp.asarray(batch.mask), batch.mask.shape[0]
     wrong = {
@@ -113,55 +103,48 @@ def audit_batch_pitfalls(states: States) -> dict[str, Any]:
     gradient = _gradient_of(states)
     exact, rows = gradient(right), {}
     for name, weights in wrong.items():
-        found = gradient(weights)
-        off, along, size, length = map(float, _compare(found, exact))
-        rows[name] = {
-            "bias": float(np.sqrt(off / length)),
-            "cosine": along / float(np.sqrt(size * length)),
-        }
+        off, along, size, length = map(float, _compare(gradient(weights), exact))
+        bias, cosine = float(np.sqrt(off / length)), along / float(np.sqrt(size * length))
+        rows[name] = {"bias": bias, "cosine": cosine}
     losses = states.kl[states.mask]
-    rows["bfloat16_sums"] = {
-        "error_by_tokens": {str(n): _sum_error(losses, n) for n in _SUM_LENGTHS}
-    }
-    return rows
+    errors = {str(n): _sum_error(losses, n) for n in _SUM_LENGTHS}
+    return rows | {"bfloat16_sums": {"error_by_tokens": errors}}
 
 
 @jax.jit
 def _compare(found, exact):
-    """(|found - exact|^2, their product, |found|^2, |exact|^2), over all parameters."""
-    dot = lambda left, right: sum(
-        jnp.vdot(x, y) for x, y in zip(*map(jax.tree.leaves, (left, right)))
-    )
+    """Return (|found - exact|^2, their product, |found|^2, |exact|^2) over all parameters."""
+    leaves = lambda left, right: zip(*map(jax.tree.leaves, (left, right)))
+    dot = lambda left, right: sum(jnp.vdot(x, y) for x, y in leaves(left, right))
     off = jax.tree.map(jnp.subtract, found, exact)
     return dot(off, off), dot(found, exact), dot(found, found), dot(exact, exact)
 
 
 def _gradient_of(states: States):
-    """`gradient(weights)`: of the exact reverse KL, a micro-batch of rows at a time."""
+    """Return `gradient(weights)` of the exact reverse KL, computed a micro-batch at a time."""
     loss, tile = subject("full_kl").token_loss(), states.spec.estimator.tile
-    split = lambda tree: jax.tree.map(
-        lambda x: x.reshape(-1, states.rows_at_once, *x.shape[1:]), tree
-    )
+    split = lambda x: x.reshape(-1, states.rows_at_once, *x.shape[1:])
 
     @jax.jit
     def run(params, batch, teacher_head, weights):
         def add(total, part):
             batch, weights = part
 
-            def of_part(params):
+            def part_loss(params):
                 hidden, head, columns, teacher = passes(params, batch, teacher_head, states.spec)
                 return tiled_loss(loss, hidden, head, weights, columns, teacher, tile=tile)[0]
 
-            return jax.tree.map(jnp.add, total, jax.grad(of_part)(params)), None
+            return jax.tree.map(jnp.add, total, jax.grad(part_loss)(params)), None
 
         params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), split((batch, weights)))[0]
+        zero = jax.tree.map(jnp.zeros_like, params)
+        return jax.lax.scan(add, zero, jax.tree.map(split, (batch, weights)))[0]
 
     return lambda weights: run(states.params, states.batch, states.teacher[1], weights)
 
 
 def _sum_error(losses: np.ndarray, count: int) -> float:
-    """Relative error of the sum of `count` losses drawn from these, on average over draws."""
+    """Return the mean relative error of the sum of `count` random ones of these losses."""
     rng, add = np.random.default_rng(0), jax.jit(PITFALLS["bfloat16_sums"].add)
     draws = [rng.choice(losses, count) for _ in range(_SUM_DRAWS)]
     return statistics.fmean(

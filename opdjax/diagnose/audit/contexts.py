@@ -1,9 +1,8 @@
-"""What an estimator does at one context, exactly, in logit space: its expected gradient and the
-variance of a draw.
-"""
+"""The exact expected gradient of an estimator at one context, and its variance, in logit space."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -41,35 +40,33 @@ def measure(
     teacher: VocabTile,
     mean_reward: Float[Array, ""] | float = 0.0,
 ) -> Stats:
-    """Per-context statistics of an uncoupled subject, from closed forms that cost O(V) a context
-    (gradients: of the logits).
+    """Return statistics of an uncoupled subject at each context, for `summarise`.
 
-    A draw's gradient is `-A_v (e_v - p)`, its squared norm `A_v^2 w_v`: nothing of size V x V is
-    formed. What does not depend on the draw is differentiated. See `summarise` for what the
-    statistics are for.
+    Gradients are those of the logits, from closed forms that cost O(V) a context: the gradient of
+    a sampled token is `-A_v (e_v - p)`, its squared norm `A_v^2 w_v`, and nothing of size V x V is
+    formed. The part of the loss that does not depend on the sampled token is differentiated.
     """
-    undrawn = _undrawn_gradient(subject, student, teacher)
+    unsampled = _unsampled_gradient(subject, student, teacher)
     if not subject.is_sampled:
-        return _compare(undrawn, jnp.zeros(undrawn.shape[0], undrawn.dtype), student, teacher)
-    drawn, p = _probs(subject.drawn_from(student, teacher)), _probs(student)
-    advantage = jnp.where(drawn > 0, subject.advantages(student, teacher, mean_reward), 0)
-    pushed = drawn * advantage
-    own = -(pushed - p * jnp.sum(pushed, axis=-1, keepdims=True))
-    second = jnp.sum(drawn * jnp.square(advantage) * score_norms(student), axis=-1)
+        return _compare(unsampled, jnp.zeros(len(unsampled), unsampled.dtype), student, teacher)
+    probs, p = _probs(subject.drawn_from(student, teacher)), _probs(student)
+    advantage = jnp.where(probs > 0, subject.advantages(student, teacher, mean_reward), 0)
+    weighted = probs * advantage
+    own = -(weighted - p * jnp.sum(weighted, axis=-1, keepdims=True))
+    second = jnp.sum(probs * jnp.square(advantage) * score_norms(student), axis=-1)
     variance = (second - jnp.sum(jnp.square(own), axis=-1)) / subject.num_draws
-    return _compare(own + undrawn, variance, student, teacher)
+    return _compare(own + unsampled, variance, student, teacher)
 
 
-def _undrawn_gradient(
+def _unsampled_gradient(
     subject: Subject, student: VocabTile, teacher: VocabTile
 ) -> Float[Array, "n V"]:
-    loss = subject.undrawn_loss()
+    loss = subject.unsampled_loss()
     if loss is None:
         return jnp.zeros_like(student.logits)
-    row = TokenInputs(jnp.zeros(student.logits.shape[0], jnp.int32))
-    return jax.grad(lambda logits: jnp.sum(loss(VocabTile(logits), teacher, row)[0]))(
-        student.logits
-    )
+    row = TokenInputs(jnp.zeros(len(student.logits), jnp.int32))
+    total = lambda logits: jnp.sum(loss(VocabTile(logits), teacher, row)[0])
+    return jax.grad(total)(student.logits)
 
 
 def enumerate_draws(
@@ -78,34 +75,28 @@ def enumerate_draws(
     teacher: VocabTile,
     mean_reward: Float[Array, ""] | float = 0.0,
 ) -> Stats:
-    """The same through the loss itself: every token of a small vocabulary is drawn, and the loss
-    differentiated each time.
+    """Return the same statistics as `measure`, from the loss itself.
 
-    With extra draws the loss is that of one draw, and the variance of their mean follows from their
-    independence.
+    The loss is differentiated once for every token of a small vocabulary. With extra draws it is
+    the loss of one draw; the draws are independent, so the variance is divided by their number.
     """
     n, vocab = student.logits.shape
-    one = Subject(
-        subject.name,
-        subject.recipe,
-        {name: v for name, v in subject.options.items() if name != "extra_draws"},
-    )
+    options = {name: v for name, v in subject.options.items() if name != "extra_draws"}
+    one = dataclasses.replace(subject, options=options)
     repeated = lambda tile: VocabTile(jnp.repeat(tile.logits, vocab, axis=0))
     row = TokenInputs(
         jnp.tile(jnp.arange(vocab), n),
         mean_reward=jnp.full(n * vocab, mean_reward, student.logits.dtype),
     )
-    loss, others = one.token_loss(), repeated(teacher)
-    gradient = jax.grad(lambda logits: jnp.sum(loss(VocabTile(logits), others, row)[0]))(
-        repeated(student).logits
-    )
-    drawn = _probs(subject.drawn_from(student, teacher))
-    gradient = jnp.where(
-        drawn[:, :, None] > 0, gradient.reshape(n, vocab, vocab), 0
-    )  # what is never drawn may be anything
-    own = jnp.einsum("nv,nvu->nu", drawn, gradient)
-    # The spread around the mean, not the difference of two squares.
-    variance = jnp.einsum("nv,nvu->n", drawn, jnp.square(gradient - own[:, None]))
+    loss, teachers = one.token_loss(), repeated(teacher)
+    total = lambda logits: jnp.sum(loss(VocabTile(logits), teachers, row)[0])
+    gradient = jax.grad(total)(repeated(student).logits).reshape(n, vocab, vocab)
+    probs = _probs(subject.drawn_from(student, teacher))
+    # The gradient of a token with probability 0 may be infinite or NaN.
+    gradient = jnp.where(probs[:, :, None] > 0, gradient, 0)
+    own = jnp.einsum("nv,nvu->nu", probs, gradient)
+    # The spread around the mean: the difference of two squares would lose digits.
+    variance = jnp.einsum("nv,nvu->n", probs, jnp.square(gradient - own[:, None]))
     return _compare(own, variance / subject.num_draws, student, teacher)
 
 
@@ -113,15 +104,11 @@ def _compare(
     own: Float[Array, "n V"], variance: Float[Array, " n"], student: VocabTile, teacher: VocabTile
 ) -> Stats:
     square = lambda x: jnp.sum(jnp.square(x), axis=-1)
-    stats = {
-        "kl": reverse_kl(student, teacher),
-        "variance": jnp.maximum(variance, 0),
-        "own": square(own),
-    }
-    for name, exact in (
-        ("reverse", reverse_gradient(student, teacher)),
-        ("forward", forward_gradient(student, teacher)),
-    ):
+    stats = {"kl": reverse_kl(student, teacher), "own": square(own)}
+    stats["variance"] = jnp.maximum(variance, 0)
+    gradients = {"reverse": reverse_gradient, "forward": forward_gradient}
+    for name, exact_gradient in gradients.items():
+        exact = exact_gradient(student, teacher)
         stats |= {
             name: square(exact),
             f"to_{name}": square(own - exact),
@@ -131,27 +118,24 @@ def _compare(
 
 
 def summarise(stats: dict[str, np.ndarray], plain_variance: np.ndarray) -> dict[str, Any]:
-    """Numbers of a subject from its contexts, stacked as one long gradient; `plain_variance`: that
-    of `opd` at each context.
+    """Summarise a subject over its contexts, whose gradients are stacked as one vector.
 
-    `bias`: norm of (expected gradient - exact gradient) over the norm of the exact one, against
-    both directions of the KL. `cosine`: between the two. `noise_to_signal`: root of summed variance
-    over summed squared expectation, one draw a context. `variance_ratio`: to `opd`. `worse`: share
-    of contexts with more variance than `opd`.
+    `plain_variance`: the variance of `opd` at each context. Returned are, against both directions
+    of the KL, `bias` = |expected - exact gradient| / |exact gradient| and the `cosine` of the two;
+    `variance`, the mean over contexts; `noise_to_signal`, the root of summed variance over summed
+    squared expectation, one draw a context; `variance_ratio`, to `opd`; `worse`, the share of
+    contexts with more variance than `opd`. None: undefined.
     """
     total = {name: float(np.sum(values, dtype=np.float64)) for name, values in stats.items()}
     found: dict[str, Any] = {"bias": {}, "cosine": {}}
-    # The mean of draws that cancel is left with their rounding: no direction at all.
+    # Draws that cancel leave a mean of rounding errors, which has no direction.
     epsilon = np.finfo(stats["own"].dtype).eps
     is_zero = total["own"] <= (64 * epsilon) ** 2 * (total["variance"] + total["own"])
     for name in ("reverse", "forward"):
-        found["bias"][name] = (
-            float(np.sqrt(total[f"to_{name}"] / total[name])) if total[name] else None
-        )
-        norms = np.sqrt(total["own"] * total[name])
-        found["cosine"][name] = (
-            None if is_zero or not norms else float(total[f"dot_{name}"] / norms)
-        )
+        exact, norms = total[name], np.sqrt(total["own"] * total[name])
+        found["bias"][name] = float(np.sqrt(total[f"to_{name}"] / exact)) if exact else None
+        has_cosine = norms and not is_zero
+        found["cosine"][name] = float(total[f"dot_{name}"] / norms) if has_cosine else None
     found["variance"] = total["variance"] / len(plain_variance)
     found["noise_to_signal"] = None if is_zero else float(np.sqrt(total["variance"] / total["own"]))
     found["variance_ratio"] = total["variance"] / float(np.sum(plain_variance, dtype=np.float64))

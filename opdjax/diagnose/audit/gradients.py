@@ -1,10 +1,9 @@
-"""The audit in parameter space: how much of the gradient of one rollout is chance, and where that
-chance comes from.
+"""The audit in parameter space: the variance of one rollout's gradient, and its causes.
 
-P prompts, G rollouts of each, R redraws of every token at the contexts of each rollout: an analysis
-of variance with three levels. What differs between redraws is the noise of actions, between
-rollouts of a prompt also that of trajectories, between prompts also that of the data. Squared norms
-over all parameters; a rollout is a micro-batch of its own.
+A nested analysis of variance: P prompts, G rollouts of each, R redraws of every token at the
+contexts of each rollout. Redraws differ by the noise of actions, rollouts of a prompt also by that
+of trajectories, prompts also by that of the data. Variances and signals are squared norms over all
+parameters; every rollout is a micro-batch of its own.
 """
 
 from __future__ import annotations
@@ -26,28 +25,27 @@ from opdjax.ops.vocab import TokenInputs, tiled_loss
 from opdjax.types import TrainBatch
 
 NUM_REDRAWS = 2
-_LEAST_SHARE = 1e-4  # of opd's noise, that a ratio is told of
-BATCH = 64  # rollouts of the batch that a signal-to-noise ratio is told for
+_MIN_SHARE = 1e-4  # of opd's noise: no ratio is reported for bins below
+BATCH = 64  # rollouts in the batch whose signal-to-noise ratio is reported
 
 
 def audit_gradients(
-    states: States, subjects: Sequence[Subject], tell: Callable[[str], None]
+    states: States, subjects: Sequence[Subject], log: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Signal and the parts of the noise of each subject, with the ratio of its noise to that of
-    `opd`.
+    """Return the signal and the noise components of each subject, and its noise relative to `opd`.
 
-    Every subject sees the same redraws. A coupled one is measured on the tokens that were drawn:
-    its action noise cannot be told from that of trajectories. The recipes whose expectation is that
-    of the exact reverse KL share its signal, which is the least noisy estimate of one and the same
-    number; None: not told apart from 0. `by_kl`: for the baselines, the action noise of the
-    contexts between neighbouring quantiles of the KL, relative to `opd` there; redraws at different
-    contexts are independent, so that the noise of a rollout is the sum of that of its contexts.
+    Every subject sees the same redraws. A coupled subject is measured on the sampled tokens only:
+    its action noise is part of its trajectory noise. Recipes whose expectation is the gradient of
+    the exact reverse KL share the signal of the exact one, the estimate with the least noise. None:
+    not distinguishable from 0. `by_kl`: the action noise of the baselines, relative to `opd`, for
+    the contexts between neighbouring quantiles of the KL. Redraws at different contexts are
+    independent, so the noise of a rollout is the sum of that of its contexts.
     """
     batch = _by_prompt(states, states.batch)
     bins = kl_bins(states.kl, states.mask)
     rows, by_bin = {}, {}
     for each in subjects:
-        tell(f"  {each.name}")
+        log(f"  {each.name}")
         run = _measure(states, batch, each)
         rows[each.name] = run(states.mask)
         if each.name == "opd" or (each.recipe == "vopd" and not each.is_coupled):
@@ -55,32 +53,23 @@ def audit_gradients(
     _share_signal(subjects, rows)
     plain = rows["opd"]
     for row in rows.values():
-        row["signal_to_noise"] = (
-            float(np.sqrt(row["signal"] / (row["noise"] / BATCH)))
-            if min(row["signal"], row["noise"]) > 0
-            else None
-        )
+        is_known = min(row["signal"], row["noise"]) > 0
+        ratio = float(np.sqrt(row["signal"] / (row["noise"] / BATCH))) if is_known else None
+        row["signal_to_noise"] = ratio
         row["noise_ratio"] = row["noise"] / plain["noise"]
         if row["action"] is not None and plain["action"]:
             row["action_ratio"] = ratio_with_interval(row["per_prompt"], plain["per_prompt"])
-    told = {
-        name: {key: value for key, value in row.items() if key != "per_prompt"}
-        for name, row in rows.items()
-    }
-    return {"num_redraws": NUM_REDRAWS, "batch": BATCH, "rows": told, "by_kl": _by_kl(by_bin)}
+    for row in rows.values():
+        del row["per_prompt"]
+    return {"num_redraws": NUM_REDRAWS, "batch": BATCH, "rows": rows, "by_kl": _by_kl(by_bin)}
 
 
 def _share_signal(subjects: Sequence[Subject], rows: dict[str, dict[str, Any]]) -> None:
-    exact = next(
-        (
-            rows[each.name]
-            for each in subjects
-            if not each.is_sampled and each.advertises == "reverse"
-        ),
-        None,
-    )
-    for each in subjects if exact is not None else ():
-        if each.recipe is not None and each.advertises == "reverse" and not each.is_coupled:
+    """Give the exact reverse KL's signal to every subject with the same expectation."""
+    reverse = [each for each in subjects if each.advertises == "reverse"]
+    exact = next((rows[each.name] for each in reverse if not each.is_sampled), None)
+    for each in reverse if exact is not None else ():
+        if each.recipe is not None and not each.is_coupled:
             rows[each.name]["signal"] = exact["signal"]
 
 
@@ -90,57 +79,50 @@ def _by_kl(by_bin: dict[str, list[np.ndarray]]) -> dict[str, Any]:
     shares = [float(part.sum() / total) if total else 0.0 for part in plain]
 
     def ratio(ours: np.ndarray, theirs: np.ndarray, share: float):
-        # Where next to nothing is left of the noise, redraws never see the rare draws that it is
-        # made of.
-        return ratio_with_interval(ours, theirs) if share > _LEAST_SHARE else (None, None, None)
+        # In a bin with almost no noise, rare tokens make all of it, and redraws miss them.
+        return ratio_with_interval(ours, theirs) if share > _MIN_SHARE else (None, None, None)
 
-    return {
-        "variance_share": shares,
-        "rows": {
-            name: [ratio(*each) for each in zip(parts, plain, shares)]
-            for name, parts in by_bin.items()
-        },
-    }
+    rows = {name: list(map(ratio, parts, plain, shares)) for name, parts in by_bin.items()}
+    return {"variance_share": shares, "rows": rows}
 
 
 def _by_prompt(states: States, tree: Any) -> Any:
-    """Leaves `[B, ...]` as `[P, G, ...]`."""
+    """Reshape leaves `[B, ...]` to `[P, G, ...]`."""
     return jax.tree.map(lambda x: jnp.reshape(x, (-1, states.num_generations, *x.shape[1:])), tree)
 
 
 def _measure(
     states: States, batch: TrainBatch, each: Subject
 ) -> Callable[[np.ndarray], dict[str, Any]]:
-    """`measure(mask) -> row`: the parts of the variance of one rollout's gradient of the tokens in
-    `mask`; compiled once.
+    """Return `measure(mask) -> row`, compiled once.
+
+    The row holds the variance components of one rollout's gradient of the tokens in `mask`.
     """
-    is_split = each.is_sampled and not each.is_coupled
+    is_redrawn = each.is_sampled and not each.is_coupled
     columns = _by_prompt(states, _columns(states, each))
-    draws = _by_prompt(states, _redraws(states, each) if is_split else _as_drawn(states, each))
+    draws = _by_prompt(states, (_redraws if is_redrawn else _sampled_tokens)(states, each))
     run = jax.jit(partial(_scan_prompts, each, states.spec))
-    # As in training: the master copy is float32 and so are all sums, whatever type the forward pass
-    # is in.
+    # As in training, the master copy and all sums are float32, whatever the forward pass uses.
     params = jax.tree.map(lambda x: x.astype(jnp.float32), states.params)
 
     def measure(mask: np.ndarray) -> dict[str, Any]:
-        # fixed_denominator: a rollout's gradient then does not depend on the lengths of others, and
-        # their mean is the batch's.
-        weights = _by_prompt(
-            states, jnp.asarray(mask / states.spec.max_completion_length, jnp.float32)
-        )
-        found = run(params, states.teacher[1], (batch, columns, weights), draws)
+        # As fixed_denominator: a rollout's gradient does not depend on the lengths of others, and
+        # the gradient of a batch is the mean over its rollouts.
+        weights = jnp.asarray(mask / states.spec.max_completion_length, jnp.float32)
+        rows = (batch, columns, _by_prompt(states, weights))
+        found = run(params, states.teacher[1], rows, draws)
         total, *per_prompt = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
-        return _split(total, *per_prompt, draws[0].shape[2], states.num_generations)
+        return _components(total, *per_prompt, draws[0].shape[2], states.num_generations)
 
     return measure
 
 
 def _scan_prompts(each: Subject, spec, params, teacher_head, rows, draws):
-    """(|mean gradient|^2, and for each prompt the sums of squares between redraws and between
-    rollouts, and |its mean|^2).
+    """Return |mean gradient|^2 and, for each prompt, sums of squares.
 
-    One gradient at a time: beside it stand the running means of a rollout and of a prompt, and the
-    sum over prompts.
+    These are the sum of squares between redraws, that between rollouts, and |mean gradient of the
+    prompt|^2. One gradient exists at a time, next to the running means of a rollout and of a prompt
+    and the sum over prompts.
     """
 
     def gradient(row, draw):
@@ -148,9 +130,9 @@ def _scan_prompts(each: Subject, spec, params, teacher_head, rows, draws):
 
         def loss(params):
             hidden, head, _, teacher = passes(params, batch, teacher_head, spec)
-            drawn = dataclasses.replace(columns, token=token, uniform=uniform)
+            inputs = dataclasses.replace(columns, token=token, uniform=uniform)
             return tiled_loss(
-                each.token_loss(), hidden, head, weights, drawn, teacher, tile=spec.estimator.tile
+                each.token_loss(), hidden, head, weights, inputs, teacher, tile=spec.estimator.tile
             )[0]
 
         return jax.grad(loss)(params)
@@ -158,7 +140,7 @@ def _scan_prompts(each: Subject, spec, params, teacher_head, rows, draws):
     zero = jax.tree.map(jnp.zeros_like, params)
 
     def of_rollout(row, draws):
-        """(mean over redraws, their sum of squares around it)."""
+        """Return (mean over redraws, their sum of squares around it)."""
         return _running_mean(lambda draw: (gradient(row, draw), 0.0), zero, draws)[:2]
 
     def of_prompt(sums, prompt):
@@ -174,32 +156,28 @@ def _square(tree: Any) -> jax.Array:
 
 
 def _running_mean(value_of: Callable, zero: Any, items: Any):
-    """(mean of vectors, sum of squares around it, sum of what came along), `value_of(item) ->
-    (vector, along)`; Welford's update.
+    """Return (mean of vectors, sum of squares around it, sum of the scalars).
+
+    `value_of(item) -> (vector, scalar)`; Welford's update.
     """
 
     def step(carry, item):
-        count, mean, spread, along = carry
-        vector, more = value_of(item)
+        count, mean, spread, total = carry
+        vector, scalar = value_of(item)
         off = jax.tree.map(jnp.subtract, vector, mean)
         mean = jax.tree.map(lambda m, d: m + d / (count + 1), mean, off)
-        spread += sum(
-            jnp.vdot(d, v - m) for d, v, m in zip(*map(jax.tree.leaves, (off, vector, mean)))
-        )
-        return (count + 1, mean, spread, along + more), None
+        leaves = zip(*map(jax.tree.leaves, (off, vector, mean)))
+        spread += sum(jnp.vdot(d, v - m) for d, v, m in leaves)
+        return (count + 1, mean, spread, total + scalar), None
 
-    _, mean, spread, along = jax.lax.scan(step, (0.0, zero, 0.0, 0.0), items)[0]
-    return mean, spread, along
+    _, mean, spread, total = jax.lax.scan(step, (0.0, zero, 0.0, 0.0), items)[0]
+    return mean, spread, total
 
 
-def _split(total, action, trajectory, squares, redraws: int, rollouts: int) -> dict[str, Any]:
-    """Unbiased estimates from the sums of squares; a part that is estimated below 0 is told as it
-    is.
-    """
+def _components(total, action, trajectory, squares, redraws: int, rollouts: int) -> dict[str, Any]:
+    """Return unbiased estimates from the sums of squares; an estimate may be below 0."""
     prompts = len(action)
-    within = trajectory.sum() / (
-        prompts * (rollouts - 1)
-    )  # variance of a rollout's mean over its redraws
+    within = trajectory.sum() / (prompts * (rollouts - 1))  # of a rollout's mean over its redraws
     between = (squares.sum() - prompts * total) / (prompts - 1)
     of_action = action.sum() / (prompts * rollouts * (redraws - 1)) if redraws > 1 else None
     of_trajectory = within if of_action is None else within - of_action / redraws
@@ -215,9 +193,7 @@ def _split(total, action, trajectory, squares, redraws: int, rollouts: int) -> d
 
 
 def _columns(states: States, each: Subject) -> TokenInputs:
-    """The columns of the whole batch, prepared where the subject asks for it; tokens and uniforms
-    are set draw by draw.
-    """
+    """Return the prepared columns of the whole batch; tokens and uniforms are set draw by draw."""
     columns = dataclasses.replace(states.columns, uniform=None)
     if each.recipe is None:
         return columns
@@ -227,24 +203,19 @@ def _columns(states: States, each: Subject) -> TokenInputs:
 
 
 def num_uniforms(subjects: Sequence[Subject]) -> int:
-    """Uniform numbers a context that the redraws of these subjects use up."""
+    """Return how many uniform numbers the redraws of these subjects need at each context."""
     return NUM_REDRAWS * max(each.num_draws for each in subjects)
 
 
-def _as_drawn(states: States, each: Subject):
-    """(tokens `[B, 1, T]`, uniforms of extra draws or None): one draw, that of the rollouts
-    themselves.
-    """
+def _sampled_tokens(states: States, each: Subject):
+    """Return the rollouts' tokens `[B, 1, T]` as the only draw, and uniforms of extra draws."""
     extra = each.num_draws - 1
-    return jnp.asarray(states.batch.tokens)[:, None], states.columns.uniform[
-        :, None, :, :extra
-    ] if extra else None
+    uniforms = states.columns.uniform[:, None, :, :extra] if extra else None
+    return jnp.asarray(states.batch.tokens)[:, None], uniforms
 
 
 def _redraws(states: States, each: Subject):
-    """(tokens `[B, R, T]`, uniforms of extra draws `[B, R, T, M]` or None), drawn anew at every
-    context.
-    """
+    """Draw new tokens `[B, R, T]` at every context, with uniforms `[B, R, T, M]` of extra draws."""
     first, extra = states.columns.uniform[:, :, :NUM_REDRAWS], each.num_draws - 1
     tokens = states.per_token(
         lambda student, teacher, row: each.drawn_from(student, teacher).draw(row.uniform),

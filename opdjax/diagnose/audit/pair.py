@@ -1,5 +1,6 @@
-"""The audit on a real pair: contexts that the student reaches, each one's vocabulary enumerated
-through the tiled pass.
+"""The audit on a real pair of models, at the contexts that the student visits.
+
+At every context the whole vocabulary is enumerated, through the tiled pass.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from opdjax.ops.vocab import Teacher, TokenInputs, tiled_stats
 from opdjax.rollouts.setup import Setup, update_spec, with_current_teacher
 from opdjax.types import TrainBatch
 
-# Of the contexts, ordered by their KL: most of it sits in few of them, so that equal shares would
-# tell nothing.
+# Of the contexts, ordered by their KL. Most of the KL is in few contexts, so equal shares would
+# hide it.
 KL_QUANTILES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0)
 _NUM_BUCKETS = 6  # of positions
 _RESAMPLES = 1000
@@ -41,9 +42,7 @@ _RESAMPLES = 1000
 
 @dataclasses.dataclass(frozen=True)
 class States:
-    """Rollouts of the student, and what both models make of them. Rows of one prompt stand side by
-    side.
-    """
+    """Rollouts of the student with both models' hidden states. Rows of a prompt are adjacent."""
 
     params: Params
     spec: UpdateSpec
@@ -53,7 +52,7 @@ class States:
     columns: TokenInputs
     teacher: Teacher
     num_generations: int
-    rows_at_once: int  # that fit into memory when they are differentiated; divides B
+    rows_at_once: int  # rows that fit into memory when they are differentiated; divides B
 
     @property
     def mask(self) -> np.ndarray:
@@ -66,21 +65,17 @@ class States:
         return self.per_token(lambda student, teacher, _: reverse_kl(student, teacher))
 
     def per_token(self, stat, **columns) -> Any:
-        """`stat(student, teacher, row) -> pytree` at every sampled token, `[B, T, ...]`; `columns`
-        take the place of the row's.
+        """Return `stat(student, teacher, row)` at every sampled token, `[B, T, ...]`.
+
+        `columns` replace columns of the row.
         """
         run = jax.jit(lambda *operands: tiled_stats(stat, *operands, tile=self.spec.estimator.tile))
-        found = run(
-            self.hidden,
-            self.head,
-            self.batch.mask,
-            dataclasses.replace(self.columns, **columns),
-            self.teacher,
-        )
+        inputs = dataclasses.replace(self.columns, **columns)
+        found = run(self.hidden, self.head, self.batch.mask, inputs, self.teacher)
         return jax.tree.map(np.asarray, found)
 
 
-def reach(
+def collect_states(
     setup: Setup,
     *,
     num_prompts: int,
@@ -89,22 +84,20 @@ def reach(
     num_uniforms: int,
     rows_at_once: int,
 ) -> States:
-    """Let the student answer prompts of the data, in the order of training, and score the answers
-    by both models, part by part.
+    """Sample answers to prompts in the order of training and score them with both models.
 
-    ValueError where the data have fewer prompts: a prompt met twice would pass for two.
+    ValueError if the data has fewer prompts: a repeated prompt would count as two.
     """
     if num_prompts > len(setup.prompts):
+        source = setup.config.data.source
         raise ValueError(
-            f"how.num_prompts is {num_prompts}; expected at most {len(setup.prompts)}, the prompts of {setup.config.data.source}"
+            f"audit.num_prompts is {num_prompts}; expected at most {len(setup.prompts)}, the number"
+            f" of prompts in {source}"
         )
     config, params = setup.config, load_params(setup.student, setup.dtype)
     setup = with_current_teacher(setup, params)
-    prompts_at_once = next(
-        n
-        for n in range(min(max(rows_at_once // num_generations, 1), num_prompts), 0, -1)
-        if num_prompts % n == 0
-    )
+    most = min(max(rows_at_once // num_generations, 1), num_prompts)
+    prompts_at_once = next(n for n in range(most, 0, -1) if num_prompts % n == 0)
     prompts = collate(setup.prompts, indices_at(0, num_prompts, len(setup.prompts), seed))
     draw = partial(
         sample,
@@ -116,9 +109,8 @@ def reach(
         jax.tree.map(lambda x, i=i: x[i : i + prompts_at_once], prompts)
         for i in range(0, num_prompts, prompts_at_once)
     ]
-    rollouts = jax.tree.map(
-        lambda *rows: jnp.concatenate(rows), *(draw(params, part, seed, 0) for part in parts)
-    )
+    answers = [draw(params, part, seed, 0) for part in parts]
+    rollouts = jax.tree.map(lambda *rows: jnp.concatenate(rows), *answers)
     batch, teacher = to_train_batch(rollouts, prompts), setup.teacher
     scores = score(
         teacher.params,
@@ -129,36 +121,33 @@ def reach(
         tile=config.estimator.tile,
         parts=len(parts),
     )
-    batch = dataclasses.replace(
-        batch, teacher=scores, uniforms=extra_uniforms(rollouts, seed, num_uniforms)
-    )
+    uniforms = extra_uniforms(rollouts, seed, num_uniforms)
+    batch = dataclasses.replace(batch, teacher=scores, uniforms=uniforms)
     spec = dataclasses.replace(update_spec(setup), gradient_accumulation_steps=1, mesh=None)
     rows = prompts_at_once * num_generations
-    hidden, head, columns, seen = _pass_in_parts(params, batch, teacher.head, spec, len(parts))
-    return States(params, spec, batch, hidden, head, columns, seen, num_generations, rows)
+    operands = _pass_in_parts(params, batch, teacher.head, spec, len(parts))
+    return States(params, spec, batch, *operands, num_generations, rows)
 
 
 @partial(jax.jit, static_argnames=("spec", "parts"))
 def _pass_in_parts(params, batch, teacher_head, spec, parts: int):
-    """`passes`, the hidden states of the student a few rows at a time."""
-    hidden = merge_rows(
-        jax.lax.map(
-            lambda part: passes(params, part, teacher_head, spec)[0], split_rows(batch, parts)
-        )
-    )
-    return hidden, *passes(params, batch, teacher_head, spec)[1:]  # the rest of it needs no trunk
+    """Run `passes`, the student's hidden states a few rows at a time."""
+    of_part = lambda part: passes(params, part, teacher_head, spec)[0]
+    hidden = merge_rows(jax.lax.map(of_part, split_rows(batch, parts)))
+    return hidden, *passes(params, batch, teacher_head, spec)[1:]  # these need no hidden states
 
 
 def audit_contexts(states: States, subjects: Sequence[Subject]) -> dict[str, Any]:
-    """Bias, cosine and action variance of the uncoupled subjects at the sampled contexts, whole and
-    by KL and position.
+    """Return bias, cosine and action variance of the uncoupled subjects at the sampled contexts.
+
+    All contexts together, and binned by KL and by position.
     """
-    mask = states.mask
-    plain = states.per_token(lambda s, t, _: measure(subject("opd"), s, t))
-    kl, mean_reward = states.kl, -float(states.kl[mask].mean())
-    if not plain["variance"][mask].any():
+    mask, kl, mean_reward = states.mask, states.kl, -float(states.kl[states.mask].mean())
+    plain = states.per_token(lambda s, t, _: measure(subject("opd"), s, t))["variance"]
+    if not plain[mask].any():
         raise ValueError(
-            "student and teacher say the same of every context; expected a teacher that differs: nothing could be compared"
+            "student and teacher have the same distribution at every context; "
+            "expected a teacher that differs"
         )
     bins = kl_bins(kl, mask)
     place = np.asarray(rank_in_sequence(states.batch.mask, states.batch.segment_ids))
@@ -167,27 +156,22 @@ def audit_contexts(states: States, subjects: Sequence[Subject]) -> dict[str, Any
     rows = {}
     for each in subjects:
         stats = states.per_token(lambda s, t, _, each=each: measure(each, s, t, mean_reward))
-        row = summarise(
-            {name: value[mask] for name, value in stats.items()}, plain["variance"][mask]
-        )
+        row = summarise({name: value[mask] for name, value in stats.items()}, plain[mask])
         if each.is_sampled:
-            compare = partial(
-                _compare, stats["variance"], plain["variance"], states.num_generations
-            )
+            compare = partial(_compare, stats["variance"], plain, states.num_generations)
             row["variance_ratio_interval"] = compare(mask)[1:]
             row["by_kl"] = [compare(inside) for inside in bins]
             row["by_position"] = [compare(inside) for inside in buckets]
         rows[each.name] = row
+    describe = lambda inside: _describe(kl, inside, plain, mask)
+    quantiles = zip(KL_QUANTILES, KL_QUANTILES[1:], bins)
     return {
         "num_prompts": len(mask) // states.num_generations,
         "num_contexts": int(mask.sum()),
         "kl_mean": float(kl[mask].mean()),
-        "bins": [
-            {"from": low, "to": high} | _describe(kl, inside, plain["variance"], mask)
-            for low, high, inside in zip(KL_QUANTILES, KL_QUANTILES[1:], bins)
-        ],
+        "bins": [{"from": low, "to": high} | describe(inside) for low, high, inside in quantiles],
         "buckets": [
-            {"first": low, "last": high} | _describe(kl, inside, plain["variance"], mask)
+            {"first": low, "last": high} | describe(inside)
             for (low, high), inside in zip(edges, buckets)
         ],
         "rows": rows,
@@ -195,8 +179,9 @@ def audit_contexts(states: States, subjects: Sequence[Subject]) -> dict[str, Any
 
 
 def kl_bins(kl: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
-    """Masks of the contexts between neighbouring KL_QUANTILES, from the lowest up; every context is
-    in just one.
+    """Return masks of the contexts between neighbouring KL_QUANTILES, the lowest KL first.
+
+    Every context is in exactly one.
     """
     order = np.argsort(np.where(mask, kl, np.inf), axis=None, kind="stable")[: mask.sum()]
     inside = []
@@ -208,7 +193,7 @@ def kl_bins(kl: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
 
 
 def _position_edges(place: np.ndarray, mask: np.ndarray) -> list[tuple[int, int]]:
-    """First and last position of each bucket of completion tokens, counted from 0."""
+    """Return first and last position of each bucket of completion tokens, counted from 0."""
     longest = int(place[mask].max()) + 1
     width = -(-longest // _NUM_BUCKETS)
     return [(start, min(start + width, longest) - 1) for start in range(0, longest, width)]
@@ -217,7 +202,7 @@ def _position_edges(place: np.ndarray, mask: np.ndarray) -> list[tuple[int, int]
 def _describe(
     kl: np.ndarray, inside: np.ndarray, variance: np.ndarray, mask: np.ndarray
 ) -> dict[str, float]:
-    """What a bin holds; shares are of all contexts."""
+    """Return the size of a bin and its shares of the KL and the variance of all contexts."""
     total = lambda x, where: float(np.sum(x[where], dtype=np.float64))
     return {
         "contexts": int(inside.sum()),
@@ -228,25 +213,25 @@ def _describe(
 
 
 def _compare(ours: np.ndarray, plain: np.ndarray, num_generations: int, inside: np.ndarray):
-    per_prompt = lambda x: (
-        np.where(inside, x, 0)
-        .sum(axis=1, dtype=np.float64)
-        .reshape(-1, num_generations)
-        .sum(axis=1)
-    )
+    def per_prompt(x: np.ndarray) -> np.ndarray:
+        rows = np.where(inside, x, 0).sum(axis=1, dtype=np.float64)
+        return rows.reshape(-1, num_generations).sum(axis=1)
+
     return ratio_with_interval(per_prompt(ours), per_prompt(plain))
 
 
 def ratio_with_interval(
     ours: np.ndarray, plain: np.ndarray
 ) -> tuple[float | None, float | None, float | None]:
-    """(sum of ours / sum of plain, and the 95 % bootstrap interval over prompts, which are drawn
-    together for both); None without any.
+    """Return (sum of ours / sum of plain, low, high) from values per prompt.
+
+    `low` and `high` bound the 95 % bootstrap interval; prompts are resampled together for both.
+    All are None if `plain` sums to 0.
     """
     if not plain.sum():
         return None, None, None
-    drawn = np.random.default_rng(0).integers(0, len(ours), (_RESAMPLES, len(ours)))
-    below = plain[drawn].sum(axis=1)
-    ratios = ours[drawn].sum(axis=1)[below > 0] / below[below > 0]
+    chosen = np.random.default_rng(0).integers(0, len(ours), (_RESAMPLES, len(ours)))
+    below = plain[chosen].sum(axis=1)
+    ratios = ours[chosen].sum(axis=1)[below > 0] / below[below > 0]
     low, high = np.quantile(ratios, (0.025, 0.975))
     return float(ours.sum() / plain.sum()), float(low), float(high)

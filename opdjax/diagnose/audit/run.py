@@ -1,4 +1,4 @@
-"""The audit as a whole: everything measured, as one document that a table and a page are made of."""
+"""The whole audit: everything it measures, as one JSON document for the table and the page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from opdjax.config import (
 )
 from opdjax.diagnose.audit.batches import audit_batch_pitfalls, audit_costs
 from opdjax.diagnose.audit.gradients import audit_gradients, num_uniforms
-from opdjax.diagnose.audit.pair import audit_contexts, reach
+from opdjax.diagnose.audit.pair import audit_contexts, collect_states
 from opdjax.diagnose.audit.subjects import Subject
 from opdjax.diagnose.audit.tree import audit_tree
 from opdjax.diagnose.audit.vocabulary import audit_vocabulary
@@ -32,57 +32,53 @@ from opdjax.runs.workdir import environment
 def audit(
     config: Config,
     subjects: Sequence[Subject],
-    how: AuditConfig,
-    tell: Callable[[str], None] = print,
+    settings: AuditConfig,
+    log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Measure the subjects on the config's pair of models, on random contexts and on an enumerated
-    tree; a JSON document.
+    """Measure the subjects and return a JSON document.
 
+    They are measured on the config's pair of models, at random contexts and on an enumerated tree.
     The pair's contexts are sampled from the student at temperature 1 without filters, whatever the
-    config samples with.
+    config says.
     """
-    setup = _prepare(
-        config, how
-    )  # first: what is wrong with models or data is said before anything is measured
-    uncoupled, coupled = (
-        [each for each in subjects if each.is_coupled == wanted] for wanted in (False, True)
-    )
+    setup = _prepare(config, settings)  # first: it refuses wrong models or data within seconds
+    uncoupled = [each for each in subjects if not each.is_coupled]
+    coupled = [each for each in subjects if each.is_coupled]
     document: dict[str, Any] = {
         "subjects": {each.name: describe(each) for each in subjects},
-        "how": dataclasses.asdict(how),
+        "settings": dataclasses.asdict(settings),
+        # Of all pitfalls: those of a batch are not among the subjects.
+        "pitfalls": {name: pitfall.about for name, pitfall in PITFALLS.items()},
     }
-    document["pitfalls"] = {
-        name: pitfall.about for name, pitfall in PITFALLS.items()
-    }  # those of a batch are no subjects
-    document |= _audit_pair(setup, config, uncoupled, coupled, how, tell)
-    tell(
-        f"{len(uncoupled)} estimators at {how.num_contexts} random contexts of {how.vocab} tokens, every draw enumerated"
+    document |= _audit_pair(setup, config, uncoupled, coupled, settings, log)
+    log(
+        f"{len(uncoupled)} estimators at {settings.num_contexts} random contexts, "
+        f"each with all {settings.vocab} tokens"
     )
     document["vocabulary"] = audit_vocabulary(
-        uncoupled, num_contexts=how.num_contexts, vocab=how.vocab, seed=config.seed
+        uncoupled, num_contexts=settings.num_contexts, vocab=settings.vocab, seed=config.seed
     )
-    tell("a tree of every sequence of three tokens")
+    log("a tree of every sequence of three tokens")
     document["tree"] = audit_tree(seed=config.seed)
     devices = [device.device_kind for device in jax.devices()]
     return document | {"seed": config.seed, "environment": environment(devices)}
 
 
-def _prepare(config: Config, how: AuditConfig) -> Setup:
-    """The config's models and data, for what a recipe with the most needs reads: the teacher's
-    weights, one vocabulary on both sides.
-    """
+def _prepare(config: Config, settings: AuditConfig) -> Setup:
+    """Set up models and data for the recipe that needs most: teacher weights, one vocabulary."""
     sampling = SamplingConfig(
         max_completion_length=config.sampling.max_completion_length,
         stop_token_ids=config.sampling.stop_token_ids,
+    )
+    train = dataclasses.replace(
+        config.train, prompts_per_step=settings.num_prompts, gradient_accumulation_steps=1
     )
     return prepare(
         dataclasses.replace(
             config,
             estimator=EstimatorConfig(recipe="vopd", tile=config.estimator.tile),
             sampling=sampling,
-            train=dataclasses.replace(
-                config.train, prompts_per_step=how.num_prompts, gradient_accumulation_steps=1
-            ),
+            train=train,
             evaluation=dataclasses.replace(config.evaluation, source=None),
             mesh=MeshConfig(1),
             near_policy=NearPolicyConfig(),
@@ -95,46 +91,49 @@ def _audit_pair(
     config: Config,
     uncoupled: list[Subject],
     coupled: list[Subject],
-    how: AuditConfig,
-    tell,
+    settings: AuditConfig,
+    log: Callable[[str], None],
 ) -> dict[str, Any]:
-    states = reach(
+    subjects = [*uncoupled, *coupled]
+    states = collect_states(
         setup,
-        num_prompts=how.num_prompts,
-        num_generations=how.num_generations,
+        num_prompts=settings.num_prompts,
+        num_generations=settings.num_generations,
         seed=config.seed,
-        num_uniforms=num_uniforms([*uncoupled, *coupled]),
+        num_uniforms=num_uniforms(subjects),
         rows_at_once=config.rows_per_step // config.train.gradient_accumulation_steps,
     )
-    tell(
-        f"{int(states.mask.sum())} contexts of {config.student.path} on {how.num_prompts} prompts, supervised by {config.teacher.path}"
+    log(
+        f"{int(states.mask.sum())} contexts of {config.student.path} on {settings.num_prompts} "
+        f"prompts, teacher {config.teacher.path}"
     )
     found: dict[str, Any] = {
         "student": config.student.path,
         "teacher": config.teacher.path,
         "contexts": audit_contexts(states, uncoupled),
     }
-    tell("seconds and bytes a token")
-    found["costs"] = audit_costs(states, [*uncoupled, *coupled])
+    log("seconds and bytes a token")
+    found["costs"] = audit_costs(states, subjects)
     found["batch_pitfalls"] = audit_batch_pitfalls(states)
-    if how.parameter_space:
-        tell("gradients of all parameters, rollout by rollout")
-        # Of those that draw nothing, the two exact ones and the config's own, which stands first:
-        # the others differ in bias alone.
+    if settings.parameter_space:
+        log("gradients of all parameters, rollout by rollout")
+        # Estimators that sample no token differ in bias alone, so only three of them are measured:
+        # the two exact ones and the config's own, which comes first.
         exact = ("full_kl divergence=reverse", "full_kl divergence=forward", uncoupled[0].name)
-        found["gradients"] = audit_gradients(
-            states, [s for s in (*uncoupled, *coupled) if s.is_sampled or s.name in exact], tell
-        )
+        measured = [each for each in subjects if each.is_sampled or each.name in exact]
+        found["gradients"] = audit_gradients(states, measured, log)
     return found
 
 
 def describe(each: Subject) -> dict[str, Any]:
-    """What a reader of the document is told of a subject."""
+    """Return the document's entry for a subject."""
     about = each.pitfall.about if each.recipe is None else summary(each.recipe)
     if each.recipe == "sft":
-        about += " Measured at the student's contexts with the teacher's tokens; in training the contexts are the teacher's too."
+        about += " Measured at the student's contexts with the teacher's tokens;"
+        about += " in training the contexts are the teacher's too."
     if each.recipe == "npd":
-        about += " Measured on all of the student's own tokens; in training a student of earlier updates drew them and a filter chose."
+        about += " Measured on all of the student's own tokens;"
+        about += " in training an older student samples them and a filter selects some."
     return {
         "recipe": each.recipe,
         "options": each.options,
@@ -147,18 +146,19 @@ def describe(each: Subject) -> dict[str, Any]:
 
 
 def summary(recipe: str) -> str:
-    """The first line of a recipe's page."""
-    return inspect.getdoc(RECIPES[recipe].token_loss).partition("\n")[0]
+    """Return the first line of a recipe's documentation."""
+    return explain(recipe).partition("\n")[0]
 
 
 def explain(name: str) -> str:
-    """The page of a recipe: equation, what is detached, cost, use, options; or what is known of a
-    pitfall.
+    """Return the documentation of a recipe or a pitfall.
+
+    That of a recipe states its equation, what is detached, its cost, when to use it and its
+    options. ValueError on an unknown name.
     """
     if name in RECIPES:
         return inspect.getdoc(RECIPES[name].token_loss)
     if name in PITFALLS:
         return PITFALLS[name].about
-    raise ValueError(
-        f"there is no recipe and no pitfall {name!r}; expected one of {[*RECIPES, *PITFALLS]}"
-    )
+    known = [*RECIPES, *PITFALLS]
+    raise ValueError(f"there is no recipe and no pitfall {name!r}; expected one of {known}")

@@ -1,4 +1,4 @@
-"""What is audited: recipes under their options, and the pitfalls beside them."""
+"""What the audit measures: recipes with their options, and pitfalls."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Subject:
 
     @property
     def pitfall(self) -> Pitfall | None:
-        """What is known of it, where it is one."""
+        """The pitfall; None for a recipe."""
         return PITFALLS[self.name] if self.recipe is None else None
 
     @property
     def is_sampled(self) -> bool:
-        """Whether its gradient depends on the token that was drawn."""
-        is_crossed = self.recipe == "sft" or (self.recipe == "npd" and self._kd_weight < 1)
-        return self.recipe is None or RECIPES[self.recipe].is_policy_gradient or is_crossed
+        """Whether its gradient depends on the sampled token."""
+        has_cross_entropy = self.recipe == "sft" or (self.recipe == "npd" and self._kd_weight < 1)
+        return self.recipe is None or RECIPES[self.recipe].is_policy_gradient or has_cross_entropy
 
     @property
     def _kd_weight(self) -> float:
@@ -43,20 +43,18 @@ class Subject:
 
     @property
     def is_coupled(self) -> bool:
-        """Whether one context alone does not determine it; the mean reward of a batch counts as
-        given.
-        """
-        rest = {name: value for name, value in self.options.items() if name != "baseline"}
-        return coupling.is_coupled(rest)
+        """Whether a token's loss depends on other contexts, apart from a batch's mean reward."""
+        options = {name: value for name, value in self.options.items() if name != "baseline"}
+        return coupling.is_coupled(options)
 
     @property
     def num_draws(self) -> int:
-        """Tokens drawn at each context."""
+        """Tokens sampled at each context."""
         return 1 + self.options.get("extra_draws", 0)
 
     @property
     def advertises(self) -> str:
-        """Whose gradient it is meant to have: `reverse`, `forward`, or `own`: neither, by intent."""
+        """The KL whose gradient it should have: `reverse`, `forward`, or `own` for neither."""
         if self.recipe in (None, "opd", "vopd"):
             altered = any(
                 self.options.get(name) for name in (*REWARD_OPTIONS, "prefix_weight", "discount")
@@ -70,63 +68,53 @@ class Subject:
         )
 
     def token_loss(self) -> Callable:
-        """`token_loss(student, teacher, row) -> (loss, outputs)`."""
+        """Return `token_loss(student, teacher, row) -> (loss, outputs)`."""
         if self.recipe is None:
             return self.pitfall.token_loss
         recipe, options = bind(self.recipe, self.options)
         return lambda student, teacher, row: recipe.token_loss(student, teacher, row, **options)
 
-    def undrawn_loss(self) -> Callable | None:
-        """The part of the loss that the same context has whatever was drawn there; None where there
-        is none.
-        """
+    def unsampled_loss(self) -> Callable | None:
+        """Return the part of the loss that does not depend on the sampled token; None if empty."""
         if not self.is_sampled:
             return self.token_loss()
         if self.recipe != "npd" or not self._kd_weight:
             return None
-        alone, weight = (
-            subject("npd", **(self.options | {"kd_weight": 1.0})).token_loss(),
-            self._kd_weight,
-        )
-        return lambda student, teacher, row: (weight * alone(student, teacher, row)[0], {})
+        divergence = subject("npd", **(self.options | {"kd_weight": 1.0})).token_loss()
+        weight = self._kd_weight
+        return lambda student, teacher, row: (weight * divergence(student, teacher, row)[0], {})
 
     def advantages(
         self, student: VocabTile, teacher: VocabTile, mean_reward: Float[Array, ""]
     ) -> Float[Array, "n V"]:
-        """The factor `A_v` in the gradient `-A_v grad log student(v)` of each token drawn;
-        `mean_reward` is that of `batch_mean`.
+        """Return the factor `A_v` in the gradient `-A_v grad log student(v)` of every token v.
+
+        `mean_reward`: the baseline of `batch_mean`.
         """
         if self.recipe is None:
             return self.pitfall.advantages(student, teacher)
         if self.recipe in ("sft", "npd"):
-            return jnp.full_like(
-                student.logits, 1.0 if self.recipe == "sft" else 1 - self._kd_weight
-            )
-        how = {name: self.options.get(name) for name in REWARD_OPTIONS}
+            weight = 1.0 if self.recipe == "sft" else 1 - self._kd_weight
+            return jnp.full_like(student.logits, weight)
+        reward = {name: self.options.get(name) for name in REWARD_OPTIONS}
         baseline = self.options.get("baseline", "full") if self.recipe == "vopd" else None
         if baseline == "batch_mean":
-            return sampled_reward(teacher.logprobs, student.logprobs, **how) - mean_reward
-        k = (
-            {"baseline_top_k": self.options["baseline_top_k"]}
-            if "baseline_top_k" in self.options
-            else {}
-        )
-        return advantages_of(student, teacher, baseline=baseline, **k, **how)
+            return sampled_reward(teacher.logprobs, student.logprobs, **reward) - mean_reward
+        top_k = {name: v for name, v in self.options.items() if name == "baseline_top_k"}
+        return advantages_of(student, teacher, baseline=baseline, **top_k, **reward)
 
     def drawn_from(self, student: VocabTile, teacher: VocabTile) -> VocabTile:
-        """The distribution that its tokens come from."""
+        """Return the distribution that its tokens are sampled from."""
         if self.recipe is None and self.pitfall.drawn_from is not None:
             return self.pitfall.drawn_from(student)
         return teacher if self.recipe == "sft" else student
 
 
 def subject(recipe: str, **options: Any) -> Subject:
-    """The recipe under these options, named after them."""
+    """Return the recipe with these options, named after both."""
     bind(recipe, options)
-    values = (
-        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
-        for name, value in options.items()
-    )
+    text = lambda value: f"{value:g}" if isinstance(value, float) else str(value)
+    values = (f"{name}={text(value)}" for name, value in options.items())
     return Subject(" ".join([recipe, *values]), recipe, options)
 
 
@@ -156,7 +144,7 @@ DEFAULT = (
     subject("sft"),
     *(Subject(name) for name, pitfall in PITFALLS.items() if pitfall.token_loss is not None),
 )
-# Options that couple the tokens of a sequence; one context says nothing of them.
+# Options that couple the tokens of a sequence: a single context does not define their gradient.
 COUPLED = (
     subject("opd", discount=1.0),
     subject("opd", discount=1.0, return_to_go="expected"),
@@ -165,59 +153,54 @@ COUPLED = (
 )
 
 
-# What an option reads that the audit does not have: rewards of a task, data that another policy
-# drew.
-_BEYOND = ("task_reward_coef", "importance")
+# Options that need what the audit of a pair lacks: task rewards, data of another policy.
+_REFUSED_OPTIONS = ("task_reward_coef", "importance")
+_OFF = (0, "none", None)
 
 
-def _filled(each: Subject) -> tuple[str | None, dict[str, Any]]:
-    """Recipe and options with its defaults in place of nothing, so that one estimator is not
-    measured twice.
-    """
-    known = (
-        {} if each.recipe is None else inspect.signature(RECIPES[each.recipe].token_loss).parameters
-    )
-    usual = {
-        name: known[name].default
-        for name in known
-        if known[name].kind is inspect.Parameter.KEYWORD_ONLY
-    }
-    return each.recipe or each.name, {
-        name: value
-        for name, value in (usual | each.options).items()
-        if value not in (0, "none", None)
-    }
+def _with_defaults(each: Subject) -> tuple[str | None, dict[str, Any]]:
+    """Return recipe and options with the defaults filled in, so that equal estimators are equal."""
+    if each.recipe is None:
+        return each.name, each.options
+    parameters = inspect.signature(RECIPES[each.recipe].token_loss).parameters.values()
+    is_option = lambda parameter: parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    defaults = {p.name: p.default for p in parameters if is_option(p)}
+    options = (defaults | each.options).items()
+    return each.recipe, {name: value for name, value in options if value not in _OFF}
 
 
 def choose(
     names: Sequence[str] | None, options: dict[str, Any] | None = None, recipe: str | None = None
 ) -> list[Subject]:
-    """The default subjects of these recipes or pitfalls (all: None), the one that a config asks for
-    first, and `opd`, always.
+    """Return the subjects to measure.
 
-    ValueError on a name that is not known, and on options whose input the audit does not have.
+    These are the default subjects of the recipes and pitfalls `names` (None: all), preceded by the
+    config's own `recipe` with its `options`, and in any case `opd`. ValueError on an unknown name
+    and on options that need rewards or stale data.
     """
-    known = (*DEFAULT, *COUPLED)
-    wanted = [s for s in known if names is None or (s.recipe or s.name) in names]
-    unknown = sorted(set(names or ()) - {s.recipe or s.name for s in known})
-    if unknown:
-        raise ValueError(
-            f"there is nothing called {unknown} to audit; expected some of {sorted({s.recipe or s.name for s in known})}"
-        )
+    subjects = (*DEFAULT, *COUPLED)
+    known = {each.recipe or each.name for each in subjects}
+    if unknown := sorted(set(names or ()) - known):
+        raise ValueError(f"cannot audit {unknown}; expected some of {sorted(known)}")
+    chosen = [each for each in subjects if names is None or (each.recipe or each.name) in names]
     if recipe is not None:
-        beyond = [name for name in _BEYOND if (options or {}).get(name) not in (None, 0, "none")]
-        if RECIPES[recipe].reward != "none":
-            raise ValueError(
-                f"estimator.recipe is {recipe!r}; expected one that a teacher supervises: the audit of a pair has no rewards of answers. "
-                f"opdjax audit --explain {recipe} tells of it"
-            )
-        if beyond:
-            raise ValueError(
-                f"estimator.{beyond[0]} is {options[beyond[0]]!r}; expected none: the audit of a pair has neither rewards of a task nor "
-                "stale data (importance corrections are measured on its tree)"
-            )
-        asked = subject(recipe, **(options or {}))
-        wanted = [each for each in wanted if _filled(each) != _filled(asked)]
-        wanted.insert(0, asked)
+        own = _own_subject(recipe, options or {})
+        chosen = [own, *(x for x in chosen if _with_defaults(x) != _with_defaults(own))]
     plain = subject("opd")
-    return wanted if any(_filled(each) == _filled(plain) for each in wanted) else [*wanted, plain]
+    has_plain = any(_with_defaults(each) == _with_defaults(plain) for each in chosen)
+    return chosen if has_plain else [*chosen, plain]
+
+
+def _own_subject(recipe: str, options: dict[str, Any]) -> Subject:
+    if RECIPES[recipe].reward != "none":
+        raise ValueError(
+            f"estimator.recipe is {recipe!r}; expected one that a teacher supervises: the audit of "
+            f"a pair has no rewards. opdjax audit --explain {recipe} describes it"
+        )
+    for name in _REFUSED_OPTIONS:
+        if options.get(name) not in _OFF:
+            raise ValueError(
+                f"estimator.{name} is {options[name]!r}; expected none: the audit of a pair has "
+                "neither task rewards nor stale data (its tree measures importance corrections)"
+            )
+    return subject(recipe, **options)

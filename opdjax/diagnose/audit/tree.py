@@ -1,12 +1,13 @@
-"""The audit of what couples tokens, on a tree small enough to enumerate every sequence: V = 3, T =
-3, token 0 ends it.
+"""The audit of estimators that couple tokens, on a tree whose sequences are all enumerated.
 
-The student is a table: a row of logits for each prefix, its parameters. Everything else is real:
-the columns that are prepared, the recipe's loss, the aggregation. Float64.
+V = 3, T = 3, and token 0 ends a sequence. The student's parameters are a table with a row of logits
+for each prefix; the prepared columns, the recipe's loss and the aggregation are those of training.
+Float64.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from functools import partial
 from typing import Any
@@ -29,14 +30,12 @@ SEQUENCES = [(*prefix, END) for prefix in PREFIXES] + [
 
 
 def _encode(tokens):
-    """(tokens [T + 1], mask, number of the prefix before each token [T + 1]); column 0 is the
-    prompt.
+    """Return (tokens, mask, number of the prefix before each token), each `[T + 1]`.
+
+    Column 0 is the prompt.
     """
-    row, mask, before = (
-        np.zeros(LENGTH + 1, int),
-        np.zeros(LENGTH + 1, bool),
-        np.zeros(LENGTH + 1, int),
-    )
+    shape = LENGTH + 1
+    row, mask, before = np.zeros(shape, int), np.zeros(shape, bool), np.zeros(shape, int)
     for t, token in enumerate(tokens):
         row[t + 1], mask[t + 1], before[t + 1] = token, True, PREFIXES.index(tokens[:t])
     return row, mask, before
@@ -46,7 +45,7 @@ _ENCODED = [np.stack(parts) for parts in zip(*map(_encode, SEQUENCES))]
 
 
 def sequence_logprobs(table) -> jax.Array:
-    """Log-probability of every sequence under a table `[C, V]`."""
+    """Return the log-probability of every sequence under a table `[C, V]`, in nats."""
     logprobs = jax.nn.log_softmax(table, axis=-1)
     return jnp.stack(
         [sum(logprobs[PREFIXES.index(s[:t]), y] for t, y in enumerate(s)) for s in SEQUENCES]
@@ -54,20 +53,19 @@ def sequence_logprobs(table) -> jax.Array:
 
 
 def gradient_of(subject: Subject, student, teacher, behavior, rows, aggregation: str):
-    """Gradient `[C, V]` of the subject's loss on the sequences with these numbers, drawn from the
-    table `behavior`.
+    """Return the gradient `[C, V]` of the subject's loss on a batch of sequences.
+
+    `rows`: the numbers of the sequences, sampled from the table `behavior`.
     """
     tokens, mask, before = (jnp.asarray(x)[rows] for x in _ENCODED)
     segments = jnp.ones_like(tokens)
-    weights = aggregation_weights(
-        mask, segments, aggregation, count_denominators(mask, segments, LENGTH)
-    )
+    denominators = count_denominators(mask, segments, LENGTH)
+    weights = aggregation_weights(mask, segments, aggregation, denominators)
     recipe, options = bind(subject.recipe, subject.options)
     at = lambda table: VocabTile(table[before.reshape(-1)])
     flat = lambda tree: jax.tree.map(lambda x: x.reshape(-1), tree)
-    columns = TokenInputs(
-        tokens, behavior_logprob=at(behavior).logprob(tokens.reshape(-1)).reshape(tokens.shape)
-    )
+    logprobs = at(behavior).logprob(tokens.reshape(-1)).reshape(tokens.shape)
+    columns = TokenInputs(tokens, behavior_logprob=logprobs)
     if coupling.is_coupled(options):
         stats = coupling.token_stats(at(student), at(teacher), flat(columns), options)
         stats = jax.tree.map(lambda x: x.reshape(tokens.shape), stats)
@@ -83,29 +81,27 @@ def gradient_of(subject: Subject, student, teacher, behavior, rows, aggregation:
 
 
 def exact_gradients(student, teacher) -> dict[str, jax.Array]:
-    """`frozen`: of sum_t KL_t with the distribution of contexts held fixed; `sequence`: of the KL
-    of whole sequences.
+    """Return two exact gradients `[C, V]`.
+
+    `frozen`: of sum_t KL_t with the distribution of contexts held fixed. `sequence`: of the KL of
+    whole sequences.
     """
     probs = np.exp(sequence_logprobs(student))
-    reach = np.array(
-        [
-            sum(p for p, s in zip(probs, SEQUENCES) if s[: len(c)] == c and len(s) > len(c))
-            for c in PREFIXES
-        ]
+    passes_through = lambda sequence, prefix: sequence[: len(prefix)] == prefix != sequence
+    visits = np.array(
+        [sum(p for p, s in zip(probs, SEQUENCES) if passes_through(s, c)) for c in PREFIXES]
     )
 
     def frozen(table):
         p, q = jax.nn.log_softmax(table, axis=-1), jax.nn.log_softmax(teacher, axis=-1)
-        return jnp.sum(reach * jnp.sum(jnp.exp(p) * (p - q), axis=-1))
+        return jnp.sum(visits * jnp.sum(jnp.exp(p) * (p - q), axis=-1))
 
     def whole(table):
         p = sequence_logprobs(table)
         return jnp.sum(jnp.exp(p) * (p - sequence_logprobs(teacher)))
 
-    return {
-        "frozen": jax.grad(frozen)(student) / LENGTH,
-        "sequence": jax.grad(whole)(student) / LENGTH,
-    }
+    gradients = {"frozen": jax.grad(frozen)(student), "sequence": jax.grad(whole)(student)}
+    return {name: gradient / LENGTH for name, gradient in gradients.items()}
 
 
 def expected(
@@ -117,8 +113,9 @@ def expected(
     num_rows: int = 1,
     aggregation: str = "fixed_denominator",
 ):
-    """(expected gradient [C, V], its variance summed over parameters) of batches of `num_rows`
-    sequences, all enumerated.
+    """Return (expected gradient [C, V], its variance summed over parameters).
+
+    The expectation is over all batches of `num_rows` sequences.
     """
     batches = jnp.array(list(itertools.product(range(len(SEQUENCES)), repeat=num_rows)))
     logprobs = sequence_logprobs(behavior)
@@ -130,101 +127,90 @@ def expected(
     return mean, jnp.einsum("n,ncv->", probs, jnp.square(gradients - mean))
 
 
+@dataclasses.dataclass(frozen=True)
+class TreeCase:
+    """An estimator and the batches that it is measured on."""
+
+    title: str
+    subject: Subject
+    num_rows: int = 1
+    aggregation: str = "fixed_denominator"
+    is_stale: bool = False  # the data was sampled by another table
+
+
 _CAP = 1.2
-_STALE = (
-    ("no correction", {}),
-    (f"token_truncate {_CAP}", {"importance": "token_truncate", "importance_cap": _CAP}),
-    (f"token_mask 0.5 to {_CAP}", {"importance": "token_mask", "importance_cap": _CAP}),
-    ("ppo_clip", {"importance": "ppo_clip"}),
-    ("prefix_truncate 2", {"importance": "prefix_truncate"}),
-    ("prefix ratio, no cap", {"importance": "prefix_truncate", "importance_cap": 1e6}),
-    ("sequence_mask 3", {"importance": "sequence_mask"}),
-    ("sequence ratio, no cap", {"importance": "sequence_mask", "importance_cap": 1e6}),
-)
-_FREE = {"importance": "prefix_truncate", "importance_cap": 1e6}
-# What is worth knowing of coupled options: (title, subject, rows a batch, aggregation, are the data
-# stale).
+_NO_CAP = {"importance": "prefix_truncate", "importance_cap": 1e6}
+_CORRECTIONS = {
+    "no correction": {},
+    f"token_truncate {_CAP}": {"importance": "token_truncate", "importance_cap": _CAP},
+    f"token_mask 0.5 to {_CAP}": {"importance": "token_mask", "importance_cap": _CAP},
+    "ppo_clip": {"importance": "ppo_clip"},
+    "prefix_truncate 2": {"importance": "prefix_truncate"},
+    "prefix ratio, no cap": _NO_CAP,
+    "sequence_mask 3": {"importance": "sequence_mask"},
+    "sequence ratio, no cap": {"importance": "sequence_mask", "importance_cap": 1e6},
+}
+_WITH_BASELINE = tuple(_CORRECTIONS)[:3]
+_PLAIN, _BASELINE, _EXACT = subject("opd"), subject("vopd", baseline="full"), subject("full_kl")
+_EXPECTED = {"discount": 1.0, "return_to_go": "expected"}
 CASES = (
-    ("token-level credit", subject("opd"), 1, "fixed_denominator", False),
-    ("baseline full", subject("vopd", baseline="full"), 1, "fixed_denominator", False),
-    ("reward to go, as drawn", subject("opd", discount=1.0), 1, "fixed_denominator", False),
-    (
-        "reward to go, -KL for later rewards",
-        subject("opd", discount=1.0, return_to_go="expected"),
-        1,
-        "fixed_denominator",
-        False,
-    ),
-    (
-        "the same and baseline full",
-        subject("vopd", baseline="full", discount=1.0, return_to_go="expected"),
-        1,
-        "fixed_denominator",
-        False,
-    ),
-    ("prefix weight 0.5", subject("opd", prefix_weight=0.5), 1, "fixed_denominator", False),
-    ("exact KL", subject("full_kl"), 1, "fixed_denominator", False),
-    (
-        "two rows, baseline batch_mean",
-        subject("vopd", baseline="batch_mean"),
-        2,
-        "fixed_denominator",
-        False,
-    ),
-    *((f"two rows, {kind}", subject("opd"), 2, kind, False) for kind in AGGREGATIONS),
+    TreeCase("token-level credit", _PLAIN),
+    TreeCase("baseline full", _BASELINE),
+    TreeCase("sampled reward to go", subject("opd", discount=1.0)),
+    TreeCase("reward to go, -KL for later rewards", subject("opd", **_EXPECTED)),
+    TreeCase("the same with baseline full", subject("vopd", baseline="full", **_EXPECTED)),
+    TreeCase("prefix weight 0.5", subject("opd", prefix_weight=0.5)),
+    TreeCase("exact KL", _EXACT),
+    TreeCase("two rows, baseline batch_mean", subject("vopd", baseline="batch_mean"), 2),
+    *(TreeCase(f"two rows, {kind}", _PLAIN, 2, kind) for kind in AGGREGATIONS),
+    *(TreeCase(f"two rows, {kind}, baseline full", _BASELINE, 2, kind) for kind in AGGREGATIONS),
     *(
-        (f"two rows, {kind}, baseline full", subject("vopd", baseline="full"), 2, kind, False)
-        for kind in AGGREGATIONS
+        TreeCase(f"stale, {name}", subject("opd", **options), is_stale=True)
+        for name, options in _CORRECTIONS.items()
     ),
     *(
-        (f"stale, {name}", subject("opd", **options), 1, "fixed_denominator", True)
-        for name, options in _STALE
+        TreeCase(
+            f"stale, {name}, baseline full", subject("vopd", **_CORRECTIONS[name]), is_stale=True
+        )
+        for name in _WITH_BASELINE
     ),
-    *(
-        (f"stale, {name}, baseline full", subject("vopd", **options), 1, "fixed_denominator", True)
-        for name, options in _STALE[:3]
-    ),
-    ("stale, exact KL, no correction", subject("full_kl"), 1, "fixed_denominator", True),
-    (
-        "stale, exact KL, prefix ratio, no cap",
-        subject("full_kl", **_FREE),
-        1,
-        "fixed_denominator",
-        True,
-    ),
+    TreeCase("stale, exact KL, no correction", _EXACT, is_stale=True),
+    TreeCase("stale, exact KL, prefix ratio, no cap", subject("full_kl", **_NO_CAP), is_stale=True),
 )
 
 
 def audit_tree(*, seed: int = 0) -> dict[str, Any]:
-    """Bias of each case, relative, and its variance over the squared norm of its expectation.
+    """Return each case's relative bias, and its variance over the squared norm of its expectation.
 
-    `frozen`: against the gradient with the distribution of contexts held fixed; `sequence`: against
-    that of the sequence KL. A batch mean divides by what was sampled and has another size by
-    intent: there the size is fitted and the direction judged. `baseline`: what the baseline adds to
-    the expectation, relative to the same without one.
+    `frozen`: bias against the gradient with the distribution of contexts held fixed; `sequence`:
+    against that of the sequence KL. A mean over a batch divides by the sampled lengths, so its
+    gradient has another scale: there the scale is fitted, and the bias measures the direction.
+    `baseline`: the relative change of the expectation through the baseline; None without one.
     """
     with jax.enable_x64(True):
         rng = np.random.default_rng(seed)
-        student, teacher, step = (
-            jnp.asarray(rng.normal(size=(len(PREFIXES), 3))) for _ in range(3)
-        )
-        stale = student + 0.5 * step  # the table that stale data were drawn from
-        exact, rows, without = exact_gradients(student, teacher), [], {}
-        for title, case, num_rows, aggregation, is_stale in CASES:
-            run = jax.jit(partial(expected, case, num_rows=num_rows, aggregation=aggregation))
-            mean, variance = run(student, teacher, stale if is_stale else student)
-            is_fitted = num_rows > 1 and aggregation != "fixed_denominator"
+        tables = rng.normal(size=(3, len(PREFIXES), 3))
+        student, teacher, step = map(jnp.asarray, tables)
+        stale = student + 0.5 * step  # the table that sampled the stale data
+        exact, rows, means = exact_gradients(student, teacher), [], {}
+        for case in CASES:
+            run = jax.jit(
+                partial(
+                    expected, case.subject, num_rows=case.num_rows, aggregation=case.aggregation
+                )
+            )
+            mean, variance = run(student, teacher, stale if case.is_stale else student)
+            is_fitted = case.num_rows > 1 and case.aggregation != "fixed_denominator"
+            means[case.title] = mean
+            plain = means.get(case.title.removesuffix(", baseline full"))
+            has_plain = plain is not None and plain is not mean
             row = {
-                "title": title,
-                "name": case.name,
+                "title": case.title,
+                "name": case.subject.name,
                 "variance": float(variance / jnp.vdot(mean, mean)),
             }
             row |= {name: _misfit(mean, gradient, is_fitted) for name, gradient in exact.items()}
-            without[title] = mean
-            plain = without.get(title.removesuffix(", baseline full"))
-            row["baseline"] = (
-                None if plain is mean or plain is None else _misfit(mean, plain, False)
-            )
+            row["baseline"] = _misfit(mean, plain, False) if has_plain else None
             rows.append(row)
     return {"seed": seed, "vocab": 3, "length": LENGTH, "rows": rows}
 

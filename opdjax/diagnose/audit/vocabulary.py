@@ -1,4 +1,4 @@
-"""The audit on random contexts of a small vocabulary, in float64, every draw enumerated."""
+"""The audit at random contexts of a small vocabulary: float64, every token enumerated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from opdjax.ops.tile import VocabTile
 
 
 def random_contexts(num_contexts: int, vocab: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Logits `[n, V]` of students from flat to peaked, and of teachers from near to far."""
+    """Return logits `[n, V]` of flat to peaked students and of near to distant teachers."""
     rng = np.random.default_rng(seed)
     sharpness = rng.uniform(0.5, 3.0, (num_contexts, 1))
     distance = rng.uniform(0.1, 2.0, (num_contexts, 1))
@@ -28,9 +28,7 @@ def random_contexts(num_contexts: int, vocab: int, seed: int) -> tuple[np.ndarra
 def audit_vocabulary(
     subjects: Sequence[Subject], *, num_contexts: int = 1000, vocab: int = 50, seed: int = 0
 ) -> dict[str, Any]:
-    """Bias, cosine and action variance of each subject at random contexts, through its own loss,
-    draw by draw.
-    """
+    """Return bias, cosine and action variance of each subject, from its loss at every token."""
     with jax.enable_x64(True):
         student, teacher = (
             VocabTile(jnp.asarray(x)) for x in random_contexts(num_contexts, vocab, seed)
@@ -42,7 +40,5 @@ def audit_vocabulary(
         rows = {}
         for each in subjects:
             stats = jax.jit(partial(enumerate_draws, each))(student, teacher, mean_reward)
-            rows[each.name] = summarise(
-                {name: np.asarray(value) for name, value in stats.items()}, plain
-            )
+            rows[each.name] = summarise(jax.tree.map(np.asarray, stats), plain)
     return {"num_contexts": num_contexts, "vocab": vocab, "seed": seed, "rows": rows}

@@ -1,5 +1,6 @@
-"""The very programs that training runs, compiled for a machine that need not be there: what the
-compiler says they take.
+"""Compile the programs of training for a machine that need not be present, and report their sizes.
+
+AOT: ahead of time.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from jax.sharding import Mesh
 
 from opdjax.config.topology import Topology
 from opdjax.diagnose.plan.hlo import Collective, collectives, most_rows
+from opdjax.diagnose.plan.memory import abstract_leaves
 from opdjax.diagnose.plan.workload import Workload, has_advantages
 from opdjax.engine.decoding import Decoding
 from opdjax.engine.sampler import Placed, advance, block_size, num_slots, parts_of, prefill, start
 from opdjax.engine.scorer import score
 from opdjax.engine.update import init_state, make_optimizer, make_update, spec_of
-from opdjax.models.decoder import DecoderConfig, head_of, parameter_shapes
+from opdjax.models.decoder import DecoderConfig, head_of
 from opdjax.models.lora import combine, init_adapters
 from opdjax.models.partitioning import shardings_of
 from opdjax.ops.sharding import by_row, make_mesh, replicated
@@ -32,45 +34,48 @@ from opdjax.types import TeacherScores, TrainBatch
 
 
 class NoCompilerError(RuntimeError):
-    """There is no compiler here for the topology."""
+    """No compiler for the topology is installed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What XLA says of one compiled program; bytes are of one device."""
+    """What XLA reports of a compiled program; bytes are those of one device."""
 
     name: str
     argument_bytes: int
     output_bytes: int
-    alias_bytes: int  # of the output, those written over donated arguments
-    peak_bytes: int  # arguments, outputs and everything in between, when most is held
-    flops: float  # of one device; a loop whose rounds are not known counts once
+    alias_bytes: int  # the part of the output that overwrites donated arguments
+    peak_bytes: int  # the most that arguments, outputs and temporaries hold at once
+    flops: float  # of one device; a loop of unknown trip count counts once
     compile_seconds: float
     collectives: list[Collective]
-    most_logit_rows: int  # tokens whose logits stand in one array
-    problem: str | None = None  # why it was not compiled: it does not fit
+    most_logit_rows: int  # tokens whose logits are in one array
+    problem: str | None = None  # why it did not compile: it does not fit
 
     @property
     def temp_bytes(self) -> int:
-        """What it holds at its peak beside arguments and outputs. XLA's own figure counts donated
-        arguments twice on TPU.
+        """Bytes at the peak without arguments and outputs.
+
+        XLA's own figure counts donated arguments twice on TPU.
         """
         return self.peak_bytes - self.argument_bytes - self.output_bytes + self.alias_bytes
 
 
 def describe(topology: Topology) -> list[Any]:
-    """The devices of a topology, for `jax.make_mesh`; NoCompilerError where nothing compiles for it
-    here.
+    """Return the devices of a topology for `jax.make_mesh`.
+
+    NoCompilerError if no compiler for it is installed.
     """
     if topology.jax_name is None:
         raise NoCompilerError(
-            f"{topology.name}: XLA compiles for a GPU only where there is one; plan without --aot, or on the machine"
+            f"{topology.name}: XLA compiles for a GPU only on a machine with one; plan without "
+            "--aot, or on that machine"
         )
-    # libtpu would otherwise ask a metadata server that is not there, and wait; and refuse a second
-    # process, where none holds a chip.
+    # Otherwise libtpu waits for a metadata server, and refuses a second process although none
+    # holds a chip.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    # A v4 chip has two cores that act as one device, as on the machine itself.
+    # The two cores of a v4 chip act as one device.
     more = {"chip_config_name": "megacore"} if topology.chip.jax_name == "v4" else {}
     try:
         name, host = topology.jax_name, topology.host_shape
@@ -79,49 +84,42 @@ def describe(topology: Topology) -> list[Any]:
         )
     except (RuntimeError, ValueError) as error:
         raise NoCompilerError(
-            f"nothing here compiles for {topology.name} ({str(error).splitlines()[0]}); install libtpu beside the same jax: "
-            f"pip install 'jax[tpu]=={jax.__version__}'"
+            f"no compiler for {topology.name} is installed ({str(error).splitlines()[0]}); install "
+            f"libtpu for this jax: pip install 'jax[tpu]=={jax.__version__}'"
         ) from error
     return found.devices
 
 
 def compile_programs(workload: Workload) -> list[Program]:
-    """The programs of a step: the sampler's two, the teacher's pass where there is one, the update."""
+    """Compile the programs of a step: the sampler's two, the teacher's pass, the update.
+
+    A run without sampling or without a teacher lacks theirs.
+    """
     mesh = make_mesh(**workload.mesh, devices=describe(workload.topology))
-    found = (
-        []
-        if workload.config.sampling.completions_from == "references"
-        else _compile_sampler(workload, mesh)
-    )
+    programs = []
+    if workload.config.sampling.completions_from != "references":
+        programs = _compile_sampler(workload, mesh)
     if workload.needs != "none":
-        found.append(measure("teacher", partial(_lower_score, workload, mesh), workload)[0])
-    return [*found, compile_update(workload, mesh)]
+        programs.append(measure("teacher", partial(_lower_score, workload, mesh), workload)[0])
+    return [*programs, compile_update(workload, mesh)]
 
 
 def compile_update(workload: Workload, mesh: Mesh) -> Program:
-    """The update alone."""
+    """Compile the update alone."""
     return measure("update", partial(_lower_update, workload, mesh), workload)[0]
 
 
 def abstract_params(
     model: DecoderConfig, dtype: str, mesh: Mesh, split_over: tuple[str, ...]
 ) -> Any:
-    """The parameters of a model without their values."""
-    shapes = parameter_shapes(model)
-    leaves = jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)),
-        shapes,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
-    return _laid_out(leaves, shardings_of(leaves, mesh, split_over))
+    """Return the shapes, types and shardings of a model's parameters."""
+    leaves = abstract_leaves(model, dtype)
+    return _with_shardings(leaves, shardings_of(leaves, mesh, split_over))
 
 
-def _laid_out(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        tree,
-        shardings,
-    )
+def _with_shardings(tree: Any, shardings: Any) -> Any:
+    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return jax.tree.map(place, tree, shardings)
 
 
 def _rows(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
@@ -129,46 +127,39 @@ def _rows(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
 
 
 def _batch(workload: Workload, mesh: Mesh) -> TrainBatch:
-    options, config = workload.config.estimator.options, workload.config
-    field = partial(_rows, mesh)
-    shape = (config.rows_per_step, workload.columns)
+    config, shape = workload.config, (workload.config.rows_per_step, workload.columns)
+    field, extra = partial(_rows, mesh), config.estimator.options.get("extra_draws")
+    is_sampled = config.sampling.completions_from == "student"
     return TrainBatch(
         tokens=field(jnp.int32, *shape),
         mask=field(jnp.bool_, *shape),
         segment_ids=field(jnp.int32, *shape),
-        behavior_logprobs=field(jnp.float32, *shape)
-        if config.sampling.completions_from == "student"
-        else None,
+        behavior_logprobs=field(jnp.float32, *shape) if is_sampled else None,
         advantages=field(jnp.float32, *shape) if has_advantages(config.estimator) else None,
-        uniforms=field(jnp.float32, *shape, options["extra_draws"])
-        if options.get("extra_draws")
-        else None,
+        uniforms=field(jnp.float32, *shape, extra) if extra else None,
     )
 
 
 def _adapters(workload: Workload, dtype: str, mesh: Mesh, split_over: tuple[str, ...]) -> Any:
     leaves = jax.eval_shape(partial(init_adapters, workload.student, workload.config.lora, 0))
     leaves = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), leaves)
-    return _laid_out(leaves, shardings_of(leaves, mesh, split_over))
+    return _with_shardings(leaves, shardings_of(leaves, mesh, split_over))
 
 
 def _published(workload: Workload, mesh: Mesh) -> Any:
-    """The weights that rollouts are drawn with."""
+    """Return the weights that sample rollouts."""
     over = workload.config.sampling.split_over
     whole = abstract_params(workload.student, workload.dtype, mesh, over)
-    return (
-        combine(whole, _adapters(workload, workload.dtype, mesh, over))
-        if workload.config.lora.rank
-        else whole
-    )
+    if not workload.config.lora.rank:
+        return whole
+    return combine(whole, _adapters(workload, workload.dtype, mesh, over))
 
 
 def _teacher_params(workload: Workload, mesh: Mesh) -> Any:
     if workload.teacher is None and not workload.has_reference:
         return _published(workload, mesh)
-    return abstract_params(
-        workload.scoring_model, workload.teacher_dtype, mesh, workload.scoring_split
-    )
+    model, dtype = workload.scoring_model, workload.teacher_dtype
+    return abstract_params(model, dtype, mesh, workload.scoring_split)
 
 
 def _lower_update(workload: Workload, mesh: Mesh) -> Any:
@@ -180,145 +171,103 @@ def _lower_update(workload: Workload, mesh: Mesh) -> Any:
         frozen = abstract_params(workload.student, workload.dtype, mesh, spec.split_over)
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     state = jax.eval_shape(partial(init_state, optimizer=optimizer), params)
-    state = _laid_out(state, shardings_of(state, mesh, spec.split_over))
-    batch, head = _batch(workload, mesh), None
+    state = _with_shardings(state, shardings_of(state, mesh, spec.split_over))
+    batch, head, field = _batch(workload, mesh), None, partial(_rows, mesh)
+    shape = batch.tokens.shape
     if workload.has_reference:
+        batch = dataclasses.replace(batch, reference_logprobs=field(jnp.float32, *shape))
+    elif workload.needs == "vocabulary":
+        head = head_of(_teacher_params(workload, mesh))
+        dtype, width = jnp.dtype(workload.teacher_dtype), workload.scoring_model.hidden_size
         batch = dataclasses.replace(
-            batch, reference_logprobs=_rows(mesh, jnp.float32, *batch.tokens.shape)
+            batch, teacher=TeacherScores(hidden=field(dtype, *shape, width))
         )
-    elif workload.needs in ("token", "top_k"):
-        field = partial(_rows, mesh)
-        scores = TeacherScores(token_logprobs=field(jnp.float32, *batch.tokens.shape))
-        if workload.top_k:
-            top = (*batch.tokens.shape, workload.top_k)
+    elif workload.needs != "none":
+        scores = TeacherScores(token_logprobs=field(jnp.float32, *shape))
+        if workload.needs == "top_k":
+            top = (*shape, workload.top_k)
             scores = dataclasses.replace(
                 scores, top_ids=field(jnp.int32, *top), top_logprobs=field(jnp.float32, *top)
             )
         batch = dataclasses.replace(batch, teacher=scores)
-    if workload.needs == "vocabulary":
-        head = head_of(_teacher_params(workload, mesh))
-        hidden = _rows(
-            mesh,
-            jnp.dtype(workload.teacher_dtype),
-            *batch.tokens.shape,
-            workload.scoring_model.hidden_size,
-        )
-        batch = dataclasses.replace(batch, teacher=TeacherScores(hidden=hidden))
-    return make_update(spec, config.optimizer, config.train.num_steps).lower(
-        state, batch, head, frozen
-    )
+    update = make_update(spec, config.optimizer, config.train.num_steps)
+    return update.lower(state, batch, head, frozen)
 
 
 def _lower_score(workload: Workload, mesh: Mesh) -> Any:
     config, params = workload.config, _teacher_params(workload, mesh)
-    parts = config.train.gradient_accumulation_steps
-    how = {
-        "needs": workload.needs,
-        "top_k": workload.top_k,
-        "tile": config.estimator.tile,
-        "parts": parts,
-        "mesh": mesh,
-    }
     return score.lower(
-        params, head_of(params), _batch(workload, mesh), config=workload.scoring_model, **how
+        params,
+        head_of(params),
+        _batch(workload, mesh),
+        config=workload.scoring_model,
+        needs=workload.needs,
+        top_k=workload.top_k,
+        tile=config.estimator.tile,
+        parts=config.train.gradient_accumulation_steps,
+        mesh=mesh,
     )
 
 
-def _sampled(workload: Workload, mesh: Mesh) -> tuple[Any, dict[str, Any], tuple[int, int]]:
-    """(parameters, static arguments, (slots, prompts read at a time)) of what the sampler runs."""
+def _sampler_inputs(workload: Workload, mesh: Mesh) -> tuple[Any, dict[str, Any], tuple[int, int]]:
+    """Return (parameters, static arguments, (slots, prompts in a block)) of the sampler."""
     config, sampling = workload.config, workload.config.sampling
     is_student = sampling.completions_from == "student" or workload.teacher is None
-    model = workload.student if is_student else workload.teacher
-    params = _published(workload, mesh) if is_student else _teacher_params(workload, mesh)
-    filters = (sampling.top_k, sampling.top_p, sampling.min_p)
     decoding = Decoding(
         sampling.max_completion_length,
-        (0,),
-        sampling.temperature,
-        *filters,
+        stop_token_ids=(0,),
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
         kv_dtype=sampling.kv_dtype,
     )
+    model = workload.student if is_student else workload.teacher
+    static = {"config": model, "decoding": decoding, "mesh": mesh}
     slots = num_slots(sampling.slots, config.rows_per_step, mesh)
-    return (
-        params,
-        {"config": model, "decoding": decoding, "mesh": mesh},
-        (slots, block_size(slots, sampling.num_generations, mesh)),
-    )
+    params = (_published if is_student else _teacher_params)(workload, mesh)
+    return params, static, (slots, block_size(slots, sampling.num_generations, mesh))
 
 
 def _compile_sampler(workload: Workload, mesh: Mesh) -> list[Program]:
-    """Reading prompts, and decoding at the longest ring, which takes most."""
-    params, static, (slots, block) = _sampled(workload, mesh)
-    width, count = workload.prompt_columns, workload.config.rows_per_step
+    """Compile prefill, and decoding with the longest cache, which needs most."""
+    params, static, (slots, block) = _sampler_inputs(workload, mesh)
+    width, rows = workload.prompt_columns, workload.config.rows_per_step
+    columns = width + static["decoding"].max_completion_length
     whole = partial(jax.ShapeDtypeStruct, (block, width), sharding=replicated(mesh))
-    taking_apart = parts_of, (params["layers"], static["config"]), {}
-    parts = _results(taking_apart, _lower(taking_apart).compile())
-    reading = (
-        prefill,
-        (params, parts, whole(jnp.int32), whole(jnp.bool_)),
-        {"width": width, **static},
-    )
-    of_prefill, compiled = measure("prefill", partial(_lower, reading), workload)
+    inputs = (params["layers"], static["config"])
+    layers = _results(parts_of, inputs, {}, parts_of.lower(*inputs).compile())
+    inputs = (params, layers, whole(jnp.int32), whole(jnp.bool_))
+    options = {"width": width, **static}
+    program, compiled = measure("prefill", partial(prefill.lower, *inputs, **options), workload)
     if compiled is None:
-        return [of_prefill]
-    empty = (
-        start,
-        (params,),
-        {
-            "slots": slots,
-            "rows": count,
-            "columns": width + static["decoding"].max_completion_length,
-            **static,
-        },
-    )
-    state = _results(empty, _lower(empty).compile())
+        return [program]
+    prefix = _results(prefill, inputs, options, compiled)
+    options = {"slots": slots, "rows": rows, "columns": columns, **static}
+    state = _results(start, (params,), options, start.lower(params, **options).compile())
     of_slot, number = np.zeros(slots, np.int32), np.int32(0)
     placed = Placed(of_slot, of_slot, of_slot, of_slot)
-    arguments = (
-        params,
-        parts,
-        state,
-        _results(reading, compiled),
-        placed,
-        np.zeros(3, np.int32),
-        number,
-        number,
-    )
-    decoding = advance, arguments, {"prompt_columns": width, **static}
-    return [of_prefill, measure("sample", partial(_lower, decoding), workload)[0]]
+    names = np.zeros(3, np.int32)
+    inputs = (params, layers, state, prefix, placed, names, number, number)
+    lower = partial(advance.lower, *inputs, prompt_columns=width, **static)
+    return [program, measure("sample", lower, workload)[0]]
 
 
-def _lower(call: tuple[Any, tuple, dict[str, Any]]) -> Any:
-    function, arguments, static = call
-    return function.lower(*arguments, **static)
-
-
-def _results(call: tuple[Any, tuple, dict[str, Any]], compiled: Any) -> Any:
-    """What a call returns, laid out as its compiled program returns it."""
-    function, arguments, static = call
-    return _laid_out(function.eval_shape(*arguments, **static), compiled.output_shardings)
+def _results(function: Any, inputs: tuple, options: dict[str, Any], compiled: Any) -> Any:
+    """Return the shapes of a call's results with the shardings of its compiled program."""
+    return _with_shardings(function.eval_shape(*inputs, **options), compiled.output_shardings)
 
 
 def measure(name: str, lower: Callable, workload: Workload) -> tuple[Program, Any]:
-    """(what the compiler says of a program, the program itself; None where it does not fit)."""
+    """Compile a program; return (what the compiler reports, the program or None if too large)."""
     began = time.monotonic()
     try:
         compiled = lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Program(
-            name,
-            0,
-            0,
-            0,
-            0,
-            0.0,
-            time.monotonic() - began,
-            [],
-            0,
-            problem=str(error).partition("\n")[0],
-        ), None
+        seconds, problem = time.monotonic() - began, str(error).partition("\n")[0]
+        return Program(name, 0, 0, 0, 0, 0.0, seconds, [], 0, problem), None
     seconds = time.monotonic() - began
     memory, text = compiled.memory_analysis(), compiled.as_text()
     models = [model for model in (workload.student, workload.teacher) if model is not None]

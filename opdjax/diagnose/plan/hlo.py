@@ -1,6 +1,4 @@
-"""What a compiled program says of itself: its collectives, and the largest arrays with a vocabulary
-dimension. Text in, numbers out.
-"""
+"""Collectives and the largest logits of a compiled program, read from its HLO text."""
 
 from __future__ import annotations
 
@@ -9,42 +7,31 @@ import math
 import re
 from collections.abc import Collection
 
-_KINDS = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-    "ragged-all-to-all",
-)
-_BITS = {
-    "pred": 8,
-    "token": 0,
-    "opaque": 0,
-}  # the other types end in their width: bf16, s32, f8e4m3fn
+_KINDS = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"}
+_KINDS |= {"collective-permute", "collective-broadcast"}
+# The names of the other types hold their width: bf16, s32, f8e4m3fn.
+_BITS = {"pred": 8, "token": 0, "opaque": 0}
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(
     r"^\s*(?:ROOT )?%(?P<name>[\w.-]+) = (?P<type>.*?) (?P<opcode>[a-z][a-z0-9-]*)\((?P<rest>.*)$"
 )
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%(?P<name>[\w.-]+) \(.*\{$")
 _CALLEES = re.compile(
-    r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%([\w.-]+)|branch_computations=\{([^}]*)\}"
+    r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%([\w.-]+)"
+    r"|branch_computations=\{([^}]*)\}"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One instruction by which devices exchange data."""
+    """An instruction by which devices exchange data."""
 
     kind: str
-    num_bytes: int  # on a device, each time: the larger of what goes in and what comes out
-    loop: str | None  # the while loops that it stands in, outermost first; None: it runs once
-    times: (
-        int  # that it runs, each loop around it whose rounds only the data tell taken as one round
-    )
-    is_open: bool  # whether there is such a loop
-    source: str  # the operation of the program that it was made for
+    num_bytes: int  # on a device, per run: the larger of operands and results
+    loop: str | None  # the while loops around it, outermost first; None: it runs once
+    times: int  # runs; a loop of unknown trip count counts as one round
+    is_open: bool  # whether a loop around it has an unknown trip count
+    operation: str  # the operation of the program that it implements
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +43,17 @@ class _Instruction:
     rest: str
 
     @property
-    def source(self) -> str:
+    def operation(self) -> str:
+        """The operation of the program that it implements."""
         found = re.search(r'op_name="([^"]*)"', self.rest)
         return found.group(1) if found else self.name
 
 
 def collectives(text: str) -> list[Collective]:
-    """The collectives of a compiled module (`compiled.as_text()`); a start and its done are one."""
+    """Return the collectives of a compiled module; a start and its done count as one.
+
+    `text`: `compiled.as_text()`.
+    """
     instructions = _instructions(text)
     sizes = {(each.computation, each.name): _num_bytes(each.type) for each in instructions}
     callers, counts = _callers(instructions), _counts(instructions)
@@ -71,46 +62,41 @@ def collectives(text: str) -> list[Collective]:
         kind = each.opcode.removesuffix("-start")
         if kind not in _KINDS:
             continue
-        # XLA for TPU spreads one collective over several fusions, between which it goes on; each
-        # repeats the instruction. Elsewhere a channel may be shared by collectives of one shape.
+        # XLA for TPU spreads one collective over several fusions, which each repeat the
+        # instruction. Outside fusions, several collectives of one shape may share a channel.
         caller, channel = callers.get(each.computation), re.search(r"channel_id=(\d+)", each.rest)
         if channel and caller is not None and caller.opcode == "fusion":
             if (kind, channel.group(1)) in seen:
                 continue
             seen.add((kind, channel.group(1)))
         operands = re.findall(r"%([\w.-]+)", each.rest.partition(")")[0])
-        given, made = (
-            sum(sizes.get((each.computation, name), 0) for name in operands),
-            _num_bytes(each.type),
-        )
+        received = sum(sizes.get((each.computation, name), 0) for name in operands)
+        returned = _num_bytes(each.type)
         if each.opcode != kind and each.type.startswith("(") and kind != "all-reduce":
-            made -= given  # such a start returns its operands beside its results
-        # XLA for TPU keeps a reduce-scatter as a computation of that name, an all-reduce and a
+            returned -= received  # such a start returns its operands next to its results
+        # XLA for TPU implements a reduce-scatter as a computation of this name: an all-reduce and a
         # slice in one kernel.
         kind = "reduce-scatter" if each.computation.startswith("all-reduce-scatter") else kind
         loops, times, is_open = _loops_around(each.computation, callers, counts)
-        found.append(
-            Collective(
-                kind, max(given, made), " > ".join(loops) or None, times, is_open, each.source
-            )
-        )
+        loop, size = " > ".join(loops) or None, max(received, returned)
+        found.append(Collective(kind, size, loop, times, is_open, each.operation))
     return found
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """The collectives of one kind in one place."""
+    """The collectives of one kind in one loop."""
 
     kind: str
     loop: str | None
     instructions: int
-    runs: int  # as `Collective.times`, all of them together
+    runs: int  # the sum of `Collective.times`
     num_bytes: int  # of all runs
     is_open: bool
 
 
 def traffic(found: list[Collective]) -> list[Traffic]:
-    """Collectives by kind and loop, those that send most first."""
+    """Group collectives by kind and loop, the largest number of bytes first."""
     groups: dict[tuple[str, str | None], list[Collective]] = {}
     for each in found:
         groups.setdefault((each.kind, each.loop), []).append(each)
@@ -129,12 +115,11 @@ def traffic(found: list[Collective]) -> list[Traffic]:
 
 
 def most_rows(text: str, widths: Collection[int], sides: Collection[int]) -> int:
-    """The most rows that any array has whose last dimension is one of `widths`; a matrix with as
-    many rows as one of `sides` aside.
+    """Return the most rows of any array whose last dimension is in `widths`.
 
-    With `widths` the vocabulary on a device and `sides` the models' widths it tells how many
-    tokens' logits are held at once: an unembedding is [V, D], and its transpose is no logits
-    either.
+    Matrices whose number of rows is in `sides` are left out. With the vocabulary on a device as
+    `widths` and the models' widths as `sides`, this is the number of tokens whose logits exist at
+    once: a head [V, D] and its transpose are not counted.
     """
     most = 0
     for dims in {match.group(2) for match in _SHAPE.finditer(text)}:
@@ -157,7 +142,7 @@ def _instructions(text: str) -> list[_Instruction]:
 
 
 def _callers(instructions: list[_Instruction]) -> dict[str, _Instruction]:
-    """Computation -> the instruction that calls it."""
+    """Return for each computation the instruction that calls it."""
     callers = {}
     for each in instructions:
         for one, several in _CALLEES.findall(each.rest):
@@ -167,7 +152,7 @@ def _callers(instructions: list[_Instruction]) -> dict[str, _Instruction]:
 
 
 def _counts(instructions: list[_Instruction]) -> dict[str, int]:
-    """Condition of a while loop -> the constant that it counts up to, from 0 as a scan does."""
+    """Return for each condition of a while loop the constant that it counts up to, from 0."""
     constants = {}
     for each in instructions:
         if each.opcode == "constant" and (value := re.match(r"(\d+)\)", each.rest)):
@@ -182,27 +167,23 @@ def _counts(instructions: list[_Instruction]) -> dict[str, int]:
 
 
 def _rounds(loop: _Instruction, counts: dict[str, int]) -> int | None:
-    """How often a while loop goes round: as XLA wrote beside it, or as its condition says; None
-    where neither does.
-    """
-    written = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
-    return (
-        int(written.group(1))
-        if written
-        else counts.get(re.search(r"condition=%([\w.-]+)", loop.rest).group(1))
-    )
+    """Return a while loop's trip count, from XLA's annotation or its condition; None: unknown."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
+        return int(known.group(1))
+    return counts.get(re.search(r"condition=%([\w.-]+)", loop.rest).group(1))
 
 
 def _loops_around(
     computation: str, callers: dict[str, _Instruction], counts: dict[str, int]
 ) -> tuple[list[str], int, bool]:
-    """(names of the while loops around a computation, outermost first; rounds of those that tell;
-    whether one does not).
+    """Return (while loops around a computation, their rounds, whether a trip count is unknown).
+
+    The outermost loop comes first; a loop of unknown trip count counts as one round.
     """
     loops, times, is_open = [], 1, False
     while caller := callers.get(computation):
         if caller.opcode == "while":
-            loops.append(caller.source)
+            loops.append(caller.operation)
             rounds = _rounds(caller, counts)
             times, is_open = times * (rounds or 1), is_open or rounds is None
         computation = caller.computation

@@ -1,140 +1,132 @@
-"""A plan as a person reads it."""
+"""A plan as text."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 
 from opdjax.diagnose.plan.aot import Program
-from opdjax.diagnose.plan.arithmetic import PROGRAMS, Plan
+from opdjax.diagnose.plan.estimate import Plan
 from opdjax.diagnose.plan.hlo import traffic
+from opdjax.diagnose.plan.memory import PROGRAMS
 
 _GIB, _MIB = 2**30, 2**20
-_AHEAD = "\nrollouts are drawn ahead; all is counted on the learner's devices, as if every step drew and scored its own"
 
 
 def text(plan: Plan, programs: list[Program] | None = None) -> str:
-    """The table of the arithmetic, and where there are compiled programs what their compiler says."""
-    blocks = [_heading(plan), _memory(plan), _work(plan), verdict(plan, programs)]
+    """Return the tables of the estimate and, with compiled programs, of the compiler's report."""
+    blocks = [_heading(plan), _memory(plan), _work(plan)]
     if programs is not None:
-        blocks[3:3] = [_compiled(plan, programs), *(_traffic(program) for program in programs)]
-    return "\n\n".join(block for block in blocks if block)
+        blocks += [_compiled(plan, programs), *(_traffic(program) for program in programs)]
+    return "\n\n".join(block for block in [*blocks, verdict(plan, programs)] if block)
 
 
 def _heading(plan: Plan) -> str:
-    workload = plan.workload
-    topology, config = workload.topology, workload.config
+    workload, topology, config = plan.workload, plan.workload.topology, plan.workload.config
+    near, num_micro_batches = config.near_policy, config.train.gradient_accumulation_steps
     hosts = "1 host" if topology.hosts == 1 else f"{topology.hosts} hosts"
     mesh = " x ".join(f"{axis} {size}" for axis, size in workload.mesh.items())
-    idle = topology.chips - workload.devices
-    generator = (
-        config.near_policy.generator_devices if config.near_policy.generator == "thread" else 0
-    )
-    rest = f"; {generator} devices generate" if generator else ""
-    rest += f"; {idle - generator} devices are left idle" if idle > generator else ""
-    parts = config.train.gradient_accumulation_steps
-    packed = f", packed into rows of {config.train.pack_length}" if config.train.pack_length else ""
-    tokens = f"{workload.prompt_columns} + {config.sampling.max_completion_length} tokens{packed}"
-    return (
-        f"{topology.name}: {topology.chips} devices of {topology.chip.hbm_bytes / _GIB:.2f} GiB, {hosts}; mesh {mesh}{rest}\n"
-        f"a step: {config.rows_per_step} rows of {tokens}; on a device "
-        f"{workload.rows} rows, {workload.micro_rows} at a time ({parts} micro-batches)"
-        f"{'' if config.near_policy.schedule == 'none' else _AHEAD}"
-    )
+    generating = near.generator_devices if near.generator == "thread" else 0
+    idle = topology.chips - workload.devices - generating
+    devices = f"{topology.chips} devices of {topology.chip.hbm_bytes / _GIB:.2f} GiB, {hosts}"
+    devices += f"; mesh {mesh}"
+    devices += f"; {generating} devices generate" if generating else ""
+    devices += f"; {idle} devices are idle" if idle > 0 else ""
+    rows = f"{config.rows_per_step} rows of {workload.prompt_columns} + "
+    rows += f"{config.sampling.max_completion_length} tokens"
+    rows += f", packed into rows of {config.train.pack_length}" if config.train.pack_length else ""
+    rows += f"; on a device {workload.rows} rows, {workload.micro_rows} at a time"
+    lines = [f"{topology.name}: {devices}", f"a step: {rows} ({num_micro_batches} micro-batches)"]
+    if near.schedule != "none":
+        lines.append(
+            "rollouts are asynchronous: everything is counted on the learner's devices, as if "
+            "every step sampled and scored its own"
+        )
+    return "\n".join(lines)
+
+
+def _line(name: str, cells: Iterable[str], width: int = 12) -> str:
+    return f"{name:46}" + "".join(f"{cell:>{width}}" for cell in cells)
 
 
 def _memory(plan: Plan) -> str:
     phases = plan.phases
-    lines = [f"{'GiB on a device':46}" + "".join(f"{phase:>12}" for phase in phases)]
-    for name, sizes in _by_name(plan).items():
-        lines.append(f"{name:46}" + "".join(_cell(sizes.get(phase, 0)) for phase in phases))
-    lines.append(f"{'in all':46}" + "".join(_cell(plan.held(phase)) for phase in phases))
-    lines.append(
-        f"{'left of what programs may use':46}"
-        + "".join(_cell(plan.capacity - plan.held(phase)) for phase in phases)
-    )
+    held = [plan.held(phase) for phase in phases]
+    # Items of one name and different sizes in different phases share a line.
+    sizes: dict[str, dict[str, int]] = defaultdict(dict)
+    for item in plan.items:
+        sizes[item.name] |= dict.fromkeys(item.phases, item.num_bytes)
+    lines = [
+        _line("GiB on a device", phases),
+        *(
+            _line(name, _gib(each.get(phase, 0) for phase in phases))
+            for name, each in sizes.items()
+        ),
+        _line("total", _gib(held)),
+        _line("free", _gib(plan.capacity - each for each in held)),
+    ]
     return "\n".join(lines)
 
 
-def _by_name(plan: Plan) -> dict[str, dict[str, int]]:
-    """Name -> phase -> bytes: what is held in two phases in different sizes stands in one line."""
-    rows: dict[str, dict[str, int]] = defaultdict(dict)
-    for item in plan.items:
-        rows[item.name] |= dict.fromkeys(item.phases, item.num_bytes)
-    return rows
-
-
-def _cell(num_bytes: int) -> str:
-    return f"{num_bytes / _GIB:12.3f}" if num_bytes else f"{'':12}"
+def _gib(sizes: Iterable[int]) -> Iterable[str]:
+    return (f"{num_bytes / _GIB:.3f}" if num_bytes else "" for num_bytes in sizes)
 
 
 def _work(plan: Plan) -> str:
-    lines = [f"{'work of a step':46}" + "".join(f"{phase:>12}" for phase in PROGRAMS)]
-    bounds = [plan.bounds[phase] for phase in PROGRAMS]
-    lines.append(
-        f"{'10^12 floating-point operations, all devices':46}"
-        + "".join(f"{bound.flops / 1e12:12.1f}" for bound in bounds)
-    )
-    lines.append(
-        f"{'seconds at least, nothing sent between devices':46}"
-        + "".join(f"{bound.seconds:12.3f}" for bound in bounds)
-    )
-    limits = (
-        "" if bound.seconds == 0 else "memory" if bound.is_by_memory else "arithmetic"
-        for bound in bounds
-    )
-    lines.append(f"{'limited by':46}" + "".join(f"{limit:>12}" for limit in limits))
-    config = plan.workload.config
-    drawn = config.rows_per_step * config.sampling.max_completion_length
+    config, bounds = plan.workload.config, [plan.bounds[name] for name in PROGRAMS]
+    limit = lambda bound: "memory" if bound.is_by_memory else "arithmetic"
+    tokens = config.rows_per_step * config.sampling.max_completion_length
     seconds = sum(bound.seconds for bound in bounds)
-    lines.append(
-        f"at most {drawn:,} tokens of completions a step, in at least {seconds:.2f} s: {drawn / seconds:,.0f} a second"
-    )
+    lines = [
+        _line("work of a step", PROGRAMS),
+        _line(
+            "10^12 floating-point operations, all devices",
+            (f"{bound.flops / 1e12:.1f}" for bound in bounds),
+        ),
+        _line("least seconds, without communication", (f"{each.seconds:.3f}" for each in bounds)),
+        _line("limited by", (limit(bound) if bound.seconds else "" for bound in bounds)),
+        f"at most {tokens:,} completion tokens a step, in at least {seconds:.2f} s: "
+        f"{tokens / seconds:,.0f} a second",
+    ]
     return "\n".join(lines)
 
 
 def _compiled(plan: Plan, programs: list[Program]) -> str:
-    title = f"compiled for {plan.workload.topology.jax_name}, GiB on a device"
     names = ("arguments", "temporary", "peak", "counted", "ratio", "seconds")
-    lines = [f"{title:46}" + "".join(f"{name:>11}" for name in names)]
+    lines = [_line(f"compiled for {plan.workload.topology.jax_name}, GiB on a device", names, 11)]
     for program in programs:
         if program.problem is not None:
             lines.append(f"{program.name:46}{program.problem}")
             continue
-        counted = plan.of_program(program.name)
+        counted = plan.program_bytes(program.name)
         sizes = (program.argument_bytes, program.temp_bytes, program.peak_bytes, counted)
-        cells = "".join(f"{size / _GIB:11.3f}" for size in sizes)
-        lines.append(
-            f"{program.name:46}{cells}{counted / program.peak_bytes:11.2f}{program.compile_seconds:11.0f}"
-        )
-    tile = min(
-        plan.workload.config.estimator.tile, plan.workload.micro_rows * plan.workload.columns
-    )
-    widest = max(
-        (program.most_logit_rows for program in programs if program.name in ("teacher", "update")),
-        default=0,
-    )
+        ratio, seconds = counted / program.peak_bytes, program.compile_seconds
+        cells = [*(f"{size / _GIB:.3f}" for size in sizes), f"{ratio:.2f}", f"{seconds:.0f}"]
+        lines.append(_line(program.name, cells, 11))
     tokens = plan.workload.micro_rows * plan.workload.columns
+    tile = min(plan.workload.config.estimator.tile, tokens)
+    rows = [each.most_logit_rows for each in programs if each.name in ("teacher", "update")]
     lines.append(
-        f"logits of at most {widest:,} tokens stand in one array; a tile has {tile:,}, a micro-batch {tokens:,} on a device"
+        f"the largest array of logits holds {max(rows, default=0):,} tokens; a tile has {tile:,}, "
+        f"a micro-batch {tokens:,} on a device"
     )
     return "\n".join(lines)
 
 
 def _traffic(program: Program) -> str:
-    """Collectives of a program by kind and loop, those that send most first."""
+    """Return the collectives of a program by kind and loop, the most bytes first."""
     if not program.collectives:
         return ""
     lines = [f"{program.name + ': collectives':20}{'':>4}{'runs':>14}{'MiB':>12}  in the loop"]
     for row in traffic(program.collectives):
         runs = f"{row.runs}{' a round' if row.is_open else ''}"
-        lines.append(
-            f"{row.kind:20}{row.instructions:>4}{runs:>14}{row.num_bytes / _MIB:>12.1f}  {_place(row.loop)}"
-        )
+        size = f"{row.num_bytes / _MIB:.1f}"
+        lines.append(f"{row.kind:20}{row.instructions:>4}{runs:>14}{size:>12}  {_place(row.loop)}")
     return "\n".join(lines)
 
 
 def _place(loop: str | None) -> str:
-    """The innermost loop by the end of its name; the rest of it repeats how it was reached."""
+    """Return the loops by the end of their names; the rest repeats the path to them."""
     return "(no loop)" if loop is None else " > ".join(_short(name) for name in loop.split(" > "))
 
 
@@ -144,35 +136,28 @@ def _short(name: str) -> str:
 
 
 def verdict(plan: Plan, programs: list[Program] | None = None) -> str:
-    """One line a phase that does not fit, or one that says that all do."""
-    lines = []
+    """Return one line for each phase or program that does not fit, or one line if all fit."""
+    problems, capacity = [], f"{plan.capacity / _GIB:.2f} GiB"
     for phase in plan.phases:
-        if (item := plan.first_over(phase)) is not None:
-            lines.append(
-                f"does not fit: {phase} holds {plan.held(phase) / _GIB:.2f} GiB of {plan.capacity / _GIB:.2f}; the first item too many is "
-                f"{item.name!r}, the largest {plan.largest(phase).name!r}"
+        if (item := plan.first_overflow(phase)) is not None:
+            problems.append(
+                f"{phase} holds {plan.held(phase) / _GIB:.2f} of {capacity}; the first item that "
+                f"does not fit is {item.name!r}, the largest is {plan.largest(phase).name!r}"
             )
-    lines += [
-        f"does not fit: {program.name}: {program.problem}"
-        for program in programs or ()
-        if program.problem is not None
-    ]
     for program in programs or ():
-        beside = max(plan.beside(phase) for phase in PROGRAMS[program.name])
-        if program.problem is None and program.peak_bytes + beside > plan.capacity:
-            held = (
-                f"{program.peak_bytes / _GIB:.2f} GiB as compiled and {beside / _GIB:.2f} beside it"
-            )
-            lines.append(
-                f"does not fit: {program.name} holds {held}, of {plan.capacity / _GIB:.2f}"
+        outside = max(plan.outside_bytes(phase) for phase in PROGRAMS[program.name])
+        if program.problem is not None:
+            problems.append(f"{program.name}: {program.problem}")
+        elif program.peak_bytes + outside > plan.capacity:
+            problems.append(
+                f"{program.name} holds {program.peak_bytes / _GIB:.2f} GiB as compiled and "
+                f"{outside / _GIB:.2f} outside the program, of {capacity}"
             )
     fullest = max(plan.phases, key=plan.held)
-    return (
-        "\n".join(lines)
-        or f"fits: {fullest} holds most, {plan.held(fullest) / _GIB:.2f} of {plan.capacity / _GIB:.2f} GiB"
-    )
+    most = f"fits: {fullest} holds most, {plan.held(fullest) / _GIB:.2f} of {capacity}"
+    return "\n".join(f"does not fit: {problem}" for problem in problems) or most
 
 
 def fits(plan: Plan, programs: list[Program] | None = None) -> bool:
-    """Whether neither the arithmetic nor the compiler found something too large."""
+    """Return whether everything fits by the estimate and, with programs, by the compiler."""
     return verdict(plan, programs).startswith("fits")

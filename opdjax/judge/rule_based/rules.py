@@ -1,9 +1,8 @@
-"""A judge of the arithmetic task that works by rules: it reads the prompts that are sent to any
-judge, and nothing else.
+"""A judge of the arithmetic task without a model, so that judged runs work offline.
 
-The whole rubric machinery runs with it offline. It knows no answer key: a rubric says what most
-references agree on, a verdict what stands in the criterion and the answer. It only adds and
-subtracts whole numbers that it finds in texts.
+It sees only the prompts that any judge is sent, and no answer key. Its rubric asks for what most
+references agree on; its verdicts compare a criterion with an answer. It adds and subtracts the
+whole numbers that it finds in the texts.
 """
 
 from __future__ import annotations
@@ -19,62 +18,58 @@ from opdjax.judge.prompts import read_blocks
 from opdjax.judge.rule_based import demands
 from opdjax.judge.rule_based.demands import ParsedAnswer, Step, grade, read_answer, read_task
 
-ROLES = ("rubricator", "verifier", "scalar_judge", "reflector")
 _BLOCK = re.compile(
     r"^=== (\w+ \d+ [0-9a-f]{12}) ===\n.*?\n=== end of \1 ===$", re.DOTALL | re.MULTILINE
 )
 _STAGE = re.compile(r'^- stage "(.*)"$', re.MULTILINE)
 _BOUNDS = re.compile(r"from ([0-9]{1,3}) to ([0-9]{1,3}) criteria")
 _GRADED = re.compile(r'"verdicts": \[[0-9]')
-_MAX_STEPS = 24  # of a task that criteria name one by one
+_MAX_STEPS = 24  # of a task: no criteria name later steps
+_NO_PROMPT = (
+    "none of these messages is the prompt of a rubricator, verifier, scalar judge or reflector"
+)
 
 Blocks = Mapping[str, Sequence[str]]
+Answers = Sequence[ParsedAnswer]
 
 
 @dataclasses.dataclass(frozen=True)
 class Demand:
-    """A criterion in the making."""
+    """A candidate criterion."""
 
     text: str
     category: str
     weight: int
-    step: int | None = (
-        None  # the step it looks at, counted from 0; None: the end of the answer, or all of it
-    )
+    step: int | None = None  # the step it checks, from 0; None: the end or the whole of the answer
     is_flaw: bool = False
-    is_spare: bool = False  # taken only where the rubric would be shorter than it must be
+    is_spare: bool = False  # used only to reach the rubric's minimum length
 
 
 def reply_to(messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The JSON object that a judge replies to this chat, of whatever role its first prompt asks
-    for; never raises.
+    """The JSON object with which the judge replies to a chat; never raises.
 
-    A chat that holds no such prompt gets `{"note": ...}`, which says so.
+    A chat without a judge's prompt gets `{"note": ...}`.
     """
     prompt, role = _prompt(messages), role_of(messages)
-    if role is None:
-        return {
-            "note": "none of these messages is the prompt of a rubricator, verifier, scalar judge or reflector"
-        }
-    blocks, words = read_blocks(prompt), _BLOCK.sub("", prompt)
-    reply = {
+    replies = {
         "rubricator": _rubric,
         "verifier": _verdicts,
         "scalar_judge": _scores,
         "reflector": _reflection,
-    }[role]
-    return reply(blocks, words)
+    }
+    if role is None:
+        return {"note": _NO_PROMPT}
+    return replies[role](read_blocks(prompt), _BLOCK.sub("", prompt))
 
 
 def role_of(messages: Sequence[Mapping[str, Any]]) -> str | None:
-    """One of ROLES, by what stands between the fences of the prompt, and None where there are none."""
+    """The role that the prompt is for, by its blocks; None if it has no blocks."""
     prompt = _prompt(messages)
     try:
         blocks = read_blocks(prompt)
     except ValueError:
         return None
-    # A rubric may have come out empty: its verifier's prompt is then told by the form of the reply
-    # alone.
+    # The verifier's prompt for an empty rubric differs from others only by the reply's format.
     if "criterion" in blocks or '"verdicts": [' in _BLOCK.sub("", prompt):
         return "verifier"
     if "verdicts" in blocks:
@@ -85,92 +80,67 @@ def role_of(messages: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def _prompt(messages: Sequence[Mapping[str, Any]]) -> str:
-    """The first message with fenced blocks; what follows it are asks for the same reply."""
+    """The first message with fenced blocks; later ones ask for the same reply again."""
     texts = [message.get("content") for message in messages]
     return next((text for text in texts if isinstance(text, str) and "carry the tag" in text), "")
-
-
-def _rubric(blocks: Blocks, words: str) -> dict[str, Any]:
-    references, students = (
-        [read_answer(text) for text in blocks.get(label, ())] for label in ("reference", "student")
-    )
-    found, stages, is_signed = _BOUNDS.search(words), _STAGE.findall(words), '"polarity":' in words
-    low, high = (int(found[1]), int(found[2])) if found else (4, 12)
-    demanded = list((_by_stage if stages else _overall)(_task(blocks), references, students))
-    if is_signed:
-        demanded = _with_flaws(demanded, is_whole=not stages)
-    in_use, unique = (
-        set(blocks.get("existing", ())),
-        {demand.text: demand for demand in reversed(demanded)},
-    )
-    chosen = _chosen(
-        [
-            demand
-            for demand in demanded
-            if demand is unique[demand.text] and demand.text not in in_use
-        ],
-        low,
-        high,
-    )
-    return {
-        "criteria": [
-            _criterion(place, demand, stages, is_signed) for place, demand in enumerate(chosen)
-        ]
-    }
 
 
 def _task(blocks: Blocks) -> tuple[Step, ...]:
     return read_task("\n".join(blocks.get("question", ())))
 
 
-def _criterion(
-    place: int, demand: Demand, stages: Sequence[str], is_signed: bool
-) -> dict[str, Any]:
-    item: dict[str, Any] = {
-        "id": f"c{place + 1}",
-        "category": demand.category,
-        "text": demand.text,
-        "weight": demand.weight,
-    }
+def _rubric(blocks: Blocks, words: str) -> dict[str, Any]:
+    references, students = (
+        [read_answer(text) for text in blocks.get(label, ())] for label in ("reference", "student")
+    )
+    bounds, stages, is_signed = _BOUNDS.search(words), _STAGE.findall(words), '"polarity":' in words
+    low, high = map(int, bounds.groups()) if bounds else (4, 12)
+    found = list((_by_stage if stages else _overall)(_task(blocks), references, students))
+    if is_signed:
+        found = _with_flaws(found, is_whole=not stages)
+    unique: dict[str, Demand] = {}
+    for demand in found:
+        unique.setdefault(demand.text, demand)
+    in_use = blocks.get("existing", ())
+    chosen = _chosen([demand for text, demand in unique.items() if text not in in_use], low, high)
+    numbered = enumerate(chosen, 1)
+    return {"criteria": [_criterion(n, demand, stages, is_signed) for n, demand in numbered]}
+
+
+def _criterion(number: int, demand: Demand, stages: list[str], is_signed: bool) -> dict[str, Any]:
+    item: dict[str, Any] = {"id": f"c{number}", "category": demand.category}
+    item |= {"text": demand.text, "weight": demand.weight}
     if is_signed:
         item["polarity"] = "negative" if demand.is_flaw else "positive"
     if stages:
-        # The last stage holds the value; those before it hold the steps, one each as long as there
-        # are stages.
-        item["stage"] = (
-            stages[-1] if demand.step is None else stages[min(demand.step, max(len(stages) - 2, 0))]
-        )
+        # The last stage has the value. The others have one step each, the last of them the rest.
+        place = -1 if demand.step is None else min(demand.step, len(stages) - 2)
+        item["stage"] = stages[place]
     return item
 
 
-def _chosen(demanded: Sequence[Demand], low: int, high: int) -> list[Demand]:
-    """What counts, filled up to `low` with spare demands, and of too many the weightiest; in the
-    order they came.
-    """
-    # Padding only lowers the share of what counts, so spare demands come in only for want of
-    # others.
-    wanted = [demand for demand in demanded if not demand.is_spare]
-    spare = [demand for demand in demanded if demand.is_spare]
-    known = {demand.text for demand in demanded}
-    steps = (
-        _spare(demands.STEP_SUM.format(number), "reasoning", 1) for number in itertools.count(1)
-    )
-    more = (demand for demand in steps if demand.text not in known)
+def _chosen(found: Sequence[Demand], low: int, high: int) -> list[Demand]:
+    """The demands that count, spare ones up to `low`; above `high` the heaviest; order is kept."""
+    # Only then: padding lowers the share of the criteria that count.
+    wanted = [demand for demand in found if not demand.is_spare]
+    spare = [demand for demand in found if demand.is_spare]
+    known = {demand.text for demand in found}
+    texts = (demands.STEP_SUM.format(number) for number in itertools.count(1))
+    more = (_spare(text, "reasoning", 1) for text in texts if text not in known)
     filled = [*wanted, *itertools.islice(itertools.chain(spare, more), max(low - len(wanted), 0))]
-    # The sort is stable: of demands with one weight those stay that came first.
+    # The sort is stable: of equal weights the first stay.
     kept = set(sorted(range(len(filled)), key=lambda place: -filled[place].weight)[:high])
     return [demand for place, demand in enumerate(filled) if place in kept]
 
 
-def _overall(
-    task: Sequence[Step], references: Sequence[ParsedAnswer], students: Sequence[ParsedAnswer]
-) -> Iterator[Demand]:
-    """Demands on an undivided answer: what references agree on by name, and where they differ that
-    the arithmetic holds.
+def _overall(task: Sequence[Step], references: Answers, students: Answers) -> Iterator[Demand]:
+    """Demands on a whole answer.
+
+    Where the references agree, the demand names the step or value; elsewhere it asks for correct
+    arithmetic.
     """
     value = _agreed_value(references)
-    # Steps by their place: a reference that goes another way from there on agrees with nobody after
-    # it.
+    # By position: after a reference takes another way, its steps agree with no other's.
     steps = [_agreed_step(references, place) for place in range(_num_steps(task, references))]
     if value is not None:
         yield Demand(demands.VALUE.format(value), "task", 5)
@@ -178,35 +148,25 @@ def _overall(
         if text is not None:
             yield Demand(text, "reasoning", _weight(text, students), place)
     is_disputed = value is None or None in steps
-    if is_disputed:
-        yield (
-            Demand(demands.WORKED, "task", 5)
-            if value is None
-            else Demand(demands.SUMS, "reasoning", 4)
-        )
-    yield dataclasses.replace(
-        _merit(demands.CHAIN, "reasoning", students), is_spare=not is_disputed
-    )
+    if is_disputed and value is None:
+        yield Demand(demands.WORKED, "task", 5)
+    elif is_disputed:
+        yield Demand(demands.SUMS, "reasoning", 4)
+    yield _merit(demands.CHAIN, "reasoning", students, is_spare=not is_disputed)
     if task:
-        # Where no value can be named, what is worked out rightly from other numbers is told from an
-        # answer by this alone.
-        numbers = _merit(
-            demands.NUMBERS.format(task[0].left, ", ".join(step.term for step in task)),
-            "task",
-            students,
-        )
-        weight = 4 if value is None and numbers.weight > 1 else numbers.weight
-        yield dataclasses.replace(numbers, weight=weight, is_spare=not is_disputed)
+        text = demands.NUMBERS.format(task[0].left, ", ".join(step.term for step in task))
+        numbers = _merit(text, "task", students, is_spare=not is_disputed)
+        # Without an agreed value, only this separates a correct sum of other numbers.
+        is_decisive = value is None and numbers.weight > 1
+        yield dataclasses.replace(numbers, weight=4) if is_decisive else numbers
     yield _merit(demands.LAST, "quality", students)
     yield Demand(demands.FORM, "quality", 1)
     yield _spare(demands.END, "quality", 1)
     yield _spare(demands.COUNT.format(len(steps)), "quality", 1)
 
 
-def _by_stage(
-    task: Sequence[Step], references: Sequence[ParsedAnswer], students: Sequence[ParsedAnswer]
-) -> Iterator[Demand]:
-    """Demands that each look at one step, or at the end of the answer."""
+def _by_stage(task: Sequence[Step], references: Answers, students: Answers) -> Iterator[Demand]:
+    """Demands that each check one step, or the end of the answer."""
     value = _agreed_value(references)
     if value is not None:
         yield Demand(demands.VALUE.format(value), "task", 5)
@@ -217,51 +177,49 @@ def _by_stage(
         if named is not None:
             yield Demand(named, "reasoning", _weight(named, students), place)
         holds = demands.STEP_SUM.format(number)
-        yield Demand(
-            holds, "reasoning", min(_weight(holds, students), 2 if named is not None else 4), place
-        )
+        weight = min(_weight(holds, students), 2 if named is not None else 4)
+        yield Demand(holds, "reasoning", weight, place)
         start = demands.BEFORE if place else task[0].left if task else None
         if start is not None:
-            yield dataclasses.replace(
-                _merit(demands.STEP_BEGINS.format(number, start), "reasoning", students), step=place
-            )
+            text = demands.STEP_BEGINS.format(number, start)
+            yield _merit(text, "reasoning", students, step=place)
         if place < len(task):
-            yield dataclasses.replace(
-                _spare(demands.STEP_APPLIES.format(number, task[place].term), "task", 1), step=place
-            )
+            text = demands.STEP_APPLIES.format(number, task[place].term)
+            yield _spare(text, "task", 1, step=place)
 
 
-def _with_flaws(demanded: Sequence[Demand], is_whole: bool) -> list[Demand]:
-    """Flaws too, none of them the mirror image of a demand that is there."""
-    kept = [demand for demand in demanded if demand.text != demands.END]
-    # An undivided answer's alone: criteria of a stage look at nothing outside it.
+def _with_flaws(found: Sequence[Demand], is_whole: bool) -> list[Demand]:
+    """Adds flaws, none of which mirrors a positive demand."""
+    kept = [demand for demand in found if demand.text != demands.END]
+    # Only for a whole answer: a stage's criteria check nothing outside it.
     if is_whole and not {demand.text for demand in kept} & {demands.SUMS, demands.WORKED}:
         kept.append(Demand(demands.FLAW_SUM, "reasoning", 2, is_flaw=True))
     return [*kept, Demand(demands.FLAW_AFTER, "quality", 1, is_flaw=True)]
 
 
-def _spare(text: str, category: str, weight: int) -> Demand:
-    return Demand(text, category, weight, is_spare=True)
+def _spare(text: str, category: str, weight: int, step: int | None = None) -> Demand:
+    return Demand(text, category, weight, step, is_spare=True)
 
 
-def _merit(text: str, category: str, students: Sequence[ParsedAnswer]) -> Demand:
-    return Demand(text, category, min(_weight(text, students), 2))
+def _merit(text: str, category: str, students: Answers, **fields: Any) -> Demand:
+    return Demand(text, category, min(_weight(text, students), 2), **fields)
 
 
-def _weight(text: str, students: Sequence[ParsedAnswer]) -> int:
-    """4 where most students miss it, 1 where all meet it, else 2."""
+def _weight(text: str, students: Answers) -> int:
+    """4 if most students miss it, 1 if all meet it, else 2."""
     met = sum(grade(text, student) == demands.MET for student in students)
     return 4 if 2 * met < len(students) else 1 if met == len(students) else 2
 
 
-def _num_steps(task: Sequence[Step], references: Sequence[ParsedAnswer]) -> int:
+def _num_steps(task: Sequence[Step], references: Answers) -> int:
     most = _majority([len(reference.steps) for reference in references], len(references))
     return min(max(most or len(task), 1), _MAX_STEPS)
 
 
-def _agreed_step(references: Sequence[ParsedAnswer], place: int) -> str | None:
-    """What most references do as this step, as a demand; none where a sum up to there is wrong,
-    whoever agrees on it.
+def _agreed_step(references: Answers, place: int) -> str | None:
+    """A demand for the step that most references take here.
+
+    None without a majority, or if every reference with that step has a wrong sum up to it.
     """
     able = [reference.steps for reference in references if place < len(reference.steps)]
     most = _majority([steps[place].key for steps in able], len(references))
@@ -270,21 +228,16 @@ def _agreed_step(references: Sequence[ParsedAnswer], place: int) -> str | None:
     return None if agreed is None else demands.STEP.format(agreed)
 
 
-def _agreed_value(references: Sequence[ParsedAnswer]) -> int | None:
-    """The value most references give, where at least one of them comes to it without a wrong sum."""
-    most = _majority(
-        [reference.value for reference in references if reference.value is not None],
-        len(references),
-    )
-    return (
-        most
-        if any(reference.value == most and reference.holds for reference in references)
-        else None
-    )
+def _agreed_value(references: Answers) -> int | None:
+    """The value of most references, if at least one of them reaches it without a wrong sum."""
+    values = [reference.value for reference in references if reference.value is not None]
+    most = _majority(values, len(references))
+    is_reached = any(reference.value == most and reference.holds for reference in references)
+    return most if is_reached else None
 
 
 def _majority(values: Sequence[Hashable], count: int) -> Any:
-    """The value that more than half of `count` have; None where there is none."""
+    """The value that occurs more than count / 2 times; None without one."""
     ((most, times),) = collections.Counter(values).most_common(1) or [(None, 0)]
     return most if 2 * times > count else None
 
@@ -292,67 +245,76 @@ def _majority(values: Sequence[Hashable], count: int) -> Any:
 def _verdicts(blocks: Blocks, words: str) -> dict[str, Any]:
     is_graded, criteria = _GRADED.search(words) is not None, blocks.get("criterion", ())
 
-    def of(text: str) -> list[int] | list[bool]:
-        grades = [
-            grade(criterion, answer) for answer in [read_answer(text)] for criterion in criteria
-        ]
-        return grades if is_graded else [found == demands.MET for found in grades]
+    def verdicts(answer: ParsedAnswer) -> list[int] | list[bool]:
+        grades = [grade(criterion, answer) for criterion in criteria]
+        return grades if is_graded else [value == demands.MET for value in grades]
 
-    return {
-        "answers": [
-            {"answer_index": place + 1, "verdicts": of(text)}
-            for place, text in enumerate(blocks.get("answer", ()))
-        ]
-    }
+    return _per_answer(blocks, "verdicts", verdicts)
 
 
 def _scores(blocks: Blocks, words: str) -> dict[str, Any]:
-    """Half for the form, half for the value that the judge finds itself."""
+    """0.5 for the form, 0.5 for the value that the judge computes itself."""
     task = _task(blocks)
 
-    def of(text: str) -> float:
-        answer = read_answer(text)
+    def score(answer: ParsedAnswer) -> float:
         return 0.5 * answer.is_formed + 0.5 * (bool(task) and answer.value == task[-1].result)
 
-    return {
-        "answers": [
-            {"answer_index": place + 1, "score": of(text)}
-            for place, text in enumerate(blocks.get("answer", ()))
-        ]
-    }
+    return _per_answer(blocks, "score", score)
+
+
+def _per_answer(blocks: Blocks, name: str, judge) -> dict[str, Any]:
+    answers = enumerate(map(read_answer, blocks.get("answer", ())), 1)
+    return {"answers": [{"answer_index": n, name: judge(answer)} for n, answer in answers]}
 
 
 def _reflection(blocks: Blocks, words: str) -> dict[str, Any]:
-    """What went wrong first, and what should stand there."""
+    """The first mistake, and its correction."""
     answer, task = read_answer("\n".join(blocks.get("answer", ()))), _task(blocks)
     return {"reflection": _first_wrong_step(answer, task) or _wrong_end(answer, task)}
 
 
 def _first_wrong_step(answer: ParsedAnswer, task: Sequence[Step]) -> str | None:
-    # Of a task that is no sum, only sums that are wrong in themselves can be told.
+    # If the question has no sum, only the answer's own sums can be checked.
     expected = task or [dataclasses.replace(step, result=step.sum) for step in answer.steps]
     for number, (found, right) in enumerate(itertools.zip_longest(answer.steps, expected), 1):
         if found is None:
-            return f"Step {number} is missing: it should be {right}. Write out one step for each number that is added or taken away."
+            return (
+                f"Step {number} is missing: it should be {right}. Write out one step for each "
+                "number that is added or taken away."
+            )
         if right is None:
-            return f"Step {number}, {found}, is one too many. Stop at the result of step {number - 1} and write it after #."
+            return (
+                f"Step {number}, {found}, is one too many. Stop at the result of step {number - 1} "
+                "and write it after #."
+            )
         if found.key != right.key:
-            return f"Step {number} says {found}, but it should be {right}. What comes after it builds on its result."
+            return (
+                f"Step {number} says {found}, but it should be {right}. What comes after it builds "
+                "on its result."
+            )
     return None
 
 
 def _wrong_end(answer: ParsedAnswer, task: Sequence[Step]) -> str:
-    """What is wrong where no step is."""
-    last = (task or answer.steps)[-1:]
-    if last and answer.value != last[0].result:
-        found = (
-            "No value stands after #"
-            if answer.value is None
-            else f"The value after # is {answer.value}"
+    """The mistake of an answer without a wrong step."""
+    last, value = (task or answer.steps)[-1:], answer.value
+    if last and value != last[0].result:
+        found = "No value stands after #" if value is None else f"The value after # is {value}"
+        return (
+            f"{found}, but it should be {last[0].result}, the result of the last step. Copy that "
+            "result."
         )
-        return f"{found}, but it should be {last[0].result}, the result of the last step. Copy that result."
     if answer.goes_on:
-        return f"The steps and the value {answer.value} are there, but the answer goes on after it. Stop at the value."
+        return (
+            f"The steps and the value {value} are there, but the answer goes on after it. Stop at "
+            "the value."
+        )
     if not answer.steps:
-        return "There is no step in the answer. Write each step as a sum with its result, then # and the value."
-    return "Each step holds and the value follows from the last one. Work out each step before the next one in the same way."
+        return (
+            "There is no step in the answer. Write each step as a sum with its result, then # and "
+            "the value."
+        )
+    return (
+        "Each step holds and the value follows from the last one. Work out each step before the "
+        "next one in the same way."
+    )

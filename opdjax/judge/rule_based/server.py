@@ -1,6 +1,4 @@
-"""The judge that goes by rules as a chat model: OpenAI chat completions in, chat completions out;
-over a wire or in this process.
-"""
+"""The rule-based judge as a chat model: chat-completion requests in, responses out."""
 
 from __future__ import annotations
 
@@ -14,62 +12,52 @@ from opdjax.judge.rule_based.rules import reply_to
 Document = dict[str, Any]
 
 
-async def answer(asked: Document) -> bytes:
-    """The response to a request for a chat completion, as it would come over the wire."""
-    return json.dumps(completion(asked, json.dumps(reply_document(asked)))).encode()
+async def answer(request: Document) -> bytes:
+    """The body of the response to a chat-completion request."""
+    return json.dumps(completion(request, json.dumps(reply_document(request)))).encode()
 
 
-def reply_document(asked: Document) -> Document:
-    """What the judge says, without what a strict schema leaves no room for."""
-    return fitted(reply_to(asked["messages"]), asked_schema(asked))
+def reply_document(request: Document) -> Document:
+    """The judge's reply, without keys that the request's schema excludes."""
+    return _fitted(reply_to(request["messages"]), requested_schema(request))
 
 
-def asked_schema(asked: Document) -> Any:
-    """The JSON schema that the reply must have; None where there is none."""
-    form = asked.get("response_format")
-    if (
-        not isinstance(form, dict)
-        or form.get("type") != "json_schema"
-        or not isinstance(form.get("json_schema"), dict)
-    ):
+def requested_schema(request: Document) -> Any:
+    """The JSON schema that the reply must match; None without one."""
+    form = request.get("response_format")
+    if not isinstance(form, dict) or form.get("type") != "json_schema":
         return None
-    return form["json_schema"].get("schema")
+    named = form.get("json_schema")
+    return named.get("schema") if isinstance(named, dict) else None
 
 
-def fitted(value: Any, schema: Any) -> Any:
-    """The value without the keys that a strict schema leaves no room for."""
-    if isinstance(value, dict) and isinstance(schema, dict):
-        fields, is_strict = (
-            schema.get("properties") or {},
-            schema.get("additionalProperties") is False,
-        )
-        return {
-            name: fitted(item, fields.get(name))
-            for name, item in value.items()
-            if name in fields or not is_strict
-        }
-    if isinstance(value, list) and isinstance(schema, dict):
-        return [fitted(item, schema.get("items")) for item in value]
-    return value
+def _fitted(value: Any, schema: Any) -> Any:
+    if not isinstance(schema, dict):
+        return value
+    if isinstance(value, list):
+        return [_fitted(item, schema.get("items")) for item in value]
+    if not isinstance(value, dict):
+        return value
+    fields, is_strict = schema.get("properties") or {}, schema.get("additionalProperties") is False
+    kept = {name: item for name, item in value.items() if name in fields or not is_strict}
+    return {name: _fitted(item, fields.get(name)) for name, item in kept.items()}
 
 
-def completion(asked: Document, text: str, finish_reason: str = "stop") -> Document:
-    """A chat completion, cut at the request's own limit; a token is four characters."""
-    limit = asked.get("max_completion_tokens") or asked.get("max_tokens")
+def completion(request: Document, text: str, finish_reason: str = "stop") -> Document:
+    """A chat completion, cut at the request's token limit; a token is four characters."""
+    limit = request.get("max_completion_tokens") or request.get("max_tokens")
     if isinstance(limit, int) and len(text) > 4 * limit > 0:
         text, finish_reason = text[: 4 * limit], "length"
-    shown = sum(
-        len(message["content"])
-        for message in asked["messages"]
-        if isinstance(message.get("content"), str)
-    )
+    contents = [message.get("content") for message in request["messages"]]
+    shown = sum(len(content) for content in contents if isinstance(content, str))
     tokens = {"prompt_tokens": math.ceil(shown / 4), "completion_tokens": math.ceil(len(text) / 4)}
     message = {"role": "assistant", "content": text}
     choice = {"index": 0, "message": message, "finish_reason": finish_reason, "logprobs": None}
-    named = {
+    return {
         "id": "chatcmpl-rules",
         "object": "chat.completion",
         "created": int(time.time()),
-        "model": asked["model"],
+        "model": request["model"],
+        "choices": [choice],
+        "usage": tokens | {"total_tokens": sum(tokens.values())},
     }
-    return named | {"choices": [choice], "usage": tokens | {"total_tokens": sum(tokens.values())}}

@@ -1,8 +1,7 @@
-"""What a sweep is cut into for machines that others schedule: one command a shard, which may be run
-again at any time.
+"""A sweep as jobs for an external scheduler: one command per shard, which may be rerun at any time.
 
-The engines own scheduling, recovery and machines; a shard owns nothing: it claims its points in the
-bucket, goes on with those that another machine left half-done, and ends with what is left of them.
+The scheduler owns machines and recovery. A shard keeps no state of its own: it claims its points in
+the bucket and resumes those that another machine left unfinished.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from opdjax.config.grid import SweepPoint
 from opdjax.config.topology import Topology, topology
 from opdjax.config.validation import ConfigError
 
-_LONGEST_NAME = 40  # of a job; Kubernetes makes longer names of it
+_MAX_NAME = 40  # characters of a job name; Kubernetes appends to it
 
 
 class FleetError(RuntimeError):
@@ -31,57 +30,60 @@ class FleetError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class SweepShard:
-    """One job."""
+    """A job that runs one shard of the sweep."""
 
     name: str
-    command: str  # for a shell in the root of the checkout, `opdjax` being on its path
+    command: str  # for a shell in the root of the checkout, with `opdjax` on the PATH
 
 
 @dataclasses.dataclass(frozen=True)
 class Fleet:
-    """A sweep as jobs, and what each machine needs."""
+    """The jobs of a sweep, and what each of their machines needs."""
 
     shards: tuple[SweepShard, ...]
     machine: Topology
-    extras: tuple[str, ...]  # of the package, beside those that the kind of machine asks for
-    secrets: tuple[str, ...]  # names of environment variables that hold keys
+    extras: tuple[str, ...]  # of the package, besides those for the kind of accelerator
+    secrets: tuple[str, ...]  # environment variables that hold API keys
     config: FleetConfig
 
 
-def fleet_of(
+def make_fleet(
     file: str, url: str, points: Sequence[SweepPoint], config: FleetConfig, options: Sequence[str]
 ) -> Fleet:
-    """The jobs of a sweep whose directory is `url`; `options` of `opdjax sweep` are handed on.
-    ConfigError where they could not run.
+    """The jobs of the sweep in `file` with the directory `url`; `options` are appended to the
+    `opdjax sweep` command. ConfigError if they could not run.
     """
     if not url.startswith("gs://"):
         raise ConfigError(
-            f"--workdir is {url}; expected gs://BUCKET/NAME where a fleet is launched: its machines share nothing else"
+            f"--workdir is {url}; expected gs://BUCKET/NAME: the machines of a fleet share nothing "
+            "else"
         )
     if pathlib.Path(file).is_absolute() or not (PACKAGE.parent / file).is_file():
         raise ConfigError(
-            f"{file} is no file of the checkout {PACKAGE.parent}, which every machine gets; expected one, named from its root"
+            f"{file} is not in the checkout {PACKAGE.parent}, which is copied to every machine; "
+            "expected a path relative to its root"
         )
     machine = topology(config.topology)
     if machine.hosts > 1:
         raise ConfigError(
-            f"fleet.topology is {machine.name}, which has {machine.hosts} hosts; expected one of a single host: a point of a sweep is one "
-            "process. A run on several hosts is launched by tpu/run.sh or tpu/xpk.sh"
+            f"fleet.topology is {machine.name}, which has {machine.hosts} hosts; expected a single "
+            "host: a point of a sweep is one process. Start a run on several hosts with tpu/run.sh "
+            "or tpu/xpk.sh"
         )
     count = config.shards
     if count > len(points):
         raise ConfigError(
-            f"fleet.shards is {count}; expected at most {len(points)}, the points of {file}"
+            f"fleet.shards is {count}; expected at most {len(points)}, the number of points"
         )
     stem = re.sub(r"[^a-z0-9]+", "-", pathlib.Path(file).stem.lower()).strip("-")
     digest = hashlib.sha256(f"{file} {url} {shlex.join(options)}".encode()).hexdigest()[:6]
     ending = f"-{digest}-{count}of{count}"
-    stem = f"opdjax-{stem}"[: _LONGEST_NAME - len(ending)].strip("-")
-    made = []
+    stem = f"opdjax-{stem}"[: _MAX_NAME - len(ending)].strip("-")
+    shards = []
     for i in range(1, count + 1):
         words = ["opdjax", "sweep", file, "--workdir", url, *options, "--shard", f"{i}/{count}"]
-        made.append(SweepShard(f"{stem}-{digest}-{i}of{count}", shlex.join(words)))
-    return Fleet(tuple(made), machine, _extras(points), _secrets(points), config)
+        shards.append(SweepShard(f"{stem}-{digest}-{i}of{count}", shlex.join(words)))
+    return Fleet(tuple(shards), machine, _extras(points), _secrets(points), config)
 
 
 def _extras(points: Sequence[SweepPoint]) -> tuple[str, ...]:
@@ -95,44 +97,37 @@ def _extras(points: Sequence[SweepPoint]) -> tuple[str, ...]:
 
 def _secrets(points: Sequence[SweepPoint]) -> tuple[str, ...]:
     roles = ("rubricator", "verifier", "teacher_api")
-    return tuple(
-        sorted(
-            {getattr(point.config, role).api_key_env for point in points for role in roles} - {""}
-        )
-    )
+    names = {getattr(point.config, role).api_key_env for point in points for role in roles}
+    return tuple(sorted(names - {""}))
 
 
 def submit_all(
-    commands: Iterable[tuple[str, Sequence[str]]], running: set[str], say: Callable[[str], None]
+    commands: Iterable[tuple[str, Sequence[str]]], running: set[str], log: Callable[[str], None]
 ) -> int:
-    """Run (name, command) one after the other, but for those that run already; how many were
-    submitted. FleetError says which were.
+    """Run the command of each (name, command) whose job is not running yet, in order; returns their
+    number. FleetError lists those submitted before a failure.
     """
     done: list[str] = []
     for name, command in commands:
         if name in running:
-            say(f"{name} runs already; it is not submitted again")
+            log(f"{name} is running already; it is not submitted again")
             continue
-        say(shlex.join(command))
-        status = subprocess.run(
-            command, cwd=PACKAGE.parent
-        ).returncode  # whose files the machines get
+        log(shlex.join(command))
+        # The engine copies its current directory, the checkout, to the machines.
+        status = subprocess.run(command, cwd=PACKAGE.parent).returncode
         if status:
-            before = (
-                f"submitted before it: {', '.join(done)}"
-                if done
-                else "none was submitted before it"
-            )
             raise FleetError(
-                f"{name} was not submitted ({command[0]} ended with {status}); {before}. The same command goes on"
+                f"{name} was not submitted ({command[0]} exited with {status}); submitted before: "
+                f"{', '.join(done) or 'none'}. The same command submits the rest"
             )
         done.append(name)
     return len(done)
 
 
 def require_program(name: str, package: str) -> None:
-    """FleetError where the engine's command is not installed."""
+    """FleetError if the engine's command is not installed."""
     if shutil.which(name) is None:
         raise FleetError(
-            f"there is no command {name}; pip install '{package}' in an environment of its own, and put it on the path"
+            f"there is no command {name}; pip install '{package}' in a separate environment, and "
+            "put it on the PATH"
         )

@@ -1,5 +1,5 @@
-"""A sweep as managed jobs of SkyPilot, which finds machines, recovers those that are taken away,
-and ends them.
+"""A sweep as managed jobs of SkyPilot, which finds machines, replaces preempted ones, and ends
+them.
 """
 
 from __future__ import annotations
@@ -18,45 +18,41 @@ from opdjax.sweeps.fleet.shards import Fleet, SweepShard, require_program, submi
 _GPUS = {"a100": "A100-80GB", "h100": "H100", "h200": "H200"}
 
 
-def _as_typed(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar(
-        "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None
-    )
+def _represent(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Scripts as they would be typed."""
+    """Writes texts of several lines as block scalars."""
 
-    yaml_representers = yaml.SafeDumper.yaml_representers | {str: _as_typed}
+    yaml_representers = yaml.SafeDumper.yaml_representers | {str: _represent}
 
 
 def tasks(fleet: Fleet) -> dict[str, str]:
-    """Each shard's task as YAML, by its name."""
+    """The SkyPilot task of each shard as YAML, by job name."""
     return {
         shard.name: yaml.dump(_task(shard, fleet), Dumper=_Dumper, sort_keys=False, width=1000)
         for shard in fleet.shards
     }
 
 
-def launch(fleet: Fleet, say: Callable[[str], None], *, is_dry: bool) -> int:
-    """Submit the shards, or, dry, print what would be; how many were submitted."""
-    made = tasks(fleet)
+def launch(fleet: Fleet, log: Callable[[str], None], *, is_dry: bool) -> int:
+    """Submit the shards and return their number; a dry run only prints the tasks."""
+    texts = tasks(fleet)
     if is_dry:
-        for name, text in made.items():
-            say(
-                f"# {name}.yaml\n{text}\n# {' '.join(_command(fleet, name, pathlib.Path(f'{name}.yaml')))}\n"
-            )
+        for name, text in texts.items():
+            command = _command(fleet, name, pathlib.Path(f"{name}.yaml"))
+            log(f"# {name}.yaml\n{text}\n# {' '.join(command)}\n")
         return 0
     require_program("sky", "skypilot[gcp]")
     with tempfile.TemporaryDirectory() as directory:
-        files = {name: pathlib.Path(directory) / f"{name}.yaml" for name in made}
-        for name, file in files.items():
-            file.write_text(made[name])
-        return submit_all(
-            ((name, _command(fleet, name, file)) for name, file in files.items()),
-            _running(say),
-            say,
-        )
+        commands = []
+        for name, text in texts.items():
+            file = pathlib.Path(directory) / f"{name}.yaml"
+            file.write_text(text)
+            commands.append((name, _command(fleet, name, file)))
+        return submit_all(commands, _running(log), log)
 
 
 def _task(shard: SweepShard, fleet: Fleet) -> dict[str, Any]:
@@ -81,13 +77,14 @@ def _task(shard: SweepShard, fleet: Fleet) -> dict[str, Any]:
 
 
 def _setup(fleet: Fleet) -> str:
-    # The images have Python 3.10, which is too old; uv brings its own.
+    # The Python 3.10 of the images is too old; uv installs its own.
     requirements = "--requirement tpu/requirements.txt " if fleet.machine.backend == "tpu" else ""
     extras = ",".join((*fleet.extras, *(() if fleet.machine.backend == "tpu" else ("cuda", "gcs"))))
     return (
         "set -e\npython3 -m pip install --quiet --user uv\n"
         "test -x .venv/bin/python || ~/.local/bin/uv venv --quiet --python 3.11 .venv\n"
-        f"~/.local/bin/uv pip install --quiet --python .venv/bin/python {requirements}--editable '.[{extras}]'\n"
+        f"~/.local/bin/uv pip install --quiet --python .venv/bin/python {requirements}"
+        f"--editable '.[{extras}]'\n"
     )
 
 
@@ -96,18 +93,16 @@ def _command(fleet: Fleet, name: str, file: pathlib.Path) -> list[str]:
     return ["sky", "jobs", "launch", "--yes", "--detach-run", "--name", name, *secrets, str(file)]
 
 
-def _running(say: Callable[[str], None]) -> set[str]:
-    """Names of the jobs that have not ended; none, with a note, where SkyPilot could not tell."""
-    asked = subprocess.run(
-        ["sky", "jobs", "queue", "--skip-finished", "--all", "--output", "json"],
-        capture_output=True,
-        text=True,
-    )
+def _running(log: Callable[[str], None]) -> set[str]:
+    """Names of the jobs that have not ended; empty, with a note, if SkyPilot cannot list them."""
+    command = ["sky", "jobs", "queue", "--skip-finished", "--all", "--output", "json"]
+    queue = subprocess.run(command, capture_output=True, text=True)
     try:
-        asked.check_returncode()
-        return {str(job["job_name"]) for job in json.loads(asked.stdout or "[]")}
+        queue.check_returncode()
+        return {str(job["job_name"]) for job in json.loads(queue.stdout or "[]")}
     except (subprocess.CalledProcessError, ValueError, LookupError, TypeError):
-        say(
-            "note: sky jobs queue did not tell which jobs run already; a shard that is submitted twice shares its points with itself"
+        log(
+            "note: sky jobs queue could not list the running jobs; a shard that is submitted twice "
+            "shares its points with its copy"
         )
         return set()

@@ -110,7 +110,7 @@ def test_subjects_are_chosen_by_name_and_the_experiments_own_comes_first():
         ValueError, match="estimator.recipe is 'ropd'; expected one that a teacher supervises"
     ):
         choose(None, {}, "ropd")
-    with pytest.raises(ValueError, match=r"nothing called \['vodp'\] to audit"):
+    with pytest.raises(ValueError, match=r"cannot audit \['vodp'\]"):
         choose(["vodp"])
 
 

@@ -1,4 +1,4 @@
-"""The audit's tree: what is exact is exact, what is biased is told so."""
+"""The audit's tree: exact estimators have no bias, the others have one."""
 
 from opdjax.diagnose.audit.tree import PREFIXES, SEQUENCES, audit_tree
 
@@ -20,14 +20,14 @@ def test_what_the_tree_says():
         assert rows[title]["frozen"] < 1e-10, title
         assert rows[title]["sequence"] > 0.1, title
     for title in (
-        "reward to go, as drawn",
+        "sampled reward to go",
         "reward to go, -KL for later rewards",
-        "the same and baseline full",
+        "the same with baseline full",
     ):
         assert rows[title]["sequence"] < 1e-10, title
     assert (
         rows["reward to go, -KL for later rewards"]["variance"]
-        < rows["reward to go, as drawn"]["variance"]
+        < rows["sampled reward to go"]["variance"]
     )
     assert rows["two rows, fixed_denominator, baseline full"]["baseline"] < 1e-10
     assert rows["two rows, sequence_mean_token_sum, baseline full"]["baseline"] < 1e-10

@@ -10,7 +10,7 @@ import pytest
 
 from opdjax.cli import runs
 from opdjax.config import AuditConfig
-from opdjax.diagnose.audit.gradients import _share_signal, _split
+from opdjax.diagnose.audit.gradients import _components, _share_signal
 from opdjax.diagnose.audit.pair import KL_QUANTILES, kl_bins, ratio_with_interval
 from opdjax.diagnose.audit.run import audit
 from opdjax.diagnose.audit.subjects import Subject, subject
@@ -52,7 +52,7 @@ def test_the_parts_of_a_variance_are_found(rng):
         np.square(g - by_rollout[:, :, None]).sum(axis=(1, 2, 3)),
         np.square(by_rollout - center[:, None]).sum(axis=(1, 2)),
     ]
-    found = _split(
+    found = _components(
         np.square(center.mean(axis=0)).sum(),
         *sums,
         np.square(center).sum(axis=1),
@@ -78,8 +78,10 @@ def test_a_few_estimators_on_the_built_in_pair(parameter_space):
         subject("npd"),
         Subject("k3_direct"),
     ]
-    how = AuditConfig(num_contexts=20, vocab=8, num_prompts=16, parameter_space=parameter_space)
-    document = audit(runs.MINI, subjects, how, tell=lambda _: None)
+    settings = AuditConfig(
+        num_contexts=20, vocab=8, num_prompts=16, parameter_space=parameter_space
+    )
+    document = audit(runs.MINI, subjects, settings, log=lambda _: None)
     contexts = document["contexts"]["rows"]
     assert contexts["opd"]["bias"]["reverse"] < 1e-4
     assert contexts["k3_direct"]["cosine"]["forward"] > 0.999
@@ -101,9 +103,9 @@ def test_the_command_writes_tables_and_page(tmp_path, capsys):
         [
             "--workdir",
             str(tmp_path),
-            "--how.num-contexts",
+            "--audit.num-contexts",
             "20",
-            "--how.num-prompts",
+            "--audit.num-prompts",
             "4",
             "--only",
             "opd",
@@ -130,7 +132,7 @@ def test_recipes_of_one_expectation_share_the_signal_that_is_told_best():
 
 def test_what_cannot_be_measured_is_refused_before_anything_is(tmp_path):
     for arguments, message in (
-        (["--teacher.path", "@mini_student", "--only", "opd"], "student and teacher say the same"),
+        (["--teacher.path", "@mini_student", "--only", "opd"], "student and teacher have the same"),
         (
             ["--estimator.recipe", "opd", "--estimator.importance", "token_truncate"],
             "estimator.importance is 'token_truncate'",
@@ -139,10 +141,10 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(tmp_path):
             ["--estimator.recipe", "opd", "--estimator.baseline", "full"],
             "recipe 'opd' has no option 'baseline'",
         ),
-        (["--how.num-prompts", "100000"], "expected at most"),
-        (["--only", "vodp"], "nothing called"),
+        (["--audit.num-prompts", "100000"], "expected at most"),
+        (["--only", "vodp"], "cannot audit"),
     ):
-        small = ["--how.num-contexts", "2", "--how.vocab", "3"]
+        small = ["--audit.num-contexts", "2", "--audit.vocab", "3"]
         with pytest.raises(ValueError, match=message):
             runs.audit(["--workdir", str(tmp_path / "x"), *small, *arguments])
 

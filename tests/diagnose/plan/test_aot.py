@@ -7,7 +7,7 @@ import pytest
 from opdjax.config import ModelConfig, TrainConfig
 from opdjax.config.topology import topology
 from opdjax.diagnose.plan.aot import NoCompilerError, compile_programs, describe
-from opdjax.diagnose.plan.arithmetic import foresee
+from opdjax.diagnose.plan.estimate import estimate
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 
@@ -15,7 +15,7 @@ HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 @pytest.mark.skipif(HAS_LIBTPU, reason="libtpu is installed")
 def test_without_libtpu_it_is_said_what_to_install():
     with pytest.raises(
-        NoCompilerError, match=r"install libtpu beside the same jax: pip install 'jax\[tpu\]=="
+        NoCompilerError, match=r"install libtpu for this jax: pip install 'jax\[tpu\]=="
     ):
         describe(topology("v5e-8"))
 
@@ -41,7 +41,7 @@ def test_a_small_run_compiles_for_v5e(run_of, model):
     )  # as runs of a size that needs a slice are
     workload = run_of("v5e-8", fsdp=8, train=train, **models)
     plan, programs = (
-        foresee(workload),
+        estimate(workload),
         {program.name: program for program in compile_programs(workload)},
     )
     assert set(programs) == {"prefill", "sample", "teacher", "update"}
@@ -52,6 +52,6 @@ def test_a_small_run_compiles_for_v5e(run_of, model):
         if "loss" in item.phases and "loss" not in item.outside and item.is_argument
     )
     assert counted <= update.argument_bytes <= 1.01 * counted
-    assert 0.85 < plan.of_program("update") / update.peak_bytes < 1.15
+    assert 0.85 < plan.program_bytes("update") / update.peak_bytes < 1.15
     assert update.most_logit_rows <= 8
     assert any(each.kind == "all-gather" and each.loop for each in update.collectives)

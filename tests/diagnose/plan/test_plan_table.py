@@ -6,7 +6,7 @@ import pytest
 
 from opdjax.cli import main
 from opdjax.diagnose.plan.aot import Program
-from opdjax.diagnose.plan.arithmetic import foresee
+from opdjax.diagnose.plan.estimate import estimate
 from opdjax.diagnose.plan.hlo import Collective
 from opdjax.diagnose.plan.table import fits, text, verdict
 
@@ -22,7 +22,8 @@ def plan_of(monkeypatch, capsys, model, tmp_path):
     file = tmp_path / "experiment.py"
     file.write_text(
         "from opdjax.config import *\n"
-        f"def get_config(): return Config(ModelConfig({model('one')!r}), ModelConfig({model('two')!r}), "
+        f"def get_config(): return Config(ModelConfig({model('one')!r}), "
+        f"ModelConfig({model('two')!r}), "
         "train=TrainConfig(prompts_per_step=8), evaluation=EvaluationConfig(source=None))\n"
     )
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
@@ -63,23 +64,23 @@ def program(**changes):
 
 
 def test_the_table(run_of):
-    plan = foresee(run_of("v5e-4"))
+    plan = estimate(run_of("v5e-4"))
     shown = text(plan)
     assert shown.startswith(HEADING)
     lines = {line[:46].rstrip(): line[46:].split() for line in shown.splitlines()}
     assert lines["GiB on a device"] == ["prefill", "sample", "teacher", "loss", "backward"]
-    assert len(lines["in all"]) == 5
+    assert len(lines["total"]) == 5
     assert lines["limited by"][1] == "memory"
-    assert "at most 128 tokens of completions a step" in shown
+    assert "at most 128 completion tokens a step" in shown
     assert shown.endswith(f"of {plan.capacity / 2**30:.2f} GiB")
 
 
 def test_what_the_compiler_says_stands_beside_it(run_of):
-    plan = foresee(run_of("v5e-4"))
+    plan = estimate(run_of("v5e-4"))
     shown = text(plan, [program()])
     row = next(line for line in shown.splitlines() if line.startswith("update   "))
     assert row.split()[:4] == ["update", "0.500", "0.500", "1.000"]
-    assert "logits of at most 8 tokens stand in one array; a tile has 8" in shown
+    assert "the largest array of logits holds 8 tokens; a tile has 8" in shown
     assert (
         "all-gather             2            12        12.0  jit(update)/while > jvp()/while"
         in shown
@@ -89,12 +90,11 @@ def test_what_the_compiler_says_stands_beside_it(run_of):
 
 
 def test_what_does_not_fit_is_said(run_of):
-    plan = foresee(run_of("v5e-4"))
+    plan = estimate(run_of("v5e-4"))
     large = program(peak_bytes=plan.capacity)
     assert not fits(plan, [large])
-    assert "does not fit: update holds 15.75 GiB as compiled and 0.00 beside it" in verdict(
-        plan, [large]
-    )
+    message = "does not fit: update holds 15.75 GiB as compiled and 0.00 outside the program"
+    assert message in verdict(plan, [large])
     refused = program(problem="RESOURCE_EXHAUSTED: 480.00G")
     assert "does not fit: update: RESOURCE_EXHAUSTED: 480.00G" in verdict(plan, [refused])
     assert "RESOURCE_EXHAUSTED" in text(plan, [refused])
@@ -107,7 +107,7 @@ def test_the_status_tells_whether_it_fits(plan_of):
     assert status == 1
     last = out.splitlines()[-1]
     assert last.startswith("does not fit: backward holds ")
-    assert "the first item too many is 'activations kept for the backward pass'" in last
+    assert "the first item that does not fit is 'activations kept for the backward pass'" in last
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_the_status_tells_whether_it_fits(plan_of):
         ),
         (
             ("--topology", "h100-8", "--aot"),
-            "h100-8: XLA compiles for a GPU only where there is one",
+            "h100-8: XLA compiles for a GPU only on a machine with one",
         ),
     ],
 )

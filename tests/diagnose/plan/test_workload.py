@@ -16,7 +16,7 @@ from opdjax.config import (
 )
 from opdjax.config.topology import topology
 from opdjax.config.validation import ConfigError
-from opdjax.diagnose.plan.arithmetic import foresee
+from opdjax.diagnose.plan.estimate import estimate
 from opdjax.diagnose.plan.table import text
 from opdjax.diagnose.plan.workload import read_workload
 from opdjax.models.hf import CheckpointError, load_params, open_checkpoint
@@ -44,8 +44,8 @@ def test_a_generator_in_the_process_leaves_the_learner_fewer_devices(run_of):
     )
     workload = run_of("v5e-8", near_policy=near_policy)
     assert workload.devices == 4
-    assert "; 4 devices generate\n" in text(foresee(workload))
-    assert "rollouts are drawn ahead" in text(foresee(workload))
+    assert "; 4 devices generate\n" in text(estimate(workload))
+    assert "rollouts are asynchronous" in text(estimate(workload))
 
 
 def test_a_config_json_alone_is_enough(model):
@@ -112,7 +112,7 @@ def test_the_teacher_is_refused_by_its_own_name(run_of, model):
 
 
 def test_evaluation_is_foreseen_where_there_is_one(run_of):
-    plan = foresee(
+    plan = estimate(
         run_of("v5e-4", evaluation=EvaluationConfig(batch_size=10, max_completion_length=48))
     )
     cache = next(

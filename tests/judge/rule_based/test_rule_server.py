@@ -384,6 +384,6 @@ def test_it_serves_beside_a_command_and_passes_its_status_on():
 def test_options_are_refused_by_name(judge_server):
     taken = run("--port", judge_server.rpartition(":")[2].partition("/")[0])
     assert taken.returncode == 2
-    assert "cannot be had" in taken.stderr
-    assert "there is no typo; there are rate_limit" in run("--fault-kinds", "empty,typo").stderr
+    assert "is not available" in taken.stderr
+    assert "--fault-kinds is typo; expected some of rate_limit" in run("--fault-kinds", "empty,typo").stderr
     assert "expected a share from 0 to 1" in run("--faults", "30").stderr

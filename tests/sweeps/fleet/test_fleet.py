@@ -20,7 +20,7 @@ from opdjax.config.grid import points, seeds
 from opdjax.config.topology import TOPOLOGIES
 from opdjax.config.validation import ConfigError
 from opdjax.sweeps.fleet import skypilot, xpk
-from opdjax.sweeps.fleet.shards import FleetError, fleet_of
+from opdjax.sweeps.fleet.shards import FleetError, make_fleet
 
 ROOT = pathlib.Path(__file__).parents[3]
 FILE, URL = "experiments/sweeps/mini_vopd.py", "gs://bucket/a sweep"
@@ -32,7 +32,7 @@ SKY_PYTHON, XPK = os.environ.get("OPDJAX_SKY_PYTHON"), os.environ.get("OPDJAX_XP
 
 def fleet(topology="v5e-8", url=URL, file=FILE, made=None, options=(), **config):
     made = made or load_sweep(str(ROOT / FILE))
-    return fleet_of(file, url, made, FleetConfig(topology, **config), options)
+    return make_fleet(file, url, made, FleetConfig(topology, **config), options)
 
 
 def judged():
@@ -80,11 +80,11 @@ def test_what_skypilot_is_told_of_tpus_and_of_gpus():
     ("given", "message"),
     [
         ({"url": "runs/sweep"}, "--workdir is runs/sweep; expected gs://BUCKET/NAME"),
-        ({"topology": "v5e-16"}, "v5e-16, which has 4 hosts; expected one of a single host"),
+        ({"topology": "v5e-16"}, "v5e-16, which has 4 hosts; expected a single host"),
         ({"topology": "v5e-9"}, "there is no topology 'v5e-9'"),
         ({"shards": 1000}, "fleet.shards is 1000; expected at most"),
-        ({"file": "/somewhere/sweep.py"}, "is no file of the checkout"),
-        ({"file": "experiments/absent.py"}, "is no file of the checkout"),
+        ({"file": "/somewhere/sweep.py"}, "is not in the checkout"),
+        ({"file": "experiments/absent.py"}, "is not in the checkout"),
     ],
 )
 def test_what_could_not_run_is_refused(given, message):
@@ -97,11 +97,11 @@ def test_what_could_not_run_is_refused(given, message):
     [
         (
             {"cluster": "c", "image": "i"},
-            "v5e-8, which xpk makes of several hosts of four chips, or not at all; expected one of v4-8",
+            "v5e-8, for which xpk uses several hosts, or which it does not support; expected one of v4-8",
         ),
         (
             {"topology": "h100-8", "cluster": "c", "image": "i"},
-            "expected a TPU slice where --launch is xpk",
+            "expected a TPU slice with --launch xpk",
         ),
         ({"topology": "v6e-4", "image": "i"}, "fleet.cluster is empty"),
         ({"topology": "v6e-4", "cluster": "c"}, "fleet.image is empty"),
@@ -167,7 +167,7 @@ def test_shards_are_submitted_but_for_those_that_run(monkeypatch, capsys, tmp_pa
     """
     names = [
         shard.name
-        for shard in fleet_of(
+        for shard in make_fleet(
             FILE, "gs://b/s", load_sweep(str(ROOT / FILE)), FleetConfig("v5e-8", 3), []
         ).shards
     ]
@@ -182,9 +182,9 @@ def test_shards_are_submitted_but_for_those_that_run(monkeypatch, capsys, tmp_pa
     status, out, error = sweep(monkeypatch, capsys, *LAUNCH)
     assert status == 2
     assert (
-        f"{names[2]} was not submitted (sky ended with 7); submitted before it: {names[1]}" in error
+        f"{names[2]} was not submitted (sky exited with 7); submitted before: {names[1]}" in error
     )
-    assert f"{names[0]} runs already" in out
+    assert f"{names[0]} is running already" in out
     status, out, _ = sweep(monkeypatch, capsys, *LAUNCH)
     assert status == 0
     assert "2 of 3 shards were submitted" in out
@@ -198,7 +198,7 @@ def test_a_queue_that_tells_nothing_is_told_of(monkeypatch, capsys, tmp_path, qu
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     status, out, _ = sweep(monkeypatch, capsys, *LAUNCH)
     assert status == 0
-    assert "note: sky jobs queue did not tell which jobs run already" in out
+    assert "note: sky jobs queue could not list the running jobs" in out
 
 
 def test_without_the_engine_it_is_said_what_to_install(monkeypatch, capsys, tmp_path):

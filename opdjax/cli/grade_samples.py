@@ -1,4 +1,4 @@
-"""Which recorded rollouts are right, by the data that their prompts came from."""
+"""Grades the completions of samples.jsonl with the answers of a run's data, for reports."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 from opdjax.config import Config, DataConfig
 from opdjax.config.saved import upgrade
-from opdjax.config.validation import from_dict
+from opdjax.config.validation import MissingExtraError, from_dict
 from opdjax.data.grading import GRADERS, require_grader
 from opdjax.data.sources import ColumnMap, DataError, read_rows, value_at
 from opdjax.runs.results import Run
 
 
-def mark(run: Run, row: Mapping[str, Any]) -> tuple[bool | None, str | None]:
-    """(whether the completion of a row of samples.jsonl is right, the answer of its data); None
-    where the data or its answer is gone.
+def grade_sample(run: Run, row: Mapping[str, Any]) -> tuple[bool | None, str | None]:
+    """(whether the completion of a row of samples.jsonl is correct, the answer in the data); None
+    if the data, its answer or the grader's package is missing.
     """
     config = _config(json.dumps(run.config, sort_keys=True))
     answer = _answers(config.data).get(_key(row.get("prompt")))
@@ -26,7 +26,7 @@ def mark(run: Run, row: Mapping[str, Any]) -> tuple[bool | None, str | None]:
     grader = config.evaluation.grader
     try:
         require_grader(grader)
-    except ImportError:
+    except MissingExtraError:
         return None, answer
     return GRADERS[grader](str(row.get("completion", "")), answer), answer
 
@@ -38,27 +38,21 @@ def _config(text: str) -> Config:
 
 @functools.lru_cache(maxsize=4)
 def _answers(data: DataConfig) -> dict[str, str]:
-    """By prompt. Empty where the source cannot be read any more: a report is of runs, whose data
-    may lie on another machine.
-    """
-    columns, found = ColumnMap.from_config(data), {}
+    """Prompt -> answer; empty if the data cannot be read, which may be on another machine."""
+    columns, answers = ColumnMap.from_config(data), {}
+    name = columns.answer or "answer"
     try:
         for place, row in read_rows(data.source, columns):
-            name = columns.answer or "answer"
             if name.partition(".")[0] in row and (answer := value_at(row, name, place)) is not None:
-                found[_key(value_at(row, columns.prompt, place))] = str(answer)
+                answers[_key(value_at(row, columns.prompt, place))] = str(answer)
     except (DataError, OSError, ImportError):
         return {}
-    return found
+    return answers
 
 
 def _key(prompt: Any) -> str:
-    """A prompt as text; of a conversation the turns before the assistant's last one."""
-    if (
-        isinstance(prompt, (list, tuple))
-        and prompt
-        and isinstance(prompt[-1], dict)
-        and prompt[-1].get("role") == "assistant"
-    ):
+    """A prompt as text; of a conversation, the messages before the assistant's last one."""
+    last = prompt[-1] if isinstance(prompt, (list, tuple)) and prompt else None
+    if isinstance(last, dict) and last.get("role") == "assistant":
         prompt = prompt[:-1]
     return json.dumps(prompt, sort_keys=True, default=str)
