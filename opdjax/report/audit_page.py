@@ -64,6 +64,7 @@ def audit_page(document: Document, name: str) -> tuple[str, list[Html | None]]:
 
 def _header(document: Document, title: str) -> Html:
     contexts, random = document["contexts"], document["vocabulary"]
+    # Earlier versions wrote the settings as "how".
     settings = document.get("settings", document.get("how", {}))
     answers = settings.get("num_generations")
     pitfalls = sum(is_pitfall(document, name) for name in document["subjects"])
