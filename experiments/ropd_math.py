@@ -6,7 +6,7 @@ and release differ, the settings are the release's: 32 prompts x 8 rollouts a st
 KL, AdamW at 1e-6 with weight decay 0.01, clip 1, answers of up to 8,192 tokens at temperature 1.
 
     export OPENAI_API_KEY=...
-    opdjax teach experiments/ropd_math.py --data.source dapo17k.jsonl \
+    opdjax references experiments/ropd_math.py --data.source dapo17k.jsonl \
         --data.references references/dapo17k.jsonl
     opdjax train experiments/ropd_math.py --data.source dapo17k.jsonl \
         --data.references references/dapo17k.jsonl --evaluation.source aime24.jsonl \

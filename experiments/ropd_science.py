@@ -5,7 +5,7 @@ settings for science: 625 steps of 32 prompts x 8 rollouts, learning rate 1e-6 w
 100 steps of warm-up, AdamW with b2 0.95 and weight decay 0.1, judge temperatures 0.7 (rubricator)
 and 0 (verifier).
 
-    opdjax teach experiments/ropd_science.py --data.source rar_science.jsonl \
+    opdjax references experiments/ropd_science.py --data.source rar_science.jsonl \
         --data.references references/rar_science.jsonl
     opdjax train experiments/ropd_science.py --data.source rar_science.jsonl \
         --data.references references/rar_science.jsonl \

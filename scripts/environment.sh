@@ -1,17 +1,19 @@
 # shellcheck shell=sh
-# Sourced by the other scripts: makes .venv if it is missing and installs this checkout with the given extras.
-# usage: extra=test; . scripts/environment.sh     (from the repository's root; extra= installs the core alone)
+# Sourced by the other scripts: makes .venv if it is missing, and installs this checkout in it.
+# usage: extra=test; . scripts/environment.sh   (from the repository's root; extra= installs no extra)
 
 find_python() {
     for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11; do
         [ -n "$candidate" ] || continue
-        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+        if "$candidate" -c 'import sys, venv, ensurepip
+sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    echo "opdjax needs Python 3.11, 3.12 or 3.13 with the venv module; python3 here is $(python3 --version 2>&1)." \
-        "Install one, or name it: PYTHON=/path/to/python3.12 $0" >&2
+    echo "opdjax needs Python 3.11, 3.12 or 3.13 with the venv module;" \
+        "python3 is $(python3 --version 2>&1)." \
+        "Install one, or give its path: PYTHON=/path/to/python3.12 $0" >&2
     return 1
 }
 
@@ -22,9 +24,10 @@ if [ ! -x .venv/bin/python ]; then
     rm -rf .venv
     "$python" -m venv .venv
 fi
-# Installed again only when what is to be installed has changed.
+# Installs again only after a change of the dependencies.
 if [ ! -e "$stamp" ] || [ setup.cfg -nt "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
-    echo "installing opdjax${extra:+ with its $extra extra} into .venv (about two minutes the first time)"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extra:+[$extra]}"
+    echo "installing opdjax${extra:+ with its $extra extra} into .venv (two minutes the first time)"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+        --editable ".${extra:+[$extra]}"
     touch "$stamp"
 fi

@@ -1,5 +1,4 @@
-"""One file of several benchmarks for evaluation.source: JSON lines with prompt, answer and the name
-of the benchmark.
+"""Join several benchmarks into one JSONL file for evaluation.source.
 
     python scripts/join_benchmarks.py math4.jsonl \
         MATH500=hf:HuggingFaceH4/MATH-500#test,problem,answer
@@ -8,9 +7,9 @@ of the benchmark.
         AIME24/25=hf:HuggingFaceH4/aime_2024#train,problem,answer
         AIME24/25=hf:MathArena/aime_2025#train,problem,answer
 
-Each argument is NAME=SOURCE,PROMPT_COLUMN,ANSWER_COLUMN, with any source that data.source takes; of
-one name there may be several. The file is read with --evaluation.benchmark-column benchmark. It is
-written whole or not at all.
+Each argument is NAME=SOURCE,PROMPT_COLUMN,ANSWER_COLUMN, with any source that data.source accepts;
+a name may appear several times. Each row holds prompt, answer and benchmark, the name. Read the
+file with --evaluation.benchmark-column benchmark. If a source fails, nothing is written.
 """
 
 from __future__ import annotations
@@ -25,18 +24,19 @@ from opdjax.data.sources import ColumnMap, DataError
 
 
 def rows_of(argument: str) -> list[dict[str, object]]:
-    """The rows of one NAME=SOURCE,PROMPT_COLUMN,ANSWER_COLUMN; DataError where they cannot be had
-    or one has no answer.
+    """Return the rows of one NAME=SOURCE,PROMPT_COLUMN,ANSWER_COLUMN.
+
+    DataError if the source cannot be read, or a row has no answer.
     """
     name, equals, rest = argument.partition("=")
     parts = rest.rsplit(",", 2)
     if not (name and equals and len(parts) == 3 and all(parts)):
         raise DataError(
-            f"{argument!r} names no benchmark; expected NAME=SOURCE,PROMPT_COLUMN,ANSWER_COLUMN"
+            f"{argument!r} is no benchmark; expected NAME=SOURCE,PROMPT_COLUMN,ANSWER_COLUMN"
         )
     source, prompt, answer = parts
     found = read_prompts(source, ColumnMap(prompt, answer))
-    require_field(found, "answer", answer, source, "an evaluation needs one of every row")
+    require_field(found, "answer", answer, source, "an evaluation needs one in every row")
     return [{"prompt": row.prompt, "answer": row.answer, "benchmark": name} for row in found]
 
 

@@ -1,13 +1,12 @@
-"""Runs whose rollouts are drawn ahead, killed again and again: does every one of them end as if
-nobody had killed it?
+"""Kill asynchronous runs again and again, and check that each ends as if it had not been killed.
 
     python scripts/kill_storm.py --workdir runs/kills --output experiments/results/kills.md
 
-Of each way to draw, a run on the mini pair is sent SIGKILL at random moments: its learner, its
-generator, or both, each a process of its own where the generator is one. What was killed is started
-again by the same command, and after the last kill left to finish. Then the table tells whether the
-final weights, and the metrics of every step, are bit for bit those of a run that nobody killed, and
-whether every rollout of every step is there once, whole, and as old as the schedule says.
+For each schedule, a run on the mini pair receives SIGKILL at random moments: its learner, its
+generator, or both if the generator is a process. The same command starts it again, and after the
+last kill it runs to its end. The table says whether the final weights and the metrics of every step
+are bit-identical to those of a run without kills, and whether every rollout of every step is stored
+exactly once, undamaged, and as old as the schedule says.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ CONTINUOUS = {
     "ifd_quantile": 0.7,
 }
 THREAD = {"generator": "thread", "generator_devices": 1}
-WAYS = {
+SCHEDULES = {
     "refresh, inline": REFRESH,
     "refresh, process": REFRESH | {"generator": "process"},
     "continuous, fixed lag 2, inline": CONTINUOUS,
@@ -74,7 +73,7 @@ WAYS = {
     "continuous, free lag to 2, thread": CONTINUOUS | THREAD | {"lag": "free"},
     "continuous, free lag to 2, process": CONTINUOUS | {"generator": "process", "lag": "free"},
 }
-LONGEST = 300  # seconds that a run may take to finish once nobody kills it
+LONGEST = 300  # seconds that a run may take to finish after the last kill
 
 
 class Run:
@@ -91,31 +90,24 @@ class Run:
         self._running: dict[str, subprocess.Popen] = {}
 
     def start(self) -> None:
-        """Whatever does not run, and has not done its work."""
+        """Start the processes that are not running, unless the run is complete."""
         for role in self.roles:
             if role not in self._running and not (self.workdir / "result.json").exists():
-                given = {
+                environment = os.environ | {
                     "JAX_PLATFORMS": "cpu",
                     "JAX_NUM_CPU_DEVICES": str(self._devices),
                     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                 }
-                given |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-                verb = ("train", "--workdir") if role == "learner" else ("sample", "--store")
-                command = [
-                    sys.executable,
-                    "-m",
-                    "opdjax",
-                    verb[0],
-                    str(self._saved),
-                    verb[1],
-                    str(self.workdir),
-                ]
+                verb, option = ("train", "workdir") if role == "learner" else ("sample", "store")
+                command = [sys.executable, "-m", "opdjax", verb, str(self._saved)]
+                command += [f"--{option}", str(self.workdir)]
                 self._running[role] = subprocess.Popen(
-                    command, env=os.environ | given, stdout=self._log, stderr=subprocess.STDOUT
+                    command, env=environment, stdout=self._log, stderr=subprocess.STDOUT
                 )
 
     def kill(self, roles: tuple[str, ...]) -> None:
-        """SIGKILL, all at once."""
+        """Send SIGKILL to all of these, then wait for them."""
         killed = [self._running.pop(role) for role in roles if role in self._running]
         for process in killed:
             process.kill()
@@ -123,8 +115,9 @@ class Run:
             process.wait()
 
     def lasts(self, is_over: Callable[[], bool]) -> bool:
-        """Whether the run still goes on when `is_over`; RuntimeError where a process of it ends
-        with an error.
+        """Wait for `is_over` or the end of the run; return whether the run still works.
+
+        RuntimeError if one of its processes fails.
         """
         while any(process.poll() is None for process in self._running.values()):
             if any(process.poll() for process in self._running.values()):
@@ -138,7 +131,7 @@ class Run:
         return False
 
     def finish(self) -> None:
-        """Leave it alone until it has ended; RuntimeError where that takes too long."""
+        """Wait for the end of the run; RuntimeError after LONGEST seconds."""
         deadline = time.monotonic() + LONGEST
         if self.lasts(lambda: time.monotonic() > deadline):
             self.kill(self.roles)
@@ -147,7 +140,7 @@ class Run:
             )
 
     def progress(self) -> dict[str, int]:
-        """What each end has done: bytes of metrics, files of rollouts."""
+        """Return bytes of metrics (learner) and files of rollouts (generator)."""
         metrics = self.workdir / "metrics.jsonl"
         files = sum(1 for _ in (self.workdir / "rollouts").glob("*/*"))
         return {"learner": metrics.stat().st_size if metrics.exists() else 0, "generator": files}
@@ -156,20 +149,23 @@ class Run:
 def stormed(
     config: Config, workdir: pathlib.Path, kills: int, rng: random.Random
 ) -> dict[str, int]:
-    """A run killed so many times, then left to finish; how often each role was killed, and how
-    often while rows were written.
+    """Kill a run `kills` times, then let it finish.
+
+    Returns the number of kills of each role, and of those while rows were being written.
     """
     run, counts = Run(config, workdir), collections.Counter()
     run.start()
     while counts["kills"] < kills:
-        # Of four kills one at any moment, its start and the compiling included, three a little
-        # after either end has done something.
+        # One kill in four comes at any moment, also during start and compilation; the others come
+        # shortly after learner or generator has written something.
         watched, before = rng.choice(("learner", "generator")), run.progress()
         deadline = time.monotonic() + (rng.uniform(0.1, 8) if rng.random() < 0.25 else LONGEST)
-        if not run.lasts(
-            lambda: time.monotonic() > deadline or run.progress()[watched] != before[watched]
-        ):
-            break  # finished: the table says after how many kills
+
+        def is_due(watched=watched, before=before, deadline=deadline) -> bool:
+            return time.monotonic() > deadline or run.progress()[watched] != before[watched]
+
+        if not run.lasts(is_due):
+            break  # finished: the table counts the kills
         counts["at work"] += run.progress() != before
         time.sleep(rng.uniform(0, 0.2))
         roles = (
@@ -186,123 +182,92 @@ def stormed(
 
 
 def account(config: Config, workdir: pathlib.Path) -> list[str]:
-    """What is amiss with the stored rollouts: lost, there more than once, damaged, or of another
-    age than the schedule allows.
-    """
-    near, wanted, found, amiss = (
-        config.near_policy,
-        collections.Counter(),
-        collections.Counter(),
-        [],
-    )
+    """Return what is wrong with the stored rollouts: lost, repeated, damaged, of a wrong age."""
+    near, found, problems = config.near_policy, collections.Counter(), []
     for version in shards.versions(workdir):
         directory = shards.version_directory(workdir, version)
         samples, annotations = (
             shards.shard_paths(directory, stage) for stage in ("samples", "annotations")
         )
         if samples.keys() != annotations.keys():
-            amiss.append(
+            problems.append(
                 f"version {version}: samples {sorted(samples)}, annotations {sorted(annotations)}"
             )
-        amiss += [f"left behind: {path.name}" for path in directory.glob("*.partial*")]
+        problems += [f"left behind: {path.name}" for path in directory.glob("*.partial*")]
         for number, path in samples.items():
             shard = shards.read_shard(path)
             read = shards.read_shard(annotations[number]) if number in annotations else shard
-            amiss += [f"{path.name}: another annotation"] * (
-                not np.array_equal(shard.columns["prompt_id"], read.columns["prompt_id"])
-            )
-            columns = (
-                shard.columns[name].tolist()
-                for name in ("step", "prompt_id", "sample_id", "policy_version")
-            )
-            for step, prompt, sample, drawn in zip(*columns):
+            if not np.array_equal(shard.columns["prompt_id"], read.columns["prompt_id"]):
+                problems.append(f"{path.name}: another annotation")
+            names = ("step", "prompt_id", "sample_id", "policy_version")
+            for step, prompt, sample, policy in zip(*(shard.columns[n].tolist() for n in names)):
                 found[step, prompt, sample] += 1
-                ages = (
-                    range(near.max_staleness + 1)
-                    if near.lag == "free"
-                    else [min(near.max_staleness, step)]
-                )
-                amiss += [f"step {step} drawn by version {drawn}"] * (
-                    drawn != version or step - drawn not in ages
-                )
+                oldest = near.max_staleness
+                ages = range(oldest + 1) if near.lag == "free" else [min(oldest, step)]
+                if policy != version or step - policy not in ages:
+                    problems.append(f"step {step} sampled by version {policy}")
     steps = config.refresh_steps or range(config.train.num_steps)
     per_step = config.rows_per_step * (config.steps_per_epoch if config.refresh_steps else 1)
     wanted = dict.fromkeys(steps, per_step)
     counted = collections.Counter(step for step, _, _ in found)
-    amiss += [
+    problems += [
         f"step {step}: {counted[step]} of {wanted.get(step, 0)} rollouts"
         for step in wanted | counted
         if counted[step] != wanted.get(step)
     ]
-    amiss += [f"twice: {key}" for key, count in found.items() if count > 1]
-    return amiss
+    return problems + [f"repeated: {key}" for key, count in found.items() if count > 1]
 
 
-def told(workdir: pathlib.Path) -> list[dict]:
-    """The metrics of every step, timing aside."""
+def metrics_of(workdir: pathlib.Path) -> list[dict]:
+    """Return the metrics of every step without times."""
+    is_time = lambda name: name.startswith("time/") or name == "perf/tokens_per_second"
     rows = read_lines(workdir / "metrics.jsonl")
-    return [
-        {
-            k: v
-            for k, v in row.items()
-            if not k.startswith("time/") and k != "perf/tokens_per_second"
-        }
-        for row in rows
-    ]
+    return [{name: value for name, value in row.items() if not is_time(name)} for row in rows]
 
 
 def is_same(left: pathlib.Path, right: pathlib.Path) -> bool:
-    """Whether weights and metrics are equal, bit for bit."""
+    """Return whether weights and metrics are bit-identical."""
     weights = [load_file(path / "student" / "model.safetensors") for path in (left, right)]
     same = weights[0].keys() == weights[1].keys() and all(
         np.array_equal(value, weights[1][name]) for name, value in weights[0].items()
     )
-    return same and told(left) == told(right)
+    return same and metrics_of(left) == metrics_of(right)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
-    parser.add_argument("--output", type=pathlib.Path, help="a Markdown file for the table")
-    parser.add_argument("--kills", type=int, default=6, help="of each way to draw")
+    parser.add_argument("--output", type=pathlib.Path, help="Markdown file for the table")
+    parser.add_argument("--kills", type=int, default=6, help="kills of each schedule")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="ways that contain this")
+    parser.add_argument("--only", help="only schedules whose name contains this")
     options = parser.parse_args()
-    lines = [
-        "| rollouts | kills (learner, generator) | while it wrote | as undisturbed, bit for bit | rollouts | seconds |"
-    ]
-    lines += ["|---|---|---|---|---|---|"]
+    columns = ("schedule", "kills (learner, generator)", "while it wrote")
+    columns += ("bit-identical to a run without kills", "rollouts", "seconds")
+    lines = [f"| {' | '.join(columns)} |", "|---|---|---|---|---|---|"]
     shutil.rmtree(options.workdir, ignore_errors=True)
     options.workdir.mkdir(parents=True)
     is_clean = True
-    for way, given in WAYS.items():
-        if options.only and options.only not in way:
+    for schedule, given in SCHEDULES.items():
+        if options.only and options.only not in schedule:
             continue
         config = dataclasses.replace(BASE, near_policy=NearPolicyConfig(**given))
-        rng, name, began = (
-            random.Random(f"{options.seed} {way}"),
-            way.replace(", ", "_").replace(" ", "_"),
-            time.monotonic(),
-        )
+        rng, began = random.Random(f"{options.seed} {schedule}"), time.monotonic()
+        name = schedule.replace(", ", "_").replace(" ", "_")
         calm, storm = options.workdir / f"{name}_calm", options.workdir / f"{name}_storm"
         run = Run(config, calm)
         run.start()
         run.finish()
         counts = stormed(config, storm, options.kills, rng)
-        amiss = account(config, calm) + account(config, storm)
+        problems = account(config, calm) + account(config, storm)
         same = is_same(calm, storm) if config.near_policy.lag == "fixed" else None
-        is_clean &= not amiss and same is not False
+        is_clean &= not problems and same is not False
         by_role = ", ".join(str(counts.get(role, 0)) for role in ("learner", "generator"))
-        verdict = "; ".join(amiss[:3]) or "all there, once"
-        agrees = {True: "yes", False: "**no**", None: "not promised"}[same]
-        cells = [
-            way,
-            f"{counts.get('kills', 0)} ({by_role})",
-            str(counts.get("at work", 0)),
-            agrees,
-            verdict,
-        ]
-        lines.append("| " + " | ".join([*cells, f"{time.monotonic() - began:.0f}"]) + " |")
+        cells = [schedule, f"{counts.get('kills', 0)} ({by_role})", str(counts.get("at work", 0))]
+        cells.append({True: "yes", False: "**no**", None: "not promised"}[same])
+        cells.append("; ".join(problems[:3]) or "each stored once")
+        cells.append(f"{time.monotonic() - began:.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
         print(lines[-1], flush=True)
     print("\n".join(lines))
     if options.output:

@@ -1,13 +1,12 @@
-"""Train the mini pair: a teacher on the arithmetic task, and an earlier checkpoint of it as the
-student.
+"""Train the mini pair: a teacher on the arithmetic task, and its earlier checkpoint as student.
 
     python scripts/make_mini_pair.py --workdir runs/mini_pair          # train, resumable
-    python scripts/make_mini_pair.py --workdir runs/mini_pair --pick   # measure the checkpoints, write the package's pair
+    python scripts/make_mini_pair.py --workdir runs/mini_pair --pick   # write the package's pair
 
-The teacher also sees chains with injected mistakes. The wrong token itself is masked from the loss
-and everything after it is computed correctly from the wrong value, so that the teacher's
-distribution after a student's own mistake is the sensible one: carry on from there. One example in
-ten has no prompt, so that an unconditional likelihood exists.
+The teacher also trains on chains with injected mistakes. The wrong token is masked from the loss,
+and everything after it is computed correctly from the wrong value: after a mistake of the student,
+the teacher continues from there. One example in ten has no prompt, so that an unconditional
+likelihood exists.
 """
 
 from __future__ import annotations
@@ -31,7 +30,8 @@ from opdjax.config import PACKAGE
 from opdjax.data.tasks import arithmetic
 from opdjax.models import decoder
 from opdjax.models.families import family_of
-from opdjax.models.hf import Checkpoint, export, load_params, open_checkpoint
+from opdjax.models.hf import Checkpoint, load_params, open_checkpoint
+from opdjax.models.hf_export import export
 from opdjax.ops.vocab import TokenInputs, tiled_loss
 
 LARGEST_NUMBER = 199
@@ -42,14 +42,15 @@ CHAT_TEMPLATE = (
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}"
-    "{%- if enable_thinking is defined and enable_thinking is false -%}{{ '<think>\n\n</think>\n\n' }}{%- endif -%}"
+    "{%- if enable_thinking is defined and enable_thinking is false -%}"
+    "{{ '<think>\n\n</think>\n\n' }}{%- endif -%}"
     "{%- endif -%}"
 )
-COLUMNS = 32  # the longest example
+COLUMNS = 32  # tokens of the longest example
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer whose words are the integers 0 to 199, the symbols and the role names."""
+    """Return a word-level tokenizer: the integers 0 to 199, the symbols and the role names."""
     words = SPECIAL + SYMBOLS + [str(n) for n in range(LARGEST_NUMBER + 1)]
     tokenizer = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<|endoftext|>")
@@ -68,7 +69,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def model_config(vocab_size: int) -> dict:
-    """The `config.json` of both models."""
+    """Return the `config.json` of both models."""
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -103,7 +104,7 @@ class Corpus:
         self.vocab, self.seed, self.mistake_rate = tokenizer.get_vocab(), seed, mistake_rate
 
     def batch(self, step: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(tokens, loss mask, segment ids), each [size, COLUMNS]."""
+        """Return (tokens, loss mask, segment ids), each [size, COLUMNS]."""
         rng = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, step]))
         tokens = np.zeros((size, COLUMNS), np.int32)
         mask, segments = np.zeros((size, COLUMNS), bool), np.zeros((size, COLUMNS), np.int32)
@@ -117,18 +118,15 @@ class Corpus:
         problem = arithmetic.draw(rng)
         while arithmetic.split_of(problem) != "train":
             problem = arithmetic.draw(rng)
-        prompt = (
-            ["<|im_start|>", "user", "\n", *_words(problem.prompt), "<|im_end|>", "\n"]
-            if rng.random() >= 0.1
-            else []
-        )
-        header = [*prompt, "<|im_start|>", "assistant", "\n"]
+        header = _header(problem.prompt)
+        header = header if rng.random() >= 0.1 else header[-3:]
         answer, trained = self._answer(problem, rng)
         return header + answer, [False] * len(header) + trained
 
     def _answer(self, problem, rng) -> tuple[list[str], list[bool]]:
-        """The worked answer, each value replaced by a wrong one at the mistake rate; what follows
-        is right given it.
+        """Return the worked answer with wrong values at the mistake rate, and the loss mask.
+
+        What follows a wrong value is right given that value.
         """
         words, trained = [], []
 
@@ -142,8 +140,7 @@ class Corpus:
             )
             new, right = _words(str(written)), _words(str(value))
             words.extend(new)
-            # A shared minus sign is no mistake, and after a flipped sign the right thing to write
-            # is the same number.
+            # A shared minus sign is no mistake; after a flipped sign the number itself is right.
             trained.extend(w == r for w, r in zip(new, right) if len(new) == len(right))
             if len(new) != len(right):
                 trained.extend([False] + [written == -value] * (len(new) - 1))
@@ -155,7 +152,7 @@ class Corpus:
         for index, (sign, right) in enumerate(zip(problem.signs, problem.operands[1:])):
             if index:
                 write(";")
-            # The limits keep every value that can follow within the numbers that are words.
+            # The limits keep every later value within the numbers of the vocabulary.
             left = write_value(left, copied, *((-150, 150) if index else (0, 99)))
             write("+" if sign > 0 else "-")
             right = write_value(right, copied, 0, arithmetic.OPERAND_LIMIT - 1)
@@ -167,13 +164,18 @@ class Corpus:
 
     @staticmethod
     def _wrong(value: int, rng) -> int:
-        """A nearby slip, a slip of ten, a flipped sign, or anything: what students write."""
+        """Return a value off by a few, off by tens, with a flipped sign, or random."""
         kind = rng.random()
         if kind < 0.5:
             return value + int(rng.integers(1, 6)) * (2 * int(rng.integers(0, 2)) - 1)
         if kind < 0.75:
             return value + 10 * int(rng.integers(1, 4)) * (2 * int(rng.integers(0, 2)) - 1)
         return -value if kind < 0.85 else int(rng.integers(-98, 148))
+
+
+def _header(prompt: str) -> list[str]:
+    user = ["<|im_start|>", "user", "\n", *_words(prompt), "<|im_end|>", "\n"]
+    return [*user, "<|im_start|>", "assistant", "\n"]
 
 
 def _words(text: str) -> list[str]:
@@ -189,12 +191,12 @@ def _words(text: str) -> list[str]:
 
 
 def cross_entropy(student, _, row):
-    """Token loss of supervised training."""
-    return -student.logprob(row.token), {}
+    """Return the token loss of supervised training."""
+    return -student.logprob(row.tokens), {}
 
 
 def make_step(config, optimizer):
-    """jitted (params, opt_state, batch) -> (params, opt_state, loss)."""
+    """Return a jitted (params, opt_state, batch) -> (params, opt_state, loss)."""
 
     def loss_fn(params, tokens, mask, segments):
         hidden = decoder.forward(params, config, tokens, segments)
@@ -213,29 +215,13 @@ def make_step(config, optimizer):
 
 
 def greedy_accuracy(params, config, tokenizer, problems) -> float:
-    """Share of problems whose greedy answer ends in the right value; plain decoding without a
-    cache.
+    """Return the share of problems whose greedy answer ends in the right value.
+
+    Decoding has no cache.
     """
-    vocab = tokenizer.get_vocab()
-    rows = [
-        [
-            "<|im_start|>",
-            "user",
-            "\n",
-            *_words(p.prompt),
-            "<|im_end|>",
-            "\n",
-            "<|im_start|>",
-            "assistant",
-            "\n",
-        ]
-        for p in problems
-    ]
+    vocab, rows = tokenizer.get_vocab(), [_header(problem.prompt) for problem in problems]
     width = max(map(len, rows))
-    tokens, segments = (
-        np.zeros((len(rows), COLUMNS), np.int32),
-        np.zeros((len(rows), COLUMNS), np.int32),
-    )
+    tokens, segments = np.zeros((2, len(rows), COLUMNS), np.int32)
     for i, row in enumerate(rows):
         tokens[i, width - len(row) : width] = [vocab[word] for word in row]
         segments[i, width - len(row) : width] = 1
@@ -254,15 +240,12 @@ def greedy_accuracy(params, config, tokenizer, problems) -> float:
         "".join(names[int(t)] for t in row[width:]).split("<|im_end|>")[0]
         for row in np.asarray(tokens)
     ]
-    return float(
-        np.mean(
-            [text.split("#")[-1] == p.answer and "#" in text for text, p in zip(texts, problems)]
-        )
-    )
+    is_right = lambda text, answer: "#" in text and text.split("#")[-1] == answer
+    return float(np.mean([is_right(text, p.answer) for text, p in zip(texts, problems)]))
 
 
 def train(args) -> None:
-    """Train the teacher, keeping every checkpoint; continues where an earlier call stopped."""
+    """Train the teacher and keep every checkpoint; continue an earlier call."""
     tokenizer = make_tokenizer()
     raw = model_config(len(tokenizer))
     config = family_of(raw).read_config(raw)
@@ -284,10 +267,8 @@ def train(args) -> None:
         )
     corpus, step_fn = Corpus(tokenizer, args.seed, args.mistake_rate), make_step(config, optimizer)
     held_out = arithmetic.problems("validation")[:256]
-    print(
-        f"{sum(x.size for x in jax.tree.leaves(params))} parameters, vocabulary {len(tokenizer)}, from step {start}",
-        flush=True,
-    )
+    size = sum(x.size for x in jax.tree.leaves(params))
+    print(f"{size} parameters, vocabulary {len(tokenizer)}, from step {start}", flush=True)
     clock = time.time()
     for step in range(start, args.steps):
         params, opt_state, loss = step_fn(
@@ -299,26 +280,25 @@ def train(args) -> None:
             accuracy = greedy_accuracy(params, config, tokenizer, held_out)
             manager.save(done, args=ocp.args.StandardSave(state))
             manager.wait_until_finished()
-            print(
-                f"step {done} loss {float(loss):.4f} greedy {accuracy:.3f} {time.time() - clock:.0f} s",
-                flush=True,
-            )
+            seconds = time.time() - clock
+            line = f"step {done} loss {float(loss):.4f} greedy {accuracy:.3f} {seconds:.0f} s"
+            print(line, flush=True)
 
 
 def restore_params(workdir: pathlib.Path, step: int) -> dict:
-    """The parameters of one training checkpoint, as numpy arrays."""
+    """Return the parameters of one training checkpoint, as numpy arrays."""
     manager = ocp.CheckpointManager(
         workdir.absolute() / "checkpoints", item_handlers=ocp.StandardCheckpointHandler()
     )
     if step not in manager.all_steps():
         raise SystemExit(
-            f"no checkpoint of step {step} in {workdir}; there are {sorted(manager.all_steps())}"
+            f"no checkpoint of step {step} in {workdir}; found {sorted(manager.all_steps())}"
         )
     return jax.tree.map(np.asarray, manager.restore(step)["params"])
 
 
 def write_model(params: dict, out: pathlib.Path) -> None:
-    """A Hugging Face directory with these weights."""
+    """Write a Hugging Face directory with these weights."""
     tokenizer = make_tokenizer()
     raw = model_config(len(tokenizer))
     family = family_of(raw)
@@ -326,21 +306,15 @@ def write_model(params: dict, out: pathlib.Path) -> None:
         tokenizer.save_pretrained(folder)
         ids = {"eos_token_id": raw["eos_token_id"], "pad_token_id": raw["pad_token_id"]}
         pathlib.Path(folder, "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
-        source = Checkpoint(
-            pathlib.Path(folder),
-            raw,
-            family,
-            family.read_config(raw),
-            (raw["eos_token_id"],),
-            "float32",
-        )
+        config, stops = family.read_config(raw), (raw["eos_token_id"],)
+        source = Checkpoint(pathlib.Path(folder), raw, family, config, stops, "float32")
         shutil.rmtree(out, ignore_errors=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         export(params, source, out)
 
 
 def pick(args) -> None:
-    """Write teacher and student, then measure both as they will be loaded."""
+    """Write teacher and student, then load and measure both."""
     for name, step in (
         ("teacher", args.teacher_step or args.steps),
         ("student", args.student_step),
@@ -361,9 +335,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
-    parser.add_argument(
-        "--pick", action="store_true", help="choose and write the pair instead of training"
-    )
+    parser.add_argument("--pick", action="store_true", help="write the pair instead of training")
     parser.add_argument("--out", type=pathlib.Path, default=PACKAGE / "assets" / "mini_pair")
     parser.add_argument("--teacher-step", type=int, default=0, help="0: the last step")
     parser.add_argument("--student-step", type=int, default=1800)
@@ -374,7 +346,7 @@ def main() -> None:
         "--mistake-rate",
         type=float,
         default=0.3,
-        help="of results in the 65 %% of chains that may err",
+        help="share of wrong results in the 65 %% of chains with mistakes",
     )
     parser.add_argument("--save-every", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)

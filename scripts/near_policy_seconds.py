@@ -1,12 +1,11 @@
-"""Processor seconds of each stage of the methods of the near-policy study, on one core, whatever
-else the machine does.
+"""Measure the CPU seconds of each stage of the methods of the near-policy study, on one core.
 
-    taskset -c 0 python scripts/near_policy_seconds.py    # prints a table, writes experiments/results/near_policy_seconds.json
+    taskset -c 0 python scripts/near_policy_seconds.py
 
-Real runs of 40 updates, four epochs of the study's 640 prompts, with a refresh before the third and
-without evaluation; medians of the last 20 updates, and what the second drawing of all prompts took:
-programs are compiled by then. Seconds that the process computed, not those on the wall: on one core
-they are the same where nothing else runs.
+Prints a table and writes experiments/results/near_policy_seconds.json. Real runs of 40 updates,
+four epochs of the study's 640 prompts, with a refresh before the third and without evaluation.
+Seconds of an update are medians of the last 20; seconds of a refresh are those of the second, when
+programs are compiled. They are CPU seconds of the process; on one idle core these equal wall time.
 """
 
 import dataclasses
@@ -27,21 +26,13 @@ from opdjax.runs.metrics import Timer
 from opdjax.runs.results import read_run
 from opdjax.train import train
 
-METHODS = (
-    "sft",
-    "opd",
-    "vopd",
-    "npd_fresh",
-    "npd",
-    "npd_no_packing",
-    "npd_no_filter",
-    "no_filter_no_packing",
-)
+METHODS = ("sft", "opd", "vopd", "npd_fresh", "npd")
+METHODS += ("npd_no_packing", "npd_no_filter", "no_filter_no_packing")
 STEPS, EPOCHS, REFRESH = 40, 4, 2
 
 
 def shortened(config: Config) -> Config:
-    """Four of the epochs, and one refresh in their middle."""
+    """Return the config with four epochs and one refresh in the middle."""
     near = config.near_policy
     if near.schedule == "refresh":
         near = dataclasses.replace(near, num_epochs=EPOCHS, refresh_epochs=(REFRESH,))
@@ -55,7 +46,7 @@ def shortened(config: Config) -> Config:
 
 
 def timed(config: Config) -> dict[str, dict[str, float]]:
-    """Seconds of a step, and of a drawing of all prompts, by stage."""
+    """Return the seconds of an update, and of one refresh of all prompts, by stage."""
     with (
         tempfile.TemporaryDirectory() as directory,
         mock.patch("opdjax.train.Timer", functools.partial(Timer, time.process_time)),
@@ -68,10 +59,10 @@ def timed(config: Config) -> dict[str, dict[str, float]]:
     }
     if config.near_policy.schedule != "refresh":
         return {"step": step, "drawing": {}}
-    drawn = rows[REFRESH * STEPS // EPOCHS]
+    refreshed = rows[REFRESH * STEPS // EPOCHS]
     return {
         "step": step | dict.fromkeys(ONCE, 0.0),
-        "drawing": {name: drawn[f"time/{name}"] for name in ONCE},
+        "drawing": {name: refreshed[f"time/{name}"] for name in ONCE},
     }
 
 
@@ -93,7 +84,7 @@ def main() -> None:
         ]
         for name, of in found.items()
     ]
-    print(markdown(["method", *STAGES, *(f"{stage}, a drawing" for stage in ONCE)], lines))
+    print(markdown(["method", *STAGES, *(f"{stage}, a refresh" for stage in ONCE)], lines))
     out = ROOT / "experiments" / "results" / "near_policy_seconds.json"
     out.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -1,8 +1,9 @@
-"""What the near-policy sweep says: python scripts/near_policy_study.py RUNS [--out
-experiments/results/near_policy]
+"""Write the results of the near-policy sweep.
 
-Reads the runs of experiments/sweeps/near_policy.py and writes OUT.md and OUT.json. Where BEST_RATE
-in the sweep file differs from what the grid says, it prints the grid and refuses.
+    python scripts/near_policy_study.py RUNS [--out experiments/results/near_policy]
+
+Reads the runs of experiments/sweeps/near_policy.py and writes OUT.md and OUT.json. If BEST_RATE in
+the sweep file differs from the grid's best rates, it prints the grid and exits with an error.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from opdjax.runs.results import Run, read_filters, read_points, read_run
 
 ROOT = pathlib.Path(__file__).parents[1]
 STAGES = ("sample", "annotate", "pack", "teacher", "update", "wait")
-ONCE = ("sample", "annotate")  # stages that a near-policy run has at its refreshes alone
+ONCE = ("sample", "annotate")  # stages that a near-policy run has only at its refreshes
 STALENESS = {
     "behavior_kl": "staleness/kl",
     "behavior_kl_all": "staleness/kl_all",
@@ -41,28 +42,28 @@ def load_sweep(name: str):
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
-    """Processor seconds of a method on one core, without its compilations
-    (scripts/near_policy_seconds.py).
+    """CPU seconds of a method on one core, without compilation.
+
+    scripts/near_policy_seconds.py measures them.
     """
 
-    step: dict[str, float]  # stage -> of an update
-    drawing: dict[str, float]  # stage -> of an answer to every prompt
-    drawn_before: tuple[int, ...]  # steps
+    step: dict[str, float]  # seconds of an update, by stage
+    drawing: dict[str, float]  # seconds of a refresh of all prompts, by stage
+    refreshed_before: tuple[int, ...]  # steps
 
     def stages(self, step: int) -> dict[str, float]:
-        """Seconds of each stage up to and including `step`."""
-        drawings = sum(start < step for start in self.drawn_before)
-        return {
-            name: step * self.step[name] + drawings * self.drawing.get(name, 0.0) for name in STAGES
-        }
+        """Return the seconds of each stage up to and including `step`."""
+        count = sum(start < step for start in self.refreshed_before)
+        total = lambda name: step * self.step[name] + count * self.drawing.get(name, 0.0)
+        return {name: total(name) for name in STAGES}
 
     def seconds(self, step: int) -> float:
-        """All stages together."""
+        """Return the seconds of all stages together."""
         return sum(self.stages(step).values())
 
 
 def clock_of(method: str, run: Run) -> Clock | None:
-    """None of a method that was not timed."""
+    """Return the clock of a method; None if it was not timed."""
     file = ROOT / "experiments" / "results" / "near_policy_seconds.json"
     found = json.loads(file.read_text()).get(method)
     near, steps = run.config["near_policy"], run.config["train"]["num_steps"]
@@ -71,14 +72,12 @@ def clock_of(method: str, run: Run) -> Clock | None:
 
 
 def timed(method: str, run: Run) -> dict:
-    """What hangs on seconds."""
+    """Return the numbers that depend on seconds."""
     clock, last = clock_of(method, run), run.metrics[-1]["step"]
     if clock is None:
         return {}
-    trained, learner = (
-        run.total_at("trained tokens", last),
-        sum(clock.step[name] for name in ("pack", "update")) * last,
-    )
+    trained = run.total_at("trained tokens", last)
+    learner = sum(clock.step[name] for name in ("pack", "update")) * last
     return {
         "curve": [
             (row["step"], clock.seconds(row["step"]), row["avg@k"]) for row in run.evaluations
@@ -91,7 +90,7 @@ def timed(method: str, run: Run) -> dict:
 
 
 def median_of(values: list[float | None]) -> float | None:
-    """Of those that are known: a mean of a few hundred ratios has too heavy a tail to be averaged."""
+    """Return the median of the known values; ratios have too heavy a tail for a mean."""
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
 
@@ -145,7 +144,7 @@ def read_all(directory: pathlib.Path) -> tuple[list[dict], list[str]]:
 
 
 def grid_of(rows: list[dict]) -> dict[str, dict[float, float]]:
-    """method -> rate -> gain in avg@8 on validation prompts."""
+    """Return the gain in avg@8 on validation prompts, by method and rate."""
     grid: dict[str, dict[float, float]] = {}
     for row in rows:
         if row["is_grid"]:
@@ -166,7 +165,7 @@ def grid_table(grid: dict[str, dict[float, float]]) -> str:
 
 
 class Found:
-    """The runs of the comparison by method, each in paired seeds."""
+    """The runs of the comparison by method, sorted by seed."""
 
     def __init__(self, rows: list[dict], rate_of):
         done = [row for row in rows if not row["is_grid"]]
@@ -179,12 +178,13 @@ class Found:
         }
 
     def difference(self, left: str, right: str, name: str = "avg@k") -> tuple[float, float, int]:
-        """(mean of left - right over common seeds, half of its 95 % interval, pairs)."""
+        """Return (mean of left - right over common seeds, half its 95 % interval, pairs)."""
         return paired(self.by.get(right, []), self.by.get(left, []), name)
 
     def ratio(self, left: tuple[str, str], right: tuple[str, str]) -> tuple[float, float]:
-        """(geometric mean of one number of a method over one of another, the factor of its 95 %
-        interval).
+        """Return (geometric mean of left / right, the factor of its 95 % interval).
+
+        `left` and `right`: (method, name of a number).
         """
         as_rate = lambda method, name: [
             {"seed": row["seed"], "rate": row[name]} for row in self.by.get(method, [])
@@ -196,23 +196,20 @@ def score_table(found: Found, names, rate_of) -> str:
     lines = []
     for name in filter(found.by.__contains__, names):
         runs = found.by[name]
-        beside = [
+        differences = [
             "{:+.3f} ± {:.3f}".format(*found.difference(name, other)) if name != other else ""
             for other in ("sft", "npd")
         ]
-        scores = [spread(runs, column) for column in SCORES]
-        lines.append(
-            [f"`{name}`", f"{rate_of(name):g}", str(len(runs)), scores[0], *beside, *scores[1:]]
-        )
+        first, *others = (spread(runs, column) for column in SCORES)
+        cells = [f"`{name}`", f"{rate_of(name):g}", str(len(runs)), first]
+        lines.append([*cells, *differences, *others])
     return markdown(
-        ["method", "rate", "n", "avg@8", "less `sft`", "less `npd`", "greedy", "pass@8"], lines
+        ["method", "rate", "n", "avg@8", "minus `sft`", "minus `npd`", "greedy", "pass@8"], lines
     )
 
 
 def at(curve: list[tuple[int, float, float]], seconds: float) -> float:
-    """avg@8 at so many seconds, between evaluations by a straight line; of a run that is over, its
-    last.
-    """
+    """Return avg@8 after some seconds, interpolated linearly; the last value after the end."""
     for (_, start, low), (_, end, high) in itertools.pairwise(curve):
         if start <= seconds <= end:
             return low + (high - low) * (seconds - start) / (end - start)
@@ -220,7 +217,7 @@ def at(curve: list[tuple[int, float, float]], seconds: float) -> float:
 
 
 def reached(curve: list[tuple[int, float, float]], target: float) -> float:
-    """Seconds to a target; infinite where the run never reached it."""
+    """Return the seconds to a target; infinite if the run never reached it."""
     for (_, start, low), (_, end, high) in itertools.pairwise(curve):
         if low < target <= high:
             return start + (end - start) * (target - low) / (high - low)
@@ -230,22 +227,16 @@ def reached(curve: list[tuple[int, float, float]], target: float) -> float:
 def time_table(found: Found, names, target: float) -> str:
     names = [name for name in names if "seconds" in found.by.get(name, [{}])[0]]
     shortest = min(found.by[name][0]["seconds"] for name in names)
-    header = [
-        "method",
-        "seconds in all",
-        f"seconds to {target:g}",
-        f"avg@8 after {shortest:.1f} s",
-        "learner, tokens/s",
-        "in all, tokens/s",
-    ]
-    header += [f"{stage}, %" for stage in STAGES]
+    header = ["method", "total seconds", f"seconds to {target:g}", f"avg@8 after {shortest:.1f} s"]
+    header += ["learner, tokens/s", "total, tokens/s", *(f"{stage}, %" for stage in STAGES)]
     lines = []
     for name in names:
         runs = found.by[name]
-        middle = lambda of: statistics.median(map(of, runs))  # noqa: B023
+        middle = lambda of, runs=runs: statistics.median(map(of, runs))
         to_target = middle(lambda row: reached(row["curve"], target))
         shares = [
-            middle(lambda row: 100 * row["stages"][stage] / row["seconds"]) for stage in STAGES
+            middle(lambda row, stage=stage: 100 * row["stages"][stage] / row["seconds"])
+            for stage in STAGES
         ]
         lines.append(
             [
@@ -262,16 +253,9 @@ def time_table(found: Found, names, target: float) -> str:
 
 
 def data_table(found: Found, names) -> str:
-    header = [
-        "method",
-        "kept, %",
-        "of right",
-        "of wrong",
-        "row filled, %",
-        "KL(student ‖ behaviour)",
-        "the same, unfiltered",
-    ]
-    header += ["effective sample size", "generated, thousands", "trained", "read by the teacher"]
+    header = ["method", "kept, %", "of right", "of wrong", "row filled, %"]
+    header += ["KL(student ‖ behaviour)", "the same, unfiltered", "effective sample size"]
+    header += ["generated, thousands", "trained", "read by the teacher"]
     lines = []
     for name in filter(found.by.__contains__, names):
         runs = found.by[name]
@@ -296,46 +280,37 @@ def data_table(found: Found, names) -> str:
 
 
 def claims(found: Found) -> str:
-    """Each claim of the paper, what was found, and the verdict by a rule that is stated with it."""
+    """Return a table of the paper's claims, the numbers here, and the verdicts with their rules."""
     lines, above, below = [], (0.0, math.inf), (-math.inf, 0.0)
 
     def differ(
         claim: str, left: str, right: str, claimed=above, name: str = "avg@k", unit: str = "avg@8"
     ):
         middle, half, count = found.difference(left, right, name)
-        text = f"`{left}` less `{right}`: {middle:+.3f} ± {half:.3f} {unit} ({count} pairs)"
-        lines.append(
-            [
-                claim,
-                text,
-                "above 0" if claimed == above else "below 0",
-                judge(middle - half, middle + half, claimed),
-            ]
-        )
+        text = f"`{left}` minus `{right}`: {middle:+.3f} ± {half:.3f} {unit} ({count} pairs)"
+        rule = "above 0" if claimed == above else "below 0"
+        lines.append([claim, text, rule, judge(middle - half, middle + half, claimed)])
 
     differ("NPD is more accurate than SFT (+8.09 points)", "npd", "sft")
     differ("the same without its filter", "npd_no_filter", "sft")
     differ("NPD is more accurate than on-policy distillation", "npd", "opd")
-    differ("the same beside the control variate", "npd", "vopd")
+    differ("the same against the control variate", "npd", "vopd")
     differ("the same without its filter", "npd_no_filter", "vopd")
-    differ(
-        "the same beside its own loss on fresh answers, which is the dearer on-policy baseline",
-        "npd_no_filter",
-        "npd_fresh",
-    )
-    differ("student rollouts that are drawn once gain (+2.84)", "no_filter_no_refresh", "sft")
+    fresh = "the same against its own loss on fresh answers, the costlier on-policy baseline"
+    differ(fresh, "npd_no_filter", "npd_fresh")
+    differ("student rollouts that are sampled once gain (+2.84)", "no_filter_no_refresh", "sft")
     differ("the filter gains (+1.15)", "npd", "npd_no_filter")
-    differ("what it keeps is worth more than as many at random", "npd", "npd_random")
+    differ("the kept rollouts gain more than as many random ones", "npd", "npd_random")
     differ("one refresh gains (+1.59)", "npd", "npd_no_refresh")
     differ("the same without the filter", "npd_no_filter", "no_filter_no_refresh")
     differ("one refresh is better than one every epoch", "npd", "npd_9_refreshes")
     differ("the same without the filter", "npd_no_filter", "no_filter_9_refreshes")
-    differ("the teacher's top 10 gain over cross-entropy on what was kept", "npd", "npd_no_kd")
-    nearer = "the filter keeps the student nearer to the policy that drew (0.10 beside 0.12 nats)"
+    differ("the teacher's top 10 gain over cross-entropy on the kept answers", "npd", "npd_no_kd")
+    nearer = "the filter keeps the student nearer to the behaviour policy (0.10 against 0.12 nats)"
     differ(nearer, "npd", "npd_no_filter", below, "behavior_kl", "nats")
     sides = {
-        "the learner's tokens/s over all of the on-policy run's": "learner_rate",
-        "tokens/s, generation charged to both": "whole_rate",
+        "the learner's tokens/s over the on-policy run's total": "learner_rate",
+        "tokens/s, including generation for both": "whole_rate",
     }
     for claim, ours in sides.items():
         for name in ("npd", "npd_no_packing", "npd_no_filter", "no_filter_no_packing"):
@@ -343,15 +318,14 @@ def claims(found: Found) -> str:
                 continue
             ratio, factor = found.ratio((name, ours), ("opd", "whole_rate"))
             verdict = judge(ratio / factor, ratio * factor, (8.0, math.inf))
-            lines.append(
-                [
-                    f"8.1 times the throughput: {claim}",
-                    f"`{name}` over `opd`: {ratio:.2f} (×/÷ {factor:.2f})",
-                    "at least 8",
-                    verdict,
-                ]
-            )
+            text = f"`{name}` over `opd`: {ratio:.2f} (×/÷ {factor:.2f})"
+            lines.append([f"8.1 times the throughput: {claim}", text, "at least 8", verdict])
     return markdown(["claim of arXiv 2605.05940", "found", "claimed", "verdict"], lines)
+
+
+def is_edge(rate: float, gains: dict[float, float]) -> bool:
+    """Return whether the rate is the lowest or the highest of the grid."""
+    return rate in (min(gains), max(gains))
 
 
 def main() -> None:
@@ -362,9 +336,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=pathlib.Path, default=ROOT / "experiments" / "results" / "near_policy"
     )
-    parser.add_argument(
-        "--target", type=float, default=0.5, help="avg@8 that seconds are counted to"
-    )
+    parser.add_argument("--target", type=float, default=0.5, help="avg@8 whose time is reported")
     args = parser.parse_args()
     sweep = load_sweep("near_policy")
     rows, missing = read_all(args.runs)
@@ -373,7 +345,8 @@ def main() -> None:
     if chosen != sweep.BEST_RATE:
         print(grid_table(grid))
         raise SystemExit(
-            f"BEST_RATE of the sweep differs from the grid, which says {chosen} ({len(missing)} points are missing)"
+            f"BEST_RATE of the sweep differs from the grid's {chosen}; {len(missing)} points are "
+            "missing"
         )
     found = Found(rows, sweep.rate_of)
     names = tuple(sweep.METHODS)
@@ -389,9 +362,7 @@ def main() -> None:
         commits=", ".join(sorted({row["commit"][:10] for row in rows})),
         machine=cpu_model(),
         start=found.by["npd"][0]["start"],
-        edges=", ".join(
-            f"`{name}`" for name, of in grid.items() if chosen[name] in (min(of), max(of))
-        )
+        edges=", ".join(f"`{name}`" for name, of in grid.items() if is_edge(chosen[name], of))
         or "none",
         grid=grid_table(grid),
         scores=score_table(found, names, sweep.rate_of),
@@ -414,52 +385,57 @@ TEXT = """# Near-policy distillation on the mini pair
     opdjax sweep experiments/sweeps/near_policy.py --workdir runs/near_policy --jobs 2
     python scripts/near_policy_study.py runs/near_policy
 
-{runs} runs at commit {commits}, {minutes:.0f} minutes of runs added up (two at a time, one core each); missing points: {missing}.
-Machine: {machine}, two cores; it did other work as well.
-Every run: 100 updates of 64 of the same 640 prompts, ten epochs, cosine learning rate; 256 test prompts, 8 samples each at T = 1,
-always the same draws. The untrained student: avg@8 {start:.3f}. `sft`, `opd`, `vopd` and `npd_fresh` (the loss of NPD) have
-every update's prompts answered anew, `sft` by the teacher; the others store answers of all 640 prompts before the first epoch
-and before the sixth, with what the teacher says of them. `npd` is the setting of the paper: 0 <= Delta <= 0.8, lambda 0.9,
-k 10, packed rows (of {pack} tokens here). Its variants change one setting: `npd_random` keeps as many as the filter, whichever;
-`npd_upper_only` drops the upper tenth of Delta and nothing below;
-`npd_no_kd` is cross-entropy on what the filter kept; `npd_9_refreshes` has one before every epoch; `no_filter_…` keep all.
+{runs} runs at commit {commits}, {minutes:.0f} minutes of runs in total (two at a time, one core
+each); missing points: {missing}. Machine: {machine}, two cores, with other load.
 
-"±" is half a 95 % interval over paired seeds (Student's t; {seeds} seeds). All runs train on the same 640 prompts and answer the same
-test prompts, so that neither's share is in it.
+Every run makes 100 updates of 64 prompts, ten epochs of the same 640 prompts, with a cosine
+learning rate. It is evaluated on 256 test prompts with 8 samples each at T = 1 and the same random
+draws. The untrained student has avg@8 {start:.3f}. `sft`, `opd`, `vopd` and `npd_fresh` (the loss
+of NPD) use new answers for every update, `sft` those of the teacher. The others store answers to
+all 640 prompts, with the teacher's scores, before the first and the sixth epoch. `npd` is the
+setting of the paper: 0 <= Delta <= 0.8, lambda 0.9, k 10, packed rows (here of {pack} tokens). Its
+variants change one setting: `npd_random` keeps as many answers as the filter, but random ones;
+`npd_upper_only` drops the upper tenth of Delta and nothing below; `npd_no_kd` is cross-entropy on
+the kept answers; `npd_9_refreshes` refreshes before every epoch; `no_filter_…` keeps all.
+
+"±" is half a 95 % interval over paired seeds (Student's t; {seeds} seeds). All runs train on the
+same 640 prompts and answer the same test prompts, so the interval does not cover the choice of
+prompts.
 
 ## Learning rates: gain in avg@8 on 512 validation prompts, seed 100, one run each
 
 {grid}
 
-Best at the edge of what was tried, so that a rate beyond may be better: {edges}.
-The rates of `npd` and `npd_no_filter` differ,
-which is in what is said of the filter.
-A variant that is not here takes the rate of `npd`, and of `npd_no_filter` where its name begins with `no_filter`.
+Best at the edge of the grid, so a rate outside may be better: {edges}. `npd` and `npd_no_filter`
+have different rates, which affects the comparison of the filter. A variant that is not in this
+table uses the rate of `npd`, or of `npd_no_filter` if its name begins with `no_filter`.
 
 ## Accuracy on test prompts
 
 {scores}
 
-## What was trained on
+## Training data
 
-"Of right" and "of wrong" are the shares of the right and of the wrong answers that were kept. The KL is
-mean(rho log rho - rho + 1), rho = student / behaviour, nats a token, median over the ten steps before the refresh (at the same
-steps where there is none), on what was kept and on a probe of all; the effective sample size is of sequence ratios, as a share.
+"Of right" and "of wrong" are the kept shares of correct and incorrect answers. The KL is
+mean(rho log rho - rho + 1), rho = student / behaviour, in nats a token: the median over the ten
+steps before the refresh (or the same steps without a refresh), on the kept answers and on a sample
+of all. The effective sample size is that of sequence ratios, as a share.
 
 {data}
 
 ## Seconds
 
-Processor seconds of one core, without compilation and evaluation, by `scripts/near_policy_seconds.py`, of the methods that it times;
-avg@8 between evaluations by a straight line. The learner's rate is tokens trained on by seconds of packing and update alone; "in all"
-is by all seconds, drawing and annotation too.
+CPU seconds of one core, without compilation and evaluation, measured by
+`scripts/near_policy_seconds.py` for the methods that it times. avg@8 is interpolated linearly
+between evaluations. The learner's rate is trained tokens over the seconds of packing and update;
+the total rate is over all seconds, including sampling and annotation.
 
 {times}
 
 ## The paper's claims, at this size
 
-"Reproduced": the whole 95 % interval lies in the claimed range; "contradicted": none of it does; "inconclusive": the rest, without a
-correction for their number.
+Reproduced: the whole 95 % interval is in the claimed range. Contradicted: none of it is.
+Inconclusive: the rest. The intervals are not corrected for the number of claims.
 
 {claims}
 """

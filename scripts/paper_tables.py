@@ -1,9 +1,9 @@
-"""Every paper's table that a sweep can answer: python scripts/paper_tables.py RUNS [--quiet RUNS]
-[--out experiments/results/papers]
+"""Fill in the papers' tables from the runs of experiments/sweeps/mini_all.py.
 
-Reads the runs of experiments/sweeps/mini_all.py and writes OUT.md and OUT.json: all claims at a
-glance, then the tables as `opdjax table RUNS --paper NAME` prints them. Seconds are read from
---quiet, a second directory of the same sweep whose runs had the machine to themselves.
+    python scripts/paper_tables.py RUNS [--quiet RUNS] [--out experiments/results/papers]
+
+Writes OUT.md and OUT.json: all claims, then the tables as `opdjax table RUNS --paper NAME` prints
+them. Seconds come from --quiet, a second directory of the same sweep that ran on an idle machine.
 """
 
 import argparse
@@ -24,32 +24,24 @@ from opdjax.runs.workdir import read_lines
 
 
 def is_timed(table: PaperTable) -> bool:
-    """Whether any of its columns is in seconds, or in something a second."""
+    """Return whether a column of the table is measured in seconds or per second."""
     read = " ".join(f"{column.read} {column.spent}" for column in table.columns)
     return "time/" in read or "second" in read
 
 
 def minutes_of(points: list[Point]) -> float:
-    """Of all attempts, those that were killed included as far as somebody saw them end."""
-    return (
-        sum(
-            row.get("seconds", 0.0)
-            for point in points
-            for row in read_lines(point.workdir / "attempts.jsonl")
-        )
-        / 60
-    )
+    """Return the minutes of all attempts, including killed ones whose end was recorded."""
+    rows = (row for point in points for row in read_lines(point.workdir / "attempts.jsonl"))
+    return sum(row.get("seconds", 0.0) for row in rows) / 60
 
 
 def header(directories: list[pathlib.Path], points: list[Point]) -> list[str]:
     done = [point for point in points if point.status == "done"]
     commits = sorted({str(read_run(point.workdir).environment["commit"])[:10] for point in done})
-    commands = [
-        f"    opdjax sweep experiments/sweeps/mini_all.py --workdir {directories[0]} --jobs 2"
-    ]
+    sweep = "    opdjax sweep experiments/sweeps/mini_all.py --workdir"
+    commands = [f"{sweep} {directories[0]} --jobs 2"]
     commands += [
-        f"    opdjax sweep experiments/sweeps/mini_all.py --workdir {directory} --only …    # of what is timed"
-        for directory in directories[1:]
+        f"{sweep} {directory} --only …    # the timed arms" for directory in directories[1:]
     ]
     commands.append(f"    python scripts/paper_tables.py {' --quiet '.join(map(str, directories))}")
     missing = [point.id for point in points if point.status != "done"]
@@ -58,24 +50,27 @@ def header(directories: list[pathlib.Path], points: list[Point]) -> list[str]:
         "",
         *commands,
         "",
-        f"{len(done)} of {len(points)} runs done ({', '.join(missing) or 'none'} missing), at commit {', '.join(commits)}; "
-        f"{minutes_of(points):.0f} minutes of runs added up.",
-        f"Machine: {cpu_model()}, two cores, one core a run, no accelerator; other work ran beside it.",
-        "A student of 0.35 million parameters says little of one of billions: a claim that is not reproduced here may hold there.",
+        f"{len(done)} of {len(points)} runs done ({', '.join(missing) or 'none'} missing), at "
+        f"commit {', '.join(commits)}; {minutes_of(points):.0f} minutes of runs in total.",
+        f"Machine: {cpu_model()}, two cores, one core a run, no accelerator, with other load.",
+        "The student has 0.35 million parameters: a claim that is not reproduced here may hold for "
+        "models of billions.",
         "",
     ]
 
 
 def at_a_glance(found: list[Comparison]) -> list[str]:
-    """Every claim with its verdict, a line each."""
+    """Return a table with the verdict on every claim."""
     verdicts = [verdict for compared in found for verdict in compared.verdicts]
     counted = collections.Counter(verdict.status for verdict in verdicts)
     names = [compared.table.name for compared in found for _ in compared.verdicts]
     head, rows = claims_of(verdicts)
+    counts = ", ".join(f"{count} {status}" for status, count in counted.most_common())
     return [
-        f"## All {len(verdicts)} claims: {', '.join(f'{count} {status}' for status, count in counted.most_common())}",
+        f"## All {len(verdicts)} claims: {counts}",
         "",
-        "Reproduced: the whole 95 % interval of the paired difference over seeds is on the claim's side; contradicted: none of it is.",
+        "Reproduced: the whole 95 % interval of the paired difference over seeds is on the claim's "
+        "side. Contradicted: none of it is.",
         "",
         markdown(["table", *head], [[name, *row] for name, row in zip(names, rows)]),
         "",
@@ -117,7 +112,7 @@ def main() -> None:
     parser.add_argument(
         "--quiet",
         type=pathlib.Path,
-        help="runs of the same arms that had the machine to themselves, for seconds",
+        help="runs of the same arms on an idle machine, for the columns of seconds",
     )
     parser.add_argument(
         "--out", type=pathlib.Path, default=pathlib.Path("experiments/results/papers")
@@ -137,7 +132,7 @@ def main() -> None:
     for name in found:
         parts += [
             paper_table(sources[name], name),
-            *([f"- Of the runs in {given.quiet}."] if sources[name] == given.quiet else []),
+            *([f"- Runs: {given.quiet}."] if sources[name] == given.quiet else []),
             "",
         ]
     given.out.with_suffix(".md").write_text("\n".join(parts))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv, distils the built-in mini student from the mini teacher with vOPD, and checks that it learned.
-# usage: scripts/quickstart.sh [WORKDIR]     (default runs/quickstart; a finished run there is reported, not repeated)
+# Sets up .venv, distils the mini student from the mini teacher with vOPD, checks that it learned.
+# usage: scripts/quickstart.sh [WORKDIR]   (default runs/quickstart; a finished run is not repeated)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extra=

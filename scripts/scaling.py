@@ -1,22 +1,22 @@
-"""How cost grows: memory of the vocabulary pass against T x V, and memory, collectives and seconds
-of an update against its sizes.
+"""Measure how cost grows with size: the vocabulary pass over T x V, and the update.
 
-    python scripts/scaling.py --out runs/scaling                               # compiled for 8 simulated devices
+    python scripts/scaling.py --out runs/scaling               # compiles for 8 simulated devices
     python scripts/scaling.py --out runs/scaling --parts vocabulary
     python scripts/scaling.py --out runs/scaling --mesh 1x1x1 1x8x1 2x2x2 --timed
-    python scripts/scaling.py --out runs/scaling --devices 0 --mesh 1x4x2      # on the devices that there are
+    python scripts/scaling.py --out runs/scaling --devices 0 --mesh 1x4x2      # on this machine's
 
-Temporary memory is XLA's own figure for one device, arguments and results excluded. Nothing is run
-without `--timed`, so that sizes may be far beyond this machine's memory. Collectives are read off
-the compiled program; one in a loop is counted as often as the loop goes round where the compiler
-knows how often, else once. A mesh is data x fsdp x tensor. Writes `vocabulary.csv`, `update.csv`,
-`README.md` with both tables and, where matplotlib is installed (the `report` extra), plots.
+Temporary memory is XLA's own figure for one device, without arguments and results. Nothing is run
+without `--timed`, so sizes may exceed this machine's memory. Collectives are read from the compiled
+program; one in a loop counts once a round if the compiler knows the trip count, otherwise once. A
+mesh is data x fsdp x tensor. Writes `vocabulary.csv`, `update.csv`, `README.md` with both tables
+and, if matplotlib is installed (the `report` extra), plots.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import math
 import pathlib
 import re
@@ -30,13 +30,14 @@ import jax.numpy as jnp
 from benchmark_peers.settings import SIZES, Model
 from jax.sharding import Mesh
 
-from opdjax.config import EstimatorConfig, OptimizerConfig
+from opdjax.config import OptimizerConfig
 from opdjax.engine.update import UpdateSpec, init_state, make_optimizer, make_update
+from opdjax.estimators import bind
 from opdjax.estimators.divergence import reverse_kl
 from opdjax.models.decoder import DecoderConfig, head_of, init_params
 from opdjax.models.partitioning import shardings_of
 from opdjax.models.rope import Rope
-from opdjax.ops.sharding import by_row, make_mesh
+from opdjax.ops.sharding import abstract_like, by_row, make_mesh
 from opdjax.ops.tile import Head
 from opdjax.ops.vocab import TokenInputs, tiled_loss
 from opdjax.types import TeacherScores, TrainBatch
@@ -48,24 +49,18 @@ MODELS = {
     "4B": SIZES["gpu"].teacher,
 }
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_DENSE_LIMIT = 2**37  # bytes of one [T, V] array beyond which the dense form is not even compiled
+_DENSE_LIMIT = 2**37  # bytes of a [T, V] array: above, the dense form is not compiled
 
 
 def vocabulary_rows(options) -> list[dict[str, Any]]:
-    """Temporary memory of value and gradients of the reverse KL for every T and V, tiled and dense."""
+    """Return the temporary memory of the reverse KL's value and gradients, tiled and dense."""
     rows = []
     for vocab in options.vocab:
         for tokens in options.tokens:
             row = {"tokens": tokens, "vocab": vocab, "width": options.width, "tile": options.tile}
-            row["tiled_mib"] = _temp_mib(
-                _lower_loss(_tiled(options.tile), tokens, vocab, options.width)
-            )
-            is_too_large = 4 * tokens * vocab > _DENSE_LIMIT
-            row["dense_mib"] = (
-                None
-                if is_too_large
-                else _temp_mib(_lower_loss(_dense, tokens, vocab, options.width))
-            )
+            sizes, is_too_large = (tokens, vocab, options.width), 4 * tokens * vocab > _DENSE_LIMIT
+            row["tiled_mib"] = _temp_mib(_lower_loss(_tiled(options.tile), *sizes))
+            row["dense_mib"] = None if is_too_large else _temp_mib(_lower_loss(_dense, *sizes))
             row["head_gradient_mib"] = 4 * vocab * options.width / 2**20
             rows.append(row)
             print(row, flush=True)
@@ -105,25 +100,14 @@ def _temp_mib(lowered) -> float:
 
 
 def update_rows(options) -> list[dict[str, Any]]:
-    """One row a model, batch, length and mesh: what an update of full-vocabulary distillation
-    takes.
-    """
+    """Return the cost of an update of full-vocabulary distillation for all combinations."""
     rows = []
-    for name in options.models:
-        for batch in options.batch:
-            for length in options.length:
-                for sizes in options.mesh:
-                    row = _update_row(MODELS[name], make_mesh(*sizes), batch, length, options)
-                    rows.append(
-                        {
-                            "model": name,
-                            "mesh": "x".join(map(str, sizes)),
-                            "batch": batch,
-                            "length": length,
-                        }
-                        | row
-                    )
-                    print(rows[-1], flush=True)
+    settings = (options.models, options.batch, options.length, options.mesh)
+    for name, batch, length, sizes in itertools.product(*settings):
+        row = {"model": name, "mesh": "x".join(map(str, sizes)), "batch": batch, "length": length}
+        row |= _update_row(MODELS[name], make_mesh(*sizes), batch, length, options)
+        rows.append(row)
+        print(row, flush=True)
     return rows
 
 
@@ -131,7 +115,7 @@ def _update_row(model: Model, mesh: Mesh, batch: int, length: int, options) -> d
     config, optimizer_config = _decoder_config(model), OptimizerConfig()
     spec = UpdateSpec(
         model=config,
-        estimator=EstimatorConfig(recipe="full_kl", tile=options.tile),
+        estimator=bind("full_kl", tile=options.tile),
         dtype=options.dtype,
         max_completion_length=length,
         remat=options.remat,
@@ -149,14 +133,11 @@ def _update_row(model: Model, mesh: Mesh, batch: int, length: int, options) -> d
         )
 
     state, rows, head = jax.eval_shape(start)
-    place = lambda tree, shardings: jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
-    )
-    state = place(state, shardings_of(state, mesh))
+    place = lambda tree: abstract_like(tree, shardings_of(tree, mesh))
+    state, head = place(state), place({"head": head})["head"]
     rows = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_row(mesh)), rows
     )
-    head = place({"head": head}, shardings_of({"head": head}, mesh))["head"]
     began = time.perf_counter()
     compiled = update.lower(state, rows, Head(head)).compile()
     memory = compiled.memory_analysis()
@@ -190,9 +171,7 @@ def _decoder_config(model: Model) -> DecoderConfig:
 
 
 def _batch(config: DecoderConfig, batch: int, length: int, dtype: str) -> TrainBatch:
-    """Rows whose second half was sampled, with the hidden states of a teacher of the student's
-    width.
-    """
+    """Return rows whose second half was sampled; the teacher has the student's width."""
     tokens = jnp.arange(batch * length, dtype=jnp.int32).reshape(batch, length) % config.vocab_size
     mask = jnp.broadcast_to(jnp.arange(length) >= length // 2, tokens.shape)
     hidden = jnp.ones((batch, length, config.hidden_size), dtype)
@@ -203,7 +182,7 @@ def _batch(config: DecoderConfig, batch: int, length: int, dtype: str) -> TrainB
 
 
 def _seconds(compiled, start, abstract) -> float:
-    """Median seconds of three steps after one that is not counted."""
+    """Return the median seconds of three steps after one uncounted step."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     state, rows, head = jax.jit(start, out_shardings=shardings)()
     seconds = []
@@ -215,9 +194,7 @@ def _seconds(compiled, start, abstract) -> float:
 
 
 def collectives(text: str) -> dict[str, Any]:
-    """How many collectives of each kind a compiled program runs on a device, and the bytes of their
-    results.
-    """
+    """Return how many collectives of each kind a program runs on a device, and their MiB."""
     bodies, called = _computations(text)
     counts, sent = Counter(), 0
     found = re.compile(rf"= (\(.*?\)|\S+) ({'|'.join(COLLECTIVES)})(?:-start)?\(")
@@ -231,9 +208,7 @@ def collectives(text: str) -> dict[str, Any]:
 
 
 def _computations(text: str) -> tuple[dict[str, str], dict[str, int]]:
-    """The text of each computation, and how often it runs: as often as the loops around it go
-    round.
-    """
+    """Return the text of each computation, and how often it runs within its loops."""
     heads = list(re.finditer(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$", text, re.MULTILINE))
     bodies = {
         m[1]: text[m.end() : after]
@@ -258,19 +233,9 @@ def _computations(text: str) -> tuple[dict[str, str], dict[str, int]]:
 
 
 def _bytes(shapes: str) -> int:
-    """Bytes of an HLO shape or tuple of shapes."""
-    widths = {
-        "f32": 4,
-        "bf16": 2,
-        "f16": 2,
-        "s32": 4,
-        "u32": 4,
-        "pred": 1,
-        "f64": 8,
-        "s64": 8,
-        "u8": 1,
-        "s8": 1,
-    }
+    """Return the bytes of an HLO shape or tuple of shapes."""
+    widths = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2}
+    widths |= {"f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8}
     found = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
     return sum(
         widths.get(kind, 4) * math.prod(int(d) for d in dims.split(",") if d)
@@ -279,7 +244,7 @@ def _bytes(shapes: str) -> int:
 
 
 def write_table(rows: list[dict[str, Any]], name: str, out: pathlib.Path) -> str:
-    """The rows as OUT/NAME.csv; returns them as Markdown."""
+    """Write the rows to OUT/NAME.csv and return them as Markdown."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     with (out / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
@@ -299,7 +264,7 @@ def write_table(rows: list[dict[str, Any]], name: str, out: pathlib.Path) -> str
 
 
 def plot(rows: dict[str, list[dict[str, Any]]], out: pathlib.Path) -> None:
-    """Memory against T x V, and memory and collectives of the update by mesh."""
+    """Plot memory over T x V, and memory and collectives of the update by mesh."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -369,7 +334,7 @@ def parse() -> argparse.Namespace:
         "--devices",
         type=int,
         default=8,
-        help="simulated CPU devices; 0: the devices that there are",
+        help="simulated CPU devices; 0: this machine's devices",
     )
     parser.add_argument(
         "--mesh", nargs="+", type=_mesh_sizes, default=[(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)]
@@ -394,11 +359,14 @@ def parse() -> argparse.Namespace:
         "--vocab", nargs="+", type=int, default=[32_000, 151_936], help="V of the vocabulary pass"
     )
     parser.add_argument(
-        "--width", type=int, default=1024, help="of the hidden states of the vocabulary pass"
+        "--width", type=int, default=1024, help="width of the vocabulary pass's hidden states"
     )
     parser.add_argument("--tile", type=int, default=512)
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the forward pass"
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="type of the forward pass",
     )
     parser.add_argument(
         "--remat",
@@ -420,9 +388,8 @@ def main() -> None:
         part: {"vocabulary": vocabulary_rows, "update": update_rows}[part](options)
         for part in options.parts
     }
-    tables = [
-        f"jax {jax.__version__}, {len(jax.devices())} {jax.devices()[0].platform} devices, {options.dtype}\n"
-    ]
+    devices = f"{len(jax.devices())} {jax.devices()[0].platform} devices"
+    tables = [f"jax {jax.__version__}, {devices}, {options.dtype}\n"]
     tables += [
         f"## {part}\n\n{write_table(found, part, options.out)}\n" for part, found in rows.items()
     ]

@@ -1,5 +1,6 @@
-"""What the staleness sweep says: python scripts/staleness_study.py RUNS [--out
-experiments/results/staleness]
+"""Write the results of the staleness sweep.
+
+    python scripts/staleness_study.py RUNS [--out experiments/results/staleness]
 
 Reads the runs of experiments/sweeps/staleness.py and writes OUT.md and OUT.json.
 """
@@ -16,14 +17,13 @@ from white_box_study import markdown, paired, spread
 from opdjax.runs.results import Run, read_points, read_run
 
 ROOT = pathlib.Path(__file__).parents[1]
-# What an estimator without a correction is compared with at the same lag: (left, right, what the
-# difference is of).
+# Pairs of estimators compared at the same lag: (left, right, how they differ).
 QUESTIONS = (
     ("forward", "reverse", "direction, exact and recomputed"),
-    ("cached_forward", "cached_reverse", "direction, on the ten ids stored"),
-    ("reverse", "vopd", "exact in place of sampled, reverse"),
-    ("cached_reverse", "reverse", "stored ids in place of all, reverse"),
-    ("cached_forward", "forward", "stored ids in place of all, forward"),
+    ("cached_forward", "cached_reverse", "direction, on the ten stored ids"),
+    ("reverse", "vopd", "exact instead of sampled, reverse"),
+    ("cached_reverse", "reverse", "stored ids instead of all, reverse"),
+    ("cached_forward", "forward", "stored ids instead of all, forward"),
     ("opd_token_truncate", "opd", "truncated ratio of the token"),
     ("opd_sequence_mask", "opd", "masked ratio of the sequence"),
     ("vopd_token_truncate", "vopd", "truncated ratio of the token"),
@@ -32,7 +32,7 @@ QUESTIONS = (
 
 
 def numbers(run: Run) -> dict:
-    """The numbers of one run; what is said of staleness is the median of the last twenty steps."""
+    """Return the numbers of one run; staleness is the median of the last twenty steps."""
     last = lambda name: median_of(run.column(name)[-20:])
     return {
         **{name: run.score(name) for name in ("avg@k", "greedy", "pass@k")},
@@ -76,30 +76,30 @@ def column_table(rows: list[dict], names, lags, column: str) -> str:
 
 
 def lost_table(rows: list[dict], names, lags) -> str:
-    """avg@8 at a lag less that at lag 0, of the same estimator without its correction."""
+    """Return avg@8 at a lag minus that at lag 0 of the same estimator without correction."""
     lines = []
     for name in names:
         plain = pick(rows, name if pick(rows, name, 0) else name.partition("_")[0], 0)
         lines.append(
             [f"`{name}`", *(difference(plain, pick(rows, name, lag)) for lag in lags if lag)]
         )
-    return markdown(["estimator", *(f"lag {lag} less lag 0" for lag in lags if lag)], lines)
+    return markdown(["estimator", *(f"lag {lag} minus lag 0" for lag in lags if lag)], lines)
 
 
 def difference(left: list[dict], right: list[dict]) -> str:
-    """Of avg@8, right less left, paired by seed."""
+    """Return avg@8 of right minus left, paired by seed."""
     middle, half, count = paired(left, right, "avg@k")
-    return (
-        "" if not count else f"{middle:+.3f}" if math.isinf(half) else f"{middle:+.3f} ± {half:.3f}"
-    )
+    if not count:
+        return ""
+    return f"{middle:+.3f}" + ("" if math.isinf(half) else f" ± {half:.3f}")
 
 
 def question_table(rows: list[dict], lags) -> str:
     lines = []
     for left, right, what in QUESTIONS:
         cells = [difference(pick(rows, right, lag), pick(rows, left, lag)) for lag in lags]
-        lines.append([what, f"`{left}` less `{right}`", *cells])
-    return markdown(["of what", "avg@8", *(f"lag {lag}" for lag in lags)], lines)
+        lines.append([what, f"`{left}` minus `{right}`", *cells])
+    return markdown(["difference", "avg@8", *(f"lag {lag}" for lag in lags)], lines)
 
 
 def main() -> None:
@@ -142,24 +142,28 @@ def main() -> None:
     print(text)
 
 
-TEXT = """# Old rollouts on the mini pair
+TEXT = """# Stale rollouts on the mini pair
 
     opdjax sweep experiments/sweeps/staleness.py --workdir runs/staleness --jobs 2
     python scripts/staleness_study.py runs/staleness
 
-{runs} runs at commit {commits}, {minutes:.0f} minutes of runs added up (two at a time, one core each, other work beside them);
-{missing} points of the sweep are not run yet. Machine: {machine}, two cores.
-Every run: 100 updates of 64 answers, learning rate {rate:g} for all, constant after five steps; 256 test prompts, 8 samples each at
-T = 1, always the same draws. The untrained student: avg@8 {start:.3f}. At lag L every answer was drawn by the weights of L updates
-before (in the first L updates: by the start). `reverse`, `forward`: the exact divergence, recomputed; `cached_…`: the
-same on the ten ids that the teacher's stored answer holds (reverse: renormalised on both sides); `…_token_truncate`: min(rho, 2);
-`…_sequence_mask`: the ratio of the sequence, nothing above 3; `…_prefix`: the ratio of the tokens before, at most 2.
+{runs} runs at commit {commits}, {minutes:.0f} minutes of runs in total (two at a time, one core
+each, with other load); {missing} points of the sweep have not run yet. Machine: {machine}, two
+cores.
 
-"±" is half a 95 % interval over paired seeds (Student's t); a number without it is of one seed.
-One rate for all does not compare the estimators at their best:
-what is compared is what a lag costs each.
+Every run makes 100 updates of 64 answers with learning rate {rate:g}, constant after five steps. It
+is evaluated on 256 test prompts with 8 samples each at T = 1 and the same random draws. The
+untrained student has avg@8 {start:.3f}. At lag L, the weights of L updates earlier sampled every
+answer (in the first L updates, the initial weights). `reverse`, `forward`: the exact divergence,
+recomputed. `cached_…`: the same on the ten ids stored with the answer (reverse: renormalised on
+both sides). `…_token_truncate`: min(rho, 2). `…_sequence_mask`: the ratio of the sequence, dropped
+above 3. `…_prefix`: the ratio of the preceding tokens, at most 2.
 
-## avg@8 at the end
+"±" is half a 95 % interval over paired seeds (Student's t); a number without it is from one seed.
+All estimators use one rate, so this does not compare them at their best. It compares the cost of a
+lag.
+
+## Final avg@8
 
 {scores}
 
@@ -167,19 +171,20 @@ Greedy:
 
 {greedy}
 
-## What the lag costs
+## The cost of a lag
 
-Beside lag 0 of the same estimator, without its correction.
+Compared with lag 0 of the same estimator without correction.
 
 {lost}
 
-## Direction, sampling, storage and correction, each alone
+## Direction, sampling, storage and correction, one at a time
 
 {questions}
 
-## How old the rollouts were
+## The age of the rollouts
 
-KL(student ‖ behaviour) = mean(rho log rho - rho + 1), nats a token, median of the last twenty steps:
+KL(student ‖ behaviour) = mean(rho log rho - rho + 1), in nats a token, median of the last twenty
+steps:
 
 {kl}
 

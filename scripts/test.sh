@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv with the test extra, then lint, import contracts and tests. --all adds the long tests; other arguments go to pytest.
+# Sets up .venv with the test extra, then runs lint, import contracts and tests.
+# usage: scripts/test.sh [--all] [pytest arguments]   (--all adds the long tests)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extra="test"

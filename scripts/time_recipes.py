@@ -1,10 +1,9 @@
-"""Seconds a step of every recipe of the white-box study, one after the other on a machine that does
-nothing else.
+"""Measure the seconds of a step of every recipe of the white-box study, on an idle machine.
 
-    python scripts/time_recipes.py            # prints a table, writes experiments/results/white_box_seconds.json
+    python scripts/time_recipes.py
 
-Real runs of 40 steps of 64 completions without evaluation; medians of the last 30 steps, the better
-of two rounds.
+Prints a table and writes experiments/results/white_box_seconds.json. Real runs of 40 steps of 64
+completions without evaluation; medians of the last 30 steps, the faster of two rounds.
 """
 
 import dataclasses

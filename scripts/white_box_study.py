@@ -1,9 +1,9 @@
-"""What the white-box sweep says: python scripts/white_box_study.py RUNS [--out
-experiments/results/white_box]
+"""Write the results of the white-box sweep.
 
-Reads the runs of experiments/sweeps/white_box.py and writes OUT.md and OUT.json. While BEST_RATE in
-the sweep file is empty it prints the best rates of the grid instead; where it differs from the grid
-it refuses.
+    python scripts/white_box_study.py RUNS [--out experiments/results/white_box]
+
+Reads the runs of experiments/sweeps/white_box.py and writes OUT.md and OUT.json. If BEST_RATE in
+the sweep file differs from the grid's best rates, it exits with an error that names them.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from opdjax.runs.statistics import seed_interval
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCORES = ("avg@k", "greedy", "pass@k")
-MARGIN = 0.02  # of avg@8: recipes this close count as equal
+MARGIN = 0.02  # in avg@8: recipes this close count as equal
 
 
 def load_sweep():
@@ -33,19 +33,15 @@ def load_sweep():
 
 
 def numbers(run: Run) -> dict:
-    """The numbers of one run; intervals here are over prompts."""
-    after, norms = (
-        run.result["eval_after"],
-        [row["grad/norm"] for row in run.metrics if row.get("grad/norm") is not None],
-    )
-    last = run.metrics[-1]["step"]
+    """Return the numbers of one run; intervals are over prompts."""
+    after, last = run.result["eval_after"], run.metrics[-1]["step"]
+    norms = [row["grad/norm"] for row in run.metrics if row.get("grad/norm") is not None]
+    halfway = (row["avg@k"] for row in run.evaluations if row["step"] == last // 2)
     return {
         **{name: run.score(name) for name in SCORES},
         "prompt_interval": after["avg@k_interval"],
         "gain": run.gain,
-        "halfway": next(
-            (row["avg@k"] for row in run.evaluations if row["step"] == last // 2), None
-        ),
+        "halfway": next(halfway, None),
         "grad_norm": run.median("grad/norm"),
         "grad_norm_first": statistics.median(norms[:10]),
         "kl_first": mean(run.column("kl/student_teacher")[:3]),
@@ -57,8 +53,9 @@ def numbers(run: Run) -> dict:
 
 
 def signal_to_noise(run: Run) -> float | None:
-    """Of the gradient of a step: both squares are averaged over the run before they are divided,
-    for one step's may be negative.
+    """Return the signal-to-noise ratio of a step's gradient.
+
+    Both squares are averaged over the run first, because those of one step may be negative.
     """
     signal, noise = (mean(run.column(f"grad/{name}_squared")) for name in ("signal", "noise"))
     return math.sqrt(max(signal, 0) / noise) if noise else None
@@ -70,16 +67,16 @@ def read_all(directory: pathlib.Path) -> tuple[list[dict], list[str]]:
         if point.status != "done":
             missing.append(point.id)
             continue
-        asked = point.overrides
+        overrides = point.overrides
         rows.append(
             {
                 "id": point.id,
-                "recipe": asked["estimator"],
+                "recipe": overrides["estimator"],
                 "rate": point.config["optimizer"]["learning_rate"],
                 "rows": point.config["train"]["prompts_per_step"],
                 "parts": point.config["train"]["gradient_accumulation_steps"],
                 "seed": point.config["seed"],
-                "is_grid": "evaluation.source" in asked,
+                "is_grid": "evaluation.source" in overrides,
                 **numbers(read_run(point.workdir)),
             }
         )
@@ -87,7 +84,10 @@ def read_all(directory: pathlib.Path) -> tuple[list[dict], list[str]]:
 
 
 def grid_of(rows: list[dict], parts: int) -> dict[str, dict[float, float]]:
-    """recipe -> rate -> gain in avg@8 on validation prompts, of runs with so many micro-batches."""
+    """Return the gain in avg@8 on validation prompts, by recipe and rate.
+
+    Only runs with `parts` micro-batches.
+    """
     grid: dict[str, dict[float, float]] = {}
     for row in rows:
         if row["is_grid"] and row["parts"] == parts:
@@ -114,7 +114,7 @@ def spread(rows: list[dict], name: str, digits: int = 3) -> str:
 
 
 def paired(left: list[dict], right: list[dict], name: str) -> tuple[float, float, int]:
-    """(mean of right - left over common seeds, half of its 95 % interval, their number)."""
+    """Return (mean of right - left over common seeds, half its 95 % interval, their number)."""
     ours = {row["seed"]: row[name] for row in left}
     differences = [row[name] - ours[row["seed"]] for row in right if row["seed"] in ours]
     return *(seed_interval(differences) if differences else (math.nan, math.inf)), len(differences)
@@ -132,14 +132,10 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 def grid_table(grid, rates) -> str:
     def cell(gains, rate):
-        best = gains.get(rate) == max(gains.values())
-        return (
-            ""
-            if rate not in gains
-            else f"**{gains[rate]:+.3f}**"
-            if best
-            else f"{gains[rate]:+.3f}"
-        )
+        if rate not in gains:
+            return ""
+        text = f"{gains[rate]:+.3f}"
+        return f"**{text}**" if gains[rate] == max(gains.values()) else text
 
     return markdown(
         ["recipe", *(f"{rate:g}" for rate in rates)],
@@ -148,74 +144,35 @@ def grid_table(grid, rates) -> str:
 
 
 def score_table(rows, names, rate_of) -> str:
-    header = [
-        "recipe",
-        "rate",
-        "n",
-        "avg@8",
-        "greedy",
-        "pass@8",
-        "prompt interval",
-        "gradient norm",
-        "KL at the end",
-    ]
+    header = ["recipe", "rate", "n", "avg@8", "greedy", "pass@8"]
+    header += ["prompt interval", "gradient norm", "final KL"]
     lines = []
     for name in names:
         if not (runs := pick(rows, name, rate_of(name))):
             continue
-        cells = [spread(runs, column) for column in SCORES]
-        prompts = statistics.fmean(row["prompt_interval"] for row in runs)
-        lines.append(
-            [
-                f"`{name}`",
-                f"{rate_of(name):g}",
-                str(len(runs)),
-                *cells,
-                f"± {prompts:.3f}",
-                spread(runs, "grad_norm"),
-                spread(runs, "kl_last"),
-            ]
-        )
+        cells = [f"`{name}`", f"{rate_of(name):g}", str(len(runs))]
+        cells += [spread(runs, column) for column in SCORES]
+        cells.append(f"± {statistics.fmean(row['prompt_interval'] for row in runs):.3f}")
+        lines.append([*cells, spread(runs, "grad_norm"), spread(runs, "kl_last")])
     return markdown(header, lines)
 
 
 def variant_table(rows, names, rate_of, parts) -> str:
-    """The variants of the sampled-token estimator beside what they are compared with; pairs by
-    seed.
-    """
-    header = [
-        "recipe",
-        "rate",
-        "n",
-        "avg@8",
-        "less `opd`",
-        "less `vopd_full`",
-        "greedy",
-        "gradient norm",
-        "signal / noise",
-        "seconds a step",
-    ]
+    """Return a table of the sampled-token estimator's variants, compared by seed."""
+    header = ["recipe", "rate", "n", "avg@8", "minus `opd`", "minus `vopd_full`", "greedy"]
+    header += ["gradient norm", "signal / noise", "seconds a step"]
     timed, lines = read_seconds(), []
     anchors = [pick(rows, name, rate_of(name), parts=parts) for name in ("opd", "vopd_full")]
     for name in names:
         runs = pick(rows, name, rate_of(name), parts=parts)
-        beside = [
+        differences = [
             "" if runs == anchor else "{:+.3f} ± {:.3f}".format(*paired(anchor, runs, "avg@k"))
             for anchor in anchors
         ]
         cells = [spread(runs, column) for column in ("greedy", "grad_norm", "signal_to_noise")]
         step = timed.get(name, {}).get("time/step", math.nan)
-        lines.append(
-            [
-                f"`{name}`",
-                f"{rate_of(name):g}",
-                str(len(runs)),
-                spread(runs, "avg@k"),
-                *beside,
-                *cells,
-                f"{step:.3f}",
-            ]
-        )
+        first = [f"`{name}`", f"{rate_of(name):g}", str(len(runs)), spread(runs, "avg@k")]
+        lines.append([*first, *differences, *cells, f"{step:.3f}"])
     return markdown(header, lines)
 
 
@@ -226,14 +183,8 @@ def read_seconds() -> dict[str, dict[str, float]]:
 
 def axes_table(rows, names, best) -> str:
     counts = list(AXES)[1:4]
-    header = [
-        "recipe",
-        "avg@8 halfway",
-        "avg@8 at the end",
-        *(f"{axis}, thousands" for axis in counts),
-        "seconds a step",
-        "seconds in all",
-    ]
+    header = ["recipe", "avg@8 halfway", "final avg@8"]
+    header += [*(f"{axis}, thousands" for axis in counts), "seconds a step", "total seconds"]
     timed, lines = read_seconds(), []
     for name in names:
         if not (runs := pick(rows, name, best[name])):
@@ -241,9 +192,8 @@ def axes_table(rows, names, best) -> str:
         tokens = [f"{statistics.fmean(row[axis] for row in runs) / 1000:.1f}" for axis in counts]
         step = timed.get(name, {}).get("time/step", math.nan)
         seconds = [f"{step:.3f}", f"{step * runs[0]['steps']:.1f}"]
-        lines.append(
-            [f"`{name}`", spread(runs, "halfway"), spread(runs, "avg@k"), *tokens, *seconds]
-        )
+        scores = [spread(runs, "halfway"), spread(runs, "avg@k")]
+        lines.append([f"`{name}`", *scores, *tokens, *seconds])
     return markdown(header, lines)
 
 
@@ -259,7 +209,7 @@ def pair_table(rows, names, best) -> str:
             cells.append(f"{mean:+.3f} ± {half:.3f}")
         lines.append([f"`{name}`", *cells, str(count)])
     return markdown(
-        ["recipe less `opd`, each at its best rate", "avg@8", "greedy", "pass@8", "pairs"], lines
+        ["recipe minus `opd`, each at its best rate", "avg@8", "greedy", "pass@8", "pairs"], lines
     )
 
 
@@ -269,23 +219,17 @@ def batch_table(rows, names, best) -> str:
         for batch in (16, 64, 128):
             if not (runs := pick(rows, name, best[name], batch)):
                 continue
-            lines.append(
-                [
-                    f"`{name}`",
-                    str(batch),
-                    str(len(runs)),
-                    *(spread(runs, column) for column in SCORES),
-                    spread(runs, "grad_norm"),
-                ]
-            )
+            scores = [spread(runs, column) for column in (*SCORES, "grad_norm")]
+            lines.append([f"`{name}`", str(batch), str(len(runs)), *scores])
     return markdown(
         ["recipe", "rollouts a step", "n", "avg@8", "greedy", "pass@8", "gradient norm"], lines
     )
 
 
 def paired_ratio(left: list[dict], right: list[dict], name: str) -> tuple[float, float]:
-    """(geometric mean of left / right over common seeds, the factor that its 95 % interval
-    multiplies and divides it by).
+    """Return (geometric mean of left / right over common seeds, factor of its 95 % interval).
+
+    The interval is from the mean divided by the factor to the mean times the factor.
     """
     ours = {row["seed"]: row[name] for row in right}
     ratios = [math.log(row[name] / ours[row["seed"]]) for row in left if row["seed"] in ours]
@@ -294,8 +238,9 @@ def paired_ratio(left: list[dict], right: list[dict], name: str) -> tuple[float,
 
 
 def judge(low: float, high: float, claimed: tuple[float, float]) -> str:
-    """`reproduced` where the whole interval lies in what is claimed, `contradicted` where none of it
-    does, else `inconclusive`.
+    """Return `reproduced` if the whole interval is in the claimed range, `contradicted` if none is.
+
+    Otherwise `inconclusive`.
     """
     if claimed[0] < low and high < claimed[1]:
         return "reproduced"
@@ -303,9 +248,7 @@ def judge(low: float, high: float, claimed: tuple[float, float]) -> str:
 
 
 def claims(rows, best, common) -> list[list[str]]:
-    """Each claim of the vOPD paper, what was found, and the verdict by a rule that is stated with
-    it.
-    """
+    """Return the claims of the vOPD paper: claim, number here, rule, verdict."""
 
     def difference(left, right, name="avg@k"):
         mean, half, count = paired(
@@ -313,62 +256,32 @@ def claims(rows, best, common) -> list[list[str]]:
         )
         return (mean - half, mean + half), f"{mean:+.3f} ± {half:.3f} avg@8 ({count} pairs)"
 
-    better, equal = (0, math.inf), (-MARGIN, MARGIN)
+    better, equal, within = (0, math.inf), (-MARGIN, MARGIN), f"within ± {MARGIN}"
     found = []
-
-    def add(claim, text, rule, verdict):
-        found.append([claim, text, rule, verdict])
-
+    add = lambda *cells: found.append(list(cells))
     interval, text = difference("opd", "vopd_full")
-    add(
-        "vOPD is more accurate than OPD (+2.4 to +6.2 points)",
-        text,
-        "above 0",
-        judge(*interval, better),
-    )
+    claim = "vOPD is more accurate than OPD (+2.4 to +6.2 points)"
+    add(claim, text, "above 0", judge(*interval, better))
     interval, text = difference("full_kl_reverse", "vopd_full")
-    add(
-        "vOPD is as accurate as the exact full-vocabulary KL",
-        text,
-        f"within ± {MARGIN}",
-        judge(*interval, equal),
-    )
+    claim = "vOPD is as accurate as the exact full-vocabulary KL"
+    add(claim, text, within, judge(*interval, equal))
     pairs = [difference("vopd_full", f"vopd_k{k}") for k in (5, 20, 100)]
     text = "; ".join(f"k = {k}: {pair[1]}" for k, pair in zip((5, 20, 100), pairs))
     verdicts = {judge(*pair[0], equal) for pair in pairs}
-    verdict = (
-        "reproduced"
-        if verdicts == {"reproduced"}
-        else "contradicted"
-        if "contradicted" in verdicts
-        else "inconclusive"
-    )
-    add(
-        "the top-k baseline does what the full one does, flat in k, even at k = 5",
-        text,
-        f"each within ± {MARGIN}",
-        verdict,
-    )
+    # The worst of the three counts.
+    verdict = next(v for v in ("contradicted", "inconclusive", "reproduced") if v in verdicts)
+    claim = "the top-k baseline is as accurate as the full one for every k, even k = 5"
+    add(claim, text, f"each {within}", verdict)
     interval, text = difference("topk_kl_renormalize", "vopd_k5")
-    add(
-        "the biased top-k KL gains less than vOPD with the top-k baseline (here at k = 5)",
-        text,
-        "above 0",
-        judge(*interval, better),
-    )
+    claim = "the biased top-k KL gains less than vOPD with the top-k baseline (here at k = 5)"
+    add(claim, text, "above 0", judge(*interval, better))
     ratio, factor = paired_ratio(
         pick(rows, "opd", common), pick(rows, "vopd_full", common), "grad_norm"
     )
-    text = (
-        f"OPD's median norm is {ratio:.2f} (×/÷ {factor:.2f}) times vOPD's, both at the common rate"
-    )
+    text = f"OPD's median norm is {ratio:.2f} (×/÷ {factor:.2f}) times vOPD's, at the common rate"
     verdict = judge(ratio / factor, ratio * factor, (10, math.inf))
-    add(
-        "gradient norms of vOPD lie one to two orders of magnitude below OPD's",
-        text,
-        "ratio above 10",
-        verdict,
-    )
+    claim = "gradient norms of vOPD are one to two orders of magnitude below OPD's"
+    add(claim, text, "ratio above 10", verdict)
     return found
 
 
@@ -393,13 +306,15 @@ def main() -> None:
     ]
     if incomplete:
         raise SystemExit(
-            f"the grid lacks rates of {', '.join(incomplete)}; finish the sweep first ({len(missing)} points are missing)"
+            f"the grid lacks rates of {', '.join(incomplete)}; finish the sweep first "
+            f"({len(missing)} points are missing)"
         )
     chosen = {name: max(gains, key=gains.get) for name, gains in gains_of.items()}
     if best != chosen:
         differing = {name: rate for name, rate in chosen.items() if best.get(name) != rate}
         raise SystemExit(
-            f"BEST_RATE of the sweep differs from the grid, which says {differing} ({len(missing)} points are missing)"
+            f"BEST_RATE of the sweep differs from the grid's {differing}; {len(missing)} points "
+            "are missing"
         )
     attempts = [
         json.loads(line)
@@ -467,16 +382,20 @@ TEXT = """# White-box recipes on the mini pair
     opdjax sweep experiments/sweeps/white_box.py --workdir runs/white_box --jobs 2
     python scripts/white_box_study.py runs/white_box
 
-{runs} runs at commit {commits}, {minutes:.0f} minutes of runs added up (two at a time, one core each); missing points: {missing}.
-Machine: {machine}, two cores; it did other work as well, so times of single runs say nothing.
-Every run: {steps} steps of {batch} completions (one a prompt) unless said, cosine learning rate, the last checkpoint
-evaluated on the same {prompts} test prompts, {k} samples each at T = 1, with the same draws.
-The untrained student: avg@8 {avg:.3f}, greedy {greedy:.3f}, pass@8 {passk:.3f}.
+{runs} runs at commit {commits}, {minutes:.0f} minutes of runs in total (two at a time, one core
+each); missing points: {missing}. Machine: {machine}, two cores, with other load, so times of single
+runs are meaningless.
 
-"±" after a mean is half a 95 % interval over seeds (Student's t); "prompt interval" is the mean over runs of each run's own
-interval over prompts. The two are never pooled: all runs answer the same prompts, so that differences between recipes do
-not contain the prompts' share. "KL at the end" is the mean over the last ten steps of KL(student || teacher) on
-the student's completions: exact, but for `opd` and the top-k baselines, where it is the mean log-ratio of sampled tokens.
+Every run makes {steps} steps of {batch} completions (one a prompt) unless stated otherwise, with a
+cosine learning rate. The last checkpoint is evaluated on the same {prompts} test prompts, with {k}
+samples each at T = 1 and the same random draws. The untrained student has avg@8 {avg:.3f}, greedy
+{greedy:.3f}, pass@8 {passk:.3f}.
+
+"±" after a mean is half a 95 % interval over seeds (Student's t); "prompt interval" is the mean
+over runs of each run's own interval over prompts. The two are never pooled: all runs answer the
+same prompts, so differences between recipes do not include the choice of prompts. "Final KL" is the
+mean over the last ten steps of KL(student || teacher) on the student's completions. It is exact,
+except for `opd` and the top-k baselines, where it is the mean log-ratio of the sampled tokens.
 
 ## Learning rates: gain in avg@8 on validation prompts, seed 100, one run each
 
@@ -496,11 +415,12 @@ Best at the edge of the grid: {edges}.
 
 {pairs}
 
-## What it cost, at the best rate
+## Cost at the best rate
 
-All recipes take the same number of steps on the same prompts. Seconds are of `scripts/time_recipes.py`, one recipe after
-the other on a quiet machine, both cores: sampling, teacher and update of a step, and 100 such steps. With 214 ids and
-0.35 million parameters all cost the same; `scripts/benchmark_recipes.py` measures what a recipe costs at 151,936 ids.
+All recipes take the same number of steps on the same prompts. `scripts/time_recipes.py` measured
+the seconds, one recipe after the other on an idle machine with both cores: sampling, teacher and
+update of a step, and 100 such steps. With 214 ids and 0.35 million parameters all recipes cost the
+same; `scripts/benchmark_recipes.py` measures their cost at 151,936 ids.
 
 {axes}
 
@@ -510,11 +430,13 @@ the other on a quiet machine, both cores: sampling, teacher and update of a step
 
 ## Variants of the sampled-token estimator
 
-All in eight micro-batches a step, the runs that they are compared with too: the same gradient, and an estimate of how much
-of it is chance. "Signal / noise" is of the gradient of one step of {batch} completions: the norm of its expectation over its standard
-deviation, both squares averaged over the {steps} steps first. `opd_floor`: rewards of at least -2 nats. `opd_power`: teacher(y)^0.5 -
-student(y)^0.5. `opd_3_draws`, `opd_15_draws`: so many more tokens drawn at each context. `opd_to_go`: discount 1;
-`opd_to_go_expected`: with -KL in place of later rewards. `vopd_optimal`: b*; `vopd_batch_mean`: the mean of the other sequences.
+All runs of this section use eight micro-batches a step, which gives the same gradient and an
+estimate of its noise. "Signal / noise" is that of the gradient of one step of {batch} completions:
+the norm of its expectation over its standard deviation, both squares averaged over the {steps}
+steps first. `opd_floor`: rewards of at least -2 nats. `opd_power`: teacher(y)^0.5 - student(y)^0.5.
+`opd_3_draws`, `opd_15_draws`: 3 or 15 more tokens sampled at each context. `opd_to_go`: discount 1;
+`opd_to_go_expected`: with -KL in place of later rewards. `vopd_optimal`: b*; `vopd_batch_mean`: the
+mean of the other sequences.
 
 {variant_grid}
 
@@ -528,8 +450,8 @@ All at the common rate {common:g}:
 
 ## The paper's claims, at this size
 
-"Seen" means that the whole 95 % interval lies in what is claimed, "contradicted" that none of it does, "inconclusive" the rest.
-Five claims are judged, without a correction for their number.
+Reproduced: the whole 95 % interval is in the claimed range. Contradicted: none of it is.
+Inconclusive: the rest. The intervals are not corrected for the five claims.
 
 {claims}
 """

@@ -478,7 +478,7 @@ class TestBadInput:
 def make_small_student(out):
     """The mini student with a narrower MLP."""
     from opdjax.models.decoder import init_params
-    from opdjax.models.hf import export
+    from opdjax.models.hf_export import export
 
     source = open_checkpoint(MINI_STUDENT)
     source = dataclasses.replace(

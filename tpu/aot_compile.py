@@ -1,10 +1,10 @@
-"""Compile the programs of an experiment for a TPU slice, on a machine that has none.
+"""Compile the programs of an experiment for a TPU slice, on a machine without one.
 
     python tpu/aot_compile.py EXPERIMENT TOPOLOGY [--json FILE] [--section.field VALUE …]
 
-Prints what `opdjax plan EXPERIMENT --topology TOPOLOGY --aot` prints; with --json the numbers are
-added to FILE as well, under a name made of experiment, topology and overrides. Needs libtpu beside
-jax: pip install 'jax[tpu]==0.10.2'.
+Prints the same as `opdjax plan EXPERIMENT --topology TOPOLOGY --aot`. With --json, the numbers are
+also added to FILE, under a key made of experiment, topology and overrides. Needs libtpu:
+pip install 'jax[tpu]==0.10.2'.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ import jax
 import tyro
 
 from opdjax.cli.experiments import load_experiment
+from opdjax.cli.main import is_user_error
 from opdjax.config import Config
 from opdjax.config.topology import topology
 from opdjax.diagnose.plan.aot import Program, compile_programs
@@ -28,7 +29,7 @@ from opdjax.diagnose.plan.workload import read_workload
 
 
 def main(arguments: list[str]) -> int:
-    """0 where the run fits, 1 where it does not, 2 where the question is wrong."""
+    """Exit status: 0 if the run fits, 1 if it does not, 2 if the arguments are wrong."""
     if len(arguments) < 2 or arguments[0].startswith("-"):
         print(__doc__)
         return 2
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> int:
         default=load_experiment(experiment),
         prog="aot_compile.py EXPERIMENT TOPOLOGY",
     )
-    # No chip of this machine is needed, nor may one be taken from a run.
+    # Needs no accelerator, and must not take one from a run on this machine.
     jax.config.update("jax_platforms", "cpu")
     plan = estimate(read_workload(config, topology(name)))
     programs = compile_programs(plan.workload)
@@ -62,7 +63,7 @@ def main(arguments: list[str]) -> int:
 
 
 def described(program: Program) -> dict[str, Any]:
-    """A program as JSON holds it, its collectives by kind and loop."""
+    """The JSON entry of a program, with its collectives summed by kind and loop."""
     fields = dataclasses.asdict(dataclasses.replace(program, collectives=[]))
     return fields | {
         "temp_bytes": program.temp_bytes,
@@ -80,5 +81,7 @@ def _version(package: str) -> str | None:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (ValueError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        if not is_user_error(error):
+            raise
         sys.exit(f"aot_compile.py: {error}")

@@ -1,34 +1,35 @@
 #!/usr/bin/env bash
-# Keeps a run going until it is finished, on a slice that may be taken away at any minute: asks for the slice, sets it up, starts the
-# run, looks every POLL seconds, and begins again where something was lost. A work directory in a bucket is what a new slice goes on from.
+# Keeps a run going until it has finished, on a slice that may be preempted at any time: requests the slice, sets it up,
+# starts the run, checks all three every POLL seconds, and restores what was lost. A new slice resumes the run from its work
+# directory in a bucket.
 #
-# Exit status 0: the run has finished. 1: given up, or the run ended twice by an error of its own.
-# It may be stopped and started at will: what it finds running it leaves running.
+# Exit status 0: the run has finished. 1: gave up, or the run failed twice with an error of its own.
+# It can be stopped and started again at any time: a running run keeps running.
 set -euo pipefail
 usage="NAME=opd ZONE=us-central1-a TOPOLOGY=v5e-8 [SPOT=1] [FILES='a.jsonl b.jsonl'] [POLL=60] [MAX_SLICES=20] [MAX_STARTS=50]
   [MAX_FAILURES=20] [DELETE=1] [PROJECT=P] [VALID_UNTIL=6h] [DRY_RUN=1] tpu/babysit.sh train EXPERIMENT --workdir gs://BUCKET/RUN …"
 . "$(dirname "$0")/gcloud.sh"
 need TOPOLOGY "a slice, such as v5e-8; python3 tpu/topology.py lists them"
-[ $# -gt 0 ] || fail "no verb given
+[ $# -gt 0 ] || fail "no command given
 usage: $usage"
 need_bucket "$@"
 poll=${POLL:-60}
-# Words of FILES are names of files, so that one with a blank cannot be named.
+# FILES is split at blanks: file names cannot contain any.
 read -r -a files <<<"${FILES:-}"
 here=$(dirname "$0")
-slices=0 starts=0 failures=0 mistakes=0 is_set_up=0 is_started=0
+slices=0 starts=0 failures=0 errors=0 is_set_up=0 is_started=0
 
-# gcloud answers Ctrl-C by failing, which is no reason to stop for a script that tries again.
+# gcloud fails on Ctrl-C, and this script retries failures: so end it here.
 trap 'exit 130' INT
 
 say() { printf '%s  %s\n' "$(date -u '+%F %T')" "$1"; }
 
 give_up() {
-    say "$1; what there is of the slice still costs: tpu/delete.sh"
+    say "$1; a remaining slice still costs: tpu/delete.sh"
     exit 1
 }
 
-# One step towards a running run. What fails is tried again at the next look: its outcome may have been lost, and the state tells.
+# Runs one step. A failed step is retried after the next check of the state, because it may have had an effect.
 tried() { # tried WHAT COMMAND …
     say "$1"
     shift
@@ -41,40 +42,40 @@ tried() { # tried WHAT COMMAND …
 
 failed() {
     failures=$((failures + 1))
-    [ "$failures" -lt "${MAX_FAILURES:-20}" ] || give_up "$failures failures in a row, the last of $1"
-    say "failed ($failures in a row); trying again"
+    [ "$failures" -lt "${MAX_FAILURES:-20}" ] || give_up "$failures failures in a row, the last one: $1"
+    say "failed ($failures in a row); retrying"
     return 1
 }
 
-# `absent`, or the state of the queued resource; fails where gcloud could not tell.
+# Prints `absent` or the state of the queued resource; fails if gcloud does.
 resource_state() {
-    local told
-    # What gcloud has to say besides (an old Python, a new version) comes before the answer.
-    if told=$(gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" '--format=value(state.state)' 2>&1); then
-        printf '%s\n' "${told:-UNKNOWN}" | grep -Ex '[A-Z_]+' | tail -n 1
-    elif [[ $told == *NOT_FOUND* ]]; then
+    local output
+    # gcloud prints warnings (an old Python, a new version) before the value.
+    if output=$(gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" '--format=value(state.state)' 2>&1); then
+        printf '%s\n' "${output:-UNKNOWN}" | grep -Ex '[A-Z_]+' | tail -n 1
+    elif [[ $output == *NOT_FOUND* ]]; then
         printf absent
     else
-        printf '%s\n' "$told" >&2
+        printf '%s\n' "$output" >&2
         return 1
     fi
 }
 
-# `GONE`, or the state of the slice itself; fails where gcloud could not tell.
+# Prints `GONE` or the state of the slice itself; fails if gcloud does.
 node_state() {
-    local told
-    if told=$(gcloud compute tpus tpu-vm describe "$NAME" "${where[@]}" '--format=value(state)' 2>&1); then
-        printf '%s\n' "${told:-UNKNOWN}" | grep -Ex '[A-Z_]+' | tail -n 1
-    elif [[ $told == *NOT_FOUND* ]]; then
+    local output
+    if output=$(gcloud compute tpus tpu-vm describe "$NAME" "${where[@]}" '--format=value(state)' 2>&1); then
+        printf '%s\n' "${output:-UNKNOWN}" | grep -Ex '[A-Z_]+' | tail -n 1
+    elif [[ $output == *NOT_FOUND* ]]; then
         printf GONE
     else
-        printf '%s\n' "$told" >&2
+        printf '%s\n' "$output" >&2
         return 1
     fi
 }
 
-# `running`, or the last line of the log: `exit status N`, or what it said before it was killed.
-run_state() { # in the words of the worker
+# Prints `running`, or the last line of the log: `exit status N`, or any line if the run was killed.
+run_state() {
     local look="tmux has-session -t opdjax 2>/dev/null && echo running || tail -n 1 opdjax/run.log 2>/dev/null || echo absent"
     gcloud compute tpus tpu-vm ssh "$NAME" "${where[@]}" --worker=0 "${alive[@]}" "--command=$look" | tail -n 1
 }
@@ -82,7 +83,7 @@ run_state() { # in the words of the worker
 finish() {
     say "the run has finished"
     if [ "${DELETE:-}" = 1 ]; then
-        # Whatever else is lost, an idle slice must not go on costing.
+        # An idle slice must not go on costing.
         until tried "deleting the slice" env YES=1 "$here/delete.sh"; do
             sleep "$poll"
         done
@@ -92,32 +93,32 @@ finish() {
     exit 0
 }
 
-ask_for_a_slice() {
-    [ "$slices" -lt "${MAX_SLICES:-20}" ] || give_up "$slices slices were taken away or failed (MAX_SLICES)"
-    mistakes=0 is_set_up=0 is_started=0
-    tried "asking for a slice" "$here/create.sh" && slices=$((slices + 1))
+request_slice() {
+    [ "$slices" -lt "${MAX_SLICES:-20}" ] || give_up "$slices slices were preempted or failed (MAX_SLICES)"
+    errors=0 is_set_up=0 is_started=0
+    tried "requesting a slice" "$here/create.sh" && slices=$((slices + 1))
 }
 
-# On a slice that is ready: set up, start, or see what has become of the run.
-attend() { # attend RUN_STATE ARGUMENT …
+# Does the next step on a slice that is ready: sets it up, starts the run, or handles the end of the run.
+advance() { # advance RUN_STATE ARGUMENT …
     local state=$1
     shift
     if [ "$state" = running ]; then
         is_set_up=1 is_started=1 failures=0
         return 0
     fi
-    # An old log may tell of another command: only what was started here counts as its end.
+    # The log may be that of an earlier command: an end counts only if this script started the run.
     if [ "$is_started" = 1 ]; then
         [ "$state" != "exit status 0" ] || finish
-        # A judge that is down, perhaps, or chips that were held; what is wrong twice is likely to be wrong for good.
-        [ "$state" != "exit status 2" ] || mistakes=$((mistakes + 1))
-        [ "$mistakes" -lt 2 ] || give_up "the run ended twice by an error of its own (exit status 2): see opdjax/run.log on worker 0"
-        say "the run is down (${state:0:100})"
-        # The log is gone, and with it the disk that it was on.
+        # Status 1 or 2 is an error of the run. One may be temporary (a judge is down, the chips are in use), two are not.
+        [[ ! $state =~ ^exit\ status\ [12]$ ]] || errors=$((errors + 1))
+        [ "$errors" -lt 2 ] || give_up "the run failed twice with an error of its own ($state): see opdjax/run.log on worker 0"
+        say "the run has stopped (${state:0:100})"
+        # Without a log, the disk of the slice is gone.
         [ "$state" != absent ] || is_set_up=0 is_started=0
     fi
     if [ "$is_set_up" = 0 ]; then
-        tried "setting the slice up" "$here/setup_vm.sh" ${files[@]+"${files[@]}"} && is_set_up=1
+        tried "setting up the slice" "$here/setup_vm.sh" ${files[@]+"${files[@]}"} && is_set_up=1
         return
     fi
     [ "$starts" -lt "${MAX_STARTS:-50}" ] || give_up "the run was started $starts times and did not finish (MAX_STARTS)"
@@ -125,17 +126,17 @@ attend() { # attend RUN_STATE ARGUMENT …
 }
 
 if [ "${DRY_RUN:-}" = 1 ]; then
-    echo "# looked at every $poll s; where there is no slice, or none yet:"
+    echo "# every $poll s: if there is no slice,"
     "$here/create.sh"
-    echo "# once it is READY:"
+    echo "# when it is READY,"
     "$here/setup_vm.sh" ${files[@]+"${files[@]}"}
     "$here/run.sh" "$@"
-    echo "# where it was taken away, and then from the top:"
+    echo "# if it was preempted, and then from the top,"
     YES=1 "$here/delete.sh"
     exit 0
 fi
 
-# What is wrong with the variables, the files or the arguments is told now, and not by a slice that waits and costs.
+# Report wrong variables, files and arguments now, before a slice costs anything.
 for script in create.sh setup_vm.sh run.sh; do
     words=()
     [ "$script" != setup_vm.sh ] || words=(${files[@]+"${files[@]}"})
@@ -146,23 +147,23 @@ done
 last=
 while :; do
     if ! state=$(resource_state); then
-        failed "looking at the queued resource" || true
+        failed "reading the state of the queued resource" || true
     else
         [ "$state" = "$last" ] || say "queued resource: $state"
         last=$state
         case $state in
-        absent) ask_for_a_slice || true ;;
+        absent) request_slice || true ;;
         ACTIVE)
             if ! node=$(node_state); then
-                failed "looking at the slice" || true
+                failed "reading the state of the slice" || true
             elif [ "$node" = READY ]; then
-                if run=$(run_state); then attend "$run" "$@" || true; else failed "looking at the run" || true; fi
+                if run=$(run_state); then advance "$run" "$@" || true; else failed "reading the state of the run" || true; fi
             elif [[ $node =~ ^(PREEMPTED|TERMINATED|STOPPED|GONE)$ ]]; then
                 tried "the slice is $node: deleting it" env YES=1 "$here/delete.sh" || true
             fi
             ;;
         SUSPENDED | FAILED) tried "the slice is $state: deleting it" env YES=1 "$here/delete.sh" || true ;;
-        *) failures=0 ;; # on its way to one of those
+        *) failures=0 ;; # in transition
         esac
     fi
     sleep "$poll"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Asks for a TPU slice, as a queued resource that has the slice's name. It costs money from the moment it is ACTIVE until delete.sh.
+# Requests a TPU slice, as a queued resource with the name of the slice. It costs money from ACTIVE until delete.sh.
 set -euo pipefail
 usage="NAME=opd ZONE=us-central1-a TOPOLOGY=v5e-8 [PROJECT=P] [SPOT=1] [VALID_UNTIL=6h] [DRY_RUN=1] tpu/create.sh"
 . "$(dirname "$0")/gcloud.sh"
@@ -11,7 +11,7 @@ type=$(fact accelerator_type)
 runtime=$(fact runtime_version)
 options=()
 [ "${SPOT:-}" != 1 ] || options+=(--spot)
-# A request that was not filled by then has failed, and cannot start costing in the night.
+# A request that is not granted by then fails, so that it cannot start to cost at night.
 options+=("--valid-until-duration=${VALID_UNTIL:-6h}")
 run gcloud compute tpus queued-resources create "$NAME" "--node-id=$NAME" "${where[@]}" \
     "--accelerator-type=$type" "--runtime-version=$runtime" "${options[@]}"

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the scripts of this directory: reads the variables they share; prints every command, and runs it unless DRY_RUN=1.
-# The script that sources it sets `usage` first.
+# Sourced by the scripts in this directory, which set `usage` first: reads the variables they share, and defines `run`, which
+# prints a command and runs it unless DRY_RUN=1.
 
 root=$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -14,7 +14,7 @@ need() { # need VARIABLE WHAT
 usage: ${usage:?}"
 }
 
-# Printed with printf %q, so that a line can be pasted into a shell as it stands.
+# printf %q quotes the words, so that a printed line can be pasted into a shell.
 run() {
     local line
     printf -v line '%q ' "$@"
@@ -22,22 +22,22 @@ run() {
     [ "${DRY_RUN:-}" = 1 ] || "$@"
 }
 
-fact() { # fact FIELD: of TOPOLOGY
+fact() { # fact FIELD: of the slice TOPOLOGY
     python3 "$root/tpu/topology.py" "$TOPOLOGY" "$1"
 }
 
-need NAME "the name of the TPU, such as opd"
+need NAME "the name of the slice, such as opd"
 need ZONE "its zone, such as us-central1-a"
 where=("--zone=$ZONE")
 [ -z "${PROJECT:-}" ] || where+=("--project=$PROJECT")
 
-# A machine that is taken away does not say so: without these ssh would wait for it for ever.
+# A preempted machine closes no connection: without these ssh would wait for ever.
 alive=(--ssh-flag=-oConnectTimeout=60 --ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oServerAliveCountMax=4)
 
-need_bucket() { # need_bucket ARGUMENT …: of opdjax; its disks go with a slice or a pod
+need_bucket() { # need_bucket ARGUMENT …: the disks of a slice or a pod do not last
     case " $* " in
     *" --workdir gs://"* | *" --workdir=gs://"*) ;;
-    *) fail "no --workdir gs://BUCKET/RUN among the arguments; expected a work directory in a bucket, since the disks do not last
+    *) fail "no --workdir gs://BUCKET/RUN among the arguments; expected a work directory in a bucket, because the disks do not last
 usage: ${usage:?}" ;;
     esac
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tells the state of the queued resource, of the slice, and of the run with the last lines of its log. Changes nothing.
+# Prints the state of the queued resource, of the slice and of the run, and the last lines of its log. Changes nothing.
 set -euo pipefail
 usage="NAME=opd ZONE=us-central1-a [LINES_SHOWN=5] [PROJECT=P] [DRY_RUN=1] tpu/status.sh"
 . "$(dirname "$0")/gcloud.sh"

@@ -1,7 +1,7 @@
-"""What the launch scripts need to know of a slice: `python3 tpu/topology.py v5e-8 [FIELD]`; without
-arguments, all there are.
+"""Prints facts about a TPU slice: `python3 tpu/topology.py v5e-8 [FIELD]`; without arguments, lists
+all slices.
 
-Prints from the package's own table, on any Python 3 and without installing anything.
+Reads the package's own table. Needs Python 3.11 and no installed package.
 """
 
 import pathlib
@@ -13,10 +13,10 @@ from opdjax.config.topology import TOPOLOGIES, topology
 
 
 def facts(name):
-    """Field -> text, of one TPU slice."""
+    """Field -> text, for one TPU slice; ValueError if there is none of that name."""
     found = topology(name)
     if found.accelerator_type is None:
-        raise ValueError(f"{name} is no Cloud TPU; expected a name such as v5e-8 or v6e-16")
+        raise ValueError(f"{name} is not a TPU slice; expected a name such as v5e-8 or v6e-16")
     return {
         "accelerator_type": found.accelerator_type,
         "runtime_version": found.chip.runtime_version,
@@ -28,13 +28,12 @@ def facts(name):
 
 
 def main(arguments):
-    """Print one field, all fields of one slice, or one line a slice."""
+    """Print one field, all fields of one slice, or one line per slice."""
     if not arguments:
-        for name in TOPOLOGIES:
-            if TOPOLOGIES[name].accelerator_type:
-                print(
-                    f"{name:10}" + "".join(f"{value:22}" for value in facts(name).values()).rstrip()
-                )
+        for name, machine in TOPOLOGIES.items():
+            if machine.accelerator_type:
+                cells = "".join(f"{value:22}" for value in facts(name).values())
+                print(f"{name:10}{cells}".rstrip())
         return
     found = facts(arguments[0])
     if len(arguments) == 1:

@@ -33,7 +33,7 @@ def near(loss: dict | None = None, **changed) -> dict:
     return {
         "estimator": replace(NPD.estimator, **loss or {}),
         "near_policy": replace(NPD.near_policy, **changed),
-        "train.pack_length": 256,
+        "train.pack_length": NPD.train.pack_length,
     }
 
 

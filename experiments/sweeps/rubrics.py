@@ -1,7 +1,7 @@
 """Black-box distillation on the built-in mini pair: ROPD, its ablations and stage credit against
 recipes that read logits, three seeds each.
 
-    opdjax teach experiments/mini_ropd.py
+    opdjax references experiments/mini_ropd.py
     python scripts/serve_rule_judge.py -- \
         opdjax sweep experiments/sweeps/rubrics.py --workdir runs/rubrics --jobs 2
     python scripts/rubrics_study.py runs/rubrics        # writes experiments/results/rubrics.*

@@ -16,7 +16,7 @@ from opdjax.models.decoder import abstract_params
 from opdjax.models.hf import Checkpoint, load_params
 from opdjax.models.lora import combine, init_adapters
 from opdjax.models.partitioning import shardings_of
-from opdjax.ops.sharding import make_mesh
+from opdjax.ops.sharding import abstract_like, make_mesh
 from opdjax.rollouts.setup import open_student
 from opdjax.runs.checkpoint import Checkpointer
 from opdjax.runs.mirror import read_only_workdir
@@ -61,11 +61,7 @@ def _abstract_state(config: Config, student: Checkpoint, mesh: Mesh) -> TrainSta
     trained = jax.eval_shape(adapters) if is_lora else abstract_params(student.config, "float32")
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     state = jax.eval_shape(partial(init_state, optimizer=optimizer, mesh=mesh), trained)
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        state,
-        shardings_of(state, mesh),
-    )
+    return abstract_like(state, shardings_of(state, mesh))
 
 
 def _export_mesh(config: Config) -> Mesh:

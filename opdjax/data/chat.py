@@ -1,4 +1,4 @@
-"""Tokenizers, and how a prompt reads to a model: through its chat template or as bare text."""
+"""Tokenizers, and prompts rendered for a model: through its chat template or as bare text."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any
 
 import jinja2
 
-# What a template that was not made for such a prompt raises: Jinja's own, and whatever Python says
-# of its expressions.
+# Errors of a template that does not fit the prompt: Jinja's own and those of its expressions.
 _TEMPLATE_ERRORS = (
     jinja2.TemplateError,
     TypeError,
@@ -26,7 +25,7 @@ _PROBE = "Let x = 12.5; then 3x + 1 = ?\n\tif a<b: return 'né ü 你好'  # 123
 
 
 class TokenizerError(ValueError):
-    """The checkpoint has no tokenizer, or one that cannot be read."""
+    """The checkpoint has no tokenizer, or an unreadable one."""
 
 
 class TokenizerMismatchError(ValueError):
@@ -34,28 +33,21 @@ class TokenizerMismatchError(ValueError):
 
 
 def load_tokenizer(path_or_id: str | os.PathLike, revision: str | None = None) -> Any:
-    """The tokenizer of a checkpoint directory or hub id; TokenizerError where it has none."""
+    """The tokenizer of a checkpoint directory or hub id; TokenizerError if it has none."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
-    advice = "expected tokenizer.json and tokenizer_config.json beside the weights, as they were published"
+    advice = "expected tokenizer.json and tokenizer_config.json next to the weights, as published"
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path_or_id), revision=revision)
-    # A file that is damaged, or that holds values of other types, surfaces in any of these ways.
-    except (
-        OSError,
-        LookupError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        StrictDataclassError,
-    ) as error:
-        reason = str(error).partition("\n")[0].rstrip(" :")
+    # Damaged files, and values of other types, raise any of these.
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, StrictDataclassError) as e:
+        reason = str(e).partition("\n")[0].rstrip(" :")
         raise TokenizerError(
-            f"no tokenizer could be read from {path_or_id}: {type(error).__name__}: {reason}; {advice}"
-        ) from error
+            f"no tokenizer could be read from {path_or_id}: {type(e).__name__}: {reason}; {advice}"
+        ) from e
     if not tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}:
-        # transformers makes an empty one where there are no files.
+        # transformers returns an empty one if there are no files.
         raise TokenizerError(
             f"no tokenizer could be read from {path_or_id}: it knows no tokens; {advice}"
         )
@@ -63,25 +55,24 @@ def load_tokenizer(path_or_id: str | os.PathLike, revision: str | None = None) -
 
 
 def valid_vocab(tokenizer: Any) -> int:
-    """One more than the largest id that stands for a token; embedding rows from there on are
-    padding.
-    """
+    """The largest token id plus 1; embedding rows from there on are padding."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def check_same_vocabulary(student: Any, teacher: Any, recipe: str) -> None:
-    """Raise unless both map the same strings to the same ids and split a probe text alike."""
+    """Raise TokenizerMismatchError unless both have the same vocabulary and split a text alike."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()
-    advice = f"recipe {recipe!r} compares their logits id by id; choose a teacher that shares the student's tokenizer"
-    if ours != theirs:
-        differing = sorted(
-            word for word in ours.keys() | theirs.keys() if ours.get(word) != theirs.get(word)
-        )
-        shown = ", ".join(
-            f"{word!r}: {ours.get(word)} / {theirs.get(word)}" for word in differing[:5]
-        )
+    advice = (
+        f"recipe {recipe!r} compares their logits id by id; choose a teacher that shares the "
+        "student's tokenizer"
+    )
+    words = ours.keys() | theirs.keys()
+    differing = sorted(word for word in words if ours.get(word) != theirs.get(word))
+    if differing:
+        shown = ", ".join(f"{w!r}: {ours.get(w)} / {theirs.get(w)}" for w in differing[:5])
         raise TokenizerMismatchError(
-            f"student and teacher differ in {len(differing)} tokens (student id / teacher id: {shown}); {advice}"
+            f"student and teacher differ in {len(differing)} tokens (student id / teacher id: "
+            f"{shown}); {advice}"
         )
     left, right = (t.encode(_PROBE, add_special_tokens=False) for t in (student, teacher))
     if left != right:
@@ -98,8 +89,10 @@ def render(
     system_prompt: str | None,
     enable_thinking: bool | None,
 ) -> list[int]:
-    """Token ids of a prompt. `chat` applies the tokenizer's template and opens the assistant's
-    turn; `raw` is the bare text.
+    """Token ids of a prompt.
+
+    Format `chat` applies the tokenizer's template and opens the assistant's turn; `raw` encodes the
+    bare text. Raises ValueError if the prompt does not fit the format.
     """
     if format == "raw":
         if not isinstance(prompt, str):
@@ -114,47 +107,46 @@ def render(
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if system_prompt is not None:
         messages = [{"role": "system", "content": system_prompt}, *messages]
-    return _templated(messages, tokenizer, enable_thinking, add_generation_prompt=True)
+    return _apply_template(messages, tokenizer, enable_thinking, add_generation_prompt=True)
 
 
 def assistant_header(tokenizer: Any, *, format: str, enable_thinking: bool | None) -> list[int]:
-    """Token ids that an answer without a prompt follows, so that a model can say how likely it is
-    on its own.
+    """Token ids before an answer without its prompt, so that its own likelihood is defined.
 
-    `chat`: what the template opens the assistant's turn with, after the BOS where conversations
-    begin with one. Else, and for `raw`, BOS, or EOS where there is none. ValueError where the
-    tokenizer has none of them.
+    `chat`: the template's opening of the assistant's turn, after the BOS if conversations begin
+    with one. `raw`, or no such template: BOS, else EOS. TokenizerError if there is none of them.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if format == "chat" and tokenizer.chat_template is not None:
         messages = [{"role": "user", "content": "1"}]
         closed, opened = (
-            _templated(messages, tokenizer, enable_thinking, add_generation_prompt=is_open)
+            _apply_template(messages, tokenizer, enable_thinking, add_generation_prompt=is_open)
             for is_open in (False, True)
         )
         shared = sum(
             1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(closed, opened))
         )
-        # An end of the conversation, or a last token that melts into the opening, may be gone; more
-        # would be another conversation.
+        # One final token of the closed form may differ (an end of the conversation, or a token that
+        # merges with the opening). More would be another conversation.
         if len(closed) - 1 <= shared < len(opened):
             return [bos, *opened[shared:]] if opened[0] == bos else opened[shared:]
     if bos is None and eos is None:
-        raise ValueError(
-            f"the tokenizer of {tokenizer.name_or_path} has no chat template that opens an assistant's turn, no BOS and no EOS: "
-            "nothing can stand before an answer without its prompt; set near_policy.filter to none, or give it one of them"
+        raise TokenizerError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template that opens an "
+            "assistant's turn, no BOS and no EOS: nothing can stand before an answer without its "
+            "prompt; set near_policy.filter to none, or give it one of them"
         )
     return [eos if bos is None else bos]
 
 
-def _templated(
+def _apply_template(
     messages: list[dict[str, str]],
     tokenizer: Any,
     enable_thinking: bool | None,
     *,
     add_generation_prompt: bool,
 ) -> list[int]:
-    """Token ids of a conversation; ValueError where the template does not take it."""
+    """Token ids of a conversation; ValueError if the template does not accept it."""
     options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
     try:
         text = tokenizer.apply_chat_template(
@@ -162,19 +154,17 @@ def _templated(
         )
     except _TEMPLATE_ERRORS as error:
         raise ValueError(
-            f"the chat template of {tokenizer.name_or_path} does not take this prompt: {type(error).__name__}: {error}; "
-            "mend it, or use format 'raw'"
+            f"the chat template of {tokenizer.name_or_path} does not take this prompt: "
+            f"{type(error).__name__}: {error}; change it, or use format 'raw'"
         ) from error
     return tokenizer.encode(text, add_special_tokens=False)
 
 
 def stage_starts(text: str, markers: Sequence[str]) -> list[int | None]:
-    """Where each stage of an answer begins, in characters; None for one that is not there, whose
-    text is the stage's before.
+    """First character of each stage of an answer; None: absent, its text is the stage's before.
 
-    The first begins at 0, every other at the first match of its regular expression in `markers`
-    after the beginning of the one found before it. The matched text belongs to the stage that it
-    begins.
+    The first stage begins at 0, every other one at the first match of its regular expression in
+    `markers` after the last stage found. The matched text belongs to the stage it begins.
     """
     starts: list[int | None] = [0]
     reached = 0
@@ -186,22 +176,15 @@ def stage_starts(text: str, markers: Sequence[str]) -> list[int | None]:
 
 
 def stage_ids(tokens: Sequence[int], tokenizer: Any, markers: Sequence[str]) -> list[int]:
-    """The stage, counted from 0, of each token of a completion; of a token that spans two stages,
-    the later one.
+    """The stage, counted from 0, of each token of a completion.
 
-    Special tokens belong to the stage that they follow.
+    A token that spans two stages belongs to the later one, a special token to the one before it.
     """
     read = lambda count: tokenizer.decode(tokens[:count], skip_special_tokens=True)
-    ids = [0] * len(tokens)
+    ids, counts = [0] * len(tokens), range(1, len(tokens) + 1)
     for stage, start in enumerate(stage_starts(read(len(tokens)), markers)):
-        # The first token with which the text grows beyond the stage's first character.
-        begins = (
-            0
-            if not start
-            else bisect.bisect_right(
-                range(1, len(tokens) + 1), start, key=lambda count: len(read(count))
-            )
-        )
         if start is not None:
-            ids[begins:] = [stage] * (len(tokens) - begins)
+            # The first token that extends the text beyond the stage's first character.
+            first = bisect.bisect_right(counts, start, key=lambda n: len(read(n))) if start else 0
+            ids[first:] = [stage] * (len(tokens) - first)
     return ids

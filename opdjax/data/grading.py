@@ -1,4 +1,4 @@
-"""Whether a completion gives the right answer, by what part of it is compared."""
+"""Graders: whether a completion gives the right answer. They differ in the part they compare."""
 
 from __future__ import annotations
 
@@ -17,25 +17,22 @@ _AFTER_HASH = re.compile(r"#\s*(-?\d[\d,]*(?:\.\d+)?)")
 
 
 def final_number(completion: str, answer: str) -> bool:
-    """The last number after a `#`, as the built-in task and GSM8K write it; `answer` may be a whole
-    solution of that form.
+    """Compares the last number after a `#`, the form of the built-in task and GSM8K.
+
+    `answer` may be a whole solution of that form.
     """
-    found, expected = (
-        _AFTER_HASH.findall(completion),
-        _AFTER_HASH.findall(answer) or [answer.strip()],
-    )
+    found = _AFTER_HASH.findall(completion)
+    expected = _AFTER_HASH.findall(answer) or [answer.strip()]
     return bool(found) and _as_number(found[-1]) == _as_number(expected[-1])
 
 
 def exact(completion: str, answer: str) -> bool:
-    """The whole completion, spaces around it aside."""
+    """Compares the whole completion, without surrounding spaces."""
     return completion.strip() == answer.strip()
 
 
 def boxed(completion: str, answer: str) -> bool:
-    r"""The last `\boxed{...}`, compared as mathematics by math-verify; only text after the last
-    `</think>` counts.
-    """
+    r"""Compares the last `\boxed{...}` after the last `</think>`, as mathematics (math-verify)."""
     content = last_boxed(completion.rsplit("</think>", 1)[-1])
     if content is None:
         return False
@@ -43,43 +40,44 @@ def boxed(completion: str, answer: str) -> bool:
 
 
 def _is_equal(answer: str, content: str) -> bool:
-    """math-verify's judgement from a process of its own: `9^{9^{9}}` must cost seconds and a wrong
-    mark, not the run.
+    """math-verify's result, from a separate process; False after 5 seconds.
+
+    An answer such as `9^{9^{9}}` then costs seconds and its mark, not the run.
     """
-    pending = _judge().apply_async(_verify, (answer, content))
+    pending = _worker().apply_async(_verify, (answer, content))
     try:
         return pending.get(timeout=_SECONDS_PER_ANSWER)
     except multiprocessing.TimeoutError:
-        _judge().terminate()
-        _judge.cache_clear()
+        _worker().terminate()
+        _worker.cache_clear()
         return False
 
 
 @functools.cache
-def _judge() -> Any:
-    """A pool of one, started when first needed and replaced after an answer that took too long."""
+def _worker() -> Any:
+    """A pool of one process, started on first use and replaced after a timeout."""
     pool = multiprocessing.get_context("spawn").Pool(1)
-    pool.apply(_verify, ("1", "1"))  # the import must not count towards the first answer's time
+    pool.apply(_verify, ("1", "1"))  # so that the first answer's time excludes the import
     return pool
 
 
 def _verify(answer: str, content: str) -> bool:
     from math_verify import parse, verify
 
-    # The time limit is the caller's; math-verify's own uses signals and warns of being off.
+    # The caller limits the time: math-verify's own limit uses signals, and warns if it is off.
     logging.disable(logging.WARNING)
     gold, found = (parse(rf"\boxed{{{text}}}", parsing_timeout=None) for text in (answer, content))
     return bool(verify(gold, found, timeout_seconds=None))
 
 
 def require_grader(name: str) -> None:
-    """Raise ImportError before any work is done if the grader's package is missing."""
+    """Raise ImportError if the grader's package is missing."""
     if name == "boxed" and importlib.util.find_spec("math_verify") is None:
         raise MissingExtraError("the grader 'boxed' needs math-verify: pip install 'opdjax[eval]'")
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}` whose braces balance."""
+    r"""The content of the last `\boxed{...}` with balanced braces; None without one."""
     start = text.rfind(r"\boxed{")
     while start >= 0:
         depth = 0

@@ -1,6 +1,4 @@
-"""From rollouts, or given answers, to rows that are trained on: one row a rollout, or packed rows
-that several share.
-"""
+"""Rollouts, or given answers, as training rows: one rollout per row, or several packed into one."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from opdjax.types import Metrics, PromptBatch, Rollouts, TeacherView, TrainBatch
 
 
 def to_train_batch(rollouts: Rollouts, prompts: PromptBatch) -> TrainBatch:
-    """One row a rollout; where the teacher's template differs, its own rows come along."""
+    """One rollout per row, with the teacher's own rows if its prompts differ."""
     return TrainBatch(
         tokens=rollouts.tokens,
         mask=rollouts.mask,
@@ -29,16 +27,14 @@ def to_train_batch(rollouts: Rollouts, prompts: PromptBatch) -> TrainBatch:
 def answer_rows(
     prompts: PromptBatch, answers: Sequence[Sequence[int]], length: int, policy_version: int
 ) -> Rollouts:
-    """Given answers (token ids, stop token included; B = P * G, those of a prompt side by side) in
-    the form of rollouts.
+    """Given answers in the form of rollouts.
 
-    An answer longer than `length` tokens is cut there and counts as truncated.
+    `answers`: token ids with the stop token, `B = P * G`, those of a prompt next to each other. An
+    answer longer than `length` tokens is cut there and counts as truncated.
     """
-    repeats = len(answers) // prompts.tokens.shape[0]
-    tokens, mask = (
-        np.zeros((len(answers), length), np.int32),
-        np.zeros((len(answers), length), bool),
-    )
+    num_answers, num_prompts = len(answers), prompts.tokens.shape[0]
+    repeats = num_answers // num_prompts
+    tokens, mask = np.zeros((num_answers, length), np.int32), np.zeros((num_answers, length), bool)
     for row, answer in enumerate(answers):
         kept = answer[:length]
         tokens[row, : len(kept)], mask[row, : len(kept)] = kept, True
@@ -51,22 +47,23 @@ def answer_rows(
         behavior_logprobs=None,
         unfiltered_logprobs=None,
         prompt_id=repeat(prompts.prompt_id),
-        sample_id=np.tile(np.arange(repeats, dtype=np.int32), prompts.tokens.shape[0]),
-        policy_version=np.full(len(answers), policy_version, np.int32),
+        sample_id=np.tile(np.arange(repeats, dtype=np.int32), num_prompts),
+        policy_version=np.full(num_answers, policy_version, np.int32),
         is_truncated=np.array([len(answer) > length for answer in answers]),
     )
 
 
 def for_teacher(prompts: PromptBatch) -> PromptBatch:
-    """The prompts through the teacher's own template, where it has one."""
+    """The teacher's prompts, if they differ from the student's."""
     if prompts.teacher_tokens is None:
         return prompts
     return dataclasses.replace(prompts, tokens=prompts.teacher_tokens, mask=prompts.teacher_mask)
 
 
 def _teacher_view(rollouts: Rollouts, prompts: PromptBatch) -> TeacherView:
-    """The teacher's prompt in front of the same completion. Both prompts end just before the
-    completion's first column.
+    """The teacher's prompt before the same completion.
+
+    Prompts are left-padded, so both end just before the completion's first column.
     """
     repeats = rollouts.tokens.shape[0] // prompts.tokens.shape[0]
     student_width, teacher_width = prompts.tokens.shape[1], prompts.teacher_tokens.shape[1]
@@ -89,83 +86,77 @@ def pack(
     rows: np.ndarray | None = None,
     num_rows: int | None = None,
 ) -> tuple[TrainBatch, np.ndarray]:
-    """A batch of one rollout a row `[B, T]` in rows of `length` tokens that rollouts share, and
-    where each column came from.
+    """Packs a batch `[B, T]` of one rollout per row into `num_rows` rows of `length` tokens.
 
-    `rows [B]`: the row of each rollout; None: `first_fit_decreasing` by the longer of the two
-    views, so that a rollout stands in the same row for student and teacher. The columns of a
-    rollout lie side by side, and the segments of a row are numbered 1, 2, 3 ... There are
-    `num_rows` rows (None: B), of which the filled ones may be few; they lie so that `split_rows`
-    finds them in as few of the `parts` micro-batches as hold them, dealt evenly over these and,
-    within each, over the `shards` of its rows. Every field `[B, T, ...]` goes along. `source
-    [num_rows, length]` is the place of each column among the `B * T` given ones, -1 where nothing
-    stands.
+    Returns (batch, origins): `origins [num_rows, length]` is each column's flat index among the
+    `B * T` given ones, -1 in empty columns. Every field `[B, T, ...]` is packed.
 
-    On the host, and the same whatever the mesh. ValueError where the rollouts of a row are longer
-    than it, or the rows are no multiple of `parts * shards`.
+    `rows [B]`: the row of each rollout. None: `first_fit_decreasing` by the longer of the two
+    views, so that a rollout is in the same row for student and teacher. `num_rows`: None: B.
+
+    The columns of a rollout are adjacent; the segments of a row are numbered 1, 2, 3 ... Filled
+    rows are placed such that `split_rows` finds them in as few of the `parts` micro-batches as
+    hold them, spread evenly over these and over each one's `shards`.
+
+    Runs on the host and does not depend on the mesh. Raises ValueError if a row's rollouts are
+    longer than `length`, or if `num_rows` is no multiple of `parts * shards`.
     """
     batch = to_host(batch)
     lengths = packed_lengths(batch)
     rows = first_fit_decreasing(lengths, length) if rows is None else rows
-    starts, numbers = _places(rows, lengths, length)
-    rows = _dealt(rows, parts, shards, num_rows or len(lengths))
-    shape = (num_rows or len(lengths), length)
-    source = _sources(batch.segment_ids, rows, starts, shape)
-    take = lambda x: _gather(x, source)
-    segment_ids = take(np.where(batch.segment_ids > 0, numbers[:, None], 0))
-    packed = dataclasses.replace(
-        jax.tree.map(take, dataclasses.replace(batch, teacher_view=None)), segment_ids=segment_ids
-    )
+    starts, segments = _layout(rows, lengths, length)
+    num_rows = num_rows or len(lengths)
+    rows = _spread(rows, parts, shards, num_rows)
+    origins_of = lambda ids: _origins(ids, rows, starts, (num_rows, length))
+    renumbered = lambda ids: np.where(ids > 0, segments[:, None], 0)
+    origins = origins_of(batch.segment_ids)
+    take = lambda x: _gather(x, origins)
+    packed = jax.tree.map(take, dataclasses.replace(batch, teacher_view=None))
+    packed = dataclasses.replace(packed, segment_ids=take(renumbered(batch.segment_ids)))
     if batch.teacher_view is None:
-        return packed, source
+        return packed, origins
     view = batch.teacher_view
-    seen = _sources(view.segment_ids, rows, starts, shape)
+    view_origins = origins_of(view.segment_ids)
     places = np.take_along_axis(_rank(view.segment_ids), view.columns, axis=1)
     view = TeacherView(
-        tokens=_gather(view.tokens, seen),
-        segment_ids=_gather(np.where(view.segment_ids > 0, numbers[:, None], 0), seen),
+        tokens=_gather(view.tokens, view_origins),
+        segment_ids=_gather(renumbered(view.segment_ids), view_origins),
         columns=take((starts[:, None] + np.maximum(places, 0)).astype(np.int32)),
     )
-    return dataclasses.replace(packed, teacher_view=view), source
+    return dataclasses.replace(packed, teacher_view=view), origins
 
 
-def unpack(x: np.ndarray, source: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """`x [rows, length, ...]` of packed rows back in the columns `shape = (B, T)` that they came
-    from; 0 in the others.
-    """
-    is_live = source >= 0
+def unpack(x: np.ndarray, origins: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """`x [rows, length, ...]` of packed rows, back in its columns of `shape = (B, T)`; else 0."""
+    is_live = origins >= 0
     found = np.zeros((shape[0] * shape[1], *x.shape[2:]), x.dtype)
-    found[source[is_live]] = x[is_live]
+    found[origins[is_live]] = x[is_live]
     return found.reshape(*shape, *x.shape[2:])
 
 
 def packed_lengths(batch: TrainBatch) -> np.ndarray:
-    """Tokens that each rollout takes in a row, prompt included: those of the longer of the two
-    views.
-    """
+    """Tokens `[B]` that each rollout needs in a row, prompt included, in the longer view."""
     views = [batch] if batch.teacher_view is None else [batch, batch.teacher_view]
     return np.max([np.count_nonzero(view.segment_ids, axis=1) for view in views], axis=0)
 
 
-def packing_metrics(source: np.ndarray) -> Metrics:
-    """How well the rows of `pack` are filled: their number, and the share of their columns in which
-    a token stands.
-    """
-    is_live = source >= 0
+def packing_metrics(origins: np.ndarray) -> Metrics:
+    """The number of filled rows of `pack`, and the share of their columns that hold a token."""
+    is_live = origins >= 0
     used = int(np.count_nonzero(is_live.any(axis=1)))
-    efficiency = float(np.count_nonzero(is_live)) / max(used * source.shape[1], 1)
+    efficiency = float(np.count_nonzero(is_live)) / max(used * origins.shape[1], 1)
     return {"perf/packed_rows": float(used), "perf/packing_efficiency": efficiency}
 
 
 def first_fit_decreasing(lengths: np.ndarray, length: int) -> np.ndarray:
-    """The row of each rollout: the longest first, each in the first row that has room. Rows are
-    numbered as they are opened.
+    """The row of each rollout `[B]`: longest first, each in the first row with enough room.
 
-    ValueError where a rollout is longer than a row.
+    Rows are numbered in the order they are opened. ValueError if a rollout exceeds `length`.
     """
     if lengths.max(initial=0) > length:
         raise ValueError(
-            f"a rollout with its prompt has {lengths.max()} tokens; expected at most {length}, those of a packed row"
+            f"a rollout with its prompt has {lengths.max()} tokens; expected at most {length}, "
+            "the length of a packed row"
         )
     rows, room = np.zeros(len(lengths), np.int32), np.full(len(lengths), length)
     for rollout in np.argsort(-lengths, kind="stable"):
@@ -174,60 +165,54 @@ def first_fit_decreasing(lengths: np.ndarray, length: int) -> np.ndarray:
     return rows
 
 
-def _places(rows: np.ndarray, lengths: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """First column and segment number of each rollout in its row, the longest first."""
-    starts, numbers = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.int32)
-    used, count = (
-        np.zeros(rows.max(initial=0) + 1, np.int32),
-        np.zeros(rows.max(initial=0) + 1, np.int32),
-    )
+def _layout(rows: np.ndarray, lengths: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """First column and segment number of each rollout in its row, longest first."""
+    starts, segments = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.int32)
+    used, count = np.zeros((2, rows.max(initial=0) + 1), np.int32)
     for rollout in np.argsort(-lengths, kind="stable"):
         row = rows[rollout]
         count[row] += 1
-        starts[rollout], numbers[rollout] = used[row], count[row]
+        starts[rollout], segments[rollout] = used[row], count[row]
         used[row] += lengths[rollout]
     if used.max(initial=0) > length:
         raise ValueError(
             f"the rollouts of a row have {used.max()} tokens; expected at most {length}"
         )
-    return starts, numbers
+    return starts, segments
 
 
-def _dealt(rows: np.ndarray, parts: int, shards: int, num_rows: int) -> np.ndarray:
-    """Where the rows numbered from 0 lie among `num_rows`; the inverse of how `split_rows` cuts
-    them.
-    """
+def _spread(rows: np.ndarray, parts: int, shards: int, num_rows: int) -> np.ndarray:
+    """The final index of rows numbered from 0; inverts the order in which `split_rows` cuts."""
     size, rest = divmod(num_rows, parts)
     if rest or size % shards:
         raise ValueError(
             f"{num_rows} rows do not divide into {parts} micro-batches on {shards} shards"
         )
-    filled = -(-(int(rows.max(initial=0)) + 1) // size)
-    turn, part = np.divmod(rows, filled)
+    num_filled = -(-(int(rows.max(initial=0)) + 1) // size)
+    turn, part = np.divmod(rows, num_filled)
     place = turn % shards * (size // shards) + turn // shards
     return place * parts + part
 
 
 def _rank(segment_ids: np.ndarray) -> np.ndarray:
-    """The number of each column among the row's own tokens; -1 before the first."""
+    """Each column's index among its row's tokens; -1 before the first."""
     return np.cumsum(segment_ids > 0, axis=1) - 1
 
 
-def _sources(
+def _origins(
     segment_ids: np.ndarray, rows: np.ndarray, starts: np.ndarray, shape: tuple[int, int]
 ) -> np.ndarray:
-    """For every packed column, the flat place of the column that it takes; -1 where it takes none."""
-    source = np.full(shape, -1)
+    """For every packed column the flat index of the column it takes; -1 if it is empty."""
+    origins = np.full(shape, -1)
     rollout, column = np.nonzero(segment_ids)
-    source[rows[rollout], starts[rollout] + _rank(segment_ids)[rollout, column]] = (
-        rollout * segment_ids.shape[1] + column
-    )
-    return source
+    target = rows[rollout], starts[rollout] + _rank(segment_ids)[rollout, column]
+    origins[target] = rollout * segment_ids.shape[1] + column
+    return origins
 
 
-def _gather(x: np.ndarray, source: np.ndarray) -> np.ndarray:
-    """`x [B, T, ...]` in the packed columns, 0 where nothing stands."""
+def _gather(x: np.ndarray, origins: np.ndarray) -> np.ndarray:
+    """`x [B, T, ...]` in the packed columns; 0 in empty ones."""
     x = np.asarray(x)
-    taken = x.reshape(-1, *x.shape[2:])[np.maximum(source, 0)]
-    taken[source < 0] = 0
+    taken = x.reshape(-1, *x.shape[2:])[np.maximum(origins, 0)]
+    taken[origins < 0] = 0
     return taken

@@ -47,7 +47,7 @@ def read_prompts(source: str, columns: ColumnMap = ColumnMap()) -> list[Prompt]:
 
 
 def first_of_each(rows: Sequence[Prompt], count: int) -> list[Prompt]:
-    """The first `count` rows of each benchmark, in their order; without benchmarks, of all rows."""
+    """The first `count` rows of each benchmark, in order; without benchmarks, of all rows."""
     taken: dict[str | None, int] = {}
     kept = []
     for row in rows:
@@ -60,13 +60,14 @@ def first_of_each(rows: Sequence[Prompt], count: int) -> list[Prompt]:
 def require_field(
     rows: Sequence[Prompt], field: str, column: str, source: str, reason: str
 ) -> None:
-    """Raise DataError that names the first row whose `answer` or `references` is missing or blank."""
+    """Raise DataError naming the first row whose `answer` or `references` is missing or blank."""
     values = (getattr(row, field) or () for row in rows)
     texts = ((value,) if isinstance(value, str) else value for value in values)
     lacking = [n for n, row in enumerate(texts) if not row or not all(t.strip() for t in row)]
     if lacking:
         raise DataError(
-            f"prompt {lacking[0]} of {source} has no {column!r} ({len(lacking)} such rows); {reason}"
+            f"prompt {lacking[0]} of {source} has no {column!r} ({len(lacking)} such rows); "
+            f"{reason}"
         )
 
 
@@ -113,8 +114,8 @@ def _plain(value: Any, path: str, place: str) -> Any:
 def _parse_benchmark(value: Any, name: str, place: str) -> str:
     if not isinstance(value, str) or not value.strip() or value == MEAN:
         raise DataError(
-            f"{place}: the benchmark {name!r} is {value!r}; expected its name, other than {MEAN!r}, "
-            "which names the mean over all benchmarks"
+            f"{place}: the benchmark {name!r} is {value!r}; expected its name, other than "
+            f"{MEAN!r}, which names the mean over all benchmarks"
         )
     return value
 

@@ -1,9 +1,8 @@
-"""A teacher's answers on disk, by the content of the prompt: the index that `opdjax teach` writes
-and runs read.
+"""A teacher's answers on disk, by prompt: the index that `opdjax references` writes and runs read.
 
-JSONL. The first row says who answered and how; every other row holds answers to one prompt, under a
-key that is a digest of the prompt's own text and never a row number, so that data may be reordered,
-cut or joined.
+JSONL. The first row describes the teacher and its sampling; every other row holds answers to one
+prompt. The key is a digest of the prompt's text, not a row number: data may be reordered, cut or
+concatenated.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from opdjax.data.sources import DataError
 from opdjax.runs.workdir import append_lines
 
 _SCHEMA = "opdjax.references/1"
-_BEGINNING = f'{{"schema": "{_SCHEMA}"'  # of every index
+_BEGINNING = f'{{"schema": "{_SCHEMA}"'  # the first bytes of every index
 
 
 class ReferenceMissError(DataError):
@@ -29,7 +28,7 @@ class ReferenceMissError(DataError):
 
 
 class ReferenceIndexError(DataError):
-    """The index is damaged, of another teacher, or no index."""
+    """The file is damaged, written by another teacher, or no index."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +36,7 @@ class ReferenceAnswer:
     """One answer of the teacher."""
 
     text: str
-    is_truncated: bool  # its length ran out before it ended
+    is_truncated: bool  # it reached the length limit before it ended
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,48 +44,43 @@ class ReferenceIndex:
     """Answers by prompt."""
 
     path: pathlib.Path
-    teacher: dict[str, Any]  # who answered, how sampled, how asked
-    answers: dict[str, dict[int, ReferenceAnswer]]  # by key and number of the draw
+    teacher: dict[str, Any]  # the model, its sampling and its prompt format
+    answers: dict[str, dict[int, ReferenceAnswer]]  # by key and draw number
 
     def usable(self, prompt: str | Messages) -> tuple[str, ...]:
-        """The prompt's answers in the order of their draws, those without text and those that were
-        cut off left out.
-        """
-        found = self.answers.get(key_of(prompt), {})
-        return tuple(
-            answer.text
-            for _, answer in sorted(found.items())
-            if not answer.is_truncated and answer.text.strip()
-        )
+        """The prompt's answers in draw order, without empty and truncated ones."""
+        draws = sorted(self.answers.get(key_of(prompt), {}).items())
+        return tuple(a.text for _, a in draws if not a.is_truncated and a.text.strip())
 
     def missing(self, prompt: str | Messages, count: int) -> list[int]:
-        """The numbers of the draws, of `count`, that are still to be made."""
-        return [
-            number for number in range(count) if number not in self.answers.get(key_of(prompt), {})
-        ]
+        """The draw numbers below `count` that the prompt has no answer for."""
+        found = self.answers.get(key_of(prompt), {})
+        return [number for number in range(count) if number not in found]
 
 
 def key_of(prompt: str | Messages) -> str:
-    """sha256 of the prompt as a conversation, in canonical JSON; a text is one turn of the user."""
+    """sha256 of the prompt as a conversation, in canonical JSON; a text is one user turn."""
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     return hashlib.sha256(json.dumps(turns, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
 def read_index(path: pathlib.Path) -> ReferenceIndex:
-    """The whole index; ReferenceIndexError where there is none, or it cannot be trusted. A last row
-    cut off in mid-write is ignored.
+    """The whole index; ReferenceIndexError if it is missing or damaged.
+
+    An incomplete last row (an interrupted write) is ignored.
     """
     if not path.is_file():
         found = "is a directory" if path.is_dir() else "does not exist"
         raise ReferenceIndexError(
-            f"data.references names {path}, which {found}; write the file with opdjax teach EXPERIMENT"
+            f"data.references names {path}, which {found}; write the file with opdjax references "
+            "EXPERIMENT"
         )
     rows = _rows(path)
     _, header = next(rows, ("", {}))
     if header.get("schema") != _SCHEMA or not isinstance(header.get("teacher"), dict):
         raise ReferenceIndexError(
-            f"{path} does not begin as {_SCHEMA} does; expected an index written by this version of opdjax teach: name another file in "
-            "data.references"
+            f"{path} does not begin as {_SCHEMA} does; expected an index written by this version "
+            "of opdjax references: name another file in data.references"
         )
     answers: dict[str, dict[int, ReferenceAnswer]] = {}
     for place, row in rows:
@@ -95,54 +89,52 @@ def read_index(path: pathlib.Path) -> ReferenceIndex:
 
 
 def _rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each whole row stands, and the row, one at a time: thousands of long answers are
-    gigabytes.
-    """
+    """(place, row) of each complete row, one at a time: long answers add up to gigabytes."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
                 return
             try:
                 row = json.loads(line)
-            except (ValueError, RecursionError):  # of bytes that are no text as well
+            except (ValueError, RecursionError):  # ValueError: also bytes that are no UTF-8
                 row = None
             if not isinstance(row, dict):
-                raise _damaged(
-                    f"{path}, line {number}", f"expected a JSON object, found {line[:60]!r}"
-                )
+                found = f"expected a JSON object, found {line[:60]!r}"
+                raise _damaged(f"{path}, line {number}", found)
             yield f"{path}, line {number}", row
 
 
 def _damaged(place: str, what: str) -> ReferenceIndexError:
     return ReferenceIndexError(
-        f"{place} is damaged: {what}. Delete the line, and run opdjax teach again: it asks for what is missing"
+        f"{place} is damaged: {what}. Delete the line, and run opdjax references again: it adds "
+        "what is missing"
     )
 
 
 def _add(answers: dict[str, dict[int, ReferenceAnswer]], row: dict[str, Any], place: str) -> None:
-    key, found = row.get("key"), row.get("answers")
+    key, draws = row.get("key"), row.get("answers")
     fields = {"draw": int, "text": str, "is_truncated": bool}
-    is_whole = isinstance(key, str) and isinstance(found, list)
-    if not is_whole or not all(
-        isinstance(one, dict) and all(type(one.get(n)) is t for n, t in fields.items())
-        for one in found
-    ):
-        raise _damaged(
-            place, "expected a key and a list of answers with draw, text and is_truncated"
-        )
+    is_valid = lambda draw: (
+        isinstance(draw, dict)
+        and all(type(draw.get(name)) is kind for name, kind in fields.items())
+    )
+    if not isinstance(key, str) or not isinstance(draws, list) or not all(map(is_valid, draws)):
+        expected = "expected a key and a list of answers with draw, text and is_truncated"
+        raise _damaged(place, expected)
     known = answers.setdefault(key, {})
-    for one in found:
-        if one["draw"] in known:
-            raise _damaged(
-                place,
-                f"draw {one['draw']} of the prompt {str(row.get('prompt'))[:80]!r} stands above already",
-            )
-        known[one["draw"]] = ReferenceAnswer(one["text"], one["is_truncated"])
+    for draw in draws:
+        number = draw["draw"]
+        if number in known:
+            prompt = str(row.get("prompt"))[:80]
+            found = f"draw {number} of the prompt {prompt!r} is also on an earlier line"
+            raise _damaged(place, found)
+        known[number] = ReferenceAnswer(draw["text"], draw["is_truncated"])
 
 
 def open_index(path: pathlib.Path, teacher: dict[str, Any]) -> ReferenceIndex:
-    """The index to add to: a new one, or one by the same teacher; ReferenceIndexError that names
-    what differs.
+    """The index to append to: a new one, or one by the same teacher.
+
+    Raises ReferenceIndexError with the differences if another teacher wrote it.
     """
     if _is_new(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,15 +144,14 @@ def open_index(path: pathlib.Path, teacher: dict[str, Any]) -> ReferenceIndex:
     if changed:
         listed = "\n  ".join(changed)
         raise ReferenceIndexError(
-            f"{path} was written by another teacher; name another file in data.references or undo (there -> now):\n  {listed}"
+            f"{path} was written by another teacher; name another file in data.references or undo "
+            f"(there -> now):\n  {listed}"
         )
     return found
 
 
 def _is_new(path: pathlib.Path) -> bool:
-    """Whether nothing is there yet, or what a writer left that was killed in its first line; any
-    other file is left alone.
-    """
+    """Whether the file is missing or holds only an incomplete first line of an index."""
     if not path.exists():
         return True
     if not path.is_file():
@@ -173,20 +164,12 @@ def _is_new(path: pathlib.Path) -> bool:
 def add_answers(
     path: pathlib.Path, answers: Iterable[tuple[str | Messages, dict[int, ReferenceAnswer]]]
 ) -> None:
-    """Append answers by prompt and number of the draw."""
-    append_lines(
-        path,
-        [
-            {
-                "key": key_of(prompt),
-                "prompt": prompt,
-                "answers": [
-                    {"draw": n, **dataclasses.asdict(answer)} for n, answer in found.items()
-                ],
-            }
-            for prompt, found in answers
-        ],
-    )
+    """Append answers, given by prompt and draw number."""
+    rows = []
+    for prompt, draws in answers:
+        stored = [{"draw": n, **dataclasses.asdict(answer)} for n, answer in draws.items()]
+        rows.append({"key": key_of(prompt), "prompt": prompt, "answers": stored})
+    append_lines(path, rows)
 
 
 def references_of(
@@ -195,29 +178,30 @@ def references_of(
     source: str,
     is_left_out: Callable[[int], bool] = lambda _: False,
 ) -> list[tuple[str, ...]]:
-    """The references of all prompts; ReferenceMissError where some have none: no reward can be made
-    of nothing.
+    """The references of all prompts; ReferenceMissError if a prompt has none.
 
-    A prompt that the run leaves out anyway (`is_left_out` by its number, asked only of those
-    without answers) may have none.
+    `is_left_out` takes the index of a prompt without answers: True if the run leaves it out anyway.
+    `source` names the data in the message.
     """
     found = [index.usable(prompt) for prompt in prompts]
-    lacking = [
-        number for number, texts in enumerate(found) if not texts and not is_left_out(number)
-    ]
+    lacking = [n for n, texts in enumerate(found) if not texts and not is_left_out(n)]
     if not lacking:
         return found
     first = prompts[lacking[0]]
-    unasked = sum(key_of(prompts[number]) not in index.answers for number in lacking)
-    told = (
-        f"{index.path} has no answers to {len(lacking)} of the {len(prompts)} prompts of {source}, first prompt {lacking[0]}, "
-        f"{str(first)[:80]!r} (key {key_of(first)[:12]})."
+    num_unasked = sum(key_of(prompts[number]) not in index.answers for number in lacking)
+    message = (
+        f"{index.path} has no answers to {len(lacking)} of the {len(prompts)} prompts of {source}, "
+        f"first prompt {lacking[0]}, {str(first)[:80]!r} (key {key_of(first)[:12]})."
     )
-    if unasked:
-        told += f" {unasked} have never been answered: opdjax teach EXPERIMENT, with the same data, adds what is missing."
-    if unasked < len(lacking):
-        told += (
-            f" {len(lacking) - unasked} were answered with nothing, or with what was cut off: draw more (teach.num_answers), allow "
-            "longer answers in another index (teach.max_completion_length, teacher_api.max_tokens), or take them out of the data."
+    if num_unasked:
+        message += (
+            f" {num_unasked} have never been answered: opdjax references EXPERIMENT, with the same "
+            "data, adds what is missing."
         )
-    raise ReferenceMissError(told)
+    if num_unasked < len(lacking):
+        message += (
+            f" {len(lacking) - num_unasked} have only empty or truncated answers: sample more "
+            "(teach.num_answers), allow longer answers in another index "
+            "(teach.max_completion_length, teacher_api.max_tokens), or remove them from the data."
+        )
+    raise ReferenceMissError(message)

@@ -1,17 +1,17 @@
-"""Where prompts are stored: the rows of JSON lines, Parquet files, Hugging Face and TensorFlow
-datasets, as plain dictionaries.
+"""Data sources: where rows are stored, read as plain dictionaries.
 
     arithmetic:SPLIT                    the built-in task
     FILE.jsonl                          JSON lines
-    parquet:PATH                        a file, a directory (every .parquet file in it, by name) or a glob pattern
-    hf:NAME[@CONFIG]#SPLIT              a dataset of the hub, or a directory: of data files, or written by save_to_disk
+    parquet:PATH                        a file, a directory (its .parquet files, by name) or a glob
+    hf:NAME[@CONFIG]#SPLIT              a dataset of the hub, or a directory: of data files, or
+                                        written by save_to_disk
     tfds:NAME[/CONFIG][:VERSION]#SPLIT  a TFDS builder, prepared on first use in its TFDS_DATA_DIR,
-    or a builder's directory
+                                        or a builder's directory
 
-A path or directory may lie on gs:// (a pattern may not): it is copied to this machine first. SPLIT
-may be a slice in the notation of the library, such as `train[:10%]`, of the built-in task one of
-rows, such as `train[:640]`. A text that begins with `/`, `.` or `~` is always a directory. The last
-two read through `datasets` and through the random access of TFDS, which needs no TensorFlow.
+A path or directory on gs:// is first copied to this machine (a glob must be local). SPLIT may be a
+slice in the library's notation, such as `train[:10%]`; of the built-in task, a slice of rows, such
+as `train[:640]`. A name that begins with `/`, `.` or `~` is always a directory. The last two use
+`datasets` and the random access of TFDS, which needs no TensorFlow.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,47 +34,44 @@ from opdjax.config.validation import MissingExtraError
 from opdjax.data.tasks import arithmetic
 from opdjax.runs.object_store import is_remote, local_copy
 
-Rows = Iterator[tuple[str, dict[str, Any]]]  # where a row stands, for messages, and the row
-_EXPECTED = "arithmetic:SPLIT, a .jsonl file, parquet:PATH, hf:NAME[@CONFIG]#SPLIT or tfds:NAME[/CONFIG][:VERSION]#SPLIT"
-_CHUNK = 1024  # rows turned into Python values at a time
+Rows = Iterator[tuple[str, dict[str, Any]]]  # (place for error messages, row)
+_EXPECTED = (
+    "arithmetic:SPLIT, a .jsonl file, parquet:PATH, hf:NAME[@CONFIG]#SPLIT or "
+    "tfds:NAME[/CONFIG][:VERSION]#SPLIT"
+)
+_CHUNK = 1024  # rows converted to Python values at a time
 
 
 class DataError(ValueError):
-    """The prompts cannot be used as they are; the message says which and why."""
+    """The data cannot be used; the message names the row and the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ColumnMap:
-    """Which columns hold what; `a.b` is the field b of column a, `a.0` the first item of a list."""
+    """Column names; `a.b` is the field b of column a, `a.0` the first item of a list."""
 
     prompt: str = "prompt"
-    answer: str | None = None  # None: `answer`, where there is one
-    reference: str | None = None  # None: `references` or `reference`, where there is one
-    rubric: str | None = None  # None: no criteria are read
-    benchmark: str | None = None  # None: no benchmark is read
+    answer: str | None = None  # None: `answer`, if it exists
+    reference: str | None = None  # None: `references` or `reference`, if one exists
+    rubric: str | None = None  # None: not read
+    benchmark: str | None = None  # None: not read
 
     @classmethod
     def from_config(cls, data: DataConfig) -> ColumnMap:
-        """Those that a config names."""
+        """The columns named in the config."""
         return cls(
             data.prompt_column, data.answer_column, data.reference_column, data.rubric_column
         )
 
     def needed(self, names: Sequence[str], place: str) -> list[str]:
-        """Those of a table's columns that a row is asked for: others, such as long solutions, are
-        never read.
-        """
-        for path in (self.prompt, self.answer, self.reference, self.rubric, self.benchmark):
-            if path is not None and not any(_is_within(path, name) for name in names):
+        """The columns of a table to read; others, such as long solutions, are skipped."""
+        named = [path for path in dataclasses.astuple(self) if path is not None]
+        for path in named:
+            if not any(_is_within(path, name) for name in names):
                 raise _missing(path, dict.fromkeys(names), place)
-        references = ("references", "reference") if self.reference is None else (self.reference,)
-        paths = (
-            self.prompt,
-            self.answer or "answer",
-            *references,
-            *filter(None, (self.rubric, self.benchmark)),
-        )
-        return [name for name in names if any(_is_within(path, name) for path in paths)]
+        named += [] if self.answer else ["answer"]
+        named += [] if self.reference else ["references", "reference"]
+        return [name for name in names if any(_is_within(path, name) for path in named)]
 
 
 def _is_within(path: str, name: str) -> bool:
@@ -82,7 +79,7 @@ def _is_within(path: str, name: str) -> bool:
 
 
 def value_at(row: dict[str, Any], path: str, place: str) -> Any:
-    """The value of a column, or of a field inside one."""
+    """The value of a column, or of a field inside one; DataError if it is missing."""
     if path in row:
         return row[path]
     value = row
@@ -98,22 +95,18 @@ def value_at(row: dict[str, Any], path: str, place: str) -> Any:
 
 def _missing(path: str, found: Any, place: str) -> DataError:
     names = sorted(found) if isinstance(found, dict) else []
-    hint = next(filter(None, (_near(part, names) for part in (path, *path.split(".")))), "")
+    parts = (path, *path.split("."))
+    close = [name for part in parts for name in difflib.get_close_matches(part, names, n=1)]
+    hint = f", did you mean {close[0]!r}?" if close else "."
     return DataError(
-        f"{place}: there is no column {path!r}; found {names or repr(found)}{hint or '.'} Name the right one in data.prompt_column, "
-        "data.answer_column or data.reference_column (for an evaluation in evaluation.prompt_column or evaluation.answer_column)"
+        f"{place}: there is no column {path!r}; found {names or repr(found)}{hint} Name the "
+        "right one in data.prompt_column, data.answer_column or data.reference_column (for an "
+        "evaluation in evaluation.prompt_column or evaluation.answer_column)"
     )
 
 
-def _near(name: str, valid: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(valid), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
-
-
 def read_rows(source: str, columns: ColumnMap) -> Rows:
-    """The rows of a source in their stored order; a table's rows hold only the columns that are
-    needed.
-    """
+    """The rows of a data source in their stored order; of a table, only the columns needed."""
     kind, colon, rest = source.partition(":")
     if colon and kind in _READERS:
         return _READERS[kind](rest, columns)
@@ -136,18 +129,14 @@ def _json_lines(path: pathlib.Path) -> Rows:
 def _json_object(line: bytes, place: str) -> dict[str, Any]:
     expected = "expected lines of one whole JSON object each, not compressed"
     try:
-        # Decoded here: left to json, a first line in UTF-16 would be read and the second blamed.
+        # json would also accept a first line in UTF-16, and then report the second one.
         row = json.loads(line.decode("utf-8-sig").rstrip())
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{place}: not valid JSON ({error.msg} at column {error.colno}); {expected}"
-        ) from error
+        found = f"{error.msg} at column {error.colno}"
+        raise DataError(f"{place}: not valid JSON ({found}); {expected}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: not UTF-8 text ({error.reason}); {expected}") from error
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # a number of thousands of digits, a list of thousands of levels
+    except (ValueError, RecursionError) as error:  # thousands of digits, thousands of levels
         raise DataError(f"{place}: cannot be read ({_first_line(error)}); {expected}") from error
     if not isinstance(row, dict):
         raise DataError(
@@ -162,9 +151,8 @@ def _arithmetic(text: str, columns: ColumnMap) -> Rows:
         problems = arithmetic.problems(split)
     except ValueError as error:
         raise DataError(str(error)) from error
-    for number, problem in list(enumerate(problems))[
-        slice(int(start or 0), int(end or len(problems)))
-    ]:
+    rows = list(enumerate(problems))
+    for number, problem in rows[int(start or 0) : int(end or len(problems))]:
         row = {"prompt": problem.prompt, "answer": problem.answer, "reference": problem.reference}
         yield f"arithmetic:{split}, row {number}", row
 
@@ -176,7 +164,8 @@ def _parquet(text: str, columns: ColumnMap) -> Rows:
     files = _parquet_files(_as_path(text))
     if not files:
         raise DataError(
-            f"parquet:{text} names no file; expected a .parquet file, a directory of them or a pattern such as data/train-*"
+            f"parquet:{text} names no file; expected a .parquet file, a directory of them or a "
+            "pattern such as data/train-*"
         )
     for file in files:
         try:
@@ -196,13 +185,10 @@ def _parquet(text: str, columns: ColumnMap) -> Rows:
 def _parquet_files(path: pathlib.Path) -> list[pathlib.Path]:
     if path.is_file():
         return [path]
-    # Not those in directories below, which are often the other splits. A pattern with ** reaches
-    # them.
-    return sorted(
-        path.glob("*.parquet")
-        if path.is_dir()
-        else map(pathlib.Path, glob.glob(str(path), recursive=True))
-    )
+    # Without subdirectories, which are often the other splits; a pattern with ** reaches them.
+    if path.is_dir():
+        return sorted(path.glob("*.parquet"))
+    return sorted(map(pathlib.Path, glob.glob(str(path), recursive=True)))
 
 
 def _huggingface(text: str, columns: ColumnMap) -> Rows:
@@ -220,39 +206,30 @@ def _huggingface(text: str, columns: ColumnMap) -> Rows:
         if any((path / file).exists() for file in ("state.json", "dataset_dict.json")):
             dataset = _saved_split(path, split)
         else:
-            dataset = datasets.load_dataset(
-                str(path) if path.is_dir() else name, config, split=split
-            )
-    except (
-        DatasetsError,
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ) as error:  # the last two: a damaged state.json
-        reason = _first_line(error) + (
-            f" ({_first_line(error.__cause__)})" if error.__cause__ else ""
-        )
-        advice = "expected a split or slice of a directory (./DIR) or of a dataset on the hub; the latter needs a network or its cache"
-        raise DataError(f"{place}: {reason}; {advice}") from error
+            name = str(path) if path.is_dir() else name
+            dataset = datasets.load_dataset(name, config, split=split)
+    # KeyError and TypeError: a damaged state.json.
+    except (DatasetsError, OSError, ValueError, KeyError, TypeError) as error:
+        cause = f" ({_first_line(error.__cause__)})" if error.__cause__ else ""
+        raise DataError(
+            f"{place}: {_first_line(error)}{cause}; expected a split or slice of a directory "
+            "(./DIR) or of a dataset on the hub; the latter needs a network or its cache"
+        ) from error
     dataset = dataset.select_columns(columns.needed(dataset.column_names, place))
     for number, row in enumerate(dataset):
         yield f"{place}, row {number}", row
 
 
 def _saved_split(path: pathlib.Path, split: str) -> Any:
-    """A split, or slice, of what `save_to_disk` wrote; a dataset that knows no name for itself is
-    called train.
-    """
+    """A split, or slice, written by `save_to_disk`; a dataset without a split name is `train`."""
     import datasets
 
     found = datasets.load_from_disk(str(path))
     if isinstance(found, datasets.Dataset):
-        # One that was itself loaded as a slice is called `train[:10%]`.
+        # A dataset loaded as a slice has a split name such as `train[:10%]`.
         found = {str(found.split or "train").partition("[")[0]: found}
-    parts = datasets.ReadInstruction.from_spec(split).to_absolute(
-        {name: len(part) for name, part in found.items()}
-    )
+    lengths = {name: len(part) for name, part in found.items()}
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
     return datasets.concatenate_datasets(
         [found[part.splitname].select(range(part.from_, part.to)) for part in parts]
     )
@@ -262,33 +239,34 @@ def _tensorflow_datasets(text: str, columns: ColumnMap) -> Rows:
     name, split = _name_and_split("tfds", text)
     place = f"tfds:{text}"
     with _extra("tfds"):
-        # By name: where a package that it needs is missing, TFDS itself imports, half empty.
+        # By name: without a package it needs, TFDS itself still imports, half empty.
         from google.protobuf.json_format import ParseError
         from tensorflow_datasets import builder_from_directory
     try:
-        builder = (
-            builder_from_directory(str(_as_path(name)))
-            if _is_builder_directory(name)
-            else _prepared_builder(name)
-        )
-    # TFDS asserts what users ask for, and raises a subclass of one of these for the rest.
+        if _is_builder_directory(name):
+            builder = builder_from_directory(str(_as_path(name)))
+        else:
+            builder = _prepared_builder(name)
+    # TFDS checks its input by assert, and otherwise raises subclasses of these.
     except (ValueError, AssertionError, OSError, RuntimeError, ParseError) as error:
-        advice = "expected a builder that TFDS knows or that lies prepared in TFDS_DATA_DIR, or a builder's directory (with its version)"
-        raise DataError(f"{place}: {_first_line(error)}; {advice}") from error
+        raise DataError(
+            f"{place}: {_first_line(error)}; expected a builder that TFDS knows or that is "
+            "prepared in TFDS_DATA_DIR, or a builder's directory (with its version)"
+        ) from error
     splits = f"its splits are {sorted(builder.info.splits)}, a slice is written train[:10%]"
     file_format = _random_access_format(builder, place)
     if file_format == "parquet" and split not in builder.info.splits:
-        # TFDS would return every row, silently.
+        # TFDS would return every row, without an error.
         raise DataError(
-            f"{place}: stored as parquet, of which TFDS reads only whole splits; {splits}. Prepare it as array_record"
+            f"{place}: stored as parquet, of which TFDS reads only whole splits; {splits}. Prepare "
+            "it as array_record"
         )
     try:
         with _extra("tfds"):
             stored = builder.as_data_source(split, file_format=file_format)
         for start in range(0, len(stored), _CHUNK):
-            for number, row in enumerate(
-                stored.__getitems__(range(start, min(start + _CHUNK, len(stored)))), start
-            ):
+            chunk = stored.__getitems__(range(start, min(start + _CHUNK, len(stored))))
+            for number, row in enumerate(chunk, start):
                 yield f"{place}, row {number}", row
     except (ValueError, OSError, RuntimeError, IndexError) as error:
         raise DataError(f"{place}: {_first_line(error)}; {splits}") from error
@@ -299,13 +277,14 @@ def _is_builder_directory(name: str) -> bool:
 
 
 def _prepared_builder(name: str) -> Any:
-    """The builder of that name, prepared if it was not: written beside its place and renamed, so
-    that it is whole or absent.
+    """The builder of that name, prepared if needed.
+
+    TFDS prepares in a temporary directory and renames it, so a prepared builder is complete.
     """
     import tensorflow_datasets as tfds
 
     if name.startswith("opdjax_arithmetic"):
-        # TFDS knows a builder once its module is imported.
+        # The import registers the builder.
         import opdjax.data.tasks.arithmetic_tfds  # noqa: F401
     builder = tfds.builder(name)
     if builder.data_path.exists():
@@ -314,7 +293,8 @@ def _prepared_builder(name: str) -> Any:
         builder.download_and_prepare(file_format="array_record")
     except ImportError as error:
         raise RuntimeError(
-            f"{name} could not be prepared here ({error}); prepare it elsewhere with file_format=array_record"
+            f"{name} could not be prepared here ({error}); prepare it elsewhere with "
+            "file_format=array_record"
         ) from error
     except OSError:
         # Another process may have been first.
@@ -324,15 +304,17 @@ def _prepared_builder(name: str) -> Any:
 
 
 def _random_access_format(builder: Any, place: str) -> str:
-    """array_record where the data has it, else parquet; DataError where it has neither."""
+    """array_record if the data has it, else parquet; DataError if it has neither."""
     found = sorted(file_format.value for file_format in builder.info.available_file_formats())
     for wanted in ("array_record", "parquet"):
         if wanted in found:
             return wanted
     raise DataError(
-        f"{place}: {builder.data_dir} is stored as {', '.join(found)}, which only TensorFlow reads; expected array_record. Prepare it "
-        "again in another TFDS_DATA_DIR with file_format=array_record, or convert it, where TensorFlow is installed, with "
-        "python -m tensorflow_datasets.scripts.convert_format --dataset_version_dir=… --out_file_format=array_record --out_dir=…"
+        f"{place}: {builder.data_dir} is stored as {', '.join(found)}, which only TensorFlow "
+        "reads; expected array_record. Prepare it again in another TFDS_DATA_DIR with "
+        "file_format=array_record, or convert it, on a machine with TensorFlow, with "
+        "python -m tensorflow_datasets.scripts.convert_format --dataset_version_dir=… "
+        "--out_file_format=array_record --out_dir=…"
     )
 
 
@@ -340,7 +322,8 @@ def _name_and_split(kind: str, text: str) -> tuple[str, str]:
     name, _, split = text.rpartition("#")
     if not name or not split:
         raise DataError(
-            f"data source '{kind}:{text}' names no split; expected {kind}:NAME#SPLIT, such as {kind}:{text.strip('#')}#train"
+            f"data source '{kind}:{text}' names no split; expected {kind}:NAME#SPLIT, such as "
+            f"{kind}:{text.strip('#')}#train"
         )
     return name, split
 
@@ -352,7 +335,7 @@ def _first_line(error: BaseException) -> str:
 def _as_path(name: str) -> pathlib.Path:
     if is_remote(name):
         return local_copy(name)
-    # Unlike pathlib's, this leaves a ~ alone that is nobody's home.
+    # Unlike pathlib's expanduser, this keeps a ~name that is no user.
     return pathlib.Path(os.path.expanduser(name))
 
 

@@ -1,5 +1,5 @@
-"""Scores from a decoder in this process: tokens in, TeacherScores out. Rows may be padded or
-packed.
+"""Scores of a batch under a decoder in this process: tokens in, TeacherScores out. Rows may be
+padded or packed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
 from opdjax.models.decoder import DecoderConfig, Params, forward
 from opdjax.ops.sharding import scan_parts
@@ -31,18 +32,19 @@ def score(
     parts: int = 1,
     mesh: Mesh | None = None,
 ) -> TeacherScores:
-    """What a recipe needs of this model: log-probs of the sampled tokens (nats, `[B, T]`), these
-    and the `min(top_k, V)` most likely ids of each context with theirs (`[B, T, K]`, most likely
-    first), or hidden states `[B, T, D]`.
+    """The scores that a recipe needs. `token`: log-probs of the sampled tokens (nats, `[B, T]`).
+    `top_k`: also the `min(top_k, V)` most likely ids of each context and their log-probs
+    (`[B, T, K]`, most likely first). `vocabulary`: hidden states `[B, T, D]`, which are hundreds of
+    times smaller than logits and lose nothing.
 
-    Hidden states, not logits, leave the teacher: they are hundreds of times smaller and lose
-    nothing. The rows are scored in `parts` one after the other, which bounds the memory of the
-    forward pass; parts after the last that holds a sampled token are not scored and hold 0.
-    ValueError where `top_k` is not what `needs` asks for.
+    Rows are scored in `parts`, one after the other, which bounds the memory of the forward pass.
+    Parts after the last one with a sampled token are skipped; their scores are 0. ValueError if
+    `top_k` does not match `needs`.
     """
     if (top_k > 0) != (needs == "top_k"):
         raise ValueError(
-            f"top_k is {top_k} where needs is {needs!r}; expected at least 1 where it is 'top_k', and 0 elsewhere"
+            f"top_k is {top_k} where needs is {needs!r}; expected at least 1 if needs is 'top_k', "
+            "else 0"
         )
 
     def score_part(part: TrainBatch) -> TeacherScores:
@@ -52,7 +54,7 @@ def score(
         if needs == "top_k":
             return top_logprobs(hidden, head, part, top_k=top_k, tile=tile, mesh=mesh)
         return TeacherScores(
-            token_logprobs=token_logprobs(hidden, head, part, tile=tile, mesh=mesh)
+            teacher_logprobs=token_logprobs(hidden, head, part, tile=tile, mesh=mesh)
         )
 
     if parts == 1:
@@ -62,35 +64,33 @@ def score(
 
 def token_logprobs(
     hidden, head: Head, batch: TrainBatch, *, tile: int, mesh: Mesh | None = None
-) -> jax.Array:
-    """Log-probabilities `[B, T]` of the batch's sampled tokens from a model's hidden states; nats,
-    0 elsewhere.
-    """
-    take = lambda model, _, row: model.logprob(row.token)
-    return tiled_stats(
-        take, hidden, head, batch.mask, TokenInputs(batch.tokens), tile=tile, mesh=mesh
-    )
+) -> Float[Array, "B T"]:
+    """Log-probs of the batch's sampled tokens from a model's hidden states; nats, 0 elsewhere."""
+    take = lambda model, _, row: model.logprob(row.tokens)
+    inputs = TokenInputs(batch.tokens)
+    return tiled_stats(take, hidden, head, batch.mask, inputs, tile=tile, mesh=mesh)
 
 
 def top_logprobs(
     hidden, head: Head, batch: TrainBatch, *, top_k: int, tile: int, mesh: Mesh | None = None
 ) -> TeacherScores:
-    """Log-probabilities of the batch's sampled tokens, and of the model's `top_k` most likely ids
-    at each of their contexts.
+    """Log-probs of the batch's sampled tokens, and the model's `top_k` most likely ids at their
+    contexts with log-probs.
     """
 
     def take(model, _, row):
         ids = model.top_k(top_k)
         return TeacherScores(
-            token_logprobs=model.logprob(row.token), top_ids=ids, top_logprobs=model.logprob(ids)
+            teacher_logprobs=model.logprob(row.tokens),
+            teacher_top_ids=ids,
+            teacher_top_logprobs=model.logprob(ids),
         )
 
-    return tiled_stats(
-        take, hidden, head, batch.mask, TokenInputs(batch.tokens), tile=tile, mesh=mesh
-    )
+    inputs = TokenInputs(batch.tokens)
+    return tiled_stats(take, hidden, head, batch.mask, inputs, tile=tile, mesh=mesh)
 
 
-def _hidden_by_student_column(params, config, batch: TrainBatch, mesh: Mesh | None) -> jax.Array:
+def _hidden_by_student_column(params, config, batch: TrainBatch, mesh: Mesh | None) -> Array:
     view = batch.teacher_view
     if view is None:
         return forward(params, config, batch.tokens, batch.segment_ids, mesh=mesh)

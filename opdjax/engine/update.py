@@ -1,5 +1,5 @@
-"""The student being trained, and the one jitted function that changes it: `update(state, batch) ->
-(state, metrics)`.
+"""The training state, and the jitted function that changes it: `update(state, batch) -> (state,
+metrics)`.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,12 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from opdjax.config import EstimatorConfig, OptimizerConfig
+from opdjax.config import OptimizerConfig
 from opdjax.config.run import Config
+from opdjax.engine.scorer import token_logprobs
 from opdjax.engine.step_metrics import observed, step_metrics
-from opdjax.estimators import Recipe, bind, coupling, importance
+from opdjax.estimators import Estimator, estimator_of, importance
 from opdjax.estimators.advantage import batch_totals
-from opdjax.estimators.divergence import reverse_kl
-from opdjax.estimators.grpo import clipping
 from opdjax.estimators.losses import aggregation_weights, count_denominators
 from opdjax.models.decoder import DecoderConfig, Params, Remat, forward, head_of
 from opdjax.models.lora import combine
@@ -33,39 +32,44 @@ from opdjax.ops.tile import Head, sum_dtype
 from opdjax.ops.vocab import TokenInputs, tiled_loss, tiled_stats
 from opdjax.types import TeacherScores, TrainBatch
 
-_DECAYED = ("kernel", "embedding", "head", "lora_a", "lora_b")  # how the names of matrices end
+_DECAYED = ("kernel", "embedding", "head", "lora_a", "lora_b")  # endings of the names of matrices
 
 
 @struct.dataclass
 class TrainState:
     """Everything that a checkpoint holds."""
 
-    step: Int[Array, ""]  # batches seen, those skipped included
-    params: Params  # those that are trained, float32: bfloat16 would swallow Adam's small steps
+    step: Int[Array, ""]  # batches so far, including skipped ones
+    params: Params  # the trained ones, float32: bfloat16 would round Adam's small steps away
     opt_state: Any
-    num_skipped: Int[Array, ""]  # steps whose loss or gradient was not finite
-    nonfinite_streak: Int[Array, ""]  # of them, those in a row up to now
+    num_skipped: Int[Array, ""]  # steps with a loss or gradient that was not finite
+    nonfinite_streak: Int[Array, ""]  # the last such steps in a row
 
 
 @dataclasses.dataclass(frozen=True)
 class UpdateSpec:
-    """What an update is made of; static under jit."""
+    """The settings of an update; static under jit."""
 
     model: DecoderConfig
-    estimator: EstimatorConfig
+    estimator: Estimator
     dtype: str  # of the forward pass
     max_completion_length: int
     gradient_accumulation_steps: int = 1
     temperature: float = 1.0  # the student is scored at the temperature it was sampled at
     valid_vocab: int | None = None
     remat: Remat = "none"
-    diagnostics_every: int = (
-        0  # steps between those that measure what takes whole distributions; 0: never
-    )
+    diagnostics_every: int = 0  # steps between diagnostics of whole distributions; 0: never
     mesh: Mesh | None = None
-    split_over: tuple[str, ...] = (
-        WEIGHT_AXES  # mesh axes that the trained parameters lie split over
-    )
+    split_over: tuple[str, ...] = WEIGHT_AXES  # mesh axes that shard the trained parameters
+
+
+class VocabularyInputs(NamedTuple):
+    """What the tiled pass over the vocabulary reads: hidden states, head, token inputs, teacher."""
+
+    hidden: Float[Array, "B T D"]
+    head: Head
+    row: TokenInputs
+    teacher: tuple[Float[Array, "B T E"], Head] | None
 
 
 def learning_rate_at(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -106,19 +110,16 @@ def init_state(
     mesh: Mesh | None = None,
     split_over: tuple[str, ...] = WEIGHT_AXES,
 ) -> TrainState:
-    """The state before the first step; the parameters are copied to float32. On a mesh it is laid
-    out as `update` returns it.
+    """The state before the first step; parameters are copied to float32. On a mesh it is sharded as
+    `update` returns it.
     """
+    copy = lambda x: jnp.array(x, jnp.promote_types(x.dtype, jnp.float32), copy=True)
 
     def start(params):
-        params = jax.tree.map(
-            lambda x: jnp.array(x, jnp.promote_types(x.dtype, jnp.float32), copy=True), params
-        )
-        # One array a counter: the state is donated, and a buffer can be given away only once.
-        counters = (jnp.zeros((), jnp.int32) for _ in range(3))
-        return TrainState(
-            next(counters), params, optimizer.init(params), next(counters), next(counters)
-        )
+        params = jax.tree.map(copy, params)
+        # One array per counter: the state is donated, and a buffer can be donated only once.
+        step, *skipped = (jnp.zeros((), jnp.int32) for _ in range(3))
+        return TrainState(step, params, optimizer.init(params), *skipped)
 
     layout = None if mesh is None else shardings_of(jax.eval_shape(start, params), mesh, split_over)
     return jax.jit(start, out_shardings=layout)(params)
@@ -127,20 +128,15 @@ def init_state(
 def make_update(
     spec: UpdateSpec, config: OptimizerConfig, num_steps: int, layout: TrainState | None = None
 ) -> Callable:
-    """The jitted `update(state, batch, teacher_head=None, frozen=None) -> (state, metrics)`;
-    `state` is donated.
+    """The jitted `update(state, batch, teacher_head=None, frozen=None) -> (state, metrics)`.
 
-    `layout`: the shardings of the state, which it then also returns; inferred ones may differ from
-    step to step, each with another program. None: inferred. `frozen`: the parameters that are not
-    trained, where those of the state are adapters; read only, in the type of the forward pass. A
-    batch whose loss or gradient is not finite leaves parameters and optimizer as they were, and is
-    counted; the schedule counts the steps that were applied.
+    `state` is donated. `layout`: the shardings of the state, before and after the update; None:
+    they are inferred, and may then differ and need another program at the next step. `frozen`: the
+    parameters that are not trained, if the state holds adapters; read only, in the dtype of the
+    forward pass. A batch whose loss or gradient is not finite is counted and leaves parameters and
+    optimizer unchanged; the schedule counts applied steps only.
     """
-    optimizer, learning_rate = (
-        make_optimizer(config, num_steps),
-        learning_rate_at(config, num_steps),
-    )
-    recipe, options = bind(spec.estimator.recipe, spec.estimator.options)
+    optimizer, schedule = make_optimizer(config, num_steps), learning_rate_at(config, num_steps)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=None if layout is None else (layout, None))
     def update(
@@ -151,7 +147,7 @@ def make_update(
     ):
         is_observed = state.step % spec.diagnostics_every == 0 if spec.diagnostics_every else None
         loss, grads, outputs, shares = loss_and_grad(
-            state.params, batch, teacher_head, spec, recipe, options, is_observed, frozen
+            state.params, batch, teacher_head, spec, is_observed, frozen
         )
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -170,20 +166,13 @@ def make_update(
             "loss/objective": loss,
             "grad/norm": norm,
             "grad/skipped_steps": new_state.num_skipped,
-            "optimizer/learning_rate": learning_rate(state.step - state.num_skipped),
+            "optimizer/learning_rate": schedule(state.step - state.num_skipped),
         }
         if shares is not None:
             metrics |= noise_and_signal(norm, *shares)
-        corrected = options if recipe.reward == "none" else clipping(options)
-        told = step_metrics(
-            outputs,
-            batch,
-            is_observed,
-            spec.max_completion_length,
-            corrected,
-            recipe.is_policy_gradient,
+        return new_state, metrics | step_metrics(
+            outputs, batch, is_observed, spec.max_completion_length, spec.estimator
         )
-        return new_state, metrics | told
 
     return update
 
@@ -193,56 +182,47 @@ def loss_and_grad(
     batch: TrainBatch,
     teacher_head: Head | None,
     spec: UpdateSpec,
-    recipe: Recipe,
-    options: dict,
     is_observed: Bool[Array, ""] | None = None,
     frozen: Params | None = None,
 ):
-    """(loss, gradient of `params`, per-token outputs [B, T], shares) of a batch; none but the last
-    depends on how the batch is cut.
+    """(loss, gradient of `params`, per-token outputs [B, T], shares) of a batch.
 
-    `shares`: the sum of the squared norms of the micro-batches' shares of the gradient, and how
-    many there were, from which `noise_and_signal` tells how much of it is chance; None where one
-    micro-batch is all. Those after the last that holds a sampled token cost nothing. `is_observed`:
-    whether the outputs hold diagnostics, which are zeros where it is False and missing where it is
-    None; loss and gradient do not depend on it.
+    Only `shares` depends on how the batch is split: the sum of the squared norms of the
+    micro-batches' gradients, and the number of micro-batches, which `noise_and_signal` reads; None
+    for a single micro-batch. Micro-batches after the last one that holds a sampled token are
+    skipped. `is_observed`: whether the outputs hold diagnostics; they are zeros if it is False and
+    missing if it is None. Loss and gradient do not depend on it.
     """
-    recipe = dataclasses.replace(recipe, token_loss=observed(recipe.token_loss))
     denominators = count_denominators(batch.mask, batch.segment_ids, spec.max_completion_length)
-    weights = aggregation_weights(
-        batch.mask, batch.segment_ids, spec.estimator.aggregation, denominators
-    )
-    parts = spec.gradient_accumulation_steps
-    totals = (
-        _totals(combine(frozen, params), batch, teacher_head, spec, options)
-        if parts > 1 and coupling.needs_totals(options)
-        else None
-    )
-    batch_loss = partial(
-        _batch_loss,
-        spec=spec,
-        recipe=recipe,
-        options=options,
-        totals=totals,
-        is_observed=is_observed,
-    )
+    kind = spec.estimator.aggregation
+    weights = aggregation_weights(batch.mask, batch.segment_ids, kind, denominators)
+    parts, totals = spec.gradient_accumulation_steps, None
+    if parts > 1 and spec.estimator.needs_totals:
+        totals = _totals(combine(frozen, params), batch, teacher_head, spec)
+
+    def batch_loss(params: Params, part: TrainBatch, weights: Float[Array, "B T"]):
+        inputs = vocabulary_inputs(combine(frozen, params), part, teacher_head, spec)
+        if is_observed is not None:
+            observed_tokens = jnp.broadcast_to(is_observed, part.mask.shape)
+            row = dataclasses.replace(inputs.row, is_observed=observed_tokens)
+            inputs = inputs._replace(row=row)
+        return vocabulary_loss(inputs, part, weights, spec, totals=totals, head_grad=frozen is None)
+
     value_and_grad = jax.value_and_grad(batch_loss, has_aux=True)
     if parts == 1:
-        (loss, outputs), grads = value_and_grad(params, batch, weights, teacher_head, frozen)
+        (loss, outputs), grads = value_and_grad(params, batch, weights)
         return loss, grads, outputs, None
 
     def accumulate(carry, part):
-        (loss, outputs), grads = value_and_grad(params, *part, teacher_head, frozen)
+        (loss, outputs), grads = value_and_grad(params, *part)
         grads = constrain(grads, spec.mesh, spec.split_over)
-        return jax.tree.map(
-            jnp.add, carry, (loss, grads, optax.tree.norm(grads, squared=True))
-        ), outputs
+        found = loss, grads, optax.tree.norm(grads, squared=True)
+        return jax.tree.map(jnp.add, carry, found), outputs
 
     zero = jnp.zeros((), weights.dtype)
     start = (zero, jax.tree.map(jnp.zeros_like, params), zero)
-    (loss, grads, squares), outputs, num_visited = scan_parts(
-        accumulate, start, (batch, weights), batch.mask, parts
-    )
+    sums, outputs, num_visited = scan_parts(accumulate, start, (batch, weights), batch.mask, parts)
+    loss, grads, squares = sums
     return loss, grads, outputs, (squares, num_visited)
 
 
@@ -250,193 +230,125 @@ def noise_and_signal(norm: Array, squares: Array, parts: int | Int[Array, ""]) -
     """Unbiased estimates of the variance of the batch's gradient, and of the squared norm of its
     expectation.
 
-    With M micro-batches of gradient g_m, each estimating the whole one, and their mean g: noise =
-    (sum |g_m|^2 - M |g|^2) / (M (M - 1)), signal = |g|^2 - noise. A single step's signal may be
-    negative: average both over steps, then divide. `norm` is |g|, `squares` the sum of |g_m / M|^2:
-    no gradient is kept. The micro-batches are taken as independent. With num_generations > 1 they
-    are not: `split_rows` deals neighbouring rows, which share a prompt, to different parts, so that
-    the variance between prompts is common to them and counts as signal: noise is then that of the
-    draws alone. Packed micro-batches hold unequal numbers of tokens and of prompts; what differs
-    between them for that alone counts as noise. NaN where fewer than two held a token.
+    With M micro-batches of gradients g_m, each an estimate of the whole gradient, and their mean g:
+    noise = (sum |g_m|^2 - M |g|^2) / (M (M - 1)), signal = |g|^2 - noise. The signal of one step
+    may be negative: average both over steps, then divide. `norm` is |g|, `squares` is the sum of
+    |g_m / M|^2. NaN if fewer than two micro-batches held a token.
+
+    The estimate assumes independent micro-batches. With num_generations > 1 they are not:
+    `split_rows` deals adjacent rows, which share a prompt, to different micro-batches, so the
+    variance between prompts counts as signal, and noise is the variance of the draws only. Packed
+    micro-batches hold unequal numbers of tokens and prompts, and the resulting differences count as
+    noise.
     """
     noise = jnp.where(parts > 1, (parts * squares - jnp.square(norm)) / (parts - 1), jnp.nan)
     return {"grad/noise_squared": noise, "grad/signal_squared": jnp.square(norm) - noise}
 
 
-def _batch_loss(
-    params,
-    batch: TrainBatch,
-    weights,
-    teacher_head,
-    frozen=None,
-    *,
-    spec: UpdateSpec,
-    recipe: Recipe,
-    options: dict,
-    totals=None,
-    is_observed=None,
-):
-    hidden, head, columns, teacher = passes(combine(frozen, params), batch, teacher_head, spec)
-    if is_observed is not None:
-        columns = dataclasses.replace(
-            columns, is_observed=jnp.broadcast_to(is_observed, batch.mask.shape)
-        )
-    loss = partial(
-        vocabulary_loss,
-        spec=spec,
-        recipe=recipe,
-        options=options,
-        totals=totals,
-        head_grad=frozen is None,
-    )
-    return loss(hidden, head, columns, teacher, batch, weights)
-
-
 def vocabulary_loss(
-    hidden,
-    head: Head,
-    columns: TokenInputs,
-    teacher,
+    inputs: VocabularyInputs,
     batch: TrainBatch,
-    weights,
-    *,
+    weights: Float[Array, "B T"],
     spec: UpdateSpec,
-    recipe: Recipe,
-    options: dict,
-    totals=None,
+    *,
+    token_loss: Callable | None = None,
+    totals: tuple[Array, Array] | None = None,
     head_grad: bool = True,
 ):
-    """(loss, per-token outputs) of a batch from what `passes` made of it: all of the vocabulary,
-    nothing of the trunk.
+    """(loss, per-token outputs) of a batch from `vocabulary_inputs`: the pass over the vocabulary.
+
+    `token_loss` (None: the estimator's, with the outputs of diagnostics) replaces the recipe.
     """
-    columns = prepared(
-        hidden,
-        head,
-        columns,
-        teacher,
-        batch,
-        spec=spec,
-        recipe=recipe,
-        options=options,
-        totals=totals,
-    )
-    token_loss = partial(recipe.token_loss, **options)
-    return tiled_loss(
-        token_loss,
-        hidden,
-        head,
-        weights,
-        columns,
-        teacher,
-        tile=spec.estimator.tile,
-        head_grad=head_grad,
-        mesh=spec.mesh,
-    )
+    token_loss = token_loss or observed(spec.estimator.token_loss)
+    operands = inputs.hidden, inputs.head, weights, prepared(inputs, batch, spec, totals)
+    options = {"tile": spec.estimator.tile, "head_grad": head_grad, "mesh": spec.mesh}
+    return tiled_loss(token_loss, *operands, inputs.teacher, **options)
 
 
 def prepared(
-    hidden,
-    head: Head,
-    columns: TokenInputs,
-    teacher,
+    inputs: VocabularyInputs,
     batch: TrainBatch,
-    *,
     spec: UpdateSpec,
-    recipe: Recipe,
-    options: dict,
-    totals=None,
+    totals: tuple[Array, Array] | None = None,
 ) -> TokenInputs:
-    """The columns with what couples the tokens of a sequence, where the options ask for it."""
-    if not coupling.is_coupled(options):
-        return columns
-    stats = _stats(hidden, head, columns, teacher, batch, spec, options)
-    coupled = partial(coupling.prepare, is_policy_gradient=recipe.is_policy_gradient, totals=totals)
-    return coupled(columns, stats, batch.mask, batch.segment_ids, options)
+    """The token inputs, with those that couple tokens of a sequence if the options need them."""
+    if not spec.estimator.is_coupled:
+        return inputs.row
+    stats = _stats(inputs, batch, spec)
+    return spec.estimator.prepare(inputs.row, stats, batch.mask, batch.segment_ids, totals)
 
 
-def passes(params, batch: TrainBatch, teacher_head, spec: UpdateSpec):
-    """What the tiled pass reads of a batch: hidden states, head, columns, and the teacher's hidden
-    states with its head.
-    """
-    cast = jax.tree.map(
-        lambda x: x.astype(spec.dtype) if jnp.dtype(spec.dtype).itemsize < x.dtype.itemsize else x,
-        params,
-    )
-    hidden = forward(
-        cast, spec.model, batch.tokens, batch.segment_ids, remat=spec.remat, mesh=spec.mesh
-    )
-    head = head_of(cast, valid_vocab=spec.valid_vocab, temperature=spec.temperature)
+def vocabulary_inputs(
+    params: Params, batch: TrainBatch, teacher_head: Head | None, spec: UpdateSpec
+) -> VocabularyInputs:
+    """Run the student's forward pass, and collect the batch's fields that a recipe may read."""
+    is_wider = lambda x: x.dtype.itemsize > jnp.dtype(spec.dtype).itemsize
+    params = jax.tree.map(lambda x: x.astype(spec.dtype) if is_wider(x) else x, params)
+    rows = batch.tokens, batch.segment_ids
+    hidden = forward(params, spec.model, *rows, remat=spec.remat, mesh=spec.mesh)
+    head = head_of(params, valid_vocab=spec.valid_vocab, temperature=spec.temperature)
     scores = batch.teacher or TeacherScores()
     teacher = None if scores.hidden is None else (scores.hidden, teacher_head)
-    columns = TokenInputs(
+    row = TokenInputs(
         batch.tokens,
-        teacher_logprob=scores.token_logprobs,
-        behavior_logprob=batch.behavior_logprobs,
-        advantage=batch.advantages,
-        reference_logprob=batch.reference_logprobs,
-        uniform=batch.uniforms,
-        teacher_ids=scores.top_ids,
-        teacher_top_logprob=scores.top_logprobs,
+        teacher_logprobs=scores.teacher_logprobs,
+        behavior_logprobs=batch.behavior_logprobs,
+        advantages=batch.advantages,
+        reference_logprobs=batch.reference_logprobs,
+        uniforms=batch.uniforms,
+        teacher_top_ids=scores.teacher_top_ids,
+        teacher_top_logprobs=scores.teacher_top_logprobs,
     )
-    return hidden, head, columns, teacher
+    return VocabularyInputs(hidden, head, row, teacher)
 
 
 def _stats(
-    hidden, head, columns: TokenInputs, teacher, batch: TrainBatch, spec: UpdateSpec, options: dict
+    inputs: VocabularyInputs, batch: TrainBatch, spec: UpdateSpec
 ) -> dict[str, Float[Array, "B T"]]:
-    """What couples the tokens of a sequence is computed in a pass of its own first, without
-    gradient.
-    """
-    hidden, head = jax.lax.stop_gradient((hidden, head))
-    stat = partial(coupling.token_stats, options=options)
-    return tiled_stats(
-        stat, hidden, head, batch.mask, columns, teacher, tile=spec.estimator.tile, mesh=spec.mesh
-    )
+    """The statistics that `Estimator.prepare` reads: a pass of their own, without gradient."""
+    operands = *jax.lax.stop_gradient((inputs.hidden, inputs.head)), batch.mask, inputs.row
+    options = {"tile": spec.estimator.tile, "mesh": spec.mesh}
+    return tiled_stats(spec.estimator.token_stats, *operands, inputs.teacher, **options)
 
 
-def _totals(params, batch: TrainBatch, teacher_head, spec: UpdateSpec, options: dict):
-    """(sum of rewards, tokens) of the whole batch, before any micro-batch is differentiated: one
-    more forward pass.
+def _totals(
+    params: Params, batch: TrainBatch, teacher_head: Head | None, spec: UpdateSpec
+) -> tuple[Array, Array]:
+    """(sum of rewards, number of tokens) of the whole batch, before any micro-batch is
+    differentiated: one more forward pass.
     """
 
     def add_part(totals, part: TrainBatch):
-        stats = _stats(*passes(params, part, teacher_head, spec), part, spec, options)
-        return jax.tree.map(jnp.add, totals, batch_totals(stats["reward"], part.mask)), None
+        stats = _stats(vocabulary_inputs(params, part, teacher_head, spec), part, spec)
+        return jax.tree.map(jnp.add, totals, batch_totals(stats["rewards"], part.mask)), None
 
     zero = jnp.zeros((), sum_dtype(spec.dtype))
-    return scan_parts(add_part, (zero, zero), batch, batch.mask, spec.gradient_accumulation_steps)[
-        0
-    ]
+    parts = spec.gradient_accumulation_steps
+    totals, *_ = scan_parts(add_part, (zero, zero), batch, batch.mask, parts)
+    return totals
 
 
 def make_examine(spec: UpdateSpec, num_alternatives: int) -> Callable:
-    """The jitted `examine(params, batch, teacher_head) -> outputs [B, T, ...]`: what a recipe makes
-    of each token, for people.
+    """The jitted `examine(params, batch, teacher_head) -> outputs [B, T, ...]`, for samples.jsonl.
 
-    Beside the recipe's own outputs, where the batch holds the teacher's hidden states:
-    `teacher_logprob`, `kl` (exact), and the teacher's most likely `alternatives` (ids) with their
+    The outputs of the estimator and, if the batch holds the teacher's hidden states,
+    `teacher_logprobs` and the teacher's most likely `alternatives` (ids) with their
     `alternative_logprobs`.
     """
-    recipe, options = bind(spec.estimator.recipe, spec.estimator.options)
 
-    def explained(student, teacher, row, **options):
-        loss, outputs = recipe.token_loss(student, teacher, row, **options)
+    def explained(student, teacher, row):
+        loss, outputs = spec.estimator.token_loss(student, teacher, row)
         if teacher is not None:
             ids = teacher.top_k(num_alternatives)
-            outputs |= {
-                "teacher_logprob": teacher.logprob(row.token),
-                "kl": reverse_kl(student, teacher),
-            }
+            outputs |= {"teacher_logprobs": teacher.logprob(row.tokens)}
             outputs |= {"alternatives": ids, "alternative_logprobs": teacher.logprob(ids)}
         return loss, outputs
 
     @jax.jit
     def examine(params: Params, batch: TrainBatch, teacher_head: Head | None = None):
+        inputs = vocabulary_inputs(params, batch, teacher_head, spec)
         weights = batch.mask.astype(jnp.float32)
-        told = dataclasses.replace(recipe, token_loss=explained)
-        return _batch_loss(
-            params, batch, weights, teacher_head, spec=spec, recipe=told, options=options
-        )[1]
+        return vocabulary_loss(inputs, batch, weights, spec, token_loss=explained)[1]
 
     return examine
 
@@ -450,13 +362,9 @@ def make_behavior_kl(spec: UpdateSpec) -> Callable:
     def behavior_kl(
         params: Params, batch: TrainBatch, frozen: Params | None = None
     ) -> Float[Array, ""]:
-        hidden, head, columns, _ = passes(
-            combine(frozen, params), dataclasses.replace(batch, teacher=None), None, spec
-        )
-        take = lambda student, _, row: student.logprob(row.token)
-        logprobs = tiled_stats(
-            take, hidden, head, batch.mask, columns, tile=spec.estimator.tile, mesh=spec.mesh
-        )
+        inputs = vocabulary_inputs(combine(frozen, params), batch, None, spec)
+        options = {"tile": spec.estimator.tile, "mesh": spec.mesh}
+        logprobs = token_logprobs(inputs.hidden, inputs.head, batch, **options)
         return masked_mean(importance.kl_to_behavior(logprobs, batch.behavior_logprobs), batch.mask)
 
     return behavior_kl
@@ -465,10 +373,10 @@ def make_behavior_kl(spec: UpdateSpec) -> Callable:
 def spec_of(
     config: Config, model: DecoderConfig, dtype: str, valid_vocab: int | None, mesh: Mesh
 ) -> UpdateSpec:
-    """`update_spec` of a run of which no more is known than these."""
+    """The update settings of a run."""
     return UpdateSpec(
         model=model,
-        estimator=config.estimator,
+        estimator=estimator_of(config.estimator),
         dtype=dtype,
         max_completion_length=config.sampling.max_completion_length,
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
@@ -482,9 +390,9 @@ def spec_of(
 
 
 def scored_temperature(config: Config) -> float:
-    """Student and teacher are compared at the temperature the student was sampled at; given answers
-    are scored at 1.
+    """The temperature of student and teacher in the loss: that of sampling, or 1 for given answers.
 
-    Both at the same one: a student that equals its teacher has nothing to learn at any.
+    Both have the same one, so that the loss of a student that equals its teacher is 0 at any
+    temperature.
     """
     return config.sampling.temperature if config.sampling.completions_from == "student" else 1.0

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from opdjax.config.recipes import TOP_K_CONVENTIONS
 from opdjax.estimators.opd import needed, sampled_reward
 from opdjax.ops.tile import VocabTile
 from opdjax.ops.vocab import TokenInputs
@@ -76,9 +77,6 @@ def _mix(
     return x, y, jnp.logaddexp(x + jnp.log(alpha), y + jnp.log1p(-alpha))
 
 
-FULL_OPTIONS = ("divergence", "beta", "skew_alpha")
-
-
 def full_kl(
     student: VocabTile,
     teacher: VocabTile,
@@ -135,53 +133,16 @@ def full_kl(
         "skew_reverse": partial(skew_reverse_kl, alpha=skew_alpha),
     }
     loss = _choose(divergence, exact, "divergence", "full_kl")(student, teacher)
-    student_logprob = student.logprob(row.token)
-    reward = sampled_reward(teacher.logprob(row.token), student_logprob)
-    kl = loss if divergence == "reverse" else reverse_kl(student, teacher)
-    return loss, {
-        "reward": reward,
-        "student_logprob": student_logprob,
-        "kl": jax.lax.stop_gradient(kl),
-    }
+    student_logprobs = student.logprob(row.tokens)
+    reward = sampled_reward(teacher.logprob(row.tokens), student_logprobs)
+    outputs = {"rewards": reward, "student_logprobs": student_logprobs}
+    return loss, outputs | ({"kl": jax.lax.stop_gradient(loss)} if divergence == "reverse" else {})
 
 
-TOP_K_OPTIONS = (
-    "support",
-    "support_top_k",
-    "renormalize",
-    "outside",
-    "clamp_at_zero",
-    "weight",
-    "convention",
-)
 SUPPORTS_OF_BOTH = ("union", "intersection", "symmetric_difference")
 FLOOR = (
     -100.0
 )  # nats: the teacher's log-prob of every id outside the support, where `outside` is `floor`
-# What systems that all say "top-k distillation" compute; a system that has one direction fixes it.
-# verl also clamps the log-probs at -10 and the loss at 10, which is left out. DistillKit's
-# symmetric uniform fill is `tail` too: spreading the missing mass of each side over the same ids
-# adds what one bucket adds. EasyDeL's value is larger by the teacher's entropy.
-TOP_K_CONVENTIONS = {
-    "tunix": {"support": "teacher", "renormalize": "both", "divergence": "forward"},
-    "verl": {
-        "support": "teacher",
-        "renormalize": "none",
-        "clamp_at_zero": True,
-        "divergence": "forward",
-    },
-    "nemo_rl": {"support": "teacher", "renormalize": "both"},
-    "nemo_rl_floor": {"support": "teacher", "renormalize": "teacher", "outside": "floor"},
-    "easydel": {"support": "teacher", "renormalize": "teacher", "divergence": "forward"},
-    "trl": {"support": "teacher", "renormalize": "none", "outside": "tail"},
-    "thunlp": {
-        "support": "student",
-        "renormalize": "none",
-        "weight": "p_student",
-        "divergence": "reverse",
-    },
-    "distillkit": {"support": "teacher", "renormalize": "none", "outside": "tail"},
-}
 
 
 def topk_kl(
@@ -292,17 +253,9 @@ def topk_kl(
     loss = jnp.where(jnp.any(is_kept, axis=-1), loss, 0)
     if clamp_at_zero:
         loss = jnp.maximum(loss, 0)
-    student_logprob = student.logprob(row.token)
-    reward = sampled_reward(teacher.logprob(row.token), student_logprob)
-    return loss, {
-        "reward": reward,
-        "student_logprob": student_logprob,
-        "kl": jax.lax.stop_gradient(reverse_kl(student, teacher)),
-    }
-
-
-NPD_OPTIONS = ("kd_weight", "support_top_k", "renormalize", "divergence")
-NPD_KD_WEIGHT, NPD_TOP_K = 0.9, 10
+    student_logprobs = student.logprob(row.tokens)
+    reward = sampled_reward(teacher.logprob(row.tokens), student_logprobs)
+    return loss, {"rewards": reward, "student_logprobs": student_logprobs}
 
 
 def npd(
@@ -310,8 +263,8 @@ def npd(
     teacher: VocabTile | None,
     row: TokenInputs,
     *,
-    kd_weight: float = NPD_KD_WEIGHT,
-    support_top_k: int = NPD_TOP_K,
+    kd_weight: float = 0.9,
+    support_top_k: int = 10,
     renormalize: str = "none",
     divergence: str = "forward",
 ):
@@ -366,18 +319,16 @@ def npd(
       importance     none (default) or prefix_truncate: the ratio of the tokens before, where another policy drew them
       importance_cap  its largest value, 2
     """
-    student_logprob = student.logprob(row.token)
-    loss = (kd_weight - 1) * student_logprob if kd_weight < 1 else jnp.zeros_like(student_logprob)
+    student_logprobs = student.logprob(row.tokens)
+    loss = (kd_weight - 1) * student_logprobs if kd_weight < 1 else jnp.zeros_like(student_logprobs)
     if kd_weight:
         ids, t = _teachers_top_k(student, jax.lax.stop_gradient(teacher), row, support_top_k)
         s = jnp.where(t == -jnp.inf, -jnp.inf, student.logprob(ids))
         loss += kd_weight * _on_support(s, t, renormalize, divergence, "npd")
-    outputs = {"student_logprob": student_logprob}
-    teacher_logprob = row.teacher_logprob if teacher is None else teacher.logprob(row.token)
-    if teacher_logprob is not None:
-        outputs["reward"] = sampled_reward(teacher_logprob, student_logprob)
-    if teacher is not None:
-        outputs["kl"] = jax.lax.stop_gradient(reverse_kl(student, teacher))
+    outputs = {"student_logprobs": student_logprobs}
+    teacher_logprobs = row.teacher_logprobs if teacher is None else teacher.logprob(row.tokens)
+    if teacher_logprobs is not None:
+        outputs["rewards"] = sampled_reward(teacher_logprobs, student_logprobs)
     return loss, outputs
 
 
@@ -392,8 +343,8 @@ def _teachers_top_k(
         logprobs = teacher.logprob(ids)
     else:
         ids, logprobs = (
-            needed(row.teacher_ids, "teacher_ids", "npd"),
-            needed(row.teacher_top_logprob, "teacher_top_logprob", "npd"),
+            needed(row.teacher_top_ids, "teacher_top_ids", "npd"),
+            needed(row.teacher_top_logprobs, "teacher_top_logprobs", "npd"),
         )
         stored, wanted = ids.shape[-1], min(k, student.vocab_size)
         if stored < wanted:

@@ -20,15 +20,14 @@ from opdjax.ops.tile import VocabTile
 from opdjax.ops.vocab import TokenInputs
 
 DUAL_CLIP = 3.0
-LOSS_OPTIONS = ("clip_low", "clip_high", "dual_clip", "reference_kl_coef", "reference_kl")
 # What a group's rewards become before the pass; the token loss does not read them.
 CREDIT_OPTIONS = ("advantage", "stage_credit", "stage_credit_matrix", "stage_token_mean")
 
 
 def dual_clipped_loss(
     advantage: Float[Array, "*n"],
-    student_logprob: Float[Array, "*n"],
-    behavior_logprob: Float[Array, "*n"],
+    student_logprobs: Float[Array, "*n"],
+    behavior_logprobs: Float[Array, "*n"],
     low: float,
     high: float,
     dual: float,
@@ -40,7 +39,7 @@ def dual_clipped_loss(
     punishes once the student finds it `dual` times as likely as whoever drew it: the loss grows
     with rho without end otherwise. dual 0: no bound.
     """
-    loss = clipped_policy_gradient_loss(advantage, student_logprob, behavior_logprob, low, high)
+    loss = clipped_policy_gradient_loss(advantage, student_logprobs, behavior_logprobs, low, high)
     if not dual:
         return loss
     advantage = jax.lax.stop_gradient(advantage)
@@ -55,7 +54,7 @@ def clipping(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def reference_penalty(
-    student_logprob: Float[Array, "*n"], reference_logprob: Float[Array, "*n"], kind: str
+    student_logprobs: Float[Array, "*n"], reference_logprobs: Float[Array, "*n"], kind: str
 ) -> Float[Array, "*n"]:
     """A penalty, nats, on leaving the reference policy, differentiated as it stands; d = log
     student(y) - log reference(y).
@@ -64,11 +63,11 @@ def reference_penalty(
     `k3_direct`: e^-d - 1 + d, whose value estimates that KL but whose gradient, taken directly,
     descends KL(reference || student) instead.
     """
-    reference_logprob = jax.lax.stop_gradient(reference_logprob)
+    reference_logprobs = jax.lax.stop_gradient(reference_logprobs)
     if kind == "k2":
-        return ratios.k2(student_logprob, reference_logprob)
+        return ratios.k2(student_logprobs, reference_logprobs)
     if kind == "k3_direct":
-        return ratios.k3(student_logprob, reference_logprob)
+        return ratios.k3(student_logprobs, reference_logprobs)
     raise ValueError(f"there is no reference penalty {kind!r}; expected k2 or k3_direct")
 
 
@@ -112,21 +111,23 @@ def grpo(
                          a factor start(y) / student(y) that one token can blow up; k2: KL(student
                          || start)
     """
-    student_logprob, advantage = (
-        student.logprob(row.token),
-        needed(row.advantage, "advantage", "a policy gradient on rewards"),
+    student_logprobs, advantage = (
+        student.logprob(row.tokens),
+        needed(row.advantages, "advantages", "a policy gradient on rewards"),
     )
-    behavior_logprob = needed(
-        row.behavior_logprob, "behavior_logprob", "a policy gradient on rewards"
+    behavior_logprobs = needed(
+        row.behavior_logprobs, "behavior_logprobs", "a policy gradient on rewards"
     )
     loss = dual_clipped_loss(
-        advantage, student_logprob, behavior_logprob, clip_low, clip_high, dual_clip
+        advantage, student_logprobs, behavior_logprobs, clip_low, clip_high, dual_clip
     )
-    outputs = {"advantage": jax.lax.stop_gradient(advantage), "student_logprob": student_logprob}
+    outputs = {"advantages": jax.lax.stop_gradient(advantage), "student_logprobs": student_logprobs}
     if reference_kl_coef:
-        reference_logprob = needed(row.reference_logprob, "reference_logprob", "reference_kl_coef")
+        reference_logprobs = needed(
+            row.reference_logprobs, "reference_logprobs", "reference_kl_coef"
+        )
         loss += reference_kl_coef * reference_penalty(
-            student_logprob, reference_logprob, reference_kl
+            student_logprobs, reference_logprobs, reference_kl
         )
     return loss, outputs
 

@@ -16,16 +16,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from opdjax.config.recipes import DEFAULT_CAPS as DEFAULT_CAPS
 from opdjax.ops.masked import running_sum, sequence_total, zero_where_masked
 
 TOKEN_CORRECTIONS = ("token_truncate", "token_mask", "ppo_clip")
 SEQUENCE_CORRECTIONS = ("sequence_mask", "prefix_truncate")
-DEFAULT_CAPS = {
-    "token_truncate": 2.0,
-    "token_mask": 2.0,
-    "sequence_mask": 3.0,
-    "prefix_truncate": 2.0,
-}
 DEFAULT_FLOOR = 0.5  # of token_mask's band
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28  # of ppo_clip: ratios from 0.8 to 1.28
 _LARGEST_LOG_RATIO = 60.0  # e^60 of 10^10 tokens can still be added up in float32
@@ -35,12 +30,12 @@ _STALENESS_SERIES = [(n + 1) / math.factorial(n + 2) for n in reversed(range(14)
 
 
 def token_ratio(
-    student_logprob: Float[Array, "*n"], behavior_logprob: Float[Array, "*n"]
+    student_logprobs: Float[Array, "*n"], behavior_logprobs: Float[Array, "*n"]
 ) -> Float[Array, "*n"]:
     """`rho = student(y) / behavior(y)`; detached. 1 where the token was drawn from the student as
     it is.
     """
-    return jnp.exp(jax.lax.stop_gradient(student_logprob - behavior_logprob))
+    return jnp.exp(jax.lax.stop_gradient(student_logprobs - behavior_logprobs))
 
 
 def token_truncate(ratio: Float[Array, "*n"], cap: float) -> Float[Array, "*n"]:
@@ -92,39 +87,39 @@ def sequence_mask(
 
 
 def k1(
-    student_logprob: Float[Array, "*n"], teacher_logprob: Float[Array, "*n"]
+    student_logprobs: Float[Array, "*n"], teacher_logprobs: Float[Array, "*n"]
 ) -> Float[Array, "*n"]:
     """`log student(y) - log teacher(y)`, nats: unbiased for KL(student || teacher) over y ~
     student, of either sign.
 
     A diagnostic. Differentiated directly its expected gradient is 0: see `pitfalls`.
     """
-    return student_logprob - teacher_logprob
+    return student_logprobs - teacher_logprobs
 
 
 def k2(
-    student_logprob: Float[Array, "*n"], teacher_logprob: Float[Array, "*n"]
+    student_logprobs: Float[Array, "*n"], teacher_logprobs: Float[Array, "*n"]
 ) -> Float[Array, "*n"]:
     """`k1^2 / 2`: biased as a value, and yet its gradient is that of `opd` sample by sample: `k1 *
     grad log student(y)`.
     """
-    return jnp.square(k1(student_logprob, teacher_logprob)) / 2
+    return jnp.square(k1(student_logprobs, teacher_logprobs)) / 2
 
 
 def k3(
-    student_logprob: Float[Array, "*n"], teacher_logprob: Float[Array, "*n"]
+    student_logprobs: Float[Array, "*n"], teacher_logprobs: Float[Array, "*n"]
 ) -> Float[Array, "*n"]:
     """`exp(-k1) - 1 + k1`: unbiased for KL(student || teacher) over y ~ student and never negative,
     with less noise than k1.
 
     A diagnostic. Differentiated directly it descends KL(teacher || student): see `pitfalls`.
     """
-    gap = k1(student_logprob, teacher_logprob)
+    gap = k1(student_logprobs, teacher_logprobs)
     return jnp.expm1(-gap) + gap
 
 
 def kl_to_behavior(
-    student_logprob: Float[Array, "*n"], behavior_logprob: Float[Array, "*n"]
+    student_logprobs: Float[Array, "*n"], behavior_logprobs: Float[Array, "*n"]
 ) -> Float[Array, "*n"]:
     """`rho log rho - rho + 1`, nats: unbiased for KL(student || behavior) over y ~ behavior, never
     negative, 0 at rho = 1.
@@ -132,7 +127,7 @@ def kl_to_behavior(
     What k3 is to tokens of the student. Tokens that the behaviour policy cannot draw (filters) are
     missing from it. A diagnostic; ratios above e^60 count as e^60.
     """
-    gap = jnp.clip(student_logprob - behavior_logprob, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
+    gap = jnp.clip(student_logprobs - behavior_logprobs, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
     # Near 1 the three terms cancel to d^2 / 2: of a gap of 1e-4 float32 would keep three digits.
     series = jnp.square(gap) * jnp.polyval(jnp.asarray(_STALENESS_SERIES, gap.dtype), gap)
     return jnp.where(jnp.abs(gap) < 0.5, series, gap * jnp.exp(gap) - jnp.expm1(gap))

@@ -1,9 +1,9 @@
 """Causal attention within segments, by one of three implementations that agree up to rounding.
 
-`xla` writes the T x T scores of every head out and runs everywhere. `cudnn` (NVIDIA GPUs) and
-`splash` (TPUs) are fused kernels after FlashAttention (arXiv:2205.14135) that never hold them for
-every head, forward or backward. `auto` of a run's config is splash on TPU and xla elsewhere: cudnn
-is there to be asked for, nothing here has been measured on a GPU.
+`xla` materialises the T x T scores of every head and runs everywhere. `cudnn` (NVIDIA GPUs) and
+`splash` (TPUs) are fused kernels like FlashAttention (arXiv:2205.14135) that do not materialise
+them, forward or backward. `auto` in a config means splash on TPU and xla elsewhere. cudnn has to be
+named: it has not been measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from jaxtyping import Array, Bool, Float, Int
 from opdjax.ops.sharding import ROW_AXES, num_row_shards
 
 Implementation = Literal["xla", "cudnn", "splash"]
-SPLASH_HEAD_SIZES = (64, 128, 256)  # that its kernels have been compiled for
-CUDNN_MAX_HEAD_SIZE = 128  # on every GPU that has it; in steps of 8
-SPLASH_OUTPUT = "splash_attention"  # what rematerialisation policies know its output by
-_LANES = 128  # columns come in multiples of a TPU register's width
-_BLOCKS = (512, 256, 128)  # columns a kernel holds at a time, the largest that divides a row
+SPLASH_HEAD_SIZES = (64, 128, 256)  # its kernels compile for these
+CUDNN_MAX_HEAD_SIZE = 128  # on every GPU with cuDNN attention; in steps of 8
+SPLASH_OUTPUT = "splash_attention"  # its output's name in rematerialisation policies
+_LANES = 128  # columns are padded to a multiple of a TPU register's width
+_BLOCKS = (512, 256, 128)  # columns per block of the kernel: the largest that divides a row
 
 
 def attend_within_segments(
     segment_ids: Int[Array, "B T"], implementation: Implementation, mesh: Mesh | None = None
 ) -> Callable[..., Float[Array, "B T O"]]:
-    """`attend(q, k, v)` of whole rows: a token sees itself and the earlier columns of its own
+    """`attend(q, k, v)` of whole rows: a token attends to itself and to earlier columns of its own
     segment.
 
-    q is `[B, T, N, H]`, k and v are `[B, T, K, H]`, K a divisor of N. `mesh`: that splash attention
-    is split over, rows over `data` and `fsdp`, heads over `tensor`.
+    q is `[B, T, N, H]`, k and v are `[B, T, K, H]`, and K divides N. On a `mesh`, splash attention
+    is sharded: rows over `data` and `fsdp`, heads over `tensor`.
     """
     if implementation == "splash":
         return partial(splash_attention, segment_ids=segment_ids, mesh=mesh)
@@ -45,12 +45,9 @@ def attend_within_segments(
 
 
 def segment_mask(q_columns, q_segments, k_columns, k_segments) -> Bool[Array, "B Q S"]:
-    """Whether a column of the queries sees one of the keys: itself and the earlier ones of its own
-    segment.
-    """
-    return (q_segments[:, :, None] == k_segments[:, None, :]) & (
-        k_columns[None, None, :] <= q_columns[None, :, None]
-    )
+    """Whether a query column attends to a key column: itself or an earlier one of its segment."""
+    is_same = q_segments[:, :, None] == k_segments[:, None, :]
+    return is_same & (k_columns[None, None, :] <= q_columns[None, :, None])
 
 
 def masked_attention(
@@ -59,12 +56,12 @@ def masked_attention(
     v: Float[Array, "B T K H"],
     mask: Bool[Array, "B T T"],
 ) -> Float[Array, "B T O"]:
-    """Grouped-query attention under any mask; scores and softmax in at least float32."""
+    """Grouped-query attention with any mask; scores and softmax in at least float32."""
     batch, length, heads, size = q.shape
     groups = q.reshape(batch, length, k.shape[2], heads // k.shape[2], size)
     wide = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("btkgh,bskh->bkgts", groups, k, preferred_element_type=wide) * size**-0.5
-    # A finite floor, not -inf: a padding row that attends to nothing must not turn into NaN.
+    # A finite floor, not -inf: a padding row that attends to nothing must not become NaN.
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(wide).min)
     probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", probs, v).reshape(batch, length, heads * size)
@@ -73,70 +70,56 @@ def masked_attention(
 def fused_attention(
     q, k, v, mask: Bool[Array, "B T T"], implementation: str = "cudnn"
 ) -> Float[Array, "B T O"]:
-    """`masked_attention` by jax.nn's entry to cuDNN: bfloat16 or float16, heads of at most 128 in
+    """`masked_attention` by cuDNN through jax.nn: bfloat16 or float16, head sizes up to 128 in
     multiples of 8.
 
-    cuDNN takes the mask as a bias, T x T numbers a row that all heads share.
+    cuDNN takes the mask as a bias: T x T numbers per row, shared by all heads.
     """
     batch, length = q.shape[:2]
-    # Its backward pass refuses odd lengths under a bias. What is added sees nothing and is seen by
-    # nothing.
+    # Its backward pass refuses odd lengths with a bias. The added column is masked for queries and
+    # keys.
     odd = (0, length % 2)
     q, k, v = (jnp.pad(x, ((0, 0), odd, (0, 0), (0, 0))) for x in (q, k, v))
     mask = jnp.pad(mask, ((0, 0), odd, odd))[:, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)[
-        :, :length
-    ].reshape(batch, length, -1)
+    attended = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+    return attended[:, :length].reshape(batch, length, -1)
 
 
 def splash_attention(
     q, k, v, segment_ids: Int[Array, "B T"], mesh: Mesh | None, interpret: bool = False
 ) -> Float[Array, "B T O"]:
-    """Causal attention within segments by the TPU's block-sparse flash kernel; `interpret` runs it
-    anywhere, slowly.
+    """Causal attention within segments by the block-sparse flash kernel for TPU. `interpret` runs
+    it on any device, slowly.
 
-    Blocks above the diagonal are not visited. Columns are padded to a multiple of 128.
+    Blocks above the diagonal are skipped. Columns are padded to a multiple of 128.
     """
     batch, length, heads, size = q.shape
     pad = -length % _LANES
-    # In float32, so that queries are rounded once: the kernel itself scales nothing.
+    # Scaled in float32, so that queries are rounded once: the kernel does not scale them.
     q = (q.astype(jnp.float32) * size**-0.5).astype(q.dtype)
     q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q, k, v))
     segment_ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
     run = partial(_splash_rows, interpret=interpret)
     if mesh is not None and mesh.size > 1:
-        # XLA cannot split a kernel by itself. What does not divide is computed by every device.
+        # XLA cannot shard a kernel by itself. Axes that the mesh does not divide are replicated.
         rows = ROW_AXES if batch % num_row_shards(mesh) == 0 else None
-        split = P(rows, "tensor" if k.shape[1] % mesh.shape["tensor"] == 0 else None)
-        run = jax.shard_map(
-            run,
-            mesh=mesh,
-            in_specs=(split, split, split, P(rows)),
-            out_specs=split,
-            check_vma=False,
-        )
+        spec = P(rows, "tensor" if k.shape[1] % mesh.shape["tensor"] == 0 else None)
+        specs = {"in_specs": (spec, spec, spec, P(rows)), "out_specs": spec}
+        run = jax.shard_map(run, mesh=mesh, **specs, check_vma=False)
     return run(q, k, v, segment_ids).swapaxes(1, 2)[:, :length].reshape(batch, length, heads * size)
 
 
 def _splash_rows(
     q: Float[Array, "B N T H"], k, v, segment_ids, *, interpret: bool
 ) -> Float[Array, "B N T H"]:
-    from jax.experimental.pallas.ops.tpu import (
-        splash_attention as splash,
-    )  # takes a second to import and is a TPU's business
+    # Imported here: it takes a second and is needed only on TPU.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     heads, length = q.shape[1:3]
     block = next(size for size in _BLOCKS if length % size == 0)
-    names = (
-        "block_q",
-        "block_kv",
-        "block_kv_compute",
-        "block_q_dkv",
-        "block_kv_dkv",
-        "block_kv_dkv_compute",
-        "block_q_dq",
-        "block_kv_dq",
-    )
+    of_forward = ("block_q", "block_kv", "block_kv_compute")
+    of_dkv = ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
+    names = (*of_forward, *of_dkv, "block_q_dq", "block_kv_dq")
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([splash.CausalMask((length, length))] * heads),
         block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),

@@ -1,9 +1,9 @@
-"""One decoder for every family: a pure function of stacked parameters.
+"""One decoder for all model families: a pure function of stacked parameters.
 
-`forward` returns hidden states, not logits: the vocabulary is visited in tiles (ops/vocab.py).
-Layers are stacked on the leading axis and run by `lax.scan`, so that compile time does not grow
-with depth. Padding may stand on either side and a row may hold several packed sequences: a token
-attends to earlier columns of its own segment only.
+`forward` returns hidden states, not logits: logits are computed in tiles (ops/vocab.py). Layers are
+stacked on the leading axis and run by `lax.scan`, so that compile time does not grow with depth.
+Rows may be padded on either side and may hold several packed sequences: a token attends only to
+itself and to earlier columns of its own segment.
 """
 
 from __future__ import annotations
@@ -24,10 +24,8 @@ from opdjax.ops.sharding import keep_rows
 from opdjax.ops.tile import Head
 
 Params = dict[str, Any]
-RUN_FIELDS = (
-    "lora_scale",
-    "attention",
-)  # of a DecoderConfig: how a run computes the model, which no checkpoint says
+# Fields of DecoderConfig that a run sets: no checkpoint stores them.
+RUN_FIELDS = ("lora_scale", "attention")
 Remat = Literal["none", "dots", "layer"]
 _REMAT_POLICIES = {
     "none": is_kept,
@@ -41,7 +39,7 @@ _REMAT_POLICIES = {
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Shapes and switches of a decoder; static under jit."""
+    """Shapes and options of a decoder; static under jit."""
 
     vocab_size: int
     hidden_size: int
@@ -56,24 +54,19 @@ class DecoderConfig:
     has_qk_norm: bool
     has_qkv_bias: bool
     has_output_bias: bool
-    lora_scale: float = 1.0  # alpha / rank of adapters, where the parameters hold any
+    lora_scale: float = 1.0  # alpha / rank; used only if the parameters hold adapters
     attention: Implementation = "xla"
 
 
-def parameter_shapes(config: DecoderConfig) -> Params:
-    """The shape of every parameter, as the tree that `forward` takes."""
+def abstract_params(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
+    """The tree of parameters that `forward` takes, as shapes and types without values."""
     d, f, h = config.hidden_size, config.intermediate_size, config.head_size
     q, kv = config.num_heads * h, config.num_kv_heads * h
     layer = {
-        "attention_norm": (d,),
-        "q_kernel": (q, d),
-        "k_kernel": (kv, d),
-        "v_kernel": (kv, d),
-        "o_kernel": (d, q),
-        "mlp_norm": (d,),
-        "gate_kernel": (f, d),
-        "up_kernel": (f, d),
-        "down_kernel": (d, f),
+        **dict.fromkeys(("attention_norm", "mlp_norm"), (d,)),
+        **dict.fromkeys(("k_kernel", "v_kernel"), (kv, d)),
+        **dict.fromkeys(("gate_kernel", "up_kernel"), (f, d)),
+        **{"q_kernel": (q, d), "o_kernel": (d, q), "down_kernel": (d, f)},
     }
     if config.has_qk_norm:
         layer |= {"q_norm": (h,), "k_norm": (h,)}
@@ -84,48 +77,41 @@ def parameter_shapes(config: DecoderConfig) -> Params:
     shapes = {"embedding": (config.vocab_size, d), "final_norm": (d,)}
     if not config.ties_embeddings:
         shapes["head"] = (config.vocab_size, d)
-    return shapes | {"layers": {name: (config.num_layers, *shape) for name, shape in layer.items()}}
+    shapes["layers"] = {name: (config.num_layers, *shape) for name, shape in layer.items()}
+    abstract = lambda shape: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+    return jax.tree.map(abstract, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def abstract_params(config: DecoderConfig, dtype) -> Params:
-    """The tree of parameters as shapes and types, without values."""
-    shapes = parameter_shapes(config)
-    return jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)),
-        shapes,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
+def num_parameters(config: DecoderConfig) -> int:
+    """Elements of all parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
 
 
-def init_params(config: DecoderConfig, key: jax.Array, dtype=jnp.float32) -> Params:
+def init_params(config: DecoderConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
     """Random parameters: norms 1, biases 0, embeddings N(0, 0.02²), kernels N(0, 1/in)."""
-    leaves, tree = jax.tree_util.tree_flatten_with_path(
-        parameter_shapes(config), is_leaf=lambda x: isinstance(x, tuple)
-    )
-    keys = jax.random.split(key, len(leaves))
+    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config, dtype))
 
-    def init(name, shape, key):
+    def init(path, leaf, key):
+        name = path[-1].key
         if name.endswith("norm"):
-            return jnp.ones(shape, dtype)
+            return jnp.ones(leaf.shape, dtype)
         if name.endswith("bias"):
-            return jnp.zeros(shape, dtype)
-        scale = 0.02 if name in ("embedding", "head") else shape[-1] ** -0.5
-        return scale * jax.random.normal(key, shape, dtype)
+            return jnp.zeros(leaf.shape, dtype)
+        scale = 0.02 if name in ("embedding", "head") else leaf.shape[-1] ** -0.5
+        return scale * jax.random.normal(key, leaf.shape, dtype)
 
-    return tree.unflatten(
-        [init(path[-1].key, shape, key) for (path, shape), key in zip(leaves, keys)]
-    )
+    keys = jax.random.split(key, len(leaves))
+    return tree.unflatten(init(*leaf, key) for leaf, key in zip(leaves, keys))
 
 
 def head_of(params: Params, *, valid_vocab: int | None = None, temperature: float = 1.0) -> Head:
-    """The unembedding of these parameters: the embedding itself where they are tied."""
-    return Head(
-        params.get("head", params["embedding"]), valid_vocab=valid_vocab, temperature=temperature
-    )
+    """The unembedding of these parameters; tied parameters use the embedding."""
+    kernel = params.get("head", params["embedding"])
+    return Head(kernel, valid_vocab=valid_vocab, temperature=temperature)
 
 
 def positions_of(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Positions that start from 0 at each segment's first column."""
+    """Position of each column in its segment, from 0."""
     column = jnp.arange(segment_ids.shape[1])
     return column - jax.lax.cummax(jnp.where(starts_sequence(segment_ids), column, 0), axis=1)
 
@@ -139,55 +125,54 @@ def forward(
     remat: Remat = "none",
     mesh: Mesh | None = None,
 ) -> Float[Array, "B T D"]:
-    """Hidden states after the final norm, in the parameters' type. Segment 0 is padding; its states
-    are garbage.
+    """Hidden states after the final norm, in the parameters' dtype. Segment 0 is padding: its
+    states are undefined.
 
-    With a `mesh`, rows stay split over its `data` and `fsdp` axes, and each layer's weights are
-    gathered along `fsdp` in turn; without one, splash attention gives way to xla, for a kernel must
-    be told what it is split over. `remat`: what the backward pass computes again. `layer`: all of a
-    layer but its input. `dots`: all but the products with its kernels and splash's output.
+    With a `mesh`, rows stay sharded over `data` and `fsdp`, and each layer's weights are gathered
+    along `fsdp` when the layer runs. Without a mesh, `xla` replaces splash attention, whose kernel
+    must know how its inputs are sharded. `remat`: what the backward pass recomputes. `layer`:
+    everything but the input of each layer. `dots`: everything but products with weights and the
+    output of splash attention.
     """
-    attend = attend_within_segments(
-        segment_ids,
-        "xla" if mesh is None and config.attention == "splash" else config.attention,
-        mesh,
-    )
-    rope = _rope(positions_of(segment_ids), config)
+    needs_mesh = mesh is None and config.attention == "splash"
+    attend = attend_within_segments(segment_ids, "xla" if needs_mesh else config.attention, mesh)
+    rope = rope_angles(positions_of(segment_ids), config)
 
     def layer(x, weights):
         weights = gathered(weights, mesh)
-        q, k, v = _project(x, weights, rope, config)
-        return keep_rows(_finish_layer(x, attend(q, k, v), weights, config), mesh), None
+        q, k, v = project_qkv(x, weights, rope, config)
+        return keep_rows(finish_layer(x, attend(q, k, v), weights, config), mesh), None
 
     embedding = gathered({"embedding": params["embedding"]}, mesh)["embedding"]
     x = keep_rows(embedding[tokens], mesh)
     if remat != "none" or (mesh is not None and mesh.shape["fsdp"] > 1):
-        # A scan keeps the two passes apart by itself; barriers against merging them again would
-        # only cost.
+        # prevent_cse is not needed: the scan already keeps recomputation out of the forward pass.
         layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[remat], prevent_cse=False)
     x, _ = jax.lax.scan(layer, x, params["layers"])
-    return _rms_norm(x, params["final_norm"], config.norm_epsilon)
+    return rms_norm(x, params["final_norm"], config.norm_epsilon)
 
 
-def _rms_norm(
+def rms_norm(
     x: Float[Array, "... D"], scale: Float[Array, " D"], epsilon: float
 ) -> Float[Array, "... D"]:
+    """RMS norm, computed in at least float32."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
     return normed.astype(x.dtype) * scale
 
 
-def _rope(positions: Int[Array, "B T"], config: DecoderConfig):
-    """Cosines and sines `[B, T, 1, H/2]`; angles in float32, since bfloat16 cannot count past 256."""
+def rope_angles(positions: Int[Array, "B T"], config: DecoderConfig) -> tuple[Array, Array]:
+    """Cosines and sines `[B, T, 1, H/2]`, float32: bfloat16 cannot represent all integers above
+    256.
+    """
+    factor = config.rope.attention_factor
     inverse = inverse_frequencies(config.rope, config.head_size)
     angles = positions[:, :, None, None].astype(jnp.float32) * inverse
-    return jnp.cos(angles) * config.rope.attention_factor, jnp.sin(
-        angles
-    ) * config.rope.attention_factor
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def _rotate(x: Float[Array, "B T N H"], rope) -> Float[Array, "B T N H"]:
-    """Rotate the pairs (h, h + H/2), the layout of Hugging Face checkpoints."""
+    """Rotate the pairs (h, h + H/2), as Hugging Face checkpoints do."""
     cos, sin = (part.astype(x.dtype) for part in rope)
     low, high = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
@@ -204,22 +189,24 @@ def _linear(
     return y if bias is None else y + bias
 
 
-def _project(x, weights, rope, config: DecoderConfig):
-    """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]` of one layer, rotated."""
-    x = _rms_norm(x, weights["attention_norm"], config.norm_epsilon)
+def project_qkv(x, weights, rope, config: DecoderConfig) -> tuple[Array, Array, Array]:
+    """Queries `[B, T, N, H]` and keys `[B, T, K, H]` of one layer, both rotated, and values
+    `[B, T, K, H]`.
+    """
+    x = rms_norm(x, weights["attention_norm"], config.norm_epsilon)
     q, k, v = (
         _linear(x, weights, name, config).reshape(*x.shape[:2], -1, config.head_size)
         for name in ("q", "k", "v")
     )
     if config.has_qk_norm:
-        q = _rms_norm(q, weights["q_norm"], config.norm_epsilon)
-        k = _rms_norm(k, weights["k_norm"], config.norm_epsilon)
+        q = rms_norm(q, weights["q_norm"], config.norm_epsilon)
+        k = rms_norm(k, weights["k_norm"], config.norm_epsilon)
     return _rotate(q, rope), _rotate(k, rope), v
 
 
-def _finish_layer(x, attended, weights, config: DecoderConfig) -> Float[Array, "B T D"]:
+def finish_layer(x, attended, weights, config: DecoderConfig) -> Float[Array, "B T D"]:
     """Output projection and the gated MLP, each added to the residual stream."""
     x = x + _linear(attended, weights, "o", config)
-    y = _rms_norm(x, weights["mlp_norm"], config.norm_epsilon)
+    y = rms_norm(x, weights["mlp_norm"], config.norm_epsilon)
     gate, up = (_linear(y, weights, name, config) for name in ("gate", "up"))
     return x + _linear(jax.nn.silu(gate) * up, weights, "down", config)

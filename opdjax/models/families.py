@@ -1,7 +1,7 @@
-"""One row per model family: how its `config.json` reads and what its tensors are called.
+"""One row per model family: how to read its `config.json`, and the names of its tensors.
 
 A name table maps our parameter path to the checkpoint's tensor name; `{i}` is the layer. Kernels
-keep the checkpoint's `[out, in]` layout, so import and export move no element.
+keep the checkpoint's `[out, in]` layout, so import and export do not transpose.
 """
 
 from __future__ import annotations
@@ -12,47 +12,36 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from opdjax.models.decoder import DecoderConfig
+from opdjax.models.decoder import DecoderConfig, abstract_params
 from opdjax.models.rope import Rope, yarn_attention_factor
 
 
 class UnsupportedModelError(ValueError):
-    """The checkpoint's architecture, or an option of it, is not one that the decoder computes."""
+    """The decoder does not implement the checkpoint's architecture or one of its options."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A row of the table."""
+    """How to read a family's config, and its tensor names."""
 
     read_config: Callable[[dict[str, Any]], DecoderConfig]
     layer_names: dict[str, str]
     global_names: dict[str, str]
 
     def names(self, config: DecoderConfig) -> tuple[dict[str, str], dict[str, str]]:
-        """(global, per layer) path -> tensor name, of just the parameters that a model of this
-        config has.
-        """
-        absent = set()
-        if config.ties_embeddings:
-            absent.add("head")
-        if not config.has_qk_norm:
-            absent |= {"q_norm", "k_norm"}
-        if not config.has_qkv_bias:
-            absent |= {"q_bias", "k_bias", "v_bias"}
-        if not config.has_output_bias:
-            absent.add("o_bias")
+        """(global, per layer) path -> tensor name, for the parameters of this config."""
+        params = abstract_params(config)
         return (
-            {path: name for path, name in self.global_names.items() if path not in absent},
-            {path: name for path, name in self.layer_names.items() if path not in absent},
+            {path: name for path, name in self.global_names.items() if path in params},
+            {path: name for path, name in self.layer_names.items() if path in params["layers"]},
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Fields:
-    """An object of `config.json`, read with errors that name the field, its value and what was
-    expected.
+    """An object of `config.json`. Errors name the field, its value and what was expected.
 
-    A field that is null counts as absent. One that is absent and has no default is a KeyError.
+    A null field counts as absent. An absent field without a default raises KeyError.
     """
 
     values: dict[str, Any]
@@ -89,7 +78,7 @@ class _Fields:
         return self.values[name] if self.has(name) else default
 
     def expect(self, name: str, expected: Any, reason: str) -> None:
-        """Refuse any value but the one that the decoder computes."""
+        """Refuse any value but the one that the decoder implements."""
         if self.has(name) and self.values[name] != expected:
             self.refuse(name, f"{json.dumps(expected)} ({reason})")
 
@@ -100,8 +89,8 @@ class _Fields:
 
 
 def _read_original_length(rope: _Fields, config: _Fields) -> int:
-    """In transformers' order: the field beside the rope's object wins over the one in it, and
-    today's length stands in for both.
+    """As in transformers: the field next to the rope object wins over the one inside it; without
+    both, it is max_position_embeddings.
     """
     name = "original_max_position_embeddings"
     owner = config if config.has(name) else rope
@@ -117,19 +106,13 @@ def _read_llama3(rope: _Fields, config: _Fields) -> dict[str, Any]:
     if fast <= slow:
         rope.refuse("high_freq_factor", f"more than low_freq_factor, {slow}")
     length = _read_original_length(rope, config)
-    return {
-        "factor": rope.number("factor"),
-        "original_length": length,
-        "slow_rotations": slow,
-        "fast_rotations": fast,
-    }
+    factor, rotations = rope.number("factor"), {"slow_rotations": slow, "fast_rotations": fast}
+    return {"factor": factor, "original_length": length, **rotations}
 
 
 def _read_yarn(rope: _Fields, config: _Fields) -> dict[str, Any]:
-    factor = rope.number("factor")
-    scales = [
-        rope.number(name) if rope.has(name) else None for name in ("mscale", "mscale_all_dim")
-    ]
+    factor, names = rope.number("factor"), ("mscale", "mscale_all_dim")
+    scales = [rope.number(name) if rope.has(name) else None for name in names]
     return {
         "factor": factor,
         "original_length": _read_original_length(rope, config),
@@ -146,26 +129,27 @@ _ROPE_READERS = {
     "llama3": _read_llama3,
     "yarn": _read_yarn,
 }
-_IMPURE = "the frequencies of this kind follow the longest sequence in the batch, so cached tokens would disagree with a full forward"
+_IMPURE = (
+    "the frequencies of this kind depend on the longest sequence in the batch, so cached tokens "
+    "would disagree with a full forward"
+)
 _IMPURE_ROPES = {
-    "dynamic": f"{_IMPURE}; up to max_position_embeddings tokens it equals 'default', which you may write instead",
+    "dynamic": f"{_IMPURE}; up to max_position_embeddings tokens it equals 'default', which you "
+    "may write instead",
     "longrope": _IMPURE,
 }
 
 
 def _read_rope(raw: dict[str, Any], default_theta: float | None) -> Rope:
-    """transformers 5 writes all of it to `rope_parameters`, older files wrote `rope_scaling` beside
-    a `rope_theta`.
+    """transformers 5 writes everything to `rope_parameters`; older files have `rope_scaling` and
+    `rope_theta`.
     """
     written = [name for name in ("rope_parameters", "rope_scaling") if raw.get(name)]
-    ropes = [
-        _read_written_rope(raw, name, default_theta) for name in written or ["rope_parameters"]
-    ]
+    written = written or ["rope_parameters"]
+    ropes = [_read_written_rope(raw, name, default_theta) for name in written]
     if ropes[0] != ropes[-1]:
-        _Fields(raw).refuse(
-            "rope_scaling",
-            f"what rope_parameters says, {raw['rope_parameters']!r}, or just one of the two",
-        )
+        same = f"the same as rope_parameters, {raw['rope_parameters']!r}"
+        _Fields(raw).refuse("rope_scaling", f"{same}, or only one of the two")
     return ropes[0]
 
 
@@ -180,37 +164,29 @@ def _read_written_rope(raw: dict[str, Any], name: str, default_theta: float | No
         reason = f"; {_IMPURE_ROPES[kind]}" if str(kind) in _IMPURE_ROPES else ""
         rope.refuse(spelling, f"one of {sorted(_ROPE_READERS)}{reason}")
     for fields in (config, rope):
-        fields.expect("partial_rotary_factor", 1, "all of a head is rotated")
-    theta = (
-        rope.number("rope_theta")
-        if rope.has("rope_theta")
-        else _read_shared_theta(config, default_theta)
-    )
+        fields.expect("partial_rotary_factor", 1, "all dimensions of a head are rotated")
+    owner = rope if rope.has("rope_theta") else config
+    if not owner.has("rope_theta") and default_theta is None:  # a silent default would be wrong
+        raise UnsupportedModelError(
+            "config.json has neither rope_parameters.rope_theta nor rope_theta; add the base "
+            "frequency"
+        )
+    theta = owner.number("rope_theta", default_theta)
     return Rope(theta, kind, **_ROPE_READERS[kind](rope, config))
 
 
-def _read_shared_theta(config: _Fields, default: float | None) -> float:
-    if not config.has("rope_theta") and default is None:  # a silent default is wrong
-        raise UnsupportedModelError(
-            "config.json has neither rope_parameters.rope_theta nor rope_theta; add the base frequency"
-        )
-    return config.number("rope_theta", default)
-
-
 def _refuse_sliding_window(config: _Fields, num_layers: int) -> None:
-    """Layers slide as `layer_types` says; without it, those from `max_window_layers` up where the
-    window is on.
+    """Refuse layers with a sliding window: those of `layer_types` or, without that field, those
+    from `max_window_layers` on if the window is on.
     """
     kinds = config.values.get("layer_types")
     if kinds is not None:
         if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
             config.refuse("layer_types", "'full_attention' in every layer")
         return
-    # 4096 and 28 are the defaults of the Qwen families; a window that is null is off.
-    has_window = (
-        config.boolean("use_sliding_window", False)
-        and config.values.get("sliding_window", 4096) is not None
-    )
+    # 4096 and 28 are the defaults of the Qwen families; a null window is off.
+    has_window = config.boolean("use_sliding_window", False)
+    has_window = has_window and config.values.get("sliding_window", 4096) is not None
     if has_window and config.integer("max_window_layers", 28, least=0) < num_layers:
         config.refuse("use_sliding_window", "false (every layer attends to all tokens)")
 
@@ -222,7 +198,7 @@ def _read_decoder(
     rope_theta: float | None = None,
     **switches: bool,
 ) -> DecoderConfig:
-    """What the families share; `head_size` and `rope_theta` are a family's own defaults."""
+    """The fields that all families share; `head_size` and `rope_theta` are a family's defaults."""
     config = _Fields(raw)
     config.expect("hidden_act", "silu", "the gate of the MLP")
     config.expect("quantization_config", None, "weights that are not quantized")
@@ -240,7 +216,8 @@ def _read_decoder(
     head_size = config.integer("head_dim", head_size or width // num_heads)
     if head_size % 2:
         raise UnsupportedModelError(
-            f"config.json implies a head_dim of {head_size}; expected an even one (its dimensions rotate in pairs)"
+            f"config.json implies a head_dim of {head_size}; expected an even one (its dimensions "
+            "rotate in pairs)"
         )
     return DecoderConfig(
         vocab_size=config.integer("vocab_size"),
@@ -265,13 +242,13 @@ def _read_qwen3(raw: dict[str, Any]) -> DecoderConfig:
 
 
 def _read_qwen2(raw: dict[str, Any]) -> DecoderConfig:
-    """Qwen2 and Qwen2.5: the biases are no option."""
+    """Qwen2 and Qwen2.5, which always have biases."""
     return _read_decoder(raw, has_qk_norm=False, has_qkv_bias=True, has_output_bias=False)
 
 
 def _read_llama(raw: dict[str, Any]) -> DecoderConfig:
-    """Llama 2 to 3.2. The files of Llama 2 name no rope_theta; `pretraining_tp` splits the same
-    products differently.
+    """Llama 2 to 3.2. Files of Llama 2 have no rope_theta. `pretraining_tp` is ignored: it computes
+    the same products in another order.
     """
     config = _Fields(raw)
     config.expect("mlp_bias", False, "an MLP without biases")
@@ -312,12 +289,12 @@ FAMILIES = {
 
 
 def family_of(raw: dict[str, Any]) -> Family:
-    """The family that `config.json` names, or an error that lists those there are."""
+    """The family that `config.json` names; UnsupportedModelError if there is none."""
     architectures = raw.get("architectures") or []
     for name in architectures if isinstance(architectures, list) else ():
         if isinstance(name, str) and name in FAMILIES:
             return FAMILIES[name]
     raise UnsupportedModelError(
-        f"config.json names the architecture {architectures or 'nothing'}; expected one of {sorted(FAMILIES)}. "
-        "A new family is a row of opdjax/models/families.py"
+        f"config.json names the architecture {architectures or 'nothing'}; expected one of "
+        f"{sorted(FAMILIES)}. A new family is a row of opdjax/models/families.py"
     )

@@ -1,9 +1,8 @@
-"""The decoder with a memory: keys and values of columns already read, by layer, and the forward
-pass that reads and extends it.
+"""The decoder with a key-value cache: the cache, and the forward pass that reads and extends it.
 
-Columns have no order of their own: rotary positions are applied before a key is stored, and the
-caller says which columns each new token sees. So all rows can write the same column at the same
-time, wherever each of them stands in its text.
+Columns of the cache have no order: rotary positions are applied before a key is stored, and the
+caller passes which columns each new token attends to. So all rows can write the same column at the
+same time, although their texts have different lengths.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from opdjax.models.attention import segment_mask
 from opdjax.models.decoder import DecoderConfig, Params
 from opdjax.ops.sharding import ROW_AXES
 
-_MAX_APART = 8  # layers; more of them, each compiled on its own, take too long to compile
+_MAX_UNSTACKED = 8  # layers; compile time grows with them, because each is compiled separately
 _INT8_MAX = 127
 
 
 @struct.dataclass
 class StoredKV:
-    """Keys or values; int8 ones with the scale of each, so that `data * scale` is what was stored."""
+    """Keys or values. In int8 each vector has a scale: `data * scale` are the stored numbers."""
 
     data: Float[Array, "*L B K T H"] | Int[Array, "*L B K T H"]
     scale: Float[Array, "*L B K T 1"] | None = None
@@ -36,8 +35,8 @@ class StoredKV:
 
 @struct.dataclass
 class KVCache:
-    """Keys and values by column: a part for each layer where layers are few, and otherwise one part
-    in which they are stacked.
+    """Keys and values by column: one entry per layer if the layers are unstacked, else one entry
+    with stacked layers.
     """
 
     keys: tuple[StoredKV, ...]
@@ -45,37 +44,37 @@ class KVCache:
 
     @property
     def num_columns(self) -> int:
-        """T."""
+        """T, the columns that can be written."""
         return self.keys[0].data.shape[-2]
 
 
-def is_taken_apart(config: DecoderConfig) -> bool:
-    """Whether every layer has weights and a cache of its own.
+def is_unstacked(config: DecoderConfig) -> bool:
+    """Whether decoding keeps weights and cache of each layer as separate arrays.
 
-    XLA's CPU backend copies what a loop slices out of a stack, which is half of a decoding step.
+    XLA's CPU backend copies each slice that a loop takes of stacked arrays; the copies take half of
+    the time of a decoding step.
     """
-    return config.num_layers <= _MAX_APART
+    return config.num_layers <= _MAX_UNSTACKED
 
 
-def parts_of(layers: Params, config: DecoderConfig) -> tuple[Params, ...]:
-    """The weights of each layer, transposed, or their stack as it is: a copy of them all, so do it
-    once.
+def split_layers(layers: Params, config: DecoderConfig) -> tuple[Params, ...]:
+    """The weights of each layer, transposed; the stacked layers as they are if `is_unstacked` is
+    False. Call it once per set of weights: it copies all of them.
 
-    Few rows are multiplied a fifth faster on a CPU by kernels whose inputs come first. The barrier
-    keeps XLA from undoing it.
+    On a CPU, few rows are multiplied a fifth faster by kernels of layout `[in, out]`. The barrier
+    keeps XLA from undoing the transposition.
     """
-    if not is_taken_apart(config):
+    if not is_unstacked(config):
         return (layers,)
-    return jax.lax.optimization_barrier(
-        tuple(jax.tree.map(lambda x, i=i: x[i].T, layers) for i in range(config.num_layers))
-    )
+    layer = lambda i: jax.tree.map(lambda x: x[i].T, layers)
+    return jax.lax.optimization_barrier(tuple(map(layer, range(config.num_layers))))
 
 
 def init_cache(
     config: DecoderConfig, rows: int, columns: int, dtype: Any, scale_dtype: Any = jnp.float32
 ) -> KVCache:
-    """An empty cache of `columns` columns; `scale_dtype` matters for int8 alone."""
-    count, stack = (config.num_layers, ()) if is_taken_apart(config) else (1, (config.num_layers,))
+    """An empty cache of `columns` columns; `scale_dtype` is used only for int8."""
+    count, stack = (config.num_layers, ()) if is_unstacked(config) else (1, (config.num_layers,))
     shape = (*stack, rows, config.num_kv_heads, columns, config.head_size)
 
     def empty() -> StoredKV:
@@ -86,7 +85,7 @@ def init_cache(
 
 
 def constrain(cache: KVCache, mesh: Mesh | None) -> KVCache:
-    """Rows split over `data` and `fsdp`, heads over `tensor` where it divides them."""
+    """The cache with rows sharded over `data` and `fsdp`, and heads over `tensor` if divisible."""
     if mesh is None:
         return cache
     shape = cache.keys[0].data.shape
@@ -98,7 +97,7 @@ def constrain(cache: KVCache, mesh: Mesh | None) -> KVCache:
 
 def forward_cached(
     params: Params,
-    parts: tuple[Params, ...],
+    layer_params: tuple[Params, ...],
     config: DecoderConfig,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
@@ -106,26 +105,26 @@ def forward_cached(
     column: Int[Array, ""] | int,
     is_visible: Bool[Array, "B T S"],
 ) -> tuple[Float[Array, "B T D"], KVCache]:
-    """Hidden states after the final norm; keys and values go to columns `column : column + T` of
-    the cache's S.
+    """Hidden states after the final norm, and the cache with the tokens' keys and values in its
+    columns `column : column + T` (of S).
 
-    `parts` are the layers of `params` by `parts_of`. `is_visible` says which columns each token
-    attends to, those that are written here included; the others may hold anything.
+    `layer_params` are the layers of `params` by `split_layers`. `is_visible`: the columns that each
+    token attends to, including those written here. Columns that are not visible may hold anything.
     """
-    rope = decoder._rope(positions, config)
+    rope = decoder.rope_angles(positions, config)
 
-    # A stack rides in the carry, where XLA updates it in place; as scanned input and output it
+    # Stacked arrays are part of the carry, which XLA updates in place; scanned inputs and outputs
     # would be copied.
     def layer(carry, weights, index=None):
         x, keys, values = carry
-        q, k, v = decoder._project(x, weights, rope, config)
+        q, k, v = decoder.project_qkv(x, weights, rope, config)
         keys, values = _write(keys, k, index, column), _write(values, v, index, column)
         attended = _attend(q, _layer_of(keys, index), _layer_of(values, index), is_visible)
-        return decoder._finish_layer(x, attended, weights, config), keys, values
+        return decoder.finish_layer(x, attended, weights, config), keys, values
 
     x, written = params["embedding"][tokens], []
-    for weights, *stored in zip(parts, cache.keys, cache.values):
-        if is_taken_apart(config):
+    for weights, *stored in zip(layer_params, cache.keys, cache.values):
+        if is_unstacked(config):
             x, *stored = layer((x, *stored), jax.tree.map(jnp.transpose, weights))
         else:
             numbered = (weights, jnp.arange(config.num_layers))
@@ -133,56 +132,49 @@ def forward_cached(
                 lambda carry, each: (layer(carry, *each), None), (x, *stored), numbered
             )
         written.append(stored)
-    return decoder._rms_norm(x, params["final_norm"], config.norm_epsilon), KVCache(*zip(*written))
+    return decoder.rms_norm(x, params["final_norm"], config.norm_epsilon), KVCache(*zip(*written))
 
 
 def prefill(
     params: Params,
-    parts,
+    layer_params: tuple[Params, ...],
     config: DecoderConfig,
     tokens: Int[Array, "B T"],
     mask: Bool[Array, "B T"],
     dtype: Any,
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "B D"], KVCache]:
-    """The last hidden state of left-padded prompts and a cache of T columns that holds them."""
-    segments = mask.astype(jnp.int32)
-    columns = jnp.arange(tokens.shape[1])
+    """The last hidden state of left-padded prompts, and a cache of T columns that holds them."""
+    segments, columns = mask.astype(jnp.int32), jnp.arange(tokens.shape[1])
     is_visible = segment_mask(columns, segments, columns, segments)
-    cache = constrain(
-        init_cache(
-            config, *tokens.shape, dtype, jnp.promote_types(params["embedding"].dtype, jnp.float32)
-        ),
-        mesh,
-    )
+    wide = jnp.promote_types(params["embedding"].dtype, jnp.float32)
+    cache = constrain(init_cache(config, *tokens.shape, dtype, wide), mesh)
+    positions = decoder.positions_of(segments)
     hidden, cache = forward_cached(
-        params, parts, config, tokens, decoder.positions_of(segments), cache, 0, is_visible
+        params, layer_params, config, tokens, positions, cache, 0, is_visible
     )
     return hidden[:, -1], constrain(cache, mesh)
 
 
-def place(cache: KVCache, prefix: KVCache, source: Int[Array, " B"]) -> KVCache:
-    """The cache whose row b begins with row `source[b]` of `prefix`; rows whose source is negative
-    stay as they are.
+def copy_prefix(cache: KVCache, prefix: KVCache, prefix_row: Int[Array, " B"]) -> KVCache:
+    """The cache with row `prefix_row[b]` of `prefix` copied to the first columns of row b; if it is
+    negative, row b stays as it is.
     """
-    is_new = (source >= 0)[:, None, None, None]
+    is_new = (prefix_row >= 0)[:, None, None, None]
 
     def put(old: Array, new: Array) -> Array:
-        chosen = jnp.take(new, jnp.maximum(source, 0), axis=-4)
-        return jax.lax.dynamic_update_slice(
-            old, jnp.where(is_new, chosen, old[..., : new.shape[-2], :]), (0,) * old.ndim
-        )
+        chosen = jnp.take(new, jnp.maximum(prefix_row, 0), axis=-4)
+        merged = jnp.where(is_new, chosen, old[..., : new.shape[-2], :])
+        return jax.lax.dynamic_update_slice(old, merged, (0,) * old.ndim)
 
     return jax.tree.map(put, cache, prefix)
 
 
 def _write(stored: StoredKV, new: Float[Array, "B T K H"], index, column) -> StoredKV:
-    """Write T columns of one layer; `index` is its place in the stack, None where there is no
-    stack.
-    """
+    """Write T columns of one layer; `index` is its number if layers are stacked, else None."""
     new, scale = new.swapaxes(1, 2), None
     if stored.scale is not None:
-        new = new.astype(stored.scale.dtype)  # or the quotient would be rounded twice
+        new = new.astype(stored.scale.dtype)  # else the quotient is rounded twice
         peak = jnp.max(jnp.abs(new), axis=-1, keepdims=True)
         scale = (peak / _INT8_MAX).astype(stored.scale.dtype)
         new = jnp.round(new / jnp.where(peak > 0, peak / _INT8_MAX, 1))
@@ -205,39 +197,28 @@ def _layer_of(stored: StoredKV, index) -> StoredKV:
 def _attend(
     q: Float[Array, "B T N H"], keys: StoredKV, values: StoredKV, is_visible: Bool[Array, "B T S"]
 ) -> Float[Array, "B T O"]:
-    """Grouped-query attention to the columns of one layer's cache; scores and softmax in at least
+    """Grouped-query attention to the cached columns of one layer; scores and softmax in at least
     float32.
 
-    The scales of int8 multiply scores and probabilities, which are H times fewer than the numbers
-    they stand for.
+    int8 scales multiply scores and probabilities, which are H times fewer than keys and values.
     """
     batch, length, heads, size = q.shape
     kv_heads = keys.data.shape[1]
-    # Queries that share a head's keys are the rows of one matrix: XLA's CPU backend is slow at
-    # products with more free axes.
-    rows = (
-        q.reshape(batch, length, kv_heads, -1, size)
-        .transpose(0, 2, 3, 1, 4)
-        .reshape(batch, kv_heads, -1, size)
-    )
+    # Queries that share keys become rows of one matrix: XLA's CPU backend is slow at products with
+    # more free axes.
+    q_groups = q.reshape(batch, length, kv_heads, -1, size).transpose(0, 2, 3, 1, 4)
+    q_rows, k = q_groups.reshape(batch, kv_heads, -1, size), keys.data.astype(q.dtype)
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    scores = (
-        jnp.einsum("bkgh,bksh->bkgs", rows, keys.data.astype(q.dtype), preferred_element_type=wide)
-        * size**-0.5
-    )
+    scores = jnp.einsum("bkgh,bksh->bkgs", q_rows, k, preferred_element_type=wide) * size**-0.5
     if keys.scale is not None:
         scores = scores * keys.scale[..., 0][:, :, None]
     scores = scores.reshape(batch, kv_heads, -1, length, scores.shape[-1])
-    # A finite floor, not -inf: a row that attends to nothing must not turn into NaN.
-    probs = jax.nn.softmax(
-        jnp.where(is_visible[:, None, None], scores, jnp.finfo(wide).min), axis=-1
-    )
+    # A finite floor, not -inf: a row that attends to nothing must not become NaN.
+    scores = jnp.where(is_visible[:, None, None], scores, jnp.finfo(wide).min)
+    probs = jax.nn.softmax(scores, axis=-1)
     if values.scale is not None:
         probs = probs * values.scale[..., 0][:, :, None, None]
     probs = probs.astype(q.dtype).reshape(batch, kv_heads, -1, probs.shape[-1])
     out = jnp.einsum("bkgs,bksh->bkgh", probs, values.data.astype(q.dtype))
-    return (
-        out.reshape(batch, kv_heads, -1, length, size)
-        .transpose(0, 3, 1, 2, 4)
-        .reshape(batch, length, heads * size)
-    )
+    out = out.reshape(batch, kv_heads, -1, length, size).transpose(0, 3, 1, 2, 4)
+    return out.reshape(batch, length, heads * size)

@@ -1,10 +1,10 @@
 """Low-rank adapters (LoRA, arXiv:2106.09685): a kernel W acts as W + alpha / rank * B A, and only A
 and B are trained.
 
-The decoder adds the low-rank product beside the kernel's own wherever the tree holds adapters. They
-are never merged within a run: in bfloat16 a sum with W would round small updates away, and what is
-sampled would not be what is trained. For that second reason there is no dropout either: on-policy
-distillation scores the very function that wrote the rollouts.
+The decoder adds the low-rank product to that of the kernel if the parameters hold adapters. A run
+never merges them: in bfloat16 a sum with W would round small updates away, and the sampler would
+use another function than the update. There is no dropout for the same reason: on-policy
+distillation must score the function that wrote the rollouts.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import jax
 import jax.numpy as jnp
 
 from opdjax.config import LoraConfig, LoraTarget
-from opdjax.models.decoder import DecoderConfig, Params, parameter_shapes
+from opdjax.models.decoder import DecoderConfig, Params, abstract_params
 
-_STREAM = 3  # of the run's seed; those of the sampler are 0 to 2
+_STREAM = 3  # random stream of the run's seed; the sampler uses streams 0 to 2
 
 
 def init_adapters(model: DecoderConfig, lora: LoraConfig, seed: int) -> Params:
-    """Float32 adapters, for each target `T_lora_a [L, r, in]` and `T_lora_b [L, out, r]`, as a tree
-    of layers and nothing else.
+    """Float32 adapters `{"layers": ...}`: `T_lora_a [L, r, in]` and `T_lora_b [L, out, r]` for each
+    target T.
 
-    A is drawn from U(-1/sqrt(in), 1/sqrt(in)), as PEFT draws it, B is 0: at first the model is the
-    one without adapters. What a target draws does not depend on which others there are.
+    A is drawn from U(-1/sqrt(in), 1/sqrt(in)), as in PEFT, and B is 0: at first the model is the
+    one without adapters. The draws of a target do not depend on the other targets.
     """
     stream = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), _STREAM)
-    shapes, layers = parameter_shapes(model)["layers"], {}
+    kernels, layers = abstract_params(model)["layers"], {}
     for target in lora.targets:
-        num_layers, size_out, size_in = shapes[f"{target}_kernel"]
+        num_layers, size_out, size_in = kernels[f"{target}_kernel"].shape
         key, bound = jax.random.fold_in(stream, get_args(LoraTarget).index(target)), size_in**-0.5
         layers[f"{target}_lora_a"] = jax.random.uniform(
             key, (num_layers, lora.rank, size_in), jnp.float32, -bound, bound
@@ -40,32 +40,27 @@ def init_adapters(model: DecoderConfig, lora: LoraConfig, seed: int) -> Params:
 
 
 def combine(frozen: Params | None, trained: Params) -> Params:
-    """The whole tree that the decoder takes: what is trained among the frozen parameters, where
-    there are any; nothing is copied.
+    """The tree that the decoder takes: frozen parameters (None: all are trained) with the trained
+    ones. Nothing is copied.
     """
-    return (
-        trained
-        if frozen is None
-        else {**frozen, "layers": {**frozen["layers"], **trained["layers"]}}
-    )
+    if frozen is None:
+        return trained
+    return {**frozen, "layers": {**frozen["layers"], **trained["layers"]}}
 
 
 def without_adapters(params: Params) -> Params:
-    """The tree with every adapter left out, not merged."""
-    return {
-        **params,
-        "layers": {name: leaf for name, leaf in params["layers"].items() if "_lora_" not in name},
-    }
+    """The tree without its adapters, which are not merged."""
+    layers = {name: leaf for name, leaf in params["layers"].items() if "_lora_" not in name}
+    return {**params, "layers": layers}
 
 
 def merged(params: Params, name: str, layer: int, scale: float) -> jax.Array:
-    """Parameter `name` of one layer, a kernel that has an adapter as W + `scale` B A: in float32,
-    to be rounded once.
+    """Parameter `name` of one layer. A kernel with an adapter is W + `scale` B A in float32, to be
+    rounded once.
     """
     weight, target = params["layers"][name][layer], name.removesuffix("_kernel")
     if f"{target}_lora_a" not in params["layers"]:
         return weight
     a, b = (params["layers"][f"{target}_lora_{letter}"][layer] for letter in "ab")
-    return weight.astype(jnp.float32) + scale * jnp.matmul(
-        b, a, precision=jax.lax.Precision.HIGHEST
-    )
+    product = jnp.matmul(b, a, precision=jax.lax.Precision.HIGHEST)
+    return weight.astype(jnp.float32) + scale * product

@@ -1,9 +1,9 @@
-"""How parameters lie on a mesh: one rule a kind of parameter, and the gathering of a layer's
-weights where it is used.
+"""How parameters are sharded over a mesh: one rule per kind of parameter, and the gathering of a
+layer's weights where the layer runs.
 
-`tensor` splits what a layer computes in parallel (heads, MLP width, vocabulary), `fsdp` the other
-side of each kernel, which is gathered just before use. What is not named (norms, biases of outputs)
-is small and copied.
+`tensor` shards what a layer computes in parallel (heads, MLP width, vocabulary); `fsdp` shards the
+other axis of each kernel, which is gathered just before use. Other parameters (norms, biases of
+outputs) are small and replicated.
 """
 
 from __future__ import annotations
@@ -21,28 +21,19 @@ if TYPE_CHECKING:
     from opdjax.models.decoder import DecoderConfig
 
 WEIGHT_AXES = ("fsdp", "tensor")
-_INTO, _OUT_OF = (
-    ("tensor", "fsdp"),
-    ("fsdp", "tensor"),
-)  # the axes of a kernel [out, in] that reads, or writes, the residual stream
+# Kernels are [out, in]: one side of each is the residual stream, which `fsdp` shards.
 _RULES = {
-    "embedding": ("tensor", "fsdp"),
-    "head": ("tensor", "fsdp"),
-    "q_kernel": _INTO,
-    "k_kernel": _INTO,
-    "v_kernel": _INTO,
-    "o_kernel": _OUT_OF,
-    "gate_kernel": _INTO,
-    "up_kernel": _INTO,
-    "down_kernel": _OUT_OF,
-    "q_bias": ("tensor",),
-    "k_bias": ("tensor",),
-    "v_bias": ("tensor",),
+    **dict.fromkeys(("embedding", "head"), ("tensor", "fsdp")),
+    **dict.fromkeys(
+        ("q_kernel", "k_kernel", "v_kernel", "gate_kernel", "up_kernel"), ("tensor", "fsdp")
+    ),
+    **dict.fromkeys(("o_kernel", "down_kernel"), ("fsdp", "tensor")),
+    **dict.fromkeys(("q_bias", "k_bias", "v_bias"), ("tensor",)),
 }
 
 
 def spec_of(name: str, over: tuple[str, ...] = WEIGHT_AXES) -> P:
-    """How a parameter of that name is split over the mesh axes `over`, its axis of layers left out."""
+    """The spec of a parameter by its name, for the mesh axes `over`, without the axis of layers."""
     return P(*(axis if axis in over else None for axis in _axes(name)))
 
 
@@ -50,14 +41,13 @@ def _axes(name: str) -> tuple[str | None, ...]:
     target, is_adapter, letter = name.partition("_lora_")
     if not is_adapter:
         return _RULES.get(name, ())
-    # A [rank, in] and B [out, rank] lie as their kernel [out, in] does; a rank is divided by
-    # nothing.
+    # A [rank, in] and B [out, rank] are sharded like their kernel [out, in]; ranks are not sharded.
     axis_out, axis_in = _RULES[f"{target}_kernel"]
     return (None, axis_in) if letter == "a" else (axis_out, None)
 
 
 def specs_of(tree: Any, over: tuple[str, ...] = WEIGHT_AXES) -> Any:
-    """A spec for every leaf of a tree whose keys name parameters: the parameters, their gradients,
+    """A spec for every leaf of a tree whose keys name parameters: parameters, their gradients, or
     an optimizer's moments.
     """
 
@@ -72,23 +62,20 @@ def specs_of(tree: Any, over: tuple[str, ...] = WEIGHT_AXES) -> Any:
 
 def shardings_of(tree: Any, mesh: Mesh, over: tuple[str, ...] = WEIGHT_AXES) -> Any:
     """`specs_of` as shardings of the mesh."""
-    return jax.tree.map(
-        partial(NamedSharding, mesh), specs_of(tree, over), is_leaf=lambda x: isinstance(x, P)
-    )
+    is_spec = lambda x: isinstance(x, P)
+    return jax.tree.map(partial(NamedSharding, mesh), specs_of(tree, over), is_leaf=is_spec)
 
 
 def constrain(tree: Any, mesh: Mesh | None, over: tuple[str, ...] = WEIGHT_AXES) -> Any:
-    """The tree laid on the mesh by these rules, inside jit; as it is where there is no mesh."""
-    return (
-        tree
-        if mesh is None
-        else jax.lax.with_sharding_constraint(tree, shardings_of(tree, mesh, over))
-    )
+    """The tree sharded by these rules, inside jit; unchanged without a mesh."""
+    if mesh is None:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, shardings_of(tree, mesh, over))
 
 
 def require_divides(config: DecoderConfig, mesh: dict[str, int], what: str) -> None:
-    """ConfigError that names the mesh axis which cannot divide this model; `what` says whose model
-    it is.
+    """ConfigError that names the mesh axis which does not divide this model; `what` describes the
+    model.
     """
     sizes = {
         "fsdp": {"hidden_size": config.hidden_size},
@@ -99,33 +86,29 @@ def require_divides(config: DecoderConfig, mesh: dict[str, int], what: str) -> N
             "vocab_size": config.vocab_size,
         },
     }
-    for axis, parts in sizes.items():
-        wrong = [f"{name} {size}" for name, size in parts.items() if size % mesh[axis]]
+    for axis, fields in sizes.items():
+        wrong = ", ".join(f"{name} {size}" for name, size in fields.items() if size % mesh[axis])
         if wrong:
             raise ConfigError(
-                f"mesh.{axis} is {mesh[axis]}, which does not divide {', '.join(wrong)} of {what}; expected a divisor"
+                f"mesh.{axis} is {mesh[axis]}, which does not divide {wrong} of {what}; expected a "
+                "divisor"
             )
 
 
 def gathered(weights: dict[str, jax.Array], mesh: Mesh | None) -> dict[str, jax.Array]:
-    """One layer's weights, whole along `fsdp`: gathered where they are used, their gradient reduced
-    and split again at once.
+    """One layer's weights, gathered along `fsdp`; their gradients are reduced and sharded again.
 
-    Left to itself the compiler may gather every layer at a time, or send activations in place of
-    weights.
+    Without this the compiler may gather all layers at once, or move activations instead of weights.
     """
     if mesh is None or mesh.shape["fsdp"] == 1:
         return weights
-    return {
-        name: _gather(x, mesh, spec_of(name)) if spec_of(name) else x for name, x in weights.items()
-    }
+    gather = lambda x, spec: _gather(x, mesh, spec) if spec else x
+    return {name: gather(x, spec_of(name)) for name, x in weights.items()}
 
 
 def is_kept(primitive, *_, **__) -> bool:
-    """A rematerialisation policy: all is kept for the backward pass but what was only laid out
-    anew, such as gathered weights.
-
-    Those of all layers, kept whole, would undo fsdp.
+    """A rematerialisation policy that keeps everything for the backward pass but arrays that were
+    only resharded, such as gathered weights: kept for all layers, they would undo fsdp.
     """
     return primitive.name != "sharding_constraint"
 

@@ -1,11 +1,11 @@
-"""Rotary position embeddings: by what angle each pair of a head's dimensions rotates from one token
-to the next.
+"""Rotary position embeddings: the angle by which each pair of a head's dimensions rotates from one
+token to the next.
 
-Every kind here is a pure function of the position, so that cached, packed and padded tokens are
-rotated alike. Two kinds of `transformers` are not, and families.py refuses them: `dynamic` and
-`longrope` choose their frequencies by the longest sequence that a forward pass meets, so that a
-token's keys depend on the other rows of its batch, and keys that were cached before the sequence
-crossed the bound disagree with those of a full forward after it.
+Every kind here is a pure function of the position, so cached, packed and padded tokens get the same
+angles. Two kinds of `transformers` are not, and families.py refuses them: `dynamic` and `longrope`
+choose frequencies by the longest sequence in the forward pass. A token's keys would then depend on
+the other rows of its batch, and cached keys would differ from those of a full forward once the
+sequence has crossed the bound.
 """
 
 from __future__ import annotations
@@ -19,37 +19,29 @@ from jaxtyping import Float
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """What the angles are computed from; static under jit. Only `theta` is read where `kind` is
-    `default`.
+    """The parameters of the angles; static under jit. The kind `default` reads only `theta`.
 
-    A pair's rotations are counted over `original_length` tokens, the length that the model was
-    trained on before its context was stretched by `factor`.
+    Rotations of a pair are counted over `original_length` tokens, the trained context length before
+    it was stretched by `factor`.
     """
 
     theta: float
     kind: str = "default"
     factor: float = 1.0
     original_length: int = 0
-    slow_rotations: float = (
-        0.0  # a pair that rotates no more often is stretched by the whole factor
-    )
-    fast_rotations: float = 0.0  # one that rotates at least as often is not stretched
-    rounds_range: bool = (
-        True  # yarn: whether the range between the two begins and ends at a whole pair
-    )
-    attention_factor: float = (
-        1.0  # multiplies cosines and sines, so the logits of attention by its square
-    )
+    slow_rotations: float = 0.0  # pairs with at most as many are stretched by the whole factor
+    fast_rotations: float = 0.0  # pairs with at least as many are not stretched
+    rounds_range: bool = True  # yarn: the range between the two starts and ends at a whole pair
+    attention_factor: float = 1.0  # of cosines and sines; attention logits get its square
 
 
 def inverse_frequencies(rope: Rope, head_size: int) -> Float[np.ndarray, " H/2"]:
-    """Radians per token of each pair, float32: f_i (k_i + (1 - k_i) / factor), where f_i =
-    theta^(-2i/H).
+    """Radians per token of each pair, float32: f_i (k_i + (1 - k_i) / factor), with
+    f_i = theta^(-2i/H).
 
-    k in [0, 1] is the share of its own frequency that a pair keeps, by kind: 1 `default`, 0
-    `linear`, between them by how often the pair rotates `llama3` (Llama 3.1's release) and `yarn`
-    (arXiv 2309.00071, section 3.2). Agrees with transformers' `modeling_rope_utils.py`. Computed in
-    float64 at trace time, where it costs nothing.
+    k_i in [0, 1] depends on the kind: 1 for `default`, 0 for `linear`; for `llama3` (as released
+    with Llama 3.1) and `yarn` (arXiv 2309.00071, section 3.2) it grows with the pair's rotations.
+    Equals transformers' `modeling_rope_utils.py`. Computed in float64 at trace time.
     """
     pairs = np.arange(head_size // 2)
     frequencies = float(rope.theta) ** (-2 * pairs / head_size)
@@ -60,7 +52,7 @@ def inverse_frequencies(rope: Rope, head_size: int) -> Float[np.ndarray, " H/2"]
 def yarn_attention_factor(
     factor: float, mscale: float | None = None, mscale_all_dim: float | None = None
 ) -> float:
-    """m(1), or m(mscale) / m(mscale_all_dim) where both are given; m(s) = 1 + 0.1 s ln(factor)
+    """m(1), or m(mscale) / m(mscale_all_dim) if both are given, with m(s) = 1 + 0.1 s ln(factor)
     (arXiv 2309.00071, eq. 22).
     """
     if mscale is None or mscale_all_dim is None:
@@ -80,30 +72,26 @@ def _keep_nothing(rope: Rope, head_size: int, frequencies) -> Float[np.ndarray, 
 def _keep_by_rotations(rope: Rope, head_size: int, frequencies) -> Float[np.ndarray, " H/2"]:
     """From 0 to 1, linear in the number of rotations."""
     rotations = rope.original_length * frequencies / (2 * math.pi)
-    return np.clip(
-        (rotations - rope.slow_rotations) / (rope.fast_rotations - rope.slow_rotations), 0, 1
-    )
+    slow, fast = rope.slow_rotations, rope.fast_rotations
+    return np.clip((rotations - slow) / (fast - slow), 0, 1)
 
 
 def _keep_by_index(rope: Rope, head_size: int, frequencies) -> Float[np.ndarray, " H/2"]:
-    """From 1 to 0, linear in the index of the pair, between the (fractional) pairs that rotate
-    `fast` and `slow` times.
+    """From 1 to 0, linear in the pair's index, between the (fractional) pairs that rotate `fast`
+    and `slow` times.
 
     The pair that rotates r times is i(r) = H ln(original_length / (2 pi r)) / (2 ln theta).
     """
 
     def index(rotations):
-        return (
-            head_size
-            * math.log(rope.original_length / (2 * math.pi * rotations))
-            / (2 * math.log(rope.theta))
-        )
+        wavelengths = rope.original_length / (2 * math.pi * rotations)
+        return head_size * math.log(wavelengths) / (2 * math.log(rope.theta))
 
     first, last = index(rope.fast_rotations), index(rope.slow_rotations)
     if rope.rounds_range:
         first, last = math.floor(first), math.ceil(last)
-    # The bound is H - 1 although there are H / 2 pairs: so it is in the original code, and models
-    # were trained with it.
+    # The bound is H - 1 although there are H / 2 pairs, as in the original code, with which models
+    # were trained.
     first, last = max(first, 0), min(last, head_size - 1)
     width = last - first or 0.001
     return 1 - np.clip((np.arange(head_size // 2) - first) / width, 0, 1)

@@ -12,9 +12,9 @@ def invert_cdf(
 ) -> Int[Array, " B"]:
     """The token whose share of the cumulative weight contains `uniform`; weights need not sum to 1.
 
-    Two levels, block sums and then inside the block, so that no running sum over the whole
-    vocabulary is formed. Never returns a token of weight 0. With an `axis` each of its devices has
-    a slice of the vocabulary, and all get the token.
+    Works in two levels, block sums and then inside one block, so that no running sum over the whole
+    vocabulary is formed. Never returns a token of weight 0. With an `axis`, each device along it
+    holds a slice of the vocabulary, and all of them return the token.
     """
     batch, vocab = weights.shape
     block = 1 << max(3, (vocab.bit_length() + 1) // 2)
@@ -36,24 +36,21 @@ def invert_cdf(
 
 def _invert_blocks(blocks, totals, sums, target) -> Int[Array, " B"]:
     chosen = _first_above(sums, totals > 0, target)
-    before = jnp.where(
-        chosen > 0, jnp.take_along_axis(sums, jnp.maximum(chosen - 1, 0)[:, None], axis=-1)[:, 0], 0
-    )
+    previous = jnp.take_along_axis(sums, jnp.maximum(chosen - 1, 0)[:, None], axis=-1)[:, 0]
+    before = jnp.where(chosen > 0, previous, 0)
     inside = jnp.take_along_axis(blocks, chosen[:, None, None], axis=1)[:, 0]
-    return (
-        chosen * blocks.shape[-1]
-        + _first_above(jnp.cumsum(inside, axis=-1), inside > 0, target - before)
-    ).astype(jnp.int32)
+    place = _first_above(jnp.cumsum(inside, axis=-1), inside > 0, target - before)
+    return (chosen * blocks.shape[-1] + place).astype(jnp.int32)
 
 
 def _first_above(
     sums: Float[Array, "B N"], is_live: Bool[Array, "B N"], target: Float[Array, " B"]
 ) -> Int[Array, " B"]:
-    """First live index whose running sum exceeds the target; rounding may leave none, then the last
-    live one.
+    """First live index whose running sum exceeds the target; the last live index if rounding leaves
+    none.
 
-    XLA adds a long running sum up as a tree, whose rounding lets it rise (or fall) by an ulp where
-    a weight of 0 is added.
+    XLA computes a long running sum as a tree, whose rounding can change the sum by an ulp where a
+    weight of 0 is added.
     """
     is_found = is_live & (sums > target[:, None])
     last = jnp.max(jnp.where(is_live, jnp.arange(sums.shape[-1]), 0), axis=-1)

@@ -1,5 +1,5 @@
-"""Reductions that take their mask as an argument: what stands in a masked slot, NaN included,
-changes nothing.
+"""Reductions that take a mask as an argument. Masked slots may hold anything, NaN included: they
+change neither value nor gradient.
 """
 
 from __future__ import annotations
@@ -10,72 +10,66 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 def zero_where_masked(x: Float[Array, ...], mask: Bool[Array, ...]) -> Float[Array, ...]:
-    """`x` with exact zeros, and zero gradient, wherever `mask` is False."""
+    """`x` with exact zeros, and zero gradient, where `mask` is False."""
     return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
 def masked_sum(x: Float[Array, ...], mask: Bool[Array, ...], axis=None) -> Float[Array, ...]:
     """Sum of the unmasked entries, in at least float32."""
-    return jnp.sum(
-        zero_where_masked(x, mask), axis=axis, dtype=jnp.promote_types(x.dtype, jnp.float32)
-    )
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.sum(zero_where_masked(x, mask), axis=axis, dtype=wide)
 
 
 def masked_mean(x: Float[Array, ...], mask: Bool[Array, ...], axis=None) -> Float[Array, ...]:
-    """Mean of the unmasked entries; 0 where there are none."""
+    """Mean of the unmasked entries; 0 if there are none."""
     return masked_sum(x, mask, axis) / jnp.maximum(jnp.sum(mask, axis=axis), 1)
 
 
 def masked_std(x: Float[Array, ...], mask: Bool[Array, ...]) -> Float[Array, ""]:
-    """Population standard deviation of the unmasked entries; 0 where there are none."""
+    """Population standard deviation of the unmasked entries; 0 if there are none."""
     x = zero_where_masked(x, mask)
     variance = masked_mean(jnp.square(x - masked_mean(x, mask)), mask)
-    # The root has an infinite slope at 0: without the inner guard, equal entries would have a
-    # gradient of NaN.
+    # The square root has an infinite slope at 0: without the inner guard, the gradient of equal
+    # entries would be NaN.
     return jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 0)
 
 
 def masked_quantiles(
     x: Float[Array, ...], mask: Bool[Array, ...], shares: tuple[float, ...]
 ) -> Float[Array, " Q"]:
-    """Quantiles of the unmasked entries, between two entries by straight line (numpy's default);
-    NaN where there are none.
+    """Quantiles of the unmasked entries, with linear interpolation (numpy's default); NaN if there
+    are none.
     """
     count = jnp.sum(mask)
     ascending = jnp.sort(jnp.where(mask, x, jnp.inf).reshape(-1))
     place = jnp.asarray(shares, ascending.dtype) * jnp.maximum(count - 1, 0)
     below = jnp.floor(place).astype(jnp.int32)
     low, high = ascending[below], ascending[jnp.minimum(below + 1, jnp.maximum(count - 1, 0))]
-    # Equal neighbours are taken as they are: of two infinities the difference would be NaN.
-    return jnp.where(
-        count > 0, jnp.where(low == high, low, low + (place - below) * (high - low)), jnp.nan
-    )
+    # Equal neighbours need no interpolation: the difference of two infinities would be NaN.
+    found = jnp.where(low == high, low, low + (place - below) * (high - low))
+    return jnp.where(count > 0, found, jnp.nan)
 
 
 def starts_sequence(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
-    """True where a column does not continue the segment of the column before it; padding counts as
-    a segment.
-    """
+    """True where a column starts a new segment; padding counts as a segment."""
     differs = segment_ids[:, 1:] != segment_ids[:, :-1]
     return jnp.concatenate([jnp.ones_like(differs[:, :1]), differs], axis=1)
 
 
 def sequence_index(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """The number of the sequence within its row, counted from 0: columns of one sequence share it."""
+    """At every column, the number of its sequence within the row, from 0."""
     return jnp.cumsum(starts_sequence(segment_ids), axis=1) - 1
 
 
 def sequence_total(x: Float[Array, "B T"], segment_ids: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    """At every column, the sum of `x` over the sequence the column belongs to."""
+    """At every column, the sum of `x` over the column's sequence."""
     index = sequence_index(segment_ids)
-    totals = jax.vmap(lambda row, at: jax.ops.segment_sum(row, at, num_segments=row.shape[0]))(
-        x, index
-    )
-    return jnp.take_along_axis(totals, index, axis=1)
+    sums = jax.vmap(lambda row, at: jax.ops.segment_sum(row, at, num_segments=row.shape[0]))
+    return jnp.take_along_axis(sums(x, index), index, axis=1)
 
 
 def rank_in_sequence(mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """At every column, how many unmasked columns of the same sequence stand before it."""
+    """At every column, the number of unmasked columns before it in the same sequence."""
     before = jnp.cumsum(mask, axis=1) - mask
     return before - jax.lax.cummax(jnp.where(starts_sequence(segment_ids), before, 0), axis=1)
 
@@ -83,17 +77,16 @@ def rank_in_sequence(mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"]) -
 def running_sum(
     x: Float[Array, "B T"], mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """At every column, the sum of the unmasked entries of the same sequence up to and including it."""
+    """At every column, the sum of the unmasked entries of its sequence up to and including it."""
 
-    # Not a difference of two sums over the row: that would round by what the sequences before this
-    # one hold.
+    # Not a difference of two sums over the row: its rounding would depend on the values of earlier
+    # sequences.
     def add(earlier, later):
         (before, was_started), (total, is_started) = earlier, later
         return jnp.where(is_started, total, before + total), was_started | is_started
 
-    return jax.lax.associative_scan(
-        add, (zero_where_masked(x, mask), starts_sequence(segment_ids)), axis=1
-    )[0]
+    values = zero_where_masked(x, mask), starts_sequence(segment_ids)
+    return jax.lax.associative_scan(add, values, axis=1)[0]
 
 
 def reverse_discounted_sum(
@@ -102,10 +95,9 @@ def reverse_discounted_sum(
     segment_ids: Int[Array, "B T"],
     discount: float,
 ) -> Float[Array, "B T"]:
-    """`y[b, t] = x[b, t] + discount * y[b, t + 1]` over the unmasked columns, never across a
-    segment's end.
+    """`y[b, t] = x[b, t] + discount * y[b, t + 1]` over the unmasked columns of one segment.
 
-    Masked columns contribute 0 and neither reset nor decay the sum. Returns 0 on masked columns.
+    Masked columns contribute 0 and neither reset nor decay the sum; the result there is 0.
     """
     x = zero_where_masked(x, mask)
 

@@ -1,8 +1,8 @@
-"""The mesh, and how arrays are laid on it.
+"""The mesh, and how arrays are sharded over it.
 
-Three axes: `data` holds copies of the parameters, `fsdp` splits them and the optimizer's state,
-`tensor` splits the heads, the MLP and the vocabulary within a layer. Rows of a batch are split over
-`data` and `fsdp` together.
+Three axes: parameters are replicated over `data`; parameters and optimizer state are sharded over
+`fsdp`; heads, MLP and vocabulary of a layer are sharded over `tensor`. Rows of a batch are sharded
+over `data` and `fsdp` together.
 """
 
 from __future__ import annotations
@@ -26,18 +26,17 @@ ROW_AXES = ("data", "fsdp")
 
 
 def mesh_sizes(data: int, fsdp: int, tensor: int, available: int, kind: str) -> dict[str, int]:
-    """Axis -> size, out of `available` devices of a kind; `data` may be -1: as many as there are
-    devices for.
+    """Axis -> size, for `available` devices of a kind; `data` -1 uses all devices that the other
+    axes leave. ConfigError if there are too few devices.
     """
     data = max(available // (fsdp * tensor), 1) if data == -1 else data
     count = data * fsdp * tensor
     if count > available:
-        named = ", ".join(
-            f"mesh.{name} {size}" for name, size in zip(AXES, (data, fsdp, tensor)) if size > 1
-        )
+        sizes = zip(AXES, (data, fsdp, tensor))
+        named = ", ".join(f"mesh.{name} {size}" for name, size in sizes if size > 1)
         raise ConfigError(
-            f"{named}: {count} devices, but there are {available} {kind} devices; expected a product of at most "
-            "so many (mesh.data -1: all that the others leave)"
+            f"{named}: {count} devices, but there are {available} {kind} devices; expected a "
+            f"product of at most {available} (mesh.data -1: all devices that the other axes leave)"
         )
     return {"data": data, "fsdp": fsdp, "tensor": tensor}
 
@@ -45,28 +44,26 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, available: int, kind: str) -> 
 def make_mesh(
     data: int, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh of `data * fsdp * tensor` of these devices, by default of those that are here; `data`
-    may be -1.
-    """
+    """A mesh of the first `data * fsdp * tensor` of `devices` (None: of all); `data` may be -1."""
     available = jax.devices() if devices is None else devices
     sizes = mesh_sizes(data, fsdp, tensor, len(available), available[0].platform)
     used = available[: math.prod(sizes.values())]
     if jax.process_count() > 1 and devices is None and len(used) != len(available):
         named = " x ".join(f"mesh.{name} {size}" for name, size in sizes.items())
         raise ConfigError(
-            f"{named} use {len(used)} of {len(available)} devices; expected all of them where a run has several processes: one whose "
-            "devices are left out would never be heard of"
+            f"{named} use {len(used)} of {len(available)} devices; a run of several processes must "
+            "use all of them, because a process without a device in the mesh cannot take part"
         )
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=used)
 
 
 def num_row_shards(mesh: Mesh | None) -> int:
-    """Into how many parts the rows of a batch are split."""
+    """The number of parts that the rows of a batch are sharded into."""
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def by_row(mesh: Mesh) -> NamedSharding:
-    """Rows split over `data` and `fsdp`."""
+    """Rows sharded over `data` and `fsdp`."""
     return NamedSharding(mesh, P(ROW_AXES))
 
 
@@ -76,20 +73,18 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def keep_rows(x: Any, mesh: Mesh | None) -> Any:
-    """`x` with its rows where those of a batch are and whole otherwise, inside jit; as it is where
-    there is no mesh.
-    """
+    """`x` with its rows sharded as those of a batch, inside jit; unchanged without a mesh."""
     return x if mesh is None else jax.lax.with_sharding_constraint(x, by_row(mesh))
 
 
 def is_process_zero() -> bool:
-    """Whether this process is the one that writes files and prints."""
+    """Whether this is process zero, which writes files and prints."""
     return jax.process_index() == 0
 
 
 def to_host(tree: Any) -> Any:
-    """The tree as numpy arrays; what lies spread over several processes is gathered, which all of
-    them must do together.
+    """The tree as numpy arrays. Arrays sharded over several processes are gathered: all processes
+    must call this together.
     """
 
     def fetch(x):
@@ -101,12 +96,11 @@ def to_host(tree: Any) -> Any:
 
 
 def split_rows(tree: Any, parts: int) -> Any:
-    """Every leaf `[B, ...]` as `[parts, B / parts, ...]`: row r goes to part r % parts, so that
-    each device feeds every part.
+    """Every leaf `[B, ...]` as `[parts, B / parts, ...]`. Row r goes to part r % parts, so that
+    every part has rows of each device.
     """
-    return jax.tree.map(
-        lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), tree
-    )
+    split = lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+    return jax.tree.map(split, tree)
 
 
 def merge_rows(tree: Any) -> Any:
@@ -117,12 +111,12 @@ def merge_rows(tree: Any) -> Any:
 def scan_parts(
     step: Callable, carry: Any, tree: Any, mask: Bool[Array, "B T"], parts: int
 ) -> tuple[Any, Any, Int[Array, ""]]:
-    """`step(carry, part) -> (carry, outputs)` over the parts of `split_rows(tree, parts)`, up to
-    the last in which `mask` holds.
+    """Scan `step(carry, part) -> (carry, outputs)` over the parts of `split_rows(tree, parts)`, up
+    to the last part with an unmasked token.
 
-    Returns (carry, outputs merged, number of parts visited); rows of parts that were not visited
-    have outputs of 0. How many are visited is data: one compiled program serves batches however
-    full, and nothing is differentiated through the loop.
+    Returns (carry, merged outputs, number of parts visited); outputs of rows that were not visited
+    are 0. The number of visited parts is data, so one compiled program serves all batches. The loop
+    cannot be differentiated.
     """
     split = split_rows(tree, parts)
     is_live = jnp.any(split_rows(mask, parts), axis=(1, 2))
@@ -132,9 +126,8 @@ def scan_parts(
         carry, outputs = state
         part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), split)
         carry, found = step(carry, part)
-        return carry, jax.tree.map(
-            lambda whole, x: jax.lax.dynamic_update_index_in_dim(whole, x, index, 0), outputs, found
-        )
+        put = lambda whole, x: jax.lax.dynamic_update_index_in_dim(whole, x, index, 0)
+        return carry, jax.tree.map(put, outputs, found)
 
     shapes = jax.eval_shape(lambda: step(carry, jax.tree.map(lambda x: x[0], split))[1])
     outputs = jax.tree.map(lambda x: jnp.zeros((parts, *x.shape), x.dtype), shapes)
@@ -142,9 +135,15 @@ def scan_parts(
     return carry, merge_rows(outputs), num_visited
 
 
+def abstract_like(tree: Any, shardings: Any) -> Any:
+    """The tree's shapes and types, with these shardings and without values."""
+    abstract = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return jax.tree.map(abstract, tree, shardings)
+
+
 def shard_rows(batch: Any, mesh: Mesh) -> Any:
-    """Place a tree of host arrays, the same in every process, with their first axis split over the
-    rows' axes.
+    """Put host arrays, equal in every process, on the mesh with their rows sharded over `data` and
+    `fsdp`.
     """
     if jax.process_count() == 1:
         return jax.device_put(batch, by_row(mesh))

@@ -1,5 +1,5 @@
-"""What a recipe sees: the next-token distributions of a few tokens, whole or as one device's slice
-of the vocabulary.
+"""The next-token distributions of a tile of tokens, which a recipe reads: over the whole vocabulary
+or over one device's slice of it.
 """
 
 from __future__ import annotations
@@ -28,50 +28,42 @@ class Head:
     kernel: Float[Array, "V D"]
     bias: Float[Array, " V"] | None = None
     softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
-    valid_vocab: int | None = (
-        None  # rows at or beyond this id pad the embedding and stand for no token
-    )
+    valid_vocab: int | None = None  # rows from this id on pad the embedding and are no tokens
     temperature: float = 1.0  # of the distribution that is scored
 
 
 def sum_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """The type that softmaxes and sums are taken in: at least float32."""
+    """The dtype of softmaxes and sums: at least float32."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def head_logits(
     head: Head, hidden: Float[Array, "... D"], axis: str | None = None
 ) -> Float[Array, "... V"]:
-    """Dense logits, in at least float32. For a few positions only: training and scoring go through
-    the tiled pass.
-
-    With an `axis` the head is this device's slice of the vocabulary along it.
+    """Dense logits, in at least float32. Only for a few positions: training and scoring use the
+    tiled pass. With an `axis`, the head is this device's slice of the vocabulary along it.
     """
     return finish_logits(head, raw_logits(head, hidden), axis)
 
 
 def raw_logits(head: Head, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-    """The product alone, in at least float32."""
-    return jnp.einsum(
-        "...d,vd->...v", hidden, head.kernel, preferred_element_type=sum_dtype(hidden.dtype)
-    )
+    """`hidden @ kernel.T`, in at least float32."""
+    dtype = sum_dtype(hidden.dtype)
+    return jnp.einsum("...d,vd->...v", hidden, head.kernel, preferred_element_type=dtype)
 
 
 def finish_logits(
     head: Head, raw: Float[Array, "... V"], axis: str | None = None
 ) -> Float[Array, "... V"]:
-    """Logits from the head's product with hidden states: bias, softcap, temperature, and -inf on
-    what stands for no token.
-    """
+    """Logits from `raw_logits`: adds bias, softcap, temperature, and -inf on padding ids."""
     logits = raw if head.bias is None else raw + head.bias.astype(raw.dtype)
     if head.softcap is not None:
         logits = head.softcap * jnp.tanh(logits / head.softcap)
     if head.temperature != 1.0:
         logits = logits / head.temperature
-    if head.valid_vocab is not None and head.valid_vocab < head.kernel.shape[0] * _num_slices(axis):
-        logits = jnp.where(
-            _ids_of_slice(head.kernel.shape[0], axis) < head.valid_vocab, logits, -jnp.inf
-        )
+    width = head.kernel.shape[0]
+    if head.valid_vocab is not None and head.valid_vocab < width * _num_slices(axis):
+        logits = jnp.where(_ids_of_slice(width, axis) < head.valid_vocab, logits, -jnp.inf)
     return logits
 
 
@@ -85,27 +77,25 @@ def _ids_of_slice(width: int, axis: str | None) -> Int[Array, " V"]:
 
 
 def fit_width(logits: Float[Array, "n U"], vocab: int) -> Float[Array, "n V"]:
-    """Models of one family may pad one vocabulary to different widths; what differs stands for no
-    token.
+    """Logits cut or padded to width `vocab`. Models of one family may pad the same vocabulary to
+    different widths; only padding ids differ.
     """
     missing = vocab - logits.shape[1]
-    return (
-        jnp.pad(logits, ((0, 0), (0, missing)), constant_values=-jnp.inf)
-        if missing > 0
-        else logits[:, :vocab]
-    )
+    if missing <= 0:
+        return logits[:, :vocab]
+    return jnp.pad(logits, ((0, 0), (0, missing)), constant_values=-jnp.inf)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["logits"], meta_fields=["axis"])
 @dataclasses.dataclass(frozen=True)
 class VocabTile:
-    """The next-token distributions of n tokens. Made of plain dense `[n, V]` logits it is the
+    """The next-token distributions of n tokens. A tile of plain dense `[n, V]` logits is the
     reference of every test.
 
-    On a mesh that splits the vocabulary each device has the logits of its own slice, and `axis`
-    names the mesh axis. So a recipe reduces over the vocabulary by the methods of this class alone,
-    never by `jnp.sum(..., axis=-1)`: what they return is of the whole vocabulary and the same on
-    every device. One that forgets is refused when it is traced.
+    If the mesh shards the vocabulary, each device holds the logits of its own slice, and `axis` is
+    the mesh axis. A recipe must reduce over the vocabulary with the methods of this class, never
+    with `jnp.sum(..., axis=-1)`: the methods reduce over the whole vocabulary and return the same
+    values on every device. A recipe that does not fails when it is traced.
     """
 
     logits: Float[Array, "n V"]
@@ -113,12 +103,12 @@ class VocabTile:
 
     @property
     def ids(self) -> Int[Array, " V"]:
-        """The ids that the columns stand for."""
+        """The token ids of the columns."""
         return _ids_of_slice(self.logits.shape[-1], self.axis)
 
     @property
     def vocab_size(self) -> int:
-        """V, all slices together."""
+        """V, over all slices."""
         return self.logits.shape[-1] * _num_slices(self.axis)
 
     def total(self, x: Float[Array, "n V"]) -> Float[Array, " n"]:
@@ -132,38 +122,32 @@ class VocabTile:
         return found if self.axis is None else jax.lax.pmax(found, self.axis)
 
     def log_total(self, x: Float[Array, "n V"]) -> Float[Array, " n"]:
-        """`log sum exp(x)` over the vocabulary; -inf, without gradient, in a row that is -inf
-        throughout.
-        """
+        """`log sum exp(x)` over the vocabulary; -inf without gradient for a row of -inf."""
         top = self.largest(x)
-        is_live = top != -jnp.inf  # a NaN is live: it has to be seen
-        summed = self.total(
-            jnp.exp(jnp.where(is_live[:, None], x, 0) - jnp.where(is_live, top, 0)[:, None])
-        )
-        return jnp.where(is_live, jnp.log(summed) + top, -jnp.inf)
+        is_live = top != -jnp.inf  # NaN counts as live, so that it propagates
+        shifted = jnp.where(is_live[:, None], x, 0) - jnp.where(is_live, top, 0)[:, None]
+        return jnp.where(is_live, jnp.log(self.total(jnp.exp(shifted))) + top, -jnp.inf)
 
     @property
     def logsumexp(self) -> Float[Array, " n"]:
         """The log-normaliser, nats."""
-        return (
-            jax.nn.logsumexp(self.logits, axis=-1)
-            if self.axis is None
-            else self.log_total(self.logits)
-        )
+        if self.axis is None:
+            return jax.nn.logsumexp(self.logits, axis=-1)
+        return self.log_total(self.logits)
 
     @property
     def logprobs(self) -> Float[Array, "n V"]:
-        """Log-softmax, nats; -inf on padded ids."""
+        """Log-softmax, nats; -inf on padding ids."""
         return self.logits - self.logsumexp[:, None]
 
     def logprob(self, ids: Int[Array, "n *K"]) -> Float[Array, "n *K"]:
-        """Log-probability at one id (`[n]`) or at K ids (`[n, K]`) a token, under the full softmax."""
+        """Log-probs of one id (`[n]`) or K ids (`[n, K]`) per token, full softmax, nats."""
         columns = ids if ids.ndim == 2 else ids[:, None]
         picked = self.at(columns) - self.logsumexp[:, None]
         return picked if ids.ndim == 2 else picked[:, 0]
 
     def at(self, ids: Int[Array, "n K"]) -> Float[Array, "n K"]:
-        """The logits of K ids a token."""
+        """The logits of K ids per token."""
         if self.axis is None:
             return jnp.take_along_axis(self.logits, ids, axis=-1)
         column, is_mine = self._column(ids)
@@ -171,35 +155,29 @@ class VocabTile:
         return jax.lax.psum(jnp.where(is_mine, found, 0), self.axis)
 
     def _column(self, ids: Int[Array, "n K"]) -> tuple[Int[Array, "n K"], Bool[Array, "n K"]]:
-        """Where the ids stand among this device's columns, and whether they do."""
+        """The columns of the ids on this device, and whether the ids are in its slice."""
         width = self.logits.shape[-1]
         column = ids if self.axis is None else ids - jax.lax.axis_index(self.axis) * width
         return column, (column >= 0) & (column < width)
 
     def without(self, ids: Int[Array, "n K"]) -> Float[Array, "n V"]:
-        """Log-probabilities of all ids but the given ones, which are -inf; an id of `vocab_size` or
-        more is none.
-        """
+        """Log-probs of all ids, -inf at the given ids; ids from `vocab_size` on are ignored."""
         column, is_mine = self._column(ids)
         column = jnp.where(is_mine, column, self.logits.shape[-1])
-        return self.logprobs.at[jnp.arange(ids.shape[0])[:, None], column].set(
-            -jnp.inf, mode="drop"
-        )
+        places = jnp.arange(ids.shape[0])[:, None], column
+        return self.logprobs.at[places].set(-jnp.inf, mode="drop")
 
     def expect(self, f: Float[Array, "n V"]) -> Float[Array, " n"]:
-        """`E_{v ~ this}[f(v)]`. Ids of probability 0 contribute exactly 0, value and gradient,
-        whatever `f` holds there.
+        """`E_{v ~ this}[f(v)]`. Ids of probability 0 contribute exactly 0 to value and gradient,
+        even where `f` is NaN.
         """
         is_live = self.logits > -jnp.inf
-        return self.total(
-            jnp.where(
-                is_live, jnp.exp(jnp.where(is_live, self.logprobs, 0)) * jnp.where(is_live, f, 0), 0
-            )
-        )
+        weighted = jnp.exp(jnp.where(is_live, self.logprobs, 0)) * jnp.where(is_live, f, 0)
+        return self.total(jnp.where(is_live, weighted, 0))
 
     def top_k(self, k: int) -> Int[Array, "n K"]:
         """Ids of the `min(k, V)` most likely tokens, most likely first."""
-        if k == 1:  # an argmax costs far less
+        if k == 1:  # argmax is much faster
             columns = jnp.argmax(self.logits, axis=-1, keepdims=True)
             values = jnp.take_along_axis(self.logits, columns, axis=-1)
         else:
@@ -210,8 +188,8 @@ class VocabTile:
         return jnp.take_along_axis(ids, jax.lax.top_k(values, min(k, self.vocab_size))[1], axis=-1)
 
     def _collect(self, mine: Float[Array, "n K"]) -> Float[Array, "n S*K"]:
-        """The slices' values side by side. By a sum, since that, unlike a gather, is known to be
-        the same on every device.
+        """The values of all slices, concatenated. By psum: shard_map knows that its result is the
+        same on every device, which it does not know of an all-gather.
         """
         mine = jax.lax.stop_gradient(mine)
         place = jax.nn.one_hot(jax.lax.axis_index(self.axis), _num_slices(self.axis), dtype=bool)
@@ -219,10 +197,7 @@ class VocabTile:
         return jax.lax.psum(spread, self.axis).reshape(mine.shape[0], -1)
 
     def draw(self, uniform: Float[Array, "n M"]) -> Int[Array, "n M"]:
-        """M ids a token, drawn from this distribution by inverting its cumulative sum at the given
-        uniform numbers.
-        """
+        """M ids per token, drawn from this distribution by inverting its CDF at `uniform`."""
         weights = jnp.exp(self.logits - self.largest(self.logits)[:, None])
-        return jax.vmap(partial(invert_cdf, axis=self.axis), in_axes=(None, 1), out_axes=1)(
-            weights, uniform
-        )
+        invert = jax.vmap(partial(invert_cdf, axis=self.axis), in_axes=(None, 1), out_axes=1)
+        return invert(weights, uniform)

@@ -1,15 +1,15 @@
-"""The tiled pass over the vocabulary: every loss and statistic that needs logits sees them one tile
-at a time.
+"""The tiled pass over the vocabulary: losses and statistics read logits one tile of tokens at a
+time, so that `[N, V]` logits are never materialised.
 
-`[N, V]` never exists. A pass sorts the tokens that count to the front, then loops over tiles of
-`tile` tokens: project the hidden states, run the recipe on the tile, differentiate it with respect
-to the tile's logits, add to the gradient of the head, keep the gradient of the hidden states. The
-gradient is thus formed in the forward pass (three matmuls a tile instead of four with
-rematerialisation) and the backward pass only scales it. Tokens that do not count cost nothing.
+A pass moves the tokens with non-zero weight to the front, then loops over tiles of `tile` tokens:
+project the hidden states, run the recipe on the tile, differentiate it with respect to the tile's
+logits, add to the gradient of the head, store the gradient of the hidden states. So the gradient is
+formed in the forward pass (three matmuls per tile, instead of four with rematerialisation), and the
+backward pass only scales it. Tokens of weight 0 cost nothing.
 
-This file owns the one shift by one of the project: column t of every argument speaks of `tokens[:,
-t]`, except `hidden`, whose column t is the state after reading `tokens[:, t]` and therefore
-predicts column t + 1.
+This file contains the only shift by one in the project: column t of every argument belongs to
+`tokens[:, t]`, except `hidden`, whose column t is the state after `tokens[:, t]` and predicts
+column t + 1.
 """
 
 from __future__ import annotations
@@ -29,40 +29,30 @@ from opdjax.ops.sharding import ROW_AXES
 from opdjax.ops.tile import Head, VocabTile, finish_logits, fit_width, raw_logits, sum_dtype
 
 PyTree = Any
-CPU_LOGITS = 2**20  # of each side that a recipe sees at a time, where there is no accelerator
-CPU_BLOCK = (
-    4096  # rows of the head whose gradient is formed at a time, where there is no accelerator
-)
+CPU_LOGITS = 2**20  # on a CPU: logits of one model that a recipe processes at a time
+CPU_BLOCK = 4096  # on a CPU: rows of the head whose gradient is formed at a time
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenInputs:
-    """What a recipe may read of each token beside its logits; a field that the run does not carry
-    is None.
+    """What a recipe may read of each token besides logits; a field that the run does not have is
+    None.
     """
 
-    token: Int[Array, " n"]
-    teacher_logprob: Float[Array, " n"] | None = None
-    behavior_logprob: Float[Array, " n"] | None = (
-        None  # of the distribution the token was truly drawn from
-    )
-    advantage: Float[Array, " n"] | None = (
-        None  # of the whole completion or its stage, from a scalar reward
-    )
-    reference_logprob: Float[Array, " n"] | None = None  # of the student as it was at the start
-    uniform: Float[Array, "n M"] | None = None  # for M more draws from the student at this context
-    teacher_ids: Int[Array, "n K"] | None = None  # the teacher's K most likely, most likely first
-    teacher_top_logprob: Float[Array, "n K"] | None = None  # of them, under its full softmax
-    # What couples tokens, prepared by `estimators.sequence` before the pass:
-    future_reward: Float[Array, " n"] | None = None  # discounted, of the tokens after this one
-    mean_reward: Float[Array, " n"] | None = None  # of the tokens of all other sequences
-    loss_weight: Float[Array, " n"] | None = (
-        None  # importance of a prefix or a sequence, IW-OPD's weight
-    )
-    is_observed: Bool[Array, " n"] | None = (
-        None  # whether diagnostics are taken in this step: the same for every token
-    )
+    tokens: Int[Array, " n"]
+    teacher_logprobs: Float[Array, " n"] | None = None
+    behavior_logprobs: Float[Array, " n"] | None = None  # with temperature and filters
+    advantages: Float[Array, " n"] | None = None  # of the completion or stage, from a scalar reward
+    reference_logprobs: Float[Array, " n"] | None = None  # under the student's start
+    uniforms: Float[Array, "n M"] | None = None  # for M more draws from the student at this context
+    teacher_top_ids: Int[Array, "n K"] | None = None  # its K most likely, most likely first
+    teacher_top_logprobs: Float[Array, "n K"] | None = None  # of these, under its full softmax
+    # Coupling between tokens, computed by `estimators.coupling` before the pass:
+    future_rewards: Float[Array, " n"] | None = None  # discounted rewards of later tokens
+    mean_rewards: Float[Array, " n"] | None = None  # over the tokens of all other sequences
+    loss_weights: Float[Array, " n"] | None = None  # importance of prefix or sequence, or IW-OPD's
+    is_observed: Bool[Array, " n"] | None = None  # compute diagnostics; equal for all tokens
 
 
 TokenLoss = Callable[[VocabTile, VocabTile | None, TokenInputs], tuple[Float[Array, " n"], PyTree]]
@@ -82,15 +72,15 @@ def tiled_loss(
     head_grad: bool = True,
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], PyTree]:
-    """`sum(weights * loss)` and the recipe's detached per-token outputs `[B, T]`, without ever
-    holding `[N, V]`.
+    """`sum(weights * loss)` and the recipe's detached per-token outputs `[B, T]`, without `[N, V]`
+    logits.
 
     Gradients flow to `hidden` and, unless `head_grad` is False, to the head's kernel and bias;
     never to the teacher, the weights or the columns. A token of weight 0 is not visited: its loss
-    and outputs are 0 whatever it holds. The head's gradient is summed in at least float32. With a
-    `mesh`, rows are split over its `data` and `fsdp` axes and the vocabulary over `tensor`. The
-    head is gathered once, before the loop, and its gradient and that of `hidden` are reduced once,
-    after it.
+    and outputs are 0, even if its inputs are NaN. The head's gradient is summed in at least
+    float32. With a `mesh`, rows are sharded over `data` and `fsdp` and the vocabulary over
+    `tensor`. The head is gathered once, before the loop; its gradient and that of `hidden` are
+    reduced once, after it. ValueError if the mesh does not divide the head.
     """
     run = partial(_run, token_loss, tile=tile, mesh=mesh)
 
@@ -100,10 +90,9 @@ def tiled_loss(
         return total, outputs
 
     def forward(hidden, head, operands):
-        total, outputs, dhidden, dhead = run(
-            hidden, head, operands, grad="both" if head_grad else "hidden"
-        )
-        return (total, outputs), (dhidden, dhead)
+        grad = "both" if head_grad else "hidden"
+        total, outputs, *gradients = run(hidden, head, operands, grad=grad)
+        return (total, outputs), gradients
 
     def backward(gradients, cotangents):
         dhidden, dhead = jax.tree.map(lambda g: (g * cotangents[0]).astype(g.dtype), gradients)
@@ -124,22 +113,18 @@ def dense_loss(
     columns: TokenInputs,
     teacher_logits: Float[Array, "n U"] | None = None,
 ) -> tuple[Float[Array, ""], PyTree]:
-    """`tiled_loss` from logits of the caller's own: `sum(weights * loss)` and the recipe's detached
-    outputs `[n]`.
+    """`tiled_loss` of dense logits: `sum(weights * loss)` and the recipe's detached outputs `[n]`.
 
-    Row i is the distribution of `columns.token[i]`. Gradients flow to `logits` alone and are formed
-    in the forward pass.
+    Row i is the distribution of `columns.tokens[i]`. Gradients flow only to `logits`; they are
+    formed in the forward pass.
     """
     plain = Head(jnp.zeros((logits.shape[-1], 0)))
     operands = teacher_logits, columns, weights, weights != 0
 
     def run(logits, operands, grad):
         recipe = partial(_differentiate, token_loss, plain, plain, grad=grad, axes=())
-        operands = (
-            jax.tree.map(lambda x: x.astype(sum_dtype(x.dtype)), (logits, operands[0]))
-            + operands[1:]
-        )
-        return _by_platform(recipe, operands)
+        wide = jax.tree.map(lambda x: x.astype(sum_dtype(x.dtype)), (logits, operands[0]))
+        return _by_platform(recipe, (*wide, *operands[1:]))
 
     @jax.custom_vjp
     def weighted_sum(logits, operands):
@@ -149,9 +134,10 @@ def dense_loss(
         total, outputs, dlogits = run(logits, operands, "hidden")
         return (total, outputs), dlogits.astype(logits.dtype)
 
-    weighted_sum.defvjp(
-        forward, lambda dlogits, cotangents: ((dlogits * cotangents[0]).astype(dlogits.dtype), None)
-    )
+    def backward(dlogits, cotangents):
+        return (dlogits * cotangents[0]).astype(dlogits.dtype), None
+
+    weighted_sum.defvjp(forward, backward)
     total, outputs = weighted_sum(logits, jax.lax.stop_gradient(operands))
     return total, jax.lax.stop_gradient(outputs)
 
@@ -172,7 +158,7 @@ def tiled_stats(
     """
 
     def as_loss(student, teacher, row):
-        return jnp.zeros(row.token.shape, student.logits.dtype), token_stat(student, teacher, row)
+        return jnp.zeros(row.tokens.shape, student.logits.dtype), token_stat(student, teacher, row)
 
     operands = (mask.astype(sum_dtype(hidden.dtype)), columns, _shift_teacher(teacher))
     _, outputs, _, _ = _run(
@@ -182,8 +168,8 @@ def tiled_stats(
 
 
 def _predicting(hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """The state that predicts each column's token: THE shift by one. Nothing predicts column 0,
-    whose weight is 0.
+    """The state that predicts each column's token: the shift by one. Column 0 has no such state and
+    weight 0.
     """
     return jnp.concatenate([jnp.zeros_like(hidden[:, :1]), hidden[:, :-1]], axis=1)
 
@@ -193,7 +179,7 @@ def _shift_teacher(teacher: Teacher | None) -> Teacher | None:
 
 
 def _run(token_loss, hidden, head, operands, *, tile, mesh, grad):
-    """One pass, on this device alone or as one shard of rows, and of the vocabulary, per device."""
+    """One pass: on one device, or on the mesh with one shard of rows and vocabulary per device."""
     weights, columns, teacher = operands
     local = partial(_visit, token_loss, tile=tile, grad=grad)
     if mesh is None or mesh.size == 1:
@@ -217,88 +203,68 @@ def _run(token_loss, hidden, head, operands, *, tile, mesh, grad):
         return _in_type_of(head, total, outputs, dhidden, dhead)
 
     rows, vocab = P(ROW_AXES), "tensor" if len(axes) == 3 else None
-    split = lambda head, width: jax.tree.map(
-        lambda x: P(vocab, width) if x.ndim == 2 else P(vocab), head
-    )
-    in_specs = (
-        rows,
-        split(head, None),
-        rows,
-        rows,
-        None if teacher is None else (rows, split(teacher[1], None)),
-    )
-    out_specs = (
-        P(),
-        rows,
-        None if grad == "none" else rows,
-        split(head, "fsdp") if grad == "both" else None,
-    )
-    return jax.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(
-        hidden, head, weights, columns, teacher
-    )
+
+    def split(head, width=None):
+        return jax.tree.map(lambda x: P(vocab, width) if x.ndim == 2 else P(vocab), head)
+
+    of_teacher = None if teacher is None else (rows, split(teacher[1]))
+    of_dhidden = None if grad == "none" else rows
+    of_dhead = split(head, "fsdp") if grad == "both" else None
+    return jax.shard_map(
+        shard,
+        mesh=mesh,
+        in_specs=(rows, split(head), rows, rows, of_teacher),
+        out_specs=(P(), rows, of_dhidden, of_dhead),
+    )(hidden, head, weights, columns, teacher)
 
 
 def require_divisible_head(head: Head, mesh: Mesh) -> None:
-    """ValueError that names the axis which does not divide the head."""
-    for name, size, what in (
-        ("tensor", head.kernel.shape[0], "rows"),
-        ("fsdp", head.kernel.shape[1], "columns"),
-    ):
-        if size % mesh.shape[name]:
+    """ValueError that names the mesh axis which does not divide the head."""
+    for axis, size, what in zip(("tensor", "fsdp"), head.kernel.shape, ("rows", "columns")):
+        if size % mesh.shape[axis]:
             raise ValueError(
-                f"the unembedding has {size} {what}, which mesh.{name} {mesh.shape[name]} does not divide"
+                f"the unembedding has {size} {what}, which mesh.{axis} {mesh.shape[axis]} does not "
+                "divide"
             )
 
 
 def _with_rows(head: Head, vocab: int) -> Head:
-    """The head with `vocab` rows, so that a slice of it stands for the same ids as that of another
-    head.
+    """The head with `vocab` rows, so that a slice of it covers the same ids as a slice of another
+    head with as many rows.
     """
     rows = head.kernel.shape[0]
     if rows == vocab:
         return head
-    resize = lambda x: (
-        x[:vocab] if rows > vocab else jnp.pad(x, [(0, vocab - rows), *[(0, 0)] * (x.ndim - 1)])
-    )
-    return dataclasses.replace(
-        jax.tree.map(resize, head),
-        valid_vocab=min(rows if head.valid_vocab is None else head.valid_vocab, rows),
-    )
+    pad = lambda x: jnp.pad(x, [(0, vocab - rows), *[(0, 0)] * (x.ndim - 1)])
+    resized = jax.tree.map(lambda x: x[:vocab] if rows > vocab else pad(x), head)
+    valid_vocab = min(rows if head.valid_vocab is None else head.valid_vocab, rows)
+    return dataclasses.replace(resized, valid_vocab=valid_vocab)
 
 
 def _in_type_of(head, total, outputs, dhidden, dhead):
-    """The results with the head's gradient rounded to the head's type: last, once every shard's
-    share is in it.
-    """
-    return (
-        total,
-        outputs,
-        dhidden,
-        None if dhead is None else jax.tree.map(lambda g, x: g.astype(x.dtype), dhead, head),
-    )
+    """The results with the head's gradient cast to the head's dtype, after all shards are added."""
+    if dhead is not None:
+        dhead = jax.tree.map(lambda g, x: g.astype(x.dtype), dhead, head)
+    return total, outputs, dhidden, dhead
 
 
 def _visit(token_loss, hidden, head, weights, columns, teacher, *, tile, grad, axes=()):
-    """The loop over tiles; returns (sum of w * loss, outputs [B, T], d hidden or None, d head or
-    None).
+    """The loop over tiles: (sum of w * loss, outputs [B, T], d hidden or None, d head or None).
 
-    `axes` are those of the mesh that this is a shard of: the rows' two, and a third where the
-    vocabulary is split as well.
+    `axes` are the mesh axes that this shard belongs to: two for rows, and a third if the vocabulary
+    is sharded.
     """
     axis = axes[2] if len(axes) == 3 else None
     shape = weights.shape
     tile = min(tile, weights.size)
     n_padded = -(-weights.size // tile) * tile
-    # Tokens that count come first, so that the trip count, not the row width, sets the cost.
+    # Live tokens come first, so that the cost depends on their number, not on the row width.
     order = _live_first(weights.reshape(-1) != 0)
     order = jnp.concatenate([order, jnp.full(n_padded - weights.size, order[-1], order.dtype)])
     n_live = jnp.sum(weights != 0)
-    # Devices that meet in a collective inside the loop must go round equally often.
-    n_tiles = (
-        (n_live + tile - 1) // tile
-        if axis is None
-        else jax.lax.pmax((n_live + tile - 1) // tile, ROW_AXES)
-    )
+    n_tiles = (n_live + tile - 1) // tile
+    if axis is not None:  # devices that share a collective in the loop need equal trip counts
+        n_tiles = jax.lax.pmax(n_tiles, ROW_AXES)
 
     def gather(x):
         return None if x is None else jnp.asarray(x).reshape(-1, *x.shape[2:])[order]
@@ -309,33 +275,21 @@ def _visit(token_loss, hidden, head, weights, columns, teacher, *, tile, grad, a
     def visit_tile(index, dhead):
         start = index * tile
         sliced = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, tile), rows)
-        return _tile(
-            token_loss,
-            head,
-            teacher_head,
-            sliced,
-            start + jnp.arange(tile) < n_live,
-            grad,
-            dhead,
-            axes,
-        )
+        is_live = start + jnp.arange(tile) < n_live
+        return _tile(token_loss, head, teacher_head, sliced, is_live, grad, dhead, axes)
 
     def body(index, carry):
         total, outputs, dhidden, dhead = carry
         loss, tile_outputs, tile_dhidden, dhead = visit_tile(index, dhead)
-        write = lambda buffer, value: jax.lax.dynamic_update_slice_in_dim(
-            buffer, value, index * tile, 0
-        )
-        outputs = jax.tree.map(write, outputs, tile_outputs)
-        dhidden = jax.tree.map(write, dhidden, tile_dhidden)
+        put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, index * tile, 0)
+        outputs = jax.tree.map(put, outputs, tile_outputs)
+        dhidden = jax.tree.map(put, dhidden, tile_dhidden)
         return total + loss, outputs, dhidden, dhead
 
     zeros = lambda axes, *args: _varying(jnp.zeros(*args), axes)
-    dhead = (
-        jax.tree.map(lambda x: zeros(axes, x.shape, sum_dtype(hidden.dtype)), head)
-        if grad == "both"
-        else None
-    )
+    dhead, dtype = None, sum_dtype(hidden.dtype)
+    if grad == "both":
+        dhead = jax.tree.map(lambda x: zeros(axes, x.shape, dtype), head)
     shapes = jax.eval_shape(visit_tile, 0, dhead)
     whole = lambda axes: lambda leaf: zeros(axes, (n_padded, *leaf.shape[1:]), leaf.dtype)
     row_axes = axes[:2]
@@ -348,64 +302,47 @@ def _visit(token_loss, hidden, head, weights, columns, teacher, *, tile, grad, a
     total, outputs, dhidden, dhead = jax.lax.fori_loop(0, n_tiles, body, carry)
 
     def scatter(x):
-        unsorted = (
-            jnp.zeros((weights.size, *x.shape[1:]), x.dtype)
-            .at[order[: weights.size]]
-            .set(x[: weights.size])
-        )
+        unsorted = jnp.zeros((weights.size, *x.shape[1:]), x.dtype)
+        unsorted = unsorted.at[order[: weights.size]].set(x[: weights.size])
         return unsorted.reshape(*shape, *x.shape[1:])
 
-    outputs, dhidden = jax.tree.map(scatter, (outputs, dhidden))
-    if grad == "none":
-        return total, outputs, None, None
-    return total, outputs, dhidden, dhead
+    return total, *jax.tree.map(scatter, (outputs, dhidden)), dhead
 
 
 def _varying(x, axes: tuple[str, ...]):
-    """`x` marked as what differs between the devices along these axes, as the carry of a loop must
-    be from its start.
-    """
+    """`x` marked as device-varying along these axes: the initial carry of a loop must be."""
     return jax.lax.pcast(x, axes, to="varying") if axes else x
 
 
 def _live_first(is_live: Bool[Array, " N"]) -> Int[Array, " N"]:
-    """The stable order that puts the live tokens first; two running counts, where a sort would cost
-    more to compile and run.
+    """The stable order that puts live tokens first. Two running counts compile and run faster than
+    a sort.
     """
     place = jnp.where(is_live, jnp.cumsum(is_live) - 1, jnp.sum(is_live) + jnp.cumsum(~is_live) - 1)
-    return (
-        jnp.zeros_like(place)
-        .at[place]
-        .set(jnp.arange(place.size, dtype=place.dtype), unique_indices=True)
-    )
+    numbers = jnp.arange(place.size, dtype=place.dtype)
+    return jnp.zeros_like(place).at[place].set(numbers, unique_indices=True)
 
 
 def _tile(token_loss, head, teacher_head, rows, is_live, grad, dhead, axes):
-    """Loss, outputs and d hidden of one tile of n tokens, and `dhead` with the tile's share added."""
-    # A slot past the live ones may hold anything, NaN included: it enters as zeros and its results
-    # are dropped.
+    """Loss, outputs and d hidden of one tile of n tokens, and `dhead` plus the tile's gradient."""
+    # Slots after the live tokens may hold anything, NaN included: their inputs become zeros and
+    # their results are dropped.
+    keep = partial(_keep, is_live)
     hidden, weights, columns, teacher_hidden = rows
-    hidden, teacher_hidden, columns = jax.tree.map(
-        partial(_keep, is_live), (hidden, teacher_hidden, columns)
-    )
+    hidden, teacher_hidden, columns = jax.tree.map(keep, (hidden, teacher_hidden, columns))
     teacher_raw = None if teacher_head is None else raw_logits(teacher_head, teacher_hidden)
     recipe = partial(_differentiate, token_loss, head, teacher_head, grad=grad, axes=axes)
-    total, outputs, draw = _by_platform(
-        recipe, (raw_logits(head, hidden), teacher_raw, columns, weights, is_live)
-    )
+    operands = raw_logits(head, hidden), teacher_raw, columns, weights, is_live
+    total, outputs, dlogits = _by_platform(recipe, operands)
     if grad == "none":
         return total, outputs, None, None
-    small = draw.astype(head.kernel.dtype)  # operands in the model's type, sums in at least float32
-    dhidden, dkernel = _pull_back(
-        small, hidden, head.kernel, None if dhead is None else dhead.kernel, axes
-    )
+    # Operands of the products have the model's dtype; sums are in at least float32.
+    cotangent, dkernel = dlogits.astype(head.kernel.dtype), None if dhead is None else dhead.kernel
+    dhidden, dkernel = _pull_back(cotangent, hidden, head.kernel, dkernel, axes)
     if dhead is not None:
-        dhead = dataclasses.replace(
-            dhead,
-            kernel=dkernel,
-            bias=None if head.bias is None else dhead.bias + jnp.sum(draw, axis=0),
-        )
-    # A slice's share is rounded once all slices are added.
+        bias = None if head.bias is None else dhead.bias + jnp.sum(dlogits, axis=0)
+        dhead = dataclasses.replace(dhead, kernel=dkernel, bias=bias)
+    # With a sharded vocabulary, d hidden is rounded after the sum over all slices.
     return total, outputs, dhidden if len(axes) == 3 else dhidden.astype(hidden.dtype), dhead
 
 
@@ -414,64 +351,55 @@ def _keep(is_live, x):
 
 
 def _differentiate(token_loss, head, teacher_head, operands, *, grad, axes):
-    """Weighted loss, outputs and, unless `grad` is none, the cotangent of the raw logits, of some
-    rows of a tile.
+    """Weighted loss, outputs and the cotangent of the raw logits (None if `grad` is "none"), of
+    some rows of a tile.
     """
     raw, teacher_raw, columns, weights, is_live = operands
     axis = axes[2] if len(axes) == 3 else None
     teacher = None
     if teacher_raw is not None:
-        teacher = VocabTile(
-            fit_width(finish_logits(teacher_head, teacher_raw, axis), head.kernel.shape[0]), axis
-        )
+        teacher_logits = finish_logits(teacher_head, teacher_raw, axis)
+        teacher = VocabTile(fit_width(teacher_logits, head.kernel.shape[0]), axis)
 
     def loss_of(raw):
-        losses, outputs = token_loss(
-            VocabTile(finish_logits(head, raw, axis), axis), teacher, columns
-        )
+        student = VocabTile(finish_logits(head, raw, axis), axis)
+        losses, outputs = token_loss(student, teacher, columns)
         losses = jnp.where(is_live, losses, 0)
-        return jnp.sum(weights.astype(losses.dtype) * losses), jax.tree.map(
-            partial(_keep, is_live), outputs
-        )
+        outputs = jax.tree.map(partial(_keep, is_live), outputs)
+        return jnp.sum(weights.astype(losses.dtype) * losses), outputs
 
     if grad == "none":
         return *loss_of(raw), None
     total, pullback, outputs = jax.vjp(loss_of, raw, has_aux=True)
-    return (
-        total,
-        outputs,
-        _keep(is_live, pullback(_varying(jnp.ones((), total.dtype), axes[:2]))[0]),
-    )
+    (cotangent,) = pullback(_varying(jnp.ones((), total.dtype), axes[:2]))
+    return total, outputs, _keep(is_live, cotangent)
 
 
 def _by_platform(recipe, operands):
-    """XLA for CPU goes over the vocabulary once for each maximum, sum and product of a recipe: few
-    rows at a time stay in the cache.
+    """Run the recipe on all rows, on a CPU in blocks of rows. XLA for CPU passes over the logits
+    once for each maximum, sum and product of a recipe, and the logits of a few rows stay in cache.
     """
     return jax.lax.platform_dependent(operands, cpu=partial(_in_row_blocks, recipe), default=recipe)
 
 
 def _in_row_blocks(recipe, operands):
-    """The recipe on as many rows at a time as `CPU_LOGITS` allows."""
+    """The recipe on blocks of at most `CPU_LOGITS` logits."""
     n, width = operands[0].shape
     block = max(size for size in range(1, min(max(CPU_LOGITS // width, 1), n) + 1) if n % size == 0)
     if block == n:
         return recipe(operands)
-    totals, *rest = jax.lax.map(
-        recipe, jax.tree.map(lambda x: x.reshape(n // block, block, *x.shape[1:]), operands)
-    )
+    blocks = jax.tree.map(lambda x: x.reshape(n // block, block, *x.shape[1:]), operands)
+    totals, *rest = jax.lax.map(recipe, blocks)
     return jnp.sum(totals), *jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), rest)
 
 
-def _pull_back(draw, hidden, kernel, dkernel, axes):
-    """(d hidden of a tile, `dkernel` with the tile's share added or None) from the cotangent of its
-    raw logits.
-    """
+def _pull_back(dlogits, hidden, kernel, dkernel, axes):
+    """(d hidden of a tile, `dkernel` plus the tile's gradient or None) from d raw logits."""
     vocab, dtype = kernel.shape[0], sum_dtype(hidden.dtype)
 
     def add_rows(start, size, sums):
         dhidden, dkernel = sums
-        cotangent = jax.lax.dynamic_slice_in_dim(draw, start, size, axis=1)
+        cotangent = jax.lax.dynamic_slice_in_dim(dlogits, start, size, axis=1)
         weight = jax.lax.dynamic_slice_in_dim(kernel, start, size)
         dhidden += jnp.einsum("nv,vd->nd", cotangent, weight, preferred_element_type=dtype)
         if dkernel is not None:
@@ -483,13 +411,12 @@ def _pull_back(draw, hidden, kernel, dkernel, axes):
     def in_blocks(sums):
         block = min(CPU_BLOCK, vocab)
         n_blocks, rest = divmod(vocab, block)
-        sums = jax.lax.fori_loop(
-            0, n_blocks, lambda i, sums: add_rows(i * block, block, sums), sums
-        )
+        add_block = lambda i, sums: add_rows(i * block, block, sums)
+        sums = jax.lax.fori_loop(0, n_blocks, add_block, sums)
         return add_rows(n_blocks * block, rest, sums) if rest else sums
 
-    # XLA for CPU adds no product in place: it would hold the tile's own [V, D] and pass over it
-    # twice more. Blocks of rows stay in the cache instead. Elsewhere one large product is left to
-    # XLA; that has not been measured on an accelerator yet.
+    # XLA for CPU does not add a product in place: it would hold the tile's own [V, D] and pass over
+    # it twice more. Blocks of rows stay in cache instead. Accelerators compute one large product;
+    # this choice has not been measured on them yet.
     sums = _varying(jnp.zeros(hidden.shape, dtype), axes), dkernel
     return jax.lax.platform_dependent(sums, cpu=in_blocks, default=partial(add_rows, 0, vocab))

@@ -19,9 +19,10 @@ import numpy as np
 
 from opdjax.config import DataConfig
 from opdjax.config.evaluation import EvaluationConfig
+from opdjax.config.recipes import RECIPES
 from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, render
 from opdjax.data.prompts import PromptSet
-from opdjax.estimators import RECIPES, bind
+from opdjax.engine.evaluate import last_tokens
 from opdjax.models.decoder import Params
 from opdjax.ops.tile import Head
 from opdjax.rollouts.findings import Finding, Problem, fault, finding, warning
@@ -170,7 +171,8 @@ def check_stop_tokens(setup: Setup, teacher_answers: Rollouts | None = None) -> 
             problems.append(warning(found, "make them agree: other engines may stop elsewhere"))
     otherwise = f"answers of both models end at {name(stops)}"
     if teacher_answers is not None:
-        endings = _last_tokens(teacher_answers)
+        is_cut = np.asarray(teacher_answers.is_truncated)
+        endings = np.where(is_cut, -1, last_tokens(teacher_answers))
         problems += _ending_problems(endings, stops, name)
         otherwise += f"; {int((endings != -1).sum())} of {len(endings)} greedy teacher answers do"
     if lacking := {*configured["teacher"], *missing.values()} - stops:
@@ -200,13 +202,6 @@ def _generation_config_problems(
     if extra := teacher - stops:
         return [warning(f"the teacher may also end with {name(extra)}, where rollouts do not stop")]
     return []
-
-
-def _last_tokens(rollouts: Rollouts) -> np.ndarray:
-    """Return the last token of each answer `[B]`; -1 if it reached the length limit."""
-    tokens, mask = np.asarray(rollouts.tokens), np.asarray(rollouts.mask)
-    last = mask.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)
-    return np.where(np.asarray(rollouts.is_truncated), -1, tokens[np.arange(len(tokens)), last])
 
 
 def _ending_problems(endings: np.ndarray, stops: set[int], name) -> list[Problem]:
@@ -356,10 +351,10 @@ def _altered_sampling(evaluation: EvaluationConfig) -> str | None:
 def check_staleness(setup: Setup) -> list[Finding]:
     """Warn if tokens of an older policy are weighted as if the current student had sampled them."""
     config, near = setup.config, setup.config.near_policy
-    recipe, options = bind(config.estimator.recipe, config.estimator.options)
+    recipe, options = RECIPES[config.estimator.recipe], config.estimator.options
     is_stale = near.schedule == "refresh" or near.max_staleness > 0
     # Recipes of rewards have an importance ratio of their own.
-    is_corrected = recipe.reward != "none" or options.get("importance", "none") != "none"
+    is_corrected = recipe.is_rewarded or options.get("importance", "none") != "none"
     if not is_stale or not recipe.is_policy_gradient or is_corrected:
         return []
     problem = warning(

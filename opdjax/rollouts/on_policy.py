@@ -14,12 +14,13 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
+from opdjax.config.recipes import RECIPES
 from opdjax.data.packing import answer_rows, for_teacher, pack, packing_metrics, to_train_batch
 from opdjax.data.prompts import collate, indices_at
-from opdjax.engine.evaluate import completions, graded
+from opdjax.engine.evaluate import completions, graded, last_tokens
 from opdjax.engine.sampler import extra_uniforms, sample
 from opdjax.engine.scorer import score
-from opdjax.estimators import bind
+from opdjax.estimators import estimator_of
 from opdjax.estimators.advantage import group_advantage
 from opdjax.models.decoder import Params
 from opdjax.ops.sharding import num_row_shards, shard_rows, to_host
@@ -196,7 +197,7 @@ def scored(setup: Setup, batch: TrainBatch, needs: str) -> tuple[TrainBatch, Hea
     if not is_missing:
         return batch, None
     teacher, estimator = setup.teacher, setup.config.estimator
-    top_k = bind(estimator.recipe, estimator.options)[0].top_k if needs == "top_k" else 0
+    top_k = estimator_of(estimator).top_k if needs == "top_k" else 0
     scores = score(
         teacher.params,
         teacher.head,
@@ -217,20 +218,18 @@ def rollout_metrics(setup: Setup, rollouts: Rollouts, step: int) -> Metrics:
     """Lengths in tokens, how completions ended, and by how many updates their policy is older than
     the one trained.
     """
-    tokens, mask = np.asarray(rollouts.tokens), np.asarray(rollouts.mask)
-    if not len(tokens):
+    mask = np.asarray(rollouts.mask)
+    if not len(mask):
         return {}
     lengths, staleness = mask.sum(axis=1), step - np.asarray(rollouts.policy_version)
-    last = tokens[np.arange(len(tokens)), mask.shape[1] - 1 - mask[:, ::-1].argmax(axis=1)]
+    is_stopped = np.isin(last_tokens(rollouts), setup.decoding.stop_token_ids) & (lengths > 0)
     return {
         "rollout/length_mean": float(lengths.mean()),
         "rollout/length_min": float(lengths.min()),
         "rollout/length_p50": float(np.median(lengths)),
         "rollout/length_max": float(lengths.max()),
         "rollout/truncated_ratio": float(np.asarray(rollouts.is_truncated).mean()),
-        "rollout/eos_rate": float(
-            (np.isin(last, setup.decoding.stop_token_ids) & (lengths > 0)).mean()
-        ),
+        "rollout/eos_rate": float(is_stopped.mean()),
         "staleness/mean": float(staleness.mean()),
         "staleness/max": float(staleness.max()),
     }
@@ -239,7 +238,7 @@ def rollout_metrics(setup: Setup, rollouts: Rollouts, step: int) -> Metrics:
 def _is_unscored(batch: TrainBatch, needs: str) -> bool:
     """Whether what a recipe needs of the teacher is still to be had of it."""
     stored = (
-        {"token": batch.teacher.token_logprobs, "top_k": batch.teacher.top_ids}
+        {"token": batch.teacher.teacher_logprobs, "top_k": batch.teacher.teacher_top_ids}
         if batch.teacher is not None
         else {}
     )
@@ -254,8 +253,8 @@ def token_counts(setup: Setup, drawn: StepData) -> Metrics:
     """
     config, batch = setup.config, drawn.batch
     trained, source = float(np.asarray(batch.mask).sum()), config.sampling.completions_from
-    recipe, _ = bind(config.estimator.recipe, config.estimator.options)
-    passes = _is_unscored(batch, recipe.teacher) + (source == "teacher")
+    needs = estimator_of(config.estimator).teacher
+    passes = _is_unscored(batch, needs) + (source == "teacher")
     seen = float((np.asarray((batch.teacher_view or batch).segment_ids) > 0).sum())
     return {
         "perf/generated_tokens": drawn.told.get(
@@ -278,7 +277,7 @@ def with_credit(setup: Setup, batch: TrainBatch, rollouts: Rollouts) -> tuple[Tr
         batch = dataclasses.replace(
             batch, uniforms=extra_uniforms(rollouts, setup.config.seed, options["extra_draws"])
         )
-    if options.get("task_reward_coef") or setup.config.estimator.recipe == "grpo":
+    if options.get("task_reward_coef") or RECIPES[setup.config.estimator.recipe].reward == "task":
         reward, size = task_reward(setup, rollouts), setup.config.sampling.num_generations
         told["rollout/task_reward"] = float(reward.mean())
         advantage = group_advantage(
@@ -315,7 +314,7 @@ def with_reference(setup: Setup, batch: TrainBatch) -> TrainBatch:
         parts=num_score_parts(setup, batch),
         mesh=setup.mesh,
     )
-    return dataclasses.replace(batch, reference_logprobs=found.token_logprobs)
+    return dataclasses.replace(batch, reference_logprobs=found.teacher_logprobs)
 
 
 def num_score_parts(setup: Setup, batch: TrainBatch) -> int:

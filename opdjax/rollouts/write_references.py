@@ -1,4 +1,4 @@
-"""`opdjax teach`: a teacher answers every prompt of the data a few times, once and for all, into an
+"""`opdjax references`: a teacher answers every prompt of the data a few times, once and for all, into an
 index that runs read.
 
 The teacher is whoever `teacher_api` names, or the checkpoint `teacher.path`; its tokenizer may be
@@ -149,7 +149,7 @@ def _one_writer(references: str) -> Iterator[tuple[pathlib.Path, Callable[[], No
         except WorkdirError as error:
             is_busy = is_remote(references) or isinstance(error.__cause__, BlockingIOError)
             found = (
-                "is being written by another opdjax teach: wait for it"
+                "is being written by another opdjax references: wait for it"
                 if is_busy
                 else f"cannot be written: {error.__cause__}"
             )

@@ -36,6 +36,7 @@ _LOG_TAIL = 25  # lines of a failed run's log that are kept in failure.json
 # Signals from outside, which interrupt a run. Other signals are crashes of the run.
 _INTERRUPTS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _OPDJAX = (sys.executable, "-P", "-m", "opdjax")
+_BUSY = "is being written by another opdjax references"  # on stderr of the command
 Log = Callable[[str], None]
 
 
@@ -231,10 +232,10 @@ def _write_references(points: Sequence[SweepPoint], sweep: SweepDirectory, log: 
         exists = file is not None and _exists(file)
         if file is None or (exists and point.config.teacher_api.is_given):
             continue
-        log(f"teach  {file}")
-        command = (*_OPDJAX, "teach", str(sweep.path / point.id / POINT))
+        log(f"write  {file}")
+        command = (*_OPDJAX, "references", str(sweep.path / point.id / POINT))
         # Another process may be writing the same file: wait for it.
-        while (run := _run_to_its_end(command)).returncode and "another opdjax teach" in run.stderr:
+        while (run := _run_to_its_end(command)).returncode and _BUSY in run.stderr:
             time.sleep(_REPORT)
         if not run.returncode:
             continue
@@ -299,9 +300,7 @@ def _start_next(
     return None
 
 
-def _spawn(
-    id: str, claim: Claim, slot: int, jobs: int, sweep: SweepDirectory
-) -> subprocess.Popen:
+def _spawn(id: str, claim: Claim, slot: int, jobs: int, sweep: SweepDirectory) -> subprocess.Popen:
     directory = sweep.path / id
     # Points are often the same program with other numbers, which is then compiled once.
     cache = {"JAX_COMPILATION_CACHE_DIR": str(sweep.compilation_cache)}

@@ -1,6 +1,4 @@
-"""A student and a teacher with random weights, written once as Hugging Face checkpoints that every
-system loads.
-"""
+"""A random student and teacher, written once as Hugging Face checkpoints for every system."""
 
 from __future__ import annotations
 
@@ -19,8 +17,9 @@ _PROMPTS = 4096
 
 
 def write_pair(root: pathlib.Path, sizes: Sizes) -> tuple[pathlib.Path, pathlib.Path]:
-    """The directories of student and teacher; made unless they are there. `prompts.jsonl` lies
-    beside them.
+    """Return the directories of student and teacher, written if absent.
+
+    Their parent directory holds `prompts.jsonl`.
     """
     marker = root / "prompts.jsonl"
     student, teacher = root / "student", root / "teacher"
@@ -35,8 +34,9 @@ def write_pair(root: pathlib.Path, sizes: Sizes) -> tuple[pathlib.Path, pathlib.
 
 
 def stop_ids(sizes: Sizes) -> list[int]:
-    """Words that end a completion in the case with a long tail: about this share of every
-    distribution, so lengths are geometric.
+    """Return the ids that end a completion in the case with a long tail.
+
+    They are about `tail_share` of every distribution, so lengths are geometric.
     """
     rng, vocab = np.random.default_rng(3), sizes.student.vocab
     count = max(round(sizes.tail_share * vocab), 1)
@@ -95,12 +95,11 @@ def _write(directory: pathlib.Path, model: Model, sizes: Sizes, seed: int) -> No
 
 
 def _tensors(model: Model, seed: int):
-    """(name, array) of every tensor.
+    """Yield (name, array) of every tensor.
 
-    No padding or end-of-sequence token is ever drawn, so that every completion has the full length
-    in every system without an option that only some have: component 0 of the residual stream is a
-    positive constant that no layer writes to, and the rows of these two tokens answer it with a
-    logit of about -60.
+    No padding or end-of-sequence token is ever sampled, so every completion has the full length in
+    every system. Component 0 of the residual stream is a positive constant that no layer writes to,
+    and it gives these two tokens a logit of about -60.
     """
     rng, d, h = np.random.default_rng(seed), model.hidden, model.head
 

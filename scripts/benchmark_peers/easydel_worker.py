@@ -1,4 +1,4 @@
-"""EasyDeL's side: its three divergences, compiled `generate`, and its on-policy trainer."""
+"""The EasyDeL worker: its three divergences, compiled `generate`, and its on-policy trainer."""
 
 from __future__ import annotations
 
@@ -26,11 +26,7 @@ from benchmark_peers.inputs import (
 )
 from benchmark_peers.protocol import Job, Stepper, serve
 
-_BETAS = {
-    "reverse": 0.0,
-    "forward": 1.0,
-    "jsd": 0.5,
-}  # its own convention, the reverse of everybody's
+_BETAS = {"reverse": 0.0, "forward": 1.0, "jsd": 0.5}  # the opposite of other libraries
 
 
 def _blocked(function, *arguments):

@@ -7,8 +7,7 @@ import pathlib
 import subprocess
 import sys
 
-# torch comes from the default index: the CPU build on a machine whose index offers it, else the one
-# with CUDA.
+# torch comes from the default index: the CPU build if the index has it, otherwise the CUDA build.
 PINS = {
     "trl": (
         "trl==1.16.0",
@@ -18,7 +17,7 @@ PINS = {
         "datasets==5.2.0",
     ),
     "tunix": ("google-tunix==0.1.7", "jax==0.10.2", "flax==0.12.8", "transformers==5.12.1"),
-    # pillow and torch are needed and not declared.
+    # easydel needs pillow and torch but does not declare them.
     "easydel": (
         "easydel==0.3.0",
         "jax==0.9.2",
@@ -36,8 +35,9 @@ class InstallationError(RuntimeError):
 
 
 def python_of(peer: str, root: pathlib.Path, device: str) -> str:
-    """The interpreter of a peer's environment, which is made or remade unless its stamp says that
-    it holds these pins.
+    """Return the interpreter of a peer's environment.
+
+    The environment is made again unless its stamp names these pins.
     """
     pins = PINS[peer] + (CUDA_PINS.get(peer, ()) if device == "gpu" else ())
     directory = root / f"{peer}-{device}"
@@ -54,7 +54,6 @@ def python_of(peer: str, root: pathlib.Path, device: str) -> str:
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        said = [
-            line for line in done.stderr.splitlines() if line.startswith("ERROR")
-        ] or done.stderr.splitlines()
-        raise InstallationError(f"not installed: {' '.join(said[-1:])[:300]}")
+        lines = done.stderr.splitlines()
+        errors = [line for line in lines if line.startswith("ERROR")] or lines
+        raise InstallationError(f"not installed: {' '.join(errors[-1:])[:300]}")

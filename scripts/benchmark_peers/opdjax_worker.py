@@ -1,6 +1,4 @@
-"""opdjax's side: the recipe on given logits, the tiled pass from hidden states, the sampler, and
-the loop itself.
-"""
+"""The opdjax worker: the recipe on given logits, the tiled pass, the sampler, the loop itself."""
 
 from __future__ import annotations
 
@@ -39,7 +37,7 @@ from opdjax.config import (
 )
 from opdjax.engine.decoding import Decoding
 from opdjax.engine.sampler import sample
-from opdjax.estimators import RECIPES
+from opdjax.estimators import bind
 from opdjax.models.hf import load_params, open_checkpoint
 from opdjax.ops.tile import Head
 from opdjax.ops.vocab import TokenInputs, dense_loss, tiled_loss
@@ -69,7 +67,7 @@ def build_product(case):
 
 
 def _copy_rate():
-    """Bytes a second, read and written, of a pass over an array that no cache holds, in place."""
+    """Return bytes a second, read plus written, of scaling an array too large for the caches."""
     touch, x = jax.jit(lambda x: x * 1.5, donate_argnums=0), jnp.ones(2**27)
     seconds = []
     for _ in range(6):
@@ -84,12 +82,10 @@ def _blocked(function, *arguments):
 
 
 def build_dense_loss(case):
-    token_loss = partial(RECIPES["full_kl"].token_loss, divergence=case["divergence"])
+    token_loss = bind("full_kl", {"divergence": case["divergence"]}).token_loss
     student, teacher = map(jnp.asarray, make_logits(case["tokens"], case["vocab"]))
-    columns, weights = (
-        TokenInputs(jnp.zeros(case["tokens"], jnp.int32)),
-        jnp.full(case["tokens"], 1 / case["tokens"]),
-    )
+    columns = TokenInputs(jnp.zeros(case["tokens"], jnp.int32))
+    weights = jnp.full(case["tokens"], 1 / case["tokens"])
 
     def mean_loss(student, teacher):
         return dense_loss(token_loss, student, weights, columns, teacher)[0]
@@ -101,12 +97,12 @@ def build_dense_loss(case):
 
 def build_tiled_loss(case):
     tokens = case["tokens"]
-    token_loss = partial(RECIPES["full_kl"].token_loss, divergence=case["divergence"])
+    token_loss = bind("full_kl", {"divergence": case["divergence"]}).token_loss
     arrays = (
         jnp.asarray(x, case["dtype"]) for x in make_hidden(tokens, case["vocab"], case["width"])
     )
     hidden, head, teacher_hidden, teacher_head = arrays
-    # Column t of `hidden` predicts column t + 1: one column more than there are tokens with a loss.
+    # Column t of `hidden` predicts column t + 1, so there is one column more than tokens.
     hidden, teacher_hidden = (jnp.pad(x, ((0, 1), (0, 0)))[None] for x in (hidden, teacher_hidden))
     weights = jnp.full((1, tokens + 1), 1 / tokens).at[0, 0].set(0)
     columns = TokenInputs(jnp.zeros((1, tokens + 1), jnp.int32))
@@ -171,9 +167,7 @@ def build_sampler(case):
 
 
 def build_loop(case):
-    """`opdjax.train.train` as it stands; only the writer of its metrics, which it calls once a
-    step, is made to wait.
-    """
+    """Return `opdjax.train.train` unchanged, except that its metric writer pauses each step."""
 
     def loop(pause):
         class PausingWriter(MetricWriter):

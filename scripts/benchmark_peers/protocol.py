@@ -1,10 +1,8 @@
-"""How the benchmark talks to a worker: one JSON object a line, on the worker's standard input and
-output.
+"""The protocol of a worker: one JSON object a line on its standard input and output.
 
-A worker of a peer runs in that peer's environment and imports this file and `inputs.py` of this
-folder, nothing of opdjax. It answers `{"do": "prepare", "case": ...}` by building the work and
-running it untimed, `{"do": "run"}` by running it once with the clocks on, `{"do": "drop"}` by
-forgetting it. Whatever it prints else goes to its log.
+A peer's worker runs in the peer's environment. It imports this file and `inputs.py`, and nothing of
+opdjax. `{"do": "prepare", "case": ...}` builds the work and runs it untimed, `{"do": "run"}` times
+one run, `{"do": "drop"}` deletes the work. All other output of the worker goes to its log.
 """
 
 from __future__ import annotations
@@ -24,21 +22,18 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Work that can be timed: `run()` returns when all of it is done; `describe(result)` is not
-    timed and JSON-able.
+    """Work to be timed. `run()` returns when the work is done.
+
+    `describe(result)` is not timed and returns JSON values.
     """
 
     run: Callable[[], Any]
     describe: Callable[[Any], dict[str, Any]] = lambda result: {}
-    warm_up: Callable[[], Any] | None = (
-        None  # in place of `run` before the clocks are on: less of the same, where that is enough
-    )
+    warm_up: Callable[[], Any] | None = None  # a shorter `run` for the untimed runs
 
 
 class Stepper:
-    """Gives the steps of a training loop that cannot be called one at a time: the loop runs in a
-    thread and waits after each.
-    """
+    """Runs a training loop step by step: the loop runs in a thread and pauses after each step."""
 
     def __init__(self, loop: Callable[[Callable[[dict], None]], None]):
         self._go, self._done = queue.Queue(), queue.Queue()
@@ -58,19 +53,20 @@ class Stepper:
         try:
             loop(self._pause)
             raise RuntimeError("the training loop ended by itself")
-        except BaseException as error:  # whatever ends the loop is what the step has to tell
+        except BaseException as error:  # the next step raises it
             traceback.print_exc()
             self._done.put(error)
 
     def _pause(self, facts: dict[str, Any]) -> None:
-        """Called by the loop at the end of each step."""
+        """Wait for the next step; the loop calls it at the end of each step."""
         self._done.put(facts)
         self._go.get()
 
 
 def serve(builders: dict[str, Callable[..., Job]], versions: dict[str, str]) -> None:
-    """Answer commands until standard input ends. `builders` are by form; each takes a case with the
-    sizes in it.
+    """Answer commands until standard input ends.
+
+    `builders` map the name of a form to a function of a case with its sizes.
     """
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -100,7 +96,7 @@ def serve(builders: dict[str, Callable[..., Job]], versions: dict[str, str]) -> 
                 job = None
                 reply()
             result = None
-        except Exception as error:  # a worker that fails in one case is still asked for the next
+        except Exception as error:  # other cases may still work
             job = result = None
             traceback.print_exc()
             reply(error=" ".join(f"{type(error).__name__}: {error}".split())[:300])

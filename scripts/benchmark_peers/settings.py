@@ -1,6 +1,4 @@
-"""What is compared: sizes, the work of each case, who does it and by which function, and the least
-that the work could cost.
-"""
+"""What is compared: sizes, cases, the functions that do each case, and the least work it needs."""
 
 from __future__ import annotations
 
@@ -23,8 +21,9 @@ class Model:
     vocab: int
 
     def forward_flops(self, tokens: int, contexts: int, predictions: int) -> float:
-        """Of `tokens` tokens that read `contexts` columns in all and of which `predictions` are
-        followed by the unembedding.
+        """Return the FLOPs of a forward pass of `tokens` tokens.
+
+        They attend to `contexts` columns in total; `predictions` of them go through the head.
         """
         projections = (
             self.hidden * self.head * (2 * self.heads + 2 * self.kv_heads)
@@ -36,21 +35,21 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of all cases on one kind of device."""
+    """The sizes of all cases on one kind of device."""
 
     dtype: str  # of models and hidden states; logits are float32
-    matmul: int  # rows and columns of the matrices whose product sets the floor
+    matmul: int  # rows and columns of the matrices whose product measures FLOPs a second
     loss_tokens: tuple[int, ...]
     vocab: int  # of the losses
-    width: int  # of the hidden states that losses start from
+    width: int  # of the losses' hidden states
     student: Model
     teacher: Model
     step_batch: int
-    batch: int  # rows that are generated at a time: the slots
+    batch: int  # rows generated at a time: the slots
     prompt: int
-    new: int  # largest number of tokens of a completion
-    tail_prompts: int  # of the case with a long tail
-    tail_share: float  # of the vocabulary that stops a completion there
+    new: int  # the most tokens of a completion
+    tail_prompts: int  # prompts of the case with a long tail
+    tail_share: float  # the share of the vocabulary that stops its completions
 
 
 SIZES = {
@@ -93,7 +92,7 @@ class Form:
 
     system: str
     name: str
-    divergences: tuple[str, ...] = DIVERGENCES  # that it computes
+    divergences: tuple[str, ...] = DIVERGENCES  # those it computes
     remark: str = ""
 
 
@@ -120,12 +119,12 @@ FORMS = {
             "tunix",
             "LogitStrategy.compute_loss",
             ("forward",),
-            "and two cross-entropies with one-hot labels, of weight 0",
+            "also computes two cross-entropies of weight 0",
         ),
     ),
     "hidden": (
         Form("opdjax", "tiled_loss"),
-        Form("trl", "_chunked_divergence_loss", remark="and the student's entropy"),
+        Form("trl", "_chunked_divergence_loss", remark="also computes the student's entropy"),
         Form("easydel", "chunked_distillation_loss", ("forward",)),
     ),
     "generate": _GENERATION,
@@ -139,7 +138,7 @@ FORMS = {
 
 
 def cases_of(part: str, device: str) -> list[dict[str, Any]]:
-    """The cases of one part: what a worker is told to do, and a title for the table."""
+    """Return the cases of one part, each with a title for the table."""
     sizes = SIZES[device]
     if part == "floor":
         return [{"kind": "matmul", "title": f"product of two {sizes.matmul}² matrices"}]
@@ -167,7 +166,8 @@ def cases_of(part: str, device: str) -> list[dict[str, Any]]:
             }
         ]
     generated = f"generation, {sizes.batch} x {sizes.new} tokens, top-p {{}}"
-    tail = f"generation with a long tail, {sizes.tail_prompts} prompts in batches or slots of {sizes.batch}"
+    prompts = f"{sizes.tail_prompts} prompts in batches or slots of {sizes.batch}"
+    tail = f"generation with a long tail, {prompts}"
     cases = [
         {"kind": "generate", "top_p": top_p, "title": generated.format(top_p)}
         for top_p in (1.0, 0.95)
@@ -176,10 +176,10 @@ def cases_of(part: str, device: str) -> list[dict[str, Any]]:
 
 
 def least_work(case: dict[str, Any], device: str, useful_tokens: float) -> tuple[float, float]:
-    """(FLOPs of the matrix products, bytes that must move) of a case.
+    """Return (FLOPs of the matrix products, bytes to read and write) of a case.
 
-    Bytes are counted for the losses from logits alone, which hold no product: two arrays read and
-    one written.
+    Bytes are counted for the losses from logits only, which have no product: they read two arrays
+    and write one.
     """
     sizes, kind = SIZES[device], case["kind"]
     if kind == "matmul":
@@ -191,14 +191,11 @@ def least_work(case: dict[str, Any], device: str, useful_tokens: float) -> tuple
     rows = sizes.step_batch if kind == "step" else useful_tokens / sizes.new
     contexts = rows * (sizes.prompt + sizes.new) ** 2 / 2
     tokens, predictions = rows * (sizes.prompt + sizes.new), rows * sizes.new
-    if (
-        kind == "tail"
-    ):  # short rows read short contexts: half of the mean length in front of a token, beside the prompt
+    if kind == "tail":  # a context is the prompt and, on average, half of the mean length
         tokens, predictions = useful_tokens + sizes.tail_prompts * sizes.prompt, useful_tokens
         contexts = tokens * (sizes.prompt + useful_tokens / sizes.tail_prompts) / 2
     generation = sizes.student.forward_flops(tokens, contexts, predictions)
     if kind != "step":
         return generation, 0.0
-    return generation + sizes.teacher.forward_flops(
-        tokens, contexts, predictions
-    ) + 3 * generation, 0.0
+    teacher = sizes.teacher.forward_flops(tokens, contexts, predictions)
+    return 4 * generation + teacher, 0.0

@@ -1,4 +1,4 @@
-"""The result as Markdown."""
+"""The benchmark's result as a Markdown table."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ from typing import Any
 
 
 def to_markdown(result: dict[str, Any]) -> str:
-    """One table, after what it was measured on."""
+    """Return machine, versions and one table."""
     versions = "; ".join(
         f"{system}: {', '.join(f'{n} {v}' for n, v in found.items())}"
         for system, found in result["versions"].items()
     )
-    rates = f"{result['flops_per_second'] / 1e9:.0f} GFLOP/s and {result['bytes_per_second'] / 1e9:.1f} GB/s"
+    flops, moved = result["flops_per_second"] / 1e9, result["bytes_per_second"] / 1e9
+    columns = ("work", "system", "cores", "seconds", "CPU s", "useful tokens/s", "opdjax / peer")
+    columns += ("x floor", "loss", "gradient norms", "remark")
     lines = [
         f"{result['machine']}. Versions: {versions}.",
-        f"Floor: FLOPs of the matrix products over the fastest product measured in this run, bytes over a copy: {rates}. "
-        f"Medians of {result['repeats']} runs (range), alternating with opdjax's; ratios are medians of neighbouring pairs, below 1 opdjax "
-        "is faster.",
+        "Floor: the least time at the rates of the fastest matrix product and of a copy in this "
+        f"run, {flops:.0f} GFLOP/s and {moved:.1f} GB/s. Seconds are medians of "
+        f"{result['repeats']} runs (range) that alternate with opdjax's; ratios are medians of "
+        "neighbouring pairs, and below 1 opdjax is faster.",
         "",
-        "| work | system | cores | seconds | CPU s | useful tokens/s | opdjax / peer | x floor | loss | gradient norms | remark |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
     ]
     return "\n".join([*lines, *(_row(row) for row in result["rows"])])
 
@@ -39,25 +42,16 @@ def _row(row: dict[str, Any]) -> str:
     cpu = f"{statistics.median(row['cpu_seconds']):.2f}"
     loss = f"{facts['loss']:.6f}" if "loss" in facts else ""
     norms = ", ".join(f"{norm:.4e}" for norm in facts.get("norms", ()))
-    cells = [
-        row["threads"] or "gpu",
-        spread,
-        cpu,
-        tokens,
-        ratio,
-        f"{middle / row['floor']:.1f}",
-        loss,
-        norms,
-        _remark(row),
-    ]
+    cells = [row["threads"] or "gpu", spread, cpu, tokens, ratio, f"{middle / row['floor']:.1f}"]
+    cells += [loss, norms, _remark(row)]
     return head + " " + " | ".join(map(str, cells)) + " |"
 
 
 def _remark(row: dict[str, Any]) -> str:
-    said = [row["remark"]] if row["remark"] else []
+    remarks = [row["remark"]] if row["remark"] else []
     facts = row["facts"]
     if "mean_length" in facts:
-        said.append(f"lengths: mean {facts['mean_length']:.0f}, longest {facts['max_length']}")
+        remarks.append(f"lengths: mean {facts['mean_length']:.0f}, longest {facts['max_length']}")
     if facts.get("slots"):
-        said.append("finished slots are refilled")
-    return "; ".join([*said, *row.get("warnings", [])])
+        remarks.append("finished slots are refilled")
+    return "; ".join([*remarks, *row.get("warnings", [])])

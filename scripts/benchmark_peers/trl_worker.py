@@ -1,4 +1,4 @@
-"""TRL's side, in torch: its two divergences, transformers' `generate`, and its on-policy trainer."""
+"""The TRL worker, in torch: two divergences, transformers' `generate`, the on-policy trainer."""
 
 from __future__ import annotations
 

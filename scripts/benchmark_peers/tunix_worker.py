@@ -1,5 +1,6 @@
-"""Tunix's side: its logit distillation loss and its sampler. It has no on-policy distillation and
-no loss from hidden states.
+"""The Tunix worker: its logit distillation loss and its sampler.
+
+Tunix has no on-policy distillation and no loss from hidden states.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def build_sampler(case):
                 top_p=case["top_p"],
                 seed=next(seeds),
             )
-            # What it returns ends before the stop token.
+            # The returned tokens exclude the stop token.
             lengths += [min(len(tokens) + 1, case["new"]) for tokens in drawn.tokens]
         return lengths
 

@@ -1,6 +1,4 @@
-"""The benchmark's side of a worker: a subprocess on some cores of this machine, asked one thing at
-a time.
-"""
+"""A worker process of the benchmark, pinned to some cores; it takes one command at a time."""
 
 from __future__ import annotations
 
@@ -18,28 +16,25 @@ _TIMEOUT = 600  # seconds for one answer: importing, compiling or one run
 
 
 class WorkerError(RuntimeError):
-    """The worker could not do what it was asked, and says why."""
+    """The worker failed; the message says why."""
 
 
 class Worker:
-    """One system in its own process, on `threads` cores of the CPU or on the accelerator (`threads`
-    None).
-    """
+    """One system in its own process, on `threads` cores, or on the accelerator if None."""
 
     def __init__(self, system: str, python: str, threads: int | None, root: pathlib.Path):
         self.system, self.threads, self.versions = system, threads, {}
-        self._command, self._environment = (
-            _command(system, python, threads),
-            _environment(system, threads, root),
-        )
+        self._command = _command(system, python, threads)
+        self._environment = _environment(system, threads, root)
         self._log = (root / "logs" / f"{system}-{threads or 'gpu'}.log").open("w")
         self._answers: queue.Queue = queue.Queue()
         self._process: subprocess.Popen | None = None
         self._death: str | None = None
 
     def ask(self, **command: Any) -> dict[str, Any]:
-        """The answer to one command; WorkerError with the reason where there is none. A worker is
-        started when first asked.
+        """Return the answer to one command; WorkerError if it fails.
+
+        The first command starts the process.
         """
         if self._death:
             raise WorkerError(self._death)
@@ -53,7 +48,7 @@ class Worker:
         return answer
 
     def stop(self) -> None:
-        """End the process, whatever it is at."""
+        """Kill the process."""
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
             self._process.wait()
@@ -92,7 +87,7 @@ class Worker:
 
     def _last_words(self):
         lines = pathlib.Path(self._log.name).read_text(errors="replace").strip().splitlines()
-        return lines[-1][:200] if lines else "it said nothing"
+        return lines[-1][:200] if lines else "its log is empty"
 
 
 def _command(system, python, threads):

@@ -388,7 +388,11 @@ DATA = {
 }
 
 CONFIG = {
-    "an unknown command": ("there is no command", lambda p: ["trian"], "'trian'; did you mean 'train'?"),
+    "an unknown command": (
+        "there is no command",
+        lambda p: ["trian"],
+        "'trian'; did you mean 'train'?",
+    ),
     "an unknown field": (
         PARSED,
         lambda p: p.train("--train.num-step", "1"),
@@ -584,23 +588,23 @@ CHECKPOINTS = {
     "no such directory": (
         "CheckpointError",
         student(lambda p: p.root / "no", "--teacher.path", "no"),
-        "no' is no directory and no hub id (owner/name)",
+        "no' is neither a directory nor a hub id (owner/name)",
     ),
     "an empty path": (
         "CheckpointError",
         lambda p: p.train("--student.path", ""),
-        "'' is no directory and no hub id",
+        "'' is neither a directory nor a hub id",
     ),
     "a built-in model that there is not": (
         "CheckpointError",
         lambda p: p.train("--student.path", "@mini_studnet"),
-        "'@mini_studnet' is no built-in model; did you mean '@mini_student'?",
+        "'@mini_studnet' is not a built-in model; did you mean '@mini_student'?",
         "a directory of that name is ./@mini_studnet",
     ),
     "a hub id out of reach": (
         "CheckpointError",
         lambda p: ["check", "no/thing"],
-        "'no/thing' is no local directory, and the hub did not give it",
+        "'no/thing' is not a local directory, and downloading it from the hub failed",
         "HF_HUB_OFFLINE=0",
     ),
     "a name that no hub takes": (
@@ -643,7 +647,7 @@ CHECKPOINTS = {
     "a type that is a list": (
         "CheckpointError",
         imported(lambda p: p.model("config.json", dtype=["a"])),
-        "sets dtype ['a']; expected the name of a type",
+        "sets dtype ['a']; expected the name of a dtype",
     ),
     "no weights": (
         "CheckpointError",
@@ -675,7 +679,7 @@ CHECKPOINTS = {
     "an index of absent files": (
         "CheckpointError",
         index('{"weight_map": {"a": "b.safetensors"}}'),
-        "names files that are not there (download them too): b.safetensors",
+        "names files that do not exist (download them too): b.safetensors",
     ),
     "an index that is a list": (
         "CheckpointError",
@@ -720,13 +724,13 @@ CHECKPOINTS = {
         "DataError",
         student(lambda p: p.model("chat_template.jinja", "{% for m in messages %}")),
         "TemplateSyntaxError: Unexpected end of template",
-        "mend it, or use format 'raw'",
+        "change it, or use format 'raw'",
     ),
     "a chat template that cannot be computed": (
         "DataError",
         student(lambda p: p.model("chat_template.jinja", "{{ 1 + 'a' }}")),
         "TypeError: unsupported operand",
-        "mend it, or use format 'raw'",
+        "change it, or use format 'raw'",
     ),
     "a chat template of nothing": (
         "DataError",
@@ -839,7 +843,7 @@ WORKDIRS = {
     "export over a file": (
         "CheckpointError",
         lambda p: ["export", p.run(), p.file("x")],
-        "is a file or lies in one; export into a new directory",
+        "is a file or is inside one; export into a new directory",
     ),
     "export to a bucket": (
         "RemoteError",

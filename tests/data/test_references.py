@@ -146,7 +146,7 @@ def test_a_file_of_another_kind_is_left_as_it_is(tmp_path, content):
 def test_no_file_and_a_directory_are_told_apart(tmp_path):
     with pytest.raises(
         ReferenceIndexError,
-        match="which does not exist; write the file with opdjax teach EXPERIMENT",
+        match="which does not exist; write the file with opdjax references EXPERIMENT",
     ):
         read_index(tmp_path / "none.jsonl")
     for read in (read_index, lambda path: open_index(path, TEACHER)):
@@ -187,7 +187,7 @@ def test_no_file_and_a_directory_are_told_apart(tmp_path):
 def test_a_damaged_row_is_named(path, row, what):
     with path.open("a") as file:
         file.write(row + "\n")
-    expected = rf"{re.escape(str(path))}, line 5 is damaged: .*{what}.* Delete the line, and run opdjax teach again"
+    expected = rf"{re.escape(str(path))}, line 5 is damaged: .*{what}.* Delete the line, and run opdjax references again"
     with pytest.raises(ReferenceIndexError, match=expected):
         read_index(path)
 
@@ -197,7 +197,7 @@ def test_a_draw_that_stands_there_twice_is_named(path):
     path.write_text("".join([*lines, lines[1]]))
     with pytest.raises(
         ReferenceIndexError,
-        match=r"line 5 is damaged: draw 0 of the prompt '1\+1=' stands above already",
+        match=r"line 5 is damaged: draw 0 of the prompt '1\+1=' is also on an earlier line",
     ):
         read_index(path)
 
@@ -227,13 +227,10 @@ def test_a_miss_names_prompt_key_file_and_numbers(path):
         in told
     )
     assert (
-        "2 have never been answered: opdjax teach EXPERIMENT, with the same data, adds what is missing."
+        "2 have never been answered: opdjax references EXPERIMENT, with the same data, adds what is missing."
         in told
     )
-    assert (
-        "1 were answered with nothing, or with what was cut off: draw more (teach.num_answers)"
-        in told
-    )
+    assert "1 have only empty or truncated answers: sample more (teach.num_answers)" in told
     with pytest.raises(ReferenceMissError) as error:
         references_of(index, ["3+3=" * 100], "rows.jsonl")
     assert "cut off" not in str(error.value)

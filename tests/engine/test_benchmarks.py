@@ -1,5 +1,5 @@
-"""Several benchmarks in one evaluation: scores of each and of all alike; and nothing of it where no
-column names them.
+"""Several benchmarks in one evaluation: scores of each benchmark and of all prompts; no such scores
+without a column of benchmarks.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ def of(file, column):
 
 @pytest.fixture(scope="module")
 def runs(file, tmp_path_factory):
-    """The same run without and with a column of benchmarks."""
+    """The same run, without and with a column of benchmarks."""
     directory = tmp_path_factory.mktemp("runs")
     for name, column in (("plain", None), ("named", "of")):
         train(of(file, column), directory / name)
@@ -74,7 +74,7 @@ def runs(file, tmp_path_factory):
 def test_scores_of_benchmarks_by_hand():
     scores = np.array([0.0, 1.0, 0.5, 1.0, 1.0])
     found = by_benchmark(["a", "b", "a", "b", "a"], {"avg@k": scores})
-    # a: 0, 0.5, 1, whose deviation is a half; b: 1, 1.
+    # a: 0, 0.5, 1, with standard deviation 0.5; b: 1, 1.
     half = 1.959964 * 0.5 / math.sqrt(3)
     assert found["a"] == {"num_prompts": 3, "avg@k": 0.5, "avg@k_interval": pytest.approx(half)}
     assert found["b"] == {"num_prompts": 2, "avg@k": 1.0, "avg@k_interval": 0.0}
@@ -115,7 +115,7 @@ def test_a_column_of_benchmarks_changes_no_other_number(runs):
     ]
 
 
-def test_a_run_of_before_there_was_such_a_column_is_continued(runs, file, capsys):
+def test_a_run_of_a_version_without_such_a_column_is_continued(runs, file, capsys):
     saved = json.loads((runs / "plain" / "config.json").read_text())
     del saved["config"]["evaluation"]["benchmark_column"]
     (runs / "plain" / "config.json").write_text(json.dumps(saved))
@@ -162,7 +162,7 @@ def test_num_prompts_counts_those_of_each_benchmark(file):
 
 
 @pytest.mark.parametrize("value", [None, "", " ", 7, "mean"])
-def test_what_is_no_name_of_a_benchmark_is_refused(tmp_path, value):
+def test_an_invalid_name_of_a_benchmark_is_refused(tmp_path, value):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": "1+2=", "answer": "3", "of": value}) + "\n")
     with pytest.raises(DataError, match="the benchmark 'of' is"):
@@ -171,7 +171,7 @@ def test_what_is_no_name_of_a_benchmark_is_refused(tmp_path, value):
         read_prompts(str(path), ColumnMap(benchmark="source"))
 
 
-def test_parquet_is_asked_for_the_column(tmp_path, file):
+def test_the_column_is_read_from_parquet(tmp_path, file):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     rows = [{"prompt": p, "answer": a, "of": b, "long": "x" * 100} for p, a, b in SUMS]

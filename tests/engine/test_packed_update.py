@@ -1,5 +1,5 @@
-"""Packed rows train as padded ones do: loss, gradient and metrics agree, however the batch is cut,
-and empty micro-batches cost nothing.
+"""Packed rows train as padded rows do: loss, gradient and metrics agree for any number of
+micro-batches, and empty micro-batches cost nothing.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from opdjax.diagnose.doctor import examine
 from opdjax.engine.scorer import score
 from opdjax.engine.step_metrics import step_metrics
 from opdjax.engine.update import UpdateSpec, loss_and_grad, make_update, noise_and_signal
-from opdjax.estimators import bind
+from opdjax.estimators import estimator_of
 from opdjax.estimators.losses import AGGREGATIONS
 from opdjax.models.decoder import DecoderConfig, head_of, init_params
 from opdjax.models.rope import Rope
@@ -51,7 +51,7 @@ MODEL = DecoderConfig(
     has_qkv_bias=False,
     has_output_bias=False,
 )
-PROMPT, ANSWER, LENGTH = 4, 6, 17  # two of the longest rollouts do not fit a row
+PROMPT, ANSWER, LENGTH = 4, 6, 17  # two of the longest rollouts do not fit into a row
 COUPLED = EstimatorConfig(
     "vopd",
     baseline="batch_mean",
@@ -72,8 +72,8 @@ STORED = EstimatorConfig(
 
 
 def make_batch(rng, dtype, rows):
-    """Rollouts of many lengths with all that a recipe may read of them; the teacher is shown longer
-    prompts.
+    """Rollouts of many lengths with every field that a recipe may read; the teacher's prompts are
+    longer.
     """
     student, teacher = rng.integers(1, PROMPT + 1, rows), rng.integers(1, PROMPT + 3, rows)
     left = lambda lengths, width: np.arange(width) >= width - lengths[:, None]
@@ -118,7 +118,7 @@ def make_models(dtype):
 def spec_of(estimator, dtype, parts, mesh=None):
     return UpdateSpec(
         MODEL,
-        estimator,
+        estimator_of(estimator),
         dtype,
         max_completion_length=ANSWER,
         gradient_accumulation_steps=parts,
@@ -128,23 +128,20 @@ def spec_of(estimator, dtype, parts, mesh=None):
 
 @functools.partial(jax.jit, static_argnames="spec")
 def trained(params, batch, head, spec):
-    """(loss, gradient, metrics of the tokens, noise and signal or None)."""
-    recipe, options = bind(spec.estimator.recipe, spec.estimator.options)
-    loss, grads, outputs, shares = loss_and_grad(
-        params, batch, head, spec, recipe, options, jnp.bool_(True)
-    )
-    told = step_metrics(outputs, batch, jnp.bool_(True), ANSWER, options, recipe.is_policy_gradient)
-    return loss, grads, told, None if shares is None else noise_and_signal(jnp.float32(1), *shares)
+    """(loss, gradient, token metrics, noise and signal or None)."""
+    loss, grads, outputs, shares = loss_and_grad(params, batch, head, spec, jnp.bool_(True))
+    metrics = step_metrics(outputs, batch, jnp.bool_(True), ANSWER, spec.estimator)
+    noise = None if shares is None else noise_and_signal(jnp.float32(1), *shares)
+    return loss, grads, metrics, noise
 
 
 def result(batch, estimator, dtype, parts=1, *, is_packed=False, mesh=None, is_stored=False):
-    """What `trained` makes of the batch once it is packed, if at all, placed and scored, the last
-    in as many parts.
+    """`trained` of the batch after packing (optional), placing on the mesh, and scoring in `parts`.
 
-    With `is_stored` the teacher's scores of the padded rows are packed and placed with them.
+    With `is_stored` the teacher's scores of the padded rows are packed and placed with the rows.
     """
     student, teacher = make_models(jnp.dtype(dtype))
-    recipe = bind(estimator.recipe, estimator.options)[0]
+    recipe = estimator_of(estimator)
     of_teacher = functools.partial(
         score,
         teacher,
@@ -166,16 +163,16 @@ def result(batch, estimator, dtype, parts=1, *, is_packed=False, mesh=None, is_s
 
 
 def assert_same_lesson(expected, found, tolerance):
-    (loss, whole, told, _), (other_loss, other, other_told, _) = expected, found
+    (loss, whole, metrics, _), (other_loss, other, other_metrics, _) = expected, found
     np.testing.assert_allclose(other_loss, loss, rtol=tolerance)
     left, right = (
         np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (whole, other)
     )
     assert np.linalg.norm(left - right) / np.linalg.norm(left) < tolerance
-    assert told.keys() == other_told.keys()
-    for name, value in told.items():
+    assert metrics.keys() == other_metrics.keys()
+    for name, value in metrics.items():
         np.testing.assert_allclose(
-            other_told[name], value, rtol=10 * tolerance, atol=tolerance, err_msg=name
+            other_metrics[name], value, rtol=10 * tolerance, atol=tolerance, err_msg=name
         )
 
 
@@ -218,9 +215,9 @@ def test_packing_and_cutting_change_neither_loss_nor_gradient_nor_metrics(
     "aggregation",
     ["token_mean", *(pytest.param(kind, marks=pytest.mark.long) for kind in AGGREGATIONS[1:])],
 )
-def test_what_the_teacher_said_is_packed_and_cut_with_the_rows(aggregation, rng):
-    """Its top k stored beside the padded rows, or taken from the packed ones: one loss and one
-    gradient.
+def test_teacher_scores_are_packed_and_cut_with_the_rows(aggregation, rng):
+    """The teacher's top k, stored with the padded rows or computed from the packed rows, gives the
+    same loss and gradient.
     """
     batch, estimator = (
         make_batch(rng, np.float64, 8),
@@ -252,7 +249,7 @@ def test_eight_devices_train_on_stored_columns(rng):
         ),
     ],
 )
-def test_eight_devices_train_on_packed_rows_as_one_does_on_padded_ones(estimator, parts, rng):
+def test_eight_devices_on_packed_rows_equal_one_on_padded_rows(estimator, parts, rng):
     batch = make_batch(rng, np.float32, 64)
     expected = result(batch, estimator, "float32")
     assert_same_lesson(
@@ -263,8 +260,8 @@ def test_eight_devices_train_on_packed_rows_as_one_does_on_padded_ones(estimator
 
 
 def test_one_program_visits_only_the_micro_batches_that_hold_a_token(rng):
-    """Sixteen rollouts of few tokens or many: the same compiled functions, over one or three
-    micro-batches of eight.
+    """Sixteen rollouts, short or long: the same compiled functions run one or three micro-batches
+    of eight.
     """
     full = make_batch(rng, np.float32, 16)
     few = jax.tree.map(
@@ -281,13 +278,11 @@ def test_one_program_visits_only_the_micro_batches_that_hold_a_token(rng):
     assert programs[0] == programs[1]
     np.testing.assert_array_equal(
         np.isnan(noise), [True, False]
-    )  # a single micro-batch tells nothing of the noise
+    )  # a single micro-batch gives no estimate of the noise
 
 
 def test_parts_after_the_last_live_one_are_skipped():
-    """Rows 0 and 3 of six in three parts are part 0; a mask on row 4 makes it two parts, the empty
-    one between them included.
-    """
+    """Rows 0 and 3 of six rows in three parts are part 0; a token in row 4 makes it two parts."""
 
     @jax.jit
     def run(mask):
@@ -302,7 +297,7 @@ def test_parts_after_the_last_live_one_are_skipped():
 
 
 def run_of(pack_length, **train):
-    """The mini pair, the teacher shown more than the student."""
+    """The mini pair; the teacher's prompts hold more than the student's."""
     return Config(
         data=DataConfig(max_prompt_length=32, format="raw", teacher_format="chat"),
         sampling=SamplingConfig(max_completion_length=20),
@@ -332,22 +327,22 @@ def test_a_packed_run_learns_what_a_padded_one_does(tmp_path, monkeypatch):
     assert 1 < packed["perf/packed_rows"] < 8
     assert (
         0.3 < packed["perf/packing_efficiency"] < 1
-    )  # of columns of the student, whose prompts are the shorter ones
-    # The schedules differ with the number of steps, seconds always.
+    )  # of the student's columns, whose prompts are shorter
+    # Schedules differ with the number of steps; seconds always differ.
     for name in (
         name for name in padded if not name.startswith(("time/", "perf/tokens_per", "optimizer/"))
     ):
-        if padded[name] is None:  # no token stands at these positions
+        if padded[name] is None:  # no token has these positions
             assert packed[name] is None
         else:
             np.testing.assert_allclose(
                 packed[name], padded[name], rtol=1e-4, atol=1e-6, err_msg=name
             )
-    told = [
+    samples = [
         [row for row in read_lines(tmp_path / name / "samples.jsonl") if row["step"] == 1]
         for name in ("padded", "packed")
     ]
-    assert told[0] == told[1]
+    assert samples[0] == samples[1]
 
 
 @pytest.mark.long
@@ -368,6 +363,7 @@ def test_a_row_too_short_for_a_rollout_is_refused():
         run_of(20)
     with pytest.raises(
         ConfigError,
-        match=r"train.pack_length is 30; expected at least \d\d: the longest prompt of arithmetic:train",
+        match=r"train.pack_length is 30; expected at least \d\d: the longest prompt of "
+        "arithmetic:train",
     ):
         prepare(run_of(30))

@@ -1,5 +1,5 @@
-"""Drawing tokens: inverse CDF, filters and log-probs against dense numpy; rollouts against the
-decoder; layouts against each other.
+"""Sampling: inverse CDF, filters and log-probs against dense numpy; rollouts against the decoder;
+layouts against each other.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from opdjax.config import MINI_STUDENT, DataConfig
 from opdjax.data.chat import load_tokenizer
 from opdjax.data.prompt_rows import read_prompts
 from opdjax.data.prompts import collate, encode_prompts
-from opdjax.engine import sampler
+from opdjax.engine import sampler, scheduling
 from opdjax.engine.decoding import (
     EVAL_STREAM,
     TRAIN_STREAM,
@@ -75,14 +75,14 @@ def cdf_of(weights):
 
 
 def distance_outside(cdf, token, uniform):
-    """How far each draw `[n]` lies outside its token's share of the float64 CDF `[n, V]`; 0 inside."""
+    """Distance of each draw `[n]` from its token's share of the float64 CDF `[n, V]`; 0 inside."""
     row = np.arange(len(token))
     low = np.where(token > 0, cdf[row, np.maximum(token - 1, 0)], 0)
     return np.maximum(np.maximum(low - uniform, uniform - cdf[row, token]), 0)
 
 
 def as_uniform(x):
-    """The nearest value that a uniform draw can take: multiples of 2^-24 in [0, 1)."""
+    """The nearest possible uniform draw: a multiple of 2^-24 in [0, 1)."""
     return (np.clip(np.round(np.asarray(x) * 2**24), 0, 2**24 - 1) * 2.0**-24).astype(np.float32)
 
 
@@ -93,13 +93,14 @@ def test_invert_cdf_equals_searchsorted(rng, vocab):
     )
     uniform = as_uniform(rng.random(1200))
     cdf = cdf_of(weights)
-    near = np.arange(900, 1200)  # these aim at a boundary
+    near = np.arange(900, 1200)  # these are at a boundary
     uniform[near] = as_uniform(cdf[near, rng.integers(0, vocab, near.size)])
     expected = np.array([np.searchsorted(c, u, side="right") for c, u in zip(cdf, uniform)])
     token = np.asarray(inverted(weights, uniform))
     margin = np.min(np.abs(cdf - uniform[:, None]), axis=1)
     print(
-        f"V = {vocab}: {np.sum(token != expected)} differ of {np.sum(margin < 1e-6)} near a boundary and {np.sum(margin >= 1e-6)} others"
+        f"V = {vocab}: {np.sum(token != expected)} differ of {np.sum(margin < 1e-6)} near a "
+        f"boundary and {np.sum(margin >= 1e-6)} others"
     )
     assert np.sum(margin[:900] >= 1e-6) > 800
     np.testing.assert_array_equal(token[margin >= 1e-6], expected[margin >= 1e-6])
@@ -111,8 +112,8 @@ EDGES = np.array([0, 2.0**-24, 0.5, 1 - 2.0**-23, 1 - 2.0**-24], np.float32)
 
 @pytest.mark.parametrize("vocab", [1, 2, 7, 8, 9, 214, 1000, 5003])
 def test_edges_of_the_unit_interval_draw_live_tokens(rng, vocab):
-    """Zero weights in front, behind and in whole blocks; the ends of the interval give the first
-    and the last live token.
+    """Zero weights at the front, at the end and in whole blocks; the ends of the interval give the
+    first and the last live token.
     """
     rows = []
     for first, last in [
@@ -123,10 +124,8 @@ def test_edges_of_the_unit_interval_draw_live_tokens(rng, vocab):
     ]:
         row = rng.exponential(size=vocab) * (rng.random(vocab) < 0.5)
         row[:first] = row[last:] = 0
-        row[first], row[last - 1] = (
-            1,
-            2,
-        )  # a last token too light for 2^-24 of the mass would not be reached
+        # A last token with less than 2^-24 of the mass would not be reached.
+        row[first], row[last - 1] = 1, 2
         rows.append(row.astype(np.float32))
     weights, uniform = np.repeat(rows, len(EDGES), axis=0), np.tile(EDGES, len(rows))
     token = np.asarray(inverted(weights, uniform)).reshape(len(rows), len(EDGES))
@@ -156,8 +155,8 @@ def test_draws_aimed_at_boundaries_miss_zero_weights(rng, vocab):
 
 
 def test_a_running_sum_that_rises_at_zero_weights_draws_none_of_them(rng):
-    """At a real vocabulary the running sum over blocks is added up as a tree, and rises by rounding
-    where nothing is added.
+    """With a real vocabulary, the running sum over blocks is computed as a tree, whose rounding
+    raises it where 0 is added.
     """
     vocab, block, blocks = 151_936, 512, 297
     totals = (rng.exponential(size=(3000, blocks)) * (rng.random((3000, blocks)) < 0.5)).astype(
@@ -179,7 +178,7 @@ def test_a_running_sum_that_rises_at_zero_weights_draws_none_of_them(rng):
 
 
 def chi_square(counts, probs):
-    """Excess over its mean in standard deviations; cells that expect fewer than 5 are joined."""
+    """Excess over its mean, in standard deviations; cells with fewer than 5 expected are joined."""
     expected = probs * counts.sum()
     rare = expected < 5
     counts, expected = (np.append(x[~rare], x[rare].sum()) for x in (counts, expected))
@@ -190,8 +189,8 @@ def chi_square(counts, probs):
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 12, "top_p": 0.9}], ids=["plain", "filtered"])
 def test_frequencies_match_the_softmax(rng, filters):
-    """100 prompts x 20 samples x 20 positions; each half of the keys, and early and late positions,
-    on their own too.
+    """100 prompts x 20 samples x 20 positions; also each half of the keys, and early and late
+    positions, separately.
     """
     logits = (2 * rng.normal(size=40)).astype(np.float32)
     prompt, number = np.repeat(np.arange(100), 20), np.tile(np.arange(20), 100)
@@ -214,14 +213,14 @@ def test_frequencies_match_the_softmax(rng, filters):
         assert abs(chi_square(count(part), probs)) < 5
     assert (
         chi_square(count(token), probs**0.9 / np.sum(probs**0.9)) > 5
-    )  # a slightly higher temperature is seen
+    )  # a slightly higher temperature is detected
 
 
 # ---- Filters
 
 
 def reference_keep(logits, top_k=0, top_p=1.0, min_p=0.0, slack=0.0):
-    """Which tokens a sort keeps, in float64; a positive slack keeps more, a negative one fewer."""
+    """The tokens that a sort keeps, in float64; a positive slack keeps more, a negative fewer."""
     logits = np.asarray(logits, np.float64)
     keep = np.isfinite(logits)
     if top_k:
@@ -242,8 +241,8 @@ def reference_keep(logits, top_k=0, top_p=1.0, min_p=0.0, slack=0.0):
 
 
 def some_logits(seed=0, step=0.0, scale=2.0):
-    """`[ROWS, VOCAB]`, padded from VALID on; a positive step puts them on a grid, so that many are
-    equal.
+    """Logits `[ROWS, VOCAB]`, padded from VALID on; a positive step rounds them to a grid, so that
+    many are equal.
     """
     logits = np.random.default_rng(seed).normal(size=(ROWS, VOCAB)) * scale
     logits = (
@@ -281,7 +280,7 @@ def test_filter_keeps_the_smallest_set_that_is_enough(filters, seed, step, scale
     live = np.where(mask, logits, np.inf).min(-1, keepdims=True)
     np.testing.assert_array_equal(
         mask, logits >= live
-    )  # ties are kept, and nothing below what is kept
+    )  # ties are kept, and nothing below a kept token
 
 
 def test_filters_by_hand():
@@ -329,7 +328,7 @@ def test_filters_equal_transformers():
 
 
 def primitives(jaxpr):
-    """Names of all primitives of a jaxpr, those of its inner jaxprs included."""
+    """Names of all primitives of a jaxpr and of its inner jaxprs."""
     names = {equation.primitive.name for equation in jaxpr.eqns}
     inner = [
         leaf
@@ -344,7 +343,7 @@ def primitives(jaxpr):
 
 
 def sorts(function, *args):
-    """Sorting primitives in the jaxpr and sorting instructions in the compiled program."""
+    """Sort primitives in the jaxpr, and sort instructions in the compiled program."""
     traced = jax.jit(function).trace(*args)
     named = {"sort", "top_k", "approx_top_k"} & primitives(traced.jaxpr.jaxpr)
     return named | set(
@@ -383,7 +382,7 @@ def dense_logprobs(logits, keep=None):
 @pytest.mark.parametrize(
     ("temperature", "filters"), [(1.0, {}), (0.7, {}), (0.7, FILTERS[-2]), (1.5, FILTERS[-1])]
 )
-def test_behavior_is_what_was_drawn_from(keys, temperature, filters):
+def test_behavior_is_the_distribution_that_was_sampled(keys, temperature, filters):
     logits, row = some_logits(4), np.arange(ROWS)
     token, behavior, unfiltered = map(
         np.asarray, drawn_tokens(logits, keys, 2, decoding(temperature=temperature, **filters))
@@ -409,8 +408,8 @@ def test_greedy_takes_the_first_maximum_and_draws_nothing(keys):
     np.testing.assert_allclose(unfiltered, dense_logprobs(logits).max(-1), atol=1e-5)
 
 
-def test_a_draw_depends_on_its_key_and_position_alone(keys):
-    """Other rows, the row's place and the batch size do not matter; key and position do."""
+def test_a_draw_depends_only_on_its_key_and_position(keys):
+    """Other rows, the row's place and the batch size do not matter."""
     logits, options = some_logits(6), decoding()
     token = np.asarray(drawn_tokens(logits, keys, 4, options)[0])
     order = np.random.default_rng(0).permutation(ROWS)
@@ -427,7 +426,7 @@ def test_a_draw_depends_on_its_key_and_position_alone(keys):
 
 @pytest.fixture(scope="module")
 def student():
-    """Parameters, config, stop ids and 64 encoded prompts of 14 tokens; `dense` is the float64
+    """Parameters, config, stop ids, 64 encoded prompts of 14 tokens, and `dense`, the float64
     decoder on whole rows.
     """
     checkpoint = open_checkpoint(MINI_STUDENT)
@@ -448,9 +447,7 @@ def student():
         )
 
     def dense(rollouts):
-        """Float64 logits `[B, LENGTH, V]` that predict each completion column, from a full forward
-        of the rows.
-        """
+        """Float64 logits `[B, LENGTH, V]` of each completion column, from a full forward."""
         tokens, segments = (
             np.asarray(x)[:, -WIDTH - LENGTH :] for x in (rollouts.tokens, rollouts.segment_ids)
         )
@@ -473,8 +470,8 @@ def student():
 
 @pytest.fixture(scope="module")
 def generate(student):
-    """generate(prompts, seed, policy_version, **options of sample; decoding by keyword too) ->
-    Rollouts in numpy.
+    """generate(prompts, seed, policy_version, **options of sample and Decoding) -> Rollouts in
+    numpy.
     """
 
     def generate(
@@ -500,7 +497,7 @@ def generate(student):
 
 @pytest.fixture(scope="module")
 def mixed(student):
-    """Eight prompts of 14, 6 and 1 tokens; numbers 3 and 7 are filler."""
+    """Eight prompts of 14, 6 and 1 tokens; prompts 3 and 7 are filler."""
     rows = [
         student.prompts.student_ids[0],
         student.bare.student_ids[1],
@@ -519,7 +516,7 @@ def mixed(student):
 
 @pytest.fixture(scope="module")
 def rollouts(generate, mixed):
-    """The 64 rows that most tests look at."""
+    """The 64 rows that most tests use."""
     return generate(mixed, num_generations=8, temperature=1.5)
 
 
@@ -538,7 +535,7 @@ def completion(rollouts):
     return rollouts.tokens[:, -LENGTH:], rollouts.mask[:, -LENGTH:]
 
 
-def test_rows_of_a_prompt_stand_side_by_side(rollouts, mixed):
+def test_rows_of_a_prompt_are_adjacent(rollouts, mixed):
     np.testing.assert_array_equal(rollouts.prompt_id, np.repeat(mixed.prompt_id, 8))
     np.testing.assert_array_equal(rollouts.sample_id, np.tile(np.arange(8), 8))
     np.testing.assert_array_equal(rollouts.policy_version, 0)
@@ -603,7 +600,7 @@ def test_filtered_logprobs_equal_a_full_forward(generate, mixed, student):
     logits = student.dense(rollouts) / 1.5
     assert (
         np.exp(dense_logprobs(logits))[mask][:, 70:].sum(-1).mean() > 0.01
-    )  # the padded ids would have been drawn
+    )  # the padding ids would have been sampled
     logits[:, :, 70:] = -np.inf
     keep = reference_keep(logits.reshape(-1, VOCAB), top_k=30, top_p=0.9, min_p=0.02).reshape(
         logits.shape
@@ -621,7 +618,7 @@ def test_filtered_logprobs_equal_a_full_forward(generate, mixed, student):
 
 @pytest.fixture
 def steps(monkeypatch):
-    """Decoding steps of each call of `advance`, from the clock that it returns."""
+    """Decoding steps of each call of `advance`, from the returned clock."""
     clocks, run = [0], sampler.advance
 
     def counted(*args, **options):
@@ -634,7 +631,7 @@ def steps(monkeypatch):
 
 
 def test_the_loop_ends_with_its_last_row(steps, generate, mixed, rollouts):
-    """More stop tokens cut the same rows short; a longer limit changes nothing and costs no step."""
+    """More stop tokens shorten the same rows; a longer limit changes nothing and costs no step."""
     tokens, mask = completion(rollouts)
     frequency = np.bincount(tokens[mask], minlength=VOCAB)
     rarest = [
@@ -684,7 +681,7 @@ def test_greedy_is_the_argmax_of_full_forwards(generate, student, mixed):
     np.testing.assert_array_equal(greedy.tokens[::2], greedy.tokens[1::2])
 
 
-def test_later_samples_can_be_drawn_alone(generate, mixed, rollouts):
+def test_later_samples_can_be_drawn_separately(generate, mixed, rollouts):
     later = generate(
         mixed, num_generations=8, first_sample=4, temperature=1.5
     )  # samples 4 to 11 of each prompt
@@ -703,7 +700,7 @@ def test_later_samples_can_be_drawn_alone(generate, mixed, rollouts):
     [{"seed": 1}, {"policy_version": 1}, {"stream": EVAL_STREAM}],
     ids=lambda c: next(iter(c)),
 )
-def test_every_name_of_a_draw_changes_it(generate, mixed, rollouts, change):
+def test_every_id_of_a_draw_changes_it(generate, mixed, rollouts, change):
     other = generate(mixed, num_generations=8, temperature=1.5, **change)
     np.testing.assert_array_equal(other.policy_version, change.get("policy_version", 0))
     assert (other.tokens != rollouts.tokens).any(1)[~FILLER].mean() > 0.7
@@ -712,7 +709,7 @@ def test_every_name_of_a_draw_changes_it(generate, mixed, rollouts, change):
 
 
 def test_sample_and_prompt_ids_change_draws(rollouts):
-    """Prompts 12 and 15 hold the same tokens."""
+    """Prompts 12 and 15 have the same tokens."""
     tokens = rollouts.tokens.reshape(8, 8, -1)
     np.testing.assert_array_equal(tokens[2, :, :WIDTH], tokens[5, :, :WIDTH])
     assert len(np.unique(np.concatenate([tokens[2], tokens[5]]), axis=0)) >= 14
@@ -758,9 +755,7 @@ def test_uniforms_are_bit_equal_in_every_layout(uniforms):
 
 
 def rows_of(prompt_id, sample_id, starts, lengths, width=12, version=3):
-    """Rollouts that say where their completions stand and nothing else: the prompt takes two
-    columns.
-    """
+    """Rollouts with the places of their completions only; the prompt takes two columns."""
     column, start, length = (
         np.arange(width),
         np.asarray(starts)[:, None],
@@ -784,7 +779,7 @@ def rows_of(prompt_id, sample_id, starts, lengths, width=12, version=3):
 
 
 def test_extra_uniforms_are_bit_equal_in_every_layout():
-    """Order of the rows, padding to the left, width and company change nothing."""
+    """Order of rows, padding on the left, width and other rows change nothing."""
     prompt, sample, lengths = np.arange(6) // 2, np.arange(6) % 2, np.array([3, 5, 1, 6, 4, 2])
     plain = rows_of(prompt, sample, np.zeros(6, int), lengths)
     expected = np.asarray(extra_uniforms(plain, 7, 4))
@@ -802,13 +797,12 @@ def test_extra_uniforms_are_bit_equal_in_every_layout():
             np.testing.assert_array_equal(x[m], tokens[row])
     by_row = by_row_of(mesh_of(2))
     np.testing.assert_array_equal(extra_uniforms(jax.device_put(plain, by_row), 7, 4), expected)
-    # Fewer draws are another function of the same names; every token and draw has a number of its
-    # own.
+    # Fewer draws are another function of the same ids; every token and draw has its own number.
     drawn = np.concatenate(tokens)
     assert len(np.unique(drawn)) > 0.99 * drawn.size
 
 
-def test_every_name_of_an_extra_draw_changes_it():
+def test_every_id_of_an_extra_draw_changes_it():
     def drawn(prompt=0, sample=0, version=3, seed=7):
         rollouts = rows_of([prompt], [sample], [0], [10], version=version)
         return np.asarray(extra_uniforms(rollouts, seed, 3))[rollouts.mask]
@@ -819,8 +813,8 @@ def test_every_name_of_an_extra_draw_changes_it():
 
 
 def test_extra_draws_do_not_repeat_the_draws_of_the_rollout(uniforms):
-    """They are named alike but for their stream: were that shared, the first extra token would
-    often be the sampled one.
+    """Their ids differ only by the stream: with a shared stream, the first extra token would often
+    be the sampled token.
     """
     rollouts = rows_of(
         np.arange(64), np.zeros(64), np.zeros(64, int), np.full(64, LENGTH), LENGTH + 2
@@ -865,20 +859,19 @@ def draw_in_layout(generate, student):
 
 @pytest.fixture(scope="module")
 def at_once(draw_in_layout, student):
-    """All 64 rows in one batch, and the float64 CDF `[64, LENGTH, V]` that each token was drawn
-    from.
-    """
+    """All 64 rows in one batch, and the float64 CDF `[64, LENGTH, V]` of each token."""
     drawn = draw_in_layout()
     return drawn, cdf_of(np.exp(dense_logprobs(student.dense(drawn))))
 
 
-def test_every_token_holds_its_uniform(at_once, uniforms):
+def test_every_tokens_share_contains_its_uniform(at_once, uniforms):
     """The whole path against float64: row keys, positions, prefill, cache and inverse CDF."""
     drawn, cdf = at_once
     tokens, mask = completion(drawn)
     outside = distance_outside(cdf[mask], tokens[mask], uniforms[mask])
     print(
-        f"{mask.sum()} tokens, {np.sum(outside > 0)} drawn across a boundary, by at most {outside.max():.1e}"
+        f"{mask.sum()} tokens, {np.sum(outside > 0)} drawn across a boundary, by at most "
+        f"{outside.max():.1e}"
     )
     assert outside.max() < 1e-5
     assert np.mean(tokens[mask] != np.diff(cdf[mask], prepend=0).argmax(-1)) > 0.03
@@ -910,7 +903,7 @@ def test_tokens_do_not_depend_on_the_layout(draw_in_layout, at_once, uniforms, l
         same = np.flatnonzero(ours[row] != theirs[row])
         if (
             same.size
-        ):  # from here on the row is another text; the draw that split it must lie on a boundary
+        ):  # from here on the texts differ; the first different draw must lie on a boundary
             num_differing, length = num_differing + 1, same[0]
             pair = np.array([ours[row, length], theirs[row, length]])
             assert (
@@ -940,8 +933,8 @@ def assert_same_rollouts(ours, theirs):
     [{"temperature": 1.5}, {"temperature": 0.0}, WARM],
     ids=["plain", "greedy", "filtered"],
 )
-def test_refilled_slots_draw_what_all_rows_at_once_draw(generate, mixed, steps, options):
-    """Prompts of 14, 6 and 1 tokens, four generations of each, filler among them."""
+def test_refilled_slots_sample_what_all_rows_at_once_sample(generate, mixed, steps, options):
+    """Prompts of 14, 6 and 1 tokens with four generations each, and filler."""
     expected = generate(mixed, num_generations=4, **options)
     at_once = sum(steps())
     for slots in (3, 8):
@@ -952,7 +945,7 @@ def test_refilled_slots_draw_what_all_rows_at_once_draw(generate, mixed, steps, 
 @pytest.mark.parametrize(
     ("stop", "length"), [(tuple(range(VOCAB)), 1), ((VOCAB,), LENGTH)], ids=["at once", "never"]
 )
-def test_rows_that_all_end_alike(generate, mixed, stop, length):
+def test_rows_that_all_end_at_the_same_step(generate, mixed, stop, length):
     drawn = generate(mixed, num_generations=2, slots=4, stop=stop, temperature=1.5)
     filler = np.repeat(np.arange(8) % 4 == 3, 2)
     assert (drawn.mask.sum(1) == np.where(filler, 0, length)).all()
@@ -960,7 +953,7 @@ def test_rows_that_all_end_alike(generate, mixed, stop, length):
     assert_same_rollouts(drawn, generate(mixed, num_generations=2, stop=stop, temperature=1.5))
 
 
-def test_filler_alone_draws_nothing(generate, mixed, steps):
+def test_filler_only_samples_nothing(generate, mixed, steps):
     empty = dataclasses.replace(mixed, mask=np.zeros_like(mixed.mask))
     drawn = generate(empty, num_generations=2, slots=4)
     assert not drawn.mask.any()
@@ -970,8 +963,8 @@ def test_filler_alone_draws_nothing(generate, mixed, steps):
 @pytest.fixture
 def short_rings(monkeypatch):
     """Rings of 4, 8, 16 and 24 columns."""
-    monkeypatch.setattr(sampler, "_SHORTEST_RING", 4)
-    assert sampler._ring_sizes(LENGTH) == [4, 8, LENGTH]
+    monkeypatch.setattr(scheduling, "_SHORTEST_RING", 4)
+    assert scheduling.ring_sizes(LENGTH) == [4, 8, LENGTH]
 
 
 @pytest.mark.parametrize("slots", [None, 5])
@@ -981,19 +974,19 @@ def test_a_ring_that_grows_changes_nothing(generate, mixed, rollouts, slots):
 
 
 def test_ring_sizes():
-    assert [sampler._ring_sizes(n) for n in (1, 24, 128, 200, 256)] == [
+    assert [scheduling.ring_sizes(n) for n in (1, 24, 128, 200, 256)] == [
         [1],
         [24],
         [128],
         [200],
         [128, 256],
     ]
-    assert sampler._ring_sizes(1000) == [128, 256, 1000]
-    assert sampler._ring_sizes(1024) == [128, 256, 512, 1024]
+    assert scheduling.ring_sizes(1000) == [128, 256, 1000]
+    assert scheduling.ring_sizes(1024) == [128, 256, 512, 1024]
 
 
 @pytest.mark.usefixtures("short_rings")
-def test_a_ring_is_no_longer_than_the_longest_living_row_needs(
+def test_a_ring_is_no_longer_than_the_longest_unfinished_row_needs(
     generate, mixed, rollouts, monkeypatch
 ):
     grown, lengthen = [], sampler._lengthen
@@ -1006,13 +999,13 @@ def test_a_ring_is_no_longer_than_the_longest_living_row_needs(
     common = np.bincount(tokens[mask], minlength=VOCAB).argsort()[-40:]
     drawn = generate(mixed, num_generations=8, temperature=1.5, slots=3, stop=(2, *common.tolist()))
     longest = drawn.mask.sum(1).max()
-    assert drawn.mask.sum() > 10 * longest  # the clock went round many times
+    assert drawn.mask.sum() > 10 * longest  # the clock wrapped around many times
     assert max(grown, default=4) < 2 * max(longest, 4)
 
 
 def test_few_programs_serve_every_mix_of_prompts(student, mixed):
-    """As many as there are widths of prompts and rings; another order, other prompts and other
-    draws need none of their own.
+    """One per prompt width and ring length; another order, other prompts and other draws need no
+    other program.
     """
 
     def batch(lengths, seed):
@@ -1022,7 +1015,7 @@ def test_few_programs_serve_every_mix_of_prompts(student, mixed):
 
     options = decoding(
         stop=(*student.stop, 5), temperature=1.1
-    )  # no other test's, so that every program is counted
+    )  # used by no other test, so that every program is counted
     programs = lambda: np.array(
         [
             f._cache_size()
@@ -1054,8 +1047,8 @@ def test_a_prompt_is_read_once_for_all_its_generations(generate, mixed, monkeypa
     monkeypatch.setattr(
         sampler,
         "prefill",
-        lambda params, parts, tokens, mask, **rest: (
-            read.append(mask) or prefill(params, parts, tokens, mask, **rest)
+        lambda params, layer_params, tokens, mask, **rest: (
+            read.append(mask) or prefill(params, layer_params, tokens, mask, **rest)
         ),
     )
     generate(mixed, num_generations=8, slots=16, temperature=1.5)
@@ -1063,15 +1056,15 @@ def test_a_prompt_is_read_once_for_all_its_generations(generate, mixed, monkeypa
     assert sum(mask.sum() for mask in read) == mixed.mask.sum()
 
 
-def test_slots_must_be_split_evenly(generate, mixed):
+def test_slots_must_be_divisible(generate, mixed):
     with pytest.raises(
         ValueError, match=r"slots is 12; expected a multiple of 8, .*mesh.data x mesh.fsdp"
     ):
         generate(mixed, slots=12, mesh=make_mesh(4, 2))
 
 
-def test_heads_are_split_over_tensor(generate, mixed, rollouts):
-    """Tokens are counted where they differ: sums over parts of a head round differently."""
+def test_heads_are_sharded_over_tensor(generate, mixed, rollouts):
+    """Different tokens are counted: sums over parts of a head round differently."""
     ours = generate(mixed, num_generations=8, temperature=1.5, mesh=make_mesh(2, 2, 2), slots=8)
     assert (ours.tokens == rollouts.tokens).all(1).mean() > 0.95
 
@@ -1082,10 +1075,10 @@ def test_heads_are_split_over_tensor(generate, mixed, rollouts):
 @pytest.mark.parametrize(
     ("kv_dtype", "most", "mean"), [("bfloat16", 0.2, 0.01), ("int8", 0.2, 0.01)]
 )
-def test_stored_in_fewer_bits_the_behavior_is_a_little_off(
+def test_a_cache_of_fewer_bits_changes_the_behavior_a_little(
     generate, mixed, student, kv_dtype, most, mean
 ):
-    """Nats between what was drawn from and the model without a cache, at the same contexts."""
+    """Nats between the sampled distribution and the model without a cache, at the same contexts."""
     drawn = generate(mixed, num_generations=8, kv_dtype=kv_dtype)
     tokens, mask = completion(drawn)
     exact = np.take_along_axis(dense_logprobs(student.dense(drawn)), tokens[:, :, None], -1)[
@@ -1094,7 +1087,8 @@ def test_stored_in_fewer_bits_the_behavior_is_a_little_off(
     off = np.abs(drawn.behavior_logprobs[:, WIDTH:] - exact)[mask]
     kl = np.mean(off**2) / 2  # to second order, and never negative
     print(
-        f"{kv_dtype}: |d logprob| at most {off.max():.2g}, on average {off.mean():.2g}; KL(behaviour || model) {kl:.2g} nats"
+        f"{kv_dtype}: |d logprob| at most {off.max():.2g}, on average {off.mean():.2g}; "
+        f"KL(behaviour || model) {kl:.2g} nats"
     )
     assert 0 < off.mean() < mean
     assert off.max() < most
@@ -1103,9 +1097,9 @@ def test_stored_in_fewer_bits_the_behavior_is_a_little_off(
 
 def test_int8_keeps_each_number_to_half_a_step(student, rng):
     tokens, mask = rng.integers(3, 70, (2, 8)), np.ones((2, 8), bool)
-    parts = kv_cache.parts_of(student.params["layers"], student.config)
+    layer_params = kv_cache.split_layers(student.params["layers"], student.config)
     caches = [
-        kv_cache.prefill(student.params, parts, student.config, tokens, mask, dtype)[1]
+        kv_cache.prefill(student.params, layer_params, student.config, tokens, mask, dtype)[1]
         for dtype in (jnp.float32, jnp.int8)
     ]
     for exact, stored in zip(

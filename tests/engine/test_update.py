@@ -1,5 +1,5 @@
-"""One update: its gradient does not depend on how the batch is cut, and its optimizer is the one
-the config names.
+"""One update: its gradient does not depend on the number of micro-batches, and its optimizer is
+that of the config.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from opdjax.engine.update import (
     make_update,
     noise_and_signal,
 )
-from opdjax.estimators import bind
+from opdjax.estimators import estimator_of
 from opdjax.estimators.losses import AGGREGATIONS
 from opdjax.models.decoder import DecoderConfig, head_of, init_params
 from opdjax.models.rope import Rope
@@ -53,11 +53,11 @@ RECIPES = [
 
 
 def few_of(names, *kept):
-    """All the names, those that are not kept left to the long tests."""
+    """All names; those that are not `kept` run with the long tests."""
     return [name if name in kept else pytest.param(name, marks=pytest.mark.long) for name in names]
 
 
-COUPLED = {  # what a token is worth depends on other tokens, or on more than its own draw
+COUPLED = {  # a token's advantage depends on other tokens, or on more than its own draw
     "batch_mean": EstimatorConfig(recipe="vopd", baseline="batch_mean", tile=5),
     "expected": EstimatorConfig(
         recipe="vopd",
@@ -101,7 +101,7 @@ def make_batch(rng, rows=8, columns=9):
 
 
 def with_credit(batch, rng):
-    """The batch with what a reward of the task, extra draws and stale tokens bring."""
+    """The batch with advantages of a task reward, uniforms for extra draws, and stale tokens."""
     shape = batch.tokens.shape
     advantages = jnp.where(batch.mask, rng.normal(size=(shape[0], 1)), 0)
     behavior = jnp.where(batch.mask, -np.log(MODEL.vocab_size) + 0.4 * rng.normal(size=shape), 0)
@@ -120,7 +120,7 @@ def make_models(dtype):
 
 
 def scored(batch, teacher, recipe):
-    needs = bind(recipe.recipe, recipe.options)[0].teacher
+    needs = estimator_of(recipe).teacher
     scores = score(teacher, head_of(teacher), batch, config=MODEL, needs=needs, tile=8)
     return dataclasses.replace(batch, teacher=scores), head_of(
         teacher
@@ -128,10 +128,8 @@ def scored(batch, teacher, recipe):
 
 
 def gradient(student, batch, head, estimator, dtype, **spec):
-    spec = UpdateSpec(MODEL, estimator, dtype, max_completion_length=7, **spec)
-    return jax.jit(
-        lambda p, b, h: loss_and_grad(p, b, h, spec, *bind(estimator.recipe, estimator.options))[:3]
-    )(student, batch, head)
+    spec = UpdateSpec(MODEL, estimator_of(estimator), dtype, max_completion_length=7, **spec)
+    return jax.jit(lambda p, b, h: loss_and_grad(p, b, h, spec)[:3])(student, batch, head)
 
 
 def relative_difference(left, right):
@@ -199,17 +197,12 @@ def test_what_couples_tokens_is_the_same_on_eight_devices(name, rng):
 
 @pytest.mark.usefixtures("x64")
 def test_noise_and_signal_are_those_of_the_micro_batches_gradients(rng):
-    """Under the fixed denominator a micro-batch on its own (every fourth row) estimates the
-    gradient of the whole.
-    """
+    """With the fixed denominator, a micro-batch (every fourth row) estimates the whole gradient."""
     student, teacher = make_models(jnp.float64)
     estimator = EstimatorConfig(recipe="opd", discount=0.5, aggregation="fixed_denominator", tile=5)
     batch, _ = scored(make_batch(rng), teacher, estimator)
-    spec = UpdateSpec(MODEL, estimator, "float64", 7, gradient_accumulation_steps=4)
-    bound = bind("opd", estimator.options)
-    _, grads, _, shares = jax.jit(lambda p, b: loss_and_grad(p, b, None, spec, *bound))(
-        student, batch
-    )
+    spec = UpdateSpec(MODEL, estimator_of(estimator), "float64", 7, gradient_accumulation_steps=4)
+    _, grads, _, shares = jax.jit(lambda p, b: loss_and_grad(p, b, None, spec))(student, batch)
     found = noise_and_signal(optax.tree.norm(grads), *shares)
     flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
     parts = [jax.tree.map(lambda x, i=i: x[i::4], batch) for i in range(4)]
@@ -226,7 +219,7 @@ def test_noise_and_signal_are_those_of_the_micro_batches_gradients(rng):
 
 
 def test_noise_and_signal_are_unbiased(rng):
-    """Gradients g + e of three micro-batches, |g|^2 = 5 and E|e|^2 = 6: the mean's noise is 2, the
+    """Gradients g + e of three micro-batches, |g|^2 = 5 and E|e|^2 = 6: the mean has noise 2 and
     signal 5.
     """
     each = np.array([2.0, 1.0]) + np.sqrt(3) * rng.normal(size=(40_000, 3, 2))
@@ -267,18 +260,18 @@ def test_scoring_in_parts_changes_nothing(needs, rng):
 
 
 def test_pmap_over_eight_devices_gives_the_gradient_of_jit_over_the_mesh(rng):
-    """pmap is today a wrapper of shard_map; jit over a mesh is the core because it also shards what
-    pmap would replicate.
+    """pmap is a wrapper of shard_map; jit over a mesh is the core because it also shards what pmap
+    would replicate.
     """
     estimator = EstimatorConfig(recipe="vopd", aggregation="fixed_denominator")
     student, teacher = make_models(jnp.float32)
     batch, head = scored(make_batch(rng), teacher, estimator)
     _, core, _ = gradient(student, batch, head, estimator, "float32")
-    spec = UpdateSpec(MODEL, estimator, "float32", max_completion_length=7)
+    spec = UpdateSpec(MODEL, estimator_of(estimator), "float32", max_completion_length=7)
     shards = jax.tree.map(lambda x: x.reshape(8, 1, *x.shape[1:]), batch)
 
     def one_row(params, row):
-        _, grads, _, _ = loss_and_grad(params, row, head, spec, *bind("vopd", {}))
+        _, grads, _, _ = loss_and_grad(params, row, head, spec)
         return jax.lax.pmean(grads, "rows")
 
     mapped = jax.pmap(one_row, axis_name="rows", in_axes=(None, 0))(student, shards)
@@ -291,9 +284,9 @@ def test_a_batch_that_is_not_finite_changes_nothing_but_the_counters(rng):
     batch, _ = scored(make_batch(rng), teacher, estimator)
     config = OptimizerConfig(learning_rate=1e-2)
     optimizer = make_optimizer(config, 10)
-    update = make_update(UpdateSpec(MODEL, estimator, "float32", 7), config, 10)
+    update = make_update(UpdateSpec(MODEL, estimator_of(estimator), "float32", 7), config, 10)
     poisoned = dataclasses.replace(
-        batch, teacher=TeacherScores(token_logprobs=batch.teacher.token_logprobs * jnp.nan)
+        batch, teacher=TeacherScores(teacher_logprobs=batch.teacher.teacher_logprobs * jnp.nan)
     )
     state = init_state(student, optimizer)
     kept = jax.tree.map(np.asarray, (state.params, state.opt_state))
@@ -318,7 +311,7 @@ def test_a_bfloat16_forward_keeps_float32_parameters_and_small_steps(rng):
     student, teacher = make_models(jnp.bfloat16)
     batch, head = scored(make_batch(rng), teacher, estimator)
     config = OptimizerConfig(learning_rate=1e-6, schedule="constant")
-    update = make_update(UpdateSpec(MODEL, estimator, "bfloat16", 7), config, 10)
+    update = make_update(UpdateSpec(MODEL, estimator_of(estimator), "bfloat16", 7), config, 10)
     state, _ = update(init_state(student, make_optimizer(config, 10)), batch, head)
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
     moved = np.abs(np.asarray(state.params["final_norm"]) - 1)
@@ -366,7 +359,7 @@ def diagnosed(student, batch, head, estimator, every, **spec):
     """(parameters, metrics) after one update."""
     config = OptimizerConfig(learning_rate=1e-2)
     spec = UpdateSpec(
-        MODEL, estimator, "float32", 7, diagnostics_every=every, valid_vocab=9, **spec
+        MODEL, estimator_of(estimator), "float32", 7, diagnostics_every=every, valid_vocab=9, **spec
     )
     state, metrics = make_update(spec, config, 10)(
         init_state(student, make_optimizer(config, 10)), batch, head
@@ -375,7 +368,7 @@ def diagnosed(student, batch, head, estimator, every, **spec):
 
 
 def drawn(batch):
-    """Tokens that the model can draw, with log-probs of a policy nearby."""
+    """Tokens that the model can sample, with log-probs of a similar policy."""
     behavior = -2 - jnp.abs(jnp.sin(jnp.arange(batch.tokens.size, dtype=jnp.float32))).reshape(
         batch.tokens.shape
     )
@@ -414,7 +407,7 @@ def test_diagnostics_do_not_depend_on_how_the_batch_is_cut(rng):
             np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-def test_what_stands_in_masked_slots_reaches_no_diagnostic(rng):
+def test_masked_slots_change_no_diagnostic(rng):
     student, teacher = make_models(jnp.float32)
     batch, head = scored(drawn(make_batch(rng)), teacher, IMPORTANCE)
     hidden = jnp.where(batch.segment_ids[:, :, None] > 0, batch.teacher.hidden, jnp.nan)
@@ -428,32 +421,28 @@ def test_what_stands_in_masked_slots_reaches_no_diagnostic(rng):
     )
 
 
-def test_kl_is_exact_wherever_the_whole_teacher_is_read(rng):
-    """A baseline on the student's top k leaves the KL that is told as it is."""
+def test_kl_is_exact_whenever_the_whole_teacher_is_read(rng):
+    """A baseline on the student's top k does not change the KL metric."""
     student, teacher = make_models(jnp.float32)
     batch, head = scored(drawn(make_batch(rng)), teacher, RECIPES[1])
-    told = [
+    metrics = [
         diagnosed(student, batch, head, estimator, 0)[1]["kl/student_teacher"]
         for estimator in (RECIPES[1], IMPORTANCE)
     ]
-    np.testing.assert_allclose(*told, rtol=1e-6)
+    np.testing.assert_allclose(*metrics, rtol=1e-6)
 
 
-def test_diagnostics_are_taken_every_so_many_steps(rng):
+def test_diagnostics_are_computed_every_n_steps(rng):
     estimator = RECIPES[1]
     student, teacher = make_models(jnp.float32)
     batch, head = scored(drawn(make_batch(rng)), teacher, estimator)
     config = OptimizerConfig()
     update = make_update(
-        UpdateSpec(MODEL, estimator, "float32", 7, diagnostics_every=2), config, 10
+        UpdateSpec(MODEL, estimator_of(estimator), "float32", 7, diagnostics_every=2), config, 10
     )
-    state, told = init_state(student, make_optimizer(config, 10)), []
+    names = ("entropy/student", "reward/p05", "overlap/ratio", "kl/k3")
+    state, is_finite = init_state(student, make_optimizer(config, 10)), []
     for _ in range(3):
         state, metrics = update(state, batch, head)
-        told.append(
-            [
-                bool(np.isfinite(metrics[name]))
-                for name in ("entropy/student", "reward/p05", "overlap/ratio", "kl/k3")
-            ]
-        )
-    assert told == [[True] * 4, [False, False, False, True], [True] * 4]
+        is_finite.append([bool(np.isfinite(metrics[name])) for name in names])
+    assert is_finite == [[True] * 4, [False, False, False, True], [True] * 4]

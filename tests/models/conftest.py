@@ -1,5 +1,5 @@
-"""Random checkpoints of every family, of odd sizes, written by transformers: what the model tests
-compare with.
+"""Random checkpoints of every family, with odd sizes, written by transformers; the model tests
+compare with them.
 """
 
 import json
@@ -29,8 +29,8 @@ SIZES = {
 }
 
 
-# What the model tests call a checkpoint -> its family and what it sets besides SIZES; a field that
-# is ... is left out.
+# Name of a checkpoint in the model tests -> its family and its fields besides SIZES; a field that
+# is ... is absent.
 PAIRS = {
     "untied": ("Qwen3", {}),
     "bias": ("Qwen3", {"attention_bias": True}),
@@ -44,8 +44,8 @@ PAIRS = {
 
 @pytest.fixture(scope="session")
 def build():
-    """build(family, **config fields) -> a torch model; norms, biases and logits far from their
-    usual 1, 0 and 0.
+    """build(family, **config fields) -> a torch model whose norms, biases and logits are far from
+    the usual 1, 0 and 0.
     """
     import torch
     import transformers
@@ -80,8 +80,8 @@ def build():
 
 @pytest.fixture(scope="session")
 def save(tmp_path_factory):
-    """save(torch model, **save_pretrained arguments) -> the checkpoint directory, a tokenizer with
-    a chat template in it.
+    """save(torch model, **save_pretrained arguments) -> the checkpoint directory, with a tokenizer
+    and a chat template.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -110,8 +110,8 @@ def save(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pairs(build, save):
-    """The same weights on both sides: name -> torch model, directory, checkpoint and our parameters
-    in float32.
+    """Name -> torch model, its directory and checkpoint, and our float32 parameters with the same
+    weights.
     """
     pairs = {}
     for name, (family, changes) in PAIRS.items():
@@ -129,14 +129,14 @@ def pairs(build, save):
 
 @pytest.fixture(params=PAIRS)
 def pair(request, pairs):
-    """Each of the pairs in turn."""
+    """One of the pairs."""
     return pairs[request.param]
 
 
 @pytest.fixture
 def copy(pairs, tmp_path):
-    """copy(name, **config fields) -> a copy of that checkpoint to change; a field set to None is
-    null, to ... is absent.
+    """copy(name, **config fields) -> a copy of that checkpoint; a field set to None is null, a
+    field set to ... is absent.
     """
 
     def copy(name, **fields):
@@ -167,7 +167,7 @@ def our_logits():
 
 @pytest.fixture(scope="session")
 def torch_logits():
-    """torch_logits(model, tokens, segment_ids) -> numpy [B, T, V]; one segment a row, padding on
+    """torch_logits(model, tokens, segment_ids) -> numpy [B, T, V]; one segment per row, padding on
     either side.
     """
     import torch

@@ -1,5 +1,5 @@
-"""Fused attention against the scores written out: padded and packed rows, grouped heads, over a
-mesh; and where it is refused.
+"""Fused attention against materialised scores: padded and packed rows, grouped heads, a mesh, and
+refusals.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ interpreted = partial(splash_attention, interpret=True)
 
 
 def packed_rows(rows, columns):
-    """Rows of three segments, padded on the left, or on both sides; ids need not rise."""
+    """Rows of three segments, padded on the left or on both sides; segment ids need not ascend."""
     segments = np.zeros((rows, columns), np.int32)
     for row in range(rows):
         start = row * columns // 8
@@ -50,7 +50,7 @@ def inputs(rng, rows, columns, heads, kv_heads, size):
 
 
 def value_and_grads(attend, q, k, v, weights, segments):
-    """Outputs, and the gradients by q, k and v of a weighted sum over the live ones."""
+    """Outputs, and gradients of a weighted sum of the live outputs by q, k and v."""
 
     def total(q, k, v):
         out = attend(q, k, v)
@@ -71,8 +71,8 @@ def assert_equal_to_xla(attend, arguments):
         assert np.abs(other).max() > 0.1
 
 
-def test_splash_equals_the_scores_written_out(rng):
-    """300 columns are padded to three blocks of 128; four query heads share two of the keys."""
+def test_splash_equals_materialised_scores(rng):
+    """300 columns are padded to three blocks of 128; four query heads share two key heads."""
     assert_equal_to_xla(partial(interpreted, mesh=None), inputs(rng, 2, 300, 4, 2, 64))
 
 
@@ -88,9 +88,7 @@ def test_splash_over_a_mesh_equals_one_device(rows, kv_heads, rng):
 
 
 def test_the_decoder_with_splash_is_the_decoder(rng, monkeypatch):
-    """Rematerialised `dots` keeps the kernel's output: what the backward pass would otherwise run
-    the kernel again for.
-    """
+    """`dots` keeps the kernel's output, so that the backward pass does not run the kernel again."""
     monkeypatch.setattr(attention, "splash_attention", interpreted)
     plain = decoder.DecoderConfig(
         vocab_size=31,
@@ -133,9 +131,7 @@ def test_the_decoder_with_splash_is_the_decoder(rng, monkeypatch):
 
 @pytest.mark.parametrize("columns", [pytest.param(12, marks=pytest.mark.long), 13])
 def test_what_cudnn_is_given_is_the_same_attention(columns, rng):
-    """The call that is handed to cuDNN, computed by its XLA twin; lengths that cuDNN refuses are
-    padded.
-    """
+    """The arguments of the cuDNN call, computed by XLA; lengths that cuDNN refuses are padded."""
     q, k, v, _, segments = inputs(rng, 3, columns, 4, 2, 16)
     mask = segment_mask(jnp.arange(columns), segments, jnp.arange(columns), segments)
     live = np.asarray(segments) > 0
@@ -144,7 +140,7 @@ def test_what_cudnn_is_given_is_the_same_attention(columns, rng):
 
 
 def test_cudnn_is_called_forward_and_backward(rng, monkeypatch):
-    """Lowered for a GPU that is not there: rows of an odd length, in bfloat16."""
+    """Lowered for a GPU, without one: rows of odd length, bfloat16."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
@@ -172,7 +168,8 @@ def test_cudnn_is_called_forward_and_backward(rng, monkeypatch):
             "cpu",
             "auto",
             64,
-            "student.attention is 'splash'; expected auto or xla: splash attention needs a TPU, this is a cpu",
+            "student.attention is 'splash'; expected auto or xla: splash attention needs a TPU, "
+            "this is a cpu",
         ),
         (
             "splash",
@@ -186,7 +183,8 @@ def test_cudnn_is_called_forward_and_backward(rng, monkeypatch):
             "cpu",
             "auto",
             64,
-            "student.attention is 'cudnn'; expected auto or xla: cuDNN needs an NVIDIA GPU, this is a cpu",
+            "student.attention is 'cudnn'; expected auto or xla: cuDNN needs an NVIDIA GPU, this "
+            "is a cpu",
         ),
         ("cudnn", "gpu", "float32", 64, "cuDNN computes in bfloat16, student.dtype is float32"),
         (

@@ -1,4 +1,4 @@
-"""The decoder: equal to transformers, to itself by columns, in packed rows and with
+"""The decoder equals transformers; it equals itself with a cache, in packed rows and with
 rematerialisation.
 """
 
@@ -31,7 +31,7 @@ SMALL = decoder.DecoderConfig(
     has_qkv_bias=True,
     has_output_bias=True,
 )
-CONFIGS = {  # every switch on and off, and frequencies of every form
+CONFIGS = {  # every option on and off, and every kind of frequencies
     "qwen3": SMALL,
     "qwen2": dataclasses.replace(
         SMALL,
@@ -64,26 +64,26 @@ forward = jax.jit(decoder.forward, static_argnums=1)
 
 @partial(jax.jit, static_argnums=1)
 def read_on(params, config, tokens, segments, positions, cache, seen, start):
-    """Hidden states of columns `start : start + T` of rows whose segments so far are `seen`; the
-    cache and `seen` with them.
+    """(hidden states of columns `start : start + T`, cache, seen); `seen` are the segment ids of
+    all columns so far.
     """
     seen = jax.lax.dynamic_update_slice(seen, segments, (0, start))
     is_visible = segment_mask(
         start + jnp.arange(tokens.shape[1]), segments, jnp.arange(seen.shape[1]), seen
     )
-    parts = kv_cache.parts_of(params["layers"], config)
+    layer_params = kv_cache.split_layers(params["layers"], config)
     hidden, cache = kv_cache.forward_cached(
-        params, parts, config, tokens, positions, cache, start, is_visible
+        params, layer_params, config, tokens, positions, cache, start, is_visible
     )
     return hidden, cache, seen
 
 
 def small_params(config=SMALL):
-    """Float64; norms and biases are off 1 and 0, so that leaving one out shows."""
+    """Float64; norms differ from 1 and biases from 0, so that a missing one is noticed."""
     rng = np.random.default_rng(1)
 
-    def draw(path, shape):
-        name = path[-1].key
+    def draw(path, leaf):
+        name, shape = path[-1].key, leaf.shape
         shift, scale = (
             (1.0, 0.3)
             if name.endswith("norm")
@@ -91,15 +91,11 @@ def small_params(config=SMALL):
         )
         return jnp.asarray(shift + scale * rng.normal(size=shape))
 
-    return jax.tree_util.tree_map_with_path(
-        draw, decoder.parameter_shapes(config), is_leaf=lambda x: isinstance(x, tuple)
-    )
+    return jax.tree_util.tree_map_with_path(draw, decoder.abstract_params(config))
 
 
 def padded(rng, lengths, width, side, vocab, pad=0):
-    """Random (tokens, segment ids), row i with lengths[i] live columns; the padding stands at
-    `side`.
-    """
+    """Random (tokens, segment ids); row i has lengths[i] live columns and padding on `side`."""
     column = np.arange(width)
     live = np.stack([column < n if side == "right" else column >= width - n for n in lengths])
     return np.where(live, rng.integers(0, vocab, live.shape), pad).astype(np.int32), live.astype(
@@ -157,12 +153,12 @@ def test_greedy_tokens_equal_generate(pair, rng):
 
 
 def rope(kind, theta=1e4, **fields):
-    """As transformers 5 writes it to config.json."""
+    """config.json as transformers 5 writes it."""
     return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **fields}}
 
 
 def old_rope(theta, **fields):
-    """As transformers 4 wrote it."""
+    """config.json as transformers 4 wrote it."""
     return {"rope_parameters": ..., "rope_theta": theta, "rope_scaling": fields or None}
 
 
@@ -244,7 +240,7 @@ def test_positions_restart_at_each_segment():
 @every_config
 def test_cache_equals_full_forward(rng, monkeypatch, config, widths):
     monkeypatch.setattr(
-        kv_cache, "_MAX_APART", 8 if len(widths) == 3 else 0
+        kv_cache, "_MAX_UNSTACKED", 8 if len(widths) == 3 else 0
     )  # with the layers in one stack, too
     params = small_params(config)
     tokens, segments = padded(rng, [11, 8, 6], 11, "left", config.vocab_size)
@@ -273,8 +269,8 @@ PACKED[:2] = [1, 1, 1, 1, 2, 2, 2, 2, 2, 3, 0, 0], [0, 7, 7, 1, 1, 1, 1, 1, 1, 2
 
 
 def separate_rows(tokens, segments):
-    """Each segment in a row of its own, right-padded, and the columns of the packed rows that they
-    come from.
+    """Each segment in its own right-padded row, and the columns of the packed rows that the
+    segments come from.
     """
     apart, live, origins = np.zeros_like(tokens), np.zeros_like(segments), []
     pieces = [
@@ -290,7 +286,7 @@ def separate_rows(tokens, segments):
 
 
 def weighed(params, tokens, segments, weights, remat="none", config=SMALL):
-    """A scalar of the live hidden states, and the states."""
+    """A scalar function of the live hidden states, and the states."""
     hidden = decoder.forward(params, config, tokens, segments, remat=remat)
     return jnp.sum(jnp.where(segments[..., None] > 0, hidden, 0) ** 2 * weights), hidden
 
@@ -347,8 +343,8 @@ def test_remat_changes_nothing(batch):
 
 
 def test_remat_keeps_what_it_says():
-    """Of a layer: its input; with `dots` also the products with its kernels, all but the last,
-    which no gradient asks for.
+    """`layer` keeps the layer's input; `dots` also keeps the products with kernels, except the
+    last, which no gradient needs.
     """
     params, tokens = small_params(), np.zeros(PACKED.shape, np.int32)
 
@@ -405,7 +401,8 @@ def test_only_relative_positions_matter(rng):
 def test_init_params_follow_their_stated_scales():
     config = dataclasses.replace(SMALL, vocab_size=1001, hidden_size=48, ties_embeddings=False)
     params = jax.jit(decoder.init_params, static_argnums=0)(config, jax.random.key(0))
-    assert jax.tree.map(jnp.shape, params) == decoder.parameter_shapes(config)
+    expected = decoder.abstract_params(config)
+    assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(lambda x: x.shape, expected)
     for name in ("embedding", "head"):
         np.testing.assert_allclose(np.std(params[name]), 0.02, rtol=0.02)
     for name in ("q_kernel", "v_kernel", "o_kernel", "gate_kernel", "down_kernel"):

@@ -1,5 +1,5 @@
-"""What `config.json` may say: spellings that read alike, defaults of the families, and refusals
-that name the field.
+"""Reading `config.json`: equivalent spellings, defaults of the families, and refusals that name the
+field.
 """
 
 import json
@@ -44,7 +44,7 @@ def read(tmp_path):
 
 
 def scaled(kind, **fields):
-    """The field of config.json that asks for frequencies of this kind."""
+    """The field of config.json that sets frequencies of this kind."""
     return {"rope_scaling": {"rope_type": kind, **fields}}
 
 
@@ -63,7 +63,7 @@ def scaled(kind, **fields):
     ],
     ids=["default", "linear", "llama3", "yarn", "yarn-length-outside"],
 )
-def test_spellings_read_alike(read, kind, options, outside):
+def test_spellings_are_equivalent(read, kind, options, outside):
     new = {"rope_type": kind, "rope_theta": 5e5, **options}
     expected = read(rope_parameters=new, rope_theta=..., **outside)
     assert (expected.rope.kind, expected.rope.theta) == (kind, 5e5)
@@ -74,7 +74,7 @@ def test_spellings_read_alike(read, kind, options, outside):
     for fields in (
         {"rope_scaling": old, "rope_theta": 5e5},
         {"rope_scaling": old, "rope_theta": 5e5, "rope_parameters": None},
-        {"rope_scaling": new},  # the theta inside wins
+        {"rope_scaling": new},  # the inner theta wins
         {"rope_scaling": old, "rope_theta": 5e5, "rope_parameters": new},
         {"rope_parameters": new | {"type": "passed over"}},
         {
@@ -112,7 +112,7 @@ def test_defaults_equal_transformers(read, family):
     assert config.ties_embeddings == theirs.tie_word_embeddings
     assert config.has_output_bias == getattr(theirs, "attention_bias", False)
     assert read(family, num_key_value_heads=None).num_kv_heads == 6
-    if family == "Llama":  # the files of Llama 2 leave it out
+    if family == "Llama":  # absent in files of Llama 2
         assert read(family, rope_theta=...).rope.theta == theirs.rope_parameters["rope_theta"]
     else:
         with pytest.raises(
@@ -147,7 +147,7 @@ def test_defaults_equal_transformers(read, family):
         ),
     ],
 )
-def test_options_without_effect_are_passed_over(read, family, fields):
+def test_options_without_effect_are_ignored(read, family, fields):
     assert read(family, **fields) == read(family)
 
 
@@ -161,7 +161,8 @@ KINDS = r"expected one of \['default', 'linear', 'llama3', 'yarn'\]"
         (
             "Mamba",
             {},
-            r"MambaForCausalLM.*expected one of \['LlamaForCausalLM', 'Qwen2ForCausalLM', 'Qwen3ForCausalLM'\]",
+            r"MambaForCausalLM.*expected one of \['LlamaForCausalLM', 'Qwen2ForCausalLM', "
+            r"'Qwen3ForCausalLM'\]",
         ),
         ("Qwen3", {"architectures": ...}, "names the architecture nothing"),
         (
@@ -187,7 +188,7 @@ KINDS = r"expected one of \['default', 'linear', 'llama3', 'yarn'\]"
         (
             "Llama",
             {"partial_rotary_factor": 0.5},
-            r"sets partial_rotary_factor 0\.5; expected 1 \(all of a head",
+            r"sets partial_rotary_factor 0\.5; expected 1 \(all dimensions of a head",
         ),
         (
             "Llama",
@@ -223,12 +224,12 @@ KINDS = r"expected one of \['default', 'linear', 'llama3', 'yarn'\]"
         (
             "Llama",
             scaled("dynamic", factor=2.0),
-            rf"rope_type 'dynamic'; {KINDS}; the frequencies of this kind follow.*equals 'default'",
+            rf"rope_type 'dynamic'; {KINDS}; the frequencies of this kind depend.*equals 'default'",
         ),
         (
             "Llama",
             {"rope_scaling": {"type": "longrope"}},
-            rf"rope_scaling\.type 'longrope'; {KINDS}; the frequencies of this kind follow",
+            rf"rope_scaling\.type 'longrope'; {KINDS}; the frequencies of this kind depend",
         ),
         (
             "Qwen3",
@@ -244,7 +245,7 @@ KINDS = r"expected one of \['default', 'linear', 'llama3', 'yarn'\]"
         (
             "Qwen3",
             {"rope_parameters": {"rope_theta": 1e6}, **scaled("linear", factor=2.0)},
-            "rope_scaling .*; expected what rope_par",
+            "rope_scaling .*; expected the same as rope_par",
         ),
         (
             "Llama",

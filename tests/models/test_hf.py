@@ -1,6 +1,4 @@
-"""Checkpoints: import and export move no bit, shards, and every way in which a directory can be
-wrong.
-"""
+"""Checkpoints: import and export change no bit, several files, and every error of a directory."""
 
 import dataclasses
 import json
@@ -14,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 from opdjax.models import decoder, hf
-from opdjax.models.hf import CheckpointError, export, load_params, open_checkpoint
+from opdjax.models.hf import CheckpointError, load_params, open_checkpoint
+from opdjax.models.hf_export import export
 from opdjax.models.rope import Rope
 from opdjax.ops.sharding import make_mesh
 
@@ -29,7 +28,7 @@ def tensors_of(path):
 
 
 def assert_same_bits(left, right):
-    """Two trees of arrays: the same structure, types and bytes."""
+    """Two trees of arrays have the same structure, dtypes and bytes."""
     assert jax.tree.structure(left) == jax.tree.structure(right)
     for a, b in zip(
         map(np.asarray, jax.tree.leaves(left)), map(np.asarray, jax.tree.leaves(right))
@@ -137,7 +136,7 @@ def test_bfloat16_loads_as_float32_exactly(bfloat16_path, pairs):
     np.testing.assert_array_equal(
         params["layers"]["q_bias"][1], rounded["model.layers.1.self_attn.q_proj.bias"]
     )
-    # Rounding on the way in is torch's rounding.
+    # Import rounds as torch does.
     assert_same_bits(
         load_params(pairs["bias"].checkpoint, "bfloat16"), load_params(stored, "bfloat16")
     )
@@ -150,7 +149,7 @@ def test_sharded_checkpoint_loads_the_same(pairs, save):
     assert_same_bits(load_params(open_checkpoint(path), "float32"), pairs["bias"].params)
 
 
-def test_load_lays_parameters_on_the_mesh_and_reads_each_slice_once(pairs, monkeypatch):
+def test_load_shards_parameters_and_reads_each_slice_once(pairs, monkeypatch):
     read, largest = hf._Files.read, []
     monkeypatch.setattr(hf._Files, "read", lambda *args: largest.append(read(*args)) or largest[-1])
     params = load_params(pairs["tied"].checkpoint, "float32", make_mesh(2, 4, 1))
@@ -189,13 +188,13 @@ def test_export_takes_a_dtype(pairs, tmp_path):
     )
 
 
-def test_export_carries_everything_that_is_not_weights(copy, pairs, tmp_path):
+def test_export_copies_everything_that_is_not_weights(copy, pairs, tmp_path):
     from transformers import AutoTokenizer
 
     path = copy("untied", torch_dtype="float32", dtype=None, a_field_we_do_not_read=[1, {"b": 2}])
     (path / "merges.txt").write_text("a b\n")
     (path / "training_state.bin").write_bytes(b"not ours")
-    (tmp_path / "out").mkdir()  # empty: fine
+    (tmp_path / "out").mkdir()  # an empty directory is accepted
     out = export(pairs["untied"].params, open_checkpoint(path), tmp_path / "out")
     files = {file.name for file in path.iterdir()} - {"training_state.bin"}
     assert {
@@ -216,7 +215,7 @@ def test_export_carries_everything_that_is_not_weights(copy, pairs, tmp_path):
     assert tokenizer(text)["input_ids"] == [1, 7, 130, 3]
     assert [file.name for file in tmp_path.iterdir() if file.name != path.name] == [
         "out"
-    ]  # no half-written directory stays
+    ]  # no partial directory remains
 
 
 @pytest.mark.parametrize("shard_bytes", [5 * 2**30, 9000], ids=["whole", "shards"])
@@ -306,7 +305,8 @@ def test_broken_config_is_refused(tmp_path, content, words):
 
 @pytest.mark.parametrize("path", ["/no/such/place", "./owner/name", "a/b/c", "justaname"])
 def test_neither_directory_nor_id_is_refused(path):
-    with pytest.raises(CheckpointError, match=f"'{re.escape(path)}' is no directory and no hub id"):
+    words = f"'{re.escape(path)}' is neither a directory nor a hub id"
+    with pytest.raises(CheckpointError, match=words):
         open_checkpoint(path)
 
 
@@ -318,7 +318,8 @@ def test_hub_failure_is_named(monkeypatch):
         raise LocalEntryNotFoundError(f"offline: {name}@{revision}")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(CheckpointError, match="the hub did not give it: offline: owner/absent@v1"):
+    words = "downloading it from the hub failed: offline: owner/absent@v1"
+    with pytest.raises(CheckpointError, match=words):
         open_checkpoint("owner/absent", revision="v1")
 
 
@@ -391,8 +392,8 @@ def test_many_wrong_tensors_are_counted(copy):
         reload(path)
 
 
-def test_stored_rotary_frequencies_are_passed_over(copy, pairs):
-    path = copy("llama")  # as the files of Llama 2 hold them
+def test_stored_rotary_frequencies_are_ignored(copy, pairs):
+    path = copy("llama")  # as in files of Llama 2
     tensors = load_file(path / "model.safetensors")
     save_file(
         tensors | {"model.layers.1.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)},
@@ -434,7 +435,8 @@ def test_index_of_an_absent_file_is_refused(pairs, save):
     shard.unlink()
     with pytest.raises(
         CheckpointError,
-        match=rf"index\.json names files that are not there \(download them too\): {re.escape(shard.name)}$",
+        match=r"index\.json names files that do not exist \(download them too\): "
+        rf"{re.escape(shard.name)}$",
     ):
         reload(path)
 
@@ -446,7 +448,7 @@ def test_index_of_an_absent_tensor_is_refused(pairs, save):
     index["weight_map"][NORM] = other
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(
-        CheckpointError, match=rf"{re.escape(other)} does not give the tensor {re.escape(NORM)}"
+        CheckpointError, match=rf"{re.escape(other)} does not hold the tensor {re.escape(NORM)}"
     ):
         reload(path)
 

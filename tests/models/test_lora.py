@@ -1,6 +1,4 @@
-"""Adapters: the function they add, what of them is trained, and that PEFT and transformers read
-what is exported.
-"""
+"""Adapters: the function they add, their training, and that PEFT and transformers read them."""
 
 import dataclasses
 import functools
@@ -16,9 +14,10 @@ from test_update import MODEL, gradient, make_batch, make_models, relative_diffe
 
 from opdjax.config import EstimatorConfig, LoraConfig, ModelConfig, OptimizerConfig
 from opdjax.engine.update import UpdateSpec, init_state, loss_and_grad, make_optimizer, make_update
-from opdjax.estimators import bind
-from opdjax.models.decoder import forward, parameter_shapes
-from opdjax.models.hf import export, export_adapter, load_params, open_checkpoint
+from opdjax.estimators import estimator_of
+from opdjax.models.decoder import abstract_params, forward
+from opdjax.models.hf import load_params, open_checkpoint
+from opdjax.models.hf_export import export, export_adapter
 from opdjax.models.lora import combine, init_adapters, merged, without_adapters
 
 LORA = LoraConfig(rank=3, alpha=12.0, targets=("v", "q", "o", "down", "up"))
@@ -30,14 +29,14 @@ def with_scale(config):
 
 
 def trained_adapters(model, rng, dtype=np.float32):
-    """Adapters whose B is no longer 0."""
+    """Adapters whose B is not 0."""
     adapters = init_adapters(model, LORA, 0)
     return jax.tree.map(lambda x: jnp.asarray(x + 0.3 * rng.normal(size=x.shape), dtype), adapters)
 
 
 def test_adapters_are_shaped_and_drawn_as_pefts():
-    """Kaiming uniform with a = sqrt(5), which is U(-1/sqrt(in), 1/sqrt(in)), and zeros; every layer
-    and target draws its own.
+    """A: Kaiming uniform with a = sqrt(5), which is U(-1/sqrt(in), 1/sqrt(in)); B: zeros. Every
+    layer and target has its own draws.
     """
     wide = dataclasses.replace(MODEL, hidden_size=400)
     layers = init_adapters(wide, LORA, 5)["layers"]
@@ -65,7 +64,8 @@ def test_new_adapters_change_nothing_and_trained_ones_are_their_merged_kernels(r
     np.testing.assert_array_equal(run(combine(base, init_adapters(model, LORA, 0))), plain)
     adapted = combine(base, trained_adapters(model, rng))
     whole = without_adapters(adapted)
-    assert jax.tree.map(jnp.shape, whole) == parameter_shapes(model)
+    shapes_of = functools.partial(jax.tree.map, lambda x: x.shape)
+    assert shapes_of(whole) == shapes_of(abstract_params(model))
     stacked = {
         name: jnp.stack([merged(adapted, name, layer, SCALE) for layer in range(model.num_layers)])
         for name in whole["layers"]
@@ -79,7 +79,7 @@ def test_new_adapters_change_nothing_and_trained_ones_are_their_merged_kernels(r
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_gradients_are_those_of_the_kernels_by_the_chain_rule(parts, rng):
-    """W' = W + s B A: dB = s dW' A^T, dA = s B^T dW', of which dW' is the gradient of the merged
+    """W' = W + s B A, so dB = s dW' A^T and dA = s B^T dW'; dW' is the gradient of the merged
     model.
     """
     base, teacher = make_models(jnp.float64)
@@ -95,9 +95,10 @@ def test_gradients_are_those_of_the_kernels_by_the_chain_rule(parts, rng):
         base | {"layers": base["layers"] | kernels}, batch, head, estimator, "float64"
     )
 
-    spec = UpdateSpec(model, estimator, "float64", 7, gradient_accumulation_steps=parts)
-    bound = bind(estimator.recipe, estimator.options)
-    loss, found, *_ = jax.jit(lambda p, b, h, f: loss_and_grad(p, b, h, spec, *bound, frozen=f))(
+    spec = UpdateSpec(
+        model, estimator_of(estimator), "float64", 7, gradient_accumulation_steps=parts
+    )
+    loss, found, *_ = jax.jit(lambda p, b, h, f: loss_and_grad(p, b, h, spec, frozen=f))(
         adapters, batch, head, base
     )
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-11)
@@ -122,11 +123,11 @@ def test_an_update_trains_the_adapters_alone(rng):
     )
     batch, head = scored(make_batch(rng), teacher, estimator)
     update, kept = (
-        make_update(UpdateSpec(model, estimator, "bfloat16", 7), config, 10),
+        make_update(UpdateSpec(model, estimator_of(estimator), "bfloat16", 7), config, 10),
         jax.device_get(base),
     )
     state = init_state(init_adapters(model, LORA, 0), make_optimizer(config, 10))
-    # In float32 stand adapters and moments: nothing of the shape of a kernel or of the head.
+    # Only adapters and moments are float32: nothing has the shape of a kernel or of the head.
     sizes = sum(x.size for x in jax.tree.leaves(init_adapters(model, LORA, 0)))
     assert (
         sum(
@@ -171,7 +172,7 @@ def test_a_merged_export_is_the_adapted_model(pairs, our_logits, rng, tmp_path):
     expected = our_logits(params, checkpoint.config, *rows)
     found = our_logits(load_params(student, "float32"), student.config, *rows)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-    # A sum in bfloat16 would lose what is less than 1/256 of a weight; here it is rounded once.
+    # A sum in bfloat16 would lose changes below 1/256 of a weight; here it is rounded once.
     kernel = params["layers"]["q_kernel"].astype(jnp.bfloat16)
     exact = np.float32(kernel) + SCALE * np.matmul(
         params["layers"]["q_lora_b"], params["layers"]["q_lora_a"]

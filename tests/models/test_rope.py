@@ -1,4 +1,4 @@
-"""Rotary frequencies: those of transformers for the options of published models, and why two kinds
+"""Rotary frequencies equal those of transformers for the options of published models; why two kinds
 are refused.
 """
 
@@ -93,7 +93,7 @@ def test_frequencies_equal_transformers(name):
 
 
 def test_llama3_by_hand():
-    # theta = (2 pi)^4 and H = 4: the pairs rotate 1 / 2 pi and (2 pi)^-3 times a token, so 4 and
+    # theta = (2 pi)^4 and H = 4: the pairs rotate 1 / 2 pi and (2 pi)^-3 times per token, so 4 and
     # 0.10 times over 8 pi tokens.
     rope = Rope(
         (2 * np.pi) ** 4,
@@ -109,8 +109,8 @@ def test_llama3_by_hand():
 
 
 def test_yarn_by_hand():
-    # theta = 16 and H = 8: the pairs rotate 8, 4, 2 and 1 times over 16 pi tokens; from 8 down to 1
-    # is the range [0, 3].
+    # theta = 16 and H = 8: the pairs rotate 8, 4, 2 and 1 times over 16 pi tokens; the range of 8
+    # to 1 rotations is [0, 3].
     rope = Rope(
         16.0,
         "yarn",
@@ -141,8 +141,8 @@ def test_yarn_attention_factor_by_hand():
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_refused_kinds_are_no_function_of_the_position(build, torch_logits, rng, kind):
-    """The tokens before the bound change their logits, which causal attention forbids, once the
-    sequence crosses it.
+    """Once the sequence crosses the bound, logits of earlier tokens change, which must not happen
+    under causal attention.
     """
     ropes = {
         "default": {},
@@ -164,8 +164,8 @@ def test_refused_kinds_are_no_function_of_the_position(build, torch_logits, rng,
     tokens, live = rng.integers(0, 131, (2, 16)), np.ones((2, 16), np.int32)
     short, long = torch_logits(model, tokens[:, :8], live[:, :8]), torch_logits(model, tokens, live)
     assert np.max(np.abs(short - long[:, :8])) > 0.05
-    # Up to the bound it is the default kind, as the refusal says: here for longrope too, whose
-    # short factors are 1.
+    # Up to the bound they equal the default kind, as the error says; here longrope does too,
+    # because its short factors are 1.
     np.testing.assert_allclose(
         short, torch_logits(plain, tokens[:, :8], live[:, :8]), atol=1e-5, rtol=0
     )

@@ -1,5 +1,5 @@
-"""Masked and per-sequence reductions: hand-worked numbers, and garbage in masked slots that changes
-nothing.
+"""Masked and per-sequence reductions: hand-worked numbers, and garbage in masked slots has no
+effect.
 """
 
 from functools import partial
@@ -24,8 +24,7 @@ from opdjax.ops.masked import (
 X = jnp.array([[1.0, 2.0, 6.0], [3.0, 100.0, -7.0]])
 MASK = jnp.array([[True, True, False], [True, False, True]])  # keeps 1, 2, 3, -7
 
-# Two sequences and padding in the first row; in the second a sequence, padding in the middle,
-# another sequence.
+# First row: two sequences and padding. Second row: a sequence, padding, and another sequence.
 SEGMENTS = jnp.array([[1, 1, 1, 2, 2, 2, 0, 0], [1, 1, 0, 2, 2, 2, 2, 3]])
 VALUES = jnp.array([[1.0, 2, 4, 8, 16, 32, 64, 128], [1, 2, 4, 8, 16, 32, 64, 128]])
 LIVE = jnp.array([[0, 1, 1, 0, 1, 1, 0, 0], [1, 1, 0, 1, 0, 1, 0, 1]], bool)
@@ -76,7 +75,7 @@ def test_sums_are_taken_in_float32():
 def test_sequence_index_by_hand():
     expected = [[0, 0, 0, 1, 1, 1, 2, 2], [0, 0, 1, 2, 2, 2, 2, 3]]
     np.testing.assert_array_equal(sequence_index(SEGMENTS), expected)
-    # An id that comes back after another one names a new sequence.
+    # An id that occurs again after another one is a new sequence.
     np.testing.assert_array_equal(
         sequence_index(jnp.array([[5, 5, 1, 5], [0, 0, 0, 0], [4, 3, 2, 1]])),
         [[0, 0, 1, 2], [0] * 4, [0, 1, 2, 3]],
@@ -116,9 +115,7 @@ def test_reverse_discounted_sum_by_hand(jit, discount, expected):
 
 
 def test_reverse_discounted_sum_across_segment_zero():
-    """Columns of segment 0 are a sequence like any other to this function: nothing flows in or out
-    of them.
-    """
+    """The function treats columns of segment 0 as a sequence: nothing flows in or out."""
     everything = jnp.ones((1, 5), bool)
     sums = reverse_discounted_sum(
         jnp.array([[1.0, 2, 4, 8, 16]]), everything, jnp.array([[1, 1, 0, 0, 1]]), 1.0
@@ -164,7 +161,7 @@ def test_numerical_gradients(x64):
 
 @JITS
 def test_quantiles_by_hand(jit):
-    """Of 1, 2, 3 and -7; what is masked is not seen, whatever it is."""
+    """Of 1, 2, 3 and -7; masked entries have no effect."""
     quantiles = jit(partial(masked_quantiles, shares=(0.0, 0.05, 0.5, 1.0)))
     for garbage in (6.0, jnp.nan, jnp.inf, -jnp.inf):
         found = quantiles(jnp.where(MASK, X, garbage), MASK)

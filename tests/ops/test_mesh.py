@@ -1,4 +1,4 @@
-"""A run on eight simulated devices, however they are arranged, is the run on one."""
+"""A run on eight simulated devices equals the run on one, for every mesh."""
 
 import shutil
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mesh_pair import make_pair, mesh_config
+from mesh_pair import assert_same_run, make_pair, mesh_config, weights
 
 from opdjax.cli.export import export_step
 from opdjax.config import MeshConfig, TrainConfig
@@ -15,7 +15,6 @@ from opdjax.models.decoder import forward
 from opdjax.models.hf import load_params, open_checkpoint
 from opdjax.ops.sharding import make_mesh
 from opdjax.rollouts.setup import prepare
-from opdjax.runs.workdir import read_lines
 from opdjax.train import train
 
 MESHES = {"8x1x1": MeshConfig(8), "2x4x1": MeshConfig(2, 4), "2x2x2": MeshConfig(2, 2, 2)}
@@ -36,44 +35,6 @@ def alone(pair, tmp_path_factory):
     return workdir
 
 
-def numbers(workdir):
-    rows = read_lines(workdir / "metrics.jsonl")
-    timed = ("time/", "perf/tokens_per_second")
-    return [
-        {name: value for name, value in row.items() if not name.startswith(timed)} for row in rows
-    ]
-
-
-def weights(workdir):
-    return load_params(open_checkpoint(workdir / "student"), "float32")
-
-
-def assert_same_run(workdir, other, rtol=1e-5):
-    """Metrics and weights to `rtol`; a metric that is a difference of large numbers, to that of the
-    loss's size.
-    """
-    for one, eight in zip(numbers(other), numbers(workdir), strict=True):
-        assert one.keys() == eight.keys()
-        for name in one:
-            if one[name] is None:  # no token stands at these positions
-                assert eight[name] is None
-            else:
-                np.testing.assert_allclose(
-                    eight[name],
-                    one[name],
-                    rtol=rtol * (10 if name != "loss/objective" else 1),
-                    atol=rtol,
-                    err_msg=name,
-                )
-    difference = sum(
-        np.sum((a - b) ** 2)
-        for a, b in zip(jax.tree.leaves(weights(workdir)), jax.tree.leaves(weights(other)))
-    )
-    assert (
-        difference**0.5 <= rtol * sum(np.sum(x**2) for x in jax.tree.leaves(weights(other))) ** 0.5
-    )
-
-
 @pytest.mark.parametrize("mesh", MESHES)
 def test_eight_devices_are_one_and_their_checkpoint_is_continued_on_one_and_back(
     mesh, alone, pair, tmp_path
@@ -85,9 +46,9 @@ def test_eight_devices_are_one_and_their_checkpoint_is_continued_on_one_and_back
             assert_same_run(continued(source, pair, target, tmp_path / f"on{target.tensor}"), alone)
 
 
-def continued(source, pair, mesh, workdir):
-    """The run of `source`, killed after its first step, continued on another mesh."""
-    shutil.copytree(source, workdir)
+def continued(workdir_before, pair, mesh, workdir):
+    """The run of `workdir_before`, killed after its first step, continued on another mesh."""
+    shutil.copytree(workdir_before, workdir)
     for gone in ("checkpoints/2", "student"):
         shutil.rmtree(workdir / gone)
     (workdir / "result.json").unlink()
@@ -98,7 +59,8 @@ def continued(source, pair, mesh, workdir):
 def test_a_model_that_the_mesh_does_not_divide_is_refused_by_the_axis(pair):
     with pytest.raises(
         ConfigError,
-        match="mesh.tensor is 4, which does not divide num_key_value_heads 2, vocab_size 214 of the student",
+        match="mesh.tensor is 4, which does not divide num_key_value_heads 2, vocab_size 214 of "
+        "the student",
     ):
         prepare(mesh_config(pair, MeshConfig(1, 1, 4)))
     with pytest.raises(
@@ -108,7 +70,7 @@ def test_a_model_that_the_mesh_does_not_divide_is_refused_by_the_axis(pair):
 
 
 def test_gathered_weights_are_not_kept_for_the_backward_pass(pair):
-    """Residuals of the trunk on 1x8x1: no kernel beside those that are split."""
+    """Residuals of the trunk on 1x8x1 hold sharded kernels only."""
     checkpoint = open_checkpoint(pair / "student")
     mesh = make_mesh(1, 8)
     params = load_params(checkpoint, "float32", mesh)
@@ -121,7 +83,7 @@ def test_gathered_weights_are_not_kept_for_the_backward_pass(pair):
         leaves = jax.tree.leaves(jax.eval_shape(lambda params: jax.vjp(trunk, params)[1], params))
         return [leaf.shape for leaf in leaves].count(params["layers"]["gate_kernel"].shape)
 
-    assert kept("none") == kept("layer") == 3  # the split kernels of q, gate and up themselves
+    assert kept("none") == kept("layer") == 3  # the sharded kernels of q, gate and up
 
 
 def test_export_of_a_sharded_checkpoint(pair, tmp_path):

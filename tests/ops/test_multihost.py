@@ -1,20 +1,18 @@
-"""Two processes on one machine (gloo) are one run: same loss, same weights, stopped together,
-continued together.
+"""Two processes on one machine (gloo) act as one run: same loss and weights; they stop and continue
+together.
 """
 
 import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import jax
 import pytest
-from mesh_pair import make_pair, mesh_config
-from test_mesh import assert_same_run
+from mesh_pair import assert_same_run, finish, make_pair, mesh_config, start
 
 from opdjax.config import EvaluationConfig, LogConfig, MeshConfig, TrainConfig
 from opdjax.config.validation import to_dict
@@ -30,48 +28,9 @@ def pair(tmp_path_factory):
     return directory
 
 
-def start(config, workdir, count=2, devices=2):
-    """`count` processes of one run, each with `devices` devices; their stdout in files beside the
-    work directory.
-    """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    saved = workdir.with_suffix(".json")
-    saved.write_text(json.dumps({"config": to_dict(config)}))
-    started = []
-    for number in range(count):
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "JAX_NUM_CPU_DEVICES": str(devices),
-            "JAX_PROCESS_ID": str(number),
-            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-            "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
-        }
-        output = workdir.with_suffix(f".{number}.txt").open("w")
-        command = [sys.executable, "-m", "opdjax", "train", str(saved), "--workdir", str(workdir)]
-        started.append(
-            subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-        )
-    return started
-
-
-def finish(processes, workdir):
-    """Exit statuses and what each process printed."""
-    try:
-        statuses = [process.wait(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return statuses, [
-        workdir.with_suffix(f".{number}.txt").read_text() for number in range(len(processes))
-    ]
-
-
 def test_two_processes_are_one_run_and_stop_together(pair, tmp_path):
-    """Two steps each, the second after a SIGTERM that reached one process alone; samples and
-    evaluation by one of them.
+    """Two steps each; the second follows a SIGTERM to only one process. One process samples and
+    evaluates.
     """
     sections = {
         "train": TrainConfig(num_steps=2, prompts_per_step=16, gradient_accumulation_steps=2),
@@ -104,7 +63,7 @@ def test_two_processes_are_one_run_and_stop_together(pair, tmp_path):
     assert [row["tokens"] for row in two] == [row["tokens"] for row in one]
 
 
-def test_what_the_lead_refuses_ends_all(pair, tmp_path):
+def test_an_error_on_process_zero_stops_all(pair, tmp_path):
     workdir = tmp_path / "used"
     workdir.mkdir()
     (workdir / "metrics.jsonl").write_text("{}\n")
@@ -116,7 +75,7 @@ def test_what_the_lead_refuses_ends_all(pair, tmp_path):
     assert "another process of this run stopped with an error" in printed[1]
 
 
-def test_processes_that_are_not_told_of_each_other_are_refused(monkeypatch):
+def test_processes_without_a_coordinator_are_refused(monkeypatch):
     monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
     with pytest.raises(ValueError, match="set JAX_COORDINATOR_ADDRESS"):
         join(2)

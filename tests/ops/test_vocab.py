@@ -1,5 +1,5 @@
-"""The tiled pass against plain dense logits: value, outputs and gradients, whatever the tile, the
-mesh and the garbage.
+"""The tiled pass against plain dense logits: value, outputs and gradients, for any tile, mesh and
+garbage.
 """
 
 import re
@@ -19,13 +19,13 @@ from opdjax.ops.tile import Head, VocabTile, head_logits
 from opdjax.ops.vocab import TokenInputs, tiled_loss, tiled_stats
 
 ROWS, WIDTH, VOCAB, TEACHER_WIDTH = 8, 4, 11, 6
-# 40 tokens, 5 on each of 8 devices: a tile of 3 divides neither, one of 64 is larger than both
+# 40 tokens, 5 on each of 8 devices: a tile of 3 divides neither, a tile of 64 is larger than both
 LENGTH = 5
 
 
 def cross_entropy(student, teacher, row):
-    logprob = student.logprob(row.token)
-    return -logprob, {"logprob": logprob, "ratio": jnp.exp(logprob - row.teacher_logprob)}
+    logprob = student.logprob(row.tokens)
+    return -logprob, {"logprob": logprob, "ratio": jnp.exp(logprob - row.teacher_logprobs)}
 
 
 def reverse_kl(student, teacher, row):
@@ -34,12 +34,12 @@ def reverse_kl(student, teacher, row):
 
 
 def topk_forward_kl(student, teacher, row):
-    """Forward KL on the teacher's top 3, plus a renormalised term on the student's own top 2,
-    scaled by a column.
+    """Forward KL on the teacher's top 3, plus a renormalised term on the student's top 2, scaled by
+    a column.
     """
     ids, own = teacher.top_k(3), student.top_k(2)
     theirs, ours = teacher.logprob(ids), student.logprob(ids)
-    loss = jnp.sum(jnp.exp(theirs) * (theirs - ours), -1) + row.teacher_logprob * jax.nn.logsumexp(
+    loss = jnp.sum(jnp.exp(theirs) * (theirs - ours), -1) + row.teacher_logprobs * jax.nn.logsumexp(
         student.logprob(own), -1
     )
     return loss, {"ids": own, "mass": jnp.sum(jnp.exp(ours), -1), "kept": ours}
@@ -50,8 +50,8 @@ over_losses = pytest.mark.parametrize("token_loss", LOSSES, ids=lambda f: f.__na
 
 
 def problem(dtype=jnp.float64, seed=0, **head_options):
-    """(hidden, head, weights, columns, teacher): weights of both signs, some of them 0, one row of
-    zeros only.
+    """(hidden, head, weights, columns, teacher): weights of both signs, some 0, and one row of
+    zeros.
     """
     rng = np.random.default_rng(seed)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
@@ -62,7 +62,7 @@ def problem(dtype=jnp.float64, seed=0, **head_options):
     tokens = rng.integers(0, head_options.get("valid_vocab", VOCAB), (ROWS, LENGTH))
     columns = TokenInputs(
         jnp.asarray(tokens, jnp.int32),
-        teacher_logprob=jnp.asarray(-rng.exponential(size=tokens.shape), dtype),
+        teacher_logprobs=jnp.asarray(-rng.exponential(size=tokens.shape), dtype),
     )
     teacher = normal(ROWS, LENGTH, TEACHER_WIDTH), teacher_head
     return normal(ROWS, LENGTH, WIDTH), head, jnp.asarray(weights, dtype), columns, teacher
@@ -80,8 +80,8 @@ def dense_logits(hidden, head):
 
 
 def dense_loss(token_loss, hidden, head, weights, columns, teacher=None):
-    """The reference: logits of all tokens at once, plain autodiff. Column t >= 1 is predicted by
-    hidden column t - 1.
+    """The reference: logits of all tokens at once and plain autodiff. Hidden column t - 1 predicts
+    column t >= 1.
     """
     tile_of = lambda states, head: VocabTile(
         dense_logits(states[:, :-1].reshape(-1, states.shape[-1]), head)
@@ -107,7 +107,7 @@ def value_outputs_gradients(loss, *args):
 
 @cache
 def dense_reference(token_loss):
-    """What every test of `problem()` compares with, in float64; compiled once."""
+    """The reference of every test of `problem()`, in float64; compiled once."""
     with jax.enable_x64(True):
         return jax.tree.map(
             np.asarray, value_outputs_gradients(partial(dense_loss, token_loss), *problem())
@@ -115,7 +115,7 @@ def dense_reference(token_loss):
 
 
 def assert_close(actual, expected, tolerance):
-    """Every leaf to `tolerance`, relative to the largest entry of the expected leaf (at least 1)."""
+    """Leaves agree to `tolerance`, relative to the largest expected entry (at least 1)."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
         a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
@@ -150,7 +150,7 @@ def test_vocab_tile_by_hand():
 
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 7.0])
-def test_expect_gives_ids_of_probability_zero_no_part(garbage):
+def test_ids_of_probability_zero_contribute_nothing(garbage):
     logits = jnp.log(jnp.array([[1.0, 3.0, 0.0]]))  # probabilities 1/4, 3/4, 0
     f = jnp.array([[1.0, 2.0, garbage]])
     value, (dlogits, df) = jax.value_and_grad(
@@ -193,15 +193,15 @@ def test_head_logits_by_hand():
 
 def test_hidden_of_the_column_before_predicts_the_token():
     tokens = jnp.array([[2, 0, 1, 2]])
-    # Column t holds log 2 at the id of token t + 1: its probability is then 2 / (2 + 1 + 1); any
+    # Column t holds log 2 at the id of token t + 1, whose probability is then 2 / (2 + 1 + 1); any
     # other column gives it 1 / 4.
     hidden = jnp.log(2.0) * jax.nn.one_hot(jnp.array([[0, 1, 2, 0]]), 3)
-    hidden = hidden.at[:, -1].set(jnp.nan)  # predicts a token that is not there
+    hidden = hidden.at[:, -1].set(jnp.nan)  # predicts a token after the end
     teacher = (jnp.zeros((1, 4, 1)).at[:, -1].set(jnp.nan), Head(jnp.zeros((3, 1))))  # uniform
     weights = jnp.array([[0.0, 1.0, 10.0, 100.0]])
 
     def loss(student, teacher, row):
-        logprob = student.logprob(row.token)
+        logprob = student.logprob(row.tokens)
         return -logprob, {
             "logprob": logprob,
             "kl": student.expect(student.logprobs - teacher.logprobs),
@@ -244,8 +244,8 @@ def test_equals_dense_in_float64(x64, token_loss, tile):
 
 
 @pytest.mark.parametrize("block", [1, 4, 10])
-def test_equals_dense_whatever_the_block_of_the_head(x64, monkeypatch, block):
-    monkeypatch.setattr(vocab_ops, "CPU_BLOCK", block)  # 4 leaves a rest of 3 ids, 10 a rest of 1
+def test_equals_dense_for_any_block_of_the_head(x64, monkeypatch, block):
+    monkeypatch.setattr(vocab_ops, "CPU_BLOCK", block)  # 4 has a remainder of 3 ids, 10 of 1
     actual = value_outputs_gradients(partial(tiled_loss, reverse_kl, tile=7), *problem())
     assert_close(actual, dense_reference(reverse_kl), 1e-10)
 
@@ -321,7 +321,7 @@ def test_head_options(x64, token_loss, options):
 
 
 def test_padded_ids_stand_for_no_token(x64):
-    """The head cut at `valid_vocab` gives the same numbers, whatever the padded rows hold."""
+    """The head cut at `valid_vocab` gives the same numbers, for any values in the padding rows."""
     hidden, head, weights, columns, (teacher_hidden, teacher_head) = problem(valid_vocab=9)
     head = Head(head.kernel.at[9:].set(1e6), head.bias, valid_vocab=9)
     padded = value_outputs_gradients(
@@ -350,8 +350,8 @@ def test_padded_ids_stand_for_no_token(x64):
 
 @pytest.mark.parametrize("width", [9, 14], ids=["narrower", "wider"])
 def test_teacher_table_of_another_width(x64, width):
-    """One vocabulary of 9 tokens, padded to 11 rows in the student: a teacher padded to 9 or 14
-    says the same.
+    """A vocabulary of 9 tokens, padded to 11 rows in the student: teachers padded to 9 or 14 rows
+    give the same scores.
     """
     hidden, head, weights, columns, (teacher_hidden, teacher_head) = problem(**PADDED)
     resize = lambda x: jnp.resize(x[:9], (width, *x.shape[1:]))
@@ -371,7 +371,7 @@ def test_tied_embedding_gets_both_parts(x64):
     _, head, weights, columns, teacher = problem()
 
     def through(loss, embedding):
-        states = jnp.tanh(embedding[columns.token] @ jnp.arange(16.0).reshape(4, 4) / 8)
+        states = jnp.tanh(embedding[columns.tokens] @ jnp.arange(16.0).reshape(4, 4) / 8)
         return loss(states, Head(embedding), weights, columns, teacher)[0]
 
     gradient = lambda loss: jax.jit(jax.grad(partial(through, loss)))(head.kernel)
@@ -403,7 +403,7 @@ def test_nothing_but_hidden_and_head_gets_a_gradient():
     gradients = jax.grad(loss, (0, 1, 2), allow_int=True)(*args[2:])
     for gradient in (
         gradients[0],
-        gradients[1].teacher_logprob,
+        gradients[1].teacher_logprobs,
         gradients[2][0],
         gradients[2][1].kernel,
     ):
@@ -426,12 +426,11 @@ def test_upstream_cotangent_scales_the_gradient(x64):
     hidden, head, *rest = problem()
     value, _, plain = dense_reference(reverse_kl)
     for outer, slope in ((lambda x: 3 * x, 3.0), (jnp.sin, np.cos(value))):
-        loss = lambda hidden, head: outer(tiled_loss(reverse_kl, hidden, head, *rest, tile=3)[0])  # noqa: B023
-        assert_close(
-            jax.jit(jax.grad(loss, (0, 1)))(hidden, head),
-            jax.tree.map(lambda g: slope * g, plain),
-            1e-10,
+        loss = lambda hidden, head, f=outer: f(
+            tiled_loss(reverse_kl, hidden, head, *rest, tile=3)[0]
         )
+        scaled = jax.tree.map(lambda g, slope=slope: slope * g, plain)
+        assert_close(jax.jit(jax.grad(loss, (0, 1)))(hidden, head), scaled, 1e-10)
 
 
 @over_losses
@@ -443,19 +442,19 @@ def test_numerical_gradient(x64, token_loss):
     check_grads(jax.jit(loss), (hidden, head.kernel, head.bias), order=1, modes=["rev"])
 
 
-# ---- tokens that do not count
+# ---- tokens of weight 0
 
 
 def with_garbage(hidden, weights, columns, teacher):
-    """NaN, and ids out of range, in every slot that no token of non-zero weight reads."""
+    """NaN, and ids out of range, in every slot that is not read for a token of non-zero weight."""
     is_dead = np.asarray(weights) == 0
     is_unread = np.concatenate([is_dead[:, 1:], np.ones((ROWS, 1), bool)], axis=1)[
         ..., None
     ]  # the shift
     spoil = lambda x, where, garbage: jnp.asarray(np.where(where, garbage, x), x.dtype)
     columns = TokenInputs(
-        spoil(columns.token, is_dead, 10**6),
-        teacher_logprob=spoil(columns.teacher_logprob, is_dead, np.nan),
+        spoil(columns.tokens, is_dead, 10**6),
+        teacher_logprobs=spoil(columns.teacher_logprobs, is_dead, np.nan),
     )
     return (
         spoil(hidden, is_unread, np.nan),
@@ -470,8 +469,7 @@ def with_garbage(hidden, weights, columns, teacher):
 def test_garbage_where_the_weight_is_zero_changes_nothing(x64, token_loss, is_sharded):
     hidden, head, *rest = problem()
     dirty, *dirty_rest = with_garbage(hidden, *rest)
-    # The last tile that is visited holds tokens that count and garbage, on one device and on the
-    # shards alike.
+    # The last visited tile holds live tokens and garbage, on one device and on every shard.
     loss = partial(
         tiled_loss,
         token_loss,
@@ -487,19 +485,17 @@ def test_garbage_where_the_weight_is_zero_changes_nothing(x64, token_loss, is_sh
 
 
 def test_recipe_undefined_where_the_weight_is_zero(x64):
-    """A dead slot enters as zeros; a recipe that divides by one of its columns must not leak the
-    infinity.
-    """
+    """Inputs of a dead slot are zeros; the infinity of a division by one must not leak."""
     hidden, head, weights, columns, _ = problem()
-    ratio = lambda s, t, row: (s.logprob(row.token) / row.teacher_logprob, None)
+    ratio = lambda s, t, row: (s.logprob(row.tokens) / row.teacher_logprobs, None)
     columns = TokenInputs(
-        columns.token, teacher_logprob=jnp.where(weights == 0, 0, columns.teacher_logprob)
+        columns.tokens, teacher_logprobs=jnp.where(weights == 0, 0, columns.teacher_logprobs)
     )
     actual = value_outputs_gradients(
         partial(tiled_loss, ratio, tile=5), hidden, head, weights, columns
     )
     safe = TokenInputs(
-        columns.token, teacher_logprob=jnp.where(weights == 0, -1, columns.teacher_logprob)
+        columns.tokens, teacher_logprobs=jnp.where(weights == 0, -1, columns.teacher_logprobs)
     )
     assert_close(
         actual,
@@ -541,12 +537,12 @@ def test_stats_equal_dense(x64, is_sharded):
 
 
 def test_stats_inside_a_differentiated_function(x64):
-    """A recipe's `prepare` runs inside value_and_grad: statistics are constants there."""
+    """`prepare` runs inside value_and_grad, where statistics are constants."""
     hidden, head, weights, columns, _ = problem()
 
     def loss(hidden):
         stats = tiled_stats(
-            lambda s, t, row: s.logprob(row.token), hidden, head, weights != 0, columns, tile=3
+            lambda s, t, row: s.logprob(row.tokens), hidden, head, weights != 0, columns, tile=3
         )
         return jnp.sum(stats * hidden[..., 0])
 
@@ -563,8 +559,8 @@ def test_stats_inside_a_differentiated_function(x64):
     ("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)], ids=["float32", "bfloat16"]
 )
 def test_sums_over_32768_tokens(dtype, tolerance):
-    """Against numpy in float64 from the same inputs: sums in float32 whatever the type of the
-    hidden states and the head.
+    """Against numpy in float64 on the same inputs: sums are in float32 for any dtype of hidden
+    states and head.
     """
     rng = np.random.default_rng(0)
     rows, length, width, vocab = 8, 4096, 4, 13
@@ -575,7 +571,7 @@ def test_sums_over_32768_tokens(dtype, tolerance):
     weights[:, 0] = 0
 
     loss = lambda h, k: tiled_loss(
-        lambda s, t, row: (-s.logprob(row.token), None),
+        lambda s, t, row: (-s.logprob(row.tokens), None),
         h,
         Head(k),
         weights,
@@ -602,11 +598,11 @@ def test_sums_over_32768_tokens(dtype, tolerance):
     assert (value.dtype, dhidden.dtype, dkernel.dtype) == (jnp.float32, dtype, dtype)
 
 
-# ---- what the compiler makes of it
+# ---- the compiled program
 
 
 def computations(hlo):
-    """{computation: its lines} of an HLO module in text form."""
+    """Computation -> its lines, of an HLO module in text form."""
     found, name = {}, None
     for line in hlo.splitlines():
         header = re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
@@ -618,7 +614,7 @@ def computations(hlo):
 
 
 def inside_while_loops(hlo):
-    """The lines of every computation that runs inside a while body, called ones included."""
+    """The lines of all computations inside a while body, including those it calls."""
     found = computations(hlo)
     waiting = [
         name
@@ -688,8 +684,8 @@ def test_compiled_program_holds_no_logits_and_reduces_once():
 
 
 def test_without_head_gradient_no_accumulator():
-    """head_grad=False: two matmuls a tile instead of three, and nothing of the head's size is
-    summed or sent.
+    """head_grad=False: two matmuls per tile instead of three, and no sum or collective of the
+    head's size.
     """
     mesh, vocab, width = mesh_of_eight(), 600, 64
     hidden, head, columns = (
@@ -697,7 +693,7 @@ def test_without_head_gradient_no_accumulator():
         Head(jnp.zeros((vocab, width))),
         TokenInputs(jnp.zeros((8, 16), jnp.int32)),
     )
-    loss = lambda s, t, row: (-s.logprob(row.token), None)
+    loss = lambda s, t, row: (-s.logprob(row.tokens), None)
 
     def compiled(head_grad):
         pass_ = lambda h, k: tiled_loss(
@@ -714,8 +710,8 @@ def test_without_head_gradient_no_accumulator():
 
 
 def test_head_gradient_is_added_in_place(monkeypatch):
-    """On CPU in blocks of rows, so that no second [V, D] is held; on accelerators in one product,
-    whose sum XLA fuses.
+    """On a CPU in blocks of rows, so that there is no second [V, D]; on accelerators in one product
+    with a fused sum.
     """
     monkeypatch.setattr(vocab_ops, "CPU_BLOCK", 512)
     vocab, width = 9000, 64
@@ -725,7 +721,7 @@ def test_head_gradient_is_added_in_place(monkeypatch):
         TokenInputs(jnp.zeros((8, 16), jnp.int32)),
     )
     loss = lambda h, k: tiled_loss(
-        lambda s, t, row: (-s.logprob(row.token), None), h, k, jnp.ones((8, 16)), columns, tile=8
+        lambda s, t, row: (-s.logprob(row.tokens), None), h, k, jnp.ones((8, 16)), columns, tile=8
     )[0]
     traced = jax.jit(jax.value_and_grad(loss, (0, 1))).trace(hidden, head)
     assert traced.lower().compile().memory_analysis().temp_size_in_bytes < vocab * width * 4
@@ -737,14 +733,14 @@ def test_head_gradient_is_added_in_place(monkeypatch):
 
 
 def test_shards_add_up_in_float32():
-    """A bfloat16 head: its gradient is rounded once, after the shares of all shards are in it."""
+    """The gradient of a bfloat16 head is rounded once, after the sum over shards."""
     hidden, head = (
         jnp.zeros((8, 4, 16), jnp.bfloat16),
         Head(jnp.zeros((50, 16), jnp.bfloat16), jnp.zeros(50, jnp.bfloat16)),
     )
     columns, weights = TokenInputs(jnp.zeros((8, 4), jnp.int32)), jnp.ones((8, 4))
     loss = lambda h, k: tiled_loss(
-        lambda s, t, row: (-s.logprob(row.token), None),
+        lambda s, t, row: (-s.logprob(row.tokens), None),
         h,
         k,
         weights,
@@ -761,7 +757,9 @@ def test_shards_add_up_in_float32():
 
 @over_losses
 def test_logits_of_ones_own(x64, token_loss, monkeypatch):
-    """Against plain autodiff, in blocks of two rows; a row of weight 0 may hold anything."""
+    """Dense logits against plain autodiff, in blocks of two rows; a row of weight 0 may hold
+    anything.
+    """
     monkeypatch.setattr(vocab_ops, "CPU_LOGITS", 2 * VOCAB)
     rng = np.random.default_rng(5)
     student, teacher = (
@@ -770,7 +768,7 @@ def test_logits_of_ones_own(x64, token_loss, monkeypatch):
     )
     columns = TokenInputs(
         jnp.asarray(rng.integers(0, VOCAB, 6)),
-        teacher_logprob=jnp.asarray(-rng.exponential(size=6)),
+        teacher_logprobs=jnp.asarray(-rng.exponential(size=6)),
     )
     weights = jnp.asarray(rng.normal(size=6)).at[3].set(0)
 
@@ -790,9 +788,9 @@ def test_logits_of_ones_own(x64, token_loss, monkeypatch):
 
 
 @pytest.mark.parametrize("vocab", [3, 7, 200])
-def test_a_tile_draws_where_the_uniform_number_falls_in_its_distribution(vocab, rng):
-    """Against searchsorted in float64, some ids impossible; a midpoint of each id's share draws
-    that id.
+def test_a_tile_draws_the_id_whose_share_contains_the_uniform_number(vocab, rng):
+    """Against searchsorted in float64, with some ids of probability 0; the midpoint of each id's
+    share draws that id.
     """
     logits = np.where(
         rng.random((20, vocab)) < 0.2, -np.inf, 3 * rng.normal(size=(20, vocab))
@@ -818,8 +816,8 @@ def test_a_tile_draws_where_the_uniform_number_falls_in_its_distribution(vocab, 
 
 
 def test_draws_of_a_tile_follow_its_distribution(rng):
-    """Chi-square with 6 degrees of freedom: 22.5 is its 99.9 % point. Shifted logits are the same
-    distribution.
+    """Chi-square with 6 degrees of freedom: its 99.9 % quantile is 22.5. Shifted logits give the
+    same distribution.
     """
     logits = rng.normal(size=7).astype(np.float32)
     p = np.exp(logits) / np.exp(logits).sum()

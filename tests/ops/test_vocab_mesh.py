@@ -1,5 +1,5 @@
-"""The tiled pass where the vocabulary is split over `tensor` and the head over `fsdp`: every
-recipe, against one device.
+"""The tiled pass with the vocabulary sharded over `tensor` and the head over `fsdp`: every recipe,
+against one device.
 """
 
 import re
@@ -59,7 +59,7 @@ RECIPES = {
     "npd, stored": ("npd", {"support_top_k": 5, "kd_weight": 0.7}),
     "sft": ("sft", {}),
 }
-ALONE = {"npd, stored", "sft"}  # the teacher is not there
+ALONE = {"npd, stored", "sft"}  # without a teacher model
 MESHES = {"2x2x2": (2, 2, 2), "1x2x4": (1, 2, 4), "2x4x1": (2, 4, 1)}
 
 
@@ -71,11 +71,11 @@ def problem(teacher_rows=V, bias=True):
     weights = jnp.asarray(rng.random((B, T)) * (rng.random((B, T)) < 0.7)).at[:, 0].set(0)
     columns = TokenInputs(
         jnp.asarray(rng.integers(0, V - 3, (B, T))),
-        uniform=jnp.asarray(rng.random((B, T, 3))),
-        teacher_ids=jnp.asarray(
+        uniforms=jnp.asarray(rng.random((B, T, 3))),
+        teacher_top_ids=jnp.asarray(
             rng.permuted(np.tile(np.arange(V - 3), (B, T, 1)), axis=2)[:, :, :6]
         ),
-        teacher_top_logprob=jnp.asarray(np.log(rng.dirichlet(np.ones(7), (B, T))[:, :, :6])),
+        teacher_top_logprobs=jnp.asarray(np.log(rng.dirichlet(np.ones(7), (B, T))[:, :, :6])),
         is_observed=jnp.ones((B, T), bool),
     )
     return normal(B, T, D), head, weights, columns, (normal(B, T, U), teacher_head)
@@ -91,9 +91,9 @@ def run(token_loss, args, mesh=None):
     "mesh", [pytest.param(key, marks=[] if key == "2x2x2" else pytest.mark.long) for key in MESHES]
 )
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_is_what_it_is_on_one_device(x64, name, mesh):
+def test_every_recipe_equals_one_device(x64, name, mesh):
     recipe, options = RECIPES[name]
-    token_loss = partial(observed(bind(recipe, options)[0].token_loss), **options)
+    token_loss = observed(bind(recipe, options).token_loss)
     args = problem()
     if name in ALONE:
         args = (*args[:4], None)
@@ -104,7 +104,7 @@ def test_every_recipe_is_what_it_is_on_one_device(x64, name, mesh):
 
 @pytest.mark.parametrize("teacher_rows", [V - 3, V + 6])
 def test_a_teacher_whose_embedding_is_padded_otherwise(x64, teacher_rows):
-    token_loss = partial(bind("full_kl", {})[0].token_loss)
+    token_loss = bind("full_kl").token_loss
     args = problem(teacher_rows, bias=False)
     jax.tree.map(
         partial(np.testing.assert_allclose, rtol=1e-10),
@@ -117,7 +117,7 @@ def test_statistics(x64):
     hidden, head, weights, columns, teacher = problem()
 
     def stat(student, teacher, row):
-        drawn = student.draw(row.uniform)
+        drawn = student.draw(row.uniforms)
         return {
             "top": student.top_k(7),
             "drawn": drawn,
@@ -142,7 +142,7 @@ def test_no_id_of_probability_zero_is_drawn_at_the_edge_of_a_slice(x64):
     assert drawn[:, 0].tolist() == [1, 1, 5, 5, 9, 9, 13, 13]
 
 
-def test_a_recipe_that_sums_over_its_own_slice_alone_is_refused():
+def test_a_recipe_that_sums_over_its_own_slice_only_is_refused():
     def forgets(student, teacher, row):
         return jnp.sum(jnp.exp(student.logprobs), axis=-1), None
 
@@ -154,7 +154,7 @@ def test_a_head_that_the_mesh_does_not_divide_is_refused():
     hidden, _, weights, columns, _ = problem()
     with pytest.raises(ValueError, match="10 rows, which mesh.tensor 4 does not divide"):
         tiled_loss(
-            lambda s, t, row: (s.logprob(row.token), None),
+            lambda s, t, row: (s.logprob(row.tokens), None),
             hidden,
             Head(jnp.ones((10, D))),
             weights,
@@ -169,13 +169,13 @@ COLLECTIVE = re.compile(
 )
 
 
-def test_what_is_sent_inside_the_loop_is_of_a_tiles_tokens_not_of_its_logits():
-    """Of `vopd` with k = 5 on 2x2x2: the head is gathered and its gradient reduced outside; inside
-    a few numbers a token.
+def test_collectives_inside_the_loop_are_of_a_tiles_tokens_not_of_its_logits():
+    """`vopd` with k = 5 on 2x2x2: the head is gathered and its gradient reduced outside of the
+    loop; inside, collectives are a few numbers per token.
     """
     mesh, length, vocab, width, tile = make_mesh(2, 2, 2), 64, 1000, 48, 16
     recipe, options = "vopd", {"baseline": "student_topk", "baseline_top_k": 5}
-    token_loss = partial(bind(recipe, options)[0].token_loss, **options)
+    token_loss = bind(recipe, options).token_loss
     shape = lambda spec, *dims, dtype=jnp.float32: jax.ShapeDtypeStruct(
         dims, dtype, sharding=NamedSharding(mesh, spec)
     )

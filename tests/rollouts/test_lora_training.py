@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mesh_pair import make_pair, mesh_config
+from mesh_pair import assert_same_run, make_pair, mesh_config
 from safetensors.numpy import load_file
-from test_mesh import assert_same_run
 from test_train import TINY, final_weights, vary, without_times
 
 import opdjax.rollouts.on_policy

@@ -1,4 +1,4 @@
-"""`opdjax teach`: a checkpoint or a server answers each prompt a few times, once, however often it
+"""`opdjax references`: a checkpoint or a server answers each prompt a few times, once, however often it
 is stopped; runs learn from the file.
 """
 
@@ -179,7 +179,9 @@ def test_two_writers_are_refused(straight):
     path = straight[0]
     with (
         locked(path.parent, f"teach-{path.name}"),
-        pytest.raises(ReferenceIndexError, match="being written by another opdjax teach: wait"),
+        pytest.raises(
+            ReferenceIndexError, match="being written by another opdjax references: wait"
+        ),
     ):
         teach(lesson(path))
 
@@ -311,7 +313,7 @@ def test_a_run_learns_from_the_index(straight, tmp_path):
         train(taught("references", data=data), tmp_path / "run")
     path.write_text("".join(lines[:-2]))
     with pytest.raises(
-        ReferenceMissError, match="2 have never been answered: opdjax teach EXPERIMENT"
+        ReferenceMissError, match="2 have never been answered: opdjax references EXPERIMENT"
     ):
         prepare(taught("references", data=data))
 

@@ -12,8 +12,7 @@ import time
 
 import jax
 import pytest
-from mesh_pair import make_pair, mesh_config
-from test_mesh import assert_same_run
+from mesh_pair import assert_same_run, make_pair, mesh_config
 
 from opdjax.config import EvaluationConfig, LogConfig, MeshConfig, TrainConfig
 from opdjax.config.validation import to_dict

@@ -100,8 +100,8 @@ def test_points_run_there_and_all_that_is_known_of_them_is_there(gcs):
         folder.subfolder("seed=0").entries()[0]
     )
     failure = json.loads(folder.read("student.path=nowhere/failure.json"))
-    assert "'no/such/model/here' is no directory and no hub id" in failure["log_tail"][-1]
-    assert b"no hub id" in folder.read("student.path=nowhere/log.txt")
+    assert "'no/such/model/here' is neither a directory nor a hub id" in failure["log_tail"][-1]
+    assert b"nor a hub id" in folder.read("student.path=nowhere/log.txt")
     assert [row["event"] for row in attempts("seed=0")] == ["start", "end"]
     assert any(line.startswith("done   seed=0  avg@k ") for line in logged)
     assert run_sweep(made, URL, log=logged.append)["done"] == 1  # from what lies there alone

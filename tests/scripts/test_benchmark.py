@@ -1,6 +1,4 @@
-"""The benchmark's own bookkeeping: workers that fail, ratios of neighbouring runs, counted work and
-counted collectives.
-"""
+"""The benchmark: workers that fail, ratios of neighbouring runs, counted work and collectives."""
 
 import argparse
 import pathlib
@@ -14,6 +12,9 @@ WORKER = """
     import os, time
     from benchmark_peers.protocol import Job, Stepper, serve
 
+    def result(value):
+        return {"result": value}
+
     def broken(case):
         raise ValueError("no such divergence")
 
@@ -23,7 +24,7 @@ WORKER = """
         pause({"useful_tokens": 20})
 
     serve({
-        "sleep": lambda case: Job(lambda: time.sleep(case["seconds"]) or 7, lambda result: {"result": result}),
+        "sleep": lambda case: Job(lambda: time.sleep(case["seconds"]) or 7, result),
         "steps": lambda case: Job(Stepper(loop), lambda facts: facts, warm_up=lambda: None),
         "broken": broken,
         "dies": lambda case: os._exit(3),
@@ -53,7 +54,7 @@ def prepare(worker, form, **fields):
     return worker.ask(do="prepare", case={"form": form} | fields)
 
 
-def test_a_worker_times_its_work_and_says_what_it_could_not_do(worker):
+def test_a_worker_times_its_work_and_reports_failures(worker):
     from benchmark_peers.workers import WorkerError
 
     prepare(worker, "sleep", seconds=0.02)
@@ -75,7 +76,7 @@ def test_a_worker_times_its_work_and_says_what_it_could_not_do(worker):
 
 
 class Clock:
-    """A worker of known seconds; the peer's second run does not come back."""
+    """A worker with given seconds; it fails after its last run."""
 
     def __init__(self, seconds, tokens):
         self.threads, self._runs = (
@@ -171,9 +172,9 @@ def test_collectives_in_a_loop_count_as_often_as_it_goes_round(scripts):
 
         ENTRY %main (a: f32[4,8]) -> f32[4,8] {
           %r = (f32[2]{0}, bf16[4]{0}) all-reduce(%a, %b), to_apply=%add
-          %w = (s32[], f32[4,8]{1,0}) while(%t), condition=%condition.1, body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
+          %w = (s32[], f32[4,8]{1,0}) while(%t), condition=%condition.1, body=%body.1, COUNT
         }
-        """)
+        """).replace("COUNT", 'backend_config={"known_trip_count":{"n":"5"}}')
     found = scaling.collectives(text)
     assert (found["all_gather"], found["all_reduce"], found["reduce_scatter"]) == (5, 1, 0)
     assert found["collective_mib"] == (5 * 4 * 8 * 4 + 2 * 4 + 4 * 2) / 2**20

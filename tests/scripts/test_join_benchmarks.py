@@ -1,4 +1,4 @@
-"""Several sources as one file of benchmarks, which an evaluation reads back."""
+"""Several sources are joined into one file of benchmarks, which an evaluation can read."""
 
 import json
 import pathlib
@@ -39,7 +39,7 @@ def test_sources_of_any_kind_become_one_file(tmp_path):
     assert (found[3].prompt, found[3].answer) == ("1+1=", "2")
 
 
-def test_nothing_is_written_where_a_source_cannot_be_read(tmp_path):
+def test_nothing_is_written_if_a_source_cannot_be_read(tmp_path):
     output = tmp_path / "all.jsonl"
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "1+1=", "answer": None}) + "\n")

@@ -92,7 +92,7 @@ def test_points_run_and_a_failure_is_kept_with_its_reason(swept):
     assert counts == {"points": 3, "done": 2, "failed": 1, "stopped": 0}
     failure = json.loads((directory / "student.path=nowhere" / "failure.json").read_text())
     assert failure["returncode"] == 2
-    assert "'no/such/model/here' is no directory and no hub id" in failure["log_tail"][-1]
+    assert "'no/such/model/here' is neither a directory nor a hub id" in failure["log_tail"][-1]
     assert any(
         line.startswith("FAILED student.path=nowhere: opdjax: CheckpointError") for line in logged
     )
@@ -191,8 +191,8 @@ def judged(directory, **data):
 def test_a_teacher_answers_before_the_points_that_read_its_answers(tmp_path):
     logged = []
     assert run_sweep(judged(tmp_path), tmp_path / "sweep", log=logged.append)["done"] == 2
-    assert logged[0] == f"teach  {tmp_path / 'answers.jsonl'}"
-    assert sum(line.startswith("teach") for line in logged) == 1
+    assert logged[0] == f"write  {tmp_path / 'answers.jsonl'}"
+    assert sum(line.startswith("write") for line in logged) == 1
     answers = (tmp_path / "answers.jsonl").read_bytes()
     (tmp_path / "answers.jsonl").write_bytes(
         answers[: len(answers) // 2]

@@ -138,7 +138,7 @@ def test_it_lives_through_lost_slices_and_a_gcloud_that_fails(tmp_path, seed):
     assert cloud.steps == 30
     assert cloud.state["name"] is None
     assert not (tmp_path / "disk").exists()
-    assert "failed (1 in a row); trying again" in finished.stdout
+    assert "failed (1 in a row); retrying" in finished.stdout
 
 
 def test_a_run_that_crashes_is_started_again_on_the_same_slice(tmp_path):
@@ -149,31 +149,27 @@ def test_a_run_that_crashes_is_started_again_on_the_same_slice(tmp_path):
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert cloud.state["slices"] == 1
     assert len(cloud.calls("queued-resources create")) == 1
-    assert "the run is down (exit status 137)" in finished.stdout
+    assert "the run has stopped (exit status 137)" in finished.stdout
     assert "the slice still costs: tpu/delete.sh" in finished.stdout
     assert cloud.state["name"] == "opd"
 
 
-def test_it_gives_up_on_a_run_that_is_wrong_and_on_slices_that_do_not_last(tmp_path):
-    wrong, short = (
-        Cloud(tmp_path / name, **plan)
-        for name, plan in made(tmp_path, wrong={}, short={"taken_away_at": [4] * 9})
-    )
-    (wrong.bucket / "always").write_text("2")
-    told = wrong.babysit()
+@pytest.mark.parametrize("status", ["1", "2"])  # a bug, and a mistake of the user
+def test_it_gives_up_on_a_run_that_is_wrong(tmp_path, status):
+    cloud = Cloud(tmp_path)
+    (cloud.bucket / "always").write_text(status)
+    told = cloud.babysit()
     assert told.returncode == 1
-    assert "ended twice by an error of its own (exit status 2)" in told.stdout
+    assert f"failed twice with an error of its own (exit status {status})" in told.stdout
+
+
+def test_it_gives_up_on_slices_that_do_not_last(tmp_path):
+    short = Cloud(tmp_path, taken_away_at=[4] * 9)
     told = short.babysit(MAX_SLICES="3")
     assert told.returncode == 1
-    assert "3 slices were taken away or failed (MAX_SLICES)" in told.stdout
+    assert "3 slices were preempted or failed (MAX_SLICES)" in told.stdout
     assert short.state["slices"] == 3
     assert short.state["name"] is None
-
-
-def made(directory, **plans):
-    for name in plans:
-        (directory / name).mkdir()
-    return plans.items()
 
 
 def test_it_gives_up_where_gcloud_always_fails(tmp_path):
@@ -260,7 +256,7 @@ def test_a_disk_that_was_lost_is_set_up_again(tmp_path):
     )
     finished = cloud.babysit()
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert finished.stdout.count("setting the slice up") == 2
+    assert finished.stdout.count("setting up the slice") == 2
     assert cloud.steps == 30
 
 

@@ -164,7 +164,7 @@ def test_the_arguments_reach_the_worker_as_they_were_given(tmp_path):
 @pytest.mark.parametrize(
     ("script", "arguments", "variables", "message"),
     [
-        ("create.sh", [], {"NAME": ""}, "NAME is not set; expected the name of the TPU"),
+        ("create.sh", [], {"NAME": ""}, "NAME is not set; expected the name of the slice"),
         ("delete.sh", [], {"ZONE": ""}, "ZONE is not set; expected its zone"),
         ("create.sh", [], {"TOPOLOGY": ""}, "TOPOLOGY is not set; expected a slice, such as v5e-8"),
         (
@@ -173,11 +173,11 @@ def test_the_arguments_reach_the_worker_as_they_were_given(tmp_path):
             {"TOPOLOGY": "v6e-9"},
             "there is no topology 'v6e-9'; expected one of v6e-1, v6e-4, v6e-8",
         ),
-        ("create.sh", [], {"TOPOLOGY": "h100-8"}, "h100-8 is no Cloud TPU"),
+        ("create.sh", [], {"TOPOLOGY": "h100-8"}, "h100-8 is not a TPU slice"),
         ("create.sh", ["v5e-8"], {}, "takes no arguments"),
         ("delete.sh", ["opd"], {}, "takes no arguments"),
         ("setup_vm.sh", ["absent.jsonl"], {}, "there is no file absent.jsonl"),
-        ("run.sh", [], {}, "no verb given"),
+        ("run.sh", [], {}, "no command given"),
         ("xpk.sh", XPK, {"IMAGE": "i"}, "CLUSTER is not set"),
         ("xpk.sh", XPK, {"CLUSTER": "c"}, "IMAGE is not set"),
         (
@@ -190,7 +190,7 @@ def test_the_arguments_reach_the_worker_as_they_were_given(tmp_path):
             "run.sh",
             ["evaluate", "m"],
             {"TOPOLOGY": "v5e-16"},
-            "v5e-16 has 4 hosts, on which only train runs",
+            "v5e-16 has 4 hosts, where only train can run",
         ),
     ],
 )

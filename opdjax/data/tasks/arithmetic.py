@@ -1,8 +1,7 @@
 """The built-in task: chains of sums and differences, answered step by step.
 
 A problem `34-17+25=` has three operands below 50; its answer `34-17=17;17+25=42#42` states each
-step and then the value. The task is endless, needs no download, and a model of half a million
-parameters can learn it.
+step and then the value. It needs no download, and a model of half a million parameters learns it.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import numpy as np
 
 OPERAND_LIMIT = 50
 NUM_OPERANDS = 3
-# Shares of the problem space, by a hash of the problem's text: no problem is ever in two splits.
+# Percentages of the problems, by a hash of the problem's text: no problem is in two splits.
 _SPLIT_BUCKETS = {"train": range(0, 90), "validation": range(90, 95), "test": range(95, 100)}
 SPLITS = {"train": 16384, "validation": 1024, "test": 2048}
 
@@ -29,9 +28,8 @@ class Problem:
     @property
     def prompt(self) -> str:
         """Such as `34-17+25=`."""
-        rest = "".join(
-            f"{_symbol(sign)}{operand}" for sign, operand in zip(self.signs, self.operands[1:])
-        )
+        terms = zip(self.signs, self.operands[1:])
+        rest = "".join(f"{_symbol(sign)}{operand}" for sign, operand in terms)
         return f"{self.operands[0]}{rest}="
 
     @property
@@ -51,10 +49,8 @@ class Problem:
     @property
     def reference(self) -> str:
         """The worked answer, such as `34-17=17;17+25=42#42`."""
-        chain = ";".join(
-            f"{left}{_symbol(sign)}{right}={result}" for left, sign, right, result in self.steps
-        )
-        return f"{chain}#{self.answer}"
+        chain = (f"{left}{_symbol(sign)}{right}={total}" for left, sign, right, total in self.steps)
+        return f"{';'.join(chain)}#{self.answer}"
 
 
 def _symbol(sign: int) -> str:
@@ -62,7 +58,7 @@ def _symbol(sign: int) -> str:
 
 
 def draw(rng: np.random.Generator) -> Problem:
-    """A uniform problem."""
+    """A problem, drawn uniformly."""
     operands = rng.integers(0, OPERAND_LIMIT, NUM_OPERANDS)
     signs = 2 * rng.integers(0, 2, NUM_OPERANDS - 1) - 1
     return Problem(tuple(int(x) for x in operands), tuple(int(x) for x in signs))
@@ -75,8 +71,8 @@ def split_of(problem: Problem) -> str:
 
 
 def problems(split: str) -> list[Problem]:
-    """The distinct problems of a split (`train` 16384, `validation` 1024, `test` 2048), always the
-    same ones.
+    """The distinct problems of a split, always the same ones: `train` 16384, `validation` 1024,
+    `test` 2048. ValueError on another name.
     """
     if split not in SPLITS:
         raise ValueError(f"arithmetic has no split {split!r}; expected one of {sorted(SPLITS)}")

@@ -1,13 +1,7 @@
-"""The built-in task as a TFDS dataset, `tfds:opdjax_arithmetic#train`: the rows of
-`arithmetic:train` in their order.
+"""The built-in task as a TFDS dataset, `tfds:opdjax_arithmetic#train`: same rows, same order.
 
-Importing this module is what makes the builder known to TFDS. It is prepared on first use, without
-TensorFlow, or by
-
-    python -c "from opdjax.data.tasks.arithmetic_tfds import OpdjaxArithmetic as A;
-    A().download_and_prepare()"
-
-into TFDS_DATA_DIR (~/tensorflow_datasets where that is not set).
+Importing this module registers the builder. It is prepared on first use, without TensorFlow, or by
+`OpdjaxArithmetic().download_and_prepare()`, into TFDS_DATA_DIR (default: ~/tensorflow_datasets).
 """
 
 from __future__ import annotations
@@ -21,13 +15,13 @@ from opdjax.data.tasks import arithmetic
 
 
 class OpdjaxArithmetic(tfds.core.GeneratorBasedBuilder):
-    """Chains of sums and differences with their values and worked answers."""
+    """Chains of sums and differences, with final values and worked answers."""
 
     VERSION = tfds.core.Version("1.0.0")
-    url_infos: ClassVar = {}  # nothing is downloaded: no checksums to look for beside this file
+    url_infos: ClassVar = {}  # nothing is downloaded, so there is no file of checksums
 
     def __init__(self, *, file_format: str = "array_record", **options: Any):
-        # The default of TFDS, tfrecord, is written and read by TensorFlow alone.
+        # Only TensorFlow reads and writes tfrecord, the default of TFDS.
         super().__init__(file_format=file_format, **options)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -36,8 +30,7 @@ class OpdjaxArithmetic(tfds.core.GeneratorBasedBuilder):
             builder=self,
             description="Chains of sums and differences, answered step by step.",
             features=tfds.features.FeaturesDict(columns),
-            # the stored order is that of `arithmetic:SPLIT`, so that both give the same run
-            disable_shuffling=True,
+            disable_shuffling=True,  # keeps the order of `arithmetic:SPLIT`: both give one run
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, str]]]]:
@@ -45,11 +38,5 @@ class OpdjaxArithmetic(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, str]]]:
         for number, problem in enumerate(arithmetic.problems(split)):
-            yield (
-                number,
-                {
-                    "prompt": problem.prompt,
-                    "answer": problem.answer,
-                    "reference": problem.reference,
-                },
-            )
+            row = {"prompt": problem.prompt, "answer": problem.answer}
+            yield number, row | {"reference": problem.reference}

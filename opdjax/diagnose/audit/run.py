@@ -17,13 +17,14 @@ from opdjax.config import (
     NearPolicyConfig,
     SamplingConfig,
 )
+from opdjax.config.validation import ConfigError
 from opdjax.diagnose.audit.batches import audit_batch_pitfalls, audit_costs
 from opdjax.diagnose.audit.gradients import audit_gradients, num_uniforms
 from opdjax.diagnose.audit.pair import audit_contexts, collect_states
 from opdjax.diagnose.audit.subjects import Subject
 from opdjax.diagnose.audit.tree import audit_tree
 from opdjax.diagnose.audit.vocabulary import audit_vocabulary
-from opdjax.estimators import RECIPES
+from opdjax.estimators import TOKEN_LOSSES
 from opdjax.estimators.pitfalls import PITFALLS
 from opdjax.rollouts.setup import Setup, prepare
 from opdjax.runs.workdir import environment
@@ -154,11 +155,11 @@ def explain(name: str) -> str:
     """Return the documentation of a recipe or a pitfall.
 
     That of a recipe states its equation, what is detached, its cost, when to use it and its
-    options. ValueError on an unknown name.
+    options. ConfigError on an unknown name.
     """
-    if name in RECIPES:
-        return inspect.getdoc(RECIPES[name].token_loss)
+    if name in TOKEN_LOSSES:
+        return inspect.getdoc(TOKEN_LOSSES[name])
     if name in PITFALLS:
         return PITFALLS[name].about
-    known = [*RECIPES, *PITFALLS]
-    raise ValueError(f"there is no recipe and no pitfall {name!r}; expected one of {known}")
+    known = [*TOKEN_LOSSES, *PITFALLS]
+    raise ConfigError(f"there is no recipe and no pitfall {name!r}; expected one of {known}")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from opdjax.estimators import RECIPES, bind, coupling
-from opdjax.estimators.divergence import NPD_KD_WEIGHT
+from opdjax.config.recipes import RECIPES
+from opdjax.config.validation import ConfigError
+from opdjax.estimators import bind, coupling
 from opdjax.estimators.opd import REWARD_OPTIONS, sampled_reward
 from opdjax.estimators.opd import advantages as advantages_of
 from opdjax.estimators.pitfalls import PITFALLS, Pitfall
@@ -39,7 +39,7 @@ class Subject:
 
     @property
     def _kd_weight(self) -> float:
-        return self.options.get("kd_weight", NPD_KD_WEIGHT)
+        return RECIPES[self.recipe].with_defaults(self.options).get("kd_weight", 1.0)
 
     @property
     def is_coupled(self) -> bool:
@@ -71,8 +71,7 @@ class Subject:
         """Return `token_loss(student, teacher, row) -> (loss, outputs)`."""
         if self.recipe is None:
             return self.pitfall.token_loss
-        recipe, options = bind(self.recipe, self.options)
-        return lambda student, teacher, row: recipe.token_loss(student, teacher, row, **options)
+        return bind(self.recipe, self.options).token_loss
 
     def unsampled_loss(self) -> Callable | None:
         """Return the part of the loss that does not depend on the sampled token; None if empty."""
@@ -162,10 +161,7 @@ def _with_defaults(each: Subject) -> tuple[str | None, dict[str, Any]]:
     """Return recipe and options with the defaults filled in, so that equal estimators are equal."""
     if each.recipe is None:
         return each.name, each.options
-    parameters = inspect.signature(RECIPES[each.recipe].token_loss).parameters.values()
-    is_option = lambda parameter: parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    defaults = {p.name: p.default for p in parameters if is_option(p)}
-    options = (defaults | each.options).items()
+    options = RECIPES[each.recipe].with_defaults(each.options).items()
     return each.recipe, {name: value for name, value in options if value not in _OFF}
 
 
@@ -175,13 +171,13 @@ def choose(
     """Return the subjects to measure.
 
     These are the default subjects of the recipes and pitfalls `names` (None: all), preceded by the
-    config's own `recipe` with its `options`, and in any case `opd`. ValueError on an unknown name
+    config's own `recipe` with its `options`, and in any case `opd`. ConfigError on an unknown name
     and on options that need rewards or stale data.
     """
     subjects = (*DEFAULT, *COUPLED)
     known = {each.recipe or each.name for each in subjects}
     if unknown := sorted(set(names or ()) - known):
-        raise ValueError(f"cannot audit {unknown}; expected some of {sorted(known)}")
+        raise ConfigError(f"cannot audit {unknown}; expected some of {sorted(known)}")
     chosen = [each for each in subjects if names is None or (each.recipe or each.name) in names]
     if recipe is not None:
         own = _own_subject(recipe, options or {})
@@ -192,14 +188,14 @@ def choose(
 
 
 def _own_subject(recipe: str, options: dict[str, Any]) -> Subject:
-    if RECIPES[recipe].reward != "none":
-        raise ValueError(
+    if RECIPES[recipe].is_rewarded:
+        raise ConfigError(
             f"estimator.recipe is {recipe!r}; expected one that a teacher supervises: the audit of "
             f"a pair has no rewards. opdjax audit --explain {recipe} describes it"
         )
     for name in _REFUSED_OPTIONS:
         if options.get(name) not in _OFF:
-            raise ValueError(
+            raise ConfigError(
                 f"estimator.{name} is {options[name]!r}; expected none: the audit of a pair has "
                 "neither task rewards nor stale data (its tree measures importance corrections)"
             )

@@ -20,16 +20,16 @@ from jax.sharding import Mesh
 
 from opdjax.config.topology import Topology
 from opdjax.diagnose.plan.hlo import Collective, collectives, most_rows
-from opdjax.diagnose.plan.memory import abstract_leaves
 from opdjax.diagnose.plan.workload import Workload, has_advantages
 from opdjax.engine.decoding import Decoding
-from opdjax.engine.sampler import Placed, advance, block_size, num_slots, parts_of, prefill, start
+from opdjax.engine.sampler import advance, prefill, split_layers, start
+from opdjax.engine.scheduling import Assignments, block_size, num_slots
 from opdjax.engine.scorer import score
 from opdjax.engine.update import init_state, make_optimizer, make_update, spec_of
-from opdjax.models.decoder import DecoderConfig, head_of
+from opdjax.models.decoder import DecoderConfig, abstract_params, head_of
 from opdjax.models.lora import combine, init_adapters
 from opdjax.models.partitioning import shardings_of
-from opdjax.ops.sharding import by_row, make_mesh, replicated
+from opdjax.ops.sharding import abstract_like, by_row, make_mesh, replicated
 from opdjax.types import TeacherScores, TrainBatch
 
 
@@ -109,17 +109,12 @@ def compile_update(workload: Workload, mesh: Mesh) -> Program:
     return measure("update", partial(_lower_update, workload, mesh), workload)[0]
 
 
-def abstract_params(
+def _sharded_params(
     model: DecoderConfig, dtype: str, mesh: Mesh, split_over: tuple[str, ...]
 ) -> Any:
     """Return the shapes, types and shardings of a model's parameters."""
-    leaves = abstract_leaves(model, dtype)
-    return _with_shardings(leaves, shardings_of(leaves, mesh, split_over))
-
-
-def _with_shardings(tree: Any, shardings: Any) -> Any:
-    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    return jax.tree.map(place, tree, shardings)
+    params = abstract_params(model, dtype)
+    return abstract_like(params, shardings_of(params, mesh, split_over))
 
 
 def _rows(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
@@ -143,13 +138,13 @@ def _batch(workload: Workload, mesh: Mesh) -> TrainBatch:
 def _adapters(workload: Workload, dtype: str, mesh: Mesh, split_over: tuple[str, ...]) -> Any:
     leaves = jax.eval_shape(partial(init_adapters, workload.student, workload.config.lora, 0))
     leaves = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), leaves)
-    return _with_shardings(leaves, shardings_of(leaves, mesh, split_over))
+    return abstract_like(leaves, shardings_of(leaves, mesh, split_over))
 
 
 def _published(workload: Workload, mesh: Mesh) -> Any:
     """Return the weights that sample rollouts."""
     over = workload.config.sampling.split_over
-    whole = abstract_params(workload.student, workload.dtype, mesh, over)
+    whole = _sharded_params(workload.student, workload.dtype, mesh, over)
     if not workload.config.lora.rank:
         return whole
     return combine(whole, _adapters(workload, workload.dtype, mesh, over))
@@ -159,19 +154,19 @@ def _teacher_params(workload: Workload, mesh: Mesh) -> Any:
     if workload.teacher is None and not workload.has_reference:
         return _published(workload, mesh)
     model, dtype = workload.scoring_model, workload.teacher_dtype
-    return abstract_params(model, dtype, mesh, workload.scoring_split)
+    return _sharded_params(model, dtype, mesh, workload.scoring_split)
 
 
 def _lower_update(workload: Workload, mesh: Mesh) -> Any:
     config = workload.config
     spec = spec_of(config, workload.student, workload.dtype, None, mesh)
-    params, frozen = abstract_params(workload.student, "float32", mesh, spec.split_over), None
+    params, frozen = _sharded_params(workload.student, "float32", mesh, spec.split_over), None
     if config.lora.rank:
         params = _adapters(workload, "float32", mesh, spec.split_over)
-        frozen = abstract_params(workload.student, workload.dtype, mesh, spec.split_over)
+        frozen = _sharded_params(workload.student, workload.dtype, mesh, spec.split_over)
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     state = jax.eval_shape(partial(init_state, optimizer=optimizer), params)
-    state = _with_shardings(state, shardings_of(state, mesh, spec.split_over))
+    state = abstract_like(state, shardings_of(state, mesh, spec.split_over))
     batch, head, field = _batch(workload, mesh), None, partial(_rows, mesh)
     shape = batch.tokens.shape
     if workload.has_reference:
@@ -183,11 +178,13 @@ def _lower_update(workload: Workload, mesh: Mesh) -> Any:
             batch, teacher=TeacherScores(hidden=field(dtype, *shape, width))
         )
     elif workload.needs != "none":
-        scores = TeacherScores(token_logprobs=field(jnp.float32, *shape))
+        scores = TeacherScores(teacher_logprobs=field(jnp.float32, *shape))
         if workload.needs == "top_k":
             top = (*shape, workload.top_k)
             scores = dataclasses.replace(
-                scores, top_ids=field(jnp.int32, *top), top_logprobs=field(jnp.float32, *top)
+                scores,
+                teacher_top_ids=field(jnp.int32, *top),
+                teacher_top_logprobs=field(jnp.float32, *top),
             )
         batch = dataclasses.replace(batch, teacher=scores)
     update = make_update(spec, config.optimizer, config.train.num_steps)
@@ -236,9 +233,9 @@ def _compile_sampler(workload: Workload, mesh: Mesh) -> list[Program]:
     columns = width + static["decoding"].max_completion_length
     whole = partial(jax.ShapeDtypeStruct, (block, width), sharding=replicated(mesh))
     inputs = (params["layers"], static["config"])
-    layers = _results(parts_of, inputs, {}, parts_of.lower(*inputs).compile())
-    inputs = (params, layers, whole(jnp.int32), whole(jnp.bool_))
-    options = {"width": width, **static}
+    layer_params = _results(split_layers, inputs, {}, split_layers.lower(*inputs).compile())
+    inputs = (params, layer_params, whole(jnp.int32), whole(jnp.bool_))
+    options = {"prompt_columns": width, **static}
     program, compiled = measure("prefill", partial(prefill.lower, *inputs, **options), workload)
     if compiled is None:
         return [program]
@@ -246,16 +243,16 @@ def _compile_sampler(workload: Workload, mesh: Mesh) -> list[Program]:
     options = {"slots": slots, "rows": rows, "columns": columns, **static}
     state = _results(start, (params,), options, start.lower(params, **options).compile())
     of_slot, number = np.zeros(slots, np.int32), np.int32(0)
-    placed = Placed(of_slot, of_slot, of_slot, of_slot)
-    names = np.zeros(3, np.int32)
-    inputs = (params, layers, state, prefix, placed, names, number, number)
+    assignments = Assignments(of_slot, of_slot, of_slot, of_slot)
+    stream_ids = np.zeros(3, np.int32)
+    inputs = (params, layer_params, state, prefix, assignments, stream_ids, number, number)
     lower = partial(advance.lower, *inputs, prompt_columns=width, **static)
     return [program, measure("sample", lower, workload)[0]]
 
 
 def _results(function: Any, inputs: tuple, options: dict[str, Any], compiled: Any) -> Any:
     """Return the shapes of a call's results with the shardings of its compiled program."""
-    return _with_shardings(function.eval_shape(*inputs, **options), compiled.output_shardings)
+    return abstract_like(function.eval_shape(*inputs, **options), compiled.output_shardings)
 
 
 def measure(name: str, lower: Callable, workload: Workload) -> tuple[Program, Any]:

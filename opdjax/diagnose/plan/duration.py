@@ -13,7 +13,7 @@ from opdjax.diagnose.plan.memory import (
     trained_bytes,
 )
 from opdjax.diagnose.plan.workload import Workload
-from opdjax.engine.sampler import BLOCKS_PER_FILL
+from opdjax.engine.scheduling import BLOCKS_PER_FILL
 from opdjax.models.decoder import DecoderConfig
 
 

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from opdjax.diagnose.plan.workload import Workload, has_advantages
-from opdjax.engine.sampler import BLOCKS_PER_FILL
-from opdjax.models.decoder import DecoderConfig, forward, parameter_shapes
+from opdjax.engine.scheduling import BLOCKS_PER_FILL
+from opdjax.models.decoder import DecoderConfig, abstract_params, forward
 from opdjax.models.lora import combine, init_adapters
 from opdjax.models.partitioning import specs_of
 from opdjax.ops.sharding import make_mesh
@@ -64,18 +64,6 @@ def items_of(workload: Workload) -> tuple[Item, ...]:
 # Parameters
 
 
-def abstract_leaves(model: DecoderConfig, dtype: str) -> Any:
-    """Return the shapes and types of a model's parameters."""
-    is_shape = lambda x: isinstance(x, tuple)
-    leaf = lambda shape: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-    return jax.tree.map(leaf, parameter_shapes(model), is_leaf=is_shape)
-
-
-def num_parameters(model: DecoderConfig) -> int:
-    """Return the number of elements of all parameters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract_leaves(model, "float32")))
-
-
 def parameter_bytes(
     model: DecoderConfig,
     dtype: str,
@@ -84,7 +72,7 @@ def parameter_bytes(
     only: str | None = None,
 ) -> int:
     """Return the bytes of a model's parameters on one device, or of the parameter `only`."""
-    leaves = abstract_leaves(model, dtype)
+    leaves = abstract_params(model, dtype)
     return _tree_bytes(leaves if only is None else {only: leaves[only]}, dtype, mesh, split_over)
 
 
@@ -375,7 +363,7 @@ def kept_activations(workload: Workload) -> int:
     JAX itself counts them, without the parameters.
     """
     model, adapters = workload.student, _adapters(workload)
-    whole = abstract_leaves(model, workload.dtype)
+    whole = abstract_params(model, workload.dtype)
     frozen, trained = (None, whole) if adapters is None else (whole, adapters)
     trained = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, workload.dtype), trained)
     ids = jax.ShapeDtypeStruct((workload.micro_rows, workload.columns), jnp.int32)

@@ -282,5 +282,5 @@ class ContinuousSource:
         if self._num_empty >= most:
             raise ConfigError(
                 f"near_policy.filter {self._setup.config.near_policy.filter} has kept no rollout of the last {most} steps, up to {step} "
-                f"(opdjax inspect {directory}); start in a new work directory with wider near_policy.ifd_min and ifd_max"
+                f"(opdjax rollouts {directory}); start in a new work directory with wider near_policy.ifd_min and ifd_max"
             )

@@ -223,7 +223,9 @@ def annotate_missing(
     many shards those were.
     """
     directory, count = shards.version_directory(workdir, version), 0
-    for number in shards.shard_paths(directory, "samples") if stages.is_annotated(setup.config) else ():
+    for number in (
+        shards.shard_paths(directory, "samples") if stages.is_annotated(setup.config) else ()
+    ):
         if readable(directory, "annotations", number) is None:
             go_on()
             with timeline.span("annotate", version, version):
@@ -269,7 +271,7 @@ def open_version(
     if len(kept) < steps:
         raise ConfigError(
             f"near_policy.filter {config.near_policy.filter} keeps {len(kept)} of {len(document['kept'])} rollouts of version {version}, "
-            f"fewer than an epoch has steps, {steps} (opdjax inspect {directory}); start in a new work directory with wider "
+            f"fewer than an epoch has steps, {steps} (opdjax rollouts {directory}); start in a new work directory with wider "
             "near_policy.ifd_min and ifd_max (opdjax export gives the student of the last checkpoint)"
         )
     lengths = _lengths(setup, samples)

@@ -23,11 +23,10 @@ from opdjax.diagnose.plan.estimate import estimate
 from opdjax.diagnose.plan.memory import (
     cache_bytes,
     kept_activations,
-    num_parameters,
     parameter_bytes,
 )
 from opdjax.diagnose.plan.workload import read_workload
-from opdjax.models.decoder import init_params
+from opdjax.models.decoder import init_params, num_parameters
 from opdjax.ops.sharding import make_mesh
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}

@@ -4,8 +4,7 @@ asking ends both.
 
 import dataclasses
 
-from mesh_pair import make_pair, mesh_config
-from test_multihost import finish, start
+from mesh_pair import finish, make_pair, mesh_config, start
 
 from opdjax.config import (
     ROPD_CODE,

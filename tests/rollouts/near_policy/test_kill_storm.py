@@ -29,4 +29,4 @@ def test_a_run_in_two_processes_survives_kills_of_either(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "| yes | all there, once |" in done.stdout
+    assert "| yes | each stored once |" in done.stdout

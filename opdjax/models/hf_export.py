@@ -1,0 +1,178 @@
+"""Export to Hugging Face checkpoints and PEFT adapters.
+
+Everything in the source checkpoint that is not weights is copied, so that the result runs wherever
+the source ran.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from opdjax.config import LoraConfig, ModelConfig
+from opdjax.models.decoder import Params, abstract_params
+from opdjax.models.hf import DTYPES, INDEX, SINGLE, Checkpoint, CheckpointError, tensor_shapes
+from opdjax.models.lora import merged, without_adapters
+from opdjax.ops.sharding import is_process_zero, to_host
+
+_COPIED = (
+    "tokenizer*",
+    "*.jinja",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+)
+_FILE_BYTES = 5 * 2**30
+
+
+def export(
+    params: Params, source: Checkpoint, out: str | os.PathLike, dtype: str | None = None
+) -> pathlib.Path:
+    """Write `params` as a checkpoint with config, tokenizer, templates and generation config of
+    `source`.
+
+    Adapters are merged into their kernels. `dtype` defaults to the source's. The directory appears
+    complete or not at all. CheckpointError if `out` is not new or `params` do not fit.
+    """
+    out, dtype = pathlib.Path(out), dtype or source.stored_dtype
+    if dtype not in DTYPES:
+        raise CheckpointError(
+            f"cannot export as {dtype!r}; expected one of {sorted(DTYPES)}: name one as --dtype"
+        )
+    with _new_directory(out) as staging:
+        _check_shapes(without_adapters(params), source)
+        if is_process_zero():
+            for file in (file for pattern in _COPIED for file in source.path.glob(pattern)):
+                shutil.copy(file, staging / file.name)
+            config = source.raw_config | {"dtype": dtype}
+            config.pop("torch_dtype", None)
+            (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        _write_files(params, source, DTYPES[dtype], staging)
+    return out
+
+
+def export_adapter(
+    params: Params, source: Checkpoint, lora: LoraConfig, student: ModelConfig, out: pathlib.Path
+) -> None:
+    """Write the adapters of `params` in float32 for PEFT: `PeftModel.from_pretrained(model, out)`.
+
+    `student` names the base model. The directory appears complete or not at all.
+    """
+    names, tensors, is_built_in = source.family.layer_names, {}, student.path.startswith("@")
+    for name, stacked in params["layers"].items():
+        target, is_adapter, letter = name.partition("_lora_")
+        for layer, matrix in enumerate(to_host(stacked) if is_adapter else ()):
+            module = names[f"{target}_kernel"].format(i=layer).removesuffix(".weight")
+            tensor = f"base_model.model.{module}.lora_{letter.upper()}.weight"
+            tensors[tensor] = np.ascontiguousarray(matrix, np.float32)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        # Only this package knows a built-in model by its name.
+        "base_model_name_or_path": str(source.path if is_built_in else student.path),
+        "revision": student.revision,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": [names[f"{target}_kernel"].split(".")[-2] for target in lora.targets],
+        "inference_mode": True,
+    }
+    with _new_directory(out) as staging:
+        if is_process_zero():
+            (staging / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+            save_file(tensors, staging / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+@contextlib.contextmanager
+def _new_directory(out: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A staging directory that becomes `out` on success; process zero creates and moves it.
+    CheckpointError if `out` is a file or not empty.
+    """
+    if any(place.exists() and not place.is_dir() for place in (out, *out.parents)):
+        raise CheckpointError(f"{out} is a file or is inside one; export into a new directory")
+    if out.exists() and any(out.iterdir()):
+        raise CheckpointError(f"{out} exists and is not empty; export into a new directory")
+    staging = out.with_name(out.name + ".partial")
+    if is_process_zero():
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    try:
+        yield staging
+        if is_process_zero():
+            if out.exists():
+                out.rmdir()
+            staging.rename(out)
+    finally:
+        if is_process_zero():
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _check_shapes(params: Params, source: Checkpoint) -> None:
+    keystr = jax.tree_util.keystr
+    found, wanted = (
+        {keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (params, abstract_params(source.config))
+    )
+    if found != wanted:
+        names = sorted(found.keys() | wanted.keys())
+        wrong = [name for name in names if found.get(name) != wanted.get(name)]
+        describe = lambda name: (
+            f"{name} {found.get(name, 'missing')}, expected {wanted.get(name, 'none')}"
+        )
+        listed = "; ".join(map(describe, wrong[:5]))
+        raise CheckpointError(f"parameters do not fit the source checkpoint: {listed}")
+
+
+def _write_files(params: Params, source: Checkpoint, dtype: np.dtype, out: pathlib.Path) -> None:
+    """Write one file, or several of at most 5 GiB with an index. The host holds the tensors of one
+    file at a time.
+    """
+    files: list[list[str]] = [[]]
+    shapes = tensor_shapes(source)
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    for name, size in sizes.items():
+        if files[-1] and sum(sizes[other] for other in files[-1]) + size > _FILE_BYTES:
+            files.append([])
+        files[-1].append(name)
+    read, weight_map = _tensor_reader(params, source, dtype), {}
+    for number, names in enumerate(files, 1):
+        file = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        # Every process reads: a tensor may be sharded over all of them.
+        tensors = {name: read(name) for name in names}
+        if is_process_zero():
+            save_file(tensors, out / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(files) > 1 and is_process_zero():
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _tensor_reader(
+    params: Params, source: Checkpoint, dtype: np.dtype
+) -> Callable[[str], np.ndarray]:
+    """Tensor name -> its values on the host."""
+    global_names, layer_names = source.family.names(source.config)
+    places = {tensor: (name, None) for name, tensor in global_names.items()}
+    for name, template in layer_names.items():
+        for layer in range(source.config.num_layers):
+            places[template.format(i=layer)] = name, layer
+
+    def read(tensor: str) -> np.ndarray:
+        name, layer = places[tensor]
+        scale = source.config.lora_scale
+        array = params[name] if layer is None else merged(params, name, layer, scale)
+        return np.ascontiguousarray(np.asarray(to_host(array)).astype(dtype))
+
+    return read
