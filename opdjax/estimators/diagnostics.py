@@ -38,8 +38,7 @@ def squared_score(student: VocabTile, token: Int[Array, " n"]) -> Float[Array, "
 
 
 def kth_largest(tile: VocabTile, k: int) -> Float[Array, " n"]:
-    """The k-th largest logit of each token, equal ones counted once; -inf where there are fewer than
-    k.
+    """The k-th largest logit of each token, ties counted once; -inf if there are fewer than k.
 
     Much cheaper than `lax.top_k`: k passes over a short row; for a long one, over the k blocks of
     ids with the largest maxima, which hold the k largest entries.

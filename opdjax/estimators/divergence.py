@@ -274,8 +274,7 @@ def npd(
     renormalize: str = "none",
     divergence: str = "forward",
 ):
-    """Near-policy distillation: cross-entropy on kept tokens, divergence on the teacher's stored top
-    k.
+    """Near-policy distillation: cross-entropy on kept tokens, divergence on a stored top k.
 
     Equation:  loss = (1 - kd_weight) (-log S(y)) + kd_weight sum_{v in K} q_v (log q_v - log p_v),
     nats. y is the sampled token, K the teacher's k most likely ids, p and q the probabilities of S

@@ -74,7 +74,7 @@ def sequence_mask(
     segment_ids: Int[Array, "B T"],
     cap: float,
 ) -> Float[Array, "B T"]:
-    """The product of all ratios of the sequence at each of its columns; 0 where it exceeds `cap`."""
+    """The product of all ratios of the sequence, at each of its columns; 0 above `cap`."""
     summed = sequence_total(zero_where_masked(log_ratio, mask), segment_ids)
     return jnp.where(summed <= jnp.log(cap), jnp.exp(jnp.minimum(summed, jnp.log(cap))), 0)
 
@@ -82,7 +82,7 @@ def sequence_mask(
 def k1(
     student_logprob: Float[Array, "*n"], teacher_logprob: Float[Array, "*n"]
 ) -> Float[Array, "*n"]:
-    """`log student(y) - log teacher(y)`, nats: unbiased for KL(student || teacher) over y ~ student.
+    """`log student(y) - log teacher(y)`, nats: over y ~ student unbiased for their KL.
 
     A diagnostic of either sign. Differentiated directly, its expected gradient is 0: see
     `pitfalls`.
@@ -100,7 +100,7 @@ def k2(
 def k3(
     student_logprob: Float[Array, "*n"], teacher_logprob: Float[Array, "*n"]
 ) -> Float[Array, "*n"]:
-    """`exp(-k1) - 1 + k1`, nats: unbiased for KL(student || teacher) over y ~ student, never negative.
+    """`exp(-k1) - 1 + k1`, nats, never negative; unbiased for KL(student || teacher) like k1.
 
     A diagnostic with less variance than k1. Differentiated directly, it descends KL(teacher ||
     student): see `pitfalls`.

@@ -23,7 +23,7 @@ AGGREGATIONS = (
 def policy_gradient_loss(
     advantage: Float[Array, "*n"], student_logprob: Float[Array, "*n"]
 ) -> Float[Array, "*n"]:
-    """`-sg[A] * log student(y)`: averaged over y ~ student, its gradient ascends the expected A, nats."""
+    """`-sg[A] * log student(y)`: over y ~ student, descending it raises the expected A."""
     return -jax.lax.stop_gradient(advantage) * student_logprob
 
 
@@ -44,7 +44,7 @@ def clipped_policy_gradient_loss(
 
 
 def sft(student: VocabTile, teacher: VocabTile | None, row: TokenInputs):
-    """Cross-entropy of the student S on given answers, written by the teacher T or found in the data.
+    """Cross-entropy of the student S on given answers, of the teacher T or of the data.
 
     Equation: loss = -log S(y), nats, y the answer's token. If T sampled y, its expectation is KL(T
     || S) plus the entropy of T, at the contexts of T: sequence-level distillation (arXiv
