@@ -36,14 +36,14 @@ def token_stats(
     student: VocabTile, teacher: VocabTile | None, row: TokenInputs, options: dict[str, Any]
 ) -> dict[str, Float[Array, " n"]]:
     """What `prepare` reads of each token: student log-prob, rewards, expected rewards."""
-    student_logprob = student.logprob(row.token)
-    stats = {"student_logprob": student_logprob}
-    teacher_logprob = row.teacher_logprob if teacher is None else teacher.logprob(row.token)
-    if teacher_logprob is not None:
-        transform = {name: options.get(name) for name in REWARD_OPTIONS}
+    student_logprobs = student.logprob(row.tokens)
+    stats = {"student_logprobs": student_logprobs}
+    teacher_logprobs = row.teacher_logprobs if teacher is None else teacher.logprob(row.tokens)
+    if teacher_logprobs is not None:
+        how = {name: options.get(name) for name in REWARD_OPTIONS}
         stats |= {
-            "gap": sampled_reward(teacher_logprob, student_logprob),
-            "reward": sampled_reward(teacher_logprob, student_logprob, **transform),
+            "gap": sampled_reward(teacher_logprobs, student_logprobs),
+            "rewards": sampled_reward(teacher_logprobs, student_logprobs, **how),
         }
         if options.get("return_to_go") == "expected":
             teacher = needed(teacher, "teacher", "return_to_go expected")
@@ -69,13 +69,13 @@ def prepare(
     """
     found: dict[str, Any] = {}
     if options.get("discount"):
-        later = stats["expected" if options.get("return_to_go") == "expected" else "reward"]
-        found["future_reward"] = advantage.future_reward(
+        later = stats["expected" if options.get("return_to_go") == "expected" else "rewards"]
+        found["future_rewards"] = advantage.future_reward(
             later, mask, segment_ids, options["discount"]
         )
     if needs_totals(options):
-        found["mean_reward"] = advantage.mean_of_other_sequences(
-            stats["reward"], mask, segment_ids, totals
+        found["mean_rewards"] = advantage.mean_of_other_sequences(
+            stats["rewards"], mask, segment_ids, totals
         )
     weights = []
     if options.get("prefix_weight"):
@@ -83,15 +83,15 @@ def prepare(
             advantage.prefix_weight(stats["gap"], mask, segment_ids, options["prefix_weight"])
         )
     if options.get("importance") in importance.SEQUENCE_CORRECTIONS:
-        behavior_logprob = needed(
-            columns.behavior_logprob, "behavior_logprob", f"importance {options['importance']}"
+        behavior_logprobs = needed(
+            columns.behavior_logprobs, "behavior_logprobs", f"importance {options['importance']}"
         )
-        log_ratio = stats["student_logprob"] - behavior_logprob
+        log_ratio = stats["student_logprobs"] - behavior_logprobs
         weights.append(
             sequence_importance(log_ratio, mask, segment_ids, options, is_policy_gradient)
         )
     if weights:
-        found["loss_weight"] = math.prod(weights)
+        found["loss_weights"] = math.prod(weights)
     return dataclasses.replace(columns, **found)
 
 

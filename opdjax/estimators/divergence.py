@@ -128,14 +128,10 @@ def full_kl(
         "skew_reverse": partial(skew_reverse_kl, alpha=skew_alpha),
     }
     loss = _choose(divergence, exact, "divergence", "full_kl")(student, teacher)
-    student_logprob = student.logprob(row.token)
-    reward = sampled_reward(teacher.logprob(row.token), student_logprob)
-    kl = loss if divergence == "reverse" else reverse_kl(student, teacher)
-    return loss, {
-        "reward": reward,
-        "student_logprob": student_logprob,
-        "kl": jax.lax.stop_gradient(kl),
-    }
+    student_logprobs = student.logprob(row.tokens)
+    reward = sampled_reward(teacher.logprob(row.tokens), student_logprobs)
+    outputs = {"rewards": reward, "student_logprobs": student_logprobs}
+    return loss, outputs | ({"kl": jax.lax.stop_gradient(loss)} if divergence == "reverse" else {})
 
 
 SUPPORTS_OF_BOTH = ("union", "intersection", "symmetric_difference")
@@ -255,13 +251,9 @@ def topk_kl(
     loss = jnp.where(jnp.any(is_kept, axis=-1), loss, 0)
     if clamp_at_zero:
         loss = jnp.maximum(loss, 0)
-    student_logprob = student.logprob(row.token)
-    reward = sampled_reward(teacher.logprob(row.token), student_logprob)
-    return loss, {
-        "reward": reward,
-        "student_logprob": student_logprob,
-        "kl": jax.lax.stop_gradient(reverse_kl(student, teacher)),
-    }
+    student_logprobs = student.logprob(row.tokens)
+    reward = sampled_reward(teacher.logprob(row.tokens), student_logprobs)
+    return loss, {"rewards": reward, "student_logprobs": student_logprobs}
 
 
 def npd(
@@ -322,18 +314,16 @@ def npd(
                       contexts of another policy
       importance_cap  its largest value, 2
     """
-    student_logprob = student.logprob(row.token)
-    loss = (kd_weight - 1) * student_logprob if kd_weight < 1 else jnp.zeros_like(student_logprob)
+    student_logprobs = student.logprob(row.tokens)
+    loss = (kd_weight - 1) * student_logprobs if kd_weight < 1 else jnp.zeros_like(student_logprobs)
     if kd_weight:
         ids, t = _teachers_top_k(student, jax.lax.stop_gradient(teacher), row, support_top_k)
         s = jnp.where(t == -jnp.inf, -jnp.inf, student.logprob(ids))
         loss += kd_weight * _on_support(s, t, renormalize, divergence, "npd")
-    outputs = {"student_logprob": student_logprob}
-    teacher_logprob = row.teacher_logprob if teacher is None else teacher.logprob(row.token)
-    if teacher_logprob is not None:
-        outputs["reward"] = sampled_reward(teacher_logprob, student_logprob)
-    if teacher is not None:
-        outputs["kl"] = jax.lax.stop_gradient(reverse_kl(student, teacher))
+    outputs = {"student_logprobs": student_logprobs}
+    teacher_logprobs = row.teacher_logprobs if teacher is None else teacher.logprob(row.tokens)
+    if teacher_logprobs is not None:
+        outputs["rewards"] = sampled_reward(teacher_logprobs, student_logprobs)
     return loss, outputs
 
 
@@ -349,8 +339,8 @@ def _teachers_top_k(
         logprobs = teacher.logprob(ids)
     else:
         ids, logprobs = (
-            needed(row.teacher_ids, "teacher_ids", "npd"),
-            needed(row.teacher_top_logprob, "teacher_top_logprob", "npd"),
+            needed(row.teacher_top_ids, "teacher_top_ids", "npd"),
+            needed(row.teacher_top_logprobs, "teacher_top_logprobs", "npd"),
         )
         stored, wanted = ids.shape[-1], min(k, student.vocab_size)
         if stored < wanted:

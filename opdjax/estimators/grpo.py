@@ -26,8 +26,8 @@ CREDIT_OPTIONS = ("advantage", "stage_credit", "stage_credit_matrix", "stage_tok
 
 def dual_clipped_loss(
     advantage: Float[Array, "*n"],
-    student_logprob: Float[Array, "*n"],
-    behavior_logprob: Float[Array, "*n"],
+    student_logprobs: Float[Array, "*n"],
+    behavior_logprobs: Float[Array, "*n"],
     low: float,
     high: float,
     dual: float,
@@ -38,7 +38,7 @@ def dual_clipped_loss(
     the gradient of a token with A < 0 once rho exceeds `dual`; without it the loss grows with rho
     without limit. dual 0: no bound.
     """
-    loss = clipped_policy_gradient_loss(advantage, student_logprob, behavior_logprob, low, high)
+    loss = clipped_policy_gradient_loss(advantage, student_logprobs, behavior_logprobs, low, high)
     if not dual:
         return loss
     advantage = jax.lax.stop_gradient(advantage)
@@ -51,7 +51,7 @@ def clipping(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def reference_penalty(
-    student_logprob: Float[Array, "*n"], reference_logprob: Float[Array, "*n"], kind: str
+    student_logprobs: Float[Array, "*n"], reference_logprobs: Float[Array, "*n"], kind: str
 ) -> Float[Array, "*n"]:
     """A penalty, nats, for leaving the reference policy; d = log student(y) - log reference(y).
 
@@ -59,11 +59,11 @@ def reference_penalty(
     that of KL(student || reference). `k3_direct`: e^-d - 1 + d, whose value estimates that KL but
     whose gradient descends KL(reference || student). ValueError on another kind.
     """
-    reference_logprob = jax.lax.stop_gradient(reference_logprob)
+    reference_logprobs = jax.lax.stop_gradient(reference_logprobs)
     if kind == "k2":
-        return ratios.k2(student_logprob, reference_logprob)
+        return ratios.k2(student_logprobs, reference_logprobs)
     if kind == "k3_direct":
-        return ratios.k3(student_logprob, reference_logprob)
+        return ratios.k3(student_logprobs, reference_logprobs)
     raise ValueError(f"there is no reference penalty {kind!r}; expected k2 or k3_direct")
 
 
@@ -107,21 +107,23 @@ def grpo(
                          start(y) / student(y) in its gradient that one token can blow up; k2:
                          KL(student || start)
     """
-    student_logprob, advantage = (
-        student.logprob(row.token),
-        needed(row.advantage, "advantage", "a policy gradient on rewards"),
+    student_logprobs, advantage = (
+        student.logprob(row.tokens),
+        needed(row.advantages, "advantages", "a policy gradient on rewards"),
     )
-    behavior_logprob = needed(
-        row.behavior_logprob, "behavior_logprob", "a policy gradient on rewards"
+    behavior_logprobs = needed(
+        row.behavior_logprobs, "behavior_logprobs", "a policy gradient on rewards"
     )
     loss = dual_clipped_loss(
-        advantage, student_logprob, behavior_logprob, clip_low, clip_high, dual_clip
+        advantage, student_logprobs, behavior_logprobs, clip_low, clip_high, dual_clip
     )
-    outputs = {"advantage": jax.lax.stop_gradient(advantage), "student_logprob": student_logprob}
+    outputs = {"advantages": jax.lax.stop_gradient(advantage), "student_logprobs": student_logprobs}
     if reference_kl_coef:
-        reference_logprob = needed(row.reference_logprob, "reference_logprob", "reference_kl_coef")
+        reference_logprobs = needed(
+            row.reference_logprobs, "reference_logprobs", "reference_kl_coef"
+        )
         loss += reference_kl_coef * reference_penalty(
-            student_logprob, reference_logprob, reference_kl
+            student_logprobs, reference_logprobs, reference_kl
         )
     return loss, outputs
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from opdjax.config.recipes import DEFAULT_CAPS as DEFAULT_CAPS
 from opdjax.ops.masked import running_sum, sequence_total, zero_where_masked
 
 TOKEN_CORRECTIONS = ("token_truncate", "token_mask", "ppo_clip")
@@ -28,10 +29,10 @@ _STALENESS_SERIES = [(n + 1) / math.factorial(n + 2) for n in reversed(range(14)
 
 
 def token_ratio(
-    student_logprob: Float[Array, "*n"], behavior_logprob: Float[Array, "*n"]
+    student_logprobs: Float[Array, "*n"], behavior_logprobs: Float[Array, "*n"]
 ) -> Float[Array, "*n"]:
     """`rho = student(y) / behavior(y)`; detached. It is 1 for the student's own tokens."""
-    return jnp.exp(jax.lax.stop_gradient(student_logprob - behavior_logprob))
+    return jnp.exp(jax.lax.stop_gradient(student_logprobs - behavior_logprobs))
 
 
 def token_truncate(ratio: Float[Array, "*n"], cap: float) -> Float[Array, "*n"]:
@@ -80,44 +81,44 @@ def sequence_mask(
 
 
 def k1(
-    student_logprob: Float[Array, "*n"], teacher_logprob: Float[Array, "*n"]
+    student_logprobs: Float[Array, "*n"], teacher_logprobs: Float[Array, "*n"]
 ) -> Float[Array, "*n"]:
     """`log student(y) - log teacher(y)`, nats: over y ~ student unbiased for their KL.
 
     A diagnostic of either sign. Differentiated directly, its expected gradient is 0: see
     `pitfalls`.
     """
-    return student_logprob - teacher_logprob
+    return student_logprobs - teacher_logprobs
 
 
 def k2(
-    student_logprob: Float[Array, "*n"], teacher_logprob: Float[Array, "*n"]
+    student_logprobs: Float[Array, "*n"], teacher_logprobs: Float[Array, "*n"]
 ) -> Float[Array, "*n"]:
     """`k1^2 / 2`: biased as a value; its gradient is `k1 * grad log student(y)`, that of `opd`."""
-    return jnp.square(k1(student_logprob, teacher_logprob)) / 2
+    return jnp.square(k1(student_logprobs, teacher_logprobs)) / 2
 
 
 def k3(
-    student_logprob: Float[Array, "*n"], teacher_logprob: Float[Array, "*n"]
+    student_logprobs: Float[Array, "*n"], teacher_logprobs: Float[Array, "*n"]
 ) -> Float[Array, "*n"]:
     """`exp(-k1) - 1 + k1`, nats, never negative; unbiased for KL(student || teacher) like k1.
 
     A diagnostic with less variance than k1. Differentiated directly, it descends KL(teacher ||
     student): see `pitfalls`.
     """
-    gap = k1(student_logprob, teacher_logprob)
+    gap = k1(student_logprobs, teacher_logprobs)
     return jnp.expm1(-gap) + gap
 
 
 def kl_to_behavior(
-    student_logprob: Float[Array, "*n"], behavior_logprob: Float[Array, "*n"]
+    student_logprobs: Float[Array, "*n"], behavior_logprobs: Float[Array, "*n"]
 ) -> Float[Array, "*n"]:
     """`rho log rho - rho + 1`, nats: unbiased for KL(student || behavior) over y ~ behavior.
 
     Never negative, 0 at rho = 1: the counterpart of k3 for tokens of the behaviour policy. Tokens
     that it cannot sample (filters) are missing. A diagnostic; ratios above e^60 count as e^60.
     """
-    gap = jnp.clip(student_logprob - behavior_logprob, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
-    # Near 1 the three terms cancel to d^2 / 2: at d = 1e-4 float32 would keep three digits.
+    gap = jnp.clip(student_logprobs - behavior_logprobs, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
+    # Near 1 the three terms cancel to d^2 / 2: of a gap of 1e-4 float32 would keep three digits.
     series = jnp.square(gap) * jnp.polyval(jnp.asarray(_STALENESS_SERIES, gap.dtype), gap)
     return jnp.where(jnp.abs(gap) < 0.5, series, gap * jnp.exp(gap) - jnp.expm1(gap))

@@ -21,16 +21,16 @@ AGGREGATIONS = (
 
 
 def policy_gradient_loss(
-    advantage: Float[Array, "*n"], student_logprob: Float[Array, "*n"]
+    advantage: Float[Array, "*n"], student_logprobs: Float[Array, "*n"]
 ) -> Float[Array, "*n"]:
-    """`-sg[A] * log student(y)`: over y ~ student, descending it raises the expected A."""
-    return -jax.lax.stop_gradient(advantage) * student_logprob
+    """`-sg[A] * log student(y)`: over y ~ student, descending it raises the expected A, nats."""
+    return -jax.lax.stop_gradient(advantage) * student_logprobs
 
 
 def clipped_policy_gradient_loss(
     advantage: Float[Array, "*n"],
-    student_logprob: Float[Array, "*n"],
-    behavior_logprob: Float[Array, "*n"],
+    student_logprobs: Float[Array, "*n"],
+    behavior_logprobs: Float[Array, "*n"],
     low: float,
     high: float,
 ) -> Float[Array, "*n"]:
@@ -39,7 +39,10 @@ def clipped_policy_gradient_loss(
     PPO, arXiv 1707.06347, equation 7. The gradient flows through rho and is 0 where a step would
     move rho further out of the band in A's favour.
     """
-    ratio, advantage = jnp.exp(student_logprob - behavior_logprob), jax.lax.stop_gradient(advantage)
+    ratio, advantage = (
+        jnp.exp(student_logprobs - behavior_logprobs),
+        jax.lax.stop_gradient(advantage),
+    )
     return -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - low, 1 + high) * advantage)
 
 
@@ -63,8 +66,8 @@ def sft(student: VocabTile, teacher: VocabTile | None, row: TokenInputs):
     Options:
       none of its own
     """
-    student_logprob = student.logprob(row.token)
-    return -student_logprob, {"student_logprob": jax.lax.stop_gradient(student_logprob)}
+    student_logprobs = student.logprob(row.tokens)
+    return -student_logprobs, {"student_logprobs": jax.lax.stop_gradient(student_logprobs)}
 
 
 @jax.tree_util.register_dataclass

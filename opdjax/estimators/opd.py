@@ -23,8 +23,8 @@ REWARD_OPTIONS = ("reward_floor", "power_alpha")
 
 
 def sampled_reward(
-    teacher_logprob: Float[Array, "*n"],
-    student_logprob: Float[Array, "*n"],
+    teacher_logprobs: Float[Array, "*n"],
+    student_logprobs: Float[Array, "*n"],
     *,
     reward_floor: float | None = None,
     power_alpha: float | None = None,
@@ -38,9 +38,9 @@ def sampled_reward(
     """
     if power_alpha is not None:
         return jax.lax.stop_gradient(
-            jnp.exp(power_alpha * teacher_logprob) - jnp.exp(power_alpha * student_logprob)
+            jnp.exp(power_alpha * teacher_logprobs) - jnp.exp(power_alpha * student_logprobs)
         )
-    reward = jax.lax.stop_gradient(teacher_logprob - student_logprob)
+    reward = jax.lax.stop_gradient(teacher_logprobs - student_logprobs)
     return reward if reward_floor is None else jnp.maximum(reward, reward_floor)
 
 
@@ -128,7 +128,7 @@ def baseline_of(
     if baseline == "optimal":
         return optimal_baseline(student, teacher, **reward_options)
     if baseline == "batch_mean":
-        return needed(row.mean_reward, "mean_reward", "baseline batch_mean")
+        return needed(row.mean_rewards, "mean_rewards", "baseline batch_mean")
     raise ValueError(f"vopd has no baseline {baseline!r}; expected one of {BASELINES}")
 
 
@@ -257,63 +257,65 @@ def _estimate(
 ):
     """(loss, outputs) of the sampled token and of the extra draws, with the baseline `value`."""
     h = partial(sampled_reward, reward_floor=reward_floor, power_alpha=power_alpha)
-    student_logprob = student.logprob(row.token)
-    teacher_logprob = (
-        needed(row.teacher_logprob, "teacher_logprob", "a recipe")
+    student_logprobs = student.logprob(row.tokens)
+    teacher_logprobs = (
+        needed(row.teacher_logprobs, "teacher_logprobs", "a recipe")
         if teacher is None
-        else teacher.logprob(row.token)
+        else teacher.logprob(row.tokens)
     )
-    immediate = h(teacher_logprob, student_logprob) - value
-    # These terms do not depend on the token alone, so the extra draws leave them out.
+    immediate = h(teacher_logprobs, student_logprobs) - value
+    # What does not depend on this context's distribution alone; extra draws know nothing of it.
     later = jnp.zeros_like(immediate)
     if discount:
-        later += needed(row.future_reward, "future_reward", "discount")
+        later += needed(row.future_rewards, "future_rewards", "discount")
     if task_reward_coef:
-        later += task_reward_coef * needed(row.advantage, "advantage", "task_reward_coef")
+        later += task_reward_coef * needed(row.advantages, "advantages", "task_reward_coef")
     share = 1 / (1 + extra_draws)
     bounds = (importance_cap, importance_floor, clip_low, clip_high)
-    loss = _surrogate(share * immediate + later, student_logprob, row, importance, *bounds)
+    loss = _surrogate(share * immediate + later, student_logprobs, row, importance, *bounds)
     if extra_draws:
-        ids = student.draw(needed(row.uniform, "uniform", "extra_draws"))
+        ids = student.draw(needed(row.uniforms, "uniforms", "extra_draws"))
         drawn_logprob = student.logprob(ids)
         drawn = h(
             needed(teacher, "teacher", "extra_draws").logprob(ids), drawn_logprob
         ) - jnp.reshape(value, (-1, 1))
         loss += share * jnp.sum(policy_gradient_loss(drawn, drawn_logprob), axis=1)
     reward, advantage = (
-        sampled_reward(teacher_logprob, student_logprob),
+        sampled_reward(teacher_logprobs, student_logprobs),
         jax.lax.stop_gradient(immediate + later),
     )
-    return loss, {"reward": reward, "advantage": advantage, "student_logprob": student_logprob}
+    return loss, {"rewards": reward, "advantages": advantage, "student_logprobs": student_logprobs}
 
 
 def _surrogate(
-    advantage, student_logprob, row: TokenInputs, importance: str, cap, floor, clip_low, clip_high
+    advantage, student_logprobs, row: TokenInputs, importance: str, cap, floor, clip_low, clip_high
 ) -> Float[Array, " n"]:
     """The policy-gradient loss of one token, corrected by its own ratio.
 
     Corrections of whole sequences are `row.loss_weight` instead.
     """
     if importance == "none":
-        return policy_gradient_loss(advantage, student_logprob)
+        return policy_gradient_loss(advantage, student_logprobs)
     if importance not in ratios.TOKEN_CORRECTIONS:
         raise ValueError(
             f"a token has no importance correction {importance!r}; expected one of "
             f"{ratios.TOKEN_CORRECTIONS}"
         )
-    behavior_logprob = needed(row.behavior_logprob, "behavior_logprob", f"importance {importance}")
+    behavior_logprobs = needed(
+        row.behavior_logprobs, "behavior_logprobs", f"importance {importance}"
+    )
     if importance == "ppo_clip":
         return clipped_policy_gradient_loss(
-            advantage, student_logprob, behavior_logprob, clip_low, clip_high
+            advantage, student_logprobs, behavior_logprobs, clip_low, clip_high
         )
-    ratio = ratios.token_ratio(student_logprob, behavior_logprob)
+    ratio = ratios.token_ratio(student_logprobs, behavior_logprobs)
     cap = ratios.DEFAULT_CAPS[importance] if cap is None else cap
     weight = (
         ratios.token_truncate(ratio, cap)
         if importance == "token_truncate"
         else ratios.token_mask(ratio, floor, cap)
     )
-    return policy_gradient_loss(weight * advantage, student_logprob)
+    return policy_gradient_loss(weight * advantage, student_logprobs)
 
 
 def needed(value, name: str, reader: str):

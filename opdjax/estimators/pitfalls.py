@@ -39,26 +39,26 @@ class Pitfall:
 
 def k1_direct(student: VocabTile, teacher: VocabTile, row: TokenInputs):
     """k1 as the loss: `log student(y) - log teacher(y)`, differentiated."""
-    student_logprob = student.logprob(row.token)
-    return k1(student_logprob, jax.lax.stop_gradient(teacher.logprob(row.token))), {
-        "student_logprob": student_logprob
+    student_logprobs = student.logprob(row.tokens)
+    return k1(student_logprobs, jax.lax.stop_gradient(teacher.logprob(row.tokens))), {
+        "student_logprobs": student_logprobs
     }
 
 
 def k3_direct(student: VocabTile, teacher: VocabTile, row: TokenInputs):
     """k3 as the loss: `teacher / student - 1 + log student - log teacher` of y, differentiated."""
-    student_logprob = student.logprob(row.token)
-    return k3(student_logprob, jax.lax.stop_gradient(teacher.logprob(row.token))), {
-        "student_logprob": student_logprob
+    student_logprobs = student.logprob(row.tokens)
+    return k3(student_logprobs, jax.lax.stop_gradient(teacher.logprob(row.tokens))), {
+        "student_logprobs": student_logprobs
     }
 
 
 def topk_value(student: VocabTile, teacher: VocabTile, row: TokenInputs):
     """Minus the KL on the student's top k ids as the advantage of the sampled token."""
-    student_logprob = student.logprob(row.token)
+    student_logprobs = student.logprob(row.tokens)
     return policy_gradient_loss(
-        student_topk_baseline(student, teacher, _VALUE_TOP_K), student_logprob
-    ), {"student_logprob": student_logprob}
+        student_topk_baseline(student, teacher, _VALUE_TOP_K), student_logprobs
+    ), {"student_logprobs": student_logprobs}
 
 
 def filtered(
