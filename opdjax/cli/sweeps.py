@@ -47,7 +47,7 @@ def sweep(arguments: list[str]) -> None:
             retry_failed: run the points again that failed in earlier calls
             retries: number of times to run a point again that fails in this call
             status: print the state of every point, on whichever machine it runs, and run nothing
-            watch: with status, print it again every so many seconds until no point is left
+            watch: with status, seconds between repeats until no point is left; 0: print once
             launch: submit the shards to an engine that finds machines, and return
             fleet: machines to launch
         """
