@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 from safetensors.numpy import load_file
-from tiny_runs import TINY, vary, without_times
+from tiny_runs import vary, without_times
 
 from opdjax.config import EstimatorConfig, NearPolicyConfig
 from opdjax.rollouts.near_policy import shards

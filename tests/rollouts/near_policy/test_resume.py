@@ -19,7 +19,6 @@ from near_runs import (
     assert_same_steps,
     near,
     shard_names,
-    stored_samples,
 )
 from tiny_runs import environment, save
 
