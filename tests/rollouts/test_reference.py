@@ -98,6 +98,8 @@ def test_the_penalty_starts_at_nothing_and_grows(straight):
     assert all(row["rollout/logprob_gap"] < 1e-4 for row in rows)
     assert all(row["importance/clip_fraction"] == 0 for row in rows)
     assert "kl/student_teacher" not in rows[0]
+    assert all(0 <= row["rollout/task_reward"] <= 1 for row in rows)
+    assert not (straight / "rubrics.jsonl").exists()
     seen = read_lines(straight / "samples.jsonl")[0]
     assert seen["student_logprobs"] is not None
     assert seen["advantages"] is not None
