@@ -4,6 +4,7 @@ non-finite losses, and exports what it trained.
 
 import dataclasses
 import json
+import os
 import random
 import shutil
 import signal
@@ -40,8 +41,10 @@ from opdjax.data.chat import TokenizerMismatchError, load_tokenizer
 from opdjax.models.decoder import init_params
 from opdjax.models.hf import fingerprint, load_params, open_checkpoint
 from opdjax.models.hf_export import export
+from opdjax.ops.multihost import InterruptedRunError
 from opdjax.rollouts.setup import make_evaluator
 from opdjax.runs.checkpoint import CheckpointShapeError
+from opdjax.runs.metrics import MetricWriter
 from opdjax.runs.workdir import WorkdirError, read_lines
 from opdjax.train import NonFiniteLossError, train
 
@@ -124,17 +127,33 @@ main.main()
 """
 
 
-def test_a_killed_run_ends_like_an_undisturbed_one(tiny_run, tmp_path):
-    """SIGKILL after the fifth step, then the same command again."""
+def test_a_killed_run_ends_like_an_undisturbed_one(tiny_run, tmp_path, capsys):
+    """SIGKILL after the fifth step of a process of its own, then the same run again."""
     workdir = tmp_path / "run"
     arguments = ["train", str(save(TINY, tmp_path / "run.json")), "--workdir", str(workdir)]
     killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False)
     assert killed.returncode == -signal.SIGKILL
     assert column(workdir, "step") == [1, 2, 3, 4, 5]
-    statuses, printed = finish(start(TINY, workdir), workdir)
-    assert statuses == [0], printed
-    assert "continuing from step " in printed[0]
+    train(TINY, workdir)
+    assert "continuing from step " in capsys.readouterr().out
     assert_same_run(tiny_run, workdir)
+
+
+def test_a_signal_stops_a_run_after_its_step(tmp_path, monkeypatch):
+    """SIGTERM, as before a preemption: the step is kept, and the same command continues."""
+    real = MetricWriter.write
+
+    def write(self, step, metrics):
+        real(self, step, metrics)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricWriter, "write", write)
+    config = vary(evaluation={"source": None}, checkpoint={"every": 100})
+    with pytest.raises(InterruptedRunError, match="stopped after step 3"):
+        train(config, tmp_path / "run")
+    names = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert [name for name in names if name.isdigit()] == ["3"]
 
 
 @pytest.mark.long

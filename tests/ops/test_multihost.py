@@ -84,6 +84,7 @@ def test_processes_without_a_coordinator_are_refused(monkeypatch):
         join(2)
 
 
+@pytest.mark.long
 def test_sigterm_ends_a_run_after_its_step_with_everything_kept(tmp_path):
     """One process: the same command continues where it stopped."""
     config = vary(

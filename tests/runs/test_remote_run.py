@@ -12,11 +12,12 @@ import sys
 import time
 
 import pytest
-from tiny_runs import HANG, environment, save, vary, without_times
+from tiny_runs import HANG, TINY, assert_same_run, environment, save, vary, without_times
 
 import opdjax.train
 from opdjax.config import NearPolicyConfig
 from opdjax.runs.lease import LOST, holder_of
+from opdjax.runs.mirror import read_only_workdir
 from opdjax.runs.object_store import Folder
 
 URL = "gs://bucket/run"
@@ -147,6 +148,15 @@ def test_faults_of_the_storage_change_nothing(gcs, machine, straight, tmp_path):
     out, _ = machine().communicate()
     gcs.store.fault_rate = 0
     assert remote_outcome(tmp_path) == straight, out
+
+
+def test_a_run_leaves_there_what_it_leaves_on_a_local_disk(machine, tiny_run):
+    out, _ = machine(TINY).communicate()
+    assert f"the trained student is in {URL}/student" in out, out
+    with read_only_workdir(URL, lambda name: not name.startswith("checkpoints")) as mirror:
+        assert_same_run(tiny_run, mirror.directory)
+    stored = set(Folder(URL).entries()[0])
+    assert {path.name for path in tiny_run.iterdir() if path.is_file()} - {"lock"} <= stored
 
 
 @pytest.mark.usefixtures("gcs")

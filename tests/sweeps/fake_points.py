@@ -9,13 +9,13 @@ from tiny_runs import ROOT
 MAIN = """
 import json, os, signal, sys, time
 from opdjax.runs.mirror import open_workdir
-from opdjax.runs.workdir import append_lines, read_json, write_json
+from opdjax.runs.workdir import read_json, write_json
 
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-if os.environ.get("FAIL"):
+config = read_json(sys.argv[2], "")["config"]
+if os.environ.get("FAIL") or config["student"]["path"] == "no/such/model/here":
     sys.exit("told to fail")
 if sys.argv[1] == "references":
-    config = read_json(sys.argv[2], "")["config"]
     with open(config["data"]["references"], "a") as file:
         file.write("answer\\n")
     sys.exit()
@@ -33,7 +33,8 @@ with open_workdir(sys.argv[4]) as mirror:
 def install(monkeypatch, directory):
     """Children started from now on run MAIN.
 
-    $WORK is their duration in tenths of a second; with $FAIL they fail at once.
+    $WORK is their duration in tenths of a second; with $FAIL they fail at once, as
+    does a point whose student is `no/such/model/here`.
     """
     package = directory / "fake" / "opdjax"
     package.mkdir(parents=True)

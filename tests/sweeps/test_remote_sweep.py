@@ -53,7 +53,8 @@ def step_of(id):
     return holder_of(Folder(URL).subfolder(id)).about.get("step") or 0
 
 
-def test_points_run_there_and_all_that_is_known_of_them_is_there(gcs):
+def test_points_run_there_and_leave_everything_there(monkeypatch, tmp_path):
+    fake_points.install(monkeypatch, tmp_path)
     made, logged = (
         points(TINY, chain(seeds(1), vary("student.path", {"nowhere": "no/such/model/here"}))),
         [],
@@ -66,8 +67,8 @@ def test_points_run_there_and_all_that_is_known_of_them_is_there(gcs):
         folder.subfolder("seed=0").entries()[0]
     )
     failure = json.loads(folder.read("student.path=nowhere/failure.json"))
-    assert "'no/such/model/here' is neither a directory nor a hub id" in failure["log_tail"][-1]
-    assert b"nor a hub id" in folder.read("student.path=nowhere/log.txt")
+    assert failure["log_tail"][-1] == "told to fail"
+    assert b"told to fail" in folder.read("student.path=nowhere/log.txt")
     assert [row["event"] for row in attempts("seed=0")] == ["start", "end"]
     assert any(line.startswith("done   seed=0  avg@k ") for line in logged)
     assert run_sweep(made, URL, log=logged.append)["done"] == 1  # from what lies there alone
