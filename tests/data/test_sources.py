@@ -9,7 +9,8 @@ import sys
 
 import numpy as np
 import pytest
-from tiny_runs import HANG, vary, without_times
+from tiny_runs import vary, without_times
+from waiting import HANG
 
 from opdjax.data.prompt_rows import Prompt, read_prompts
 from opdjax.data.sources import ColumnMap, DataError

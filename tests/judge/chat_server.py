@@ -5,10 +5,11 @@ import contextlib
 import dataclasses
 import json
 
+from waiting import HANG
+
 from opdjax.config.api import ApiConfig, EndpointConfig
 from opdjax.judge.client import ApiClient
 
-TIMEOUT = 30  # seconds, after which a test that hangs is ended
 ASKED = [{"role": "user", "content": "What is 1 + 1?"}]
 SCHEMA = {
     "type": "object",
@@ -162,7 +163,7 @@ def run(scenario):
 
     async def limited():
         asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
-        async with asyncio.timeout(TIMEOUT):
+        async with asyncio.timeout(HANG):
             return await scenario
 
     result = asyncio.run(limited())

@@ -9,10 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
-from tiny_runs import HANG, TINY, assert_same_run, environment, save, vary, without_times
+from tiny_runs import TINY, assert_same_run, environment, save, vary, without_times
+from waiting import HANG, until
 
 import opdjax.train
 from opdjax.config import NearPolicyConfig
@@ -53,13 +53,6 @@ def machine(gcs, tmp_path):
         process.kill()
         process.wait()
         process.stdout.close()
-
-
-def until(condition):
-    give_up = time.monotonic() + HANG
-    while not condition():
-        assert time.monotonic() < give_up
-        time.sleep(0.02)
 
 
 FILES = ("eval.jsonl", "samples.jsonl", "student/model.safetensors")

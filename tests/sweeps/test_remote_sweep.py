@@ -7,12 +7,11 @@ import pickle
 import signal
 import subprocess
 import sys
-import time
 
 import fake_points
 import pytest
-from tiny_runs import HANG
 from tiny_runs import vary as vary_tiny
+from waiting import until
 
 from opdjax.config.grid import chain, points, product, seeds, select, vary
 from opdjax.config.validation import ConfigError
@@ -39,13 +38,6 @@ def attempts(id):
 
 def completions(ids):
     return [sum(row.get("returncode") == 0 for row in attempts(id)) for id in ids]
-
-
-def until(condition):
-    give_up = time.monotonic() + HANG
-    while not condition():
-        assert time.monotonic() < give_up
-        time.sleep(0.1)
 
 
 def step_of(id):

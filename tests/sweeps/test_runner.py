@@ -17,8 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import fake_points
 import pytest
-from tiny_runs import HANG
 from tiny_runs import vary as vary_tiny
+from tiny_runs import without_times
+from waiting import HANG, until
 
 from opdjax.config import (
     ROPD_CODE,
@@ -330,10 +331,7 @@ def test_a_child_that_stops_on_a_signal_has_not_failed(fake_children, tmp_path, 
     logged, directory = [], tmp_path / "sweep"
 
     def stop():
-        deadline = time.monotonic() + HANG
-        while not (directory / "seed=0" / "config.json").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until((directory / "seed=0" / "config.json").exists)
         os.kill(starts(directory, "seed=0")[-1]["pid"], signal.SIGTERM)
 
     with ThreadPoolExecutor(1) as pool:
@@ -381,8 +379,8 @@ def test_a_teacher_does_not_outlive_a_runner_that_is_asked_to_stop(tmp_path):
     sleeper = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()) + '.'); time.sleep(600)"
     program = f"import sys; from opdjax.sweeps.runner import _run_to_its_end; _run_to_its_end([sys.executable, '-c', {sleeper!r}])"
     runner = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().endswith("."):
-        time.sleep(0.1)
+    pid = tmp_path / "pid"
+    until(lambda: pid.exists() and pid.read_text().endswith("."))
     runner.terminate()
     assert "SIGTERM: the teacher was stopped" in runner.communicate(timeout=HANG)[1]
     with pytest.raises(ProcessLookupError):
