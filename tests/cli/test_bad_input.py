@@ -978,7 +978,7 @@ def place(finished, tmp_path, monkeypatch):
     if "datasets" in sys.modules or "pyarrow" in sys.modules:
         monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for owner, name in ((opdjax.rollouts.on_policy, "_rollouts"), (Evaluator, "__call__")):
+    for owner, name in ((opdjax.rollouts.on_policy, "step_rollouts"), (Evaluator, "__call__")):
         monkeypatch.setattr(owner, name, lambda *_: pytest.fail("began to compute"))
     made = Place(tmp_path, finished / "run", finished / "experiment.py", [])
     yield made
