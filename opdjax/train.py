@@ -235,7 +235,8 @@ def _run(setup: Setup, mirror: WorkdirMirror, resources: contextlib.ExitStack) -
         if is_stopped:
             checkpointer.wait()
             raise InterruptedRunError(
-                f"stopped after step {done} on request; the same command continues {mirror.name}"
+                f"stopped after step {done}, as asked by a signal; the same command continues "
+                f"{mirror.name}"
             )
         if not is_last:
             source.publish(done, copy_weights, timer)

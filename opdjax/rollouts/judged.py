@@ -307,7 +307,7 @@ class JudgedSource(RolloutSource):
             rubrics = {group.prompt_id: rubric for group, rubric in zip(groups, found)}
             written = {prompt: rubric for prompt, rubric in rubrics.items() if rubric is not None}
             num_lacking = len(rubrics) - len(written)
-            # A missing rubric is frozen too, unless so many are missing that the judge is at fault.
+            # A missing rubric is frozen too, unless many are missing: then the judge is at fault.
             if num_lacking > self._setup.config.rubrics.max_failed_share * len(rubrics):
                 problem = f"{num_lacking} of {len(rubrics)} prompts have no rubric"
                 rubrics = written

@@ -500,7 +500,7 @@ CONFIG = {
     "a student that is shown what its teacher is": (
         "ConfigError",
         lambda p: p.train("--teacher.path", "@student"),
-        "teacher.path is @student and the teacher is shown what the student is",
+        "teacher.path is @student, and the teacher reads the same prompts as the student",
         "show it more with data.teacher_prompt_format",
     ),
     "a student that starts from itself": (

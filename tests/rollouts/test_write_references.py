@@ -101,7 +101,7 @@ def test_a_second_time_nobody_is_asked(straight, monkeypatch, capsys):
     before = path.read_bytes()
     monkeypatch.setattr(opdjax.rollouts.write_references, "load_params", None)  # would be called
     assert teach(lesson(path)) == {name: value for name, value in told.items() if name != "tokens"}
-    assert "16 of 16 prompts have their 3 answers; nobody is asked" in capsys.readouterr().out
+    assert "16 of 16 prompts have their 3 answers; nothing to do" in capsys.readouterr().out
     assert path.read_bytes() == before
 
 
@@ -488,7 +488,7 @@ def test_a_server_is_asked_each_draw_once(tmp_path, capsys):
         assert (len(server.bodies), server.most_open) == (32, 3)
         again = teach(config)
         assert len(server.bodies) == 32
-    assert "16 of 16 prompts have their 2 answers; nobody is asked" in capsys.readouterr().out
+    assert "16 of 16 prompts have their 2 answers; nothing to do" in capsys.readouterr().out
     assert set(seen.values()) == {2}
     expected = {
         "model": "big",
@@ -627,5 +627,5 @@ def test_what_is_no_answer_is_counted_and_not_used(tmp_path, capsys):
     assert read_index(path).usable(PROBLEMS[0].prompt) == ("half \ufffd", "😀 17", "17", "17")
     out = capsys.readouterr().out
     assert "8 answers are drawn at temperature 0" in out
-    assert "8 answers are drawn with the same seed, teacher_api.seed 5" in out
+    assert "8 answers are sampled with the same seed, teacher_api.seed 5" in out
     prepare(taught("references", data={"source": "arithmetic:train[:1]", "references": str(path)}))

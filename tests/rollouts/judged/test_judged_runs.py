@@ -140,7 +140,7 @@ def test_a_judge_that_goes_down_stops_the_run_which_goes_on_when_it_is_back(
 ):
     with (
         start_judge("--down-after", 20) as base_url,
-        pytest.raises(SourceStoppedError, match="continues .* once the judge can be asked"),
+        pytest.raises(SourceStoppedError, match="continues .* once the judge answers"),
     ):
         train(config(base_url), tmp_path)
     assert [

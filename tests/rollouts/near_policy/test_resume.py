@@ -170,7 +170,7 @@ def test_what_can_be_made_again_is(
             3,
             0,
             pathlib.Path.unlink,
-            "has no samples 0, which had been stored",
+            "lacks samples 0, which was stored before",
             marks=pytest.mark.long,
         ),
     ],
