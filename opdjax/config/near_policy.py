@@ -51,7 +51,7 @@ class NearPolicyConfig:
     # Replace ifd_max by this quantile of the samples that are not below ifd_min, over all samples
     # that are filtered together.
     ifd_quantile: float | None = None
-    # refresh: rollouts per stored file; so many are sampled and annotated at a time.
+    # refresh: rollouts per stored file, which are sampled and annotated together.
     shard_size: int = 1024
 
     def __post_init__(self):

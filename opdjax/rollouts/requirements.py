@@ -37,7 +37,10 @@ def require_reward_data(config: Config, rows: list[Prompt]) -> None:
         require_field(rows, "answer", column, data.source, "a task reward needs them")
     if rubrics.stage_names:  # checked before anyone pays for scores that no stage can use
         matrix = estimator.stage_credit_matrix or ()
-        credit_matrix(estimator.stage_credit, len(rubrics.stage_names), matrix)
+        try:
+            credit_matrix(estimator.stage_credit, len(rubrics.stage_names), matrix)
+        except ValueError as error:
+            raise ConfigError(f"estimator.{error}") from error
     _require_own_criteria(config, rows)
     if not config.is_judged:
         return

@@ -299,7 +299,9 @@ def test_parts_after_the_last_live_one_are_skipped():
 def run_of(pack_length, **train):
     """The mini pair; the teacher's prompts hold more than the student's."""
     return Config(
-        data=DataConfig(max_prompt_length=32, format="raw", teacher_format="chat"),
+        data=DataConfig(
+            "arithmetic:train[:64]", max_prompt_length=32, format="raw", teacher_format="chat"
+        ),
         sampling=SamplingConfig(max_completion_length=20),
         estimator=EstimatorConfig("vopd", tile=64),
         train=TrainConfig(

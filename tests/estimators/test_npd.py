@@ -159,7 +159,7 @@ def test_what_was_stored_does_what_the_teacher_itself_would(renormalize, diverge
         other, told = npd(student, None, columns, **options)
         np.testing.assert_allclose(other, loss, rtol=1e-12)
         assert told.keys() == {"student_logprobs"}
-    assert outputs.keys() == {"student_logprobs", "rewards", "kl"}
+    assert outputs.keys() == {"student_logprobs", "rewards"}
     assert npd(student, None, row, kd_weight=0.0)[1].keys() == {"student_logprobs", "rewards"}
     np.testing.assert_allclose(
         outputs["rewards"],
