@@ -16,15 +16,22 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 _MAX_INT = 2**31 - 1  # the largest integer of jax's default type
-# Ranges of numbers, by the words of an error message.
+# Ranges of values, by the words of an error message.
 _RANGES: Mapping[str, Callable[[Any], bool]] = {
+    "less than 0": lambda x: x < 0,
     "0 or more": lambda x: x >= 0,
+    "0, or more than 1": lambda x: x == 0 or x > 1,
+    "from 0 to 1": lambda x: 0 <= x <= 1,
+    "at least 0 and less than 1": lambda x: 0 <= x < 1,
     "more than 0": lambda x: x > 0,
     "more than 0 and at most 1": lambda x: 0 < x <= 1,
-    "at least 0 and less than 1": lambda x: 0 <= x < 1,
+    "more than 0 and less than 1": lambda x: 0 < x < 1,
     "at least 1": lambda x: x >= 1,
     "at least 2": lambda x: x >= 2,
     "-1 or at least 1": lambda x: x == -1 or x >= 1,
+    "K * K numbers, row by row, for K stages": lambda x: (
+        len(x) > 1 and math.isqrt(len(x)) ** 2 == len(x)
+    ),
 }
 
 
@@ -47,14 +54,19 @@ def require(is_met: bool, field: str, value: Any, expected: str) -> None:
 
 
 def require_ranges(section: Any, path: str, ranges: Mapping[str, str]) -> None:
-    """Check fields of a section against ranges, given in words: `{"every": "0 (off) or more"}`.
-
-    Words in parentheses, and ", or none ..." at the end, are only printed. None is accepted.
+    """Check fields of a section against ranges, given in words: `{"every": "0 (off) or more"}`. None
+    is accepted.
     """
     for name, expected in ranges.items():
         value = getattr(section, name)
-        key = re.sub(r" \([^)]*\)|, or none.*", "", expected)
-        require(value is None or _RANGES[key](value), path + name, value, expected)
+        require(value is None or in_range(value, expected), path + name, value, expected)
+
+
+def in_range(value: Any, words: str) -> bool:
+    """Whether a value is in a range that is given in words. Words in parentheses, and ", or none
+    ..." at the end, are ignored.
+    """
+    return _RANGES[re.sub(r" \([^)]*\)|, or none.*", "", words)](value)
 
 
 def require_default(section: Any, path: str, name: str, reason: str) -> None:

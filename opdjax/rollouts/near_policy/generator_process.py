@@ -138,7 +138,7 @@ class _Work:
         current = version_of(setup.config, self._first_step())  # earlier ones are trained on
         versions = [version for version in setup.config.refresh_steps if version >= current]
         for version in versions if self._follows_learner else (0,):
-            if is_complete(setup, workdir, version):
+            if is_complete(setup.config, len(setup.prompts), workdir, version):
                 continue
             if not self._wait_for(version):
                 return

@@ -66,14 +66,15 @@ class RefreshSource(RolloutSource):
 
     def publish(self, version: int, copy_weights: Callable[[], Params], timer: Timer) -> None:
         """See `RolloutSource`."""
-        if version not in self._setup.config.refresh_steps:
+        config, num_prompts = self._setup.config, len(self._setup.prompts)
+        if version not in config.refresh_steps:
             return
         self._epoch = None
-        if self._setup.config.near_policy.generator == "process":
+        if config.near_policy.generator == "process":
             with timer.phase("publish"):
                 published_weights.publish(self._workdir, version, copy_weights(), keep_from=0)
             with timer.phase("wait"):
-                while not is_complete(self._setup, self._workdir, version):
+                while not is_complete(config, num_prompts, self._workdir, version):
                     self._check_stop(version)
                     time.sleep(_POLL_SECONDS)
             return
@@ -239,11 +240,11 @@ def stored_annotations(
     return found
 
 
-def is_complete(setup: Setup, workdir: pathlib.Path, version: int) -> bool:
+def is_complete(config: Config, num_prompts: int, workdir: pathlib.Path, version: int) -> bool:
     """Whether all shards that the learner reads of a version exist; damage is not checked."""
     directory = shards.version_directory(workdir, version)
-    wanted = set(range(len(_blocks(setup.config, len(setup.prompts)))))
-    names = ("samples", "annotations") if stages.is_annotated(setup.config) else ("samples",)
+    wanted = set(range(len(_blocks(config, num_prompts))))
+    names = ("samples", "annotations") if stages.is_annotated(config) else ("samples",)
     return all(wanted <= shards.shard_paths(directory, name).keys() for name in names)
 
 
