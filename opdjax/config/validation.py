@@ -54,8 +54,8 @@ def require(is_met: bool, field: str, value: Any, expected: str) -> None:
 
 
 def require_ranges(section: Any, path: str, ranges: Mapping[str, str]) -> None:
-    """Check fields of a section against ranges, given in words: `{"every": "0 (off) or more"}`. None
-    is accepted.
+    """Check fields of a section against ranges in words, such as `{"every": "0 (off) or more"}`.
+    None is accepted.
     """
     for name, expected in ranges.items():
         value = getattr(section, name)
