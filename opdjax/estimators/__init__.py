@@ -72,8 +72,9 @@ class Estimator:
 
     @property
     def ratio_options(self) -> dict[str, Any]:
-        """The options as `diagnostics.applied_importance` reads them: the clip of a rewarded recipe
-        is its correction.
+        """The options that `diagnostics.applied_importance` reads.
+
+        A rewarded recipe's clip is its importance correction.
         """
         return grpo.clipping(self.options) if self.recipe.is_rewarded else self.options
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toy_update
+import tiny_models
 
 import opdjax.train
 from opdjax.config import (
@@ -36,7 +36,7 @@ from opdjax.rollouts.setup import prepare
 from opdjax.runs.workdir import read_lines
 from opdjax.types import PromptBatch, Rollouts
 
-MODEL = dataclasses.replace(toy_update.MODEL, num_layers=1)
+MODEL = dataclasses.replace(tiny_models.MODEL, num_layers=1)
 PROMPT, ANSWER, LENGTH = 4, 6, 17  # two of the longest rollouts do not fit into a row
 COUPLED = EstimatorConfig(
     "vopd",
@@ -285,7 +285,9 @@ def test_parts_after_the_last_live_one_are_skipped():
 def run_of(pack_length, **train):
     """The mini pair; the teacher's prompts hold more than the student's."""
     return Config(
-        data=DataConfig(max_prompt_length=32, format="raw", teacher_format="chat"),
+        data=DataConfig(
+            "arithmetic:train[:64]", max_prompt_length=32, format="raw", teacher_format="chat"
+        ),
         sampling=SamplingConfig(max_completion_length=20),
         estimator=EstimatorConfig("vopd", tile=64),
         train=TrainConfig(

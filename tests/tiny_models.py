@@ -1,4 +1,4 @@
-"""A toy student and teacher, batches of random rows, and their gradients by the real update."""
+"""A two-layer decoder with eleven tokens, batches for it, and the gradient of one update."""
 
 import dataclasses
 import functools
@@ -33,10 +33,16 @@ MODEL = DecoderConfig(
 
 def make_batch(rng, rows=8, columns=9):
     """Rows of several lengths, padded on both sides."""
-    shape, column = (rows, columns), np.arange(columns)
-    lengths, starts = rng.integers(2, columns - 3, rows), rng.integers(0, 3, rows)[:, None]
-    segments = ((column >= starts) & (column < starts + lengths[:, None])).astype(np.int32)
-    mask = (segments == 1) & (column > starts + 1)
+    shape, lengths, starts = (
+        (rows, columns),
+        rng.integers(2, columns - 3, rows),
+        rng.integers(0, 3, rows),
+    )
+    column = np.arange(columns)
+    segments = ((column >= starts[:, None]) & (column < (starts + lengths)[:, None])).astype(
+        np.int32
+    )
+    mask = (segments == 1) & (column > starts[:, None] + 1)
     return TrainBatch(
         tokens=jnp.asarray(rng.integers(0, MODEL.vocab_size, shape), jnp.int32),
         mask=jnp.asarray(mask),
@@ -47,27 +53,32 @@ def make_batch(rng, rows=8, columns=9):
 
 @functools.cache
 def make_models(dtype):
-    """(student, teacher): random parameters."""
     init = jax.jit(lambda seed: init_params(MODEL, jax.random.key(seed), dtype))
     return init(0), init(1)
 
 
 def scored(batch, teacher, recipe):
-    """(batch with the teacher's scores that the recipe reads, teacher head or None)."""
+    """(the batch with the teacher's scores, the teacher's head or None)."""
     needs = estimator_of(recipe).teacher
-    head = head_of(teacher)
-    scores = score(teacher, head, batch, config=MODEL, needs=needs, tile=8)
-    return dataclasses.replace(batch, teacher=scores), head if needs == "vocabulary" else None
+    scores = score(teacher, head_of(teacher), batch, config=MODEL, needs=needs, tile=8)
+    return dataclasses.replace(batch, teacher=scores), head_of(
+        teacher
+    ) if needs == "vocabulary" else None
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _gradient(student, batch, head, spec):
+    return loss_and_grad(student, batch, head, spec)[:3]
 
 
 def gradient(student, batch, head, estimator, dtype, **spec):
-    """(loss, gradient, outputs) of a batch."""
+    """(loss, gradient, outputs); one program per estimator, dtype and `UpdateSpec` fields."""
     spec = UpdateSpec(MODEL, estimator_of(estimator), dtype, max_completion_length=7, **spec)
-    return jax.jit(lambda p, b, h: loss_and_grad(p, b, h, spec)[:3])(student, batch, head)
+    return _gradient(student, batch, head, spec)
 
 
 def relative_difference(left, right):
-    """|left - right| / |left| of two trees."""
+    """||left - right|| / ||left|| over all leaves."""
     one, other = (
         np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (left, right)
     )
