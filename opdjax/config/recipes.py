@@ -13,6 +13,10 @@ from typing import Any, Literal
 
 from opdjax.config.validation import ConfigError, require
 
+RecipeName = Literal[
+    "opd", "vopd", "full_kl", "topk_kl", "npd", "sft", "grpo", "ropd", "tjudge", "ropd_stages"
+]
+DEFAULT_RECIPE: RecipeName = "vopd"
 TeacherNeed = Literal["none", "token", "top_k", "vocabulary"]
 RewardKind = Literal["none", "task", "scalar", "rubric", "stages"]
 CompletionsFrom = Literal["student", "teacher", "references"]
@@ -441,3 +445,20 @@ def recipe_named(name: str) -> Recipe:
     if name not in RECIPES:
         raise ConfigError(f"there is no recipe {name!r}; expected one of {sorted(RECIPES)}")
     return RECIPES[name]
+
+
+# ROPD as released, and as its paper prints it (arXiv 2605.07396, section 2.2 and algorithm 1):
+# fields of `EstimatorConfig`.
+ROPD_RELEASE = {
+    "recipe": "ropd",
+    "aggregation": "token_mean",
+    "advantage": "mean",
+    "clip_low": 0.2,
+    "clip_high": 0.28,
+    "dual_clip": 3.0,
+}
+ROPD_PRINTED = ROPD_RELEASE | {
+    "aggregation": "sequence_mean_token_mean",
+    "advantage": "mean_std",
+    "dual_clip": 0.0,
+}

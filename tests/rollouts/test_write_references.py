@@ -12,7 +12,7 @@ import sys
 import threading
 
 import pytest
-from test_answers import copy_of, taught
+from answer_runs import copy_of, swap_two_ids, taught
 
 import opdjax.rollouts.write_references
 from opdjax.cli import main
@@ -253,11 +253,6 @@ def test_a_teacher_of_another_vocabulary_writes_text(tmp_path):
     way round, and nothing else.
     """
 
-    def swap(name, content):
-        if name == "tokenizer.json":
-            words = content["model"]["vocab"]
-            words["98"], words["99"] = words["99"], words["98"]
-
     def exchanged(text):
         return re.sub(r"9[89]", lambda found: "98" if found[0] == "99" else "99", text)
 
@@ -266,7 +261,7 @@ def test_a_teacher_of_another_vocabulary_writes_text(tmp_path):
         "".join(json.dumps({"prompt": text}) + "\n" for text in sums)
     )
     path = tmp_path / "answers.jsonl"
-    other = copy_of(MINI_PAIR / "teacher", tmp_path / "other", swap)
+    other = copy_of(MINI_PAIR / "teacher", tmp_path / "other", swap_two_ids)
     config = lesson(
         path, source=str(tmp_path / "rows.jsonl"), how={"temperature": 0.0, "num_answers": 1}
     )
