@@ -33,7 +33,7 @@ from opdjax.data.tasks.arithmetic import problems
 from opdjax.diagnose.judge import examine_judge
 from opdjax.engine.update import loss_and_grad
 from opdjax.estimators.losses import AGGREGATIONS
-from opdjax.rollouts.reward_advantages import credited, token_stages
+from opdjax.rollouts.reward_advantages import token_stages, with_advantages
 from opdjax.rollouts.setup import load_student, prepare, update_spec
 from opdjax.rollouts.source import SourceStoppedError
 from opdjax.runs.workdir import read_lines
@@ -161,7 +161,7 @@ def test_a_judge_that_goes_down_stops_the_run_which_goes_on_when_it_is_back(
 ):
     with (
         start_judge("--down-after", 20) as base_url,
-        pytest.raises(SourceStoppedError, match="continues .* once the judge can be asked"),
+        pytest.raises(SourceStoppedError, match="continues .* once the judge answers"),
     ):
         train(config(base_url), tmp_path)
     assert [
@@ -400,7 +400,7 @@ def test_a_group_without_scores_has_no_gradient_and_is_in_no_denominator(aggrega
 
     def measured(rows, scores):
         some, taken = (jax.tree.map(lambda x: x[rows], value) for value in (batch, rollouts))
-        credit = credited(
+        credit = with_advantages(
             some, taken, scores[rows], np.zeros((len(rows), 1)), made, setup.tokenizer
         )
         loss, grads = loss_and_gradient(credit)
@@ -434,7 +434,7 @@ def test_the_stage_of_each_token_and_its_advantage():
         rollouts.tokens, rollouts.mask, rollouts.segment_ids, rollouts.behavior_logprobs
     )
     by_stage = np.array([[1, 1, 1], [0, 1, 0], [1, 0, 0], [0, 0, 0]], np.float32)
-    found = credited(batch, rollouts, by_stage.mean(axis=1), by_stage, made, setup.tokenizer)
+    found = with_advantages(batch, rollouts, by_stage.mean(axis=1), by_stage, made, setup.tokenizer)
     expected = np.array(
         [[0.5, 0, 2 / 3], [-0.5, 0, -1 / 3], [0.5, 0, -1 / 3], [-0.5, 0, 0]]
     )  # over those that have the stage

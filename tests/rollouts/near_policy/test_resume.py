@@ -175,7 +175,7 @@ def test_damaged_annotations_of_an_epoch_are_made_again(halfway_refreshed, refre
             3,
             0,
             pathlib.Path.unlink,
-            "has no samples 0, which had been stored",
+            "lacks samples 0, which was stored before",
             marks=pytest.mark.long,
         ),
     ],
