@@ -7,11 +7,10 @@ A new recipe is one row here and one function there. Standard library only.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from opdjax.config.validation import ConfigError, require
+from opdjax.config.validation import ConfigError, in_range, require
 
 RecipeName = Literal[
     "opd", "vopd", "full_kl", "topk_kl", "npd", "sft", "grpo", "ropd", "tjudge", "ropd_stages"
@@ -21,26 +20,12 @@ TeacherNeed = Literal["none", "token", "top_k", "vocabulary"]
 RewardKind = Literal["none", "task", "scalar", "rubric", "stages"]
 CompletionsFrom = Literal["student", "teacher", "references"]
 
-# Ranges that options may be held to, by the words an error message uses.
-RANGES: Mapping[str, Callable[[Any], bool]] = {
-    "at least 1": lambda x: x >= 1,
-    "from 0 to 1": lambda x: 0 <= x <= 1,
-    "0 (off) or more": lambda x: x >= 0,
-    "0 (off), or more than 1": lambda x: x == 0 or x > 1,
-    "less than 0 (nats)": lambda x: x < 0,
-    "more than 0": lambda x: x > 0,
-    "more than 0 and less than 1": lambda x: 0 < x < 1,
-    "K * K numbers, row by row, for K stages": lambda x: (
-        len(x) > 1 and math.isqrt(len(x)) ** 2 == len(x)
-    ),
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """A condition that an option sets on another one (`other`, or `aggregation`) when it is given.
 
-    `accepted`: values, or the name of one of `RANGES`. With `is_needed` the other option, its
+    `accepted`: values, or a range in words (`in_range`). With `is_needed` the other option, its
     default included, must have an accepted value; without, it may be left out, and if it is given
     it must have an accepted value. `values`: the rule holds for these values alone; empty: for all.
     """
@@ -53,7 +38,7 @@ class Rule:
     def accepts(self, value: Any) -> bool:
         """Whether the other option may have this value."""
         if isinstance(self.accepted, str):
-            return value is not None and RANGES[self.accepted](value)
+            return value is not None and in_range(value, self.accepted)
         return value in self.accepted
 
     @property
@@ -80,7 +65,7 @@ class Option:
 
     default: Any = None
     choices: tuple[Any, ...] = ()  # empty: all values of the field's type
-    range: str | None = None  # a key of RANGES
+    range: str | None = None  # in words, see `in_range`
     rules: tuple[Rule, ...] = ()
 
 
@@ -162,7 +147,9 @@ class Recipe:
             require(
                 not option.choices or value in option.choices, field, value, self._choices(name)
             )
-            require(option.range is None or RANGES[option.range](value), field, value, option.range)
+            require(
+                option.range is None or in_range(value, option.range), field, value, option.range
+            )
             for rule in option.rules:
                 self._check_rule(name, value, rule, options, aggregation)
         found = self.with_defaults(options)
