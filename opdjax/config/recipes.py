@@ -10,63 +10,20 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from opdjax.config.options import Option, Rule, fixes, needs
 from opdjax.config.validation import ConfigError, in_range, require
 
 RecipeName = Literal[
     "opd", "vopd", "full_kl", "topk_kl", "npd", "sft", "grpo", "ropd", "tjudge", "ropd_stages"
 ]
 DEFAULT_RECIPE: RecipeName = "vopd"
+# Recipes by their part in a comparison.
+PLAIN: RecipeName = "opd"
+WITH_BASELINE: RecipeName = "vopd"
+EXACT: RecipeName = "full_kl"
 TeacherNeed = Literal["none", "token", "top_k", "vocabulary"]
 RewardKind = Literal["none", "task", "scalar", "rubric", "stages"]
 CompletionsFrom = Literal["student", "teacher", "references"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """A condition that an option sets on another one (`other`, or `aggregation`) when it is given.
-
-    `accepted`: values, or a range in words (`in_range`). With `is_needed` the other option, its
-    default included, must have an accepted value; without, it may be left out, and if it is given
-    it must have an accepted value. `values`: the rule holds for these values alone; empty: for all.
-    """
-
-    other: str
-    accepted: tuple[Any, ...] | str = ()
-    is_needed: bool = False
-    values: tuple[Any, ...] = ()
-
-    def accepts(self, value: Any) -> bool:
-        """Whether the other option may have this value."""
-        if isinstance(self.accepted, str):
-            return value is not None and in_range(value, self.accepted)
-        return value in self.accepted
-
-    @property
-    def expected(self) -> str:
-        """The accepted values in words."""
-        if isinstance(self.accepted, str):
-            return self.accepted
-        return " or ".join(map(str, self.accepted)) or "none"
-
-
-def needs(other: str, *accepted: Any, values: tuple[Any, ...] = ()) -> Rule:
-    """The option is read only where `other` has one of the accepted values."""
-    return Rule(other, accepted, True, values)
-
-
-def fixes(other: str, *accepted: Any, values: tuple[Any, ...] = ()) -> Rule:
-    """Where the option is given, `other` is left out or has one of the accepted values."""
-    return Rule(other, accepted, False, values)
-
-
-@dataclasses.dataclass(frozen=True)
-class Option:
-    """An option of a recipe: its default, the values it accepts, and what it asks of others."""
-
-    default: Any = None
-    choices: tuple[Any, ...] = ()  # empty: all values of the field's type
-    range: str | None = None  # in words, see `in_range`
-    rules: tuple[Rule, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +45,12 @@ class Recipe:
     # The options, defaults included, under which loss and gradient are 0 at student = teacher: one
     # of these sets of accepted values; none: never.
     zero_at_teacher: tuple[Mapping[str, tuple[Any, ...]], ...] = ()
+    # The KL whose gradient the recipe advertises; reverse is KL(student || teacher). option: that
+    # of the option `divergence`; own: another objective.
+    target: Literal["reverse", "forward", "option", "own"] = "own"
+    # Weight of the cross-entropy of the given token; None: 1 - kd_weight.
+    cross_entropy: float | None = 0.0
+    audited: tuple[Mapping[str, Any], ...] = ()  # options under which `opdjax audit` measures it
 
     @property
     def is_rewarded(self) -> bool:
@@ -121,6 +84,19 @@ class Recipe:
             all(found[name] in accepted for name, accepted in case.items())
             for case in self.zero_at_teacher
         )
+
+    def advertised(self, options: Mapping[str, Any]) -> str:
+        """`reverse` or `forward`, the KL whose gradient is advertised; `own` for neither."""
+        if self.target == "option":
+            divergence = self.with_defaults(options)["divergence"]
+            return divergence if divergence in _DIRECTIONS else "own"
+        return "own" if any(options.get(name) for name in _ALTERING) else self.target
+
+    def cross_entropy_weight(self, options: Mapping[str, Any]) -> float:
+        """Weight of -log student(y) of the given token y in the loss."""
+        if self.cross_entropy is None:
+            return 1 - self.with_defaults(options)["kd_weight"]
+        return self.cross_entropy
 
     def teacher_need(self, options: Mapping[str, Any]) -> TeacherNeed:
         """What is read of the teacher under these options."""
@@ -191,6 +167,7 @@ DEFAULT_CAPS = {  # of importance_cap
     "prefix_truncate": 2.0,
 }
 _CORRECTIONS = ("none", *DEFAULT_CAPS, "ppo_clip")
+_ALTERING = ("reward_floor", "power_alpha", "prefix_weight", "discount")  # change the objective
 _SAMPLED = {  # options of recipes that sample tokens and score them
     "discount": Option(0.0, range="from 0 to 1"),
     "return_to_go": Option(
@@ -304,6 +281,7 @@ _STAGES = {
     ),
     "stage_token_mean": Option(False, rules=(fixes("aggregation", "token_mean", values=(True,)),)),
 }
+_COARSE = {"renormalize": "none", "outside": "tail"}
 _UNREWARDED = {"task_reward_coef": (None, 0.0)}
 
 RECIPES: Mapping[str, Recipe] = {
@@ -319,6 +297,16 @@ RECIPES: Mapping[str, Recipe] = {
             is_policy_gradient=True,
             completions=("student",),
             zero_at_teacher=(_UNREWARDED,),
+            target="reverse",
+            audited=(
+                {},
+                {"extra_draws": 3},
+                {"reward_floor": -2.0},
+                {"power_alpha": 0.5},
+                {"discount": 1.0},
+                {"discount": 1.0, "return_to_go": "expected"},
+                {"prefix_weight": 0.5},
+            ),
         ),
         Recipe(
             "vopd",
@@ -337,6 +325,14 @@ RECIPES: Mapping[str, Recipe] = {
             is_policy_gradient=True,
             completions=("student",),
             zero_at_teacher=(_UNREWARDED,),
+            target="reverse",
+            audited=(
+                {"baseline": "full"},
+                *({"baseline": "student_topk", "baseline_top_k": k} for k in (5, 20, 100)),
+                {"baseline": "optimal"},
+                {"baseline": "batch_mean"},
+                {"baseline": "full", "discount": 1.0, "return_to_go": "expected"},
+            ),
         ),
         Recipe(
             "full_kl",
@@ -346,6 +342,8 @@ RECIPES: Mapping[str, Recipe] = {
             "vocabulary",
             {**_FULL, **_STATE},
             zero_at_teacher=({},),
+            target="option",
+            audited=tuple({"divergence": name} for name in _FULL["divergence"].choices),
         ),
         Recipe(
             "topk_kl",
@@ -359,6 +357,16 @@ RECIPES: Mapping[str, Recipe] = {
                 {"renormalize": ("both",)},
                 {"outside": ("tail",)},
             ),
+            audited=(
+                {"support": "student", "support_top_k": 8},
+                {"support": "student", "support_top_k": 8, "renormalize": "none"},
+                {"support": "student", "support_top_k": 8, **_COARSE},
+                {"support": "union", "support_top_k": 8, **_COARSE},
+                {"convention": "verl", "support_top_k": 8},
+                {"convention": "tunix", "support_top_k": 8},
+                {"convention": "trl", "support_top_k": 8, "divergence": "forward"},
+                {"convention": "thunlp", "support_top_k": 8},
+            ),
         ),
         Recipe(
             "npd",
@@ -368,6 +376,8 @@ RECIPES: Mapping[str, Recipe] = {
             "top_k",
             {**_NPD, **_STATE},
             zero_at_teacher=({"kd_weight": (1.0,), "renormalize": ("both",)},),
+            cross_entropy=None,
+            audited=({}, {"kd_weight": 1.0}),
         ),
         Recipe(
             "sft",
@@ -376,6 +386,9 @@ RECIPES: Mapping[str, Recipe] = {
             "none",
             {},
             completions=("teacher", "references"),
+            target="forward",
+            cross_entropy=1.0,
+            audited=({},),
         ),
         Recipe(
             "grpo",

@@ -4,6 +4,7 @@ lines give, and a run as well.
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 

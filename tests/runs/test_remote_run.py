@@ -1,7 +1,6 @@
 """Runs whose work directory is on gs://: real processes, killed, paused and continued on another
 machine's scratch.
 """
-
 import dataclasses
 import json
 import os
@@ -19,6 +18,7 @@ from opdjax.config import NearPolicyConfig
 from opdjax.runs.lease import LOST, holder_of
 from opdjax.runs.mirror import read_only_workdir
 from opdjax.runs.object_store import Folder
+from opdjax.runs.workdir import WorkdirError
 
 URL = "gs://bucket/run"
 SMALL = vary(

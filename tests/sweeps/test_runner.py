@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import fake_points
 import pytest
-from tiny_runs import HANG
+from tiny_runs import HANG, without_times
 from tiny_runs import vary as vary_tiny
 
 from opdjax.config import (
