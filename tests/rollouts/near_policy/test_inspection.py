@@ -255,7 +255,7 @@ def test_what_holds_no_rollouts_is_refused(tmp_path):
 
 VERB = """
 import sys
-from opdjax.cli import main
+from opdjax.cli.main import main
 try:
     main()
 except SystemExit as end:
