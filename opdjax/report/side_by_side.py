@@ -7,11 +7,9 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from opdjax.config.saved import upgrade
 from opdjax.report import measures
-from opdjax.report.markup import Html, count, section, table, table_row, tabs, tag
+from opdjax.report.markup import Html, count, prompt_text, section, table, table_row, tabs, tag
 from opdjax.report.ranking import Ranked, label
-from opdjax.report.rollouts import prompt_text
 from opdjax.runs.results import Run
 
 _PROMPTS = 6  # shown
@@ -134,7 +132,7 @@ def _trained(entries: Sequence[Ranked], mark: Marker) -> list[ComparedPrompt]:
     found: dict[tuple[int, int, str], list[tuple[str, ShownAnswer]]] = {}
     for entry in entries:
         for run in entry.runs:
-            if upgrade(run.config)["sampling"]["completions_from"] != "student":
+            if measures.completions_from(run) != "student":
                 continue  # the student wrote none of its training answers
             for step, answers in trained_answers(run, mark).items():
                 if step == 1:

@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from test_train import vary, without_times
+from tiny_runs import HANG, vary, without_times
 
 from opdjax.data.prompt_rows import Prompt, read_prompts
 from opdjax.data.sources import ColumnMap, DataError
@@ -92,22 +92,20 @@ def prepared(here):
     script = (
         "import sys\n"
         "import opdjax.data.prompt_rows\n"
-        "early = [name for name in ('tensorflow_datasets', 'datasets', 'pyarrow') if name in sys.modules]\n"
+        "early = [name for name in ('tensorflow_datasets', 'datasets', 'pyarrow') if name in "
+        "sys.modules]\n"
         "assert not early, early\n"
         "rows = opdjax.data.prompt_rows.read_prompts('tfds:opdjax_arithmetic#test[:10%]')\n"
         "assert rows == opdjax.data.prompt_rows.read_prompts('arithmetic:test')[:205], rows[:3]\n"
-        "assert not [name for name in sys.modules if name.split('.')[0] in ('tensorflow', 'torch')]\n"
+        "assert not [name for name in sys.modules if name.split('.')[0] in ('tensorflow', "
+        "'torch')]\n"
     )
-    environment = {
-        **os.environ,
-        "TFDS_DATA_DIR": str(here / "tfds"),
-        "PYTHONPATH": str(pathlib.Path(__file__).parents[2]),
-    }
+    environment = {**os.environ, "TFDS_DATA_DIR": str(here / "tfds")}
     runs = [
         subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE)
         for _ in range(2)
     ]
-    return [(run.communicate(timeout=120)[1].decode(), run.returncode) for run in runs]
+    return [(run.communicate(timeout=HANG)[1].decode(), run.returncode) for run in runs]
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +152,7 @@ def test_the_stored_rows_are_the_problems_in_their_order(stored, name):
     assert read_prompts(stored[name]) == EXPECTED
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_does_not_depend_on_where_its_rows_are_stored(stored, kind, straight, tmp_path):
     train(vary_source(stored[kind]), tmp_path / "run")
@@ -383,7 +382,8 @@ def test_a_missing_package_is_named_with_its_extra(source, monkeypatch):
     monkeypatch.setitem(sys.modules, PACKAGES[source], None)
     with pytest.raises(
         ImportError,
-        match=rf"{source.partition(':')[0]}:.*needs another package.*{PACKAGES[source]}.*pip install 'opdjax\[data\]'",
+        match=rf"{source.partition(':')[0]}:.*needs another package.*{PACKAGES[source]}.*pip "
+        rf"install 'opdjax\[data\]'",
     ):
         read_prompts(source)
 
@@ -399,7 +399,8 @@ def test_a_missing_column_is_named_with_those_that_are_there(kind, tmp_path):
     for columns, message in (
         (
             ColumnMap(),
-            r"no column 'prompt'; found \['nested', 'question'\]\. Name the right one in data\.prompt_column",
+            r"no column 'prompt'; found \['nested', 'question'\]\. Name the right one in "
+            r"data\.prompt_column",
         ),
         (
             ColumnMap("questions"),
@@ -473,7 +474,8 @@ def empty_parquet(directory):
 
 
 def whole_parquet_splits(directory):
-    return f"tfds:{store_tfds([{'prompt': str(n)} for n in range(20)], directory, {'prompt': TEXT}, 'parquet')}#train"
+    rows = [{"prompt": str(n)} for n in range(20)]
+    return f"tfds:{store_tfds(rows, directory, {'prompt': TEXT}, 'parquet')}#train"
 
 
 # Name: the source, made in an empty directory from the stored problems, and what is said of it.

@@ -162,7 +162,7 @@ def test_the_two_skew_divergences_are_one_with_the_sides_exchanged(pair):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("skew", [skew_forward_kl, skew_reverse_kl])
 def test_ids_that_one_side_or_none_can_draw_leave_the_gradient_finite(skew, pair):
-    """Padding changes nothing at all; an id of one side only is finite, where the plain KL is not."""
+    """Padding changes nothing; an id of one side only stays finite, unlike in the plain KL."""
     student, teacher = (jnp.asarray(x) for x in pair)
 
     def gradient(x, t):

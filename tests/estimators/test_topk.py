@@ -298,11 +298,13 @@ def test_the_floor_stands_for_what_lies_outside(pair):
         ),
         (
             {"divergence": "jsd"},
-            "estimator.divergence is 'jsd'; expected reverse or forward where the recipe is topk_kl",
+            "estimator.divergence is 'jsd'; expected reverse or forward where the recipe is "
+            "topk_kl",
         ),
         (
             {"divergence": "skew_reverse"},
-            "estimator.divergence is 'skew_reverse'; expected reverse or forward where the recipe is topk_kl",
+            "estimator.divergence is 'skew_reverse'; expected reverse or forward where the recipe "
+            "is topk_kl",
         ),
         ({"support_top_k": 0}, "estimator.support_top_k is 0; expected at least 1"),
     ],
@@ -317,7 +319,8 @@ def test_options_that_contradict_each_other_are_refused(options, message):
     [
         (
             {"support": "both"},
-            "no support 'both'; expected one of \\['student', 'teacher', 'union', 'intersection', 'symmetric_difference'\\]",
+            "no support 'both'; expected one of \\['student', 'teacher', 'union', 'intersection', "
+            "'symmetric_difference'\\]",
         ),
         ({"renormalize": "all"}, "no renormalize 'all'"),
         ({"outside": "keep", "renormalize": "none"}, "no outside 'keep'"),
@@ -339,7 +342,7 @@ def test_unknown_options_are_refused(options, message, pair):
 
 
 def test_a_tiny_tail_is_resolved_in_float32():
-    """Mass 1e-9 outside: one minus the kept mass would be 0, and the bucket's logarithm infinite."""
+    """Mass 1e-9 outside: one minus the kept mass would be 0, the logarithm infinite."""
     student, teacher = np.float32([0, -21, -22, -25]), np.float32([0, -20, -22, -24])
     found = value(student, teacher, support_top_k=1, renormalize="none", outside="tail")
     gradient = jax.grad(
@@ -534,7 +537,7 @@ EMPTY = [
 
 @pytest.mark.parametrize("options", EMPTY, ids=str)
 def test_an_empty_support_has_no_loss_and_no_gradient(options, pair):
-    """Exactly 0: no id in common at k = 1, and none that differs where student and teacher are one."""
+    """Exactly 0: no common id at k = 1, and no differing id where student equals teacher."""
     student = jnp.asarray(pair[0]).at[0].set(9)
     apart, same = student.at[0].set(0).at[1].set(9), student
     for support, teacher, k in (

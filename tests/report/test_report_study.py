@@ -147,8 +147,8 @@ def test_a_claim_is_drawn_with_a_text_that_says_what_is_seen(study):
         if name == "svg" and attributes.get("class", "").startswith("claim")
     ]
     assert (
-        f"mean {mean:.3g}, from {mean - half:.3g} to {mean + half:.3g}; the claim holds above 0: reproduced"
-        in labels
+        f"mean {mean:.3g}, from {mean - half:.3g} to {mean + half:.3g}; the claim holds above 0: "
+        f"reproduced" in labels
     )
 
 
@@ -315,10 +315,10 @@ def test_rollouts_of_one_step_are_marked_by_the_data_they_came_from(tmp_path):
 def test_what_cannot_be_marked_says_so(tmp_path):
     gone = settings("opd", 0, data=DataConfig(source="/nowhere/prompts.jsonl"))
     run = read_run(write_run(tmp_path / "run", gone, samples=[], **BARE))
-    assert mark(run, sample()) == (None, None)
+    assert grade_sample(run, sample()) == (None, None)
     run = read_run(write_run(tmp_path / "other", settings(), samples=[], **BARE))
-    assert mark(run, sample(prompt="no such prompt")) == (None, None)
-    assert mark(run, sample(prompt=[{"role": "user", "content": "1+2="}])) == (None, None)
+    assert grade_sample(run, sample(prompt="no such prompt")) == (None, None)
+    assert grade_sample(run, sample(prompt=[{"role": "user", "content": "1+2="}])) == (None, None)
 
 
 def test_a_run_shows_its_first_answers_beside_its_last(tmp_path):
@@ -410,7 +410,10 @@ def test_the_command_writes_each_page_under_a_name_of_its_own(study, tmp_path, c
 
 
 def test_the_command_needs_no_jax():
-    code = "import sys, opdjax.cli.grade_samples, opdjax.report.page; sys.exit(bool({'jax', 'flax', 'torch'} & set(sys.modules)))"
+    code = (
+        "import sys, opdjax.cli.grade_samples, opdjax.report.page; sys.exit(bool({'jax', 'flax', "
+        "'torch'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opdjax.config.recipes import EXACT
 from opdjax.diagnose.audit.pair import States
 from opdjax.diagnose.audit.subjects import Subject, subject
 from opdjax.engine.scorer import token_logprobs, top_logprobs
@@ -133,7 +134,7 @@ def _compare(found, exact):
 
 def _gradient_of(states: States):
     """Return `gradient(weights)` of the exact reverse KL, computed a micro-batch at a time."""
-    loss, tile = subject("full_kl").token_loss(), states.spec.estimator.tile
+    loss, tile = subject(EXACT).token_loss(), states.spec.estimator.tile
     split = lambda x: x.reshape(-1, states.rows_at_once, *x.shape[1:])
 
     @jax.jit

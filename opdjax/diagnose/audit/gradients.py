@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opdjax.config.recipes import PLAIN, WITH_BASELINE
 from opdjax.diagnose.audit.pair import States, kl_bins, ratio_with_interval
 from opdjax.diagnose.audit.subjects import Subject
 from opdjax.engine.update import prepared, vocabulary_inputs
@@ -48,10 +49,10 @@ def audit_gradients(
         log(f"  {each.name}")
         run = _measure(states, batch, each)
         rows[each.name] = run(states.mask)
-        if each.name == "opd" or (each.recipe == "vopd" and not each.is_coupled):
+        if each.name == PLAIN or (each.recipe == WITH_BASELINE and not each.is_coupled):
             by_bin[each.name] = [run(inside)["per_prompt"] for inside in bins]
     _share_signal(subjects, rows)
-    plain = rows["opd"]
+    plain = rows[PLAIN]
     for row in rows.values():
         is_known = min(row["signal"], row["noise"]) > 0
         ratio = float(np.sqrt(row["signal"] / (row["noise"] / BATCH))) if is_known else None
@@ -74,7 +75,7 @@ def _share_signal(subjects: Sequence[Subject], rows: dict[str, dict[str, Any]]) 
 
 
 def _by_kl(by_bin: dict[str, list[np.ndarray]]) -> dict[str, Any]:
-    plain = by_bin.pop("opd")
+    plain = by_bin.pop(PLAIN)
     total = sum(part.sum() for part in plain)
     shares = [float(part.sum() / total) if total else 0.0 for part in plain]
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from opdjax.config.recipes import RECIPES
+from opdjax.config.recipes import PLAIN, RECIPES, Recipe
 from opdjax.config.validation import ConfigError
 from opdjax.estimators import bind, coupling
 from opdjax.estimators.opd import REWARD_OPTIONS, sampled_reward
@@ -34,12 +34,16 @@ class Subject:
     @property
     def is_sampled(self) -> bool:
         """Whether its gradient depends on the sampled token."""
-        has_cross_entropy = self.recipe == "sft" or (self.recipe == "npd" and self._kd_weight < 1)
-        return self.recipe is None or RECIPES[self.recipe].is_policy_gradient or has_cross_entropy
+        return self.row is None or self.row.is_policy_gradient or self._cross_entropy > 0
 
     @property
-    def _kd_weight(self) -> float:
-        return RECIPES[self.recipe].with_defaults(self.options).get("kd_weight", 1.0)
+    def row(self) -> Recipe | None:
+        """The recipe's row; None for a pitfall."""
+        return None if self.recipe is None else RECIPES[self.recipe]
+
+    @property
+    def _cross_entropy(self) -> float:
+        return self.row.cross_entropy_weight(self.options)
 
     @property
     def is_coupled(self) -> bool:
@@ -55,17 +59,7 @@ class Subject:
     @property
     def advertises(self) -> str:
         """The KL whose gradient it should have: `reverse`, `forward`, or `own` for neither."""
-        if self.recipe in (None, "opd", "vopd"):
-            altered = any(
-                self.options.get(name) for name in (*REWARD_OPTIONS, "prefix_weight", "discount")
-            )
-            return "own" if altered else "reverse"
-        if self.recipe == "sft":
-            return "forward"
-        direction = self.options.get("divergence", "reverse")
-        return (
-            direction if self.recipe == "full_kl" and direction in ("reverse", "forward") else "own"
-        )
+        return "reverse" if self.row is None else self.row.advertised(self.options)
 
     def token_loss(self) -> Callable:
         """Return `token_loss(student, teacher, row) -> (loss, outputs)`."""
@@ -77,10 +71,10 @@ class Subject:
         """Return the part of the loss that does not depend on the sampled token; None if empty."""
         if not self.is_sampled:
             return self.token_loss()
-        if self.recipe != "npd" or not self._kd_weight:
+        if self.row is None or self.row.cross_entropy is not None or self._cross_entropy == 1:
             return None
-        divergence = subject("npd", **(self.options | {"kd_weight": 1.0})).token_loss()
-        weight = self._kd_weight
+        divergence = subject(self.recipe, **(self.options | {"kd_weight": 1.0})).token_loss()
+        weight = 1 - self._cross_entropy
         return lambda student, teacher, row: (weight * divergence(student, teacher, row)[0], {})
 
     def advantages(
@@ -92,11 +86,10 @@ class Subject:
         """
         if self.recipe is None:
             return self.pitfall.advantages(student, teacher)
-        if self.recipe in ("sft", "npd"):
-            weight = 1.0 if self.recipe == "sft" else 1 - self._kd_weight
-            return jnp.full_like(student.logits, weight)
+        if not self.row.is_policy_gradient:
+            return jnp.full_like(student.logits, self._cross_entropy)
         reward = {name: self.options.get(name) for name in REWARD_OPTIONS}
-        baseline = self.options.get("baseline", "full") if self.recipe == "vopd" else None
+        baseline = self.row.with_defaults(self.options).get("baseline")
         if baseline == "batch_mean":
             return sampled_reward(teacher.logprobs, student.logprobs, **reward) - mean_reward
         top_k = {name: v for name, v in self.options.items() if name == "baseline_top_k"}
@@ -106,7 +99,8 @@ class Subject:
         """Return the distribution that its tokens are sampled from."""
         if self.recipe is None and self.pitfall.drawn_from is not None:
             return self.pitfall.drawn_from(student)
-        return teacher if self.recipe == "sft" else student
+        is_own = self.row is None or "student" in self.row.completions
+        return student if is_own else teacher
 
 
 def subject(recipe: str, **options: Any) -> Subject:
@@ -117,39 +111,11 @@ def subject(recipe: str, **options: Any) -> Subject:
     return Subject(" ".join([recipe, *values]), recipe, options)
 
 
-DEFAULT = (
-    subject("opd"),
-    subject("vopd", baseline="full"),
-    *(subject("vopd", baseline="student_topk", baseline_top_k=k) for k in (5, 20, 100)),
-    subject("vopd", baseline="optimal"),
-    subject("vopd", baseline="batch_mean"),
-    subject("opd", extra_draws=3),
-    subject("opd", reward_floor=-2.0),
-    subject("opd", power_alpha=0.5),
-    *(
-        subject("full_kl", divergence=name)
-        for name in ("reverse", "forward", "jsd", "skew_forward", "skew_reverse")
-    ),
-    subject("topk_kl", support="student", support_top_k=8),
-    subject("topk_kl", support="student", support_top_k=8, renormalize="none"),
-    subject("topk_kl", support="student", support_top_k=8, renormalize="none", outside="tail"),
-    subject("topk_kl", support="union", support_top_k=8, renormalize="none", outside="tail"),
-    subject("topk_kl", convention="verl", support_top_k=8),
-    subject("topk_kl", convention="tunix", support_top_k=8),
-    subject("topk_kl", convention="trl", support_top_k=8, divergence="forward"),
-    subject("topk_kl", convention="thunlp", support_top_k=8),
-    subject("npd"),
-    subject("npd", kd_weight=1.0),
-    subject("sft"),
-    *(Subject(name) for name, pitfall in PITFALLS.items() if pitfall.token_loss is not None),
-)
+_AUDITED = [subject(name, **options) for name, row in RECIPES.items() for options in row.audited]
+_PITFALLS = [Subject(name) for name, pitfall in PITFALLS.items() if pitfall.token_loss is not None]
 # Options that couple the tokens of a sequence: a single context does not define their gradient.
-COUPLED = (
-    subject("opd", discount=1.0),
-    subject("opd", discount=1.0, return_to_go="expected"),
-    subject("vopd", baseline="full", discount=1.0, return_to_go="expected"),
-    subject("opd", prefix_weight=0.5),
-)
+COUPLED = tuple(each for each in _AUDITED if each.is_coupled)
+DEFAULT = (*(each for each in _AUDITED if not each.is_coupled), *_PITFALLS)
 
 
 # Options that need what the audit of a pair lacks: task rewards, data of another policy.
@@ -171,8 +137,8 @@ def choose(
     """Return the subjects to measure.
 
     These are the default subjects of the recipes and pitfalls `names` (None: all), preceded by the
-    config's own `recipe` with its `options`, and in any case `opd`. ConfigError on an unknown name
-    and on options that need rewards or stale data.
+    config's own `recipe` with its `options`, and in any case the plain recipe.
+    ConfigError on an unknown name and on options that need rewards or stale data.
     """
     subjects = (*DEFAULT, *COUPLED)
     known = {each.recipe or each.name for each in subjects}
@@ -182,7 +148,7 @@ def choose(
     if recipe is not None:
         own = _own_subject(recipe, options or {})
         chosen = [own, *(x for x in chosen if _with_defaults(x) != _with_defaults(own))]
-    plain = subject("opd")
+    plain = subject(PLAIN)
     has_plain = any(_with_defaults(each) == _with_defaults(plain) for each in chosen)
     return chosen if has_plain else [*chosen, plain]
 

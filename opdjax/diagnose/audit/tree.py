@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opdjax.config.recipes import EXACT, PLAIN, WITH_BASELINE
 from opdjax.diagnose.audit.subjects import Subject, subject
 from opdjax.estimators import bind
 from opdjax.estimators.losses import AGGREGATIONS, aggregation_weights, count_denominators
@@ -148,32 +149,34 @@ _CORRECTIONS = {
     "sequence_mask 3": {"importance": "sequence_mask"},
     "sequence ratio, no cap": {"importance": "sequence_mask", "importance_cap": 1e6},
 }
-_WITH_BASELINE = tuple(_CORRECTIONS)[:3]
-_PLAIN, _BASELINE, _EXACT = subject("opd"), subject("vopd", baseline="full"), subject("full_kl")
+_ALSO_WITH_BASELINE = tuple(_CORRECTIONS)[:3]
+_PLAIN, _BASELINE, _EXACT = subject(PLAIN), subject(WITH_BASELINE, baseline="full"), subject(EXACT)
 _EXPECTED = {"discount": 1.0, "return_to_go": "expected"}
 CASES = (
     TreeCase("token-level credit", _PLAIN),
     TreeCase("baseline full", _BASELINE),
-    TreeCase("sampled reward to go", subject("opd", discount=1.0)),
-    TreeCase("reward to go, -KL for later rewards", subject("opd", **_EXPECTED)),
-    TreeCase("the same with baseline full", subject("vopd", baseline="full", **_EXPECTED)),
-    TreeCase("prefix weight 0.5", subject("opd", prefix_weight=0.5)),
+    TreeCase("sampled reward to go", subject(PLAIN, discount=1.0)),
+    TreeCase("reward to go, -KL for later rewards", subject(PLAIN, **_EXPECTED)),
+    TreeCase("the same with baseline full", subject(WITH_BASELINE, baseline="full", **_EXPECTED)),
+    TreeCase("prefix weight 0.5", subject(PLAIN, prefix_weight=0.5)),
     TreeCase("exact KL", _EXACT),
-    TreeCase("two rows, baseline batch_mean", subject("vopd", baseline="batch_mean"), 2),
+    TreeCase("two rows, baseline batch_mean", subject(WITH_BASELINE, baseline="batch_mean"), 2),
     *(TreeCase(f"two rows, {kind}", _PLAIN, 2, kind) for kind in AGGREGATIONS),
     *(TreeCase(f"two rows, {kind}, baseline full", _BASELINE, 2, kind) for kind in AGGREGATIONS),
     *(
-        TreeCase(f"stale, {name}", subject("opd", **options), is_stale=True)
+        TreeCase(f"stale, {name}", subject(PLAIN, **options), is_stale=True)
         for name, options in _CORRECTIONS.items()
     ),
     *(
         TreeCase(
-            f"stale, {name}, baseline full", subject("vopd", **_CORRECTIONS[name]), is_stale=True
+            f"stale, {name}, baseline full",
+            subject(WITH_BASELINE, **_CORRECTIONS[name]),
+            is_stale=True,
         )
-        for name in _WITH_BASELINE
+        for name in _ALSO_WITH_BASELINE
     ),
     TreeCase("stale, exact KL, no correction", _EXACT, is_stale=True),
-    TreeCase("stale, exact KL, prefix ratio, no cap", subject("full_kl", **_NO_CAP), is_stale=True),
+    TreeCase("stale, exact KL, prefix ratio, no cap", subject(EXACT, **_NO_CAP), is_stale=True),
 )
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opdjax.config.recipes import PLAIN
 from opdjax.diagnose.audit.contexts import enumerate_draws, summarise
 from opdjax.diagnose.audit.subjects import Subject, subject
 from opdjax.estimators.divergence import reverse_kl
@@ -35,7 +36,7 @@ def audit_vocabulary(
         )
         mean_reward = -jnp.mean(reverse_kl(student, teacher))
         plain = np.asarray(
-            jax.jit(partial(enumerate_draws, subject("opd")))(student, teacher)["variance"]
+            jax.jit(partial(enumerate_draws, subject(PLAIN)))(student, teacher)["variance"]
         )
         rows = {}
         for each in subjects:
