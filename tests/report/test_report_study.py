@@ -162,7 +162,7 @@ def test_one_table_can_be_asked_for_alone(study, tmp_path):
         read(directory, paper="vopd_tabel1")
     with pytest.raises(WorkdirError, match=r"no point of this table.*arm="):
         read(directory, paper="ropd_table6")
-    with pytest.raises(WorkdirError, match="narrows the page of a sweep"):
+    with pytest.raises(WorkdirError, match="restricts the page of a sweep"):
         read(directory / "pair=mini,arm=opd,seed=0", paper="vopd_table1")
 
 
