@@ -251,7 +251,7 @@ def _is_due(step: int, every: int) -> bool:
 
 
 def _initial_state(setup: Setup, spec: UpdateSpec) -> tuple[TrainState, Params | None]:
-    """(the state before the first step, parameters that stay frozen beside it)."""
+    """(the state before the first step, parameters that stay frozen)."""
     trained, frozen = load_student(setup)
     optimizer = make_optimizer(setup.config.optimizer, setup.config.train.num_steps)
     return init_state(trained, optimizer, setup.mesh, spec.split_over), frozen

@@ -25,7 +25,7 @@ class EndpointConfig:
     base_url: str = ""
     # Name of the model on the server.
     model: str = ""
-    # Name of the environment variable that holds the key; the key itself never stands in a config.
+    # Name of the environment variable that holds the key; a config never contains the key itself.
     # Empty: the server needs none.
     api_key_env: str = ""
     # Sampling temperature; None: not sent, as some reasoning models require.

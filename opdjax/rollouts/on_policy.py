@@ -128,8 +128,8 @@ def _chosen_references(
 def _as_student_ids(
     written: Rollouts, teacher: Teacher, tokenizer: Any, end: int
 ) -> list[list[int]]:
-    """The teacher's answers as ids of the student, with the student's stop token. They are encoded
-    anew if the tokenizers differ.
+    """The teacher's answers as ids of the student, with the student's stop token. Their text is
+    encoded again if the tokenizers differ.
     """
     answers, texts = [], [None] * written.tokens.shape[0]
     if not teacher.shares_vocabulary:

@@ -166,7 +166,7 @@ def _fill(
         pairs = zip(batch, answer(batch, metrics))
         add_answers(path, [(row.prompt, answers) for (row, _), answers in pairs if answers])
         upload()
-        print(f"{start + len(batch)} of {len(pending)} prompts asked", flush=True)
+        print(f"{start + len(batch)} of {len(pending)} prompts done", flush=True)
 
 
 def _counts(index: ReferenceIndex, rows: list[Prompt], count: int) -> dict[str, float]:

@@ -160,7 +160,7 @@ def test_the_two_skew_divergences_are_one_with_the_sides_exchanged(pair):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("skew", [skew_forward_kl, skew_reverse_kl])
 def test_ids_that_one_side_or_none_can_draw_leave_the_gradient_finite(skew, pair):
-    """Padding changes nothing at all; an id of one side only is finite, where the plain KL is not."""
+    """Padding changes nothing; an id of one side only stays finite, unlike in the plain KL."""
     gradient = lambda x, t: jax.value_and_grad(skew)(x, t, 0.1)
     padded = [np.append(x, [-np.inf] * 2) for x in pair]
     (value, plain), (padded_value, with_padding) = gradient(*pair), gradient(*padded)

@@ -351,11 +351,13 @@ def test_the_floor_stands_for_what_lies_outside(pair):
         ),
         (
             {"divergence": "jsd"},
-            "estimator.divergence is 'jsd'; expected reverse or forward where the recipe is topk_kl",
+            "estimator.divergence is 'jsd'; expected reverse or forward where the recipe is "
+            "topk_kl",
         ),
         (
             {"divergence": "skew_reverse"},
-            "estimator.divergence is 'skew_reverse'; expected reverse or forward where the recipe is topk_kl",
+            "estimator.divergence is 'skew_reverse'; expected reverse or forward where the recipe "
+            "is topk_kl",
         ),
         ({"support_top_k": 0}, "estimator.support_top_k is 0; expected at least 1"),
     ],
@@ -370,7 +372,8 @@ def test_options_that_contradict_each_other_are_refused(options, message):
     [
         (
             {"support": "both"},
-            "no support 'both'; expected one of \\['student', 'teacher', 'union', 'intersection', 'symmetric_difference'\\]",
+            "no support 'both'; expected one of \\['student', 'teacher', 'union', 'intersection', "
+            "'symmetric_difference'\\]",
         ),
         ({"renormalize": "all"}, "no renormalize 'all'"),
         ({"outside": "keep", "renormalize": "none"}, "no outside 'keep'"),
@@ -392,7 +395,7 @@ def test_unknown_options_are_refused(options, message, pair):
 
 
 def test_a_tiny_tail_is_resolved_in_float32():
-    """Mass 1e-9 outside: one minus the kept mass would be 0, and the bucket's logarithm infinite."""
+    """Mass 1e-9 outside: one minus the kept mass would be 0, the logarithm infinite."""
     student, teacher = np.float32([0, -21, -22, -25]), np.float32([0, -20, -22, -24])
     options = {"support_top_k": 1, "renormalize": "none", "outside": "tail"}
     ((values, gradients, _),) = evaluate([options], student[None], teacher[None])
@@ -573,7 +576,7 @@ EMPTY_SUPPORTS = [  # (support, whether the teacher is the student, k)
     "is_pairwise", [True, pytest.param(False, marks=pytest.mark.long)], ids=["pairwise", "all"]
 )
 def test_an_empty_support_has_no_loss_and_no_gradient(is_pairwise, pair):
-    """Exactly 0: no id in common at k = 1, and none that differs where student and teacher are one."""
+    """Exactly 0: no common id at k = 1, and no differing id where student equals teacher."""
     student = np.float32(pair[0])
     student[0] = 9
     apart = student.copy()

@@ -1,4 +1,4 @@
-"""A chat server on a socket of this machine that says what a test wants, and a client that asks it."""
+"""A chat server on a local socket with scripted replies, and a client for it."""
 
 import asyncio
 import contextlib

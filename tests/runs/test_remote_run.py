@@ -1,6 +1,7 @@
 """Runs whose work directory is on gs://: real processes, killed, paused and continued on another
 machine's scratch.
 """
+
 import dataclasses
 import json
 import os

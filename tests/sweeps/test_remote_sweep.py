@@ -1,4 +1,4 @@
-"""Sweeps on gs://: several runners in one place, killed and paused; tables and status from there."""
+"""Sweeps on gs://: several runners share one, killed and paused; tables and status of it."""
 
 import json
 import os
@@ -257,6 +257,7 @@ def test_points_are_chosen_by_id_and_by_parts():
     ]
     with pytest.raises(
         ConfigError,
-        match=r"--only 'discount=2,seed=1' matches no point of the sweep; .* such as discount=1,seed=1",
+        match=r"--only 'discount=2,seed=1' matches no point of the sweep; .* such as "
+        r"discount=1,seed=1",
     ):
         ids("discount=2,seed=1")

@@ -21,7 +21,9 @@ OPDJAX = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >> "$BUCKET/commands"
 touch "$BUCKET/steps"
 while step=$(wc -l < "$BUCKET/steps"); [ "$step" -lt 30 ]; do
-    if [ -e "$BUCKET/at-$step" ]; then status=$(cat "$BUCKET/at-$step"); rm "$BUCKET/at-$step"; exit "$status"; fi
+    if [ -e "$BUCKET/at-$step" ]; then
+        status=$(cat "$BUCKET/at-$step"); rm "$BUCKET/at-$step"; exit "$status"
+    fi
     [ ! -e "$BUCKET/always" ] || exit "$(cat "$BUCKET/always")"
     sleep 0.05
     echo "$HOSTNAME" >> "$BUCKET/steps"
@@ -234,7 +236,10 @@ def test_failures_are_in_a_row_only_while_nothing_is_well_between_them(tmp_path)
     cloud = Cloud(tmp_path)
     (tmp_path / "opdjax").write_text(OPDJAX.replace("sleep 0.05", "sleep 0.2"))
     gcloud = tmp_path / "bin" / "gcloud"
-    every_second = 'echo >> looks; [ $(($(wc -l < looks) % 2)) = 0 ] || { echo "ERROR: UNAVAILABLE" >&2; exit 1; }'
+    every_second = (
+        'echo >> looks; [ $(($(wc -l < looks) % 2)) = 0 ] || { echo "ERROR: UNAVAILABLE" >&2; exit '
+        "1; }"
+    )
     gcloud.write_text(
         gcloud.read_text().replace(
             "exec", f'[ "$3 $4" != "tpu-vm describe" ] || {{ {every_second}; }}\nexec'
@@ -262,7 +267,10 @@ def test_a_disk_that_was_lost_is_set_up_again(tmp_path):
 
 def test_control_c_stops_it_though_gcloud_takes_it_for_a_failure(tmp_path):
     cloud = Cloud(tmp_path)
-    slow = "import signal, sys, time\nsignal.signal(2, lambda *_: sys.exit(1))\nopen('asked', 'w').close()\ntime.sleep(60)\n"
+    slow = (
+        "import signal, sys, time\nsignal.signal(2, lambda *_: sys.exit(1))\nopen('asked', "
+        "'w').close()\ntime.sleep(60)\n"
+    )
     (tmp_path / "slow.py").write_text(slow)
     (tmp_path / "bin" / "gcloud").write_text(f"#!/bin/sh\nexec {sys.executable} slow.py\n")
     babysitter = cloud.start("babysit.sh", *TRAIN)

@@ -83,8 +83,8 @@ def annotate_all(workdir: pathlib.Path) -> int:
 
 @contextlib.contextmanager
 def _locked_workdir(workdir: pathlib.Path) -> Iterator[WorkdirMirror]:
-    """The work directory, locked for its only generator; on gs:// for its only writer, because no
-    generator runs beside a learner there.
+    """The work directory, locked for its only generator; on gs:// for its only writer, because a
+    learner and a generator cannot share it there.
     """
     if is_remote(workdir):
         with open_workdir(workdir) as mirror:
@@ -106,7 +106,7 @@ def _setup(mirror: WorkdirMirror, config: Config | None) -> Setup:
     near = given.near_policy
     if near.generator == "process" and mirror.is_remote:
         raise WorkdirError(
-            f"{mirror.name}: a generator beside a run needs a file system that both see; mount the "
+            f"{mirror.name}: a learner and its generator need a shared file system; mount the "
             "bucket"
         )
     if near.schedule == "none":
@@ -114,7 +114,8 @@ def _setup(mirror: WorkdirMirror, config: Config | None) -> Setup:
             f"{workdir}: near_policy.schedule is none; expected refresh or continuous: nothing is "
             "sampled ahead"
         )
-    # Beside a learner, all devices of this machine sample: they need not be as many as its own.
+    # A generator process uses all devices of its machine: their number may differ from the
+    # learner's.
     own_mesh = MeshConfig(tensor=given.mesh.tensor) if near.generator == "process" else given.mesh
     setup = prepare(dataclasses.replace(given, mesh=own_mesh))
     if config is not None:

@@ -373,7 +373,10 @@ def run(*words):
 
 
 def test_it_serves_beside_a_command_and_passes_its_status_on():
-    asks = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1] + '/models').status); sys.exit(7)"
+    asks = (
+        "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1] + "
+        "'/models').status); sys.exit(7)"
+    )
     done = run("--port", "0", "--", sys.executable, "-c", asks, "{url}")
     assert done.returncode == 7
     assert done.stdout == "200\n"
