@@ -27,7 +27,6 @@ from opdjax.engine.update import (
     make_optimizer,
     make_update,
 )
-from opdjax.estimators import bind
 from opdjax.models.decoder import Params
 from opdjax.models.hf import Checkpoint
 from opdjax.models.hf_export import export, export_adapter
@@ -85,7 +84,6 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
     """Run `config` in `workdir` and return its result, which is also `result.json`; a finished run
     is only reported.
     """
-    bind(config.estimator.recipe, config.estimator.options)
     join(config.mesh.processes)
     with contextlib.ExitStack() as opened:
         _require_home(config, workdir)
@@ -142,10 +140,7 @@ def _open(mirror: WorkdirMirror, setup: Setup, described: dict[str, Any]) -> boo
 
 def _run(setup: Setup, mirror: WorkdirMirror, opened: contextlib.ExitStack) -> None:
     config, workdir = setup.config, mirror.directory
-    spec, needs = (
-        update_spec(setup),
-        bind(config.estimator.recipe, config.estimator.options)[0].teacher,
-    )
+    spec = update_spec(setup)
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     checkpointer = Checkpointer(
         mirror.checkpoints, keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric
@@ -205,7 +200,9 @@ def _run(setup: Setup, mirror: WorkdirMirror, opened: contextlib.ExitStack) -> N
             # called at once
             on_process_zero(lambda: append_lines(workdir / "samples.jsonl", rows))  # noqa: B023
         with timer.phase("teacher"):
-            batch, teacher_head = jax.block_until_ready(scored(current, drawn.rows, needs))
+            batch, teacher_head = jax.block_until_ready(
+                scored(current, drawn.rows, spec.estimator.teacher)
+            )
         told = _probed(source, behavior_kl, state.params, frozen, setup, step, timer)
         with timer.phase("update"):
             state, metrics = update(state, batch, teacher_head, frozen)

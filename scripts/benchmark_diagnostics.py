@@ -23,7 +23,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from benchmark_recipes import RECIPES
 from benchmark_vocab import machine, make_arguments
 
 from opdjax.config import (
@@ -38,7 +37,7 @@ from opdjax.data.packing import to_train_batch
 from opdjax.data.prompts import collate, indices_at
 from opdjax.engine.step_metrics import observed
 from opdjax.engine.update import init_state, make_optimizer, make_update
-from opdjax.estimators import bind
+from opdjax.estimators import estimator_of
 from opdjax.models.hf import load_params
 from opdjax.ops.tile import Head
 from opdjax.ops.vocab import TokenInputs, tiled_loss, tiled_stats
@@ -94,7 +93,7 @@ def mini_runs(estimator: EstimatorConfig) -> tuple[dict[str, Callable], dict[str
         mesh=MeshConfig(1),
     )
     setup = prepare(config)
-    needs = bind(estimator.recipe, estimator.options)[0].teacher
+    needs = estimator_of(estimator).teacher
     params = load_params(setup.student, "float32")
     prompts = collate(setup.prompts, indices_at(0, 64, len(setup.prompts), 0))
     rollouts = jax.block_until_ready(draw(setup, params, prompts, 0))
@@ -131,12 +130,12 @@ def mini_runs(estimator: EstimatorConfig) -> tuple[dict[str, Callable], dict[str
 def vocabulary_runs(
     estimator: EstimatorConfig, tokens: int, vocab: int, width: int, tile: int
 ) -> tuple[dict[str, Callable], dict]:
-    recipe, options = RECIPES[estimator.recipe], estimator.options
+    bound = estimator_of(estimator)
     arguments = make_arguments(tokens, vocab, width)
 
     def loss(hidden, kernel, weights, token, teacher_hidden, teacher_kernel, is_observed):
         columns, teacher = TokenInputs(token), (teacher_hidden, Head(teacher_kernel))
-        if recipe.teacher == "token":
+        if bound.teacher == "token":
             read = lambda tile, _, row: tile.logprob(row.token)
             columns = TokenInputs(
                 token,
@@ -149,9 +148,8 @@ def vocabulary_runs(
             columns = dataclasses.replace(
                 columns, is_observed=jnp.broadcast_to(is_observed, token.shape)
             )
-        token_loss = observed(recipe.token_loss)
         return tiled_loss(
-            lambda *tiles: token_loss(*tiles, **options),
+            observed(bound.token_loss),
             hidden,
             Head(kernel),
             weights,

@@ -23,7 +23,7 @@ from benchmark_vocab import (
     time_forms,
 )
 
-from opdjax.estimators import RECIPES
+from opdjax.estimators import bind
 from opdjax.ops.tile import Head
 from opdjax.ops.vocab import TokenInputs, tiled_loss, tiled_stats
 
@@ -47,11 +47,11 @@ FORMS = {
 
 def form(label, tile):
     name, options = FORMS[label]
-    recipe = RECIPES[name]
+    estimator = bind(name, options)
 
     def loss(hidden, kernel, weights, token, teacher_hidden, teacher_kernel):
         columns, teacher = TokenInputs(token), (teacher_hidden, Head(teacher_kernel))
-        if recipe.teacher == "token":
+        if estimator.teacher == "token":
             read = lambda tile, _, row: tile.logprob(row.token)
             columns = TokenInputs(
                 token,
@@ -60,23 +60,23 @@ def form(label, tile):
                 ),
             )
         if label == STORED:
-            ids = (token[..., None] + jnp.arange(recipe.top_k)) % kernel.shape[0]
+            ids = (token[..., None] + jnp.arange(estimator.top_k)) % kernel.shape[0]
             columns = dataclasses.replace(
                 columns, teacher_ids=ids, teacher_top_logprob=jnp.full(ids.shape, -3, jnp.float16)
             )
-        elif recipe.teacher == "top_k":
+        elif estimator.teacher == "top_k":
             read = lambda tile, _, row: (
-                tile.top_k(recipe.top_k),
-                tile.logprob(tile.top_k(recipe.top_k)),
+                tile.top_k(estimator.top_k),
+                tile.logprob(tile.top_k(estimator.top_k)),
             )
             ids, logprobs = tiled_stats(
                 read, teacher_hidden, Head(teacher_kernel), weights > 0, columns, tile=tile
             )
             columns = dataclasses.replace(columns, teacher_ids=ids, teacher_top_logprob=logprobs)
-        if recipe.teacher != "vocabulary":
+        if estimator.teacher != "vocabulary":
             teacher = None
         return tiled_loss(
-            lambda *tiles: recipe.token_loss(*tiles, **options),
+            estimator.token_loss,
             hidden,
             Head(kernel),
             weights,

@@ -30,8 +30,9 @@ import jax.numpy as jnp
 from benchmark_peers.settings import SIZES, Model
 from jax.sharding import Mesh
 
-from opdjax.config import EstimatorConfig, OptimizerConfig
+from opdjax.config import OptimizerConfig
 from opdjax.engine.update import UpdateSpec, init_state, make_optimizer, make_update
+from opdjax.estimators import bind
 from opdjax.estimators.divergence import reverse_kl
 from opdjax.models.decoder import DecoderConfig, head_of, init_params
 from opdjax.models.partitioning import shardings_of
@@ -114,7 +115,7 @@ def _update_row(model: Model, mesh: Mesh, batch: int, length: int, options) -> d
     config, optimizer_config = _decoder_config(model), OptimizerConfig()
     spec = UpdateSpec(
         model=config,
-        estimator=EstimatorConfig(recipe="full_kl", tile=options.tile),
+        estimator=bind("full_kl", tile=options.tile),
         dtype=options.dtype,
         max_completion_length=length,
         remat=options.remat,

@@ -1,6 +1,4 @@
-"""Eight simulated devices, a persistent compilation cache, and the small models that many tests
-share.
-"""
+"""Simulated devices, a persistent compilation cache, and the judge that many tests share."""
 
 import os
 import pathlib
@@ -10,23 +8,26 @@ import numpy as np
 import pytest
 from judge_server import serving
 
-jax.config.update("jax_platforms", "cpu")
+ROOT = pathlib.Path(__file__).parents[1]
+CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+
+# Processes that tests start inherit all of this through the environment, except the eight devices.
+# Compiling takes most of the time of these tests, and they check results, not speed.
+for name, value in {
+    "jax_platforms": "cpu",
+    "jax_disable_most_optimizations": True,
+    "jax_compilation_cache_dir": CACHE,
+    "jax_persistent_cache_min_compile_time_secs": 0.1,
+}.items():
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
 jax.config.update("jax_num_cpu_devices", 8)
-# Compiling is most of what these tests do; they check results, not speed.
-jax.config.update("jax_disable_most_optimizations", True)
-CACHE = os.environ.get(
-    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache")
-)
-jax.config.update("jax_compilation_cache_dir", CACHE)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs_of_this_file_alone():
-    """What other files compiled is let go: it would fill the memory, and push out programs that a
-    test counts.
-    """
-    jax.clear_caches()
+# Without the fusion emitters the CPU backend compiles three times as fast. An unknown flag would
+# end the process, so newer versions of jax, which may have dropped this one, do without it.
+if jax.__version_info__ < (0, 11):
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
 @pytest.fixture

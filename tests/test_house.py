@@ -8,8 +8,9 @@ import pytest
 from opdjax.cli.experiments import load_experiment
 from opdjax.config import Config, EndpointConfig, EstimatorConfig, RubricsConfig, SamplingConfig
 from opdjax.config.experiments import load_sweep
+from opdjax.config.recipes import RECIPES
 from opdjax.config.validation import ConfigError
-from opdjax.estimators import RECIPES, bind
+from opdjax.estimators import estimator_of
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
@@ -31,7 +32,7 @@ def test_an_experiment_is_data(file):
         assert load_sweep(str(file))
         return
     config = load_experiment(str(file))
-    bind(config.estimator.recipe, config.estimator.options)
+    estimator_of(config.estimator)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -107,11 +107,11 @@ def _log(line: str) -> None:
 
 def _points(file: str, only: tuple[str, ...]) -> list[SweepPoint]:
     from opdjax.config.grid import select
-    from opdjax.estimators import bind
+    from opdjax.estimators import estimator_of
 
     points = select(load_sweep(file), only) if only else load_sweep(file)
     for point in points:  # fail now rather than in every run
-        bind(point.config.estimator.recipe, point.config.estimator.options)
+        estimator_of(point.config.estimator)
     return points
 
 

@@ -14,14 +14,13 @@ from opdjax.config.model import MINI_PAIR, MINI_STUDENT, MINI_TEACHER, PACKAGE, 
 from opdjax.config.near_policy import NearPolicyConfig
 from opdjax.config.optimizer import OptimizerConfig
 from opdjax.config.rubrics import RubricsConfig
-from opdjax.config.run import JUDGED_RECIPES, Config
+from opdjax.config.run import Config
 from opdjax.config.sampling import SamplingConfig
 from opdjax.config.train import TrainConfig
 from opdjax.config.validation import ConfigError
 
 __all__ = [
     "JUDGED_FIELDS",
-    "JUDGED_RECIPES",
     "MINI_PAIR",
     "MINI_STUDENT",
     "MINI_TEACHER",

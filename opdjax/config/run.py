@@ -23,16 +23,11 @@ from opdjax.config.mesh import MeshConfig
 from opdjax.config.model import MINI_STUDENT, MINI_TEACHER, STUDENT, ModelConfig
 from opdjax.config.near_policy import NearPolicyConfig
 from opdjax.config.optimizer import OptimizerConfig
+from opdjax.config.recipes import RECIPES, Recipe
 from opdjax.config.rubrics import RubricsConfig
 from opdjax.config.sampling import SamplingConfig
 from opdjax.config.train import TrainConfig
 from opdjax.config.validation import ConfigError, require, require_types
-
-JUDGED_RECIPES = (
-    "ropd",
-    "tjudge",
-    "ropd_stages",
-)  # that learn from what judges say of whole answers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +41,12 @@ class Config:
     near_policy: NearPolicyConfig = NearPolicyConfig()
     estimator: EstimatorConfig = EstimatorConfig()
     rubrics: RubricsConfig = RubricsConfig()
-    # writes rubrics and reflections
+    # Writes rubrics and reflections.
     rubricator: EndpointConfig = EndpointConfig()
-    # holds answers to a rubric, or scores them where there is none
+    # Grades answers against a rubric, or gives them a plain score.
     verifier: EndpointConfig = EndpointConfig()
     teach: TeachConfig = TeachConfig()
-    # writes the references of opdjax teach; none: the teacher's checkpoint
-    # does
+    # Writes the references of `opdjax teach`; without a base_url the teacher's checkpoint does.
     teacher_api: EndpointConfig = EndpointConfig()
     api: ApiConfig = ApiConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -62,46 +56,29 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     mesh: MeshConfig = MeshConfig()
-    seed: int = 0  # of prompts, rollouts and everything else that is drawn
+    # Seed of the order of prompts, of all sampling and of initial adapters.
+    seed: int = 0
 
     def __post_init__(self):
         require_types(self)
         require_seed("seed", self.seed)
         rows, parts = self.rows_per_step, self.train.gradient_accumulation_steps
-        require(
-            rows % parts == 0,
-            "train.gradient_accumulation_steps",
-            parts,
-            f"a divisor of the {rows} rows a step",
-        )
+        expected = f"a divisor of the {rows} rows a step"
+        require(rows % parts == 0, "train.gradient_accumulation_steps", parts, expected)
         packed, longest = self.train.pack_length, self.sampling.max_completion_length
-        expected = (
-            f"more than sampling.max_completion_length, {longest}: a row holds whole rollouts"
-        )
+        expected = f"more than sampling.max_completion_length, {longest}: rollouts are never split"
         require(packed is None or packed > longest, "train.pack_length", packed, expected)
-        self._check_source()
+        self._check_models()
+        self._check_completions()
         self._check_near_policy()
-        self._check_reward()
-        require(
-            self.student.path != STUDENT,
-            "student.path",
-            STUDENT,
-            "the checkpoint that the student starts from",
-        )
-        if self.teacher_is_student:
-            for name, default in (
-                ("revision", None),
-                ("dtype", "auto"),
-                ("attention", "auto"),
-                ("split_over", ModelConfig().split_over),
-            ):
-                found = getattr(self.teacher, name)
-                require(
-                    found == default,
-                    f"teacher.{name}",
-                    found,
-                    f"{default}: the teacher is the student ({STUDENT})",
-                )
+        self._check_judges()
+        if self.recipe.is_rewarded or self.is_judged:
+            self._check_rewards()
+
+    @property
+    def recipe(self) -> Recipe:
+        """The row of the estimator's recipe."""
+        return RECIPES[self.estimator.recipe]
 
     @property
     def teacher_is_student(self) -> bool:
@@ -110,209 +87,149 @@ class Config:
 
     @property
     def teacher_model(self) -> ModelConfig:
-        """Where the teacher's tokenizer, shape and type are read."""
+        """The model whose tokenizer, shape and dtype the teacher has."""
         return self.student if self.teacher_is_student else self.teacher
 
-    def _check_source(self):
-        """Whose completions a recipe may be trained on."""
-        recipe, source = self.estimator.recipe, self.sampling.completions_from
-        is_policy_gradient = recipe in ("opd", "vopd")
-        require(
-            not is_policy_gradient or source == "student",
-            "sampling.completions_from",
-            source,
-            f"student: {recipe} averages over the student's draws",
+    def _check_models(self):
+        expected = "the checkpoint that the student starts from"
+        require(self.student.path != STUDENT, "student.path", STUDENT, expected)
+        for name in ("revision", "dtype", "attention", "split_over"):
+            found, default = getattr(self.teacher, name), getattr(ModelConfig(), name)
+            expected = f"{default}: the teacher is the student ({STUDENT})"
+            is_free = not self.teacher_is_student or found == default
+            require(is_free, f"teacher.{name}", found, expected)
+
+    def _check_completions(self):
+        """Whose completions a recipe may be trained on, and how they may be sampled."""
+        recipe, sampling, estimator = self.recipe, self.sampling, self.estimator
+        source = sampling.completions_from
+        reason = (
+            f"{recipe.name} averages over the student's samples"
+            if recipe.is_policy_gradient
+            else "cross-entropy on its own samples teaches a student nothing"
         )
-        is_signal = recipe != "sft" or source != "student"
-        require(
-            is_signal,
-            "sampling.completions_from",
-            source,
-            "teacher or references: cross-entropy on its own draws teaches a student nothing",
+        expected = f"{' or '.join(recipe.completions)}: {reason}"
+        require(source in recipe.completions, "sampling.completions_from", source, expected)
+        is_own = source == "student" and self.near_policy.filter == "none"
+        expected = (
+            "more than 0, or rollouts that near_policy.filter chose: cross-entropy on all of "
         )
-        is_signal = (
-            recipe != "npd"
-            or self.estimator.kd_weight != 0
-            or source != "student"
-            or self.near_policy.filter != "none"
-        )
-        expected = "more than 0, or rollouts that near_policy.filter chose: cross-entropy on all of its own draws teaches a student nothing"
-        require(is_signal, "estimator.kd_weight", self.estimator.kd_weight, expected)
+        expected += "its own samples teaches a student nothing"
+        is_taught = not is_own or estimator.kd_weight != 0
+        require(is_taught, "estimator.kd_weight", estimator.kd_weight, expected)
         if source == "references":
-            is_plain = self.sampling.temperature == 1 and not self.sampling.has_filter
-            require(
-                is_plain,
-                "sampling.temperature, top_p, top_k, min_p",
-                "set",
-                "none of them where nothing is sampled (references)",
-            )
-            is_free = self.sampling.slots is None and self.sampling.kv_dtype == "auto"
-            require(
-                is_free,
-                "sampling.slots, kv_dtype",
-                "set",
-                "neither where nothing is sampled (references)",
-            )
-        has_no_teacher = recipe == "sft" and source == "references"
-        for name in (
-            ("teacher_format", "teacher_enable_thinking", "teacher_prompt_format")
-            if has_no_teacher
-            else ()
-        ):
-            require(
-                getattr(self.data, name) is None,
-                f"data.{name}",
-                getattr(self.data, name),
-                "none where no teacher reads the data",
-            )
-        corrected = self.estimator.importance or "none"
-        expected = "none where the completions are not the student's: nothing tells how likely they were drawn"
-        require(
-            corrected == "none" or source == "student", "estimator.importance", corrected, expected
+            is_plain = sampling.temperature == 1 and not sampling.has_filter
+            expected = "their defaults where nothing is sampled (references)"
+            require(is_plain, "sampling.temperature, top_p, top_k, min_p", "set", expected)
+            is_free = sampling.slots is None and sampling.kv_dtype == "auto"
+            require(is_free, "sampling.slots, kv_dtype", "set", expected)
+        reads_teacher = source != "references" or recipe.teacher != "none"
+        for name in ("teacher_format", "teacher_enable_thinking", "teacher_prompt_format"):
+            value, expected = getattr(self.data, name), "none where no teacher reads the data"
+            require(reads_teacher or value is None, f"data.{name}", value, expected)
+        corrected = estimator.importance or "none"
+        expected = "none where the completions are not the student's: their probability under the "
+        expected += "policy that wrote them is unknown"
+        is_known = corrected == "none" or source == "student"
+        require(is_known, "estimator.importance", corrected, expected)
+        count, expected = (
+            sampling.num_generations,
+            "at least 2 where estimator.task_reward_coef is ",
         )
-        coef, generations = self.estimator.task_reward_coef, self.sampling.num_generations
-        expected = "at least 2 where estimator.task_reward_coef is given: a reward is compared with those of the same prompt"
-        require(not coef or generations > 1, "sampling.num_generations", generations, expected)
-        is_altered = self.sampling.has_filter or self.sampling.temperature != 1
-        if is_altered and is_policy_gradient and corrected == "none":
+        expected += "given: a reward is compared with those of the same prompt"
+        is_compared = not estimator.task_reward_coef or count > 1
+        require(is_compared, "sampling.num_generations", count, expected)
+        is_altered = sampling.has_filter or sampling.temperature != 1
+        is_exact = not recipe.is_policy_gradient or recipe.is_rewarded
+        if is_altered and not is_exact and corrected == "none":
             raise ConfigError(
-                f"recipe {self.estimator.recipe!r} with sampling.temperature {self.sampling.temperature}, top_p {self.sampling.top_p}, "
-                f"top_k {self.sampling.top_k}, min_p {self.sampling.min_p}: its expected gradient is then no longer the one it "
-                "advertises; sample with temperature 1 and no filter, use the recipe full_kl, or set estimator.importance to accept the "
-                "KL at that temperature, without the tokens that a filter takes away"
+                f"recipe {recipe.name!r} with sampling.temperature {sampling.temperature}, top_p "
+                f"{sampling.top_p}, top_k {sampling.top_k}, min_p {sampling.min_p} does not have "
+                "the expected gradient that it advertises; sample with temperature 1 and no "
+                "filter, use an exact divergence (full_kl), or set estimator.importance to accept "
+                "the KL at that temperature, without the tokens that a filter removes"
             )
 
     def _check_near_policy(self):
-        """What rollouts that are drawn ahead of their update can be used for."""
-        near = self.near_policy
+        """What rollouts that are sampled ahead of their update can be used for."""
+        near, recipe = self.near_policy, self.recipe
         if near.schedule == "none":
             return
         source, steps = self.sampling.completions_from, self.train.num_steps
-        require(
-            source == "student",
-            "sampling.completions_from",
-            source,
-            "student where near_policy.schedule is given: it is drawn ahead, not given",
+        expected = "student where near_policy.schedule is set: given answers are not sampled ahead"
+        require(source == "student", "sampling.completions_from", source, expected)
+        expected = (
+            f"a checkpoint where near_policy.schedule is {near.schedule}: its scores are stored"
         )
-        expected = f"a checkpoint where near_policy.schedule is {near.schedule}: what it says of a rollout is stored"
         require(not self.teacher_is_student, "teacher.path", self.teacher.path, expected)
         expected = f"a divisor of train.num_steps, {steps}: every epoch has as many steps"
         require(steps % near.num_epochs == 0, "near_policy.num_epochs", near.num_epochs, expected)
-        is_whole = near.schedule == "continuous" and near.filter == "none"
-        coef, expected = (
-            self.estimator.task_reward_coef,
-            "none where rollouts of one prompt may be trained on apart (refresh, or a filter)",
+        keeps_groups = near.schedule == "continuous" and near.filter == "none"
+        coef = self.estimator.task_reward_coef
+        expected = (
+            "none where near_policy may separate the rollouts of a prompt (refresh, a filter)"
         )
-        require(not coef or is_whole, "estimator.task_reward_coef", coef, expected)
+        require(not coef or keeps_groups, "estimator.task_reward_coef", coef, expected)
+        may_lead = not self.is_judged and (recipe.reward != "task" or keeps_groups)
+        expected = f"none where the recipe is {recipe.name}: the rollouts of a prompt are graded "
+        expected += "together, for the update that samples them"
+        require(may_lead, "near_policy.schedule", near.schedule, expected)
         is_alone = near.generator != "thread" or self.mesh.processes == 1
-        expected = "inline or process where mesh.processes is not 1: a thread draws on devices of its own process alone"
+        expected = "inline or process where mesh.processes is not 1: a thread samples on the "
+        expected += "devices of its own process"
         require(is_alone, "near_policy.generator", near.generator, expected)
 
     @property
     def is_judged(self) -> bool:
-        """Whether judges are asked about rollouts: for their rewards, or for what the teacher is
-        shown.
-        """
-        return self.estimator.recipe in JUDGED_RECIPES or bool(self.judged_fields)
+        """Whether judges are asked about rollouts: for rewards, or for what the teacher is shown."""
+        return self.recipe.is_judged or bool(self.judged_fields)
 
     @property
     def judged_fields(self) -> tuple[str, ...]:
-        """What of the judges' words the teacher is shown."""
-        return tuple(
-            name
-            for name in JUDGED_FIELDS
-            if f"{{{name}}}" in (self.data.teacher_prompt_format or "")
-        )
+        """The judges' texts that the teacher is shown."""
+        shown = self.data.teacher_prompt_format or ""
+        return tuple(name for name in JUDGED_FIELDS if f"{{{name}}}" in shown)
 
-    def _check_reward(self):
-        """What a recipe that learns from rewards of whole answers needs, what judges need, and what
-        nobody else reads.
-        """
-        require(
-            self.teacher_api.base_url != RULE_JUDGE,
-            "teacher_api.base_url",
-            RULE_JUDGE,
-            "the address of a model: a judge teaches nothing",
-        )
-        recipe, rubrics, is_judged, format = (
-            self.estimator.recipe,
-            self.rubrics,
-            self.is_judged,
-            self.data.teacher_prompt_format,
-        )
-        require(
-            is_judged or rubrics == RubricsConfig(),
-            "rubrics",
-            "set",
-            f"its defaults where the recipe is {recipe}: it asks no judge",
-        )
-        if recipe != "grpo" and not is_judged:
-            return
-        source, generations, near = (
-            self.sampling.completions_from,
-            self.sampling.num_generations,
-            self.near_policy,
-        )
-        require(
-            source == "student",
-            "sampling.completions_from",
-            source,
-            f"student: {recipe} averages over the student's draws",
-        )
-        if recipe == "grpo" or recipe in JUDGED_RECIPES:
-            expected = f"at least 2: {recipe} compares the completions of a prompt with each other"
-            require(generations > 1, "sampling.num_generations", generations, expected)
-            require(
-                format is None,
-                "data.teacher_prompt_format",
-                format,
-                f"none where the recipe is {recipe}: it reads no teacher's scores",
-            )
-        is_whole = near.schedule == "none" or (
-            recipe == "grpo" and near.schedule == "continuous" and near.filter == "none"
-        )
-        expected = f"none where the recipe is {recipe}: a prompt's rollouts are judged together, for the update that they are drawn for"
-        require(is_whole, "near_policy.schedule", near.schedule, expected)
-        for role in ("verifier", "rubricator") if is_judged else ():
-            is_needed = role == "verifier" or (recipe != "tjudge" and rubrics.refresh != "given")
-            require(
-                getattr(self, role).is_given or not is_needed,
-                f"{role}.base_url",
-                "",
-                f"the address of a judge: {recipe} asks one",
-            )
+    def _check_judges(self):
+        rubrics, expected = self.rubrics, "the address of a model: a judge writes no answers"
+        is_model = self.teacher_api.base_url != RULE_JUDGE
+        require(is_model, "teacher_api.base_url", RULE_JUDGE, expected)
+        expected = f"its defaults where the recipe is {self.recipe.name}: it asks no judge"
+        require(self.is_judged or rubrics == RubricsConfig(), "rubrics", "set", expected)
+
+    def _check_rewards(self):
+        """What a recipe that learns from rewards of whole answers, and judges, need."""
+        recipe, rubrics = self.recipe, self.rubrics
+        source, count = self.sampling.completions_from, self.sampling.num_generations
+        format = self.data.teacher_prompt_format
+        expected = f"student: {recipe.name} averages over the student's samples"
+        require(source == "student", "sampling.completions_from", source, expected)
+        is_compared = not recipe.is_rewarded or count > 1
+        expected = f"at least 2: {recipe.name} compares the completions of a prompt with each other"
+        require(is_compared, "sampling.num_generations", count, expected)
+        expected = f"none where the recipe is {recipe.name}: it reads no teacher's scores"
+        is_unread = not recipe.is_rewarded or format is None
+        require(is_unread, "data.teacher_prompt_format", format, expected)
+        for role in ("verifier", "rubricator") if self.is_judged else ():
+            has_rubric = recipe.reward != "scalar" and rubrics.refresh != "given"
+            is_asked = role == "verifier" or has_rubric
+            expected = f"the address of a judge: {recipe.name} asks one"
+            is_given = getattr(self, role).is_given
+            require(is_given or not is_asked, f"{role}.base_url", "", expected)
         column = self.data.rubric_column
-        require(
-            rubrics.refresh != "given" or bool(column),
-            "data.rubric_column",
-            column,
-            "a column of criteria where rubrics.refresh is given",
+        expected = "a column of criteria where rubrics.refresh is given"
+        require(rubrics.refresh != "given" or column, "data.rubric_column", column, expected)
+        expected = (
+            f"two or more names where the recipe is {recipe.name}" if recipe.has_stages else ""
         )
-        is_staged = recipe == "ropd_stages"
-        expected = "two or more names where the recipe is ropd_stages, and none elsewhere"
-        require(
-            bool(rubrics.stage_names) == is_staged,
-            "rubrics.stage_names",
-            rubrics.stage_names,
-            expected,
-        )
-        of_rubrics = (
-            "min_criteria",
-            "max_criteria",
-            "grades",
-            "polarity",
-            "rubric_of",
-            "refresh",
-            "blind",
-        )
-        for name in of_rubrics if recipe == "tjudge" else ():
-            default = RubricsConfig.__dataclass_fields__[name].default
-            require(
-                getattr(rubrics, name) == default,
-                f"rubrics.{name}",
-                getattr(rubrics, name),
-                f"{default} where the recipe is tjudge",
-            )
+        expected = expected or f"none where the recipe is {recipe.name}: it has no stages"
+        is_staged = bool(rubrics.stage_names) == recipe.has_stages
+        require(is_staged, "rubrics.stage_names", rubrics.stage_names, expected)
+        of_rubrics = "min_criteria", "max_criteria", "grades", "polarity", "rubric_of", "refresh"
+        for name in (*of_rubrics, "blind") if recipe.reward == "scalar" else ():
+            value, default = getattr(rubrics, name), getattr(RubricsConfig(), name)
+            expected = f"{default} where the recipe is {recipe.name}: it has no rubric"
+            require(value == default, f"rubrics.{name}", value, expected)
 
     @property
     def steps_per_epoch(self) -> int:

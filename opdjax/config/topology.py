@@ -113,6 +113,4 @@ def topology(name: str) -> Topology:
     hint = "KIND-CHIPS"
     if kind in ("v4", "v5p"):
         hint = "the number in v4 and v5p names counts TensorCores, two per chip, as Google's does"
-    raise ConfigError(
-        f"there is no topology {name!r}; expected one of {', '.join(near)} ({hint})"
-    )
+    raise ConfigError(f"there is no topology {name!r}; expected one of {', '.join(near)} ({hint})")

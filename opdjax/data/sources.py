@@ -24,7 +24,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -95,17 +95,14 @@ def value_at(row: dict[str, Any], path: str, place: str) -> Any:
 
 def _missing(path: str, found: Any, place: str) -> DataError:
     names = sorted(found) if isinstance(found, dict) else []
-    hint = next(filter(None, (_near(part, names) for part in (path, *path.split(".")))), "")
+    parts = (path, *path.split("."))
+    close = [name for part in parts for name in difflib.get_close_matches(part, names, n=1)]
+    hint = f", did you mean {close[0]!r}?" if close else "."
     return DataError(
-        f"{place}: there is no column {path!r}; found {names or repr(found)}{hint or '.'} Name the "
+        f"{place}: there is no column {path!r}; found {names or repr(found)}{hint} Name the "
         "right one in data.prompt_column, data.answer_column or data.reference_column (for an "
         "evaluation in evaluation.prompt_column or evaluation.answer_column)"
     )
-
-
-def _near(name: str, valid: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(valid), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def read_rows(source: str, columns: ColumnMap) -> Rows:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opdjax.config import Config, EstimatorConfig, MeshConfig
+from opdjax.config import Config, MeshConfig
 from opdjax.config.validation import require
 from opdjax.data.chat import load_tokenizer, valid_vocab
 from opdjax.data.grading import GRADERS
@@ -26,8 +26,7 @@ from opdjax.engine.evaluate import completions
 from opdjax.engine.sampler import sample
 from opdjax.engine.scorer import score
 from opdjax.engine.update import UpdateSpec, loss_and_grad
-from opdjax.estimators import bind
-from opdjax.estimators.divergence import TOP_K_CONVENTIONS
+from opdjax.estimators import estimator_of
 from opdjax.models.decoder import DecoderConfig, Params, head_of
 from opdjax.models.hf import Checkpoint, load_params, open_checkpoint
 from opdjax.ops.tile import Head
@@ -82,7 +81,6 @@ def run_checks(config: Config, num_prompts: int) -> Iterator[Finding]:
 
 def examine(setup: Setup, num_prompts: int = 8) -> Iterator[Finding]:
     """Yield the finding of every check on the run's first prompts, each as soon as it is made."""
-    bind(setup.config.estimator.recipe, setup.config.estimator.options)
     chosen = _CHECKS
     if not reads_scores(setup.config):
         params = _load(setup, setup.student, setup.dtype)
@@ -229,13 +227,13 @@ def _check_sampler_matches_scorer(setup: Setup, first: FirstBatch) -> Finding:
 def _check_self_distillation(setup: Setup, first: FirstBatch) -> Finding:
     """Compare two updates: with the student's own weights as the teacher, and with the teacher."""
     config = setup.config
-    recipe, _ = bind(config.estimator.recipe, config.estimator.options)
+    estimator = estimator_of(config.estimator)
     # The student's view on both sides: another template would put it into another context.
     own, weights = _student_view(first.batch), load_student(setup)
     spec, mask = _update_spec(setup, own.tokens.shape[0]), np.asarray(own.mask)
     # A recipe that reads no scores may still filter rollouts by token log-probs.
-    needs = "token" if recipe.teacher == "none" else recipe.teacher
-    read = partial(score, needs=needs, top_k=recipe.top_k, tile=config.estimator.tile)
+    needs = "token" if estimator.teacher == "none" else estimator.teacher
+    read = partial(score, needs=needs, top_k=estimator.top_k, tile=config.estimator.tile)
 
     def first_update(
         params: Params, head: Head, batch: TrainBatch, model: DecoderConfig
@@ -257,23 +255,9 @@ def _check_self_distillation(setup: Setup, first: FirstBatch) -> Finding:
         first_update(params, head, own, setup.student.config),
         first_update(teacher.params, teacher.head, first.batch, teacher.checkpoint.config),
         config.estimator.recipe,
-        is_zero_at_teacher(config.estimator),
+        estimator.recipe.is_zero_at_teacher(estimator.options),
         dtypes,
         jax.default_backend(),
-    )
-
-
-def is_zero_at_teacher(estimator: EstimatorConfig) -> bool:
-    """Return whether the recipe's loss and gradient are 0 at student = teacher."""
-    if estimator.recipe == "npd":
-        return estimator.kd_weight == 1 and estimator.renormalize == "both"
-    if estimator.recipe != "topk_kl":
-        return estimator.recipe in ("opd", "vopd", "full_kl") and not estimator.task_reward_coef
-    options = estimator.options | TOP_K_CONVENTIONS.get(estimator.options.get("convention"), {})
-    return (
-        "weight" in options
-        or options.get("renormalize", "both") == "both"
-        or options.get("outside") == "tail"
     )
 
 
@@ -282,8 +266,7 @@ def _first_loss(
     params: Params, frozen: Params | None, batch: TrainBatch, head: Head | None, spec: UpdateSpec
 ):
     """Return (loss, norm of the gradient, outputs) of the run's own update."""
-    estimator = bind(spec.estimator.recipe, spec.estimator.options)
-    loss, gradient, outputs, _ = loss_and_grad(params, batch, head, spec, *estimator, frozen=frozen)
+    loss, gradient, outputs, _ = loss_and_grad(params, batch, head, spec, frozen=frozen)
     return loss, jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(gradient))), outputs
 
 

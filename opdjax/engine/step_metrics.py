@@ -8,13 +8,12 @@ What takes only the recipe's own outputs is told every step. What takes whole di
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from opdjax.estimators import diagnostics, importance
+from opdjax.estimators import Estimator, diagnostics, importance
 from opdjax.estimators.divergence import reverse_kl
 from opdjax.ops.masked import (
     masked_mean,
@@ -37,8 +36,8 @@ def observed(token_loss: Callable) -> Callable:
     observed step the diagnostics.
     """
 
-    def loss_of(student, teacher, row, **options):
-        loss, outputs = token_loss(student, teacher, row, **options)
+    def loss_of(student, teacher, row):
+        loss, outputs = token_loss(student, teacher, row)
         tiles = jax.lax.stop_gradient((student, teacher))
         if teacher is not None and "kl" not in outputs:
             outputs = outputs | {"kl": reverse_kl(*tiles)}
@@ -59,13 +58,10 @@ def step_metrics(
     batch: TrainBatch,
     is_observed: Bool[Array, ""] | None,
     max_length: int,
-    options: dict[str, Any],
-    is_policy_gradient: bool,
+    estimator: Estimator,
 ) -> dict[str, Array]:
-    """All scalars of a step that come of its tokens."""
-    metrics = token_metrics(outputs, batch) | _importance(
-        outputs, batch, options, is_policy_gradient
-    )
+    """All scalars of a step that are computed from its tokens."""
+    metrics = token_metrics(outputs, batch) | _importance(outputs, batch, estimator)
     if "reward" in outputs:
         metrics |= by_position("kl", masked_mean, _kl(outputs), batch, max_length)
     if "advantage" in outputs:
@@ -131,12 +127,11 @@ def _staleness(student_logprob: Float[Array, "B T"], batch: TrainBatch) -> dict[
     }
 
 
-def _importance(
-    outputs: Outputs, batch: TrainBatch, options: dict[str, Any], is_policy_gradient: bool
-) -> dict[str, Array]:
+def _importance(outputs: Outputs, batch: TrainBatch, estimator: Estimator) -> dict[str, Array]:
     """Under an importance correction: each token's own ratio to the behaviour policy, how many were
     cut, what their weights are worth.
     """
+    options = estimator.ratio_options
     if options.get("importance", "none") == "none" or batch.behavior_logprobs is None:
         return {}
     mask = batch.mask
@@ -147,7 +142,7 @@ def _importance(
         mask,
         batch.segment_ids,
         options,
-        is_policy_gradient=is_policy_gradient,
+        is_policy_gradient=estimator.recipe.is_policy_gradient,
     )
     ratio = jnp.exp(zero_where_masked(log_ratio, mask))
     return {

@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,12 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from opdjax.config import EstimatorConfig, OptimizerConfig
+from opdjax.config import OptimizerConfig
 from opdjax.config.run import Config
 from opdjax.engine.step_metrics import observed, step_metrics
-from opdjax.estimators import Recipe, bind, coupling, importance
+from opdjax.estimators import Estimator, estimator_of, importance
 from opdjax.estimators.advantage import batch_totals
 from opdjax.estimators.divergence import reverse_kl
-from opdjax.estimators.grpo import clipping
 from opdjax.estimators.losses import aggregation_weights, count_denominators
 from opdjax.models.decoder import DecoderConfig, Params, Remat, forward, head_of
 from opdjax.models.lora import combine
@@ -52,20 +51,25 @@ class UpdateSpec:
     """What an update is made of; static under jit."""
 
     model: DecoderConfig
-    estimator: EstimatorConfig
+    estimator: Estimator
     dtype: str  # of the forward pass
     max_completion_length: int
     gradient_accumulation_steps: int = 1
     temperature: float = 1.0  # the student is scored at the temperature it was sampled at
     valid_vocab: int | None = None
     remat: Remat = "none"
-    diagnostics_every: int = (
-        0  # steps between those that measure what takes whole distributions; 0: never
-    )
+    diagnostics_every: int = 0  # steps between those that observe whole distributions; 0: never
     mesh: Mesh | None = None
-    split_over: tuple[str, ...] = (
-        WEIGHT_AXES  # mesh axes that the trained parameters lie split over
-    )
+    split_over: tuple[str, ...] = WEIGHT_AXES  # mesh axes that shard the trained parameters
+
+
+class VocabularyInputs(NamedTuple):
+    """What the tiled pass over the vocabulary reads of a batch."""
+
+    hidden: Float[Array, "B T D"]
+    head: Head
+    row: TokenInputs
+    teacher: tuple[Float[Array, "B T E"], Head] | None
 
 
 def learning_rate_at(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -127,20 +131,18 @@ def init_state(
 def make_update(
     spec: UpdateSpec, config: OptimizerConfig, num_steps: int, layout: TrainState | None = None
 ) -> Callable:
-    """The jitted `update(state, batch, teacher_head=None, frozen=None) -> (state, metrics)`;
-    `state` is donated.
+    """The jitted `update(state, batch, teacher_head=None, frozen=None) -> (state, metrics)`.
 
-    `layout`: the shardings of the state, which it then also returns; inferred ones may differ from
-    step to step, each with another program. None: inferred. `frozen`: the parameters that are not
-    trained, where those of the state are adapters; read only, in the type of the forward pass. A
-    batch whose loss or gradient is not finite leaves parameters and optimizer as they were, and is
+    `state` is donated. `layout`: the shardings of the state, which the update returns too; None:
+    inferred, which may give another program at each step. `frozen`: the parameters that are not
+    trained, where those of the state are adapters; read only, in the dtype of the forward pass.
+    A batch whose loss or gradient is not finite leaves parameters and optimizer unchanged and is
     counted; the schedule counts the steps that were applied.
     """
     optimizer, learning_rate = (
         make_optimizer(config, num_steps),
         learning_rate_at(config, num_steps),
     )
-    recipe, options = bind(spec.estimator.recipe, spec.estimator.options)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=None if layout is None else (layout, None))
     def update(
@@ -151,7 +153,7 @@ def make_update(
     ):
         is_observed = state.step % spec.diagnostics_every == 0 if spec.diagnostics_every else None
         loss, grads, outputs, shares = loss_and_grad(
-            state.params, batch, teacher_head, spec, recipe, options, is_observed, frozen
+            state.params, batch, teacher_head, spec, is_observed, frozen
         )
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -174,16 +176,9 @@ def make_update(
         }
         if shares is not None:
             metrics |= noise_and_signal(norm, *shares)
-        corrected = options if recipe.reward == "none" else clipping(options)
-        told = step_metrics(
-            outputs,
-            batch,
-            is_observed,
-            spec.max_completion_length,
-            corrected,
-            recipe.is_policy_gradient,
+        return new_state, metrics | step_metrics(
+            outputs, batch, is_observed, spec.max_completion_length, spec.estimator
         )
-        return new_state, metrics | told
 
     return update
 
@@ -193,46 +188,40 @@ def loss_and_grad(
     batch: TrainBatch,
     teacher_head: Head | None,
     spec: UpdateSpec,
-    recipe: Recipe,
-    options: dict,
     is_observed: Bool[Array, ""] | None = None,
     frozen: Params | None = None,
 ):
-    """(loss, gradient of `params`, per-token outputs [B, T], shares) of a batch; none but the last
-    depends on how the batch is cut.
+    """(loss, gradient of `params`, per-token outputs [B, T], shares) of a batch.
 
-    `shares`: the sum of the squared norms of the micro-batches' shares of the gradient, and how
-    many there were, from which `noise_and_signal` tells how much of it is chance; None where one
-    micro-batch is all. Those after the last that holds a sampled token cost nothing. `is_observed`:
-    whether the outputs hold diagnostics, which are zeros where it is False and missing where it is
-    None; loss and gradient do not depend on it.
+    Only `shares` depends on how the batch is split: the sum of the squared norms of the
+    micro-batches' gradients, and the number of micro-batches, which `noise_and_signal` reads; None
+    for a single micro-batch. Micro-batches after the last one that holds a sampled token are
+    skipped. `is_observed`: whether the outputs hold diagnostics, which are zeros where it is False
+    and missing where it is None; loss and gradient do not depend on it.
     """
-    recipe = dataclasses.replace(recipe, token_loss=observed(recipe.token_loss))
     denominators = count_denominators(batch.mask, batch.segment_ids, spec.max_completion_length)
     weights = aggregation_weights(
         batch.mask, batch.segment_ids, spec.estimator.aggregation, denominators
     )
-    parts = spec.gradient_accumulation_steps
-    totals = (
-        _totals(combine(frozen, params), batch, teacher_head, spec, options)
-        if parts > 1 and coupling.needs_totals(options)
-        else None
-    )
-    batch_loss = partial(
-        _batch_loss,
-        spec=spec,
-        recipe=recipe,
-        options=options,
-        totals=totals,
-        is_observed=is_observed,
-    )
+    parts, totals = spec.gradient_accumulation_steps, None
+    if parts > 1 and spec.estimator.needs_totals:
+        totals = _totals(combine(frozen, params), batch, teacher_head, spec)
+
+    def batch_loss(params: Params, part: TrainBatch, weights: Float[Array, "B T"]):
+        inputs = vocabulary_inputs(combine(frozen, params), part, teacher_head, spec)
+        if is_observed is not None:
+            observed_rows = jnp.broadcast_to(is_observed, part.mask.shape)
+            row = dataclasses.replace(inputs.row, is_observed=observed_rows)
+            inputs = inputs._replace(row=row)
+        return vocabulary_loss(inputs, part, weights, spec, totals=totals, head_grad=frozen is None)
+
     value_and_grad = jax.value_and_grad(batch_loss, has_aux=True)
     if parts == 1:
-        (loss, outputs), grads = value_and_grad(params, batch, weights, teacher_head, frozen)
+        (loss, outputs), grads = value_and_grad(params, batch, weights)
         return loss, grads, outputs, None
 
     def accumulate(carry, part):
-        (loss, outputs), grads = value_and_grad(params, *part, teacher_head, frozen)
+        (loss, outputs), grads = value_and_grad(params, *part)
         grads = constrain(grads, spec.mesh, spec.split_over)
         return jax.tree.map(
             jnp.add, carry, (loss, grads, optax.tree.norm(grads, squared=True))
@@ -263,71 +252,28 @@ def noise_and_signal(norm: Array, squares: Array, parts: int | Int[Array, ""]) -
     return {"grad/noise_squared": noise, "grad/signal_squared": jnp.square(norm) - noise}
 
 
-def _batch_loss(
-    params,
-    batch: TrainBatch,
-    weights,
-    teacher_head,
-    frozen=None,
-    *,
-    spec: UpdateSpec,
-    recipe: Recipe,
-    options: dict,
-    totals=None,
-    is_observed=None,
-):
-    hidden, head, columns, teacher = passes(combine(frozen, params), batch, teacher_head, spec)
-    if is_observed is not None:
-        columns = dataclasses.replace(
-            columns, is_observed=jnp.broadcast_to(is_observed, batch.mask.shape)
-        )
-    loss = partial(
-        vocabulary_loss,
-        spec=spec,
-        recipe=recipe,
-        options=options,
-        totals=totals,
-        head_grad=frozen is None,
-    )
-    return loss(hidden, head, columns, teacher, batch, weights)
-
-
 def vocabulary_loss(
-    hidden,
-    head: Head,
-    columns: TokenInputs,
-    teacher,
+    inputs: VocabularyInputs,
     batch: TrainBatch,
-    weights,
-    *,
+    weights: Float[Array, "B T"],
     spec: UpdateSpec,
-    recipe: Recipe,
-    options: dict,
-    totals=None,
+    *,
+    token_loss: Callable | None = None,
+    totals: tuple[Array, Array] | None = None,
     head_grad: bool = True,
 ):
-    """(loss, per-token outputs) of a batch from what `passes` made of it: all of the vocabulary,
-    nothing of the trunk.
+    """(loss, per-token outputs) of a batch from `vocabulary_inputs`: the pass over the vocabulary.
+
+    `token_loss`: in place of the estimator's own with the outputs that metrics are made of.
     """
-    columns = prepared(
-        hidden,
-        head,
-        columns,
-        teacher,
-        batch,
-        spec=spec,
-        recipe=recipe,
-        options=options,
-        totals=totals,
-    )
-    token_loss = partial(recipe.token_loss, **options)
+    row = prepared(inputs, batch, spec, totals)
     return tiled_loss(
-        token_loss,
-        hidden,
-        head,
+        token_loss or observed(spec.estimator.token_loss),
+        inputs.hidden,
+        inputs.head,
         weights,
-        columns,
-        teacher,
+        row,
+        inputs.teacher,
         tile=spec.estimator.tile,
         head_grad=head_grad,
         mesh=spec.mesh,
@@ -335,29 +281,22 @@ def vocabulary_loss(
 
 
 def prepared(
-    hidden,
-    head: Head,
-    columns: TokenInputs,
-    teacher,
+    inputs: VocabularyInputs,
     batch: TrainBatch,
-    *,
     spec: UpdateSpec,
-    recipe: Recipe,
-    options: dict,
-    totals=None,
+    totals: tuple[Array, Array] | None = None,
 ) -> TokenInputs:
-    """The columns with what couples the tokens of a sequence, where the options ask for it."""
-    if not coupling.is_coupled(options):
-        return columns
-    stats = _stats(hidden, head, columns, teacher, batch, spec, options)
-    coupled = partial(coupling.prepare, is_policy_gradient=recipe.is_policy_gradient, totals=totals)
-    return coupled(columns, stats, batch.mask, batch.segment_ids, options)
+    """The columns, with those that couple the tokens of a sequence where the options need them."""
+    if not spec.estimator.is_coupled:
+        return inputs.row
+    stats = _stats(inputs, batch, spec)
+    return spec.estimator.prepare(inputs.row, stats, batch.mask, batch.segment_ids, totals)
 
 
-def passes(params, batch: TrainBatch, teacher_head, spec: UpdateSpec):
-    """What the tiled pass reads of a batch: hidden states, head, columns, and the teacher's hidden
-    states with its head.
-    """
+def vocabulary_inputs(
+    params: Params, batch: TrainBatch, teacher_head: Head | None, spec: UpdateSpec
+) -> VocabularyInputs:
+    """The student's forward pass, and the batch's columns beside it."""
     cast = jax.tree.map(
         lambda x: x.astype(spec.dtype) if jnp.dtype(spec.dtype).itemsize < x.dtype.itemsize else x,
         params,
@@ -368,7 +307,7 @@ def passes(params, batch: TrainBatch, teacher_head, spec: UpdateSpec):
     head = head_of(cast, valid_vocab=spec.valid_vocab, temperature=spec.temperature)
     scores = batch.teacher or TeacherScores()
     teacher = None if scores.hidden is None else (scores.hidden, teacher_head)
-    columns = TokenInputs(
+    row = TokenInputs(
         batch.tokens,
         teacher_logprob=scores.token_logprobs,
         behavior_logprob=batch.behavior_logprobs,
@@ -378,49 +317,53 @@ def passes(params, batch: TrainBatch, teacher_head, spec: UpdateSpec):
         teacher_ids=scores.top_ids,
         teacher_top_logprob=scores.top_logprobs,
     )
-    return hidden, head, columns, teacher
+    return VocabularyInputs(hidden, head, row, teacher)
 
 
 def _stats(
-    hidden, head, columns: TokenInputs, teacher, batch: TrainBatch, spec: UpdateSpec, options: dict
+    inputs: VocabularyInputs, batch: TrainBatch, spec: UpdateSpec
 ) -> dict[str, Float[Array, "B T"]]:
-    """What couples the tokens of a sequence is computed in a pass of its own first, without
-    gradient.
-    """
-    hidden, head = jax.lax.stop_gradient((hidden, head))
-    stat = partial(coupling.token_stats, options=options)
+    """What the coupling columns are made of: a pass of its own, without gradient."""
+    hidden, head = jax.lax.stop_gradient((inputs.hidden, inputs.head))
     return tiled_stats(
-        stat, hidden, head, batch.mask, columns, teacher, tile=spec.estimator.tile, mesh=spec.mesh
+        spec.estimator.token_stats,
+        hidden,
+        head,
+        batch.mask,
+        inputs.row,
+        inputs.teacher,
+        tile=spec.estimator.tile,
+        mesh=spec.mesh,
     )
 
 
-def _totals(params, batch: TrainBatch, teacher_head, spec: UpdateSpec, options: dict):
-    """(sum of rewards, tokens) of the whole batch, before any micro-batch is differentiated: one
+def _totals(
+    params: Params, batch: TrainBatch, teacher_head: Head | None, spec: UpdateSpec
+) -> tuple[Array, Array]:
+    """(sum of rewards, tokens) of the whole batch before any micro-batch is differentiated: one
     more forward pass.
     """
 
     def add_part(totals, part: TrainBatch):
-        stats = _stats(*passes(params, part, teacher_head, spec), part, spec, options)
+        stats = _stats(vocabulary_inputs(params, part, teacher_head, spec), part, spec)
         return jax.tree.map(jnp.add, totals, batch_totals(stats["reward"], part.mask)), None
 
     zero = jnp.zeros((), sum_dtype(spec.dtype))
-    return scan_parts(add_part, (zero, zero), batch, batch.mask, spec.gradient_accumulation_steps)[
-        0
-    ]
+    parts = spec.gradient_accumulation_steps
+    totals, *_ = scan_parts(add_part, (zero, zero), batch, batch.mask, parts)
+    return totals
 
 
 def make_examine(spec: UpdateSpec, num_alternatives: int) -> Callable:
-    """The jitted `examine(params, batch, teacher_head) -> outputs [B, T, ...]`: what a recipe makes
-    of each token, for people.
+    """The jitted `examine(params, batch, teacher_head) -> outputs [B, T, ...]`, for samples.jsonl.
 
     Beside the recipe's own outputs, where the batch holds the teacher's hidden states:
     `teacher_logprob`, `kl` (exact), and the teacher's most likely `alternatives` (ids) with their
     `alternative_logprobs`.
     """
-    recipe, options = bind(spec.estimator.recipe, spec.estimator.options)
 
-    def explained(student, teacher, row, **options):
-        loss, outputs = recipe.token_loss(student, teacher, row, **options)
+    def explained(student, teacher, row):
+        loss, outputs = spec.estimator.token_loss(student, teacher, row)
         if teacher is not None:
             ids = teacher.top_k(num_alternatives)
             outputs |= {
@@ -432,11 +375,9 @@ def make_examine(spec: UpdateSpec, num_alternatives: int) -> Callable:
 
     @jax.jit
     def examine(params: Params, batch: TrainBatch, teacher_head: Head | None = None):
+        inputs = vocabulary_inputs(params, batch, teacher_head, spec)
         weights = batch.mask.astype(jnp.float32)
-        told = dataclasses.replace(recipe, token_loss=explained)
-        return _batch_loss(
-            params, batch, weights, teacher_head, spec=spec, recipe=told, options=options
-        )[1]
+        return vocabulary_loss(inputs, batch, weights, spec, token_loss=explained)[1]
 
     return examine
 
@@ -450,12 +391,16 @@ def make_behavior_kl(spec: UpdateSpec) -> Callable:
     def behavior_kl(
         params: Params, batch: TrainBatch, frozen: Params | None = None
     ) -> Float[Array, ""]:
-        hidden, head, columns, _ = passes(
-            combine(frozen, params), dataclasses.replace(batch, teacher=None), None, spec
-        )
-        take = lambda student, _, row: student.logprob(row.token)
+        untaught = dataclasses.replace(batch, teacher=None)
+        inputs = vocabulary_inputs(combine(frozen, params), untaught, None, spec)
         logprobs = tiled_stats(
-            take, hidden, head, batch.mask, columns, tile=spec.estimator.tile, mesh=spec.mesh
+            lambda student, _, row: student.logprob(row.token),
+            inputs.hidden,
+            inputs.head,
+            batch.mask,
+            inputs.row,
+            tile=spec.estimator.tile,
+            mesh=spec.mesh,
         )
         return masked_mean(importance.kl_to_behavior(logprobs, batch.behavior_logprobs), batch.mask)
 
@@ -468,7 +413,7 @@ def spec_of(
     """`update_spec` of a run of which no more is known than these."""
     return UpdateSpec(
         model=model,
-        estimator=config.estimator,
+        estimator=estimator_of(config.estimator),
         dtype=dtype,
         max_completion_length=config.sampling.max_completion_length,
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,

@@ -1,93 +1,133 @@
-"""The recipes, by name. A new paper is one brick, one recipe, one row here."""
+"""The estimators: `bind(name, options)` gives an `Estimator`, a recipe with its options."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any
 
-from opdjax.estimators import coupling, divergence, grpo, importance, losses, opd
+import jax
+from jaxtyping import Array, Bool, Float, Int
 
+from opdjax.config import EstimatorConfig
+from opdjax.config.recipes import RECIPES, Recipe, TeacherNeed, recipe_named
+from opdjax.estimators import coupling, divergence, grpo, losses, opd
+from opdjax.ops.tile import VocabTile
+from opdjax.ops.vocab import TokenInputs
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """A token loss and what it needs: `token_loss(student, teacher, row, **options) -> (loss [n],
-    outputs)`.
-    """
-
-    token_loss: Callable
-    # Nothing, its log-prob of the sampled token, that and its most likely ids with theirs, or its
-    # whole distribution
-    teacher: Literal["none", "token", "top_k", "vocabulary"]
-    # an expectation over sampled tokens: they must come from the distribution that is scored
-    is_policy_gradient: bool
-    options: tuple[str, ...]
-    top_k: int = 0  # how many of the teacher's most likely ids it reads, where `teacher` is top_k
-    # What gives a completion its reward, where the recipe learns from one: a grader, or a judge's
-    # plain score, rubric, rubric by stages
-    reward: Literal["none", "task", "scalar", "rubric", "stages"] = "none"
-
-
-_STATE_OPTIONS = (
-    "importance",
-    "importance_cap",
-)  # of an exact divergence: how stale its contexts are
-RECIPES = {
-    "opd": Recipe(opd.opd, "token", True, opd.OPTIONS),
-    "vopd": Recipe(opd.vopd, "vocabulary", True, ("baseline", "baseline_top_k", *opd.OPTIONS)),
-    "full_kl": Recipe(
-        divergence.full_kl, "vocabulary", False, (*divergence.FULL_OPTIONS, *_STATE_OPTIONS)
-    ),
-    "topk_kl": Recipe(
-        divergence.topk_kl,
-        "vocabulary",
-        False,
-        ("divergence", *divergence.TOP_K_OPTIONS, *_STATE_OPTIONS),
-    ),
-    "npd": Recipe(
-        divergence.npd,
-        "top_k",
-        False,
-        (*divergence.NPD_OPTIONS, *_STATE_OPTIONS),
-        divergence.NPD_TOP_K,
-    ),
-    "sft": Recipe(losses.sft, "none", False, ()),
-    "grpo": Recipe(grpo.grpo, "none", True, ("advantage", *grpo.LOSS_OPTIONS), reward="task"),
-    "ropd": Recipe(grpo.ropd, "none", True, ("advantage", *grpo.LOSS_OPTIONS), reward="rubric"),
-    "tjudge": Recipe(grpo.tjudge, "none", True, ("advantage", *grpo.LOSS_OPTIONS), reward="scalar"),
-    "ropd_stages": Recipe(
-        grpo.ropd_stages, "none", True, (*grpo.CREDIT_OPTIONS, *grpo.LOSS_OPTIONS), reward="stages"
-    ),
+# `token_loss(student, teacher, row, **options) -> (loss [n], outputs)` of each recipe.
+TOKEN_LOSSES: Mapping[str, Callable] = {
+    "opd": opd.opd,
+    "vopd": opd.vopd,
+    "full_kl": divergence.full_kl,
+    "topk_kl": divergence.topk_kl,
+    "npd": divergence.npd,
+    "sft": losses.sft,
+    "grpo": grpo.grpo,
+    "ropd": grpo.ropd,
+    "tjudge": grpo.tjudge,
+    "ropd_stages": grpo.ropd_stages,
 }
 
 
-def bind(name: str, options: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe of that name as these options make it, and the options.
+@dataclasses.dataclass(frozen=True)
+class Estimator:
+    """A recipe with its options; hashable, so that it is static under jit. Made by `bind`."""
 
-    Its token loss reads the columns of `coupling.prepare`, and `teacher` and `top_k` are what it
-    needs under these options. ValueError where the recipe, one of its options or its importance
-    correction does not exist.
-    """
-    if name not in RECIPES:
-        raise ValueError(f"there is no recipe {name!r}; expected one of {sorted(RECIPES)}")
-    recipe = RECIPES[name]
-    for option in options:
-        if option not in recipe.options:
-            raise ValueError(
-                f"recipe {name!r} has no option {option!r}; it has {list(recipe.options)}"
-            )
-    corrections = ("none", *importance.TOKEN_CORRECTIONS, *importance.SEQUENCE_CORRECTIONS)
-    corrections = (
-        corrections if recipe.is_policy_gradient else ("none", "prefix_truncate")
-    )  # no action that could be stale
-    if options.get("importance", "none") not in corrections:
-        raise ValueError(
-            f"recipe {name!r} has no importance correction {options['importance']!r}; it has {list(corrections)}"
+    name: str
+    given: tuple[tuple[str, Any], ...] = ()  # the options that are not left at their defaults
+    aggregation: str = "token_mean"
+    tile: int = 512
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe's row."""
+        return RECIPES[self.name]
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """The options that were given."""
+        return dict(self.given)
+
+    @property
+    def teacher(self) -> TeacherNeed:
+        """What is read of the teacher under these options."""
+        return self.recipe.teacher_need(self.options)
+
+    @property
+    def top_k(self) -> int:
+        """How many of the teacher's most likely ids are read; 0 where none are."""
+        return self.recipe.teacher_top_k(self.options)
+
+    @property
+    def is_coupled(self) -> bool:
+        """Whether a token's loss depends on other tokens, through columns that `prepare` makes."""
+        return coupling.is_coupled(self.options)
+
+    @property
+    def needs_totals(self) -> bool:
+        """Whether a row's columns depend on the other rows of the batch."""
+        return coupling.needs_totals(self.options)
+
+    @property
+    def ratio_options(self) -> dict[str, Any]:
+        """The options as `diagnostics.applied_importance` reads them: the clip of a rewarded recipe
+        is its correction.
+        """
+        return grpo.clipping(self.options) if self.recipe.is_rewarded else self.options
+
+    def token_loss(self, student: VocabTile, teacher: VocabTile | None, row: TokenInputs):
+        """(loss [n], outputs) of n tokens, nats; weighted by `row.loss_weight` where it is given."""
+        loss, outputs = TOKEN_LOSSES[self.name](
+            student, teacher, row, **coupling.pointwise(self.options)
         )
-    is_teacher_read = recipe.is_policy_gradient and recipe.reward == "none"
-    teacher = opd.teacher_needs(recipe.teacher, options) if is_teacher_read else recipe.teacher
-    teacher = "none" if options.get("kd_weight") == 0 else teacher
-    top_k = options.get("support_top_k", recipe.top_k) if teacher == "top_k" else 0
-    return dataclasses.replace(
-        recipe, token_loss=coupling.weighted(recipe.token_loss), teacher=teacher, top_k=top_k
-    ), options
+        if row.loss_weight is None:
+            return loss, outputs
+        return jax.lax.stop_gradient(row.loss_weight) * loss, outputs
+
+    def token_stats(
+        self, student: VocabTile, teacher: VocabTile | None, row: TokenInputs
+    ) -> dict[str, Float[Array, " n"]]:
+        """What `prepare` reads of each token; a pass of its own, without gradient."""
+        return coupling.token_stats(student, teacher, row, self.options)
+
+    def prepare(
+        self,
+        row: TokenInputs,
+        stats: dict[str, Float[Array, "B T"]],
+        mask: Bool[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        totals: tuple[Float[Array, ""], Float[Array, ""]] | None = None,
+    ) -> TokenInputs:
+        """The columns with those that couple tokens; see `coupling.prepare`."""
+        return coupling.prepare(
+            row,
+            stats,
+            mask,
+            segment_ids,
+            self.options,
+            is_policy_gradient=self.recipe.is_policy_gradient,
+            totals=totals,
+        )
+
+
+def bind(
+    name: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    aggregation: str = "token_mean",
+    tile: int = 512,
+) -> Estimator:
+    """The recipe of that name under these options.
+
+    ValueError where the recipe or an option does not exist, or options contradict each other.
+    """
+    given = dict(options or {})
+    recipe_named(name).check(given, aggregation)
+    return Estimator(name, tuple(given.items()), aggregation, tile)
+
+
+def estimator_of(config: EstimatorConfig) -> Estimator:
+    """The estimator that a config asks for."""
+    return bind(config.recipe, config.options, aggregation=config.aggregation, tile=config.tile)

@@ -6,10 +6,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
-import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from opdjax.estimators import advantage, importance
@@ -113,19 +111,9 @@ def sequence_importance(
     )
 
 
-def weighted(token_loss: Callable) -> Callable:
-    """The token loss under `row.loss_weight`, spared the options that have been turned into
-    columns.
-    """
-
-    def loss_of(student, teacher, row, **options):
-        outside = {"return_to_go", "prefix_weight", *CREDIT_OPTIONS}
-        if options.get("importance", "none") in ("none", *importance.SEQUENCE_CORRECTIONS):
-            outside |= {"importance", "importance_cap"}
-        inner = {name: value for name, value in options.items() if name not in outside}
-        loss, outputs = token_loss(student, teacher, row, **inner)
-        return loss if row.loss_weight is None else jax.lax.stop_gradient(
-            row.loss_weight
-        ) * loss, outputs
-
-    return loss_of
+def pointwise(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that the token loss itself reads: those turned into columns are left out."""
+    outside = {"return_to_go", "prefix_weight", *CREDIT_OPTIONS}
+    if options.get("importance", "none") in ("none", *importance.SEQUENCE_CORRECTIONS):
+        outside |= {"importance", "importance_cap"}
+    return {name: value for name, value in options.items() if name not in outside}

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from opdjax.config.recipes import TOP_K_CONVENTIONS
 from opdjax.estimators.opd import needed, sampled_reward
 from opdjax.ops.tile import VocabTile
 from opdjax.ops.vocab import TokenInputs
@@ -74,9 +75,6 @@ def _mix(
     is_live = (one.logits > -jnp.inf) | (other.logits > -jnp.inf)
     x, y = (jnp.where(is_live, tile.logprobs, 0) for tile in (one, other))
     return x, y, jnp.logaddexp(x + jnp.log(alpha), y + jnp.log1p(-alpha))
-
-
-FULL_OPTIONS = ("divergence", "beta", "skew_alpha")
 
 
 def full_kl(
@@ -145,43 +143,10 @@ def full_kl(
     }
 
 
-TOP_K_OPTIONS = (
-    "support",
-    "support_top_k",
-    "renormalize",
-    "outside",
-    "clamp_at_zero",
-    "weight",
-    "convention",
-)
 SUPPORTS_OF_BOTH = ("union", "intersection", "symmetric_difference")
 FLOOR = (
     -100.0
 )  # nats: the teacher's log-prob of every id outside the support, where `outside` is `floor`
-# What systems that all say "top-k distillation" compute; a system that has one direction fixes it.
-# verl also clamps the log-probs at -10 and the loss at 10, which is left out. DistillKit's
-# symmetric uniform fill is `tail` too: spreading the missing mass of each side over the same ids
-# adds what one bucket adds. EasyDeL's value is larger by the teacher's entropy.
-TOP_K_CONVENTIONS = {
-    "tunix": {"support": "teacher", "renormalize": "both", "divergence": "forward"},
-    "verl": {
-        "support": "teacher",
-        "renormalize": "none",
-        "clamp_at_zero": True,
-        "divergence": "forward",
-    },
-    "nemo_rl": {"support": "teacher", "renormalize": "both"},
-    "nemo_rl_floor": {"support": "teacher", "renormalize": "teacher", "outside": "floor"},
-    "easydel": {"support": "teacher", "renormalize": "teacher", "divergence": "forward"},
-    "trl": {"support": "teacher", "renormalize": "none", "outside": "tail"},
-    "thunlp": {
-        "support": "student",
-        "renormalize": "none",
-        "weight": "p_student",
-        "divergence": "reverse",
-    },
-    "distillkit": {"support": "teacher", "renormalize": "none", "outside": "tail"},
-}
 
 
 def topk_kl(
@@ -301,17 +266,13 @@ def topk_kl(
     }
 
 
-NPD_OPTIONS = ("kd_weight", "support_top_k", "renormalize", "divergence")
-NPD_KD_WEIGHT, NPD_TOP_K = 0.9, 10
-
-
 def npd(
     student: VocabTile,
     teacher: VocabTile | None,
     row: TokenInputs,
     *,
-    kd_weight: float = NPD_KD_WEIGHT,
-    support_top_k: int = NPD_TOP_K,
+    kd_weight: float = 0.9,
+    support_top_k: int = 10,
     renormalize: str = "none",
     divergence: str = "forward",
 ):

@@ -20,7 +20,6 @@ from opdjax.ops.tile import VocabTile
 from opdjax.ops.vocab import TokenInputs
 
 DUAL_CLIP = 3.0
-LOSS_OPTIONS = ("clip_low", "clip_high", "dual_clip", "reference_kl_coef", "reference_kl")
 # What a group's rewards become before the pass; the token loss does not read them.
 CREDIT_OPTIONS = ("advantage", "stage_credit", "stage_credit_matrix", "stage_token_mean")
 

@@ -21,17 +21,6 @@ from opdjax.ops.vocab import TokenInputs
 
 BASELINES = ("full", "student_topk", "optimal", "batch_mean")
 REWARD_OPTIONS = ("reward_floor", "power_alpha")
-OPTIONS = (
-    *(
-        "discount",
-        "return_to_go",
-        *REWARD_OPTIONS,
-        "prefix_weight",
-        "extra_draws",
-        "task_reward_coef",
-    ),
-    *("importance", "importance_cap", "importance_floor", "clip_low", "clip_high"),
-)
 
 
 def sampled_reward(
@@ -255,15 +244,6 @@ def advantages(
             student, teacher, TokenInputs(None), baseline, baseline_top_k, **reward_options
         )[:, None]
     )
-
-
-def teacher_needs(usual: str, options: dict) -> str:
-    """What of the teacher a recipe of this file reads under these options, where it is `usual`
-    without any.
-    """
-    if options.get("extra_draws") or options.get("return_to_go") == "expected":
-        return "vocabulary"
-    return "token" if options.get("baseline") == "batch_mean" else usual
 
 
 def _estimate(

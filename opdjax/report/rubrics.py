@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from opdjax.config import JUDGED_RECIPES
+from opdjax.config.recipes import RECIPES
 from opdjax.report import judgements, measures
 from opdjax.report.charts import Chart, grid, legend
 from opdjax.report.judgements import JudgedGroup, Rate, Steps
@@ -36,7 +36,7 @@ def is_rewarded(run: Run) -> bool:
     """Whether the run's rewards are what a judge says of whole answers; a judge may also be asked
     for what a teacher is shown.
     """
-    return run.config["estimator"]["recipe"] in JUDGED_RECIPES
+    return RECIPES[run.config["estimator"]["recipe"]].is_judged
 
 
 def judge_name(run: Run) -> str:

@@ -19,10 +19,10 @@ import numpy as np
 
 from opdjax.config import DataConfig
 from opdjax.config.evaluation import EvaluationConfig
+from opdjax.config.recipes import RECIPES
 from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, render
 from opdjax.data.prompts import PromptSet
 from opdjax.engine.evaluate import last_tokens
-from opdjax.estimators import RECIPES, bind
 from opdjax.models.decoder import Params
 from opdjax.ops.tile import Head
 from opdjax.rollouts.findings import Finding, Problem, fault, finding, warning
@@ -351,10 +351,10 @@ def _altered_sampling(evaluation: EvaluationConfig) -> str | None:
 def check_staleness(setup: Setup) -> list[Finding]:
     """Warn if tokens of an older policy are weighted as if the current student had sampled them."""
     config, near = setup.config, setup.config.near_policy
-    recipe, options = bind(config.estimator.recipe, config.estimator.options)
+    recipe, options = RECIPES[config.estimator.recipe], config.estimator.options
     is_stale = near.schedule == "refresh" or near.max_staleness > 0
     # Recipes of rewards have an importance ratio of their own.
-    is_corrected = recipe.reward != "none" or options.get("importance", "none") != "none"
+    is_corrected = recipe.is_rewarded or options.get("importance", "none") != "none"
     if not is_stale or not recipe.is_policy_gradient or is_corrected:
         return []
     problem = warning(

@@ -14,12 +14,13 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
+from opdjax.config.recipes import RECIPES
 from opdjax.data.packing import answer_rows, for_teacher, pack, packing_metrics, to_train_batch
 from opdjax.data.prompts import collate, indices_at
 from opdjax.engine.evaluate import completions, graded, last_tokens
 from opdjax.engine.sampler import extra_uniforms, sample
 from opdjax.engine.scorer import score
-from opdjax.estimators import bind
+from opdjax.estimators import estimator_of
 from opdjax.estimators.advantage import group_advantage
 from opdjax.models.decoder import Params
 from opdjax.ops.sharding import num_row_shards, shard_rows, to_host
@@ -196,7 +197,7 @@ def scored(setup: Setup, batch: TrainBatch, needs: str) -> tuple[TrainBatch, Hea
     if not is_missing:
         return batch, None
     teacher, estimator = setup.teacher, setup.config.estimator
-    top_k = bind(estimator.recipe, estimator.options)[0].top_k if needs == "top_k" else 0
+    top_k = estimator_of(estimator).top_k if needs == "top_k" else 0
     scores = score(
         teacher.params,
         teacher.head,
@@ -252,8 +253,8 @@ def token_counts(setup: Setup, drawn: StepData) -> Metrics:
     """
     config, batch = setup.config, drawn.batch
     trained, source = float(np.asarray(batch.mask).sum()), config.sampling.completions_from
-    recipe, _ = bind(config.estimator.recipe, config.estimator.options)
-    passes = _is_unscored(batch, recipe.teacher) + (source == "teacher")
+    needs = estimator_of(config.estimator).teacher
+    passes = _is_unscored(batch, needs) + (source == "teacher")
     seen = float((np.asarray((batch.teacher_view or batch).segment_ids) > 0).sum())
     return {
         "perf/generated_tokens": drawn.told.get(
@@ -276,7 +277,7 @@ def with_credit(setup: Setup, batch: TrainBatch, rollouts: Rollouts) -> tuple[Tr
         batch = dataclasses.replace(
             batch, uniforms=extra_uniforms(rollouts, setup.config.seed, options["extra_draws"])
         )
-    if options.get("task_reward_coef") or setup.config.estimator.recipe == "grpo":
+    if options.get("task_reward_coef") or RECIPES[setup.config.estimator.recipe].reward == "task":
         reward, size = task_reward(setup, rollouts), setup.config.sampling.num_generations
         told["rollout/task_reward"] = float(reward.mean())
         advantage = group_advantage(

@@ -6,6 +6,7 @@ import importlib.util
 
 import jax
 
+from opdjax.config.recipes import RECIPES
 from opdjax.config.run import Config
 from opdjax.config.validation import ConfigError, MissingExtraError, require
 from opdjax.data.grading import require_grader
@@ -21,7 +22,7 @@ def _require_reward_data(config: Config, rows: list[Prompt]) -> None:
         require_grader(
             config.evaluation.grader
         )  # scores are recorded beside right answers where these are known
-    if config.estimator.task_reward_coef or config.estimator.recipe == "grpo":
+    if config.estimator.task_reward_coef or RECIPES[config.estimator.recipe].reward == "task":
         require_grader(config.evaluation.grader)
         require_field(
             rows, "answer", data.answer_column or "answer", data.source, "a task reward needs them"

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from opdjax.config import Config
+from opdjax.config.recipes import RECIPES
 from opdjax.data.chat import stage_ids
-from opdjax.estimators import bind
 from opdjax.estimators.advantage import (
     credit_matrix,
     group_advantage,
@@ -32,7 +32,7 @@ def least_scored(config: Config) -> int:
 
 def reward_of(config: Config) -> str:
     """What the recipe's reward is made of; none where judges only tell the teacher something."""
-    return bind(config.estimator.recipe, config.estimator.options)[0].reward
+    return RECIPES[config.estimator.recipe].reward
 
 
 def usable(scores: np.ndarray, config: Config) -> np.ndarray:

@@ -25,7 +25,7 @@ from opdjax.data.sources import ColumnMap
 from opdjax.engine.decoding import Decoding
 from opdjax.engine.evaluate import Evaluator
 from opdjax.engine.update import UpdateSpec, scored_temperature, spec_of
-from opdjax.estimators import bind
+from opdjax.estimators import estimator_of
 from opdjax.judge.prompts import template_versions
 from opdjax.models.attention import CUDNN_MAX_HEAD_SIZE, SPLASH_HEAD_SIZES, Implementation
 from opdjax.models.decoder import Params, head_of
@@ -236,10 +236,7 @@ def needs_teacher(config: Config) -> bool:
 
 def reads_scores(config: Config) -> bool:
     """Whether the teacher's numbers are compared with the student's, id by id."""
-    return (
-        bind(config.estimator.recipe, config.estimator.options)[0].teacher != "none"
-        or config.near_policy.filter != "none"
-    )
+    return estimator_of(config.estimator).teacher != "none" or config.near_policy.filter != "none"
 
 
 def _shares_vocabulary(config: Config, student: Any, teacher: Any) -> bool:

@@ -300,9 +300,7 @@ def _start_next(
     return None
 
 
-def _spawn(
-    id: str, claim: Claim, slot: int, jobs: int, sweep: SweepDirectory
-) -> subprocess.Popen:
+def _spawn(id: str, claim: Claim, slot: int, jobs: int, sweep: SweepDirectory) -> subprocess.Popen:
     directory = sweep.path / id
     # Points are often the same program with other numbers, which is then compiled once.
     cache = {"JAX_COMPILATION_CACHE_DIR": str(sweep.compilation_cache)}

@@ -37,7 +37,7 @@ from opdjax.config import (
 )
 from opdjax.engine.decoding import Decoding
 from opdjax.engine.sampler import sample
-from opdjax.estimators import RECIPES
+from opdjax.estimators import bind
 from opdjax.models.hf import load_params, open_checkpoint
 from opdjax.ops.tile import Head
 from opdjax.ops.vocab import TokenInputs, dense_loss, tiled_loss
@@ -82,7 +82,7 @@ def _blocked(function, *arguments):
 
 
 def build_dense_loss(case):
-    token_loss = partial(RECIPES["full_kl"].token_loss, divergence=case["divergence"])
+    token_loss = bind("full_kl", {"divergence": case["divergence"]}).token_loss
     student, teacher = map(jnp.asarray, make_logits(case["tokens"], case["vocab"]))
     columns = TokenInputs(jnp.zeros(case["tokens"], jnp.int32))
     weights = jnp.full(case["tokens"], 1 / case["tokens"])
@@ -97,7 +97,7 @@ def build_dense_loss(case):
 
 def build_tiled_loss(case):
     tokens = case["tokens"]
-    token_loss = partial(RECIPES["full_kl"].token_loss, divergence=case["divergence"])
+    token_loss = bind("full_kl", {"divergence": case["divergence"]}).token_loss
     arrays = (
         jnp.asarray(x, case["dtype"]) for x in make_hidden(tokens, case["vocab"], case["width"])
     )

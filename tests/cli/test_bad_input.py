@@ -388,7 +388,11 @@ DATA = {
 }
 
 CONFIG = {
-    "an unknown command": ("there is no command", lambda p: ["trian"], "'trian'; did you mean 'train'?"),
+    "an unknown command": (
+        "there is no command",
+        lambda p: ["trian"],
+        "'trian'; did you mean 'train'?",
+    ),
     "an unknown field": (
         PARSED,
         lambda p: p.train("--train.num-step", "1"),

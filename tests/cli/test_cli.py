@@ -333,9 +333,7 @@ def test_any_other_error_keeps_its_traceback(failing, error):
 
 
 def test_a_bug_ends_with_the_status_of_python():
-    code = (
-        "from opdjax.cli import main; main.COMMANDS['sample'] = lambda _: {}['bug']; main.main()"
-    )
+    code = "from opdjax.cli import main; main.COMMANDS['sample'] = lambda _: {}['bug']; main.main()"
     ran = subprocess.run([sys.executable, "-c", code, "sample"], capture_output=True, text=True)
     assert ran.returncode == 1
     assert ran.stderr.startswith("Traceback")

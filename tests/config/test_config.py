@@ -76,26 +76,7 @@ UNUSUAL = Config(
         99,
     ),
     sampling=SamplingConfig(6, 33, 0.7, 0.9, 20, 0.1, (7, 8), "teacher", ("fsdp",), 12, "int8"),
-    estimator=EstimatorConfig(
-        "full_kl",
-        "fixed_denominator",
-        64,
-        discount=0.5,
-        return_to_go="expected",
-        reward_floor=-2.0,
-        prefix_weight=0.5,
-        extra_draws=3,
-        task_reward_coef=0.1,
-        baseline="student_topk",
-        baseline_top_k=10,
-        divergence="jsd",
-        beta=0.25,
-        support="teacher",
-        support_top_k=9,
-        renormalize="none",
-        outside="tail",
-        clamp_at_zero=True,
-    ),
+    estimator=EstimatorConfig("full_kl", "fixed_denominator", 64, divergence="jsd", beta=0.25),
     optimizer=OptimizerConfig(1e-3, "linear", 3, 0.8, 0.95, 1e-6, 0.1, 0.0),
     train=TrainConfig(7, 12, 4, "dots", 2, 40),
     lora=LoraConfig(4, 8.0, ("q", "down")),
@@ -115,6 +96,7 @@ UNUSUAL = Config(
 # What does not stand beside it, so that every leaf differs from its default in one of them.
 OTHERS = [
     Config(data=DataConfig(references="answers.jsonl")),
+    Config(estimator=EstimatorConfig("opd", task_reward_coef=0.1), sampling=SamplingConfig(2)),
     *(
         Config(estimator=estimator)
         for estimator in (
@@ -124,6 +106,24 @@ OTHERS = [
                 importance="token_mask",
                 importance_cap=4.0,
                 importance_floor=0.25,
+            ),
+            EstimatorConfig(
+                "vopd",
+                discount=0.5,
+                return_to_go="expected",
+                reward_floor=-2.0,
+                prefix_weight=0.5,
+                extra_draws=3,
+                baseline="student_topk",
+                baseline_top_k=10,
+            ),
+            EstimatorConfig(
+                "topk_kl",
+                support="teacher",
+                support_top_k=9,
+                renormalize="none",
+                outside="tail",
+                clamp_at_zero=True,
             ),
             EstimatorConfig("opd", importance="ppo_clip", clip_low=0.1, clip_high=0.3),
             EstimatorConfig("full_kl", divergence="skew_forward", skew_alpha=0.3),
@@ -381,10 +381,26 @@ REFUSED = [
     (EstimatorConfig, {"tile": 0}, "estimator.tile is 0; expected at least 1"),
     (EstimatorConfig, {"discount": -0.1}, "estimator.discount is -0.1; expected from 0 to 1"),
     (EstimatorConfig, {"discount": 1.1}, "estimator.discount is 1.1; expected from 0 to 1"),
-    (EstimatorConfig, {"beta": -0.1}, "estimator.beta is -0.1; expected from 0 to 1"),
-    (EstimatorConfig, {"beta": 1.1}, "estimator.beta is 1.1; expected from 0 to 1"),
-    (EstimatorConfig, {"kd_weight": -0.1}, "estimator.kd_weight is -0.1; expected from 0 to 1"),
-    (EstimatorConfig, {"kd_weight": 1.1}, "estimator.kd_weight is 1.1; expected from 0 to 1"),
+    (
+        EstimatorConfig,
+        {"recipe": "full_kl", "beta": -0.1},
+        "estimator.beta is -0.1; expected from 0 to 1",
+    ),
+    (
+        EstimatorConfig,
+        {"recipe": "full_kl", "beta": 1.1},
+        "estimator.beta is 1.1; expected from 0 to 1",
+    ),
+    (
+        EstimatorConfig,
+        {"recipe": "npd", "kd_weight": -0.1},
+        "estimator.kd_weight is -0.1; expected from 0 to 1",
+    ),
+    (
+        EstimatorConfig,
+        {"recipe": "npd", "kd_weight": 1.1},
+        "estimator.kd_weight is 1.1; expected from 0 to 1",
+    ),
     (
         EstimatorConfig,
         {"recipe": "npd", "divergence": "jsd"},
@@ -398,7 +414,7 @@ REFUSED = [
     (
         EstimatorConfig,
         {"recipe": "npd", "kd_weight": 0.0, "support_top_k": 3},
-        "support_top_k is 3; expected none where kd_weight is 0",
+        "support_top_k is 3; expected none where kd_weight is 0.0",
     ),
     (
         Config,
@@ -430,7 +446,7 @@ REFUSED = [
     (
         EstimatorConfig,
         {"reward_floor": -1.0, "power_alpha": 0.5},
-        "reward_floor is -1.0; expected none where power_alpha is given",
+        "reward_floor is -1.0; expected none where power_alpha is 0.5",
     ),
     (
         EstimatorConfig,
@@ -441,7 +457,7 @@ REFUSED = [
     (
         EstimatorConfig,
         {"extra_draws": 2, "importance": "token_mask"},
-        "estimator.extra_draws is 2; expected 0 where importance is given",
+        "estimator.extra_draws is 2; expected 0 where importance is token_mask",
     ),
     (
         EstimatorConfig,
@@ -476,7 +492,7 @@ REFUSED = [
     (
         EstimatorConfig,
         {"importance": "ppo_clip", "clip_low": 1.0},
-        "estimator.clip_low is 1.0; expected less than 1",
+        "estimator.clip_low is 1.0; expected more than 0 and less than 1",
     ),
     *(
         (
@@ -645,8 +661,10 @@ def test_a_value_out_of_range_is_refused_by_name(section, values, message):
         (DataConfig, {"format": "raw", "teacher_format": "chat", "system_prompt": "x"}),
         (DataConfig, {"max_prompt_length": 1}),
         (SamplingConfig, {"top_p": 1e-9, "top_k": 1, "min_p": 0.999, "temperature": 1e-9}),
-        (EstimatorConfig, {"discount": 0.0, "divergence": "jsd", "beta": 0.0, "tile": 1}),
-        (EstimatorConfig, {"discount": 1.0, "divergence": "jsd", "beta": 1.0}),
+        (EstimatorConfig, {"discount": 0.0, "tile": 1}),
+        (EstimatorConfig, {"recipe": "full_kl", "divergence": "jsd", "beta": 0.0}),
+        (EstimatorConfig, {"discount": 1.0}),
+        (EstimatorConfig, {"recipe": "full_kl", "divergence": "jsd", "beta": 1.0}),
         (EstimatorConfig, {"baseline": "student_topk", "baseline_top_k": 1}),
         (
             EstimatorConfig,
@@ -717,7 +735,7 @@ def test_policy_gradients_want_unaltered_sampling(sampling):
     for recipe in ("opd", "vopd"):
         with pytest.raises(
             ConfigError,
-            match=f"recipe '{recipe}' with .*sample with temperature 1 and no filter, use the recipe full_kl, or set estimator.importance",
+            match=f"recipe '{recipe}' with .*sample with temperature 1 and no filter, use an exact divergence .full_kl., or set estimator.importance",
         ) as e:
             Config(sampling=SamplingConfig(**sampling), estimator=EstimatorConfig(recipe=recipe))
         name, value = next(iter(sampling.items()))
@@ -820,9 +838,9 @@ def test_importing_the_package_starts_nothing():
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"dual_clip": 1.0}, "estimator.dual_clip is 1.0; expected more than 1, or 0"),
+        ({"dual_clip": 1.0}, "estimator.dual_clip is 1.0; expected 0 .off., or more than 1"),
         ({"dual_clip": -3.0}, "estimator.dual_clip"),
-        ({"clip_low": 1.0}, "estimator.clip_low is 1.0; expected less than 1"),
+        ({"clip_low": 1.0}, "estimator.clip_low is 1.0; expected more than 0 and less than 1"),
         ({"clip_high": 0.0}, "estimator.clip_high is 0.0; expected more than 0"),
         ({"reference_kl_coef": -0.1}, "estimator.reference_kl_coef"),
         ({"reference_kl": "k2"}, "none unless reference_kl_coef is more than 0"),
@@ -832,11 +850,11 @@ def test_importing_the_package_starts_nothing():
         ({"stage_credit_matrix": (1.0, 0.5, 1.0)}, "K \\* K numbers"),
         (
             {"stage_credit_matrix": (1.0, 0.5, 0.0, 1.0), "stage_credit": "last"},
-            "none where stage_credit_matrix is given",
+            "expected none where stage_credit_matrix is",
         ),
         (
             {"stage_token_mean": True, "aggregation": "fixed_denominator"},
-            "token_mean where stage_token_mean is on",
+            "token_mean where stage_token_mean is True",
         ),
     ],
 )
@@ -850,7 +868,7 @@ def test_the_presets_of_ropd_are_its_release_and_its_paper():
     assert (released.aggregation, released.advantage) == ("token_mean", "mean")
     assert (printed.aggregation, printed.advantage) == ("sequence_mean_token_mean", "mean_std")
     for preset in (released, printed):
-        bind(preset.recipe, preset.options)
+        bind(preset.recipe, preset.options, aggregation=preset.aggregation)
         assert (preset.clip_low, preset.clip_high) == (0.2, 0.28)
 
 
@@ -873,7 +891,7 @@ JUDGED = {
         ({"rubricator": EndpointConfig()}, "rubricator.base_url"),
         (
             {"rubrics": RubricsConfig(stage_names=("a", "b"), stage_markers=(";",))},
-            "none elsewhere",
+            "none where the recipe is ropd: it has no stages",
         ),
         ({"estimator": EstimatorConfig("ropd_stages")}, "two or more names"),
         (

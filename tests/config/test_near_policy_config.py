@@ -159,7 +159,7 @@ NEAR = NearPolicyConfig("refresh", 2)
                 "sampling": SamplingConfig(completions_from="teacher"),
                 "estimator": EstimatorConfig("npd"),
             },
-            "sampling.completions_from is 'teacher'; expected student where near_policy.schedule is given",
+            "sampling.completions_from is 'teacher'; expected student where near_policy.schedule is set",
         ),
         (
             {"near_policy": NEAR, "teacher": ModelConfig("@student")},
@@ -176,7 +176,7 @@ NEAR = NearPolicyConfig("refresh", 2)
                     "sampling": SamplingConfig(num_generations=2),
                     "estimator": EstimatorConfig("opd", task_reward_coef=0.5),
                 },
-                "estimator.task_reward_coef is 0.5; expected none where rollouts of one prompt may be trained on apart",
+                "estimator.task_reward_coef is 0.5; expected none where near_policy may separate the rollouts of a prompt",
             )
             for near in (NEAR, NearPolicyConfig("continuous", filter="ifd"))
         ),

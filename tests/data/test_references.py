@@ -230,10 +230,7 @@ def test_a_miss_names_prompt_key_file_and_numbers(path):
         "2 have never been answered: opdjax references EXPERIMENT, with the same data, adds what is missing."
         in told
     )
-    assert (
-        "1 have only empty or truncated answers: sample more (teach.num_answers)"
-        in told
-    )
+    assert "1 have only empty or truncated answers: sample more (teach.num_answers)" in told
     with pytest.raises(ReferenceMissError) as error:
         references_of(index, ["3+3=" * 100], "rows.jsonl")
     assert "cut off" not in str(error.value)

@@ -28,11 +28,12 @@ from opdjax.config import (
     SamplingConfig,
     TrainConfig,
 )
+from opdjax.config.recipes import RECIPES
 from opdjax.data.chat import load_tokenizer
 from opdjax.data.packing import to_train_batch
 from opdjax.data.tasks.arithmetic import problems
 from opdjax.diagnose import checks
-from opdjax.diagnose.doctor import examine, first_batch, is_zero_at_teacher
+from opdjax.diagnose.doctor import examine, first_batch
 from opdjax.rollouts.checks import check_settings, check_tokenizers, end_of_turn
 from opdjax.rollouts.findings import FaultError, Finding, enforce
 from opdjax.rollouts.setup import prepare
@@ -202,7 +203,10 @@ def test_a_run_that_compares_no_scores_checks_its_student(healthy):
 
 
 def test_which_recipes_are_zero_at_the_teacher():
-    is_zero = lambda **options: is_zero_at_teacher(EstimatorConfig(**options))
+    def is_zero(recipe, **options):
+        EstimatorConfig(recipe, **options)
+        return RECIPES[recipe].is_zero_at_teacher(options)
+
     assert all(is_zero(recipe=name) for name in ("opd", "vopd", "full_kl", "topk_kl"))
     assert is_zero(recipe="topk_kl", renormalize="none", outside="tail")
     assert not is_zero(recipe="topk_kl", renormalize="none")

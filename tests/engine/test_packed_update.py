@@ -27,7 +27,7 @@ from opdjax.diagnose.doctor import examine
 from opdjax.engine.scorer import score
 from opdjax.engine.step_metrics import step_metrics
 from opdjax.engine.update import UpdateSpec, loss_and_grad, make_update, noise_and_signal
-from opdjax.estimators import bind
+from opdjax.estimators import estimator_of
 from opdjax.estimators.losses import AGGREGATIONS
 from opdjax.models.decoder import DecoderConfig, head_of, init_params
 from opdjax.models.rope import Rope
@@ -118,7 +118,7 @@ def make_models(dtype):
 def spec_of(estimator, dtype, parts, mesh=None):
     return UpdateSpec(
         MODEL,
-        estimator,
+        estimator_of(estimator),
         dtype,
         max_completion_length=ANSWER,
         gradient_accumulation_steps=parts,
@@ -129,13 +129,8 @@ def spec_of(estimator, dtype, parts, mesh=None):
 @functools.partial(jax.jit, static_argnames="spec")
 def trained(params, batch, head, spec):
     """(loss, gradient, token metrics, noise and signal or None)."""
-    recipe, options = bind(spec.estimator.recipe, spec.estimator.options)
-    loss, grads, outputs, shares = loss_and_grad(
-        params, batch, head, spec, recipe, options, jnp.bool_(True)
-    )
-    metrics = step_metrics(
-        outputs, batch, jnp.bool_(True), ANSWER, options, recipe.is_policy_gradient
-    )
+    loss, grads, outputs, shares = loss_and_grad(params, batch, head, spec, jnp.bool_(True))
+    metrics = step_metrics(outputs, batch, jnp.bool_(True), ANSWER, spec.estimator)
     noise = None if shares is None else noise_and_signal(jnp.float32(1), *shares)
     return loss, grads, metrics, noise
 
@@ -146,7 +141,7 @@ def result(batch, estimator, dtype, parts=1, *, is_packed=False, mesh=None, is_s
     With `is_stored` the teacher's scores of the padded rows are packed and placed with the rows.
     """
     student, teacher = make_models(jnp.dtype(dtype))
-    recipe = bind(estimator.recipe, estimator.options)[0]
+    recipe = estimator_of(estimator)
     of_teacher = functools.partial(
         score,
         teacher,

@@ -23,7 +23,7 @@ from opdjax.engine.update import (
     make_update,
     noise_and_signal,
 )
-from opdjax.estimators import bind
+from opdjax.estimators import estimator_of
 from opdjax.estimators.losses import AGGREGATIONS
 from opdjax.models.decoder import DecoderConfig, head_of, init_params
 from opdjax.models.rope import Rope
@@ -120,7 +120,7 @@ def make_models(dtype):
 
 
 def scored(batch, teacher, recipe):
-    needs = bind(recipe.recipe, recipe.options)[0].teacher
+    needs = estimator_of(recipe).teacher
     scores = score(teacher, head_of(teacher), batch, config=MODEL, needs=needs, tile=8)
     return dataclasses.replace(batch, teacher=scores), head_of(
         teacher
@@ -128,10 +128,8 @@ def scored(batch, teacher, recipe):
 
 
 def gradient(student, batch, head, estimator, dtype, **spec):
-    spec = UpdateSpec(MODEL, estimator, dtype, max_completion_length=7, **spec)
-    return jax.jit(
-        lambda p, b, h: loss_and_grad(p, b, h, spec, *bind(estimator.recipe, estimator.options))[:3]
-    )(student, batch, head)
+    spec = UpdateSpec(MODEL, estimator_of(estimator), dtype, max_completion_length=7, **spec)
+    return jax.jit(lambda p, b, h: loss_and_grad(p, b, h, spec)[:3])(student, batch, head)
 
 
 def relative_difference(left, right):
@@ -203,11 +201,8 @@ def test_noise_and_signal_are_those_of_the_micro_batches_gradients(rng):
     student, teacher = make_models(jnp.float64)
     estimator = EstimatorConfig(recipe="opd", discount=0.5, aggregation="fixed_denominator", tile=5)
     batch, _ = scored(make_batch(rng), teacher, estimator)
-    spec = UpdateSpec(MODEL, estimator, "float64", 7, gradient_accumulation_steps=4)
-    bound = bind("opd", estimator.options)
-    _, grads, _, shares = jax.jit(lambda p, b: loss_and_grad(p, b, None, spec, *bound))(
-        student, batch
-    )
+    spec = UpdateSpec(MODEL, estimator_of(estimator), "float64", 7, gradient_accumulation_steps=4)
+    _, grads, _, shares = jax.jit(lambda p, b: loss_and_grad(p, b, None, spec))(student, batch)
     found = noise_and_signal(optax.tree.norm(grads), *shares)
     flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
     parts = [jax.tree.map(lambda x, i=i: x[i::4], batch) for i in range(4)]
@@ -272,11 +267,11 @@ def test_pmap_over_eight_devices_gives_the_gradient_of_jit_over_the_mesh(rng):
     student, teacher = make_models(jnp.float32)
     batch, head = scored(make_batch(rng), teacher, estimator)
     _, core, _ = gradient(student, batch, head, estimator, "float32")
-    spec = UpdateSpec(MODEL, estimator, "float32", max_completion_length=7)
+    spec = UpdateSpec(MODEL, estimator_of(estimator), "float32", max_completion_length=7)
     shards = jax.tree.map(lambda x: x.reshape(8, 1, *x.shape[1:]), batch)
 
     def one_row(params, row):
-        _, grads, _, _ = loss_and_grad(params, row, head, spec, *bind("vopd", {}))
+        _, grads, _, _ = loss_and_grad(params, row, head, spec)
         return jax.lax.pmean(grads, "rows")
 
     mapped = jax.pmap(one_row, axis_name="rows", in_axes=(None, 0))(student, shards)
@@ -289,7 +284,7 @@ def test_a_batch_that_is_not_finite_changes_nothing_but_the_counters(rng):
     batch, _ = scored(make_batch(rng), teacher, estimator)
     config = OptimizerConfig(learning_rate=1e-2)
     optimizer = make_optimizer(config, 10)
-    update = make_update(UpdateSpec(MODEL, estimator, "float32", 7), config, 10)
+    update = make_update(UpdateSpec(MODEL, estimator_of(estimator), "float32", 7), config, 10)
     poisoned = dataclasses.replace(
         batch, teacher=TeacherScores(token_logprobs=batch.teacher.token_logprobs * jnp.nan)
     )
@@ -316,7 +311,7 @@ def test_a_bfloat16_forward_keeps_float32_parameters_and_small_steps(rng):
     student, teacher = make_models(jnp.bfloat16)
     batch, head = scored(make_batch(rng), teacher, estimator)
     config = OptimizerConfig(learning_rate=1e-6, schedule="constant")
-    update = make_update(UpdateSpec(MODEL, estimator, "bfloat16", 7), config, 10)
+    update = make_update(UpdateSpec(MODEL, estimator_of(estimator), "bfloat16", 7), config, 10)
     state, _ = update(init_state(student, make_optimizer(config, 10)), batch, head)
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
     moved = np.abs(np.asarray(state.params["final_norm"]) - 1)
@@ -364,7 +359,7 @@ def diagnosed(student, batch, head, estimator, every, **spec):
     """(parameters, metrics) after one update."""
     config = OptimizerConfig(learning_rate=1e-2)
     spec = UpdateSpec(
-        MODEL, estimator, "float32", 7, diagnostics_every=every, valid_vocab=9, **spec
+        MODEL, estimator_of(estimator), "float32", 7, diagnostics_every=every, valid_vocab=9, **spec
     )
     state, metrics = make_update(spec, config, 10)(
         init_state(student, make_optimizer(config, 10)), batch, head
@@ -443,7 +438,7 @@ def test_diagnostics_are_computed_every_n_steps(rng):
     batch, head = scored(drawn(make_batch(rng)), teacher, estimator)
     config = OptimizerConfig()
     update = make_update(
-        UpdateSpec(MODEL, estimator, "float32", 7, diagnostics_every=2), config, 10
+        UpdateSpec(MODEL, estimator_of(estimator), "float32", 7, diagnostics_every=2), config, 10
     )
     names = ("entropy/student", "reward/p05", "overlap/ratio", "kl/k3")
     state, is_finite = init_state(student, make_optimizer(config, 10)), []

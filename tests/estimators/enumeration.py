@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opdjax.estimators import RECIPES, bind, coupling
+from opdjax.estimators import TOKEN_LOSSES, bind
 from opdjax.ops.tile import VocabTile
 from opdjax.ops.vocab import TokenInputs
 
@@ -29,7 +29,7 @@ def sample_gradients(name, options, student, teacher, tokens=None, **columns):
 @partial(jax.jit, static_argnames=("name", "options"))
 def _gradients(student, teacher, columns, name, options):
     def total(logits):
-        loss, outputs = RECIPES[name].token_loss(
+        loss, outputs = TOKEN_LOSSES[name](
             VocabTile(logits), VocabTile(teacher), columns, **dict(options)
         )
         return jnp.sum(loss), outputs
@@ -97,7 +97,7 @@ def sequence_gradients(tables, name, options=None, batches=None, **columns):
     """
     batches = np.arange(len(SEQUENCES))[:, None] if batches is None else batches
     shape = (*batches.shape, LENGTH)
-    recipe, options = bind(name, options or {})
+    estimator = bind(name, options)
     student, teacher = (jnp.asarray(table)[CONTEXT_OF[batches]] for table in tables)
     columns = {
         key: jnp.asarray(x if np.shape(x)[:2] == shape[:2] else np.asarray(x)[batches])
@@ -106,17 +106,15 @@ def sequence_gradients(tables, name, options=None, batches=None, **columns):
     columns, mask = TokenInputs(jnp.asarray(TOKENS[batches]), **columns), jnp.asarray(MASK[batches])
     flat = lambda tree: jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), tree)
     teacher = VocabTile(flat(teacher))
-    if coupling.is_coupled(options):
-        stats = coupling.token_stats(VocabTile(flat(student)), teacher, flat(columns), options)
+    if estimator.is_coupled:
+        stats = estimator.token_stats(VocabTile(flat(student)), teacher, flat(columns))
         stats = jax.tree.map(lambda x: x.reshape(shape), stats)
         segments = jnp.ones(shape[1:], int)
-        prepare = lambda *args: coupling.prepare(
-            *args, segments, options, is_policy_gradient=recipe.is_policy_gradient
-        )
+        prepare = lambda *args: estimator.prepare(*args, segments)
         columns = jax.vmap(prepare)(columns, stats, mask)
 
     def total(logits):
-        loss, _ = recipe.token_loss(VocabTile(flat(logits)), teacher, flat(columns), **options)
+        loss, _ = estimator.token_loss(VocabTile(flat(logits)), teacher, flat(columns))
         return jnp.sum(jnp.where(mask, loss.reshape(shape), 0)) / (shape[1] * LENGTH)
 
     place = (CONTEXT_OF[batches][..., None] == np.arange(len(CONTEXTS))) & MASK[batches][..., None]

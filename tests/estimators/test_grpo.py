@@ -23,7 +23,7 @@ from enumeration import (
 )
 from jax.test_util import check_grads
 
-from opdjax.estimators import RECIPES, bind
+from opdjax.estimators import TOKEN_LOSSES, bind
 from opdjax.estimators.advantage import group_advantage, spread_stages, stage_advantage
 from opdjax.estimators.grpo import dual_clipped_loss, reference_penalty
 from opdjax.estimators.losses import aggregation_weights, count_denominators
@@ -293,7 +293,7 @@ def batch_of(rng, dtype=np.float32):
 
 @partial(jax.jit, static_argnames=("name", "options"))
 def value_and_grad(hidden, kernel, tokens, columns, mask, name="ropd", options=()):
-    recipe, options = bind(name, dict(options))
+    estimator = bind(name, dict(options))
     segments = SEGMENTS[: len(mask)]
     weights = aggregation_weights(
         mask, segments, "token_mean", count_denominators(mask, segments, 4)
@@ -301,9 +301,7 @@ def value_and_grad(hidden, kernel, tokens, columns, mask, name="ropd", options=(
 
     def loss(hidden, kernel):
         row = TokenInputs(tokens, **columns)
-        return tiled_loss(
-            partial(recipe.token_loss, **options), hidden, Head(kernel), weights, row, tile=3
-        )[0]
+        return tiled_loss(estimator.token_loss, hidden, Head(kernel), weights, row, tile=3)[0]
 
     return jax.value_and_grad(loss, argnums=(0, 1))(hidden, kernel)
 
@@ -392,7 +390,7 @@ class TestTransforms(chex.TestCase):
             ("ropd_stages", {"reference_kl_coef": 1.0}),
         ]
         losses = lambda s, row: [
-            RECIPES[name].token_loss(VocabTile(s), None, row, **options)[0] for name, options in how
+            TOKEN_LOSSES[name](VocabTile(s), None, row, **options)[0] for name, options in how
         ]
         flat = lambda tree: jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), tree)
         plain = [x.reshape(8, 4) for x in losses(flat(student), flat(rows))]
@@ -406,7 +404,7 @@ class TestTransforms(chex.TestCase):
 
 @pytest.mark.parametrize("name", ALL)
 def test_what_recipes_of_rewards_are_made_of(name):
-    recipe, _ = bind(name, {"advantage": "mean_std", "dual_clip": 0.0})
+    recipe = bind(name, {"advantage": "mean_std", "dual_clip": 0.0}).recipe
     kinds = {"grpo": "task", "ropd": "rubric", "tjudge": "scalar", "ropd_stages": "stages"}
     assert (recipe.teacher, recipe.is_policy_gradient, recipe.reward) == ("none", True, kinds[name])
     has_stages = {"stage_credit", "stage_credit_matrix", "stage_token_mean"} <= set(recipe.options)
@@ -420,11 +418,11 @@ def test_what_the_batch_lacks_is_named():
     tile, token = VocabTile(jnp.zeros((1, V))), jnp.zeros(1, int)
     zero = jnp.zeros(1)
     with pytest.raises(ValueError, match="'advantage', which this batch does not carry"):
-        RECIPES["ropd"].token_loss(tile, None, TokenInputs(token, behavior_logprob=zero))
+        TOKEN_LOSSES["ropd"](tile, None, TokenInputs(token, behavior_logprob=zero))
     with pytest.raises(ValueError, match="'behavior_logprob', which"):
-        RECIPES["ropd"].token_loss(tile, None, TokenInputs(token, advantage=zero))
+        TOKEN_LOSSES["ropd"](tile, None, TokenInputs(token, advantage=zero))
     with pytest.raises(ValueError, match="'reference_logprob', which"):
-        RECIPES["ropd"].token_loss(
+        TOKEN_LOSSES["ropd"](
             tile,
             None,
             TokenInputs(token, advantage=zero, behavior_logprob=zero),

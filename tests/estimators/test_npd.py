@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from opdjax.estimators import RECIPES, bind
+from opdjax.config.recipes import RECIPES
+from opdjax.estimators import bind
 from opdjax.estimators.divergence import npd, topk_kl
 from opdjax.ops.tile import Head, VocabTile
 from opdjax.ops.vocab import TokenInputs, dense_loss, tiled_loss
@@ -282,10 +283,10 @@ def test_tiles_and_garbage_where_nothing_counts(rng):
     ids=str,
 )
 def test_what_it_asks_of_a_teacher(options, needs, top_k):
-    recipe, _ = bind("npd", options)
-    assert (recipe.teacher, recipe.top_k) == (needs, top_k)
-    assert not recipe.is_policy_gradient
-    assert bind("topk_kl", {"support_top_k": 4})[0].top_k == 0
+    estimator = bind("npd", options)
+    assert (estimator.teacher, estimator.top_k) == (needs, top_k)
+    assert not estimator.recipe.is_policy_gradient
+    assert bind("topk_kl", {"support_top_k": 4}).top_k == 0
 
 
 @pytest.mark.parametrize(

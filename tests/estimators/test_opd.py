@@ -25,7 +25,8 @@ from enumeration import (
 )
 from jax.test_util import check_grads
 
-from opdjax.estimators import RECIPES, bind, coupling, divergence
+from opdjax.config.recipes import RECIPES
+from opdjax.estimators import TOKEN_LOSSES, bind, coupling, divergence
 from opdjax.estimators.losses import (
     aggregation_weights,
     clipped_policy_gradient_loss,
@@ -52,7 +53,7 @@ def logits(rng):
 def token_loss(name, options, student, teacher, token):
     """The recipe's loss of one token under one-context tiles."""
     tiles = (VocabTile(jnp.asarray(student)[None]), VocabTile(jnp.asarray(teacher)[None]))
-    loss, outputs = RECIPES[name].token_loss(*tiles, TokenInputs(jnp.asarray([token])), **options)
+    loss, outputs = TOKEN_LOSSES[name](*tiles, TokenInputs(jnp.asarray([token])), **options)
     return loss[0], outputs
 
 
@@ -152,21 +153,19 @@ def batch_gradient(
     weights = aggregation_weights(
         mask, segments, aggregation, count_denominators(mask, segments, LENGTH)
     )
-    recipe, options = bind(name, options)
+    estimator = bind(name, options)
     columns = TokenInputs(
         tokens, **{key: jnp.pad(x, ((0, 0), (1, 0)))[rows] for key, x in columns.items()}
     )
     teacher = (hidden, Head(teacher_theta.T))
-    if coupling.is_coupled(options):
-        stat = partial(coupling.token_stats, options=options)
+    if estimator.is_coupled:
+        stat = estimator.token_stats
         stats = tiled_stats(stat, hidden, Head(theta.T), mask, columns, teacher, tile=4)
-        columns = coupling.prepare(
-            columns, stats, mask, segments, options, is_policy_gradient=recipe.is_policy_gradient
-        )
+        columns = estimator.prepare(columns, stats, mask, segments)
 
     def loss(kernel):
         return tiled_loss(
-            partial(recipe.token_loss, **options),
+            estimator.token_loss,
             hidden,
             Head(kernel),
             weights,
@@ -274,7 +273,7 @@ class TestTransforms(chex.TestCase):
 
         def losses(s, t, row):
             return [
-                bind(name, options)[0].token_loss(VocabTile(s), VocabTile(t), row, **options)[0]
+                bind(name, options).token_loss(VocabTile(s), VocabTile(t), row)[0]
                 for name, options in recipes
             ]
 
@@ -371,7 +370,7 @@ def test_nan_in_masked_slots_changes_neither_value_nor_gradient(name, options, r
     # Hidden column t predicts token t + 1: these are the columns from which no counted token is
     # predicted.
     unread = np.array([[1, 0, 0, 1, 1], [0, 0, 1, 1, 1]], bool)
-    recipe, options = bind(name, options)
+    estimator = bind(name, options)
 
     @jax.jit
     def run(hidden, teacher_hidden, columns):
@@ -380,9 +379,9 @@ def test_nan_in_masked_slots_changes_neither_value_nor_gradient(name, options, r
             (teacher_hidden, teacher_head),
             weights > 0,
         )
-        if coupling.is_coupled(options):
+        if estimator.is_coupled:
             stats = tiled_stats(
-                partial(coupling.token_stats, options=options),
+                estimator.token_stats,
                 hidden,
                 head,
                 mask,
@@ -390,14 +389,10 @@ def test_nan_in_masked_slots_changes_neither_value_nor_gradient(name, options, r
                 teacher,
                 tile=3,
             )
-            row = coupling.prepare(
-                row, stats, mask, segments, options, is_policy_gradient=recipe.is_policy_gradient
-            )
+            row = estimator.prepare(row, stats, mask, segments)
 
         def loss(hidden, head):
-            return tiled_loss(
-                partial(recipe.token_loss, **options), hidden, head, weights, row, teacher, tile=3
-            )[0]
+            return tiled_loss(estimator.token_loss, hidden, head, weights, row, teacher, tile=3)[0]
 
         return jax.value_and_grad(loss, argnums=(0, 1))(hidden, head)
 
@@ -474,8 +469,8 @@ def test_options_that_a_recipe_does_not_have_are_refused():
     ids=str,
 )
 def test_what_a_recipe_reads_of_the_teacher(name, options, needs, rng):
-    recipe, options = bind(name, options)
-    assert recipe.teacher == needs
+    estimator = bind(name, options)
+    assert estimator.teacher == needs
     if needs == "vocabulary":
         return
     # The columns alone are enough, where no more is asked for.
@@ -488,14 +483,12 @@ def test_what_a_recipe_reads_of_the_teacher(name, options, needs, rng):
         advantage=jnp.ones(shape),
     )
     flat = lambda tree: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
-    if coupling.is_coupled(options):
+    if estimator.is_coupled:
         stats = jax.tree.map(
-            lambda x: x.reshape(shape), coupling.token_stats(tile, None, flat(row), options)
+            lambda x: x.reshape(shape), estimator.token_stats(tile, None, flat(row))
         )
-        row = coupling.prepare(
-            row, stats, mask, jnp.ones(shape, int), options, is_policy_gradient=True
-        )
-    assert np.isfinite(recipe.token_loss(tile, None, flat(row), **options)[0]).all()
+        row = estimator.prepare(row, stats, mask, jnp.ones(shape, int))
+    assert np.isfinite(estimator.token_loss(tile, None, flat(row))[0]).all()
 
 
 @pytest.mark.parametrize(
@@ -519,22 +512,15 @@ def test_a_column_that_is_missing_is_named(name, options, missing):
         {} if missing.startswith("a recipe") else {"teacher_logprob": jnp.zeros(1)},
     )
     with pytest.raises(ValueError, match=f"{missing}, which this batch does not carry"):
-        RECIPES[name].token_loss(tile, None, TokenInputs(jnp.zeros(1, int), **known), **options)
+        TOKEN_LOSSES[name](tile, None, TokenInputs(jnp.zeros(1, int), **known), **options)
 
 
 def test_a_missing_behaviour_is_named_before_the_pass():
-    recipe, options = bind("opd", {"importance": "sequence_mask"})
+    estimator = bind("opd", {"importance": "sequence_mask"})
     row, tile = TokenInputs(jnp.zeros((1, 1), int)), VocabTile(jnp.zeros((1, 3)))
     stats = {"student_logprob": tile.logprob(row.token[0])[None]}
     with pytest.raises(ValueError, match="importance sequence_mask reads 'behavior_logprob'"):
-        coupling.prepare(
-            row,
-            stats,
-            np.ones((1, 1), bool),
-            jnp.ones((1, 1), int),
-            options,
-            is_policy_gradient=recipe.is_policy_gradient,
-        )
+        estimator.prepare(row, stats, np.ones((1, 1), bool), jnp.ones((1, 1), int))
     with pytest.raises(ValueError, match="return_to_go expected reads 'teacher'"):
         coupling.token_stats(
             tile,

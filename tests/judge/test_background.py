@@ -17,14 +17,14 @@ ASKED = [{"role": "user", "content": "what is it worth?"}]
 
 def test_what_was_answered_when_a_run_ends_is_kept_as_spent(judge_server, tmp_path):
     roles = {"verifier": EndpointConfig(judge_server, "rules", input_price=1.0, output_price=1.0)}
-    with open_background_judge(roles, ApiConfig(), RubricsConfig(), tmp_path) as line:
-        line.record_usage(3)
-        line.results([line.submit(line.client.complete("verifier", ASKED))])
-        spent = line.client.spent
+    with open_background_judge(roles, ApiConfig(), RubricsConfig(), tmp_path) as background:
+        background.record_usage(3)
+        background.results([background.submit(background.client.complete("verifier", ASKED))])
+        spent = background.client.spent
     assert sum(row["dollars"] for row in read_lines(tmp_path / SPENDING)) == spent > 0
     assert {row["step"] for row in read_lines(tmp_path / SPENDING)} == {3}
-    with open_background_judge(roles, ApiConfig(), RubricsConfig(), tmp_path) as line:
-        assert line.client.spent == spent
+    with open_background_judge(roles, ApiConfig(), RubricsConfig(), tmp_path) as background:
+        assert background.client.spent == spent
 
 
 def test_two_runs_that_ask_the_same_at_once_go_on_with_one_reply(judge_server, tmp_path):

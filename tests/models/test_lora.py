@@ -14,7 +14,7 @@ from test_update import MODEL, gradient, make_batch, make_models, relative_diffe
 
 from opdjax.config import EstimatorConfig, LoraConfig, ModelConfig, OptimizerConfig
 from opdjax.engine.update import UpdateSpec, init_state, loss_and_grad, make_optimizer, make_update
-from opdjax.estimators import bind
+from opdjax.estimators import estimator_of
 from opdjax.models.decoder import abstract_params, forward
 from opdjax.models.hf import load_params, open_checkpoint
 from opdjax.models.hf_export import export, export_adapter
@@ -95,9 +95,10 @@ def test_gradients_are_those_of_the_kernels_by_the_chain_rule(parts, rng):
         base | {"layers": base["layers"] | kernels}, batch, head, estimator, "float64"
     )
 
-    spec = UpdateSpec(model, estimator, "float64", 7, gradient_accumulation_steps=parts)
-    bound = bind(estimator.recipe, estimator.options)
-    loss, found, *_ = jax.jit(lambda p, b, h, f: loss_and_grad(p, b, h, spec, *bound, frozen=f))(
+    spec = UpdateSpec(
+        model, estimator_of(estimator), "float64", 7, gradient_accumulation_steps=parts
+    )
+    loss, found, *_ = jax.jit(lambda p, b, h, f: loss_and_grad(p, b, h, spec, frozen=f))(
         adapters, batch, head, base
     )
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-11)
@@ -122,7 +123,7 @@ def test_an_update_trains_the_adapters_alone(rng):
     )
     batch, head = scored(make_batch(rng), teacher, estimator)
     update, kept = (
-        make_update(UpdateSpec(model, estimator, "bfloat16", 7), config, 10),
+        make_update(UpdateSpec(model, estimator_of(estimator), "bfloat16", 7), config, 10),
         jax.device_get(base),
     )
     state = init_state(init_adapters(model, LORA, 0), make_optimizer(config, 10))

@@ -93,7 +93,7 @@ def run(token_loss, args, mesh=None):
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_equals_one_device(x64, name, mesh):
     recipe, options = RECIPES[name]
-    token_loss = partial(observed(bind(recipe, options)[0].token_loss), **options)
+    token_loss = observed(bind(recipe, options).token_loss)
     args = problem()
     if name in ALONE:
         args = (*args[:4], None)
@@ -104,7 +104,7 @@ def test_every_recipe_equals_one_device(x64, name, mesh):
 
 @pytest.mark.parametrize("teacher_rows", [V - 3, V + 6])
 def test_a_teacher_whose_embedding_is_padded_otherwise(x64, teacher_rows):
-    token_loss = partial(bind("full_kl", {})[0].token_loss)
+    token_loss = bind("full_kl").token_loss
     args = problem(teacher_rows, bias=False)
     jax.tree.map(
         partial(np.testing.assert_allclose, rtol=1e-10),
@@ -175,7 +175,7 @@ def test_collectives_inside_the_loop_are_of_a_tiles_tokens_not_of_its_logits():
     """
     mesh, length, vocab, width, tile = make_mesh(2, 2, 2), 64, 1000, 48, 16
     recipe, options = "vopd", {"baseline": "student_topk", "baseline_top_k": 5}
-    token_loss = partial(bind(recipe, options)[0].token_loss, **options)
+    token_loss = bind(recipe, options).token_loss
     shape = lambda spec, *dims, dtype=jnp.float32: jax.ShapeDtypeStruct(
         dims, dtype, sharding=NamedSharding(mesh, spec)
     )

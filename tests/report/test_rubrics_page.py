@@ -15,7 +15,7 @@ from opdjax.judge.judgement import Judgement, RolloutGroup, as_row, metrics_of
 from opdjax.judge.schema import Criterion, Rubric
 from opdjax.judge.scores import score
 from opdjax.judge.structured_output import Tally
-from opdjax.report import judgements, rubrics
+from opdjax.report import judgements
 from opdjax.report.judgements import (
     auc,
     pairs,
@@ -688,4 +688,4 @@ def test_other_runs_say_nothing_of_judges(tmp_path):
 def test_what_is_shown_to_a_teacher_is_called_no_reward(tmp_path):
     parser = read(write_judged(tmp_path / "run", random_rows(2, 2, fail=0), recipe="opd"))
     assert "is no reward here" in parser.all
-    assert config().estimator.recipe not in rubrics.JUDGED_RECIPES
+    assert not config().recipe.is_judged

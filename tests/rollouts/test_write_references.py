@@ -179,7 +179,9 @@ def test_two_writers_are_refused(straight):
     path = straight[0]
     with (
         locked(path.parent, f"teach-{path.name}"),
-        pytest.raises(ReferenceIndexError, match="being written by another opdjax references: wait"),
+        pytest.raises(
+            ReferenceIndexError, match="being written by another opdjax references: wait"
+        ),
     ):
         teach(lesson(path))
 

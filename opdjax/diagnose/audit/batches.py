@@ -16,7 +16,7 @@ import numpy as np
 from opdjax.diagnose.audit.pair import States
 from opdjax.diagnose.audit.subjects import Subject, subject
 from opdjax.engine.scorer import token_logprobs, top_logprobs
-from opdjax.engine.update import passes, vocabulary_loss
+from opdjax.engine.update import VocabularyInputs, vocabulary_inputs, vocabulary_loss
 from opdjax.estimators import bind
 from opdjax.estimators.losses import aggregation_weights, count_denominators
 from opdjax.estimators.pitfalls import PITFALLS
@@ -58,31 +58,40 @@ def audit_costs(states: States, subjects: Sequence[Subject]) -> dict[str, Any]:
 
 
 def _compile(states: States, each: Subject):
-    recipe, options = bind(each.recipe, each.options)
+    estimator = bind(each.recipe, each.options)
+    spec = dataclasses.replace(states.spec, estimator=estimator)
     extra, tile = each.num_draws - 1, states.spec.estimator.tile
-    uniform = states.columns.uniform[:, :, :extra] if extra else None
-    columns = dataclasses.replace(states.columns, uniform=uniform)
+    uniform = states.inputs.row.uniform[:, :, :extra] if extra else None
+    columns = dataclasses.replace(states.inputs.row, uniform=uniform)
     batch = dataclasses.replace(states.batch, teacher=None, uniforms=None)
     hidden, columns, teacher_hidden, batch = jax.tree.map(
-        lambda x: x[: states.rows_at_once], (states.hidden, columns, states.teacher[0], batch)
+        lambda x: x[: states.rows_at_once],
+        (states.inputs.hidden, columns, states.inputs.teacher[0], batch),
     )
 
     def gradients(hidden, head, columns, teacher_hidden, teacher_head, batch):
         weights = batch.mask / jnp.sum(batch.mask)
-        teacher = (teacher_hidden, teacher_head) if recipe.teacher == "vocabulary" else None
-        if recipe.teacher == "token":
+        teacher = (teacher_hidden, teacher_head) if estimator.teacher == "vocabulary" else None
+        if estimator.teacher == "token":
             logprob = token_logprobs(teacher_hidden, teacher_head, batch, tile=tile)
             columns = dataclasses.replace(columns, teacher_logprob=logprob)
-        if recipe.teacher == "top_k":
-            top = top_logprobs(teacher_hidden, teacher_head, batch, top_k=recipe.top_k, tile=tile)
+        if estimator.teacher == "top_k":
+            top = top_logprobs(
+                teacher_hidden, teacher_head, batch, top_k=estimator.top_k, tile=tile
+            )
             columns = dataclasses.replace(
                 columns, teacher_ids=top.top_ids, teacher_top_logprob=top.top_logprobs
             )
-        loss = partial(vocabulary_loss, spec=states.spec, recipe=recipe, options=options)
-        total = lambda hidden, head: loss(hidden, head, columns, teacher, batch, weights)[0]
-        return jax.grad(total, argnums=(0, 1))(hidden, head)
 
-    operands = (hidden, states.head, columns, teacher_hidden, states.teacher[1], batch)
+        def loss(hidden, head):
+            inputs = VocabularyInputs(hidden, head, columns, teacher)
+            token_loss = estimator.token_loss
+            return vocabulary_loss(inputs, batch, weights, spec, token_loss=token_loss)[0]
+
+        return jax.grad(loss, argnums=(0, 1))(hidden, head)
+
+    head, teacher_head = states.inputs.head, states.inputs.teacher[1]
+    operands = (hidden, head, columns, teacher_hidden, teacher_head, batch)
     return jax.jit(gradients).lower(*operands).compile(), operands
 
 
@@ -131,8 +140,9 @@ def _gradient_of(states: States):
             batch, weights = part
 
             def part_loss(params):
-                hidden, head, columns, teacher = passes(params, batch, teacher_head, states.spec)
-                return tiled_loss(loss, hidden, head, weights, columns, teacher, tile=tile)[0]
+                inputs = vocabulary_inputs(params, batch, teacher_head, states.spec)
+                operands = inputs.hidden, inputs.head, weights, inputs.row, inputs.teacher
+                return tiled_loss(loss, *operands, tile=tile)[0]
 
             return jax.tree.map(jnp.add, total, jax.grad(part_loss)(params)), None
 
@@ -140,7 +150,7 @@ def _gradient_of(states: States):
         zero = jax.tree.map(jnp.zeros_like, params)
         return jax.lax.scan(add, zero, jax.tree.map(split, (batch, weights)))[0]
 
-    return lambda weights: run(states.params, states.batch, states.teacher[1], weights)
+    return lambda weights: run(states.params, states.batch, states.inputs.teacher[1], weights)
 
 
 def _sum_error(losses: np.ndarray, count: int) -> float:

@@ -19,7 +19,7 @@ import numpy as np
 
 from opdjax.diagnose.audit.pair import States, kl_bins, ratio_with_interval
 from opdjax.diagnose.audit.subjects import Subject
-from opdjax.engine.update import passes, prepared
+from opdjax.engine.update import prepared, vocabulary_inputs
 from opdjax.estimators import bind
 from opdjax.ops.vocab import TokenInputs, tiled_loss
 from opdjax.types import TrainBatch
@@ -110,7 +110,7 @@ def _measure(
         # the gradient of a batch is the mean over its rollouts.
         weights = jnp.asarray(mask / states.spec.max_completion_length, jnp.float32)
         rows = (batch, columns, _by_prompt(states, weights))
-        found = run(params, states.teacher[1], rows, draws)
+        found = run(params, states.inputs.teacher[1], rows, draws)
         total, *per_prompt = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
         return _components(total, *per_prompt, draws[0].shape[2], states.num_generations)
 
@@ -129,11 +129,10 @@ def _scan_prompts(each: Subject, spec, params, teacher_head, rows, draws):
         (batch, columns, weights), (token, uniform) = jax.tree.map(lambda x: x[None], (row, draw))
 
         def loss(params):
-            hidden, head, _, teacher = passes(params, batch, teacher_head, spec)
-            inputs = dataclasses.replace(columns, token=token, uniform=uniform)
-            return tiled_loss(
-                each.token_loss(), hidden, head, weights, inputs, teacher, tile=spec.estimator.tile
-            )[0]
+            inputs = vocabulary_inputs(params, batch, teacher_head, spec)
+            row = dataclasses.replace(columns, token=token, uniform=uniform)
+            operands = inputs.hidden, inputs.head, weights, row, inputs.teacher
+            return tiled_loss(each.token_loss(), *operands, tile=spec.estimator.tile)[0]
 
         return jax.grad(loss)(params)
 
@@ -194,12 +193,11 @@ def _components(total, action, trajectory, squares, redraws: int, rollouts: int)
 
 def _columns(states: States, each: Subject) -> TokenInputs:
     """Return the prepared columns of the whole batch; tokens and uniforms are set draw by draw."""
-    columns = dataclasses.replace(states.columns, uniform=None)
+    columns = dataclasses.replace(states.inputs.row, uniform=None)
     if each.recipe is None:
         return columns
-    recipe, options = bind(each.recipe, each.options)
-    prepare = jax.jit(partial(prepared, spec=states.spec, recipe=recipe, options=options))
-    return prepare(states.hidden, states.head, columns, states.teacher, states.batch)
+    spec = dataclasses.replace(states.spec, estimator=bind(each.recipe, each.options))
+    return jax.jit(partial(prepared, spec=spec))(states.inputs._replace(row=columns), states.batch)
 
 
 def num_uniforms(subjects: Sequence[Subject]) -> int:
@@ -210,19 +208,19 @@ def num_uniforms(subjects: Sequence[Subject]) -> int:
 def _sampled_tokens(states: States, each: Subject):
     """Return the rollouts' tokens `[B, 1, T]` as the only draw, and uniforms of extra draws."""
     extra = each.num_draws - 1
-    uniforms = states.columns.uniform[:, None, :, :extra] if extra else None
+    uniforms = states.inputs.row.uniform[:, None, :, :extra] if extra else None
     return jnp.asarray(states.batch.tokens)[:, None], uniforms
 
 
 def _redraws(states: States, each: Subject):
     """Draw new tokens `[B, R, T]` at every context, with uniforms `[B, R, T, M]` of extra draws."""
-    first, extra = states.columns.uniform[:, :, :NUM_REDRAWS], each.num_draws - 1
+    first, extra = states.inputs.row.uniform[:, :, :NUM_REDRAWS], each.num_draws - 1
     tokens = states.per_token(
         lambda student, teacher, row: each.drawn_from(student, teacher).draw(row.uniform),
         uniform=first,
     )
     if not extra:
         return jnp.moveaxis(tokens, -1, 1), None
-    more = states.columns.uniform[:, :, NUM_REDRAWS : NUM_REDRAWS * (1 + extra)]
+    more = states.inputs.row.uniform[:, :, NUM_REDRAWS : NUM_REDRAWS * (1 + extra)]
     more = jnp.moveaxis(more.reshape(*more.shape[:2], NUM_REDRAWS, extra), 2, 1)
     return jnp.moveaxis(tokens, -1, 1), more

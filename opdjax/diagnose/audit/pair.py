@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from opdjax.config.validation import ConfigError
 from opdjax.data.packing import to_train_batch
@@ -23,14 +22,13 @@ from opdjax.diagnose.audit.contexts import measure, summarise
 from opdjax.diagnose.audit.subjects import Subject, subject
 from opdjax.engine.sampler import extra_uniforms, sample
 from opdjax.engine.scorer import score
-from opdjax.engine.update import UpdateSpec, passes
+from opdjax.engine.update import UpdateSpec, VocabularyInputs, vocabulary_inputs
 from opdjax.estimators.divergence import reverse_kl
 from opdjax.models.decoder import Params
 from opdjax.models.hf import load_params
 from opdjax.ops.masked import rank_in_sequence
 from opdjax.ops.sharding import merge_rows, split_rows
-from opdjax.ops.tile import Head
-from opdjax.ops.vocab import Teacher, TokenInputs, tiled_stats
+from opdjax.ops.vocab import tiled_stats
 from opdjax.rollouts.setup import Setup, update_spec, with_current_teacher
 from opdjax.types import TrainBatch
 
@@ -48,10 +46,7 @@ class States:
     params: Params
     spec: UpdateSpec
     batch: TrainBatch  # with the teacher's hidden states
-    hidden: Float[Array, "B T D"]
-    head: Head
-    columns: TokenInputs
-    teacher: Teacher
+    inputs: VocabularyInputs
     num_generations: int
     rows_at_once: int  # rows that fit into memory when they are differentiated; divides B
 
@@ -71,8 +66,8 @@ class States:
         `columns` replace columns of the row.
         """
         run = jax.jit(lambda *operands: tiled_stats(stat, *operands, tile=self.spec.estimator.tile))
-        inputs = dataclasses.replace(self.columns, **columns)
-        found = run(self.hidden, self.head, self.batch.mask, inputs, self.teacher)
+        row, inputs = dataclasses.replace(self.inputs.row, **columns), self.inputs
+        found = run(inputs.hidden, inputs.head, self.batch.mask, row, inputs.teacher)
         return jax.tree.map(np.asarray, found)
 
 
@@ -126,16 +121,17 @@ def collect_states(
     batch = dataclasses.replace(batch, teacher=scores, uniforms=uniforms)
     spec = dataclasses.replace(update_spec(setup), gradient_accumulation_steps=1, mesh=None)
     rows = prompts_at_once * num_generations
-    operands = _pass_in_parts(params, batch, teacher.head, spec, len(parts))
-    return States(params, spec, batch, *operands, num_generations, rows)
+    inputs = _inputs_in_parts(params, batch, teacher.head, spec, len(parts))
+    return States(params, spec, batch, inputs, num_generations, rows)
 
 
 @partial(jax.jit, static_argnames=("spec", "parts"))
-def _pass_in_parts(params, batch, teacher_head, spec, parts: int):
-    """Run `passes`, the student's hidden states a few rows at a time."""
-    of_part = lambda part: passes(params, part, teacher_head, spec)[0]
+def _inputs_in_parts(params, batch, teacher_head, spec, parts: int) -> VocabularyInputs:
+    """Compute `vocabulary_inputs`, the student's hidden states a few rows at a time."""
+    of_part = lambda part: vocabulary_inputs(params, part, teacher_head, spec).hidden
     hidden = merge_rows(jax.lax.map(of_part, split_rows(batch, parts)))
-    return hidden, *passes(params, batch, teacher_head, spec)[1:]  # these need no hidden states
+    # The second forward pass is dead code: XLA removes it.
+    return vocabulary_inputs(params, batch, teacher_head, spec)._replace(hidden=hidden)
 
 
 def audit_contexts(states: States, subjects: Sequence[Subject]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from opdjax.diagnose.audit.pair import audit_contexts, collect_states
 from opdjax.diagnose.audit.subjects import Subject
 from opdjax.diagnose.audit.tree import audit_tree
 from opdjax.diagnose.audit.vocabulary import audit_vocabulary
-from opdjax.estimators import RECIPES
+from opdjax.estimators import TOKEN_LOSSES
 from opdjax.estimators.pitfalls import PITFALLS
 from opdjax.rollouts.setup import Setup, prepare
 from opdjax.runs.workdir import environment
@@ -157,9 +157,9 @@ def explain(name: str) -> str:
     That of a recipe states its equation, what is detached, its cost, when to use it and its
     options. ConfigError on an unknown name.
     """
-    if name in RECIPES:
-        return inspect.getdoc(RECIPES[name].token_loss)
+    if name in TOKEN_LOSSES:
+        return inspect.getdoc(TOKEN_LOSSES[name])
     if name in PITFALLS:
         return PITFALLS[name].about
-    known = [*RECIPES, *PITFALLS]
+    known = [*TOKEN_LOSSES, *PITFALLS]
     raise ConfigError(f"there is no recipe and no pitfall {name!r}; expected one of {known}")

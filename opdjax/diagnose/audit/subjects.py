@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from opdjax.config.recipes import RECIPES
 from opdjax.config.validation import ConfigError
-from opdjax.estimators import RECIPES, bind, coupling
-from opdjax.estimators.divergence import NPD_KD_WEIGHT
+from opdjax.estimators import bind, coupling
 from opdjax.estimators.opd import REWARD_OPTIONS, sampled_reward
 from opdjax.estimators.opd import advantages as advantages_of
 from opdjax.estimators.pitfalls import PITFALLS, Pitfall
@@ -40,7 +39,7 @@ class Subject:
 
     @property
     def _kd_weight(self) -> float:
-        return self.options.get("kd_weight", NPD_KD_WEIGHT)
+        return RECIPES[self.recipe].with_defaults(self.options).get("kd_weight", 1.0)
 
     @property
     def is_coupled(self) -> bool:
@@ -72,8 +71,7 @@ class Subject:
         """Return `token_loss(student, teacher, row) -> (loss, outputs)`."""
         if self.recipe is None:
             return self.pitfall.token_loss
-        recipe, options = bind(self.recipe, self.options)
-        return lambda student, teacher, row: recipe.token_loss(student, teacher, row, **options)
+        return bind(self.recipe, self.options).token_loss
 
     def unsampled_loss(self) -> Callable | None:
         """Return the part of the loss that does not depend on the sampled token; None if empty."""
@@ -163,10 +161,7 @@ def _with_defaults(each: Subject) -> tuple[str | None, dict[str, Any]]:
     """Return recipe and options with the defaults filled in, so that equal estimators are equal."""
     if each.recipe is None:
         return each.name, each.options
-    parameters = inspect.signature(RECIPES[each.recipe].token_loss).parameters.values()
-    is_option = lambda parameter: parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    defaults = {p.name: p.default for p in parameters if is_option(p)}
-    options = (defaults | each.options).items()
+    options = RECIPES[each.recipe].with_defaults(each.options).items()
     return each.recipe, {name: value for name, value in options if value not in _OFF}
 
 
@@ -193,7 +188,7 @@ def choose(
 
 
 def _own_subject(recipe: str, options: dict[str, Any]) -> Subject:
-    if RECIPES[recipe].reward != "none":
+    if RECIPES[recipe].is_rewarded:
         raise ConfigError(
             f"estimator.recipe is {recipe!r}; expected one that a teacher supervises: the audit of "
             f"a pair has no rewards. opdjax audit --explain {recipe} describes it"

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opdjax.diagnose.audit.subjects import Subject, subject
-from opdjax.estimators import bind, coupling
+from opdjax.estimators import bind
 from opdjax.estimators.losses import AGGREGATIONS, aggregation_weights, count_denominators
 from opdjax.ops.tile import VocabTile
 from opdjax.ops.vocab import TokenInputs
@@ -61,20 +61,18 @@ def gradient_of(subject: Subject, student, teacher, behavior, rows, aggregation:
     segments = jnp.ones_like(tokens)
     denominators = count_denominators(mask, segments, LENGTH)
     weights = aggregation_weights(mask, segments, aggregation, denominators)
-    recipe, options = bind(subject.recipe, subject.options)
+    estimator = bind(subject.recipe, subject.options)
     at = lambda table: VocabTile(table[before.reshape(-1)])
     flat = lambda tree: jax.tree.map(lambda x: x.reshape(-1), tree)
     logprobs = at(behavior).logprob(tokens.reshape(-1)).reshape(tokens.shape)
     columns = TokenInputs(tokens, behavior_logprob=logprobs)
-    if coupling.is_coupled(options):
-        stats = coupling.token_stats(at(student), at(teacher), flat(columns), options)
+    if estimator.is_coupled:
+        stats = estimator.token_stats(at(student), at(teacher), flat(columns))
         stats = jax.tree.map(lambda x: x.reshape(tokens.shape), stats)
-        columns = coupling.prepare(
-            columns, stats, mask, segments, options, is_policy_gradient=recipe.is_policy_gradient
-        )
+        columns = estimator.prepare(columns, stats, mask, segments)
 
     def loss(table):
-        losses, _ = recipe.token_loss(at(table), at(teacher), flat(columns), **options)
+        losses, _ = estimator.token_loss(at(table), at(teacher), flat(columns))
         return jnp.sum(weights.reshape(-1) * losses)
 
     return jax.grad(loss)(student)

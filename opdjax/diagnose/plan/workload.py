@@ -10,9 +10,10 @@ from functools import partial
 from typing import Literal
 
 from opdjax.config import Config, EstimatorConfig, ModelConfig
+from opdjax.config.recipes import RECIPES
 from opdjax.config.topology import Topology
 from opdjax.data.prompts import padded_width
-from opdjax.estimators import RECIPES, bind
+from opdjax.estimators import estimator_of
 from opdjax.models.decoder import DecoderConfig
 from opdjax.models.hf import open_checkpoint
 from opdjax.models.partitioning import require_divides
@@ -106,22 +107,22 @@ def read_workload(config: Config, topology: Topology) -> Workload:
     available = topology.chips - (near.generator_devices if near.generator == "thread" else 0)
     mesh = mesh_sizes(sizes.data, sizes.fsdp, sizes.tensor, available, topology.name)
     require_rows_divide(config, mesh["data"] * mesh["fsdp"])
-    recipe, _ = bind(config.estimator.recipe, config.estimator.options)
+    estimator = estimator_of(config.estimator)
     shape_of = partial(_shape, mesh=mesh, backend=topology.backend)
     student = dataclasses.replace(shape_of(config.student, "student"), lora_scale=config.lora.scale)
-    teacher, needs = None, recipe.teacher
+    teacher, needs = None, estimator.teacher
     if config.estimator.reference_kl_coef:
         # With adapters, the reference policy is the frozen student, which is loaded anyway.
         teacher, needs = None if config.lora.rank else student, "token"
     elif needs_teacher(config) and not config.teacher_is_student:
         teacher = shape_of(config.teacher, "teacher")
     columns = padded_width(config.data.max_prompt_length)
-    return Workload(config, topology, mesh, student, teacher, needs, recipe.top_k, columns)
+    return Workload(config, topology, mesh, student, teacher, needs, estimator.top_k, columns)
 
 
 def has_advantages(estimator: EstimatorConfig) -> bool:
     """Return whether a batch has an advantage of each token."""
-    return bool(estimator.task_reward_coef) or RECIPES[estimator.recipe].reward != "none"
+    return bool(estimator.task_reward_coef) or RECIPES[estimator.recipe].is_rewarded
 
 
 def _shape(model: ModelConfig, role: str, mesh: dict[str, int], backend: str) -> DecoderConfig:

@@ -98,7 +98,7 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
-class ParsedAnswer:
+class WorkedAnswer:
     """The steps and the value found in an answer."""
 
     steps: tuple[Step, ...]
@@ -113,11 +113,11 @@ class ParsedAnswer:
         return is_last and all(step.holds for step in self.steps)
 
 
-def read_answer(text: str) -> ParsedAnswer:
+def read_answer(text: str) -> WorkedAnswer:
     """Parse any text as an answer to the task."""
     text = _without_spaces(text)
     values = list(_VALUE.finditer(text))
-    return ParsedAnswer(
+    return WorkedAnswer(
         _steps_in(text),
         int(values[-1][1]) if values else None,
         _FORM.match(text) is not None,
@@ -139,7 +139,7 @@ def read_task(question: str) -> tuple[Step, ...]:
     )
 
 
-def grade(criterion: str, answer: ParsedAnswer) -> int:
+def grade(criterion: str, answer: WorkedAnswer) -> int:
     """2 if the answer meets the criterion's text, 1 if in part, else 0.
 
     A text without a sentence of this file is checked for its first step, or else for its first
@@ -174,7 +174,7 @@ def _all_or_part(hits: Sequence[bool]) -> int:
     return NOT_MET if not any(hits) else MET if all(hits) else PARTLY_MET
 
 
-def _has_step(answer: ParsedAnswer, text: str) -> int:
+def _has_step(answer: WorkedAnswer, text: str) -> int:
     """In part: the right operands with another result."""
     match = _STEPS.fullmatch(text)
     if match is None:  # the numbers of a criterion from elsewhere may be too long
@@ -184,42 +184,42 @@ def _has_step(answer: ParsedAnswer, text: str) -> int:
     return MET if wanted.result in results else PARTLY_MET if results else NOT_MET
 
 
-def _has_value(answer: ParsedAnswer, text: str) -> int:
+def _has_value(answer: WorkedAnswer, text: str) -> int:
     """In part: the last step has the value as its result, and there is no #."""
     if answer.value is not None:
         return _met(answer.value == int(text))
     return PARTLY_MET if answer.steps and answer.steps[-1].result == int(text) else NOT_MET
 
 
-def _follows_last(answer: ParsedAnswer) -> int:
+def _follows_last(answer: WorkedAnswer) -> int:
     return _met(bool(answer.steps) and answer.value == answer.steps[-1].result)
 
 
-def _is_formed(answer: ParsedAnswer) -> int:
+def _is_formed(answer: WorkedAnswer) -> int:
     parts = [bool(answer.steps), answer.value is not None, False]
     return MET if answer.is_formed else _all_or_part(parts)
 
 
-def _sums(answer: ParsedAnswer) -> int:
+def _sums(answer: WorkedAnswer) -> int:
     return _all_or_part([step.holds for step in answer.steps])
 
 
-def _is_worked(answer: ParsedAnswer) -> int:
+def _is_worked(answer: WorkedAnswer) -> int:
     return _all_or_part([_sums(answer) == MET, _follows_last(answer) == MET])
 
 
-def _chain(answer: ParsedAnswer) -> int:
+def _chain(answer: WorkedAnswer) -> int:
     links = [step.left == before.result for before, step in itertools.pairwise(answer.steps)]
     return _all_or_part(links or [bool(answer.steps)])  # a single step meets it
 
 
-def _numbers(answer: ParsedAnswer, start: str, terms: str) -> int:
+def _numbers(answer: WorkedAnswer, start: str, terms: str) -> int:
     wanted = [int(start), *map(int, _TERM.findall(terms))]
     found = [step.left for step in answer.steps[:1]] + [step.change for step in answer.steps]
     return _all_or_part([a == b for a, b in itertools.zip_longest(wanted, found)])
 
 
-def _nth(answer: ParsedAnswer, number: str, is_right: Callable[[Step, int | None], bool]) -> int:
+def _nth(answer: WorkedAnswer, number: str, is_right: Callable[[Step, int | None], bool]) -> int:
     """Checks step `number` and the result before it. In part: there is such a step."""
     place = int(number) - 1
     if not 0 <= place < len(answer.steps):
@@ -228,7 +228,7 @@ def _nth(answer: ParsedAnswer, number: str, is_right: Callable[[Step, int | None
     return MET if is_right(answer.steps[place], before) else PARTLY_MET
 
 
-def _step_begins(answer: ParsedAnswer, number: str, start: str) -> int:
+def _step_begins(answer: WorkedAnswer, number: str, start: str) -> int:
     wanted = lambda before: before if start == BEFORE else int(start)
     return _nth(answer, number, lambda step, before: step.left == wanted(before))
 

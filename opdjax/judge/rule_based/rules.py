@@ -16,7 +16,7 @@ from typing import Any
 
 from opdjax.judge.prompts import read_blocks
 from opdjax.judge.rule_based import demands
-from opdjax.judge.rule_based.demands import ParsedAnswer, Step, grade, read_answer, read_task
+from opdjax.judge.rule_based.demands import Step, WorkedAnswer, grade, read_answer, read_task
 
 _BLOCK = re.compile(
     r"^=== (\w+ \d+ [0-9a-f]{12}) ===\n.*?\n=== end of \1 ===$", re.DOTALL | re.MULTILINE
@@ -30,7 +30,7 @@ _NO_PROMPT = (
 )
 
 Blocks = Mapping[str, Sequence[str]]
-Answers = Sequence[ParsedAnswer]
+Answers = Sequence[WorkedAnswer]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +245,7 @@ def _majority(values: Sequence[Hashable], count: int) -> Any:
 def _verdicts(blocks: Blocks, words: str) -> dict[str, Any]:
     is_graded, criteria = _GRADED.search(words) is not None, blocks.get("criterion", ())
 
-    def verdicts(answer: ParsedAnswer) -> list[int] | list[bool]:
+    def verdicts(answer: WorkedAnswer) -> list[int] | list[bool]:
         grades = [grade(criterion, answer) for criterion in criteria]
         return grades if is_graded else [value == demands.MET for value in grades]
 
@@ -256,7 +256,7 @@ def _scores(blocks: Blocks, words: str) -> dict[str, Any]:
     """0.5 for the form, 0.5 for the value that the judge computes itself."""
     task = _task(blocks)
 
-    def score(answer: ParsedAnswer) -> float:
+    def score(answer: WorkedAnswer) -> float:
         return 0.5 * answer.is_formed + 0.5 * (bool(task) and answer.value == task[-1].result)
 
     return _per_answer(blocks, "score", score)
@@ -273,7 +273,7 @@ def _reflection(blocks: Blocks, words: str) -> dict[str, Any]:
     return {"reflection": _first_wrong_step(answer, task) or _wrong_end(answer, task)}
 
 
-def _first_wrong_step(answer: ParsedAnswer, task: Sequence[Step]) -> str | None:
+def _first_wrong_step(answer: WorkedAnswer, task: Sequence[Step]) -> str | None:
     # If the question has no sum, only the answer's own sums can be checked.
     expected = task or [dataclasses.replace(step, result=step.sum) for step in answer.steps]
     for number, (found, right) in enumerate(itertools.zip_longest(answer.steps, expected), 1):
@@ -295,7 +295,7 @@ def _first_wrong_step(answer: ParsedAnswer, task: Sequence[Step]) -> str | None:
     return None
 
 
-def _wrong_end(answer: ParsedAnswer, task: Sequence[Step]) -> str:
+def _wrong_end(answer: WorkedAnswer, task: Sequence[Step]) -> str:
     """The mistake of an answer without a wrong step."""
     last, value = (task or answer.steps)[-1:], answer.value
     if last and value != last[0].result:

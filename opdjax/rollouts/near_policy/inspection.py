@@ -119,7 +119,9 @@ class _Held:
     @classmethod
     def of(cls, directory: pathlib.Path) -> _Held:
         damaged: list[str] = []
-        paths = [path for stage in SCHEMAS for path in shards.shard_paths(directory, stage).values()]
+        paths = [
+            path for stage in SCHEMAS for path in shards.shard_paths(directory, stage).values()
+        ]
         seen = _whole(paths, lambda path: _see(shards.read_shard(path)), damaged)
         filters = _whole(
             shards.filters(directory), lambda number: shards.read_filter(directory, number), damaged

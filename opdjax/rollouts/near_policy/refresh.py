@@ -223,7 +223,9 @@ def annotate_missing(
     many shards those were.
     """
     directory, count = shards.version_directory(workdir, version), 0
-    for number in shards.shard_paths(directory, "samples") if stages.is_annotated(setup.config) else ():
+    for number in (
+        shards.shard_paths(directory, "samples") if stages.is_annotated(setup.config) else ()
+    ):
         if readable(directory, "annotations", number) is None:
             go_on()
             with timeline.span("annotate", version, version):

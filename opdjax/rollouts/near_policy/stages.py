@@ -27,7 +27,7 @@ from opdjax.data.packing import (
 )
 from opdjax.engine.evaluate import graded_texts
 from opdjax.engine.scorer import score
-from opdjax.estimators import bind
+from opdjax.estimators import estimator_of
 from opdjax.models.decoder import DecoderConfig, Params, head_of
 from opdjax.ops.multihost import on_process_zero
 from opdjax.ops.sharding import num_row_shards, shard_rows, to_host
@@ -44,8 +44,10 @@ def is_annotated(config: Config) -> bool:
     """Whether the teacher reads the rollouts once, before training: where a number a token, or a
     few, are all that is asked of it.
     """
-    recipe, _ = bind(config.estimator.recipe, config.estimator.options)
-    return recipe.teacher in ("token", "top_k") or config.near_policy.filter != "none"
+    return (
+        estimator_of(config.estimator).teacher in ("token", "top_k")
+        or config.near_policy.filter != "none"
+    )
 
 
 def generate(
@@ -110,7 +112,7 @@ def annotate(setup: Setup, samples: Shard, directory: pathlib.Path) -> None:
     config, teacher = setup.config, setup.teacher
     scorer = _Scorer.of(setup, teacher.checkpoint.config, teacher.params, teacher.head)
     _, batch = as_batch(setup, [samples])
-    top_k = bind(config.estimator.recipe, config.estimator.options)[0].top_k
+    top_k = estimator_of(config.estimator).top_k
     mask, count = np.asarray(batch.mask), len(samples)
     found, num_tokens = scorer.scores(batch, top_k), _num_tokens(batch)
     of_tokens = lambda x: [row[kept].reshape(-1) for row, kept in zip(x, mask)]

@@ -328,19 +328,22 @@ def test_faults_do_not_change_what_answers_are_worth(start_judge, tmp_path):
             ApiConfig(max_retries=9, breaker_failures=100),
             RubricsConfig(max_reasks=9),
             tmp_path,
-        ) as line,
+        ) as background,
     ):
         groups = [
-            group_of(line.judge, n, f"({n}) {QUESTION}", [RIGHT], answers, [False] * 4)
+            group_of(background.judge, n, f"({n}) {QUESTION}", [RIGHT], answers, [False] * 4)
             for n in range(40)
         ]
         found = [
             one
-            for (one,) in line.results(
-                [line.submit(judge_group(line.judge, group, "rubric")) for group in groups]
+            for (one,) in background.results(
+                [
+                    background.submit(judge_group(background.judge, group, "rubric"))
+                    for group in groups
+                ]
             )
         ]
-        told, usage = stats(url), line.record_usage(1)
+        told, usage = stats(url), background.record_usage(1)
     # 5 the value, 2 and 4 the steps, 2 that the value follows, 1 the form.
     assert {one.scores for one in found} == {(1.0, 3 / 14, 5 / 14, 0.0)}
     problems = sum((one.tally.problems for one in found), collections.Counter())
@@ -385,5 +388,8 @@ def test_options_are_refused_by_name(judge_server):
     taken = run("--port", judge_server.rpartition(":")[2].partition("/")[0])
     assert taken.returncode == 2
     assert "is not available" in taken.stderr
-    assert "--fault-kinds is typo; expected some of rate_limit" in run("--fault-kinds", "empty,typo").stderr
+    assert (
+        "--fault-kinds is typo; expected some of rate_limit"
+        in run("--fault-kinds", "empty,typo").stderr
+    )
     assert "expected a share from 0 to 1" in run("--faults", "30").stderr

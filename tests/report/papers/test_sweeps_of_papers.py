@@ -12,7 +12,7 @@ import pytest
 import study
 
 from opdjax.config.experiments import load_sweep
-from opdjax.estimators import bind
+from opdjax.estimators import estimator_of
 from opdjax.report.papers.compare import compare
 from opdjax.report.papers.registry import PAPER_TABLES
 from opdjax.runs.results import read_points
@@ -49,7 +49,7 @@ def test_every_recipe_of_a_sweep_takes_its_options(file):
         json.dumps(p.config.estimator.options, sort_keys=True): p.config
         for p in points_of(file.stem)
     }.values():
-        bind(config.estimator.recipe, config.estimator.options)
+        estimator_of(config.estimator)
 
 
 @pytest.mark.parametrize("name", PAPER_TABLES)

@@ -31,7 +31,6 @@ from opdjax.config import (
 from opdjax.data.tasks.arithmetic import problems
 from opdjax.diagnose.judge import examine_judge
 from opdjax.engine.update import loss_and_grad
-from opdjax.estimators import bind
 from opdjax.rollouts.reward_advantages import credited, token_stages
 from opdjax.rollouts.setup import prepare, update_spec
 from opdjax.rollouts.source import SourceStoppedError
@@ -401,9 +400,7 @@ def test_a_group_without_scores_has_no_gradient_and_is_in_no_denominator(aggrega
         credit = credited(
             some, taken, scores[rows], np.zeros((len(rows), 1)), made, setup.tokenizer
         )
-        loss, grads, _, _ = loss_and_grad(
-            params, credit, None, spec, *bind("ropd", made.estimator.options)
-        )
+        loss, grads, _, _ = loss_and_grad(params, credit, None, spec)
         return float(loss), grads
 
     alone, beside, failed = (

@@ -150,7 +150,9 @@ def test_a_version_is_counted_by_number(run, look):
 
 
 def test_a_shard_tells_its_columns(run, look):
-    is_in_order, lines = look(shards.shard_paths(shards.version_directory(run, 12), "annotations")[0])
+    is_in_order, lines = look(
+        shards.shard_paths(shards.version_directory(run, 12), "annotations")[0]
+    )
     assert is_in_order
     assert lines[0] == "annotations: schema 1, top_k 2"
     tokens = 4 * 13

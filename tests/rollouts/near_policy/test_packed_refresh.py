@@ -10,7 +10,6 @@ import pytest
 from near_runs import CHOSEN, REFRESH, near
 
 from opdjax.engine.update import loss_and_grad
-from opdjax.estimators import bind
 from opdjax.rollouts.near_policy.refresh import RefreshSource
 from opdjax.rollouts.setup import initial_weights, load_student, prepare, update_spec
 from opdjax.runs.metrics import Timer
@@ -33,15 +32,12 @@ def drawn(tmp_path_factory):
 def lesson(setup, params, batch, dtype):
     """Loss and gradient of what is stored in the rows."""
     spec = dataclasses.replace(update_spec(setup), dtype=dtype)
-    recipe, options = bind(spec.estimator.recipe, spec.estimator.options)
     cast = lambda x: (
         np.asarray(x).astype(dtype)
         if np.issubdtype(np.asarray(x).dtype, np.floating)
         else np.asarray(x)
     )
-    run = jax.jit(
-        lambda p, b: loss_and_grad(p, b, None, spec, recipe, options, jax.numpy.bool_(False))[:2]
-    )
+    run = jax.jit(lambda p, b: loss_and_grad(p, b, None, spec, jax.numpy.bool_(False))[:2])
     loss, grads = jax.device_get(run(jax.tree.map(cast, params), jax.tree.map(cast, batch)))
     return float(loss), np.concatenate([np.ravel(x) for x in jax.tree.leaves(grads)])
 

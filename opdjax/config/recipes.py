@@ -1,0 +1,443 @@
+"""The recipes, one row each: what a recipe needs, which options it has, and how to describe it.
+
+This is all that the rest of the package knows of a recipe; `opdjax.estimators` has the functions.
+A new recipe is one row here and one function there. Standard library only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from opdjax.config.validation import ConfigError, require
+
+TeacherNeed = Literal["none", "token", "top_k", "vocabulary"]
+RewardKind = Literal["none", "task", "scalar", "rubric", "stages"]
+CompletionsFrom = Literal["student", "teacher", "references"]
+
+# Ranges that options may be held to, by the words an error message uses.
+RANGES: Mapping[str, Callable[[Any], bool]] = {
+    "at least 1": lambda x: x >= 1,
+    "from 0 to 1": lambda x: 0 <= x <= 1,
+    "0 (off) or more": lambda x: x >= 0,
+    "0 (off), or more than 1": lambda x: x == 0 or x > 1,
+    "less than 0 (nats)": lambda x: x < 0,
+    "more than 0": lambda x: x > 0,
+    "more than 0 and less than 1": lambda x: 0 < x < 1,
+    "K * K numbers, row by row, for K stages": lambda x: (
+        len(x) > 1 and math.isqrt(len(x)) ** 2 == len(x)
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A condition that an option sets on another one (`other`, or `aggregation`) when it is given.
+
+    `accepted`: values, or the name of one of `RANGES`. With `is_needed` the other option, its
+    default included, must have an accepted value; without, it may be left out, and if it is given
+    it must have an accepted value. `values`: the rule holds for these values alone; empty: for all.
+    """
+
+    other: str
+    accepted: tuple[Any, ...] | str = ()
+    is_needed: bool = False
+    values: tuple[Any, ...] = ()
+
+    def accepts(self, value: Any) -> bool:
+        """Whether the other option may have this value."""
+        if isinstance(self.accepted, str):
+            return value is not None and RANGES[self.accepted](value)
+        return value in self.accepted
+
+    @property
+    def expected(self) -> str:
+        """The accepted values in words."""
+        if isinstance(self.accepted, str):
+            return self.accepted
+        return " or ".join(map(str, self.accepted)) or "none"
+
+
+def needs(other: str, *accepted: Any, values: tuple[Any, ...] = ()) -> Rule:
+    """The option is read only where `other` has one of the accepted values."""
+    return Rule(other, accepted, True, values)
+
+
+def fixes(other: str, *accepted: Any, values: tuple[Any, ...] = ()) -> Rule:
+    """Where the option is given, `other` is left out or has one of the accepted values."""
+    return Rule(other, accepted, False, values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """An option of a recipe: its default, the values it accepts, and what it asks of others."""
+
+    default: Any = None
+    choices: tuple[Any, ...] = ()  # empty: all values of the field's type
+    range: str | None = None  # a key of RANGES
+    rules: tuple[Rule, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What everybody may know of a recipe; its options are the fields of `EstimatorConfig`."""
+
+    name: str
+    summary: str  # one line
+    description: str  # one paragraph for a report
+    # Read of the teacher without any option: nothing, the sampled token's log-prob, its most likely
+    # ids with their log-probs, or its whole distribution.
+    teacher: TeacherNeed
+    options: Mapping[str, Option]
+    # An expectation over sampled tokens: they must come from the distribution that is scored.
+    is_policy_gradient: bool = False
+    # Gives a completion its reward: a grader (task), or a judge's score, rubric, rubric by stages.
+    reward: RewardKind = "none"
+    completions: tuple[CompletionsFrom, ...] = ("student", "teacher", "references")
+    # The options, defaults included, under which loss and gradient are 0 at student = teacher: one
+    # of these sets of accepted values; none: never.
+    zero_at_teacher: tuple[Mapping[str, tuple[Any, ...]], ...] = ()
+
+    @property
+    def is_rewarded(self) -> bool:
+        """Whether the recipe learns from a reward of whole completions."""
+        return self.reward != "none"
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether that reward comes from a judge."""
+        return self.reward in ("scalar", "rubric", "stages")
+
+    @property
+    def has_stages(self) -> bool:
+        """Whether the reward is given to the stages of a completion."""
+        return self.reward == "stages"
+
+    @property
+    def has_rubric(self) -> bool:
+        """Whether a judge writes a rubric."""
+        return self.reward in ("rubric", "stages")
+
+    def with_defaults(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options with the recipe's defaults, and with what a convention sets."""
+        found = {name: option.default for name, option in self.options.items()} | dict(options)
+        return found | TOP_K_CONVENTIONS.get(found.get("convention"), {})
+
+    def is_zero_at_teacher(self, options: Mapping[str, Any]) -> bool:
+        """Whether loss and gradient are 0 at student = teacher under these options."""
+        found = self.with_defaults(options)
+        return any(
+            all(found[name] in accepted for name, accepted in case.items())
+            for case in self.zero_at_teacher
+        )
+
+    def teacher_need(self, options: Mapping[str, Any]) -> TeacherNeed:
+        """What is read of the teacher under these options."""
+        if options.get("kd_weight") == 0:
+            return "none"
+        if options.get("extra_draws") or options.get("return_to_go") == "expected":
+            return "vocabulary"
+        return "token" if options.get("baseline") == "batch_mean" else self.teacher
+
+    def teacher_top_k(self, options: Mapping[str, Any]) -> int:
+        """How many of the teacher's most likely ids are read; 0 where none are."""
+        if self.teacher_need(options) != "top_k":
+            return 0
+        return self.with_defaults(options)["support_top_k"]
+
+    def check(self, options: Mapping[str, Any], aggregation: str = "token_mean") -> None:
+        """ConfigError where an option does not exist, is out of range or contradicts another."""
+        for name, value in options.items():
+            if name not in self.options:
+                raise ConfigError(
+                    f"recipe {self.name!r} has no option {name!r}; it has {list(self.options)}"
+                )
+            option, field = self.options[name], f"estimator.{name}"
+            require(
+                not option.choices or value in option.choices, field, value, self._choices(name)
+            )
+            require(option.range is None or RANGES[option.range](value), field, value, option.range)
+            for rule in option.rules:
+                self._check_rule(name, value, rule, options, aggregation)
+        found = self.with_defaults(options)
+        if found.get("importance") == "token_mask":
+            floor, cap = (
+                found["importance_floor"],
+                found["importance_cap"] or DEFAULT_CAPS["token_mask"],
+            )
+            expected = f"less than importance_cap, which is {cap}"
+            require(floor < cap, "estimator.importance_floor", floor, expected)
+
+    def _check_rule(
+        self, name: str, value: Any, rule: Rule, options: Mapping[str, Any], aggregation: str
+    ) -> None:
+        if rule.values and value not in rule.values:
+            return
+        given = {**options, "aggregation": aggregation}
+        if rule.is_needed:
+            other = given.get(rule.other, self.options[rule.other].default)
+            instead = "another value" if rule.values else "none"
+            expected = f"{instead} unless {rule.other} is {rule.expected}"
+            require(rule.accepts(other), f"estimator.{name}", value, expected)
+        elif rule.other in given:
+            expected = f"{rule.expected} where {name} is {value}"
+            other = given[rule.other]
+            require(rule.accepts(other), f"estimator.{rule.other}", other, expected)
+
+    def _choices(self, name: str) -> str:
+        choices = " or ".join(map(str, self.options[name].choices))
+        if name == "importance" and not self.is_policy_gradient:
+            return f"{choices}: {self.name} samples no token, only its contexts can be stale"
+        return f"{choices} where the recipe is {self.name}"
+
+
+DEFAULT_CAPS = {  # of importance_cap
+    "token_truncate": 2.0,
+    "token_mask": 2.0,
+    "sequence_mask": 3.0,
+    "prefix_truncate": 2.0,
+}
+_CORRECTIONS = ("none", *DEFAULT_CAPS, "ppo_clip")
+_SAMPLED = {  # options of recipes that sample tokens and score them
+    "discount": Option(0.0, range="from 0 to 1"),
+    "return_to_go": Option(
+        "sampled", ("sampled", "expected"), rules=(Rule("discount", "more than 0", True),)
+    ),
+    "reward_floor": Option(range="less than 0 (nats)"),
+    "power_alpha": Option(range="more than 0", rules=(fixes("reward_floor"),)),
+    "prefix_weight": Option(0.0, range="0 (off) or more"),
+    "extra_draws": Option(0, range="0 (off) or more"),
+    "task_reward_coef": Option(0.0),
+    "importance": Option(
+        "none", _CORRECTIONS, rules=(fixes("extra_draws", 0, values=_CORRECTIONS[1:]),)
+    ),
+    "importance_cap": Option(range="more than 0", rules=(needs("importance", *DEFAULT_CAPS),)),
+    "importance_floor": Option(
+        0.5, range="more than 0", rules=(needs("importance", "token_mask"),)
+    ),
+    "clip_low": Option(
+        0.2, range="more than 0 and less than 1", rules=(needs("importance", "ppo_clip"),)
+    ),
+    "clip_high": Option(0.28, range="more than 0", rules=(needs("importance", "ppo_clip"),)),
+}
+_STATE = {  # options of an exact divergence: how stale its contexts are
+    "importance": Option("none", ("none", "prefix_truncate")),
+    "importance_cap": Option(range="more than 0", rules=(needs("importance", "prefix_truncate"),)),
+}
+_DIRECTIONS = ("reverse", "forward")
+_OF_SUPPORT = ("support", "renormalize", "outside", "clamp_at_zero", "weight")
+# What other libraries compute under the name top-k distillation. A library with one direction sets
+# the divergence too. verl also clamps log-probs at -10 and the loss at 10, which is left out here.
+# DistillKit spreads the missing mass of each side over the same ids, which equals `tail`. EasyDeL's
+# value is larger by the teacher's entropy.
+TOP_K_CONVENTIONS: Mapping[str | None, Mapping[str, Any]] = {
+    "tunix": {"support": "teacher", "renormalize": "both", "divergence": "forward"},
+    "verl": {
+        "support": "teacher",
+        "renormalize": "none",
+        "clamp_at_zero": True,
+        "divergence": "forward",
+    },
+    "nemo_rl": {"support": "teacher", "renormalize": "both"},
+    "nemo_rl_floor": {"support": "teacher", "renormalize": "teacher", "outside": "floor"},
+    "easydel": {"support": "teacher", "renormalize": "teacher", "divergence": "forward"},
+    "trl": {"support": "teacher", "renormalize": "none", "outside": "tail"},
+    "thunlp": {
+        "support": "student",
+        "renormalize": "none",
+        "weight": "p_student",
+        "divergence": "reverse",
+    },
+    "distillkit": {"support": "teacher", "renormalize": "none", "outside": "tail"},
+}
+_ONE_DIRECTION = tuple(name for name, sets in TOP_K_CONVENTIONS.items() if "divergence" in sets)
+_TOP_K = {
+    "divergence": Option("reverse", _DIRECTIONS),
+    "support": Option("student"),
+    "support_top_k": Option(100, range="at least 1"),
+    "renormalize": Option("both"),
+    "outside": Option(
+        "drop",
+        rules=(
+            needs("renormalize", "none", values=("tail",)),
+            needs("renormalize", "none", "teacher", values=("floor",)),
+        ),
+    ),
+    "clamp_at_zero": Option(False),
+    "weight": Option(
+        rules=(
+            fixes("outside", "drop"),
+            fixes("renormalize", "none"),
+            fixes("clamp_at_zero", False),
+            fixes("divergence", "reverse"),
+        )
+    ),
+    "convention": Option(
+        rules=(*map(fixes, _OF_SUPPORT), fixes("divergence", values=_ONE_DIRECTION))
+    ),
+}
+_SKEWS = ("skew_forward", "skew_reverse")
+_FULL = {
+    "divergence": Option("reverse", (*_DIRECTIONS, "jsd", *_SKEWS)),
+    "beta": Option(0.5, range="from 0 to 1", rules=(needs("divergence", "jsd"),)),
+    "skew_alpha": Option(
+        0.1, range="more than 0 and less than 1", rules=(needs("divergence", *_SKEWS),)
+    ),
+}
+_NPD = {
+    "kd_weight": Option(
+        0.9,
+        range="from 0 to 1",
+        rules=tuple(
+            fixes(name, values=(0,)) for name in ("support_top_k", "renormalize", "divergence")
+        ),
+    ),
+    "support_top_k": Option(10, range="at least 1"),
+    "renormalize": Option("none"),
+    "divergence": Option("forward", _DIRECTIONS),
+}
+_CLIPPED = {  # options of a clipped policy gradient on rewards
+    "advantage": Option("mean"),
+    "clip_low": Option(0.2, range="more than 0 and less than 1"),
+    "clip_high": Option(0.28, range="more than 0"),
+    "dual_clip": Option(3.0, range="0 (off), or more than 1"),
+    "reference_kl_coef": Option(0.0, range="0 (off) or more"),
+    "reference_kl": Option("k3_direct", rules=(Rule("reference_kl_coef", "more than 0", True),)),
+}
+_STAGES = {
+    "stage_credit": Option(),
+    "stage_credit_matrix": Option(
+        range="K * K numbers, row by row, for K stages", rules=(fixes("stage_credit"),)
+    ),
+    "stage_token_mean": Option(False, rules=(fixes("aggregation", "token_mean", values=(True,)),)),
+}
+_UNREWARDED = {"task_reward_coef": (None, 0.0)}
+
+RECIPES: Mapping[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            "opd",
+            "policy gradient on the log-ratio of teacher and student at the sampled token",
+            "Each sampled token is rewarded with log p_teacher - log p_student, and a policy "
+            "gradient moves its probability.",
+            "token",
+            _SAMPLED,
+            is_policy_gradient=True,
+            completions=("student",),
+            zero_at_teacher=(_UNREWARDED,),
+        ),
+        Recipe(
+            "vopd",
+            "opd with a control-variate baseline",
+            "Each sampled token is rewarded with log p_teacher - log p_student, less a baseline: "
+            "the expected reward at that position. The baseline lowers the variance of the policy "
+            "gradient and keeps its mean.",
+            "vocabulary",
+            {
+                "baseline": Option("full", ("full", "student_topk", "optimal", "batch_mean")),
+                "baseline_top_k": Option(
+                    100, range="at least 1", rules=(needs("baseline", "student_topk"),)
+                ),
+                **_SAMPLED,
+            },
+            is_policy_gradient=True,
+            completions=("student",),
+            zero_at_teacher=(_UNREWARDED,),
+        ),
+        Recipe(
+            "full_kl",
+            "exact divergence over the whole vocabulary",
+            "The divergence between the two next-token distributions is minimised at every "
+            "position of the completion, over the whole vocabulary.",
+            "vocabulary",
+            {**_FULL, **_STATE},
+            zero_at_teacher=({},),
+        ),
+        Recipe(
+            "topk_kl",
+            "divergence on the most likely ids of student or teacher",
+            "The divergence is minimised at every position on a few of the most likely tokens "
+            "instead of the whole vocabulary.",
+            "vocabulary",
+            {**_TOP_K, **_STATE},
+            zero_at_teacher=(
+                {"weight": ("p_student", "p_teacher", "none")},
+                {"renormalize": ("both",)},
+                {"outside": ("tail",)},
+            ),
+        ),
+        Recipe(
+            "npd",
+            "cross-entropy on kept tokens and divergence on the teacher's stored top k",
+            "Cross-entropy on the student's own kept tokens, mixed with the divergence from the "
+            "teacher on its most likely tokens.",
+            "top_k",
+            {**_NPD, **_STATE},
+            zero_at_teacher=({"kd_weight": (1.0,), "renormalize": ("both",)},),
+        ),
+        Recipe(
+            "sft",
+            "cross-entropy on given answers",
+            "Cross-entropy on the given tokens.",
+            "none",
+            {},
+            completions=("teacher", "references"),
+        ),
+        Recipe(
+            "grpo",
+            "clipped policy gradient on right answers",
+            "The reward of an answer is 1 where a grader finds it right; its advantage over the "
+            "other answers to the prompt multiplies a clipped policy gradient.",
+            "none",
+            _CLIPPED,
+            is_policy_gradient=True,
+            reward="task",
+            completions=("student",),
+        ),
+        Recipe(
+            "ropd",
+            "grpo with the score of a rubric as reward",
+            "The reward of an answer is the weighted share of its rubric's criteria that it meets "
+            "(ROPD, arXiv 2605.07396); its advantage over the other answers to the prompt "
+            "multiplies a clipped policy gradient.",
+            "none",
+            _CLIPPED,
+            is_policy_gradient=True,
+            reward="rubric",
+            completions=("student",),
+        ),
+        Recipe(
+            "tjudge",
+            "grpo with a judge's scalar score as reward",
+            "The reward of an answer is one number from a judge, without a rubric: the control "
+            "that shows what rubrics add.",
+            "none",
+            _CLIPPED,
+            is_policy_gradient=True,
+            reward="scalar",
+            completions=("student",),
+        ),
+        Recipe(
+            "ropd_stages",
+            "ropd with an advantage for each stage of an answer",
+            "Each stage of an answer is scored by its own criteria and credited with the scores of "
+            "later stages too (RubricEM, arXiv 2605.10899); advantages over the other answers to "
+            "the prompt multiply a clipped policy gradient.",
+            "none",
+            {**_STAGES, **_CLIPPED},
+            is_policy_gradient=True,
+            reward="stages",
+            completions=("student",),
+        ),
+    )
+}
+
+
+def recipe_named(name: str) -> Recipe:
+    """The row of that name; ConfigError where there is none."""
+    if name not in RECIPES:
+        raise ConfigError(f"there is no recipe {name!r}; expected one of {sorted(RECIPES)}")
+    return RECIPES[name]
