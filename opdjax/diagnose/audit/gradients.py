@@ -18,9 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from opdjax.diagnose.audit.pair import States, kl_bins, ratio_with_interval
-from opdjax.diagnose.audit.subjects import Subject
+from opdjax.diagnose.audit.subjects import PLAIN, Subject
 from opdjax.engine.update import prepared, vocabulary_inputs
-from opdjax.estimators import bind
 from opdjax.ops.vocab import TokenInputs, tiled_loss
 from opdjax.types import TrainBatch
 
@@ -48,10 +47,10 @@ def audit_gradients(
         log(f"  {each.name}")
         run = _measure(states, batch, each)
         rows[each.name] = run(states.mask)
-        if each.name == "opd" or (each.recipe == "vopd" and not each.is_coupled):
+        if each == PLAIN or (each.has_baseline and not each.is_coupled):
             by_bin[each.name] = [run(inside)["per_prompt"] for inside in bins]
     _share_signal(subjects, rows)
-    plain = rows["opd"]
+    plain = rows[PLAIN.name]
     for row in rows.values():
         is_known = min(row["signal"], row["noise"]) > 0
         ratio = float(np.sqrt(row["signal"] / (row["noise"] / BATCH))) if is_known else None
@@ -69,12 +68,12 @@ def _share_signal(subjects: Sequence[Subject], rows: dict[str, dict[str, Any]]) 
     reverse = [each for each in subjects if each.advertises == "reverse"]
     exact = next((rows[each.name] for each in reverse if not each.is_sampled), None)
     for each in reverse if exact is not None else ():
-        if each.recipe is not None and not each.is_coupled:
+        if each.estimator is not None and not each.is_coupled:
             rows[each.name]["signal"] = exact["signal"]
 
 
 def _by_kl(by_bin: dict[str, list[np.ndarray]]) -> dict[str, Any]:
-    plain = by_bin.pop("opd")
+    plain = by_bin.pop(PLAIN.name)
     total = sum(part.sum() for part in plain)
     shares = [float(part.sum() / total) if total else 0.0 for part in plain]
 
@@ -194,9 +193,10 @@ def _components(total, action, trajectory, squares, redraws: int, rollouts: int)
 def _columns(states: States, each: Subject) -> TokenInputs:
     """Return the prepared columns of the whole batch; tokens and uniforms are set draw by draw."""
     columns = dataclasses.replace(states.inputs.row, uniform=None)
-    if each.recipe is None:
+    if each.estimator is None:
         return columns
-    spec = dataclasses.replace(states.spec, estimator=bind(each.recipe, each.options))
+    estimator = dataclasses.replace(each.estimator, tile=states.spec.estimator.tile)
+    spec = dataclasses.replace(states.spec, estimator=estimator)
     return jax.jit(partial(prepared, spec=spec))(states.inputs._replace(row=columns), states.batch)
 
 

@@ -26,6 +26,7 @@ from opdjax.diagnose.audit.tree import audit_tree
 from opdjax.diagnose.audit.vocabulary import audit_vocabulary
 from opdjax.estimators import TOKEN_LOSSES
 from opdjax.estimators.pitfalls import PITFALLS
+from opdjax.estimators.variants import WITH_BASELINE
 from opdjax.rollouts.setup import Setup, prepare
 from opdjax.runs.workdir import environment
 
@@ -77,7 +78,7 @@ def _prepare(config: Config, settings: AuditConfig) -> Setup:
     return prepare(
         dataclasses.replace(
             config,
-            estimator=EstimatorConfig(recipe="vopd", tile=config.estimator.tile),
+            estimator=EstimatorConfig(recipe=WITH_BASELINE.name, tile=config.estimator.tile),
             sampling=sampling,
             train=train,
             evaluation=dataclasses.replace(config.evaluation, source=None),
@@ -120,23 +121,25 @@ def _audit_pair(
         log("gradients of all parameters, rollout by rollout")
         # Estimators that sample no token differ in bias alone, so only three of them are measured:
         # the two exact ones and the config's own, which comes first.
-        exact = ("full_kl divergence=reverse", "full_kl divergence=forward", uncoupled[0].name)
-        measured = [each for each in subjects if each.is_sampled or each.name in exact]
+        is_measured = lambda each: (
+            each.is_sampled or each.advertises != "own" or each is subjects[0]
+        )
+        measured = list(filter(is_measured, subjects))
         found["gradients"] = audit_gradients(states, measured, log)
     return found
 
 
 def describe(each: Subject) -> dict[str, Any]:
     """Return the document's entry for a subject."""
-    about = each.pitfall.about if each.recipe is None else summary(each.recipe)
-    if each.recipe == "sft":
+    about = each.pitfall.about if each.recipe is None else each.recipe.description
+    if each.reads_given_answers:
         about += " Measured at the student's contexts with the teacher's tokens;"
         about += " in training the contexts are the teacher's too."
-    if each.recipe == "npd":
+    if each.recipe is not None and "kd_weight" in each.recipe.options:
         about += " Measured on all of the student's own tokens;"
         about += " in training an older student samples them and a filter selects some."
     return {
-        "recipe": each.recipe,
+        "recipe": None if each.recipe is None else each.recipe.name,
         "options": each.options,
         "is_pitfall": each.recipe is None,
         "advertises": each.advertises,
@@ -144,11 +147,6 @@ def describe(each: Subject) -> dict[str, Any]:
         "is_coupled": each.is_coupled,
         "about": about,
     }
-
-
-def summary(recipe: str) -> str:
-    """Return the first line of a recipe's documentation."""
-    return explain(recipe).partition("\n")[0]
 
 
 def explain(name: str) -> str:
