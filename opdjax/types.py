@@ -60,11 +60,11 @@ class TeacherScores:
     The teacher's head is not data: it is an argument of its own.
     """
 
-    token_logprobs: Float[Array, "B T"] | None = None
+    teacher_logprobs: Float[Array, "B T"] | None = None
     # The teacher's K most likely ids at each context, most likely first, and their log-probs under
     # its full softmax.
-    top_ids: Int[Array, "B T K"] | None = None
-    top_logprobs: Float[Array, "B T K"] | None = None
+    teacher_top_ids: Int[Array, "B T K"] | None = None
+    teacher_top_logprobs: Float[Array, "B T K"] | None = None
     # Column t is the teacher's state after the token of the student's column t, so that the one
     # shift by one (in ops/vocab.py) is the same for student and teacher.
     hidden: Float[Array, "B T D"] | None = None

@@ -136,7 +136,7 @@ def vocabulary_runs(
     def loss(hidden, kernel, weights, token, teacher_hidden, teacher_kernel, is_observed):
         columns, teacher = TokenInputs(token), (teacher_hidden, Head(teacher_kernel))
         if bound.teacher == "token":
-            read = lambda tile, _, row: tile.logprob(row.token)
+            read = lambda tile, _, row: tile.logprob(row.tokens)
             columns = TokenInputs(
                 token,
                 tiled_stats(

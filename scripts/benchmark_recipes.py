@@ -52,7 +52,7 @@ def form(label, tile):
     def loss(hidden, kernel, weights, token, teacher_hidden, teacher_kernel):
         columns, teacher = TokenInputs(token), (teacher_hidden, Head(teacher_kernel))
         if estimator.teacher == "token":
-            read = lambda tile, _, row: tile.logprob(row.token)
+            read = lambda tile, _, row: tile.logprob(row.tokens)
             columns = TokenInputs(
                 token,
                 tiled_stats(
@@ -62,7 +62,9 @@ def form(label, tile):
         if label == STORED:
             ids = (token[..., None] + jnp.arange(estimator.top_k)) % kernel.shape[0]
             columns = dataclasses.replace(
-                columns, teacher_ids=ids, teacher_top_logprob=jnp.full(ids.shape, -3, jnp.float16)
+                columns,
+                teacher_top_ids=ids,
+                teacher_top_logprobs=jnp.full(ids.shape, -3, jnp.float16),
             )
         elif estimator.teacher == "top_k":
             read = lambda tile, _, row: (
@@ -72,7 +74,9 @@ def form(label, tile):
             ids, logprobs = tiled_stats(
                 read, teacher_hidden, Head(teacher_kernel), weights > 0, columns, tile=tile
             )
-            columns = dataclasses.replace(columns, teacher_ids=ids, teacher_top_logprob=logprobs)
+            columns = dataclasses.replace(
+                columns, teacher_top_ids=ids, teacher_top_logprobs=logprobs
+            )
         if estimator.teacher != "vocabulary":
             teacher = None
         return tiled_loss(

@@ -192,7 +192,7 @@ def _words(text: str) -> list[str]:
 
 def cross_entropy(student, _, row):
     """Return the token loss of supervised training."""
-    return -student.logprob(row.token), {}
+    return -student.logprob(row.tokens), {}
 
 
 def make_step(config, optimizer):

@@ -12,7 +12,7 @@ import tyro
 from opdjax.cli.parsing import as_given, call
 from opdjax.config.experiments import load_sweep
 from opdjax.config.fleet import FleetConfig
-from opdjax.config.grid import SweepPoint
+from opdjax.config.grid import SweepPoint, select
 from opdjax.config.validation import ConfigError
 from opdjax.runs.mirror import read_only_workdir
 from opdjax.runs.object_store import open_output
@@ -47,7 +47,7 @@ def sweep(arguments: list[str]) -> None:
             retry_failed: run the points again that failed in earlier calls
             retries: number of times to run a point again that fails in this call
             status: print the state of every point, on whichever machine it runs, and run nothing
-            watch: with status, print it again every so many seconds until no point is left
+            watch: with status, seconds between repeats until no point is left; 0: print once
             launch: submit the shards to an engine that finds machines, and return
             fleet: machines to launch
         """
@@ -55,7 +55,8 @@ def sweep(arguments: list[str]) -> None:
         from opdjax.sweeps.status import describe
         from opdjax.sweeps.status import watch as show_status
 
-        points = _points(file, only)
+        points = load_sweep(file)
+        points = select(points, only) if only else points
         first, count = _shard(shard)
         _require_at_least(0, {"--retries": retries, "--watch": watch})
         _require_at_least(1, {"--jobs": jobs})
@@ -103,16 +104,6 @@ def _require_at_least(least: int, given: dict[str, float]) -> None:
 
 def _log(line: str) -> None:
     print(line, flush=True)
-
-
-def _points(file: str, only: tuple[str, ...]) -> list[SweepPoint]:
-    from opdjax.config.grid import select
-    from opdjax.estimators import estimator_of
-
-    points = select(load_sweep(file), only) if only else load_sweep(file)
-    for point in points:  # fail now rather than in every run
-        estimator_of(point.config.estimator)
-    return points
 
 
 def _shard(text: str) -> tuple[int, int]:

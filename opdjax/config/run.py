@@ -181,7 +181,7 @@ class Config:
 
     @property
     def is_judged(self) -> bool:
-        """Whether judges are asked about rollouts: for rewards, or for what the teacher is shown."""
+        """Whether judges read rollouts: for rewards, or for texts that the teacher is shown."""
         return self.recipe.is_judged or bool(self.judged_fields)
 
     @property

@@ -50,7 +50,7 @@ def load_rows(data: DataConfig, tokenizer: Any) -> list[Prompt]:
     """The rows of `data.source`; where `data.references` is set, with the answers it stores.
 
     Raises ReferenceMissError if the index lacks a prompt, except one that is too long for the
-    student (whose tokenizer is given): every run leaves it out, so `opdjax references` skips it too.
+    student (whose tokenizer is given): every run leaves it out, so `opdjax references` skips it.
     """
     rows = read_prompts(data.source, ColumnMap.from_config(data))
     if data.references is None:

@@ -134,7 +134,7 @@ def _logprobs(
 ) -> np.ndarray:
     """Return log-probs `[B, T]` of the batch's tokens, from the scorer of the run's teacher."""
     scores = score(params, head, batch, config=model, needs="token", tile=tile, parts=parts)
-    return np.asarray(scores.token_logprobs)
+    return np.asarray(scores.teacher_logprobs)
 
 
 def _teacher_dtype(setup: Setup) -> str:
@@ -242,7 +242,7 @@ def _check_self_distillation(setup: Setup, first: FirstBatch) -> Finding:
         head = head if needs == "vocabulary" else None
         batch = dataclasses.replace(own, teacher=scores)
         loss, norm, outputs = _first_loss(*weights, batch, head, spec)
-        reward = np.asarray(outputs["reward"])
+        reward = np.asarray(outputs["rewards"])
         kl = np.asarray(outputs.get("kl", -reward))
         return checks.FirstUpdate(
             float(np.abs(reward)[mask].mean()), float(kl[mask].mean()), float(loss), float(norm)

@@ -54,7 +54,7 @@ def score(
         if needs == "top_k":
             return top_logprobs(hidden, head, part, top_k=top_k, tile=tile, mesh=mesh)
         return TeacherScores(
-            token_logprobs=token_logprobs(hidden, head, part, tile=tile, mesh=mesh)
+            teacher_logprobs=token_logprobs(hidden, head, part, tile=tile, mesh=mesh)
         )
 
     if parts == 1:
@@ -66,7 +66,7 @@ def token_logprobs(
     hidden, head: Head, batch: TrainBatch, *, tile: int, mesh: Mesh | None = None
 ) -> Float[Array, "B T"]:
     """Log-probs of the batch's sampled tokens from a model's hidden states; nats, 0 elsewhere."""
-    take = lambda model, _, row: model.logprob(row.token)
+    take = lambda model, _, row: model.logprob(row.tokens)
     inputs = TokenInputs(batch.tokens)
     return tiled_stats(take, hidden, head, batch.mask, inputs, tile=tile, mesh=mesh)
 
@@ -81,7 +81,9 @@ def top_logprobs(
     def take(model, _, row):
         ids = model.top_k(top_k)
         return TeacherScores(
-            token_logprobs=model.logprob(row.token), top_ids=ids, top_logprobs=model.logprob(ids)
+            teacher_logprobs=model.logprob(row.tokens),
+            teacher_top_ids=ids,
+            teacher_top_logprobs=model.logprob(ids),
         )
 
     inputs = TokenInputs(batch.tokens)

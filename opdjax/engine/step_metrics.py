@@ -1,8 +1,8 @@
-"""The numbers of a step, from per-token outputs of the same pass over the vocabulary that trains.
+"""The metrics of a step, from per-token outputs of the training pass over the vocabulary.
 
-What takes only the recipe's own outputs is told every step. What takes whole distributions
-(entropies, the overlap of student and teacher) or a sort of all tokens is told every
-`log.diagnostics_every` steps and NaN between them. Nothing here changes an update.
+Metrics that need only the recipe's outputs are computed every step. Diagnostics, which need whole
+distributions (entropies, the overlap of student and teacher) or a sort of all tokens, are computed
+every `log.diagnostics_every` steps and are NaN in between. Nothing here changes an update.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from opdjax.estimators import Estimator, diagnostics, importance
-from opdjax.estimators.divergence import reverse_kl
 from opdjax.ops.masked import (
     masked_mean,
     masked_quantiles,
@@ -27,28 +26,32 @@ from opdjax.types import TrainBatch
 _POSITION_BUCKETS = 8
 _QUANTILES = {"reward/p05": 0.05, "reward/p50": 0.5, "reward/p95": 0.95}
 _TOP_SHARE = 0.05
+_STATS = (
+    "entropy/student",
+    "entropy/teacher",
+    "overlap/ratio",
+    "overlap/student_mass",
+    "overlap/teacher_mass",
+)
 
 Outputs = dict[str, Float[Array, "B T"]]
 
 
 def observed(token_loss: Callable) -> Callable:
-    """The token loss with more outputs: `kl`, exact wherever the teacher's tile is there, and in an
-    observed step the diagnostics.
+    """The token loss with the outputs of `vocabulary_stats`, which are zeros in a step without
+    diagnostics.
     """
 
     def loss_of(student, teacher, row):
         loss, outputs = token_loss(student, teacher, row)
-        tiles = jax.lax.stop_gradient((student, teacher))
-        if teacher is not None and "kl" not in outputs:
-            outputs = outputs | {"kl": reverse_kl(*tiles)}
         if row.is_observed is None:
             return loss, outputs
-        stats = lambda: diagnostics.vocabulary_stats(*tiles, row.token)
-        # Made of the loss, so that on a mesh they differ between devices where the statistics do.
-        nothing = lambda: jax.tree.map(
-            lambda x: jnp.where(True, 0, loss).astype(x.dtype), jax.eval_shape(stats)
-        )
-        return loss, outputs | jax.lax.cond(jnp.any(row.is_observed), stats, nothing)
+        stats = lambda: diagnostics.vocabulary_stats(student, teacher, row.tokens)
+        # Computed from the loss, so that on a mesh the zeros vary over the same devices as the
+        # statistics.
+        zero = lambda x: jnp.where(True, 0, loss).astype(x.dtype)
+        zeros = lambda: jax.tree.map(zero, jax.eval_shape(stats))
+        return loss, outputs | jax.lax.cond(jnp.any(row.is_observed), stats, zeros)
 
     return loss_of
 
@@ -62,64 +65,65 @@ def step_metrics(
 ) -> dict[str, Array]:
     """All scalars of a step that are computed from its tokens."""
     metrics = token_metrics(outputs, batch) | _importance(outputs, batch, estimator)
-    if "reward" in outputs:
+    if "rewards" in outputs:
         metrics |= by_position("kl", masked_mean, _kl(outputs), batch, max_length)
-    if "advantage" in outputs:
-        metrics |= by_position("advantage/std", masked_std, outputs["advantage"], batch, max_length)
+    if "advantages" in outputs:
+        metrics |= by_position(
+            "advantage/std", masked_std, outputs["advantages"], batch, max_length
+        )
     if is_observed is None:
         return metrics
 
-    def found():
-        return _observed_metrics(outputs, batch, max_length)
-
-    def unknown():
-        return jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(found))
-
-    return metrics | jax.lax.cond(is_observed, found, unknown)
+    found = lambda: _diagnostics(outputs, batch, max_length)
+    nan = lambda x: jnp.full(x.shape, jnp.nan, x.dtype)
+    return metrics | jax.lax.cond(
+        is_observed, found, lambda: jax.tree.map(nan, jax.eval_shape(found))
+    )
 
 
 def _kl(outputs: Outputs) -> Float[Array, "B T"]:
-    return outputs["kl"] if "kl" in outputs else -outputs["reward"]
+    """KL(student || teacher) of each token: exact, or its one-sample estimate k1."""
+    return outputs["kl"] if "kl" in outputs else -outputs["rewards"]
 
 
 def token_metrics(outputs: Outputs, batch: TrainBatch) -> dict[str, Array]:
-    """Means over the step's tokens. `kl/student_teacher` is exact where the teacher's whole
-    distribution is read, else `kl/k1`.
+    """Means over the step's tokens. `kl/student_teacher` is exact if the teacher's distribution is
+    available, else it is `kl/k1`.
 
-    k1, k2 and k3 are estimates of KL(student || teacher) from the sampled tokens. `kl/k3` is not
-    clipped: one token that the teacher finds e^20 times as likely as the student makes it 5e8 over
-    its share of the tokens; it may be infinite. `staleness/kl` is KL(student || behaviour) of a
-    token, the student as it is before this step's update; `kl/reference` k3 of KL(student ||
-    reference), the student's start, whatever form its penalty has.
+    k1, k2 and k3 estimate KL(student || teacher) from the sampled tokens. `kl/k3` is not clipped:
+    one token that is e^20 times as likely under the teacher as under the student adds 5e8 divided
+    by the number of tokens; it may be infinite. `staleness/kl` is KL(student || behaviour) per
+    token, with the student before this step's update. `kl/reference` is k3 of KL(student ||
+    reference), the student's start, for every form of the penalty.
     """
-    mask, reward, metrics = batch.mask, outputs.get("reward"), {}
-    if reward is not None:
+    mask, rewards, metrics = batch.mask, outputs.get("rewards"), {}
+    if rewards is not None:
         metrics["kl/student_teacher"] = masked_mean(_kl(outputs), mask)
         # reward = log teacher - log student
         for name, estimate in (("k1", importance.k1), ("k2", importance.k2), ("k3", importance.k3)):
-            metrics[f"kl/{name}"] = masked_mean(estimate(-reward, jnp.zeros_like(reward)), mask)
-        metrics["reward/mean"] = masked_mean(reward, mask)
+            metrics[f"kl/{name}"] = masked_mean(estimate(-rewards, jnp.zeros_like(rewards)), mask)
+        metrics["reward/mean"] = masked_mean(rewards, mask)
     if batch.behavior_logprobs is not None:
-        metrics |= _staleness(outputs["student_logprob"], batch)
+        metrics |= _staleness(outputs["student_logprobs"], batch)
     if batch.reference_logprobs is not None:
         metrics["kl/reference"] = masked_mean(
-            importance.k3(outputs["student_logprob"], batch.reference_logprobs), mask
+            importance.k3(outputs["student_logprobs"], batch.reference_logprobs), mask
         )
-    if "advantage" in outputs:
-        metrics["advantage/mean"] = masked_mean(outputs["advantage"], mask)
-        metrics["advantage/std"] = masked_std(outputs["advantage"], mask)
+    if "advantages" in outputs:
+        metrics["advantage/mean"] = masked_mean(outputs["advantages"], mask)
+        metrics["advantage/std"] = masked_std(outputs["advantages"], mask)
     return metrics
 
 
-def _staleness(student_logprob: Float[Array, "B T"], batch: TrainBatch) -> dict[str, Array]:
-    """How far the student has moved from the policy that drew the tokens; on-policy, how far
-    sampler and update differ in rounding.
+def _staleness(student_logprobs: Float[Array, "B T"], batch: TrainBatch) -> dict[str, Array]:
+    """The distance of the student from the policy that sampled the tokens; on-policy, the rounding
+    differences of sampler and update.
     """
-    log_ratio, mask = student_logprob - batch.behavior_logprobs, batch.mask
+    log_ratio, mask = student_logprobs - batch.behavior_logprobs, batch.mask
     return {
         "rollout/logprob_gap": masked_mean(jnp.abs(log_ratio), mask),
         "staleness/kl": masked_mean(
-            importance.kl_to_behavior(student_logprob, batch.behavior_logprobs), mask
+            importance.kl_to_behavior(student_logprobs, batch.behavior_logprobs), mask
         ),
         "staleness/effective_sample_size": diagnostics.sequence_sample_size(
             log_ratio, mask, batch.segment_ids
@@ -128,17 +132,17 @@ def _staleness(student_logprob: Float[Array, "B T"], batch: TrainBatch) -> dict[
 
 
 def _importance(outputs: Outputs, batch: TrainBatch, estimator: Estimator) -> dict[str, Array]:
-    """Under an importance correction: each token's own ratio to the behaviour policy, how many were
-    cut, what their weights are worth.
+    """With an importance correction: each token's own ratio to the behaviour policy, the share of
+    clipped tokens, and the effective sample size of the weights.
     """
     options = estimator.ratio_options
     if options.get("importance", "none") == "none" or batch.behavior_logprobs is None:
         return {}
     mask = batch.mask
-    log_ratio = outputs["student_logprob"] - batch.behavior_logprobs
+    log_ratio = outputs["student_logprobs"] - batch.behavior_logprobs
     weight, is_cut = diagnostics.applied_importance(
         log_ratio,
-        outputs.get("advantage"),
+        outputs.get("advantages"),
         mask,
         batch.segment_ids,
         options,
@@ -153,33 +157,23 @@ def _importance(outputs: Outputs, batch: TrainBatch, estimator: Estimator) -> di
     }
 
 
-def _observed_metrics(outputs: Outputs, batch: TrainBatch, max_length: int) -> dict[str, Array]:
-    """`advantage/squared_score` is E[A^2 w], w the squared score in logit space, of the sampled
-    token and before importance weights.
+def _diagnostics(outputs: Outputs, batch: TrainBatch, max_length: int) -> dict[str, Array]:
+    """`advantage/squared_score` is E[A^2 w] without importance weights; w is the squared score of
+    the sampled token in logit space.
 
-    `kl/top5pct_share`: what the 5 % of tokens with the largest KL make up of its sum, exact KL
-    where it is known, else |k1|.
+    `kl/top5pct_share` is the share of the 5 % of tokens with the largest KL in the sum of KL: exact
+    KL if it is available, else |k1|.
     """
     mask, metrics = batch.mask, {}
-    if "reward" in outputs:
-        metrics |= dict(
-            zip(_QUANTILES, masked_quantiles(outputs["reward"], mask, tuple(_QUANTILES.values())))
-        )
-        metrics["kl/top5pct_share"] = diagnostics.largest_share(
-            jnp.abs(_kl(outputs)), mask, _TOP_SHARE
-        )
-    if "advantage" in outputs:
-        metrics["advantage/squared_score"] = masked_mean(
-            jnp.square(outputs["advantage"]) * outputs["squared_score"], mask
-        )
-    names = (
-        "entropy/student",
-        "entropy/teacher",
-        "overlap/ratio",
-        "overlap/student_mass",
-        "overlap/teacher_mass",
-    )
-    for name in (name for name in names if name in outputs):
+    if "rewards" in outputs:
+        quantiles = masked_quantiles(outputs["rewards"], mask, tuple(_QUANTILES.values()))
+        metrics |= dict(zip(_QUANTILES, quantiles))
+        share = diagnostics.largest_share(jnp.abs(_kl(outputs)), mask, _TOP_SHARE)
+        metrics["kl/top5pct_share"] = share
+    if "advantages" in outputs:
+        noise = jnp.square(outputs["advantages"]) * outputs["squared_score"]
+        metrics["advantage/squared_score"] = masked_mean(noise, mask)
+    for name in (name for name in _STATS if name in outputs):
         metrics[name] = masked_mean(outputs[name], mask)
         metrics |= by_position(name, masked_mean, outputs[name], batch, max_length)
     return metrics
@@ -188,8 +182,8 @@ def _observed_metrics(outputs: Outputs, batch: TrainBatch, max_length: int) -> d
 def by_position(
     name: str, reduce: Callable, x: Float[Array, "B T"], batch: TrainBatch, max_length: int
 ) -> dict[str, Array]:
-    """`NAME/position/AA-BB`: `x` reduced over completion tokens AA to BB, counted from 0; NaN where
-    there are none.
+    """`NAME/position/AA-BB`: `x` reduced over completion tokens AA to BB, from 0; NaN if there are
+    none.
     """
     rank = rank_in_sequence(batch.mask, batch.segment_ids)
     width, digits = -(-max_length // _POSITION_BUCKETS), len(str(max_length - 1))

@@ -1,5 +1,5 @@
-"""The student being trained, and the one jitted function that changes it: `update(state, batch) ->
-(state, metrics)`.
+"""The training state, and the jitted function that changes it: `update(state, batch) -> (state,
+metrics)`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from opdjax.config import OptimizerConfig
 from opdjax.config.run import Config
+from opdjax.engine.scorer import token_logprobs
 from opdjax.engine.step_metrics import observed, step_metrics
 from opdjax.estimators import Estimator, estimator_of, importance
 from opdjax.estimators.advantage import batch_totals
-from opdjax.estimators.divergence import reverse_kl
 from opdjax.estimators.losses import aggregation_weights, count_denominators
 from opdjax.models.decoder import DecoderConfig, Params, Remat, forward, head_of
 from opdjax.models.lora import combine
@@ -32,23 +32,23 @@ from opdjax.ops.tile import Head, sum_dtype
 from opdjax.ops.vocab import TokenInputs, tiled_loss, tiled_stats
 from opdjax.types import TeacherScores, TrainBatch
 
-_DECAYED = ("kernel", "embedding", "head", "lora_a", "lora_b")  # how the names of matrices end
+_DECAYED = ("kernel", "embedding", "head", "lora_a", "lora_b")  # endings of the names of matrices
 
 
 @struct.dataclass
 class TrainState:
     """Everything that a checkpoint holds."""
 
-    step: Int[Array, ""]  # batches seen, those skipped included
-    params: Params  # those that are trained, float32: bfloat16 would swallow Adam's small steps
+    step: Int[Array, ""]  # batches so far, including skipped ones
+    params: Params  # the trained ones, float32: bfloat16 would round Adam's small steps away
     opt_state: Any
-    num_skipped: Int[Array, ""]  # steps whose loss or gradient was not finite
-    nonfinite_streak: Int[Array, ""]  # of them, those in a row up to now
+    num_skipped: Int[Array, ""]  # steps with a loss or gradient that was not finite
+    nonfinite_streak: Int[Array, ""]  # the last such steps in a row
 
 
 @dataclasses.dataclass(frozen=True)
 class UpdateSpec:
-    """What an update is made of; static under jit."""
+    """The settings of an update; static under jit."""
 
     model: DecoderConfig
     estimator: Estimator
@@ -58,13 +58,13 @@ class UpdateSpec:
     temperature: float = 1.0  # the student is scored at the temperature it was sampled at
     valid_vocab: int | None = None
     remat: Remat = "none"
-    diagnostics_every: int = 0  # steps between those that observe whole distributions; 0: never
+    diagnostics_every: int = 0  # steps between diagnostics of whole distributions; 0: never
     mesh: Mesh | None = None
     split_over: tuple[str, ...] = WEIGHT_AXES  # mesh axes that shard the trained parameters
 
 
 class VocabularyInputs(NamedTuple):
-    """What the tiled pass over the vocabulary reads of a batch."""
+    """What the tiled pass over the vocabulary reads: hidden states, head, token inputs, teacher."""
 
     hidden: Float[Array, "B T D"]
     head: Head
@@ -110,19 +110,16 @@ def init_state(
     mesh: Mesh | None = None,
     split_over: tuple[str, ...] = WEIGHT_AXES,
 ) -> TrainState:
-    """The state before the first step; the parameters are copied to float32. On a mesh it is laid
-    out as `update` returns it.
+    """The state before the first step; parameters are copied to float32. On a mesh it is sharded as
+    `update` returns it.
     """
+    copy = lambda x: jnp.array(x, jnp.promote_types(x.dtype, jnp.float32), copy=True)
 
     def start(params):
-        params = jax.tree.map(
-            lambda x: jnp.array(x, jnp.promote_types(x.dtype, jnp.float32), copy=True), params
-        )
-        # One array a counter: the state is donated, and a buffer can be given away only once.
-        counters = (jnp.zeros((), jnp.int32) for _ in range(3))
-        return TrainState(
-            next(counters), params, optimizer.init(params), next(counters), next(counters)
-        )
+        params = jax.tree.map(copy, params)
+        # One array per counter: the state is donated, and a buffer can be donated only once.
+        step, *skipped = (jnp.zeros((), jnp.int32) for _ in range(3))
+        return TrainState(step, params, optimizer.init(params), *skipped)
 
     layout = None if mesh is None else shardings_of(jax.eval_shape(start, params), mesh, split_over)
     return jax.jit(start, out_shardings=layout)(params)
@@ -133,16 +130,13 @@ def make_update(
 ) -> Callable:
     """The jitted `update(state, batch, teacher_head=None, frozen=None) -> (state, metrics)`.
 
-    `state` is donated. `layout`: the shardings of the state, which the update returns too; None:
-    inferred, which may give another program at each step. `frozen`: the parameters that are not
-    trained, where those of the state are adapters; read only, in the dtype of the forward pass.
-    A batch whose loss or gradient is not finite leaves parameters and optimizer unchanged and is
-    counted; the schedule counts the steps that were applied.
+    `state` is donated. `layout`: the shardings of the state, before and after the update; None:
+    they are inferred, and may then differ and need another program at the next step. `frozen`: the
+    parameters that are not trained, if the state holds adapters; read only, in the dtype of the
+    forward pass. A batch whose loss or gradient is not finite is counted and leaves parameters and
+    optimizer unchanged; the schedule counts applied steps only.
     """
-    optimizer, learning_rate = (
-        make_optimizer(config, num_steps),
-        learning_rate_at(config, num_steps),
-    )
+    optimizer, schedule = make_optimizer(config, num_steps), learning_rate_at(config, num_steps)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=None if layout is None else (layout, None))
     def update(
@@ -172,7 +166,7 @@ def make_update(
             "loss/objective": loss,
             "grad/norm": norm,
             "grad/skipped_steps": new_state.num_skipped,
-            "optimizer/learning_rate": learning_rate(state.step - state.num_skipped),
+            "optimizer/learning_rate": schedule(state.step - state.num_skipped),
         }
         if shares is not None:
             metrics |= noise_and_signal(norm, *shares)
@@ -196,13 +190,12 @@ def loss_and_grad(
     Only `shares` depends on how the batch is split: the sum of the squared norms of the
     micro-batches' gradients, and the number of micro-batches, which `noise_and_signal` reads; None
     for a single micro-batch. Micro-batches after the last one that holds a sampled token are
-    skipped. `is_observed`: whether the outputs hold diagnostics, which are zeros where it is False
-    and missing where it is None; loss and gradient do not depend on it.
+    skipped. `is_observed`: whether the outputs hold diagnostics; they are zeros if it is False and
+    missing if it is None. Loss and gradient do not depend on it.
     """
     denominators = count_denominators(batch.mask, batch.segment_ids, spec.max_completion_length)
-    weights = aggregation_weights(
-        batch.mask, batch.segment_ids, spec.estimator.aggregation, denominators
-    )
+    kind = spec.estimator.aggregation
+    weights = aggregation_weights(batch.mask, batch.segment_ids, kind, denominators)
     parts, totals = spec.gradient_accumulation_steps, None
     if parts > 1 and spec.estimator.needs_totals:
         totals = _totals(combine(frozen, params), batch, teacher_head, spec)
@@ -210,8 +203,8 @@ def loss_and_grad(
     def batch_loss(params: Params, part: TrainBatch, weights: Float[Array, "B T"]):
         inputs = vocabulary_inputs(combine(frozen, params), part, teacher_head, spec)
         if is_observed is not None:
-            observed_rows = jnp.broadcast_to(is_observed, part.mask.shape)
-            row = dataclasses.replace(inputs.row, is_observed=observed_rows)
+            observed_tokens = jnp.broadcast_to(is_observed, part.mask.shape)
+            row = dataclasses.replace(inputs.row, is_observed=observed_tokens)
             inputs = inputs._replace(row=row)
         return vocabulary_loss(inputs, part, weights, spec, totals=totals, head_grad=frozen is None)
 
@@ -223,15 +216,13 @@ def loss_and_grad(
     def accumulate(carry, part):
         (loss, outputs), grads = value_and_grad(params, *part)
         grads = constrain(grads, spec.mesh, spec.split_over)
-        return jax.tree.map(
-            jnp.add, carry, (loss, grads, optax.tree.norm(grads, squared=True))
-        ), outputs
+        found = loss, grads, optax.tree.norm(grads, squared=True)
+        return jax.tree.map(jnp.add, carry, found), outputs
 
     zero = jnp.zeros((), weights.dtype)
     start = (zero, jax.tree.map(jnp.zeros_like, params), zero)
-    (loss, grads, squares), outputs, num_visited = scan_parts(
-        accumulate, start, (batch, weights), batch.mask, parts
-    )
+    sums, outputs, num_visited = scan_parts(accumulate, start, (batch, weights), batch.mask, parts)
+    loss, grads, squares = sums
     return loss, grads, outputs, (squares, num_visited)
 
 
@@ -239,14 +230,16 @@ def noise_and_signal(norm: Array, squares: Array, parts: int | Int[Array, ""]) -
     """Unbiased estimates of the variance of the batch's gradient, and of the squared norm of its
     expectation.
 
-    With M micro-batches of gradient g_m, each estimating the whole one, and their mean g: noise =
-    (sum |g_m|^2 - M |g|^2) / (M (M - 1)), signal = |g|^2 - noise. A single step's signal may be
-    negative: average both over steps, then divide. `norm` is |g|, `squares` the sum of |g_m / M|^2:
-    no gradient is kept. The micro-batches are taken as independent. With num_generations > 1 they
-    are not: `split_rows` deals neighbouring rows, which share a prompt, to different parts, so that
-    the variance between prompts is common to them and counts as signal: noise is then that of the
-    draws alone. Packed micro-batches hold unequal numbers of tokens and of prompts; what differs
-    between them for that alone counts as noise. NaN where fewer than two held a token.
+    With M micro-batches of gradients g_m, each an estimate of the whole gradient, and their mean g:
+    noise = (sum |g_m|^2 - M |g|^2) / (M (M - 1)), signal = |g|^2 - noise. The signal of one step
+    may be negative: average both over steps, then divide. `norm` is |g|, `squares` is the sum of
+    |g_m / M|^2. NaN if fewer than two micro-batches held a token.
+
+    The estimate assumes independent micro-batches. With num_generations > 1 they are not:
+    `split_rows` deals adjacent rows, which share a prompt, to different micro-batches, so the
+    variance between prompts counts as signal, and noise is the variance of the draws only. Packed
+    micro-batches hold unequal numbers of tokens and prompts, and the resulting differences count as
+    noise.
     """
     noise = jnp.where(parts > 1, (parts * squares - jnp.square(norm)) / (parts - 1), jnp.nan)
     return {"grad/noise_squared": noise, "grad/signal_squared": jnp.square(norm) - noise}
@@ -264,20 +257,12 @@ def vocabulary_loss(
 ):
     """(loss, per-token outputs) of a batch from `vocabulary_inputs`: the pass over the vocabulary.
 
-    `token_loss`: in place of the estimator's own with the outputs that metrics are made of.
+    `token_loss` (None: the estimator's, with the outputs of diagnostics) replaces the recipe.
     """
-    row = prepared(inputs, batch, spec, totals)
-    return tiled_loss(
-        token_loss or observed(spec.estimator.token_loss),
-        inputs.hidden,
-        inputs.head,
-        weights,
-        row,
-        inputs.teacher,
-        tile=spec.estimator.tile,
-        head_grad=head_grad,
-        mesh=spec.mesh,
-    )
+    token_loss = token_loss or observed(spec.estimator.token_loss)
+    operands = inputs.hidden, inputs.head, weights, prepared(inputs, batch, spec, totals)
+    options = {"tile": spec.estimator.tile, "head_grad": head_grad, "mesh": spec.mesh}
+    return tiled_loss(token_loss, *operands, inputs.teacher, **options)
 
 
 def prepared(
@@ -286,7 +271,7 @@ def prepared(
     spec: UpdateSpec,
     totals: tuple[Array, Array] | None = None,
 ) -> TokenInputs:
-    """The columns, with those that couple the tokens of a sequence where the options need them."""
+    """The token inputs, with those that couple tokens of a sequence if the options need them."""
     if not spec.estimator.is_coupled:
         return inputs.row
     stats = _stats(inputs, batch, spec)
@@ -296,26 +281,23 @@ def prepared(
 def vocabulary_inputs(
     params: Params, batch: TrainBatch, teacher_head: Head | None, spec: UpdateSpec
 ) -> VocabularyInputs:
-    """The student's forward pass, and the batch's columns beside it."""
-    cast = jax.tree.map(
-        lambda x: x.astype(spec.dtype) if jnp.dtype(spec.dtype).itemsize < x.dtype.itemsize else x,
-        params,
-    )
-    hidden = forward(
-        cast, spec.model, batch.tokens, batch.segment_ids, remat=spec.remat, mesh=spec.mesh
-    )
-    head = head_of(cast, valid_vocab=spec.valid_vocab, temperature=spec.temperature)
+    """Run the student's forward pass, and collect the batch's fields that a recipe may read."""
+    is_wider = lambda x: x.dtype.itemsize > jnp.dtype(spec.dtype).itemsize
+    params = jax.tree.map(lambda x: x.astype(spec.dtype) if is_wider(x) else x, params)
+    rows = batch.tokens, batch.segment_ids
+    hidden = forward(params, spec.model, *rows, remat=spec.remat, mesh=spec.mesh)
+    head = head_of(params, valid_vocab=spec.valid_vocab, temperature=spec.temperature)
     scores = batch.teacher or TeacherScores()
     teacher = None if scores.hidden is None else (scores.hidden, teacher_head)
     row = TokenInputs(
         batch.tokens,
-        teacher_logprob=scores.token_logprobs,
-        behavior_logprob=batch.behavior_logprobs,
-        advantage=batch.advantages,
-        reference_logprob=batch.reference_logprobs,
-        uniform=batch.uniforms,
-        teacher_ids=scores.top_ids,
-        teacher_top_logprob=scores.top_logprobs,
+        teacher_logprobs=scores.teacher_logprobs,
+        behavior_logprobs=batch.behavior_logprobs,
+        advantages=batch.advantages,
+        reference_logprobs=batch.reference_logprobs,
+        uniforms=batch.uniforms,
+        teacher_top_ids=scores.teacher_top_ids,
+        teacher_top_logprobs=scores.teacher_top_logprobs,
     )
     return VocabularyInputs(hidden, head, row, teacher)
 
@@ -323,30 +305,22 @@ def vocabulary_inputs(
 def _stats(
     inputs: VocabularyInputs, batch: TrainBatch, spec: UpdateSpec
 ) -> dict[str, Float[Array, "B T"]]:
-    """What the coupling columns are made of: a pass of its own, without gradient."""
-    hidden, head = jax.lax.stop_gradient((inputs.hidden, inputs.head))
-    return tiled_stats(
-        spec.estimator.token_stats,
-        hidden,
-        head,
-        batch.mask,
-        inputs.row,
-        inputs.teacher,
-        tile=spec.estimator.tile,
-        mesh=spec.mesh,
-    )
+    """The statistics that `Estimator.prepare` reads: a pass of their own, without gradient."""
+    operands = *jax.lax.stop_gradient((inputs.hidden, inputs.head)), batch.mask, inputs.row
+    options = {"tile": spec.estimator.tile, "mesh": spec.mesh}
+    return tiled_stats(spec.estimator.token_stats, *operands, inputs.teacher, **options)
 
 
 def _totals(
     params: Params, batch: TrainBatch, teacher_head: Head | None, spec: UpdateSpec
 ) -> tuple[Array, Array]:
-    """(sum of rewards, tokens) of the whole batch before any micro-batch is differentiated: one
-    more forward pass.
+    """(sum of rewards, number of tokens) of the whole batch, before any micro-batch is
+    differentiated: one more forward pass.
     """
 
     def add_part(totals, part: TrainBatch):
         stats = _stats(vocabulary_inputs(params, part, teacher_head, spec), part, spec)
-        return jax.tree.map(jnp.add, totals, batch_totals(stats["reward"], part.mask)), None
+        return jax.tree.map(jnp.add, totals, batch_totals(stats["rewards"], part.mask)), None
 
     zero = jnp.zeros((), sum_dtype(spec.dtype))
     parts = spec.gradient_accumulation_steps
@@ -357,8 +331,8 @@ def _totals(
 def make_examine(spec: UpdateSpec, num_alternatives: int) -> Callable:
     """The jitted `examine(params, batch, teacher_head) -> outputs [B, T, ...]`, for samples.jsonl.
 
-    Beside the recipe's own outputs, where the batch holds the teacher's hidden states:
-    `teacher_logprob`, `kl` (exact), and the teacher's most likely `alternatives` (ids) with their
+    The outputs of the estimator and, if the batch holds the teacher's hidden states,
+    `teacher_logprobs` and the teacher's most likely `alternatives` (ids) with their
     `alternative_logprobs`.
     """
 
@@ -366,10 +340,7 @@ def make_examine(spec: UpdateSpec, num_alternatives: int) -> Callable:
         loss, outputs = spec.estimator.token_loss(student, teacher, row)
         if teacher is not None:
             ids = teacher.top_k(num_alternatives)
-            outputs |= {
-                "teacher_logprob": teacher.logprob(row.token),
-                "kl": reverse_kl(student, teacher),
-            }
+            outputs |= {"teacher_logprobs": teacher.logprob(row.tokens)}
             outputs |= {"alternatives": ids, "alternative_logprobs": teacher.logprob(ids)}
         return loss, outputs
 
@@ -391,17 +362,9 @@ def make_behavior_kl(spec: UpdateSpec) -> Callable:
     def behavior_kl(
         params: Params, batch: TrainBatch, frozen: Params | None = None
     ) -> Float[Array, ""]:
-        untaught = dataclasses.replace(batch, teacher=None)
-        inputs = vocabulary_inputs(combine(frozen, params), untaught, None, spec)
-        logprobs = tiled_stats(
-            lambda student, _, row: student.logprob(row.token),
-            inputs.hidden,
-            inputs.head,
-            batch.mask,
-            inputs.row,
-            tile=spec.estimator.tile,
-            mesh=spec.mesh,
-        )
+        inputs = vocabulary_inputs(combine(frozen, params), batch, None, spec)
+        options = {"tile": spec.estimator.tile, "mesh": spec.mesh}
+        logprobs = token_logprobs(inputs.hidden, inputs.head, batch, **options)
         return masked_mean(importance.kl_to_behavior(logprobs, batch.behavior_logprobs), batch.mask)
 
     return behavior_kl
@@ -410,7 +373,7 @@ def make_behavior_kl(spec: UpdateSpec) -> Callable:
 def spec_of(
     config: Config, model: DecoderConfig, dtype: str, valid_vocab: int | None, mesh: Mesh
 ) -> UpdateSpec:
-    """`update_spec` of a run of which no more is known than these."""
+    """The update settings of a run."""
     return UpdateSpec(
         model=model,
         estimator=estimator_of(config.estimator),
@@ -427,9 +390,9 @@ def spec_of(
 
 
 def scored_temperature(config: Config) -> float:
-    """Student and teacher are compared at the temperature the student was sampled at; given answers
-    are scored at 1.
+    """The temperature of student and teacher in the loss: that of sampling, or 1 for given answers.
 
-    Both at the same one: a student that equals its teacher has nothing to learn at any.
+    Both have the same one, so that the loss of a student that equals its teacher is 0 at any
+    temperature.
     """
     return config.sampling.temperature if config.sampling.completions_from == "student" else 1.0

@@ -72,19 +72,24 @@ class Estimator:
 
     @property
     def ratio_options(self) -> dict[str, Any]:
-        """The options as `diagnostics.applied_importance` reads them: the clip of a rewarded recipe
-        is its correction.
+        """The options that `diagnostics.applied_importance` reads.
+
+        A rewarded recipe's clip is its importance correction.
         """
         return grpo.clipping(self.options) if self.recipe.is_rewarded else self.options
 
     def token_loss(self, student: VocabTile, teacher: VocabTile | None, row: TokenInputs):
-        """(loss [n], outputs) of n tokens, nats; weighted by `row.loss_weight` where it is given."""
+        """(loss [n], outputs) of n tokens, nats; weighted by `row.loss_weights` if given."""
         loss, outputs = TOKEN_LOSSES[self.name](
             student, teacher, row, **coupling.pointwise(self.options)
         )
-        if row.loss_weight is None:
+        if teacher is not None and "kl" not in outputs:
+            # Exact KL: added once, here, whenever the teacher's distribution is available.
+            kl = divergence.reverse_kl(*jax.lax.stop_gradient((student, teacher)))
+            outputs = outputs | {"kl": kl}
+        if row.loss_weights is None:
             return loss, outputs
-        return jax.lax.stop_gradient(row.loss_weight) * loss, outputs
+        return jax.lax.stop_gradient(row.loss_weights) * loss, outputs
 
     def token_stats(
         self, student: VocabTile, teacher: VocabTile | None, row: TokenInputs

@@ -1,6 +1,4 @@
-"""Credit that reaches beyond one token: rewards to come, the mean of the batch, rewards of whole
-answers and of their stages.
-"""
+"""Credit beyond one token: later rewards, the batch mean, rewards of answers and of stages."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from opdjax.ops.masked import reverse_discounted_sum, sequence_total, zero_where
 
 SCALES = ("mean", "mean_std")
 STAGE_CREDITS = ("paper", "identity", "last", "decay")
-_ROUNDING = 16  # units in the last place by which equal scores may differ once they are summed
+_ROUNDING = 16  # units in the last place by which sums of equal scores may differ
 
 
 def future_reward(
@@ -25,10 +23,10 @@ def future_reward(
 ) -> Float[Array, "B T"]:
     """`sum_{s > t} discount^(s - t) R_s` over the later sampled tokens of the same sequence, nats.
 
-    Added to the immediate reward it is the reward to go. discount 0 is vOPD's token-level credit:
+    Added to the immediate reward it is the return-to-go. discount 0 is vOPD's token-level credit:
     the gradient of sum_t KL_t with the distribution of contexts held fixed. discount 1 is the
-    gradient of the sequence KL. With `reward` the expectation over each context's tokens (-KL) in
-    place of the reward of the token drawn there, the same in expectation and with less noise.
+    gradient of the sequence KL. `reward` may be the expectation at each context (-KL) instead of
+    the sampled token's reward: the same expectation with less variance.
     """
     return reverse_discounted_sum(reward, mask, segment_ids, discount) - zero_where_masked(
         reward, mask
@@ -41,12 +39,11 @@ def mean_of_other_sequences(
     segment_ids: Int[Array, "B T"],
     totals: tuple[Float[Array, ""], Float[Array, ""]] | None = None,
 ) -> Float[Array, "B T"]:
-    """At each column, the mean reward of the sampled tokens of all other sequences; 0 where there
-    is no other.
+    """At each column, the mean reward of all other sequences' sampled tokens; 0 without others.
 
-    The whole sequence is left out and not the token alone: what follows a token was written because
-    of it, and a baseline must not depend on its token. `totals`: (sum of rewards, tokens) of the
-    whole batch where these rows are a part of it.
+    The whole sequence is left out, not the token alone: later tokens depend on it, and a baseline
+    must not depend on its token. `totals`: (sum of rewards, tokens) of the whole batch where these
+    rows are a part of it.
     """
     reward = zero_where_masked(reward, mask)
     live = mask.astype(reward.dtype)
@@ -70,16 +67,14 @@ def prefix_weight(
     segment_ids: Int[Array, "B T"],
     gain: float,
 ) -> Float[Array, "B T"]:
-    """`1 + gain * (1 - F_t)`, F_t the share of the sequence's disagreement `sum |r|` that lies
-    before token t.
+    """`1 + gain * (1 - F_t)`, F_t the share of the sequence's `sum |r|` before token t.
 
-    IW-OPD (arXiv 2606.22600), its released form: 1 + gain at the first token, then ever nearer 1.
-    The weight of a token depends on what follows it, so that the expected gradient is no longer
-    that of the KL.
+    IW-OPD (arXiv 2606.22600), its released form: 1 + gain at the first token, falling towards 1. A
+    token's weight depends on later tokens, so the expected gradient is no longer that of the KL.
     """
     gaps = zero_where_masked(jnp.abs(reward), mask)
     total = sequence_total(gaps, segment_ids)
-    # What lies at t and after, rather than 1 minus what lies before.
+    # Summing from t on avoids the cancellation in 1 minus the sum before t.
     remaining = reverse_discounted_sum(gaps, mask, segment_ids, 1.0)
     return jnp.where(
         mask & (total > 0), 1 + gain * remaining / jnp.where(total > 0, total, 1), 1 + gain * mask
@@ -93,13 +88,13 @@ def group_advantage(
     scale: str,
     epsilon: float = 1e-6,
 ) -> Float[Array, " B"]:
-    """`reward - mean` over the scored completions of the same prompt, which stand side by side; in
-    the unit of the reward.
+    """`reward - mean` over the scored completions of the same prompt, in the unit of the reward.
 
-    `scale` mean_std divides that by their population std + `epsilon`, which stands outside the root
-    (GRPO, arXiv 2402.03300; ROPD, arXiv 2605.07396, equation 6): without unit, and near-tied groups
-    then weigh as much as others. 0 for a completion without a score, whatever its reward holds, and
-    in groups with fewer than two. ValueError on another scale.
+    Completions of a prompt are adjacent. `scale` mean_std divides by their population std +
+    `epsilon`, outside the root (GRPO, arXiv 2402.03300; ROPD, arXiv 2605.07396, equation 6): it has
+    no unit, and near-tied groups then weigh as much as others. 0 for a completion without a score,
+    whatever its reward holds, and in groups with fewer than two scores. ValueError on another
+    scale.
     """
     if scale not in SCALES:
         raise ValueError(f"there is no scale {scale!r} of advantages; expected one of {SCALES}")
@@ -113,42 +108,42 @@ def group_advantage(
 def _normalised(
     x: Float[Array, "P G ..."], live: Bool[Array, "P G ..."], scale: str, epsilon: float
 ) -> Float[Array, "P G ..."]:
-    """Centred over the live entries of each group, and divided by their population std where
-    `scale` says so; 0 elsewhere.
+    """Centred over the live entries of each group; divided by their population std for mean_std.
 
-    Exactly 0 in a group whose entries are all equal.
+    0 for other entries, and exactly 0 in a group whose entries are all equal.
     """
     count = jnp.sum(live, axis=1, keepdims=True)
     mean_of = lambda y: (
         jnp.sum(jnp.where(live, y, 0), axis=1, keepdims=True) / jnp.maximum(count, 1)
     )
     size = jnp.max(jnp.where(live, jnp.abs(x), 0), axis=1, keepdims=True)
-    # Counted from one of them, so that equal ones differ by nothing: a mean of equal numbers may be
-    # another number.
+    # Relative to one of them, so that equal entries differ by exactly 0: the rounded mean of equal
+    # numbers may be another number.
     x = x - jnp.max(jnp.where(live, x, -jnp.inf), axis=1, keepdims=True)
     centred = jnp.where(live & (count > 1), x - mean_of(x), 0)
     if scale == "mean":
         return centred
     std = jnp.sqrt(mean_of(jnp.square(centred)))
-    # What rounding leaves of a tie is no spread: divided by itself it would be an advantage of 1.
+    # The rounding residue of a tie is no spread: divided by itself it would be an advantage of 1.
     is_tied = std <= _ROUNDING * jnp.finfo(centred.dtype).eps * size
     return jnp.where(is_tied, 0, centred / (std + epsilon))
 
 
 def credit_matrix(name: str | None, num_stages: int, custom: Sequence[float] = ()) -> np.ndarray:
-    """Lambda `[K, K]`: row k says how much of each stage's score stage k is credited with; nothing
-    of stages before it.
+    """Lambda `[K, K]`: row k holds the share of each stage's score that stage k is credited with.
 
-    `paper`: RubricEM's for four stages (arXiv 2605.10899, section 3.3). `identity`: its own score
-    alone. `last`: the last stage's score for all, plain group-relative credit. `decay`: 1 for
-    itself, 0.8 for the last, 0.5 between; ours. None: paper for four stages, else decay. `custom`:
-    K * K numbers row by row, upper triangular with ones on the diagonal. ValueError otherwise.
+    It is 0 for earlier stages. `paper`: RubricEM's for four stages (arXiv 2605.10899, section 3.3).
+    `identity`: its own score. `last`: the last stage's score for all, plain group-relative credit.
+    `decay`: 1 for itself, 0.8 for the last, 0.5 between; ours. None: paper for four stages, else
+    decay. `custom`: K * K numbers row by row, upper triangular with ones on the diagonal.
+    ValueError otherwise.
     """
     if len(custom):
         matrix = np.asarray(custom, float)
         if matrix.size != num_stages**2:
             raise ValueError(
-                f"stage_credit_matrix has {matrix.size} numbers; expected {num_stages**2}, row by row for {num_stages} stages"
+                f"stage_credit_matrix has {matrix.size} numbers; expected {num_stages**2}, row by "
+                f"row for {num_stages} stages"
             )
         matrix = matrix.reshape(num_stages, num_stages)
         if (
@@ -157,14 +152,15 @@ def credit_matrix(name: str | None, num_stages: int, custom: Sequence[float] = (
             or np.any(np.diag(matrix) != 1)
         ):
             raise ValueError(
-                f"stage_credit_matrix is {matrix.tolist()}; expected finite numbers, 1 on the diagonal (a stage's own score) and 0 below "
-                "it (no stage is credited with earlier ones)"
+                f"stage_credit_matrix is {matrix.tolist()}; expected finite numbers, 1 on the "
+                "diagonal (a stage's own score) and 0 below it (earlier stages)"
             )
         return matrix
     name = name or ("paper" if num_stages == 4 else "decay")
     if name == "paper" and num_stages != 4:
         raise ValueError(
-            f"stage_credit paper is made for 4 stages, there are {num_stages}; expected identity, last or decay"
+            f"stage_credit paper is defined for 4 stages, there are {num_stages}; expected "
+            "identity, last or decay"
         )
     if name == "paper":
         return np.array([[1, 0.4, 0.6, 0.8], [0, 1, 0.4, 0.8], [0, 0, 1, 0.8], [0, 0, 0, 1]])
@@ -189,12 +185,11 @@ def stage_advantage(
     scale: str,
     epsilon: float = 1e-8,
 ) -> Float[Array, "B K"]:
-    """The advantage of each stage: `G = R @ credit.T`, normalised per stage over the group's scored
-    rollouts that have it.
+    """The advantage of each stage: `G = R @ credit.T`, normalised per stage over the group.
 
-    RubricEM's SS-GRPO (arXiv 2605.10899, section 3.3; mean_std as there, population std). A stage
-    that a rollout lacks has score 0, which the stages before it are credited with, and no advantage
-    of its own. `scale` as in `group_advantage`.
+    Only scored rollouts that have the stage count. RubricEM's SS-GRPO (arXiv 2605.10899, section
+    3.3; mean_std as there, population std). A missing stage has score 0, with which earlier stages
+    are credited, and no advantage of its own. `scale` as in `group_advantage`.
     """
     if scale not in SCALES:
         raise ValueError(f"there is no scale {scale!r} of advantages; expected one of {SCALES}")
@@ -218,11 +213,11 @@ def spread_stages(
 def stage_balance(
     stage_ids: Int[Array, "B T"], mask: Bool[Array, "B T"], num_stages: int
 ) -> Float[Array, "B T"]:
-    """`N / (S N_k)` at the tokens of stage k, N of all unmasked tokens and S the number of stages
-    that have any; 0 elsewhere.
+    """`N / (S N_k)` at the tokens of stage k; 0 elsewhere.
 
-    As a factor it makes a mean over all N tokens the mean over stages of their own token means:
-    long stages no longer outweigh short ones, and tokens outside all stages weigh nothing.
+    N counts all unmasked tokens, N_k those of stage k, and S the stages that have any. As a factor
+    it turns a mean over all N tokens into the mean over stages of their token means: long stages no
+    longer outweigh short ones, and tokens outside all stages weigh nothing.
     """
     live = mask & (stage_ids >= 0)
     counts = jnp.sum(

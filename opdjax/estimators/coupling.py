@@ -18,7 +18,7 @@ from opdjax.ops.vocab import TokenInputs
 
 
 def is_coupled(options: dict[str, Any]) -> bool:
-    """Whether the options need columns prepared by a pass of their own."""
+    """Whether the options need columns that a pass of its own prepares."""
     corrected = options.get("importance") in importance.SEQUENCE_CORRECTIONS
     return (
         corrected
@@ -35,22 +35,20 @@ def needs_totals(options: dict[str, Any]) -> bool:
 def token_stats(
     student: VocabTile, teacher: VocabTile | None, row: TokenInputs, options: dict[str, Any]
 ) -> dict[str, Float[Array, " n"]]:
-    """What `prepare` wants to know of each token: log-prob of the student, rewards, and what could
-    be expected there.
-    """
-    student_logprob = student.logprob(row.token)
-    stats = {"student_logprob": student_logprob}
-    teacher_logprob = row.teacher_logprob if teacher is None else teacher.logprob(row.token)
-    if teacher_logprob is not None:
+    """What `prepare` reads of each token: student log-prob, rewards, expected rewards."""
+    student_logprobs = student.logprob(row.tokens)
+    stats = {"student_logprobs": student_logprobs}
+    teacher_logprobs = row.teacher_logprobs if teacher is None else teacher.logprob(row.tokens)
+    if teacher_logprobs is not None:
         how = {name: options.get(name) for name in REWARD_OPTIONS}
         stats |= {
-            "gap": sampled_reward(teacher_logprob, student_logprob),
-            "reward": sampled_reward(teacher_logprob, student_logprob, **how),
+            "gap": sampled_reward(teacher_logprobs, student_logprobs),
+            "rewards": sampled_reward(teacher_logprobs, student_logprobs, **how),
         }
         if options.get("return_to_go") == "expected":
             teacher = needed(teacher, "teacher", "return_to_go expected")
             stats["expected"] = student.expect(
-                sampled_reward(teacher.logprobs, student.logprobs, **how)
+                sampled_reward(teacher.logprobs, student.logprobs, **transform)
             )
     return stats
 
@@ -65,18 +63,19 @@ def prepare(
     is_policy_gradient: bool,
     totals: tuple[Float[Array, ""], Float[Array, ""]] | None = None,
 ) -> TokenInputs:
-    """`columns` with what the options ask for; `totals` of the whole batch where these rows are a
-    part of it.
+    """`columns` with those that the options need.
+
+    `totals`: (sum of rewards, tokens) of the whole batch where these rows are a part of it.
     """
     found: dict[str, Any] = {}
     if options.get("discount"):
-        later = stats["expected" if options.get("return_to_go") == "expected" else "reward"]
-        found["future_reward"] = advantage.future_reward(
+        later = stats["expected" if options.get("return_to_go") == "expected" else "rewards"]
+        found["future_rewards"] = advantage.future_reward(
             later, mask, segment_ids, options["discount"]
         )
     if needs_totals(options):
-        found["mean_reward"] = advantage.mean_of_other_sequences(
-            stats["reward"], mask, segment_ids, totals
+        found["mean_rewards"] = advantage.mean_of_other_sequences(
+            stats["rewards"], mask, segment_ids, totals
         )
     weights = []
     if options.get("prefix_weight"):
@@ -84,28 +83,29 @@ def prepare(
             advantage.prefix_weight(stats["gap"], mask, segment_ids, options["prefix_weight"])
         )
     if options.get("importance") in importance.SEQUENCE_CORRECTIONS:
-        behavior_logprob = needed(
-            columns.behavior_logprob, "behavior_logprob", f"importance {options['importance']}"
+        behavior_logprobs = needed(
+            columns.behavior_logprobs, "behavior_logprobs", f"importance {options['importance']}"
         )
-        log_ratio = stats["student_logprob"] - behavior_logprob
+        log_ratio = stats["student_logprobs"] - behavior_logprobs
         weights.append(
             sequence_importance(log_ratio, mask, segment_ids, options, is_policy_gradient)
         )
     if weights:
-        found["loss_weight"] = math.prod(weights)
+        found["loss_weights"] = math.prod(weights)
     return dataclasses.replace(columns, **found)
 
 
 def sequence_importance(
     log_ratio, mask, segment_ids, options, is_policy_gradient
 ) -> Float[Array, "B T"]:
-    """The weight of each token under a correction of whole sequences; `log_ratio` = log student(y)
-    - log behavior(y).
+    """The weight of each token under a correction of whole sequences.
+
+    `log_ratio` = log student(y) - log behavior(y), nats.
     """
     cap = options.get("importance_cap") or importance.DEFAULT_CAPS[options["importance"]]
     if options["importance"] == "sequence_mask":
         return importance.sequence_mask(log_ratio, mask, segment_ids, cap)
-    # An exact divergence draws no action of its own: only how the context was reached is stale.
+    # An exact divergence samples no action: only the ratio of reaching the context is stale.
     return importance.prefix_truncate(
         log_ratio, mask, segment_ids, cap, is_inclusive=is_policy_gradient
     )

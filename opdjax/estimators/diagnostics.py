@@ -1,8 +1,6 @@
-"""What a step tells of itself, token by token: pure functions of the tiles and columns that a
-recipe sees; all detached.
+"""Diagnostics of each token: pure functions of the tiles and columns of a recipe; all detached.
 
-None of it enters a loss. The reductions to one number a step, and when they are taken, are in
-`opdjax/engine/step_metrics.py`.
+None of them enters a loss. `opdjax/engine/step_metrics.py` reduces them to one number a step.
 """
 
 from __future__ import annotations
@@ -19,33 +17,31 @@ from opdjax.ops.masked import rank_in_sequence, sequence_total, zero_where_maske
 from opdjax.ops.tile import VocabTile
 
 OVERLAP_TOP_K = 16
-_BLOCK = 128  # ids whose largest logit is taken first, where a vocabulary is long
+_BLOCK = 128  # ids of a block, whose maximum is taken first in a long vocabulary
 _LONG_VOCAB = 4096
 
 
 def entropy(tile: VocabTile) -> Float[Array, " n"]:
-    """`-E[log p]` of each next-token distribution, nats; an id of probability 0 contributes 0."""
+    """`-E[log p]` of each next-token distribution, nats; ids of probability 0 add 0."""
     return -tile.expect(tile.logprobs)
 
 
 def squared_score(student: VocabTile, token: Int[Array, " n"]) -> Float[Array, " n"]:
-    """`w_y = |grad log student(y)|^2` with respect to the logits, `1 - 2 p_y + sum p^2`, from 0 to
-    2.
+    """`w_y = |grad log student(y)|^2` in logit space, `1 - 2 p_y + sum p^2`, from 0 to 2.
 
-    `E[A^2 w_y]` is thus the second moment of one token's policy gradient in logit space: the noise
-    of the drawn action, and what a baseline is there to shrink. Written as `(1 - p_y)^2 + sum_{u !=
-    y} p_u^2`, in which nothing cancels.
+    `E[A^2 w_y]` is the second moment of one token's policy gradient in logit space: the action
+    variance that a baseline reduces. Computed as `(1 - p_y)^2 + sum_{u != y} p_u^2`, which has no
+    cancellation.
     """
     others = jnp.where(student.ids == token[:, None], 0, jnp.exp(student.logprobs))
     return jnp.square(jnp.expm1(student.logprob(token))) + student.total(jnp.square(others))
 
 
 def kth_largest(tile: VocabTile, k: int) -> Float[Array, " n"]:
-    """The k-th largest logit of each token, equal ones counted once; -inf where there are fewer
-    than k.
+    """The k-th largest logit of each token, ties counted once; -inf if there are fewer than k.
 
-    Far cheaper than `lax.top_k` at either size: k passes over a short row; of a long one only the k
-    blocks of ids with the largest maxima, which hold the k largest entries.
+    Much cheaper than `lax.top_k`: k passes over a short row; for a long one, over the k blocks of
+    ids with the largest maxima, which hold the k largest entries.
     """
     x = tile.logits
     if x.shape[-1] > _LONG_VOCAB:
@@ -64,12 +60,11 @@ def kth_largest(tile: VocabTile, k: int) -> Float[Array, " n"]:
 def top_k_overlap(
     student: VocabTile, teacher: VocabTile, k: int = OVERLAP_TOP_K
 ) -> dict[str, Float[Array, " n"]]:
-    """How far the two agree on what is likely (verl's and thunlp's names, on the student's ids as
-    in thunlp).
+    """How far student and teacher agree on likely ids (names of verl and thunlp, ids as in thunlp).
 
     `overlap/ratio`: share of the student's k most likely ids that are among the teacher's k.
-    `overlap/student_mass` and `overlap/teacher_mass`: the probability that each gives to the
-    student's k. Ids that tie for the last place all count.
+    `overlap/student_mass`, `overlap/teacher_mass`: the probability that each gives to the student's
+    k. Ids that tie for the last place all count.
     """
     among = lambda tile: (tile.logits > -jnp.inf) & (tile.logits >= kth_largest(tile, k)[:, None])
     kept = among(student)
@@ -88,8 +83,8 @@ def _mass(tile: VocabTile, kept: Bool[Array, "n V"]) -> Float[Array, " n"]:
 def vocabulary_stats(
     student: VocabTile, teacher: VocabTile | None, token: Int[Array, " n"]
 ) -> dict[str, Float[Array, " n"]]:
-    """What takes the whole distributions: entropies and the squared score of the token, with the
-    teacher's tile the overlap.
+    """Statistics of whole distributions: entropies, squared score; with the teacher's tile the
+    overlap.
     """
     student, teacher = jax.lax.stop_gradient((student, teacher))
     stats = {"entropy/student": entropy(student), "squared_score": squared_score(student, token)}
@@ -107,12 +102,12 @@ def applied_importance(
     *,
     is_policy_gradient: bool,
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    """(weight that the correction leaves each token, whether its ratio was cut); `log_ratio` = log
-    student(y) - log behavior(y).
+    """(weight of each token under the correction, whether its ratio was cut).
 
-    Cut is: truncated to the cap, dropped for being outside the band, or, with ppo_clip, beyond the
-    bound in the advantage's favour or beyond `dual_clip` against it, where the gradient is 0. Of
-    the corrections of whole sequences the ratio is the product.
+    `log_ratio` = log student(y) - log behavior(y). A ratio is cut if it is truncated to the cap,
+    dropped outside the band, or with ppo_clip beyond the bound in the advantage's favour or beyond
+    `dual_clip` against it, where the gradient is 0. For corrections of whole sequences the ratio is
+    the product.
     """
     kind, log_ratio = options["importance"], zero_where_masked(log_ratio, mask)
     ratio, cap = (
@@ -143,8 +138,8 @@ def applied_importance(
 
 
 def effective_sample_size(weight: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Float[Array, ""]:
-    """`(sum w)^2 / (n sum w^2)` of the unmasked weights: the share of the n tokens that as many
-    equal weights would make up.
+    """`(sum w)^2 / (n sum w^2)` of the n unmasked weights: 1 for equal weights, 1 / n for a single
+    one.
     """
     weight = zero_where_masked(weight, mask)
     squares = jnp.sum(jnp.square(weight)) * jnp.sum(mask)
@@ -156,16 +151,14 @@ def effective_sample_size(weight: Float[Array, "*n"], mask: Bool[Array, "*n"]) -
 def sequence_sample_size(
     log_ratio: Float[Array, "B T"], mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"]
 ) -> Float[Array, ""]:
-    """`effective_sample_size` of whole sequences, of which a row may hold several: the weight of
-    each is the product of its ratios.
+    """`effective_sample_size` of whole sequences; a sequence's weight is the product of its ratios.
 
-    `log_ratio` = log student(y) - log behavior(y). 1 where the behaviour policy is the student;
-    towards 1 / n where a few of n sequences would carry an average over the student's. Sequences
-    without a sampled token are none.
+    `log_ratio` = log student(y) - log behavior(y); a row may hold several sequences. It is 1 where
+    the behaviour policy is the student. Sequences without a sampled token do not count.
     """
     summed = sequence_total(zero_where_masked(log_ratio, mask), segment_ids)
     is_first = mask & (rank_in_sequence(mask, segment_ids) == 0)
-    # The largest weight is 1: a product of many ratios is no number that has to be represented.
+    # Scaled so that the largest weight is 1: a product of many ratios may overflow.
     largest = jnp.max(jnp.where(is_first, summed, -jnp.inf))
     return effective_sample_size(
         jnp.exp(summed - jnp.where(jnp.isfinite(largest), largest, 0)), is_first
@@ -173,8 +166,9 @@ def sequence_sample_size(
 
 
 def largest_share(x: Float[Array, "*n"], mask: Bool[Array, "*n"], share: float) -> Float[Array, ""]:
-    """What the `ceil(share n)` largest of the n unmasked entries make up of their sum; entries at
-    least 0; NaN where the sum is 0.
+    """Share of the sum held by the `ceil(share n)` largest of the n unmasked entries.
+
+    Entries are at least 0; NaN where the sum is 0.
     """
     descending = -jnp.sort(-zero_where_masked(x, mask).reshape(-1))
     is_counted = jnp.arange(descending.size) < jnp.ceil(share * jnp.sum(mask))

@@ -1,4 +1,4 @@
-"""Divergences at one context, over the full vocabulary or on a few ids, each by its own name; nats.
+"""Divergences at one context, over the full vocabulary or on a few ids; nats.
 
 The recipes let no gradient reach the teacher.
 """
@@ -18,8 +18,8 @@ from opdjax.ops.vocab import TokenInputs
 
 
 def reverse_kl(student: VocabTile, teacher: VocabTile) -> Float[Array, " n"]:
-    """`KL(student || teacher)`, mode-seeking; infinite where the student can draw what the teacher
-    cannot.
+    """`KL(student || teacher)`, mode-seeking; infinite where the student has mass and the teacher
+    none.
     """
     return student.expect(student.logprobs - teacher.logprobs)
 
@@ -30,11 +30,10 @@ def forward_kl(student: VocabTile, teacher: VocabTile) -> Float[Array, " n"]:
 
 
 def jsd(student: VocabTile, teacher: VocabTile, beta: float) -> Float[Array, " n"]:
-    """Generalised Jensen-Shannon divergence `beta KL(T || M) + (1 - beta) KL(S || M)`, M = beta T +
-    (1 - beta) S.
+    """Generalised Jensen-Shannon divergence `beta KL(T || M) + (1 - beta) KL(S || M)`.
 
-    GKD (arXiv 2306.13649), equation 1. Its limits, where the formula itself is 0, are named by
-    convention: beta 0 is `forward_kl` and beta 1 is `reverse_kl`.
+    M = beta T + (1 - beta) S; GKD (arXiv 2306.13649), equation 1. By convention beta 0 is
+    `forward_kl` and beta 1 is `reverse_kl`, where the formula itself is 0.
     """
     if beta == 0:
         return forward_kl(student, teacher)
@@ -45,20 +44,18 @@ def jsd(student: VocabTile, teacher: VocabTile, beta: float) -> Float[Array, " n
 
 
 def skew_forward_kl(student: VocabTile, teacher: VocabTile, alpha: float) -> Float[Array, " n"]:
-    """`KL(T || alpha T + (1 - alpha) S)`, at most log(1 / alpha) even where the student is 0;
-    DistiLLM (arXiv 2402.03898).
+    """`KL(T || alpha T + (1 - alpha) S)`, at most log(1 / alpha); DistiLLM (arXiv 2402.03898).
 
-    alpha 0 is `forward_kl`, alpha 1 is 0.
+    It is finite where the student is 0. alpha 0 is `forward_kl`, alpha 1 is 0.
     """
     t, _, mixture = _mix(teacher, student, alpha)
     return teacher.expect(t - mixture)
 
 
 def skew_reverse_kl(student: VocabTile, teacher: VocabTile, alpha: float) -> Float[Array, " n"]:
-    """`KL(S || alpha S + (1 - alpha) T)`, at most log(1 / alpha) even where the teacher is 0;
-    DistiLLM (arXiv 2402.03898).
+    """`KL(S || alpha S + (1 - alpha) T)`, at most log(1 / alpha); DistiLLM (arXiv 2402.03898).
 
-    alpha 0 is `reverse_kl`, alpha 1 is 0.
+    It is finite where the teacher is 0. alpha 0 is `reverse_kl`, alpha 1 is 0.
     """
     s, _, mixture = _mix(student, teacher, alpha)
     return student.expect(s - mixture)
@@ -70,8 +67,7 @@ def _mix(
     """Log-probabilities of `one`, of `other` and of `alpha one + (1 - alpha) other`; finite
     stand-ins where both are -inf.
     """
-    # Both are -inf on padded ids; a finite stand-in keeps the gradient of logaddexp from being NaN
-    # there.
+    # Padded ids are -inf on both sides; a finite value keeps the gradient of logaddexp from NaN.
     is_live = (one.logits > -jnp.inf) | (other.logits > -jnp.inf)
     x, y = (jnp.where(is_live, tile.logprobs, 0) for tile in (one, other))
     return x, y, jnp.logaddexp(x + jnp.log(alpha), y + jnp.log1p(-alpha))
@@ -86,43 +82,42 @@ def full_kl(
     beta: float = 0.5,
     skew_alpha: float = 0.1,
 ):
-    """The exact divergence between student S and teacher T at each sampled context, over the whole
-    vocabulary.
+    """The exact divergence of student S and teacher T at each sampled context, over the vocabulary.
 
-    Equation:  loss = sum_v first(v) (log first(v) - log second(v)), nats, with (first, second) by
-               `divergence`:
-                 reverse       KL(S || T)                         mode-seeking; infinite where S > 0 = T
-                 forward       KL(T || S)                         mass-covering; infinite where T > 0 = S
-                 jsd           beta KL(T || M) + (1 - beta) KL(S || M), M = beta T + (1 - beta) S     (arXiv 2306.13649)
-                 skew_forward  KL(T || alpha T + (1 - alpha) S)   at most log(1 / alpha)              (arXiv 2402.03898)
-                 skew_reverse  KL(S || alpha S + (1 - alpha) T)   at most log(1 / alpha)              (arXiv 2402.03898)
-               Padded ids (-inf on both sides) contribute 0 to value and gradient. All are 0,
-               without gradient, at S = T.
+    Equation:  loss = sum_v first(v) (log first(v) - log second(v)), nats; `divergence` names the
+    pair:
+      reverse       KL(S || T)                        mode-seeking; infinite where S > 0 = T
+      forward       KL(T || S)                        mass-covering; infinite where T > 0 = S
+      jsd           beta KL(T || M) + (1 - beta) KL(S || M), M = beta T + (1 - beta) S (2306.13649)
+      skew_forward  KL(T || alpha T + (1 - alpha) S)  at most log(1 / alpha) (arXiv 2402.03898)
+      skew_reverse  KL(S || alpha S + (1 - alpha) T)  at most log(1 / alpha) (arXiv 2402.03898)
+    Padded ids (-inf on both sides) contribute 0 to value and gradient. All are 0, without gradient,
+    at S = T.
 
-    Detached:  the teacher, and the contexts: it is the gradient of the loss at the contexts that
-               were sampled, not of how the student comes to sample them. All of the student's
-               distribution carries gradient, in `first`, `second` and M alike. The sampled token
-               enters no loss, only the outputs.
+    Detached: the teacher and the contexts. The gradient is that of the loss at the sampled
+    contexts; it leaves out how the student's weights change which contexts are sampled. The
+    student's whole distribution carries gradient, in `first`, `second` and M. The sampled token
+    enters the outputs only.
 
-    Cost:      the teacher's hidden states and its unembedding: four products with a [V, D] matrix a
-               token (logits of each side, gradients of states and head) where `sft` has three.
-               Memory is a few [tile, V] arrays for either side. The mixtures add one pass over
-               [tile, V] and the monitored KL(S || T) another.
+    Cost: the teacher's hidden states and its unembedding: four products with a [V, D] matrix a
+    token (logits of each side, gradients of states and head) where `sft` has three. Memory is a few
+    [tile, V] arrays for either side. The mixtures add one pass over [tile, V], and the monitored
+    KL(S || T) another.
 
-    Use it when the teacher's weights are at hand and the vocabularies agree: no noise of the
-    sampled action is left (on
-               the mini pair it learns more a step than `opd` and `vopd`), and it is exact whoever
-               wrote the contexts.
+    Use it when the teacher's weights are available and the vocabularies agree. It has no sampling
+    variance of the action (on the mini pair it learns more a step than `opd` and `vopd`), and it is
+    exact for contexts of any policy.
 
     Options:
-      divergence  reverse (default), forward, jsd, skew_forward or skew_reverse; ValueError on any
-      other
-      beta        of jsd, 0.5: the teacher's share of M; 0 is read as forward and 1 as reverse, where the formula is 0
-      skew_alpha  of the skew divergences, 0.1: share of `first` in `second`; towards 0 the plain
-      KL, towards 1 nothing
-      importance  none (default) or prefix_truncate: the ratio of the tokens before, where another
-      policy drew them
+      divergence      reverse (default), forward, jsd, skew_forward or skew_reverse
+      beta            of jsd, 0.5: the teacher's share of M; 0 is read as forward and 1 as reverse
+      skew_alpha      of the skew divergences, 0.1: share of `first` in `second`; towards 0 the
+                      plain KL, towards 1 nothing
+      importance      none (default) or prefix_truncate: the ratio of the tokens before, for
+                      contexts of another policy
       importance_cap  its largest value, 2
+
+    ValueError on another divergence.
     """
     teacher = jax.lax.stop_gradient(teacher)
     exact = {
@@ -133,14 +128,10 @@ def full_kl(
         "skew_reverse": partial(skew_reverse_kl, alpha=skew_alpha),
     }
     loss = _choose(divergence, exact, "divergence", "full_kl")(student, teacher)
-    student_logprob = student.logprob(row.token)
-    reward = sampled_reward(teacher.logprob(row.token), student_logprob)
-    kl = loss if divergence == "reverse" else reverse_kl(student, teacher)
-    return loss, {
-        "reward": reward,
-        "student_logprob": student_logprob,
-        "kl": jax.lax.stop_gradient(kl),
-    }
+    student_logprobs = student.logprob(row.tokens)
+    reward = sampled_reward(teacher.logprob(row.tokens), student_logprobs)
+    outputs = {"rewards": reward, "student_logprobs": student_logprobs}
+    return loss, outputs | ({"kl": jax.lax.stop_gradient(loss)} if divergence == "reverse" else {})
 
 
 SUPPORTS_OF_BOTH = ("union", "intersection", "symmetric_difference")
@@ -163,67 +154,70 @@ def topk_kl(
     weight: str | None = None,
     convention: str | None = None,
 ):
-    """A divergence between student S and teacher T on few ids of each context: the support K, of
-    the likeliest ids.
+    """A divergence of student S and teacher T on a support K of likely ids of each context.
 
-    Equation:  loss = sum_{v in K} a_v (log a_v - log b_v) + rest, nats; (a, b) is (p, q) for
-               `reverse`, (q, p) for `forward`. p and q are the probabilities of S and T, or those
-               divided by their mass on K, p(K) or q(K):
-                 renormalize both     both: KL of the distributions conditioned on K (OPD_top-k of arXiv 2605.07865)
-                 renormalize teacher  only q; `forward` is then a cross-entropy on K less a constant
-                 renormalize none     neither
-               rest, of the ids outside K:
-                 outside drop   0
-                 outside tail   one bucket, a(out) log(a(out) / b(out)): a KL of coarser distributions, at most the full
-                 outside floor  log q = -100 there: `reverse` sum_{out} p_v (log p_v + 100);
-                 `forward` 0 (e^-100 of it)
-               With `weight` w, in place of all that, a policy gradient over K, p and q not divided:
-                 -sum_{v in K} sg[w_v (log q_v - log p_v)] log p_v
-               A context with an empty K has loss 0 and no gradient, whatever the options.
+    Equation:  loss = sum_{v in K} a_v (log a_v - log b_v) + rest, nats. (a, b) is (p, q) for
+    `reverse` and (q, p) for `forward`. p and q are the probabilities of S and T, or those divided
+    by their mass on K, p(K) or q(K):
+      renormalize both     both: KL of the distributions conditioned on K (arXiv 2605.07865, top-k
+                           OPD)
+      renormalize teacher  only q; `forward` is then a cross-entropy on K minus a constant
+      renormalize none     neither
+    rest, for the ids outside K:
+      outside drop         0
+      outside tail         one bucket, a(out) log(a(out) / b(out)): a KL of coarser distributions,
+                           at most the full KL
+      outside floor        log q = -100 there: `reverse` adds sum_{out} p_v (log p_v + 100),
+                           `forward` adds 0 (e^-100 of it)
+    With `weight` w the loss is a policy gradient over K instead, p and q not divided:
+      -sum_{v in K} sg[w_v (log q_v - log p_v)] log p_v
+    A context with an empty K has loss 0 and no gradient under all options.
 
-    Detached:  the teacher, the contexts, and the choice of K, which is held fixed where the loss is
-               differentiated. By the logits z of S, where d log p_v / dz = e_v - p, e_v the unit
-               vector of v, `none` with `drop` has the gradient
-                 reverse  sum_{v in K} p_v (log(p_v / q_v) + 1) (e_v - p)
-                 forward  -sum_{v in K} q_v (e_v - p)
-               At S = T, `both`, `tail` and `weight` have no gradient. `drop` keeps the mass term
-               (the + 1 above), for it is no divergence and can be negative:
-                 none, reverse     grad p(K), whose descent pushes mass off the support
-                 none, forward     -grad p(K), which pulls mass onto it
-                 teacher, reverse  (1 + log p(K)) grad p(K): off it where p(K) > 1/e, onto it below
-                 teacher, forward  -grad log p(K), onto it
-               and with `floor`
-                 none, reverse     sum_{out} p_v (log p_v + 100) (e_v - p), off every id outside; forward as `drop`
-               Under `clamp_at_zero` a token whose value is below 0 has no gradient, and one at 0
-               half of it.
+    Detached: the teacher, the contexts, and the choice of K, which is fixed where the loss is
+    differentiated. By the logits z of S, with d log p_v / dz = e_v - p and e_v the unit vector of
+    v, `none` with `drop` has the gradient
+      reverse            sum_{v in K} p_v (log(p_v / q_v) + 1) (e_v - p)
+      forward            -sum_{v in K} q_v (e_v - p)
+    At S = T, `both`, `tail` and `weight` have no gradient. `drop` keeps the mass term (the + 1
+    above):
+    it is not a divergence and can be negative. Its gradient at S = T:
+      none, reverse      grad p(K), whose descent moves mass off the support
+      none, forward      -grad p(K), which moves mass onto it
+      teacher, reverse   (1 + log p(K)) grad p(K): off it where p(K) > 1/e, onto it below
+      teacher, forward   -grad log p(K), onto it
+    and with `floor`
+      none, reverse      sum_{out} p_v (log p_v + 100) (e_v - p), off every id outside; forward as
+                         `drop`
+    Under `clamp_at_zero` a token with a value below 0 has no gradient, and one at 0 half of it.
 
-    Cost:      as `full_kl`: the teacher's hidden states and unembedding, four products with a [V,
-               D] matrix a token. Of the [tile, V] logits it takes the top k of one side (of both
-               where K is made of two sets), two log-sum-exps and the monitored KL(S || T); two sets
-               are compared by sorting k ids. `tail` and `floor` hold a few [tile, V] arrays more.
-               The loss itself is of size [tile, k], or [tile, 2 k] for two sets.
+    Cost: as `full_kl`: the teacher's hidden states and unembedding, four products with a [V, D]
+    matrix a token. From the [tile, V] logits it takes the top k of one side (of both for a support
+    of two sets), two log-sum-exps and the monitored KL(S || T); two sets are compared by sorting k
+    ids. `tail` and `floor` hold a few more [tile, V] arrays. The loss itself has size [tile, k], or
+    [tile, 2 k] for two sets.
 
-    Use it when a published top-k distillation is to be reproduced, or the teacher's tail is not to
-    be imitated. To save
-               work it is no use: `full_kl` costs the same here. `both` and `tail` rest at S = T; of
-               these two only `tail` sees how much mass the student has outside.
+    Use it to reproduce a published top-k distillation, or to leave out the teacher's tail. It does
+    not save work here: `full_kl` costs the same. `both` and `tail` are 0 at S = T; of these two
+    only `tail` depends on the mass that the student has outside.
 
     Options:
-      divergence     reverse (default) or forward
-      support        student (default) or teacher: the k most likely ids of that side; union: ids in either set;
-                     intersection: in both; symmetric_difference: in exactly one (empty at S = T).
-                     None counts twice
-      support_top_k  k, 100; at k >= V every support is the whole vocabulary, but
-      symmetric_difference, which is empty
-      renormalize    both (default), teacher or none
-      outside        drop (default); tail, with renormalize none; floor, with renormalize none or teacher
-      clamp_at_zero  False; True takes max(loss, 0) of each token
-      weight         None; p_student or p_teacher, normalised on K, or none, which is 1
-      convention     None; a row of TOP_K_CONVENTIONS, which stands in place of the options it names
-      importance     none (default) or prefix_truncate: the ratio of the tokens before, where another policy drew them
+      divergence      reverse (default) or forward
+      support         student (default) or teacher: the k most likely ids of that side; union: ids
+                      in either set; intersection: in both; symmetric_difference: in exactly one
+                      (empty at S = T). No id counts twice
+      support_top_k   k, 100; at k >= V every support is the whole vocabulary, except
+                      symmetric_difference, which is empty
+      renormalize     both (default), teacher or none
+      outside         drop (default); tail, with renormalize none; floor, with renormalize none or
+                      teacher
+      clamp_at_zero   False; True takes max(loss, 0) of each token
+      weight          None; p_student or p_teacher, normalised on K, or none, which is 1
+      convention      None; a row of TOP_K_CONVENTIONS, which sets the options it names
+      importance      none (default) or prefix_truncate: the ratio of the tokens before, for
+                      contexts of another policy
       importance_cap  its largest value, 2
 
-    ValueError on a name that is not known, and on an `outside` that `renormalize` does not have.
+    ValueError on an unknown name, and on an `outside` that `renormalize` does not allow.
     """
     if convention is not None:
         named = {"support_top_k": support_top_k, "divergence": divergence} | TOP_K_CONVENTIONS[
@@ -231,8 +225,7 @@ def topk_kl(
         ]
         return topk_kl(student, teacher, row, **named)
     ids, is_kept = _support(support, *jax.lax.stop_gradient((student, teacher)), support_top_k)
-    # An id that is not kept is one that neither side can draw: it contributes exactly 0 to whatever
-    # is summed.
+    # At -inf on both sides an id contributes exactly 0 to every sum.
     s, t = (
         jnp.where(is_kept, x, -jnp.inf)
         for x in (student.logprob(ids), jax.lax.stop_gradient(teacher.logprob(ids)))
@@ -245,7 +238,8 @@ def topk_kl(
             outside == "tail" or (outside == "floor" and renormalize == "both")
         ):
             raise ValueError(
-                f"topk_kl has outside {outside!r} with renormalize {renormalize!r}; expected renormalize 'none'"
+                f"topk_kl has outside {outside!r} with renormalize {renormalize!r}; expected "
+                "renormalize 'none'"
             )
         rest = _choose(
             outside, {"drop": _nothing, "tail": _tail_bucket, "floor": _floored}, "outside"
@@ -253,17 +247,13 @@ def topk_kl(
         loss += rest(
             student, teacher, jnp.where(is_kept, ids, student.vocab_size), divergence == "forward"
         )
-    # With nothing kept there is nothing to compare, whatever stands for the rest.
+    # An empty support gives 0, whatever `rest` is.
     loss = jnp.where(jnp.any(is_kept, axis=-1), loss, 0)
     if clamp_at_zero:
         loss = jnp.maximum(loss, 0)
-    student_logprob = student.logprob(row.token)
-    reward = sampled_reward(teacher.logprob(row.token), student_logprob)
-    return loss, {
-        "reward": reward,
-        "student_logprob": student_logprob,
-        "kl": jax.lax.stop_gradient(reverse_kl(student, teacher)),
-    }
+    student_logprobs = student.logprob(row.tokens)
+    reward = sampled_reward(teacher.logprob(row.tokens), student_logprobs)
+    return loss, {"rewards": reward, "student_logprobs": student_logprobs}
 
 
 def npd(
@@ -276,95 +266,91 @@ def npd(
     renormalize: str = "none",
     divergence: str = "forward",
 ):
-    """Near-policy distillation: cross-entropy on the kept tokens, and a divergence from the
-    teacher's stored top k.
+    """Near-policy distillation: cross-entropy on kept tokens, divergence on a stored top k.
 
     Equation:  loss = (1 - kd_weight) (-log S(y)) + kd_weight sum_{v in K} q_v (log q_v - log p_v),
-               nats; y the token that was sampled, K the teacher's k most likely ids, p and q the
-               probabilities of S and T (arXiv 2605.05940, the loss as it is written: neither p nor
-               q is divided by its mass on K). Other sums over K in its place:
-                 renormalize teacher  q divided by q(K): each context counts the same, and not by
-                 how sure the teacher is
-                 renormalize both     p divided by p(K) as well: KL of the distributions conditioned on K
-                 divergence reverse   p_v (log p_v - log q_v): the reverse direction on a support that was stored
+    nats. y is the sampled token, K the teacher's k most likely ids, p and q the probabilities of S
+    and T (arXiv 2605.05940, the loss as written: neither p nor q is divided by its mass on K).
+    Other sums:
+      renormalize teacher  q divided by q(K): every context counts the same, however certain the
+                           teacher
+      renormalize both     p divided by p(K) as well: KL of the distributions conditioned on K
+      divergence reverse   p_v (log p_v - log q_v): the reverse direction on a stored support
 
-    Detached:  the teacher, its ids, and y, which is data. By the student's logits z, where d log
-               p_v / dz = e_v - p, e_v the unit vector of v, the gradient of the two parts is
-                 -log S(y)  p - e_y; in expectation p - b, b the policy that drew y: no direction
-                 where b is the student,
-                            towards what drew the answer where it was another, and towards what a
-                            filter kept
-                 forward    -sum_{v in K} q_v (e_v - p), divided by q(K) with `teacher`: at rest where p is q / q(K) on K
-                            and 0 outside, which is not the teacher; `both` rests wherever p is
-                            proportional to q on K
-                 reverse    sum_{v in K} p_v (log(p_v / q_v) + 1) (e_v - p), `both` without the + 1 and p, q conditioned
-               At S = T the divergence, which without `both` is none and may be negative, has the
-               gradient
-                 none, forward     -grad p(K), whose descent pulls mass onto K
-                 teacher, forward  -grad log p(K), onto it
-                 none, reverse     grad p(K), off it
-                 teacher, reverse  (1 + log p(K)) grad p(K): off it where p(K) > 1/e, onto it below
-                 both              none
+    Detached: the teacher, its ids, and y, which is data. By the student's logits z, with d log p_v
+    / dz = e_v - p and e_v the unit vector of v, the gradients of the two parts are
+      -log S(y)            p - e_y; its expectation is p - b, b the policy that sampled y: 0 where b
+                           is the student, else towards b, and towards what a filter kept
+      forward              -sum_{v in K} q_v (e_v - p), divided by q(K) with `teacher`: 0 where p is
+                           q / q(K) on K and 0 outside, which is not the teacher; `both` is 0
+                           wherever p is proportional to q on K
+      reverse              sum_{v in K} p_v (log(p_v / q_v) + 1) (e_v - p); `both` without the + 1
+                           and with p, q conditioned on K
+    At S = T the sum (which is a divergence with `both` alone, and may be negative) has the gradient
+      none, forward        -grad p(K), whose descent moves mass onto K
+      teacher, forward     -grad log p(K), onto it
+      none, reverse        grad p(K), off it
+      teacher, reverse     (1 + log p(K)) grad p(K): off it where p(K) > 1/e, onto it below
+      both                 none
 
-    Cost:      k ids and k log-probs of the teacher a token (60 bytes at k = 10 with float16),
-               stored by one pass of the teacher over the answers and read as often as they are
-               trained on. Of the vocabulary three products with a [V, D] matrix a token, as `sft`:
-               the teacher's unembedding is not there. A tile of the teacher, where one is given, is
-               read in place of what was stored; that costs what `topk_kl` costs.
+    Cost: k ids and k log-probs of the teacher a token (60 bytes at k = 10 with float16), stored by
+    one teacher pass over the answers and read in every epoch. In the vocabulary three products with
+    a [V, D] matrix a token, as `sft`: no teacher unembedding. A teacher tile, if given, replaces
+    what was stored and costs what `topk_kl` costs.
 
-    Use it when rollouts are drawn ahead of their updates: the divergence asks nothing of who wrote
-    the contexts, and the
-               teacher's work is done once. On the student's own tokens of the moment the
-               cross-entropy is noise alone: take kd_weight 1, or `full_kl` where the teacher is at
-               hand.
+    Use it when rollouts are sampled ahead of their updates: the divergence is valid for contexts of
+    any policy, and the teacher reads each answer once. On the student's current samples the
+    cross-entropy is pure noise: set kd_weight 1 there, or use `full_kl` where the teacher is
+    available.
 
     Options:
-      kd_weight      lambda, 0.9; 0: cross-entropy on the answers that were kept, without a teacher; 1: the divergence alone
-      support_top_k  k, 10; ValueError where fewer are stored. An id that the teacher cannot draw is
-      in no K
-      renormalize    none (default), teacher or both
-      divergence     forward (default) or reverse
-      importance     none (default) or prefix_truncate: the ratio of the tokens before, where another policy drew them
+      kd_weight       lambda, 0.9; 0: cross-entropy on the kept answers, without a teacher; 1: the
+                      divergence alone
+      support_top_k   k, 10; ValueError where fewer are stored. Ids that the teacher cannot sample
+                      are in no K
+      renormalize     none (default), teacher or both
+      divergence      forward (default) or reverse
+      importance      none (default) or prefix_truncate: the ratio of the tokens before, for
+                      contexts of another policy
       importance_cap  its largest value, 2
     """
-    student_logprob = student.logprob(row.token)
-    loss = (kd_weight - 1) * student_logprob if kd_weight < 1 else jnp.zeros_like(student_logprob)
+    student_logprobs = student.logprob(row.tokens)
+    loss = (kd_weight - 1) * student_logprobs if kd_weight < 1 else jnp.zeros_like(student_logprobs)
     if kd_weight:
         ids, t = _teachers_top_k(student, jax.lax.stop_gradient(teacher), row, support_top_k)
         s = jnp.where(t == -jnp.inf, -jnp.inf, student.logprob(ids))
         loss += kd_weight * _on_support(s, t, renormalize, divergence, "npd")
-    outputs = {"student_logprob": student_logprob}
-    teacher_logprob = row.teacher_logprob if teacher is None else teacher.logprob(row.token)
-    if teacher_logprob is not None:
-        outputs["reward"] = sampled_reward(teacher_logprob, student_logprob)
-    if teacher is not None:
-        outputs["kl"] = jax.lax.stop_gradient(reverse_kl(student, teacher))
+    outputs = {"student_logprobs": student_logprobs}
+    teacher_logprobs = row.teacher_logprobs if teacher is None else teacher.logprob(row.tokens)
+    if teacher_logprobs is not None:
+        outputs["rewards"] = sampled_reward(teacher_logprobs, student_logprobs)
     return loss, outputs
 
 
 def _teachers_top_k(
     student: VocabTile, teacher: VocabTile | None, row: TokenInputs, k: int
 ) -> tuple[Int[Array, "n K"], Float[Array, "n K"]]:
-    """The teacher's k most likely ids and their log-probs, from its tile or as they were stored; id
-    0 where it can draw no more.
+    """The teacher's k most likely ids and their log-probs, from its tile or as stored.
+
+    Id 0 with -inf where the teacher cannot sample further ids. ValueError where fewer are stored.
     """
     if teacher is not None:
         ids = teacher.top_k(k)
         logprobs = teacher.logprob(ids)
     else:
         ids, logprobs = (
-            needed(row.teacher_ids, "teacher_ids", "npd"),
-            needed(row.teacher_top_logprob, "teacher_top_logprob", "npd"),
+            needed(row.teacher_top_ids, "teacher_top_ids", "npd"),
+            needed(row.teacher_top_logprobs, "teacher_top_logprobs", "npd"),
         )
         stored, wanted = ids.shape[-1], min(k, student.vocab_size)
         if stored < wanted:
             raise ValueError(
-                f"npd has support_top_k {k}, but {stored} ids of the teacher are stored; expected at least {wanted}"
+                f"npd has support_top_k {k}, but {stored} ids of the teacher are stored; expected "
+                f"at least {wanted}"
             )
-        # Stored in few bits; sums are taken in the type of the logits.
+        # Stored as float16; sums are taken in the dtype of the logits.
         ids, logprobs = ids[:, :wanted], logprobs[:, :wanted].astype(student.logits.dtype)
-    # A vocabulary padded beyond the student's has ids that no column of the student's logits stands
-    # for.
+    # A teacher vocabulary with more padding has ids outside the student's logits.
     return jnp.where(logprobs == -jnp.inf, 0, ids), logprobs
 
 
@@ -377,8 +363,9 @@ def _choose(value, table: dict, option: str, recipe: str = "topk_kl"):
 def _support(
     name: str, student: VocabTile, teacher: VocabTile, k: int
 ) -> tuple[Int[Array, "n K"], Bool[Array, "n K"]]:
-    """Ids, and which of them are kept: no id twice, and none that is not in the set. K is k or, of
-    two sides, up to 2 k.
+    """(ids [n, K], which of them are kept [n, K]): no id twice, and only ids of the set.
+
+    K is k, or up to 2 k for a set of two sides.
     """
     sides = {"student": [student], "teacher": [teacher]} | {
         key: [student, teacher] for key in SUPPORTS_OF_BOTH

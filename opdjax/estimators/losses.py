@@ -1,4 +1,4 @@
-"""Surrogate losses, and the weights that turn per-token losses into one number."""
+"""Surrogate losses, and the weights that aggregate token losses into one number."""
 
 from __future__ import annotations
 
@@ -21,55 +21,53 @@ AGGREGATIONS = (
 
 
 def policy_gradient_loss(
-    advantage: Float[Array, "*n"], student_logprob: Float[Array, "*n"]
+    advantage: Float[Array, "*n"], student_logprobs: Float[Array, "*n"]
 ) -> Float[Array, "*n"]:
-    """`-sg[A] * log student(y)`: its gradient, averaged over y ~ student, descends what A rewards.
-    A in nats.
-    """
-    return -jax.lax.stop_gradient(advantage) * student_logprob
+    """`-sg[A] * log student(y)`: over y ~ student, descending it raises the expected A, nats."""
+    return -jax.lax.stop_gradient(advantage) * student_logprobs
 
 
 def clipped_policy_gradient_loss(
     advantage: Float[Array, "*n"],
-    student_logprob: Float[Array, "*n"],
-    behavior_logprob: Float[Array, "*n"],
+    student_logprobs: Float[Array, "*n"],
+    behavior_logprobs: Float[Array, "*n"],
     low: float,
     high: float,
 ) -> Float[Array, "*n"]:
-    """`-min(rho A, clip(rho, 1 - low, 1 + high) A)`, rho = student(y) / behavior(y), A detached
-    (PPO, arXiv 1707.06347, equation 7).
+    """`-min(rho A, clip(rho, 1 - low, 1 + high) A)`, rho = student(y) / behavior(y), A detached.
 
-    The gradient flows through rho and stops where a step would carry rho further out of the band in
-    A's favour.
+    PPO, arXiv 1707.06347, equation 7. The gradient flows through rho and is 0 where a step would
+    move rho further out of the band in A's favour.
     """
-    ratio, advantage = jnp.exp(student_logprob - behavior_logprob), jax.lax.stop_gradient(advantage)
+    ratio, advantage = (
+        jnp.exp(student_logprobs - behavior_logprobs),
+        jax.lax.stop_gradient(advantage),
+    )
     return -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - low, 1 + high) * advantage)
 
 
 def sft(student: VocabTile, teacher: VocabTile | None, row: TokenInputs):
-    """Cross-entropy of the student S on given answers, which the teacher T wrote or the data hold.
+    """Cross-entropy of the student S on given answers, of the teacher T or of the data.
 
-    Equation:  loss = -log S(y), nats, y the answer's token. Where T sampled y its expectation is
-               KL(T || S) plus the entropy of T, at the contexts of T: distillation at the level of
-               sequences (arXiv 1606.07947).
+    Equation: loss = -log S(y), nats, y the answer's token. If T sampled y, its expectation is KL(T
+    || S) plus the entropy of T, at the contexts of T: sequence-level distillation (arXiv
+    1606.07947).
 
-    Detached:  nothing: log S(y) carries gradient, and y is data.
+    Detached: nothing; log S(y) carries gradient, and y is data.
 
-    Cost:      no teacher at this point: three products with a [V, D] matrix a token (logits,
-               gradients of states and head) where the recipes with a teacher have four, one [tile,
-               V] of logits, and no second forward pass. The answers of a teacher have to be sampled
-               first.
+    Cost: no teacher in training: three products with a [V, D] matrix a token (logits, gradients of
+    states and head) where recipes with a teacher have four, one [tile, V] of logits, no second
+    forward pass. A teacher's answers have to be sampled first.
 
-    Use it when a teacher is known by its text alone, does not share the vocabulary, or good answers
-    exist already; and as
-               the baseline of what on-policy training is worth. The student never sees its own
-               mistakes. On its own draws the expected gradient is 0, and the config refuses that.
+    Use it when only the teacher's text is available, the vocabularies differ, or good answers
+    exist; and as the baseline that on-policy training is compared with. The student never sees its
+    own mistakes. On its own samples the expected gradient is 0, and the config refuses that.
 
     Options:
       none of its own
     """
-    student_logprob = student.logprob(row.token)
-    return -student_logprob, {"student_logprob": jax.lax.stop_gradient(student_logprob)}
+    student_logprobs = student.logprob(row.tokens)
+    return -student_logprobs, {"student_logprobs": jax.lax.stop_gradient(student_logprobs)}
 
 
 @jax.tree_util.register_dataclass
@@ -85,8 +83,9 @@ class Denominators:
 def count_denominators(
     mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"], max_length: int
 ) -> Denominators:
-    """The denominators of a batch of completions of at most `max_length` tokens each; a row may
-    hold several sequences.
+    """The denominators of a batch of completions of at most `max_length` tokens each.
+
+    A row may hold several sequences.
     """
     count = jnp.asarray(mask.sum(), jnp.result_type(float))
     num_sequences = jnp.sum(starts_sequence(segment_ids) & (segment_ids > 0)).astype(count.dtype)
@@ -96,13 +95,13 @@ def count_denominators(
 def aggregation_weights(
     mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"], kind: str, denominators: Denominators
 ) -> Float[Array, "B T"]:
-    """Weights `w` such that the batch loss is `sum(w * token loss)`; computed once, before any
-    split into micro-batches.
+    """Weights `w` such that the batch loss is `sum(w * token loss)`.
 
-    `token_mean`: 1 / tokens of the batch. `sequence_mean_token_mean`: 1 / (sequences * tokens of
-    this sequence). `sequence_mean_token_sum`: 1 / sequences. `fixed_denominator`: 1 / (sequences *
-    longest allowed completion): the only one whose baselines are exactly free of bias, since no
-    divisor depends on what was sampled.
+    They are computed once, before any split into micro-batches. `token_mean`: 1 / tokens of the
+    batch. `sequence_mean_token_mean`: 1 / (sequences * tokens of this sequence).
+    `sequence_mean_token_sum`: 1 / sequences. `fixed_denominator`: 1 / (sequences * longest allowed
+    completion), the only one that depends on no sampled length, under which baselines are exactly
+    unbiased. ValueError on another kind.
     """
     live, num_sequences = (
         mask.astype(denominators.num_tokens.dtype),

@@ -1,10 +1,10 @@
-"""Estimators that look right and are not: each is shipped somewhere, and none of them is a recipe.
+"""Estimators that look right and are wrong; each is shipped by some library, none is a recipe.
 
-They stand here so that the audit can show what they do. A pitfall of one token has a `token_loss`
-like a recipe's and its `advantages`, the factor A_v in its gradient -A_v grad log student(v) for
-every token v; where tokens are drawn from another distribution than the one they are scored under,
-`drawn_from` gives it. A pitfall of a batch has `weights` in place of `losses.aggregation_weights`,
-or `add` in place of a sum.
+The audit measures what they do. A pitfall of one token has a `token_loss` like a recipe's and
+its `advantages`, the factor A_v in its gradient -A_v grad log student(v) for every id v;
+`drawn_from` is the distribution its tokens are sampled from where it differs from the scored
+one. A pitfall of a batch has `weights` instead of `losses.aggregation_weights`, or `add` instead
+of a sum.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _VALUE_TOP_K = 8  # ids whose KL is taken for an advantage
 
 @dataclasses.dataclass(frozen=True)
 class Pitfall:
-    """What it looks like, what happens, and who ships it."""
+    """What it looks like, what happens, and which library ships it."""
 
     about: str
     token_loss: Callable | None = None
@@ -39,36 +39,32 @@ class Pitfall:
 
 def k1_direct(student: VocabTile, teacher: VocabTile, row: TokenInputs):
     """k1 as the loss: `log student(y) - log teacher(y)`, differentiated."""
-    student_logprob = student.logprob(row.token)
-    return k1(student_logprob, jax.lax.stop_gradient(teacher.logprob(row.token))), {
-        "student_logprob": student_logprob
+    student_logprobs = student.logprob(row.tokens)
+    return k1(student_logprobs, jax.lax.stop_gradient(teacher.logprob(row.tokens))), {
+        "student_logprobs": student_logprobs
     }
 
 
 def k3_direct(student: VocabTile, teacher: VocabTile, row: TokenInputs):
-    """k3 as the loss: `teacher(y) / student(y) - 1 + log student(y) - log teacher(y)`,
-    differentiated.
-    """
-    student_logprob = student.logprob(row.token)
-    return k3(student_logprob, jax.lax.stop_gradient(teacher.logprob(row.token))), {
-        "student_logprob": student_logprob
+    """k3 as the loss: `teacher / student - 1 + log student - log teacher` of y, differentiated."""
+    student_logprobs = student.logprob(row.tokens)
+    return k3(student_logprobs, jax.lax.stop_gradient(teacher.logprob(row.tokens))), {
+        "student_logprobs": student_logprobs
     }
 
 
 def topk_value(student: VocabTile, teacher: VocabTile, row: TokenInputs):
-    """Minus the KL on the student's top k ids as the advantage of whatever token was drawn."""
-    student_logprob = student.logprob(row.token)
+    """Minus the KL on the student's top k ids as the advantage of the sampled token."""
+    student_logprobs = student.logprob(row.tokens)
     return policy_gradient_loss(
-        student_topk_baseline(student, teacher, _VALUE_TOP_K), student_logprob
-    ), {"student_logprob": student_logprob}
+        student_topk_baseline(student, teacher, _VALUE_TOP_K), student_logprobs
+    ), {"student_logprobs": student_logprobs}
 
 
 def filtered(
     student: VocabTile, *, temperature: float = 0.7, k: int = 50, top_p: float = 0.95
 ) -> VocabTile:
-    """The distribution that a sampler with these settings draws from: tempered, then top k, then
-    top p.
-    """
+    """The distribution after temperature, then top k, then top p."""
     logits = student.logits / temperature
     ordered = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0]
     probs = jax.nn.softmax(ordered, axis=-1)
@@ -78,9 +74,7 @@ def filtered(
 
 
 def mean_of_means(mask: Bool[Array, "B T"], parts: int) -> Float[Array, "B T"]:
-    """Weights of a loss that averages over the tokens of each micro-batch, and then over
-    micro-batches.
-    """
+    """Weights that average over the tokens of each micro-batch, then over micro-batches."""
     live = mask.astype(jnp.result_type(float)).reshape(parts, -1, mask.shape[1])
     return (live / jnp.maximum(jnp.sum(live, axis=(1, 2), keepdims=True), 1) / parts).reshape(
         mask.shape
@@ -88,8 +82,9 @@ def mean_of_means(mask: Bool[Array, "B T"], parts: int) -> Float[Array, "B T"]:
 
 
 def shifted_mask(mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
-    """Token-mean weights of a mask moved on by one column: the first token is not trained, what
-    follows the last one is.
+    """Token-mean weights of a mask shifted by one column.
+
+    The first token is not trained; the column after the last one is.
     """
     moved = jnp.concatenate([jnp.zeros_like(mask[:, :1]), mask[:, :-1]], axis=1).astype(
         jnp.result_type(float)
@@ -98,7 +93,7 @@ def shifted_mask(mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
 
 
 def add_in_bfloat16(losses: Float[Array, " n"], chunk: int = 64) -> Float[Array, ""]:
-    """The sum of per-token losses, chunk by chunk, in an accumulator of the model's type."""
+    """The sum of per-token losses, chunk by chunk, in a bfloat16 accumulator."""
     parts = jnp.pad(losses, (0, -losses.size % chunk)).reshape(-1, chunk).astype(jnp.bfloat16)
     add = lambda total, part: (total + jnp.sum(part), None)
     return jax.lax.scan(add, jnp.zeros((), jnp.bfloat16), parts)[0].astype(losses.dtype)
@@ -106,57 +101,63 @@ def add_in_bfloat16(losses: Float[Array, " n"], chunk: int = 64) -> Float[Array,
 
 PITFALLS = {
     "k1_direct": Pitfall(
-        "k1 estimates KL(student || teacher) without bias, so it is taken for a loss. But what the estimate leaves to "
-        "differentiate is log student(y) alone, whose expected gradient is 0: the student random-walks, at full noise. "
-        "Systems whose switch from loss to policy gradient is an option of its own (verl's use_policy_gradient) are one "
-        "setting away from it.",
+        "k1 estimates KL(student || teacher) without bias, so it is used as a loss. Its "
+        "gradient is that of log student(y) alone, whose expectation is 0: the student follows "
+        "a random walk at full noise. A library whose switch from loss to policy gradient is a "
+        "separate option (verl's use_policy_gradient) is one setting away from it.",
         k1_direct,
         lambda student, teacher: -jnp.ones_like(student.logits),
     ),
     "k3_direct": Pitfall(
-        "k3 is the low-noise estimate of KL(student || teacher), and it is never negative: a loss, it seems. Differentiated, "
-        "its expected gradient is that of the other direction, KL(teacher || student), exactly: a run that says reverse KL "
-        "covers modes. Its noise grows with teacher(y) / student(y). verl's YAML default (loss_mode k3, use_policy_gradient "
-        "false) under a documentation that says reverse KL; TorchRL's DistillationLoss, which says so.",
+        "k3 is the low-variance estimate of KL(student || teacher) and is never negative, so it "
+        "is used as a loss. Its expected gradient is exactly that of the other direction, "
+        "KL(teacher || student): a run that reports reverse KL covers modes. Its variance grows "
+        "with teacher(y) / student(y). verl's YAML default (loss_mode k3, use_policy_gradient "
+        "false), documented as reverse KL; TorchRL's DistillationLoss, which documents it.",
         k3_direct,
         lambda student, teacher: jnp.where(
             student.logits > -jnp.inf, jnp.expm1(teacher.logprobs - student.logprobs), 0
         ),
     ),
     "topk_value_advantage": Pitfall(
-        "A KL on the top k ids is less noisy than the reward of one token, so its value is handed to the policy gradient as "
-        "the advantage. It is a property of the context: whatever token was drawn gets the same, and the expected gradient "
-        "is 0. It is the baseline of vOPD without the reward it belongs to. Reported against radixark/miles (issue 2362).",
+        "A KL on the top k ids has less variance than the reward of one token, so its value is "
+        "used as the advantage of a policy gradient. It is a property of the context: every "
+        "sampled token gets the same advantage, and the expected gradient is 0. It is the "
+        "baseline of vOPD without the reward. Reported against radixark/miles (issue 2362).",
         topk_value,
         lambda student, teacher: jnp.broadcast_to(
             student_topk_baseline(student, teacher, _VALUE_TOP_K)[:, None], student.logits.shape
         ),
     ),
     "filtered_sampling": Pitfall(
-        "Completions are drawn at a temperature or through top-k and top-p, and scored under the full softmax at temperature "
-        "1. The reward of a drawn token is right, how often it is drawn is not: likely tokens count too much, unlikely ones "
-        "never. EasyDeL's defaults (temperature 0.7, top-k 50, top-p 0.95: measured here), ROLL's examples, TRL before 1.16.",
+        "Completions are sampled at a temperature or through top-k and top-p, and scored under "
+        "the full softmax at temperature 1. The reward of a sampled token is right, its "
+        "frequency is not: likely tokens count too much, unlikely ones never. EasyDeL's "
+        "defaults (temperature 0.7, top-k 50, top-p 0.95: measured here), ROLL's examples, TRL "
+        "before 1.16.",
         opd,
         lambda student, teacher: sampled_reward(teacher.logprobs, student.logprobs),
         drawn_from=filtered,
     ),
     "mean_of_means": Pitfall(
-        "Gradient accumulation that averages over the tokens of each micro-batch and then over micro-batches weighs a token by "
-        "how short its neighbours are: with one row a micro-batch, a token of a 10-token answer counts 100 times one of a "
-        "1000-token answer. The loss then depends on how the batch was cut. TRL (issue 4719, mended in pull request 6006), "
-        "ms-swift (issues 10076, 10165).",
+        "Gradient accumulation that averages over the tokens of each micro-batch and then over "
+        "micro-batches gives tokens of short micro-batches more weight: with one row a "
+        "micro-batch, a token of a 10-token answer counts 100 times one of a 1000-token answer. "
+        "The loss then depends on how the batch is split. TRL (issue 4719, fixed in pull "
+        "request 6006), ms-swift (issues 10076, 10165).",
         weights=mean_of_means,
     ),
     "shifted_mask": Pitfall(
-        "Logits at a column predict the next token. Compared with the token of their own column, or under a mask that was not "
-        "moved with them, the first token of a completion is never trained and the column after its end is. Nothing crashes "
-        "and the loss falls. EasyDeL's on-policy distillation step.",
+        "Logits at a column predict the next token. If they are compared with the token of "
+        "their own column, or the mask is not shifted with them, the first token of a "
+        "completion is never trained and the column after its end is. No error occurs and the "
+        "loss falls. EasyDeL's on-policy distillation step.",
         weights=shifted_mask,
     ),
     "bfloat16_sums": Pitfall(
-        "Losses of tokens are added up in the model's own type. bfloat16 keeps 8 bits: once the sum is 256 times a summand, "
-        "adding it changes nothing: the loss of a long batch is wrong, mostly too small. EasyDeL's chunked loss; here chunks of 64 "
-        "tokens are added.",
+        "Token losses are summed in the model's dtype. bfloat16 keeps 8 bits: once the sum is "
+        "256 times a summand, adding it changes nothing, so the loss of a long batch is wrong, "
+        "mostly too small. EasyDeL's chunked loss; here chunks of 64 tokens are added.",
         add=add_in_bfloat16,
     ),
 }

@@ -40,18 +40,18 @@ class TokenInputs:
     None.
     """
 
-    token: Int[Array, " n"]
-    teacher_logprob: Float[Array, " n"] | None = None
-    behavior_logprob: Float[Array, " n"] | None = None  # with temperature and filters
-    advantage: Float[Array, " n"] | None = None  # of the completion or stage, from a scalar reward
-    reference_logprob: Float[Array, " n"] | None = None  # under the student's start
-    uniform: Float[Array, "n M"] | None = None  # for M more draws from the student at this context
-    teacher_ids: Int[Array, "n K"] | None = None  # the teacher's K most likely, most likely first
-    teacher_top_logprob: Float[Array, "n K"] | None = None  # of these, under its full softmax
+    tokens: Int[Array, " n"]
+    teacher_logprobs: Float[Array, " n"] | None = None
+    behavior_logprobs: Float[Array, " n"] | None = None  # with temperature and filters
+    advantages: Float[Array, " n"] | None = None  # of the completion or stage, from a scalar reward
+    reference_logprobs: Float[Array, " n"] | None = None  # under the student's start
+    uniforms: Float[Array, "n M"] | None = None  # for M more draws from the student at this context
+    teacher_top_ids: Int[Array, "n K"] | None = None  # its K most likely, most likely first
+    teacher_top_logprobs: Float[Array, "n K"] | None = None  # of these, under its full softmax
     # Coupling between tokens, computed by `estimators.coupling` before the pass:
-    future_reward: Float[Array, " n"] | None = None  # discounted rewards of later tokens
-    mean_reward: Float[Array, " n"] | None = None  # over the tokens of all other sequences
-    loss_weight: Float[Array, " n"] | None = None  # importance of prefix or sequence, or IW-OPD's
+    future_rewards: Float[Array, " n"] | None = None  # discounted rewards of later tokens
+    mean_rewards: Float[Array, " n"] | None = None  # over the tokens of all other sequences
+    loss_weights: Float[Array, " n"] | None = None  # importance of prefix or sequence, or IW-OPD's
     is_observed: Bool[Array, " n"] | None = None  # compute diagnostics; equal for all tokens
 
 
@@ -115,7 +115,7 @@ def dense_loss(
 ) -> tuple[Float[Array, ""], PyTree]:
     """`tiled_loss` of dense logits: `sum(weights * loss)` and the recipe's detached outputs `[n]`.
 
-    Row i is the distribution of `columns.token[i]`. Gradients flow only to `logits`; they are
+    Row i is the distribution of `columns.tokens[i]`. Gradients flow only to `logits`; they are
     formed in the forward pass.
     """
     plain = Head(jnp.zeros((logits.shape[-1], 0)))
@@ -158,7 +158,7 @@ def tiled_stats(
     """
 
     def as_loss(student, teacher, row):
-        return jnp.zeros(row.token.shape, student.logits.dtype), token_stat(student, teacher, row)
+        return jnp.zeros(row.tokens.shape, student.logits.dtype), token_stat(student, teacher, row)
 
     operands = (mask.astype(sum_dtype(hidden.dtype)), columns, _shift_teacher(teacher))
     _, outputs, _, _ = _run(

@@ -1,45 +1,63 @@
-"""What the page of an audit calls things: subjects, directions, small numbers."""
+"""Names of estimators and directions on the page of an audit, and what the numbers say of them."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from opdjax.report.markup import Html, number, shown, tag
+from opdjax.config.recipes import RECIPES
+from opdjax.report.markup import Html, percent, shown, significant, tag
 from opdjax.runs.results import is_number
 
 Document = dict[str, Any]
 
 KL = {"reverse": "KL(student || teacher)", "forward": "KL(teacher || student)"}
-# degrees within which an estimator is said to point somewhere: rounding moves a cosine of 1 by less
-CLOSE = 1.0
-EXACT = 1e-9  # what is enumerated is enumerated in float64
+CLOSE = 1.0  # degrees within which an estimator points along a direction: rounding is less
+EXACT = 1e-9  # enumeration is in float64
+# The estimator that noise and cost are compared with: opd without options.
+PLAIN = next(
+    name for name, row in RECIPES.items() if row.is_policy_gradient and row.teacher == "token"
+)
 _SHORT = {"baseline_top_k": "k", "support_top_k": "k", "renormalize": "renorm."}
 
 
+def subject(document: Document, name: str) -> dict[str, Any]:
+    """What the audit says of an estimator or pitfall."""
+    return document["subjects"].get(name, {})
+
+
 def is_pitfall(document: Document, name: str) -> bool:
-    """Whether a subject stands there as a warning."""
-    return bool(document["subjects"].get(name, {}).get("is_pitfall"))
+    """Whether it is a known mistake, measured as a warning."""
+    return bool(subject(document, name).get("is_pitfall"))
+
+
+def has_baseline(document: Document, name: str) -> bool:
+    """Whether it is a recipe with a baseline."""
+    row = RECIPES.get(subject(document, name).get("recipe") or "")
+    return row is not None and "baseline" in row.options
 
 
 def short(document: Document, name: str) -> str:
-    """A subject's name for a chart: its options without their names where the value alone says
-    enough.
-    """
-    about = document["subjects"].get(name, {})
+    """A name for a chart: options without their names where the value is clear alone."""
+    about = subject(document, name)
     if not about.get("recipe"):
         return name
     words = []
     for option, value in about.get("options", {}).items():
-        speaks = isinstance(value, str) and value != "none"
-        words.append(value if speaks else f"{_SHORT.get(option, option)} {shown(value)}")
-    return ", ".join([f"{about['recipe']} {words[0]}", *words[1:]]) if words else about["recipe"]
+        is_clear = isinstance(value, str) and value != "none"
+        words.append(value if is_clear else f"{_SHORT.get(option, option)} {shown(value)}")
+    return f"{about['recipe']} {', '.join(words)}".strip()
 
 
 def named(document: Document, name: str) -> Html:
-    """A subject's name for a table, marked where it is a pitfall."""
-    badge = tag("span", "pitfall", class_="badge") if is_pitfall(document, name) else None
-    return tag("th", tag("code", name), " " if badge else None, badge, scope="row", class_="long")
+    """A name for a table, with a badge for a pitfall."""
+    badge = (" ", pitfall_badge()) if is_pitfall(document, name) else ()
+    return tag("th", tag("code", name), *badge, scope="row", class_="long")
+
+
+def pitfall_badge() -> Html:
+    """The mark of a pitfall."""
+    return tag("span", "pitfall", class_="badge")
 
 
 def angle(cosine: float | None) -> float | None:
@@ -54,68 +72,38 @@ def degrees(value: float | None, nothing: str = "none") -> str:
     return f"{value:.0f}°" if value >= 10 else f"{value:.1f}°"
 
 
-def percent(share: float | None, digits: int = 1) -> str:
-    """Such as 12.3 %; what is no more than rounding is 0."""
-    if not is_number(share):
-        return "–"
-    return (
-        "0"
-        if abs(share) < EXACT
-        else f"{number(float(f'{100 * share:.{digits}f}'))} %"
-        if abs(share) >= 1e-3
-        else "< 0.1 %"
-    )
-
-
 def ratio(value: float | None, interval=None) -> str:
     """Such as 0.52 (0.48 to 0.57)."""
-    if not is_number(value):
-        return "–"
-    known = interval is not None and all(map(is_number, interval))
-    return three(value) + (f" ({three(interval[0])} to {three(interval[1])})" if known else "")
-
-
-def three(value: float) -> str:
-    """Three significant digits; what is no more than rounding is 0."""
-    return number(float(f"{value:.3g}")) if abs(value) >= 1e-9 else "0"
-
-
-def listed(words: list[str]) -> str:
-    """Such as a, b and c."""
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-
-
-def told(text: str) -> Html:
-    """The one sentence of a section."""
-    return tag("p", text, class_="told")
+    if not is_number(value) or interval is None or not all(map(is_number, interval)):
+        return significant(value)
+    return f"{significant(value)} ({' to '.join(map(significant, interval))})"
 
 
 def aim_of(document: Document, name: str) -> str:
-    """Whose gradient a subject is meant to have: `reverse`, `forward`, or `own`."""
-    return document["subjects"].get(name, {}).get("advertises", "own")
+    """The direction that it claims to follow: `reverse`, `forward` or `own`."""
+    return subject(document, name).get("advertises", "own")
 
 
 def angles_of(row: dict[str, Any]) -> dict[str, float | None]:
-    """Degrees to each KL's gradient."""
+    """Degrees to the gradient of each KL."""
     return {direction: angle(row["cosine"][direction]) for direction in KL}
 
 
 def is_lost(row: dict[str, Any]) -> bool:
-    """Whether its expected gradient is 0, so that it has no direction."""
+    """Whether the expected gradient is 0 and has no direction."""
     return all(value is None for value in angles_of(row).values())
 
 
-def verdict(document: Document, row: dict[str, Any], aim: str) -> str:
-    """What a pitfall does instead of following the KL that it is taken for."""
+def verdict(row: dict[str, Any], aim: str) -> str:
+    """What a pitfall does instead of following the KL that it is mistaken for."""
     if is_lost(row):
-        return "points nowhere (its expected gradient is 0)"
-    found = angles_of(row)
-    aim = aim if aim in KL else "reverse"
+        return "has no direction (its expected gradient is 0)"
+    found, aim = angles_of(row), aim if aim in KL else "reverse"
     other = "forward" if aim == "reverse" else "reverse"
-    if found[aim] is not None and found[aim] <= CLOSE:
-        return (
-            f"points along {KL[aim]} within {CLOSE:g}°, with a bias of {percent(row['bias'][aim])}"
-        )
-    if found[other] is not None and found[other] <= CLOSE:
+    is_along = lambda direction: found[direction] is not None and found[direction] <= CLOSE
+    if is_along(aim):
+        bias = percent(row["bias"][aim])
+        return f"points along {KL[aim]} within {CLOSE:g}°, with a bias of {bias}"
+    if is_along(other):
         return f"points along {KL[other]}, {degrees(found[aim])} from {KL[aim]}"
     return f"is off by {degrees(found[aim])}"

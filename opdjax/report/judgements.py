@@ -1,5 +1,6 @@
-"""What judges said of a run's rollouts, read back from rubrics.jsonl and measured. Numbers alone;
-nothing is drawn here.
+"""Judges' verdicts and scores of a run, read from rubrics.jsonl, and the statistics of them.
+
+Only numbers; the sections draw them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from opdjax.runs.results import is_number
 from opdjax.runs.workdir import WorkdirError, read_lines
 
 ROWS, SPENDING = "rubrics.jsonl", "spending.jsonl"
-OTHER = "other"  # categories that are too rare for a chart of their own
+OTHER = "other"  # all categories that are too rare for a chart of their own
 _CATEGORIES = 4
 _TEXTS = ("question", "references", "answers", "is_truncated", "reflections")
 
@@ -29,114 +30,108 @@ _TEXTS = ("question", "references", "answers", "is_truncated", "reflections")
 
 @dataclasses.dataclass(frozen=True)
 class CriterionRow:
-    """One demand of a rubric; a flaw is met by an answer without it."""
+    """One criterion of a rubric. An answer meets a flaw by not having it."""
 
     category: str
     text: str
     weight: float
     is_flaw: bool
-    is_graded: bool  # verdicts 0, 1, 2 and not 0, 1
+    is_graded: bool  # verdicts are 0, 1, 2 instead of 0, 1
     stage: str | None
 
 
 @dataclasses.dataclass(frozen=True)
-class JudgedAnswer:
-    """One row: n rollouts of a prompt that were held to one rubric of K criteria, with m
-    references. NaN: nobody could say.
+class JudgedRow:
+    """One row: n rollouts of a prompt and m references, judged by one rubric of K criteria.
+
+    NaN: judging failed.
     """
 
     step: int
     prompt_id: Any
     samples: tuple[int, ...]
     criteria: tuple[CriterionRow, ...]  # empty: scored without a rubric, or failed
-    met: np.ndarray  # [n, K], the share of each criterion that a rollout meets, 0 to 1
+    met: np.ndarray  # [n, K], how far a rollout meets a criterion, 0 to 1
     reference_met: np.ndarray  # [m, K]
     scores: np.ndarray  # [n], 0 to 1: the rewards
     reference_scores: np.ndarray  # [m]
-    stage_scores: np.ndarray | None  # [n, stages]; NaN too where no criterion looks at the stage
-    correct: np.ndarray | None  # [n], whether the answer is right; None where that is not known
-    problems: dict[str, int]  # replies that could not be used, by class
-    repairs: dict[str, int]  # replies that were put right, by what
-    texts: dict[str, Any]  # of _TEXTS those that were written down
+    stage_scores: np.ndarray | None  # [n, stages]; NaN also for a stage without criteria
+    correct: np.ndarray | None  # [n], whether the answer is right; None: unknown
+    problems: dict[str, int]  # unusable replies by kind
+    repairs: dict[str, int]  # repaired replies by kind of repair
+    texts: dict[str, Any]  # those of _TEXTS that were recorded
 
 
 @dataclasses.dataclass(frozen=True)
 class JudgedGroup:
-    """All rollouts of a prompt in a step: one row, or one of each rollout where each has a rubric
-    of its own.
-    """
+    """All rollouts of a prompt in a step: one row, or one row per rollout with its own rubric."""
 
-    rows: tuple[JudgedAnswer, ...]
+    rows: tuple[JudgedRow, ...]
 
     @property
     def scores(self) -> np.ndarray:
-        """Of all rollouts; NaN where there is none."""
+        """Of all rollouts; NaN where judging failed."""
         return np.concatenate([row.scores for row in self.rows])
 
     @property
     def correct(self) -> np.ndarray | None:
-        """Of all rollouts; None where it is not known of all."""
+        """Of all rollouts; None unless known of all."""
         known = [row.correct for row in self.rows]
         return None if any(one is None for one in known) else np.concatenate(known)
 
     @property
     def is_failed(self) -> bool:
-        """Whether fewer than two rollouts have a score, so that no advantage can be formed."""
+        """Whether fewer than two rollouts have a score, so that there is no advantage."""
         return int(np.isfinite(self.scores).sum()) < 2
 
     @property
     def is_tied(self) -> bool | None:
-        """Whether all scores are one; None where the group failed."""
+        """Whether all scores are equal; None where the group failed."""
         known = self.scores[np.isfinite(self.scores)]
         return None if self.is_failed else bool((known == known[0]).all())
 
 
-Steps = dict[int, list[JudgedGroup]]  # by step, rising
+Steps = dict[int, list[JudgedGroup]]  # by step, ascending
 
 
 def read_judgements(workdir: pathlib.Path, stages: Sequence[str] = ()) -> Steps:
-    """Every group that was judged; empty where none was. WorkdirError where a row is damaged; a
-    torn last line is left out.
+    """All judged groups; empty where nothing was judged.
 
-    `stages`: their names in the order of the stage scores, where the rows themselves do not tell.
+    `stages` names the stage scores, for rows that do not name them. WorkdirError for a damaged
+    row; an incomplete last line is skipped.
     """
     file, found = workdir / ROWS, {}
     for number, row in enumerate(read_lines(file), 1):
-        wrong = _wrong(row)
+        wrong = _wrong_fields(row)
         if wrong:
             raise WorkdirError(
-                f"{file}, row {number} is no judgement: {', '.join(wrong)} missing or of another kind: {json.dumps(row)[:80]}; the report "
-                "alone needs this row, so it may be taken out"
+                f"{file}, row {number} is no judgement: {', '.join(wrong)} missing or of the wrong"
+                f" type: {json.dumps(row)[:80]}; only the report reads this row: it may be deleted"
             )
         judged = _judged(row, stages)
         rows = found.setdefault(judged.step, [])
-        # Rubrics of single rollouts come in rows of their own, one after another; a prompt that
-        # comes up twice starts anew.
-        if (
-            rows
-            and rows[-1][-1].prompt_id == judged.prompt_id
-            and not _shares_samples(rows[-1], judged)
-        ):
+        # Rubrics of single rollouts come in consecutive rows. A repeated sample starts a new group.
+        if rows and _is_same_group(rows[-1], judged):
             rows[-1].append(judged)
         else:
             rows.append([judged])
     return {step: [JudgedGroup(tuple(rows)) for rows in found[step]] for step in sorted(found)}
 
 
-def _shares_samples(rows: Iterable[JudgedAnswer], judged: JudgedAnswer) -> bool:
-    return any(set(row.samples) & set(judged.samples) for row in rows)
+def _is_same_group(rows: list[JudgedRow], judged: JudgedRow) -> bool:
+    is_new = not any(set(row.samples) & set(judged.samples) for row in rows)
+    return rows[-1].prompt_id == judged.prompt_id and is_new
 
 
-def _wrong(row: dict[str, Any]) -> list[str]:
-    """The fields of a row that are not what they must be."""
+def _wrong_fields(row: dict[str, Any]) -> list[str]:
+    """The fields of a row that are missing or of the wrong type or length."""
     is_list = lambda value: isinstance(value, list)
     wrong = [name for name in ("samples", "scores") if not is_list(row.get(name))]
-    wrong += [name for name in ("step",) if type(row.get(name)) is not int]
-    wrong += ["prompt_id"] if "prompt_id" not in row else []
+    wrong += [] if type(row.get("step")) is int else ["step"]
+    wrong += [] if "prompt_id" in row else ["prompt_id"]
     rubric = row.get("rubric")
-    if rubric is not None and not (
-        is_list(rubric) and all(isinstance(c, dict) and is_number(c.get("weight")) for c in rubric)
-    ):
+    is_criterion = lambda item: isinstance(item, dict) and is_number(item.get("weight"))
+    if rubric is not None and not (is_list(rubric) and all(map(is_criterion, rubric))):
         wrong.append("rubric")
     if wrong:
         return wrong
@@ -145,19 +140,18 @@ def _wrong(row: dict[str, Any]) -> list[str]:
         value = row.get(name)
         if value is not None and not (is_list(value) and len(value) == size):
             wrong.append(f"{name} (one a sample)")
+    is_verdict = lambda one: is_list(one) and len(one) == width and all(map(is_number, one))
     for name in ("verdicts", "reference_verdicts"):
         lists = [one for one in row.get(name) or () if one is not None]
-        if rubric is not None and not all(
-            is_list(one) and len(one) == width and all(map(is_number, one)) for one in lists
-        ):
+        if rubric is not None and not all(map(is_verdict, lists)):
             wrong.append(f"{name} (one a criterion)")
     return wrong
 
 
-def _judged(row: dict[str, Any], stages: Sequence[str]) -> JudgedAnswer:
+def _judged(row: dict[str, Any], stages: Sequence[str]) -> JudgedRow:
     criteria = tuple(_criterion(item) for item in row.get("rubric") or ())
     size, correct = len(row["samples"]), row.get("correct")
-    return JudgedAnswer(
+    return JudgedRow(
         step=row["step"],
         prompt_id=row["prompt_id"],
         samples=tuple(row["samples"]),
@@ -175,28 +169,21 @@ def _judged(row: dict[str, Any], stages: Sequence[str]) -> JudgedAnswer:
 
 
 def _criterion(item: dict[str, Any]) -> CriterionRow:
-    category = " ".join(str(item.get("category", "")).casefold().split()) or "no category"
-    is_flaw, is_graded = item.get("polarity") == "negative", item.get("grade") == "graded"
     return CriterionRow(
-        category,
-        str(item.get("text", "")),
-        float(item["weight"]),
-        is_flaw,
-        is_graded,
-        item.get("stage"),
+        category=" ".join(str(item.get("category", "")).casefold().split()) or "no category",
+        text=str(item.get("text", "")),
+        weight=float(item["weight"]),
+        is_flaw=item.get("polarity") == "negative",
+        is_graded=item.get("grade") == "graded",
+        stage=item.get("stage"),
     )
 
 
-def _met(
-    criteria: Sequence[CriterionRow], verdicts: Sequence[Sequence[float] | None]
-) -> np.ndarray:
-    """What verdicts earn, 0 to 1: a graded criterion counts half at 1, and a flaw what is not
-    there.
-    """
-    known = [
-        one if one is not None and criteria else [math.nan] * len(criteria) for one in verdicts
-    ]
-    found = np.array(known, float).reshape(len(verdicts), len(criteria))
+def _met(criteria: Sequence[CriterionRow], verdicts: Sequence[list | None]) -> np.ndarray:
+    """How far each criterion is met, 0 to 1; a graded verdict of 1 counts half."""
+    width = len(criteria)
+    known = [one if one is not None and criteria else [math.nan] * width for one in verdicts]
+    found = np.array(known, float).reshape(len(verdicts), width)
     found = found / np.array([2.0 if criterion.is_graded else 1.0 for criterion in criteria])
     return np.where(np.array([criterion.is_flaw for criterion in criteria], bool), 1 - found, found)
 
@@ -204,15 +191,15 @@ def _met(
 def _stage_scores(
     row: dict[str, Any], criteria: Sequence[CriterionRow], stages: Sequence[str]
 ) -> np.ndarray | None:
-    """A stage that no criterion looks at was given 0, which is no verdict of anybody's."""
+    """The recorded scores; a stage without criteria has a recorded score of 0, here NaN."""
     lists = row.get("stage_scores")
     width = max((len(one) for one in lists or () if one), default=0)
     if not width:
         return None
     found = np.array([[math.nan] * width if one is None else _floats(one) for one in lists], float)
-    looked_at = {criterion.stage for criterion in criteria}
-    if len(stages) == width and looked_at - {None}:
-        found[:, [stage not in looked_at for stage in stages]] = math.nan
+    judged = {criterion.stage for criterion in criteria}
+    if len(stages) == width and judged - {None}:
+        found[:, [stage not in judged for stage in stages]] = math.nan
     return found
 
 
@@ -221,32 +208,26 @@ def _floats(values: Sequence[Any]) -> np.ndarray:
 
 
 def _counts(values: Any) -> dict[str, int]:
-    return (
-        {str(name): int(value) for name, value in values.items() if is_number(value)}
-        if isinstance(values, dict)
-        else {}
-    )
+    items = values.items() if isinstance(values, dict) else ()
+    return {str(name): int(value) for name, value in items if is_number(value)}
 
 
 def read_spending(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """What was asked and what it cost, by step and role, of the whole run: also of steps that were
-    done again; empty where not told.
-    """
+    """Requests and their cost by step and role, repeated steps included; empty if not recorded."""
     return [row for row in read_lines(workdir / SPENDING) if isinstance(row.get("role"), str)]
 
 
 def all_groups(steps: Steps) -> list[JudgedGroup]:
-    """Those of every step."""
+    """The groups of all steps."""
     return [group for groups in steps.values() for group in groups]
 
 
 def ends(steps: Steps, length: int) -> tuple[list[JudgedGroup], list[JudgedGroup]]:
-    """(groups of the first, of the last `length` steps that were judged)."""
+    """The groups of the first and of the last `length` judged steps."""
     order = list(steps)
-    first, last = order[:length], order[-length:] if length else []
-    return [group for step in first for group in steps[step]], [
-        group for step in last for group in steps[step]
-    ]
+    parts = (order[:length], order[-length:] if length else [])
+    first, last = ([group for step in part for group in steps[step]] for part in parts)
+    return first, last
 
 
 # Pass rates
@@ -254,51 +235,44 @@ def ends(steps: Steps, length: int) -> tuple[list[JudgedGroup], list[JudgedGroup
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """A mean with half its 95 % interval (infinite from one group alone) and the number of values
-    that it is of.
-    """
+    """A mean, half its 95 % interval (infinite for one group) and its number of values."""
 
     value: float
     half_width: float
     count: int
 
     def less(self, other: Rate) -> Rate:
-        """The difference of two that share no group."""
-        return Rate(
-            self.value - other.value,
-            math.hypot(self.half_width, other.half_width),
-            min(self.count, other.count),
-        )
+        """The difference of two rates that share no group."""
+        half = math.hypot(self.half_width, other.half_width)
+        return Rate(self.value - other.value, half, min(self.count, other.count))
+
+
+def _half_width(variance: float, size: int) -> float:
+    """Half a 95 % interval (Student's t) from the sum of squares over `size` groups."""
+    if size < 2:
+        return math.inf
+    return float(stdtrit(size - 1, 0.975)) * math.sqrt(variance * size / (size - 1))
 
 
 def ratio(sums: Sequence[float], counts: Sequence[int]) -> Rate | None:
-    """Sum over count of all groups; its interval takes groups as independent, and not what was said
-    inside of one.
+    """Sum over count of all groups, with an interval for independent groups; None without counts.
+
+    Verdicts on the rollouts of a prompt are correlated: an interval for independent verdicts would
+    be several times too narrow.
     """
     pairs = [(total, count) for total, count in zip(sums, counts) if count]
     if not pairs:
         return None
     total, count = np.array(pairs, float).T
     value, size = total.sum() / count.sum(), len(pairs)
-    # Verdicts on one prompt's rollouts hang together: as independent ones they would make the
-    # interval several times too narrow.
-    spread = (
-        math.sqrt(((total - value * count) ** 2).sum() * size / (size - 1)) / count.sum()
-        if size > 1
-        else math.inf
-    )
-    return Rate(
-        float(value),
-        float(stdtrit(size - 1, 0.975)) * spread if size > 1 else math.inf,
-        int(count.sum()),
-    )
+    half = _half_width((((total - value * count) / count.sum()) ** 2).sum(), size)
+    return Rate(float(value), half, int(count.sum()))
 
 
 def categories(groups: Iterable[JudgedGroup]) -> list[str]:
-    """The kinds of criteria, the most frequent first; where there are many the rest is OTHER."""
-    found = collections.Counter(
-        c.category for group in groups for row in group.rows for c in row.criteria
-    ).most_common()
+    """The categories of criteria, the most frequent first; rare ones are merged into OTHER."""
+    rows = (row for group in groups for row in group.rows)
+    found = collections.Counter(c.category for row in rows for c in row.criteria).most_common()
     names = [name for name, _ in found]
     return names if len(names) <= _CATEGORIES + 1 else [*names[:_CATEGORIES], OTHER]
 
@@ -310,16 +284,14 @@ def pass_rate(
     *,
     of_references: bool = False,
 ) -> Rate | None:
-    """Share of the criteria that is met, weights aside, over all rollouts (or references) that have
-    verdicts.
+    """Share of criteria met, without weights, over rollouts (or references) with verdicts.
 
-    `category`: of that one alone; OTHER: of all that are not among `named`. None where there are no
-    verdicts.
+    `category`: only that one; OTHER: all that are not in `named`. None without verdicts.
     """
     sums, counts = [], []
     for group in groups:
         values = [
-            _of_category(row, category, named, row.reference_met if of_references else row.met)
+            (row.reference_met if of_references else row.met)[:, _chosen(row, category, named)]
             for row in group.rows
         ]
         values = np.concatenate([one.ravel() for one in values])
@@ -329,20 +301,15 @@ def pass_rate(
     return ratio(sums, counts)
 
 
-def _of_category(
-    row: JudgedAnswer, category: str | None, named: Sequence[str], met: np.ndarray
-) -> np.ndarray:
-    if category is None:
-        return met
-    keep = [
-        c.category == category or (category == OTHER and c.category not in named)
-        for c in row.criteria
-    ]
-    return met[:, np.array(keep, bool)]
+def _chosen(row: JudgedRow, category: str | None, named: Sequence[str]) -> np.ndarray:
+    """Which criteria belong to the category, `[K]`; None: all."""
+    is_other = lambda name: category == OTHER and name not in named
+    names = [criterion.category for criterion in row.criteria]
+    return np.array([category in (None, name) or is_other(name) for name in names], bool)
 
 
 def mean_score(groups: Sequence[JudgedGroup], *, of_references: bool = False) -> Rate | None:
-    """The mean reward of the rollouts, or the mean score of the references."""
+    """Mean reward of the rollouts, or mean score of the references."""
     parts = [
         np.concatenate([row.reference_scores for row in group.rows])
         if of_references
@@ -354,18 +321,15 @@ def mean_score(groups: Sequence[JudgedGroup], *, of_references: bool = False) ->
 
 
 def stage_means(groups: Sequence[JudgedGroup]) -> np.ndarray:
-    """`[stages]`: the mean score of each; NaN where nobody was scored."""
-    known = [
-        row.stage_scores for group in groups for row in group.rows if row.stage_scores is not None
-    ]
-    width = max((one.shape[1] for one in known), default=0)
-    rows = (
-        np.concatenate([one for one in known if one.shape[1] == width])
-        if known
-        else np.empty((0, 0))
-    )
-    count = np.isfinite(rows).sum(axis=0)
-    return np.divide(np.nansum(rows, axis=0), count, out=np.full(width, math.nan), where=count > 0)
+    """Mean score of each stage, `[stages]`; NaN for a stage without scores."""
+    rows = (row.stage_scores for group in groups for row in group.rows)
+    known = [scores for scores in rows if scores is not None]
+    width = max((scores.shape[1] for scores in known), default=0)
+    known = [scores for scores in known if scores.shape[1] == width] or [np.empty((0, width))]
+    scores = np.concatenate(known)
+    count = np.isfinite(scores).sum(axis=0)
+    means = np.full(width, math.nan)
+    return np.divide(np.nansum(scores, axis=0), count, out=means, where=count > 0)
 
 
 # Signal
@@ -373,37 +337,33 @@ def stage_means(groups: Sequence[JudgedGroup]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Signal:
-    """Criteria of rubrics that at least two rollouts were held to."""
+    """Numbers of criteria of rubrics that judged at least two rollouts."""
 
     num_criteria: int
     met_by_all: int
     met_by_none: int
-    alike: int  # all rollouts the same, those two included
+    alike: int  # the same verdict for all rollouts; includes the two above
 
     @property
     def share(self) -> float | None:
-        """Of the criteria, those without signal."""
+        """Share of the criteria without signal."""
         return self.alike / self.num_criteria if self.num_criteria else None
 
 
 def signal(groups: Iterable[JudgedGroup]) -> Signal:
-    """How many criteria say the same of every rollout, and thus nothing that training could use."""
+    """How many criteria give every rollout the same verdict, so that training cannot use them."""
     counts = np.zeros(4, int)
     for row in (row for group in groups for row in group.rows if row.criteria):
         known = row.met[np.isfinite(row.met).all(axis=1)]
-        if len(known) > 1:  # a rollout alone is always like itself
+        if len(known) > 1:  # a single rollout is always like itself
             alike = (known == known[0]).all(axis=0)
-            counts += [
-                alike.size,
-                (alike & (known[0] == 1)).sum(),
-                (alike & (known[0] == 0)).sum(),
-                alike.sum(),
-            ]
+            all_, none = (alike & (known[0] == value) for value in (1, 0))
+            counts += [alike.size, all_.sum(), none.sum(), alike.sum()]
     return Signal(*map(int, counts))
 
 
 def tied_share(groups: Iterable[JudgedGroup]) -> float | None:
-    """Share of the groups, of those with scores, whose rollouts all have one score."""
+    """Share of the groups with scores in which all rollouts have the same score."""
     known = [group.is_tied for group in groups if group.is_tied is not None]
     return sum(known) / len(known) if known else None
 
@@ -414,17 +374,16 @@ def failed_share(groups: Sequence[JudgedGroup]) -> float | None:
 
 
 def num_criteria(groups: Iterable[JudgedGroup]) -> float | None:
-    """Mean over rubrics."""
+    """Mean number of criteria of a rubric."""
     found = [len(row.criteria) for group in groups for row in group.rows if row.criteria]
     return sum(found) / len(found) if found else None
 
 
 def counted(groups: Iterable[JudgedGroup], field: str) -> collections.Counter:
-    """`problems` or `repairs` added up."""
+    """The sum of `problems` or `repairs`."""
     total: collections.Counter = collections.Counter()
-    for group in groups:
-        for row in group.rows:
-            total.update(getattr(row, field))
+    for row in (row for group in groups for row in group.rows):
+        total.update(getattr(row, field))
     return total
 
 
@@ -433,7 +392,7 @@ def counted(groups: Iterable[JudgedGroup], field: str) -> collections.Counter:
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Pairs of a right and a wrong answer to one prompt in one step, by which has the higher score."""
+    """Pairs of a right and a wrong answer to one prompt, by which one has the higher score."""
 
     right: int
     tied: int
@@ -441,22 +400,27 @@ class Pairs:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The number of pairs."""
         return self.right + self.tied + self.wrong
+
+    def shares(self) -> tuple[float, float, float] | None:
+        """The shares of the three; None without pairs."""
+        counts = (self.right, self.tied, self.wrong)
+        return tuple(count / self.total for count in counts) if self.total else None
 
 
 def pairs(groups: Iterable[JudgedGroup]) -> Pairs:
-    """Of all groups. A pair whose wrong answer scores higher is pushed the wrong way by the update."""
+    """The pairs of all groups."""
     found = np.zeros(3, int)
-    for _, scores, correct in _known(groups):
+    for scores, correct in _known(groups):
         sign = np.sign(scores[correct][:, None] - scores[~correct][None, :])
         found += [(sign > 0).sum(), (sign == 0).sum(), (sign < 0).sum()]
     return Pairs(*map(int, found))
 
 
 def scores_by_truth(groups: Iterable[JudgedGroup]) -> tuple[np.ndarray, np.ndarray]:
-    """(scores of right answers, of wrong ones)."""
-    known = [(scores, correct) for _, scores, correct in _known(groups)]
+    """(scores of right answers, scores of wrong answers)."""
+    known = list(_known(groups))
     if not known:
         return np.empty(0), np.empty(0)
     scores, correct = (np.concatenate(part) for part in zip(*known))
@@ -464,50 +428,43 @@ def scores_by_truth(groups: Iterable[JudgedGroup]) -> tuple[np.ndarray, np.ndarr
 
 
 def share_right(groups: Iterable[JudgedGroup]) -> float | None:
-    """Of all rollouts whose answers are known to be right or wrong, scored or not."""
+    """Share of right answers among rollouts whose correctness is known, scored or not."""
     known = [correct for group in groups if (correct := group.correct) is not None]
     return float(np.concatenate(known).mean()) if known and sum(map(len, known)) else None
 
 
 def auc(groups: Iterable[JudgedGroup]) -> Rate | None:
-    """The probability that a right answer's score beats a wrong one's, ties counting half, among
-    all rollouts; None without either kind.
+    """Probability that a right answer scores above a wrong one, over all rollouts; ties count half.
 
-    Its interval takes groups as independent (Obuchowski 1997): rollouts of one prompt share a
-    rubric. `count`: of right-wrong pairs.
+    The interval is for independent groups (Obuchowski 1997), because rollouts of a prompt share a
+    rubric. `count` is the number of right-wrong pairs. None without both kinds.
     """
     known = list(_known(groups))
     if not known:
         return None
-    sizes = [len(scores) for _, scores, _ in known]
-    cluster = np.repeat(np.arange(len(known)), sizes)
-    scores, correct = (np.concatenate([one[part] for one in known]) for part in (1, 2))
+    size = len(known)
+    cluster = np.repeat(np.arange(size), [len(scores) for scores, _ in known])
+    scores, correct = (np.concatenate(part) for part in zip(*known))
     right, wrong = scores[correct], scores[~correct]
     if not (right.size and wrong.size):
         return None
     beats, beaten = _placements(right, np.sort(wrong)), 1 - _placements(wrong, np.sort(right))
-    value, pull = beats.mean(), np.zeros(len(known))
-    np.add.at(pull, cluster[correct], (beats - value) / right.size)
-    np.add.at(pull, cluster[~correct], (beaten - value) / wrong.size)
-    size = len(known)
-    half = (
-        float(stdtrit(size - 1, 0.975)) * math.sqrt((pull**2).sum() * size / (size - 1))
-        if size > 1
-        else math.inf
-    )
+    value, influence = beats.mean(), np.zeros(size)
+    np.add.at(influence, cluster[correct], (beats - value) / right.size)
+    np.add.at(influence, cluster[~correct], (beaten - value) / wrong.size)
+    half = _half_width((influence**2).sum(), size)
     return Rate(float(value), half, right.size * wrong.size)
 
 
 def _placements(values: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Of each value the share of the sorted others below it, equal ones counting half."""
-    return (np.searchsorted(others, values, "left") + np.searchsorted(others, values, "right")) / (
-        2 * others.size
-    )
+    """For each value, the share of the sorted others below it; equal ones count half."""
+    sides = (np.searchsorted(others, values, side) for side in ("left", "right"))
+    return sum(sides) / (2 * others.size)
 
 
-def _known(groups: Iterable[JudgedGroup]) -> Iterable[tuple[JudgedGroup, np.ndarray, np.ndarray]]:
-    """(group, scores, whether right) of the rollouts that have both."""
+def _known(groups: Iterable[JudgedGroup]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(scores, whether right) of the rollouts of each group that have both."""
     for group in groups:
         correct, scores = group.correct, group.scores
         if correct is not None and (has := np.isfinite(scores)).any():
-            yield group, scores[has], correct[has]
+            yield scores[has], correct[has]

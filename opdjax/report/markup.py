@@ -1,10 +1,12 @@
-"""HTML that is escaped by construction: every text becomes safe when it enters a tag, and numbers
-are written one way.
+"""HTML that is escaped by construction, and one way to write each kind of number.
+
+Every text is escaped when it enters a tag.
 """
 
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,40 +16,42 @@ _VOID = {"br", "col", "input", "meta"}
 
 
 class Html(str):
-    """Text that is HTML already; any other string is escaped where it is put into a tag."""
+    """A string that is already HTML. Any other string is escaped when it enters a tag."""
 
     __slots__ = ()
 
 
 def join(parts: Iterable[Any]) -> Html:
-    """Children one after another: HTML as it is, None as nothing, all else escaped."""
-    return Html(
-        "".join(
-            part if isinstance(part, Html) else html.escape(str(part))
-            for part in parts
-            if part is not None
-        )
-    )
+    """The parts in order: HTML unchanged, None left out, everything else escaped."""
+    kept = (part for part in parts if part is not None)
+    return Html("".join(p if isinstance(p, Html) else html.escape(str(p)) for p in kept))
 
 
 def tag(name: str, /, *children: Any, **attributes: Any) -> Html:
-    """An element. Attributes: `class_` is class, `data_x` is data-x, True is a bare attribute, None
-    and False are left out.
+    """An element.
+
+    In attribute names a trailing `_` is dropped and `_` becomes `-`. True writes the name alone;
+    None and False write nothing.
     """
-    given = {
-        key.rstrip("_").replace("_", "-"): value
-        for key, value in attributes.items()
-        if value is not None and value is not False
-    }
     written = "".join(
         f" {key}" if value is True else f' {key}="{html.escape(str(value))}"'
-        for key, value in given.items()
+        for key, value in (
+            (key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items()
+        )
+        if value is not None and value is not False
     )
-    return (
-        Html(f"<{name}{written}>")
-        if name in _VOID
-        else Html(f"<{name}{written}>{join(children)}</{name}>")
-    )
+    end = "" if name in _VOID else f"{join(children)}</{name}>"
+    return Html(f"<{name}{written}>{end}")
+
+
+def finding(text: str | None) -> Html | None:
+    """The sentence that states the result of a section; None where the text is empty."""
+    return tag("p", text, class_="finding") if text else None
+
+
+def quiet(*children: Any) -> Html:
+    """A paragraph of explanation, in muted ink."""
+    return tag("p", *children, class_="quiet")
 
 
 def table(
@@ -57,29 +61,36 @@ def table(
     caption: Any = None,
     class_: str | None = None,
 ) -> Html:
-    """A table in a box of its own that scrolls sideways where the screen is narrow. A cell may be a
-    ready `td` or `th`.
-    """
+    """A table that scrolls sideways on a narrow screen. A cell may be a finished `td` or `th`."""
     columns = tag("thead", tag("tr", *(_cell(cell, "th", scope="col") for cell in head)))
     body = tag("tbody", *(row if isinstance(row, Html) else table_row(row) for row in rows))
-    box = tag(
-        "div",
-        tag("table", columns, body, class_=class_),
-        class_="scroll",
-        tabindex=0,
-        role="group",
-        aria_label="table",
-    )
-    # Not a <caption>: that would be as wide as the table and scroll away with it.
-    return box if caption is None else join((box, tag("p", caption, class_="quiet")))
+    content = tag("table", columns, body, class_=class_)
+    box = tag("div", content, class_="scroll", tabindex=0, role="group", aria_label="table")
+    # Not a <caption>: it would be as wide as the table and scroll away with it.
+    return box if caption is None else join((box, quiet(caption)))
 
 
 def table_row(cells: Sequence[Any], **attributes: Any) -> Html:
-    """A row whose first cell names it."""
+    """A row; its first cell is the row's heading."""
     first, *others = cells
-    return tag(
-        "tr", _cell(first, "th", scope="row"), *(_cell(cell, "td") for cell in others), **attributes
-    )
+    heading = _cell(first, "th", scope="row")
+    return tag("tr", heading, *(_cell(cell, "td") for cell in others), **attributes)
+
+
+def group_row(title: Any, num_columns: int) -> Html:
+    """A heading over the rows that follow, as wide as the table."""
+    heading = tag("th", title, colspan=num_columns, scope="rowgroup")
+    return tag("tr", heading, class_="section")
+
+
+def text_head(title: str) -> Html:
+    """The heading of a column of text, which is aligned to the left."""
+    return tag("th", title, class_="text", scope="col")
+
+
+def text_cell(*children: Any) -> Html:
+    """A cell of running text, which may wrap."""
+    return tag("td", *children, class_="wrap text")
 
 
 def _cell(content: Any, name: str, **attributes: Any) -> Html:
@@ -88,42 +99,43 @@ def _cell(content: Any, name: str, **attributes: Any) -> Html:
     return tag(name, content, **attributes)
 
 
-def section(anchor: str, title: str, *children: Any) -> Html:
-    """A part of the page that the list of contents can point at."""
-    return tag("section", tag("h2", title), *children, id=anchor)
+def section(
+    anchor: str, title: str, *children: Any, lead: str | None = None, about: Any = None
+) -> Html:
+    """A section that the table of contents links to.
+
+    `lead` (its finding) and `about` (an explanation) come before the children.
+    """
+    opening = (finding(lead), quiet(about) if about else None)
+    return tag("section", tag("h2", title), *opening, *children, id=anchor)
 
 
 def details(summary: Any, *children: Any, **attributes: Any) -> Html:
-    """Shown on request; works without JavaScript."""
+    """Content that is folded away; it opens without JavaScript."""
     return tag("details", tag("summary", summary), *children, **attributes)
 
 
 def tabs(name: str, views: dict[str, Any], question: str) -> Html:
-    """One of several views at a time, chosen by radio buttons alone, so that it works without
-    JavaScript.
-    """
+    """One of several views at a time, chosen with radio buttons; needs no JavaScript."""
     if len(views) == 1:
         return tag("div", *views.values())
     choices = []
     for number, view in enumerate(views):
         key = f"{name}-{number}"
-        choices += [
-            tag("input", type="radio", name=name, id=key, checked=number == 0),
-            tag("label", view, for_=key),
-        ]
+        choices.append(tag("input", type="radio", name=name, id=key, checked=number == 0))
+        choices.append(tag("label", view, for_=key))
     panels = [tag("div", panel, class_="panel") for panel in views.values()]
     return tag("div", tag("span", question, class_="question"), *choices, *panels, class_="tabs")
 
 
 def definitions(pairs: dict[str, Any]) -> Html:
-    """Words and what they mean."""
-    return tag(
-        "dl", *(join((tag("dt", name), tag("dd", meaning))) for name, meaning in pairs.items())
-    )
+    """Terms and their meanings."""
+    rows = (join((tag("dt", term), tag("dd", meaning))) for term, meaning in pairs.items())
+    return tag("dl", *rows)
 
 
 def notice(*children: Any, kind: str = "note") -> Html:
-    """A remark that must not be missed; `kind` is note or warning."""
+    """A remark that the reader must not miss; `kind` is note or warning."""
     label = {"note": "Note. ", "warning": "Warning. "}[kind]
     return tag("p", tag("strong", label), *children, class_=f"notice {kind}")
 
@@ -132,26 +144,27 @@ def notice(*children: Any, kind: str = "note") -> Html:
 
 
 def fixed(value: float | None, digits: int = 3) -> str:
-    """Such as 0.570; a dash where there is none."""
-    # Adding 0.0 turns -0.0, which a tiny negative number is rounded to, into 0.0.
+    """Such as 0.570; a dash for an unknown value."""
+    # Adding 0.0 turns -0.0, the rounded value of a tiny negative number, into 0.0.
     return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−") if is_number(value) else "–"
 
 
 def plus_minus(
     value: float | None, half_width: float | None, digits: int = 3, *, signed: bool = False
 ) -> str:
-    """Such as 0.570 ± 0.021; an interval that one value alone cannot have is ± ∞."""
+    """Such as 0.570 ± 0.021; ± ∞ for an interval that cannot be computed."""
     if not is_number(value):
         return "–"
-    shown = ("+" if signed and value >= 0 else "") + fixed(value, digits)
+    text = ("+" if signed and value >= 0 else "") + fixed(value, digits)
     if half_width is None:
-        return shown
-    return f"{shown} ± {fixed(half_width, digits) if is_number(half_width) else '∞'}"
+        return text
+    return f"{text} ± {fixed(half_width, digits) if is_number(half_width) else '∞'}"
 
 
 def number(value: Any, smallest: float = 1e-3) -> str:
-    """Four significant digits, thousands set apart, those under `smallest` as in 3e-4; what is no
-    number stays as it is.
+    """Four significant digits with thousands separators; below `smallest` in the form 3e-4.
+
+    A value that is not a number is returned as text.
     """
     if not is_number(value):
         return "–" if value is None or isinstance(value, float) else str(value)
@@ -165,16 +178,31 @@ def number(value: Any, smallest: float = 1e-3) -> str:
     return text.replace("-", "−") if text.startswith("-") else text
 
 
+def significant(value: float | None, digits: int = 3) -> str:
+    """A number rounded to a few significant digits; below 1e-9, which is rounding, 0."""
+    if not is_number(value):
+        return "–"
+    return number(float(f"{value:.{digits}g}")) if abs(value) >= 1e-9 else "0"
+
+
 def amount(value: float, half_width: float) -> str:
-    """Such as 30,640 ± 8,900 or 0.0515 ± 0.055: figures enough for quantities of any size, with
-    thousands set apart.
-    """
-    told = number(float(f"{value:.4g}"))
-    return f"{told} ± {number(float(f'{half_width:.2g}')) if is_number(half_width) else '∞'}"
+    """A quantity of any size with its interval, such as 30,640 ± 8,900 or 0.0515 ± 0.055."""
+    half = significant(half_width, 2) if is_number(half_width) else "∞"
+    return f"{significant(value, 4)} ± {half}"
+
+
+def percent(share: float | None, *, is_log: bool = False) -> str:
+    """A share, or with `is_log` its logarithm, such as 91.2 %; a dash for an unknown value."""
+    if not is_number(share):
+        return "–"
+    share = math.exp(share) if is_log else share
+    if abs(share) < 0.0005 and (is_log or abs(share) >= 1e-9):
+        return "<\u00a00.1\u00a0%"
+    return f"{number(round(100 * share, 1))}\u00a0%"
 
 
 def shown(value: Any) -> str:
-    """A setting as a person writes it."""
+    """The value of a setting as a person writes it."""
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -196,3 +224,33 @@ def duration(seconds: float | None) -> str:
 def count(amount: int, noun: str) -> str:
     """Such as 1 seed or 3 seeds."""
     return f"{amount:,} {noun}" + ("" if amount == 1 else "s")
+
+
+# Text
+
+
+def listed(words: Sequence[str]) -> str:
+    """Such as a, b and c."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def prompt_text(prompt: Any) -> str:
+    """A prompt as text; a chat as one line per message, with its role."""
+    if not isinstance(prompt, list):
+        return str(prompt)
+    return "\n".join(f"{turn.get('role', '')}: {turn.get('content', '')}" for turn in prompt)
+
+
+def shortened(text: str, limit: int) -> str:
+    """The text, or its start and end, `limit` characters together, and what was left out."""
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]} […{len(text) - limit:,} letters…] {text[-half:]}"
+
+
+def spread(items: Sequence[Any], most: int) -> Sequence[Any]:
+    """At most `most` (two or more) of the items, evenly spaced, the first and last included."""
+    if len(items) <= most:
+        return items
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]

@@ -1,4 +1,4 @@
-"""What the pages say of a run, as numbers: its scores, its last steps, its KL by position."""
+"""Numbers that the pages state about a run: scores, totals, KL by position."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from opdjax.config.recipes import RECIPES, Recipe, TeacherNeed
 from opdjax.runs.results import AXES, Run, Span, mean
 
 SCORES = ("avg@k", "greedy", "pass@k")
 _POSITION = "kl/position/"
 
-Bucket = tuple[int, int]  # first and last completion token, both inside
+Bucket = tuple[int, int]  # first and last completion token, both included
 
 
 def score_label(name: str, k: int | None) -> str:
@@ -20,16 +21,34 @@ def score_label(name: str, k: int | None) -> str:
 
 
 def evaluated(run: Run) -> list[dict[str, Any]]:
-    """The evaluations at the temperature of the config, by step; extra temperatures are another
-    quantity.
-    """
+    """The evaluations at the temperature of the config, by step."""
     temperature = run.config.get("evaluation", {}).get("temperature")
-    by_step = {
-        row["step"]: row
-        for row in run.evaluations
-        if row.get("temperature") == temperature and "avg@k" in row
-    }
+    rows = (row for row in run.evaluations if row.get("temperature") == temperature)
+    by_step = {row["step"]: row for row in rows if "avg@k" in row}
     return [by_step[step] for step in sorted(by_step)]
+
+
+def recipe_of(run: Run) -> Recipe | None:
+    """The row of the run's recipe; None for a recipe that this version does not have."""
+    return RECIPES.get(run.config["estimator"]["recipe"])
+
+
+def estimator_options(run: Run) -> dict[str, Any]:
+    """The options of the recipe that the config sets, and the aggregation."""
+    given = run.config["estimator"].items()
+    return {name: v for name, v in given if v is not None and name not in ("recipe", "tile")}
+
+
+def teacher_need(run: Run) -> TeacherNeed | None:
+    """What the loss reads of the teacher; None for a recipe that this version does not have."""
+    recipe = recipe_of(run)
+    return None if recipe is None else recipe.teacher_need(estimator_options(run))
+
+
+def completions_from(run: Run) -> str:
+    """Who wrote the completions that the student trains on: student, teacher or references."""
+    sampling = run.config["sampling"]  # earlier versions called the field `source`
+    return sampling.get("completions_from") or sampling.get("source", "student")
 
 
 def samples_per_prompt(run: Run) -> int | None:
@@ -39,65 +58,50 @@ def samples_per_prompt(run: Run) -> int | None:
 
 
 def totals(run: Run, axis: str, steps: Iterable[int]) -> list[float] | None:
-    """What had been spent at each of the steps, in the units of the axis; None where the run did
-    not record it.
-    """
+    """The total spent up to each of the steps, in units of the axis; None if not recorded."""
     found = [run.total_at(axis, step) for step in steps]
     is_recorded = AXES[axis] is None or any(AXES[axis] in row for row in run.metrics)
     return found if is_recorded and all(map(math.isfinite, found)) else None
 
 
 def total(run: Run, axis: str) -> float | None:
-    """What the whole run has spent."""
+    """The total of the whole run, in units of the axis; None if not recorded."""
     found = totals(run, axis, [run.metrics[-1]["step"]]) if run.metrics else None
     return found[0] if found else None
 
 
 def steps_of(run: Run) -> list[int]:
-    """The steps of `column`."""
+    """The steps that `Run.column` has values for."""
     return [row["step"] for row in run.metrics]
 
 
 def smoothing_window(num_steps: int) -> int:
-    """Steps that a smoothed line averages over."""
+    """Number of steps that a smoothed line averages over."""
     return max(1, num_steps // 12)
 
 
+def smoothing_note(num_steps: int) -> str:
+    """What the two lines of a smoothed chart are; empty where charts are not smoothed."""
+    window = smoothing_window(num_steps)
+    return f" Faint line: every step. Strong line: mean over {window} steps." if window > 1 else ""
+
+
 def end_length(num_steps: int) -> int:
-    """Steps that a profile at the start or the end of training is averaged over: a tenth, at least
-    ten.
-    """
+    """Number of first and of last steps that are compared: a tenth, at least ten."""
     return min(num_steps, max(10, num_steps // 10))
 
 
 def kl_by_position(rows: list[dict[str, Any]]) -> dict[Bucket, float]:
-    """Mean over the steps of KL(student || teacher) in each range of completion tokens that any of
-    them reached.
-    """
-    buckets = sorted(
-        {bucket for row in rows for name in row if (bucket := _bucket(name)) is not None}
-    )
-    means = {
-        bucket: mean(row.get(f"{_POSITION}{_name(bucket, rows)}") for row in rows)
-        for bucket in buckets
-    }
+    """KL(student || teacher), nats, in each range of completion tokens, mean over the rows."""
+    names = {bucket: name for row in rows for name in row if (bucket := _bucket(name)) is not None}
+    means = {bucket: mean(row.get(names[bucket]) for row in rows) for bucket in sorted(names)}
     return {bucket: value for bucket, value in means.items() if value is not None}
 
 
 def _bucket(name: str) -> Bucket | None:
     first, _, last = name.removeprefix(_POSITION).partition("-")
-    return (
-        (int(first), int(last))
-        if name.startswith(_POSITION) and first.isdecimal() and last.isdecimal()
-        else None
-    )
-
-
-def _name(bucket: Bucket, rows: list[dict[str, Any]]) -> str:
-    """The ranges are written with leading zeros, as many as the longest needs."""
-    return next(
-        name.removeprefix(_POSITION) for row in rows for name in row if _bucket(name) == bucket
-    )
+    is_bucket = name.startswith(_POSITION) and first.isdecimal() and last.isdecimal()
+    return (int(first), int(last)) if is_bucket else None
 
 
 def bucket_label(bucket: Bucket) -> str:
@@ -107,7 +111,7 @@ def bucket_label(bucket: Bucket) -> str:
 
 
 def covered(spans: Iterable[Span]) -> list[tuple[float, float]]:
-    """The stretches of time that lie in any of the spans, apart from each other and in order."""
+    """The union of the spans as disjoint (start, end) intervals, in order."""
     found: list[tuple[float, float]] = []
     for span in sorted(spans, key=lambda span: span.start):
         if found and span.start <= found[-1][1]:
@@ -121,13 +125,12 @@ def leaves(values: dict[str, Any], path: str = "") -> dict[str, Any]:
     """A nested config as `section.field: value`."""
     found: dict[str, Any] = {}
     for name, value in values.items():
-        found |= (
-            leaves(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
-        )
+        key = f"{path}{name}"
+        found |= leaves(value, f"{key}.") if isinstance(value, dict) else {key: value}
     return found
 
 
 def model_name(path: str) -> str:
-    """A hub id as it is; of a directory the last two parts."""
+    """A hub id unchanged; the last two parts of a directory."""
     parts = [part for part in path.replace("\\", "/").split("/") if part not in ("", ".")]
     return path if len(parts) <= 2 and not path.startswith("/") else "/".join(parts[-2:])

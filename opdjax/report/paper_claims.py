@@ -141,7 +141,7 @@ def _overview(found: Found) -> Html:
     statuses = [verdict.status for _, verdict in verdicts]
     counts = [f"{statuses.count(name)} {name}" for name in _STATUS if name in statuses]
     claims, tables = count(len(verdicts), "claim"), count(len(found), "paper table")
-    lead = tag("p", f"{claims} of {tables}: {', '.join(counts)}.", class_="told")
+    lead = tag("p", f"{claims} of {tables}: {', '.join(counts)}.", class_="finding")
     head = [
         *map(_text, ("verdict", "claim", "table")),
         "difference over seeds",

@@ -1,8 +1,9 @@
-"""Sample rollouts: what the student wrote, token by token, and what the teacher would have written."""
+"""The rollouts section of a run's page: sampled completions with the numbers of each token."""
 
 from __future__ import annotations
 
-import math
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from opdjax.report.markup import (
@@ -11,154 +12,123 @@ from opdjax.report.markup import (
     details,
     fixed,
     join,
-    number,
+    percent,
+    prompt_text,
+    quiet,
     section,
+    spread,
     table,
     tabs,
     tag,
+    text_cell,
 )
+from opdjax.report.measures import completions_from
 from opdjax.runs.results import Run, is_number
 
-# A page must stay small enough to be sent around: steps shown, rollouts of each, tokens of each.
+# Limits that keep a page small: steps, rollouts per step, tokens per rollout.
 _STEPS, _ROLLOUTS, _TOKENS = 5, 4, 256
 _WRITERS = {
     "student": "Student's completion",
     "teacher": "Teacher's completion",
     "references": "Reference answer",
 }
+_POINT_AT = (
+    " Point at a token, tap it, or use Tab and the arrow keys to see its numbers; the table below"
+    " each rollout lists them all."
+)
+_EXPLANATIONS = {
+    "advantages": "The colour is the advantage, the factor of the gradient of the token's"
+    " log-probability: blue tokens become more likely, orange ones (dotted underline) less likely."
+    + _POINT_AT,
+    "kl": "The shade is KL(student || teacher) at the token: the darker, the more the two models"
+    " disagree there." + _POINT_AT,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shading:
+    """The field that colours the tokens, and the size at which the colour is full."""
+
+    field: str
+    limit: float
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether the field has a sign that the colour shows."""
+        return self.field == "advantages"
+
+    def look(self, value: float | None) -> dict[str, str]:
+        """Class and style of a token. The underline shows the sign without colour."""
+        if not is_number(value) or value == 0:
+            return {"class_": "t"}
+        share = min(1.0, abs(value) / self.limit)
+        side = "for" if value > 0 and self.is_signed else "against"
+        strong = " strong" if share >= 0.35 else ""
+        return {"class_": f"t {side}{strong}", "style": f"--a:{share:.2f}"}
 
 
 def rollouts_section(run: Run) -> Html | None:
-    """The rollouts of a few steps spread over training; None where none were written."""
+    """Rollouts of a few steps, spread over training; None where none were written."""
     if not run.samples:
         return None
-    steps = _spread(sorted({row["step"] for row in run.samples}))
+    every = sorted({row["step"] for row in run.samples})
     shown = {
-        step: [row for row in run.samples if row["step"] == step][:_ROLLOUTS] for step in steps
+        step: [row for row in run.samples if row["step"] == step][:_ROLLOUTS]
+        for step in spread(every, _STEPS)
     }
-    heading = _WRITERS.get(run.config["sampling"].get("source", "student"), "Completion")
-    measure = _measure([row for rows in shown.values() for row in rows])
+    heading = _WRITERS.get(completions_from(run), "Completion")
+    shading = _shading([row for rows in shown.values() for row in rows])
     views = {
-        f"{step}": tag("div", *(_rollout(row, measure, heading) for row in rows), class_="rollouts")
+        f"{step}": tag("div", *(_rollout(row, shading, heading) for row in rows), class_="rollouts")
         for step, rows in shown.items()
     }
-    left_out = len({row["step"] for row in run.samples}) - len(steps)
-    kept = f" {count(left_out, 'more step')} in samples.jsonl." if left_out else ""
-    return section(
-        "rollouts",
-        "Rollouts",
-        tag(
-            "p",
-            "Completions that were trained on, from a few steps. ",
-            _explanation(measure),
-            kept,
-            class_="quiet",
-        ),
-        _scale(measure),
-        tabs("rollouts", views, "Training step"),
+    left_out = len(every) - len(shown)
+    about = (
+        "Completions of a few steps that the student was trained on. ",
+        _EXPLANATIONS[shading.field] if shading else "This run recorded no numbers per token.",
+        f" {count(left_out, 'more step')} in samples.jsonl." if left_out else None,
     )
+    scale = None if shading is None else _scale(shading)
+    choice = tabs("rollouts", views, "Training step")
+    return section("rollouts", "Rollouts", quiet(*about), scale, choice)
 
 
-def _spread(steps: list[int]) -> list[int]:
-    """The first, the last and some between."""
-    if len(steps) <= _STEPS:
-        return steps
-    return [steps[round(i * (len(steps) - 1) / (_STEPS - 1))] for i in range(_STEPS)]
+def _shading(rows: list[dict[str, Any]]) -> Shading | None:
+    """By advantage where the recipe has one, else by KL.
 
-
-class _Measure:
-    """Which number colours the tokens, and the size at which the colour is full."""
-
-    def __init__(self, field: str, limit: float):
-        self.field, self.limit = field, limit
-
-    def share(self, value: float) -> float:
-        return min(1.0, abs(value) / self.limit)
-
-
-def _measure(rows: list[dict[str, Any]]) -> _Measure | None:
-    """The advantage where the recipe has one, else KL; the full colour is at the 95th percentile,
-    so that outliers do not pale the rest.
+    The colour is full at the 95th percentile, so that outliers do not pale the rest.
     """
     for field in ("advantages", "kl"):
-        sizes = sorted(
-            abs(value)
-            for row in rows
-            if row.get("tokens")
-            for value in row.get(field) or ()
-            if is_number(value)
-        )
+        values = (value for row in rows if row.get("tokens") for value in row.get(field) or ())
+        sizes = sorted(abs(value) for value in values if is_number(value))
         if sizes and sizes[-1] > 0:
-            return _Measure(field, sizes[min(len(sizes) - 1, int(0.95 * len(sizes)))] or sizes[-1])
+            at = min(len(sizes) - 1, int(0.95 * len(sizes)))
+            return Shading(field, sizes[at] or sizes[-1])
     return None
 
 
-def _explanation(measure: _Measure | None) -> Html:
-    if measure is None:
-        return join(("This run recorded no numbers for single tokens.",))
-    how = "Point at a token, tap it, or use Tab and the arrow keys to see its numbers; the tables below each rollout hold them all."
-    if measure.field == "kl":
-        return join(
-            (
-                f"Shaded by KL(student || teacher) at the token: the darker, the more the two models disagree there. {how}",
-            )
-        )
-    return join(
-        (
-            "Coloured by the advantage, the number that multiplies the gradient of the token's log-probability: blue tokens are made "
-            f"more likely, orange ones (dotted underline) less likely. {how}",
-        )
-    )
+def _scale(shading: Shading) -> Html:
+    parts = (-1, -0.5, 0, 0.5, 1) if shading.is_signed else (0, 0.25, 0.5, 0.75, 1)
+    values = [shading.limit * part for part in parts]
+    boxes = [tag("span", fixed(value, 2), **shading.look(value)) for value in values]
+    name = tag("span", "Advantage" if shading.is_signed else "KL, nats")
+    beyond = tag("span", "and beyond", class_="quiet")
+    return tag("div", name, tag("span", *boxes, class_="bar"), beyond, class_="scale")
 
 
-def _scale(measure: _Measure | None) -> Html | None:
-    if measure is None:
-        return None
-    is_signed = measure.field == "advantages"
-    values = [
-        measure.limit * part
-        for part in ((-1, -0.5, 0, 0.5, 1) if is_signed else (0, 0.25, 0.5, 0.75, 1))
-    ]
-    boxes = [tag("span", fixed(value, 2), **_look(value, measure)) for value in values]
-    name = "Advantage" if is_signed else "KL, nats"
-    return tag(
-        "div",
-        tag("span", name),
-        tag("span", *boxes, class_="bar"),
-        tag("span", "and beyond", class_="quiet"),
-        class_="scale",
-    )
-
-
-def _look(value: float | None, measure: _Measure | None) -> dict[str, str]:
-    """Class and strength of a token's colour. The underline carries the sign without colour."""
-    if measure is None or not is_number(value) or value == 0:
-        return {"class_": "t"}
-    share = measure.share(value)
-    side = "for" if value > 0 and measure.field == "advantages" else "against"
-    return {"class_": f"t {side}{' strong' if share >= 0.35 else ''}", "style": f"--a:{share:.2f}"}
-
-
-def _rollout(row: dict[str, Any], measure: _Measure | None, heading: str) -> Html:
-    length = row.get("length")
-    ended = "cut off at the length limit" if row.get("is_truncated") else "ended by itself"
-    facts = [f"{count(length, 'token')}, {ended}"] if is_number(length) else [ended]
-    tokens = row.get("tokens")
-    if tokens is None:
-        completion, numbers = join((row.get("completion", ""),)), None
-    else:
+def _rollout(row: dict[str, Any], shading: Shading | None, heading: str) -> Html:
+    length, tokens = row.get("length"), row.get("tokens")
+    facts = [f"{count(length, 'token')}"] if is_number(length) else []
+    facts.append("cut off at the length limit" if row.get("is_truncated") else "ended by itself")
+    completion, numbers = row.get("completion", ""), None
+    if tokens is not None:
+        kept = tokens[:_TOKENS]
+        columns = {name: row.get(name) or [] for name in _FIELDS}
+        completion = join(_token(at, piece, columns, shading) for at, piece in enumerate(kept))
+        if any(columns.values()):
+            numbers = details("Numbers of each token", _numbers(kept, columns))
         if len(tokens) > _TOKENS:
             facts.append(f"the first {_TOKENS} of {len(tokens):,} tokens are shown")
-        columns = {
-            name: values
-            for name, values in row.items()
-            if isinstance(values, list) and name not in ("tokens", "prompt")
-        }
-        kept = [
-            _Token(row_number, piece, columns) for row_number, piece in enumerate(tokens[:_TOKENS])
-        ]
-        completion = join(token.mark(measure) for token in kept)
-        numbers = details("Numbers of each token", _numbers(kept)) if columns else None
     return tag(
         "div",
         tag("h4", "Prompt"),
@@ -171,98 +141,63 @@ def _rollout(row: dict[str, Any], measure: _Measure | None, heading: str) -> Htm
     )
 
 
-def prompt_text(prompt: Any) -> str:
-    """A prompt as it is read: text, or messages with the role of each."""
-    if isinstance(prompt, list):
-        return "\n".join(
-            f"{message.get('role', '')}: {message.get('content', '')}" for message in prompt
-        )
-    return str(prompt)
+def _at(values: Sequence[Any], place: int) -> Any:
+    """The value of a token; None where the recipe does not record the field."""
+    return values[place] if place < len(values) else None
 
 
-class _Token:
-    """One sampled token with what was recorded of it; a list that the recipe does not have gives
-    None.
-    """
-
-    def __init__(self, position: int, piece: str, columns: dict[str, list]):
-        self.position, self.piece = position, piece
-        self._at = {
-            name: values[position] if position < len(values) else None
-            for name, values in columns.items()
-        }
-
-    def mark(self, measure: _Measure | None) -> Html:
-        """The token in the text."""
-        value = self._at.get(measure.field) if measure else None
-        text = self.piece.replace("\n", "⏎\n") or "∅"
-        if measure is None:
-            return tag("span", text, class_="t")
-        name = "advantage" if measure.field == "advantages" else "KL"
-        title = f"{visible(self.piece)}: {name} {fixed(value)}"
-        # One stop of the Tab key for each rollout; the arrow keys go on from there.
-        return tag(
-            "span",
-            text,
-            **_look(value, measure),
-            tabindex=0 if self.position == 0 else -1,
-            title=title,
-        )
-
-    def cells(self) -> list[Any]:
-        """Its row of the table, as `_COLUMNS` names it."""
-        advantage, reward, kl = (
-            fixed(self._at.get(name)) for name in ("advantages", "rewards", "kl")
-        )
-        student, teacher = (
-            percent(self._at.get(name), is_log=True)
-            for name in ("student_logprobs", "teacher_logprobs")
-        )
-        top = ", ".join(
-            f"‘{visible(piece)}’\u00a0{percent(p)}"
-            for piece, p in self._at.get("teacher_top") or ()
-        )
-        return [visible(self.piece), advantage, student, teacher, top, kl, reward, self.position]
+def _token(at: int, piece: str, columns: dict[str, list], shading: Shading | None) -> Html:
+    """The token in the text, coloured."""
+    text = piece.replace("\n", "⏎\n") or "∅"
+    if shading is None:
+        return tag("span", text, class_="t")
+    value = _at(columns[shading.field], at)
+    name = "advantage" if shading.is_signed else "KL"
+    title = f"{visible(piece)}: {name} {fixed(value)}"
+    # One stop of the Tab key per rollout; the arrow keys go on from there.
+    return tag("span", text, **shading.look(value), tabindex=0 if at == 0 else -1, title=title)
 
 
-_COLUMNS = (
-    "token",
-    "advantage",
-    "student p",
-    "teacher p",
-    "teacher's top 5",
-    "KL",
-    "reward",
-    "position",
-)
+def _probability(value: float | None) -> str:
+    return percent(value, is_log=True)
 
 
-def _numbers(tokens: list[_Token]) -> Html:
-    rows = [token.cells() for token in tokens]
-    # What no token has (an advantage under an exact divergence) would be a column of dashes.
-    kept = [i for i in range(len(_COLUMNS)) if any(row[i] not in ("–", "") for row in rows)]
+def _top(pieces: Sequence[Any] | None) -> Any:
+    """The teacher's most likely tokens with their probabilities."""
+    found = (f"‘{visible(piece)}’\u00a0{percent(share)}" for piece, share in pieces or ())
+    return ", ".join(found)
+
+
+# Fields of a row of samples.jsonl, with the column's heading and the way to write a value.
+_FIELDS = {
+    "advantages": ("advantage", fixed),
+    "student_logprobs": ("student p", _probability),
+    "teacher_logprobs": ("teacher p", _probability),
+    "teacher_top": ("teacher's top 5", _top),
+    "kl": ("KL", fixed),
+    "rewards": ("reward", fixed),
+}
+
+
+def _numbers(pieces: list[str], columns: dict[str, list]) -> Html:
+    """The numbers of each token; a field without any value has no column."""
+    head, cells = ["token"], [[visible(piece)] for piece in pieces]
+    for field, (name, write) in _FIELDS.items():
+        values = [write(_at(columns[field], at)) for at in range(len(pieces))]
+        if any(value not in ("–", "") for value in values):
+            head.append(name)
+            for row, value in zip(cells, values):
+                row.append(text_cell(value) if field == "teacher_top" else value)
+    for at, row in enumerate(cells):
+        row.append(at)
     caption = (
-        "p: probability of this token given all before it, at the temperature at which the models are compared. Advantage, "
-        "KL(student || teacher) and reward in nats. Positions count from 0."
+        "p: probability of the token given all tokens before it, at the temperature at which the"
+        " models are compared. Advantage, KL(student || teacher) and reward are in nats. Positions"
+        " count from 0."
     )
-    cells = (
-        [
-            tag("td", row[i], class_="wrap text") if _COLUMNS[i].startswith("teacher's") else row[i]
-            for i in kept
-        ]
-        for row in rows
-    )
-    return table([_COLUMNS[i] for i in kept], cells, caption=caption)
+    return table([*head, "position"], cells, caption=caption)
 
 
 def visible(piece: str) -> str:
-    """A piece of text with its white space to be seen."""
+    """A piece of text with its white space made visible."""
     return piece.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or "∅"
-
-
-def percent(value: float | None, *, is_log: bool = False) -> str:
-    """Such as 91.2 %."""
-    if not is_number(value):
-        return "–"
-    share = math.exp(value) if is_log else value
-    return "<\u00a00.1\u00a0%" if 0 <= share < 0.0005 else f"{number(round(100 * share, 1))}\u00a0%"

@@ -1,26 +1,31 @@
-"""The part of a run's page that is about rewards that judges gave: what they praise, whether it is
-true, what it took to have them.
-"""
+"""The sections of a run's page on judges' scores: what they reward, their signal and accuracy."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from opdjax.config.recipes import RECIPES
 from opdjax.report import judgements, measures
-from opdjax.report.charts import Chart, grid, legend
+from opdjax.report.charts import SERIES, by_step, draw_columns, grid, legend
 from opdjax.report.judgements import JudgedGroup, Rate, Steps
-from opdjax.report.markup import Html, count, details, fixed, notice, section, table, table_row, tag
-from opdjax.report.rollouts import percent
+from opdjax.report.markup import (
+    Html,
+    count,
+    details,
+    fixed,
+    notice,
+    percent,
+    section,
+    table,
+    table_row,
+)
 from opdjax.report.rubrics_charts import (
+    Measure,
     auc_chart,
-    from_columns,
     over_steps,
-    smoothed,
     truth_histogram,
     truth_key,
     truth_table,
@@ -30,32 +35,31 @@ from opdjax.report.rubrics_examples import examples_section
 from opdjax.runs.results import Run, is_number, mean
 
 _STUDENT, _REFERENCES = 0, 1  # colours
-
-
-def is_rewarded(run: Run) -> bool:
-    """Whether the run's rewards are what a judge says of whole answers; a judge may also be asked
-    for what a teacher is shown.
-    """
-    return RECIPES[run.config["estimator"]["recipe"]].is_judged
+_WRITERS = [("rollouts of the student", _STUDENT), ("references", _REFERENCES)]
+_UNIT = {"y_range": (-0.02, 1.02)}
+_SHARE = {"bounds": (0, 1)}
 
 
 def judge_name(run: Run) -> str:
-    """The model that gives the verdicts; "a judge" where the config does not tell."""
+    """The model that gives the verdicts; "a judge" where the config does not name it."""
     return (run.config.get("verifier") or {}).get("model") or "a judge"
 
 
 def judged_sections(run: Run) -> list[Html | None]:
-    """Everything about rewards that judges gave; empty where the run has none."""
+    """All sections on judges' scores; only None where the run has none."""
     steps = judgements.read_judgements(run.workdir, _stage_names(run))
     if not steps:
-        return [_of_metrics(run), cost_section(run)]
-    what = [
-        rubrics_section(steps, is_reward=is_rewarded(run)),
+        return [_metrics_section(run), cost_section(run)]
+    recipe = measures.recipe_of(run)
+    return [
+        rubrics_section(steps, is_reward=recipe is not None and recipe.is_judged),
         signal_section(steps),
         truth_section(steps),
         stages_section(run, steps),
+        failures_section(run, steps),
+        cost_section(run),
+        examples_section(steps),
     ]
-    return [*what, failures_section(run, steps), cost_section(run), examples_section(steps)]
 
 
 def _stage_names(run: Run) -> list[str]:
@@ -63,9 +67,7 @@ def _stage_names(run: Run) -> list[str]:
 
 
 def end_length(steps: Steps) -> int:
-    """Steps at the start, and as many at the end, that are compared; they never overlap where there
-    are two.
-    """
+    """Number of first and of last steps that are compared, without overlap."""
     return max(1, min(measures.end_length(len(steps)), len(steps) // 2))
 
 
@@ -73,176 +75,125 @@ def end_length(steps: Steps) -> int:
 
 
 def rubrics_section(steps: Steps, *, is_reward: bool) -> Html:
-    """How many criteria rollouts and references meet, by kind, and the scores that come of it."""
+    """Scores, and the share of criteria that rollouts and references meet, by category."""
     groups = judgements.all_groups(steps)
     has_rubrics = any(row.criteria for group in groups for row in group.rows)
     return section(
         "rubrics",
         "What the judge rewards" if is_reward else "What the judge says",
-        tag("p", progress_sentence(steps), class_="told"),
-        tag("p", _about(has_rubrics, is_reward), smoothed(len(steps)), class_="quiet"),
-        legend([("rollouts of the student", _STUDENT), ("references", _REFERENCES)]),
-        grid(figure for figure in _pass_charts(steps, groups, has_rubrics) if figure is not None),
-        _pass_table(steps, groups, has_rubrics),
+        legend(_WRITERS),
+        grid(_pass_charts(steps, groups, has_rubrics)),
+        _pass_table(steps, groups) if has_rubrics and len(steps) > 1 else None,
+        lead=progress_sentence(steps),
+        about=_about(has_rubrics, is_reward) + measures.smoothing_note(len(steps)),
     )
 
 
 def _about(has_rubrics: bool, is_reward: bool) -> str:
-    use = (
-        "is the reward"
-        if is_reward
-        else "is no reward here: a teacher that scores the tokens is shown what the judge said"
-    )
-    good = (
-        "References, answers of a stronger model, are judged in the same way and never trained on: they show what the same judge gives a "
-        "strong answer. Good: the student's line climbs towards theirs."
-    )
-    # The sections that follow speak of rewards and updates.
-    good += (
-        ""
-        if is_reward
-        else " What is said below of rewards is true of these scores, and no update is made of them."
-    )
-    if not has_rubrics:
-        return f"A judge reads the rollouts of a prompt and gives each a score from 0 to 1, which {use}. {good}"
+    use = "The score is the reward."
+    if not is_reward:
+        use = (
+            "The score is no reward here: it is shown to a teacher that scores the tokens. The"
+            " sections below call it the reward, but no update uses it."
+        )
+    how = "A judge reads the rollouts of a prompt and gives each a score from 0 to 1."
+    hint = ""
+    if has_rubrics:
+        how = (
+            "For each prompt, a judge compares the student's rollouts with the references and"
+            " writes a rubric: weighted criteria that separate better answers from worse. It then"
+            " checks every answer. The score is the weighted share of the criteria that are met."
+        )
+        hint = (
+            " Rubrics are usually rewritten for every rollout and target what the rollouts lack, so"
+            " a flat line does not prove that nothing was learned: compare with the references."
+        )
     return (
-        "For each prompt a judge reads the student's rollouts beside the references and writes a rubric: criteria that tell better answers "
-        "from worse, each with a weight. It then checks every answer against them. The score, the share of the weights whose criteria are "
-        f"met, {use}. {good} Rubrics are usually written anew at every visit and aim at what the rollouts still lack, so a flat line need "
-        "not mean that nothing was learned: look at the gap to the references as well."
+        f"{how} {use} References are answers of a stronger model. They are judged in the same way"
+        " and show what the judge gives a strong answer; they are never trained on. Good: the"
+        f" student's line approaches theirs.{hint}"
     )
 
 
 def progress_sentence(steps: Steps) -> str:
-    """How the student's pass rate (without rubrics: its score) and its gap to the references went
-    from start to end.
-    """
+    """How the student's pass rate (or score) and its gap to the references changed."""
     groups, length = judgements.all_groups(steps), end_length(steps)
     has_rubrics = judgements.pass_rate(groups) is not None
     measure = judgements.pass_rate if has_rubrics else judgements.mean_score
     what = "Rollouts met {} of the criteria" if has_rubrics else "Rollouts scored {} on average"
     shown = percent if has_rubrics else fixed
-    if len(steps) < 2:
-        rate = measure(groups)
-        return (
-            f"{what.format(shown(rate.value))} in the one step so far."
-            if rate
-            else "No rollout has a score yet."
-        )
-    early, late = (measure(part) for part in judgements.ends(steps, length))
-    if early is None or late is None:
-        rate = measure(groups)
-        return f"{what.format(shown(rate.value))}." if rate else "No rollout has a score."
-    change = late.less(early)
-    is_clear = abs(change.value) > change.half_width
-    verdict = (
-        ("a clear rise" if change.value > 0 else "a clear fall") if is_clear else "no clear change"
-    )
-    over = f"in the first {count(length, 'step')} and {shown(late.value)} in the last {length:,}: {verdict}"
-    return f"{what.format(shown(early.value))} {over}.{_gap_words(steps, length, measure, has_rubrics)}"
-
-
-def _gap_words(steps: Steps, length: int, measure: Any, has_rubrics: bool) -> str:
     ends = judgements.ends(steps, length)
-    gaps = [
-        (other.value - own.value)
-        for part in ends
-        if (own := measure(part)) and (other := measure(part, of_references=True))
-    ]
-    if len(gaps) < 2:
-        return ""
-    first, last = (
-        f"{100 * gap:.1f}".replace("-", "−") if has_rubrics else fixed(gap) for gap in gaps
-    )
-    return f" The references' lead went from {first} to {last}{' points' if has_rubrics else ''}."
+    early, late = map(measure, ends)
+    if len(steps) < 2 or early is None or late is None:
+        rate = measure(groups)
+        if rate is None:
+            return "No rollout has a score."
+        when = " in the one step so far" if len(steps) < 2 else ""
+        return f"{what.format(shown(rate.value))}{when}."
+    change = late.less(early)
+    verdict = "no clear change"
+    if abs(change.value) > change.half_width:
+        verdict = "a clear rise" if change.value > 0 else "a clear fall"
+    first = f"in the first {count(length, 'step')}"
+    last = f"{shown(late.value)} in the last {length:,}"
+    text = f"{what.format(shown(early.value))} {first} and {last}: {verdict}."
+    pairs = [(measure(part), measure(part, of_references=True)) for part in ends]
+    if not all(own and other for own, other in pairs):
+        return text
+    gaps = [other.value - own.value for own, other in pairs]
+    first, last = (fixed(100 * gap, 1) if has_rubrics else fixed(gap) for gap in gaps)
+    unit = " points" if has_rubrics else ""
+    return f"{text} The references' lead went from {first} to {last}{unit}."
 
 
 def _pass_charts(
     steps: Steps, groups: Sequence[JudgedGroup], has_rubrics: bool
 ) -> list[Html | None]:
-    def both(measure: Any) -> list[tuple[int, Any]]:
+    def both(measure: Any) -> list[tuple[int, Measure]]:
         return [(_STUDENT, measure), (_REFERENCES, lambda part: measure(part, of_references=True))]
 
-    score = Chart(
-        "Score",
-        "step",
-        "mean score",
-        "Weights included; 1 where every criterion is met." if has_rubrics else None,
-        y_range=(-0.02, 1.02),
-    )
+    about = "With weights; 1 where every criterion is met." if has_rubrics else None
+    score = by_step("Score", "mean score", about, **_UNIT)
     found = [over_steps(score, steps, both(judgements.mean_score))]
     if not has_rubrics:
         return found
-    about = "Share of the criteria that are met, each counted once whatever its weight."
-    found.append(
-        over_steps(
-            _share_chart("Pass rate, all criteria", about), steps, both(judgements.pass_rate)
-        )
-    )
+    about = "Share of the criteria that are met, without weights."
+    whole = by_step("Pass rate, all criteria", "share met", about, **_UNIT)
+    found.append(over_steps(whole, steps, both(judgements.pass_rate)))
     named = judgements.categories(groups)
     for name in named if len(named) > 1 else ():
-        chart = _share_chart(f"Pass rate, {name}", None)
-        found.append(
-            over_steps(
-                chart,
-                steps,
-                both(lambda part, name=name, **kw: judgements.pass_rate(part, name, named, **kw)),
-            )
-        )
+        chart = by_step(f"Pass rate, {name}", "share met", **_UNIT)
+        of = lambda part, name=name, **kw: judgements.pass_rate(part, name, named, **kw)
+        found.append(over_steps(chart, steps, both(of)))
     return found
 
 
-def _share_chart(title: str, about: str | None) -> Chart:
-    return Chart(title, "step", "share met", about, y_range=(-0.02, 1.02))
-
-
-def _pass_table(steps: Steps, groups: Sequence[JudgedGroup], has_rubrics: bool) -> Html | None:
-    """Start against end, by kind of criterion (as Table 5 of the ROPD paper has it)."""
-    if not has_rubrics or len(steps) < 2:
-        return None
+def _pass_table(steps: Steps, groups: Sequence[JudgedGroup]) -> Html:
+    """Start against end, by category (as in Table 5 of the ROPD paper)."""
     length, named = end_length(steps), judgements.categories(groups)
-    rows = [
-        _pass_row(name, steps, length, name, named) for name in (named if len(named) > 1 else ())
-    ]
-    rows.append(_pass_row("all criteria", steps, length, None, named, class_="main"))
-    head = [
-        "criteria",
-        f"rollouts: first {length:,}",
-        f"last {length:,}",
-        "change",
-        f"references: first {length:,}",
-        f"last {length:,}",
-    ]
+    names = named if len(named) > 1 else []
+    rows = [table_row(_pass_row(name, steps, name, named)) for name in names]
+    rows.append(table_row(_pass_row("all criteria", steps, None, named), class_="main"))
+    last = f"last {length:,}"
+    head = ["criteria", f"rollouts: first {length:,}", last, "change"]
+    head += [f"references: first {length:,}", last, "share of the criteria"]
     caption = (
-        f"Percent of criteria met in the first and in the last {count(length, 'step')} of {len(steps):,}. ± is half a 95 % interval that "
-        "takes groups (the rollouts of one prompt) as independent. For scale: ROPD (arXiv 2605.07396, Table 5) reports 52.5 → 65.6 for a "
-        "student of 4 B parameters."
+        f"Percent of criteria met in the first and last {count(length, 'step')} of {len(steps):,}."
+        " ± is half a 95 % interval for independent groups (the rollouts of one prompt). For"
+        " comparison: ROPD (arXiv 2605.07396, Table 5) reports 52.5 → 65.6 for a student of 4 B"
+        " parameters."
     )
-    return table([*head, "share of the criteria"], [*rows], caption=caption)
+    return table(head, rows, caption=caption)
 
 
-def _pass_row(
-    label: str,
-    steps: Steps,
-    length: int,
-    category: str | None,
-    named: Sequence[str],
-    **attributes: Any,
-) -> Html:
-    parts = judgements.ends(steps, length)
-    own, other = (
-        [judgements.pass_rate(part, category, named, of_references=kind) for part in parts]
-        for kind in (False, True)
-    )
+def _pass_row(label: str, steps: Steps, category: str | None, named: Sequence[str]) -> list[str]:
+    parts, groups = judgements.ends(steps, end_length(steps)), judgements.all_groups(steps)
+    rate = lambda part, **kw: judgements.pass_rate(part, category, named, **kw)
+    own, other = [*map(rate, parts)], [rate(part, of_references=True) for part in parts]
     change = own[1].less(own[0]) if all(own) else None
-    part, whole = (
-        judgements.pass_rate(judgements.all_groups(steps), name, named) for name in (category, None)
-    )
+    part, whole = rate(groups), judgements.pass_rate(groups)
     share = percent(part.count / whole.count) if part and whole else "–"
-    return table_row(
-        [label, *map(_points, own), _points(change, signed=True), *map(_points, other), share],
-        **attributes,
-    )
+    return [label, *map(_points, own), _points(change, signed=True), *map(_points, other), share]
 
 
 def _points(rate: Rate | None, *, signed: bool = False) -> str:
@@ -250,120 +201,95 @@ def _points(rate: Rate | None, *, signed: bool = False) -> str:
     if rate is None:
         return "–"
     sign = "+" if signed and rate.value > 0 else ""
-    half = fixed(100 * rate.half_width, 1) if is_number(rate.half_width) else "∞"
-    return f"{sign}{fixed(100 * rate.value, 1)} ± {half}"
+    return sign + _with_interval(100 * rate.value, 100 * rate.half_width, 1)
 
 
-# How much they tell apart
+def _with_interval(value: float, half_width: float, digits: int = 3) -> str:
+    half = fixed(half_width, digits) if is_number(half_width) else "∞"
+    return f"{fixed(value, digits)} ± {half}"
+
+
+# Signal
 
 
 def signal_section(steps: Steps) -> Html | None:
-    """What part of the judging says nothing that training could use."""
+    """The share of criteria and groups that training cannot use; None where it is unknown."""
     groups = judgements.all_groups(steps)
     found, tied = judgements.signal(groups), judgements.tied_share(groups)
     if found.share is None and tied is None:
         return None
-    told = []
+    leads, key = [], None
     if found.share is not None:
-        all_, none = (
-            percent(found.met_by_all / found.num_criteria),
-            percent(found.met_by_none / found.num_criteria),
-        )
-        told.append(
-            f"{percent(found.share)} of the criteria told no rollout from another ({all_} were met by all of a group, {none} by none)"
-        )
+        key = legend([("same verdict for all", 0), ("met by all rollouts", 2), ("met by none", 1)])
+        amounts = (found.met_by_all, found.met_by_none)
+        all_, none = (percent(amount / found.num_criteria) for amount in amounts)
+        same = f"{percent(found.share)} of the criteria gave all rollouts of a group one verdict"
+        leads.append(f"{same} ({all_} were met by all, {none} by none)")
     if tied is not None:
-        told.append(
-            f"{percent(tied)} of the groups had one score for all rollouts and taught nothing"
-        )
+        leads.append(f"{percent(tied)} of the groups had one score for all rollouts")
     about = (
-        "Training compares the rollouts of one prompt. A criterion that all of them meet, or none, shifts every score alike and drops out; "
-        "a group whose scores are all the same has no gradient at all. Good: low and steady. A growing share met by all means that prompts "
-        "or rubrics have become too easy, one met by none that they are too hard."
+        "Training compares the rollouts of one prompt. A criterion that all of them meet, or none,"
+        " shifts every score alike and has no effect; a group with equal scores has no gradient."
+        " Good: low and steady. A growing share met by all means that prompts or rubrics have"
+        " become too easy; a growing share met by none, too hard."
+        + measures.smoothing_note(len(steps))
     )
-    key = (
-        legend([("all alike", 0), ("met by all rollouts", 2), ("met by none", 1)])
-        if found.share is not None
-        else None
-    )
-    return section(
-        "signal",
-        "How much the judge tells apart",
-        tag("p", "; ".join(told) + ".", class_="told"),
-        tag("p", about, smoothed(len(steps)), class_="quiet"),
-        key,
-        grid(figure for figure in _signal_charts(steps) if figure is not None),
-    )
+    figures = grid(_signal_charts(steps))
+    title = "How well the judge separates answers"
+    return section("signal", title, key, figures, lead="; ".join(leads) + ".", about=about)
 
 
 def _signal_charts(steps: Steps) -> list[Html | None]:
-    def share(field: str) -> Any:
-        return lambda part: (
-            lambda s: getattr(s, field) / s.num_criteria if s.num_criteria else None
-        )(judgements.signal(part))
+    def share(field: str) -> Measure:
+        def of(part: list[JudgedGroup]) -> float | None:
+            found = judgements.signal(part)
+            return getattr(found, field) / found.num_criteria if found.num_criteria else None
 
-    alike = Chart(
-        "Criteria without signal",
-        "step",
-        "share of the criteria",
-        "Criteria on which all rollouts of their group got the same verdict.",
-        bounds=(0, 1),
-    )
-    tied = Chart(
-        "Tied groups",
-        "step",
-        "share of the groups",
-        "Groups whose rollouts all have the same score.",
-        bounds=(0, 1),
-    )
-    size = Chart(
-        "Criteria in a rubric",
-        "step",
-        "criteria, mean",
-        "More cost more tokens, and only those that tell apart help.",
-    )
-    return [
-        over_steps(
-            alike, steps, [(0, share("alike")), (2, share("met_by_all")), (1, share("met_by_none"))]
+        return of
+
+    alike = "Criteria with the same verdict for all rollouts of their group."
+    tied = "Groups whose rollouts all have the same score."
+    size = "More criteria cost more tokens; only those that separate rollouts help."
+    shares = [(0, share("alike")), (2, share("met_by_all")), (1, share("met_by_none"))]
+    charts = [
+        (by_step("Criteria without signal", "share of the criteria", alike, **_SHARE), shares),
+        (
+            by_step("Tied groups", "share of the groups", tied, **_SHARE),
+            [(0, judgements.tied_share)],
         ),
-        over_steps(tied, steps, [(0, judgements.tied_share)]),
-        over_steps(size, steps, [(0, judgements.num_criteria)]),
+        (by_step("Criteria in a rubric", "criteria, mean", size), [(0, judgements.num_criteria)]),
     ]
+    return [over_steps(chart, steps, parts) for chart, parts in charts]
 
 
 # Reward against truth
 
 
 def truth_section(steps: Steps) -> Html | None:
-    """Whether the reward prefers right answers; None where nobody knows which are."""
+    """Whether the reward prefers right answers; None where right answers are unknown."""
     groups = judgements.all_groups(steps)
     right, wrong = judgements.scores_by_truth(groups)
     if not right.size + wrong.size:
         return None
     about = (
-        "The right answers of this run's prompts are known. They play no part in training, so they can tell whether the judge's reward is "
-        "earned: whether a right final answer scores above a wrong one. Only differences inside of a group (rollouts of the same prompt) "
-        "move the student, so the pairs of a group count most. A pair whose wrong answer scores higher is a bad update: it pushes the "
-        "student towards what is wrong. Good: AUC near 1, few bad updates, and the share of right answers rising along with the reward. A "
-        "reward that rises alone is being exploited."
+        "The right answers to this run's prompts are known and play no part in training, so they"
+        " show whether a right final answer scores above a wrong one. Only differences inside a"
+        " group (the rollouts of one prompt) move the student, so the pairs of a group matter most."
+        " A pair whose wrong answer scores higher is a bad update. Good: AUC near 1, few bad"
+        " updates, and a share of right answers that rises with the reward. A reward that rises"
+        " alone is being exploited." + measures.smoothing_note(len(steps))
     )
-    figures = [
-        _reward_and_truth(steps),
-        auc_chart(steps),
-        _pairs_chart(steps),
-        truth_histogram(right, wrong),
-    ]
-    key = legend([("mean reward", 0), ("share of right answers", 2)])
+    charts = (_reward_and_truth(steps), auc_chart(steps), _pairs_chart(steps))
     return section(
         "truth",
         "Reward against right answers",
-        tag("p", truth_sentence(groups), class_="told"),
-        tag("p", about, smoothed(len(steps)), class_="quiet"),
-        key,
+        legend([("mean reward", 0), ("share of right answers", 2)]),
         truth_key(),
-        grid(figure for figure in figures if figure is not None),
+        grid([*charts, truth_histogram(right, wrong)]),
         _truth_rows(steps),
         details("Answers by score", truth_table(right, wrong)),
+        lead=truth_sentence(groups),
+        about=about,
     )
 
 
@@ -372,71 +298,51 @@ def truth_sentence(groups: Sequence[JudgedGroup]) -> str:
     rate, pairs = judgements.auc(groups), judgements.pairs(groups)
     if rate is None:
         only = "right" if judgements.scores_by_truth(groups)[0].size else "wrong"
-        return f"All scored answers are {only}, so that there is nothing to compare."
-    first = f"A right answer scored above a wrong one with probability {_with_half(rate)} (AUC; 0.5 is chance)."
+        return f"All scored answers are {only}, so the reward cannot be compared."
+    value = _with_interval(rate.value, rate.half_width)
+    text = f"A right answer scored above a wrong one with probability {value} (AUC; 0.5 is chance)."
     if not pairs.total:
-        return f"{first} No group held right and wrong answers together."
+        return f"{text} No group has both right and wrong answers."
+    right, tied, wrong = map(percent, pairs.shares())
     return (
-        f"{first} Of {count(pairs.total, 'pair')} of a right and a wrong answer to the same prompt, the right one scored higher in "
-        f"{percent(pairs.right / pairs.total)}, the wrong one in {percent(pairs.wrong / pairs.total)} (bad updates), and "
-        f"{percent(pairs.tied / pairs.total)} were tied."
+        f"{text} Of {count(pairs.total, 'pair')} of a right and a wrong answer to one prompt, the"
+        f" right one scored higher in {right}, the wrong one in {wrong} (bad updates), and {tied}"
+        " were tied."
     )
-
-
-def _with_half(rate: Rate) -> str:
-    return f"{fixed(rate.value)} ± {fixed(rate.half_width) if is_number(rate.half_width) else '∞'}"
 
 
 def _reward_and_truth(steps: Steps) -> Html | None:
-    about = "They should rise together; a reward that leaves the right answers behind is being exploited."
-    chart = Chart(
-        "Reward and right answers", "step", "mean reward, share right", about, bounds=(0, 1)
-    )
-    return over_steps(chart, steps, [(0, judgements.mean_score), (2, judgements.share_right)])
+    about = "They should rise together. A reward that rises alone is being exploited."
+    title, label = "Reward and right answers", "mean reward, share right"
+    parts = [(0, judgements.mean_score), (2, judgements.share_right)]
+    return over_steps(by_step(title, label, about, **_SHARE), steps, parts)
 
 
 def _pairs_chart(steps: Steps) -> Html | None:
-    def bad(part: list[JudgedGroup]) -> float | None:
-        found = judgements.pairs(part)
-        return found.wrong / found.total if found.total else None
-
-    about = "Of all pairs of a right and a wrong answer to one prompt, those whose wrong answer scored higher. Good: near 0."
-    return over_steps(
-        Chart("Bad updates", "step", "share of the pairs", about, bounds=(0, 1)), steps, [(0, bad)]
+    bad = lambda part: (judgements.pairs(part).shares() or (None,))[-1]
+    about = (
+        "Pairs of a right and a wrong answer to one prompt whose wrong answer scored higher. Good:"
+        " near 0."
     )
+    chart = by_step("Bad updates", "share of the pairs", about, **_SHARE)
+    return over_steps(chart, steps, [(0, bad)])
 
 
 def _truth_rows(steps: Steps) -> Html:
-    length, whole = end_length(steps), judgements.all_groups(steps)
-    parts = {"all steps": whole}
+    parts = {}
     if len(steps) > 1:
-        early, late = judgements.ends(steps, length)
-        parts = {
-            f"first {count(length, 'step')}": early,
-            f"last {count(length, 'step')}": late,
-        } | parts
-    head = [
-        "",
-        "scored answers",
-        "share right",
-        "mean score: right",
-        "wrong",
-        "AUC",
-        "pairs in groups",
-        "right higher",
-        "tied",
-        "bad updates",
-    ]
-    rows = [
-        table_row(
-            _truth_row(name, part),
-            class_="main" if name == "all steps" and len(parts) > 1 else None,
-        )
-        for name, part in parts.items()
-    ]
+        length = end_length(steps)
+        names = (f"{which} {count(length, 'step')}" for which in ("first", "last"))
+        parts = dict(zip(names, judgements.ends(steps, length)))
+    rows = [table_row(_truth_row(name, part)) for name, part in parts.items()]
+    whole = _truth_row("all steps", judgements.all_groups(steps))
+    rows.append(table_row(whole, class_="main" if parts else None))
+    head = ["", "scored answers", "share right", "mean score: right", "wrong", "AUC"]
+    head += ["pairs in groups", "right higher", "tied", "bad updates"]
     caption = (
-        "AUC: over all pairs of a right and a wrong answer, of whatever prompt; ± is half a 95 % interval that takes groups as independent."
-        " For scale: ROPD (arXiv 2605.07396, Table A4) reports an AUC of 0.90 and 15 % of bad updates over its own checkpoints."
+        "AUC: over all pairs of a right and a wrong answer, of any prompts; ± is half a 95 %"
+        " interval for independent groups. For comparison: ROPD (arXiv 2605.07396, Table A4)"
+        " reports an AUC of 0.90 and 15 % of bad updates over its checkpoints."
     )
     return table(head, rows, caption=caption, class_="dense")
 
@@ -444,21 +350,15 @@ def _truth_rows(steps: Steps) -> Html:
 def _truth_row(name: str, groups: Sequence[JudgedGroup]) -> list[Any]:
     right, wrong = judgements.scores_by_truth(groups)
     rate, pairs = judgements.auc(groups), judgements.pairs(groups)
-    shares = [
-        percent(part / pairs.total) if pairs.total else "–"
-        for part in (pairs.right, pairs.tied, pairs.wrong)
-    ]
-    means = [fixed(mean(map(float, scores))) for scores in (right, wrong)]
     amount = right.size + wrong.size
-    share = percent(right.size / amount) if amount else "–"
     return [
         name,
         f"{amount:,}",
-        share,
-        *means,
-        "–" if rate is None else _with_half(rate),
+        percent(right.size / amount) if amount else "–",
+        *(fixed(mean(map(float, scores))) for scores in (right, wrong)),
+        "–" if rate is None else _with_interval(rate.value, rate.half_width),
         f"{pairs.total:,}",
-        *shares,
+        *map(percent, pairs.shares() or (None,) * 3),
     ]
 
 
@@ -466,44 +366,34 @@ def _truth_row(name: str, groups: Sequence[JudgedGroup]) -> list[Any]:
 
 
 def stages_section(run: Run, steps: Steps) -> Html | None:
-    """The scores of an answer's stages; None where answers are not divided."""
+    """The scores of an answer's stages; None where answers have no stages."""
     means = judgements.stage_means(judgements.all_groups(steps))
     if not means.size:
         return None
     names = _stage_names(run)
-    names = (
-        names if len(names) == means.size else [f"stage {place + 1}" for place in range(means.size)]
-    )
-    parts = [
-        (place, lambda groups, place=place: _at(judgements.stage_means(groups), place))
-        for place in range(min(len(names), 6))
-    ]
+    if len(names) != means.size:
+        names = [f"stage {at + 1}" for at in range(means.size)]
     about = (
-        "Answers are divided into stages, and each stage is scored by the criteria that look at it, so that credit goes to the tokens that "
-        "earned it (RubricEM, arXiv 2605.10899). A stage that stays low while the others rise is where the student is stuck."
+        "Answers are divided into stages. Each stage is scored by its own criteria, so that credit"
+        " goes to the tokens that earned it (RubricEM, arXiv 2605.10899). A stage that stays low"
+        " while the others rise is where the student is stuck."
+        + measures.smoothing_note(len(steps))
     )
-    chart = Chart(
-        "Score of each stage",
-        "step",
-        "mean score",
-        "Over rollouts whose rubric looks at the stage.",
-        y_range=(-0.02, 1.02),
-    )
-    ends = [judgements.stage_means(part) for part in judgements.ends(steps, end_length(steps))]
-    rows = [
-        [name, *(fixed(_at(one, place)) for one in ends), fixed(_at(means, place))]
-        for place, name in enumerate(names)
-    ]
+    of: Callable[[int], Measure] = lambda at: lambda part: _at(judgements.stage_means(part), at)
+    lines = [(at, of(at)) for at in range(min(len(names), SERIES))]
+    caption = "Over rollouts whose rubric has criteria for the stage."
+    chart = by_step("Score of each stage", "mean score", caption, **_UNIT)
     length = end_length(steps)
+    parts = [*map(judgements.stage_means, judgements.ends(steps, length)), means]
+    rows = [[name, *(fixed(_at(part, at)) for part in parts)] for at, name in enumerate(names)]
     head = ["stage", f"first {count(length, 'step')}", f"last {count(length, 'step')}", "all"]
-    figure = over_steps(chart, steps, parts)
     return section(
         "stages",
         "Stages of an answer",
-        tag("p", about, smoothed(len(steps)), class_="quiet"),
-        legend([(name, place) for place, name in enumerate(names[:6])]),
-        grid([figure] if figure is not None else []),
+        legend([(name, at) for at, name in enumerate(names[:SERIES])]),
+        grid([over_steps(chart, steps, lines)]),
         table(head, rows),
+        about=about,
     )
 
 
@@ -511,55 +401,35 @@ def _at(values: np.ndarray, place: int) -> float:
     return float(values[place]) if place < values.size else math.nan
 
 
-# Without rows
+# Without rubrics.jsonl
 
 
-def _of_metrics(run: Run) -> Html | None:
-    """What metrics.jsonl alone tells where rubrics.jsonl is missing; None where it tells nothing."""
-    order = measures.steps_of(run)
-    charts = {
-        "Score": (
-            "mean score",
-            ("rubric/reward_mean", "rubric/reference_score_mean"),
-            "The reward, and the score of the references.",
-        ),
-        "Criteria without signal": (
-            "share",
-            ("rubric/no_signal_share",),
-            "Criteria that all rollouts of a group meet alike.",
-        ),
-        "Tied groups": (
-            "share",
-            ("rubric/tied_groups",),
-            "Groups whose rollouts all have the same score.",
-        ),
-        "Criteria in a rubric": ("criteria, mean", ("rubric/num_criteria",), None),
-        "AUC": (
-            "AUC",
-            ("rubric/auc",),
-            "The chance that a right answer scores above a wrong one of the same step.",
-        ),
-        "Failed groups": ("share", ("rubric/failed_share",), "Groups that have no reward."),
-    }
-    figures = [
-        from_columns(
-            Chart(title, "step", label, about),
-            order,
-            [(slot, run.column(name)) for slot, name in enumerate(names)],
-        )
-        for title, (label, names, about) in charts.items()
+def _metrics_section(run: Run) -> Html | None:
+    """The judges' metrics of metrics.jsonl, without rubrics.jsonl; None where there are none."""
+    alike, tied = "Criteria with one verdict for a whole group.", "Groups with equal scores."
+    auc = "Probability that a right answer scores above a wrong one of the step."
+    scores = ("reward_mean", "reference_score_mean")
+    charts = [
+        ("Score", "mean score", "The reward, and the score of the references.", scores),
+        ("Criteria without signal", "share", alike, ("no_signal_share",)),
+        ("Tied groups", "share", tied, ("tied_groups",)),
+        ("Criteria in a rubric", "criteria, mean", None, ("num_criteria",)),
+        ("AUC", "AUC", auc, ("auc",)),
+        ("Failed groups", "share", "Groups without a reward.", ("failed_share",)),
     ]
-    if all(figure is None for figure in figures):
+    steps = measures.steps_of(run)
+    columns = lambda names: enumerate(run.column(f"rubric/{name}") for name in names)
+    figures = [
+        draw_columns(by_step(title, label, about), steps, columns(names))
+        for title, label, about, names in charts
+    ]
+    if all(one is None for one in figures):
         return None
-    missing = notice(
-        f"{judgements.ROWS} is missing or empty, so this is what metrics.jsonl tells by itself."
-    )
-    key = legend([("rollouts of the student", _STUDENT), ("references", _REFERENCES)])
     return section(
         "rubrics",
         "What the judge rewards",
-        missing,
-        tag("p", smoothed(len(order)).strip() or None, class_="quiet"),
-        key,
-        grid(figure for figure in figures if figure is not None),
+        notice(f"{judgements.ROWS} is missing or empty; these charts come from metrics.jsonl."),
+        legend(_WRITERS),
+        grid(figures),
+        about=measures.smoothing_note(len(steps)).strip(),
     )

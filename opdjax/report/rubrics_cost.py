@@ -1,6 +1,4 @@
-"""What it took to have judged rewards: replies that failed, and what was asked, paid and waited
-for.
-"""
+"""The sections of a run's page on failed replies of judges, and on the cost of judging."""
 
 from __future__ import annotations
 
@@ -12,120 +10,109 @@ from typing import Any
 import numpy as np
 
 from opdjax.report import judgements, measures
-from opdjax.report.charts import Chart, grid, legend
+from opdjax.report.charts import by_step, draw_columns, grid, legend
 from opdjax.report.judgements import Steps
-from opdjax.report.markup import Html, count, duration, fixed, join, section, table, table_row, tag
-from opdjax.report.rollouts import percent
-from opdjax.report.rubrics_charts import from_columns, over_steps, smoothed
+from opdjax.report.markup import (
+    Html,
+    count,
+    duration,
+    fixed,
+    join,
+    percent,
+    quiet,
+    section,
+    significant,
+    table,
+    table_row,
+    tag,
+    text_cell,
+    text_head,
+)
+from opdjax.report.rubrics_charts import over_steps
 from opdjax.runs.results import Run, is_number
 
 _PROBLEMS = {
-    "unavailable": "no reply: every retry failed, or the server was taken for down",
-    "refused": "the server refused this one request, such as one longer than its context",
-    "truncated": "the reply reached its length limit before its JSON ended: a larger max_tokens helps",
-    "empty": "the reply held nothing",
-    "parse_error": "the reply held no JSON object",
-    "schema_error": "the JSON was of another form than asked for",
-    "validation_error": "the form was right and the content not, such as too few criteria or verdicts",
-    "missing_answer": "the verifier left an answer out, which was then asked for alone",
+    "unavailable": "no reply: every retry failed, or the server was considered down",
+    "refused": "the server refused this request, for example because of its length",
+    "truncated": "the reply reached its length limit before its JSON ended: raise max_tokens",
+    "empty": "the reply was empty",
+    "parse_error": "the reply contained no JSON object",
+    "schema_error": "the JSON did not match the schema",
+    "validation_error": "the JSON matched the schema but not the request, for example too few"
+    " criteria or verdicts",
+    "missing_answer": "the verifier left out an answer, which was then sent alone",
 }
 _REPAIRS = {
-    "fence": "a code fence around the JSON was taken off",
-    "prose": "prose around the JSON was taken off",
-    "unknown_keys": "keys that nobody asked for were dropped",
-    "id_case": "ids were put in lower case",
-    "unknown_answers": "verdicts about answers that do not exist were dropped",
+    "fence": "a code fence around the JSON was removed",
+    "prose": "prose around the JSON was removed",
+    "unknown_keys": "keys outside of the schema were dropped",
+    "id_case": "ids were converted to lower case",
+    "unknown_answers": "verdicts on answers that do not exist were dropped",
 }
+_MOST = 6  # lines of a chart: as many as there are colours
 
 
 # Failures
 
 
 def failures_section(run: Run, steps: Steps) -> Html:
-    """Groups without a reward, and why."""
+    """Groups without a reward, and the causes."""
     groups = judgements.all_groups(steps)
-    failed, problems, repairs = (
-        sum(g.is_failed for g in groups),
-        *(judgements.counted(groups, kind) for kind in ("problems", "repairs")),
-    )
+    failed = sum(group.is_failed for group in groups)
+    problems, repairs = (judgements.counted(groups, kind) for kind in ("problems", "repairs"))
     unscored = sum(int((~np.isfinite(group.scores)).sum()) for group in groups)
     rollouts = sum(group.scores.size for group in groups)
     about = (
-        "A judge's reply that cannot be had or used is asked for again, with what was wrong; where that fails too, its rollouts have no "
-        "reward. They are left out of the update, from its numerators and denominators alike, and not taken for bad answers. A group "
-        "fails where fewer than two of its rollouts have a score. Good: near 0."
+        "An unusable reply of a judge is requested again, with the error. Where that fails too, the"
+        " rollouts have no reward: the update leaves them out of numerators and denominators. A"
+        " group fails if fewer than two of its rollouts have a score. Good: near 0."
+        + measures.smoothing_note(len(steps))
     )
-    told = f"{failed:,} of {count(len(groups), 'group')} failed ({percent(failed / len(groups))}); "
-    told += f"{unscored:,} of {rollouts:,} rollouts have no score."
-    key, figures = _failure_charts(run, steps, problems)
+    share = percent(failed / len(groups))
+    lead = (
+        f"{failed:,} of {count(len(groups), 'group')} failed ({share}); {unscored:,} of"
+        f" {rollouts:,} rollouts have no score."
+    )
+    kinds = [name for name, amount in problems.most_common(_MOST) if amount]
     return section(
         "failures",
         "Replies that failed",
-        tag("p", told, class_="told"),
-        tag("p", about, smoothed(len(steps)), class_="quiet"),
-        key,
-        grid(figure for figure in figures if figure is not None),
-        _counts_table(
-            "Replies that could not be used", "problem", problems, _PROBLEMS, len(groups)
-        ),
-        _counts_table("Replies that were put right", "repair", repairs, _REPAIRS, len(groups)),
+        legend([(name, slot) for slot, name in enumerate(kinds)]) if kinds else None,
+        grid([_failed_chart(run, steps) if failed else None, _problems_chart(steps, kinds)]),
+        _counts_table("Unusable replies", "problem", problems, _PROBLEMS, len(groups)),
+        _counts_table("Repaired replies", "repair", repairs, _REPAIRS, len(groups)),
+        lead=lead,
+        about=about,
     )
 
 
-def _failure_charts(
-    run: Run, steps: Steps, problems: Counter
-) -> tuple[Html | None, list[Html | None]]:
+def _failed_chart(run: Run, steps: Steps) -> Html | None:
     limit = (run.config.get("rubrics") or {}).get("max_failed_share")
-    has_failed = any(group.is_failed for groups in steps.values() for group in groups)
-    stops = (
-        f" A step above {percent(limit)} stops the run (rubrics.max_failed_share)."
-        if is_number(limit)
-        else ""
-    )
-    chart = Chart(
-        "Failed groups",
-        "step",
-        "share of the groups",
-        f"Groups that taught nothing for want of scores.{stops}",
-        bounds=(0, 1),
-    )
-    figures = [over_steps(chart, steps, [(0, judgements.failed_share)])] if has_failed else []
-    kinds = [name for name, amount in problems.most_common(6) if amount]
-    if kinds:
-        about = "Replies that could not be used, by what was wrong with them; most are mended by asking again."
-        parts = [
-            (place, lambda groups, kind=kind: judgements.counted(groups, "problems")[kind])
-            for place, kind in enumerate(kinds)
-        ]
-        figures.append(
-            over_steps(
-                Chart("Problems a step", "step", "replies", about, bounds=(0, None)), steps, parts
-            )
-        )
-    return legend([(name, place) for place, name in enumerate(kinds)]) if kinds else None, figures
+    about = "Groups that taught nothing because scores are missing."
+    if is_number(limit):
+        about += f" A step above {percent(limit)} stops the run (rubrics.max_failed_share)."
+    chart = by_step("Failed groups", "share of the groups", about, bounds=(0, 1))
+    return over_steps(chart, steps, [(0, judgements.failed_share)])
+
+
+def _problems_chart(steps: Steps, kinds: Sequence[str]) -> Html | None:
+    about = "Unusable replies by kind of problem; most are resolved by a second request."
+    chart = by_step("Problems a step", "replies", about, bounds=(0, None))
+    number_of = lambda kind: lambda groups: judgements.counted(groups, "problems")[kind]
+    return over_steps(chart, steps, [(slot, number_of(kind)) for slot, kind in enumerate(kinds)])
 
 
 def _counts_table(
     title: str, noun: str, counts: Counter, meanings: Mapping[str, str], groups: int
-) -> Html | None:
+) -> Html:
     if not sum(counts.values()):
-        return tag("p", f"{title}: none.", class_="quiet")
+        return quiet(f"{title}: none.")
     rows = [
-        [
-            name,
-            f"{amount:,}",
-            fixed(100 * amount / groups, 1),
-            tag("td", meanings.get(name, ""), class_="wrap text"),
-        ]
-        for name, amount in counts.most_common()
-        if amount
+        [name, f"{found:,}", fixed(100 * found / groups, 1), text_cell(meanings.get(name, ""))]
+        for name, found in counts.most_common()
+        if found
     ]
-    head = [
-        noun,
-        "in all",
-        "per 100 groups",
-        tag("th", "what it means", class_="text", scope="col"),
-    ]
+    head = [noun, "in total", "per 100 groups", text_head("meaning")]
     return join((tag("h3", title), table(head, rows)))
 
 
@@ -133,98 +120,79 @@ def _counts_table(
 
 
 def cost_section(run: Run) -> Html | None:
-    """What judges were asked, what it cost, and how long the learner waited; None where nobody was
-    asked.
-    """
+    """Requests to judges, their cost, and the learner's wait; None where nothing was judged."""
     roles = _roles(run)
-    waits = run.column("time/judge_wait")
-    if not roles and all(value is None for value in waits):
+    if not roles and all(value is None for value in run.column("time/judge_wait")):
         return None
     about = (
-        "Every question to a judge by the role it was asked in: the rubricator writes rubrics, the verifier checks answers against them. "
-        "Replies from the cache cost nothing. Waiting is the time in which the learner stood still for judges after all rollouts were "
-        "drawn; good is a small share of the step."
+        "Requests to judges by role: the rubricator writes rubrics, the verifier checks answers"
+        " against them. Replies from the cache cost nothing. Waiting is the time in which the"
+        " learner waited for judges after all rollouts were sampled. Good: a small share of the"
+        " step." + measures.smoothing_note(len(run.metrics))
     )
-    key = (
-        legend([(role, place) for place, role in enumerate(roles[:6])]) if len(roles) > 1 else None
-    )
+    named = [(role, slot) for slot, role in enumerate(roles[:_MOST])]
     return section(
         "judge-cost",
-        "What judging cost",
-        *(tag("p", text, class_="told") for text in [_cost_sentence(run, roles)] if text),
-        tag("p", about, smoothed(len(run.metrics)), class_="quiet"),
-        key,
-        grid(figure for figure in _cost_charts(run, roles) if figure is not None),
-        _cost_table(run, roles),
+        "Cost of judging",
+        legend(named) if len(roles) > 1 else None,
+        grid(_cost_charts(run, roles)),
+        _cost_table(run, roles) if roles else None,
+        lead=_cost_sentence(run, roles),
+        about=about,
     )
 
 
 def _roles(run: Run) -> list[str]:
-    found = {
-        match[1]
-        for row in run.metrics
-        for name in row
-        if (match := re.fullmatch(r"api/([^/]+)/calls", name))
-    }
+    names = (re.fullmatch(r"api/([^/]+)/calls", name) for row in run.metrics for name in row)
+    found = {match[1] for match in names if match}
     return sorted(found | {row["role"] for row in judgements.read_spending(run.workdir)})
 
 
 def _totals(run: Run, roles: Sequence[str]) -> tuple[dict[str, Counter], bool]:
-    """(by role what was used, whether that is of the whole run): spending.jsonl also knows of steps
-    that were done again or never ended.
+    """(usage by role, whether of the whole run).
+
+    spending.jsonl also has steps that were repeated or that never ended; metrics.jsonl does not.
     """
     spending = judgements.read_spending(run.workdir)
-    rows = spending or [
-        {"role": role}
-        | {
-            name.rpartition("/")[2]: value
-            for name, value in row.items()
-            if name.startswith(f"api/{role}/")
-        }
-        for row in run.metrics
-        for role in roles
-    ]
+    rows = [(row["role"], row) for row in spending]
+    for role in () if spending else roles:
+        prefix = f"api/{role}/"
+        for row in run.metrics:
+            items = ((name, value) for name, value in row.items() if name.startswith(prefix))
+            rows.append((role, {name.removeprefix(prefix): value for name, value in items}))
     found: dict[str, Counter] = {role: Counter() for role in roles}
-    for row in rows:
-        found[row["role"]].update(
-            {
-                name: value
-                for name, value in row.items()
-                if name not in ("step", "role") and is_number(value)
-            }
-        )
+    for role, row in rows:
+        used = {name: v for name, v in row.items() if name not in ("step", "role") and is_number(v)}
+        found[role].update(used)
     return found, bool(spending)
 
 
-def _cost_sentence(run: Run, roles: Sequence[str]) -> str:
-    total, parts = Counter(), []
-    for used in _totals(run, roles)[0].values():
+def _sum(found: Mapping[str, Counter]) -> Counter:
+    total: Counter = Counter()
+    for used in found.values():
         total.update(used)
+    return total
+
+
+def _cost_sentence(run: Run, roles: Sequence[str]) -> str:
+    total, parts = _sum(_totals(run, roles)[0]), []
     if roles:
+        calls = count(int(total["calls"]), "call")
+        if total["cached"]:
+            share = percent(total["cached"] / (total["calls"] + total["cached"]))
+            calls += f" (and {total['cached']:,.0f} replies from the cache, {share} of all)"
         tokens = _tokens(total["input_tokens"] + total["output_tokens"])
-        asked = f"{count(int(total['calls']), 'call')}{_from_cache(total)} with {tokens} tokens"
-        parts.append(
-            f"{asked}, {_dollars(total['dollars'])} ({_dollars(total['dollars'] / max(len(run.metrics), 1))} a step)"
-        )
+        step = _dollars(total["dollars"] / max(len(run.metrics), 1))
+        parts.append(f"{calls} with {tokens} tokens, {_dollars(total['dollars'])} ({step} a step)")
     waited, spent = (
         sum(value for value in run.column(name) if value is not None)
         for name in ("time/judge_wait", "time/step")
     )
     if waited and spent:
-        parts.append(
-            f"the learner waited for judges {percent(waited / spent)} of its time ({duration(waited)})"
-        )
+        share = percent(waited / spent)
+        parts.append(f"the learner waited for judges {share} of its time ({duration(waited)})")
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}." if text else ""
-
-
-def _from_cache(used: Mapping[str, float]) -> str:
-    asked = used["calls"] + used["cached"]
-    return (
-        f" (and {used['cached']:,.0f} replies from the cache, {percent(used['cached'] / asked)} of all)"
-        if used["cached"]
-        else ""
-    )
 
 
 def _dollars(value: float) -> str:
@@ -237,118 +205,65 @@ def _tokens(value: float) -> str:
     """Such as 1.2 M or 34 k."""
     for size, unit in ((1e6, " M"), (1e3, " k")):
         if value >= size:
-            return f"{float(f'{value / size:.3g}'):g}{unit}"
+            return f"{significant(value / size)}{unit}"
     return f"{value:,.0f}"
 
 
 def _cost_charts(run: Run, roles: Sequence[str]) -> list[Html | None]:
-    order = measures.steps_of(run)
-
     def by_role(*names: str) -> list[tuple[int, list[float | None]]]:
-        columns = [[run.column(f"api/{role}/{name}") for name in names] for role in roles[:6]]
-        return [
-            (place, [_sum(values) for values in zip(*parts)]) for place, parts in enumerate(columns)
-        ]
+        columns = ([run.column(f"api/{role}/{name}") for name in names] for role in roles[:_MOST])
+        return [(slot, [*map(_total, *parts)]) for slot, parts in enumerate(columns)]
 
+    calls = "Answered by a server, without retries and replies from the cache."
+    tokens = "Grows with the length of the answers."
+    waited = "After the last rollout of the step was sampled."
+    dollars = by_role("dollars")
+    has_prices = any(value for _, values in dollars for value in values)
     charts = [
+        ("Calls a step", "calls", calls, by_role("calls")),
         (
-            Chart(
-                "Calls a step",
-                "step",
-                "calls",
-                "Answered by a server; retries and replies from the cache apart.",
-                bounds=(0, None),
-            ),
-            by_role("calls"),
-        ),
-        (
-            Chart(
-                "Tokens a step",
-                "step",
-                "tokens read and written",
-                "Grows with the length of the answers.",
-                bounds=(0, None),
-            ),
+            "Tokens a step",
+            "tokens read and written",
+            tokens,
             by_role("input_tokens", "output_tokens"),
         ),
-    ]
-    priced = by_role("dollars")
-    if any(value for _, values in priced for value in values):
-        charts.append(
-            (
-                Chart(
-                    "Dollars a step",
-                    "step",
-                    "dollars",
-                    "By the prices of the config.",
-                    bounds=(0, None),
-                ),
-                priced,
-            )
-        )
-    charts.append(
         (
-            Chart(
-                "Waited for judges",
-                "step",
-                "seconds",
-                "After the last rollout of the step was drawn.",
-                bounds=(0, None),
-            ),
-            [(0, run.column("time/judge_wait"))],
-        )
-    )
-    return [from_columns(chart, order, columns) for chart, columns in charts]
-
-
-def _sum(values: Sequence[float | None]) -> float | None:
-    return (
-        None
-        if all(value is None for value in values)
-        else sum(value for value in values if value is not None)
-    )
-
-
-def _cost_table(run: Run, roles: Sequence[str]) -> Html | None:
-    if not roles:
-        return None
-    found, is_whole = _totals(run, roles)
-    whole = Counter()
-    for used in found.values():
-        whole.update(used)
-    rows: list[Any] = [_cost_row(role, used, len(run.metrics)) for role, used in found.items()]
-    if len(rows) > 1:
-        rows.append(table_row(_cost_row("all", whole, len(run.metrics)), class_="main"))
-    head = [
-        "role",
-        "calls",
-        "from the cache",
-        "retries",
-        "tokens read",
-        "tokens written",
-        "seconds a call",
-        "dollars",
-        "dollars a step",
+            "Dollars a step",
+            "dollars",
+            "At the prices of the config.",
+            dollars if has_prices else [],
+        ),
+        ("Waited for judges", "seconds", waited, [(0, run.column("time/judge_wait"))]),
     ]
-    caption = (
-        "Of the whole run, steps that were done again included."
-        if is_whole
-        else "Of the steps in metrics.jsonl."
-    )
-    return table(head, rows, caption=caption)
+    steps = measures.steps_of(run)
+    return [
+        draw_columns(by_step(title, label, about, bounds=(0, None)), steps, columns)
+        for title, label, about, columns in charts
+    ]
+
+
+def _total(*values: float | None) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+def _cost_table(run: Run, roles: Sequence[str]) -> Html:
+    found, is_whole = _totals(run, roles)
+    steps = len(run.metrics)
+    rows: list[Any] = [_cost_row(role, used, steps) for role, used in found.items()]
+    if len(rows) > 1:
+        rows.append(table_row(_cost_row("all", _sum(found), steps), class_="main"))
+    head = ["role", "calls", "from the cache", "retries", "tokens read", "tokens written"]
+    head += ["seconds a call", "dollars", "dollars a step"]
+    whole, recorded = "The whole run, with repeated steps.", "The steps in metrics.jsonl."
+    return table(head, rows, caption=whole if is_whole else recorded)
 
 
 def _cost_row(name: str, used: Mapping[str, float], steps: int) -> list[str]:
-    asked = used["calls"] + used["cached"]
-    cached = f"{used['cached']:,.0f} ({percent(used['cached'] / asked)})" if asked else "–"
-    plain = [f"{used[field]:,.0f}" for field in ("retries", "input_tokens", "output_tokens")]
-    waited = fixed(used["seconds"] / used["calls"], 2) if used["calls"] and used["seconds"] else "–"
-    return [
-        name,
-        f"{used['calls']:,.0f}",
-        cached,
-        *plain,
-        waited,
-        _dollars(used["dollars"]),
-        _dollars(used["dollars"] / max(steps, 1)),
-    ]
+    calls, seconds, dollars = used["calls"], used["seconds"], used["dollars"]
+    total = calls + used["cached"]
+    cached = f"{used['cached']:,.0f} ({percent(used['cached'] / total)})" if total else "–"
+    amounts = [f"{used[field]:,.0f}" for field in ("retries", "input_tokens", "output_tokens")]
+    waited = fixed(seconds / calls, 2) if calls and seconds else "–"
+    costs = (_dollars(dollars), _dollars(dollars / max(steps, 1)))
+    return [name, f"{calls:,.0f}", cached, *amounts, waited, *costs]

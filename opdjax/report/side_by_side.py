@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from opdjax.config.saved import upgrade
 from opdjax.report import measures
 from opdjax.report.markup import Html, count, section, table, table_row, tabs, tag
 from opdjax.report.ranking import Ranked, label
@@ -134,7 +133,7 @@ def _trained(entries: Sequence[Ranked], mark: Marker) -> list[ComparedPrompt]:
     found: dict[tuple[int, int, str], list[tuple[str, ShownAnswer]]] = {}
     for entry in entries:
         for run in entry.runs:
-            if upgrade(run.config)["sampling"]["completions_from"] != "student":
+            if measures.completions_from(run) != "student":
                 continue  # the student wrote none of its training answers
             for step, answers in trained_answers(run, mark).items():
                 if step == 1:

@@ -1,6 +1,4 @@
-"""The part of a run's page that is about time: who was busy when, who waited, and what each stage
-cost.
-"""
+"""The sections of a run's page on time: what learner and generator did, and the cost of stages."""
 
 from __future__ import annotations
 
@@ -17,22 +15,23 @@ from opdjax.report.markup import (
     count,
     definitions,
     duration,
-    join,
+    group_row,
     number,
+    percent,
     section,
+    significant,
     table,
     table_row,
     tag,
 )
 from opdjax.report.measures import covered
-from opdjax.report.near_policy_charts import WHATS, Lanes, gantt, slot_of, time_key, whole_run
-from opdjax.report.rollouts import percent
+from opdjax.report.timeline_charts import Lanes, gantt, in_order, slot_of, time_key, whole_run
 from opdjax.runs.results import Run, Span, is_number, read_timeline
 
-WARM = 0.05  # a step is warm that waited for less than this share of its time
-_STEPS = 30  # of the window that is shown span by span
-_PAUSE = 0.1  # a gap longer than this share of all recorded time is cut out of the axis
-_WORDS = {
+WARM = 0.05  # a step is warm if the learner waited for less than this share of its time
+_STEPS = 30  # in the window that shows every span
+_PAUSE = 0.1  # gaps longer than this share of all recorded time are cut out of the axis
+_NAMES = {
     "wait": "wait for rollouts",
     "admit": "held back",
     "teacher": "teacher scores",
@@ -41,37 +40,33 @@ _WORDS = {
     "pack": "pack rows",
     "publish": "publish weights",
 }
-_ABOUT = {
-    "wait": "the learner had no rollouts to train on: somebody else was drawing them, or it had to itself",
-    "admit": "the generator was not let ahead: what it would draw would be staler than allowed, or nothing was asked of it",
-    "generate": "the student draws completions",
-    "annotate": "the teacher reads them and what it says of each token is kept",
+_MEANINGS = {
+    "wait": "the learner has no rollouts to train on",
+    "admit": "the generator may not sample yet: its rollouts would be staler than allowed, or no"
+    " rollouts are requested",
+    "generate": "the student samples completions",
+    "annotate": "the teacher scores the completions, and its scores are stored",
     "store": "samples and annotations are written to disk",
-    "pack": "rollouts are read, filtered and put into rows, as far as that was not done while an update ran",
-    "teacher": "the teacher scores the rows of an update; next to nothing where its scores were stored",
+    "pack": "rollouts are read, filtered and packed into rows, unless that was done during an"
+    " update",
+    "teacher": "the teacher scores the rows of an update; short where its scores were stored",
     "update": "forward, backward and optimizer",
-    "publish": "the new weights are handed to the generator",
+    "publish": "the new weights are passed to the generator",
 }
-# The stages of the pipeline, with the spans that they are made of.
-_STAGES = {
-    "generate": ("generate",),
-    "annotate": ("annotate",),
-    "filter": ("filter",),
-    "store": ("store",),
-    "pack": ("pack",),
-    "train": ("teacher", "update", "publish"),
-}
+# The stages of the pipeline, with the spans that belong to them.
+_STAGES = {name: (name,) for name in ("generate", "annotate", "filter", "store", "pack")}
+_STAGES["train"] = ("teacher", "update", "publish")
 
 
 @dataclasses.dataclass(frozen=True)
 class TimelineData:
-    """The spans of both on one clock: seconds since the first, pauses cut out."""
+    """The spans of learner and generator on one clock: seconds since the first, without pauses."""
 
     lanes: Lanes
     length: float
-    cuts: tuple[float, ...]  # where a pause was
+    cuts: tuple[float, ...]  # times of the pauses that were cut out
     cut_seconds: float
-    outside: float  # seconds of `length` in which neither had a span
+    outside: float  # seconds of `length` that no span covers
 
     def of(self, who: str) -> Sequence[Span]:
         """The spans of the learner or the generator."""
@@ -79,48 +74,40 @@ class TimelineData:
 
 
 def timeline_of(run: Run) -> TimelineData | None:
-    """None where nobody wrote what it spent its time on."""
-    lanes = {
-        who: spans for who in ("generator", "learner") if (spans := read_timeline(run.workdir, who))
-    }
+    """The timelines that the run recorded; None where there are none."""
+    found = {who: read_timeline(run.workdir, who) for who in ("generator", "learner")}
+    lanes = {who: spans for who, spans in found.items() if spans}
     if not lanes:
         return None
     busy = covered(span for spans in lanes.values() for span in spans)
     total = sum(end - start for start, end in busy)
     gaps = [(end, start) for (_, end), (start, _) in itertools.pairwise(busy)]
-    pauses = [gap for gap in gaps if gap[1] - gap[0] > _PAUSE * total]
-    begin, lost = busy[0][0], np.array([end - start for start, end in pauses])
+    pauses = [(start, end) for start, end in gaps if end - start > _PAUSE * total]
+    lost = np.array([end - start for start, end in pauses])
     ends = np.array([end for _, end in pauses])
 
     def at(time: float) -> float:
-        return float(time - begin - lost[ends <= time].sum()) if len(ends) else time - begin
+        return float(time - busy[0][0] - lost[ends <= time].sum()) if pauses else time - busy[0][0]
 
-    moved = {
-        who: [_as_drawn(who, span, at(span.start)) for span in spans]
-        for who, spans in lanes.items()
-    }
-    length = at(busy[-1][1])
-    return TimelineData(
-        moved, length, tuple(at(end) for end in ends), float(lost.sum()), max(length - total, 0.0)
-    )
+    moved = {who: [_moved(who, one, at(one.start)) for one in lane] for who, lane in lanes.items()}
+    length, cuts = at(busy[-1][1]), tuple(at(end) for end in ends)
+    return TimelineData(moved, length, cuts, float(lost.sum()), max(length - total, 0.0))
 
 
-def _as_drawn(who: str, span: Span, start: float) -> Span:
-    """Both count steps by the update that is done with them, and a learner that draws for itself
-    waits for what it draws.
-    """
-    if who == "generator":  # whose steps are numbered as its files are, from 0
+def _moved(who: str, span: Span, start: float) -> Span:
+    """The span on the common clock, with steps counted by the update that uses them."""
+    if who == "generator":  # it numbers steps from 0, as its files
         return dataclasses.replace(span, start=start, step=span.step + 1)
-    return dataclasses.replace(
-        span, start=start, what="wait" if span.what in ("sample", "annotate") else span.what
-    )
+    # A learner that samples for itself waits for its own rollouts.
+    kind = "wait" if span.what in ("sample", "annotate") else span.what
+    return dataclasses.replace(span, start=start, what=kind)
 
 
-# How long the learner waited
+# The learner's waiting time
 
 
 def waits(spans: Sequence[Span]) -> list[tuple[float, float]]:
-    """(seconds waited for rollouts, seconds in all) of each step of the learner, in order."""
+    """(seconds waited for rollouts, all seconds) of each step of the learner, in order."""
     found: dict[int, list[float]] = {}
     for span in spans:
         step = found.setdefault(span.step, [0.0, 0.0])
@@ -130,228 +117,186 @@ def waits(spans: Sequence[Span]) -> list[tuple[float, float]]:
 
 
 def warm_after(steps: Sequence[tuple[float, float]]) -> int | None:
-    """Steps before the first that waited for less than WARM of its time; None where none did."""
-    return next(
-        (number for number, (waited, seconds) in enumerate(steps) if waited < WARM * seconds), None
-    )
-
-
-def _idle(steps: Sequence[tuple[float, float]]) -> float:
-    """Share of the steps' time that was waiting."""
-    return sum(waited for waited, _ in steps) / (sum(seconds for _, seconds in steps) or 1.0)
+    """Number of steps before the first warm one; None where no step is warm."""
+    is_warm = [waited < WARM * seconds for waited, seconds in steps]
+    return is_warm.index(True) if True in is_warm else None
 
 
 def idle_sentence(spans: Sequence[Span]) -> str:
-    """How much of the learner's time went by waiting for rollouts, once there were any in store."""
+    """The share of the learner's time that it waited for rollouts, from the first warm step on."""
     steps = waits(spans)
     if not steps:
         return ""
-    warm, whole = warm_after(steps), f"{percent(_idle(steps))} of its time over the whole run"
+    idle = lambda part: percent(sum(wait for wait, _ in part) / (sum(s for _, s in part) or 1.0))
+    warm, whole = warm_after(steps), f"{idle(steps)} of its time over the whole run"
     if warm is None:
         return f"The learner waited for rollouts in every step: {whole}."
     if warm == 0:
-        return f"The learner was idle for generation {whole}."
-    after = "the first step" if warm == 1 else f"the first {warm:,} steps"
-    return f"Learner idle for generation after {after}: {percent(_idle(steps[warm:]))} of its time ({whole})."
+        return f"The learner waited for rollouts {whole}."
+    first = "the first step" if warm == 1 else f"the first {warm:,} steps"
+    return (
+        f"After {first} the learner waited for rollouts {idle(steps[warm:])} of its time ({whole})."
+    )
 
 
 def overlap(timeline: TimelineData) -> float | None:
-    """Share of the generator's working time in which the learner worked too; None where one of them
-    never did.
-    """
-    drawing, learning = (
+    """Share of the generator's working time in which the learner worked too; None if unknown."""
+    generating, learning = (
         [span for span in timeline.of(who) if slot_of(span.what) != REST]
         for who in ("generator", "learner")
     )
-    if not drawing or not learning:
+    if not generating or not learning:
         return None
-    return max(0.0, _length(drawing) + _length(learning) - _length([*drawing, *learning])) / (
-        _length(drawing) or 1.0
-    )
+    both = _length(generating) + _length(learning) - _length([*generating, *learning])
+    return max(0.0, both) / (_length(generating) or 1.0)
 
 
 def _length(spans: Sequence[Span]) -> float:
-    """Seconds that lie in any of the spans."""
+    """Seconds that the spans cover."""
     return sum(end - start for start, end in covered(spans))
 
 
-# The page
+# The sections
 
 
 def timeline_section(run: Run, timeline: TimelineData | None) -> Html | None:
-    """Learner and generator side by side; None where neither wrote a timeline."""
+    """Learner and generator side by side; None where no timeline was recorded."""
     if timeline is None:
         return None
-    sentence, together = idle_sentence(timeline.of("learner")), overlap(timeline)
+    lead, together = idle_sentence(timeline.of("learner")), overlap(timeline)
     if together is not None:
-        sentence += f" {percent(together) if together > 5e-4 else 'Nothing'} of the generator's work was done while the learner worked too."
-    window, title = _window(timeline)
-    left_out = (
-        f" {count(len(timeline.cuts), 'pause')} (dotted) of {duration(timeline.cut_seconds)} in all left out."
-        if timeline.cuts
-        else ""
-    )
+        lead += f" The learner worked during {percent(together)} of the generator's working time."
     about = (
-        "An empty stretch of a lane was not timed: evaluation, checkpoints, start-up, or a generator of which nothing is asked. Numbers in "
-        f"the spans: the step that rollouts were drawn for, and the step that they updated.{left_out}"
+        "An empty stretch of a lane was not timed: evaluation, checkpoints, start-up, or a"
+        " generator without requests. Numbers in the spans: the step that the rollouts are for, or"
+        " the step of the update."
     )
+    if timeline.cuts:
+        pauses = count(len(timeline.cuts), "pause")
+        about += f" {pauses} (dotted), {duration(timeline.cut_seconds)} in total, left out."
+    window, title = _window(timeline)
+    lanes, length = timeline.lanes, timeline.length
     return section(
         "timeline",
         "Timeline",
-        tag("p", sentence, class_="told") if sentence else None,
-        tag("p", about, class_="quiet"),
-        time_key(timeline.lanes, _WORDS),
-        None if window is None else gantt(title, timeline.lanes, window),
-        whole_run(
-            f"The whole run, {duration(timeline.length)}",
-            timeline.lanes,
-            timeline.length,
-            timeline.cuts,
-        ),
-        tag("h3", "Shares of each one's time"),
+        time_key(lanes, _NAMES),
+        None if window is None else gantt(title, lanes, window),
+        whole_run(f"The whole run, {duration(length)}", lanes, length, timeline.cuts),
+        tag("h3", "Shares of each process's time"),
         _share_table(timeline),
         _meanings(timeline),
+        lead=lead.strip(),
+        about=about,
     )
 
 
 def _window(timeline: TimelineData) -> tuple[tuple[float, float] | None, str]:
-    """From when to when some steps are shown, and what to call that: once the learner no longer
-    waits, or around its last long wait.
+    """(start, end) of some steps and their title: from the first warm step on.
+
+    If the generator does nothing then, the window is around the learner's last long wait.
     """
     spans = timeline.of("learner")
     steps, waited = sorted({span.step for span in spans}), waits(spans)
     if len(steps) < 3:
         return None, ""
-    found = _steps_from(spans, steps, max(warm_after(waited) or 1, 1))
-    if not any(span.end > found[0] and span.start < found[1] for span in timeline.of("generator")):
-        last = max(
-            (number for number, (wait, seconds) in enumerate(waited) if wait >= WARM * seconds),
-            default=0,
-        )
-        found = _steps_from(spans, steps, last - _STEPS // 3)
-    start, end, first, last = found
-    return (start, end), f"Steps {first:,} to {last:,}, span by span"
+    start, end, title = _steps_from(spans, steps, max(warm_after(waited) or 1, 1))
+    if not any(span.end > start and span.start < end for span in timeline.of("generator")):
+        long = [at for at, (wait, seconds) in enumerate(waited) if wait >= WARM * seconds]
+        start, end, title = _steps_from(spans, steps, max(long, default=0) - _STEPS // 3)
+    return (start, end), title
 
 
 def _steps_from(
     spans: Sequence[Span], steps: Sequence[int], place: int
-) -> tuple[float, float, int, int]:
-    """(start, end, first step, last step) of some steps in a row, the first of them at this place
-    among all where there are enough.
-    """
+) -> tuple[float, float, str]:
+    """(start, end, title) of consecutive steps, from this place on where there are enough."""
     place = max(0, min(place, len(steps) - _STEPS))
-    shown = steps[place : place + _STEPS]
-    inside = [span for span in spans if shown[0] <= span.step <= shown[-1]]
-    return min(span.start for span in inside), max(span.end for span in inside), shown[0], shown[-1]
+    first, last = steps[place], steps[place : place + _STEPS][-1]
+    inside = [span for span in spans if first <= span.step <= last]
+    title = f"Steps {first:,} to {last:,}, span by span"
+    return min(span.start for span in inside), max(span.end for span in inside), title
 
 
 def _share_table(timeline: TimelineData) -> Html:
     rows: list[Html] = []
     for who, spans in timeline.lanes.items():
         length = spans[-1].end - spans[0].start
-        rows.append(table_row([who, "", "", "", ""], class_="section"))
-        kinds = {span.what for span in spans}
-        for what in [name for name in WHATS if name in kinds] + sorted(kinds - WHATS.keys()):
-            rows.append(
-                table_row(
-                    [what, *_cells([span.seconds for span in spans if span.what == what], length)]
-                )
-            )
+        rows.append(group_row(who, 5))
+        for kind in in_order({span.what for span in spans}):
+            seconds = [span.seconds for span in spans if span.what == kind]
+            total, middle = sum(seconds), significant(statistics.median(seconds))
+            share = percent(total / length if length else None)
+            rows.append(table_row([kind, f"{len(seconds):,}", _tenths(total), share, middle]))
         rest = length - _length(spans)
         if rest > 5e-4 * length:
-            rows.append(
-                table_row(["in no span", "", number(_tenths(rest)), percent(rest / length), ""])
-            )
-    caption = "Shares of the time from one's first span to its last. What does not happen in its own lane is not in its share."
+            rows.append(table_row(["in no span", "", _tenths(rest), percent(rest / length), ""]))
+    caption = (
+        "Shares of the time from a process's first span to its last. Work that another process does"
+        " at the same time is not included."
+    )
     return table(["", "spans", "seconds", "share", "median span, s"], rows, caption=caption)
 
 
-def _cells(seconds: list[float], length: float) -> list[str]:
-    total = sum(seconds)
-    middle = number(float(f"{statistics.median(seconds):.3g}"))
-    return [
-        f"{len(seconds):,}",
-        number(_tenths(total)),
-        percent(total / length if length else None),
-        middle,
-    ]
-
-
-def _tenths(seconds: float) -> float:
-    return round(max(seconds, 0.0), 1)
+def _tenths(seconds: float) -> str:
+    return number(round(max(seconds, 0.0), 1))
 
 
 def _meanings(timeline: TimelineData) -> Html:
     present = {span.what for spans in timeline.lanes.values() for span in spans}
-    words = {what: meaning for what, meaning in _ABOUT.items() if what in present}
+    words = {kind: meaning for kind, meaning in _MEANINGS.items() if kind in present}
     words["after the first … steps"] = (
-        f"counted from the first step that waited for rollouts for less than {WARM:.0%} of its own time"
+        f"from the first step in which the learner waited for less than {WARM:.0%} of the time"
     )
     return definitions(words)
 
 
 def cost_section(run: Run, timeline: TimelineData | None) -> Html | None:
-    """What each stage cost, and the two ways to count tokens a second; None where neither wrote a
-    timeline.
-    """
-    spans = [] if timeline is None else [span for lane in timeline.lanes.values() for span in lane]
+    """Cost of each stage, and tokens a second; None where no timeline was recorded."""
+    spans = [span for lane in timeline.lanes.values() for span in lane] if timeline else []
     seconds = {
         stage: sum(span.seconds for span in spans if span.what in parts)
         for stage, parts in _STAGES.items()
     }
-    seconds = {stage: value for stage, value in seconds.items() if value > 0}
     total = sum(seconds.values())
     if timeline is None or not total:
         return None
-    rows = [
-        [stage, number(_tenths(value)), percent(value / total)] for stage, value in seconds.items()
-    ]
-    rows.append(table_row(["all stages", number(_tenths(total)), percent(1.0)], class_="main"))
-    filtering = "" if "filter" in seconds else " Filtering is a part of pack."
+    line = lambda stage, value: [stage, _tenths(value), percent(value / total)]
+    rows = [table_row(line(stage, value)) for stage, value in seconds.items() if value > 0]
+    rows.append(table_row(line("all stages", total), class_="main"))
+    filtering = "" if seconds["filter"] else " Filtering is part of pack."
     caption = (
-        f"Work of learner and generator added up; who waits is not counted.{filtering} NPD (arXiv 2605.05940) reports 366 accelerator "
-        "hours for its main run: 82 % generation, 11 % training, 5 % annotation, 2 % other."
+        f"Work of learner and generator added up, without waiting.{filtering} NPD (arXiv"
+        " 2605.05940) reports 366 accelerator hours for its main run: 82 % generation, 11 %"
+        " training, 5 % annotation, 2 % other."
     )
-    speeds = _speeds(run, timeline)
-    return section(
-        "cost",
-        "Cost of the stages",
-        tag("p", speeds[0], class_="told") if speeds else None,
-        table(["stage", "seconds", "share"], rows, caption=caption),
-        speeds[1] if speeds else None,
-    )
+    lead, speeds = _speeds(run, timeline)
+    costs = table(["stage", "seconds", "share"], rows, caption=caption)
+    return section("cost", "Cost of the stages", costs, speeds, lead=lead)
 
 
-def _speeds(run: Run, timeline: TimelineData) -> tuple[str, Html] | None:
-    """Trained tokens a second of the learner alone and of everything, in words and as a table."""
+def _speeds(run: Run, timeline: TimelineData) -> tuple[str, Html | None]:
+    """Trained tokens a second of the learner alone and of the whole run: (sentence, table)."""
     tokens = [value for value in run.column("perf/trained_tokens") if is_number(value)]
     updates = [span.seconds for span in timeline.of("learner") if span.what == "update"]
-    if not tokens or not updates:
-        return None
-    # The first update compiles: it says nothing of a long run. End to end it is counted, as
-    # everything is.
-    steady = len(tokens) == len(updates) > 1
-    alone = sum(tokens[steady:]), sum(updates[steady:])
+    # The first update compiles, which a long run does not notice. The end-to-end rate includes it.
+    skip = int(len(tokens) == len(updates) > 1)
+    alone = sum(tokens[skip:]), sum(updates[skip:])
     whole = sum(tokens), timeline.length - timeline.outside
-    rates = [amount / spent if spent else None for amount, spent in (alone, whole)]
+    if not all((*alone, *whole)):
+        return "", None
     names = (
-        f"learner alone, while it updates{', its first update left out' if steady else ''}",
-        "end to end, every second in which either worked or waited",
+        f"learner alone, during updates{', without the first' if skip else ''}",
+        "end to end, every second in which a process worked or waited",
     )
+    rates = [amount / spent for amount, spent in (alone, whole)]
     rows = [
-        [name, f"{amount:,.0f}", number(_tenths(spent)), number(rate and float(f"{rate:.4g}"))]
+        [name, f"{amount:,.0f}", _tenths(spent), significant(rate, 4)]
         for name, (amount, spent), rate in zip(names, (alone, whole), rates)
     ]
-    if not all(rates):
-        return None
-    text = f"The learner trains on {_rate(rates[0])} tokens a second while it updates, and on {_rate(rates[1])} end to end: "
-    text += f"{number(float(f'{rates[0] / rates[1]:.2g}'))} times fewer. "
-    text += "A speed-up is told by the second number; one that counts updates alone leaves out what drew the rollouts."
-    caption = "Tokens that carried a gradient. Evaluation and checkpoints are in neither."
-    return text, join(
-        (table(["tokens a second", "tokens", "seconds", "tokens/s"], rows, caption=caption),)
+    text = (
+        f"The learner trains on {significant(rates[0])} tokens a second during updates, and on"
+        f" {significant(rates[1])} end to end, {significant(rates[0] / rates[1], 2)} times fewer."
+        " Compare runs by the second number: the first leaves out the cost of the rollouts."
     )
-
-
-def _rate(value: float) -> str:
-    return number(float(f"{value:.3g}"))
+    caption = "Tokens that carried a gradient. Evaluation and checkpoints are not included."
+    return text, table(["tokens a second", "tokens", "seconds", "tokens/s"], rows, caption=caption)

@@ -238,7 +238,7 @@ def rollout_metrics(setup: Setup, rollouts: Rollouts, step: int) -> Metrics:
 def _is_unscored(batch: TrainBatch, needs: str) -> bool:
     """Whether what a recipe needs of the teacher is still to be had of it."""
     stored = (
-        {"token": batch.teacher.token_logprobs, "top_k": batch.teacher.top_ids}
+        {"token": batch.teacher.teacher_logprobs, "top_k": batch.teacher.teacher_top_ids}
         if batch.teacher is not None
         else {}
     )
@@ -314,7 +314,7 @@ def with_reference(setup: Setup, batch: TrainBatch) -> TrainBatch:
         parts=num_score_parts(setup, batch),
         mesh=setup.mesh,
     )
-    return dataclasses.replace(batch, reference_logprobs=found.token_logprobs)
+    return dataclasses.replace(batch, reference_logprobs=found.teacher_logprobs)
 
 
 def num_score_parts(setup: Setup, batch: TrainBatch) -> int:

@@ -27,14 +27,12 @@ def _require_reward_data(config: Config, rows: list[Prompt]) -> None:
         require_field(
             rows, "answer", data.answer_column or "answer", data.source, "a task reward needs them"
         )
-    if (
-        config.rubrics.stage_names
-    ):  # said before a judge is paid for scores that nobody could be credited with
-        credit_matrix(
-            config.estimator.stage_credit,
-            len(config.rubrics.stage_names),
-            config.estimator.stage_credit_matrix or (),
-        )
+    if config.rubrics.stage_names:  # before a judge is paid
+        estimator, count = config.estimator, len(config.rubrics.stage_names)
+        try:
+            credit_matrix(estimator.stage_credit, count, estimator.stage_credit_matrix or ())
+        except ValueError as error:
+            raise ConfigError(f"estimator.{error}") from error
     _require_own_criteria(config, rows)
     missing = [
         name

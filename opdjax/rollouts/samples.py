@@ -63,18 +63,14 @@ def _token_columns(
     """Lists over the completion's tokens: the pieces of text, nats, and the teacher's alternatives
     with their probabilities.
     """
-    names = {"advantage": "advantages", "reward": "rewards", "kl": "kl"}
-    names |= {"student_logprob": "student_logprobs", "teacher_logprob": "teacher_logprobs"}
+    names = ("advantages", "rewards", "kl", "student_logprobs", "teacher_logprobs")
     columns: dict[str, Any] = {
         "tokens": [tokenizer.decode([token]) for token in tokens[mask].tolist()]
     }
-    for name, column in names.items():
+    for name in names:
         # JSON has no NaN and no infinity.
-        columns[column] = (
-            [round(v, 4) if np.isfinite(v) else None for v in seen[name][mask].tolist()]
-            if name in seen
-            else None
-        )
+        finite = lambda v: round(v, 4) if np.isfinite(v) else None
+        columns[name] = [*map(finite, seen[name][mask].tolist())] if name in seen else None
     columns["teacher_top"] = None
     if "alternatives" in seen:
         pairs = zip(

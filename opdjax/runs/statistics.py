@@ -1,4 +1,4 @@
-"""Scores of repeated sampling and their 95 % intervals; no other module computes an interval.
+"""Scores of repeated sampling, and 95 % intervals over prompts, seeds and trials.
 
 The unit is the prompt (`mean_and_interval`, `paired_difference`) or the seed (`seed_interval`):
 samples of one prompt are not independent.

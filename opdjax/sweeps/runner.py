@@ -53,6 +53,16 @@ class SweepIncompleteError(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True)
+class _Runner:
+    """The settings of this runner."""
+
+    sweep: SweepDirectory
+    jobs: int
+    retries: int
+    log: Log
+
+
+@dataclasses.dataclass(frozen=True)
 class _Job:
     """A running child process."""
 
@@ -99,7 +109,7 @@ def run_sweep(
         # With retry_failed, only failures from before this call are run again.
         since = time.time() if retry_failed else 0.0
         attempts = {p.id: _Attempts(since=since) for p in mine}
-        _run(mine, sweep, attempts, jobs, retries, log)
+        _run(_Runner(sweep, jobs, retries, log), mine, attempts)
         sweep.refresh(attempts, is_urgent=True)
         states = [status_of(sweep.path / id) for id in attempts]
     done, failed = states.count("done"), states.count("failed")
@@ -120,16 +130,9 @@ def require_complete(counts: dict[str, int]) -> None:
         )
 
 
-def _run(
-    mine: Sequence[SweepPoint],
-    sweep: SweepDirectory,
-    attempts: dict[str, _Attempts],
-    jobs: int,
-    retries: int,
-    log: Log,
-) -> None:
+def _run(runner: _Runner, mine: Sequence[SweepPoint], attempts: dict[str, _Attempts]) -> None:
     """Collect ended children and start new ones until no point of `mine` is open."""
-    running: list[_Job] = []
+    sweep, running = runner.sweep, []
     last_report = time.monotonic()
     with _stop_signals() as received, _terminating(running, sweep):
         while True:
@@ -141,41 +144,44 @@ def _run(
                 job.claim.upload_log()
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
-                outcome = _finish(job, sweep, log)
-                _record_outcome(attempts[job.point.id], outcome, retries, job.point.id, log)
+                _record_outcome(runner, job, attempts[job.point.id], _finish(runner, job))
             sweep.refresh(attempts)
             open_points = [p for p in mine if _is_open(sweep.path / p.id, attempts[p.id])]
             at_work = {job.point.id for job in running}
             waiting = [p for p in open_points if p.id not in at_work]
             due = [p for p in waiting if time.monotonic() >= attempts[p.id].not_before]
-            while len(running) < jobs and (job := _start_next(due, sweep, running, jobs, attempts)):
+            while len(running) < runner.jobs:
+                job = _start_next(runner, due, running, attempts)
+                if job is None:
+                    break
                 due.remove(job.point)
                 running.append(job)
-                log(f"start  {job.point.id}")
+                runner.log(f"start  {job.point.id}")
             if not open_points and not running:
                 return
             if time.monotonic() - last_report > _REPORT:
                 last_report = time.monotonic()
-                line = status_line(mine, sweep, [job.point for job in running], jobs)
-                if due and len(running) < jobs:  # none of them could be claimed
+                line = status_line(mine, sweep, [job.point for job in running], runner.jobs)
+                if due and len(running) < runner.jobs:  # none of them could be claimed
                     line += f", {len(due)} held by other runners"
-                log(line)
+                runner.log(line)
             time.sleep(_POLL)
 
 
-def _record_outcome(attempts: _Attempts, outcome: str, retries: int, id: str, log: Log) -> None:
+def _record_outcome(runner: _Runner, job: _Job, attempts: _Attempts, outcome: str) -> None:
     """Record the outcome of a child. A failed point stays open for its retries, and one whose claim
     was lost until some runner finishes it.
     """
     if outcome == "lost":
         return
     attempts.failures += outcome == "failed"
-    if outcome != "failed" or attempts.failures > retries:
+    if outcome != "failed" or attempts.failures > runner.retries:
         attempts.outcome = outcome
         return
     pause = _PAUSE * attempts.failures
     attempts.not_before, attempts.since = time.monotonic() + pause, time.time()
-    log(f"retry  {id} in {pause:.0f} s ({attempts.failures} of {retries} retries)")
+    number = f"{attempts.failures} of {runner.retries} retries"
+    runner.log(f"retry  {job.point.id} in {pause:.0f} s ({number})")
 
 
 def _is_open(directory: pathlib.Path, attempts: _Attempts) -> bool:
@@ -276,13 +282,13 @@ def _exists(file: str) -> bool:
 
 
 def _start_next(
+    runner: _Runner,
     due: Sequence[SweepPoint],
-    sweep: SweepDirectory,
     running: Sequence[_Job],
-    jobs: int,
     attempts: dict[str, _Attempts],
 ) -> _Job | None:
     """Claim and start the first point that no other runner holds; None if there is none."""
+    sweep = runner.sweep
     for point in due:
         directory = sweep.path / point.id
         if not directory.exists():  # deleted since
@@ -294,14 +300,14 @@ def _start_next(
             claim.release()
             continue
         (directory / FAILURE).unlink(missing_ok=True)
-        slot = min(set(range(jobs)) - {job.slot for job in running})
-        process = _spawn(point.id, claim, slot, jobs, sweep)
+        slot = min(set(range(runner.jobs)) - {job.slot for job in running})
+        process = _spawn(runner, point.id, claim, slot)
         return _Job(point, process, claim, slot, time.monotonic())
     return None
 
 
-def _spawn(id: str, claim: Claim, slot: int, jobs: int, sweep: SweepDirectory) -> subprocess.Popen:
-    directory = sweep.path / id
+def _spawn(runner: _Runner, id: str, claim: Claim, slot: int) -> subprocess.Popen:
+    sweep, jobs, directory = runner.sweep, runner.jobs, runner.sweep.path / id
     # Points are often the same program with other numbers, which is then compiled once.
     cache = {"JAX_COMPILATION_CACHE_DIR": str(sweep.compilation_cache)}
     with (directory / LOG).open("a") as output:
@@ -341,9 +347,10 @@ def _record_end(job: _Job, sweep: SweepDirectory) -> float:
     return seconds
 
 
-def _finish(job: _Job, sweep: SweepDirectory, log: Log) -> str:
+def _finish(runner: _Runner, job: _Job) -> str:
     """Record the outcome of an ended child, log it, and release its claim."""
-    id, directory, code = job.point.id, sweep.path / job.point.id, job.process.returncode
+    sweep, log, id, code = runner.sweep, runner.log, job.point.id, job.process.returncode
+    directory = sweep.path / id
     if not directory.exists():
         log(f"killed {id}: its directory was deleted; run the same command again to start it anew")
         job.claim.release()

@@ -438,7 +438,7 @@ CONFIG = {
         "mesh.data 99: 99 devices, but there are 8 cpu devices; expected a product of at most",
     ),
     "an option of another recipe": (
-        "ValueError",
+        PARSED,
         lambda p: p.train("--estimator.support", "student"),
         "recipe 'opd' has no option 'support'; it has ['discount', 'return_to_go', ",
     ),

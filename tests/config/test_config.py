@@ -741,7 +741,7 @@ def test_policy_gradients_want_unaltered_sampling(sampling):
         name, value = next(iter(sampling.items()))
         assert f"{name} {value}" in str(e.value)
         with pytest.raises(
-            ConfigError, match="its expected gradient is then no longer the one it advertises"
+            ConfigError, match="does not have the expected gradient that it advertises"
         ):
             Config(
                 sampling=SamplingConfig(**sampling),

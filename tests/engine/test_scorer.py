@@ -192,7 +192,7 @@ def assert_scores(actual, expected, mask, atol=1e-9):
 @jax.jit
 def taken(hidden, head, batch):
     """Log-probs of the sampled tokens from hidden states, by the tiled pass."""
-    take = lambda model, _, row: model.logprob(row.token)
+    take = lambda model, _, row: model.logprob(row.tokens)
     return tiled_stats(take, hidden, head, batch.mask, TokenInputs(batch.tokens), tile=TILE)
 
 
@@ -206,9 +206,9 @@ def test_the_student_scores_its_rollouts_as_it_sampled_them(rollouts, batch, mod
         needs="token",
         tile=TILE,
     )
-    assert_scores(scores.token_logprobs, rollouts.unfiltered_logprobs, batch.mask, atol=ROUNDING)
+    assert_scores(scores.teacher_logprobs, rollouts.unfiltered_logprobs, batch.mask, atol=ROUNDING)
     assert_scores(
-        scores.token_logprobs,
+        scores.teacher_logprobs,
         student.dense(batch.tokens, batch.segment_ids),
         batch.mask,
         atol=ROUNDING,
@@ -224,7 +224,7 @@ def test_tempered_and_filtered_rollouts_are_scored_at_their_temperature(warm, mo
     head = decoder.head_of(student.params, valid_vocab=70, temperature=1.5)
     ours = score(
         student.params, head, batch, config=student.config, needs="token", tile=TILE
-    ).token_logprobs
+    ).teacher_logprobs
     assert_scores(ours, rollouts.unfiltered_logprobs, batch.mask, atol=ROUNDING)
     np.testing.assert_array_equal(batch.behavior_logprobs, rollouts.behavior_logprobs)
     gap = np.asarray(rollouts.behavior_logprobs - ours)[np.asarray(batch.mask)]
@@ -235,7 +235,7 @@ def test_tempered_and_filtered_rollouts_are_scored_at_their_temperature(warm, mo
 def test_token_scores_equal_the_dense_log_softmax(batch, run, models):
     scores = run(batch, "token")
     expected = models.teacher.dense(batch.tokens, batch.segment_ids)
-    assert_scores(scores.token_logprobs, expected, batch.mask)
+    assert_scores(scores.teacher_logprobs, expected, batch.mask)
     assert (
         np.abs(expected - models.student.dense(batch.tokens, batch.segment_ids))[
             np.asarray(batch.mask)
@@ -246,11 +246,11 @@ def test_token_scores_equal_the_dense_log_softmax(batch, run, models):
 
 def test_hidden_states_give_the_same_log_probs(batch, run, models):
     scores = run(batch, "vocabulary")
-    assert scores.token_logprobs is None
+    assert scores.teacher_logprobs is None
     assert scores.hidden.shape == (*batch.tokens.shape, models.teacher.config.hidden_size)
     with jax.enable_x64(True):
         ours = taken(scores.hidden, decoder.head_of(models.teacher.exact), batch)
-    assert_scores(ours, run(batch, "token").token_logprobs, batch.mask)
+    assert_scores(ours, run(batch, "token").teacher_logprobs, batch.mask)
 
 
 def test_the_most_likely_ids_are_those_of_the_whole_distribution(batch, run, models):
@@ -259,21 +259,26 @@ def test_the_most_likely_ids_are_those_of_the_whole_distribution(batch, run, mod
     """
     scores = run(batch, "top_k", top_k=7)
     assert scores.hidden is None
-    assert_scores(scores.token_logprobs, run(batch, "token").token_logprobs, batch.mask)
+    assert_scores(scores.teacher_logprobs, run(batch, "token").teacher_logprobs, batch.mask)
     with jax.enable_x64(True):
         logits = head_logits(
             decoder.head_of(models.teacher.exact), run(batch, "vocabulary").hidden[:, :-1]
         )
         best, ids = jax.lax.top_k(jax.nn.log_softmax(logits), 7)
     mask = np.asarray(batch.mask)
-    np.testing.assert_array_equal(np.asarray(scores.top_ids)[mask], np.asarray(ids)[mask[:, 1:]])
-    np.testing.assert_allclose(
-        np.asarray(scores.top_logprobs)[mask], np.asarray(best)[mask[:, 1:]], atol=1e-9
+    np.testing.assert_array_equal(
+        np.asarray(scores.teacher_top_ids)[mask], np.asarray(ids)[mask[:, 1:]]
     )
-    assert not np.asarray(scores.top_ids)[~mask].any()
+    np.testing.assert_allclose(
+        np.asarray(scores.teacher_top_logprobs)[mask], np.asarray(best)[mask[:, 1:]], atol=1e-9
+    )
+    assert not np.asarray(scores.teacher_top_ids)[~mask].any()
     again = run(batch, "top_k", top_k=7, parts=4)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-9), again, scores)
-    assert run(batch, "top_k", top_k=10**6).top_ids.shape[2] == models.teacher.config.vocab_size
+    assert (
+        run(batch, "top_k", top_k=10**6).teacher_top_ids.shape[2]
+        == models.teacher.config.vocab_size
+    )
 
 
 @pytest.fixture(scope="module")
@@ -285,8 +290,10 @@ def expected_in_view(with_view, models):
 
 
 def test_the_teacher_scores_its_own_view_at_the_students_columns(with_view, run, expected_in_view):
-    assert_scores(run(with_view, "token").token_logprobs, expected_in_view, with_view.mask)
-    own = np.asarray(run(dataclasses.replace(with_view, teacher_view=None), "token").token_logprobs)
+    assert_scores(run(with_view, "token").teacher_logprobs, expected_in_view, with_view.mask)
+    own = np.asarray(
+        run(dataclasses.replace(with_view, teacher_view=None), "token").teacher_logprobs
+    )
     assert (
         np.abs(expected_in_view - own)[np.asarray(with_view.mask)].mean() > 0.05
     )  # the longer prompt matters
@@ -310,7 +317,7 @@ def test_a_view_may_have_other_columns_in_every_row(with_view, run, expected_in_
         roll(view.tokens), roll(view.segment_ids), np.maximum(view.columns - shift[:, None], 0)
     )
     scores = run(dataclasses.replace(with_view, teacher_view=moved), "token")
-    assert_scores(scores.token_logprobs, expected_in_view, with_view.mask)
+    assert_scores(scores.teacher_logprobs, expected_in_view, with_view.mask)
 
 
 @pytest.mark.parametrize(
@@ -354,14 +361,14 @@ def test_packed_rows_score_as_separate_rows(batch, run):
         2,
         1,
     ] * 16  # every fourth prompt is filler
-    apart = np.append(np.asarray(run(batch, "token").token_logprobs).ravel(), 0)
-    assert_scores(run(packed, "token").token_logprobs, apart[origin], packed.mask)
+    apart = np.append(np.asarray(run(batch, "token").teacher_logprobs).ravel(), 0)
+    assert_scores(run(packed, "token").teacher_logprobs, apart[origin], packed.mask)
 
 
 def test_padding_may_hold_anything(batch, run):
     tokens = np.where(np.asarray(batch.segment_ids) > 0, batch.tokens, 10**6)
     dirty, clean = (
-        run(b, "token").token_logprobs for b in (dataclasses.replace(batch, tokens=tokens), batch)
+        run(b, "token").teacher_logprobs for b in (dataclasses.replace(batch, tokens=tokens), batch)
     )
     np.testing.assert_array_equal(dirty, clean)
 
@@ -370,8 +377,8 @@ def test_a_padded_vocabulary_is_left_out_of_the_softmax(batch, run, models):
     """Ids from `valid_vocab` on have no mass: the head's extra rows change no score."""
     kernel = np.asarray(models.teacher.exact["embedding"])
     padded = Head(np.concatenate([kernel, 5 * kernel[:10]]), valid_vocab=len(kernel))
-    plain = np.asarray(run(batch, "token").token_logprobs)
-    assert_scores(run(batch, "token", head=padded).token_logprobs, plain, batch.mask)
+    plain = np.asarray(run(batch, "token").teacher_logprobs)
+    assert_scores(run(batch, "token", head=padded).teacher_logprobs, plain, batch.mask)
     states = np.asarray(run(batch, "vocabulary").hidden)[np.asarray(batch.segment_ids) > 0]
     assert (
         np.mean(np.max(states @ kernel.T, -1) < np.max(states @ (5 * kernel[:10]).T, -1)) > 0.1
@@ -379,7 +386,7 @@ def test_a_padded_vocabulary_is_left_out_of_the_softmax(batch, run, models):
 
 
 def test_only_requested_scores_are_set(batch, run):
-    for needs, field in (("token", "token_logprobs"), ("vocabulary", "hidden")):
+    for needs, field in (("token", "teacher_logprobs"), ("vocabulary", "hidden")):
         scores = run(batch, needs)
         assert isinstance(scores, TeacherScores)
         assert [

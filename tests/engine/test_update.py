@@ -286,7 +286,7 @@ def test_a_batch_that_is_not_finite_changes_nothing_but_the_counters(rng):
     optimizer = make_optimizer(config, 10)
     update = make_update(UpdateSpec(MODEL, estimator_of(estimator), "float32", 7), config, 10)
     poisoned = dataclasses.replace(
-        batch, teacher=TeacherScores(token_logprobs=batch.teacher.token_logprobs * jnp.nan)
+        batch, teacher=TeacherScores(teacher_logprobs=batch.teacher.teacher_logprobs * jnp.nan)
     )
     state = init_state(student, optimizer)
     kept = jax.tree.map(np.asarray, (state.params, state.opt_state))

@@ -124,7 +124,7 @@ def sequence_gradients(tables, name, options=None, batches=None, **columns):
 def expectation(tables, name, options=None, batches=None, behavior=None, **columns):
     """E[gradient] [C, V] over sequences drawn from the student, or from the table `behavior`."""
     if behavior is not None:
-        columns["behavior_logprob"] = token_logprobs(behavior)
+        columns["behavior_logprobs"] = token_logprobs(behavior)
     gradients = sequence_gradients(tables, name, options, batches, **columns)
     return np.tensordot(
         batch_probabilities(tables[0] if behavior is None else behavior, batches), gradients, 1

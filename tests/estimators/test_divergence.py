@@ -9,6 +9,7 @@ from jax.test_util import check_grads
 
 from opdjax.config import EstimatorConfig
 from opdjax.config.validation import ConfigError
+from opdjax.estimators import bind
 from opdjax.estimators.divergence import (
     forward_kl,
     full_kl,
@@ -187,12 +188,9 @@ class TestVariants(chex.TestCase):
         for name in DIVERGENCES.keys() - {"jsd, 0.3"}:
 
             def of_row(s, t, name=name):
-                loss, outputs = full_kl(
-                    VocabTile(s),
-                    VocabTile(t),
-                    TokenInputs(jnp.zeros(4, jnp.int32)),
-                    divergence=name,
-                )
+                row = TokenInputs(jnp.zeros(4, int))
+                estimator = bind("full_kl", {"divergence": name})
+                loss, outputs = estimator.token_loss(VocabTile(s), VocabTile(t), row)
                 return loss, outputs["kl"]
 
             losses, kl = self.variant(jax.vmap(of_row))(student, teacher)

@@ -123,7 +123,7 @@ def test_the_expected_gradient_is_that_of_the_reward_less_the_share_of_its_own_m
     )
     behavior = jax.nn.log_softmax(jnp.asarray(student))[pairs.ravel()]
     each, _ = sample_gradients(
-        name, {}, student, student, pairs.ravel(), advantage=credit, behavior_logprob=behavior
+        name, {}, student, student, pairs.ravel(), advantages=credit, behavior_logprobs=behavior
     )
     probs = np.prod(np.asarray(jax.nn.softmax(student))[pairs], axis=1)
     found = probs @ np.mean(np.reshape(each, (len(pairs), 2, V)), axis=1)
@@ -156,8 +156,8 @@ class TestTree:
             groups.shape,
         )
         columns = {
-            "advantage": np.repeat(credit[..., None], LENGTH, axis=2),
-            "behavior_logprob": token_logprobs(theta),
+            "advantages": np.repeat(credit[..., None], LENGTH, axis=2),
+            "behavior_logprobs": token_logprobs(theta),
         }
         of_reward = jax.grad(lambda x: jnp.sum(jnp.exp(sequence_logprobs(x)) * reward))(theta)
         np.testing.assert_allclose(
@@ -176,8 +176,8 @@ class TestTree:
             PAIRS.shape,
         )
         columns = {
-            "advantage": np.repeat(credit[..., None], LENGTH, axis=2),
-            "behavior_logprob": token_logprobs(theta),
+            "advantages": np.repeat(credit[..., None], LENGTH, axis=2),
+            "behavior_logprobs": token_logprobs(theta),
         }
         found = expectation(tables, "grpo", {}, PAIRS, **columns)
         of_reward = jax.grad(lambda x: jnp.sum(jnp.exp(sequence_logprobs(x)) * reward))(theta)
@@ -205,8 +205,8 @@ def test_an_unclipped_ratio_corrects_for_another_policys_draws(logits, rng):
             student,
             student,
             pairs.ravel(),
-            advantage=credit,
-            behavior_logprob=drawn,
+            advantages=credit,
+            behavior_logprobs=drawn,
         )
         return probs @ np.mean(np.reshape(each, (len(pairs), 2, V)), axis=1)
 
@@ -223,9 +223,9 @@ def test_which_way_the_penalties_go(logits):
     """
     student, reference = logits
     held = {
-        "advantage": 0.0,
-        "behavior_logprob": jax.nn.log_softmax(student),
-        "reference_logprob": jax.nn.log_softmax(jnp.asarray(reference)),
+        "advantages": 0.0,
+        "behavior_logprobs": jax.nn.log_softmax(student),
+        "reference_logprobs": jax.nn.log_softmax(jnp.asarray(reference)),
     }
     for kind, divergence in (("k2", reverse_kl), ("k3_direct", lambda s, r: reverse_kl(r, s))):
         options = {"reference_kl_coef": 0.3, "reference_kl": kind}
@@ -234,7 +234,7 @@ def test_which_way_the_penalties_go(logits):
         np.testing.assert_allclose(
             expected_gradient("grpo", options, student, student, **held), exact, atol=1e-12
         )
-    values = reference_penalty(held["behavior_logprob"], held["reference_logprob"], "k3_direct")
+    values = reference_penalty(held["behavior_logprobs"], held["reference_logprobs"], "k3_direct")
     np.testing.assert_allclose(
         jax.nn.softmax(student) @ values, reverse_kl(student, reference), rtol=1e-12
     )
@@ -260,8 +260,8 @@ def test_the_credit_last_is_the_plain_advantage_of_the_last_stage(rng):
         "ropd_stages",
         {},
         PAIRS,
-        advantage=credit,
-        behavior_logprob=token_logprobs(theta),
+        advantages=credit,
+        behavior_logprobs=token_logprobs(theta),
     )
     of_last = jax.grad(lambda x: jnp.sum(jnp.exp(sequence_logprobs(x)) * scores[:, 1]))(theta)
     np.testing.assert_allclose(found, -0.5 * of_last / LENGTH, atol=1e-10)
@@ -279,9 +279,9 @@ def batch_of(rng, dtype=np.float32):
     """hidden, kernel, tokens and every column that the recipes read, of four rows of five."""
     hidden, kernel = rng.normal(size=(4, 5, 3)).astype(dtype), rng.normal(size=(V, 3)).astype(dtype)
     columns = {
-        "advantage": rng.normal(size=(4, 5)),
-        "behavior_logprob": -rng.exponential(2, size=(4, 5)),
-        "reference_logprob": -rng.exponential(2, size=(4, 5)),
+        "advantages": rng.normal(size=(4, 5)),
+        "behavior_logprobs": -rng.exponential(2, size=(4, 5)),
+        "reference_logprobs": -rng.exponential(2, size=(4, 5)),
     }
     return (
         hidden,
@@ -328,7 +328,7 @@ def test_a_group_that_nobody_scored_has_no_gradient_and_no_share_in_the_mean(rng
         jnp.array([0.3, 0.9, jnp.nan, jnp.inf]),
         jnp.array([True, True, False, False]),
     )
-    columns["advantage"] = np.broadcast_to(
+    columns["advantages"] = np.broadcast_to(
         group_advantage(scores, is_scored, 2, "mean")[:, None], MASK.shape
     )
     _, (of_hidden, _) = value_and_grad(hidden, kernel, tokens, columns, MASK)
@@ -336,7 +336,7 @@ def test_a_group_that_nobody_scored_has_no_gradient_and_no_share_in_the_mean(rng
     np.testing.assert_array_equal(of_hidden[2:], 0)
     nobody = group_advantage(scores, jnp.zeros(4, bool), 2, "mean_std")
     np.testing.assert_array_equal(nobody, 0)
-    alone = columns | {"advantage": np.broadcast_to(nobody[:, None], MASK.shape)}
+    alone = columns | {"advantages": np.broadcast_to(nobody[:, None], MASK.shape)}
     chex.assert_trees_all_equal(
         value_and_grad(hidden, kernel, tokens, alone, MASK), (0.0, (0 * hidden, 0 * kernel))
     )
@@ -375,9 +375,9 @@ class TestTransforms(chex.TestCase):
         rng = np.random.default_rng(1)
         student = jnp.asarray(rng.normal(size=(8, 4, V)), jnp.float32)
         columns = {
-            "advantage": rng.normal(size=(8, 4)),
-            "behavior_logprob": -rng.exponential(2, size=(8, 4)),
-            "reference_logprob": -rng.exponential(2, size=(8, 4)),
+            "advantages": rng.normal(size=(8, 4)),
+            "behavior_logprobs": -rng.exponential(2, size=(8, 4)),
+            "reference_logprobs": -rng.exponential(2, size=(8, 4)),
         }
         rows = TokenInputs(
             jnp.asarray(rng.integers(0, V, (8, 4))),
@@ -417,14 +417,14 @@ def test_what_recipes_of_rewards_are_made_of(name):
 def test_what_the_batch_lacks_is_named():
     tile, token = VocabTile(jnp.zeros((1, V))), jnp.zeros(1, int)
     zero = jnp.zeros(1)
-    with pytest.raises(ValueError, match="'advantage', which this batch does not carry"):
-        TOKEN_LOSSES["ropd"](tile, None, TokenInputs(token, behavior_logprob=zero))
-    with pytest.raises(ValueError, match="'behavior_logprob', which"):
-        TOKEN_LOSSES["ropd"](tile, None, TokenInputs(token, advantage=zero))
-    with pytest.raises(ValueError, match="'reference_logprob', which"):
+    with pytest.raises(ValueError, match="'advantages', which this batch does not carry"):
+        TOKEN_LOSSES["ropd"](tile, None, TokenInputs(token, behavior_logprobs=zero))
+    with pytest.raises(ValueError, match="'behavior_logprobs', which"):
+        TOKEN_LOSSES["ropd"](tile, None, TokenInputs(token, advantages=zero))
+    with pytest.raises(ValueError, match="'reference_logprobs', which"):
         TOKEN_LOSSES["ropd"](
             tile,
             None,
-            TokenInputs(token, advantage=zero, behavior_logprob=zero),
+            TokenInputs(token, advantages=zero, behavior_logprobs=zero),
             reference_kl_coef=0.1,
         )

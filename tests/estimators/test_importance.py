@@ -43,7 +43,7 @@ class TestOneContext:
         drawn = jax.nn.log_softmax(behavior)
         options = options if name == "opd" else options | {"baseline": "full"}
         found = expected_gradient(
-            name, options, student, teacher, np.exp(drawn), behavior_logprob=drawn
+            name, options, student, teacher, np.exp(drawn), behavior_logprobs=drawn
         )
         return found, jax.grad(reverse_kl)(student, teacher)
 
@@ -121,7 +121,7 @@ class TestOneContext:
     @pytest.mark.parametrize("kind", importance.TOKEN_CORRECTIONS)
     def test_on_policy_every_correction_is_opd(self, kind, logits):
         student, teacher, _ = logits
-        columns = {"behavior_logprob": jax.nn.log_softmax(student)}
+        columns = {"behavior_logprobs": jax.nn.log_softmax(student)}
         found, _ = sample_gradients("opd", {"importance": kind}, student, teacher, **columns)
         np.testing.assert_allclose(
             found, sample_gradients("opd", {}, student, teacher)[0], atol=1e-12
@@ -174,7 +174,7 @@ class TestOneContext:
         for kind in ("token_truncate", "token_mask"):
             options = {"importance": kind, "importance_cap": 5.0}
             found = np.asarray(
-                sample_gradients("opd", options, student, teacher, behavior_logprob=drawn)[0]
+                sample_gradients("opd", options, student, teacher, behavior_logprobs=drawn)[0]
             )
             score = np.eye(V) - jax.nn.softmax(student)
             ratio = np.exp(jax.nn.log_softmax(student) - drawn)
@@ -307,7 +307,7 @@ class TestTree:
             pair,
             "opd",
             {"importance": "sequence_mask", "importance_cap": cap},
-            behavior_logprob=token_logprobs(behavior),
+            behavior_logprobs=token_logprobs(behavior),
         )
         plain = sequence_gradients(pair, "opd")
         weight = np.where(ratio <= cap, ratio, 0)
@@ -317,7 +317,7 @@ class TestTree:
     @pytest.mark.parametrize("kind", importance.SEQUENCE_CORRECTIONS)
     def test_on_policy_every_correction_is_opd(self, kind, tables):
         (student, teacher), _ = tables
-        columns = {"behavior_logprob": token_logprobs(student)}
+        columns = {"behavior_logprobs": token_logprobs(student)}
         found = sequence_gradients((student, teacher), "opd", {"importance": kind}, **columns)
         np.testing.assert_allclose(found, sequence_gradients((student, teacher), "opd"), atol=1e-12)
         assert batch_probabilities(student).sum() == pytest.approx(1, rel=1e-12)

@@ -32,8 +32,8 @@ def stored(teacher, k, token=0, dtype=None):
     ids = np.argsort(-teacher)[:k]
     return TokenInputs(
         jnp.asarray([token]),
-        teacher_ids=jnp.asarray(ids)[None],
-        teacher_top_logprob=jnp.asarray(logprobs[ids], dtype)[None],
+        teacher_top_ids=jnp.asarray(ids)[None],
+        teacher_top_logprobs=jnp.asarray(logprobs[ids], dtype)[None],
     )
 
 
@@ -152,17 +152,17 @@ def test_what_was_stored_does_what_the_teacher_itself_would(renormalize, diverge
     """
     student, teacher = (VocabTile(jnp.asarray(x)[None]) for x in pair)
     options = {"support_top_k": K, "renormalize": renormalize, "divergence": divergence}
-    row = TokenInputs(jnp.asarray([4]), teacher_logprob=teacher.logprob(jnp.asarray([4])))
+    row = TokenInputs(jnp.asarray([4]), teacher_logprobs=teacher.logprob(jnp.asarray([4])))
     loss, outputs = npd(student, teacher, row, **options)
     for count in (K, V):
         columns = stored(pair[1], count, 4)
         other, told = npd(student, None, columns, **options)
         np.testing.assert_allclose(other, loss, rtol=1e-12)
-        assert told.keys() == {"student_logprob"}
-    assert outputs.keys() == {"student_logprob", "reward", "kl"}
-    assert npd(student, None, row, kd_weight=0.0)[1].keys() == {"student_logprob", "reward"}
+        assert told.keys() == {"student_logprobs"}
+    assert outputs.keys() == {"student_logprobs", "rewards"}
+    assert npd(student, None, row, kd_weight=0.0)[1].keys() == {"student_logprobs", "rewards"}
     np.testing.assert_allclose(
-        outputs["reward"],
+        outputs["rewards"],
         pair[1][4] - pair[0][4] - teacher.logsumexp + student.logsumexp,
         rtol=1e-12,
     )
@@ -178,9 +178,11 @@ def test_ids_beyond_the_vocabulary_and_of_no_mass_are_in_no_support(pair):
     """
     student, row = np.append(pair[0], -np.inf), stored(pair[1], V)
     padded = TokenInputs(
-        row.token,
-        teacher_ids=jnp.append(row.teacher_ids, jnp.asarray([[V, V + 5]]), axis=1),
-        teacher_top_logprob=jnp.append(row.teacher_top_logprob, jnp.full((1, 2), -jnp.inf), axis=1),
+        row.tokens,
+        teacher_top_ids=jnp.append(row.teacher_top_ids, jnp.asarray([[V, V + 5]]), axis=1),
+        teacher_top_logprobs=jnp.append(
+            row.teacher_top_logprobs, jnp.full((1, 2), -jnp.inf), axis=1
+        ),
     )
     for renormalize, divergence in SUMS:
         options = {"support_top_k": V + 2, "renormalize": renormalize, "divergence": divergence}
@@ -215,8 +217,8 @@ class TestVariants(chex.TestCase):
         shaped = lambda x: x.reshape(3, 4, *x.shape[1:])
         row = TokenInputs(
             jnp.zeros((3, 4), int),
-            teacher_ids=shaped(ids),
-            teacher_top_logprob=shaped(teacher.logprob(ids)),
+            teacher_top_ids=shaped(ids),
+            teacher_top_logprobs=shaped(teacher.logprob(ids)),
         )
         batched = lambda s, row: npd(VocabTile(s), None, row, support_top_k=K)[0]
         losses = self.variant(jax.vmap(batched))(student, row)
@@ -240,8 +242,8 @@ def test_tiles_and_garbage_where_nothing_counts(rng):
     ids = teacher.top_k(K)
     columns = TokenInputs(
         jnp.asarray(rng.integers(0, V, (2, 5))),
-        teacher_ids=ids.reshape(2, 5, K),
-        teacher_top_logprob=teacher.logprob(ids).reshape(2, 5, K),
+        teacher_top_ids=ids.reshape(2, 5, K),
+        teacher_top_logprobs=teacher.logprob(ids).reshape(2, 5, K),
     )
     token_loss = lambda s, t, row: npd(s, t, row, support_top_k=K)
 
@@ -261,9 +263,9 @@ def test_tiles_and_garbage_where_nothing_counts(rng):
     chex.assert_trees_all_close(expected, other, rtol=1e-12)
     is_dead = (weights == 0)[:, :, None]
     garbage = TokenInputs(
-        jnp.where(weights == 0, 10**6, columns.token),
-        teacher_ids=jnp.where(is_dead, -(10**6), columns.teacher_ids),
-        teacher_top_logprob=jnp.where(is_dead, jnp.nan, columns.teacher_top_logprob),
+        jnp.where(weights == 0, 10**6, columns.tokens),
+        teacher_top_ids=jnp.where(is_dead, -(10**6), columns.teacher_top_ids),
+        teacher_top_logprobs=jnp.where(is_dead, jnp.nan, columns.teacher_top_logprobs),
     )
     # The state of column 1 speaks of column 2, and the last one of no column.
     dirty = jax.value_and_grad(tiled, argnums=(0, 1))(
@@ -292,8 +294,8 @@ def test_what_it_asks_of_a_teacher(options, needs, top_k):
 @pytest.mark.parametrize(
     ("columns", "options", "message"),
     [
-        ({}, {}, "npd reads 'teacher_ids', which this batch does not carry"),
-        ({"teacher_ids": jnp.zeros((1, 5), int)}, {}, "npd reads 'teacher_top_logprob'"),
+        ({}, {}, "npd reads 'teacher_top_ids', which this batch does not carry"),
+        ({"teacher_top_ids": jnp.zeros((1, 5), int)}, {}, "npd reads 'teacher_top_logprobs'"),
         (
             "stored",
             {},

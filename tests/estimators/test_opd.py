@@ -71,7 +71,7 @@ class TestOneContext:
     def test_the_full_baseline_makes_advantages_average_to_zero(self, logits):
         student, teacher = logits
         advantages = np.array(
-            [token_loss("vopd", {}, student, teacher, y)[1]["advantage"][0] for y in range(V)]
+            [token_loss("vopd", {}, student, teacher, y)[1]["advantages"][0] for y in range(V)]
         )
         assert np.abs(advantages).max() > 0.1
         assert abs(jax.nn.softmax(student) @ advantages) < 1e-12
@@ -116,17 +116,17 @@ def test_hand_worked_numbers():
     student, teacher = np.log([0.5, 0.25, 0.25]), np.log([0.25, 0.5, 0.25])
     ln2 = np.log(2.0)
     loss, outputs = token_loss("opd", {}, student, teacher, 0)
-    np.testing.assert_allclose(outputs["reward"][0], -ln2, rtol=1e-6)
+    np.testing.assert_allclose(outputs["rewards"][0], -ln2, rtol=1e-6)
     np.testing.assert_allclose(loss, ln2 * np.log(0.5), rtol=1e-6)
     loss, outputs = token_loss("vopd", {}, student, teacher, 0)
     np.testing.assert_allclose(outputs["kl"][0], ln2 / 4, rtol=1e-6)
-    np.testing.assert_allclose(outputs["advantage"][0], -0.75 * ln2, rtol=1e-6)
+    np.testing.assert_allclose(outputs["advantages"][0], -0.75 * ln2, rtol=1e-6)
     np.testing.assert_allclose(loss, 0.75 * ln2 * np.log(0.5), rtol=1e-6)
     # On the student's top two (renormalised to 2/3, 1/3 and 1/3, 2/3) the KL is (1/3) ln 2.
     _, outputs = token_loss(
         "vopd", {"baseline": "student_topk", "baseline_top_k": 2}, student, teacher, 0
     )
-    np.testing.assert_allclose(outputs["advantage"][0], -ln2 + ln2 / 3, rtol=1e-6)
+    np.testing.assert_allclose(outputs["advantages"][0], -ln2 + ln2 / 3, rtol=1e-6)
     assert "kl" not in outputs  # a truncated KL is not reported as the KL
 
 
@@ -203,7 +203,9 @@ class TestTree:
         ids=str,
     )
     def test_the_tiled_pass_gives_the_exact_gradient(self, name, options, tables):
-        columns = {"behavior_logprob": token_logprobs(tables[0])} if "importance" in options else {}
+        columns = (
+            {"behavior_logprobs": token_logprobs(tables[0])} if "importance" in options else {}
+        )
         found = self.expectation(tables, name, tuple(options.items()), **columns)
         np.testing.assert_allclose(found, exact_gradient(tables, options["discount"]), atol=1e-10)
 
@@ -252,12 +254,14 @@ OPTIONED = [  # every option, in few recipes
 
 def random_columns(rng, shape):
     """Every column that a recipe may read."""
-    normal = {key: rng.normal(size=shape) for key in ("advantage", "future_reward", "mean_reward")}
-    positive = {
-        "behavior_logprob": -rng.exponential(2, size=shape),
-        "loss_weight": rng.exponential(size=shape),
+    normal = {
+        key: rng.normal(size=shape) for key in ("advantages", "future_rewards", "mean_rewards")
     }
-    return normal | positive | {"uniform": rng.random((*shape, 2))}
+    positive = {
+        "behavior_logprobs": -rng.exponential(2, size=shape),
+        "loss_weights": rng.exponential(size=shape),
+    }
+    return normal | positive | {"uniforms": rng.random((*shape, 2))}
 
 
 class TestTransforms(chex.TestCase):
@@ -298,9 +302,9 @@ class TestTransforms(chex.TestCase):
 )
 def test_gradient_agrees_with_finite_differences_when_the_advantage_is_held(name, options, logits):
     student, teacher = logits
-    columns = {"future_reward": 0.3} if "discount" in options else {}
+    columns = {"future_rewards": 0.3} if "discount" in options else {}
     gradients, outputs = sample_gradients(name, options, student, teacher, [3], **columns)
-    surrogate = lambda x: -outputs["advantage"][0] * jax.nn.log_softmax(x)[3]
+    surrogate = lambda x: -outputs["advantages"][0] * jax.nn.log_softmax(x)[3]
     check_grads(surrogate, (jnp.asarray(student),), order=1, modes=["rev"])
     np.testing.assert_allclose(gradients[0], jax.grad(surrogate)(jnp.asarray(student)), rtol=1e-10)
 
@@ -310,17 +314,21 @@ def test_the_clipped_surrogate_agrees_with_finite_differences_when_the_advantage
     student, teacher = logits
     behavior = jax.nn.log_softmax(student) + np.array([-0.1, 0.1, 0.6, -0.6, 0.0, 0.9, -0.9])
     gradients, outputs = sample_gradients(
-        "opd", {"importance": "ppo_clip"}, student, teacher, behavior_logprob=behavior
+        "opd", {"importance": "ppo_clip"}, student, teacher, behavior_logprobs=behavior
     )
     surrogate = lambda x: clipped_policy_gradient_loss(
-        outputs["advantage"], jax.nn.log_softmax(x), behavior, 0.2, 0.28
+        outputs["advantages"], jax.nn.log_softmax(x), behavior, 0.2, 0.28
     )
     check_grads(surrogate, (jnp.asarray(student),), order=1, modes=["rev"])
     np.testing.assert_allclose(gradients, jax.jacrev(surrogate)(jnp.asarray(student)), atol=1e-12)
     assert 0 < np.sum(~np.any(gradients, axis=1)) < V
 
 
-GIVEN = ("advantage", "behavior_logprob", "uniform")  # by the batch; the other columns are prepared
+GIVEN = (
+    "advantages",
+    "behavior_logprobs",
+    "uniforms",
+)  # by the batch; the other columns are prepared
 COUPLED = [
     (
         "opd",
@@ -478,9 +486,9 @@ def test_what_a_recipe_reads_of_the_teacher(name, options, needs, rng):
     tile = VocabTile(jnp.asarray(rng.normal(size=(6, V)), jnp.float32))
     row = TokenInputs(
         jnp.zeros(shape, int),
-        teacher_logprob=-jnp.ones(shape),
-        behavior_logprob=-jnp.ones(shape),
-        advantage=jnp.ones(shape),
+        teacher_logprobs=-jnp.ones(shape),
+        behavior_logprobs=-jnp.ones(shape),
+        advantages=jnp.ones(shape),
     )
     flat = lambda tree: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
     if estimator.is_coupled:
@@ -494,22 +502,22 @@ def test_what_a_recipe_reads_of_the_teacher(name, options, needs, rng):
 @pytest.mark.parametrize(
     ("name", "options", "missing"),
     [
-        ("opd", {}, "a recipe reads 'teacher_logprob'"),
+        ("opd", {}, "a recipe reads 'teacher_logprobs'"),
         ("vopd", {}, "baseline full reads 'teacher'"),
         ("vopd", {"baseline": "optimal"}, "baseline optimal reads 'teacher'"),
-        ("vopd", {"baseline": "batch_mean"}, "baseline batch_mean reads 'mean_reward'"),
-        ("opd", {"discount": 0.5}, "discount reads 'future_reward'"),
-        ("opd", {"task_reward_coef": 0.5}, "task_reward_coef reads 'advantage'"),
-        ("opd", {"importance": "token_mask"}, "importance token_mask reads 'behavior_logprob'"),
-        ("opd", {"importance": "ppo_clip"}, "importance ppo_clip reads 'behavior_logprob'"),
-        ("opd", {"extra_draws": 2}, "extra_draws reads 'uniform'"),
+        ("vopd", {"baseline": "batch_mean"}, "baseline batch_mean reads 'mean_rewards'"),
+        ("opd", {"discount": 0.5}, "discount reads 'future_rewards'"),
+        ("opd", {"task_reward_coef": 0.5}, "task_reward_coef reads 'advantages'"),
+        ("opd", {"importance": "token_mask"}, "importance token_mask reads 'behavior_logprobs'"),
+        ("opd", {"importance": "ppo_clip"}, "importance ppo_clip reads 'behavior_logprobs'"),
+        ("opd", {"extra_draws": 2}, "extra_draws reads 'uniforms'"),
     ],
     ids=lambda x: x if isinstance(x, str) else str(x),
 )
 def test_a_column_that_is_missing_is_named(name, options, missing):
     tile, known = (
         VocabTile(jnp.zeros((1, 3))),
-        {} if missing.startswith("a recipe") else {"teacher_logprob": jnp.zeros(1)},
+        {} if missing.startswith("a recipe") else {"teacher_logprobs": jnp.zeros(1)},
     )
     with pytest.raises(ValueError, match=f"{missing}, which this batch does not carry"):
         TOKEN_LOSSES[name](tile, None, TokenInputs(jnp.zeros(1, int), **known), **options)
@@ -518,13 +526,13 @@ def test_a_column_that_is_missing_is_named(name, options, missing):
 def test_a_missing_behaviour_is_named_before_the_pass():
     estimator = bind("opd", {"importance": "sequence_mask"})
     row, tile = TokenInputs(jnp.zeros((1, 1), int)), VocabTile(jnp.zeros((1, 3)))
-    stats = {"student_logprob": tile.logprob(row.token[0])[None]}
-    with pytest.raises(ValueError, match="importance sequence_mask reads 'behavior_logprob'"):
+    stats = {"student_logprobs": tile.logprob(row.tokens[0])[None]}
+    with pytest.raises(ValueError, match="importance sequence_mask reads 'behavior_logprobs'"):
         estimator.prepare(row, stats, np.ones((1, 1), bool), jnp.ones((1, 1), int))
     with pytest.raises(ValueError, match="return_to_go expected reads 'teacher'"):
         coupling.token_stats(
             tile,
             None,
-            TokenInputs(row.token[0], teacher_logprob=jnp.zeros(1)),
+            TokenInputs(row.tokens[0], teacher_logprobs=jnp.zeros(1)),
             {"return_to_go": "expected"},
         )

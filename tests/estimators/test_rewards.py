@@ -33,7 +33,7 @@ BASELINES = {
     "batch_mean": ("vopd", {"baseline": "batch_mean"}),
 }
 TRANSFORMS = {"plain": {}, "floor": {"reward_floor": FLOOR}, "power": {"power_alpha": ALPHA}}
-MEAN = {"mean_reward": -0.37}
+MEAN = {"mean_rewards": -0.37}
 
 
 def floored_kl(student, teacher):
@@ -84,7 +84,7 @@ class TestExpectedGradients:
     def test_advantages_average_to_zero_under_the_full_baseline_of_their_own_reward(
         self, transform, logits
     ):
-        found = sample_gradients("vopd", TRANSFORMS[transform], *logits)[1]["advantage"]
+        found = sample_gradients("vopd", TRANSFORMS[transform], *logits)[1]["advantages"]
         assert np.abs(found).max() > 0.1
         assert abs(jax.nn.softmax(logits[0]) @ found) < 1e-12
         table = advantages(*tiles(*logits), baseline="full", **TRANSFORMS[transform])[0]
@@ -92,7 +92,7 @@ class TestExpectedGradients:
         without = advantages(*tiles(*logits), **TRANSFORMS[transform])[0]
         np.testing.assert_allclose(
             without,
-            sample_gradients("opd", TRANSFORMS[transform], *logits)[1]["advantage"],
+            sample_gradients("opd", TRANSFORMS[transform], *logits)[1]["advantages"],
             atol=1e-12,
         )
 
@@ -110,13 +110,13 @@ class TestExpectedGradients:
             # What is logged as the reward stays the log-ratio, whose mean is -KL, under every
             # transform.
             np.testing.assert_allclose(
-                jax.nn.softmax(logits[0]) @ outputs["reward"], -reverse_kl(*logits), rtol=1e-12
+                jax.nn.softmax(logits[0]) @ outputs["rewards"], -reverse_kl(*logits), rtol=1e-12
             )
 
     def test_a_student_that_is_the_teacher_gets_no_gradient(self, logits):
         for (name, options), how in itertools.product(BASELINES.values(), TRANSFORMS.values()):
             gradients, _ = sample_gradients(
-                name, options | how, logits[0], logits[0], mean_reward=0.0
+                name, options | how, logits[0], logits[0], mean_rewards=0.0
             )
             np.testing.assert_allclose(gradients, 0, atol=1e-14)
 
@@ -166,20 +166,22 @@ class TestExtraDraws:
             weight = np.prod(p[draws], axis=1)
             more = options | {"extra_draws": m}
             several, outputs = sample_gradients(
-                name, more, student, teacher, draws[:, 0], uniform=middle[draws[:, 1:]], **MEAN
+                name, more, student, teacher, draws[:, 0], uniforms=middle[draws[:, 1:]], **MEAN
             )
             np.testing.assert_allclose(several, np.mean(np.asarray(one)[draws], axis=1), atol=1e-12)
             np.testing.assert_allclose(weight @ several, exact, atol=1e-10)
             np.testing.assert_allclose(
                 weight @ np.sum(np.square(several - exact), axis=1), variance / (m + 1), rtol=1e-10
             )
-            assert outputs["advantage"].shape == (len(draws),)
+            assert outputs["advantages"].shape == (len(draws),)
 
     def test_what_does_not_belong_to_the_context_is_credited_to_the_first_draw_alone(self, logits):
         options = {"extra_draws": 2, "discount": 0.5, "task_reward_coef": 2.0}
-        columns = {"future_reward": 0.3, "advantage": -0.25, "uniform": np.full((V, 2), 0.5)}
+        columns = {"future_rewards": 0.3, "advantages": -0.25, "uniforms": np.full((V, 2), 0.5)}
         found, _ = sample_gradients("opd", options, *logits, **columns)
-        plain, _ = sample_gradients("opd", {"extra_draws": 2}, *logits, uniform=columns["uniform"])
+        plain, _ = sample_gradients(
+            "opd", {"extra_draws": 2}, *logits, uniforms=columns["uniforms"]
+        )
         score = np.eye(V) - jax.nn.softmax(logits[0])
         np.testing.assert_allclose(found - plain, -(0.3 - 0.5) * score, atol=1e-12)
 

@@ -158,7 +158,7 @@ def test_a_task_reward_adds_its_gradient_less_the_share_of_its_own_group_mean(gr
             jnp.asarray(reward[groups].reshape(-1)), jnp.ones(groups.size, bool), group, "mean"
         )
     ).reshape(groups.shape)
-    columns = {"advantage": np.repeat(credit[..., None], LENGTH, axis=2)}
+    columns = {"advantages": np.repeat(credit[..., None], LENGTH, axis=2)}
     of_reward = jax.grad(lambda x: jnp.sum(jnp.exp(sequence_logprobs(x)) * reward))(theta)
     for discount in (0.0, 1.0) if group == 2 else (0.0,):
         found = expectation(

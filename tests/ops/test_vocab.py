@@ -24,8 +24,8 @@ LENGTH = 5
 
 
 def cross_entropy(student, teacher, row):
-    logprob = student.logprob(row.token)
-    return -logprob, {"logprob": logprob, "ratio": jnp.exp(logprob - row.teacher_logprob)}
+    logprob = student.logprob(row.tokens)
+    return -logprob, {"logprob": logprob, "ratio": jnp.exp(logprob - row.teacher_logprobs)}
 
 
 def reverse_kl(student, teacher, row):
@@ -39,7 +39,7 @@ def topk_forward_kl(student, teacher, row):
     """
     ids, own = teacher.top_k(3), student.top_k(2)
     theirs, ours = teacher.logprob(ids), student.logprob(ids)
-    loss = jnp.sum(jnp.exp(theirs) * (theirs - ours), -1) + row.teacher_logprob * jax.nn.logsumexp(
+    loss = jnp.sum(jnp.exp(theirs) * (theirs - ours), -1) + row.teacher_logprobs * jax.nn.logsumexp(
         student.logprob(own), -1
     )
     return loss, {"ids": own, "mass": jnp.sum(jnp.exp(ours), -1), "kept": ours}
@@ -62,7 +62,7 @@ def problem(dtype=jnp.float64, seed=0, **head_options):
     tokens = rng.integers(0, head_options.get("valid_vocab", VOCAB), (ROWS, LENGTH))
     columns = TokenInputs(
         jnp.asarray(tokens, jnp.int32),
-        teacher_logprob=jnp.asarray(-rng.exponential(size=tokens.shape), dtype),
+        teacher_logprobs=jnp.asarray(-rng.exponential(size=tokens.shape), dtype),
     )
     teacher = normal(ROWS, LENGTH, TEACHER_WIDTH), teacher_head
     return normal(ROWS, LENGTH, WIDTH), head, jnp.asarray(weights, dtype), columns, teacher
@@ -201,7 +201,7 @@ def test_hidden_of_the_column_before_predicts_the_token():
     weights = jnp.array([[0.0, 1.0, 10.0, 100.0]])
 
     def loss(student, teacher, row):
-        logprob = student.logprob(row.token)
+        logprob = student.logprob(row.tokens)
         return -logprob, {
             "logprob": logprob,
             "kl": student.expect(student.logprobs - teacher.logprobs),
@@ -371,7 +371,7 @@ def test_tied_embedding_gets_both_parts(x64):
     _, head, weights, columns, teacher = problem()
 
     def through(loss, embedding):
-        states = jnp.tanh(embedding[columns.token] @ jnp.arange(16.0).reshape(4, 4) / 8)
+        states = jnp.tanh(embedding[columns.tokens] @ jnp.arange(16.0).reshape(4, 4) / 8)
         return loss(states, Head(embedding), weights, columns, teacher)[0]
 
     gradient = lambda loss: jax.jit(jax.grad(partial(through, loss)))(head.kernel)
@@ -403,7 +403,7 @@ def test_nothing_but_hidden_and_head_gets_a_gradient():
     gradients = jax.grad(loss, (0, 1, 2), allow_int=True)(*args[2:])
     for gradient in (
         gradients[0],
-        gradients[1].teacher_logprob,
+        gradients[1].teacher_logprobs,
         gradients[2][0],
         gradients[2][1].kernel,
     ):
@@ -453,8 +453,8 @@ def with_garbage(hidden, weights, columns, teacher):
     ]  # the shift
     spoil = lambda x, where, garbage: jnp.asarray(np.where(where, garbage, x), x.dtype)
     columns = TokenInputs(
-        spoil(columns.token, is_dead, 10**6),
-        teacher_logprob=spoil(columns.teacher_logprob, is_dead, np.nan),
+        spoil(columns.tokens, is_dead, 10**6),
+        teacher_logprobs=spoil(columns.teacher_logprobs, is_dead, np.nan),
     )
     return (
         spoil(hidden, is_unread, np.nan),
@@ -487,15 +487,15 @@ def test_garbage_where_the_weight_is_zero_changes_nothing(x64, token_loss, is_sh
 def test_recipe_undefined_where_the_weight_is_zero(x64):
     """Inputs of a dead slot are zeros; the infinity of a division by one must not leak."""
     hidden, head, weights, columns, _ = problem()
-    ratio = lambda s, t, row: (s.logprob(row.token) / row.teacher_logprob, None)
+    ratio = lambda s, t, row: (s.logprob(row.tokens) / row.teacher_logprobs, None)
     columns = TokenInputs(
-        columns.token, teacher_logprob=jnp.where(weights == 0, 0, columns.teacher_logprob)
+        columns.tokens, teacher_logprobs=jnp.where(weights == 0, 0, columns.teacher_logprobs)
     )
     actual = value_outputs_gradients(
         partial(tiled_loss, ratio, tile=5), hidden, head, weights, columns
     )
     safe = TokenInputs(
-        columns.token, teacher_logprob=jnp.where(weights == 0, -1, columns.teacher_logprob)
+        columns.tokens, teacher_logprobs=jnp.where(weights == 0, -1, columns.teacher_logprobs)
     )
     assert_close(
         actual,
@@ -542,7 +542,7 @@ def test_stats_inside_a_differentiated_function(x64):
 
     def loss(hidden):
         stats = tiled_stats(
-            lambda s, t, row: s.logprob(row.token), hidden, head, weights != 0, columns, tile=3
+            lambda s, t, row: s.logprob(row.tokens), hidden, head, weights != 0, columns, tile=3
         )
         return jnp.sum(stats * hidden[..., 0])
 
@@ -571,7 +571,7 @@ def test_sums_over_32768_tokens(dtype, tolerance):
     weights[:, 0] = 0
 
     loss = lambda h, k: tiled_loss(
-        lambda s, t, row: (-s.logprob(row.token), None),
+        lambda s, t, row: (-s.logprob(row.tokens), None),
         h,
         Head(k),
         weights,
@@ -693,7 +693,7 @@ def test_without_head_gradient_no_accumulator():
         Head(jnp.zeros((vocab, width))),
         TokenInputs(jnp.zeros((8, 16), jnp.int32)),
     )
-    loss = lambda s, t, row: (-s.logprob(row.token), None)
+    loss = lambda s, t, row: (-s.logprob(row.tokens), None)
 
     def compiled(head_grad):
         pass_ = lambda h, k: tiled_loss(
@@ -721,7 +721,7 @@ def test_head_gradient_is_added_in_place(monkeypatch):
         TokenInputs(jnp.zeros((8, 16), jnp.int32)),
     )
     loss = lambda h, k: tiled_loss(
-        lambda s, t, row: (-s.logprob(row.token), None), h, k, jnp.ones((8, 16)), columns, tile=8
+        lambda s, t, row: (-s.logprob(row.tokens), None), h, k, jnp.ones((8, 16)), columns, tile=8
     )[0]
     traced = jax.jit(jax.value_and_grad(loss, (0, 1))).trace(hidden, head)
     assert traced.lower().compile().memory_analysis().temp_size_in_bytes < vocab * width * 4
@@ -740,7 +740,7 @@ def test_shards_add_up_in_float32():
     )
     columns, weights = TokenInputs(jnp.zeros((8, 4), jnp.int32)), jnp.ones((8, 4))
     loss = lambda h, k: tiled_loss(
-        lambda s, t, row: (-s.logprob(row.token), None),
+        lambda s, t, row: (-s.logprob(row.tokens), None),
         h,
         k,
         weights,
@@ -768,7 +768,7 @@ def test_logits_of_ones_own(x64, token_loss, monkeypatch):
     )
     columns = TokenInputs(
         jnp.asarray(rng.integers(0, VOCAB, 6)),
-        teacher_logprob=jnp.asarray(-rng.exponential(size=6)),
+        teacher_logprobs=jnp.asarray(-rng.exponential(size=6)),
     )
     weights = jnp.asarray(rng.normal(size=6)).at[3].set(0)
 

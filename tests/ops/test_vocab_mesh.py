@@ -71,11 +71,11 @@ def problem(teacher_rows=V, bias=True):
     weights = jnp.asarray(rng.random((B, T)) * (rng.random((B, T)) < 0.7)).at[:, 0].set(0)
     columns = TokenInputs(
         jnp.asarray(rng.integers(0, V - 3, (B, T))),
-        uniform=jnp.asarray(rng.random((B, T, 3))),
-        teacher_ids=jnp.asarray(
+        uniforms=jnp.asarray(rng.random((B, T, 3))),
+        teacher_top_ids=jnp.asarray(
             rng.permuted(np.tile(np.arange(V - 3), (B, T, 1)), axis=2)[:, :, :6]
         ),
-        teacher_top_logprob=jnp.asarray(np.log(rng.dirichlet(np.ones(7), (B, T))[:, :, :6])),
+        teacher_top_logprobs=jnp.asarray(np.log(rng.dirichlet(np.ones(7), (B, T))[:, :, :6])),
         is_observed=jnp.ones((B, T), bool),
     )
     return normal(B, T, D), head, weights, columns, (normal(B, T, U), teacher_head)
@@ -117,7 +117,7 @@ def test_statistics(x64):
     hidden, head, weights, columns, teacher = problem()
 
     def stat(student, teacher, row):
-        drawn = student.draw(row.uniform)
+        drawn = student.draw(row.uniforms)
         return {
             "top": student.top_k(7),
             "drawn": drawn,
@@ -154,7 +154,7 @@ def test_a_head_that_the_mesh_does_not_divide_is_refused():
     hidden, _, weights, columns, _ = problem()
     with pytest.raises(ValueError, match="10 rows, which mesh.tensor 4 does not divide"):
         tiled_loss(
-            lambda s, t, row: (s.logprob(row.token), None),
+            lambda s, t, row: (s.logprob(row.tokens), None),
             hidden,
             Head(jnp.ones((10, D))),
             weights,

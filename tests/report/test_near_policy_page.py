@@ -9,7 +9,7 @@ import pytest
 from test_report import NASTY, metric, read, row, write_point, write_run
 
 from opdjax.config import Config, EstimatorConfig, NearPolicyConfig, TrainConfig
-from opdjax.report import near_policy, near_policy_charts, page, timeline
+from opdjax.report import near_policy, near_policy_charts, page, timeline, timeline_charts
 from opdjax.report.near_policy_charts import Histogram
 from opdjax.report.table import table
 from opdjax.runs.results import Span, read_filters, read_run, read_timeline
@@ -206,19 +206,24 @@ def refresh(tmp_path_factory):
     )
 
 
+def plain(text):
+    return text.replace("\u00a0", " ")
+
+
 # Staleness
 
 
 def test_whether_and_when_the_alarm_was_crossed_is_said_in_words(continuous):
     assert (
-        "KL(student || behaviour) of the tokens trained on first crossed 0.10 nats at step 51 (0.102) and was above it in 10 of 60 "
-        "measured steps, last in step 60; at most 0.12 nats a token at step 60. KL(student || behaviour) of all rollouts, kept or not, "
-        "first crossed 0.10 nats at step 40 (0.12) and was above it in 3 of 6 measured steps, last in step 60; at most 0.18 nats a token "
-        "at step 60."
+        "KL(student || behaviour) of trained tokens exceeded 0.10 nats in 10 of 60 measured steps,"
+        " first at step 51 (0.102), last at step 60; at most 0.12 nats a token at step 60."
+        " KL(student || behaviour) of all rollouts, kept or not, exceeded 0.10 nats in 3 of 6"
+        " measured steps, first at step 40 (0.12), last at step 60; at most 0.18 nats a token at"
+        " step 60."
     ) in continuous.all
     for chart in (
         "Age of the rollouts",
-        "Distance from the policy that drew",
+        "Distance from the behaviour policy",
         "Effective sample size",
     ):
         assert any(
@@ -233,15 +238,15 @@ def test_whether_and_when_the_alarm_was_crossed_is_said_in_words(continuous):
     [
         (
             [0.01, 0.0321, 0.02],
-            "of the tokens trained on never crossed 0.10 nats: at most 0.0321 nats a token at step 2.",
+            "of trained tokens never exceeded 0.10 nats: at most 0.0321 nats a token at step 2.",
         ),
         (
             [0.01, 0.132, 0.02],
-            "of the tokens trained on crossed 0.10 nats at step 2 alone (0.132).",
+            "of trained tokens exceeded 0.10 nats only at step 2 (0.132).",
         ),
         (
             [0.1, None, 0.0],
-            "of the tokens trained on never crossed 0.10 nats: at most 0.1 nats a token at step 1.",
+            "of trained tokens never exceeded 0.10 nats: at most 0.1 nats a token at step 1.",
         ),
     ],
 )
@@ -258,7 +263,10 @@ def test_curves_far_below_the_alarm_are_not_pressed_flat_by_it(tmp_path):
     rows = [
         ahead(step, **{"staleness/kl": 0.001, "staleness/kl_all": None}) for step in range(1, 5)
     ]
-    assert "All is far below 0.10 nats" in read(write_ahead(tmp_path / "run", metrics=rows)).all
+    assert (
+        "All values are far below 0.10 nats"
+        in read(write_ahead(tmp_path / "run", metrics=rows)).all
+    )
 
 
 def test_a_run_that_draws_anew_every_step_has_no_such_part(tmp_path):
@@ -281,14 +289,14 @@ def test_a_run_that_has_only_begun_has_no_such_part_either(tmp_path):
 
 def test_the_filter_is_told_in_words_with_its_counts(continuous):
     assert (
-        "Of 2,000 samples 75 % were kept; 20 % degenerate, 4 % disconnected, 1 % could not be scored."
-        in continuous.all
+        "Of 2,000 samples 75 % were kept; 20 % degenerate, 4 % disconnected,"
+        " 1 % could not be scored." in continuous.all
     )
     assert (
         "Right answers were kept more often than wrong ones (90 % against 52.5 %)."
         in continuous.all
     )
-    assert "Kept are samples with 0 ≤ Δ ≤ 0.8" in continuous.all
+    assert "Samples with 0 ≤ Δ ≤ 0.8 were kept" in continuous.all
     assert row(continuous, "all")[1:6] == ["2,000", "1,500", "400", "80", "20"]
     assert row(continuous, "12")[1:6] == ["100", "75", "20", "4", "1"]
     assert row(continuous, "0")[1] == "500"  # the steps that the first weights drew for
@@ -341,7 +349,7 @@ def test_a_bound_that_removed_nothing_is_named(tmp_path):
     parser = read(write_ahead(tmp_path / "run", filters=[idle]))
     assert "No sample was beyond the upper bound 0.8: it removed nothing in this run." in parser.all
     assert "−∞ ≤ Δ ≤ 0.8" in parser.all
-    assert "none degenerate, none disconnected" in parser.all
+    assert "0 % degenerate, 0 % disconnected" in parser.all
 
 
 def test_a_random_control_and_a_run_without_filter_say_so(tmp_path):
@@ -349,7 +357,7 @@ def test_a_random_control_and_a_run_without_filter_say_so(tmp_path):
     parser = read(
         write_ahead(tmp_path / "random", control, filters=[filter_document(filter="random")])
     )
-    assert "Kept were as many samples as 0 ≤ Δ ≤ 0.8 would keep, chosen at random" in parser.all
+    assert "As many samples as 0 ≤ Δ ≤ 0.8 would keep were kept, chosen at random" in parser.all
     bare = filter_document(
         filter="none",
         histogram={"edges": [], "counts": []},
@@ -409,8 +417,8 @@ def test_the_interval_of_a_share_is_wilsons():
 
 def test_the_learner_waits_only_until_rollouts_are_in_store(continuous):
     assert (
-        "Learner idle for generation after the first 4 steps: 1 % of its time (6.5 % of its time over the whole run)."
-        in continuous.all
+        "After the first 4 steps the learner waited for rollouts 1 % of its time"
+        " (6.5 % of its time over the whole run)." in continuous.all
     )
     assert row(continuous, "update")[1:3] == ["20", "16.8"]
     assert "Steps 1 to 20, span by span" in continuous.all
@@ -431,12 +439,13 @@ def test_waiting_is_counted_by_hand():
     ]
     assert timeline.waits(spans) == [(8.0, 10.0), (1.0, 2.0), (0.1, 4.0), (1.0, 4.0)]
     assert timeline.warm_after(timeline.waits(spans)) == 2
-    assert timeline.idle_sentence(spans) == (
-        "Learner idle for generation after the first 2 steps: 13.8\u00a0% of its time (50.5\u00a0% of its time over the whole run)."
+    assert plain(timeline.idle_sentence(spans)) == (
+        "After the first 2 steps the learner waited for rollouts 13.8 % of its time"
+        " (50.5 % of its time over the whole run)."
     )
     assert (
-        timeline.idle_sentence(spans[:4])
-        == "The learner waited for rollouts in every step: 75\u00a0% of its time over the whole run."
+        plain(timeline.idle_sentence(spans[:4]))
+        == "The learner waited for rollouts in every step: 75 % of its time over the whole run."
     )
 
 
@@ -457,39 +466,39 @@ def test_a_long_run_is_drawn_by_shares_of_time():
         Span("update", 0.5, 1.0, 1, 0),
         Span("update", 3.0, 2.0, 2, 0),
     ]
-    assert near_policy_charts.busy_shares(spans, np.array([0.0, 1.0, 2.0, 4.0, 6.0])).tolist() == [
+    assert timeline_charts.busy_shares(spans, np.array([0.0, 1.0, 2.0, 4.0, 6.0])).tolist() == [
         1.0,
         0.5,
         0.5,
         0.5,
     ]
     many = {"learner": [Span("update", float(step), 0.9, step, 0) for step in range(2000)]}
-    assert len(near_policy_charts.whole_run("run", many, 2000.0, (7.0,))) < 60_000
+    assert len(timeline_charts.whole_run("run", many, 2000.0, (7.0,))) < 60_000
 
 
 def test_both_ways_to_count_tokens_a_second(refresh):
     # 6 steps of 900 tokens: 0.75 s each of updates, the first left out; 26 s in all, 20 of them
     # drawing.
-    assert row(refresh, "learner alone, while it updates, its first update left out")[1:] == [
+    assert row(refresh, "learner alone, during updates, without the first")[1:] == [
         "4,500",
         "3.8",
         "1200",
     ]
-    assert row(refresh, "end to end, every second in which either worked or waited")[1:] == [
+    assert row(refresh, "end to end, every second in which a process worked or waited")[1:] == [
         "5,400",
         "26",
         "207.7",
     ]
     assert (
-        "on 1200 tokens a second while it updates, and on 208 end to end: 5.8 times fewer."
+        "on 1200 tokens a second during updates, and on 208 end to end, 5.8 times fewer."
         in refresh.all
     )
     assert [row(refresh, stage)[1:] for stage in ("train", "all stages")] == [
-        ["4.5", "17.3\u00a0%"],
-        ["26", "100\u00a0%"],
+        ["4.5", "17.3 %"],
+        ["26", "100 %"],
     ]
     stages = {cells[0]: cells[1:] for cells in refresh.rows if len(cells) == 3}
-    assert stages["generate"] == ["16", "61.5\u00a0%"]
+    assert stages["generate"] == ["16", "61.5 %"]
 
 
 def test_a_window_shows_a_wait_where_nobody_draws_later(tmp_path):
@@ -508,7 +517,7 @@ def test_a_window_shows_a_wait_where_nobody_draws_later(tmp_path):
 def test_one_of_the_two_timelines_is_enough(tmp_path):
     parser = read(write_ahead(tmp_path / "run", generator=in_turns()[1]))
     assert "generator" in [cells[0] for cells in parser.rows]
-    assert "Learner idle" not in parser.all
+    assert "the learner waited" not in parser.all
 
 
 # Files

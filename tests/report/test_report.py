@@ -12,7 +12,13 @@ import sys
 
 import pytest
 
-from opdjax.config import Config, EstimatorConfig, OptimizerConfig
+from opdjax.config import (
+    Config,
+    EstimatorConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplingConfig,
+)
 from opdjax.config.validation import to_dict
 from opdjax.report import charts, markup, measures, page, ranking
 from opdjax.report.page import write_report
@@ -229,11 +235,11 @@ class Parser(html.parser.HTMLParser):
         if "script" not in self.open and "style" not in self.open:
             self.text.append(data)
         if "td" in self.open or "th" in self.open:
-            self.rows[-1][-1] += data
+            self.rows[-1][-1] += data.replace("\u00a0", " ")
 
 
 def read(directory, **options):
-    """The page, parsed; every page is checked to be balanced, self-contained and free of nonsense."""
+    """The page, parsed and checked: balanced tags, self-contained, no nan, inf or None."""
     source = write_report(directory, **options).read_text()
     parser = Parser()
     parser.feed(source)
@@ -334,14 +340,14 @@ def test_each_token_carries_its_numbers(finished):
     assert row(finished, "3") == [
         "3",
         "1.500",
-        "50\u00a0%",
-        "87.5\u00a0%",
-        "‘3’\u00a087.5\u00a0%, ‘4’\u00a010\u00a0%",
+        "50 %",
+        "87.5 %",
+        "‘3’ 87.5 %, ‘4’ 10 %",
         "0.500",
         "1.000",
         "0",
     ]
-    assert row(finished, "!")[4] == "‘⏎’\u00a075\u00a0%, ‘!’\u00a020\u00a0%"
+    assert row(finished, "!")[4] == "‘⏎’ 75 %, ‘!’ 20 %"
     tokens = [
         attributes
         for name, attributes in finished.tags
@@ -351,6 +357,51 @@ def test_each_token_carries_its_numbers(finished):
         ("t for strong", "3: advantage 1.500", "0"),
         ("t against", "!: advantage −0.250", "-1"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sampling", "title"),
+    [
+        ("grpo", {"num_generations": 4}, "models/student ← graded answers"),
+        ("sft", {"completions_from": "references"}, "models/student ← reference answers"),
+    ],
+)
+def test_a_run_that_reads_no_teacher_says_so_and_nothing_else_of_one(
+    tmp_path, recipe, sampling, title
+):
+    settings = Config(
+        student=ModelConfig("models/student"),
+        estimator=EstimatorConfig(recipe=recipe),
+        sampling=SamplingConfig(**sampling),
+    )
+    of_teacher = {"kl/student_teacher": None, "perf/teacher_tokens": 0.0, "advantage/std": 0.5}
+    rows = [metric(step, **of_teacher) for step in range(1, 7)]
+    rows = [{name: v for name, v in row.items() if "kl/" not in name} for row in rows]
+    plain = sample(**dict.fromkeys(("teacher_logprobs", "teacher_top", "kl", "rewards")))
+    parser = read(write_run(tmp_path / "run", settings, metrics=rows, samples=[plain]))
+    assert title in parser.all
+    assert "The loss used no probabilities of a teacher." in parser.all
+    before_settings = parser.all[: parser.all.rindex("Settings")]
+    assert before_settings.count("teacher") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"recipe": "opd"}, "The teacher gave its probability of every trained token."),
+        ({"recipe": "vopd"}, "The teacher gave its next-token distribution at every position."),
+        (
+            {"recipe": "vopd", "baseline": "batch_mean"},
+            "The teacher gave its probability of every trained token.",
+        ),
+        ({"recipe": "npd"}, "The teacher gave its most likely tokens and their probabilities"),
+    ],
+)
+def test_what_the_teacher_gave_follows_from_recipe_and_options(tmp_path, options, expected):
+    settings = Config(estimator=EstimatorConfig(**options))
+    parser = read(write_run(tmp_path / "run", settings, **BARE))
+    assert expected in parser.all
+    assert "On-policy: the student sampled completions" in parser.all
 
 
 def test_a_run_that_is_going_on_says_how_far_it_is(tmp_path):
@@ -459,7 +510,7 @@ def test_a_recipe_without_advantages_is_coloured_by_kl(tmp_path):
         write_run(tmp_path / "run", samples=[sample(advantages=None, rewards=None)], **BARE)
     )
     assert "Shaded by KL(student || teacher)" in parser.all
-    assert row(parser, "3")[1] == "50\u00a0%"
+    assert row(parser, "3")[1] == "50 %"
 
 
 def test_a_token_without_a_finite_number_has_no_colour(tmp_path):
@@ -680,7 +731,10 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_importing_it_loads_neither_jax_nor_matplotlib():
-    code = "import sys, opdjax.report.page; sys.exit(bool({'jax', 'matplotlib', 'flax'} & set(sys.modules)))"
+    code = (
+        "import sys, opdjax.report.page;"
+        "sys.exit(bool({'jax', 'matplotlib', 'flax'} & set(sys.modules)))"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], cwd=pathlib.Path(__file__).parents[2], check=False

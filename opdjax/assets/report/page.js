@@ -1,4 +1,4 @@
-// What the table below a rollout says of a token, beside the token: on hover, on tap and with the arrow keys.
+// Shows the numbers of a token beside it: on hover, on tap and with the arrow keys. They come from the table below the rollout.
 (function () {
   "use strict";
   var tip = document.createElement("div");

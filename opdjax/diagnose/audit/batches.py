@@ -61,8 +61,8 @@ def _compile(states: States, each: Subject):
     extra, tile = each.num_draws - 1, states.spec.estimator.tile
     estimator = dataclasses.replace(each.estimator, tile=tile)
     spec = dataclasses.replace(states.spec, estimator=estimator)
-    uniform = states.inputs.row.uniform[:, :, :extra] if extra else None
-    columns = dataclasses.replace(states.inputs.row, uniform=uniform)
+    uniform = states.inputs.row.uniforms[:, :, :extra] if extra else None
+    columns = dataclasses.replace(states.inputs.row, uniforms=uniform)
     batch = dataclasses.replace(states.batch, teacher=None, uniforms=None)
     hidden, columns, teacher_hidden, batch = jax.tree.map(
         lambda x: x[: states.rows_at_once],
@@ -74,13 +74,15 @@ def _compile(states: States, each: Subject):
         teacher = (teacher_hidden, teacher_head) if estimator.teacher == "vocabulary" else None
         if estimator.teacher == "token":
             logprob = token_logprobs(teacher_hidden, teacher_head, batch, tile=tile)
-            columns = dataclasses.replace(columns, teacher_logprob=logprob)
+            columns = dataclasses.replace(columns, teacher_logprobs=logprob)
         if estimator.teacher == "top_k":
             top = top_logprobs(
                 teacher_hidden, teacher_head, batch, top_k=estimator.top_k, tile=tile
             )
             columns = dataclasses.replace(
-                columns, teacher_ids=top.top_ids, teacher_top_logprob=top.top_logprobs
+                columns,
+                teacher_top_ids=top.teacher_top_ids,
+                teacher_top_logprobs=top.teacher_top_logprobs,
             )
 
         def loss(hidden, head):

@@ -88,7 +88,7 @@ def enumerate_draws(
     repeated = lambda tile: VocabTile(jnp.repeat(tile.logits, vocab, axis=0))
     row = TokenInputs(
         jnp.tile(jnp.arange(vocab), n),
-        mean_reward=jnp.full(n * vocab, mean_reward, student.logits.dtype),
+        mean_rewards=jnp.full(n * vocab, mean_reward, student.logits.dtype),
     )
     loss, teachers = one.token_loss(), repeated(teacher)
     total = lambda logits: jnp.sum(loss(VocabTile(logits), teachers, row)[0])

@@ -129,7 +129,7 @@ def _scan_prompts(each: Subject, spec, params, teacher_head, rows, draws):
 
         def loss(params):
             inputs = vocabulary_inputs(params, batch, teacher_head, spec)
-            row = dataclasses.replace(columns, token=token, uniform=uniform)
+            row = dataclasses.replace(columns, tokens=token, uniforms=uniform)
             operands = inputs.hidden, inputs.head, weights, row, inputs.teacher
             return tiled_loss(each.token_loss(), *operands, tile=spec.estimator.tile)[0]
 
@@ -192,7 +192,7 @@ def _components(total, action, trajectory, squares, redraws: int, rollouts: int)
 
 def _columns(states: States, each: Subject) -> TokenInputs:
     """Return the prepared columns of the whole batch; tokens and uniforms are set draw by draw."""
-    columns = dataclasses.replace(states.inputs.row, uniform=None)
+    columns = dataclasses.replace(states.inputs.row, uniforms=None)
     if each.estimator is None:
         return columns
     estimator = dataclasses.replace(each.estimator, tile=states.spec.estimator.tile)
@@ -208,19 +208,19 @@ def num_uniforms(subjects: Sequence[Subject]) -> int:
 def _sampled_tokens(states: States, each: Subject):
     """Return the rollouts' tokens `[B, 1, T]` as the only draw, and uniforms of extra draws."""
     extra = each.num_draws - 1
-    uniforms = states.inputs.row.uniform[:, None, :, :extra] if extra else None
+    uniforms = states.inputs.row.uniforms[:, None, :, :extra] if extra else None
     return jnp.asarray(states.batch.tokens)[:, None], uniforms
 
 
 def _redraws(states: States, each: Subject):
     """Draw new tokens `[B, R, T]` at every context, with uniforms `[B, R, T, M]` of extra draws."""
-    first, extra = states.inputs.row.uniform[:, :, :NUM_REDRAWS], each.num_draws - 1
+    first, extra = states.inputs.row.uniforms[:, :, :NUM_REDRAWS], each.num_draws - 1
     tokens = states.per_token(
-        lambda student, teacher, row: each.drawn_from(student, teacher).draw(row.uniform),
-        uniform=first,
+        lambda student, teacher, row: each.drawn_from(student, teacher).draw(row.uniforms),
+        uniforms=first,
     )
     if not extra:
         return jnp.moveaxis(tokens, -1, 1), None
-    more = states.inputs.row.uniform[:, :, NUM_REDRAWS : NUM_REDRAWS * (1 + extra)]
+    more = states.inputs.row.uniforms[:, :, NUM_REDRAWS : NUM_REDRAWS * (1 + extra)]
     more = jnp.moveaxis(more.reshape(*more.shape[:2], NUM_REDRAWS, extra), 2, 1)
     return jnp.moveaxis(tokens, -1, 1), more

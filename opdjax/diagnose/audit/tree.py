@@ -65,7 +65,7 @@ def gradient_of(subject: Subject, student, teacher, behavior, rows, aggregation:
     at = lambda table: VocabTile(table[before.reshape(-1)])
     flat = lambda tree: jax.tree.map(lambda x: x.reshape(-1), tree)
     logprobs = at(behavior).logprob(tokens.reshape(-1)).reshape(tokens.shape)
-    columns = TokenInputs(tokens, behavior_logprob=logprobs)
+    columns = TokenInputs(tokens, behavior_logprobs=logprobs)
     if estimator.is_coupled:
         stats = estimator.token_stats(at(student), at(teacher), flat(columns))
         stats = jax.tree.map(lambda x: x.reshape(tokens.shape), stats)

@@ -178,11 +178,13 @@ def _lower_update(workload: Workload, mesh: Mesh) -> Any:
             batch, teacher=TeacherScores(hidden=field(dtype, *shape, width))
         )
     elif workload.needs != "none":
-        scores = TeacherScores(token_logprobs=field(jnp.float32, *shape))
+        scores = TeacherScores(teacher_logprobs=field(jnp.float32, *shape))
         if workload.needs == "top_k":
             top = (*shape, workload.top_k)
             scores = dataclasses.replace(
-                scores, top_ids=field(jnp.int32, *top), top_logprobs=field(jnp.float32, *top)
+                scores,
+                teacher_top_ids=field(jnp.int32, *top),
+                teacher_top_logprobs=field(jnp.float32, *top),
             )
         batch = dataclasses.replace(batch, teacher=scores)
     update = make_update(spec, config.optimizer, config.train.num_steps)

@@ -120,9 +120,9 @@ def annotate(setup: Setup, samples: Shard, directory: pathlib.Path) -> None:
     columns = {
         name: samples.columns[name] for name in ("prompt_id", "sample_id", "policy_version")
     } | {
-        "teacher_logprobs": of_tokens(found.token_logprobs),
-        "teacher_ids": of_tokens(found.top_ids) if top_k else nothing,
-        "teacher_top_logprobs": of_tokens(found.top_logprobs) if top_k else nothing,
+        "teacher_logprobs": of_tokens(found.teacher_logprobs),
+        "teacher_ids": of_tokens(found.teacher_top_ids) if top_k else nothing,
+        "teacher_top_logprobs": of_tokens(found.teacher_top_logprobs) if top_k else nothing,
         "teacher_nll": missing,
         "teacher_alone_nll": missing,
     }
@@ -130,7 +130,7 @@ def annotate(setup: Setup, samples: Shard, directory: pathlib.Path) -> None:
         plain = dataclasses.replace(scorer, head=dataclasses.replace(scorer.head, temperature=1.0))
         is_scored = config.sampling.temperature == 1
         columns["teacher_nll"] = (
-            _mean_nll(found.token_logprobs, mask) if is_scored else plain.nll(batch)
+            _mean_nll(found.teacher_logprobs, mask) if is_scored else plain.nll(batch)
         )
         alone = _alone(setup, samples.columns["tokens"], of_teacher=True)
         columns["teacher_alone_nll"] = plain.nll(alone)
@@ -140,7 +140,7 @@ def annotate(setup: Setup, samples: Shard, directory: pathlib.Path) -> None:
         "temperature": str(config.sampling.temperature),
         "num_tokens": num_tokens,
     }
-    facts["top_k"] = 0 if found.top_ids is None else found.top_ids.shape[2]
+    facts["top_k"] = 0 if found.teacher_top_ids is None else found.teacher_top_ids.shape[2]
     on_process_zero(
         lambda: shards.write_shard(
             directory, "annotations", samples.facts["number"], columns, facts
@@ -257,7 +257,7 @@ class _Scorer:
 
     def nll(self, batch: TrainBatch) -> np.ndarray:
         """Mean nats a token `[B]`."""
-        return _mean_nll(self.scores(batch, 0).token_logprobs, np.asarray(batch.mask))
+        return _mean_nll(self.scores(batch, 0).teacher_logprobs, np.asarray(batch.mask))
 
     def scores(self, batch: TrainBatch, top_k: int) -> TeacherScores:
         """Log-probs of the tokens, and the top k, in the columns of the batch."""
@@ -292,5 +292,5 @@ class _Scorer:
             mesh=mesh,
             top_k=top_k,
         )
-        found = to_host(TeacherScores(scores.token_logprobs, scores.top_ids, scores.top_logprobs))
+        found = to_host(dataclasses.replace(scores, hidden=None))
         return jax.tree.map(lambda x: unpack(x, source, batch.tokens.shape), found)
