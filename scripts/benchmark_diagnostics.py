@@ -41,7 +41,8 @@ from opdjax.estimators import estimator_of
 from opdjax.models.hf import load_params
 from opdjax.ops.tile import Head
 from opdjax.ops.vocab import TokenInputs, tiled_loss, tiled_stats
-from opdjax.rollouts.on_policy import draw, scored
+from opdjax.rollouts.on_policy import draw
+from opdjax.rollouts.scoring import scored
 from opdjax.rollouts.setup import prepare, update_spec
 
 FORMS = {

@@ -34,7 +34,8 @@ from opdjax.data.packing import answer_rows, pack, packing_metrics, to_train_bat
 from opdjax.data.prompts import collate, indices_at
 from opdjax.engine.update import init_state, make_optimizer, make_update
 from opdjax.models.hf import load_params
-from opdjax.rollouts.on_policy import _rollouts, scored
+from opdjax.rollouts.on_policy import step_rollouts
+from opdjax.rollouts.scoring import scored
 from opdjax.rollouts.setup import Setup, prepare, update_spec
 from opdjax.types import PromptBatch, Rollouts, TrainBatch
 
@@ -55,7 +56,7 @@ def setup_of(max_completion_length: int) -> Setup:
 
 
 def own_rollouts(setup: Setup, prompts: PromptBatch) -> Rollouts:
-    return _rollouts(setup, load_params(setup.student, "float32"), prompts, 0)
+    return step_rollouts(setup, load_params(setup.student, "float32"), prompts, 0)
 
 
 def long_tail(setup: Setup, prompts: PromptBatch) -> Rollouts:

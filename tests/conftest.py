@@ -53,3 +53,53 @@ def judge_server():
     """The base_url of a rule-based judge that never fails."""
     with serving() as base_url:
         yield base_url
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """(work directory of TINY, which nothing disturbed; the compiled updates that it made)."""
+    from tiny_runs import TINY, recorded_updates
+
+    from opdjax.train import train
+
+    workdir = tmp_path_factory.mktemp("tiny") / "run"
+    with recorded_updates() as updates:
+        train(TINY, workdir)
+    return workdir, updates
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny):
+    """Work directory of TINY, which nothing disturbed."""
+    return tiny[0]
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    """Directory of a pair of models that every mesh of eight devices divides."""
+    from mesh_pair import make_pair
+
+    directory = tmp_path_factory.mktemp("pair")
+    make_pair(directory)
+    return directory
+
+
+@pytest.fixture
+def gcs(monkeypatch, tmp_path):
+    """A server at which this process and its children find gs://; their scratch is in tmp_path."""
+    import fsspec
+    import gcsfs
+    from fake_gcs import FakeGcs
+
+    from opdjax.runs import object_store
+
+    with FakeGcs() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("OPDJAX_SCRATCH", str(tmp_path / "scratch"))
+        fsspec.config.set_conf_env(fsspec.config.conf)
+        object_store._file_system.cache_clear()
+        gcsfs.GCSFileSystem.clear_instance_cache()
+        yield server
+        object_store._file_system.cache_clear()
+        gcsfs.GCSFileSystem.clear_instance_cache()

@@ -1,20 +1,13 @@
-"""A tiny pair of random models that every mesh of eight devices divides, runs of it on the built-in
-task, and runs of several processes.
-"""
+"""A tiny pair of random models that every mesh of eight devices divides, and runs of it."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pathlib
-import socket
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from opdjax.config import (
     MINI_PAIR,
@@ -30,11 +23,9 @@ from opdjax.config import (
     SamplingConfig,
     TrainConfig,
 )
-from opdjax.config.validation import to_dict
 from opdjax.models.decoder import init_params
-from opdjax.models.hf import load_params, open_checkpoint
+from opdjax.models.hf import open_checkpoint
 from opdjax.models.hf_export import export
-from opdjax.runs.workdir import read_lines
 
 SIZES = {
     "hidden_size": 16,
@@ -71,7 +62,7 @@ def make_pair(directory: pathlib.Path) -> None:
 def mesh_config(directory: pathlib.Path, mesh: MeshConfig, **sections) -> Config:
     """Two steps of `vopd` on the pair; sections replace."""
     given = {
-        "data": DataConfig(max_prompt_length=32),
+        "data": DataConfig("arithmetic:train[:64]", max_prompt_length=32),
         "sampling": SamplingConfig(max_completion_length=12),
         "estimator": EstimatorConfig(
             recipe="vopd",
@@ -91,75 +82,3 @@ def mesh_config(directory: pathlib.Path, mesh: MeshConfig, **sections) -> Config
         "teacher": ModelConfig(str(directory / "teacher")),
     }
     return Config(**models, mesh=mesh, **given | sections)
-
-
-def numbers(workdir):
-    """The rows of metrics.jsonl, without times."""
-    rows = read_lines(workdir / "metrics.jsonl")
-    timed = ("time/", "perf/tokens_per_second")
-    return [
-        {name: value for name, value in row.items() if not name.startswith(timed)} for row in rows
-    ]
-
-
-def weights(workdir):
-    """The student that a finished run wrote."""
-    return load_params(open_checkpoint(workdir / "student"), "float32")
-
-
-def assert_same_run(workdir, other, rtol=1e-5):
-    """Weights and loss agree to `rtol`; other metrics, which may be differences of large numbers,
-    to 10 `rtol`.
-    """
-    for one, eight in zip(numbers(other), numbers(workdir), strict=True):
-        assert one.keys() == eight.keys()
-        for name in one:
-            if one[name] is None:  # no token has these positions
-                assert eight[name] is None
-                continue
-            tolerance = rtol * (10 if name != "loss/objective" else 1)
-            np.testing.assert_allclose(
-                eight[name], one[name], rtol=tolerance, atol=rtol, err_msg=name
-            )
-    norm = lambda leaves: sum(np.sum(x**2) for x in leaves) ** 0.5
-    found, expected = jax.tree.leaves(weights(workdir)), jax.tree.leaves(weights(other))
-    assert norm([a - b for a, b in zip(found, expected)]) <= rtol * norm(expected)
-
-
-def start(config, workdir, count=2, devices=2):
-    """Start `count` processes of one run with `devices` devices each; their stdout goes to files
-    next to the work directory.
-    """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    saved = workdir.with_suffix(".json")
-    saved.write_text(json.dumps({"config": to_dict(config)}))
-    started = []
-    for number in range(count):
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "JAX_NUM_CPU_DEVICES": str(devices),
-            "JAX_PROCESS_ID": str(number),
-            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-            "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
-        }
-        output = workdir.with_suffix(f".{number}.txt").open("w")
-        command = [sys.executable, "-m", "opdjax", "train", str(saved), "--workdir", str(workdir)]
-        started.append(
-            subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-        )
-    return started
-
-
-def finish(processes, workdir):
-    """Exit statuses and output of each process."""
-    try:
-        statuses = [process.wait(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return statuses, [
-        workdir.with_suffix(f".{number}.txt").read_text() for number in range(len(processes))
-    ]

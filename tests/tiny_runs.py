@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 import opdjax.rollouts.on_policy
+import opdjax.train
 from opdjax.config import (
     CheckpointConfig,
     Config,
@@ -36,7 +37,7 @@ from opdjax.runs.workdir import read_lines
 ROOT = pathlib.Path(__file__).parents[1]
 HANG = 300  # seconds after which a wait counts as a hang, on the slowest machine
 TINY = Config(
-    data=DataConfig(max_prompt_length=32),
+    data=DataConfig(source="arithmetic:train[:64]", max_prompt_length=32),
     sampling=SamplingConfig(max_completion_length=20),
     estimator=EstimatorConfig(recipe="vopd", tile=64),
     optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=2),
@@ -119,6 +120,22 @@ def assert_close_run(workdir, other, rtol=1e-5):
 
 
 @contextlib.contextmanager
+def recorded_updates():
+    """The compiled updates of the runs inside; `_cache_size()` counts the programs of one."""
+    made, real = [], opdjax.train.make_update
+
+    def make_update(*arguments):
+        made.append(real(*arguments))
+        return made[-1]
+
+    opdjax.train.make_update = make_update
+    try:
+        yield made
+    finally:
+        opdjax.train.make_update = real
+
+
+@contextlib.contextmanager
 def interrupted_at(batch):
     """Ctrl-C when the on-policy source collates training batch number `batch`, from 0."""
     module = opdjax.rollouts.on_policy
@@ -166,6 +183,7 @@ def start(config, workdir, *, files=None, devices=1, count=1, command="train", *
     """`opdjax train` (or `opdjax sample --store`) on this config in `count` processes of one run.
 
     The config and the output of each process lie next to `files`, by default the work directory.
+    `{number}` in an environment variable stands for the number of the process.
     """
     files = pathlib.Path(files or workdir)
     saved = save(config, files.with_suffix(".json"))
@@ -175,7 +193,8 @@ def start(config, workdir, *, files=None, devices=1, count=1, command="train", *
     started = []
     for number in range(count):
         of_group = {"JAX_PROCESS_ID": str(number), "JAX_COORDINATOR_ADDRESS": address}
-        given = environment(devices, **(of_group if count > 1 else {}), **variables)
+        own = {name: value.format(number=number) for name, value in variables.items()}
+        given = environment(devices, **(of_group if count > 1 else {}), **own)
         with files.with_suffix(f".{number}.txt").open("w") as output:
             started.append(
                 subprocess.Popen(arguments, env=given, stdout=output, stderr=subprocess.STDOUT)

@@ -14,6 +14,7 @@ from opdjax.config.validation import ConfigError
 from opdjax.engine.update import TrainState, init_state, make_optimizer
 from opdjax.models.decoder import abstract_params
 from opdjax.models.hf import Checkpoint, load_params
+from opdjax.models.hf_export import export_student
 from opdjax.models.lora import combine, init_adapters
 from opdjax.models.partitioning import shardings_of
 from opdjax.ops.sharding import abstract_like, make_mesh
@@ -21,7 +22,6 @@ from opdjax.rollouts.setup import open_student
 from opdjax.runs.checkpoint import Checkpointer
 from opdjax.runs.mirror import read_only_workdir
 from opdjax.runs.workdir import read_config
-from opdjax.train import _export_student
 
 
 def export_step(
@@ -51,7 +51,8 @@ def export_step(
         mesh, student = _export_mesh(config), open_student(config)
         trained = checkpointer.restore(wanted, _abstract_state(config, student, mesh)).params
         frozen = load_params(student, "float32", mesh) if config.lora.rank else None
-        return _export_student(config, student, combine(frozen, trained), out, dtype)
+        params = combine(frozen, trained)
+        return export_student(params, student, config.lora, config.student, out, dtype)
 
 
 def _abstract_state(config: Config, student: Checkpoint, mesh: Mesh) -> TrainState:

@@ -1,17 +1,15 @@
-"""Chat models that are asked over HTTP: where each is, how it answers, what it may cost. Standard
-library only.
-"""
+"""Chat models behind HTTP endpoints: address, sampling, limits and cost. Standard library only."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Literal
 
-from opdjax.config.validation import require, require_types
+from opdjax.config.validation import require, require_ranges, require_types
 
 RULE_JUDGE = "@rules"  # the built-in judge of the built-in task, in the run's own process
 
-# Fields of an endpoint that say how it is reached and paid, and not what it answers.
+# Fields of an endpoint that do not change its replies: how it is reached, and its limits and cost.
 TRANSPORT = (
     *("base_url", "api_key_env", "max_tokens_field", "timeout", "concurrency"),
     *("requests_per_minute", "tokens_per_minute", "input_price", "output_price"),
@@ -20,121 +18,97 @@ TRANSPORT = (
 
 @dataclasses.dataclass(frozen=True)
 class EndpointConfig:
-    """One role at the telephone: a model behind the OpenAI chat-completions protocol (vLLM, SGLang,
-    Gemini, OpenAI ...).
-    """
+    """A chat model behind an OpenAI-compatible endpoint (vLLM, SGLang, Gemini, OpenAI ...)."""
 
-    # Such as http://127.0.0.1:8000/v1; @rules: the judge without a model, which knows sums; empty:
-    # nobody has this role
+    # Address such as http://127.0.0.1:8000/v1; @rules: the built-in judge of the built-in task,
+    # which needs no model; empty: no model has this role.
     base_url: str = ""
-    model: str = ""  # as the server calls it
-    # The environment variable that holds the key; a key itself never stands in a config. Empty: the
-    # server wants none
+    # Name of the model on the server.
+    model: str = ""
+    # Name of the environment variable that holds the key; a config never contains the key itself.
+    # Empty: the server needs none.
     api_key_env: str = ""
-    temperature: float | None = None  # None: not sent, as some reasoning models want it
-    top_p: float | None = None  # None: not sent
-    seed: int | None = None  # None: not sent
-    reasoning_effort: Literal["minimal", "low", "medium", "high"] | None = None  # None: not sent
-    max_tokens: int = 8192  # of a reply
-    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = (
-        "max_tokens"  # what the server calls it
-    )
-    # How an answer is made JSON: a schema that the server enforces, its JSON mode, or the prompt's
-    # words alone
+    # Sampling temperature; None: not sent, as some reasoning models require.
+    temperature: float | None = None
+    # Nucleus sampling; None: not sent.
+    top_p: float | None = None
+    # Sampling seed; None: not sent.
+    seed: int | None = None
+    # Reasoning effort; None: not sent.
+    reasoning_effort: Literal["minimal", "low", "medium", "high"] | None = None
+    # Longest reply, in tokens.
+    max_tokens: int = 8192
+    # Name of that limit in requests to the server.
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    # How replies are made JSON: by a schema that the server enforces, by its JSON mode, or only by
+    # the prompt.
     output: Literal["json_schema", "json_object", "text"] = "json_schema"
-    timeout: float = 120.0  # seconds a request may take
-    concurrency: int = 32  # requests in flight
-    requests_per_minute: int = 0  # 0: no limit
-    tokens_per_minute: int = (
-        0  # of prompts and replies, foreseen as characters / 4 and max_tokens; 0: no limit
-    )
-    input_price: float = 0.0  # dollars a million tokens of prompts
-    output_price: float = 0.0  # dollars a million tokens of replies
+    # Longest duration of a request, in seconds.
+    timeout: float = 120.0
+    # Largest number of requests at the same time.
+    concurrency: int = 32
+    # Limit of requests per minute; 0: none.
+    requests_per_minute: int = 0
+    # Limit of tokens per minute, prompts and replies together. A request counts in advance as its
+    # characters / 4 and max_tokens. 0: none.
+    tokens_per_minute: int = 0
+    # Dollars per million tokens of prompts.
+    input_price: float = 0.0
+    # Dollars per million tokens of replies.
+    output_price: float = 0.0
 
     def __post_init__(self):
         require_types(self, "endpoint.")
-        require(
-            bool(self.base_url) == bool(self.model),
-            "endpoint.model",
-            self.model,
-            "a name where base_url is given, and only there",
-        )
-        is_address = self.base_url in ("", RULE_JUDGE) or self.base_url.startswith(
-            ("http://", "https://")
-        )
-        require(
-            is_address,
-            "endpoint.base_url",
-            self.base_url,
-            f"an address that starts with http:// or https://, or {RULE_JUDGE}",
-        )
-        # Would be a key: letters and figures of a variable's name are upper case in every system's
-        # habit.
-        is_name = not self.api_key_env or (
-            self.api_key_env.isidentifier() and self.api_key_env.isupper()
-        )
-        require(
-            is_name,
-            "endpoint.api_key_env",
-            "***",
-            "the NAME of an environment variable, in capital letters, never the key itself",
-        )
-        require(
-            self.temperature is None or self.temperature >= 0,
-            "endpoint.temperature",
-            self.temperature,
-            "0 or more",
-        )
-        require(
-            self.top_p is None or 0 < self.top_p <= 1,
-            "endpoint.top_p",
-            self.top_p,
-            "more than 0 and at most 1",
-        )
-        require(self.max_tokens > 0, "endpoint.max_tokens", self.max_tokens, "at least 1")
-        require(self.timeout > 0, "endpoint.timeout", self.timeout, "more than 0")
-        require(self.concurrency > 0, "endpoint.concurrency", self.concurrency, "at least 1")
-        for name in ("requests_per_minute", "tokens_per_minute", "input_price", "output_price"):
-            require(
-                getattr(self, name) >= 0,
-                f"endpoint.{name}",
-                getattr(self, name),
-                "0 (none) or more",
-            )
+        is_named = bool(self.base_url) == bool(self.model)
+        expected = "a name where base_url is given, and only there"
+        require(is_named, "endpoint.model", self.model, expected)
+        is_address = self.base_url.startswith(("http://", "https://"))
+        is_address |= self.base_url in ("", RULE_JUDGE)
+        expected = f"an address that starts with http:// or https://, or {RULE_JUDGE}"
+        require(is_address, "endpoint.base_url", self.base_url, expected)
+        # Anything but an upper-case identifier may be the key itself, so it is not printed.
+        is_name = self.api_key_env.isidentifier() and self.api_key_env.isupper()
+        expected = "the NAME of an environment variable, in capital letters, never the key itself"
+        require(is_name or not self.api_key_env, "endpoint.api_key_env", "***", expected)
+        ranges = {"temperature": "0 or more", "top_p": "more than 0 and at most 1"}
+        ranges |= {
+            "max_tokens": "at least 1",
+            "timeout": "more than 0",
+            "concurrency": "at least 1",
+        }
+        limits = ("requests_per_minute", "tokens_per_minute", "input_price", "output_price")
+        require_ranges(self, "endpoint.", ranges | dict.fromkeys(limits, "0 (none) or more"))
 
     @property
     def is_given(self) -> bool:
-        """Whether somebody has this role."""
+        """Whether a model has this role."""
         return bool(self.base_url)
 
 
 @dataclasses.dataclass(frozen=True)
 class ApiConfig:
-    """What all roles share."""
+    """Settings that all endpoints share."""
 
-    # SQLite file of replies, which several runs may share; empty: replies.sqlite in the work
-    # directory
+    # SQLite file of cached replies, which several runs may share; empty: replies.sqlite in the work
+    # directory.
     cache: str = ""
-    offline: bool = (
-        False  # answer from the cache alone; a reply that is not there ends the run and is named
-    )
-    # of the whole run, by the prices of its roles; a run that reaches it stops, with a checkpoint;
-    # 0: no cap
+    # Answer only from the cache. A missing reply ends the run with an error that names it.
+    offline: bool = False
+    # Largest cost of the whole run in dollars, by the prices of its endpoints. A run that reaches
+    # it saves a checkpoint and stops. 0: no cap.
     max_dollars: float = 0.0
-    # of a request after 408, 429, 5xx, a timeout or a broken connection; nothing else is tried
-    # again
+    # Retries of a request after status 408, 429 or 5xx, a timeout or a broken connection. Other
+    # errors are not retried.
     max_retries: int = 4
-    # Requests in a row, retries included, that fail before a role is taken for down; whoever says
-    # 429 is not down
+    # Failed requests in a row, retries included, after which an endpoint counts as down. Status 429
+    # does not count.
     breaker_failures: int = 5
-    # that nobody calls it then, before one request tries; all others wait for what comes of it
+    # Pause in seconds after an endpoint went down. Then a single request tests it while the others
+    # wait.
     breaker_seconds: float = 30.0
 
     def __post_init__(self):
         require_types(self, "api.")
-        require(self.max_dollars >= 0, "api.max_dollars", self.max_dollars, "0 (no cap) or more")
-        require(self.max_retries >= 0, "api.max_retries", self.max_retries, "0 or more")
-        require(
-            self.breaker_failures > 0, "api.breaker_failures", self.breaker_failures, "at least 1"
-        )
-        require(self.breaker_seconds >= 0, "api.breaker_seconds", self.breaker_seconds, "0 or more")
+        ranges = {"max_dollars": "0 (no cap) or more", "max_retries": "0 or more"}
+        ranges |= {"breaker_failures": "at least 1", "breaker_seconds": "0 or more"}
+        require_ranges(self, "api.", ranges)

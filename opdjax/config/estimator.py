@@ -5,7 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from opdjax.config.recipes import RECIPES
+from opdjax.config.recipes import (
+    DEFAULT_RECIPE,
+    RECIPES,
+    ROPD_PRINTED,
+    ROPD_RELEASE,
+    RecipeName,
+)
 from opdjax.config.validation import require, require_types
 
 
@@ -13,9 +19,7 @@ from opdjax.config.validation import require, require_types
 class EstimatorConfig:
     """The recipe and its options. None: the recipe's default; `recipes.py` has all defaults."""
 
-    recipe: Literal[
-        "opd", "vopd", "full_kl", "topk_kl", "npd", "sft", "grpo", "ropd", "tjudge", "ropd_stages"
-    ] = "vopd"
+    recipe: RecipeName = DEFAULT_RECIPE
     # What the summed token losses are divided by, over the whole batch.
     aggregation: Literal[
         "token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "fixed_denominator"
@@ -124,15 +128,4 @@ class EstimatorConfig:
         return {name: value for name, value in given.items() if value is not None}
 
 
-# ROPD as released, and as its paper prints it (arXiv 2605.07396, section 2.2 and algorithm 1).
-ROPD_CODE = EstimatorConfig(
-    "ropd", "token_mean", advantage="mean", clip_low=0.2, clip_high=0.28, dual_clip=3.0
-)
-ROPD_PAPER = EstimatorConfig(
-    "ropd",
-    "sequence_mean_token_mean",
-    advantage="mean_std",
-    clip_low=0.2,
-    clip_high=0.28,
-    dual_clip=0.0,
-)
+ROPD_CODE, ROPD_PAPER = EstimatorConfig(**ROPD_RELEASE), EstimatorConfig(**ROPD_PRINTED)

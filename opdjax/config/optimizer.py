@@ -5,43 +5,35 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from opdjax.config.validation import require, require_types
+from opdjax.config.validation import require, require_ranges, require_types
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW."""
 
-    learning_rate: float = 1e-5  # the peak
-    schedule: Literal["constant", "linear", "cosine"] = (
-        "cosine"  # after the warm-up, down to 0 at the last step
-    )
-    warmup_steps: int = 0  # rising linearly from 0
+    # Learning rate after the warm-up.
+    learning_rate: float = 1e-5
+    # Learning rate after the warm-up: constant, or falling to 0 at the last step.
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    # Steps in which the learning rate rises linearly from 0.
+    warmup_steps: int = 0
+    # Decay rate of Adam's mean of gradients.
     b1: float = 0.9
+    # Decay rate of Adam's mean of squared gradients.
     b2: float = 0.999
+    # Added to Adam's denominator.
     epsilon: float = 1e-8
+    # Decoupled weight decay; norms and biases are not decayed. 0: off.
     weight_decay: float = 0.0
-    max_grad_norm: float = 1.0  # global norm that gradients are clipped to; 0: no clipping
+    # Clip gradients to this global norm; 0: off.
+    max_grad_norm: float = 1.0
 
     def __post_init__(self):
         require_types(self, "optimizer.")
-        require(
-            self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "more than 0"
-        )
-        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
-        require(
-            0 <= self.b1 < 1 and 0 <= self.b2 < 1,
-            "optimizer.b1, b2",
-            (self.b1, self.b2),
-            "each at least 0 and less than 1",
-        )
-        require(self.epsilon > 0, "optimizer.epsilon", self.epsilon, "more than 0")
-        require(
-            self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 (off) or more"
-        )
-        require(
-            self.max_grad_norm >= 0,
-            "optimizer.max_grad_norm",
-            self.max_grad_norm,
-            "0 (off) or more",
-        )
+        ranges = {"learning_rate": "more than 0", "warmup_steps": "0 or more"}
+        ranges |= {"epsilon": "more than 0"}
+        ranges |= dict.fromkeys(("weight_decay", "max_grad_norm"), "0 (off) or more")
+        require_ranges(self, "optimizer.", ranges)
+        betas, expected = (self.b1, self.b2), "each at least 0 and less than 1"
+        require(all(0 <= b < 1 for b in betas), "optimizer.b1, b2", betas, expected)

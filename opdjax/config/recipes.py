@@ -7,77 +7,23 @@ A new recipe is one row here and one function there. Standard library only.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from opdjax.config.validation import ConfigError, require
+from opdjax.config.options import Option, Rule, fixes, needs
+from opdjax.config.validation import ConfigError, in_range, require
 
+RecipeName = Literal[
+    "opd", "vopd", "full_kl", "topk_kl", "npd", "sft", "grpo", "ropd", "tjudge", "ropd_stages"
+]
+DEFAULT_RECIPE: RecipeName = "vopd"
+# Recipes by their part in a comparison.
+PLAIN: RecipeName = "opd"
+WITH_BASELINE: RecipeName = "vopd"
+EXACT: RecipeName = "full_kl"
 TeacherNeed = Literal["none", "token", "top_k", "vocabulary"]
 RewardKind = Literal["none", "task", "scalar", "rubric", "stages"]
 CompletionsFrom = Literal["student", "teacher", "references"]
-
-# Ranges that options may be held to, by the words an error message uses.
-RANGES: Mapping[str, Callable[[Any], bool]] = {
-    "at least 1": lambda x: x >= 1,
-    "from 0 to 1": lambda x: 0 <= x <= 1,
-    "0 (off) or more": lambda x: x >= 0,
-    "0 (off), or more than 1": lambda x: x == 0 or x > 1,
-    "less than 0 (nats)": lambda x: x < 0,
-    "more than 0": lambda x: x > 0,
-    "more than 0 and less than 1": lambda x: 0 < x < 1,
-    "K * K numbers, row by row, for K stages": lambda x: (
-        len(x) > 1 and math.isqrt(len(x)) ** 2 == len(x)
-    ),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """A condition that an option sets on another one (`other`, or `aggregation`) when it is given.
-
-    `accepted`: values, or the name of one of `RANGES`. With `is_needed` the other option, its
-    default included, must have an accepted value; without, it may be left out, and if it is given
-    it must have an accepted value. `values`: the rule holds for these values alone; empty: for all.
-    """
-
-    other: str
-    accepted: tuple[Any, ...] | str = ()
-    is_needed: bool = False
-    values: tuple[Any, ...] = ()
-
-    def accepts(self, value: Any) -> bool:
-        """Whether the other option may have this value."""
-        if isinstance(self.accepted, str):
-            return value is not None and RANGES[self.accepted](value)
-        return value in self.accepted
-
-    @property
-    def expected(self) -> str:
-        """The accepted values in words."""
-        if isinstance(self.accepted, str):
-            return self.accepted
-        return " or ".join(map(str, self.accepted)) or "none"
-
-
-def needs(other: str, *accepted: Any, values: tuple[Any, ...] = ()) -> Rule:
-    """The option is read only where `other` has one of the accepted values."""
-    return Rule(other, accepted, True, values)
-
-
-def fixes(other: str, *accepted: Any, values: tuple[Any, ...] = ()) -> Rule:
-    """Where the option is given, `other` is left out or has one of the accepted values."""
-    return Rule(other, accepted, False, values)
-
-
-@dataclasses.dataclass(frozen=True)
-class Option:
-    """An option of a recipe: its default, the values it accepts, and what it asks of others."""
-
-    default: Any = None
-    choices: tuple[Any, ...] = ()  # empty: all values of the field's type
-    range: str | None = None  # a key of RANGES
-    rules: tuple[Rule, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +45,12 @@ class Recipe:
     # The options, defaults included, under which loss and gradient are 0 at student = teacher: one
     # of these sets of accepted values; none: never.
     zero_at_teacher: tuple[Mapping[str, tuple[Any, ...]], ...] = ()
+    # The KL whose gradient the recipe advertises; reverse is KL(student || teacher). option: that
+    # of the option `divergence`; own: another objective.
+    target: Literal["reverse", "forward", "option", "own"] = "own"
+    # Weight of the cross-entropy of the given token; None: 1 - kd_weight.
+    cross_entropy: float | None = 0.0
+    audited: tuple[Mapping[str, Any], ...] = ()  # options under which `opdjax audit` measures it
 
     @property
     def is_rewarded(self) -> bool:
@@ -133,6 +85,19 @@ class Recipe:
             for case in self.zero_at_teacher
         )
 
+    def advertised(self, options: Mapping[str, Any]) -> str:
+        """`reverse` or `forward`, the KL whose gradient is advertised; `own` for neither."""
+        if self.target == "option":
+            divergence = self.with_defaults(options)["divergence"]
+            return divergence if divergence in _DIRECTIONS else "own"
+        return "own" if any(options.get(name) for name in _ALTERING) else self.target
+
+    def cross_entropy_weight(self, options: Mapping[str, Any]) -> float:
+        """Weight of -log student(y) of the given token y in the loss."""
+        if self.cross_entropy is None:
+            return 1 - self.with_defaults(options)["kd_weight"]
+        return self.cross_entropy
+
     def teacher_need(self, options: Mapping[str, Any]) -> TeacherNeed:
         """What is read of the teacher under these options."""
         if options.get("kd_weight") == 0:
@@ -158,7 +123,9 @@ class Recipe:
             require(
                 not option.choices or value in option.choices, field, value, self._choices(name)
             )
-            require(option.range is None or RANGES[option.range](value), field, value, option.range)
+            require(
+                option.range is None or in_range(value, option.range), field, value, option.range
+            )
             for rule in option.rules:
                 self._check_rule(name, value, rule, options, aggregation)
         found = self.with_defaults(options)
@@ -200,6 +167,7 @@ DEFAULT_CAPS = {  # of importance_cap
     "prefix_truncate": 2.0,
 }
 _CORRECTIONS = ("none", *DEFAULT_CAPS, "ppo_clip")
+_ALTERING = ("reward_floor", "power_alpha", "prefix_weight", "discount")  # change the objective
 _SAMPLED = {  # options of recipes that sample tokens and score them
     "discount": Option(0.0, range="from 0 to 1"),
     "return_to_go": Option(
@@ -313,6 +281,7 @@ _STAGES = {
     ),
     "stage_token_mean": Option(False, rules=(fixes("aggregation", "token_mean", values=(True,)),)),
 }
+_COARSE = {"renormalize": "none", "outside": "tail"}
 _UNREWARDED = {"task_reward_coef": (None, 0.0)}
 
 RECIPES: Mapping[str, Recipe] = {
@@ -328,6 +297,16 @@ RECIPES: Mapping[str, Recipe] = {
             is_policy_gradient=True,
             completions=("student",),
             zero_at_teacher=(_UNREWARDED,),
+            target="reverse",
+            audited=(
+                {},
+                {"extra_draws": 3},
+                {"reward_floor": -2.0},
+                {"power_alpha": 0.5},
+                {"discount": 1.0},
+                {"discount": 1.0, "return_to_go": "expected"},
+                {"prefix_weight": 0.5},
+            ),
         ),
         Recipe(
             "vopd",
@@ -346,6 +325,14 @@ RECIPES: Mapping[str, Recipe] = {
             is_policy_gradient=True,
             completions=("student",),
             zero_at_teacher=(_UNREWARDED,),
+            target="reverse",
+            audited=(
+                {"baseline": "full"},
+                *({"baseline": "student_topk", "baseline_top_k": k} for k in (5, 20, 100)),
+                {"baseline": "optimal"},
+                {"baseline": "batch_mean"},
+                {"baseline": "full", "discount": 1.0, "return_to_go": "expected"},
+            ),
         ),
         Recipe(
             "full_kl",
@@ -355,6 +342,8 @@ RECIPES: Mapping[str, Recipe] = {
             "vocabulary",
             {**_FULL, **_STATE},
             zero_at_teacher=({},),
+            target="option",
+            audited=tuple({"divergence": name} for name in _FULL["divergence"].choices),
         ),
         Recipe(
             "topk_kl",
@@ -368,6 +357,16 @@ RECIPES: Mapping[str, Recipe] = {
                 {"renormalize": ("both",)},
                 {"outside": ("tail",)},
             ),
+            audited=(
+                {"support": "student", "support_top_k": 8},
+                {"support": "student", "support_top_k": 8, "renormalize": "none"},
+                {"support": "student", "support_top_k": 8, **_COARSE},
+                {"support": "union", "support_top_k": 8, **_COARSE},
+                {"convention": "verl", "support_top_k": 8},
+                {"convention": "tunix", "support_top_k": 8},
+                {"convention": "trl", "support_top_k": 8, "divergence": "forward"},
+                {"convention": "thunlp", "support_top_k": 8},
+            ),
         ),
         Recipe(
             "npd",
@@ -377,6 +376,8 @@ RECIPES: Mapping[str, Recipe] = {
             "top_k",
             {**_NPD, **_STATE},
             zero_at_teacher=({"kd_weight": (1.0,), "renormalize": ("both",)},),
+            cross_entropy=None,
+            audited=({}, {"kd_weight": 1.0}),
         ),
         Recipe(
             "sft",
@@ -385,6 +386,9 @@ RECIPES: Mapping[str, Recipe] = {
             "none",
             {},
             completions=("teacher", "references"),
+            target="forward",
+            cross_entropy=1.0,
+            audited=({},),
         ),
         Recipe(
             "grpo",
@@ -441,3 +445,20 @@ def recipe_named(name: str) -> Recipe:
     if name not in RECIPES:
         raise ConfigError(f"there is no recipe {name!r}; expected one of {sorted(RECIPES)}")
     return RECIPES[name]
+
+
+# ROPD as released, and as its paper prints it (arXiv 2605.07396, section 2.2 and algorithm 1):
+# fields of `EstimatorConfig`.
+ROPD_RELEASE = {
+    "recipe": "ropd",
+    "aggregation": "token_mean",
+    "advantage": "mean",
+    "clip_low": 0.2,
+    "clip_high": 0.28,
+    "dual_clip": 3.0,
+}
+ROPD_PRINTED = ROPD_RELEASE | {
+    "aggregation": "sequence_mean_token_mean",
+    "advantage": "mean_std",
+    "dual_clip": 0.0,
+}

@@ -5,69 +5,58 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from opdjax.config.validation import require, require_types
+from opdjax.config.validation import require_ranges, require_types
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """Who writes the completions that are trained on, and how they are drawn."""
+    """The completions that are trained on, and how they are sampled."""
 
-    num_generations: int = 1  # completions per prompt
-    max_completion_length: int = 512  # tokens, stop token included
-    temperature: float = (
-        1.0  # the student is scored at this temperature too where it is the student that is sampled
-    )
-    top_p: float = 1.0  # 1: off
-    top_k: int = 0  # 0: off
-    min_p: float = 0.0  # 0: off
-    stop_token_ids: tuple[int, ...] = ()  # beside the end-of-sequence ids of the checkpoint
-    completions_from: Literal["student", "teacher", "references"] = (
-        "student"  # student: on-policy; references: the data's own answers
-    )
-    # Mesh axes that the weights rollouts are drawn with lie split over; with fsdp they would be
-    # sent anew for every token.
+    # Completions per prompt.
+    num_generations: int = 1
+    # Longest completion in tokens, including the stop token.
+    max_completion_length: int = 512
+    # Temperature of sampling. The student's own samples are also scored at it.
+    temperature: float = 1.0
+    # Nucleus sampling: keep the most likely tokens up to this total probability; 1: off.
+    top_p: float = 1.0
+    # Keep this many of the most likely tokens; 0: off.
+    top_k: int = 0
+    # Keep tokens of at least this share of the largest probability; 0: off.
+    min_p: float = 0.0
+    # Further stop tokens, besides the checkpoint's end-of-sequence ids.
+    stop_token_ids: tuple[int, ...] = ()
+    # Who writes the completions. student: on-policy samples; teacher: samples of the teacher;
+    # references: the data's own answers.
+    completions_from: Literal["student", "teacher", "references"] = "student"
+    # Mesh axes that shard the weights while sampling. With fsdp they would be gathered again for
+    # every token.
     split_over: tuple[Literal["fsdp", "tensor"], ...] = ("tensor",)
-    # Rows decoded at a time; a finished one makes place for the next. None: all of a step, the
-    # fastest where memory allows and lengths are alike. A multiple of mesh.data x mesh.fsdp.
+    # Rows decoded at a time; a finished row makes room for the next. Must be a multiple of
+    # mesh.data x mesh.fsdp. None: all rows of a step, the fastest if memory allows and lengths are
+    # similar.
     slots: int | None = None
-    # Of stored keys and values; auto: as the forward pass. int8 takes half of bfloat16's memory and
-    # draws from a distribution a little off the one that is trained. On the mini pair log-probs are
-    # off by 0.004 nats on average and 0.11 at most (bfloat16: 0.0024 and 0.04): slightly off-policy
-    # data, whose behaviour log-probs are of what was truly drawn from.
+    # Dtype of cached keys and values; auto: that of the forward pass. int8 halves bfloat16's memory
+    # and samples from a slightly different distribution than the trained one: on the mini pair
+    # log-probs differ by 0.004 nats on average and 0.11 at most (bfloat16: 0.0024 and 0.04). The
+    # stored behaviour log-probs are those of the distribution sampled from.
     kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
 
     def __post_init__(self):
         require_types(self, "sampling.")
-        require(
-            self.num_generations > 0, "sampling.num_generations", self.num_generations, "at least 1"
-        )
+        require_ranges(self, "sampling.", {"num_generations": "at least 1"})
         require_sampling("sampling", self)
-        require(
-            self.slots is None or self.slots > 0,
-            "sampling.slots",
-            self.slots,
-            "at least 1, or none for all rows",
-        )
-        require(
-            0 <= self.min_p < 1, "sampling.min_p", self.min_p, "at least 0 (off) and less than 1"
-        )
+        ranges = {"slots": "at least 1, or none for all rows"}
+        require_ranges(self, "sampling.", ranges | {"min_p": "at least 0 (off) and less than 1"})
 
     @property
     def has_filter(self) -> bool:
-        """Whether some tokens cannot be drawn."""
+        """Whether some tokens cannot be sampled."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
 
 def require_sampling(section: str, sampling: Any) -> None:
-    """The fields that drawing rollouts and drawing answers share."""
-    require(
-        sampling.max_completion_length > 0,
-        f"{section}.max_completion_length",
-        sampling.max_completion_length,
-        "at least 1",
-    )
-    require(sampling.temperature > 0, f"{section}.temperature", sampling.temperature, "more than 0")
-    require(
-        0 < sampling.top_p <= 1, f"{section}.top_p", sampling.top_p, "more than 0 and at most 1"
-    )
-    require(sampling.top_k >= 0, f"{section}.top_k", sampling.top_k, "0 (off) or more")
+    """Check the fields that the sampling of rollouts and of evaluations share."""
+    ranges = {"max_completion_length": "at least 1", "temperature": "more than 0"}
+    ranges |= {"top_p": "more than 0 and at most 1", "top_k": "0 (off) or more"}
+    require_ranges(sampling, f"{section}.", ranges)

@@ -13,7 +13,7 @@ RENAMED_KEYS = {"sampling.source": "sampling.completions_from"}
 
 
 def upgrade(saved: dict[str, Any]) -> dict[str, Any]:
-    """A saved config under today's keys and values, with the defaults of the fields added since."""
+    """A saved config with today's keys and values; fields added since have their defaults."""
     upgraded = {
         name: dict(value) if isinstance(value, dict) else value for name, value in saved.items()
     }
@@ -31,12 +31,8 @@ def upgrade(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def _built_in_name(path: str) -> str:
-    """`@mini_teacher` or `@mini_student` for a path that early versions saved; other paths as they
-    are.
-    """
-    name = {"teacher": MINI_TEACHER, "student": MINI_STUDENT}.get(path.rpartition("/")[2])
-    return (
-        name
-        if name and path.endswith(f"/opdjax/assets/mini_pair/{path.rpartition('/')[2]}")
-        else path
-    )
+    """`@mini_teacher` or `@mini_student` for the paths that early versions saved for them."""
+    directory, _, role = path.rpartition("/")
+    names = {"teacher": MINI_TEACHER, "student": MINI_STUDENT}
+    is_built_in = directory.endswith("/opdjax/assets/mini_pair") and role in names
+    return names[role] if is_built_in else path

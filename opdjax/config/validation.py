@@ -1,5 +1,5 @@
-"""How settings are read, checked and dumped: whatever the sections are, a wrong name or type is
-refused by name. Standard library only.
+"""Reads, checks and dumps settings. Errors name the field and what was expected. Standard library
+only.
 """
 
 from __future__ import annotations
@@ -9,36 +9,74 @@ import difflib
 import functools
 import json
 import math
+import re
 import types
 import typing
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-_MAX_INT = 2**31 - 1  # what jax indexes and counts with
+_MAX_INT = 2**31 - 1  # the largest integer of jax's default type
+# Ranges of values, by the words of an error message.
+_RANGES: Mapping[str, Callable[[Any], bool]] = {
+    "less than 0": lambda x: x < 0,
+    "0 or more": lambda x: x >= 0,
+    "0, or more than 1": lambda x: x == 0 or x > 1,
+    "from 0 to 1": lambda x: 0 <= x <= 1,
+    "at least 0 and less than 1": lambda x: 0 <= x < 1,
+    "more than 0": lambda x: x > 0,
+    "more than 0 and at most 1": lambda x: 0 < x <= 1,
+    "more than 0 and less than 1": lambda x: 0 < x < 1,
+    "at least 1": lambda x: x >= 1,
+    "at least 2": lambda x: x >= 2,
+    "-1 or at least 1": lambda x: x == -1 or x >= 1,
+    "K * K numbers, row by row, for K stages": lambda x: (
+        len(x) > 1 and math.isqrt(len(x)) ** 2 == len(x)
+    ),
+}
 
 
 class ConfigError(ValueError):
-    """A field that does not exist, or a value that the field does not take."""
+    """A field that does not exist, or a value that the field does not accept."""
 
 
 class MissingExtraError(ImportError):
     """A package of an optional extra is not installed."""
 
 
-hints_of = functools.cache(
-    typing.get_type_hints
-)  # evaluates every annotation anew: most of the time that a sweep's configs take to read
+# Cached: it evaluates every annotation, which takes most of the time of reading a sweep's configs.
+hints_of = functools.cache(typing.get_type_hints)
 
 
 def require(is_met: bool, field: str, value: Any, expected: str) -> None:
-    """Raise a ConfigError that names the field, what it is and what was expected."""
+    """Raise a ConfigError with the field, its value and what was expected, unless `is_met`."""
     if not is_met:
         raise ConfigError(f"{field} is {value!r}; expected {expected}")
 
 
-def convert(hint: Any, value: Any, path: str) -> Any:
-    """The value as the type that is asked for, or a ConfigError: nothing is guessed but an int for
-    a float.
+def require_ranges(section: Any, path: str, ranges: Mapping[str, str]) -> None:
+    """Check fields of a section against ranges in words, such as `{"every": "0 (off) or more"}`.
+    None is accepted.
     """
+    for name, expected in ranges.items():
+        value = getattr(section, name)
+        require(value is None or in_range(value, expected), path + name, value, expected)
+
+
+def in_range(value: Any, words: str) -> bool:
+    """Whether a value is in a range that is given in words. Words in parentheses, and ", or none
+    ..." at the end, are ignored.
+    """
+    return _RANGES[re.sub(r" \([^)]*\)|, or none.*", "", words)](value)
+
+
+def require_default(section: Any, path: str, name: str, reason: str) -> None:
+    """Check that a field has its default; `reason` continues "expected DEFAULT ..."."""
+    value, default = getattr(section, name), type(section).__dataclass_fields__[name].default
+    require(value == default, path + name, value, f"{default} {reason}")
+
+
+def convert(hint: Any, value: Any, path: str) -> Any:
+    """The value as the annotated type, or a ConfigError. Only an int for a float is converted."""
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, path + ".")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -54,14 +92,10 @@ def convert(hint: Any, value: Any, path: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{path} is {value!r}; expected a list")
         return tuple(convert(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if (
-        hint is float
-        and isinstance(value, int)
-        and not isinstance(value, bool)
-        and abs(value) < 1e300
-    ):
+    is_bool = isinstance(value, bool)
+    if hint is float and isinstance(value, int) and not is_bool and abs(value) < 1e300:
         return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+    if not isinstance(value, hint) or (is_bool and hint is not bool):
         raise ConfigError(f"{path} is {value!r}; expected {hint.__name__}")
     if hint is float and not math.isfinite(value):
         raise ConfigError(f"{path} is {value!r}; expected a finite number")
@@ -71,8 +105,8 @@ def convert(hint: Any, value: Any, path: str) -> Any:
 
 
 def require_types(section: Any, path: str = "") -> None:
-    """What is made in Python is held to the types that a file is held to: a wrong one would surface
-    only when it is read back.
+    """Check a section made in Python as if it were read from a file; otherwise a wrong type would
+    be found only when its config.json is read back.
     """
     for name, hint in hints_of(type(section)).items():
         value = getattr(section, name)
@@ -92,13 +126,12 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type, values: dict[str, Any], path: str = "") -> Any:
-    """The strict inverse of `to_dict`: an unknown field is refused with the nearest valid name, a
-    wrong type by name.
+    """The strict inverse of `to_dict`: ConfigError for an unknown field, with the nearest valid
+    name, and for a wrong type.
     """
     if not isinstance(values, dict):
-        raise ConfigError(
-            f"{path.rstrip('.') or 'the config'} is {values!r}; expected a section with named fields"
-        )
+        where = path.rstrip(".") or "the config"
+        raise ConfigError(f"{where} is {values!r}; expected a section with named fields")
     hints = hints_of(cls)
     for name in values:
         if name not in hints:
@@ -107,14 +140,14 @@ def from_dict(cls: type, values: dict[str, Any], path: str = "") -> Any:
 
 
 def nearest(name: str, valid: typing.Iterable[str]) -> str:
-    """`did you mean 'x'?`, or the list of valid names where none is near."""
+    """`did you mean 'x'?`, or the list of valid names if none is similar."""
     valid = sorted(valid)
     close = difflib.get_close_matches(name, valid, n=1)
     return f"did you mean {close[0]!r}?" if close else f"expected one of {valid}"
 
 
 def differences(left: dict[str, Any], right: dict[str, Any], path: str = "") -> list[str]:
-    """`field: left -> right` for every leaf in which two dumped configs differ."""
+    """`field: left -> right` for every field in which two dumped configs differ."""
     found = []
     for name in sorted(left.keys() | right.keys()):
         a, b = left.get(name), right.get(name)

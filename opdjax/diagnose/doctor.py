@@ -41,7 +41,7 @@ from opdjax.rollouts.checks import (
     with_student_as_teacher,
 )
 from opdjax.rollouts.findings import Finding
-from opdjax.rollouts.on_policy import with_credit
+from opdjax.rollouts.rows import with_option_columns
 from opdjax.rollouts.setup import (
     Setup,
     load_student,
@@ -117,7 +117,8 @@ def first_batch(setup: Setup, num_prompts: int) -> FirstBatch:
     rollouts = sample(params, prompts, config.seed, 0, config=model, decoding=decoding)
     batch = to_train_batch(rollouts, prompts)
     if reads_scores(config):  # otherwise rewards need whole groups, and no check reads them
-        batch, _ = with_credit(setup, batch, rollouts)
+        data = setup.prompts, setup.tokenizer
+        batch, _ = with_option_columns(batch, rollouts, config, *data)
     teacher = setup.teacher
     answers = _greedy(setup, teacher.params, teacher.checkpoint.config, for_teacher(prompts))
     scores = _teacher_logprobs(setup, batch)

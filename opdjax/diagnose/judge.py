@@ -32,7 +32,7 @@ def examine_judge(config: Config) -> Iterator[Finding]:
         tempfile.TemporaryDirectory() as scratch,
         background_judge(config, pathlib.Path(scratch)) as background,
     ):
-        source = JudgedSource(setup, pathlib.Path(scratch), 0, background)
+        source = JudgedSource(setup, pathlib.Path(scratch), background)
         try:
             found = [judgement for judgements in source.judge(rollouts) for judgement in judgements]
         except ApiError as error:

@@ -46,7 +46,9 @@ def observed(token_loss: Callable) -> Callable:
         loss, outputs = token_loss(student, teacher, row)
         if row.is_observed is None:
             return loss, outputs
-        stats = lambda: diagnostics.vocabulary_stats(student, teacher, row.tokens)
+        # Detached outside the cond: differentiating through it would change the update's program.
+        tiles = jax.lax.stop_gradient((student, teacher))
+        stats = lambda: diagnostics.vocabulary_stats(*tiles, row.tokens)
         # Computed from the loss, so that on a mesh the zeros vary over the same devices as the
         # statistics.
         zero = lambda x: jnp.where(True, 0, loss).astype(x.dtype)

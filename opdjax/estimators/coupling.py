@@ -40,10 +40,10 @@ def token_stats(
     stats = {"student_logprobs": student_logprobs}
     teacher_logprobs = row.teacher_logprobs if teacher is None else teacher.logprob(row.tokens)
     if teacher_logprobs is not None:
-        how = {name: options.get(name) for name in REWARD_OPTIONS}
+        transform = {name: options.get(name) for name in REWARD_OPTIONS}
         stats |= {
             "gap": sampled_reward(teacher_logprobs, student_logprobs),
-            "rewards": sampled_reward(teacher_logprobs, student_logprobs, **how),
+            "rewards": sampled_reward(teacher_logprobs, student_logprobs, **transform),
         }
         if options.get("return_to_go") == "expected":
             teacher = needed(teacher, "teacher", "return_to_go expected")

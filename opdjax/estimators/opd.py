@@ -264,7 +264,7 @@ def _estimate(
         else teacher.logprob(row.tokens)
     )
     immediate = h(teacher_logprobs, student_logprobs) - value
-    # What does not depend on this context's distribution alone; extra draws know nothing of it.
+    # These terms do not depend on the token alone, so the extra draws leave them out.
     later = jnp.zeros_like(immediate)
     if discount:
         later += needed(row.future_rewards, "future_rewards", "discount")

@@ -95,6 +95,23 @@ def export_adapter(
             save_file(tensors, staging / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
+def export_student(
+    params: Params,
+    source: Checkpoint,
+    lora: LoraConfig,
+    student: ModelConfig,
+    out: pathlib.Path,
+    dtype: str | None,
+) -> pathlib.Path:
+    """Export the student to `out`, and its adapters, if it has any, to `OUT_adapter`; returns
+    `out`.
+    """
+    export(params, source, out, dtype)
+    if lora.rank:
+        export_adapter(params, source, lora, student, out.with_name(f"{out.name}_adapter"))
+    return out
+
+
 @contextlib.contextmanager
 def _new_directory(out: pathlib.Path) -> Iterator[pathlib.Path]:
     """A staging directory that becomes `out` on success; process zero creates and moves it.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from opdjax.config.recipes import PLAIN
 from opdjax.report import audit_charts
 from opdjax.report.audit_charts import Entry
-from opdjax.report.audit_words import EXACT, PLAIN, Document, named, ratio, short
+from opdjax.report.audit_words import EXACT, Document, named, ratio, short
 from opdjax.report.charts import grid
 from opdjax.report.markup import (
     Html,

@@ -5,18 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from opdjax.config.recipes import PLAIN
 from opdjax.report import audit_charts
 from opdjax.report.audit_charts import PARTS, Entry
-from opdjax.report.audit_words import (
-    EXACT,
-    PLAIN,
-    Document,
-    is_pitfall,
-    named,
-    ratio,
-    short,
-    subject,
-)
+from opdjax.report.audit_words import EXACT, Document, is_pitfall, named, ratio, short, subject
 from opdjax.report.charts import grid, swatches
 from opdjax.report.markup import (
     Html,

@@ -14,10 +14,6 @@ Document = dict[str, Any]
 KL = {"reverse": "KL(student || teacher)", "forward": "KL(teacher || student)"}
 CLOSE = 1.0  # degrees within which an estimator points along a direction: rounding is less
 EXACT = 1e-9  # enumeration is in float64
-# The estimator that noise and cost are compared with: opd without options.
-PLAIN = next(
-    name for name, row in RECIPES.items() if row.is_policy_gradient and row.teacher == "token"
-)
 _SHORT = {"baseline_top_k": "k", "support_top_k": "k", "renormalize": "renorm."}
 
 

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from opdjax.report import measures
-from opdjax.report.markup import Html, count, section, table, table_row, tabs, tag
+from opdjax.report.markup import Html, count, prompt_text, section, table, table_row, tabs, tag
 from opdjax.report.ranking import Ranked, label
-from opdjax.report.rollouts import prompt_text
 from opdjax.runs.results import Run
 
 _PROMPTS = 6  # shown

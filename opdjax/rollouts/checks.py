@@ -19,7 +19,6 @@ import numpy as np
 
 from opdjax.config import DataConfig
 from opdjax.config.evaluation import EvaluationConfig
-from opdjax.config.recipes import RECIPES
 from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, render
 from opdjax.data.prompts import PromptSet
 from opdjax.engine.evaluate import last_tokens
@@ -329,7 +328,7 @@ def check_sampling_filter(setup: Setup, rollouts: Rollouts | None = None) -> Fin
         found += f": it removes {1 - np.exp(-mean):.2%} of the mass"
         found += f" ({mean:.2g} nats a token, at most {np.max(removed, initial=0):.2g})"
     recipe, advice = config.estimator.recipe, "set top_p 1, top_k 0 and min_p 0"
-    if RECIPES[recipe].is_policy_gradient:
+    if config.recipe.is_policy_gradient:
         why = f"recipe {recipe!r} weighs tokens as if sampled from the unfiltered student"
         problem = fault(
             found, f"{why}, so its gradient is biased", f"{advice}, or use an exact divergence"
@@ -351,14 +350,14 @@ def _altered_sampling(evaluation: EvaluationConfig) -> str | None:
 def check_staleness(setup: Setup) -> list[Finding]:
     """Warn if tokens of an older policy are weighted as if the current student had sampled them."""
     config, near = setup.config, setup.config.near_policy
-    recipe, options = RECIPES[config.estimator.recipe], config.estimator.options
+    recipe, options = config.recipe, config.estimator.options
     is_stale = near.schedule == "refresh" or near.max_staleness > 0
     # Recipes of rewards have an importance ratio of their own.
     is_corrected = recipe.is_rewarded or options.get("importance", "none") != "none"
     if not is_stale or not recipe.is_policy_gradient or is_corrected:
         return []
     problem = warning(
-        f"recipe {config.estimator.recipe!r} treats tokens of an older policy as its own samples"
+        f"recipe {recipe.name!r} treats tokens of an older policy as its own samples"
         ", so its gradient is biased",
         "set estimator.importance, or use a divergence, which needs no sampled token",
     )

@@ -1,8 +1,8 @@
-"""Privileged context from judges: the teacher of each rollout is shown its rubric, its verdicts, or
-a reflection on it.
+"""Privileged context from judges: the teacher of each rollout reads its rubric, its verdicts, or a
+reflection on it.
 
-The prompts of a teacher are then as many as there are rollouts. Self-distillation is the case where
-that teacher is the student itself: the same weights, told what was wrong.
+There is then one teacher prompt per rollout. In self-distillation that teacher is the student: the
+same weights, but with the judge's text in the prompt.
 """
 
 from __future__ import annotations
@@ -21,62 +21,55 @@ from opdjax.types import PromptBatch
 
 
 def per_rollout(prompts: PromptBatch, size: int) -> PromptBatch:
-    """The prompts, each as often as it has rollouts."""
-    fields = ("tokens", "mask", "prompt_id")
-    return PromptBatch(
-        **{name: np.repeat(np.asarray(getattr(prompts, name)), size, axis=0) for name in fields}
-    )
+    """The prompts, each repeated for its `size` rollouts."""
+    repeat = lambda x: np.repeat(np.asarray(x), size, axis=0)
+    return PromptBatch(repeat(prompts.tokens), repeat(prompts.mask), repeat(prompts.prompt_id))
 
 
 def with_context(
-    setup: Setup, prompts: PromptBatch, judged: Sequence[Sequence[Judgement]] | None
+    setup: Setup, prompts: PromptBatch, judgements: Sequence[Sequence[Judgement]] | None
 ) -> tuple[PromptBatch, np.ndarray]:
-    """The prompts of the step by rollout with what the teacher is shown of each, and which rollouts
-    have that; `judged` on the lead.
+    """The prompts by rollout `[B]` with their teacher prompts, and which rollouts have one.
+
+    `judgements` are given on process zero, and None in the others.
     """
-    size = setup.config.sampling.num_generations
-    rows = per_rollout(prompts, size)
+    rows = per_rollout(prompts, setup.config.sampling.num_generations)
     count = len(rows.prompt_id)
-    # Whatever goes wrong with it ends all processes: the lead alone knows what was said.
-    ids = on_process_zero(lambda: _context_ids(setup, rows, judged))
-    width = int(
-        from_process_zero(lambda: np.array(padded_width(max(map(len, ids)) or 1)), np.array(0))
-    )
+    ids = on_process_zero(lambda: _context_ids(setup, rows, judgements))
+    width = from_process_zero(lambda: np.array(padded_width(max(map(len, ids)) or 1)), np.array(0))
 
     def padded() -> np.ndarray:
-        tokens = np.full((count, width), -1, np.int32)
+        tokens = np.full((count, int(width)), -1, np.int32)
         for row, found in enumerate(ids):
-            tokens[row, width - len(found) :] = found
+            tokens[row, int(width) - len(found) :] = found
         return tokens
 
-    tokens = from_process_zero(padded, np.zeros((count, width), np.int32))
+    tokens = from_process_zero(padded, np.zeros((count, int(width)), np.int32))
     mask = tokens >= 0
-    return dataclasses.replace(
-        rows, teacher_tokens=np.maximum(tokens, 0), teacher_mask=mask
-    ), mask.any(axis=1)
+    rows = dataclasses.replace(rows, teacher_tokens=np.maximum(tokens, 0), teacher_mask=mask)
+    return rows, mask.any(axis=1)
 
 
 def _context_ids(
-    setup: Setup, rows: PromptBatch, judged: Sequence[Sequence[Judgement]]
+    setup: Setup, rows: PromptBatch, judgements: Sequence[Sequence[Judgement]]
 ) -> list[tuple[int, ...]]:
-    """Token ids of each rollout's teacher prompt; none where its judgement is missing, or longer
-    than the config allows.
+    """Token ids of each rollout's teacher prompt; () if it was not judged or if the prompt is
+    longer than `data.max_teacher_prompt_length`.
     """
     data, size = setup.config.data, setup.config.sampling.num_generations
     found: list[tuple[int, ...]] = [()] * len(rows.prompt_id)
-    for place, judgements in enumerate(judged):
-        for judgement in judgements:
+    for place, group in enumerate(judgements):
+        for judgement in group:
             for number, sample in enumerate(judgement.group.samples):
                 if judgement.scores[number] is None:
                     continue
-                said = {
+                texts = {
                     "rubric": rubric_text(judgement),
                     "verdicts": verdict_text(judgement, number),
+                    "reflection": judgement.reflections[number] if judgement.reflections else "",
                 }
-                said["reflection"] = judgement.reflections[number] if judgement.reflections else ""
-                row = setup.prompts.prompts[int(rows.prompt_id[place * size + sample])]
-                ids = teacher_prompt_ids(row, data, setup.teacher.tokenizer, said)
-                found[place * size + sample] = (
-                    ids if len(ids) <= data.max_teacher_prompt_length else ()
-                )
+                rollout = place * size + sample
+                row = setup.prompts.prompts[int(rows.prompt_id[rollout])]
+                ids = teacher_prompt_ids(row, data, setup.teacher.tokenizer, texts)
+                found[rollout] = ids if len(ids) <= data.max_teacher_prompt_length else ()
     return found

@@ -1,4 +1,7 @@
-"""Checks that a run's data, models and devices satisfy its config, before anything is computed."""
+"""Checks that a run's data, models and devices satisfy its config, before anything is computed.
+
+All raise ConfigError, or MissingExtraError if a package is not installed.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import importlib.util
 
 import jax
 
-from opdjax.config.recipes import RECIPES
 from opdjax.config.run import Config
 from opdjax.config.validation import ConfigError, MissingExtraError, require
 from opdjax.data.grading import require_grader
@@ -15,105 +17,108 @@ from opdjax.data.prompts import PromptSet
 from opdjax.estimators.advantage import credit_matrix
 
 
-def _require_reward_data(config: Config, rows: list[Prompt]) -> None:
-    """What the rewards are made of is there."""
+def require_given_answers(config: Config, rows: list[Prompt]) -> None:
+    """Training on references needs one in every row."""
     data = config.data
+    if config.sampling.completions_from == "references" and data.references is None:
+        reason = "training on the data's own answers needs them"
+        column = data.reference_column or "references"
+        require_field(rows, "references", column, data.source, reason)
+
+
+def require_reward_data(config: Config, rows: list[Prompt]) -> None:
+    """The data, packages and settings that the rewards need must be there."""
+    data, rubrics, estimator = config.data, config.rubrics, config.estimator
     if config.is_judged and all(row.answer is not None for row in rows):
-        require_grader(
-            config.evaluation.grader
-        )  # scores are recorded beside right answers where these are known
-    if config.estimator.task_reward_coef or RECIPES[config.estimator.recipe].reward == "task":
+        require_grader(config.evaluation.grader)  # the record of scores contains right answers
+    if estimator.task_reward_coef or config.recipe.reward == "task":
         require_grader(config.evaluation.grader)
-        require_field(
-            rows, "answer", data.answer_column or "answer", data.source, "a task reward needs them"
-        )
-    if config.rubrics.stage_names:  # before a judge is paid
-        estimator, count = config.estimator, len(config.rubrics.stage_names)
+        column = data.answer_column or "answer"
+        require_field(rows, "answer", column, data.source, "a task reward needs them")
+    if rubrics.stage_names:  # checked before anyone pays for scores that no stage can use
+        matrix = estimator.stage_credit_matrix or ()
         try:
-            credit_matrix(estimator.stage_credit, count, estimator.stage_credit_matrix or ())
+            credit_matrix(estimator.stage_credit, len(rubrics.stage_names), matrix)
         except ValueError as error:
             raise ConfigError(f"estimator.{error}") from error
     _require_own_criteria(config, rows)
-    missing = [
-        name
-        for name in ("openai", "pydantic")
-        if config.is_judged and importlib.util.find_spec(name) is None
-    ]
+    if not config.is_judged:
+        return
+    missing = [name for name in ("openai", "pydantic") if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingExtraError(
-            f"judges are asked through {' and '.join(missing)}: pip install 'opdjax[judge]'"
+            f"judge requests need {' and '.join(missing)}: pip install 'opdjax[judge]'"
         )
-    if config.is_judged and config.rubrics.num_references and data.references is None:
-        reason = "judges are shown a teacher's answers: write them with opdjax references (data.references), or set rubrics.num_references to 0"
-        require_field(
-            rows, "references", data.reference_column or "references", data.source, reason
-        )
+    if rubrics.num_references and data.references is None:
+        reason = "judges are shown a teacher's answers: write them with opdjax references "
+        reason += "(data.references), or set rubrics.num_references to 0"
+        column = data.reference_column or "references"
+        require_field(rows, "references", column, data.source, reason)
 
 
 def _require_own_criteria(config: Config, rows: list[Prompt]) -> None:
-    """Criteria that come with the prompts are such as the config's rubrics may have."""
-    stages, place = config.rubrics.stage_names, f"of {config.data.source} (data.rubric_column)"
+    """The criteria that come with the prompts must fit the config's rubrics."""
+    rubrics, stages = config.rubrics, config.rubrics.stage_names
     for number, row in enumerate(rows):
-        if config.rubrics.refresh == "given" and not row.criteria:
+        where = f"prompt {number} of {config.data.source} (data.rubric_column)"
+        if rubrics.refresh == "given" and not row.criteria:
             raise ConfigError(
-                f"prompt {number} {place} has no criteria; rubrics.refresh is given, so that nobody writes any"
+                f"{where} has no criteria, and with rubrics.refresh given no judge writes any"
             )
         for criterion in row.criteria:
-            if criterion.is_flaw and config.rubrics.polarity == "positive":
+            if criterion.is_flaw and rubrics.polarity == "positive":
                 raise ConfigError(
-                    f"prompt {number} {place} has a criterion of negative weight; set rubrics.polarity to signed"
+                    f"{where} has a criterion of negative weight; set rubrics.polarity to signed"
                 )
             if criterion.stage not in (stages or (None,)):
-                expected = (
-                    f"one of {list(stages)}" if stages else "none, for rubrics.stage_names is empty"
-                )
+                expected = f"one of {list(stages)}" if stages else "none: rubrics.stage_names is ()"
                 raise ConfigError(
-                    f"prompt {number} {place} has a criterion of stage {criterion.stage!r}; expected {expected}"
+                    f"{where} has a criterion of stage {criterion.stage!r}; expected {expected}"
                 )
 
 
-def _require_room(config: Config, prompts: PromptSet) -> None:
-    """Every rollout fits a packed row, in both views."""
-    room, answer = config.train.pack_length, config.sampling.max_completion_length
+def require_room(config: Config, prompts: PromptSet) -> None:
+    """Every rollout must fit into a packed row, for the student and for the teacher."""
+    length, answer = config.train.pack_length, config.sampling.max_completion_length
+    if length is None:
+        return
     longest = max(map(len, prompts.student_ids + (prompts.teacher_ids or ())))
-    told = config.data.max_teacher_prompt_length if config.judged_fields else 0
-    if room is not None and told + answer > room:
-        raise ConfigError(
-            f"train.pack_length is {room}; expected at least {told + answer}: what a teacher is shown with judges' words, up to "
-            f"data.max_teacher_prompt_length, {told}, and an answer of sampling.max_completion_length, {answer}"
-        )
-    if room is not None and longest + answer > room:
-        raise ConfigError(
-            f"train.pack_length is {room}; expected at least {longest + answer}: the longest prompt of {config.data.source}, of {longest} "
-            f"tokens, and an answer of sampling.max_completion_length, {answer}"
-        )
+    prompt = f"the longest prompt of {config.data.source}, of {longest} tokens"
+    teacher = config.data.max_teacher_prompt_length if config.judged_fields else 0
+    text = f"a teacher prompt with judges' texts, data.max_teacher_prompt_length, {teacher}"
+    for needed, name in ((teacher, text), (longest, prompt)):
+        expected = f"at least {needed + answer}: {name}, and an answer of "
+        expected += f"sampling.max_completion_length, {answer}"
+        require(needed + answer <= length, "train.pack_length", length, expected)
 
 
 def require_rows_divide(config: Config, shards: int) -> None:
-    """ConfigError where the rows of a step cannot be split over the micro-batches and the devices."""
+    """The rows of a step must divide into the micro-batches and the row shards of the mesh."""
     parts, rows = config.train.gradient_accumulation_steps, config.rows_per_step
     if rows % (shards * parts):
         raise ConfigError(
-            f"{rows} rows a step (train.prompts_per_step x sampling.num_generations) do not divide into {parts} micro-batches "
-            f"(train.gradient_accumulation_steps) on {shards} devices (mesh.data x mesh.fsdp); change one of them"
+            f"{rows} rows a step (train.prompts_per_step x sampling.num_generations) do not divide "
+            f"into {parts} micro-batches (train.gradient_accumulation_steps) on {shards} devices "
+            "(mesh.data x mesh.fsdp); change one of them"
         )
-    if config.sampling.slots is not None and config.sampling.slots % shards:
-        raise ConfigError(
-            f"sampling.slots is {config.sampling.slots}; expected a multiple of {shards}, the devices that rows are split over "
-            "(mesh.data x mesh.fsdp)"
-        )
+    slots = config.sampling.slots
+    expected = f"a multiple of {shards}, the devices that rows are sharded over "
+    expected += "(mesh.data x mesh.fsdp)"
+    require(slots is None or slots % shards == 0, "sampling.slots", slots, expected)
 
 
-def _learner_devices(config: Config) -> list[jax.Device] | None:
-    """Those that a generator in this process leaves; None: all."""
+def learner_devices(config: Config) -> list[jax.Device] | None:
+    """The devices that a generator thread leaves to the learner; None: all devices."""
     near, tensor = config.near_policy, config.mesh.tensor
     if near.generator != "thread":
         return None
-    available = len(jax.devices())
-    is_shared_out = near.generator_devices < available and near.generator_devices % tensor == 0
-    expected = f"a multiple of mesh.tensor, {tensor}, and fewer than the {available} devices that there are: the others update the student"
-    require(is_shared_out, "near_policy.generator_devices", near.generator_devices, expected)
-    slots, shards = config.sampling.slots, near.generator_devices // tensor
-    expected = f"a multiple of {shards}, the devices that rows are split over where they are drawn (near_policy.generator_devices)"
+    count, available = near.generator_devices, len(jax.devices())
+    expected = f"a multiple of mesh.tensor, {tensor}, and fewer than the {available} devices that "
+    expected += "there are: the others update the student"
+    is_possible = count < available and count % tensor == 0
+    require(is_possible, "near_policy.generator_devices", count, expected)
+    slots, shards = config.sampling.slots, count // tensor
+    expected = f"a multiple of {shards}, the devices that the generator shards rows over "
+    expected += "(near_policy.generator_devices)"
     require(slots is None or slots % shards == 0, "sampling.slots", slots, expected)
-    return jax.devices()[: -near.generator_devices]
+    return jax.devices()[:-count]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,33 +11,33 @@ import numpy as np
 from opdjax.engine.evaluate import completions
 from opdjax.models.decoder import Params
 from opdjax.ops.sharding import num_row_shards, to_host
-from opdjax.rollouts.on_policy import scored
+from opdjax.rollouts.scoring import scored
 from opdjax.rollouts.setup import Setup
 from opdjax.rollouts.source import StepData
 
+_COLUMNS = ("advantages", "rewards", "kl", "student_logprobs", "teacher_logprobs")
 
-def _sample_rows(
-    setup: Setup, examine, params: Params, drawn: StepData, step: int
+
+def sample_rows(
+    setup: Setup, examine: Callable, params: Params, data: StepData, step: int
 ) -> list[dict[str, Any]]:
-    """The first rollouts of a step, each token with what the recipe makes of it and what the
-    teacher would have preferred.
+    """The first rollouts of a step; each token with the recipe's outputs and the tokens that the
+    teacher prefers. `examine` comes from `make_examine`.
     """
-    devices = num_row_shards(setup.mesh)
-    # As many as are asked for, and there are, in whole rows of devices.
-    count = (
-        min(-(-setup.config.log.num_samples // devices), drawn.rollouts.tokens.shape[0] // devices)
-        * devices
-    )
+    wanted, shards = setup.config.log.num_samples, num_row_shards(setup.mesh)
+    # The scorer takes multiples of the row shards: at least `num_samples`, at most all rollouts.
+    count = min(-(-wanted // shards), data.rollouts.tokens.shape[0] // shards) * shards
     if not count:
         return []
-    first, few = jax.tree.map(lambda x: np.asarray(x)[:count], (drawn.rollouts, drawn.batch))
+    first, batch = jax.tree.map(lambda x: np.asarray(x)[:count], (data.rollouts, data.batch))
     is_comparable = setup.teacher is not None and setup.teacher.shares_vocabulary
-    few, teacher_head = scored(setup, few, "vocabulary" if is_comparable else "none")
-    seen = to_host(examine(params, few, teacher_head))
+    batch, teacher_head = scored(setup, batch, "vocabulary" if is_comparable else "none")
+    outputs = to_host(examine(params, batch, teacher_head))
     texts = completions(first, setup.tokenizer)
     rows = []
-    for row in range(min(setup.config.log.num_samples, count)):
-        prompt = int(first.prompt_id[row])
+    for row in range(min(wanted, count)):
+        prompt, mask = int(first.prompt_id[row]), first.mask[row]
+        own = {name: value[row] for name, value in outputs.items()}
         rows.append(
             {
                 "step": step,
@@ -44,40 +45,30 @@ def _sample_rows(
                 "sample_id": int(first.sample_id[row]),
                 "prompt": setup.prompts.prompts[prompt].prompt,
                 "completion": texts[row],
-                "length": int(first.mask[row].sum()),
+                "length": int(mask.sum()),
                 "is_truncated": bool(first.is_truncated[row]),
-                **_token_columns(
-                    setup.tokenizer,
-                    first.tokens[row],
-                    first.mask[row],
-                    {name: value[row] for name, value in seen.items()},
-                ),
+                **_token_columns(setup.tokenizer, first.tokens[row], mask, own),
             }
         )
     return rows
 
 
 def _token_columns(
-    tokenizer: Any, tokens: np.ndarray, mask: np.ndarray, seen: dict[str, np.ndarray]
+    tokenizer: Any, tokens: np.ndarray, mask: np.ndarray, outputs: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Lists over the completion's tokens: the pieces of text, nats, and the teacher's alternatives
-    with their probabilities.
+    """Lists over the completion's tokens: their text, values in nats, and the teacher's most likely
+    tokens with their probabilities.
     """
-    names = ("advantages", "rewards", "kl", "student_logprobs", "teacher_logprobs")
-    columns: dict[str, Any] = {
-        "tokens": [tokenizer.decode([token]) for token in tokens[mask].tolist()]
-    }
-    for name in names:
-        # JSON has no NaN and no infinity.
-        finite = lambda v: round(v, 4) if np.isfinite(v) else None
-        columns[name] = [*map(finite, seen[name][mask].tolist())] if name in seen else None
+    decode = lambda token: tokenizer.decode([token])
+    columns: dict[str, Any] = {"tokens": [*map(decode, tokens[mask].tolist())]}
+    finite = lambda v: round(v, 4) if np.isfinite(v) else None  # JSON has no NaN and no infinity
+    for name in _COLUMNS:
+        columns[name] = [*map(finite, outputs[name][mask].tolist())] if name in outputs else None
     columns["teacher_top"] = None
-    if "alternatives" in seen:
-        pairs = zip(
-            seen["alternatives"][mask].tolist(), np.exp(seen["alternative_logprobs"][mask]).tolist()
-        )
+    if "alternatives" in outputs:
+        ids, logprobs = (outputs[n][mask] for n in ("alternatives", "alternative_logprobs"))
         columns["teacher_top"] = [
-            [[tokenizer.decode([i]), round(p, 4)] for i, p in zip(ids, probs)]
-            for ids, probs in pairs
+            [[decode(token), round(p, 4)] for token, p in zip(*pairs)]
+            for pairs in zip(ids.tolist(), np.exp(logprobs).tolist())
         ]
     return columns

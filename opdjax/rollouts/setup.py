@@ -1,4 +1,4 @@
-"""Everything a run works with, read and checked before anything is computed."""
+"""Everything that a run works with, read and checked before anything is computed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from opdjax.config import STUDENT, Config, DataConfig, ModelConfig
+from opdjax.config import STUDENT, Config, DataConfig, ModelConfig, SamplingConfig
 from opdjax.config.validation import ConfigError, require
 from opdjax.data.chat import (
     TokenizerMismatchError,
@@ -35,9 +35,10 @@ from opdjax.models.partitioning import constrain, require_divides
 from opdjax.ops.sharding import make_mesh, num_row_shards
 from opdjax.ops.tile import Head
 from opdjax.rollouts.requirements import (
-    _learner_devices,
-    _require_reward_data,
-    _require_room,
+    learner_devices,
+    require_given_answers,
+    require_reward_data,
+    require_room,
     require_rows_divide,
 )
 from opdjax.runs.workdir import environment
@@ -45,85 +46,70 @@ from opdjax.runs.workdir import environment
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """The model that supervises: a frozen one, or the student itself with the weights of each step,
-    which `with_current_teacher` fills in.
+    """The model that supervises: a frozen one, or the student, whose weights `with_current_teacher`
+    fills in at each step.
     """
 
     checkpoint: Checkpoint
     params: Params | None
     head: Head | None
     tokenizer: Any
-    decoding: Decoding  # how it writes answers, where it does
-    shares_vocabulary: bool  # with the student: only then can their logits be compared
+    decoding: Decoding  # how it writes answers, if the run asks it for answers
+    shares_vocabulary: bool  # with the student; only then can their logits be compared
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a run works with and never changes."""
+    """What a run works with; it does not change during the run."""
 
     config: Config
     mesh: Mesh
     student: Checkpoint
     dtype: str  # of the student's forward pass
     tokenizer: Any
-    teacher: Teacher | None  # None where the recipe never asks one
+    teacher: Teacher | None  # None if the recipe needs none
     prompts: PromptSet
     decoding: Decoding
     evaluator: Evaluator | None
-    reference_policy: Teacher | None = (
-        None  # the student as it starts, where there is a penalty on leaving it
-    )
+    # The untrained student, if there is a penalty for leaving it.
+    reference_policy: Teacher | None = None
 
 
 def prepare(config: Config) -> Setup:
     """Read and check everything a run needs, before anything is computed."""
-    mesh = make_mesh(
-        config.mesh.data, config.mesh.fsdp, config.mesh.tensor, _learner_devices(config)
-    )
+    shape = config.mesh
+    mesh = make_mesh(shape.data, shape.fsdp, shape.tensor, learner_devices(config))
     require_rows_divide(config, num_row_shards(mesh))
-    student = _for_this_machine(open_student(config), config.student, "student")
+    student = _with_attention(open_student(config), config.student, "student")
     require_divides(student.config, mesh.shape, "the student")
     tokenizer = load_tokenizer(student.path)
-    decoding = _decoding(config, student, tokenizer, config.sampling.stop_token_ids)
-    asked = None
+    decoding = _decoding(config.sampling, student, tokenizer, config.sampling.stop_token_ids)
+    checkpoint, teacher_tokenizer = None, tokenizer
     if needs_teacher(config):
-        asked = (
-            student
-            if config.teacher_is_student
-            else open_checkpoint(config.teacher.path, config.teacher.revision)
-        )
-        asked = _for_this_machine(asked, config.teacher_model, "teacher")
-        require_divides(asked.config, mesh.shape, "the teacher")
-    teacher_tokenizer = tokenizer if asked is None else load_tokenizer(asked.path)
+        checkpoint = student
+        if not config.teacher_is_student:
+            checkpoint = open_checkpoint(config.teacher.path, config.teacher.revision)
+        checkpoint = _with_attention(checkpoint, config.teacher_model, "teacher")
+        require_divides(checkpoint.config, mesh.shape, "the teacher")
+        teacher_tokenizer = load_tokenizer(checkpoint.path)
     shares_vocabulary = _shares_vocabulary(config, tokenizer, teacher_tokenizer)
     rows = load_rows(config.data, tokenizer)
-    if config.sampling.completions_from == "references" and config.data.references is None:
-        column = config.data.reference_column or "references"
-        require_field(
-            rows,
-            "references",
-            column,
-            config.data.source,
-            "training on the data's own answers needs them",
-        )
-    _require_reward_data(config, rows)
+    require_given_answers(config, rows)
+    require_reward_data(config, rows)
     prompts = encode_prompts(rows, config.data, tokenizer, teacher_tokenizer)
-    _require_room(config, prompts)
-    if asked is not None and config.teacher_is_student and prompts.teacher_ids is None:
+    require_room(config, prompts)
+    if checkpoint is not None and config.teacher_is_student and prompts.teacher_ids is None:
         raise ConfigError(
-            f"teacher.path is {STUDENT} and the teacher is shown what the student is: the same model on the same tokens has nothing to "
-            "teach; show it more with data.teacher_prompt_format, such as '{prompt} (a correct solution: {reference})'"
+            f"teacher.path is {STUDENT}, and the teacher reads the same prompts as the student: "
+            "the same model on the same tokens has nothing to teach; show it more with "
+            "data.teacher_prompt_format, such as '{prompt} (a correct solution: {reference})'"
         )
     evaluator = make_evaluator(config, student, tokenizer, mesh)
-    # The weights come last: what is wrong with the data is said before gigabytes are read.
-    teacher = (
-        None
-        if asked is None
-        else _load_teacher(config, asked, teacher_tokenizer, shares_vocabulary, mesh)
-    )
-    reference = _load_reference(
-        config, Teacher(student, None, None, tokenizer, decoding, shares_vocabulary=True), mesh
-    )
+    # Weights are loaded last, so that errors in the data appear before gigabytes are read.
+    teacher = None
+    if checkpoint is not None:
+        teacher = _load_teacher(config, checkpoint, teacher_tokenizer, shares_vocabulary, mesh)
+    start = Teacher(student, None, None, tokenizer, decoding, shares_vocabulary=True)
     return Setup(
         config,
         mesh,
@@ -134,76 +120,54 @@ def prepare(config: Config) -> Setup:
         prompts,
         decoding,
         evaluator,
-        reference,
+        _load_reference_policy(config, start, mesh),
     )
 
 
 def open_student(config: Config) -> Checkpoint:
-    """The student's checkpoint, its model set up for the run's adapters where it has any."""
+    """The student's checkpoint, with the scale of the run's adapters in its model config."""
     student = open_checkpoint(config.student.path, config.student.revision)
-    return dataclasses.replace(
-        student, config=dataclasses.replace(student.config, lora_scale=config.lora.scale)
-    )
+    model = dataclasses.replace(student.config, lora_scale=config.lora.scale)
+    return dataclasses.replace(student, config=model)
 
 
-def _for_this_machine(checkpoint: Checkpoint, model: ModelConfig, role: str) -> Checkpoint:
-    """The checkpoint, its model with the attention that the config asks for."""
+def _with_attention(checkpoint: Checkpoint, model: ModelConfig, role: str) -> Checkpoint:
     attention = attention_of(model, checkpoint.config.head_size, role)
-    return dataclasses.replace(
-        checkpoint, config=dataclasses.replace(checkpoint.config, attention=attention)
-    )
+    config = dataclasses.replace(checkpoint.config, attention=attention)
+    return dataclasses.replace(checkpoint, config=config)
 
 
 def attention_of(
     model: ModelConfig, head_size: int, role: str, backend: str | None = None
 ) -> Implementation:
-    """The implementation of a model's attention on a backend (None: this machine's); ConfigError
-    where what is asked for cannot run.
+    """The attention implementation of a model on a backend (None: this machine's); ConfigError if
+    the requested one cannot run.
     """
-    backend, asked = backend or jax.default_backend(), f"{role}.attention"
-    if model.attention == "auto":
+    backend, name = backend or jax.default_backend(), model.attention
+    if name == "auto":
         return "splash" if backend == "tpu" and head_size in SPLASH_HEAD_SIZES else "xla"
-    if model.attention == "splash":
-        require(
-            backend == "tpu",
-            asked,
-            "splash",
-            f"auto or xla: splash attention needs a TPU, this is a {backend}",
-        )
-        require(
-            head_size in SPLASH_HEAD_SIZES,
-            asked,
-            "splash",
-            f"auto or xla: its heads are of {SPLASH_HEAD_SIZES}, {role}'s of {head_size}",
-        )
-    if model.attention == "cudnn":
-        require(
-            backend == "gpu",
-            asked,
-            "cudnn",
-            f"auto or xla: cuDNN needs an NVIDIA GPU, this is a {backend}",
-        )
-        require(
-            compute_dtype(model, backend) != "float32",
-            asked,
-            "cudnn",
-            f"auto or xla: cuDNN computes in bfloat16, {role}.dtype is float32",
-        )
+
+    def check(is_met: bool, reason: str) -> None:
+        require(is_met, f"{role}.attention", name, f"auto or xla: {reason}")
+
+    if name == "splash":
+        check(backend == "tpu", f"splash attention needs a TPU, this is a {backend}")
+        reason = f"splash needs heads of {SPLASH_HEAD_SIZES}, {role}'s are of {head_size}"
+        check(head_size in SPLASH_HEAD_SIZES, reason)
+    if name == "cudnn":
+        check(backend == "gpu", f"cuDNN needs an NVIDIA GPU, this is a {backend}")
+        reason = f"cuDNN computes in bfloat16, {role}.dtype is float32"
+        check(compute_dtype(model, backend) != "float32", reason)
         is_small = head_size <= CUDNN_MAX_HEAD_SIZE and head_size % 8 == 0
-        require(
-            is_small,
-            asked,
-            "cudnn",
-            f"auto or xla: cuDNN's heads are of 8 to 128 in steps of 8, {role}'s of {head_size}",
-        )
-    return model.attention
+        check(is_small, f"cuDNN needs heads of 8 to 128 in steps of 8, {role}'s are of {head_size}")
+    return name
 
 
 def load_student(setup: Setup) -> tuple[Params, Params | None]:
-    """What is trained, in float32, as it is before the first step, and what stays frozen beside it,
-    in the type of the forward pass.
+    """(parameters to train, frozen parameters) before the first step.
 
-    With adapters these are what is trained; without, everything is and None stays frozen.
+    Without adapters: all parameters in float32, and None. With adapters: the adapters in float32,
+    and the student's own parameters in the dtype of the forward pass.
     """
     config, mesh, over = setup.config, setup.mesh, setup.config.student.split_over
     if not config.lora.rank:
@@ -211,31 +175,31 @@ def load_student(setup: Setup) -> tuple[Params, Params | None]:
     adapters = jax.jit(
         lambda: constrain(init_adapters(setup.student.config, config.lora, config.seed), mesh, over)
     )()
-    # Adapters start at 0: the student without them is the reference, and one copy serves both.
-    return adapters, load_params(
-        setup.student, setup.dtype, mesh, over
-    ) if setup.reference_policy is None else setup.reference_policy.params
+    # Adapters start at 0, so the student without them is the reference policy: one copy is enough.
+    if setup.reference_policy is not None:
+        return adapters, setup.reference_policy.params
+    return adapters, load_params(setup.student, setup.dtype, mesh, over)
 
 
-def published(setup: Setup, params: Params) -> Params:
-    """A copy of what is trained, as rollouts are drawn with it: cast before it is sent."""
+def sampling_copy(setup: Setup, params: Params) -> Params:
+    """A copy of the trained parameters for sampling, cast before it is sent to other devices."""
     copies = jax.tree.map(lambda x: jnp.array(x, setup.dtype, copy=True), params)
     return constrain(copies, setup.mesh, setup.config.sampling.split_over)
 
 
 def initial_weights(setup: Setup) -> Params:
-    """What rollouts are drawn with before the first update."""
+    """The weights that sample before the first update."""
     trained, frozen = load_student(setup)
-    return combine(frozen, jax.jit(partial(published, setup))(trained))
+    return combine(frozen, jax.jit(partial(sampling_copy, setup))(trained))
 
 
 def needs_teacher(config: Config) -> bool:
-    """Whether the run asks a teacher for scores or for answers."""
+    """Whether the run reads scores or answers of a teacher."""
     return reads_scores(config) or config.sampling.completions_from == "teacher"
 
 
 def reads_scores(config: Config) -> bool:
-    """Whether the teacher's numbers are compared with the student's, id by id."""
+    """Whether the teacher's log-probs are compared with the student's, id by id."""
     return estimator_of(config.estimator).teacher != "none" or config.near_policy.filter != "none"
 
 
@@ -252,64 +216,52 @@ def _shares_vocabulary(config: Config, student: Any, teacher: Any) -> bool:
 def _load_teacher(
     config: Config, checkpoint: Checkpoint, tokenizer: Any, shares_vocabulary: bool, mesh: Mesh
 ) -> Teacher:
-    # Ids that were added for the student's tokenizer mean nothing in another one.
+    # Stop ids that were added for the student's tokenizer have no meaning in another one.
     more = config.sampling.stop_token_ids if shares_vocabulary else ()
-    decoding = _decoding(config, checkpoint, tokenizer, more)
+    decoding = _decoding(config.sampling, checkpoint, tokenizer, more)
     teacher = Teacher(checkpoint, None, None, tokenizer, decoding, shares_vocabulary)
     if config.teacher_is_student:
         return teacher
-    return with_teacher_weights(
-        teacher,
-        load_params(checkpoint, compute_dtype(config.teacher), mesh, config.teacher.split_over),
-        config,
-    )
+    dtype, over = compute_dtype(config.teacher), config.teacher.split_over
+    return with_teacher_weights(teacher, load_params(checkpoint, dtype, mesh, over), config)
 
 
-def _load_reference(config: Config, start: Teacher, mesh: Mesh) -> Teacher | None:
-    """`start` with the weights of the student's checkpoint, as a forward pass reads them; None
-    where nothing is compared with it.
-    """
+def _load_reference_policy(config: Config, start: Teacher, mesh: Mesh) -> Teacher | None:
+    """`start` with the weights of the student's checkpoint; None if there is no penalty."""
     if not config.estimator.reference_kl_coef:
         return None
-    return with_teacher_weights(
-        start,
-        load_params(
-            start.checkpoint, compute_dtype(config.student), mesh, config.student.split_over
-        ),
-        config,
-    )
+    dtype, over = compute_dtype(config.student), config.student.split_over
+    return with_teacher_weights(start, load_params(start.checkpoint, dtype, mesh, over), config)
 
 
 def with_teacher_weights(teacher: Teacher, params: Params, config: Config) -> Teacher:
-    """The teacher with these weights, and their head as its scores are made with it."""
-    head = head_of(
-        params, valid_vocab=teacher.decoding.valid_vocab, temperature=scored_temperature(config)
-    )
+    """The teacher with these weights, and with their head at the temperature of scoring."""
+    temperature, width = scored_temperature(config), teacher.decoding.valid_vocab
+    head = head_of(params, valid_vocab=width, temperature=temperature)
     return dataclasses.replace(teacher, params=params, head=head)
 
 
-def with_current_teacher(setup: Setup, published: Params) -> Setup:
-    """The setup whose teacher, where it is the student, has the weights `published` for a step;
-    they are not copied.
+def with_current_teacher(setup: Setup, params: Params) -> Setup:
+    """If the student is its own teacher, the setup whose teacher has these weights (not copied);
+    else the setup unchanged.
     """
     if setup.teacher is None or not setup.config.teacher_is_student:
         return setup
-    return dataclasses.replace(
-        setup, teacher=with_teacher_weights(setup.teacher, published, setup.config)
-    )
+    teacher = with_teacher_weights(setup.teacher, params, setup.config)
+    return dataclasses.replace(setup, teacher=teacher)
 
 
 def update_spec(setup: Setup) -> UpdateSpec:
-    """What the run's update is made of."""
+    """The static arguments of the run's update."""
     return spec_of(
         setup.config, setup.student.config, setup.dtype, setup.decoding.valid_vocab, setup.mesh
     )
 
 
 def _decoding(
-    config: Config, checkpoint: Checkpoint, tokenizer: Any, more: tuple[int, ...]
+    sampling: SamplingConfig, checkpoint: Checkpoint, tokenizer: Any, more: tuple[int, ...]
 ) -> Decoding:
-    sampling, width = config.sampling, num_ids(checkpoint, tokenizer)
+    width = num_ids(checkpoint, tokenizer)
     beyond = [token for token in more if not 0 <= token < width]
     if beyond:
         raise ConfigError(
@@ -330,87 +282,74 @@ def _decoding(
 def make_evaluator(
     config: Config, student: Checkpoint, tokenizer: Any, mesh: Mesh | None
 ) -> Evaluator | None:
-    """The evaluation of a config, on the prompts that it names; None where it names none."""
-    if config.evaluation.source is None:
+    """The evaluator of a config with its prompts; None if the config has no evaluation."""
+    evaluation = config.evaluation
+    if evaluation.source is None:
         return None
-    require_grader(config.evaluation.grader)
-    names = ("prompt_column", "answer_column")
-    columns = {
-        name: getattr(config.evaluation, name) or getattr(config.data, name) for name in names
-    }
+    require_grader(evaluation.grader)
     data = dataclasses.replace(
         student_view(config.data),
-        source=config.evaluation.source,
+        source=evaluation.source,
         reference_column=None,
         references=None,
-        **columns,
+        prompt_column=evaluation.prompt_column or config.data.prompt_column,
+        answer_column=evaluation.answer_column or config.data.answer_column,
     )
-    rows = read_prompts(
-        data.source,
-        dataclasses.replace(
-            ColumnMap.from_config(data), benchmark=config.evaluation.benchmark_column
-        ),
-    )
-    rows = first_of_each(rows, config.evaluation.num_prompts)
-    require_field(
-        rows, "answer", data.answer_column or "answer", data.source, "evaluation needs them"
-    )
+    columns = ColumnMap.from_config(data)
+    columns = dataclasses.replace(columns, benchmark=evaluation.benchmark_column)
+    rows = first_of_each(read_prompts(data.source, columns), evaluation.num_prompts)
+    column = data.answer_column or "answer"
+    require_field(rows, "answer", column, data.source, "evaluation needs them")
     prompts = encode_prompts(rows, data, tokenizer, tokenizer)
     stop = stop_ids(student, tokenizer, config.sampling.stop_token_ids)
-    return Evaluator(
-        student.config,
-        prompts,
-        tokenizer,
-        config.evaluation,
-        stop,
-        num_ids(student, tokenizer),
-        mesh,
-    )
+    width = num_ids(student, tokenizer)
+    return Evaluator(student.config, prompts, tokenizer, evaluation, stop, width, mesh)
 
 
 def student_view(data: DataConfig) -> DataConfig:
-    """The data as the student alone reads them: nothing of what its teacher is shown."""
+    """The data section without what only the teacher is shown."""
     shown = {"teacher_format": None, "teacher_enable_thinking": None, "teacher_prompt_format": None}
-    if data.format == "raw":
-        shown |= {"system_prompt": None, "enable_thinking": None}  # they were the teacher's
+    if data.format == "raw":  # only the teacher reads these then
+        shown |= {"system_prompt": None, "enable_thinking": None}
     return dataclasses.replace(data, **shown)
 
 
 def num_ids(checkpoint: Checkpoint, tokenizer: Any) -> int:
-    """How many ids the tokenizer has; CheckpointError where the embedding has no rows for them."""
+    """Number of ids of the tokenizer; CheckpointError if the embedding has fewer rows."""
     rows, width = checkpoint.config.vocab_size, valid_vocab(tokenizer)
     if rows < width:
         raise CheckpointError(
-            f"the embedding of {checkpoint.path} has {rows} rows, its tokenizer {width} ids; expected the model's own tokenizer"
+            f"the embedding of {checkpoint.path} has {rows} rows, its tokenizer {width} ids; "
+            "expected the model's own tokenizer"
         )
     return width
 
 
 def stop_ids(checkpoint: Checkpoint, tokenizer: Any, more: tuple[int, ...] = ()) -> tuple[int, ...]:
-    """End-of-sequence ids of the generation config and of the tokenizer (ValueError where there are
-    none), and `more`.
+    """End-of-sequence ids of the generation config and of the tokenizer, and `more`; ConfigError if
+    the former two name none.
     """
     ids = {*checkpoint.stop_token_ids} | ({tokenizer.eos_token_id} - {None})
     if not ids:
         raise ConfigError(
-            f"{checkpoint.path} names no end-of-sequence id; set eos_token_id in its generation_config.json"
+            f"{checkpoint.path} names no end-of-sequence id; set eos_token_id in its "
+            "generation_config.json"
         )
     return tuple(sorted(ids | set(more)))
 
 
 def compute_dtype(model: ModelConfig, backend: str | None = None) -> str:
-    """The type of a model's forward pass on a backend; None: this machine's."""
+    """The dtype of a model's forward pass on a backend (None: this machine's)."""
     if model.dtype != "auto":
         return model.dtype
     return "float32" if (backend or jax.default_backend()) == "cpu" else "bfloat16"
 
 
 def facts(setup: Setup) -> dict[str, Any]:
-    """What identifies the run beside its config, and what bit-identical continuation depends on."""
-    evaluation = setup.evaluator.prompts.digest if setup.evaluator else None
+    """What identifies the run besides its config, and what bit-identical continuation needs."""
     data = {
         "prompts": setup.prompts.digest,
-        "evaluation": evaluation,
+        "evaluation": setup.evaluator.prompts.digest if setup.evaluator else None,
         "num_prompts": len(setup.prompts),
         "num_skipped": setup.prompts.num_skipped,
         "student": fingerprint(setup.student),

@@ -1,60 +1,94 @@
-"""The interface between the loop and where its batches come from."""
+"""The interface between the training loop and the sources of its batches."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import pathlib
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from opdjax.models.decoder import Params
+from opdjax.ops.multihost import on_process_zero
+from opdjax.rollouts.setup import Setup
 from opdjax.runs.metrics import Timer
 from opdjax.types import Metrics, PromptBatch, Rollouts, TrainBatch
 
 
 @dataclasses.dataclass(frozen=True)
 class StepData:
-    """What one update is made of; all on the host."""
+    """Inputs of one update, as host arrays."""
 
     prompts: PromptBatch
     rollouts: Rollouts
-    batch: TrainBatch  # one rollout a row
-    # as it is trained on: rollouts may share a row, and what the teacher says may be there
-    rows: TrainBatch
-    told: Metrics
+    batch: TrainBatch  # one rollout per row
+    rows: TrainBatch  # what is trained on: `batch` or its packed rows, perhaps already scored
+    metrics: Metrics
 
 
 class SourceStoppedError(RuntimeError):
-    """No batch can be had for now; what has been trained is worth keeping, and the same command
-    goes on from there.
-    """
+    """There is no batch for now. The loop saves a checkpoint, and the same command continues."""
 
 
 class RolloutSource(Protocol):
-    """Batches for one update after the other."""
+    """Produces the inputs of one update after the other."""
 
-    params: (
-        Params | None
-    )  # the weights published last, on the learner's mesh, where the source keeps them
+    # The weights published last, on the learner's mesh; None if the source does not keep them.
+    params: Params | None = None
 
-    def publish(self, version: int, weights: Callable[[], Params], timer: Timer) -> None:
-        """The student after `version` updates; `weights` makes a copy that is the source's own."""
+    def publish(self, version: int, copy_weights: Callable[[], Params], timer: Timer) -> None:
+        """Receive the student's weights after `version` updates; `copy_weights` returns a copy that
+        the source owns.
+        """
 
     def next(self, step: int, timer: Timer) -> StepData:
-        """What update `step` (from 0) is made of; SourceStoppedError where it cannot be had for
-        now.
-        """
+        """Return the inputs of update `step` (from 0); SourceStoppedError if there are none now."""
 
     def prefetch(self, step: int) -> None:
-        """The update before `step` is under way: do on the host what can be done for this one, if
-        there is one.
-        """
+        """Prepare the host work of update `step` while the device runs the update before it."""
 
     def commit(self, version: int, timer: Timer) -> None:
-        """Return once everything drawn by weights older than `version` is where a run that is
-        killed finds it again.
+        """Return when all rollouts sampled with weights older than `version` are stored, so that a
+        run that is killed now finds them again. Called before a checkpoint is saved.
         """
 
     def probe(self, step: int) -> TrainBatch | None:
-        """Rows in which nothing was left out, from the policy that drew those of this step; None
-        where none ever is.
+        """Return unfiltered rows from the policy that sampled this step's rollouts; None if this
+        source never filters.
         """
+
+
+@contextlib.contextmanager
+def open_source(
+    setup: Setup, workdir: pathlib.Path, first: int, is_stop_requested: Callable[[int], bool]
+) -> Iterator[RolloutSource]:
+    """The source that the config asks for, from update `first` on; its threads and connections are
+    closed at the end.
+    """
+    # Imported here: these modules import this one, and judges and shards need packages of extras.
+    near = setup.config.near_policy
+    with contextlib.ExitStack() as resources:
+        if setup.config.is_judged:
+            from opdjax.rollouts.judged import open_judged_source
+
+            yield resources.enter_context(open_judged_source(setup, workdir))
+            return
+        if near.schedule == "none":
+            from opdjax.rollouts.on_policy import OnPolicySource
+
+            yield OnPolicySource(setup)
+            return
+        from opdjax.rollouts.near_policy.continuous import ContinuousSource
+        from opdjax.rollouts.near_policy.refresh import RefreshSource
+        from opdjax.rollouts.near_policy.shards import require_pyarrow
+
+        require_pyarrow()
+        if near.generator == "process":
+            command = f"opdjax sample --store {workdir}"
+            on_process_zero(lambda: print(f"another process samples the rollouts: run {command}"))
+        if near.schedule == "refresh":
+            yield RefreshSource(setup, workdir, is_stop_requested)
+            return
+        source = ContinuousSource(setup, workdir, first, is_stop_requested)
+        resources.callback(source.close)
+        yield source

@@ -12,8 +12,11 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+import numpy as np
+
+from opdjax.config.run import Config
 from opdjax.config.saved import upgrade
-from opdjax.runs.statistics import benchmark_lines
+from opdjax.runs.statistics import benchmark_lines, paired_difference
 from opdjax.runs.workdir import WorkdirError, read_json, read_lines, read_run_config
 
 POINT, FAILURE, RESULT = "point.json", "failure.json", "result.json"
@@ -301,6 +304,37 @@ def seed_groups(points: Sequence[Point]) -> list[SeedGroup]:
         )
         for same in found.values()
     ]
+
+
+def make_result(
+    config: Config, workdir: pathlib.Path, counts: dict[str, int], student: str
+) -> dict[str, Any]:
+    """The content of result.json, from the logs of a finished run.
+
+    `counts`: skipped steps and prompts. `student`: the exported student, relative to the workdir.
+    """
+    steps = read_lines(workdir / "metrics.jsonl")
+    result: dict[str, Any] = {
+        "recipe": config.estimator.recipe,
+        "num_steps": config.train.num_steps,
+        "rows_per_step": config.rows_per_step,
+        **counts,
+        "student": student,
+        "seconds": sum(row["time/step"] for row in steps),
+    }
+    evaluation = config.evaluation
+    if evaluation.source is None:
+        return result
+    found = {(row["step"], row["temperature"]): row for row in read_lines(workdir / "eval.jsonl")}
+    before, after = (found[step, evaluation.temperature] for step in (0, config.train.num_steps))
+    change = {}
+    counted = ("avg@k", "per_prompt", before["k"]), ("greedy", "per_prompt_greedy", 1)
+    for name, field, k in counted:
+        shares = (np.array(row[field]) / k for row in (before, after))
+        change[name], change[f"{name}_interval"] = paired_difference(*shares)
+    result |= {"eval_before": before, "eval_after": after, "paired_difference": change}
+    result["eval_before_sharpened"] = [found[0, t] for t in evaluation.extra_temperatures]
+    return result
 
 
 def result_table(result: dict[str, Any]) -> str:

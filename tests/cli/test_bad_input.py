@@ -305,7 +305,7 @@ DATA = {
     "every prompt too long": (
         "DataError",
         lambda p: p.data('{"prompt": "' + "1+" * 99 + '"}'),
-        "no prompt of at most 32 tokens (1 rows read); raise it",
+        "no prompt of at most 32 tokens (1 rows read); raise data.max_prompt_length",
         "with 206 tokens",
     ),
     "one prompt too long": (
@@ -455,12 +455,12 @@ CONFIG = {
     "a convention and a part of it": (
         PARSED,
         lambda p: p.train(*TOPK, "--estimator.convention", "trl", "--estimator.support", "student"),
-        "estimator.support is 'student'; expected none: convention trl sets it",
+        "estimator.support is 'student'; expected none where convention is trl",
     ),
     "a tail of nothing": (
         PARSED,
         lambda p: p.train(*TOPK, "--estimator.outside", "tail"),
-        "estimator.outside is 'tail'; expected drop where renormalize is both",
+        "estimator.outside is 'tail'; expected another value unless renormalize is none",
     ),
     "cross-entropy on one's own draws": (
         "ConfigError",
@@ -500,7 +500,7 @@ CONFIG = {
     "a student that is shown what its teacher is": (
         "ConfigError",
         lambda p: p.train("--teacher.path", "@student"),
-        "teacher.path is @student and the teacher is shown what the student is",
+        "teacher.path is @student, and the teacher reads the same prompts as the student",
         "show it more with data.teacher_prompt_format",
     ),
     "a student that starts from itself": (
@@ -599,7 +599,7 @@ CHECKPOINTS = {
         "CheckpointError",
         lambda p: p.train("--student.path", "@mini_studnet"),
         "'@mini_studnet' is not a built-in model; did you mean '@mini_student'?",
-        "a directory of that name is ./@mini_studnet",
+        "write ./@mini_studnet for a directory of that name",
     ),
     "a hub id out of reach": (
         "CheckpointError",
@@ -610,7 +610,7 @@ CHECKPOINTS = {
     "a name that no hub takes": (
         "CheckpointError",
         lambda p: ["check", "a b/c d"],
-        "'a b/c d' is no local directory",
+        "'a b/c d' is not a local directory",
         "alphanumeric",
     ),
     "no config": (
@@ -871,7 +871,7 @@ SWEEPS = {
     "two points of one name": (
         "ConfigError",
         lambda p: p.sweep("seeds(1)) + points(Config(seed=3), seeds(1)"),
-        "points called ['seed=0'], twice",
+        "points called ['seed=0'], which are repeated",
         "with chain and call opdjax.config.grid.points once",
     ),
     "a point outside the sweep": (
@@ -978,7 +978,7 @@ def place(finished, tmp_path, monkeypatch):
     if "datasets" in sys.modules or "pyarrow" in sys.modules:
         monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for owner, name in ((opdjax.rollouts.on_policy, "_rollouts"), (Evaluator, "__call__")):
+    for owner, name in ((opdjax.rollouts.on_policy, "step_rollouts"), (Evaluator, "__call__")):
         monkeypatch.setattr(owner, name, lambda *_: pytest.fail("began to compute"))
     made = Place(tmp_path, finished / "run", finished / "experiment.py", [])
     yield made

@@ -1,11 +1,10 @@
-"""The student that a run hands back, in transformers on torch: the same answers, token for token."""
-
-import dataclasses
+"""The exported student gives the same answers in transformers on torch, token for token."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from test_train import TINY
+import pytest
+from tiny_runs import TINY
 
 from opdjax.config import DataConfig
 from opdjax.data.chat import load_tokenizer, valid_vocab
@@ -17,30 +16,29 @@ from opdjax.models.decoder import forward, head_of
 from opdjax.models.hf import load_params, open_checkpoint
 from opdjax.ops.tile import head_logits
 from opdjax.rollouts.setup import stop_ids
-from opdjax.train import train
 
 
-def test_the_exported_student_answers_alike_in_transformers(tmp_path):
+@pytest.mark.xdist_group("torch")
+def test_the_exported_student_answers_alike_in_transformers(tiny_run):
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
-    config = dataclasses.replace(TINY, evaluation=dataclasses.replace(TINY.evaluation, source=None))
-    exported = tmp_path / "run" / train(config, tmp_path / "run")["student"]
+    exported = tiny_run / "student"
     checkpoint, tokenizer = open_checkpoint(exported), load_tokenizer(exported)
     params = load_params(checkpoint, "float32")
     assert not jax.tree.all(
         jax.tree.map(
-            jnp.array_equal, params, load_params(open_checkpoint(config.student.path), "float32")
+            jnp.array_equal, params, load_params(open_checkpoint(TINY.student.path), "float32")
         )
     )
 
     prompts = encode_prompts(
-        read_prompts("arithmetic:test")[:64], DataConfig(), tokenizer, tokenizer
+        read_prompts("arithmetic:test")[:16], DataConfig(), tokenizer, tokenizer
     )
-    batch = collate(prompts, np.arange(64))
+    batch = collate(prompts, np.arange(16))
     decoding = Decoding(
-        24, stop_ids(checkpoint, tokenizer), temperature=0.0, valid_vocab=valid_vocab(tokenizer)
+        20, stop_ids(checkpoint, tokenizer), temperature=0.0, valid_vocab=valid_vocab(tokenizer)
     )
     ours = sample(params, batch, 0, 0, config=checkpoint.config, decoding=decoding)
     model = AutoModelForCausalLM.from_pretrained(exported)
@@ -48,9 +46,9 @@ def test_the_exported_student_answers_alike_in_transformers(tmp_path):
         "input_ids": torch.tensor(batch.tokens).long(),
         "attention_mask": torch.tensor(batch.mask).long(),
     }
-    theirs = model.generate(**inputs, do_sample=False, max_new_tokens=24)
+    theirs = model.generate(**inputs, do_sample=False, max_new_tokens=20)
     width = batch.tokens.shape[1]
-    for row in range(64):
+    for row in range(16):
         answer = np.asarray(ours.tokens)[row][np.asarray(ours.mask)[row]]
         np.testing.assert_array_equal(theirs[row, width : width + len(answer)], answer)
 

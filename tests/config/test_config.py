@@ -1,11 +1,13 @@
 """The config: what it refuses and in which words, and that what is written is what is read."""
 
 import dataclasses
+import inspect
 import json
 import math
 import pathlib
 import subprocess
 import sys
+import typing
 
 import pytest
 from hypothesis import given, settings
@@ -32,8 +34,9 @@ from opdjax.config import (
     TeachConfig,
     TrainConfig,
 )
+from opdjax.config.recipes import RECIPES, RecipeName
 from opdjax.config.validation import ConfigError, differences, from_dict, nearest, to_dict
-from opdjax.estimators import bind
+from opdjax.estimators import TOKEN_LOSSES, bind
 
 ENDPOINT = EndpointConfig(
     "http://host:1/v1",
@@ -963,3 +966,14 @@ def test_a_teacher_that_is_told_what_judges_say():
     assert config.judged_fields == ("verdicts",)
     with pytest.raises(ConfigError, match=r"\{verdicts\} in place of \{verdict\}"):
         DataConfig(teacher_prompt_format="{prompt} {verdict}")
+
+
+def test_recipe_rows_agree_with_names_and_signatures():
+    """Rows, names and token losses list the same recipes, options and defaults."""
+    assert set(typing.get_args(RecipeName)) == set(RECIPES) == set(TOKEN_LOSSES)
+    fields = {field.name for field in dataclasses.fields(EstimatorConfig)}
+    for name, recipe in RECIPES.items():
+        assert set(recipe.options) <= fields, name
+        for option, parameter in inspect.signature(TOKEN_LOSSES[name]).parameters.items():
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+                assert parameter.default == recipe.options[option].default, (name, option)

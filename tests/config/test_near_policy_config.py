@@ -48,11 +48,11 @@ FILTERED = REFRESH | {"filter": "ifd"}
         ),
         (
             FILTERED | {"ifd_quantile": 0.5, "ifd_max": 0.9},
-            "ifd_max is 0.9; expected its default where near_policy.ifd_qu",
+            "ifd_max is 0.9; expected 0.8 where near_policy.ifd_qu",
         ),
         (
             FILTERED | {"ifd_max": None, "ifd_quantile": 0.5},
-            "ifd_max is None; expected its default where",
+            "ifd_max is None; expected 0.8 where",
         ),
         # When they are drawn
         *(

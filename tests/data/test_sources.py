@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from test_train import vary, without_times
+from tiny_runs import HANG, vary, without_times
 
 from opdjax.data.prompt_rows import Prompt, read_prompts
 from opdjax.data.sources import ColumnMap, DataError
@@ -98,16 +98,12 @@ def prepared(here):
         "assert rows == opdjax.data.prompt_rows.read_prompts('arithmetic:test')[:205], rows[:3]\n"
         "assert not [name for name in sys.modules if name.split('.')[0] in ('tensorflow', 'torch')]\n"
     )
-    environment = {
-        **os.environ,
-        "TFDS_DATA_DIR": str(here / "tfds"),
-        "PYTHONPATH": str(pathlib.Path(__file__).parents[2]),
-    }
+    environment = {**os.environ, "TFDS_DATA_DIR": str(here / "tfds")}
     runs = [
         subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE)
         for _ in range(2)
     ]
-    return [(run.communicate(timeout=120)[1].decode(), run.returncode) for run in runs]
+    return [(run.communicate(timeout=HANG)[1].decode(), run.returncode) for run in runs]
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +150,7 @@ def test_the_stored_rows_are_the_problems_in_their_order(stored, name):
     assert read_prompts(stored[name]) == EXPECTED
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_does_not_depend_on_where_its_rows_are_stored(stored, kind, straight, tmp_path):
     train(vary_source(stored[kind]), tmp_path / "run")

@@ -2,26 +2,19 @@
 without a column of benchmarks.
 """
 
-import dataclasses
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
+from tiny_runs import TINY, vary
 
 from opdjax.cli.models import evaluate
-from opdjax.config import (
-    Config,
-    DataConfig,
-    EvaluationConfig,
-    MeshConfig,
-    OptimizerConfig,
-    SamplingConfig,
-    TrainConfig,
-)
 from opdjax.data.prompt_rows import first_of_each, read_prompts
 from opdjax.data.sources import ColumnMap, DataError
 from opdjax.report.papers.reading import reader
+from opdjax.rollouts.setup import initial_weights, prepare
 from opdjax.runs.results import read_run
 from opdjax.runs.statistics import benchmark_lines, by_benchmark
 from opdjax.runs.workdir import read_lines
@@ -34,16 +27,6 @@ SUMS = [
     ("61-20=", "41", "large"),
     ("5-4=", "1", "small"),
 ]
-TINY = Config(
-    data=DataConfig(source="arithmetic:train[:64]", max_prompt_length=32),
-    sampling=SamplingConfig(max_completion_length=20),
-    optimizer=OptimizerConfig(learning_rate=5e-4),
-    train=TrainConfig(num_steps=2, prompts_per_step=8),
-    evaluation=EvaluationConfig(
-        num_samples=4, max_completion_length=20, batch_size=32, extra_temperatures=(0.5,)
-    ),
-    mesh=MeshConfig(data=1),
-)
 
 
 @pytest.fixture(scope="module")
@@ -55,20 +38,18 @@ def file(tmp_path_factory):
     return path
 
 
-def of(file, column):
-    return dataclasses.replace(
-        TINY,
-        evaluation=dataclasses.replace(TINY.evaluation, source=str(file), benchmark_column=column),
-    )
+def config_of(file, column):
+    """One step of TINY, evaluated on the sums."""
+    evaluation = {"source": str(file), "num_samples": 4, "benchmark_column": column}
+    return vary(train={"num_steps": 1}, evaluation=evaluation)
 
 
 @pytest.fixture(scope="module")
-def runs(file, tmp_path_factory):
-    """The same run, without and with a column of benchmarks."""
-    directory = tmp_path_factory.mktemp("runs")
-    for name, column in (("plain", None), ("named", "of")):
-        train(of(file, column), directory / name)
-    return directory
+def run(file, tmp_path_factory):
+    """A run with a column of benchmarks."""
+    workdir = tmp_path_factory.mktemp("runs") / "named"
+    train(config_of(file, "of"), workdir)
+    return workdir
 
 
 def test_scores_of_benchmarks_by_hand():
@@ -86,8 +67,8 @@ def test_scores_of_benchmarks_by_hand():
     assert math.isinf(by_benchmark(["a", "b"], {"avg@k": scores[:2]})["mean"]["avg@k_interval"])
 
 
-def test_every_evaluation_holds_the_scores_of_each_benchmark(runs):
-    for row in read_lines(runs / "named" / "eval.jsonl"):
+def test_every_evaluation_holds_the_scores_of_each_benchmark(run):
+    for row in read_lines(run / "eval.jsonl"):
         right = np.array(row["per_prompt"]) / 4
         small = np.array([name == "small" for _, _, name in SUMS])
         found = row["benchmarks"]
@@ -98,29 +79,33 @@ def test_every_evaluation_holds_the_scores_of_each_benchmark(runs):
             (right[small].mean() + right[~small].mean()) / 2
         )
         assert ("greedy" in found["mean"]) == (row["temperature"] == 1.0)
-    run = read_run(runs / "named")
-    assert reader("avg@k:large")(run) == run.result["eval_after"]["benchmarks"]["large"]["avg@k"]
+    found = read_run(run)
     assert (
-        reader("greedy:mean", "before")(run)
-        == run.result["eval_before"]["benchmarks"]["mean"]["greedy"]
+        reader("avg@k:large")(found) == found.result["eval_after"]["benchmarks"]["large"]["avg@k"]
     )
-    assert reader("avg@k:large")(read_run(runs / "plain")) is None
+    assert (
+        reader("greedy:mean", "before")(found)
+        == found.result["eval_before"]["benchmarks"]["mean"]["greedy"]
+    )
 
 
-def test_a_column_of_benchmarks_changes_no_other_number(runs):
-    plain, named = (read_lines(runs / name / "eval.jsonl") for name in ("plain", "named"))
-    assert "benchmarks" not in plain[0]
-    assert plain == [
-        {name: value for name, value in row.items() if name != "benchmarks"} for row in named
-    ]
+def test_a_column_of_benchmarks_changes_no_other_number(run, file):
+    setup = prepare(config_of(file, None))
+    plain = setup.evaluator(initial_weights(setup))
+    assert "benchmarks" not in plain
+    named = read_lines(run / "eval.jsonl")[0]
+    del named["benchmarks"], named["step"]
+    assert plain == named
 
 
-def test_a_run_of_a_version_without_such_a_column_is_continued(runs, file, capsys):
-    saved = json.loads((runs / "plain" / "config.json").read_text())
+def test_a_run_from_before_the_column_existed_is_continued(tiny_run, tmp_path, capsys):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
     del saved["config"]["evaluation"]["benchmark_column"]
-    (runs / "plain" / "config.json").write_text(json.dumps(saved))
-    train(of(file, None), runs / "plain")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
+    train(TINY, tmp_path / "run")
     assert "holds a finished run" in capsys.readouterr().out
+    assert reader("avg@k:large")(read_run(tmp_path / "run")) is None
 
 
 def test_the_command_prints_them(file, tmp_path, capsys):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models
 
 import opdjax.train
 from opdjax.config import (
@@ -29,28 +30,13 @@ from opdjax.engine.step_metrics import step_metrics
 from opdjax.engine.update import UpdateSpec, loss_and_grad, make_update, noise_and_signal
 from opdjax.estimators import estimator_of
 from opdjax.estimators.losses import AGGREGATIONS
-from opdjax.models.decoder import DecoderConfig, head_of, init_params
-from opdjax.models.rope import Rope
+from opdjax.models.decoder import head_of, init_params
 from opdjax.ops.sharding import make_mesh, num_row_shards, scan_parts, shard_rows
 from opdjax.rollouts.setup import prepare
 from opdjax.runs.workdir import read_lines
 from opdjax.types import PromptBatch, Rollouts
 
-MODEL = DecoderConfig(
-    vocab_size=11,
-    hidden_size=8,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
-    head_size=4,
-    intermediate_size=12,
-    rope=Rope(1e4),
-    norm_epsilon=1e-6,
-    ties_embeddings=True,
-    has_qk_norm=True,
-    has_qkv_bias=False,
-    has_output_bias=False,
-)
+MODEL = dataclasses.replace(tiny_models.MODEL, num_layers=1)
 PROMPT, ANSWER, LENGTH = 4, 6, 17  # two of the longest rollouts do not fit into a row
 COUPLED = EstimatorConfig(
     "vopd",
@@ -299,7 +285,9 @@ def test_parts_after_the_last_live_one_are_skipped():
 def run_of(pack_length, **train):
     """The mini pair; the teacher's prompts hold more than the student's."""
     return Config(
-        data=DataConfig(max_prompt_length=32, format="raw", teacher_format="chat"),
+        data=DataConfig(
+            "arithmetic:train[:64]", max_prompt_length=32, format="raw", teacher_format="chat"
+        ),
         sampling=SamplingConfig(max_completion_length=20),
         estimator=EstimatorConfig("vopd", tile=64),
         train=TrainConfig(

@@ -176,7 +176,7 @@ def test_cudnn_is_called_forward_and_backward(rng, monkeypatch):
             "tpu",
             "auto",
             80,
-            r"auto or xla: its heads are of \(64, 128, 256\), student's of 80",
+            r"auto or xla: splash needs heads of \(64, 128, 256\), student's are of 80",
         ),
         (
             "cudnn",
@@ -192,7 +192,7 @@ def test_cudnn_is_called_forward_and_backward(rng, monkeypatch):
             "gpu",
             "auto",
             256,
-            "cuDNN's heads are of 8 to 128 in steps of 8, student's of 256",
+            "cuDNN needs heads of 8 to 128 in steps of 8, student's are of 256",
         ),
     ],
 )

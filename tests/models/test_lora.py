@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from test_update import MODEL, gradient, make_batch, make_models, relative_difference, scored
+from tiny_models import MODEL, gradient, make_batch, make_models, relative_difference, scored
 
 from opdjax.config import EstimatorConfig, LoraConfig, ModelConfig, OptimizerConfig
 from opdjax.engine.update import UpdateSpec, init_state, loss_and_grad, make_optimizer, make_update

@@ -4,9 +4,9 @@ import shutil
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from mesh_pair import assert_same_run, make_pair, mesh_config, weights
+from mesh_pair import mesh_config
+from tiny_runs import assert_close_run, assert_equal_trees, final_weights
 
 from opdjax.cli.export import export_step
 from opdjax.config import MeshConfig, TrainConfig
@@ -17,14 +17,7 @@ from opdjax.ops.sharding import make_mesh
 from opdjax.rollouts.setup import prepare
 from opdjax.train import train
 
-MESHES = {"8x1x1": MeshConfig(8), "2x4x1": MeshConfig(2, 4), "2x2x2": MeshConfig(2, 2, 2)}
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("pair")
-    make_pair(directory)
-    return directory
+MESHES = {"2x2x2": MeshConfig(2, 2, 2), "8x1x1": MeshConfig(8), "2x4x1": MeshConfig(2, 4)}
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +28,23 @@ def alone(pair, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_eight_devices_are_one_and_their_checkpoint_is_continued_on_one_and_back(
-    mesh, alone, pair, tmp_path
-):
+@pytest.fixture(scope="module")
+def split(pair, tmp_path_factory):
+    """The run on 2x2x2 devices."""
+    workdir = tmp_path_factory.mktemp("split")
+    train(mesh_config(pair, MESHES["2x2x2"]), workdir)
+    return workdir
+
+
+def test_a_run_on_eight_devices_equals_the_run_on_one(split, alone):
+    assert_close_run(split, alone)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mesh", list(MESHES)[1:])
+def test_every_mesh_equals_one_device(mesh, alone, pair, tmp_path):
     train(mesh_config(pair, MESHES[mesh]), tmp_path / "eight")
-    assert_same_run(tmp_path / "eight", alone)
-    if mesh == "2x2x2":
-        for source, target in ((tmp_path / "eight", MeshConfig(1)), (alone, MESHES[mesh])):
-            assert_same_run(continued(source, pair, target, tmp_path / f"on{target.tensor}"), alone)
+    assert_close_run(tmp_path / "eight", alone)
 
 
 def continued(workdir_before, pair, mesh, workdir):
@@ -54,6 +55,20 @@ def continued(workdir_before, pair, mesh, workdir):
     (workdir / "result.json").unlink()
     train(mesh_config(pair, mesh), workdir)
     return workdir
+
+
+def test_a_run_on_eight_devices_continues_on_one(split, alone, pair, tmp_path):
+    assert_close_run(continued(split, pair, MeshConfig(1), tmp_path / "run"), alone)
+
+
+@pytest.mark.long
+def test_a_run_on_one_device_continues_on_eight(alone, pair, tmp_path):
+    assert_close_run(continued(alone, pair, MESHES["2x2x2"], tmp_path / "run"), alone)
+
+
+def test_export_of_a_sharded_checkpoint(split, tmp_path):
+    out = export_step(split, "latest", tmp_path / "out", None)
+    assert_equal_trees(load_params(open_checkpoint(out), "float32"), final_weights(split))
 
 
 def test_a_model_that_the_mesh_does_not_divide_is_refused_by_the_axis(pair):
@@ -84,16 +99,3 @@ def test_gathered_weights_are_not_kept_for_the_backward_pass(pair):
         return [leaf.shape for leaf in leaves].count(params["layers"]["gate_kernel"].shape)
 
     assert kept("none") == kept("layer") == 3  # the sharded kernels of q, gate and up
-
-
-def test_export_of_a_sharded_checkpoint(pair, tmp_path):
-    config = mesh_config(
-        pair, MeshConfig(2, 2, 2), train=TrainConfig(num_steps=1, prompts_per_step=8)
-    )
-    train(config, tmp_path / "run")
-    out = export_step(tmp_path / "run", "latest", tmp_path / "out", None)
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        load_params(open_checkpoint(out), "float32"),
-        weights(tmp_path / "run"),
-    )

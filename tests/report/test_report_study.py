@@ -315,10 +315,10 @@ def test_rollouts_of_one_step_are_marked_by_the_data_they_came_from(tmp_path):
 def test_what_cannot_be_marked_says_so(tmp_path):
     gone = settings("opd", 0, data=DataConfig(source="/nowhere/prompts.jsonl"))
     run = read_run(write_run(tmp_path / "run", gone, samples=[], **BARE))
-    assert mark(run, sample()) == (None, None)
+    assert grade_sample(run, sample()) == (None, None)
     run = read_run(write_run(tmp_path / "other", settings(), samples=[], **BARE))
-    assert mark(run, sample(prompt="no such prompt")) == (None, None)
-    assert mark(run, sample(prompt=[{"role": "user", "content": "1+2="}])) == (None, None)
+    assert grade_sample(run, sample(prompt="no such prompt")) == (None, None)
+    assert grade_sample(run, sample(prompt=[{"role": "user", "content": "1+2="}])) == (None, None)
 
 
 def test_a_run_shows_its_first_answers_beside_its_last(tmp_path):

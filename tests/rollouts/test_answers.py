@@ -4,38 +4,16 @@ student's rollouts.
 
 import dataclasses
 import json
-import shutil
 
 import numpy as np
 import pytest
-from test_train import TINY, assert_same_run, without_times
+from answer_runs import copy_of, swap_two_ids, taught
+from tiny_runs import assert_same_run, column, interrupted_at, samples, without_times
 
-import opdjax.rollouts.on_policy
-import opdjax.train
-from opdjax.config import MINI_PAIR, EstimatorConfig, MeshConfig, ModelConfig
+from opdjax.config import MINI_PAIR, MeshConfig, ModelConfig
 from opdjax.data.chat import TokenizerMismatchError
 from opdjax.data.sources import DataError
-from opdjax.runs.workdir import read_lines
 from opdjax.train import train
-
-
-def taught(source="teacher", recipe="sft", **sections):
-    """Two steps of four answers; some fields of some sections replaced."""
-    changes = {
-        "train": {"num_steps": 2, "prompts_per_step": 4},
-        "log": {"samples_every": 1, "num_samples": 4},
-        "evaluation": {"source": None},
-    }
-    changes |= sections
-    changes["sampling"] = {"source": source} | sections.get("sampling", {})
-    replaced = {
-        name: dataclasses.replace(getattr(TINY, name), **fields) for name, fields in changes.items()
-    }
-    return dataclasses.replace(TINY, estimator=EstimatorConfig(recipe=recipe, tile=64), **replaced)
-
-
-def samples(workdir):
-    return read_lines(workdir / "samples.jsonl")
 
 
 @pytest.fixture
@@ -54,33 +32,16 @@ def data(tmp_path):
 
 
 @pytest.mark.long
-def test_an_interrupted_run_ends_as_the_straight_one(tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_like_an_undisturbed_one(tmp_path):
     config = taught(train={"num_steps": 3, "prompts_per_step": 4}, checkpoint={"every": 1})
     train(config, tmp_path / "straight")
-    real, seen = opdjax.rollouts.on_policy.collate, []
-
-    def interrupting(prompts, indices):
-        seen.append(1)
-        if len(seen) > 2:
-            raise KeyboardInterrupt
-        return real(prompts, indices)
-
-    monkeypatch.setattr(opdjax.rollouts.on_policy, "collate", interrupting)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_at(2):
         train(config, tmp_path / "broken")
-    monkeypatch.setattr(opdjax.rollouts.on_policy, "collate", real)
     train(config, tmp_path / "broken")
     assert_same_run(tmp_path / "straight", tmp_path / "broken")
-    rows = without_times(tmp_path / "straight")
-    assert all(
-        row["perf/generated_tokens"] == 0 < row["perf/trained_tokens"] < row["perf/teacher_tokens"]
-        for row in rows
-    )
-    assert "kl/student_teacher" not in rows[0]
-    assert rows[-1]["loss/objective"] > 0
 
 
-def test_the_teacher_writes_good_answers_and_the_student_is_seen_through_them(tmp_path):
+def test_the_student_trains_on_what_the_teacher_writes(tmp_path):
     train(taught(), tmp_path / "run")
     for row in samples(tmp_path / "run"):
         assert row["completion"].startswith(row["prompt"].split("=")[0][:2])
@@ -88,15 +49,21 @@ def test_the_teacher_writes_good_answers_and_the_student_is_seen_through_them(tm
         assert not row["is_truncated"]
         assert row["advantages"] is None
         assert len(row["teacher_top"]) == len(row["kl"]) == row["length"]
+    rows = without_times(tmp_path / "run")
+    for row in rows:
+        assert row["perf/generated_tokens"] == 0
+        assert 0 < row["perf/trained_tokens"] < row["perf/teacher_tokens"]
+    assert "kl/student_teacher" not in rows[0]
+    assert rows[-1]["loss/objective"] > 0
 
 
+@pytest.mark.long
 def test_an_answer_that_was_cut_off_counts_as_truncated(tmp_path):
     train(taught(sampling={"max_completion_length": 4}), tmp_path / "run")
-    assert [row["rollout/truncated_ratio"] for row in without_times(tmp_path / "run")] == [1, 1]
-    assert all(
-        row["is_truncated"] and row["tokens"][-1] != "<|im_end|>"
-        for row in samples(tmp_path / "run")
-    )
+    assert column(tmp_path / "run", "rollout/truncated_ratio") == [1, 1]
+    for row in samples(tmp_path / "run"):
+        assert row["is_truncated"]
+        assert row["tokens"][-1] != "<|im_end|>"
 
 
 def test_references_are_used_in_turn_and_need_no_teacher(data, tmp_path):
@@ -120,19 +87,9 @@ def test_a_prompt_without_an_answer_is_refused(references, tmp_path):
         train(taught("references", data={"source": str(tmp_path / "rows.jsonl")}), tmp_path / "run")
 
 
-def copy_of(model, out, change):
-    """A checkpoint directory with one of its JSON files changed by `change(file name, content)`."""
-    shutil.copytree(model, out)
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        content = json.loads((out / name).read_text())
-        change(name, content)
-        (out / name).write_text(json.dumps(content))
-    return ModelConfig(str(out))
-
-
-def test_answers_end_as_the_student_ends(tmp_path):
-    """A chat teacher ends its turn with a token that a base student does not stop at: left in, the
-    student would learn to run on.
+def test_a_teacher_of_another_vocabulary_writes_answers_that_end_as_the_students(tmp_path):
+    """A chat teacher ends its turn with a token that a base student does not stop at: if it stayed,
+    the student would learn to run on. A foreign vocabulary rules out its scores, not its text.
     """
     pieces = json.loads((MINI_PAIR / "student" / "tokenizer.json").read_text())["added_tokens"]
     other = next(piece for piece in pieces if piece["content"] != "<|im_end|>")
@@ -143,25 +100,11 @@ def test_answers_end_as_the_student_ends(tmp_path):
         if name == "tokenizer_config.json":
             content["eos_token"] = other["content"]
 
-    config = dataclasses.replace(
-        taught(), student=copy_of(MINI_PAIR / "student", tmp_path / "student", end_otherwise)
-    )
-    train(config, tmp_path / "run")
+    student = copy_of(MINI_PAIR / "student", tmp_path / "student", end_otherwise)
+    teacher = copy_of(MINI_PAIR / "teacher", tmp_path / "teacher", swap_two_ids)
+    train(dataclasses.replace(taught(), student=student, teacher=teacher), tmp_path / "run")
     assert {row["tokens"][-1] for row in samples(tmp_path / "run")} == {other["content"]}
-
-
-def test_a_teacher_of_another_vocabulary_can_write_but_not_score(tmp_path):
-    def swap(name, content):
-        if name == "tokenizer.json":
-            words = content["model"]["vocab"]
-            words["98"], words["99"] = words["99"], words["98"]
-
-    teacher = copy_of(MINI_PAIR / "teacher", tmp_path / "teacher", swap)
-    train(dataclasses.replace(taught(), teacher=teacher), tmp_path / "run")
-    assert all(
-        row["teacher_top"] is None and row["tokens"][-1] == "<|im_end|>"
-        for row in samples(tmp_path / "run")
-    )
+    assert all(row["teacher_top"] is None for row in samples(tmp_path / "run"))
     with pytest.raises(
         TokenizerMismatchError, match="recipe 'full_kl' compares their logits id by id"
     ):

@@ -5,21 +5,27 @@ and exports both forms.
 import dataclasses
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mesh_pair import assert_same_run, make_pair, mesh_config
+from mesh_pair import mesh_config
 from safetensors.numpy import load_file
-from test_train import TINY, final_weights, vary, without_times
+from tiny_runs import (
+    TINY,
+    assert_close_run,
+    assert_equal_trees,
+    assert_same_run,
+    column,
+    final_weights,
+    interrupted_at,
+    recorded_updates,
+    vary,
+    without_times,
+)
 
-import opdjax.rollouts.on_policy
-import opdjax.train
 from opdjax.cli.export import export_step
 from opdjax.config import MINI_PAIR, LoraConfig, MeshConfig, ModelConfig, SamplingConfig
-from opdjax.engine.update import make_update
 from opdjax.models.hf import load_params, open_checkpoint
-from opdjax.runs.workdir import read_lines
 from opdjax.train import train
 
 LORA = dataclasses.replace(
@@ -36,24 +42,18 @@ LORA = dataclasses.replace(
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """(work directory of an undisturbed run, how often its update was compiled)."""
-    workdir, made = tmp_path_factory.mktemp("lora") / "run", []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            opdjax.train,
-            "make_update",
-            lambda *arguments: made.append(make_update(*arguments)) or made[0],
-        )
+    workdir = tmp_path_factory.mktemp("lora") / "run"
+    with recorded_updates() as updates:
         train(LORA, workdir)
-    return workdir, made[0]._cache_size()
+    return workdir, updates[0]._cache_size()
 
 
 def test_the_sampler_writes_from_what_is_trained(straight):
     workdir, num_compiled = straight
-    rows = read_lines(workdir / "metrics.jsonl")
-    assert all(
-        row["rollout/logprob_gap"] < 1e-5 for row in rows
-    )  # of the unmerged adapters, in sampler and update
-    assert rows[0]["kl/student_teacher"] != rows[2]["kl/student_teacher"]
+    # The adapters stay unmerged in sampler and update.
+    assert max(column(workdir, "rollout/logprob_gap")) < 1e-5
+    kl = column(workdir, "kl/student_teacher")
+    assert kl[0] != kl[2]
     assert num_compiled == 1
 
 
@@ -87,11 +87,7 @@ def test_checkpoints_hold_adapters_alone_and_any_of_them_is_exported(straight, t
     assert len(names) == 6
     assert all("_lora_" in name for name in names)
     out = export_step(workdir, "latest", tmp_path / "out", None)
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        load_params(open_checkpoint(out), "float32"),
-        final_weights(workdir),
-    )
+    assert_equal_trees(load_params(open_checkpoint(out), "float32"), final_weights(workdir))
     for directory in (workdir / "student_adapter", tmp_path / "out_adapter"):
         adapter = load_file(directory / "adapter_model.safetensors")
         assert adapter["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"].shape == (
@@ -100,37 +96,24 @@ def test_checkpoints_hold_adapters_alone_and_any_of_them_is_exported(straight, t
         )
 
 
-def test_an_interrupted_run_ends_as_the_straight_one(straight, tmp_path, monkeypatch):
-    real, seen = opdjax.rollouts.on_policy.collate, []
-
-    def interrupting(*arguments):
-        seen.append(1)
-        if len(seen) > 2:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(opdjax.rollouts.on_policy, "collate", interrupting)
-    with pytest.raises(KeyboardInterrupt):
+@pytest.mark.long
+def test_an_interrupted_run_ends_like_an_undisturbed_one(straight, tmp_path):
+    with interrupted_at(2):
         train(LORA, tmp_path / "run")
-    monkeypatch.setattr(opdjax.rollouts.on_policy, "collate", real)
     train(LORA, tmp_path / "run")
-    assert without_times(straight[0]) == without_times(tmp_path / "run")
-    assert read_lines(straight[0] / "samples.jsonl") == read_lines(
-        tmp_path / "run" / "samples.jsonl"
-    )
-    for name in ("student/model.safetensors", "student_adapter/adapter_model.safetensors"):
-        assert (straight[0] / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+    assert_same_run(straight[0], tmp_path / "run")
+    name = "student_adapter/adapter_model.safetensors"
+    assert (straight[0] / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
 
 
 @pytest.mark.long
-def test_adapters_on_a_mesh_are_those_of_one_device(tmp_path):
+def test_adapters_on_a_mesh_are_those_of_one_device(pair, tmp_path):
     """Adapters split as their kernels are; the sampler is sent a base without `fsdp`."""
-    make_pair(tmp_path)
     sampling = SamplingConfig(max_completion_length=12, split_over=("tensor",))
     for mesh in (MeshConfig(1), MeshConfig(2, 2, 2)):
-        config = mesh_config(tmp_path, mesh, lora=LoraConfig(rank=3), sampling=sampling)
+        config = mesh_config(pair, mesh, lora=LoraConfig(rank=3), sampling=sampling)
         train(config, tmp_path / str(mesh.tensor))
-    assert_same_run(tmp_path / "2", tmp_path / "1")
+    assert_close_run(tmp_path / "2", tmp_path / "1")
     one, eight = (
         load_file(tmp_path / name / "student_adapter" / "adapter_model.safetensors")
         for name in ("1", "2")

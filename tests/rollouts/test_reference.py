@@ -7,8 +7,8 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from tiny_runs import column, interrupted_at
 
-import opdjax.rollouts.on_policy
 from opdjax.config import (
     Config,
     DataConfig,
@@ -16,6 +16,7 @@ from opdjax.config import (
     EvaluationConfig,
     LogConfig,
     LoraConfig,
+    MeshConfig,
     OptimizerConfig,
     RubricsConfig,
     SamplingConfig,
@@ -24,7 +25,8 @@ from opdjax.config import (
 from opdjax.data.packing import pack, to_train_batch, unpack
 from opdjax.ops.sharding import shard_rows, to_host
 from opdjax.rollouts.checks import check_settings
-from opdjax.rollouts.on_policy import draw, prompts_of, scored, with_reference
+from opdjax.rollouts.on_policy import draw, prompts_of
+from opdjax.rollouts.scoring import scored, with_reference_logprobs
 from opdjax.rollouts.setup import initial_weights, load_student, prepare
 from opdjax.runs.workdir import read_lines
 from opdjax.train import train
@@ -35,12 +37,13 @@ COEF = 0.05
 def config_of(**sections):
     usual = {
         "data": DataConfig(source="arithmetic:train[:64]", max_prompt_length=32),
-        "sampling": SamplingConfig(num_generations=4, max_completion_length=24),
+        "sampling": SamplingConfig(num_generations=4, max_completion_length=20),
         "estimator": EstimatorConfig("grpo", reference_kl_coef=COEF, reference_kl="k2"),
         "optimizer": OptimizerConfig(learning_rate=1e-3),
-        "train": TrainConfig(num_steps=3, prompts_per_step=4, gradient_accumulation_steps=2),
+        "train": TrainConfig(num_steps=3, prompts_per_step=2, gradient_accumulation_steps=2),
         "evaluation": EvaluationConfig(source=None),
         "log": LogConfig(samples_every=1, num_samples=2),
+        "mesh": MeshConfig(1),
     }
     return Config(**(usual | sections))
 
@@ -53,18 +56,13 @@ def straight(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_reference_says_of_the_first_rollouts_what_the_student_said(temperature):
-    """At the temperature that is sampled at; packed rows and a teacher's view of its own change
-    nothing.
-    """
-    sampling = SamplingConfig(num_generations=4, max_completion_length=24, temperature=temperature)
-    setup = prepare(
-        config_of(
-            sampling=sampling, data=DataConfig(source="arithmetic:train[:64]", max_prompt_length=32)
-        )
-    )
-    prompts = prompts_of(setup, 0)
+@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.long), 0.7])
+def test_the_reference_policy_scores_the_first_rollouts_as_the_student_did(temperature):
+    """At the sampling temperature; packed rows and a separate teacher view change nothing."""
+    sampling = SamplingConfig(num_generations=4, max_completion_length=20, temperature=temperature)
+    setup = prepare(config_of(sampling=sampling))
+    prompts = prompts_of(setup.prompts, setup.config, 0)
+    fixed = setup.reference_policy, setup.config, setup.mesh
     rollouts = to_host(draw(setup, initial_weights(setup), prompts, 0))
     batch = to_train_batch(rollouts, prompts)
     found, head = scored(setup, batch, "none")
@@ -73,17 +71,18 @@ def test_the_reference_says_of_the_first_rollouts_what_the_student_said(temperat
     np.testing.assert_allclose(
         np.asarray(found.reference_logprobs)[mask], rollouts.behavior_logprobs[mask], atol=2e-5
     )
-    rows, source = pack(batch, 96, parts=2, shards=8)
-    of_rows = with_reference(setup, shard_rows(rows, setup.mesh)).reference_logprobs
+    rows, source = pack(batch, 96, parts=2)
+    of_rows = with_reference_logprobs(shard_rows(rows, setup.mesh), *fixed).reference_logprobs
     again = unpack(np.asarray(of_rows), source, mask.shape)
     np.testing.assert_allclose(again[mask], rollouts.behavior_logprobs[mask], atol=2e-5)
     shown = dataclasses.replace(
-        prompts, teacher_tokens=prompts.tokens[:, :5], teacher_mask=np.ones((4, 5), bool)
+        prompts, teacher_tokens=prompts.tokens[:, :5], teacher_mask=np.ones((2, 5), bool)
     )
-    beside = with_reference(setup, shard_rows(to_train_batch(rollouts, shown), setup.mesh))
-    assert beside.teacher_view is not None
+    own_rows = shard_rows(to_train_batch(rollouts, shown), setup.mesh)
+    with_view = with_reference_logprobs(own_rows, *fixed)
+    assert with_view.teacher_view is not None
     np.testing.assert_array_equal(
-        np.asarray(beside.reference_logprobs), np.asarray(found.reference_logprobs)
+        np.asarray(with_view.reference_logprobs), np.asarray(found.reference_logprobs)
     )
 
 
@@ -92,7 +91,7 @@ def test_without_a_coefficient_there_is_none():
         setup = prepare(config_of(estimator=EstimatorConfig("grpo", reference_kl_coef=coef)))
         assert setup.reference_policy is None
         batch = object()
-        assert with_reference(setup, batch) is batch
+        assert with_reference_logprobs(batch, None, setup.config, setup.mesh) is batch
 
 
 def test_the_penalty_starts_at_nothing_and_grows(straight):
@@ -102,34 +101,24 @@ def test_the_penalty_starts_at_nothing_and_grows(straight):
     assert all(row["rollout/logprob_gap"] < 1e-4 for row in rows)
     assert all(row["importance/clip_fraction"] == 0 for row in rows)
     assert "kl/student_teacher" not in rows[0]
+    assert all(0 <= row["rollout/task_reward"] <= 1 for row in rows)
+    assert not (straight / "rubrics.jsonl").exists()
     seen = read_lines(straight / "samples.jsonl")[0]
     assert seen["student_logprobs"] is not None
     assert seen["advantages"] is not None
 
 
-def test_an_interrupted_run_has_the_same_reference(straight, tmp_path, monkeypatch):
-    """Continued at step 2, the reference is the start again and not the weights that were restored."""
-    real, seen = opdjax.rollouts.on_policy.collate, []
-
-    def interrupting(*arguments):
-        seen.append(1)
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(opdjax.rollouts.on_policy, "collate", interrupting)
-    every_step = dataclasses.replace(config_of().checkpoint, every=1)
-    with pytest.raises(KeyboardInterrupt):
-        train(config_of(checkpoint=every_step), tmp_path / "run")
-    monkeypatch.setattr(opdjax.rollouts.on_policy, "collate", real)
-    train(config_of(checkpoint=every_step), tmp_path / "run")
-    both = [
-        [row["kl/reference"] for row in read_lines(workdir / "metrics.jsonl")]
-        for workdir in (straight, tmp_path / "run")
-    ]
-    assert both[0] == both[1]
+@pytest.mark.long
+def test_an_interrupted_run_has_the_same_reference_policy(straight, tmp_path):
+    """Continued at step 2, the reference is still the start, not the restored weights."""
+    config = config_of(checkpoint=dataclasses.replace(config_of().checkpoint, every=1))
+    with interrupted_at(2):
+        train(config, tmp_path / "run")
+    train(config, tmp_path / "run")
+    assert column(straight, "kl/reference") == column(tmp_path / "run", "kl/reference")
 
 
+@pytest.mark.long
 def test_beside_adapters_the_frozen_student_is_the_reference(tmp_path):
     """One copy of the weights serves both, and adapters start at its log-probs."""
     config = config_of(lora=LoraConfig(rank=2))

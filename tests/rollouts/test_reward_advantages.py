@@ -11,7 +11,7 @@ import pytest
 from opdjax.config import MINI_PAIR, Config, EstimatorConfig, EvaluationConfig, SamplingConfig
 from opdjax.data.chat import load_tokenizer
 from opdjax.engine.sampler import extra_uniforms
-from opdjax.rollouts.on_policy import task_reward, with_credit
+from opdjax.rollouts.rows import task_reward, with_option_columns
 from opdjax.types import Rollouts, TrainBatch
 
 ANSWERS = ["42", "17"]
@@ -78,11 +78,18 @@ def batch_of(rollouts):
     )
 
 
+def with_columns(setup, rollouts, batch=None):
+    batch = batch or batch_of(rollouts)
+    return with_option_columns(batch, rollouts, setup.config, setup.prompts, setup.tokenizer)
+
+
 def test_a_task_reward_compares_the_completions_of_one_prompt(tokenizer, rollouts):
     setup = setup_of(tokenizer, task_reward_coef=0.5)
-    np.testing.assert_array_equal(task_reward(setup, rollouts), [1, 0, 0, 1])
-    batch, told = with_credit(setup, batch_of(rollouts), rollouts)
-    assert told == {"rollout/task_reward": 0.5}
+    np.testing.assert_array_equal(
+        task_reward(rollouts, setup.prompts, tokenizer, "final_number"), [1, 0, 0, 1]
+    )
+    batch, metrics = with_columns(setup, rollouts)
+    assert metrics == {"rollout/task_reward": 0.5}
     # The coefficient is the recipe's to apply; every sampled token of a completion holds its whole
     # advantage.
     np.testing.assert_array_equal(
@@ -92,7 +99,7 @@ def test_a_task_reward_compares_the_completions_of_one_prompt(tokenizer, rollout
 
 
 def test_extra_draws_get_their_uniforms(tokenizer, rollouts):
-    batch, _ = with_credit(setup_of(tokenizer, extra_draws=3), batch_of(rollouts), rollouts)
+    batch, _ = with_columns(setup_of(tokenizer, extra_draws=3), rollouts)
     assert batch.uniforms.shape == (*rollouts.mask.shape, 3)
     np.testing.assert_array_equal(batch.uniforms, extra_uniforms(rollouts, 5, 3))
     assert batch.advantages is None
@@ -101,4 +108,4 @@ def test_extra_draws_get_their_uniforms(tokenizer, rollouts):
 @pytest.mark.parametrize("options", [{}, {"task_reward_coef": 0.0, "extra_draws": 0}], ids=str)
 def test_what_is_off_costs_nothing(options, tokenizer, rollouts):
     batch = batch_of(rollouts)
-    assert with_credit(setup_of(tokenizer, **options), batch, rollouts) == (batch, {})
+    assert with_columns(setup_of(tokenizer, **options), rollouts, batch) == (batch, {})

@@ -12,7 +12,7 @@ import sys
 import threading
 
 import pytest
-from test_answers import copy_of, taught
+from answer_runs import copy_of, swap_two_ids, taught
 
 import opdjax.rollouts.write_references
 from opdjax.cli import main
@@ -101,7 +101,7 @@ def test_a_second_time_nobody_is_asked(straight, monkeypatch, capsys):
     before = path.read_bytes()
     monkeypatch.setattr(opdjax.rollouts.write_references, "load_params", None)  # would be called
     assert teach(lesson(path)) == {name: value for name, value in told.items() if name != "tokens"}
-    assert "16 of 16 prompts have their 3 answers; nobody is asked" in capsys.readouterr().out
+    assert "16 of 16 prompts have their 3 answers; nothing to do" in capsys.readouterr().out
     assert path.read_bytes() == before
 
 
@@ -211,7 +211,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
         ({"mesh": MeshConfig(processes=2)}, "mesh.processes is 2; expected 1"),
         (
             {"teacher_api": EndpointConfig("http://host/v1", "m")},
-            "teach.max_completion_length is 24; expected 512, its default, where",
+            "teach.max_completion_length is 24; expected 512 where",
         ),
     ],
 )
@@ -253,11 +253,6 @@ def test_a_teacher_of_another_vocabulary_writes_text(tmp_path):
     way round, and nothing else.
     """
 
-    def swap(name, content):
-        if name == "tokenizer.json":
-            words = content["model"]["vocab"]
-            words["98"], words["99"] = words["99"], words["98"]
-
     def exchanged(text):
         return re.sub(r"9[89]", lambda found: "98" if found[0] == "99" else "99", text)
 
@@ -266,7 +261,7 @@ def test_a_teacher_of_another_vocabulary_writes_text(tmp_path):
         "".join(json.dumps({"prompt": text}) + "\n" for text in sums)
     )
     path = tmp_path / "answers.jsonl"
-    other = copy_of(MINI_PAIR / "teacher", tmp_path / "other", swap)
+    other = copy_of(MINI_PAIR / "teacher", tmp_path / "other", swap_two_ids)
     config = lesson(
         path, source=str(tmp_path / "rows.jsonl"), how={"temperature": 0.0, "num_answers": 1}
     )
@@ -351,7 +346,7 @@ def test_the_verb(tmp_path, monkeypatch, capsys):
     path = tmp_path / "answers.jsonl"
     assert opdjax()[::2] == (
         2,
-        "opdjax: ConfigError: data.references is None; expected the file that the answers are to be written to\n",
+        "opdjax: ConfigError: data.references is None; expected the file that the answers are written to\n",
     )
     code, out, _ = opdjax("--data.references", path, "--teach.max-completion-length", 24)
     assert code == 0
@@ -488,7 +483,7 @@ def test_a_server_is_asked_each_draw_once(tmp_path, capsys):
         assert (len(server.bodies), server.most_open) == (32, 3)
         again = teach(config)
         assert len(server.bodies) == 32
-    assert "16 of 16 prompts have their 2 answers; nobody is asked" in capsys.readouterr().out
+    assert "16 of 16 prompts have their 2 answers; nothing to do" in capsys.readouterr().out
     assert set(seen.values()) == {2}
     expected = {
         "model": "big",
@@ -556,7 +551,7 @@ def test_a_server_that_is_down_ends_it_and_what_was_answered_is_kept(tmp_path):
         teach(asked_of(path, endpoint))
     with pytest.raises(
         ApiUnavailableError,
-        match="what was answered before is kept, and the same command goes on from there",
+        match="earlier answers are kept, and the same command continues from there",
     ):
         teach(asked_of(path, endpoint))
     assert len(read_index(path).answers) == 15
@@ -626,6 +621,6 @@ def test_what_is_no_answer_is_counted_and_not_used(tmp_path, capsys):
     assert told["prompts with fewer than 8 different answers"] == 1
     assert read_index(path).usable(PROBLEMS[0].prompt) == ("half \ufffd", "😀 17", "17", "17")
     out = capsys.readouterr().out
-    assert "8 answers are drawn at temperature 0" in out
-    assert "8 answers are drawn with the same seed, teacher_api.seed 5" in out
+    assert "8 answers are sampled at temperature 0" in out
+    assert "8 answers are sampled with the same seed, teacher_api.seed 5" in out
     prepare(taught("references", data={"source": "arithmetic:train[:1]", "references": str(path)}))

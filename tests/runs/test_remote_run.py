@@ -1,11 +1,9 @@
 """Runs whose work directory is on gs://: real processes, killed, paused and continued on another
 machine's scratch.
 """
-
 import dataclasses
 import json
 import os
-import pathlib
 import shutil
 import signal
 import subprocess
@@ -13,71 +11,41 @@ import sys
 import time
 
 import pytest
+from tiny_runs import HANG, TINY, assert_same_run, environment, save, vary, without_times
 
-from opdjax.config import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    EvaluationConfig,
-    LogConfig,
-    MeshConfig,
-    OptimizerConfig,
-    SamplingConfig,
-    TrainConfig,
-)
-from opdjax.config.validation import to_dict
+import opdjax.train
+from opdjax.config import NearPolicyConfig
 from opdjax.runs.lease import LOST, holder_of
+from opdjax.runs.mirror import read_only_workdir
 from opdjax.runs.object_store import Folder
-from opdjax.runs.workdir import read_lines
+from opdjax.runs.workdir import WorkdirError
 
-ROOT = pathlib.Path(__file__).parents[2]
 URL = "gs://bucket/run"
-SMALL = Config(
-    data=DataConfig(max_prompt_length=32),
-    sampling=SamplingConfig(max_completion_length=4),
-    optimizer=OptimizerConfig(learning_rate=1e-4),
-    train=TrainConfig(num_steps=6, prompts_per_step=2),
-    evaluation=EvaluationConfig(num_prompts=2, num_samples=2, max_completion_length=4),
-    checkpoint=CheckpointConfig(every=2),
-    log=LogConfig(samples_every=2),
-    mesh=MeshConfig(data=1),
+SMALL = vary(
+    train={"prompts_per_step": 2},
+    sampling={"max_completion_length": 4},
+    evaluation={"num_prompts": 2, "max_completion_length": 4},
 )
 
 
-@pytest.fixture(scope="module")
-def config_file(tmp_path_factory):
-    return _saved(SMALL, tmp_path_factory.mktemp("config"))
-
-
-def _saved(config, directory):
-    file = directory / "config.json"
-    file.write_text(json.dumps({"config": to_dict(config), "data": {}, "environment": {}}))
-    return file
-
-
-def train(file, workdir, **environment):
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
-    environment = {
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": cache,
-        "PYTHONPATH": str(ROOT),
-        "OPDJAX_LEASE_SECONDS": "4",
-        **environment,
-    }
-    command = [sys.executable, "-m", "opdjax", "train", str(file), "--workdir", str(workdir)]
+def train(config, workdir, files, **variables):
+    command = [sys.executable, "-m", "opdjax", "train", str(save(config, files / "config.json"))]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        [*command, "--workdir", str(workdir)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(OPDJAX_LEASE_SECONDS="4", **variables),
     )
 
 
 @pytest.fixture
-def machine(gcs, config_file, tmp_path):
+def machine(gcs, tmp_path):
     """Starts `opdjax train` of a config on a machine, which is a scratch directory of its own."""
     started = []
 
-    def start(config=None, scratch="a"):
-        file = config_file if config is None else _saved(config, tmp_path)
-        started.append(train(file, URL, OPDJAX_SCRATCH=str(tmp_path / scratch)))
+    def start(config=SMALL, scratch="a"):
+        started.append(train(config, URL, tmp_path, OPDJAX_SCRATCH=str(tmp_path / scratch)))
         return started[-1]
 
     yield start
@@ -87,39 +55,31 @@ def machine(gcs, config_file, tmp_path):
         process.stdout.close()
 
 
-def until(condition, seconds=90):
-    give_up = time.monotonic() + seconds
+def until(condition):
+    give_up = time.monotonic() + HANG
     while not condition():
         assert time.monotonic() < give_up
         time.sleep(0.02)
 
 
-def outcome(read, read_rows):
-    """What a run computed, times aside."""
-    rows = [
-        {
-            k: v
-            for k, v in row.items()
-            if not k.startswith("time/") and k != "perf/tokens_per_second"
-        }
-        for row in read_rows
-    ]
-    return rows, read("eval.jsonl"), read("samples.jsonl"), read("student/model.safetensors")
+FILES = ("eval.jsonl", "samples.jsonl", "student/model.safetensors")
 
 
-def remote_outcome(url, tmp_path):
-    folder = Folder(url)
-    (tmp_path / "rows").write_bytes(folder.read("metrics.jsonl"))
-    return outcome(folder.read, read_lines(tmp_path / "rows"))
+def remote_outcome(tmp_path):
+    """What the run computed, without times."""
+    folder, copy = Folder(URL), tmp_path / "outcome"
+    copy.mkdir(exist_ok=True)
+    (copy / "metrics.jsonl").write_bytes(folder.read("metrics.jsonl"))
+    return without_times(copy), [folder.read(name) for name in FILES]
 
 
 @pytest.fixture(scope="module")
-def straight(config_file, tmp_path_factory):
-    """The run on a local disk, never disturbed."""
-    local = tmp_path_factory.mktemp("straight")
-    out, _ = train(config_file, local).communicate()
+def straight(tmp_path_factory):
+    """The outcome of the run on a local disk, never disturbed."""
+    local = tmp_path_factory.mktemp("straight") / "run"
+    out, _ = train(SMALL, local, local.parent).communicate()
     assert "the trained student is in" in out, out
-    return outcome(lambda name: (local / name).read_bytes(), read_lines(local / "metrics.jsonl"))
+    return without_times(local), [(local / name).read_bytes() for name in FILES]
 
 
 @pytest.mark.long
@@ -136,7 +96,7 @@ def test_killed_and_continued_elsewhere_it_ends_as_on_a_local_disk(
     out, _ = machine(scratch="b").communicate()
     assert "continuing from step " in out, out
     assert "the trained student is in gs://bucket/run/student" in out
-    assert remote_outcome(URL, tmp_path) == straight
+    assert remote_outcome(tmp_path) == straight
     assert json.loads(folder.read("result.json"))["num_steps"] == 6
     assert holder_of(folder).is_released
     assert not list(
@@ -160,18 +120,16 @@ def test_one_that_sleeps_beyond_its_lease_writes_nothing_more(gcs, machine, stra
     assert second.returncode == 0, second.stdout.read()
     names = gcs.store.names()
     os.kill(first.pid, signal.SIGCONT)
-    assert first.wait(10) == LOST
+    assert first.wait(HANG) == LOST
     assert "was taken over by another process, or could have been" in first.stdout.read()
     assert gcs.store.names() == names
-    assert remote_outcome(URL, tmp_path) == straight
+    assert remote_outcome(tmp_path) == straight
 
 
 @pytest.mark.long
 def test_a_stopped_run_gives_its_lease_back_and_another_is_refused_before(gcs, machine):
     folder = Folder(URL)
-    first = machine(
-        dataclasses.replace(SMALL, train=dataclasses.replace(SMALL.train, num_steps=100_000))
-    )
+    first = machine(vary(SMALL, train={"num_steps": 100_000}))
     until(lambda: folder.read("checkpoints/2/commit_success.txt") is not None)
     out, _ = machine(scratch="b").communicate()
     assert "gs://bucket/run is being written by another run on" in out
@@ -189,15 +147,24 @@ def test_faults_of_the_storage_change_nothing(gcs, machine, straight, tmp_path):
     gcs.store.fault_rate = 0.03
     out, _ = machine().communicate()
     gcs.store.fault_rate = 0
-    assert remote_outcome(URL, tmp_path) == straight, out
+    assert remote_outcome(tmp_path) == straight, out
 
 
-def test_what_needs_a_file_system_is_refused(gcs, machine):
-    from opdjax.config import NearPolicyConfig
+def test_a_run_leaves_there_what_it_leaves_on_a_local_disk(machine, tiny_run):
+    out, _ = machine(TINY).communicate()
+    assert f"the trained student is in {URL}/student" in out, out
+    with read_only_workdir(URL, lambda name: not name.startswith("checkpoints")) as mirror:
+        assert_same_run(tiny_run, mirror.directory)
+    stored = set(Folder(URL).entries()[0])
+    assert {path.name for path in tiny_run.iterdir() if path.is_file()} - {"lock"} <= stored
 
+
+@pytest.mark.usefixtures("gcs")
+def test_what_needs_a_file_system_is_refused():
     near = NearPolicyConfig(schedule="continuous", generator="process")
-    out, _ = machine(config=dataclasses.replace(SMALL, near_policy=near)).communicate()
-    assert (
-        "--workdir gs://bucket/run: processes that share rollouts or rubrics need a file system; expected one process"
-        in out
-    ), out
+    message = (
+        f"--workdir {URL}: processes that share rollouts or rubrics need a file system; expected "
+        "one process"
+    )
+    with pytest.raises(WorkdirError, match=message):
+        opdjax.train.train(dataclasses.replace(SMALL, near_policy=near), URL)

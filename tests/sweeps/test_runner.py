@@ -15,23 +15,20 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import fake_points
 import pytest
+from tiny_runs import HANG, without_times
+from tiny_runs import vary as vary_tiny
 
 from opdjax.config import (
     ROPD_CODE,
     RULE_JUDGE,
-    Config,
     DataConfig,
     EndpointConfig,
-    EvaluationConfig,
-    LogConfig,
-    MeshConfig,
-    ModelConfig,
     OptimizerConfig,
     RubricsConfig,
     SamplingConfig,
     TeachConfig,
-    TrainConfig,
 )
 from opdjax.config.grid import chain, points, seeds, vary
 from opdjax.report.table import table
@@ -41,26 +38,7 @@ from opdjax.sweeps.claims import open_sweep
 from opdjax.sweeps.runner import SweepReferencesError, run_sweep
 from opdjax.sweeps.status import describe, seconds_per_point, status_line, status_table, watch
 
-TINY = Config(
-    data=DataConfig(max_prompt_length=32),
-    sampling=SamplingConfig(max_completion_length=4),
-    optimizer=OptimizerConfig(learning_rate=1e-4),
-    train=TrainConfig(num_steps=2, prompts_per_step=2),
-    evaluation=EvaluationConfig(num_prompts=2, num_samples=2, max_completion_length=4),
-    log=LogConfig(samples_every=0),
-    mesh=MeshConfig(data=1),
-)
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def _one_device(monkeypatch):
-    """Children compile for themselves, with the suite's cache."""
-    monkeypatch.setenv(
-        "JAX_COMPILATION_CACHE_DIR",
-        os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache")),
-    )
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+TINY = vary_tiny(train={"num_steps": 2}, log={"samples_every": 0})
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +47,13 @@ def swept(tmp_path_factory):
     directory, logged = tmp_path_factory.mktemp("sweep"), []
     broken = vary("student.path", {"nowhere": "no/such/model/here"})
     made = points(TINY, chain(seeds(2), broken))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(
-            "JAX_COMPILATION_CACHE_DIR",
-            os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache")),
-        )
-        patch.setenv("PYTHONPATH", str(ROOT))
-        counts = run_sweep(made, directory, jobs=2, log=logged.append)
+    counts = run_sweep(made, directory, jobs=2, log=logged.append)
     return made, directory, counts, logged
+
+
+@pytest.fixture
+def fake_children(monkeypatch, tmp_path):
+    fake_points.install(monkeypatch, tmp_path)
 
 
 def starts(directory, point_id):
@@ -104,11 +81,14 @@ def test_points_run_and_a_failure_is_kept_with_its_reason(swept):
     }
 
 
-def test_a_second_call_runs_nothing_and_a_retry_only_what_failed(swept):
+def test_a_second_call_runs_nothing_and_a_retry_only_what_failed(
+    swept, fake_children, tmp_path, monkeypatch
+):
     made, directory, _, _ = swept
-    logged = []
+    directory, logged = shutil.copytree(directory, tmp_path / "sweep"), []
     assert run_sweep(made, directory, log=logged.append)["done"] == 2
     assert logged == []
+    monkeypatch.setenv("FAIL", "1")
     assert run_sweep(made, directory, retry_failed=True, log=logged.append)["failed"] == 1
     assert [line.split()[:2] for line in logged] == [
         ["start", "student.path=nowhere"],
@@ -122,7 +102,7 @@ def test_what_is_printed_before_and_during(swept):
     text = describe(made, directory, jobs=2)
     assert text.splitlines()[0] == "done    seed=0"
     assert "failed  student.path=nowhere" in text
-    assert "3 points, 1 not done: 2 steps, 4 completions" in text
+    assert "3 points, 1 not done: 2 steps, 16 completions" in text
     assert "s per point, the mean of the finished ones" in text
     assert "no point has finished here yet" in describe(made, directory / "elsewhere", jobs=2)
     with open_sweep(directory) as sweep:
@@ -188,31 +168,34 @@ def judged(directory, **data):
     return points(base, seeds(2))
 
 
-def test_a_teacher_answers_before_the_points_that_read_its_answers(tmp_path):
-    logged = []
+def test_references_are_written_before_the_points_that_read_them(fake_children, tmp_path):
+    logged, file = [], tmp_path / "answers.jsonl"
     assert run_sweep(judged(tmp_path), tmp_path / "sweep", log=logged.append)["done"] == 2
-    assert logged[0] == f"write  {tmp_path / 'answers.jsonl'}"
+    assert logged[0] == f"write  {file}"
     assert sum(line.startswith("write") for line in logged) == 1
-    answers = (tmp_path / "answers.jsonl").read_bytes()
-    (tmp_path / "answers.jsonl").write_bytes(
-        answers[: len(answers) // 2]
-    )  # as if it had been killed there
+    # The file may be incomplete: the command is run again before a point is.
     (tmp_path / "sweep" / "seed=1" / "result.json").unlink()
+    logged.clear()
     assert run_sweep(judged(tmp_path), tmp_path / "sweep", log=logged.append)["done"] == 2
-    assert sorted((tmp_path / "answers.jsonl").read_bytes().splitlines()) == sorted(
-        answers.splitlines()
-    )
+    assert [line.split()[0] for line in logged] == ["write", "start", "done"]
+    assert file.read_text().count("answer") == 2
 
 
-def test_no_point_is_begun_where_the_teacher_cannot_answer(tmp_path):
-    made = [
-        dataclasses.replace(
-            p, config=dataclasses.replace(p.config, teacher=ModelConfig("no/such/teacher"))
-        )
-        for p in judged(tmp_path)
-    ]
-    with pytest.raises(SweepReferencesError, match="no/such/teacher"):
-        run_sweep(made, tmp_path / "sweep", log=lambda line: None)
+@pytest.mark.long
+def test_a_teacher_completes_its_answers_before_the_points_that_read_them(tmp_path):
+    assert run_sweep(judged(tmp_path), tmp_path / "sweep", log=print)["done"] == 2
+    file = tmp_path / "answers.jsonl"
+    answers = file.read_bytes()
+    file.write_bytes(answers[: len(answers) // 2])  # as if it had been killed there
+    (tmp_path / "sweep" / "seed=1" / "result.json").unlink()
+    assert run_sweep(judged(tmp_path), tmp_path / "sweep", log=print)["done"] == 2
+    assert sorted(file.read_bytes().splitlines()) == sorted(answers.splitlines())
+
+
+def test_no_point_starts_if_the_references_cannot_be_written(fake_children, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAIL", "1")
+    with pytest.raises(SweepReferencesError, match="told to fail"):
+        run_sweep(judged(tmp_path), tmp_path / "sweep", log=lambda line: None)
     assert not list((tmp_path / "sweep").glob("*/attempts.jsonl"))
 
 
@@ -245,16 +228,19 @@ def test_a_row_never_mixes_data(swept, tmp_path):
 
 
 SWEEP_FILE = """
-import dataclasses
 from opdjax.config import *
 from opdjax.config.grid import points, product, seeds, vary
 
 def get_sweep():
     base = Config(
-        data=DataConfig(max_prompt_length=32), sampling=SamplingConfig(max_completion_length=4),
-        optimizer=OptimizerConfig(learning_rate=1e-4), train=TrainConfig(num_steps=6, prompts_per_step=2),
-        evaluation=EvaluationConfig(num_prompts=2, num_samples=2, max_completion_length=4), checkpoint=CheckpointConfig(every=2),
-        log=LogConfig(samples_every=0), mesh=MeshConfig(data=1),
+        data=DataConfig("arithmetic:train[:64]", max_prompt_length=32),
+        sampling=SamplingConfig(max_completion_length=4),
+        optimizer=OptimizerConfig(learning_rate=1e-4),
+        train=TrainConfig(num_steps=6, prompts_per_step=2),
+        evaluation=EvaluationConfig(num_prompts=2, num_samples=2, max_completion_length=4),
+        checkpoint=CheckpointConfig(every=2),
+        log=LogConfig(samples_every=0),
+        mesh=MeshConfig(data=1),
     )
     return points(base, product(vary("estimator.discount", (0.0, 1.0)), seeds(2)))
 """
@@ -298,16 +284,12 @@ def outcome(directory):
     """Everything a run computed, times aside."""
     found = {}
     for point in sorted(directory.glob("*/point.json")):
-        rows = [
-            {
-                k: v
-                for k, v in row.items()
-                if not k.startswith("time/") and k != "perf/tokens_per_second"
-            }
-            for row in read_lines(point.parent / "metrics.jsonl")
-        ]
         weights = (point.parent / "student" / "model.safetensors").read_bytes()
-        found[point.parent.name] = (rows, (point.parent / "eval.jsonl").read_text(), weights)
+        found[point.parent.name] = (
+            without_times(point.parent),
+            (point.parent / "eval.jsonl").read_text(),
+            weights,
+        )
     return found
 
 
@@ -342,48 +324,48 @@ def test_killed_ten_times_and_three_shards_at_once_end_alike(tmp_path):
     assert max(completions_of(killed)) <= 1  # an orphan's end has no witness
 
 
-def begun(directory, point_id):
-    """The process of a point whose run has done a step or two."""
-    deadline = time.monotonic() + 240
-    while not read_lines(directory / point_id / "metrics.jsonl"):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return starts(directory, point_id)[-1]["pid"]
+def test_a_child_that_stops_on_a_signal_has_not_failed(fake_children, tmp_path, monkeypatch):
+    """A run that is told to stop keeps its step and exits with 143."""
+    monkeypatch.setenv("WORK", "10000")
+    logged, directory = [], tmp_path / "sweep"
 
+    def stop():
+        deadline = time.monotonic() + HANG
+        while not (directory / "seed=0" / "config.json").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(starts(directory, "seed=0")[-1]["pid"], signal.SIGTERM)
 
-def test_a_run_that_keeps_its_step_before_it_is_taken_away_has_not_failed(tmp_path):
-    made = points(
-        dataclasses.replace(TINY, train=TrainConfig(num_steps=100_000, prompts_per_step=2)),
-        seeds(1),
-    )
-    logged, threads = [], []
     with ThreadPoolExecutor(1) as pool:
-        threads.append(pool.submit(lambda: os.kill(begun(tmp_path, "seed=0"), signal.SIGTERM)))
-        counts = run_sweep(made, tmp_path, log=logged.append)
-    threads[0].result()
+        stopped = pool.submit(stop)
+        counts = run_sweep(points(TINY, seeds(1)), directory, log=logged.append)
+    stopped.result()
     assert counts == {"points": 1, "done": 0, "failed": 0, "stopped": 1}
     assert logged[-1] == "killed seed=0 by SIGTERM; run the same command again to resume it"
-    assert (
-        read_lines(tmp_path / "seed=0" / "attempts.jsonl")[-1]["returncode"] == 143
-    )  # it had the time to say so
-    assert not (tmp_path / "seed=0" / "failure.json").exists()
+    assert read_lines(directory / "seed=0" / "attempts.jsonl")[-1]["returncode"] == 143
+    assert not (directory / "seed=0" / "failure.json").exists()
 
 
-def test_a_point_whose_directory_is_deleted_costs_no_other_point(tmp_path):
-    made, logged = points(TINY, seeds(2)), []
+def test_a_point_whose_directory_is_deleted_costs_no_other_point(fake_children, tmp_path):
+    made, logged, directory = points(TINY, seeds(2)), [], tmp_path / "sweep"
 
     def log(line):
         logged.append(line)
         if line == "start  seed=0":
-            shutil.rmtree(tmp_path / "seed=0")
-            shutil.rmtree(tmp_path / "seed=1")
+            shutil.rmtree(directory / "seed=0")
+            shutil.rmtree(directory / "seed=1")
 
-    assert run_sweep(made, tmp_path, log=log) == {"points": 2, "done": 1, "failed": 0, "stopped": 1}
+    assert run_sweep(made, directory, log=log) == {
+        "points": 2,
+        "done": 1,
+        "failed": 0,
+        "stopped": 1,
+    }
     assert (
         "killed seed=0: its directory was deleted; run the same command again to start it anew"
         in logged
     )
-    assert run_sweep(made, tmp_path, log=logged.append)["done"] == 2
+    assert run_sweep(made, directory, log=logged.append)["done"] == 2
 
 
 def test_a_damaged_result_is_named(swept, tmp_path):
@@ -402,6 +384,6 @@ def test_a_teacher_does_not_outlive_a_runner_that_is_asked_to_stop(tmp_path):
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().endswith("."):
         time.sleep(0.1)
     runner.terminate()
-    assert "SIGTERM: the teacher was stopped" in runner.communicate(timeout=60)[1]
+    assert "SIGTERM: the teacher was stopped" in runner.communicate(timeout=HANG)[1]
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()[:-1]), 0)

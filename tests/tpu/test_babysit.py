@@ -216,7 +216,7 @@ def test_a_work_directory_that_goes_with_the_slice_is_refused(tmp_path):
         (
             ["sweep", "s.py", "--workdir", "gs://b/s"],
             {"TOPOLOGY": "v5e-16"},
-            "on which only train runs",
+            "where only train can run",
         ),
     ],
 )

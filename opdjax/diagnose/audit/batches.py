@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opdjax.config.recipes import EXACT
 from opdjax.diagnose.audit.pair import States
-from opdjax.diagnose.audit.subjects import Subject
+from opdjax.diagnose.audit.subjects import Subject, subject
 from opdjax.engine.scorer import token_logprobs, top_logprobs
 from opdjax.engine.update import VocabularyInputs, vocabulary_inputs, vocabulary_loss
+from opdjax.estimators import bind
 from opdjax.estimators.losses import aggregation_weights, count_denominators
 from opdjax.estimators.pitfalls import PITFALLS
-from opdjax.estimators.variants import EXACT
 from opdjax.ops.vocab import tiled_loss
 
 _REPEATS = 5
@@ -38,7 +39,7 @@ def audit_costs(states: States, subjects: Sequence[Subject]) -> dict[str, Any]:
     """
     num_tokens, runs, rows = int(states.mask[: states.rows_at_once].sum()), {}, {}
     for each in subjects:
-        if each.estimator is None:
+        if each.recipe is None:
             continue
         run, operands = _compile(states, each)
         memory = run.memory_analysis()
@@ -58,9 +59,10 @@ def audit_costs(states: States, subjects: Sequence[Subject]) -> dict[str, Any]:
 
 
 def _compile(states: States, each: Subject):
-    extra, tile = each.num_draws - 1, states.spec.estimator.tile
-    estimator = dataclasses.replace(each.estimator, tile=tile)
+    tile = states.spec.estimator.tile
+    estimator = bind(each.recipe, each.options, tile=tile)
     spec = dataclasses.replace(states.spec, estimator=estimator)
+    extra = each.num_draws - 1
     uniform = states.inputs.row.uniforms[:, :, :extra] if extra else None
     columns = dataclasses.replace(states.inputs.row, uniforms=uniform)
     batch = dataclasses.replace(states.batch, teacher=None, uniforms=None)
@@ -133,7 +135,7 @@ def _compare(found, exact):
 
 def _gradient_of(states: States):
     """Return `gradient(weights)` of the exact reverse KL, computed a micro-batch at a time."""
-    loss, tile = EXACT.token_loss, states.spec.estimator.tile
+    loss, tile = subject(EXACT).token_loss(), states.spec.estimator.tile
     split = lambda x: x.reshape(-1, states.rows_at_once, *x.shape[1:])
 
     @jax.jit

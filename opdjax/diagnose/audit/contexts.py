@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from opdjax.diagnose.audit.subjects import Subject, subject_of
-from opdjax.estimators import bind
+from opdjax.diagnose.audit.subjects import Subject
 from opdjax.estimators.divergence import reverse_kl
 from opdjax.estimators.opd import score_norms
 from opdjax.ops.tile import VocabTile
@@ -81,10 +81,8 @@ def enumerate_draws(
     the loss of one draw; the draws are independent, so the variance is divided by their number.
     """
     n, vocab = student.logits.shape
-    one = subject
-    if subject.num_draws > 1:
-        options = {name: v for name, v in subject.options.items() if name != "extra_draws"}
-        one = subject_of(bind(subject.estimator.name, options))
+    options = {name: v for name, v in subject.options.items() if name != "extra_draws"}
+    one = dataclasses.replace(subject, options=options)
     repeated = lambda tile: VocabTile(jnp.repeat(tile.logits, vocab, axis=0))
     row = TokenInputs(
         jnp.tile(jnp.arange(vocab), n),

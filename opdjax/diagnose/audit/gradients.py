@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opdjax.config.recipes import PLAIN, WITH_BASELINE
 from opdjax.diagnose.audit.pair import States, kl_bins, ratio_with_interval
-from opdjax.diagnose.audit.subjects import PLAIN, Subject
+from opdjax.diagnose.audit.subjects import Subject
 from opdjax.engine.update import prepared, vocabulary_inputs
+from opdjax.estimators import bind
 from opdjax.ops.vocab import TokenInputs, tiled_loss
 from opdjax.types import TrainBatch
 
@@ -47,10 +49,10 @@ def audit_gradients(
         log(f"  {each.name}")
         run = _measure(states, batch, each)
         rows[each.name] = run(states.mask)
-        if each == PLAIN or (each.has_baseline and not each.is_coupled):
+        if each.name == PLAIN or (each.recipe == WITH_BASELINE and not each.is_coupled):
             by_bin[each.name] = [run(inside)["per_prompt"] for inside in bins]
     _share_signal(subjects, rows)
-    plain = rows[PLAIN.name]
+    plain = rows[PLAIN]
     for row in rows.values():
         is_known = min(row["signal"], row["noise"]) > 0
         ratio = float(np.sqrt(row["signal"] / (row["noise"] / BATCH))) if is_known else None
@@ -68,12 +70,12 @@ def _share_signal(subjects: Sequence[Subject], rows: dict[str, dict[str, Any]]) 
     reverse = [each for each in subjects if each.advertises == "reverse"]
     exact = next((rows[each.name] for each in reverse if not each.is_sampled), None)
     for each in reverse if exact is not None else ():
-        if each.estimator is not None and not each.is_coupled:
+        if each.recipe is not None and not each.is_coupled:
             rows[each.name]["signal"] = exact["signal"]
 
 
 def _by_kl(by_bin: dict[str, list[np.ndarray]]) -> dict[str, Any]:
-    plain = by_bin.pop(PLAIN.name)
+    plain = by_bin.pop(PLAIN)
     total = sum(part.sum() for part in plain)
     shares = [float(part.sum() / total) if total else 0.0 for part in plain]
 
@@ -193,9 +195,9 @@ def _components(total, action, trajectory, squares, redraws: int, rollouts: int)
 def _columns(states: States, each: Subject) -> TokenInputs:
     """Return the prepared columns of the whole batch; tokens and uniforms are set draw by draw."""
     columns = dataclasses.replace(states.inputs.row, uniforms=None)
-    if each.estimator is None:
+    if each.recipe is None:
         return columns
-    estimator = dataclasses.replace(each.estimator, tile=states.spec.estimator.tile)
+    estimator = bind(each.recipe, each.options, tile=states.spec.estimator.tile)
     spec = dataclasses.replace(states.spec, estimator=estimator)
     return jax.jit(partial(prepared, spec=spec))(states.inputs._replace(row=columns), states.batch)
 

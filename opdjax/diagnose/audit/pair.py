@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opdjax.config.recipes import PLAIN
 from opdjax.config.validation import ConfigError
 from opdjax.data.packing import to_train_batch
 from opdjax.data.prompts import collate, indices_at
 from opdjax.diagnose.audit.contexts import measure, summarise
-from opdjax.diagnose.audit.subjects import PLAIN, Subject
+from opdjax.diagnose.audit.subjects import Subject, subject
 from opdjax.engine.sampler import extra_uniforms, sample
 from opdjax.engine.scorer import score
 from opdjax.engine.update import UpdateSpec, VocabularyInputs, vocabulary_inputs
@@ -140,7 +141,7 @@ def audit_contexts(states: States, subjects: Sequence[Subject]) -> dict[str, Any
     All contexts together, and binned by KL and by position.
     """
     mask, kl, mean_reward = states.mask, states.kl, -float(states.kl[states.mask].mean())
-    plain = states.per_token(lambda s, t, _: measure(PLAIN, s, t))["variance"]
+    plain = states.per_token(lambda s, t, _: measure(subject(PLAIN), s, t))["variance"]
     if not plain[mask].any():
         raise ConfigError(
             "student and teacher have the same distribution at every context; "

@@ -17,16 +17,16 @@ from opdjax.config import (
     NearPolicyConfig,
     SamplingConfig,
 )
+from opdjax.config.recipes import EXACT, WITH_BASELINE
 from opdjax.config.validation import ConfigError
 from opdjax.diagnose.audit.batches import audit_batch_pitfalls, audit_costs
 from opdjax.diagnose.audit.gradients import audit_gradients, num_uniforms
 from opdjax.diagnose.audit.pair import audit_contexts, collect_states
-from opdjax.diagnose.audit.subjects import Subject
+from opdjax.diagnose.audit.subjects import Subject, subject
 from opdjax.diagnose.audit.tree import audit_tree
 from opdjax.diagnose.audit.vocabulary import audit_vocabulary
 from opdjax.estimators import TOKEN_LOSSES
 from opdjax.estimators.pitfalls import PITFALLS
-from opdjax.estimators.variants import WITH_BASELINE
 from opdjax.rollouts.setup import Setup, prepare
 from opdjax.runs.workdir import environment
 
@@ -78,7 +78,7 @@ def _prepare(config: Config, settings: AuditConfig) -> Setup:
     return prepare(
         dataclasses.replace(
             config,
-            estimator=EstimatorConfig(recipe=WITH_BASELINE.name, tile=config.estimator.tile),
+            estimator=EstimatorConfig(WITH_BASELINE, tile=config.estimator.tile),
             sampling=sampling,
             train=train,
             evaluation=dataclasses.replace(config.evaluation, source=None),
@@ -121,25 +121,24 @@ def _audit_pair(
         log("gradients of all parameters, rollout by rollout")
         # Estimators that sample no token differ in bias alone, so only three of them are measured:
         # the two exact ones and the config's own, which comes first.
-        is_measured = lambda each: (
-            each.is_sampled or each.advertises != "own" or each is subjects[0]
-        )
-        measured = list(filter(is_measured, subjects))
+        exact = [subject(EXACT, divergence=name).name for name in ("reverse", "forward")]
+        exact.append(uncoupled[0].name)
+        measured = [each for each in subjects if each.is_sampled or each.name in exact]
         found["gradients"] = audit_gradients(states, measured, log)
     return found
 
 
 def describe(each: Subject) -> dict[str, Any]:
     """Return the document's entry for a subject."""
-    about = each.pitfall.about if each.recipe is None else each.recipe.description
-    if each.reads_given_answers:
+    about = each.pitfall.about if each.recipe is None else each.row.description
+    if each.row is not None and "student" not in each.row.completions:
         about += " Measured at the student's contexts with the teacher's tokens;"
         about += " in training the contexts are the teacher's too."
-    if each.recipe is not None and "kd_weight" in each.recipe.options:
+    if each.row is not None and each.row.cross_entropy is None:
         about += " Measured on all of the student's own tokens;"
         about += " in training an older student samples them and a filter selects some."
     return {
-        "recipe": None if each.recipe is None else each.recipe.name,
+        "recipe": each.recipe,
         "options": each.options,
         "is_pitfall": each.recipe is None,
         "advertises": each.advertises,

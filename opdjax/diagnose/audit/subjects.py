@@ -9,9 +9,9 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from opdjax.config.recipes import RECIPES, Recipe
+from opdjax.config.recipes import PLAIN, RECIPES, Recipe
 from opdjax.config.validation import ConfigError
-from opdjax.estimators import Estimator, bind, coupling, variants
+from opdjax.estimators import bind, coupling
 from opdjax.estimators.opd import REWARD_OPTIONS, sampled_reward
 from opdjax.estimators.opd import advantages as advantages_of
 from opdjax.estimators.pitfalls import PITFALLS, Pitfall
@@ -20,51 +20,30 @@ from opdjax.ops.tile import VocabTile
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """An estimator, or a pitfall by name."""
+    """A recipe with its options, or a pitfall by name."""
 
     name: str
-    estimator: Estimator | None = None
-
-    @property
-    def recipe(self) -> Recipe | None:
-        """The row of the estimator's recipe; None for a pitfall."""
-        return None if self.estimator is None else self.estimator.recipe
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options of the estimator."""
-        return {} if self.estimator is None else self.estimator.options
+    recipe: str | None = None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def pitfall(self) -> Pitfall | None:
         """The pitfall; None for a recipe."""
-        return PITFALLS[self.name] if self.estimator is None else None
-
-    @property
-    def is_policy_gradient(self) -> bool:
-        """Whether advantages multiply the gradient of the sampled token's log-prob."""
-        return self.recipe is None or self.recipe.is_policy_gradient
-
-    @property
-    def has_baseline(self) -> bool:
-        """Whether a baseline reduces the variance of the advantages."""
-        return self.recipe is not None and "baseline" in self.recipe.options
+        return PITFALLS[self.name] if self.recipe is None else None
 
     @property
     def is_sampled(self) -> bool:
         """Whether its gradient depends on the sampled token."""
-        return self.is_policy_gradient or self._divergence_weight < 1
+        return self.row is None or self.row.is_policy_gradient or self._cross_entropy > 0
 
     @property
-    def _divergence_weight(self) -> float:
-        """The weight of the divergence in the loss; the rest is cross-entropy."""
-        default = 0.0 if self.recipe.teacher == "none" else 1.0
-        return self.recipe.with_defaults(self.options).get("kd_weight", default)
+    def row(self) -> Recipe | None:
+        """The recipe's row; None for a pitfall."""
+        return None if self.recipe is None else RECIPES[self.recipe]
 
     @property
-    def reads_given_answers(self) -> bool:
-        """Whether its tokens come from the teacher."""
-        return self.recipe is not None and "student" not in self.recipe.completions
+    def _cross_entropy(self) -> float:
+        return self.row.cross_entropy_weight(self.options)
 
     @property
     def is_coupled(self) -> bool:
@@ -80,27 +59,22 @@ class Subject:
     @property
     def advertises(self) -> str:
         """The KL whose gradient it should have: `reverse`, `forward`, or `own` for neither."""
-        if self.is_policy_gradient:
-            changes = (*REWARD_OPTIONS, "prefix_weight", "discount")
-            return "own" if any(self.options.get(name) for name in changes) else "reverse"
-        if self.reads_given_answers:
-            return "forward"
-        is_exact = self.recipe.teacher == "vocabulary" and "support" not in self.recipe.options
-        direction = self.options.get("divergence", "reverse")
-        return direction if is_exact and direction in ("reverse", "forward") else "own"
+        return "reverse" if self.row is None else self.row.advertised(self.options)
 
     def token_loss(self) -> Callable:
         """Return `token_loss(student, teacher, row) -> (loss, outputs)`."""
-        return self.pitfall.token_loss if self.estimator is None else self.estimator.token_loss
+        if self.recipe is None:
+            return self.pitfall.token_loss
+        return bind(self.recipe, self.options).token_loss
 
     def unsampled_loss(self) -> Callable | None:
         """Return the part of the loss that does not depend on the sampled token; None if empty."""
         if not self.is_sampled:
             return self.token_loss()
-        if self.is_policy_gradient or not self._divergence_weight:
+        if self.row is None or self.row.cross_entropy is not None or self._cross_entropy == 1:
             return None
-        divergence = variants.varied(self.estimator, kd_weight=1.0).token_loss
-        weight = self._divergence_weight
+        divergence = subject(self.recipe, **(self.options | {"kd_weight": 1.0})).token_loss()
+        weight = 1 - self._cross_entropy
         return lambda student, teacher, row: (weight * divergence(student, teacher, row)[0], {})
 
     def advantages(
@@ -110,12 +84,12 @@ class Subject:
 
         `mean_reward`: the baseline of `batch_mean`.
         """
-        if self.estimator is None:
+        if self.recipe is None:
             return self.pitfall.advantages(student, teacher)
-        if not self.is_policy_gradient:
-            return jnp.full_like(student.logits, 1 - self._divergence_weight)
+        if not self.row.is_policy_gradient:
+            return jnp.full_like(student.logits, self._cross_entropy)
         reward = {name: self.options.get(name) for name in REWARD_OPTIONS}
-        baseline = self.recipe.with_defaults(self.options).get("baseline")
+        baseline = self.row.with_defaults(self.options).get("baseline")
         if baseline == "batch_mean":
             return sampled_reward(teacher.logprobs, student.logprobs, **reward) - mean_reward
         top_k = {name: v for name, v in self.options.items() if name == "baseline_top_k"}
@@ -123,47 +97,38 @@ class Subject:
 
     def drawn_from(self, student: VocabTile, teacher: VocabTile) -> VocabTile:
         """Return the distribution that its tokens are sampled from."""
-        if self.estimator is None and self.pitfall.drawn_from is not None:
+        if self.recipe is None and self.pitfall.drawn_from is not None:
             return self.pitfall.drawn_from(student)
-        return teacher if self.reads_given_answers else student
-
-
-def subject_of(estimator: Estimator) -> Subject:
-    """Return the estimator as a subject, named after its recipe and options."""
-    text = lambda value: f"{value:g}" if isinstance(value, float) else str(value)
-    values = (f"{name}={text(value)}" for name, value in estimator.options.items())
-    return Subject(" ".join([estimator.name, *values]), estimator)
+        is_own = self.row is None or "student" in self.row.completions
+        return student if is_own else teacher
 
 
 def subject(recipe: str, **options: Any) -> Subject:
-    """Return the recipe of this name with these options."""
-    return subject_of(bind(recipe, options))
+    """Return the recipe with these options, named after both."""
+    bind(recipe, options)
+    text = lambda value: f"{value:g}" if isinstance(value, float) else str(value)
+    values = (f"{name}={text(value)}" for name, value in options.items())
+    return Subject(" ".join([recipe, *values]), recipe, options)
 
 
-PLAIN = subject_of(variants.SAMPLED)  # every comparison is with this one
-DEFAULT = (
-    *map(subject_of, variants.UNCOUPLED),
-    *(Subject(name) for name, pitfall in PITFALLS.items() if pitfall.token_loss is not None),
-)
-COUPLED = tuple(map(subject_of, variants.COUPLED))
+_AUDITED = [subject(name, **options) for name, row in RECIPES.items() for options in row.audited]
+_PITFALLS = [Subject(name) for name, pitfall in PITFALLS.items() if pitfall.token_loss is not None]
+# Options that couple the tokens of a sequence: a single context does not define their gradient.
+COUPLED = tuple(each for each in _AUDITED if each.is_coupled)
+DEFAULT = (*(each for each in _AUDITED if not each.is_coupled), *_PITFALLS)
+
+
 # Options that need what the audit of a pair lacks: task rewards, data of another policy.
 _REFUSED_OPTIONS = ("task_reward_coef", "importance")
 _OFF = (0, "none", None)
 
 
-def _group(each: Subject) -> str:
-    """Return the name by which a subject is chosen."""
-    return each.name if each.estimator is None else each.estimator.name
-
-
-def _is_same(one: Subject, other: Subject) -> bool:
-    """Return whether two subjects are the same estimator, defaults filled in."""
-
-    def options(each: Subject) -> dict[str, Any]:
-        found = {} if each.recipe is None else each.recipe.with_defaults(each.options)
-        return {name: value for name, value in found.items() if value not in _OFF}
-
-    return _group(one) == _group(other) and options(one) == options(other)
+def _with_defaults(each: Subject) -> tuple[str | None, dict[str, Any]]:
+    """Return recipe and options with the defaults filled in, so that equal estimators are equal."""
+    if each.recipe is None:
+        return each.name, each.options
+    options = RECIPES[each.recipe].with_defaults(each.options).items()
+    return each.recipe, {name: value for name, value in options if value not in _OFF}
 
 
 def choose(
@@ -172,19 +137,19 @@ def choose(
     """Return the subjects to measure.
 
     These are the default subjects of the recipes and pitfalls `names` (None: all), preceded by the
-    config's own `recipe` with its `options`, and in any case the plain one. ConfigError on an
-    unknown name and on options that need rewards or stale data.
+    config's own `recipe` with its `options`, and in any case the plain recipe.
+    ConfigError on an unknown name and on options that need rewards or stale data.
     """
-    subjects = (*DEFAULT, *COUPLED)
-    known = set(map(_group, subjects))
+    subjects, plain = (*DEFAULT, *COUPLED), subject(PLAIN)
+    known = {each.recipe or each.name for each in subjects}
     if unknown := sorted(set(names or ()) - known):
         raise ConfigError(f"cannot audit {unknown}; expected some of {sorted(known)}")
-    chosen = [each for each in subjects if names is None or _group(each) in names]
+    chosen = [each for each in subjects if names is None or (each.recipe or each.name) in names]
     if recipe is not None:
         own = _own_subject(recipe, options or {})
-        own = PLAIN if _is_same(own, PLAIN) else own
-        chosen = [own, *(each for each in chosen if not _is_same(each, own))]
-    return chosen if any(_is_same(each, PLAIN) for each in chosen) else [*chosen, PLAIN]
+        own = plain if _with_defaults(own) == _with_defaults(plain) else own
+        chosen = [own, *(x for x in chosen if _with_defaults(x) != _with_defaults(own))]
+    return chosen if plain in chosen else [*chosen, plain]
 
 
 def _own_subject(recipe: str, options: dict[str, Any]) -> Subject:

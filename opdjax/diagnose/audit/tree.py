@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opdjax.diagnose.audit.subjects import PLAIN, Subject, subject_of
+from opdjax.config.recipes import EXACT, PLAIN, WITH_BASELINE
+from opdjax.diagnose.audit.subjects import Subject, subject
+from opdjax.estimators import bind
 from opdjax.estimators.losses import AGGREGATIONS, aggregation_weights, count_denominators
-from opdjax.estimators.variants import EXACT, SAMPLED, WITH_BASELINE, varied
 from opdjax.ops.tile import VocabTile
 from opdjax.ops.vocab import TokenInputs
 
@@ -61,7 +62,7 @@ def gradient_of(subject: Subject, student, teacher, behavior, rows, aggregation:
     segments = jnp.ones_like(tokens)
     denominators = count_denominators(mask, segments, LENGTH)
     weights = aggregation_weights(mask, segments, aggregation, denominators)
-    estimator = subject.estimator
+    estimator = bind(subject.recipe, subject.options)
     at = lambda table: VocabTile(table[before.reshape(-1)])
     flat = lambda tree: jax.tree.map(lambda x: x.reshape(-1), tree)
     logprobs = at(behavior).logprob(tokens.reshape(-1)).reshape(tokens.shape)
@@ -148,35 +149,34 @@ _CORRECTIONS = {
     "sequence_mask 3": {"importance": "sequence_mask"},
     "sequence ratio, no cap": {"importance": "sequence_mask", "importance_cap": 1e6},
 }
-_WITH_BASELINE = tuple(_CORRECTIONS)[:3]
-_subject = lambda estimator, **options: subject_of(varied(estimator, **options))
-_BASELINE, _EXACT = _subject(WITH_BASELINE, baseline="full"), subject_of(EXACT)
+_ALSO_WITH_BASELINE = tuple(_CORRECTIONS)[:3]
+_PLAIN, _BASELINE, _EXACT = subject(PLAIN), subject(WITH_BASELINE, baseline="full"), subject(EXACT)
 _EXPECTED = {"discount": 1.0, "return_to_go": "expected"}
 CASES = (
-    TreeCase("token-level credit", PLAIN),
+    TreeCase("token-level credit", _PLAIN),
     TreeCase("baseline full", _BASELINE),
-    TreeCase("sampled reward to go", _subject(SAMPLED, discount=1.0)),
-    TreeCase("reward to go, -KL for later rewards", _subject(SAMPLED, **_EXPECTED)),
-    TreeCase("the same with baseline full", _subject(WITH_BASELINE, baseline="full", **_EXPECTED)),
-    TreeCase("prefix weight 0.5", _subject(SAMPLED, prefix_weight=0.5)),
+    TreeCase("sampled reward to go", subject(PLAIN, discount=1.0)),
+    TreeCase("reward to go, -KL for later rewards", subject(PLAIN, **_EXPECTED)),
+    TreeCase("the same with baseline full", subject(WITH_BASELINE, baseline="full", **_EXPECTED)),
+    TreeCase("prefix weight 0.5", subject(PLAIN, prefix_weight=0.5)),
     TreeCase("exact KL", _EXACT),
-    TreeCase("two rows, baseline batch_mean", _subject(WITH_BASELINE, baseline="batch_mean"), 2),
-    *(TreeCase(f"two rows, {kind}", PLAIN, 2, kind) for kind in AGGREGATIONS),
+    TreeCase("two rows, baseline batch_mean", subject(WITH_BASELINE, baseline="batch_mean"), 2),
+    *(TreeCase(f"two rows, {kind}", _PLAIN, 2, kind) for kind in AGGREGATIONS),
     *(TreeCase(f"two rows, {kind}, baseline full", _BASELINE, 2, kind) for kind in AGGREGATIONS),
     *(
-        TreeCase(f"stale, {name}", _subject(SAMPLED, **options), is_stale=True)
+        TreeCase(f"stale, {name}", subject(PLAIN, **options), is_stale=True)
         for name, options in _CORRECTIONS.items()
     ),
     *(
         TreeCase(
             f"stale, {name}, baseline full",
-            _subject(WITH_BASELINE, **_CORRECTIONS[name]),
+            subject(WITH_BASELINE, **_CORRECTIONS[name]),
             is_stale=True,
         )
-        for name in _WITH_BASELINE
+        for name in _ALSO_WITH_BASELINE
     ),
     TreeCase("stale, exact KL, no correction", _EXACT, is_stale=True),
-    TreeCase("stale, exact KL, prefix ratio, no cap", _subject(EXACT, **_NO_CAP), is_stale=True),
+    TreeCase("stale, exact KL, prefix ratio, no cap", subject(EXACT, **_NO_CAP), is_stale=True),
 )
 
 

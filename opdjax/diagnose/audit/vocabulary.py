@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opdjax.config.recipes import PLAIN
 from opdjax.diagnose.audit.contexts import enumerate_draws, summarise
-from opdjax.diagnose.audit.subjects import PLAIN, Subject
+from opdjax.diagnose.audit.subjects import Subject, subject
 from opdjax.estimators.divergence import reverse_kl
 from opdjax.ops.tile import VocabTile
 
@@ -34,7 +35,9 @@ def audit_vocabulary(
             VocabTile(jnp.asarray(x)) for x in random_contexts(num_contexts, vocab, seed)
         )
         mean_reward = -jnp.mean(reverse_kl(student, teacher))
-        plain = np.asarray(jax.jit(partial(enumerate_draws, PLAIN))(student, teacher)["variance"])
+        plain = np.asarray(
+            jax.jit(partial(enumerate_draws, subject(PLAIN)))(student, teacher)["variance"]
+        )
         rows = {}
         for each in subjects:
             stats = jax.jit(partial(enumerate_draws, each))(student, teacher, mean_reward)

@@ -45,7 +45,7 @@ class _CellRuns:
     runs: Mapping[int, Run]  # completed runs by seed
 
     @property
-    def first(self) -> Run | None:
+    def first_run(self) -> Run | None:
         return next(iter(self.runs.values()), None)
 
 
@@ -76,7 +76,7 @@ def compare(table: PaperTable, points: Sequence[Point]) -> Comparison:
     )
 
 
-def digest_of(group: SeedGroup) -> str:
+def _digest(group: SeedGroup) -> str:
     """The first eight characters of the hash of the group's config without its seed."""
     config = upgrade(group.points[0].config)
     config.pop("seed")
@@ -106,7 +106,7 @@ def _cell(row: Row, column: PaperColumn, found: _Found) -> Cell:
     own, paper = found[row.label, column.label], row.values.get(column.label)
     if own is None:
         return Cell(paper, {}, (), None)
-    cell = functools.partial(Cell, paper, missing=own.group.missing, digest=digest_of(own.group))
+    cell = functools.partial(Cell, paper, missing=own.group.missing, digest=_digest(own.group))
     runs = sorted(own.runs.items())
     if not column.until:
         read = reader(column.read, row.when)
@@ -140,7 +140,7 @@ def _pair_flags(
     if changed := differences(*settings, "evaluation."):
         listed = "\n  ".join(changed)
         raise WorkdirError(f"{names} were evaluated in other ways and do not compare:\n  {listed}")
-    one, two = first.first, other.first
+    one, two = first.first_run, other.first_run
     if one is None or two is None:
         return
     if one.data.get("evaluation") != two.data.get("evaluation"):

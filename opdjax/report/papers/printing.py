@@ -175,9 +175,9 @@ def _by_pair(found: Comparison, row: Row, items_of: Callable[[Cell], list[str]])
     """Facts that the cells of one pair of models share, once per pair; with the pair's name if the
     table has runs of several.
     """
-    is_run = {pair_of(column) for column in found.columns if has_part(found, column, "ours")}
+    is_run = {_pair_of(column) for column in found.columns if has_part(found, column, "ours")}
     facts = {
-        pair_of(column): items_of(found.cells[row.label, column.label]) for column in found.columns
+        _pair_of(column): items_of(found.cells[row.label, column.label]) for column in found.columns
     }
     return "; ".join(
         (f"{pair} " if len(is_run) > 1 else "") + ", ".join(items)
@@ -186,7 +186,7 @@ def _by_pair(found: Comparison, row: Row, items_of: Callable[[Cell], list[str]])
     )
 
 
-def pair_of(column: PaperColumn) -> str:
+def _pair_of(column: PaperColumn) -> str:
     """The pair of models that a column is restricted to, or an empty string."""
     return column.labels.get("pair", "")
 

@@ -1,84 +1,71 @@
-"""From stored samples to rows that are trained on."""
+"""From stored samples to batches."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from opdjax.data.packing import answer_rows, to_train_batch
-from opdjax.data.prompts import collate
+from opdjax.data.prompts import PromptSet, collate
 from opdjax.rollouts.near_policy.shards import Shard
-from opdjax.rollouts.setup import Setup
 from opdjax.types import Metrics, Rollouts, TeacherScores, TrainBatch
 
 
 def as_batch(
-    setup: Setup,
+    prompts: PromptSet,
+    max_completion_length: int,
     samples: Sequence[Shard],
     annotations: Sequence[Shard] = (),
     chosen: np.ndarray | None = None,
 ) -> tuple[Rollouts, TrainBatch]:
-    """Stored samples as rollouts and as rows, one a rollout, with what the teacher said of them;
-    `chosen` are places among all of them.
+    """Stored samples as rollouts and as a batch of one rollout per row, with the teacher's scores
+    if there are annotations.
 
-    Both are wide enough for any samples of the run, so that one program reads them all.
+    `chosen`: indices into the samples of all shards; None: all samples. The rows have the largest
+    width that the run can need, so that one compiled program serves all of them.
     """
-    places = _places(samples) if chosen is None else [_places(samples)[place] for place in chosen]
-    of = lambda shards, name: [shards[shard].columns[name][row] for shard, row in places]
-    prompts = collate(setup.prompts, np.array(of(samples, "prompt_id"), np.int32))
-    length = setup.config.sampling.max_completion_length
-    given = answer_rows(prompts, of(samples, "tokens"), length, 0)
-    spread = partial(_spread, mask=given.mask)
+    rows = [(shard, row) for shard, held in enumerate(samples) for row in range(len(held))]
+    rows = rows if chosen is None else [rows[index] for index in chosen]
+    column = lambda shards, name: [shards[shard].columns[name][row] for shard, row in rows]
+    own = lambda name, dtype=None: np.array(column(samples, name), dtype)
+    batch_prompts = collate(prompts, own("prompt_id", np.int32))
+    given = answer_rows(batch_prompts, column(samples, "tokens"), max_completion_length, 0)
+    spread = lambda values: _spread(values, given.mask)
     rollouts = dataclasses.replace(
         given,
-        behavior_logprobs=spread(of(samples, "behavior_logprobs")),
-        unfiltered_logprobs=spread(of(samples, "unfiltered_logprobs")),
-        sample_id=np.array(of(samples, "sample_id"), np.int32),
-        policy_version=np.array(of(samples, "policy_version"), np.int32),
-        is_truncated=np.array(of(samples, "is_truncated")),
+        behavior_logprobs=spread(column(samples, "behavior_logprobs")),
+        unfiltered_logprobs=spread(column(samples, "unfiltered_logprobs")),
+        sample_id=own("sample_id", np.int32),
+        policy_version=own("policy_version", np.int32),
+        is_truncated=own("is_truncated"),
     )
-    batch = to_train_batch(rollouts, prompts)
+    batch = to_train_batch(rollouts, batch_prompts)
     if not annotations:
         return rollouts, batch
     top_k = annotations[0].facts["top_k"]
-    top = lambda name: (
-        spread([row.reshape(-1, top_k) for row in of(annotations, name)]) if top_k else None
-    )
+    top = lambda name: [values.reshape(-1, top_k) for values in column(annotations, name)]
     scores = TeacherScores(
-        spread(of(annotations, "teacher_logprobs")), top("teacher_ids"), top("teacher_top_logprobs")
+        teacher_logprobs=spread(column(annotations, "teacher_logprobs")),
+        teacher_top_ids=spread(top("teacher_ids")) if top_k else None,
+        teacher_top_logprobs=spread(top("teacher_top_logprobs")) if top_k else None,
     )
     return rollouts, dataclasses.replace(batch, teacher=scores)
 
 
-def _places(shards: Sequence[Shard]) -> list[tuple[int, int]]:
-    return [(number, row) for number, shard in enumerate(shards) for row in range(len(shard))]
-
-
-def _spread(rows: Sequence[np.ndarray], mask: np.ndarray) -> np.ndarray:
-    """Values by token of each row `[n, ...]` in the columns of its mask; 0 elsewhere."""
-    joined = np.concatenate(rows)
+def _spread(values: Sequence[np.ndarray], mask: np.ndarray) -> np.ndarray:
+    """Values by token of each row, `[n, ...]` each, at the row's masked columns; 0 elsewhere."""
+    joined = np.concatenate(values)
     found = np.zeros((*mask.shape, *joined.shape[1:]), joined.dtype)
     found[mask] = joined
     return found
 
 
-def without(batch: TrainBatch, is_kept: np.ndarray) -> TrainBatch:
-    """The batch with nothing in the rows of the rollouts that are not kept."""
-    of_kept = lambda x: np.where(is_kept[:, None], x, 0).astype(np.asarray(x).dtype)
-    view = batch.teacher_view
-    view = view and dataclasses.replace(view, segment_ids=of_kept(view.segment_ids))
-    return dataclasses.replace(
-        batch, mask=of_kept(batch.mask), segment_ids=of_kept(batch.segment_ids), teacher_view=view
-    )
-
-
-def drawn_tokens(samples: Sequence[Shard], annotations: Sequence[Shard]) -> Metrics:
-    """What was drawn, and read by the teacher once and for all, told of the step that is the first
-    to be trained on these samples.
+def stored_token_counts(samples: Sequence[Shard], annotations: Sequence[Shard]) -> Metrics:
+    """The tokens that were sampled, and that the teacher read, for these shards. They are metrics
+    of the first step that trains on them.
     """
     generated = sum(len(row) for shard in samples for row in shard.columns["tokens"])
     read = sum(shard.facts["num_tokens"] for shard in annotations)
@@ -86,13 +73,7 @@ def drawn_tokens(samples: Sequence[Shard], annotations: Sequence[Shard]) -> Metr
 
 
 def filter_metrics(document: dict[str, Any]) -> Metrics:
-    """Shares of the samples that the filter kept, and that are outside its bounds on either side."""
-    names = {
-        "keep_rate": "num_kept",
-        "degenerate": "num_degenerate",
-        "disconnected": "num_disconnected",
-    }
-    return {
-        f"filter/{name}": document[count] / max(document["num_samples"], 1)
-        for name, count in names.items()
-    }
+    """Shares of the samples that the filter kept, and that lie beyond either of its bounds."""
+    counts = {"keep_rate": "kept", "degenerate": "degenerate", "disconnected": "disconnected"}
+    total = max(document["num_samples"], 1)
+    return {f"filter/{name}": document[f"num_{count}"] / total for name, count in counts.items()}

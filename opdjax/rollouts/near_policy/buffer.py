@@ -1,33 +1,34 @@
-"""Between who draws and who learns: which weights a step's rollouts may be drawn with, and which
-steps' rollouts are there.
+"""Synchronises the generator and the learner: which weights may sample the rollouts of a step, and
+which steps have stored rollouts.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
-_SECONDS_BETWEEN_LOOKS = 0.02  # at a file system that another process writes
+_POLL_SECONDS = 0.02  # between looks at files that another process writes
 
 
 class BufferClosedError(RuntimeError):
-    """The run is over: nobody waits for rollouts any more."""
+    """The run is over: no rollouts come any more."""
 
 
 class RolloutBuffer:
-    """The rollouts of steps to come, at most `max_staleness + 1` of them, in the order of the
-    steps.
+    """The rollouts of future steps, in order, for at most `max_staleness + 1` steps.
 
-    A step is admitted before it is drawn, when weights are there that will be no more than
-    `max_staleness` updates old once the step is trained on. That is known, since steps are trained
-    on in their order, one update each: so nothing that was drawn is ever dropped, however slow it
-    was, and who draws waits when it is that far ahead. `lag` fixed: exactly the weights of
-    `max_staleness` updates before the step (those before the first update, for the first steps);
-    free: the newest, but none from after the step, which a learner that was killed leaves behind.
+    A step is admitted before it is sampled, as soon as there are weights that will be at most
+    `max_staleness` updates old when the step is trained on. This is known in advance, because steps
+    are trained on in order, one update each. So no sampled rollout is ever dropped, however slow it
+    was, and a generator that is that far ahead waits.
 
-    `look()` -> (versions published, steps that are stored) is asked while waiting, where another
-    process is at the other end.
+    `lag` fixed: exactly the weights of `max_staleness` updates before the step (the untrained ones
+    for the first steps). free: the newest weights, but none from after the step, which a killed
+    learner may have left.
+
+    `look()` returns (published versions, stored steps). It is called while waiting, if the other
+    end is another process.
     """
 
     def __init__(
@@ -38,37 +39,43 @@ class RolloutBuffer:
     ):
         self._max_staleness, self._lag, self._look = max_staleness, lag, look
         self._changed = threading.Condition()
-        self._versions, self._stored = set(), set()
+        self._versions: set[int] = set()
+        self._stored: dict[int, Any] = {}
         self._is_closed, self._error = False, None
 
-    def wanted(self, step: int) -> int:
-        """The oldest weights that a step may be drawn with; under a fixed lag the only ones."""
+    def oldest_version(self, step: int) -> int:
+        """The oldest weights that may sample a step; with a fixed lag the only ones."""
         return max(step - self._max_staleness, 0)
 
     def publish(self, version: int) -> None:
-        """Weights of that many updates are there."""
+        """Weights of that many updates exist."""
         with self._changed:
             self._versions.add(version)
             self._changed.notify_all()
 
     def admit(self, step: int) -> int:
-        """Wait until `step` may be drawn; the version to draw it with."""
+        """Wait until `step` may be sampled; return the version to sample it with."""
         return self._wait_for(lambda: self._version_for(step))
 
-    def put(self, step: int) -> None:
-        """The rollouts of a step are stored."""
+    def put(self, step: int, content: Any = None) -> None:
+        """The rollouts of a step are stored; `content` is what was read of them, if anything."""
         with self._changed:
-            self._stored.add(step)
+            self._stored[step] = content
             self._changed.notify_all()
 
     def wait_for(self, step: int) -> None:
         """Wait until the rollouts of a step are stored."""
         self._wait_for(lambda: step if step in self._stored else None)
 
-    def forget(self, step: int) -> None:
-        """A step was trained on."""
+    def content(self, step: int) -> Any:
+        """What `put` received for a step; None if another process stored it."""
         with self._changed:
-            self._stored.discard(step)
+            return self._stored.get(step)
+
+    def forget(self, step: int) -> None:
+        """Remove a step that was trained on."""
+        with self._changed:
+            self._stored.pop(step, None)
 
     def __contains__(self, step: int) -> bool:
         with self._changed:
@@ -79,25 +86,24 @@ class RolloutBuffer:
             return len(self._stored)
 
     def close(self, error: BaseException | None = None) -> None:
-        """Nothing more is admitted, and what is not stored does not come: a BufferClosedError, from
-        `error` where one end failed.
+        """Admit nothing more; waiting for what is not stored raises BufferClosedError, from `error`
+        if one end failed.
         """
         with self._changed:
             self._is_closed, self._error = True, self._error or error
             self._changed.notify_all()
 
     def _version_for(self, step: int) -> int | None:
-        if self._is_closed:  # what could still be drawn is not
+        if self._is_closed:
             return None
-        wanted = self.wanted(step)
+        oldest = self.oldest_version(step)
         if self._lag == "fixed":
-            return wanted if max(self._versions, default=-1) >= wanted else None
-        return next(
-            (version for version in range(step, wanted - 1, -1) if version in self._versions), None
-        )
+            return oldest if max(self._versions, default=-1) >= oldest else None
+        possible = (v for v in range(step, oldest - 1, -1) if v in self._versions)
+        return next(possible, None)
 
     def _wait_for(self, find: Callable[[], int | None]) -> int:
-        """What `find` finds, as soon as it finds something."""
+        """Wait until `find` returns something, and return it."""
         with self._changed:
             while (found := find()) is None:
                 if self._is_closed:
@@ -107,7 +113,7 @@ class RolloutBuffer:
                 if self._look is not None:
                     versions, steps = self._look()
                     self._versions |= set(versions)
-                    self._stored |= set(steps)
+                    self._stored |= {step: None for step in steps if step not in self._stored}
                 if find() is None:
-                    self._changed.wait(_SECONDS_BETWEEN_LOOKS if self._look else None)
+                    self._changed.wait(_POLL_SECONDS if self._look else None)
             return found

@@ -1,146 +1,117 @@
-"""Sources of batches whose rollouts are drawn ahead of their update: all of some epochs at once, or
-step by step.
+"""The continuous near-policy source: each step's rollouts are sampled ahead of its update.
 
-What is drawn lies in the work directory before it is trained on, and batches are made of what lies
-there: so a run that is killed finds every rollout again, and a generator in this thread, in
-another, or in another process are the same to the learner.
+Rollouts are stored in the work directory before they are trained on. So a run that was killed finds
+all of them again, and it makes no difference to the learner whether the generator is this thread,
+another thread or another process.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
 from opdjax.config.validation import ConfigError
 from opdjax.models.decoder import Params
-from opdjax.ops.multihost import InterruptedRunError, agreed, on_process_zero
+from opdjax.ops.multihost import InterruptedRunError, agreed
 from opdjax.rollouts.near_policy import published_weights, shards, stages
-from opdjax.rollouts.near_policy.batches import as_batch, drawn_tokens, filter_metrics, without
+from opdjax.rollouts.near_policy.batches import as_batch, filter_metrics, stored_token_counts
 from opdjax.rollouts.near_policy.buffer import BufferClosedError, RolloutBuffer
 from opdjax.rollouts.near_policy.generator import (
     Generator,
+    StoredStep,
     Timeline,
-    drawn_by,
+    is_step_stored,
     produce,
     read,
-    readable,
-    where_stored,
+    read_if_whole,
+    sampled_version,
 )
-from opdjax.rollouts.near_policy.refresh import RefreshSource
 from opdjax.rollouts.near_policy.shards import (
     DamagedShardError,
     MissingShardError,
     Shard,
     ShardError,
 )
-from opdjax.rollouts.on_policy import OnPolicySource, packed, prompts_of, with_credit
+from opdjax.rollouts.on_policy import prompts_of
+from opdjax.rollouts.rows import keep_rollouts, packed, with_option_columns
 from opdjax.rollouts.setup import Setup, initial_weights
 from opdjax.rollouts.source import RolloutSource, StepData
 from opdjax.runs.metrics import Timer
 from opdjax.types import TrainBatch
 
 
-@contextlib.contextmanager
-def open_source(
-    setup: Setup, workdir: pathlib.Path, first: int, is_stop_asked: Callable[[int], bool]
-) -> Iterator[RolloutSource]:
-    """The source that the config asks for, from update `first` on; what works beside the learner
-    ends with it.
+class ContinuousSource(RolloutSource):
+    """Samples every step's rollouts once, with weights that are at most `max_staleness` updates old
+    when the rollouts are trained on.
     """
-    schedule = setup.config.near_policy.schedule
-    if setup.config.near_policy.generator == "process":
-        on_process_zero(
-            lambda: print(
-                f"rollouts are drawn by another process, to be started beside this one: opdjax sample --store {workdir}"
-            )
-        )
-    if schedule == "none":
-        yield OnPolicySource(setup)
-        return
-    shards.require_pyarrow()
-    if schedule == "refresh":
-        yield RefreshSource(setup, workdir, is_stop_asked)
-    else:
-        source = ContinuousSource(setup, workdir, first, is_stop_asked)
-        try:
-            yield source
-        finally:
-            source.close()
-
-
-class ContinuousSource:
-    """Every step's rollouts are drawn once, by weights that are at most `max_staleness` updates old
-    when they are trained on.
-    """
-
-    params = None
 
     def __init__(
-        self, setup: Setup, workdir: pathlib.Path, first: int, is_stop_asked: Callable[[int], bool]
+        self,
+        setup: Setup,
+        workdir: pathlib.Path,
+        first: int,
+        is_stop_requested: Callable[[int], bool],
     ):
         self._setup, self._workdir, self._timeline = setup, workdir, Timeline(workdir)
-        self._is_stop_asked = is_stop_asked
+        self._is_stop_requested = is_stop_requested
         near = setup.config.near_policy
         self._steps = range(first, setup.config.train.num_steps)
+        self._next_step, self._prefetched = first, None
+        self._unfiltered, self._num_empty_steps = None, 0
         look = self._look if near.generator == "process" else None
-        self._taken, self._ahead, self._unfiltered, self._num_empty = first, None, None, 0
         self._buffer = RolloutBuffer(near.max_staleness, near.lag, look)
         if look is None:
-            self._adopt(first)
-        self._generator = (
-            Generator(setup, workdir, self._buffer, self._steps)
-            if near.generator == "thread"
-            else None
-        )
+            self._adopt_stored(first)
+        self._generator = None
+        if near.generator == "thread":
+            self._generator = Generator(setup, workdir, self._buffer, self._steps)
 
-    def publish(self, version: int, weights_of: Callable[[], Params], timer: Timer) -> None:
+    def publish(self, version: int, copy_weights: Callable[[], Params], timer: Timer) -> None:
         """See `RolloutSource`."""
         near = self._setup.config.near_policy
         if self._generator is not None:
-            self._generator.offer(version, weights_of, timer)
+            self._generator.offer(version, copy_weights, timer)
         if near.generator == "process":
             with timer.phase("publish"):
-                published_weights.publish(
-                    self._workdir, version, weights_of(), keep_from=version - near.max_staleness
-                )
+                keep_from = version - near.max_staleness
+                published_weights.publish(self._workdir, version, copy_weights(), keep_from)
         if near.generator == "inline":
-            self._draw_with(version, weights_of, timer)
+            self._sample_with(version, copy_weights, timer)
 
     def next(self, step: int, timer: Timer) -> StepData:
         """See `RolloutSource`."""
         with timer.phase("wait"):
             self._wait_for(step)
         with timer.phase("pack"):
-            drawn, self._ahead = self._ahead or self._load(step), None
-            self._taken = step + 1
+            data, self._prefetched = self._prefetched or self._load(step), None
+            self._next_step = step + 1
             self._buffer.forget(step)
-        return drawn
+        return data
 
     def prefetch(self, step: int) -> None:
         """See `RolloutSource`."""
-        if agreed(step in self._buffer):  # loading is done by all processes together or by none
-            self._ahead = self._load(step)
+        if agreed(step in self._buffer):  # all processes load together or none does
+            self._prefetched = self._load(step)
 
     def commit(self, version: int, timer: Timer) -> None:
         """See `RolloutSource`."""
         if self._setup.config.near_policy.lag == "fixed":
             with timer.phase("wait"):
                 for step in self._steps:
-                    if self._taken <= step and self._buffer.wanted(step) < version:
+                    if self._next_step <= step and self._buffer.oldest_version(step) < version:
                         self._wait_for(step)
 
     def probe(self, step: int) -> TrainBatch:
         """See `RolloutSource`."""
-        return packed(self._setup, self._unfiltered)[0]
+        return packed(self._unfiltered, self._setup.config.train, self._setup.mesh)[0]
 
     def close(self) -> None:
-        """Let a generator in this process end."""
+        """Stop the generator thread."""
         if self._generator is not None:
             self._generator.close()
 
@@ -148,139 +119,121 @@ class ContinuousSource:
         try:
             self._buffer.wait_for(step)
         except BufferClosedError as closed:
-            raise (
-                closed.__cause__ or closed
-            ) from None  # what the generator failed with is the run's error
+            raise (closed.__cause__ or closed) from None  # the generator's error ends the run
 
     def _look(self) -> tuple[list[int], list[int]]:
-        """What another process has stored of the steps that may be drawn by now; it may never come,
-        so signals are heard here.
+        """The steps that another process has stored. It may never store any, so a stop request is
+        checked here.
         """
-        if jax.process_count() == 1 and self._is_stop_asked(self._taken):
+        if jax.process_count() == 1 and self._is_stop_requested(self._next_step):
             raise InterruptedRunError(
-                f"stopped while waiting for rollouts of step {self._taken}; the same command continues {self._workdir}"
+                f"stopped while waiting for rollouts of step {self._next_step}; the same command "
+                f"continues {self._workdir}"
             )
-        reach = self._taken + self._setup.config.near_policy.max_staleness + 1
-        missing = (
-            step
-            for step in range(self._taken, min(reach, self._steps.stop))
-            if step not in self._buffer
-        )
-        # They come in their order: those after the first that is not there need not be looked for.
-        return [], list(
-            itertools.takewhile(
-                lambda step: where_stored(self._workdir, self._setup, step) is not None, missing
-            )
-        )
+        config = self._setup.config
+        end = min(self._next_step + config.near_policy.max_staleness + 1, self._steps.stop)
+        wanted = (step for step in range(self._next_step, end) if step not in self._buffer)
+        # Steps are stored in order: none is stored after the first missing one.
+        is_stored = lambda step: is_step_stored(self._workdir, config, step)
+        return [], list(itertools.takewhile(is_stored, wanted))
 
-    def _draw_with(self, version: int, weights_of: Callable[[], Params], timer: Timer) -> None:
-        """All steps that these weights are the ones for."""
-        wanted = [
-            step
-            for step in self._steps
-            if step not in self._buffer
-            and step >= self._taken
-            and self._buffer.wanted(step) == version
-        ]
-        if not wanted:
+    def _sample_with(self, version: int, copy_weights: Callable[[], Params], timer: Timer) -> None:
+        """Sample all steps that these weights are meant for."""
+        is_due = lambda step: step >= self._next_step and step not in self._buffer
+        of_version = lambda step: self._buffer.oldest_version(step) == version
+        steps = [step for step in self._steps if is_due(step) and of_version(step)]
+        if not steps:
             return
         with timer.phase("sample"):
-            params = weights_of()
-            for step in wanted:
-                produce(self._setup, self._workdir, self._timeline, step, version, lambda: params)
-                self._buffer.put(step)
+            params = copy_weights()
+            for step in steps:
+                self._produce(step, version, lambda: params)
 
-    def _adopt(self, first: int) -> None:
-        """Take over what is stored of the steps to come; what is damaged is drawn again where its
+    def _produce(self, step: int, version: int, weights: Callable[[], Params]) -> None:
+        place = self._setup, self._workdir, self._timeline
+        self._buffer.put(step, produce(*place, step, version, weights))
+
+    def _adopt_stored(self, first: int) -> None:
+        """Take over the stored rollouts of future steps. Damaged ones are sampled again if their
         weights can be had again.
         """
         is_fixed = self._setup.config.near_policy.lag == "fixed"
         for step in self._steps:
-            version, wanted, reason = (
-                drawn_by(self._workdir, self._setup, step),
-                self._buffer.wanted(step),
-                None,
-            )
+            version = sampled_version(self._workdir, self._setup.config, step)
+            oldest = self._buffer.oldest_version(step)
             try:
-                self._samples(step, version)
+                self._buffer.put(step, StoredStep(self._samples(step, version)))
+                continue
             except (DamagedShardError, MissingShardError) as error:
                 reason = error
-            if reason is None:
-                self._buffer.put(step)
-            elif is_fixed and wanted < first:
-                if wanted:
+            if is_fixed and oldest < first:
+                if oldest:
                     raise ShardError(
-                        f"{reason}; the weights of {wanted} updates that drew them are gone, for the run continues from {first}: put the "
-                        "file back or start in a new work directory"
+                        f"{reason}; the run continues from step {first}, and the weights of "
+                        f"{oldest} updates that sampled it are gone: put the file back or start in "
+                        "a new work directory"
                     ) from reason
-                produce(
-                    self._setup,
-                    self._workdir,
-                    self._timeline,
-                    step,
-                    0,
-                    lambda: initial_weights(self._setup),
-                )
-                self._buffer.put(step)
-            elif (
-                version is not None and not is_fixed
-            ):  # other weights may draw it now; in its own place a new one replaces it
-                shards.shard_paths(shards.version_directory(self._workdir, version), "samples")[
-                    step
-                ].unlink()
+                self._produce(step, 0, lambda: initial_weights(self._setup))
+            elif version is not None and not is_fixed:
+                # Other weights may sample it now; only in the same directory is it replaced.
+                directory = shards.version_directory(self._workdir, version)
+                shards.shard_paths(directory, "samples")[step].unlink()
 
     def _samples(self, step: int, version: int | None) -> Shard:
         if version is None:
             raise MissingShardError(f"{self._workdir / 'rollouts'} has no rollouts of step {step}")
         return read(shards.version_directory(self._workdir, version), "samples", step)
 
-    def _annotations(self, samples: Shard, directory: pathlib.Path, step: int) -> Shard:
-        """What the teacher said of them, who is asked again where that is damaged."""
-        found = readable(directory, "annotations", step)
-        if found is None:
-            stages.annotate(self._setup, samples, directory)
-        return found or read(directory, "annotations", step)
+    def _stored(self, step: int) -> StoredStep:
+        """The shards of a step, read from disk unless the buffer holds them. The teacher scores
+        samples again whose annotations are damaged.
+        """
+        config = self._setup.config
+        stored = self._buffer.content(step)
+        if stored is None:
+            version = sampled_version(self._workdir, config, step)
+            stored = StoredStep(self._samples(step, version))
+        if stored.annotations is not None or not stages.is_annotated(config):
+            return stored
+        directory = stored.samples.path.parent
+        annotations = read_if_whole(directory, "annotations", step)
+        if annotations is None:
+            stages.annotate(self._setup, stored.samples, directory)
+            annotations = read(directory, "annotations", step)
+        return StoredStep(stored.samples, annotations)
 
     def _load(self, step: int) -> StepData:
-        """What the update is made of, from its files."""
-        setup, near = self._setup, self._setup.config.near_policy
-        samples = self._samples(step, drawn_by(self._workdir, setup, step))
-        directory = samples.path.parent
-        annotations = (
-            [self._annotations(samples, directory, step)]
-            if stages.is_annotated(setup.config)
-            else []
-        )
-        rollouts, batch = as_batch(setup, [samples], annotations)
-        # Numbers drawn for a step are named after it, however old the weights were that drew its
-        # tokens.
-        batch, told = with_credit(
-            setup,
-            batch,
-            dataclasses.replace(rollouts, policy_version=np.full(len(samples), step, np.int32)),
-        )
-        told |= drawn_tokens([samples], annotations)
-        kept = np.ones(len(samples), bool)
-        if near.filter != "none":
-            document = stages.select(setup, [samples], annotations, directory, step)
-            kept, told, self._unfiltered = (
-                np.array(document["kept"], bool),
-                told | filter_metrics(document),
-                batch,
-            )
-        self._require_some(kept, step, directory)
-        rows, filled = packed(setup, without(batch, kept))
+        setup, config, stored = self._setup, self._setup.config, self._stored(step)
+        samples = [stored.samples]
+        annotations = [] if stored.annotations is None else [stored.annotations]
+        directory, count = stored.samples.path.parent, len(stored.samples)
+        length = config.sampling.max_completion_length
+        rollouts, batch = as_batch(setup.prompts, length, samples, annotations)
+        # The random numbers of a step depend on the step, not on the age of the weights.
+        of_step = dataclasses.replace(rollouts, policy_version=np.full(count, step, np.int32))
+        batch, metrics = with_option_columns(batch, of_step, config, setup.prompts, setup.tokenizer)
+        metrics |= stored_token_counts(samples, annotations)
+        kept = np.ones(count, bool)
+        if config.near_policy.filter != "none":
+            document = stages.select(setup, samples, annotations, directory, step)
+            kept, self._unfiltered = np.array(document["kept"], bool), batch
+            metrics |= filter_metrics(document)
+        self._check_filter_not_empty(kept, step, directory)
+        rows, packing = packed(keep_rollouts(batch, kept), config.train, setup.mesh)
         rollouts, batch = jax.tree.map(lambda x: np.asarray(x)[kept], (rollouts, batch))
-        return StepData(prompts_of(setup, step), rollouts, batch, rows, told | filled)
+        prompts = prompts_of(setup.prompts, config, step)
+        return StepData(prompts, rollouts, batch, rows, metrics | packing)
 
-    def _require_some(self, kept: np.ndarray, step: int, directory: pathlib.Path) -> None:
-        """ConfigError where the filter has left nothing of too many steps in a row: each would
-        still move the optimizer.
+    def _check_filter_not_empty(self, kept: np.ndarray, step: int, directory: pathlib.Path) -> None:
+        """ConfigError if the filter kept nothing in too many consecutive steps: even an empty step
+        moves the optimizer.
         """
-        self._num_empty = 0 if kept.any() else self._num_empty + 1
-        most = self._setup.config.train.max_nonfinite_steps
-        if self._num_empty >= most:
+        self._num_empty_steps = 0 if kept.any() else self._num_empty_steps + 1
+        config = self._setup.config
+        most = config.train.max_nonfinite_steps
+        if self._num_empty_steps >= most:
             raise ConfigError(
-                f"near_policy.filter {self._setup.config.near_policy.filter} has kept no rollout of the last {most} steps, up to {step} "
-                f"(opdjax rollouts {directory}); start in a new work directory with wider near_policy.ifd_min and ifd_max"
+                f"near_policy.filter {config.near_policy.filter} has kept no rollout of the last "
+                f"{most} steps, up to {step} (opdjax rollouts {directory}); start in a new work "
+                "directory with wider near_policy.ifd_min and ifd_max"
             )

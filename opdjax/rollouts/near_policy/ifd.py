@@ -1,9 +1,9 @@
-"""Delta-IFD: which stored rollouts are near enough to both policies to be worth training on (NPD,
-arXiv 2605.05940). NumPy only.
+"""Delta-IFD: selects stored rollouts that are close enough to both policies to train on (NPD, arXiv
+2605.05940). NumPy only.
 
-IFD asks how much a prompt helps a model to foresee an answer: near 0 much, at 1 not at all (Li et
-al. 2023, arXiv 2308.12032). Delta-IFD is the teacher's minus the student's, on an answer that the
-student drew. NLLs are means in nats a token, at T = 1.
+IFD measures how much a prompt helps a model to predict an answer: near 0 much, at 1 not at all (Li
+et al. 2023, arXiv 2308.12032). Delta-IFD is the teacher's IFD minus the student's, on an answer
+sampled from the student. NLLs are means in nats per token, at T = 1.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Any, Literal
 import numpy as np
 
 Form = Literal["nll_ratio", "perplexity_ratio"]
-# kept: low <= delta <= high; degenerate: below, the student is less sure of its own answer than the
-# teacher; disconnected: above, the teacher finds it far less likely than the student; unscored: no
-# delta, and so never kept by it.
+# kept: low <= delta <= high. degenerate: below, the student is less sure of its own answer than the
+# teacher. disconnected: above, the teacher finds the answer far less likely than the student.
+# unscored: there is no delta, so the filter never keeps it.
 ZONES = ("kept", "degenerate", "disconnected", "unscored")
-# A mean NLL below this is the rounding of float32 log-probs: a ratio over it would be noise of any
-# size.
+# A mean NLL below this is rounding of float32 log-probs: dividing by it would give noise.
 MIN_ALONE_NLL = 1e-6
-# a float32 log-softmax may give a probability a little over 1; an NLL further below 0 is none
+# A float32 log-softmax may give a probability slightly over 1; an NLL further below 0 is an error.
 _ROUNDING = 1e-3
 _NUM_BINS = 40
 _MARKS = {"right": True, "wrong": False}
-_STREAMS = {"control": 1, "examples": 2}  # words of a counter that the order of prompts leaves at 0
+# Random streams: words of the counter that are 0 for the order of prompts.
+_STREAMS = {"control": 1, "examples": 2}
 
 
 def ifd(conditional_nll: np.ndarray, alone_nll: np.ndarray, form: Form) -> np.ndarray:
@@ -33,16 +33,17 @@ def ifd(conditional_nll: np.ndarray, alone_nll: np.ndarray, form: Form) -> np.nd
     float64; NaN: unscored.
 
     nll_ratio is s(y|x) / s(y) (Li et al. 2023), perplexity_ratio exp(s(y|x) - s(y))
-    (Superfiltering, arXiv 2402.00530). Unscored is what has no finite ratio, such as an empty
-    answer, whose mean is NaN; under nll_ratio also an answer that the model foresees without the
-    prompt (`MIN_ALONE_NLL`). ValueError where an NLL is negative beyond rounding: it is a log-prob
-    then.
+    (Superfiltering, arXiv 2402.00530). An answer without a finite ratio is unscored, such as an
+    empty one, whose mean is NaN; under nll_ratio also one that the model predicts without the
+    prompt (`MIN_ALONE_NLL`). ValueError if an NLL is negative beyond rounding: it is then a
+    log-prob.
     """
     conditional, alone = (np.asarray(nll, np.float64) for nll in (conditional_nll, alone_nll))
     for nll in (conditional, alone):
         if np.any(np.isfinite(nll) & (nll < -_ROUNDING)):
             raise ValueError(
-                f"a mean NLL is {np.nanmin(nll)}; expected at least 0: the negative of a mean log-prob"
+                f"a mean NLL is {np.nanmin(nll)}; expected at least 0, the negative of a mean "
+                "log-prob"
             )
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         if form == "nll_ratio":
@@ -51,21 +52,18 @@ def ifd(conditional_nll: np.ndarray, alone_nll: np.ndarray, form: Form) -> np.nd
             ratio = np.exp(conditional - alone)
         else:
             raise ValueError(f"form is {form!r}; expected nll_ratio or perplexity_ratio")
-    # exp(-inf) is a finite 0, yet says nothing.
-    return np.where(
-        np.isfinite(conditional) & np.isfinite(alone) & np.isfinite(ratio), ratio, np.nan
-    )
+    # exp(-inf) is 0, which is finite but carries no information.
+    is_scored = np.isfinite(conditional) & np.isfinite(alone) & np.isfinite(ratio)
+    return np.where(is_scored, ratio, np.nan)
 
 
 def delta_ifd(teacher_ifd: np.ndarray, student_ifd: np.ndarray) -> np.ndarray:
-    """Delta-IFD [B]: the teacher's IFD minus the student's; NaN where either is."""
+    """Delta-IFD [B]: the teacher's IFD minus the student's; NaN if either is NaN."""
     return np.asarray(teacher_ifd, np.float64) - np.asarray(student_ifd, np.float64)
 
 
 def zones(delta: np.ndarray, low: float | None, high: float | None) -> np.ndarray:
-    """The zone [B] of every delta [B], one of ZONES; both bounds belong to what is kept, None is no
-    bound.
-    """
+    """The zone [B] of every delta [B], one of ZONES. The bounds are inclusive; None: no bound."""
     delta = np.asarray(delta, np.float64)
     conditions = {
         "unscored": ~np.isfinite(delta),
@@ -76,19 +74,19 @@ def zones(delta: np.ndarray, low: float | None, high: float | None) -> np.ndarra
 
 
 def quantile_bound(delta: np.ndarray, low: float | None, quantile: float) -> float | None:
-    """The least delta that at least this share of those not below `low` do not exceed; None where
-    there are none.
+    """The smallest delta d such that at least this share of the deltas that are not below `low` are
+    <= d; None if there are no such deltas.
     """
     eligible = np.asarray(delta, np.float64)[zones(delta, low, None) == "kept"]
     return float(np.quantile(eligible, quantile, method="inverted_cdf")) if eligible.size else None
 
 
 def random_control(num_kept: int, num: int, *, seed: int, version: int, number: int) -> np.ndarray:
-    """Which of `num` samples to keep [num], bool: `num_kept` of them, whichever; a function of its
+    """Which of `num` samples to keep [num], bool: `num_kept` of them, at random; a function of its
     arguments.
     """
     if not 0 <= num_kept <= num:
-        raise ValueError(f"num_kept is {num_kept}; expected 0 to {num}, the samples there are")
+        raise ValueError(f"num_kept is {num_kept}; expected 0 to {num}, the number of samples")
     chosen = np.zeros(num, bool)
     chosen[_generator("control", seed, version, number).choice(num, num_kept, replace=False)] = True
     return chosen
@@ -119,25 +117,22 @@ def document(
     seed: int,
     num_examples: int = 4,
 ) -> dict[str, Any]:
-    """What became of samples [B] and why, as `filter-NUMBER.json` holds it.
+    """The filter's decision on samples [B] and its reasons, the content of `filter-NUMBER.json`.
 
-    `filter` is none, ifd or random, `high` the bound that was in force, `kept` what was kept in the
-    end: by `random` not the zone of that name. `is_correct` is None for a sample that nobody
-    graded. `prompt_text` and `completion_text` are asked for the sample at an index, and only for
-    the examples: up to `num_examples` of the kept, the degenerate and the disconnected, drawn by
-    `seed`.
+    `filter` is none, ifd or random, and `high` the bound that was applied. `kept` is the decision;
+    with `random` it is not the zone of that name. `is_correct` is None for an ungraded sample.
+    `prompt_text(i)` and `completion_text(i)` are called only for the examples: up to
+    `num_examples` of the kept, the degenerate and the disconnected samples, chosen by `seed`.
     """
-    student_ifd, teacher_ifd, kept = (
-        np.asarray(student_ifd),
-        np.asarray(teacher_ifd),
-        np.asarray(kept, bool),
-    )
+    student_ifd, teacher_ifd = np.asarray(student_ifd), np.asarray(teacher_ifd)
+    kept = np.asarray(kept, bool)
     delta = delta_ifd(teacher_ifd, student_ifd)
     zone = zones(delta, low, high)
     draw = _generator("examples", seed, version, number)
 
     def example(i: int) -> dict[str, Any]:
         measures = {"delta": delta[i], "student_ifd": student_ifd[i], "teacher_ifd": teacher_ifd[i]}
+        is_graded = is_correct is not None and is_correct[i] is not None
         return {
             "prompt_id": int(prompt_id[i]),
             "sample_id": int(sample_id[i]),
@@ -147,9 +142,7 @@ def document(
                 name: float(value) if np.isfinite(value) else None
                 for name, value in measures.items()
             },
-            "is_correct": None
-            if is_correct is None or is_correct[i] is None
-            else bool(is_correct[i]),
+            "is_correct": bool(is_correct[i]) if is_graded else None,
         }
 
     shown = {
@@ -178,19 +171,17 @@ def document(
 
 
 def histogram(delta: np.ndarray) -> dict[str, list]:
-    """`counts` of the scored deltas between `edges`; the outer bins also hold what lies beyond
-    them, so that outliers leave the shape.
+    """`counts` of the scored deltas between `edges`. The outer bins also hold the values beyond
+    them, so that outliers do not stretch the histogram.
     """
     scored = np.asarray(delta, np.float64)
     scored = scored[np.isfinite(scored)]
     if not scored.size:
         return {"edges": [], "counts": []}
     first, last = np.quantile(scored, [0.01, 0.99])
-    edges = (
-        np.linspace(first, last, _NUM_BINS + 1)
-        if first < last
-        else np.array([first - 0.5, first + 0.5])
-    )
+    edges = np.array([first - 0.5, first + 0.5])
+    if first < last:
+        edges = np.linspace(first, last, _NUM_BINS + 1)
     counts, _ = np.histogram(np.clip(scored, edges[0], edges[-1]), edges)
     return {"edges": edges.tolist(), "counts": counts.tolist()}
 

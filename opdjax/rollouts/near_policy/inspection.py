@@ -1,4 +1,4 @@
-"""What stored rollouts hold and whether they are whole, from the files alone. No jax."""
+"""Describes and checks stored rollouts, from the files alone. No jax."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BUILT_IN = {MINI_STUDENT: MINI_PAIR / "student", MINI_TEACHER: MINI_PAIR / "tea
 
 @dataclasses.dataclass(frozen=True)
 class _Seen:
-    """What is remembered of a shard once it was read: its tokens would fill the memory."""
+    """Summary of a shard that was read; all tokens together would fill the memory."""
 
     path: pathlib.Path
     facts: dict[str, Any]
@@ -35,12 +35,12 @@ class _Seen:
 
 
 def inspect(path: pathlib.Path, num_samples: int = 0) -> bool:
-    """Print what a shard, the rollouts of a version or a work directory hold; whether all of it is
-    whole and accounted for.
+    """Print the content of a shard, of a version's directory or of a work directory; return whether
+    everything is intact and complete.
 
-    Of a damaged shard the reason is printed, and what is left is counted. `num_samples` samples,
-    spread evenly, are printed with their text where the config.json of the run names a tokenizer,
-    else with their ids. WorkdirError where the path is none of these.
+    A damaged shard is printed with the reason, and the others are counted. `num_samples` samples,
+    spread evenly, are printed as text if the config.json of the run names a tokenizer, else as ids.
+    WorkdirError if the path holds no rollouts.
     """
     if path.is_file():
         return _inspect_shard(path, num_samples)
@@ -48,11 +48,10 @@ def inspect(path: pathlib.Path, num_samples: int = 0) -> bool:
         return _inspect_version(path, num_samples)
     versions = shards.versions(path)
     if not versions:
-        expected = "a shard, a directory rollouts/VERSION or the work directory of a run that stores its rollouts"
+        problem = "holds no rollouts" if path.exists() else "does not exist"
         raise WorkdirError(
-            f"{path} holds no rollouts; expected {expected}"
-            if path.exists()
-            else f"{path} does not exist; expected {expected}"
+            f"{path} {problem}; expected a shard, a directory rollouts/VERSION or the work "
+            "directory of a run that stores its rollouts"
         )
     return _inspect_workdir(path, versions, num_samples)
 
@@ -68,21 +67,14 @@ def _inspect_shard(path: pathlib.Path, num_samples: int) -> bool:
     counts = {"sample": len(shard), "prompt": seen.num_prompt_tokens, "token": seen.num_tokens}
     counts["top"] = seen.num_tokens * seen.facts.get("top_k", 0)
     columns = SCHEMAS[seen.facts["stage"]].items()
-    print(
-        _table(
-            [
-                ["column", "type", "values", "meaning"],
-                *([n, c.type, str(counts[c.per]), c.meaning] for n, c in columns),
-            ],
-            left=(0, 1, 3),
-        )
-    )
-    print(
-        f"{len(shard)} samples, {seen.num_tokens} tokens, {_share(seen.num_bytes, seen.num_tokens)} bytes a token"
-    )
+    header = ["column", "type", "values", "meaning"]
+    rows = [[name, c.type, str(counts[c.per]), c.meaning] for name, c in columns]
+    print(_table([header, *rows], left=(0, 1, 3)))
+    size = _share(seen.num_bytes, seen.num_tokens)
+    print(f"{len(shard)} samples, {seen.num_tokens} tokens, {size} bytes a token")
     num_repeated = _num_repeated(_keys([seen]))
     if num_repeated:
-        print(f"not in order: {num_repeated} samples stand there more than once")
+        print(f"not in order: {num_repeated} samples are there more than once")
     _print_samples([seen] if seen.facts["stage"] == "samples" else [], num_samples)
     return not num_repeated
 
@@ -105,12 +97,12 @@ def _inspect_workdir(workdir: pathlib.Path, versions: list[int], num_samples: in
     return _conclude(list(held.values()), num_samples)
 
 
-# What is there
+# Content
 
 
 @dataclasses.dataclass(frozen=True)
 class _Held:
-    """What the directory of a version holds."""
+    """The content of a version's directory."""
 
     seen: list[_Seen]
     filters: dict[int, dict[str, Any]]
@@ -129,16 +121,16 @@ class _Held:
         return cls(list(seen.values()), filters, damaged)
 
     def of_stage(self, stage: str) -> list[_Seen]:
-        """In the order of their numbers."""
+        """The shards of a stage, sorted by number."""
         return [seen for seen in self.seen if seen.facts["stage"] == stage]
 
     def only(self, number: int) -> _Held:
-        """What has this number."""
+        """The shards with this number."""
         return _Held([seen for seen in self.seen if seen.facts["number"] == number], {}, [])
 
 
 def _whole(keys: Iterable[Any], read: Callable[[Any], Any], damaged: list[str]) -> dict[Any, Any]:
-    """What can be read of each; why the others cannot is added to `damaged`."""
+    """key -> what `read` returns; reasons why the others cannot be read are added to `damaged`."""
     found = {}
     for key in keys:
         try:
@@ -162,22 +154,16 @@ def _see(shard: Shard) -> _Seen:
     )
 
 
-# Who is accounted for
+# Completeness
 
 
 def _keys(shards: list[_Seen]) -> np.ndarray:
-    """What tells samples apart: version, prompt, sample, and the step or, where no step is stored,
-    the number of the shard.
+    """The identity of each sample: version, prompt, sample, and the step, or the number of the
+    shard if no step is stored.
     """
-    rows = [
-        np.column_stack(
-            [
-                seen.ids,
-                np.full(len(seen.ids), seen.facts["number"]) if seen.steps is None else seen.steps,
-            ]
-        )
-        for seen in shards
-    ]
+    number = lambda seen: np.full(len(seen.ids), seen.facts["number"])
+    steps = [number(seen) if seen.steps is None else seen.steps for seen in shards]
+    rows = [np.column_stack([seen.ids, own]) for seen, own in zip(shards, steps)]
     return np.concatenate([np.zeros((0, 4), np.int64), *rows])
 
 
@@ -186,7 +172,7 @@ def _num_repeated(keys: np.ndarray) -> int:
 
 
 def _unmatched(samples: list[_Seen], annotations: list[_Seen]) -> tuple[int, int]:
-    """Samples without annotation, annotations without sample; they belong together within a number."""
+    """(samples without annotation, annotations without sample), matched within each number."""
     sides = [
         _keys([dataclasses.replace(seen, steps=None) for seen in side])
         for side in (samples, annotations)
@@ -198,7 +184,7 @@ def _unmatched(samples: list[_Seen], annotations: list[_Seen]) -> tuple[int, int
 
 
 def _conclude(held: list[_Held], num_samples: int) -> bool:
-    """Print the facts, what is not in order, and samples."""
+    """Print facts, problems and samples; return whether there are no problems."""
     samples, annotations = (
         [seen for of in held for seen in of.of_stage(stage)] for stage in SCHEMAS
     )
@@ -211,14 +197,16 @@ def _conclude(held: list[_Held], num_samples: int) -> bool:
         [_unmatched(of.of_stage("samples"), of.of_stage("annotations")) for of in held], axis=0
     )
     damaged = [reason for of in held for reason in of.damaged]
+    total = lambda shards: sum(len(seen.ids) for seen in shards)
     print(
-        f"{sum(len(seen.ids) for seen in samples)} samples: {repeated['samples']} repeated, {unannotated} without annotation; "
-        f"{sum(len(seen.ids) for seen in annotations)} annotations: {repeated['annotations']} repeated, {orphaned} without sample"
+        f"{total(samples)} samples: {repeated['samples']} repeated, {unannotated} without "
+        f"annotation; {total(annotations)} annotations: {repeated['annotations']} repeated, "
+        f"{orphaned} without sample"
     )
     for reason in damaged:
         print(f"damaged: {reason}")
     _print_samples(samples, num_samples)
-    # A sample may still wait for its annotation; nothing else may be amiss.
+    # A sample without annotation is no problem: it may be annotated later.
     return not (damaged or orphaned or any(repeated.values()))
 
 
@@ -226,18 +214,8 @@ def _conclude(held: list[_Held], num_samples: int) -> bool:
 
 
 def _print_counts(name: str, held: dict[int, _Held]) -> None:
-    rows = [
-        [
-            name,
-            "shards",
-            "samples",
-            "prompt tokens",
-            "tokens",
-            "bytes a token",
-            "annotated",
-            "bytes a token",
-        ]
-    ]
+    header = [name, "shards", "samples", "prompt tokens", "tokens"]
+    rows = [[*header, "bytes a token", "annotated", "bytes a token"]]
     for key, of in held.items():
         samples, annotations = of.of_stage("samples"), of.of_stage("annotations")
         total = lambda shards, field: sum(getattr(seen, field) for seen in shards)
@@ -247,20 +225,13 @@ def _print_counts(name: str, held: dict[int, _Held]) -> None:
         ]
         counts = [len(samples) + len(annotations), sum(len(seen.ids) for seen in samples)]
         counts += [total(samples, "num_prompt_tokens"), total(samples, "num_tokens")]
-        rows.append(
-            [
-                str(key),
-                *map(str, counts),
-                sizes[0],
-                str(counts[1] - _unmatched(samples, annotations)[0]),
-                sizes[1],
-            ]
-        )
+        annotated = str(counts[1] - _unmatched(samples, annotations)[0])
+        rows.append([str(key), *map(str, counts), sizes[0], annotated, sizes[1]])
     print(_table(rows))
 
 
 def _print_filters(name: str, documents: dict[int, list[dict[str, Any]]]) -> None:
-    """Shares of all samples; of the right and the wrong, the share of each that was kept."""
+    """Print shares of all samples, and the kept shares of right and of wrong answers."""
     if not documents:
         return
     rows = [
@@ -298,7 +269,7 @@ def _percent(part: float, whole: float) -> str:
 
 
 def _table(rows: list[list[str]], left: tuple[int, ...] = ()) -> str:
-    """Columns aligned, on the right but for those `left`."""
+    """Columns aligned to the right, those in `left` to the left."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     aligned = lambda i, cell: cell.ljust(widths[i]) if i in left else cell.rjust(widths[i])
     return "\n".join(
@@ -307,7 +278,7 @@ def _table(rows: list[list[str]], left: tuple[int, ...] = ()) -> str:
 
 
 def _facts(shards: list[_Seen]) -> str:
-    """What the writers noted, each value once."""
+    """The facts that the writers stored, each value once."""
     names = sorted({name for seen in shards for name in seen.facts} - {"stage", "number"})
     values = {name: sorted({str(seen.facts.get(name)) for seen in shards}) for name in names}
     return f"{shards[0].facts['stage']}: " + ", ".join(
@@ -319,7 +290,7 @@ def _facts(shards: list[_Seen]) -> str:
 
 
 def _print_samples(shards: list[_Seen], num_samples: int) -> None:
-    """So many samples, spread evenly over the shards."""
+    """Print this many samples, spread evenly over the shards."""
     starts = [0, *itertools.accumulate(len(seen.ids) for seen in shards)]
     chosen = np.linspace(0, starts[-1], min(num_samples, starts[-1]), endpoint=False).astype(int)
     if not len(chosen):
@@ -332,19 +303,16 @@ def _print_samples(shards: list[_Seen], num_samples: int) -> None:
             names = ", ".join(f"{name} {columns[name][i]}" for name in ("step", *_IDS))
             print(f"\n{names}{', truncated' if columns['is_truncated'][i] else ''}")
             for name, label in (("prompt_tokens", "prompt"), ("tokens", "completion")):
-                print(
-                    f"  {label} ({len(columns[name][i])} tokens): {show(columns[name][i].tolist())}"
-                )
+                ids = columns[name][i].tolist()
+                print(f"  {label} ({len(ids)} tokens): {show(ids)}")
 
 
 def _shower(path: pathlib.Path) -> Callable[[list[int]], str]:
-    """Tokens as text, by the tokenizer of the run that the shard belongs to; as ids where there is
-    none.
-    """
+    """Tokens -> text, with the tokenizer of the shard's run; ids if it cannot be loaded."""
     try:
         student = read_config(path.absolute().parents[2]).student
         tokenizer = load_tokenizer(_BUILT_IN.get(student.path, student.path), student.revision)
     except ValueError as error:
-        print(f"note: tokens are shown by their ids: {error}")
+        print(f"note: tokens are shown as ids: {error}")
         return str
     return lambda ids: repr(tokenizer.decode(ids, skip_special_tokens=False))

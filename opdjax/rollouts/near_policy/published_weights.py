@@ -1,5 +1,5 @@
-"""Weights for a generator in another process: one file a version in `WORKDIR/published/`, whole or
-not there.
+"""Weights for a generator in another process: one file per version in `WORKDIR/published/`, written
+atomically.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def _directory(workdir: pathlib.Path) -> pathlib.Path:
 
 
 def published(workdir: pathlib.Path) -> list[int]:
-    """The versions that are there, rising."""
+    """The published versions, in ascending order."""
     return sorted(int(path.stem) for path in _directory(workdir).glob("*.safetensors"))
 
 
 def publish(workdir: pathlib.Path, version: int, params: Params, keep_from: int) -> None:
-    """Write the weights after `version` updates, and drop those of versions before `keep_from`;
-    StorageError where there is no room.
+    """Write the weights after `version` updates and delete those of versions before `keep_from`;
+    StorageError if there is no room.
     """
     params = to_host(params)
 
@@ -45,9 +45,7 @@ def publish(workdir: pathlib.Path, version: int, params: Params, keep_from: int)
 
 
 def fetch(workdir: pathlib.Path, version: int, mesh: Mesh, split_over: tuple[str, ...]) -> Params:
-    """The weights of a version, laid on the mesh; FileNotFoundError where they are not, or no
-    longer, there.
-    """
+    """The weights of a version, sharded over the mesh; FileNotFoundError if they are not stored."""
     path = _directory(workdir) / f"{version:08}.safetensors"
     try:
         params = unflatten_dict(load_file(path), sep=".")

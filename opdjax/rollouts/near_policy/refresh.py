@@ -1,5 +1,5 @@
-"""The schedule of NPD (arXiv 2605.05940): all prompts of an epoch are answered at once, and epochs
-share the answers.
+"""The refresh source, NPD's schedule (arXiv 2605.05940): all prompts of an epoch are answered at
+once, and the epochs until the next refresh train on these answers.
 """
 
 from __future__ import annotations
@@ -15,292 +15,278 @@ import numpy as np
 from opdjax.config import Config
 from opdjax.config.validation import ConfigError
 from opdjax.data.packing import first_fit_decreasing, pack, packed_lengths, packing_metrics
-from opdjax.data.prompts import collate, indices_at
+from opdjax.data.prompts import PromptSet, collate, indices_at
 from opdjax.models.decoder import Params
 from opdjax.ops.multihost import InterruptedRunError, on_process_zero
 from opdjax.ops.sharding import num_row_shards
 from opdjax.rollouts.near_policy import published_weights, shards, stages
-from opdjax.rollouts.near_policy.batches import as_batch, drawn_tokens, filter_metrics
-from opdjax.rollouts.near_policy.generator import Timeline, read, readable
+from opdjax.rollouts.near_policy.batches import as_batch, filter_metrics, stored_token_counts
+from opdjax.rollouts.near_policy.generator import Timeline, annotations_of, read, read_if_whole
 from opdjax.rollouts.near_policy.shards import Shard
-from opdjax.rollouts.on_policy import with_credit
+from opdjax.rollouts.rows import with_option_columns
 from opdjax.rollouts.setup import Setup, initial_weights
-from opdjax.rollouts.source import StepData
+from opdjax.rollouts.source import RolloutSource, StepData
 from opdjax.runs.metrics import Timer
-from opdjax.types import Rollouts, TrainBatch
+from opdjax.types import Metrics, TrainBatch
 
-# rollouts on which the distance from the policy that drew is measured, whatever the filter kept
-_PROBED = 64
-_SECONDS_BETWEEN_LOOKS = 0.2  # at what another process draws
+_NUM_PROBED = 64  # unfiltered rollouts on which the KL from the sampling policy is measured
+_POLL_SECONDS = 0.2  # between looks at files that another process writes
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredEpoch:
-    """What lies in the work directory of one version, and how it is dealt over the steps of an
+    """The stored rollouts of one version, and how they are distributed over the steps of an
     epoch.
     """
 
     version: int
     samples: list[Shard]
     annotations: list[Shard]
-    kept: np.ndarray  # places among all samples
-    rows: np.ndarray  # the row that each of them stands in
-    length: int  # tokens of a row
-    capacity: int  # rows of a step
-    told: dict[str, float]  # once, of the step that is trained on them first
+    kept: np.ndarray  # indices into all samples
+    rows: np.ndarray  # the packed row of each kept sample
+    length: int  # tokens per row
+    capacity: int  # rows per step
+    metrics: Metrics  # of the first step that trains on them
 
 
-class RefreshSource:
-    """All prompts of an epoch are answered before the first epoch and before those of
-    `refresh_epochs`; an epoch trains on each once.
+class RefreshSource(RolloutSource):
+    """Answers all prompts of an epoch before the first epoch and before those of `refresh_epochs`;
+    an epoch trains on each answer once.
     """
 
-    params = None
-
-    def __init__(self, setup: Setup, workdir: pathlib.Path, is_stop_asked: Callable[[int], bool]):
-        self._setup, self._workdir, self._timeline, self._is_stop_asked = (
-            setup,
-            workdir,
-            Timeline(workdir),
-            is_stop_asked,
-        )
-        self._stored: StoredEpoch | None = None
-        self._ahead: StepData | None = None
+    def __init__(
+        self, setup: Setup, workdir: pathlib.Path, is_stop_requested: Callable[[int], bool]
+    ):
+        self._setup, self._workdir, self._timeline = setup, workdir, Timeline(workdir)
+        self._is_stop_requested = is_stop_requested
+        self._shards: tuple[list[Shard], list[Shard]] | None = None  # read, not yet distributed
+        self._epoch: StoredEpoch | None = None
+        self._prefetched: StepData | None = None
         require_prompts(setup.config, len(setup.prompts))
 
-    def publish(self, version: int, weights_of: Callable[[], Params], timer: Timer) -> None:
+    def publish(self, version: int, copy_weights: Callable[[], Params], timer: Timer) -> None:
         """See `RolloutSource`."""
-        if version not in self._setup.config.refresh_steps:
+        config, num_prompts = self._setup.config, len(self._setup.prompts)
+        if version not in config.refresh_steps:
             return
-        self._stored = None
-        if self._setup.config.near_policy.generator == "process":
+        self._epoch = None
+        if config.near_policy.generator == "process":
             with timer.phase("publish"):
-                published_weights.publish(self._workdir, version, weights_of(), keep_from=0)
+                published_weights.publish(self._workdir, version, copy_weights(), keep_from=0)
             with timer.phase("wait"):
-                self._wait_for(version)
+                while not is_complete(config, num_prompts, self._workdir, version):
+                    self._check_stop(version)
+                    time.sleep(_POLL_SECONDS)
             return
-        go_on = lambda: self._require_going(version)
+        check_stop = lambda: self._check_stop(version)
+        place = self._setup, self._workdir, self._timeline, version
         with timer.phase("sample"):
-            generate_missing(self._setup, self._workdir, self._timeline, version, weights_of, go_on)
+            samples = stored_samples(*place, copy_weights, check_stop)
         with timer.phase("annotate"):
-            annotate_missing(self._setup, self._workdir, self._timeline, version, go_on)
+            annotations = stored_annotations(*place, samples, check_stop)
+        self._shards = samples, annotations
 
     def next(self, step: int, timer: Timer) -> StepData:
         """See `RolloutSource`."""
         with timer.phase("pack"):
-            drawn, self._ahead = self._ahead or self._load(step), None
-        return drawn
+            data, self._prefetched = self._prefetched or self._load(step), None
+        return data
 
     def prefetch(self, step: int) -> None:
         """See `RolloutSource`."""
-        if (
-            step < self._setup.config.train.num_steps
-            and version_of(self._setup.config, step) == self._stored.version
-        ):
-            self._ahead = self._load(step)
-
-    def commit(self, version: int, timer: Timer) -> None:
-        """See `RolloutSource`: what was drawn is stored."""
+        config = self._setup.config
+        if step < config.train.num_steps and version_of(config, step) == self._epoch.version:
+            self._prefetched = self._load(step)
 
     def probe(self, step: int) -> TrainBatch:
-        """See `RolloutSource`: random ones, as many as the rows of a step have room for."""
-        stored, seed = self._stored, self._setup.config.seed
-        chosen = _random(seed, stored.version, -1).permutation(sum(map(len, stored.samples)))[
-            :_PROBED
-        ]
+        """See `RolloutSource`: random samples, as many as fit into the rows of a step."""
+        setup, epoch = self._setup, self._epoch
+        order = _random(setup.config.seed, epoch.version, -1)
+        chosen = order.permutation(sum(map(len, epoch.samples)))[:_NUM_PROBED]
+        length = setup.config.sampling.max_completion_length
         while True:
-            _, batch = as_batch(self._setup, stored.samples, (), chosen)
-            rows = first_fit_decreasing(packed_lengths(batch), stored.length)
-            if rows.max() < stored.capacity:
+            _, batch = as_batch(setup.prompts, length, epoch.samples, (), chosen)
+            rows = first_fit_decreasing(packed_lengths(batch), epoch.length)
+            if rows.max() < epoch.capacity:
                 return self._packed(batch, rows)[0]
             chosen = chosen[: len(chosen) // 2]
 
     def _load(self, step: int) -> StepData:
-        """The rows that this step of its epoch is dealt, in an order of the epoch's own."""
+        """The rows of this step of its epoch; every epoch has an order of its own."""
         setup, config = self._setup, self._setup.config
         version = version_of(config, step)
-        if self._stored is None or self._stored.version != version:
-            self._stored = open_version(setup, self._workdir, self._timeline, version)
-        stored = self._stored
-        epoch, place = divmod(step, config.steps_per_epoch)
+        if self._epoch is None or self._epoch.version != version:
+            self._epoch = self._open_epoch(version)
+        stored, steps = self._epoch, config.steps_per_epoch
+        epoch, place = divmod(step, steps)
         num_rows = int(stored.rows.max()) + 1
         order = _random(config.seed, version, epoch).permutation(num_rows)
-        mine = order[
-            place * num_rows // config.steps_per_epoch : (place + 1)
-            * num_rows
-            // config.steps_per_epoch
-        ]
-        is_mine = np.isin(stored.rows, mine)
-        rollouts, batch = as_batch(setup, stored.samples, stored.annotations, stored.kept[is_mine])
-        batch, told = with_credit(setup, batch, _named(rollouts, step))
+        own = order[place * num_rows // steps : (place + 1) * num_rows // steps]
+        is_own = np.isin(stored.rows, own)
+        length, chosen = config.sampling.max_completion_length, stored.kept[is_own]
+        rollouts, batch = as_batch(
+            setup.prompts, length, stored.samples, stored.annotations, chosen
+        )
+        # The random numbers of a step depend on the step: another epoch has others.
+        steps_of_rows = np.full(len(rollouts.tokens), step, np.int32)
+        of_step = dataclasses.replace(rollouts, policy_version=steps_of_rows)
+        batch, metrics = with_option_columns(batch, of_step, config, setup.prompts, setup.tokenizer)
         rank = np.zeros(num_rows, np.int32)
-        rank[mine] = np.arange(len(mine))
-        rows, filled = self._packed(batch, rank[stored.rows[is_mine]])
-        # What was drawn and read for many steps is told of the first of them.
-        told |= filled | (
-            stored.told if step == version else dict.fromkeys(drawn_tokens([], []), 0.0)
-        )
-        return StepData(
-            collate(setup.prompts, np.asarray(rollouts.prompt_id)), rollouts, batch, rows, told
-        )
+        rank[own] = np.arange(len(own))
+        rows, packing = self._packed(batch, rank[stored.rows[is_own]])
+        # Tokens that were generated and annotated for many steps count for the first of them.
+        nothing = dict.fromkeys(stored_token_counts([], []), 0.0)
+        metrics |= packing | (stored.metrics if step == version else nothing)
+        prompts = collate(setup.prompts, np.asarray(rollouts.prompt_id))
+        return StepData(prompts, rollouts, batch, rows, metrics)
 
-    def _packed(self, batch: TrainBatch, rows: np.ndarray) -> tuple[TrainBatch, dict[str, float]]:
-        train, shards, stored = (
-            self._setup.config.train,
-            num_row_shards(self._setup.mesh),
-            self._stored,
-        )
-        packed, source = pack(
+    def _packed(self, batch: TrainBatch, rows: np.ndarray) -> tuple[TrainBatch, Metrics]:
+        packed, origins = pack(
             batch,
-            stored.length,
-            parts=train.gradient_accumulation_steps,
-            shards=shards,
+            self._epoch.length,
+            parts=self._setup.config.train.gradient_accumulation_steps,
+            shards=num_row_shards(self._setup.mesh),
             rows=rows,
-            num_rows=stored.capacity,
+            num_rows=self._epoch.capacity,
         )
-        return packed, packing_metrics(source)
+        return packed, packing_metrics(origins)
 
-    def _wait_for(self, version: int) -> None:
-        while not is_complete(self._setup, self._workdir, version):
-            self._require_going(version)
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
+    def _open_epoch(self, version: int) -> StoredEpoch:
+        """The stored rollouts of a version, filtered and distributed over the steps; ShardError if
+        a shard is missing or damaged and cannot be made again.
+        """
+        setup, place = self._setup, (self._setup, self._workdir, self._timeline, version)
+        if self._shards is None:
+            # Only the untrained weights can always be had again.
+            weights = (lambda: initial_weights(setup)) if version == 0 else None
+            samples = stored_samples(*place, weights)
+            self._shards = samples, stored_annotations(*place, samples)
+        (samples, annotations), self._shards = self._shards, None
+        directory = shards.version_directory(self._workdir, version)
+        return _distributed(setup, directory, version, samples, annotations)
 
-    def _require_going(self, version: int) -> None:
-        if jax.process_count() == 1 and self._is_stop_asked(version):
+    def _check_stop(self, version: int) -> None:
+        if jax.process_count() == 1 and self._is_stop_requested(version):
             raise InterruptedRunError(
-                f"stopped while rollouts of version {version} were drawn; the same command continues {self._workdir}"
+                f"stopped while rollouts of version {version} were sampled; the same command "
+                f"continues {self._workdir}"
             )
 
 
 def version_of(config: Config, step: int) -> int:
-    """The version of the weights that drew what a step is trained on."""
+    """The version of the weights that sampled the rollouts of a step."""
     return max(version for version in config.refresh_steps if version <= step)
 
 
 def require_prompts(config: Config, count: int) -> None:
-    """ConfigError where an epoch would take a prompt twice, and so train on the same answer twice."""
+    """ConfigError if an epoch would use a prompt twice, and so train on the same answer twice."""
     wanted = config.steps_per_epoch * config.train.prompts_per_step
     if wanted > count:
         raise ConfigError(
-            f"an epoch takes {wanted} prompts (train.num_steps / near_policy.num_epochs x train.prompts_per_step), but "
-            f"{config.data.source} has {count}; expected at most so many: raise near_policy.num_epochs or lower train.prompts_per_step"
+            f"an epoch takes {wanted} prompts (train.num_steps / near_policy.num_epochs x "
+            f"train.prompts_per_step), but {config.data.source} has {count}; expected at most "
+            f"{count}: raise near_policy.num_epochs or lower train.prompts_per_step"
         )
 
 
-def generate_missing(
+def stored_samples(
     setup: Setup,
     workdir: pathlib.Path,
     timeline: Timeline,
     version: int,
-    weights_of: Callable[[], Params],
-    go_on: Callable[[], None],
-) -> None:
-    """Answer every prompt of an epoch, as far as the answers are not stored already; `go_on` may
+    weights: Callable[[], Params] | None,
+    check_stop: Callable[[], None] = lambda: None,
+) -> list[Shard]:
+    """The shards with the answers to every prompt of an epoch, each read once.
+
+    Missing and damaged shards are sampled with `weights`; ShardError without them. `check_stop` may
     raise between shards.
     """
-    directory, blocks = (
-        shards.version_directory(workdir, version),
-        _blocks(setup.config, len(setup.prompts)),
-    )
-    missing = [
-        number for number in range(len(blocks)) if readable(directory, "samples", number) is None
-    ]
-    if missing:
-        params = weights_of()
-        for number in missing:
-            go_on()
-            prompts = collate(setup.prompts, blocks[number])
+    directory, found, params = shards.version_directory(workdir, version), [], None
+    for number, block in enumerate(_blocks(setup.config, len(setup.prompts))):
+        samples = None if weights is None else read_if_whole(directory, "samples", number)
+        if samples is None and weights is not None:
+            check_stop()
+            params = weights() if params is None else params
             with timeline.span("generate", version, version):
                 stages.generate(
-                    setup, params, prompts, directory, number=number, step=version, version=version
+                    setup,
+                    params,
+                    collate(setup.prompts, block),
+                    directory,
+                    number=number,
+                    step=version,
+                    version=version,
                 )
+        found.append(read(directory, "samples", number) if samples is None else samples)
+    return found
 
 
-def annotate_missing(
-    setup: Setup, workdir: pathlib.Path, timeline: Timeline, version: int, go_on: Callable[[], None]
-) -> int:
-    """Have the teacher read the stored samples of a version that it has not read, or not whole; how
-    many shards those were.
+def stored_annotations(
+    setup: Setup,
+    workdir: pathlib.Path,
+    timeline: Timeline,
+    version: int,
+    samples: list[Shard],
+    check_stop: Callable[[], None] = lambda: None,
+) -> list[Shard]:
+    """The annotations of these shards; missing and damaged ones are made first. [] if the recipe
+    stores none.
     """
-    directory, count = shards.version_directory(workdir, version), 0
-    for number in (
-        shards.shard_paths(directory, "samples") if stages.is_annotated(setup.config) else ()
-    ):
-        if readable(directory, "annotations", number) is None:
-            go_on()
-            with timeline.span("annotate", version, version):
-                stages.annotate(setup, read(directory, "samples", number), directory)
-            count += 1
-    return count
+    found = []
+    for shard in samples if stages.is_annotated(setup.config) else ():
+        check_stop()
+        found.append(annotations_of(setup, shard, timeline, version, version))
+    return found
 
 
-def is_complete(setup: Setup, workdir: pathlib.Path, version: int) -> bool:
-    """Whether all that the learner reads of a version is there, damaged or not."""
-    directory, wanted = (
-        shards.version_directory(workdir, version),
-        range(len(_blocks(setup.config, len(setup.prompts)))),
-    )
-    names = ("samples", "annotations") if stages.is_annotated(setup.config) else ("samples",)
-    return all(set(wanted) <= shards.shard_paths(directory, name).keys() for name in names)
+def is_complete(config: Config, num_prompts: int, workdir: pathlib.Path, version: int) -> bool:
+    """Whether all shards that the learner reads of a version exist; damage is not checked."""
+    directory = shards.version_directory(workdir, version)
+    wanted = set(range(len(_blocks(config, num_prompts))))
+    names = ("samples", "annotations") if stages.is_annotated(config) else ("samples",)
+    return all(wanted <= shards.shard_paths(directory, name).keys() for name in names)
 
 
-def open_version(
-    setup: Setup, workdir: pathlib.Path, timeline: Timeline, version: int
+def _distributed(
+    setup: Setup,
+    directory: pathlib.Path,
+    version: int,
+    samples: list[Shard],
+    annotations: list[Shard],
 ) -> StoredEpoch:
-    """What is stored of a version, filtered and dealt; ShardError where a shard is missing or
-    damaged and cannot be made again.
-    """
-    config, directory = setup.config, shards.version_directory(workdir, version)
-    numbers = range(len(_blocks(config, len(setup.prompts))))
-    if version == 0:  # its weights can always be had again
-        generate_missing(
-            setup, workdir, timeline, version, lambda: initial_weights(setup), lambda: None
-        )
-    samples = [read(directory, "samples", number) for number in numbers]
-    annotate_missing(setup, workdir, timeline, version, lambda: None)
-    annotations = (
-        [read(directory, "annotations", number) for number in numbers]
-        if stages.is_annotated(config)
-        else []
-    )
-    kept, told = np.arange(sum(map(len, samples))), drawn_tokens(samples, annotations)
+    """Filter the samples and pack them into rows for the steps of an epoch."""
+    config, steps, total = setup.config, setup.config.steps_per_epoch, sum(map(len, samples))
+    kept, metrics = np.arange(total), stored_token_counts(samples, annotations)
     if config.near_policy.filter != "none":
         document = stages.select(setup, samples, annotations, directory, 0)
-        kept, told = np.flatnonzero(document["kept"]), told | filter_metrics(document)
-    steps = config.steps_per_epoch
+        kept, metrics = np.flatnonzero(document["kept"]), metrics | filter_metrics(document)
     if len(kept) < steps:
         raise ConfigError(
-            f"near_policy.filter {config.near_policy.filter} keeps {len(kept)} of {len(document['kept'])} rollouts of version {version}, "
-            f"fewer than an epoch has steps, {steps} (opdjax rollouts {directory}); start in a new work directory with wider "
-            "near_policy.ifd_min and ifd_max (opdjax export gives the student of the last checkpoint)"
+            f"near_policy.filter {config.near_policy.filter} keeps {len(kept)} of {total} rollouts "
+            f"of version {version}, fewer than an epoch has steps, {steps} (opdjax rollouts "
+            f"{directory}); start in a new work directory with wider near_policy.ifd_min and "
+            "ifd_max (opdjax export gives the student of the last checkpoint)"
         )
-    lengths = _lengths(setup, samples)
-    length = config.train.pack_length or int(
-        lengths.max()
-    )  # of what was left out too: a probe reads it
+    lengths = _lengths(setup.prompts, samples)
+    # The longest sample counts even if the filter left it out: a probe reads it.
+    length = config.train.pack_length or int(lengths.max())
     lengths = lengths[kept]
-    rows = (
-        _rows(lengths, length, steps)
-        if config.train.pack_length
-        else np.arange(len(kept), dtype=np.int32)
-    )
+    rows = np.arange(len(kept), dtype=np.int32)
+    if config.train.pack_length:
+        rows = _packed_rows(lengths, length, steps)
     num_rows = int(rows.max()) + 1
     unit = config.train.gradient_accumulation_steps * num_row_shards(setup.mesh)
     capacity = -(-num_rows // steps // unit) * unit
-    filled = (
-        f"in {num_rows} rows of {length} tokens, {lengths.sum() / (num_rows * length):.1%} filled"
-    )
-    on_process_zero(
-        lambda: print(
-            f"rollouts of version {version}: {sum(map(len, samples))} drawn, {len(kept)} kept, {filled}"
-        )
-    )
-    return StoredEpoch(version, samples, annotations, kept, rows, length, capacity, told)
+    filled = f"{lengths.sum() / (num_rows * length):.1%}"
+    line = f"rollouts of version {version}: {total} sampled, {len(kept)} kept, in {num_rows} rows "
+    on_process_zero(lambda: print(f"{line}of {length} tokens, {filled} filled"))
+    return StoredEpoch(version, samples, annotations, kept, rows, length, capacity, metrics)
 
 
-def _rows(lengths: np.ndarray, length: int, steps: int) -> np.ndarray:
-    """The row of each rollout, packed; less full where an epoch would otherwise have fewer rows
-    than steps.
+def _packed_rows(lengths: np.ndarray, length: int, steps: int) -> np.ndarray:
+    """The packed row of each rollout; rows are filled less if an epoch would otherwise have fewer
+    rows than steps.
     """
     rows = first_fit_decreasing(lengths, length)
     if rows.max() + 1 < steps:
@@ -309,33 +295,19 @@ def _rows(lengths: np.ndarray, length: int, steps: int) -> np.ndarray:
 
 
 def _blocks(config: Config, num_prompts: int) -> list[np.ndarray]:
-    """The prompts of an epoch, in the shards that they are stored in: whole prompts, about
-    `shard_size` rollouts.
-    """
+    """The prompts of an epoch by shard: whole prompts, about `shard_size` rollouts each."""
     count = config.steps_per_epoch * config.train.prompts_per_step
     indices = indices_at(0, count, num_prompts, config.seed)
     size = max(config.near_policy.shard_size // config.sampling.num_generations, 1)
     return [indices[start : start + size] for start in range(0, count, size)]
 
 
-def _lengths(setup: Setup, samples: list[Shard]) -> np.ndarray:
-    """Tokens that each sample takes in a row, behind the longer of the two models' prompts."""
-    views = [
-        ids for ids in (setup.prompts.student_ids, setup.prompts.teacher_ids) if ids is not None
-    ]
-    pairs = (
-        (prompt, row)
-        for shard in samples
-        for prompt, row in zip(shard.columns["prompt_id"], shard.columns["tokens"])
-    )
-    return np.array([max(len(ids[prompt]) for ids in views) + len(row) for prompt, row in pairs])
-
-
-def _named(rollouts: Rollouts, step: int) -> Rollouts:
-    """Numbers drawn for a step are named after it: another epoch's are others."""
-    return dataclasses.replace(
-        rollouts, policy_version=np.full(len(rollouts.tokens), step, np.int32)
-    )
+def _lengths(prompts: PromptSet, samples: list[Shard]) -> np.ndarray:
+    """Tokens of each sample in a row, with the longer of the two models' prompts."""
+    views = [ids for ids in (prompts.student_ids, prompts.teacher_ids) if ids is not None]
+    longest = lambda prompt: max(len(ids[prompt]) for ids in views)
+    columns = [zip(shard.columns["prompt_id"], shard.columns["tokens"]) for shard in samples]
+    return np.array([longest(prompt) + len(row) for pairs in columns for prompt, row in pairs])
 
 
 def _random(seed: int, version: int, epoch: int) -> np.random.Generator:

@@ -1,9 +1,8 @@
-"""Rollouts on disk: Parquet shards that are whole or not there, and that tell damage by their name.
-No jax.
+"""Rollouts on disk: Parquet shards, written atomically, with a checksum in their name. No jax.
 
-`WORKDIR/rollouts/VERSION/` (VERSION: updates of the weights that drew) holds
-`STAGE-NUMBER.DIGEST.parquet` and `filter-NUMBER.json`. DIGEST is the head of the file's sha256, so
-no shard is read that is not the one that was written.
+`WORKDIR/rollouts/VERSION/` (VERSION: updates of the weights that sampled) holds
+`STAGE-NUMBER.DIGEST.parquet` and `filter-NUMBER.json`. DIGEST is the start of the file's sha256, so
+a damaged shard is always noticed.
 """
 
 from __future__ import annotations
@@ -30,32 +29,32 @@ from opdjax.runs.workdir import read_json
 
 @dataclasses.dataclass(frozen=True)
 class ShardColumn:
-    """A column of a shard: one value a sample, or a list of them."""
+    """A column of a shard: one value per sample, or a list of values."""
 
     type: Literal["int32", "bool", "float16", "float32", "float64"]
     meaning: str
-    # samples: one value each. Any other name: a list each, of one length in all columns of that
-    # name; `top`: top_k to a token
+    # sample: one value per sample. Any other name: one list per sample; all columns of that name
+    # have lists of the same length. top: top_k values per token.
     per: Literal["sample", "prompt", "token", "top"] = "sample"
-    is_nullable: bool = False  # null, which is read as NaN: not computed
+    is_nullable: bool = False  # null means not computed, and is read as NaN
 
 
 _WHICH = {
     "prompt_id": ShardColumn("int32", "index into the prompts"),
     "sample_id": ShardColumn("int32", "which of the prompt's samples"),
-    "policy_version": ShardColumn("int32", "updates of the weights that drew it"),
+    "policy_version": ShardColumn("int32", "updates of the weights that sampled it"),
 }
-# Log-probabilities are in nats; a mean NLL is in nats a token, at temperature 1 and without
-# filters, over the whole completion.
+# Log-probabilities are in nats. A mean NLL is in nats per token, over the whole completion, at
+# temperature 1 and without filters.
 SCHEMAS: dict[str, dict[str, ShardColumn]] = {
     "samples": {
         "step": ShardColumn(
-            "int32", "the update it was drawn for; in schedule refresh the version"
+            "int32", "the update it was sampled for; in schedule refresh the version"
         ),
         **_WHICH,
-        "is_truncated": ShardColumn("bool", "the length ran out before a stop token"),
+        "is_truncated": ShardColumn("bool", "reached the maximum length without a stop token"),
         "prompt_tokens": ShardColumn("int32", "the prompt as the student reads it", "prompt"),
-        "tokens": ShardColumn("int32", "the completion, its stop token included", "token"),
+        "tokens": ShardColumn("int32", "the completion, including its stop token", "token"),
         "behavior_logprobs": ShardColumn(
             "float32", "of the distribution sampled from, temperature and filters included", "token"
         ),
@@ -94,49 +93,46 @@ SCHEMAS: dict[str, dict[str, ShardColumn]] = {
         ),
     },
 }
-SCHEMA_VERSION = 1  # rises with every change of SCHEMAS that changes what is stored
+SCHEMA_VERSION = 1  # increases with every change of what is stored
 _NAME = re.compile(rf"({'|'.join(SCHEMAS)})-(\d{{8,}})\.([0-9a-f]{{16}})\.parquet")
-# of the file's key-value metadata; holds the facts as one JSON object, so that they keep their
-# types
+# Key of the file's metadata that holds the facts, as one JSON object that keeps their types.
 _KEY = b"opdjax"
-_MAGIC = b"PAR1"  # opens and ends every Parquet file
+_MAGIC = b"PAR1"  # first and last bytes of every Parquet file
 _REMEDIES = {
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "make room within your quota there",
-    errno.EFBIG: "let files grow larger (ulimit -f) or store fewer rollouts in one (near_policy.shard_size)",
+    errno.EFBIG: "let files grow larger (ulimit -f), or store fewer rollouts in one "
+    "(near_policy.shard_size)",
 }
-# seconds; another machine's processes cannot be asked whether they live, and no write takes as long
+# Seconds after which another machine's partial file counts as abandoned: whether its writer is
+# alive cannot be checked, and no write takes that long.
 _ABANDONED_AFTER = 3600.0
 
 
 class ShardError(ValueError):
-    """A shard is not what was written: missing, cut off, corrupted, renamed, or of another schema."""
+    """A shard is missing, truncated, corrupted, renamed, or of another schema."""
 
 
 class DamagedShardError(ShardError):
-    """The bytes of a shard are not those that were written: what its inputs make again may take its
-    place.
-    """
+    """The bytes of a shard are not those that were written; it can be replaced by a new one."""
 
 
 class MissingShardError(ShardError):
-    """A shard that had been stored is not there."""
+    """A shard that was stored before is missing."""
 
 
 class StorageError(OSError):
-    """The system does not take what is to be stored: a full disk, a quota, a limit, a read-only
-    place.
-    """
+    """A file cannot be stored: full disk, quota, size limit, or read-only directory."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """What one file holds. A column of one value a sample is an array, one of lists a list of
-    arrays, in SCHEMAS' types.
+    """The content of one file, in SCHEMAS' types. A column of one value per sample is an array, a
+    column of lists is a list of arrays.
     """
 
     columns: dict[str, np.ndarray | list[np.ndarray]]
-    facts: dict[str, str | int]  # what the writer noted, and `schema`, `stage` and `number`
+    facts: dict[str, str | int]  # those of the writer, and `schema`, `stage` and `number`
     path: pathlib.Path
 
     def __len__(self) -> int:
@@ -144,12 +140,12 @@ class Shard:
 
 
 def version_directory(workdir: pathlib.Path, version: int) -> pathlib.Path:
-    """Where the rollouts of one version of the weights lie; it need not exist."""
+    """The directory of the rollouts of one version; it need not exist."""
     return workdir / "rollouts" / f"{version:08}"
 
 
 def versions(workdir: pathlib.Path) -> list[int]:
-    """The versions that have a directory, rising."""
+    """The versions that have a directory, in ascending order."""
     return sorted(
         int(path.name)
         for path in (workdir / "rollouts").glob("[0-9]*")
@@ -158,13 +154,13 @@ def versions(workdir: pathlib.Path) -> list[int]:
 
 
 def shard_paths(directory: pathlib.Path, stage: str) -> dict[int, pathlib.Path]:
-    """number -> file of one stage, numbers rising; unread, so any of them may be damaged."""
+    """number -> file of one stage, sorted by number. The files are not read or checked."""
     found: dict[int, pathlib.Path] = {}
     for path in directory.glob(f"{stage}-*.parquet"):
         if match := _NAME.fullmatch(path.name):
             other = found.setdefault(int(match[2]), path)
-            # A writer that was killed before it removed the shard that it replaced leaves two: the
-            # later one counts.
+            # A writer that is killed before it deletes the replaced shard leaves two: the later one
+            # counts.
             found[int(match[2])] = max(other, path, key=_written)
     return dict(sorted(found.items()))
 
@@ -172,7 +168,7 @@ def shard_paths(directory: pathlib.Path, stage: str) -> dict[int, pathlib.Path]:
 def _written(path: pathlib.Path) -> tuple[int, str]:
     try:
         return path.stat().st_mtime_ns, path.name
-    except FileNotFoundError:  # just replaced
+    except FileNotFoundError:  # replaced meanwhile
         return 0, path.name
 
 
@@ -183,12 +179,12 @@ def write_shard(
     columns: Mapping[str, Sequence],
     facts: Mapping[str, str | int],
 ) -> pathlib.Path:
-    """Write a shard whole or not at all, in the place of an earlier one of that stage and number;
-    the same content gives the same bytes.
+    """Write a shard atomically, in place of an earlier one of that stage and number. The same
+    content gives the same bytes.
 
-    `columns` are those of SCHEMAS[stage]; of a nullable one None and NaN are null. `facts` of
-    annotations hold `top_k`. ValueError where columns do not fit the schema or each other;
-    StorageError where the system does not take the file.
+    `columns` are those of SCHEMAS[stage]; None and NaN in a nullable one become null. `facts` of
+    annotations contain `top_k`. ValueError if columns do not fit the schema or each other;
+    StorageError if the file cannot be stored.
     """
     data = _serialised(stage, number, columns, facts)
     name = f"{stage}-{number:08}.{hashlib.sha256(data).hexdigest()[:16]}.parquet"
@@ -200,36 +196,41 @@ def write_shard(
 
 
 def read_shard(path: pathlib.Path) -> Shard:
-    """A shard as it was written; its arrays are views of one buffer where Arrow allows it, and may
-    be read-only.
+    """Read a shard and check its digest and schema. Its arrays are views of one buffer if Arrow
+    allows it, and may be read-only.
 
-    ShardError where the file is not what was written, with what it is and what to do.
+    ShardError, with what is wrong and what to do, if the file is not the one that was written.
     """
     match = _NAME.fullmatch(path.name)
     if not match:
         raise ShardError(
-            f"{path} has not the name of a shard; expected {' or '.join(SCHEMAS)}-NUMBER.DIGEST.parquet"
+            f"{path} does not have the name of a shard; expected {' or '.join(SCHEMAS)}"
+            "-NUMBER.DIGEST.parquet"
         )
     stage, number, digest = match[1], int(match[2]), match[3]
-    advice = "remove the file, and the command that wrote it writes it again"
+    advice = "delete the file, and the command that wrote it writes it again"
     try:
         data = path.read_bytes()
     except OSError as error:
         raise ShardError(
-            f"{path} cannot be read: {error.strerror}; it may be whole: see to its storage and run the command again"
+            f"{path} cannot be read: {error.strerror}; it may be intact: repair its storage and "
+            "run the command again"
         ) from error
     if hashlib.sha256(data).hexdigest()[:16] != digest:
         found = "corrupted" if data.endswith(_MAGIC) else "truncated, or corrupted at its end"
         raise DamagedShardError(
-            f"{path} is {found}: its {len(data)} bytes have another digest than its name says; {advice}"
+            f"{path} is {found}: its {len(data)} bytes do not have the digest in its name; {advice}"
         )
     table, facts = _parsed(path, data)
     if facts.get("schema") != SCHEMA_VERSION:
-        expected = f"this version of opdjax reads schema {SCHEMA_VERSION}; read it with the one that wrote it, or {advice}"
-        raise ShardError(f"{path} is of schema {facts.get('schema')}; {expected}")
+        raise ShardError(
+            f"{path} is of schema {facts.get('schema')}; this version of opdjax reads schema "
+            f"{SCHEMA_VERSION}; read it with the version that wrote it, or {advice}"
+        )
     if (facts.get("stage"), facts.get("number")) != (stage, number):
         raise ShardError(
-            f"{path} was written as {facts.get('stage')} {facts.get('number')} and renamed; give it its name back"
+            f"{path} was written as {facts.get('stage')} {facts.get('number')} and renamed; "
+            "restore its name"
         )
     if not table.schema.equals(_arrow_schema(stage)):
         raise ShardError(
@@ -240,23 +241,21 @@ def read_shard(path: pathlib.Path) -> Shard:
 
 
 def write_filter(directory: pathlib.Path, number: int, document: Mapping[str, Any]) -> pathlib.Path:
-    """Write which samples are kept, whole or not at all; StorageError where the system does not
-    take the file.
-    """
+    """Write the decision of a filter atomically; StorageError if the file cannot be stored."""
     return write_whole(
         directory / _filter_name(number), (json.dumps(document, allow_nan=False) + "\n").encode()
     )
 
 
 def read_filter(directory: pathlib.Path, number: int) -> dict[str, Any]:
-    """What `write_filter` wrote; WorkdirError where it is missing or damaged."""
+    """The decision of a filter; WorkdirError if the file is missing or damaged."""
     return read_json(
-        directory / _filter_name(number), "remove it: it follows from the shards beside it"
+        directory / _filter_name(number), "delete it: it is computed from the shards beside it"
     )
 
 
 def filters(directory: pathlib.Path) -> list[int]:
-    """The numbers of the filter documents of a version, rising."""
+    """The numbers of the filter documents in a directory, in ascending order."""
     found = (
         re.fullmatch(r"filter-(\d{8,})\.json", path.name)
         for path in directory.glob("filter-*.json")
@@ -272,8 +271,8 @@ def _filter_name(number: int) -> str:
 
 
 def write_whole(path: pathlib.Path, data: bytes) -> pathlib.Path:
-    """The file appears under its name once all of its bytes are on the disk, and never before;
-    StorageError where it cannot.
+    """Write a file atomically: it appears under its name only when all its bytes are on the disk.
+    StorageError if it cannot be stored.
     """
     partial = path.with_name(f"{path.name}.partial-{platform.node()}-{os.getpid()}")
     try:
@@ -285,21 +284,21 @@ def write_whole(path: pathlib.Path, data: bytes) -> pathlib.Path:
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        finally:
+            partial.unlink(missing_ok=True)  # there is one only after an error
         _sync_directory(path.parent)
     except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0, "put that right")
+        remedy = _REMEDIES.get(error.errno or 0, "repair that")
         raise StorageError(
-            f"{path.name} ({len(data)} bytes) could not be stored in {path.parent}: {error.strerror}; everything stored before it is "
-            f"intact: {remedy} and run the same command again"
+            f"{path.name} ({len(data)} bytes) could not be stored in {path.parent}: "
+            f"{error.strerror}; everything stored before it is intact: {remedy} and run the same "
+            "command again"
         ) from error
     return path
 
 
 def _sync_directory(directory: pathlib.Path) -> None:
-    """A rename lasts over a loss of power once the directory is on the disk too."""
+    """A rename survives a loss of power only when the directory is on the disk too."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -308,20 +307,22 @@ def _sync_directory(directory: pathlib.Path) -> None:
 
 
 def _remove_abandoned(path: pathlib.Path) -> None:
-    """Drafts of the same stage and number whose writers were killed."""
+    """Delete partial files of the same stage and number whose writers were killed."""
     for partial in path.parent.glob(f"{path.name.split('.')[0]}.*.partial-*"):
         _, _, writer = partial.name.rpartition(".partial-")
         node, _, process = writer.rpartition("-")
         try:
             age = time.time() - partial.stat().st_mtime
-        except FileNotFoundError:  # its writer has just finished
+        except FileNotFoundError:  # finished meanwhile
             continue
         if age > _ABANDONED_AFTER or (node == platform.node() and not _is_another_alive(process)):
             partial.unlink(missing_ok=True)
 
 
 def _is_another_alive(process: str) -> bool:
-    """This process itself writes one draft at a time: one of its number is of an earlier process."""
+    """Whether another process with this id is alive. This process writes one file at a time, so a
+    partial file with its own id is an earlier process's.
+    """
     if not process.isdecimal() or int(process) == os.getpid():
         return False
     try:
@@ -337,8 +338,8 @@ def _is_another_alive(process: str) -> bool:
 
 
 def require_pyarrow() -> Any:
-    """The library that shards are written with; ImportError that says how to get it. To be asked
-    before anything is drawn.
+    """Import pyarrow; MissingExtraError, with how to install it, if it is missing. Call it before
+    anything is sampled.
     """
     try:
         import pyarrow
@@ -383,8 +384,8 @@ def _serialised(
         for name, column in SCHEMAS[stage].items()
     ]
     file = io.BytesIO()
-    # Log-probs hardly repeat: their bytes compress once those of equal weight stand together, and a
-    # dictionary only adds to them.
+    # Log-probs hardly repeat: they compress well if bytes of equal significance are adjacent, and
+    # a dictionary only adds bytes.
     pa.parquet.write_table(
         table,
         file,
@@ -399,35 +400,34 @@ def _serialised(
 def _require_fit(
     stage: str, columns: Mapping[str, Sequence], facts: Mapping[str, str | int]
 ) -> None:
-    """The columns are those of the schema, of one length, and lists of one kind agree sample by
-    sample.
+    """ValueError unless the columns are those of the schema, have the same number of samples, and
+    their lists have matching lengths.
     """
     expected = SCHEMAS[stage]
     if columns.keys() != expected.keys():
         raise ValueError(f"columns of {stage} are {sorted(columns)}; expected {sorted(expected)}")
     counts = {name: len(values) for name, values in columns.items()}
     if len(set(counts.values())) > 1:
-        raise ValueError(f"columns of {stage} hold {counts} samples; expected one number")
+        raise ValueError(f"columns of {stage} hold {counts} samples; expected equal numbers")
     if stage == "annotations" and not isinstance(facts.get("top_k"), int):
         raise ValueError(
-            f"facts of annotations are {dict(facts)}; expected top_k among them, the ids a token"
+            f"facts of annotations are {dict(facts)}; expected top_k, the ids per token"
         )
     per_token = {"token": 1, "top": facts.get("top_k")}
-    lengths = [
-        len(row)
-        for row in columns[next(name for name, column in expected.items() if column.per == "token")]
-    ]
+    of_token = next(name for name, column in expected.items() if column.per == "token")
+    lengths = [len(row) for row in columns[of_token]]
     for name, column in expected.items():
         found = [len(row) for row in columns[name]] if column.per in per_token else []
         for i, (length, tokens) in enumerate(zip(found, lengths)):
             if length != per_token[column.per] * tokens:
                 raise ValueError(
-                    f"{name} of sample {i} has {length} values for {tokens} tokens; expected {per_token[column.per]} each"
+                    f"{name} of sample {i} has {length} values for {tokens} tokens; expected "
+                    f"{per_token[column.per]} each"
                 )
 
 
 def _array(values: Sequence, column: ShardColumn, name: str) -> Any:
-    """The column for Arrow; ValueError where a value does not fit its type."""
+    """The column for Arrow; ValueError if a value does not fit its type."""
     pa = require_pyarrow()
     if column.per == "sample":
         cast = _cast(values, column.type, name)
@@ -437,7 +437,8 @@ def _array(values: Sequence, column: ShardColumn, name: str) -> Any:
     flat = np.concatenate([*rows, np.zeros(0, column.type)])
     if offsets[-1] >= 2**31:
         raise ValueError(
-            f"{name} holds {offsets[-1]} values; a shard takes less than 2**31: store fewer samples in one"
+            f"{name} holds {offsets[-1]} values, but a shard holds less than 2**31: store fewer "
+            "samples in one"
         )
     of = pa.field("element", pa.type_for_alias(column.type))
     return pa.ListArray.from_arrays(
@@ -447,7 +448,7 @@ def _array(values: Sequence, column: ShardColumn, name: str) -> Any:
 
 def _cast(values: Any, type: str, name: str) -> np.ndarray:
     given = np.asarray(values)
-    with np.errstate(over="ignore"):  # a log-prob below float16's range becomes -inf: probability 0
+    with np.errstate(over="ignore"):  # below float16's range a log-prob becomes -inf
         cast = given.astype(type)
     if type in ("int32", "bool") and not np.array_equal(cast, given):
         raise ValueError(
@@ -459,19 +460,18 @@ def _cast(values: Any, type: str, name: str) -> np.ndarray:
 def _parsed(path: pathlib.Path, data: bytes) -> tuple[Any, dict[str, Any]]:
     pa = require_pyarrow()
     try:
-        # Not read_table, whose scanner starts threads that an interpreter may still be starting
-        # when it ends: it then aborts.
+        # Not read_table: its scanner starts threads, and a python that exits meanwhile aborts.
         table = pa.parquet.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
         facts = json.loads((table.schema.metadata or {})[_KEY])
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise DamagedShardError(
-            f"{path} is no shard that opdjax wrote: {type(error).__name__}: {error}; remove it"
+            f"{path} is no shard that opdjax wrote: {type(error).__name__}: {error}; delete it"
         ) from error
     return table, facts
 
 
 def _values(values: Any, column: ShardColumn) -> np.ndarray | list[np.ndarray]:
-    """Rows of lists are views of one buffer."""
+    """A column as arrays; lists are views of one buffer."""
     array = values.combine_chunks()
     if column.per == "sample":
         return array.to_numpy(zero_copy_only=False)

@@ -4,7 +4,9 @@ asking ends both.
 
 import dataclasses
 
-from mesh_pair import finish, make_pair, mesh_config, start
+import pytest
+from mesh_pair import mesh_config
+from tiny_runs import finish, start
 
 from opdjax.config import (
     ROPD_CODE,
@@ -35,22 +37,22 @@ def judged(directory, mesh, judge):
     )
 
 
-def test_two_processes_hear_the_same_and_a_missing_key_ends_both(judge_server, tmp_path):
-    make_pair(tmp_path / "pair")
+@pytest.mark.long
+def test_two_processes_hear_the_same_and_a_missing_key_ends_both(judge_server, pair, tmp_path):
     two, judge = MeshConfig(2, processes=2), EndpointConfig(judge_server, "rules")
     locked = dataclasses.replace(judge, api_key_env="NO_SUCH_KEY")
     statuses, printed = finish(
-        start(judged(tmp_path / "pair", two, locked), tmp_path / "locked", devices=1),
+        start(judged(pair, two, locked), tmp_path / "locked", count=2),
         tmp_path / "locked",
     )
     assert 0 not in statuses
     assert "NO_SUCH_KEY, which is not set" in printed[0]
     assert "another process of this run stopped with an error" in printed[1]
     statuses, printed = finish(
-        start(judged(tmp_path / "pair", two, judge), tmp_path / "two", devices=1), tmp_path / "two"
+        start(judged(pair, two, judge), tmp_path / "two", count=2), tmp_path / "two"
     )
     assert statuses == [0, 0], printed
-    train(judged(tmp_path / "pair", MeshConfig(1), judge), tmp_path / "one")
+    train(judged(pair, MeshConfig(1), judge), tmp_path / "one")
     rows = [
         [{**row, "problems": {}} for row in read_lines(tmp_path / name / "rubrics.jsonl")]
         for name in ("one", "two")

@@ -16,6 +16,7 @@ from opdjax.config import (
     EstimatorConfig,
     EvaluationConfig,
     LogConfig,
+    MeshConfig,
     ModelConfig,
     RubricsConfig,
     SamplingConfig,
@@ -33,7 +34,7 @@ def config(base_url, **changes):
     judge = EndpointConfig(base_url, "rules")
     base = Config(
         data=DataConfig(source="arithmetic:train[:64]", max_prompt_length=32),
-        sampling=SamplingConfig(num_generations=4, max_completion_length=24),
+        sampling=SamplingConfig(num_generations=4, max_completion_length=20),
         estimator=ROPD_CODE,
         rubrics=RubricsConfig(draw_parts=1, max_reasks=0, max_failed_share=0.9),
         rubricator=judge,
@@ -43,11 +44,12 @@ def config(base_url, **changes):
         evaluation=EvaluationConfig(source=None),
         log=LogConfig(samples_every=1, num_samples=32, diagnostics_every=1),
         checkpoint=CheckpointConfig(every=10),
+        mesh=MeshConfig(1),
     )
     return dataclasses.replace(base, **changes)
 
 
-TOLD = {
+VERDICTS = {
     "teacher": ModelConfig("@student"),
     "estimator": EstimatorConfig("full_kl", divergence="jsd", beta=0.5),
     "data": DataConfig(
@@ -58,7 +60,9 @@ TOLD = {
 }
 
 
-@pytest.mark.parametrize("changes", [{}, TOLD], ids=["rewards", "told"])
+@pytest.mark.parametrize(
+    "changes", [{}, pytest.param(VERDICTS, marks=pytest.mark.long)], ids=["rewards", "verdicts"]
+)
 def test_a_first_step_with_failed_groups_is_trained_on_the_others(start_judge, tmp_path, changes):
     with start_judge("--faults", 0.5) as base_url:
         train(config(base_url, **changes), tmp_path)
@@ -69,6 +73,7 @@ def test_a_first_step_with_failed_groups_is_trained_on_the_others(start_judge, t
     assert "NaN" not in (tmp_path / "samples.jsonl").read_text()
 
 
+@pytest.mark.long
 def test_rubrics_are_not_frozen_as_missing_while_nobody_answers(
     start_judge, judge_server, tmp_path
 ):
@@ -86,7 +91,7 @@ def test_rubrics_are_not_frozen_as_missing_while_nobody_answers(
 
 
 def test_a_packed_row_has_room_for_what_judges_say():
-    told = config("http://127.0.0.1:9/v1", **TOLD)
+    told = config("http://127.0.0.1:9/v1", **VERDICTS)
     packed = dataclasses.replace(told, train=dataclasses.replace(told.train, pack_length=200))
     with pytest.raises(ConfigError, match="pack_length is 200; expected at least 2072"):
         prepare(packed)

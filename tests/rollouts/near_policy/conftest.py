@@ -1,7 +1,7 @@
 """Runs that nobody disturbed, which others must equal."""
 
 import pytest
-from near_runs import CHOSEN, LAG, REFRESH, near
+from near_runs import FILTERED, LAG, REFRESH, near
 
 from opdjax.train import train
 
@@ -10,7 +10,7 @@ from opdjax.train import train
 def ahead(tmp_path_factory):
     """Rollouts drawn two updates ahead, filtered and packed."""
     workdir = tmp_path_factory.mktemp("ahead") / "run"
-    train(near(LAG | CHOSEN, train={"pack_length": 60}), workdir)
+    train(near(LAG | FILTERED, train={"pack_length": 60}), workdir)
     return workdir
 
 

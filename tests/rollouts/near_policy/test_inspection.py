@@ -213,7 +213,7 @@ def test_a_sample_stored_twice_is_told(run, look, tokenizer):
     twice = samples_of(0, 1, tokenizer) | {"sample_id": [0, 0, 1, 1]}
     is_in_order, lines = look(shards.write_shard(directory, "samples", 3, twice, {}))
     assert not is_in_order
-    assert "not in order: 2 samples stand there more than once" in lines
+    assert "not in order: 2 samples are there more than once" in lines
 
 
 def test_samples_are_shown_as_text_where_the_run_names_a_tokenizer(run, look):
@@ -236,7 +236,7 @@ def test_samples_are_shown_as_ids_without_it(run, look, tokenizer):
     path = shards.shard_paths(shards.version_directory(run, 12), "samples")[0]
     _, lines = look(path, 2)
     assert any(
-        line.startswith(f"note: tokens are shown by their ids: {run} has no config.json")
+        line.startswith(f"note: tokens are shown as ids: {run} has no config.json")
         for line in lines
     )
     assert f"completion (13 tokens): {samples_of(0, 0, tokenizer)['tokens'][0]}" in lines
@@ -255,7 +255,7 @@ def test_what_holds_no_rollouts_is_refused(tmp_path):
 
 VERB = """
 import sys
-from opdjax.cli import main
+from opdjax.cli.main import main
 try:
     main()
 except SystemExit as end:

@@ -2,12 +2,11 @@
 many kills of all ways.
 """
 
-import os
 import subprocess
 import sys
 
 import pytest
-from near_runs import ROOT
+from tiny_runs import ROOT
 
 
 @pytest.mark.long
@@ -21,12 +20,6 @@ def test_a_run_in_two_processes_survives_kills_of_either(tmp_path):
         "20",
     ]
     command += ["--only", "continuous, fixed lag 2, process"]
-    done = subprocess.run(
-        command,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "| yes | each stored once |" in done.stdout

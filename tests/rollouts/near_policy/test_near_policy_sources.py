@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from near_runs import (
     BASE,
-    CHOSEN,
+    FILTERED,
     LAG,
     ONE_THREAD,
+    PACKED,
     REFRESH,
-    assert_same_run,
+    assert_same_steps,
     assert_same_weights,
-    drawn,
     near,
-    start,
-    without_times,
+    stored_samples,
 )
+from tiny_runs import column, finish, start, without_times
 
 from opdjax.config import MINI_STUDENT, ModelConfig
 from opdjax.config.validation import ConfigError
@@ -26,13 +26,11 @@ from opdjax.data.chat import TokenizerMismatchError
 from opdjax.runs.workdir import WorkdirError, read_lines
 from opdjax.train import train
 
-PACKED = {"train": {"pack_length": 60}}
-
 
 def ages(workdir):
     """step -> by how many updates the weights that drew its rollouts are older, in continuous runs."""
     found = {}
-    for (version, number), shard in drawn(workdir).items():
+    for (version, number), shard in stored_samples(workdir).items():
         assert set(shard.columns["policy_version"]) == {version}
         assert set(shard.columns["step"]) == {number}
         assert number not in found
@@ -41,14 +39,20 @@ def ages(workdir):
     return found
 
 
-def finished(processes):
-    """Both ends of a run in two processes, without errors."""
+def run_of_two_processes(config, tmp_path, first="sample"):
+    """The work directory that `opdjax sample --store` and `opdjax train` fill together."""
+    workdir, processes = tmp_path / "run", {}
+    for command in (first, *({"sample", "train"} - {first})):
+        (processes[command],) = start(config, workdir, files=tmp_path / command, command=command)
+    printed = {}
     try:
-        printed = [process.communicate(timeout=240)[1] for process in processes]
+        for command, process in processes.items():
+            statuses, printed[command] = finish([process], tmp_path / command)
+            assert statuses == [0], printed
     finally:
-        for process in processes:
+        for process in processes.values():
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], printed
+    return workdir
 
 
 @pytest.mark.parametrize(
@@ -85,37 +89,35 @@ def test_rollouts_drawn_no_update_ahead_are_on_policy(sections, tolerance, tmp_p
     assert tolerance or lessons[0] == lessons[1]
 
 
-def test_a_thread_draws_what_the_learner_would_have_drawn(ahead, tmp_path):
-    train(near(LAG | CHOSEN | ONE_THREAD, **PACKED), tmp_path / "thread")
-    assert_same_run(ahead, tmp_path / "thread")
-    assert ages(tmp_path / "thread") == {step: min(step, 2) for step in range(6)}
-    assert [row["staleness/max"] for row in read_lines(ahead / "metrics.jsonl")] == [
-        0,
-        1,
-        2,
-        2,
-        2,
-        2,
-    ]
-    assert any(row["filter/keep_rate"] < 1 for row in read_lines(ahead / "metrics.jsonl"))
+def test_rollouts_are_as_old_as_the_schedule_says(ahead):
+    assert ages(ahead) == {step: min(step, 2) for step in range(6)}
+    assert column(ahead, "staleness/max") == [0, 1, 2, 2, 2, 2]
+    assert min(column(ahead, "filter/keep_rate")) < 1
 
 
-def test_another_process_draws_what_the_learner_would_have_drawn(ahead, tmp_path):
-    config = near(LAG | CHOSEN | {"generator": "process"}, **PACKED)
-    finished([start("sample", config, tmp_path / "run"), start("train", config, tmp_path / "run")])
-    assert_same_run(ahead, tmp_path / "run")
-    assert ages(tmp_path / "run") == {step: min(step, 2) for step in range(6)}
+@pytest.mark.long
+def test_a_thread_generates_what_the_learner_would_have(ahead, tmp_path):
+    train(near(LAG | FILTERED | ONE_THREAD, **PACKED), tmp_path / "thread")
+    assert_same_steps(ahead, tmp_path / "thread")
+    assert ages(tmp_path / "thread") == ages(ahead)
+
+
+@pytest.mark.long
+def test_another_process_generates_what_the_learner_would_have(ahead, tmp_path):
+    config = near(LAG | FILTERED | {"generator": "process"}, **PACKED)
+    workdir = run_of_two_processes(config, tmp_path)
+    assert_same_steps(ahead, workdir)
+    assert ages(workdir) == ages(ahead)
 
 
 @pytest.mark.long
 def test_another_process_answers_the_prompts_of_an_epoch(refreshed, tmp_path):
     config = near(REFRESH | {"generator": "process"})
-    finished([start("train", config, tmp_path / "run"), start("sample", config, tmp_path / "run")])
-    assert_same_run(refreshed, tmp_path / "run")
+    assert_same_steps(refreshed, run_of_two_processes(config, tmp_path, first="train"))
 
 
 def test_an_epoch_is_drawn_by_the_weights_before_it(refreshed):
-    shards = drawn(refreshed)
+    shards = stored_samples(refreshed)
     assert list(shards) == [(0, 0), (0, 1), (3, 0), (3, 1)]
     assert all(
         set(shard.columns["policy_version"]) == {version} for (version, _), shard in shards.items()
@@ -126,18 +128,12 @@ def test_an_epoch_is_drawn_by_the_weights_before_it(refreshed):
     ]
     np.testing.assert_array_equal(*ids)
     assert len(np.unique(ids[0])) == 24
-    assert [row["staleness/max"] for row in read_lines(refreshed / "metrics.jsonl")] == [
-        0,
-        1,
-        2,
-        0,
-        1,
-        2,
-    ]
+    assert column(refreshed, "staleness/max") == [0, 1, 2, 0, 1, 2]
 
 
+@pytest.mark.long
 def test_a_free_lag_is_never_more_than_is_allowed(tmp_path):
-    train(near(LAG | CHOSEN | ONE_THREAD | {"lag": "free"}, **PACKED), tmp_path / "run")
+    train(near(LAG | FILTERED | ONE_THREAD | {"lag": "free"}, **PACKED), tmp_path / "run")
     assert all(0 <= age <= 2 for age in ages(tmp_path / "run").values())
 
 
@@ -147,7 +143,7 @@ def test_learner_and_generator_on_meshes_of_their_own(ahead, tmp_path):
     bfloat16.
     """
     config = near(
-        LAG | CHOSEN | {"generator": "thread", "generator_devices": 2}, **PACKED, mesh={"data": 4}
+        LAG | FILTERED | {"generator": "thread", "generator_devices": 2}, **PACKED, mesh={"data": 4}
     )
     train(config, tmp_path / "many")
     assert_same_weights(ahead, tmp_path / "many", atol=1e-3)
@@ -164,7 +160,7 @@ def test_learner_and_generator_on_meshes_of_their_own(ahead, tmp_path):
 def test_a_probe_reads_longer_rollouts_than_the_filter_kept(tmp_path):
     """Version 3 keeps none of the longest; the probe is of all."""
     given = {"sampling": {"max_completion_length": 24}, "log": {"diagnostics_every": 1}}
-    config = dataclasses.replace(near(REFRESH | CHOSEN | {"ifd_quantile": 0.3}, **given), seed=1)
+    config = dataclasses.replace(near(REFRESH | FILTERED | {"ifd_quantile": 0.3}, **given), seed=1)
     train(config, tmp_path / "run")
     assert all(
         row["staleness/kl_all"] >= 0 for row in read_lines(tmp_path / "run" / "metrics.jsonl")
@@ -203,7 +199,7 @@ def test_a_teacher_that_is_shown_more_at_another_temperature(tmp_path):
         "sampling": {"temperature": 0.7, "num_generations": 2},
         "log": {"samples_every": 3, "diagnostics_every": 2},
     }
-    near_policy = CHOSEN | {"ifd_quantile": None, "ifd_max": None}
+    near_policy = FILTERED | {"ifd_quantile": None, "ifd_max": None}
     train(
         near(
             LAG | near_policy,
@@ -223,7 +219,7 @@ def test_a_teacher_that_is_shown_more_at_another_temperature(tmp_path):
 
 def test_another_lag_is_another_run(ahead):
     with pytest.raises(WorkdirError, match="near_policy.max_staleness"):
-        train(near(LAG | CHOSEN | {"max_staleness": 3}, **PACKED), ahead)
+        train(near(LAG | FILTERED | {"max_staleness": 3}, **PACKED), ahead)
 
 
 @pytest.mark.parametrize("recipe", ["npd", "full_kl"])
@@ -235,5 +231,5 @@ def test_a_teacher_with_another_tokenizer_is_refused_before_anything_is_drawn(
 
     monkeypatch.setattr("opdjax.rollouts.setup.check_same_vocabulary", other)
     with pytest.raises(TokenizerMismatchError):
-        train(near(REFRESH | CHOSEN, estimator={"recipe": recipe}), tmp_path / "run")
+        train(near(REFRESH | FILTERED, estimator={"recipe": recipe}), tmp_path / "run")
     assert not (tmp_path / "run" / "rollouts").exists()

@@ -11,17 +11,16 @@ import sys
 
 import pytest
 from near_runs import (
-    CHOSEN,
+    FILTERED,
     LAG,
     ONE_THREAD,
+    PACKED,
     REFRESH,
-    ROOT,
-    assert_same_run,
-    environment,
+    assert_same_steps,
     near,
-    save,
-    stored_bytes,
+    shard_names,
 )
+from tiny_runs import environment, save
 
 import opdjax.rollouts.near_policy.continuous
 import opdjax.rollouts.near_policy.refresh
@@ -30,9 +29,8 @@ from opdjax.rollouts.near_policy.shards import ShardError
 from opdjax.runs.workdir import append_lines, read_lines
 from opdjax.train import train
 
-PACKED = {"train": {"pack_length": 60}}
-AHEAD = near(LAG | CHOSEN, **PACKED)
-THREAD = near(LAG | CHOSEN | ONE_THREAD, **PACKED)
+AHEAD = near(LAG | FILTERED, **PACKED)
+THREAD = near(LAG | FILTERED | ONE_THREAD, **PACKED)
 ANEW = near(REFRESH)
 
 
@@ -60,7 +58,6 @@ def killed(config, workdir, monkeypatch, where, name, count):
 
 SOURCE, AGAIN = opdjax.rollouts.near_policy.continuous, opdjax.rollouts.near_policy.refresh
 MOMENTS = {
-    "refresh, mid-epoch": (ANEW, AGAIN, "as_batch", 5),
     "thread, drawing": (THREAD, stages, "generate", 4),
     "refresh, annotating anew": (ANEW, stages, "annotate", 3),
     "inline": (AHEAD, SOURCE, "as_batch", 5),
@@ -77,17 +74,25 @@ MOMENTS = {
 
 @pytest.mark.parametrize(
     "moment",
-    [*list(MOMENTS)[:2], *(pytest.param(m, marks=pytest.mark.long) for m in list(MOMENTS)[2:])],
+    ["thread, drawing", *(pytest.param(m, marks=pytest.mark.long) for m in list(MOMENTS)[1:])],
 )
-def test_a_run_that_was_killed_ends_as_the_straight_one(
+def test_an_interrupted_run_ends_like_an_undisturbed_one(
     moment, ahead, refreshed, tmp_path, monkeypatch
 ):
+    """A thread also generates what the learner itself would have."""
     config, where, name, count = MOMENTS[moment]
-    killed(config, tmp_path / "run", monkeypatch, where, name, count)
-    train(config, tmp_path / "run")
-    straight = refreshed if config is ANEW else ahead
-    assert_same_run(straight, tmp_path / "run")
-    assert stored_bytes(straight) == stored_bytes(tmp_path / "run")
+    workdir = killed(config, tmp_path / "run", monkeypatch, where, name, count)
+    train(config, workdir)
+    undisturbed = refreshed if config is ANEW else ahead
+    assert_same_steps(undisturbed, workdir)
+    assert shard_names(undisturbed) == shard_names(workdir)
+
+
+def test_a_refreshed_run_continues_within_its_epoch(halfway_refreshed, refreshed, tmp_path):
+    workdir = shutil.copytree(halfway_refreshed, tmp_path / "run")
+    train(ANEW, workdir)
+    assert_same_steps(refreshed, workdir)
+    assert shard_names(refreshed) == shard_names(workdir)
 
 
 @pytest.mark.long
@@ -96,20 +101,24 @@ def test_who_draws_may_change_when_a_run_continues(ahead, tmp_path, monkeypatch)
         workdir = tmp_path / first.near_policy.generator
         killed(first, workdir, monkeypatch, SOURCE, "as_batch", 4)
         train(then, workdir)
-        assert_same_run(ahead, workdir)
+        assert_same_steps(ahead, workdir)
 
 
 # Damage
 
 
 @pytest.fixture(scope="module")
-def halfway(tmp_path_factory):
-    """Runs that were killed after five of six steps, whose checkpoint is step 4."""
-    patched, directory = pytest.MonkeyPatch(), tmp_path_factory.mktemp("halfway")
-    return {
-        "ahead": killed(AHEAD, directory / "ahead", patched, SOURCE, "as_batch", 5),
-        "refresh": killed(ANEW, directory / "refresh", patched, AGAIN, "as_batch", 5),
-    }
+def halfway_ahead(tmp_path_factory):
+    """A run that was killed after five of six steps; its checkpoint is step 4."""
+    workdir = tmp_path_factory.mktemp("halfway") / "ahead"
+    return killed(AHEAD, workdir, pytest.MonkeyPatch(), SOURCE, "as_batch", 5)
+
+
+@pytest.fixture(scope="module")
+def halfway_refreshed(tmp_path_factory):
+    """A refreshed run that was killed after five of six steps; its checkpoint is step 4."""
+    workdir = tmp_path_factory.mktemp("halfway") / "refresh"
+    return killed(ANEW, workdir, pytest.MonkeyPatch(), AGAIN, "as_batch", 5)
 
 
 def shard(workdir, stage, version, number):
@@ -126,36 +135,34 @@ def corrupt(path):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize(
-    ("which", "config", "stage", "version", "number", "damage"),
-    [
-        ("ahead", AHEAD, "annotations", 2, 4, truncate),  # the teacher can be asked again
-        pytest.param("refresh", ANEW, "annotations", 3, 1, corrupt, marks=pytest.mark.long),
-    ],
-)
-def test_what_can_be_made_again_is(
-    which, config, stage, version, number, damage, halfway, ahead, refreshed, tmp_path
-):
-    workdir = shutil.copytree(halfway[which], tmp_path / "run")
-    damage(shard(workdir, stage, version, number))
-    train(config, workdir)
-    straight = {"ahead": ahead, "refresh": refreshed}[which]
-    assert_same_run(straight, workdir)
+def test_damaged_annotations_are_made_again(halfway_ahead, ahead, tmp_path):
+    """The teacher can score the same samples again."""
+    workdir = shutil.copytree(halfway_ahead, tmp_path / "run")
+    truncate(shard(workdir, "annotations", 2, 4))
+    train(AHEAD, workdir)
+    assert_same_steps(ahead, workdir)
+
+
+@pytest.mark.long
+def test_damaged_annotations_of_an_epoch_are_made_again(halfway_refreshed, refreshed, tmp_path):
+    workdir = shutil.copytree(halfway_refreshed, tmp_path / "run")
+    corrupt(shard(workdir, "annotations", 3, 1))
+    train(ANEW, workdir)
+    assert_same_steps(refreshed, workdir)
 
 
 @pytest.mark.parametrize(
-    ("which", "config", "version", "number", "damage", "message"),
+    ("config", "version", "number", "damage", "message"),
     [
         (
-            "ahead",
             AHEAD,
             2,
             4,
             truncate,
             "samples-00000004.* is truncated.*weights of 2 updates.* are gone",
         ),
+        (ANEW, 3, 1, corrupt, "samples-00000001.* is corrupted"),
         pytest.param(
-            "ahead",
             AHEAD,
             3,
             5,
@@ -163,22 +170,22 @@ def test_what_can_be_made_again_is(
             "no rollouts of step 5; the weights of 3 updates",
             marks=pytest.mark.long,
         ),
-        ("refresh", ANEW, 3, 1, corrupt, "samples-00000001.* is corrupted"),
         pytest.param(
-            "refresh",
             ANEW,
             3,
             0,
             pathlib.Path.unlink,
-            "has no samples 0, which had been stored",
+            "lacks samples 0, which was stored before",
             marks=pytest.mark.long,
         ),
     ],
+    ids=["truncated", "refresh, corrupted", "deleted", "refresh, deleted"],
 )
-def test_what_cannot_be_made_again_is_named(
-    which, config, version, number, damage, message, halfway, tmp_path
+def test_samples_that_cannot_be_made_again_are_named(
+    config, version, number, damage, message, halfway_ahead, halfway_refreshed, tmp_path
 ):
-    workdir = shutil.copytree(halfway[which], tmp_path / "run")
+    halfway = halfway_ahead if config is AHEAD else halfway_refreshed
+    workdir = shutil.copytree(halfway, tmp_path / "run")
     damage(shard(workdir, "samples", version, number))
     with pytest.raises(ShardError, match=message):
         train(config, workdir)
@@ -197,8 +204,8 @@ def test_what_weights_that_can_be_had_drew_is_drawn_again(
     workdir = killed(AHEAD, tmp_path / "run", monkeypatch, SOURCE, "as_batch", 3)
     damage(shard(workdir, "samples", version, step))
     train(AHEAD, workdir)
-    assert_same_run(ahead, workdir)
-    assert stored_bytes(ahead) == stored_bytes(workdir)
+    assert_same_steps(ahead, workdir)
+    assert shard_names(ahead) == shard_names(workdir)
 
 
 @pytest.mark.long
@@ -263,13 +270,11 @@ def test_a_full_disk_ends_a_run_that_continues_when_there_is_room(
         SCRIPT,
         str(files),
         "train",
-        str(save(config, workdir)),
+        str(save(config, tmp_path / "run.json")),
         "--workdir",
         str(workdir),
     ]
-    done = subprocess.run(
-        command, env=environment(2), cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, env=environment(2), capture_output=True, text=True, check=False)
     lines = [line for line in done.stderr.splitlines() if line.startswith("opdjax: ")]
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
@@ -280,7 +285,7 @@ def test_a_full_disk_ends_a_run_that_continues_when_there_is_room(
         shards.read_shard(path)
     assert not list((workdir / "rollouts").glob("*/*.partial*"))
     train(config, workdir)
-    assert_same_run(refreshed if config is ANEW else ahead, workdir)
+    assert_same_steps(refreshed if config is ANEW else ahead, workdir)
 
 
 def test_a_row_that_was_cut_off_is_written_over(tmp_path):

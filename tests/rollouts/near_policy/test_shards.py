@@ -192,7 +192,7 @@ def test_columns_that_do_not_fit_are_refused(tmp_path, samples, annotations):
         {},
         r"columns of samples are \['tokens'\]; expected \['behavior_logprobs'",
     )
-    refused("samples", samples | {"step": [1]}, {}, "'step': 1.*expected one number")
+    refused("samples", samples | {"step": [1]}, {}, "'step': 1.*expected equal numbers")
     refused(
         "samples",
         samples | {"behavior_logprobs": [[0.0]] * 4},
@@ -211,7 +211,7 @@ def test_columns_that_do_not_fit_are_refused(tmp_path, samples, annotations):
         {"top_k": 3},
         "teacher_ids of sample 0 has 6 values for 3 tokens; expected 3 each",
     )
-    refused("annotations", annotations, {}, "expected top_k among them")
+    refused("annotations", annotations, {}, "expected top_k")
     assert not [*tmp_path.iterdir()]
 
 
@@ -231,7 +231,7 @@ def test_every_flipped_byte_is_found(shard, rng):
         )
         with pytest.raises(
             ShardError,
-            match=f"{shard} is (corrupted|truncated).* have another digest than its name says; remove the file",
+            match=f"{shard} is (corrupted|truncated).* do not have the digest in its name; delete the file",
         ):
             read_shard(shard)
 
@@ -261,11 +261,11 @@ def test_a_foreign_file_is_no_shard(tmp_path, shard):
         read_shard(renamed)
     with pytest.raises(
         ShardError,
-        match="has not the name of a shard; expected samples or annotations-NUMBER.DIGEST.parquet",
+        match="does not have the name of a shard; expected samples or annotations-NUMBER.DIGEST.parquet",
     ):
         read_shard(tmp_path / "samples-3.parquet")
     with pytest.raises(
-        ShardError, match="cannot be read: No such file or directory; it may be whole"
+        ShardError, match="cannot be read: No such file or directory; it may be intact"
     ):
         read_shard(shard)
     foreign = tmp_path / "foreign"
@@ -419,7 +419,7 @@ def test_a_full_disk_leaves_what_was_there(tiny_disk, samples):
 def test_a_place_that_takes_no_files_is_named(tmp_path, samples):
     (tmp_path / "file").touch()
     with pytest.raises(
-        StorageError, match="samples-00000003.* could not be stored in .*/file: .*: put that right"
+        StorageError, match="samples-00000003.* could not be stored in .*/file: .*: repair that"
     ):
         write_shard(tmp_path / "file", "samples", 3, samples, {})
 
@@ -435,7 +435,7 @@ def test_a_filter_comes_back_and_its_damage_is_named(tmp_path):
     assert read_filter(tmp_path, 12) == document
     assert shards_module.filters(tmp_path) == [12]
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(WorkdirError, match=f"{path} cannot be read as JSON.*; remove it"):
+    with pytest.raises(WorkdirError, match=f"{path} cannot be read as JSON.*; delete it"):
         read_filter(tmp_path, 12)
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_filter(tmp_path, 12, {"delta": float("nan")})

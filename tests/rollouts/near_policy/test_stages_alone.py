@@ -1,7 +1,7 @@
 """The stages of a run by themselves, before it: what they store is what the run would have stored."""
 
 import pytest
-from near_runs import REFRESH, assert_same_run, near, stored_bytes
+from near_runs import REFRESH, assert_same_steps, near, shard_names
 
 from opdjax.rollouts.checks import check_settings
 from opdjax.rollouts.near_policy import shards
@@ -14,14 +14,14 @@ from opdjax.train import train
 def test_drawn_and_annotated_ahead_of_the_run(refreshed, tmp_path):
     workdir, first = tmp_path / "run", shards.version_directory(tmp_path / "run", 0)
     assert generate_for(workdir, near(REFRESH)) == len(shards.shard_paths(first, "samples"))
-    wanted = [path for path in stored_bytes(refreshed) if "/00000000/" in path]
-    assert stored_bytes(workdir) == wanted
+    wanted = [path for path in shard_names(refreshed) if "/00000000/" in path]
+    assert shard_names(workdir) == wanted
     shards.shard_paths(first, "annotations")[0].unlink()
     assert annotate_all(workdir) == 1
     assert annotate_all(workdir) == 0
-    assert stored_bytes(workdir) == wanted
+    assert shard_names(workdir) == wanted
     train(near(REFRESH), workdir)
-    assert_same_run(workdir, refreshed)
+    assert_same_steps(workdir, refreshed)
 
 
 def test_what_is_not_there_is_asked_for(tmp_path):

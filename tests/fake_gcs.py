@@ -2,7 +2,7 @@
 orbax ask for, with faults on request.
 
 Objects live in memory, each with a generation, and `ifGenerationMatch` is honoured under one lock:
-exclusive creation is as exclusive as that of the real service. `python tests/storage/fake_gcs.py
+exclusive creation is as exclusive as that of the real service. `python tests/fake_gcs.py
 --port 9000` serves until it is stopped; clients find it by STORAGE_EMULATOR_HOST (gcsfs) and
 TENSORSTORE_GCS_HTTP_URL (tensorstore).
 """
