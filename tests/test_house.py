@@ -1,6 +1,7 @@
-"""Rules of the house that a program can see."""
+"""Rules of the code base that a program can check."""
 
 import ast
+import collections
 import pathlib
 
 import pytest
@@ -13,6 +14,9 @@ from opdjax.config.validation import ConfigError
 from opdjax.estimators import estimator_of
 
 ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "opdjax"
+LOWER = {"config", "ops", "estimators", "models", "data", "judge", "engine"}
+ROOMS = LOWER | {"rollouts", "runs", "sweeps", "diagnose", "report", "cli"}
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
 SWEEPS = sorted((ROOT / "experiments" / "sweeps").glob("*.py"))
 
@@ -36,40 +40,46 @@ def test_an_experiment_is_data(file):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_config_refuses_altered_sampling_for_just_the_policy_gradients(name):
-    altered = SamplingConfig(temperature=0.7)
-    if (
-        RECIPES[name].reward != "none"
-    ):  # its ratio is to the tempered policy: the reward is earned there
-        altered, judge = (
-            SamplingConfig(2, temperature=0.7),
-            EndpointConfig("http://host:1/v1", "judge"),
-        )
-        asked = {} if name == "grpo" else {"rubricator": judge, "verifier": judge}
-        if name == "ropd_stages":
-            asked["rubrics"] = RubricsConfig(stage_names=("a", "b"), stage_markers=(";",))
-        assert (
-            Config(estimator=EstimatorConfig(recipe=name), sampling=altered, **asked).sampling
-            == altered
-        )
-    elif RECIPES[name].is_policy_gradient:
+def test_the_config_refuses_altered_sampling_for_policy_gradients_alone(name):
+    recipe, sampling = RECIPES[name], {"temperature": 0.7}
+    estimator, sections = EstimatorConfig(recipe=name), {}
+    if recipe.is_rewarded:  # its ratio is to the tempered policy, which earned the reward
+        sampling["num_generations"] = 2
+        if recipe.is_judged:
+            judge = EndpointConfig("http://host:1/v1", "judge")
+            stages = RubricsConfig(stage_names=("a", "b"), stage_markers=(";",))
+            sections = {"rubricator": judge, "verifier": judge}
+            sections |= {"rubrics": stages} if recipe.has_stages else {}
+    elif recipe.is_policy_gradient:
         with pytest.raises(ConfigError, match="sampling.temperature 0.7"):
-            Config(estimator=EstimatorConfig(recipe=name), sampling=altered)
-    elif name == "sft":  # never reads the student's own draws
-        taught = SamplingConfig(temperature=0.7, completions_from="teacher")
-        assert Config(estimator=EstimatorConfig(recipe=name), sampling=taught).sampling == taught
-    else:
-        assert Config(estimator=EstimatorConfig(recipe=name), sampling=altered).sampling == altered
+            Config(estimator=estimator, sampling=SamplingConfig(**sampling))
+        return
+    elif name == "sft":  # it never trains on the student's own samples
+        sampling["completions_from"] = "teacher"
+    altered = SamplingConfig(**sampling)
+    assert Config(estimator=estimator, sampling=altered, **sections).sampling == altered
 
 
-def test_the_readme_names_every_verb_and_file_that_it_should():
+def test_the_readme_names_every_room_and_the_ledger_every_experiment():
     text = (ROOT / "README.md").read_text()
     assert text.count("\n") <= 150
+    for room in PACKAGE.iterdir():
+        if (room / "__init__.py").exists():
+            assert f"opdjax/{room.name}/" in text, room
     ledger = (ROOT / "experiments" / "README.md").read_text()
     for file in EXPERIMENTS + SWEEPS:
         assert file.name in ledger, file
-    for file in (ROOT / "opdjax").rglob("*.py"):
-        if (
-            file.name != "__init__.py" and file.parent.name != "report"
-        ):  # whose parts only its pages use
-            assert file.name in text, file
+
+
+def test_the_package_holds_its_rooms_and_nothing_else():
+    found = {entry.name for entry in PACKAGE.iterdir()} - {"__pycache__"}
+    assert found == ROOMS | {"__init__.py", "__main__.py", "train.py", "types.py", "assets"}
+
+
+def test_class_names_are_unique():
+    places = collections.defaultdict(list)
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(str(file.relative_to(ROOT)))
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}

@@ -16,7 +16,6 @@ import jax
 import numpy as np
 import pytest
 from tiny_runs import (
-    HANG,
     SHORT,
     TINY,
     assert_equal_trees,
@@ -32,6 +31,7 @@ from tiny_runs import (
     vary,
     without_times,
 )
+from waiting import until
 
 import opdjax.train
 from opdjax.cli.export import export_step
@@ -161,10 +161,8 @@ def test_a_run_killed_at_random_moments_ends_like_an_undisturbed_one(tiny_run, t
     workdir, rng = tmp_path / "run", random.Random(0)
     for count in (rng.randint(1, 2), rng.randint(3, 4)):
         (process,) = start(TINY, workdir)
-        deadline = time.monotonic() + HANG
-        while len(read_lines(workdir / "metrics.jsonl")) < count and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
+        rows = lambda: len(read_lines(workdir / "metrics.jsonl"))
+        until(lambda: rows() >= count or process.poll() is not None, interval=0.002)  # noqa: B023
         time.sleep(rng.random() * 0.05)
         process.kill()
         process.wait()

@@ -15,6 +15,7 @@ import sys
 
 import jax
 import numpy as np
+from waiting import HANG
 
 import opdjax.rollouts.on_policy
 import opdjax.train
@@ -35,7 +36,6 @@ from opdjax.models.hf import load_params, open_checkpoint
 from opdjax.runs.workdir import read_lines
 
 ROOT = pathlib.Path(__file__).parents[1]
-HANG = 300  # seconds after which a wait counts as a hang, on the slowest machine
 TINY = Config(
     data=DataConfig(source="arithmetic:train[:64]", max_prompt_length=32),
     sampling=SamplingConfig(max_completion_length=20),

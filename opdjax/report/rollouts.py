@@ -174,7 +174,7 @@ _FIELDS = {
     "student_logprobs": ("student p", _probability),
     "teacher_logprobs": ("teacher p", _probability),
     "teacher_top": ("teacher's top 5", _top),
-    "kl": ("KL", fixed),
+    "kl": ("KL, nats", fixed),
     "rewards": ("reward", fixed),
 }
 
@@ -191,9 +191,8 @@ def _numbers(pieces: list[str], columns: dict[str, list]) -> Html:
     for at, row in enumerate(cells):
         row.append(at)
     caption = (
-        "p: probability of the token given all tokens before it, at the temperature at which the"
-        " models are compared. Advantage, KL(student || teacher) and reward are in nats. Positions"
-        " count from 0."
+        "p: probability of the token given all tokens before it, at the temperature of the loss."
+        " Positions count from 0."
     )
     return table([*head, "position"], cells, caption=caption)
 

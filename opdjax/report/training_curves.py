@@ -92,8 +92,7 @@ def _charts(run: Run) -> dict[str, Chart]:
         "Over tokens: how much the scores of a prompt's answers differ. At 0 nothing is left to"
         " learn from."
         if is_rewarded
-        else "Over tokens: the noise that multiplies the gradient. It should shrink as the student"
-        " approaches the teacher."
+        else "Over tokens: the noise that multiplies the gradient. It should shrink in training."
     )
     above, share = {"bounds": (0, None)}, {"bounds": (0, 1)}
     return {

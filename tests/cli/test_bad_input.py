@@ -31,18 +31,27 @@ EXPERIMENT = """
 from opdjax.config import *
 def get_config():
     return Config(
-        data=DataConfig(source={rows!r}, max_prompt_length=32), sampling=SamplingConfig(max_completion_length=4),
-        estimator=EstimatorConfig(recipe="opd", tile=64), train=TrainConfig(num_steps=2, prompts_per_step=2),
-        evaluation=EvaluationConfig(source={rows!r}, num_prompts=2, num_samples=2, max_completion_length=4),
-        checkpoint=CheckpointConfig(every=1), log=LogConfig(samples_every=0), mesh=MeshConfig(data=1),
+        data=DataConfig(source={rows!r}, max_prompt_length=32),
+        sampling=SamplingConfig(max_completion_length=4),
+        estimator=EstimatorConfig(recipe="opd", tile=64),
+        train=TrainConfig(num_steps=2, prompts_per_step=2),
+        evaluation=EvaluationConfig(
+            source={rows!r}, num_prompts=2, num_samples=2, max_completion_length=4
+        ),
+        checkpoint=CheckpointConfig(every=1),
+        log=LogConfig(samples_every=0),
+        mesh=MeshConfig(data=1),
     )
 """
-SWEEP = "from opdjax.config import *\nfrom opdjax.config.grid import *\ndef get_sweep(): return points(Config(), {})"
+SWEEP = (
+    "from opdjax.config import *\nfrom opdjax.config.grid import *\ndef get_sweep(): return "
+    "points(Config(), {})"
+)
 
 
 @dataclasses.dataclass
 class Place:
-    """A directory in which a case makes its mistake; every method returns a command line or a path."""
+    """A directory for one mistake; every method returns a command line or a path."""
 
     root: pathlib.Path
     finished: pathlib.Path  # a whole run of two steps; `run` copies it
@@ -769,7 +778,8 @@ WORKDIRS = {
     "no config": (
         "WorkdirError",
         lambda p: p.resume("config.json"),
-        "has no config.json, yet it holds checkpoints, eval.jsonl, metrics.jsonl; expected a new directory",
+        "has no config.json, yet it holds checkpoints, eval.jsonl, metrics.jsonl; expected a new "
+        "directory",
     ),
     "somebody's models": (
         "WorkdirError",

@@ -89,7 +89,8 @@ from opdjax.cli.main import main
 try:
     main()
 except SystemExit as end:
-    print("status", end.code, "loaded", sorted({"jax", "flax", "optax", "orbax", "transformers", "numpy"} & set(sys.modules)))
+    heavy = {"jax", "flax", "optax", "orbax", "transformers", "numpy"}
+    print("status", end.code, "loaded", sorted(heavy & set(sys.modules)))
 """
 
 
@@ -175,19 +176,23 @@ def test_an_unknown_command_is_answered_with_the_nearest(opdjax):
         ),
         ("import nosuchmodule", "ModuleNotFoundError: No module named 'nosuchmodule'"),
         (
-            "from opdjax.config import *\ndef get_config(): return Config(data=DataConfig(sorce='x'))",
-            "experiment.py does not run: TypeError: DataConfig.__init__() got an unexpected keyword argument 'sorce'",
+            "from opdjax.config import *\ndef get_config(): return "
+            "Config(data=DataConfig(sorce='x'))",
+            "experiment.py does not run: TypeError: DataConfig.__init__() got an unexpected "
+            "keyword argument 'sorce'",
         ),
         (
             "def get_config(): return Config()",
             "experiment.py does not run: NameError: name 'Config' is not defined",
         ),
         (
-            "from opdjax.config import *\ndef get_config(): return Config(train=TrainConfig(num_steps=2.5))",
+            "from opdjax.config import *\ndef get_config(): return "
+            "Config(train=TrainConfig(num_steps=2.5))",
             "ConfigError: train.num_steps is 2.5; expected int",
         ),
         (
-            "from opdjax.config import *\ndef get_config(): return Config(train=TrainConfig(num_steps=0))",
+            "from opdjax.config import *\ndef get_config(): return "
+            "Config(train=TrainConfig(num_steps=0))",
             "ConfigError: train.num_steps is 0; expected at least 1",
         ),
     ],
@@ -205,15 +210,16 @@ def test_a_file_that_is_no_experiment_is_refused(opdjax, experiment, tmp_path):
         status, _, err = opdjax("train", path, "--workdir", tmp_path / "run")
         assert status == 2
         assert (
-            err
-            == f"opdjax: ConfigError: there is no file '{path}'; expected a Python file with get_config()"
+            err == f"opdjax: ConfigError: there is no file '{path}'; expected a Python file with "
+            f"get_config()"
         )
     saved = experiment("{}", "config.json")
     status, _, err = opdjax("train", saved, "--workdir", tmp_path / "run")
     assert status == 2
     assert (
         err
-        == f"opdjax: ConfigError: {saved} has no 'config'; expected the config.json of a run or the point.json of a sweep"
+        == f"opdjax: ConfigError: {saved} has no 'config'; expected the config.json of a run or "
+        f"the point.json of a sweep"
     )
 
 
@@ -234,12 +240,14 @@ def test_an_experiment_is_loaded_as_it_is(experiment):
     [
         (
             ["--optimizer.learning-rat", "1"],
-            "Unrecognized options: --optimizer.learning-rat, 1 Perhaps you meant: --optimizer.learning-rate FLOAT",
+            "Unrecognized options: --optimizer.learning-rat, 1 Perhaps you meant: "
+            "--optimizer.learning-rate FLOAT",
         ),
         (["--train.num-step", "1"], "Perhaps you meant: --train.num-steps INT"),
         (
             ["--estimator.recipe", "vodp"],
-            "invalid choice 'vodp' for argument '--estimator.recipe'. Expected one of ('opd', 'vopd', 'full_kl', 'topk_kl', 'npd', 'sft', "
+            "invalid choice 'vodp' for argument '--estimator.recipe'. Expected one of ('opd', "
+            "'vopd', 'full_kl', 'topk_kl', 'npd', 'sft', "
             "'grpo', 'ropd', 'tjudge', 'ropd_stages')",
         ),
         (

@@ -273,7 +273,8 @@ def test_a_whole_number_is_read_as_a_float_where_one_is_expected():
         ({"student": {"pth": "x"}}, "unknown field 'student.pth'; did you mean 'path'?"),
         (
             {"log": {"zzz": 1}},
-            "unknown field 'log.zzz'; expected one of ['diagnostics_every', 'num_samples', 'samples_every',",
+            "unknown field 'log.zzz'; expected one of ['diagnostics_every', 'num_samples', "
+            "'samples_every',",
         ),
         ({"train": 3}, "train is 3; expected a section with named fields"),
         ({"train": None}, "train is None; expected a section with named fields"),
@@ -422,7 +423,8 @@ REFUSED = [
     (
         Config,
         {"estimator": EstimatorConfig("npd", kd_weight=0.0)},
-        "estimator.kd_weight is 0.0; expected more than 0, or rollouts that near_policy.filter chose",
+        "estimator.kd_weight is 0.0; expected more than 0, or rollouts that near_policy.filter "
+        "chose",
     ),
     (EstimatorConfig, {"baseline_top_k": 0}, "estimator.baseline_top_k is 0; expected at least 1"),
     (
@@ -512,12 +514,14 @@ REFUSED = [
             "estimator": EstimatorConfig("full_kl", importance="prefix_truncate"),
             "sampling": SamplingConfig(completions_from="teacher"),
         },
-        "estimator.importance is 'prefix_truncate'; expected none where the completions are not the student's",
+        "estimator.importance is 'prefix_truncate'; expected none where the completions are not "
+        "the student's",
     ),
     (
         Config,
         {"estimator": EstimatorConfig("opd", task_reward_coef=0.5)},
-        "sampling.num_generations is 1; expected at least 2 where estimator.task_reward_coef is given",
+        "sampling.num_generations is 1; expected at least 2 where estimator.task_reward_coef is "
+        "given",
     ),
     (
         OptimizerConfig,
@@ -612,7 +616,8 @@ REFUSED = [
     (
         LoraConfig,
         {"targets": ("q",)},
-        "lora.targets is ('q',); expected ('q', 'k', 'v', 'o', 'gate', 'up', 'down') where lora.rank is 0",
+        "lora.targets is ('q',); expected ('q', 'k', 'v', 'o', 'gate', 'up', 'down') where "
+        "lora.rank is 0",
     ),
     (LoraConfig, {"targets": ("q", "gates")}, "lora.targets[1] is 'gates'; did you mean 'gate'?"),
     (LogConfig, {"samples_every": -1}, "log.samples_every is -1; expected 0 (off) or more"),
@@ -738,7 +743,8 @@ def test_policy_gradients_want_unaltered_sampling(sampling):
     for recipe in ("opd", "vopd"):
         with pytest.raises(
             ConfigError,
-            match=f"recipe '{recipe}' with .*sample with temperature 1 and no filter, use an exact divergence .full_kl., or set estimator.importance",
+            match=f"recipe '{recipe}' with .*sample with temperature 1 and no filter, use an exact "
+            f"divergence .full_kl., or set estimator.importance",
         ) as e:
             Config(sampling=SamplingConfig(**sampling), estimator=EstimatorConfig(recipe=recipe))
         name, value = next(iter(sampling.items()))
@@ -825,12 +831,14 @@ def test_config_needs_the_standard_library_alone():
 def test_importing_the_package_starts_nothing():
     # What jax and orbax do to the environment on import is theirs; the test is of what opdjax adds.
     code = (
-        "import os, pkgutil, importlib, jax, flax.struct, optax, orbax.checkpoint, tqdm, tyro, opdjax\n"
+        "import os, pkgutil, importlib, jax, flax.struct, optax, orbax.checkpoint, tqdm, tyro, "
+        "opdjax\n"
         "from jax._src import xla_bridge\n"
         "before, flags = dict(os.environ), dict(jax.config.values)\n"
         "names = [module.name for module in pkgutil.walk_packages(opdjax.__path__, 'opdjax.')]\n"
         "[importlib.import_module(name) for name in names]\n"
-        "print(len(names) > 25, dict(os.environ) == before, jax.config.values == flags, xla_bridge.backends_are_initialized())"
+        "print(len(names) > 25, dict(os.environ) == before, jax.config.values == flags, "
+        "xla_bridge.backends_are_initialized())"
     )
     assert run_python(code) == "True True True False"
 

@@ -84,16 +84,19 @@ FILTERED = REFRESH | {"filter": "ifd"}
         ),
         (
             {"generator": "process"},
-            "generator is 'process'; expected inline unless near_policy.schedule is refresh or continuous",
+            "generator is 'process'; expected inline unless near_policy.schedule is refresh or "
+            "continuous",
         ),
         (
             {"filter": "random"},
-            "filter is 'random'; expected none unless near_policy.schedule is refresh or continuous",
+            "filter is 'random'; expected none unless near_policy.schedule is refresh or "
+            "continuous",
         ),
         *(
             (
                 REFRESH | {name: value},
-                f"{name} is {value!r}; expected {default} unless near_policy.filter is ifd or random",
+                f"{name} is {value!r}; expected {default} unless near_policy.filter is ifd or "
+                f"random",
             )
             for name, value, default in (
                 ("ifd_form", "perplexity_ratio", "nll_ratio"),
@@ -109,7 +112,8 @@ FILTERED = REFRESH | {"filter": "ifd"}
         # Who draws
         (
             REFRESH | {"generator": "thread"},
-            "generator is 'thread'; expected inline or process where near_policy.schedule is refresh",
+            "generator is 'thread'; expected inline or process where near_policy.schedule is "
+            "refresh",
         ),
         (
             CONTINUOUS | {"lag": "free"},
@@ -159,15 +163,18 @@ NEAR = NearPolicyConfig("refresh", 2)
                 "sampling": SamplingConfig(completions_from="teacher"),
                 "estimator": EstimatorConfig("npd"),
             },
-            "sampling.completions_from is 'teacher'; expected student where near_policy.schedule is set",
+            "sampling.completions_from is 'teacher'; expected student where near_policy.schedule "
+            "is set",
         ),
         (
             {"near_policy": NEAR, "teacher": ModelConfig("@student")},
-            "teacher.path is '@student'; expected a checkpoint where near_policy.schedule is refresh",
+            "teacher.path is '@student'; expected a checkpoint where near_policy.schedule is "
+            "refresh",
         ),
         (
             {"near_policy": NearPolicyConfig("refresh", 3)},
-            "near_policy.num_epochs is 3; expected a divisor of train.num_steps, 100: every epoch has as many steps",
+            "near_policy.num_epochs is 3; expected a divisor of train.num_steps, 100: every epoch "
+            "has as many steps",
         ),
         *(
             (
@@ -176,7 +183,8 @@ NEAR = NearPolicyConfig("refresh", 2)
                     "sampling": SamplingConfig(num_generations=2),
                     "estimator": EstimatorConfig("opd", task_reward_coef=0.5),
                 },
-                "estimator.task_reward_coef is 0.5; expected none where near_policy may separate the rollouts of a prompt",
+                "estimator.task_reward_coef is 0.5; expected none where near_policy may separate "
+                "the rollouts of a prompt",
             )
             for near in (NEAR, NearPolicyConfig("continuous", filter="ifd"))
         ),
@@ -185,7 +193,8 @@ NEAR = NearPolicyConfig("refresh", 2)
                 "near_policy": NearPolicyConfig("continuous", generator="thread"),
                 "mesh": MeshConfig(processes=2),
             },
-            "near_policy.generator is 'thread'; expected inline or process where mesh.processes is not 1",
+            "near_policy.generator is 'thread'; expected inline or process where mesh.processes is "
+            "not 1",
         ),
     ],
 )

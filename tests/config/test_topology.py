@@ -53,5 +53,8 @@ def test_an_unknown_name_lists_those_that_are_near(name, message):
 
 
 def test_the_scripts_can_ask_without_anything_installed():
-    code = "import sys, opdjax.config.topology, opdjax.diagnose.plan.hlo; assert not {'jax', 'numpy', 'tyro'} & set(sys.modules)"
+    code = (
+        "import sys, opdjax.config.topology, opdjax.diagnose.plan.hlo; assert not {'jax', 'numpy', "
+        "'tyro'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

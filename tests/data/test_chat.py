@@ -61,7 +61,10 @@ def test_a_conversation_is_rendered_turn_by_turn(tokenizer):
         {"role": "assistant", "content": "2"},
         {"role": "user", "content": "2+1="},
     )
-    expected = "<|im_start|>user\n1+1=<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n<|im_start|>user\n2+1=<|im_end|>\n<|im_start|>assistant\n"
+    expected = (
+        "<|im_start|>user\n1+1=<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"
+        "<|im_start|>user\n2+1=<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert tokenizer.decode(show(messages, tokenizer)) == expected
     assert show(({"role": "user", "content": "7+8="},), tokenizer) == show("7+8=", tokenizer)
 

@@ -84,20 +84,27 @@ MALFORMED = {
     "prompt: a": "not valid JSON (Expecting value at column 1)",
     '["a"]': "expected an object with named values, found list",
     '"a"': "expected an object with named values, found str",
-    '{"question": "a", "answer": 1}': "there is no column 'prompt'; found ['answer', 'question']. Name the right one in data.prompt_column",
-    '{"prompt": ""}': "'prompt' is ''; expected a non-empty string or a list of {role, content} messages",
+    '{"question": "a", "answer": 1}': "there is no column 'prompt'; found ['answer', 'question']. "
+    "Name the right one in data.prompt_column",
+    '{"prompt": ""}': "'prompt' is ''; expected a non-empty string or a list of {role, content} "
+    "messages",
     '{"prompt": 3}': "'prompt' is 3; expected a non-empty string",
     '{"prompt": null}': "'prompt' is None; expected a non-empty string",
     '{"prompt": []}': "'prompt' is []; expected a non-empty string",
     '{"prompt": ["a"]}': "'prompt' is ['a']; expected a non-empty string",
     '{"prompt": [{"role": "user"}]}': "'prompt' is [{'role': 'user'}]; expected a non-empty string",
-    '{"prompt": [{"role": "user", "content": 3}]}': "expected a non-empty string or a list of {role, content} messages",
+    '{"prompt": [{"role": "user", "content": 3}]}': "expected a non-empty string or a list of "
+    "{role, content} messages",
     '{"prompt": "a", "answer": ["2"]}': "'answer' is ['2']; expected a string or a number",
     '{"prompt": "a", "answer": true}': "'answer' is True; expected a string or a number",
-    '{"prompt": "a", "references": [1]}': "the reference answers 'references' are [1]; expected a string, a list of strings or messages",
-    '{"prompt": "a", "reference": 1}': "the reference answers 'reference' are 1; expected a string, a list of strings or messages",
-    '{"prompt": "a", "references": [{"role": "user", "content": "b"}]}': "or messages with an assistant's turn",
-    '{"prompt": [{"role": "assistant", "content": "b"}]}': "'prompt' holds only an assistant's turn",
+    '{"prompt": "a", "references": [1]}': "the reference answers 'references' are [1]; expected a "
+    "string, a list of strings or messages",
+    '{"prompt": "a", "reference": 1}': "the reference answers 'reference' are 1; expected a "
+    "string, a list of strings or messages",
+    '{"prompt": "a", "references": [{"role": "user", "content": "b"}]}': "or messages with an "
+    "assistant's turn",
+    '{"prompt": [{"role": "assistant", "content": "b"}]}': "'prompt' holds only an assistant's "
+    "turn",
 }
 
 
@@ -138,7 +145,8 @@ def test_an_empty_file_is_refused(write, lines):
         ("/nowhere/rows.jsonl", "data source /nowhere/rows.jsonl does not exist"),
         (
             "gsm8k",
-            r"data source 'gsm8k' is not known; expected arithmetic:SPLIT, a \.jsonl file, parquet:PATH, hf:",
+            r"data source 'gsm8k' is not known; expected arithmetic:SPLIT, a \.jsonl file, "
+            r"parquet:PATH, hf:",
         ),
         (
             "huggingface:gsm8k",
@@ -228,7 +236,8 @@ def test_in_messages_the_last_turn_of_the_user_shows_it(tokenizer):
         (
             Prompt("1+1=", "2"),
             {},
-            r"prompt 1 of x\.jsonl has no 'references' \(1 such rows\); .*data\.reference_column, or take",
+            r"prompt 1 of x\.jsonl has no 'references' \(1 such rows\); .*data\.reference_column, "
+            r"or take",
         ),
         (Prompt("1+1=", "2", (" ",)), {"reference_column": "r"}, "prompt 1 of .* has no 'r'"),
         (
@@ -299,7 +308,10 @@ def test_the_longer_view_counts(tokenizer):
 
 def test_overlong_prompts_can_be_an_error_that_names_them(tokenizer):
     data = dataclasses.replace(RAW, max_prompt_length=6, overlong="error", source="x.jsonl")
-    expected = r"max_prompt_length is 6, exceeded by prompt 1 of x\.jsonl with 8 tokens: '1\+2\+3\+4='; raise it or set data\.overlong"
+    expected = (
+        r"max_prompt_length is 6, exceeded by prompt 1 of x\.jsonl with 8 tokens: '1\+2\+3\+4='; "
+        r"raise it or set data\.overlong"
+    )
     with pytest.raises(DataError, match=expected):
         encode(["1+1=", "1+2+3+4="], data, tokenizer)
 

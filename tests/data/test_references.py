@@ -187,7 +187,10 @@ def test_no_file_and_a_directory_are_told_apart(tmp_path):
 def test_a_damaged_row_is_named(path, row, what):
     with path.open("a") as file:
         file.write(row + "\n")
-    expected = rf"{re.escape(str(path))}, line 5 is damaged: .*{what}.* Delete the line, and run opdjax references again"
+    expected = (
+        rf"{re.escape(str(path))}, line 5 is damaged: .*{what}.* Delete the line, and run opdjax "
+        rf"references again"
+    )
     with pytest.raises(ReferenceIndexError, match=expected):
         read_index(path)
 
@@ -223,12 +226,12 @@ def test_a_miss_names_prompt_key_file_and_numbers(path):
         references_of(index, ["1+1=", "2+2=", "3+3=", "4+4="], "rows.jsonl")
     told = str(error.value)
     assert (
-        f"{path} has no answers to 3 of the 4 prompts of rows.jsonl, first prompt 1, '2+2=' (key {key_of('2+2=')[:12]})."
-        in told
+        f"{path} has no answers to 3 of the 4 prompts of rows.jsonl, first prompt 1, '2+2=' (key "
+        f"{key_of('2+2=')[:12]})." in told
     )
     assert (
-        "2 have never been answered: opdjax references EXPERIMENT, with the same data, adds what is missing."
-        in told
+        "2 have never been answered: opdjax references EXPERIMENT, with the same data, adds what "
+        "is missing." in told
     )
     assert "1 have only empty or truncated answers: sample more (teach.num_answers)" in told
     with pytest.raises(ReferenceMissError) as error:

@@ -10,7 +10,8 @@ import sys
 
 import numpy as np
 import pytest
-from tiny_runs import HANG, vary, without_times
+from tiny_runs import vary, without_times
+from waiting import HANG
 
 from opdjax.data.prompt_rows import Prompt, read_prompts
 from opdjax.data.sources import ColumnMap, DataError
@@ -92,11 +93,13 @@ def prepared(here):
     script = (
         "import sys\n"
         "import opdjax.data.prompt_rows\n"
-        "early = [name for name in ('tensorflow_datasets', 'datasets', 'pyarrow') if name in sys.modules]\n"
+        "early = [name for name in ('tensorflow_datasets', 'datasets', 'pyarrow') if name in "
+        "sys.modules]\n"
         "assert not early, early\n"
         "rows = opdjax.data.prompt_rows.read_prompts('tfds:opdjax_arithmetic#test[:10%]')\n"
         "assert rows == opdjax.data.prompt_rows.read_prompts('arithmetic:test')[:205], rows[:3]\n"
-        "assert not [name for name in sys.modules if name.split('.')[0] in ('tensorflow', 'torch')]\n"
+        "assert not [name for name in sys.modules if name.split('.')[0] in ('tensorflow', "
+        "'torch')]\n"
     )
     environment = {**os.environ, "TFDS_DATA_DIR": str(here / "tfds")}
     runs = [
@@ -380,7 +383,8 @@ def test_a_missing_package_is_named_with_its_extra(source, monkeypatch):
     monkeypatch.setitem(sys.modules, PACKAGES[source], None)
     with pytest.raises(
         ImportError,
-        match=rf"{source.partition(':')[0]}:.*needs another package.*{PACKAGES[source]}.*pip install 'opdjax\[data\]'",
+        match=rf"{source.partition(':')[0]}:.*needs another package.*{PACKAGES[source]}.*pip "
+        rf"install 'opdjax\[data\]'",
     ):
         read_prompts(source)
 
@@ -396,7 +400,8 @@ def test_a_missing_column_is_named_with_those_that_are_there(kind, tmp_path):
     for columns, message in (
         (
             ColumnMap(),
-            r"no column 'prompt'; found \['nested', 'question'\]\. Name the right one in data\.prompt_column",
+            r"no column 'prompt'; found \['nested', 'question'\]\. Name the right one in "
+            r"data\.prompt_column",
         ),
         (
             ColumnMap("questions"),
@@ -470,7 +475,8 @@ def empty_parquet(directory):
 
 
 def whole_parquet_splits(directory):
-    return f"tfds:{store_tfds([{'prompt': str(n)} for n in range(20)], directory, {'prompt': TEXT}, 'parquet')}#train"
+    rows = [{"prompt": str(n)} for n in range(20)]
+    return f"tfds:{store_tfds(rows, directory, {'prompt': TEXT}, 'parquet')}#train"
 
 
 # Name: the source, made in an empty directory from the stored problems, and what is said of it.

@@ -115,7 +115,8 @@ class TestOneContext:
             found, exact = self.found(logits, options)
             np.testing.assert_allclose(found, self.stated(logits, p * ~is_dropped), atol=1e-12)
             print(
-                f"one context, ppo_clip {low}, {high}: relative bias {relative_bias(found, exact):.3f}"
+                f"one context, ppo_clip {low}, {high}: relative bias "
+                f"{relative_bias(found, exact):.3f}"
             )
 
     @pytest.mark.parametrize("kind", importance.TOKEN_CORRECTIONS)
@@ -137,7 +138,8 @@ class TestOneContext:
             )
             share = relative_bias(with_baseline - without + exact, exact)
             print(
-                f"one context, vopd under min(rho, {cap:g}): the baseline moves the gradient by {share:.1e}"
+                f"one context, vopd under min(rho, {cap:g}): the baseline moves the gradient by "
+                f"{share:.1e}"
             )
             assert share < 1e-12 if cap == HUGE else share > 1e-3
 
@@ -158,7 +160,8 @@ class TestOneContext:
         value = 0.0 if name == "opd" else -reverse_kl(student, teacher)
         np.testing.assert_allclose(found, self.stated(logits, p * kept, value), atol=1e-12)
         print(
-            f"one context, {name}, {1 - p @ kept:.3f} of the mass filtered: relative bias {relative_bias(found, exact):.3f}"
+            f"one context, {name}, {1 - p @ kept:.3f} of the mass filtered: relative bias "
+            f"{relative_bias(found, exact):.3f}"
         )
         assert relative_bias(found, exact) > 0.01
 
@@ -263,10 +266,12 @@ class TestTree:
                 pair, "full_kl", options | {"importance_cap": cap}, behavior=behavior
             )
             print(
-                f"tree, full_kl, exclusive prefix ratio below {cap}: relative bias {relative_bias(found, exact_gradient(pair, 0.0)):.3f}"
+                f"tree, full_kl, exclusive prefix ratio below {cap}: relative bias "
+                f"{relative_bias(found, exact_gradient(pair, 0.0)):.3f}"
             )
         print(
-            f"tree, full_kl, none: relative bias {relative_bias(uncorrected, exact_gradient(pair, 0.0)):.3f}"
+            f"tree, full_kl, none: relative bias "
+            f"{relative_bias(uncorrected, exact_gradient(pair, 0.0)):.3f}"
         )
 
     @pytest.mark.parametrize("name", ["opd", "vopd"])

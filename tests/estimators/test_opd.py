@@ -1,4 +1,4 @@
-"""The sampled-token recipes: what they advertise is proven by enumerating every action in float64."""
+"""Sampled-token recipes: their advertised gradients, enumerated over every action in float64."""
 
 from functools import partial
 

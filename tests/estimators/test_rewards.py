@@ -261,7 +261,7 @@ def test_score_norms_equal_the_naive_formula(rng):
 
 
 def test_score_norms_keep_their_digits_where_the_student_is_nearly_sure(rng):
-    """p_top = 1 - 1e-9, which float32 calls 1; 1 - 2 p + sum p^2 is then 0 where 1.5e-18 is meant."""
+    """p_top = 1 - 1e-9 is 1 in float32: 1 - 2 p + sum p^2 gives 0 instead of 1.5e-18."""
     others = rng.dirichlet(np.ones(V - 1)) * 1e-9
     logits = np.log(np.insert(others, 2, 1 - 1e-9)).astype(np.float32)
     logits[2] = 0

@@ -81,7 +81,7 @@ def test_groups_do_not_see_each_other_and_nobody_sees_what_has_no_score():
 
 @pytest.mark.parametrize("count", [2, 3, 5, 6, 7, 8])
 def test_a_tie_is_worth_nothing_however_its_sums_are_rounded(count):
-    """A mean of equal float32 numbers may be another number, and that difference over itself is 1."""
+    """The float32 mean of equal numbers may differ from them; that difference over itself is 1."""
     for value in np.linspace(0, 1, 23):
         scores = jnp.full((count, 4), value, jnp.float32)
         np.testing.assert_array_equal(staged(scores), 0)

@@ -88,7 +88,8 @@ class TestDiscount:
                 for how in ("sampled", "expected")
             ]
             print(
-                f"{baseline}, discount {discount}: variance {both[0]:.4f} sampled, {both[1]:.4f} expected"
+                f"{baseline}, discount {discount}: variance {both[0]:.4f} sampled, {both[1]:.4f} "
+                f"expected"
             )
             assert both[1] < 0.98 * both[0]
 
@@ -136,7 +137,8 @@ class TestBatchMean:
                         )
             bias = relative_bias(found, exact_gradient(tables, 0.0))
             print(
-                f"batch mean without {'the sequence' if leaves_out_the_sequence else 'the token'}: relative bias {bias:.1e}"
+                f"batch mean without {'the sequence' if leaves_out_the_sequence else 'the token'}: "
+                f"relative bias {bias:.1e}"
             )
             assert bias < 1e-12 if leaves_out_the_sequence else bias > 0.01
 
@@ -177,7 +179,8 @@ def test_the_prefix_weight_changes_the_expected_gradient(tables):
         )
         scaled = relative_bias(found * np.vdot(found, exact) / np.vdot(found, found), exact)
         print(
-            f"prefix_weight {gain}: relative bias {relative_bias(found, exact):.3f}, {scaled:.3f} after the best rescaling"
+            f"prefix_weight {gain}: relative bias {relative_bias(found, exact):.3f}, {scaled:.3f} "
+            f"after the best rescaling"
         )
         assert scaled > 0.01
     np.testing.assert_allclose(

@@ -1,14 +1,15 @@
-"""A chat server on a socket of this machine that says what a test wants, and a client that asks it."""
+"""A chat server on a local socket with scripted replies, and a client for it."""
 
 import asyncio
 import contextlib
 import dataclasses
 import json
 
+from waiting import HANG
+
 from opdjax.config.api import ApiConfig, EndpointConfig
 from opdjax.judge.client import ApiClient
 
-TIMEOUT = 30  # seconds, after which a test that hangs is ended
 ASKED = [{"role": "user", "content": "What is 1 + 1?"}]
 SCHEMA = {
     "type": "object",
@@ -162,7 +163,7 @@ def run(scenario):
 
     async def limited():
         asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
-        async with asyncio.timeout(TIMEOUT):
+        async with asyncio.timeout(HANG):
             return await scenario
 
     result = asyncio.run(limited())

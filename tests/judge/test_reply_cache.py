@@ -11,6 +11,7 @@ import sys
 
 import pytest
 from chat_server import ASKED, SCHEMA, Said, asked, calling, outcome, run
+from waiting import HANG
 
 from opdjax.config.api import TRANSPORT, EndpointConfig
 from opdjax.judge.cache import CacheError, ReplyCache, request_key
@@ -128,7 +129,7 @@ def test_processes_make_and_fill_one_file_at_once(tmp_path):
         )
         for n in range(4)
     ]
-    ended = [(writer.communicate(timeout=60)[1], writer.returncode) for writer in writers]
+    ended = [(writer.communicate(timeout=HANG)[1], writer.returncode) for writer in writers]
     assert ended == [("", 0)] * 4
     with contextlib.closing(sqlite3.connect(path)) as file:
         assert file.execute("SELECT count(*) FROM replies").fetchone() == (200 + 4 * 200,)
@@ -245,7 +246,7 @@ for number in range(1000):
 def test_a_disk_that_is_full(tmp_path):
     path = tmp_path / "r.sqlite"
     ended = subprocess.run(
-        [sys.executable, "-c", FULL, str(path)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", FULL, str(path)], capture_output=True, text=True, timeout=HANG
     )
     assert "CacheError" in ended.stderr
     assert "could not be written" in ended.stderr

@@ -1,4 +1,4 @@
-"""Groups judged by a scripted judge that reads what a judge would read: the blocks of the prompt."""
+"""Groups judged by a scripted judge that reads the blocks of the prompt."""
 
 import asyncio
 import itertools

@@ -4,11 +4,11 @@ together.
 
 import re
 import signal
-import time
 
 import pytest
 from mesh_pair import mesh_config
-from tiny_runs import HANG, assert_close_run, column, finish, samples, start, vary
+from tiny_runs import assert_close_run, column, finish, samples, start, vary
+from waiting import until
 
 from opdjax.config import EvaluationConfig, LogConfig, MeshConfig, TrainConfig
 from opdjax.ops.multihost import join
@@ -18,10 +18,7 @@ from opdjax.train import train
 
 def wait_for(file, processes):
     """Until the file exists or a process ends."""
-    deadline = time.monotonic() + HANG
-    while not file.exists() and all(process.poll() is None for process in processes):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: file.exists() or any(process.poll() is not None for process in processes))
 
 
 def test_two_processes_are_one_run_and_stop_together(pair, tmp_path):

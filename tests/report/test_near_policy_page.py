@@ -517,7 +517,7 @@ def test_a_window_shows_a_wait_where_nobody_draws_later(tmp_path):
 def test_one_of_the_two_timelines_is_enough(tmp_path):
     parser = read(write_ahead(tmp_path / "run", generator=in_turns()[1]))
     assert "generator" in [cells[0] for cells in parser.rows]
-    assert "the learner waited" not in parser.all
+    assert "waited for rollouts" not in parser.all
 
 
 # Files

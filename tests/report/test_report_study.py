@@ -147,8 +147,8 @@ def test_a_claim_is_drawn_with_a_text_that_says_what_is_seen(study):
         if name == "svg" and attributes.get("class", "").startswith("claim")
     ]
     assert (
-        f"mean {mean:.3g}, from {mean - half:.3g} to {mean + half:.3g}; the claim holds above 0: reproduced"
-        in labels
+        f"mean {mean:.3g}, from {mean - half:.3g} to {mean + half:.3g}; the claim holds above 0: "
+        f"reproduced" in labels
     )
 
 
@@ -162,7 +162,7 @@ def test_one_table_can_be_asked_for_alone(study, tmp_path):
         read(directory, paper="vopd_tabel1")
     with pytest.raises(WorkdirError, match=r"no point of this table.*arm="):
         read(directory, paper="ropd_table6")
-    with pytest.raises(WorkdirError, match="narrows the page of a sweep"):
+    with pytest.raises(WorkdirError, match="restricts the page of a sweep"):
         read(directory / "pair=mini,arm=opd,seed=0", paper="vopd_table1")
 
 
@@ -410,7 +410,10 @@ def test_the_command_writes_each_page_under_a_name_of_its_own(study, tmp_path, c
 
 
 def test_the_command_needs_no_jax():
-    code = "import sys, opdjax.cli.grade_samples, opdjax.report.page; sys.exit(bool({'jax', 'flax', 'torch'} & set(sys.modules)))"
+    code = (
+        "import sys, opdjax.cli.grade_samples, opdjax.report.page; sys.exit(bool({'jax', 'flax', "
+        "'torch'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

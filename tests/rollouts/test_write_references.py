@@ -1,5 +1,5 @@
-"""`opdjax references`: a checkpoint or a server answers each prompt a few times, once, however often it
-is stopped; runs learn from the file.
+"""`opdjax references`: a checkpoint or a server writes a few answers to each prompt, also after
+interruptions; runs train on the file.
 """
 
 import asyncio
@@ -330,9 +330,11 @@ def test_the_teacher_can_be_shown_what_another_answered(straight):
 
 def test_the_verb(tmp_path, monkeypatch, capsys):
     (tmp_path / "experiment.py").write_text(
-        "from opdjax.config import Config, DataConfig, MeshConfig, TeachConfig\n\n\ndef get_config():\n"
+        "from opdjax.config import Config, DataConfig, MeshConfig, TeachConfig\n\n\ndef "
+        "get_config():\n"
         "    data = DataConfig('arithmetic:train[:3]', max_prompt_length=32)\n"
-        "    return Config(data=data, mesh=MeshConfig(1), teach=TeachConfig(num_answers=1, temperature=0.0))\n"
+        "    return Config(data=data, mesh=MeshConfig(1), teach=TeachConfig(num_answers=1, "
+        "temperature=0.0))\n"
     )
 
     def opdjax(*flags):
@@ -346,7 +348,8 @@ def test_the_verb(tmp_path, monkeypatch, capsys):
     path = tmp_path / "answers.jsonl"
     assert opdjax()[::2] == (
         2,
-        "opdjax: ConfigError: data.references is None; expected the file that the answers are written to\n",
+        "opdjax: ConfigError: data.references is None; expected the file that the answers are "
+        "written to\n",
     )
     code, out, _ = opdjax("--data.references", path, "--teach.max-completion-length", 24)
     assert code == 0
@@ -402,7 +405,8 @@ class Server:
             document["usage"] = {"prompt_tokens": 10, "completion_tokens": 5}
         content = json.dumps(document).encode()
         return (
-            f"HTTP/1.1 {status} Said\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n".encode()
+            f"HTTP/1.1 {status} Said\r\ncontent-type: application/json\r\ncontent-length: "
+            f"{len(content)}\r\n\r\n".encode()
             + content
         )
 

@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
+from waiting import HANG
 
+import opdjax.runs.lease as lease_module
 from opdjax.runs.lease import (
     LOST,
     ExpiryWatch,
@@ -40,6 +41,29 @@ def folder(request, gcs):
     yield folder
     for name in folder.files():
         folder.remove(name)
+
+
+class Clock:
+    """Stands in for the module `time` of the leases: sleeping takes no time."""
+
+    def __init__(self):
+        self.now, self.while_asleep = 1000.0, lambda: None
+
+    def monotonic(self):
+        return self.now
+
+    time = monotonic
+
+    def sleep(self, seconds):
+        self.now += seconds
+        self.while_asleep()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(lease_module, "time", clock)
+    return clock
 
 
 @pytest.fixture
@@ -99,21 +123,20 @@ def test_faults_on_the_way_make_neither_two_holders_nor_none(gcs):
         lease.release()
 
 
-def test_a_holder_that_renews_is_let_alone_and_one_that_does_not_is_taken_over(folder, seconds):
+def test_a_holder_that_renews_keeps_its_lease_and_one_that_does_not_loses_it(folder, clock):
     lease = acquire(folder)
     watch = ExpiryWatch()
-    until = time.monotonic() + 1.4 * seconds
-    while time.monotonic() < until:
+    for _ in range(14):
         lease.renew()
         assert try_acquire(folder, watch) is None
-        time.sleep(0.1)
-    lease.start(lambda: pytest.fail("lost"))
+        clock.sleep(0.1 * lease.seconds)
+    clock.while_asleep = lease.renew
     with pytest.raises(WorkdirError, match="is being written by another run on"):
         acquire(folder)
-    lease.stop()
+    clock.while_asleep = lambda: None
     watch = ExpiryWatch()
     assert try_acquire(folder, watch) is None
-    time.sleep(seconds * 1.2)
+    clock.sleep(1.2 * lease.seconds)
     second = try_acquire(folder, watch)
     assert second.number == lease.number + 1
     with pytest.raises(
@@ -144,7 +167,8 @@ def test_a_dead_process_of_this_machine_need_not_be_waited_for(gcs):
     assert try_acquire(folder, ExpiryWatch()).number == 2
 
 
-def test_a_process_of_another_machine_is_waited_for(gcs, seconds):
+@pytest.mark.usefixtures("gcs")
+def test_a_process_of_another_machine_is_waited_for(clock):
     folder = Folder("gs://bucket/run")
     acquire(folder).stop()
     about = json.loads(folder.read(".lease/000001"))
@@ -152,9 +176,10 @@ def test_a_process_of_another_machine_is_waited_for(gcs, seconds):
         ".lease/000001",
         json.dumps(about | {"machine": "another", "processes": [[1, 1]], "host": "far"}).encode(),
     )
-    began = time.monotonic()
-    assert acquire(folder).number == 2
-    assert time.monotonic() - began > seconds
+    began = clock.now
+    second = acquire(folder)
+    assert second.number == 2
+    assert clock.now - began > second.seconds
 
 
 def test_a_holder_that_sleeps_is_stopped_when_it_wakes(gcs, seconds):
@@ -163,7 +188,7 @@ def test_a_holder_that_sleeps_is_stopped_when_it_wakes(gcs, seconds):
         os.kill(process.pid, signal.SIGSTOP)
         second = acquire(folder)
         os.kill(process.pid, signal.SIGCONT)
-        assert process.wait(5) == LOST
+        assert process.wait(HANG) == LOST
     assert second.number == 2
     second.renew()
 
@@ -171,10 +196,10 @@ def test_a_holder_that_sleeps_is_stopped_when_it_wakes(gcs, seconds):
 def test_a_holder_that_cannot_reach_the_storage_stops(gcs, seconds, capfd):
     with holder("gs://bucket/run") as process:
         gcs.store.forbidden = "lease"
-        assert process.wait(20) == LOST
+        assert process.wait(HANG) == LOST
 
 
-def test_a_child_goes_on_with_what_its_parent_held(folder, monkeypatch, seconds):
+def test_a_child_goes_on_with_what_its_parent_held(folder, monkeypatch, clock):
     lease = acquire(folder)
     for name, value in lease.child_environment().items():
         monkeypatch.setenv(name, value)
@@ -184,6 +209,6 @@ def test_a_child_goes_on_with_what_its_parent_held(folder, monkeypatch, seconds)
     child.record_progress(step=3)
     child.renew()
     assert holder_of(folder).about["step"] == 3
-    time.sleep(seconds * 1.2)
+    clock.sleep(1.2 * lease.seconds)
     with pytest.raises(LeaseLostError):  # nobody has renewed it: it may be another's by now
         inherit(folder)

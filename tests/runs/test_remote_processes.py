@@ -4,11 +4,11 @@ process zero writes the rest.
 
 import re
 import signal
-import time
 
 import pytest
 from mesh_pair import mesh_config
-from tiny_runs import HANG, assert_close_run, finish, start
+from tiny_runs import assert_close_run, finish, start
+from waiting import until
 
 from opdjax.config import EvaluationConfig, LogConfig, MeshConfig, TrainConfig
 from opdjax.runs.lease import holder_of
@@ -35,12 +35,13 @@ def test_two_processes_stop_together_and_continue_from_the_bucket_alone(gcs, pai
         scratch = str(tmp_path / "scratch{number}")
         return start(config, URL, files=files, count=2, devices=2, OPDJAX_SCRATCH=scratch)
 
-    processes, deadline = started(), time.monotonic() + HANG
-    while "evaluation at step 0" not in files.with_suffix(".0.txt").read_text() and all(
-        process.poll() is None for process in processes
-    ):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    processes = started()
+    until(
+        lambda: (
+            "evaluation at step 0" in files.with_suffix(".0.txt").read_text()
+            or any(process.poll() is not None for process in processes)
+        )
+    )
     processes[1].send_signal(signal.SIGTERM)
     statuses, printed = finish(processes, files)
     assert statuses == [143, 143], printed

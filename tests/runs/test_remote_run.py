@@ -1,6 +1,7 @@
 """Runs whose work directory is on gs://: real processes, killed, paused and continued on another
 machine's scratch.
 """
+
 import dataclasses
 import json
 import os
@@ -8,10 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
-from tiny_runs import HANG, TINY, assert_same_run, environment, save, vary, without_times
+from tiny_runs import TINY, assert_same_run, environment, save, vary, without_times
+from waiting import HANG, until
 
 import opdjax.train
 from opdjax.config import NearPolicyConfig
@@ -53,13 +54,6 @@ def machine(gcs, tmp_path):
         process.kill()
         process.wait()
         process.stdout.close()
-
-
-def until(condition):
-    give_up = time.monotonic() + HANG
-    while not condition():
-        assert time.monotonic() < give_up
-        time.sleep(0.02)
 
 
 FILES = ("eval.jsonl", "samples.jsonl", "student/model.safetensors")
@@ -156,7 +150,7 @@ def test_a_run_leaves_there_what_it_leaves_on_a_local_disk(machine, tiny_run):
     with read_only_workdir(URL, lambda name: not name.startswith("checkpoints")) as mirror:
         assert_same_run(tiny_run, mirror.directory)
     stored = set(Folder(URL).entries()[0])
-    assert {path.name for path in tiny_run.iterdir() if path.is_file()} - {"lock"} <= stored
+    assert {path.name for path in tiny_run.iterdir() if path.is_file()} - {".lock"} <= stored
 
 
 @pytest.mark.usefixtures("gcs")

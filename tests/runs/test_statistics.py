@@ -102,7 +102,10 @@ def test_scores_of_different_prompts_are_not_paired():
 
 
 def test_scoring_needs_no_jax():
-    code = "import sys, opdjax.runs.statistics, opdjax.data.grading; print(sorted({'jax', 'transformers', 'math_verify'} & set(sys.modules)))"
+    code = (
+        "import sys, opdjax.runs.statistics, opdjax.data.grading; print(sorted({'jax', "
+        "'transformers', 'math_verify'} & set(sys.modules)))"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -118,7 +118,8 @@ def test_another_config_is_refused_with_what_differs(tmp_path):
     message, *lines = str(error.value).split("\n  ")
     assert (
         message
-        == f"{tmp_path} holds a run of another config; choose another --workdir or undo (there -> now):"
+        == f"{tmp_path} holds a run of another config; choose another --workdir or undo (there -> "
+        f"now):"
     )
     assert lines == ["config.sampling.num_generations: 1 -> 2", "config.train.num_steps: 100 -> 7"]
     assert (tmp_path / "config.json").read_bytes() == before
@@ -133,7 +134,10 @@ def test_other_data_are_refused_too(tmp_path):
 def test_another_environment_is_only_noted(tmp_path, capsys):
     claim(tmp_path, Config(), FACTS)
     claim(tmp_path, Config(), FACTS | {"environment": {"jax": "0.11.0", "cores": 2}})
-    expected = "note: continuing under another environment.jax: '0.10.2' -> '0.11.0'; results may differ in the last bits\n"
+    expected = (
+        "note: continuing under another environment.jax: '0.10.2' -> '0.11.0'; results may differ "
+        "in the last bits\n"
+    )
     assert capsys.readouterr().out == expected
 
 

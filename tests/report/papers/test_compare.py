@@ -243,7 +243,8 @@ def test_seconds_of_other_machines_are_told(tmp_path):
     ).flags
     assert (
         flag
-        == "rows 'a' and 'b' of t ran on other machines, which affects seconds: devices: ['cpu'] -> ['TPU v5e']"
+        == "rows 'a' and 'b' of t ran on other machines, which affects seconds: devices: ['cpu'] "
+        "-> ['TPU v5e']"
     )
 
 

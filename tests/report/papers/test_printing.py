@@ -1,4 +1,4 @@
-"""`opdjax table DIR --paper NAME`: numbers with all that one must know of them, in three formats."""
+"""`opdjax table DIR --paper NAME`: numbers and their notes, in three formats."""
 
 import csv
 import io
@@ -69,12 +69,12 @@ def test_the_mini_pair_is_never_subtracted_from_a_paper(mini):
 def test_claims_have_verdicts_and_paired_differences(mini):
     text = paper_table(mini, "vopd_table1")
     assert (
-        "| vOPD is better than OPD [N] | vOPD, OPD | mini pair, avg@8 | above 0 | 0.100 ± 0.000 | 3 | reproduced |"
-        in text
+        "| vOPD is better than OPD [N] | vOPD, OPD | mini pair, avg@8 | above 0 | 0.100 ± 0.000 | "
+        "3 | reproduced |" in text
     )
     assert (
-        "exact divergence [A] | vOPD, OPD full | mini pair, avg@8 | within ± 0.01 | -0.015 ± 0.000 | 3 | contradicted |"
-        in text
+        "exact divergence [A] | vOPD, OPD full | mini pair, avg@8 | within ± 0.01 | -0.015 ± 0.000 "
+        "| 3 | contradicted |" in text
     )
     assert "vOPD top-k, OPD top-k | mini pair, avg@8 | above 0 | 0.100 | 1 | inconclusive |" in text
 
@@ -162,7 +162,8 @@ def test_text_is_text_in_latex_and_markdown():
     nasty = r"a_b & 5 % of {x} \cmd ~ ^ # $ < | ±"
     escaped = latex(["h"], [[nasty]]).splitlines()[4]
     assert escaped == (
-        r"a\_b \& 5 \% of \{x\} \textbackslash{}cmd \textasciitilde{} \textasciicircum{} \# \$ \textless{} \textbar{} $\pm$ \\"
+        r"a\_b \& 5 \% of \{x\} \textbackslash{}cmd \textasciitilde{} \textasciicircum{} \# \$ "
+        r"\textless{} \textbar{} $\pm$ \\"
     )
     assert markdown(["h"], [["a|b\nc"]]).splitlines()[2] == r"| a\|b c |"
 

@@ -118,7 +118,7 @@ def test_a_closed_buffer_gives_what_is_stored_and_admits_nothing():
 
 
 def test_another_process_is_looked_at_while_waiting():
-    """At what it has published, and at what it has stored; an error of looking is that of the wait."""
+    """It looks at published and stored versions; an error of looking is raised by the wait."""
     seen = [([], []), ([0], []), ([0, 1], [5])]
     buffer = RolloutBuffer(1, "fixed", lambda: seen.pop(0))
     assert buffer.admit(2) == 1

@@ -127,14 +127,17 @@ def test_a_work_directory_is_counted_by_version(run, look, tokenizer):
     assert lines[:3] == [
         "version shards samples prompt tokens tokens bytes a token annotated bytes a token",
         f"0 4 8 {2 * prompt} {2 * answer} {by_stage[0]} 8 {by_stage[1]}",
-        f"12 2 4 {prompt} {answer} {size(run, 12, 'samples') / answer:.1f} 4 {size(run, 12, 'annotations') / answer:.1f}",
+        f"12 2 4 {prompt} {answer} {size(run, 12, 'samples') / answer:.1f} 4 "
+        f"{size(run, 12, 'annotations') / answer:.1f}",
     ]
     assert lines[3:] == [
-        "version filter bounds samples kept degenerate disconnected unscored kept of right kept of wrong",
+        "version filter bounds samples kept degenerate disconnected unscored kept of right kept of "
+        "wrong",
         "0 ifd nll_ratio 0 to 0.8 8 62.5 % 12.5 % 12.5 % 12.5 % 75.0 % 50.0 %",
         "samples: schema 1, seed 7",
         "annotations: schema 1, top_k 2",
-        "12 samples: 0 repeated, 0 without annotation; 12 annotations: 0 repeated, 0 without sample",
+        "12 samples: 0 repeated, 0 without annotation; 12 annotations: 0 repeated, 0 without "
+        "sample",
     ]
 
 
@@ -157,8 +160,8 @@ def test_a_shard_tells_its_columns(run, look):
     assert lines[0] == "annotations: schema 1, top_k 2"
     tokens = 4 * 13
     assert (
-        f"teacher_logprobs float32 {tokens} of the completion's tokens, by the teacher's full softmax at the sampling temperature"
-        in lines
+        f"teacher_logprobs float32 {tokens} of the completion's tokens, by the teacher's full "
+        f"softmax at the sampling temperature" in lines
     )
     assert any(line.startswith(f"teacher_ids int32 {2 * tokens} ") for line in lines)
     assert lines[-1].startswith(f"4 samples, {tokens} tokens, ")

@@ -28,7 +28,7 @@ from opdjax.train import train
 
 
 def ages(workdir):
-    """step -> by how many updates the weights that drew its rollouts are older, in continuous runs."""
+    """step -> age, in updates, of the weights that sampled its rollouts, in continuous runs."""
     found = {}
     for (version, number), shard in stored_samples(workdir).items():
         assert set(shard.columns["policy_version"]) == {version}
@@ -175,7 +175,8 @@ def test_steps_of_which_nothing_is_kept_teach_nothing_and_end_the_run(tmp_path):
     )
     with pytest.raises(
         ConfigError,
-        match=r"has kept no rollout of the last 5 steps, up to 4 .*start in a new work directory with wider",
+        match=r"has kept no rollout of the last 5 steps, up to 4 .*start in a new work directory "
+        r"with wider",
     ):
         train(config, tmp_path / "run")
     for row in read_lines(tmp_path / "run" / "metrics.jsonl"):

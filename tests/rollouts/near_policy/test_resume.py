@@ -35,7 +35,7 @@ ANEW = near(REFRESH)
 
 
 def interrupt(monkeypatch, where, name, count):
-    """The call number `count`, from 0, of a function raises KeyboardInterrupt, as every later one."""
+    """Call number `count` (from 0) of a function, and every later one, raise KeyboardInterrupt."""
     real, seen = getattr(where, name), []
 
     def interrupting(*arguments, **named):

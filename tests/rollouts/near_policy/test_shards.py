@@ -231,7 +231,8 @@ def test_every_flipped_byte_is_found(shard, rng):
         )
         with pytest.raises(
             ShardError,
-            match=f"{shard} is (corrupted|truncated).* do not have the digest in its name; delete the file",
+            match=f"{shard} is (corrupted|truncated).* do not have the digest in its name; delete "
+            f"the file",
         ):
             read_shard(shard)
 
@@ -261,7 +262,8 @@ def test_a_foreign_file_is_no_shard(tmp_path, shard):
         read_shard(renamed)
     with pytest.raises(
         ShardError,
-        match="does not have the name of a shard; expected samples or annotations-NUMBER.DIGEST.parquet",
+        match="does not have the name of a shard; expected samples or "
+        "annotations-NUMBER.DIGEST.parquet",
     ):
         read_shard(tmp_path / "samples-3.parquet")
     with pytest.raises(
@@ -300,7 +302,8 @@ from opdjax.rollouts.near_policy import shards
 directory, how = pathlib.Path(sys.argv[1]), sys.argv[2]
 def columns(count):
     lengths = {"sample": 0, "prompt": [1], "token": list(range(256))}
-    return {name: [lengths[column.per]] * count for name, column in shards.SCHEMAS["samples"].items()}
+    schema = shards.SCHEMAS["samples"]
+    return {name: [lengths[column.per]] * count for name, column in schema.items()}
 sync = os.fsync
 def stop(descriptor):
     print("written", flush=True)
@@ -372,8 +375,8 @@ def test_a_file_over_the_systems_limit_leaves_what_was_there(tmp_path, samples):
     assert said.startswith(f"OSError {errno.EFBIG} samples-00000003.")
     assert "could not be stored" in said
     assert (
-        "File too large; everything stored before it is intact: let files grow larger (ulimit -f) or store fewer"
-        in said
+        "File too large; everything stored before it is intact: let files grow larger (ulimit -f) "
+        "or store fewer" in said
     )
     assert [*tmp_path.iterdir()] == [before]
     read_shard(before)
@@ -406,8 +409,8 @@ def test_a_full_disk_leaves_what_was_there(tiny_disk, samples):
     said = failure_of(tiny_disk, "plain")
     assert said.startswith(f"OSError {errno.ENOSPC} samples-00000003.")
     assert (
-        "No space left on device; everything stored before it is intact: make room there and run the same command again"
-        in said
+        "No space left on device; everything stored before it is intact: make room there and run "
+        "the same command again" in said
     )
     assert {*tiny_disk.iterdir()} == {before, fill}
     read_shard(before)

@@ -1,4 +1,4 @@
-"""The stages of a run by themselves, before it: what they store is what the run would have stored."""
+"""The stages run before a run store what the run itself would have stored."""
 
 import pytest
 from near_runs import REFRESH, assert_same_steps, near, shard_names

@@ -50,7 +50,8 @@ def test_every_shard_is_a_job_with_a_share_of_the_points():
         assert re.fullmatch(r"[a-z][a-z0-9-]{0,39}", shard.name)
         assert (
             shard.command
-            == f"opdjax sweep {FILE} --workdir 'gs://bucket/a sweep' --retry-failed --shard {number}/3"
+            == f"opdjax sweep {FILE} --workdir 'gs://bucket/a sweep' --retry-failed --shard "
+            f"{number}/3"
         )
     assert {s.name for s in fleet(shards=3, url="gs://other/x").shards}.isdisjoint(
         s.name for s in made.shards
@@ -97,7 +98,8 @@ def test_what_could_not_run_is_refused(given, message):
     [
         (
             {"cluster": "c", "image": "i"},
-            "v5e-8, for which xpk uses several hosts, or which it does not support; expected one of v4-8",
+            "v5e-8, for which xpk uses several hosts, or which it does not support; expected one "
+            "of v4-8",
         ),
         (
             {"topology": "h100-8", "cluster": "c", "image": "i"},
@@ -175,8 +177,10 @@ def test_shards_are_submitted_but_for_those_that_run(monkeypatch, capsys, tmp_pa
     program(
         tmp_path,
         "sky",
-        f"if [ \"$2\" = queue ]; then echo '{running}'; exit; fi\nfor last; do :; done\npwd >> {tmp_path}/where\n"
-        f'case $last in *3of3.yaml) [ -e {tmp_path}/again ] || {{ touch {tmp_path}/again; exit 7; }} ;; esac\ncp "$last" {tmp_path}',
+        f"if [ \"$2\" = queue ]; then echo '{running}'; exit; fi\nfor last; do :; done\npwd >> "
+        f"{tmp_path}/where\n"
+        f"case $last in *3of3.yaml) [ -e {tmp_path}/again ] || {{ touch {tmp_path}/again; exit 7; "
+        f'}} ;; esac\ncp "$last" {tmp_path}',
     )
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     status, out, error = sweep(monkeypatch, capsys, *LAUNCH)
@@ -229,7 +233,8 @@ SKY_CHECK = """
 import sys, yaml, sky
 for text in sys.stdin.read().split("=====\\n"):
     config = yaml.safe_load(text)
-    task = sky.Task.from_yaml_config(config, secrets_overrides=[(name, "x") for name in config.get("secrets", {})])
+    overrides = [(name, "x") for name in config.get("secrets", {})]
+    task = sky.Task.from_yaml_config(config, secrets_overrides=overrides)
     (resources,) = task.resources
     print(task.name, list(resources.accelerators), resources.use_spot)
 """
