@@ -893,7 +893,13 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(n, marks=[] if n in ("3 slots", "16 slots on 8 devices") else pytest.mark.long)
+        for n in LAYOUTS
+    ],
+)
 def test_tokens_do_not_depend_on_the_layout(draw_in_layout, at_once, uniforms, layout):
     (expected, cdf), other = at_once, draw_in_layout(**LAYOUTS[layout])
     (ours, our_mask), (theirs, _) = completion(other), completion(expected)

@@ -60,6 +60,8 @@ RECIPES = {
     "sft": ("sft", {}),
 }
 ALONE = {"npd, stored", "sft"}  # without a teacher model
+# By default one recipe of each kind; all of them with the long tests.
+KEPT = {"opd, more draws", "vopd", "reverse", "top k, tail", "npd, stored"}
 MESHES = {"2x2x2": (2, 2, 2), "1x2x4": (1, 2, 4), "2x4x1": (2, 4, 1)}
 
 
@@ -90,7 +92,9 @@ def run(token_loss, args, mesh=None):
 @pytest.mark.parametrize(
     "mesh", [pytest.param(key, marks=[] if key == "2x2x2" else pytest.mark.long) for key in MESHES]
 )
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in KEPT else pytest.mark.long) for n in RECIPES]
+)
 def test_every_recipe_equals_one_device(x64, name, mesh):
     recipe, options = RECIPES[name]
     token_loss = observed(bind(recipe, options).token_loss)
