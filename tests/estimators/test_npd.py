@@ -348,6 +348,8 @@ def test_options_of_its_siblings_are_refused():
     for option in ("outside", "support", "clamp_at_zero", "discount", "baseline"):
         with pytest.raises(ValueError, match=f"recipe 'npd' has no option '{option}'"):
             bind("npd", {option: "x"})
-    with pytest.raises(ValueError, match="estimator.importance is 'token_mask'; expected none or prefix"):
+    with pytest.raises(
+        ValueError, match="estimator.importance is 'token_mask'; expected none or prefix"
+    ):
         bind("npd", {"importance": "token_mask"})
     assert "kd_weight" not in RECIPES["topk_kl"].options
