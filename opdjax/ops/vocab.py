@@ -365,8 +365,8 @@ def _differentiate(token_loss, head, teacher_head, operands, *, grad, axes):
         student = VocabTile(finish_logits(head, raw, axis), axis)
         losses, outputs = token_loss(student, teacher, columns)
         losses = jnp.where(is_live, losses, 0)
-        outputs = jax.tree.map(partial(_keep, is_live), outputs)
-        return jnp.sum(weights.astype(losses.dtype) * losses), outputs
+        total = jnp.sum(weights.astype(losses.dtype) * losses)
+        return total, jax.tree.map(partial(_keep, is_live), outputs)
 
     if grad == "none":
         return *loss_of(raw), None

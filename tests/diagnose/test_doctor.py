@@ -150,7 +150,7 @@ def test_a_healthy_pair_passes_under_a_recipe_that_sees_one_log_prob_a_token(hea
 
 
 def test_a_teacher_view_of_its_own_is_a_warning_and_nothing_else(healthy):
-    """Bare text for the student, the template for the teacher: the config asks for it, and the
+    """Plain text for the student, the template for the teacher: the config says so, and the
     scores still land on the tokens.
     """
     findings = diagnose(vary(healthy, data={"format": "raw", "teacher_format": "chat"}))
@@ -188,7 +188,7 @@ def test_a_run_whose_rollouts_are_filtered_compares_scores_that_its_recipe_does_
     assert complaints(findings) == {}
 
 
-def test_a_run_that_compares_no_scores_is_judged_by_its_student(healthy):
+def test_a_run_that_compares_no_scores_checks_its_student(healthy):
     config = vary(healthy, estimator={"recipe": "sft"}, sampling={"completions_from": "references"})
     findings = diagnose(config)
     assert list(findings) == [
@@ -217,7 +217,7 @@ def test_which_recipes_are_zero_at_the_teacher():
     assert not is_zero(recipe="npd", renormalize="both")
 
 
-def test_a_healthy_run_starts_in_silence(healthy, capsys):
+def test_a_healthy_run_prints_nothing_at_its_start(healthy, capsys):
     findings = check_settings(prepare(healthy))
     assert [finding.name for finding in findings] == [
         "tokenizers",
@@ -272,8 +272,8 @@ def test_fault_2_a_wrong_stop_token(plant, role, message):
     assert advice[role] in findings["stop_tokens"].message
 
 
-def test_fault_2_a_base_student_that_knows_no_end_of_turn(plant):
-    """Answers run on past the end of the turn; the ids of the run's own config mend it."""
+def test_fault_2_a_base_student_without_end_of_turn(plant):
+    """Answers run on past the end of the turn; the stop ids of the run's config correct it."""
     plant("student", "generation_config.json", lambda values: values | {"eos_token_id": 0})
     config = plant(
         "student", "tokenizer_config.json", lambda values: values | {"eos_token": "<|endoftext|>"}
@@ -287,7 +287,7 @@ def test_fault_2_a_base_student_that_knows_no_end_of_turn(plant):
     answers = "8 of 8 greedy teacher answers end with 2 '<|im_end|>'"
     assert f"{answers}, where rollouts do not stop" in message
     assert complaints(diagnose(vary(config, sampling={"stop_token_ids": (2,)}))) == {}
-    # Given answers are made to end where the student does.
+    # Given answers are cut where the student stops.
     given = vary(config, estimator={"recipe": "sft"}, sampling={"completions_from": "references"})
     assert [(f.name, f.status) for f in check_settings(prepare(given)) if f.status != "ok"] == [
         ("stop_tokens", "warning")
@@ -296,9 +296,7 @@ def test_fault_2_a_base_student_that_knows_no_end_of_turn(plant):
 
 @pytest.mark.parametrize(("side", "step"), [("right", 1), ("left", -1)])
 def test_fault_3_a_shifted_mask(healthy, monkeypatch, side, step):
-    """Two checks see it: from the tokens alone, and from the log-probs, which fit one column
-    further.
-    """
+    """Two checks find it: from the tokens, and from the log-probs, which match one column on."""
 
     def shifted(rollouts, prompts):
         batch = to_train_batch(rollouts, prompts)
@@ -370,7 +368,7 @@ def test_fault_5_a_template_that_differs(plant):
     assert {"-'assistant'", "+'user'"} <= set(findings["chat_template"].details)
     declared = diagnose(vary(config, data={"teacher_format": "chat"}))["chat_template"]
     assert declared.status == "warning"
-    # A prompt that it was not trained on may cost the teacher its answers.
+    # On a prompt that it was not trained on, the teacher may give no good answers.
     assert complaints(findings).keys() <= {"chat_template", "stop_tokens", "teacher_is_better"}
 
 
@@ -384,7 +382,7 @@ def test_fault_6_a_filter_on_an_exact_divergence(opdjax_doctor):
 
 
 def test_fault_6_a_filter_on_a_policy_gradient(healthy):
-    """The config refuses it, so the sampler is given it behind the config's back."""
+    """The config refuses the filter, so only the sampler gets it."""
     setup = prepare(healthy)
     setup = dataclasses.replace(setup, decoding=dataclasses.replace(setup.decoding, top_p=0.9))
     findings = {finding.name: finding for finding in examine(setup)}
@@ -393,7 +391,7 @@ def test_fault_6_a_filter_on_a_policy_gradient(healthy):
 
 
 def test_fault_7_a_teacher_in_another_dtype(healthy):
-    """Its own name, and the student through the teacher's path no longer agrees with itself."""
+    """The student, scored in the teacher's type, also disagrees with itself."""
     findings = diagnose(vary(healthy, teacher={"dtype": "bfloat16"}))
     assert complaints(findings) == {"teacher_dtype": "fault", "self_distillation": "fault"}
     assert (
@@ -419,7 +417,7 @@ def test_fault_8_a_swapped_pair(healthy):
     assert "student and teacher look swapped" in findings["teacher_is_better"].message
 
 
-# What a run makes of it
+# Faults of a run
 
 
 def test_a_run_with_a_fault_in_its_settings_does_not_start(plant, tmp_path):
@@ -521,7 +519,7 @@ def test_a_teacher_that_does_not_know_the_text():
         in judge([5.0, 5.0], [4.0, 4.0], "reference answers", 200).message
     )
     assert judge([0.2, 0.3], [np.nan, 0.1], "prompts", 200).status == "fault"
-    # Other words than the references, but better answers; and no ranking where nothing is known.
+    # Phrased unlike the references, but better answers; without references there is no ranking.
     assert judge([0.2, 0.3], [0.9, 0.8], "reference answers", 200, (1, 2)).status == "ok"
     assert judge([0.2, 0.3], [0.9, 0.8], "reference answers", 200).status == "warning"
     assert judge([0.2, 0.3], [0.9, 0.8], "prompts", 200).status == "ok"

@@ -1,12 +1,11 @@
 """Runs on given answers, and changed copies of a checkpoint."""
 
-import dataclasses
 import json
 import shutil
 
 from tiny_runs import vary
 
-from opdjax.config import EstimatorConfig, ModelConfig
+from opdjax.config import ModelConfig
 
 
 def taught(completions_from="teacher", recipe="sft", **sections):
@@ -18,8 +17,7 @@ def taught(completions_from="teacher", recipe="sft", **sections):
     }
     changes |= sections
     changes["sampling"] = {"completions_from": completions_from} | sections.get("sampling", {})
-    estimator = EstimatorConfig(recipe=recipe, tile=64)
-    return dataclasses.replace(vary(**changes), estimator=estimator)
+    return vary(estimator={"recipe": recipe}, **changes)
 
 
 def copy_of(model, out, change):

@@ -59,9 +59,10 @@ def audit_costs(states: States, subjects: Sequence[Subject]) -> dict[str, Any]:
 
 
 def _compile(states: States, each: Subject):
-    estimator = bind(each.recipe, each.options)
+    tile = states.spec.estimator.tile
+    estimator = bind(each.recipe, each.options, tile=tile)
     spec = dataclasses.replace(states.spec, estimator=estimator)
-    extra, tile = each.num_draws - 1, states.spec.estimator.tile
+    extra = each.num_draws - 1
     uniform = states.inputs.row.uniforms[:, :, :extra] if extra else None
     columns = dataclasses.replace(states.inputs.row, uniforms=uniform)
     batch = dataclasses.replace(states.batch, teacher=None, uniforms=None)

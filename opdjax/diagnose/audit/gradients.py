@@ -197,7 +197,8 @@ def _columns(states: States, each: Subject) -> TokenInputs:
     columns = dataclasses.replace(states.inputs.row, uniforms=None)
     if each.recipe is None:
         return columns
-    spec = dataclasses.replace(states.spec, estimator=bind(each.recipe, each.options))
+    estimator = bind(each.recipe, each.options, tile=states.spec.estimator.tile)
+    spec = dataclasses.replace(states.spec, estimator=estimator)
     return jax.jit(partial(prepared, spec=spec))(states.inputs._replace(row=columns), states.batch)
 
 

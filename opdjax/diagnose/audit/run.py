@@ -130,7 +130,7 @@ def _audit_pair(
 
 def describe(each: Subject) -> dict[str, Any]:
     """Return the document's entry for a subject."""
-    about = each.pitfall.about if each.recipe is None else summary(each.recipe)
+    about = each.pitfall.about if each.recipe is None else each.row.description
     if each.row is not None and "student" not in each.row.completions:
         about += " Measured at the student's contexts with the teacher's tokens;"
         about += " in training the contexts are the teacher's too."
@@ -146,11 +146,6 @@ def describe(each: Subject) -> dict[str, Any]:
         "is_coupled": each.is_coupled,
         "about": about,
     }
-
-
-def summary(recipe: str) -> str:
-    """Return the first line of a recipe's documentation."""
-    return explain(recipe).partition("\n")[0]
 
 
 def explain(name: str) -> str:

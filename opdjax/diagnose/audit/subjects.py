@@ -140,17 +140,16 @@ def choose(
     config's own `recipe` with its `options`, and in any case the plain recipe.
     ConfigError on an unknown name and on options that need rewards or stale data.
     """
-    subjects = (*DEFAULT, *COUPLED)
+    subjects, plain = (*DEFAULT, *COUPLED), subject(PLAIN)
     known = {each.recipe or each.name for each in subjects}
     if unknown := sorted(set(names or ()) - known):
         raise ConfigError(f"cannot audit {unknown}; expected some of {sorted(known)}")
     chosen = [each for each in subjects if names is None or (each.recipe or each.name) in names]
     if recipe is not None:
         own = _own_subject(recipe, options or {})
+        own = plain if _with_defaults(own) == _with_defaults(plain) else own
         chosen = [own, *(x for x in chosen if _with_defaults(x) != _with_defaults(own))]
-    plain = subject(PLAIN)
-    has_plain = any(_with_defaults(each) == _with_defaults(plain) for each in chosen)
-    return chosen if has_plain else [*chosen, plain]
+    return chosen if plain in chosen else [*chosen, plain]
 
 
 def _own_subject(recipe: str, options: dict[str, Any]) -> Subject:

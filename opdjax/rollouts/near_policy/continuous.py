@@ -169,9 +169,9 @@ class ContinuousSource(RolloutSource):
             if is_fixed and oldest < first:
                 if oldest:
                     raise ShardError(
-                        f"{reason}; the run continues from step {first}, and the weights of "
-                        f"{oldest} updates that sampled it are gone: put the file back or start in "
-                        "a new work directory"
+                        f"{reason}; the weights of {oldest} updates that sampled it are gone, "
+                        f"because the run continues from step {first}: put the file back or start "
+                        "in a new work directory"
                     ) from reason
                 self._produce(step, 0, lambda: initial_weights(self._setup))
             elif version is not None and not is_fixed:

@@ -289,14 +289,14 @@ def _facts(shards: list[_Seen]) -> str:
 # Samples
 
 
-def _print_samples(shards: list[_Seen], num_samples: int) -> None:
+def _print_samples(all_seen: list[_Seen], num_samples: int) -> None:
     """Print this many samples, spread evenly over the shards."""
-    starts = [0, *itertools.accumulate(len(seen.ids) for seen in shards)]
+    starts = [0, *itertools.accumulate(len(seen.ids) for seen in all_seen)]
     chosen = np.linspace(0, starts[-1], min(num_samples, starts[-1]), endpoint=False).astype(int)
     if not len(chosen):
         return
-    show = _shower(shards[0].path)
-    for seen, start, end in zip(shards, starts, starts[1:]):
+    show = _shower(all_seen[0].path)
+    for seen, start, end in zip(all_seen, starts, starts[1:]):
         of_shard = chosen[(chosen >= start) & (chosen < end)] - start
         columns = shards.read_shard(seen.path).columns if len(of_shard) else {}
         for i in of_shard:

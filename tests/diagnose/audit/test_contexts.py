@@ -1,6 +1,4 @@
-"""What the audit says of one context: closed forms against enumeration, and the claims that are
-known by proof.
-"""
+"""The audit of one context: closed forms against enumeration, and properties known by proof."""
 
 from functools import partial
 
@@ -29,7 +27,7 @@ def tiles(x64):
 
 
 def left_to_the_long_tests(each):
-    """Of the many that draw nothing, two are enough."""
+    """Two of the many subjects that sample no token are enough."""
     return not each.is_sampled and each.name not in (
         "full_kl divergence=jsd",
         "topk_kl convention=verl support_top_k=8",
@@ -41,7 +39,7 @@ def left_to_the_long_tests(each):
     [pytest.param(s, marks=pytest.mark.long if left_to_the_long_tests(s) else ()) for s in DEFAULT],
     ids=lambda each: each.name,
 )
-def test_closed_forms_are_what_the_loss_itself_gives_when_every_token_is_drawn(each, tiles):
+def test_closed_forms_equal_the_loss_enumerated_over_every_token(each, tiles):
     closed, drawn = (jax.jit(partial(of, each))(*tiles, 0.3) for of in (measure, enumerate_draws))
     for name in drawn:
         np.testing.assert_allclose(closed[name], drawn[name], rtol=1e-9, atol=1e-12, err_msg=name)
@@ -85,18 +83,15 @@ def test_the_audit_finds_what_is_known_by_proof():
 
 
 def test_subjects_are_chosen_by_name_and_the_experiments_own_comes_first():
-    assert [each.name for each in choose(["sft"])] == [
-        "sft",
-        "opd",
-    ]  # what all are compared with is always there
+    # opd, the subject of every comparison, is always included.
+    assert [each.name for each in choose(["sft"])] == ["sft", "opd"]
     assert choose(["k1_direct"]) == [Subject("k1_direct"), subject("opd")]
     own = choose(["opd"], {"reward_floor": -3.0}, "opd")[0]
     assert own.options == {"reward_floor": -3.0}
     assert own.name == "opd reward_floor=-3"
     assert choose(None, {}, "opd") == choose(None)
-    assert [each.name for each in choose(["vopd"], {}, "vopd")].count(
-        "vopd baseline=full"
-    ) == 0  # it is the first one
+    # vopd without options, the first one, has this baseline.
+    assert "vopd baseline=full" not in [each.name for each in choose(["vopd"], {}, "vopd")]
     for options in (
         {},
         {"divergence": "forward", "kd_weight": 0.9, "importance": "none"},
@@ -115,16 +110,16 @@ def test_subjects_are_chosen_by_name_and_the_experiments_own_comes_first():
 
 
 def test_what_a_subject_advertises():
-    said = {each.name: each.advertises for each in DEFAULT}
+    found = {each.name: each.advertises for each in DEFAULT}
     assert (
-        said["opd"]
-        == said["vopd baseline=optimal"]
-        == said["full_kl divergence=reverse"]
-        == said["k3_direct"]
+        found["opd"]
+        == found["vopd baseline=optimal"]
+        == found["full_kl divergence=reverse"]
+        == found["k3_direct"]
         == "reverse"
     )
-    assert said["sft"] == said["full_kl divergence=forward"] == "forward"
-    assert said["opd reward_floor=-2"] == said["full_kl divergence=jsd"] == said["npd"] == "own"
+    assert found["sft"] == found["full_kl divergence=forward"] == "forward"
+    assert found["opd reward_floor=-2"] == found["full_kl divergence=jsd"] == found["npd"] == "own"
     assert [subject("npd", kd_weight=weight).is_sampled for weight in (0.0, 0.9, 1.0)] == [
         True,
         True,

@@ -8,7 +8,7 @@ def test_the_tree_holds_every_sequence():
     assert len(SEQUENCES) == 15
 
 
-def test_what_the_tree_says():
+def test_which_cases_are_unbiased():
     rows = {row["title"]: row for row in audit_tree()["rows"]}
     for title in (
         "token-level credit",

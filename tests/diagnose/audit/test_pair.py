@@ -36,10 +36,8 @@ def test_a_ratio_and_its_interval(rng):
     assert ratio_with_interval(plain[:3], np.zeros(3)) == (None, None, None)
 
 
-def test_the_parts_of_a_variance_are_found(rng):
-    """Gradients of 2,000 prompts, 3 rollouts, 2 redraws in 5 dimensions, of parts with variances 1,
-    4 and 9 a dimension.
-    """
+def test_the_variance_components_are_estimated(rng):
+    """2,000 prompts, 3 rollouts, 2 redraws, 5 dimensions; component variances 1, 4, 9 in each."""
     prompts, rollouts, redraws, size = 2000, 3, 2, 5
     g = (
         0.5
@@ -118,7 +116,7 @@ def test_the_command_writes_tables_and_page(tmp_path, capsys):
     assert str(tmp_path / "audit.html") in printed
 
 
-def test_recipes_of_one_expectation_share_the_signal_that_is_told_best():
+def test_recipes_of_one_expectation_share_the_most_precise_signal():
     subjects = [
         subject("opd"),
         subject("full_kl", divergence="reverse"),
@@ -130,7 +128,7 @@ def test_recipes_of_one_expectation_share_the_signal_that_is_told_best():
     assert [row["signal"] for row in rows.values()] == [1, 1, 2, 3]
 
 
-def test_what_cannot_be_measured_is_refused_before_anything_is(tmp_path):
+def test_what_cannot_be_measured_is_refused_first(tmp_path):
     for arguments, message in (
         (["--teacher.path", "@mini_student", "--only", "opd"], "student and teacher have the same"),
         (

@@ -1,4 +1,4 @@
-"""A tiny pair that is a config.json each, and runs of it."""
+"""A tiny pair of models without weights, and runs of it."""
 
 import json
 
@@ -39,9 +39,7 @@ TINY = {
 
 @pytest.fixture
 def model(tmp_path):
-    """model(name, **changes) -> the directory of a checkpoint that is a config.json and nothing
-    else.
-    """
+    """model(name, **changes) -> the directory of a checkpoint with only a config.json."""
 
     def write(name, **changes):
         directory = tmp_path / name

@@ -1,4 +1,4 @@
-"""Compiling for a slice that is not here: needs libtpu, no TPU."""
+"""Compiling for an absent slice: needs libtpu, no TPU."""
 
 import importlib.util
 
@@ -13,7 +13,7 @@ HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 
 
 @pytest.mark.skipif(HAS_LIBTPU, reason="libtpu is installed")
-def test_without_libtpu_it_is_said_what_to_install():
+def test_without_libtpu_the_error_says_what_to_install():
     with pytest.raises(
         NoCompilerError, match=r"install libtpu for this jax: pip install 'jax\[tpu\]=="
     ):
@@ -23,7 +23,7 @@ def test_without_libtpu_it_is_said_what_to_install():
 @pytest.mark.long
 @pytest.mark.skipif(not HAS_LIBTPU, reason="needs libtpu: pip install 'jax[tpu]'")
 def test_a_small_run_compiles_for_v5e(run_of, model):
-    """Wide enough that a TPU pads nothing that counts."""
+    """The model is so wide that the padding of a TPU hardly matters."""
     wide = {
         "hidden_size": 1024,
         "intermediate_size": 1024,
@@ -36,9 +36,7 @@ def test_a_small_run_compiles_for_v5e(run_of, model):
         role: ModelConfig(model(f"wide {role}", vocab_size=2048, **wide))
         for role in ("student", "teacher")
     }
-    train = TrainConfig(
-        prompts_per_step=8, remat="layer"
-    )  # as runs of a size that needs a slice are
+    train = TrainConfig(prompts_per_step=8, remat="layer")  # as in runs that need a slice
     workload = run_of("v5e-8", fsdp=8, train=train, **models)
     plan, programs = (
         estimate(workload),

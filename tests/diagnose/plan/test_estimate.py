@@ -46,7 +46,7 @@ def test_parameters(run_of):
         KERNELS + NORMS + EMBEDDING
     )
     mesh = {"data": 2, "fsdp": 2, "tensor": 1}
-    # Norms lie whole on every device.
+    # Norms are replicated.
     assert parameter_bytes(student, "bfloat16", mesh, ("fsdp", "tensor")) == 2 * (
         (KERNELS + EMBEDDING) // 2 + NORMS
     )
@@ -124,7 +124,7 @@ def test_tensor_splits_heads_mlp_and_vocabulary(run_of):
     )
 
 
-def test_recomputing_keeps_the_residual_stream_alone(run_of):
+def test_recomputing_keeps_only_the_residual_stream(run_of):
     without, with_remat = (
         estimate(run_of("v5e-4", train=train(remat))) for remat in ("none", "layer")
     )
@@ -203,7 +203,7 @@ def test_the_arguments_are_those_of_the_compiled_update(estimator):
         for item in estimate(workload).items
         if "loss" in item.phases and "loss" not in item.outside and item.is_argument
     ]
-    counters = 5 * 4  # of the state: steps, skipped, in a row, and two of the optimizer's own
+    counters = 5 * 4  # of the state: steps, skipped, in a row, and the optimizer's two
     assert sum(item.num_bytes for item in counted) + counters == program.argument_bytes
     assert any(
         each.kind == "reduce-scatter" or each.kind == "all-reduce" for each in program.collectives
@@ -226,7 +226,7 @@ def test_adapters_alone_are_trained(run_of):
     assert update["optimizer's two moments"] == 2 * update["student's trained parameters, float32"]
     assert update["student's frozen parameters"] == 2 * ((KERNELS + EMBEDDING) // 2 + NORMS)
     assert not {"head's gradient, summed in float32", "head's gradient"} & set(update)
-    # The frozen ones lie split for training and whole for sampling.
+    # The frozen ones are sharded for training and replicated for sampling.
     assert update["published copy of the student"] > 2 * (KERNELS + NORMS + EMBEDDING)
     assert plan.bounds["update"].flops < whole.bounds["update"].flops
 
@@ -281,7 +281,7 @@ def test_a_reference_is_a_second_frozen_student(run_of):
     assert plan.bounds["update"] == plain.bounds["update"]
 
 
-def test_beside_adapters_the_reference_is_the_frozen_student(run_of):
+def test_with_adapters_the_reference_is_the_frozen_student(run_of):
     lora = LoraConfig(rank=2, targets=("q", "down"))
     plan, plain = penalised(run_of, lora=lora), penalised(run_of, coef=None, lora=lora)
     assert not any("reference" in name for name in sizes(plan, "loss"))

@@ -1,4 +1,4 @@
-"""The verb: its table, its exit status, its errors."""
+"""`opdjax plan`: its table, its exit status, its errors."""
 
 import sys
 
@@ -75,7 +75,7 @@ def test_the_table(run_of):
     assert shown.endswith(f"of {plan.capacity / 2**30:.2f} GiB")
 
 
-def test_what_the_compiler_says_stands_beside_it(run_of):
+def test_the_compilers_report_is_added(run_of):
     plan = estimate(run_of("v5e-4"))
     shown = text(plan, [program()])
     row = next(line for line in shown.splitlines() if line.startswith("update   "))
@@ -85,11 +85,11 @@ def test_what_the_compiler_says_stands_beside_it(run_of):
         "all-gather             2            12        12.0  jit(update)/while > jvp()/while"
         in shown
     )
-    assert "1 a round" in shown  # a loop whose rounds are known only when it runs
+    assert "1 a round" in shown  # a loop of unknown trip count
     assert fits(plan, [program()])
 
 
-def test_what_does_not_fit_is_said(run_of):
+def test_what_does_not_fit_is_reported(run_of):
     plan = estimate(run_of("v5e-4"))
     large = program(peak_bytes=plan.capacity)
     assert not fits(plan, [large])
@@ -100,7 +100,7 @@ def test_what_does_not_fit_is_said(run_of):
     assert "RESOURCE_EXHAUSTED" in text(plan, [refused])
 
 
-def test_the_status_tells_whether_it_fits(plan_of):
+def test_the_exit_status_is_whether_it_fits(plan_of):
     status, out, _ = plan_of("--topology", "v5e-8")
     assert (status, out.splitlines()[-1][:5]) == (0, "fits:")
     status, out, _ = plan_of("--topology", "v5e-1", "--sampling.max-completion-length", "65536")
@@ -124,7 +124,7 @@ def test_the_status_tells_whether_it_fits(plan_of):
         ),
     ],
 )
-def test_a_question_that_has_no_answer(plan_of, arguments, message):
+def test_impossible_plans_are_refused(plan_of, arguments, message):
     status, out, err = plan_of(*arguments)
     assert status == 2
     assert message in err

@@ -1,4 +1,4 @@
-"""What a plan reads, and what it refuses."""
+"""What a workload is read from, and what is refused."""
 
 import dataclasses
 import pathlib
@@ -34,7 +34,7 @@ def test_sizes_of_a_run(run_of):
         16,
         32,
     )  # prompts are padded as the run pads them
-    assert workload.dtype == "bfloat16"  # of an accelerator, whatever machine plans
+    assert workload.dtype == "bfloat16"  # of the topology, not of this machine
     assert workload.needs == "vocabulary"
 
 
@@ -57,7 +57,7 @@ def test_a_config_json_alone_is_enough(model):
         load_params(checkpoint, "float32")
 
 
-def test_of_a_hub_id_nothing_but_the_configs_is_downloaded(model, monkeypatch):
+def test_only_the_configs_of_a_hub_id_are_downloaded(model, monkeypatch):
     asked = []
 
     def download(name, revision, allow_patterns):
@@ -111,7 +111,7 @@ def test_the_teacher_is_refused_by_its_own_name(run_of, model):
         read_workload(odd, topology("v5e-4"))
 
 
-def test_evaluation_is_foreseen_where_there_is_one(run_of):
+def test_evaluation_is_counted_if_there_is_one(run_of):
     plan = estimate(
         run_of("v5e-4", evaluation=EvaluationConfig(batch_size=10, max_completion_length=48))
     )
