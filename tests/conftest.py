@@ -6,6 +6,8 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from jax._src import pjit
+from jax._src.interpreters import pxla
 from judge_server import serving
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -28,6 +30,19 @@ if jax.__version_info__ < (0, 11):
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory(request):
+    """Drop what only this file needs. jax keeps the module that every program was lowered from,
+    about 1 MB each, and the programs of a file's own functions.
+    """
+    yield
+    for cache in (pxla._cached_lowering_to_hlo, pjit._pjit_lower):
+        cache.cache_clear()
+    for value in vars(request.module).values():
+        if getattr(value, "__module__", "") == request.module.__name__:
+            getattr(value, "clear_cache", int)()
 
 
 @pytest.fixture

@@ -39,13 +39,42 @@ def _gradients(student, teacher, columns, name, options):
 
 def expected_gradient(name, options, student, teacher, measure=None, **columns):
     """E[grad loss(y)], every y enumerated; y is drawn from the student, or counts `measure` [V]."""
-    measure = jax.nn.softmax(jnp.asarray(student)) if measure is None else measure
-    return measure @ sample_gradients(name, options, student, teacher, **columns)[0]
+    measure = softmax(student) if measure is None else measure
+    return np.asarray(measure) @ sample_gradients(name, options, student, teacher, **columns)[0]
+
+
+# Exact values in numpy
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits)
+    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+
+
+def softmax(logits):
+    return np.exp(log_softmax(logits))
 
 
 def reverse_kl(student, teacher):
-    p, q = jax.nn.log_softmax(student), jax.nn.log_softmax(teacher)
-    return jnp.sum(jnp.exp(p) * (p - q))
+    """KL(student || teacher)."""
+    p, q = log_softmax(student), log_softmax(teacher)
+    return np.sum(np.exp(p) * (p - q))
+
+
+def reverse_kl_gradient(student, teacher):
+    """The gradient of KL(student || teacher) with respect to the student's logits."""
+    return gradient_of_mean(student, log_softmax(student) - log_softmax(teacher))
+
+
+def forward_kl_gradient(student, teacher):
+    """The gradient of KL(teacher || student) with respect to the student's logits."""
+    return softmax(student) - softmax(teacher)
+
+
+def gradient_of_mean(logits, values):
+    """The gradient of E[values], y ~ softmax(logits), with respect to the logits."""
+    p = softmax(logits)
+    return p * (values - np.sum(p * values, axis=-1, keepdims=True))
 
 
 def relative_bias(found, exact):
@@ -74,18 +103,25 @@ def token_logprobs(theta):
     """Log-probability [S, T] of every token of every sequence under the table theta [C, V]; 0 where
     masked.
     """
-    return jnp.where(MASK, jax.nn.log_softmax(theta, axis=-1)[CONTEXT_OF, TOKENS], 0)
+    return np.where(MASK, log_softmax(theta)[CONTEXT_OF, TOKENS], 0)
 
 
 def sequence_logprobs(theta):
     """Log-probability [S] of every sequence under the table theta [C, V]."""
-    return jnp.sum(token_logprobs(theta), axis=1)
+    return np.sum(token_logprobs(theta), axis=1)
 
 
 def reach(theta):
     """The probability [C] that a sequence passes through each context."""
     passes = (CONTEXT_OF[:, :, None] == np.arange(len(CONTEXTS))) & MASK[:, :, None]
     return np.exp(sequence_logprobs(theta)) @ passes.any(axis=1)
+
+
+def gradient_of_expected(theta, reward):
+    """The gradient [C, V] of E[reward], of one number per sequence [S], by the score function."""
+    scores = np.eye(3)[TOKENS] - softmax(theta)[CONTEXT_OF]
+    weights = np.where(MASK, (np.exp(sequence_logprobs(theta)) * reward)[:, None], 0)
+    return np.einsum("st,stv,stc->cv", weights, scores, np.eye(len(CONTEXTS))[CONTEXT_OF])
 
 
 def sequence_gradients(tables, name, options=None, batches=None, **columns):
@@ -97,13 +133,22 @@ def sequence_gradients(tables, name, options=None, batches=None, **columns):
     """
     batches = np.arange(len(SEQUENCES))[:, None] if batches is None else batches
     shape = (*batches.shape, LENGTH)
-    estimator = bind(name, options)
-    student, teacher = (jnp.asarray(table)[CONTEXT_OF[batches]] for table in tables)
     columns = {
-        key: jnp.asarray(x if np.shape(x)[:2] == shape[:2] else np.asarray(x)[batches])
+        key: np.asarray(x if np.shape(x)[:2] == shape[:2] else np.asarray(x)[batches])
         for key, x in columns.items()
     }
-    columns, mask = TokenInputs(jnp.asarray(TOKENS[batches]), **columns), jnp.asarray(MASK[batches])
+    student, teacher = (np.asarray(table)[CONTEXT_OF[batches]] for table in tables)
+    tokens, mask = TokenInputs(TOKENS[batches], **columns), MASK[batches]
+    options = tuple((options or {}).items())
+    found = np.asarray(_sequence_gradients(student, teacher, tokens, mask, name, options))
+    place = (CONTEXT_OF[batches][..., None] == np.arange(len(CONTEXTS))) & mask[..., None]
+    return np.einsum("nrtv,nrtc->ncv", found, place)
+
+
+@partial(jax.jit, static_argnames=("name", "options"))
+def _sequence_gradients(student, teacher, columns, mask, name, options):
+    """The gradient [N, R, T, V] of the student's logits of every token."""
+    estimator, shape = bind(name, dict(options)), mask.shape
     flat = lambda tree: jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), tree)
     teacher = VocabTile(flat(teacher))
     if estimator.is_coupled:
@@ -117,8 +162,7 @@ def sequence_gradients(tables, name, options=None, batches=None, **columns):
         loss, _ = estimator.token_loss(VocabTile(flat(logits)), teacher, flat(columns))
         return jnp.sum(jnp.where(mask, loss.reshape(shape), 0)) / (shape[1] * LENGTH)
 
-    place = (CONTEXT_OF[batches][..., None] == np.arange(len(CONTEXTS))) & MASK[batches][..., None]
-    return np.einsum("nrtv,nrtc->ncv", jax.grad(total)(student), place)
+    return jax.grad(total)(student)
 
 
 def expectation(tables, name, options=None, batches=None, behavior=None, **columns):
@@ -151,16 +195,11 @@ def exact_gradient(tables, discount):
     fixed denominator; by recursion.
     """
     theta, _ = tables
-    student_logprobs, teacher_logprobs = (
-        np.asarray(jax.nn.log_softmax(x, axis=-1)) for x in tables
-    )
+    student_logprobs, teacher_logprobs = map(log_softmax, tables)
     cost = student_logprobs - teacher_logprobs
     for index in reversed(range(len(CONTEXTS))):
         for y in (1, 2):
             if len(CONTEXTS[index]) + 1 < LENGTH:
                 child = CONTEXTS.index((*CONTEXTS[index], y))
                 cost[index, y] += discount * np.sum(np.exp(student_logprobs[child]) * cost[child])
-    weight = reach(theta)[:, None] * cost
-    return (
-        np.asarray(jax.grad(lambda x: jnp.sum(weight * jax.nn.softmax(x, axis=-1)))(theta)) / LENGTH
-    )
+    return reach(theta)[:, None] * gradient_of_mean(theta, cost) / LENGTH

@@ -16,15 +16,19 @@ from enumeration import (
     SEQUENCES,
     expectation,
     expected_gradient,
+    forward_kl_gradient,
+    gradient_of_expected,
+    gradient_of_mean,
+    log_softmax,
     reverse_kl,
+    reverse_kl_gradient,
     sample_gradients,
-    sequence_logprobs,
+    softmax,
     token_logprobs,
 )
-from jax.test_util import check_grads
 
-from opdjax.estimators import TOKEN_LOSSES, bind
-from opdjax.estimators.advantage import group_advantage, spread_stages, stage_advantage
+from opdjax.estimators import TOKEN_LOSSES, advantage, bind
+from opdjax.estimators.advantage import spread_stages
 from opdjax.estimators.grpo import dual_clipped_loss, reference_penalty
 from opdjax.estimators.losses import aggregation_weights, count_denominators
 from opdjax.ops.tile import Head, VocabTile
@@ -33,6 +37,15 @@ from opdjax.ops.vocab import TokenInputs, tiled_loss
 V = 7
 ALL = ("grpo", "ropd", "tjudge", "ropd_stages")
 UNCLIPPED = {"clip_low": 0.999, "clip_high": 1e6, "dual_clip": 0.0}
+
+
+group_advantage = jax.jit(advantage.group_advantage, static_argnums=(2, 3))
+stage_advantage = jax.jit(advantage.stage_advantage, static_argnums=(4, 5))
+
+
+def centred(rewards):
+    """Advantages of rewards [N, size] of groups."""
+    return rewards - rewards.mean(axis=1, keepdims=True)
 
 
 @pytest.fixture
@@ -57,35 +70,37 @@ BRANCHES = {
 }
 
 
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("branch", BRANCHES)
-def test_the_clipped_loss_by_hand(branch):
-    advantage, ratio, value, slope = BRANCHES[branch]
-    loss = lambda x: dual_clipped_loss(jnp.array(advantage), x, jnp.log(0.1), 0.2, 0.28, 3.0)
-    found = jax.value_and_grad(loss)(jnp.log(0.1 * ratio))
-    np.testing.assert_allclose(found, (value, slope), rtol=1e-12, atol=1e-12)
+@partial(jax.jit, static_argnums=3)
+def clipped(advantages, student, behavior, dual_clip=3.0):
+    """(losses, their gradients by student and by advantages)."""
+
+    def total(advantages, student):
+        losses = dual_clipped_loss(advantages, student, behavior, 0.2, 0.28, dual_clip)
+        return jnp.sum(losses), losses
+
+    (of_advantages, of_student), losses = jax.grad(total, (0, 1), has_aux=True)(advantages, student)
+    return losses, of_student, of_advantages
 
 
 @pytest.mark.usefixtures("x64")
-def test_without_the_dual_bound_a_punished_token_costs_ever_more():
-    loss = lambda x: dual_clipped_loss(jnp.array(-2.0), x, jnp.log(0.1), 0.2, 0.28, 0.0)
-    np.testing.assert_allclose(jax.value_and_grad(loss)(jnp.log(0.4)), (8.0, 8.0), rtol=1e-12)
+def test_the_clipped_loss_by_hand():
+    advantages, ratios, values, slopes = map(np.array, zip(*BRANCHES.values()))
+    behavior = np.full(len(BRANCHES), np.log(0.1))
+    found = clipped(advantages, np.log(0.1 * ratios), behavior)
+    np.testing.assert_allclose(found[:2], (values, slopes), rtol=1e-12, atol=1e-12)
+    # Without the dual bound a token with a negative advantage costs ever more.
+    found = clipped(np.array([-2.0]), np.log([0.4]), np.log([0.1]), 0.0)
+    np.testing.assert_allclose(found[:2], [[8.0], [8.0]], rtol=1e-12)
 
 
 @pytest.mark.usefixtures("x64")
 def test_the_clipped_loss_agrees_with_finite_differences(rng):
-    advantage, gap = rng.normal(size=40), rng.normal(size=40)
-    behavior = -rng.exponential(size=40)
-    loss = lambda x: dual_clipped_loss(
-        jnp.asarray(advantage), x, jnp.asarray(behavior), 0.2, 0.28, 3.0
-    )
-    check_grads(loss, (jnp.asarray(behavior + gap),), order=1, modes=["rev"])
-    held = jax.grad(
-        lambda a: jnp.sum(
-            dual_clipped_loss(a, jnp.asarray(behavior + gap), jnp.asarray(behavior), 0.2, 0.28, 3.0)
-        )
-    )
-    np.testing.assert_array_equal(held(jnp.asarray(advantage)), 0)
+    advantages, gap = rng.normal(size=40), rng.normal(size=40)
+    behavior, step = -rng.exponential(size=40), 1e-6
+    _, slopes, of_advantages = clipped(advantages, behavior + gap, behavior)
+    ahead, behind = (clipped(advantages, behavior + gap + s, behavior)[0] for s in (step, -step))
+    np.testing.assert_allclose((ahead - behind) / (2 * step), slopes, rtol=1e-6, atol=1e-8)
+    np.testing.assert_array_equal(of_advantages, 0)
 
 
 @pytest.mark.usefixtures("x64")
@@ -94,15 +109,16 @@ def test_penalties_by_hand():
     1/2.
     """
     d = np.log(2.0)
+
+    @partial(jax.jit, static_argnums=2)
+    @partial(jax.value_and_grad, argnums=(0, 1))
+    def penalty(student, reference, kind):
+        return reference_penalty(student, reference, kind)
+
     for kind, value, slope in (("k2", d * d / 2, d), ("k3_direct", d - 0.5, 0.5)):
-        penalty = lambda x, kind=kind: reference_penalty(x, jnp.log(0.2), kind)
-        np.testing.assert_allclose(
-            jax.value_and_grad(penalty)(jnp.log(0.4)), (value, slope), rtol=1e-12
-        )
-        assert (
-            jax.grad(lambda r, kind=kind: reference_penalty(jnp.log(0.4), r, kind))(jnp.log(0.2))
-            == 0
-        )
+        found, (of_student, of_reference) = penalty(np.log(0.4), np.log(0.2), kind)
+        np.testing.assert_allclose((found, of_student), (value, slope), rtol=1e-12)
+        assert of_reference == 0
     with pytest.raises(ValueError, match="no reference penalty 'k1'"):
         reference_penalty(jnp.zeros(1), jnp.zeros(1), "k1")
 
@@ -118,16 +134,14 @@ def test_the_expected_gradient_is_that_of_the_reward_less_the_share_of_its_own_m
     """Groups of two: all V^2 pairs, each completion one token."""
     student, reward = logits[0], rng.normal(size=V)
     pairs = np.array(list(itertools.product(range(V), repeat=2)))
-    credit = group_advantage(
-        jnp.asarray(reward[pairs].ravel()), jnp.ones(pairs.size, bool), 2, "mean"
-    )
-    behavior = jax.nn.log_softmax(jnp.asarray(student))[pairs.ravel()]
+    credit = centred(reward[pairs]).ravel()
+    behavior = log_softmax(student)[pairs.ravel()]
     each, _ = sample_gradients(
         name, {}, student, student, pairs.ravel(), advantages=credit, behavior_logprobs=behavior
     )
-    probs = np.prod(np.asarray(jax.nn.softmax(student))[pairs], axis=1)
+    probs = np.prod(softmax(student)[pairs], axis=1)
     found = probs @ np.mean(np.reshape(each, (len(pairs), 2, V)), axis=1)
-    of_reward = jax.grad(lambda x: jax.nn.softmax(x) @ reward)(jnp.asarray(student))
+    of_reward = gradient_of_mean(student, reward)
     assert np.linalg.norm(of_reward) > 0.05
     np.testing.assert_allclose(found, -(1 - 1 / 2) * of_reward, atol=1e-12)
 
@@ -136,7 +150,7 @@ def test_the_expected_gradient_is_that_of_the_reward_less_the_share_of_its_own_m
 class TestTree:
     @pytest.fixture
     def tables(self, rng):
-        return tuple(jnp.asarray(rng.normal(size=(7, 3))) for _ in range(2))
+        return tuple(rng.normal(size=(7, 3)) for _ in range(2))
 
     @pytest.mark.parametrize("size", [2, 3])
     def test_on_policy(self, size, tables, rng):
@@ -149,17 +163,12 @@ class TestTree:
             if size == 2
             else np.array(list(itertools.product(range(len(SEQUENCES)), repeat=3)))
         )
-        credit = np.reshape(
-            group_advantage(
-                jnp.asarray(reward[groups].ravel()), jnp.ones(groups.size, bool), size, "mean"
-            ),
-            groups.shape,
-        )
+        credit = centred(reward[groups])
         columns = {
             "advantages": np.repeat(credit[..., None], LENGTH, axis=2),
             "behavior_logprobs": token_logprobs(theta),
         }
-        of_reward = jax.grad(lambda x: jnp.sum(jnp.exp(sequence_logprobs(x)) * reward))(theta)
+        of_reward = gradient_of_expected(theta, reward)
         np.testing.assert_allclose(
             expectation(tables, "grpo", {}, groups, **columns),
             -(1 - 1 / size) * of_reward / LENGTH,
@@ -180,7 +189,7 @@ class TestTree:
             "behavior_logprobs": token_logprobs(theta),
         }
         found = expectation(tables, "grpo", {}, PAIRS, **columns)
-        of_reward = jax.grad(lambda x: jnp.sum(jnp.exp(sequence_logprobs(x)) * reward))(theta)
+        of_reward = gradient_of_expected(theta, reward)
         cosine = -np.vdot(found, of_reward) / np.linalg.norm(found) / np.linalg.norm(of_reward)
         print(f"pairs, mean_std: cosine {cosine:.4f} with the gradient of the reward")
         assert 0.5 < cosine < 0.999
@@ -191,12 +200,10 @@ def test_an_unclipped_ratio_corrects_for_another_policys_draws(logits, rng):
     student, behavior = logits
     reward = rng.normal(size=V)
     pairs = np.array(list(itertools.product(range(V), repeat=2)))
-    credit = group_advantage(
-        jnp.asarray(reward[pairs].ravel()), jnp.ones(pairs.size, bool), 2, "mean"
-    )
-    drawn = jax.nn.log_softmax(jnp.asarray(behavior))[pairs.ravel()]
-    of_reward = jax.grad(lambda x: jax.nn.softmax(x) @ reward)(jnp.asarray(student))
-    probs = np.prod(np.asarray(jax.nn.softmax(behavior))[pairs], axis=1)
+    credit = centred(reward[pairs]).ravel()
+    drawn = log_softmax(behavior)[pairs.ravel()]
+    of_reward = gradient_of_mean(student, reward)
+    probs = np.prod(softmax(behavior)[pairs], axis=1)
 
     def expected(options):
         each, _ = sample_gradients(
@@ -224,26 +231,26 @@ def test_which_way_the_penalties_go(logits):
     student, reference = logits
     held = {
         "advantages": 0.0,
-        "behavior_logprobs": jax.nn.log_softmax(student),
-        "reference_logprobs": jax.nn.log_softmax(jnp.asarray(reference)),
+        "behavior_logprobs": log_softmax(student),
+        "reference_logprobs": log_softmax(reference),
     }
-    for kind, divergence in (("k2", reverse_kl), ("k3_direct", lambda s, r: reverse_kl(r, s))):
+    for kind, gradient in (("k2", reverse_kl_gradient), ("k3_direct", forward_kl_gradient)):
         options = {"reference_kl_coef": 0.3, "reference_kl": kind}
-        exact = 0.3 * jax.grad(divergence)(jnp.asarray(student), jnp.asarray(reference))
+        exact = 0.3 * gradient(student, reference)
         assert np.linalg.norm(exact) > 0.05
         np.testing.assert_allclose(
             expected_gradient("grpo", options, student, student, **held), exact, atol=1e-12
         )
     values = reference_penalty(held["behavior_logprobs"], held["reference_logprobs"], "k3_direct")
     np.testing.assert_allclose(
-        jax.nn.softmax(student) @ values, reverse_kl(student, reference), rtol=1e-12
+        softmax(student) @ values, reverse_kl(student, reference), rtol=1e-12
     )
 
 
 @pytest.mark.usefixtures("x64")
 def test_the_credit_last_is_the_plain_advantage_of_the_last_stage(rng):
     """All pairs of completions of the tree, their tokens in two stages."""
-    theta, scores = jnp.asarray(rng.normal(size=(7, 3))), rng.random((len(SEQUENCES), 2))
+    theta, scores = rng.normal(size=(7, 3)), rng.random((len(SEQUENCES), 2))
     stages = np.minimum(np.arange(LENGTH), 1)[None].repeat(PAIRS.size, axis=0)
     is_there, is_scored = np.ones((PAIRS.size, 2), bool), np.ones(PAIRS.size, bool)
     by_stage = stage_advantage(
@@ -263,15 +270,15 @@ def test_the_credit_last_is_the_plain_advantage_of_the_last_stage(rng):
         advantages=credit,
         behavior_logprobs=token_logprobs(theta),
     )
-    of_last = jax.grad(lambda x: jnp.sum(jnp.exp(sequence_logprobs(x)) * scores[:, 1]))(theta)
+    of_last = gradient_of_expected(theta, scores[:, 1])
     np.testing.assert_allclose(found, -0.5 * of_last / LENGTH, atol=1e-10)
 
 
 # Through the tiled pass
 
 
-SEGMENTS = jnp.ones((4, 5), int)
-MASK = jnp.array([[0, 1, 1, 1, 0], [0, 0, 1, 1, 1], [0, 1, 1, 1, 1], [0, 1, 1, 0, 0]], bool)
+SEGMENTS = np.ones((4, 5), int)
+MASK = np.array([[0, 1, 1, 1, 0], [0, 0, 1, 1, 1], [0, 1, 1, 1, 1], [0, 1, 1, 0, 0]], bool)
 PENALISED = {"reference_kl_coef": 0.1, "reference_kl": "k2"}
 
 
@@ -324,17 +331,15 @@ def test_a_group_that_nobody_scored_has_no_gradient_and_no_share_in_the_mean(rng
     does not see it either.
     """
     hidden, kernel, tokens, columns = batch_of(rng)
-    scores, is_scored = (
-        jnp.array([0.3, 0.9, jnp.nan, jnp.inf]),
-        jnp.array([True, True, False, False]),
-    )
+    scores = np.float32([0.3, 0.9, np.nan, np.inf])
+    is_scored = np.array([True, True, False, False])
     columns["advantages"] = np.broadcast_to(
         group_advantage(scores, is_scored, 2, "mean")[:, None], MASK.shape
     )
     _, (of_hidden, _) = value_and_grad(hidden, kernel, tokens, columns, MASK)
     assert np.any(of_hidden[:2])
     np.testing.assert_array_equal(of_hidden[2:], 0)
-    nobody = group_advantage(scores, jnp.zeros(4, bool), 2, "mean_std")
+    nobody = group_advantage(scores, np.zeros(4, bool), 2, "mean_std")
     np.testing.assert_array_equal(nobody, 0)
     alone = columns | {"advantages": np.broadcast_to(nobody[:, None], MASK.shape)}
     chex.assert_trees_all_equal(
@@ -393,7 +398,7 @@ class TestTransforms(chex.TestCase):
             TOKEN_LOSSES[name](VocabTile(s), None, row, **options)[0] for name, options in how
         ]
         flat = lambda tree: jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), tree)
-        plain = [x.reshape(8, 4) for x in losses(flat(student), flat(rows))]
+        plain = [x.reshape(8, 4) for x in jax.jit(losses)(flat(student), flat(rows))]
         chex.assert_trees_all_close(
             self.variant(jax.vmap(losses))(student, rows), plain, rtol=1e-5, atol=1e-6
         )

@@ -8,11 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from enumeration import expected_gradient, reverse_kl, sample_gradients
+from enumeration import (
+    expected_gradient,
+    gradient_of_mean,
+    log_softmax,
+    reverse_kl,
+    reverse_kl_gradient,
+    sample_gradients,
+    softmax,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_logits import on_logits
 
-from opdjax.estimators.losses import sft
 from opdjax.estimators.opd import (
     advantages,
     full_baseline,
@@ -22,7 +30,6 @@ from opdjax.estimators.opd import (
     student_topk_baseline,
 )
 from opdjax.ops.tile import VocabTile
-from opdjax.ops.vocab import TokenInputs
 
 V, FLOOR, ALPHA = 7, -0.4, 0.6
 BASELINES = {
@@ -36,20 +43,24 @@ TRANSFORMS = {"plain": {}, "floor": {"reward_floor": FLOOR}, "power": {"power_al
 MEAN = {"mean_rewards": -0.37}
 
 
-def floored_kl(student, teacher):
-    """sum_v phi(p_v): p log(p / q) up to p = q e^-floor, from there on its tangent."""
-    p, q = jax.nn.softmax(student), jax.nn.softmax(teacher)
-    edge = q * jnp.exp(-FLOOR)
-    below, above = p * jnp.log(p / q), edge * -FLOOR + (1 - FLOOR) * (p - edge)
-    return jnp.sum(jnp.where(p <= edge, below, above))
+def floored_kl_gradient(student, teacher):
+    """Of sum_v phi(p_v): p log(p / q) up to p = q e^-floor, from there on its tangent."""
+    p, q = softmax(student), softmax(teacher)
+    slope = np.where(p <= q * np.exp(-FLOOR), np.log(p / q) + 1, 1 - FLOOR)
+    return gradient_of_mean(student, slope)
 
 
-def power_divergence(student, teacher):
-    p, q = jax.nn.softmax(student), jax.nn.softmax(teacher)
-    return jnp.sum(p ** (1 + ALPHA) / (1 + ALPHA) - p * q**ALPHA)
+def power_divergence_gradient(student, teacher):
+    """Of sum_v p^(1 + alpha) / (1 + alpha) - p q^alpha."""
+    p, q = softmax(student), softmax(teacher)
+    return gradient_of_mean(student, p**ALPHA - q**ALPHA)
 
 
-POTENTIALS = {"plain": reverse_kl, "floor": floored_kl, "power": power_divergence}
+POTENTIAL_GRADIENTS = {
+    "plain": reverse_kl_gradient,
+    "floor": floored_kl_gradient,
+    "power": power_divergence_gradient,
+}
 
 
 def tiles(student, teacher):
@@ -65,20 +76,19 @@ def logits(rng):
 class TestExpectedGradients:
     @pytest.mark.parametrize("transform", TRANSFORMS)
     def test_each_reward_descends_its_potential_under_every_baseline(self, transform, logits):
-        rewards = sampled_reward(*(jax.nn.log_softmax(x) for x in logits[::-1]))
+        rewards = log_softmax(logits[1]) - log_softmax(logits[0])
         assert 0 < np.sum(rewards < FLOOR) < V  # the floor cuts some tokens and spares others
-        exact = jax.grad(POTENTIALS[transform])(*logits)
+        exact = POTENTIAL_GRADIENTS[transform](*logits)
         assert np.linalg.norm(exact) > 0.05
         for name, options in BASELINES.values():
             found = expected_gradient(name, options | TRANSFORMS[transform], *logits, **MEAN)
             np.testing.assert_allclose(found, exact, atol=1e-10, err_msg=f"{name} {options}")
 
     def test_the_transforms_are_biased_for_the_kl(self, logits):
-        exact = jax.grad(reverse_kl)(*logits)
+        exact = reverse_kl_gradient(*logits)
         for transform in ("floor", "power"):
-            assert np.linalg.norm(
-                jax.grad(POTENTIALS[transform])(*logits) - exact
-            ) > 0.05 * np.linalg.norm(exact)
+            found = POTENTIAL_GRADIENTS[transform](*logits)
+            assert np.linalg.norm(found - exact) > 0.05 * np.linalg.norm(exact)
 
     @pytest.mark.parametrize("transform", TRANSFORMS)
     def test_advantages_average_to_zero_under_the_full_baseline_of_their_own_reward(
@@ -86,10 +96,13 @@ class TestExpectedGradients:
     ):
         found = sample_gradients("vopd", TRANSFORMS[transform], *logits)[1]["advantages"]
         assert np.abs(found).max() > 0.1
-        assert abs(jax.nn.softmax(logits[0]) @ found) < 1e-12
-        table = advantages(*tiles(*logits), baseline="full", **TRANSFORMS[transform])[0]
+        assert abs(softmax(logits[0]) @ found) < 1e-12
+        options = TRANSFORMS[transform]
+        table, without = (
+            on_logits(lambda s, t, o=options | more: advantages(s, t, **o))(*logits)
+            for more in ({"baseline": "full"}, {})
+        )
         np.testing.assert_allclose(table, found, atol=1e-12)
-        without = advantages(*tiles(*logits), **TRANSFORMS[transform])[0]
         np.testing.assert_allclose(
             without,
             sample_gradients("opd", TRANSFORMS[transform], *logits)[1]["advantages"],
@@ -110,7 +123,7 @@ class TestExpectedGradients:
             # What is logged as the reward stays the log-ratio, whose mean is -KL, under every
             # transform.
             np.testing.assert_allclose(
-                jax.nn.softmax(logits[0]) @ outputs["rewards"], -reverse_kl(*logits), rtol=1e-12
+                softmax(logits[0]) @ outputs["rewards"], -reverse_kl(*logits), rtol=1e-12
             )
 
     def test_a_student_that_is_the_teacher_gets_no_gradient(self, logits):
@@ -122,7 +135,7 @@ class TestExpectedGradients:
 
     def test_padded_ids_change_nothing(self, logits):
         padded = [np.append(x, [-np.inf, -np.inf]) for x in logits]
-        for (name, options), how in itertools.product(BASELINES.values(), TRANSFORMS.values()):
+        for (name, options), how in zip(BASELINES.values(), itertools.cycle(TRANSFORMS.values())):
             found = np.asarray(
                 sample_gradients(name, options | how, *padded, tokens=np.arange(V), **MEAN)[0]
             )
@@ -132,11 +145,7 @@ class TestExpectedGradients:
             np.testing.assert_array_equal(found[:, V:], 0)
 
     def test_cross_entropy_on_its_own_draws_teaches_nothing(self, logits):
-        loss = lambda x: jnp.sum(
-            jax.nn.softmax(logits[0])
-            * sft(VocabTile(jnp.tile(x, (V, 1))), None, TokenInputs(jnp.arange(V)))[0]
-        )
-        np.testing.assert_allclose(jax.grad(loss)(jnp.asarray(logits[0])), 0, atol=1e-12)
+        np.testing.assert_allclose(expected_gradient("sft", {}, *logits), 0, atol=1e-12)
 
 
 @pytest.mark.usefixtures("x64")
@@ -155,7 +164,7 @@ class TestExtraDraws:
     ):
         student, teacher = (x[:4] for x in logits)
         options = options | baseline
-        p = np.asarray(jax.nn.softmax(student))
+        p = softmax(student)
         middle = np.cumsum(p) - p / 2  # this uniform number draws that token
         one, _ = sample_gradients(name, options, student, teacher, **MEAN)
         exact = p @ one
@@ -182,7 +191,7 @@ class TestExtraDraws:
         plain, _ = sample_gradients(
             "opd", {"extra_draws": 2}, *logits, uniforms=columns["uniforms"]
         )
-        score = np.eye(V) - jax.nn.softmax(logits[0])
+        score = np.eye(V) - softmax(logits[0])
         np.testing.assert_allclose(found - plain, -(0.3 - 0.5) * score, atol=1e-12)
 
 
@@ -191,6 +200,18 @@ class TestExtraDraws:
 
 BY_HAND = np.log([0.5, 0.25, 0.25]), np.log([0.25, 0.5, 0.25])
 LN2 = np.log(2.0)
+
+
+BASELINE_FUNCTIONS = full_baseline, optimal_baseline, student_topk_baseline
+
+
+def jitted(function):
+    """function(student logits, teacher logits, ...), compiled for these options."""
+
+    def call(student, teacher, *rest, **options):
+        return on_logits(lambda s, t: function(s, t, *rest, **options))(student, teacher)
+
+    return call
 
 
 def test_rewards_by_hand():
@@ -222,7 +243,8 @@ def test_score_norms_by_hand():
 
 
 def test_baselines_by_hand():
-    pair = tiles(*BY_HAND)
+    pair = BY_HAND
+    full_baseline, optimal_baseline, student_topk_baseline = map(jitted, BASELINE_FUNCTIONS)
     np.testing.assert_allclose(full_baseline(*pair), -LN2 / 4, rtol=1e-6)
     np.testing.assert_allclose(full_baseline(*pair, reward_floor=-0.5), LN2 / 4 - 0.25, rtol=1e-6)
     np.testing.assert_allclose(full_baseline(*pair, power_alpha=1.0), -1 / 16, rtol=1e-6)
@@ -242,7 +264,7 @@ def test_baselines_by_hand():
 
 @pytest.mark.usefixtures("x64")
 def test_score_norms_equal_the_naive_formula(rng):
-    logits = jnp.asarray(
+    logits = np.asarray(
         np.concatenate(
             [
                 rng.normal(size=(40, V)),
@@ -251,13 +273,12 @@ def test_score_norms_equal_the_naive_formula(rng):
             ]
         )
     )
-    p = jax.nn.softmax(logits)
-    naive = 1 - 2 * p + jnp.sum(jnp.square(p), axis=1, keepdims=True)
-    np.testing.assert_allclose(score_norms(VocabTile(logits)), naive, rtol=1e-12)
-    jacobian = jax.vmap(jax.jacrev(jax.nn.log_softmax))(logits)
-    np.testing.assert_allclose(
-        score_norms(VocabTile(logits)), np.sum(np.square(jacobian), axis=2), rtol=1e-12
-    )
+    p = softmax(logits)
+    naive = 1 - 2 * p + np.sum(np.square(p), axis=1, keepdims=True)
+    found = jax.jit(lambda x: score_norms(VocabTile(x)))(logits)
+    np.testing.assert_allclose(found, naive, rtol=1e-12)
+    jacobian = jax.jit(jax.vmap(jax.jacrev(jax.nn.log_softmax)))(logits)
+    np.testing.assert_allclose(found, np.sum(np.square(jacobian), axis=2), rtol=1e-12)
 
 
 def test_score_norms_keep_their_digits_where_the_student_is_nearly_sure(rng):
@@ -303,7 +324,7 @@ def spread_of(student, teacher):
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     st.integers(0, 2**31 - 1),
     st.sampled_from([1e-6, 0.3, 1.0, 3.0, 10.0, 30.0, 300.0]),
@@ -316,7 +337,7 @@ def test_the_optimal_baseline_never_adds_action_variance(
     rng = np.random.default_rng(seed)
     with jax.enable_x64(True):
         pair = [
-            jnp.where(jnp.arange(V) < num_live, scale * rng.normal(size=V), -jnp.inf)
+            np.where(np.arange(V) < num_live, scale * rng.normal(size=V), -np.inf)
             for scale in (student_scale, teacher_scale)
         ]
         best, without, total, value = (float(x) for x in spread_of(*pair))

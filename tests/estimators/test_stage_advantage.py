@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opdjax.estimators.advantage import (
-    STAGE_CREDITS,
-    credit_matrix,
-    group_advantage,
-    spread_stages,
-    stage_advantage,
-    stage_balance,
+from opdjax.estimators import advantage
+from opdjax.estimators.advantage import STAGE_CREDITS, credit_matrix
+
+group_advantage = jax.jit(advantage.group_advantage, static_argnums=(2, 3))
+stage_advantage = jax.jit(
+    advantage.stage_advantage, static_argnums=(4, 5), static_argnames="epsilon"
 )
+spread_stages = jax.jit(advantage.spread_stages)
+stage_balance = jax.jit(advantage.stage_balance, static_argnums=2)
 
 # ROPD: points of eight rollouts under the rubric of table 4, out of 22.
 REWARD = np.array([17, 5, 17, 9, 22, 5, 13, 17]) / 22
@@ -49,19 +50,15 @@ def staged(scores, credit="paper", scale="mean_std", size=None, **options):
 def test_the_eight_rollouts_of_ropd():
     is_scored = np.ones(8, bool)
     np.testing.assert_allclose(REWARD.mean(), 0.59659, atol=5e-6)
+    np.testing.assert_allclose(group_advantage(REWARD, is_scored, 8, "mean"), CENTRED, atol=5e-5)
     np.testing.assert_allclose(
-        group_advantage(jnp.asarray(REWARD), is_scored, 8, "mean"), CENTRED, atol=5e-5
-    )
-    np.testing.assert_allclose(
-        group_advantage(jnp.asarray(REWARD), is_scored, 8, "mean_std"), STANDARDISED, atol=5e-5
+        group_advantage(REWARD, is_scored, 8, "mean_std"), STANDARDISED, atol=5e-5
     )
     # To more digits than are printed, in plain numpy.
     centred = REWARD - REWARD.mean()
+    np.testing.assert_allclose(group_advantage(REWARD, is_scored, 8, "mean"), centred, atol=1e-12)
     np.testing.assert_allclose(
-        group_advantage(jnp.asarray(REWARD), is_scored, 8, "mean"), centred, atol=1e-12
-    )
-    np.testing.assert_allclose(
-        group_advantage(jnp.asarray(REWARD), is_scored, 8, "mean_std"),
+        group_advantage(REWARD, is_scored, 8, "mean_std"),
         centred / (REWARD.std() + 1e-6),
         rtol=1e-12,
         atol=1e-12,
@@ -72,23 +69,19 @@ def test_groups_do_not_see_each_other_and_nobody_sees_what_has_no_score():
     reward = np.array([1.0, 0, np.nan, 0.5, np.nan, 0.25, 7, 7, 7], np.float32)
     is_scored = np.array([1, 1, 0, 1, 0, 0, 1, 1, 1], bool)
     expected = [0.5, -0.5, 0, 0, 0, 0, 0, 0, 0]  # two scored; one alone; a tie
-    np.testing.assert_array_equal(
-        group_advantage(jnp.asarray(reward), is_scored, 3, "mean"), expected
-    )
-    found = group_advantage(jnp.asarray(reward), is_scored, 3, "mean_std")
+    np.testing.assert_array_equal(group_advantage(reward, is_scored, 3, "mean"), expected)
+    found = group_advantage(reward, is_scored, 3, "mean_std")
     np.testing.assert_allclose(found, np.array(expected) / (0.5 + 1e-6), rtol=1e-6)
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 6, 7, 8])
 def test_a_tie_is_worth_nothing_however_its_sums_are_rounded(count):
     """The float32 mean of equal numbers may differ from them; that difference over itself is 1."""
-    for value in np.linspace(0, 1, 23):
-        scores = jnp.full((count, 4), value, jnp.float32)
-        np.testing.assert_array_equal(staged(scores), 0)
-        for scale in ("mean", "mean_std"):
-            np.testing.assert_array_equal(
-                group_advantage(scores[:, 0], np.ones(count, bool), count, scale), 0
-            )
+    scores = np.float32(np.linspace(0, 1, 23)[:, None, None] * np.ones((count, 4)))
+    np.testing.assert_array_equal(jax.jit(jax.vmap(staged))(scores), 0)
+    for scale in ("mean", "mean_std"):
+        of = lambda x, scale=scale: group_advantage(x, np.ones(count, bool), count, scale)
+        np.testing.assert_array_equal(jax.jit(jax.vmap(of))(scores[..., 0]), 0)
     # The same return by other sums: 0.3 = 0.1 + 0.4 * 0.5.
     found = staged(jnp.array([[0.3, 0, 0, 0], [0.1, 0.5, 0, 0]], jnp.float32))
     np.testing.assert_array_equal(found[:, 0], 0)
@@ -125,7 +118,7 @@ def test_the_worked_example_in_float32():
 def test_properties(scale, rng):
     scores = rng.random((12, 4))
     last = staged(scores, "last", scale, size=4, epsilon=1e-6)
-    plain = group_advantage(jnp.asarray(scores[:, -1]), np.ones(12, bool), 4, scale)
+    plain = group_advantage(scores[:, -1], np.ones(12, bool), 4, scale)
     np.testing.assert_allclose(last, np.broadcast_to(plain[:, None], (12, 4)), atol=1e-12)
     for credit in STAGE_CREDITS:
         found = staged(scores, credit, scale, size=4)
@@ -133,9 +126,7 @@ def test_properties(scale, rng):
         np.testing.assert_allclose(moved, found, atol=1e-9)
         np.testing.assert_allclose(np.reshape(found, (3, 4, 4)).mean(axis=1), 0, atol=1e-12)
     own = staged(scores, "identity", scale, size=4, epsilon=1e-6)
-    alone = [
-        group_advantage(jnp.asarray(scores[:, k]), np.ones(12, bool), 4, scale) for k in range(4)
-    ]
+    alone = [group_advantage(scores[:, k], np.ones(12, bool), 4, scale) for k in range(4)]
     np.testing.assert_allclose(own, np.stack(alone, axis=1), atol=1e-12)
 
 
@@ -147,15 +138,13 @@ def test_a_missing_stage_scores_nothing_and_counts_for_nobody():
         np.array([[1, 1], [1, 1], [1, 0], [1, 1]], bool),
         np.array([1, 1, 1, 0], bool),
     )
-    found = stage_advantage(
-        jnp.asarray(scores), has_stage, is_scored, credit_matrix("decay", 2), 4, "mean"
-    )
+    found = stage_advantage(scores, has_stage, is_scored, credit_matrix("decay", 2), 4, "mean")
     # Returns of stage 0: 0.5 + 0.8, 0.5, 1 + 0; their mean 2.8 / 3. Of stage 1: 1 and 0.
     np.testing.assert_allclose(
         found, [[1.3 - 2.8 / 3, 0.5], [0.5 - 2.8 / 3, -0.5], [1 - 2.8 / 3, 0], [0, 0]], atol=1e-12
     )
     alone = stage_advantage(
-        jnp.asarray(scores),
+        scores,
         has_stage & (np.arange(4) == 0)[:, None],
         is_scored,
         np.eye(2),
@@ -165,9 +154,7 @@ def test_a_missing_stage_scores_nothing_and_counts_for_nobody():
     np.testing.assert_array_equal(
         alone, 0
     )  # one rollout with a stage has nobody to be compared with
-    nobody = stage_advantage(
-        jnp.asarray(scores), has_stage, np.zeros(4, bool), np.eye(2), 4, "mean_std"
-    )
+    nobody = stage_advantage(scores, has_stage, np.zeros(4, bool), np.eye(2), 4, "mean_std")
     np.testing.assert_array_equal(nobody, 0)
 
 
@@ -189,15 +176,13 @@ def test_a_token_mean_becomes_the_mean_of_the_stages_own_means(rng):
     losses = np.where(
         stages >= 0, rng.normal(size=stages.shape), 0
     )  # outside all stages the advantage is 0
-    factor = stage_balance(jnp.asarray(stages), jnp.asarray(mask), 3)
+    factor = stage_balance(stages, mask, 3)
     by_stage = [losses[mask & (stages == k)].mean() for k in (0, 2)]
     np.testing.assert_allclose(
         np.sum(losses * factor * mask) / mask.sum(), np.mean(by_stage), rtol=1e-12
     )
     np.testing.assert_array_equal(np.asarray(factor)[~mask | (stages < 0)], 0)
-    np.testing.assert_array_equal(
-        stage_balance(jnp.asarray(stages), jnp.zeros(mask.shape, bool), 3), 0
-    )
+    np.testing.assert_array_equal(stage_balance(stages, np.zeros(mask.shape, bool), 3), 0)
 
 
 class TestVariants(chex.TestCase):
@@ -209,14 +194,18 @@ class TestVariants(chex.TestCase):
         stages = jnp.asarray(rng.integers(-1, 4, (5, 6, 7)))
 
         def both(scores, has_stage, is_scored, stages):
-            by_stage = stage_advantage(
+            by_stage = advantage.stage_advantage(
                 scores, has_stage, is_scored, credit_matrix(None, 4), 3, "mean_std"
             )
-            of_group = group_advantage(scores[:, 0], is_scored, 3, "mean")
-            return of_group, spread_stages(by_stage, stages), stage_balance(stages, stages != 1, 4)
+            return (
+                advantage.group_advantage(scores[:, 0], is_scored, 3, "mean"),
+                advantage.spread_stages(by_stage, stages),
+                advantage.stage_balance(stages, stages != 1, 4),
+            )
 
         operands = (scores, jnp.asarray(has_stage), jnp.asarray(is_scored), stages)
-        plain = [both(*(x[i] for x in operands)) for i in range(5)]
+        alone = jax.jit(both)
+        plain = [alone(*(x[i] for x in operands)) for i in range(5)]
         plain = jax.tree.map(lambda *x: jnp.stack(x), *plain)
         chex.assert_trees_all_close(
             self.variant(jax.vmap(both))(*operands), plain, rtol=1e-5, atol=1e-6

@@ -5,7 +5,6 @@ gradient on a tree of sequences.
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from enumeration import (
@@ -20,20 +19,25 @@ from enumeration import (
     batch_probabilities,
     exact_gradient,
     expectation,
+    gradient_of_expected,
     reach,
     relative_bias,
-    reverse_kl,
+    reverse_kl_gradient,
     sequence_logprobs,
+    softmax,
     token_logprobs,
 )
 
-from opdjax.estimators.advantage import (
-    future_reward,
-    group_advantage,
-    mean_of_other_sequences,
-    prefix_weight,
+from opdjax.estimators import advantage
+from opdjax.ops import masked
+
+running_sum = jax.jit(masked.running_sum)
+mean_of_other_sequences = jax.jit(advantage.mean_of_other_sequences)
+future_reward, prefix_weight = (
+    jax.jit(function, static_argnums=3)
+    for function in (advantage.future_reward, advantage.prefix_weight)
 )
-from opdjax.ops.masked import running_sum
+group_advantage = jax.jit(advantage.group_advantage, static_argnums=(2, 3))
 
 BASELINES = {
     "none": ("opd", {}),
@@ -53,20 +57,11 @@ class TestDiscount:
         self, tables
     ):
         theta, teacher = tables
-        states = reach(theta)
-        frozen = (
-            jax.grad(lambda x: sum(p * reverse_kl(x[i], teacher[i]) for i, p in enumerate(states)))(
-                theta
-            )
-            / LENGTH
-        )
-        np.testing.assert_allclose(exact_gradient(tables, 0.0), frozen, atol=1e-12)
-        whole = lambda x: jnp.sum(
-            jnp.exp(sequence_logprobs(x)) * (sequence_logprobs(x) - sequence_logprobs(teacher))
-        )
-        np.testing.assert_allclose(
-            exact_gradient(tables, 1.0), jax.grad(whole)(theta) / LENGTH, atol=1e-12
-        )
+        frozen = reach(theta)[:, None] * [reverse_kl_gradient(*pair) for pair in zip(*tables)]
+        np.testing.assert_allclose(exact_gradient(tables, 0.0), frozen / LENGTH, atol=1e-12)
+        cost = sequence_logprobs(theta) - sequence_logprobs(teacher)
+        whole = gradient_of_expected(theta, cost)
+        np.testing.assert_allclose(exact_gradient(tables, 1.0), whole / LENGTH, atol=1e-12)
 
     @pytest.mark.parametrize("baseline", BASELINES)
     @pytest.mark.parametrize("discount", [0.0, 0.5, 1.0])
@@ -119,8 +114,8 @@ class TestBatchMean:
         tokens but the one.
         """
         theta, teacher = tables
-        rewards = np.asarray(token_logprobs(teacher) - token_logprobs(theta))
-        scores = np.eye(3)[TOKENS] - np.asarray(jax.nn.softmax(theta, axis=-1))[CONTEXT_OF]
+        rewards = token_logprobs(teacher) - token_logprobs(theta)
+        scores = np.eye(3)[TOKENS] - softmax(theta)[CONTEXT_OF]
         probs = batch_probabilities(theta, PAIRS)
         for leaves_out_the_sequence in (True, False):
             found = np.zeros_like(theta)
@@ -155,13 +150,9 @@ def test_a_task_reward_adds_its_gradient_less_the_share_of_its_own_group_mean(gr
     """
     reward, coef, theta = rng.normal(size=len(SEQUENCES)), 0.8, tables[0]
     groups = np.array(list(itertools.product(range(len(SEQUENCES)), repeat=group)))
-    credit = np.asarray(
-        group_advantage(
-            jnp.asarray(reward[groups].reshape(-1)), jnp.ones(groups.size, bool), group, "mean"
-        )
-    ).reshape(groups.shape)
+    credit = reward[groups] - reward[groups].mean(axis=1, keepdims=True)
     columns = {"advantages": np.repeat(credit[..., None], LENGTH, axis=2)}
-    of_reward = jax.grad(lambda x: jnp.sum(jnp.exp(sequence_logprobs(x)) * reward))(theta)
+    of_reward = gradient_of_expected(theta, reward)
     for discount in (0.0, 1.0) if group == 2 else (0.0,):
         found = expectation(
             tables, "opd", {"task_reward_coef": coef, "discount": discount}, groups, **columns
@@ -192,15 +183,15 @@ def test_the_prefix_weight_changes_the_expected_gradient(tables):
 # masked slots hold garbage.
 
 G = np.nan
-SEGMENTS = jnp.array([[1, 1, 1, 1, 0, 2, 2, 2], [0, 1, 1, 1, 1, 1, 0, 0]])
-BRICK_MASK = jnp.array(
+SEGMENTS = np.array([[1, 1, 1, 1, 0, 2, 2, 2], [0, 1, 1, 1, 1, 1, 0, 0]])
+BRICK_MASK = np.array(
     [[0, 1, 1, 1, 0, 0, 1, 1], [0, 0, 1, 1, 0, 1, 0, 0]], bool
 )  # a token inside a sequence may be masked
-VALUES = jnp.array([[G, 1.0, 2.0, 4.0, G, G, 8.0, -16.0], [G, G, 3.0, -1.0, G, 5.0, G, G]])
+VALUES = np.float32([[G, 1.0, 2.0, 4.0, G, G, 8.0, -16.0], [G, G, 3.0, -1.0, G, 5.0, G, G]])
 
 
 def by_hand(found, expected):
-    np.testing.assert_allclose(jnp.where(BRICK_MASK, found, 0), expected, rtol=1e-6)
+    np.testing.assert_allclose(np.where(BRICK_MASK, found, 0), expected, rtol=1e-6)
     assert np.isfinite(found).all()
 
 
@@ -232,7 +223,7 @@ def test_mean_of_other_sequences_by_hand():
         [[0, first, first, first, 0, 0, second, second], [0, 0, third, third, 0, third, 0, 0]],
     )
     # These rows are a part of a batch of 10 tokens whose rewards sum to 9.
-    found = mean_of_other_sequences(VALUES, BRICK_MASK, SEGMENTS, (jnp.float32(9), jnp.float32(10)))
+    found = mean_of_other_sequences(VALUES, BRICK_MASK, SEGMENTS, (np.float32(9), np.float32(10)))
     first, second, third = 2 / 7, 17 / 8, 2 / 7
     by_hand(
         found,
@@ -240,7 +231,7 @@ def test_mean_of_other_sequences_by_hand():
     )
     alone = mean_of_other_sequences(VALUES[1:], BRICK_MASK[1:], SEGMENTS[1:])
     np.testing.assert_array_equal(
-        jnp.where(BRICK_MASK[1:], alone, 0), 0
+        np.where(BRICK_MASK[1:], alone, 0), 0
     )  # there is no other sequence
 
 
@@ -254,12 +245,13 @@ def test_prefix_weight_by_hand():
     by_hand(found, ones)
     # Without any disagreement nothing lies before a token.
     by_hand(
-        prefix_weight(jnp.where(BRICK_MASK, 0.0, G), BRICK_MASK, SEGMENTS, 0.5), 1.5 * BRICK_MASK
+        prefix_weight(np.float32(np.where(BRICK_MASK, 0.0, G)), BRICK_MASK, SEGMENTS, 0.5),
+        1.5 * BRICK_MASK,
     )
 
 
 def test_group_advantage_by_hand():
-    centred = lambda x, size: group_advantage(jnp.array(x), jnp.ones(len(x), bool), size, "mean")
+    centred = lambda x, size: group_advantage(np.float32(x), np.ones(len(x), bool), size, "mean")
     np.testing.assert_allclose(
         centred([1.0, 0.0, 0.0, 1.0, 1.0, 1.0], 3), [2 / 3, -1 / 3, -1 / 3, 0, 0, 0], atol=1e-6
     )
