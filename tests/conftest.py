@@ -6,8 +6,6 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from jax._src import pjit
-from jax._src.interpreters import pxla
 from judge_server import serving
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -32,17 +30,18 @@ if jax.__version_info__ < (0, 11):
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
+_MEMORY = 1.2e9  # bytes of a process above which its compiled programs are dropped
+
+
 @pytest.fixture(scope="module", autouse=True)
-def memory(request):
-    """Drop what only this file needs. jax keeps the module that every program was lowered from,
-    about 1 MB each, and the programs of a file's own functions.
+def bounded_memory():
+    """Drop compiled programs after a file if the process holds much memory: with thousands of them
+    XLA's compiler ends the process.
     """
     yield
-    for cache in (pxla._cached_lowering_to_hlo, pjit._pjit_lower):
-        cache.cache_clear()
-    for value in vars(request.module).values():
-        if getattr(value, "__module__", "") == request.module.__name__:
-            getattr(value, "clear_cache", int)()
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    if pages * os.sysconf("SC_PAGE_SIZE") > _MEMORY:
+        jax.clear_caches()
 
 
 @pytest.fixture
