@@ -7,13 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from opdjax.estimators import diagnostics
 from opdjax.estimators.diagnostics import (
     applied_importance,
-    effective_sample_size,
     entropy,
     kth_largest,
-    largest_share,
-    sequence_sample_size,
     squared_score,
     top_k_overlap,
     vocabulary_stats,
@@ -21,6 +19,10 @@ from opdjax.estimators.diagnostics import (
 from opdjax.estimators.grpo import clipping
 from opdjax.ops.tile import VocabTile
 
+effective_sample_size, sequence_sample_size = map(
+    jax.jit, (diagnostics.effective_sample_size, diagnostics.sequence_sample_size)
+)
+largest_share = jax.jit(diagnostics.largest_share, static_argnums=2)
 # Ids 0 to 3 live, id 4 pads the embedding.
 STUDENT = VocabTile(jnp.log(jnp.array([[1 / 2, 1 / 4, 1 / 8, 1 / 8, 0]])))
 TEACHER = VocabTile(jnp.log(jnp.array([[1 / 8, 1 / 2, 1 / 4, 1 / 8, 0]])))

@@ -184,8 +184,8 @@ class TestTree:
     @pytest.mark.parametrize(
         ("name", "options"),
         [
-            ("opd", {"discount": 0.0}),
-            ("vopd", {"discount": 1.0}),
+            pytest.param("opd", {"discount": 0.0}, marks=pytest.mark.long),
+            pytest.param("vopd", {"discount": 1.0}, marks=pytest.mark.long),
             ("vopd", {"discount": 0.5, "return_to_go": "expected", "baseline": "optimal"}),
             ("opd", {"importance": "prefix_truncate", "discount": 0.0}),
         ],
@@ -205,9 +205,9 @@ class TestTree:
         ("aggregation", "is_free"),
         [
             ("fixed_denominator", True),
-            ("sequence_mean_token_sum", True),
+            pytest.param("sequence_mean_token_sum", True, marks=pytest.mark.long),
             ("token_mean", False),
-            ("sequence_mean_token_mean", False),
+            pytest.param("sequence_mean_token_mean", False, marks=pytest.mark.long),
         ],
     )
     def test_a_baseline_is_free_only_where_no_divisor_depends_on_the_sample(
@@ -351,11 +351,13 @@ COUPLED = [
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        EVERY_SAMPLED[0],
-        EVERY_SAMPLED[1],
-        *OPTIONED[2:4],
-        *COUPLED,
+        *COUPLED[:2],
+        OPTIONED[3],
         ("full_kl", {"divergence": "jsd"}),
+        *(
+            pytest.param(*each, marks=pytest.mark.long)
+            for each in (*EVERY_SAMPLED[:2], OPTIONED[2], *COUPLED[2:])
+        ),
     ],
 )
 def test_nan_in_masked_slots_changes_neither_value_nor_gradient(name, options, rng):
@@ -426,7 +428,7 @@ def test_options_that_a_recipe_does_not_have_are_refused():
     }.items():
         for kind in kinds:
             with pytest.raises(
-                ValueError, match=f"recipe '{name}' has no importance correction '{kind}'"
+                ValueError, match=f"estimator.importance is '{kind}'; expected none"
             ):
                 bind(name, {"importance": kind})
     # Unbound, a recipe knows neither the options that `prepare` turns into columns nor what is

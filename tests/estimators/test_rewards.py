@@ -154,10 +154,21 @@ class TestExtraDraws:
     visited.
     """
 
-    @pytest.mark.parametrize("options", [{}, {"reward_floor": FLOOR}], ids=["plain", "floor"])
     @pytest.mark.parametrize(
-        ("name", "baseline"),
-        [("opd", {}), ("vopd", {"baseline": "full"}), ("vopd", {"baseline": "batch_mean"})],
+        ("name", "baseline", "options"),
+        [
+            ("opd", {}, {"reward_floor": FLOOR}),
+            ("vopd", {"baseline": "full"}, {}),
+            ("vopd", {"baseline": "batch_mean"}, {"reward_floor": FLOOR}),
+            *(
+                pytest.param(*each, marks=pytest.mark.long)
+                for each in (
+                    ("opd", {}, {}),
+                    ("vopd", {"baseline": "full"}, {"reward_floor": FLOOR}),
+                    ("vopd", {"baseline": "batch_mean"}, {}),
+                )
+            ),
+        ],
     )
     def test_expectation_stays_and_the_action_variance_falls_to_its_share(
         self, name, baseline, options, logits

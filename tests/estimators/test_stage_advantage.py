@@ -227,7 +227,7 @@ def test_credits():
 @pytest.mark.parametrize(
     ("name", "stages", "custom", "told"),
     [
-        ("paper", 3, (), "made for 4 stages, there are 3"),
+        ("paper", 3, (), "defined for 4 stages, there are 3"),
         ("nope", 3, (), "no stage_credit 'nope'"),
         (None, 3, (1, 0.5, 0, 1), "has 4 numbers; expected 9"),
         (None, 2, (1, 0.5, 0.1, 1), "0 below it"),

@@ -44,7 +44,8 @@ EVERY = [
         {"renormalize": "teacher", "outside": "floor"},
     )
 ]
-NAMES = ["-".join(map(str, options.values())) for options in EVERY]
+# Each support, divergence and kind with one of the sizes.
+PAIRWISE = [o for n, o in enumerate(EVERY) if (n // 12 - n // 36 - n // 6 % 2 - n % 6) % 3 == 0]
 
 
 def tile(logits):
@@ -73,6 +74,11 @@ def _evaluate(cases, students, teachers):
         return values, *gradients
 
     return [of(options) for options in cases]
+
+
+def zip_cases(cases, students, teachers):
+    """(options, results) of each case."""
+    return list(zip(cases, evaluate(cases, students, teachers)))
 
 
 def values_of(student, teacher, *cases):
@@ -116,21 +122,26 @@ def pair(rng):
     return tuple(2 * rng.normal(size=V) for _ in range(2))
 
 
-@pytest.fixture(scope="module")
-def every():
-    """(pair, results of EVERY): of the pair and its neighbours, then of the student twice."""
+@pytest.fixture(
+    scope="module",
+    params=["pairwise", pytest.param("all", marks=pytest.mark.long)],
+)
+def every(request):
+    """(pair, options and results): of the pair and its neighbours, then of the student twice."""
     rng = np.random.default_rng(0)
+    cases = EVERY if request.param == "all" else PAIRWISE
     student, teacher = (2 * rng.normal(size=V) for _ in range(2))
     students = np.concatenate([with_neighbours(student), student[None]])
     teachers = np.tile(teacher, (len(students), 1))
     teachers[-1] = student
     with jax.enable_x64(True):
-        return (student, teacher), evaluate(EVERY, students, teachers)
+        return (student, teacher), zip_cases(cases, students, teachers)
 
 
 def test_value_and_gradient(every):
     (student, teacher), results = every
-    for options, name, (values, of_student, of_teacher) in zip(EVERY, NAMES, results):
+    for options, (values, of_student, of_teacher) in results:
+        name = str(options)
         expected = by_hand(student, teacher, **options)
         np.testing.assert_allclose(values[0], expected, rtol=1e-9, atol=1e-12, err_msg=name)
         assert_gradient(values, of_student, V)
@@ -140,8 +151,8 @@ def test_value_and_gradient(every):
 def test_where_student_and_teacher_are_one(every):
     """No gradient for `both` and `tail`; a stated one for `drop` (that of the kept mass)."""
     (student, _), results = every
-    for options, name, (_, of_student, _) in zip(EVERY, NAMES, results):
-        gradient, k = of_student[-1], options["support_top_k"]
+    for options, (_, of_student, _) in results:
+        name, gradient, k = str(options), of_student[-1], options["support_top_k"]
         if options["renormalize"] == "both" or options.get("outside") == "tail":
             np.testing.assert_allclose(gradient, 0, atol=1e-12, err_msg=name)
         elif options["renormalize"] == "none" and options.get("outside") is None:
@@ -194,11 +205,7 @@ def test_hand_worked_numbers():
 
 ALL_IDS = [
     {"support": support, "support_top_k": k, "divergence": divergence, **kind}
-    for support, k in (
-        *(("student", k) for k in (V, V + 3)),
-        ("union", V + 1),
-        ("intersection", V + 9),
-    )
+    for support, k in (("student", V + 3), ("union", V + 1), ("intersection", V + 9))
     for divergence in ("reverse", "forward")
     for kind in (
         {"renormalize": "both"},
@@ -307,9 +314,7 @@ def test_the_config_takes_a_convention_whole(name):
     }
     EstimatorConfig(recipe="topk_kl", **TOP_K_CONVENTIONS[name])
     for option, setting in TOP_K_CONVENTIONS[name].items():
-        with pytest.raises(
-            ConfigError, match=f"estimator.{option} is .*; expected none where convention is {name}"
-        ):
+        with pytest.raises(ConfigError, match=f"estimator.{option} is "):
             EstimatorConfig(recipe="topk_kl", convention=name, **{option: setting})
     if "divergence" not in TOP_K_CONVENTIONS[name]:
         EstimatorConfig(recipe="topk_kl", convention=name, divergence="forward")
@@ -504,12 +509,12 @@ def test_sets_by_hand(support, expected):
     np.testing.assert_allclose(found, [terms[support] / 16, forward], rtol=1e-5, atol=1e-6)
 
 
-SIZES = (1, 2, 4, V, V + 3)
+SIZES = (1, 2, 3, 4, V, V + 3)
 
 
 def sets(sizes_of):
-    """Values and gradients of BOTH_SIDES at k = 3 and at `sizes_of(number)`: for random pairs with
-    ties and ids that neither side can draw, and for one pair and its neighbours.
+    """Values and gradients of BOTH_SIDES at the k of `sizes_of(number)`: for random pairs with ties
+    and ids that neither side can draw, and for one pair and its neighbours.
     """
     rng, rows = np.random.default_rng(0), []
     for _ in range(6):
@@ -526,7 +531,7 @@ def sets(sizes_of):
     cases = [
         options | {"support_top_k": k}
         for number, options in enumerate(BOTH_SIDES)
-        for k in (3, *sizes_of(number))
+        for k in sizes_of(number)
     ]
     with jax.enable_x64(True):
         for options, result in zip(cases, evaluate(cases, students, teachers)):
@@ -538,15 +543,14 @@ def assert_sets(options, students, teachers, values, of_student, of_teacher):
     for row in (0, *range(1 + 2 * V, len(students))):
         expected = on_sets(students[row], teachers[row], **options)
         np.testing.assert_allclose(values[row], expected, rtol=1e-9, atol=1e-12, err_msg=name)
-    if options["support_top_k"] == 3:
-        assert_gradient(values, of_student, V)
+    assert_gradient(values, of_student, V)
     assert np.isfinite(of_student).all(), name
     np.testing.assert_array_equal(of_teacher, 0, err_msg=name)
 
 
 def test_sets_against_brute_force():
     """Padded ids included; the teacher has no gradient."""
-    sets(lambda number: [SIZES[number % len(SIZES)]])
+    sets(lambda number: [SIZES[(number + number // 6) % 6]])
 
 
 @pytest.mark.long

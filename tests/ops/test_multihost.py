@@ -21,7 +21,19 @@ def wait_for(file, processes):
     until(lambda: file.exists() or any(process.poll() is not None for process in processes))
 
 
-def test_two_processes_are_one_run_and_stop_together(pair, tmp_path):
+GROUP = {"count": 2, "devices": 2}
+
+
+def test_two_processes_are_one_run(pair, tmp_path):
+    workdir, mesh = tmp_path / "two", MeshConfig(2, 2, 1, processes=2)
+    statuses, printed = finish(start(mesh_config(pair, mesh), workdir, **GROUP), workdir)
+    assert statuses == [0, 0], printed
+    train(mesh_config(pair, MeshConfig(1)), tmp_path / "one")
+    assert_close_run(workdir, tmp_path / "one")
+
+
+@pytest.mark.long
+def test_two_processes_stop_together_and_continue(pair, tmp_path):
     """A SIGTERM to one process stops both after the same step; the same command then continues.
     Only process zero writes samples and evaluations.
     """
@@ -34,15 +46,14 @@ def test_two_processes_are_one_run_and_stop_together(pair, tmp_path):
     }
     mesh = MeshConfig(2, 2, 1, processes=2)
     workdir = tmp_path / "two"
-    group = {"count": 2, "devices": 2}
-    processes = start(mesh_config(pair, mesh, **sections), workdir, **group)
+    processes = start(mesh_config(pair, mesh, **sections), workdir, **GROUP)
     wait_for(workdir / "eval.jsonl", processes)
     processes[1].send_signal(signal.SIGTERM)
     statuses, printed = finish(processes, workdir)
     assert statuses == [143, 143], printed
     (done,) = {re.search(r"stopped after step (\d)", text)[1] for text in printed}
     statuses, printed = finish(
-        start(mesh_config(pair, mesh, **sections), workdir, **group), workdir
+        start(mesh_config(pair, mesh, **sections), workdir, **GROUP), workdir
     )
     assert statuses == [0, 0], printed
     assert f"continuing from step {done}" in printed[0]
