@@ -224,7 +224,6 @@ def test_an_unknown_divergence_is_refused(pair):
     [
         (
             {"skew_alpha": 0.1},
-<<<<<<< HEAD
             "estimator.skew_alpha is 0.1; expected none unless divergence is skew_forward or "
             "skew_reverse",
         ),
@@ -232,13 +231,6 @@ def test_an_unknown_divergence_is_refused(pair):
             {"skew_alpha": 0.1, "divergence": "jsd"},
             "estimator.skew_alpha is 0.1; expected none unless divergence is skew_forward or "
             "skew_reverse",
-=======
-            "estimator.skew_alpha is 0.1; expected none unless divergence is skew_forward or skew_",
-        ),
-        (
-            {"skew_alpha": 0.1, "divergence": "jsd"},
-            "estimator.skew_alpha is 0.1; expected none unless divergence is skew_forward or skew_",
->>>>>>> house
         ),
         (
             {"skew_alpha": 0.0, "divergence": "skew_forward"},
