@@ -192,4 +192,4 @@ def test_the_command(mini, tmp_path):
     failed = run(mini, "--paper", "vopd")
     assert failed.returncode != 0
     assert "there is no table 'vopd'" in failed.stderr
-    assert "needs the directory of a sweep" in run().stderr
+    assert "no directory given; expected that of a sweep" in run().stderr

@@ -218,7 +218,7 @@ def test_without_the_engine_it_is_said_what_to_install(monkeypatch, capsys, tmp_
 def test_options_of_this_machine_do_not_go_with_a_fleet(monkeypatch, capsys, words):
     status, _, error = sweep(monkeypatch, capsys, *LAUNCH, *words)
     assert status == 2
-    assert "do not go with --launch" in error
+    assert "cannot be used with --launch" in error
 
 
 def test_a_fleet_without_an_engine_is_refused(monkeypatch, capsys):
