@@ -322,8 +322,9 @@ def test_diagnostics_do_not_change_an_update(estimator, rng):
     batch, head = scored(drawn(make_batch(rng)), teacher, estimator)
     params, metrics = diagnosed(student, batch, head, estimator, 1)
     without, fewer = diagnosed(student, batch, head, estimator, 0)
-    # Two programs: XLA may fuse them differently, which moves the last bit.
-    chex.assert_trees_all_close(params, without, rtol=1e-6)
+    # Two programs: XLA may fuse them differently, which moves last bits; Adam enlarges those of
+    # small gradients.
+    assert relative_difference(params, without) < 1e-6
     chex.assert_trees_all_close({name: metrics[name] for name in fewer}, fewer, rtol=1e-5)
     assert {"entropy/student"} <= metrics.keys() - fewer.keys()
     assert ("overlap/ratio" in metrics) == (head is not None)
