@@ -32,6 +32,9 @@ if jax.__version_info__ < (0, 11):
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
+_MEMORY = 1.5e9  # bytes of a process above which all its compiled programs are dropped
+
+
 @pytest.fixture(autouse=True)
 def lowered_modules():
     """Drop the modules that programs were lowered from, which jax keeps: 1 to 10 MB each. The
@@ -44,11 +47,16 @@ def lowered_modules():
 
 @pytest.fixture(scope="module", autouse=True)
 def own_programs(request):
-    """Drop the programs of a file's own functions after its last test."""
+    """Drop the programs of a file's own functions after its last test, and all programs if the
+    process holds much memory: with thousands of them XLA's compiler ends the process.
+    """
     yield
     for value in vars(request.module).values():
         if getattr(value, "__module__", "") == request.module.__name__:
             getattr(value, "clear_cache", int)()
+    statm = pathlib.Path("/proc/self/statm")
+    if statm.exists() and int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > _MEMORY:
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -139,14 +139,14 @@ def test_help_of_training_shows_the_values_of_the_experiment(opdjax, experiment)
     status, out, _ = opdjax("train", experiment(), "--help")
     out = smooth(out)
     assert status == 0
-    assert "--train.num-steps INT optimizer updates (default: 7)" in out
+    assert "--train.num-steps INT Optimizer updates. (default: 7)" in out
     # So long a list is broken inside.
     assert (
         "--estimator.recipe{opd,vopd,full_kl,topk_kl,npd,sft,grpo,ropd,tjudge,ropd_stages}"
         in out.replace(" ", "")
     )
     # Every field is documented where it is declared; tyro takes the comments for help.
-    assert "tokens whose logits exist at a time, per device (default: 512)" in out
+    assert "Tokens whose logits exist at a time, per device. (default: 512)" in out
     assert opdjax("train", "--help")[0] == 0
     assert opdjax("train")[0] == 2
 

@@ -149,6 +149,7 @@ def test_a_healthy_pair_passes_under_a_recipe_that_sees_one_log_prob_a_token(hea
     assert complaints(diagnose(vary(healthy, estimator={"recipe": "opd"}))) == {}
 
 
+@pytest.mark.long
 def test_a_teacher_view_of_its_own_is_a_warning_and_nothing_else(healthy):
     """Plain text for the student, the template for the teacher: the config says so, and the
     scores still land on the tokens.
@@ -171,6 +172,7 @@ def test_a_student_that_is_its_own_teacher_must_use_what_its_prompt_shows(health
     )
 
 
+@pytest.mark.long
 def test_a_run_that_reads_the_teachers_most_likely_ids(healthy):
     findings = diagnose(
         vary(healthy, estimator={"recipe": "npd", "kd_weight": 1.0, "renormalize": "both"})
@@ -339,6 +341,7 @@ def test_fault_4_padded_vocabulary_that_is_not_masked(plant, tmp_path, monkeypat
     assert "the student gives its padded ids 214 to 229 a probability of up to" in message
 
 
+@pytest.mark.long
 def test_fault_4_padded_vocabulary_of_a_teacher(plant, tmp_path):
     config = plant("teacher", "config.json", lambda values: values)
     pad_embedding(tmp_path / "teacher")
@@ -372,6 +375,7 @@ def test_fault_5_a_template_that_differs(plant):
     assert complaints(findings).keys() <= {"chat_template", "stop_tokens", "teacher_is_better"}
 
 
+@pytest.mark.long
 def test_fault_6_a_filter_on_an_exact_divergence(opdjax_doctor):
     status, out = opdjax_doctor("--estimator.recipe", "full_kl", "--sampling.top-p", "0.9")
     assert status == 0

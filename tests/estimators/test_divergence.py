@@ -224,11 +224,13 @@ def test_an_unknown_divergence_is_refused(pair):
     [
         (
             {"skew_alpha": 0.1},
-            "estimator.skew_alpha is 0.1; expected none unless divergence is skew_forward or skew_",
+            "estimator.skew_alpha is 0.1; expected none unless divergence is skew_forward or "
+            "skew_reverse",
         ),
         (
             {"skew_alpha": 0.1, "divergence": "jsd"},
-            "estimator.skew_alpha is 0.1; expected none unless divergence is skew_forward or skew_",
+            "estimator.skew_alpha is 0.1; expected none unless divergence is skew_forward or "
+            "skew_reverse",
         ),
         (
             {"skew_alpha": 0.0, "divergence": "skew_forward"},

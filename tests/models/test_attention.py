@@ -122,7 +122,9 @@ def test_the_decoder_with_splash_is_the_decoder(rng, monkeypatch):
         )(params, c)
         for c in (plain, fused)
     ]
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-3), *outputs)
+    # Relative to the norm of each array: its small entries are differences of large ones.
+    for one, other in zip(*map(jax.tree.leaves, outputs)):
+        assert np.linalg.norm(one - other) <= 1e-4 * np.linalg.norm(one)
     residuals = jax.tree.leaves(
         jax.eval_shape(lambda p: jax.vjp(partial(states, config=fused), p)[1], params)
     )

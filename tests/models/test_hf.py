@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
-from opdjax.models import decoder, hf
+from opdjax.models import decoder, hf, hf_export
 from opdjax.models.hf import CheckpointError, load_params, open_checkpoint
 from opdjax.models.hf_export import export
 from opdjax.models.rope import Rope
@@ -224,7 +224,7 @@ def test_transformers_loads_what_we_export(
 ):
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(hf, "_SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(hf_export, "_FILE_BYTES", shard_bytes)
     trained = jax.tree.map(lambda x: x * 1.25, pair.params)
     out = export(trained, pair.checkpoint, tmp_path / "out")
     if shard_bytes == 9000:
