@@ -6,6 +6,8 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from jax._src import pjit
+from jax._src.interpreters import pxla
 from judge_server import serving
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -30,17 +32,31 @@ if jax.__version_info__ < (0, 11):
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
-_MEMORY = 1.2e9  # bytes of a process above which its compiled programs are dropped
+_MEMORY = 1.5e9  # bytes of a process above which all its compiled programs are dropped
+
+
+@pytest.fixture(autouse=True)
+def lowered_modules():
+    """Drop the modules that programs were lowered from, which jax keeps: 1 to 10 MB each. The
+    compiled programs stay.
+    """
+    yield
+    for module, name in ((pxla, "_cached_lowering_to_hlo"), (pjit, "_pjit_lower")):
+        if hasattr(module, name):  # private: another version of jax may not have it
+            getattr(module, name).cache_clear()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def bounded_memory():
-    """Drop compiled programs after a file if the process holds much memory: with thousands of them
-    XLA's compiler ends the process.
+def own_programs(request):
+    """Drop the programs of a file's own functions after its last test, and all programs if the
+    process holds much memory: with thousands of them XLA's compiler ends the process.
     """
     yield
-    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-    if pages * os.sysconf("SC_PAGE_SIZE") > _MEMORY:
+    for value in vars(request.module).values():
+        if getattr(value, "__module__", "") == request.module.__name__:
+            getattr(value, "clear_cache", int)()
+    statm = pathlib.Path("/proc/self/statm")
+    if statm.exists() and int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > _MEMORY:
         jax.clear_caches()
 
 

@@ -468,6 +468,14 @@ def student():
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+    """Drop the sampler's programs after this file: no other file has these shapes."""
+    yield
+    for function in (sampler.prefill, sampler.advance, sampler._collect, sampler.start):
+        function.clear_cache()
+
+
 @pytest.fixture(scope="module")
 def generate(student):
     """generate(prompts, seed, policy_version, **options of sample and Decoding) -> Rollouts in
@@ -936,7 +944,11 @@ def assert_same_rollouts(ours, theirs):
 
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": 1.5}, {"temperature": 0.0}, WARM],
+    [
+        pytest.param({"temperature": 1.5}, marks=pytest.mark.long),
+        pytest.param({"temperature": 0.0}, marks=pytest.mark.long),
+        WARM,
+    ],
     ids=["plain", "greedy", "filtered"],
 )
 def test_refilled_slots_sample_what_all_rows_at_once_sample(generate, mixed, steps, options):
@@ -949,7 +961,12 @@ def test_refilled_slots_sample_what_all_rows_at_once_sample(generate, mixed, ste
 
 
 @pytest.mark.parametrize(
-    ("stop", "length"), [(tuple(range(VOCAB)), 1), ((VOCAB,), LENGTH)], ids=["at once", "never"]
+    ("stop", "length"),
+    [
+        (tuple(range(VOCAB)), 1),
+        pytest.param((VOCAB,), LENGTH, marks=pytest.mark.long),
+    ],
+    ids=["at once", "never"],
 )
 def test_rows_that_all_end_at_the_same_step(generate, mixed, stop, length):
     drawn = generate(mixed, num_generations=2, slots=4, stop=stop, temperature=1.5)
@@ -973,7 +990,7 @@ def short_rings(monkeypatch):
     assert scheduling.ring_sizes(LENGTH) == [4, 8, LENGTH]
 
 
-@pytest.mark.parametrize("slots", [None, 5])
+@pytest.mark.parametrize("slots", [pytest.param(None, marks=pytest.mark.long), 5])
 @pytest.mark.usefixtures("short_rings")
 def test_a_ring_that_grows_changes_nothing(generate, mixed, rollouts, slots):
     assert_same_rollouts(generate(mixed, num_generations=8, temperature=1.5, slots=slots), rollouts)

@@ -83,8 +83,7 @@ def with_credit(batch, rng):
     [
         *((RECIPES[1], kind) for kind in AGGREGATIONS[:2]),
         *(pytest.param(RECIPES[1], kind, marks=pytest.mark.long) for kind in AGGREGATIONS[2:]),
-        (RECIPES[0], "token_mean"),
-        pytest.param(RECIPES[2], "token_mean", marks=pytest.mark.long),
+        *(pytest.param(e, "token_mean", marks=pytest.mark.long) for e in (RECIPES[0], RECIPES[2])),
     ],
     ids=lambda x: getattr(x, "recipe", x),
 )
@@ -120,7 +119,8 @@ def test_what_couples_tokens_does_not_depend_on_the_number_of_micro_batches(name
     chex.assert_trees_all_close(part_outputs, outputs, rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", few_of(COUPLED, "batch_mean"))
+@pytest.mark.long
+@pytest.mark.parametrize("name", COUPLED)
 def test_what_couples_tokens_is_the_same_on_eight_devices(name, rng):
     student, teacher = make_models(jnp.float32)
     batch, head = scored(with_credit(make_batch(rng), rng), teacher, COUPLED[name])
@@ -171,7 +171,7 @@ def test_noise_and_signal_are_unbiased(rng):
 
 @pytest.mark.parametrize(
     "estimator",
-    [*RECIPES[:2], pytest.param(RECIPES[2], marks=pytest.mark.long)],
+    [RECIPES[0], *(pytest.param(e, marks=pytest.mark.long) for e in RECIPES[1:])],
     ids=lambda e: e.recipe,
 )
 def test_eight_devices_and_remat_give_the_gradient_of_one(estimator, rng):
