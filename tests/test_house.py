@@ -83,3 +83,29 @@ def test_class_names_are_unique():
             if isinstance(node, ast.ClassDef):
                 places[node.name].append(str(file.relative_to(ROOT)))
     assert {name: files for name, files in places.items() if len(files) > 1} == {}
+
+
+def test_lines_and_files_are_short():
+    found = []
+    for folder in ("opdjax", "experiments", "scripts"):
+        for file in (ROOT / folder).rglob("*.py"):
+            lines = file.read_text().splitlines()
+            if len(lines) > 500:
+                found.append(f"{file.relative_to(ROOT)}: {len(lines)} lines; expected at most 500")
+            for number, line in enumerate(lines, 1):
+                if len(line) > 100:
+                    found.append(f"{file.relative_to(ROOT)}:{number}: more than 100 columns")
+    assert found == []
+
+
+def test_recipes_are_known_by_their_rows():
+    """No recipe name is a string in the package outside the rooms that define recipes."""
+    found = []
+    for file in PACKAGE.rglob("*.py"):
+        name = file.relative_to(PACKAGE).as_posix()
+        if name.startswith(("config/recipes.py", "estimators/", "report/papers/")):
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Constant) and node.value in tuple(RECIPES):
+                found.append(f"opdjax/{name}:{node.lineno} {node.value!r}")
+    assert found == []
