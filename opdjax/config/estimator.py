@@ -10,6 +10,7 @@ from opdjax.config.recipes import (
     RECIPES,
     ROPD_PRINTED,
     ROPD_RELEASE,
+    Baseline,
     RecipeName,
 )
 from opdjax.config.validation import require, require_types
@@ -76,7 +77,7 @@ class EstimatorConfig:
     stage_token_mean: bool | None = None
     # vopd: the control variate. full: the exact expected reward; student_topk: the same on the
     # student's top k; optimal: least variance; batch_mean: mean reward of the other sequences.
-    baseline: Literal["full", "student_topk", "optimal", "batch_mean"] | None = None
+    baseline: Baseline | None = None
     # vopd with baseline student_topk: ids, default 100.
     baseline_top_k: int | None = None
     # full_kl: any of these; topk_kl, npd: reverse or forward.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from opdjax.config.options import Option, Rule, fixes, needs
 from opdjax.config.validation import ConfigError, in_range, require
@@ -21,6 +21,7 @@ DEFAULT_RECIPE: RecipeName = "vopd"
 PLAIN: RecipeName = "opd"
 WITH_BASELINE: RecipeName = "vopd"
 EXACT: RecipeName = "full_kl"
+Baseline = Literal["full", "student_topk", "optimal", "batch_mean"]  # of vopd
 TeacherNeed = Literal["none", "token", "top_k", "vocabulary"]
 RewardKind = Literal["none", "task", "scalar", "rubric", "stages"]
 CompletionsFrom = Literal["student", "teacher", "references"]
@@ -316,7 +317,7 @@ RECIPES: Mapping[str, Recipe] = {
             "gradient and keeps its mean.",
             "vocabulary",
             {
-                "baseline": Option("full", ("full", "student_topk", "optimal", "batch_mean")),
+                "baseline": Option("full", get_args(Baseline)),
                 "baseline_top_k": Option(
                     100, range="at least 1", rules=(needs("baseline", "student_topk"),)
                 ),

@@ -8,17 +8,19 @@ advantage A = h(r) - baseline.
 from __future__ import annotations
 
 from functools import partial
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from opdjax.config.recipes import Baseline
 from opdjax.estimators import importance as ratios
 from opdjax.estimators.losses import clipped_policy_gradient_loss, policy_gradient_loss
 from opdjax.ops.tile import VocabTile
 from opdjax.ops.vocab import TokenInputs
 
-BASELINES = ("full", "student_topk", "optimal", "batch_mean")
+BASELINES = get_args(Baseline)
 REWARD_OPTIONS = ("reward_floor", "power_alpha")
 
 
