@@ -84,6 +84,7 @@ def holder(url):
             process.kill()
 
 
+@pytest.mark.long
 def test_one_of_many_takers_wins(folder):
     taken, barrier = [], threading.Barrier(8)
 

@@ -93,7 +93,7 @@ def test_rubrics_are_not_frozen_as_missing_while_nobody_answers(
 def test_a_packed_row_has_room_for_what_judges_say():
     told = config("http://127.0.0.1:9/v1", **VERDICTS)
     packed = dataclasses.replace(told, train=dataclasses.replace(told.train, pack_length=200))
-    with pytest.raises(ConfigError, match="pack_length is 200; expected at least 2072"):
+    with pytest.raises(ConfigError, match="pack_length is 200; expected at least 2068"):
         prepare(packed)
     prepare(
         dataclasses.replace(
