@@ -103,6 +103,7 @@ def test_one_of_many_takers_wins(folder):
         taken.pop().release()
 
 
+@pytest.mark.long
 def test_faults_on_the_way_make_neither_two_holders_nor_none(gcs):
     folder = Folder("gs://bucket/run")
     gcs.store.fault_rate = 0.1
