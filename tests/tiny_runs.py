@@ -112,7 +112,7 @@ def assert_close_run(workdir, other, rtol=1e-5):
                 assert eight[name] is None
                 continue
             scale = 1 if name == "loss/objective" else 10
-            is_count = "ratio" in name or "fraction" in name
+            is_count = "ratio" in name or "fraction" in name or name.startswith("overlap/")
             atol = 1e-3 if is_count else rtol
             np.testing.assert_allclose(
                 eight[name], one[name], rtol=scale * rtol, atol=atol, err_msg=name

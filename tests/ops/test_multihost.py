@@ -15,6 +15,8 @@ from opdjax.ops.multihost import join
 from opdjax.runs.workdir import read_lines
 from opdjax.train import train
 
+pytestmark = pytest.mark.long
+
 
 def wait_for(file, processes):
     """Until the file exists or a process ends."""

@@ -19,6 +19,8 @@ from opdjax.runs.mirror import open_remote_file
 from opdjax.runs.object_store import Folder, RemoteError, scratch_root
 from opdjax.runs.workdir import WorkdirError, append_lines
 
+pytestmark = pytest.mark.long
+
 ROW = {"prompt": "1+1=", "answer": "2"}
 
 

@@ -21,6 +21,8 @@ from opdjax.runs.mirror import read_only_workdir
 from opdjax.runs.object_store import Folder
 from opdjax.runs.workdir import WorkdirError
 
+pytestmark = pytest.mark.long
+
 URL = "gs://bucket/run"
 SMALL = vary(
     train={"prompts_per_step": 2},

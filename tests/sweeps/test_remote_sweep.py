@@ -22,6 +22,8 @@ from opdjax.sweeps.claims import open_sweep
 from opdjax.sweeps.runner import run_sweep
 from opdjax.sweeps.status import describe, status_table
 
+pytestmark = pytest.mark.long
+
 URL = "gs://bucket/sweep"
 TINY = vary_tiny(train={"num_steps": 2}, log={"samples_every": 0})
 

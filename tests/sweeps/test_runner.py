@@ -39,6 +39,8 @@ from opdjax.sweeps.claims import open_sweep
 from opdjax.sweeps.runner import SweepReferencesError, run_sweep
 from opdjax.sweeps.status import describe, seconds_per_point, status_line, status_table, watch
 
+pytestmark = pytest.mark.long
+
 TINY = vary_tiny(train={"num_steps": 2}, log={"samples_every": 0})
 
 

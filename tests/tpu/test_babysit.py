@@ -265,6 +265,7 @@ def test_a_disk_that_was_lost_is_set_up_again(tmp_path):
     assert cloud.steps == 30
 
 
+@pytest.mark.long
 def test_control_c_stops_it_though_gcloud_takes_it_for_a_failure(tmp_path):
     cloud = Cloud(tmp_path)
     slow = (
@@ -279,6 +280,7 @@ def test_control_c_stops_it_though_gcloud_takes_it_for_a_failure(tmp_path):
     assert babysitter.wait(timeout=HANG) == 130
 
 
+@pytest.mark.long
 def test_a_slice_that_is_gone_though_its_request_is_active_is_asked_for_again(tmp_path):
     cloud = Cloud(tmp_path, node_gone_at=5)
     finished = cloud.babysit(DELETE="1")

@@ -16,6 +16,8 @@ from opdjax.diagnose.audit.run import audit
 from opdjax.diagnose.audit.subjects import Subject, subject
 from opdjax.diagnose.audit.table import text
 
+pytestmark = pytest.mark.long
+
 
 def test_every_context_is_in_one_bin_and_bins_are_ordered(rng):
     kl, mask = rng.exponential(size=(7, 9)), rng.random((7, 9)) < 0.8
