@@ -24,6 +24,9 @@ for name, value in {
     jax.config.update(name, value)
     os.environ[name.upper()] = str(value)
 jax.config.update("jax_num_cpu_devices", 8)
+# gcsfs reads this when it is imported. With it on, it asks for the kind of every bucket by gRPC,
+# which the fake server does not speak, and tries for a minute each time.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 # Without the fusion emitters the CPU backend compiles three times as fast. An unknown flag would
 # end the process, so newer versions of jax, which may have dropped this one, do without it.
 if jax.__version_info__ < (0, 11):
