@@ -62,7 +62,7 @@ def make_pair(directory: pathlib.Path) -> None:
 def mesh_config(directory: pathlib.Path, mesh: MeshConfig, **sections) -> Config:
     """Two steps of `vopd` on the pair; sections replace."""
     given = {
-        "data": DataConfig("arithmetic:train[:64]", max_prompt_length=32),
+        "data": DataConfig("arithmetic:train[64:128]", max_prompt_length=32),
         "sampling": SamplingConfig(max_completion_length=12),
         "estimator": EstimatorConfig(
             recipe="vopd",
