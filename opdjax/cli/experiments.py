@@ -28,7 +28,7 @@ def _read_saved_config(path: pathlib.Path) -> Config:
         saved = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as the config of a run: {error}") from error
-    if not isinstance(saved, dict) or "config" not in saved:
+    if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
         raise ConfigError(
             f"{path} has no 'config'; expected the config.json of a run or the point.json of a "
             "sweep"

@@ -14,17 +14,15 @@ RENAMED_KEYS = {"sampling.source": "sampling.completions_from"}
 
 def upgrade(saved: dict[str, Any]) -> dict[str, Any]:
     """A saved config with today's keys and values; fields added since have their defaults."""
-    upgraded = {
-        name: dict(value) if isinstance(value, dict) else value for name, value in saved.items()
-    }
+    sections = {name: dict(value) for name, value in saved.items() if isinstance(value, dict)}
     for old, new in RENAMED_KEYS.items():
         (section, key), (new_section, new_key) = old.split("."), new.split(".")
-        if key in upgraded.get(section, {}):
-            upgraded.setdefault(new_section, {})[new_key] = upgraded[section].pop(key)
-    train = upgraded.get("train", {})
+        if key in sections.get(section, {}):
+            sections.setdefault(new_section, {})[new_key] = sections[section].pop(key)
+    train = sections.get("train", {})
     if isinstance(train.get("remat"), bool):  # remat used to be a flag
         train["remat"] = "layer" if train["remat"] else "none"
-    config = to_dict(from_dict(Config, upgraded))
+    config = to_dict(from_dict(Config, {**saved, **sections}))
     for role in ("student", "teacher"):
         config[role]["path"] = _built_in_name(config[role]["path"])
     return config

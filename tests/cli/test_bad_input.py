@@ -206,10 +206,8 @@ def index(content):
     return imported(lambda p: p.model("model.safetensors.index.json", content))
 
 
-TOPK, SFT = (
-    ("--estimator.recipe", "topk_kl"),
-    ("--estimator.recipe", "sft", "--sampling.completions_from", "references"),
-)
+TOPK = ("--estimator.recipe", "topk_kl")
+SFT = ("--estimator.recipe", "sft", "--sampling.completions_from", "references")
 WEIGHTS = (MINI_PAIR / "student" / "model.safetensors").read_bytes()
 PARSED = None  # tyro answers by itself, in a box
 
@@ -589,6 +587,11 @@ CONFIG = {
     "the config of a model": (
         "ConfigError",
         lambda p: ["train", MINI_PAIR / "student" / "config.json", "--workdir", "x"],
+        "has no 'config'; expected the config.json of a run",
+    ),
+    "a saved config that is a list": (
+        "ConfigError",
+        lambda p: ["train", p.file('{"config": []}', "saved.json"), "--workdir", "x"],
         "has no 'config'; expected the config.json of a run",
     ),
 }

@@ -297,13 +297,18 @@ def test_a_config_saved_when_remat_was_a_switch_is_read():
         assert upgrade(config)["train"]["remat"] == today
 
 
+@pytest.mark.parametrize("section", ["train", "sampling", "student"])
+def test_a_saved_config_with_a_damaged_section_names_it(section):
+    for damaged in (3, None, ["num_steps"]):
+        with pytest.raises(ConfigError, match=f"{section} is .*; expected a section with named"):
+            upgrade(to_dict(Config()) | {section: damaged})
+
+
 def test_how_a_run_is_computed_may_change_and_is_told(tmp_path, capsys):
     facts = {"data": {}, "environment": {}}
     claim(tmp_path, Config(), facts)
-    sampling, rows = (
-        SamplingConfig(slots=6, split_over=()),
-        TrainConfig(gradient_accumulation_steps=4, remat="layer"),
-    )
+    sampling = SamplingConfig(slots=6, split_over=())
+    rows = TrainConfig(gradient_accumulation_steps=4, remat="layer")
     claim(tmp_path, Config(sampling=sampling, train=rows, mesh=MeshConfig(2, 2)), facts)
     told = capsys.readouterr().out
     assert "sampling.slots: None -> 6" in told
