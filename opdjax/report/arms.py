@@ -16,6 +16,7 @@ from opdjax.report.markup import (
     section,
     table,
     tag,
+    text_head,
 )
 from opdjax.report.near_policy import ALARM
 from opdjax.report.ranking import Ranked, coloured, label
@@ -84,7 +85,7 @@ def judged_arms_section(entries: Sequence[Ranked]) -> Html | None:
         "one run in full": "the page of a single run has rubrics, verdicts, rewards of right "
         "answers and examples",
     }
-    head = [*columns, tag("th", "one run in full", class_="text", scope="col")]
+    head = [*columns, text_head("one run in full")]
     rows = [
         [*_numbers(entry, columns), tag("td", _page_of(entry), class_="wrap text")]
         for entry in judged

@@ -19,6 +19,7 @@ from opdjax.report.markup import (
     table,
     table_row,
     tag,
+    text_head,
 )
 from opdjax.report.ranking import Ranked, distinct, label
 from opdjax.runs.results import Run, is_number
@@ -52,14 +53,14 @@ def arms_differ_section(entries: Sequence[Ranked]) -> Html | None:
     found = differing(dict(zip(names, settings)))
     if not found:
         return None
-    head = [_text(name) for name in ("setting", "most arms", "the others")]
+    head = [text_head(name) for name in ("setting", "most arms", "the others")]
     rows = [_field_row(name, values) for name, values in found.items()]
     note = (
         f"{count(len(found), 'setting')} differ between {count(len(names), 'arm')}; all others "
         "(see the end) are the same."
     )
     matrix = table(
-        ["setting", *map(_text, names)],
+        ["setting", *map(text_head, names)],
         [
             [name, *(tag("td", _value(value), class_="text") for value in values.values())]
             for name, values in found.items()
@@ -73,10 +74,6 @@ def arms_differ_section(entries: Sequence[Ranked]) -> Html | None:
         table(head, rows, class_="words dense"),
         details("Every arm's values", matrix),
     )
-
-
-def _text(name: str) -> Html:
-    return tag("th", name, class_="text", scope="col")
 
 
 def _field_row(name: str, values: Mapping[str, Any]) -> Html:

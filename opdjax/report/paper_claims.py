@@ -21,6 +21,7 @@ from opdjax.report.markup import (
     table,
     table_row,
     tag,
+    text_head,
 )
 from opdjax.report.papers.compare import Comparison, compare
 from opdjax.report.papers.printing import claimed_of, has_part, marks_of, row_note
@@ -143,10 +144,10 @@ def _overview(found: Found) -> Html:
     claims, tables = count(len(verdicts), "claim"), count(len(found), "paper table")
     lead = tag("p", f"{claims} of {tables}: {', '.join(counts)}.", class_="finding")
     head = [
-        *map(_text, ("verdict", "claim", "table")),
+        *map(text_head, ("verdict", "claim", "table")),
         "difference over seeds",
         "pairs",
-        _text("measured as"),
+        text_head("measured as"),
     ]
     rows = [_overview_row(table_, verdict) for table_, verdict in verdicts]
     caption = (
@@ -249,7 +250,7 @@ def _matrix(found: Comparison, columns: Sequence[PaperColumn]) -> Html:
         "note": [row_note(row) for row in rows],
     }
     extra = {name: texts for name, texts in extra.items() if any(texts)}
-    head = [_text("method"), *(_heading(*part) for part in parts), *map(_text, extra)]
+    head = [text_head("method"), *(_heading(*part) for part in parts), *map(text_head, extra)]
     lines = [
         table_row(
             [
@@ -302,7 +303,7 @@ def _missing(cells: Sequence[Cell]) -> str:
 
 def _claims(found: Comparison) -> Html:
     head = [
-        *map(_text, ("verdict", "claim and test", "our difference")),
+        *map(text_head, ("verdict", "claim and test", "our difference")),
         "in numbers",
         "pairs",
     ]
@@ -334,7 +335,3 @@ def _notes(found: Comparison) -> Html:
     listed = tag("ul", *(tag("li", note) for note in notes)) if notes else None
     marks = {f"[{mark}]": text for mark, text in marks_of(found).items()}
     return details("Notes, and the letters in brackets", listed, definitions(marks))
-
-
-def _text(name: str) -> Html:
-    return tag("th", name, class_="text", scope="col")

@@ -18,6 +18,7 @@ from opdjax.report.markup import (
     table_row,
     tabs,
     tag,
+    text_head,
 )
 from opdjax.report.ranking import Interval, Ranked, final, label
 from opdjax.report.scatter import Mark, scatter
@@ -130,7 +131,7 @@ def _title(one: Cost, axis: str) -> str:
 
 
 def _numbers(found: Sequence[Cost], best: Sequence[Cost], axis: str, score: str) -> Html:
-    head = ["arm", score, axis, "seeds", tag("th", "front", class_="text", scope="col")]
+    head = ["arm", score, axis, "seeds", text_head("front")]
     rows = [
         table_row(
             [

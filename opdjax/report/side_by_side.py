@@ -8,7 +8,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from opdjax.report import measures
-from opdjax.report.markup import Html, count, prompt_text, section, table, table_row, tabs, tag
+from opdjax.report.markup import (
+    Html,
+    count,
+    prompt_text,
+    section,
+    table,
+    table_row,
+    tabs,
+    tag,
+    text_head,
+)
 from opdjax.report.ranking import Ranked, label
 from opdjax.runs.results import Run
 
@@ -218,7 +228,7 @@ def _panel(compared: ComparedPrompt, who: str) -> Html:
     for title, text in texts.items():
         if text is not None:
             parts += [tag("h4", title), tag("div", _cut(text, _TEXT), class_="prompt")]
-    head = [tag("th", name, class_="text", scope="col") for name in ("answer", "", who)]
+    head = [text_head(name) for name in ("answer", "", who)]
     rows = [_row(text, is_right, names) for (text, is_right), names in _by_answer(compared)]
     return tag("div", *parts, table(head, rows, class_="samples"), class_="rollout")
 

@@ -26,6 +26,7 @@ from opdjax.report.markup import (
     table,
     table_row,
     tag,
+    text_head,
 )
 from opdjax.report.paper_claims import compared, of_table, paper_sections
 from opdjax.report.pareto import pareto_section
@@ -180,7 +181,7 @@ def _group_section(entries: list[Ranked], anchors: Anchors, k: int | None) -> Ht
         *("gain", "median gradient norm", "KL, last 10 steps"),
         *ahead,
         "seconds",
-        tag("th", "seeds", class_="text", scope="col"),
+        text_head("seeds"),
     ]
     reads = list(ahead.values())
     rows = [_group_row(entry, named, anchors, (low, high), reads) for entry in finished]
@@ -325,11 +326,11 @@ def _point_section(points: list[Point], anchors: Anchors, k: int | None) -> Html
         varying = [name for name in varying if name == "seed"]
     head = [
         "point",
-        tag("th", "state", class_="text", scope="col"),
+        text_head("state"),
         measures.score_label("avg@k", k),
         "skipped steps",
         "time",
-        *(tag("th", name, class_="text", scope="col") for name in short_names(varying)),
+        *map(text_head, short_names(varying)),
     ]
     rows = [_point_row(point, anchors[point.id], varying) for point in points]
     caption = (
