@@ -131,10 +131,8 @@ class Recipe:
                 self._check_rule(name, value, rule, options, aggregation)
         found = self.with_defaults(options)
         if found.get("importance") == "token_mask":
-            floor, cap = (
-                found["importance_floor"],
-                found["importance_cap"] or DEFAULT_CAPS["token_mask"],
-            )
+            floor = found["importance_floor"]
+            cap = found["importance_cap"] or DEFAULT_CAPS["token_mask"]
             expected = f"less than importance_cap, which is {cap}"
             require(floor < cap, "estimator.importance_floor", floor, expected)
 

@@ -27,7 +27,7 @@ from opdjax.config.recipes import RECIPES, Recipe
 from opdjax.config.rubrics import RubricsConfig
 from opdjax.config.sampling import SamplingConfig
 from opdjax.config.train import TrainConfig
-from opdjax.config.validation import ConfigError, require, require_types
+from opdjax.config.validation import ConfigError, require, require_default, require_types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,10 +132,8 @@ class Config:
         expected += "policy that wrote them is unknown"
         is_known = corrected == "none" or source == "student"
         require(is_known, "estimator.importance", corrected, expected)
-        count, expected = (
-            sampling.num_generations,
-            "at least 2 where estimator.task_reward_coef is ",
-        )
+        count = sampling.num_generations
+        expected = "at least 2 where estimator.task_reward_coef is "
         expected += "given: a reward is compared with those of the same prompt"
         is_compared = not estimator.task_reward_coef or count > 1
         require(is_compared, "sampling.num_generations", count, expected)
@@ -227,9 +225,8 @@ class Config:
         require(is_staged, "rubrics.stage_names", rubrics.stage_names, expected)
         of_rubrics = "min_criteria", "max_criteria", "grades", "polarity", "rubric_of", "refresh"
         for name in (*of_rubrics, "blind") if recipe.reward == "scalar" else ():
-            value, default = getattr(rubrics, name), getattr(RubricsConfig(), name)
-            expected = f"{default} where the recipe is {recipe.name}: it has no rubric"
-            require(value == default, f"rubrics.{name}", value, expected)
+            reason = f"where the recipe is {recipe.name}: it has no rubric"
+            require_default(rubrics, "rubrics.", name, reason)
 
     @property
     def steps_per_epoch(self) -> int:

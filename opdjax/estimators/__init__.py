@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import jax
@@ -133,6 +133,7 @@ def bind(
     return Estimator(name, tuple(given.items()), aggregation, tile)
 
 
+@cache
 def estimator_of(config: EstimatorConfig) -> Estimator:
-    """The estimator that a config asks for."""
+    """The estimator that a config asks for. Cached, because every step asks for it."""
     return bind(config.recipe, config.options, aggregation=config.aggregation, tile=config.tile)

@@ -98,10 +98,8 @@ def group_advantage(
     """
     if scale not in SCALES:
         raise ValueError(f"there is no scale {scale!r} of advantages; expected one of {SCALES}")
-    groups, live = (
-        jnp.reshape(jnp.where(is_scored, reward, 0), (-1, group_size)),
-        jnp.reshape(is_scored, (-1, group_size)),
-    )
+    groups = jnp.reshape(jnp.where(is_scored, reward, 0), (-1, group_size))
+    live = jnp.reshape(is_scored, (-1, group_size))
     return _normalised(groups, live, scale, epsilon).reshape(-1)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxtyping import Array, Bool, Float, Int
 
+from opdjax.config.recipes import DEFAULT_CAPS
 from opdjax.estimators import advantage, importance
 from opdjax.estimators.grpo import CREDIT_OPTIONS
 from opdjax.estimators.opd import REWARD_OPTIONS, needed, sampled_reward
@@ -102,7 +103,7 @@ def sequence_importance(
 
     `log_ratio` = log student(y) - log behavior(y), nats.
     """
-    cap = options.get("importance_cap") or importance.DEFAULT_CAPS[options["importance"]]
+    cap = options.get("importance_cap") or DEFAULT_CAPS[options["importance"]]
     if options["importance"] == "sequence_mask":
         return importance.sequence_mask(log_ratio, mask, segment_ids, cap)
     # An exact divergence samples no action: only the ratio of reaching the context is stale.

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from opdjax.config.recipes import DEFAULT_CAPS
 from opdjax.estimators import coupling, importance
 from opdjax.ops.masked import rank_in_sequence, sequence_total, zero_where_masked
 from opdjax.ops.tile import VocabTile
@@ -110,10 +111,8 @@ def applied_importance(
     the product.
     """
     kind, log_ratio = options["importance"], zero_where_masked(log_ratio, mask)
-    ratio, cap = (
-        jnp.exp(log_ratio),
-        options.get("importance_cap", importance.DEFAULT_CAPS.get(options["importance"])),
-    )
+    ratio = jnp.exp(log_ratio)
+    cap = options.get("importance_cap", DEFAULT_CAPS.get(options["importance"]))
     if kind in importance.SEQUENCE_CORRECTIONS:
         of = lambda given: coupling.sequence_importance(
             log_ratio, mask, segment_ids, given, is_policy_gradient
@@ -125,10 +124,8 @@ def applied_importance(
         floor = options.get("importance_floor", importance.DEFAULT_FLOOR)
         weight, is_cut = importance.token_mask(ratio, floor, cap), (ratio < floor) | (ratio > cap)
     else:
-        low, high = (
-            options.get("clip_low", importance.CLIP_LOW),
-            options.get("clip_high", importance.CLIP_HIGH),
-        )
+        low = options.get("clip_low", importance.CLIP_LOW)
+        high = options.get("clip_high", importance.CLIP_HIGH)
         is_above = ratio > (options.get("dual_clip") or math.inf)
         is_cut = ((advantage > 0) & (ratio > 1 + high)) | (
             (advantage < 0) & ((ratio < 1 - low) | is_above)

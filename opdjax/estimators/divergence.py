@@ -338,10 +338,8 @@ def _teachers_top_k(
         ids = teacher.top_k(k)
         logprobs = teacher.logprob(ids)
     else:
-        ids, logprobs = (
-            needed(row.teacher_top_ids, "teacher_top_ids", "npd"),
-            needed(row.teacher_top_logprobs, "teacher_top_logprobs", "npd"),
-        )
+        ids = needed(row.teacher_top_ids, "teacher_top_ids", "npd")
+        logprobs = needed(row.teacher_top_logprobs, "teacher_top_logprobs", "npd")
         stored, wanted = ids.shape[-1], min(k, student.vocab_size)
         if stored < wanted:
             raise ValueError(

@@ -107,10 +107,8 @@ def grpo(
                          start(y) / student(y) in its gradient that one token can blow up; k2:
                          KL(student || start)
     """
-    student_logprobs, advantage = (
-        student.logprob(row.tokens),
-        needed(row.advantages, "advantages", "a policy gradient on rewards"),
-    )
+    student_logprobs = student.logprob(row.tokens)
+    advantage = needed(row.advantages, "advantages", "a policy gradient on rewards")
     behavior_logprobs = needed(
         row.behavior_logprobs, "behavior_logprobs", "a policy gradient on rewards"
     )

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from opdjax.config.recipes import DEFAULT_CAPS as DEFAULT_CAPS
 from opdjax.ops.masked import running_sum, sequence_total, zero_where_masked
 
 TOKEN_CORRECTIONS = ("token_truncate", "token_mask", "ppo_clip")

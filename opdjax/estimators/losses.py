@@ -39,10 +39,8 @@ def clipped_policy_gradient_loss(
     PPO, arXiv 1707.06347, equation 7. The gradient flows through rho and is 0 where a step would
     move rho further out of the band in A's favour.
     """
-    ratio, advantage = (
-        jnp.exp(student_logprobs - behavior_logprobs),
-        jax.lax.stop_gradient(advantage),
-    )
+    ratio = jnp.exp(student_logprobs - behavior_logprobs)
+    advantage = jax.lax.stop_gradient(advantage)
     return -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - low, 1 + high) * advantage)
 
 
@@ -103,10 +101,8 @@ def aggregation_weights(
     completion), the only one that depends on no sampled length, under which baselines are exactly
     unbiased. ValueError on another kind.
     """
-    live, num_sequences = (
-        mask.astype(denominators.num_tokens.dtype),
-        jnp.maximum(denominators.num_sequences, 1),
-    )
+    live = mask.astype(denominators.num_tokens.dtype)
+    num_sequences = jnp.maximum(denominators.num_sequences, 1)
     if kind == "token_mean":
         return live / jnp.maximum(denominators.num_tokens, 1)
     if kind == "sequence_mean_token_mean":

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from opdjax.config.recipes import Baseline
+from opdjax.config.recipes import DEFAULT_CAPS, Baseline
 from opdjax.estimators import importance as ratios
 from opdjax.estimators.losses import clipped_policy_gradient_loss, policy_gradient_loss
 from opdjax.ops.tile import VocabTile
@@ -83,11 +83,9 @@ def score_norms(student: VocabTile) -> Float[Array, "n V"]:
     p = jax.lax.stop_gradient(jnp.where(is_live, jnp.exp(student.logprobs), 0))
     is_top = student.ids == student.top_k(1)
     others = jnp.where(is_top, 0, p)
-    mass, squares, top = (
-        student.total(others)[:, None],
-        student.total(jnp.square(others))[:, None],
-        student.largest(p)[:, None],
-    )
+    mass = student.total(others)[:, None]
+    squares = student.total(jnp.square(others))[:, None]
+    top = student.largest(p)[:, None]
     other_squares = jnp.where(is_top, squares, jnp.square(top) + (squares - jnp.square(p)))
     return jnp.square(jnp.where(is_top, mass, 1 - p)) + other_squares
 
@@ -282,10 +280,8 @@ def _estimate(
             needed(teacher, "teacher", "extra_draws").logprob(ids), drawn_logprob
         ) - jnp.reshape(value, (-1, 1))
         loss += share * jnp.sum(policy_gradient_loss(drawn, drawn_logprob), axis=1)
-    reward, advantage = (
-        sampled_reward(teacher_logprobs, student_logprobs),
-        jax.lax.stop_gradient(immediate + later),
-    )
+    reward = sampled_reward(teacher_logprobs, student_logprobs)
+    advantage = jax.lax.stop_gradient(immediate + later)
     return loss, {"rewards": reward, "advantages": advantage, "student_logprobs": student_logprobs}
 
 
@@ -311,7 +307,7 @@ def _surrogate(
             advantage, student_logprobs, behavior_logprobs, clip_low, clip_high
         )
     ratio = ratios.token_ratio(student_logprobs, behavior_logprobs)
-    cap = ratios.DEFAULT_CAPS[importance] if cap is None else cap
+    cap = DEFAULT_CAPS[importance] if cap is None else cap
     weight = (
         ratios.token_truncate(ratio, cap)
         if importance == "token_truncate"
