@@ -23,7 +23,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from benchmark_vocab import machine, make_arguments
+from benchmark_vocab import machine, make_arguments, with_teacher_logprobs
 
 from opdjax.config import (
     Config,
@@ -40,7 +40,7 @@ from opdjax.engine.update import init_state, make_optimizer, make_update
 from opdjax.estimators import estimator_of
 from opdjax.models.hf import load_params
 from opdjax.ops.tile import Head
-from opdjax.ops.vocab import TokenInputs, tiled_loss, tiled_stats
+from opdjax.ops.vocab import TokenInputs, tiled_loss
 from opdjax.rollouts.on_policy import draw
 from opdjax.rollouts.scoring import scored
 from opdjax.rollouts.setup import prepare, update_spec
@@ -137,13 +137,7 @@ def vocabulary_runs(
     def loss(hidden, kernel, weights, token, teacher_hidden, teacher_kernel, is_observed):
         columns, teacher = TokenInputs(token), (teacher_hidden, Head(teacher_kernel))
         if bound.teacher == "token":
-            read = lambda tile, _, row: tile.logprob(row.tokens)
-            columns = TokenInputs(
-                token,
-                tiled_stats(
-                    read, teacher_hidden, Head(teacher_kernel), weights > 0, columns, tile=tile
-                ),
-            )
+            columns = with_teacher_logprobs(token, weights, teacher_hidden, teacher_kernel, tile)
             teacher = None
         if is_observed is not None:
             columns = dataclasses.replace(

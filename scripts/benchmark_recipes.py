@@ -21,6 +21,7 @@ from benchmark_vocab import (
     parse_options,
     temp_mib,
     time_forms,
+    with_teacher_logprobs,
 )
 
 from opdjax.estimators import bind
@@ -52,13 +53,7 @@ def form(label, tile):
     def loss(hidden, kernel, weights, token, teacher_hidden, teacher_kernel):
         columns, teacher = TokenInputs(token), (teacher_hidden, Head(teacher_kernel))
         if estimator.teacher == "token":
-            read = lambda tile, _, row: tile.logprob(row.tokens)
-            columns = TokenInputs(
-                token,
-                tiled_stats(
-                    read, teacher_hidden, Head(teacher_kernel), weights > 0, columns, tile=tile
-                ),
-            )
+            columns = with_teacher_logprobs(token, weights, teacher_hidden, teacher_kernel, tile)
         if label == STORED:
             ids = (token[..., None] + jnp.arange(estimator.top_k)) % kernel.shape[0]
             columns = dataclasses.replace(

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from opdjax.ops.tile import Head
-from opdjax.ops.vocab import TokenInputs, tiled_loss
+from opdjax.ops.vocab import TokenInputs, tiled_loss, tiled_stats
 from opdjax.runs.workdir import num_cores
 
 TARGETS = {"temp": 0.8, "seconds": 0.9, "long temp": 0.1}
@@ -49,14 +49,10 @@ def dense_form(hidden, kernel, weights, token, teacher_hidden, teacher_kernel):
 
 
 def argument_shapes(tokens, vocab, width):
-    hidden, kernel = (
-        jax.ShapeDtypeStruct((1, tokens, width), jnp.float32),
-        jax.ShapeDtypeStruct((vocab, width), jnp.float32),
-    )
-    weights, token = (
-        jax.ShapeDtypeStruct((1, tokens), jnp.float32),
-        jax.ShapeDtypeStruct((1, tokens), jnp.int32),
-    )
+    hidden = jax.ShapeDtypeStruct((1, tokens, width), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((vocab, width), jnp.float32)
+    weights = jax.ShapeDtypeStruct((1, tokens), jnp.float32)
+    token = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
     return hidden, kernel, weights, token, hidden, kernel
 
 
@@ -75,6 +71,13 @@ def make_arguments(tokens, vocab, width):
         teacher_hidden,
         teacher_kernel,
     )
+
+
+def with_teacher_logprobs(token, weights, teacher_hidden, teacher_kernel, tile):
+    """Return the tokens as columns, with their log-probs under the teacher."""
+    read = lambda tile, _, row: tile.logprob(row.tokens)
+    operands = teacher_hidden, Head(teacher_kernel), weights > 0, TokenInputs(token)
+    return TokenInputs(token, tiled_stats(read, *operands, tile=tile))
 
 
 def compile_forms(options, tokens):

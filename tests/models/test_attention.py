@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import MODEL
 
 from opdjax.config import Config, ModelConfig
 from opdjax.config.validation import ConfigError
@@ -21,7 +22,6 @@ from opdjax.models.attention import (
     segment_mask,
     splash_attention,
 )
-from opdjax.models.rope import Rope
 from opdjax.ops.sharding import make_mesh
 from opdjax.rollouts.setup import attention_of
 
@@ -90,20 +90,8 @@ def test_splash_over_a_mesh_equals_one_device(rows, kv_heads, rng):
 def test_the_decoder_with_splash_is_the_decoder(rng, monkeypatch):
     """`dots` keeps the kernel's output, so that the backward pass does not run the kernel again."""
     monkeypatch.setattr(attention, "splash_attention", interpreted)
-    plain = decoder.DecoderConfig(
-        vocab_size=31,
-        hidden_size=16,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-        head_size=64,
-        intermediate_size=8,
-        rope=Rope(1e4),
-        norm_epsilon=1e-6,
-        ties_embeddings=True,
-        has_qk_norm=True,
-        has_qkv_bias=False,
-        has_output_bias=False,
+    plain = dataclasses.replace(
+        MODEL, vocab_size=31, hidden_size=16, head_size=64, intermediate_size=8
     )
     params = jax.jit(decoder.init_params, static_argnums=0)(plain, jax.random.key(0))
     tokens, segments = rng.integers(0, 31, (2, 40)), packed_rows(2, 40)
