@@ -217,11 +217,9 @@ class Handler(BaseHTTPRequestHandler):
             )
 
     def listing(self, bucket: str, query: dict):
-        prefix, delimiter, after = (
-            query.get("prefix", ""),
-            query.get("delimiter", ""),
-            query.get("pageToken", ""),
-        )
+        prefix = query.get("prefix", "")
+        delimiter = query.get("delimiter", "")
+        after = query.get("pageToken", "")
         with self.store.lock:
             found = sorted(
                 (name, thing)

@@ -33,11 +33,9 @@ MODEL = DecoderConfig(
 
 def make_batch(rng, rows=8, columns=9):
     """Rows of several lengths, padded on both sides."""
-    shape, lengths, starts = (
-        (rows, columns),
-        rng.integers(2, columns - 3, rows),
-        rng.integers(0, 3, rows),
-    )
+    shape = (rows, columns)
+    lengths = rng.integers(2, columns - 3, rows)
+    starts = rng.integers(0, 3, rows)
     column = np.arange(columns)
     segments = ((column >= starts[:, None]) & (column < (starts + lengths)[:, None])).astype(
         np.int32

@@ -57,11 +57,9 @@ def check_sampler_matches_scorer(
     of the mask. They tell whether a mismatch comes from a shifted mask, shifted log-probs or
     another temperature.
     """
-    name, allowed, scores = (
-        "sampler_matches_scorer",
-        tolerance(backend, dtype),
-        score_at(temperature),
-    )
+    name = "sampler_matches_scorer"
+    allowed = tolerance(backend, dtype)
+    scores = score_at(temperature)
 
     def gap(mask, sampled=sampled, scores=scores) -> tuple[float, float]:
         difference = np.abs(sampled - scores)[mask]

@@ -280,11 +280,9 @@ def _update_spec(setup: Setup, rows: int) -> UpdateSpec:
 
 
 def _check_teacher_dtype(setup: Setup, first: FirstBatch) -> Finding:
-    checkpoint, tile, dtype = (
-        setup.teacher.checkpoint,
-        setup.config.estimator.tile,
-        _teacher_dtype(setup),
-    )
+    checkpoint = setup.teacher.checkpoint
+    tile = setup.config.estimator.tile
+    dtype = _teacher_dtype(setup)
     difference = np.zeros(1)
     if dtype != "float32":
         params = _load(setup, checkpoint, "float32")
@@ -370,11 +368,9 @@ def _nll(
     prompts = [prompts[i] for i in indices]
     width = -(-max(len(p) + len(t) for p, t in zip(prompts, texts)) // 16) * 16
     shape = (len(prompts), width)
-    tokens, segments, mask = (
-        np.zeros(shape, np.int32),
-        np.zeros(shape, np.int32),
-        np.zeros(shape, bool),
-    )
+    tokens = np.zeros(shape, np.int32)
+    segments = np.zeros(shape, np.int32)
+    mask = np.zeros(shape, bool)
     for row, (prompt, text) in enumerate(zip(prompts, texts)):
         end = len(prompt) + len(text)
         tokens[row, :end], segments[row, :end] = [*prompt, *text], 1

@@ -421,11 +421,9 @@ def test_check_prints_the_facts_of_a_checkpoint(opdjax):
         assert facts[fact] == str(published[name])
     # Embedding and final norm; per layer q, k, v, o, the norms of q and k, three of the MLP and two
     # norms.
-    width, inner, size = (
-        published["hidden_size"],
-        published["intermediate_size"],
-        published["head_dim"],
-    )
+    width = published["hidden_size"]
+    inner = published["intermediate_size"]
+    size = published["head_dim"]
     queries, keys = published["num_attention_heads"] * size, published["num_key_value_heads"] * size
     layer = 2 * width * queries + 2 * width * keys + 2 * size + 3 * width * inner + 2 * width
     assert published["tie_word_embeddings"]

@@ -39,14 +39,10 @@ def batch_of(lengths, teacher_lengths):
 def roll_out(prompts, completions, width):
     """Rollouts with these completions, a list of token lists, as many a prompt as divide evenly."""
     repeats = len(completions) // len(prompts.tokens)
-    before, is_prompt = (
-        np.repeat(prompts.tokens, repeats, axis=0),
-        np.repeat(prompts.mask, repeats, axis=0),
-    )
-    tokens, mask = (
-        np.zeros((len(completions), width), np.int32),
-        np.zeros((len(completions), width), bool),
-    )
+    before = np.repeat(prompts.tokens, repeats, axis=0)
+    is_prompt = np.repeat(prompts.mask, repeats, axis=0)
+    tokens = np.zeros((len(completions), width), np.int32)
+    mask = np.zeros((len(completions), width), bool)
     for i, completion in enumerate(completions):
         tokens[i, : len(completion)], mask[i, : len(completion)] = completion, True
     logprobs = -np.arange(tokens.size + before.size, dtype=np.float32).reshape(len(completions), -1)

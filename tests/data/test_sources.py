@@ -347,10 +347,8 @@ def test_training_and_evaluation_read_columns_of_their_own(tmp_path):
         }
         for row in PROBLEMS[:8]
     ]
-    trained, held_out = (
-        store("parquet", rows, None, tmp_path),
-        store_lines([{"problem": "1+1=", "answer": "2"}], tmp_path / "held_out.jsonl"),
-    )
+    trained = store("parquet", rows, None, tmp_path)
+    held_out = store_lines([{"problem": "1+1=", "answer": "2"}], tmp_path / "held_out.jsonl")
     data = {
         "source": trained,
         "answer_column": "reward_model.ground_truth",

@@ -530,10 +530,8 @@ def test_a_teacher_that_does_not_know_the_text():
 
 
 def test_a_recipe_whose_loss_does_not_vanish():
-    teacher, itself = (
-        checks.FirstUpdate(0.5, 0.3, -0.6, 27.0),
-        checks.FirstUpdate(0.0, 0.0, 0.4, 3.0),
-    )
+    teacher = checks.FirstUpdate(0.5, 0.3, -0.6, 27.0)
+    itself = checks.FirstUpdate(0.0, 0.0, 0.4, 3.0)
     judge = lambda vanishes: checks.check_self_distillation(
         itself, teacher, "r", vanishes, ("float32", "float32"), "cpu"
     )

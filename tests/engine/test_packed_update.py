@@ -66,10 +66,8 @@ def make_batch(rng, dtype, rows):
     ids = lambda mask: np.where(mask, rng.integers(0, MODEL.vocab_size, mask.shape), 0).astype(
         np.int32
     )
-    before, answer = (
-        left(student, PROMPT),
-        np.arange(ANSWER) < np.minimum(rng.geometric(0.4, rows), ANSWER)[:, None],
-    )
+    before = left(student, PROMPT)
+    answer = np.arange(ANSWER) < np.minimum(rng.geometric(0.4, rows), ANSWER)[:, None]
     prompts = PromptBatch(
         ids(before),
         before,
@@ -82,10 +80,8 @@ def make_batch(rng, dtype, rows):
     behavior = np.where(
         mask, -np.log(MODEL.vocab_size) + 0.4 * rng.normal(size=mask.shape), 0
     ).astype(dtype)
-    segments, zero = (
-        np.concatenate([before, answer], axis=1).astype(np.int32),
-        np.zeros(rows, np.int32),
-    )
+    segments = np.concatenate([before, answer], axis=1).astype(np.int32)
+    zero = np.zeros(rows, np.int32)
     batch = to_train_batch(
         Rollouts(tokens, mask, segments, behavior, behavior, zero, zero, zero, zero > 0), prompts
     )
@@ -184,10 +180,8 @@ EVERY = [(False, 2), (True, 1), (True, 2), (True, 8)]
 def test_packing_and_cutting_change_neither_loss_nor_gradient_nor_metrics(
     estimator, aggregation, forms, rng
 ):
-    batch, estimator = (
-        make_batch(rng, np.float64, 8),
-        dataclasses.replace(estimator, aggregation=aggregation),
-    )
+    batch = make_batch(rng, np.float64, 8)
+    estimator = dataclasses.replace(estimator, aggregation=aggregation)
     expected = result(batch, estimator, "float64")
     for is_packed, parts in forms:
         assert_same_lesson(

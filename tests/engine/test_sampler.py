@@ -615,10 +615,8 @@ def test_filtered_logprobs_equal_a_full_forward(generate, mixed, student):
     )
     at = lambda table: np.take_along_axis(table, tokens[:, :, None], -1)[:, :, 0][mask]
     assert at(keep).all()
-    behavior, unfiltered = (
-        rollouts.behavior_logprobs[:, WIDTH:][mask],
-        rollouts.unfiltered_logprobs[:, WIDTH:][mask],
-    )
+    behavior = rollouts.behavior_logprobs[:, WIDTH:][mask]
+    unfiltered = rollouts.unfiltered_logprobs[:, WIDTH:][mask]
     assert_logprobs(unfiltered, at(dense_logprobs(logits)))
     assert_logprobs(behavior, at(dense_logprobs(logits, keep)))
     assert np.mean(behavior > unfiltered + 1e-3) > 0.5
@@ -665,10 +663,8 @@ def test_the_loop_ends_with_its_last_row(steps, generate, mixed, rollouts):
 
 def test_greedy_is_the_argmax_of_full_forwards(generate, student, mixed):
     greedy = generate(mixed, num_generations=2, temperature=0.0)
-    rows, segments = (
-        np.zeros((16, WIDTH + LENGTH), np.int32),
-        np.zeros((16, WIDTH + LENGTH), np.int32),
-    )
+    rows = np.zeros((16, WIDTH + LENGTH), np.int32)
+    segments = np.zeros((16, WIDTH + LENGTH), np.int32)
     rows[:, :WIDTH], segments[:, :WIDTH] = (
         np.repeat(mixed.tokens, 2, 0),
         np.repeat(mixed.mask, 2, 0),
@@ -764,11 +760,9 @@ def test_uniforms_are_bit_equal_in_every_layout(uniforms):
 
 def rows_of(prompt_id, sample_id, starts, lengths, width=12, version=3):
     """Rollouts with the places of their completions only; the prompt takes two columns."""
-    column, start, length = (
-        np.arange(width),
-        np.asarray(starts)[:, None],
-        np.asarray(lengths)[:, None],
-    )
+    column = np.arange(width)
+    start = np.asarray(starts)[:, None]
+    length = np.asarray(lengths)[:, None]
     mask = (column >= start + 2) & (column < start + 2 + length)
     segments = ((column >= start) & (column < start + 2 + length)).astype(np.int32)
     prompt_id, sample_id = np.asarray(prompt_id, np.int32), np.asarray(sample_id, np.int32)

@@ -160,10 +160,8 @@ def test_noise_and_signal_are_unbiased(rng):
     signal 5.
     """
     each = np.array([2.0, 1.0]) + np.sqrt(3) * rng.normal(size=(40_000, 3, 2))
-    norm, squares = (
-        np.linalg.norm(each.mean(axis=1), axis=1),
-        np.sum(np.square(each / 3), axis=(1, 2)),
-    )
+    norm = np.linalg.norm(each.mean(axis=1), axis=1)
+    squares = np.sum(np.square(each / 3), axis=(1, 2))
     found = noise_and_signal(jnp.asarray(norm), jnp.asarray(squares), 3)
     np.testing.assert_allclose(np.mean(found["grad/noise_squared"]), 2, atol=0.05)
     np.testing.assert_allclose(np.mean(found["grad/signal_squared"]), 5, atol=0.15)

@@ -182,10 +182,8 @@ def batch_probabilities(theta, batches=None):
 
 def action_variance(tables, name, options=None, **columns):
     """Trace of the covariance of one sequence's gradient."""
-    gradients, probs = (
-        sequence_gradients(tables, name, options, **columns),
-        batch_probabilities(tables[0]),
-    )
+    gradients = sequence_gradients(tables, name, options, **columns)
+    probs = batch_probabilities(tables[0])
     mean = np.tensordot(probs, gradients, 1)
     return np.tensordot(probs, np.sum(np.square(gradients - mean), axis=(1, 2)), 1)
 

@@ -192,10 +192,8 @@ def test_sample_size_of_sequences_by_hand():
 
 
 def test_largest_share_by_hand():
-    x, mask = (
-        jnp.array([[1.0, jnp.nan, 6], [2, 3, jnp.nan]]),
-        jnp.array([[True, False, True], [True, True, False]]),
-    )
+    x = jnp.array([[1.0, jnp.nan, 6], [2, 3, jnp.nan]])
+    mask = jnp.array([[True, False, True], [True, True, False]])
     np.testing.assert_allclose(largest_share(x, mask, 0.05), 1 / 2)  # one of four tokens at least
     np.testing.assert_allclose(largest_share(x, mask, 0.5), 3 / 4)
     assert np.isnan(largest_share(jnp.zeros(3), jnp.ones(3, bool), 0.05))

@@ -43,10 +43,8 @@ def pair(rng):
 
 def test_hand_worked_numbers():
     """Student (1/2, 1/2, 0), teacher (1/4, 3/4, 0); the mixture at beta 1/4 is (7/16, 9/16, 0)."""
-    student, teacher = (
-        np.array([np.log(0.5), np.log(0.5), -np.inf]),
-        np.array([np.log(0.25), np.log(0.75), -np.inf]),
-    )
+    student = np.array([np.log(0.5), np.log(0.5), -np.inf])
+    teacher = np.array([np.log(0.25), np.log(0.75), -np.inf])
     np.testing.assert_allclose(
         reverse_kl(student, teacher), 0.5 * np.log(2) + 0.5 * np.log(2 / 3), rtol=1e-6
     )
@@ -121,10 +119,8 @@ def test_what_the_student_cannot_draw_costs_nothing_and_what_the_teacher_cannot_
 
 def test_skewed_numbers_by_hand():
     """As above at alpha 1/4: T against (7/16, 9/16, 0), S against (5/16, 11/16, 0)."""
-    student, teacher = (
-        np.array([np.log(0.5), np.log(0.5), -np.inf]),
-        np.array([np.log(0.25), np.log(0.75), -np.inf]),
-    )
+    student = np.array([np.log(0.5), np.log(0.5), -np.inf])
+    teacher = np.array([np.log(0.25), np.log(0.75), -np.inf])
     forward = 0.25 * np.log(4 / 7) + 0.75 * np.log(4 / 3)
     reverse = 0.5 * np.log(8 / 5) + 0.5 * np.log(8 / 11)
     np.testing.assert_allclose(skew_forward_kl(student, teacher, 0.25), forward, rtol=1e-5)

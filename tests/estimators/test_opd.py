@@ -364,10 +364,8 @@ def test_nan_in_masked_slots_changes_neither_value_nor_gradient(name, options, r
     hidden, teacher_hidden = (rng.normal(size=(2, 5, 4)).astype(np.float32) for _ in range(2))
     head, teacher_head = (Head(jnp.asarray(rng.normal(size=(V, 4)), jnp.float32)) for _ in range(2))
     tokens = jnp.asarray(rng.integers(0, V, (2, 5)))
-    weights, segments = (
-        jnp.asarray([[0, 0, 1, 1, 0], [0, 1, 1, 0, 0]], jnp.float32),
-        jnp.asarray([[0, 1, 1, 1, 0], [1, 1, 1, 0, 0]]),
-    )
+    weights = jnp.asarray([[0, 0, 1, 1, 0], [0, 1, 1, 0, 0]], jnp.float32)
+    segments = jnp.asarray([[0, 1, 1, 1, 0], [1, 1, 1, 0, 0]])
     columns = {
         key: x.astype(np.float32) for key, x in random_columns(rng, (2, 5)).items() if key in GIVEN
     }
@@ -378,11 +376,9 @@ def test_nan_in_masked_slots_changes_neither_value_nor_gradient(name, options, r
 
     @jax.jit
     def run(hidden, teacher_hidden, columns):
-        row, teacher, mask = (
-            TokenInputs(tokens, **columns),
-            (teacher_hidden, teacher_head),
-            weights > 0,
-        )
+        row = TokenInputs(tokens, **columns)
+        teacher = (teacher_hidden, teacher_head)
+        mask = weights > 0
         if estimator.is_coupled:
             stats = tiled_stats(
                 estimator.token_stats,
@@ -511,10 +507,8 @@ def test_what_a_recipe_reads_of_the_teacher(name, options, needs, rng):
     ids=lambda x: x if isinstance(x, str) else str(x),
 )
 def test_a_column_that_is_missing_is_named(name, options, missing):
-    tile, known = (
-        VocabTile(jnp.zeros((1, 3))),
-        {} if missing.startswith("a recipe") else {"teacher_logprobs": jnp.zeros(1)},
-    )
+    tile = VocabTile(jnp.zeros((1, 3)))
+    known = {} if missing.startswith("a recipe") else {"teacher_logprobs": jnp.zeros(1)}
     with pytest.raises(ValueError, match=f"{missing}, which this batch does not carry"):
         TOKEN_LOSSES[name](tile, None, TokenInputs(jnp.zeros(1, int), **known), **options)
 

@@ -134,10 +134,8 @@ def test_properties(scale, rng):
 def test_a_missing_stage_scores_nothing_and_counts_for_nobody():
     """Rollout 2 lacks stage 1 (its score is garbage), rollout 3 has no scores at all."""
     scores = np.array([[0.5, 1.0], [0.5, 0.0], [1.0, np.nan], [np.nan, np.nan]])
-    has_stage, is_scored = (
-        np.array([[1, 1], [1, 1], [1, 0], [1, 1]], bool),
-        np.array([1, 1, 1, 0], bool),
-    )
+    has_stage = np.array([[1, 1], [1, 1], [1, 0], [1, 1]], bool)
+    is_scored = np.array([1, 1, 1, 0], bool)
     found = stage_advantage(scores, has_stage, is_scored, credit_matrix("decay", 2), 4, "mean")
     # Returns of stage 0: 0.5 + 0.8, 0.5, 1 + 0; their mean 2.8 / 3. Of stage 1: 1 and 0.
     np.testing.assert_allclose(

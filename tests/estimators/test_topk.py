@@ -469,10 +469,8 @@ def on_sets(student, teacher, *, support, support_top_k, divergence, renormalize
         return 0.0
     rest = np.setdiff1d(np.arange(len(p)), inside)
     a, b = p[inside], q[inside]
-    a, b = (
-        (a / a.sum() if renormalize == "both" else a),
-        (b / b.sum() if renormalize != "none" else b),
-    )
+    a = a / a.sum() if renormalize == "both" else a
+    b = b / b.sum() if renormalize != "none" else b
     if outside == "tail":
         a, b = np.append(a, p[rest].sum()), np.append(b, q[rest].sum())
     if outside == "floor":
@@ -699,10 +697,8 @@ def test_through_the_tiled_pass_with_garbage_where_nothing_counts(support, rng):
     """
     hidden, taught = (jnp.asarray(rng.normal(size=(2, 5, 6)), jnp.float32) for _ in range(2))
     kernel, taught_kernel = (jnp.asarray(rng.normal(size=(V, 6)), jnp.float32) for _ in range(2))
-    columns, weights = (
-        TokenInputs(jnp.zeros((2, 5), jnp.int32)),
-        jnp.ones((2, 5)).at[:, jnp.array([0, 2])].set(0),
-    )
+    columns = TokenInputs(jnp.zeros((2, 5), jnp.int32))
+    weights = jnp.ones((2, 5)).at[:, jnp.array([0, 2])].set(0)
 
     @partial(jax.jit, static_argnums=3)
     @partial(jax.value_and_grad, argnums=(0, 1))

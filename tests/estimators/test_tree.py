@@ -165,10 +165,8 @@ def test_a_task_reward_adds_its_gradient_less_the_share_of_its_own_group_mean(gr
 @pytest.mark.usefixtures("x64")
 def test_the_prefix_weight_changes_the_expected_gradient(tables):
     for gain in (0.5, 2.0):
-        found, exact = (
-            expectation(tables, "opd", {"prefix_weight": gain}),
-            exact_gradient(tables, 0.0),
-        )
+        found = expectation(tables, "opd", {"prefix_weight": gain})
+        exact = exact_gradient(tables, 0.0)
         scaled = relative_bias(found * np.vdot(found, exact) / np.vdot(found, found), exact)
         print(
             f"prefix_weight {gain}: relative bias {relative_bias(found, exact):.3f}, {scaled:.3f} "

@@ -110,10 +110,8 @@ def padded(rng, lengths, width, side, vocab, pad=0):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_logits_equal_transformers(pair, our_logits, torch_logits, rng, side, lengths):
     tokens, segments = padded(rng, lengths, 11, side, 131, pad=130)
-    ours, theirs = (
-        our_logits(pair.params, pair.config, tokens, segments),
-        torch_logits(pair.model, tokens, segments),
-    )
+    ours = our_logits(pair.params, pair.config, tokens, segments)
+    theirs = torch_logits(pair.model, tokens, segments)
     assert np.std(theirs[segments == 1]) > 1
     np.testing.assert_allclose(ours[segments == 1], theirs[segments == 1], atol=2e-4, rtol=0)
 
@@ -132,10 +130,8 @@ def test_greedy_tokens_equal_generate(pair, rng):
     tokens, segments = np.zeros((5, 6), np.int32), np.zeros((5, 6), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, 6 - len(prompt) :], segments[row, 6 - len(prompt) :] = prompt, 1
-    cache, seen = (
-        kv_cache.init_cache(pair.config, 5, 6 + steps, jnp.float32),
-        jnp.zeros((5, 6 + steps), jnp.int32),
-    )
+    cache = kv_cache.init_cache(pair.config, 5, 6 + steps, jnp.float32)
+    seen = jnp.zeros((5, 6 + steps), jnp.int32)
     positions = decoder.positions_of(jnp.asarray(segments))
     hidden, cache, seen = read_on(
         pair.params, pair.config, tokens, segments, positions, cache, seen, 0
@@ -202,10 +198,8 @@ def test_rope_moves_logits_as_in_transformers(
     theirs = torch_logits(AutoModelForCausalLM.from_pretrained(path).eval(), *rows)
     ours = our_logits(pair.params, checkpoint.config, *rows)
     np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=0)
-    moved, expected = (
-        ours - our_logits(pair.params, pair.config, *rows),
-        theirs - torch_logits(pair.model, *rows),
-    )
+    moved = ours - our_logits(pair.params, pair.config, *rows)
+    expected = theirs - torch_logits(pair.model, *rows)
     assert np.max(np.abs(expected)) > 0.5
     np.testing.assert_allclose(moved, expected, atol=4e-4, rtol=0)
 

@@ -327,11 +327,9 @@ def reload(path):
     return load_params(open_checkpoint(path), "float32")
 
 
-NORM, EMBEDDING, HEAD = (
-    "model.layers.1.self_attn.q_norm.weight",
-    "model.embed_tokens.weight",
-    "lm_head.weight",
-)
+NORM = "model.layers.1.self_attn.q_norm.weight"
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 
 @pytest.mark.parametrize(

@@ -106,11 +106,9 @@ def test_gradients_are_those_of_the_kernels_by_the_chain_rule(parts, rng):
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-11)
     expected = {}
     for target in LORA.targets:
-        dkernel, a, b = (
-            whole["layers"][f"{target}_kernel"],
-            layers[f"{target}_lora_a"],
-            layers[f"{target}_lora_b"],
-        )
+        dkernel = whole["layers"][f"{target}_kernel"]
+        a = layers[f"{target}_lora_a"]
+        b = layers[f"{target}_lora_b"]
         expected[f"{target}_lora_a"] = SCALE * b.swapaxes(1, 2) @ dkernel
         expected[f"{target}_lora_b"] = SCALE * dkernel @ a.swapaxes(1, 2)
     assert relative_difference({"layers": expected}, found) < 1e-10
@@ -118,16 +116,12 @@ def test_gradients_are_those_of_the_kernels_by_the_chain_rule(parts, rng):
 
 def test_an_update_trains_the_adapters_alone(rng):
     base, teacher = make_models(jnp.bfloat16)
-    estimator, model, config = (
-        EstimatorConfig(recipe="full_kl", tile=5),
-        with_scale(MODEL),
-        OptimizerConfig(learning_rate=1e-2),
-    )
+    estimator = EstimatorConfig(recipe="full_kl", tile=5)
+    model = with_scale(MODEL)
+    config = OptimizerConfig(learning_rate=1e-2)
     batch, head = scored(make_batch(rng), teacher, estimator)
-    update, kept = (
-        make_update(UpdateSpec(model, estimator_of(estimator), "bfloat16", 7), config, 10),
-        jax.device_get(base),
-    )
+    update = make_update(UpdateSpec(model, estimator_of(estimator), "bfloat16", 7), config, 10)
+    kept = jax.device_get(base)
     state = init_state(init_adapters(model, LORA, 0), make_optimizer(config, 10))
     # Only adapters and moments are float32: nothing has the shape of a kernel or of the head.
     sizes = sum(x.size for x in jax.tree.leaves(init_adapters(model, LORA, 0)))

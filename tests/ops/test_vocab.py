@@ -581,11 +581,9 @@ def test_sums_over_32768_tokens(dtype, tolerance):
     )[0]
     value, (dhidden, dkernel) = jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, kernel)
 
-    states, w, k = (
-        np.asarray(hidden, np.float64)[:, :-1].reshape(-1, width),
-        weights[:, 1:].reshape(-1),
-        np.asarray(kernel, np.float64),
-    )
+    states = np.asarray(hidden, np.float64)[:, :-1].reshape(-1, width)
+    w = weights[:, 1:].reshape(-1)
+    k = np.asarray(kernel, np.float64)
     logits = states @ k.T
     logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     at_token = np.arange(len(w)), tokens[:, 1:].reshape(-1)
@@ -654,14 +652,10 @@ def test_compiled_program_holds_no_logits_and_reduces_once():
     shape = lambda spec, *dims, dtype=jnp.float32: jax.ShapeDtypeStruct(
         dims, dtype, sharding=NamedSharding(mesh, spec)
     )
-    hidden, kernel = (
-        shape(P(ROW_AXES), rows, length, width),
-        Head(shape(P(), vocab, width), shape(P(), vocab)),
-    )
-    weights, columns = (
-        shape(P(ROW_AXES), rows, length),
-        TokenInputs(shape(P(ROW_AXES), rows, length, dtype=jnp.int32)),
-    )
+    hidden = shape(P(ROW_AXES), rows, length, width)
+    kernel = Head(shape(P(), vocab, width), shape(P(), vocab))
+    weights = shape(P(ROW_AXES), rows, length)
+    columns = TokenInputs(shape(P(ROW_AXES), rows, length, dtype=jnp.int32))
     args = hidden, kernel, weights, columns, (hidden, kernel)
 
     def compiled_text(loss):
@@ -669,10 +663,8 @@ def test_compiled_program_holds_no_logits_and_reduces_once():
             jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True)).lower(*args).compile().as_text()
         )
 
-    dense, tiled = (
-        compiled_text(partial(dense_loss, reverse_kl)),
-        compiled_text(partial(tiled_loss, reverse_kl, tile=64, mesh=mesh)),
-    )
+    dense = compiled_text(partial(dense_loss, reverse_kl))
+    tiled = compiled_text(partial(tiled_loss, reverse_kl, tile=64, mesh=mesh))
     assert largest_array(dense) >= (length - 1) * vocab  # the check can fail
     assert (
         largest_array(tiled) <= rows * length * width
@@ -689,11 +681,9 @@ def test_without_head_gradient_no_accumulator():
     head's size.
     """
     mesh, vocab, width = mesh_of_eight(), 600, 64
-    hidden, head, columns = (
-        jnp.zeros((8, 16, width)),
-        Head(jnp.zeros((vocab, width))),
-        TokenInputs(jnp.zeros((8, 16), jnp.int32)),
-    )
+    hidden = jnp.zeros((8, 16, width))
+    head = Head(jnp.zeros((vocab, width)))
+    columns = TokenInputs(jnp.zeros((8, 16), jnp.int32))
     loss = lambda s, t, row: (-s.logprob(row.tokens), None)
 
     def compiled(head_grad):
@@ -716,11 +706,9 @@ def test_head_gradient_is_added_in_place(monkeypatch):
     """
     monkeypatch.setattr(vocab_ops, "CPU_BLOCK", 512)
     vocab, width = 9000, 64
-    hidden, head, columns = (
-        jnp.zeros((8, 16, width)),
-        Head(jnp.zeros((vocab, width))),
-        TokenInputs(jnp.zeros((8, 16), jnp.int32)),
-    )
+    hidden = jnp.zeros((8, 16, width))
+    head = Head(jnp.zeros((vocab, width)))
+    columns = TokenInputs(jnp.zeros((8, 16), jnp.int32))
     loss = lambda h, k: tiled_loss(
         lambda s, t, row: (-s.logprob(row.tokens), None), h, k, jnp.ones((8, 16)), columns, tile=8
     )[0]
@@ -735,10 +723,8 @@ def test_head_gradient_is_added_in_place(monkeypatch):
 
 def test_shards_add_up_in_float32():
     """The gradient of a bfloat16 head is rounded once, after the sum over shards."""
-    hidden, head = (
-        jnp.zeros((8, 4, 16), jnp.bfloat16),
-        Head(jnp.zeros((50, 16), jnp.bfloat16), jnp.zeros(50, jnp.bfloat16)),
-    )
+    hidden = jnp.zeros((8, 4, 16), jnp.bfloat16)
+    head = Head(jnp.zeros((50, 16), jnp.bfloat16), jnp.zeros(50, jnp.bfloat16))
     columns, weights = TokenInputs(jnp.zeros((8, 4), jnp.int32)), jnp.ones((8, 4))
     loss = lambda h, k: tiled_loss(
         lambda s, t, row: (-s.logprob(row.tokens), None),
@@ -763,10 +749,8 @@ def test_logits_of_ones_own(x64, token_loss, monkeypatch):
     """
     monkeypatch.setattr(vocab_ops, "CPU_LOGITS", 2 * VOCAB)
     rng = np.random.default_rng(5)
-    student, teacher = (
-        jnp.asarray(rng.normal(size=(6, VOCAB))),
-        jnp.asarray(rng.normal(size=(6, VOCAB))),
-    )
+    student = jnp.asarray(rng.normal(size=(6, VOCAB)))
+    teacher = jnp.asarray(rng.normal(size=(6, VOCAB)))
     columns = TokenInputs(
         jnp.asarray(rng.integers(0, VOCAB, 6)),
         teacher_logprobs=jnp.asarray(-rng.exponential(size=6)),

@@ -191,11 +191,9 @@ def test_collectives_inside_the_loop_are_of_a_tiles_tokens_not_of_its_logits():
         dims, dtype, sharding=NamedSharding(mesh, spec)
     )
     rows = P(ROW_AXES)
-    hidden, weights, tokens = (
-        shape(rows, 8, length, width),
-        shape(rows, 8, length),
-        shape(rows, 8, length, dtype=jnp.int32),
-    )
+    hidden = shape(rows, 8, length, width)
+    weights = shape(rows, 8, length)
+    tokens = shape(rows, 8, length, dtype=jnp.int32)
     head = Head(shape(P("tensor", "fsdp"), vocab, width))
     loss = lambda h, k, w, c, t, tk: tiled_loss(
         token_loss, h, k, w, TokenInputs(c), (t, tk), tile=tile, mesh=mesh
@@ -237,10 +235,8 @@ def test_collectives_inside_the_loop_are_of_a_tiles_tokens_not_of_its_logits():
 def test_a_token_is_drawn_from_slices_as_from_the_whole(filters):
     decoding = Decoding(8, (0,), **filters)
     hidden, head = problem()[:2]
-    hidden, head = (
-        hidden[:, 0].astype(jnp.float32),
-        jax.tree.map(lambda x: x.astype(jnp.float32), head),
-    )
+    hidden = hidden[:, 0].astype(jnp.float32)
+    head = jax.tree.map(lambda x: x.astype(jnp.float32), head)
     keys, position = row_keys(3, 0, jnp.arange(B), jnp.zeros(B, int), 0), jnp.arange(B)
     of = lambda mesh: jax.jit(draw_next, static_argnums=(4, 5))(
         head, hidden, keys, position, decoding, mesh

@@ -395,10 +395,8 @@ def test_a_bar_is_cut_where_a_bound_runs_through_it():
 
 
 def test_histograms_with_other_edges_are_pooled_without_losing_a_sample():
-    first, second = (
-        Histogram(np.array([0.0, 1.0, 2.0]), np.array([3, 1])),
-        Histogram(np.array([-1.0, 3.0]), np.array([8])),
-    )
+    first = Histogram(np.array([0.0, 1.0, 2.0]), np.array([3, 1]))
+    second = Histogram(np.array([-1.0, 3.0]), np.array([8]))
     together = near_policy_charts.pooled([first, second])
     assert together.edges.tolist() == [-1.0, 1.0, 3.0]
     assert together.counts.tolist() == [7.0, 5.0]

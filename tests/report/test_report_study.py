@@ -383,10 +383,8 @@ def test_two_runs_are_told_apart(tmp_path):
 
 
 def test_other_prompts_are_not_paired_and_unfinished_runs_are_told(tmp_path):
-    one, two = (
-        write_run(tmp_path / "one", **BARE),
-        write_run(tmp_path / "two", finished=False, **BARE),
-    )
+    one = write_run(tmp_path / "one", **BARE)
+    two = write_run(tmp_path / "two", finished=False, **BARE)
     described = json.loads((two / "config.json").read_text())
     described["data"]["evaluation"] = "another"
     (two / "config.json").write_text(json.dumps(described))

@@ -398,10 +398,8 @@ class Server:
             status, document = said, {"error": {"message": f"no, {KEY}"}}
         else:
             text, finish = (said, "stop") if isinstance(said, str) else said
-            status, document = (
-                200,
-                {"choices": [{"message": {"content": text}, "finish_reason": finish}]},
-            )
+            status = 200
+            document = {"choices": [{"message": {"content": text}, "finish_reason": finish}]}
             document["usage"] = {"prompt_tokens": 10, "completion_tokens": 5}
         content = json.dumps(document).encode()
         return (
@@ -519,10 +517,8 @@ def test_a_server_is_asked_each_draw_once(tmp_path, capsys):
 
 
 def test_what_fails_is_asked_again_and_no_key_is_written(tmp_path, capsys):
-    path, broken = (
-        tmp_path / "answers.jsonl",
-        {PROBLEMS[2].prompt: 400, PROBLEMS[5].prompt: 500, PROBLEMS[11].prompt: 503},
-    )
+    path = tmp_path / "answers.jsonl"
+    broken = {PROBLEMS[2].prompt: 400, PROBLEMS[5].prompt: 500, PROBLEMS[11].prompt: 503}
     with serving(lambda body: broken.get(body["messages"][-1]["content"]) or worked(body)) as (
         server,
         endpoint,

@@ -49,10 +49,8 @@ def step_of(id):
 
 def test_points_run_there_and_leave_everything_there(monkeypatch, tmp_path):
     fake_points.install(monkeypatch, tmp_path)
-    made, logged = (
-        points(TINY, chain(seeds(1), vary("student.path", {"nowhere": "no/such/model/here"}))),
-        [],
-    )
+    made = points(TINY, chain(seeds(1), vary("student.path", {"nowhere": "no/such/model/here"})))
+    logged = []
     assert "waiting seed=0" in describe(made, URL, 1)
     counts = run_sweep(made, URL, jobs=1, log=logged.append)
     assert counts == {"points": 2, "done": 1, "failed": 1, "stopped": 0}

@@ -23,10 +23,8 @@ STATE, DISK = CLOUD / "state.json", CLOUD / "disk"
 
 
 def main(words):
-    plan, state = (
-        json.loads((CLOUD / "plan.json").read_text()),
-        {"calls": 0, "slices": 0, "name": None, "looks": 0},
-    )
+    plan = json.loads((CLOUD / "plan.json").read_text())
+    state = {"calls": 0, "slices": 0, "name": None, "looks": 0}
     if STATE.exists():
         state |= json.loads(STATE.read_text())
     state["calls"] += 1

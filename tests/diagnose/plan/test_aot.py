@@ -38,10 +38,8 @@ def test_a_small_run_compiles_for_v5e(run_of, model):
     }
     train = TrainConfig(prompts_per_step=8, remat="layer")  # as in runs that need a slice
     workload = run_of("v5e-8", fsdp=8, train=train, **models)
-    plan, programs = (
-        estimate(workload),
-        {program.name: program for program in compile_programs(workload)},
-    )
+    plan = estimate(workload)
+    programs = {program.name: program for program in compile_programs(workload)}
     assert set(programs) == {"prefill", "sample", "teacher", "update"}
     update = programs["update"]
     counted = sum(

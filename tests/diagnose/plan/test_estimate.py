@@ -91,10 +91,8 @@ def test_what_each_phase_holds(run_of):
 
 
 def test_a_recipe_without_the_teachers_distribution_holds_less(run_of):
-    of_tokens, of_text = (
-        estimate(run_of("v5e-4", recipe="opd")),
-        estimate(run_of("v5e-4", recipe="sft", **taught())),
-    )
+    of_tokens = estimate(run_of("v5e-4", recipe="opd"))
+    of_text = estimate(run_of("v5e-4", recipe="sft", **taught()))
     assert "teacher's hidden states, whole batch" not in sizes(of_tokens, "loss")
     assert "vocabulary tiles, 1 of them" in sizes(of_tokens, "loss")
     assert "vocabulary tiles of the teacher" in sizes(of_tokens, "teacher")

@@ -36,10 +36,8 @@ def test_an_example_worked_by_hand():
     student, student_alone, teacher, teacher_alone = (
         math.log(2) * np.array([bits]) for bits in (2, 3, 1, 2)
     )
-    of_student, of_teacher = (
-        ifd(student, student_alone, "nll_ratio"),
-        ifd(teacher, teacher_alone, "nll_ratio"),
-    )
+    of_student = ifd(student, student_alone, "nll_ratio")
+    of_teacher = ifd(teacher, teacher_alone, "nll_ratio")
     np.testing.assert_allclose(of_student, 2 / 3, rtol=1e-15)
     np.testing.assert_allclose(of_teacher, 1 / 2, rtol=1e-15)
     np.testing.assert_allclose(delta_ifd(of_teacher, of_student), -1 / 6, rtol=1e-15)
