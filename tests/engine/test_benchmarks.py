@@ -98,6 +98,7 @@ def test_a_column_of_benchmarks_changes_no_other_number(run, file):
     assert plain == named
 
 
+@pytest.mark.long
 def test_a_run_from_before_the_column_existed_is_continued(tiny_run, tmp_path, capsys):
     shutil.copytree(tiny_run, tmp_path / "run")
     saved = json.loads((tmp_path / "run" / "config.json").read_text())

@@ -288,6 +288,7 @@ def run_of(pack_length, **train):
     )
 
 
+@pytest.mark.long
 def test_a_packed_run_learns_what_a_padded_one_does(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(

@@ -248,6 +248,7 @@ def test_prompts_that_no_run_keeps_are_not_asked(tmp_path):
         teach(dataclasses.replace(config, data=dataclasses.replace(config.data, overlong="error")))
 
 
+@pytest.mark.long
 def test_a_teacher_of_another_vocabulary_writes_text(tmp_path):
     """The mini teacher with the ids of 98 and 99 exchanged says 98 where it said 99 and the other
     way round, and nothing else.

@@ -24,8 +24,6 @@ from opdjax.runs.lease import (
 from opdjax.runs.object_store import Folder
 from opdjax.runs.workdir import WorkdirError
 
-pytestmark = pytest.mark.long
-
 HOLD = """
 import os, sys, time
 from opdjax.runs.lease import acquire
