@@ -67,8 +67,9 @@ def angles(title: str, x_label: str, groups: Groups, *, widest: float, where: st
 
     def frame(axes: Any) -> None:
         axes.set_xlim(-0.05 * widest, 1.05 * widest)
-        ticks = range(0, 181, 30 if widest > 60 else 15)
-        axes.set_xticks([degrees for degrees in ticks if degrees <= 1.05 * widest])
+        room = axes.get_position().width * _WIDTH / (5 * _LETTER)  # labels that fit side by side
+        every = next(step for step in (15, 30, 45, 90) if widest <= step * room or step == 90)
+        axes.set_xticks(range(0, math.floor(1.05 * widest) + 1, every))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}°")
 
     def mark(axes: Any, y: float, entry: Entry) -> None:
@@ -91,7 +92,7 @@ def ratios(title: str, x_label: str, groups: Groups) -> Html | None:
     def frame(axes: Any) -> None:
         axes.set_xscale("log")
         axes.set_xlim(low, high)
-        axes.set_xticks(_log_ticks(low, high))
+        axes.set_xticks(_log_ticks(low, high, axes.get_position().width * _WIDTH))
         axes.xaxis.set_major_formatter(lambda value, _: f"{tick(value)}×")
         axes.axvline(1, color=COLOURS["ink"], linewidth=1.2, zorder=2)
 
@@ -188,18 +189,23 @@ def _figure(
                 y += 1
 
     described = ", ".join(filter(None, (f"{title}: {x_label}", where)))
-    return figure(title, picture(described, _WIDTH, height, paint))
+    return figure(title, picture(described, _WIDTH, height, paint, _FONT))
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
-    """A few round numbers, 1 among them."""
+def _log_ticks(low: float, high: float, width: float) -> list[float]:
+    """A few round numbers, 1 among them, whose labels do not touch on an axis of this width."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for steps in ((1, 1.2, 1.5, 2, 3, 5, 8), (1, 2, 5), (1, 3), (1,)):
-        values = (round(step * 10.0**decade, 12) for decade in decades for step in steps)
-        found = [value for value in values if low <= value <= high]
-        if len(found) <= 6:
-            break
-    return found
+    kept: dict[float, tuple[float, float]] = {}  # tick -> the two ends of its label
+    for step in (1, 3, 2, 5, 1.5, 1.2, 8):
+        for decade in sorted(decades, key=abs):
+            value = round(step * 10.0**decade, 12)
+            if not low <= value <= high or len(kept) == 6:
+                continue
+            at = width * math.log(value / low) / math.log(high / low)
+            half = (len(tick(value)) + 2) * _LETTER / 2
+            if all(end < at - half or start > at + half for start, end in kept.values()):
+                kept[value] = at - half, at + half
+    return sorted(kept)
 
 
 # Shares of a whole
@@ -228,11 +234,12 @@ def shares(title: str, x_label: str, categories: Sequence[str], kinds: Sequence[
             axes.bar(x, heights, width=0.9 * width, **_fill(kind.slot, kind.hatch), zorder=3)
         axes.set_xticks(range(len(categories)), categories)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-        axes.tick_params(pad=6, labelsize=_FONT + 1)
+        axes.tick_params(pad=6, labelsize=_FONT)
         axes.set_xlim(-0.55, len(categories) - 0.45)
-        label_below(axes, x_label, -0.14, fontsize=_FONT + 1)
+        label_below(axes, x_label, -0.14)
 
-    return figure(title, picture(f"{title}: share against {x_label}", _WIDTH, 342, paint))
+    drawing = picture(f"{title}: share against {x_label}", _WIDTH, 342, paint, _FONT)
+    return figure(title, drawing)
 
 
 # Legends

@@ -24,6 +24,7 @@ from opdjax.runs.results import is_number
 SERIES = 6  # colours that hue, dash and marker tell apart
 REST = -1  # the slot of lines that give context only
 WIDTH, HEIGHT = 380, 236  # of a chart, in pixels
+_TEXT = 13  # pixels of the text of a drawing at its full width
 # matplotlib draws with these colours; `_plain` replaces them with CSS variables.
 _ROLES = {"ink": "fe0101", "muted": "fe0202", "grid": "fe0303", "rest": "fe0404", "page": "fe0505"}
 COLOURS = {name: f"#{value}" for name, value in _ROLES.items()}
@@ -208,10 +209,18 @@ def _svg(chart: Chart, lines: Sequence[ChartLine], described: str) -> Html:
     return picture(described, WIDTH, HEIGHT, paint)
 
 
-def picture(described: str, width: float, height: float, paint: Callable[[Any], None]) -> Html:
-    """Inline SVG of what `paint` draws in COLOURS on a matplotlib figure of this size (pixels).
+def picture(
+    described: str,
+    width: float,
+    height: float,
+    paint: Callable[[Any], None],
+    font: float = 11,
+) -> Html:
+    """Inline SVG of what `paint` draws in COLOURS on a matplotlib figure of this size (pixels),
+    with text of `font` pixels.
 
-    ImportError without matplotlib.
+    The drawing grows with its column until its text is as large as in every other drawing of the
+    page. ImportError without matplotlib.
     """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -220,7 +229,7 @@ def picture(described: str, width: float, height: float, paint: Callable[[Any], 
     muted = ("axes.edgecolor", "xtick.color", "ytick.color", "axes.labelcolor")
     settings = dict.fromkeys(muted, COLOURS["muted"])
     settings |= {"svg.fonttype": "none", "svg.hashsalt": "opdjax", "lines.solid_capstyle": "round"}
-    settings |= {"font.size": 11, "axes.linewidth": 0.8, "text.parse_math": False}
+    settings |= {"font.size": font, "axes.linewidth": 0.8, "text.parse_math": False}
     settings |= {"text.color": COLOURS["ink"], "grid.color": COLOURS["grid"]}
     with matplotlib.rc_context(settings):
         canvas = Figure(figsize=(width / 72, height / 72))
@@ -228,7 +237,7 @@ def picture(described: str, width: float, height: float, paint: Callable[[Any], 
         paint(canvas)
         out = io.StringIO()
         canvas.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    return Html(_inline(out.getvalue(), described, width, height))
+    return Html(_inline(out.getvalue(), described, width, height, _TEXT / font))
 
 
 def bare_axes(canvas: Any, place: tuple[float, float, float, float], lines: str | None) -> Any:
@@ -354,7 +363,7 @@ def tick(value: float, _: int | None = None) -> str:
     return number(float(f"{value:.6g}"))
 
 
-def _inline(svg: str, described: str, width: float, height: float) -> str:
+def _inline(svg: str, described: str, width: float, height: float, scale: float) -> str:
     """The drawing alone, as wide as its column, with CSS variables and the font of the page."""
     body = svg[svg.index("<svg") :]
     body = body[body.index(">") + 1 :]
@@ -369,7 +378,8 @@ def _inline(svg: str, described: str, width: float, height: float) -> str:
     body = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}", body).replace("xlink:href", "href")
     body = re.sub(r"\s*\n\s*", " ", body)
     box = f"0 0 {width:g} {height:g}"
-    start = tag("svg", class_="chart", viewBox=box, role="img", aria_label=described)
+    widest = f"max-width: {width * scale:.0f}px"
+    start = tag("svg", class_="chart", viewBox=box, style=widest, role="img", aria_label=described)
     return str(start).removesuffix("</svg>") + body
 
 

@@ -12,6 +12,7 @@ from opdjax.report.markup import (
     Html,
     count,
     details,
+    listed,
     notice,
     plus_minus,
     section,
@@ -127,7 +128,11 @@ def _warnings(run: Run, other: Run) -> list[Html]:
         for each in (run, other)
         if each.result is None
     ]
-    if run.data.get("evaluation") != other.data.get("evaluation"):
+    evaluated = [each.data.get("evaluation") for each in (run, other)]
+    without = [each.workdir.name for each, digest in zip((run, other), evaluated) if digest is None]
+    if without:
+        texts.append(f"{listed(without)} had no evaluation: there are no scores to compare.")
+    elif evaluated[0] != evaluated[1]:
         texts.append("They were evaluated on different prompts: their scores do not compare.")
     return [notice(text, kind="warning") for text in texts]
 

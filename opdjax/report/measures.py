@@ -87,8 +87,10 @@ def smoothing_note(num_steps: int) -> str:
 
 
 def end_length(num_steps: int) -> int:
-    """Number of first and of last steps that are compared: a tenth, at least ten."""
-    return min(num_steps, max(10, num_steps // 10))
+    """Number of first and of last steps that are compared: a tenth, at least ten, but never more
+    than half, so that no step is on both sides.
+    """
+    return max(1, min(max(10, num_steps // 10), num_steps // 2))
 
 
 def kl_by_position(rows: list[dict[str, Any]]) -> dict[Bucket, float]:

@@ -66,11 +66,6 @@ def _stage_names(run: Run) -> list[str]:
     return list((run.config.get("rubrics") or {}).get("stage_names") or ())
 
 
-def end_length(steps: Steps) -> int:
-    """Number of first and of last steps that are compared, without overlap."""
-    return max(1, min(measures.end_length(len(steps)), len(steps) // 2))
-
-
 # What is rewarded
 
 
@@ -117,7 +112,7 @@ def _about(has_rubrics: bool, is_reward: bool) -> str:
 
 def progress_sentence(steps: Steps) -> str:
     """How the student's pass rate (or score) and its gap to the references changed."""
-    groups, length = judgements.all_groups(steps), end_length(steps)
+    groups, length = judgements.all_groups(steps), measures.end_length(len(steps))
     has_rubrics = judgements.pass_rate(groups) is not None
     measure = judgements.pass_rate if has_rubrics else judgements.mean_score
     what = "Rollouts met {} of the criteria" if has_rubrics else "Rollouts scored {} on average"
@@ -170,7 +165,7 @@ def _pass_charts(
 
 def _pass_table(steps: Steps, groups: Sequence[JudgedGroup]) -> Html:
     """Start against end, by category (as in Table 5 of the ROPD paper)."""
-    length, named = end_length(steps), judgements.categories(groups)
+    length, named = measures.end_length(len(steps)), judgements.categories(groups)
     names = named if len(named) > 1 else []
     rows = [table_row(_pass_row(name, steps, name, named)) for name in names]
     rows.append(table_row(_pass_row("all criteria", steps, None, named), class_="main"))
@@ -187,7 +182,10 @@ def _pass_table(steps: Steps, groups: Sequence[JudgedGroup]) -> Html:
 
 
 def _pass_row(label: str, steps: Steps, category: str | None, named: Sequence[str]) -> list[str]:
-    parts, groups = judgements.ends(steps, end_length(steps)), judgements.all_groups(steps)
+    parts, groups = (
+        judgements.ends(steps, measures.end_length(len(steps))),
+        judgements.all_groups(steps),
+    )
     rate = lambda part, **kw: judgements.pass_rate(part, category, named, **kw)
     own, other = [*map(rate, parts)], [rate(part, of_references=True) for part in parts]
     change = own[1].less(own[0]) if all(own) else None
@@ -331,7 +329,7 @@ def _pairs_chart(steps: Steps) -> Html | None:
 def _truth_rows(steps: Steps) -> Html:
     parts = {}
     if len(steps) > 1:
-        length = end_length(steps)
+        length = measures.end_length(len(steps))
         names = (f"{which} {count(length, 'step')}" for which in ("first", "last"))
         parts = dict(zip(names, judgements.ends(steps, length)))
     rows = [table_row(_truth_row(name, part)) for name, part in parts.items()]
@@ -383,7 +381,7 @@ def stages_section(run: Run, steps: Steps) -> Html | None:
     lines = [(at, of(at)) for at in range(min(len(names), SERIES))]
     caption = "Over rollouts whose rubric has criteria for the stage."
     chart = by_step("Score of each stage", "mean score", caption, **_UNIT)
-    length = end_length(steps)
+    length = measures.end_length(len(steps))
     parts = [*map(judgements.stage_means, judgements.ends(steps, length)), means]
     rows = [[name, *(fixed(_at(part, at)) for part in parts)] for at, name in enumerate(names)]
     head = ["stage", f"first {count(length, 'step')}", f"last {count(length, 'step')}", "all"]

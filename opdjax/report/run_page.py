@@ -135,11 +135,11 @@ def outcome(run: Run) -> str:
         kl = [value for value in run.column("kl/student_teacher") if value is not None]
         if not kl:
             return f"{spent} of training, without an evaluation."
-        end = number(run.last_mean("kl/student_teacher"))
-        return (
-            f"{spent} of training, without an evaluation; KL(student || teacher) was"
-            f" {number(kl[0])} nats a token at first and {end} at the end."
-        )
+        text = f"{spent} of training, without an evaluation; KL(student || teacher) was"
+        if len(run.metrics) < 2:
+            return f"{text} {number(kl[0])} nats a token."
+        end, last = number(run.last_mean("kl/student_teacher")), count(run.num_last, "last step")
+        return f"{text} {number(kl[0])} nats a token at first and {end} on average of the {last}."
     name = measures.score_label("avg@k", rows[0].get("k"))
     if run.result is None or "paired_difference" not in run.result:
         first, last = (f"{fixed(row['avg@k'])}" for row in (rows[0], rows[-1]))

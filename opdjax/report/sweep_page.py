@@ -18,6 +18,7 @@ from opdjax.report.markup import (
     details,
     duration,
     fixed,
+    listed,
     notice,
     number,
     plus_minus,
@@ -154,6 +155,16 @@ def _best(entries: list[Ranked], k: int | None) -> Html | None:
     finished = sum(bool(entry.runs) for entry in entries)
     groups = f"{finished} finished groups" if finished > 1 else "the one finished group"
     score, seeds = measures.score_label("avg@k", k), count(len(entries[0].runs), "seed")
+    tied = [
+        entry
+        for entry in entries
+        if fixed((entry.over_seeds(final("avg@k")) or (None,))[0]) == fixed(best[0])
+    ]
+    if len(tied) == finished > 1:
+        return tag("p", f"All {groups} have the same {score}: {fixed(best[0])}.")
+    if len(tied) > 1:
+        what = f"{len(tied)} of {groups} share the highest {score}, {fixed(best[0])}: "
+        return tag("p", what, tag("strong", listed([label(entry) for entry in tied])), ".")
     return tag(
         "p",
         f"Highest {score} of {groups}: {plus_minus(*best)} over {seeds}, with ",

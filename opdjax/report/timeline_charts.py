@@ -134,7 +134,7 @@ def _lanes(
         width = (_WIDTH - _NAMES - _MARGIN) / _WIDTH
         axes = bare_axes(canvas, (_NAMES / _WIDTH, _AXIS / height, width, inner / height), None)
         gap = _LANE_GAP / _LANE
-        name = {"ha": "right", "va": "center", "color": COLOURS["ink"], "fontsize": 13}
+        name = {"ha": "right", "va": "center", "color": COLOURS["ink"]}
         for number, (who, spans) in enumerate(lanes.items()):
             y = (1 + gap) * (rows - 1 - number)
             axes.text(-0.008, y, who, transform=axes.get_yaxis_transform(), **name)
@@ -149,6 +149,6 @@ def _lanes(
         label_below(axes, "seconds", -25 / inner)
 
     described = f"{title}: spans of time of {' and '.join(lanes)}"
-    drawing = picture(described, _WIDTH, height, paint)
+    drawing = picture(described, _WIDTH, height, paint, 13)
     scrolling = {"class_": "scroll", "tabindex": 0, "role": "group", "aria_label": title}
     return figure(title, tag("div", drawing, **scrolling), class_="wide")
