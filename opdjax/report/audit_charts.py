@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -193,19 +194,22 @@ def _figure(
 
 
 def _log_ticks(low: float, high: float, width: float) -> list[float]:
-    """A few round numbers, 1 among them, whose labels do not touch on an axis of this width."""
+    """As many round numbers, up to six and 1 among them, as have labels that do not touch on an
+    axis of this width.
+    """
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    kept: dict[float, tuple[float, float]] = {}  # tick -> the two ends of its label
-    for step in (1, 3, 2, 5, 1.5, 1.2, 8):
-        for decade in sorted(decades, key=abs):
-            value = round(step * 10.0**decade, 12)
-            if not low <= value <= high or len(kept) == 6:
-                continue
-            at = width * math.log(value / low) / math.log(high / low)
-            half = (len(tick(value)) + 2) * _LETTER / 2
-            if all(end < at - half or start > at + half for start, end in kept.values()):
-                kept[value] = at - half, at + half
-    return sorted(kept)
+    within = ((1, 1.2, 1.5, 2, 3, 5, 8), (1, 2, 5), (1, 3), (1,))
+    for steps, every in (*((steps, 1) for steps in within), *(((1,), n) for n in range(2, 99))):
+        powers = [decade for decade in decades if decade % every == 0]
+        values = [round(step * 10.0**decade, 12) for decade in powers for step in steps]
+        found = [value for value in values if low <= value <= high]
+        at = [width * math.log(value / low) / math.log(high / low) for value in found]
+        room = [_LETTER * (len(tick(value)) + 2) for value in found]
+        gaps = (right - left for left, right in itertools.pairwise(at))
+        needed = ((one + two) / 2 for one, two in itertools.pairwise(room))
+        if len(found) <= 6 and all(gap >= least for gap, least in zip(gaps, needed)):
+            break
+    return found
 
 
 # Shares of a whole

@@ -4,6 +4,7 @@ came out as nothing.
 
 import builtins
 import copy
+import itertools
 import json
 import math
 import re
@@ -13,7 +14,7 @@ import sys
 import pytest
 from test_report import NASTY, config, read, row, write_run
 
-from opdjax.report import audit_page
+from opdjax.report import audit_charts, audit_page, charts
 from opdjax.report.page import write_audit_report, write_report
 from opdjax.runs.workdir import WorkdirError
 
@@ -392,3 +393,14 @@ def test_the_page_needs_no_jax():
         "sys.exit('jax' in sys.modules or 'matplotlib' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("low", "high"), [(8e-4, 2e4), (0.7, 1.4), (0.09, 30), (1e-7, 1.3)])
+def test_labels_of_a_logarithmic_axis_do_not_touch(low, high):
+    for width in (150, 250, 400):
+        ticks = audit_charts._log_ticks(low, high, width)
+        assert 1 in ticks
+        assert len(ticks) <= 6
+        at = [width * math.log(value / low) / math.log(high / low) for value in ticks]
+        for (left, one), (right, two) in itertools.pairwise(zip(at, ticks)):
+            assert right - left > 7 * (len(f"{charts.tick(one)}×{charts.tick(two)}×") / 2)

@@ -7,6 +7,7 @@ import json
 import math
 import pathlib
 import re
+import statistics
 import subprocess
 import sys
 
@@ -409,6 +410,18 @@ def test_a_run_that_is_going_on_says_how_far_it_is(tmp_path):
     assert "So far avg@8 went from 0.409 to 0.500 (step 3); 6 steps, 3 s done." in parser.all
     assert "Not finished: 6 of 100 steps (6%) are done." in parser.all
     assert row(parser, "at step 3")[2] == "0.500 ± 0.021"
+
+
+@pytest.mark.parametrize(("steps", "length"), [(2, 1), (10, 5), (24, 10), (300, 30)])
+def test_the_first_and_the_last_steps_are_not_the_same(tmp_path, steps, length):
+    rows = [metric(step) | {"kl/student_teacher": float(step)} for step in range(1, steps + 1)]
+    page = read(write_run(tmp_path / "run", steps=steps, evaluations=False, metrics=rows))
+    last = min(10, length)
+    end = statistics.fmean(range(steps - last + 1, steps + 1))
+    told = markup.number(end), markup.count(last, "last step")
+    assert "1 nats a token at first and {} on average of the {}".format(*told) in page.all
+    for which in ("first", "last"):
+        assert f"{which} {markup.count(length, 'step')}" in page.all
 
 
 def test_a_run_that_has_only_begun(tmp_path):

@@ -397,6 +397,17 @@ def test_other_prompts_are_not_paired_and_unfinished_runs_are_told(tmp_path):
         read(one, against=tmp_path)
 
 
+def test_a_run_without_an_evaluation_answered_no_other_prompts(tmp_path):
+    one = write_run(tmp_path / "one", **BARE)
+    two = write_run(tmp_path / "two", **BARE)
+    described = json.loads((two / "config.json").read_text())
+    del described["data"]["evaluation"]
+    (two / "config.json").write_text(json.dumps(described))
+    page = read(one, against=two, output=tmp_path / "page.html")
+    assert "two had no evaluation: there are no scores to compare." in page.all
+    assert "different prompts" not in page.all
+
+
 def test_the_command_writes_each_page_under_a_name_of_its_own(study, tmp_path, capsys):
     directory, _ = study
     report([str(directory), "--paper", "vopd_gradient_norm"])
@@ -496,6 +507,15 @@ def test_a_damaged_point_is_left_out_by_name_and_the_others_are_shown(tmp_path):
             (tmp_path / f"pair=mini,arm={name},seed={seed}" / "config.json").write_text("torn")
     with pytest.raises(WorkdirError, match=r"config\.json"):
         read(tmp_path)
+
+
+def test_of_equal_scores_none_is_the_highest(tmp_path):
+    for arm, after in {"opd": 0.0, "vopd": 0.0}.items():
+        write_arm(tmp_path, arm, 0, after=after)
+    assert "All 2 finished groups have the same avg@8: 0.000." in read(tmp_path).all
+    write_arm(tmp_path, "full_kl", 0, after=-0.1)
+    page = read(tmp_path)
+    assert "2 of 3 finished groups share the highest avg@8, 0.000: " in page.all
 
 
 def test_the_teachers_own_scores_are_no_arm(tmp_path):

@@ -7,12 +7,12 @@ import os
 from tiny_runs import ROOT
 
 MAIN = """
-import json, os, signal, sys, time
+import json, os, pathlib, signal, sys, time
 from opdjax.runs.mirror import open_workdir
 from opdjax.runs.workdir import read_json, write_json
 
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-config = read_json(sys.argv[2], "")["config"]
+config = read_json(pathlib.Path(sys.argv[2]), "")["config"]
 if os.environ.get("FAIL") or config["student"]["path"] == "no/such/model/here":
     sys.exit("told to fail")
 if sys.argv[1] == "references":

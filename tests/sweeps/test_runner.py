@@ -209,7 +209,7 @@ def test_a_changed_sweep_file_is_refused_before_anything_runs(swept):
     )
     with pytest.raises(
         WorkdirError,
-        match=r"seed=0 belongs to a point with another config.*\n  optimizer.learning_rate: 0.0001 "
+        match=r"seed=0 belongs to a point with another config.*\n  optimizer.learning_rate: 0.0005 "
         r"-> 0.0002",
     ):
         run_sweep(changed, directory)

