@@ -17,8 +17,6 @@ from opdjax.models.hf import load_params, open_checkpoint
 from opdjax.ops.tile import head_logits
 from opdjax.rollouts.setup import stop_ids
 
-pytestmark = pytest.mark.long
-
 
 @pytest.mark.xdist_group("torch")
 def test_the_exported_student_answers_alike_in_transformers(tiny_run):

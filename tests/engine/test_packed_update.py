@@ -168,7 +168,7 @@ EVERY = [(False, 2), (True, 1), (True, 2), (True, 8)]
     [
         (COUPLED, "token_mean", [(False, 2), (True, 8)]),
         (EXPECTED, "sequence_mean_token_mean", ONCE),
-        (PREFIX, "token_mean", ONCE),
+        pytest.param(PREFIX, "token_mean", ONCE, marks=pytest.mark.long),
         *(
             pytest.param(e, kind, EVERY, marks=pytest.mark.long)
             for e in (COUPLED, EXPECTED, PREFIX)

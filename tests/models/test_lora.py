@@ -20,8 +20,6 @@ from opdjax.models.hf import load_params, open_checkpoint
 from opdjax.models.hf_export import export, export_adapter
 from opdjax.models.lora import combine, init_adapters, merged, without_adapters
 
-pytestmark = pytest.mark.long
-
 LORA = LoraConfig(rank=3, alpha=12.0, targets=("v", "q", "o", "down", "up"))
 SCALE = 4.0
 

@@ -170,6 +170,7 @@ def test_a_dead_process_of_this_machine_need_not_be_waited_for(gcs):
 
 
 @pytest.mark.usefixtures("gcs")
+@pytest.mark.long
 def test_a_process_of_another_machine_is_waited_for(clock):
     folder = Folder("gs://bucket/run")
     acquire(folder).stop()

@@ -157,7 +157,8 @@ def test_a_run_that_crashes_is_started_again_on_the_same_slice(tmp_path):
     assert cloud.state["name"] == "opd"
 
 
-@pytest.mark.parametrize("status", ["1", "2"])  # a bug, and a mistake of the user
+# A bug, and a mistake of the user.
+@pytest.mark.parametrize("status", ["1", pytest.param("2", marks=pytest.mark.long)])
 def test_it_gives_up_on_a_run_that_is_wrong(tmp_path, status):
     cloud = Cloud(tmp_path)
     (cloud.bucket / "always").write_text(status)
@@ -252,6 +253,7 @@ def test_failures_are_in_a_row_only_while_nothing_is_well_between_them(tmp_path)
     assert finished.stdout.count("failed (1 in a row)") > 3
 
 
+@pytest.mark.long
 def test_a_disk_that_was_lost_is_set_up_again(tmp_path):
     cloud = Cloud(tmp_path)
     # A slice that was made anew under its name: what was on it is gone, and nobody says so.

@@ -1,10 +1,6 @@
 """The audit's tree: exact estimators have no bias, the others have one."""
 
-import pytest
-
 from opdjax.diagnose.audit.tree import PREFIXES, SEQUENCES, audit_tree
-
-pytestmark = pytest.mark.long
 
 
 def test_the_tree_holds_every_sequence():

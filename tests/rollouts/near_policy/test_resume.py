@@ -135,6 +135,7 @@ def corrupt(path):
     path.write_bytes(data)
 
 
+@pytest.mark.long
 def test_damaged_annotations_are_made_again(halfway_ahead, ahead, tmp_path):
     """The teacher can score the same samples again."""
     workdir = shutil.copytree(halfway_ahead, tmp_path / "run")
