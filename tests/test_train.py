@@ -307,6 +307,7 @@ def self_distillation(recipe="full_kl", teacher="@student", **sections):
     return dataclasses.replace(config, teacher=ModelConfig(teacher))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", ["full_kl", pytest.param("opd", marks=pytest.mark.long)])
 def test_a_student_learns_from_what_only_its_teacher_view_shows(recipe, tmp_path):
     """The first update equals that of a frozen copy, so no gradient flows through the teacher; the

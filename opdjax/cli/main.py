@@ -5,7 +5,11 @@ Heavy imports happen inside the commands, so that help is instant.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
+import pathlib
+import platform
 import sys
 import traceback
 
@@ -13,6 +17,7 @@ from opdjax.cli.models import check, evaluate, export, sample
 from opdjax.cli.runs import audit, doctor, plan, references, rollouts, score, train
 from opdjax.cli.sweeps import report, sweep, table
 from opdjax.config.validation import nearest
+from opdjax.runs.object_store import scratch_root
 
 COMMANDS = {
     "train": train,
@@ -62,6 +67,8 @@ USER_ERRORS = (
     "opdjax.train.NonFiniteLossError",
 )
 
+_CACHE_BYTES = 4 << 30  # of compiled programs; jax drops the ones that were used longest ago
+
 
 def main() -> None:
     """Run `opdjax COMMAND …`. Errors in USER_ERRORS are reported in one line; with --debug or
@@ -69,6 +76,8 @@ def main() -> None:
     """
     # Only tokenizers of transformers are used here: its advice to install torch does not apply.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    for name, value in compilation_cache().items():
+        os.environ.setdefault(name, value)
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     is_debugging = len(arguments) < len(sys.argv) - 1 or os.environ.get("OPDJAX_DEBUG") == "1"
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -90,6 +99,24 @@ def main() -> None:
             traceback.print_exc()
         _report(f"{type(error).__name__}: {error}")
         sys.exit(getattr(error, "exit_status", 2))
+
+
+def compilation_cache() -> dict[str, str]:
+    """The variables by which jax keeps compiled programs for the next command, so that a program is
+    compiled once. A user's own values win; JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+    """
+    # A program for one kind of CPU may end the process on another, and a home directory may be
+    # shared by machines of several kinds: each kind has a directory of its own.
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line for line in lines if line.startswith(("flags", "Features"))), cpu)
+    kind = hashlib.sha256(cpu.encode()).hexdigest()[:8]
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(scratch_root() / "compiled" / kind),
+        "JAX_COMPILATION_CACHE_MAX_SIZE": str(_CACHE_BYTES),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    }
 
 
 def is_user_error(error: BaseException) -> bool:

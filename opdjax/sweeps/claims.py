@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from opdjax.runs.lease import ExpiryWatch, Lease, holder_of, lease_seconds, try_acquire
-from opdjax.runs.object_store import Folder, RemoteError, in_parallel, is_remote, scratch_root
+from opdjax.runs.object_store import Folder, RemoteError, in_parallel, is_remote
 from opdjax.runs.results import FAILURE, POINT, RESULT, status_of
 from opdjax.runs.workdir import WorkdirError, read_lines
 
@@ -65,7 +65,6 @@ class SweepDirectory(Protocol):
 
     name: str  # path or URL that the user gave
     path: pathlib.Path  # local files of the points: `path / ID`
-    compilation_cache: pathlib.Path  # compiled programs, shared by all points
 
     def workdir(self, id: str) -> str:
         """Path or URL of the work directory of a point."""
@@ -138,7 +137,6 @@ class _LocalClaim:
 class _LocalSweep:
     def __init__(self, path: pathlib.Path):
         self.name, self.path = str(path), path
-        self.compilation_cache = (path / ".compiled").resolve()
 
     def workdir(self, id: str) -> str:
         return str(self.path / id)
@@ -227,7 +225,6 @@ class _RemoteClaim:
 class _RemoteSweep:
     def __init__(self, folder: Folder, path: pathlib.Path):
         self.name, self.folder, self.path = folder.url, folder, path
-        self.compilation_cache = scratch_root() / "compiled"
         self.held: set[str] = set()  # ids of points that this runner has claimed
         self._watches: dict[str, ExpiryWatch] = {}
         self._tried: dict[str, float] = {}

@@ -308,15 +308,13 @@ def _start_next(
 
 def _spawn(runner: _Runner, id: str, claim: Claim, slot: int) -> subprocess.Popen:
     sweep, jobs, directory = runner.sweep, runner.jobs, runner.sweep.path / id
-    # Points are often the same program with other numbers, which is then compiled once.
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(sweep.compilation_cache)}
     with (directory / LOG).open("a") as output:
         child = subprocess.Popen(
             [*_OPDJAX, "train", str(directory / POINT), "--workdir", sweep.workdir(id)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**cache, **os.environ, **claim.environment},
+            env={**os.environ, **claim.environment},
             pass_fds=claim.descriptors,
             start_new_session=True,
         )

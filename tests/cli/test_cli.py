@@ -5,6 +5,7 @@ built-in models.
 import ast
 import importlib
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -580,3 +581,15 @@ def test_evaluation_needs_a_source_with_answers(opdjax, tmp_path):
     )
     assert status == 2
     assert "rows.jsonl has no 'answer' (1 such rows); evaluation needs them" in err
+
+
+def test_programs_are_kept_for_the_next_command_where_the_user_wants_them(tmp_path, monkeypatch):
+    for name in main.compilation_cache():
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OPDJAX_SCRATCH", str(tmp_path))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "7")
+    monkeypatch.setattr(sys, "argv", ["opdjax", "table", str(tmp_path / "absent")])
+    with pytest.raises(SystemExit):
+        main.main()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"].startswith(str(tmp_path / "compiled"))
+    assert os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] == "7"

@@ -215,6 +215,7 @@ def test_teacher_scores_are_packed_and_cut_with_the_rows(aggregation, forms, rng
         assert_same_lesson(expected, result(batch, estimator, "float64", **form), 1e-10)
 
 
+@pytest.mark.long
 def test_eight_devices_train_on_stored_columns(rng):
     batch = make_batch(rng, np.float32, 64)
     sharded = result(batch, STORED, "float32", 2, is_packed=True, mesh=make_mesh(8), is_stored=True)

@@ -330,6 +330,7 @@ def test_diagnostics_do_not_change_an_update(estimator, rng):
     assert all(np.isfinite(value) for name, value in metrics.items() if "position" not in name)
 
 
+@pytest.mark.long
 def test_diagnostics_do_not_depend_on_how_the_batch_is_cut(rng):
     student, teacher = make_models(jnp.float32)
     batch, head = scored(drawn(make_batch(rng)), teacher, IMPORTANCE)

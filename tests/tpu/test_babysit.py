@@ -144,6 +144,7 @@ def test_it_lives_through_lost_slices_and_a_gcloud_that_fails(tmp_path, seed):
     assert "failed (1 in a row); retrying" in finished.stdout
 
 
+@pytest.mark.long
 def test_a_run_that_crashes_is_started_again_on_the_same_slice(tmp_path):
     cloud = Cloud(tmp_path)
     (cloud.bucket / "at-5").write_text("137")

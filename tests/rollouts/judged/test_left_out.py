@@ -60,6 +60,7 @@ VERDICTS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "changes", [{}, pytest.param(VERDICTS, marks=pytest.mark.long)], ids=["rewards", "verdicts"]
 )

@@ -55,6 +55,7 @@ def run_of_two_processes(config, tmp_path, first="sample"):
     return workdir
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("sections", "tolerance"),
     [
