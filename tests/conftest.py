@@ -1,5 +1,6 @@
 """Simulated devices, a persistent compilation cache, and the judge that many tests share."""
 
+import ctypes
 import gc
 import os
 import pathlib
@@ -36,11 +37,11 @@ if jax.__version_info__ < (0, 11):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 # Tracing makes millions of objects that live on: collecting as often as by default takes a tenth
 # of the time of these tests.
-gc.set_threshold(100_000, 50, 20)
+gc.set_threshold(100_000, 50, 50)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
-_MEMORY = 1.3e9  # bytes of a process above which all its compiled programs are dropped
+_MEMORY = 1.5e9  # bytes of a process above which all its compiled programs are dropped
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +68,8 @@ def own_programs(request):
     if statm.exists() and int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > _MEMORY:
         jax.clear_caches()
         gc.collect()
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)  # what was freed would count again after the next file
 
 
 @pytest.fixture
