@@ -93,6 +93,11 @@ def end_length(num_steps: int) -> int:
     return max(1, min(max(10, num_steps // 10), num_steps // 2))
 
 
+def end_mean(run: Run, name: str) -> float | None:
+    """Mean of a metric over the last `end_length` steps; None if it was never finite there."""
+    return mean(run.column(name)[-end_length(len(run.metrics)) :])
+
+
 def kl_by_position(rows: list[dict[str, Any]]) -> dict[Bucket, float]:
     """KL(student || teacher), nats, in each range of completion tokens, mean over the rows."""
     names = {bucket: name for row in rows for name in row if (bucket := _bucket(name)) is not None}

@@ -138,8 +138,9 @@ def outcome(run: Run) -> str:
         text = f"{spent} of training, without an evaluation; KL(student || teacher) was"
         if len(run.metrics) < 2:
             return f"{text} {number(kl[0])} nats a token."
-        end, last = number(run.last_mean("kl/student_teacher")), count(run.num_last, "last step")
-        return f"{text} {number(kl[0])} nats a token at first and {end} on average of the {last}."
+        end = number(measures.end_mean(run, "kl/student_teacher"))
+        last = count(measures.end_length(len(run.metrics)), "step")
+        return f"{text} {number(kl[0])} nats a token at first and {end} over the last {last}."
     name = measures.score_label("avg@k", rows[0].get("k"))
     if run.result is None or "paired_difference" not in run.result:
         first, last = (f"{fixed(row['avg@k'])}" for row in (rows[0], rows[-1]))
@@ -173,7 +174,7 @@ def _warnings(run: Run) -> list[str]:
     if left_out:
         limit = f"data.max_prompt_length = {run.config['data']['max_prompt_length']} tokens"
         found.append(f"{count(left_out, 'prompt')} left out: longer than {limit}.")
-    cut = run.last_mean("rollout/truncated_ratio")
+    cut = measures.end_mean(run, "rollout/truncated_ratio")
     if cut is not None and cut > 0.05:
         what = f"{cut:.0%} of completions were cut off at the length limit"
         found.append(f"At the end of training {what}.")

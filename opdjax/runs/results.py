@@ -95,15 +95,8 @@ class Run:
         return statistics.median(known) if known else None
 
     def last_mean(self, name: str) -> float | None:
-        """Mean of a metric over the last ten steps, or over the second half of a run of fewer than
-        twenty; None if it was never finite there.
-        """
-        return mean(self.column(name)[-self.num_last :])
-
-    @property
-    def num_last(self) -> int:
-        """Number of steps that `last_mean` averages over."""
-        return max(1, min(10, len(self.metrics) // 2))
+        """Mean of a metric over the last ten steps; None if it was never finite there."""
+        return mean(self.column(name)[-10:])
 
 
 def is_number(value: Any) -> bool:
