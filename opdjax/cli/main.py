@@ -76,8 +76,6 @@ def main() -> None:
     """
     # Only tokenizers of transformers are used here: its advice to install torch does not apply.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    for name, value in compilation_cache().items():
-        os.environ.setdefault(name, value)
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     is_debugging = len(arguments) < len(sys.argv) - 1 or os.environ.get("OPDJAX_DEBUG") == "1"
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -87,6 +85,8 @@ def main() -> None:
     if name not in COMMANDS:
         _report(f"there is no command {name!r}; {nearest(name, COMMANDS)}")
         sys.exit(2)
+    for variable, value in compilation_cache().items():
+        os.environ.setdefault(variable, value)
     try:
         COMMANDS[name](arguments[1:])
     except KeyboardInterrupt:
@@ -108,8 +108,7 @@ def compilation_cache() -> dict[str, str]:
     # A program for one kind of CPU may end the process on another, and a home directory may be
     # shared by machines of several kinds: each kind has a directory of its own.
     cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    with contextlib.suppress(OSError), pathlib.Path("/proc/cpuinfo").open() as lines:
         cpu = next((line for line in lines if line.startswith(("flags", "Features"))), cpu)
     kind = hashlib.sha256(cpu.encode()).hexdigest()[:8]
     return {
