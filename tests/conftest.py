@@ -35,8 +35,8 @@ os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 if jax.__version_info__ < (0, 11):
     flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
-# Tracing makes millions of objects that live on: collecting as often as by default takes a tenth
-# of the time of these tests.
+# Tracing makes millions of objects that live on: collecting as often as by default slows
+# these tests.
 gc.set_threshold(100_000, 50, 50)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 

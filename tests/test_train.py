@@ -308,7 +308,7 @@ def self_distillation(recipe="full_kl", teacher="@student", **sections):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("recipe", ["full_kl", pytest.param("opd", marks=pytest.mark.long)])
+@pytest.mark.parametrize("recipe", ["full_kl", "opd"])
 def test_a_student_learns_from_what_only_its_teacher_view_shows(recipe, tmp_path):
     """The first update equals that of a frozen copy, so no gradient flows through the teacher; the
     second differs, because the teacher moved.

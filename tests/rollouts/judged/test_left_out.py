@@ -61,9 +61,7 @@ VERDICTS = {
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "changes", [{}, pytest.param(VERDICTS, marks=pytest.mark.long)], ids=["rewards", "verdicts"]
-)
+@pytest.mark.parametrize("changes", [{}, VERDICTS], ids=["rewards", "verdicts"])
 def test_a_first_step_with_failed_groups_is_trained_on_the_others(start_judge, tmp_path, changes):
     with start_judge("--faults", 0.5) as base_url:
         train(config(base_url, **changes), tmp_path)
