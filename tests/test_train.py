@@ -37,7 +37,8 @@ import opdjax.train
 from opdjax.cli.export import export_step
 from opdjax.config import MINI_PAIR, MINI_STUDENT, EvaluationConfig, ModelConfig
 from opdjax.config.validation import ConfigError
-from opdjax.data.chat import TokenizerMismatchError, load_tokenizer
+from opdjax.data.chat import TokenizerMismatchError
+from opdjax.data.tokenizer import load_tokenizer
 from opdjax.models.decoder import init_params
 from opdjax.models.hf import fingerprint, load_params, open_checkpoint
 from opdjax.models.hf_export import export

@@ -44,7 +44,7 @@ USER_ERRORS = (
     "builtins.OSError",  # a missing or unreadable file, a full disk, the network
     "opdjax.config.validation.ConfigError",
     "opdjax.config.validation.MissingExtraError",
-    "opdjax.data.chat.TokenizerError",
+    "opdjax.data.tokenizer.TokenizerError",
     "opdjax.data.chat.TokenizerMismatchError",
     "opdjax.data.sources.DataError",
     "opdjax.diagnose.plan.aot.NoCompilerError",

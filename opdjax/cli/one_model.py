@@ -10,9 +10,9 @@ import numpy as np
 
 from opdjax.config import Config, DataConfig, ModelConfig
 from opdjax.config.validation import ConfigError
-from opdjax.data.chat import load_tokenizer
 from opdjax.data.prompt_rows import Prompt
 from opdjax.data.prompts import collate, encode_prompts
+from opdjax.data.tokenizer import load_tokenizer
 from opdjax.engine.decoding import Decoding
 from opdjax.engine.evaluate import completions
 from opdjax.engine.sampler import sample

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import os
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import jinja2
+
+from opdjax.data.tokenizer import TokenizerError
 
 # Errors of a template that does not fit the prompt: Jinja's own and those of its expressions.
 _TEMPLATE_ERRORS = (
@@ -24,34 +25,8 @@ Messages = tuple[dict[str, str], ...]
 _PROBE = "Let x = 12.5; then 3x + 1 = ?\n\tif a<b: return 'né ü 你好'  # 1234567890"
 
 
-class TokenizerError(ValueError):
-    """The checkpoint has no tokenizer, or an unreadable one."""
-
-
 class TokenizerMismatchError(ValueError):
     """Teacher and student do not share a vocabulary, so their logits cannot be compared."""
-
-
-def load_tokenizer(path_or_id: str | os.PathLike, revision: str | None = None) -> Any:
-    """The tokenizer of a checkpoint directory or hub id; TokenizerError if it has none."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoTokenizer
-
-    advice = "expected tokenizer.json and tokenizer_config.json next to the weights, as published"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path_or_id), revision=revision)
-    # Damaged files, and values of other types, raise any of these.
-    except (OSError, LookupError, ValueError, TypeError, AttributeError, StrictDataclassError) as e:
-        reason = str(e).partition("\n")[0].rstrip(" :")
-        raise TokenizerError(
-            f"no tokenizer could be read from {path_or_id}: {type(e).__name__}: {reason}; {advice}"
-        ) from e
-    if not tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}:
-        # transformers returns an empty one if there are no files.
-        raise TokenizerError(
-            f"no tokenizer could be read from {path_or_id}: it knows no tokens; {advice}"
-        )
-    return tokenizer
 
 
 def valid_vocab(tokenizer: Any) -> int:

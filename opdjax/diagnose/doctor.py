@@ -16,10 +16,11 @@ import numpy as np
 
 from opdjax.config import Config, MeshConfig
 from opdjax.config.validation import require
-from opdjax.data.chat import load_tokenizer, valid_vocab
+from opdjax.data.chat import valid_vocab
 from opdjax.data.grading import GRADERS
 from opdjax.data.packing import for_teacher, pack, to_train_batch, unpack
 from opdjax.data.prompts import collate, indices_at
+from opdjax.data.tokenizer import load_tokenizer
 from opdjax.diagnose import checks
 from opdjax.engine.decoding import Decoding
 from opdjax.engine.evaluate import completions

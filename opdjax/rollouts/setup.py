@@ -12,16 +12,12 @@ from jax.sharding import Mesh
 
 from opdjax.config import STUDENT, Config, DataConfig, ModelConfig, SamplingConfig
 from opdjax.config.validation import ConfigError, require
-from opdjax.data.chat import (
-    TokenizerMismatchError,
-    check_same_vocabulary,
-    load_tokenizer,
-    valid_vocab,
-)
+from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, valid_vocab
 from opdjax.data.grading import require_grader
 from opdjax.data.prompt_rows import first_of_each, read_prompts, require_field
 from opdjax.data.prompts import PromptSet, encode_prompts, load_rows
 from opdjax.data.sources import ColumnMap
+from opdjax.data.tokenizer import load_tokenizer
 from opdjax.engine.decoding import Decoding
 from opdjax.engine.evaluate import Evaluator
 from opdjax.engine.update import UpdateSpec, scored_temperature, spec_of

@@ -20,7 +20,6 @@ import numpy as np
 
 from opdjax.config import STUDENT, Config, DataConfig
 from opdjax.config.validation import MissingExtraError, require, require_default
-from opdjax.data.chat import load_tokenizer
 from opdjax.data.prompt_rows import Prompt, read_prompts
 from opdjax.data.prompts import PromptSet, collate, encode_prompts, messages_of
 from opdjax.data.references import (
@@ -33,6 +32,7 @@ from opdjax.data.references import (
     read_index,
 )
 from opdjax.data.sources import ColumnMap
+from opdjax.data.tokenizer import load_tokenizer
 from opdjax.engine.decoding import Decoding
 from opdjax.engine.evaluate import completions
 from opdjax.engine.sampler import sample

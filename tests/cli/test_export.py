@@ -7,9 +7,10 @@ import pytest
 from tiny_runs import TINY
 
 from opdjax.config import DataConfig
-from opdjax.data.chat import load_tokenizer, valid_vocab
+from opdjax.data.chat import valid_vocab
 from opdjax.data.prompt_rows import read_prompts
 from opdjax.data.prompts import collate, encode_prompts
+from opdjax.data.tokenizer import load_tokenizer
 from opdjax.engine.decoding import Decoding
 from opdjax.engine.sampler import sample
 from opdjax.models.decoder import forward, head_of

@@ -11,12 +11,12 @@ from opdjax.data.chat import (
     TokenizerMismatchError,
     assistant_header,
     check_same_vocabulary,
-    load_tokenizer,
     render,
     stage_ids,
     stage_starts,
     valid_vocab,
 )
+from opdjax.data.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opdjax.config import MINI_PAIR, DataConfig
-from opdjax.data.chat import load_tokenizer
 from opdjax.data.prompt_rows import Prompt, read_prompts
 from opdjax.data.prompts import PromptSet, _with_context, collate, encode_prompts, indices_at
 from opdjax.data.sources import DataError
+from opdjax.data.tokenizer import load_tokenizer
 
 RAW = DataConfig(format="raw")
 

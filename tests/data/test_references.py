@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from opdjax.config import MINI_PAIR, DataConfig
 from opdjax.config.validation import ConfigError
-from opdjax.data.chat import load_tokenizer
 from opdjax.data.prompts import encode_prompts, load_rows
 from opdjax.data.references import (
     ReferenceAnswer,
@@ -24,6 +23,7 @@ from opdjax.data.references import (
     read_index,
     references_of,
 )
+from opdjax.data.tokenizer import load_tokenizer
 
 TEACHER = {"model": "big", "temperature": 0.7, "top_p": None, "seed": 0}
 MESSAGES = ({"role": "system", "content": "be short"}, {"role": "user", "content": "né 你好"})

@@ -29,9 +29,9 @@ from opdjax.config import (
     TrainConfig,
 )
 from opdjax.config.recipes import RECIPES
-from opdjax.data.chat import load_tokenizer
 from opdjax.data.packing import to_train_batch
 from opdjax.data.tasks.arithmetic import problems
+from opdjax.data.tokenizer import load_tokenizer
 from opdjax.diagnose import checks
 from opdjax.diagnose.doctor import examine, first_batch
 from opdjax.rollouts.checks import check_settings, check_tokenizers, end_of_turn

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opdjax.config import MINI_STUDENT, DataConfig
-from opdjax.data.chat import load_tokenizer
 from opdjax.data.prompt_rows import read_prompts
 from opdjax.data.prompts import collate, encode_prompts
+from opdjax.data.tokenizer import load_tokenizer
 from opdjax.engine import sampler, scheduling
 from opdjax.engine.decoding import (
     EVAL_STREAM,

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from opdjax.config import MINI_STUDENT, MINI_TEACHER, DataConfig
-from opdjax.data.chat import load_tokenizer
 from opdjax.data.packing import to_train_batch
 from opdjax.data.prompt_rows import read_prompts
 from opdjax.data.prompts import encode_prompts
+from opdjax.data.tokenizer import load_tokenizer
 from opdjax.engine.decoding import TRAIN_STREAM, Decoding
 from opdjax.engine.sampler import sample
 from opdjax.engine.scorer import score

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from opdjax.config import MINI_PAIR, Config, EstimatorConfig, EvaluationConfig, SamplingConfig
-from opdjax.data.chat import load_tokenizer
+from opdjax.data.tokenizer import load_tokenizer
 from opdjax.engine.sampler import extra_uniforms
 from opdjax.rollouts.rows import task_reward, with_option_columns
 from opdjax.types import Rollouts, TrainBatch

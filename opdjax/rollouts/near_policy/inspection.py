@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from opdjax.config import MINI_PAIR, MINI_STUDENT, MINI_TEACHER
-from opdjax.data.chat import load_tokenizer
+from opdjax.data.tokenizer import load_tokenizer
 from opdjax.rollouts.near_policy import shards
 from opdjax.rollouts.near_policy.shards import SCHEMAS, Shard, ShardError
 from opdjax.runs.workdir import WorkdirError, read_config

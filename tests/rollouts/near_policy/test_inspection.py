@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from opdjax.config import MINI_PAIR, MINI_STUDENT, Config, ModelConfig
-from opdjax.data.chat import load_tokenizer, render
+from opdjax.data.chat import render
+from opdjax.data.tokenizer import load_tokenizer
 from opdjax.rollouts.near_policy import ifd, shards
 from opdjax.rollouts.near_policy.inspection import inspect
 from opdjax.runs.workdir import WorkdirError, claim
