@@ -143,6 +143,9 @@ def _load(directory: pathlib.Path, name: str) -> Any:
         for role, each in given.items()
         if each
     }
+    for role, text in texts.items():
+        if not isinstance(text, str):
+            raise ValueError(f"{role} is {text!r}, expected the text of a token")
     return FileTokenizer(backend, name, _template(directory, config), texts)
 
 
