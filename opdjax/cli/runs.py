@@ -55,7 +55,7 @@ def plan(arguments: list[str]) -> None:
         models alone; exit with 1 if it does not fit.
 
         Args:
-            topology: the machine, such as v5e-8, v6e-16, v5p-8, h100-8
+            topology: the machine, such as v5e-8, v6e-16, v5p-8, h100-8, cpu
             aot: also compile the programs of the run for it; takes minutes, needs libtpu but no TPU
             config: every field of the experiment
         """

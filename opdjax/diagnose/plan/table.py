@@ -36,7 +36,8 @@ def _heading(plan: Plan) -> str:
     rows += f"{config.sampling.max_completion_length} tokens"
     rows += f", packed into rows of {config.train.pack_length}" if config.train.pack_length else ""
     rows += f"; on a device {workload.rows} rows, {workload.micro_rows} at a time"
-    lines = [f"{topology.name}: {devices}", f"a step: {rows} ({num_micro_batches} micro-batches)"]
+    name = f"{topology.name} ({topology.chip.note})" if topology.chip.note else topology.name
+    lines = [f"{name}: {devices}", f"a step: {rows} ({num_micro_batches} micro-batches)"]
     if near.schedule != "none":
         lines.append(
             "rollouts are asynchronous: everything is counted on the learner's devices, as if "
@@ -93,7 +94,10 @@ def _work(plan: Plan) -> str:
 
 def _compiled(plan: Plan, programs: list[Program]) -> str:
     names = ("arguments", "temporary", "peak", "counted", "ratio", "seconds")
-    lines = [_line(f"compiled for {plan.workload.topology.jax_name}, GiB on a device", names, 11)]
+    topology = plan.workload.topology
+    lines = [
+        _line(f"compiled for {topology.jax_name or topology.name}, GiB on a device", names, 11)
+    ]
     for program in programs:
         if program.problem is not None:
             lines.append(f"{program.name:46}{program.problem}")
@@ -139,10 +143,11 @@ def verdict(plan: Plan, programs: list[Program] | None = None) -> str:
     """Return one line for each phase or program that does not fit, or one line if all fit."""
     problems, capacity = [], f"{plan.capacity / _GIB:.2f} GiB"
     for phase in plan.phases:
+        largest = max(plan.items_in(phase), key=lambda item: item.num_bytes)
         if (item := plan.first_overflow(phase)) is not None:
             problems.append(
                 f"{phase} holds {plan.held(phase) / _GIB:.2f} of {capacity}; the first item that "
-                f"does not fit is {item.name!r}, the largest is {plan.largest(phase).name!r}"
+                f"does not fit is {item.name!r}, the largest is {largest.name!r}"
             )
     for program in programs or ():
         outside = max(plan.outside_bytes(phase) for phase in PROGRAMS[program.name])

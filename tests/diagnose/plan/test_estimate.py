@@ -25,6 +25,7 @@ from opdjax.diagnose.plan.memory import (
     kept_activations,
     parameter_bytes,
 )
+from opdjax.diagnose.plan.table import fits, verdict
 from opdjax.diagnose.plan.workload import read_workload
 from opdjax.models.decoder import init_params, num_parameters
 from opdjax.ops.sharding import make_mesh
@@ -152,14 +153,14 @@ def test_work_of_a_step(run_of):
 
 def test_what_does_not_fit_is_named(run_of):
     plan = estimate(run_of("v5e-4"))
-    assert plan.fits
+    assert fits(plan)
     assert plan.first_overflow("loss") is None
     small = dataclasses.replace(plan.workload.topology.chip, hbm_bytes=plan.held("teacher"))
     tight = dataclasses.replace(
         plan.workload, topology=dataclasses.replace(plan.workload.topology, chip=small)
     )
     plan = estimate(tight)
-    assert not plan.fits
+    assert not fits(plan)
     assert plan.first_overflow("teacher") is None
     total = 0
     for item in (item for item in plan.items if "loss" in item.phases):
@@ -167,7 +168,8 @@ def test_what_does_not_fit_is_named(run_of):
         if total > small.hbm_bytes:
             break
     assert plan.first_overflow("loss") is item
-    assert plan.largest("loss").num_bytes == max(sizes(plan, "loss").values())
+    held = sizes(plan, "loss")
+    assert f"the largest is {max(held, key=held.get)!r}" in verdict(plan)
 
 
 @pytest.mark.parametrize(
@@ -196,11 +198,7 @@ def test_the_arguments_are_those_of_the_compiled_update(estimator):
     )
     workload = read_workload(config, topology("v5e-8"))
     program = compile_update(workload, make_mesh(2, 4))
-    counted = [
-        item
-        for item in estimate(workload).items
-        if "loss" in item.phases and "loss" not in item.outside and item.is_argument
-    ]
+    counted = [item for item in estimate(workload).items if "loss" in (item.received_by or ())]
     counters = 5 * 4  # of the state: steps, skipped, in a row, and the optimizer's two
     assert sum(item.num_bytes for item in counted) + counters == program.argument_bytes
     assert any(
