@@ -10,6 +10,7 @@ import pathlib
 import tempfile
 from collections.abc import Sequence
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +18,23 @@ import numpy as np
 
 from opdjax.config import Config
 from opdjax.data.chat import valid_vocab
-from opdjax.data.grading import GRADERS
-from opdjax.data.packing import for_teacher, pack, to_train_batch, unpack
+from opdjax.data.packing import (
+    answer_rows,
+    for_teacher,
+    pack,
+    packed_lengths,
+    to_train_batch,
+    unpack,
+)
+from opdjax.data.prompt_rows import Prompt
 from opdjax.data.prompts import collate, indices_at
 from opdjax.engine.decoding import Decoding
-from opdjax.engine.evaluate import completions
+from opdjax.engine.evaluate import graded
 from opdjax.engine.sampler import sample
 from opdjax.engine.scorer import score
 from opdjax.engine.update import UpdateSpec, loss_and_grad
 from opdjax.estimators import estimator_of
+from opdjax.judge.judgement import Judgement
 from opdjax.judge.replies import ApiError
 from opdjax.models.decoder import DecoderConfig, Params, head_of
 from opdjax.models.hf import Checkpoint, load_params
@@ -65,6 +74,17 @@ class FirstUpdate:
         )
 
 
+class _Model(NamedTuple):
+    params: Params
+    head: Head
+    config: DecoderConfig
+
+    def with_params(self, params: Params) -> _Model:
+        """Return the model with other weights, and the head's masking and temperature."""
+        head = dataclasses.replace(self.head, kernel=head_of(params).kernel)
+        return self._replace(params=params, head=head)
+
+
 class Measurements:
     """Measurements of a run's untrained models on its first prompts, each made at its first use.
 
@@ -89,27 +109,22 @@ class Measurements:
         return with_student_as_teacher(run, params, head)
 
     @cached_property
-    def indices(self) -> np.ndarray:
-        """The prompts that are measured."""
-        return _first_indices(self._run, self._num_prompts)
-
-    @cached_property
     def prompts(self) -> PromptBatch:
         """Ids of the prompts."""
-        return collate(self.setup.prompts, self.indices)
+        return _first_prompts(self.setup, self._num_prompts)
 
     @cached_property
-    def _student(self) -> tuple[Params, Head, DecoderConfig]:
+    def _student(self) -> _Model:
         """The student in the type of the forward pass, with the run's mask and temperature."""
-        decoding = self.setup.decoding
-        params = self._load(self.setup.student, self.setup.dtype)
+        student, decoding = self.setup.student, self.setup.decoding
         masks = {"valid_vocab": decoding.valid_vocab, "temperature": decoding.temperature}
-        return params, head_of(params, **masks), self.setup.student.config
+        params = self._load(student, self.setup.dtype)
+        return _Model(params, head_of(params, **masks), student.config)
 
     @property
-    def _teacher(self) -> tuple[Params, Head, DecoderConfig]:
+    def _teacher(self) -> _Model:
         teacher = self.setup.teacher
-        return teacher.params, teacher.head, teacher.checkpoint.config
+        return _Model(teacher.params, teacher.head, teacher.checkpoint.config)
 
     @property
     def dtypes(self) -> tuple[str, str]:
@@ -119,8 +134,8 @@ class Measurements:
     @cached_property
     def rollouts(self) -> Rollouts:
         """One rollout of each prompt."""
-        inputs = (self._student[0], self.prompts, self.config.seed, 0)
-        return sample(*inputs, config=self._student[2], decoding=self.setup.decoding)
+        (params, _, model), decoding = self._student, self.setup.decoding
+        return sample(params, self.prompts, self.config.seed, 0, config=model, decoding=decoding)
 
     @cached_property
     def batch(self) -> TrainBatch:
@@ -131,96 +146,76 @@ class Measurements:
             batch, _ = with_option_columns(batch, self.rollouts, *data)
         return batch
 
-    @cached_property
+    @property
     def _own_batch(self) -> TrainBatch:
         return dataclasses.replace(self.batch, teacher_view=None)
 
     @cached_property
     def teacher_answers(self) -> Rollouts:
         """Greedy answers of the teacher."""
-        return self._greedy(*self._teacher, for_teacher(self.prompts))
+        return self._greedy(self._teacher, for_teacher(self.prompts))
 
     @cached_property
     def padding(self) -> dict[str, tuple[int, float]]:
         """By role: (rows of the embedding, largest probability of all ids beyond the tokenizer)."""
-        inputs = {
-            "student": (*self._student, self._own_batch),
-            "teacher": (*self._teacher, self.batch),
-        }
         found, width = {}, valid_vocab(self.setup.tokenizer)
-        for role, (params, head, model, batch) in inputs.items():
-            rows, sizes = params["embedding"].shape[0], (width, self.config.estimator.tile)
-            mass = _mass_beyond(params, head, batch, model, *sizes) if rows > width else 0
+        pairs = ((self._student, self._own_batch), (self._teacher, self.batch))
+        for role, (model, batch) in zip(("student", "teacher"), pairs):
+            rows, sizes = len(model.params["embedding"]), (width, self.config.estimator.tile)
+            mass = _mass_beyond(*model[:2], batch, model.config, *sizes) if rows > width else 0
             found[role] = rows, float(mass)
         return found
 
     def score_at(self, temperature: float) -> np.ndarray:
         """Return the scorer's log-probs `[B, T]` of the rollouts at a temperature of the student.
 
-        They are there one column left and right of the mask too: the tokens are there if it is
-        shifted. Nothing predicts column 0.
+        They reach one column left and right of the mask: the tokens are there if it is shifted.
         """
-        params, head, model = self._student
         mask = jnp.asarray(self.batch.mask)
-        near = (mask | jnp.roll(mask, 1, axis=1) | jnp.roll(mask, -1, axis=1)).at[:, 0].set(False)
+        near = mask | jnp.roll(mask, 1, axis=1) | jnp.roll(mask, -1, axis=1)
+        near = near.at[:, 0].set(False)  # nothing predicts the first column
+        head = dataclasses.replace(self._student.head, temperature=temperature)
         batch = dataclasses.replace(self._own_batch, mask=near)
-        return self._logprobs(
-            params, dataclasses.replace(head, temperature=temperature), model, batch
-        )
+        return self._logprobs(self._student._replace(head=head), batch)
 
     @cached_property
     def first_updates(self) -> tuple[FirstUpdate, FirstUpdate]:
         """Two updates: with the student's own weights as the teacher, and with the teacher."""
+        weights, params = load_student(self.setup), self._load(self.setup.student, self.dtypes[1])
+        itself = self._teacher.with_params(params)._replace(config=self._student.config)
         # The student's view on both sides: another template would put it into another context.
-        params = self._load(self.setup.student, self.dtypes[1])
-        head = _with_kernel_of(self._teacher[1], params)
-        weights = load_student(self.setup)
-        itself = self._first_update(weights, params, head, self._student[2], self._own_batch)
-        return itself, self._first_update(weights, *self._teacher, self.batch)
+        batches = ((itself, self._own_batch), (self._teacher, self.batch))
+        return tuple(self._first_update(weights, *each) for each in batches)
 
-    def _first_update(
-        self,
-        weights: tuple[Params, Params | None],
-        params: Params,
-        head: Head,
-        model: DecoderConfig,
-        batch: TrainBatch,
-    ) -> FirstUpdate:
+    def _first_update(self, weights: tuple, teacher: _Model, batch: TrainBatch) -> FirstUpdate:
         config, own, estimator = self.config, self._own_batch, estimator_of(self.config.estimator)
         # A recipe that reads no scores may still filter rollouts by token log-probs.
         needs = "token" if estimator.teacher == "none" else estimator.teacher
         options = {"needs": needs, "top_k": estimator.top_k, "tile": config.estimator.tile}
-        scores = score(params, head, batch, config=model, **options)
+        scores = score(*teacher[:2], batch, config=teacher.config, **options)
+        head = teacher.head if needs == "vocabulary" else None
         # Micro-batches no larger than the run's.
         rows = own.tokens.shape[0]
         most = max(config.rows_per_step // config.train.gradient_accumulation_steps, 1)
         parts = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= most)
         spec = update_spec(self.setup)
         spec = dataclasses.replace(spec, gradient_accumulation_steps=parts, mesh=None)
-        loss, norm, outputs = _first_loss(
-            *weights,
-            dataclasses.replace(own, teacher=scores),
-            head if needs == "vocabulary" else None,
-            spec,
-        )
+        scored = dataclasses.replace(own, teacher=scores)
+        loss, norm, outputs = _first_loss(*weights, scored, head, spec)
         mask = np.asarray(own.mask)
         reward = np.asarray(outputs["rewards"])[mask]
         kl = np.asarray(outputs["kl"])[mask] if "kl" in outputs else -reward
-        values = (np.abs(reward).mean(), kl.mean(), loss, norm)
-        return FirstUpdate(*map(float, values))
+        return FirstUpdate(*map(float, (np.abs(reward).mean(), kl.mean(), loss, norm)))
 
     @cached_property
     def _teacher_scores(self) -> np.ndarray:
-        return self._logprobs(*self._teacher, self.batch)
+        return self._logprobs(self._teacher, self.batch)
 
     @cached_property
     def teacher_rounding(self) -> np.ndarray:
         """|log-prob - log-prob in float32| of the sampled tokens by the teacher."""
-        if self.dtypes[1] == "float32":
-            return np.zeros(1)
         params = self._load(self.setup.teacher.checkpoint, "float32")
-        head = _with_kernel_of(self._teacher[1], params)
-        exact = self._logprobs(params, head, self._teacher[2], self.batch)
+        exact = self._logprobs(self._teacher.with_params(params), self.batch)
         return np.abs(self._teacher_scores - exact)[np.asarray(self.batch.mask)]
 
     @cached_property
@@ -228,59 +223,59 @@ class Measurements:
         """The teacher's log-probs of the sampled tokens: scored twice, and with other micro-batches
         and another layout; then that layout.
         """
-        batch, length = self.batch, self.config.train.pack_length
-        again, parts = self._logprobs(*self._teacher, batch), 1 if batch.tokens.shape[0] % 2 else 2
-        if length is None:
-            layout, padded = "more padding", _with_padding(batch, _PADDING)
-            regrouped = self._logprobs(*self._teacher, padded, parts)[:, _PADDING:]
-        else:
-            layout, (packed, source) = "packed rows", pack(batch, length, parts=parts)
-            scores = self._logprobs(*self._teacher, packed, parts)
-            regrouped = unpack(scores, source, batch.tokens.shape)
+        teacher, batch, length = self._teacher, self.batch, self.config.train.pack_length
+        again, parts = self._logprobs(teacher, batch), 1 if batch.tokens.shape[0] % 2 else 2
+        layout, rows = "packed rows", None
+        if length is None:  # one rollout per row as before, in other columns
+            layout, rows = "other padding", np.arange(len(batch.tokens))
+            length = int(packed_lengths(batch).max()) + _PADDING
+        packed, source = pack(batch, length, parts=parts, rows=rows)
+        regrouped = unpack(self._logprobs(teacher, packed, parts), source, batch.tokens.shape)
         mask = np.asarray(batch.mask)
         return *(each[mask] for each in (self._teacher_scores, again, regrouped)), layout
 
     @cached_property
     def nll(self) -> tuple[np.ndarray, np.ndarray, bool]:
         """NLL a token by student and teacher `[P]`; whether of references, otherwise of prompts."""
-        data, encode = self.setup.prompts, self.setup.tokenizer.encode
-        rows = [data.prompts[i] for i in self.indices]
-        has_references = all(row.references and row.references[0] for row in rows)
-        texts: list[list[int]] = [[] for _ in rows]
+        references, encode = [row.references for row in self._rows], self.setup.tokenizer.encode
+        has_references = all(texts and texts[0] for texts in references)
+        texts: list[list[int]] = [[] for _ in references]
         if has_references:
-            texts = [encode(row.references[0], add_special_tokens=False) for row in rows]
-        student = self._nll(*self._student, data.student_ids, texts)
-        teacher = self._nll(*self._teacher, data.teacher_ids or data.student_ids, texts)
-        return student, teacher, has_references
+            texts = [encode(first, add_special_tokens=False) for first, *_ in references]
+        teacher = self._nll(self._teacher, for_teacher(self.prompts), texts)
+        return self._nll(self._student, self.prompts, texts), teacher, has_references
 
     @cached_property
     def correct(self) -> tuple[int, int] | None:
         """Correct greedy answers of student and teacher; None if they cannot be graded."""
-        evaluation, tokenizer = self.config.evaluation, self.setup.tokenizer
-        answers = [self.setup.prompts.prompts[i].answer for i in self.indices]
+        evaluation, answers = self.config.evaluation, [row.answer for row in self._rows]
         if evaluation.source is None or None in answers:
             return None
-        own, grade = self._greedy(*self._student, self.prompts), GRADERS[evaluation.grader]
-        texts = (completions(each, tokenizer) for each in (own, self.teacher_answers))
-        return tuple(sum(map(bool, map(grade, each, answers))) for each in texts)
+        grading = (answers, self.setup.tokenizer, evaluation.grader)
+        both = (self._greedy(self._student, self.prompts), self.teacher_answers)
+        return tuple(int(graded(rollouts, *grading).sum()) for rollouts in both)
 
     @cached_property
-    def judged(self) -> tuple[list, dict[str, float], str | None]:
+    def judged(self) -> tuple[list[Judgement], dict[str, float], str | None]:
         """(Judgements of the first groups, usage of a whole run, why the judges failed or None)."""
         from opdjax.rollouts.judged import JudgedSource, background_judge  # needs an extra
 
-        run, config, indices = self._run, self.config, _first_indices(self._run, _NUM_GROUPS)
-        rollouts = to_host(draw(run, initial_weights(run), collate(run.prompts, indices), 0))
+        run, train, prompts = self._run, self.config.train, _first_prompts(self._run, _NUM_GROUPS)
+        rollouts = to_host(draw(run, initial_weights(run), prompts, 0))
         with tempfile.TemporaryDirectory() as name:
             scratch = pathlib.Path(name)
-            with background_judge(config, scratch) as background:
+            with background_judge(self.config, scratch) as background:
                 try:
                     judged = list(JudgedSource(run, scratch, background).judge(rollouts))
                 except ApiError as error:
                     return [], {}, str(error)
-                scale = config.train.prompts_per_step * config.train.num_steps / len(indices)
+                scale = train.prompts_per_step * train.num_steps / len(prompts.prompt_id)
                 usage = {key: scale * x for key, x in background.record_usage(0).items()}
                 return [each for judgements in judged for each in judgements], usage, None
+
+    @property
+    def _rows(self) -> list[Prompt]:
+        return [self.setup.prompts.prompts[i] for i in self.prompts.prompt_id]
 
     # Passes through the models
 
@@ -288,41 +283,28 @@ class Measurements:
         # Placed as the teacher's: models of one shape then share a program.
         return load_params(checkpoint, dtype, self._run.mesh)
 
-    def _logprobs(
-        self, params: Params, head: Head, model: DecoderConfig, batch: TrainBatch, parts: int = 1
-    ) -> np.ndarray:
+    def _logprobs(self, model: _Model, batch: TrainBatch, parts: int = 1) -> np.ndarray:
         """Return log-probs `[B, T]` of the batch's tokens, from the scorer of the run's teacher."""
-        tile = self.config.estimator.tile
-        scores = score(params, head, batch, config=model, needs="token", tile=tile, parts=parts)
+        options = {"needs": "token", "tile": self.config.estimator.tile, "parts": parts}
+        scores = score(*model[:2], batch, config=model.config, **options)
         return np.asarray(scores.teacher_logprobs)
 
     def _nll(
-        self,
-        params: Params,
-        _: Head,
-        model: DecoderConfig,
-        prompts: Sequence[Sequence[int]],
-        texts: Sequence[Sequence[int]],
+        self, model: _Model, prompts: PromptBatch, texts: Sequence[Sequence[int]]
     ) -> np.ndarray:
         """Return the mean NLL a token of each text `[P]` after its prompt, at temperature 1.
 
-        For an empty text, that of the prompt's tokens except the first.
+        If all texts are empty, that of the prompts, whose first token nothing predicts.
         """
-        prompts = [prompts[i] for i in self.indices]
-        width = -(-max(len(p) + len(t) for p, t in zip(prompts, texts)) // 16) * 16
-        tokens, segments, mask = np.zeros((3, len(prompts), width), np.int32)
-        for row, (prompt, text) in enumerate(zip(prompts, texts)):
-            end = len(prompt) + len(text)
-            tokens[row, :end], segments[row, :end] = [*prompt, *text], 1
-            mask[row, len(prompt) if text else 1 : end] = 1
-        batch = TrainBatch(tokens, mask.astype(bool), segments, np.zeros(mask.shape, np.float32))
-        head = head_of(params, valid_vocab=self.setup.decoding.valid_vocab)
-        logprobs = self._logprobs(params, head, model, batch)
+        rows = answer_rows(prompts, texts, max(map(len, texts)), 0)
+        position = np.cumsum(rows.segment_ids, axis=1) * rows.segment_ids
+        mask = rows.mask if rows.mask.any() else position > 1
+        head = head_of(model.params, valid_vocab=self.setup.decoding.valid_vocab)
+        batch = TrainBatch(rows.tokens, mask, rows.segment_ids, None)
+        logprobs = self._logprobs(model._replace(head=head), batch)
         return -logprobs.sum(axis=1) / np.maximum(mask.sum(axis=1), 1)
 
-    def _greedy(
-        self, params: Params, _: Head, model: DecoderConfig, prompts: PromptBatch
-    ) -> Rollouts:
+    def _greedy(self, model: _Model, prompts: PromptBatch) -> Rollouts:
         """Sample greedy answers that stop at any id with which one of the two models may stop."""
         setup, decoding = self.setup, self.setup.decoding
         stops = {*setup.teacher.checkpoint.stop_token_ids, *setup.student.stop_token_ids}
@@ -331,26 +313,12 @@ class Measurements:
         length, valid = decoding.max_completion_length, decoding.valid_vocab
         decoding = Decoding(length, stop_token_ids, temperature=0.0, valid_vocab=valid)
         prompts = dataclasses.replace(prompts, teacher_tokens=None, teacher_mask=None)
-        return sample(params, prompts, 0, 0, config=model, decoding=decoding)
+        return sample(model.params, prompts, 0, 0, config=model.config, decoding=decoding)
 
 
-def _first_indices(run: Setup, count: int) -> np.ndarray:
-    return indices_at(0, min(count, len(run.prompts)), len(run.prompts), run.config.seed)
-
-
-def _with_kernel_of(head: Head, params: Params) -> Head:
-    """Return the head's masking and temperature with the weights of `params`."""
-    return dataclasses.replace(head, kernel=head_of(params).kernel)
-
-
-def _with_padding(batch: TrainBatch, columns: int) -> TrainBatch:
-    """Return the batch with empty columns on the left, also in the teacher's view."""
-    widen = lambda x: jnp.pad(x, [(0, 0), (columns, 0), *[(0, 0)] * (x.ndim - 2)])
-    view = batch.teacher_view
-    if view is not None:
-        view = dataclasses.replace(jax.tree.map(widen, view), columns=widen(view.columns + columns))
-    own = dataclasses.replace(batch, teacher_view=None)
-    return dataclasses.replace(jax.tree.map(widen, own), teacher_view=view)
+def _first_prompts(run: Setup, count: int) -> PromptBatch:
+    total = len(run.prompts)
+    return collate(run.prompts, indices_at(0, min(count, total), total, run.config.seed))
 
 
 @partial(jax.jit, static_argnums=(3, 4, 5))

@@ -15,11 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh
 
 from opdjax.config.topology import Topology
 from opdjax.diagnose.plan.hlo import Collective, collectives, most_rows
-from opdjax.diagnose.plan.workload import Arguments, Workload
+from opdjax.diagnose.plan.workload import Workload
 from opdjax.engine.decoding import Decoding
 from opdjax.engine.sampler import advance, prefill, split_layers, start
 from opdjax.engine.scheduling import Assignments, block_size, num_slots
@@ -97,50 +96,46 @@ def compile_programs(workload: Workload) -> list[Program]:
     A run without sampling or without a teacher lacks theirs.
     """
     mesh = make_mesh(**workload.mesh, devices=describe(workload.topology))
-    arguments = Arguments(workload, mesh)
-    programs = [] if workload.writer == "none" else _compile_sampler(arguments)
+    workload = dataclasses.replace(workload, layout=mesh)
+    programs = [] if workload.writer == "none" else _compile_sampler(workload)
     if workload.needs != "none":
-        programs.append(measure("teacher", _lower_score(arguments), workload)[0])
-    return [*programs, compile_update(workload, mesh)]
+        programs.append(measure("teacher", _lower_score(workload), workload)[0])
+    return [*programs, measure("update", lower_update(workload), workload)[0]]
 
 
-def compile_update(workload: Workload, mesh: Mesh) -> Program:
-    """Compile the update alone."""
-    return measure("update", _lower_update(Arguments(workload, mesh)), workload)[0]
-
-
-def _lower_update(arguments: Arguments) -> Any:
-    workload, config, mesh = arguments.workload, arguments.workload.config, arguments.mesh
+def lower_update(workload: Workload) -> jax.stages.Lowered:
+    """Lower the update of a workload whose layout is a mesh of devices."""
+    config, mesh = workload.config, workload.layout
     spec = spec_of(config, workload.student, workload.dtype, None, mesh)
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
-    params = arguments.trained("float32", spec.split_over)
+    params = workload.trained("float32", spec.split_over)
     state = jax.eval_shape(partial(init_state, optimizer=optimizer), params)
     state = abstract_like(state, shardings_of(state, mesh, spec.split_over))
-    head = head_of(arguments.scoring) if workload.needs == "vocabulary" else None
+    head = head_of(workload.scoring) if workload.needs == "vocabulary" else None
     update = make_update(spec, config.optimizer, config.train.num_steps)
-    return update.lower(state, arguments.scored_batch(), head, arguments.frozen)
+    return update.lower(state, workload.scored_batch(), head, workload.frozen)
 
 
-def _lower_score(arguments: Arguments) -> Any:
-    workload, config, params = arguments.workload, arguments.workload.config, arguments.scoring
+def _lower_score(workload: Workload) -> jax.stages.Lowered:
+    config, params = workload.config, workload.scoring
     return score.lower(
         params,
         head_of(params),
-        arguments.batch(),
+        workload.batch(),
         config=workload.scoring_model,
         needs=workload.needs,
         top_k=workload.top_k,
         tile=config.estimator.tile,
         parts=config.train.gradient_accumulation_steps,
-        mesh=arguments.mesh,
+        mesh=workload.layout,
     )
 
 
-def _compile_sampler(arguments: Arguments) -> list[Program]:
+def _compile_sampler(workload: Workload) -> list[Program]:
     """Compile prefill, and decoding with the longest cache, which needs most."""
-    workload, config, mesh = arguments.workload, arguments.workload.config, arguments.mesh
+    config, mesh = workload.config, workload.layout
     sampling, width, rows = config.sampling, workload.prompt_columns, config.rows_per_step
-    params = arguments.published if workload.writer == "student" else arguments.scoring
+    params = workload.published if workload.writer == "student" else workload.scoring
     filters = {name: getattr(sampling, name) for name in _SAMPLING_FIELDS}
     decoding = Decoding(sampling.max_completion_length, stop_token_ids=(0,), **filters)
     static = {"config": workload.sampled_model[0], "decoding": decoding, "mesh": mesh}
@@ -183,6 +178,10 @@ def measure(name: str, lowered: jax.stages.Lowered, workload: Workload) -> tuple
         return Program(name, compile_seconds=seconds, problem=problem), None
     seconds = time.monotonic() - began
     memory, text = compiled.memory_analysis(), compiled.as_text()
+    peak = memory.peak_memory_in_bytes
+    if workload.topology.backend == "cpu":  # where XLA leaves temporaries out of the peak
+        held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        peak = held + memory.temp_size_in_bytes - memory.alias_size_in_bytes
     models = [model for model in (workload.student, workload.teacher) if model is not None]
     widths = {
         model.vocab_size // split for model in models for split in (1, workload.mesh["tensor"])
@@ -192,7 +191,7 @@ def measure(name: str, lowered: jax.stages.Lowered, workload: Workload) -> tuple
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
-        peak_bytes=memory.peak_memory_in_bytes,
+        peak_bytes=peak,
         flops=compiled.cost_analysis().get("flops", 0.0),
         compile_seconds=seconds,
         collectives=collectives(text),

@@ -10,10 +10,9 @@ from opdjax.diagnose.plan.memory import (
     Item,
     cache_bytes,
     items_of,
-    parameter_bytes,
     storage_dtype,
 )
-from opdjax.diagnose.plan.workload import Arguments, Workload, abstract_mesh, bytes_of
+from opdjax.diagnose.plan.workload import Workload, bytes_of
 from opdjax.engine.scheduling import BLOCKS_PER_FILL
 from opdjax.models.decoder import DecoderConfig
 
@@ -26,7 +25,6 @@ class Bound:
     """
 
     flops: float  # of all devices
-    traffic: float  # bytes that each device must read or write
     seconds: float
     is_by_memory: bool  # the memory bandwidth sets the time, not the arithmetic
 
@@ -79,23 +77,14 @@ class Plan:
 def estimate(workload: Workload) -> Plan:
     """Count what a run holds and computes."""
     chip, bounds = workload.topology.chip, {}
-    work = dict.fromkeys(PROGRAMS, (0.0, 0.0))
-    if workload.writer != "none":
-        work |= {"prefill": _prefill_work(workload), "sample": _sample_work(workload)}
-    if workload.needs != "none":
-        work["teacher"] = _teacher_work(workload)
-    work["update"] = _update_work(workload)
-    for name, (flops, traffic) in work.items():
+    for name, (flops, traffic) in _work_of(workload).items():
         arithmetic = flops / workload.devices / chip.peak_flops
         memory = traffic / chip.hbm_bandwidth
-        bounds[name] = Bound(flops, traffic, max(arithmetic, memory), memory > arithmetic)
+        bounds[name] = Bound(flops, max(arithmetic, memory), memory > arithmetic)
     return Plan(workload, items_of(workload), bounds)
 
 
-# Work of a program: (floating-point operations of all devices, bytes that each device moves)
-
-
-def _forward_flops(model: DecoderConfig, tokens: float, context: float) -> float:
+def _layer_flops(model: DecoderConfig, tokens: float, context: float) -> float:
     """Return the operations of the layers: two a multiplication.
 
     Every token attends to `context` columns; masked ones are computed too.
@@ -110,58 +99,39 @@ def _head_flops(model: DecoderConfig, tokens: float) -> float:
     return 2.0 * tokens * model.vocab_size * model.hidden_size
 
 
-def _weight_bytes(workload: Workload, model: DecoderConfig, dtype: str) -> int:
-    return parameter_bytes(model, dtype, workload.mesh, ("tensor",))
-
-
-def _prefill_work(workload: Workload) -> tuple[float, float]:
-    """A prompt is read once for all of its completions."""
-    model, dtype = workload.sampled_model
-    prompts, columns = workload.config.train.prompts_per_step, workload.prompt_columns
-    blocks = -(-workload.rows * BLOCKS_PER_FILL // workload.slots)
-    flops = _forward_flops(model, prompts * columns, columns)
-    return flops, blocks * _weight_bytes(workload, model, dtype)
-
-
-def _sample_work(workload: Workload) -> tuple[float, float]:
-    """Every token reads the weights and the cache again; all rows reach the maximum length."""
-    config, (model, dtype) = workload.config, workload.sampled_model
+def _work_of(workload: Workload) -> dict[str, tuple[float, float]]:
+    """Return of each program (operations of all devices, bytes that each device moves)."""
+    config, student, scoring = workload.config, workload.student, workload.scoring_model
     prompt, length = workload.prompt_columns, config.sampling.max_completion_length
-    tokens = config.rows_per_step * length
-    flops = _forward_flops(model, tokens, prompt + length / 2) + _head_flops(model, tokens)
-    stored = storage_dtype(config.sampling.kv_dtype, dtype)
-    mean_length = prompt + length // 2
-    cache = cache_bytes(model, stored, workload.rows, mean_length, workload.mesh["tensor"])
-    # With fewer slots than rows the weights are read more often.
-    weights = _weight_bytes(workload, model, dtype) * workload.rows / workload.slots
-    return flops, length * (weights + cache)
-
-
-def _teacher_work(workload: Workload) -> tuple[float, float]:
-    config, model = workload.config, workload.scoring_model
-    flops = _forward_flops(model, config.rows_per_step * workload.columns, workload.columns)
-    if workload.needs in ("token", "top_k"):
-        flops += _head_flops(model, config.rows_per_step * config.sampling.max_completion_length)
-    weights = _weight_bytes(workload, model, workload.scoring_dtype)
-    return flops, config.train.gradient_accumulation_steps * weights
-
-
-def _update_work(workload: Workload) -> tuple[float, float]:
-    """Count one forward pass, the backward pass and, with remat `layer`, a second forward pass.
-
-    The backward pass takes two forward passes, or one without gradients of kernels. The student's
-    head has three products, or two if it is frozen, the teacher's head one. The work that remat
-    `dots` repeats is negligible.
-    """
-    config, student = workload.config, workload.student
+    completions = config.rows_per_step * length  # tokens that pass through the head
+    tokens, columns = config.rows_per_step * workload.columns, workload.columns
+    parts, work = config.train.gradient_accumulation_steps, dict.fromkeys(PROGRAMS, (0.0, 0.0))
+    if workload.writer != "none":
+        model, dtype = workload.sampled_model
+        weights = bytes_of(workload.params(model, dtype, ("tensor",)))
+        # A prompt is read once for all of its completions.
+        flops = _layer_flops(model, config.train.prompts_per_step * prompt, prompt)
+        work["prefill"] = flops, -(-workload.rows * BLOCKS_PER_FILL // workload.slots) * weights
+        # Every token reads the weights and the cache again; all rows reach the maximum length. With
+        # fewer slots than rows the weights are read more often.
+        flops = _layer_flops(model, completions, prompt + length / 2)
+        stored = storage_dtype(config.sampling.kv_dtype, dtype)
+        shape = (workload.rows, prompt + length // 2, workload.mesh["tensor"])
+        moved = weights * workload.rows / workload.slots + cache_bytes(model, stored, *shape)
+        work["sample"] = flops + _head_flops(model, completions), length * moved
+    if workload.needs != "none":
+        flops = _layer_flops(scoring, tokens, columns)
+        flops += _head_flops(scoring, completions) * (workload.needs != "vocabulary")
+        weights = bytes_of(workload.params(scoring, workload.scoring_dtype, ("tensor",)))
+        work["teacher"] = flops, parts * weights
+    # A forward pass, the backward pass (two forward passes, or one without gradients of kernels)
+    # and, with remat `layer`, a second forward pass; what remat `dots` repeats is negligible. The
+    # student's head has three products, or two if it is frozen, the teacher's head one.
     repeats, products = config.train.remat == "layer", 2 if config.lora.rank else 3
-    tokens = config.rows_per_step * workload.columns
-    live = config.rows_per_step * config.sampling.max_completion_length
-    flops = (products + repeats) * _forward_flops(student, tokens, workload.columns)
-    flops += products * _head_flops(student, live)
-    if workload.needs == "vocabulary":
-        flops += _head_flops(workload.scoring_model, live)
-    arguments = Arguments(workload, abstract_mesh(workload.mesh))
-    state = 3 * bytes_of(arguments.trained("float32", config.student.split_over))
-    passes = (2 + repeats) * config.train.gradient_accumulation_steps
-    return flops, 2 * state + passes * _weight_bytes(workload, student, workload.dtype)
+    flops = (products + repeats) * _layer_flops(student, tokens, columns)
+    flops += products * _head_flops(student, completions)
+    flops += _head_flops(scoring, completions) * (workload.needs == "vocabulary")
+    state = 3 * bytes_of(workload.trained("float32", config.student.split_over))
+    weights = bytes_of(workload.params(student, workload.dtype, ("tensor",)))
+    work["update"] = flops, 2 * state + (2 + repeats) * parts * weights
+    return work

@@ -13,13 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from opdjax.diagnose.plan.workload import (
-    Arguments,
-    Workload,
-    abstract_mesh,
-    bytes_of,
-    sharded_params,
-)
+from opdjax.diagnose.plan.workload import Workload, bytes_of
 from opdjax.engine.scheduling import BLOCKS_PER_FILL
 from opdjax.models.decoder import DecoderConfig, forward
 from opdjax.models.lora import combine
@@ -43,8 +37,7 @@ class Item:
     name: str
     num_bytes: int
     phases: tuple[str, ...]  # the phases in which it is held
-    # The phases whose program takes it as an argument, and which it is outside of otherwise; None:
-    # the programs make it.
+    # The phases whose program takes it as an argument; None: the programs make it.
     received_by: tuple[str, ...] | None = None
 
     def is_outside(self, phase: str) -> bool:
@@ -55,22 +48,21 @@ class Item:
 
 def items_of(workload: Workload) -> tuple[Item, ...]:
     """Return everything that the run holds, in the order of the table."""
-    arguments = Arguments(workload, abstract_mesh(workload.mesh))
     items = [
-        *_permanent(workload, arguments),
+        *_permanent(workload),
         *_sampling(workload),
-        *_scoring(workload, arguments),
-        *_updating(workload, arguments),
+        *_scoring(workload),
+        *_updating(workload),
         *_evaluating(workload),
     ]
     return tuple(item for item in items if item.num_bytes)
 
 
-def _permanent(workload: Workload, arguments: Arguments) -> list[Item]:
+def _permanent(workload: Workload) -> list[Item]:
     """Count what is held during the whole step."""
     config = workload.config
     split, sampled_split = config.student.split_over, config.sampling.split_over
-    trained, frozen = bytes_of(arguments.trained("float32", split)), bytes_of(arguments.frozen)
+    trained, frozen = bytes_of(workload.trained("float32", split)), bytes_of(workload.frozen)
     # Frozen parameters with the same sharding for training and sampling are one array.
     is_one = bool(frozen) and set(sampled_split) == set(split)
     sampling = (*_SAMPLER, "evaluate") if is_one else ()
@@ -80,7 +72,7 @@ def _permanent(workload: Workload, arguments: Arguments) -> list[Item]:
         Item("optimizer's two moments", 2 * trained, PHASES, _UPDATE),
         Item("student's frozen parameters", frozen, PHASES, readers),
     ]
-    published, shared = arguments.published, frozen if is_one else 0
+    published, shared = workload.published, frozen if is_one else 0
     needs_head = workload.needs == "vocabulary"
     head = "embedding" if workload.scoring_model.ties_embeddings else "head"
     is_apart = config.teacher_is_student and needs_head and not is_one
@@ -94,21 +86,14 @@ def _permanent(workload: Workload, arguments: Arguments) -> list[Item]:
     ]
     if workload.teacher is not None:
         role = "reference" if workload.has_reference else "teacher"
-        head_bytes = bytes_of(arguments.scoring[head]) if needs_head else 0
+        head_bytes = bytes_of(workload.scoring[head]) if needs_head else 0
         readers = (*(_SAMPLER if workload.writer == "teacher" else ()), "teacher")
-        rest = bytes_of(arguments.scoring) - head_bytes
+        rest = bytes_of(workload.scoring) - head_bytes
         items += [
             Item("teacher's head", head_bytes, PHASES, (*readers, *_UPDATE)),
             Item(f"{role}'s parameters", rest, PHASES, readers),
         ]
     return items
-
-
-def parameter_bytes(
-    model: DecoderConfig, dtype: str, mesh: dict[str, int], split_over: tuple[str, ...]
-) -> int:
-    """Return the bytes of a model's parameters on one device."""
-    return bytes_of(sharded_params(model, dtype, abstract_mesh(mesh), split_over))
 
 
 def size_of(dtype: str) -> int:
@@ -139,12 +124,11 @@ def _sampling(workload: Workload) -> list[Item]:
     if workload.writer == "none":
         return []
     model, dtype = workload.sampled_model
-    length, group = sampling.max_completion_length, sampling.num_generations
-    stored = storage_dtype(sampling.kv_dtype, dtype)
-    sizes = (workload.slots, length, group)
+    length, stored = sampling.max_completion_length, storage_dtype(sampling.kv_dtype, dtype)
+    sizes = (workload.slots, length, sampling.num_generations)
     tokens = (workload.slots + workload.rows) * length * 12
     return [
-        *_generating(workload, _SAMPLER, model, dtype, stored, *sizes),
+        *_generating(workload, _SAMPLER, (model, dtype, stored), *sizes),
         Item("sampled tokens and their log-probabilities", tokens, _SAMPLER, ("sample",)),
     ]
 
@@ -156,21 +140,23 @@ def _evaluating(workload: Workload) -> list[Item]:
         return []
     rows = -(-evaluation.batch_size // workload.row_shards)
     sizes = (rows, evaluation.max_completion_length, evaluation.num_samples)
-    return _generating(workload, ("evaluate",), workload.student, dtype, dtype, *sizes)
+    return _generating(workload, ("evaluate",), (workload.student, dtype, dtype), *sizes)
 
 
 def _generating(
     workload: Workload,
     phases: tuple[str, ...],
-    model: DecoderConfig,
-    dtype: str,
-    stored: str,
+    source: tuple[DecoderConfig, str, str],
     rows: int,
     length: int,
     group: int,
 ) -> list[Item]:
-    """Count `rows` rows that are decoded, and the next prompts, each shared by a group."""
-    prompt, tensor, decoding = workload.prompt_columns, workload.mesh["tensor"], phases[-1:]
+    """Count `rows` rows that are decoded, and the next prompts, each shared by a group.
+
+    `source`: the model, the type of its forward pass, and that of its stored keys and values.
+    """
+    (model, dtype, stored), tensor = source, workload.mesh["tensor"]
+    prompt, decoding = workload.prompt_columns, phases[-1:]
     waiting = -(-rows // (group * BLOCKS_PER_FILL))
     logits = _SAMPLING_COPIES * (rows * model.vocab_size // tensor * 4)
     cache = cache_bytes(model, stored, rows, prompt + length, tensor)
@@ -183,7 +169,7 @@ def _generating(
     unfused = dataclasses.replace(model, attention="xla")  # the sampler's attention always is
     activations = _forward_bytes(unfused, dtype, waiting, prompt, tensor)
     return [
-        Item("KV cache, prompt and completion", cache, phases, phases[-1:]),
+        Item("KV cache, prompt and completion", cache, phases, decoding),
         Item("KV cache of waiting prompts", prefix, phases),
         Item("KV cache, copied when rows are placed", cache, decoding),
         Item("KV cache of waiting prompts, gathered", gathered + chosen, decoding),
@@ -222,12 +208,12 @@ def _tile_bytes(workload: Workload) -> int:
     return tokens * workload.student.vocab_size // workload.mesh["tensor"] * 4
 
 
-def _scoring(workload: Workload, arguments: Arguments) -> list[Item]:
+def _scoring(workload: Workload) -> list[Item]:
     """Count the teacher's pass."""
     if workload.needs == "none":
         return []
     mesh, model, dtype = workload.mesh, workload.scoring_model, workload.scoring_dtype
-    phases, batch = ("teacher", *_UPDATE), arguments.scored_batch()
+    phases, batch = ("teacher", *_UPDATE), workload.scored_batch()
     hidden, top = 0, 0
     if batch.teacher is not None:
         hidden = bytes_of(batch.teacher.hidden)
@@ -249,12 +235,12 @@ def _scoring(workload: Workload, arguments: Arguments) -> list[Item]:
     ]
 
 
-def _updating(workload: Workload, arguments: Arguments) -> list[Item]:
+def _updating(workload: Workload) -> list[Item]:
     """Count loss, gradient and optimizer; the optimizer works in place."""
     config, mesh, student = workload.config, workload.mesh, workload.student
     split, dtype, teacher_head = config.student.split_over, workload.dtype, 0
-    trained = bytes_of(arguments.trained("float32", split))
-    cast = bytes_of(arguments.trained(dtype, split)) if dtype != "float32" else 0
+    trained = bytes_of(workload.trained("float32", split))
+    cast = bytes_of(workload.trained(dtype, split)) if dtype != "float32" else 0
     # The head has no gradient if adapters are trained.
     table = 0 if config.lora.rank else student.vocab_size // mesh["tensor"] * student.hidden_size
     if workload.needs == "vocabulary":
@@ -281,9 +267,9 @@ def kept_activations(workload: Workload) -> int:
 
     JAX itself counts them, without the parameters.
     """
-    model, arguments = workload.student, Arguments(workload, abstract_mesh(workload.mesh))
+    model = workload.student
     plain = partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-    frozen, trained = plain(arguments.frozen), plain(arguments.trained(workload.dtype, ()))
+    frozen, trained = plain(workload.frozen), plain(workload.trained(workload.dtype, ()))
     ids = jax.ShapeDtypeStruct((workload.micro_rows, workload.columns), jnp.int32)
     # Without a mesh the decoder cannot use splash attention, which keeps far less.
     mesh = make_mesh(1) if model.attention == "splash" else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -28,16 +29,19 @@ def _heading(plan: Plan) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in workload.mesh.items())
     generating = near.generator_devices if near.generator == "thread" else 0
     idle = topology.chips - workload.devices - generating
-    devices = f"{topology.chips} devices of {topology.chip.hbm_bytes / _GIB:.2f} GiB, {hosts}"
-    devices += f"; mesh {mesh}"
-    devices += f"; {generating} devices generate" if generating else ""
-    devices += f"; {idle} devices are idle" if idle > 0 else ""
-    rows = f"{config.rows_per_step} rows of {workload.prompt_columns} + "
-    rows += f"{config.sampling.max_completion_length} tokens"
-    rows += f", packed into rows of {config.train.pack_length}" if config.train.pack_length else ""
-    rows += f"; on a device {workload.rows} rows, {workload.micro_rows} at a time"
     name = f"{topology.name} ({topology.chip.note})" if topology.chip.note else topology.name
-    lines = [f"{name}: {devices}", f"a step: {rows} ({num_micro_batches} micro-batches)"]
+    devices = [
+        f"{name}: {topology.chips} devices of {topology.chip.hbm_bytes / _GIB:.2f} GiB, {hosts}",
+        f"mesh {mesh}",
+        *([f"{generating} devices generate"] if generating else []),
+        *([f"{idle} devices are idle"] if idle > 0 else []),
+    ]
+    tokens = f"{workload.prompt_columns} + {config.sampling.max_completion_length} tokens"
+    packed = config.train.pack_length
+    rows = f"a step: {config.rows_per_step} rows of {tokens}"
+    rows += f", packed into rows of {packed}" if packed else ""
+    rows += f"; on a device {workload.rows} rows, {workload.micro_rows} at a time"
+    lines = ["; ".join(devices), f"{rows} ({num_micro_batches} micro-batches)"]
     if near.schedule != "none":
         lines.append(
             "rollouts are asynchronous: everything is counted on the learner's devices, as if "
@@ -124,19 +128,12 @@ def _traffic(program: Program) -> str:
     lines = [f"{program.name + ': collectives':20}{'':>4}{'runs':>14}{'MiB':>12}  in the loop"]
     for row in traffic(program.collectives):
         runs = f"{row.runs}{' a round' if row.is_open else ''}"
-        size = f"{row.num_bytes / _MIB:.1f}"
-        lines.append(f"{row.kind:20}{row.instructions:>4}{runs:>14}{size:>12}  {_place(row.loop)}")
+        # Loops by the end of their names; the rest repeats the path to them.
+        loop = re.sub(r"/(closed_call|body|checkpoint)\b", "", row.loop or "(no loop)")
+        loop = " > ".join("/".join(path.split("/")[-2:]) for path in loop.split(" > "))
+        cells = f"{row.instructions:>4}{runs:>14}{row.num_bytes / _MIB:>12.1f}"
+        lines.append(f"{row.kind:20}{cells}  {loop}")
     return "\n".join(lines)
-
-
-def _place(loop: str | None) -> str:
-    """Return the loops by the end of their names; the rest repeats the path to them."""
-    return "(no loop)" if loop is None else " > ".join(_short(name) for name in loop.split(" > "))
-
-
-def _short(name: str) -> str:
-    parts = [part for part in name.split("/") if part not in ("closed_call", "body", "checkpoint")]
-    return "/".join(parts[-2:])
 
 
 def verdict(plan: Plan, programs: list[Program] | None = None) -> str:

@@ -35,7 +35,7 @@ class Workload:
 
     config: Config
     topology: Topology
-    mesh: dict[str, int]  # axis -> devices
+    layout: Mesh | AbstractMesh  # of devices, or of their number alone
     student: DecoderConfig
     teacher: DecoderConfig | None  # or the reference policy; None: no second model is loaded
     # What the recipe reads from the teacher, or from the reference policy.
@@ -50,6 +50,11 @@ class Workload:
     rows: int  # of a step on one device
     micro_rows: int  # of a micro-batch on one device
     slots: int  # rows that one device decodes at a time
+
+    @property
+    def mesh(self) -> dict[str, int]:
+        """Axis -> devices."""
+        return dict(self.layout.shape)
 
     @property
     def devices(self) -> int:
@@ -77,6 +82,81 @@ class Workload:
         if self.writer == "student":
             return self.student, self.dtype
         return self.scoring_model, self.scoring_dtype
+
+    # Arguments of the programs: shapes, types and shardings
+
+    def params(self, model: DecoderConfig, dtype: str, split_over: tuple[str, ...]) -> Any:
+        """A model's parameters."""
+        params = abstract_params(model, dtype)
+        return abstract_like(params, shardings_of(params, self.layout, split_over))
+
+    def adapters(self, dtype: str, split_over: tuple[str, ...]) -> Any:
+        """The student's adapters; None if all of its parameters are trained."""
+        lora = self.config.lora
+        if not lora.rank:
+            return None
+        leaves = jax.eval_shape(partial(init_adapters, self.student, lora, 0))
+        leaves = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), leaves)
+        return abstract_like(leaves, shardings_of(leaves, self.layout, split_over))
+
+    def trained(self, dtype: str, split_over: tuple[str, ...]) -> Any:
+        """What is trained: the adapters, or the whole student."""
+        return self.adapters(dtype, split_over) or self.params(self.student, dtype, split_over)
+
+    @property
+    def frozen(self) -> Any:
+        """The student's parameters below adapters; None if all are trained."""
+        if not self.config.lora.rank:
+            return None
+        return self.params(self.student, self.dtype, self.config.student.split_over)
+
+    @property
+    def published(self) -> Any:
+        """The weights that sample rollouts."""
+        kind = (self.dtype, self.config.sampling.split_over)
+        params, adapters = self.params(self.student, *kind), self.adapters(*kind)
+        return combine(params, adapters) if adapters else params
+
+    @property
+    def scoring(self) -> Any:
+        """The parameters of the teacher, or of the reference policy."""
+        if self.teacher is None and not self.has_reference:
+            return self.published
+        return self.params(self.scoring_model, self.scoring_dtype, self.scoring_split)
+
+    def batch(self) -> TrainBatch:
+        """A step's rows before they are scored."""
+        config, estimator = self.config, self.config.estimator
+        is_sampled = config.sampling.completions_from == "student"
+        is_rewarded = estimator.task_reward_coef or RECIPES[estimator.recipe].is_rewarded
+        extra = estimator.options.get("extra_draws")
+        return TrainBatch(
+            tokens=self._rows("int32"),
+            mask=self._rows("bool"),
+            segment_ids=self._rows("int32"),
+            behavior_logprobs=self._rows("float32") if is_sampled else None,
+            advantages=self._rows("float32") if is_rewarded else None,
+            uniforms=self._rows("float32", extra) if extra else None,
+        )
+
+    def scored_batch(self) -> TrainBatch:
+        """A step's rows as the update receives them."""
+        batch = self.batch()
+        if self.has_reference:
+            return dataclasses.replace(batch, reference_logprobs=self._rows("float32"))
+        if self.needs == "none":
+            return batch
+        if self.needs == "vocabulary":
+            hidden = self._rows(self.scoring_dtype, self.scoring_model.hidden_size)
+            return dataclasses.replace(batch, teacher=TeacherScores(hidden=hidden))
+        scores = [self._rows("float32")]
+        if self.needs == "top_k":
+            scores += [self._rows(dtype, self.top_k) for dtype in ("int32", "float32")]
+        return dataclasses.replace(batch, teacher=TeacherScores(*scores))
+
+    def _rows(self, dtype: str, *columns: int) -> jax.ShapeDtypeStruct:
+        shape = (self.config.rows_per_step, self.columns, *columns)
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=by_row(self.layout))
 
 
 def read_workload(config: Config, topology: Topology) -> Workload:
@@ -107,7 +187,7 @@ def read_workload(config: Config, topology: Topology) -> Workload:
     return Workload(
         config,
         topology,
-        mesh,
+        abstract_mesh(mesh),
         student,
         teacher,
         needs,
@@ -131,9 +211,6 @@ def _shape(model: ModelConfig, role: str, mesh: dict[str, int], backend: str) ->
     return dataclasses.replace(config, attention=attention)
 
 
-# Arguments of the programs
-
-
 def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
     """Return a mesh of these sizes without devices: enough to count what a device holds."""
     return AbstractMesh(tuple(sizes.values()), tuple(sizes))
@@ -143,95 +220,3 @@ def bytes_of(tree: Any) -> int:
     """Return the bytes of a tree's leaves on one device."""
     size = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     return sum(map(size, jax.tree.leaves(tree)))
-
-
-def sharded_params(
-    model: DecoderConfig, dtype: str, mesh: Mesh | AbstractMesh, split_over: tuple[str, ...]
-) -> Any:
-    """Return the shapes, types and shardings of a model's parameters."""
-    params = abstract_params(model, dtype)
-    return abstract_like(params, shardings_of(params, mesh, split_over))
-
-
-@dataclasses.dataclass(frozen=True)
-class Arguments:
-    """What the programs of a run receive, on a mesh with or without devices."""
-
-    workload: Workload
-    mesh: Mesh | AbstractMesh
-
-    def params(self, dtype: str, split_over: tuple[str, ...]) -> Any:
-        """The student's parameters."""
-        return sharded_params(self.workload.student, dtype, self.mesh, split_over)
-
-    def adapters(self, dtype: str, split_over: tuple[str, ...]) -> Any:
-        """The student's adapters; None if all of its parameters are trained."""
-        lora = self.workload.config.lora
-        if not lora.rank:
-            return None
-        leaves = jax.eval_shape(partial(init_adapters, self.workload.student, lora, 0))
-        leaves = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), leaves)
-        return abstract_like(leaves, shardings_of(leaves, self.mesh, split_over))
-
-    def trained(self, dtype: str, split_over: tuple[str, ...]) -> Any:
-        """What is trained: the adapters, or the whole student."""
-        return self.adapters(dtype, split_over) or self.params(dtype, split_over)
-
-    @property
-    def frozen(self) -> Any:
-        """The student's parameters below adapters; None if all are trained."""
-        workload = self.workload
-        if not workload.config.lora.rank:
-            return None
-        return self.params(workload.dtype, workload.config.student.split_over)
-
-    @property
-    def published(self) -> Any:
-        """The weights that sample rollouts."""
-        layout = (self.workload.dtype, self.workload.config.sampling.split_over)
-        adapters = self.adapters(*layout)
-        return combine(self.params(*layout), adapters) if adapters else self.params(*layout)
-
-    @property
-    def scoring(self) -> Any:
-        """The parameters of the teacher, or of the reference policy."""
-        workload = self.workload
-        if workload.teacher is None and not workload.has_reference:
-            return self.published
-        layout = (workload.scoring_dtype, self.mesh, workload.scoring_split)
-        return sharded_params(workload.scoring_model, *layout)
-
-    def batch(self) -> TrainBatch:
-        """A step's rows before they are scored."""
-        config, extra = self.workload.config, self.workload.config.estimator.options
-        is_sampled = config.sampling.completions_from == "student"
-        rewarded = config.estimator.task_reward_coef or RECIPES[config.estimator.recipe].is_rewarded
-        return TrainBatch(
-            tokens=self._rows("int32"),
-            mask=self._rows("bool"),
-            segment_ids=self._rows("int32"),
-            behavior_logprobs=self._rows("float32") if is_sampled else None,
-            advantages=self._rows("float32") if rewarded else None,
-            uniforms=self._rows("float32", extra) if (extra := extra.get("extra_draws")) else None,
-        )
-
-    def scored_batch(self) -> TrainBatch:
-        """A step's rows as the update receives them."""
-        workload, batch, scores = self.workload, self.batch(), {}
-        if workload.has_reference:
-            return dataclasses.replace(batch, reference_logprobs=self._rows("float32"))
-        if workload.needs == "none":
-            return batch
-        if workload.needs == "vocabulary":
-            width = workload.scoring_model.hidden_size
-            scores = {"hidden": self._rows(workload.scoring_dtype, width)}
-        else:
-            scores = {"teacher_logprobs": self._rows("float32")}
-        if workload.needs == "top_k":
-            scores["teacher_top_ids"] = self._rows("int32", workload.top_k)
-            scores["teacher_top_logprobs"] = self._rows("float32", workload.top_k)
-        return dataclasses.replace(batch, teacher=TeacherScores(**scores))
-
-    def _rows(self, dtype: str, *columns: int) -> jax.ShapeDtypeStruct:
-        shape = (self.workload.config.rows_per_step, self.workload.columns, *columns)
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=by_row(self.mesh))
