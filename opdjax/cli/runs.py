@@ -56,7 +56,8 @@ def plan(arguments: list[str]) -> None:
 
         Args:
             topology: the machine, such as v5e-8, v6e-16, v5p-8, h100-8, cpu
-            aot: also compile the programs of the run for it; takes minutes, needs libtpu but no TPU
+            aot: also compile the programs of the run for it; takes minutes, for a TPU needs libtpu
+                but no TPU
             config: every field of the experiment
         """
         # Planning needs no accelerator, and must not take one from a run on this machine.

@@ -217,6 +217,7 @@ def teacher_is_better(m: Measurements) -> Finding:
             problems.append(_behind(found, teacher - student, m))
     if correct is not None and correct[1] == 0:
         none = f"the teacher answers none of {len(teacher)} prompts correctly"
+        none = none if problems else f"{found}: {none}"
         problems.append(fault(none, "expected at least one", f"{_TEACHER_ADVICE}, and the grader"))
     return finding("teacher_is_better", problems, found)
 

@@ -61,16 +61,10 @@ def _memory(plan: Plan) -> str:
     sizes: dict[str, dict[str, int]] = defaultdict(dict)
     for item in plan.items:
         sizes[item.name] |= dict.fromkeys(item.phases, item.num_bytes)
-    lines = [
-        _line("GiB on a device", phases),
-        *(
-            _line(name, _gib(each.get(phase, 0) for phase in phases))
-            for name, each in sizes.items()
-        ),
-        _line("total", _gib(held)),
-        _line("free", _gib(plan.capacity - each for each in held)),
-    ]
-    return "\n".join(lines)
+    rows = {name: [each.get(phase, 0) for phase in phases] for name, each in sizes.items()}
+    rows |= {"total": held, "free": [plan.capacity - each for each in held]}
+    lines = [_line(name, _gib(cells)) for name, cells in rows.items()]
+    return "\n".join([_line("GiB on a device", phases), *lines])
 
 
 def _gib(sizes: Iterable[int]) -> Iterable[str]:
@@ -82,26 +76,21 @@ def _work(plan: Plan) -> str:
     limit = lambda bound: "memory" if bound.is_by_memory else "arithmetic"
     tokens = config.rows_per_step * config.sampling.max_completion_length
     seconds = sum(bound.seconds for bound in bounds)
-    lines = [
-        _line("work of a step", PROGRAMS),
-        _line(
-            "10^12 floating-point operations, all devices",
-            (f"{bound.flops / 1e12:.1f}" for bound in bounds),
-        ),
-        _line("least seconds, without communication", (f"{each.seconds:.3f}" for each in bounds)),
-        _line("limited by", (limit(bound) if bound.seconds else "" for bound in bounds)),
-        f"at most {tokens:,} completion tokens a step, in at least {seconds:.2f} s: "
-        f"{tokens / seconds:,.0f} a second",
-    ]
-    return "\n".join(lines)
+    rows = {
+        "work of a step": PROGRAMS,
+        "10^12 floating-point operations, all devices": (f"{x.flops / 1e12:.1f}" for x in bounds),
+        "least seconds, without communication": (f"{x.seconds:.3f}" for x in bounds),
+        "limited by": (limit(x) if x.seconds else "" for x in bounds),
+    }
+    most = f"at most {tokens:,} completion tokens a step, in at least {seconds:.2f} s: "
+    most += f"{tokens / seconds:,.0f} a second"
+    return "\n".join([*(_line(name, cells) for name, cells in rows.items()), most])
 
 
 def _compiled(plan: Plan, programs: list[Program]) -> str:
     names = ("arguments", "temporary", "peak", "counted", "ratio", "seconds")
-    topology = plan.workload.topology
-    lines = [
-        _line(f"compiled for {topology.jax_name or topology.name}, GiB on a device", names, 11)
-    ]
+    machine = plan.workload.topology.jax_name or plan.workload.topology.name
+    lines = [_line(f"compiled for {machine}, GiB on a device", names, 11)]
     for program in programs:
         if program.problem is not None:
             lines.append(f"{program.name:46}{program.problem}")
