@@ -231,7 +231,8 @@ class Measurements:
             length = int(packed_lengths(batch).max()) + _PADDING
         packed, source = pack(batch, length, parts=parts, rows=rows)
         regrouped = unpack(self._logprobs(teacher, packed, parts), source, batch.tokens.shape)
-        mask = np.asarray(batch.mask)
+        # Padding, which a faulty mask may hold, is in no other layout.
+        mask = np.asarray(batch.mask) & (np.asarray(batch.segment_ids) > 0)
         return *(each[mask] for each in (self._teacher_scores, again, regrouped)), layout
 
     @cached_property
