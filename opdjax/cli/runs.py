@@ -55,8 +55,9 @@ def plan(arguments: list[str]) -> None:
         models alone; exit with 1 if it does not fit.
 
         Args:
-            topology: the machine, such as v5e-8, v6e-16, v5p-8, h100-8
-            aot: also compile the programs of the run for it; takes minutes, needs libtpu but no TPU
+            topology: the machine, such as v5e-8, v6e-16, v5p-8, h100-8, cpu
+            aot: also compile the programs of the run for it; takes minutes, for a TPU needs libtpu
+                but no TPU
             config: every field of the experiment
         """
         # Planning needs no accelerator, and must not take one from a run on this machine.
@@ -77,26 +78,30 @@ def plan(arguments: list[str]) -> None:
 
 def doctor(arguments: list[str]) -> None:
     """EXPERIMENT: find mistakes that would train without an error; status 1 if it finds any."""
-    default = experiment_of(arguments, "doctor EXPERIMENT [--num-prompts N]")
+    if arguments == ["--list"]:
+        from opdjax.diagnose.doctor import describe
 
-    def run(num_prompts: int = 8, config: Annotated[Config, tyro.conf.arg(name="")] = default):
+        print(describe())
+        return
+    default = experiment_of(arguments, "doctor EXPERIMENT [--num-prompts N] [--only NAME,…]")
+
+    def run(
+        num_prompts: int = 8,
+        only: str = "",
+        config: Annotated[Config, tyro.conf.arg(name="")] = default,
+    ):
         """Find mistakes that would train without an error, also in judges; exit with 1 if any.
+        `opdjax doctor --list` prints the checks, what each finds and what to do then.
 
         Args:
             num_prompts: prompts of the data that go through the models
+            only: names of checks, separated by commas; empty: all checks that apply
             config: every field of the experiment
         """
         from opdjax.diagnose.doctor import run_checks
 
-        def findings():
-            yield from run_checks(config, num_prompts)
-            if config.is_judged:  # imported after the checks, which name a missing package
-                from opdjax.diagnose.judge import examine_judge
-
-                yield from examine_judge(config)
-
         has_fault = False
-        for finding in findings():
+        for finding in run_checks(config, num_prompts, tuple(filter(None, only.split(",")))):
             print(finding, flush=True)
             has_fault |= finding.status == "fault"
         sys.exit(1 if has_fault else 0)

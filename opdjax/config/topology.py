@@ -15,15 +15,16 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One kind of accelerator; a chip is one device of JAX."""
+    """One kind of accelerator or CPU; a chip is one device of JAX."""
 
     hbm_bytes: int  # usable by a program: less than the nominal size
-    peak_flops: float  # FLOP/s, dense bfloat16
+    peak_flops: float  # FLOP/s, dense bfloat16; of a CPU float32
     hbm_bandwidth: float  # bytes/s
     cores_in_name: int = 1  # TensorCores per chip where Google's names count them: v5p-8, 4 chips
-    jax_name: str | None = None  # for compilation without the machine; None: not possible (GPUs)
+    jax_name: str | None = None  # for compilation without the machine; None: GPUs and CPUs
     accelerator_type: str | None = None  # gcloud's name of the generation
     runtime_version: str | None = None
+    note: str = ""  # where the numbers are assumed
 
 
 # TPUs: peak and bandwidth from docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; usable memory from
@@ -38,6 +39,8 @@ CHIPS = {
     "a100": Chip(round(0.75 * 79.1 * _GIB), 312e12, 2039e9),
     "h100": Chip(round(0.75 * 79.1 * _GIB), 989e12, 3350e9),
     "h200": Chip(round(0.75 * 139.7 * _GIB), 989e12, 4800e9),
+    # Eight cores at 2 GHz with 32 float32 operations a cycle each; two channels of DDR4-3200.
+    "cpu": Chip(16 * _GIB, 512e9, 51.2e9, note="a generic machine of 8 cores, assumed rates"),
 }
 # Shapes of slices, and the shape of one host's chips where it is not 2x2x1.
 _FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
@@ -56,7 +59,7 @@ class Topology:
     chip: Chip
     chips: int
     chips_per_host: int
-    shape: tuple[int, ...] | None = None  # of a TPU slice; None: GPUs
+    shape: tuple[int, ...] | None = None  # of a TPU slice; None: GPUs or a CPU
     host_shape: tuple[int, int, int] | None = None
 
     @property
@@ -66,8 +69,10 @@ class Topology:
 
     @property
     def backend(self) -> str:
-        """JAX's name of the kind of accelerator."""
-        return "gpu" if self.shape is None else "tpu"
+        """JAX's name of the kind of device."""
+        if self.shape is not None:
+            return "tpu"
+        return "cpu" if self.chip is CHIPS["cpu"] else "gpu"
 
     @property
     def jax_name(self) -> str | None:
@@ -79,14 +84,14 @@ class Topology:
 
     @property
     def accelerator_type(self) -> str | None:
-        """gcloud's name, such as v5litepod-8; None for GPUs."""
+        """gcloud's name, such as v5litepod-8; None for GPUs and CPUs."""
         if self.shape is None:
             return None
         return f"{self.chip.accelerator_type}-{self.chips * self.chip.cores_in_name}"
 
 
-def _slices() -> dict[str, Topology]:
-    found = []
+def _topologies() -> dict[str, Topology]:
+    found = [Topology("cpu", CHIPS["cpu"], 1, 1)]
     for kind, shapes in _SHAPES.items():
         for shape in shapes:
             chips, host = math.prod(shape), _HOST.get(shape, (2, 2, 1))
@@ -100,7 +105,7 @@ def _slices() -> dict[str, Topology]:
     return {topology.name: topology for topology in found}
 
 
-TOPOLOGIES = _slices()
+TOPOLOGIES = _topologies()
 
 
 def topology(name: str) -> Topology:

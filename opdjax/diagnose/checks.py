@@ -1,65 +1,96 @@
-"""The checks of the doctor as functions of measured values; doctor.py measures.
+"""The checks of the doctor: pure functions of what measurements.py measures.
 
-The checks that `train` runs too are in rollouts/checks.py. All log-probabilities and tolerances are
-in nats.
+The docstring of a check says what it finds; doctor.py lists them. A check returns None if there is
+nothing to judge. All log-probabilities and tolerances are in nats.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+import collections
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from opdjax.rollouts.checks import SHIFTS, tolerance
-from opdjax.rollouts.findings import Finding, fault, finding, warning
+from opdjax.config.recipes import RECIPES
+from opdjax.data.chat import valid_vocab
+from opdjax.rollouts import checks as cheap
+from opdjax.rollouts.findings import Finding, Problem, fault, finding, warning
+from opdjax.rollouts.setup import reads_scores
+
+if TYPE_CHECKING:
+    from opdjax.diagnose.measurements import Measurements
+
+# Below this mean score, the teacher's own answers do not meet the criteria.
+_MIN_REFERENCE_SCORE = 0.5
+_TEACHER_ADVICE = "check the teacher's weights, its tokenizer and its prompt format"
 
 
-def check_padded_vocabulary(
-    sampled: np.ndarray,
-    width: int,
-    valid_vocab: int | None,
-    rows: dict[str, int],
-    mass: dict[str, float],
-) -> Finding:
-    """Check that embedding rows beyond the tokenizer are never sampled and have probability 0.
+# Checks that `train` runs too, without the models
 
-    `sampled`: the sampled ids; `width`: the number of ids of the tokenizer; `valid_vocab`: the
-    first id that the run masks. By role, `rows`: the rows of the embedding, and `mass`: the largest
-    probability of all ids >= `width` together.
-    """
+
+def tokenizers(m: Measurements) -> Finding:
+    """Strings that student and teacher map to different ids."""
+    recipe = m.config.estimator.recipe
+    return cheap.check_tokenizers(m.setup.tokenizer, m.setup.teacher.tokenizer, recipe)
+
+
+def stop_tokens(m: Measurements) -> Finding:
+    """Answers that do not stop where the models end them."""
+    return cheap.check_stop_tokens(m.setup, m.teacher_answers if reads_scores(m.config) else None)
+
+
+def chat_template(m: Measurements) -> Finding:
+    """Prompts that student and teacher read differently."""
+    return cheap.check_chat_template(m.setup)
+
+
+def sampling_filter(m: Measurements) -> Finding:
+    """A filter of the sampler that the loss does not know of."""
+    return cheap.check_sampling_filter(m.setup, m.rollouts)
+
+
+def staleness(m: Measurements) -> Finding | None:
+    """Tokens of an older policy that are weighted as the student's own."""
+    return next(iter(cheap.check_staleness(m.setup)), None)
+
+
+def mask(m: Measurements) -> Finding:
+    """A mask that is not 1 on exactly the sampled tokens."""
+    width, stops = m.prompts.tokens.shape[1], m.setup.decoding.stop_token_ids
+    return cheap.check_mask(m.batch, m.rollouts, width, stops)
+
+
+# Checks of samples and scores
+
+
+def padded_vocabulary(m: Measurements) -> Finding:
+    """Embedding rows beyond the tokenizer that can be sampled, or have a probability."""
+    width = valid_vocab(m.setup.tokenizer)
+    sampled = np.asarray(m.rollouts.tokens)[np.asarray(m.rollouts.mask)]
     problems = []
     if beyond := int((sampled >= width).sum()):
         found = f"{beyond} of {sampled.size} sampled tokens are ids from {width} on"
         problems.append(fault(f"{found}, which stand for no token"))
-    for role, probability in mass.items():
+    for role, (rows, probability) in m.padding.items():
         if probability != 0:
-            found = f"the {role} gives its padded ids {width} to {rows[role] - 1} a probability"
-            cause = f"expected 0: the run masks ids from {valid_vocab} on"
+            found = f"the {role} gives its padded ids {width} to {rows - 1} a probability"
+            cause = f"expected 0: the run masks ids from {m.setup.decoding.valid_vocab} on"
             advice = f"set valid_vocab to {width}"
             problems.append(fault(f"{found} of up to {probability:.3g}", cause, advice))
-    padding = ", ".join(f"{role} {count - width}" for role, count in rows.items())
+    padding = ", ".join(f"{role} {rows - width}" for role, (rows, _) in m.padding.items())
     otherwise = f"{width} tokens; embedding rows beyond them ({padding}) have probability 0"
     return finding("padded_vocabulary", problems, otherwise)
 
 
-def check_sampler_matches_scorer(
-    sampled: np.ndarray,
-    mask: np.ndarray,
-    score_at: Callable[[float], np.ndarray],
-    temperature: float,
-    dtype: str,
-    backend: str,
-) -> Finding:
-    """Check that the sampler's unfiltered log-probs `[B, T]` are the scorer's where `mask` is 1.
-
-    `score_at(temperature)` returns the scorer's log-probs `[B, T]`, also one column left and right
-    of the mask. They tell whether a mismatch comes from a shifted mask, shifted log-probs or
-    another temperature.
-    """
-    name = "sampler_matches_scorer"
-    allowed = tolerance(backend, dtype)
-    scores = score_at(temperature)
+def sampler_matches_scorer(m: Measurements) -> Finding:
+    """Log-probs of the sampler that are not the scorer's; a shift or a temperature is named."""
+    name, temperature = "sampler_matches_scorer", m.setup.decoding.temperature
+    dtype = cheap.coarsest_dtype(m.setup)
+    allowed = cheap.tolerance(m.backend, dtype)
+    sampled, mask = np.asarray(m.rollouts.unfiltered_logprobs), np.asarray(m.batch.mask)
+    if not mask.any():
+        return Finding(name, "fault", "the mask is empty; expected 1 on the sampled tokens")
+    scores = m.score_at(temperature)
 
     def gap(mask, sampled=sampled, scores=scores) -> tuple[float, float]:
         difference = np.abs(sampled - scores)[mask]
@@ -68,20 +99,18 @@ def check_sampler_matches_scorer(
     def agrees(mean: float, largest: float) -> bool:
         return mean <= allowed.mean and largest <= allowed.largest
 
-    if not mask.any():
-        return Finding(name, "fault", "the mask is empty; expected 1 on the sampled tokens")
     mean, largest = gap(mask)
     found = f"log-probs differ by at most {largest:.2g}, on average by {mean:.2g}"
     found += f" over {int(mask.sum())} tokens"
     if agrees(mean, largest):
         return Finding(name, "ok", f"{found} ({dtype})")
     causes = []
-    for side, step in SHIFTS:
+    for side, step in cheap.SHIFTS:
         if agrees(*gap(np.roll(mask, -step, axis=1))):
             causes.append(f"the mask is shifted by one column to the {side}")
         if agrees(*gap(mask, sampled=np.roll(sampled, -step, axis=1))):
             causes.append(f"the sampler's log-probs are shifted by one column to the {side}")
-    if not causes and temperature != 1 and agrees(*gap(mask, scores=score_at(1.0))):
+    if not causes and temperature != 1 and agrees(*gap(mask, scores=m.score_at(1.0))):
         other = f"the scorer's of {temperature:g}"
         causes.append(f"the sampler's log-probs are those of temperature 1, {other}")
     is_fault = causes or not mean <= allowed.mean
@@ -91,71 +120,43 @@ def check_sampler_matches_scorer(
     return Finding(name, *(fault if is_fault else warning)(found, expected, *causes))
 
 
-@dataclasses.dataclass(frozen=True)
-class FirstUpdate:
-    """What a first update would do: means over the sampled tokens, and the gradient's norm."""
-
-    log_ratio: float  # mean |teacher log-prob - student log-prob|
-    kl: float
-    loss: float
-    gradient_norm: float
-
-    def __str__(self) -> str:
-        return (
-            f"mean |log-ratio| {self.log_ratio:.2g}, KL {self.kl:.2g}, loss {self.loss:.2g}, "
-            f"gradient norm {self.gradient_norm:.2g}"
-        )
-
-
-def check_self_distillation(
-    from_itself: FirstUpdate,
-    from_teacher: FirstUpdate,
-    recipe: str,
-    is_zero: bool,
-    dtypes: tuple[str, str],
-    backend: str,
-) -> Finding:
-    """Check that a student which is its own teacher learns nothing.
-
-    `is_zero`: whether the recipe's loss and gradient are 0 at student = teacher; `dtypes`: of
-    student and teacher.
-    """
-    allowed = tolerance(backend, *dtypes)
+def self_distillation(m: Measurements) -> Finding:
+    """A student that learns from its own weights as the teacher."""
+    (itself, from_teacher), recipe = m.first_updates, m.config.estimator.recipe
+    allowed = cheap.tolerance(m.backend, *m.dtypes)
+    is_zero = RECIPES[recipe].is_zero_at_teacher(m.config.estimator.options)
     # The norm against the teacher is the scale of "small", unless it is infinite or NaN.
     scale = from_teacher.gradient_norm if np.isfinite(from_teacher.gradient_norm) else 0.0
     largest_norm = max(allowed.gradient * scale, 10 * allowed.mean)
-    is_same = from_itself.log_ratio <= allowed.mean and abs(from_itself.kl) <= allowed.mean
-    is_still = abs(from_itself.loss) <= allowed.mean and from_itself.gradient_norm <= largest_norm
+    is_same = itself.log_ratio <= allowed.mean and abs(itself.kl) <= allowed.mean
+    is_still = abs(itself.loss) <= allowed.mean and itself.gradient_norm <= largest_norm
     problems = []
     if not is_same:
-        found = f"a student that is its own teacher disagrees with itself: {from_itself}"
+        found = f"a student that is its own teacher disagrees with itself: {itself}"
         advice = "give both the same dtype (--student.dtype, --teacher.dtype) and vocabulary mask"
-        if dtypes[0] != dtypes[1]:
-            advice = f"the student computes in {dtypes[0]}, the teacher in {dtypes[1]}: {advice}"
+        if m.dtypes[0] != m.dtypes[1]:
+            types = "the student computes in {}, the teacher in {}".format(*m.dtypes)
+            advice = f"{types}: {advice}"
         problems.append(fault(found, "expected 0", advice))
     elif is_zero and not is_still:
-        found = f"recipe {recipe!r} updates a student that is its own teacher: {from_itself}"
+        found = f"recipe {recipe!r} updates a student that is its own teacher: {itself}"
         problems.append(fault(found, "expected 0", "check its options"))
-    otherwise = f"a student that is its own teacher has nothing to learn: {from_itself}"
+    otherwise = f"a student that is its own teacher has nothing to learn: {itself}"
     if not is_zero:
-        otherwise = f"a student that is its own teacher agrees with itself: {from_itself}"
+        otherwise = f"a student that is its own teacher agrees with itself: {itself}"
         otherwise += f" (recipe {recipe!r} may have another loss and gradient there)"
     details = [f"against the teacher: {from_teacher}"]
     return finding("self_distillation", problems, otherwise, details)
 
 
-def check_teacher_dtype(
-    difference: np.ndarray, student: str, teacher: str, stored: str, backend: str
-) -> Finding:
-    """Check that the teacher gives the same log-probs in its configured type and in float32.
-
-    `difference`: between the two, of the sampled tokens; then the types of student, teacher and
-    checkpoint.
-    """
-    name = "teacher_dtype"
+def teacher_dtype(m: Measurements) -> Finding:
+    """Rounding of the teacher that the student would learn."""
+    name, (student, teacher) = "teacher_dtype", m.dtypes
+    stored = m.setup.teacher.checkpoint.stored_dtype
     if teacher == "float32":
         return Finding(name, "ok", f"the teacher computes in float32 (stored as {stored})")
-    mean, allowed = float(difference.mean()), tolerance(backend, student, teacher).mean
+    difference, allowed = m.teacher_rounding, cheap.tolerance(m.backend, *m.dtypes).mean
+    mean = float(difference.mean())
     found = f"the teacher computes in {teacher} (stored as {stored}), on average {mean:.2g}"
     found += f" a token and at most {difference.max():.2g} from float32"
     if student != teacher and not mean <= allowed:
@@ -168,19 +169,10 @@ def check_teacher_dtype(
     return Finding(name, "ok", found)
 
 
-def check_repeated_scores(
-    first: np.ndarray,
-    again: np.ndarray,
-    regrouped: np.ndarray,
-    layout: str,
-    dtype: str,
-    backend: str,
-) -> Finding:
-    """Check that scoring a batch twice gives the same bits, and another layout the same values.
-
-    `regrouped`: the scores with other micro-batches and the layout that `layout` names.
-    """
-    allowed = tolerance(backend, dtype).largest
+def repeated_scores(m: Measurements) -> Finding:
+    """Scores of one batch that do not repeat, or depend on its layout and micro-batches."""
+    first, again, regrouped, layout = m.repeated_scores
+    allowed = cheap.tolerance(m.backend, m.dtypes[1]).largest
 
     def largest_difference(other: np.ndarray) -> float:
         # Other checks judge infinities and NaNs; equal ones are no difference here.
@@ -201,47 +193,100 @@ def check_repeated_scores(
     return finding("repeated_scores", problems, otherwise)
 
 
-def check_teacher_is_better(
-    student: np.ndarray,
-    teacher: np.ndarray,
-    text: str,
-    vocab: int,
-    correct: tuple[int, int] | None = None,
-    *,
-    is_student: bool = False,
-) -> Finding:
-    """Check that the teacher predicts the text, and predicts it better than the student.
-
-    `student` and `teacher`: NLL a token of each text `[P]`; `text`: `reference answers` or
-    `prompts`; `correct`: the number of correct greedy answers of student and teacher, if they can
-    be graded; `is_student`: both are one model, and the teacher's prompts show it more.
-    """
-    name, is_reference = "teacher_is_better", text == "reference answers"
+def teacher_is_better(m: Measurements) -> Finding:
+    """A teacher that answers nothing correctly, or predicts answers no better than the student."""
+    (student, teacher, is_reference), correct, problems = m.nll, m.correct, []
+    text = "reference answers" if is_reference else "prompts"
     found = f"NLL a token of the {text}: teacher {teacher.mean():.3g}, student {student.mean():.3g}"
     if correct is not None:
         found += f"; correct greedy answers: teacher {correct[1]}, student {correct[0]}"
         found += f" of {len(teacher)}"
-    if not teacher.mean() < np.log(vocab) / 2:
-        expected = f"expected less than ln(V)/2 = {np.log(vocab) / 2:.2f}"
-        advice = "check the teacher's weights, its tokenizer and its prompt format"
+    uniform = np.log(valid_vocab(m.setup.tokenizer))
+    if not teacher.mean() < uniform / 2:
         is_fault = is_reference or np.isnan(teacher).any()
-        return Finding(name, *(fault if is_fault else warning)(found, expected, advice))
-    if not is_reference:
-        note = "without reference answers this does not rank the models"
-        return Finding(name, "ok", f"{found} ({note})")
-    behind = teacher - student
-    if behind.mean() <= 0:
-        return Finding(name, "ok", found)
-    # A post-trained teacher may phrase answers unlike the references: then its grades count.
-    if correct is not None and correct[1] > correct[0]:
-        note = "the teacher phrases answers unlike the references, but more of them are correct"
-        return Finding(name, "ok", f"{found}: {note}")
-    if is_student:
+        expected = f"expected less than ln(V)/2 = {uniform / 2:.2f}"
+        problems.append((fault if is_fault else warning)(found, expected, _TEACHER_ADVICE))
+    elif not is_reference:
+        found += " (without reference answers this does not rank the models)"
+    elif teacher.mean() > student.mean():
+        # A post-trained teacher may phrase answers unlike the references: then its grades count.
+        if correct is not None and correct[1] > correct[0]:
+            found += ": the teacher phrases answers unlike the references, but more of them are"
+            found += " correct"
+        else:
+            problems.append(_behind(found, teacher - student, m))
+    if correct is not None and correct[1] == 0:
+        none = f"the teacher answers none of {len(teacher)} prompts correctly"
+        none = none if problems else f"{found}: {none}"
+        problems.append(fault(none, "expected at least one", f"{_TEACHER_ADVICE}, and the grader"))
+    return finding("teacher_is_better", problems, found)
+
+
+def _behind(found: str, behind: np.ndarray, m: Measurements) -> Problem:
+    """Return the problem of a teacher whose NLL is `behind` the student's `[P]`."""
+    if m.config.teacher_is_student:
         advice = "the model makes no use of what data.teacher_prompt_format shows it; reword that"
     else:
         advice = "student and teacher look swapped (check --student.path and --teacher.path), or "
         advice += "the teacher does not know its prompt format"
     # Clear: by more than two standard errors over the prompts.
     is_clear = behind.mean() > 2 * behind.std() / np.sqrt(max(len(behind) - 1, 1))
-    severity = fault if is_clear and correct is not None else warning
-    return Finding(name, *severity(found, f"expected a lower NLL of the teacher: {advice}"))
+    severity = fault if is_clear and m.correct is not None else warning
+    return severity(found, f"expected a lower NLL of the teacher: {advice}")
+
+
+# Checks of judges
+
+
+def judge(m: Measurements) -> Finding:
+    """Judges that cannot be reached, or that give no usable reply."""
+    judgements, _, error = m.judged
+    if error is not None:
+        return Finding("judge", *fault(f"the request failed: {error}"))
+    problems = sum((+judgement.tally.problems for judgement in judgements), collections.Counter())
+    counts = ", ".join(f"{name} {count}" for name, count in sorted(problems.items())) or "none"
+    total, failed = len(judgements), sum(not judgement.is_scored for judgement in judgements)
+    if failed:
+        text = f"{failed} of {total} groups have no score; unusable replies: {counts}"
+        return Finding("judge", *fault(text))
+    text = f"{total} groups have scores; unusable replies: {counts}"
+    return Finding("judge", "warning" if problems else "ok", text)
+
+
+def judge_spread(m: Measurements) -> Finding | None:
+    """Scores that are equal within a group, so that they give no gradient."""
+    groups = [set(each.scores) - {None} for each in m.judged[0] if len(each.scores) > 1]
+    if not any(groups):
+        return None
+    tied = sum(len(scores) < 2 for scores in groups)
+    text = f"in {tied} of {len(groups)} groups all rollouts have the same score"
+    status = "warning" if tied == len(groups) else "ok"
+    return Finding("judge_spread", status, f"{text} and give no gradient")
+
+
+def judge_references(m: Measurements) -> Finding | None:
+    """Low scores of the teacher's own answers."""
+    scores = [x for each in m.judged[0] for x in each.reference_scores if x is not None]
+    if not scores:
+        return None
+    mean = sum(scores) / len(scores)
+    text = f"the teacher's own answers have a mean score of {mean:.2f}"
+    return Finding("judge_references", "warning" if mean < _MIN_REFERENCE_SCORE else "ok", text)
+
+
+def judge_cost(m: Measurements) -> Finding | None:
+    """A spending cap that has no effect; says what the judges of a whole run cost."""
+    judgements, usage, _ = m.judged
+    if not any(judgement.is_scored for judgement in judgements):
+        return None
+    total = lambda name: sum(value for key, value in usage.items() if key.endswith(f"/{name}"))
+    text = f"a run sends about {total('calls'):,.0f} requests with"
+    text += f" {total('input_tokens') / 1e6:,.2f} million input tokens and"
+    text += f" {total('output_tokens') / 1e6:,.2f} million output tokens"
+    endpoints = (m.config.rubricator, m.config.verifier)
+    if any(endpoint.input_price or endpoint.output_price for endpoint in endpoints):
+        return Finding("judge_cost", "ok", f"{text}, for {total('dollars'):,.2f} dollars")
+    no_price = "no price is set, so api.max_dollars has no effect"
+    if m.config.api.max_dollars > 0:
+        return Finding("judge_cost", *warning(text, no_price))
+    return Finding("judge_cost", "ok", f"{text}; {no_price}")

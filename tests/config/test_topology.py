@@ -19,6 +19,7 @@ from opdjax.config.topology import TOPOLOGIES, topology
         ("v4-32", 16, 4, "v4:2x2x4", "v4-32"),
         ("h100-8", 8, 1, None, None),
         ("h200-16", 16, 2, None, None),
+        ("cpu", 1, 1, None, None),
     ],
 )
 def test_names_as_google_and_jax_have_them(name, chips, hosts, jax_name, accelerator_type):
@@ -29,6 +30,11 @@ def test_names_as_google_and_jax_have_them(name, chips, hosts, jax_name, acceler
         jax_name,
         accelerator_type,
     )
+
+
+def test_backends_as_jax_names_them():
+    names = ("v5e-8", "h100-8", "cpu")
+    assert [topology(name).backend for name in names] == ["tpu", "gpu", "cpu"]
 
 
 def test_every_slice_divides_into_hosts():
@@ -45,6 +51,7 @@ def test_every_slice_divides_into_hosts():
         ("v6e-9", "expected one of v6e-1, v6e-4, v6e-8"),
         ("v5p-4", "expected one of v5p-8.*counts TensorCores"),
         ("v5-8", "v5e-8"),
+        ("cpu-1", "cpu"),
     ],
 )
 def test_an_unknown_name_lists_those_that_are_near(name, message):

@@ -5,13 +5,14 @@ import json
 import re
 import shutil
 import sys
+from types import SimpleNamespace as space
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import opdjax.diagnose.doctor
+import opdjax.diagnose.measurements
 import opdjax.rollouts.on_policy
 import opdjax.rollouts.setup
 import opdjax.train
@@ -29,17 +30,20 @@ from opdjax.config import (
     TrainConfig,
 )
 from opdjax.config.recipes import RECIPES
+from opdjax.config.validation import ConfigError
 from opdjax.data.packing import to_train_batch
 from opdjax.data.tasks.arithmetic import problems
 from opdjax.data.tokenizer import load_tokenizer
 from opdjax.diagnose import checks
-from opdjax.diagnose.doctor import examine, first_batch
+from opdjax.diagnose.doctor import CHECKS, examine, run_checks
+from opdjax.diagnose.measurements import FirstUpdate, Measurements
 from opdjax.rollouts.checks import check_settings, check_tokenizers, end_of_turn
 from opdjax.rollouts.findings import FaultError, Finding, enforce
 from opdjax.rollouts.setup import prepare
 from opdjax.train import train
 
-CHECKS = [
+# Of a run with a teacher's scores, without a judge.
+NAMES = [
     "tokenizers",
     "padded_vocabulary",
     "stop_tokens",
@@ -140,7 +144,7 @@ def opdjax_doctor(monkeypatch, capsys, tmp_path, healthy):
 def test_a_healthy_pair_passes_every_check(opdjax_doctor):
     status, out = opdjax_doctor()
     assert status == 0
-    assert re.findall(r"^(.) (\w+): ", out, re.MULTILINE) == [("✓", name) for name in CHECKS]
+    assert re.findall(r"^(.) (\w+): ", out, re.MULTILINE) == [("✓", name) for name in NAMES]
     assert "8 of 8 greedy teacher answers do" in out
     assert "+'<think>'" in out  # what turning thinking off would change
 
@@ -164,7 +168,7 @@ def test_a_student_that_is_its_own_teacher_must_use_what_its_prompt_shows(health
     shown = {"teacher_prompt_format": "{answer}#{prompt}", "max_prompt_length": 64}
     config = dataclasses.replace(vary(healthy, data=shown), teacher=ModelConfig("@student"))
     findings = diagnose(config)
-    assert list(findings) == CHECKS
+    assert list(findings) == NAMES
     assert complaints(findings) == {"chat_template": "warning", "teacher_is_better": "fault"}
     assert (
         "makes no use of what data.teacher_prompt_format shows it; reword that"
@@ -177,7 +181,7 @@ def test_a_run_that_reads_the_teachers_most_likely_ids(healthy):
     findings = diagnose(
         vary(healthy, estimator={"recipe": "npd", "kd_weight": 1.0, "renormalize": "both"})
     )
-    assert list(findings) == CHECKS
+    assert list(findings) == NAMES
     assert complaints(findings) == {}
 
 
@@ -186,7 +190,7 @@ def test_a_run_whose_rollouts_are_filtered_compares_scores_that_its_recipe_does_
     findings = diagnose(
         vary(healthy, estimator={"recipe": "npd", "kd_weight": 0.0}, near_policy=near)
     )
-    assert list(findings) == CHECKS
+    assert list(findings) == NAMES
     assert complaints(findings) == {}
 
 
@@ -304,7 +308,7 @@ def test_fault_3_a_shifted_mask(healthy, monkeypatch, side, step):
         batch = to_train_batch(rollouts, prompts)
         return dataclasses.replace(batch, mask=jnp.roll(batch.mask, step, axis=1))
 
-    monkeypatch.setattr(opdjax.diagnose.doctor, "to_train_batch", shifted)
+    monkeypatch.setattr(opdjax.diagnose.measurements, "to_train_batch", shifted)
     findings = diagnose(healthy)
     assert complaints(findings) == {"mask": "fault", "sampler_matches_scorer": "fault"}
     for finding in (findings["mask"], findings["sampler_matches_scorer"]):
@@ -346,15 +350,14 @@ def test_fault_4_padded_vocabulary_of_a_teacher(plant, tmp_path):
     config = plant("teacher", "config.json", lambda values: values)
     pad_embedding(tmp_path / "teacher")
     setup = prepare(config)
-    first = first_batch(setup, 8)
-    finding = opdjax.diagnose.doctor._check_padded_vocabulary(setup, first)
+    finding = checks.padded_vocabulary(Measurements(setup, 8))
     assert finding.status == "ok"  # padded and masked, as it should be
     assert (
         "embedding rows beyond them (student 0, teacher 16) have probability 0" in finding.message
     )
     head = dataclasses.replace(setup.teacher.head, valid_vocab=None)
     setup = dataclasses.replace(setup, teacher=dataclasses.replace(setup.teacher, head=head))
-    finding = opdjax.diagnose.doctor._check_padded_vocabulary(setup, first)
+    finding = checks.padded_vocabulary(Measurements(setup, 8))
     assert finding.status == "fault"
     assert "the teacher gives its padded ids 214 to 229 a probability of up to" in finding.message
 
@@ -405,8 +408,12 @@ def test_fault_7_a_teacher_in_another_dtype(healthy):
 
 
 def test_a_teacher_dtype_that_the_student_shares():
-    judge = lambda difference, stored: checks.check_teacher_dtype(
-        np.array([difference]), "bfloat16", "bfloat16", stored, "cpu"
+    judge = lambda difference, stored: checks.teacher_dtype(
+        measured(
+            teacher_rounding=np.array([difference]),
+            dtypes=("bfloat16", "bfloat16"),
+            setup=space(teacher=space(checkpoint=space(stored_dtype=stored))),
+        )
     )
     assert judge(0.01, "bfloat16").status == "ok"
     assert judge(0.01, "float32").status == "warning"  # narrower than the checkpoint
@@ -466,6 +473,13 @@ def test_a_warning_is_printed_and_the_run_goes_on(capsys):
 # Single checks on plain values
 
 
+def measured(**values):
+    """Measurements that were made elsewhere."""
+    config = space(teacher_is_student=False)
+    defaults = {"backend": "cpu", "dtypes": ("float32", "float32"), "config": config}
+    return space(**(defaults | values))
+
+
 class TestSamplerMatchesScorer:
     @pytest.fixture
     def arrays(self, rng):
@@ -475,8 +489,17 @@ class TestSamplerMatchesScorer:
         return np.where(mask, scores, 0), mask, scores
 
     def judge(self, sampled, mask, score_at, temperature=1.0):
-        return checks.check_sampler_matches_scorer(
-            sampled, mask, score_at, temperature, "float32", "cpu"
+        return checks.sampler_matches_scorer(
+            measured(
+                rollouts=space(unfiltered_logprobs=sampled),
+                batch=space(mask=mask),
+                score_at=score_at,
+                setup=space(
+                    decoding=space(temperature=temperature),
+                    config=space(sampling=space(kv_dtype="auto")),
+                    dtype="float32",
+                ),
+            )
         )
 
     def test_log_probs_that_are_shifted(self, arrays):
@@ -507,8 +530,8 @@ class TestSamplerMatchesScorer:
 
 def test_repeated_scores_that_do_not_repeat():
     first = np.linspace(-1, 0, 5)
-    judge = lambda again, otherwise: checks.check_repeated_scores(
-        first, again, otherwise, "packed rows", "float32", "cpu"
+    judge = lambda again, otherwise: checks.repeated_scores(
+        measured(repeated_scores=(first, again, otherwise, "packed rows"))
     )
     assert judge(first, first + 1e-5).status == "ok"
     assert judge(first + 1e-6, first).status == "warning"
@@ -517,27 +540,69 @@ def test_repeated_scores_that_do_not_repeat():
 
 
 def test_a_teacher_that_does_not_know_the_text():
-    judge = lambda *values: checks.check_teacher_is_better(*map(np.array, values[:2]), *values[2:])
-    assert (
-        "expected less than ln(V)/2"
-        in judge([5.0, 5.0], [4.0, 4.0], "reference answers", 200).message
-    )
-    assert judge([0.2, 0.3], [np.nan, 0.1], "prompts", 200).status == "fault"
+    def judge(student, teacher, is_reference=True, correct=None):
+        return checks.teacher_is_better(
+            measured(
+                nll=(np.array(student), np.array(teacher), is_reference),
+                correct=correct,
+                setup=space(tokenizer=space(get_vocab=lambda: {"a": 199})),
+            )
+        )
+
+    assert "expected less than ln(V)/2" in judge([5.0, 5.0], [4.0, 4.0]).message
+    assert judge([0.2, 0.3], [np.nan, 0.1], is_reference=False).status == "fault"
     # Phrased unlike the references, but better answers; without references there is no ranking.
-    assert judge([0.2, 0.3], [0.9, 0.8], "reference answers", 200, (1, 2)).status == "ok"
-    assert judge([0.2, 0.3], [0.9, 0.8], "reference answers", 200).status == "warning"
-    assert judge([0.2, 0.3], [0.9, 0.8], "prompts", 200).status == "ok"
+    assert judge([0.2, 0.3], [0.9, 0.8], correct=(1, 2)).status == "ok"
+    assert judge([0.2, 0.3], [0.9, 0.8]).status == "warning"
+    assert judge([0.2, 0.3], [0.9, 0.8], is_reference=False).status == "ok"
+    # Right nowhere: whatever it predicts, it cannot teach this.
+    for is_reference in (True, False):
+        nothing = judge([0.9, 0.8], [0.2, 0.3], is_reference, correct=(1, 0))
+        assert nothing.status == "fault"
+        assert "the teacher answers none of 2 prompts correctly" in nothing.message
 
 
 def test_a_recipe_whose_loss_does_not_vanish():
-    teacher = checks.FirstUpdate(0.5, 0.3, -0.6, 27.0)
-    itself = checks.FirstUpdate(0.0, 0.0, 0.4, 3.0)
-    judge = lambda vanishes: checks.check_self_distillation(
-        itself, teacher, "r", vanishes, ("float32", "float32"), "cpu"
+    teacher = FirstUpdate(0.5, 0.3, -0.6, 27.0)
+    itself = FirstUpdate(0.0, 0.0, 0.4, 3.0)
+    judge = lambda **estimator: checks.self_distillation(
+        measured(
+            first_updates=(itself, teacher), config=space(estimator=EstimatorConfig(**estimator))
+        )
     )
-    assert judge(True).status == "fault"
-    assert judge(False).status == "ok"
-    assert "may have another loss and gradient there" in judge(False).message
+    assert judge(recipe="opd").status == "fault"
+    biased = judge(recipe="topk_kl", renormalize="none")
+    assert biased.status == "ok"
+    assert "may have another loss and gradient there" in biased.message
+
+
+# The table of checks
+
+
+def test_each_check_is_a_row_with_what_it_finds_and_what_to_do(monkeypatch, capsys):
+    assert [check.name for check in CHECKS if check.name in NAMES] == NAMES
+    monkeypatch.setattr(sys, "argv", ["opdjax", "doctor", "--list"])
+    main.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(CHECKS)
+    for check, line in zip(CHECKS, lines):
+        assert line.split()[0] == check.name
+        assert check.finds in line
+        assert check.advice in line
+
+
+def test_single_checks_by_name(opdjax_doctor):
+    status, out = opdjax_doctor("--only", "mask,chat_template")
+    assert status == 0
+    assert re.findall(r"^(.) (\w+): ", out, re.MULTILINE) == [("✓", "chat_template"), ("✓", "mask")]
+
+
+@pytest.mark.parametrize("name", ["masks", "judge"])  # unknown; of runs with judges alone
+def test_a_name_that_is_no_check_of_the_run_lists_those_that_are(name):
+    with pytest.raises(ConfigError) as error:
+        list(run_checks(Config(), only=("mask", name)))
+    assert f"--only is {name!r}; expected checks that apply to this run: " in str(error.value)
+    assert all(each in str(error.value) for each in NAMES)
 
 
 def test_tokenizers_that_split_alike_only_some_texts(plant):

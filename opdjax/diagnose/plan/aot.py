@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,21 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh
 
 from opdjax.config.topology import Topology
 from opdjax.diagnose.plan.hlo import Collective, collectives, most_rows
-from opdjax.diagnose.plan.workload import Workload, has_advantages
+from opdjax.diagnose.plan.workload import Workload
 from opdjax.engine.decoding import Decoding
 from opdjax.engine.sampler import advance, prefill, split_layers, start
 from opdjax.engine.scheduling import Assignments, block_size, num_slots
 from opdjax.engine.scorer import score
 from opdjax.engine.update import init_state, make_optimizer, make_update, spec_of
-from opdjax.models.decoder import DecoderConfig, abstract_params, head_of
-from opdjax.models.lora import combine, init_adapters
+from opdjax.models.decoder import head_of
 from opdjax.models.partitioning import shardings_of
-from opdjax.ops.sharding import abstract_like, by_row, make_mesh, replicated
-from opdjax.types import TeacherScores, TrainBatch
+from opdjax.ops.sharding import abstract_like, make_mesh, replicated
+
+_SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "kv_dtype")
 
 
 class NoCompilerError(RuntimeError):
@@ -42,14 +40,14 @@ class Program:
     """What XLA reports of a compiled program; bytes are those of one device."""
 
     name: str
-    argument_bytes: int
-    output_bytes: int
-    alias_bytes: int  # the part of the output that overwrites donated arguments
-    peak_bytes: int  # the most that arguments, outputs and temporaries hold at once
-    flops: float  # of one device; a loop of unknown trip count counts once
-    compile_seconds: float
-    collectives: list[Collective]
-    most_logit_rows: int  # tokens whose logits are in one array
+    argument_bytes: int = 0
+    output_bytes: int = 0
+    alias_bytes: int = 0  # the part of the output that overwrites donated arguments
+    peak_bytes: int = 0  # the most that arguments, outputs and temporaries hold at once
+    flops: float = 0.0  # of one device; a loop of unknown trip count counts once
+    compile_seconds: float = 0.0
+    collectives: list[Collective] = dataclasses.field(default_factory=list)
+    most_logit_rows: int = 0  # tokens whose logits are in one array
     problem: str | None = None  # why it did not compile: it does not fit
 
     @property
@@ -66,10 +64,12 @@ def describe(topology: Topology) -> list[Any]:
 
     NoCompilerError if no compiler for it is installed.
     """
+    if topology.backend == "cpu":
+        return jax.devices("cpu")
     if topology.jax_name is None:
         raise NoCompilerError(
             f"{topology.name}: XLA compiles for a GPU only on a machine with one; plan without "
-            "--aot, or on that machine"
+            "--aot"
         )
     # Otherwise libtpu waits for a metadata server, and refuses a second process although none
     # holds a chip.
@@ -96,158 +96,69 @@ def compile_programs(workload: Workload) -> list[Program]:
     A run without sampling or without a teacher lacks theirs.
     """
     mesh = make_mesh(**workload.mesh, devices=describe(workload.topology))
-    programs = []
-    if workload.config.sampling.completions_from != "references":
-        programs = _compile_sampler(workload, mesh)
+    workload = dataclasses.replace(workload, layout=mesh)
+    programs = [] if workload.writer == "none" else _compile_sampler(workload)
     if workload.needs != "none":
-        programs.append(measure("teacher", partial(_lower_score, workload, mesh), workload)[0])
-    return [*programs, compile_update(workload, mesh)]
+        programs.append(measure("teacher", _lower_score(workload), workload)[0])
+    return [*programs, measure("update", lower_update(workload), workload)[0]]
 
 
-def compile_update(workload: Workload, mesh: Mesh) -> Program:
-    """Compile the update alone."""
-    return measure("update", partial(_lower_update, workload, mesh), workload)[0]
-
-
-def _sharded_params(
-    model: DecoderConfig, dtype: str, mesh: Mesh, split_over: tuple[str, ...]
-) -> Any:
-    """Return the shapes, types and shardings of a model's parameters."""
-    params = abstract_params(model, dtype)
-    return abstract_like(params, shardings_of(params, mesh, split_over))
-
-
-def _rows(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=by_row(mesh))
-
-
-def _batch(workload: Workload, mesh: Mesh) -> TrainBatch:
-    config, shape = workload.config, (workload.config.rows_per_step, workload.columns)
-    field, extra = partial(_rows, mesh), config.estimator.options.get("extra_draws")
-    is_sampled = config.sampling.completions_from == "student"
-    return TrainBatch(
-        tokens=field(jnp.int32, *shape),
-        mask=field(jnp.bool_, *shape),
-        segment_ids=field(jnp.int32, *shape),
-        behavior_logprobs=field(jnp.float32, *shape) if is_sampled else None,
-        advantages=field(jnp.float32, *shape) if has_advantages(config.estimator) else None,
-        uniforms=field(jnp.float32, *shape, extra) if extra else None,
-    )
-
-
-def _adapters(workload: Workload, dtype: str, mesh: Mesh, split_over: tuple[str, ...]) -> Any:
-    leaves = jax.eval_shape(partial(init_adapters, workload.student, workload.config.lora, 0))
-    leaves = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), leaves)
-    return abstract_like(leaves, shardings_of(leaves, mesh, split_over))
-
-
-def _published(workload: Workload, mesh: Mesh) -> Any:
-    """Return the weights that sample rollouts."""
-    over = workload.config.sampling.split_over
-    whole = _sharded_params(workload.student, workload.dtype, mesh, over)
-    if not workload.config.lora.rank:
-        return whole
-    return combine(whole, _adapters(workload, workload.dtype, mesh, over))
-
-
-def _teacher_params(workload: Workload, mesh: Mesh) -> Any:
-    if workload.teacher is None and not workload.has_reference:
-        return _published(workload, mesh)
-    model, dtype = workload.scoring_model, workload.teacher_dtype
-    return _sharded_params(model, dtype, mesh, workload.scoring_split)
-
-
-def _lower_update(workload: Workload, mesh: Mesh) -> Any:
-    config = workload.config
+def lower_update(workload: Workload) -> jax.stages.Lowered:
+    """Lower the update of a workload whose layout is a mesh of devices."""
+    config, mesh = workload.config, workload.layout
     spec = spec_of(config, workload.student, workload.dtype, None, mesh)
-    params, frozen = _sharded_params(workload.student, "float32", mesh, spec.split_over), None
-    if config.lora.rank:
-        params = _adapters(workload, "float32", mesh, spec.split_over)
-        frozen = _sharded_params(workload.student, workload.dtype, mesh, spec.split_over)
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+    params = workload.trained("float32", spec.split_over)
     state = jax.eval_shape(partial(init_state, optimizer=optimizer), params)
     state = abstract_like(state, shardings_of(state, mesh, spec.split_over))
-    batch, head, field = _batch(workload, mesh), None, partial(_rows, mesh)
-    shape = batch.tokens.shape
-    if workload.has_reference:
-        batch = dataclasses.replace(batch, reference_logprobs=field(jnp.float32, *shape))
-    elif workload.needs == "vocabulary":
-        head = head_of(_teacher_params(workload, mesh))
-        dtype, width = jnp.dtype(workload.teacher_dtype), workload.scoring_model.hidden_size
-        batch = dataclasses.replace(
-            batch, teacher=TeacherScores(hidden=field(dtype, *shape, width))
-        )
-    elif workload.needs != "none":
-        scores = TeacherScores(teacher_logprobs=field(jnp.float32, *shape))
-        if workload.needs == "top_k":
-            top = (*shape, workload.top_k)
-            scores = dataclasses.replace(
-                scores,
-                teacher_top_ids=field(jnp.int32, *top),
-                teacher_top_logprobs=field(jnp.float32, *top),
-            )
-        batch = dataclasses.replace(batch, teacher=scores)
+    head = head_of(workload.scoring) if workload.needs == "vocabulary" else None
     update = make_update(spec, config.optimizer, config.train.num_steps)
-    return update.lower(state, batch, head, frozen)
+    return update.lower(state, workload.scored_batch(), head, workload.frozen)
 
 
-def _lower_score(workload: Workload, mesh: Mesh) -> Any:
-    config, params = workload.config, _teacher_params(workload, mesh)
+def _lower_score(workload: Workload) -> jax.stages.Lowered:
+    config, params = workload.config, workload.scoring
     return score.lower(
         params,
         head_of(params),
-        _batch(workload, mesh),
+        workload.batch(),
         config=workload.scoring_model,
         needs=workload.needs,
         top_k=workload.top_k,
         tile=config.estimator.tile,
         parts=config.train.gradient_accumulation_steps,
-        mesh=mesh,
+        mesh=workload.layout,
     )
 
 
-def _sampler_inputs(workload: Workload, mesh: Mesh) -> tuple[Any, dict[str, Any], tuple[int, int]]:
-    """Return (parameters, static arguments, (slots, prompts in a block)) of the sampler."""
-    config, sampling = workload.config, workload.config.sampling
-    is_student = sampling.completions_from == "student" or workload.teacher is None
-    decoding = Decoding(
-        sampling.max_completion_length,
-        stop_token_ids=(0,),
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        min_p=sampling.min_p,
-        kv_dtype=sampling.kv_dtype,
-    )
-    model = workload.student if is_student else workload.teacher
-    static = {"config": model, "decoding": decoding, "mesh": mesh}
-    slots = num_slots(sampling.slots, config.rows_per_step, mesh)
-    params = (_published if is_student else _teacher_params)(workload, mesh)
-    return params, static, (slots, block_size(slots, sampling.num_generations, mesh))
-
-
-def _compile_sampler(workload: Workload, mesh: Mesh) -> list[Program]:
+def _compile_sampler(workload: Workload) -> list[Program]:
     """Compile prefill, and decoding with the longest cache, which needs most."""
-    params, static, (slots, block) = _sampler_inputs(workload, mesh)
-    width, rows = workload.prompt_columns, workload.config.rows_per_step
-    columns = width + static["decoding"].max_completion_length
-    whole = partial(jax.ShapeDtypeStruct, (block, width), sharding=replicated(mesh))
+    config, mesh = workload.config, workload.layout
+    sampling, width, rows = config.sampling, workload.prompt_columns, config.rows_per_step
+    params = workload.published if workload.writer == "student" else workload.scoring
+    filters = {name: getattr(sampling, name) for name in _SAMPLING_FIELDS}
+    decoding = Decoding(sampling.max_completion_length, stop_token_ids=(0,), **filters)
+    static = {"config": workload.sampled_model[0], "decoding": decoding, "mesh": mesh}
+    slots = num_slots(sampling.slots, rows, mesh)
+    shape = (block_size(slots, sampling.num_generations, mesh), width)
+    prompts = partial(jax.ShapeDtypeStruct, shape, sharding=replicated(mesh))
     inputs = (params["layers"], static["config"])
     layer_params = _results(split_layers, inputs, {}, split_layers.lower(*inputs).compile())
-    inputs = (params, layer_params, whole(jnp.int32), whole(jnp.bool_))
+    inputs = (params, layer_params, prompts(jnp.int32), prompts(jnp.bool_))
     options = {"prompt_columns": width, **static}
-    program, compiled = measure("prefill", partial(prefill.lower, *inputs, **options), workload)
+    program, compiled = measure("prefill", prefill.lower(*inputs, **options), workload)
     if compiled is None:
         return [program]
     prefix = _results(prefill, inputs, options, compiled)
+    columns = width + sampling.max_completion_length
     options = {"slots": slots, "rows": rows, "columns": columns, **static}
     state = _results(start, (params,), options, start.lower(params, **options).compile())
     of_slot, number = np.zeros(slots, np.int32), np.int32(0)
     assignments = Assignments(of_slot, of_slot, of_slot, of_slot)
     stream_ids = np.zeros(3, np.int32)
     inputs = (params, layer_params, state, prefix, assignments, stream_ids, number, number)
-    lower = partial(advance.lower, *inputs, prompt_columns=width, **static)
-    return [program, measure("sample", lower, workload)[0]]
+    lowered = advance.lower(*inputs, prompt_columns=width, **static)
+    return [program, measure("sample", lowered, workload)[0]]
 
 
 def _results(function: Any, inputs: tuple, options: dict[str, Any], compiled: Any) -> Any:
@@ -255,18 +166,22 @@ def _results(function: Any, inputs: tuple, options: dict[str, Any], compiled: An
     return abstract_like(function.eval_shape(*inputs, **options), compiled.output_shardings)
 
 
-def measure(name: str, lower: Callable, workload: Workload) -> tuple[Program, Any]:
+def measure(name: str, lowered: jax.stages.Lowered, workload: Workload) -> tuple[Program, Any]:
     """Compile a program; return (what the compiler reports, the program or None if too large)."""
     began = time.monotonic()
     try:
-        compiled = lower().compile()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         seconds, problem = time.monotonic() - began, str(error).partition("\n")[0]
-        return Program(name, 0, 0, 0, 0, 0.0, seconds, [], 0, problem), None
+        return Program(name, compile_seconds=seconds, problem=problem), None
     seconds = time.monotonic() - began
     memory, text = compiled.memory_analysis(), compiled.as_text()
+    peak = memory.peak_memory_in_bytes
+    if workload.topology.backend == "cpu":  # where XLA leaves temporaries out of the peak
+        held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        peak = held + memory.temp_size_in_bytes - memory.alias_size_in_bytes
     models = [model for model in (workload.student, workload.teacher) if model is not None]
     widths = {
         model.vocab_size // split for model in models for split in (1, workload.mesh["tensor"])
@@ -276,7 +191,7 @@ def measure(name: str, lower: Callable, workload: Workload) -> tuple[Program, An
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
-        peak_bytes=memory.peak_memory_in_bytes,
+        peak_bytes=peak,
         flops=compiled.cost_analysis().get("flops", 0.0),
         compile_seconds=seconds,
         collectives=collectives(text),

@@ -77,9 +77,8 @@ def collectives(text: str) -> list[Collective]:
         # XLA for TPU implements a reduce-scatter as a computation of this name: an all-reduce and a
         # slice in one kernel.
         kind = "reduce-scatter" if each.computation.startswith("all-reduce-scatter") else kind
-        loops, times, is_open = _loops_around(each.computation, callers, counts)
-        loop, size = " > ".join(loops) or None, max(received, returned)
-        found.append(Collective(kind, size, loop, times, is_open, each.operation))
+        around = _loops_around(each.computation, callers, counts)
+        found.append(Collective(kind, max(received, returned), *around, each.operation))
     return found
 
 
@@ -100,17 +99,12 @@ def traffic(found: list[Collective]) -> list[Traffic]:
     groups: dict[tuple[str, str | None], list[Collective]] = {}
     for each in found:
         groups.setdefault((each.kind, each.loop), []).append(each)
-    rows = [
-        Traffic(
-            kind,
-            loop,
-            len(members),
-            sum(each.times for each in members),
-            sum(each.num_bytes * each.times for each in members),
-            any(each.is_open for each in members),
-        )
-        for (kind, loop), members in groups.items()
-    ]
+    rows = []
+    for (kind, loop), members in groups.items():
+        runs = sum(each.times for each in members)
+        num_bytes = sum(each.num_bytes * each.times for each in members)
+        is_open = any(each.is_open for each in members)
+        rows.append(Traffic(kind, loop, len(members), runs, num_bytes, is_open))
     return sorted(rows, key=lambda row: -row.num_bytes)
 
 
@@ -166,28 +160,21 @@ def _counts(instructions: list[_Instruction]) -> dict[str, int]:
     return found
 
 
-def _rounds(loop: _Instruction, counts: dict[str, int]) -> int | None:
-    """Return a while loop's trip count, from XLA's annotation or its condition; None: unknown."""
-    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
-        return int(known.group(1))
-    return counts.get(re.search(r"condition=%([\w.-]+)", loop.rest).group(1))
-
-
 def _loops_around(
     computation: str, callers: dict[str, _Instruction], counts: dict[str, int]
-) -> tuple[list[str], int, bool]:
-    """Return (while loops around a computation, their rounds, whether a trip count is unknown).
-
-    The outermost loop comes first; a loop of unknown trip count counts as one round.
-    """
+) -> tuple[str | None, int, bool]:
+    """Return `Collective.loop`, `times` and `is_open` of the instructions of a computation."""
     loops, times, is_open = [], 1, False
     while caller := callers.get(computation):
         if caller.opcode == "while":
-            loops.append(caller.operation)
-            rounds = _rounds(caller, counts)
+            loops.insert(0, caller.operation)
+            # The trip count is in XLA's annotation or in the loop's condition.
+            known = re.search(r'"known_trip_count":\{"n":"(\d+)"', caller.rest)
+            condition = re.search(r"condition=%([\w.-]+)", caller.rest).group(1)
+            rounds = int(known.group(1)) if known else counts.get(condition)
             times, is_open = times * (rounds or 1), is_open or rounds is None
         computation = caller.computation
-    return loops[::-1], times, is_open
+    return " > ".join(loops) or None, times, is_open
 
 
 def _num_bytes(type_: str) -> int:

@@ -8,30 +8,22 @@ assignments for TPU v5e and v6e. `opdjax plan --aot` compares both.
 from __future__ import annotations
 
 import dataclasses
-import math
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from opdjax.diagnose.plan.workload import Workload, has_advantages
+from opdjax.diagnose.plan.workload import Workload, bytes_of
 from opdjax.engine.scheduling import BLOCKS_PER_FILL
-from opdjax.models.decoder import DecoderConfig, abstract_params, forward
-from opdjax.models.lora import combine, init_adapters
-from opdjax.models.partitioning import specs_of
+from opdjax.models.decoder import DecoderConfig, forward
+from opdjax.models.lora import combine
 from opdjax.ops.sharding import make_mesh
 
 # The update has two moments of most memory: the pass over the vocabulary, and the backward pass of
 # the layers.
-PHASES = ("prefill", "sample", "teacher", "loss", "backward", "evaluate")
-_UPDATE = ("loss", "backward")
-PROGRAMS = {
-    "prefill": ("prefill",),
-    "sample": ("sample",),
-    "teacher": ("teacher",),
-    "update": _UPDATE,
-}
+_SAMPLER, _UPDATE = ("prefill", "sample"), ("loss", "backward")
+PHASES = (*_SAMPLER, "teacher", *_UPDATE, "evaluate")
+PROGRAMS = {name: (name,) for name in (*_SAMPLER, "teacher")} | {"update": _UPDATE}
 # Arrays [tile, V] in float32 that exist at once in the loss, by what is read from the teacher.
 _TILES = {"none": 1, "token": 1, "top_k": 1, "vocabulary": 4}
 # Arrays [rows, V] in float32 when a token is sampled: logits, weights, their running sums.
@@ -45,8 +37,13 @@ class Item:
     name: str
     num_bytes: int
     phases: tuple[str, ...]  # the phases in which it is held
-    is_argument: bool = False  # of the phase's program; otherwise the program makes it
-    outside: tuple[str, ...] = ()  # the phases whose program does not receive it
+    # The phases whose program takes it as an argument; None: the programs make it.
+    received_by: tuple[str, ...] | None = None
+
+    def is_outside(self, phase: str) -> bool:
+        """Whether it is held in a phase by others than the phase's program."""
+        given = self.phases if self.received_by is None else self.received_by
+        return phase in self.phases and phase not in given
 
 
 def items_of(workload: Workload) -> tuple[Item, ...]:
@@ -61,41 +58,42 @@ def items_of(workload: Workload) -> tuple[Item, ...]:
     return tuple(item for item in items if item.num_bytes)
 
 
-# Parameters
-
-
-def parameter_bytes(
-    model: DecoderConfig,
-    dtype: str,
-    mesh: dict[str, int],
-    split_over: tuple[str, ...],
-    only: str | None = None,
-) -> int:
-    """Return the bytes of a model's parameters on one device, or of the parameter `only`."""
-    leaves = abstract_params(model, dtype)
-    return _tree_bytes(leaves if only is None else {only: leaves[only]}, dtype, mesh, split_over)
-
-
-def _tree_bytes(tree: Any, dtype: str, mesh: dict[str, int], split_over: tuple[str, ...]) -> int:
-    def on_device(leaf: Any, spec: Any) -> int:
-        shards = math.prod(mesh[axis] for axis in spec if axis is not None)
-        return leaf.size // shards * size_of(dtype)
-
-    return sum(jax.tree.leaves(jax.tree.map(on_device, tree, specs_of(tree, split_over))))
-
-
-def _adapters(workload: Workload) -> Any:
-    """Return the shapes of the student's adapters; None if all of its parameters are trained."""
-    lora = workload.config.lora
-    return jax.eval_shape(partial(init_adapters, workload.student, lora, 0)) if lora.rank else None
-
-
-def trained_bytes(workload: Workload, dtype: str, split_over: tuple[str, ...]) -> int:
-    """Return the bytes on one device of what is trained: the adapters, or the whole student."""
-    adapters = _adapters(workload)
-    if adapters is None:
-        return parameter_bytes(workload.student, dtype, workload.mesh, split_over)
-    return _tree_bytes(adapters, dtype, workload.mesh, split_over)
+def _permanent(workload: Workload) -> list[Item]:
+    """Count what is held during the whole step."""
+    config = workload.config
+    split, sampled_split = config.student.split_over, config.sampling.split_over
+    trained, frozen = bytes_of(workload.trained("float32", split)), bytes_of(workload.frozen)
+    # Frozen parameters with the same sharding for training and sampling are one array.
+    is_one = bool(frozen) and set(sampled_split) == set(split)
+    sampling = (*_SAMPLER, "evaluate") if is_one else ()
+    readers = (*_UPDATE, *sampling, *(("teacher",) if workload.has_reference else ()))
+    items = [
+        Item("student's trained parameters, float32", trained, PHASES, _UPDATE),
+        Item("optimizer's two moments", 2 * trained, PHASES, _UPDATE),
+        Item("student's frozen parameters", frozen, PHASES, readers),
+    ]
+    published, shared = workload.published, frozen if is_one else 0
+    needs_head = workload.needs == "vocabulary"
+    head = "embedding" if workload.scoring_model.ties_embeddings else "head"
+    is_apart = config.teacher_is_student and needs_head and not is_one
+    head_bytes = bytes_of(published[head]) if is_apart else 0
+    readers = (*(_SAMPLER if workload.writer == "student" else ()), "evaluate")
+    readers += ("teacher",) if config.teacher_is_student else ()
+    rest = bytes_of(published) - shared - head_bytes
+    items += [
+        Item("published copy, its head", head_bytes, PHASES, (*readers, *_UPDATE)),
+        Item("published copy of the student", rest, PHASES, readers),
+    ]
+    if workload.teacher is not None:
+        role = "reference" if workload.has_reference else "teacher"
+        head_bytes = bytes_of(workload.scoring[head]) if needs_head else 0
+        readers = (*(_SAMPLER if workload.writer == "teacher" else ()), "teacher")
+        rest = bytes_of(workload.scoring) - head_bytes
+        items += [
+            Item("teacher's head", head_bytes, PHASES, (*readers, *_UPDATE)),
+            Item(f"{role}'s parameters", rest, PHASES, readers),
+        ]
+    return items
 
 
 def size_of(dtype: str) -> int:
@@ -112,59 +110,6 @@ def _gathered_table(
     return model.vocab_size // mesh["tensor"] * model.hidden_size * size_of(dtype)
 
 
-def _permanent(workload: Workload) -> list[Item]:
-    """Count what is held during the whole step."""
-    config, mesh, student = workload.config, workload.mesh, workload.student
-    student_over, sampled_over = config.student.split_over, config.sampling.split_over
-    has_adapters = bool(config.lora.rank)
-    trained, frozen = trained_bytes(workload, "float32", student_over), 0
-    published = trained_bytes(workload, workload.dtype, sampled_over)
-    # Frozen parameters with the same sharding for training and sampling are one array.
-    is_one = has_adapters and set(sampled_over) == set(student_over)
-    if has_adapters:
-        frozen = parameter_bytes(student, workload.dtype, mesh, student_over)
-        published += 0 if is_one else parameter_bytes(student, workload.dtype, mesh, sampled_over)
-    only_update = ("prefill", "sample", "teacher", "evaluate")
-    outside = _without_frozen(workload, is_one, only_update)
-    items = [
-        Item("student's trained parameters, float32", trained, PHASES, True, only_update),
-        Item("optimizer's two moments", 2 * trained, PHASES, True, only_update),
-        Item("student's frozen parameters", frozen, PHASES, True, outside),
-    ]
-    is_sampled = config.sampling.completions_from == "student"
-    outside = () if is_sampled else ("prefill", "sample")
-    outside += () if config.teacher_is_student else ("teacher",)
-    head = "embedding" if workload.scoring_model.ties_embeddings else "head"
-    needs_head = workload.needs == "vocabulary"
-    if config.teacher_is_student and needs_head and not is_one:
-        published_head = parameter_bytes(student, workload.dtype, mesh, sampled_over, head)
-        items.append(Item("published copy, its head", published_head, PHASES, True, outside))
-        published -= published_head
-    outside += _UPDATE
-    items.append(Item("published copy of the student", published, PHASES, True, outside))
-    if workload.teacher is not None:
-        role = "reference" if workload.has_reference else "teacher"
-        layout = (workload.teacher, workload.teacher_dtype, mesh, workload.scoring_split)
-        head_bytes = parameter_bytes(*layout, head) if needs_head else 0
-        rest = parameter_bytes(*layout) - head_bytes
-        is_writer = config.sampling.completions_from == "teacher"
-        outside = ("evaluate",) if is_writer else ("prefill", "sample", "evaluate")
-        items.append(Item("teacher's head", head_bytes, PHASES, True, outside))
-        items.append(Item(f"{role}'s parameters", rest, PHASES, True, (*outside, *_UPDATE)))
-    return items
-
-
-def _without_frozen(
-    workload: Workload, is_one: bool, only_update: tuple[str, ...]
-) -> tuple[str, ...]:
-    """Return the phases whose program does not receive the student's frozen parameters.
-
-    `is_one`: training and sampling share them.
-    """
-    outside = ("teacher",) if is_one else only_update
-    return tuple(phase for phase in outside if phase != "teacher" or not workload.has_reference)
-
-
 # Sampling and evaluation
 
 
@@ -173,68 +118,45 @@ def storage_dtype(kv_dtype: str, dtype: str) -> str:
     return dtype if kv_dtype == "auto" else kv_dtype
 
 
-def sampled_model(workload: Workload) -> tuple[DecoderConfig, str]:
-    """Return the model that writes the completions, and the type of its forward pass."""
-    is_student = workload.config.sampling.completions_from == "student" or workload.teacher is None
-    if is_student:
-        return workload.student, workload.dtype
-    return workload.teacher, workload.teacher_dtype
-
-
 def _sampling(workload: Workload) -> list[Item]:
     """Count prefill and decoding of a step's rollouts."""
-    sampling, phases = workload.config.sampling, ("prefill", "sample")
-    if sampling.completions_from == "references":
+    sampling = workload.config.sampling
+    if workload.writer == "none":
         return []
-    model, dtype = sampled_model(workload)
-    length = sampling.max_completion_length
-    generated = _generating(
-        workload,
-        phases,
-        model,
-        dtype,
-        storage_dtype(sampling.kv_dtype, dtype),
-        rows=workload.slots,
-        length=length,
-        group=sampling.num_generations,
-    )
+    model, dtype = workload.sampled_model
+    length, stored = sampling.max_completion_length, storage_dtype(sampling.kv_dtype, dtype)
+    sizes = (workload.slots, length, sampling.num_generations)
     tokens = (workload.slots + workload.rows) * length * 12
     return [
-        *generated,
-        Item("sampled tokens and their log-probabilities", tokens, phases, True, ("prefill",)),
+        *_generating(workload, _SAMPLER, (model, dtype, stored), *sizes),
+        Item("sampled tokens and their log-probabilities", tokens, _SAMPLER, ("sample",)),
     ]
 
 
 def _evaluating(workload: Workload) -> list[Item]:
     """Count answers to held-out prompts."""
-    evaluation = workload.config.evaluation
+    evaluation, dtype = workload.config.evaluation, workload.dtype
     if evaluation.source is None:
         return []
-    return _generating(
-        workload,
-        ("evaluate",),
-        workload.student,
-        workload.dtype,
-        workload.dtype,
-        rows=-(-evaluation.batch_size // workload.row_shards),
-        length=evaluation.max_completion_length,
-        group=evaluation.num_samples,
-    )
+    rows = -(-evaluation.batch_size // workload.row_shards)
+    sizes = (rows, evaluation.max_completion_length, evaluation.num_samples)
+    return _generating(workload, ("evaluate",), (workload.student, dtype, dtype), *sizes)
 
 
 def _generating(
     workload: Workload,
     phases: tuple[str, ...],
-    model: DecoderConfig,
-    dtype: str,
-    stored: str,
-    *,
+    source: tuple[DecoderConfig, str, str],
     rows: int,
     length: int,
     group: int,
 ) -> list[Item]:
-    """Count `rows` rows that are decoded, and the next prompts, each shared by a group."""
-    prompt, tensor, decoding = workload.prompt_columns, workload.mesh["tensor"], phases[-1:]
+    """Count `rows` rows that are decoded, and the next prompts, each shared by a group.
+
+    `source`: the model, the type of its forward pass, and that of its stored keys and values.
+    """
+    (model, dtype, stored), tensor = source, workload.mesh["tensor"]
+    prompt, decoding = workload.prompt_columns, phases[-1:]
     waiting = -(-rows // (group * BLOCKS_PER_FILL))
     logits = _SAMPLING_COPIES * (rows * model.vocab_size // tensor * 4)
     cache = cache_bytes(model, stored, rows, prompt + length, tensor)
@@ -247,7 +169,7 @@ def _generating(
     unfused = dataclasses.replace(model, attention="xla")  # the sampler's attention always is
     activations = _forward_bytes(unfused, dtype, waiting, prompt, tensor)
     return [
-        Item("KV cache, prompt and completion", cache, phases, True, phases[:-1]),
+        Item("KV cache, prompt and completion", cache, phases, decoding),
         Item("KV cache of waiting prompts", prefix, phases),
         Item("KV cache, copied when rows are placed", cache, decoding),
         Item("KV cache of waiting prompts, gathered", gathered + chosen, decoding),
@@ -280,17 +202,6 @@ def _forward_bytes(model: DecoderConfig, dtype: str, rows: int, columns: int, te
 # Scoring and update
 
 
-def _batch_bytes(workload: Workload) -> int:
-    """Return the bytes of the batch on one device.
-
-    Ids, segments and log-probabilities take 4 bytes a token, the mask takes 1.
-    """
-    config, tokens = workload.config, workload.rows * workload.columns
-    wide = 2 + (config.sampling.completions_from == "student") + has_advantages(config.estimator)
-    wide += config.estimator.options.get("extra_draws") or 0
-    return tokens * (4 * wide + 1 + 4 * (workload.needs in ("token", "top_k")))
-
-
 def _tile_bytes(workload: Workload) -> int:
     """Return the bytes of one array [tile, V] in float32."""
     tokens = min(workload.config.estimator.tile, workload.micro_rows * workload.columns)
@@ -301,58 +212,52 @@ def _scoring(workload: Workload) -> list[Item]:
     """Count the teacher's pass."""
     if workload.needs == "none":
         return []
-    mesh, model, split = workload.mesh, workload.scoring_model, workload.scoring_split
-    dtype, phases = scoring_dtype(workload), ("teacher", *_UPDATE)
+    mesh, model, dtype = workload.mesh, workload.scoring_model, workload.scoring_dtype
+    phases, batch = ("teacher", *_UPDATE), workload.scored_batch()
+    hidden, top = 0, 0
+    if batch.teacher is not None:
+        hidden = bytes_of(batch.teacher.hidden)
+        top = bytes_of((batch.teacher.teacher_top_ids, batch.teacher.teacher_top_logprobs))
     # The embedding is freed after the lookup.
-    table = _gathered_table(model, dtype, mesh, split)
+    table = _gathered_table(model, dtype, mesh, workload.scoring_split)
     layer = _forward_bytes(model, dtype, workload.micro_rows, workload.columns, mesh["tensor"])
-    tokens = workload.rows * workload.columns
-    items = [
-        Item("batch: ids, mask, log-probabilities", _batch_bytes(workload), phases, True),
-        Item("teacher's embedding, gathered, or a layer", max(table, layer), ("teacher",)),
-    ]
-    if workload.needs == "vocabulary":
-        hidden = tokens * model.hidden_size * size_of(dtype)
-        return [*items, Item("teacher's hidden states, whole batch", hidden, phases, True)]
-    top, name = tokens * workload.top_k * 8, "teacher's most likely ids, with log-probabilities"
-    head = 0 if model.ties_embeddings else table
+    head, tiles = 0 if model.ties_embeddings else table, 2 * _tile_bytes(workload)
+    if workload.needs == "vocabulary":  # then the update applies the head
+        head = tiles = 0
+    rest = bytes_of(batch) - hidden - top
     return [
-        *items,
-        Item(name, top, phases, True),
+        Item("batch: ids, mask, log-probabilities", rest, phases, phases),
+        Item("teacher's embedding, gathered, or a layer", max(table, layer), ("teacher",)),
+        Item("teacher's hidden states, whole batch", hidden, phases, phases),
+        Item("teacher's most likely ids, with log-probabilities", top, phases, phases),
         Item("teacher's head, gathered", head, ("teacher",)),
-        Item("vocabulary tiles of the teacher", 2 * _tile_bytes(workload), ("teacher",)),
+        Item("vocabulary tiles of the teacher", tiles, ("teacher",)),
     ]
-
-
-def scoring_dtype(workload: Workload) -> str:
-    """Return the type of the forward pass that scores."""
-    return workload.teacher_dtype if workload.teacher else workload.dtype
 
 
 def _updating(workload: Workload) -> list[Item]:
     """Count loss, gradient and optimizer; the optimizer works in place."""
     config, mesh, student = workload.config, workload.mesh, workload.student
-    split, parts = config.student.split_over, config.train.gradient_accumulation_steps
-    loss, backward = ("loss",), ("backward",)
-    trained, trains_head = trained_bytes(workload, "float32", split), not config.lora.rank
-    cast = trained_bytes(workload, workload.dtype, split) if workload.dtype != "float32" else 0
-    table = student.vocab_size // mesh["tensor"] * student.hidden_size * trains_head
-    head, teacher_head = _gathered_table(student, workload.dtype, mesh, split), 0
+    split, dtype, teacher_head = config.student.split_over, workload.dtype, 0
+    trained = bytes_of(workload.trained("float32", split))
+    cast = bytes_of(workload.trained(dtype, split)) if dtype != "float32" else 0
+    # The head has no gradient if adapters are trained.
+    table = 0 if config.lora.rank else student.vocab_size // mesh["tensor"] * student.hidden_size
     if workload.needs == "vocabulary":
-        layout = (scoring_dtype(workload), mesh, workload.scoring_split)
+        layout = (workload.scoring_dtype, mesh, workload.scoring_split)
         teacher_head = _gathered_table(workload.scoring_model, *layout)
-    tiles = _TILES[workload.needs]
-    micro_gradient = cast if cast else trained * (parts > 1)
+    tiles, loss, backward = _TILES[workload.needs], ("loss",), ("backward",)
+    is_summed = config.train.gradient_accumulation_steps > 1
     return [
         Item("student's parameters, cast", cast, _UPDATE),
         Item("gradient, float32", trained, _UPDATE),
         Item("activations kept for the backward pass", kept_activations(workload), _UPDATE),
-        Item("student's head, gathered", head, loss),
+        Item("student's head, gathered", _gathered_table(student, dtype, mesh, split), loss),
         Item("head's gradient, summed in float32", table * 4, loss),
         Item("teacher's head, gathered", teacher_head, loss),
         Item(f"vocabulary tiles, {tiles} of them", tiles * _tile_bytes(workload), loss),
-        Item("head's gradient", table * size_of(workload.dtype), backward),
-        Item("gradient of a micro-batch", micro_gradient, backward),
+        Item("head's gradient", table * size_of(dtype), backward),
+        Item("gradient of a micro-batch", cast or trained * is_summed, backward),
         Item("a layer's activations, backward", _backward_bytes(workload), backward),
     ]
 
@@ -362,10 +267,9 @@ def kept_activations(workload: Workload) -> int:
 
     JAX itself counts them, without the parameters.
     """
-    model, adapters = workload.student, _adapters(workload)
-    whole = abstract_params(model, workload.dtype)
-    frozen, trained = (None, whole) if adapters is None else (whole, adapters)
-    trained = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, workload.dtype), trained)
+    model = workload.student
+    plain = partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    frozen, trained = plain(workload.frozen), plain(workload.trained(workload.dtype, ()))
     ids = jax.ShapeDtypeStruct((workload.micro_rows, workload.columns), jnp.int32)
     # Without a mesh the decoder cannot use splash attention, which keeps far less.
     mesh = make_mesh(1) if model.attention == "splash" else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -28,15 +29,19 @@ def _heading(plan: Plan) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in workload.mesh.items())
     generating = near.generator_devices if near.generator == "thread" else 0
     idle = topology.chips - workload.devices - generating
-    devices = f"{topology.chips} devices of {topology.chip.hbm_bytes / _GIB:.2f} GiB, {hosts}"
-    devices += f"; mesh {mesh}"
-    devices += f"; {generating} devices generate" if generating else ""
-    devices += f"; {idle} devices are idle" if idle > 0 else ""
-    rows = f"{config.rows_per_step} rows of {workload.prompt_columns} + "
-    rows += f"{config.sampling.max_completion_length} tokens"
-    rows += f", packed into rows of {config.train.pack_length}" if config.train.pack_length else ""
+    name = f"{topology.name} ({topology.chip.note})" if topology.chip.note else topology.name
+    devices = [
+        f"{name}: {topology.chips} devices of {topology.chip.hbm_bytes / _GIB:.2f} GiB, {hosts}",
+        f"mesh {mesh}",
+        *([f"{generating} devices generate"] if generating else []),
+        *([f"{idle} devices are idle"] if idle > 0 else []),
+    ]
+    tokens = f"{workload.prompt_columns} + {config.sampling.max_completion_length} tokens"
+    packed = config.train.pack_length
+    rows = f"a step: {config.rows_per_step} rows of {tokens}"
+    rows += f", packed into rows of {packed}" if packed else ""
     rows += f"; on a device {workload.rows} rows, {workload.micro_rows} at a time"
-    lines = [f"{topology.name}: {devices}", f"a step: {rows} ({num_micro_batches} micro-batches)"]
+    lines = ["; ".join(devices), f"{rows} ({num_micro_batches} micro-batches)"]
     if near.schedule != "none":
         lines.append(
             "rollouts are asynchronous: everything is counted on the learner's devices, as if "
@@ -56,16 +61,10 @@ def _memory(plan: Plan) -> str:
     sizes: dict[str, dict[str, int]] = defaultdict(dict)
     for item in plan.items:
         sizes[item.name] |= dict.fromkeys(item.phases, item.num_bytes)
-    lines = [
-        _line("GiB on a device", phases),
-        *(
-            _line(name, _gib(each.get(phase, 0) for phase in phases))
-            for name, each in sizes.items()
-        ),
-        _line("total", _gib(held)),
-        _line("free", _gib(plan.capacity - each for each in held)),
-    ]
-    return "\n".join(lines)
+    rows = {name: [each.get(phase, 0) for phase in phases] for name, each in sizes.items()}
+    rows |= {"total": held, "free": [plan.capacity - each for each in held]}
+    lines = [_line(name, _gib(cells)) for name, cells in rows.items()]
+    return "\n".join([_line("GiB on a device", phases), *lines])
 
 
 def _gib(sizes: Iterable[int]) -> Iterable[str]:
@@ -77,23 +76,21 @@ def _work(plan: Plan) -> str:
     limit = lambda bound: "memory" if bound.is_by_memory else "arithmetic"
     tokens = config.rows_per_step * config.sampling.max_completion_length
     seconds = sum(bound.seconds for bound in bounds)
-    lines = [
-        _line("work of a step", PROGRAMS),
-        _line(
-            "10^12 floating-point operations, all devices",
-            (f"{bound.flops / 1e12:.1f}" for bound in bounds),
-        ),
-        _line("least seconds, without communication", (f"{each.seconds:.3f}" for each in bounds)),
-        _line("limited by", (limit(bound) if bound.seconds else "" for bound in bounds)),
-        f"at most {tokens:,} completion tokens a step, in at least {seconds:.2f} s: "
-        f"{tokens / seconds:,.0f} a second",
-    ]
-    return "\n".join(lines)
+    rows = {
+        "work of a step": PROGRAMS,
+        "10^12 floating-point operations, all devices": (f"{x.flops / 1e12:.1f}" for x in bounds),
+        "least seconds, without communication": (f"{x.seconds:.3f}" for x in bounds),
+        "limited by": (limit(x) if x.seconds else "" for x in bounds),
+    }
+    most = f"at most {tokens:,} completion tokens a step, in at least {seconds:.2f} s: "
+    most += f"{tokens / seconds:,.0f} a second"
+    return "\n".join([*(_line(name, cells) for name, cells in rows.items()), most])
 
 
 def _compiled(plan: Plan, programs: list[Program]) -> str:
     names = ("arguments", "temporary", "peak", "counted", "ratio", "seconds")
-    lines = [_line(f"compiled for {plan.workload.topology.jax_name}, GiB on a device", names, 11)]
+    machine = plan.workload.topology.jax_name or plan.workload.topology.name
+    lines = [_line(f"compiled for {machine}, GiB on a device", names, 11)]
     for program in programs:
         if program.problem is not None:
             lines.append(f"{program.name:46}{program.problem}")
@@ -120,29 +117,23 @@ def _traffic(program: Program) -> str:
     lines = [f"{program.name + ': collectives':20}{'':>4}{'runs':>14}{'MiB':>12}  in the loop"]
     for row in traffic(program.collectives):
         runs = f"{row.runs}{' a round' if row.is_open else ''}"
-        size = f"{row.num_bytes / _MIB:.1f}"
-        lines.append(f"{row.kind:20}{row.instructions:>4}{runs:>14}{size:>12}  {_place(row.loop)}")
+        # Loops by the end of their names; the rest repeats the path to them.
+        loop = re.sub(r"/(closed_call|body|checkpoint)\b", "", row.loop or "(no loop)")
+        loop = " > ".join("/".join(path.split("/")[-2:]) for path in loop.split(" > "))
+        cells = f"{row.instructions:>4}{runs:>14}{row.num_bytes / _MIB:>12.1f}"
+        lines.append(f"{row.kind:20}{cells}  {loop}")
     return "\n".join(lines)
-
-
-def _place(loop: str | None) -> str:
-    """Return the loops by the end of their names; the rest repeats the path to them."""
-    return "(no loop)" if loop is None else " > ".join(_short(name) for name in loop.split(" > "))
-
-
-def _short(name: str) -> str:
-    parts = [part for part in name.split("/") if part not in ("closed_call", "body", "checkpoint")]
-    return "/".join(parts[-2:])
 
 
 def verdict(plan: Plan, programs: list[Program] | None = None) -> str:
     """Return one line for each phase or program that does not fit, or one line if all fit."""
     problems, capacity = [], f"{plan.capacity / _GIB:.2f} GiB"
     for phase in plan.phases:
+        largest = max(plan.items_in(phase), key=lambda item: item.num_bytes)
         if (item := plan.first_overflow(phase)) is not None:
             problems.append(
                 f"{phase} holds {plan.held(phase) / _GIB:.2f} of {capacity}; the first item that "
-                f"does not fit is {item.name!r}, the largest is {plan.largest(phase).name!r}"
+                f"does not fit is {item.name!r}, the largest is {largest.name!r}"
             )
     for program in programs or ():
         outside = max(plan.outside_bytes(phase) for phase in PROGRAMS[program.name])

@@ -1,25 +1,32 @@
-"""The sizes of a run, read from its config and the models' config.json.
+"""The sizes of a run, and the arguments of its programs as shapes and shardings.
 
-Weights, tokenizers and data are not read.
+Both are read from the config and the models' config.json; weights, tokenizers and data are not.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
-from opdjax.config import Config, EstimatorConfig, ModelConfig
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+
+from opdjax.config import Config, ModelConfig
 from opdjax.config.recipes import RECIPES
 from opdjax.config.topology import Topology
 from opdjax.data.prompts import padded_width
 from opdjax.estimators import estimator_of
-from opdjax.models.decoder import DecoderConfig
+from opdjax.models.decoder import DecoderConfig, abstract_params
 from opdjax.models.hf import open_checkpoint
-from opdjax.models.partitioning import require_divides
-from opdjax.ops.sharding import mesh_sizes
+from opdjax.models.lora import combine, init_adapters
+from opdjax.models.partitioning import require_divides, shardings_of
+from opdjax.ops.sharding import abstract_like, by_row, mesh_sizes
 from opdjax.rollouts.requirements import require_rows_divide
 from opdjax.rollouts.setup import attention_of, compute_dtype, needs_teacher
+from opdjax.types import TeacherScores, TrainBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,47 +35,31 @@ class Workload:
 
     config: Config
     topology: Topology
-    mesh: dict[str, int]  # axis -> devices
+    layout: Mesh | AbstractMesh  # of devices, or of their number alone
     student: DecoderConfig
     teacher: DecoderConfig | None  # or the reference policy; None: no second model is loaded
     # What the recipe reads from the teacher, or from the reference policy.
     needs: Literal["none", "token", "top_k", "vocabulary"]
     top_k: int  # the number of most likely ids it reads, if `needs` is top_k
+    dtype: str  # of the student's forward pass
+    scoring_dtype: str  # of the forward pass of the teacher, or of the reference policy
+    scoring_split: tuple[str, ...]  # the mesh axes that shard the parameters of that pass
+    writer: Literal["student", "teacher", "none"]  # the model that samples the completions
     prompt_columns: int
+    columns: int  # of a row that is scored and trained on; packed rows hold several rollouts
+    rows: int  # of a step on one device
+    micro_rows: int  # of a micro-batch on one device
+    slots: int  # rows that one device decodes at a time
 
     @property
-    def dtype(self) -> str:
-        """The type of the student's forward pass."""
-        return compute_dtype(self.config.student, self.topology.backend)
-
-    @property
-    def has_reference(self) -> bool:
-        """Whether the reference policy scores; such a recipe reads no teacher."""
-        return bool(self.config.estimator.reference_kl_coef)
-
-    @property
-    def teacher_dtype(self) -> str:
-        """The type of the teacher's forward pass, or the reference policy's."""
-        if self.has_reference:
-            return self.dtype
-        return compute_dtype(self.config.teacher_model, self.topology.backend)
-
-    @property
-    def scoring_model(self) -> DecoderConfig:
-        """The model that scores: the teacher, or the student if it is its own."""
-        return self.teacher or self.student
-
-    @property
-    def scoring_split(self) -> tuple[str, ...]:
-        """The mesh axes over which the scoring model's parameters are sharded."""
-        if self.has_reference:
-            return self.config.student.split_over
-        return self.config.teacher.split_over if self.teacher else self.config.sampling.split_over
+    def mesh(self) -> dict[str, int]:
+        """Axis -> devices."""
+        return dict(self.layout.shape)
 
     @property
     def devices(self) -> int:
         """The number of devices in the mesh."""
-        return self.mesh["data"] * self.mesh["fsdp"] * self.mesh["tensor"]
+        return math.prod(self.mesh.values())
 
     @property
     def row_shards(self) -> int:
@@ -76,26 +67,96 @@ class Workload:
         return self.mesh["data"] * self.mesh["fsdp"]
 
     @property
-    def rows(self) -> int:
-        """Rows of a step on one device."""
-        return self.config.rows_per_step // self.row_shards
+    def has_reference(self) -> bool:
+        """Whether the reference policy scores; such a recipe reads no teacher."""
+        return bool(self.config.estimator.reference_kl_coef)
 
     @property
-    def micro_rows(self) -> int:
-        """Rows of a micro-batch on one device."""
-        return self.rows // self.config.train.gradient_accumulation_steps
+    def scoring_model(self) -> DecoderConfig:
+        """The model that scores: the teacher, or the student if it is its own."""
+        return self.teacher or self.student
 
     @property
-    def columns(self) -> int:
-        """Columns of a row that is scored and trained on; packed rows hold several rollouts."""
-        unpacked = self.prompt_columns + self.config.sampling.max_completion_length
-        return self.config.train.pack_length or unpacked
+    def sampled_model(self) -> tuple[DecoderConfig, str]:
+        """The model that writes the completions, and the type of its forward pass."""
+        if self.writer == "student":
+            return self.student, self.dtype
+        return self.scoring_model, self.scoring_dtype
+
+    # Arguments of the programs: shapes, types and shardings
+
+    def params(self, model: DecoderConfig, dtype: str, split_over: tuple[str, ...]) -> Any:
+        """A model's parameters."""
+        params = abstract_params(model, dtype)
+        return abstract_like(params, shardings_of(params, self.layout, split_over))
+
+    def adapters(self, dtype: str, split_over: tuple[str, ...]) -> Any:
+        """The student's adapters; None if all of its parameters are trained."""
+        lora = self.config.lora
+        if not lora.rank:
+            return None
+        leaves = jax.eval_shape(partial(init_adapters, self.student, lora, 0))
+        leaves = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), leaves)
+        return abstract_like(leaves, shardings_of(leaves, self.layout, split_over))
+
+    def trained(self, dtype: str, split_over: tuple[str, ...]) -> Any:
+        """What is trained: the adapters, or the whole student."""
+        return self.adapters(dtype, split_over) or self.params(self.student, dtype, split_over)
 
     @property
-    def slots(self) -> int:
-        """Rows that one device decodes at a time."""
-        slots = self.config.sampling.slots
-        return self.rows if slots is None else min(slots // self.row_shards, self.rows)
+    def frozen(self) -> Any:
+        """The student's parameters below adapters; None if all are trained."""
+        if not self.config.lora.rank:
+            return None
+        return self.params(self.student, self.dtype, self.config.student.split_over)
+
+    @property
+    def published(self) -> Any:
+        """The weights that sample rollouts."""
+        kind = (self.dtype, self.config.sampling.split_over)
+        params, adapters = self.params(self.student, *kind), self.adapters(*kind)
+        return combine(params, adapters) if adapters else params
+
+    @property
+    def scoring(self) -> Any:
+        """The parameters of the teacher, or of the reference policy."""
+        if self.teacher is None and not self.has_reference:
+            return self.published
+        return self.params(self.scoring_model, self.scoring_dtype, self.scoring_split)
+
+    def batch(self) -> TrainBatch:
+        """A step's rows before they are scored."""
+        config, estimator = self.config, self.config.estimator
+        is_sampled = config.sampling.completions_from == "student"
+        is_rewarded = estimator.task_reward_coef or RECIPES[estimator.recipe].is_rewarded
+        extra = estimator.options.get("extra_draws")
+        return TrainBatch(
+            tokens=self._rows("int32"),
+            mask=self._rows("bool"),
+            segment_ids=self._rows("int32"),
+            behavior_logprobs=self._rows("float32") if is_sampled else None,
+            advantages=self._rows("float32") if is_rewarded else None,
+            uniforms=self._rows("float32", extra) if extra else None,
+        )
+
+    def scored_batch(self) -> TrainBatch:
+        """A step's rows as the update receives them."""
+        batch = self.batch()
+        if self.has_reference:
+            return dataclasses.replace(batch, reference_logprobs=self._rows("float32"))
+        if self.needs == "none":
+            return batch
+        if self.needs == "vocabulary":
+            hidden = self._rows(self.scoring_dtype, self.scoring_model.hidden_size)
+            return dataclasses.replace(batch, teacher=TeacherScores(hidden=hidden))
+        scores = [self._rows("float32")]
+        if self.needs == "top_k":
+            scores += [self._rows(dtype, self.top_k) for dtype in ("int32", "float32")]
+        return dataclasses.replace(batch, teacher=TeacherScores(*scores))
+
+    def _rows(self, dtype: str, *columns: int) -> jax.ShapeDtypeStruct:
+        shape = (self.config.rows_per_step, self.columns, *columns)
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=by_row(self.layout))
 
 
 def read_workload(config: Config, topology: Topology) -> Workload:
@@ -103,26 +164,44 @@ def read_workload(config: Config, topology: Topology) -> Workload:
 
     ConfigError if the mesh does not divide its devices, its rows or its models.
     """
-    near, sizes = config.near_policy, config.mesh
+    near, sizes, sampling = config.near_policy, config.mesh, config.sampling
     available = topology.chips - (near.generator_devices if near.generator == "thread" else 0)
     mesh = mesh_sizes(sizes.data, sizes.fsdp, sizes.tensor, available, topology.name)
-    require_rows_divide(config, mesh["data"] * mesh["fsdp"])
+    row_shards = mesh["data"] * mesh["fsdp"]
+    require_rows_divide(config, row_shards)
     estimator = estimator_of(config.estimator)
     shape_of = partial(_shape, mesh=mesh, backend=topology.backend)
     student = dataclasses.replace(shape_of(config.student, "student"), lora_scale=config.lora.scale)
-    teacher, needs = None, estimator.teacher
+    dtype = scoring_dtype = compute_dtype(config.student, topology.backend)
+    teacher, needs, split = None, estimator.teacher, sampling.split_over
     if config.estimator.reference_kl_coef:
         # With adapters, the reference policy is the frozen student, which is loaded anyway.
         teacher, needs = None if config.lora.rank else student, "token"
+        split = config.student.split_over
     elif needs_teacher(config) and not config.teacher_is_student:
-        teacher = shape_of(config.teacher, "teacher")
+        teacher, split = shape_of(config.teacher, "teacher"), config.teacher.split_over
+        scoring_dtype = compute_dtype(config.teacher_model, topology.backend)
+    writer = {"student": "student", "references": "none"}.get(sampling.completions_from)
     columns = padded_width(config.data.max_prompt_length)
-    return Workload(config, topology, mesh, student, teacher, needs, estimator.top_k, columns)
-
-
-def has_advantages(estimator: EstimatorConfig) -> bool:
-    """Return whether a batch has an advantage of each token."""
-    return bool(estimator.task_reward_coef) or RECIPES[estimator.recipe].is_rewarded
+    rows = config.rows_per_step // row_shards
+    return Workload(
+        config,
+        topology,
+        abstract_mesh(mesh),
+        student,
+        teacher,
+        needs,
+        estimator.top_k,
+        dtype,
+        scoring_dtype,
+        split,
+        writer or ("teacher" if teacher else "student"),
+        prompt_columns=columns,
+        columns=config.train.pack_length or columns + sampling.max_completion_length,
+        rows=rows,
+        micro_rows=rows // config.train.gradient_accumulation_steps,
+        slots=rows if sampling.slots is None else min(sampling.slots // row_shards, rows),
+    )
 
 
 def _shape(model: ModelConfig, role: str, mesh: dict[str, int], backend: str) -> DecoderConfig:
@@ -130,3 +209,14 @@ def _shape(model: ModelConfig, role: str, mesh: dict[str, int], backend: str) ->
     require_divides(config, mesh, f"the {role} {model.path}")
     attention = attention_of(model, config.head_size, role, backend)
     return dataclasses.replace(config, attention=attention)
+
+
+def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
+    """Return a mesh of these sizes without devices: enough to count what a device holds."""
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes))
+
+
+def bytes_of(tree: Any) -> int:
+    """Return the bytes of a tree's leaves on one device."""
+    size = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return sum(map(size, jax.tree.leaves(tree)))

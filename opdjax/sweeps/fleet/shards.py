@@ -64,6 +64,11 @@ def make_fleet(
             "expected a path relative to its root"
         )
     machine = topology(config.topology)
+    if machine.backend == "cpu":
+        raise ConfigError(
+            f"fleet.topology is {machine.name}; expected TPUs or GPUs, such as v5e-8 or h100-8: on "
+            "CPUs run opdjax sweep --shard I/N on each machine"
+        )
     if machine.hosts > 1:
         raise ConfigError(
             f"fleet.topology is {machine.name}, which has {machine.hosts} hosts; expected a single "

@@ -18,14 +18,14 @@ from opdjax.config import (
     TrainConfig,
 )
 from opdjax.config.topology import topology
-from opdjax.diagnose.plan.aot import compile_update
+from opdjax.diagnose.plan.aot import lower_update, measure
 from opdjax.diagnose.plan.estimate import estimate
 from opdjax.diagnose.plan.memory import (
     cache_bytes,
     kept_activations,
-    parameter_bytes,
 )
-from opdjax.diagnose.plan.workload import read_workload
+from opdjax.diagnose.plan.table import fits, verdict
+from opdjax.diagnose.plan.workload import abstract_mesh, bytes_of, read_workload
 from opdjax.models.decoder import init_params, num_parameters
 from opdjax.ops.sharding import make_mesh
 
@@ -39,18 +39,23 @@ def sizes(plan, phase):
     return {item.name: item.num_bytes for item in plan.items if phase in item.phases}
 
 
+def parameter_bytes(workload, mesh, *params):
+    return bytes_of(dataclasses.replace(workload, layout=abstract_mesh(mesh)).params(*params))
+
+
 def test_parameters(run_of):
-    student = run_of("v5e-4").student
+    workload = run_of("v5e-4")
+    student, both = workload.student, ("fsdp", "tensor")
     assert num_parameters(student) == KERNELS + NORMS + EMBEDDING
-    assert parameter_bytes(student, "float32", ONE, ("fsdp", "tensor")) == 4 * (
+    assert parameter_bytes(workload, ONE, student, "float32", both) == 4 * (
         KERNELS + NORMS + EMBEDDING
     )
     mesh = {"data": 2, "fsdp": 2, "tensor": 1}
     # Norms are replicated.
-    assert parameter_bytes(student, "bfloat16", mesh, ("fsdp", "tensor")) == 2 * (
+    assert parameter_bytes(workload, mesh, student, "bfloat16", both) == 2 * (
         (KERNELS + EMBEDDING) // 2 + NORMS
     )
-    assert parameter_bytes(student, "bfloat16", mesh, ("tensor",)) == 2 * (
+    assert parameter_bytes(workload, mesh, student, "bfloat16", ("tensor",)) == 2 * (
         KERNELS + NORMS + EMBEDDING
     )
     real = sum(
@@ -111,13 +116,14 @@ def taught():
 
 
 def test_tensor_splits_heads_mlp_and_vocabulary(run_of):
-    student = dataclasses.replace(run_of("v5e-4").student, num_kv_heads=2)
+    workload = run_of("v5e-4")
+    student = dataclasses.replace(workload.student, num_kv_heads=2)
     assert cache_bytes(student, "bfloat16", 3, 10, tensor=2) * 2 == cache_bytes(
         student, "bfloat16", 3, 10
     )
     mesh = {"data": 1, "fsdp": 1, "tensor": 2}
     grown = 2 * 2 * 4 * 8  # k and v are twice as wide now
-    assert parameter_bytes(student, "float32", mesh, ("tensor",)) == 4 * (
+    assert parameter_bytes(workload, mesh, student, "float32", ("tensor",)) == 4 * (
         (KERNELS + grown + EMBEDDING) // 2 + NORMS
     )
 
@@ -152,14 +158,14 @@ def test_work_of_a_step(run_of):
 
 def test_what_does_not_fit_is_named(run_of):
     plan = estimate(run_of("v5e-4"))
-    assert plan.fits
+    assert fits(plan)
     assert plan.first_overflow("loss") is None
     small = dataclasses.replace(plan.workload.topology.chip, hbm_bytes=plan.held("teacher"))
     tight = dataclasses.replace(
         plan.workload, topology=dataclasses.replace(plan.workload.topology, chip=small)
     )
     plan = estimate(tight)
-    assert not plan.fits
+    assert not fits(plan)
     assert plan.first_overflow("teacher") is None
     total = 0
     for item in (item for item in plan.items if "loss" in item.phases):
@@ -167,7 +173,8 @@ def test_what_does_not_fit_is_named(run_of):
         if total > small.hbm_bytes:
             break
     assert plan.first_overflow("loss") is item
-    assert plan.largest("loss").num_bytes == max(sizes(plan, "loss").values())
+    held = sizes(plan, "loss")
+    assert f"the largest is {max(held, key=held.get)!r}" in verdict(plan)
 
 
 @pytest.mark.parametrize(
@@ -195,12 +202,9 @@ def test_the_arguments_are_those_of_the_compiled_update(estimator):
         teacher=dataclasses.replace(config.teacher, dtype="float32"),
     )
     workload = read_workload(config, topology("v5e-8"))
-    program = compile_update(workload, make_mesh(2, 4))
-    counted = [
-        item
-        for item in estimate(workload).items
-        if "loss" in item.phases and "loss" not in item.outside and item.is_argument
-    ]
+    on_devices = dataclasses.replace(workload, layout=make_mesh(2, 4))
+    program, _ = measure("update", lower_update(on_devices), workload)
+    counted = [item for item in estimate(workload).items if "loss" in (item.received_by or ())]
     counters = 5 * 4  # of the state: steps, skipped, in a row, and the optimizer's two
     assert sum(item.num_bytes for item in counted) + counters == program.argument_bytes
     assert any(

@@ -110,6 +110,15 @@ def test_the_exit_status_is_whether_it_fits(plan_of):
     assert "the first item that does not fit is 'activations kept for the backward pass'" in last
 
 
+def test_a_cpu_is_named_as_an_assumed_machine(plan_of):
+    status, out, _ = plan_of("--topology", "cpu")
+    assert status == 0
+    assert out.startswith(
+        "cpu (a generic machine of 8 cores, assumed rates): 1 devices of 16.00 GiB"
+    )
+    assert "student's parameters, cast" not in out  # float32, as a run on a CPU computes
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -30,7 +30,7 @@ from opdjax.config import (
     TrainConfig,
 )
 from opdjax.data.tasks.arithmetic import problems
-from opdjax.diagnose.judge import examine_judge
+from opdjax.diagnose.doctor import CHECKS, run_checks
 from opdjax.engine.update import loss_and_grad
 from opdjax.estimators.losses import AGGREGATIONS
 from opdjax.rollouts.reward_advantages import token_stages, with_advantages
@@ -349,13 +349,14 @@ def test_own_criteria_that_cannot_be(tmp_path):
 
 
 def test_the_doctor_asks_the_judge_and_says_what_a_run_would_cost(judge_server):
-    found = {finding.name: finding for finding in examine_judge(config(judge_server))}
+    names = [check.name for check in CHECKS if check.name.startswith("judge")]
+    found = {each.name: each for each in run_checks(config(judge_server), only=names)}
     assert {name: finding.status for name, finding in found.items()} == dict.fromkeys(
         ("judge", "judge_spread", "judge_references", "judge_cost"), "ok"
     )
     # four steps of four prompts, two calls each
     assert "about 32 requests" in found["judge_cost"].message
-    (down,) = examine_judge(config(NOWHERE))
+    (down,) = run_checks(config(NOWHERE), only=names)
     assert down.status == "fault"
     assert "4 of 4 groups have no score; unusable replies: unavailable 4" in down.message
 
