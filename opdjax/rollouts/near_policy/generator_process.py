@@ -95,7 +95,6 @@ def _locked_workdir(workdir: pathlib.Path) -> Iterator[WorkdirMirror]:
 
 
 def _setup(mirror: WorkdirMirror, config: Config | None) -> Setup:
-    shards.require_pyarrow()
     workdir = mirror.directory
     if config is None and not (workdir / "config.json").exists():
         raise WorkdirError(
