@@ -314,6 +314,17 @@ def student_view(data: DataConfig) -> DataConfig:
     return dataclasses.replace(data, **shown)
 
 
+def teacher_view(data: DataConfig) -> DataConfig:
+    """The data section of a run whose student is shown the same text, in the teacher's template."""
+    format, thinking = data.teacher_format or data.format, data.teacher_enable_thinking
+    if format == "chat" and thinking is None:
+        thinking = data.enable_thinking
+    system = data.system_prompt if format == "chat" else None
+    own = {"format": format, "enable_thinking": thinking, "system_prompt": system}
+    own |= {"teacher_format": None, "teacher_enable_thinking": None, "teacher_prompt_format": None}
+    return dataclasses.replace(data, **own)
+
+
 def num_ids(checkpoint: Checkpoint, tokenizer: Any) -> int:
     """Number of ids of the tokenizer; CheckpointError if the embedding has fewer rows."""
     rows, width = checkpoint.config.vocab_size, valid_vocab(tokenizer)

@@ -7,7 +7,6 @@ another thread or another process.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import pathlib
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from opdjax.config.validation import ConfigError
 from opdjax.models.decoder import Params
 from opdjax.ops.multihost import InterruptedRunError, agreed
 from opdjax.rollouts.near_policy import published_weights, stages
-from opdjax.rollouts.near_policy.batches import as_batch, filter_metrics, stored_token_counts
+from opdjax.rollouts.near_policy.batches import filter_metrics, step_batch, stored_token_counts
 from opdjax.rollouts.near_policy.buffer import BufferClosedError, RolloutBuffer
 from opdjax.rollouts.near_policy.generator import Generator
 from opdjax.rollouts.near_policy.shards import (
@@ -30,7 +29,7 @@ from opdjax.rollouts.near_policy.shards import (
 )
 from opdjax.rollouts.near_policy.store import RolloutStore, StoredStep
 from opdjax.rollouts.on_policy import prompts_of
-from opdjax.rollouts.rows import keep_rollouts, packed, with_option_columns
+from opdjax.rollouts.rows import keep_rollouts, packed
 from opdjax.rollouts.setup import Setup, initial_weights
 from opdjax.rollouts.source import RolloutSource, StepData
 from opdjax.runs.metrics import Timer
@@ -186,11 +185,7 @@ class ContinuousSource(RolloutSource):
         samples = [stored.samples]
         annotations = [] if stored.annotations is None else [stored.annotations]
         directory, count = stored.samples.path.parent, len(stored.samples)
-        length = config.sampling.max_completion_length
-        rollouts, batch = as_batch(setup.prompts, length, samples, annotations)
-        # The random numbers of a step depend on the step, not on the age of the weights.
-        of_step = dataclasses.replace(rollouts, policy_version=np.full(count, step, np.int32))
-        batch, metrics = with_option_columns(batch, of_step, config, setup.prompts, setup.tokenizer)
+        rollouts, batch, metrics = step_batch(setup, step, samples, annotations)
         metrics |= stored_token_counts(samples, annotations)
         kept = np.ones(count, bool)
         if config.near_policy.filter != "none":

@@ -14,6 +14,7 @@ from opdjax.config import MINI_PAIR, MINI_STUDENT, MINI_TEACHER
 from opdjax.data.chat import load_tokenizer
 from opdjax.rollouts.near_policy import shards
 from opdjax.rollouts.near_policy.shards import SCHEMAS, ShardError
+from opdjax.runs.results import read_filter
 from opdjax.runs.workdir import WorkdirError, read_config
 
 _IDS = ("policy_version", "prompt_id", "sample_id")
@@ -117,8 +118,8 @@ class _Held:
             list(_whole(shards.shard_paths(directory, stage).values(), _Seen.of, damaged).values())
             for stage in SCHEMAS
         ]
-        read = lambda number: shards.read_filter(directory, number)
-        return cls(*seen, _whole(shards.filters(directory), read, damaged), damaged)
+        filters = _whole(sorted(directory.glob("filter-*.json")), read_filter, damaged)
+        return cls(*seen, {found["number"]: found for found in filters.values()}, damaged)
 
     def only(self, number: int) -> _Held:
         """The shards with this number."""

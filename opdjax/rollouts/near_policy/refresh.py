@@ -20,10 +20,14 @@ from opdjax.models.decoder import Params
 from opdjax.ops.multihost import InterruptedRunError, on_process_zero
 from opdjax.ops.sharding import num_row_shards
 from opdjax.rollouts.near_policy import published_weights, shards, stages
-from opdjax.rollouts.near_policy.batches import as_batch, filter_metrics, stored_token_counts
+from opdjax.rollouts.near_policy.batches import (
+    as_batch,
+    filter_metrics,
+    step_batch,
+    stored_token_counts,
+)
 from opdjax.rollouts.near_policy.shards import Shard
 from opdjax.rollouts.near_policy.store import RolloutStore
-from opdjax.rollouts.rows import with_option_columns
 from opdjax.rollouts.setup import Setup, initial_weights
 from opdjax.rollouts.source import RolloutSource, StepData
 from opdjax.runs.metrics import Timer
@@ -123,14 +127,9 @@ class RefreshSource(RolloutSource):
         order = _random(config.seed, version, epoch).permutation(num_rows)
         own = order[place * num_rows // steps : (place + 1) * num_rows // steps]
         is_own = np.isin(stored.rows, own)
-        length, chosen = config.sampling.max_completion_length, stored.kept[is_own]
-        rollouts, batch = as_batch(
-            setup.prompts, length, stored.samples, stored.annotations, chosen
+        rollouts, batch, metrics = step_batch(
+            setup, step, stored.samples, stored.annotations, stored.kept[is_own]
         )
-        # The random numbers of a step depend on the step: another epoch has others.
-        steps_of_rows = np.full(len(rollouts.tokens), step, np.int32)
-        of_step = dataclasses.replace(rollouts, policy_version=steps_of_rows)
-        batch, metrics = with_option_columns(batch, of_step, config, setup.prompts, setup.tokenizer)
         rank = np.zeros(num_rows, np.int32)
         rank[own] = np.arange(len(own))
         rows, packing = self._packed(batch, rank[stored.rows[is_own]])

@@ -25,7 +25,6 @@ from typing import Any, Literal
 import numpy as np
 
 from opdjax.config.validation import MissingExtraError
-from opdjax.runs.workdir import WorkdirError, read_json
 
 try:
     import pyarrow as pa
@@ -46,6 +45,12 @@ class ShardColumn:
     is_nullable: bool = False  # null means not computed, and is read as NaN
 
 
+def _mean_nll(whose: str, condition: str) -> ShardColumn:
+    return ShardColumn(
+        "float64", f"{whose} mean NLL of the completion {condition}", is_nullable=True
+    )
+
+
 _WHICH = {
     "prompt_id": ShardColumn("int32", "index into the prompts"),
     "sample_id": ShardColumn("int32", "which of the prompt's samples"),
@@ -55,9 +60,7 @@ _WHICH = {
 # temperature 1 and without filters.
 SCHEMAS: dict[str, dict[str, ShardColumn]] = {
     "samples": {
-        "step": ShardColumn(
-            "int32", "the update it was sampled for; in schedule refresh the version"
-        ),
+        "step": ShardColumn("int32", "the update it was sampled for; under refresh the version"),
         **_WHICH,
         "is_truncated": ShardColumn("bool", "reached the maximum length without a stop token"),
         "prompt_tokens": ShardColumn("int32", "the prompt as the student reads it", "prompt"),
@@ -68,14 +71,8 @@ SCHEMAS: dict[str, dict[str, ShardColumn]] = {
         "unfiltered_logprobs": ShardColumn(
             "float32", "of the student at the sampling temperature, without filters", "token"
         ),
-        "student_nll": ShardColumn(
-            "float64", "the student's mean NLL of the completion given the prompt", is_nullable=True
-        ),
-        "student_alone_nll": ShardColumn(
-            "float64",
-            "the student's mean NLL of the completion without the prompt",
-            is_nullable=True,
-        ),
+        "student_nll": _mean_nll("the student's", "given the prompt"),
+        "student_alone_nll": _mean_nll("the student's", "without the prompt"),
     },
     "annotations": {
         **_WHICH,
@@ -90,20 +87,13 @@ SCHEMAS: dict[str, dict[str, ShardColumn]] = {
         "teacher_top_logprobs": ShardColumn(
             "float16", "of teacher_ids, by the same softmax", "top"
         ),
-        "teacher_nll": ShardColumn(
-            "float64", "the teacher's mean NLL of the completion given the prompt", is_nullable=True
-        ),
-        "teacher_alone_nll": ShardColumn(
-            "float64",
-            "the teacher's mean NLL of the completion without the prompt",
-            is_nullable=True,
-        ),
+        "teacher_nll": _mean_nll("the teacher's", "given the prompt"),
+        "teacher_alone_nll": _mean_nll("the teacher's", "without the prompt"),
     },
 }
 SCHEMA_VERSION = 1  # increases with every change of what is stored
 # Limits of one shard, which the writer keeps and the reader checks before it reads and decodes.
 _MAX_BYTES, _MAX_ROWS = 2**35, 2**24
-_MAX_FILTER_BYTES = 2**28
 _MAX_VALUES = 2**31 - 1  # of a column: Arrow's offsets are int32
 _NAME = re.compile(rf"({'|'.join(SCHEMAS)})-(\d{{8,}})\.([0-9a-f]{{16}})\.parquet")
 # Key of the file's metadata that holds the facts, as one JSON object that keeps their types.
@@ -248,30 +238,8 @@ def read_shard(path: pathlib.Path) -> Shard:
 
 def write_filter(directory: pathlib.Path, number: int, document: Mapping[str, Any]) -> pathlib.Path:
     """Write the decision of a filter atomically; StorageError if the file cannot be stored."""
-    return write_whole(
-        directory / _filter_name(number), (json.dumps(document, allow_nan=False) + "\n").encode()
-    )
-
-
-def read_filter(directory: pathlib.Path, number: int) -> dict[str, Any]:
-    """The decision of a filter; WorkdirError if the file is missing or damaged."""
-    path, advice = directory / _filter_name(number), "delete it: it is computed from the shards"
-    if path.exists() and path.stat().st_size > _MAX_FILTER_BYTES:
-        raise WorkdirError(f"{path} has more than {_MAX_FILTER_BYTES} bytes; {advice}")
-    return read_json(path, advice)
-
-
-def filters(directory: pathlib.Path) -> list[int]:
-    """The numbers of the filter documents in a directory, in ascending order."""
-    found = (
-        re.fullmatch(r"filter-(\d{8,})\.json", path.name)
-        for path in directory.glob("filter-*.json")
-    )
-    return sorted(int(match[1]) for match in found if match)
-
-
-def _filter_name(number: int) -> str:
-    return f"filter-{number:08}.json"
+    data = (json.dumps(document, allow_nan=False) + "\n").encode()
+    return write_whole(directory / f"filter-{number:08}.json", data)
 
 
 # Whole files

@@ -36,7 +36,7 @@ from opdjax.rollouts.near_policy import ifd, shards
 from opdjax.rollouts.near_policy.batches import as_batch
 from opdjax.rollouts.near_policy.shards import Shard
 from opdjax.rollouts.on_policy import draw
-from opdjax.rollouts.setup import Setup
+from opdjax.rollouts.setup import Setup, teacher_view
 from opdjax.types import PromptBatch, TeacherScores, TrainBatch
 
 
@@ -197,13 +197,11 @@ def _text(prompt: str | Messages) -> str:
 
 def _without_prompts(setup: Setup, tokens: Sequence[np.ndarray], *, of_teacher: bool) -> TrainBatch:
     """The completions after nothing but the header of the assistant's turn."""
-    data, length = setup.config.data, setup.config.sampling.max_completion_length
-    tokenizer, format, thinking = setup.tokenizer, data.format, data.enable_thinking
+    tokenizer, data = setup.tokenizer, setup.config.data
     if of_teacher:
-        tokenizer, format = setup.teacher.tokenizer, data.teacher_format or format
-        if data.teacher_enable_thinking is not None:
-            thinking = data.teacher_enable_thinking
-    header = assistant_header(tokenizer, format=format, enable_thinking=thinking)
+        tokenizer, data = setup.teacher.tokenizer, teacher_view(data)
+    thinking, length = data.enable_thinking, setup.config.sampling.max_completion_length
+    header = assistant_header(tokenizer, format=data.format, enable_thinking=thinking)
     count = len(tokens)
     headers = np.tile(np.array(header, np.int32), (count, 1))
     prompts = PromptBatch(headers, np.ones(headers.shape, bool), np.zeros(count, np.int32))

@@ -14,7 +14,6 @@ from opdjax.rollouts.near_policy import shards as shards_module
 from opdjax.rollouts.near_policy.shards import (
     ShardError,
     StorageError,
-    read_filter,
     read_shard,
     shard_paths,
     version_directory,
@@ -22,6 +21,7 @@ from opdjax.rollouts.near_policy.shards import (
     write_filter,
     write_shard,
 )
+from opdjax.runs.results import read_filter
 from opdjax.runs.workdir import WorkdirError
 
 LENGTHS = (3, 0, 5, 1)
@@ -479,16 +479,21 @@ def test_a_place_that_takes_no_files_is_named(tmp_path, samples):
 # The filter's document
 
 
-def test_a_filter_comes_back_and_its_damage_is_named(tmp_path):
-    assert shards_module.filters(tmp_path) == []
-    document = {"version": 4, "kept": [0, 1], "ifd_max": None, "text": "né"}
+def test_a_filter_comes_back_and_its_damage_is_named(tmp_path, monkeypatch):
+    document = dict.fromkeys(("version", "number", "num_samples", "num_kept"), 2)
+    document |= dict.fromkeys(("num_degenerate", "num_disconnected", "num_unscored"), 0)
+    document |= {"filter": "ifd", "examples": {"kept": ["né"]}, "kept": [1, 1], "ifd_max": None}
+    document["histogram"] = {"edges": [], "counts": []}
     path = write_filter(tmp_path, 12, document)
     assert path.name == "filter-00000012.json"
-    assert read_filter(tmp_path, 12) == document
-    assert shards_module.filters(tmp_path) == [12]
+    assert read_filter(path) == document
+    with monkeypatch.context() as patched:
+        patched.setattr("opdjax.runs.results._MAX_FILTER_BYTES", 100)
+        with pytest.raises(WorkdirError, match=f"{path} has more than 100 bytes; delete it"):
+            read_filter(path)
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(WorkdirError, match=f"{path} cannot be read as JSON.*; delete it"):
-        read_filter(tmp_path, 12)
+        read_filter(path)
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_filter(tmp_path, 12, {"delta": float("nan")})
     assert [*tmp_path.iterdir()] == [path]
