@@ -358,21 +358,18 @@ def compute_dtype(model: ModelConfig, backend: str | None = None) -> str:
 
 def facts(setup: Setup) -> dict[str, Any]:
     """What identifies the run besides its config, and what bit-identical continuation needs."""
+    teacher = setup.teacher and (
+        STUDENT if setup.config.teacher_is_student else fingerprint(setup.teacher.checkpoint)
+    )
     data = {
         "prompts": setup.prompts.digest,
         "evaluation": setup.evaluator.prompts.digest if setup.evaluator else None,
         "num_prompts": len(setup.prompts),
         "num_skipped": setup.prompts.num_skipped,
         "student": fingerprint(setup.student),
-        "teacher": _teacher_fingerprint(setup),
+        "teacher": teacher,
     }
     if setup.config.is_judged:
         data["judge_prompts"] = template_versions(setup.config.rubrics.templates)
     devices = [device.device_kind for device in setup.mesh.devices.flat]
     return {"data": data, "environment": environment(devices)}
-
-
-def _teacher_fingerprint(setup: Setup) -> str | None:
-    if setup.teacher is None or setup.config.teacher_is_student:
-        return STUDENT if setup.teacher else None
-    return fingerprint(setup.teacher.checkpoint)
