@@ -134,8 +134,7 @@ class RefreshSource(RolloutSource):
         rank[own] = np.arange(len(own))
         rows, packing = self._packed(batch, rank[stored.rows[is_own]])
         # Tokens that were generated and annotated for many steps count for the first of them.
-        nothing = dict.fromkeys(stored_token_counts([], []), 0.0)
-        metrics |= packing | (stored.metrics if step == version else nothing)
+        metrics |= packing | (stored.metrics if step == version else stored_token_counts([], []))
         prompts = collate(setup.prompts, np.asarray(rollouts.prompt_id))
         return StepData(prompts, rollouts, batch, rows, metrics)
 
