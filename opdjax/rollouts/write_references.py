@@ -279,7 +279,11 @@ def _api_answerer(config: Config, path: pathlib.Path, _: Sequence[Pending]) -> I
     cache = ReplyCache(config.api.cache or path.with_name(f"{path.name}.replies.sqlite"))
     with contextlib.closing(cache), asyncio.Runner() as runner:
         endpoints = {"teacher": config.teacher_api}
-        client = runner.run(_call(partial(ApiClient, endpoints, config.api, cache, spent)))
+
+        async def connect() -> ApiClient:  # it needs a running event loop
+            return ApiClient(endpoints, config.api, cache, spent)
+
+        client = runner.run(connect())
 
         def answer(batch: Sequence[Pending], metrics: Counter) -> Answers:
             try:
@@ -295,11 +299,6 @@ def _api_answerer(config: Config, path: pathlib.Path, _: Sequence[Pending]) -> I
             yield answer
         finally:
             runner.run(client.close())
-
-
-async def _call(function: Callable) -> Any:
-    """Call a function inside the event loop."""
-    return function()
 
 
 async def _request_answers(

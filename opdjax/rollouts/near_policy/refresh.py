@@ -5,6 +5,7 @@ once, and the epochs until the next refresh train on these answers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Callable
@@ -196,16 +197,16 @@ def stored_samples(
     Missing and damaged shards are sampled with `weights`, called at most once; ShardError without
     them. `check_stop` may raise before a shard is sampled.
     """
-    prompts, held = store.setup.prompts, []
-
-    def params() -> Params:
-        check_stop()
-        held[:] = held or [weights()]
-        return held[0]
-
+    prompts = store.setup.prompts
     blocks = enumerate(_blocks(store.setup.config, len(prompts)))
     if weights is None:
         return [store.read(version, "samples", number) for number, _ in blocks]
+    weights = functools.cache(weights)
+
+    def params() -> Params:
+        check_stop()
+        return weights()
+
     return [
         store.samples(collate(prompts, block), params, number=number, step=version, version=version)
         for number, block in blocks

@@ -75,9 +75,9 @@ class RolloutStore:
         """
         found = self.read_if_whole(version, "samples", number)
         if found is None:
-            params, place = weights(), {"number": number, "step": step, "version": version}
+            place = {"number": number, "step": step, "version": version}
             with self.span("generate", step, version):
-                stages.generate(self.setup, params, prompts, self.directory(version), **place)
+                stages.generate(self.setup, weights(), prompts, self.directory(version), **place)
             found = self.read(version, "samples", number)
         return found
 
