@@ -25,7 +25,7 @@ from opdjax.engine.evaluate import last_tokens
 from opdjax.models.decoder import Params
 from opdjax.ops.tile import Head
 from opdjax.rollouts.findings import Finding, Problem, fault, finding, warning
-from opdjax.rollouts.setup import Setup, Teacher, reads_scores
+from opdjax.rollouts.setup import Setup, Teacher, reads_scores, teacher_view
 from opdjax.types import Metrics, PromptBatch, Rollouts, TrainBatch
 
 _PROBES = (
@@ -232,7 +232,8 @@ def check_chat_template(setup: Setup) -> Finding:
     """Check that student and teacher read the same prompts, unless the config says otherwise."""
     data, prompts = setup.config.data, setup.prompts
     tokenizers = (setup.tokenizer, setup.teacher.tokenizer)
-    formats = (data.format, data.teacher_format or data.format)
+    views = (data, teacher_view(data))
+    formats = tuple(view.format for view in views)
     has_two_templates = (
         formats == ("chat", "chat") and tokenizers[0].chat_template != tokenizers[1].chat_template
     )
@@ -254,9 +255,8 @@ def check_chat_template(setup: Setup) -> Finding:
     elif has_two_templates:
         found = "the chat templates of student and teacher differ"
         problems.append(warning(f"{found}, but render these prompts alike"))
-    thinking = data.teacher_enable_thinking
-    thinking = (data.enable_thinking, data.enable_thinking if thinking is None else thinking)
-    for role, tokenizer, format, flag in zip(("student", "teacher"), tokenizers, formats, thinking):
+    for role, tokenizer, view in zip(("student", "teacher"), tokenizers, views):
+        format, flag = view.format, view.enable_thinking
         effect = _thinking_effect(prompts, data, tokenizer) if format == "chat" else []
         if format == "chat" and flag is not None and not effect:
             found = f"enable_thinking is {flag}, but the {role}'s chat template does not read it"

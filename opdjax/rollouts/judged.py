@@ -208,18 +208,21 @@ class JudgedSource(RolloutSource):
         judgements, metrics, problem = on_process_zero(
             lambda: self._collect(futures, is_correct, step)
         ) or (None, {}, None)
-        if agreed(problem is not None):
-            raise SourceStoppedError(
-                f"step {step + 1} has no rewards: {problem or 'process zero prints the reason'}; "
-                f"what was trained is saved, and the same command continues {self._workdir} once "
-                "the judge answers again"
-            ) from (problem if isinstance(problem, ApiError) else None)
+        self._stop_if(problem, f"step {step + 1} has no rewards", "what was trained is saved")
         shape = (config.rows_per_step, 1 + max(len(config.rubrics.stage_names), 1))
         scores = from_process_zero(
             lambda: _score_array(judgements, shape, config.sampling.num_generations),
             np.zeros(shape, np.float32),
         )
         return JudgeScores(scores[:, 0], scores[:, 1:], judgements, metrics)
+
+    def _stop_if(self, problem: ApiError | str | None, found: str, kept: str) -> None:
+        """SourceStoppedError in every process if process zero has a problem."""
+        if agreed(problem is not None):
+            raise SourceStoppedError(
+                f"{found}: {problem or 'process zero prints the reason'}; {kept}, and the same "
+                f"command continues {self._workdir} once the judge answers again"
+            ) from (problem if isinstance(problem, ApiError) else None)
 
     def _collect(
         self, futures: list[Future], is_correct: np.ndarray | None, step: int
@@ -288,12 +291,7 @@ class JudgedSource(RolloutSource):
             rollouts = jax.tree.map(lambda x, end=num_rows: x[:end], rollouts)
             with timer.phase("judge_wait"):
                 problem = on_process_zero(lambda part=rollouts: self._store_rubrics(part))
-            if agreed(problem is not None):
-                raise SourceStoppedError(
-                    "the frozen rubrics are incomplete: "
-                    f"{problem or 'process zero prints the reason'}; finished ones are stored, and "
-                    f"the same command continues {self._workdir} once the judge answers again"
-                ) from (problem if isinstance(problem, ApiError) else None)
+            self._stop_if(problem, "the frozen rubrics are incomplete", "finished ones are stored")
 
     def _store_rubrics(self, rollouts: Rollouts) -> ApiError | str | None:
         """Have rubrics written and store them; return why the run must stop."""

@@ -59,22 +59,27 @@ def prompts_of(prompts: PromptSet, config: Config, step: int) -> PromptBatch:
     return collate(prompts, indices)
 
 
-def draw(setup: Setup, params: Params, prompts: PromptBatch, stream: int) -> Rollouts:
-    """The student's completions of the prompts; the same `stream` and prompt give the same random
-    numbers.
+def draw(
+    setup: Setup,
+    params: Params,
+    prompts: PromptBatch,
+    stream: int,
+    teacher: Teacher | None = None,
+) -> Rollouts:
+    """Completions of the prompts by the student, or by `teacher`; the same `stream` and prompt give
+    the same random numbers.
     """
-    sampling = setup.config.sampling
     return sample(
         params,
         prompts,
         setup.config.seed,
         stream,
-        config=setup.student.config,
-        decoding=setup.decoding,
-        num_generations=sampling.num_generations,
+        config=(setup.student if teacher is None else teacher.checkpoint).config,
+        decoding=(teacher or setup).decoding,
+        num_generations=setup.config.sampling.num_generations,
         mesh=setup.mesh,
-        slots=sampling.slots,
-        prompt_columns=setup.prompts.max_width(),
+        slots=setup.config.sampling.slots,
+        prompt_columns=setup.prompts.max_width(of_teacher=teacher is not None),
     )
 
 
@@ -91,20 +96,7 @@ def step_rollouts(setup: Setup, params: Params, prompts: PromptBatch, step: int)
         encode = lambda text: setup.tokenizer.encode(text, add_special_tokens=False)
         return answer_rows(prompts, [[*encode(text), end] for text in chosen], length, step)
     teacher = setup.teacher
-    written = to_host(
-        sample(
-            teacher.params,
-            for_teacher(prompts),
-            config.seed,
-            step,
-            config=teacher.checkpoint.config,
-            decoding=teacher.decoding,
-            num_generations=sampling.num_generations,
-            mesh=setup.mesh,
-            slots=sampling.slots,
-            prompt_columns=setup.prompts.max_width(of_teacher=True),
-        )
-    )
+    written = to_host(draw(setup, teacher.params, for_teacher(prompts), step, teacher))
     answers = _as_student_ids(written, teacher, setup.tokenizer, end)
     rows = answer_rows(prompts, answers, length, step)
     is_truncated = rows.is_truncated | np.asarray(written.is_truncated)

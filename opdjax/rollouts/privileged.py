@@ -20,12 +20,6 @@ from opdjax.rollouts.setup import Setup
 from opdjax.types import PromptBatch
 
 
-def per_rollout(prompts: PromptBatch, size: int) -> PromptBatch:
-    """The prompts, each repeated for its `size` rollouts."""
-    repeat = lambda x: np.repeat(np.asarray(x), size, axis=0)
-    return PromptBatch(repeat(prompts.tokens), repeat(prompts.mask), repeat(prompts.prompt_id))
-
-
 def with_context(
     setup: Setup, prompts: PromptBatch, judgements: Sequence[Sequence[Judgement]] | None
 ) -> tuple[PromptBatch, np.ndarray]:
@@ -33,7 +27,8 @@ def with_context(
 
     `judgements` are given on process zero, and None in the others.
     """
-    rows = per_rollout(prompts, setup.config.sampling.num_generations)
+    repeat = lambda x: np.repeat(np.asarray(x), setup.config.sampling.num_generations, axis=0)
+    rows = PromptBatch(repeat(prompts.tokens), repeat(prompts.mask), repeat(prompts.prompt_id))
     count = len(rows.prompt_id)
     ids = on_process_zero(lambda: _context_ids(setup, rows, judgements))
     width = from_process_zero(lambda: np.array(padded_width(max(map(len, ids)) or 1)), np.array(0))

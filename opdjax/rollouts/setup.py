@@ -310,6 +310,17 @@ def student_view(data: DataConfig) -> DataConfig:
     return dataclasses.replace(data, **shown)
 
 
+def teacher_view(data: DataConfig) -> DataConfig:
+    """The data section of a run whose student is shown the same text, in the teacher's template."""
+    format, thinking = data.teacher_format or data.format, data.teacher_enable_thinking
+    if format == "chat" and thinking is None:
+        thinking = data.enable_thinking
+    system = data.system_prompt if format == "chat" else None
+    own = {"format": format, "enable_thinking": thinking, "system_prompt": system}
+    own |= {"teacher_format": None, "teacher_enable_thinking": None, "teacher_prompt_format": None}
+    return dataclasses.replace(data, **own)
+
+
 def num_ids(checkpoint: Checkpoint, tokenizer: Any) -> int:
     """Number of ids of the tokenizer; CheckpointError if the embedding has fewer rows."""
     rows, width = checkpoint.config.vocab_size, valid_vocab(tokenizer)
@@ -343,21 +354,18 @@ def compute_dtype(model: ModelConfig, backend: str | None = None) -> str:
 
 def facts(setup: Setup) -> dict[str, Any]:
     """What identifies the run besides its config, and what bit-identical continuation needs."""
+    teacher = setup.teacher and (
+        STUDENT if setup.config.teacher_is_student else fingerprint(setup.teacher.checkpoint)
+    )
     data = {
         "prompts": setup.prompts.digest,
         "evaluation": setup.evaluator.prompts.digest if setup.evaluator else None,
         "num_prompts": len(setup.prompts),
         "num_skipped": setup.prompts.num_skipped,
         "student": fingerprint(setup.student),
-        "teacher": _teacher_fingerprint(setup),
+        "teacher": teacher,
     }
     if setup.config.is_judged:
         data["judge_prompts"] = template_versions(setup.config.rubrics.templates)
     devices = [device.device_kind for device in setup.mesh.devices.flat]
     return {"data": data, "environment": environment(devices)}
-
-
-def _teacher_fingerprint(setup: Setup) -> str | None:
-    if setup.teacher is None or setup.config.teacher_is_student:
-        return STUDENT if setup.teacher else None
-    return fingerprint(setup.teacher.checkpoint)

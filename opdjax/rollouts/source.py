@@ -80,9 +80,7 @@ def open_source(
             return
         from opdjax.rollouts.near_policy.continuous import ContinuousSource
         from opdjax.rollouts.near_policy.refresh import RefreshSource
-        from opdjax.rollouts.near_policy.shards import require_pyarrow
 
-        require_pyarrow()
         if near.generator == "process":
             command = f"opdjax sample --store {workdir}"
             on_process_zero(lambda: print(f"another process samples the rollouts: run {command}"))

@@ -39,7 +39,14 @@ from opdjax.engine.sampler import sample
 from opdjax.judge.replies import ApiError, ApiRequestError, ApiUnavailableError
 from opdjax.models.hf import fingerprint, load_params, open_checkpoint
 from opdjax.ops.sharding import make_mesh, to_host
-from opdjax.rollouts.setup import compute_dtype, num_ids, open_student, stop_ids, student_view
+from opdjax.rollouts.setup import (
+    compute_dtype,
+    num_ids,
+    open_student,
+    stop_ids,
+    student_view,
+    teacher_view,
+)
 from opdjax.runs.mirror import open_remote_file
 from opdjax.runs.object_store import is_remote
 from opdjax.runs.workdir import WorkdirError, append_lines, locked, read_lines
@@ -190,18 +197,8 @@ def _counts(index: ReferenceIndex, rows: list[Prompt], count: int) -> dict[str, 
 
 
 def _teacher_data(data: DataConfig) -> DataConfig:
-    """The data section for a teacher that writes answers: the student's prompt text, in the
-    teacher's own template, at any length.
-    """
-    format, thinking = data.teacher_format or data.format, data.teacher_enable_thinking
-    thinking = data.enable_thinking if thinking is None else thinking
-    is_chat = format == "chat"
-    own = {
-        "enable_thinking": thinking if is_chat else None,
-        "system_prompt": data.system_prompt if is_chat else None,
-    }
-    own |= {"teacher_format": None, "teacher_enable_thinking": None, "teacher_prompt_format": None}
-    return dataclasses.replace(data, format=format, max_prompt_length=2**31 - 1, **own)
+    """The data section for a teacher that writes answers, to prompts of any length."""
+    return dataclasses.replace(teacher_view(data), max_prompt_length=2**31 - 1)
 
 
 @contextlib.contextmanager
@@ -282,7 +279,11 @@ def _api_answerer(config: Config, path: pathlib.Path, _: Sequence[Pending]) -> I
     cache = ReplyCache(config.api.cache or path.with_name(f"{path.name}.replies.sqlite"))
     with contextlib.closing(cache), asyncio.Runner() as runner:
         endpoints = {"teacher": config.teacher_api}
-        client = runner.run(_call(partial(ApiClient, endpoints, config.api, cache, spent)))
+
+        async def connect() -> ApiClient:  # it needs a running event loop
+            return ApiClient(endpoints, config.api, cache, spent)
+
+        client = runner.run(connect())
 
         def answer(batch: Sequence[Pending], metrics: Counter) -> Answers:
             try:
@@ -298,11 +299,6 @@ def _api_answerer(config: Config, path: pathlib.Path, _: Sequence[Pending]) -> I
             yield answer
         finally:
             runner.run(client.close())
-
-
-async def _call(function: Callable) -> Any:
-    """Call a function inside the event loop."""
-    return function()
 
 
 async def _request_answers(

@@ -20,6 +20,7 @@ from opdjax.runs.statistics import benchmark_lines, paired_difference
 from opdjax.runs.workdir import WorkdirError, read_json, read_lines, read_run_config
 
 POINT, FAILURE, RESULT = "point.json", "failure.json", "result.json"
+_MAX_FILTER_BYTES = 2**28
 # X-axes of plots: name, and the per-step metric whose sum it is (None: the step itself).
 AXES = {
     "steps": None,
@@ -226,11 +227,14 @@ def read_filters(workdir: pathlib.Path) -> list[dict[str, Any]]:
     file is damaged.
     """
     files = workdir.glob("rollouts/*/filter-*.json")
-    return sorted(map(_read_filter, files), key=lambda found: (found["version"], found["number"]))
+    return sorted(map(read_filter, files), key=lambda found: (found["version"], found["number"]))
 
 
-def _read_filter(file: pathlib.Path) -> dict[str, Any]:
+def read_filter(file: pathlib.Path) -> dict[str, Any]:
+    """The filter's decision on a batch of samples; WorkdirError if the file is damaged."""
     advice = "delete it: it is computed from the samples beside it"
+    if file.exists() and file.stat().st_size > _MAX_FILTER_BYTES:
+        raise WorkdirError(f"{file} has more than {_MAX_FILTER_BYTES} bytes; {advice}")
     found = read_json(file, advice)
     counts = ["version", "number", "num_samples", "num_kept"]
     counts += ["num_degenerate", "num_disconnected", "num_unscored"]

@@ -11,6 +11,8 @@ import numpy as np
 from opdjax.data.packing import answer_rows, to_train_batch
 from opdjax.data.prompts import PromptSet, collate
 from opdjax.rollouts.near_policy.shards import Shard
+from opdjax.rollouts.rows import with_option_columns
+from opdjax.rollouts.setup import Setup
 from opdjax.types import Metrics, Rollouts, TeacherScores, TrainBatch
 
 
@@ -53,6 +55,25 @@ def as_batch(
         teacher_top_logprobs=spread(top("teacher_top_logprobs")) if top_k else None,
     )
     return rollouts, dataclasses.replace(batch, teacher=scores)
+
+
+def step_batch(
+    setup: Setup,
+    step: int,
+    samples: Sequence[Shard],
+    annotations: Sequence[Shard],
+    chosen: np.ndarray | None = None,
+) -> tuple[Rollouts, TrainBatch, Metrics]:
+    """`as_batch` with what the recipe's options read, and its metrics.
+
+    The random numbers depend on the step that trains on the samples, not on the age of the weights.
+    """
+    config, length = setup.config, setup.config.sampling.max_completion_length
+    rollouts, batch = as_batch(setup.prompts, length, samples, annotations, chosen)
+    steps = np.full(len(rollouts.tokens), step, np.int32)
+    of_step = dataclasses.replace(rollouts, policy_version=steps)
+    batch, metrics = with_option_columns(batch, of_step, config, setup.prompts, setup.tokenizer)
+    return rollouts, batch, metrics
 
 
 def _spread(values: Sequence[np.ndarray], mask: np.ndarray) -> np.ndarray:

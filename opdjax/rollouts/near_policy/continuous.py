@@ -7,7 +7,6 @@ another thread or another process.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import pathlib
 from collections.abc import Callable
@@ -18,27 +17,19 @@ import numpy as np
 from opdjax.config.validation import ConfigError
 from opdjax.models.decoder import Params
 from opdjax.ops.multihost import InterruptedRunError, agreed
-from opdjax.rollouts.near_policy import published_weights, shards, stages
-from opdjax.rollouts.near_policy.batches import as_batch, filter_metrics, stored_token_counts
+from opdjax.rollouts.near_policy import published_weights, stages
+from opdjax.rollouts.near_policy.batches import filter_metrics, step_batch, stored_token_counts
 from opdjax.rollouts.near_policy.buffer import BufferClosedError, RolloutBuffer
-from opdjax.rollouts.near_policy.generator import (
-    Generator,
-    StoredStep,
-    Timeline,
-    is_step_stored,
-    produce,
-    read,
-    read_if_whole,
-    sampled_version,
-)
+from opdjax.rollouts.near_policy.generator import Generator
 from opdjax.rollouts.near_policy.shards import (
     DamagedShardError,
     MissingShardError,
     Shard,
     ShardError,
 )
+from opdjax.rollouts.near_policy.store import RolloutStore, StoredStep
 from opdjax.rollouts.on_policy import prompts_of
-from opdjax.rollouts.rows import keep_rollouts, packed, with_option_columns
+from opdjax.rollouts.rows import keep_rollouts, packed
 from opdjax.rollouts.setup import Setup, initial_weights
 from opdjax.rollouts.source import RolloutSource, StepData
 from opdjax.runs.metrics import Timer
@@ -57,7 +48,8 @@ class ContinuousSource(RolloutSource):
         first: int,
         is_stop_requested: Callable[[int], bool],
     ):
-        self._setup, self._workdir, self._timeline = setup, workdir, Timeline(workdir)
+        self._setup, self._workdir = setup, workdir
+        self._store = RolloutStore(setup, workdir)
         self._is_stop_requested = is_stop_requested
         near = setup.config.near_policy
         self._steps = range(first, setup.config.train.num_steps)
@@ -134,8 +126,7 @@ class ContinuousSource(RolloutSource):
         end = min(self._next_step + config.near_policy.max_staleness + 1, self._steps.stop)
         wanted = (step for step in range(self._next_step, end) if step not in self._buffer)
         # Steps are stored in order: none is stored after the first missing one.
-        is_stored = lambda step: is_step_stored(self._workdir, config, step)
-        return [], list(itertools.takewhile(is_stored, wanted))
+        return [], list(itertools.takewhile(self._store.is_step_stored, wanted))
 
     def _sample_with(self, version: int, copy_weights: Callable[[], Params], timer: Timer) -> None:
         """Sample all steps that these weights are meant for."""
@@ -147,11 +138,7 @@ class ContinuousSource(RolloutSource):
         with timer.phase("sample"):
             params = copy_weights()
             for step in steps:
-                self._produce(step, version, lambda: params)
-
-    def _produce(self, step: int, version: int, weights: Callable[[], Params]) -> None:
-        place = self._setup, self._workdir, self._timeline
-        self._buffer.put(step, produce(*place, step, version, weights))
+                self._buffer.put(step, self._store.step(step, version, lambda: params))
 
     def _adopt_stored(self, first: int) -> None:
         """Take over the stored rollouts of future steps. Damaged ones are sampled again if their
@@ -159,10 +146,9 @@ class ContinuousSource(RolloutSource):
         """
         is_fixed = self._setup.config.near_policy.lag == "fixed"
         for step in self._steps:
-            version = sampled_version(self._workdir, self._setup.config, step)
             oldest = self._buffer.oldest_version(step)
             try:
-                self._buffer.put(step, StoredStep(self._samples(step, version)))
+                self._buffer.put(step, StoredStep(self._samples(step)))
                 continue
             except (DamagedShardError, MissingShardError) as error:
                 reason = error
@@ -173,45 +159,33 @@ class ContinuousSource(RolloutSource):
                         f"because the run continues from step {first}: put the file back or start "
                         "in a new work directory"
                     ) from reason
-                self._produce(step, 0, lambda: initial_weights(self._setup))
-            elif version is not None and not is_fixed:
+                weights = lambda: initial_weights(self._setup)
+                self._buffer.put(step, self._store.step(step, 0, weights))
+            elif isinstance(reason, DamagedShardError) and not is_fixed:
                 # Other weights may sample it now; only in the same directory is it replaced.
-                directory = shards.version_directory(self._workdir, version)
-                shards.shard_paths(directory, "samples")[step].unlink()
+                self._store.remove_samples(self._store.sampled_version(step), step)
 
-    def _samples(self, step: int, version: int | None) -> Shard:
+    def _samples(self, step: int) -> Shard:
+        version = self._store.sampled_version(step)
         if version is None:
             raise MissingShardError(f"{self._workdir / 'rollouts'} has no rollouts of step {step}")
-        return read(shards.version_directory(self._workdir, version), "samples", step)
+        return self._store.read(version, "samples", step)
 
     def _stored(self, step: int) -> StoredStep:
         """The shards of a step, read from disk unless the buffer holds them. The teacher scores
         samples again whose annotations are damaged.
         """
-        config = self._setup.config
-        stored = self._buffer.content(step)
-        if stored is None:
-            version = sampled_version(self._workdir, config, step)
-            stored = StoredStep(self._samples(step, version))
-        if stored.annotations is not None or not stages.is_annotated(config):
+        stored = self._buffer.content(step) or StoredStep(self._samples(step))
+        if stored.annotations is not None:
             return stored
-        directory = stored.samples.path.parent
-        annotations = read_if_whole(directory, "annotations", step)
-        if annotations is None:
-            stages.annotate(self._setup, stored.samples, directory)
-            annotations = read(directory, "annotations", step)
-        return StoredStep(stored.samples, annotations)
+        return StoredStep(stored.samples, self._store.annotations(stored.samples, step))
 
     def _load(self, step: int) -> StepData:
         setup, config, stored = self._setup, self._setup.config, self._stored(step)
         samples = [stored.samples]
         annotations = [] if stored.annotations is None else [stored.annotations]
         directory, count = stored.samples.path.parent, len(stored.samples)
-        length = config.sampling.max_completion_length
-        rollouts, batch = as_batch(setup.prompts, length, samples, annotations)
-        # The random numbers of a step depend on the step, not on the age of the weights.
-        of_step = dataclasses.replace(rollouts, policy_version=np.full(count, step, np.int32))
-        batch, metrics = with_option_columns(batch, of_step, config, setup.prompts, setup.tokenizer)
+        rollouts, batch, metrics = step_batch(setup, step, samples, annotations)
         metrics |= stored_token_counts(samples, annotations)
         kept = np.ones(count, bool)
         if config.near_policy.filter != "none":

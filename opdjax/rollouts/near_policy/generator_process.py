@@ -16,14 +16,6 @@ from opdjax.config import Config, MeshConfig
 from opdjax.models.decoder import Params
 from opdjax.rollouts.near_policy import published_weights, shards, stages
 from opdjax.rollouts.near_policy.buffer import BufferClosedError, RolloutBuffer
-from opdjax.rollouts.near_policy.generator import (
-    Timeline,
-    annotations_of,
-    produce,
-    read,
-    read_if_whole,
-    sampled_version,
-)
 from opdjax.rollouts.near_policy.refresh import (
     is_complete,
     require_prompts,
@@ -31,7 +23,8 @@ from opdjax.rollouts.near_policy.refresh import (
     stored_samples,
     version_of,
 )
-from opdjax.rollouts.near_policy.shards import Shard, ShardError
+from opdjax.rollouts.near_policy.shards import ShardError
+from opdjax.rollouts.near_policy.store import RolloutStore
 from opdjax.rollouts.setup import Setup, facts, initial_weights, prepare
 from opdjax.runs.mirror import WorkdirMirror, open_workdir
 from opdjax.runs.object_store import is_remote
@@ -49,9 +42,8 @@ def generate_for(workdir: pathlib.Path, config: Config | None) -> int:
     weights sample.
     """
     with _locked_workdir(workdir) as mirror:
-        setup = _setup(mirror, config)
-        work = _Work(setup, mirror.directory)
-        is_refresh = setup.config.near_policy.schedule == "refresh"
+        work = _Work(RolloutStore(_setup(mirror, config), mirror.directory))
+        is_refresh = work.config.near_policy.schedule == "refresh"
         (work.store_epochs if is_refresh else work.store_steps)()
         mirror.upload()
         return work.num_stored
@@ -62,20 +54,18 @@ def annotate_all(workdir: pathlib.Path) -> int:
     the number of such shards.
     """
     with _locked_workdir(workdir) as mirror:
-        setup, workdir = _setup(mirror, None), mirror.directory
-        if not stages.is_annotated(setup.config):
+        store, count = RolloutStore(_setup(mirror, None), mirror.directory), 0
+        if not stages.is_annotated(store.setup.config):
             raise WorkdirError(
-                f"{workdir} holds a run whose recipe reads the teacher's hidden states; these are "
-                "computed for each update and never stored"
+                f"{store.workdir} holds a run whose recipe reads the teacher's hidden states; "
+                "these are computed for each update and never stored"
             )
-        timeline, count = Timeline(workdir), 0
-        for version in shards.versions(workdir):
-            directory = shards.version_directory(workdir, version)
-            for number in shards.shard_paths(directory, "samples"):
-                if read_if_whole(directory, "annotations", number) is None:
-                    samples = read(directory, "samples", number)
-                    with timeline.span("annotate", version, version):
-                        stages.annotate(setup, samples, directory)
+        for version in shards.versions(store.workdir):
+            for number in shards.shard_paths(store.directory(version), "samples"):
+                if store.read_if_whole(version, "annotations", number) is None:
+                    samples = store.read(version, "samples", number)
+                    with store.span("annotate", version, version):
+                        stages.annotate(store.setup, samples, store.directory(version))
                     count += 1
         mirror.upload()
         return count
@@ -95,7 +85,6 @@ def _locked_workdir(workdir: pathlib.Path) -> Iterator[WorkdirMirror]:
 
 
 def _setup(mirror: WorkdirMirror, config: Config | None) -> Setup:
-    shards.require_pyarrow()
     workdir = mirror.directory
     if config is None and not (workdir / "config.json").exists():
         raise WorkdirError(
@@ -126,70 +115,57 @@ def _setup(mirror: WorkdirMirror, config: Config | None) -> Setup:
 class _Work:
     """The rollouts that a generator process samples, and the weights that it holds."""
 
-    def __init__(self, setup: Setup, workdir: pathlib.Path):
-        self._setup, self._workdir, self._timeline = setup, workdir, Timeline(workdir)
-        self._follows_learner = setup.config.near_policy.generator == "process"
+    def __init__(self, store: RolloutStore):
+        self._store, self.config = store, store.setup.config
+        self._follows_learner = self.config.near_policy.generator == "process"
         self._held: tuple[int, Params] | None = None
         self.num_stored = 0
 
     def store_epochs(self) -> None:
         """Answer all prompts of an epoch, for each version of the schedule."""
-        setup, workdir = self._setup, self._workdir
-        require_prompts(setup.config, len(setup.prompts))
-        current = version_of(setup.config, self._first_step())  # earlier ones are trained on
-        versions = [version for version in setup.config.refresh_steps if version >= current]
+        require_prompts(self.config, len(self._store.setup.prompts))
+        current = version_of(self.config, self._first_step())  # earlier ones are trained on
+        versions = [version for version in self.config.refresh_steps if version >= current]
         for version in versions if self._follows_learner else (0,):
-            if is_complete(setup.config, len(setup.prompts), workdir, version):
+            if is_complete(self._store, version):
                 continue
             if not self._wait_for(version):
                 return
-            place = setup, workdir, self._timeline, version
             weights = lambda version=version: self._weights(version)
-            samples = stored_samples(*place, weights)
-            stored_annotations(*place, samples)
+            samples = stored_samples(self._store, version, weights)
+            stored_annotations(self._store, version, samples)
             self.num_stored += len(samples)
 
     def store_steps(self) -> None:
         """Sample the rollouts of one step after the other."""
-        setup, near = self._setup, self._setup.config.near_policy
+        store, near = self._store, self.config.near_policy
         buffer = RolloutBuffer(near.max_staleness, near.lag, lambda: self._look(buffer))
-        num_steps = setup.config.train.num_steps
-        end = num_steps if self._follows_learner else near.max_staleness + 1
+        end = self.config.train.num_steps if self._follows_learner else near.max_staleness + 1
         # Steps that are trained on already are not sampled again, even if their files are gone.
         for step in range(self._first_step(), end):
-            version, samples = self._stored_samples(step)
-            if samples is not None:
-                if stages.is_annotated(setup.config):
-                    annotations_of(setup, samples, self._timeline, step, version)
-                continue
+            version = store.sampled_version(step)
+            if version is not None:
+                samples = store.read_if_whole(version, "samples", step)
+                if samples is not None:
+                    store.annotations(samples, step)
+                    continue
+                store.remove_samples(version, step)
             try:
-                with self._timeline.span("admit", step, -1):
+                with store.span("admit", step, -1):
                     version = buffer.admit(step)
             except BufferClosedError:
                 return
-            weights = lambda version=version: self._weights(version)
-            produce(setup, self._workdir, self._timeline, step, version, weights)
+            store.step(step, version, lambda version=version: self._weights(version))
             self.num_stored += 1
-
-    def _stored_samples(self, step: int) -> tuple[int | None, Shard | None]:
-        """The version that sampled a step, and the shard; a damaged one is deleted."""
-        version = sampled_version(self._workdir, self._setup.config, step)
-        if version is None:
-            return None, None
-        directory = shards.version_directory(self._workdir, version)
-        samples = read_if_whole(directory, "samples", step)
-        if samples is None:
-            shards.shard_paths(directory, "samples")[step].unlink()
-        return version, samples
 
     def _look(self, buffer: RolloutBuffer) -> tuple[list[int], list[int]]:
         if self._is_over():
             buffer.close()
-        return [0, *published_weights.published(self._workdir)], []
+        return [0, *published_weights.published(self._store.workdir)], []
 
     def _wait_for(self, version: int) -> bool:
         """Wait for the weights of a version; False if the run is over before they come."""
-        while version and version not in published_weights.published(self._workdir):
+        while version and version not in published_weights.published(self._store.workdir):
             if self._is_over():
                 return False
             time.sleep(_POLL_SECONDS)
@@ -197,27 +173,27 @@ class _Work:
 
     def _first_step(self) -> int:
         """The update from which the learner would continue now."""
-        saved = (path.name for path in (self._workdir / "checkpoints").glob("*"))
+        saved = (path.name for path in (self._store.workdir / "checkpoints").glob("*"))
         return max((int(name) for name in saved if name.isdecimal()), default=0)
 
     def _is_over(self) -> bool:
-        return (self._workdir / "result.json").exists()
+        return (self._store.workdir / "result.json").exists()
 
     def _weights(self, version: int) -> Params:
         if self._held is not None and self._held[0] == version:
             return self._held[1]
         self._held = None  # frees the old weights before the new ones are read
-        setup, over = self._setup, self._setup.config.sampling.split_over
+        setup, over = self._store.setup, self.config.sampling.split_over
         try:
             if version == 0:  # the checkpoint's own weights: the learner need not publish them
                 params = initial_weights(setup)
             else:
-                params = published_weights.fetch(self._workdir, version, setup.mesh, over)
+                params = published_weights.fetch(self._store.workdir, version, setup.mesh, over)
         except FileNotFoundError as error:
             raise ShardError(
                 f"rollouts sampled by the weights of {version} updates are missing or damaged, and "
-                f"these weights are no longer in {self._workdir / 'published'}; put the shard back "
-                "or start in a new work directory"
+                f"these weights are no longer in {self._store.workdir / 'published'}; put the "
+                "shard back or start in a new work directory"
             ) from error
         self._held = version, params
         return params

@@ -99,73 +99,57 @@ def _generator(stream: str, seed: int, version: int, number: int) -> np.random.G
 
 
 def document(
-    *,
-    version: int,
-    number: int,
-    filter: str,
-    form: Form,
-    low: float | None,
-    high: float | None,
-    student_ifd: np.ndarray,
-    teacher_ifd: np.ndarray,
+    facts: dict[str, Any],
     kept: np.ndarray,
-    prompt_id: np.ndarray,
-    sample_id: np.ndarray,
+    samples: dict[str, np.ndarray],
     is_correct: Sequence[bool | None] | None,
-    prompt_text: Callable[[int], str],
-    completion_text: Callable[[int], str],
+    texts_of: Callable[[int], tuple[str, str]],
     seed: int,
     num_examples: int = 4,
 ) -> dict[str, Any]:
     """The filter's decision on samples [B] and its reasons, the content of `filter-NUMBER.json`.
 
-    `filter` is none, ifd or random, and `high` the bound that was applied. `kept` is the decision;
-    with `random` it is not the zone of that name. `is_correct` is None for an ungraded sample.
-    `prompt_text(i)` and `completion_text(i)` are called only for the examples: up to
+    `facts`: version, number, filter (none, ifd or random), form, and the bounds ifd_min and ifd_max
+    that were applied. `kept` is the decision; with `random` it is not the zone of that name.
+    `samples`: their prompt_id, sample_id, student_ifd and teacher_ifd. `is_correct` is None for an
+    ungraded sample. `texts_of(i)`, prompt and completion, is called only for the examples: up to
     `num_examples` of the kept, the degenerate and the disconnected samples, chosen by `seed`.
     """
-    student_ifd, teacher_ifd = np.asarray(student_ifd), np.asarray(teacher_ifd)
-    kept = np.asarray(kept, bool)
+    student_ifd, teacher_ifd, kept = (
+        samples["student_ifd"],
+        samples["teacher_ifd"],
+        kept.astype(bool),
+    )
     delta = delta_ifd(teacher_ifd, student_ifd)
-    zone = zones(delta, low, high)
-    draw = _generator("examples", seed, version, number)
+    zone = zones(delta, facts["ifd_min"], facts["ifd_max"])
+    draw = _generator("examples", seed, facts["version"], facts["number"])
 
     def example(i: int) -> dict[str, Any]:
         measures = {"delta": delta[i], "student_ifd": student_ifd[i], "teacher_ifd": teacher_ifd[i]}
+        finite = lambda value: float(value) if np.isfinite(value) else None
         is_graded = is_correct is not None and is_correct[i] is not None
         return {
-            "prompt_id": int(prompt_id[i]),
-            "sample_id": int(sample_id[i]),
-            "prompt": prompt_text(i),
-            "completion": completion_text(i),
-            **{
-                name: float(value) if np.isfinite(value) else None
-                for name, value in measures.items()
-            },
+            "prompt_id": int(samples["prompt_id"][i]),
+            "sample_id": int(samples["sample_id"][i]),
+            **dict(zip(("prompt", "completion"), texts_of(i))),
+            **{name: finite(value) for name, value in measures.items()},
             "is_correct": bool(is_correct[i]) if is_graded else None,
         }
 
-    shown = {
-        "kept": kept,
-        "degenerate": zone == "degenerate",
-        "disconnected": zone == "disconnected",
-    }
+    def examples(is_shown: np.ndarray) -> list[dict[str, Any]]:
+        chosen = draw.permutation(np.flatnonzero(is_shown))[:num_examples]
+        return [example(i) for i in sorted(chosen.tolist())]
+
+    others = {name: zone == name for name in ZONES if name != "kept"}
+    shown = {"kept": kept} | {name: others[name] for name in ("degenerate", "disconnected")}
     return {
-        "version": version,
-        "number": number,
-        "filter": filter,
-        "form": form,
-        "ifd_min": low,
-        "ifd_max": high,
+        **facts,
         "num_samples": len(delta),
         "num_kept": int(kept.sum()),
-        **{f"num_{name}": int(np.sum(zone == name)) for name in ZONES if name != "kept"},
+        **{f"num_{name}": int(is_in.sum()) for name, is_in in others.items()},
         "histogram": histogram(delta),
         "by_correctness": None if is_correct is None else _by_correctness(is_correct, kept),
-        "examples": {
-            name: [example(i) for i in _some(np.flatnonzero(of), num_examples, draw)]
-            for name, of in shown.items()
-        },
+        "examples": {name: examples(is_in) for name, is_in in shown.items()},
         "kept": kept.astype(int).tolist(),
     }
 
@@ -194,7 +178,3 @@ def _by_correctness(
         for name, is_right in _MARKS.items()
     }
     return {name: {"num": len(of), "kept": int(kept[of].sum())} for name, of in graded.items()}
-
-
-def _some(indices: np.ndarray, count: int, draw: np.random.Generator) -> list[int]:
-    return sorted(draw.permutation(indices)[:count].tolist())

@@ -13,7 +13,8 @@ import numpy as np
 from opdjax.config import MINI_PAIR, MINI_STUDENT, MINI_TEACHER
 from opdjax.data.tokenizer import load_tokenizer
 from opdjax.rollouts.near_policy import shards
-from opdjax.rollouts.near_policy.shards import SCHEMAS, Shard, ShardError
+from opdjax.rollouts.near_policy.shards import SCHEMAS, ShardError
+from opdjax.runs.results import read_filter
 from opdjax.runs.workdir import WorkdirError, read_config
 
 _IDS = ("policy_version", "prompt_id", "sample_id")
@@ -27,11 +28,20 @@ class _Seen:
 
     path: pathlib.Path
     facts: dict[str, Any]
-    ids: np.ndarray  # [samples, 3]
-    steps: np.ndarray | None  # [samples]; annotations have none
-    num_prompt_tokens: int
-    num_tokens: int  # of completions
-    num_bytes: int
+    # Identity of each sample, [samples, 4]: version, prompt, sample, and the step, or the number of
+    # the shard if no step is stored.
+    keys: np.ndarray
+    counts: np.ndarray  # of samples, tokens of prompts, tokens of completions, bytes
+
+    @classmethod
+    def of(cls, path: pathlib.Path) -> _Seen:
+        shard = shards.read_shard(path)
+        columns, number = shard.columns, np.full(len(shard), shard.facts["number"])
+        num_tokens = lambda name: sum(map(len, columns.get(name, ())))
+        tokens = num_tokens("tokens") or num_tokens("teacher_logprobs")
+        counts = [len(shard), num_tokens("prompt_tokens"), tokens, path.stat().st_size]
+        keys = [*(columns[name] for name in _IDS), columns.get("step", number)]
+        return cls(path, shard.facts, np.stack(keys, axis=1), np.array(counts))
 
 
 def inspect(path: pathlib.Path, num_samples: int = 0) -> bool:
@@ -58,30 +68,27 @@ def inspect(path: pathlib.Path, num_samples: int = 0) -> bool:
 
 def _inspect_shard(path: pathlib.Path, num_samples: int) -> bool:
     try:
-        shard = shards.read_shard(path)
+        seen = _Seen.of(path)
     except ShardError as error:
         print(f"damaged: {error}")
         return False
-    seen = _see(shard)
     print(_facts([seen]))
-    counts = {"sample": len(shard), "prompt": seen.num_prompt_tokens, "token": seen.num_tokens}
-    counts["top"] = seen.num_tokens * seen.facts.get("top_k", 0)
-    columns = SCHEMAS[seen.facts["stage"]].items()
-    header = ["column", "type", "values", "meaning"]
-    rows = [[name, c.type, str(counts[c.per]), c.meaning] for name, c in columns]
-    print(_table([header, *rows], left=(0, 1, 3)))
-    size = _share(seen.num_bytes, seen.num_tokens)
-    print(f"{len(shard)} samples, {seen.num_tokens} tokens, {size} bytes a token")
-    num_repeated = _num_repeated(_keys([seen]))
+    stage, (count, prompt_tokens, tokens, size) = seen.facts["stage"], seen.counts
+    counts = {"sample": count, "prompt": prompt_tokens, "token": tokens}
+    counts["top"] = tokens * seen.facts.get("top_k", 0)
+    rows = [[name, c.type, str(counts[c.per]), c.meaning] for name, c in SCHEMAS[stage].items()]
+    print(_table([["column", "type", "values", "meaning"], *rows], left=(0, 1, 3)))
+    print(f"{count} samples, {tokens} tokens, {_share(size, tokens)} bytes a token")
+    num_repeated = _num_repeated([seen])
     if num_repeated:
         print(f"not in order: {num_repeated} samples are there more than once")
-    _print_samples([seen] if seen.facts["stage"] == "samples" else [], num_samples)
+    _print_samples([seen] if stage == "samples" else [], num_samples)
     return not num_repeated
 
 
 def _inspect_version(directory: pathlib.Path, num_samples: int) -> bool:
     held = _Held.of(directory)
-    numbers = sorted({seen.facts["number"] for seen in held.seen})
+    numbers = sorted({seen.facts["number"] for seen in held.samples + held.annotations})
     _print_counts("number", {number: held.only(number) for number in numbers})
     _print_filters("number", {number: [document] for number, document in held.filters.items()})
     return _conclude([held], num_samples)
@@ -90,43 +97,46 @@ def _inspect_version(directory: pathlib.Path, num_samples: int) -> bool:
 def _inspect_workdir(workdir: pathlib.Path, versions: list[int], num_samples: int) -> bool:
     held = {version: _Held.of(shards.version_directory(workdir, version)) for version in versions}
     _print_counts("version", held)
-    _print_filters(
-        "version",
-        {version: list(found.filters.values()) for version, found in held.items() if found.filters},
-    )
+    filters = {version: list(of.filters.values()) for version, of in held.items() if of.filters}
+    _print_filters("version", filters)
     return _conclude(list(held.values()), num_samples)
-
-
-# Content
 
 
 @dataclasses.dataclass(frozen=True)
 class _Held:
-    """The content of a version's directory."""
+    """The content of a version's directory; shards are sorted by number."""
 
-    seen: list[_Seen]
+    samples: list[_Seen]
+    annotations: list[_Seen]
     filters: dict[int, dict[str, Any]]
     damaged: list[str]
 
     @classmethod
     def of(cls, directory: pathlib.Path) -> _Held:
         damaged: list[str] = []
-        paths = [
-            path for stage in SCHEMAS for path in shards.shard_paths(directory, stage).values()
+        seen = [
+            list(_whole(shards.shard_paths(directory, stage).values(), _Seen.of, damaged).values())
+            for stage in SCHEMAS
         ]
-        seen = _whole(paths, lambda path: _see(shards.read_shard(path)), damaged)
-        filters = _whole(
-            shards.filters(directory), lambda number: shards.read_filter(directory, number), damaged
-        )
-        return cls(list(seen.values()), filters, damaged)
-
-    def of_stage(self, stage: str) -> list[_Seen]:
-        """The shards of a stage, sorted by number."""
-        return [seen for seen in self.seen if seen.facts["stage"] == stage]
+        filters = _whole(sorted(directory.glob("filter-*.json")), read_filter, damaged)
+        return cls(*seen, {found["number"]: found for found in filters.values()}, damaged)
 
     def only(self, number: int) -> _Held:
         """The shards with this number."""
-        return _Held([seen for seen in self.seen if seen.facts["number"] == number], {}, [])
+        own = lambda seen: [each for each in seen if each.facts["number"] == number]
+        return _Held(own(self.samples), own(self.annotations), {}, [])
+
+    def unmatched(self) -> np.ndarray:
+        """(samples without annotation, annotations without sample), matched within each number."""
+        sides = []
+        for seen in (self.samples, self.annotations):
+            numbers = [np.full(len(each.keys), each.facts["number"]) for each in seen]
+            keys = np.concatenate([np.zeros((0, 4), int), *(each.keys for each in seen)])
+            keys[:, 3] = np.concatenate([np.zeros(0, int), *numbers])
+            sides.append(keys)
+        _, ids = np.unique(np.concatenate(sides), axis=0, return_inverse=True)
+        drawn, annotated = np.split(ids.reshape(-1), [len(sides[0])])
+        return np.array([np.sum(~np.isin(drawn, annotated)), np.sum(~np.isin(annotated, drawn))])
 
 
 def _whole(keys: Iterable[Any], read: Callable[[Any], Any], damaged: list[str]) -> dict[Any, Any]:
@@ -140,93 +150,48 @@ def _whole(keys: Iterable[Any], read: Callable[[Any], Any], damaged: list[str]) 
     return found
 
 
-def _see(shard: Shard) -> _Seen:
-    columns = shard.columns
-    num_tokens = lambda name: sum(map(len, columns[name])) if name in columns else 0
-    return _Seen(
-        shard.path,
-        shard.facts,
-        np.stack([columns[name] for name in _IDS], axis=1),
-        columns.get("step"),
-        num_tokens("prompt_tokens"),
-        num_tokens("tokens") or num_tokens("teacher_logprobs"),
-        shard.path.stat().st_size,
-    )
-
-
-# Completeness
-
-
-def _keys(shards: list[_Seen]) -> np.ndarray:
-    """The identity of each sample: version, prompt, sample, and the step, or the number of the
-    shard if no step is stored.
-    """
-    number = lambda seen: np.full(len(seen.ids), seen.facts["number"])
-    steps = [number(seen) if seen.steps is None else seen.steps for seen in shards]
-    rows = [np.column_stack([seen.ids, own]) for seen, own in zip(shards, steps)]
-    return np.concatenate([np.zeros((0, 4), np.int64), *rows])
-
-
-def _num_repeated(keys: np.ndarray) -> int:
+def _num_repeated(seen: list[_Seen]) -> int:
+    keys = np.concatenate([np.zeros((0, 4), int), *(each.keys for each in seen)])
     return len(keys) - len(np.unique(keys, axis=0))
-
-
-def _unmatched(samples: list[_Seen], annotations: list[_Seen]) -> tuple[int, int]:
-    """(samples without annotation, annotations without sample), matched within each number."""
-    sides = [
-        _keys([dataclasses.replace(seen, steps=None) for seen in side])
-        for side in (samples, annotations)
-    ]
-    _, ids = np.unique(np.concatenate(sides), axis=0, return_inverse=True)
-    ids = ids.reshape(-1)
-    drawn, annotated = ids[: len(sides[0])], ids[len(sides[0]) :]
-    return int(np.sum(~np.isin(drawn, annotated))), int(np.sum(~np.isin(annotated, drawn)))
 
 
 def _conclude(held: list[_Held], num_samples: int) -> bool:
     """Print facts, problems and samples; return whether there are no problems."""
     samples, annotations = (
-        [seen for of in held for seen in of.of_stage(stage)] for stage in SCHEMAS
+        [seen for of in held for seen in getattr(of, stage)] for stage in SCHEMAS
     )
     for kind in filter(None, (samples, annotations)):
         print(_facts(kind))
-    repeated = {
-        stage: sum(_num_repeated(_keys(of.of_stage(stage))) for of in held) for stage in SCHEMAS
-    }
-    unannotated, orphaned = np.sum(
-        [_unmatched(of.of_stage("samples"), of.of_stage("annotations")) for of in held], axis=0
+    repeated = [sum(_num_repeated(getattr(of, stage)) for of in held) for stage in SCHEMAS]
+    unannotated, orphaned = sum(of.unmatched() for of in held)
+    print(
+        f"{_totals(samples)[0]} samples: {repeated[0]} repeated, {unannotated} without annotation; "
+        f"{_totals(annotations)[0]} annotations: {repeated[1]} repeated, {orphaned} without sample"
     )
     damaged = [reason for of in held for reason in of.damaged]
-    total = lambda shards: sum(len(seen.ids) for seen in shards)
-    print(
-        f"{total(samples)} samples: {repeated['samples']} repeated, {unannotated} without "
-        f"annotation; {total(annotations)} annotations: {repeated['annotations']} repeated, "
-        f"{orphaned} without sample"
-    )
     for reason in damaged:
         print(f"damaged: {reason}")
     _print_samples(samples, num_samples)
     # A sample without annotation is no problem: it may be annotated later.
-    return not (damaged or orphaned or any(repeated.values()))
+    return not (damaged or orphaned or any(repeated))
 
 
 # Tables
+
+
+def _totals(seen: list[_Seen]) -> np.ndarray:
+    return sum((each.counts for each in seen), np.zeros(4, int))
 
 
 def _print_counts(name: str, held: dict[int, _Held]) -> None:
     header = [name, "shards", "samples", "prompt tokens", "tokens"]
     rows = [[*header, "bytes a token", "annotated", "bytes a token"]]
     for key, of in held.items():
-        samples, annotations = of.of_stage("samples"), of.of_stage("annotations")
-        total = lambda shards, field: sum(getattr(seen, field) for seen in shards)
-        sizes = [
-            _share(total(shards, "num_bytes"), total(shards, "num_tokens"))
-            for shards in (samples, annotations)
-        ]
-        counts = [len(samples) + len(annotations), sum(len(seen.ids) for seen in samples)]
-        counts += [total(samples, "num_prompt_tokens"), total(samples, "num_tokens")]
-        annotated = str(counts[1] - _unmatched(samples, annotations)[0])
-        rows.append([str(key), *map(str, counts), sizes[0], annotated, sizes[1]])
+        *counts, size = _totals(of.samples)
+        *_, num_annotated_tokens, annotated_size = _totals(of.annotations)
+        numbers = [key, len(of.samples) + len(of.annotations), *counts]
+        numbers += [_share(size, counts[2]), counts[0] - of.unmatched()[0]]
+        rows.append([*map(str, numbers), _share(annotated_size, num_annotated_tokens)])
     print(_table(rows))
 
 
@@ -234,25 +199,18 @@ def _print_filters(name: str, documents: dict[int, list[dict[str, Any]]]) -> Non
     """Print shares of all samples, and the kept shares of right and of wrong answers."""
     if not documents:
         return
-    rows = [
-        [name, "filter", "bounds", "samples", "kept", *_ZONES, "kept of right", "kept of wrong"]
-    ]
+    header = [name, "filter", "bounds", "samples", "kept", *_ZONES]
+    rows = [[*header, "kept of right", "kept of wrong"]]
     for key, of in documents.items():
-        total = lambda field: sum(document[field] for document in of)  # noqa: B023
-        graded = [document["by_correctness"] for document in of if document["by_correctness"]]
-        by = [
-            _percent(sum(d[side]["kept"] for d in graded), sum(d[side]["num"] for d in graded))
-            for side in ("right", "wrong")
-        ]
-        shares = [
-            _percent(total(f"num_{zone}"), total("num_samples")) for zone in ("kept", *_ZONES)
-        ]
-        kinds = sorted({f"{document['filter']} {document['form']}" for document in of})
-        bounds = sorted(
-            {f"{_bound(document['ifd_min'])} to {_bound(document['ifd_max'])}" for document in of}
-        )
+        count, *zones = (sum(d[f"num_{part}"] for d in of) for part in ("samples", "kept", *_ZONES))
+        graded = [d["by_correctness"] for d in of if d["by_correctness"]]
+        sides = ([d[side] for d in graded] for side in ("right", "wrong"))
+        of_sides = [(sum(d["kept"] for d in side), sum(d["num"] for d in side)) for side in sides]
+        shares = [_percent(*pair) for pair in [*((zone, count) for zone in zones), *of_sides]]
+        kinds = sorted({f"{d['filter']} {d['form']}" for d in of})
+        bounds = sorted({f"{_bound(d['ifd_min'])} to {_bound(d['ifd_max'])}" for d in of})
         limits = bounds[0] if len(bounds) == 1 else f"{len(bounds)} of them"
-        rows.append([str(key), ", ".join(kinds), limits, str(total("num_samples")), *shares, *by])
+        rows.append([str(key), ", ".join(kinds), limits, str(count), *shares])
     print(_table(rows, left=(1, 2)))
 
 
@@ -291,7 +249,7 @@ def _facts(shards: list[_Seen]) -> str:
 
 def _print_samples(all_seen: list[_Seen], num_samples: int) -> None:
     """Print this many samples, spread evenly over the shards."""
-    starts = [0, *itertools.accumulate(len(seen.ids) for seen in all_seen)]
+    starts = [0, *itertools.accumulate(len(seen.keys) for seen in all_seen)]
     chosen = np.linspace(0, starts[-1], min(num_samples, starts[-1]), endpoint=False).astype(int)
     if not len(chosen):
         return

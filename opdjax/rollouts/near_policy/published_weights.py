@@ -19,13 +19,9 @@ from opdjax.ops.sharding import to_host
 from opdjax.rollouts.near_policy.shards import ShardError, write_whole
 
 
-def _directory(workdir: pathlib.Path) -> pathlib.Path:
-    return workdir / "published"
-
-
 def published(workdir: pathlib.Path) -> list[int]:
     """The published versions, in ascending order."""
-    return sorted(int(path.stem) for path in _directory(workdir).glob("*.safetensors"))
+    return sorted(int(path.stem) for path in (workdir / "published").glob("*.safetensors"))
 
 
 def publish(workdir: pathlib.Path, version: int, params: Params, keep_from: int) -> None:
@@ -35,7 +31,7 @@ def publish(workdir: pathlib.Path, version: int, params: Params, keep_from: int)
     params = to_host(params)
 
     def write():
-        directory = _directory(workdir)
+        directory = workdir / "published"
         write_whole(directory / f"{version:08}.safetensors", save(flatten_dict(params, sep=".")))
         for old in published(workdir):
             if old < keep_from:
@@ -46,7 +42,7 @@ def publish(workdir: pathlib.Path, version: int, params: Params, keep_from: int)
 
 def fetch(workdir: pathlib.Path, version: int, mesh: Mesh, split_over: tuple[str, ...]) -> Params:
     """The weights of a version, sharded over the mesh; FileNotFoundError if they are not stored."""
-    path = _directory(workdir) / f"{version:08}.safetensors"
+    path = workdir / "published" / f"{version:08}.safetensors"
     try:
         params = unflatten_dict(load_file(path), sep=".")
     except SafetensorError as error:

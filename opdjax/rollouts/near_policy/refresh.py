@@ -5,6 +5,7 @@ once, and the epochs until the next refresh train on these answers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Callable
@@ -20,10 +21,14 @@ from opdjax.models.decoder import Params
 from opdjax.ops.multihost import InterruptedRunError, on_process_zero
 from opdjax.ops.sharding import num_row_shards
 from opdjax.rollouts.near_policy import published_weights, shards, stages
-from opdjax.rollouts.near_policy.batches import as_batch, filter_metrics, stored_token_counts
-from opdjax.rollouts.near_policy.generator import Timeline, annotations_of, read, read_if_whole
+from opdjax.rollouts.near_policy.batches import (
+    as_batch,
+    filter_metrics,
+    step_batch,
+    stored_token_counts,
+)
 from opdjax.rollouts.near_policy.shards import Shard
-from opdjax.rollouts.rows import with_option_columns
+from opdjax.rollouts.near_policy.store import RolloutStore
 from opdjax.rollouts.setup import Setup, initial_weights
 from opdjax.rollouts.source import RolloutSource, StepData
 from opdjax.runs.metrics import Timer
@@ -57,7 +62,8 @@ class RefreshSource(RolloutSource):
     def __init__(
         self, setup: Setup, workdir: pathlib.Path, is_stop_requested: Callable[[int], bool]
     ):
-        self._setup, self._workdir, self._timeline = setup, workdir, Timeline(workdir)
+        self._setup, self._workdir = setup, workdir
+        self._store = RolloutStore(setup, workdir)
         self._is_stop_requested = is_stop_requested
         self._shards: tuple[list[Shard], list[Shard]] | None = None  # read, not yet distributed
         self._epoch: StoredEpoch | None = None
@@ -66,7 +72,7 @@ class RefreshSource(RolloutSource):
 
     def publish(self, version: int, copy_weights: Callable[[], Params], timer: Timer) -> None:
         """See `RolloutSource`."""
-        config, num_prompts = self._setup.config, len(self._setup.prompts)
+        config = self._setup.config
         if version not in config.refresh_steps:
             return
         self._epoch = None
@@ -74,16 +80,15 @@ class RefreshSource(RolloutSource):
             with timer.phase("publish"):
                 published_weights.publish(self._workdir, version, copy_weights(), keep_from=0)
             with timer.phase("wait"):
-                while not is_complete(config, num_prompts, self._workdir, version):
+                while not is_complete(self._store, version):
                     self._check_stop(version)
                     time.sleep(_POLL_SECONDS)
             return
         check_stop = lambda: self._check_stop(version)
-        place = self._setup, self._workdir, self._timeline, version
         with timer.phase("sample"):
-            samples = stored_samples(*place, copy_weights, check_stop)
+            samples = stored_samples(self._store, version, copy_weights, check_stop)
         with timer.phase("annotate"):
-            annotations = stored_annotations(*place, samples, check_stop)
+            annotations = stored_annotations(self._store, version, samples, check_stop)
         self._shards = samples, annotations
 
     def next(self, step: int, timer: Timer) -> StepData:
@@ -123,20 +128,14 @@ class RefreshSource(RolloutSource):
         order = _random(config.seed, version, epoch).permutation(num_rows)
         own = order[place * num_rows // steps : (place + 1) * num_rows // steps]
         is_own = np.isin(stored.rows, own)
-        length, chosen = config.sampling.max_completion_length, stored.kept[is_own]
-        rollouts, batch = as_batch(
-            setup.prompts, length, stored.samples, stored.annotations, chosen
+        rollouts, batch, metrics = step_batch(
+            setup, step, stored.samples, stored.annotations, stored.kept[is_own]
         )
-        # The random numbers of a step depend on the step: another epoch has others.
-        steps_of_rows = np.full(len(rollouts.tokens), step, np.int32)
-        of_step = dataclasses.replace(rollouts, policy_version=steps_of_rows)
-        batch, metrics = with_option_columns(batch, of_step, config, setup.prompts, setup.tokenizer)
         rank = np.zeros(num_rows, np.int32)
         rank[own] = np.arange(len(own))
         rows, packing = self._packed(batch, rank[stored.rows[is_own]])
         # Tokens that were generated and annotated for many steps count for the first of them.
-        nothing = dict.fromkeys(stored_token_counts([], []), 0.0)
-        metrics |= packing | (stored.metrics if step == version else nothing)
+        metrics |= packing | (stored.metrics if step == version else stored_token_counts([], []))
         prompts = collate(setup.prompts, np.asarray(rollouts.prompt_id))
         return StepData(prompts, rollouts, batch, rows, metrics)
 
@@ -155,15 +154,13 @@ class RefreshSource(RolloutSource):
         """The stored rollouts of a version, filtered and distributed over the steps; ShardError if
         a shard is missing or damaged and cannot be made again.
         """
-        setup, place = self._setup, (self._setup, self._workdir, self._timeline, version)
         if self._shards is None:
             # Only the untrained weights can always be had again.
-            weights = (lambda: initial_weights(setup)) if version == 0 else None
-            samples = stored_samples(*place, weights)
-            self._shards = samples, stored_annotations(*place, samples)
+            weights = (lambda: initial_weights(self._setup)) if version == 0 else None
+            samples = stored_samples(self._store, version, weights)
+            self._shards = samples, stored_annotations(self._store, version, samples)
         (samples, annotations), self._shards = self._shards, None
-        directory = shards.version_directory(self._workdir, version)
-        return _distributed(setup, directory, version, samples, annotations)
+        return _distributed(self._store, version, samples, annotations)
 
     def _check_stop(self, version: int) -> None:
         if jax.process_count() == 1 and self._is_stop_requested(version):
@@ -190,42 +187,34 @@ def require_prompts(config: Config, count: int) -> None:
 
 
 def stored_samples(
-    setup: Setup,
-    workdir: pathlib.Path,
-    timeline: Timeline,
+    store: RolloutStore,
     version: int,
     weights: Callable[[], Params] | None,
     check_stop: Callable[[], None] = lambda: None,
 ) -> list[Shard]:
     """The shards with the answers to every prompt of an epoch, each read once.
 
-    Missing and damaged shards are sampled with `weights`; ShardError without them. `check_stop` may
-    raise between shards.
+    Missing and damaged shards are sampled with `weights`, called at most once; ShardError without
+    them. `check_stop` may raise before a shard is sampled.
     """
-    directory, found, params = shards.version_directory(workdir, version), [], None
-    for number, block in enumerate(_blocks(setup.config, len(setup.prompts))):
-        samples = None if weights is None else read_if_whole(directory, "samples", number)
-        if samples is None and weights is not None:
-            check_stop()
-            params = weights() if params is None else params
-            with timeline.span("generate", version, version):
-                stages.generate(
-                    setup,
-                    params,
-                    collate(setup.prompts, block),
-                    directory,
-                    number=number,
-                    step=version,
-                    version=version,
-                )
-        found.append(read(directory, "samples", number) if samples is None else samples)
-    return found
+    prompts = store.setup.prompts
+    blocks = enumerate(_blocks(store.setup.config, len(prompts)))
+    if weights is None:
+        return [store.read(version, "samples", number) for number, _ in blocks]
+    weights = functools.cache(weights)
+
+    def params() -> Params:
+        check_stop()
+        return weights()
+
+    return [
+        store.samples(collate(prompts, block), params, number=number, step=version, version=version)
+        for number, block in blocks
+    ]
 
 
 def stored_annotations(
-    setup: Setup,
-    workdir: pathlib.Path,
-    timeline: Timeline,
+    store: RolloutStore,
     version: int,
     samples: list[Shard],
     check_stop: Callable[[], None] = lambda: None,
@@ -234,29 +223,26 @@ def stored_annotations(
     stores none.
     """
     found = []
-    for shard in samples if stages.is_annotated(setup.config) else ():
+    for shard in samples if stages.is_annotated(store.setup.config) else ():
         check_stop()
-        found.append(annotations_of(setup, shard, timeline, version, version))
+        found.append(store.annotations(shard, version))
     return found
 
 
-def is_complete(config: Config, num_prompts: int, workdir: pathlib.Path, version: int) -> bool:
+def is_complete(store: RolloutStore, version: int) -> bool:
     """Whether all shards that the learner reads of a version exist; damage is not checked."""
-    directory = shards.version_directory(workdir, version)
-    wanted = set(range(len(_blocks(config, num_prompts))))
+    config, directory = store.setup.config, store.directory(version)
+    wanted = set(range(len(_blocks(config, len(store.setup.prompts)))))
     names = ("samples", "annotations") if stages.is_annotated(config) else ("samples",)
     return all(wanted <= shards.shard_paths(directory, name).keys() for name in names)
 
 
 def _distributed(
-    setup: Setup,
-    directory: pathlib.Path,
-    version: int,
-    samples: list[Shard],
-    annotations: list[Shard],
+    store: RolloutStore, version: int, samples: list[Shard], annotations: list[Shard]
 ) -> StoredEpoch:
     """Filter the samples and pack them into rows for the steps of an epoch."""
-    config, steps, total = setup.config, setup.config.steps_per_epoch, sum(map(len, samples))
+    setup, config, directory = store.setup, store.setup.config, store.directory(version)
+    steps, total = config.steps_per_epoch, sum(map(len, samples))
     kept, metrics = np.arange(total), stored_token_counts(samples, annotations)
     if config.near_policy.filter != "none":
         document = stages.select(setup, samples, annotations, directory, 0)

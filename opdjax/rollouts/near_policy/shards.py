@@ -7,6 +7,7 @@ a damaged shard is always noticed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -24,7 +25,12 @@ from typing import Any, Literal
 import numpy as np
 
 from opdjax.config.validation import MissingExtraError
-from opdjax.runs.workdir import read_json
+
+try:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+except ImportError as error:
+    raise MissingExtraError("stored rollouts need pyarrow: pip install 'opdjax[data]'") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +45,12 @@ class ShardColumn:
     is_nullable: bool = False  # null means not computed, and is read as NaN
 
 
+def _mean_nll(whose: str, condition: str) -> ShardColumn:
+    return ShardColumn(
+        "float64", f"{whose} mean NLL of the completion {condition}", is_nullable=True
+    )
+
+
 _WHICH = {
     "prompt_id": ShardColumn("int32", "index into the prompts"),
     "sample_id": ShardColumn("int32", "which of the prompt's samples"),
@@ -48,9 +60,7 @@ _WHICH = {
 # temperature 1 and without filters.
 SCHEMAS: dict[str, dict[str, ShardColumn]] = {
     "samples": {
-        "step": ShardColumn(
-            "int32", "the update it was sampled for; in schedule refresh the version"
-        ),
+        "step": ShardColumn("int32", "the update it was sampled for; under refresh the version"),
         **_WHICH,
         "is_truncated": ShardColumn("bool", "reached the maximum length without a stop token"),
         "prompt_tokens": ShardColumn("int32", "the prompt as the student reads it", "prompt"),
@@ -61,14 +71,8 @@ SCHEMAS: dict[str, dict[str, ShardColumn]] = {
         "unfiltered_logprobs": ShardColumn(
             "float32", "of the student at the sampling temperature, without filters", "token"
         ),
-        "student_nll": ShardColumn(
-            "float64", "the student's mean NLL of the completion given the prompt", is_nullable=True
-        ),
-        "student_alone_nll": ShardColumn(
-            "float64",
-            "the student's mean NLL of the completion without the prompt",
-            is_nullable=True,
-        ),
+        "student_nll": _mean_nll("the student's", "given the prompt"),
+        "student_alone_nll": _mean_nll("the student's", "without the prompt"),
     },
     "annotations": {
         **_WHICH,
@@ -83,21 +87,19 @@ SCHEMAS: dict[str, dict[str, ShardColumn]] = {
         "teacher_top_logprobs": ShardColumn(
             "float16", "of teacher_ids, by the same softmax", "top"
         ),
-        "teacher_nll": ShardColumn(
-            "float64", "the teacher's mean NLL of the completion given the prompt", is_nullable=True
-        ),
-        "teacher_alone_nll": ShardColumn(
-            "float64",
-            "the teacher's mean NLL of the completion without the prompt",
-            is_nullable=True,
-        ),
+        "teacher_nll": _mean_nll("the teacher's", "given the prompt"),
+        "teacher_alone_nll": _mean_nll("the teacher's", "without the prompt"),
     },
 }
 SCHEMA_VERSION = 1  # increases with every change of what is stored
+# Limits of one shard, which the writer keeps and the reader checks before it reads and decodes.
+_MAX_BYTES, _MAX_ROWS = 2**35, 2**24
+_MAX_VALUES = 2**31 - 1  # of a column: Arrow's offsets are int32
 _NAME = re.compile(rf"({'|'.join(SCHEMAS)})-(\d{{8,}})\.([0-9a-f]{{16}})\.parquet")
 # Key of the file's metadata that holds the facts, as one JSON object that keeps their types.
 _KEY = b"opdjax"
 _MAGIC = b"PAR1"  # first and last bytes of every Parquet file
+_ADVICE = "delete the file, and the command that wrote it writes it again"
 _REMEDIES = {
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "make room within your quota there",
@@ -196,8 +198,8 @@ def write_shard(
 
 
 def read_shard(path: pathlib.Path) -> Shard:
-    """Read a shard and check its digest and schema. Its arrays are views of one buffer if Arrow
-    allows it, and may be read-only.
+    """Read a shard and check its size, digest, schema, list lengths and ids. Its arrays are views
+    of one buffer if Arrow allows it, and may be read-only.
 
     ShardError, with what is wrong and what to do, if the file is not the one that was written.
     """
@@ -207,64 +209,37 @@ def read_shard(path: pathlib.Path) -> Shard:
             f"{path} does not have the name of a shard; expected {' or '.join(SCHEMAS)}"
             "-NUMBER.DIGEST.parquet"
         )
-    stage, number, digest = match[1], int(match[2]), match[3]
-    advice = "delete the file, and the command that wrote it writes it again"
+    stage, number, data = match[1], int(match[2]), _read_bytes(path, match[3])
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ShardError(
-            f"{path} cannot be read: {error.strerror}; it may be intact: repair its storage and "
-            "run the command again"
-        ) from error
-    if hashlib.sha256(data).hexdigest()[:16] != digest:
-        found = "corrupted" if data.endswith(_MAGIC) else "truncated, or corrupted at its end"
+        file = pq.ParquetFile(pa.BufferReader(data))
+        facts = dict(json.loads(file.schema_arrow.metadata[_KEY]))
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise DamagedShardError(
-            f"{path} is {found}: its {len(data)} bytes do not have the digest in its name; {advice}"
-        )
-    table, facts = _parsed(path, data)
+            f"{path} is no shard that opdjax wrote: {type(error).__name__}: {error}; delete it"
+        ) from error
     if facts.get("schema") != SCHEMA_VERSION:
         raise ShardError(
             f"{path} is of schema {facts.get('schema')}; this version of opdjax reads schema "
-            f"{SCHEMA_VERSION}; read it with the version that wrote it, or {advice}"
+            f"{SCHEMA_VERSION}; read it with the version that wrote it, or {_ADVICE}"
         )
     if (facts.get("stage"), facts.get("number")) != (stage, number):
         raise ShardError(
             f"{path} was written as {facts.get('stage')} {facts.get('number')} and renamed; "
             "restore its name"
         )
-    if not table.schema.equals(_arrow_schema(stage)):
-        raise ShardError(
-            f"{path} has other columns or types than schema {SCHEMA_VERSION} of {stage}; {advice}"
-        )
-    read = {name: _values(table[name], column) for name, column in SCHEMAS[stage].items()}
-    return Shard(read, facts, path)
+    try:
+        _require_limits(file.metadata.num_rows, _num_values(file.metadata))
+        # Not read_table: its scanner starts threads, and a python that exits meanwhile aborts.
+        columns = _checked(stage, file.read(use_threads=False), facts)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ShardError(f"{path}: {error}; {_ADVICE}") from error
+    return Shard(columns, facts, path)
 
 
 def write_filter(directory: pathlib.Path, number: int, document: Mapping[str, Any]) -> pathlib.Path:
     """Write the decision of a filter atomically; StorageError if the file cannot be stored."""
-    return write_whole(
-        directory / _filter_name(number), (json.dumps(document, allow_nan=False) + "\n").encode()
-    )
-
-
-def read_filter(directory: pathlib.Path, number: int) -> dict[str, Any]:
-    """The decision of a filter; WorkdirError if the file is missing or damaged."""
-    return read_json(
-        directory / _filter_name(number), "delete it: it is computed from the shards beside it"
-    )
-
-
-def filters(directory: pathlib.Path) -> list[int]:
-    """The numbers of the filter documents in a directory, in ascending order."""
-    found = (
-        re.fullmatch(r"filter-(\d{8,})\.json", path.name)
-        for path in directory.glob("filter-*.json")
-    )
-    return sorted(int(match[1]) for match in found if match)
-
-
-def _filter_name(number: int) -> str:
-    return f"filter-{number:08}.json"
+    data = (json.dumps(document, allow_nan=False) + "\n").encode()
+    return write_whole(directory / f"filter-{number:08}.json", data)
 
 
 # Whole files
@@ -309,14 +284,11 @@ def _sync_directory(directory: pathlib.Path) -> None:
 def _remove_abandoned(path: pathlib.Path) -> None:
     """Delete partial files of the same stage and number whose writers were killed."""
     for partial in path.parent.glob(f"{path.name.split('.')[0]}.*.partial-*"):
-        _, _, writer = partial.name.rpartition(".partial-")
-        node, _, process = writer.rpartition("-")
-        try:
-            age = time.time() - partial.stat().st_mtime
-        except FileNotFoundError:  # finished meanwhile
-            continue
-        if age > _ABANDONED_AFTER or (node == platform.node() and not _is_another_alive(process)):
-            partial.unlink(missing_ok=True)
+        node, _, process = partial.name.rpartition(".partial-")[2].rpartition("-")
+        is_killed = node == platform.node() and not _is_another_alive(process)
+        with contextlib.suppress(FileNotFoundError):  # finished meanwhile
+            if is_killed or time.time() - partial.stat().st_mtime > _ABANDONED_AFTER:
+                partial.unlink()
 
 
 def _is_another_alive(process: str) -> bool:
@@ -327,153 +299,146 @@ def _is_another_alive(process: str) -> bool:
         return False
     try:
         os.kill(int(process), 0)
+    except PermissionError:  # another user's
+        return True
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
     return True
 
 
 # Columns and bytes
 
 
-def require_pyarrow() -> Any:
-    """Import pyarrow; MissingExtraError, with how to install it, if it is missing. Call it before
-    anything is sampled.
-    """
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise MissingExtraError(
-            "stored rollouts need pyarrow: pip install 'opdjax[data]'"
-        ) from error
-    return pyarrow
-
-
-def _arrow_schema(stage: str) -> Any:
-    pa = require_pyarrow()
-    types = {name: pa.type_for_alias(column.type) for name, column in SCHEMAS[stage].items()}
-    is_list = {name: column.per != "sample" for name, column in SCHEMAS[stage].items()}
-    return pa.schema(
-        [
-            (name, pa.list_(pa.field("element", of)) if is_list[name] else of)
-            for name, of in types.items()
-        ]
-    )
+def _arrow_schema(stage: str) -> pa.Schema:
+    fields = []
+    for name, column in SCHEMAS[stage].items():
+        of = pa.type_for_alias(column.type)
+        fields.append((name, of if column.per == "sample" else pa.list_(pa.field("element", of))))
+    return pa.schema(fields)
 
 
 def _serialised(
     stage: str, number: int, columns: Mapping[str, Sequence], facts: Mapping[str, str | int]
 ) -> bytes:
-    pa = require_pyarrow()
-    schema = _arrow_schema(stage)
-    _require_fit(stage, columns, facts)
-    arrays = [_array(columns[name], column, name) for name, column in SCHEMAS[stage].items()]
+    """The bytes of a shard; ValueError if columns do not fit the schema or each other."""
+    expected = SCHEMAS[stage]
+    if columns.keys() != expected.keys():
+        raise ValueError(f"columns of {stage} are {sorted(columns)}; expected {sorted(expected)}")
     note = {**facts, "schema": SCHEMA_VERSION, "stage": stage, "number": number}
-    table = pa.Table.from_arrays(
-        arrays, schema=schema.with_metadata({_KEY: json.dumps(note, sort_keys=True)})
-    )
-    floats = [
-        f"{name}.list.element"
-        for name, column in SCHEMAS[stage].items()
-        if column.type in ("float16", "float32")
-    ]
-    others = [
-        name + (".list.element" if column.per != "sample" else "")
-        for name, column in SCHEMAS[stage].items()
-    ]
+    schema = _arrow_schema(stage).with_metadata({_KEY: json.dumps(note, sort_keys=True)})
+    arrays = [_array(columns[name], column, name) for name, column in expected.items()]
+    table = pa.Table.from_arrays(arrays, schema=schema)
+    _checked(stage, table, facts)
+    leaves = {
+        name + (".list.element" if column.per != "sample" else ""): column.type
+        for name, column in expected.items()
+    }
+    floats = [leaf for leaf, type in leaves.items() if type in ("float16", "float32")]
     file = io.BytesIO()
     # Log-probs hardly repeat: they compress well if bytes of equal significance are adjacent, and
     # a dictionary only adds bytes.
-    pa.parquet.write_table(
+    pq.write_table(
         table,
         file,
         compression="zstd",
         use_byte_stream_split=floats,
-        use_dictionary=[name for name in others if name not in floats],
+        use_dictionary=[leaf for leaf in leaves if leaf not in floats],
         row_group_size=max(1, table.num_rows),
     )
     return file.getvalue()
 
 
-def _require_fit(
-    stage: str, columns: Mapping[str, Sequence], facts: Mapping[str, str | int]
-) -> None:
-    """ValueError unless the columns are those of the schema, have the same number of samples, and
-    their lists have matching lengths.
+def _array(values: Sequence, column: ShardColumn, name: str) -> pa.Array:
+    """The column for Arrow; ValueError if a value does not fit its type."""
+    rows = [values] if column.per == "sample" else values
+    flat = np.concatenate([np.zeros(0, column.type), *map(np.asarray, rows)])
+    with np.errstate(over="ignore"):  # below float16's range a log-prob becomes -inf
+        cast = flat.astype(column.type)
+    if column.type in ("int32", "bool") and not np.array_equal(cast, flat):
+        raise ValueError(
+            f"{name} holds values that are not {column.type}: {flat[cast != flat][:3].tolist()}"
+        )
+    _require_limits(len(values), len(flat) + len(values))
+    array = pa.array(cast, from_pandas=column.is_nullable)
+    if column.per == "sample":
+        return array
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    of = pa.list_(pa.field("element", array.type))
+    return pa.ListArray.from_arrays(pa.array(offsets), array, type=of)
+
+
+def _checked(
+    stage: str, table: pa.Table, facts: Mapping[str, Any]
+) -> dict[str, np.ndarray | list[np.ndarray]]:
+    """The columns as arrays, lists as views of one buffer. ValueError unless they have the types of
+    the schema, matching list lengths, and no null or negative id.
     """
-    expected = SCHEMAS[stage]
-    if columns.keys() != expected.keys():
-        raise ValueError(f"columns of {stage} are {sorted(columns)}; expected {sorted(expected)}")
-    counts = {name: len(values) for name, values in columns.items()}
-    if len(set(counts.values())) > 1:
-        raise ValueError(f"columns of {stage} hold {counts} samples; expected equal numbers")
+    if not table.schema.equals(_arrow_schema(stage)):
+        raise ValueError(f"it has other columns or types than schema {SCHEMA_VERSION} of {stage}")
     if stage == "annotations" and not isinstance(facts.get("top_k"), int):
         raise ValueError(
             f"facts of annotations are {dict(facts)}; expected top_k, the ids per token"
         )
-    per_token = {"token": 1, "top": facts.get("top_k")}
-    of_token = next(name for name, column in expected.items() if column.per == "token")
-    lengths = [len(row) for row in columns[of_token]]
-    for name, column in expected.items():
-        found = [len(row) for row in columns[name]] if column.per in per_token else []
-        for i, (length, tokens) in enumerate(zip(found, lengths)):
-            if length != per_token[column.per] * tokens:
-                raise ValueError(
-                    f"{name} of sample {i} has {length} values for {tokens} tokens; expected "
-                    f"{per_token[column.per]} each"
-                )
+    per_token, num_tokens = {"token": 1, "top": facts.get("top_k")}, None
+    found = {}
+    for name, column in SCHEMAS[stage].items():
+        array = table[name].combine_chunks()
+        values = array if column.per == "sample" else array.values
+        if array.null_count + values.null_count and not column.is_nullable:
+            raise ValueError(f"{name} holds nulls; expected none")
+        flat = found[name] = values.to_numpy(zero_copy_only=False)
+        if column.type == "int32" and flat.min(initial=0) < 0:
+            raise ValueError(f"{name} holds {flat.min()}; expected 0 or more")
+        if column.per == "sample":
+            continue
+        offsets = array.offsets.to_pylist()
+        found[name] = [flat[start:end] for start, end in itertools.pairwise(offsets)]
+        if column.per not in per_token:
+            continue
+        lengths = np.diff(offsets)
+        num_tokens = lengths if num_tokens is None else num_tokens
+        each = per_token[column.per]
+        for i in np.flatnonzero(lengths != each * num_tokens)[:1]:
+            raise ValueError(
+                f"{name} of sample {i} has {lengths[i]} values for {num_tokens[i]} tokens; "
+                f"expected {each} each"
+            )
+    return found
 
 
-def _array(values: Sequence, column: ShardColumn, name: str) -> Any:
-    """The column for Arrow; ValueError if a value does not fit its type."""
-    pa = require_pyarrow()
-    if column.per == "sample":
-        cast = _cast(values, column.type, name)
-        return pa.array(cast, mask=np.isnan(cast) if column.is_nullable else None)
-    rows = [_cast(row, column.type, name) for row in values]
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
-    flat = np.concatenate([*rows, np.zeros(0, column.type)])
-    if offsets[-1] >= 2**31:
+def _num_values(metadata: pq.FileMetaData) -> int:
+    """The values of the longest column; an empty list counts as one."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    counts = (sum(g.column(i).num_values for g in groups) for i in range(metadata.num_columns))
+    return max(counts, default=0)
+
+
+def _require_limits(num_samples: int, num_values: int) -> None:
+    if num_samples > _MAX_ROWS or num_values > _MAX_VALUES:
         raise ValueError(
-            f"{name} holds {offsets[-1]} values, but a shard holds less than 2**31: store fewer "
-            "samples in one"
+            f"it holds {num_samples} samples and up to {num_values} values in a column; expected "
+            f"at most {_MAX_ROWS} and {_MAX_VALUES}: store fewer samples in a shard"
         )
-    of = pa.field("element", pa.type_for_alias(column.type))
-    return pa.ListArray.from_arrays(
-        pa.array(offsets.astype(np.int32)), pa.array(flat), type=pa.list_(of)
-    )
 
 
-def _cast(values: Any, type: str, name: str) -> np.ndarray:
-    given = np.asarray(values)
-    with np.errstate(over="ignore"):  # below float16's range a log-prob becomes -inf
-        cast = given.astype(type)
-    if type in ("int32", "bool") and not np.array_equal(cast, given):
-        raise ValueError(
-            f"{name} holds values that are not {type}: {given[cast != given][:3].tolist()}"
-        )
-    return cast
-
-
-def _parsed(path: pathlib.Path, data: bytes) -> tuple[Any, dict[str, Any]]:
-    pa = require_pyarrow()
+def _read_bytes(path: pathlib.Path, digest: str) -> bytes:
+    """The bytes of a file, read and hashed once; ShardError if it is too large or cannot be read,
+    DamagedShardError if it has another digest.
+    """
     try:
-        # Not read_table: its scanner starts threads, and a python that exits meanwhile aborts.
-        table = pa.parquet.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
-        facts = json.loads((table.schema.metadata or {})[_KEY])
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise DamagedShardError(
-            f"{path} is no shard that opdjax wrote: {type(error).__name__}: {error}; delete it"
+        size = path.stat().st_size
+        data = path.read_bytes() if size <= _MAX_BYTES else None
+    except OSError as error:
+        raise ShardError(
+            f"{path} cannot be read: {error.strerror}; it may be intact: repair its storage and "
+            "run the command again"
         ) from error
-    return table, facts
-
-
-def _values(values: Any, column: ShardColumn) -> np.ndarray | list[np.ndarray]:
-    """A column as arrays; lists are views of one buffer."""
-    array = values.combine_chunks()
-    if column.per == "sample":
-        return array.to_numpy(zero_copy_only=False)
-    flat = array.values.to_numpy()
-    return [flat[start:end] for start, end in itertools.pairwise(array.offsets.to_pylist())]
+    if data is None:
+        raise ShardError(f"{path} has {size} bytes; expected at most {_MAX_BYTES}; {_ADVICE}")
+    if hashlib.sha256(data).hexdigest()[:16] != digest:
+        found = "corrupted" if data.endswith(_MAGIC) else "truncated, or corrupted at its end"
+        raise DamagedShardError(
+            f"{path} is {found}: its {len(data)} bytes do not have the digest in its name; "
+            f"{_ADVICE}"
+        )
+    return data

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from opdjax.config import Config
-from opdjax.data.chat import Messages, assistant_header
+from opdjax.data.chat import assistant_header
 from opdjax.data.packing import (
     answer_rows,
     first_fit_decreasing,
@@ -36,7 +36,7 @@ from opdjax.rollouts.near_policy import ifd, shards
 from opdjax.rollouts.near_policy.batches import as_batch
 from opdjax.rollouts.near_policy.shards import Shard
 from opdjax.rollouts.on_policy import draw
-from opdjax.rollouts.setup import Setup
+from opdjax.rollouts.setup import Setup, teacher_view
 from opdjax.types import PromptBatch, TeacherScores, TrainBatch
 
 
@@ -159,9 +159,13 @@ def select(
     measure = lambda shards, who: ifd.ifd(
         joined(shards, f"{who}_nll"), joined(shards, f"{who}_alone_nll"), config.ifd_form
     )
-    student, teacher = measure(samples, "student"), measure(annotations, "teacher")
-    version, prompt_id = int(samples[0].columns["policy_version"][0]), joined(samples, "prompt_id")
-    delta, low, high = ifd.delta_ifd(teacher, student), config.ifd_min, config.ifd_max
+    measured = {name: joined(samples, name) for name in ("prompt_id", "sample_id")} | {
+        "student_ifd": measure(samples, "student"),
+        "teacher_ifd": measure(annotations, "teacher"),
+    }
+    version = int(samples[0].columns["policy_version"][0])
+    delta = ifd.delta_ifd(measured["teacher_ifd"], measured["student_ifd"])
+    low, high = config.ifd_min, config.ifd_max
     if config.ifd_quantile is not None:
         high = ifd.quantile_bound(delta, low, config.ifd_quantile)
     kept = ifd.zones(delta, low, high) == "kept"
@@ -170,40 +174,26 @@ def select(
         kept = ifd.random_control(num_kept, len(kept), **stream)
     tokens = [row.tolist() for shard in samples for row in shard.columns["tokens"]]
     texts = setup.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    document = ifd.document(
-        version=version,
-        number=number,
-        filter=config.filter,
-        form=config.ifd_form,
-        low=low,
-        high=high,
-        student_ifd=student,
-        teacher_ifd=teacher,
-        kept=kept,
-        prompt_id=prompt_id,
-        sample_id=joined(samples, "sample_id"),
-        is_correct=_is_correct(setup, prompt_id, texts),
-        prompt_text=lambda i: _text(setup.prompts.prompts[prompt_id[i]].prompt),
-        completion_text=lambda i: texts[i],
-        seed=seed,
-    )
+
+    def texts_of(i: int) -> tuple[str, str]:
+        prompt = setup.prompts.prompts[measured["prompt_id"][i]].prompt
+        return prompt if isinstance(prompt, str) else prompt[-1]["content"], texts[i]
+
+    facts = {"version": version, "number": number, "filter": config.filter}
+    facts |= {"form": config.ifd_form, "ifd_min": low, "ifd_max": high}
+    is_correct = _is_correct(setup, measured["prompt_id"], texts)
+    document = ifd.document(facts, kept, measured, is_correct, texts_of, seed)
     on_process_zero(lambda: shards.write_filter(directory, number, document))
     return document
 
 
-def _text(prompt: str | Messages) -> str:
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
-
-
 def _without_prompts(setup: Setup, tokens: Sequence[np.ndarray], *, of_teacher: bool) -> TrainBatch:
     """The completions after nothing but the header of the assistant's turn."""
-    data, length = setup.config.data, setup.config.sampling.max_completion_length
-    tokenizer, format, thinking = setup.tokenizer, data.format, data.enable_thinking
+    tokenizer, data = setup.tokenizer, setup.config.data
     if of_teacher:
-        tokenizer, format = setup.teacher.tokenizer, data.teacher_format or format
-        if data.teacher_enable_thinking is not None:
-            thinking = data.teacher_enable_thinking
-    header = assistant_header(tokenizer, format=format, enable_thinking=thinking)
+        tokenizer, data = setup.teacher.tokenizer, teacher_view(data)
+    thinking, length = data.enable_thinking, setup.config.sampling.max_completion_length
+    header = assistant_header(tokenizer, format=data.format, enable_thinking=thinking)
     count = len(tokens)
     headers = np.tile(np.array(header, np.int32), (count, 1))
     prompts = PromptBatch(headers, np.ones(headers.shape, bool), np.zeros(count, np.int32))

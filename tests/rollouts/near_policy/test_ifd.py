@@ -192,12 +192,6 @@ TEACHER = np.array([0.6, 0.4, 1.5, 0.5, 0.5, 0.7])
 
 def make_document(**changed):
     values = {
-        "version": 8,
-        "number": 2,
-        "filter": "ifd",
-        "form": "nll_ratio",
-        "low": 0.0,
-        "high": 0.8,
         "seed": 0,
         "student_ifd": STUDENT,
         "teacher_ifd": TEACHER,
@@ -205,10 +199,12 @@ def make_document(**changed):
         "prompt_id": np.arange(6) // 2,
         "sample_id": np.arange(6) % 2,
         "is_correct": [True, False, False, None, True, np.True_],
-        "prompt_text": lambda i: f"p{i}",
-        "completion_text": lambda i: f"c{i}",
-    }
-    return document(**values | changed)
+        "texts_of": lambda i: (f"p{i}", f"c{i}"),
+    } | changed
+    facts = {"version": 8, "number": 2, "filter": values.pop("filter", "ifd"), "form": "nll_ratio"}
+    names = ("prompt_id", "sample_id", "student_ifd", "teacher_ifd")
+    samples = {name: values.pop(name) for name in names}
+    return document(facts | {"ifd_min": 0.0, "ifd_max": 0.8}, samples=samples, **values)
 
 
 def test_the_document_counts_what_became_of_every_sample():
@@ -273,7 +269,7 @@ def test_examples_are_drawn_and_only_they_are_decoded():
         "is_correct": None,
         "prompt_id": np.arange(count),
         "sample_id": np.zeros(count),
-        "completion_text": lambda i: decoded.append(i) or "",
+        "texts_of": lambda i: ("", decoded.append(i) or ""),
     }
     chosen = [row["prompt_id"] for row in make_document(**values)["examples"]["kept"]]
     assert decoded == chosen == sorted(chosen)

@@ -54,21 +54,18 @@ def annotations_of(version, number, length):
 
 def filter_of(version, deltas):
     delta = np.array(deltas)
+    facts = {"version": version, "number": 0, "filter": "ifd", "form": "nll_ratio"}
     return ifd.document(
-        version=version,
-        number=0,
-        filter="ifd",
-        form="nll_ratio",
-        low=0.0,
-        high=0.8,
-        student_ifd=np.zeros(len(delta)),
-        teacher_ifd=delta,
+        facts | {"ifd_min": 0.0, "ifd_max": 0.8},
         kept=ifd.zones(delta, 0.0, 0.8) == "kept",
-        prompt_id=np.arange(len(delta)),
-        sample_id=np.zeros(len(delta)),
+        samples={
+            "prompt_id": np.arange(len(delta)),
+            "sample_id": np.zeros(len(delta)),
+            "student_ifd": np.zeros(len(delta)),
+            "teacher_ifd": delta,
+        },
         is_correct=[True, False] * (len(delta) // 2),
-        prompt_text=str,
-        completion_text=str,
+        texts_of=lambda i: (str(i), str(i)),
         seed=0,
     )
 

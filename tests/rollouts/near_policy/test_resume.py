@@ -60,14 +60,14 @@ SOURCE, AGAIN = opdjax.rollouts.near_policy.continuous, opdjax.rollouts.near_pol
 MOMENTS = {
     "thread, drawing": (THREAD, stages, "generate", 4),
     "refresh, annotating anew": (ANEW, stages, "annotate", 3),
-    "inline": (AHEAD, SOURCE, "as_batch", 5),
+    "inline": (AHEAD, SOURCE, "step_batch", 5),
     "refresh, first generation": (ANEW, stages, "generate", 1),
     "refresh, first annotation": (ANEW, stages, "annotate", 1),
     "refresh, generating anew": (ANEW, stages, "generate", 2),
-    "refresh, first epoch": (ANEW, AGAIN, "as_batch", 1),
+    "refresh, first epoch": (ANEW, AGAIN, "step_batch", 1),
     "inline, annotating": (AHEAD, stages, "annotate", 4),
-    "inline, first step": (AHEAD, SOURCE, "as_batch", 0),
-    "thread, learning": (THREAD, SOURCE, "as_batch", 5),
+    "inline, first step": (AHEAD, SOURCE, "step_batch", 0),
+    "thread, learning": (THREAD, SOURCE, "step_batch", 5),
     "thread, annotating": (THREAD, stages, "annotate", 5),
 }
 
@@ -99,7 +99,7 @@ def test_a_refreshed_run_continues_within_its_epoch(halfway_refreshed, refreshed
 def test_who_draws_may_change_when_a_run_continues(ahead, tmp_path, monkeypatch):
     for first, then in ((AHEAD, THREAD), (THREAD, AHEAD)):
         workdir = tmp_path / first.near_policy.generator
-        killed(first, workdir, monkeypatch, SOURCE, "as_batch", 4)
+        killed(first, workdir, monkeypatch, SOURCE, "step_batch", 4)
         train(then, workdir)
         assert_same_steps(ahead, workdir)
 
@@ -111,14 +111,14 @@ def test_who_draws_may_change_when_a_run_continues(ahead, tmp_path, monkeypatch)
 def halfway_ahead(tmp_path_factory):
     """A run that was killed after five of six steps; its checkpoint is step 4."""
     workdir = tmp_path_factory.mktemp("halfway") / "ahead"
-    return killed(AHEAD, workdir, pytest.MonkeyPatch(), SOURCE, "as_batch", 5)
+    return killed(AHEAD, workdir, pytest.MonkeyPatch(), SOURCE, "step_batch", 5)
 
 
 @pytest.fixture(scope="module")
 def halfway_refreshed(tmp_path_factory):
     """A refreshed run that was killed after five of six steps; its checkpoint is step 4."""
     workdir = tmp_path_factory.mktemp("halfway") / "refresh"
-    return killed(ANEW, workdir, pytest.MonkeyPatch(), AGAIN, "as_batch", 5)
+    return killed(ANEW, workdir, pytest.MonkeyPatch(), AGAIN, "step_batch", 5)
 
 
 def shard(workdir, stage, version, number):
@@ -202,7 +202,7 @@ def test_what_weights_that_can_be_had_drew_is_drawn_again(
     """The run continues from step 2: those of its checkpoint and those before the first update are
     at hand.
     """
-    workdir = killed(AHEAD, tmp_path / "run", monkeypatch, SOURCE, "as_batch", 3)
+    workdir = killed(AHEAD, tmp_path / "run", monkeypatch, SOURCE, "step_batch", 3)
     damage(shard(workdir, "samples", version, step))
     train(AHEAD, workdir)
     assert_same_steps(ahead, workdir)
@@ -213,7 +213,7 @@ def test_what_weights_that_can_be_had_drew_is_drawn_again(
 def test_a_free_run_with_a_gap_draws_nothing_twice(tmp_path, monkeypatch):
     """It continues from step 2, whose rollouts are gone; those of step 3 are damaged."""
     config = near(LAG | ONE_THREAD | {"lag": "free"})
-    workdir = killed(config, tmp_path / "run", monkeypatch, SOURCE, "as_batch", 3)
+    workdir = killed(config, tmp_path / "run", monkeypatch, SOURCE, "step_batch", 3)
     shards_of(workdir)[2][0].unlink()
     truncate(shards_of(workdir)[3][0])
     train(config, workdir)

@@ -1,6 +1,7 @@
 """Shards on disk: what is written is read back, and what is not whole is told by name."""
 
 import errno
+import importlib
 import os
 import platform
 import subprocess
@@ -13,7 +14,6 @@ from opdjax.rollouts.near_policy import shards as shards_module
 from opdjax.rollouts.near_policy.shards import (
     ShardError,
     StorageError,
-    read_filter,
     read_shard,
     shard_paths,
     version_directory,
@@ -21,6 +21,7 @@ from opdjax.rollouts.near_policy.shards import (
     write_filter,
     write_shard,
 )
+from opdjax.runs.results import read_filter
 from opdjax.runs.workdir import WorkdirError
 
 LENGTHS = (3, 0, 5, 1)
@@ -192,7 +193,12 @@ def test_columns_that_do_not_fit_are_refused(tmp_path, samples, annotations):
         {},
         r"columns of samples are \['tokens'\]; expected \['behavior_logprobs'",
     )
-    refused("samples", samples | {"step": [1]}, {}, "'step': 1.*expected equal numbers")
+    refused(
+        "samples",
+        samples | {"step": [1]},
+        {},
+        "prompt_id expected length 1 but got length 4",
+    )
     refused(
         "samples",
         samples | {"behavior_logprobs": [[0.0]] * 4},
@@ -291,6 +297,49 @@ def test_another_schema_is_named(tmp_path, samples, monkeypatch):
     path = write_shard(tmp_path, "samples", 3, samples | {"more": [1] * 4}, {})
     monkeypatch.undo()
     with pytest.raises(ShardError, match="has other columns or types than schema 1 of samples"):
+        read_shard(path)
+
+
+def test_a_file_that_is_too_large_is_not_read(shard, samples, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "_MAX_BYTES", shard.stat().st_size)
+    read_shard(shard)
+    monkeypatch.setattr(shards_module, "_MAX_BYTES", 100)
+    monkeypatch.setattr(shards_module.pathlib.Path, "read_bytes", None)
+    with pytest.raises(ShardError, match=f"{shard} has .* bytes; expected at most 100; delete"):
+        read_shard(shard)
+
+
+@pytest.mark.parametrize(("limit", "value"), [("_MAX_ROWS", 3), ("_MAX_VALUES", 8)])
+def test_a_shard_with_too_much_in_it_is_neither_decoded_nor_written(
+    limit, value, shard, samples, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(shards_module, limit, value)
+    monkeypatch.setattr(shards_module, "_checked", None)
+    message = "holds 4 samples and up to 10 values in a column; expected at most .*: store fewer"
+    with pytest.raises(ShardError, match=f"{shard}: it {message}"):
+        read_shard(shard)
+    with pytest.raises(ValueError, match=r"it holds 4 samples and up to \d+ values in a column"):
+        write_shard(tmp_path / "other", "samples", 3, samples, {})
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": [[1, 2, -3], [], [0] * 5, [4]]}, "tokens holds -3; expected 0 or more"),
+        ({"prompt_id": [0, -1, 2, 3]}, "prompt_id holds -1; expected 0 or more"),
+        ({"unfiltered_logprobs": [[0.0]] * 4}, "unfiltered_logprobs of sample 0 has 1 values"),
+    ],
+)
+def test_content_that_does_not_fit_is_refused_when_read_as_when_written(
+    change, message, samples, tmp_path, monkeypatch
+):
+    with pytest.raises(ValueError, match=message):
+        write_shard(tmp_path, "samples", 3, samples | change, {})
+    with monkeypatch.context() as patched:
+        patched.setattr(shards_module, "_checked", lambda *_: None)
+        path = write_shard(tmp_path, "samples", 3, samples | change, {})
+    with pytest.raises(ShardError, match=f"{path}: {message}.*; delete the file"):
         read_shard(path)
 
 
@@ -430,24 +479,30 @@ def test_a_place_that_takes_no_files_is_named(tmp_path, samples):
 # The filter's document
 
 
-def test_a_filter_comes_back_and_its_damage_is_named(tmp_path):
-    assert shards_module.filters(tmp_path) == []
-    document = {"version": 4, "kept": [0, 1], "ifd_max": None, "text": "né"}
+def test_a_filter_comes_back_and_its_damage_is_named(tmp_path, monkeypatch):
+    document = dict.fromkeys(("version", "number", "num_samples", "num_kept"), 2)
+    document |= dict.fromkeys(("num_degenerate", "num_disconnected", "num_unscored"), 0)
+    document |= {"filter": "ifd", "examples": {"kept": ["né"]}, "kept": [1, 1], "ifd_max": None}
+    document["histogram"] = {"edges": [], "counts": []}
     path = write_filter(tmp_path, 12, document)
     assert path.name == "filter-00000012.json"
-    assert read_filter(tmp_path, 12) == document
-    assert shards_module.filters(tmp_path) == [12]
+    assert read_filter(path) == document
+    with monkeypatch.context() as patched:
+        patched.setattr("opdjax.runs.results._MAX_FILTER_BYTES", 100)
+        with pytest.raises(WorkdirError, match=f"{path} has more than 100 bytes; delete it"):
+            read_filter(path)
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(WorkdirError, match=f"{path} cannot be read as JSON.*; delete it"):
-        read_filter(tmp_path, 12)
+        read_filter(path)
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_filter(tmp_path, 12, {"delta": float("nan")})
     assert [*tmp_path.iterdir()] == [path]
 
 
-def test_without_pyarrow_the_extra_is_named(tmp_path, samples, monkeypatch):
+def test_without_pyarrow_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.delitem(sys.modules, shards_module.__name__)
     with pytest.raises(
         ImportError, match=r"stored rollouts need pyarrow: pip install 'opdjax\[data\]'"
     ):
-        write_shard(tmp_path, "samples", 0, samples, {})
+        importlib.import_module(shards_module.__name__)
