@@ -14,6 +14,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import jinja2
+
 from opdjax.report.papers.compare import Cell, Comparison, Interval, Part, Verdict, compare, finite
 from opdjax.report.papers.tables import PaperColumn, PaperTable, paper_named, paper_tables
 from opdjax.runs.results import Point, Run, SeedGroup, read_group, read_points, seed_groups
@@ -43,16 +45,16 @@ _LATEX = str.maketrans(
 _CSV = "kind,name,column,unit,paper,mark,ours,half interval,n,difference,missing,config,verdict"
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A GitHub Markdown table; bars and line breaks inside cells are escaped."""
-    text = lambda cell: cell.replace("|", r"\|").replace("\n", " ")
+    text = lambda cell: str(cell).replace("|", r"\|").replace("\n", " ")
     line = lambda cells: f"| {' | '.join(map(text, cells))} |"
     return "\n".join([line(header), "|" + "---|" * len(header), *map(line, rows)])
 
 
-def latex(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def latex(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A booktabs tabular; characters that are special to TeX are escaped inside cells."""
-    text = lambda cell: cell.translate(_LATEX).replace("\n", " ")
+    text = lambda cell: str(cell).translate(_LATEX).replace("\n", " ")
     line = lambda cells: " & ".join(map(text, cells)) + r" \\"
     begin = rf"\begin{{tabular}}{{{'l' * len(header)}}}"
     head = [begin, r"\toprule", line(header), r"\midrule"]
@@ -83,6 +85,28 @@ def seed_of(id: str) -> str:
     return found[1] if found else id
 
 
+def _rendered(name: str, format: Format, **facts: Any) -> str:
+    """A text template of `assets/report/tables`, filled in."""
+    loader = jinja2.PackageLoader("opdjax", "assets/report/tables")
+    environment = jinja2.Environment(
+        loader=loader, trim_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    tools = {"markdown": markdown, "latex": latex, "cells": _cells, "claims": _claims}
+    tools |= {"wanted": wanted, "commits": _commits, "done": _done}
+    kind = {"markdown": "md", "latex": "tex"}[format]
+    return environment.get_template(f"{name}.{kind}.jinja").render(**tools, **facts).rstrip("\n")
+
+
+def _commits(points: Sequence[Point]) -> list[str]:
+    done = [point.workdir for point in points if point.status == "done"]
+    return sorted({str(read_run_config(each)["environment"].get("commit"))[:12] for each in done})
+
+
+def _done(points: Sequence[Point]) -> str:
+    count = sum(point.status == "done" for point in points)
+    return f"{count} of {len(points)} points done; commit {', '.join(_commits(points)) or 'none'}"
+
+
 # A sweep
 
 
@@ -109,33 +133,26 @@ def table(directory: pathlib.Path, format: Format = "markdown") -> str:
         return json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
     names = list(dict.fromkeys(name for row in rows for name in row.overrides))
     columns = [name for name in COLUMNS if any(name in row.values for row in rows)]
-    labels = [[str(row.overrides.get(name, "")) for name in names] for row in rows]
-    if format == "csv":
-        means = [part for name in columns for part in (name, f"{name} half interval")]
-        lines = [
-            [
-                *own,
-                *(number for name in columns for number in _or_empty(row.values.get(name))),
-                row.n,
-                " ".join(row.missing),
-            ]
-            for own, row in zip(labels, rows)
-        ]
-        return _comma_separated([*names, *means, "n", "missing"], lines)
+    is_csv = format == "csv"
     digits = lambda value: 3 if abs(value) < 100 else 0
-    cells = [
+    shown = _or_empty if is_csv else lambda found: [_interval(found, digits)]
+    parts = lambda name: [name, f"{name} half interval"] if is_csv else [name]
+    header = [*names, *(part for name in columns for part in parts(name)), "n", "missing"]
+    lines = [
         [
-            *own,
-            *(_interval(row.values.get(name), digits) for name in columns),
-            str(row.n),
-            ", ".join(map(seed_of, row.missing)),
+            *(str(row.overrides.get(name, "")) for name in names),
+            *(part for name in columns for part in shown(row.values.get(name))),
+            row.n,
+            " ".join(row.missing) if is_csv else ", ".join(map(seed_of, row.missing)),
         ]
-        for own, row in zip(labels, rows)
+        for row in rows
     ]
-    header = [*names, *columns, "n", "missing"]
-    if format == "latex":
-        return latex(header, cells)
-    return "\n".join([markdown(header, cells), "", *_notes(points, columns)])
+    if is_csv:
+        return _comma_separated(header, lines)
+    fields = ("source", "num_samples", "num_prompts")
+    kinds = {tuple(point.config["evaluation"][name] for name in fields) for point in points}
+    facts = {"points": points, "has_runs": bool(columns), "evaluations": sorted(kinds, key=str)}
+    return _rendered("sweep", format, header=header, rows=lines, **facts)
 
 
 def _row(group: SeedGroup) -> _TableRow:
@@ -143,43 +160,6 @@ def _row(group: SeedGroup) -> _TableRow:
     found = {name: [v for v in map(read, runs) if v is not None] for name, read in COLUMNS.items()}
     values = {name: finite(*seed_interval(numbers)) for name, numbers in found.items() if numbers}
     return _TableRow(group.overrides, values, len(runs), group.missing)
-
-
-def _notes(points: list[Point], columns: list[str]) -> list[str]:
-    commits = _commits(points)
-    fields = ("source", "num_samples", "num_prompts")
-    kinds = {tuple(point.config["evaluation"][name] for name in fields) for point in points}
-    evaluations = "; ".join(
-        f"{source}: k = {k}, at most {count} prompts" for source, k, count in sorted(kinds, key=str)
-    )
-    notes = [
-        "± is half a 95 % interval over seeds (Student's t). Runs of one row answer the same "
-        "prompts, so it does not include the variance over prompts."
-    ]
-    if "staleness KL" in columns:
-        notes.append(
-            "Staleness KL: KL(student || behaviour) of the tokens trained on, last 10 steps. Keep "
-            "rate: mean over all steps."
-        )
-    if columns:
-        notes.append(
-            "KL is exact, except for opd and for vopd with a top-k baseline, where it is the mean "
-            "log-ratio of the sampled tokens."
-        )
-        notes.append(f"{evaluations}. {_done(points)}.")
-    if len(commits) > 1:
-        notes.append("The runs of this table are of several commits.")
-    return notes
-
-
-def _commits(points: Sequence[Point]) -> list[str]:
-    done = [point.workdir for point in points if point.status == "done"]
-    return sorted({str(read_run_config(each)["environment"].get("commit"))[:12] for each in done})
-
-
-def _done(points: Sequence[Point]) -> str:
-    count = sum(point.status == "done" for point in points)
-    return f"{count} of {len(points)} points done; commit {', '.join(_commits(points)) or 'none'}"
 
 
 # Papers
@@ -216,45 +196,11 @@ def paper_table(directory: pathlib.Path, name: str, format: Format = "markdown")
             lines = [[each.table.name, *line] for each in found for line in _csv_lines(each)]
             return _comma_separated(["table", *header], lines)
         return _comma_separated(header, _csv_lines(found[0]))
-    shown = {"markdown": _markdown, "latex": _latex}[format]
-    return "\n\n".join(
-        [*([_overview(found, points, format)] if name == "all" else []), *map(shown, found)]
+    statuses = [verdict.status for each in found for verdict in each.verdicts]
+    counts = collections.Counter(statuses).most_common()
+    return _rendered(
+        "papers", format, found=found, points=points, counts=counts, is_all=name == "all"
     )
-
-
-def _overview(found: Sequence[Comparison], points: Sequence[Point], format: Format) -> str:
-    """All claims of several tables."""
-    named = [(each.table.name, verdict) for each in found for verdict in each.verdicts]
-    header, rows = _claims([verdict for _, verdict in named])
-    made = [["table", *header], [[name, *row] for (name, _), row in zip(named, rows)]]
-    if format == "latex":
-        return latex(*made)
-    counted = collections.Counter(verdict.status for _, verdict in named).most_common()
-    counts = ", ".join(f"{count} {status}" for status, count in counted)
-    about = (
-        "Reproduced: the whole 95 % interval of the paired difference over seeds is on the claim's "
-        "side. Contradicted: none of it is."
-    )
-    return "\n\n".join(
-        [f"## All {len(named)} claims: {counts}", about, markdown(*made), f"{_done(points)}."]
-    )
-
-
-def _markdown(found: Comparison) -> str:
-    of = found.table
-    parts = [f"## {of.name}: {of.title}", f"{of.paper}. The paper's settings: {of.settings}."]
-    parts.append(markdown(*_cells(found)))
-    if found.verdicts:
-        parts += ["The paper's claims, tested on these runs:", markdown(*_claims(found.verdicts))]
-    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in _paper_notes(found))])
-
-
-def _latex(found: Comparison) -> str:
-    of = found.table
-    about = f"{of.name}: {of.title}. {of.paper}. {of.settings}"
-    comments = [f"% {comment}" for comment in (about, *_paper_notes(found))]
-    claims = [latex(*_claims(found.verdicts))] if found.verdicts else []
-    return "\n".join([*comments, "\n\n".join([latex(*_cells(found)), *claims])])
 
 
 def _cells(found: Comparison) -> tuple[list[str], list[list[str]]]:
@@ -304,21 +250,24 @@ def _by_pair(found: Comparison, row: str, facts_of: Callable[[Cell], Iterable[st
     )
 
 
-def _claims(verdicts: Iterable[Verdict]) -> tuple[list[str], list[list[str]]]:
-    """(header, rows): a row per verdict."""
+def _claims(found: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:
+    """(header, rows): a row per verdict, with the name of its table if there are several."""
     header = ["claim", "of", "column", "compared", "left - right, by seed", "n", "verdict"]
-    return header, [
+    rows = [
         [
+            *([of.table.name] if len(found) > 1 else []),
             f"{each.claim.text} [{each.claim.mark}]",
             f"{each.claim.left}, {each.claim.right}",
             each.column.label,
             claimed(each),
             _difference(each.difference),
-            str(each.n),
+            each.n,
             each.status,
         ]
-        for each in verdicts
+        for of in found
+        for each in of.verdicts
     ]
+    return (["table"] if len(found) > 1 else []) + header, rows
 
 
 def _difference(found: Interval | None) -> str:
@@ -336,25 +285,6 @@ def claimed(verdict: Verdict) -> str:
     if kind == "equal":
         return f"within ± {margin:g}"
     return f"above {margin:g}" if kind == "more" else f"below {0 - margin:g}"
-
-
-def _paper_notes(found: Comparison) -> Iterator[str]:
-    """Caveats, the table's notes and the meaning of its marks."""
-    yield from (f"Caveat: {flag}." for flag in found.flags)
-    if not found.is_run:
-        yield f"This directory has no point of the table: it looks for {wanted(found.table)}."
-    yield from found.table.notes
-    marks = ", ".join(f"[{mark}] {text}" for mark, text in found.marks.items())
-    yield f"Source of a paper's number: {marks}."
-    if found.is_run:
-        yield (
-            "± is half a 95 % interval over n seeds (Student's t). A claim is reproduced if the "
-            "whole interval is on its side, contradicted if none of it is, else inconclusive."
-        )
-        yield (
-            "config: a digest of all settings but the seed; cells with one digest come from the "
-            "same runs."
-        )
 
 
 def wanted(of: PaperTable) -> str:
