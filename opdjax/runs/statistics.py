@@ -1,7 +1,6 @@
 """Scores of repeated sampling, and 95 % intervals over prompts, seeds and trials.
 
-The unit is the prompt (`mean_and_interval`, `paired_difference`) or the seed (`seed_interval`,
-`log_ratio_interval`, `gap_interval`):
+The unit is the prompt (`mean_and_interval`, `paired_difference`) or the seed (`seed_interval`):
 samples of one prompt are not independent.
 """
 
@@ -70,13 +69,35 @@ def seed_interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), float(stdtrit(len(values) - 1, 0.975)) * error
 
 
-def log_ratio_interval(pairs: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
-    """`seed_interval` of log(left / right) of the (left, right) of each seed; None unless all
-    numbers are above 0.
+def paired_by_seed(
+    left: Mapping[int, float], right: Mapping[int, float], *, is_ratio: bool = False
+) -> dict[int, float]:
+    """left - right by seed, for the seeds that both have. For a ratio: log(left / right), NaN
+    unless both numbers are above 0.
     """
-    if any(left <= 0 or right <= 0 for left, right in pairs):
-        return None
-    return seed_interval([math.log(left / right) for left, right in pairs])
+    pairs = {seed: (value, right[seed]) for seed, value in left.items() if seed in right}
+    if not is_ratio:
+        return {seed: a - b for seed, (a, b) in pairs.items()}
+    return {seed: math.log(a / b) if a > 0 < b else math.nan for seed, (a, b) in pairs.items()}
+
+
+def shares_of_gap(
+    values: Mapping[int, float], starts: Mapping[int, float], goals: Mapping[int, float]
+) -> dict[int, float]:
+    """(value - start) / (goal - start) by seed, NaN unless the goal is above the start; empty
+    without any start or goal.
+
+    A seed without its own start or goal takes the mean over the others: a teacher need not be
+    measured once per seed.
+    """
+    if not (starts and goals):
+        return {}
+    means = statistics.fmean(starts.values()), statistics.fmean(goals.values())
+    shares = {}
+    for seed, value in values.items():
+        start, goal = starts.get(seed, means[0]), goals.get(seed, means[1])
+        shares[seed] = (value - start) / (goal - start) if goal > start else math.nan
+    return shares
 
 
 def ratio_of_logarithm(mean: float, half: float) -> tuple[float, float, float, float]:
@@ -90,21 +111,19 @@ def ratio_of_logarithm(mean: float, half: float) -> tuple[float, float, float, f
     return ratio, width, math.exp(mean - half), ratio + width
 
 
-def lies_within(interval: tuple[float, float], bounds: tuple[float, float]) -> bool | None:
-    """Whether the whole interval is between the bounds: False if none of it is, None if a part."""
-    (low, high), (least, most) = interval, bounds
-    if least < low and high < most:
-        return True
-    return False if high < least or low > most else None
+def lies_within(
+    interval: tuple[float, float], bounds: tuple[float | None, float | None]
+) -> bool | None:
+    """Whether the whole interval is between the bounds: False if none of it is, None if a part.
 
-
-def gap_interval(triples: Sequence[tuple[float, float, float]]) -> tuple[float, float] | None:
-    """`seed_interval` of (value - start) / (goal - start) of the (value, start, goal) of each seed;
-    None unless each goal is above its start.
+    A bound of None is no bound.
     """
-    if any(goal <= start for _, start, goal in triples):
-        return None
-    return seed_interval([(value - start) / (goal - start) for value, start, goal in triples])
+    low, high = interval
+    least, most = bounds
+    if (least is None or least < low) and (most is None or high < most):
+        return True
+    is_outside = (least is not None and high < least) or (most is not None and low > most)
+    return False if is_outside else None
 
 
 def wilson_interval(hits: int, trials: int) -> tuple[float, float]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -22,25 +21,14 @@ from opdjax.report.papers.tables import (
     Row,
     Value,
 )
+from opdjax.runs import statistics
 from opdjax.runs.results import Point, Run, SeedGroup, read_group, read_run, seed_groups
-from opdjax.runs.statistics import (
-    gap_interval,
-    lies_within,
-    log_ratio_interval,
-    ratio_of_logarithm,
-    seed_interval,
-)
 from opdjax.runs.workdir import WorkdirError
 
 Status = Literal["reproduced", "contradicted", "inconclusive", "not run"]
 Part = Literal["paper", "ours", "difference"]
 Interval = tuple[float, float | None]  # mean and half of its 95 % interval; None: one seed
 Bounds = tuple[float | None, float | None]  # None: no bound
-_STATUS: dict[bool | None, Status] = {
-    True: "reproduced",
-    False: "contradicted",
-    None: "inconclusive",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,16 +83,13 @@ class Comparison:
 
     def parts(self, columns: Sequence[PaperColumn]) -> list[tuple[PaperColumn, Part]]:
         """The parts of columns that any row has."""
+        fields: dict[Part, str] = {"paper": "paper", "ours": "digest", "difference": "difference"}
         return [
             (column, part)
             for column in columns
-            for part in ("paper", "ours", "difference")
-            if any(_has(row[column.label], part) for row in self.cells.values())
+            for part, field in fields.items()
+            if any(getattr(row[column.label], field) is not None for row in self.cells.values())
         ]
-
-
-def _has(cell: Cell, part: Part) -> bool:
-    return bool(cell.digest) if part == "ours" else getattr(cell, part) is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +172,7 @@ def _cell(row: Row, column: PaperColumn, paper: Value | None, found: _Found) -> 
         censored = [seed for seed, (_, is_reached) in spent.items() if not is_reached]
     ours = difference = None
     if by_seed:
-        mean, half = seed_interval(list(by_seed.values()))
+        mean, half = statistics.seed_interval(list(by_seed.values()))
         ours = finite(mean * column.scale, half * column.scale)
         difference = ours[0] - paper.number if paper else None
     group = own.group
@@ -308,37 +293,31 @@ def _kind(column: PaperColumn) -> tuple[str, str, str]:
 
 def _verdict(claim: PaperClaim, column: PaperColumn, cells: Cells) -> Verdict:
     left, right = (cells[label][column.label] for label in (claim.left, claim.right))
-    a, b = left.by_seed, right.by_seed
-    start = cells[claim.base][column.label].by_seed if claim.base else {}
-    seeds = [seed for seed in a if seed in b]
     if claim.kind == "gap":
-        seeds = list(a) if start and b else []
-    least, most = {
-        "less": (-math.inf, 0 - claim.margin),
-        "equal": (-claim.margin, claim.margin),
-    }.get(claim.kind, (claim.margin, math.inf))
-    bounds = tuple(each if math.isfinite(each) else None for each in (least, most))
-    verdict = functools.partial(Verdict, claim, column, claimed=bounds, n=len(seeds))
-    if not seeds:
-        return verdict("not run")
-    if claim.kind == "gap":
-        # A seed without its own start or goal takes the mean over the others: a teacher need not
-        # be measured once per seed.
-        first, last = statistics.fmean(start.values()), statistics.fmean(b.values())
-        found = gap_interval([(a[s], start.get(s, first), b.get(s, last)) for s in seeds])
-    elif claim.kind == "ratio":
-        found, least = log_ratio_interval([(a[s], b[s]) for s in seeds]), math.log(least)
+        start = cells[claim.base][column.label]
+        values = statistics.shares_of_gap(left.by_seed, start.by_seed, right.by_seed)
     else:
-        found = seed_interval([a[s] - b[s] for s in seeds])
-    if found is None:
+        is_ratio = claim.kind == "ratio"
+        values = statistics.paired_by_seed(left.by_seed, right.by_seed, is_ratio=is_ratio)
+    low, high = {
+        "less": (None, 0 - claim.margin),
+        "equal": (-claim.margin, claim.margin),
+    }.get(claim.kind, (claim.margin, None))
+    verdict = functools.partial(Verdict, claim, column, claimed=(low, high), n=len(values))
+    if not values:
+        return verdict("not run")
+    if any(map(math.isnan, values.values())):
         return verdict("inconclusive")
-    mean, half = found
-    # A value of a run that never reached its target is a lower bound.
-    low = -math.inf if set(right.censored).intersection(seeds) else mean - half
-    high = math.inf if set(left.censored).intersection(seeds) else mean + half
-    status = _STATUS[lies_within((low, high), (least, most))]
-    ends = (mean - half, mean + half)
+    mean, half = statistics.seed_interval(list(values.values()))
+    # A number of a run that never reached its target is a lower bound.
+    reach = (
+        -math.inf if values.keys() & set(right.censored) else mean - half,
+        math.inf if values.keys() & set(left.censored) else mean + half,
+    )
+    asked = (math.log(claim.margin), None) if claim.kind == "ratio" else (low, high)
+    is_within = statistics.lies_within(reach, asked)
+    status = "inconclusive" if is_within is None else "reproduced" if is_within else "contradicted"
+    low, high = mean - half, mean + half
     if claim.kind == "ratio":
-        mean, half, *ends = ratio_of_logarithm(mean, half)
-    is_bounded = math.isfinite(half)
-    return verdict(status, finite(mean, half), tuple(ends) if is_bounded else None)
+        mean, half, low, high = statistics.ratio_of_logarithm(mean, half)
+    return verdict(status, finite(mean, half), (low, high) if math.isfinite(half) else None)
