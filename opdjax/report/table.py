@@ -42,6 +42,7 @@ _LATEX = str.maketrans(
     | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
     | {"±": r"$\pm$", "≥": r"$\geq$"}
 )
+_NONE = None, None
 _CSV = "kind,name,column,unit,paper,mark,ours,half interval,n,difference,missing,config,verdict"
 
 
@@ -61,10 +62,10 @@ def latex(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join([*head, *map(line, rows), r"\bottomrule", r"\end{tabular}"])
 
 
-def _comma_separated(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """CSV with numbers in full precision."""
+def _comma_separated(rows: Iterable[Sequence[Any]]) -> str:
+    """CSV with numbers in full precision; None is an empty field."""
     out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows([header, *rows])
+    csv.writer(out, lineterminator="\n").writerows(rows)
     return out.getvalue().rstrip("\n")
 
 
@@ -72,11 +73,6 @@ def _interval(found: Interval | None, digits: Callable[[float], int]) -> str:
     if found is None:
         return ""
     return " ± ".join(f"{each:.{digits(each)}f}" for each in found if each is not None)
-
-
-def _or_empty(found: Sequence[Any] | None, count: int = 2) -> list[Any]:
-    """The values of a CSV line; empty where they are None."""
-    return ["" if each is None else each for each in found or [None] * count]
 
 
 def seed_of(id: str) -> str:
@@ -135,20 +131,20 @@ def table(directory: pathlib.Path, format: Format = "markdown") -> str:
     columns = [name for name in COLUMNS if any(name in row.values for row in rows)]
     is_csv = format == "csv"
     digits = lambda value: 3 if abs(value) < 100 else 0
-    shown = _or_empty if is_csv else lambda found: [_interval(found, digits)]
     parts = lambda name: [name, f"{name} half interval"] if is_csv else [name]
+    shown = lambda found: found or _NONE if is_csv else [_interval(found, digits)]
     header = [*names, *(part for name in columns for part in parts(name)), "n", "missing"]
     lines = [
         [
             *(str(row.overrides.get(name, "")) for name in names),
-            *(part for name in columns for part in shown(row.values.get(name))),
+            *(number for name in columns for number in shown(row.values.get(name))),
             row.n,
             " ".join(row.missing) if is_csv else ", ".join(map(seed_of, row.missing)),
         ]
         for row in rows
     ]
     if is_csv:
-        return _comma_separated(header, lines)
+        return _comma_separated([header, *lines])
     fields = ("source", "num_samples", "num_prompts")
     kinds = {tuple(point.config["evaluation"][name] for name in fields) for point in points}
     facts = {"points": points, "has_runs": bool(columns), "evaluations": sorted(kinds, key=str)}
@@ -178,29 +174,25 @@ def paper_table(directory: pathlib.Path, name: str, format: Format = "markdown")
 
     ConfigError if no table has the name, WorkdirError if `all` finds no point of any table.
     """
-    tables = paper_tables().values() if name == "all" else [paper_named(name)]
+    is_all = name == "all"
+    tables = paper_tables().values() if is_all else [paper_named(name)]
     points = read_points(directory)
     found = [compare(of, points) for of in tables]
-    if name == "all":
-        found = [each for each in found if each.is_run]
-        if not found:
-            raise WorkdirError(
-                f"{directory} has no point of any paper's table; expected labels arm and pair"
-            )
+    found = [each for each in found if each.is_run or not is_all]
+    if not found:
+        raise WorkdirError(
+            f"{directory} has no point of any paper's table; expected labels arm and pair"
+        )
     if format == "json":
         facts = [dataclasses.asdict(each) for each in found]
-        return json.dumps(facts if name == "all" else facts[0], indent=1)
+        return json.dumps(facts if is_all else facts[0], indent=1)
     if format == "csv":
-        header = _CSV.split(",")
-        if name == "all":
-            lines = [[each.table.name, *line] for each in found for line in _csv_lines(each)]
-            return _comma_separated(["table", *header], lines)
-        return _comma_separated(header, _csv_lines(found[0]))
+        lines = [[each.table.name, *line] for each in found for line in _csv_lines(each)]
+        lines = [["table", *_CSV.split(",")], *lines]
+        return _comma_separated(lines if is_all else [line[1:] for line in lines])
     statuses = [verdict.status for each in found for verdict in each.verdicts]
     counts = collections.Counter(statuses).most_common()
-    return _rendered(
-        "papers", format, found=found, points=points, counts=counts, is_all=name == "all"
-    )
+    return _rendered("papers", format, found=found, points=points, counts=counts, is_all=is_all)
 
 
 def _cells(found: Comparison) -> tuple[list[str], list[list[str]]]:
@@ -278,13 +270,14 @@ def _difference(found: Interval | None) -> str:
 
 def claimed(verdict: Verdict) -> str:
     """The claimed range of the difference, such as `above 0`."""
-    kind, margin = verdict.claim.kind, verdict.claim.margin
-    if kind in ("ratio", "gap"):
-        what = {"ratio": "left / right", "gap": "share of the gap"}[kind]
-        return f"{what}: at least {margin:g}"
-    if kind == "equal":
-        return f"within ± {margin:g}"
-    return f"above {margin:g}" if kind == "more" else f"below {0 - margin:g}"
+    margin = verdict.claim.margin
+    return {
+        "more": f"above {margin:g}",
+        "less": f"below {0 - margin:g}",
+        "equal": f"within ± {margin:g}",
+        "ratio": f"left / right: at least {margin:g}",
+        "gap": f"share of the gap: at least {margin:g}",
+    }[verdict.claim.kind]
 
 
 def wanted(of: PaperTable) -> str:
@@ -302,20 +295,16 @@ def _csv_lines(found: Comparison) -> Iterator[list[Any]]:
             if cell.paper or cell.digest:
                 yield _csv_cell(row.label, column, cell)
     for each in found.verdicts:
-        about = ["claim", each.claim.text, each.column.label, "", "", each.claim.mark]
-        yield [*about, *_or_empty(each.difference), each.n, "", "", "", each.status]
+        about = ["claim", each.claim.text, each.column.label, None, None, each.claim.mark]
+        yield [*about, *(each.difference or _NONE), each.n, None, None, None, each.status]
 
 
 def _csv_cell(row: str, column: PaperColumn, cell: Cell) -> list[Any]:
     n, never = len(cell.by_seed), len(cell.censored)
-    paper = (cell.paper.number, cell.paper.mark) if cell.paper else None
     return [
         *("cell", row, column.label, column.unit),
-        *_or_empty(paper),
-        *_or_empty(cell.ours),
-        n,
-        "" if cell.difference is None else cell.difference,
-        " ".join(cell.missing),
-        cell.digest or "",
-        f"at least, in {never} of {n}" if never else "",
+        *((cell.paper.number, cell.paper.mark) if cell.paper else _NONE),
+        *(cell.ours or _NONE),
+        *(n, cell.difference, " ".join(cell.missing), cell.digest),
+        f"at least, in {never} of {n}" if never else None,
     ]
