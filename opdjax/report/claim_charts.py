@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from opdjax.report.markup import Html, number, tag
-from opdjax.report.papers.verdicts import Verdict
+from opdjax.report.papers.compare import Verdict
 
 _WIDTH, _HEIGHT, _EDGE = 260, 40, 12
 _LINE = 15  # y of the interval
@@ -20,7 +20,7 @@ def claim_chart(verdict: Verdict) -> Html | None:
         return None
     mean, _ = verdict.difference
     low, high = claimed_range(verdict)
-    ends = interval(verdict)
+    ends = verdict.interval
     neutral = 1.0 if verdict.claim.kind == "ratio" else 0.0
     start, end = _scale((mean, *(ends or ()), neutral, low, high))
 
@@ -63,20 +63,8 @@ def claim_chart(verdict: Verdict) -> Html | None:
 
 def claimed_range(verdict: Verdict) -> tuple[float, float]:
     """The range of the difference (or ratio, or share) where the claim holds."""
-    kind, margin = verdict.claim.kind, verdict.claim.margin
-    if kind == "less":
-        return -math.inf, -margin
-    return (-margin, margin) if kind == "equal" else (margin, math.inf)
-
-
-def interval(verdict: Verdict) -> tuple[float, float] | None:
-    """Both ends of the interval; None for one seed. A ratio's interval is symmetric in its
-    logarithm, and its half width is the larger, upper one.
-    """
-    mean, half = verdict.difference or (0.0, math.inf)
-    if not math.isfinite(half):
-        return None
-    return (mean / (1 + half / mean) if verdict.claim.kind == "ratio" else mean - half), mean + half
+    low, high = verdict.claimed
+    return -math.inf if low is None else low, math.inf if high is None else high
 
 
 def _scale(values: Sequence[float]) -> tuple[float, float]:

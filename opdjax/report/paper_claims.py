@@ -4,6 +4,7 @@ numbers and ours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,12 +24,9 @@ from opdjax.report.markup import (
     tag,
     text_head,
 )
-from opdjax.report.papers.compare import Comparison, compare
-from opdjax.report.papers.printing import claimed_of, has_part, marks_of, row_note
-from opdjax.report.papers.registry import PAPER_TABLES
-from opdjax.report.papers.tables import MARKS, PaperColumn, PaperTable, Row
-from opdjax.report.papers.verdicts import Cell, Verdict
-from opdjax.report.table import seed_of
+from opdjax.report.papers.compare import Cell, Comparison, Verdict, compare
+from opdjax.report.papers.tables import MARKS, PaperColumn, PaperTable, Row, paper_tables
+from opdjax.report.table import claimed, seed_of
 from opdjax.runs.results import Point
 from opdjax.runs.workdir import WorkdirError
 
@@ -49,13 +47,13 @@ def compared(points: Sequence[Point], only: str | None = None) -> Found:
 
     ConfigError if `only` is no table, WorkdirError if it has no point here.
     """
-    if only is not None and only not in PAPER_TABLES:
+    if only is not None and only not in paper_tables():
         raise ConfigError(
-            f"--paper {only!r} is no table of a paper; {nearest(only, PAPER_TABLES)}; opdjax table "
-            "--papers lists them"
+            f"--paper {only!r} is no table of a paper; {nearest(only, paper_tables())}; opdjax "
+            "table --papers lists them"
         )
     found: Found = {}
-    for name, paper_table in PAPER_TABLES.items():
+    for name, paper_table in paper_tables().items():
         if only in (None, name):
             try:
                 made = compare(paper_table, points)
@@ -72,26 +70,19 @@ def compared(points: Sequence[Point], only: str | None = None) -> Found:
 
 
 def _labels(name: str) -> str:
-    rows = [row.labels for row in PAPER_TABLES[name].rows if row.labels]
-    return ", ".join(
-        " ".join(f"{key}={value}" for key, value in labels.items()) for labels in rows[:4]
-    )
+    return ", ".join([f"arm={row.arm}" for row in paper_tables()[name].rows if row.arm][:4])
 
 
 def of_table(points: Sequence[Point], name: str) -> list[Point]:
     """The points that belong to cells of a table."""
-    rows, columns = PAPER_TABLES[name].rows, PAPER_TABLES[name].columns
-    wanted = [
-        {**row.labels, **column.labels}
-        for row in rows
-        if row.labels
-        for column in columns
-        if column.read
-    ]
+    rows, columns = paper_tables()[name].rows, paper_tables()[name].columns
+    arms = {row.arm for row in rows if row.arm}
+    pairs = {column.pair for column in columns if column.read}
     return [
         point
         for point in points
-        if any(labels.items() <= point.overrides.items() for labels in wanted)
+        if point.overrides.get("arm") in arms
+        and ("" in pairs or point.overrides.get("pair") in pairs)
     ]
 
 
@@ -114,7 +105,7 @@ def paper_sections(found: Found, *, is_narrowed: bool = False) -> list[Html]:
         "95 % interval, and the claim holds in the shaded area: a claim is reproduced if the whole "
         "bar is in it and contradicted if none is. A dotted bar: one seed, which has no interval."
     )
-    rest = [name for name in PAPER_TABLES if name not in found]
+    rest = [name for name in paper_tables() if name not in found]
     absent = None
     if rest and not is_narrowed:
         absent = tag("p", f"Tables without a point here: {', '.join(rest)}.", class_="quiet")
@@ -126,7 +117,7 @@ def _refused(name: str, error: WorkdirError) -> Html:
     refusal = tag("p", f"{name}: its runs do not compare, so no number is shown.")
     return tag(
         "article",
-        tag("h3", f"{name}: {PAPER_TABLES[name].title}"),
+        tag("h3", f"{name}: {paper_tables()[name].title}"),
         notice(join((refusal, tag("pre", str(error)))), kind="warning"),
         id=f"paper-{name}",
         class_="card",
@@ -196,7 +187,13 @@ def _difference(verdict: Verdict) -> str:
     if verdict.difference is None:
         return "–"
     kind = {"ratio": " (ratio)", "gap": " (share)"}.get(verdict.claim.kind, "")
-    return plus_minus(*verdict.difference, _digits(verdict.difference[0]), signed=not kind) + kind
+    mean, half = verdict.difference
+    return _with_interval(mean, half, _digits(mean), signed=not kind) + kind
+
+
+def _with_interval(mean: float, half: float | None, digits: int, *, signed: bool = False) -> str:
+    """One seed has an interval without bounds."""
+    return plus_minus(mean, math.inf if half is None else half, digits, signed=signed)
 
 
 def _digits(value: float) -> int:
@@ -224,9 +221,10 @@ def _card(found: Comparison) -> Html:
 
 def _numbers(found: Comparison) -> Html:
     """Columns with our numbers or with claims; the others on request."""
-    claimed = {claim.column for claim in found.table.claims}
+    claims = {claim.column for claim in found.table.claims}
     columns = found.columns
-    shown = [c for c in columns if c.label in claimed or has_part(found, c, "ours")] or columns
+    is_run = [column for column, part in found.parts(columns) if part == "ours"]
+    shown = [c for c in columns if c.label in claims or c in is_run] or columns
     hidden = [column for column in columns if column not in shown]
     rest = None
     if hidden:
@@ -236,18 +234,12 @@ def _numbers(found: Comparison) -> Html:
 
 
 def _matrix(found: Comparison, columns: Sequence[PaperColumn]) -> Html:
-    parts = [
-        (column, part)
-        for column in columns
-        for part in ("paper", "ours", "difference")
-        if has_part(found, column, part)
-    ]
-    rows = found.table.rows
+    parts, rows = found.parts(columns), found.table.rows
     extra = {
         "missing": [
-            _missing([found.cells[row.label, column.label] for column in columns]) for row in rows
+            _missing([found.cells[row.label][column.label] for column in columns]) for row in rows
         ],
-        "note": [row_note(row) for row in rows],
+        "note": [row.note for row in rows],
     }
     extra = {name: texts for name, texts in extra.items() if any(texts)}
     head = [text_head("method"), *(_heading(*part) for part in parts), *map(text_head, extra)]
@@ -271,14 +263,14 @@ def _heading(column: PaperColumn, part: str) -> Html:
 
 
 def _cell(found: Comparison, row: Row, column: PaperColumn, part: str) -> Any:
-    cell = found.cells[row.label, column.label]
+    cell = found.cells[row.label][column.label]
     if part == "paper":
         if cell.paper is None:
             return ""
         mark = tag("abbr", f"[{cell.paper.mark}]", title=MARKS[cell.paper.mark])
         return tag("td", f"{cell.paper.number:g} ".replace("-", "−"), mark)
     if part == "difference":
-        value = cell.difference(column)
+        value = cell.difference
         return "" if value is None else plus_minus(value, None, 2, signed=True)
     return tag("td", _ours(cell, column), class_="ours")
 
@@ -286,12 +278,12 @@ def _cell(found: Comparison, row: Row, column: PaperColumn, part: str) -> Any:
 def _ours(cell: Cell, column: PaperColumn) -> str:
     if cell.ours is None:
         return "not run" if cell.missing else "–" if cell.digest else ""
-    value, half = (number * column.scale for number in cell.ours)
-    digits = 2 if column.unit == "%" else _digits(value)
+    value, half = cell.ours
+    shown = _with_interval(value, half, 2 if column.unit == "%" else _digits(value))
     n = f"n = {len(cell.by_seed)}"
     if cell.censored:
-        return f"≥ {plus_minus(value, half, digits)} ({n}, {len(cell.censored)} never)"
-    return f"{plus_minus(value, half, digits)} ({n})"
+        return f"≥ {shown} ({n}, {len(cell.censored)} never)"
+    return f"{shown} ({n})"
 
 
 def _missing(cells: Sequence[Cell]) -> str:
@@ -325,13 +317,13 @@ def _claims(found: Comparison) -> Html:
 def _stated(verdict: Verdict) -> Html:
     claim = verdict.claim
     mark = tag("abbr", f"[{claim.mark}]", title=MARKS[claim.mark])
-    claimed = claimed_of(verdict).replace("-", "−")
-    test = tag("span", f"{_subject(verdict)}; claimed: {claimed}", class_="asked")
+    range_ = claimed(verdict).replace("-", "−")
+    test = tag("span", f"{_subject(verdict)}; claimed: {range_}", class_="asked")
     return join((claim.text, " ", mark, test))
 
 
 def _notes(found: Comparison) -> Html:
     notes = found.table.notes
     listed = tag("ul", *(tag("li", note) for note in notes)) if notes else None
-    marks = {f"[{mark}]": text for mark, text in marks_of(found).items()}
+    marks = {f"[{mark}]": text for mark, text in found.marks.items()}
     return details("Notes, and the letters in brackets", listed, definitions(marks))

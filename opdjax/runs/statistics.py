@@ -69,6 +69,63 @@ def seed_interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), float(stdtrit(len(values) - 1, 0.975)) * error
 
 
+def paired_by_seed(
+    left: Mapping[int, float], right: Mapping[int, float], *, is_ratio: bool = False
+) -> dict[int, float]:
+    """left - right by seed, for the seeds that both have. For a ratio: log(left / right), NaN
+    unless both numbers are above 0.
+    """
+    pairs = {seed: (value, right[seed]) for seed, value in left.items() if seed in right}
+    if not is_ratio:
+        return {seed: a - b for seed, (a, b) in pairs.items()}
+    return {seed: math.log(a / b) if a > 0 < b else math.nan for seed, (a, b) in pairs.items()}
+
+
+def shares_of_gap(
+    values: Mapping[int, float], starts: Mapping[int, float], goals: Mapping[int, float]
+) -> dict[int, float]:
+    """(value - start) / (goal - start) by seed, NaN unless the goal is above the start; empty
+    without any start or goal.
+
+    A seed without its own start or goal takes the mean over the others: a teacher need not be
+    measured once per seed.
+    """
+    if not (starts and goals):
+        return {}
+    means = statistics.fmean(starts.values()), statistics.fmean(goals.values())
+    shares = {}
+    for seed, value in values.items():
+        start, goal = starts.get(seed, means[0]), goals.get(seed, means[1])
+        shares[seed] = (value - start) / (goal - start) if goal > start else math.nan
+    return shares
+
+
+def ratio_of_logarithm(mean: float, half: float) -> tuple[float, float, float, float]:
+    """(ratio, larger half width, low end, high end) of an interval of the logarithm of a ratio;
+    beyond a factor of e^50, the interval has no bounds.
+    """
+    ratio = math.exp(mean)
+    if half >= 50:
+        return ratio, math.inf, 0.0, math.inf
+    width = ratio * math.expm1(half)
+    return ratio, width, math.exp(mean - half), ratio + width
+
+
+def lies_within(
+    interval: tuple[float, float], bounds: tuple[float | None, float | None]
+) -> bool | None:
+    """Whether the whole interval is between the bounds: False if none of it is, None if a part.
+
+    A bound of None is no bound.
+    """
+    low, high = interval
+    least, most = bounds
+    if (least is None or least < low) and (most is None or high < most):
+        return True
+    is_outside = (least is not None and high < least) or (most is not None and low > most)
+    return False if is_outside else None
+
+
 def wilson_interval(hits: int, trials: int) -> tuple[float, float]:
     """(low, high) end of the 95 % interval of a share after independent trials (Wilson 1927);
     (0, 1) without trials.

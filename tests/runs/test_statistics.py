@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opdjax.runs.statistics import avg_at_k, mean_and_interval, paired_difference, pass_at_k
+from opdjax.runs.statistics import (
+    avg_at_k,
+    lies_within,
+    mean_and_interval,
+    paired_by_seed,
+    paired_difference,
+    pass_at_k,
+    ratio_of_logarithm,
+    shares_of_gap,
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -99,6 +108,42 @@ def test_pairing_removes_what_differs_between_prompts():
 def test_scores_of_different_prompts_are_not_paired():
     with pytest.raises(ValueError, match="4 and 3 prompts cannot be paired"):
         paired_difference(np.zeros(4), np.zeros(3))
+
+
+def test_pairs_and_shares_by_seed():
+    left, right = {0: 4.0, 1: 3.0, 2: 5.0}, {1: 1.5, 0: 1.0, 7: 9.0}
+    assert paired_by_seed(left, right) == {0: 3.0, 1: 1.5}
+    assert paired_by_seed(left, right, is_ratio=True) == {0: math.log(4), 1: math.log(2)}
+    assert math.isnan(paired_by_seed({0: 1.0}, {0: 0.0}, is_ratio=True)[0])
+    # Seed 2 has no start and no goal of its own: it takes the means 2 and 6.
+    shares = shares_of_gap(left, {0: 1.0, 1: 3.0}, {0: 5.0, 1: 7.0})
+    assert shares == {0: 0.75, 1: 0.0, 2: 0.75}
+    assert math.isnan(shares_of_gap({0: 1.0}, {0: 1.0}, {0: 0.5})[0])
+    assert shares_of_gap(left, {}, right) == {}
+
+
+def test_the_interval_of_a_ratio_is_symmetric_in_its_logarithm():
+    ratio, width, low, high = ratio_of_logarithm(math.log(8), math.log(2))
+    assert (ratio, width, low, high) == pytest.approx((8, 8, 4, 16))
+    assert ratio_of_logarithm(0.0, math.inf) == (1.0, math.inf, 0.0, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("interval", "bounds", "expected"),
+    [
+        ((0.1, 0.3), (0.0, None), True),
+        ((-0.3, -0.1), (0.0, None), False),
+        ((-0.1, 0.1), (0.0, None), None),
+        ((0.0, 0.0), (0.0, None), None),  # no spread, and on the bound
+        ((-0.3, -0.1), (None, 0.0), True),
+        ((-0.1, 0.1), (-0.2, 0.2), True),
+        ((-0.1, 0.3), (-0.2, 0.2), None),
+        ((-0.4, -0.3), (-0.2, 0.2), False),
+        ((-math.inf, math.inf), (-0.2, 0.2), None),
+    ],
+)
+def test_an_interval_is_inside_bounds_outside_or_neither(interval, bounds, expected):
+    assert lies_within(interval, bounds) is expected
 
 
 def test_scoring_needs_no_jax():
