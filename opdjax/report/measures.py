@@ -128,6 +128,20 @@ def covered(spans: Iterable[Span]) -> list[tuple[float, float]]:
     return found
 
 
+def skipped_steps(run: Run) -> int:
+    """Updates that were skipped because the loss or gradient was not finite."""
+    counted = [value for value in run.column("grad/skipped_steps") if value is not None]
+    return int((run.result or {}).get("skipped_steps") or (counted[-1] if counted else 0))
+
+
+def failure_texts(failure: dict[str, Any]) -> dict[str, str]:
+    """The facts of a failure as texts; a list is one text of several lines."""
+    lines = {
+        n: "\n".join(map(str, v)) if isinstance(v, list) else str(v) for n, v in failure.items()
+    }
+    return {name: text.strip() for name, text in lines.items()}
+
+
 def leaves(values: dict[str, Any], path: str = "") -> dict[str, Any]:
     """A nested config as `section.field: value`."""
     found: dict[str, Any] = {}
