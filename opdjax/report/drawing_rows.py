@@ -58,7 +58,7 @@ _ROW_WIDTH, _ROW, _ROW_FONT = 560, 27, 14
 _ROW_TOP, _ROW_BOTTOM, _ROW_GAP, _HEADING = 4, 54, 14, 1.15
 
 
-def rows(
+def rows_of(
     title: str,
     groups: Groups,
     x: str,
@@ -66,10 +66,12 @@ def rows(
     *,
     limit: float = 0.0,
     unit: str = "",
+    where: str = "",
 ) -> Markup:
     """A row for each entry: degrees from 0, ratios as logarithmic bars from 1, or stacked parts.
 
-    `limit`: the largest angle, or where stacks are cut, with an arrow.
+    `limit`: the largest angle, or where stacks are cut, with an arrow. `where` joins the
+    description of the drawing.
     """
     groups = [(heading, entries) for heading, entries in groups if entries]
     every = [entry for _, entries in groups for entry in entries]
@@ -111,7 +113,8 @@ def rows(
                     mark(entry, y + 0.5)
                 y += 1
 
-    return figure(title, picture(f"{title}: {x}", _ROW_WIDTH, height, paint, _ROW_FONT))
+    described = ", ".join(filter(None, (f"{title}: {x}", where)))
+    return figure(title, picture(described, _ROW_WIDTH, height, paint, _ROW_FONT))
 
 
 _Painter = Callable[[Entry, float], None]  # draws an entry at a height

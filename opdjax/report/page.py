@@ -10,10 +10,11 @@ import pathlib
 import re
 
 from opdjax.config import PACKAGE
-from opdjax.report.audit_page import audit_page
+from opdjax.report.audit import CONTEXT, audit_facts
 from opdjax.report.charts import require_matplotlib
 from opdjax.report.config_diff import against_page
 from opdjax.report.markup import Html, tag
+from opdjax.report.render import render
 from opdjax.report.run_page import run_page
 from opdjax.report.side_by_side import Marker, unmarked
 from opdjax.report.sweep_page import sweep_page
@@ -22,7 +23,6 @@ from opdjax.runs.workdir import WorkdirError, read_json
 
 _ASSETS = PACKAGE / "assets" / "report"
 AUDIT = "audit.json"
-_OF_AN_AUDIT = ("subjects", "vocabulary", "tree", "contexts", "student", "teacher")
 
 
 def write_report(
@@ -114,13 +114,7 @@ def _distinct_names(one: pathlib.Path, other: pathlib.Path) -> tuple[str, str]:
 
 def _audit(directory: pathlib.Path) -> str:
     document = read_json(directory / AUDIT, "run opdjax audit again")
-    missing = [name for name in _OF_AN_AUDIT if name not in document]
-    if missing:
-        raise WorkdirError(
-            f"{directory / AUDIT} lacks {', '.join(missing)}; expected a file that opdjax audit"
-            " wrote"
-        )
-    return _document(*audit_page(document, directory.resolve().name))
+    return render("audit.html", audit_facts(document, directory.resolve().name), **CONTEXT)
 
 
 def _document(title: str, parts: list[Html | None]) -> str:

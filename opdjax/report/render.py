@@ -24,6 +24,7 @@ _FILTERS = (
     text.fixed,
     text.plus_minus,
     text.number,
+    text.integer,
     text.significant,
     text.amount,
     text.percent,
@@ -42,7 +43,7 @@ _DRAWINGS = (
     drawing.figure,
     drawing.dashes,
     drawing.smoothing_window,
-    drawing_rows.rows,
+    drawing_rows.rows_of,
     drawing_rows.lanes,
     drawing_rows.points,
 )

@@ -44,6 +44,11 @@ def number(value: Any, smallest: float = 1e-3) -> str:
     return text.replace("-", "−") if text.startswith("-") else text
 
 
+def integer(value: float | None) -> str:
+    """Such as 1,536; a dash for an unknown value."""
+    return f"{value:,.0f}".replace("-", "−") if is_number(value) else "–"
+
+
 def significant(value: float | None, digits: int = 3) -> str:
     """A number rounded to a few significant digits; below 1e-9, which is rounding, 0."""
     if not is_number(value):
