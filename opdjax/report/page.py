@@ -10,12 +10,13 @@ import pathlib
 import re
 
 from opdjax.config import PACKAGE
+from opdjax.report import near_policy, run, timeline
 from opdjax.report.audit import CONTEXT, audit_facts
 from opdjax.report.charts import require_matplotlib
 from opdjax.report.config_diff import against_page
 from opdjax.report.markup import Html, tag
 from opdjax.report.render import render
-from opdjax.report.run_page import run_page
+from opdjax.report.run import run_facts
 from opdjax.report.side_by_side import Marker, unmarked
 from opdjax.report.sweep_page import sweep_page
 from opdjax.runs.results import FAILURE, is_sweep, read_points, read_run
@@ -94,7 +95,8 @@ def page(
     elif (directory / "config.json").exists():
         file = directory / FAILURE
         failure = json.loads(file.read_text()) if file.exists() else None
-        title, parts = run_page(read_run(directory), failure, mark)
+        facts = run_facts(read_run(directory), failure, mark)
+        return render("run.html", facts, **run.CONTEXT, **near_policy.CONTEXT, **timeline.CONTEXT)
     elif (directory / AUDIT).exists():
         return _audit(directory)
     else:

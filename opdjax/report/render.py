@@ -39,6 +39,9 @@ _FILTERS = (
 _DRAWINGS = (
     drawing.lines,
     drawing.curves,
+    drawing.smoothed,
+    drawing.known_line,
+    drawing.interval_line,
     drawing.bars,
     drawing.figure,
     drawing.dashes,

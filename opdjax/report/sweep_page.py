@@ -18,6 +18,7 @@ from opdjax.report.markup import (
     details,
     duration,
     fixed,
+    join,
     listed,
     notice,
     number,
@@ -29,6 +30,7 @@ from opdjax.report.markup import (
     tag,
     text_head,
 )
+from opdjax.report.measures import skipped_steps
 from opdjax.report.paper_claims import compared, of_table, paper_sections
 from opdjax.report.pareto import pareto_section
 from opdjax.report.ranking import (
@@ -42,7 +44,6 @@ from opdjax.report.ranking import (
     score_before,
     short_names,
 )
-from opdjax.report.run_page import failure_block, skipped_steps
 from opdjax.report.side_by_side import Marker, arms_section, unmarked
 from opdjax.report.sweep_charts import (
     curves_section,
@@ -398,3 +399,16 @@ def _common(points: list[Point]) -> Html:
             table(["setting", "value"], rows, class_="words"),
         ),
     )
+
+
+def failure_block(failure: dict[str, Any]) -> Html:
+    """Why a run failed: short facts on one line, longer texts unchanged."""
+    lines = {
+        name: "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+        for name, value in failure.items()
+    }
+    texts = {name: text for name, text in lines.items() if "\n" in text.strip()}
+    facts = "; ".join(f"{name}: {lines[name].strip()}" for name in lines if name not in texts)
+    long = [join((tag("p", name), tag("pre", text))) for name, text in texts.items()]
+    cause = tag("p", tag("strong", "Failed. "), facts)
+    return tag("div", cause, *long, class_="notice warning")
