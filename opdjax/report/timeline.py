@@ -106,9 +106,9 @@ def timeline_facts(run: Run) -> TimelineFacts | None:
         float(lost.sum()),
         {who: _kinds(spans) for who, spans in lanes.items()},
         {who: _untimed(spans) for who, spans in lanes.items()},
-        _idle(steps),
+        idle_share(steps),
         warm,
-        None if warm is None else _idle(steps[warm:]),
+        None if warm is None else idle_share(steps[warm:]),
         _overlap(lanes),
         window and window[0],
         window and window[1],
@@ -144,7 +144,8 @@ def warm_after(steps: Sequence[tuple[float, float]]) -> int | None:
     return is_warm.index(True) if True in is_warm else None
 
 
-def _idle(steps: Sequence[tuple[float, float]]) -> float | None:
+def idle_share(steps: Sequence[tuple[float, float]]) -> float | None:
+    """Share of its time that the learner waited for rollouts; None without steps."""
     total = sum(seconds for _, seconds in steps)
     return sum(waited for waited, _ in steps) / total if total else None
 
