@@ -10,7 +10,7 @@ import pathlib
 import re
 
 from opdjax.config import PACKAGE
-from opdjax.report import near_policy, run, timeline
+from opdjax.report import judged, near_policy, run, timeline
 from opdjax.report.audit import CONTEXT, audit_facts
 from opdjax.report.charts import require_matplotlib
 from opdjax.report.config_diff import against_page
@@ -24,6 +24,7 @@ from opdjax.runs.workdir import WorkdirError, read_json
 
 _ASSETS = PACKAGE / "assets" / "report"
 AUDIT = "audit.json"
+_RUN_CONTEXT = run.CONTEXT | near_policy.CONTEXT | timeline.CONTEXT | judged.CONTEXT
 
 
 def write_report(
@@ -96,7 +97,7 @@ def page(
         file = directory / FAILURE
         failure = json.loads(file.read_text()) if file.exists() else None
         facts = run_facts(read_run(directory), failure, mark)
-        return render("run.html", facts, **run.CONTEXT, **near_policy.CONTEXT, **timeline.CONTEXT)
+        return render("run.html", facts, **_RUN_CONTEXT)
     elif (directory / AUDIT).exists():
         return _audit(directory)
     else:

@@ -13,6 +13,7 @@ from opdjax.config.validation import to_dict
 from opdjax.report import measures
 from opdjax.report.answers import ComparedAnswers, Marker, first_and_last, unmarked
 from opdjax.report.drawing import smooth, smoothing_window
+from opdjax.report.judged import Cost, JudgedFacts, cost_facts, judged_facts
 from opdjax.report.near_policy import FilterFacts, StalenessFacts, filter_facts, staleness_facts
 from opdjax.report.text import fixed, percent, shown, spread
 from opdjax.report.timeline import TimelineFacts, timeline_facts
@@ -92,6 +93,8 @@ class RunFacts:
     staleness: StalenessFacts | None
     filtering: FilterFacts | None
     timeline: TimelineFacts | None
+    judged: JudgedFacts | None
+    judge_cost: Cost | None
     settings: list[Setting]
     environment: dict[str, Any]
     data: dict[str, Any]
@@ -148,6 +151,8 @@ def run_facts(
         staleness=staleness_facts(run),
         filtering=filter_facts(run),
         timeline=timeline_facts(run),
+        judged=judged_facts(run),
+        judge_cost=cost_facts(run),
         settings=_settings(run),
         environment=run.environment,
         data=run.data,
