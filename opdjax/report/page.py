@@ -10,14 +10,14 @@ import pathlib
 import re
 
 from opdjax.config import PACKAGE
+from opdjax.report.against import against_facts
+from opdjax.report.answers import Marker, unmarked
 from opdjax.report.audit import CONTEXT, audit_facts
 from opdjax.report.charts import require_matplotlib
-from opdjax.report.config_diff import against_page
 from opdjax.report.markup import Html, tag
 from opdjax.report.render import render
 from opdjax.report.run_page import run_page
-from opdjax.report.side_by_side import Marker, unmarked
-from opdjax.report.sweep_page import sweep_page
+from opdjax.report.sweep import sweep_facts
 from opdjax.runs.results import FAILURE, is_sweep, read_points, read_run
 from opdjax.runs.workdir import WorkdirError, read_json
 
@@ -88,10 +88,11 @@ def page(
         )
     if against is not None:
         names = _distinct_names(directory, against)
-        title, parts = against_page(read_run(directory), read_run(against), names)
-    elif is_sweep(directory):
-        title, parts = sweep_page(read_points(directory), directory.resolve().name, mark, paper)
-    elif (directory / "config.json").exists():
+        return render("against.html", against_facts(read_run(directory), read_run(against), names))
+    if is_sweep(directory):
+        points, name = read_points(directory), directory.resolve().name
+        return render("sweep.html", sweep_facts(points, name, mark, paper))
+    if (directory / "config.json").exists():
         file = directory / FAILURE
         failure = json.loads(file.read_text()) if file.exists() else None
         title, parts = run_page(read_run(directory), failure, mark)
