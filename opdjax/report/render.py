@@ -85,6 +85,11 @@ def render(template: str, facts: Any, **more: Any) -> str:
     return made.render(f=facts, style=style, script=script, **more)
 
 
+def part(template: str, macro: str, facts: Any) -> str:
+    """A part of a page: what a macro makes of the facts."""
+    return getattr(_environment().get_template(template).module, macro)(facts)
+
+
 def facts_as_json(facts: Any) -> str:
     """The facts as JSON, without fields outside of `repr`; null stands for no finite number."""
     return json.dumps(_plain(facts), indent=1, ensure_ascii=False)

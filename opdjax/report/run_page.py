@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from opdjax.report import measures
+from opdjax.report.answers import Marker, first_and_last, unmarked
 from opdjax.report.charts import Chart, ChartLine, draw, grid
 from opdjax.report.markup import (
     Html,
@@ -27,10 +28,10 @@ from opdjax.report.markup import (
     tag,
 )
 from opdjax.report.near_policy import filter_section, staleness_section
+from opdjax.report.render import part
 from opdjax.report.rollouts import rollouts_section
 from opdjax.report.rubrics import judge_name, judged_sections
 from opdjax.report.settings import settings_section
-from opdjax.report.side_by_side import Marker, progress_section, unmarked
 from opdjax.report.timeline import cost_section, timeline_of, timeline_section
 from opdjax.report.training_curves import positions_section, training_section
 from opdjax.runs.results import AXES, Run, is_number
@@ -77,11 +78,16 @@ def run_page(
         timeline_section(run, timeline),
         cost_section(run, timeline),
         positions_section(run),
-        progress_section(run, mark),
+        _answers(run, mark),
         rollouts_section(run),
         settings_section(run),
     ]
     return f"{title}, {run.config['estimator']['recipe']}", parts
+
+
+def _answers(run: Run, mark: Marker) -> Html | None:
+    found = first_and_last(run, mark)
+    return Html(part("answers.html", "first_and_last", found).strip()) if found else None
 
 
 # What was trained

@@ -21,8 +21,11 @@ from opdjax.config import (
     SamplingConfig,
 )
 from opdjax.config.validation import to_dict
-from opdjax.report import charts, markup, measures, page, ranking
+from opdjax.report import charts, markup, measures, page
+from opdjax.report.drawing import REST
 from opdjax.report.page import write_report
+from opdjax.report.render import facts_as_json
+from opdjax.report.sweep import differing_overrides, shown_override, sweep_facts
 from opdjax.runs.results import read_points, read_run
 from opdjax.runs.statistics import seed_interval
 from opdjax.runs.workdir import WorkdirError
@@ -628,6 +631,13 @@ def test_one_seed_has_an_infinite_interval_and_no_seed_has_no_row_of_numbers(swe
     assert "1 group without a finished point" in parser.all
 
 
+def test_the_facts_of_a_sweep_are_json_without_the_files_of_its_runs(tmp_path):
+    write_sweep(tmp_path, recipes=("vopd",), rates=(1e-4,), seeds=(0, 1))
+    facts = json.loads(facts_as_json(sweep_facts(read_points(tmp_path), "sweep")))
+    assert facts["arms"][0]["numbers"]["avg@k"] == list(seed_interval([0.60, 0.61]))
+    assert not {"runs", "config"} & facts["arms"][0].keys()
+
+
 def test_groups_are_ordered_by_score_and_never_mixed(sweep):
     named = [
         tuple(cells[:2]) for cells in sweep.rows if len(cells) > 5 and cells[0] in ("opd", "vopd")
@@ -660,12 +670,15 @@ def test_scores_against_the_learning_rate_have_a_line_for_each_other_setting(swe
 
 
 def test_a_sweep_of_one_learning_rate_has_no_such_chart(tmp_path):
-    assert 'id="rates"' not in read(write_sweep(tmp_path, rates=(1e-4,), seeds=(0, 1))).source
+    write_sweep(tmp_path, rates=(1e-4,), seeds=(0, 1))
+    assert sweep_facts(read_points(tmp_path), "sweep").rates == {}
 
 
 def test_many_groups_are_ranked_and_the_rest_is_grey(tmp_path):
     rates = [round(1e-5 * 2**i, 8) for i in range(9)]
     parser = read(write_sweep(tmp_path, recipes=("vopd",), rates=rates, seeds=(0,)))
+    facts = sweep_facts(read_points(tmp_path), "sweep")
+    assert [arm.slot for arm in facts.arms] == [0, 1, 2, 3, 4, *[REST] * 4]
     assert "4 other groups, lower in the table, without bands" in parser.all
 
 
@@ -695,22 +708,20 @@ def test_only_what_tells_groups_apart_names_them():
         {"a.source": "x", "b.source": 1, "seedless.lr": 2, "same": 0},
         {"a.source": "y", "seedless.lr": 3, "same": 0},
     ]
-    assert ranking.differing_overrides(overrides) == {
+    assert differing_overrides(overrides) == {
         "a.source": "a.source",
         "b.source": "b.source",
         "seedless.lr": "lr",
     }
-    assert ranking.differing_overrides(overrides[:1])["same"] == "same"
+    assert differing_overrides(overrides[:1])["same"] == "same"
 
 
 def test_seeds_are_averaged_at_common_steps_only(tmp_path):
     directory = write_sweep(tmp_path, recipes=("vopd",), rates=(1e-4,), seeds=(0, 1))
-    from opdjax.report.ranking import ranked
-    from opdjax.report.sweep_charts import _score_line
-
     file = directory / "estimatorvopd-learning_rate0.0001-seed1" / "eval.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in (evaluation(0, 0.4), evaluation(6, 0.6))))
-    line = _score_line(ranked(read_points(directory))[0], "seconds", "avg@k")
+    facts = sweep_facts(read_points(directory), "sweep")
+    line = facts.curves["seconds"]["avg@k"]["estimator vopd, learning_rate 1e-4"]
     assert line.x == [0.0, 3.0]
     assert line.y == pytest.approx([(0.409 + 0.4) / 2, (0.6 + 0.6) / 2])
 
@@ -782,9 +793,9 @@ def test_text_is_escaped_wherever_it_enters_a_tag():
         (markup.shown(True), "yes"),
         (charts.tick(40000), "40k"),
         (charts.tick(-0.25), "−0.25"),
-        (ranking.shown_override("0.0003"), "3e-4"),
-        (ranking.shown_override("inf"), "inf"),
-        (ranking.shown_override("7"), "7"),
+        (shown_override("0.0003"), "3e-4"),
+        (shown_override("inf"), "inf"),
+        (shown_override("7"), "7"),
         (charts.tick(2.5e6), "2.5M"),
         (measures.bucket_label((0, 2)), "0–2"),
         (measures.model_name("/a/b/mini_pair/student"), "mini_pair/student"),
