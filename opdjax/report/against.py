@@ -26,14 +26,6 @@ class Score:
 
 
 @dataclasses.dataclass(frozen=True)
-class Differences:
-    """The fields in which runs differ, each with its values, and the number of the others."""
-
-    fields: dict[str, tuple[Any, ...]]
-    num_same: int
-
-
-@dataclasses.dataclass(frozen=True)
 class AgainstFacts:
     """Two runs; every pair of values is in the order of the names."""
 
@@ -44,30 +36,36 @@ class AgainstFacts:
     has_same_prompts: bool  # in the evaluations
     scores: tuple[Score, ...]
     costs: dict[str, tuple[float, float]]  # by axis
-    settings: Differences
-    data: Differences
-    environment: Differences
+    differences: dict[str, dict[str, tuple[Any, Any]]]  # by part: settings, data, environment
+    num_same: dict[str, int]  # fields that are the same, by part
 
 
 def against_facts(run: Run, other: Run, names: tuple[str, str]) -> AgainstFacts:
     """The facts of a run and of the one it is compared with."""
     runs = run, other
     digests = [each.data.get("evaluation") for each in runs]
-    scores = [_score(runs, *which) for which in _SCORES]
+    has_same_prompts = digests[0] == digests[1]
+    scores = [_score(runs, *which, is_paired=has_same_prompts) for which in _SCORES]
     spent = {axis: tuple(measures.spent(each, axis) for each in runs) for axis in AXES}
+    parts = {
+        "settings": [settings_of(each.config) for each in runs],
+        "data": [each.data for each in runs],
+        "environment": [each.environment for each in runs],
+    }
+    found = {part: differing(each) for part, each in parts.items()}
     return AgainstFacts(
         names,
-        seeds=tuple(each.config["seed"] for each in runs),
-        unfinished=tuple(each.workdir.name for each in runs if each.result is None),
-        without_evaluation=tuple(
-            each.workdir.name for each, digest in zip(runs, digests) if digest is None
-        ),
-        has_same_prompts=digests[0] == digests[1],
-        scores=tuple(score for score in scores if any(is_number(v) for v, _ in score.values)),
-        costs={axis: each for axis, each in spent.items() if all(map(is_number, each))},
-        settings=_differences(*(settings_of(each.config) for each in runs)),
-        data=_differences(run.data, other.data),
-        environment=_differences(run.environment, other.environment),
+        tuple(each.config["seed"] for each in runs),
+        tuple(each.workdir.name for each in runs if each.result is None),
+        tuple(each.workdir.name for each, digest in zip(runs, digests) if digest is None),
+        has_same_prompts,
+        tuple(score for score in scores if any(is_number(value) for value, _ in score.values)),
+        {axis: each for axis, each in spent.items() if all(map(is_number, each))},
+        found,
+        {
+            part: len(one.keys() | two.keys()) - len(found[part])
+            for part, (one, two) in parts.items()
+        },
     )
 
 
@@ -85,21 +83,15 @@ def differing(each: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
     return {name: values for name, values in found.items() if len({*map(json.dumps, values)}) > 1}
 
 
-def _differences(*each: Mapping[str, Any]) -> Differences:
-    found = differing(each)
-    return Differences(found, len(each[0].keys() | each[1].keys()) - len(found))
-
-
 _SCORES = [(name, moment) for moment in ("before", "after") for name in measures.SCORES]
 
 
-def _score(runs: tuple[Run, Run], name: str, moment: str) -> Score:
-    one, two = rows = [(each.result or {}).get(f"eval_{moment}", {}) for each in runs]
-    values = tuple((row.get(name), row.get(f"{name}_interval")) for row in rows)
-    first, second = (row.get(_HITS.get(name, ""), []) for row in rows)
-    is_same = runs[0].data.get("evaluation") == runs[1].data.get("evaluation")
-    if not is_same or one.get("n") != two.get("n") or not first or len(first) != len(second):
+def _score(runs: Sequence[Run], name: str, moment: str, *, is_paired: bool) -> Score:
+    one, two = ((each.result or {}).get(f"eval_{moment}", {}) for each in runs)
+    values = tuple((row.get(name), row.get(f"{name}_interval")) for row in (one, two))
+    hits = [row.get(_HITS.get(name, "")) or [] for row in (one, two)]
+    if not is_paired or one.get("n") != two.get("n") or not len(hits[0]) == len(hits[1]) > 0:
         return Score(name, moment, values, None)
     trials = one["n"] if name == "avg@k" else 1
-    paired = seed_interval([(a - b) / trials for a, b in zip(first, second)])
-    return Score(name, moment, values, paired)
+    difference = seed_interval([(first - second) / trials for first, second in zip(*hits)])
+    return Score(name, moment, values, difference)

@@ -32,7 +32,13 @@ from opdjax.runs.workdir import WorkdirError
 Interval = tuple[float, float]  # mean over seeds, half width of its 95 % interval
 Reading = Callable[[Run], float | None]
 Lines = dict[str, Line]  # by arm, the best first
-NEAR = 0.10  # KL(student || behaviour), nats a token, below which a policy is near
+# Facts that runs should share, to be compared; of the evaluation: what final scores depend on.
+_SHARED: dict[str, Callable[[Run], Any]] = {
+    "evaluation": lambda run: upgrade(run.config)["evaluation"] | {"every": 0, "batch_size": 0},
+    "opdjax": lambda run: run.environment.get("opdjax"),
+    "commit": lambda run: run.environment.get("commit"),
+    "jax": lambda run: run.environment.get("jax"),
+}
 _VARYING = 6  # most settings in a point's row
 _LINE_LENGTH = 150  # points of a drawn line
 _JUDGED = "rubric/reward_mean", "rubric/auc", "rubric/tied_groups", "rubric/no_signal_share"
@@ -100,8 +106,7 @@ class SomeArms:
     arms: tuple[Arm, ...]  # with colours of their own
     lines: dict[str, Lines]
     numbers: dict[str, dict[str, Interval | None]]
-    first_runs: dict[str, str]  # directories, by arm
-    pages: tuple[str, ...]  # arms whose first run has a page
+    first_runs: dict[str, tuple[str, bool]]  # its directory, and whether that has a page
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +152,15 @@ def sweep_facts(
     every = _ranked(points, runs)
     arms = [arm for arm in every if not arm.is_reference] or every
     finished = [run for arm in arms for run in arm.runs]
-    counts = {measures.samples_per_prompt(run) for arm in every for run in arm.runs} - {None}
+    counts = [measures.samples_per_prompt(run) for arm in every for run in arm.runs]
+    starts = [(run.result or {}).get("eval_before", {}) for run in finished]
+    told = {arm.name: fixed(arm.score and arm.score[0]) for arm in arms}
+    spans = (
+        arm.score if math.isfinite(arm.score[1]) else (arm.score[0], 0.0)
+        for arm in arms
+        if arm.score
+    )
+    ends = [end for middle, half in spans for end in (middle - half, middle + half)]
     first, *others = [measures.leaves(point.config) for point in points]
     varying = differing([first, *others])
     few = [name for name in varying if len(varying) <= _VARYING or name == "seed"]
@@ -156,18 +169,16 @@ def sweep_facts(
     positions, kl_by_position = _by_position([arm for arm in arms if arm.slot != REST])
     return SweepFacts(
         name,
-        counts.pop() if len(counts) == 1 else None,
+        _agreed(k for k in counts if k is not None),
         tuple(dict.fromkeys(name for arm in every for name in arm.settings)),
         tuple(arms),
         references=tuple(arm for arm in every if arm.is_reference and arms is not every),
-        best=_best(arms),
-        score_range=_score_range(arms),
-        before={score: _before(finished, score) for score in measures.SCORES},
+        best=tuple(name for name, score in told.items() if score == told[arms[0].name] != "–"),
+        score_range=(min(ends, default=0.0), max(ends, default=1.0)),
+        before={score: _agreed(start.get(score) for start in starts) for score in measures.SCORES},
         damaged=damaged,
         changed_files=_changed_files(finished),
-        mixed=tuple(
-            name for name, read in _SAME.items() if len({repr(read(r)) for r in finished}) > 1
-        ),
+        mixed=tuple(n for n, read in _SHARED.items() if len({repr(read(r)) for r in finished}) > 1),
         fronts={axis: found for axis in AXES if (found := _front(arms, axis))},
         differences=_differences(arms),
         rates=_rates(arms),
@@ -203,6 +214,12 @@ def _readable(
     if not kept:
         raise WorkdirError(next(iter(damaged.values())))
     return kept, runs, damaged
+
+
+def _agreed(values: Iterable[Any]) -> Any:
+    """The one value that all are, or None."""
+    found = set(values)
+    return found.pop() if len(found) == 1 else None
 
 
 # Arms
@@ -284,25 +301,6 @@ def shown_override(value: Any) -> str:
         return value
 
 
-def _best(arms: Sequence[Arm]) -> tuple[str, ...]:
-    scores = {arm.name: fixed(arm.score and arm.score[0]) for arm in arms}
-    return tuple(name for name, score in scores.items() if score == scores[arms[0].name] != "–")
-
-
-def _score_range(arms: Sequence[Arm]) -> Interval:
-    found = [
-        (mean, half if math.isfinite(half) else 0.0)
-        for mean, half in (a.score for a in arms if a.score)
-    ]
-    ends = [end for mean, half in found for end in (mean - half, mean + half)]
-    return min(ends, default=0.0), max(ends, default=1.0)
-
-
-def _before(runs: Sequence[Run], score: str) -> float | None:
-    found = {(run.result or {}).get("eval_before", {}).get(score) for run in runs}
-    return found.pop() if len(found) == 1 else None
-
-
 def _changed_files(runs: Sequence[Run]) -> dict[str, str]:
     parts = {"prompts": "data", "evaluation": "evaluation"}
     changed = {}
@@ -313,20 +311,6 @@ def _changed_files(runs: Sequence[Run]) -> dict[str, str]:
         if any(len(digests) > 1 for digests in found.values()):
             changed[digest] = part
     return changed
-
-
-def _evaluation(run: Run) -> dict[str, Any]:
-    """The settings that final scores depend on."""
-    return upgrade(run.config)["evaluation"] | {"every": None, "batch_size": None}
-
-
-# What runs should have in common, to be compared.
-_SAME = {
-    "evaluation": _evaluation,
-    "opdjax": lambda run: run.environment.get("opdjax"),
-    "commit": lambda run: run.environment.get("commit"),
-    "jax": lambda run: run.environment.get("jax"),
-}
 
 
 def _differences(arms: Sequence[Arm]) -> dict[str, dict[str, list[str]]]:
@@ -417,13 +401,14 @@ def metric_lines(arms: Sequence[Arm], name: str) -> Lines:
     """A line per arm that has the metric: each run smoothed, then their mean over seeds."""
     found = {}
     for arm in arms:
-        if any(_has(run, name) for run in arm.runs):
-            length = min(len(run.metrics) for run in arm.runs)
+        if runs := [run for run in arm.runs if _has(run, name)]:
+            length = min(len(run.metrics) for run in runs)
             kept = slice(0, length, math.ceil(length / _LINE_LENGTH))
-            window = lambda run: smoothing_window(len(run.metrics))
-            columns = (smooth(run.column(name), window(run))[kept] for run in arm.runs)
-            values = [interval(map(float, at)) for at in zip(*columns)]
-            found[arm.name] = _band(measures.steps_of(arm.runs[0])[kept], values, arm.slot)
+            smoothed = (
+                smooth(run.column(name), smoothing_window(len(run.metrics))) for run in runs
+            )
+            values = [interval(map(float, at)) for at in zip(*(each[kept] for each in smoothed))]
+            found[arm.name] = _band(measures.steps_of(runs[0])[kept], values, arm.slot)
     return found
 
 
@@ -452,8 +437,7 @@ def _some(arms: Sequence[Arm], metrics: Sequence[str], numbers: dict[str, Readin
         tuple(arms),
         {metric: metric_lines(arms, metric) for metric in metrics},
         {a.name: {n: interval(map(read, a.runs)) for n, read in numbers.items()} for a in arms},
-        {name: f"{workdir.parent.name}/{workdir.name}" for name, workdir in first.items()},
-        tuple(name for name, workdir in first.items() if (workdir / "report.html").exists()),
+        {n: ("/".join(w.parts[-2:]), (w / "report.html").exists()) for n, w in first.items()},
     )
 
 
