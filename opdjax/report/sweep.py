@@ -14,15 +14,13 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from markupsafe import Markup
-
 from opdjax.config.saved import upgrade
 from opdjax.config.validation import ConfigError
 from opdjax.report import measures
 from opdjax.report.against import differing, settings_of
 from opdjax.report.answers import ComparedAnswers, Marker, of_arms, unmarked
 from opdjax.report.drawing import REST, SERIES, Line, smooth, smoothing_window
-from opdjax.report.paper_claims import compared, of_table, paper_sections
+from opdjax.report.paper_claims import PaperFacts, of_table, paper_facts
 from opdjax.report.table import COLUMNS
 from opdjax.report.text import fixed, shown
 from opdjax.runs.results import AXES, Point, Run, is_number, mean, read_run, seed_groups
@@ -135,7 +133,7 @@ class SweepFacts:
     ahead: SomeArms  # near-policy arms
     answers: ComparedAnswers | None
     points: tuple[PointFacts, ...]
-    papers: Markup
+    papers: PaperFacts | None
     common: dict[str, Any]  # settings that all points share
 
 
@@ -146,7 +144,7 @@ def sweep_facts(
     readable or of the table, ConfigError if there is no such table.
     """
     points, runs, damaged = _readable(points)
-    papers = compared(points, paper)
+    papers = paper_facts(points, paper)
     if paper is not None:
         points, name = of_table(points, paper), f"{name}: {paper}"
     every = _ranked(points, runs)
@@ -190,7 +188,7 @@ def sweep_facts(
         ahead=_some(ahead, _AHEAD, _AHEAD_NUMBERS),
         answers=of_arms([(arm.name, arm.runs) for arm in arms], mark),
         points=tuple(_point(point, runs.get(point.workdir), few) for point in points),
-        papers=Markup("".join(paper_sections(papers, is_narrowed=paper is not None))),
+        papers=papers,
         common={name: value for name, value in first.items() if name not in varying},
     )
 
