@@ -2,7 +2,7 @@
 table is computed from these runs.
 
     opdjax sweep experiments/sweeps/mini_all.py --workdir runs/mini_all --jobs 2
-    python scripts/paper_tables.py runs/mini_all           # writes experiments/results/papers.*
+    opdjax table runs/mini_all --paper all --output experiments/results/papers.md
     opdjax report runs/mini_all
 
 The points are those of mini_vopd.py, mini_npd.py and mini_ropd.py, which describe the arms.

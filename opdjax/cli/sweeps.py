@@ -135,13 +135,13 @@ def _launch(
 
 
 def table(arguments: list[str]) -> None:
-    """DIR [--paper NAME] [--format F] [--output FILE]: print a sweep's or a paper's table."""
+    """DIR [--paper NAME | all] [--format F] [--output FILE]: print a sweep's or a paper's table."""
 
     def run(
         directory: Annotated[pathlib.Path | None, tyro.conf.Positional] = None,
         paper: str | None = None,
         papers: bool = False,
-        format: Literal["markdown", "latex", "csv"] = "markdown",
+        format: Literal["markdown", "latex", "csv", "json"] = "markdown",
         output: pathlib.Path | None = None,
     ):
         """Print a sweep's scores, mean ± 95 % interval over seeds, or a paper's table with its own
@@ -149,16 +149,17 @@ def table(arguments: list[str]) -> None:
 
         Args:
             directory: directory of a sweep
-            paper: a paper's table, such as vopd_table1: its numbers, ours, and its claims
+            paper: a paper's table, such as vopd_table1: its numbers, ours, and its claims; all: the
+                claims and tables of all papers that the sweep has points of
             papers: list the tables of papers instead
-            format: of the table
+            format: of the table; json: all facts, such as the numbers of each seed
             output: file to write; none: print it
         """
-        from opdjax.report.papers.printing import paper_table, paper_tables
+        from opdjax.report.table import list_of_papers, paper_table
         from opdjax.report.table import table as make_table
 
         if papers:
-            text = paper_tables()
+            text = list_of_papers()
         elif directory is None:
             raise ConfigError("no directory given; expected that of a sweep, or --papers")
         else:

@@ -78,7 +78,7 @@ def require_default(section: Any, path: str, name: str, reason: str) -> None:
 def convert(hint: Any, value: Any, path: str) -> Any:
     """The value as the annotated type, or a ConfigError. Only an int for a float is converted."""
     if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, path + ".")
+        return value if isinstance(value, hint) else from_dict(hint, value, path + ".")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
@@ -127,7 +127,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def from_dict(cls: type, values: dict[str, Any], path: str = "") -> Any:
     """The strict inverse of `to_dict`: ConfigError for an unknown field, with the nearest valid
-    name, and for a wrong type.
+    name, for a wrong type and for the lack of a field without a default.
     """
     if not isinstance(values, dict):
         where = path.rstrip(".") or "the config"
@@ -136,6 +136,9 @@ def from_dict(cls: type, values: dict[str, Any], path: str = "") -> Any:
     for name in values:
         if name not in hints:
             raise ConfigError(f"unknown field {path + name!r}; {nearest(name, hints)}")
+    for field in dataclasses.fields(cls):
+        if field.name not in values and field.default is field.default_factory:  # both MISSING
+            raise ConfigError(f"{path + field.name} is not given; expected a value")
     return cls(**{name: convert(hints[name], value, path + name) for name, value in values.items()})
 
 

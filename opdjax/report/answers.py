@@ -78,42 +78,42 @@ def first_and_last(run: Run, mark: Marker = unmarked) -> ComparedAnswers | None:
 
 def of_arms(arms: Sequence[tuple[str, Sequence[Run]]], mark: Marker) -> ComparedAnswers | None:
     """The prompts on which arms (name, runs) differ most; None if no two arms answered one."""
-    held_out: dict[tuple, list[Answer]] = collections.defaultdict(list)
-    trained: dict[tuple, list[Answer]] = collections.defaultdict(list)
+    is_held_out = any(_evaluated(run) for _, runs in arms for run in runs)
+    found: dict[tuple[str, int, int | None], list[Answer]] = collections.defaultdict(list)
     for name, runs in arms:
         for run in runs:
-            by_step = _evaluated(run)
-            for prompt, answer in by_step[max(by_step)].items() if by_step else ():
-                key = prompt, run.config["seed"], None
-                held_out[key].append(dataclasses.replace(answer, givers=(name,)))
-            if measures.completions_from(run) != "student":
-                continue  # the student wrote none of its training answers
-            # Those of step 1 are by the untrained student, equal in all arms.
-            for step, answers in _trained(run, mark).items() if not held_out else ():
-                for prompt, answer in answers.items() if step > 1 else ():
+            for step, answers in (_last(run) if is_held_out else _own(run, mark)).items():
+                for prompt, answer in answers.items():
                     key = prompt, run.config["seed"], step
-                    trained[key].append(dataclasses.replace(answer, givers=(name,)))
-    found = [
+                    found[key].append(dataclasses.replace(answer, givers=(name,)))
+    prompts = [
         ComparedPrompt(prompt, _merged(answers), seed, step)
-        for (prompt, seed, step), answers in (held_out or trained).items()
+        for (prompt, seed, step), answers in found.items()
         if len(answers) > 1
     ]
-    return ComparedAnswers(bool(held_out), _most_varied(found)) if found else None
+    return ComparedAnswers(is_held_out, _most_varied(prompts)) if prompts else None
+
+
+def _last(run: Run) -> dict[None, dict[str, Answer]]:
+    by_step = _evaluated(run)
+    return {None: by_step[max(by_step)]} if by_step else {}
+
+
+def _own(run: Run, mark: Marker) -> dict[int, dict[str, Answer]]:
+    """The rollouts of the student; those of step 1 are by the untrained one, equal in all arms."""
+    is_own = measures.completions_from(run) == "student"
+    return {step: each for step, each in _trained(run, mark).items() if is_own and step > 1}
 
 
 def _evaluated(run: Run) -> dict[int, dict[str, Answer]]:
     """The greedy answers to the first held-out prompts, by step and prompt; empty for runs of
     earlier versions, which did not record them.
     """
+    graded = lambda each: Answer(each["completion"], bool(each["is_right"]), each["answer"])
+    rows = (row for row in measures.evaluated(run) if row.get("answers"))
     return {
-        row["step"]: {
-            prompt_text(each["prompt"]): Answer(
-                each["completion"], bool(each["is_right"]), each["answer"]
-            )
-            for each in row["answers"]
-        }
-        for row in measures.evaluated(run)
-        if row.get("answers")
+        row["step"]: {prompt_text(each["prompt"]): graded(each) for each in row["answers"]}
+        for row in rows
     }
 
 
@@ -129,26 +129,28 @@ def _trained(run: Run, mark: Marker) -> dict[int, dict[str, Answer]]:
 
 def _merged(answers: Iterable[Answer]) -> tuple[Answer, ...]:
     """Equal answers as one by several givers; the right answers first, then the frequent."""
-    found: dict[tuple, Answer] = {}
+    found: dict[tuple[str, bool | None], list[Answer]] = collections.defaultdict(list)
     for each in answers:
-        key = each.text, each.is_right
-        before = found[key].givers if key in found else ()
-        found[key] = dataclasses.replace(each, givers=before + each.givers)
-    return tuple(
-        sorted(found.values(), key=lambda each: (each.is_right is not True, -len(each.givers)))
-    )
+        found[each.text, each.is_right].append(each)
+    merged = [
+        dataclasses.replace(same[0], givers=tuple(giver for each in same for giver in each.givers))
+        for same in found.values()
+    ]
+    merged.sort(key=lambda each: (each.is_right is not True, -len(each.givers)))
+    return tuple(merged)
 
 
 def _most_varied(prompts: Iterable[ComparedPrompt]) -> tuple[ComparedPrompt, ...]:
-    """The prompts with the most different answers, each once."""
+    """The prompts with the most different answers, each once: first those with mixed grades, then
+    by the number of different answers and of all.
+    """
+
+    def variety(prompt: ComparedPrompt) -> tuple[bool, int, int]:
+        grades = {answer.is_right for answer in prompt.answers} - {None}
+        texts = {answer.text for answer in prompt.answers}
+        return len(grades) > 1, len(texts), sum(len(answer.givers) for answer in prompt.answers)
+
     chosen: dict[str, ComparedPrompt] = {}
-    for each in sorted(prompts, key=_variety, reverse=True):
+    for each in sorted(prompts, key=variety, reverse=True):
         chosen.setdefault(each.prompt, each)
     return tuple(chosen.values())[:_PROMPTS]
-
-
-def _variety(prompt: ComparedPrompt) -> tuple[bool, int, int]:
-    """Whether the grades are mixed, the number of distinct answers, the number of answers."""
-    grades = {answer.is_right for answer in prompt.answers} - {None}
-    texts = {answer.text for answer in prompt.answers}
-    return len(grades) > 1, len(texts), sum(len(answer.givers) for answer in prompt.answers)

@@ -318,13 +318,17 @@ def points(title: str, found: Sequence[Mark], y: str, x: str, *, log_x: bool = F
         axes.text(-0.05, 1.04, y, transform=axes.transAxes, color=MUTED)
         label_below(axes, x, -0.09)
         axes.set_xscale("log" if log_x else "linear")
-        front = {"color": colour_of(0), "linewidth": 1.5, "dashes": (6, 3), "zorder": 2}
-        axes.step([m.x[0] for m in best], [m.y[0] for m in best], where="post", **front)
         means = [mark.y[0] for mark in found]
         spread = max(means) - min(means) or 0.1 * abs(means[0]) or 1.0
         for mark in found:
             _paint_mark(axes, mark, spread)
         axes.margins(0.05)
+        axes.set_xlim(*axes.get_xlim())  # fixes the limits, which the places of names need
+        axes.set_ylim(*axes.get_ylim())
+        x_best = [*(mark.x[0] for mark in best), axes.get_xlim()[1]]
+        y_best = [mark.y[0] for mark in (*best, *best[-1:])]
+        front = {"color": colour_of(0), "linewidth": 1.5, "dashes": (6, 3), "zorder": 2}
+        axes.step(x_best[: len(y_best)], y_best, where="post", **front)
         axes.minorticks_off()
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(tick)
@@ -345,8 +349,10 @@ def _paint_mark(axes: Any, mark: Mark, spread: float) -> None:
         axes.plot([max(x - wide, 0.7 * x), x + wide], [y, y], **bar)
     if math.isfinite(tall):  # an interval wider than all means together is cut
         axes.plot([x, x], [y - min(tall, spread), y + min(tall, spread)], **bar)
-    fill = {"markerfacecolor": colour if mark.is_best else PAGE, "markeredgecolor": colour}
-    dot = axes.plot([x], [y], marker="o", markersize=9 if mark.is_best else 7, **fill, zorder=4)
+    edge = colour if mark.is_best else MUTED
+    fill = {"markerfacecolor": colour if mark.is_best else PAGE, "markeredgecolor": edge}
+    style = {"marker": "o", "markersize": 9 if mark.is_best else 7, "zorder": 4 + mark.is_best}
+    dot = axes.plot([x], [y], **style, **fill)
     dot[0].set_gid(f"title:{mark.title}")
 
 
@@ -355,8 +361,8 @@ def _names(axes: Any, found: Sequence[Mark]) -> None:
     taken: list[tuple[float, float, float]] = []
     for mark in found:
         x, y = axes.transData.transform((mark.x[0], mark.y[0]))
-        width = LETTER * len(mark.name)
-        for dx, dy in ((9, 7), (-9 - width, 7), (9, -17), (-9 - width, -17)):
+        width = 1.1 * LETTER * len(mark.name)  # bold
+        for dx, dy in itertools.product((9, -9 - width), (7, -17, 23, -33)):
             left, up = x + dx, y + dy
             is_free = all(
                 abs(up - other) > 15 or left > end or start > left + width

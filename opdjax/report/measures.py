@@ -70,6 +70,12 @@ def total(run: Run, axis: str) -> float | None:
     return found[0] if found else None
 
 
+def spent(run: Run, axis: str) -> float | None:
+    """The total cost in units of the axis; seconds of a finished run are those of its result."""
+    is_told = axis == "seconds" and run.seconds is not None
+    return run.seconds if is_told else total(run, axis)
+
+
 def steps_of(run: Run) -> list[int]:
     """The steps that `Run.column` has values for."""
     return [row["step"] for row in run.metrics]

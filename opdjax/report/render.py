@@ -47,6 +47,7 @@ _DRAWINGS = (
     drawing.figure,
     drawing.dashes,
     drawing.smoothing_window,
+    drawing.finite,
     drawing_rows.rows_of,
     drawing_rows.lanes,
     drawing_rows.points,
@@ -89,14 +90,19 @@ def render(template: str, facts: Any, **more: Any) -> str:
     return made.render(f=facts, style=style, script=script, **more)
 
 
+def part(template: str, macro: str, facts: Any) -> str:
+    """A part of a page: what a macro makes of the facts."""
+    return getattr(_environment().get_template(template).module, macro)(facts)
+
+
 def facts_as_json(facts: Any) -> str:
-    """The facts as JSON; null stands for a number that is not finite."""
+    """The facts as JSON, without fields outside of `repr`; null stands for no finite number."""
     return json.dumps(_plain(facts), indent=1, ensure_ascii=False)
 
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
-        names = (field.name for field in dataclasses.fields(value))
+        names = (field.name for field in dataclasses.fields(value) if field.repr)
         return {name: _plain(getattr(value, name)) for name in names}
     if isinstance(value, dict):
         return {str(name): _plain(each) for name, each in value.items()}

@@ -5,17 +5,19 @@ No jax: this runs on any machine.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import pathlib
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from opdjax.config.run import Config
 from opdjax.config.saved import upgrade
+from opdjax.config.validation import differences
 from opdjax.runs.statistics import benchmark_lines, paired_difference
 from opdjax.runs.workdir import WorkdirError, read_json, read_lines, read_run_config
 
@@ -52,9 +54,18 @@ class Run:
             return step
         return float(sum(row.get(name, math.nan) for row in self.metrics if row["step"] <= step))
 
-    def score(self, name: str) -> float | None:
-        """`avg@k`, `pass@k` or `greedy` after training."""
-        return (self.result or {}).get("eval_after", {}).get(name)
+    def score(self, name: str, when: Literal["after", "before"] = "after") -> float | None:
+        """`avg@k`, `pass@k` or `greedy` after (or before) training. `avg@k:NAME` is the score of
+        one benchmark, or of `mean`, the mean over all benchmarks.
+        """
+        return _score((self.result or {}).get(f"eval_{when}", {}), name)
+
+    def curve(self, name: str) -> list[tuple[int, float]]:
+        """(step, score) of all evaluations at the temperature of the config, by step."""
+        temperature = self.config["evaluation"]["temperature"]
+        rows = [row for row in self.evaluations if row["temperature"] == temperature]
+        scores = [(row["step"], _score(row, name)) for row in rows]
+        return sorted((step, score) for step, score in scores if score is not None)
 
     @property
     def gain(self) -> float | None:
@@ -97,6 +108,12 @@ class Run:
     def last_mean(self, name: str) -> float | None:
         """Mean of a metric over the last ten steps; None if it was never finite there."""
         return mean(self.column(name)[-10:])
+
+
+def _score(scores: Mapping[str, Any], name: str) -> float | None:
+    kind, _, benchmark = name.partition(":")
+    found = scores.get("benchmarks", {}).get(benchmark, {}) if benchmark else scores
+    return found[kind] if is_number(found.get(kind)) else None
 
 
 def is_number(value: Any) -> bool:
@@ -159,6 +176,12 @@ class SeedGroup:
     def missing(self) -> tuple[str, ...]:
         """Ids of points whose runs are not complete."""
         return tuple(point.id for point in self.points if point.status != "done")
+
+    @property
+    def digest(self) -> str:
+        """The first eight characters of the hash of the config without its seed."""
+        config = {k: v for k, v in upgrade(self.points[0].config).items() if k != "seed"}
+        return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def status_of(directory: pathlib.Path) -> Literal["done", "failed", "begun", "waiting"]:
@@ -304,6 +327,23 @@ def seed_groups(points: Sequence[Point]) -> list[SeedGroup]:
         )
         for same in found.values()
     ]
+
+
+def read_group(group: SeedGroup, reading: Callable[[pathlib.Path], Run] = read_run) -> list[Run]:
+    """The completed runs of a group. WorkdirError if a run's config differs from its point's, or
+    its data and models from those of the first run.
+    """
+    runs = [reading(point.workdir) for point in group.done]
+    for point, run in zip(group.done, runs):
+        changed = differences(upgrade(point.config), upgrade(run.config))
+        changed += differences(runs[0].data, run.data)
+        if changed:
+            listed = "\n  ".join(changed)
+            raise WorkdirError(
+                f"{run.workdir} holds another run than its point asks for, or one with other data; "
+                f"move it away:\n  {listed}"
+            )
+    return runs
 
 
 def make_result(

@@ -1,6 +1,7 @@
 """Scores of repeated sampling, and 95 % intervals over prompts, seeds and trials.
 
-The unit is the prompt (`mean_and_interval`, `paired_difference`) or the seed (`seed_interval`):
+The unit is the prompt (`mean_and_interval`, `paired_difference`) or the seed (`seed_interval`,
+`log_ratio_interval`, `gap_interval`):
 samples of one prompt are not independent.
 """
 
@@ -67,6 +68,43 @@ def seed_interval(values: Sequence[float]) -> tuple[float, float]:
         return float(values[0]), math.inf
     error = statistics.stdev(values) / math.sqrt(len(values))
     return statistics.fmean(values), float(stdtrit(len(values) - 1, 0.975)) * error
+
+
+def log_ratio_interval(pairs: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
+    """`seed_interval` of log(left / right) of the (left, right) of each seed; None unless all
+    numbers are above 0.
+    """
+    if any(left <= 0 or right <= 0 for left, right in pairs):
+        return None
+    return seed_interval([math.log(left / right) for left, right in pairs])
+
+
+def ratio_of_logarithm(mean: float, half: float) -> tuple[float, float, float, float]:
+    """(ratio, larger half width, low end, high end) of an interval of the logarithm of a ratio;
+    beyond a factor of e^50, the interval has no bounds.
+    """
+    ratio = math.exp(mean)
+    if half >= 50:
+        return ratio, math.inf, 0.0, math.inf
+    width = ratio * math.expm1(half)
+    return ratio, width, math.exp(mean - half), ratio + width
+
+
+def lies_within(interval: tuple[float, float], bounds: tuple[float, float]) -> bool | None:
+    """Whether the whole interval is between the bounds: False if none of it is, None if a part."""
+    (low, high), (least, most) = interval, bounds
+    if least < low and high < most:
+        return True
+    return False if high < least or low > most else None
+
+
+def gap_interval(triples: Sequence[tuple[float, float, float]]) -> tuple[float, float] | None:
+    """`seed_interval` of (value - start) / (goal - start) of the (value, start, goal) of each seed;
+    None unless each goal is above its start.
+    """
+    if any(goal <= start for _, start, goal in triples):
+        return None
+    return seed_interval([(value - start) / (goal - start) for value, start, goal in triples])
 
 
 def wilson_interval(hits: int, trials: int) -> tuple[float, float]:

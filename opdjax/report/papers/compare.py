@@ -1,39 +1,110 @@
 """Compares a paper's table with the runs of a sweep: our mean for each cell, missing runs, and the
-verdicts on the paper's claims. No jax.
+verdicts on the paper's claims, from differences paired by seed. No jax.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal
 
 from opdjax.config.saved import upgrade
 from opdjax.config.validation import differences
-from opdjax.report.papers.reading import best_score, reader, spent_until
-from opdjax.report.papers.tables import PaperColumn, PaperTable, Row
-from opdjax.report.papers.verdicts import Cell, Verdict, verdicts_of
-from opdjax.report.table import Reading, read_group
-from opdjax.runs.results import Point, Run, SeedGroup, read_run, seed_groups
+from opdjax.report.papers.tables import (
+    MARKS,
+    READS,
+    PaperClaim,
+    PaperColumn,
+    PaperTable,
+    Row,
+    Value,
+)
+from opdjax.runs.results import Point, Run, SeedGroup, read_group, read_run, seed_groups
+from opdjax.runs.statistics import (
+    gap_interval,
+    lies_within,
+    log_ratio_interval,
+    ratio_of_logarithm,
+    seed_interval,
+)
 from opdjax.runs.workdir import WorkdirError
+
+Status = Literal["reproduced", "contradicted", "inconclusive", "not run"]
+Part = Literal["paper", "ours", "difference"]
+Interval = tuple[float, float | None]  # mean and half of its 95 % interval; None: one seed
+Bounds = tuple[float | None, float | None]  # None: no bound
+_STATUS: dict[bool | None, Status] = {
+    True: "reproduced",
+    False: "contradicted",
+    None: "inconclusive",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A number of the paper, and ours."""
+
+    paper: Value | None
+    by_seed: Mapping[int, float] = dataclasses.field(default_factory=dict)  # in a run's own unit
+    ours: Interval | None = None  # in the paper's unit; None: nothing has been run
+    # Our mean minus the paper's number, in the paper's unit. A column for other models than the
+    # paper's has no number of the paper, so numbers of different models are never subtracted.
+    difference: float | None = None
+    missing: tuple[str, ...] = ()  # ids of points that are not done
+    digest: str | None = None  # of the config without the seed; None: the sweep has no such point
+    # Seeds that never reached the target of PaperColumn.until; their value is all that they spent.
+    censored: tuple[int, ...] = ()
+
+
+Cells = Mapping[str, Mapping[str, Cell]]  # by row label and column label
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """The outcome of a claim in one column, in a run's own unit."""
+
+    claim: PaperClaim
+    column: PaperColumn
+    status: Status
+    # Left minus right, over seeds; the ratio or the share of the gap for claims of that kind. The
+    # interval of a ratio is symmetric in its logarithm, and `difference` has the larger half.
+    difference: Interval | None = None
+    interval: Bounds | None = None  # both ends; None: one seed
+    claimed: Bounds = (None, None)  # the range where the claim holds
+    n: int = 0  # pairs
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A table with our cells; columns that neither the paper nor the sweep fills are left out."""
+    """A table with our cells and verdicts. `json.dumps(dataclasses.asdict(...))` accepts it."""
 
     table: PaperTable
-    columns: tuple[PaperColumn, ...]
-    cells: Mapping[tuple[str, str], Cell]  # by (row label, column label)
+    columns: tuple[PaperColumn, ...]  # those that the paper or the sweep fills
+    cells: Cells
     verdicts: tuple[Verdict, ...]
-    flags: tuple[str, ...] = ()  # caveats: rows with other prompts, commits or machines
+    flags: tuple[str, ...]  # caveats: rows with other prompts, commits or machines
+    marks: Mapping[str, str]  # those that the table uses, with their meaning
 
     @property
     def is_run(self) -> bool:
         """Whether the sweep has any point of the table."""
-        return any(cell.digest for cell in self.cells.values())
+        return any(cell.digest for row in self.cells.values() for cell in row.values())
+
+    def parts(self, columns: Sequence[PaperColumn]) -> list[tuple[PaperColumn, Part]]:
+        """The parts of columns that any row has."""
+        return [
+            (column, part)
+            for column in columns
+            for part in ("paper", "ours", "difference")
+            if any(_has(row[column.label], part) for row in self.cells.values())
+        ]
+
+
+def _has(cell: Cell, part: Part) -> bool:
+    return bool(cell.digest) if part == "ours" else getattr(cell, part) is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +114,6 @@ class _CellRuns:
     row: Row
     group: SeedGroup
     runs: Mapping[int, Run]  # completed runs by seed
-
-    @property
-    def first_run(self) -> Run | None:
-        return next(iter(self.runs.values()), None)
 
 
 _Found = Mapping[tuple[str, str], _CellRuns | None]
@@ -58,37 +125,39 @@ def compare(table: PaperTable, points: Sequence[Point]) -> Comparison:
     WorkdirError if a cell would mix configs, if a run's directory holds another config than its
     point, or if rows of one column were evaluated on different prompts or in different ways.
     """
-    reading = functools.cache(read_run)
-    available = seed_groups(points)
-    keys = [(row, column) for row in table.rows for column in table.columns]
-    found = {
-        (row.label, column.label): _find(row, column, available, reading) for row, column in keys
+    reading, available = functools.cache(read_run), seed_groups(points)
+    found: _Found = {
+        (row.label, column.label): _find(row, column, available, reading)
+        for row in table.rows
+        for column in table.columns
     }
-    cells = {(row.label, column.label): _cell(row, column, found) for row, column in keys}
-    flags = [flag for column in table.columns for flag in _column_flags(table, column, found)]
-    filled = {column for (_, column), cell in cells.items() if cell.paper or cell.digest}
+    cells = {
+        row.label: {
+            column.label: _cell(row, column, row.value(i), found)
+            for i, column in enumerate(table.columns)
+        }
+        for row in table.rows
+    }
+    flat = [(label, cell) for row in cells.values() for label, cell in row.items()]
+    filled = {label for label, cell in flat if cell.paper or cell.digest}
+    marks = {cell.paper.mark for _, cell in flat if cell.paper}
+    marks |= {claim.mark for claim in table.claims}
     return Comparison(
         table,
         tuple(column for column in table.columns if column.label in filled),
         cells,
-        tuple(verdicts_of(table, cells)),
-        tuple(dict.fromkeys([*flags, *_commit_flags(found)])),
+        tuple(verdict for claim in table.claims for verdict in _verdicts(claim, table, cells)),
+        tuple(dict.fromkeys(_flags(table, found))),
+        {mark: text for mark, text in MARKS.items() if mark in marks},
     )
 
 
-def _digest(group: SeedGroup) -> str:
-    """The first eight characters of the hash of the group's config without its seed."""
-    config = upgrade(group.points[0].config)
-    config.pop("seed")
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
-
-
 def _find(
-    row: Row, column: PaperColumn, available: Sequence[SeedGroup], reading: Reading
+    row: Row, column: PaperColumn, available: Sequence[SeedGroup], reading: Callable[..., Run]
 ) -> _CellRuns | None:
-    if row.labels is None or not column.read:
+    if not (row.arm and column.read):
         return None
-    wanted = {**row.labels, **column.labels}
+    wanted = {"arm": row.arm} | ({"pair": column.pair} if column.pair else {})
     fitting = [group for group in available if wanted.items() <= group.overrides.items()]
     if len(fitting) > 1:
         changed = "\n  ".join(differences(fitting[0].points[0].config, fitting[1].points[0].config))
@@ -98,51 +167,111 @@ def _find(
         )
     if not fitting:
         return None
-    runs = read_group(fitting[0], reading)
-    return _CellRuns(row, fitting[0], {run.config["seed"]: run for run in runs})
+    runs = {run.config["seed"]: run for run in read_group(fitting[0], reading)}
+    return _CellRuns(row, fitting[0], dict(sorted(runs.items())))
 
 
-def _cell(row: Row, column: PaperColumn, found: _Found) -> Cell:
-    own, paper = found[row.label, column.label], row.values.get(column.label)
+# Cells
+
+
+def _cell(row: Row, column: PaperColumn, paper: Value | None, found: _Found) -> Cell:
+    own, censored = found[row.label, column.label], []
     if own is None:
-        return Cell(paper, {}, (), None)
-    cell = functools.partial(Cell, paper, missing=own.group.missing, digest=_digest(own.group))
-    runs = sorted(own.runs.items())
-    if not column.until:
-        read = reader(column.read, row.when)
-        return cell({seed: value for seed, run in runs if (value := read(run)) is not None})
-    goal = found[column.until, column.label]
-    if goal is None or row.when == "before":
-        return cell({})
-    targets = {seed: best_score(run, column.read) for seed, run in goal.runs.items()}
-    spent = {
-        seed: spent_until(run, column, target)
-        for seed, run in runs
-        if (target := targets.get(seed)) is not None
+        return Cell(paper)
+    read = reader(column.read, row.when)
+    by_seed = {seed: value for seed, run in own.runs.items() if (value := read(run)) is not None}
+    if column.until:
+        goal = found[column.until, column.label] if row.when == "after" else None
+        spent = _spent(own.runs, goal.runs if goal else {}, column)
+        by_seed = {seed: amount for seed, (amount, _) in spent.items()}
+        censored = [seed for seed, (_, is_reached) in spent.items() if not is_reached]
+    ours = difference = None
+    if by_seed:
+        mean, half = seed_interval(list(by_seed.values()))
+        ours = finite(mean * column.scale, half * column.scale)
+        difference = ours[0] - paper.number if paper else None
+    group = own.group
+    return Cell(paper, by_seed, ours, difference, group.missing, group.digest, tuple(censored))
+
+
+def reader(read: str, when: Literal["after", "before"] = "after") -> Callable[[Run], float | None]:
+    """A function that returns a column's number of a run, or None if the run has no such number.
+
+    `avg@k`, `pass@k`, `greedy`: the score after (or before) training, over all prompts.
+    `avg@k:NAME`: the same for one benchmark, or for `mean`, the mean over all benchmarks.
+    `median:METRIC`: median of a metric over all steps. `last:METRIC`: its mean over the last ten.
+    `seconds`: training time. Only scores exist before training. An empty `read` returns None for
+    every run. ValueError for any other `read`.
+    """
+    kind, _, name = read.partition(":")
+    if "@" in kind or kind == "greedy":
+        return lambda run: run.score(read, when)
+    readers: dict[str, Callable[[Run], float | None]] = {
+        "": lambda run: None,
+        "seconds": lambda run: run.seconds,
+        "median": lambda run: run.median(name),
+        "last": lambda run: run.last_mean(name),
     }
-    return cell(
-        {seed: amount for seed, (amount, _) in spent.items()},
-        censored=frozenset(seed for seed, (_, is_reached) in spent.items() if not is_reached),
-    )
+    if kind not in readers:
+        raise ValueError(f"a column reads {read!r}; expected {READS}")
+    return readers[kind if when == "after" else ""]
 
 
-def _column_flags(table: PaperTable, column: PaperColumn, found: _Found) -> list[str]:
+def _spent(
+    runs: Mapping[int, Run], goals: Mapping[int, Run], column: PaperColumn
+) -> dict[int, tuple[float, bool]]:
+    """By seed: (prompts or seconds spent, True) at the first evaluation that scores at least as
+    much as the best one of the seed's goal; (all that the run spent, False) if there is none.
+    """
+    targets = {seed: [score for _, score in run.curve(column.read)] for seed, run in goals.items()}
+    found = {}
+    for seed, run in runs.items():
+        if not targets.get(seed):
+            continue
+        reached = [step for step, score in run.curve(column.read) if score >= max(targets[seed])]
+        train = run.config["train"]
+        step = reached[0] if reached else train["num_steps"]
+        prompts = step * train["prompts_per_step"]
+        spent = prompts if column.spent == "prompts" else run.total_at("seconds", step)
+        found[seed] = float(spent), bool(reached)
+    return found
+
+
+def finite(mean: float, half: float) -> Interval:
+    """The interval with None for an infinite half width, as JSON has no infinity."""
+    return mean, half if math.isfinite(half) else None
+
+
+# Caveats
+
+
+def _flags(table: PaperTable, found: _Found) -> Iterator[str]:
     """Caveats on comparing the rows of a column; WorkdirError if they do not compare."""
-    present = [each for row in table.rows if (each := found[row.label, column.label]) is not None]
-    return [flag for other in present[1:] for flag in _pair_flags(table, column, present[0], other)]
+    for column in table.columns:
+        cells = [found[row.label, column.label] for row in table.rows]
+        present = [each for each in cells if each is not None]
+        for other in present[1:]:
+            yield from _pair_flags(table, column, present[0], other)
+    runs = [run for each in found.values() if each is not None for run in each.runs.values()]
+    commits = sorted({str(run.environment.get("commit"))[:12] for run in runs})
+    if len(commits) > 1:
+        yield f"the runs of this table are of several commits: {', '.join(commits)}"
 
 
 def _pair_flags(
     table: PaperTable, column: PaperColumn, first: _CellRuns, other: _CellRuns
 ) -> Iterator[str]:
     names = f"rows {first.row.label!r} and {other.row.label!r} of {table.name}"
-    settings = [_evaluation(each, column) for each in (first, other)]
+    # The interval between evaluations matters only to the first one that reaches a target.
+    left_out = ("batch_size",) if column.until else ("batch_size", "every")
+    asked = [upgrade(each.group.points[0].config)["evaluation"] for each in (first, other)]
+    settings = [{k: v for k, v in each.items() if k not in left_out} for each in asked]
     if changed := differences(*settings, "evaluation."):
         listed = "\n  ".join(changed)
         raise WorkdirError(f"{names} were evaluated in other ways and do not compare:\n  {listed}")
-    one, two = first.first_run, other.first_run
-    if one is None or two is None:
+    if not (first.runs and other.runs):
         return
+    one, two = (next(iter(each.runs.values())) for each in (first, other))
     if one.data.get("evaluation") != two.data.get("evaluation"):
         if one.config["student"]["path"] == two.config["student"]["path"]:
             raise WorkdirError(
@@ -152,31 +281,64 @@ def _pair_flags(
     is_start = "before" in (first.row.when, other.row.when)
     if one.data.get("prompts") != two.data.get("prompts") and not is_start:
         yield f"{names} were trained on other prompts"
-    if _is_time(column) and (machines := differences(_machine(one), _machine(two))):
-        yield f"{names} ran on other machines, which affects seconds: {'; '.join(machines)}"
+    machine = ("machine", "devices", "cores")
+    machines = [{name: run.environment.get(name) for name in machine} for run in (one, two)]
+    if column.is_timed and (changed := differences(*machines)):
+        yield f"{names} ran on other machines, which affects seconds: {'; '.join(changed)}"
 
 
-def _is_time(column: PaperColumn) -> bool:
-    parts = (column.read, column.spent if column.until else "")
-    return "seconds" in parts or "time/" in column.read or "per_second" in column.read
+# Verdicts
 
 
-def _machine(run: Run) -> dict[str, object]:
-    return {name: run.environment.get(name) for name in ("machine", "devices", "cores")}
-
-
-def _evaluation(found: _CellRuns, column: PaperColumn) -> dict[str, object]:
-    """The evaluation settings that a column depends on; the interval between evaluations matters
-    only if the column reads the first evaluation that reaches a target.
+def _verdicts(claim: PaperClaim, table: PaperTable, cells: Cells) -> list[Verdict]:
+    """The verdicts in all columns that read the same quantity (other benchmarks or pairs of models)
+    and have runs; a single `not run` if none has.
     """
-    evaluation = upgrade(found.group.points[0].config)["evaluation"]
-    left_out = ("batch_size",) if column.until else ("batch_size", "every")
-    return {name: value for name, value in evaluation.items() if name not in left_out}
+    named = next(column for column in table.columns if column.label == claim.column)
+    alike = [column for column in table.columns if _kind(column) == _kind(named)]
+    found = [_verdict(claim, column, cells) for column in alike]
+    return [each for each in found if each.n] or [each for each in found if each.column is named]
 
 
-def _commit_flags(found: _Found) -> list[str]:
-    runs = [run for each in found.values() if each is not None for run in each.runs.values()]
-    commits = sorted({str(run.environment.get("commit"))[:12] for run in runs})
-    if len(commits) < 2:
-        return []
-    return [f"the runs of this table are of several commits: {', '.join(commits)}"]
+def _kind(column: PaperColumn) -> tuple[str, str, str]:
+    """Columns of one kind read the same quantity; scores on all benchmarks are one kind."""
+    read = column.read.partition(":")[0] if "@" in column.read else column.read
+    return read, column.until, column.spent
+
+
+def _verdict(claim: PaperClaim, column: PaperColumn, cells: Cells) -> Verdict:
+    left, right = (cells[label][column.label] for label in (claim.left, claim.right))
+    a, b = left.by_seed, right.by_seed
+    start = cells[claim.base][column.label].by_seed if claim.base else {}
+    seeds = [seed for seed in a if seed in b]
+    if claim.kind == "gap":
+        seeds = list(a) if start and b else []
+    least, most = {
+        "less": (-math.inf, 0 - claim.margin),
+        "equal": (-claim.margin, claim.margin),
+    }.get(claim.kind, (claim.margin, math.inf))
+    bounds = tuple(each if math.isfinite(each) else None for each in (least, most))
+    verdict = functools.partial(Verdict, claim, column, claimed=bounds, n=len(seeds))
+    if not seeds:
+        return verdict("not run")
+    if claim.kind == "gap":
+        # A seed without its own start or goal takes the mean over the others: a teacher need not
+        # be measured once per seed.
+        first, last = statistics.fmean(start.values()), statistics.fmean(b.values())
+        found = gap_interval([(a[s], start.get(s, first), b.get(s, last)) for s in seeds])
+    elif claim.kind == "ratio":
+        found, least = log_ratio_interval([(a[s], b[s]) for s in seeds]), math.log(least)
+    else:
+        found = seed_interval([a[s] - b[s] for s in seeds])
+    if found is None:
+        return verdict("inconclusive")
+    mean, half = found
+    # A value of a run that never reached its target is a lower bound.
+    low = -math.inf if set(right.censored).intersection(seeds) else mean - half
+    high = math.inf if set(left.censored).intersection(seeds) else mean + half
+    status = _STATUS[lies_within((low, high), (least, most))]
+    ends = (mean - half, mean + half)
+    if claim.kind == "ratio":
+        mean, half, *ends = ratio_of_logarithm(mean, half)
+    is_bounded = math.isfinite(half)
+    return verdict(status, finite(mean, half), tuple(ends) if is_bounded else None)

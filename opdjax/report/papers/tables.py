@@ -1,16 +1,28 @@
-"""A paper's table or figure as data: what it compares, its numbers and its claims.
+"""A paper's tables and figures as data: what they compare, their numbers and their claims.
+
+Each paper has a YAML file in this directory with `paper` and `tables`, a list of `PaperTable`. Its
+entries have the fields of the dataclasses below.
 
 A row is an arm of a sweep (`opdjax.config.grid.arms`). A column is a score or metric of its runs,
-possibly for one pair of models. A cell is the mean over the seeds of the points that carry the
-labels of both. Sweeps at the paper's size and their small twins use the same labels.
+possibly for one pair of models. Sweeps at the paper's size and their small twins use the same
+labels. No jax.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+import json
+import pathlib
+import re
+from collections.abc import Sequence
 from typing import Literal
 
+import yaml
+
+from opdjax.config.validation import ConfigError, from_dict, nearest, require
+
+PAPERS = ("vopd", "npd", "ropd", "rubricem")
 # Where a number comes from, the most reliable source first.
 MARKS = {
     "C": "the released code",
@@ -25,6 +37,10 @@ MARKS = {
     "D": "derived by arithmetic",
     "I": "inferred",
 }
+_SCALES = {"%": 100.0, "h": 1 / 3600}  # from a run's number to the unit
+READS = "a score (avg@k:NAME), seconds, median:METRIC or last:METRIC"
+_READ = re.compile(r"((avg@k|pass@k|greedy)(:.+)?|(median|last):.+|seconds)?")
+_VALUE = re.compile(rf"-?\d+(\.\d+)? [{''.join(MARKS)}]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,31 +53,49 @@ class Value:
 
 @dataclasses.dataclass(frozen=True)
 class PaperColumn:
-    """A quantity, how it is read from a run, and the points that it applies to."""
+    """A quantity, how it is read from a run, and the pair of models that it applies to."""
 
     label: str
-    # See `reading.reader`. Empty: only the paper has this number, no run here can have it.
+    # See `compare.reader`. Empty: only the paper has this number, no run here can have it.
     read: str = "avg@k"
-    # Labels that the column's points carry in addition to the row's, such as pair.
-    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    scale: float = 1.0  # from a run's number to the paper's unit, such as 100 for percent
+    pair: str = ""  # label of the column's points in addition to the row's arm; empty: any
     unit: str = ""
     # Label of a row. If set, the number is not the score `read` but the cost (`spent`) until a run
     # first scores as much as the best evaluation of that row's run with the same seed.
     until: str = ""
     spent: Literal["prompts", "seconds"] = "prompts"
 
+    @property
+    def scale(self) -> float:
+        """From a run's own number to the paper's unit."""
+        return _SCALES.get(self.unit, 1.0)
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether the number depends on the machine."""
+        parts = (self.read, self.spent if self.until else "")
+        return "seconds" in parts or "time/" in self.read or "per_second" in self.read
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A method: an arm of the sweep, or, without labels, a method that is not implemented here."""
+    """A method: an arm of the sweep or, without one, a method that is not implemented here."""
 
     label: str
-    labels: Mapping[str, str] | None  # such as {"arm": "vopd"}
-    values: Mapping[str, Value] = dataclasses.field(default_factory=dict)  # by column label
+    arm: str = ""
+    # The paper's numbers in the table's first columns, each with its mark ("58.7 N"), or None.
+    values: tuple[str | None, ...] = ()
     note: str = ""
     # The score after or before training; `before` is the untrained student of these runs.
     when: Literal["after", "before"] = "after"
+
+    def value(self, index: int) -> Value | None:
+        """The paper's number in a column of the table; None if it has none."""
+        text = self.values[index] if index < len(self.values) else None
+        if text is None:
+            return None
+        number, mark = text.split()
+        return Value(json.loads(number), mark)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,14 +130,65 @@ class PaperTable:
     claims: tuple[PaperClaim, ...]
     notes: tuple[str, ...] = ()
 
-    def column(self, label: str) -> PaperColumn:
-        """The column with this label."""
-        return next(column for column in self.columns if column.label == label)
+
+@functools.cache
+def paper_tables() -> dict[str, PaperTable]:
+    """The tables of all papers, by name. ConfigError if a file is wrong."""
+    here = pathlib.Path(__file__).parent
+    return {table.name: table for name in PAPERS for table in load(here / f"{name}.yaml")}
 
 
-def numbers(
-    columns: Sequence[PaperColumn], values: Sequence[float | None], mark: str = "P"
-) -> dict[str, Value]:
-    """The paper's values of a row by column label; a value of None is left out."""
-    pairs = zip(columns, values)
-    return {column.label: Value(value, mark) for column, value in pairs if value is not None}
+def paper_named(name: str) -> PaperTable:
+    """The table with this name; ConfigError if there is none."""
+    tables = paper_tables()
+    names = ", ".join(tables)
+    if name not in tables:
+        raise ConfigError(
+            f"there is no table {name!r}; {nearest(name, tables)}; the names are {names}"
+        )
+    return tables[name]
+
+
+def load(file: pathlib.Path) -> list[PaperTable]:
+    """The tables of one paper. ConfigError with the file, the entry and what was expected."""
+    try:
+        found = from_dict(_Paper, yaml.safe_load(file.read_text()), f"{file.name}: ")
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file.name}: {error}; expected YAML") from error
+    made = []
+    for entry in found.tables:
+        path = f"{file.name}: {entry.get('name')}."
+        made.append(from_dict(PaperTable, entry | {"paper": found.paper}, path))
+        _check(made[-1], path)
+    return made
+
+
+@dataclasses.dataclass(frozen=True)
+class _Paper:
+    paper: str
+    tables: tuple[dict, ...]
+
+
+def _check(table: PaperTable, path: str) -> None:
+    columns, rows = ([part.label for part in parts] for parts in (table.columns, table.rows))
+    for name, labels in (("columns", columns), ("rows", rows)):
+        require(len(set(labels)) == len(labels), path + name, labels, "labels that differ")
+    labels_at: dict[str, tuple[str, Sequence[str]]] = {}  # field -> its label, valid ones
+    for i, column in enumerate(table.columns):
+        is_valid = bool(_READ.fullmatch(column.read))
+        require(is_valid, f"{path}columns[{i}].read", column.read, READS)
+        labels_at[f"columns[{i}].until"] = column.until, ["", *rows]
+    for i, row in enumerate(table.rows):
+        at, values = f"{path}rows[{i}]", row.values
+        is_valid = all(value is None or _VALUE.fullmatch(value) for value in values)
+        require(is_valid, f"{at}.values", values, "numbers with a mark, such as 58.7 N, or null")
+        require(len(values) <= len(columns), f"{at}.values", values, "a value a column at most")
+        require(bool(row.arm or row.note), at, row.label, "an arm, or a note why it has none")
+    for i, claim in enumerate(table.claims):
+        bases = rows if claim.kind == "gap" else [""]
+        valid = {"left": rows, "right": rows, "base": bases, "column": columns, "mark": [*MARKS]}
+        for field, labels in valid.items():
+            labels_at[f"claims[{i}].{field}"] = getattr(claim, field), labels
+    for field, (label, labels) in labels_at.items():
+        if label not in labels:
+            raise ConfigError(f"{path}{field} is {label!r}; {nearest(label, labels)}")

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import re
 import subprocess
 import sys
@@ -10,9 +11,9 @@ import pytest
 import study
 
 from opdjax.config.validation import ConfigError
-from opdjax.report.papers.printing import paper_table, paper_tables
-from opdjax.report.papers.registry import PAPER_TABLES
-from opdjax.report.table_formats import latex, markdown
+from opdjax.report.papers.tables import paper_tables
+from opdjax.report.table import latex, list_of_papers, markdown, paper_table, table
+from opdjax.runs.workdir import WorkdirError
 
 SCORES = {
     "opd": (0.50, 0.52, 0.54),
@@ -123,7 +124,7 @@ def test_a_directory_without_the_tables_arms_says_what_it_looks_for(mini):
     assert "not run" in text
 
 
-@pytest.mark.parametrize("name", PAPER_TABLES)
+@pytest.mark.parametrize("name", paper_tables())
 def test_every_table_prints_in_every_format(name, hub):
     text = paper_table(hub, name, "latex")
     for tabular in re.findall(r"\\begin\{tabular\}\{(l+)\}\n(.*?)\\end\{tabular\}", text, re.S):
@@ -158,6 +159,44 @@ def test_csv_has_all_figures(hub):
     ]
 
 
+def test_json_has_all_facts(hub):
+    found = json.loads(paper_table(hub, "vopd_table1", "json"))
+    cell = found["cells"]["vOPD"]["1.7B MATH500"]
+    assert cell["paper"] == {"number": 64.9, "mark": "N"}
+    assert cell["by_seed"] == {"0": 0.6, "1": 0.62, "2": 0.64}
+    assert cell["ours"][0] == pytest.approx(62.0)
+    assert cell["difference"] == pytest.approx(-2.9)
+    assert found["cells"]["OPD top-k"]["1.7B average"]["missing"] == [
+        f"pair=qwen3_1_7b,arm=opd_topk,seed={seed}" for seed in (1, 2)
+    ]
+    verdict = found["verdicts"][0]
+    assert (verdict["status"], verdict["n"], verdict["claimed"]) == ("reproduced", 3, [0.0, None])
+    assert verdict["interval"][0] <= verdict["difference"][0] <= verdict["interval"][1]
+    assert found["marks"]["N"] == "machine-written notes on the paper"
+    (row,) = [each for each in json.loads(table(hub, "json")) if each["overrides"]["arm"] == "vopd"]
+    assert row["values"]["avg@k"][0] == pytest.approx(0.52)
+
+
+def test_all_papers_at_once(mini, tmp_path):
+    text = paper_table(mini, "all")
+    overview, *rest = text.split("\n\n## ")
+    names = [part.partition(":")[0] for part in rest]
+    assert names[:4] == ["vopd_table1", "vopd_k", "vopd_step_time", "vopd_gradient_norm"]
+    assert "npd_lambda" not in names  # the sweep has no point of it
+    assert overview.startswith("## All ")
+    assert "| vopd_table1 | vOPD is better than OPD [N] |" in overview
+    assert "13 of 15 points done" in overview
+    for name in names:
+        assert paper_table(mini, name) in text
+    assert [each["table"]["name"] for each in json.loads(paper_table(mini, "all", "json"))] == names
+    lines = list(csv.DictReader(io.StringIO(paper_table(mini, "all", "csv"))))
+    assert list(dict.fromkeys(line["table"] for line in lines)) == names
+    assert paper_table(mini, "all", "latex").count(r"\begin{tabular}") == 2 * len(names) + 1
+    study.make(tmp_path, {"opd": (0.5,)}, pair="other")
+    with pytest.raises(WorkdirError, match="no point of any paper's table"):
+        paper_table(tmp_path, "all")
+
+
 def test_text_is_text_in_latex_and_markdown():
     nasty = r"a_b & 5 % of {x} \cmd ~ ^ # $ < | ±"
     escaped = latex(["h"], [[nasty]]).splitlines()[4]
@@ -173,7 +212,7 @@ def test_a_name_that_no_table_has(mini):
         ConfigError, match=r"did you mean 'vopd_table1'\?; the names are vopd_table1, vopd_k,"
     ):
         paper_table(mini, "vopd_tabel1")
-    assert [line.split()[0] for line in paper_tables().splitlines()] == list(PAPER_TABLES)
+    assert [line.split()[0] for line in list_of_papers().splitlines()] == list(paper_tables())
 
 
 def test_the_command(mini, tmp_path):
@@ -188,7 +227,7 @@ def test_the_command(mini, tmp_path):
     done = run(mini, "--paper", "vopd_k", "--format", "latex", "--output", output)
     assert (done.returncode, done.stdout) == (0, f"wrote {output}\n")
     assert output.read_text() == paper_table(mini, "vopd_k", "latex") + "\n"
-    assert run("--papers").stdout == paper_tables() + "\n"
+    assert run("--papers").stdout == list_of_papers() + "\n"
     failed = run(mini, "--paper", "vopd")
     assert failed.returncode != 0
     assert "there is no table 'vopd'" in failed.stderr

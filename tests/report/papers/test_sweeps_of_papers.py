@@ -14,7 +14,7 @@ import study
 from opdjax.config.experiments import load_sweep
 from opdjax.estimators import estimator_of
 from opdjax.report.papers.compare import compare
-from opdjax.report.papers.registry import PAPER_TABLES
+from opdjax.report.papers.tables import paper_tables
 from opdjax.runs.results import read_points
 
 SWEEPS = pathlib.Path(__file__).parents[3] / "experiments" / "sweeps"
@@ -52,16 +52,15 @@ def test_every_recipe_of_a_sweep_takes_its_options(file):
         estimator_of(config.estimator)
 
 
-@pytest.mark.parametrize("name", PAPER_TABLES)
+@pytest.mark.parametrize("name", paper_tables())
 def test_every_row_of_a_table_has_its_runs(name, asked):
     found = compare(
-        PAPER_TABLES[name], asked
+        paper_tables()[name], asked
     )  # raises where a cell has two configs, or rows of a column two evaluations
     for column in found.table.columns:
         for row in found.table.rows:
-            pair = column.labels.get("pair")
-            wanted = bool(column.read and row.labels) and (pair, row.labels["arm"]) not in ELSEWHERE
-            assert bool(found.cells[row.label, column.label].digest) == wanted, (
+            wanted = bool(column.read and row.arm) and (column.pair, row.arm) not in ELSEWHERE
+            assert bool(found.cells[row.label][column.label].digest) == wanted, (
                 row.label,
                 column.label,
             )
@@ -71,11 +70,11 @@ def test_every_row_of_a_table_has_its_runs(name, asked):
 @pytest.mark.parametrize("name", [*HUB, *MINI])
 def test_every_run_of_a_sweep_stands_in_a_table(name):
     cells = {
-        (column.labels.get("pair"), row.labels["arm"])
-        for table in PAPER_TABLES.values()
+        (column.pair, row.arm)
+        for table in paper_tables().values()
         for column in table.columns
         for row in table.rows
-        if row.labels
+        if row.arm
     }
     assert {(point.overrides["pair"], point.overrides["arm"]) for point in points_of(name)} <= cells
 
@@ -86,7 +85,7 @@ def test_what_a_sweep_says_of_its_runs_is_so(name):
     assert f"{len(points_of(name))} runs" in text
     for expected in ("Paper:", "Data", "Evaluation", "Hardware:", "Never run here", "Deviations:"):
         assert expected.lower() in text.lower(), expected
-    assert any(f"--paper {table} " in text for table in PAPER_TABLES)
+    assert any(f"--paper {table} " in text for table in paper_tables())
 
 
 def test_a_dry_run_of_the_command(tmp_path):
