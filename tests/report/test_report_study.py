@@ -37,11 +37,11 @@ from opdjax.config import (
 from opdjax.config.validation import ConfigError, to_dict
 from opdjax.data.tasks.arithmetic import problems
 from opdjax.report.drawing_rows import log_ticks
-from opdjax.report.markup import amount, plus_minus
 from opdjax.report.papers.compare import Verdict, compare
 from opdjax.report.papers.tables import PaperClaim, PaperColumn, paper_tables
 from opdjax.report.render import part
 from opdjax.report.sweep import label, sweep_facts
+from opdjax.report.text import amount, plus_minus
 from opdjax.runs.results import read_points, read_run
 from opdjax.runs.statistics import seed_interval
 from opdjax.runs.workdir import WorkdirError
