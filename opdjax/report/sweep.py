@@ -151,14 +151,9 @@ def sweep_facts(
     arms = [arm for arm in every if not arm.is_reference] or every
     finished = [run for arm in arms for run in arm.runs]
     counts = [measures.samples_per_prompt(run) for arm in every for run in arm.runs]
-    starts = [(run.result or {}).get("eval_before", {}) for run in finished]
     told = {arm.name: fixed(arm.score and arm.score[0]) for arm in arms}
-    spans = (
-        arm.score if math.isfinite(arm.score[1]) else (arm.score[0], 0.0)
-        for arm in arms
-        if arm.score
-    )
-    ends = [end for middle, half in spans for end in (middle - half, middle + half)]
+    spans = [_ends(*arm.score) or arm.score[:1] for arm in arms if arm.score]
+    ends = [end for span in spans for end in span]
     first, *others = [measures.leaves(point.config) for point in points]
     varying = differing([first, *others])
     few = [name for name in varying if len(varying) <= _VARYING or name == "seed"]
@@ -173,7 +168,10 @@ def sweep_facts(
         references=tuple(arm for arm in every if arm.is_reference and arms is not every),
         best=tuple(name for name, score in told.items() if score == told[arms[0].name] != "–"),
         score_range=(min(ends, default=0.0), max(ends, default=1.0)),
-        before={score: _agreed(start.get(score) for start in starts) for score in measures.SCORES},
+        before={
+            score: _agreed(run.score(score, "before") for run in finished)
+            for score in measures.SCORES
+        },
         damaged=damaged,
         changed_files=_changed_files(finished),
         mixed=tuple(n for n, read in _SHARED.items() if len({repr(read(r)) for r in finished}) > 1),
@@ -259,10 +257,14 @@ def _ranked(points: Sequence[Point], runs: Mapping[pathlib.Path, Run]) -> list[A
     return _coloured([dataclasses.replace(arm, name=name) for arm, name in zip(arms, named)])
 
 
+def _slots(names: Sequence[str]) -> dict[str, int]:
+    """A colour each; if there are too many, only the first, which are the best, have one."""
+    most = SERIES if len(names) <= SERIES else SERIES - 1
+    return {name: at if at < most else REST for at, name in enumerate(names)}
+
+
 def _coloured(arms: Sequence[Arm]) -> list[Arm]:
-    """The arms with a colour each; if there are too many, only the best have one."""
-    own = [arm.name for arm in arms if arm.runs and not arm.is_reference]
-    slots = {name: at for at, name in enumerate(own if len(own) <= SERIES else own[: SERIES - 1])}
+    slots = _slots([arm.name for arm in arms if arm.runs and not arm.is_reference])
     return [dataclasses.replace(arm, slot=slots.get(arm.name, REST)) for arm in arms]
 
 
@@ -338,11 +340,14 @@ def _front(arms: Sequence[Arm], axis: str) -> tuple[str, ...]:
 # Lines
 
 
+def _ends(middle: float, half: float) -> Interval | None:
+    return (middle - half, middle + half) if math.isfinite(half) else None
+
+
 def _band(x: Sequence[float], values: Iterable[Interval | None], slot: int, **style: Any) -> Line:
     """A line with its intervals; an infinite half width is not drawn."""
     known = [value or (math.nan, math.nan) for value in values]
-    ends = [(m - h, m + h) if math.isfinite(h) else (math.nan, math.nan) for m, h in known]
-    low, high = zip(*ends)
+    low, high = zip(*(_ends(*each) or (math.nan, math.nan) for each in known))
     return Line(list(x), [mean for mean, _ in known], low, high, slot, **style)
 
 
@@ -356,19 +361,23 @@ def _rates(arms: Sequence[Arm]) -> dict[str, dict[str, Line]]:
         if arm.score is not None:
             families[json.dumps(rest, sort_keys=True)].append(arm)
     rate_of = lambda arm: arm.config["optimizer"]["learning_rate"]
-    lines = [sorted(family, key=rate_of) for family in families.values() if len(family) > 1]
-    is_rate = lambda name: name.rpartition(".")[2] == "learning_rate"
-    kept = ({n: v for n, v in each[0].settings.items() if not is_rate(n)} for each in lines)
-    names = distinct([*map(label, kept)])
-    colours = SERIES if len(lines) <= SERIES else SERIES - 1
-    found: dict[str, dict[str, Line]] = {}
-    for at, (name, family) in enumerate(zip(names, lines)):
-        style = {"slot": at if at < colours else REST, "has_markers": True, "bars": True}
-        found[name] = {
-            score: _band(map(rate_of, family), [arm.numbers[score] for arm in family], **style)
+    kept = [sorted(family, key=rate_of) for family in families.values() if len(family) > 1]
+    others = (
+        {n: v for n, v in family[0].settings.items() if n.rpartition(".")[2] != "learning_rate"}
+        for family in kept
+    )
+    slots = _slots(distinct([*map(label, others)]))
+    return {
+        name: {
+            score: _band(
+                [*map(rate_of, family)],
+                [arm.numbers[score] for arm in family],
+                **{"slot": slot, "has_markers": True, "bars": True},
+            )
             for score in measures.SCORES
         }
-    return found
+        for (name, slot), family in zip(slots.items(), kept)
+    }
 
 
 def _curves(arms: Sequence[Arm], axis: str) -> dict[str, Lines]:
