@@ -70,6 +70,12 @@ def total(run: Run, axis: str) -> float | None:
     return found[0] if found else None
 
 
+def spent(run: Run, axis: str) -> float | None:
+    """The total cost in units of the axis; seconds of a finished run are those of its result."""
+    is_told = axis == "seconds" and run.seconds is not None
+    return run.seconds if is_told else total(run, axis)
+
+
 def steps_of(run: Run) -> list[int]:
     """The steps that `Run.column` has values for."""
     return [row["step"] for row in run.metrics]
@@ -128,6 +134,20 @@ def covered(spans: Iterable[Span]) -> list[tuple[float, float]]:
     return found
 
 
+def skipped_steps(run: Run) -> int:
+    """Updates that were skipped because the loss or gradient was not finite."""
+    counted = [value for value in run.column("grad/skipped_steps") if value is not None]
+    return int((run.result or {}).get("skipped_steps") or (counted[-1] if counted else 0))
+
+
+def failure_texts(failure: dict[str, Any]) -> dict[str, str]:
+    """The facts of a failure as texts; a list is one text of several lines."""
+    lines = {
+        n: "\n".join(map(str, v)) if isinstance(v, list) else str(v) for n, v in failure.items()
+    }
+    return {name: text.strip() for name, text in lines.items()}
+
+
 def leaves(values: dict[str, Any], path: str = "") -> dict[str, Any]:
     """A nested config as `section.field: value`."""
     found: dict[str, Any] = {}
@@ -135,6 +155,11 @@ def leaves(values: dict[str, Any], path: str = "") -> dict[str, Any]:
         key = f"{path}{name}"
         found |= leaves(value, f"{key}.") if isinstance(value, dict) else {key: value}
     return found
+
+
+def judge_name(run: Run) -> str:
+    """The model that gives the verdicts; "a judge" where the config does not name it."""
+    return model_name((run.config.get("verifier") or {}).get("model") or "a judge")
 
 
 def model_name(path: str) -> str:

@@ -4,6 +4,7 @@ came out as nothing.
 
 import builtins
 import copy
+import html
 import itertools
 import json
 import math
@@ -14,7 +15,7 @@ import sys
 import pytest
 from test_report import NASTY, config, read, row, write_run
 
-from opdjax.report import audit_charts, audit_page, charts
+from opdjax.report import audit, drawing, drawing_rows
 from opdjax.report.page import write_audit_report, write_report
 from opdjax.runs.workdir import WorkdirError
 
@@ -216,9 +217,11 @@ def sections(parser):
 
 def told(parser, anchor):
     found = re.search(
-        rf'<section id="{anchor}"><h2>[^<]*</h2><p class="finding">(.*?)</p>', parser.source
+        rf'<section id="{anchor}"><h2>[^<]*</h2>\s*<p class="finding">(.*?)</p>',
+        parser.source,
+        re.DOTALL,
     )
-    return found[1].replace("&#x27;", "'").replace("\u00a0", " ")
+    return " ".join(html.unescape(found[1]).split())
 
 
 def test_it_has_every_section_and_says_what_was_measured(page):
@@ -389,7 +392,7 @@ def test_without_matplotlib_the_audit_ends_well(tmp_path, monkeypatch):
 
 def test_the_page_needs_no_jax():
     code = (
-        f"import sys, {audit_page.__name__};"
+        f"import sys, {audit.__name__};"
         "sys.exit('jax' in sys.modules or 'matplotlib' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -398,9 +401,9 @@ def test_the_page_needs_no_jax():
 @pytest.mark.parametrize(("low", "high"), [(8e-4, 2e4), (0.7, 1.4), (0.09, 30), (1e-7, 1.3)])
 def test_labels_of_a_logarithmic_axis_do_not_touch(low, high):
     for width in (150, 250, 400):
-        ticks = audit_charts._log_ticks(low, high, width)
+        ticks = drawing_rows.log_ticks(low, high, width)
         assert 1 in ticks
         assert len(ticks) <= 6
         at = [width * math.log(value / low) / math.log(high / low) for value in ticks]
         for (left, one), (right, two) in itertools.pairwise(zip(at, ticks)):
-            assert right - left > 7 * (len(f"{charts.tick(one)}×{charts.tick(two)}×") / 2)
+            assert right - left > 7 * (len(f"{drawing.tick(one)}×{drawing.tick(two)}×") / 2)

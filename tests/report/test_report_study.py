@@ -36,14 +36,13 @@ from opdjax.config import (
 )
 from opdjax.config.validation import ConfigError, to_dict
 from opdjax.data.tasks.arithmetic import problems
-from opdjax.report.claim_charts import claim_chart
-from opdjax.report.markup import amount, plus_minus
+from opdjax.report.drawing_rows import log_ticks
 from opdjax.report.papers.compare import Verdict, compare
 from opdjax.report.papers.tables import PaperClaim, PaperColumn, paper_tables
-from opdjax.report.pareto import costs, front
-from opdjax.report.ranking import Ranked, label, ranked
-from opdjax.report.scatter import ticks
-from opdjax.runs.results import SeedGroup, read_points, read_run
+from opdjax.report.render import part
+from opdjax.report.sweep import label, sweep_facts
+from opdjax.report.text import amount, plus_minus
+from opdjax.runs.results import read_points, read_run
 from opdjax.runs.statistics import seed_interval
 from opdjax.runs.workdir import WorkdirError
 
@@ -201,8 +200,8 @@ def test_a_chart_of_a_claim_states_the_range_where_it_holds():
     verdict = Verdict(
         claim, PaperColumn("x"), "reproduced", (0.0, 0.0), (0.0, 0.0), (-0.01, 0.01), 3
     )
-    assert "the claim holds above -0.01 and below 0.01" in claim_chart(verdict).replace("−", "-")
-    assert claim_chart(Verdict(claim, PaperColumn("x"), "not run")) is None
+    drawn = part("papers.html", "chart", verdict).replace("−", "-")
+    assert "the claim holds above -0.01 and below 0.01" in drawn
 
 
 # Cost
@@ -218,25 +217,25 @@ def test_the_front_is_what_no_other_arm_beats_on_both(tmp_path):
         asked = settings(arm, 0, train=TrainConfig(num_steps=len(arm)))
         rows = [metric(step, **{"perf/generated_tokens": 100 * spent}) for step in range(1, 7)]
         write_arm(tmp_path, arm, 0, asked=asked, after=score, metrics=rows)
-    found = costs(ranked(read_points(tmp_path)), "generated tokens")
-    assert sorted(one.spent[0] for one in found) == [600.0, 1200.0, 1800.0, 2400.0]
-    assert [one.spent[0] for one in front(found)] == [600.0, 1200.0, 2400.0]
+    facts = sweep_facts(read_points(tmp_path), "study")
+    spent = {arm.name.split()[-1]: arm.costs["generated tokens"][0] for arm in facts.arms}
+    assert spent == {"opd": 600.0, "vopd": 1200.0, "full_kl": 1800.0, "late": 2400.0}
+    assert facts.fronts["generated tokens"] == ("opd", "vopd", "late")
     page = read(tmp_path)
     assert "On the front, the cheapest first: opd, vopd, late ." in page.all
     assert ["full_kl", "0.550 ± ∞", "1800 ± ∞", "1", ""] in page.rows
 
 
-def test_equal_points_are_both_on_the_front():
-    one = [type("C", (), {"spent": (1.0, 0.1), "score": (0.5, 0.1)})() for _ in range(2)]
-    assert len(front(one)) == 2
+def test_equal_points_are_both_on_the_front(tmp_path):
+    for arm in ("opd", "vopd"):
+        write_arm(tmp_path, arm, 0, after=0.5, metrics=[])
+    facts = sweep_facts(read_points(tmp_path), "study")
+    assert facts.fronts == {"seconds": ("opd", "vopd")}
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "is_log"),
-    [(0.0, 1.0, False), (0.31, 0.32, False), (15.0, 220.0, True), (1e2, 1e9, True)],
-)
-def test_axes_have_a_few_round_ticks(low, high, is_log):
-    found = ticks(low, high, is_log)
+@pytest.mark.parametrize(("low", "high"), [(15.0, 220.0), (1e2, 1e9), (0.4, 2.6)])
+def test_a_logarithmic_axis_has_a_few_round_ticks(low, high):
+    found = log_ticks(low, high, 790)
     assert 2 <= len(found) <= 8
     assert all(low <= value <= high for value in found)
 
@@ -571,6 +570,5 @@ def test_thirty_arms_have_a_page_of_reasonable_size(tmp_path):
     assert len(page.source) < 1_000_000
 
 
-def test_an_arm_is_named_without_the_word(tmp_path):
-    entry = Ranked(SeedGroup({}, ()), (), {"pair": "mini", "arm": "vopd"})
-    assert label(entry) == "pair mini, vopd"
+def test_an_arm_is_named_without_the_word():
+    assert label({"pair": "mini", "arm": "vopd"}) == "pair mini, vopd"
