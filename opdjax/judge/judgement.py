@@ -12,25 +12,12 @@ from typing import Any, Literal
 
 from opdjax.judge.prompts import shown_answer
 from opdjax.judge.rubricator import induce
-from opdjax.judge.schema import ERRORS, Criterion, Rubric
+from opdjax.judge.schema import ERRORS, Criterion, RolloutGroup, Rubric
 from opdjax.judge.scores import score, stage_scores
 from opdjax.judge.structured_output import NO_USABLE_REPLY, UNANSWERED, Judge, Tally
 from opdjax.judge.verifier import rate, verify
 
 Kind = Literal["rubric", "scalar"]
-
-
-@dataclasses.dataclass(frozen=True)
-class RolloutGroup:
-    """One prompt with its references and rollouts, as judges see them (`group_of`)."""
-
-    prompt_id: int
-    question: str
-    references: tuple[str, ...]
-    answers: tuple[str, ...]  # by rollout
-    samples: tuple[int, ...]  # the rollouts' numbers within the prompt
-    rubric: Rubric | None = None  # None: induced from the rollouts
-    existing: tuple[Criterion, ...] = ()  # kept; new criteria are induced in addition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,35 +75,33 @@ async def judge_group(judge: Judge, group: RolloutGroup, kind: Kind) -> list[Jud
 
 
 async def _judgement(judge: Judge, group: RolloutGroup, kind: Kind) -> Judgement:
-    tally, texts = Tally(), (group.references, group.answers)
+    tally, answers, references = (
+        Tally(),
+        (None,) * len(group.answers),
+        (None,) * len(group.references),
+    )
+    failed = Judgement(group, None, answers, references, answers, references, None, tally)
     try:
         if kind == "scalar":
-            scores, of_references = map(tuple, await rate(judge, group.question, *texts, tally))
-            return _without_rubric(group, tally, scores=scores, reference_scores=of_references)
+            scores, of_references = map(tuple, await rate(judge, group, tally))
+            return dataclasses.replace(failed, scores=scores, reference_scores=of_references)
         rubric = group.rubric or await _induce(judge, group, tally)
-        verdicts, of_references = await verify(judge, group.question, rubric, *texts, tally)
+        verdicts, of_references = map(tuple, await verify(judge, group, rubric, tally))
     except NO_USABLE_REPLY:
-        return _without_rubric(group, tally)
-    scores_of = lambda rows: tuple(None if v is None else score(rubric.criteria, v) for v in rows)
-    stages = judge.config.stage_names
-    by_stage = tuple(None if v is None else stage_scores(rubric, v, stages) for v in verdicts)
+        return failed
+    of_each = lambda function, rows: tuple(None if row is None else function(row) for row in rows)
+    total = lambda row: score(rubric.criteria, row)
+    by_stage = lambda row: stage_scores(rubric, row, judge.config.stage_names)
     return Judgement(
         group,
         rubric,
-        tuple(verdicts),
-        tuple(of_references),
-        scores_of(verdicts),
-        scores_of(of_references),
-        by_stage if stages else None,
+        verdicts,
+        of_references,
+        of_each(total, verdicts),
+        of_each(total, of_references),
+        of_each(by_stage, verdicts) if judge.config.stage_names else None,
         tally,
     )
-
-
-def _without_rubric(group: RolloutGroup, tally: Tally, **known: Any) -> Judgement:
-    no_answer, no_reference = (None,) * len(group.answers), (None,) * len(group.references)
-    fields = {"scores": no_answer, "reference_scores": no_reference} | known
-    fields |= {"verdicts": no_answer, "reference_verdicts": no_reference}
-    return Judgement(group, None, **fields, stage_scores=None, tally=tally)
 
 
 async def induce_or_none(judge: Judge, group: RolloutGroup) -> Rubric | None:
@@ -128,9 +113,7 @@ async def induce_or_none(judge: Judge, group: RolloutGroup) -> Rubric | None:
 
 
 async def _induce(judge: Judge, group: RolloutGroup, tally: Tally) -> Rubric:
-    rubric = await induce(
-        judge, group.question, group.references, group.answers, tally, group.existing
-    )
+    rubric = await induce(judge, group, tally)
     return joined(group.existing, rubric.criteria) if group.existing else rubric
 
 

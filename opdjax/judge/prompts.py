@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from opdjax.config.model import PACKAGE
 from opdjax.config.validation import ConfigError
@@ -112,6 +114,11 @@ def read_blocks(message: str) -> dict[str, list[str]]:
     for match in fence.finditer(message):
         found.setdefault(match[1], []).append(match[3])
     return found
+
+
+def list_example(name: str, item: Mapping[str, Any]) -> str:
+    """An example of a reply: a JSON object with a list of items of this form."""
+    return json.dumps({name: [item]}, ensure_ascii=False).replace("}]}", "}, ...]}")
 
 
 def shown_answer(text: str, is_truncated: bool, max_chars: int) -> str:

@@ -11,7 +11,6 @@ import asyncio
 import dataclasses
 
 from opdjax.judge.judgement import Judgement
-from opdjax.judge.prompts import fill
 from opdjax.judge.schema import ReplyError, object_schema, read_object
 from opdjax.judge.scores import share
 from opdjax.judge.structured_output import NO_USABLE_REPLY, Judge, JudgeRequest, ask
@@ -61,7 +60,7 @@ async def _reflect_one(judge: Judge, judgement: Judgement, place: int) -> str | 
         "answer": ("answer", [group.answers[place]]),
         "verdicts": ("verdicts", [verdict_text(judgement, place)]),
     }
-    prompt = fill(judge.template("reflector"), {}, blocks)
+    prompt = judge.prompt("reflector", {}, blocks)
     schema = object_schema({"reflection": {"type": "string"}})
     request = JudgeRequest("rubricator", prompt, schema, "reflection")
     try:

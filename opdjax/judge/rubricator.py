@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from typing import Any
 
-from opdjax.config.rubrics import RubricsConfig
-from opdjax.judge.prompts import Block, fill
-from opdjax.judge.schema import Criterion, Rubric, parse_rubric, rubric_schema
+from opdjax.judge.prompts import Block, list_example
+from opdjax.judge.schema import RolloutGroup, Rubric, parse_rubric, rubric_schema
 from opdjax.judge.structured_output import Judge, JudgeRequest, Tally, ask
 
 # Parts of the prompt. Replies are cached by the prompt's bytes: a changed word is a cache miss.
@@ -29,50 +26,33 @@ _STAGES = (
 )
 
 
-async def induce(
-    judge: Judge,
-    question: str,
-    references: Sequence[str],
-    answers: Sequence[str],
-    tally: Tally,
-    existing: Sequence[Criterion] = (),
-) -> Rubric:
+async def induce(judge: Judge, group: RolloutGroup, tally: Tally) -> Rubric:
     """A rubric that contrasts the student's answers with the references.
 
     Identical answers are shown once and all texts are sorted, so that the rubric does not depend
-    on their order. With `existing` criteria only new ones are requested, possibly none. Raises
+    on their order. With existing criteria only new ones are requested, possibly none. Raises
     ReplyError or ApiError if there is no usable reply.
     """
     config, stages = judge.config, judge.config.stage_names
-    bounds = (0 if existing else config.min_criteria, config.max_criteria)
+    bounds = (0 if group.existing else config.min_criteria, config.max_criteria)
+    item: dict[str, Any] = {"id": "c1", "category": "task", "text": "...", "weight": 5}
+    item |= {"polarity": "positive"} if config.polarity == "signed" else {}
+    item |= {"stage": stages[0]} if stages else {}
+    names = "\n".join(f'- stage "{stage}"' for stage in stages)
     words = {
         "min_criteria": str(bounds[0]),
         "max_criteria": str(bounds[1]),
-        "format": _example(config, stages),
+        "format": list_example("criteria", item),
         "signs": _SIGNED if config.polarity == "signed" else "",
-        "stages": _stage_note(stages),
-        "existing_note": _EXISTING if existing else "",
+        "stages": _STAGES.format(names) if stages else "",
+        "existing_note": _EXISTING if group.existing else "",
     }
     blocks: dict[str, Block] = {
-        "question": ("question", [question]),
-        "references": ("reference", sorted(references)),
-        "students": ("student", sorted(set(answers))),
-        "existing": ("existing", [criterion.text for criterion in existing]),
+        "question": ("question", [group.question]),
+        "references": ("reference", sorted(group.references)),
+        "students": ("student", sorted(set(group.answers))),
+        "existing": ("existing", [criterion.text for criterion in group.existing]),
     }
-    prompt = fill(judge.template("rubricator"), words, blocks)
+    prompt = judge.prompt("rubricator", words, blocks)
     request = JudgeRequest("rubricator", prompt, rubric_schema(config, stages), "rubric")
     return await ask(judge, request, lambda text: parse_rubric(text, config, stages, bounds), tally)
-
-
-def _stage_note(stages: Sequence[str]) -> str:
-    return _STAGES.format("\n".join(f'- stage "{stage}"' for stage in stages)) if stages else ""
-
-
-def _example(config: RubricsConfig, stages: Sequence[str]) -> str:
-    """An example of the reply with the requested fields."""
-    item: dict[str, Any] = {"id": "c1", "category": "task", "text": "...", "weight": 5}
-    if config.polarity == "signed":
-        item["polarity"] = "positive"
-    if stages:
-        item["stage"] = stages[0]
-    return json.dumps({"criteria": [item]}, ensure_ascii=False).replace("}]}", "}, ...]}")

@@ -2,17 +2,15 @@
 
 A reply is parsed strictly, or after a repair that is cheap and keeps its meaning (a code fence,
 prose around the object, unknown keys, the case of ids). Otherwise ReplyError says what is wrong,
-and the judge is asked again with its text. A total that a judge declares is an unknown key: scores
-come from single verdicts (`scores.py`).
+and the judge is asked again with its text.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any, Literal
 
 import pydantic
@@ -58,6 +56,19 @@ class Rubric:
     criteria: tuple[Criterion, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class RolloutGroup:
+    """One prompt with its references and rollouts, as judges see them (`judgement.group_of`)."""
+
+    prompt_id: int
+    question: str
+    references: tuple[str, ...]
+    answers: tuple[str, ...]  # by rollout
+    samples: tuple[int, ...]  # the rollouts' numbers within the prompt
+    rubric: Rubric | None = None  # None: induced from the rollouts
+    existing: tuple[Criterion, ...] = ()  # kept; new criteria are induced in addition
+
+
 class _Verdicts(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", strict=True)
     answer_index: int
@@ -81,30 +92,32 @@ class ParsedAnswers:
 
 def rubric_schema(config: RubricsConfig, stages: tuple[str, ...] = ()) -> dict[str, Any]:
     """The JSON schema of a rubric; every field is required, as servers' strict modes demand."""
-    fields: dict[str, Any] = {
-        "id": {"type": "string"},
-        "category": {"type": "string"},
-        "text": {"type": "string"},
-        "weight": {"type": "integer", "enum": [1, 2, 3, 4, 5]},
-    }
+    return _list_schema("criteria", _criterion_fields(config, stages))
+
+
+def _criterion_fields(config: RubricsConfig, stages: tuple[str, ...]) -> dict[str, Any]:
+    fields: dict[str, Any] = {name: {"type": "string"} for name in ("id", "category", "text")}
+    fields["weight"] = {"type": "integer", "enum": [1, 2, 3, 4, 5]}
     if config.polarity == "signed":
         fields["polarity"] = {"type": "string", "enum": ["positive", "negative"]}
     if stages:
         fields["stage"] = {"type": "string", "enum": list(stages)}
-    return _list_schema("criteria", fields)
+    return fields
 
 
 def verdict_schema(is_graded: bool) -> dict[str, Any]:
     """The JSON schema of verdicts on several answers."""
     verdict = {"type": "integer", "enum": [0, 1, 2]} if is_graded else {"type": "boolean"}
-    verdicts = {"type": "array", "items": verdict}
-    return _list_schema("answers", {"answer_index": {"type": "integer"}, "verdicts": verdicts})
+    return _answers_schema("verdicts", {"type": "array", "items": verdict})
 
 
 def score_schema() -> dict[str, Any]:
     """The JSON schema of plain scores of several answers."""
-    fields = {"answer_index": {"type": "integer"}, "score": {"type": "number"}}
-    return _list_schema("answers", fields)
+    return _answers_schema("score", {"type": "number"})
+
+
+def _answers_schema(name: str, value: dict[str, Any]) -> dict[str, Any]:
+    return _list_schema("answers", {"answer_index": {"type": "integer"}, name: value})
 
 
 def _list_schema(name: str, fields: dict[str, Any]) -> dict[str, Any]:
@@ -113,12 +126,8 @@ def _list_schema(name: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 def object_schema(fields: dict[str, Any]) -> dict[str, Any]:
     """The JSON schema of an object with exactly these fields."""
-    return {
-        "type": "object",
-        "properties": fields,
-        "required": list(fields),
-        "additionalProperties": False,
-    }
+    schema = {"type": "object", "properties": fields, "required": list(fields)}
+    return schema | {"additionalProperties": False}
 
 
 def parse_rubric(
@@ -132,11 +141,7 @@ def parse_rubric(
     `bounds`: minimum and maximum number of criteria; None: the config's.
     """
     items, repairs = _read_list(text, "criteria")
-    # Fields that were not requested are dropped.
-    known = {"id", "category", "text", "weight"}
-    known |= ({"polarity"} if config.polarity == "signed" else set()) | (
-        {"stage"} if stages else set()
-    )
+    known = _criterion_fields(config, stages).keys()  # others are dropped
     criteria = tuple(
         _criterion(item, number, known, repairs, config.grades)
         for number, item in enumerate(items, 1)
@@ -145,7 +150,7 @@ def parse_rubric(
     return Rubric(criteria), tuple(sorted(repairs))
 
 
-def _criterion(item: Any, number: int, known: set[str], repairs: set[str], grade: str) -> Criterion:
+def _criterion(item: Any, number: int, known: Set[str], repairs: set[str], grade: str) -> Criterion:
     if not isinstance(item, dict):
         message = f"criterion {number} is {_describe(item)}; expected an object"
         raise ReplyError("schema_error", message)
@@ -192,10 +197,8 @@ def parse_verdicts(
         found = _Verdicts(**item).verdicts
         is_valid = all(type(verdict) is kind and 0 <= verdict <= highest for verdict in found)
         if len(found) != num_criteria or not is_valid:
-            raise ReplyError(
-                "validation_error",
-                f"{len(found)} verdicts; expected {num_criteria}, of {expected}",
-            )
+            message = f"{len(found)} verdicts; expected {num_criteria}, of {expected}"
+            raise ReplyError("validation_error", message)
         return tuple(int(verdict) for verdict in found)
 
     return _parse_answers(text, num_answers, {"answer_index", "verdicts"}, verdicts)
@@ -203,17 +206,13 @@ def parse_verdicts(
 
 def parse_scores(text: str, num_answers: int) -> ParsedAnswers:
     """Scores in [0, 1] by answer, parsed as `parse_verdicts` does."""
-
-    def score(item: dict[str, Any]) -> float:
-        value = item.get("score")
-        if type(value) is int and abs(value) < 2:  # a huge int has no float
-            item = item | {"score": float(value)}
-        return _Score(**item).score
-
+    score = lambda item: _Score(**item).score
     return _parse_answers(text, num_answers, {"answer_index", "score"}, score)
 
 
-def _parse_answers(text: str, num_answers: int, known: set[str], parse_value) -> ParsedAnswers:
+def _parse_answers(
+    text: str, num_answers: int, known: Set[str], parse_value: Callable[[dict[str, Any]], Any]
+) -> ParsedAnswers:
     items, repairs = _read_list(text, "answers")
     values: dict[int, Any] = {}
     problems: dict[int, str] = {}
@@ -244,9 +243,8 @@ def _read_list(text: str, key: str) -> tuple[list[Any], set[str]]:
     document, repairs = read_object(text, key)
     items = _without_unknown(document, {key}, repairs)[key]
     if not isinstance(items, list):
-        raise ReplyError(
-            "schema_error", f'"{key}" is {_describe(items)}; expected a list of objects'
-        )
+        message = f'"{key}" is {_describe(items)}; expected a list of objects'
+        raise ReplyError("schema_error", message)
     return items, repairs
 
 
@@ -254,17 +252,16 @@ def read_object(text: str, key: str) -> tuple[dict[str, Any], set[str]]:
     """The JSON object with this key in a reply, and the repairs made; else ReplyError."""
     if not text.strip():
         raise ReplyError("empty", "the reply is empty; expected a JSON object")
-    found, answer = _loaded(text), _after_reasoning(text)
-    fenced, repairs = _FENCE.match(answer), set()
-    if found is None and fenced:
-        found, repairs = _loaded(fenced.group(1)), {"fence"}
+    found, answer, repairs = _loaded(text), _after_reasoning(text), set()
+    if found is None and (fenced := _FENCE.match(answer)):
+        found, repairs = _loaded(fenced[1]), {"fence"}
     if found is None:
         found, repairs = _first_object(answer, key), {"prose"}
     if found is None:
-        raise ReplyError(
-            "parse_error",
-            f"the reply holds no JSON object; expected one with {key!r}, and nothing around it",
+        message = (
+            f"the reply holds no JSON object; expected one with {key!r}, and nothing around it"
         )
+        raise ReplyError("parse_error", message)
     if not isinstance(found, dict) or key not in found:
         message = f"the reply is {_describe(found)}; expected a JSON object with {key!r}"
         raise ReplyError("schema_error", message)
@@ -287,26 +284,23 @@ def _loaded(text: str) -> Any:
 
 def _first_object(text: str, key: str) -> dict[str, Any] | None:
     """The first object in the text that has this key, else the first object, else None."""
-    decoder, first, start = json.JSONDecoder(parse_constant=_refuse), None, text.find("{")
+    decoder, objects, start = json.JSONDecoder(parse_constant=_refuse), [], 0
     for _ in range(_MAX_STARTS):
-        if start < 0:
+        if (start := text.find("{", start)) < 0:
             break
         try:
-            found, end = decoder.raw_decode(text, start)
+            found, start = decoder.raw_decode(text, start)
+            objects.append(found)
         except (ValueError, RecursionError):
-            start = text.find("{", start + 1)
-            continue
-        if key in found:
-            return found
-        first, start = first if first is not None else found, text.find("{", end)
-    return first
+            start += 1
+    return next((found for found in objects if key in found), objects[0] if objects else None)
 
 
 def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _without_unknown(item: Mapping[str, Any], known: set[str], repairs: set[str]) -> dict[str, Any]:
+def _without_unknown(item: Mapping[str, Any], known: Set[str], repairs: set[str]) -> dict[str, Any]:
     if not item.keys() <= known:
         repairs.add("unknown_keys")
     return {name: value for name, value in item.items() if name in known}
@@ -318,7 +312,5 @@ def _first_error(error: pydantic.ValidationError) -> str:
 
 
 def _describe(value: Any) -> str:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "a number that is not finite"
     names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
     return (names | {type(None): "null"}).get(type(value), "a number")

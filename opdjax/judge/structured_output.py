@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Awaitable, Callable
-from typing import Any, Protocol, TypeVar
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
 
 from opdjax.config.rubrics import RubricsConfig
-from opdjax.judge.prompts import fill, load_template
+from opdjax.judge.prompts import Block, fill, load_template
 from opdjax.judge.replies import ApiRequestError, ApiUnavailableError, Reply
 from opdjax.judge.schema import ReplyError
 
@@ -16,34 +16,20 @@ T = TypeVar("T")
 # Errors without a reply -> their name among a tally's problems.
 UNANSWERED = {ApiUnavailableError: "unavailable", ApiRequestError: "refused"}
 NO_USABLE_REPLY = (ReplyError, *UNANSWERED)  # errors of `ask` that fail a judgement, not the run
+_TOO_LONG = "the reply reached its length limit before the JSON object ended; be brief"
 _MAX_ECHO = 4000  # characters of an unusable reply that are shown to the judge again
-
-
-class Complete(Protocol):
-    """The signature of `ApiClient.complete`."""
-
-    def __call__(
-        self,
-        role: str,
-        messages: list[dict[str, str]],
-        *,
-        schema: dict | None = None,
-        schema_name: str = "reply",
-        sample: int = 0,
-    ) -> Awaitable[Reply]:
-        """The reply of the chat model with this role."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """How to reach the judge's roles, and the settings of its prompts."""
+    """How to reach the judge's roles (`ApiClient.complete`), and the settings of its prompts."""
 
-    complete: Complete
+    complete: Callable[..., Awaitable[Reply]]
     config: RubricsConfig
 
-    def template(self, name: str) -> str:
-        """The prompt template of that name, from rubrics.templates if it is there."""
-        return load_template(name, self.config.templates)
+    def prompt(self, name: str, words: Mapping[str, str], blocks: Mapping[str, Block]) -> str:
+        """The filled template of that name, from rubrics.templates if it is there."""
+        return fill(load_template(name, self.config.templates), words, blocks)
 
 
 @dataclasses.dataclass
@@ -74,8 +60,7 @@ async def ask(
     """The parsed reply; `parse` returns (value, repairs) or raises ReplyError.
 
     After a ReplyError the request is repeated with its message, up to `max_reasks` times, then the
-    error is raised. A reply cut off at its length limit gets a message of its own: it must become
-    shorter.
+    error is raised.
     """
     prompt = {"role": "user", "content": request.prompt}
     messages = [prompt]
@@ -93,20 +78,13 @@ async def ask(
         except ReplyError as error:
             problem = error
             if reply.finish_reason == "length" and error.kind != "validation_error":
-                problem = ReplyError(
-                    "truncated",
-                    "the reply reached its length limit before the JSON object ended; be brief",
-                )
+                problem = ReplyError("truncated", _TOO_LONG)
             tally.problems[problem.kind] += 1
-            messages = [prompt, *_reask(judge, reply.text, problem)]
+            correction = judge.prompt("reask", {"problem": str(problem).rstrip(".")}, {})
+            echo = reply.text.encode("utf-8", "replace").decode("utf-8")[:_MAX_ECHO].strip()
+            echo = {"role": "assistant", "content": echo or "(empty)"}
+            messages = [prompt, echo, {"role": "user", "content": correction}]
             continue
         tally.repairs.update(repairs)
         return value
     raise problem
-
-
-def _reask(judge: Judge, text: str, problem: ReplyError) -> list[dict[str, str]]:
-    """The unusable reply as an assistant turn, and a user turn with the problem."""
-    correction = fill(judge.template("reask"), {"problem": str(problem).rstrip(".")}, {})
-    echo = text.encode("utf-8", "replace").decode("utf-8")[:_MAX_ECHO].strip() or "(empty)"
-    return [{"role": "assistant", "content": echo}, {"role": "user", "content": correction}]

@@ -7,16 +7,17 @@ the set of texts and never on their order or author. Every pool contains the ref
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from opdjax.judge.prompts import fill
+from opdjax.judge.prompts import list_example
 from opdjax.judge.schema import (
     Criterion,
     ParsedAnswers,
     ReplyError,
+    RolloutGroup,
     Rubric,
     parse_scores,
     parse_verdicts,
@@ -32,17 +33,11 @@ _GRADED = (
 )
 _SIGNED = '- A criterion marked "flaw" is met by an answer that shows the flaw.\n'
 _OPEN = "- The first {} answers are references by a strong model; the others are a student's.\n"
-_SCORE_EXAMPLE = '{"answers": [{"answer_index": 1, "score": 0.7}, ...]}'
 Verdicts = tuple[int, ...]
 
 
 async def verify(
-    judge: Judge,
-    question: str,
-    rubric: Rubric,
-    references: Sequence[str],
-    answers: Sequence[str],
-    tally: Tally,
+    judge: Judge, group: RolloutGroup, rubric: Rubric, tally: Tally
 ) -> tuple[list[Verdicts | None], list[Verdicts | None]]:
     """Verdicts of each answer and of each reference.
 
@@ -50,99 +45,80 @@ async def verify(
     ReplyError or ApiError if no pool has a usable reply.
     """
     is_graded, width = judge.config.grades == "graded", len(rubric.criteria)
-    words = {"format": _verdict_example(is_graded, width), "grades": _notes(judge, references)}
+    verdicts = ([2, 0, 1] if is_graded else [True, False, True])[: min(width, 3)]
+    example = list_example("answers", {"answer_index": 1, "verdicts": verdicts})
+    words = {"format": example, "grades": _notes(judge, group.references)}
     criteria = [_criterion_line(criterion) for criterion in rubric.criteria]
 
-    def request(texts: Sequence[str]) -> JudgeRequest:
-        blocks = {
-            "question": ("question", [question]),
-            "criteria": ("criterion", criteria),
-            "answers": ("answer", texts),
-        }
-        prompt = fill(judge.template("verifier"), words, blocks)
+    def request(pool: Sequence[str]) -> JudgeRequest:
+        question = ("question", [group.question])
+        blocks = {"question": question, "criteria": ("criterion", criteria)}
+        prompt = judge.prompt("verifier", words, blocks | {"answers": ("answer", pool)})
         return JudgeRequest("verifier", prompt, verdict_schema(is_graded), "verdicts")
 
-    def parse(text: str, count: int) -> ParsedAnswers:
-        return parse_verdicts(text, count, width, is_graded)
-
-    return await _judge_pools(judge, request, parse, references, answers, tally)
+    parse = lambda text, count: parse_verdicts(text, count, width, is_graded)
+    return await _judge_pools(judge, request, parse, group, tally)
 
 
 async def rate(
-    judge: Judge, question: str, references: Sequence[str], answers: Sequence[str], tally: Tally
+    judge: Judge, group: RolloutGroup, tally: Tally
 ) -> tuple[list[float | None], list[float | None]]:
     """A score in [0, 1] of each answer and reference, without a rubric; errors as in `verify`."""
+    words = {"format": list_example("answers", {"answer_index": 1, "score": 0.7})}
 
-    def request(texts: Sequence[str]) -> JudgeRequest:
-        blocks = {"question": ("question", [question]), "answers": ("answer", texts)}
-        prompt = fill(judge.template("scalar_judge"), {"format": _SCORE_EXAMPLE}, blocks)
+    def request(pool: Sequence[str]) -> JudgeRequest:
+        blocks = {"question": ("question", [group.question]), "answers": ("answer", pool)}
+        prompt = judge.prompt("scalar_judge", words, blocks)
         return JudgeRequest("verifier", prompt, score_schema(), "scores")
 
-    return await _judge_pools(judge, request, parse_scores, references, answers, tally)
+    return await _judge_pools(judge, request, parse_scores, group, tally)
 
 
 async def _judge_pools(
     judge: Judge,
     request: Callable[[Sequence[str]], JudgeRequest],
     parse: Callable[[str, int], ParsedAnswers],
-    references: Sequence[str],
-    answers: Sequence[str],
+    group: RolloutGroup,
     tally: Tally,
 ) -> tuple[list[Any], list[Any]]:
     """The value of every answer and reference, pool by pool; missing answers are sent alone.
 
     A pool that fails leaves its answers at None and the other pools as they are.
     """
+
+    async def judged(pool: list[str], wanted: str | None = None) -> dict[str, Any]:
+        """Values by text, from a reply that has one for the wanted text (None: for any)."""
+
+        def read(reply: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+            parsed = parse(reply, len(pool))
+            values = {pool[place]: value for place, value in parsed.values.items()}
+            if not values if wanted is None else wanted not in values:
+                places = parsed.problems if wanted is None else [pool.index(wanted)]
+                problems = [parsed.problems[place] for place in places]
+                raise ReplyError("validation_error", "; ".join(problems[:3]))
+            return values, parsed.repairs
+
+        return await ask(judge, request(pool), read, tally)
+
+    references, answers, config = group.references, group.answers, judge.config
     values: dict[str, Any] = {}
-    failure, config = None, judge.config
+    failure = None
     for pool in pools(references, answers, config.answers_per_call, is_blind=config.blind):
-
-        def parse_pool(text: str, size: int = len(pool)) -> tuple[ParsedAnswers, tuple[str, ...]]:
-            return _require_any(parse(text, size))
-
         try:
-            parsed = await ask(judge, request(pool), parse_pool, tally)
+            values = await judged(pool) | values
         except NO_USABLE_REPLY as error:
             failure = error
             continue
-        found = {pool[place]: value for place, value in parsed.values.items()}
-        values = found | values
-        unread = (pool[place] for place in parsed.problems)
-        missing = dict.fromkeys(text for text in unread if text in answers and text not in values)
+        missing = [text for text in dict.fromkeys(pool) if text in answers and text not in values]
         tally.problems["missing_answer"] += len(missing)
         for text in missing:
-            value = await _judge_alone(judge, request, parse, references, text, tally)
-            if value is not None:
-                values[text] = value
+            tally.num_reasks += 1
+            (alone,) = pools(references, [text], 0, is_blind=config.blind)
+            with contextlib.suppress(*NO_USABLE_REPLY):
+                values[text] = (await judged(alone, text))[text]
     if failure is not None and not values:
         raise failure
     return [values.get(text) for text in answers], [values.get(text) for text in references]
-
-
-async def _judge_alone(
-    judge: Judge, request, parse, references: Sequence[str], text: str, tally: Tally
-) -> Any:
-    """The value of one answer in a pool with the references; None if there is no usable reply."""
-    (pool,) = pools(references, [text], 0, is_blind=judge.config.blind)
-    place = pool.index(text) if judge.config.blind else len(pool) - 1
-
-    def parse_one(reply: str) -> tuple[Any, tuple[str, ...]]:
-        parsed = parse(reply, len(pool))
-        if place not in parsed.values:
-            raise ReplyError("validation_error", parsed.problems[place])
-        return parsed.values[place], parsed.repairs
-
-    tally.num_reasks += 1
-    try:
-        return await ask(judge, request(pool), parse_one, tally)
-    except NO_USABLE_REPLY:
-        return None
-
-
-def _require_any(parsed: ParsedAnswers) -> tuple[ParsedAnswers, tuple[str, ...]]:
-    if not parsed.values:
-        raise ReplyError("validation_error", "; ".join(list(parsed.problems.values())[:3]))
-    return parsed, parsed.repairs
 
 
 def pools(
@@ -152,19 +128,15 @@ def pools(
 
     Blind: sorted by a hash of the text. Otherwise the references come first, as the prompt says.
     """
+    digest = lambda text: hashlib.sha256(text.encode()).digest()
+    unique = list(dict.fromkeys(answers))
     if is_blind:
-        unique = sorted(set(answers) - set(references), key=_digest)
-    else:
-        unique = list(dict.fromkeys(answers))
+        unique = sorted(set(unique) - set(references), key=digest)
     size = size or max(len(unique), 1)
     chunks = [unique[start : start + size] for start in range(0, len(unique), size)] or [[]]
     if is_blind:
-        return [sorted({*references, *chunk}, key=_digest) for chunk in chunks]
+        return [sorted({*references, *chunk}, key=digest) for chunk in chunks]
     return [[*dict.fromkeys(references), *chunk] for chunk in chunks]
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _criterion_line(criterion: Criterion) -> str:
@@ -178,9 +150,3 @@ def _notes(judge: Judge, references: Sequence[str]) -> str:
     notes = _SIGNED if judge.config.polarity == "signed" else ""
     notes += _GRADED if judge.config.grades == "graded" else ""
     return notes + ("" if judge.config.blind else _OPEN.format(len(set(references))))
-
-
-def _verdict_example(is_graded: bool, width: int) -> str:
-    verdicts = ([2, 0, 1] if is_graded else [True, False, True])[: min(width, 3)]
-    example = json.dumps({"answers": [{"answer_index": 1, "verdicts": verdicts}]})
-    return example.replace("}]}", "}, ...]}")
