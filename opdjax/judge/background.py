@@ -62,8 +62,12 @@ class BackgroundJudge:
 
     def _take_usage(self) -> dict[str, dict[str, Any]]:
         """Read in the client's loop, hence never in the middle of a reply's accounting."""
-        usage = self.submit(_call(self.client.take_usage)).result()
-        return {role: dataclasses.asdict(counts) for role, counts in usage.items()}
+
+        async def read() -> dict[str, dict[str, Any]]:
+            usage = self.client.take_usage()
+            return {role: dataclasses.asdict(counts) for role, counts in usage.items()}
+
+        return self.submit(read()).result()
 
     def _write(self, step: int, usage: Mapping[str, dict[str, Any]]) -> None:
         rows = [{"step": step, "role": role, **counts} for role, counts in usage.items()]
@@ -87,38 +91,30 @@ def open_background_judge(
         contextlib.closing(ReplyCache(api.cache or workdir / "replies.sqlite")) as cache,
         _running_loop() as loop,
     ):
-        run = lambda coroutine: asyncio.run_coroutine_threadsafe(coroutine, loop).result()
-        client = run(_call(lambda: ApiClient(roles, api, cache, spent, {RULE_JUDGE: answer})))
+        client = ApiClient(roles, api, cache, spent, {RULE_JUDGE: answer})
         background = BackgroundJudge(client, Judge(client.complete, rubrics), loop, workdir)
         try:
             yield background
         finally:
-            run(client.close())
+            background.submit(client.close()).result()
             background.record_remaining_usage()
-
-
-async def _call(function):
-    """The function's result, computed in the loop that runs this coroutine."""
-    return function()
 
 
 @contextlib.contextmanager
 def _running_loop() -> Iterator[asyncio.AbstractEventLoop]:
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, name="judges", daemon=True)
+    """A loop in a thread of its own; at the end its tasks are cancelled and awaited."""
+    started: Future = Future()
+
+    async def serve() -> None:
+        end = asyncio.Event()
+        started.set_result((asyncio.get_running_loop(), end))
+        await end.wait()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), name="judges", daemon=True)
     thread.start()
+    loop, end = started.result()
     try:
         yield loop
     finally:
-        asyncio.run_coroutine_threadsafe(_cancel_all(), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
+        loop.call_soon_threadsafe(end.set)
         thread.join()
-        loop.close()
-
-
-async def _cancel_all() -> None:
-    """Cancel all other tasks of the loop and wait until they have ended."""
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 # Replies contain these sentences, and replies are cached: they must not change. The verifier parses
 # what stands in {}.
@@ -76,14 +76,9 @@ class Step:
         return self.sign * self.right
 
     @property
-    def sum(self) -> int:
-        """The correct result."""
-        return self.left + self.change
-
-    @property
     def holds(self) -> bool:
         """Whether the result is correct."""
-        return self.result == self.sum
+        return self.result == self.left + self.change
 
     @property
     def operands(self) -> tuple[int, ...]:
@@ -118,7 +113,7 @@ def read_answer(text: str) -> WorkedAnswer:
     text = _without_spaces(text)
     values = list(_VALUE.finditer(text))
     return WorkedAnswer(
-        _steps_in(text),
+        tuple(map(Step.of, _STEPS.finditer(text))),
         int(values[-1][1]) if values else None,
         _FORM.match(text) is not None,
         bool(values) and bool(text[values[0].end() :].strip()),
@@ -145,15 +140,21 @@ def grade(criterion: str, answer: WorkedAnswer) -> int:
     A text without a sentence of this file is checked for its first step, or else for its first
     value after a #. A text without either is never met.
     """
+    parts = _parts(criterion, answer)
+    return NOT_MET if not any(parts) else MET if all(parts) else PARTLY_MET
+
+
+def _parts(criterion: str, answer: WorkedAnswer) -> list[bool]:
+    """Which parts of the criterion the answer meets."""
     # Searched, not matched: the criterion's id and category stand before its sentence.
     for sentence, check in _CHECKS:
-        found = sentence.search(criterion)
-        if found:
+        if found := sentence.search(criterion):
             return check(answer, *found.groups())
-    steps, value = _steps_in(_without_spaces(criterion)), _VALUE.search(criterion)
-    if steps:
-        return _has_step(answer, str(steps[0]))
-    return _has_value(answer, value[1]) if value else NOT_MET
+    text = _without_spaces(criterion)
+    if step := _STEPS.search(text):
+        return _has_step(answer, step[0])
+    value = _VALUE.search(criterion)
+    return _has_value(answer, value[1]) if value else []
 
 
 def _without_spaces(text: str) -> str:
@@ -162,75 +163,59 @@ def _without_spaces(text: str) -> str:
     return re.sub(r" ?([-+=#;]) ?", r"\1", re.sub(r"[ \t]+", " ", text))
 
 
-def _steps_in(text: str) -> tuple[Step, ...]:
-    return tuple(map(Step.of, _STEPS.finditer(text)))
-
-
-def _met(is_met: bool) -> int:
-    return MET if is_met else NOT_MET
-
-
-def _all_or_part(hits: Sequence[bool]) -> int:
-    return NOT_MET if not any(hits) else MET if all(hits) else PARTLY_MET
-
-
-def _has_step(answer: WorkedAnswer, text: str) -> int:
+def _has_step(answer: WorkedAnswer, text: str) -> list[bool]:
     """In part: the right operands with another result."""
-    match = _STEPS.fullmatch(text)
-    if match is None:  # the numbers of a criterion from elsewhere may be too long
-        return NOT_MET
-    wanted = Step.of(match)
+    wanted = Step.of(_STEPS.fullmatch(text))
     results = [step.result for step in answer.steps if step.operands == wanted.operands]
-    return MET if wanted.result in results else PARTLY_MET if results else NOT_MET
+    return [bool(results), wanted.result in results]
 
 
-def _has_value(answer: WorkedAnswer, text: str) -> int:
+def _has_value(answer: WorkedAnswer, text: str) -> list[bool]:
     """In part: the last step has the value as its result, and there is no #."""
     if answer.value is not None:
-        return _met(answer.value == int(text))
-    return PARTLY_MET if answer.steps and answer.steps[-1].result == int(text) else NOT_MET
+        return [answer.value == int(text)]
+    return [False, *(step.result == int(text) for step in answer.steps[-1:])]
 
 
-def _follows_last(answer: WorkedAnswer) -> int:
-    return _met(bool(answer.steps) and answer.value == answer.steps[-1].result)
+def _follows_last(answer: WorkedAnswer) -> list[bool]:
+    return [answer.value == step.result for step in answer.steps[-1:]]
 
 
-def _is_formed(answer: WorkedAnswer) -> int:
+def _form(answer: WorkedAnswer) -> list[bool]:
     parts = [bool(answer.steps), answer.value is not None, False]
-    return MET if answer.is_formed else _all_or_part(parts)
+    return [True] if answer.is_formed else parts
 
 
-def _sums(answer: WorkedAnswer) -> int:
-    return _all_or_part([step.holds for step in answer.steps])
+def _sums(answer: WorkedAnswer) -> list[bool]:
+    return [step.holds for step in answer.steps]
 
 
-def _is_worked(answer: WorkedAnswer) -> int:
-    return _all_or_part([_sums(answer) == MET, _follows_last(answer) == MET])
+def _worked(answer: WorkedAnswer) -> list[bool]:
+    return [bool(answer.steps) and all(_sums(answer)), any(_follows_last(answer))]
 
 
-def _chain(answer: WorkedAnswer) -> int:
+def _chain(answer: WorkedAnswer) -> list[bool]:
     links = [step.left == before.result for before, step in itertools.pairwise(answer.steps)]
-    return _all_or_part(links or [bool(answer.steps)])  # a single step meets it
+    return links or [bool(answer.steps)]  # a single step meets it
 
 
-def _numbers(answer: WorkedAnswer, start: str, terms: str) -> int:
+def _numbers(answer: WorkedAnswer, start: str, terms: str) -> list[bool]:
     wanted = [int(start), *map(int, _TERM.findall(terms))]
     found = [step.left for step in answer.steps[:1]] + [step.change for step in answer.steps]
-    return _all_or_part([a == b for a, b in itertools.zip_longest(wanted, found)])
+    return [a == b for a, b in itertools.zip_longest(wanted, found)]
 
 
-def _nth(answer: WorkedAnswer, number: str, is_right: Callable[[Step, int | None], bool]) -> int:
-    """Checks step `number` and the result before it. In part: there is such a step."""
-    place = int(number) - 1
-    if not 0 <= place < len(answer.steps):
-        return NOT_MET
-    before = answer.steps[place - 1].result if place else None
-    return MET if is_right(answer.steps[place], before) else PARTLY_MET
+def _nth(is_right: Callable[..., bool]) -> Callable[..., list[bool]]:
+    """A check of one step by the result before it and the sentence; in part: the step is there."""
 
+    def check(answer: WorkedAnswer, number: str, *words: str) -> list[bool]:
+        place = int(number) - 1
+        if not 0 <= place < len(answer.steps):
+            return []
+        before = answer.steps[place - 1].result if place else None
+        return [True, is_right(answer.steps[place], before, *words)]
 
-def _step_begins(answer: WorkedAnswer, number: str, start: str) -> int:
-    wanted = lambda before: before if start == BEFORE else int(start)
-    return _nth(answer, number, lambda step, before: step.left == wanted(before))
+    return check
 
 
 def _sentence(template: str, *holes: str) -> re.Pattern:
@@ -241,26 +226,23 @@ def _sentence(template: str, *holes: str) -> re.Pattern:
 
 # Numbers in criteria are as short as those in answers, hence int() accepts them.
 _WHOLE, _PLACE, _SIGNED = rf"-?{_DIGITS}", "[0-9]{1,6}", rf"[+-]{_DIGITS}"
-_CHECKS: tuple[tuple[re.Pattern, Callable[..., int]], ...] = (
-    (_sentence(STEP, rf"-?{_DIGITS}[+-]{_DIGITS}=-?{_DIGITS}"), _has_step),
+_START = rf"{_WHOLE}|{BEFORE}"
+_begins = lambda step, before, start: step.left == (before if start == BEFORE else int(start))
+_applies = lambda step, before, term: step.change == int(term)
+_CHECKS: tuple[tuple[re.Pattern, Callable[..., list[bool]]], ...] = (
+    (_sentence(STEP, rf"{_WHOLE}{_SIGNED}={_WHOLE}"), _has_step),
     (_sentence(VALUE, _WHOLE), _has_value),
     (_sentence(LAST), _follows_last),
-    (_sentence(FORM), _is_formed),
-    (_sentence(END), lambda answer: _met(answer.value is not None and not answer.goes_on)),
+    (_sentence(FORM), _form),
+    (_sentence(END), lambda answer: [answer.value is not None and not answer.goes_on]),
     (_sentence(SUMS), _sums),
-    (_sentence(WORKED), _is_worked),
+    (_sentence(WORKED), _worked),
     (_sentence(CHAIN), _chain),
     (_sentence(NUMBERS, _WHOLE, rf"{_SIGNED}(?:, {_SIGNED})*"), _numbers),
-    (_sentence(COUNT, _PLACE), lambda answer, number: _met(len(answer.steps) == int(number))),
-    (
-        _sentence(STEP_SUM, _PLACE),
-        lambda answer, number: _nth(answer, number, lambda step, _: step.holds),
-    ),
-    (_sentence(STEP_BEGINS, _PLACE, rf"{_WHOLE}|{BEFORE}"), _step_begins),
-    (
-        _sentence(STEP_APPLIES, _PLACE, _SIGNED),
-        lambda answer, number, term: _nth(answer, number, lambda step, _: step.change == int(term)),
-    ),
-    (_sentence(FLAW_SUM), lambda answer: _met(not all(step.holds for step in answer.steps))),
-    (_sentence(FLAW_AFTER), lambda answer: _met(answer.goes_on)),
+    (_sentence(COUNT, _PLACE), lambda answer, number: [len(answer.steps) == int(number)]),
+    (_sentence(STEP_SUM, _PLACE), _nth(lambda step, before: step.holds)),
+    (_sentence(STEP_BEGINS, _PLACE, _START), _nth(_begins)),
+    (_sentence(STEP_APPLIES, _PLACE, _SIGNED), _nth(_applies)),
+    (_sentence(FLAW_SUM), lambda answer: [not all(_sums(answer))]),
+    (_sentence(FLAW_AFTER), lambda answer: [answer.goes_on]),
 )

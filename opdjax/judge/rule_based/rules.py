@@ -51,15 +51,11 @@ def reply_to(messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     A chat without a judge's prompt gets `{"note": ...}`.
     """
     prompt, role = _prompt(messages), role_of(messages)
-    replies = {
-        "rubricator": _rubric,
-        "verifier": _verdicts,
-        "scalar_judge": _scores,
-        "reflector": _reflection,
-    }
     if role is None:
         return {"note": _NO_PROMPT}
-    return replies[role](read_blocks(prompt), _BLOCK.sub("", prompt))
+    replies = {"rubricator": _rubric, "verifier": _verdicts, "scalar_judge": _scores}
+    reply = replies.get(role, _reflection)
+    return reply(read_blocks(prompt), _BLOCK.sub("", prompt))
 
 
 def role_of(messages: Sequence[Mapping[str, Any]]) -> str | None:
@@ -126,7 +122,7 @@ def _chosen(found: Sequence[Demand], low: int, high: int) -> list[Demand]:
     spare = [demand for demand in found if demand.is_spare]
     known = {demand.text for demand in found}
     texts = (demands.STEP_SUM.format(number) for number in itertools.count(1))
-    more = (_spare(text, "reasoning", 1) for text in texts if text not in known)
+    more = (_spare(text, "reasoning") for text in texts if text not in known)
     filled = [*wanted, *itertools.islice(itertools.chain(spare, more), max(low - len(wanted), 0))]
     # The sort is stable: of equal weights the first stay.
     kept = set(sorted(range(len(filled)), key=lambda place: -filled[place].weight)[:high])
@@ -161,8 +157,8 @@ def _overall(task: Sequence[Step], references: Answers, students: Answers) -> It
         yield dataclasses.replace(numbers, weight=4) if is_decisive else numbers
     yield _merit(demands.LAST, "quality", students)
     yield Demand(demands.FORM, "quality", 1)
-    yield _spare(demands.END, "quality", 1)
-    yield _spare(demands.COUNT.format(len(steps)), "quality", 1)
+    yield _spare(demands.END, "quality")
+    yield _spare(demands.COUNT.format(len(steps)), "quality")
 
 
 def _by_stage(task: Sequence[Step], references: Answers, students: Answers) -> Iterator[Demand]:
@@ -184,8 +180,7 @@ def _by_stage(task: Sequence[Step], references: Answers, students: Answers) -> I
             text = demands.STEP_BEGINS.format(number, start)
             yield _merit(text, "reasoning", students, step=place)
         if place < len(task):
-            text = demands.STEP_APPLIES.format(number, task[place].term)
-            yield _spare(text, "task", 1, step=place)
+            yield _spare(demands.STEP_APPLIES.format(number, task[place].term), "task", place)
 
 
 def _with_flaws(found: Sequence[Demand], is_whole: bool) -> list[Demand]:
@@ -197,8 +192,8 @@ def _with_flaws(found: Sequence[Demand], is_whole: bool) -> list[Demand]:
     return [*kept, Demand(demands.FLAW_AFTER, "quality", 1, is_flaw=True)]
 
 
-def _spare(text: str, category: str, weight: int, step: int | None = None) -> Demand:
-    return Demand(text, category, weight, step, is_spare=True)
+def _spare(text: str, category: str, step: int | None = None) -> Demand:
+    return Demand(text, category, 1, step, is_spare=True)
 
 
 def _merit(text: str, category: str, students: Answers, **fields: Any) -> Demand:
@@ -275,23 +270,18 @@ def _reflection(blocks: Blocks, words: str) -> dict[str, Any]:
 
 def _first_wrong_step(answer: WorkedAnswer, task: Sequence[Step]) -> str | None:
     # If the question has no sum, only the answer's own sums can be checked.
-    expected = task or [dataclasses.replace(step, result=step.sum) for step in answer.steps]
+    corrected = lambda step: dataclasses.replace(step, result=step.left + step.change)
+    expected = task or map(corrected, answer.steps)
     for number, (found, right) in enumerate(itertools.zip_longest(answer.steps, expected), 1):
         if found is None:
-            return (
-                f"Step {number} is missing: it should be {right}. Write out one step for each "
-                "number that is added or taken away."
-            )
+            advice = "Write out one step for each number that is added or taken away."
+            return f"Step {number} is missing: it should be {right}. {advice}"
         if right is None:
-            return (
-                f"Step {number}, {found}, is one too many. Stop at the result of step {number - 1} "
-                "and write it after #."
-            )
+            advice = f"Stop at the result of step {number - 1} and write it after #."
+            return f"Step {number}, {found}, is one too many. {advice}"
         if found.key != right.key:
-            return (
-                f"Step {number} says {found}, but it should be {right}. What comes after it builds "
-                "on its result."
-            )
+            advice = "What comes after it builds on its result."
+            return f"Step {number} says {found}, but it should be {right}. {advice}"
     return None
 
 
@@ -300,21 +290,15 @@ def _wrong_end(answer: WorkedAnswer, task: Sequence[Step]) -> str:
     last, value = (task or answer.steps)[-1:], answer.value
     if last and value != last[0].result:
         found = "No value stands after #" if value is None else f"The value after # is {value}"
-        return (
-            f"{found}, but it should be {last[0].result}, the result of the last step. Copy that "
-            "result."
-        )
+        right = f"{last[0].result}, the result of the last step"
+        return f"{found}, but it should be {right}. Copy that result."
     if answer.goes_on:
+        advice = "Stop at the value."
         return (
-            f"The steps and the value {value} are there, but the answer goes on after it. Stop at "
-            "the value."
+            f"The steps and the value {value} are there, but the answer goes on after it. {advice}"
         )
     if not answer.steps:
-        return (
-            "There is no step in the answer. Write each step as a sum with its result, then # and "
-            "the value."
-        )
-    return (
-        "Each step holds and the value follows from the last one. Work out each step before the "
-        "next one in the same way."
-    )
+        advice = "Write each step as a sum with its result, then # and the value."
+        return f"There is no step in the answer. {advice}"
+    advice = "Work out each step before the next one in the same way."
+    return f"Each step holds and the value follows from the last one. {advice}"
