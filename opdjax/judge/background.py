@@ -25,7 +25,7 @@ SPENDING = "spending.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class BackgroundJudge:
-    """Submits judge requests to an asyncio loop in a background thread and collects results."""
+    """A judge whose requests run in a loop in a background thread."""
 
     client: ApiClient
     judge: Judge

@@ -6,6 +6,7 @@ import datetime
 import email.utils
 import json
 import math
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -14,10 +15,7 @@ from opdjax.config.api import EndpointConfig
 from opdjax.judge.replies import Reply
 
 CHARS_PER_TOKEN = 4  # estimate, used where a server does not count and before a request is sent
-_FORMAT_WORDS = (
-    *("response_format", "response_schema", "json_schema", "json schema", "json_object"),
-    "structured output",
-)
+_FORMAT_WORDS = re.compile("response_(format|schema)|json[_ ]schema|json_object|structured output")
 
 
 def request_body(
@@ -57,14 +55,10 @@ def read_reply(document: Any, body: dict[str, Any], *, is_structured: bool) -> R
     text = _valid(next((text for text in texts if text.strip()), ""))
     usage = document.get("usage") or {}
     num_chars = sum(len(message["content"]) for message in body["messages"])
-    counts = (
-        (usage.get("prompt_tokens"), num_chars),
-        (usage.get("completion_tokens"), len(text)),
-    )
-    tokens = [
-        count if isinstance(count, int) and count >= 0 else -(-chars // CHARS_PER_TOKEN)
-        for count, chars in counts
-    ]
+    tokens = []
+    for name, chars in (("prompt_tokens", num_chars), ("completion_tokens", len(text))):
+        is_counted = isinstance(count := usage.get(name), int) and count >= 0
+        tokens.append(count if is_counted else -(-chars // CHARS_PER_TOKEN))
     return Reply(text, str(choice.get("finish_reason") or "stop"), False, *tokens)
 
 
@@ -92,7 +86,7 @@ def error_message(text: str) -> str:
 
 def is_about_format(text: str) -> bool:
     """Whether an error body is about the requested reply format."""
-    return any(word in text.lower() for word in _FORMAT_WORDS)
+    return _FORMAT_WORDS.search(text.lower()) is not None
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

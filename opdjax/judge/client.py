@@ -49,14 +49,13 @@ _LESS_STRUCTURE = {"json_schema": "json_object", "json_object": "text"}
 Responder = Callable[[dict[str, Any]], Awaitable[bytes]]
 
 
+@dataclasses.dataclass(eq=False)
 class _TransientError(Exception):
     """A failure that a retry may cure."""
 
-    def __init__(
-        self, cause: str, retry_after: float | None = None, *, is_rate_limit: bool = False
-    ):
-        super().__init__(cause)
-        self.retry_after, self.is_rate_limit = retry_after, is_rate_limit
+    cause: str
+    retry_after: float | None = None  # seconds, if the server says so
+    is_rate_limit: bool = False
 
 
 class _PostponedError(Exception):
@@ -114,15 +113,6 @@ class _Role:
             text = text.replace(form, "***")
         return text[:max_chars]
 
-    def settle_on(self, output: str) -> None:
-        """Request this reply format from now on."""
-        if output != self.output:
-            print(
-                f"the {self.name}'s server does not support {self.output} output; using {output}",
-                file=sys.stderr,
-            )
-            self.output = output
-
 
 @dataclasses.dataclass
 class _Request:
@@ -135,11 +125,6 @@ class _Request:
     task: asyncio.Task[Reply] | None = None
     num_callers: int = 0  # callers waiting for the reply
     is_sent: bool = False  # sent, hence billed
-
-    @property
-    def num_chars(self) -> int:
-        """Characters of the prompt."""
-        return sum(len(message["content"]) for message in self.messages)
 
 
 def _api_key(name: str, endpoint: EndpointConfig) -> str:
@@ -278,7 +263,7 @@ class ApiClient:
             except _PostponedError:
                 continue
             except _TransientError as error:
-                cause, request.is_sent = str(error), False
+                cause, request.is_sent = error.cause, False
                 wait = self._wait(attempt, error.retry_after)
                 if error.is_rate_limit:
                     # The limit is the role's, not this request's: others would be refused as well.
@@ -322,6 +307,7 @@ class ApiClient:
         try:
             reply = await self._send(role, request, admission)
             is_answered = True
+            return reply
         except _TransientError as error:
             is_answered = error.is_rate_limit
             raise
@@ -330,11 +316,11 @@ class ApiClient:
             raise
         finally:
             role.breaker.leave(admission, is_answered)
-        return reply
 
     async def _send(self, role: _Role, request: _Request, admission: Admission) -> Reply:
         """Send once within the role's limits, and count the usage."""
-        reserved, used = request.num_chars / CHARS_PER_TOKEN + role.endpoint.max_tokens, 0
+        num_chars = sum(len(message["content"]) for message in request.messages)
+        reserved, used = num_chars / CHARS_PER_TOKEN + role.endpoint.max_tokens, 0
         async with role.slots:
             await role.tokens.acquire(reserved)
             try:
@@ -351,36 +337,32 @@ class ApiClient:
                 used = reply.input_tokens + reply.output_tokens
             finally:
                 role.tokens.give_back(reserved - used)
-        self._count(role, reply)
-        return reply
-
-    def _count(self, role: _Role, reply: Reply) -> None:
-        usage, endpoint = role.usage, role.endpoint
-        dollars = (
-            reply.input_tokens * endpoint.input_price + reply.output_tokens * endpoint.output_price
-        ) / 1e6
-        usage.calls += 1
-        usage.dollars += dollars
-        usage.input_tokens += reply.input_tokens
-        usage.output_tokens += reply.output_tokens
+        price = role.endpoint.input_price, role.endpoint.output_price
+        dollars = (reply.input_tokens * price[0] + reply.output_tokens * price[1]) / 1e6
+        role.usage.calls += 1
+        role.usage.dollars += dollars
+        role.usage.input_tokens += reply.input_tokens
+        role.usage.output_tokens += reply.output_tokens
         self._spent += dollars
+        return reply
 
     async def _negotiate(self, role: _Role, request: _Request) -> Reply:
         """The reply, in the most structured format that the server supports."""
         is_structured = request.schema is not None
         output = role.output if is_structured else "text"
         while True:
-            body = request_body(
-                role.endpoint, request.messages, request.schema, request.schema_name, output
-            )
+            form = request.schema, request.schema_name, output
+            body = request_body(role.endpoint, request.messages, *form)
             try:
                 reply = await _post(role, body, is_structured=is_structured)
             except _FormatRefusedError:
                 output = _LESS_STRUCTURE[output]
                 await role.requests.acquire(1)
                 continue
-            if is_structured:
-                role.settle_on(output)
+            if is_structured and output != role.output:
+                change = f"does not support {role.output} output; using {output}"
+                print(f"the {role.name}'s server {change}", file=sys.stderr)
+                role.output = output  # from now on
             return reply
 
 
@@ -391,17 +373,16 @@ async def _post(role: _Role, body: dict[str, Any], *, is_structured: bool) -> Re
         async with asyncio.timeout(role.endpoint.timeout):
             content = await role.post(body)
     except (openai.APITimeoutError, TimeoutError):
-        seconds = f"{role.endpoint.timeout:g} seconds"
-        raise _TransientError(f"no reply within endpoint.timeout, {seconds}") from None
+        cause = f"no reply within endpoint.timeout, {role.endpoint.timeout:g} seconds"
+        raise _TransientError(cause) from None
     except openai.APIConnectionError as error:
         cause = role.redacted(f"no connection ({error.__cause__ or error})")
         raise _TransientError(cause) from None
     except openai.APIStatusError as error:
         raise _status_error(role, body, error) from None
     except openai.OpenAIError as error:
-        raise ApiRequestError(
-            role.redacted(f"the {role.name}'s request failed: {type(error).__name__}: {error}")
-        ) from None
+        cause = f"the {role.name}'s request failed: {type(error).__name__}: {error}"
+        raise ApiRequestError(role.redacted(cause)) from None
     try:
         return read_reply(json.loads(content), body, is_structured=is_structured)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -415,11 +396,8 @@ def _status_error(role: _Role, body: dict[str, Any], error: openai.APIStatusErro
     status, text, endpoint = error.status_code, error.response.text, role.endpoint
     message = role.redacted(error_message(text))
     if status in _RETRIED or status >= 500:
-        return _TransientError(
-            f"status {status}: {message}",
-            retry_after(error.response.headers),
-            is_rate_limit=status == 429,
-        )
+        wait = retry_after(error.response.headers)
+        return _TransientError(f"status {status}: {message}", wait, is_rate_limit=status == 429)
     if status in _REJECTS_REQUEST:
         if "response_format" in body and is_about_format(text):
             return _FormatRefusedError()

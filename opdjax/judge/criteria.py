@@ -13,8 +13,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from opdjax.config.rubrics import RubricsConfig
-from opdjax.judge.judgement import Judgement, RolloutGroup, joined
-from opdjax.judge.schema import Criterion, Rubric
+from opdjax.judge.judgement import Judgement
+from opdjax.judge.rubricator import joined
+from opdjax.judge.schema import Criterion, RolloutGroup, Rubric
 from opdjax.judge.scores import share
 from opdjax.runs.workdir import append_lines, read_lines
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import statistics
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from opdjax.judge.prompts import shown_answer
 from opdjax.judge.rubricator import induce
-from opdjax.judge.schema import ERRORS, Criterion, RolloutGroup, Rubric
+from opdjax.judge.schema import ERRORS, RolloutGroup, Rubric
 from opdjax.judge.scores import score, stage_scores
 from opdjax.judge.structured_output import NO_USABLE_REPLY, UNANSWERED, Judge, Tally
 from opdjax.judge.verifier import rate, verify
@@ -75,17 +76,13 @@ async def judge_group(judge: Judge, group: RolloutGroup, kind: Kind) -> list[Jud
 
 
 async def _judgement(judge: Judge, group: RolloutGroup, kind: Kind) -> Judgement:
-    tally, answers, references = (
-        Tally(),
-        (None,) * len(group.answers),
-        (None,) * len(group.references),
-    )
-    failed = Judgement(group, None, answers, references, answers, references, None, tally)
+    tally, none = Tally(), [(None,) * len(texts) for texts in (group.answers, group.references)]
+    failed = Judgement(group, None, *none, *none, stage_scores=None, tally=tally)
     try:
         if kind == "scalar":
             scores, of_references = map(tuple, await rate(judge, group, tally))
             return dataclasses.replace(failed, scores=scores, reference_scores=of_references)
-        rubric = group.rubric or await _induce(judge, group, tally)
+        rubric = group.rubric or await induce(judge, group, tally)
         verdicts, of_references = map(tuple, await verify(judge, group, rubric, tally))
     except NO_USABLE_REPLY:
         return failed
@@ -107,23 +104,9 @@ async def _judgement(judge: Judge, group: RolloutGroup, kind: Kind) -> Judgement
 async def induce_or_none(judge: Judge, group: RolloutGroup) -> Rubric | None:
     """The rubric of a group, without verdicts; None if there is no usable reply."""
     try:
-        return await _induce(judge, group, Tally())
+        return await induce(judge, group, Tally())
     except NO_USABLE_REPLY:
         return None
-
-
-async def _induce(judge: Judge, group: RolloutGroup, tally: Tally) -> Rubric:
-    rubric = await induce(judge, group, tally)
-    return joined(group.existing, rubric.criteria) if group.existing else rubric
-
-
-def joined(existing: Sequence[Criterion], new: Sequence[Criterion]) -> Rubric:
-    """All criteria with new ids; of several with the same text and stage the first."""
-    unique: dict[tuple[str, str | None], Criterion] = {}
-    for criterion in [*existing, *new]:
-        unique.setdefault((criterion.text, criterion.stage), criterion)
-    numbered = enumerate(unique.values(), 1)
-    return Rubric(tuple(c.model_copy(update={"id": f"c{number}"}) for number, c in numbered))
 
 
 def as_row(
@@ -193,12 +176,8 @@ def metrics_of(
         count = sum(judgement.tally.problems[problem] for judgement in judgements)
         metrics[f"rubric/problems/{problem}"] = float(count)
     if correct is not None:
-        pairs = [
-            (value, is_right)
-            for judgement, labels in zip(judgements, correct)
-            for value, is_right in zip(judgement.scores, labels)
-            if value is not None
-        ]
+        values = flat(judgement.scores for judgement in judgements)
+        pairs = [pair for pair in zip(values, flat(correct), strict=True) if pair[0] is not None]
         right = [value for value, is_right in pairs if is_right]
         metrics["rubric/auc"] = auc(right, [value for value, is_right in pairs if not is_right])
     return metrics
@@ -211,8 +190,7 @@ def auc(right: Sequence[float], wrong: Sequence[float]) -> float:
     """
     if not right or not wrong:
         return float("nan")
-    wins = sum((a > b) + 0.5 * (a == b) for a in right for b in wrong)
-    return wins / (len(right) * len(wrong))
+    return statistics.fmean((a > b) + 0.5 * (a == b) for a in right for b in wrong)
 
 
 def _mean(values: Sequence[float]) -> float:

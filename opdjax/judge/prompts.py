@@ -37,13 +37,13 @@ def load_template(name: str, directory: str = "") -> str:
 
     Raises ConfigError if the directory does not exist or the template has no version.
     """
-    own = pathlib.Path(directory) / f"{name}.txt" if directory else None
-    if own is not None and not own.parent.is_dir():
+    own = pathlib.Path(directory or TEMPLATES, f"{name}.txt")
+    if not own.parent.is_dir():
         raise ConfigError(
             f"rubrics.templates is {directory!r}; expected a directory with files such as "
             "rubricator.txt"
         )
-    file = own if own is not None and own.exists() else TEMPLATES / f"{name}.txt"
+    file = own if own.exists() else TEMPLATES / own.name
     text = file.read_text(encoding="utf-8")
     if not _VERSION.match(text):
         raise ConfigError(

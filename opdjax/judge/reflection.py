@@ -24,19 +24,14 @@ _WORDS = {
 
 def rubric_text(judgement: Judgement) -> str:
     """The criteria, one per line."""
-    return "\n".join(
-        f"- {'(to be avoided) ' if c.polarity == 'negative' else ''}{c.text}"
-        for c in judgement.rubric.criteria
-    )
+    mark = {"positive": "", "negative": "(to be avoided) "}
+    return "\n".join(f"- {mark[c.polarity]}{c.text}" for c in judgement.rubric.criteria)
 
 
 def verdict_text(judgement: Judgement, place: int) -> str:
     """The verdicts on the rollout at `place`, one criterion per line."""
     pairs = zip(judgement.rubric.criteria, judgement.verdicts[place])
-    return "\n".join(
-        f"- {_WORDS[criterion.polarity][share(criterion, verdict)]}: {criterion.text}"
-        for criterion, verdict in pairs
-    )
+    return "\n".join(f"- {_WORDS[c.polarity][share(c, verdict)]}: {c.text}" for c, verdict in pairs)
 
 
 async def reflect(judge: Judge, judgement: Judgement) -> Judgement:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from opdjax.judge.prompts import Block, list_example
-from opdjax.judge.schema import RolloutGroup, Rubric, parse_rubric, rubric_schema
+from opdjax.judge.schema import Criterion, RolloutGroup, Rubric, parse_rubric, rubric_schema
 from opdjax.judge.structured_output import Judge, JudgeRequest, Tally, ask
 
 # Parts of the prompt. Replies are cached by the prompt's bytes: a changed word is a cache miss.
@@ -30,8 +31,8 @@ async def induce(judge: Judge, group: RolloutGroup, tally: Tally) -> Rubric:
     """A rubric that contrasts the student's answers with the references.
 
     Identical answers are shown once and all texts are sorted, so that the rubric does not depend
-    on their order. With existing criteria only new ones are requested, possibly none. Raises
-    ReplyError or ApiError if there is no usable reply.
+    on their order. With existing criteria only new ones are requested, possibly none, and added.
+    Raises ReplyError or ApiError if there is no usable reply.
     """
     config, stages = judge.config, judge.config.stage_names
     bounds = (0 if group.existing else config.min_criteria, config.max_criteria)
@@ -55,4 +56,15 @@ async def induce(judge: Judge, group: RolloutGroup, tally: Tally) -> Rubric:
     }
     prompt = judge.prompt("rubricator", words, blocks)
     request = JudgeRequest("rubricator", prompt, rubric_schema(config, stages), "rubric")
-    return await ask(judge, request, lambda text: parse_rubric(text, config, stages, bounds), tally)
+    parse = lambda text: parse_rubric(text, config, stages, bounds)
+    rubric = await ask(judge, request, parse, tally)
+    return joined(group.existing, rubric.criteria) if group.existing else rubric
+
+
+def joined(existing: Sequence[Criterion], new: Sequence[Criterion]) -> Rubric:
+    """All criteria with new ids; of several with the same text and stage the first."""
+    unique: dict[tuple[str, str | None], Criterion] = {}
+    for criterion in [*existing, *new]:
+        unique.setdefault((criterion.text, criterion.stage), criterion)
+    numbered = enumerate(unique.values(), 1)
+    return Rubric(tuple(c.model_copy(update={"id": f"c{number}"}) for number, c in numbered))

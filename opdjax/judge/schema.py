@@ -8,6 +8,7 @@ and the judge is asked again with its text.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Set
@@ -142,10 +143,8 @@ def parse_rubric(
     """
     items, repairs = _read_list(text, "criteria")
     known = _criterion_fields(config, stages).keys()  # others are dropped
-    criteria = tuple(
-        _criterion(item, number, known, repairs, config.grades)
-        for number, item in enumerate(items, 1)
-    )
+    read = lambda number, item: _criterion(item, number, known, repairs, config.grades)
+    criteria = tuple(itertools.starmap(read, enumerate(items, 1)))
     _check_rubric(criteria, bounds or (config.min_criteria, config.max_criteria), stages)
     return Rubric(criteria), tuple(sorted(repairs))
 
@@ -175,12 +174,10 @@ def _check_rubric(
         raise invalid(f"the ids are {', '.join(ids)}; expected each once")
     if low and all(criterion.polarity == "negative" for criterion in criteria):
         raise invalid("all criteria are negative; expected at least one that an answer can meet")
-    for criterion in criteria if stages else ():
-        if criterion.stage not in stages:
-            raise invalid(
-                f"criterion {criterion.id} has stage {criterion.stage!r}; expected one of "
-                f"{list(stages)}"
-            )
+    for criterion in criteria:
+        if stages and criterion.stage not in stages:
+            expected = f"expected one of {list(stages)}"
+            raise invalid(f"criterion {criterion.id} has stage {criterion.stage!r}; {expected}")
 
 
 def parse_verdicts(
@@ -258,10 +255,8 @@ def read_object(text: str, key: str) -> tuple[dict[str, Any], set[str]]:
     if found is None:
         found, repairs = _first_object(answer, key), {"prose"}
     if found is None:
-        message = (
-            f"the reply holds no JSON object; expected one with {key!r}, and nothing around it"
-        )
-        raise ReplyError("parse_error", message)
+        expected = f"expected one with {key!r}, and nothing around it"
+        raise ReplyError("parse_error", f"the reply holds no JSON object; {expected}")
     if not isinstance(found, dict) or key not in found:
         message = f"the reply is {_describe(found)}; expected a JSON object with {key!r}"
         raise ReplyError("schema_error", message)

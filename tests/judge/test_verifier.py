@@ -7,10 +7,11 @@ import json
 import pytest
 
 from opdjax.config.rubrics import RubricsConfig
-from opdjax.judge.judgement import as_row, auc, group_of, joined, judge_group, metrics_of
+from opdjax.judge.judgement import as_row, auc, group_of, judge_group, metrics_of
 from opdjax.judge.prompts import read_blocks
 from opdjax.judge.reflection import verdict_text
 from opdjax.judge.replies import ApiRequestError, ApiUnavailableError, Reply
+from opdjax.judge.rubricator import joined
 from opdjax.judge.schema import Criterion
 from opdjax.judge.structured_output import Judge
 from opdjax.judge.verifier import pools

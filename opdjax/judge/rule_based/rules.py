@@ -125,8 +125,8 @@ def _chosen(found: Sequence[Demand], low: int, high: int) -> list[Demand]:
     more = (_spare(text, "reasoning") for text in texts if text not in known)
     filled = [*wanted, *itertools.islice(itertools.chain(spare, more), max(low - len(wanted), 0))]
     # The sort is stable: of equal weights the first stay.
-    kept = set(sorted(range(len(filled)), key=lambda place: -filled[place].weight)[:high])
-    return [demand for place, demand in enumerate(filled) if place in kept]
+    heaviest = sorted(filled, key=lambda demand: -demand.weight)[:high]
+    return [demand for demand in filled if demand in heaviest]
 
 
 def _overall(task: Sequence[Step], references: Answers, students: Answers) -> Iterator[Demand]:
@@ -144,7 +144,7 @@ def _overall(task: Sequence[Step], references: Answers, students: Answers) -> It
         if text is not None:
             yield Demand(text, "reasoning", _weight(text, students), place)
     is_disputed = value is None or None in steps
-    if is_disputed and value is None:
+    if value is None:
         yield Demand(demands.WORKED, "task", 5)
     elif is_disputed:
         yield Demand(demands.SUMS, "reasoning", 4)

@@ -24,19 +24,16 @@ def reply_document(request: Document) -> Document:
 
 def requested_schema(request: Document) -> Any:
     """The JSON schema that the reply must match; None without one."""
-    form = request.get("response_format")
-    if not isinstance(form, dict) or form.get("type") != "json_schema":
-        return None
-    named = form.get("json_schema")
-    return named.get("schema") if isinstance(named, dict) else None
+    match request.get("response_format"):
+        case {"type": "json_schema", "json_schema": {"schema": schema}}:
+            return schema
+    return None
 
 
 def _fitted(value: Any, schema: Any) -> Any:
-    if not isinstance(schema, dict):
-        return value
-    if isinstance(value, list):
+    if isinstance(value, list) and isinstance(schema, dict):
         return [_fitted(item, schema.get("items")) for item in value]
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or not isinstance(schema, dict):
         return value
     fields, is_strict = schema.get("properties") or {}, schema.get("additionalProperties") is False
     kept = {name: item for name, item in value.items() if name in fields or not is_strict}
