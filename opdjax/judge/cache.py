@@ -16,7 +16,7 @@ from opdjax.config.api import EndpointConfig
 from opdjax.judge.replies import ApiError, Reply
 
 _VERSION = 1
-_BUSY_SECONDS = 60.0  # a writer waits this long for the others
+_BUSY_SECONDS, _POLL_SECONDS = 60.0, 0.05
 # Fields of an endpoint that the reply depends on (not its address, limits and prices).
 _KEY_FIELDS = ("model", "temperature", "top_p", "seed", "reasoning_effort", "max_tokens", "output")
 _REPLY_FIELDS = {"text": str, "finish_reason": str, "input_tokens": int, "output_tokens": int}
@@ -63,14 +63,30 @@ class ReplyCache:
             raise self._error("opened", error) from error
 
     def _prepare(self) -> None:
-        self._file.execute(
+        run = self._file.execute
+        # Copies of a running work directory leave out the files that this journal mode adds.
+        # SQLite's busy timeout does not cover a change of journal mode by two processes at once.
+        deadline = time.monotonic() + _BUSY_SECONDS
+        busy = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+        while run("PRAGMA journal_mode").fetchone()[0] != "wal":
+            try:
+                run("PRAGMA journal_mode=WAL")
+                break
+            except sqlite3.OperationalError as error:
+                is_busy = error.sqlite_errorcode & 0xFF in busy
+                if not is_busy or time.monotonic() > deadline:
+                    raise
+                time.sleep(_POLL_SECONDS)
+        # A power cut may lose the last replies, which are requested again; the file stays intact.
+        run("PRAGMA synchronous=NORMAL")
+        run(
             "CREATE TABLE IF NOT EXISTS replies "
             "(key TEXT PRIMARY KEY, version INTEGER, reply TEXT, written REAL)"
         )
-        found = [row[1] for row in self._file.execute("PRAGMA table_info(replies)")]
-        if found != _COLUMNS:
+        columns = [row[1] for row in run("PRAGMA table_info(replies)")]
+        if columns != _COLUMNS:
             raise ValueError(
-                f"its table of replies has the columns {', '.join(found)}, expected "
+                f"its table of replies has the columns {', '.join(columns)}, expected "
                 f"{', '.join(_COLUMNS)}"
             )
 
@@ -99,7 +115,8 @@ class ReplyCache:
     def _error(self, action: str, error: Exception) -> CacheError:
         advice = {
             "opened": "check that the directory is writable and the file a cache of replies",
-            "read": "the file is damaged or of another version: move it and its -wal file away",
+            "read": "the file is damaged or of another version: move it away together with its "
+            "-wal and -shm files",
             "written": "free the disk, or make the file and its directory writable",
         }[action]
         return CacheError(
