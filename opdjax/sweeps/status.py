@@ -22,7 +22,9 @@ def status_line(
     """Such as `12/60 done, 1 failed, 2 running (a 40 %, b 5 %), about 21 min left`."""
     done = [p for p in points if status_of(sweep.path / p.id) == "done"]
     num_failed = sum(status_of(sweep.path / p.id) == "failed" for p in points)
-    shares = {p.id: sweep.step(p.id) / p.config.train.num_steps for p in running}
+    beats = sweep.heartbeats(p.id for p in running)
+    steps = {id: beat.step for id, beat in beats.items()}
+    shares = {p.id: steps.get(p.id, 0) / p.config.train.num_steps for p in running}
     parts = [f"{len(done)}/{len(points)} done"]
     if num_failed:
         parts.append(f"{num_failed} failed")
@@ -112,7 +114,7 @@ def _line(
     host = step = age = score = ""
     if beat is not None:
         host, age = beat.host[:16], _duration(beat.age)
-        step = f"{beat.step or 0}/{point.config.train.num_steps}"
+        step = f"{beat.step}/{point.config.train.num_steps}"
     if state == "done":
         scores = scores_after(sweep, point.id)
         score = f"{scores['avg@k']:.3f}" if "avg@k" in scores else ""

@@ -151,7 +151,7 @@ def test_a_run_leaves_there_what_it_leaves_on_a_local_disk(machine, tiny_run):
     assert f"the trained student is in {URL}/student" in out, out
     with read_only_workdir(URL, lambda name: not name.startswith("checkpoints")) as mirror:
         assert_same_run(tiny_run, mirror.directory)
-    stored = set(Folder(URL).entries()[0])
+    stored = set(Folder(URL, is_flat=True).files())
     assert {path.name for path in tiny_run.iterdir() if path.is_file()} - {".lock"} <= stored
 
 
