@@ -1,11 +1,11 @@
 """Leases: who may write to a directory on gs://. No jax.
 
 A holder creates an object `.lease/000001`, `.lease/000002` … and renews it; the lease expires when
-the renewals stop. Objects are created exclusively, so one of all processes that want the next
-number gets it, and the highest number holds the lease. Clocks of two machines are never compared:
-a process that wants the lease watches, by its own clock, that the holder's object has not changed
-for the duration of the lease, and a holder that has not renewed for that long stops at once. So at
-most one of them ever works.
+the renewals stop. Objects are created exclusively and never removed, so one of all processes that
+want the next number gets it, and the highest number holds the lease. Clocks of two machines are
+never compared: a process that wants the lease watches, by its own clock, that the holder's object
+has not changed for the duration of the lease, and a holder that has not renewed for that long stops
+at once. So at most one of them ever works.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from opdjax.runs.object_store import Folder, RemoteError
@@ -66,11 +66,9 @@ class Holder:
 
 def holder_of(folder: Folder) -> Holder | None:
     """The current or last holder of the lease of a folder; None if there never was one."""
-    while numbers := _numbers(folder):
-        data = folder.read(_name(max(numbers)))
-        if data is not None:  # None: removed since the listing
-            return Holder(max(numbers), json.loads(data))
-    return None
+    leases = folder.subfolder(".lease", is_flat=True)
+    number = max(map(int, filter(str.isdecimal, leases.files())), default=0)
+    return Holder(number, json.loads(folder.read(_name(number)))) if number else None
 
 
 class ExpiryWatch:
@@ -87,6 +85,12 @@ class ExpiryWatch:
         if self._seen != holder:
             self._seen, self._since = holder, time.monotonic()
         return time.monotonic() - self._since > holder.about["seconds"]
+
+
+def _exit_now(error: LeaseLostError) -> None:
+    # Without cleanup: what this process is writing may not be finished in any orderly way.
+    print(f"opdjax: {error}", file=sys.stderr, flush=True)
+    os._exit(LOST)
 
 
 class Lease:
@@ -140,8 +144,10 @@ class Lease:
         """Add values (step, num_steps) that other processes see after the next renewal."""
         self._about = {**self._about, **progress}
 
-    def start(self, on_lost: Callable[[LeaseLostError], Any] = lambda error: None) -> Lease:
-        """Renew in the background. Once the lease is lost, kill the child and call `on_lost`."""
+    def start(self, on_lost: Callable[[LeaseLostError], Any] = _exit_now) -> Lease:
+        """Renew in the background. Once the lease is lost, kill the child and call `on_lost`; by
+        default, end this process.
+        """
 
         def renew():
             while not self._stopped.wait(self.seconds / 5):
@@ -164,6 +170,12 @@ class Lease:
         for target in (renew, watch):
             threading.Thread(target=target, daemon=True, name=f"lease-{target.__name__}").start()
         return self
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def release(self) -> None:
         """Give the lease back, so that the next process need not wait for it to expire; to the
@@ -217,16 +229,8 @@ def try_acquire(folder: Folder, watch: ExpiryWatch) -> Lease | None:
         "processes": [*processes, (pid, _started(pid))],
         "seconds": lease_seconds(),
     }
-    if not folder.create(_name(number), _content(about)):
-        return None
-    numbers = _numbers(folder)
-    if max(numbers, default=0) > number:  # the number had been taken before, and removed since
-        folder.remove(_name(number))
-        return None
-    for old in numbers:
-        if old < number:
-            folder.remove(_name(old))
-    return Lease(folder, number, about, began)
+    is_first = folder.create(_name(number), _content(about))
+    return Lease(folder, number, about, began) if is_first else None
 
 
 def acquire(folder: Folder) -> Lease:
@@ -251,22 +255,6 @@ def acquire(folder: Folder) -> Lease:
     return lease
 
 
-@contextlib.contextmanager
-def holding(folder: Folder) -> Iterator[Lease]:
-    """Hold the lease of a folder, and end the process once it is lost."""
-
-    def exit_now(error: LeaseLostError) -> None:
-        # Without cleanup: what this process writes may not be finished in any orderly way.
-        print(f"opdjax: {error}", file=sys.stderr, flush=True)
-        os._exit(LOST)
-
-    lease = acquire(folder).start(exit_now)
-    try:
-        yield lease
-    finally:
-        lease.release()
-
-
 def lease_seconds() -> float:
     """Duration of new leases: $OPDJAX_LEASE_SECONDS, or a minute."""
     return float(os.environ.get("OPDJAX_LEASE_SECONDS", _SECONDS))
@@ -284,11 +272,6 @@ def _content(about: dict[str, Any]) -> bytes:
 
 def _name(number: int) -> str:
     return f".lease/{number:06}"
-
-
-def _numbers(folder: Folder) -> list[int]:
-    names = folder.subfolder(".lease", is_flat=True).files()
-    return [int(name) for name in names if name.isdecimal()]
 
 
 def _machine() -> str | None:

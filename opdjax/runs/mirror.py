@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from opdjax.runs.lease import Lease, LeaseLostError, holding
+from opdjax.runs.lease import Lease, LeaseLostError, acquire
 from opdjax.runs.object_store import Folder, Wanted, is_remote, scratch_of, url_of
 from opdjax.runs.workdir import locked
 
@@ -101,15 +101,13 @@ def open_workdir(workdir: str | os.PathLike) -> Iterator[WorkdirMirror]:
             yield WorkdirMirror(pathlib.Path(workdir))
         return
     folder = Folder(workdir)
-    with holding(folder) as lease, _scratch(folder.url, lease) as directory:
+    with acquire(folder).start() as lease, _scratch(folder.url, lease) as directory:
         _download(folder, directory)
         mirror = WorkdirMirror(directory, folder, lease)
-        try:
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(_try_upload, mirror)
             yield mirror
-        except BaseException:
-            with contextlib.suppress(OSError, LeaseLostError):  # the run's error is to be reported
-                mirror.upload()
-            raise
+            on_failure.pop_all()
         if (directory / _RESULT).exists():
             shutil.rmtree(directory)  # all of it is uploaded
 
@@ -128,7 +126,7 @@ def open_remote_file(url: str, role: str) -> Iterator[tuple[pathlib.Path, Callab
         folder.upload(directory, wanted)
 
     with (
-        holding(folder.subfolder(f".{role}-{name}")) as lease,
+        acquire(folder.subfolder(f".{role}-{name}")).start() as lease,
         _scratch(url, lease) as directory,
     ):
         folder.download(directory, wanted)
@@ -173,6 +171,11 @@ def _download(folder: Folder, directory: pathlib.Path) -> None:
     folder.download(
         directory, lambda name: _is_of_the_run(name) and not (is_finished and "/" in name)
     )
+
+
+def _try_upload(mirror: WorkdirMirror) -> None:
+    with contextlib.suppress(OSError, LeaseLostError):  # the run's own error is the one to report
+        mirror.upload()
 
 
 def _is_of_the_run(name: str) -> bool:

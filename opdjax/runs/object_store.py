@@ -18,7 +18,7 @@ import sqlite3
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from opdjax.config.validation import MissingExtraError
 
@@ -27,6 +27,9 @@ _SQLITE = (".sqlite", ".sqlite3", ".db")
 # Locks, partial files and the logs of a database.
 _INCOMPLETE = re.compile(r"(^|/)\.lock|\.partial(-[^/]*)?$|-(wal|shm|journal)$")
 Wanted = Callable[[str], bool]
+# Of an object: (generation, size), which differs in each version, and the generation grows. Of a
+# file: (modification time in nanoseconds, size).
+Tag = tuple[int, int]
 
 
 class RemoteError(OSError):
@@ -62,15 +65,6 @@ def scratch_of(url: str, kind: str) -> pathlib.Path:
     return scratch_root() / kind / f"{readable}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
 
 
-class Tag(NamedTuple):
-    """Identifies the version of an object. The generation grows with every write; as nanoseconds
-    since the epoch it lies in January 1970, when no file was written.
-    """
-
-    generation: int
-    size: int
-
-
 class Folder:
     """The objects below a URL, or with `is_flat` those that lie directly there; names are relative
     to it. Every method raises RemoteError if the storage cannot be reached.
@@ -80,8 +74,7 @@ class Folder:
         self.url = url_of(url)
         self._root, self._is_flat = self.url.removeprefix("gs://"), is_flat
         self._files = _file_system()
-        # (mtime, size) of the files when they were last downloaded or uploaded here
-        self._synced: dict[str, tuple[int, int]] = {}
+        self._synced: dict[str, Tag] = {}  # files when they were last downloaded or uploaded
 
     def subfolder(self, name: str, is_flat: bool = False) -> Folder:
         """The folder of that name in this one."""
@@ -125,28 +118,26 @@ class Folder:
 
     def files(self) -> dict[str, Tag]:
         """The objects in this folder: name -> version."""
-        listed = {}
+        infos: Iterable[dict[str, Any]] = ()
         with self._errors(), contextlib.suppress(FileNotFoundError):
             if self._is_flat:
-                listed = {info["name"]: info for info in self._files.ls(self._root, detail=True)}
+                infos = self._files.ls(self._root, detail=True)
             else:
-                listed = self._files.find(self._root, detail=True)
-        return {
-            path.removeprefix(self._root).strip("/"): _tag(info)
-            for path, info in listed.items()
-            if info["type"] == "file" and not path.endswith("/")
-        }
+                infos = self._files.find(self._root, detail=True).values()
+        found = [info for info in infos if info["type"] == "file"]
+        tags = {info["name"].removeprefix(self._root).lstrip("/"): _tag(info) for info in found}
+        return {name: tag for name, tag in tags.items() if not name.endswith("/")}
 
     def download_file(self, name: str, file: pathlib.Path, tag: Tag) -> None:
         """Copy an object to a file, whole or not at all; does nothing if the file is up to date."""
-        if file.suffix not in _SQLITE and _stamp(file) == tag:
+        if file.suffix not in _SQLITE and _file_tag(file) == tag:
             return
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}.partial")
         try:
             with self._errors():
                 self._files.get_file(self._path(name), str(partial))
-            os.utime(partial, ns=(tag.generation, tag.generation))
+            os.utime(partial, ns=(tag[0], tag[0]))
             partial.replace(file)
             if file.suffix in _SQLITE:  # the logs of the replaced database
                 for log in ("-wal", "-shm"):
@@ -281,11 +272,11 @@ def _library_errors() -> tuple[type[BaseException], ...]:
 
 
 def _tag(info: dict[str, Any]) -> Tag:
-    return Tag(int(info["generation"]), int(info["size"]))
+    return int(info["generation"]), int(info["size"])
 
 
-def _stamp(file: pathlib.Path) -> tuple[int, int]:
-    """(modification time in nanoseconds, size) of a file; (0, 0) if there is none."""
+def _file_tag(file: pathlib.Path) -> Tag:
+    """(0, 0) if there is no file."""
     try:
         found = file.stat()
     except FileNotFoundError:
@@ -293,12 +284,12 @@ def _stamp(file: pathlib.Path) -> tuple[int, int]:
     return found.st_mtime_ns, found.st_size
 
 
-def _local_files(directory: pathlib.Path, wanted: Wanted) -> dict[str, tuple[int, int]]:
-    """The complete files of a directory: name -> stamp."""
+def _local_files(directory: pathlib.Path, wanted: Wanted) -> dict[str, Tag]:
+    """The complete files of a directory."""
     found = [pathlib.Path(path, name) for path, _, files in os.walk(directory) for name in files]
     names = {str(file.relative_to(directory)): file for file in found}
     return {
-        name: _stamp(file)
+        name: _file_tag(file)
         for name, file in names.items()
         if wanted(name) and not _INCOMPLETE.search(name)
     }
@@ -315,7 +306,7 @@ def _snapshot(database: pathlib.Path, directory: str) -> pathlib.Path:
     return copy
 
 
-def in_parallel(action: Callable[[Any], Any], items: Iterable[Any]) -> None:
-    """Call `action` for every item, several at a time: each request to the storage is slow."""
+def in_parallel(action: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    """Results of `action` for all items, several at a time: requests to the storage are slow."""
     with concurrent.futures.ThreadPoolExecutor(_CONCURRENCY) as pool:
-        list(pool.map(action, items))
+        return list(pool.map(action, items))

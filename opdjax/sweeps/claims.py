@@ -88,25 +88,23 @@ class SweepDirectory:
         except BlockingIOError:
             return None
 
-    def heartbeats(self, ids: Iterable[str]) -> dict[str, Heartbeat]:
-        """The heartbeats of those points that are running now, by id."""
-        return {id: beat for id in ids if (beat := _heartbeat(self.path / id)) is not None}
-
-
-def _heartbeat(directory: pathlib.Path) -> Heartbeat | None:
-    try:
-        lock_file(directory / ".claim", is_exclusive=False).close()
-        return None  # nobody holds the claim
-    except FileNotFoundError:
-        return None
-    except BlockingIOError:
-        pass
-    now, metrics = time.time(), directory / "metrics.jsonl"
-    files = [file for file in (metrics, directory / LOG, directory / ATTEMPTS) if file.exists()]
-    age = now - max((file.stat().st_mtime for file in files), default=now)
-    hosts = [row["host"] for row in read_lines(directory / ATTEMPTS) if "host" in row]
-    step = metrics.read_bytes().count(b"\n") if metrics in files else 0
-    return Heartbeat(hosts[-1] if hosts else "", age, age > _STALLED_AFTER, step)
+    def heartbeat(self, id: str) -> Heartbeat | None:
+        """The last sign of life of a point; None if it is not running now."""
+        try:
+            lock_file(self.path / id / ".claim", is_exclusive=False).close()
+            return None  # nobody holds the claim
+        except FileNotFoundError:
+            return None
+        except BlockingIOError:
+            pass
+        metrics, log, attempts = (
+            self.path / id / name for name in ("metrics.jsonl", LOG, ATTEMPTS)
+        )
+        times = [file.stat().st_mtime for file in (metrics, log, attempts) if file.exists()]
+        age = time.time() - max(times) if times else 0.0
+        hosts = [row["host"] for row in read_lines(attempts) if "host" in row]
+        step = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        return Heartbeat(hosts[-1] if hosts else "", age, age > _STALLED_AFTER, step)
 
 
 class _RemoteSweep(SweepDirectory):
@@ -148,37 +146,29 @@ class _RemoteSweep(SweepDirectory):
         lease = try_acquire(self._folder.subfolder(id), self._watches.setdefault(id, ExpiryWatch()))
         if lease is not None:
             del self._watches[id], self._times[f"claim {id}"]
-            lease.start()
+            lease.start(on_lost=lambda error: None)  # the runner reads `is_lost`
             self._refresh(id)  # what its last holder wrote
         return lease
 
-    def heartbeats(self, ids: Iterable[str]) -> dict[str, Heartbeat]:
-        beats: dict[str, Heartbeat] = {}
-
-        def read(id: str) -> None:
-            holder = holder_of(self._folder.subfolder(id))
-            if holder is not None and not holder.is_gone:
-                about, age = holder.about, time.time() - holder.about["time"]
-                is_stalled, step = age > about["seconds"], about.get("step", 0)
-                beats[id] = Heartbeat(about["host"], max(age, 0.0), is_stalled, step)
-
-        in_parallel(read, ids)
-        return beats
+    def heartbeat(self, id: str) -> Heartbeat | None:
+        holder = holder_of(self._folder.subfolder(id))
+        if holder is None or holder.is_gone:
+            return None
+        about, age = holder.about, max(time.time() - holder.about["time"], 0.0)
+        return Heartbeat(about["host"], age, age > about["seconds"], about.get("step", 0))
 
 
 @contextlib.contextmanager
 def open_sweep(workdir: str | os.PathLike) -> Iterator[SweepDirectory]:
     """The directory of a sweep; WorkdirError if it is a file or holds a single run."""
-    with contextlib.ExitStack() as stack:
+    path = pathlib.Path(workdir)
+    with tempfile.TemporaryDirectory(prefix="opdjax-sweep-") as copy:
         if is_remote(workdir):
-            copy = stack.enter_context(tempfile.TemporaryDirectory(prefix="opdjax-sweep-"))
             folder = Folder(workdir)
-            sweep = _RemoteSweep(folder, pathlib.Path(copy))
+            sweep: SweepDirectory = _RemoteSweep(folder, pathlib.Path(copy))
             is_run = folder.tag("config.json") is not None
         else:
-            path = pathlib.Path(workdir)
-            sweep = SweepDirectory(str(path), path)
-            is_run = (path / "config.json").exists()
+            sweep, is_run = SweepDirectory(str(path), path), (path / "config.json").exists()
             if any(place.exists() and not place.is_dir() for place in (path, *path.parents)):
                 raise WorkdirError(
                     f"--workdir {workdir} is a file or lies in one; expected a directory, or a "

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from opdjax.config.grid import SweepPoint
+from opdjax.runs.object_store import in_parallel
 from opdjax.runs.results import RESULT, status_of
 from opdjax.runs.workdir import num_cores, read_json, read_lines
 from opdjax.sweeps.claims import ATTEMPTS, Heartbeat, SweepDirectory, open_sweep
@@ -22,9 +23,9 @@ def status_line(
     """Such as `12/60 done, 1 failed, 2 running (a 40 %, b 5 %), about 21 min left`."""
     done = [p for p in points if status_of(sweep.path / p.id) == "done"]
     num_failed = sum(status_of(sweep.path / p.id) == "failed" for p in points)
-    beats = sweep.heartbeats(p.id for p in running)
-    steps = {id: beat.step for id, beat in beats.items()}
-    shares = {p.id: steps.get(p.id, 0) / p.config.train.num_steps for p in running}
+    beats = in_parallel(sweep.heartbeat, [p.id for p in running])
+    steps = [beat.step if beat else 0 for beat in beats]
+    shares = {p.id: step / p.config.train.num_steps for p, step in zip(running, steps)}
     parts = [f"{len(done)}/{len(points)} done"]
     if num_failed:
         parts.append(f"{num_failed} failed")
@@ -92,11 +93,12 @@ def watch(
 def status_table(points: Sequence[SweepPoint], sweep: SweepDirectory) -> tuple[str, bool]:
     """(a line per point and a summary, whether no point is left to run)."""
     states: dict[str, str] = {p.id: status_of(sweep.path / p.id) for p in points}
-    beats = sweep.heartbeats(id for id, state in states.items() if state != "done")
-    for id, state in states.items():
-        if id in beats:
-            states[id] = "stalled" if beats[id].is_stalled else "running"
-        elif state == "begun":  # interrupted, to be resumed
+    open_ids = [id for id, state in states.items() if state != "done"]
+    beats = dict(zip(open_ids, in_parallel(sweep.heartbeat, open_ids)))
+    for id, beat in beats.items():
+        if beat is not None:
+            states[id] = "stalled" if beat.is_stalled else "running"
+        elif states[id] == "begun":  # interrupted, to be resumed
             states[id] = "waiting"
     width = max(len(p.id) for p in points)
     lines = [f"{'point':{width}}  {'state':8} {'host':16} {'step':>11} {'last seen':>9}  avg@k"]

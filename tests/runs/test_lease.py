@@ -24,10 +24,10 @@ from opdjax.runs.object_store import Folder
 from opdjax.runs.workdir import WorkdirError
 
 HOLD = """
-import os, sys, time
+import sys
 from opdjax.runs.lease import acquire
 from opdjax.runs.object_store import Folder
-lease = acquire(Folder(sys.argv[1])).start(lambda error: os._exit(75))
+lease = acquire(Folder(sys.argv[1])).start()
 print("held", lease.number, flush=True)
 sys.stdin.read()
 lease.release()
@@ -145,7 +145,8 @@ def test_a_holder_that_renews_keeps_its_lease_and_one_that_does_not_loses_it(fol
         lease.check()
     lease.release()  # of what is not ours: nothing
     second.renew()
-    assert sorted(folder.subfolder(".lease").files()) == ["000002"]
+    assert sorted(folder.subfolder(".lease").files()) == ["000001", "000002"]
+    assert b"released" not in folder.read(".lease/000001")
 
 
 def test_a_released_lease_is_free_at_once_and_numbers_only_grow(folder):
