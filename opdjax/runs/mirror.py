@@ -9,6 +9,7 @@ rows after the last checkpoint, which a resumed run drops and writes again in an
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import re
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from opdjax.runs.lease import Lease, LeaseLostError, acquire
-from opdjax.runs.object_store import Folder, Wanted, is_remote, scratch_of, url_of
+from opdjax.runs.object_store import Folder, Wanted, is_remote, local_copy, scratch_of, url_of
 from opdjax.runs.workdir import locked
 
 _RESULT = "result.json"
@@ -27,21 +28,18 @@ _HEAVY = (
     r"|rollouts/.*/(?!filter-)|replies\.sqlite)"
 )
 # Written by the sweep that the run is a point of, by orbax, or by the lease.
-_NOT_OF_THE_RUN = re.compile(
-    r"(point\.json|attempts\.jsonl|log\.txt|failure\.json|checkpoints/|\.lease/)"
-)
+_NOT_OF_THE_RUN = r"(point\.json|attempts\.jsonl|log\.txt|failure\.json|checkpoints/|\.lease/)"
 
 
+@dataclasses.dataclass(frozen=True)
 class WorkdirMirror:
     """Local copy of a work directory, synced to its URL. A local work directory is used in
     place.
     """
 
-    def __init__(
-        self, directory: pathlib.Path, folder: Folder | None = None, lease: Lease | None = None
-    ):
-        self.directory = directory
-        self._folder, self._lease = folder, lease
+    directory: pathlib.Path
+    _folder: Folder | None = None
+    _lease: Lease | None = None
 
     @property
     def name(self) -> str:
@@ -141,8 +139,7 @@ def scratch_workdir(workdir: str | os.PathLike, process: int) -> WorkdirMirror:
     if not is_remote(workdir):
         return WorkdirMirror(pathlib.Path(workdir))
     folder = Folder(workdir)
-    of_process_zero = scratch_of(folder.url, "runs")
-    directory = of_process_zero.with_name(f"{of_process_zero.name}.process{process}")
+    directory = scratch_of(folder.url, f"process{process}")
     directory.mkdir(parents=True, exist_ok=True)
     _download(folder, directory)
     return WorkdirMirror(directory, folder)
@@ -155,15 +152,10 @@ def read_only_workdir(
     """A work directory or a sweep to read from: a local one in place, one on gs:// as an updated
     copy of the wanted files. Errors raised inside name the URL.
     """
-    if not is_remote(workdir):
-        yield WorkdirMirror(pathlib.Path(workdir))
-        return
-    folder = Folder(workdir)
-    directory = scratch_of(folder.url, "views") / folder.url.rpartition("/")[2]
-    folder.download(directory, wanted)
-    directory.mkdir(parents=True, exist_ok=True)
-    with _errors_name_url(folder.url, directory):
-        yield WorkdirMirror(directory, folder)
+    directory = local_copy(workdir, wanted, is_required=False)
+    mirror = WorkdirMirror(directory, Folder(workdir) if is_remote(workdir) else None)
+    with _errors_name_url(mirror.name, directory):
+        yield mirror
 
 
 def _download(folder: Folder, directory: pathlib.Path) -> None:
@@ -179,18 +171,17 @@ def _try_upload(mirror: WorkdirMirror) -> None:
 
 
 def _is_of_the_run(name: str) -> bool:
-    return not _NOT_OF_THE_RUN.match(name)
+    return not re.match(_NOT_OF_THE_RUN, name)
 
 
 @contextlib.contextmanager
 def _scratch(url: str, lease: Lease) -> Iterator[pathlib.Path]:
     """The local directory of this holder of the lease."""
-    of_url = scratch_of(url, "runs")
-    for old in of_url.parent.glob(f"{of_url.name}.lease*"):
+    directory = scratch_of(url, "workdirs") / str(lease.number)
+    for old in directory.parent.glob("*"):
         # The last holders may have been paused: they need their files until they notice the loss.
-        if int(old.name.rpartition(".lease")[2]) < lease.number - 2:
+        if int(old.name) < lease.number - 2:
             shutil.rmtree(old, ignore_errors=True)
-    directory = of_url.with_name(f"{of_url.name}.lease{lease.number}")
     directory.mkdir(parents=True, exist_ok=True)
     with _errors_name_url(url, directory):
         yield directory

@@ -129,21 +129,21 @@ class Folder:
         return {name: tag for name, tag in tags.items() if not name.endswith("/")}
 
     def download_file(self, name: str, file: pathlib.Path, tag: Tag) -> None:
-        """Copy an object to a file, whole or not at all; does nothing if the file is up to date."""
+        """Copy an object to a file, whole or not at all, unless the file is up to date or the
+        object is gone.
+        """
         if file.suffix not in _SQLITE and _file_tag(file) == tag:
             return
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}.partial")
-        try:
+        with contextlib.ExitStack() as cleanup, contextlib.suppress(FileNotFoundError):
+            cleanup.callback(partial.unlink, missing_ok=True)
             with self._errors():
                 self._files.get_file(self._path(name), str(partial))
             os.utime(partial, ns=(tag[0], tag[0]))
             partial.replace(file)
-            if file.suffix in _SQLITE:  # the logs of the replaced database
-                for log in ("-wal", "-shm"):
-                    file.with_name(file.name + log).unlink(missing_ok=True)
-        finally:
-            partial.unlink(missing_ok=True)
+            for log in ("-wal", "-shm"):  # of a replaced database
+                file.with_name(file.name + log).unlink(missing_ok=True)
 
     def upload_file(self, file: pathlib.Path, name: str) -> None:
         """Copy a file to an object, or remove the object if the file is gone."""
@@ -156,28 +156,19 @@ class Folder:
                 raise
             self.remove(name)
 
-    def download(self, directory: pathlib.Path, wanted: Wanted = lambda name: True) -> None:
-        """Make the wanted files of a directory equal to the objects here."""
-
-        def fetch(name: str) -> None:
-            with contextlib.suppress(FileNotFoundError):  # removed since the listing
-                self.download_file(name, directory / name, stored[name])
-
+    def download(self, directory: pathlib.Path, wanted: Wanted = lambda name: True) -> set[str]:
+        """Make the wanted files of a directory equal to the objects here; returns their names."""
         stored = {name: tag for name, tag in self.files().items() if wanted(name)}
         for name in _local_files(directory, wanted).keys() - stored.keys():
             (directory / name).unlink(missing_ok=True)
-        in_parallel(fetch, stored)
+        in_parallel(lambda name: self.download_file(name, directory / name, stored[name]), stored)
         self._synced = _local_files(directory, wanted)
+        return set(stored)
 
     def upload(self, directory: pathlib.Path, wanted: Wanted = lambda name: True) -> None:
         """Upload the wanted files of a directory that have changed since the last `download` or
         `upload`, and remove objects whose file is gone since.
         """
-
-        def upload_each(names: list[str]) -> None:
-            for name in names:
-                self.upload_file(directory / name, name)
-
         local = _local_files(directory, wanted)
         # The last rows of a database may be in the log beside it.
         is_new = lambda name: name.endswith(_SQLITE) or self._synced.get(name) != local[name]
@@ -186,7 +177,10 @@ class Folder:
         # generations keep it: if a killed writer left two versions of one thing, the later counts.
         for name in sorted(filter(is_new, local), key=local.get):
             groups.setdefault(name.rpartition("/")[0] + "/", []).append(name)
-        in_parallel(upload_each, groups.values())
+        in_parallel(
+            lambda names: [self.upload_file(directory / name, name) for name in names],
+            groups.values(),
+        )
         self._synced = local
 
     def _path(self, name: str) -> str:
@@ -214,9 +208,11 @@ class Folder:
             ) from error
 
 
-def local_copy(path: str | os.PathLike, wanted: Wanted = lambda name: True) -> pathlib.Path:
+def local_copy(
+    path: str | os.PathLike, wanted: Wanted = lambda name: True, is_required: bool = True
+) -> pathlib.Path:
     """A local path unchanged, or the updated local copy of a URL: a file, or a directory with its
-    wanted files. RemoteError if there is nothing at the URL.
+    wanted files. RemoteError if there is nothing at the URL and something is required.
     """
     if not is_remote(path):
         return pathlib.Path(path)
@@ -224,9 +220,7 @@ def local_copy(path: str | os.PathLike, wanted: Wanted = lambda name: True) -> p
     copy, tag = scratch_of(folder.url, "copies") / folder.url.rpartition("/")[2], folder.tag()
     if tag is not None:
         folder.download_file("", copy, tag)
-        return copy
-    folder.download(copy, wanted)
-    if not any(file.is_file() for file in copy.rglob("*")):
+    elif not folder.download(copy, wanted) and is_required:
         raise RemoteError(
             f"there is nothing at {folder.url}; expected an object, or a folder of objects"
         )
@@ -259,16 +253,12 @@ def _file_system() -> Any:
         raise MissingExtraError("gs:// needs gcsfs: pip install 'opdjax[gcs]'") from error
 
 
-@functools.cache
 def _library_errors() -> tuple[type[BaseException], ...]:
     """What gcsfs and its libraries raise."""
-    errors = (OSError, ValueError, RuntimeError)
-    with contextlib.suppress(ImportError):
-        from gcsfs.retry import RETRIABLE_EXCEPTIONS, HttpError
-        from google.auth.exceptions import GoogleAuthError
+    from gcsfs.retry import RETRIABLE_EXCEPTIONS, HttpError
+    from google.auth.exceptions import GoogleAuthError
 
-        errors += (*RETRIABLE_EXCEPTIONS, HttpError, GoogleAuthError)
-    return errors
+    return (OSError, ValueError, RuntimeError, HttpError, GoogleAuthError, *RETRIABLE_EXCEPTIONS)
 
 
 def _tag(info: dict[str, Any]) -> Tag:
@@ -286,13 +276,9 @@ def _file_tag(file: pathlib.Path) -> Tag:
 
 def _local_files(directory: pathlib.Path, wanted: Wanted) -> dict[str, Tag]:
     """The complete files of a directory."""
-    found = [pathlib.Path(path, name) for path, _, files in os.walk(directory) for name in files]
-    names = {str(file.relative_to(directory)): file for file in found}
-    return {
-        name: _file_tag(file)
-        for name, file in names.items()
-        if wanted(name) and not _INCOMPLETE.search(name)
-    }
+    files = (pathlib.Path(path, name) for path, _, names in os.walk(directory) for name in names)
+    found = {str(file.relative_to(directory)): _file_tag(file) for file in files}
+    return {n: tag for n, tag in found.items() if wanted(n) and not _INCOMPLETE.search(n)}
 
 
 def _snapshot(database: pathlib.Path, directory: str) -> pathlib.Path:

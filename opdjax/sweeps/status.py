@@ -23,9 +23,8 @@ def status_line(
     """Such as `12/60 done, 1 failed, 2 running (a 40 %, b 5 %), about 21 min left`."""
     done = [p for p in points if status_of(sweep.path / p.id) == "done"]
     num_failed = sum(status_of(sweep.path / p.id) == "failed" for p in points)
-    beats = in_parallel(sweep.heartbeat, [p.id for p in running])
-    steps = [beat.step if beat else 0 for beat in beats]
-    shares = {p.id: step / p.config.train.num_steps for p, step in zip(running, steps)}
+    beats = zip(running, in_parallel(sweep.heartbeat, [p.id for p in running]))
+    shares = {p.id: (beat.step if beat else 0) / p.config.train.num_steps for p, beat in beats}
     parts = [f"{len(done)}/{len(points)} done"]
     if num_failed:
         parts.append(f"{num_failed} failed")

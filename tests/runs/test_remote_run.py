@@ -96,7 +96,7 @@ def test_killed_and_continued_elsewhere_it_ends_as_on_a_local_disk(
     assert json.loads(folder.read("result.json"))["num_steps"] == 6
     assert holder_of(folder).is_released
     assert not list(
-        (tmp_path / "b" / "runs").glob("*/metrics.jsonl")
+        (tmp_path / "b" / "workdirs").rglob("metrics.jsonl")
     )  # a finished run leaves its scratch empty
     out, _ = machine(scratch="c").communicate()
     assert "gs://bucket/run holds a finished run" in out
