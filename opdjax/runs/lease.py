@@ -66,8 +66,7 @@ class Holder:
 
 def holder_of(folder: Folder) -> Holder | None:
     """The current or last holder of the lease of a folder; None if there never was one."""
-    leases = folder.subfolder(".lease", is_flat=True)
-    number = max(map(int, filter(str.isdecimal, leases.files())), default=0)
+    number = _highest(folder)
     return Holder(number, json.loads(folder.read(_name(number)))) if number else None
 
 
@@ -132,13 +131,16 @@ class Lease:
         """Renew the lease, or see that the child does; LeaseLostError if the lease is lost."""
         with self._lock:
             self.check()
-            if self._top == self.number:
+            began = time.monotonic()  # no watcher can see the object before
+            if self._top <= self.number:
                 self._write()
-            holder = holder_of(self._folder)
-            self._is_lost |= holder is None or holder.about["owner"] != self._about["owner"]
+            self._top = _highest(self._folder)
+            if self._top > self.number:
+                about = json.loads(self._folder.read(_name(self._top)))
+                self._is_lost |= about["owner"] != self._about["owner"]
+                began = about["clock"]  # monotonic clock of this machine, the same for a child
             self.check()  # again: the requests may have taken longer than the lease lasts
-            # When its request began: no watcher can have seen the object before.
-            self._top, self._renewed = holder.number, holder.about["clock"]
+            self._renewed = began
 
     def record_progress(self, **progress: Any) -> None:
         """Add values (step, num_steps) that other processes see after the next renewal."""
@@ -201,7 +203,7 @@ class Lease:
         self._child = None
         with contextlib.suppress(LeaseLostError):
             self.renew()
-            self.number = self._top
+            self.number = max(self.number, self._top)
 
     def _kill_child(self) -> None:
         if self._child is not None:
@@ -272,6 +274,11 @@ def _content(about: dict[str, Any]) -> bytes:
 
 def _name(number: int) -> str:
     return f".lease/{number:06}"
+
+
+def _highest(folder: Folder) -> int:
+    names = folder.subfolder(".lease", is_flat=True).files()
+    return max(map(int, filter(str.isdecimal, names)), default=0)
 
 
 def _machine() -> str | None:

@@ -140,7 +140,6 @@ def scratch_workdir(workdir: str | os.PathLike, process: int) -> WorkdirMirror:
         return WorkdirMirror(pathlib.Path(workdir))
     folder = Folder(workdir)
     directory = scratch_of(folder.url, f"process{process}")
-    directory.mkdir(parents=True, exist_ok=True)
     _download(folder, directory)
     return WorkdirMirror(directory, folder)
 
@@ -182,7 +181,6 @@ def _scratch(url: str, lease: Lease) -> Iterator[pathlib.Path]:
         # The last holders may have been paused: they need their files until they notice the loss.
         if int(old.name) < lease.number - 2:
             shutil.rmtree(old, ignore_errors=True)
-    directory.mkdir(parents=True, exist_ok=True)
     with _errors_name_url(url, directory):
         yield directory
 

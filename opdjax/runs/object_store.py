@@ -158,6 +158,7 @@ class Folder:
 
     def download(self, directory: pathlib.Path, wanted: Wanted = lambda name: True) -> set[str]:
         """Make the wanted files of a directory equal to the objects here; returns their names."""
+        directory.mkdir(parents=True, exist_ok=True)
         stored = {name: tag for name, tag in self.files().items() if wanted(name)}
         for name in _local_files(directory, wanted).keys() - stored.keys():
             (directory / name).unlink(missing_ok=True)
