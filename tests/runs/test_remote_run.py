@@ -38,7 +38,7 @@ def train(config, workdir, files, **variables):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment(OPDJAX_LEASE_SECONDS="4", **variables),
+        env=environment(OPDJAX_LEASE_SECONDS="10", **variables),
     )
 
 
