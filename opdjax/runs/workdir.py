@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from opdjax.config import Config
 from opdjax.config.api import TRANSPORT, ApiConfig
@@ -54,6 +54,19 @@ class WorkdirError(ValueError):
     """The work directory belongs to another run, is in use, or has damaged files."""
 
 
+def lock_file(file: pathlib.Path, is_exclusive: bool = True) -> TextIO:
+    """Open a file and lock it until it is closed; BlockingIOError if another process has it locked.
+    A shared lock needs no permission to write.
+    """
+    opened = file.open("w" if is_exclusive else "r")
+    try:
+        fcntl.flock(opened, (fcntl.LOCK_EX if is_exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        opened.close()
+        raise
+    return opened
+
+
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path, role: str = "") -> Iterator[None]:
     """Lock the directory for this process; WorkdirError if another process with this role (default:
@@ -61,20 +74,18 @@ def locked(workdir: pathlib.Path, role: str = "") -> Iterator[None]:
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / (f".lock-{role}" if role else ".lock")).open("w")
+        file = lock_file(workdir / (f".lock-{role}" if role else ".lock"))
+    except BlockingIOError as error:
+        raise WorkdirError(
+            f"{workdir} is being written by another {role or 'run'}; wait for it or choose another "
+            "--workdir"
+        ) from error
     except OSError as error:
         raise WorkdirError(
             f"--workdir {workdir} cannot be written: {error.strerror}; expected a directory, or a "
             "path where one can be made"
         ) from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise WorkdirError(
-                f"{workdir} is being written by another {role or 'run'}; wait for it or choose "
-                "another --workdir"
-            ) from error
         yield
 
 

@@ -141,13 +141,14 @@ def _run(runner: _Runner, mine: Sequence[SweepPoint], attempts: dict[str, _Attem
                     f"{received[0]}: the running points were stopped; the same command resumes them"
                 )
             for job in running:
-                job.claim.upload_log()
+                if not job.claim.is_lost:
+                    sweep.upload_log(job.point.id)
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
                 _record_outcome(runner, job, attempts[job.point.id], _finish(runner, job))
-            sweep.refresh(attempts)
-            open_points = [p for p in mine if _is_open(sweep.path / p.id, attempts[p.id])]
             at_work = {job.point.id for job in running}
+            sweep.refresh(attempts.keys() - at_work)
+            open_points = [p for p in mine if _is_open(sweep.path / p.id, attempts[p.id])]
             waiting = [p for p in open_points if p.id not in at_work]
             due = [p for p in waiting if time.monotonic() >= attempts[p.id].not_before]
             while len(running) < runner.jobs:
@@ -318,7 +319,7 @@ def _spawn(runner: _Runner, id: str, claim: Claim, slot: int) -> subprocess.Pope
             pass_fds=claim.descriptors,
             start_new_session=True,
         )
-    claim.started(child.pid)
+    claim.child_started(child.pid)
     if jobs > 1 and sys.platform == "linux":
         cores = sorted(os.sched_getaffinity(0))
         share = max(len(cores) // jobs, 1)
@@ -326,8 +327,8 @@ def _spawn(runner: _Runner, id: str, claim: Claim, slot: int) -> subprocess.Pope
         with contextlib.suppress(ProcessLookupError):  # it may have ended already
             os.sched_setaffinity(child.pid, cores[first : first + share])
     start = {"event": "start", "host": platform.node(), "pid": child.pid, "time": time.time()}
-    if claim.lease_number is not None:
-        start["lease"] = claim.lease_number
+    if claim.number is not None:
+        start["lease"] = claim.number
     append_lines(directory / ATTEMPTS, [start])
     sweep.upload(directory / ATTEMPTS, directory / FAILURE)
     return child
@@ -335,7 +336,7 @@ def _spawn(runner: _Runner, id: str, claim: Claim, slot: int) -> subprocess.Pope
 
 def _record_end(job: _Job, sweep: SweepDirectory) -> float:
     """Record the end of a child in its attempts; returns its duration in seconds."""
-    job.claim.ended()
+    job.claim.child_ended()
     seconds = round(time.monotonic() - job.started, 3)
     if not job.claim.is_lost:
         directory, code = sweep.path / job.point.id, job.process.returncode
