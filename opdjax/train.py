@@ -63,6 +63,7 @@ from opdjax.runs.metrics import MetricWriter, Progress, Timer
 from opdjax.runs.mirror import WorkdirMirror, open_workdir, scratch_workdir
 from opdjax.runs.object_store import is_remote, url_of
 from opdjax.runs.results import make_result, read_result, result_table
+from opdjax.runs.startup import Startup
 from opdjax.runs.workdir import (
     WorkdirError,
     append_lines,
@@ -90,6 +91,8 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
     finished run is only read.
     """
     join(config.mesh.processes)
+    machine = jax.__version__, jax.devices()[0].device_kind, jax.device_count()
+    startup = Startup(config, machine, jax.config.jax_compilation_cache_dir)
     with contextlib.ExitStack() as resources:
         _check_storage(config, workdir)
         mirror = on_process_zero(
@@ -103,7 +106,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
         is_finished = agreed(bool(on_process_zero(lambda: _open(mirror, setup, run_facts))))
         if not is_finished:
             enforce(check_settings(setup))
-            _run(setup, mirror, resources)
+            _run(setup, mirror, resources, startup)
         mirror.download_result()
         return read_result(mirror.directory)
 
@@ -141,7 +144,9 @@ def _open(mirror: WorkdirMirror, setup: Setup, run_facts: dict[str, Any]) -> boo
     return True
 
 
-def _run(setup: Setup, mirror: WorkdirMirror, resources: contextlib.ExitStack) -> None:
+def _run(
+    setup: Setup, mirror: WorkdirMirror, resources: contextlib.ExitStack, startup: Startup
+) -> None:
     """Train from the latest checkpoint to the last step, and write the result."""
     config, workdir = setup.config, mirror.directory
     num_steps, spec = config.train.num_steps, update_spec(setup)
@@ -174,6 +179,7 @@ def _run(setup: Setup, mirror: WorkdirMirror, resources: contextlib.ExitStack) -
     resources.callback(progress.close)
     is_stop_requested = resources.enter_context(stop_requests())
     source = resources.enter_context(open_source(setup, workdir, first, is_stop_requested))
+    on_process_zero(startup.announce)
     evaluate(setup.evaluator, workdir, 0, copy_weights)
     source.publish(first, copy_weights, timer)
     for step in range(first, num_steps):
@@ -204,6 +210,8 @@ def _run(setup: Setup, mirror: WorkdirMirror, resources: contextlib.ExitStack) -
             extra |= data.metrics | token_counts(config, data)
             source.prefetch(done)
             metrics = jax.tree.map(float, jax.device_get(metrics)) | extra
+        if step == first:
+            on_process_zero(startup.first_step_done)
         # Only rollouts of the current weights must have the log-probs that the update computes.
         if step == first and np.all(np.asarray(data.rollouts.policy_version) == step):
             enforce(check_first_step(setup, data.batch, data.rollouts, data.prompts, metrics))

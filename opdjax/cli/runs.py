@@ -34,6 +34,10 @@ def train(arguments: list[str]) -> None:
             workdir: directory of this run, or gs://BUCKET/NAME; the same command resumes it
             config: every field of the experiment
         """
+        # At once: the import of jax and the compilation that follow take seconds to minutes.
+        need = config.recipe.teacher_need(config.estimator.options)
+        teacher = "" if need == "none" else f" and {config.teacher.path}"
+        print(f"loading {config.student.path}{teacher}", flush=True)
         from opdjax.train import train as run_training
 
         result = run_training(config, workdir)
