@@ -10,16 +10,15 @@ import pathlib
 import re
 
 from opdjax.config import PACKAGE
+from opdjax.report import paper_claims
 from opdjax.report.against import against_facts
 from opdjax.report.answers import Marker, unmarked
 from opdjax.report.audit import CONTEXT, audit_facts
 from opdjax.report.charts import require_matplotlib
 from opdjax.report.markup import Html, tag
-from opdjax.report.papers.tables import MARKS
 from opdjax.report.render import render
 from opdjax.report.run_page import run_page
 from opdjax.report.sweep import sweep_facts
-from opdjax.report.table import claimed, seed_of
 from opdjax.runs.results import FAILURE, is_sweep, read_points, read_run
 from opdjax.runs.workdir import WorkdirError, read_json
 
@@ -93,11 +92,8 @@ def page(
         return render("against.html", against_facts(read_run(directory), read_run(against), names))
     if is_sweep(directory):
         points, name = read_points(directory), directory.resolve().name
-        facts, more = (
-            sweep_facts(points, name, mark, paper),
-            {"claimed": claimed, "seed_of": seed_of},
-        )
-        return render("sweep.html", facts, MARKS=MARKS, **more)
+        facts = sweep_facts(points, name, mark, paper)
+        return render("sweep.html", facts, **paper_claims.CONTEXT)
     if (directory / "config.json").exists():
         file = directory / FAILURE
         failure = json.loads(file.read_text()) if file.exists() else None

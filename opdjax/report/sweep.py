@@ -151,7 +151,7 @@ def sweep_facts(
     arms = [arm for arm in every if not arm.is_reference] or every
     finished = [run for arm in arms for run in arm.runs]
     counts = [measures.samples_per_prompt(run) for arm in every for run in arm.runs]
-    told = {arm.name: fixed(arm.score and arm.score[0]) for arm in arms}
+    scores = {arm.name: fixed(arm.score and arm.score[0]) for arm in arms}
     spans = [_ends(*arm.score) or arm.score[:1] for arm in arms if arm.score]
     ends = [end for span in spans for end in span]
     first, *others = [measures.leaves(point.config) for point in points]
@@ -166,7 +166,7 @@ def sweep_facts(
         tuple(dict.fromkeys(name for arm in every for name in arm.settings)),
         tuple(arms),
         references=tuple(arm for arm in every if arm.is_reference and arms is not every),
-        best=tuple(name for name, score in told.items() if score == told[arms[0].name] != "–"),
+        best=tuple(name for name, score in scores.items() if score == scores[arms[0].name] != "–"),
         score_range=(min(ends, default=0.0), max(ends, default=1.0)),
         before={
             score: _agreed(run.score(score, "before") for run in finished)
