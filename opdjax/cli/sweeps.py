@@ -179,12 +179,13 @@ def table(arguments: list[str]) -> None:
 
 
 def report(arguments: list[str]) -> None:
-    """DIR [--paper NAME | --against RUN] [--output FILE]: write an HTML page on a run or sweep."""
+    """DIR [--paper NAME | --against RUN] [--json]: write an HTML page on a run or sweep."""
 
     def run(
         directory: Annotated[pathlib.Path, tyro.conf.Positional],
         paper: str | None = None,
         against: pathlib.Path | None = None,
+        json: bool = False,
         output: pathlib.Path | None = None,
     ):
         """Write one self-contained HTML page on a run, a sweep, an audit, or two runs.
@@ -193,6 +194,7 @@ def report(arguments: list[str]) -> None:
             directory: directory of a run (finished or not), a sweep or an audit
             paper: for a sweep: only the points of this table of a paper, such as vopd_table1
             against: another run, to compare config, data, environment and scores
+            json: write the facts of the page (its numbers and texts) as JSON instead
             output: file; none: report.html, report-PAPER.html or against-RUN.html in the directory
         """
         from opdjax.cli.grade_samples import grade_sample
@@ -202,12 +204,13 @@ def report(arguments: list[str]) -> None:
             raise ConfigError(
                 "--paper is for a sweep and --against for a run; expected one of them"
             )
-        output = output or directory / page_name(paper, against)
+        output = output or directory / page_name(paper, against, as_json=json)
         with contextlib.ExitStack() as stack:
             mirror = stack.enter_context(read_only_workdir(directory))
             other = against and stack.enter_context(read_only_workdir(against)).directory
             file = stack.enter_context(open_output(output))
-            write_report(mirror.directory, file, paper=paper, against=other, mark=grade_sample)
+            options = {"paper": paper, "against": other, "as_json": json}
+            write_report(mirror.directory, file, mark=grade_sample, **options)
         print(f"wrote {as_given(output)}")
 
     call(run, arguments, "opdjax report")

@@ -35,6 +35,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 INK, MUTED, GRID, PAGE = (_COLOURS[name] for name in ("ink", "muted", "grid", "page"))
 LETTER = 7.2  # width of a letter, in pixels
 NOTHING = Markup("")
+_GAP = (math.nan, math.nan)
 
 
 def require_matplotlib() -> None:
@@ -119,12 +120,35 @@ def curves(
 
     Where `smoothing_window` is one step, only the line through every step.
     """
-    window, found = smoothing_window(len(steps)), []
-    for slot, values in columns:
-        found.append(Line(steps, values, slot=slot, is_faint=window > 1))
-        if window > 1:
-            found.append(Line(steps, list(smooth(values, window)), slot=slot))
+    found = [line for slot, values in columns for line in smoothed(steps, values, slot)]
     return lines(title, found, y, "step", about, **frame)
+
+
+def smoothed(steps: Sequence[float], values: Sequence[float | None], slot: int = 0) -> list[Line]:
+    """A faint line through every step, and a strong one smoothed where there are enough steps."""
+    window = smoothing_window(len(steps))
+    every = Line(steps, values, slot=slot, is_faint=window > 1)
+    strong = Line(steps, list(smooth(values, window)), slot=slot)
+    return [every, strong] if window > 1 and values else [every]
+
+
+def known_line(
+    steps: Sequence[float], values: Sequence[float | None], slot: int = 0, most: int = 30
+) -> list[Line]:
+    """A line through the known values, with markers where they are fewer than `most`."""
+    known = [(step, value) for step, value in zip(steps, values) if is_number(value)]
+    return [Line(*zip(*known), slot=slot, has_markers=len(known) < most)] if known else []
+
+
+def interval_line(x: Sequence[float], y: Sequence[Any], half: Sequence[Any], **style: Any) -> Line:
+    """A line with markers and its interval; an unknown value leaves a gap."""
+    ends = [
+        (value - width, value + width) if is_number(value) and is_number(width) else _GAP
+        for value, width in zip(y, half)
+    ]
+    values = [value if is_number(value) else math.nan for value in y]
+    low, high = zip(*ends) if ends else ((), ())
+    return Line(x, values, low, high, **{"has_markers": True} | style)
 
 
 def smoothing_window(num_steps: int) -> int:
@@ -135,6 +159,8 @@ def smoothing_window(num_steps: int) -> int:
 def smooth(values: Sequence[float | None], window: int) -> np.ndarray:
     """Centred mean over `window` steps of the finite values; NaN where there is none."""
     y = _floats(values)
+    if not len(y):
+        return y
     is_known = np.isfinite(y)
     ones = np.ones(window)
     total, present = (

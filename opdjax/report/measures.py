@@ -157,6 +157,11 @@ def leaves(values: dict[str, Any], path: str = "") -> dict[str, Any]:
     return found
 
 
+def judge_name(run: Run) -> str:
+    """The model that gives the verdicts; "a judge" where the config does not name it."""
+    return model_name((run.config.get("verifier") or {}).get("model") or "a judge")
+
+
 def model_name(path: str) -> str:
     """A hub id unchanged; the last two parts of a directory."""
     parts = [part for part in path.replace("\\", "/").split("/") if part not in ("", ".")]

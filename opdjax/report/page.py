@@ -1,4 +1,4 @@
-"""One HTML page for a work directory, a sweep or an audit.
+"""One HTML page for a work directory, a sweep, an audit or two runs, and its facts as JSON.
 
 The page is a single file: it loads nothing from elsewhere and is readable without JavaScript.
 """
@@ -7,23 +7,29 @@ from __future__ import annotations
 
 import json
 import pathlib
-import re
+from typing import Any
 
-from opdjax.config import PACKAGE
-from opdjax.report import paper_claims
+from opdjax.report import audit, judged, near_policy, run, timeline
 from opdjax.report.against import against_facts
 from opdjax.report.answers import Marker, unmarked
-from opdjax.report.audit import CONTEXT, audit_facts
-from opdjax.report.charts import require_matplotlib
-from opdjax.report.markup import Html, tag
-from opdjax.report.render import render
-from opdjax.report.run_page import run_page
+from opdjax.report.audit import audit_facts
+from opdjax.report.drawing import require_matplotlib
+from opdjax.report.papers.tables import MARKS
+from opdjax.report.render import facts_as_json, render
+from opdjax.report.run import run_facts
 from opdjax.report.sweep import sweep_facts
+from opdjax.report.table import claimed, seed_of
 from opdjax.runs.results import FAILURE, is_sweep, read_points, read_run
 from opdjax.runs.workdir import WorkdirError, read_json
 
-_ASSETS = PACKAGE / "assets" / "report"
 AUDIT = "audit.json"
+# What a template reads beside its facts.
+_CONTEXTS: dict[str, dict[str, Any]] = {
+    "against": {},
+    "audit": audit.CONTEXT,
+    "run": run.CONTEXT | near_policy.CONTEXT | timeline.CONTEXT | judged.CONTEXT,
+    "sweep": {"MARKS": MARKS, "claimed": claimed, "seed_of": seed_of},
+}
 
 
 def write_report(
@@ -33,23 +39,28 @@ def write_report(
     paper: str | None = None,
     against: pathlib.Path | None = None,
     mark: Marker = unmarked,
+    as_json: bool = False,
 ) -> pathlib.Path:
     """Write the page of a run, sweep or audit and return its path (default: in the directory).
 
     `paper` restricts a sweep to one table of a paper. `against` compares the run with another run.
-    `mark` decides which recorded rollouts are right. WorkdirError if the directory is none of the
-    three, or the directory of `output` does not exist; ImportError without matplotlib.
+    `mark` decides which recorded rollouts are right. With `as_json`, the facts of the page are
+    written instead of it. WorkdirError if the directory is none of the three, or the directory of
+    `output` does not exist; ImportError without matplotlib, which the facts do not need.
     """
-    require_matplotlib()
-    text = page(directory, paper=paper, against=against, mark=mark)
-    return _write(text, output or directory / page_name(paper, against))
+    if not as_json:
+        require_matplotlib()
+    kind, facts = page_facts(directory, paper=paper, against=against, mark=mark)
+    text = facts_as_json(facts) if as_json else _render(kind, facts)
+    return _write(text, output or directory / page_name(paper, against, as_json=as_json))
 
 
-def page_name(paper: str | None, against: pathlib.Path | None) -> str:
-    """The file name of the page."""
+def page_name(paper: str | None, against: pathlib.Path | None, *, as_json: bool = False) -> str:
+    """The file name of the page, or of its facts."""
+    name = "report" if paper is None else f"report-{paper}"
     if against is not None:
-        return f"against-{against.name or against.resolve().name}.html"
-    return "report.html" if paper is None else f"report-{paper}.html"
+        name = f"against-{against.name or against.resolve().name}"
+    return f"{name}.{'json' if as_json else 'html'}"
 
 
 def write_audit_report(directory: pathlib.Path) -> str:
@@ -61,7 +72,8 @@ def write_audit_report(directory: pathlib.Path) -> str:
         require_matplotlib()
     except ImportError as error:
         return f"wrote {directory / AUDIT} without a page: {error}"
-    return f"wrote {_write(_audit(directory), directory / 'audit.html')}"
+    page = _render("audit", _audit_facts(directory))
+    return f"wrote {_write(page, directory / 'audit.html')}"
 
 
 def _write(text: str, output: pathlib.Path) -> pathlib.Path:
@@ -71,14 +83,23 @@ def _write(text: str, output: pathlib.Path) -> pathlib.Path:
     return output
 
 
-def page(
+def page(directory: pathlib.Path, **options: Any) -> str:
+    """The text of the page; arguments and errors as in `write_report`."""
+    return _render(*page_facts(directory, **options))
+
+
+def _render(kind: str, facts: Any) -> str:
+    return render(f"{kind}.html", facts, **_CONTEXTS[kind])
+
+
+def page_facts(
     directory: pathlib.Path,
     *,
     paper: str | None = None,
     against: pathlib.Path | None = None,
     mark: Marker = unmarked,
-) -> str:
-    """The text of the page; arguments and errors as in `write_report`."""
+) -> tuple[str, Any]:
+    """(kind of page, its facts); arguments and errors as in `write_report`."""
     for each in (directory, against):
         if each is not None and not each.is_dir():
             raise WorkdirError(f"there is no directory {each}")
@@ -89,23 +110,25 @@ def page(
         )
     if against is not None:
         names = _distinct_names(directory, against)
-        return render("against.html", against_facts(read_run(directory), read_run(against), names))
+        return "against", against_facts(read_run(directory), read_run(against), names)
     if is_sweep(directory):
-        points, name = read_points(directory), directory.resolve().name
-        facts = sweep_facts(points, name, mark, paper)
-        return render("sweep.html", facts, **paper_claims.CONTEXT)
+        name = directory.resolve().name
+        return "sweep", sweep_facts(read_points(directory), name, mark, paper)
     if (directory / "config.json").exists():
         file = directory / FAILURE
         failure = json.loads(file.read_text()) if file.exists() else None
-        title, parts = run_page(read_run(directory), failure, mark)
-    elif (directory / AUDIT).exists():
-        return _audit(directory)
-    else:
-        raise WorkdirError(
-            f"{directory} holds neither a run (config.json) nor points of a sweep (*/point.json)"
-            f" nor an audit ({AUDIT})"
-        )
-    return _document(title, parts)
+        return "run", run_facts(read_run(directory), failure, mark)
+    if (directory / AUDIT).exists():
+        return "audit", _audit_facts(directory)
+    raise WorkdirError(
+        f"{directory} holds neither a run (config.json) nor points of a sweep (*/point.json)"
+        f" nor an audit ({AUDIT})"
+    )
+
+
+def _audit_facts(directory: pathlib.Path) -> audit.AuditFacts:
+    document = read_json(directory / AUDIT, "run opdjax audit again")
+    return audit_facts(document, directory.resolve().name)
 
 
 def _distinct_names(one: pathlib.Path, other: pathlib.Path) -> tuple[str, str]:
@@ -113,33 +136,3 @@ def _distinct_names(one: pathlib.Path, other: pathlib.Path) -> tuple[str, str]:
     one, other = one.resolve(), other.resolve()
     depth = 1 if one.name != other.name else 2
     return "/".join(one.parts[-depth:]), "/".join(other.parts[-depth:])
-
-
-def _audit(directory: pathlib.Path) -> str:
-    document = read_json(directory / AUDIT, "run opdjax audit again")
-    return render("audit.html", audit_facts(document, directory.resolve().name), **CONTEXT)
-
-
-def _document(title: str, parts: list[Html | None]) -> str:
-    header, *sections = (part for part in parts if part is not None)
-    found = [re.match(r'<section id="([^"]*)"><h2>(.*?)</h2>', part) for part in sections]
-    links = (tag("a", Html(part[2]), href=f"#{part[1]}") for part in found if part)
-    width = "width=device-width, initial-scale=1"
-    style, script = (Html((_ASSETS / name).read_text()) for name in ("page.css", "page.js"))
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content=width),
-        tag("title", title),
-        tag("style", style),
-    )
-    made = "Made by ", tag("code", "opdjax report"), " from the files of the directory."
-    body = tag(
-        "body",
-        header,
-        tag("nav", *links, aria_label="contents"),
-        tag("main", *sections),
-        tag("footer", *made, class_="quiet"),
-        tag("script", script),
-    )
-    return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"

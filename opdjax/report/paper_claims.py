@@ -7,13 +7,9 @@ from collections.abc import Sequence
 
 from opdjax.config.validation import ConfigError, nearest
 from opdjax.report.papers.compare import Comparison, compare
-from opdjax.report.papers.tables import MARKS, paper_tables
-from opdjax.report.table import claimed, seed_of
+from opdjax.report.papers.tables import paper_tables
 from opdjax.runs.results import Point
 from opdjax.runs.workdir import WorkdirError
-
-# What the template reads beside the facts.
-CONTEXT = {"MARKS": MARKS, "claimed": claimed, "seed_of": seed_of}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from opdjax.config import PACKAGE
 from opdjax.report import drawing, drawing_rows, text
+from opdjax.runs.results import is_number
 
 _ASSETS = PACKAGE / "assets" / "report"
 _FILTERS = (
@@ -39,6 +40,9 @@ _FILTERS = (
 _DRAWINGS = (
     drawing.lines,
     drawing.curves,
+    drawing.smoothed,
+    drawing.known_line,
+    drawing.interval_line,
     drawing.bars,
     drawing.figure,
     drawing.dashes,
@@ -62,6 +66,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     made.filters |= {each.__name__: each for each in _FILTERS}
+    made.tests["finite"] = is_number
     made.globals |= {each.__name__: each for each in (*_FILTERS, *_DRAWINGS, *_TYPES)}
     made.globals |= {
         "REST": drawing.REST,

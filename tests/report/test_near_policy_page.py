@@ -9,8 +9,8 @@ import pytest
 from test_report import NASTY, metric, read, row, write_point, write_run
 
 from opdjax.config import Config, EstimatorConfig, NearPolicyConfig, TrainConfig
-from opdjax.report import near_policy, near_policy_charts, page, timeline, timeline_charts
-from opdjax.report.near_policy_charts import Histogram
+from opdjax.report import near_policy, page, timeline
+from opdjax.report.near_policy import Crossing, Histogram
 from opdjax.report.table import table
 from opdjax.runs.results import Span, read_filters, read_run, read_timeline
 from opdjax.runs.statistics import wilson_interval
@@ -206,10 +206,6 @@ def refresh(tmp_path_factory):
     )
 
 
-def plain(text):
-    return text.replace("\u00a0", " ")
-
-
 # Staleness
 
 
@@ -234,29 +230,33 @@ def test_whether_and_when_the_alarm_was_crossed_is_said_in_words(continuous):
 
 
 @pytest.mark.parametrize(
-    ("values", "expected"),
+    ("values", "expected", "text"),
     [
         (
             [0.01, 0.0321, 0.02],
-            "of trained tokens never exceeded 0.10 nats: at most 0.0321 nats a token at step 2.",
+            Crossing((2, 0.0321), (), 3),
+            "never exceeded 0.10 nats: at most 0.0321 nats a token at step 2.",
         ),
         (
             [0.01, 0.132, 0.02],
-            "of trained tokens exceeded 0.10 nats only at step 2 (0.132).",
+            Crossing((2, 0.132), ((2, 0.132),), 3),
+            "exceeded 0.10 nats only at step 2 (0.132).",
         ),
         (
             [0.1, None, 0.0],
-            "of trained tokens never exceeded 0.10 nats: at most 0.1 nats a token at step 1.",
+            Crossing((1, 0.1), (), 2),
+            "never exceeded 0.10 nats: at most 0.1 nats a token at step 1.",
         ),
     ],
 )
-def test_an_alarm_that_hardly_rang(tmp_path, values, expected):
+def test_an_alarm_that_hardly_rang(tmp_path, values, expected, text):
     rows = [
         metric(step, **{"staleness/mean": 1.0, "staleness/kl": value})
         for step, value in enumerate(values, 1)
     ]
-    run = read_run(write_ahead(tmp_path / "run", metrics=rows))
-    assert near_policy.distance_sentence(run) == f"KL(student || behaviour) {expected}"
+    directory = write_ahead(tmp_path / "run", metrics=rows)
+    assert near_policy.staleness_facts(read_run(directory)).trained == expected
+    assert f"KL(student || behaviour) of trained tokens {text}" in read(directory).all
 
 
 def test_curves_far_below_the_alarm_are_not_pressed_flat_by_it(tmp_path):
@@ -306,8 +306,9 @@ def test_every_version_of_a_refresh_stands_by_itself(refresh):
     charts = [
         attributes.get("aria-label") or "" for name, attributes in refresh.tags if name == "svg"
     ]
-    assert [name for name in charts if "Delta" in name] == [
-        f"Rollouts of version {v}: samples by their Delta" for v in (0, 3)
+    assert [name for name in charts if "IFD" in name] == [
+        f"Rollouts of version {v}: samples against Δ = IFD of the teacher − IFD of the student"
+        for v in (0, 3)
     ]
     assert row(refresh, "3")[6:] == [
         "75.0 % (65.7 to 82.5)",
@@ -383,24 +384,24 @@ def test_bounds_from_quantiles_that_differ_are_told(tmp_path):
 
 
 def test_a_bar_is_cut_where_a_bound_runs_through_it():
-    pieces = list(Histogram(np.array([-0.1, 0.1, 1.0]), np.array([4, 2])).pieces((0.0, 0.8)))
-    assert pieces == [
+    edges, counts = np.array([-0.1, 0.1, 1.0]), np.array([4, 2])
+    assert list(Histogram(edges, counts, (0.0, 0.8)).pieces()) == [
         ("degenerate", -0.1, 0.0, 4.0),
         ("kept", 0.0, 0.1, 4.0),
         ("kept", 0.1, 0.8, 2.0),
         ("disconnected", 0.8, 1.0, 2.0),
     ]
-    unbounded = list(Histogram(np.array([-0.1, 0.1]), np.array([4])).pieces((None, None)))
-    assert unbounded == [("kept", -0.1, 0.1, 4.0)]
+    unbounded = Histogram(np.array([-0.1, 0.1]), np.array([4]))
+    assert list(unbounded.pieces()) == [("kept", -0.1, 0.1, 4.0)]
 
 
 def test_histograms_with_other_edges_are_pooled_without_losing_a_sample():
-    first = Histogram(np.array([0.0, 1.0, 2.0]), np.array([3, 1]))
-    second = Histogram(np.array([-1.0, 3.0]), np.array([8]))
-    together = near_policy_charts.pooled([first, second])
+    first = {"histogram": {"edges": [0.0, 1.0, 2.0], "counts": [3, 1]}}
+    second = {"histogram": {"edges": [-1.0, 3.0], "counts": [8]}}
+    together = near_policy.pooled([first, second])
     assert together.edges.tolist() == [-1.0, 1.0, 3.0]
     assert together.counts.tolist() == [7.0, 5.0]
-    assert near_policy_charts.pooled([first, first]).counts.tolist() == [6, 2]
+    assert near_policy.pooled([first, first]).counts.tolist() == [6, 2]
 
 
 def test_the_interval_of_a_share_is_wilsons():
@@ -437,25 +438,26 @@ def test_waiting_is_counted_by_hand():
     ]
     assert timeline.waits(spans) == [(8.0, 10.0), (1.0, 2.0), (0.1, 4.0), (1.0, 4.0)]
     assert timeline.warm_after(timeline.waits(spans)) == 2
-    assert plain(timeline.idle_sentence(spans)) == (
-        "After the first 2 steps the learner waited for rollouts 13.8 % of its time"
-        " (50.5 % of its time over the whole run)."
-    )
-    assert (
-        plain(timeline.idle_sentence(spans[:4]))
-        == "The learner waited for rollouts in every step: 75 % of its time over the whole run."
-    )
+    assert timeline.idle_share(timeline.waits(spans)[2:]) == pytest.approx(1.1 / 8)
+    assert timeline.warm_after(timeline.waits(spans)[:2]) is None
+
+
+def test_a_learner_that_always_waits_is_described_so(tmp_path):
+    learner = [span("wait", 0, 3, 1), span("update", 3, 1, 1)]
+    parser = read(write_ahead(tmp_path / "run", learner=learner))
+    text = "The learner waited for rollouts in every step: 75 % of its time over the whole run."
+    assert text in parser.all
 
 
 def test_work_side_by_side_is_measured_and_pauses_are_cut_out(tmp_path):
     learner = [span("wait", 0, 4, 1), span("update", 4, 6, 1), span("update", 1000, 10, 2)]
     generator = [span("generate", 0, 4, 1), span("generate", 6, 4, 2), span("admit", 1000, 10, 3)]
-    found = timeline.timeline_of(
+    found = timeline.timeline_facts(
         read_run(write_ahead(tmp_path / "run", learner=learner, generator=generator))
     )
     assert (found.length, found.cuts, found.cut_seconds) == (20.0, (10.0,), 990.0)
-    assert timeline.overlap(found) == pytest.approx(0.5)
-    assert [span.start for span in found.of("generator")] == [0.0, 6.0, 10.0]
+    assert found.overlap == pytest.approx(0.5)
+    assert [span.start for span in found.lanes["generator"]] == [0.0, 6.0, 10.0]
 
 
 def test_a_long_run_is_drawn_by_shares_of_time():
@@ -464,14 +466,14 @@ def test_a_long_run_is_drawn_by_shares_of_time():
         Span("update", 0.5, 1.0, 1, 0),
         Span("update", 3.0, 2.0, 2, 0),
     ]
-    assert timeline_charts.busy_shares(spans, np.array([0.0, 1.0, 2.0, 4.0, 6.0])).tolist() == [
-        1.0,
-        0.5,
-        0.5,
-        0.5,
-    ]
-    many = {"learner": [Span("update", float(step), 0.9, step, 0) for step in range(2000)]}
-    assert len(timeline_charts.whole_run("run", many, 2000.0, (7.0,))) < 60_000
+    edges = np.array([0.0, 1.0, 2.0, 4.0, 6.0])
+    assert timeline.busy_shares(spans, edges).tolist() == [1.0, 0.5, 0.5, 0.5]
+
+
+def test_the_page_of_a_long_run_stays_small(tmp_path):
+    learner = [span("update", step, 0.9, step) for step in range(2000)]
+    short = read(write_ahead(tmp_path / "short", learner=learner[:2]))
+    assert len(read(write_ahead(tmp_path / "run", learner=learner)).source) < 3 * len(short.source)
 
 
 def test_both_ways_to_count_tokens_a_second(refresh):
@@ -504,12 +506,10 @@ def test_a_window_shows_a_wait_where_nobody_draws_later(tmp_path):
     run = read_run(
         write_ahead(tmp_path / "run", config_ahead("refresh"), learner=learner, generator=generator)
     )
-    (start, end), title = timeline._window(timeline.timeline_of(run))
-    assert title == "Steps 51 to 80, span by span"
-    assert (start, end) == (
-        60.0,
-        100.0,
-    )  # 50 steps after the first drawing, then 30 steps and the second
+    found = timeline.timeline_facts(run)
+    assert found.window_steps == (51, 80)
+    # 50 steps after the first drawing, then 30 steps and the second
+    assert found.window == (60.0, 100.0)
 
 
 def test_one_of_the_two_timelines_is_enough(tmp_path):

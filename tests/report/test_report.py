@@ -21,7 +21,7 @@ from opdjax.config import (
     SamplingConfig,
 )
 from opdjax.config.validation import to_dict
-from opdjax.report import charts, markup, measures, page
+from opdjax.report import drawing, measures, page, render, text
 from opdjax.report.drawing import REST
 from opdjax.report.page import write_report
 from opdjax.report.render import facts_as_json
@@ -419,11 +419,11 @@ def test_a_run_that_is_going_on_says_how_far_it_is(tmp_path):
 def test_the_first_and_the_last_steps_are_not_the_same(tmp_path, steps, length):
     rows = [metric(step) | {"kl/student_teacher": float(step)} for step in range(1, steps + 1)]
     page = read(write_run(tmp_path / "run", steps=steps, evaluations=False, metrics=rows))
-    end = markup.number(statistics.fmean(range(steps - length + 1, steps + 1)))
-    last = markup.count(length, "step")
+    end = text.number(statistics.fmean(range(steps - length + 1, steps + 1)))
+    last = text.count(length, "step")
     assert f"1 nats a token at first and {end} over the last {last}." in page.all
     for which in ("first", "last"):
-        assert f"{which} {markup.count(length, 'step')}" in page.all
+        assert f"{which} {text.count(length, 'step')}" in page.all
 
 
 def test_a_run_that_has_only_begun(tmp_path):
@@ -769,34 +769,39 @@ def test_importing_it_loads_neither_jax_nor_matplotlib():
 # The parts
 
 
-def test_text_is_escaped_wherever_it_enters_a_tag():
-    made = markup.tag(
-        "a", "<b>", markup.tag("i", "&"), None, title='"<', class_="x", hidden=False, open=True
+def test_facts_are_json_without_numbers_that_are_not_finite(tmp_path):
+    directory = write_run(tmp_path / "run")
+    file = write_report(directory, as_json=True)
+    assert file == directory / "report.json"
+    found = json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert found["metrics"]["kl/student_teacher"] == [0.4 / step for step in range(1, 7)]
+    assert found["result"]["paired_difference"]["avg@k_interval"] == 0.0217
+    assert render.facts_as_json({"x": [math.nan, math.inf, 1.5]}).split() == (
+        ["{", '"x":', "[", "null,", "null,", "1.5", "]", "}"]
     )
-    assert made == '<a title="&quot;&lt;" class="x" open>&lt;b&gt;<i>&amp;</i></a>'
 
 
 @pytest.mark.parametrize(
     ("made", "expected"),
     [
-        (markup.plus_minus(0.5704, 0.0217), "0.570 ± 0.022"),
-        (markup.plus_minus(-0.5, math.inf, signed=True), "−0.500 ± ∞"),
-        (markup.plus_minus(None, 0.1), "–"),
-        (markup.fixed(-0.0001), "0.000"),
-        (markup.number(0.0003), "3e-4"),
-        (markup.number(0), "0"),
-        (markup.number(12345.0), "12,345"),
-        (markup.number(math.nan), "–"),
-        (markup.duration(41.2), "41 s"),
-        (markup.duration(7300), "2.0 h"),
-        (markup.shown([]), "none"),
-        (markup.shown(True), "yes"),
-        (charts.tick(40000), "40k"),
-        (charts.tick(-0.25), "−0.25"),
+        (text.plus_minus(0.5704, 0.0217), "0.570 ± 0.022"),
+        (text.plus_minus(-0.5, math.inf, signed=True), "−0.500 ± ∞"),
+        (text.plus_minus(None, 0.1), "–"),
+        (text.fixed(-0.0001), "0.000"),
+        (text.number(0.0003), "3e-4"),
+        (text.number(0), "0"),
+        (text.number(12345.0), "12,345"),
+        (text.number(math.nan), "–"),
+        (text.duration(41.2), "41 s"),
+        (text.duration(7300), "2.0 h"),
+        (text.shown([]), "none"),
+        (text.shown(True), "yes"),
+        (drawing.tick(40000), "40k"),
+        (drawing.tick(-0.25), "−0.25"),
         (shown_override("0.0003"), "3e-4"),
         (shown_override("inf"), "inf"),
         (shown_override("7"), "7"),
-        (charts.tick(2.5e6), "2.5M"),
+        (drawing.tick(2.5e6), "2.5M"),
         (measures.bucket_label((0, 2)), "0–2"),
         (measures.model_name("/a/b/mini_pair/student"), "mini_pair/student"),
         (measures.model_name("Qwen/Qwen3-1.7B"), "Qwen/Qwen3-1.7B"),
@@ -807,17 +812,21 @@ def test_numbers_and_names_are_written_one_way(made, expected):
 
 
 def test_smoothing_ignores_what_is_not_finite():
-    assert charts.smooth([1.0, None, 3.0], 3) == pytest.approx([1.0, 2.0, 3.0])
-    assert math.isnan(charts.smooth([None, None], 1)[0])
+    assert drawing.smooth([1.0, None, 3.0], 3) == pytest.approx([1.0, 2.0, 3.0])
+    assert math.isnan(drawing.smooth([None, None], 1)[0])
 
 
-def test_thinning_keeps_every_spike():
+def test_a_long_line_is_simplified_and_keeps_every_spike():
     y = [0.0] * 10_000
     y[1234], y[7777] = 5.0, -3.0
-    x, thinned = charts.thin(range(10_000), y)
-    assert len(x) < 1000
-    assert {5.0, -3.0} <= set(thinned)
-    assert 1234 in x
+    drawn = drawing.lines("Long", [drawing.Line(range(10_000), y)], "nats", y_range=(-4, 6))
+    path = max(re.findall(r' d="([^"]*)"', drawn), key=len)
+    assert len(path.split("L")) < 1000
+    heights = [float(point.split()[1]) for point in re.split("[ML]", path)[1:]]
+    bottom, top = 0.19 * 236, 0.89 * 236  # of the axes, from below
+    at = lambda value: 236 - (bottom + (top - bottom) * (value + 4) / 10)
+    assert min(heights) == pytest.approx(at(5), abs=0.1)
+    assert max(heights) == pytest.approx(at(-3), abs=0.1)
 
 
 def test_kl_by_position_averages_over_the_steps_that_reached_it(tmp_path):
@@ -836,10 +845,8 @@ def test_extra_temperatures_are_not_part_of_the_curve(tmp_path):
 
 
 def test_charts_use_variables_and_no_font_of_their_own():
-    drawn = charts.draw(
-        charts.Chart("KL", "step", "nats"),
-        [charts.ChartLine([1, 2], [0.5, None]), charts.ChartLine([1, 2], [1, 2], slot=charts.REST)],
-    )
+    found = [drawing.Line([1, 2], [0.5, None]), drawing.Line([1, 2], [1, 2], slot=drawing.REST)]
+    drawn = drawing.lines("KL", found, "nats")
     assert "var(--series-0)" in drawn
     assert "font-family" not in drawn
     assert not re.search(r"#[0-9a-f]{6}\b", drawn)

@@ -480,7 +480,7 @@ def test_the_page_of_a_random_run(random_run):
         "Criteria without signal: share of the criteria against step",
         "Telling right from wrong (AUC): AUC against step",
         "Bad updates: share of the pairs against step",
-        "Scores of right and wrong answers: share of each kind against score",
+        "Scores of right and wrong answers: share of its kind against score",
         "Failed groups: share of the groups against step",
         "Tokens a step: tokens read and written against step",
         "Waited for judges: seconds against step",
