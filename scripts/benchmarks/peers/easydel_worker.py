@@ -16,44 +16,26 @@ from easydel.trainers.distillation_trainer._fn import chunked_distillation_loss,
 from easydel.trainers.generalized_knowledge_distillation_trainer._fn import generalized_jsd_loss
 from transformers import AutoTokenizer, GenerationConfig
 
-from benchmark_peers.inputs import (
-    count_until_stop,
-    describe_lengths,
+from benchmarks.peers.jax_jobs import blocked, build_product, describe_loss
+from benchmarks.peers.protocol import (
+    Job,
+    Stepper,
+    describe_completions,
     make_hidden,
     make_logits,
-    make_matrices,
+    prompt_ids,
     read_prompts,
+    serve,
 )
-from benchmark_peers.protocol import Job, Stepper, serve
 
 _BETAS = {"reverse": 0.0, "forward": 1.0, "jsd": 0.5}  # the opposite of other libraries
 
 
-def _blocked(function, *arguments):
-    return jax.block_until_ready(function(*arguments))
-
-
-def _describe_loss(result):
-    loss, gradients = result
-    return {
-        "loss": float(loss),
-        "norms": [
-            float(jnp.linalg.norm(g.astype(jnp.float32).ravel()))
-            for g in jax.tree.leaves(gradients)
-        ],
-    }
-
-
-def build_product(case):
-    one, other = (jnp.asarray(x, case["dtype"]) for x in make_matrices(case["matmul"]))
-    return Job(partial(_blocked, jax.jit(jnp.matmul), one, other))
-
-
 def build_dense_loss(case, loss):
-    student, teacher = (jnp.asarray(x)[None] for x in make_logits(case["tokens"], case["vocab"]))
+    student, teacher = (jnp.asarray(x)[None] for x in make_logits(case))
     return Job(
-        partial(_blocked, jax.jit(jax.value_and_grad(partial(loss, case))), student, teacher),
-        _describe_loss,
+        partial(blocked, jax.jit(jax.value_and_grad(partial(loss, case))), student, teacher),
+        describe_loss,
     )
 
 
@@ -66,10 +48,7 @@ def _generalized(case, student, teacher):
 
 
 def build_chunked_loss(case):
-    hidden, head, teacher, teacher_head = (
-        jnp.asarray(x, case["dtype"])
-        for x in make_hidden(case["tokens"], case["vocab"], case["width"])
-    )
+    arrays = [jnp.asarray(x, case["dtype"]) for x in make_hidden(case)]
 
     def loss(hidden, head, teacher, teacher_head):
         of = lambda kernel: lambda states: states @ kernel.T
@@ -77,12 +56,8 @@ def build_chunked_loss(case):
             hidden[None], teacher[None], of(head), of(teacher_head), temperature=1.0, alpha=1.0
         )[0]
 
-    return Job(
-        partial(
-            _blocked, jax.jit(jax.value_and_grad(loss, (0, 1))), hidden, head, teacher, teacher_head
-        ),
-        _describe_loss,
-    )
+    function = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    return Job(partial(blocked, function, *arrays), describe_loss)
 
 
 def _load(path, case):
@@ -121,9 +96,7 @@ def build_generate(case):
             prng_key=key,
         ).sequences
 
-    ids = jnp.asarray(
-        [row["ids"] for row in read_prompts(case["student"])[: case["prompts"]]], jnp.int32
-    )
+    ids = jnp.asarray(prompt_ids(case))
     seeds = iter(range(10**6))
 
     def run(count=case["prompts"]):
@@ -138,8 +111,7 @@ def build_generate(case):
             ]
 
     def describe(drawn):
-        completions = np.concatenate(drawn)[:, ids.shape[1] :]
-        return describe_lengths(count_until_stop(completions, case["stop_ids"]))
+        return describe_completions([part[:, ids.shape[1] :] for part in drawn], case["stop_ids"])
 
     return Job(run, describe, warm_up=lambda: run(case["batch"]))
 
@@ -194,7 +166,7 @@ def _trainer(case, directory, trainer):
         "pad_token_id": 0,
     }
     student.generation_config = GenerationConfig(**options)
-    rows = Dataset.from_list([{"prompt": row["prompt"]} for row in read_prompts(case["student"])])
+    rows = Dataset.from_list([{"prompt": row["prompt"]} for row in read_prompts(case)])
     return trainer(
         arguments=config,
         processing_class=tokenizer,
@@ -214,4 +186,4 @@ if __name__ == "__main__":
         "generate": build_generate,
         "OnPolicyDistillationTrainer": build_trainer,
     }
-    serve(forms, {"easydel": version("easydel"), "jax": jax.__version__})
+    serve(forms, easydel=version("easydel"), jax=jax.__version__)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import tempfile
 import time
 from functools import partial
@@ -12,15 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmark_peers.inputs import (
-    count_until_stop,
-    describe_lengths,
+from benchmarks.peers.jax_jobs import blocked, build_product, describe_loss
+from benchmarks.peers.protocol import (
+    Job,
+    Stepper,
+    describe_completions,
     make_hidden,
     make_logits,
-    make_matrices,
-    read_prompts,
+    prompt_ids,
+    serve,
 )
-from benchmark_peers.protocol import Job, Stepper, serve
 from opdjax import train
 from opdjax.config import (
     CheckpointConfig,
@@ -47,25 +47,6 @@ from opdjax.types import PromptBatch
 _LOSS_TILE = 256  # tokens
 
 
-def _describe_loss(result):
-    loss, gradients = result
-    return {
-        "loss": float(loss),
-        "norms": [
-            float(jnp.linalg.norm(g.astype(jnp.float32))) for g in jax.tree.leaves(gradients)
-        ],
-    }
-
-
-def build_product(case):
-    one, other = map(jnp.asarray, make_matrices(case["matmul"]))
-    one, other = one.astype(case["dtype"]), other.astype(case["dtype"])
-    return Job(
-        partial(_blocked, jax.jit(jnp.matmul), one, other),
-        lambda _: {"bytes_per_second": _copy_rate()},
-    )
-
-
 def _copy_rate():
     """Return bytes a second, read plus written, of scaling an array too large for the caches."""
     touch, x = jax.jit(lambda x: x * 1.5, donate_argnums=0), jnp.ones(2**27)
@@ -77,13 +58,9 @@ def _copy_rate():
     return 2 * x.nbytes / min(seconds)
 
 
-def _blocked(function, *arguments):
-    return jax.block_until_ready(function(*arguments))
-
-
 def build_dense_loss(case):
     token_loss = bind("full_kl", {"divergence": case["divergence"]}).token_loss
-    student, teacher = map(jnp.asarray, make_logits(case["tokens"], case["vocab"]))
+    student, teacher = map(jnp.asarray, make_logits(case))
     columns = TokenInputs(jnp.zeros(case["tokens"], jnp.int32))
     weights = jnp.full(case["tokens"], 1 / case["tokens"])
 
@@ -91,16 +68,14 @@ def build_dense_loss(case):
         return dense_loss(token_loss, student, weights, columns, teacher)[0]
 
     return Job(
-        partial(_blocked, jax.jit(jax.value_and_grad(mean_loss)), student, teacher), _describe_loss
+        partial(blocked, jax.jit(jax.value_and_grad(mean_loss)), student, teacher), describe_loss
     )
 
 
 def build_tiled_loss(case):
     tokens = case["tokens"]
     token_loss = bind("full_kl", {"divergence": case["divergence"]}).token_loss
-    arrays = (
-        jnp.asarray(x, case["dtype"]) for x in make_hidden(tokens, case["vocab"], case["width"])
-    )
+    arrays = (jnp.asarray(x, case["dtype"]) for x in make_hidden(case))
     hidden, head, teacher_hidden, teacher_head = arrays
     # Column t of `hidden` predicts column t + 1, so there is one column more than tokens.
     hidden, teacher_hidden = (jnp.pad(x, ((0, 1), (0, 0)))[None] for x in (hidden, teacher_hidden))
@@ -121,49 +96,38 @@ def build_tiled_loss(case):
     function = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
 
     def run():
-        (value, _), gradients = _blocked(function, hidden, head, teacher_hidden, teacher_head)
+        (value, _), gradients = blocked(function, hidden, head, teacher_hidden, teacher_head)
         return value, gradients
 
-    return Job(run, _describe_loss)
+    return Job(run, describe_loss)
 
 
 def build_sampler(case):
-    checkpoint = open_checkpoint(case["student"])
-    params = load_params(checkpoint, case["dtype"])
-    rows, batch = read_prompts(case["student"]), case["batch"]
-    count = case["prompts"]
-    tokens = np.array([row["ids"] for row in rows[:count]], np.int32)
-    prompts = PromptBatch(tokens, np.ones(tokens.shape, bool), np.arange(count, dtype=np.int32))
+    checkpoint, batch = open_checkpoint(case["student"]), case["batch"]
+    params, tokens = load_params(checkpoint, case["dtype"]), prompt_ids(case)
+    prompts = PromptBatch(
+        tokens, np.ones(tokens.shape, bool), np.arange(len(tokens), dtype=np.int32)
+    )
+    first = jax.tree.map(lambda x: x[:batch], prompts)
     decoding = Decoding(case["new"], tuple(case["stop_ids"]), top_p=case["top_p"])
-    has_slots = "slots" in inspect.signature(sample).parameters and count > batch
-    draw = partial(
-        sample,
-        config=checkpoint.config,
-        decoding=decoding,
-        **({"slots": batch} if has_slots else {}),
-    )
-    parts = (
-        [prompts]
-        if has_slots
-        else [
-            jax.tree.map(lambda x, i=i: x[i : i + batch], prompts) for i in range(0, count, batch)
-        ]
-    )
     seeds = iter(range(10**6))
 
-    def run(parts=parts):
-        seed = next(seeds)
-        return [
-            np.asarray(jax.block_until_ready(draw(params, part, seed, 0)).tokens) for part in parts
-        ]
+    def run(prompts=prompts):
+        rollouts = sample(
+            params,
+            prompts,
+            next(seeds),
+            0,
+            config=checkpoint.config,
+            decoding=decoding,
+            slots=batch,
+        )
+        return np.asarray(jax.block_until_ready(rollouts.tokens))
 
-    def describe(drawn):
-        completions = np.concatenate([tokens[:, -case["new"] :] for tokens in drawn])
-        return describe_lengths(count_until_stop(completions, case["stop_ids"])) | {
-            "slots": has_slots
-        }
+    def describe(tokens):
+        return describe_completions([tokens[:, -case["new"] :]], case["stop_ids"])
 
-    return Job(run, describe, warm_up=lambda: run(parts[:1]))
+    return Job(run, describe, warm_up=lambda: run(first))
 
 
 def build_loop(case):
@@ -208,10 +172,10 @@ def _loop_config(case):
 
 if __name__ == "__main__":
     forms = {
-        "product": build_product,
+        "product": partial(build_product, describe=lambda _: {"bytes_per_second": _copy_rate()}),
         "full_kl": build_dense_loss,
         "tiled_loss": build_tiled_loss,
         "sampler.sample": build_sampler,
         "train": build_loop,
     }
-    serve(forms, {"jax": jax.__version__})
+    serve(forms, jax=jax.__version__)

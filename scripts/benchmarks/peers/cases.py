@@ -1,0 +1,206 @@
+"""What is compared: sizes, cases, the functions that do each case, and the least work it needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from tokenizers import Tokenizer
+from tokenizers import models as tokenizer_models
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from benchmarks.models import MODELS, forward_flops, raw_config, write_model
+from opdjax.models.decoder import DecoderConfig, init_params
+
+PAD, EOS, FIRST_WORD = 0, 1, 2
+NUM_PROMPTS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The sizes of all cases on one kind of device."""
+
+    dtype: str  # of models and hidden states; logits are float32
+    matmul: int  # rows and columns of the matrices whose product measures FLOPs a second
+    loss_tokens: tuple[int, ...]
+    vocab: int  # of the losses
+    width: int  # of the losses' hidden states
+    student: str
+    teacher: str
+    step_batch: int
+    batch: int  # rows generated at a time: the slots
+    prompt: int
+    new: int  # the most tokens of a completion
+    tail_prompts: int  # prompts of the case with a long tail
+    tail_share: float  # the share of the vocabulary that stops its completions
+
+
+SIZES = {
+    "cpu": Sizes(
+        *("float32", 3072, (256,), 151_936, 256, "3.4M", "5M", 8, 16, 32, 128, 128), 1 / 25
+    ),
+    "gpu": Sizes(
+        *("bfloat16", 8192, (2048, 8192), 151_936, 2048, "1.7B", "4B", 16, 64, 256, 512, 512),
+        1 / 110,
+    ),
+    "tiny": Sizes(*("float32", 64, (16,), 500, 32, "3.4M", "5M", 2, 2, 8, 8, 6), 1 / 4),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """One way to do the work of a kind of case."""
+
+    system: str
+    name: str
+    divergences: tuple[str, ...] = ("reverse", "forward", "jsd")  # those it computes
+    remark: str = ""
+
+
+SYSTEMS = ("opdjax", "trl", "tunix", "easydel")
+FORWARD = ("forward",)
+GENERATION = (
+    Form("opdjax", "sampler.sample"),
+    Form("trl", "generate, dynamic cache", remark="transformers"),
+    Form("trl", "generate, static cache", remark="transformers"),
+    Form("tunix", "Sampler"),
+    Form("easydel", "generate", remark="compiled"),
+)
+TWO_MORE = "also computes two cross-entropies of weight 0"
+FORMS = {  # opdjax's comes first
+    "matmul": tuple(Form(system, "product") for system in SYSTEMS),
+    "logits": (
+        Form("opdjax", "full_kl"),
+        Form("trl", "generalized_jsd_loss"),
+        Form("easydel", "distillation_loss", FORWARD),
+        Form("easydel", "generalized_jsd_loss"),
+        Form("tunix", "LogitStrategy.compute_loss", FORWARD, TWO_MORE),
+    ),
+    "hidden": (
+        Form("opdjax", "tiled_loss"),
+        Form("trl", "_chunked_divergence_loss", remark="also computes the student's entropy"),
+        Form("easydel", "chunked_distillation_loss", FORWARD),
+    ),
+    "generate": GENERATION,
+    "tail": GENERATION,
+    "step": (
+        Form("opdjax", "train"),
+        Form("trl", "DistillationTrainer", remark="gradient checkpointing off"),
+        Form("easydel", "OnPolicyDistillationTrainer", remark="forward KL, the only one it has"),
+    ),
+}
+PARTS = {  # of the command line
+    "floor": ("matmul",),
+    "losses": ("logits", "hidden"),
+    "generation": ("generate", "tail"),
+    "step": ("step",),
+}
+
+
+def cases_of(part: str, sizes: Sizes) -> list[dict[str, Any]]:
+    """Return the cases of one part, each with a title for the table."""
+    cases: list[dict[str, Any]] = []
+
+    def add(kind, title, **fields):
+        cases.append({"kind": kind, "title": title} | fields)
+
+    for kind in PARTS[part]:
+        if kind == "matmul":
+            add(kind, f"product of two {sizes.matmul}² matrices")
+        elif kind in ("logits", "hidden"):
+            shown, width = ("logits", sizes.vocab) if kind == "logits" else ("states", sizes.width)
+            for tokens in sizes.loss_tokens:
+                for name in ("reverse", "forward", *(("jsd",) if kind == "logits" else ())):
+                    title = f"{name} KL from {shown} [{tokens}, {width}]"
+                    add(kind, title, tokens=tokens, divergence=name)
+        elif kind == "generate":
+            for top_p in (1.0, 0.95):
+                title = f"generation, {sizes.batch} x {sizes.new} tokens, top-p {top_p}"
+                add(kind, title, top_p=top_p, prompts=sizes.batch)
+        elif kind == "tail":
+            title = f"generation with a long tail, {sizes.tail_prompts} prompts by {sizes.batch}"
+            add(kind, title, top_p=1.0, prompts=sizes.tail_prompts)
+        else:
+            title = f"on-policy step, {sizes.step_batch} x {sizes.new} tokens"
+            add(kind, title, divergence="reverse", prompts=NUM_PROMPTS)
+    return cases
+
+
+def least_work(
+    case: dict[str, Any], sizes: Sizes, useful_tokens: float = 0.0
+) -> tuple[float, float]:
+    """Return (FLOPs of the matrix products, bytes to read and write) of a case.
+
+    Bytes are counted for the losses from logits only, which have no product: they read two arrays
+    and write one.
+    """
+    kind = case["kind"]
+    if kind == "matmul":
+        return 2.0 * sizes.matmul**3, 0.0
+    if kind == "logits":
+        return 0.0, 3.0 * 4 * case["tokens"] * sizes.vocab
+    if kind == "hidden":  # logits of both sides, gradients of the student's states and head
+        return 4 * 2.0 * case["tokens"] * sizes.vocab * sizes.width, 0.0
+    rows = sizes.step_batch if kind == "step" else useful_tokens / sizes.new
+    tokens, predictions = rows * (sizes.prompt + sizes.new), rows * sizes.new
+    contexts = rows * (sizes.prompt + sizes.new) ** 2 / 2
+    if kind == "tail":  # a context is the prompt and, on average, half of the mean length
+        tokens, predictions = useful_tokens + sizes.tail_prompts * sizes.prompt, useful_tokens
+        contexts = tokens * (sizes.prompt + useful_tokens / sizes.tail_prompts) / 2
+    work = tokens, contexts, predictions
+    generation = forward_flops(MODELS[sizes.student], *work)
+    if kind != "step":
+        return generation, 0.0
+    return 4 * generation + forward_flops(MODELS[sizes.teacher], *work), 0.0
+
+
+def write_inputs(root: pathlib.Path, sizes: Sizes) -> dict[str, str]:
+    """Return the paths of student, teacher and prompts, which are written if absent."""
+    file = root / "prompts.jsonl"
+    paths = {"student": root / "student", "teacher": root / "teacher", "prompts_file": file}
+    if not file.exists():
+        for seed, name in enumerate(("student", "teacher")):
+            model = MODELS[getattr(sizes, name)]
+            write_random_model(model, seed, sizes.dtype, paths[name])
+        vocab = MODELS[sizes.student].vocab_size
+        ids = np.random.default_rng(2).integers(FIRST_WORD, vocab, (NUM_PROMPTS, sizes.prompt))
+        rows = [{"prompt": " ".join(f"w{i}" for i in row), "ids": row} for row in ids.tolist()]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {name: str(path) for name, path in paths.items()}
+
+
+def write_random_model(model: DecoderConfig, seed: int, dtype: str, out: pathlib.Path) -> None:
+    """Write a random model that never samples PAD or EOS, so that completions have full length.
+
+    Component 0 of the residual stream is a positive constant that no layer writes to, and it gives
+    these two tokens a very low logit.
+    """
+    params = jax.tree.map(np.array, init_params(model, jax.random.key(seed)))
+    params["embedding"][:, 0], params["embedding"][[PAD, EOS], 0] = 0.1, -60
+    params["final_norm"][0] = 30
+    for name in ("o_kernel", "down_kernel"):
+        params["layers"][name][:, 0] = 0
+    words = {"<pad>": PAD, "<eos>": EOS}
+    words |= {f"w{i}": i for i in range(FIRST_WORD, model.vocab_size)}
+    tokenizer = Tokenizer(tokenizer_models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "padding_side": "left"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    # Older releases of transformers read the field of the top level.
+    raw = raw_config(model, EOS, PAD, positions=4096) | {"rope_theta": model.rope.theta}
+    write_model(params, raw, fast, out, dtype)
+
+
+def stop_ids(case: dict[str, Any], sizes: Sizes) -> list[int]:
+    """Return the ids that end a completion; with a long tail, lengths are geometric."""
+    if case["kind"] != "tail":
+        return [EOS]
+    vocab = MODELS[sizes.student].vocab_size
+    count = max(round(sizes.tail_share * vocab), 1)
+    words = np.arange(FIRST_WORD, vocab)
+    return sorted(np.random.default_rng(3).choice(words, count, replace=False).tolist())
