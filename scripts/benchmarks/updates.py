@@ -146,7 +146,8 @@ def packing(options: argparse.Namespace) -> None:
             f"packed, {PARTS}, twice as long": (PARTS, 2 * width),
         }
         forms = {name: packed_form(setup, params, batch, *each) for name, each in settings.items()}
-        runs = alternate({name: step for name, (step, _) in forms.items()}, options.repeats)
+        steps = {name: step for name, (step, _) in forms.items()}
+        runs = alternate(steps, options.repeats, warm_ups=2)
         base = getattr(runs["padded, 1"], options.clock)
         for name, (_, row) in forms.items():
             ratios = [one / other for one, other in zip(getattr(runs[name], options.clock), base)]
