@@ -1,4 +1,4 @@
-"""What is compared: sizes, cases, the functions that do each case, and the least work it needs."""
+"""What is compared: sizes, cases, the functions that do each case, and its inputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokenizers import models as tokenizer_models
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.models import MODELS, forward_flops, raw_config, write_model
+from benchmarks.models import MODELS, raw_config, write_model
 from opdjax.models.decoder import DecoderConfig, init_params
 
 PAD, EOS, FIRST_WORD = 0, 1, 2
@@ -26,7 +26,6 @@ class Sizes:
     """The sizes of all cases on one kind of device."""
 
     dtype: str  # of models and hidden states; logits are float32
-    matmul: int  # rows and columns of the matrices whose product measures FLOPs a second
     loss_tokens: tuple[int, ...]
     vocab: int  # of the losses
     width: int  # of the losses' hidden states
@@ -41,14 +40,12 @@ class Sizes:
 
 
 SIZES = {
-    "cpu": Sizes(
-        *("float32", 3072, (256,), 151_936, 256, "3.4M", "5M", 8, 16, 32, 128, 128), 1 / 25
-    ),
+    "cpu": Sizes(*("float32", (256,), 151_936, 256, "3.4M", "5M", 8, 16, 32, 128, 128), 1 / 25),
     "gpu": Sizes(
-        *("bfloat16", 8192, (2048, 8192), 151_936, 2048, "1.7B", "4B", 16, 64, 256, 512, 512),
+        *("bfloat16", (2048, 8192), 151_936, 2048, "1.7B", "4B", 16, 64, 256, 512, 512),
         1 / 110,
     ),
-    "tiny": Sizes(*("float32", 64, (16,), 500, 32, "3.4M", "5M", 2, 2, 8, 8, 6), 1 / 4),
+    "tiny": Sizes(*("float32", (16,), 500, 32, "3.4M", "5M", 2, 2, 8, 8, 6), 1 / 4),
 }
 
 
@@ -62,7 +59,6 @@ class Form:
     remark: str = ""
 
 
-SYSTEMS = ("opdjax", "trl", "tunix", "easydel")
 FORWARD = ("forward",)
 GENERATION = (
     Form("opdjax", "sampler.sample"),
@@ -73,7 +69,6 @@ GENERATION = (
 )
 TWO_MORE = "also computes two cross-entropies of weight 0"
 FORMS = {  # opdjax's comes first
-    "matmul": tuple(Form(system, "product") for system in SYSTEMS),
     "logits": (
         Form("opdjax", "full_kl"),
         Form("trl", "generalized_jsd_loss"),
@@ -95,7 +90,6 @@ FORMS = {  # opdjax's comes first
     ),
 }
 PARTS = {  # of the command line
-    "floor": ("matmul",),
     "losses": ("logits", "hidden"),
     "generation": ("generate", "tail"),
     "step": ("step",),
@@ -110,9 +104,7 @@ def cases_of(part: str, sizes: Sizes) -> list[dict[str, Any]]:
         cases.append({"kind": kind, "title": title} | fields)
 
     for kind in PARTS[part]:
-        if kind == "matmul":
-            add(kind, f"product of two {sizes.matmul}² matrices")
-        elif kind in ("logits", "hidden"):
+        if kind in ("logits", "hidden"):
             shown, width = ("logits", sizes.vocab) if kind == "logits" else ("states", sizes.width)
             for tokens in sizes.loss_tokens:
                 for name in ("reverse", "forward", *(("jsd",) if kind == "logits" else ())):
@@ -129,34 +121,6 @@ def cases_of(part: str, sizes: Sizes) -> list[dict[str, Any]]:
             title = f"on-policy step, {sizes.step_batch} x {sizes.new} tokens"
             add(kind, title, divergence="reverse", prompts=NUM_PROMPTS)
     return cases
-
-
-def least_work(
-    case: dict[str, Any], sizes: Sizes, useful_tokens: float = 0.0
-) -> tuple[float, float]:
-    """Return (FLOPs of the matrix products, bytes to read and write) of a case.
-
-    Bytes are counted for the losses from logits only, which have no product: they read two arrays
-    and write one.
-    """
-    kind = case["kind"]
-    if kind == "matmul":
-        return 2.0 * sizes.matmul**3, 0.0
-    if kind == "logits":
-        return 0.0, 3.0 * 4 * case["tokens"] * sizes.vocab
-    if kind == "hidden":  # logits of both sides, gradients of the student's states and head
-        return 4 * 2.0 * case["tokens"] * sizes.vocab * sizes.width, 0.0
-    rows = sizes.step_batch if kind == "step" else useful_tokens / sizes.new
-    tokens, predictions = rows * (sizes.prompt + sizes.new), rows * sizes.new
-    contexts = rows * (sizes.prompt + sizes.new) ** 2 / 2
-    if kind == "tail":  # a context is the prompt and, on average, half of the mean length
-        tokens, predictions = useful_tokens + sizes.tail_prompts * sizes.prompt, useful_tokens
-        contexts = tokens * (sizes.prompt + useful_tokens / sizes.tail_prompts) / 2
-    work = tokens, contexts, predictions
-    generation = forward_flops(MODELS[sizes.student], *work)
-    if kind != "step":
-        return generation, 0.0
-    return 4 * generation + forward_flops(MODELS[sizes.teacher], *work), 0.0
 
 
 def write_inputs(root: pathlib.Path, sizes: Sizes) -> dict[str, str]:

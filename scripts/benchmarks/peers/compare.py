@@ -23,7 +23,6 @@ from benchmarks.peers.cases import (
     Form,
     Sizes,
     cases_of,
-    least_work,
     stop_ids,
     write_inputs,
 )
@@ -42,14 +41,12 @@ def add_peers(parser: argparse.ArgumentParser) -> None:
     tokens up to the stop count. `step`: the full on-policy step. Each peer runs in its own
     environment under `.bench/`, which the first use makes (about three minutes). Every form runs on
     each number of cores, and the fastest one is shown. Losses and gradients of one divergence must
-    agree, or the row says so. What a peer cannot do, or fails at, is a row with the reason. `x
-    floor` is relative to the least time at the rates of the fastest matrix product and of a copy;
-    ratios are medians over neighbouring runs, and below 1 opdjax is faster.
+    agree, or the row says so. What a peer cannot do, or fails at, is a row with the reason. Ratios
+    are medians over neighbouring runs; below 1, opdjax is faster.
     """
     parser.set_defaults(run=peers, repeats=5)
     add = parser.add_argument
-    parts = [part for part in PARTS if part != "floor"]
-    add("--only", nargs="+", choices=parts, default=parts, help="parts to run")
+    add("--only", nargs="+", choices=tuple(PARTS), default=list(PARTS), help="parts to run")
     add("--peers", nargs="*", choices=tuple(PINS), default=list(PINS), help="systems to compare")
     add("--device", choices=tuple(TOLERANCE), default="cpu")
     add("--tiny", action="store_true", help="tiny sizes, to try the command")
@@ -74,7 +71,7 @@ def peers(options: argparse.Namespace) -> None:
             except (WorkerError, OSError) as error:
                 failures[system] = str(error)
         # The step comes last because its trainers keep their threads.
-        for part in ("floor", *(part for part in PARTS if part in options.only)):
+        for part in (part for part in PARTS if part in options.only):
             for case in cases_of(part, sizes):
                 found = measure(case, full_case(case, sizes, inputs), workers, failures, options)
                 warn_of_differences(found, TOLERANCE[options.device])
@@ -83,11 +80,9 @@ def peers(options: argparse.Namespace) -> None:
     finally:
         for worker in (worker for group in workers.values() for worker in group):
             worker.stop()
-    rates = add_floors(rows, sizes)
     shown = [progress(shown_row(row)) for row in rows]
     words = lambda of: " ".join(f"{name} {value}" for name, value in of.items())
     notes = [f"{system}: {words(of)}." for system, of in versions.items()]
-    notes.append("Floor: {:.0f} GFLOP/s, {:.1f} GB/s.".format(*(rate / 1e9 for rate in rates)))
     report(shown, options, notes, versions=versions, runs=rows)
 
 
@@ -103,13 +98,8 @@ def started(system: str, options: argparse.Namespace) -> list[Worker]:
 def full_case(case: Row, sizes: Sizes, inputs: dict[str, str]) -> Row:
     """Return the case with everything that a worker needs."""
     shape = dataclasses.asdict(MODELS[sizes.student])
-    return (
-        dataclasses.asdict(sizes)
-        | {"student_shape": shape}
-        | inputs
-        | {"stop_ids": stop_ids(case, sizes)}
-        | case
-    )
+    more = {"student_shape": shape, "stop_ids": stop_ids(case, sizes)}
+    return dataclasses.asdict(sizes) | more | inputs | case
 
 
 def measure(
@@ -120,6 +110,7 @@ def measure(
     options: argparse.Namespace,
 ) -> list[Row]:
     """Return the rows of one case, opdjax's first: each form on its fastest worker."""
+    print(f"measuring: {case['title']}", file=sys.stderr, flush=True)
     errors: dict[Form, str] = {}
     works: dict[tuple[Form, Worker], Callable] = {}
     wanted = [form for form in FORMS[case["kind"]] if form.system in ("opdjax", *options.peers)]
@@ -191,21 +182,6 @@ def warn_of_differences(rows: list[Row], tolerance: float) -> None:
                 row.setdefault("warnings", []).append(text)
 
 
-def add_floors(rows: list[Row], sizes: Sizes) -> tuple[float, float]:
-    """Add the seconds of the least work of each row, at the returned rates of this run.
-
-    They are the FLOPs a second of the fastest matrix product and the bytes a second of a copy.
-    """
-    done = [row for row in rows if "error" not in row]
-    products = [row for row in done if row["kind"] == "matmul"]
-    moved = max(row["facts"].get("bytes_per_second", 0.0) for row in products)
-    flops = 2 * sizes.matmul**3 / min(min(row["seconds"]) for row in products)
-    for row in done:
-        needed, size = least_work(row, sizes, row["facts"].get("useful_tokens", 0))
-        row["floor"] = max(needed / flops, size / moved)
-    return flops, moved
-
-
 def shown_row(row: Row) -> Row:
     """Return the columns of the table."""
     shown = {"work": row["title"], "system": row["system"], "form": row["form"]}
@@ -220,7 +196,6 @@ def shown_row(row: Row) -> Row:
         "CPU seconds": row["cpu_seconds"],
         "useful tokens/s": row["tokens"],
         "opdjax / peer": row.get("ratio"),
-        "x floor": statistics.median(row["seconds"]) / row["floor"],
         "loss": facts.get("loss"),
         "gradient norms": " ".join(f"{norm:.4e}" for norm in facts.get("norms", ())),
         "remark": "; ".join([*remarks, *row.get("warnings", [])]),

@@ -16,7 +16,7 @@ from easydel.trainers.distillation_trainer._fn import chunked_distillation_loss,
 from easydel.trainers.generalized_knowledge_distillation_trainer._fn import generalized_jsd_loss
 from transformers import AutoTokenizer, GenerationConfig
 
-from benchmarks.peers.jax_jobs import blocked, build_product, describe_loss
+from benchmarks.peers.jax_jobs import blocked, describe_loss
 from benchmarks.peers.protocol import (
     Job,
     Stepper,
@@ -179,7 +179,6 @@ def _trainer(case, directory, trainer):
 if __name__ == "__main__":
     os.environ.setdefault("WANDB_MODE", "disabled")
     forms = {
-        "product": build_product,
         "distillation_loss": partial(build_dense_loss, loss=_hinton),
         "generalized_jsd_loss": partial(build_dense_loss, loss=_generalized),
         "chunked_distillation_loss": build_chunked_loss,

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-from benchmarks.peers.protocol import Job, make_matrices
 
 
 def blocked(function, *arguments) -> Any:
@@ -20,8 +17,3 @@ def describe_loss(result) -> dict[str, Any]:
     loss, gradients = result
     leaves = [leaf.astype(jnp.float32).ravel() for leaf in jax.tree.leaves(gradients)]
     return {"loss": float(loss), "norms": [float(jnp.linalg.norm(leaf)) for leaf in leaves]}
-
-
-def build_product(case, describe=lambda result: {}) -> Job:
-    one, other = (jnp.asarray(x, case["dtype"]) for x in make_matrices(case))
-    return Job(partial(blocked, jax.jit(jnp.matmul), one, other), describe)

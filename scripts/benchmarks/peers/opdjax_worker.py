@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-import time
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.peers.jax_jobs import blocked, build_product, describe_loss
+from benchmarks.peers.jax_jobs import blocked, describe_loss
 from benchmarks.peers.protocol import (
     Job,
     Stepper,
@@ -45,17 +44,6 @@ from opdjax.runs.metrics import MetricWriter
 from opdjax.types import PromptBatch
 
 _LOSS_TILE = 256  # tokens
-
-
-def _copy_rate():
-    """Return bytes a second, read plus written, of scaling an array too large for the caches."""
-    touch, x = jax.jit(lambda x: x * 1.5, donate_argnums=0), jnp.ones(2**27)
-    seconds = []
-    for _ in range(6):
-        start = time.perf_counter()
-        x = jax.block_until_ready(touch(x))
-        seconds.append(time.perf_counter() - start)
-    return 2 * x.nbytes / min(seconds)
 
 
 def build_dense_loss(case):
@@ -172,7 +160,6 @@ def _loop_config(case):
 
 if __name__ == "__main__":
     forms = {
-        "product": partial(build_product, describe=lambda _: {"bytes_per_second": _copy_rate()}),
         "full_kl": build_dense_loss,
         "tiled_loss": build_tiled_loss,
         "sampler.sample": build_sampler,

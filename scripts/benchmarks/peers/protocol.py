@@ -127,12 +127,6 @@ def _tile(rows: np.ndarray, count: int) -> np.ndarray:
     return np.tile(rows, (-(-count // len(rows)), 1))[:count]
 
 
-def make_matrices(case: dict[str, Any]) -> np.ndarray:
-    """Return two square float32 matrices."""
-    size = case["matmul"]
-    return np.random.default_rng(0).standard_normal((2, size, size), np.float32)
-
-
 def read_prompts(case: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the case's rows with `prompt` (text) and `ids`."""
     lines = pathlib.Path(case["prompts_file"]).read_text().splitlines()

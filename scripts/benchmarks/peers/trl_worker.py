@@ -21,7 +21,6 @@ from benchmarks.peers.protocol import (
     describe_completions,
     make_hidden,
     make_logits,
-    make_matrices,
     prompt_ids,
     read_prompts,
     serve,
@@ -52,17 +51,6 @@ def _describe_loss(result):
         "loss": float(result[0]),
         "norms": [float(torch.linalg.vector_norm(g, dtype=torch.float64)) for g in result[1]],
     }
-
-
-def build_product(case):
-    one, other = (_place(x, case["dtype"]) for x in make_matrices(case))
-
-    def run():
-        product = one @ other
-        _wait()
-        return product
-
-    return Job(run)
 
 
 def build_dense_loss(case):
@@ -151,7 +139,6 @@ def _trainer(case, directory, callback):
 
 if __name__ == "__main__":
     forms = {
-        "product": build_product,
         "generalized_jsd_loss": build_dense_loss,
         "_chunked_divergence_loss": build_chunked_loss,
         "generate, dynamic cache": partial(build_generate, cache=None),

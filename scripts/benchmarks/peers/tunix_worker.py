@@ -15,7 +15,7 @@ from tunix.generate.sampler import CacheConfig, Sampler
 from tunix.models.qwen3.model import ModelConfig
 from tunix.models.qwen3.params import create_model_from_safe_tensors
 
-from benchmarks.peers.jax_jobs import blocked, build_product, describe_loss
+from benchmarks.peers.jax_jobs import blocked, describe_loss
 from benchmarks.peers.protocol import Job, describe_lengths, make_logits, read_prompts, serve
 
 
@@ -86,7 +86,6 @@ def build_sampler(case):
 
 if __name__ == "__main__":
     forms = {
-        "product": build_product,
         "LogitStrategy.compute_loss": build_logit_strategy,
         "Sampler": build_sampler,
     }
