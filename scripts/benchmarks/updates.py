@@ -15,15 +15,8 @@ import numpy as np
 
 from benchmarks.core import Row, Runs, alternate, median_interval, progress, report, temp_mib
 from benchmarks.vocabulary import make_arguments, read_teacher
-from opdjax.config import (
-    Config,
-    DataConfig,
-    EstimatorConfig,
-    EvaluationConfig,
-    MeshConfig,
-    SamplingConfig,
-    TrainConfig,
-)
+from opdjax.config import Config
+from opdjax.config.validation import from_dict
 from opdjax.data.packing import answer_rows, pack, packing_metrics, to_train_batch
 from opdjax.data.prompts import collate, indices_at
 from opdjax.engine.step_metrics import observed
@@ -44,15 +37,15 @@ OBSERVED = ("opd", "vopd", "full_kl")
 
 def setup_of(recipe: str, max_completion_length: int) -> tuple[Setup, dict, PromptBatch]:
     """Return (setup on the mini pair, the student's parameters, the prompts of a step)."""
-    config = Config(
-        data=DataConfig(max_prompt_length=32),
-        sampling=SamplingConfig(max_completion_length=max_completion_length),
-        estimator=EstimatorConfig(recipe),
-        train=TrainConfig(prompts_per_step=ROWS),
-        evaluation=EvaluationConfig(source=None),
-        mesh=MeshConfig(1),
-    )
-    setup = prepare(config)
+    settings = {
+        "data": {"max_prompt_length": 32},
+        "sampling": {"max_completion_length": max_completion_length},
+        "estimator": {"recipe": recipe},
+        "train": {"prompts_per_step": ROWS},
+        "evaluation": {"source": None},
+        "mesh": {"data": 1},
+    }
+    setup = prepare(from_dict(Config, settings))
     prompts = collate(setup.prompts, indices_at(0, ROWS, len(setup.prompts), 0))
     return setup, load_params(setup.student, "float32"), prompts
 

@@ -33,10 +33,8 @@ _BETAS = {"reverse": 0.0, "forward": 1.0, "jsd": 0.5}  # the opposite of other l
 
 def build_dense_loss(case, loss):
     student, teacher = (jnp.asarray(x)[None] for x in make_logits(case))
-    return Job(
-        partial(blocked, jax.jit(jax.value_and_grad(partial(loss, case))), student, teacher),
-        describe_loss,
-    )
+    function = jax.jit(jax.value_and_grad(partial(loss, case)))
+    return Job(partial(blocked, function, student, teacher), describe_loss)
 
 
 def _hinton(case, student, teacher):
@@ -61,28 +59,16 @@ def build_chunked_loss(case):
 
 
 def _load(path, case):
-    dtype = jnp.dtype(case["dtype"])
-    return ed.AutoEasyDeLModelForCausalLM.from_pretrained(
-        path,
-        dtype=dtype,
-        param_dtype=dtype,
-        from_torch=True,
-        sharding_axis_dims=(1, -1, 1, 1, 1),
-        auto_shard_model=True,
-    )
+    types = dict.fromkeys(("dtype", "param_dtype"), jnp.dtype(case["dtype"]))
+    mesh = {"sharding_axis_dims": (1, -1, 1, 1, 1), "auto_shard_model": True}
+    model = ed.AutoEasyDeLModelForCausalLM
+    return model.from_pretrained(path, from_torch=True, **types, **mesh)
 
 
 def build_generate(case):
     model = _load(case["student"], case)
-    options = {
-        "max_new_tokens": case["new"],
-        "do_sample": True,
-        "temperature": 1.0,
-        "top_p": case["top_p"],
-        "top_k": 0,
-        "eos_token_id": case["stop_ids"],
-        "pad_token_id": 0,
-    }
+    options = {"max_new_tokens": case["new"], "do_sample": True, "temperature": 1.0, "top_k": 0}
+    options |= {"top_p": case["top_p"], "eos_token_id": case["stop_ids"], "pad_token_id": 0}
     model.generation_config = GenerationConfig(**options)
     graph, state, rest = model.split_module()
 
@@ -100,15 +86,12 @@ def build_generate(case):
     seeds = iter(range(10**6))
 
     def run(count=case["prompts"]):
+        drawn = []
         with model.mesh:
-            return [
-                np.asarray(
-                    generate(
-                        state, rest, ids[i : i + case["batch"]], jax.random.PRNGKey(next(seeds))
-                    )
-                )
-                for i in range(0, count, case["batch"])
-            ]
+            for i in range(0, count, case["batch"]):
+                key, part = jax.random.PRNGKey(next(seeds)), ids[i : i + case["batch"]]
+                drawn.append(np.asarray(generate(state, rest, part, key)))
+        return drawn
 
     def describe(drawn):
         return describe_completions([part[:, ids.shape[1] :] for part in drawn], case["stop_ids"])
@@ -120,13 +103,8 @@ def build_trainer(case):
     def loop(pause):
         class PausingTrainer(ed.OnPolicyDistillationTrainer):
             def on_step_end(self, state, metrics, step):
-                pause(
-                    {
-                        "useful_tokens": int(
-                            metrics.other_metrics["completion_length"] * case["step_batch"]
-                        )
-                    }
-                )
+                length = metrics.other_metrics["completion_length"]
+                pause({"useful_tokens": int(length * case["step_batch"])})
                 return state, metrics
 
         with tempfile.TemporaryDirectory() as directory:
@@ -159,13 +137,9 @@ def _trainer(case, directory, trainer):
     )
     tokenizer = AutoTokenizer.from_pretrained(case["student"])
     student, teacher = _load(case["student"], case), _load(case["teacher"], case)
-    options = {
-        "max_new_tokens": case["new"],
-        "do_sample": True,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": 0,
-    }
-    student.generation_config = GenerationConfig(**options)
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
+    generation = GenerationConfig(max_new_tokens=case["new"], do_sample=True, **ids)
+    student.generation_config = generation
     rows = Dataset.from_list([{"prompt": row["prompt"]} for row in read_prompts(case)])
     return trainer(
         arguments=config,

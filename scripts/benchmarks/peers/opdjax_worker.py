@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from functools import partial
 
@@ -21,19 +20,8 @@ from benchmarks.peers.protocol import (
     serve,
 )
 from opdjax import train
-from opdjax.config import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    EstimatorConfig,
-    EvaluationConfig,
-    LogConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimizerConfig,
-    SamplingConfig,
-    TrainConfig,
-)
+from opdjax.config import Config
+from opdjax.config.validation import from_dict
 from opdjax.engine.decoding import Decoding
 from opdjax.engine.sampler import sample
 from opdjax.estimators import bind
@@ -55,9 +43,8 @@ def build_dense_loss(case):
     def mean_loss(student, teacher):
         return dense_loss(token_loss, student, weights, columns, teacher)[0]
 
-    return Job(
-        partial(blocked, jax.jit(jax.value_and_grad(mean_loss)), student, teacher), describe_loss
-    )
+    function = jax.jit(jax.value_and_grad(mean_loss))
+    return Job(partial(blocked, function, student, teacher), describe_loss)
 
 
 def build_tiled_loss(case):
@@ -71,15 +58,8 @@ def build_tiled_loss(case):
     columns = TokenInputs(jnp.zeros((1, tokens + 1), jnp.int32))
 
     def loss(hidden, head, teacher_hidden, teacher_head):
-        return tiled_loss(
-            token_loss,
-            hidden,
-            Head(head),
-            weights,
-            columns,
-            (teacher_hidden, Head(teacher_head)),
-            tile=_LOSS_TILE,
-        )
+        teacher, tile = (teacher_hidden, Head(teacher_head)), _LOSS_TILE
+        return tiled_loss(token_loss, hidden, Head(head), weights, columns, teacher, tile=tile)
 
     function = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
 
@@ -93,24 +73,15 @@ def build_tiled_loss(case):
 def build_sampler(case):
     checkpoint, batch = open_checkpoint(case["student"]), case["batch"]
     params, tokens = load_params(checkpoint, case["dtype"]), prompt_ids(case)
-    prompts = PromptBatch(
-        tokens, np.ones(tokens.shape, bool), np.arange(len(tokens), dtype=np.int32)
-    )
+    numbers = np.arange(len(tokens), dtype=np.int32)
+    prompts = PromptBatch(tokens, np.ones(tokens.shape, bool), numbers)
     first = jax.tree.map(lambda x: x[:batch], prompts)
     decoding = Decoding(case["new"], tuple(case["stop_ids"]), top_p=case["top_p"])
+    draw = partial(sample, config=checkpoint.config, decoding=decoding, slots=batch)
     seeds = iter(range(10**6))
 
     def run(prompts=prompts):
-        rollouts = sample(
-            params,
-            prompts,
-            next(seeds),
-            0,
-            config=checkpoint.config,
-            decoding=decoding,
-            slots=batch,
-        )
-        return np.asarray(jax.block_until_ready(rollouts.tokens))
+        return np.asarray(draw(params, prompts, next(seeds), 0).tokens)
 
     def describe(tokens):
         return describe_completions([tokens[:, -case["new"] :]], case["stop_ids"])
@@ -125,12 +96,7 @@ def build_loop(case):
         class PausingWriter(MetricWriter):
             def write(self, step, metrics):
                 super().write(step, metrics)
-                pause(
-                    {
-                        "loss": metrics["loss/objective"],
-                        "useful_tokens": int(metrics["perf/trained_tokens"]),
-                    }
-                )
+                pause({"useful_tokens": int(metrics["perf/trained_tokens"])})
 
         train.MetricWriter = PausingWriter
         with tempfile.TemporaryDirectory() as directory:
@@ -141,21 +107,21 @@ def build_loop(case):
 
 def _loop_config(case):
     never = 10**6
-    return Config(
-        student=ModelConfig(case["student"], dtype=case["dtype"]),
-        teacher=ModelConfig(case["teacher"], dtype=case["dtype"]),
-        data=DataConfig(
-            source=case["prompts_file"], format="raw", max_prompt_length=case["prompt"]
-        ),
-        sampling=SamplingConfig(max_completion_length=case["new"]),
-        estimator=EstimatorConfig(recipe="full_kl", divergence=case["divergence"]),
-        optimizer=OptimizerConfig(learning_rate=1e-6, schedule="constant"),
-        train=TrainConfig(num_steps=never, prompts_per_step=case["step_batch"]),
-        evaluation=EvaluationConfig(source=None),
-        checkpoint=CheckpointConfig(every=never),
-        log=dataclasses.replace(LogConfig(), samples_every=0),
-        mesh=MeshConfig(data=1),
-    )
+    settings = {
+        "student": {"path": case["student"], "dtype": case["dtype"]},
+        "teacher": {"path": case["teacher"], "dtype": case["dtype"]},
+        "data": {"source": case["prompts_file"], "format": "raw"},
+        "sampling": {"max_completion_length": case["new"]},
+        "estimator": {"recipe": "full_kl", "divergence": case["divergence"]},
+        "optimizer": {"learning_rate": 1e-6, "schedule": "constant"},
+        "train": {"num_steps": never, "prompts_per_step": case["step_batch"]},
+        "evaluation": {"source": None},
+        "checkpoint": {"every": never},
+        "log": {"samples_every": 0},
+        "mesh": {"data": 1},
+    }
+    settings["data"]["max_prompt_length"] = case["prompt"]
+    return from_dict(Config, settings)
 
 
 if __name__ == "__main__":
