@@ -16,7 +16,6 @@ import pathlib
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -26,10 +25,13 @@ from transformers import PreTrainedTokenizerFast
 
 from opdjax.config import PACKAGE
 from opdjax.data.tasks import arithmetic
+from opdjax.engine.decoding import Decoding
+from opdjax.engine.sampler import sample
 from opdjax.models import decoder
 from opdjax.models.families import family_of
 from opdjax.models.hf import load_params, open_checkpoint
 from opdjax.ops.vocab import TokenInputs, tiled_loss
+from opdjax.types import PromptBatch
 
 LARGEST_NUMBER = 199
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -190,31 +192,19 @@ def make_step(config, optimizer):
 
 
 def greedy_accuracy(params, config, tokenizer, problems) -> float:
-    """Return the share of problems whose greedy answer ends in the right value.
-
-    Decoding has no cache.
-    """
+    """Return the share of problems whose greedy answer ends in the right value."""
     vocab, rows = tokenizer.get_vocab(), [_header(problem.prompt) for problem in problems]
-    width = max(map(len, rows))
-    tokens, segments = np.zeros((2, len(rows), COLUMNS), np.int32)
+    width, stop = max(map(len, rows)), vocab["<|im_end|>"]
+    tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
     for i, row in enumerate(rows):
-        tokens[i, width - len(row) : width] = [vocab[word] for word in row]
-        segments[i, width - len(row) : width] = 1
-
-    @jax.jit
-    def next_token(params, tokens, segments, column):
-        hidden = decoder.forward(params, config, tokens, segments)
-        last = jax.lax.dynamic_index_in_dim(hidden, column - 1, 1, keepdims=False)
-        chosen = jnp.argmax(last @ params["embedding"].T, axis=-1)
-        return tokens.at[:, column].set(chosen), segments.at[:, column].set(1)
-
-    for column in range(width, COLUMNS):
-        tokens, segments = next_token(params, tokens, segments, column)
+        tokens[i, width - len(row) :] = [vocab[word] for word in row]
+        mask[i, width - len(row) :] = True
+    prompts = PromptBatch(tokens, mask, np.arange(len(rows), dtype=np.int32))
+    decoding = Decoding(COLUMNS - width, (stop,), temperature=0.0)
+    drawn = sample(params, prompts, 0, 0, config=config, decoding=decoding)
     names = {i: word for word, i in vocab.items()}
-    texts = [
-        "".join(names[int(t)] for t in row[width:]).split("<|im_end|>")[0]
-        for row in np.asarray(tokens)
-    ]
+    sampled = zip(np.asarray(drawn.tokens), np.asarray(drawn.mask))
+    texts = ["".join(names[int(t)] for t in row[is_new] if t != stop) for row, is_new in sampled]
     is_right = lambda text, answer: "#" in text and text.split("#")[-1] == answer
     return float(np.mean([is_right(text, p.answer) for text, p in zip(texts, problems)]))
 
