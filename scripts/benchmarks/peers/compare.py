@@ -163,7 +163,7 @@ def fastest(runs: dict[int | None, list[Row]], error: str) -> Row:
         row = {name: [answer[name] for answer in answers] for name in ("seconds", "cpu_seconds")}
         row |= {"cores": cores, "facts": answers[-1]["facts"]}
         row["cost"] = [s / (count or 1) for s, count in zip(row["seconds"], counts)]
-        row["tokens"] = [1 / cost for cost in row["cost"]] if any(counts) else None
+        row["tokens_per_second"] = [1 / cost for cost in row["cost"]] if any(counts) else None
         found.append(row)
     return min(found, key=lambda row: statistics.median(row["cost"]), default={"error": error})
 
@@ -194,7 +194,7 @@ def shown_row(row: Row) -> Row:
         "cores": row["cores"] or "gpu",
         "seconds": row["seconds"],
         "CPU seconds": row["cpu_seconds"],
-        "useful tokens/s": row["tokens"],
+        "useful tokens/s": row["tokens_per_second"],
         "opdjax / peer": row.get("ratio"),
         "loss": facts.get("loss"),
         "gradient norms": " ".join(f"{norm:.4e}" for norm in facts.get("norms", ())),
