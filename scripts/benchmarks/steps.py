@@ -13,7 +13,7 @@ from functools import partial
 from unittest import mock
 
 from benchmarks.core import Row, progress, report
-from opdjax.config import Config
+from opdjax.config import Config, EvaluationConfig
 from opdjax.config.experiments import load_config, load_sweep
 from opdjax.runs.metrics import Timer
 from opdjax.runs.results import read_run
@@ -21,8 +21,7 @@ from opdjax.train import train
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SWEEP = pathlib.Path(__file__).parents[2] / "experiments" / "sweeps" / "white_box.py"
-# Points that differ in these only do the same work.
-SAME_WORK = ("seed", "learning_rate", "source", "every", "num_prompts")
+UNTIMED_LABELS = ("seed", "learning_rate")
 
 
 def add_step(parser: argparse.ArgumentParser) -> None:
@@ -42,14 +41,21 @@ def add_step(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of(file: pathlib.Path) -> dict[str, Config]:
-    """Return one config per kind of work in an experiment or a sweep."""
+    """Return one config per kind of work in an experiment or a sweep, by the labels of its point.
+
+    Of points that do the same work, the one with the fewest labels counts.
+    """
     if not re.search("^def get_sweep", file.read_text(), re.MULTILINE):
         return {file.stem: load_config(file)}
-    found: dict[str, Config] = {}
+    found: dict[Config, tuple[str, Config]] = {}
     for point in load_sweep(file):
-        kept = [str(label) for name, label in point.overrides.items() if name not in SAME_WORK]
-        found.setdefault(", ".join(dict.fromkeys(kept)) or file.stem, point.config)
-    return found
+        kept = [text for label, text in point.overrides.items() if label not in UNTIMED_LABELS]
+        optimizer = dataclasses.replace(point.config.optimizer, learning_rate=1.0)
+        without = {"seed": 0, "optimizer": optimizer, "evaluation": EvaluationConfig(source=None)}
+        work, name = dataclasses.replace(point.config, **without), ", ".join(dict.fromkeys(kept))
+        if work not in found or len(name) < len(found[work][0]):
+            found[work] = name, point.config
+    return dict(found.values())
 
 
 def shortened(config: Config, steps: int) -> Config:

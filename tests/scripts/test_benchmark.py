@@ -171,6 +171,20 @@ def test_runs_alternate_and_the_first_ones_are_not_counted(scripts):
     ]
 
 
+def test_points_that_do_the_same_work_are_timed_once(scripts):
+    from benchmarks.steps import settings_of, shortened
+
+    sweeps = pathlib.Path(SCRIPTS).parent / "experiments" / "sweeps"
+    found = settings_of(sweeps / "near_policy.py")
+    assert list(found)[:5] == ["sft, teacher", "opd", "vopd", "npd_fresh", "npd, 256"]
+    assert len(found) == 15  # of 69 points
+    config = shortened(found["npd, 256"], 40)
+    assert (config.train.num_steps, config.steps_per_epoch) == (40, 10)
+    assert config.refresh_steps == (0, 20)
+    assert config.evaluation.source is None
+    assert list(settings_of(sweeps.parent / "mini_opd.py")) == ["mini_opd"]
+
+
 def run(*words):
     command = [sys.executable, f"{SCRIPTS}/benchmark.py", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True)
