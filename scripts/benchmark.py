@@ -15,7 +15,7 @@ import os
 import pathlib
 import sys
 
-from opdjax.cli.main import compilation_cache
+from opdjax.cli.main import compilation_cache, is_user_error
 
 SUBCOMMANDS = {  # name: (module of `benchmarks`, one line)
     "vocab": ("vocabulary", "the tiled vocabulary pass against plain logits"),
@@ -51,7 +51,12 @@ def main(words: list[str]) -> None:
     parser.add_argument("--output", type=pathlib.Path, help="JSON file for the figures of each run")
     add_options(parser)
     options = parser.parse_args(words[1:])
-    options.run(options)
+    try:
+        options.run(options)
+    except (OSError, ValueError) as error:
+        if not is_user_error(error):
+            raise
+        sys.exit(f"benchmark.py: {error}")
 
 
 if __name__ == "__main__":

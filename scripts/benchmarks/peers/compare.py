@@ -53,7 +53,15 @@ def add_peers(parser: argparse.ArgumentParser) -> None:
     cores = sorted({1, num_cores()})
     add("--cores", nargs="+", type=int, default=cores, help="numbers of CPU cores of a worker")
     python = "a Python interpreter with the peer installed, in place of an own environment"
-    add("--python", nargs="*", default=[], metavar="PEER=PATH", help=python)
+    add("--python", nargs="*", type=interpreter, default=[], metavar="PEER=PATH", help=python)
+
+
+def interpreter(text: str) -> tuple[str, str]:
+    peer, _, path = text.partition("=")
+    if peer not in PINS or not path:
+        message = f"{text!r} is no PEER=PATH; expected a peer of {', '.join(PINS)}"
+        raise argparse.ArgumentTypeError(message)
+    return peer, path
 
 
 def peers(options: argparse.Namespace) -> None:
@@ -88,8 +96,7 @@ def peers(options: argparse.Namespace) -> None:
 
 def started(system: str, options: argparse.Namespace) -> list[Worker]:
     """Return a worker per number of cores; WorkerError if the system has no environment."""
-    given = dict(pair.split("=", 1) for pair in options.python)
-    python = sys.executable if system == "opdjax" else given.get(system)
+    python = sys.executable if system == "opdjax" else dict(options.python).get(system)
     python = python or python_of(system, ROOT, options.device)
     counts = [None] if options.device == "gpu" else options.cores
     return [Worker(system, python, count, ROOT) for count in counts]
