@@ -44,8 +44,11 @@ BASE = {
 }
 REFRESH = {"schedule": "refresh", "num_epochs": 4, "refresh_epochs": [1, 2], "shard_size": 16}
 CONTINUOUS = {
-    **{"schedule": "continuous", "max_staleness": 2},
-    **{"filter": "ifd", "ifd_min": None, "ifd_quantile": 0.7},
+    "schedule": "continuous",
+    "max_staleness": 2,
+    "filter": "ifd",
+    "ifd_min": None,
+    "ifd_quantile": 0.7,
 }
 THREAD = {"generator": "thread", "generator_devices": 1}
 SCHEDULES = {

@@ -23,29 +23,48 @@ NUM_PROMPTS = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The sizes of all cases on one kind of device."""
+    """The sizes of all cases; the defaults are those for a CPU."""
 
-    dtype: str  # of models and hidden states; logits are float32
-    loss_tokens: tuple[int, ...]
-    vocab: int  # of the losses
-    width: int  # of the losses' hidden states
-    student: str
-    teacher: str
-    step_batch: int
-    batch: int  # rows generated at a time: the slots
-    prompt: int
-    new: int  # the most tokens of a completion
-    tail_prompts: int  # prompts of the case with a long tail
-    tail_share: float  # the share of the vocabulary that stops its completions
+    dtype: str = "float32"  # of models and hidden states; logits are float32
+    loss_tokens: tuple[int, ...] = (256,)
+    vocab: int = 151_936  # of the losses
+    width: int = 256  # of the losses' hidden states
+    student: str = "3.4M"
+    teacher: str = "5M"
+    step_batch: int = 8
+    batch: int = 16  # rows generated at a time: the slots
+    prompt: int = 32
+    new: int = 128  # the most tokens of a completion
+    tail_prompts: int = 128  # prompts of the case with a long tail
+    tail_share: float = 1 / 25  # the share of the vocabulary that stops its completions
 
 
 SIZES = {
-    "cpu": Sizes(*("float32", (256,), 151_936, 256, "3.4M", "5M", 8, 16, 32, 128, 128), 1 / 25),
+    "cpu": Sizes(),
     "gpu": Sizes(
-        *("bfloat16", (2048, 8192), 151_936, 2048, "1.7B", "4B", 16, 64, 256, 512, 512),
-        1 / 110,
+        dtype="bfloat16",
+        loss_tokens=(2048, 8192),
+        width=2048,
+        student="1.7B",
+        teacher="4B",
+        step_batch=16,
+        batch=64,
+        prompt=256,
+        new=512,
+        tail_prompts=512,
+        tail_share=1 / 110,
     ),
-    "tiny": Sizes(*("float32", (16,), 500, 32, "3.4M", "5M", 2, 2, 8, 8, 6), 1 / 4),
+    "tiny": Sizes(
+        loss_tokens=(16,),
+        vocab=500,
+        width=32,
+        step_batch=2,
+        batch=2,
+        prompt=8,
+        new=8,
+        tail_prompts=6,
+        tail_share=1 / 4,
+    ),
 }
 
 

@@ -15,20 +15,14 @@ from typing import Any
 SCRIPTS = pathlib.Path(__file__).resolve().parents[2]
 TIMEOUT = 600  # seconds for one answer: importing, compiling or one run
 # torch comes from the default index: the CPU build if the index has it, otherwise the CUDA build.
-TORCH = "torch==2.13.0"
+# easydel needs pillow and torch but does not declare them.
 PINS = {
-    "trl": (
-        *("trl==1.16.0", TORCH, "transformers==5.23.0", "accelerate==1.15.0"),
-        "datasets==5.2.0",
-    ),
-    "tunix": ("google-tunix==0.1.7", "jax==0.10.2", "flax==0.12.8", "transformers==5.12.1"),
-    # easydel needs pillow and torch but does not declare them.
-    "easydel": (
-        *("easydel==0.3.0", "jax==0.9.2", "flax==0.12.3", "transformers==5.5.4", TORCH),
-        "pillow==12.3.0",
-    ),
+    "trl": "trl==1.16.0 torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 datasets==5.2.0",
+    "tunix": "google-tunix==0.1.7 jax==0.10.2 flax==0.12.8 transformers==5.12.1",
+    "easydel": "easydel==0.3.0 jax==0.9.2 flax==0.12.3 transformers==5.5.4 torch==2.13.0 "
+    "pillow==12.3.0",
 }
-CUDA_PINS = {"tunix": ("jax[cuda13]==0.10.2",), "easydel": ("jax[cuda13]==0.9.2",)}
+CUDA_PINS = {"tunix": "jax[cuda13]==0.10.2", "easydel": "jax[cuda13]==0.9.2"}
 
 
 class WorkerError(RuntimeError):
@@ -40,7 +34,7 @@ def python_of(peer: str, root: pathlib.Path, device: str) -> str:
 
     WorkerError if it cannot be made.
     """
-    pins = PINS[peer] + (CUDA_PINS.get(peer, ()) if device == "gpu" else ())
+    pins = PINS[peer].split() + (CUDA_PINS.get(peer, "").split() if device == "gpu" else [])
     directory = root / "venvs" / f"{peer}-{device}"
     stamp, python = directory / ".installed", directory / "bin" / "python"
     wanted = hashlib.sha256("\n".join((sys.version, *pins)).encode()).hexdigest()
