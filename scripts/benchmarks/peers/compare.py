@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import pathlib
+import shutil
 import signal
 import statistics
 import sys
@@ -61,7 +62,7 @@ def interpreter(text: str) -> tuple[str, str]:
     if peer not in PINS or not path:
         message = f"{text!r} is no PEER=PATH; expected a peer of {', '.join(PINS)}"
         raise argparse.ArgumentTypeError(message)
-    return peer, path
+    return peer, str(pathlib.Path(shutil.which(path) or path).absolute())
 
 
 def peers(options: argparse.Namespace) -> None:
@@ -76,8 +77,10 @@ def peers(options: argparse.Namespace) -> None:
         for system in ("opdjax", *options.peers):
             try:
                 workers[system] = started(system, options)
-            except (WorkerError, OSError) as error:
+            except WorkerError as error:
                 failures[system] = str(error)
+            except OSError as error:
+                failures[system] = f"not started: {error}"
         # The step comes last because its trainers keep their threads.
         for part in (part for part in PARTS if part in options.only):
             for case in cases_of(part, sizes):

@@ -131,4 +131,4 @@ if __name__ == "__main__":
         "sampler.sample": build_sampler,
         "train": build_loop,
     }
-    serve(forms, jax=jax.__version__)
+    serve(forms, jax=jax.__version__, device=jax.devices()[0].device_kind)
