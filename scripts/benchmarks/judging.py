@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
+import math
 import pathlib
 import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Awaitable, Callable, Iterator
 
-from benchmarks.core import progress, report
+from benchmarks.core import alternate, progress, report
 from opdjax.config.api import ApiConfig, EndpointConfig
 from opdjax.judge.cache import ReplyCache
 from opdjax.judge.client import ApiClient
@@ -101,31 +102,29 @@ async def through_client(
 
 
 def judge(options: argparse.Namespace) -> None:
-    found: dict[str, tuple[list[float], list[float]]] = {}
     with serving(options.latency) as address, tempfile.TemporaryDirectory() as folder:
-        short = argparse.Namespace(**vars(options) | {"calls": 2})
-        asyncio.run(through_client(*address, short))  # its imports are not timed
-        for repeat in range(options.repeats):
-            path = pathlib.Path(folder) / f"{repeat}.sqlite"
-            works = {
-                "bare": bare(*address, options),
-                "no cache": through_client(*address, options),
-                "first pass": through_client(*address, options, path),
-                "second pass": through_client(*address, options, path),
-            }
-            for name, work in works.items():
-                wall, cpu = time.perf_counter(), time.process_time()
-                asyncio.run(work)  # opens new connections, as at the start of a run
-                wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-                rates, costs = found.setdefault(name, ([], []))
-                rates.append(options.calls / wall)
-                costs.append(1000 * cpu / options.calls)
-                progress({"form": name, "calls/s": rates[-1]})
-    allowed = options.in_flight / options.latency if options.latency else None
-    rows = [
-        {"form": name, "calls/s": rates}
-        | ({"% of what is allowed": [100 * rate / allowed for rate in rates]} if allowed else {})
-        | {"CPU ms a call": costs}
-        for name, (rates, costs) in found.items()
-    ]
+        files = (pathlib.Path(folder) / f"{number}.sqlite" for number in itertools.count())
+        file = next(files)
+
+        def passing(is_first: bool) -> None:
+            nonlocal file
+            file = next(files) if is_first else file
+            asyncio.run(through_client(*address, options, file))
+
+        # Each opens new connections, as at the start of a run.
+        works = {
+            "bare": lambda: asyncio.run(bare(*address, options)),
+            "no cache": lambda: asyncio.run(through_client(*address, options)),
+            "first pass": lambda: passing(is_first=True),
+            "second pass": lambda: passing(is_first=False),
+        }
+        found = alternate(works, options.repeats)
+    allowed = options.in_flight / options.latency if options.latency else math.inf
+    rows = []
+    for name, runs in found.items():
+        rates = [options.calls / seconds for seconds in runs.wall]
+        row = {"form": name, "calls/s": rates}
+        row["% of what is allowed"] = [100 * rate / allowed for rate in rates]
+        row["CPU ms a call"] = [1000 * seconds / options.calls for seconds in runs.cpu]
+        rows.append(progress(row))
     report(rows, options)
