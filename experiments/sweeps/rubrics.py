@@ -4,7 +4,7 @@ recipes that read logits, three seeds each.
     opdjax references experiments/mini_ropd.py
     python scripts/serve_rule_judge.py -- \
         opdjax sweep experiments/sweeps/rubrics.py --workdir runs/rubrics --jobs 2
-    python scripts/rubrics_study.py runs/rubrics        # writes experiments/results/rubrics.*
+    opdjax table runs/rubrics
 
 Papers: ROPD (arXiv 2605.07396), table 6 for the ablations; RubricEM (arXiv 2605.10899), section
 3.3, for the stages. Every method takes 150 updates of 32 prompts x 8 rollouts, three passes over

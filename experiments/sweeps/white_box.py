@@ -2,8 +2,7 @@
 seeds.
 
     opdjax sweep experiments/sweeps/white_box.py --workdir runs/white_box --jobs 2
-    python scripts/white_box_study.py runs/white_box
-        # checks BEST_RATE below, writes experiments/results/white_box.*
+    opdjax table runs/white_box        # the grid too: its best rates are BEST_RATE below
 
 Paper: the claims of "KL for a KL: On-Policy Distillation with Control Variate Baseline", arXiv
 2605.07865; results/white_box.md has the verdicts. The grid runs first: five rates per recipe,
