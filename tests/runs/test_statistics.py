@@ -10,7 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opdjax.runs.statistics import avg_at_k, mean_and_interval, paired_difference, pass_at_k
+from opdjax.runs.statistics import (
+    avg_at_k,
+    mean_and_interval,
+    paired_difference,
+    pass_at_k,
+    ratio_with_interval,
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -112,3 +118,13 @@ def test_scoring_needs_no_jax():
         ).stdout.strip()
         == "[]"
     )
+
+
+def test_a_ratio_and_its_interval(rng):
+    plain = rng.exponential(size=400)
+    ratio, low, high = ratio_with_interval(0.5 * plain, plain)
+    assert (ratio, low, high) == pytest.approx((0.5, 0.5, 0.5))
+    ratio, low, high = ratio_with_interval(rng.permutation(plain), plain)
+    assert low < ratio < high
+    assert ratio == pytest.approx(1)
+    assert ratio_with_interval(plain[:3], np.zeros(3)) == (None, None, None)
