@@ -41,12 +41,11 @@ def audit_vocabulary(
 
     The subjects, which include `opd`, are uncoupled. Float64.
     """
+    stats = {}
     with jax.enable_x64(True):
-        student, teacher = (
-            VocabTile(jnp.asarray(x)) for x in random_contexts(num_contexts, vocab, seed)
-        )
+        logits = random_contexts(num_contexts, vocab, seed)
+        student, teacher = (VocabTile(jnp.asarray(x)) for x in logits)
         mean_reward = -jnp.mean(reverse_kl(student, teacher))
-        stats = {}
         for each in progress(subjects):
             found = jax.jit(partial(enumerate_draws, each))(student, teacher, mean_reward)
             stats[each.name] = jax.tree.map(np.asarray, found)
@@ -125,27 +124,21 @@ def _against_exact(
     own: Float[Array, "n V"], variance: Float[Array, " n"], student: VocabTile, teacher: VocabTile
 ) -> Stats:
     square = lambda x: jnp.sum(jnp.square(x), axis=-1)
-    stats = {"kl": reverse_kl(student, teacher), "own": square(own)}
-    stats["variance"] = jnp.maximum(variance, 0)
-    gradients = {"reverse": reverse_gradient, "forward": forward_gradient}
-    for name, exact_gradient in gradients.items():
-        exact = exact_gradient(student, teacher)
-        stats |= {
-            name: square(exact),
-            f"to_{name}": square(own - exact),
-            f"dot_{name}": jnp.sum(own * exact, axis=-1),
-        }
+    stats = {"own": square(own), "variance": jnp.maximum(variance, 0)}
+    for name, gradient in (("reverse", reverse_gradient), ("forward", forward_gradient)):
+        exact = gradient(student, teacher)
+        stats |= {name: square(exact), f"to_{name}": square(own - exact)}
+        stats[f"dot_{name}"] = jnp.sum(own * exact, axis=-1)
     return stats
 
 
 def summarise(stats: dict[str, np.ndarray], plain_variance: np.ndarray) -> dict[str, Any]:
     """Summarise a subject over its contexts, whose gradients are stacked as one vector.
 
-    `plain_variance`: the variance of `opd` at each context. Returned are, against both directions
-    of the KL, `bias` = |expected - exact gradient| / |exact gradient| and the `cosine` of the two;
-    `variance`, the mean over contexts; `noise_to_signal`, the root of summed variance over summed
-    squared expectation, one draw a context; `variance_ratio`, to `opd`; `worse`, the share of
-    contexts with more variance than `opd`. None: undefined.
+    Returned are, against both directions of the KL, `bias` = |expected - exact gradient| / |exact
+    gradient| and the `cosine` of the two; `variance`, the mean over contexts; `noise_to_signal`,
+    the root of summed variance over summed squared expectation; `variance_ratio`, to that of `opd`,
+    `plain_variance [n]`; `worse`, the share of contexts above it. None: undefined.
     """
     total = {name: float(np.sum(values, dtype=np.float64)) for name, values in stats.items()}
     found: dict[str, Any] = {"bias": {}, "cosine": {}}

@@ -42,11 +42,10 @@ def audit_gradients(
     """Return the signal and the noise components of each subject, and its noise relative to `opd`.
 
     Every subject sees the same redraws. A coupled subject is measured on the sampled tokens only:
-    its action noise is part of its trajectory noise. Recipes whose expectation is the gradient of
-    the exact reverse KL share the signal of the exact one, the estimate with the least noise. None:
-    not distinguishable from 0. `by_kl`: the action noise of the baselines and of the config's own
-    recipe, relative to `opd`, between neighbouring quantiles of the KL. Redraws at different
-    contexts are independent, so the noise of a rollout is the sum of that of its contexts.
+    its action noise is part of its trajectory noise. None: not distinguishable from 0. `by_kl`: the
+    action noise of the baselines and of the config's own recipe, relative to `opd`, between
+    neighbouring quantiles of the KL. Redraws at different contexts are independent, so the noise of
+    a rollout is the sum of that of its contexts.
     """
     bins, rows, action, by_bin = kl_bins(states.kl, states.mask), {}, {}, {}
     for each in progress(subjects):
@@ -68,7 +67,7 @@ def audit_gradients(
 
 
 def _share_signal(subjects: Sequence[Subject], rows: dict[str, dict[str, Any]]) -> None:
-    """Give the exact reverse KL's signal to every subject with the same expectation."""
+    """Give the exact reverse KL's signal, which has least noise, to all of the same expectation."""
     reverse = [each for each in subjects if each.advertises == "reverse"]
     exact = next((rows[each.name] for each in reverse if not each.is_sampled), None)
     for each in reverse if exact is not None else ():
@@ -94,7 +93,7 @@ def _measure(states: States, each: Subject) -> Callable[[np.ndarray], tuple[dict
     by_prompt = lambda x: jnp.reshape(x, (-1, states.num_generations, *x.shape[1:]))
     inputs = states.batch, _columns(states, each), _draws(states, each)
     batch, columns, draws = jax.tree.map(by_prompt, inputs)
-    scan = partial(jax.jit(partial(_scan_prompts, each, states.spec)), _float32(states.params))
+    scan = partial(jax.jit(partial(_scan_prompts, each, states.spec)), states.master_params)
 
     def run(mask: np.ndarray) -> tuple[dict, np.ndarray]:
         # As fixed_denominator: a rollout's gradient does not depend on the lengths of others, and
@@ -105,11 +104,6 @@ def _measure(states: States, each: Subject) -> Callable[[np.ndarray], tuple[dict
         return _components(*sums, draws[0].shape[2], states.num_generations), sums[1]
 
     return run
-
-
-def _float32(params: Any) -> Any:
-    """As in training, the master copy and all sums are float32, whatever the forward pass uses."""
-    return optax.tree.cast(params, jnp.float32)
 
 
 def _gradient(spec, token_loss, params, batch, teacher_head, weights, row=None):
@@ -126,9 +120,9 @@ def _gradient(spec, token_loss, params, batch, teacher_head, weights, row=None):
 def _scan_prompts(each: Subject, spec, params, teacher_head, rows, draws):
     """Return |mean gradient|^2 and, for each prompt, sums of squares.
 
-    These are the sum of squares between redraws, that between rollouts, and |mean gradient of the
-    prompt|^2. One gradient exists at a time, next to the running means of a rollout and of a prompt
-    and the sum over prompts.
+    These are the sums between redraws and between rollouts, and |mean gradient of the prompt|^2.
+    One gradient exists at a time, next to the running means of a rollout and of a prompt and the
+    sum over prompts.
     """
     zero, loss = optax.tree.zeros_like(params), each.token_loss()
 
@@ -199,10 +193,9 @@ def _columns(states: States, each: Subject) -> TokenInputs:
 
 
 def _draws(states: States, each: Subject):
-    """Return tokens `[B, R, T]` and the uniforms `[B, R, T, M]` of extra draws; None if M = 0.
+    """Return redrawn tokens `[B, R, T]` and uniforms `[B, R, T, M]` of extra draws (None: M = 0).
 
-    They are new tokens at every context or, if redrawing has no effect or no meaning, the rollouts'
-    own tokens.
+    Where a redraw has no effect or no meaning, the rollouts' own tokens are the only draw.
     """
     tokens, uniforms = jnp.asarray(states.batch.tokens)[:, None], states.inputs.row.uniforms
     if each.is_sampled and not each.is_coupled:
@@ -245,7 +238,7 @@ def _compare(found, exact):
 
 def _exact_gradient(states: States):
     """Return `gradient(weights)` of the exact reverse KL, computed a micro-batch at a time."""
-    loss, params = subject(EXACT).token_loss(), _float32(states.params)
+    loss, params = subject(EXACT).token_loss(), states.master_params
     split = lambda x: x.reshape(-1, states.rows_at_once, *x.shape[1:])
 
     @jax.jit

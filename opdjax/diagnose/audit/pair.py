@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from opdjax.config import AuditConfig
 from opdjax.config.recipes import PLAIN
@@ -59,6 +60,11 @@ class States:
     def mask(self) -> np.ndarray:
         """Tokens that the student sampled, `[B, T]`."""
         return np.asarray(self.batch.mask)
+
+    @property
+    def master_params(self) -> Params:
+        """The parameters in float32, as in training, whatever the forward pass uses."""
+        return optax.tree.cast(self.params, jnp.float32)
 
     @functools.cached_property
     def kl(self) -> np.ndarray:
@@ -198,11 +204,10 @@ def audit_costs(
 ) -> dict[str, Any]:
     """Return seconds and bytes a token of each recipe's pass over the vocabulary.
 
-    The pass goes from hidden states to the loss and its gradients for hidden states and head; the
-    layers of both models are left out, because all recipes share them. It includes the teacher's
-    log-probs that a recipe reads, even where training would store and reuse them. Measured on the
-    rows of one micro-batch, as medians of alternating runs. `bytes_per_token`: the temporary memory
-    of the compiled program over the tokens; None if XLA does not report it.
+    The pass goes from hidden states to the loss and its gradients for hidden states and head; all
+    recipes share the layers of both models. It includes the teacher's log-probs that a recipe
+    reads, even where training would reuse them. Measured on the rows of one micro-batch: the median
+    of alternating runs, and the temporary memory of the program (None if XLA does not report it).
     """
     num_tokens, runs, rows = int(states.mask[: states.rows_at_once].sum()), {}, {}
     seconds: dict[str, list[float]] = {each.name: [] for each in recipes}
