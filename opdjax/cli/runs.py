@@ -128,6 +128,7 @@ def audit(arguments: list[str]) -> None:
     def run(
         workdir: pathlib.Path,
         only: tuple[str, ...] = (),
+        skip_cost: bool = False,
         audit: AuditConfig = AuditConfig(),  # noqa: B008
         config: Annotated[Config, tyro.conf.arg(name="")] = default,
     ):
@@ -139,8 +140,10 @@ def audit(arguments: list[str]) -> None:
         Contexts are sampled at temperature 1 without filters.
 
         Args:
-            workdir: directory for audit.json, audit.txt and audit.html
+            workdir: directory for audit.json, audit.txt and audit.html; the first two are written
+                after each part
             only: recipes and pitfalls by name; none: all
+            skip_cost: leave out seconds and bytes a token
             audit: size of the measurement
             config: every field of the experiment; its own recipe is measured too
         """
@@ -153,14 +156,17 @@ def audit(arguments: list[str]) -> None:
         estimator, own = config.estimator, ()
         if is_given or estimator != MINI.estimator:
             own = (estimator.options, estimator.recipe)
-        document = measure(config, choose(only or None, *own), audit)
-        tables = text(document)
-        with open_output(workdir) as directory:
-            directory.mkdir(parents=True, exist_ok=True)
-            write_json(directory / "audit.json", document)
-            (directory / "audit.txt").write_text(tables + "\n", encoding="utf-8")
-            print(f"\n{tables}\n")
-            print(write_audit_report(directory).replace(str(directory), as_given(workdir)))
+
+        def save(document):
+            with open_output(workdir) as directory:
+                directory.mkdir(parents=True, exist_ok=True)
+                write_json(directory / "audit.json", document)
+                (directory / "audit.txt").write_text(text(document) + "\n", encoding="utf-8")
+                if not document["unfinished"]:
+                    print(f"\n{text(document)}\n")
+                    print(write_audit_report(directory).replace(str(directory), as_given(workdir)))
+
+        measure(config, choose(only or None, *own), audit, skip_cost=skip_cost, save=save)
 
     call(run, arguments[is_given:], "opdjax audit [EXPERIMENT]")
 
