@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from opdjax.report.table_formats import markdown
+from opdjax.report.table import markdown
 from opdjax.runs.workdir import num_cores
 
 Row = dict[str, Any]  # a list of numbers is one per run: the table shows their median and range
