@@ -32,7 +32,7 @@ STORED = "npd, teacher's 10, stored"
 FORMS = {
     "sft": ("sft", {}),
     "opd": ("opd", {}),
-    "vopd, top 100": ("vopd", {"baseline": "student_topk", "baseline_top_k": 100}),
+    "vopd, top 100": ("vopd", {"baseline": "student_topk", "support_top_k": 100}),
     "vopd, full": ("vopd", {"baseline": "full"}),
     "full_kl, reverse": ("full_kl", {"divergence": "reverse"}),
     "full_kl, jsd": ("full_kl", {"divergence": "jsd"}),

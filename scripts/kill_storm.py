@@ -47,7 +47,7 @@ from opdjax.runs.workdir import read_lines
 BASE = Config(
     data=DataConfig(max_prompt_length=32),
     sampling=SamplingConfig(max_completion_length=12, num_generations=2),
-    estimator=EstimatorConfig("npd", tile=64),
+    estimator=EstimatorConfig("npd"),
     optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=1),
     train=TrainConfig(num_steps=48, prompts_per_step=4, pack_length=60),
     evaluation=EvaluationConfig(source=None),
@@ -55,7 +55,7 @@ BASE = Config(
     log=LogConfig(samples_every=0, diagnostics_every=1),
     mesh=MeshConfig(1),
 )
-REFRESH = {"schedule": "refresh", "num_epochs": 4, "refresh_epochs": (1, 2), "shard_size": 16}
+REFRESH = {"schedule": "refresh", "num_epochs": 4, "refresh_epochs": (1, 2)}
 CONTINUOUS = {
     "schedule": "continuous",
     "max_staleness": 2,
@@ -63,7 +63,7 @@ CONTINUOUS = {
     "ifd_min": None,
     "ifd_quantile": 0.7,
 }
-THREAD = {"generator": "thread", "generator_devices": 1}
+THREAD = {"generator": "thread"}
 SCHEDULES = {
     "refresh, inline": REFRESH,
     "refresh, process": REFRESH | {"generator": "process"},

@@ -30,7 +30,7 @@ from opdjax.estimators import estimator_of
 from opdjax.models.decoder import DecoderConfig, Params, head_of
 from opdjax.models.hf import Checkpoint, load_params, open_checkpoint
 from opdjax.ops.tile import Head
-from opdjax.ops.vocab import TokenInputs, tiled_stats
+from opdjax.ops.vocab import TILE, TokenInputs, tiled_stats
 from opdjax.rollouts.checks import (
     check_chat_template,
     check_mask,
@@ -63,7 +63,7 @@ def run_checks(config: Config, num_prompts: int) -> Iterator[Finding]:
     require(num_prompts > 0, "--num-prompts", num_prompts, "at least 1")
     if reads_scores(config):
         tokenizers = [
-            load_tokenizer(open_checkpoint(model.path, model.revision).path)
+            load_tokenizer(open_checkpoint(*model.place).path)
             for model in (config.student, config.teacher_model)
         ]
         vocabularies = check_tokenizers(*tokenizers, config.estimator.recipe)
@@ -72,9 +72,7 @@ def run_checks(config: Config, num_prompts: int) -> Iterator[Finding]:
             print("the other checks compare ids, so they were not made")
             return
     # A few rows need one device only and no separate generator.
-    near_policy = dataclasses.replace(
-        config.near_policy, generator="inline", generator_devices=1, lag="fixed"
-    )
+    near_policy = dataclasses.replace(config.near_policy, generator="inline", lag="fixed")
     config = dataclasses.replace(config, mesh=MeshConfig(1), near_policy=near_policy)
     yield from examine(prepare(config), num_prompts)
 
@@ -138,12 +136,8 @@ def _logprobs(
     return np.asarray(scores.teacher_logprobs)
 
 
-def _teacher_dtype(setup: Setup) -> str:
-    return str(setup.teacher.params["embedding"].dtype)
-
-
 def _teacher_logprobs(setup: Setup, batch: TrainBatch, parts: int = 1) -> np.ndarray:
-    teacher, tile = setup.teacher, setup.config.estimator.tile
+    teacher, tile = setup.teacher, TILE
     return _logprobs(teacher.params, teacher.head, batch, teacher.checkpoint.config, tile, parts)
 
 
@@ -176,7 +170,7 @@ def _check_sampling_filter(setup: Setup, first: FirstBatch) -> Finding:
 
 
 def _check_padded_vocabulary(setup: Setup, first: FirstBatch) -> Finding:
-    width, tile = valid_vocab(setup.tokenizer), setup.config.estimator.tile
+    width, tile = valid_vocab(setup.tokenizer), TILE
     student = (first.student_params, first.student_head, _student_view(first.batch))
     teacher = (setup.teacher.params, setup.teacher.head, first.batch)
     inputs = {
@@ -209,7 +203,7 @@ def _check_sampler_matches_scorer(setup: Setup, first: FirstBatch) -> Finding:
     # Nothing predicts column 0.
     near = (mask | jnp.roll(mask, 1, axis=1) | jnp.roll(mask, -1, axis=1)).at[:, 0].set(False)
     batch = dataclasses.replace(_student_view(first.batch), mask=near)
-    model, tile = setup.student.config, setup.config.estimator.tile
+    model, tile = setup.student.config, TILE
 
     def score_at(temperature: float) -> np.ndarray:
         head = dataclasses.replace(first.student_head, temperature=temperature)
@@ -234,7 +228,7 @@ def _check_self_distillation(setup: Setup, first: FirstBatch) -> Finding:
     spec, mask = _update_spec(setup, own.tokens.shape[0]), np.asarray(own.mask)
     # A recipe that reads no scores may still filter rollouts by token log-probs.
     needs = "token" if estimator.teacher == "none" else estimator.teacher
-    read = partial(score, needs=needs, top_k=estimator.top_k, tile=config.estimator.tile)
+    read = partial(score, needs=needs, top_k=estimator.top_k, tile=TILE)
 
     def first_update(
         params: Params, head: Head, batch: TrainBatch, model: DecoderConfig
@@ -249,15 +243,14 @@ def _check_self_distillation(setup: Setup, first: FirstBatch) -> Finding:
             float(np.abs(reward)[mask].mean()), float(kl[mask].mean()), float(loss), float(norm)
         )
 
-    teacher, dtypes = setup.teacher, (setup.dtype, _teacher_dtype(setup))
-    params = _load(setup, setup.student, dtypes[1])
+    teacher, params = setup.teacher, _load(setup, setup.student, setup.dtype)
     head = _with_kernel_of(teacher.head, params)
     return checks.check_self_distillation(
         first_update(params, head, own, setup.student.config),
         first_update(teacher.params, teacher.head, first.batch, teacher.checkpoint.config),
         config.estimator.recipe,
         estimator.recipe.is_zero_at_teacher(estimator.options),
-        dtypes,
+        setup.dtype,
         jax.default_backend(),
     )
 
@@ -280,17 +273,14 @@ def _update_spec(setup: Setup, rows: int) -> UpdateSpec:
 
 
 def _check_teacher_dtype(setup: Setup, first: FirstBatch) -> Finding:
-    checkpoint = setup.teacher.checkpoint
-    tile = setup.config.estimator.tile
-    dtype = _teacher_dtype(setup)
-    difference = np.zeros(1)
-    if dtype != "float32":
+    checkpoint, difference = setup.teacher.checkpoint, np.zeros(1)
+    if setup.dtype != "float32":
         params = _load(setup, checkpoint, "float32")
         head = _with_kernel_of(setup.teacher.head, params)
-        exact = _logprobs(params, head, first.batch, checkpoint.config, tile)
+        exact = _logprobs(params, head, first.batch, checkpoint.config, TILE)
         difference = np.abs(first.teacher_scores - exact)[np.asarray(first.batch.mask)]
     return checks.check_teacher_dtype(
-        difference, setup.dtype, dtype, checkpoint.stored_dtype, jax.default_backend()
+        difference, setup.dtype, checkpoint.stored_dtype, jax.default_backend()
     )
 
 
@@ -306,9 +296,7 @@ def _check_repeated_scores(setup: Setup, first: FirstBatch) -> Finding:
         regrouped = unpack(_teacher_logprobs(setup, packed, parts), source, batch.tokens.shape)
     mask = np.asarray(batch.mask)
     scores = (each[mask] for each in (first.teacher_scores, again, regrouped))
-    return checks.check_repeated_scores(
-        *scores, layout, _teacher_dtype(setup), jax.default_backend()
-    )
+    return checks.check_repeated_scores(*scores, layout, setup.dtype, jax.default_backend())
 
 
 def _with_padding(batch: TrainBatch, columns: int) -> TrainBatch:
@@ -377,7 +365,7 @@ def _nll(
         mask[row, len(prompt) if text else 1 : end] = True
     batch = TrainBatch(tokens, mask, segments, np.zeros(shape, np.float32))
     head = head_of(params, valid_vocab=setup.decoding.valid_vocab)
-    logprobs = _logprobs(params, head, batch, model, setup.config.estimator.tile)
+    logprobs = _logprobs(params, head, batch, model, TILE)
     return -logprobs.sum(axis=1) / np.maximum(mask.sum(axis=1), 1)
 
 

@@ -14,7 +14,7 @@ Document = dict[str, Any]
 KL = {"reverse": "KL(student || teacher)", "forward": "KL(teacher || student)"}
 CLOSE = 1.0  # degrees within which an estimator points along a direction: rounding is less
 EXACT = 1e-9  # enumeration is in float64
-_SHORT = {"baseline_top_k": "k", "support_top_k": "k", "renormalize": "renorm."}
+_SHORT = {"support_top_k": "k", "renormalize": "renorm."}
 
 
 def subject(document: Document, name: str) -> dict[str, Any]:

@@ -130,9 +130,7 @@ def comparison_notices(entries: list[Ranked]) -> list[tuple[str, str]]:
 def _score_settings(run: Run) -> dict[str, Any]:
     """The evaluation settings that final scores depend on."""
     evaluation = upgrade(run.config)["evaluation"]
-    return {
-        name: value for name, value in evaluation.items() if name not in ("every", "batch_size")
-    }
+    return {name: value for name, value in evaluation.items() if name != "every"}
 
 
 def label(entry: Ranked, *left_out: str) -> str:

@@ -63,7 +63,8 @@ def judged_sections(run: Run) -> list[Html | None]:
 
 
 def _stage_names(run: Run) -> list[str]:
-    return list((run.config.get("rubrics") or {}).get("stage_names") or ())
+    stages = (run.config.get("rubrics") or {}).get("stages") or ()
+    return [stage.partition("=")[0] for stage in stages]
 
 
 # What is rewarded

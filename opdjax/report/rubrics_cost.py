@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from opdjax.config.rubrics import MAX_FAILED_SHARE
 from opdjax.report import judgements, measures
 from opdjax.report.charts import by_step, draw_columns, grid, legend
 from opdjax.report.judgements import Steps
@@ -87,10 +88,10 @@ def failures_section(run: Run, steps: Steps) -> Html:
 
 
 def _failed_chart(run: Run, steps: Steps) -> Html | None:
-    limit = (run.config.get("rubrics") or {}).get("max_failed_share")
+    limit = (run.config.get("rubrics") or {}).get("max_failed_share", MAX_FAILED_SHARE)
     about = "Groups that taught nothing because scores are missing."
     if is_number(limit):
-        about += f" A step above {percent(limit)} stops the run (rubrics.max_failed_share)."
+        about += f" A step above {percent(limit)} stops the run."
     chart = by_step("Failed groups", "share of the groups", about, bounds=(0, 1))
     return over_steps(chart, steps, [(0, judgements.failed_share)])
 

@@ -190,15 +190,17 @@ def build_loop(case):
 def _loop_config(case):
     never = 10**6
     return Config(
-        student=ModelConfig(case["student"], dtype=case["dtype"]),
-        teacher=ModelConfig(case["teacher"], dtype=case["dtype"]),
+        student=ModelConfig(case["student"]),
+        teacher=ModelConfig(case["teacher"]),
         data=DataConfig(
             source=case["prompts_file"], format="raw", max_prompt_length=case["prompt"]
         ),
         sampling=SamplingConfig(max_completion_length=case["new"]),
         estimator=EstimatorConfig(recipe="full_kl", divergence=case["divergence"]),
         optimizer=OptimizerConfig(learning_rate=1e-6, schedule="constant"),
-        train=TrainConfig(num_steps=never, prompts_per_step=case["step_batch"]),
+        train=TrainConfig(
+            num_steps=never, prompts_per_step=case["step_batch"], dtype=case["dtype"]
+        ),
         evaluation=EvaluationConfig(source=None),
         checkpoint=CheckpointConfig(every=never),
         log=dataclasses.replace(LogConfig(), samples_every=0),

@@ -29,7 +29,7 @@ from opdjax.models.decoder import Params
 from opdjax.models.hf import load_params
 from opdjax.ops.masked import rank_in_sequence
 from opdjax.ops.sharding import merge_rows, split_rows
-from opdjax.ops.vocab import tiled_stats
+from opdjax.ops.vocab import TILE, tiled_stats
 from opdjax.rollouts.setup import Setup, update_spec, with_current_teacher
 from opdjax.types import TrainBatch
 
@@ -91,7 +91,7 @@ def collect_states(
             f"audit.num_prompts is {num_prompts}; expected at most {len(setup.prompts)}, the number"
             f" of prompts in {source}"
         )
-    config, params = setup.config, load_params(setup.student, setup.dtype)
+    params = load_params(setup.student, setup.dtype)
     setup = with_current_teacher(setup, params)
     most = min(max(rows_at_once // num_generations, 1), num_prompts)
     prompts_at_once = next(n for n in range(most, 0, -1) if num_prompts % n == 0)
@@ -115,7 +115,7 @@ def collect_states(
         batch,
         config=teacher.checkpoint.config,
         needs="vocabulary",
-        tile=config.estimator.tile,
+        tile=TILE,
         parts=len(parts),
     )
     uniforms = extra_uniforms(rollouts, seed, num_uniforms)

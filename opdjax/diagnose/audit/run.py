@@ -78,7 +78,7 @@ def _prepare(config: Config, settings: AuditConfig) -> Setup:
     return prepare(
         dataclasses.replace(
             config,
-            estimator=EstimatorConfig(WITH_BASELINE, tile=config.estimator.tile),
+            estimator=EstimatorConfig(WITH_BASELINE),
             sampling=sampling,
             train=train,
             evaluation=dataclasses.replace(config.evaluation, source=None),

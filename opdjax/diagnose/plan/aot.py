@@ -28,8 +28,9 @@ from opdjax.engine.scorer import score
 from opdjax.engine.update import init_state, make_optimizer, make_update, spec_of
 from opdjax.models.decoder import DecoderConfig, abstract_params, head_of
 from opdjax.models.lora import combine, init_adapters
-from opdjax.models.partitioning import shardings_of
+from opdjax.models.partitioning import SAMPLER_AXES, WEIGHT_AXES, shardings_of
 from opdjax.ops.sharding import abstract_like, by_row, make_mesh, replicated
+from opdjax.ops.vocab import TILE
 from opdjax.types import TeacherScores, TrainBatch
 
 
@@ -143,7 +144,7 @@ def _adapters(workload: Workload, dtype: str, mesh: Mesh, split_over: tuple[str,
 
 def _published(workload: Workload, mesh: Mesh) -> Any:
     """Return the weights that sample rollouts."""
-    over = workload.config.sampling.split_over
+    over = SAMPLER_AXES
     whole = _sharded_params(workload.student, workload.dtype, mesh, over)
     if not workload.config.lora.rank:
         return whole
@@ -160,13 +161,13 @@ def _teacher_params(workload: Workload, mesh: Mesh) -> Any:
 def _lower_update(workload: Workload, mesh: Mesh) -> Any:
     config = workload.config
     spec = spec_of(config, workload.student, workload.dtype, None, mesh)
-    params, frozen = _sharded_params(workload.student, "float32", mesh, spec.split_over), None
+    params, frozen = _sharded_params(workload.student, "float32", mesh, WEIGHT_AXES), None
     if config.lora.rank:
-        params = _adapters(workload, "float32", mesh, spec.split_over)
-        frozen = _sharded_params(workload.student, workload.dtype, mesh, spec.split_over)
+        params = _adapters(workload, "float32", mesh, WEIGHT_AXES)
+        frozen = _sharded_params(workload.student, workload.dtype, mesh, WEIGHT_AXES)
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     state = jax.eval_shape(partial(init_state, optimizer=optimizer), params)
-    state = abstract_like(state, shardings_of(state, mesh, spec.split_over))
+    state = abstract_like(state, shardings_of(state, mesh, WEIGHT_AXES))
     batch, head, field = _batch(workload, mesh), None, partial(_rows, mesh)
     shape = batch.tokens.shape
     if workload.has_reference:
@@ -200,7 +201,7 @@ def _lower_score(workload: Workload, mesh: Mesh) -> Any:
         config=workload.scoring_model,
         needs=workload.needs,
         top_k=workload.top_k,
-        tile=config.estimator.tile,
+        tile=TILE,
         parts=config.train.gradient_accumulation_steps,
         mesh=mesh,
     )
@@ -216,7 +217,6 @@ def _sampler_inputs(workload: Workload, mesh: Mesh) -> tuple[Any, dict[str, Any]
         temperature=sampling.temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p,
-        min_p=sampling.min_p,
         kv_dtype=sampling.kv_dtype,
     )
     model = workload.student if is_student else workload.teacher

@@ -15,6 +15,7 @@ from opdjax.diagnose.plan.memory import (
 from opdjax.diagnose.plan.workload import Workload
 from opdjax.engine.scheduling import BLOCKS_PER_FILL
 from opdjax.models.decoder import DecoderConfig
+from opdjax.models.partitioning import WEIGHT_AXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +120,7 @@ def _update_bound(workload: Workload) -> Bound:
     flops += products * _head_flops(student, live)
     if workload.needs == "vocabulary":
         flops += _head_flops(workload.scoring_model, live)
-    state = 3 * trained_bytes(workload, "float32", config.student.split_over)
+    state = 3 * trained_bytes(workload, "float32", WEIGHT_AXES)
     passes = (2 + repeats) * config.train.gradient_accumulation_steps
     weights = _weight_bytes(workload, student, workload.dtype)
     return _bound(workload, flops, 2 * state + passes * weights)

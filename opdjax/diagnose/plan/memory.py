@@ -16,11 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from opdjax.diagnose.plan.workload import Workload, has_advantages
+from opdjax.engine.evaluate import EVALUATION_SLOTS
 from opdjax.engine.scheduling import BLOCKS_PER_FILL
 from opdjax.models.decoder import DecoderConfig, abstract_params, forward
 from opdjax.models.lora import combine, init_adapters
-from opdjax.models.partitioning import specs_of
+from opdjax.models.partitioning import SAMPLER_AXES, WEIGHT_AXES, specs_of
 from opdjax.ops.sharding import make_mesh
+from opdjax.ops.vocab import TILE
 
 # The update has two moments of most memory: the pass over the vocabulary, and the backward pass of
 # the layers.
@@ -115,7 +117,7 @@ def _gathered_table(
 def _permanent(workload: Workload) -> list[Item]:
     """Count what is held during the whole step."""
     config, mesh, student = workload.config, workload.mesh, workload.student
-    student_over, sampled_over = config.student.split_over, config.sampling.split_over
+    student_over, sampled_over = WEIGHT_AXES, SAMPLER_AXES
     has_adapters = bool(config.lora.rank)
     trained, frozen = trained_bytes(workload, "float32", student_over), 0
     published = trained_bytes(workload, workload.dtype, sampled_over)
@@ -216,7 +218,7 @@ def _evaluating(workload: Workload) -> list[Item]:
         workload.student,
         workload.dtype,
         workload.dtype,
-        rows=-(-evaluation.batch_size // workload.row_shards),
+        rows=-(-(sampling.slots or EVALUATION_SLOTS) // workload.row_shards),
         length=evaluation.max_completion_length,
         group=evaluation.num_samples,
     )
@@ -293,7 +295,7 @@ def _batch_bytes(workload: Workload) -> int:
 
 def _tile_bytes(workload: Workload) -> int:
     """Return the bytes of one array [tile, V] in float32."""
-    tokens = min(workload.config.estimator.tile, workload.micro_rows * workload.columns)
+    tokens = min(TILE, workload.micro_rows * workload.columns)
     return tokens * workload.student.vocab_size // workload.mesh["tensor"] * 4
 
 
@@ -332,7 +334,7 @@ def scoring_dtype(workload: Workload) -> str:
 def _updating(workload: Workload) -> list[Item]:
     """Count loss, gradient and optimizer; the optimizer works in place."""
     config, mesh, student = workload.config, workload.mesh, workload.student
-    split, parts = config.student.split_over, config.train.gradient_accumulation_steps
+    split, parts = WEIGHT_AXES, config.train.gradient_accumulation_steps
     loss, backward = ("loss",), ("backward",)
     trained, trains_head = trained_bytes(workload, "float32", split), not config.lora.rank
     cast = trained_bytes(workload, workload.dtype, split) if workload.dtype != "float32" else 0

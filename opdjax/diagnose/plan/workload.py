@@ -9,14 +9,14 @@ import dataclasses
 from functools import partial
 from typing import Literal
 
-from opdjax.config import Config, EstimatorConfig, ModelConfig
+from opdjax.config import Config, EstimatorConfig, ModelConfig, TrainConfig
 from opdjax.config.recipes import RECIPES
 from opdjax.config.topology import Topology
 from opdjax.data.prompts import padded_width
 from opdjax.estimators import estimator_of
 from opdjax.models.decoder import DecoderConfig
 from opdjax.models.hf import open_checkpoint
-from opdjax.models.partitioning import require_divides
+from opdjax.models.partitioning import SAMPLER_AXES, WEIGHT_AXES, require_divides
 from opdjax.ops.sharding import mesh_sizes
 from opdjax.rollouts.requirements import require_rows_divide
 from opdjax.rollouts.setup import attention_of, compute_dtype, needs_teacher
@@ -39,7 +39,7 @@ class Workload:
     @property
     def dtype(self) -> str:
         """The type of the student's forward pass."""
-        return compute_dtype(self.config.student, self.topology.backend)
+        return compute_dtype(self.config.train.dtype, self.topology.backend)
 
     @property
     def has_reference(self) -> bool:
@@ -49,9 +49,7 @@ class Workload:
     @property
     def teacher_dtype(self) -> str:
         """The type of the teacher's forward pass, or the reference policy's."""
-        if self.has_reference:
-            return self.dtype
-        return compute_dtype(self.config.teacher_model, self.topology.backend)
+        return self.dtype
 
     @property
     def scoring_model(self) -> DecoderConfig:
@@ -62,8 +60,8 @@ class Workload:
     def scoring_split(self) -> tuple[str, ...]:
         """The mesh axes over which the scoring model's parameters are sharded."""
         if self.has_reference:
-            return self.config.student.split_over
-        return self.config.teacher.split_over if self.teacher else self.config.sampling.split_over
+            return WEIGHT_AXES
+        return WEIGHT_AXES if self.teacher else SAMPLER_AXES
 
     @property
     def devices(self) -> int:
@@ -103,12 +101,13 @@ def read_workload(config: Config, topology: Topology) -> Workload:
 
     ConfigError if the mesh does not divide its devices, its rows or its models.
     """
-    near, sizes = config.near_policy, config.mesh
-    available = topology.chips - (near.generator_devices if near.generator == "thread" else 0)
+    sizes, available = config.mesh, topology.chips
+    if config.near_policy.generator == "thread":
+        available -= sizes.generator_devices(available)
     mesh = mesh_sizes(sizes.data, sizes.fsdp, sizes.tensor, available, topology.name)
     require_rows_divide(config, mesh["data"] * mesh["fsdp"])
     estimator = estimator_of(config.estimator)
-    shape_of = partial(_shape, mesh=mesh, backend=topology.backend)
+    shape_of = partial(_shape, train=config.train, mesh=mesh, backend=topology.backend)
     student = dataclasses.replace(shape_of(config.student, "student"), lora_scale=config.lora.scale)
     teacher, needs = None, estimator.teacher
     if config.estimator.reference_kl_coef:
@@ -125,8 +124,10 @@ def has_advantages(estimator: EstimatorConfig) -> bool:
     return bool(estimator.task_reward_coef) or RECIPES[estimator.recipe].is_rewarded
 
 
-def _shape(model: ModelConfig, role: str, mesh: dict[str, int], backend: str) -> DecoderConfig:
-    config = open_checkpoint(model.path, model.revision, with_weights=False).config
+def _shape(
+    model: ModelConfig, role: str, train: TrainConfig, mesh: dict[str, int], backend: str
+) -> DecoderConfig:
+    config = open_checkpoint(*model.place, with_weights=False).config
     require_divides(config, mesh, f"the {role} {model.path}")
-    attention = attention_of(model, config.head_size, role, backend)
+    attention = attention_of(train, config.head_size, role, backend)
     return dataclasses.replace(config, attention=attention)

@@ -170,8 +170,8 @@ def _evaluation(found: _CellRuns, column: PaperColumn) -> dict[str, object]:
     only if the column reads the first evaluation that reaches a target.
     """
     evaluation = upgrade(found.group.points[0].config)["evaluation"]
-    left_out = ("batch_size",) if column.until else ("batch_size", "every")
-    return {name: value for name, value in evaluation.items() if name not in left_out}
+    left_out = None if column.until else "every"
+    return {name: value for name, value in evaluation.items() if name != left_out}
 
 
 def _commit_flags(found: _Found) -> list[str]:

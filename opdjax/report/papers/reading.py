@@ -61,7 +61,7 @@ def spent_until(run: Run, column: PaperColumn, target: float) -> tuple[float, bo
 
 def _curve(run: Run, read: str) -> list[tuple[int, float]]:
     """(step, score) of the evaluations at the run's own temperature, by step."""
-    temperature = run.config["evaluation"]["temperature"]
+    temperature = run.config["evaluation"]["temperatures"][0]
     rows = [row for row in run.evaluations if row["temperature"] == temperature]
     scores = [(row["step"], score_in(row, read)) for row in rows]
     return sorted((step, score) for step, score in scores if score is not None)

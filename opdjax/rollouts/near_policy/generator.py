@@ -13,7 +13,7 @@ import jax
 
 from opdjax.config import Config
 from opdjax.models.decoder import Params
-from opdjax.models.partitioning import shardings_of
+from opdjax.models.partitioning import SAMPLER_AXES, shardings_of
 from opdjax.ops.multihost import on_process_zero
 from opdjax.ops.sharding import make_mesh
 from opdjax.rollouts.near_policy import shards, stages
@@ -140,13 +140,13 @@ def _on_own_devices(setup: Setup) -> Setup:
     placed there.
     """
     config = setup.config
-    count, tensor = config.near_policy.generator_devices, config.mesh.tensor
+    tensor = config.mesh.tensor
+    count = config.mesh.generator_devices(len(jax.devices()))
     mesh = make_mesh(count // tensor, 1, tensor, devices=jax.devices()[-count:])
     setup = dataclasses.replace(setup, mesh=mesh)
     if not stages.is_annotated(config):
         return dataclasses.replace(setup, teacher=None)
-    layout = shardings_of(setup.teacher.params, mesh, config.teacher.split_over)
-    params = jax.device_put(setup.teacher.params, layout)
+    params = jax.device_put(setup.teacher.params, shardings_of(setup.teacher.params, mesh))
     return dataclasses.replace(setup, teacher=with_teacher_weights(setup.teacher, params, config))
 
 
@@ -182,7 +182,7 @@ class Generator:
 
     def _send(self, version: int, copy: Params) -> None:
         config = self._setup.config
-        layout = shardings_of(copy, self._setup.mesh, config.sampling.split_over)
+        layout = shardings_of(copy, self._setup.mesh, SAMPLER_AXES)
         # With adapters the copy contains the learner's own frozen parameters: not to be donated.
         sent = jax.device_put(copy, layout, donate=not config.lora.rank)
         with self._changed:

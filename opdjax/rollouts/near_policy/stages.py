@@ -32,6 +32,7 @@ from opdjax.models.decoder import DecoderConfig, Params, head_of
 from opdjax.ops.multihost import on_process_zero
 from opdjax.ops.sharding import num_row_shards, shard_rows, to_host
 from opdjax.ops.tile import Head
+from opdjax.ops.vocab import TILE
 from opdjax.rollouts.near_policy import ifd, shards
 from opdjax.rollouts.near_policy.batches import as_batch
 from opdjax.rollouts.near_policy.shards import Shard
@@ -157,7 +158,7 @@ def select(
     config, seed = setup.config.near_policy, setup.config.seed
     joined = lambda shards, name: np.concatenate([shard.columns[name] for shard in shards])
     measure = lambda shards, who: ifd.ifd(
-        joined(shards, f"{who}_nll"), joined(shards, f"{who}_alone_nll"), config.ifd_form
+        joined(shards, f"{who}_nll"), joined(shards, f"{who}_alone_nll"), ifd.FORM
     )
     student, teacher = measure(samples, "student"), measure(annotations, "teacher")
     version, prompt_id = int(samples[0].columns["policy_version"][0]), joined(samples, "prompt_id")
@@ -174,7 +175,7 @@ def select(
         version=version,
         number=number,
         filter=config.filter,
-        form=config.ifd_form,
+        form=ifd.FORM,
         low=low,
         high=high,
         student_ifd=student,
@@ -198,11 +199,8 @@ def _text(prompt: str | Messages) -> str:
 def _without_prompts(setup: Setup, tokens: Sequence[np.ndarray], *, of_teacher: bool) -> TrainBatch:
     """The completions after nothing but the header of the assistant's turn."""
     data, length = setup.config.data, setup.config.sampling.max_completion_length
-    tokenizer, format, thinking = setup.tokenizer, data.format, data.enable_thinking
-    if of_teacher:
-        tokenizer, format = setup.teacher.tokenizer, data.teacher_format or format
-        if data.teacher_enable_thinking is not None:
-            thinking = data.teacher_enable_thinking
+    tokenizer = setup.teacher.tokenizer if of_teacher else setup.tokenizer
+    format, thinking = data.teacher_template if of_teacher else data.student_template
     header = assistant_header(tokenizer, format=format, enable_thinking=thinking)
     count = len(tokens)
     headers = np.tile(np.array(header, np.int32), (count, 1))
@@ -265,7 +263,7 @@ class _Scorer:
             shard_rows(packed, mesh),
             config=self.model,
             needs="top_k" if top_k else "token",
-            tile=self.setup.config.estimator.tile,
+            tile=TILE,
             parts=parts,
             mesh=mesh,
             top_k=top_k,
