@@ -47,7 +47,7 @@ def test_the_config_refuses_altered_sampling_for_policy_gradients_alone(name):
         sampling["num_generations"] = 2
         if recipe.is_judged:
             judge = EndpointConfig("http://host:1/v1", "judge")
-            stages = RubricsConfig(stage_names=("a", "b"), stage_markers=(";",))
+            stages = RubricsConfig(stages=("a", "b=;"))
             sections = {"rubricator": judge, "verifier": judge}
             sections |= {"rubrics": stages} if recipe.has_stages else {}
     elif recipe.is_policy_gradient:

@@ -180,9 +180,10 @@ def _read_estimator(sections: Sections, lost: list[str]) -> None:
     estimator = sections.get("estimator", {})
     if estimator.pop("stage_token_mean", None):
         estimator["aggregation"] = "stage_token_mean"
-    floor, cap = estimator.pop("importance_floor", None), estimator.get("importance_cap") or 2.0
-    if estimator.get("importance") == "token_mask" and (floor or 0.5) != 1 / cap:
-        lost.append(f"estimator.importance_floor: {floor or 0.5} -> {1 / cap}, 1 / importance_cap")
+    is_old, cap = "importance_floor" in estimator, estimator.get("importance_cap") or 2.0
+    floor = estimator.pop("importance_floor", None) or 0.5
+    if is_old and estimator.get("importance") == "token_mask" and floor != 1 / cap:
+        lost.append(f"estimator.importance_floor: {floor} -> {1 / cap}, 1 / importance_cap")
 
 
 def _read_rubrics(sections: Sections, lost: list[str]) -> None:

@@ -33,7 +33,7 @@ def get_config():
     return Config(
         data=DataConfig(source={rows!r}, max_prompt_length=32),
         sampling=SamplingConfig(max_completion_length=4),
-        estimator=EstimatorConfig(recipe="opd", tile=64),
+        estimator=EstimatorConfig(recipe="opd"),
         train=TrainConfig(num_steps=2, prompts_per_step=2),
         evaluation=EvaluationConfig(
             source={rows!r}, num_prompts=2, num_samples=2, max_completion_length=4

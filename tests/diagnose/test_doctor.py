@@ -66,7 +66,7 @@ def healthy(tmp_path_factory):
     return Config(
         data=DataConfig(str(source), max_prompt_length=32),
         sampling=SamplingConfig(max_completion_length=20),
-        estimator=EstimatorConfig("vopd", tile=64),
+        estimator=EstimatorConfig("vopd"),
         optimizer=OptimizerConfig(learning_rate=1e-4),
         train=TrainConfig(num_steps=1, prompts_per_step=8),
         evaluation=EvaluationConfig(str(source)),

@@ -42,7 +42,7 @@ def config_of(**sections):
         "optimizer": OptimizerConfig(learning_rate=1e-3),
         "train": TrainConfig(num_steps=3, prompts_per_step=2, gradient_accumulation_steps=2),
         "evaluation": EvaluationConfig(source=None),
-        "log": LogConfig(samples_every=1, num_samples=2),
+        "log": LogConfig(samples_every=1),
         "mesh": MeshConfig(1),
     }
     return Config(**(usual | sections))
@@ -138,7 +138,7 @@ def test_a_run_with_a_reference_is_found_in_order():
 
 
 def test_stages_that_cannot_be_credited_are_refused_before_anything_is_asked():
-    stages = RubricsConfig(stage_names=("derive", "answer"), stage_markers=("#",), num_references=0)
+    stages = RubricsConfig(stages=("derive", "answer=#"), num_references=0)
     judge = dataclasses.replace(
         config_of().verifier, base_url="http://127.0.0.1:9/v1", model="rules"
     )

@@ -67,7 +67,7 @@ def run_of(model):
                 "teacher": ModelConfig(teacher),
                 "data": DataConfig(max_prompt_length=9),
                 "sampling": SamplingConfig(max_completion_length=16),
-                "estimator": EstimatorConfig(recipe=recipe, tile=8),
+                "estimator": EstimatorConfig(recipe=recipe),
                 "train": TrainConfig(prompts_per_step=8, gradient_accumulation_steps=micro),
                 "evaluation": EvaluationConfig(source=None),
                 "mesh": MeshConfig(fsdp=fsdp, tensor=tensor),

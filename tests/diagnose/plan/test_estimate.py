@@ -249,7 +249,7 @@ def penalised(run_of, recipe="grpo", coef=0.1, **sections):
     return estimate(
         run_of(
             "v5e-4",
-            estimator=EstimatorConfig(recipe, tile=8, reference_kl_coef=coef),
+            estimator=EstimatorConfig(recipe, reference_kl_coef=coef),
             **PENALISED,
             **sections,
         )

@@ -31,7 +31,7 @@ def judged(directory, mesh, judge):
         verifier=judge,
         data=DataConfig(source="arithmetic:train[:8]", max_prompt_length=32),
         sampling=SamplingConfig(num_generations=2, max_completion_length=12),
-        rubrics=RubricsConfig(draw_parts=2),
+        rubrics=RubricsConfig(),
         train=TrainConfig(num_steps=1, prompts_per_step=8),
         log=LogConfig(samples_every=0, diagnostics_every=0),
     )

@@ -41,7 +41,7 @@ from opdjax.train import train
 from opdjax.types import Rollouts, TrainBatch
 
 STAGES = RubricsConfig(
-    stage_names=("first step", "second step", "answer"), stage_markers=(";", "#"), draw_parts=1
+    stages=("first step", "second step=;", "answer=#"),
 )
 NOWHERE = "http://127.0.0.1:9/v1"  # no server listens
 KEY = "sk-planted-7f3a9c51"
@@ -56,14 +56,14 @@ def config(base_url, **changes):
         data=DataConfig(source="arithmetic:train[:64]", max_prompt_length=32),
         sampling=SamplingConfig(num_generations=4, max_completion_length=20),
         estimator=ROPD_CODE,
-        rubrics=RubricsConfig(draw_parts=1),
+        rubrics=RubricsConfig(),
         rubricator=judge,
         verifier=judge,
         api=ApiConfig(max_retries=1, breaker_failures=3, breaker_seconds=0.1),
         optimizer=OptimizerConfig(learning_rate=1e-4, schedule="constant"),
         train=TrainConfig(num_steps=4, prompts_per_step=4),
         evaluation=EvaluationConfig(source=None),
-        log=LogConfig(samples_every=2, num_samples=2, diagnostics_every=0),
+        log=LogConfig(samples_every=2, diagnostics_every=0),
         checkpoint=CheckpointConfig(every=10),
         mesh=MeshConfig(1),
     )
@@ -137,7 +137,13 @@ def test_from_the_cache_nobody_is_asked_and_the_weights_are_the_same(
         config(judge_server), NOWHERE, cache=str(straight / "replies.sqlite"), offline=True
     )
     train(
-        dataclasses.replace(base, rubrics=dataclasses.replace(base.rubrics, draw_parts=4)), tmp_path
+        dataclasses.replace(
+            base,
+            rubrics=dataclasses.replace(
+                base.rubrics,
+            ),
+        ),
+        tmp_path,
     )
     assert weights(tmp_path) == weights(straight)
     assert (
@@ -240,12 +246,12 @@ def test_no_key_is_in_any_file(straight, judge_server, tmp_path, monkeypatch, ca
 @pytest.mark.parametrize(
     ("estimator", "rubrics"),
     [
-        (EstimatorConfig("tjudge"), RubricsConfig(draw_parts=1)),
+        (EstimatorConfig("tjudge"), RubricsConfig()),
         (EstimatorConfig("ropd_stages", stage_token_mean=True), STAGES),
-        (ROPD_CODE, RubricsConfig(draw_parts=1, rubric_of="student", num_references=0)),
+        (ROPD_CODE, RubricsConfig(rubric_of="student", num_references=0)),
         (
             ROPD_CODE,
-            RubricsConfig(draw_parts=1, refresh="frozen", grades="graded", polarity="signed"),
+            RubricsConfig(refresh="frozen", grades="graded", polarity="signed"),
         ),
         (EstimatorConfig("ropd_stages"), dataclasses.replace(STAGES, refresh="evolving")),
     ],
@@ -312,7 +318,7 @@ def test_a_prompt_s_own_criteria_are_in_every_rubric_of_it(judge_server, tmp_pat
     base = config(
         judge_server,
         data=data,
-        rubrics=RubricsConfig(draw_parts=1, refresh=refresh, min_criteria=1, max_criteria=5),
+        rubrics=RubricsConfig(refresh=refresh, num_criteria=(1, 5)),
     )
     if refresh == "given":
         base = dataclasses.replace(base, rubricator=EndpointConfig())
@@ -337,7 +343,7 @@ def test_own_criteria_that_cannot_be(tmp_path):
                 config(
                     NOWHERE,
                     data=data,
-                    rubrics=RubricsConfig(draw_parts=1, **rubrics),
+                    rubrics=RubricsConfig(**rubrics),
                     mesh=MeshConfig(1),
                 )
             )

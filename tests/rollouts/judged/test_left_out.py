@@ -36,13 +36,13 @@ def config(base_url, **changes):
         data=DataConfig(source="arithmetic:train[:64]", max_prompt_length=32),
         sampling=SamplingConfig(num_generations=4, max_completion_length=20),
         estimator=ROPD_CODE,
-        rubrics=RubricsConfig(draw_parts=1, max_reasks=0, max_failed_share=0.9),
+        rubrics=RubricsConfig(max_reasks=0, max_failed_share=0.9),
         rubricator=judge,
         verifier=judge,
         api=ApiConfig(max_retries=1, breaker_failures=50, breaker_seconds=0.1),
         train=TrainConfig(num_steps=1, prompts_per_step=8),
         evaluation=EvaluationConfig(source=None),
-        log=LogConfig(samples_every=1, num_samples=32, diagnostics_every=1),
+        log=LogConfig(samples_every=1, diagnostics_every=1),
         checkpoint=CheckpointConfig(every=10),
         mesh=MeshConfig(1),
     )
@@ -76,7 +76,7 @@ def test_a_first_step_with_failed_groups_is_trained_on_the_others(start_judge, t
 def test_rubrics_are_not_frozen_as_missing_while_nobody_answers(
     start_judge, judge_server, tmp_path
 ):
-    rubrics = RubricsConfig(draw_parts=1, refresh="frozen")
+    rubrics = RubricsConfig(refresh="frozen")
     with (
         start_judge("--down-after", 2) as base_url,
         pytest.raises(SourceStoppedError, match="rubrics"),

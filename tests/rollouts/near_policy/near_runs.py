@@ -15,7 +15,7 @@ BASE = dataclasses.replace(
         evaluation={"source": None},
         log={"samples_every": 0, "diagnostics_every": 0},
     ),
-    estimator=EstimatorConfig("npd", tile=64),
+    estimator=EstimatorConfig("npd"),
 )
 LAG = {"schedule": "continuous", "max_staleness": 2}
 REFRESH = {"schedule": "refresh", "num_epochs": 2, "refresh_epochs": (1,), "shard_size": 16}
