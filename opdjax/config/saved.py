@@ -94,8 +94,8 @@ def _read(saved: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
         train["remat"] = "layer" if train["remat"] else "none"
     lost += _removed(sections, REMOVED_KEYS)
     execution = _removed(sections, REMOVED_EXECUTION_KEYS)
-    others = {name: value for name, value in saved.items() if name not in (*sections, *_ROLES)}
-    return to_dict(from_dict(Config, {**others, **sections})), lost, execution
+    others = {name: value for name, value in saved.items() if not isinstance(value, dict)}
+    return to_dict(from_dict(Config, {**sections, **others})), lost, execution
 
 
 def _pop(sections: Sections, field: str) -> Any:

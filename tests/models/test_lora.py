@@ -182,9 +182,7 @@ def test_a_merged_export_is_the_adapted_model(pairs, our_logits, rng, tmp_path):
 
 def test_the_adapter_directory_holds_pefts_names(pairs, rng, tmp_path):
     checkpoint, params = adapted_pair(pairs, "untied", rng)
-    export_adapter(
-        params, checkpoint, LORA, ModelConfig("owner/name", "main"), tmp_path / "adapter"
-    )
+    export_adapter(params, checkpoint, LORA, ModelConfig("owner/name@main"), tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["target_modules"] == ["v_proj", "q_proj", "o_proj", "down_proj", "up_proj"]
     assert (

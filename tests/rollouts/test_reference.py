@@ -10,10 +10,12 @@ import pytest
 from tiny_runs import column, interrupted_at
 
 from opdjax.config import (
+    ApiConfig,
     Config,
     DataConfig,
     EstimatorConfig,
     EvaluationConfig,
+    JudgeConfig,
     LogConfig,
     LoraConfig,
     MeshConfig,
@@ -139,18 +141,17 @@ def test_a_run_with_a_reference_is_found_in_order():
 
 def test_stages_that_cannot_be_credited_are_refused_before_anything_is_asked():
     stages = RubricsConfig(stages=("derive", "answer=#"), num_references=0)
-    judge = dataclasses.replace(
-        config_of().verifier, base_url="http://127.0.0.1:9/v1", model="rules"
-    )
+    judge = JudgeConfig("rules")
     for options, told in (
         ({"stage_credit": "paper"}, "there are 2"),
-        ({"stage_credit_matrix": (1.0,) * 9}, "has 9 numbers; expected 4"),
+        ({"stage_credit": (1.0,) * 9}, "has 9 numbers; expected 4"),
     ):
         config = config_of(
             estimator=EstimatorConfig("ropd_stages", **options),
             rubrics=stages,
             rubricator=judge,
             verifier=judge,
+            api=ApiConfig("http://127.0.0.1:9/v1"),
         )
         with pytest.raises(ValueError, match=told):
             prepare(config)

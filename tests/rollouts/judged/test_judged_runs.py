@@ -18,9 +18,9 @@ from opdjax.config import (
     CheckpointConfig,
     Config,
     DataConfig,
-    EndpointConfig,
     EstimatorConfig,
     EvaluationConfig,
+    JudgeConfig,
     LogConfig,
     MeshConfig,
     ModelConfig,
@@ -40,15 +40,13 @@ from opdjax.runs.workdir import read_lines
 from opdjax.train import train
 from opdjax.types import Rollouts, TrainBatch
 
-STAGES = RubricsConfig(
-    stages=("first step", "second step=;", "answer=#"),
-)
+STAGES = RubricsConfig(stages=("first step", "second step=;", "answer=#"))
 NOWHERE = "http://127.0.0.1:9/v1"  # no server listens
 KEY = "sk-planted-7f3a9c51"
 
 
 def config(base_url, **changes):
-    judge = EndpointConfig(base_url, "rules", input_price=1.0, output_price=2.0)
+    judge = JudgeConfig("rules")
     base = Config(
         teacher=ModelConfig(
             "nobody/knows"
@@ -59,7 +57,7 @@ def config(base_url, **changes):
         rubrics=RubricsConfig(),
         rubricator=judge,
         verifier=judge,
-        api=ApiConfig(max_retries=1, breaker_failures=3, breaker_seconds=0.1),
+        api=ApiConfig(base_url, max_retries=1, prices=("rules=1/2",)),
         optimizer=OptimizerConfig(learning_rate=1e-4, schedule="constant"),
         train=TrainConfig(num_steps=4, prompts_per_step=4),
         evaluation=EvaluationConfig(source=None),
@@ -72,11 +70,14 @@ def config(base_url, **changes):
 
 def asked_at(base, base_url, **api):
     """The same run at another address."""
-    roles = {
-        role: dataclasses.replace(getattr(base, role), base_url=base_url)
-        for role in ("rubricator", "verifier")
-    }
-    return dataclasses.replace(base, **roles, api=dataclasses.replace(base.api, **api))
+    return dataclasses.replace(base, api=dataclasses.replace(base.api, base_url=base_url, **api))
+
+
+@pytest.fixture(autouse=True)
+def breaker(monkeypatch):
+    """A server counts as down after three failures and is tested soon."""
+    monkeypatch.setattr("opdjax.judge.client.BREAKER_FAILURES", 3)
+    monkeypatch.setattr("opdjax.judge.client.BREAKER_SECONDS", 0.1)
 
 
 def weights(workdir):
@@ -85,11 +86,8 @@ def weights(workdir):
 
 def with_key(base, **changes):
     """The same run; both roles send the key in $JUDGE_KEY."""
-    roles = {
-        role: dataclasses.replace(getattr(base, role), api_key_env="JUDGE_KEY", **changes)
-        for role in ("rubricator", "verifier")
-    }
-    return dataclasses.replace(base, **roles)
+    api = dataclasses.replace(base.api, api_key_env="JUDGE_KEY", **changes)
+    return dataclasses.replace(base, api=api)
 
 
 @pytest.fixture(autouse=True)
@@ -131,20 +129,11 @@ def test_a_run_writes_what_was_said_and_what_it_cost(straight):
 
 
 def test_from_the_cache_nobody_is_asked_and_the_weights_are_the_same(
-    straight, judge_server, tmp_path
+    straight, judge_server, tmp_path, monkeypatch
 ):
-    base = asked_at(
-        config(judge_server), NOWHERE, cache=str(straight / "replies.sqlite"), offline=True
-    )
-    train(
-        dataclasses.replace(
-            base,
-            rubrics=dataclasses.replace(
-                base.rubrics,
-            ),
-        ),
-        tmp_path,
-    )
+    monkeypatch.setattr("opdjax.rollouts.judged._DRAW_PARTS", 4)
+    cache = str(straight / "replies.sqlite")
+    train(asked_at(config(judge_server), NOWHERE, cache=cache, concurrency=0), tmp_path)
     assert weights(tmp_path) == weights(straight)
     assert (
         sum(column(tmp_path, "api/rubricator/calls") + column(tmp_path, "api/verifier/calls")) == 0
@@ -152,7 +141,8 @@ def test_from_the_cache_nobody_is_asked_and_the_weights_are_the_same(
 
 
 def test_the_judge_in_the_run_s_own_process_says_what_it_says_over_http(straight, tmp_path):
-    train(config(RULE_JUDGE), tmp_path)
+    judge = JudgeConfig(RULE_JUDGE)
+    train(config(NOWHERE, rubricator=judge, verifier=judge), tmp_path)
     assert weights(tmp_path) == weights(straight)
     # Dollars are summed up in the order of the replies.
     counted = [
@@ -204,16 +194,17 @@ def test_a_spending_cap_stops_the_run_which_goes_on_when_it_is_raised(
 def test_a_reply_that_is_missing_offline_is_named(judge_server, tmp_path):
     with pytest.raises(
         SourceStoppedError,
-        match=r"api.offline is set and the rubricator's reply [0-9a-f]{64} is not in the cache",
+        match=r"api.concurrency is 0 and the rubricator's reply [0-9a-f]{64} is not in the cache",
     ):
-        train(asked_at(config(judge_server), judge_server, offline=True), tmp_path)
+        train(asked_at(config(judge_server), judge_server, concurrency=0), tmp_path)
 
 
 @pytest.mark.long
-def test_through_faults_of_every_kind_failed_groups_are_masked(start_judge, tmp_path):
+def test_through_faults_of_every_kind_failed_groups_are_masked(start_judge, tmp_path, monkeypatch):
+    monkeypatch.setattr("opdjax.judge.client.BREAKER_FAILURES", 50)
     base = config(NOWHERE, train=TrainConfig(num_steps=4, prompts_per_step=8))
     with start_judge("--faults", 0.3, "--hang", 0.2) as base_url:
-        base = asked_at(base, base_url, max_retries=3, breaker_failures=50)
+        base = asked_at(base, base_url, max_retries=3)
         train(base, tmp_path)
     problems = {
         name: sum(column(tmp_path, f"rubric/problems/{name}"))
@@ -247,7 +238,7 @@ def test_no_key_is_in_any_file(straight, judge_server, tmp_path, monkeypatch, ca
     ("estimator", "rubrics"),
     [
         (EstimatorConfig("tjudge"), RubricsConfig()),
-        (EstimatorConfig("ropd_stages", stage_token_mean=True), STAGES),
+        (EstimatorConfig("ropd_stages", "stage_token_mean"), STAGES),
         (ROPD_CODE, RubricsConfig(rubric_of="student", num_references=0)),
         (
             ROPD_CODE,
@@ -313,7 +304,7 @@ def test_a_prompt_s_own_criteria_are_in_every_rubric_of_it(judge_server, tmp_pat
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = DataConfig(
-        source=str(tmp_path / "rows.jsonl"), max_prompt_length=32, rubric_column="rubric"
+        source=str(tmp_path / "rows.jsonl"), max_prompt_length=32, columns=("rubric=rubric",)
     )
     base = config(
         judge_server,
@@ -321,7 +312,7 @@ def test_a_prompt_s_own_criteria_are_in_every_rubric_of_it(judge_server, tmp_pat
         rubrics=RubricsConfig(refresh=refresh, num_criteria=(1, 5)),
     )
     if refresh == "given":
-        base = dataclasses.replace(base, rubricator=EndpointConfig())
+        base = dataclasses.replace(base, rubricator=JudgeConfig())
     train(base, tmp_path / "run")
     for row in read_lines(tmp_path / "run" / "rubrics.jsonl"):
         own = [criterion for criterion in row["rubric"] if criterion["is_given"]]
@@ -336,7 +327,7 @@ def test_own_criteria_that_cannot_be(tmp_path):
             json.dumps({"prompt": "1+1=", "reference": "2", "rubric": [criterion]}) + "\n"
         )
         data = DataConfig(
-            source=str(tmp_path / "rows.jsonl"), max_prompt_length=32, rubric_column="rubric"
+            source=str(tmp_path / "rows.jsonl"), max_prompt_length=32, columns=("rubric=rubric",)
         )
         with pytest.raises(ValueError, match=match):
             prepare(
