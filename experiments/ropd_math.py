@@ -12,11 +12,11 @@ KL, AdamW at 1e-6 with weight decay 0.01, clip 1, answers of up to 8,192 tokens 
         --data.references references/dapo17k.jsonl --evaluation.source aime24.jsonl \
         --workdir runs/ropd_math --api.max-dollars 500
 
-As in the paper, one model is teacher, rubricator and verifier. --rubricator.base-url and
---rubricator.model (and the same for --verifier) select a local judge; the paper's white-box runs
-use Qwen3-30B-A3B-Instruct-2507 behind vLLM. The spending cap needs prices: --verifier.input-price,
---verifier.output-price, and the same for the other roles. The paper's own wording of the loss is
-ROPD_PAPER in opdjax.config: `--estimator.advantage mean_std --estimator.aggregation
+As in the paper, one model is teacher, rubricator and verifier. --api.base-url, --rubricator.model
+and --verifier.model select a local judge; the paper's white-box runs use
+Qwen3-30B-A3B-Instruct-2507 behind vLLM. The spending cap needs prices: --api.prices
+gpt-5.2-chat-latest=INPUT/OUTPUT, in dollars per million tokens. The paper's own wording of the loss
+is ROPD_PAPER in opdjax.config: `--estimator.advantage mean_std --estimator.aggregation
 sequence_mean_token_mean --estimator.dual-clip 0`.
 
 Data: JSON lines with `prompt` and, for the evaluation, `answer`; the paper trains on DAPO-Math-17K,

@@ -43,7 +43,7 @@ def run(workdir: pathlib.Path, options: tuple[str, ...], steps: int) -> None:
     settings = {"workdir": workdir, "train.num-steps": steps, "checkpoint.every": steps}
     settings |= {"log.samples-every": 0, "log.diagnostics-every": 0, "evaluation.source": None}
     command += [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    command += ["--evaluation.extra-temperatures", *options]
+    command += ["--evaluation.temperatures", "1", *options]
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
         "JAX_PLATFORMS": "cpu",

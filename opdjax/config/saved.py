@@ -235,8 +235,8 @@ def _share_endpoints(given: Sections, api: dict[str, Any], lost: list[str]) -> N
     if judges:
         api["max_tokens"] = max(role["max_tokens"] for role in judges.values())
     priced = [role for role in given.values() if role["input_price"] or role["output_price"]]
-    texts = [f"{r['model']}={r['input_price']:g}/{r['output_price']:g}" for r in priced]
-    api["prices"] = list(dict.fromkeys(texts))
+    prices = {r["model"]: f"{r['input_price']:g}/{r['output_price']:g}" for r in priced}
+    api["prices"] = [f"{model}={price}" for model, price in prices.items()]
     for name, role in given.items():
         today = {"seed": None}
         if name in judges:

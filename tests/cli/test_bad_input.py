@@ -286,7 +286,7 @@ DATA = {
     ),
     "a misspelt column": (
         "DataError",
-        lambda p: p.data(ROW, "--data.prompt-column", "promt"),
+        lambda p: p.data(ROW, "--data.columns", "prompt=promt"),
         "no column 'promt'; found ['answer', 'prompt', 'reference'], did you mean 'prompt'?",
     ),
     "a number as prompt": (

@@ -209,7 +209,7 @@ def _sampling(workload: Workload) -> list[Item]:
 
 def _evaluating(workload: Workload) -> list[Item]:
     """Count answers to held-out prompts."""
-    evaluation = workload.config.evaluation
+    evaluation, slots = workload.config.evaluation, workload.config.sampling.slots
     if evaluation.source is None:
         return []
     return _generating(
@@ -218,7 +218,7 @@ def _evaluating(workload: Workload) -> list[Item]:
         workload.student,
         workload.dtype,
         workload.dtype,
-        rows=-(-(sampling.slots or EVALUATION_SLOTS) // workload.row_shards),
+        rows=-(-(slots or EVALUATION_SLOTS) // workload.row_shards),
         length=evaluation.max_completion_length,
         group=evaluation.num_samples,
     )

@@ -28,6 +28,7 @@ from opdjax.diagnose.plan.memory import (
 from opdjax.diagnose.plan.workload import read_workload
 from opdjax.models.decoder import init_params, num_parameters
 from opdjax.ops.sharding import make_mesh
+from opdjax.ops.vocab import TILE
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 # A layer's kernels: q and o 8 x 8, k and v 8 x 4, three of the MLP 8 x 16; its norms 2 x 8. The
@@ -191,8 +192,7 @@ def test_the_arguments_are_those_of_the_compiled_update(estimator):
     )
     config = dataclasses.replace(
         config,
-        student=dataclasses.replace(config.student, dtype="float32"),
-        teacher=dataclasses.replace(config.teacher, dtype="float32"),
+        train=dataclasses.replace(config.train, dtype="float32"),
     )
     workload = read_workload(config, topology("v5e-8"))
     program = compile_update(workload, make_mesh(2, 4))
@@ -206,9 +206,7 @@ def test_the_arguments_are_those_of_the_compiled_update(estimator):
     assert any(
         each.kind == "reduce-scatter" or each.kind == "all-reduce" for each in program.collectives
     )
-    assert program.most_logit_rows <= min(
-        config.estimator.tile, workload.micro_rows * workload.columns
-    )
+    assert program.most_logit_rows <= min(TILE, workload.micro_rows * workload.columns)
 
 
 def test_adapters_alone_are_trained(run_of):
