@@ -9,8 +9,15 @@ import tyro
 
 from opdjax.cli.parsing import as_given, call
 from opdjax.cli.runs import store
-from opdjax.config import Config, DataConfig, EvaluationConfig, ModelConfig, SamplingConfig
-from opdjax.config.validation import ConfigError
+from opdjax.config import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    SamplingConfig,
+    TrainConfig,
+)
+from opdjax.config.validation import ConfigError, require
 from opdjax.runs.object_store import Folder, is_remote, open_output
 
 Dtype = Literal["auto", "float32", "bfloat16"]

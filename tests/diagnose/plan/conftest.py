@@ -55,7 +55,8 @@ def run_of(model, monkeypatch):
     """run_of(topology, **fields) -> a workload: 8 rows of 16 + 16 tokens, a teacher of twice the
     width.
     """
-    monkeypatch.setattr("opdjax.diagnose.plan.memory.TILE", 8)
+    for name in ("memory", "table"):
+        monkeypatch.setattr(f"opdjax.diagnose.plan.{name}.TILE", 8)
     student = model("student")
     teacher = model(
         "teacher", hidden_size=16, head_dim=8, intermediate_size=32, tie_word_embeddings=False
