@@ -18,9 +18,9 @@ BASE = dataclasses.replace(
     estimator=EstimatorConfig("npd"),
 )
 LAG = {"schedule": "continuous", "max_staleness": 2}
-REFRESH = {"schedule": "refresh", "num_epochs": 2, "refresh_epochs": (1,), "shard_size": 16}
+REFRESH = {"schedule": "refresh", "num_epochs": 2, "refresh_epochs": (1,)}
 FILTERED = {"filter": "ifd", "ifd_min": None, "ifd_quantile": 0.7}
-ONE_THREAD = {"generator": "thread", "generator_devices": 1}
+ONE_THREAD = {"generator": "thread"}
 PACKED = {"train": {"pack_length": 60}}
 
 
