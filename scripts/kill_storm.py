@@ -34,7 +34,7 @@ from opdjax.runs.workdir import read_lines
 BASE = {
     "data": {"max_prompt_length": 32},
     "sampling": {"max_completion_length": 12, "num_generations": 2},
-    "estimator": {"recipe": "npd", "tile": 64},
+    "estimator": {"recipe": "npd"},
     "optimizer": {"learning_rate": 5e-3, "warmup_steps": 1},
     "train": {"num_steps": 48, "prompts_per_step": 4, "pack_length": 60},
     "evaluation": {"source": None},
@@ -42,7 +42,7 @@ BASE = {
     "log": {"samples_every": 0, "diagnostics_every": 1},
     "mesh": {"data": 1},
 }
-REFRESH = {"schedule": "refresh", "num_epochs": 4, "refresh_epochs": [1, 2], "shard_size": 16}
+REFRESH = {"schedule": "refresh", "num_epochs": 4, "refresh_epochs": [1, 2]}
 CONTINUOUS = {
     "schedule": "continuous",
     "max_staleness": 2,
@@ -50,7 +50,7 @@ CONTINUOUS = {
     "ifd_min": None,
     "ifd_quantile": 0.7,
 }
-THREAD = {"generator": "thread", "generator_devices": 1}
+THREAD = {"generator": "thread"}
 SCHEDULES = {
     "refresh, inline": REFRESH,
     "refresh, process": REFRESH | {"generator": "process"},

@@ -185,8 +185,9 @@ def test_a_loss_that_stays_non_finite_stops_the_run_and_keeps_the_checkpoint(tmp
         return batch, head
 
     monkeypatch.setattr(opdjax.train, "scored", poisoned)
+    monkeypatch.setattr(opdjax.train, "MAX_NONFINITE_STEPS", 3)
     config = vary(
-        train={"num_steps": 9, "max_nonfinite_steps": 3},
+        train={"num_steps": 9},
         evaluation={"source": None},
         log={"samples_every": 0},
     )
@@ -233,10 +234,10 @@ def three_prompts(tmp_path_factory):
     directory = tmp_path_factory.mktemp("three")
     rows = directory / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"4{n}-17+25="}) + "\n" for n in range(3)))
-    config = vary(
-        **SHORT, data={"source": str(rows)}, sampling={"kv_dtype": "int8"}, log={"num_samples": 8}
-    )
-    train(config, directory / "run")
+    config = vary(**SHORT, data={"source": str(rows)}, sampling={"kv_dtype": "int8"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("opdjax.rollouts.samples._NUM_SAMPLES", 8)
+        train(config, directory / "run")
     return directory / "run"
 
 

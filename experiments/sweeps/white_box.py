@@ -25,7 +25,7 @@ TOP_5 = EstimatorConfig("topk_kl", support="student", support_top_k=5)
 ON_POLICY = {
     "opd": EstimatorConfig("opd"),
     **{
-        f"vopd_k{k}": EstimatorConfig("vopd", baseline="student_topk", baseline_top_k=k)
+        f"vopd_k{k}": EstimatorConfig("vopd", baseline="student_topk", support_top_k=k)
         for k in (5, 20, 100)
     },
     "vopd_full": EstimatorConfig("vopd", baseline="full"),

@@ -179,7 +179,7 @@ def references(arguments: list[str]) -> None:
         """Have a teacher answer the prompts of the data; the same command resumes. Exits with 1 if
         some prompts have no usable answer.
 
-        Only these fields are used: data, teach, teacher, teacher_api, api, mesh, seed and the
+        Only these fields are used: data, teach, teacher, api, mesh, train.dtype, seed and the
         student's tokenizer.
 
         Args:

@@ -44,7 +44,7 @@ async def induce(
     ReplyError or ApiError if there is no usable reply.
     """
     config, stages = judge.config, judge.config.stage_names
-    bounds = (0 if existing else config.min_criteria, config.max_criteria)
+    bounds = (0 if existing else config.num_criteria[0], config.num_criteria[1])
     words = {
         "min_criteria": str(bounds[0]),
         "max_criteria": str(bounds[1]),

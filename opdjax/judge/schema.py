@@ -141,7 +141,7 @@ def parse_rubric(
         _criterion(item, number, known, repairs, config.grades)
         for number, item in enumerate(items, 1)
     )
-    _check_rubric(criteria, bounds or (config.min_criteria, config.max_criteria), stages)
+    _check_rubric(criteria, bounds or config.num_criteria, stages)
     return Rubric(criteria), tuple(sorted(repairs))
 
 

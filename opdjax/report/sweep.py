@@ -32,7 +32,7 @@ Reading = Callable[[Run], float | None]
 Lines = dict[str, Line]  # by arm, the best first
 # Facts that runs should share, to be compared; of the evaluation: what final scores depend on.
 _SHARED: dict[str, Callable[[Run], Any]] = {
-    "evaluation": lambda run: upgrade(run.config)["evaluation"] | {"every": 0, "batch_size": 0},
+    "evaluation": lambda run: upgrade(run.config)["evaluation"] | {"every": 0},
     "opdjax": lambda run: run.environment.get("opdjax"),
     "commit": lambda run: run.environment.get("commit"),
     "jax": lambda run: run.environment.get("jax"),

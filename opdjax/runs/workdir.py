@@ -15,9 +15,8 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any, BinaryIO, TextIO
 
-from opdjax.config import Config
-from opdjax.config.api import TRANSPORT, ApiConfig
-from opdjax.config.saved import upgrade
+from opdjax.config import ApiConfig, Config
+from opdjax.config.saved import lost_settings, upgrade
 from opdjax.config.validation import differences, from_dict, to_dict
 
 # A directory that holds one of these and no config.json is not empty: a run would overwrite it, or
@@ -37,16 +36,10 @@ _RUN_FILES = (
 # change when a run is resumed.
 _EXECUTION_FIELDS = (
     *(f"mesh.{name}" for name in ("data", "fsdp", "tensor", "processes")),
-    *(
-        f"{model}.{name}"
-        for model in ("student", "teacher")
-        for name in ("split_over", "attention")
-    ),
-    *("near_policy.generator", "near_policy.generator_devices"),
-    *("sampling.split_over", "sampling.slots", "train.gradient_accumulation_steps", "train.remat"),
-    *(f"{role}.{name}" for role in ("rubricator", "verifier", "teacher_api") for name in TRANSPORT),
-    *(f"api.{field.name}" for field in dataclasses.fields(ApiConfig)),
-    "rubrics.draw_parts",
+    *("near_policy.generator", "sampling.slots"),
+    *(f"train.{name}" for name in ("gradient_accumulation_steps", "remat", "attention")),
+    *(f"{role}.base_url" for role in ("rubricator", "verifier", "teach")),
+    *(f"api.{name.name}" for name in dataclasses.fields(ApiConfig) if name.name != "max_tokens"),
 )
 
 
@@ -110,7 +103,7 @@ def claim(workdir: pathlib.Path, config: Config, facts: dict[str, Any]) -> None:
     old = read_run_config(workdir)
     described = [{"config": upgrade(run["config"]), "data": run["data"]} for run in (old, new)]
     execution = [_pop(run["config"], _EXECUTION_FIELDS) for run in described]
-    changed = differences(*described)
+    changed = differences(*described) + lost_settings(old["config"])
     if changed:
         listed = "\n  ".join(changed)
         raise WorkdirError(

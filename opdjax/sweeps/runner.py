@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from opdjax.config.grid import SweepPoint
-from opdjax.config.saved import upgrade
+from opdjax.config.saved import lost_settings, upgrade
 from opdjax.config.validation import differences, to_dict
 from opdjax.runs.lease import LOST
 from opdjax.runs.object_store import Folder, RemoteError, is_remote, url_of
@@ -210,8 +210,9 @@ def _write_points(points: Sequence[SweepPoint], sweep: SweepDirectory) -> None:
     for file, point in files.items():
         if file in new:
             continue
-        stored = upgrade(read_point(file)["config"])
-        if changed := differences(stored, upgrade(to_dict(point.config))):
+        stored = read_point(file)["config"]
+        changed = differences(upgrade(stored), upgrade(to_dict(point.config)))
+        if changed := changed + lost_settings(stored):
             listed = "\n  ".join(changed)
             raise WorkdirError(
                 f"{sweep.workdir(point.id)} belongs to a point with another config; choose another "
@@ -237,7 +238,7 @@ def _write_references(points: Sequence[SweepPoint], sweep: SweepDirectory, log: 
     }
     for file, point in readers.items():
         exists = file is not None and _exists(file)
-        if file is None or (exists and point.config.teacher_api.is_given):
+        if file is None or (exists and point.config.teach.model):
             continue
         log(f"write  {file}")
         command = (*_OPDJAX, "references", str(sweep.path / point.id / POINT))

@@ -54,7 +54,7 @@ def train(workdir: pathlib.Path, mode: dict[str, Any], options: argparse.Namespa
     settings |= {f"near-policy.{name}": value for name, value in mode.items()}
     command = [sys.executable, "-m", "opdjax", "train", str(EXPERIMENT)]
     command += [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    command.append("--evaluation.extra-temperatures")
+    command += ["--evaluation.temperatures", "1"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

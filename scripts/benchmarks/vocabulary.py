@@ -26,7 +26,7 @@ SUPPORT = {"support_top_k": 100}
 RECIPES = {
     "sft": bind("sft"),
     "opd": bind("opd"),
-    "vopd, top 100": bind("vopd", {"baseline": "student_topk", "baseline_top_k": 100}),
+    "vopd, top 100": bind("vopd", {"baseline": "student_topk", "support_top_k": 100}),
     "vopd, full": bind("vopd", {"baseline": "full"}),
     "full_kl, reverse": bind("full_kl", {"divergence": "reverse"}),
     "full_kl, jsd": bind("full_kl", {"divergence": "jsd"}),

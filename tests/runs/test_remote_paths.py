@@ -229,7 +229,7 @@ def test_a_run_reads_and_is_read_on_gcs_alone(model, gcs, monkeypatch, capsys, t
     assert code == 0, out
     code, out = call(monkeypatch, capsys, "report", "gs://bucket/near")
     assert code == 0, out
-    npd, near = EstimatorConfig("npd", tile=64), NearPolicyConfig(schedule="refresh")
+    npd, near = EstimatorConfig("npd"), NearPolicyConfig(schedule="refresh")
     refresh = dataclasses.replace(
         config,
         estimator=npd,

@@ -32,7 +32,7 @@ from opdjax.estimators.divergence import reverse_kl
 from opdjax.models.decoder import Params, head_of
 from opdjax.models.hf import load_params
 from opdjax.ops.masked import rank_in_sequence
-from opdjax.ops.vocab import TokenInputs, tiled_stats
+from opdjax.ops.vocab import TILE, TokenInputs, tiled_stats
 from opdjax.rollouts.on_policy import prompts_of
 from opdjax.rollouts.setup import Setup, update_spec, with_current_teacher
 from opdjax.runs.statistics import ratio_with_interval
@@ -112,7 +112,7 @@ def collect_states(
         answers.append(sample(params, part, seed, 0, config=setup.student.config, **how))
     rollouts = jax.tree.map(lambda *rows: jnp.concatenate(rows), *answers)
     batch, spec = to_train_batch(rollouts, prompts), update_spec(setup)
-    run = partial(score, needs="vocabulary", tile=config.estimator.tile, parts=len(answers))
+    run = partial(score, needs="vocabulary", tile=TILE, parts=len(answers))
     scores = run(teacher.params, teacher.head, batch, config=teacher.checkpoint.config)
     head = head_of(params, valid_vocab=spec.valid_vocab, temperature=spec.temperature)
     hidden = run(params, head, batch, config=setup.student.config).hidden

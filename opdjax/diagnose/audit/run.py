@@ -105,7 +105,7 @@ def _prepare(config: Config, settings: AuditConfig) -> Setup:
     return prepare(
         change(
             config,
-            estimator=EstimatorConfig(WITH_BASELINE, tile=config.estimator.tile),
+            estimator=EstimatorConfig(WITH_BASELINE),
             sampling=SamplingConfig(
                 max_completion_length=sampling.max_completion_length,
                 stop_token_ids=sampling.stop_token_ids,

@@ -117,7 +117,7 @@ class Subject:
         baseline = self.row.with_defaults(self.options).get("baseline")
         if baseline == "batch_mean":
             return sampled_reward(teacher.logprobs, student.logprobs, **reward) - mean_reward
-        top_k = {name: v for name, v in self.options.items() if name == "baseline_top_k"}
+        top_k = {name: v for name, v in self.options.items() if name == "support_top_k"}
         return advantages_of(student, teacher, baseline=baseline, **top_k, **reward)
 
     def drawn_from(self, student: VocabTile, teacher: VocabTile) -> VocabTile:

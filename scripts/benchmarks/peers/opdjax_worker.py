@@ -108,8 +108,8 @@ def build_loop(case):
 def _loop_config(case):
     never = 10**6
     settings = {
-        "student": {"path": case["student"], "dtype": case["dtype"]},
-        "teacher": {"path": case["teacher"], "dtype": case["dtype"]},
+        "student": {"path": case["student"]},
+        "teacher": {"path": case["teacher"]},
         "data": {"source": case["prompts_file"], "format": "raw"},
         "sampling": {"max_completion_length": case["new"]},
         "estimator": {"recipe": "full_kl", "divergence": case["divergence"]},
