@@ -499,7 +499,7 @@ def test_draws_follow_the_seed(opdjax):
         (["--seed", "2147483648"], "seed is 2147483648; expected at most 2147483647"),
         (
             ["--data.max-prompt-length", "3"],
-            "the command line has no prompt of at most 3 tokens (1 rows read); raise data.max_prompt_l",
+            "the command line has no prompt of at most 3 tokens (1 rows read); raise data.max_",
         ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -153,7 +153,7 @@ NEAR = NearPolicyConfig("refresh", 2)
         ),
         (
             {"near_policy": NEAR, "teacher": ModelConfig("@student")},
-            "teacher.path is '@student'; expected a checkpoint where near_policy.schedule is "
+            "teacher.path is '@student'; expected a checkpoint where the schedule is "
             "refresh",
         ),
         (
