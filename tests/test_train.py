@@ -21,6 +21,7 @@ from tiny_runs import (
     assert_equal_trees,
     assert_same_run,
     column,
+    environment,
     final_weights,
     finish,
     interrupted_at,
@@ -132,7 +133,12 @@ def test_a_killed_run_ends_like_an_undisturbed_one(tiny_run, tmp_path, capsys):
     """SIGKILL after the fifth step of a process of its own, then the same run again."""
     workdir = tmp_path / "run"
     arguments = ["train", str(save(TINY, tmp_path / "run.json")), "--workdir", str(workdir)]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False)
+    # As many simulated devices as here: they share the threads that split a product.
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments],
+        env=environment(jax.device_count()),
+        check=False,
+    )
     assert killed.returncode == -signal.SIGKILL
     assert column(workdir, "step") == [1, 2, 3, 4, 5]
     train(TINY, workdir)

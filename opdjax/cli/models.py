@@ -82,6 +82,7 @@ def evaluate(arguments: list[str]) -> None:
         data: DataConfig = DataConfig(),  # noqa: B008
         evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008
         dtype: Dtype = "auto",
+        slots: int | None = None,
         output: pathlib.Path | None = None,
     ):
         """Print the scores of a checkpoint.
@@ -91,6 +92,7 @@ def evaluate(arguments: list[str]) -> None:
             data: how a prompt is rendered; its source is not read
             evaluation: prompts, sampling and grading
             dtype: of the forward pass
+            slots: rows decoded at a time, None: 512; fewer for long answers, which need memory
             output: JSON file for the scores, including those of each prompt
         """
         from opdjax.cli.one_model import scores_of
@@ -105,6 +107,7 @@ def evaluate(arguments: list[str]) -> None:
             if output.is_dir():
                 raise ConfigError(f"--output {output} is a directory; expected the name of a file")
         sections = {"data": data, "evaluation": evaluation, "train": TrainConfig(dtype=dtype)}
+        sections["sampling"] = SamplingConfig(slots=slots)
         scores = scores_of(Config(student=ModelConfig(model), **sections))
         for name in ("avg@k", "pass@k", "greedy"):
             title = name.replace("@k", f"@{scores['k']}")

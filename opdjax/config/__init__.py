@@ -1,6 +1,6 @@
 """Every setting of a run. Experiment files import from here; each section has its own module."""
 
-from opdjax.config.api import RULE_JUDGE, ApiConfig, Endpoint, JudgeConfig
+from opdjax.config.api import RULE_JUDGE, ApiConfig, JudgeConfig
 from opdjax.config.audit import AuditConfig
 from opdjax.config.checkpoint import CheckpointConfig
 from opdjax.config.data import JUDGED_FIELDS, TEACHER_FIELDS, DataConfig, TeachConfig
@@ -36,7 +36,6 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
-    "Endpoint",
     "EstimatorConfig",
     "EvaluationConfig",
     "FleetConfig",

@@ -67,7 +67,8 @@ class Config:
         packed, longest = self.train.pack_length, self.sampling.max_completion_length
         expected = f"more than sampling.max_completion_length, {longest}: rollouts are never split"
         require(packed is None or packed > longest, "train.pack_length", packed, expected)
-        self._check_models()
+        expected = "the checkpoint that the student starts from"
+        require(self.student.path != STUDENT, "student.path", STUDENT, expected)
         self._check_completions()
         self._check_near_policy()
         self._check_judges()
@@ -102,10 +103,6 @@ class Config:
         teachers = [self.teach.endpoint(self.api)] if self.teach.model else []
         return {endpoint.api_key_env for endpoint in (*judges, *teachers)} - {""}
 
-    def _check_models(self):
-        expected = "the checkpoint that the student starts from"
-        require(self.student.path != STUDENT, "student.path", STUDENT, expected)
-
     def _check_completions(self):
         """Whose completions a recipe may be trained on, and how they may be sampled."""
         recipe, sampling, estimator = self.recipe, self.sampling, self.estimator
@@ -118,10 +115,8 @@ class Config:
         expected = f"{' or '.join(recipe.completions)}: {reason}"
         require(source in recipe.completions, "sampling.completions_from", source, expected)
         is_own = source == "student" and self.near_policy.filter == "none"
-        expected = (
-            "more than 0, or rollouts that near_policy.filter chose: cross-entropy on all of "
-        )
-        expected += "its own samples teaches a student nothing"
+        expected = "more than 0, or rollouts that near_policy.filter chose: cross-entropy on all "
+        expected += "of its own samples teaches a student nothing"
         is_taught = not is_own or estimator.kd_weight != 0
         require(is_taught, "estimator.kd_weight", estimator.kd_weight, expected)
         if source == "references":
@@ -149,10 +144,10 @@ class Config:
         if is_altered and not is_exact and corrected == "none":
             raise ConfigError(
                 f"recipe {recipe.name!r} with sampling.temperature {sampling.temperature}, top_p "
-                f"{sampling.top_p}, top_k {sampling.top_k} does not have the "
-                "expected gradient that it advertises; sample with temperature 1 and no "
-                "filter, use an exact divergence (full_kl), or set estimator.importance to accept "
-                "the KL at that temperature, without the tokens that a filter removes"
+                f"{sampling.top_p}, top_k {sampling.top_k} does not have the expected gradient "
+                "that it advertises; sample with temperature 1 and no filter, use an exact "
+                "divergence (full_kl), or set estimator.importance to accept the KL at that "
+                "temperature, without the tokens that a filter removes"
             )
 
     def _check_near_policy(self):
@@ -163,17 +158,13 @@ class Config:
         source, steps = self.sampling.completions_from, self.train.num_steps
         expected = "student where near_policy.schedule is set: given answers are not sampled ahead"
         require(source == "student", "sampling.completions_from", source, expected)
-        expected = (
-            f"a checkpoint where near_policy.schedule is {near.schedule}: its scores are stored"
-        )
+        expected = f"a checkpoint where the schedule is {near.schedule}: its scores are stored"
         require(not self.teacher_is_student, "teacher.path", self.teacher.path, expected)
         expected = f"a divisor of train.num_steps, {steps}: every epoch has as many steps"
         require(steps % near.num_epochs == 0, "near_policy.num_epochs", near.num_epochs, expected)
         keeps_groups = near.schedule == "continuous" and near.filter == "none"
         coef = self.estimator.task_reward_coef
-        expected = (
-            "none where near_policy may separate the rollouts of a prompt (refresh, a filter)"
-        )
+        expected = "none where near_policy may separate a prompt's rollouts (refresh, a filter)"
         require(not coef or keeps_groups, "estimator.task_reward_coef", coef, expected)
         may_lead = not self.is_judged and (recipe.reward != "task" or keeps_groups)
         expected = f"none where the recipe is {recipe.name}: the rollouts of a prompt are graded "
@@ -226,10 +217,9 @@ class Config:
         expected = "a column of criteria, rubric=COLUMN, where rubrics.refresh is given"
         is_written = rubrics.refresh != "given" or has_criteria
         require(is_written, "data.columns", self.data.columns, expected)
-        expected = (
-            f"two or more names where the recipe is {recipe.name}" if recipe.has_stages else ""
-        )
-        expected = expected or f"none where the recipe is {recipe.name}: it has no stages"
+        expected = f"none where the recipe is {recipe.name}: it has no stages"
+        if recipe.has_stages:
+            expected = f"two or more names where the recipe is {recipe.name}"
         is_staged = bool(rubrics.stage_names) == recipe.has_stages
         require(is_staged, "rubrics.stages", rubrics.stages, expected)
         of_rubrics = "num_criteria", "grades", "polarity", "rubric_of", "refresh", "blind"
@@ -247,12 +237,10 @@ class Config:
         """The numbers of updates after which all prompts of an epoch are answered anew, the first
         of them 0; none in other schedules.
         """
-        near = self.near_policy
-        return (
-            tuple(epoch * self.steps_per_epoch for epoch in (0, *near.refresh_epochs))
-            if near.schedule == "refresh"
-            else ()
-        )
+        if self.near_policy.schedule != "refresh":
+            return ()
+        epochs = (0, *self.near_policy.refresh_epochs)
+        return tuple(epoch * self.steps_per_epoch for epoch in epochs)
 
     @property
     def rows_per_step(self) -> int:

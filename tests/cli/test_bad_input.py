@@ -447,7 +447,7 @@ CONFIG = {
     "an option of another recipe": (
         PARSED,
         lambda p: p.train("--estimator.support", "student"),
-        "recipe 'opd' has no option 'support'; it has ['discount', 'return_to_go', ",
+        "recipe 'opd' has no option 'support'; it has discount, return_to_go, ",
     ),
     "beta without jsd": (
         PARSED,

@@ -153,8 +153,7 @@ NEAR = NearPolicyConfig("refresh", 2)
         ),
         (
             {"near_policy": NEAR, "teacher": ModelConfig("@student")},
-            "teacher.path is '@student'; expected a checkpoint where near_policy.schedule is "
-            "refresh",
+            "teacher.path is '@student'; expected a checkpoint where the schedule is refresh",
         ),
         (
             {"near_policy": NearPolicyConfig("refresh", 3)},
@@ -169,7 +168,7 @@ NEAR = NearPolicyConfig("refresh", 2)
                     "estimator": EstimatorConfig("opd", task_reward_coef=0.5),
                 },
                 "estimator.task_reward_coef is 0.5; expected none where near_policy may separate "
-                "the rollouts of a prompt",
+                "a prompt's rollouts",
             )
             for near in (NEAR, NearPolicyConfig("continuous", filter="ifd"))
         ),
