@@ -114,7 +114,11 @@ def _loop_config(case):
         "sampling": {"max_completion_length": case["new"]},
         "estimator": {"recipe": "full_kl", "divergence": case["divergence"]},
         "optimizer": {"learning_rate": 1e-6, "schedule": "constant"},
-        "train": {"num_steps": never, "prompts_per_step": case["step_batch"]},
+        "train": {
+            "num_steps": never,
+            "prompts_per_step": case["step_batch"],
+            "dtype": case["dtype"],
+        },
         "evaluation": {"source": None},
         "checkpoint": {"every": never},
         "log": {"samples_every": 0},
