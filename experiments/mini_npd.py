@@ -54,6 +54,6 @@ def get_config() -> Config:
         optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup_steps=5, b2=0.98),
         train=TrainConfig(num_steps=200, prompts_per_step=128, pack_length=256),
         evaluation=EvaluationConfig(
-            num_prompts=512, num_samples=8, max_completion_length=24, extra_temperatures=(0.7, 0.5)
+            num_prompts=512, num_samples=8, max_completion_length=24, temperatures=(1.0, 0.7, 0.5)
         ),
     )

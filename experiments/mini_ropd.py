@@ -8,7 +8,7 @@ mean-centred advantages, token mean, clip 0.2 / 0.28. A step has 32 prompts x 8 
     opdjax train experiments/mini_ropd.py --workdir runs/mini_ropd
 
 The judge is rule-based and runs in this process on the texts it is sent. Any server with the OpenAI
-protocol can replace it: --rubricator.base-url and --rubricator.model, and the same for --verifier
+protocol can replace it: --api.base-url, --rubricator.model and --verifier.model
 (scripts/serve_rule_judge.py is such a server).
 
 Hardware: two CPU cores, three minutes. Expected on 512 test problems, three seeds: avg@8 0.409 ->
@@ -20,8 +20,8 @@ from opdjax.config import (
     RULE_JUDGE,
     Config,
     DataConfig,
-    EndpointConfig,
     EvaluationConfig,
+    JudgeConfig,
     OptimizerConfig,
     SamplingConfig,
     TeachConfig,
@@ -30,7 +30,7 @@ from opdjax.config import (
 
 
 def get_config() -> Config:
-    judge = EndpointConfig(RULE_JUDGE, "rules")
+    judge = JudgeConfig(RULE_JUDGE)
     references = "runs/references/arithmetic.jsonl"
     return Config(
         data=DataConfig("arithmetic:train[:1600]", max_prompt_length=32, references=references),
@@ -38,7 +38,7 @@ def get_config() -> Config:
         estimator=ROPD_CODE,
         rubricator=judge,
         verifier=judge,
-        teach=TeachConfig(num_answers=4, batch_size=400, max_completion_length=24),
+        teach=TeachConfig(num_answers=4, max_completion_length=24),
         optimizer=OptimizerConfig(learning_rate=1e-4, schedule="constant", b2=0.98),
         train=TrainConfig(num_steps=150, prompts_per_step=32),
         evaluation=EvaluationConfig(max_completion_length=24),

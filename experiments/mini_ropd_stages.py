@@ -11,7 +11,7 @@ three stages: up to the semicolon, up to the #, and the rest. Everything else is
 The paper defines its credit for four stages. `decay` is ours, for three: weight 1 for the stage
 itself, 0.8 for the last stage, 0.5 for stages in between. Alternatives: --estimator.stage-credit
 last (plain ROPD on the last stage's score), --estimator.stage-credit identity,
---estimator.stage-token-mean True.
+--estimator.aggregation stage_token_mean.
 
 Hardware: two CPU cores, three minutes. Expected on 512 test problems, three seeds: avg@8 0.409 ->
 0.541 ± 0.033, greedy 0.543 -> 0.895.
@@ -27,7 +27,5 @@ def get_config() -> Config:
     return replace(
         config_beside(__file__, "mini_ropd.py"),
         estimator=EstimatorConfig("ropd_stages", stage_credit="decay"),
-        rubrics=RubricsConfig(
-            stage_names=("first step", "second step", "answer"), stage_markers=(";", "#")
-        ),
+        rubrics=RubricsConfig(stages=("first step", "second step=;", "answer=#")),
     )

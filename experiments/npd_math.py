@@ -45,7 +45,7 @@ def get_config() -> Config:
         student=ModelConfig("Qwen/Qwen2.5-Math-1.5B"),
         teacher=ModelConfig("Qwen/Qwen2.5-Math-7B-Instruct"),
         data=DataConfig("metamathqa50k.jsonl", format="chat", max_prompt_length=1024),
-        sampling=SamplingConfig(num_generations=1, max_completion_length=2048, temperature=1.0),
+        sampling=SamplingConfig(num_generations=1, max_completion_length=2048, slots=64),
         near_policy=NearPolicyConfig(
             "refresh", num_epochs=10, refresh_epochs=(5,), filter="ifd", ifd_min=0.0, ifd_max=0.8
         ),
@@ -63,9 +63,8 @@ def get_config() -> Config:
             grader="boxed",
             num_prompts=500,
             num_samples=8,
-            temperature=0.6,
+            temperatures=(0.6,),
             max_completion_length=2048,
-            batch_size=64,
         ),
         checkpoint=CheckpointConfig(every=100),
         log=LogConfig(samples_every=100),

@@ -12,11 +12,11 @@ KL, AdamW at 1e-6 with weight decay 0.01, clip 1, answers of up to 8,192 tokens 
         --data.references references/dapo17k.jsonl --evaluation.source aime24.jsonl \
         --workdir runs/ropd_math --api.max-dollars 500
 
-As in the paper, one model is teacher, rubricator and verifier. --rubricator.base-url and
---rubricator.model (and the same for --verifier) select a local judge; the paper's white-box runs
-use Qwen3-30B-A3B-Instruct-2507 behind vLLM. The spending cap needs prices: --verifier.input-price,
---verifier.output-price, and the same for the other roles. The paper's own wording of the loss is
-ROPD_PAPER in opdjax.config: `--estimator.advantage mean_std --estimator.aggregation
+As in the paper, one model is teacher, rubricator and verifier. --api.base-url, --rubricator.model
+and --verifier.model select a local judge; the paper's white-box runs use
+Qwen3-30B-A3B-Instruct-2507 behind vLLM. The spending cap needs prices: --api.prices
+gpt-5.2-chat-latest=INPUT/OUTPUT, in dollars per million tokens. The paper's own wording of the loss
+is ROPD_PAPER in opdjax.config: `--estimator.advantage mean_std --estimator.aggregation
 sequence_mean_token_mean --estimator.dual-clip 0`.
 
 Data: JSON lines with `prompt` and, for the evaluation, `answer`; the paper trains on DAPO-Math-17K,
@@ -31,15 +31,14 @@ the paper's of 32,768; references are sampled at temperature 1, because four at 
 be identical.
 """
 
-from functools import partial
-
 from opdjax.config import (
     ROPD_CODE,
+    ApiConfig,
     CheckpointConfig,
     Config,
     DataConfig,
-    EndpointConfig,
     EvaluationConfig,
+    JudgeConfig,
     LogConfig,
     ModelConfig,
     OptimizerConfig,
@@ -49,15 +48,7 @@ from opdjax.config import (
 )
 
 BOXED = "{prompt}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
-role = partial(
-    EndpointConfig,
-    "https://api.openai.com/v1",
-    "gpt-5.2-chat-latest",
-    api_key_env="OPENAI_API_KEY",
-    max_tokens_field="max_completion_tokens",
-    requests_per_minute=1920,
-    tokens_per_minute=6_000_000,
-)
+JUDGE = JudgeConfig("gpt-5.2-chat-latest", reasoning_effort="high")
 
 
 def get_config() -> Config:
@@ -66,16 +57,23 @@ def get_config() -> Config:
         data=DataConfig(
             source="dapo17k.jsonl",
             prompt_format=BOXED,
-            enable_thinking=False,
+            format="no_thinking",
             max_prompt_length=2048,
             references="references/dapo17k.jsonl",
         ),
-        sampling=SamplingConfig(num_generations=8, max_completion_length=8192),
+        sampling=SamplingConfig(num_generations=8, max_completion_length=8192, slots=64),
         estimator=ROPD_CODE,
-        rubricator=role(reasoning_effort="high", max_tokens=8192, timeout=120.0),
-        verifier=role(reasoning_effort="high", max_tokens=4096, timeout=60.0),
-        teacher_api=role(temperature=1.0, max_tokens=8192, timeout=480.0),
-        teach=TeachConfig(num_answers=4),
+        rubricator=JUDGE,
+        verifier=JUDGE,
+        teach=TeachConfig(
+            num_answers=4, temperature=1.0, max_completion_length=8192, model=JUDGE.model
+        ),
+        api=ApiConfig(
+            "https://api.openai.com/v1",
+            "OPENAI_API_KEY",
+            timeout=480.0,
+            per_minute=(1920, 6_000_000),
+        ),
         optimizer=OptimizerConfig(learning_rate=1e-6, schedule="constant", weight_decay=0.01),
         train=TrainConfig(
             num_steps=531, prompts_per_step=32, gradient_accumulation_steps=32, remat="layer"
@@ -85,10 +83,8 @@ def get_config() -> Config:
             grader="boxed",
             num_prompts=30,
             num_samples=16,
-            temperature=1.0,
             top_p=0.95,
             max_completion_length=8192,
-            batch_size=64,
         ),
         checkpoint=CheckpointConfig(every=50),
         log=LogConfig(samples_every=50),

@@ -22,14 +22,19 @@ are within the noise of 16 samples of 198 questions. Never run here. Deviations 
 """
 
 from dataclasses import replace
-from functools import partial
 
-from opdjax.config import ROPD_PAPER, Config, DataConfig, EndpointConfig, OptimizerConfig
+from opdjax.config import (
+    ROPD_PAPER,
+    ApiConfig,
+    Config,
+    DataConfig,
+    JudgeConfig,
+    OptimizerConfig,
+    TeachConfig,
+)
 from opdjax.config.experiments import config_beside
 
-role = partial(
-    EndpointConfig, "http://127.0.0.1:8000/v1", "Qwen/Qwen3-30B-A3B-Instruct-2507", concurrency=16
-)
+MODEL = "Qwen/Qwen3-30B-A3B-Instruct-2507"
 
 
 def get_config() -> Config:
@@ -38,14 +43,15 @@ def get_config() -> Config:
         base,
         data=DataConfig(
             source="rar_science.jsonl",
-            enable_thinking=False,
+            format="no_thinking",
             max_prompt_length=2048,
             references="references/rar_science.jsonl",
         ),
         estimator=ROPD_PAPER,
-        rubricator=role(temperature=0.7, seed=0, max_tokens=8192, timeout=120.0),
-        verifier=role(temperature=0.0, max_tokens=4096, timeout=60.0),
-        teacher_api=role(temperature=0.7, max_tokens=8192, timeout=480.0),
+        rubricator=JudgeConfig(MODEL, temperature=0.7),
+        verifier=JudgeConfig(MODEL, temperature=0.0),
+        teach=TeachConfig(temperature=0.7, max_completion_length=8192, model=MODEL),
+        api=ApiConfig("http://127.0.0.1:8000/v1", timeout=480.0, concurrency=16),
         optimizer=OptimizerConfig(
             learning_rate=1e-6, schedule="cosine", warmup_steps=100, b2=0.95, weight_decay=0.1
         ),

@@ -43,8 +43,8 @@ def get_config() -> Config:
         data=DataConfig(
             source="dapo14k.jsonl", format="raw", prompt_format=BOXED, max_prompt_length=1024
         ),
-        sampling=SamplingConfig(num_generations=1, max_completion_length=2048, temperature=1.0),
-        estimator=EstimatorConfig("vopd", baseline="student_topk", baseline_top_k=100),
+        sampling=SamplingConfig(num_generations=1, max_completion_length=2048, slots=64),
+        estimator=EstimatorConfig("vopd", baseline="student_topk", support_top_k=100),
         optimizer=OptimizerConfig(learning_rate=1e-5, schedule="cosine", max_grad_norm=1.0),
         train=TrainConfig(
             num_steps=219, prompts_per_step=64, gradient_accumulation_steps=16, remat="layer"
@@ -54,9 +54,8 @@ def get_config() -> Config:
             grader="boxed",
             num_prompts=500,
             num_samples=8,
-            temperature=0.6,
+            temperatures=(0.6,),
             max_completion_length=4096,
-            batch_size=64,
         ),
         checkpoint=CheckpointConfig(every=20),
         log=LogConfig(samples_every=20),

@@ -33,7 +33,7 @@ from opdjax.engine.update import (
 from opdjax.models.decoder import Params
 from opdjax.models.hf_export import export_student
 from opdjax.models.lora import combine
-from opdjax.models.partitioning import shardings_of
+from opdjax.models.partitioning import SAMPLER_AXES, shardings_of
 from opdjax.ops.multihost import (
     InterruptedRunError,
     agreed,
@@ -63,6 +63,7 @@ from opdjax.runs.metrics import MetricWriter, Progress, Timer
 from opdjax.runs.mirror import WorkdirMirror, open_workdir, scratch_workdir
 from opdjax.runs.object_store import is_remote, url_of
 from opdjax.runs.results import make_result, read_result, result_table
+from opdjax.runs.startup import Startup
 from opdjax.runs.workdir import (
     WorkdirError,
     append_lines,
@@ -74,6 +75,8 @@ from opdjax.runs.workdir import (
 )
 from opdjax.types import TrainBatch
 
+# Consecutive steps without a finite loss and gradient that end a run: single ones are skipped.
+MAX_NONFINITE_STEPS = 5
 _NUM_ALTERNATIVES = 5  # teacher's tokens shown with each token of samples.jsonl
 _LOGS = (
     *("metrics.jsonl", "samples.jsonl", "eval.jsonl"),
@@ -90,6 +93,8 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
     finished run is only read.
     """
     join(config.mesh.processes)
+    machine = jax.__version__, jax.devices()[0].device_kind, jax.device_count()
+    startup = Startup(config, machine, jax.config.jax_compilation_cache_dir)
     with contextlib.ExitStack() as resources:
         _check_storage(config, workdir)
         mirror = on_process_zero(
@@ -103,7 +108,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
         is_finished = agreed(bool(on_process_zero(lambda: _open(mirror, setup, run_facts))))
         if not is_finished:
             enforce(check_settings(setup))
-            _run(setup, mirror, resources)
+            _run(setup, mirror, resources, startup)
         mirror.download_result()
         return read_result(mirror.directory)
 
@@ -141,13 +146,13 @@ def _open(mirror: WorkdirMirror, setup: Setup, run_facts: dict[str, Any]) -> boo
     return True
 
 
-def _run(setup: Setup, mirror: WorkdirMirror, resources: contextlib.ExitStack) -> None:
+def _run(
+    setup: Setup, mirror: WorkdirMirror, resources: contextlib.ExitStack, startup: Startup
+) -> None:
     """Train from the latest checkpoint to the last step, and write the result."""
     config, workdir = setup.config, mirror.directory
     num_steps, spec = config.train.num_steps, update_spec(setup)
-    checkpointer = Checkpointer(
-        mirror.checkpoints, keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric
-    )
+    checkpointer = Checkpointer(mirror.checkpoints, keep=config.checkpoint.keep)
     resources.callback(checkpointer.close)
     state, frozen = _initial_state(setup, spec)
     layout = jax.tree.map(lambda x: x.sharding, state)
@@ -174,6 +179,7 @@ def _run(setup: Setup, mirror: WorkdirMirror, resources: contextlib.ExitStack) -
     resources.callback(progress.close)
     is_stop_requested = resources.enter_context(stop_requests())
     source = resources.enter_context(open_source(setup, workdir, first, is_stop_requested))
+    on_process_zero(startup.announce)
     evaluate(setup.evaluator, workdir, 0, copy_weights)
     source.publish(first, copy_weights, timer)
     for step in range(first, num_steps):
@@ -204,6 +210,8 @@ def _run(setup: Setup, mirror: WorkdirMirror, resources: contextlib.ExitStack) -
             extra |= data.metrics | token_counts(config, data)
             source.prefetch(done)
             metrics = jax.tree.map(float, jax.device_get(metrics)) | extra
+        if step == first:
+            on_process_zero(startup.first_step_done)
         # Only rollouts of the current weights must have the log-probs that the update computes.
         if step == first and np.all(np.asarray(data.rollouts.policy_version) == step):
             enforce(check_first_step(setup, data.batch, data.rollouts, data.prompts, metrics))
@@ -219,7 +227,7 @@ def _run(setup: Setup, mirror: WorkdirMirror, resources: contextlib.ExitStack) -
             progress.show(done, metrics)
 
         streak = int(state.nonfinite_streak)
-        if streak >= config.train.max_nonfinite_steps:
+        if streak >= MAX_NONFINITE_STEPS:
             checkpointer.wait()
             raise NonFiniteLossError(_nonfinite_message(done, streak, checkpointer, mirror))
         is_last = done == num_steps
@@ -254,7 +262,7 @@ def _initial_state(setup: Setup, spec: UpdateSpec) -> tuple[TrainState, Params |
     """(the state before the first step, parameters that stay frozen)."""
     trained, frozen = load_student(setup)
     optimizer = make_optimizer(setup.config.optimizer, setup.config.train.num_steps)
-    return init_state(trained, optimizer, setup.mesh, spec.split_over), frozen
+    return init_state(trained, optimizer, setup.mesh), frozen
 
 
 def _sampling_weights(setup: Setup, frozen: Params | None) -> Callable[[Params], Params]:
@@ -264,7 +272,7 @@ def _sampling_weights(setup: Setup, frozen: Params | None) -> Callable[[Params],
     and may read the copy as its teacher's head. The frozen part is not copied if it is in place.
     """
     copied = jax.jit(partial(sampling_copy, setup))
-    layout = frozen and shardings_of(frozen, setup.mesh, setup.config.sampling.split_over)
+    layout = frozen and shardings_of(frozen, setup.mesh, SAMPLER_AXES)
     own_frozen = frozen and jax.device_put(frozen, layout)
     return lambda params: combine(own_frozen, copied(params))
 
@@ -316,14 +324,14 @@ def _truncate_logs(setup: Setup, workdir: pathlib.Path, step: int) -> None:
     logs = {name: read_lines(workdir / name) for name in _LOGS}
     reached = max([row["step"] for row in logs["metrics.jsonl"]], default=0)
     # A run may be killed while it saves its first checkpoint, after a streak of skipped steps.
-    possible = 2 * config.checkpoint.every + config.train.max_nonfinite_steps
+    possible = 2 * config.checkpoint.every + MAX_NONFINITE_STEPS
     if step == 0 and reached > possible:
         raise WorkdirError(
             f"{workdir} has metrics up to step {reached} and no checkpoint; put checkpoints back "
             "or start in a new work directory"
         )
     found = {(row["step"], row["temperature"]) for row in logs["eval.jsonl"]}
-    temperatures = (evaluation.temperature, *evaluation.extra_temperatures)
+    temperatures = evaluation.temperatures
     if step and setup.evaluator is not None and not {(0, t) for t in temperatures} <= found:
         raise WorkdirError(
             f"{workdir / 'eval.jsonl'} lacks the evaluation of step 0, whose parameters are gone; "

@@ -9,7 +9,7 @@
 
 Each argument is NAME=SOURCE,PROMPT_COLUMN,ANSWER_COLUMN, with any source that data.source accepts;
 a name may appear several times. Each row holds prompt, answer and benchmark, the name. Read the
-file with --evaluation.benchmark-column benchmark. If a source fails, nothing is written.
+file with --evaluation.columns benchmark=benchmark. If a source fails, nothing is written.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import dataclasses
 import json
 import os
 import pathlib
@@ -27,35 +26,23 @@ from collections.abc import Callable
 import numpy as np
 from safetensors.numpy import load_file
 
-from opdjax.config import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    EstimatorConfig,
-    EvaluationConfig,
-    LogConfig,
-    MeshConfig,
-    NearPolicyConfig,
-    OptimizerConfig,
-    SamplingConfig,
-    TrainConfig,
-)
-from opdjax.config.validation import to_dict
+from opdjax.config import Config
+from opdjax.config.validation import from_dict, to_dict
 from opdjax.rollouts.near_policy import shards
 from opdjax.runs.workdir import read_lines
 
-BASE = Config(
-    data=DataConfig(max_prompt_length=32),
-    sampling=SamplingConfig(max_completion_length=12, num_generations=2),
-    estimator=EstimatorConfig("npd", tile=64),
-    optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=1),
-    train=TrainConfig(num_steps=48, prompts_per_step=4, pack_length=60),
-    evaluation=EvaluationConfig(source=None),
-    checkpoint=CheckpointConfig(every=3),
-    log=LogConfig(samples_every=0, diagnostics_every=1),
-    mesh=MeshConfig(1),
-)
-REFRESH = {"schedule": "refresh", "num_epochs": 4, "refresh_epochs": (1, 2), "shard_size": 16}
+BASE = {
+    "data": {"max_prompt_length": 32},
+    "sampling": {"max_completion_length": 12, "num_generations": 2},
+    "estimator": {"recipe": "npd"},
+    "optimizer": {"learning_rate": 5e-3, "warmup_steps": 1},
+    "train": {"num_steps": 48, "prompts_per_step": 4, "pack_length": 60},
+    "evaluation": {"source": None},
+    "checkpoint": {"every": 3},
+    "log": {"samples_every": 0, "diagnostics_every": 1},
+    "mesh": {"data": 1},
+}
+REFRESH = {"schedule": "refresh", "num_epochs": 4, "refresh_epochs": [1, 2]}
 CONTINUOUS = {
     "schedule": "continuous",
     "max_staleness": 2,
@@ -63,7 +50,7 @@ CONTINUOUS = {
     "ifd_min": None,
     "ifd_quantile": 0.7,
 }
-THREAD = {"generator": "thread", "generator_devices": 1}
+THREAD = {"generator": "thread"}
 SCHEDULES = {
     "refresh, inline": REFRESH,
     "refresh, process": REFRESH | {"generator": "process"},
@@ -251,7 +238,7 @@ def main() -> None:
     for schedule, given in SCHEDULES.items():
         if options.only and options.only not in schedule:
             continue
-        config = dataclasses.replace(BASE, near_policy=NearPolicyConfig(**given))
+        config = from_dict(Config, BASE | {"near_policy": given})
         rng, began = random.Random(f"{options.seed} {schedule}"), time.monotonic()
         name = schedule.replace(", ", "_").replace(" ", "_")
         calm, storm = options.workdir / f"{name}_calm", options.workdir / f"{name}_storm"

@@ -12,27 +12,26 @@ likelihood exists.
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
-import shutil
-import tempfile
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from benchmarks.models import qwen3, raw_config, write_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from opdjax.config import PACKAGE
 from opdjax.data.tasks import arithmetic
+from opdjax.engine.decoding import Decoding
+from opdjax.engine.sampler import sample
 from opdjax.models import decoder
 from opdjax.models.families import family_of
-from opdjax.models.hf import Checkpoint, load_params, open_checkpoint
-from opdjax.models.hf_export import export
+from opdjax.models.hf import load_params, open_checkpoint
 from opdjax.ops.vocab import TokenInputs, tiled_loss
+from opdjax.types import PromptBatch
 
 LARGEST_NUMBER = 199
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -70,31 +69,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def model_config(vocab_size: int) -> dict:
     """Return the `config.json` of both models."""
-    return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "vocab_size": vocab_size,
-        "hidden_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 3,
-        "head_dim": 16,
-        "intermediate_size": 288,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": True,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "hidden_act": "silu",
-        "max_position_embeddings": 512,
-        "use_sliding_window": False,
-        "initializer_range": 0.02,
-        "use_cache": True,
-        "dtype": "float32",
-        "bos_token_id": None,
-        "eos_token_id": SPECIAL.index("<|im_end|>"),
-        "pad_token_id": SPECIAL.index("<|endoftext|>"),
-    }
+    model = qwen3(96, 3, 6, 3, 16, 288, vocab_size)
+    eos, pad = map(SPECIAL.index, ("<|im_end|>", "<|endoftext|>"))
+    return raw_config(model, eos, pad, positions=512)
 
 
 class Corpus:
@@ -215,31 +192,19 @@ def make_step(config, optimizer):
 
 
 def greedy_accuracy(params, config, tokenizer, problems) -> float:
-    """Return the share of problems whose greedy answer ends in the right value.
-
-    Decoding has no cache.
-    """
+    """Return the share of problems whose greedy answer ends in the right value."""
     vocab, rows = tokenizer.get_vocab(), [_header(problem.prompt) for problem in problems]
-    width = max(map(len, rows))
-    tokens, segments = np.zeros((2, len(rows), COLUMNS), np.int32)
+    width, stop = max(map(len, rows)), vocab["<|im_end|>"]
+    tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
     for i, row in enumerate(rows):
-        tokens[i, width - len(row) : width] = [vocab[word] for word in row]
-        segments[i, width - len(row) : width] = 1
-
-    @jax.jit
-    def next_token(params, tokens, segments, column):
-        hidden = decoder.forward(params, config, tokens, segments)
-        last = jax.lax.dynamic_index_in_dim(hidden, column - 1, 1, keepdims=False)
-        chosen = jnp.argmax(last @ params["embedding"].T, axis=-1)
-        return tokens.at[:, column].set(chosen), segments.at[:, column].set(1)
-
-    for column in range(width, COLUMNS):
-        tokens, segments = next_token(params, tokens, segments, column)
+        tokens[i, width - len(row) :] = [vocab[word] for word in row]
+        mask[i, width - len(row) :] = True
+    prompts = PromptBatch(tokens, mask, np.arange(len(rows), dtype=np.int32))
+    decoding = Decoding(COLUMNS - width, (stop,), temperature=0.0)
+    drawn = sample(params, prompts, 0, 0, config=config, decoding=decoding)
     names = {i: word for word, i in vocab.items()}
-    texts = [
-        "".join(names[int(t)] for t in row[width:]).split("<|im_end|>")[0]
-        for row in np.asarray(tokens)
-    ]
+    sampled = zip(np.asarray(drawn.tokens), np.asarray(drawn.mask))
+    texts = ["".join(names[int(t)] for t in row[is_new] if t != stop) for row, is_new in sampled]
     is_right = lambda text, answer: "#" in text and text.split("#")[-1] == answer
     return float(np.mean([is_right(text, p.answer) for text, p in zip(texts, problems)]))
 
@@ -297,22 +262,6 @@ def restore_params(workdir: pathlib.Path, step: int) -> dict:
     return jax.tree.map(np.asarray, manager.restore(step)["params"])
 
 
-def write_model(params: dict, out: pathlib.Path) -> None:
-    """Write a Hugging Face directory with these weights."""
-    tokenizer = make_tokenizer()
-    raw = model_config(len(tokenizer))
-    family = family_of(raw)
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        ids = {"eos_token_id": raw["eos_token_id"], "pad_token_id": raw["pad_token_id"]}
-        pathlib.Path(folder, "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
-        config, stops = family.read_config(raw), (raw["eos_token_id"],)
-        source = Checkpoint(pathlib.Path(folder), raw, family, config, stops, "float32")
-        shutil.rmtree(out, ignore_errors=True)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        export(params, source, out)
-
-
 def pick(args) -> None:
     """Write teacher and student, then load and measure both."""
     for name, step in (
@@ -320,11 +269,13 @@ def pick(args) -> None:
         ("student", args.student_step),
     ):
         out = args.out / name
-        write_model(restore_params(args.workdir, step), out)
+        tokenizer = make_tokenizer()
+        raw = model_config(len(tokenizer))
+        write_model(restore_params(args.workdir, step), raw, tokenizer, out)
         checkpoint = open_checkpoint(out)
         params = load_params(checkpoint, "float32")
         accuracy = greedy_accuracy(
-            params, checkpoint.config, make_tokenizer(), arithmetic.problems("test")
+            params, checkpoint.config, tokenizer, arithmetic.problems("test")
         )
         size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
         print(f"{name}: step {step}, greedy {accuracy:.3f} on 2048 test problems, {size:.2f} MB")

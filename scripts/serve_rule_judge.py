@@ -16,15 +16,19 @@ requests or on the number of connections, and a repeated request may succeed.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import collections
 import copy
-import dataclasses
 import hashlib
+import http.server
 import json
 import signal
+import socket
+import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
 from opdjax.judge.rule_based.rules import role_of
@@ -32,35 +36,7 @@ from opdjax.judge.rule_based.server import completion, reply_document, requested
 
 HOST, MODEL = "127.0.0.1", "rule-judge"
 MAX_BODY = 64 * 2**20
-REASONS = {
-    **{200: "OK", 400: "Bad Request", 404: "Not Found", 411: "Length Required"},
-    **{413: "Content Too Large", 429: "Too Many Requests", 500: "Internal Server Error"},
-}
 Document = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    method: str
-    path: str
-    body: bytes
-    is_last: bool  # of its connection
-
-
-@dataclasses.dataclass(frozen=True)
-class Response:
-    status: int
-    document: Document
-    headers: tuple[str, ...] = ()
-
-
-class ProtocolError(Exception):
-    """A malformed request; the connection ends with this response."""
-
-    def __init__(self, status: int, message: str):
-        super().__init__(message)
-        self.response = refused(status, message)
-
 
 # Faults of the transport, of the reply's text, and of its content.
 TRANSPORT_FAULTS = ("rate_limit", "server_error", "timeout")
@@ -119,205 +95,168 @@ CONTENT_FAULTS: dict[str, Callable[[Document, int], Document | None]] = {
 FAULTS = (*TRANSPORT_FAULTS, *TEXT_FAULTS, *CONTENT_FAULTS)
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    port: int = 0  # 0: any free one
-    latency: float = 0.0  # seconds before each reply
-    faults: float = 0.0  # share of requests
-    fault_kinds: tuple[str, ...] = FAULTS
-    seed: int = 0
-    hang: float = 5.0  # seconds of a timeout
-    down_after: int = 0  # number of requests after which connections are refused; 0: never
+class JudgeServer(http.server.ThreadingHTTPServer):
+    """The server, its options and its counts; OSError if the port is taken."""
 
+    daemon_threads = True
+    request_queue_size = 1024
 
-class JudgeServer:
-    """The server and its counts; `start` and `stop` it inside one running loop."""
-
-    def __init__(self, options: Options):
-        self._options, self._seen = options, collections.Counter()
-        self._roles, self._faults = collections.Counter(), collections.Counter()
-        self._counts = {"requests": 0, "connections": 0, "in_flight": 0, "max_in_flight": 0}
-        self._connections: dict[asyncio.Task, asyncio.StreamWriter] = {}
-        self._idle: set[asyncio.Task] = set()
-        self._listening: asyncio.Server | None = None
-
-    async def start(self) -> JudgeServer:
-        """Listen; OSError if the port is taken."""
-        self._listening = await asyncio.start_server(
-            self._converse, HOST, self._options.port, backlog=1024
-        )
-        self.port = self._listening.sockets[0].getsockname()[1]
-        return self
+    def __init__(self, options: argparse.Namespace):
+        super().__init__((HOST, options.port), Handler)
+        self.options, self.lock, self.is_down = options, threading.Lock(), False
+        self.idle: set[socket.socket] = set()  # connections that wait for a request
+        self.counts = {"requests": 0, "connections": 0, "in_flight": 0, "max_in_flight": 0}
+        self._seen, self.roles, self.faults = (collections.Counter() for _ in range(3))
 
     @property
     def url(self) -> str:
-        return f"http://{HOST}:{self.port}/v1"
+        return f"http://{HOST}:{self.server_port}/v1"
 
     @property
     def stats(self) -> Document:
-        return {**self._counts, "roles": dict(self._roles), "faults": dict(self._faults)}
+        return {**self.counts, "roles": dict(self.roles), "faults": dict(self.faults)}
 
-    @property
-    def is_down(self) -> bool:
-        return not self._listening.is_serving()
-
-    async def stop(self) -> None:
-        """Refuse new connections and abort the open ones."""
-        self._listening.close()
-        # Aborted, not closed: a client that does not read would keep a closed connection open
-        # until its buffer is sent.
-        for task, writer in self._connections.items():
-            writer.transport.abort()
-            task.cancel()
-        await asyncio.gather(*self._connections, return_exceptions=True)
-
-    def _go_down(self) -> None:
-        """Refuse new connections; received requests are still answered."""
-        self._listening.close()
-        for task in self._idle:
-            self._connections[task].transport.abort()
-
-    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        self._connections[task] = writer
-        self._counts["connections"] += 1
-        try:
-            await self._answer_all(reader, writer, task)
-        except ProtocolError as error:
-            writer.write(as_bytes(error.response, is_last=True))
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass  # the client has disconnected
-        finally:
-            del self._connections[task]
-            self._idle.discard(task)
-            writer.close()
-
-    async def _answer_all(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, task: asyncio.Task
-    ) -> None:
-        is_last = False
-        while not is_last:
-            self._idle.add(task)
-            request = await read_request(reader)
-            self._idle.discard(task)
-            response = None if request is None or self.is_down else await self._answer(request)
-            if response is None:
-                return
-            is_last = request.is_last or self.is_down
-            writer.write(as_bytes(response, is_last))
-            await writer.drain()
-
-    async def _answer(self, request: Request) -> Response | None:
-        """None: close the connection without a response."""
-        route = (request.method, request.path)
-        if route == ("POST", "/v1/chat/completions"):
-            return await self._counted(request.body)
-        if route == ("GET", "/v1/models"):
-            model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "opdjax"}
-            return Response(200, {"object": "list", "data": [model]})
-        if route == ("GET", "/stats"):
-            return Response(200, self.stats)
-        return refused(
-            404,
-            f"there is no {request.method} {request.path}; expected POST /v1/chat/completions, "
-            "GET /v1/models or GET /stats",
-        )
-
-    async def _counted(self, body: bytes) -> Response | None:
-        counts = self._counts
-        counts["requests"] += 1
-        counts["in_flight"] += 1
-        counts["max_in_flight"] = max(counts["max_in_flight"], counts["in_flight"])
+    def begin_request(self) -> None:
+        """Count a request; the last one before `--down-after` closes the server to others."""
+        with self.lock:
+            counts = self.counts
+            counts["requests"] += 1
+            counts["in_flight"] += 1
+            counts["max_in_flight"] = max(counts["max_in_flight"], counts["in_flight"])
+            is_last = counts["requests"] == self.options.down_after
+            self.is_down |= is_last
         # Before the reply: a server that crashes does not wait for its last request.
-        if counts["requests"] == self._options.down_after:
-            self._go_down()
-        try:
-            return await self._complete(body)
-        finally:
-            counts["in_flight"] -= 1
+        if is_last:
+            self.shutdown()
+            self.socket.close()
+            for connection in list(self.idle):
+                connection.shutdown(socket.SHUT_RDWR)
 
-    async def _complete(self, body: bytes) -> Response | None:
+    def end_request(self) -> None:
+        with self.lock:
+            self.counts["in_flight"] -= 1
+
+    def fault(self, body: bytes, document: Document) -> tuple[str | None, int]:
+        """Return the fault of this request, if any, and a number of 32 bits that varies it."""
+        key = hashlib.sha256(body).digest()  # whole bodies would fill the memory
+        with self.lock:
+            count = self._seen[key]
+            self._seen[key] += 1
+        digest = hashlib.sha256(f"{self.options.seed} {count} ".encode() + body).digest()
+        able = [
+            kind
+            for kind in self.options.fault_kinds
+            if kind not in CONTENT_FAULTS or CONTENT_FAULTS[kind](copy.deepcopy(document), 0)
+        ]
+        is_failing = int.from_bytes(digest[:8]) < self.options.faults * 2**64
+        kind = able[int.from_bytes(digest[8:16]) % len(able)] if is_failing and able else None
+        with self.lock:
+            self.faults.update([kind] if kind else [])
+        return kind, int.from_bytes(digest[16:20])
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One connection."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def setup(self) -> None:
+        super().setup()
+        with self.server.lock:
+            self.server.counts["connections"] += 1
+
+    def handle_one_request(self) -> None:
+        self.server.idle.add(self.connection)
+        try:
+            super().handle_one_request()
+        except ConnectionError:  # the client has disconnected
+            self.close_connection = True
+        finally:
+            self.server.idle.discard(self.connection)
+
+    def parse_request(self) -> bool:
+        self.server.idle.discard(self.connection)
+        return super().parse_request()
+
+    def log_message(self, *_: Any) -> None:
+        """Do not log requests."""
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Refuse a request that is not HTTP, and end the connection."""
+        self.close_connection = True
+        self.refuse(code, message or HTTPStatus(code).phrase)
+
+    def reply(self, status: int, document: Document, **headers: str) -> None:
+        body = json.dumps(document).encode()
+        self.close_connection |= self.server.is_down
+        self.send_response(status)
+        headers |= {"Content-Type": "application/json", "Content-Length": str(len(body))}
+        headers["Connection"] = "close" if self.close_connection else "keep-alive"
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def refuse(self, status: int, message: str, **headers: str) -> None:
+        kind = HTTPStatus(status).phrase.lower().replace(" ", "_")
+        error = {"message": message, "type": kind, "code": status}
+        self.reply(status, {"error": error}, **headers)
+
+    def refuse_path(self) -> None:
+        offered = "POST /v1/chat/completions, GET /v1/models or GET /stats"
+        self.refuse(404, f"there is no {self.command} {self.path}; expected {offered}")
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "opdjax"}
+        if path == "/v1/models":
+            self.reply(200, {"object": "list", "data": [model]})
+        elif path == "/stats":
+            self.reply(200, self.server.stats)
+        else:
+            self.refuse_path()
+
+    def do_POST(self) -> None:
+        length = self.headers.get("Content-Length", "0")
+        if "Transfer-Encoding" in self.headers:
+            self.send_error(411, "expected a body with Content-Length, not a chunked one")
+        elif not (length.isascii() and length.isdigit()) or len(length) > 18:
+            self.send_error(400, "Content-Length is no number")
+        elif int(length) > MAX_BODY:
+            self.send_error(413, f"the body has {length} bytes; expected at most {MAX_BODY}")
+        elif len(body := self.rfile.read(int(length))) < int(length):
+            self.close_connection = True  # the client has disconnected
+        elif self.path.partition("?")[0] != "/v1/chat/completions":
+            self.refuse_path()
+        else:
+            self.server.begin_request()
+            try:
+                self.complete(body)
+            finally:
+                self.server.end_request()
+
+    def complete(self, body: bytes) -> None:
         try:
             request = checked(body)
         except ValueError as error:
-            return refused(400, str(error))
-        self._roles[role_of(request["messages"]) or "other"] += 1
-        document = reply_document(request)
-        fault, digest = self._fault(body, document)
-        self._faults.update([fault] if fault else [])
-        pick = int.from_bytes(digest[16:20])
+            self.refuse(400, str(error))
+            return
+        options, document = self.server.options, reply_document(request)
+        with self.server.lock:
+            self.server.roles[role_of(request["messages"]) or "other"] += 1
+        fault, pick = self.server.fault(body, document)
         if fault == "rate_limit":
-            header = f"Retry-After: {0.05 + 0.15 * pick / 2**32:.3f}"
-            return dataclasses.replace(refused(429, "too many requests"), headers=(header,))
-        await asyncio.sleep(self._options.hang if fault == "timeout" else self._options.latency)
+            seconds = f"{0.05 + 0.15 * pick / 2**32:.3f}"
+            self.refuse(429, "too many requests", Retry_After=seconds)
+            return
+        time.sleep(options.hang if fault == "timeout" else options.latency)
         if fault == "timeout":
-            return None
-        if fault == "server_error":
-            return refused(500, "the server failed")
-        return Response(200, completion(request, *spoiled(document, fault, pick)))
-
-    def _fault(self, body: bytes, document: Document) -> tuple[str | None, bytes]:
-        """The fault of this request, and the digest that decided it."""
-        key = hashlib.sha256(body).digest()  # whole bodies would fill the memory
-        digest = hashlib.sha256(f"{self._options.seed} {self._seen[key]} ".encode() + body).digest()
-        self._seen[key] += 1
-        if int.from_bytes(digest[:8]) >= self._options.faults * 2**64:
-            return None, digest
-        able = [
-            kind
-            for kind in self._options.fault_kinds
-            if kind not in CONTENT_FAULTS or CONTENT_FAULTS[kind](copy.deepcopy(document), 0)
-        ]
-        return (able[int.from_bytes(digest[8:16]) % len(able)] if able else None), digest
-
-
-async def read_request(reader: asyncio.StreamReader) -> Request | None:
-    """The next request; None if the connection ended after the last one.
-
-    Raises ProtocolError if it is not HTTP/1.1 with a Content-Length.
-    """
-    try:
-        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-    except asyncio.IncompleteReadError as error:
-        if error.partial.strip():
-            raise
-        return None
-    except asyncio.LimitOverrunError:
-        message = "the request's head is too long; expected at most 64 KiB"
-        raise ProtocolError(400, message) from None
-    first, *lines = head.strip().split("\r\n")
-    words = first.split(" ")
-    if len(words) != 3 or not words[2].startswith("HTTP/1."):
-        raise ProtocolError(400, "expected an HTTP/1.1 request")
-    pairs = (line.partition(":") for line in lines)
-    headers = {name.strip().lower(): value.strip() for name, _, value in pairs}
-    if "transfer-encoding" in headers:
-        raise ProtocolError(411, "expected a body with Content-Length, not a chunked one")
-    length = headers.get("content-length", "0")
-    if not (length.isascii() and length.isdigit()) or len(length) > 18:
-        raise ProtocolError(400, "Content-Length is no number")
-    if int(length) > MAX_BODY:
-        raise ProtocolError(413, f"the body has {length} bytes; expected at most {MAX_BODY}")
-    is_last = headers.get("connection", "").lower() == "close" or words[2] == "HTTP/1.0"
-    body = await reader.readexactly(int(length))
-    return Request(words[0], words[1].partition("?")[0], body, is_last)
-
-
-def as_bytes(response: Response, is_last: bool) -> bytes:
-    body = json.dumps(response.document).encode()
-    head = [
-        f"HTTP/1.1 {response.status} {REASONS[response.status]}",
-        "Content-Type: application/json",
-        f"Content-Length: {len(body)}",
-        f"Connection: {'close' if is_last else 'keep-alive'}",
-        *response.headers,
-    ]
-    return "\r\n".join([*head, "", ""]).encode() + body
-
-
-def refused(status: int, message: str) -> Response:
-    kind = REASONS[status].lower().replace(" ", "_")
-    return Response(status, {"error": {"message": message, "type": kind, "code": status}})
+            self.close_connection = True  # without a response
+        elif fault == "server_error":
+            self.refuse(500, "the server failed")
+        else:
+            self.reply(200, completion(request, *spoiled(document, fault, pick)))
 
 
 def checked(body: bytes) -> Document:
@@ -353,51 +292,7 @@ def spoiled(document: Document, fault: str | None, pick: int) -> tuple[str, str]
     return text, "length" if fault == "truncated" else "stop"
 
 
-async def serve(options: Options, command: list[str]) -> int:
-    """Serve until SIGINT or SIGTERM, or until the command ends; returns the exit status."""
-    try:
-        server = await JudgeServer(options).start()
-    except OSError as error:
-        print(
-            f"port {options.port} is not available ({error.strerror}); take another with --port, "
-            "or any free one with --port 0",
-            file=sys.stderr,
-        )
-        return 2
-    print(f"serving at {server.url}", file=sys.stderr if command else sys.stdout, flush=True)
-    try:
-        return await run_command(server, command) if command else await until_signal()
-    finally:
-        await server.stop()
-        print(f"served: {json.dumps(server.stats)}", file=sys.stderr, flush=True)
-
-
-async def until_signal() -> int:
-    ended = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, ended.set)
-    await ended.wait()
-    return 0
-
-
-async def run_command(server: JudgeServer, command: list[str]) -> int:
-    """The exit status of the command, with {url} replaced by the server's address."""
-    words = [word.replace("{url}", server.url) for word in command]
-    try:
-        process = await asyncio.create_subprocess_exec(*words)
-    except OSError as error:
-        print(f"{command[0]} does not run: {error.strerror}", file=sys.stderr)
-        return 127
-    # The terminal sends an interrupt to the command directly.
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGINT, lambda: None)
-    loop.add_signal_handler(signal.SIGTERM, process.terminate)
-    status = await process.wait()
-    return status if status >= 0 else 128 - status
-
-
-def parsed(words: list[str]) -> tuple[Options, list[str]]:
-    split = words.index("--") if "--" in words else len(words)
+def parsed(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -405,35 +300,58 @@ def parsed(words: list[str]) -> tuple[Options, list[str]]:
     add("--port", type=int, default=8321, help="the port; 0: any free one")
     add("--latency", type=float, default=0.0, help="seconds before each reply")
     add("--faults", type=float, default=0.0, help="share of requests that fail, from 0 to 1")
-    add(
-        "--fault-kinds",
-        default=",".join(FAULTS),
-        help="kinds of faults, separated by commas; default: %(default)s",
-    )
+    kinds = "kinds of faults, separated by commas; default: %(default)s"
+    add("--fault-kinds", default=",".join(FAULTS), help=kinds)
     add("--seed", type=int, default=0, help="seed that selects the requests which fail")
     add("--hang", type=float, default=5.0, help="seconds until a timeout fault ends the connection")
-    add(
-        "--down-after",
-        type=int,
-        default=0,
-        help="number of requests after which connections are refused; 0: never",
-    )
-    given = parser.parse_args(words[:split])
-    kinds = tuple(filter(None, given.fault_kinds.split(",")))
-    if unknown := sorted(set(kinds) - set(FAULTS)):
+    down = "number of requests after which connections are refused; 0: never"
+    add("--down-after", type=int, default=0, help=down)
+    given = parser.parse_args(words)
+    given.fault_kinds = tuple(filter(None, given.fault_kinds.split(",")))
+    if unknown := sorted(set(given.fault_kinds) - set(FAULTS)):
         parser.error(f"--fault-kinds is {', '.join(unknown)}; expected some of {', '.join(FAULTS)}")
     if not 0 <= given.faults <= 1:
         parser.error(f"--faults is {given.faults}; expected a share from 0 to 1")
     if min(given.latency, given.hang, given.down_after) < 0:
         parser.error("--latency, --hang and --down-after must be 0 or more")
-    return Options(**vars(given) | {"fault_kinds": kinds}), words[split + 1 :]
+    return given
+
+
+def run_command(server: JudgeServer, command: list[str]) -> int:
+    """Return the exit status of the command, with {url} replaced by the server's address."""
+    # The terminal sends an interrupt to the command directly.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        process = subprocess.Popen([word.replace("{url}", server.url) for word in command])
+    except OSError as error:
+        print(f"{command[0]} does not run: {error.strerror}", file=sys.stderr)
+        return 127
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    status = process.wait()
+    return status if status >= 0 else 128 - status
 
 
 def main() -> None:
+    words = sys.argv[1:]
+    split = words.index("--") if "--" in words else len(words)
+    options, command = parsed(words[:split]), words[split + 1 :]
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
     try:
-        sys.exit(asyncio.run(serve(*parsed(sys.argv[1:]))))
-    except KeyboardInterrupt:
-        sys.exit(130)
+        server = JudgeServer(options)
+    except OSError as error:
+        print(
+            f"port {options.port} is not available ({error.strerror}); take another with --port, "
+            "or any free one with --port 0",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    print(f"serving at {server.url}", file=sys.stderr if command else sys.stdout, flush=True)
+    status = run_command(server, command) if command else int(not ended.wait())
+    print(f"served: {json.dumps(server.stats)}", file=sys.stderr, flush=True)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -67,9 +67,8 @@ def mesh_config(directory: pathlib.Path, mesh: MeshConfig, **sections) -> Config
         "estimator": EstimatorConfig(
             recipe="vopd",
             baseline="student_topk",
-            baseline_top_k=5,
+            support_top_k=5,
             aggregation="fixed_denominator",
-            tile=16,
         ),
         "optimizer": OptimizerConfig(learning_rate=1e-3),
         "train": TrainConfig(num_steps=2, prompts_per_step=16, gradient_accumulation_steps=2),

@@ -7,7 +7,14 @@ import pathlib
 import pytest
 
 from opdjax.cli.experiments import load_experiment
-from opdjax.config import Config, EndpointConfig, EstimatorConfig, RubricsConfig, SamplingConfig
+from opdjax.config import (
+    ApiConfig,
+    Config,
+    EstimatorConfig,
+    JudgeConfig,
+    RubricsConfig,
+    SamplingConfig,
+)
 from opdjax.config.experiments import load_sweep
 from opdjax.config.recipes import RECIPES
 from opdjax.config.validation import ConfigError
@@ -46,9 +53,13 @@ def test_the_config_refuses_altered_sampling_for_policy_gradients_alone(name):
     if recipe.is_rewarded:  # its ratio is to the tempered policy, which earned the reward
         sampling["num_generations"] = 2
         if recipe.is_judged:
-            judge = EndpointConfig("http://host:1/v1", "judge")
-            stages = RubricsConfig(stage_names=("a", "b"), stage_markers=(";",))
-            sections = {"rubricator": judge, "verifier": judge}
+            judge = JudgeConfig("judge")
+            stages = RubricsConfig(stages=("a", "b=;"))
+            sections = {
+                "rubricator": judge,
+                "verifier": judge,
+                "api": ApiConfig("http://host:1/v1"),
+            }
             sections |= {"rubrics": stages} if recipe.has_stages else {}
     elif recipe.is_policy_gradient:
         with pytest.raises(ConfigError, match="sampling.temperature 0.7"):

@@ -21,6 +21,7 @@ from tiny_runs import (
     assert_equal_trees,
     assert_same_run,
     column,
+    environment,
     final_weights,
     finish,
     interrupted_at,
@@ -132,7 +133,12 @@ def test_a_killed_run_ends_like_an_undisturbed_one(tiny_run, tmp_path, capsys):
     """SIGKILL after the fifth step of a process of its own, then the same run again."""
     workdir = tmp_path / "run"
     arguments = ["train", str(save(TINY, tmp_path / "run.json")), "--workdir", str(workdir)]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False)
+    # As many simulated devices as here: they share the threads that split a product.
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments],
+        env=environment(jax.device_count()),
+        check=False,
+    )
     assert killed.returncode == -signal.SIGKILL
     assert column(workdir, "step") == [1, 2, 3, 4, 5]
     train(TINY, workdir)
@@ -185,8 +191,9 @@ def test_a_loss_that_stays_non_finite_stops_the_run_and_keeps_the_checkpoint(tmp
         return batch, head
 
     monkeypatch.setattr(opdjax.train, "scored", poisoned)
+    monkeypatch.setattr(opdjax.train, "MAX_NONFINITE_STEPS", 3)
     config = vary(
-        train={"num_steps": 9, "max_nonfinite_steps": 3},
+        train={"num_steps": 9},
         evaluation={"source": None},
         log={"samples_every": 0},
     )
@@ -233,10 +240,10 @@ def three_prompts(tmp_path_factory):
     directory = tmp_path_factory.mktemp("three")
     rows = directory / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"4{n}-17+25="}) + "\n" for n in range(3)))
-    config = vary(
-        **SHORT, data={"source": str(rows)}, sampling={"kv_dtype": "int8"}, log={"num_samples": 8}
-    )
-    train(config, directory / "run")
+    config = vary(**SHORT, data={"source": str(rows)}, sampling={"kv_dtype": "int8"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("opdjax.rollouts.samples._NUM_SAMPLES", 8)
+        train(config, directory / "run")
     return directory / "run"
 
 

@@ -55,6 +55,11 @@ def make_models(dtype):
     return init(0), init(1)
 
 
+def in_tiles(estimator):
+    """The estimator in tiles of five tokens, several in the smallest batch."""
+    return dataclasses.replace(estimator_of(estimator), tile=5)
+
+
 def scored(batch, teacher, recipe):
     """(the batch with the teacher's scores, the teacher's head or None)."""
     needs = estimator_of(recipe).teacher
@@ -71,7 +76,7 @@ def _gradient(student, batch, head, spec):
 
 def gradient(student, batch, head, estimator, dtype, **spec):
     """(loss, gradient, outputs); one program per estimator, dtype and `UpdateSpec` fields."""
-    spec = UpdateSpec(MODEL, estimator_of(estimator), dtype, max_completion_length=7, **spec)
+    spec = UpdateSpec(MODEL, in_tiles(estimator), dtype, max_completion_length=7, **spec)
     return _gradient(student, batch, head, spec)
 
 

@@ -39,18 +39,17 @@ ROOT = pathlib.Path(__file__).parents[1]
 TINY = Config(
     data=DataConfig(source="arithmetic:train[:64]", max_prompt_length=32),
     sampling=SamplingConfig(max_completion_length=20),
-    estimator=EstimatorConfig(recipe="vopd", tile=64),
+    estimator=EstimatorConfig(recipe="vopd"),
     optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=2),
     train=TrainConfig(num_steps=6, prompts_per_step=8),
     evaluation=EvaluationConfig(
         num_prompts=16,
         num_samples=2,
         max_completion_length=20,
-        batch_size=32,
-        extra_temperatures=(0.5,),
+        temperatures=(1.0, 0.5),
     ),
     checkpoint=CheckpointConfig(every=2),
-    log=LogConfig(samples_every=2, num_samples=2),
+    log=LogConfig(samples_every=2),
     mesh=MeshConfig(data=1),
 )
 SHORT = {"evaluation": {"source": None}, "train": {"num_steps": 1}}  # one step, no evaluation

@@ -17,9 +17,9 @@ from dataclasses import replace
 
 from opdjax.config import (
     ROPD_CODE,
-    EndpointConfig,
     EstimatorConfig,
     EvaluationConfig,
+    JudgeConfig,
     RubricsConfig,
     TrainConfig,
 )
@@ -57,8 +57,8 @@ def get_sweep() -> list[SweepPoint]:
     base = replace(
         ROPD,
         estimator=EstimatorConfig(),
-        rubricator=EndpointConfig(),
-        verifier=EndpointConfig(),
+        rubricator=JudgeConfig(),
+        verifier=JudgeConfig(),
         train=TrainConfig(num_steps=100, prompts_per_step=16),
         evaluation=EvaluationConfig(max_completion_length=24, every=25),
     )

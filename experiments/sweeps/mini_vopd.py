@@ -23,7 +23,7 @@ ARMS = {
     "opd": EstimatorConfig("opd"),
     "vopd": EstimatorConfig("vopd", baseline="full"),
     **{
-        f"vopd_k{k}": EstimatorConfig("vopd", baseline="student_topk", baseline_top_k=k)
+        f"vopd_k{k}": EstimatorConfig("vopd", baseline="student_topk", support_top_k=k)
         for k in (1, 2, 5, 20, 50, 100)
     },
     "full_kl": EstimatorConfig("full_kl", divergence="reverse"),

@@ -2,8 +2,7 @@
 method, then paired seeds.
 
     opdjax sweep experiments/sweeps/near_policy.py --workdir runs/near_policy --jobs 2
-    python scripts/near_policy_study.py runs/near_policy
-        # checks BEST_RATE below, writes experiments/results/near_policy.*
+    opdjax table runs/near_policy        # the grid too: its best rates are BEST_RATE below
 
 Paper: arXiv 2605.05940; results/near_policy.md has the verdicts on its claims. Every method takes
 100 updates of 64 of the same 640 prompts, ten epochs. Methods in `ON_POLICY` train on new answers

@@ -75,15 +75,14 @@ def get_sweep() -> list[SweepPoint]:
     base = replace(
         NPD,
         data=replace(
-            NPD.data, source="hf:meta-math/MetaMathQA#train[:50000]", prompt_column="query"
+            NPD.data, source="hf:meta-math/MetaMathQA#train[:50000]", columns=("prompt=query",)
         ),
         near_policy=NearPolicyConfig(),
         train=replace(NPD.train, pack_length=None),
         evaluation=replace(
             NPD.evaluation,
             source="math2.jsonl",
-            benchmark_column="benchmark",
-            prompt_column="prompt",
+            columns=("prompt=prompt", "benchmark=benchmark"),
             num_prompts=1319,
         ),
     )

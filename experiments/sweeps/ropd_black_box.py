@@ -27,7 +27,7 @@ at T = 1 and top-p 0.95, up to 32,768 tokens.
 Hardware: eight A100 of 80 GB; the paper's figures give about 6.6 minutes per step, 58 hours for 531
 steps [D]. Here 48 runs, 36 of which learn from judges, so some 2,200 hours of such a machine; a run
 makes some 34 thousand judge calls [D] of up to 98 thousand tokens each. Never run here; before a
-run, set the prices of the roles and a cap (ApiConfig.max_dollars) in a copy of this file. The
+run, set prices and a cap (ApiConfig.prices and max_dollars) in a copy of this file. The
 paper's numbers, AIME24 and AIME25 [P]: non-thinking from 24.17 and 20.83, T-Judge 62.50 and 56.64,
 ROPD 65.02 and 58.75; thinking from 70.42 and 59.58, T-Judge 72.50 and 65.48, ROPD 75.41 and 68.75;
 GPQA-Diamond 36.50 and 55.05; on AIME24 one reference 47.08, a rubric per rollout 61.25, not blind
@@ -42,8 +42,8 @@ from dataclasses import replace
 
 from opdjax.config import (
     ROPD_CODE,
-    EndpointConfig,
     EstimatorConfig,
+    JudgeConfig,
     ModelConfig,
     OptimizerConfig,
     RubricsConfig,
@@ -86,7 +86,7 @@ SCIENCE = {
     "evaluation.source": "gpqa.jsonl",
     "train.num_steps": 625,
 }
-THINKING = {"data.enable_thinking": True}
+THINKING = {"data.format": "thinking"}
 PAIRS = {
     "qwen3_4b_gpt": {},
     "qwen3_4b_gpt_science": SCIENCE,
@@ -101,15 +101,15 @@ def get_sweep() -> list[SweepPoint]:
         ROPD,
         data=replace(ROPD.data, references="references/gpt_dapo17k.jsonl"),
         estimator=EstimatorConfig(),
-        rubricator=EndpointConfig(),
-        verifier=EndpointConfig(),
+        rubricator=JudgeConfig(),
+        verifier=JudgeConfig(),
         optimizer=OptimizerConfig(
             learning_rate=1e-6, schedule="cosine", warmup_steps=100, b2=0.95, weight_decay=0.1
         ),
         evaluation=replace(
             ROPD.evaluation,
             source="contests.jsonl",
-            benchmark_column="benchmark",
+            columns=("benchmark=benchmark",),
             num_prompts=512,
             max_completion_length=32768,
         ),

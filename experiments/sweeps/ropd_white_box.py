@@ -26,15 +26,16 @@ batch, `ropd_sft` at 1e-5, because the paper does not state theirs.
 """
 
 from dataclasses import replace
-from functools import partial
 
 from opdjax.config import (
     ROPD_CODE,
-    EndpointConfig,
+    ApiConfig,
     EstimatorConfig,
+    JudgeConfig,
     LoraConfig,
     ModelConfig,
     OptimizerConfig,
+    TeachConfig,
 )
 from opdjax.config.experiments import config_beside
 from opdjax.config.grid import SweepPoint, arms, chain, points, product, seeds
@@ -44,13 +45,17 @@ SERVED = {
     "30b": ("http://127.0.0.1:8000/v1", "Qwen/Qwen3-30B-A3B-Instruct-2507"),
     "14b": ("http://127.0.0.1:8001/v1", "Qwen/Qwen3-14B"),
 }
-ROLES = {name: partial(EndpointConfig, *where, concurrency=16) for name, where in SERVED.items()}
 
 
 def pair(name: str, **more) -> dict:
     """The teacher behind a server, and the file of its answers."""
-    answers = ROLES[name](max_tokens=8192, timeout=480.0, temperature=0.7)
-    return {"teacher_api": answers, "data.references": f"references/{name}_dapo17k.jsonl", **more}
+    url, model = SERVED[name]
+    return {
+        "api": ApiConfig(url, timeout=480.0, concurrency=16),
+        "teach": TeachConfig(temperature=0.7, max_completion_length=8192, model=model),
+        "data.references": f"references/{name}_dapo17k.jsonl",
+        **more,
+    }
 
 
 PAIRS = {"30b": pair("30b"), "14b": pair("14b", teacher=TEACHER)}
@@ -61,8 +66,8 @@ def by_text(name: str) -> dict:
     return {
         "ropd": {
             "estimator": ROPD_CODE,
-            "rubricator": ROLES[name](temperature=0.7, seed=0, timeout=120.0),
-            "verifier": ROLES[name](temperature=0.0, max_tokens=4096, timeout=60.0),
+            "rubricator": JudgeConfig(SERVED[name][1], temperature=0.7),
+            "verifier": JudgeConfig(SERVED[name][1], temperature=0.0),
         },
         "ropd_sft": {
             "estimator": EstimatorConfig("sft"),
@@ -88,15 +93,15 @@ def get_sweep() -> list[SweepPoint]:
         ropd,
         data=replace(ropd.data, references=None),
         estimator=EstimatorConfig(),
-        rubricator=EndpointConfig(),
-        verifier=EndpointConfig(),
+        rubricator=JudgeConfig(),
+        verifier=JudgeConfig(),
         optimizer=OptimizerConfig(
             learning_rate=1e-6, schedule="cosine", warmup_steps=100, b2=0.95, weight_decay=0.1
         ),
         evaluation=replace(
             ropd.evaluation,
             source="contests.jsonl",
-            benchmark_column="benchmark",
+            columns=("benchmark=benchmark",),
             num_prompts=512,
             max_completion_length=32768,
             every=50,

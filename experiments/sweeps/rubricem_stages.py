@@ -24,9 +24,15 @@ stated; criteria have weights 1 to 5, the paper's 1 to 3.
 """
 
 from dataclasses import replace
-from functools import partial
 
-from opdjax.config import EndpointConfig, EstimatorConfig, OptimizerConfig, RubricsConfig
+from opdjax.config import (
+    ApiConfig,
+    EstimatorConfig,
+    JudgeConfig,
+    OptimizerConfig,
+    RubricsConfig,
+    TeachConfig,
+)
 from opdjax.config.experiments import config_beside
 from opdjax.config.grid import SweepPoint, arms, points, product, seeds
 
@@ -51,15 +57,17 @@ ARMS = {
         "estimator": EstimatorConfig("ropd_stages", stage_credit="paper", **LOSS),
         "rubrics": replace(
             RUBRICS,
-            stage_names=("plan", "derivation", "check", "answer"),
-            stage_markers=("(?m)^## Derivation", "(?m)^## Check", "(?m)^## Answer"),
+            stages=(
+                "plan",
+                "derivation=(?m)^## Derivation",
+                "check=(?m)^## Check",
+                "answer=(?m)^## Answer",
+            ),
             stage_caps=(3, 2, 2, 3),
         ),
     },
 }
-role = partial(
-    EndpointConfig, "http://127.0.0.1:8000/v1", "Qwen/Qwen3-30B-A3B-Instruct-2507", concurrency=16
-)
+MODEL = "Qwen/Qwen3-30B-A3B-Instruct-2507"
 
 
 def get_sweep() -> list[SweepPoint]:
@@ -69,13 +77,17 @@ def get_sweep() -> list[SweepPoint]:
         data=replace(ropd.data, prompt_format=PROMPT, references=None),
         estimator=ARMS["ropd"]["estimator"],
         rubrics=RUBRICS,
-        rubricator=role(temperature=0.7, seed=0),
-        verifier=role(temperature=0.0, max_tokens=4096),
-        teacher_api=EndpointConfig(),
+        rubricator=JudgeConfig(MODEL, temperature=0.7),
+        verifier=JudgeConfig(MODEL, temperature=0.0),
+        teach=TeachConfig(),
+        api=ApiConfig("http://127.0.0.1:8000/v1", concurrency=16),
         optimizer=OptimizerConfig(learning_rate=5e-7, schedule="constant"),
         train=replace(ropd.train, num_steps=600),
         evaluation=replace(
-            ropd.evaluation, source="contests.jsonl", benchmark_column="benchmark", num_prompts=512
+            ropd.evaluation,
+            source="contests.jsonl",
+            columns=("benchmark=benchmark",),
+            num_prompts=512,
         ),
     )
     return points(base, product(arms({"qwen3_4b_stages": {}}, "pair"), arms(ARMS), seeds(3)))

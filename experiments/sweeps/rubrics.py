@@ -4,7 +4,7 @@ recipes that read logits, three seeds each.
     opdjax references experiments/mini_ropd.py
     python scripts/serve_rule_judge.py -- \
         opdjax sweep experiments/sweeps/rubrics.py --workdir runs/rubrics --jobs 2
-    python scripts/rubrics_study.py runs/rubrics        # writes experiments/results/rubrics.*
+    opdjax table runs/rubrics
 
 Papers: ROPD (arXiv 2605.07396), table 6 for the ablations; RubricEM (arXiv 2605.10899), section
 3.3, for the stages. Every method takes 150 updates of 32 prompts x 8 rollouts, three passes over
@@ -18,9 +18,10 @@ from dataclasses import replace
 from opdjax.config import (
     ROPD_CODE,
     ROPD_PAPER,
-    EndpointConfig,
+    ApiConfig,
     EstimatorConfig,
     EvaluationConfig,
+    JudgeConfig,
     LogConfig,
     RubricsConfig,
     TeachConfig,
@@ -28,7 +29,7 @@ from opdjax.config import (
 from opdjax.config.experiments import config_beside
 from opdjax.config.grid import SweepPoint, chain, points, product, seeds, vary, zipped
 
-JUDGE = EndpointConfig("http://127.0.0.1:8321/v1", "rules")
+JUDGE = JudgeConfig("rules")
 STAGES = config_beside(__file__, "../mini_ropd_stages.py").rubrics
 TEXT_ONLY = {
     "ropd": (ROPD_CODE, RubricsConfig()),
@@ -61,6 +62,7 @@ def get_sweep() -> list[SweepPoint]:
         config_beside(__file__, "../mini_ropd.py"),
         rubricator=JUDGE,
         verifier=JUDGE,
+        api=ApiConfig("http://127.0.0.1:8321/v1"),
         teach=TeachConfig(),
         evaluation=EvaluationConfig(max_completion_length=24, every=75),
         log=LogConfig(samples_every=75),

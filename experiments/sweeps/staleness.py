@@ -2,7 +2,7 @@
 sampled or exact, direction.
 
     opdjax sweep experiments/sweeps/staleness.py --workdir runs/staleness --jobs 2
-    python scripts/staleness_study.py runs/staleness        # writes experiments/results/staleness.*
+    opdjax table runs/staleness
 
 Papers: AsyncOPD, arXiv 2606.24143 (forward KL tolerates stale rollouts, reverse KL does not); NPD,
 arXiv 2605.05940. Every update trains on 64 answers that the weights of exactly 0, 8 or 32 updates

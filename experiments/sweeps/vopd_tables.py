@@ -45,7 +45,7 @@ def pair(student: str, teacher: str, **more) -> dict:
 
 def top_k(k: int) -> EstimatorConfig:
     """The paper's baseline on the student's top k ids."""
-    return EstimatorConfig("vopd", baseline="student_topk", baseline_top_k=k)
+    return EstimatorConfig("vopd", baseline="student_topk", support_top_k=k)
 
 
 LETTER = (
@@ -91,7 +91,10 @@ def get_sweep() -> list[SweepPoint]:
         data=replace(paper.data, source="hf:open-r1/DAPO-Math-17k-Processed@en#train"),
         lora=LoraConfig(rank=64, alpha=128.0),
         evaluation=replace(
-            paper.evaluation, source="math4.jsonl", benchmark_column="benchmark", num_prompts=1000
+            paper.evaluation,
+            source="math4.jsonl",
+            columns=("benchmark=benchmark",),
+            num_prompts=1000,
         ),
     )
     main = product(arms(PAIRS, "pair"), arms(METHODS), seeds(3))

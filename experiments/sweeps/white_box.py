@@ -2,8 +2,7 @@
 seeds.
 
     opdjax sweep experiments/sweeps/white_box.py --workdir runs/white_box --jobs 2
-    python scripts/white_box_study.py runs/white_box
-        # checks BEST_RATE below, writes experiments/results/white_box.*
+    opdjax table runs/white_box        # the grid too: its best rates are BEST_RATE below
 
 Paper: the claims of "KL for a KL: On-Policy Distillation with Control Variate Baseline", arXiv
 2605.07865; results/white_box.md has the verdicts. The grid runs first: five rates per recipe,
@@ -26,7 +25,7 @@ TOP_5 = EstimatorConfig("topk_kl", support="student", support_top_k=5)
 ON_POLICY = {
     "opd": EstimatorConfig("opd"),
     **{
-        f"vopd_k{k}": EstimatorConfig("vopd", baseline="student_topk", baseline_top_k=k)
+        f"vopd_k{k}": EstimatorConfig("vopd", baseline="student_topk", support_top_k=k)
         for k in (5, 20, 100)
     },
     "vopd_full": EstimatorConfig("vopd", baseline="full"),

@@ -37,7 +37,6 @@ def export_step(
         checkpointer = Checkpointer(
             mirror.checkpoints,
             keep=config.checkpoint.keep,
-            best_metric=config.checkpoint.best_metric,
             is_read_only=True,
         )
         best = checkpointer.best_step

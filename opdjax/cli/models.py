@@ -9,8 +9,15 @@ import tyro
 
 from opdjax.cli.parsing import as_given, call
 from opdjax.cli.runs import store
-from opdjax.config import Config, DataConfig, EvaluationConfig, ModelConfig, SamplingConfig
-from opdjax.config.validation import ConfigError
+from opdjax.config import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    SamplingConfig,
+    TrainConfig,
+)
+from opdjax.config.validation import ConfigError, require
 from opdjax.runs.object_store import Folder, is_remote, open_output
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -55,15 +62,13 @@ def sample(arguments: list[str]) -> None:
         if not prompts:
             raise ConfigError("no prompt given; expected one or more texts after the model")
         # Validation only. A temperature of 0 is allowed here, but not in a run's rollouts.
-        SamplingConfig(
-            num_generations, max_completion_length, temperature or 1.0, top_p, top_k, min_p
-        )
+        SamplingConfig(num_generations, max_completion_length, temperature or 1.0, top_p, top_k)
+        require(0 <= min_p < 1, "min_p", min_p, "at least 0 (off) and less than 1")
         Config(seed=seed)
         distribution = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        student = ModelConfig(model, dtype=dtype)
-        for prompt, text in complete(
-            student, prompts, data, num_generations, max_completion_length, seed, **distribution
-        ):
+        student = ModelConfig(model)
+        sizes = num_generations, max_completion_length
+        for prompt, text in complete(student, dtype, prompts, data, *sizes, seed, **distribution):
             print(f"{prompt}\t{text}")
 
     call(run, arguments, "opdjax sample")
@@ -77,6 +82,7 @@ def evaluate(arguments: list[str]) -> None:
         data: DataConfig = DataConfig(),  # noqa: B008
         evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008
         dtype: Dtype = "auto",
+        slots: int | None = None,
         output: pathlib.Path | None = None,
     ):
         """Print the scores of a checkpoint.
@@ -86,6 +92,7 @@ def evaluate(arguments: list[str]) -> None:
             data: how a prompt is rendered; its source is not read
             evaluation: prompts, sampling and grading
             dtype: of the forward pass
+            slots: rows decoded at a time, None: 512; fewer for long answers, which need memory
             output: JSON file for the scores, including those of each prompt
         """
         from opdjax.cli.one_model import scores_of
@@ -99,8 +106,9 @@ def evaluate(arguments: list[str]) -> None:
                 )
             if output.is_dir():
                 raise ConfigError(f"--output {output} is a directory; expected the name of a file")
-        student = ModelConfig(model, dtype=dtype)
-        scores = scores_of(Config(student=student, data=data, evaluation=evaluation))
+        sections = {"data": data, "evaluation": evaluation, "train": TrainConfig(dtype=dtype)}
+        sections["sampling"] = SamplingConfig(slots=slots)
+        scores = scores_of(Config(student=ModelConfig(model), **sections))
         for name in ("avg@k", "pass@k", "greedy"):
             title = name.replace("@k", f"@{scores['k']}")
             print(f"{title:10}{scores[name]:.4f} ± {scores[name + '_interval']:.4f}")
@@ -148,7 +156,7 @@ def export(arguments: list[str]) -> None:
         Args:
             workdir: work directory of a run
             out: new directory
-            step: step of a checkpoint, `latest`, or `best` by checkpoint.best_metric
+            step: step of a checkpoint, `latest`, or `best` by avg@k
             dtype: of the weights; none: that of the checkpoint the run started from
         """
         from opdjax.cli.export import export_step

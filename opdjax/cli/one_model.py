@@ -23,6 +23,7 @@ from opdjax.rollouts.setup import compute_dtype, make_evaluator, num_ids, stop_i
 
 def complete(
     model: ModelConfig,
+    dtype: str,
     prompts: Sequence[str],
     data: DataConfig,
     num_generations: int,
@@ -33,11 +34,16 @@ def complete(
     """(prompt, completion) of `num_generations` samples per prompt; `distribution`: temperature (0
     is greedy), top_k, top_p, min_p.
     """
-    data = dataclasses.replace(student_view(data), source="the command line", overlong="error")
-    checkpoint = open_checkpoint(model.path)
+    data = dataclasses.replace(student_view(data), source="the command line")
+    checkpoint = open_checkpoint(*model.place)
     tokenizer = load_tokenizer(checkpoint.path)
-    params = load_params(checkpoint, compute_dtype(model))
+    params = load_params(checkpoint, compute_dtype(dtype))
     encoded = encode_prompts([Prompt(text) for text in prompts], data, tokenizer, tokenizer)
+    if encoded.skipped:
+        raise ConfigError(
+            f"data.max_prompt_length is {data.max_prompt_length}, exceeded by "
+            f"{encoded.skipped[0]}; expected more, or shorter prompts"
+        )
     decoding = Decoding(
         max_completion_length,
         stop_ids(checkpoint, tokenizer),
@@ -59,14 +65,14 @@ def complete(
 
 def scores_of(config: Config) -> dict[str, Any]:
     """The evaluation scores of the config's student; ConfigError without evaluation prompts."""
-    checkpoint = open_checkpoint(config.student.path)
+    checkpoint = open_checkpoint(*config.student.place)
     evaluator = make_evaluator(config, checkpoint, load_tokenizer(checkpoint.path), None)
     if evaluator is None:
         raise ConfigError("evaluation.source is None; expected a data source with answers")
     if skipped := evaluator.prompts.skipped:
         number = evaluator.prompts.num_skipped
         print(f"{number} prompts were too long and are left out, first {skipped[0]}")
-    return evaluator(load_params(checkpoint, compute_dtype(config.student)))
+    return evaluator(load_params(checkpoint, compute_dtype(config.train.dtype)))
 
 
 def describe(model: str) -> dict[str, Any]:

@@ -34,6 +34,10 @@ def train(arguments: list[str]) -> None:
             workdir: directory of this run, or gs://BUCKET/NAME; the same command resumes it
             config: every field of the experiment
         """
+        # At once: the import of jax and the compilation that follow take seconds to minutes.
+        need = config.recipe.teacher_need(config.estimator.options)
+        teacher = "" if need == "none" else f" and {config.teacher.path}"
+        print(f"loading {config.student.path}{teacher}", flush=True)
         from opdjax.train import train as run_training
 
         result = run_training(config, workdir)
@@ -124,6 +128,7 @@ def audit(arguments: list[str]) -> None:
     def run(
         workdir: pathlib.Path,
         only: tuple[str, ...] = (),
+        skip_cost: bool = False,
         audit: AuditConfig = AuditConfig(),  # noqa: B008
         config: Annotated[Config, tyro.conf.arg(name="")] = default,
     ):
@@ -135,8 +140,10 @@ def audit(arguments: list[str]) -> None:
         Contexts are sampled at temperature 1 without filters.
 
         Args:
-            workdir: directory for audit.json, audit.txt and audit.html
+            workdir: directory for audit.json, audit.txt and audit.html; the first two are written
+                after each part
             only: recipes and pitfalls by name; none: all
+            skip_cost: leave out seconds and bytes a token
             audit: size of the measurement
             config: every field of the experiment; its own recipe is measured too
         """
@@ -149,14 +156,17 @@ def audit(arguments: list[str]) -> None:
         estimator, own = config.estimator, ()
         if is_given or estimator != MINI.estimator:
             own = (estimator.options, estimator.recipe)
-        document = measure(config, choose(only or None, *own), audit)
-        tables = text(document)
-        with open_output(workdir) as directory:
-            directory.mkdir(parents=True, exist_ok=True)
-            write_json(directory / "audit.json", document)
-            (directory / "audit.txt").write_text(tables + "\n", encoding="utf-8")
-            print(f"\n{tables}\n")
-            print(write_audit_report(directory).replace(str(directory), as_given(workdir)))
+
+        def save(document):
+            with open_output(workdir) as directory:
+                directory.mkdir(parents=True, exist_ok=True)
+                write_json(directory / "audit.json", document)
+                (directory / "audit.txt").write_text(text(document) + "\n", encoding="utf-8")
+                if not document["unfinished"]:
+                    print(f"\n{text(document)}\n")
+                    print(write_audit_report(directory).replace(str(directory), as_given(workdir)))
+
+        measure(config, choose(only or None, *own), audit, skip_cost=skip_cost, save=save)
 
     call(run, arguments[is_given:], "opdjax audit [EXPERIMENT]")
 
@@ -169,7 +179,7 @@ def references(arguments: list[str]) -> None:
         """Have a teacher answer the prompts of the data; the same command resumes. Exits with 1 if
         some prompts have no usable answer.
 
-        Only these fields are used: data, teach, teacher, teacher_api, api, mesh, seed and the
+        Only these fields are used: data, teach, teacher, api, mesh, train.dtype, seed and the
         student's tokenizer.
 
         Args:

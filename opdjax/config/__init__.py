@@ -1,6 +1,6 @@
 """Every setting of a run. Experiment files import from here; each section has its own module."""
 
-from opdjax.config.api import RULE_JUDGE, ApiConfig, EndpointConfig
+from opdjax.config.api import RULE_JUDGE, ApiConfig, JudgeConfig
 from opdjax.config.audit import AuditConfig
 from opdjax.config.checkpoint import CheckpointConfig
 from opdjax.config.data import JUDGED_FIELDS, TEACHER_FIELDS, DataConfig, TeachConfig
@@ -36,10 +36,10 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
-    "EndpointConfig",
     "EstimatorConfig",
     "EvaluationConfig",
     "FleetConfig",
+    "JudgeConfig",
     "LogConfig",
     "LoraConfig",
     "LoraTarget",

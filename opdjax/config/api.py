@@ -1,114 +1,162 @@
-"""Chat models behind HTTP endpoints: address, sampling, limits and cost. Standard library only."""
+"""Chat models behind HTTP endpoints: address, limits, cost, and the model of each judge."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Literal
+from urllib.parse import urlsplit
 
-from opdjax.config.validation import require, require_ranges, require_types
+from opdjax.config.validation import pairs_of, require, require_ranges, require_types
 
 RULE_JUDGE = "@rules"  # the built-in judge of the built-in task, in the run's own process
-
-# Fields of an endpoint that do not change its replies: how it is reached, and its limits and cost.
-TRANSPORT = (
-    *("base_url", "api_key_env", "max_tokens_field", "timeout", "concurrency"),
-    *("requests_per_minute", "tokens_per_minute", "input_price", "output_price"),
-)
+ReasoningEffort = Literal["minimal", "low", "medium", "high"]
+# OpenAI's reasoning models refuse `max_tokens`; other servers do not all know the newer name.
+_OPENAI_HOSTS = ("openai.com", "openai.azure.com")
 
 
 @dataclasses.dataclass(frozen=True)
-class EndpointConfig:
-    """A chat model behind an OpenAI-compatible endpoint (vLLM, SGLang, Gemini, OpenAI ...)."""
+class Endpoint:
+    """All that a client needs of one chat model: `ApiConfig.endpoint` puts it together."""
 
-    # Address such as http://127.0.0.1:8000/v1; @rules: the built-in judge of the built-in task,
-    # which needs no model; empty: no model has this role.
-    base_url: str = ""
-    # Name of the model on the server.
-    model: str = ""
-    # Name of the environment variable that holds the key; a config never contains the key itself.
-    # Empty: the server needs none.
-    api_key_env: str = ""
-    # Sampling temperature; None: not sent, as some reasoning models require.
-    temperature: float | None = None
-    # Nucleus sampling; None: not sent.
+    base_url: str
+    model: str
+    api_key_env: str = ""  # name of the environment variable that holds the key; empty: no key
+    temperature: float | None = None  # None: not sent, as for the next two
     top_p: float | None = None
-    # Sampling seed; None: not sent.
-    seed: int | None = None
-    # Reasoning effort; None: not sent.
-    reasoning_effort: Literal["minimal", "low", "medium", "high"] | None = None
-    # Longest reply, in tokens.
-    max_tokens: int = 8192
-    # Name of that limit in requests to the server.
-    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    # How replies are made JSON: by a schema that the server enforces, by its JSON mode, or only by
-    # the prompt.
-    output: Literal["json_schema", "json_object", "text"] = "json_schema"
-    # Longest duration of a request, in seconds.
-    timeout: float = 120.0
-    # Largest number of requests at the same time.
-    concurrency: int = 32
-    # Limit of requests per minute; 0: none.
-    requests_per_minute: int = 0
-    # Limit of tokens per minute, prompts and replies together. A request counts in advance as its
-    # characters / 4 and max_tokens. 0: none.
+    reasoning_effort: ReasoningEffort | None = None
+    max_tokens: int = 8192  # longest reply
+    timeout: float = 120.0  # seconds
+    concurrency: int = 32  # requests at the same time; 0: none is sent, the cache answers
+    requests_per_minute: int = 0  # 0: no limit, as for the next
     tokens_per_minute: int = 0
-    # Dollars per million tokens of prompts.
-    input_price: float = 0.0
-    # Dollars per million tokens of replies.
+    input_price: float = 0.0  # dollars per million tokens
     output_price: float = 0.0
 
-    def __post_init__(self):
-        require_types(self, "endpoint.")
-        is_named = bool(self.base_url) == bool(self.model)
-        expected = "a name where base_url is given, and only there"
-        require(is_named, "endpoint.model", self.model, expected)
-        is_address = self.base_url.startswith(("http://", "https://"))
-        is_address |= self.base_url in ("", RULE_JUDGE)
-        expected = f"an address that starts with http:// or https://, or {RULE_JUDGE}"
-        require(is_address, "endpoint.base_url", self.base_url, expected)
-        # Anything but an upper-case identifier may be the key itself, so it is not printed.
-        is_name = self.api_key_env.isidentifier() and self.api_key_env.isupper()
-        expected = "the NAME of an environment variable, in capital letters, never the key itself"
-        require(is_name or not self.api_key_env, "endpoint.api_key_env", "***", expected)
-        ranges = {"temperature": "0 or more", "top_p": "more than 0 and at most 1"}
-        ranges |= {
-            "max_tokens": "at least 1",
-            "timeout": "more than 0",
-            "concurrency": "at least 1",
-        }
-        limits = ("requests_per_minute", "tokens_per_minute", "input_price", "output_price")
-        require_ranges(self, "endpoint.", ranges | dict.fromkeys(limits, "0 (none) or more"))
+    @property
+    def max_tokens_field(self) -> str:
+        """The server's name of the limit on a reply."""
+        host = urlsplit(self.base_url).hostname or ""
+        is_openai = any(host == name or host.endswith(f".{name}") for name in _OPENAI_HOSTS)
+        return "max_completion_tokens" if is_openai else "max_tokens"
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeConfig:
+    """The model of one judge. Everything else of its endpoint is in the section api."""
+
+    # Name of the model on the server; @rules: the built-in judge of the built-in task, which needs
+    # no server; empty: no model has this role.
+    model: str = ""
+    # Address of another server than api.base_url. Its key, if it needs one, is read from the
+    # environment variable RUBRICATOR_API_KEY or VERIFIER_API_KEY.
+    base_url: str = ""
+    # Sampling temperature; None: not sent, as some reasoning models require.
+    temperature: float | None = None
+    # Reasoning effort; None: not sent.
+    reasoning_effort: ReasoningEffort | None = None
 
     @property
     def is_given(self) -> bool:
         """Whether a model has this role."""
-        return bool(self.base_url)
+        return bool(self.model)
+
+    def check(self, section: str, api: ApiConfig) -> None:
+        """ConfigError where a field of this section cannot be; it names the section."""
+        require_model(section, self.model, self.base_url, api)
+        require_ranges(self, f"{section}.", {"temperature": "0 or more"})
 
 
 @dataclasses.dataclass(frozen=True)
 class ApiConfig:
-    """Settings that all endpoints share."""
+    """The server of all chat models (vLLM, SGLang, Gemini, OpenAI ...), and its limits and cost."""
 
-    # SQLite file of cached replies, which several runs may share; empty: replies.sqlite in the work
-    # directory.
-    cache: str = ""
-    # Answer only from the cache. A missing reply ends the run with an error that names it.
-    offline: bool = False
-    # Largest cost of the whole run in dollars, by the prices of its endpoints. A run that reaches
-    # it saves a checkpoint and stops. 0: no cap.
-    max_dollars: float = 0.0
+    # Address that speaks the OpenAI protocol, such as http://127.0.0.1:8000/v1.
+    base_url: str = ""
+    # Name of the environment variable that holds the key; a config never contains the key itself.
+    # Empty: the server needs none.
+    api_key_env: str = ""
+    # Longest reply of a judge, in tokens.
+    max_tokens: int = 8192
+    # Longest duration of a request, in seconds.
+    timeout: float = 120.0
+    # Largest number of requests of a role at the same time. 0: no requests, only cached replies; a
+    # missing one ends the run with an error that names it.
+    concurrency: int = 32
+    # Limits of a role's requests and tokens per minute; 0: no limit. A request counts in advance as
+    # its characters / 4 and its longest reply.
+    per_minute: tuple[int, int] = (0, 0)
     # Retries of a request after status 408, 429 or 5xx, a timeout or a broken connection. Other
     # errors are not retried.
     max_retries: int = 4
-    # Failed requests in a row, retries included, after which an endpoint counts as down. Status 429
-    # does not count.
-    breaker_failures: int = 5
-    # Pause in seconds after an endpoint went down. Then a single request tests it while the others
-    # wait.
-    breaker_seconds: float = 30.0
+    # Prices of models, MODEL=INPUT/OUTPUT in dollars per million tokens, such as m=1.25/10.
+    prices: tuple[str, ...] = ()
+    # Largest cost of the whole run in dollars, by these prices. A run that reaches it saves a
+    # checkpoint and stops. 0: no cap.
+    max_dollars: float = 0.0
+    # SQLite file of cached replies, which several runs may share; empty: replies.sqlite in the work
+    # directory.
+    cache: str = ""
 
     def __post_init__(self):
         require_types(self, "api.")
-        ranges = {"max_dollars": "0 (no cap) or more", "max_retries": "0 or more"}
-        ranges |= {"breaker_failures": "at least 1", "breaker_seconds": "0 or more"}
-        require_ranges(self, "api.", ranges)
+        require_address("api.base_url", self.base_url)
+        # Anything but an upper-case identifier may be the key itself, so it is not printed.
+        is_name = self.api_key_env.isidentifier() and self.api_key_env.isupper()
+        expected = "the NAME of an environment variable, in capital letters, never the key itself"
+        require(is_name or not self.api_key_env, "api.api_key_env", "***", expected)
+        ranges = {"max_tokens": "at least 1", "timeout": "more than 0"}
+        ranges |= {"max_retries": "0 or more", "max_dollars": "0 (no cap) or more"}
+        require_ranges(self, "api.", ranges | {"concurrency": "0 (only cached replies) or more"})
+        expected = "0 (no limit) or more each: requests and tokens"
+        require(min(self.per_minute) >= 0, "api.per_minute", self.per_minute, expected)
+        self.price_of("")
+
+    def price_of(self, model: str) -> tuple[float, float]:
+        """Dollars per million tokens of prompts and of replies; 0 for a model without a price."""
+        expected = "MODEL=INPUT/OUTPUT, each model once, the prices 0 or more"
+        prices = {}
+        for name, text in pairs_of("api.prices", self.prices, expected).items():
+            try:
+                prices[name] = input_price, output_price = tuple(map(float, text.split("/")))
+            except ValueError:
+                input_price = output_price = -1.0
+            is_price = 0 <= input_price < float("inf") and 0 <= output_price < float("inf")
+            require(is_price, "api.prices", f"{name}={text}", expected)
+        return prices.get(model, (0.0, 0.0))
+
+    def endpoint(self, role: str, model: str, base_url: str, **own) -> Endpoint:
+        """The endpoint of a role; `own`: its sampling."""
+        input_price, output_price = self.price_of(model)
+        # The shared key is never sent to another server.
+        variable = f"{role.upper()}_API_KEY"
+        own_key = variable if variable in os.environ else ""
+        values = {
+            "base_url": RULE_JUDGE if model == RULE_JUDGE else base_url or self.base_url,
+            "model": model.removeprefix("@"),
+            "api_key_env": own_key if base_url else self.api_key_env,
+            "max_tokens": self.max_tokens,
+            "timeout": self.timeout,
+            "concurrency": self.concurrency,
+            "requests_per_minute": self.per_minute[0],
+            "tokens_per_minute": self.per_minute[1],
+            "input_price": input_price,
+            "output_price": output_price,
+        }
+        return Endpoint(**values | own)
+
+
+def require_address(field: str, url: str) -> None:
+    """ConfigError unless the URL is empty or an address of a server."""
+    is_address = url.startswith(("http://", "https://")) or not url
+    require(is_address, field, url, "an address that starts with http:// or https://")
+
+
+def require_model(section: str, model: str, base_url: str, api: ApiConfig) -> None:
+    """ConfigError where a role names a model and no server has it, or a server and no model."""
+    require_address(f"{section}.base_url", base_url)
+    expected = f"the name of a model on {base_url}"
+    require(model or not base_url, f"{section}.model", model, expected)
+    has_server = not model or model == RULE_JUDGE or base_url or api.base_url
+    expected = f"the address of the server of {section}.model, {model}"
+    require(has_server, "api.base_url", api.base_url, expected)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from opdjax.config.validation import require, require_ranges, require_types
+from opdjax.config.validation import require_ranges, require_types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,14 +13,9 @@ class CheckpointConfig:
 
     # Steps between checkpoints; the last step is always saved.
     every: int = 50
-    # Number of the newest checkpoints to keep.
+    # Number of the newest checkpoints to keep, besides the one with the best avg@k.
     keep: int = 2
-    # Also keep the checkpoint with the best evaluation score: avg@k, pass@k or greedy.
-    best_metric: str = "avg@k"
 
     def __post_init__(self):
         require_types(self, "checkpoint.")
         require_ranges(self, "checkpoint.", {"every": "at least 1", "keep": "at least 1"})
-        is_score = self.best_metric in ("avg@k", "pass@k", "greedy")
-        expected = "avg@k, pass@k or greedy"
-        require(is_score, "checkpoint.best_metric", self.best_metric, expected)

@@ -7,13 +7,26 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+from collections.abc import Mapping
 from typing import Literal
 
-from opdjax.config.validation import require, require_ranges, require_types
+from opdjax.config.api import RULE_JUDGE, ApiConfig, Endpoint, ReasoningEffort
+from opdjax.config.validation import pairs_of, require, require_ranges, require_types
 
 # What data.teacher_prompt_format may contain: fields of a row, and judges' texts about a rollout.
 TEACHER_FIELDS = ("prompt", "answer", "reference")
 JUDGED_FIELDS = ("rubric", "verdicts", "reflection")
+COLUMNS = ("prompt", "answer", "reference", "rubric")  # what columns hold
+# Tokens of judges' texts in a teacher's prompt: a rubric of twelve criteria, or the verdicts on it,
+# take about half of them.
+_MAX_JUDGED_LENGTH = 1536
+PromptFormat = Literal["chat", "thinking", "no_thinking", "raw"]
+_TEMPLATES: Mapping[str, tuple[Literal["chat", "raw"], bool | None]] = {
+    "chat": ("chat", None),
+    "thinking": ("chat", True),
+    "no_thinking": ("chat", False),
+    "raw": ("raw", None),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,39 +42,29 @@ class DataConfig:
     prompt_format: str = "{prompt}"
     # System message before the prompt; needs a chat format.
     system_prompt: str | None = None
-    # chat: the tokenizer's chat template; raw: the bare text.
-    format: Literal["chat", "raw"] = "chat"
-    # Passed to the chat template; None: the template's own default.
-    enable_thinking: bool | None = None
-    # The same as format, for the teacher; None: the teacher reads what the student reads.
-    teacher_format: Literal["chat", "raw"] | None = None
-    # The same as enable_thinking, for the teacher; None: as for the student.
-    teacher_enable_thinking: bool | None = None
-    # Longest prompt in tokens, template included.
+    # chat: the tokenizer's chat template; thinking, no_thinking: the same with enable_thinking true
+    # or false; raw: the bare text.
+    format: PromptFormat = "chat"
+    # The same for the teacher; None: the teacher reads what the student reads.
+    teacher_format: PromptFormat | None = None
+    # Longest prompt in tokens, template included. Longer ones are left out, and their number is
+    # printed.
     max_prompt_length: int = 512
-    # Longer prompts: skip leaves them out and prints their number, error refuses the data.
-    overlong: Literal["skip", "error"] = "skip"
-    # Column of the prompts: a string, or a list of messages. If the last message is the
-    # assistant's, it becomes a reference. In all columns, `a.b` is field b of column a
-    # (reward_model.ground_truth), and `a.0` is the first item of a list (prompt.0.content).
-    prompt_column: str = "prompt"
-    # Column of the answers for grading, strings or numbers; None: `answer`, if it exists.
-    answer_column: str | None = None
-    # Column of worked answers: a text, texts or messages; None: `references` or `reference`, if one
-    # exists.
-    reference_column: str | None = None
-    # Column of a prompt's own criteria, which are part of all its rubrics: texts, or {text (or
-    # description), weight (or points), stage}; None: none.
-    rubric_column: str | None = None
-    # File of a teacher's answers, written by opdjax references; it replaces reference_column.
+    # Columns whose names differ from the defaults, NAME=COLUMN. NAME is prompt: texts, or lists of
+    # messages (if the last message is the assistant's, it becomes a reference); answer: for
+    # grading, texts or numbers; reference: worked answers, a text, texts or messages (default:
+    # references or reference, if one exists); rubric: a prompt's own criteria, which are part of
+    # all its rubrics, texts or {text (or description), weight (or points), stage} (default: none).
+    # COLUMN may be `a.b`, field b of column a (answer=reward_model.ground_truth), or `a.0`, the
+    # first item of a list.
+    columns: tuple[str, ...] = ()
+    # File of a teacher's answers, written by opdjax references; it replaces a column.
     references: str | None = None
     # Template of the teacher's prompts, in place of prompt_format. It may contain {prompt} (in
     # messages: the last turn of the user), what only the teacher is shown, {answer} and {reference}
     # (the first of the row), and judges' texts about each rollout, {rubric}, {verdicts} and
     # {reflection}. Other braces stay unchanged. None: as prompt_format.
     teacher_prompt_format: str | None = None
-    # Longest teacher prompt with judges' texts, in tokens. Rollouts with a longer one are dropped.
-    max_teacher_prompt_length: int = 2048
 
     def __post_init__(self):
         require_types(self, "data.")
@@ -69,22 +72,38 @@ class DataConfig:
         is_template = "{prompt}" in self.prompt_format
         require(is_template, "data.prompt_format", self.prompt_format, expected)
         self._check_teacher_prompt_format()
-        lengths = ("max_prompt_length", "max_teacher_prompt_length")
-        require_ranges(self, "data.", dict.fromkeys(lengths, "at least 1"))
-        for name in ("prompt_column", "answer_column", "reference_column", "rubric_column"):
-            require(getattr(self, name) != "", f"data.{name}", "", "the name of a column")
+        require_ranges(self, "data.", {"max_prompt_length": "at least 1"})
+        names = self.column_names
         require(self.references != "", "data.references", "", "the name of a file, or none")
-        is_one = self.references is None or self.reference_column is None
-        expected = "none where data.reference_column is given"
+        is_one = self.references is None or "reference" not in names
+        expected = "none where data.columns has a reference"
         require(is_one, "data.references", self.references, expected)
-        is_teacher_chat = (self.teacher_format or self.format) == "chat"
-        is_chat = self.format == "chat" or is_teacher_chat
+        formats = (self.student_template[0], self.teacher_template[0])
+        is_free = "chat" in formats or self.system_prompt is None
         expected = "none where no format is chat"
-        for name in ("system_prompt", "enable_thinking"):
-            value = getattr(self, name)
-            require(is_chat or value is None, f"data.{name}", value, expected)
-        value, expected = self.teacher_enable_thinking, "none where the teacher's format is raw"
-        require(is_teacher_chat or value is None, "data.teacher_enable_thinking", value, expected)
+        require(is_free, "data.system_prompt", self.system_prompt, expected)
+
+    @property
+    def column_names(self) -> dict[str, str]:
+        """The columns that are named, by what they hold."""
+        return columns_of("data.columns", self.columns, COLUMNS)
+
+    @property
+    def max_teacher_prompt_length(self) -> int:
+        """Longest teacher prompt with judges' texts, in tokens; rollouts with a longer one are
+        dropped.
+        """
+        return self.max_prompt_length + _MAX_JUDGED_LENGTH
+
+    @property
+    def student_template(self) -> tuple[Literal["chat", "raw"], bool | None]:
+        """Whether the student's prompts have a chat template, and its enable_thinking."""
+        return _TEMPLATES[self.format]
+
+    @property
+    def teacher_template(self) -> tuple[Literal["chat", "raw"], bool | None]:
+        """The same for the teacher."""
+        return _TEMPLATES[self.teacher_format or self.format]
 
     def _check_teacher_prompt_format(self):
         field = "data.teacher_prompt_format"
@@ -97,25 +116,48 @@ class DataConfig:
             require(not close, field, text, f"{{{''.join(close)}}} in place of {{{name}}}")
 
 
+def columns_of(field: str, columns: tuple[str, ...], names: tuple[str, ...]) -> dict[str, str]:
+    """Name -> column, of items NAME=COLUMN; ConfigError for another name."""
+    expected = f"NAME=COLUMN, each NAME once, one of {', '.join(names)}"
+    found = pairs_of(field, columns, expected)
+    require(set(found) <= set(names), field, columns, expected)
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class TeachConfig:
     """How opdjax references has a teacher answer the prompts."""
 
     # Answers per prompt. A later command may ask for more.
     num_answers: int = 4
-    # Prompts per batch; the answers of a batch are saved before the next one starts.
-    batch_size: int = 64
-    # Temperature of a checkpoint (teacher.path); 0: greedy. A model behind teacher_api is sampled
-    # by the fields of that section, and this field and the next two are refused.
-    temperature: float = 1.0
-    # Nucleus sampling of a checkpoint; 1: off.
-    top_p: float = 1.0
-    # Longest answer of a checkpoint in tokens, including the stop token. Truncated answers are
-    # never used.
+    # Temperature, 0: greedy. None: 1 for a checkpoint; not sent to a model behind an API.
+    temperature: float | None = None
+    # Nucleus sampling. None: off for a checkpoint; not sent to a model behind an API.
+    top_p: float | None = None
+    # Longest answer in tokens, including the stop token, or the reasoning of a model behind an API.
+    # Truncated answers are never used.
     max_completion_length: int = 512
+    # Name of a model behind an API that writes the answers; empty: the checkpoint teacher.path.
+    model: str = ""
+    # Address of another server than api.base_url. Its key, if it needs one, is read from the
+    # environment variable TEACHER_API_KEY.
+    base_url: str = ""
+    # Reasoning effort of a model behind an API; None: not sent.
+    reasoning_effort: ReasoningEffort | None = None
 
     def __post_init__(self):
         require_types(self, "teach.")
-        names = ("num_answers", "batch_size", "max_completion_length")
-        ranges = dict.fromkeys(names, "at least 1") | {"temperature": "0 (greedy) or more"}
+        ranges = dict.fromkeys(("num_answers", "max_completion_length"), "at least 1")
+        ranges |= {"temperature": "0 (greedy) or more"}
         require_ranges(self, "teach.", ranges | {"top_p": "more than 0 and at most 1"})
+        expected = "none without teach.model: a checkpoint has no such setting"
+        is_free = self.model or self.reasoning_effort is None
+        require(is_free, "teach.reasoning_effort", self.reasoning_effort, expected)
+        expected = "the name of a model: a judge writes no answers"
+        require(self.model != RULE_JUDGE, "teach.model", self.model, expected)
+
+    def endpoint(self, api: ApiConfig) -> Endpoint:
+        """The model behind an API that writes the answers."""
+        own = {name: getattr(self, name) for name in ("temperature", "top_p", "reasoning_effort")}
+        own["max_tokens"] = self.max_completion_length
+        return api.endpoint("teacher", self.model, self.base_url, **own)

@@ -13,7 +13,9 @@ from opdjax.config.recipes import (
     Baseline,
     RecipeName,
 )
-from opdjax.config.validation import require, require_types
+from opdjax.config.validation import require_types
+
+_SHARED = ("recipe", "aggregation")  # by all recipes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +24,14 @@ class EstimatorConfig:
 
     recipe: RecipeName = DEFAULT_RECIPE
     # What the summed token losses are divided by, over the whole batch.
+    # stage_token_mean: ropd_stages alone; every stage has the same weight, whatever its length.
     aggregation: Literal[
-        "token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "fixed_denominator"
+        "token_mean",
+        "sequence_mean_token_mean",
+        "sequence_mean_token_sum",
+        "fixed_denominator",
+        "stage_token_mean",
     ] = "token_mean"
-    # Tokens whose logits exist at a time, per device.
-    tile: int = 512
     # opd, vopd: 0 (default) credits a token with its own reward, 1 with all later ones too.
     discount: float | None = None
     # opd, vopd with a discount: later rewards as sampled (default), or their expectation, -KL.
@@ -49,10 +54,9 @@ class EstimatorConfig:
         ]
         | None
     ) = None
-    # Largest ratio; default 3 for sequence_mask, 2 for the others.
+    # Largest ratio; default 3 for sequence_mask, 2 for the others. token_mask: the smallest is its
+    # inverse.
     importance_cap: float | None = None
-    # token_mask: smallest ratio, default 0.5.
-    importance_floor: float | None = None
     # ppo_clip and the recipes with rewards: ratios below 1 - clip_low gain nothing; default 0.2.
     clip_low: float | None = None
     # The same above 1 + clip_high; default 0.28.
@@ -68,37 +72,29 @@ class EstimatorConfig:
     reference_kl_coef: float | None = None
     # Form of that penalty: k2 descends KL(student || start), k3_direct KL(start || student).
     reference_kl: Literal["k2", "k3_direct"] | None = None
-    # ropd_stages: how later stages' scores are credited to a stage; default paper for four stages,
-    # else decay.
-    stage_credit: Literal["paper", "identity", "last", "decay"] | None = None
-    # ropd_stages: the same as numbers, row by row, in place of stage_credit.
-    stage_credit_matrix: tuple[float, ...] | None = None
-    # ropd_stages: every stage has the same weight in a token mean, whatever its length.
-    stage_token_mean: bool | None = None
+    # ropd_stages: how later stages' scores are credited to a stage, by name or as K * K numbers,
+    # row by row; default paper for four stages, else decay.
+    stage_credit: Literal["paper", "identity", "last", "decay"] | tuple[float, ...] | None = None
     # vopd: the control variate. full: the exact expected reward; student_topk: the same on the
     # student's top k; optimal: least variance; batch_mean: mean reward of the other sequences.
     baseline: Baseline | None = None
-    # vopd with baseline student_topk: ids, default 100.
-    baseline_top_k: int | None = None
     # full_kl: any of these; topk_kl, npd: reverse or forward.
     divergence: Literal["reverse", "forward", "jsd", "skew_forward", "skew_reverse"] | None = None
-    # full_kl with divergence jsd: 0 is the forward KL, 1 the reverse KL; default 0.5.
+    # full_kl with divergence jsd: 0 is the forward KL, 1 the reverse KL; default 0.5. With a skew
+    # divergence: share of its first argument in the second; default 0.1.
     beta: float | None = None
-    # full_kl with a skew divergence: share of its first argument in the second; default 0.1.
-    skew_alpha: float | None = None
     # topk_kl: whose most likely ids; union, intersection and symmetric difference of both sets.
     support: (
         Literal["student", "teacher", "union", "intersection", "symmetric_difference"] | None
     ) = None
-    # topk_kl: ids of each side, default 100; npd: ids of the teacher, default 10.
+    # topk_kl: ids of each side, default 100; npd: ids of the teacher, default 10; vopd with
+    # baseline student_topk: ids of the student, default 100.
     support_top_k: int | None = None
     # topk_kl, npd: which side is renormalised on those ids.
     renormalize: Literal["both", "teacher", "none"] | None = None
     # topk_kl: what the ids outside the support add; tail needs renormalize none, floor teacher or
     # none.
     outside: Literal["drop", "tail", "floor"] | None = None
-    # topk_kl: a token's negative value counts as 0.
-    clamp_at_zero: bool | None = None
     # topk_kl: a policy gradient over the support with this weight, in place of the divergence.
     weight: Literal["p_student", "p_teacher", "none"] | None = None
     # npd: lambda, the share of the divergence from the teacher; the rest is cross-entropy on the
@@ -114,18 +110,13 @@ class EstimatorConfig:
 
     def __post_init__(self):
         require_types(self, "estimator.")
-        require(self.tile > 0, "estimator.tile", self.tile, "at least 1")
         RECIPES[self.recipe].check(self.options, self.aggregation)
 
     @property
     def options(self) -> dict[str, Any]:
         """The recipe's options that were given."""
-        shared = ("recipe", "aggregation", "tile")
-        given = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name not in shared
-        }
+        names = [field.name for field in dataclasses.fields(self)]
+        given = {name: getattr(self, name) for name in names if name not in _SHARED}
         return {name: value for name, value in given.items() if value is not None}
 
 

@@ -13,8 +13,6 @@ class LogConfig:
 
     # Steps between rollouts written to samples.jsonl; 0: never.
     samples_every: int = 50
-    # Rollouts written each time.
-    num_samples: int = 4
     # Also write TensorBoard event files; needs the tensorboard extra.
     tensorboard: bool = False
     # Steps between diagnostics: entropies, overlap of student and teacher, quantiles of the reward;
@@ -24,4 +22,4 @@ class LogConfig:
     def __post_init__(self):
         require_types(self, "log.")
         ranges = dict.fromkeys(("samples_every", "diagnostics_every"), "0 (off) or more")
-        require_ranges(self, "log.", ranges | {"num_samples": "at least 1"})
+        require_ranges(self, "log.", ranges)

@@ -26,3 +26,11 @@ class MeshConfig:
         require_types(self, "mesh.")
         ranges = dict.fromkeys(("data", "processes"), "-1 (all there are) or at least 1")
         require_ranges(self, "mesh.", ranges | dict.fromkeys(("fsdp", "tensor"), "at least 1"))
+
+    def generator_devices(self, available: int) -> int:
+        """The devices, the last of those available, on which a generator thread samples: those that
+        the mesh leaves, or the fewest that can if `data` is -1.
+        """
+        if self.data == -1:
+            return self.tensor
+        return available - self.data * self.fsdp * self.tensor

@@ -1,10 +1,10 @@
-"""Which checkpoints a run uses, and how they compute."""
+"""Which checkpoints a run uses."""
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import Literal
+import re
 
 # The built-in pair. Such a name is neither a directory nor a hub id, and means the same on every
 # machine that reads a config.
@@ -19,21 +19,18 @@ MINI_PAIR = PACKAGE / "assets" / "mini_pair"  # contains `teacher` and `student`
 class ModelConfig:
     """A model of the run."""
 
-    # Directory in Hugging Face layout (also on gs://), a hub id such as Qwen/Qwen3-1.7B-Base, or
-    # @mini_teacher or @mini_student, the built-in pair. For the teacher also @student: the student
-    # is its own teacher, with the weights of each step and without a gradient through them;
-    # data.teacher_prompt_format then shows the teacher more. To use the untrained student as a
-    # frozen teacher, give the student's path.
+    # Directory in Hugging Face layout (also on gs://), a hub id such as Qwen/Qwen3-1.7B-Base, with
+    # @REVISION a branch, tag or commit of it, or @mini_teacher or @mini_student, the built-in pair.
+    # For the teacher also @student: the student is its own teacher, with the weights of each step
+    # and without a gradient through them; data.teacher_prompt_format then shows the teacher more.
+    # To use the untrained student as a frozen teacher, give the student's path.
     path: str = ""
-    # Branch, tag or commit of a hub id.
-    revision: str | None = None
-    # Dtype of the forward pass; auto: bfloat16 on TPU and GPU, float32 on CPU.
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    # Mesh axes that shard the parameters, and the student's optimizer state. Without fsdp, every
-    # device of that axis holds all of them and none are sent: good for a small frozen teacher.
-    split_over: tuple[Literal["fsdp", "tensor"], ...] = ("fsdp", "tensor")
-    # Attention in training and scoring; the sampler always uses xla. xla runs everywhere and holds
-    # T x T scores per head. splash (TPU, heads of 64, 128 or 256) and cudnn (NVIDIA GPU, bfloat16,
-    # heads of up to 128) are fused kernels that do not. auto: splash on a TPU if it can run, else
-    # xla; cudnn has not been timed yet.
-    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+
+    @property
+    def place(self) -> tuple[str, str | None]:
+        """(directory or hub id, revision of the hub id)."""
+        name, at, revision = self.path.rpartition("@")
+        is_hub_id = at and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
+        if not is_hub_id or pathlib.Path(self.path).exists():
+            return self.path, None
+        return name, revision

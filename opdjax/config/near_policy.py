@@ -32,16 +32,13 @@ class NearPolicyConfig:
     # Where rollouts are sampled. inline: in this process between updates, on the same devices.
     # thread: in a thread, on devices of its own. process: in another process on this or another
     # machine (opdjax sample --store WORKDIR), through files in the work directory. A thread holds
-    # two versions of the weights: with a fixed lag, a learner that is two versions ahead waits.
+    # two versions of the weights: with a fixed lag, a learner that is two versions ahead waits. Its
+    # devices are those that mesh.data leaves to it, or the last mesh.tensor if mesh.data is -1.
     generator: Literal["inline", "thread", "process"] = "inline"
-    # thread: the last N devices of this process sample; mesh.* divides the others.
-    generator_devices: int = 1
     # Samples to keep. none: all; ifd: those with ifd_min <= IFD_teacher - IFD_student <= ifd_max;
-    # random: as many as ifd keeps, chosen at random.
+    # random: as many as ifd keeps, chosen at random. IFD measures how much the prompt helps a model
+    # to predict an answer: its mean NLL per token with the prompt, divided by that without.
     filter: Literal["none", "ifd", "random"] = "none"
-    # IFD measures how much the prompt helps a model to predict an answer. nll_ratio: mean NLL per
-    # token with the prompt, divided by that without; perplexity_ratio: the same of perplexities.
-    ifd_form: Literal["nll_ratio", "perplexity_ratio"] = "nll_ratio"
     # Lower bound: below it the student is less sure of its own answer than the teacher. None: no
     # bound.
     ifd_min: float | None = 0.0
@@ -51,13 +48,10 @@ class NearPolicyConfig:
     # Replace ifd_max by this quantile of the samples that are not below ifd_min, over all samples
     # that are filtered together.
     ifd_quantile: float | None = None
-    # refresh: rollouts per stored file, which are sampled and annotated together.
-    shard_size: int = 1024
 
     def __post_init__(self):
         require_types(self, "near_policy.")
-        ranges = dict.fromkeys(("num_epochs", "generator_devices", "shard_size"), "at least 1")
-        ranges |= {"max_staleness": "0 (on-policy) or more"}
+        ranges = {"num_epochs": "at least 1", "max_staleness": "0 (on-policy) or more"}
         require_ranges(self, "near_policy.", ranges | {"ifd_quantile": "more than 0 and at most 1"})
         low, high = self.ifd_min, self.ifd_max
         is_ordered = low is None or high is None or low < high
@@ -80,7 +74,7 @@ class NearPolicyConfig:
         unused = {
             "near_policy.schedule is refresh": (
                 self.schedule == "refresh",
-                ("num_epochs", "refresh_epochs", "shard_size"),
+                ("num_epochs", "refresh_epochs"),
             ),
             "near_policy.schedule is continuous": (
                 self.schedule == "continuous",
@@ -89,9 +83,8 @@ class NearPolicyConfig:
             "near_policy.schedule is refresh or continuous": (is_ahead, ("generator", "filter")),
             "near_policy.filter is ifd or random": (
                 self.filter != "none",
-                ("ifd_form", "ifd_min", "ifd_max", "ifd_quantile"),
+                ("ifd_min", "ifd_max", "ifd_quantile"),
             ),
-            "near_policy.generator is thread": (self.generator == "thread", ("generator_devices",)),
         }
         for condition, (is_met, names) in unused.items():
             for name in names if not is_met else ():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from opdjax.config.validation import require, require_ranges, require_types
+from opdjax.config.validation import require_ranges, require_types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,12 +18,8 @@ class OptimizerConfig:
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     # Steps in which the learning rate rises linearly from 0.
     warmup_steps: int = 0
-    # Decay rate of Adam's mean of gradients.
-    b1: float = 0.9
     # Decay rate of Adam's mean of squared gradients.
     b2: float = 0.999
-    # Added to Adam's denominator.
-    epsilon: float = 1e-8
     # Decoupled weight decay; norms and biases are not decayed. 0: off.
     weight_decay: float = 0.0
     # Clip gradients to this global norm; 0: off.
@@ -32,8 +28,6 @@ class OptimizerConfig:
     def __post_init__(self):
         require_types(self, "optimizer.")
         ranges = {"learning_rate": "more than 0", "warmup_steps": "0 or more"}
-        ranges |= {"epsilon": "more than 0"}
+        ranges |= {"b2": "at least 0 and less than 1"}
         ranges |= dict.fromkeys(("weight_decay", "max_grad_norm"), "0 (off) or more")
         require_ranges(self, "optimizer.", ranges)
-        betas, expected = (self.b1, self.b2), "each at least 0 and less than 1"
-        require(all(0 <= b < 1 for b in betas), "optimizer.b1, b2", betas, expected)

@@ -10,7 +10,7 @@ from opdjax.config.validation import in_range
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A condition that an option sets on another one (`other`, or `aggregation`) when it is given.
+    """A condition that an option sets on another one (`other`) when it is given.
 
     `accepted`: values, or a range in words (`in_range`). With `is_needed` the other option, its
     default included, must have an accepted value; without, it may be left out, and if it is given

@@ -117,39 +117,38 @@ class Recipe:
         """ConfigError where an option does not exist, is out of range or contradicts another."""
         for name, value in options.items():
             if name not in self.options:
-                raise ConfigError(
-                    f"recipe {self.name!r} has no option {name!r}; it has {list(self.options)}"
-                )
+                has = ", ".join(self.options) or "none"
+                raise ConfigError(f"recipe {self.name!r} has no option {name!r}; it has {has}")
             option, field = self.options[name], f"estimator.{name}"
-            require(
-                not option.choices or value in option.choices, field, value, self._choices(name)
-            )
-            require(
-                option.range is None or in_range(value, option.range), field, value, option.range
-            )
+            is_choice = not option.choices or value in option.choices
+            require(is_choice, field, value, self._choices(name))
+            is_free = option.range is None or isinstance(value, str)
+            require(is_free or in_range(value, option.range), field, value, option.range)
             for rule in option.rules:
-                self._check_rule(name, value, rule, options, aggregation)
-        found = self.with_defaults(options)
-        if found.get("importance") == "token_mask":
-            floor = found["importance_floor"]
-            cap = found["importance_cap"] or DEFAULT_CAPS["token_mask"]
-            expected = f"less than importance_cap, which is {cap}"
-            require(floor < cap, "estimator.importance_floor", floor, expected)
+                self._check_rule(name, value, rule, options)
+        is_possible = aggregation != "stage_token_mean" or self.has_stages
+        expected = f"another one where the recipe is {self.name}: it has no stages"
+        require(is_possible, "estimator.aggregation", aggregation, expected)
+        # The bounds are 1 / cap and cap; a share of 0 or 1 of a mixture leaves nothing to learn.
+        cap, beta = options.get("importance_cap", 2), options.get("beta", 0.5)
+        is_band = options.get("importance") != "token_mask" or cap > 1
+        expected = "more than 1 where importance is token_mask, whose smallest ratio is its inverse"
+        require(is_band, "estimator.importance_cap", cap, expected)
+        is_mixed = options.get("divergence") not in _SKEWS or 0 < beta < 1
+        expected = f"more than 0 and less than 1 where divergence is {options.get('divergence')}"
+        require(is_mixed, "estimator.beta", beta, expected)
 
-    def _check_rule(
-        self, name: str, value: Any, rule: Rule, options: Mapping[str, Any], aggregation: str
-    ) -> None:
+    def _check_rule(self, name: str, value: Any, rule: Rule, options: Mapping[str, Any]) -> None:
         if rule.values and value not in rule.values:
             return
-        given = {**options, "aggregation": aggregation}
         if rule.is_needed:
-            other = given.get(rule.other, self.options[rule.other].default)
+            other = options.get(rule.other, self.options[rule.other].default)
             instead = "another value" if rule.values else "none"
             expected = f"{instead} unless {rule.other} is {rule.expected}"
             require(rule.accepts(other), f"estimator.{name}", value, expected)
-        elif rule.other in given:
+        elif rule.other in options:
             expected = f"{rule.expected} where {name} is {value}"
-            other = given[rule.other]
+            other = options[rule.other]
             require(rule.accepts(other), f"estimator.{rule.other}", other, expected)
 
     def _choices(self, name: str) -> str:
@@ -181,9 +180,6 @@ _SAMPLED = {  # options of recipes that sample tokens and score them
         "none", _CORRECTIONS, rules=(fixes("extra_draws", 0, values=_CORRECTIONS[1:]),)
     ),
     "importance_cap": Option(range="more than 0", rules=(needs("importance", *DEFAULT_CAPS),)),
-    "importance_floor": Option(
-        0.5, range="more than 0", rules=(needs("importance", "token_mask"),)
-    ),
     "clip_low": Option(
         0.2, range="more than 0 and less than 1", rules=(needs("importance", "ppo_clip"),)
     ),
@@ -194,11 +190,12 @@ _STATE = {  # options of an exact divergence: how stale its contexts are
     "importance_cap": Option(range="more than 0", rules=(needs("importance", "prefix_truncate"),)),
 }
 _DIRECTIONS = ("reverse", "forward")
-_OF_SUPPORT = ("support", "renormalize", "outside", "clamp_at_zero", "weight")
+_OF_SUPPORT = ("support", "renormalize", "outside", "weight")
 # What other libraries compute under the name top-k distillation. A library with one direction sets
-# the divergence too. verl also clamps log-probs at -10 and the loss at 10, which is left out here.
-# DistillKit spreads the missing mass of each side over the same ids, which equals `tail`. EasyDeL's
-# value is larger by the teacher's entropy.
+# the divergence too. verl also takes 0 for a token's negative value (clamp_at_zero), and clamps
+# log-probs at -10 and the loss at 10, which is left out here. DistillKit spreads the missing mass
+# of each side over the same ids, which equals `tail`. EasyDeL's value is larger by the teacher's
+# entropy.
 TOP_K_CONVENTIONS: Mapping[str | None, Mapping[str, Any]] = {
     "tunix": {"support": "teacher", "renormalize": "both", "divergence": "forward"},
     "verl": {
@@ -232,12 +229,10 @@ _TOP_K = {
             needs("renormalize", "none", "teacher", values=("floor",)),
         ),
     ),
-    "clamp_at_zero": Option(False),
     "weight": Option(
         rules=(
             fixes("outside", "drop"),
             fixes("renormalize", "none"),
-            fixes("clamp_at_zero", False),
             fixes("divergence", "reverse"),
         )
     ),
@@ -248,10 +243,8 @@ _TOP_K = {
 _SKEWS = ("skew_forward", "skew_reverse")
 _FULL = {
     "divergence": Option("reverse", (*_DIRECTIONS, "jsd", *_SKEWS)),
-    "beta": Option(0.5, range="from 0 to 1", rules=(needs("divergence", "jsd"),)),
-    "skew_alpha": Option(
-        0.1, range="more than 0 and less than 1", rules=(needs("divergence", *_SKEWS),)
-    ),
+    # Default 0.5 of jsd, 0.1 of a skew divergence.
+    "beta": Option(range="from 0 to 1", rules=(needs("divergence", "jsd", *_SKEWS),)),
 }
 _NPD = {
     "kd_weight": Option(
@@ -274,11 +267,7 @@ _CLIPPED = {  # options of a clipped policy gradient on rewards
     "reference_kl": Option("k3_direct", rules=(Rule("reference_kl_coef", "more than 0", True),)),
 }
 _STAGES = {
-    "stage_credit": Option(),
-    "stage_credit_matrix": Option(
-        range="K * K numbers, row by row, for K stages", rules=(fixes("stage_credit"),)
-    ),
-    "stage_token_mean": Option(False, rules=(fixes("aggregation", "token_mean", values=(True,)),)),
+    "stage_credit": Option(range="K * K numbers, row by row, for K stages"),
 }
 _COARSE = {"renormalize": "none", "outside": "tail"}
 _UNREWARDED = {"task_reward_coef": (None, 0.0)}
@@ -316,7 +305,7 @@ RECIPES: Mapping[str, Recipe] = {
             "vocabulary",
             {
                 "baseline": Option("full", get_args(Baseline)),
-                "baseline_top_k": Option(
+                "support_top_k": Option(
                     100, range="at least 1", rules=(needs("baseline", "student_topk"),)
                 ),
                 **_SAMPLED,
@@ -327,7 +316,7 @@ RECIPES: Mapping[str, Recipe] = {
             target="reverse",
             audited=(
                 {"baseline": "full"},
-                *({"baseline": "student_topk", "baseline_top_k": k} for k in (5, 20, 100)),
+                *({"baseline": "student_topk", "support_top_k": k} for k in (5, 20, 100)),
                 {"baseline": "optimal"},
                 {"baseline": "batch_mean"},
                 {"baseline": "full", "discount": 1.0, "return_to_go": "expected"},

@@ -9,8 +9,9 @@ default.
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
-from opdjax.config.api import RULE_JUDGE, ApiConfig, EndpointConfig
+from opdjax.config.api import ApiConfig, Endpoint, JudgeConfig, require_model
 from opdjax.config.checkpoint import CheckpointConfig
 
 # all of a config in one place
@@ -42,12 +43,10 @@ class Config:
     estimator: EstimatorConfig = EstimatorConfig()
     rubrics: RubricsConfig = RubricsConfig()
     # Writes rubrics and reflections.
-    rubricator: EndpointConfig = EndpointConfig()
+    rubricator: JudgeConfig = JudgeConfig()
     # Grades answers against a rubric, or gives them a plain score.
-    verifier: EndpointConfig = EndpointConfig()
+    verifier: JudgeConfig = JudgeConfig()
     teach: TeachConfig = TeachConfig()
-    # Writes the references of `opdjax teach`; without a base_url the teacher's checkpoint does.
-    teacher_api: EndpointConfig = EndpointConfig()
     api: ApiConfig = ApiConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
@@ -68,7 +67,8 @@ class Config:
         packed, longest = self.train.pack_length, self.sampling.max_completion_length
         expected = f"more than sampling.max_completion_length, {longest}: rollouts are never split"
         require(packed is None or packed > longest, "train.pack_length", packed, expected)
-        self._check_models()
+        expected = "the checkpoint that the student starts from"
+        require(self.student.path != STUDENT, "student.path", STUDENT, expected)
         self._check_completions()
         self._check_near_policy()
         self._check_judges()
@@ -87,17 +87,21 @@ class Config:
 
     @property
     def teacher_model(self) -> ModelConfig:
-        """The model whose tokenizer, shape and dtype the teacher has."""
+        """The model whose tokenizer and shape the teacher has."""
         return self.student if self.teacher_is_student else self.teacher
 
-    def _check_models(self):
-        expected = "the checkpoint that the student starts from"
-        require(self.student.path != STUDENT, "student.path", STUDENT, expected)
-        for name in ("revision", "dtype", "attention", "split_over"):
-            found, default = getattr(self.teacher, name), getattr(ModelConfig(), name)
-            expected = f"{default}: the teacher is the student ({STUDENT})"
-            is_free = not self.teacher_is_student or found == default
-            require(is_free, f"teacher.{name}", found, expected)
+    def endpoint(self, role: Literal["rubricator", "verifier"]) -> Endpoint:
+        """The endpoint of a judge."""
+        judge: JudgeConfig = getattr(self, role)
+        own = {"temperature": judge.temperature, "reasoning_effort": judge.reasoning_effort}
+        return self.api.endpoint(role, judge.model, judge.base_url, **own)
+
+    @property
+    def api_keys(self) -> set[str]:
+        """The environment variables whose keys the run sends."""
+        judges = [self.endpoint(r) for r in ("rubricator", "verifier") if getattr(self, r).is_given]
+        teachers = [self.teach.endpoint(self.api)] if self.teach.model else []
+        return {endpoint.api_key_env for endpoint in (*judges, *teachers)} - {""}
 
     def _check_completions(self):
         """Whose completions a recipe may be trained on, and how they may be sampled."""
@@ -111,20 +115,18 @@ class Config:
         expected = f"{' or '.join(recipe.completions)}: {reason}"
         require(source in recipe.completions, "sampling.completions_from", source, expected)
         is_own = source == "student" and self.near_policy.filter == "none"
-        expected = (
-            "more than 0, or rollouts that near_policy.filter chose: cross-entropy on all of "
-        )
-        expected += "its own samples teaches a student nothing"
+        expected = "more than 0, or rollouts that near_policy.filter chose: cross-entropy on all "
+        expected += "of its own samples teaches a student nothing"
         is_taught = not is_own or estimator.kd_weight != 0
         require(is_taught, "estimator.kd_weight", estimator.kd_weight, expected)
         if source == "references":
             is_plain = sampling.temperature == 1 and not sampling.has_filter
             expected = "their defaults where nothing is sampled (references)"
-            require(is_plain, "sampling.temperature, top_p, top_k, min_p", "set", expected)
-            is_free = sampling.slots is None and sampling.kv_dtype == "auto"
-            require(is_free, "sampling.slots, kv_dtype", "set", expected)
+            require(is_plain, "sampling.temperature, top_p, top_k", "set", expected)
+            kv_dtype = sampling.kv_dtype
+            require(kv_dtype == "auto", "sampling.kv_dtype", kv_dtype, f"auto: {expected}")
         reads_teacher = source != "references" or recipe.teacher != "none"
-        for name in ("teacher_format", "teacher_enable_thinking", "teacher_prompt_format"):
+        for name in ("teacher_format", "teacher_prompt_format"):
             value, expected = getattr(self.data, name), "none where no teacher reads the data"
             require(reads_teacher or value is None, f"data.{name}", value, expected)
         corrected = estimator.importance or "none"
@@ -142,10 +144,10 @@ class Config:
         if is_altered and not is_exact and corrected == "none":
             raise ConfigError(
                 f"recipe {recipe.name!r} with sampling.temperature {sampling.temperature}, top_p "
-                f"{sampling.top_p}, top_k {sampling.top_k}, min_p {sampling.min_p} does not have "
-                "the expected gradient that it advertises; sample with temperature 1 and no "
-                "filter, use an exact divergence (full_kl), or set estimator.importance to accept "
-                "the KL at that temperature, without the tokens that a filter removes"
+                f"{sampling.top_p}, top_k {sampling.top_k} does not have the expected gradient "
+                "that it advertises; sample with temperature 1 and no filter, use an exact "
+                "divergence (full_kl), or set estimator.importance to accept the KL at that "
+                "temperature, without the tokens that a filter removes"
             )
 
     def _check_near_policy(self):
@@ -156,17 +158,13 @@ class Config:
         source, steps = self.sampling.completions_from, self.train.num_steps
         expected = "student where near_policy.schedule is set: given answers are not sampled ahead"
         require(source == "student", "sampling.completions_from", source, expected)
-        expected = (
-            f"a checkpoint where near_policy.schedule is {near.schedule}: its scores are stored"
-        )
+        expected = f"a checkpoint where the schedule is {near.schedule}: its scores are stored"
         require(not self.teacher_is_student, "teacher.path", self.teacher.path, expected)
         expected = f"a divisor of train.num_steps, {steps}: every epoch has as many steps"
         require(steps % near.num_epochs == 0, "near_policy.num_epochs", near.num_epochs, expected)
         keeps_groups = near.schedule == "continuous" and near.filter == "none"
         coef = self.estimator.task_reward_coef
-        expected = (
-            "none where near_policy may separate the rollouts of a prompt (refresh, a filter)"
-        )
+        expected = "none where near_policy may separate a prompt's rollouts (refresh, a filter)"
         require(not coef or keeps_groups, "estimator.task_reward_coef", coef, expected)
         may_lead = not self.is_judged and (recipe.reward != "task" or keeps_groups)
         expected = f"none where the recipe is {recipe.name}: the rollouts of a prompt are graded "
@@ -189,11 +187,12 @@ class Config:
         return tuple(name for name in JUDGED_FIELDS if f"{{{name}}}" in shown)
 
     def _check_judges(self):
-        rubrics, expected = self.rubrics, "the address of a model: a judge writes no answers"
-        is_model = self.teacher_api.base_url != RULE_JUDGE
-        require(is_model, "teacher_api.base_url", RULE_JUDGE, expected)
+        for role in ("rubricator", "verifier"):
+            getattr(self, role).check(role, self.api)
+        require_model("teach", self.teach.model, self.teach.base_url, self.api)
         expected = f"its defaults where the recipe is {self.recipe.name}: it asks no judge"
-        require(self.is_judged or rubrics == RubricsConfig(), "rubrics", "set", expected)
+        is_default = self.is_judged or self.rubrics == RubricsConfig()
+        require(is_default, "rubrics", "set", expected)
 
     def _check_rewards(self):
         """What a recipe that learns from rewards of whole answers, and judges, need."""
@@ -211,20 +210,20 @@ class Config:
         for role in ("verifier", "rubricator") if self.is_judged else ():
             has_rubric = recipe.reward != "scalar" and rubrics.refresh != "given"
             is_asked = role == "verifier" or has_rubric
-            expected = f"the address of a judge: {recipe.name} asks one"
+            expected = f"the name of a model: {recipe.name} asks this judge"
             is_given = getattr(self, role).is_given
-            require(is_given or not is_asked, f"{role}.base_url", "", expected)
-        column = self.data.rubric_column
-        expected = "a column of criteria where rubrics.refresh is given"
-        require(rubrics.refresh != "given" or column, "data.rubric_column", column, expected)
-        expected = (
-            f"two or more names where the recipe is {recipe.name}" if recipe.has_stages else ""
-        )
-        expected = expected or f"none where the recipe is {recipe.name}: it has no stages"
+            require(is_given or not is_asked, f"{role}.model", "", expected)
+        has_criteria = "rubric" in self.data.column_names
+        expected = "a column of criteria, rubric=COLUMN, where rubrics.refresh is given"
+        is_written = rubrics.refresh != "given" or has_criteria
+        require(is_written, "data.columns", self.data.columns, expected)
+        expected = f"none where the recipe is {recipe.name}: it has no stages"
+        if recipe.has_stages:
+            expected = f"two or more names where the recipe is {recipe.name}"
         is_staged = bool(rubrics.stage_names) == recipe.has_stages
-        require(is_staged, "rubrics.stage_names", rubrics.stage_names, expected)
-        of_rubrics = "min_criteria", "max_criteria", "grades", "polarity", "rubric_of", "refresh"
-        for name in (*of_rubrics, "blind") if recipe.reward == "scalar" else ():
+        require(is_staged, "rubrics.stages", rubrics.stages, expected)
+        of_rubrics = "num_criteria", "grades", "polarity", "rubric_of", "refresh", "blind"
+        for name in of_rubrics if recipe.reward == "scalar" else ():
             reason = f"where the recipe is {recipe.name}: it has no rubric"
             require_default(rubrics, "rubrics.", name, reason)
 
@@ -238,12 +237,10 @@ class Config:
         """The numbers of updates after which all prompts of an epoch are answered anew, the first
         of them 0; none in other schedules.
         """
-        near = self.near_policy
-        return (
-            tuple(epoch * self.steps_per_epoch for epoch in (0, *near.refresh_epochs))
-            if near.schedule == "refresh"
-            else ()
-        )
+        if self.near_policy.schedule != "refresh":
+            return ()
+        epochs = (0, *self.near_policy.refresh_epochs)
+        return tuple(epoch * self.steps_per_epoch for epoch in epochs)
 
     @property
     def rows_per_step(self) -> int:

@@ -22,19 +22,14 @@ class SamplingConfig:
     top_p: float = 1.0
     # Keep this many of the most likely tokens; 0: off.
     top_k: int = 0
-    # Keep tokens of at least this share of the largest probability; 0: off.
-    min_p: float = 0.0
     # Further stop tokens, besides the checkpoint's end-of-sequence ids.
     stop_token_ids: tuple[int, ...] = ()
     # Who writes the completions. student: on-policy samples; teacher: samples of the teacher;
     # references: the data's own answers.
     completions_from: Literal["student", "teacher", "references"] = "student"
-    # Mesh axes that shard the weights while sampling. With fsdp they would be gathered again for
-    # every token.
-    split_over: tuple[Literal["fsdp", "tensor"], ...] = ("tensor",)
-    # Rows decoded at a time; a finished row makes room for the next. Must be a multiple of
-    # mesh.data x mesh.fsdp. None: all rows of a step, the fastest if memory allows and lengths are
-    # similar.
+    # Rows decoded at a time, also in evaluations; a finished row makes room for the next. Must be a
+    # multiple of mesh.data x mesh.fsdp. None: all rows of a step, the fastest if memory allows and
+    # lengths are similar; 512 rows of an evaluation.
     slots: int | None = None
     # Dtype of cached keys and values; auto: that of the forward pass. int8 halves bfloat16's memory
     # and samples from a slightly different distribution than the trained one: on the mini pair
@@ -44,19 +39,19 @@ class SamplingConfig:
 
     def __post_init__(self):
         require_types(self, "sampling.")
-        require_ranges(self, "sampling.", {"num_generations": "at least 1"})
+        ranges = {"num_generations": "at least 1", "temperature": "more than 0"}
+        require_ranges(self, "sampling.", ranges)
         require_sampling("sampling", self)
-        ranges = {"slots": "at least 1, or none for all rows"}
-        require_ranges(self, "sampling.", ranges | {"min_p": "at least 0 (off) and less than 1"})
+        require_ranges(self, "sampling.", {"slots": "at least 1, or none for all rows"})
 
     @property
     def has_filter(self) -> bool:
         """Whether some tokens cannot be sampled."""
-        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+        return self.top_p < 1 or self.top_k > 0
 
 
 def require_sampling(section: str, sampling: Any) -> None:
     """Check the fields that the sampling of rollouts and of evaluations share."""
-    ranges = {"max_completion_length": "at least 1", "temperature": "more than 0"}
+    ranges = {"max_completion_length": "at least 1"}
     ranges |= {"top_p": "more than 0 and at most 1", "top_k": "0 (off) or more"}
     require_ranges(sampling, f"{section}.", ranges)

@@ -2,35 +2,250 @@
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Mapping
 from typing import Any
 
-from opdjax.config.model import MINI_STUDENT, MINI_TEACHER
+from opdjax.config.api import RULE_JUDGE
+from opdjax.config.data import JUDGED_FIELDS, DataConfig
+from opdjax.config.model import MINI_STUDENT, MINI_TEACHER, STUDENT
 from opdjax.config.run import Config
 from opdjax.config.validation import from_dict, to_dict
 
 # Keys that earlier versions wrote, and their names today.
-RENAMED_KEYS = {"sampling.source": "sampling.completions_from"}
+RENAMED_KEYS = {
+    "sampling.source": "sampling.completions_from",
+    "student.dtype": "train.dtype",
+    "student.attention": "train.attention",
+    "estimator.baseline_top_k": "estimator.support_top_k",
+    "estimator.skew_alpha": "estimator.beta",
+    "estimator.stage_credit_matrix": "estimator.stage_credit",
+}
+# Settings that are constants today: the constant, at the place where it is used.
+REMOVED_KEYS: Mapping[str, Any] = {
+    "data.overlong": "skip",
+    "sampling.min_p": 0.0,
+    "near_policy.ifd_form": "nll_ratio",
+    "near_policy.shard_size": 1024,
+    "estimator.clamp_at_zero": None,
+    "rubrics.max_answer_chars": 24000,
+    "rubrics.max_reasks": 2,
+    "rubrics.max_failed_share": 0.4,
+    "optimizer.b1": 0.9,
+    "optimizer.epsilon": 1e-8,
+    "train.max_nonfinite_steps": 5,
+    "checkpoint.best_metric": "avg@k",
+    "log.num_samples": 4,
+    "evaluation.seed": 0,
+}
+# Those that said only how a run is computed: a run continues whatever their value was.
+REMOVED_EXECUTION_KEYS: Mapping[str, Any] = {
+    "student.split_over": ["fsdp", "tensor"],
+    "teacher.split_over": ["fsdp", "tensor"],
+    "sampling.split_over": ["tensor"],
+    "estimator.tile": 512,
+    "rubrics.draw_parts": 2,
+    "teach.batch_size": 64,
+    "near_policy.generator_devices": 1,
+    "api.breaker_failures": 5,
+    "api.breaker_seconds": 30.0,
+}
+_ROLES = ("rubricator", "verifier", "teacher_api")
+
+Sections = dict[str, dict[str, Any]]
 
 
 def upgrade(saved: dict[str, Any]) -> dict[str, Any]:
-    """A saved config with today's keys and values; fields added since have their defaults."""
+    """A saved config with today's keys and values; fields added since have their defaults. A value
+    that no setting of today can hold is left out, and a note on stderr names it.
+    """
+    config, lost, execution = _read(saved)
+    for line in (*lost, *execution):
+        _print_once(f"note: an earlier version's setting is a constant today: {line}")
+    return config
+
+
+def lost_settings(saved: dict[str, Any]) -> list[str]:
+    """`field: value -> constant` for each setting of a saved config that changed its results and
+    that no setting of today can hold.
+    """
+    return _read(saved)[1]
+
+
+@functools.cache
+def _print_once(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _read(saved: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
+    """(today's config, lost settings, lost settings that said only how a run is computed)."""
     sections = {name: dict(value) for name, value in saved.items() if isinstance(value, dict)}
+    lost: list[str] = []
+    for read in _READERS:
+        read(sections, lost)
     for old, new in RENAMED_KEYS.items():
-        (section, key), (new_section, new_key) = old.split("."), new.split(".")
-        if key in sections.get(section, {}):
-            sections.setdefault(new_section, {})[new_key] = sections[section].pop(key)
+        value = _pop(sections, old)
+        if value is not None:
+            section, key = new.split(".")
+            sections.setdefault(section, {})[key] = value
     train = sections.get("train", {})
     if isinstance(train.get("remat"), bool):  # remat used to be a flag
         train["remat"] = "layer" if train["remat"] else "none"
-    config = to_dict(from_dict(Config, {**saved, **sections}))
-    for role in ("student", "teacher"):
-        config[role]["path"] = _built_in_name(config[role]["path"])
-    return config
+    lost += _removed(sections, REMOVED_KEYS)
+    execution = _removed(sections, REMOVED_EXECUTION_KEYS)
+    others = {name: value for name, value in saved.items() if not isinstance(value, dict)}
+    return to_dict(from_dict(Config, {**sections, **others})), lost, execution
+
+
+def _pop(sections: Sections, field: str) -> Any:
+    """Remove `section.key`; None where it is not there."""
+    section, key = field.split(".")
+    return sections.get(section, {}).pop(key, None)
+
+
+def _removed(sections: Sections, constants: Mapping[str, Any]) -> list[str]:
+    found = {field: _pop(sections, field) for field in constants}
+    found = {field: value for field, value in found.items() if value is not None}
+    changed = {field: value for field, value in found.items() if value != constants[field]}
+    return [f"{field}: {value!r} -> {constants[field]!r}" for field, value in changed.items()]
+
+
+def _read_models(sections: Sections, lost: list[str]) -> None:
+    for role, built_in in {"student": MINI_STUDENT, "teacher": MINI_TEACHER}.items():
+        model = sections.get(role, {})
+        if revision := model.pop("revision", None):
+            model["path"] = f"{model['path']}@{revision}"
+        if "path" in model:
+            model["path"] = _built_in_name(model["path"])
+        for key in ("dtype", "attention") if role == "teacher" else ():
+            value, student = model.pop(key, None), sections.get("student", {}).get(key)
+            if value != student and model.get("path", built_in) != STUDENT:
+                lost.append(f"teacher.{key}: {value!r} -> {student!r}, as train.{key}")
 
 
 def _built_in_name(path: str) -> str:
     """`@mini_teacher` or `@mini_student` for the paths that early versions saved for them."""
-    directory, _, role = path.rpartition("/")
+    directory, _, role = str(path).rpartition("/")
     names = {"teacher": MINI_TEACHER, "student": MINI_STUDENT}
     is_built_in = directory.endswith("/opdjax/assets/mini_pair") and role in names
     return names[role] if is_built_in else path
+
+
+def _read_data(sections: Sections, lost: list[str]) -> None:
+    data = sections.get("data", {})
+    thinking, teacher_thinking = (
+        data.pop(f"{who}enable_thinking", None) for who in ("", "teacher_")
+    )
+    format, teacher_format = data.get("format", "chat"), data.get("teacher_format")
+    named = {True: "thinking", False: "no_thinking", None: "chat"}
+    teacher_thinking = thinking if teacher_thinking is None else teacher_thinking
+    if (teacher_format or format) == "chat" and teacher_thinking != thinking:
+        data["teacher_format"] = named[teacher_thinking]
+    elif teacher_format == "chat":
+        data["teacher_format"] = named[thinking]
+    if format == "chat" and thinking is not None:
+        data["format"] = named[thinking]
+    _read_columns(data, ("prompt", "answer", "reference", "rubric"))
+    longest = data.pop("max_teacher_prompt_length", None)
+    shown = data.get("teacher_prompt_format") or ""
+    if longest is not None and any(f"{{{name}}}" in shown for name in JUDGED_FIELDS):
+        short = DataConfig(max_prompt_length=data.get("max_prompt_length", 512))
+        if longest != short.max_teacher_prompt_length:
+            text = f"{longest} -> {short.max_teacher_prompt_length}"
+            lost.append(f"data.max_teacher_prompt_length: {text}, by data.max_prompt_length")
+
+
+def _read_columns(section: dict[str, Any], names: tuple[str, ...]) -> None:
+    found = {name: section.pop(f"{name}_column", None) for name in names}
+    found = {name: column for name, column in found.items() if column}
+    if found.get("prompt") == "prompt" and "rubric" in names:  # the default of data.prompt_column
+        del found["prompt"]
+    if found:
+        section["columns"] = [f"{name}={column}" for name, column in found.items()]
+
+
+def _read_evaluation(sections: Sections, lost: list[str]) -> None:
+    evaluation = sections.get("evaluation", {})
+    if "temperature" in evaluation:
+        others = evaluation.pop("extra_temperatures", ())
+        evaluation["temperatures"] = [evaluation.pop("temperature"), *others]
+    _read_columns(evaluation, ("prompt", "answer", "benchmark"))
+    size, sampling = evaluation.pop("batch_size", 512), sections.setdefault("sampling", {})
+    if size != 512 and sampling.get("slots") is None:
+        sampling["slots"] = size
+
+
+def _read_estimator(sections: Sections, lost: list[str]) -> None:
+    estimator = sections.get("estimator", {})
+    if estimator.pop("stage_token_mean", None):
+        estimator["aggregation"] = "stage_token_mean"
+    is_old, cap = "importance_floor" in estimator, estimator.get("importance_cap") or 2.0
+    floor = estimator.pop("importance_floor", None) or 0.5
+    if is_old and estimator.get("importance") == "token_mask" and floor != 1 / cap:
+        lost.append(f"estimator.importance_floor: {floor} -> {1 / cap}, 1 / importance_cap")
+
+
+def _read_rubrics(sections: Sections, lost: list[str]) -> None:
+    rubrics = sections.get("rubrics", {})
+    if "min_criteria" in rubrics:
+        rubrics["num_criteria"] = [rubrics.pop("min_criteria"), rubrics.pop("max_criteria")]
+    names, markers = rubrics.pop("stage_names", ()), rubrics.pop("stage_markers", ())
+    if names:
+        pairs = zip(names[1:], markers)
+        rubrics["stages"] = [names[0], *(f"{name}={marker}" for name, marker in pairs)]
+
+
+def _read_endpoints(sections: Sections, lost: list[str]) -> None:
+    """One section `api` of what each role's endpoint used to hold."""
+    roles = {name: sections[name] for name in _ROLES if "timeout" in sections.get(name, {})}
+    api, teach = sections.setdefault("api", {}), sections.setdefault("teach", {})
+    given = {name: role for name, role in roles.items() if role.get("base_url")}
+    if "teacher_api" not in given and "batch_size" in teach:  # what a checkpoint does by default
+        for key in ("temperature", "top_p"):
+            teach[key] = None if teach.get(key) == 1.0 else teach.get(key)
+    if given:
+        _share_endpoints(given, api, lost)
+    if api.pop("offline", False):
+        api["concurrency"] = 0
+    for name in roles:
+        role = given.get(name, {})
+        own = {"model": role.get("model", ""), "base_url": ""}
+        if role.get("base_url") == RULE_JUDGE:
+            own["model"] = RULE_JUDGE
+        elif role and role["base_url"] != api["base_url"]:
+            own["base_url"] = role["base_url"]
+        own |= {key: role.get(key) for key in ("temperature", "reasoning_effort")}
+        if name != "teacher_api":
+            sections[name] = own
+        elif role:
+            length = {"max_completion_length": role["max_tokens"]}
+            sections["teach"] = teach | own | length | {"top_p": role.get("top_p")}
+    sections.pop("teacher_api", None)
+
+
+def _share_endpoints(given: Sections, api: dict[str, Any], lost: list[str]) -> None:
+    remote = [role for role in given.values() if role["base_url"] != RULE_JUDGE]
+    if remote:
+        api |= {key: remote[0][key] for key in ("base_url", "api_key_env")}
+    most = lambda key: max(role[key] for role in given.values())
+    api |= {key: most(key) for key in ("timeout", "concurrency")}
+    api["per_minute"] = [most("requests_per_minute"), most("tokens_per_minute")]
+    judges = {name: role for name, role in given.items() if name != "teacher_api"}
+    if judges:
+        api["max_tokens"] = max(role["max_tokens"] for role in judges.values())
+    priced = [role for role in given.values() if role["input_price"] or role["output_price"]]
+    prices = {r["model"]: f"{r['input_price']:g}/{r['output_price']:g}" for r in priced}
+    api["prices"] = [f"{model}={price}" for model, price in prices.items()]
+    for name, role in given.items():
+        today = {"seed": None}
+        if name in judges:
+            today |= {"top_p": None, "output": "json_schema", "max_tokens": api["max_tokens"]}
+        changed = {key: value for key, value in today.items() if role[key] != value}
+        lost += [f"{name}.{key}: {role[key]!r} -> {value!r}" for key, value in changed.items()]
+
+
+_READERS = (
+    *(_read_models, _read_data, _read_evaluation),
+    *(_read_estimator, _read_rubrics, _read_endpoints),
+)

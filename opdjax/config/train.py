@@ -23,15 +23,21 @@ class TrainConfig:
     # memory for one more forward pass. dots: everything but the products with the layers' kernels,
     # which are most of the work.
     remat: Literal["none", "dots", "layer"] = "none"
-    # Stop the run after this many consecutive steps without a finite loss and gradient.
-    max_nonfinite_steps: int = 5
     # Pack rollouts into rows of this many tokens; None: one rollout per row. Saves time only with
     # gradient accumulation, because empty micro-batches are skipped. Attention cost grows with the
     # square.
     pack_length: int | None = None
+    # Dtype of the forward passes of student and teacher; auto: bfloat16 on TPU and GPU, float32 on
+    # CPU.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    # Attention in training and scoring; the sampler always uses xla. xla runs everywhere and holds
+    # T x T scores per head. splash (TPU, heads of 64, 128 or 256) and cudnn (NVIDIA GPU, bfloat16,
+    # heads of up to 128) are fused kernels that do not. auto: splash on a TPU if it can run, else
+    # xla; cudnn has not been timed yet.
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
 
     def __post_init__(self):
         require_types(self, "train.")
         names = ("num_steps", "prompts_per_step", "gradient_accumulation_steps")
-        ranges = dict.fromkeys((*names, "max_nonfinite_steps"), "at least 1")
+        ranges = dict.fromkeys(names, "at least 1")
         require_ranges(self, "train.", ranges | {"pack_length": "at least 2, or none"})

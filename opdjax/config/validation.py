@@ -75,6 +75,14 @@ def require_default(section: Any, path: str, name: str, reason: str) -> None:
     require(value == default, path + name, value, f"{default} {reason}")
 
 
+def pairs_of(field: str, items: tuple[str, ...], expected: str) -> dict[str, str]:
+    """Name -> value, of items NAME=VALUE; ConfigError for another form or a repeated name."""
+    pairs = dict(item.split("=", 1) for item in items if "=" in item)
+    is_complete = len(pairs) == len(items) and all(map(all, pairs.items()))
+    require(is_complete, field, items, expected)
+    return pairs
+
+
 def convert(hint: Any, value: Any, path: str) -> Any:
     """The value as the annotated type, or a ConfigError. Only an int for a float is converted."""
     if dataclasses.is_dataclass(hint):
@@ -83,7 +91,10 @@ def convert(hint: Any, value: Any, path: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
-        return convert(next(a for a in arguments if a is not type(None)), value, path)
+        # A list belongs to the alternative that is one.
+        is_list = isinstance(value, (list, tuple))
+        fitting = [a for a in arguments if (typing.get_origin(a) is tuple) == is_list]
+        return convert(next(a for a in (*fitting, *arguments) if a is not type(None)), value, path)
     if origin is Literal:
         if value not in arguments:
             raise ConfigError(f"{path} is {value!r}; {nearest(str(value), map(str, arguments))}")
@@ -91,6 +102,8 @@ def convert(hint: Any, value: Any, path: str) -> Any:
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{path} is {value!r}; expected a list")
+        if arguments[-1] is not ... and len(value) != len(arguments):
+            raise ConfigError(f"{path} is {value!r}; expected {len(arguments)} values")
         return tuple(convert(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     is_bool = isinstance(value, bool)
     if hint is float and isinstance(value, int) and not is_bool and abs(value) < 1e300:

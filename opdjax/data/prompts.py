@@ -59,7 +59,7 @@ def load_rows(data: DataConfig, tokenizer: Any) -> list[Prompt]:
 
     def is_left_out(number: int) -> bool:
         ids = view.ids(rows[number], f"prompt {number} of {data.source}")
-        return data.overlong == "skip" and len(ids) > data.max_prompt_length
+        return len(ids) > data.max_prompt_length
 
     index, prompts = read_index(local_copy(data.references)), [row.prompt for row in rows]
     found = references_of(index, prompts, data.source, is_left_out)
@@ -123,18 +123,13 @@ class _View:
 
 def _views(data: DataConfig, student_tokenizer: Any, teacher_tokenizer: Any) -> tuple[_View, _View]:
     system = {"chat": data.system_prompt, "raw": None}
-    student = _View(
-        student_tokenizer,
-        data.format,
-        data.enable_thinking,
-        system[data.format],
-        data.prompt_format,
-    )
-    format, thinking = data.teacher_format or data.format, data.teacher_enable_thinking
+    format, thinking = data.student_template
+    student = _View(student_tokenizer, format, thinking, system[format], data.prompt_format)
+    format, thinking = data.teacher_template
     teacher = _View(
         teacher_tokenizer,
         format,
-        data.enable_thinking if thinking is None else thinking,
+        thinking,
         system[format],
         data.teacher_prompt_format or data.prompt_format,
         has_context=bool(data.teacher_prompt_format),
@@ -175,17 +170,18 @@ def _require_context(rows: Sequence[Prompt], data: DataConfig) -> None:
     format = data.teacher_prompt_format
     if not format:
         return
-    fields = {"answer": ("answer", "{answer}", data.answer_column)}
+    names = data.column_names
+    fields = {"answer": ("answer", "{answer}")}
     # With an index of references, `load_rows` has checked that every row has one.
     if not data.references:
-        fields["references"] = ("reference", "{reference}", data.reference_column)
-    for field, (name, shown, column) in fields.items():
+        fields["references"] = ("reference", "{reference}")
+    for field, (name, shown) in fields.items():
         if shown in format:
             reason = (
-                f"data.teacher_prompt_format shows it to the teacher: add it, name its column in "
-                f"data.{name}_column, or take {shown} out"
+                "data.teacher_prompt_format shows it to the teacher: add it, name its column in "
+                f"data.columns ({name}=COLUMN), or take {shown} out"
             )
-            require_field(rows, field, column or field, data.source, reason)
+            require_field(rows, field, names.get(name, field), data.source, reason)
     for number, row in enumerate(rows):
         is_text = isinstance(row.prompt, str)
         if not is_text and all(message["role"] != "user" for message in row.prompt):
@@ -200,8 +196,7 @@ def encode_prompts(
 ) -> PromptSet:
     """Render every row for student and teacher.
 
-    A row over `max_prompt_length` tokens in either view is left out and counted, or refused with
-    DataError if `data.overlong` is "error".
+    A row over `max_prompt_length` tokens in either view is left out and counted.
     """
     _require_context(rows, data)
     views = _views(data, student_tokenizer, teacher_tokenizer)
@@ -216,11 +211,6 @@ def encode_prompts(
         if longest > limit:
             text = str(_wrapped(row, data.prompt_format))[:80]
             skipped.append(f"{place} with {longest} tokens: {text!r}")
-            if data.overlong == "error":
-                raise DataError(
-                    f"data.max_prompt_length is {limit}, exceeded by {skipped[0]}; raise it or set "
-                    "data.overlong to skip"
-                )
             continue
         kept.append(row)
         for view, tokens in zip(ids, rendered):

@@ -202,6 +202,6 @@ def references_of(
         message += (
             f" {len(lacking) - num_unasked} have only empty or truncated answers: sample more "
             "(teach.num_answers), allow longer answers in another index "
-            "(teach.max_completion_length, teacher_api.max_tokens), or remove them from the data."
+            "(teach.max_completion_length), or remove them from the data."
         )
     raise ReferenceMissError(message)

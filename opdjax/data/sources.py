@@ -59,9 +59,7 @@ class ColumnMap:
     @classmethod
     def from_config(cls, data: DataConfig) -> ColumnMap:
         """The columns named in the config."""
-        return cls(
-            data.prompt_column, data.answer_column, data.reference_column, data.rubric_column
-        )
+        return cls(**data.column_names)
 
     def needed(self, names: Sequence[str], place: str) -> list[str]:
         """The columns of a table to read; others, such as long solutions, are skipped."""
@@ -100,8 +98,8 @@ def _missing(path: str, found: Any, place: str) -> DataError:
     hint = f", did you mean {close[0]!r}?" if close else "."
     return DataError(
         f"{place}: there is no column {path!r}; found {names or repr(found)}{hint} Name the "
-        "right one in data.prompt_column, data.answer_column or data.reference_column (for an "
-        "evaluation in evaluation.prompt_column or evaluation.answer_column)"
+        "right one in data.columns, such as prompt=COLUMN, answer=COLUMN or reference=COLUMN (for "
+        "an evaluation in evaluation.columns)"
     )
 
 

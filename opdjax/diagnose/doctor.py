@@ -44,10 +44,10 @@ CHECKS = (
     Check(checks.stop_tokens, "set --sampling.stop-token-ids"),
     Check(checks.chat_template, "copy a template, or set --data.teacher-format", reads_scores),
     Check(checks.sampler_matches_scorer, "look at mask, shift by one, temperature and dtypes"),
-    Check(checks.sampling_filter, "set top_p 1, top_k 0, min_p 0, or use an exact divergence"),
+    Check(checks.sampling_filter, "set top_p 1, top_k 0, or use an exact divergence"),
     Check(checks.staleness, "set estimator.importance, or use an exact divergence"),
     Check(checks.self_distillation, "use one dtype and one vocabulary mask", reads_scores),
-    Check(checks.teacher_dtype, "set --teacher.dtype", reads_scores),
+    Check(checks.teacher_dtype, "set --train.dtype", reads_scores),
     Check(checks.repeated_scores, "look at segment ids and kernels", reads_scores),
     Check(checks.teacher_is_better, "look at paths, tokenizer, prompt format", reads_scores),
     Check(checks.mask, "look at the packing of the rollouts"),
@@ -80,7 +80,7 @@ def run_checks(config: Config, num_prompts: int = 8, only: Sequence[str] = ()) -
     choose(only, config)  # before the models are loaded
     if reads_scores(config):
         tokenizers = [
-            load_tokenizer(open_checkpoint(model.path, model.revision).path)
+            load_tokenizer(open_checkpoint(*model.place).path)
             for model in (config.student, config.teacher_model)
         ]
         found = check_tokenizers(*tokenizers, config.estimator.recipe)
@@ -89,9 +89,7 @@ def run_checks(config: Config, num_prompts: int = 8, only: Sequence[str] = ()) -
             yield dataclasses.replace(found, details=(*found.details, note))
             return
     # A few rows need one device only and no separate generator.
-    near_policy = dataclasses.replace(
-        config.near_policy, generator="inline", generator_devices=1, lag="fixed"
-    )
+    near_policy = dataclasses.replace(config.near_policy, generator="inline", lag="fixed")
     config = dataclasses.replace(config, mesh=MeshConfig(1), near_policy=near_policy)
     yield from examine(prepare(config), num_prompts, only)
 

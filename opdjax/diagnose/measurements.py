@@ -40,7 +40,7 @@ from opdjax.models.decoder import DecoderConfig, Params, head_of
 from opdjax.models.hf import Checkpoint, load_params
 from opdjax.ops.sharding import to_host
 from opdjax.ops.tile import Head
-from opdjax.ops.vocab import TokenInputs, tiled_stats
+from opdjax.ops.vocab import TILE, TokenInputs, tiled_stats
 from opdjax.rollouts.checks import with_student_as_teacher
 from opdjax.rollouts.on_policy import draw
 from opdjax.rollouts.rows import with_option_columns
@@ -127,9 +127,9 @@ class Measurements:
         return _Model(teacher.params, teacher.head, teacher.checkpoint.config)
 
     @property
-    def dtypes(self) -> tuple[str, str]:
-        """The types of the forward passes of student and teacher."""
-        return self.setup.dtype, str(self.setup.teacher.params["embedding"].dtype)
+    def dtype(self) -> str:
+        """The type of the forward passes of both models."""
+        return self.setup.dtype
 
     @cached_property
     def rollouts(self) -> Rollouts:
@@ -161,7 +161,7 @@ class Measurements:
         found, width = {}, valid_vocab(self.setup.tokenizer)
         pairs = ((self._student, self._own_batch), (self._teacher, self.batch))
         for role, (model, batch) in zip(("student", "teacher"), pairs):
-            rows, sizes = len(model.params["embedding"]), (width, self.config.estimator.tile)
+            rows, sizes = len(model.params["embedding"]), (width, TILE)
             mass = _mass_beyond(*model[:2], batch, model.config, *sizes) if rows > width else 0
             found[role] = rows, float(mass)
         return found
@@ -181,7 +181,7 @@ class Measurements:
     @cached_property
     def first_updates(self) -> tuple[FirstUpdate, FirstUpdate]:
         """Two updates: with the student's own weights as the teacher, and with the teacher."""
-        weights, params = load_student(self.setup), self._load(self.setup.student, self.dtypes[1])
+        weights, params = load_student(self.setup), self._load(self.setup.student, self.dtype)
         itself = self._teacher.with_params(params)._replace(config=self._student.config)
         # The student's view on both sides: another template would put it into another context.
         batches = ((itself, self._own_batch), (self._teacher, self.batch))
@@ -191,7 +191,7 @@ class Measurements:
         config, own, estimator = self.config, self._own_batch, estimator_of(self.config.estimator)
         # A recipe that reads no scores may still filter rollouts by token log-probs.
         needs = "token" if estimator.teacher == "none" else estimator.teacher
-        options = {"needs": needs, "top_k": estimator.top_k, "tile": config.estimator.tile}
+        options = {"needs": needs, "top_k": estimator.top_k, "tile": TILE}
         scores = score(*teacher[:2], batch, config=teacher.config, **options)
         head = teacher.head if needs == "vocabulary" else None
         # Micro-batches no larger than the run's.
@@ -286,7 +286,7 @@ class Measurements:
 
     def _logprobs(self, model: _Model, batch: TrainBatch, parts: int = 1) -> np.ndarray:
         """Return log-probs `[B, T]` of the batch's tokens, from the scorer of the run's teacher."""
-        options = {"needs": "token", "tile": self.config.estimator.tile, "parts": parts}
+        options = {"needs": "token", "tile": TILE, "parts": parts}
         scores = score(*model[:2], batch, config=model.config, **options)
         return np.asarray(scores.teacher_logprobs)
 

@@ -20,6 +20,9 @@ from opdjax.ops.multihost import from_process_zero
 from opdjax.ops.sharding import num_row_shards, to_host
 from opdjax.runs.statistics import avg_at_k, by_benchmark, mean_and_interval, pass_at_k
 
+EVALUATION_SLOTS = 512  # rows of an evaluation decoded at a time, unless sampling.slots says less
+# Runs answer the same prompts with the same random numbers, so that they can be compared.
+_SEED = 0
 _NUM_SHOWN, _MAX_SHOWN_CHARS = 16, 4000  # answers kept as text, and characters of each
 
 
@@ -36,6 +39,7 @@ class Evaluator:
     stop_token_ids: tuple[int, ...]
     valid_vocab: int
     mesh: Mesh | None = None
+    slots: int | None = None  # rows decoded at a time; None: EVALUATION_SLOTS
 
     def __call__(self, params: Params) -> dict[str, Any]:
         """Scores of these parameters: `avg@k`, `pass@k`, `greedy`, each with the half width of its
@@ -96,14 +100,14 @@ class Evaluator:
         rollouts = sample(
             params,
             collate(self.prompts, np.arange(len(self.prompts))),
-            config.seed,
+            _SEED,
             0,
             config=self.model,
             decoding=decoding,
             num_generations=num_samples,
             stream=EVAL_STREAM,
             mesh=self.mesh,
-            slots=-(-config.batch_size // devices) * devices,
+            slots=-(-(self.slots or EVALUATION_SLOTS) // devices) * devices,
         )
         rollouts = to_host(rollouts)
         answers = [prompt.answer for prompt in self.prompts.prompts for _ in range(num_samples)]

@@ -20,7 +20,7 @@ def evaluate(
     evaluator: Evaluator | None, workdir: pathlib.Path, step: int, weights: Callable[[], Params]
 ) -> dict[str, float] | None:
     """Append this step's scores to eval.jsonl unless they are there; return them, or None without
-    an evaluator. Step 0 is also evaluated at the extra temperatures.
+    an evaluator. Step 0 is also evaluated at the other temperatures.
 
     `weights` is called only if something is missing.
     """
@@ -30,7 +30,7 @@ def evaluate(
     found = {(row["step"], row["temperature"]): row for row in read_lines(file)}
     wanted: list[tuple[float, Callable[[Params], dict[str, Any]]]]
     wanted = [(config.temperature, evaluator)]
-    for temperature in config.extra_temperatures if step == 0 else ():
+    for temperature in config.temperatures[1:] if step == 0 else ():
         wanted.append((temperature, partial(evaluator.sampled, temperature=temperature)))
     missing = [(at, measure) for at, measure in wanted if agreed((step, at) not in found)]
     params = weights() if missing else None

@@ -25,13 +25,16 @@ from opdjax.estimators.advantage import batch_totals
 from opdjax.estimators.losses import aggregation_weights, count_denominators
 from opdjax.models.decoder import DecoderConfig, Params, Remat, forward, head_of
 from opdjax.models.lora import combine
-from opdjax.models.partitioning import WEIGHT_AXES, constrain, shardings_of
+from opdjax.models.partitioning import constrain, shardings_of
 from opdjax.ops.masked import masked_mean
 from opdjax.ops.sharding import scan_parts
 from opdjax.ops.tile import Head, sum_dtype
 from opdjax.ops.vocab import TokenInputs, tiled_loss, tiled_stats
 from opdjax.types import TeacherScores, TrainBatch
 
+# Adam's other constants, those of its paper (arXiv 1412.6980): moments are float32, so the usual
+# reason to raise epsilon does not apply.
+_ADAM_B1, _ADAM_EPSILON = 0.9, 1e-8
 _DECAYED = ("kernel", "embedding", "head", "lora_a", "lora_b")  # endings of the names of matrices
 
 
@@ -60,7 +63,6 @@ class UpdateSpec:
     remat: Remat = "none"
     diagnostics_every: int = 0  # steps between diagnostics of whole distributions; 0: never
     mesh: Mesh | None = None
-    split_over: tuple[str, ...] = WEIGHT_AXES  # mesh axes that shard the trained parameters
 
 
 class VocabularyInputs(NamedTuple):
@@ -91,9 +93,9 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
     clip = [optax.clip_by_global_norm(config.max_grad_norm)] if config.max_grad_norm else []
     adamw = optax.adamw(
         learning_rate_at(config, num_steps),
-        config.b1,
+        _ADAM_B1,
         config.b2,
-        config.epsilon,
+        _ADAM_EPSILON,
         weight_decay=config.weight_decay,
         mask=_is_decayed,
     )
@@ -108,7 +110,6 @@ def init_state(
     params: Params,
     optimizer: optax.GradientTransformation,
     mesh: Mesh | None = None,
-    split_over: tuple[str, ...] = WEIGHT_AXES,
 ) -> TrainState:
     """The state before the first step; parameters are copied to float32. On a mesh it is sharded as
     `update` returns it.
@@ -121,7 +122,7 @@ def init_state(
         step, *skipped = (jnp.zeros((), jnp.int32) for _ in range(3))
         return TrainState(step, params, optimizer.init(params), *skipped)
 
-    layout = None if mesh is None else shardings_of(jax.eval_shape(start, params), mesh, split_over)
+    layout = None if mesh is None else shardings_of(jax.eval_shape(start, params), mesh)
     return jax.jit(start, out_shardings=layout)(params)
 
 
@@ -161,7 +162,7 @@ def make_update(
             num_skipped=state.num_skipped + skipped,
             nonfinite_streak=(state.nonfinite_streak + 1) * skipped,
         )
-        new_state = constrain(new_state, spec.mesh, spec.split_over)
+        new_state = constrain(new_state, spec.mesh)
         metrics = {
             "loss/objective": loss,
             "grad/norm": norm,
@@ -215,7 +216,7 @@ def loss_and_grad(
 
     def accumulate(carry, part):
         (loss, outputs), grads = value_and_grad(params, *part)
-        grads = constrain(grads, spec.mesh, spec.split_over)
+        grads = constrain(grads, spec.mesh)
         found = loss, grads, optax.tree.norm(grads, squared=True)
         return jax.tree.map(jnp.add, carry, found), outputs
 
@@ -385,7 +386,6 @@ def spec_of(
         remat=config.train.remat,
         diagnostics_every=config.log.diagnostics_every,
         mesh=mesh,
-        split_over=config.student.split_over,
     )
 
 

@@ -14,7 +14,7 @@ from opdjax.config import EstimatorConfig
 from opdjax.config.recipes import RECIPES, Recipe, TeacherNeed, recipe_named
 from opdjax.estimators import coupling, divergence, grpo, losses, opd
 from opdjax.ops.tile import VocabTile
-from opdjax.ops.vocab import TokenInputs
+from opdjax.ops.vocab import TILE, TokenInputs
 
 # `token_loss(student, teacher, row, **options) -> (loss [n], outputs)` of each recipe.
 TOKEN_LOSSES: Mapping[str, Callable] = {
@@ -38,7 +38,7 @@ class Estimator:
     name: str
     given: tuple[tuple[str, Any], ...] = ()  # the options that are not left at their defaults
     aggregation: str = "token_mean"
-    tile: int = 512
+    tile: int = TILE
 
     @property
     def recipe(self) -> Recipe:
@@ -122,7 +122,7 @@ def bind(
     options: Mapping[str, Any] | None = None,
     *,
     aggregation: str = "token_mean",
-    tile: int = 512,
+    tile: int = TILE,
 ) -> Estimator:
     """The recipe of that name under these options.
 
@@ -130,10 +130,12 @@ def bind(
     """
     given = dict(options or {})
     recipe_named(name).check(given, aggregation)
-    return Estimator(name, tuple(given.items()), aggregation, tile)
+    # The advantages of stages are already balanced then, see `advantage.stage_balance`.
+    weighting = "token_mean" if aggregation == "stage_token_mean" else aggregation
+    return Estimator(name, tuple(given.items()), weighting, tile)
 
 
 @cache
 def estimator_of(config: EstimatorConfig) -> Estimator:
     """The estimator that a config asks for. Cached, because every step asks for it."""
-    return bind(config.recipe, config.options, aggregation=config.aggregation, tile=config.tile)
+    return bind(config.recipe, config.options, aggregation=config.aggregation)

@@ -127,20 +127,20 @@ def _normalised(
     return jnp.where(is_tied, 0, centred / (std + epsilon))
 
 
-def credit_matrix(name: str | None, num_stages: int, custom: Sequence[float] = ()) -> np.ndarray:
+def credit_matrix(credit: str | Sequence[float] | None, num_stages: int) -> np.ndarray:
     """Lambda `[K, K]`: row k holds the share of each stage's score that stage k is credited with.
 
     It is 0 for earlier stages. `paper`: RubricEM's for four stages (arXiv 2605.10899, section 3.3).
     `identity`: its own score. `last`: the last stage's score for all, plain group-relative credit.
     `decay`: 1 for itself, 0.8 for the last, 0.5 between; ours. None: paper for four stages, else
-    decay. `custom`: K * K numbers row by row, upper triangular with ones on the diagonal.
+    decay. Numbers: K * K, row by row, upper triangular with ones on the diagonal.
     ValueError otherwise.
     """
-    if len(custom):
-        matrix = np.asarray(custom, float)
+    if not isinstance(credit, str | None):
+        matrix = np.asarray(credit, float)
         if matrix.size != num_stages**2:
             raise ValueError(
-                f"stage_credit_matrix has {matrix.size} numbers; expected {num_stages**2}, row by "
+                f"stage_credit has {matrix.size} numbers; expected {num_stages**2}, row by "
                 f"row for {num_stages} stages"
             )
         matrix = matrix.reshape(num_stages, num_stages)
@@ -150,11 +150,11 @@ def credit_matrix(name: str | None, num_stages: int, custom: Sequence[float] = (
             or np.any(np.diag(matrix) != 1)
         ):
             raise ValueError(
-                f"stage_credit_matrix is {matrix.tolist()}; expected finite numbers, 1 on the "
+                f"stage_credit is {matrix.tolist()}; expected finite numbers, 1 on the "
                 "diagonal (a stage's own score) and 0 below it (earlier stages)"
             )
         return matrix
-    name = name or ("paper" if num_stages == 4 else "decay")
+    name = credit or ("paper" if num_stages == 4 else "decay")
     if name == "paper" and num_stages != 4:
         raise ValueError(
             f"stage_credit paper is defined for 4 stages, there are {num_stages}; expected "

@@ -121,8 +121,8 @@ def applied_importance(
     elif kind == "token_truncate":
         weight, is_cut = importance.token_truncate(ratio, cap), ratio > cap
     elif kind == "token_mask":
-        floor = options.get("importance_floor", importance.DEFAULT_FLOOR)
-        weight, is_cut = importance.token_mask(ratio, floor, cap), (ratio < floor) | (ratio > cap)
+        weight = importance.token_mask(ratio, 1 / cap, cap)
+        is_cut = (ratio < 1 / cap) | (ratio > cap)
     else:
         low = options.get("clip_low", importance.CLIP_LOW)
         high = options.get("clip_high", importance.CLIP_HIGH)

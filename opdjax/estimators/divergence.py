@@ -79,8 +79,7 @@ def full_kl(
     row: TokenInputs,
     *,
     divergence: str = "reverse",
-    beta: float = 0.5,
-    skew_alpha: float = 0.1,
+    beta: float | None = None,
 ):
     """The exact divergence of student S and teacher T at each sampled context, over the vocabulary.
 
@@ -110,9 +109,9 @@ def full_kl(
 
     Options:
       divergence      reverse (default), forward, jsd, skew_forward or skew_reverse
-      beta            of jsd, 0.5: the teacher's share of M; 0 is read as forward and 1 as reverse
-      skew_alpha      of the skew divergences, 0.1: share of `first` in `second`; towards 0 the
-                      plain KL, towards 1 nothing
+      beta            of jsd, 0.5: the teacher's share of M; 0 is read as forward and 1 as reverse.
+                      Of the skew divergences the alpha above, 0.1: towards 0 the plain KL, towards
+                      1 nothing
       importance      none (default) or prefix_truncate: the ratio of the tokens before, for
                       contexts of another policy
       importance_cap  its largest value, 2
@@ -123,9 +122,9 @@ def full_kl(
     exact = {
         "reverse": reverse_kl,
         "forward": forward_kl,
-        "jsd": partial(jsd, beta=beta),
-        "skew_forward": partial(skew_forward_kl, alpha=skew_alpha),
-        "skew_reverse": partial(skew_reverse_kl, alpha=skew_alpha),
+        "jsd": partial(jsd, beta=0.5 if beta is None else beta),
+        "skew_forward": partial(skew_forward_kl, alpha=0.1 if beta is None else beta),
+        "skew_reverse": partial(skew_reverse_kl, alpha=0.1 if beta is None else beta),
     }
     loss = _choose(divergence, exact, "divergence", "full_kl")(student, teacher)
     student_logprobs = student.logprob(row.tokens)
@@ -210,7 +209,7 @@ def topk_kl(
       renormalize     both (default), teacher or none
       outside         drop (default); tail, with renormalize none; floor, with renormalize none or
                       teacher
-      clamp_at_zero   False; True takes max(loss, 0) of each token
+      clamp_at_zero   only by convention verl: takes max(loss, 0) of each token
       weight          None; p_student or p_teacher, normalised on K, or none, which is 1
       convention      None; a row of TOP_K_CONVENTIONS, which sets the options it names
       importance      none (default) or prefix_truncate: the ratio of the tokens before, for

@@ -21,7 +21,7 @@ from opdjax.ops.vocab import TokenInputs
 
 DUAL_CLIP = 3.0
 # They turn a group's rewards into advantages before the pass; the token loss does not read them.
-CREDIT_OPTIONS = ("advantage", "stage_credit", "stage_credit_matrix", "stage_token_mean")
+CREDIT_OPTIONS = ("advantage", "stage_credit")
 
 
 def dual_clipped_loss(
@@ -188,10 +188,8 @@ def ropd_stages(student: VocabTile, teacher: VocabTile | None, row: TokenInputs,
     Options:
       stage_credit         lambda: paper (four stages), identity (own score), last (the last stage's
                            score for all), decay (1 for itself, 0.8 for the last, 0.5 between:
-                           ours); default paper for four stages, else decay
-      stage_credit_matrix  your own lambda, row by row, in place of stage_credit
-      stage_token_mean     false; true: each stage has the same weight in the loss, whatever its
-                           length
+                           ours), or your own as K * K numbers, row by row; default paper for four
+                           stages, else decay
       ...                  and all of grpo
     """
     return grpo(student, teacher, row, **options)

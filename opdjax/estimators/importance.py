@@ -19,7 +19,6 @@ from opdjax.ops.masked import running_sum, sequence_total, zero_where_masked
 
 TOKEN_CORRECTIONS = ("token_truncate", "token_mask", "ppo_clip")
 SEQUENCE_CORRECTIONS = ("sequence_mask", "prefix_truncate")
-DEFAULT_FLOOR = 0.5  # of token_mask's band
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28  # of ppo_clip: ratios from 0.8 to 1.28
 _LARGEST_LOG_RATIO = 60.0  # e^60 of 10^10 tokens can still be summed in float32
 # d e^d - (e^d - 1) = d^2 * sum of (n + 1) / (n + 2)! d^n; 14 terms are exact in float64 up to

@@ -168,7 +168,6 @@ def opd(student: VocabTile, teacher: VocabTile | None, row: TokenInputs, **optio
       importance        none (default), token_truncate, token_mask, sequence_mask, prefix_truncate
                         or ppo_clip: how rho = student(y) / behavior(y) corrects stale tokens
       importance_cap    largest ratio: 3 for sequence_mask, 2 for the others
-      importance_floor  smallest ratio that token_mask keeps, 0.5
       clip_low          ppo_clip: 0.2, ratios from 1 - clip_low
       clip_high         ppo_clip: 0.28, ratios to 1 + clip_high
     """
@@ -181,7 +180,7 @@ def vopd(
     row: TokenInputs,
     *,
     baseline: str = "full",
-    baseline_top_k: int = 100,
+    support_top_k: int = 100,
     **options,
 ):
     """OPD with a control-variate baseline: the reward minus the expected reward of the context.
@@ -208,11 +207,11 @@ def vopd(
                       both sides renormalised there. optimal: b* = E[w h] / E[w], w the squared norm
                       of the score in logit space: least variance there, 0 where the student is
                       certain. batch_mean: mean reward of all other sequences, the plain control
-      baseline_top_k  ids of student_topk, 100 as in the paper; 1 is opd, V is full
+      support_top_k  ids of student_topk, 100 as in the paper; 1 is opd, V is full
       ...             and all of opd
     """
     reward_options = {name: options.get(name) for name in REWARD_OPTIONS}
-    value = baseline_of(student, teacher, row, baseline, baseline_top_k, **reward_options)
+    value = baseline_of(student, teacher, row, baseline, support_top_k, **reward_options)
     loss, outputs = _estimate(student, teacher, row, value, **options)
     is_plain = baseline == "full" and all(given is None for given in reward_options.values())
     return loss, outputs | ({"kl": -value} if is_plain else {})
@@ -223,7 +222,7 @@ def advantages(
     teacher: VocabTile,
     *,
     baseline: str | None = None,
-    baseline_top_k: int = 100,
+    support_top_k: int = 100,
     **reward_options,
 ) -> Float[Array, "n V"]:
     """The immediate advantage `h(r_v) - b` of every id v; no baseline for `opd`."""
@@ -233,7 +232,7 @@ def advantages(
     return (
         reward
         - baseline_of(
-            student, teacher, TokenInputs(None), baseline, baseline_top_k, **reward_options
+            student, teacher, TokenInputs(None), baseline, support_top_k, **reward_options
         )[:, None]
     )
 
@@ -251,7 +250,6 @@ def _estimate(
     task_reward_coef: float = 0.0,
     importance: str = "none",
     importance_cap: float | None = None,
-    importance_floor: float = ratios.DEFAULT_FLOOR,
     clip_low: float = ratios.CLIP_LOW,
     clip_high: float = ratios.CLIP_HIGH,
 ):
@@ -271,7 +269,7 @@ def _estimate(
     if task_reward_coef:
         later += task_reward_coef * needed(row.advantages, "advantages", "task_reward_coef")
     share = 1 / (1 + extra_draws)
-    bounds = (importance_cap, importance_floor, clip_low, clip_high)
+    bounds = (importance_cap, clip_low, clip_high)
     loss = _surrogate(share * immediate + later, student_logprobs, row, importance, *bounds)
     if extra_draws:
         ids = student.draw(needed(row.uniforms, "uniforms", "extra_draws"))
@@ -286,7 +284,7 @@ def _estimate(
 
 
 def _surrogate(
-    advantage, student_logprobs, row: TokenInputs, importance: str, cap, floor, clip_low, clip_high
+    advantage, student_logprobs, row: TokenInputs, importance: str, cap, clip_low, clip_high
 ) -> Float[Array, " n"]:
     """The policy-gradient loss of one token, corrected by its own ratio.
 
@@ -311,7 +309,7 @@ def _surrogate(
     weight = (
         ratios.token_truncate(ratio, cap)
         if importance == "token_truncate"
-        else ratios.token_mask(ratio, floor, cap)
+        else ratios.token_mask(ratio, 1 / cap, cap)
     )
     return policy_gradient_loss(weight * advantage, student_logprobs)
 

@@ -11,7 +11,7 @@ from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from opdjax.config.api import RULE_JUDGE, ApiConfig, EndpointConfig
+from opdjax.config.api import RULE_JUDGE, ApiConfig, Endpoint
 from opdjax.config.rubrics import RubricsConfig
 from opdjax.judge.cache import ReplyCache
 from opdjax.judge.client import ApiClient
@@ -76,16 +76,15 @@ class BackgroundJudge:
 
 @contextlib.contextmanager
 def open_background_judge(
-    roles: Mapping[str, EndpointConfig],
+    roles: Mapping[str, Endpoint],
     api: ApiConfig,
     rubrics: RubricsConfig,
     workdir: pathlib.Path,
 ) -> Iterator[BackgroundJudge]:
-    """A judge for the roles whose endpoint is configured; on exit its requests are cancelled.
+    """A judge with these endpoints by role; on exit its requests are cancelled.
 
     Replies are cached. The spending cap includes what earlier runs in this work directory spent.
     """
-    roles = {name: endpoint for name, endpoint in roles.items() if endpoint.is_given}
     spent = sum(row["dollars"] for row in read_lines(workdir / SPENDING))
     with (
         contextlib.closing(ReplyCache(api.cache or workdir / "replies.sqlite")) as cache,

@@ -12,13 +12,15 @@ import sqlite3
 import time
 from typing import Any
 
-from opdjax.config.api import EndpointConfig
+from opdjax.config.api import Endpoint
 from opdjax.judge.replies import ApiError, Reply
 
 _VERSION = 1
 _BUSY_SECONDS, _POLL_SECONDS = 60.0, 0.05
 # Fields of an endpoint that the reply depends on (not its address, limits and prices).
-_KEY_FIELDS = ("model", "temperature", "top_p", "seed", "reasoning_effort", "max_tokens", "output")
+_KEY_FIELDS = ("model", "temperature", "top_p", "reasoning_effort", "max_tokens")
+# What all requests have in common, in the form that keys of earlier versions had.
+_KEY_CONSTANTS = {"seed": None, "output": "json_schema"}
 _REPLY_FIELDS = {"text": str, "finish_reason": str, "input_tokens": int, "output_tokens": int}
 _COLUMNS = ["key", "version", "reply", "written"]
 
@@ -28,13 +30,13 @@ class CacheError(ApiError):
 
 
 def request_key(
-    endpoint: EndpointConfig,
+    endpoint: Endpoint,
     messages: list[dict[str, str]],
     schema: dict[str, Any] | None,
     sample: int,
 ) -> str:
     """sha256 of everything the reply depends on; `sample` numbers repeats of one request."""
-    request = {name: getattr(endpoint, name) for name in _KEY_FIELDS}
+    request = _KEY_CONSTANTS | {name: getattr(endpoint, name) for name in _KEY_FIELDS}
     request |= {"messages": messages, "schema": schema, "sample": sample}
     text = json.dumps(request, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

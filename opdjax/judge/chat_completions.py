@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from opdjax.config.api import EndpointConfig
+from opdjax.config.api import Endpoint
 from opdjax.judge.replies import Reply
 
 CHARS_PER_TOKEN = 4  # estimate, used where a server does not count and before a request is sent
@@ -19,7 +19,7 @@ _FORMAT_WORDS = re.compile("response_(format|schema)|json[_ ]schema|json_object|
 
 
 def request_body(
-    endpoint: EndpointConfig,
+    endpoint: Endpoint,
     messages: list[dict[str, str]],
     schema: dict[str, Any] | None,
     schema_name: str,
@@ -31,7 +31,7 @@ def request_body(
         "messages": [message | {"content": _valid(message["content"])} for message in messages],
         endpoint.max_tokens_field: endpoint.max_tokens,
     }
-    names = ("temperature", "top_p", "seed", "reasoning_effort")
+    names = ("temperature", "top_p", "reasoning_effort")
     body |= {name: getattr(endpoint, name) for name in names if getattr(endpoint, name) is not None}
     if output == "json_object":
         return body | {"response_format": {"type": "json_object"}}

@@ -18,7 +18,7 @@ from typing import Any
 
 import openai
 
-from opdjax.config.api import ApiConfig, EndpointConfig
+from opdjax.config.api import ApiConfig, Endpoint
 from opdjax.judge.cache import ReplyCache, request_key
 from opdjax.judge.chat_completions import (
     CHARS_PER_TOKEN,
@@ -43,6 +43,13 @@ from opdjax.judge.replies import (
 _RETRIED = (408, 429)  # and 500 and above; other statuses would only repeat
 _REJECTS_REQUEST = (400, 413, 422)  # the server may accept another request
 _FIRST_WAIT, _LONGEST_WAIT, _LONGEST_RETRY_AFTER = 1.0, 8.0, 120.0  # seconds
+# Failed requests in a row, retries included, after which an endpoint counts as down: five are no
+# coincidence where most requests succeed. Status 429 does not count. Then a pause in seconds, in
+# which a server can restart a worker, before a single request tests it while the others wait.
+BREAKER_FAILURES, BREAKER_SECONDS = 5, 30.0
+# Replies are requested as JSON by a schema that the server enforces. A server that refuses this is
+# asked for its JSON mode, then by the prompt alone.
+OUTPUT = "json_schema"
 _LESS_STRUCTURE = {"json_schema": "json_object", "json_object": "text"}
 
 # The body of a chat-completion request -> the body of its response.
@@ -69,15 +76,13 @@ class _FormatRefusedError(Exception):
 class _Role:
     """A chat model behind an OpenAI-compatible endpoint: connections, limits and usage."""
 
-    def __init__(
-        self, name: str, endpoint: EndpointConfig, api: ApiConfig, responder: Responder | None
-    ):
-        self.name, self.endpoint, self.output, self.usage = name, endpoint, endpoint.output, Usage()
-        self._key = "" if api.offline else _api_key(name, endpoint)
+    def __init__(self, name: str, endpoint: Endpoint, api: ApiConfig, responder: Responder | None):
+        self.name, self.endpoint, self.output, self.usage = name, endpoint, OUTPUT, Usage()
+        self._key = _api_key(name, endpoint) if endpoint.concurrency else ""
         self.requests = RateLimiter(endpoint.requests_per_minute)
         self.tokens = RateLimiter(endpoint.tokens_per_minute)
         self.slots = asyncio.Semaphore(endpoint.concurrency)
-        self.breaker = CircuitBreaker(api.breaker_failures, api.breaker_seconds)
+        self.breaker = CircuitBreaker(BREAKER_FAILURES, BREAKER_SECONDS)
         self._responder = responder
         if responder is not None:
             return
@@ -127,14 +132,14 @@ class _Request:
     is_sent: bool = False  # sent, hence billed
 
 
-def _api_key(name: str, endpoint: EndpointConfig) -> str:
+def _api_key(name: str, endpoint: Endpoint) -> str:
     """The API key from the environment; "" if the endpoint needs none."""
     if not endpoint.api_key_env:
         return ""
     key = os.environ.get(endpoint.api_key_env, "").strip()
     if not key:
         raise MissingKeyError(
-            f"{name}.api_key_env names {endpoint.api_key_env}, which is not set; export the key of "
+            f"api.api_key_env names {endpoint.api_key_env}, which is not set; export the key of "
             f"{endpoint.base_url} there"
         )
     if not (key.isascii() and key.isprintable()):
@@ -153,7 +158,7 @@ class ApiClient:
 
     def __init__(
         self,
-        roles: Mapping[str, EndpointConfig],
+        roles: Mapping[str, Endpoint],
         api: ApiConfig,
         cache: ReplyCache | None,
         spent: float = 0.0,
@@ -208,16 +213,16 @@ class ApiClient:
         if role not in self._roles:
             raise ValueError(
                 f"no endpoint has the role {role}; the roles are {', '.join(self._roles) or 'none'}"
-                f", set {role}.base_url and {role}.model"
+                f", set {role}.model"
             )
         endpoint_role = self._roles[role]
         key = request_key(endpoint_role.endpoint, messages, schema, sample)
         if self._cache is not None and (reply := self._cache.get(key)) is not None:
             endpoint_role.usage.cached += 1
             return dataclasses.replace(reply, is_cached=True)
-        if self._api.offline:
+        if not endpoint_role.endpoint.concurrency:
             raise OfflineMissError(
-                f"api.offline is set and the {role}'s reply {key} is not in the cache; expected "
+                f"api.concurrency is 0 and the {role}'s reply {key} is not in the cache; expected "
                 "the cache of the same run"
             )
         if (request := self._open.get(key)) is not None:

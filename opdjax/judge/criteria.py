@@ -86,7 +86,7 @@ def pruned(judgement: Judgement, config: RubricsConfig) -> tuple[Criterion, ...]
     Ties go to the older criterion. Given criteria are always kept and do not count.
     """
     stages: Sequence[str | None] = config.stage_names or (None,)
-    default = (_DEFAULT_CAP,) * len(stages) if config.stage_names else (config.max_criteria,)
+    default = (_DEFAULT_CAP,) * len(stages) if config.stage_names else (config.num_criteria[1],)
     criteria = judgement.rubric.criteria
     verdicts = [row for row in judgement.verdicts if row is not None]
     variance = {

@@ -18,6 +18,10 @@ from opdjax.judge.scores import score, stage_scores
 from opdjax.judge.structured_output import NO_USABLE_REPLY, UNANSWERED, Judge, Tally
 from opdjax.judge.verifier import rate, verify
 
+# Longest part of an answer that a judge is shown, in characters: about 8,000 tokens, so that a pool
+# of eight rollouts and four references fits into a context of 131,072 tokens.
+MAX_ANSWER_CHARS = 24_000
+
 Kind = Literal["rubric", "scalar"]
 
 
@@ -54,7 +58,7 @@ def group_of(
 
     Identical references are kept: a rubric may rely on what a teacher says repeatedly.
     """
-    limit, count = judge.config.max_answer_chars, judge.config.num_references
+    limit, count = MAX_ANSWER_CHARS, judge.config.num_references
     shown = tuple(shown_answer(text, False, limit) for text in references[:count])
     texts = tuple(shown_answer(text, is_cut, limit) for text, is_cut in zip(answers, is_truncated))
     return RolloutGroup(prompt_id, question, shown, texts, tuple(range(len(texts))))

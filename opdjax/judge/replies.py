@@ -46,7 +46,7 @@ class SpendingCapError(ApiError):
 
 
 class OfflineMissError(ApiError):
-    """The reply is not in the cache, and api.offline forbids requests."""
+    """The reply is not in the cache, and api.concurrency is 0: no requests."""
 
 
 class ApiUnavailableError(ApiError):

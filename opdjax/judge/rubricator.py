@@ -35,7 +35,7 @@ async def induce(judge: Judge, group: RolloutGroup, tally: Tally) -> Rubric:
     Raises ReplyError or ApiError if there is no usable reply.
     """
     config, stages = judge.config, judge.config.stage_names
-    bounds = (0 if group.existing else config.min_criteria, config.max_criteria)
+    bounds = (0 if group.existing else config.num_criteria[0], config.num_criteria[1])
     item: dict[str, Any] = {"id": "c1", "category": "task", "text": "...", "weight": 5}
     item |= {"polarity": "positive"} if config.polarity == "signed" else {}
     item |= {"stage": stages[0]} if stages else {}

@@ -145,7 +145,7 @@ def parse_rubric(
     known = _criterion_fields(config, stages).keys()  # others are dropped
     read = lambda number, item: _criterion(item, number, known, repairs, config.grades)
     criteria = tuple(itertools.starmap(read, enumerate(items, 1)))
-    _check_rubric(criteria, bounds or (config.min_criteria, config.max_criteria), stages)
+    _check_rubric(criteria, bounds or config.num_criteria, stages)
     return Rubric(criteria), tuple(sorted(repairs))
 
 

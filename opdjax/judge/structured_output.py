@@ -17,6 +17,9 @@ T = TypeVar("T")
 UNANSWERED = {ApiUnavailableError: "unavailable", ApiRequestError: "refused"}
 NO_USABLE_REPLY = (ReplyError, *UNANSWERED)  # errors of `ask` that fail a judgement, not the run
 _TOO_LONG = "the reply reached its length limit before the JSON object ended; be brief"
+# Further requests after an unusable reply, each with what was wrong: a judge that has not repaired
+# its reply by then seldom does.
+MAX_REASKS = 2
 _MAX_ECHO = 4000  # characters of an unusable reply that are shown to the judge again
 
 
@@ -59,12 +62,12 @@ async def ask(
 ) -> T:
     """The parsed reply; `parse` returns (value, repairs) or raises ReplyError.
 
-    After a ReplyError the request is repeated with its message, up to `max_reasks` times, then the
+    After a ReplyError the request is repeated with its message, up to MAX_REASKS times, then the
     error is raised.
     """
     prompt = {"role": "user", "content": request.prompt}
     messages = [prompt]
-    for attempt in range(judge.config.max_reasks + 1):
+    for attempt in range(MAX_REASKS + 1):
         tally.num_reasks += attempt > 0
         try:
             reply = await judge.complete(

@@ -69,9 +69,10 @@ def export_adapter(
 
     `student` names the base model. The directory appears complete or not at all.
     """
+    name, revision = student.place
     names, tensors, is_built_in = source.family.layer_names, {}, student.path.startswith("@")
-    for name, stacked in params["layers"].items():
-        target, is_adapter, letter = name.partition("_lora_")
+    for leaf, stacked in params["layers"].items():
+        target, is_adapter, letter = leaf.partition("_lora_")
         for layer, matrix in enumerate(to_host(stacked) if is_adapter else ()):
             module = names[f"{target}_kernel"].format(i=layer).removesuffix(".weight")
             tensor = f"base_model.model.{module}.lora_{letter.upper()}.weight"
@@ -80,8 +81,8 @@ def export_adapter(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         # Only this package knows a built-in model by its name.
-        "base_model_name_or_path": str(source.path if is_built_in else student.path),
-        "revision": student.revision,
+        "base_model_name_or_path": str(source.path if is_built_in else name),
+        "revision": revision,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,

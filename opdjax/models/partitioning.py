@@ -20,7 +20,9 @@ from opdjax.config.validation import ConfigError
 if TYPE_CHECKING:
     from opdjax.models.decoder import DecoderConfig
 
-WEIGHT_AXES = ("fsdp", "tensor")
+WEIGHT_AXES = ("fsdp", "tensor")  # shard the trained parameters and those that score
+# Shard the weights that sample: sharded over `fsdp` they would be gathered again for every token.
+SAMPLER_AXES = ("tensor",)
 # Kernels are [out, in]: one side of each is the residual stream, which `fsdp` shards.
 _RULES = {
     **dict.fromkeys(("embedding", "head"), ("tensor", "fsdp")),

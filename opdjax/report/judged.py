@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from opdjax.config.rubrics import MAX_FAILED_SHARE
 from opdjax.report import judgements, measures
 from opdjax.report.judgements import JudgedGroup, JudgedRow, Pairs, Rate, Signal, Steps
 from opdjax.report.text import spread
@@ -96,7 +97,8 @@ class JudgedFacts:
 
 def judged_facts(run: Run) -> JudgedFacts | None:
     """None where rubrics.jsonl is missing or empty; WorkdirError for a damaged row."""
-    names = list((run.config.get("rubrics") or {}).get("stage_names") or ())
+    stages = (run.config.get("rubrics") or {}).get("stages") or ()
+    names = [stage.partition("=")[0] for stage in stages]
     steps = judgements.read_judgements(run.workdir, names)
     if not steps:
         return None
@@ -299,4 +301,10 @@ def added(*columns: Sequence[float | None]) -> list[float | None]:
     return [sum(known) if known else None for known in rows]
 
 
-CONTEXT = {"dollars": dollars, "added": added, "ALL": _ALL, "is_number": is_number}
+CONTEXT = {
+    "dollars": dollars,
+    "added": added,
+    "ALL": _ALL,
+    "is_number": is_number,
+    "MAX_FAILED_SHARE": MAX_FAILED_SHARE,
+}

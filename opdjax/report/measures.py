@@ -22,7 +22,7 @@ def score_label(name: str, k: int | None) -> str:
 
 def evaluated(run: Run) -> list[dict[str, Any]]:
     """The evaluations at the temperature of the config, by step."""
-    temperature = run.config.get("evaluation", {}).get("temperature")
+    temperature = next(iter(run.config.get("evaluation", {}).get("temperatures", ())), None)
     rows = (row for row in run.evaluations if row.get("temperature") == temperature)
     by_step = {row["step"]: row for row in rows if "avg@k" in row}
     return [by_step[step] for step in sorted(by_step)]
@@ -36,7 +36,7 @@ def recipe_of(run: Run) -> Recipe | None:
 def estimator_options(run: Run) -> dict[str, Any]:
     """The options of the recipe that the config sets, and the aggregation."""
     given = run.config["estimator"].items()
-    return {name: v for name, v in given if v is not None and name not in ("recipe", "tile")}
+    return {name: v for name, v in given if v is not None and name != "recipe"}
 
 
 def teacher_need(run: Run) -> TeacherNeed | None:

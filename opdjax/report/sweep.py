@@ -32,7 +32,7 @@ Reading = Callable[[Run], float | None]
 Lines = dict[str, Line]  # by arm, the best first
 # Facts that runs should share, to be compared; of the evaluation: what final scores depend on.
 _SHARED: dict[str, Callable[[Run], Any]] = {
-    "evaluation": lambda run: upgrade(run.config)["evaluation"] | {"every": 0, "batch_size": 0},
+    "evaluation": lambda run: upgrade(run.config)["evaluation"] | {"every": 0},
     "opdjax": lambda run: run.environment.get("opdjax"),
     "commit": lambda run: run.environment.get("commit"),
     "jax": lambda run: run.environment.get("jax"),
@@ -65,7 +65,7 @@ class Arm:
     """An arm and the numbers of its finished runs."""
 
     name: str
-    settings: dict[str, str]  # in which arms differ
+    settings: dict[str, str]  # in which arms differ; empty texts where it has none
     slot: int  # the colour of its lines; REST if there are more arms than colours
     is_reference: bool  # scores the teacher itself among students: a ceiling
     seeds: dict[int, int]  # seed -> place of its point
@@ -113,7 +113,6 @@ class SweepFacts:
 
     name: str
     k: int | None  # of avg@k; None if runs differ in it
-    setting_names: tuple[str, ...]  # in which arms differ
     arms: tuple[Arm, ...]
     references: tuple[Arm, ...]
     best: tuple[str, ...]  # the arms that share the highest score, at three digits
@@ -151,7 +150,7 @@ def sweep_facts(
     arms = [arm for arm in every if not arm.is_reference] or every
     finished = [run for arm in arms for run in arm.runs]
     counts = [measures.samples_per_prompt(run) for arm in every for run in arm.runs]
-    told = {arm.name: fixed(arm.score and arm.score[0]) for arm in arms}
+    scores = {arm.name: fixed(arm.score and arm.score[0]) for arm in arms}
     spans = [_ends(*arm.score) or arm.score[:1] for arm in arms if arm.score]
     ends = [end for span in spans for end in span]
     first, *others = [measures.leaves(point.config) for point in points]
@@ -163,10 +162,9 @@ def sweep_facts(
     return SweepFacts(
         name,
         _agreed(k for k in counts if k is not None),
-        tuple(dict.fromkeys(name for arm in every for name in arm.settings)),
         tuple(arms),
         references=tuple(arm for arm in every if arm.is_reference and arms is not every),
-        best=tuple(name for name, score in told.items() if score == told[arms[0].name] != "–"),
+        best=tuple(name for name, score in scores.items() if score == scores[arms[0].name] != "–"),
         score_range=(min(ends, default=0.0), max(ends, default=1.0)),
         before={
             score: _agreed(run.score(score, "before") for run in finished)
@@ -235,13 +233,10 @@ def _ranked(points: Sequence[Point], runs: Mapping[pathlib.Path, Run]) -> list[A
     are_many = len({config["student"]["path"] for config in configs}) > 1
     arms = []
     for group, config in zip(groups, configs):
-        of_group = {
-            names[field]: group.overrides[field] for field in names if field in group.overrides
-        }
         done = [runs[point.workdir] for point in group.done]
         arm = Arm(
             name="",
-            settings={name: shown_override(value) for name, value in of_group.items()},
+            settings={n: shown_override(group.overrides.get(f, "")) for f, n in names.items()},
             slot=REST,
             is_reference=are_many and config["student"]["path"] == config["teacher"]["path"],
             seeds={point.config["seed"]: points.index(point) for point in group.points},
@@ -270,7 +265,8 @@ def _coloured(arms: Sequence[Arm]) -> list[Arm]:
 
 def label(settings: Mapping[str, str]) -> str:
     """An arm's name: the settings in which it differs from others."""
-    parts = (value if name == "arm" else f"{name} {value}" for name, value in settings.items())
+    given = ((name, value) for name, value in settings.items() if value)
+    parts = (value if name == "arm" else f"{name} {value}" for name, value in given)
     return ", ".join(parts) or "base"
 
 

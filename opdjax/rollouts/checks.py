@@ -25,7 +25,7 @@ from opdjax.engine.evaluate import last_tokens
 from opdjax.models.decoder import Params
 from opdjax.ops.tile import Head
 from opdjax.rollouts.findings import Finding, Problem, fault, finding, warning
-from opdjax.rollouts.setup import Setup, Teacher, reads_scores, teacher_view
+from opdjax.rollouts.setup import Setup, Teacher, reads_scores
 from opdjax.types import Metrics, PromptBatch, Rollouts, TrainBatch
 
 _PROBES = (
@@ -232,12 +232,11 @@ def check_chat_template(setup: Setup) -> Finding:
     """Check that student and teacher read the same prompts, unless the config says otherwise."""
     data, prompts = setup.config.data, setup.prompts
     tokenizers = (setup.tokenizer, setup.teacher.tokenizer)
-    views = (data, teacher_view(data))
-    formats = tuple(view.format for view in views)
+    formats, thinking = zip(data.student_template, data.teacher_template)
     has_two_templates = (
         formats == ("chat", "chat") and tokenizers[0].chat_template != tokenizers[1].chat_template
     )
-    changes = (data.teacher_format, data.teacher_enable_thinking, data.teacher_prompt_format)
+    changes = (data.teacher_format, data.teacher_prompt_format)
     details = _prompt_difference(prompts, tokenizers)
     problems = []
     if details and any(change is not None for change in changes):
@@ -255,8 +254,7 @@ def check_chat_template(setup: Setup) -> Finding:
     elif has_two_templates:
         found = "the chat templates of student and teacher differ"
         problems.append(warning(f"{found}, but render these prompts alike"))
-    for role, tokenizer, view in zip(("student", "teacher"), tokenizers, views):
-        format, flag = view.format, view.enable_thinking
+    for role, tokenizer, format, flag in zip(("student", "teacher"), tokenizers, formats, thinking):
         effect = _thinking_effect(prompts, data, tokenizer) if format == "chat" else []
         if format == "chat" and flag is not None and not effect:
             found = f"enable_thinking is {flag}, but the {role}'s chat template does not read it"
@@ -322,12 +320,12 @@ def check_sampling_filter(setup: Setup, rollouts: Rollouts | None = None) -> Fin
     details = [] if altered is None else [f"the evaluation samples with {altered}"]
     if not has_filter and (removed is None or not removed.any()):
         return finding(name, [], "tokens are sampled from the distribution that is scored", details)
-    found = "top_p, top_k or min_p is on" if has_filter else "some tokens were filtered out"
+    found = "top_p or top_k is on" if has_filter else "some tokens were filtered out"
     if removed is not None:
         mean = float(np.mean(removed)) if removed.size else 0.0
         found += f": it removes {1 - np.exp(-mean):.2%} of the mass"
         found += f" ({mean:.2g} nats a token, at most {np.max(removed, initial=0):.2g})"
-    recipe, advice = config.estimator.recipe, "set top_p 1, top_k 0 and min_p 0"
+    recipe, advice = config.estimator.recipe, "set top_p 1 and top_k 0"
     if config.recipe.is_policy_gradient:
         why = f"recipe {recipe!r} weighs tokens as if sampled from the unfiltered student"
         problem = fault(

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from opdjax.config import Config
+from opdjax.config.rubrics import MAX_FAILED_SHARE
 from opdjax.data.packing import to_train_batch
 from opdjax.data.prompt_rows import Prompt
 from opdjax.data.prompts import collate, indices_at
@@ -50,6 +51,9 @@ from opdjax.runs.workdir import WorkdirError, append_lines, read_lines
 from opdjax.types import Metrics, PromptBatch, Rollouts, TrainBatch
 
 ROLES = ("rubricator", "verifier")
+# A step's prompts are sampled in this many parts: one part is judged while the next is sampled. A
+# third part would make the sampler's batches smaller without hiding more of the judges' time.
+_DRAW_PARTS = 2
 ROWS = "rubrics.jsonl"  # the judgements of every step
 
 
@@ -77,7 +81,7 @@ def background_judge(
     config: Config, workdir: pathlib.Path
 ) -> contextlib.AbstractContextManager[BackgroundJudge]:
     """The judge of the config, on a background thread."""
-    endpoints = {role: getattr(config, role) for role in ROLES}
+    endpoints = {role: config.endpoint(role) for role in ROLES if getattr(config, role).is_given}
     return open_background_judge(endpoints, config.api, config.rubrics, workdir)
 
 
@@ -138,7 +142,7 @@ class JudgedSource(RolloutSource):
     ) -> tuple[Rollouts, list[Future]]:
         """The rollouts of the prompts, and the pending judgements of each prompt's group."""
         setup, parts, futures = self._setup, [], []
-        for part in _parts(prompts, setup.config.rubrics.draw_parts, num_row_shards(setup.mesh)):
+        for part in _parts(prompts, _DRAW_PARTS, num_row_shards(setup.mesh)):
             with timer.phase("sample"):
                 rollouts = to_host(draw(setup, self.params, part, stream))
             parts.append(rollouts)
@@ -235,7 +239,7 @@ class JudgedSource(RolloutSource):
             return None, {}, error
         metrics = self._record(judgements, is_correct, step)
         failed = metrics["rubric/failed_share"]
-        if failed <= self._setup.config.rubrics.max_failed_share:
+        if failed <= MAX_FAILED_SHARE:
             return judgements, metrics, None
         return judgements, metrics, f"{failed:.0%} of the groups failed ({_causes(metrics)})"
 
@@ -306,7 +310,7 @@ class JudgedSource(RolloutSource):
             written = {prompt: rubric for prompt, rubric in rubrics.items() if rubric is not None}
             num_lacking = len(rubrics) - len(written)
             # A missing rubric is frozen too, unless many are missing: then the judge is at fault.
-            if num_lacking > self._setup.config.rubrics.max_failed_share * len(rubrics):
+            if num_lacking > MAX_FAILED_SHARE * len(rubrics):
                 problem = f"{num_lacking} of {len(rubrics)} prompts have no rubric"
                 rubrics = written
             self._criteria.freeze(rubrics)

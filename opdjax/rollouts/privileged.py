@@ -49,7 +49,7 @@ def _context_ids(
     setup: Setup, rows: PromptBatch, judgements: Sequence[Sequence[Judgement]]
 ) -> list[tuple[int, ...]]:
     """Token ids of each rollout's teacher prompt; () if it was not judged or if the prompt is
-    longer than `data.max_teacher_prompt_length`.
+    longer than `DataConfig.max_teacher_prompt_length`.
     """
     data, size = setup.config.data, setup.config.sampling.num_generations
     found: list[tuple[int, ...]] = [()] * len(rows.prompt_id)

@@ -22,7 +22,7 @@ def require_given_answers(config: Config, rows: list[Prompt]) -> None:
     data = config.data
     if config.sampling.completions_from == "references" and data.references is None:
         reason = "training on the data's own answers needs them"
-        column = data.reference_column or "references"
+        column = data.column_names.get("reference", "references")
         require_field(rows, "references", column, data.source, reason)
 
 
@@ -33,12 +33,11 @@ def require_reward_data(config: Config, rows: list[Prompt]) -> None:
         require_grader(config.evaluation.grader)  # the record of scores contains right answers
     if estimator.task_reward_coef or config.recipe.reward == "task":
         require_grader(config.evaluation.grader)
-        column = data.answer_column or "answer"
+        column = data.column_names.get("answer", "answer")
         require_field(rows, "answer", column, data.source, "a task reward needs them")
     if rubrics.stage_names:  # checked before anyone pays for scores that no stage can use
-        matrix = estimator.stage_credit_matrix or ()
         try:
-            credit_matrix(estimator.stage_credit, len(rubrics.stage_names), matrix)
+            credit_matrix(estimator.stage_credit, len(rubrics.stage_names))
         except ValueError as error:
             raise ConfigError(f"estimator.{error}") from error
     _require_own_criteria(config, rows)
@@ -52,7 +51,7 @@ def require_reward_data(config: Config, rows: list[Prompt]) -> None:
     if rubrics.num_references and data.references is None:
         reason = "judges are shown a teacher's answers: write them with opdjax references "
         reason += "(data.references), or set rubrics.num_references to 0"
-        column = data.reference_column or "references"
+        column = data.column_names.get("reference", "references")
         require_field(rows, "references", column, data.source, reason)
 
 
@@ -60,7 +59,7 @@ def _require_own_criteria(config: Config, rows: list[Prompt]) -> None:
     """The criteria that come with the prompts must fit the config's rubrics."""
     rubrics, stages = config.rubrics, config.rubrics.stage_names
     for number, row in enumerate(rows):
-        where = f"prompt {number} of {config.data.source} (data.rubric_column)"
+        where = f"prompt {number} of {config.data.source} (rubric in data.columns)"
         if rubrics.refresh == "given" and not row.criteria:
             raise ConfigError(
                 f"{where} has no criteria, and with rubrics.refresh given no judge writes any"
@@ -85,7 +84,7 @@ def require_room(config: Config, prompts: PromptSet) -> None:
     longest = max(map(len, prompts.student_ids + (prompts.teacher_ids or ())))
     prompt = f"the longest prompt of {config.data.source}, of {longest} tokens"
     teacher = config.data.max_teacher_prompt_length if config.judged_fields else 0
-    text = f"a teacher prompt with judges' texts, data.max_teacher_prompt_length, {teacher}"
+    text = f"a teacher prompt with judges' texts, of up to {teacher} tokens"
     for needed, name in ((teacher, text), (longest, prompt)):
         expected = f"at least {needed + answer}: {name}, and an answer of "
         expected += f"sampling.max_completion_length, {answer}"
@@ -109,16 +108,15 @@ def require_rows_divide(config: Config, shards: int) -> None:
 
 def learner_devices(config: Config) -> list[jax.Device] | None:
     """The devices that a generator thread leaves to the learner; None: all devices."""
-    near, tensor = config.near_policy, config.mesh.tensor
-    if near.generator != "thread":
+    if config.near_policy.generator != "thread":
         return None
-    count, available = near.generator_devices, len(jax.devices())
-    expected = f"a multiple of mesh.tensor, {tensor}, and fewer than the {available} devices that "
-    expected += "there are: the others update the student"
-    is_possible = count < available and count % tensor == 0
-    require(is_possible, "near_policy.generator_devices", count, expected)
+    tensor, available = config.mesh.tensor, len(jax.devices())
+    count = config.mesh.generator_devices(available)
+    expected = f"a mesh that leaves some of the {available} devices to the generator thread, "
+    expected += f"a multiple of mesh.tensor, {tensor}, and has one or more"
+    is_possible = 0 < count < available and count % tensor == 0
+    require(is_possible, "mesh.data", config.mesh.data, expected)
     slots, shards = config.sampling.slots, count // tensor
-    expected = f"a multiple of {shards}, the devices that the generator shards rows over "
-    expected += "(near_policy.generator_devices)"
+    expected = f"a multiple of {shards}, the devices that the thread shards rows over"
     require(slots is None or slots % shards == 0, "sampling.slots", slots, expected)
     return jax.devices()[:-count]

@@ -68,11 +68,11 @@ def _stage_advantages(
     estimator, count = config.estimator, len(config.rubrics.stage_names)
     ids = token_stages(rollouts, tokenizer, config.rubrics.stage_markers)
     has_stage = np.stack([(ids == stage).any(axis=1) for stage in range(count)], axis=1)
-    credit = credit_matrix(estimator.stage_credit, count, estimator.stage_credit_matrix or ())
+    credit = credit_matrix(estimator.stage_credit, count)
     size = config.sampling.num_generations
     advantages = stage_advantage(scores, has_stage, is_scored, credit, size, scale)
     advantages = spread_stages(advantages, ids)
-    if estimator.stage_token_mean:
+    if estimator.aggregation == "stage_token_mean":
         advantages = advantages * stage_balance(ids, mask, count)
     return np.asarray(advantages)
 

@@ -15,6 +15,7 @@ from opdjax.rollouts.scoring import scored
 from opdjax.rollouts.setup import Setup
 from opdjax.rollouts.source import StepData
 
+_NUM_SAMPLES = 4  # rollouts of a step: as many as a reader looks at
 _COLUMNS = ("advantages", "rewards", "kl", "student_logprobs", "teacher_logprobs")
 
 
@@ -24,8 +25,8 @@ def sample_rows(
     """The first rollouts of a step; each token with the recipe's outputs and the tokens that the
     teacher prefers. `examine` comes from `make_examine`.
     """
-    wanted, shards = setup.config.log.num_samples, num_row_shards(setup.mesh)
-    # The scorer takes multiples of the row shards: at least `num_samples`, at most all rollouts.
+    wanted, shards = _NUM_SAMPLES, num_row_shards(setup.mesh)
+    # The scorer takes multiples of the row shards: at least _NUM_SAMPLES, at most all rollouts.
     count = min(-(-wanted // shards), data.rollouts.tokens.shape[0] // shards) * shards
     if not count:
         return []

@@ -11,6 +11,7 @@ from opdjax.engine.scorer import score
 from opdjax.estimators import estimator_of
 from opdjax.ops.sharding import num_row_shards, shard_rows
 from opdjax.ops.tile import Head
+from opdjax.ops.vocab import TILE
 from opdjax.rollouts.setup import Setup, Teacher
 from opdjax.types import TeacherScores, TrainBatch
 
@@ -68,7 +69,7 @@ def _scores(
         batch,
         config=model.checkpoint.config,
         needs=needs,
-        tile=config.estimator.tile,
+        tile=TILE,
         parts=parts,
         mesh=mesh,
         top_k=top_k,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from opdjax.config import STUDENT, Config, DataConfig, ModelConfig, SamplingConfig
+from opdjax.config import STUDENT, Config, DataConfig, SamplingConfig, TrainConfig
 from opdjax.config.validation import ConfigError, require
 from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, valid_vocab
 from opdjax.data.grading import require_grader
@@ -27,7 +27,7 @@ from opdjax.models.attention import CUDNN_MAX_HEAD_SIZE, SPLASH_HEAD_SIZES, Impl
 from opdjax.models.decoder import Params, head_of
 from opdjax.models.hf import Checkpoint, CheckpointError, fingerprint, load_params, open_checkpoint
 from opdjax.models.lora import combine, init_adapters
-from opdjax.models.partitioning import constrain, require_divides
+from opdjax.models.partitioning import SAMPLER_AXES, constrain, require_divides
 from opdjax.ops.sharding import make_mesh, num_row_shards
 from opdjax.ops.tile import Head
 from opdjax.rollouts.requirements import (
@@ -76,7 +76,7 @@ def prepare(config: Config) -> Setup:
     shape = config.mesh
     mesh = make_mesh(shape.data, shape.fsdp, shape.tensor, learner_devices(config))
     require_rows_divide(config, num_row_shards(mesh))
-    student = _with_attention(open_student(config), config.student, "student")
+    student = _with_attention(open_student(config), config.train, "student")
     require_divides(student.config, mesh.shape, "the student")
     tokenizer = load_tokenizer(student.path)
     decoding = _decoding(config.sampling, student, tokenizer, config.sampling.stop_token_ids)
@@ -84,8 +84,8 @@ def prepare(config: Config) -> Setup:
     if needs_teacher(config):
         checkpoint = student
         if not config.teacher_is_student:
-            checkpoint = open_checkpoint(config.teacher.path, config.teacher.revision)
-        checkpoint = _with_attention(checkpoint, config.teacher_model, "teacher")
+            checkpoint = open_checkpoint(*config.teacher.place)
+        checkpoint = _with_attention(checkpoint, config.train, "teacher")
         require_divides(checkpoint.config, mesh.shape, "the teacher")
         teacher_tokenizer = load_tokenizer(checkpoint.path)
     shares_vocabulary = _shares_vocabulary(config, tokenizer, teacher_tokenizer)
@@ -110,7 +110,7 @@ def prepare(config: Config) -> Setup:
         config,
         mesh,
         student,
-        compute_dtype(config.student),
+        compute_dtype(config.train.dtype),
         tokenizer,
         teacher,
         prompts,
@@ -122,29 +122,29 @@ def prepare(config: Config) -> Setup:
 
 def open_student(config: Config) -> Checkpoint:
     """The student's checkpoint, with the scale of the run's adapters in its model config."""
-    student = open_checkpoint(config.student.path, config.student.revision)
+    student = open_checkpoint(*config.student.place)
     model = dataclasses.replace(student.config, lora_scale=config.lora.scale)
     return dataclasses.replace(student, config=model)
 
 
-def _with_attention(checkpoint: Checkpoint, model: ModelConfig, role: str) -> Checkpoint:
-    attention = attention_of(model, checkpoint.config.head_size, role)
+def _with_attention(checkpoint: Checkpoint, train: TrainConfig, role: str) -> Checkpoint:
+    attention = attention_of(train, checkpoint.config.head_size, role)
     config = dataclasses.replace(checkpoint.config, attention=attention)
     return dataclasses.replace(checkpoint, config=config)
 
 
 def attention_of(
-    model: ModelConfig, head_size: int, role: str, backend: str | None = None
+    train: TrainConfig, head_size: int, role: str, backend: str | None = None
 ) -> Implementation:
     """The attention implementation of a model on a backend (None: this machine's); ConfigError if
     the requested one cannot run.
     """
-    backend, name = backend or jax.default_backend(), model.attention
+    backend, name = backend or jax.default_backend(), train.attention
     if name == "auto":
         return "splash" if backend == "tpu" and head_size in SPLASH_HEAD_SIZES else "xla"
 
     def check(is_met: bool, reason: str) -> None:
-        require(is_met, f"{role}.attention", name, f"auto or xla: {reason}")
+        require(is_met, "train.attention", name, f"auto or xla: {reason}")
 
     if name == "splash":
         check(backend == "tpu", f"splash attention needs a TPU, this is a {backend}")
@@ -152,8 +152,8 @@ def attention_of(
         check(head_size in SPLASH_HEAD_SIZES, reason)
     if name == "cudnn":
         check(backend == "gpu", f"cuDNN needs an NVIDIA GPU, this is a {backend}")
-        reason = f"cuDNN computes in bfloat16, {role}.dtype is float32"
-        check(compute_dtype(model, backend) != "float32", reason)
+        reason = "cuDNN computes in bfloat16, train.dtype is float32"
+        check(compute_dtype(train.dtype, backend) != "float32", reason)
         is_small = head_size <= CUDNN_MAX_HEAD_SIZE and head_size % 8 == 0
         check(is_small, f"cuDNN needs heads of 8 to 128 in steps of 8, {role}'s are of {head_size}")
     return name
@@ -165,22 +165,22 @@ def load_student(setup: Setup) -> tuple[Params, Params | None]:
     Without adapters: all parameters in float32, and None. With adapters: the adapters in float32,
     and the student's own parameters in the dtype of the forward pass.
     """
-    config, mesh, over = setup.config, setup.mesh, setup.config.student.split_over
+    config, mesh = setup.config, setup.mesh
     if not config.lora.rank:
-        return load_params(setup.student, "float32", mesh, over), None
+        return load_params(setup.student, "float32", mesh), None
     adapters = jax.jit(
-        lambda: constrain(init_adapters(setup.student.config, config.lora, config.seed), mesh, over)
+        lambda: constrain(init_adapters(setup.student.config, config.lora, config.seed), mesh)
     )()
     # Adapters start at 0, so the student without them is the reference policy: one copy is enough.
     if setup.reference_policy is not None:
         return adapters, setup.reference_policy.params
-    return adapters, load_params(setup.student, setup.dtype, mesh, over)
+    return adapters, load_params(setup.student, setup.dtype, mesh)
 
 
 def sampling_copy(setup: Setup, params: Params) -> Params:
     """A copy of the trained parameters for sampling, cast before it is sent to other devices."""
     copies = jax.tree.map(lambda x: jnp.array(x, setup.dtype, copy=True), params)
-    return constrain(copies, setup.mesh, setup.config.sampling.split_over)
+    return constrain(copies, setup.mesh, SAMPLER_AXES)
 
 
 def initial_weights(setup: Setup) -> Params:
@@ -218,16 +218,16 @@ def _load_teacher(
     teacher = Teacher(checkpoint, None, None, tokenizer, decoding, shares_vocabulary)
     if config.teacher_is_student:
         return teacher
-    dtype, over = compute_dtype(config.teacher), config.teacher.split_over
-    return with_teacher_weights(teacher, load_params(checkpoint, dtype, mesh, over), config)
+    params = load_params(checkpoint, compute_dtype(config.train.dtype), mesh)
+    return with_teacher_weights(teacher, params, config)
 
 
 def _load_reference_policy(config: Config, start: Teacher, mesh: Mesh) -> Teacher | None:
     """`start` with the weights of the student's checkpoint; None if there is no penalty."""
     if not config.estimator.reference_kl_coef:
         return None
-    dtype, over = compute_dtype(config.student), config.student.split_over
-    return with_teacher_weights(start, load_params(start.checkpoint, dtype, mesh, over), config)
+    params = load_params(start.checkpoint, compute_dtype(config.train.dtype), mesh)
+    return with_teacher_weights(start, params, config)
 
 
 def with_teacher_weights(teacher: Teacher, params: Params, config: Config) -> Teacher:
@@ -269,7 +269,6 @@ def _decoding(
         sampling.temperature,
         sampling.top_k,
         sampling.top_p,
-        sampling.min_p,
         valid_vocab=width,
         kv_dtype=sampling.kv_dtype,
     )
@@ -283,42 +282,34 @@ def make_evaluator(
     if evaluation.source is None:
         return None
     require_grader(evaluation.grader)
-    data = dataclasses.replace(
-        student_view(config.data),
-        source=evaluation.source,
-        reference_column=None,
-        references=None,
-        prompt_column=evaluation.prompt_column or config.data.prompt_column,
-        answer_column=evaluation.answer_column or config.data.answer_column,
-    )
-    columns = ColumnMap.from_config(data)
-    columns = dataclasses.replace(columns, benchmark=evaluation.benchmark_column)
-    rows = first_of_each(read_prompts(data.source, columns), evaluation.num_prompts)
-    column = data.answer_column or "answer"
+    view = student_view(config.data)
+    data = dataclasses.replace(view, source=evaluation.source, columns=(), references=None)
+    names = config.data.column_names | evaluation.column_names
+    names.pop("reference", None)
+    rows = first_of_each(read_prompts(data.source, ColumnMap(**names)), evaluation.num_prompts)
+    column = names.get("answer", "answer")
     require_field(rows, "answer", column, data.source, "evaluation needs them")
     prompts = encode_prompts(rows, data, tokenizer, tokenizer)
     stop = stop_ids(student, tokenizer, config.sampling.stop_token_ids)
     width = num_ids(student, tokenizer)
-    return Evaluator(student.config, prompts, tokenizer, evaluation, stop, width, mesh)
+    slots = config.sampling.slots
+    return Evaluator(student.config, prompts, tokenizer, evaluation, stop, width, mesh, slots)
 
 
 def student_view(data: DataConfig) -> DataConfig:
     """The data section without what only the teacher is shown."""
-    shown = {"teacher_format": None, "teacher_enable_thinking": None, "teacher_prompt_format": None}
-    if data.format == "raw":  # only the teacher reads these then
-        shown |= {"system_prompt": None, "enable_thinking": None}
+    shown = {"teacher_format": None, "teacher_prompt_format": None}
+    if data.format == "raw":  # only the teacher reads it then
+        shown |= {"system_prompt": None}
     return dataclasses.replace(data, **shown)
 
 
 def teacher_view(data: DataConfig) -> DataConfig:
     """The data section of a run whose student is shown the same text, in the teacher's template."""
-    format, thinking = data.teacher_format or data.format, data.teacher_enable_thinking
-    if format == "chat" and thinking is None:
-        thinking = data.enable_thinking
-    system = data.system_prompt if format == "chat" else None
-    own = {"format": format, "enable_thinking": thinking, "system_prompt": system}
-    own |= {"teacher_format": None, "teacher_enable_thinking": None, "teacher_prompt_format": None}
-    return dataclasses.replace(data, **own)
+    format = data.teacher_format or data.format
+    system = None if format == "raw" else data.system_prompt
+    own = {"format": format, "system_prompt": system}
+    return dataclasses.replace(data, teacher_format=None, teacher_prompt_format=None, **own)
 
 
 def num_ids(checkpoint: Checkpoint, tokenizer: Any) -> int:
@@ -345,10 +336,10 @@ def stop_ids(checkpoint: Checkpoint, tokenizer: Any, more: tuple[int, ...] = ())
     return tuple(sorted(ids | set(more)))
 
 
-def compute_dtype(model: ModelConfig, backend: str | None = None) -> str:
-    """The dtype of a model's forward pass on a backend (None: this machine's)."""
-    if model.dtype != "auto":
-        return model.dtype
+def compute_dtype(dtype: str, backend: str | None = None) -> str:
+    """The dtype of a forward pass, `train.dtype`, on a backend (None: this machine's)."""
+    if dtype != "auto":
+        return dtype
     return "float32" if (backend or jax.default_backend()) == "cpu" else "bfloat16"
 
 

@@ -1,7 +1,7 @@
 """`opdjax references`: a teacher writes a few answers to each prompt, up front, into an index that
 runs read.
 
-The teacher is the model behind `teacher_api`, or the checkpoint `teacher.path`, with any tokenizer.
+The teacher is `teach.model`, behind an API, or the checkpoint `teacher.path`, with any tokenizer.
 Existing answers are never requested again: the same command continues where it was stopped.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from opdjax.config import STUDENT, Config, DataConfig
-from opdjax.config.validation import MissingExtraError, require, require_default
+from opdjax.config.validation import MissingExtraError, require
 from opdjax.data.prompt_rows import Prompt, read_prompts
 from opdjax.data.prompts import PromptSet, collate, encode_prompts, messages_of
 from opdjax.data.references import (
@@ -55,6 +55,10 @@ from opdjax.types import PromptBatch
 Pending = tuple[Prompt, list[int]]  # a prompt, and the numbers of its missing answers
 Answers = list[dict[int, ReferenceAnswer]]  # by prompt and number; failed ones are missing
 Answerer = Callable[[Sequence[Pending], Counter], Answers]  # adds its metrics to the counter
+# Prompts that are answered at a time, and stored before the next ones: an interrupted command
+# repeats at most these.
+_BATCH_SIZE = 64
+_ANY_LENGTH = 2**31 - 1  # in tokens
 _TRUNCATED = ("length", "content_filter")  # finish reasons of an incomplete reply
 
 
@@ -67,7 +71,7 @@ def teach(config: Config) -> dict[str, float]:
     """
     path = _checked_path(config)
     rows, num_left_out = _rows_to_answer(config)
-    open_answerer = _api_answerer if config.teacher_api.is_given else _checkpoint_answerer
+    open_answerer = _api_answerer if config.teach.model else _checkpoint_answerer
     with _locked_index(path) as (path, upload):
         index = open_index(path, _identity(config))
         count = config.teach.num_answers
@@ -78,7 +82,7 @@ def teach(config: Config) -> dict[str, float]:
         metrics: Counter = Counter()
         if pending:  # else the teacher is not even loaded
             with open_answerer(config, path, pending) as answer:
-                _fill(path, pending, answer, config.teach.batch_size, metrics, upload)
+                _fill(path, pending, answer, metrics, upload)
         counts = _counts(read_index(path), rows, count)
         return counts | {"prompts left out for their length": num_left_out} | metrics
 
@@ -92,24 +96,15 @@ def _checked_path(config: Config) -> str:
     require(references is not None, "data.references", None, expected)
     expected = "1: a single process asks the teacher"
     require(processes == 1, "mesh.processes", processes, expected)
-    settings, endpoint = config.teach, config.teacher_api
-    temperature, seed = settings.temperature, None
-    if endpoint.is_given:
-        temperature, seed = endpoint.temperature, endpoint.seed
-        for name in ("temperature", "top_p", "max_completion_length"):
-            reason = "where teacher_api is given: its own fields say how it answers"
-            require_default(settings, "teach.", name, reason)
-    else:
-        expected = f"a checkpoint, or a model behind teacher_api: {STUDENT} is of no use before "
-        expected += "it is trained"
-        require(not config.teacher_is_student, "teacher.path", STUDENT, expected)
-    same = {f"with the same seed, teacher_api.seed {seed}": seed is not None}
-    for reason, is_so in ({"at temperature 0": temperature == 0} | same).items():
-        if is_so and settings.num_answers > 1:
-            print(
-                f"note: {settings.num_answers} answers are sampled {reason}, so they are likely to "
-                "be the same"
-            )
+    is_possible = config.teach.model or not config.teacher_is_student
+    expected = f"a checkpoint, or a model behind an API (teach.model): {STUDENT} is of no use "
+    expected += "before it is trained"
+    require(is_possible, "teacher.path", STUDENT, expected)
+    if config.teach.temperature == 0 and config.teach.num_answers > 1:
+        print(
+            f"note: {config.teach.num_answers} answers are sampled at temperature 0, so they are "
+            "likely to be the same"
+        )
     return references
 
 
@@ -145,17 +140,20 @@ def _locked_index(references: str) -> Iterator[tuple[pathlib.Path, Callable[[], 
 
 def _identity(config: Config) -> dict[str, Any]:
     """The teacher, its sampling and its prompts. An index holds answers of only one identity."""
-    endpoint, settings, shown = config.teacher_api, config.teach, config.data
-    if endpoint.is_given:
-        names = ("model", "temperature", "top_p", "seed", "reasoning_effort", "max_tokens")
-        identity = {name: getattr(endpoint, name) for name in names}
+    shown = config.data
+    if config.teach.model:
+        endpoint = config.teach.endpoint(config.api)
+        names = ("model", "temperature", "top_p", "reasoning_effort", "max_tokens")
+        # Indexes of earlier versions hold the seed too.
+        identity = {name: getattr(endpoint, name) for name in names} | {"seed": None}
     else:
         shown = _teacher_data(config.data)
-        checkpoint = open_checkpoint(config.teacher.path, config.teacher.revision)
+        checkpoint = open_checkpoint(*config.teacher.place)
         identity = {"checkpoint": fingerprint(checkpoint)}
-        names = ("temperature", "top_p", "max_completion_length")
-        identity |= {name: getattr(settings, name) for name in names} | {"seed": config.seed}
-        identity |= {"format": shown.format, "enable_thinking": shown.enable_thinking}
+        temperature, top_p = _distribution(config.teach)
+        identity |= {"temperature": temperature, "top_p": top_p, "seed": config.seed}
+        identity |= {"max_completion_length": config.teach.max_completion_length}
+        identity |= dict(zip(("format", "enable_thinking"), shown.student_template))
     return identity | {"prompt_format": shown.prompt_format, "system_prompt": shown.system_prompt}
 
 
@@ -163,13 +161,12 @@ def _fill(
     path: pathlib.Path,
     pending: Sequence[Pending],
     answer: Answerer,
-    size: int,
     metrics: Counter,
     upload: Callable[[], None],
 ) -> None:
     """Get the missing answers in batches; each batch is stored before the next one starts."""
-    for start in range(0, len(pending), size):
-        batch = pending[start : start + size]
+    for start in range(0, len(pending), _BATCH_SIZE):
+        batch = pending[start : start + _BATCH_SIZE]
         pairs = zip(batch, answer(batch, metrics))
         add_answers(path, [(row.prompt, answers) for (row, _), answers in pairs if answers])
         upload()
@@ -198,7 +195,13 @@ def _counts(index: ReferenceIndex, rows: list[Prompt], count: int) -> dict[str, 
 
 def _teacher_data(data: DataConfig) -> DataConfig:
     """The data section for a teacher that writes answers, to prompts of any length."""
-    return dataclasses.replace(teacher_view(data), max_prompt_length=2**31 - 1)
+    return dataclasses.replace(teacher_view(data), max_prompt_length=_ANY_LENGTH)
+
+
+def _distribution(settings: TeachConfig) -> tuple[float, float]:
+    """(temperature, top_p) of a checkpoint's answers."""
+    temperature, top_p = settings.temperature, settings.top_p
+    return 1.0 if temperature is None else temperature, 1.0 if top_p is None else top_p
 
 
 @contextlib.contextmanager
@@ -207,21 +210,22 @@ def _checkpoint_answerer(
 ) -> Iterator[Answerer]:
     """Samples the teacher's checkpoint on the run's devices."""
     settings, mesh = config.teach, make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    checkpoint = open_checkpoint(config.teacher.path, config.teacher.revision)
+    checkpoint = open_checkpoint(*config.teacher.place)
     tokenizer = load_tokenizer(checkpoint.path)
     rows, data = [row for row, _ in pending], _teacher_data(config.data)
     prompts = encode_prompts(rows, data, tokenizer, tokenizer)
     places = {key_of(row.prompt): place for place, row in enumerate(prompts.prompts)}
+    temperature, top_p = _distribution(settings)
     decoding = Decoding(
         settings.max_completion_length,
         stop_ids(checkpoint, tokenizer),
-        settings.temperature,
-        top_p=settings.top_p,
+        temperature,
+        top_p=top_p,
         valid_vocab=num_ids(checkpoint, tokenizer),
     )
     sampled = partial(
         sample,
-        load_params(checkpoint, compute_dtype(config.teacher), mesh, config.teacher.split_over),
+        load_params(checkpoint, compute_dtype(config.train.dtype), mesh),
         seed=config.seed,
         policy_version=0,
         config=checkpoint.config,
@@ -236,7 +240,7 @@ def _checkpoint_answerer(
         first = min(min(numbers) for _, numbers in batch)
         count = max(max(numbers) for _, numbers in batch) + 1 - first
         chosen = [places[key_of(row.prompt)] for row, _ in batch]
-        shown = _with_content_ids(prompts, chosen, settings.batch_size)
+        shown = _with_content_ids(prompts, chosen, _BATCH_SIZE)
         rollouts = to_host(sampled(prompts=shown, num_generations=count, first_sample=first))
         metrics["tokens"] += int(rollouts.mask.sum())
         pairs = zip(completions(rollouts, tokenizer), rollouts.is_truncated)
@@ -264,7 +268,7 @@ def _with_content_ids(prompts: PromptSet, places: list[int], num_rows: int) -> P
 
 @contextlib.contextmanager
 def _api_answerer(config: Config, path: pathlib.Path, _: Sequence[Pending]) -> Iterator[Answerer]:
-    """Requests answers from `teacher_api`. The spending cap holds for the index, over all commands
+    """Requests answers from `teach.model`. The spending cap holds for the index, over all commands
     that fill it.
     """
     try:
@@ -272,7 +276,7 @@ def _api_answerer(config: Config, path: pathlib.Path, _: Sequence[Pending]) -> I
         from opdjax.judge.client import ApiClient
     except ImportError as error:
         raise MissingExtraError(
-            f"teacher_api needs another package ({error}): pip install 'opdjax[judge]'"
+            f"teach.model needs another package ({error}): pip install 'opdjax[judge]'"
         ) from error
     spending = path.with_name(f"{path.name}.spending.jsonl")
     spent = sum(row["dollars"] for row in read_lines(spending))
@@ -307,7 +311,7 @@ async def _request_answers(
     """Request all answers of a batch at once. The first error that ends the command is raised when
     the pending requests are answered and cached.
     """
-    gate, fatal, failed = asyncio.Semaphore(config.teacher_api.concurrency), [], []
+    gate, fatal, failed = asyncio.Semaphore(max(config.api.concurrency, 1)), [], []
 
     async def request(row: Prompt, number: int) -> ReferenceAnswer | None:
         messages = messages_of(row, config.data)

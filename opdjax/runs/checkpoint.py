@@ -22,6 +22,9 @@ class UnreadableCheckpointError(ValueError):
     """A stored state is damaged."""
 
 
+_BEST = "avg@k"  # the score whose best checkpoint is kept: it has the least noise
+
+
 class Checkpointer:
     """Saves states asynchronously; keeps the newest `keep` and the one with the highest metric."""
 
@@ -30,20 +33,18 @@ class Checkpointer:
         directory: str | os.PathLike,
         *,
         keep: int,
-        best_metric: str,
         is_read_only: bool = False,
     ):
         # Orbax logs every step of every save; failures surface as exceptions.
         logging.getLogger("absl").setLevel(logging.ERROR)
-        self._best_metric = best_metric
         best = BestN(
-            get_metric_fn=lambda metrics: metrics[best_metric],
+            get_metric_fn=lambda metrics: metrics[_BEST],
             n=1,
             keep_checkpoints_without_metrics=False,
         )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
-            best_fn=lambda metrics: metrics[best_metric],
+            best_fn=lambda metrics: metrics[_BEST],
             # A reader must not remove what a running process is writing.
             cleanup_tmp_directories=not is_read_only,
             read_only=is_read_only,
@@ -67,7 +68,7 @@ class Checkpointer:
     def best_step(self) -> int | None:
         """Step of the evaluated checkpoint with the highest metric; None if none was evaluated."""
         scored = {step: self._manager.metrics(step) for step in self.steps}
-        scored = {step: metrics[self._best_metric] for step, metrics in scored.items() if metrics}
+        scored = {step: metrics[_BEST] for step, metrics in scored.items() if metrics}
         return max(scored, key=scored.get) if scored else None
 
     def save(self, step: int, state: Any, evaluation: dict[str, float] | None = None) -> None:

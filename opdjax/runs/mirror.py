@@ -9,18 +9,17 @@ rows after the last checkpoint, which a resumed run drops and writes again in an
 from __future__ import annotations
 
 import contextlib
-import itertools
+import dataclasses
 import os
 import pathlib
 import re
 import shutil
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from opdjax.runs.lease import LOST, Lease, LeaseLostError, acquire, inherit
-from opdjax.runs.object_store import Folder, Wanted, is_remote, scratch_of, url_of
-from opdjax.runs.workdir import WorkdirError, locked
+from opdjax.runs.lease import Lease, LeaseLostError, acquire
+from opdjax.runs.object_store import Folder, Wanted, is_remote, local_copy, scratch_of, url_of
+from opdjax.runs.workdir import locked
 
 _RESULT = "result.json"
 # Files that readers of results never open. Of rollouts they read the decisions of the filter.
@@ -29,30 +28,18 @@ _HEAVY = (
     r"|rollouts/.*/(?!filter-)|replies\.sqlite)"
 )
 # Written by the sweep that the run is a point of, by orbax, or by the lease.
-_NOT_OF_THE_RUN = (
-    "point.json",
-    "attempts.jsonl",
-    "log.txt",
-    "failure.json",
-    "checkpoints/",
-    ".lease/",
-)
+_NOT_OF_THE_RUN = r"(point\.json|attempts\.jsonl|log\.txt|failure\.json|checkpoints/|\.lease/)"
 
 
+@dataclasses.dataclass(frozen=True)
 class WorkdirMirror:
     """Local copy of a work directory, synced to its URL. A local work directory is used in
     place.
     """
 
-    def __init__(
-        self,
-        directory: pathlib.Path,
-        folder: Folder | None = None,
-        lease: Lease | None = None,
-        known: Iterable[str] = (),
-    ):
-        self.directory = directory
-        self._folder, self._lease, self._known = folder, lease, set(known)
+    directory: pathlib.Path
+    _folder: Folder | None = None
+    _lease: Lease | None = None
 
     @property
     def name(self) -> str:
@@ -62,9 +49,7 @@ class WorkdirMirror:
     @property
     def checkpoints(self) -> str:
         """Path or URL of the checkpoints, the same in every process of a run."""
-        if self._folder:
-            return f"{self.name}/checkpoints"
-        return str((self.directory / "checkpoints").absolute())
+        return f"{self.name if self._folder else self.directory.absolute()}/checkpoints"
 
     @property
     def is_remote(self) -> bool:
@@ -82,8 +67,8 @@ class WorkdirMirror:
         """
         if self._lease:
             self._lease.renew()
-            self._known = self._folder.upload(
-                self.directory, self._known, lambda name: _is_of_the_run(name) and name != _RESULT
+            self._folder.upload(
+                self.directory, lambda name: _is_of_the_run(name) and name != _RESULT
             )
             self._lease.check()
 
@@ -114,22 +99,15 @@ def open_workdir(workdir: str | os.PathLike) -> Iterator[WorkdirMirror]:
             yield WorkdirMirror(pathlib.Path(workdir))
         return
     folder = Folder(workdir)
-    inherited = inherit(folder)
-    lease = (inherited or acquire(folder)).start(lambda: _exit_now(folder.url))
-    try:
-        with _scratch(folder.url) as directory, _errors_name_url(folder.url, directory):
-            mirror = WorkdirMirror(directory, folder, lease, _download(folder, directory))
-            with contextlib.ExitStack() as on_failure:
-                on_failure.callback(_try_upload, mirror)
-                yield mirror
-                on_failure.pop_all()
-            if (directory / _RESULT).exists():
-                shutil.rmtree(directory)  # all of it is uploaded
-    finally:
-        if inherited:
-            lease.stop()
-        else:
-            lease.release()
+    with acquire(folder).start() as lease, _scratch(folder.url, lease) as directory:
+        _download(folder, directory)
+        mirror = WorkdirMirror(directory, folder, lease)
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(_try_upload, mirror)
+            yield mirror
+            on_failure.pop_all()
+        if (directory / _RESULT).exists():
+            shutil.rmtree(directory)  # all of it is uploaded
 
 
 @contextlib.contextmanager
@@ -138,22 +116,18 @@ def open_remote_file(url: str, role: str) -> Iterator[tuple[pathlib.Path, Callab
     it. Files whose names begin with `NAME.` are copied with it.
     """
     parent, _, name = url_of(url).rpartition("/")
-    folder = Folder(parent)
-    lease = acquire(folder.subfolder(f".{role}-{name}")).start(lambda: _exit_now(url))
-    with contextlib.ExitStack() as stack:
-        stack.callback(lease.release)
-        directory = stack.enter_context(_scratch(url))
-        stack.enter_context(_errors_name_url(parent, directory))
-        for stored, tag in folder.entries()[0].items():
-            if stored == name or stored.startswith(f"{name}."):
-                folder.download_file(stored, directory / stored, tag)
+    folder = Folder(parent, is_flat=True)
+    wanted = lambda found: found == name or found.startswith(f"{name}.")
 
-        def upload() -> None:
-            lease.renew()
-            for file in directory.glob(f"{name}*"):
-                if not file.name.endswith(("-wal", "-shm")):
-                    folder.upload_file(file, file.name)
+    def upload() -> None:
+        lease.renew()
+        folder.upload(directory, wanted)
 
+    with (
+        acquire(folder.subfolder(f".{role}-{name}")).start() as lease,
+        _scratch(url, lease) as directory,
+    ):
+        folder.download(directory, wanted)
         try:
             yield directory / name, upload
         finally:
@@ -165,9 +139,7 @@ def scratch_workdir(workdir: str | os.PathLike, process: int) -> WorkdirMirror:
     if not is_remote(workdir):
         return WorkdirMirror(pathlib.Path(workdir))
     folder = Folder(workdir)
-    of_process_zero = scratch_of(folder.url, "runs")
-    directory = of_process_zero.with_name(f"{of_process_zero.name}.process{process}")
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = scratch_of(folder.url, f"process{process}")
     _download(folder, directory)
     return WorkdirMirror(directory, folder)
 
@@ -179,57 +151,17 @@ def read_only_workdir(
     """A work directory or a sweep to read from: a local one in place, one on gs:// as an updated
     copy of the wanted files. Errors raised inside name the URL.
     """
-    if not is_remote(workdir):
-        yield WorkdirMirror(pathlib.Path(workdir))
-        return
-    folder = Folder(workdir)
-    directory = scratch_of(folder.url, "views") / folder.url.rpartition("/")[2]
-    folder.download(directory, wanted)
-    directory.mkdir(parents=True, exist_ok=True)
-    with _errors_name_url(folder.url, directory):
-        yield WorkdirMirror(directory, folder)
+    directory = local_copy(workdir, wanted, is_required=False)
+    mirror = WorkdirMirror(directory, Folder(workdir) if is_remote(workdir) else None)
+    with _errors_name_url(mirror.name, directory):
+        yield mirror
 
 
-def _download(folder: Folder, directory: pathlib.Path) -> set[str]:
-    is_finished = _RESULT in folder.entries()[0]
-    return folder.download(
+def _download(folder: Folder, directory: pathlib.Path) -> None:
+    is_finished = folder.tag(_RESULT) is not None
+    folder.download(
         directory, lambda name: _is_of_the_run(name) and not (is_finished and "/" in name)
     )
-
-
-def _is_of_the_run(name: str) -> bool:
-    return not name.startswith(_NOT_OF_THE_RUN)
-
-
-@contextlib.contextmanager
-def _scratch(url: str) -> Iterator[pathlib.Path]:
-    """The local directory of a URL, locked; a numbered one while a process that has not yet noticed
-    the loss of its lease holds the first.
-    """
-    first = scratch_of(url, "runs")
-    for number in itertools.count(1):
-        directory = first if number == 1 else first.with_name(f"{first.name}.{number}")
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(locked(directory))
-            except WorkdirError as error:
-                if isinstance(error.__cause__, BlockingIOError):
-                    continue
-                raise
-            yield directory
-            return
-
-
-@contextlib.contextmanager
-def _errors_name_url(url: str, path: pathlib.Path) -> Iterator[None]:
-    """Replace the path of a local copy by its URL in error messages."""
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        error.args = tuple(
-            arg.replace(str(path), url) if isinstance(arg, str) else arg for arg in error.args
-        )
-        raise
 
 
 def _try_upload(mirror: WorkdirMirror) -> None:
@@ -237,13 +169,29 @@ def _try_upload(mirror: WorkdirMirror) -> None:
         mirror.upload()
 
 
-def _exit_now(url: str) -> None:
-    """End the process without cleanup: what it is writing may not be finished in any orderly way
-    once the lease is lost.
-    """
-    print(
-        f"opdjax: {url} was taken over by another process, or could have been; this one stops",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(LOST)
+def _is_of_the_run(name: str) -> bool:
+    return not re.match(_NOT_OF_THE_RUN, name)
+
+
+@contextlib.contextmanager
+def _scratch(url: str, lease: Lease) -> Iterator[pathlib.Path]:
+    """The local directory of this holder of the lease."""
+    directory = scratch_of(url, "workdirs") / str(lease.number)
+    for old in directory.parent.glob("*"):
+        # The last holders may have been paused: they need their files until they notice the loss.
+        if int(old.name) < lease.number - 2:
+            shutil.rmtree(old, ignore_errors=True)
+    with _errors_name_url(url, directory):
+        yield directory
+
+
+@contextlib.contextmanager
+def _errors_name_url(url: str, directory: pathlib.Path) -> Iterator[None]:
+    """Replace the path of a local copy by its URL in error messages."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        error.args = tuple(
+            arg.replace(str(directory), url) if isinstance(arg, str) else arg for arg in error.args
+        )
+        raise

@@ -4,6 +4,7 @@ No jax: this runs on any machine.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,8 +17,8 @@ from typing import Any, Literal
 import numpy as np
 
 from opdjax.config.run import Config
-from opdjax.config.saved import upgrade
-from opdjax.config.validation import differences
+from opdjax.config.saved import lost_settings, upgrade
+from opdjax.config.validation import ConfigError, differences
 from opdjax.runs.statistics import benchmark_lines, paired_difference
 from opdjax.runs.workdir import WorkdirError, read_json, read_lines, read_run_config
 
@@ -63,7 +64,7 @@ class Run:
 
     def curve(self, name: str) -> list[tuple[int, float]]:
         """(step, score) of all evaluations at the temperature of the config, by step."""
-        temperature = self.config["evaluation"]["temperature"]
+        temperature = self.config["evaluation"]["temperatures"][0]
         rows = [row for row in self.evaluations if row["temperature"] == temperature]
         scores = [(row["step"], _score(row, name)) for row in rows]
         return sorted((step, score) for step, score in scores if score is not None)
@@ -196,6 +197,9 @@ def status_of(directory: pathlib.Path) -> Literal["done", "failed", "begun", "wa
 def read_run(workdir: pathlib.Path) -> Run:
     """The run in a work directory; WorkdirError if there is none or a file is damaged."""
     found = read_run_config(workdir)
+    # Under today's names. A config of a later version, or a damaged one, is shown as it is.
+    with contextlib.suppress(ConfigError):
+        found["config"] = upgrade(found["config"])
     result = workdir / RESULT
     return Run(
         workdir,
@@ -321,7 +325,8 @@ def seed_groups(points: Sequence[Point]) -> list[SeedGroup]:
     for point in points:
         # Upgraded, so that a point written before a field existed equals one with its default.
         config = {name: value for name, value in upgrade(point.config).items() if name != "seed"}
-        same = found.setdefault(json.dumps(config, sort_keys=True), [])
+        key = [config, lost_settings(point.config)]
+        same = found.setdefault(json.dumps(key, sort_keys=True), [])
         if point.config["seed"] not in [other.config["seed"] for other in same]:
             same.append(point)
     return [
@@ -377,7 +382,7 @@ def make_result(
         shares = (np.array(row[field]) / k for row in (before, after))
         change[name], change[f"{name}_interval"] = paired_difference(*shares)
     result |= {"eval_before": before, "eval_after": after, "paired_difference": change}
-    result["eval_before_sharpened"] = [found[0, t] for t in evaluation.extra_temperatures]
+    result["eval_before_sharpened"] = [found[0, t] for t in evaluation.temperatures[1:]]
     return result
 
 

@@ -16,6 +16,7 @@ from scipy.special import stdtrit
 # Two-sided 95 % quantile of the normal distribution. Evaluations have hundreds of prompts, where
 # Student's t agrees to the third digit.
 _Z95 = 1.959964
+_RESAMPLES = 1000  # of the bootstrap
 
 
 def avg_at_k(correct: np.ndarray) -> np.ndarray:
@@ -124,6 +125,23 @@ def lies_within(
         return True
     is_outside = (least is not None and high < least) or (most is not None and low > most)
     return False if is_outside else None
+
+
+def ratio_with_interval(
+    ours: np.ndarray, plain: np.ndarray
+) -> tuple[float | None, float | None, float | None]:
+    """Return (sum of ours / sum of plain, low, high) from values per prompt.
+
+    `low` and `high` bound the 95 % bootstrap interval; prompts are resampled together for both.
+    All are None if `plain` sums to 0.
+    """
+    if not plain.sum():
+        return None, None, None
+    chosen = np.random.default_rng(0).integers(0, len(ours), (_RESAMPLES, len(ours)))
+    below = plain[chosen].sum(axis=1)
+    ratios = ours[chosen].sum(axis=1)[below > 0] / below[below > 0]
+    low, high = np.quantile(ratios, (0.025, 0.975))
+    return float(ours.sum() / plain.sum()), float(low), float(high)
 
 
 def wilson_interval(hits: int, trials: int) -> tuple[float, float]:

@@ -13,11 +13,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
-from opdjax.config import Config
-from opdjax.config.api import TRANSPORT, ApiConfig
-from opdjax.config.saved import upgrade
+from opdjax.config import ApiConfig, Config
+from opdjax.config.saved import lost_settings, upgrade
 from opdjax.config.validation import differences, from_dict, to_dict
 
 # A directory that holds one of these and no config.json is not empty: a run would overwrite it, or
@@ -37,21 +36,28 @@ _RUN_FILES = (
 # change when a run is resumed.
 _EXECUTION_FIELDS = (
     *(f"mesh.{name}" for name in ("data", "fsdp", "tensor", "processes")),
-    *(
-        f"{model}.{name}"
-        for model in ("student", "teacher")
-        for name in ("split_over", "attention")
-    ),
-    *("near_policy.generator", "near_policy.generator_devices"),
-    *("sampling.split_over", "sampling.slots", "train.gradient_accumulation_steps", "train.remat"),
-    *(f"{role}.{name}" for role in ("rubricator", "verifier", "teacher_api") for name in TRANSPORT),
-    *(f"api.{field.name}" for field in dataclasses.fields(ApiConfig)),
-    "rubrics.draw_parts",
+    *("near_policy.generator", "sampling.slots"),
+    *(f"train.{name}" for name in ("gradient_accumulation_steps", "remat", "attention")),
+    *(f"{role}.base_url" for role in ("rubricator", "verifier", "teach")),
+    *(f"api.{name.name}" for name in dataclasses.fields(ApiConfig) if name.name != "max_tokens"),
 )
 
 
 class WorkdirError(ValueError):
     """The work directory belongs to another run, is in use, or has damaged files."""
+
+
+def lock_file(file: pathlib.Path, is_exclusive: bool = True) -> TextIO:
+    """Open a file and lock it until it is closed; BlockingIOError if another process has it locked.
+    A shared lock needs no permission to write.
+    """
+    opened = file.open("w" if is_exclusive else "r")
+    try:
+        fcntl.flock(opened, (fcntl.LOCK_EX if is_exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        opened.close()
+        raise
+    return opened
 
 
 @contextlib.contextmanager
@@ -61,20 +67,18 @@ def locked(workdir: pathlib.Path, role: str = "") -> Iterator[None]:
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / (f".lock-{role}" if role else ".lock")).open("w")
+        file = lock_file(workdir / (f".lock-{role}" if role else ".lock"))
+    except BlockingIOError as error:
+        raise WorkdirError(
+            f"{workdir} is being written by another {role or 'run'}; wait for it or choose another "
+            "--workdir"
+        ) from error
     except OSError as error:
         raise WorkdirError(
             f"--workdir {workdir} cannot be written: {error.strerror}; expected a directory, or a "
             "path where one can be made"
         ) from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise WorkdirError(
-                f"{workdir} is being written by another {role or 'run'}; wait for it or choose "
-                "another --workdir"
-            ) from error
         yield
 
 
@@ -99,7 +103,7 @@ def claim(workdir: pathlib.Path, config: Config, facts: dict[str, Any]) -> None:
     old = read_run_config(workdir)
     described = [{"config": upgrade(run["config"]), "data": run["data"]} for run in (old, new)]
     execution = [_pop(run["config"], _EXECUTION_FIELDS) for run in described]
-    changed = differences(*described)
+    changed = differences(*described) + lost_settings(old["config"])
     if changed:
         listed = "\n  ".join(changed)
         raise WorkdirError(

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from opdjax.config.grid import SweepPoint
-from opdjax.config.saved import upgrade
+from opdjax.config.saved import lost_settings, upgrade
 from opdjax.config.validation import differences, to_dict
 from opdjax.runs.lease import LOST
 from opdjax.runs.object_store import Folder, RemoteError, is_remote, url_of
@@ -141,13 +141,14 @@ def _run(runner: _Runner, mine: Sequence[SweepPoint], attempts: dict[str, _Attem
                     f"{received[0]}: the running points were stopped; the same command resumes them"
                 )
             for job in running:
-                job.claim.upload_log()
+                if not job.claim.is_lost:
+                    sweep.upload_log(job.point.id)
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
                 _record_outcome(runner, job, attempts[job.point.id], _finish(runner, job))
-            sweep.refresh(attempts)
-            open_points = [p for p in mine if _is_open(sweep.path / p.id, attempts[p.id])]
             at_work = {job.point.id for job in running}
+            sweep.refresh(attempts.keys() - at_work)
+            open_points = [p for p in mine if _is_open(sweep.path / p.id, attempts[p.id])]
             waiting = [p for p in open_points if p.id not in at_work]
             due = [p for p in waiting if time.monotonic() >= attempts[p.id].not_before]
             while len(running) < runner.jobs:
@@ -209,8 +210,9 @@ def _write_points(points: Sequence[SweepPoint], sweep: SweepDirectory) -> None:
     for file, point in files.items():
         if file in new:
             continue
-        stored = upgrade(read_point(file)["config"])
-        if changed := differences(stored, upgrade(to_dict(point.config))):
+        stored = read_point(file)["config"]
+        changed = differences(upgrade(stored), upgrade(to_dict(point.config)))
+        if changed := changed + lost_settings(stored):
             listed = "\n  ".join(changed)
             raise WorkdirError(
                 f"{sweep.workdir(point.id)} belongs to a point with another config; choose another "
@@ -236,7 +238,7 @@ def _write_references(points: Sequence[SweepPoint], sweep: SweepDirectory, log: 
     }
     for file, point in readers.items():
         exists = file is not None and _exists(file)
-        if file is None or (exists and point.config.teacher_api.is_given):
+        if file is None or (exists and point.config.teach.model):
             continue
         log(f"write  {file}")
         command = (*_OPDJAX, "references", str(sweep.path / point.id / POINT))
@@ -318,7 +320,7 @@ def _spawn(runner: _Runner, id: str, claim: Claim, slot: int) -> subprocess.Pope
             pass_fds=claim.descriptors,
             start_new_session=True,
         )
-    claim.started(child.pid)
+    claim.child_started(child.pid)
     if jobs > 1 and sys.platform == "linux":
         cores = sorted(os.sched_getaffinity(0))
         share = max(len(cores) // jobs, 1)
@@ -326,8 +328,8 @@ def _spawn(runner: _Runner, id: str, claim: Claim, slot: int) -> subprocess.Pope
         with contextlib.suppress(ProcessLookupError):  # it may have ended already
             os.sched_setaffinity(child.pid, cores[first : first + share])
     start = {"event": "start", "host": platform.node(), "pid": child.pid, "time": time.time()}
-    if claim.lease_number is not None:
-        start["lease"] = claim.lease_number
+    if claim.number is not None:
+        start["lease"] = claim.number
     append_lines(directory / ATTEMPTS, [start])
     sweep.upload(directory / ATTEMPTS, directory / FAILURE)
     return child
@@ -335,7 +337,7 @@ def _spawn(runner: _Runner, id: str, claim: Claim, slot: int) -> subprocess.Pope
 
 def _record_end(job: _Job, sweep: SweepDirectory) -> float:
     """Record the end of a child in its attempts; returns its duration in seconds."""
-    job.claim.ended()
+    job.claim.child_ended()
     seconds = round(time.monotonic() - job.started, 3)
     if not job.claim.is_lost:
         directory, code = sweep.path / job.point.id, job.process.returncode

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from opdjax.config.grid import SweepPoint
+from opdjax.runs.object_store import in_parallel
 from opdjax.runs.results import RESULT, status_of
 from opdjax.runs.workdir import num_cores, read_json, read_lines
 from opdjax.sweeps.claims import ATTEMPTS, Heartbeat, SweepDirectory, open_sweep
@@ -22,7 +23,8 @@ def status_line(
     """Such as `12/60 done, 1 failed, 2 running (a 40 %, b 5 %), about 21 min left`."""
     done = [p for p in points if status_of(sweep.path / p.id) == "done"]
     num_failed = sum(status_of(sweep.path / p.id) == "failed" for p in points)
-    shares = {p.id: sweep.step(p.id) / p.config.train.num_steps for p in running}
+    beats = zip(running, in_parallel(sweep.heartbeat, [p.id for p in running]))
+    shares = {p.id: (beat.step if beat else 0) / p.config.train.num_steps for p, beat in beats}
     parts = [f"{len(done)}/{len(points)} done"]
     if num_failed:
         parts.append(f"{num_failed} failed")
@@ -90,11 +92,12 @@ def watch(
 def status_table(points: Sequence[SweepPoint], sweep: SweepDirectory) -> tuple[str, bool]:
     """(a line per point and a summary, whether no point is left to run)."""
     states: dict[str, str] = {p.id: status_of(sweep.path / p.id) for p in points}
-    beats = sweep.heartbeats(id for id, state in states.items() if state != "done")
-    for id, state in states.items():
-        if id in beats:
-            states[id] = "stalled" if beats[id].is_stalled else "running"
-        elif state == "begun":  # interrupted, to be resumed
+    open_ids = [id for id, state in states.items() if state != "done"]
+    beats = dict(zip(open_ids, in_parallel(sweep.heartbeat, open_ids)))
+    for id, beat in beats.items():
+        if beat is not None:
+            states[id] = "stalled" if beat.is_stalled else "running"
+        elif states[id] == "begun":  # interrupted, to be resumed
             states[id] = "waiting"
     width = max(len(p.id) for p in points)
     lines = [f"{'point':{width}}  {'state':8} {'host':16} {'step':>11} {'last seen':>9}  avg@k"]
@@ -112,7 +115,7 @@ def _line(
     host = step = age = score = ""
     if beat is not None:
         host, age = beat.host[:16], _duration(beat.age)
-        step = f"{beat.step or 0}/{point.config.train.num_steps}"
+        step = f"{beat.step}/{point.config.train.num_steps}"
     if state == "done":
         scores = scores_after(sweep, point.id)
         score = f"{scores['avg@k']:.3f}" if "avg@k" in scores else ""

@@ -31,7 +31,7 @@ SMALL = (
     "4",
     "--evaluation.num-samples",
     "2",
-    "--evaluation.batch-size",
+    "--slots",
     "8",
     "--evaluation.max-completion-length",
     "24",
@@ -147,7 +147,7 @@ def test_help_of_training_shows_the_values_of_the_experiment(opdjax, experiment)
         in out.replace(" ", "")
     )
     # Every field is documented where it is declared; tyro takes the comments for help.
-    assert "Tokens whose logits exist at a time, per device. (default: 512)" in out
+    assert "What the summed token losses are divided by, over the whole batch." in out
     assert opdjax("train", "--help")[0] == 0
     assert opdjax("train")[0] == 2
 
@@ -295,7 +295,7 @@ def test_an_option_of_another_recipe_is_refused_before_anything_is_written(
 ):
     status, out, err = opdjax("train", experiment(), "--workdir", tmp_path / "run", flag, value)
     assert (status, out) == (2, "")
-    assert f"recipe 'opd' has no option '{option}'; it has ['discount', 'return_to_go', " in err
+    assert f"recipe 'opd' has no option '{option}'; it has discount, return_to_go, " in err
     assert not (tmp_path / "run" / "config.json").exists()
 
 
@@ -499,7 +499,7 @@ def test_draws_follow_the_seed(opdjax):
         (["--seed", "2147483648"], "seed is 2147483648; expected at most 2147483647"),
         (
             ["--data.max-prompt-length", "3"],
-            "data.max_prompt_length is 3, exceeded by prompt 0 of the command line with 14 tokens",
+            "the command line has no prompt of at most 3 tokens (1 rows read); raise data.max_",
         ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -57,11 +57,11 @@ def test_an_id_does_not_depend_on_the_sweep_around_it():
 
 
 def test_a_section_comes_before_its_fields_whatever_the_order():
-    tiles = vary("estimator.tile", (64,))
-    for sweep in (product(RECIPES, tiles), product(tiles, RECIPES)):
+    gammas = vary("estimator.discount", (0.5,))
+    for sweep in (product(RECIPES, gammas), product(gammas, RECIPES)):
         assert [point.config.estimator for point in points(Config(), sweep)] == [
-            EstimatorConfig(recipe="opd", tile=64),
-            EstimatorConfig(recipe="vopd", tile=64),
+            EstimatorConfig(recipe="opd", discount=0.5),
+            EstimatorConfig(recipe="vopd", discount=0.5),
         ]
 
 
@@ -132,10 +132,10 @@ def test_equal_configs_asked_for_in_other_words_are_one_point():
 def test_fields_of_one_section_are_checked_together(order):
     factors = [
         vary("estimator.baseline", ("student_topk",)),
-        vary("estimator.baseline_top_k", (5,)),
+        vary("estimator.support_top_k", (5,)),
     ]
     (point,) = points(Config(), product(*factors[::order]))
-    assert point.config.estimator == EstimatorConfig(baseline="student_topk", baseline_top_k=5)
+    assert point.config.estimator == EstimatorConfig(baseline="student_topk", support_top_k=5)
 
 
 def test_a_point_is_frozen():

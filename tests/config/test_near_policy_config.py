@@ -25,11 +25,6 @@ FILTERED = REFRESH | {"filter": "ifd"}
         (REFRESH | {"num_epochs": 0}, "num_epochs is 0; expected at least 1"),
         (CONTINUOUS | {"max_staleness": -1}, "max_staleness is -1; expected 0 (on-policy) or more"),
         (
-            CONTINUOUS | {"generator": "thread", "generator_devices": 0},
-            "generator_devices is 0; expected at least 1",
-        ),
-        (REFRESH | {"shard_size": 0}, "shard_size is 0; expected at least 1"),
-        (
             {"schedule": "asynchronous"},
             "schedule is 'asynchronous'; expected one of ['continuous', 'none', 'refresh']",
         ),
@@ -63,12 +58,9 @@ FILTERED = REFRESH | {"filter": "ifd"}
             for epochs in ((0,), (4,), (2, 1), (1, 1))
         ),
         # A field that nothing reads
-        *(
-            (
-                {name: value},
-                f"{name} is {value!r}; expected {default!r} unless near_policy.schedule is refresh",
-            )
-            for name, value, default in (("num_epochs", 2, 1), ("shard_size", 8, 1024))
+        (
+            {"num_epochs": 2},
+            "num_epochs is 2; expected 1 unless near_policy.schedule is refresh",
         ),
         (
             CONTINUOUS | {"num_epochs": 3, "refresh_epochs": (1,)},
@@ -99,15 +91,10 @@ FILTERED = REFRESH | {"filter": "ifd"}
                 f"random",
             )
             for name, value, default in (
-                ("ifd_form", "perplexity_ratio", "nll_ratio"),
                 ("ifd_min", None, 0.0),
                 ("ifd_max", None, 0.8),
                 ("ifd_quantile", 0.5, None),
             )
-        ),
-        (
-            CONTINUOUS | {"generator_devices": 2},
-            "generator_devices is 2; expected 1 unless near_policy.generator is thread",
         ),
         # Who draws
         (
@@ -133,15 +120,13 @@ def test_a_section_that_is_refused(values, message):
     [
         {},
         REFRESH,
-        REFRESH
-        | {"num_epochs": 4, "refresh_epochs": (1, 3), "generator": "process", "shard_size": 1},
+        REFRESH | {"num_epochs": 4, "refresh_epochs": (1, 3), "generator": "process"},
         FILTERED | {"ifd_min": None, "ifd_max": None},
-        FILTERED | {"ifd_min": -2.0, "ifd_max": -1.0, "ifd_form": "perplexity_ratio"},
+        FILTERED | {"ifd_min": -2.0, "ifd_max": -1.0},
         FILTERED | {"ifd_quantile": 1.0},
         FILTERED | {"filter": "random"},
         CONTINUOUS,
-        CONTINUOUS
-        | {"generator": "thread", "generator_devices": 3, "lag": "free", "max_staleness": 4},
+        CONTINUOUS | {"generator": "thread", "lag": "free", "max_staleness": 4},
         CONTINUOUS | {"generator": "process", "lag": "free", "filter": "ifd"},
     ],
     ids=str,
@@ -168,8 +153,7 @@ NEAR = NearPolicyConfig("refresh", 2)
         ),
         (
             {"near_policy": NEAR, "teacher": ModelConfig("@student")},
-            "teacher.path is '@student'; expected a checkpoint where near_policy.schedule is "
-            "refresh",
+            "teacher.path is '@student'; expected a checkpoint where the schedule is refresh",
         ),
         (
             {"near_policy": NearPolicyConfig("refresh", 3)},
@@ -184,7 +168,7 @@ NEAR = NearPolicyConfig("refresh", 2)
                     "estimator": EstimatorConfig("opd", task_reward_coef=0.5),
                 },
                 "estimator.task_reward_coef is 0.5; expected none where near_policy may separate "
-                "the rollouts of a prompt",
+                "a prompt's rollouts",
             )
             for near in (NEAR, NearPolicyConfig("continuous", filter="ifd"))
         ),

@@ -85,7 +85,7 @@ MALFORMED = {
     '["a"]': "expected an object with named values, found list",
     '"a"': "expected an object with named values, found str",
     '{"question": "a", "answer": 1}': "there is no column 'prompt'; found ['answer', 'question']. "
-    "Name the right one in data.prompt_column",
+    "Name the right one in data.columns, such as prompt=COLUMN",
     '{"prompt": ""}': "'prompt' is ''; expected a non-empty string or a list of {role, content} "
     "messages",
     '{"prompt": 3}': "'prompt' is 3; expected a non-empty string",
@@ -236,16 +236,17 @@ def test_in_messages_the_last_turn_of_the_user_shows_it(tokenizer):
         (
             Prompt("1+1=", "2"),
             {},
-            r"prompt 1 of x\.jsonl has no 'references' \(1 such rows\); .*data\.reference_column, "
-            r"or take",
+            r"prompt 1 of x\.jsonl has no 'references' \(1 such rows\); .*"
+            r"data\.columns \(reference=COLUMN\), or take",
         ),
-        (Prompt("1+1=", "2", (" ",)), {"reference_column": "r"}, "prompt 1 of .* has no 'r'"),
+        (Prompt("1+1=", "2", (" ",)), {"columns": ("reference=r",)}, "prompt 1 of .* has no 'r'"),
         (
             Prompt("1+1=", None, ("2",)),
             {},
-            r"has no 'answer' .*name its column in data\.answer_column, or take \{answer\} out",
+            r"has no 'answer' .*name its column in data\.columns \(answer=COLUMN\), or take "
+            r"\{answer\} out",
         ),
-        (Prompt("1+1=", "", ("2",)), {"answer_column": "a.b"}, r"has no 'a\.b'"),
+        (Prompt("1+1=", "", ("2",)), {"columns": ("answer=a.b",)}, r"has no 'a\.b'"),
     ],
 )
 def test_a_row_without_what_the_teacher_is_to_be_shown_is_named(tokenizer, row, columns, message):
@@ -306,16 +307,6 @@ def test_the_longer_view_counts(tokenizer):
     assert len(found) == found.num_skipped == 1
 
 
-def test_overlong_prompts_can_be_an_error_that_names_them(tokenizer):
-    data = dataclasses.replace(RAW, max_prompt_length=6, overlong="error", source="x.jsonl")
-    expected = (
-        r"max_prompt_length is 6, exceeded by prompt 1 of x\.jsonl with 8 tokens: '1\+2\+3\+4='; "
-        r"raise it or set data\.overlong"
-    )
-    with pytest.raises(DataError, match=expected):
-        encode(["1+1=", "1+2+3+4="], data, tokenizer)
-
-
 def test_nothing_left_is_an_error(tokenizer):
     with pytest.raises(DataError, match=r"has no prompt of at most 3 tokens \(2 rows read\)"):
         encode(["1+1=", "1+2="], dataclasses.replace(RAW, max_prompt_length=3), tokenizer)
@@ -339,19 +330,19 @@ def test_the_teacher_sees_a_view_of_its_own_only_where_it_differs(tokenizer):
     )
     assert (
         encode(
-            rows, DataConfig(enable_thinking=False, teacher_enable_thinking=False), tokenizer
+            rows, DataConfig(format="no_thinking", teacher_format="no_thinking"), tokenizer
         ).teacher_ids
         is None
     )
-    assert encode(rows, DataConfig(enable_thinking=False), tokenizer).teacher_ids is None
+    assert encode(rows, DataConfig(format="no_thinking"), tokenizer).teacher_ids is None
 
     raw = encode(rows, RAW, tokenizer).student_ids
     chat = encode(rows, DataConfig(), tokenizer).student_ids
-    quiet = encode(rows, DataConfig(enable_thinking=False), tokenizer).student_ids
+    quiet = encode(rows, DataConfig(format="no_thinking"), tokenizer).student_ids
     assert len({raw, chat, quiet}) == 3
     mixed = encode(rows, DataConfig(format="raw", teacher_format="chat"), tokenizer)
     assert (mixed.student_ids, mixed.teacher_ids) == (raw, chat)
-    mixed = encode(rows, DataConfig(enable_thinking=False, teacher_enable_thinking=True), tokenizer)
+    mixed = encode(rows, DataConfig(format="no_thinking", teacher_format="thinking"), tokenizer)
     assert (mixed.student_ids, mixed.teacher_ids) == (quiet, chat)
 
 
@@ -376,7 +367,7 @@ def test_the_digest_tells_what_a_run_was_trained_on(tokenizer):
         encode(rows[::-1], RAW, tokenizer).digest,
         encode(rows[:1], RAW, tokenizer).digest,
         encode(rows, DataConfig(), tokenizer).digest,
-        encode(rows, DataConfig(enable_thinking=False), tokenizer).digest,
+        encode(rows, DataConfig(format="no_thinking"), tokenizer).digest,
         encode(rows, DataConfig(format="raw", teacher_format="chat"), tokenizer).digest,
         encode(rows, dataclasses.replace(RAW, prompt_format="{prompt} "), tokenizer).digest,
     ]

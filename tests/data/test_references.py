@@ -287,8 +287,8 @@ def test_rows_take_their_references_from_the_index(path, tmp_path, wrap):
 def test_references_come_from_one_place():
     with pytest.raises(
         ConfigError,
-        match="data.references is 'a.jsonl'; expected none where data.reference_column is given",
+        match="data.references is 'a.jsonl'; expected none where data.columns has a reference",
     ):
-        DataConfig(references="a.jsonl", reference_column="solution")
+        DataConfig(references="a.jsonl", columns=("reference=solution",))
     with pytest.raises(ConfigError, match="data.references is ''"):
         DataConfig(references="")

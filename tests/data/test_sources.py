@@ -351,13 +351,12 @@ def test_training_and_evaluation_read_columns_of_their_own(tmp_path):
     held_out = store_lines([{"problem": "1+1=", "answer": "2"}], tmp_path / "held_out.jsonl")
     data = {
         "source": trained,
-        "answer_column": "reward_model.ground_truth",
-        "reference_column": "why",
+        "columns": ("answer=reward_model.ground_truth", "reference=why"),
     }
     setup = prepare(
         vary(
             data=data,
-            evaluation={"source": held_out, "prompt_column": "problem", "answer_column": "answer"},
+            evaluation={"source": held_out, "columns": ("prompt=problem", "answer=answer")},
         )
     )
     assert setup.prompts.prompts == tuple(
@@ -399,7 +398,7 @@ def test_a_missing_column_is_named_with_those_that_are_there(kind, tmp_path):
         (
             ColumnMap(),
             r"no column 'prompt'; found \['nested', 'question'\]\. Name the right one in "
-            r"data\.prompt_column",
+            r"data\.columns",
         ),
         (
             ColumnMap("questions"),

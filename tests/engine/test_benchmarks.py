@@ -40,7 +40,8 @@ def file(tmp_path_factory):
 
 def config_of(file, column):
     """One step of TINY, evaluated on the sums."""
-    evaluation = {"source": str(file), "num_samples": 4, "benchmark_column": column}
+    columns = (f"benchmark={column}",) if column else ()
+    evaluation = {"source": str(file), "num_samples": 4, "columns": columns}
     return vary(train={"num_steps": 1}, evaluation=evaluation)
 
 
@@ -102,7 +103,7 @@ def test_a_column_of_benchmarks_changes_no_other_number(run, file):
 def test_a_run_from_before_the_column_existed_is_continued(tiny_run, tmp_path, capsys):
     shutil.copytree(tiny_run, tmp_path / "run")
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
-    del saved["config"]["evaluation"]["benchmark_column"]
+    del saved["config"]["evaluation"]["columns"]
     (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
     train(TINY, tmp_path / "run")
     assert "holds a finished run" in capsys.readouterr().out
@@ -124,8 +125,8 @@ def test_the_command_prints_them(file, tmp_path, capsys):
             "@mini_student",
             "--evaluation.source",
             str(file),
-            "--evaluation.benchmark-column",
-            "of",
+            "--evaluation.columns",
+            "benchmark=of",
             *short,
             "--output",
             str(output),

@@ -28,7 +28,6 @@ from opdjax.diagnose.doctor import examine
 from opdjax.engine.scorer import score
 from opdjax.engine.step_metrics import step_metrics
 from opdjax.engine.update import UpdateSpec, loss_and_grad, make_update, noise_and_signal
-from opdjax.estimators import estimator_of
 from opdjax.estimators.losses import AGGREGATIONS
 from opdjax.models.decoder import head_of, init_params
 from opdjax.ops.sharding import make_mesh, num_row_shards, scan_parts, shard_rows
@@ -46,15 +45,12 @@ COUPLED = EstimatorConfig(
     importance="sequence_mask",
     importance_cap=9.0,
     task_reward_coef=0.5,
-    tile=5,
 )
 EXPECTED = EstimatorConfig(
-    "vopd", baseline="optimal", discount=0.7, return_to_go="expected", extra_draws=2, tile=5
+    "vopd", baseline="optimal", discount=0.7, return_to_go="expected", extra_draws=2
 )
-PREFIX = EstimatorConfig("full_kl", importance="prefix_truncate", tile=16)
-STORED = EstimatorConfig(
-    "npd", support_top_k=3, kd_weight=0.7, importance="prefix_truncate", tile=5
-)
+PREFIX = EstimatorConfig("full_kl", importance="prefix_truncate")
+STORED = EstimatorConfig("npd", support_top_k=3, kd_weight=0.7, importance="prefix_truncate")
 
 
 def make_batch(rng, dtype, rows):
@@ -100,7 +96,7 @@ def make_models(dtype):
 def spec_of(estimator, dtype, parts, mesh=None):
     return UpdateSpec(
         MODEL,
-        estimator_of(estimator),
+        tiny_models.in_tiles(estimator),
         dtype,
         max_completion_length=ANSWER,
         gradient_accumulation_steps=parts,
@@ -123,7 +119,7 @@ def result(batch, estimator, dtype, parts=1, *, is_packed=False, mesh=None, is_s
     With `is_stored` the teacher's scores of the padded rows are packed and placed with the rows.
     """
     student, teacher = make_models(jnp.dtype(dtype))
-    recipe = estimator_of(estimator)
+    recipe = tiny_models.in_tiles(estimator)
     of_teacher = functools.partial(
         score,
         teacher,
@@ -279,12 +275,12 @@ def run_of(pack_length, **train):
             "arithmetic:train[:64]", max_prompt_length=32, format="raw", teacher_format="chat"
         ),
         sampling=SamplingConfig(max_completion_length=20),
-        estimator=EstimatorConfig("vopd", tile=64),
+        estimator=EstimatorConfig("vopd"),
         train=TrainConfig(
             **{"num_steps": 1, "prompts_per_step": 8} | train, pack_length=pack_length
         ),
         evaluation=EvaluationConfig(source=None),
-        log=LogConfig(samples_every=1, num_samples=2),
+        log=LogConfig(samples_every=1),
         mesh=MeshConfig(1),
     )
 

@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_models import MODEL, gradient, make_batch, make_models, relative_difference, scored
+from tiny_models import (
+    MODEL,
+    gradient,
+    in_tiles,
+    make_batch,
+    make_models,
+    relative_difference,
+    scored,
+)
 
 from opdjax.config import EstimatorConfig, OptimizerConfig
 from opdjax.engine.scorer import score
@@ -23,16 +31,15 @@ from opdjax.engine.update import (
     make_update,
     noise_and_signal,
 )
-from opdjax.estimators import estimator_of
 from opdjax.estimators.losses import AGGREGATIONS
 from opdjax.models.decoder import head_of
 from opdjax.ops.sharding import make_mesh, shard_rows
 from opdjax.types import TeacherScores
 
 RECIPES = [
-    EstimatorConfig(recipe="opd", discount=0.5, tile=5),
-    EstimatorConfig(recipe="vopd", tile=16),
-    EstimatorConfig(recipe="full_kl", divergence="jsd", beta=0.4, tile=3),
+    EstimatorConfig(recipe="opd", discount=0.5),
+    EstimatorConfig(recipe="vopd"),
+    EstimatorConfig(recipe="full_kl", divergence="jsd", beta=0.4),
 ]
 
 
@@ -42,7 +49,7 @@ def few_of(names, *kept):
 
 
 COUPLED = {  # a token's advantage depends on other tokens, or on more than its own draw
-    "batch_mean": EstimatorConfig(recipe="vopd", baseline="batch_mean", tile=5),
+    "batch_mean": EstimatorConfig(recipe="vopd", baseline="batch_mean"),
     "expected": EstimatorConfig(
         recipe="vopd",
         baseline="optimal",
@@ -50,7 +57,6 @@ COUPLED = {  # a token's advantage depends on other tokens, or on more than its 
         return_to_go="expected",
         task_reward_coef=0.5,
         extra_draws=2,
-        tile=5,
     ),
     "prefix": EstimatorConfig(
         recipe="opd",
@@ -58,9 +64,8 @@ COUPLED = {  # a token's advantage depends on other tokens, or on more than its 
         prefix_weight=0.5,
         power_alpha=0.5,
         discount=0.3,
-        tile=16,
     ),
-    "exclusive": EstimatorConfig(recipe="full_kl", importance="prefix_truncate", tile=5),
+    "exclusive": EstimatorConfig(recipe="full_kl", importance="prefix_truncate"),
 }
 
 
@@ -108,7 +113,7 @@ def test_what_couples_tokens_does_not_depend_on_the_number_of_micro_batches(name
     estimator = COUPLED[name]
     batch, head = scored(with_credit(make_batch(rng), rng), teacher, estimator)
     loss, whole, outputs = gradient(student, batch, head, estimator, "float64")
-    plain = EstimatorConfig("opd" if head is None else estimator.recipe, tile=estimator.tile)
+    plain = EstimatorConfig("opd" if head is None else estimator.recipe)
     _, without, _ = gradient(student, batch, head, plain, "float64")
     assert relative_difference(without, whole) > 0.01  # the options do something
     part_loss, cut, part_outputs = gradient(
@@ -136,9 +141,9 @@ def test_what_couples_tokens_is_the_same_on_eight_devices(name, rng):
 def test_noise_and_signal_are_those_of_the_micro_batches_gradients(rng):
     """With the fixed denominator, a micro-batch (every fourth row) estimates the whole gradient."""
     student, teacher = make_models(jnp.float64)
-    estimator = EstimatorConfig(recipe="opd", discount=0.5, aggregation="fixed_denominator", tile=5)
+    estimator = EstimatorConfig(recipe="opd", discount=0.5, aggregation="fixed_denominator")
     batch, _ = scored(make_batch(rng), teacher, estimator)
-    spec = UpdateSpec(MODEL, estimator_of(estimator), "float64", 7, gradient_accumulation_steps=4)
+    spec = UpdateSpec(MODEL, in_tiles(estimator), "float64", 7, gradient_accumulation_steps=4)
     _, grads, _, shares = jax.jit(lambda p, b: loss_and_grad(p, b, None, spec))(student, batch)
     found = noise_and_signal(optax.tree.norm(grads), *shares)
     flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
@@ -202,7 +207,7 @@ def test_pmap_over_eight_devices_gives_the_gradient_of_jit_over_the_mesh(rng):
     student, teacher = make_models(jnp.float32)
     batch, head = scored(make_batch(rng), teacher, estimator)
     _, core, _ = gradient(student, batch, head, estimator, "float32")
-    spec = UpdateSpec(MODEL, estimator_of(estimator), "float32", max_completion_length=7)
+    spec = UpdateSpec(MODEL, in_tiles(estimator), "float32", max_completion_length=7)
     shards = jax.tree.map(lambda x: x.reshape(8, 1, *x.shape[1:]), batch)
 
     def one_row(params, row):
@@ -219,7 +224,7 @@ def test_a_batch_that_is_not_finite_changes_nothing_but_the_counters(rng):
     batch, _ = scored(make_batch(rng), teacher, estimator)
     config = OptimizerConfig(learning_rate=1e-2)
     optimizer = make_optimizer(config, 10)
-    update = make_update(UpdateSpec(MODEL, estimator_of(estimator), "float32", 7), config, 10)
+    update = make_update(UpdateSpec(MODEL, in_tiles(estimator), "float32", 7), config, 10)
     poisoned = dataclasses.replace(
         batch, teacher=TeacherScores(teacher_logprobs=batch.teacher.teacher_logprobs * jnp.nan)
     )
@@ -246,7 +251,7 @@ def test_a_bfloat16_forward_keeps_float32_parameters_and_small_steps(rng):
     student, teacher = make_models(jnp.bfloat16)
     batch, head = scored(make_batch(rng), teacher, estimator)
     config = OptimizerConfig(learning_rate=1e-6, schedule="constant")
-    update = make_update(UpdateSpec(MODEL, estimator_of(estimator), "bfloat16", 7), config, 10)
+    update = make_update(UpdateSpec(MODEL, in_tiles(estimator), "bfloat16", 7), config, 10)
     state, _ = update(init_state(student, make_optimizer(config, 10)), batch, head)
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
     moved = np.abs(np.asarray(state.params["final_norm"]) - 1)
@@ -286,7 +291,7 @@ def test_weight_decay_leaves_norms_alone_and_clipping_can_be_off():
 
 
 IMPORTANCE = EstimatorConfig(
-    recipe="vopd", baseline="student_topk", baseline_top_k=3, importance="prefix_truncate", tile=5
+    recipe="vopd", baseline="student_topk", support_top_k=3, importance="prefix_truncate"
 )
 
 
@@ -294,7 +299,7 @@ def diagnosed(student, batch, head, estimator, every, **spec):
     """(parameters, metrics) after one update."""
     config = OptimizerConfig(learning_rate=1e-2)
     spec = UpdateSpec(
-        MODEL, estimator_of(estimator), "float32", 7, diagnostics_every=every, valid_vocab=9, **spec
+        MODEL, in_tiles(estimator), "float32", 7, diagnostics_every=every, valid_vocab=9, **spec
     )
     state, metrics = make_update(spec, config, 10)(
         init_state(student, make_optimizer(config, 10)), batch, head
@@ -376,7 +381,7 @@ def test_diagnostics_are_computed_every_n_steps(rng):
     batch, head = scored(drawn(make_batch(rng)), teacher, estimator)
     config = OptimizerConfig()
     update = make_update(
-        UpdateSpec(MODEL, estimator_of(estimator), "float32", 7, diagnostics_every=2), config, 10
+        UpdateSpec(MODEL, in_tiles(estimator), "float32", 7, diagnostics_every=2), config, 10
     )
     names = ("entropy/student", "reward/p05", "overlap/ratio", "kl/k3")
     state, is_finite = init_state(student, make_optimizer(config, 10)), []

@@ -202,7 +202,7 @@ def test_the_skew_reaches_the_recipe(name, pair):
     """By its option, 0.1 unless given."""
     exact = {"skew_forward": skew_forward_kl, "skew_reverse": skew_reverse_kl}[name]
     row = TokenInputs(jnp.asarray([0]))
-    for options, alpha in (({}, 0.1), ({"skew_alpha": 0.4}, 0.4)):
+    for options, alpha in (({}, 0.1), ({"beta": 0.4}, 0.4)):
         of = on_logits(lambda s, t, o=options: full_kl(s, t, row, divergence=name, **o)[0])
         np.testing.assert_allclose(of(*pair), exact(*pair, alpha), rtol=1e-6)
 
@@ -219,22 +219,17 @@ def test_an_unknown_divergence_is_refused(pair):
     ("options", "message"),
     [
         (
-            {"skew_alpha": 0.1},
-            "estimator.skew_alpha is 0.1; expected none unless divergence is skew_forward or "
+            {"beta": 0.1},
+            "estimator.beta is 0.1; expected none unless divergence is jsd or skew_forward or "
             "skew_reverse",
         ),
         (
-            {"skew_alpha": 0.1, "divergence": "jsd"},
-            "estimator.skew_alpha is 0.1; expected none unless divergence is skew_forward or "
-            "skew_reverse",
+            {"beta": 0.0, "divergence": "skew_forward"},
+            "estimator.beta is 0.0; expected more than 0",
         ),
         (
-            {"skew_alpha": 0.0, "divergence": "skew_forward"},
-            "estimator.skew_alpha is 0.0; expected more than 0",
-        ),
-        (
-            {"skew_alpha": 1.0, "divergence": "skew_reverse"},
-            "estimator.skew_alpha is 1.0; expected more than 0",
+            {"beta": 1.0, "divergence": "skew_reverse"},
+            "estimator.beta is 1.0; expected more than 0",
         ),
         (
             {"recipe": "topk_kl", "divergence": "skew_forward"},
@@ -246,8 +241,6 @@ def test_the_config_holds_the_skew_to_its_divergence(options, message):
     with pytest.raises(ConfigError, match=message):
         EstimatorConfig(**{"recipe": "full_kl"} | options)
     assert (
-        EstimatorConfig(recipe="full_kl", divergence="skew_forward", skew_alpha=0.2).options[
-            "skew_alpha"
-        ]
+        EstimatorConfig(recipe="full_kl", divergence="skew_forward", beta=0.2).options["beta"]
         == 0.2
     )

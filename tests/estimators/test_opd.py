@@ -42,7 +42,7 @@ EVERY_SAMPLED = [
     ("opd", {}),
     ("vopd", {"baseline": "full"}),
     ("vopd", {"baseline": "optimal"}),
-    *[("vopd", {"baseline": "student_topk", "baseline_top_k": k}) for k in (1, 2, 3, 6, 7, 100)],
+    *[("vopd", {"baseline": "student_topk", "support_top_k": k}) for k in (1, 2, 3, 6, 7, 100)],
 ]
 
 
@@ -84,7 +84,7 @@ class TestOneContext:
         ids=["1 is opd", "V", "V + 1", "100"],
     )
     def test_k_of_one_is_opd_and_of_at_least_v_the_full_baseline(self, k, expected, logits):
-        options = {"baseline": "student_topk", "baseline_top_k": k}
+        options = {"baseline": "student_topk", "support_top_k": k}
         found, outputs = sample_gradients("vopd", options, *logits)
         others, other_outputs = sample_gradients(*expected, *logits)
         np.testing.assert_allclose(found, others, rtol=1e-12, atol=1e-14)
@@ -114,7 +114,7 @@ def test_hand_worked_numbers():
     np.testing.assert_allclose(loss, 0.75 * ln2 * np.log(0.5), rtol=1e-6)
     # On the student's top two (renormalised to 2/3, 1/3 and 1/3, 2/3) the KL is (1/3) ln 2.
     _, outputs = token_loss(
-        "vopd", {"baseline": "student_topk", "baseline_top_k": 2}, student, teacher, 0
+        "vopd", {"baseline": "student_topk", "support_top_k": 2}, student, teacher, 0
     )
     np.testing.assert_allclose(outputs["advantages"][0], -ln2 + ln2 / 3, rtol=1e-6)
     assert "kl" not in outputs  # a truncated KL is not reported as the KL
@@ -236,7 +236,7 @@ OPTIONED = [  # every option, in few recipes
     ),
     ("opd", {"power_alpha": 0.5, "extra_draws": 2}),
     ("opd", {"importance": "token_truncate", "importance_cap": 1.1}),
-    ("vopd", {"baseline": "batch_mean", "importance": "token_mask", "importance_floor": 0.9}),
+    ("vopd", {"baseline": "batch_mean", "importance": "token_mask", "importance_cap": 1.1}),
     ("vopd", {"baseline": "optimal", "reward_floor": -0.5, "extra_draws": 2}),
 ]
 

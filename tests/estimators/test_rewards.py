@@ -36,7 +36,7 @@ BASELINES = {
     "opd": ("opd", {}),
     "full": ("vopd", {}),
     "optimal": ("vopd", {"baseline": "optimal"}),
-    "topk": ("vopd", {"baseline": "student_topk", "baseline_top_k": 3}),
+    "topk": ("vopd", {"baseline": "student_topk", "support_top_k": 3}),
     "batch_mean": ("vopd", {"baseline": "batch_mean"}),
 }
 TRANSFORMS = {"plain": {}, "floor": {"reward_floor": FLOOR}, "power": {"power_alpha": ALPHA}}

@@ -219,23 +219,23 @@ def test_credits():
     np.testing.assert_array_equal(credit_matrix("last", 3), [[0, 0, 1]] * 3)
     np.testing.assert_array_equal(credit_matrix(None, 3), [[1, 0.5, 0.8], [0, 1, 0.8], [0, 0, 1]])
     np.testing.assert_array_equal(credit_matrix(None, 2), [[1, 0.8], [0, 1]])
-    np.testing.assert_array_equal(credit_matrix(None, 2, (1, 0.25, 0, 1)), [[1, 0.25], [0, 1]])
+    np.testing.assert_array_equal(credit_matrix((1, 0.25, 0, 1), 2), [[1, 0.25], [0, 1]])
 
 
 @pytest.mark.parametrize(
-    ("name", "stages", "custom", "told"),
+    ("credit", "stages", "told"),
     [
-        ("paper", 3, (), "defined for 4 stages, there are 3"),
-        ("nope", 3, (), "no stage_credit 'nope'"),
-        (None, 3, (1, 0.5, 0, 1), "has 4 numbers; expected 9"),
-        (None, 2, (1, 0.5, 0.1, 1), "0 below it"),
-        (None, 2, (1, 0.5, 0, 0.9), "1 on the diagonal"),
-        (None, 2, (1, np.nan, 0, 1), "finite"),
+        ("paper", 3, "defined for 4 stages, there are 3"),
+        ("nope", 3, "no stage_credit 'nope'"),
+        ((1, 0.5, 0, 1), 3, "has 4 numbers; expected 9"),
+        ((1, 0.5, 0.1, 1), 2, "0 below it"),
+        ((1, 0.5, 0, 0.9), 2, "1 on the diagonal"),
+        ((1, np.nan, 0, 1), 2, "finite"),
     ],
 )
-def test_credits_that_cannot_be(name, stages, custom, told):
+def test_credits_that_cannot_be(credit, stages, told):
     with pytest.raises(ValueError, match=told):
-        credit_matrix(name, stages, custom)
+        credit_matrix(credit, stages)
 
 
 def test_scales_that_cannot_be():

@@ -335,10 +335,6 @@ def test_the_floor_stands_for_what_lies_outside(pair):
     ("options", "message"),
     [
         (
-            {"weight": "none", "clamp_at_zero": True},
-            "estimator.clamp_at_zero is True; expected False where weight is none",
-        ),
-        (
             {"weight": "none", "divergence": "forward"},
             "estimator.divergence is 'forward'; expected reverse where weight is none",
         ),

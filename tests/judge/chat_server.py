@@ -4,10 +4,11 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+from unittest import mock
 
 from waiting import HANG
 
-from opdjax.config.api import ApiConfig, EndpointConfig
+from opdjax.config.api import ApiConfig, Endpoint
 from opdjax.judge.client import ApiClient
 
 ASKED = [{"role": "user", "content": "What is 1 + 1?"}]
@@ -132,16 +133,17 @@ class ChatServer:
 
 
 @contextlib.asynccontextmanager
-async def calling(reply, cache=None, spent=0.0, api=None, **endpoint):
-    """(client, server) with one role, `judge`; nothing may be left running once it is closed."""
-    others = asyncio.all_tasks()
+async def calling(reply, cache=None, spent=0.0, api=None, breaker=(5, 30.0), **endpoint):
+    """(client, server) with one role, `judge`; nothing may be left running once it is closed.
+
+    `breaker`: failures that open the role's breaker, and seconds until it is tested.
+    """
+    others, (failures, seconds) = asyncio.all_tasks(), breaker
+    constants = {"BREAKER_FAILURES": failures, "BREAKER_SECONDS": seconds}
     async with ChatServer(reply) as server:
-        client = ApiClient(
-            {"judge": EndpointConfig(server.url, "model", **endpoint)},
-            api or ApiConfig(),
-            cache,
-            spent,
-        )
+        roles = {"judge": Endpoint(server.url, "model", **endpoint)}
+        with mock.patch.multiple("opdjax.judge.client", **constants):
+            client = ApiClient(roles, api or ApiConfig(), cache, spent)
         try:
             yield client, server
         finally:

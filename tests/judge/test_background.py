@@ -4,7 +4,7 @@ they are told.
 
 import asyncio
 
-from opdjax.config.api import ApiConfig, EndpointConfig
+from opdjax.config.api import ApiConfig, Endpoint
 from opdjax.config.rubrics import RubricsConfig
 from opdjax.judge.background import SPENDING, open_background_judge
 from opdjax.judge.cache import ReplyCache
@@ -16,7 +16,7 @@ ASKED = [{"role": "user", "content": "what is it worth?"}]
 
 
 def test_what_was_answered_when_a_run_ends_is_kept_as_spent(judge_server, tmp_path):
-    roles = {"verifier": EndpointConfig(judge_server, "rules", input_price=1.0, output_price=1.0)}
+    roles = {"verifier": Endpoint(judge_server, "rules", input_price=1.0, output_price=1.0)}
     with open_background_judge(roles, ApiConfig(), RubricsConfig(), tmp_path) as background:
         background.record_usage(3)
         background.results([background.submit(background.client.complete("verifier", ASKED))])
@@ -38,7 +38,7 @@ def test_two_runs_that_ask_the_same_at_once_go_on_with_one_reply(judge_server, t
 
     async def asked():
         client = ApiClient(
-            {"verifier": EndpointConfig(judge_server, "rules")},
+            {"verifier": Endpoint(judge_server, "rules")},
             ApiConfig(),
             Overtaken(tmp_path / "replies.sqlite"),
         )
@@ -50,9 +50,11 @@ def test_two_runs_that_ask_the_same_at_once_go_on_with_one_reply(judge_server, t
     assert asyncio.run(asked()) == ["of the other run"] * 2
 
 
-def test_nobody_waits_for_a_probe_that_the_spending_cap_gave_up():
-    endpoint = EndpointConfig("http://127.0.0.1:9/v1", "nobody", timeout=1.0)
-    api = ApiConfig(max_retries=0, breaker_failures=1, breaker_seconds=0.2, max_dollars=1.0)
+def test_nobody_waits_for_a_probe_that_the_spending_cap_gave_up(monkeypatch):
+    endpoint = Endpoint("http://127.0.0.1:9/v1", "nobody", timeout=1.0)
+    api = ApiConfig(max_retries=0, max_dollars=1.0)
+    monkeypatch.setattr("opdjax.judge.client.BREAKER_FAILURES", 1)
+    monkeypatch.setattr("opdjax.judge.client.BREAKER_SECONDS", 0.2)
 
     async def asked():
         client = ApiClient({"verifier": endpoint}, api, None)

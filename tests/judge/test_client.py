@@ -23,9 +23,9 @@ from chat_server import (
 )
 from waiting import HANG
 
-from opdjax.config.api import ApiConfig, EndpointConfig
+from opdjax.config.api import ApiConfig, Endpoint
 from opdjax.judge import client as client_module
-from opdjax.judge.chat_completions import retry_after
+from opdjax.judge.chat_completions import request_body, retry_after
 from opdjax.judge.client import ApiClient
 from opdjax.judge.replies import (
     ApiRefusedError,
@@ -114,8 +114,10 @@ def test_the_servers_own_words_are_told(content, words):
 
 
 def test_the_last_cause_is_told_when_attempts_are_used_up():
-    api = ApiConfig(max_retries=2, breaker_failures=50)
-    found, requests, usage = one_call(lambda body, number: refusal(500, f"failure {number}"), api)
+    api, breaker = ApiConfig(max_retries=2), (50, 30.0)
+    found, requests, usage = one_call(
+        lambda body, number: refusal(500, f"failure {number}"), api, breaker=breaker
+    )
     assert type(found) is ApiUnavailableError
     assert all(
         words in str(found)
@@ -123,7 +125,7 @@ def test_the_last_cause_is_told_when_attempts_are_used_up():
     )
     assert (requests, usage.retries, usage.calls) == (3, 2, 0)
     found, _, _ = one_call(
-        lambda body, number: Said(content={"error": "the upstream is gone"}), api
+        lambda body, number: Said(content={"error": "the upstream is gone"}), api, breaker=breaker
     )
     assert "no chat completion" in str(found)
     assert "the upstream is gone" in str(found)
@@ -142,7 +144,7 @@ def test_a_request_has_one_time_limit_over_all_its_pieces(said):
 def test_nobody_listens():
     async def scenario():
         client = ApiClient(
-            {"judge": EndpointConfig("http://127.0.0.1:9/v1", "m")}, ApiConfig(max_retries=1), None
+            {"judge": Endpoint("http://127.0.0.1:9/v1", "m")}, ApiConfig(max_retries=1), None
         )
         found = await outcome(client.complete("judge", ASKED))
         await client.close()
@@ -247,20 +249,23 @@ def test_what_is_sent():
         "json_schema": {"name": "counts", "schema": SCHEMA, "strict": True},
     }
     assert with_schema == without | {"response_format": form}
-    sampling = {"temperature": 0.0, "top_p": 0.5, "seed": 3, "reasoning_effort": "low"}
-    body, _ = run(
-        sent(
-            output="json_object", max_tokens_field="max_completion_tokens", max_tokens=7, **sampling
-        )
-    )
-    rest = {
-        "model": "model",
-        "messages": ASKED,
-        "max_completion_tokens": 7,
-        "response_format": {"type": "json_object"},
-    }
-    assert body == rest | sampling
-    assert "response_format" not in run(sent(output="text"))[0]
+    sampling = {"temperature": 0.0, "top_p": 0.5, "reasoning_effort": "low"}
+    _, body = run(sent(max_tokens=7, **sampling))
+    assert body == {"model": "model", "messages": ASKED, "max_tokens": 7} | sampling
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("https://api.openai.com/v1", "max_completion_tokens"),
+        ("https://eu.openai.azure.com/openai/v1", "max_completion_tokens"),
+        ("https://openai.com.example/v1", "max_tokens"),
+        ("http://127.0.0.1:8000/v1", "max_tokens"),
+    ],
+)
+def test_the_limit_of_a_reply_has_the_name_that_the_server_knows(url, name):
+    body = request_body(Endpoint(url, "m", max_tokens=7), ASKED, None, "reply", "text")
+    assert body == {"model": "m", "messages": ASKED, name: 7}
 
 
 @pytest.mark.parametrize(

@@ -99,10 +99,10 @@ def test_failed_requests_use_no_tokens():
 
 
 def test_the_breaker_opens_and_a_probe_closes_it():
-    api = ApiConfig(max_retries=1, breaker_failures=4, breaker_seconds=0.4)
+    breaker = {"api": ApiConfig(max_retries=1), "breaker": (4, 0.4)}
 
     async def scenario():
-        async with calling(first(*[refusal(500)] * 4), api=api) as (client, server):
+        async with calling(first(*[refusal(500)] * 4), **breaker) as (client, server):
             failed = [await outcome(client.complete("judge", asked(n))) for n in range(2)]
             assert [type(error) for error in failed] == [ApiUnavailableError] * 2
             assert len(server.bodies) == 4
@@ -119,10 +119,10 @@ def test_the_breaker_opens_and_a_probe_closes_it():
 
 
 def test_all_who_wait_hear_of_a_failed_probe():
-    api = ApiConfig(max_retries=4, breaker_failures=3, breaker_seconds=0.2)
+    breaker = {"api": ApiConfig(max_retries=4), "breaker": (3, 0.2)}
 
     async def scenario():
-        async with calling(lambda *_: refusal(503, "away"), api=api) as (client, server):
+        async with calling(lambda *_: refusal(503, "away"), **breaker) as (client, server):
             found = await asyncio.gather(
                 *(outcome(client.complete("judge", asked(n))) for n in range(3))
             )
@@ -141,11 +141,11 @@ def test_all_who_wait_hear_of_a_failed_probe():
 
 
 def test_a_rate_limit_and_a_refusal_are_answers():
-    api = ApiConfig(max_retries=0, breaker_failures=2, breaker_seconds=60.0)
+    breaker = {"api": ApiConfig(max_retries=0), "breaker": (2, 60.0)}
     answers = (refusal(500), refusal(429), refusal(500), refusal(400), refusal(500))
 
     async def scenario():
-        async with calling(first(*answers), api=api) as (client, _server):
+        async with calling(first(*answers), **breaker) as (client, _server):
             for n in range(5):
                 await outcome(client.complete("judge", asked(n)))
             return await client.complete("judge", asked(9))
@@ -155,7 +155,7 @@ def test_a_rate_limit_and_a_refusal_are_answers():
 
 def open_breaker(seconds):
     """Settings with which two failures open it."""
-    return ApiConfig(max_retries=0, breaker_failures=2, breaker_seconds=seconds)
+    return {"api": ApiConfig(max_retries=0), "breaker": (2, seconds)}
 
 
 async def opened(client):
@@ -168,7 +168,7 @@ async def opened(client):
 def test_a_probe_that_is_called_off_leaves_nobody_waiting():
     async def scenario():
         async with calling(
-            first(refusal(500), refusal(500)), api=open_breaker(0.1), requests_per_minute=120
+            first(refusal(500), refusal(500)), **open_breaker(0.1), requests_per_minute=120
         ) as (client, server):
             await opened(
                 client
@@ -186,10 +186,10 @@ def test_a_probe_that_is_called_off_leaves_nobody_waiting():
 
 
 def test_a_probe_that_meets_the_cap_leaves_nobody_waiting():
-    api = dataclasses.replace(open_breaker(0.2), max_dollars=1.0)
+    breaker = open_breaker(0.2) | {"api": ApiConfig(max_retries=0, max_dollars=1.0)}
 
     async def scenario():
-        async with calling(lambda *_: refusal(500), api=api) as (client, _):
+        async with calling(lambda *_: refusal(500), **breaker) as (client, _):
             await opened(client)
             calls = [
                 asyncio.create_task(outcome(client.complete("judge", asked(n)))) for n in range(3)
@@ -208,7 +208,7 @@ def test_what_was_sent_before_does_not_end_the_wait_by_failing():
         return refusal(500) if number < 3 else Said()
 
     async def scenario():
-        async with calling(reply, api=open_breaker(0.8)) as (client, server):
+        async with calling(reply, **open_breaker(0.8)) as (client, server):
             slow = asyncio.create_task(outcome(client.complete("judge", asked("slow"))))
             await until(lambda: server.bodies)
             await opened(client)
@@ -232,7 +232,7 @@ def test_what_was_sent_before_ends_the_wait_by_succeeding():
         )
 
     async def scenario():
-        async with calling(reply, api=open_breaker(600.0)) as (client, server):
+        async with calling(reply, **open_breaker(600.0)) as (client, server):
             slow = asyncio.create_task(client.complete("judge", asked("slow")))
             await until(lambda: server.bodies)
             await opened(client)
@@ -242,10 +242,10 @@ def test_what_was_sent_before_ends_the_wait_by_succeeding():
 
 
 def test_who_queues_asks_nobody_who_is_taken_for_down():
-    api = ApiConfig(max_retries=0, breaker_failures=2, breaker_seconds=0.3)
+    breaker = {"api": ApiConfig(max_retries=0), "breaker": (2, 0.3)}
 
     async def scenario():
-        async with calling(lambda *_: refusal(500), api=api, concurrency=1) as (client, server):
+        async with calling(lambda *_: refusal(500), **breaker, concurrency=1) as (client, server):
             found = await asyncio.gather(
                 *(outcome(client.complete("judge", asked(n))) for n in range(20))
             )
@@ -259,7 +259,7 @@ def test_cached_replies_are_answered_whatever_the_breaker_says(tmp_path):
 
     async def scenario():
         async with calling(
-            first(Said(), refusal(500), refusal(500)), cache, api=open_breaker(600.0)
+            first(Said(), refusal(500), refusal(500)), cache, **open_breaker(600.0)
         ) as (client, _):
             await client.complete("judge", ASKED)
             await opened(client)

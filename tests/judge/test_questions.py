@@ -23,7 +23,7 @@ from chat_server import (
     until,
 )
 
-from opdjax.config.api import ApiConfig, EndpointConfig
+from opdjax.config.api import ApiConfig, Endpoint
 from opdjax.judge.cache import ReplyCache, request_key
 from opdjax.judge.client import ApiClient
 from opdjax.judge.replies import (
@@ -212,19 +212,17 @@ def test_offline_nobody_is_asked_and_no_key_is_needed(tmp_path, monkeypatch):
     cache = ReplyCache(tmp_path / "r.sqlite")
     monkeypatch.setenv("A_KEY", "sk-1")
 
-    async def scenario(api):
-        async with calling(ok, cache, api=api, api_key_env="A_KEY") as (client, server):
-            found = [
-                await outcome(client.complete("judge", asked(n))) for n in range(1 + api.offline)
-            ]
+    async def scenario(count, **endpoint):
+        async with calling(ok, cache, api_key_env="A_KEY", **endpoint) as (client, server):
+            found = [await outcome(client.complete("judge", asked(n))) for n in range(count)]
             return found, len(server.bodies), client.take_usage()["judge"]
 
-    run(scenario(ApiConfig()))
+    run(scenario(1))
     monkeypatch.delenv("A_KEY")
-    (known, missing), requests, usage = run(scenario(ApiConfig(offline=True)))
+    (known, missing), requests, usage = run(scenario(2, concurrency=0))
     assert known == Reply("two", "stop", True, 10, 5)
     assert (requests, usage.calls, usage.cached) == (0, 0, 1)
-    key = request_key(EndpointConfig("http://x", "model"), asked(1), None, 0)
+    key = request_key(Endpoint("http://x", "model"), asked(1), None, 0)
     assert type(missing) is OfflineMissError
     assert "judge" in str(missing)
     assert key in str(missing)
@@ -232,15 +230,11 @@ def test_offline_nobody_is_asked_and_no_key_is_needed(tmp_path, monkeypatch):
 
 def test_an_unknown_role_is_named():
     found = run(
-        outcome(
-            ApiClient({"a": EndpointConfig("http://x", "m")}, ApiConfig(), None).complete(
-                "b", ASKED
-            )
-        )
+        outcome(ApiClient({"a": Endpoint("http://x", "m")}, ApiConfig(), None).complete("b", ASKED))
     )
     assert type(found) is ValueError
     assert "no endpoint has the role b" in str(found)
-    assert "b.base_url" in str(found)
+    assert "set b.model" in str(found)
 
 
 # Keys
@@ -252,20 +246,16 @@ def test_a_key_that_is_not_set(value, monkeypatch):
     if value is not None:
         monkeypatch.setenv("A_KEY", value)
     with pytest.raises(
-        MissingKeyError, match=r"judge.api_key_env names A_KEY, which is not set; .* http://x"
+        MissingKeyError, match=r"api.api_key_env names A_KEY, which is not set; .* http://x"
     ):
-        ApiClient(
-            {"judge": EndpointConfig("http://x", "m", api_key_env="A_KEY")}, ApiConfig(), None
-        )
+        ApiClient({"judge": Endpoint("http://x", "m", api_key_env="A_KEY")}, ApiConfig(), None)
 
 
 @pytest.mark.parametrize("value", [f"{KEY}\n{KEY}", f"{KEY}é", f"{KEY}\x01"])
 def test_a_key_that_no_header_can_carry_is_refused_unseen(value, monkeypatch):
     monkeypatch.setenv("A_KEY", value)
     with pytest.raises(MissingKeyError, match="A_KEY holds characters") as error:
-        ApiClient(
-            {"judge": EndpointConfig("http://x", "m", api_key_env="A_KEY")}, ApiConfig(), None
-        )
+        ApiClient({"judge": Endpoint("http://x", "m", api_key_env="A_KEY")}, ApiConfig(), None)
     assert KEY not in str(error.value)
 
 
@@ -283,8 +273,8 @@ def test_the_key_is_sent_and_stands_nowhere_else(value, monkeypatch, tmp_path, c
     cache = ReplyCache(tmp_path / "r.sqlite")
 
     async def scenario():
-        api = ApiConfig(max_retries=0, breaker_failures=100)
-        async with calling(first(Said(), *refused), cache, api=api, api_key_env="A_KEY") as (
+        limits = {"api": ApiConfig(max_retries=0), "breaker": (100, 30.0)}
+        async with calling(first(Said(), *refused), cache, **limits, api_key_env="A_KEY") as (
             client,
             server,
         ):
@@ -342,10 +332,10 @@ def test_a_second_run_asks_nobody_and_reads_the_same(tmp_path):
     ]
     path = tmp_path / "r.sqlite"
 
-    async def scenario(api, **endpoint):
+    async def scenario(**endpoint):
         cache = ReplyCache(path)
         async with calling(
-            lambda body, number: Said(content=replies[number]), cache, api=api, **endpoint
+            lambda body, number: Said(content=replies[number]), cache, **endpoint
         ) as (client, server):
             found = [
                 await client.complete("judge", asked(n), schema=SCHEMA, sample=n)
@@ -354,14 +344,13 @@ def test_a_second_run_asks_nobody_and_reads_the_same(tmp_path):
         cache.close()
         return found, len(server.bodies), client.spent
 
-    once, requests, spent = run(scenario(ApiConfig(), **PRICED))
+    once, requests, spent = run(scenario(**PRICED))
     assert requests == 4
     assert spent > 0
     again, requests, spent = run(
         scenario(
-            ApiConfig(offline=True),
             timeout=1.0,
-            concurrency=2,
+            concurrency=0,
             requests_per_minute=1,
             input_price=9.0,
         )

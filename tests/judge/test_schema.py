@@ -21,8 +21,8 @@ from opdjax.judge.schema import (
 )
 from opdjax.judge.scores import score, stage_scores
 
-CONFIG = RubricsConfig(min_criteria=1)
-SIGNED = RubricsConfig(min_criteria=1, polarity="signed", grades="graded")
+CONFIG = RubricsConfig(num_criteria=(1, 12))
+SIGNED = RubricsConfig(num_criteria=(1, 12), polarity="signed", grades="graded")
 
 
 def item(number=1, **changes):

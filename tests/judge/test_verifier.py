@@ -68,7 +68,7 @@ class Scripted:
 def judged(
     scripted, answers=ANSWERS, references=REFERENCES, kind="rubric", is_truncated=None, **settings
 ):
-    judge = Judge(scripted, RubricsConfig(min_criteria=1, **settings))
+    judge = Judge(scripted, RubricsConfig(num_criteria=(1, 12), **settings))
     group = group_of(
         judge, 7, "Which letters?", references, answers, is_truncated or [False] * len(answers)
     )
@@ -140,7 +140,7 @@ def test_a_rollout_that_stays_missing_is_masked_and_the_others_are_kept():
             ]
         return document
 
-    (found,) = judged(Scripted(forget_c), max_reasks=1)
+    (found,) = judged(Scripted(forget_c))
     assert found.scores[-1] is None
     assert found.scores[:-1] == tuple(WORTH[answer] for answer in ANSWERS[:-1])
 
@@ -217,7 +217,7 @@ def test_stages_of_criteria_are_scored_apart():
         {"criteria": staged} if role == "rubricator" else document
     )
     scripted = Scripted(spoil)
-    (found,) = judged(scripted, stage_names=("start", "end"), stage_markers=(";",))
+    (found,) = judged(scripted, stages=("start", "end=;"))
     assert found.stage_scores[0] == (5 / 7, 0.0)
     assert found.stage_scores[5] == (0.0, 1.0)
     assert '- stage "start"\n- stage "end"' in scripted.prompts("rubricator")[0]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny_models import MODEL
 
-from opdjax.config import Config, ModelConfig
+from opdjax.config import TrainConfig
 from opdjax.config.validation import ConfigError
 from opdjax.models import attention, decoder
 from opdjax.models.attention import (
@@ -158,7 +158,7 @@ def test_cudnn_is_called_forward_and_backward(rng, monkeypatch):
             "cpu",
             "auto",
             64,
-            "student.attention is 'splash'; expected auto or xla: splash attention needs a TPU, "
+            "train.attention is 'splash'; expected auto or xla: splash attention needs a TPU, "
             "this is a cpu",
         ),
         (
@@ -173,10 +173,10 @@ def test_cudnn_is_called_forward_and_backward(rng, monkeypatch):
             "cpu",
             "auto",
             64,
-            "student.attention is 'cudnn'; expected auto or xla: cuDNN needs an NVIDIA GPU, this "
+            "train.attention is 'cudnn'; expected auto or xla: cuDNN needs an NVIDIA GPU, this "
             "is a cpu",
         ),
-        ("cudnn", "gpu", "float32", 64, "cuDNN computes in bfloat16, student.dtype is float32"),
+        ("cudnn", "gpu", "float32", 64, "cuDNN computes in bfloat16, train.dtype is float32"),
         (
             "cudnn",
             "gpu",
@@ -188,16 +188,9 @@ def test_cudnn_is_called_forward_and_backward(rng, monkeypatch):
 )
 def test_what_runs_where(asked, backend, dtype, head_size, found, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    model = ModelConfig("x", dtype=dtype, attention=asked)
+    settings = TrainConfig(dtype=dtype, attention=asked)
     if found in ("xla", "cudnn", "splash"):
-        assert attention_of(model, head_size, "student") == found
+        assert attention_of(settings, head_size, "student") == found
         return
     with pytest.raises(ConfigError, match=found):
-        attention_of(model, head_size, "student")
-
-
-def test_a_teacher_that_is_the_student_has_its_attention():
-    with pytest.raises(
-        ConfigError, match="teacher.attention is 'xla'; expected auto: the teacher is the student"
-    ):
-        Config(teacher=ModelConfig("@student", attention="xla"))
+        attention_of(settings, head_size, "student")

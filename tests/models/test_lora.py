@@ -10,11 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny_models import MODEL, gradient, make_batch, make_models, relative_difference, scored
+from tiny_models import (
+    MODEL,
+    gradient,
+    in_tiles,
+    make_batch,
+    make_models,
+    relative_difference,
+    scored,
+)
 
 from opdjax.config import EstimatorConfig, LoraConfig, ModelConfig, OptimizerConfig
 from opdjax.engine.update import UpdateSpec, init_state, loss_and_grad, make_optimizer, make_update
-from opdjax.estimators import estimator_of
 from opdjax.models.decoder import abstract_params, forward
 from opdjax.models.hf import load_params, open_checkpoint
 from opdjax.models.hf_export import export, export_adapter
@@ -83,7 +90,7 @@ def test_gradients_are_those_of_the_kernels_by_the_chain_rule(parts, rng):
     model.
     """
     base, teacher = make_models(jnp.float64)
-    estimator, model = EstimatorConfig(recipe="full_kl", tile=5), with_scale(MODEL)
+    estimator, model = EstimatorConfig(recipe="full_kl"), with_scale(MODEL)
     batch, head = scored(make_batch(rng), teacher, estimator)
     adapters = trained_adapters(model, rng, np.float64)
     layers = combine(base, adapters)["layers"]
@@ -95,9 +102,7 @@ def test_gradients_are_those_of_the_kernels_by_the_chain_rule(parts, rng):
         base | {"layers": base["layers"] | kernels}, batch, head, estimator, "float64"
     )
 
-    spec = UpdateSpec(
-        model, estimator_of(estimator), "float64", 7, gradient_accumulation_steps=parts
-    )
+    spec = UpdateSpec(model, in_tiles(estimator), "float64", 7, gradient_accumulation_steps=parts)
     loss, found, *_ = jax.jit(lambda p, b, h, f: loss_and_grad(p, b, h, spec, frozen=f))(
         adapters, batch, head, base
     )
@@ -114,11 +119,11 @@ def test_gradients_are_those_of_the_kernels_by_the_chain_rule(parts, rng):
 
 def test_an_update_trains_the_adapters_alone(rng):
     base, teacher = make_models(jnp.bfloat16)
-    estimator = EstimatorConfig(recipe="full_kl", tile=5)
+    estimator = EstimatorConfig(recipe="full_kl")
     model = with_scale(MODEL)
     config = OptimizerConfig(learning_rate=1e-2)
     batch, head = scored(make_batch(rng), teacher, estimator)
-    update = make_update(UpdateSpec(model, estimator_of(estimator), "bfloat16", 7), config, 10)
+    update = make_update(UpdateSpec(model, in_tiles(estimator), "bfloat16", 7), config, 10)
     kept = jax.device_get(base)
     state = init_state(init_adapters(model, LORA, 0), make_optimizer(config, 10))
     # Only adapters and moments are float32: nothing has the shape of a kernel or of the head.
@@ -177,9 +182,7 @@ def test_a_merged_export_is_the_adapted_model(pairs, our_logits, rng, tmp_path):
 
 def test_the_adapter_directory_holds_pefts_names(pairs, rng, tmp_path):
     checkpoint, params = adapted_pair(pairs, "untied", rng)
-    export_adapter(
-        params, checkpoint, LORA, ModelConfig("owner/name", "main"), tmp_path / "adapter"
-    )
+    export_adapter(params, checkpoint, LORA, ModelConfig("owner/name@main"), tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["target_modules"] == ["v_proj", "q_proj", "o_proj", "down_proj", "up_proj"]
     assert (

@@ -25,7 +25,7 @@ RECIPES = {
     "opd, more draws": ("opd", {"extra_draws": 3, "reward_floor": -1.0}),
     "opd, power": ("opd", {"power_alpha": 0.5, "extra_draws": 1}),
     "vopd": ("vopd", {}),
-    "vopd, student's top k": ("vopd", {"baseline": "student_topk", "baseline_top_k": 5}),
+    "vopd, student's top k": ("vopd", {"baseline": "student_topk", "support_top_k": 5}),
     "vopd, optimal": ("vopd", {"baseline": "optimal"}),
     "reverse": ("full_kl", {}),
     "jsd": ("full_kl", {"divergence": "jsd", "beta": 0.3}),
@@ -185,7 +185,7 @@ def test_collectives_inside_the_loop_are_of_a_tiles_tokens_not_of_its_logits():
     loop; inside, collectives are a few numbers per token.
     """
     mesh, length, vocab, width, tile = make_mesh(2, 2, 2), 64, 1000, 48, 16
-    recipe, options = "vopd", {"baseline": "student_topk", "baseline_top_k": 5}
+    recipe, options = "vopd", {"baseline": "student_topk", "support_top_k": 5}
     token_loss = bind(recipe, options).token_loss
     shape = lambda spec, *dims, dtype=jnp.float32: jax.ShapeDtypeStruct(
         dims, dtype, sharding=NamedSharding(mesh, spec)

@@ -209,9 +209,7 @@ def write_judged(
     document = json.loads((directory / "config.json").read_text())
     document["config"]["estimator"] = {"recipe": recipe, "aggregation": "token_mean"}
     document["config"]["verifier"] = {"model": "judge-32b"}
-    document["config"]["rubrics"] = {"max_failed_share": 0.4, "stage_names": []} | (
-        rubrics_config or {}
-    )
+    document["config"]["rubrics"] = {"stages": []} | (rubrics_config or {})
     (directory / "config.json").write_text(json.dumps(document))
     if rows or torn:
         (directory / judgements.ROWS).write_text(
@@ -558,7 +556,7 @@ def test_what_judges_and_students_write_is_never_html(tmp_path):
             tmp_path / "run",
             rows + stages,
             metrics=metrics,
-            rubrics_config={"stage_names": [NASTY, "answer"]},
+            rubrics_config={"stages": [NASTY, "answer=;"]},
         )
     )
     assert "<script>alert" not in parser.source
@@ -572,7 +570,7 @@ def test_stages_have_a_chart_and_a_table(tmp_path):
             tmp_path / "run",
             rows,
             recipe="ropd_stages",
-            rubrics_config={"stage_names": list(STAGES)},
+            rubrics_config={"stages": ["work", "answer=#"]},
         )
     )
     assert "stages" in parser.ids

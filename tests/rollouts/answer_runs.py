@@ -12,7 +12,7 @@ def taught(completions_from="teacher", recipe="sft", **sections):
     """Two steps of four answers; some fields of some sections replaced."""
     changes = {
         "train": {"num_steps": 2, "prompts_per_step": 4},
-        "log": {"samples_every": 1, "num_samples": 4},
+        "log": {"samples_every": 1},
         "evaluation": {"source": None},
     }
     changes |= sections

@@ -109,7 +109,7 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(straight, tmp_path):
 @pytest.mark.long
 def test_adapters_on_a_mesh_are_those_of_one_device(pair, tmp_path):
     """Adapters split as their kernels are; the sampler is sent a base without `fsdp`."""
-    sampling = SamplingConfig(max_completion_length=12, split_over=("tensor",))
+    sampling = SamplingConfig(max_completion_length=12)
     for mesh in (MeshConfig(1), MeshConfig(2, 2, 2)):
         config = mesh_config(pair, mesh, lora=LoraConfig(rank=3), sampling=sampling)
         train(config, tmp_path / str(mesh.tensor))

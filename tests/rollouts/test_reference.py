@@ -10,10 +10,12 @@ import pytest
 from tiny_runs import column, interrupted_at
 
 from opdjax.config import (
+    ApiConfig,
     Config,
     DataConfig,
     EstimatorConfig,
     EvaluationConfig,
+    JudgeConfig,
     LogConfig,
     LoraConfig,
     MeshConfig,
@@ -42,7 +44,7 @@ def config_of(**sections):
         "optimizer": OptimizerConfig(learning_rate=1e-3),
         "train": TrainConfig(num_steps=3, prompts_per_step=2, gradient_accumulation_steps=2),
         "evaluation": EvaluationConfig(source=None),
-        "log": LogConfig(samples_every=1, num_samples=2),
+        "log": LogConfig(samples_every=1),
         "mesh": MeshConfig(1),
     }
     return Config(**(usual | sections))
@@ -138,19 +140,18 @@ def test_a_run_with_a_reference_is_found_in_order():
 
 
 def test_stages_that_cannot_be_credited_are_refused_before_anything_is_asked():
-    stages = RubricsConfig(stage_names=("derive", "answer"), stage_markers=("#",), num_references=0)
-    judge = dataclasses.replace(
-        config_of().verifier, base_url="http://127.0.0.1:9/v1", model="rules"
-    )
+    stages = RubricsConfig(stages=("derive", "answer=#"), num_references=0)
+    judge = JudgeConfig("rules")
     for options, told in (
         ({"stage_credit": "paper"}, "there are 2"),
-        ({"stage_credit_matrix": (1.0,) * 9}, "has 9 numbers; expected 4"),
+        ({"stage_credit": (1.0,) * 9}, "has 9 numbers; expected 4"),
     ):
         config = config_of(
             estimator=EstimatorConfig("ropd_stages", **options),
             rubrics=stages,
             rubricator=judge,
             verifier=judge,
+            api=ApiConfig("http://127.0.0.1:9/v1"),
         )
         with pytest.raises(ValueError, match=told):
             prepare(config)

@@ -19,19 +19,16 @@ from opdjax.cli import main
 from opdjax.cli.one_model import complete
 from opdjax.config import (
     MINI_PAIR,
-    RULE_JUDGE,
     STUDENT,
     ApiConfig,
     Config,
     DataConfig,
-    EndpointConfig,
     MeshConfig,
     ModelConfig,
     TeachConfig,
 )
 from opdjax.config.validation import ConfigError
 from opdjax.data.references import ReferenceIndexError, ReferenceMissError, key_of, read_index
-from opdjax.data.sources import DataError
 from opdjax.data.tasks import arithmetic
 from opdjax.judge.replies import (
     ApiRefusedError,
@@ -56,8 +53,16 @@ def lesson(path, *, how=None, mesh=1, **data):
         "max_prompt_length": 32,
         "references": str(path),
     } | data
-    how = {"num_answers": 3, "max_completion_length": 24, "batch_size": 6} | (how or {})
+    how = {"num_answers": 3, "max_completion_length": 24} | (how or {})
     return Config(data=DataConfig(**data), teach=TeachConfig(**how), mesh=MeshConfig(mesh))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_batches():
+    """Batches of six prompts: three of the lesson's sixteen."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("opdjax.rollouts.write_references._BATCH_SIZE", 6)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +148,7 @@ def test_answers_depend_on_the_prompt_alone(straight, tmp_path):
     for num_answers in (1, 3):
         config = lesson(
             path,
-            how={"batch_size": 5, "num_answers": num_answers},
+            how={"num_answers": num_answers},
             mesh=8,
             source=str(tmp_path / "rows.jsonl"),
         )
@@ -201,18 +206,10 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     [
         ({"data": DataConfig()}, "data.references is None; expected the file"),
         (
-            {"teacher_api": EndpointConfig(RULE_JUDGE, "m")},
-            "teacher_api.base_url is '@rules'; expected the address of a model",
-        ),
-        (
             {"teacher": ModelConfig(STUDENT)},
-            "teacher.path is '@student'; expected a checkpoint, or a model behind teacher_api",
+            "teacher.path is '@student'; expected a checkpoint, or a model behind an API",
         ),
         ({"mesh": MeshConfig(processes=2)}, "mesh.processes is 2; expected 1"),
-        (
-            {"teacher_api": EndpointConfig("http://host/v1", "m")},
-            "teach.max_completion_length is 24; expected 512 where",
-        ),
     ],
 )
 def test_what_cannot_be_taught_is_refused(tmp_path, changes, message):
@@ -230,9 +227,7 @@ def test_prompts_that_no_run_keeps_are_not_asked(tmp_path):
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = tmp_path / "answers.jsonl"
-    config = lesson(
-        path, source=str(tmp_path / "rows.jsonl"), max_prompt_length=14, how={"batch_size": 1}
-    )
+    config = lesson(path, source=str(tmp_path / "rows.jsonl"), max_prompt_length=14)
     for _ in range(2):
         told = teach(config)
         assert (
@@ -244,8 +239,6 @@ def test_prompts_that_no_run_keeps_are_not_asked(tmp_path):
     assert len(prepare(run).prompts) == 2
     with pytest.raises(ReferenceMissError, match="no answers to 2 of the 4 prompts"):
         prepare(taught("references", data={**vars(config.data), "max_prompt_length": 99}))
-    with pytest.raises(DataError, match="max_prompt_length is 14, exceeded by prompt 0"):
-        teach(dataclasses.replace(config, data=dataclasses.replace(config.data, overlong="error")))
 
 
 @pytest.mark.long
@@ -410,27 +403,40 @@ class Server:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Writer:
+    """How a model behind an API writes the answers: fields of `teach` and of `api`."""
+
+    base_url: str
+    model: str = "big"
+    temperature: float = 0.7
+    top_p: float | None = None
+    reasoning_effort: str | None = None
+    concurrency: int = 32
+    timeout: float = 120.0
+    price: str = "100/200"
+
+    def teach(self, **how):
+        names = ("model", "temperature", "top_p", "reasoning_effort")
+        own = {name: getattr(self, name) for name in names}
+        return TeachConfig(**{"num_answers": 2, "max_completion_length": 99} | own | how)
+
+    def api(self, **api):
+        own = {"base_url": self.base_url, "timeout": self.timeout, "concurrency": self.concurrency}
+        own |= {"api_key_env": "TEACH_KEY", "prices": (f"{self.model}={self.price}",)}
+        return ApiConfig(**own | {"max_retries": 0} | api)
+
+
 @contextlib.contextmanager
 def serving(reply):
-    """The server, and the endpoint of it."""
+    """The server, and who writes there."""
     server, loop = Server(reply), asyncio.new_event_loop()
     listening = loop.run_until_complete(asyncio.start_server(server._serve, "127.0.0.1", 0))
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     address = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}/v1"
     try:
-        yield (
-            server,
-            EndpointConfig(
-                address,
-                "big",
-                "TEACH_KEY",
-                temperature=0.7,
-                max_tokens=99,
-                input_price=100.0,
-                output_price=200.0,
-            ),
-        )
+        yield server, Writer(address)
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
@@ -444,6 +450,7 @@ def serving(reply):
 @pytest.fixture(autouse=True)
 def key(monkeypatch):
     monkeypatch.setenv("TEACH_KEY", KEY)
+    monkeypatch.setattr("opdjax.judge.client.BREAKER_FAILURES", 1000)
 
 
 def asked_of(path, endpoint, *, how=None, api=None, **data):
@@ -453,15 +460,12 @@ def asked_of(path, endpoint, *, how=None, api=None, **data):
         "max_prompt_length": 32,
         "references": str(path),
     } | data
-    api = ApiConfig(**{"max_retries": 0, "breaker_failures": 1000} | (api or {}))
-    how = TeachConfig(**{"num_answers": 2, "batch_size": 6} | (how or {}))
     # Whoever asks an API needs no teacher's checkpoint.
     return Config(
         teacher=ModelConfig("no/teacher/here"),
         data=DataConfig(**data),
-        teach=how,
-        teacher_api=endpoint,
-        api=api,
+        teach=endpoint.teach(**how or {}),
+        api=endpoint.api(**api or {}),
     )
 
 
@@ -508,16 +512,15 @@ def test_a_server_is_asked_each_draw_once(tmp_path, capsys):
         ]
     # The index is of who answers, not of where.
     moved = dataclasses.replace(
-        endpoint, base_url="http://elsewhere/v1", timeout=1.0, input_price=0.0
+        endpoint, base_url="http://elsewhere/v1", timeout=1.0, price="0/200"
     )
-    assert teach(dataclasses.replace(config, teacher_api=moved))["answers"] == 32
+    assert teach(dataclasses.replace(config, api=moved.api()))["answers"] == 32
+    bigger = dataclasses.replace(endpoint, model="bigger").teach()
     with pytest.raises(ReferenceIndexError, match="model: 'big' -> 'bigger'"):
-        teach(
-            dataclasses.replace(config, teacher_api=dataclasses.replace(endpoint, model="bigger"))
-        )
+        teach(dataclasses.replace(config, teach=bigger))
 
 
-def test_what_fails_is_asked_again_and_no_key_is_written(tmp_path, capsys):
+def test_what_fails_is_asked_again_and_no_key_is_written(tmp_path, capsys, monkeypatch):
     path = tmp_path / "answers.jsonl"
     broken = {PROBLEMS[2].prompt: 400, PROBLEMS[5].prompt: 500, PROBLEMS[11].prompt: 503}
     with serving(lambda body: broken.get(body["messages"][-1]["content"]) or worked(body)) as (
@@ -532,7 +535,9 @@ def test_what_fails_is_asked_again_and_no_key_is_written(tmp_path, capsys):
         # stops nobody.
         broken.pop(PROBLEMS[5].prompt)
         broken.pop(PROBLEMS[11].prompt)
-        told = teach(asked_of(path, endpoint, how={"batch_size": 1}))
+        with monkeypatch.context() as patch:
+            patch.setattr("opdjax.rollouts.write_references._BATCH_SIZE", 1)
+            told = teach(asked_of(path, endpoint))
         assert (told["answers"], told["failed"]) == (30, 2)
         asked = len(server.bodies)
         broken.clear()
@@ -592,12 +597,14 @@ def test_replies_make_the_index_again_without_a_server(tmp_path):
                 tmp_path / "first.jsonl", endpoint, api={"cache": str(tmp_path / "replies.sqlite")}
             )
         )
-    offline = {"cache": str(tmp_path / "replies.sqlite"), "offline": True}
+    offline = {"cache": str(tmp_path / "replies.sqlite"), "concurrency": 0}
     teach(asked_of(tmp_path / "second.jsonl", endpoint, api=offline))
     assert (tmp_path / "second.jsonl").read_bytes() == (tmp_path / "first.jsonl").read_bytes()
     with pytest.raises(OfflineMissError):
         teach(
-            asked_of(tmp_path / "third.jsonl", dataclasses.replace(endpoint, seed=3), api=offline)
+            asked_of(
+                tmp_path / "third.jsonl", dataclasses.replace(endpoint, top_p=0.5), api=offline
+            )
         )
 
 
@@ -614,7 +621,7 @@ def test_what_is_no_answer_is_counted_and_not_used(tmp_path, capsys):
     ]
     path, left = tmp_path / "answers.jsonl", list(said)
     with serving(lambda body: left.pop(0)) as (_, endpoint):
-        endpoint = dataclasses.replace(endpoint, concurrency=1, temperature=0.0, seed=5)
+        endpoint = dataclasses.replace(endpoint, concurrency=1, temperature=0.0)
         told = teach(
             asked_of(path, endpoint, how={"num_answers": 8}, source="arithmetic:train[:1]")
         )
@@ -623,5 +630,4 @@ def test_what_is_no_answer_is_counted_and_not_used(tmp_path, capsys):
     assert read_index(path).usable(PROBLEMS[0].prompt) == ("half \ufffd", "😀 17", "17", "17")
     out = capsys.readouterr().out
     assert "8 answers are sampled at temperature 0" in out
-    assert "8 answers are sampled with the same seed, teacher_api.seed 5" in out
     prepare(taught("references", data={"source": "arithmetic:train[:1]", "references": str(path)}))

@@ -19,10 +19,8 @@ from opdjax.train import train
 URL = "gs://bucket/two"
 SECTIONS = {
     "train": TrainConfig(num_steps=3, prompts_per_step=16, gradient_accumulation_steps=2),
-    "evaluation": EvaluationConfig(
-        num_prompts=16, num_samples=2, max_completion_length=12, batch_size=32
-    ),
-    "log": LogConfig(samples_every=1, num_samples=2, diagnostics_every=1),
+    "evaluation": EvaluationConfig(num_prompts=16, num_samples=2, max_completion_length=12),
+    "log": LogConfig(samples_every=1, diagnostics_every=1),
 }
 
 

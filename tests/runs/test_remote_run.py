@@ -38,7 +38,7 @@ def train(config, workdir, files, **variables):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment(OPDJAX_LEASE_SECONDS="4", **variables),
+        env=environment(OPDJAX_LEASE_SECONDS="10", **variables),
     )
 
 
@@ -96,7 +96,7 @@ def test_killed_and_continued_elsewhere_it_ends_as_on_a_local_disk(
     assert json.loads(folder.read("result.json"))["num_steps"] == 6
     assert holder_of(folder).is_released
     assert not list(
-        (tmp_path / "b" / "runs").glob("*/metrics.jsonl")
+        (tmp_path / "b" / "workdirs").rglob("metrics.jsonl")
     )  # a finished run leaves its scratch empty
     out, _ = machine(scratch="c").communicate()
     assert "gs://bucket/run holds a finished run" in out
@@ -151,7 +151,7 @@ def test_a_run_leaves_there_what_it_leaves_on_a_local_disk(machine, tiny_run):
     assert f"the trained student is in {URL}/student" in out, out
     with read_only_workdir(URL, lambda name: not name.startswith("checkpoints")) as mirror:
         assert_same_run(tiny_run, mirror.directory)
-    stored = set(Folder(URL).entries()[0])
+    stored = set(Folder(URL, is_flat=True).files())
     assert {path.name for path in tiny_run.iterdir() if path.is_file()} - {".lock"} <= stored
 
 

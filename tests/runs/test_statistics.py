@@ -18,6 +18,7 @@ from opdjax.runs.statistics import (
     paired_difference,
     pass_at_k,
     ratio_of_logarithm,
+    ratio_with_interval,
     shares_of_gap,
 )
 
@@ -157,3 +158,13 @@ def test_scoring_needs_no_jax():
         ).stdout.strip()
         == "[]"
     )
+
+
+def test_a_ratio_and_its_interval(rng):
+    plain = rng.exponential(size=400)
+    ratio, low, high = ratio_with_interval(0.5 * plain, plain)
+    assert (ratio, low, high) == pytest.approx((0.5, 0.5, 0.5))
+    ratio, low, high = ratio_with_interval(rng.permutation(plain), plain)
+    assert low < ratio < high
+    assert ratio == pytest.approx(1)
+    assert ratio_with_interval(plain[:3], np.zeros(3)) == (None, None, None)

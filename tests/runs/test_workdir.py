@@ -307,7 +307,7 @@ def test_a_saved_config_with_a_damaged_section_names_it(section):
 def test_how_a_run_is_computed_may_change_and_is_told(tmp_path, capsys):
     facts = {"data": {}, "environment": {}}
     claim(tmp_path, Config(), facts)
-    sampling = SamplingConfig(slots=6, split_over=())
+    sampling = SamplingConfig(slots=6)
     rows = TrainConfig(gradient_accumulation_steps=4, remat="layer")
     claim(tmp_path, Config(sampling=sampling, train=rows, mesh=MeshConfig(2, 2)), facts)
     told = capsys.readouterr().out
@@ -319,3 +319,19 @@ def test_how_a_run_is_computed_may_change_and_is_told(tmp_path, capsys):
             Config(sampling=SamplingConfig(top_k=5), estimator=EstimatorConfig("full_kl")),
             facts,
         )
+
+
+def test_a_run_that_an_earlier_version_began_is_continued(tmp_path, capsys):
+    """Unless it had a setting that no field holds today: then its results would change half-way."""
+    file = pathlib.Path(__file__).parents[1] / "config" / "saved_before_130.json"
+    saved = json.loads(file.read_text())["refresh"]
+    facts = {"data": {}, "environment": {}}
+    (tmp_path / "config.json").write_text(json.dumps({"config": saved, **facts}))
+    today = from_dict(Config, upgrade(saved))
+    claim(tmp_path, today, facts)
+    assert not capsys.readouterr().out
+    saved["optimizer"]["b1"] = 0.8
+    saved["estimator"]["tile"] = 64  # how it was computed: of no matter
+    (tmp_path / "config.json").write_text(json.dumps({"config": saved, **facts}))
+    with pytest.raises(WorkdirError, match=r"undo \(there -> now\):\n  optimizer.b1: 0.8 -> 0.9$"):
+        claim(tmp_path, today, facts)

@@ -1,7 +1,9 @@
-"""The benchmark: workers that fail, ratios of neighbouring runs, counted work and collectives."""
+"""The benchmarks: workers that fail, ratios of neighbouring runs, counted work, the command."""
 
 import argparse
+import json
 import pathlib
+import subprocess
 import sys
 import textwrap
 
@@ -10,7 +12,7 @@ import pytest
 SCRIPTS = str(pathlib.Path(__file__).parents[2] / "scripts")
 WORKER = """
     import os, time
-    from benchmark_peers.protocol import Job, Stepper, serve
+    from benchmarks.peers.protocol import Job, Stepper, serve
 
     def result(value):
         return {"result": value}
@@ -28,7 +30,7 @@ WORKER = """
         "steps": lambda case: Job(Stepper(loop), lambda facts: facts, warm_up=lambda: None),
         "broken": broken,
         "dies": lambda case: os._exit(3),
-    }, {"fake": "1.0"})
+    }, fake="1.0")
 """
 
 
@@ -39,56 +41,52 @@ def scripts(monkeypatch):
 
 @pytest.fixture
 def worker(scripts, monkeypatch, tmp_path):
-    from benchmark_peers import workers
+    from benchmarks.peers import worker
 
-    (tmp_path / "logs").mkdir()
-    monkeypatch.setattr(
-        workers, "_command", lambda *_: [sys.executable, "-c", textwrap.dedent(WORKER)]
-    )
-    worker = workers.Worker("fake", sys.executable, 1, tmp_path)
+    command = [sys.executable, "-c", textwrap.dedent(WORKER)]
+    monkeypatch.setattr(worker, "_command", lambda *_: command)
+    worker = worker.Worker("fake", sys.executable, 1, tmp_path)
     yield worker
     worker.stop()
 
 
-def prepare(worker, form, **fields):
-    return worker.ask(do="prepare", case={"form": form} | fields)
-
-
 def test_a_worker_times_its_work_and_reports_failures(worker):
-    from benchmark_peers.workers import WorkerError
+    from benchmarks.peers.worker import WorkerError
 
-    prepare(worker, "sleep", seconds=0.02)
-    answer = worker.ask(do="run")
+    ask = worker.ask
+    ask(do="prepare", form="sleep", case={"seconds": 0.02})
+    ask(do="prepare", form="steps", case={})
+    answer = ask(do="run", form="sleep")
     assert worker.versions == {"fake": "1.0"}
     assert 0.02 <= answer["seconds"] < 2
     assert answer["cpu_seconds"] < answer["seconds"]
     assert answer["facts"] == {"result": 7}
     with pytest.raises(WorkerError, match="ValueError: no such divergence"):
-        prepare(worker, "broken")
-    prepare(worker, "steps")
-    assert [worker.ask(do="run")["facts"]["useful_tokens"] for _ in range(2)] == [10, 20]
+        ask(do="prepare", form="broken", case={})
+    assert [ask(do="run", form="steps")["facts"]["useful_tokens"] for _ in range(2)] == [10, 20]
     with pytest.raises(WorkerError, match="the training loop ended by itself"):
-        worker.ask(do="run")
+        ask(do="run", form="steps")
+    ask(do="drop")
+    with pytest.raises(WorkerError, match="KeyError: 'sleep'"):
+        ask(do="run", form="sleep")
     with pytest.raises(WorkerError, match="ended with status 3"):
-        prepare(worker, "dies")
+        ask(do="prepare", form="dies", case={})
     with pytest.raises(WorkerError, match="ended with status 3"):  # and stays dead
-        prepare(worker, "sleep", seconds=0)
+        ask(do="prepare", form="sleep", case={"seconds": 0})
 
 
 class Clock:
     """A worker with given seconds; it fails after its last run."""
 
-    def __init__(self, seconds, tokens):
-        self.threads, self._runs = (
-            1,
-            [
-                {"seconds": s, "cpu_seconds": s, "facts": {"useful_tokens": t}}
-                for s, t in zip(seconds, tokens)
-            ],
-        )
+    def __init__(self, threads, seconds, tokens):
+        self.threads = threads
+        self._runs = [
+            {"seconds": s, "cpu_seconds": s, "facts": {"useful_tokens": t}}
+            for s, t in zip(seconds, tokens)
+        ]
 
     def ask(self, **command):
-        from benchmark_peers.workers import WorkerError
+        from benchmarks.peers.worker import WorkerError
 
         if command["do"] != "run":
             return {}
@@ -98,32 +96,29 @@ class Clock:
 
 
 def test_ratios_are_of_neighbouring_runs_in_seconds_a_useful_token(scripts, monkeypatch):
-    import benchmark
+    from benchmarks.peers import compare
 
-    forms = [benchmark.Form(system, "generate") for system in ("opdjax", "good", "bad")]
-    monkeypatch.setattr(benchmark, "FORMS", {"tail": forms})
-    monkeypatch.setattr(benchmark, "worker_case", lambda case, device: case)
-    ours = Clock([1, 1, 2, 2], [100] * 4)
-    fleet = argparse.Namespace(
-        failures={},
-        fastest={},
-        workers={
-            "opdjax": [ours],
-            "good": [Clock([4, 16], [100, 200])],
-            "bad": [Clock([1], [100])],
-        },
-    )
-    options = argparse.Namespace(device="cpu", peers=["good", "bad"], repeats=2)
-    rows = benchmark.measure({"kind": "tail", "title": "t"}, fleet, options)
-    assert [row["system"] for row in rows] == ["opdjax", "good", "bad"]
-    # good: 4 s against 1 s for as many tokens, then 16 s for twice as many against 2 s.
+    forms = [compare.Form(system, "generate") for system in ("opdjax", "good", "bad", "absent")]
+    monkeypatch.setattr(compare, "FORMS", {"tail": forms})
+    workers = {
+        "opdjax": [Clock(1, [9, 9], [100] * 2), Clock(2, [1, 2], [100] * 2)],
+        "good": [Clock(2, [4, 16], [100, 200])],
+        "bad": [Clock(2, [1], [100])],
+    }
+    options = argparse.Namespace(peers=["good", "bad", "absent"], repeats=2)
+    case = {"kind": "tail", "title": "t"}
+    rows = compare.measure(case, case, workers, {"absent": "not installed"}, options)
+    assert [row["system"] for row in rows] == ["opdjax", "good", "bad", "absent"]
+    # The fastest number of cores counts: 1 s against 4 s, then 2 s against 16 s for twice as many.
+    assert rows[0]["cores"] == 2
+    assert rows[0]["seconds"] == [1, 2]
     assert rows[1]["ratio"] == pytest.approx((1 / 4 + 2 / 8) / 2)
     assert rows[2]["error"] == "no more"
-    assert rows[0]["seconds"] == [1, 1, 2, 2]
+    assert rows[3]["error"] == "not installed"
 
 
 def test_losses_that_disagree_are_named(scripts):
-    import benchmark
+    from benchmarks.peers import compare
 
     row = lambda loss, *norms: {"kind": "logits", "facts": {"loss": loss, "norms": list(norms)}}
     rows = [
@@ -132,7 +127,7 @@ def test_losses_that_disagree_are_named(scripts):
         row(1.0, 1.0),
         {"kind": "logits", "error": "has forward KL only"},
     ]
-    benchmark.compare(rows, 1e-3)
+    compare.warn_of_differences(rows, 1e-3)
     assert [found.get("warnings") for found in rows] == [
         None,
         None,
@@ -142,39 +137,80 @@ def test_losses_that_disagree_are_named(scripts):
 
 
 def test_the_least_work_is_what_one_counts_by_hand(scripts):
-    from benchmark_peers.settings import SIZES, Model, least_work
+    from benchmarks.models import forward_flops, qwen3
 
-    model = Model(hidden=8, layers=2, heads=2, kv_heads=1, head=4, mlp=16, vocab=32)
+    model = qwen3(hidden=8, layers=2, heads=2, kv_heads=1, head=4, mlp=16, vocab=32)
     # A token and layer: q and o 8 x 8, k and v 8 x 4, three of 8 x 16; two products of head size a
     # head and column read.
-    assert model.forward_flops(1, 0, 0) == 2 * 2 * (64 + 64 + 32 + 32 + 3 * 128)
-    assert model.forward_flops(0, 1, 0) == 2 * 2 * 2 * 8
-    assert model.forward_flops(0, 0, 1) == 2 * 8 * 32
-    sizes, case = SIZES["cpu"], {"kind": "hidden", "tokens": 256}
-    assert least_work(case, "cpu", 0) == (8 * 256 * sizes.vocab * sizes.width, 0)
-    forward = sizes.student.forward_flops(16 * 160, 16 * 160 * 160 / 2, 16 * 128)
-    assert least_work({"kind": "generate"}, "cpu", 16 * 128)[0] == forward
+    assert forward_flops(model, 1, 0, 0) == 2 * 2 * (64 + 64 + 32 + 32 + 3 * 128)
+    assert forward_flops(model, 0, 1, 0) == 2 * 2 * 2 * 8
+    assert forward_flops(model, 0, 0, 1) == 2 * 8 * 32
 
 
-def test_collectives_in_a_loop_count_as_often_as_it_goes_round(scripts):
-    import scaling
+def test_runs_alternate_and_the_first_ones_are_not_counted(scripts):
+    from benchmarks.core import alternate, cell, median_interval, to_markdown
 
-    text = textwrap.dedent("""\
-        HloModule jit_update
+    order = []
+    works = {name: lambda name=name: order.append(name) or len(order) for name in "ab"}
+    found = alternate(works, 2, describe=lambda result: result)
+    assert "".join(order) == "abbaab"
+    assert found["a"].results == [4, 5]
+    assert len(found["b"].wall) == len(found["b"].cpu) == 2
+    assert median_interval([5.0, 1.0, 2.0, 4.0, 3.0]) == (3.0, 1.0, 5.0)
+    assert [cell(value) for value in (0.12345, 12345, [3.0, 1.0, 2.0], None)] == [
+        "0.1235",
+        "12,345",
+        "2 (1 to 3)",
+        "",
+    ]
+    assert to_markdown([{"a": 1}, {"b": "x|y"}]).splitlines() == [
+        "| a | b |",
+        "|---|---|",
+        "| 1 |  |",
+        r"|  | x\|y |",
+    ]
 
-        %body.1 (p: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
-          %g = f32[4,8]{1,0} all-gather(%x), dimensions={0}
-        }
 
-        %condition.1 (p: (s32[], f32[4,8])) -> pred[] {
-          %c = pred[] compare(%a, %b), direction=LT
-        }
+def test_points_that_do_the_same_work_are_timed_once(scripts):
+    from benchmarks.steps import settings_of, shortened
 
-        ENTRY %main (a: f32[4,8]) -> f32[4,8] {
-          %r = (f32[2]{0}, bf16[4]{0}) all-reduce(%a, %b), to_apply=%add
-          %w = (s32[], f32[4,8]{1,0}) while(%t), condition=%condition.1, body=%body.1, COUNT
-        }
-        """).replace("COUNT", 'backend_config={"known_trip_count":{"n":"5"}}')
-    found = scaling.collectives(text)
-    assert (found["all_gather"], found["all_reduce"], found["reduce_scatter"]) == (5, 1, 0)
-    assert found["collective_mib"] == (5 * 4 * 8 * 4 + 2 * 4 + 4 * 2) / 2**20
+    sweeps = pathlib.Path(SCRIPTS).parent / "experiments" / "sweeps"
+    found = settings_of(sweeps / "near_policy.py")
+    assert list(found)[:5] == ["sft, teacher", "opd", "vopd", "npd_fresh", "npd, 256"]
+    assert len(found) == 15  # of 69 points
+    config = shortened(found["npd, 256"], 40)
+    assert (config.train.num_steps, config.steps_per_epoch) == (40, 10)
+    assert config.refresh_steps == (0, 20)
+    assert config.evaluation.source is None
+    assert list(settings_of(sweeps.parent / "mini_opd.py")) == ["mini_opd"]
+
+
+def run(*words):
+    command = [sys.executable, f"{SCRIPTS}/benchmark.py", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_command_prints_a_table_and_writes_every_run(tmp_path):
+    output = tmp_path / "found.json"
+    sizes = ("--tokens", 16, "--compiled-tokens", 32, "--vocab", 100, "--width", 16)
+    done = run("vocab", *sizes, "--repeats", 2, "--output", output)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(output.read_text())
+    assert found["command"] == "vocab"
+    assert [(row["form"], row["T"]) for row in found["rows"]] == [
+        ("dense", 16),
+        ("tiled", 16),
+        ("dense", 32),
+        ("tiled", 32),
+    ]
+    dense, tiled = found["rows"][:2]
+    assert len(tiled["seconds"]) == 2
+    assert tiled["loss"] == pytest.approx(dense["loss"], rel=1e-4)
+    assert f"| 16 | 100 | tiled | {tiled['XLA temp MiB']:.4g} |" in done.stdout
+
+
+def test_a_missing_subcommand_lists_what_there_is():
+    done = run("speed")
+    assert done.returncode == 2
+    assert "sampler" in done.stdout
+    assert "peers" in done.stdout

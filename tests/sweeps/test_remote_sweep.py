@@ -56,7 +56,7 @@ def test_points_run_there_and_leave_everything_there(monkeypatch, tmp_path):
     assert counts == {"points": 2, "done": 1, "failed": 1, "stopped": 0}
     folder = Folder(URL)
     assert {"point.json", "config.json", "result.json", "attempts.jsonl", "log.txt"} <= set(
-        folder.subfolder("seed=0").entries()[0]
+        folder.subfolder("seed=0").files()
     )
     failure = json.loads(folder.read("student.path=nowhere/failure.json"))
     assert failure["log_tail"][-1] == "told to fail"

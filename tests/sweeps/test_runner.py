@@ -25,7 +25,7 @@ from opdjax.config import (
     ROPD_CODE,
     RULE_JUDGE,
     DataConfig,
-    EndpointConfig,
+    JudgeConfig,
     OptimizerConfig,
     RubricsConfig,
     SamplingConfig,
@@ -152,7 +152,7 @@ def test_the_table_says_what_is_missing_and_averages_over_seeds_only(swept):
 
 def judged(directory, **data):
     """Two points that read a teacher's answers, which are not there yet."""
-    judge = EndpointConfig(RULE_JUDGE, "rules")
+    judge = JudgeConfig(RULE_JUDGE)
     base = dataclasses.replace(
         TINY,
         data=DataConfig(

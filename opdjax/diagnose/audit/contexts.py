@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,13 +10,47 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from opdjax.diagnose.audit.subjects import Subject
+from opdjax.config.recipes import PLAIN
+from opdjax.diagnose.audit.subjects import Progress, Subject
 from opdjax.estimators.divergence import reverse_kl
 from opdjax.estimators.opd import score_norms
 from opdjax.ops.tile import VocabTile
 from opdjax.ops.vocab import TokenInputs
 
 Stats = dict[str, Float[Array, " n"]]
+
+
+def random_contexts(num_contexts: int, vocab: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return logits `[n, V]` of flat to peaked students and of near to distant teachers."""
+    rng = np.random.default_rng(seed)
+    sharpness = rng.uniform(0.5, 3.0, (num_contexts, 1))
+    distance = rng.uniform(0.1, 2.0, (num_contexts, 1))
+    student = sharpness * rng.normal(size=(num_contexts, vocab))
+    return student, student + distance * rng.normal(size=(num_contexts, vocab))
+
+
+def audit_vocabulary(
+    subjects: list[Subject],
+    *,
+    num_contexts: int = 1000,
+    vocab: int = 50,
+    seed: int = 0,
+    progress: Progress = iter,
+) -> dict[str, Any]:
+    """Return bias, cosine and action variance at random contexts, from the loss at every token.
+
+    The subjects, which include `opd`, are uncoupled. Float64.
+    """
+    stats = {}
+    with jax.enable_x64(True):
+        logits = random_contexts(num_contexts, vocab, seed)
+        student, teacher = (VocabTile(jnp.asarray(x)) for x in logits)
+        mean_reward = -jnp.mean(reverse_kl(student, teacher))
+        for each in progress(subjects):
+            found = jax.jit(partial(enumerate_draws, each))(student, teacher, mean_reward)
+            stats[each.name] = jax.tree.map(np.asarray, found)
+    rows = {name: summarise(found, stats[PLAIN]["variance"]) for name, found in stats.items()}
+    return {"num_contexts": num_contexts, "vocab": vocab, "seed": seed, "rows": rows}
 
 
 def _probs(tile: VocabTile) -> Float[Array, "n V"]:
@@ -43,30 +77,18 @@ def measure(
     """Return statistics of an uncoupled subject at each context, for `summarise`.
 
     Gradients are those of the logits, from closed forms that cost O(V) a context: the gradient of
-    a sampled token is `-A_v (e_v - p)`, its squared norm `A_v^2 w_v`, and nothing of size V x V is
-    formed. The part of the loss that does not depend on the sampled token is differentiated.
+    a sampled token is `-A_v (e_v - p)` and its squared norm `A_v^2 w_v`. The part of the loss that
+    does not depend on the sampled token is differentiated.
     """
-    unsampled = _unsampled_gradient(subject, student, teacher)
-    if not subject.is_sampled:
-        return _compare(unsampled, jnp.zeros(len(unsampled), unsampled.dtype), student, teacher)
+    loss, row = subject.unsampled_loss(), TokenInputs(jnp.zeros(len(student.logits), jnp.int32))
+    total = lambda logits: jnp.sum(loss(VocabTile(logits), teacher, row)[0])
     probs, p = _probs(subject.drawn_from(student, teacher)), _probs(student)
     advantage = jnp.where(probs > 0, subject.advantages(student, teacher, mean_reward), 0)
     weighted = probs * advantage
     own = -(weighted - p * jnp.sum(weighted, axis=-1, keepdims=True))
     second = jnp.sum(probs * jnp.square(advantage) * score_norms(student), axis=-1)
     variance = (second - jnp.sum(jnp.square(own), axis=-1)) / subject.num_draws
-    return _compare(own + unsampled, variance, student, teacher)
-
-
-def _unsampled_gradient(
-    subject: Subject, student: VocabTile, teacher: VocabTile
-) -> Float[Array, "n V"]:
-    loss = subject.unsampled_loss()
-    if loss is None:
-        return jnp.zeros_like(student.logits)
-    row = TokenInputs(jnp.zeros(len(student.logits), jnp.int32))
-    total = lambda logits: jnp.sum(loss(VocabTile(logits), teacher, row)[0])
-    return jax.grad(total)(student.logits)
+    return _against_exact(own + jax.grad(total)(student.logits), variance, student, teacher)
 
 
 def enumerate_draws(
@@ -81,14 +103,12 @@ def enumerate_draws(
     the loss of one draw; the draws are independent, so the variance is divided by their number.
     """
     n, vocab = student.logits.shape
-    options = {name: v for name, v in subject.options.items() if name != "extra_draws"}
-    one = dataclasses.replace(subject, options=options)
     repeated = lambda tile: VocabTile(jnp.repeat(tile.logits, vocab, axis=0))
     row = TokenInputs(
         jnp.tile(jnp.arange(vocab), n),
         mean_rewards=jnp.full(n * vocab, mean_reward, student.logits.dtype),
     )
-    loss, teachers = one.token_loss(), repeated(teacher)
+    loss, teachers = subject.with_one_draw().token_loss(), repeated(teacher)
     total = lambda logits: jnp.sum(loss(VocabTile(logits), teachers, row)[0])
     gradient = jax.grad(total)(repeated(student).logits).reshape(n, vocab, vocab)
     probs = _probs(subject.drawn_from(student, teacher))
@@ -97,34 +117,28 @@ def enumerate_draws(
     own = jnp.einsum("nv,nvu->nu", probs, gradient)
     # The spread around the mean: the difference of two squares would lose digits.
     variance = jnp.einsum("nv,nvu->n", probs, jnp.square(gradient - own[:, None]))
-    return _compare(own, variance / subject.num_draws, student, teacher)
+    return _against_exact(own, variance / subject.num_draws, student, teacher)
 
 
-def _compare(
+def _against_exact(
     own: Float[Array, "n V"], variance: Float[Array, " n"], student: VocabTile, teacher: VocabTile
 ) -> Stats:
     square = lambda x: jnp.sum(jnp.square(x), axis=-1)
-    stats = {"kl": reverse_kl(student, teacher), "own": square(own)}
-    stats["variance"] = jnp.maximum(variance, 0)
-    gradients = {"reverse": reverse_gradient, "forward": forward_gradient}
-    for name, exact_gradient in gradients.items():
-        exact = exact_gradient(student, teacher)
-        stats |= {
-            name: square(exact),
-            f"to_{name}": square(own - exact),
-            f"dot_{name}": jnp.sum(own * exact, axis=-1),
-        }
+    stats = {"own": square(own), "variance": jnp.maximum(variance, 0)}
+    for name, gradient in (("reverse", reverse_gradient), ("forward", forward_gradient)):
+        exact = gradient(student, teacher)
+        stats |= {name: square(exact), f"to_{name}": square(own - exact)}
+        stats[f"dot_{name}"] = jnp.sum(own * exact, axis=-1)
     return stats
 
 
 def summarise(stats: dict[str, np.ndarray], plain_variance: np.ndarray) -> dict[str, Any]:
     """Summarise a subject over its contexts, whose gradients are stacked as one vector.
 
-    `plain_variance`: the variance of `opd` at each context. Returned are, against both directions
-    of the KL, `bias` = |expected - exact gradient| / |exact gradient| and the `cosine` of the two;
-    `variance`, the mean over contexts; `noise_to_signal`, the root of summed variance over summed
-    squared expectation, one draw a context; `variance_ratio`, to `opd`; `worse`, the share of
-    contexts with more variance than `opd`. None: undefined.
+    Returned are, against both directions of the KL, `bias` = |expected - exact gradient| / |exact
+    gradient| and the `cosine` of the two; `variance`, the mean over contexts; `noise_to_signal`,
+    the root of summed variance over summed squared expectation; `variance_ratio`, to that of `opd`,
+    `plain_variance [n]`; `worse`, the share of contexts above it. None: undefined.
     """
     total = {name: float(np.sum(values, dtype=np.float64)) for name, values in stats.items()}
     found: dict[str, Any] = {"bias": {}, "cosine": {}}

@@ -9,6 +9,7 @@ parameters; every rollout is a micro-batch of its own.
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -16,57 +17,57 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from opdjax.config.recipes import PLAIN, WITH_BASELINE
-from opdjax.diagnose.audit.pair import States, kl_bins, ratio_with_interval
-from opdjax.diagnose.audit.subjects import Subject
+from opdjax.config.recipes import EXACT, PLAIN, WITH_BASELINE
+from opdjax.diagnose.audit.pair import States, kl_bins
+from opdjax.diagnose.audit.subjects import Progress, Subject, subject
 from opdjax.engine.update import prepared, vocabulary_inputs
 from opdjax.estimators import bind
+from opdjax.estimators.losses import aggregation_weights, count_denominators
+from opdjax.estimators.pitfalls import PITFALLS
 from opdjax.ops.vocab import TokenInputs, tiled_loss
-from opdjax.types import TrainBatch
+from opdjax.runs.statistics import ratio_with_interval
 
 NUM_REDRAWS = 2
 _MIN_SHARE = 1e-4  # of opd's noise: no ratio is reported for bins below
 BATCH = 64  # rollouts in the batch whose signal-to-noise ratio is reported
+_SUM_LENGTHS = (1024, 8192, 32768)  # tokens whose losses are added in bfloat16
+_SUM_DRAWS = 20
 
 
 def audit_gradients(
-    states: States, subjects: Sequence[Subject], log: Callable[[str], None]
+    states: States, subjects: list[Subject], progress: Progress = iter
 ) -> dict[str, Any]:
     """Return the signal and the noise components of each subject, and its noise relative to `opd`.
 
     Every subject sees the same redraws. A coupled subject is measured on the sampled tokens only:
-    its action noise is part of its trajectory noise. Recipes whose expectation is the gradient of
-    the exact reverse KL share the signal of the exact one, the estimate with the least noise. None:
-    not distinguishable from 0. `by_kl`: the action noise of the baselines, relative to `opd`, for
-    the contexts between neighbouring quantiles of the KL. Redraws at different contexts are
-    independent, so the noise of a rollout is the sum of that of its contexts.
+    its action noise is part of its trajectory noise. None: not distinguishable from 0. `by_kl`: the
+    action noise of the baselines and of the config's own recipe, relative to `opd`, between
+    neighbouring quantiles of the KL. Redraws at different contexts are independent, so the noise of
+    a rollout is the sum of that of its contexts.
     """
-    batch = _by_prompt(states, states.batch)
-    bins = kl_bins(states.kl, states.mask)
-    rows, by_bin = {}, {}
-    for each in subjects:
-        log(f"  {each.name}")
-        run = _measure(states, batch, each)
-        rows[each.name] = run(states.mask)
-        if each.name == PLAIN or (each.recipe == WITH_BASELINE and not each.is_coupled):
-            by_bin[each.name] = [run(inside)["per_prompt"] for inside in bins]
+    bins, rows, action, by_bin = kl_bins(states.kl, states.mask), {}, {}, {}
+    for each in progress(subjects):
+        run = _measure(states, each)
+        rows[each.name], action[each.name] = run(states.mask)
+        is_compared = each.is_own or each.recipe == WITH_BASELINE
+        if each.name == PLAIN or (is_compared and not each.is_coupled):
+            by_bin[each.name] = [run(inside)[1] for inside in bins]
     _share_signal(subjects, rows)
     plain = rows[PLAIN]
-    for row in rows.values():
+    for name, row in rows.items():
         is_known = min(row["signal"], row["noise"]) > 0
         ratio = float(np.sqrt(row["signal"] / (row["noise"] / BATCH))) if is_known else None
         row["signal_to_noise"] = ratio
         row["noise_ratio"] = row["noise"] / plain["noise"]
         if row["action"] is not None and plain["action"]:
-            row["action_ratio"] = ratio_with_interval(row["per_prompt"], plain["per_prompt"])
-    for row in rows.values():
-        del row["per_prompt"]
+            row["action_ratio"] = ratio_with_interval(action[name], action[PLAIN])
     return {"num_redraws": NUM_REDRAWS, "batch": BATCH, "rows": rows, "by_kl": _by_kl(by_bin)}
 
 
 def _share_signal(subjects: Sequence[Subject], rows: dict[str, dict[str, Any]]) -> None:
-    """Give the exact reverse KL's signal to every subject with the same expectation."""
+    """Give the exact reverse KL's signal, which has least noise, to all of the same expectation."""
     reverse = [each for each in subjects if each.advertises == "reverse"]
     exact = next((rows[each.name] for each in reverse if not each.is_sampled), None)
     for each in reverse if exact is not None else ():
@@ -78,81 +79,72 @@ def _by_kl(by_bin: dict[str, list[np.ndarray]]) -> dict[str, Any]:
     plain = by_bin.pop(PLAIN)
     total = sum(part.sum() for part in plain)
     shares = [float(part.sum() / total) if total else 0.0 for part in plain]
-
-    def ratio(ours: np.ndarray, theirs: np.ndarray, share: float):
-        # In a bin with almost no noise, rare tokens make all of it, and redraws miss them.
-        return ratio_with_interval(ours, theirs) if share > _MIN_SHARE else (None, None, None)
-
-    rows = {name: list(map(ratio, parts, plain, shares)) for name, parts in by_bin.items()}
+    # In a bin with almost no noise, rare tokens make all of it, and redraws miss them.
+    known = [part * (share > _MIN_SHARE) for part, share in zip(plain, shares)]
+    rows = {name: list(map(ratio_with_interval, parts, known)) for name, parts in by_bin.items()}
     return {"variance_share": shares, "rows": rows}
 
 
-def _by_prompt(states: States, tree: Any) -> Any:
-    """Reshape leaves `[B, ...]` to `[P, G, ...]`."""
-    return jax.tree.map(lambda x: jnp.reshape(x, (-1, states.num_generations, *x.shape[1:])), tree)
-
-
-def _measure(
-    states: States, batch: TrainBatch, each: Subject
-) -> Callable[[np.ndarray], dict[str, Any]]:
-    """Return `measure(mask) -> row`, compiled once.
+def _measure(states: States, each: Subject) -> Callable[[np.ndarray], tuple[dict, np.ndarray]]:
+    """Return `run(mask) -> (row, action noise of each prompt)`, compiled once.
 
     The row holds the variance components of one rollout's gradient of the tokens in `mask`.
     """
-    is_redrawn = each.is_sampled and not each.is_coupled
-    columns = _by_prompt(states, _columns(states, each))
-    draws = _by_prompt(states, (_redraws if is_redrawn else _sampled_tokens)(states, each))
-    run = jax.jit(partial(_scan_prompts, each, states.spec))
-    # As in training, the master copy and all sums are float32, whatever the forward pass uses.
-    params = jax.tree.map(lambda x: x.astype(jnp.float32), states.params)
+    by_prompt = lambda x: jnp.reshape(x, (-1, states.num_generations, *x.shape[1:]))
+    inputs = states.batch, _columns(states, each), _draws(states, each)
+    batch, columns, draws = jax.tree.map(by_prompt, inputs)
+    scan = partial(jax.jit(partial(_scan_prompts, each, states.spec)), states.master_params)
 
-    def measure(mask: np.ndarray) -> dict[str, Any]:
+    def run(mask: np.ndarray) -> tuple[dict, np.ndarray]:
         # As fixed_denominator: a rollout's gradient does not depend on the lengths of others, and
         # the gradient of a batch is the mean over its rollouts.
         weights = jnp.asarray(mask / states.spec.max_completion_length, jnp.float32)
-        rows = (batch, columns, _by_prompt(states, weights))
-        found = run(params, states.inputs.teacher[1], rows, draws)
-        total, *per_prompt = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
-        return _components(total, *per_prompt, draws[0].shape[2], states.num_generations)
+        rows = batch, columns, by_prompt(weights)
+        sums = [np.asarray(x, np.float64) for x in scan(states.inputs.teacher[1], rows, draws)]
+        return _components(*sums, draws[0].shape[2], states.num_generations), sums[1]
 
-    return measure
+    return run
+
+
+def _gradient(spec, token_loss, params, batch, teacher_head, weights, row=None):
+    """Return the gradient of `sum(weights * loss)` for all parameters; `row` None: the batch's."""
+
+    def loss(params):
+        inputs = vocabulary_inputs(params, batch, teacher_head, spec)
+        operands = inputs.hidden, inputs.head, weights, row or inputs.row, inputs.teacher
+        return tiled_loss(token_loss, *operands, tile=spec.estimator.tile)[0]
+
+    return jax.grad(loss)(params)
 
 
 def _scan_prompts(each: Subject, spec, params, teacher_head, rows, draws):
     """Return |mean gradient|^2 and, for each prompt, sums of squares.
 
-    These are the sum of squares between redraws, that between rollouts, and |mean gradient of the
-    prompt|^2. One gradient exists at a time, next to the running means of a rollout and of a prompt
-    and the sum over prompts.
+    These are the sums between redraws and between rollouts, and |mean gradient of the prompt|^2.
+    One gradient exists at a time, next to the running means of a rollout and of a prompt and the
+    sum over prompts.
     """
+    zero, loss = optax.tree.zeros_like(params), each.token_loss()
 
-    def gradient(row, draw):
+    def of_draw(row, draw):
         (batch, columns, weights), (token, uniform) = jax.tree.map(lambda x: x[None], (row, draw))
+        columns = dataclasses.replace(columns, tokens=token, uniforms=uniform)
+        return _gradient(spec, loss, params, batch, teacher_head, weights, columns), 0.0
 
-        def loss(params):
-            inputs = vocabulary_inputs(params, batch, teacher_head, spec)
-            row = dataclasses.replace(columns, tokens=token, uniforms=uniform)
-            operands = inputs.hidden, inputs.head, weights, row, inputs.teacher
-            return tiled_loss(each.token_loss(), *operands, tile=spec.estimator.tile)[0]
-
-        return jax.grad(loss)(params)
-
-    zero = jax.tree.map(jnp.zeros_like, params)
-
-    def of_rollout(row, draws):
-        """Return (mean over redraws, their sum of squares around it)."""
-        return _running_mean(lambda draw: (gradient(row, draw), 0.0), zero, draws)[:2]
+    def of_rollout(item):
+        row, draws = item
+        return _running_mean(partial(of_draw, row), zero, draws)[:2]
 
     def of_prompt(sums, prompt):
-        center, trajectory, action = _running_mean(lambda x: of_rollout(*x), zero, prompt)
-        return jax.tree.map(jnp.add, sums, center), (action, trajectory, _square(center))
+        center, trajectory, action = _running_mean(of_rollout, zero, prompt)
+        return optax.tree.add(sums, center), (action, trajectory, _square(center))
 
     sums, per_prompt = jax.lax.scan(of_prompt, zero, (rows, draws))
     return _square(jax.tree.map(lambda x: x / rows[-1].shape[0], sums)), *per_prompt
 
 
 def _square(tree: Any) -> jax.Array:
-    return sum(jnp.vdot(x, x) for x in jax.tree.leaves(tree))
+    return optax.tree.vdot(tree, tree)
 
 
 def _running_mean(value_of: Callable, zero: Any, items: Any):
@@ -164,10 +156,9 @@ def _running_mean(value_of: Callable, zero: Any, items: Any):
     def step(carry, item):
         count, mean, spread, total = carry
         vector, scalar = value_of(item)
-        off = jax.tree.map(jnp.subtract, vector, mean)
+        off = optax.tree.sub(vector, mean)
         mean = jax.tree.map(lambda m, d: m + d / (count + 1), mean, off)
-        leaves = zip(*map(jax.tree.leaves, (off, vector, mean)))
-        spread += sum(jnp.vdot(d, v - m) for d, v, m in leaves)
+        spread += optax.tree.vdot(off, optax.tree.sub(vector, mean))
         return (count + 1, mean, spread, total + scalar), None
 
     _, mean, spread, total = jax.lax.scan(step, (0.0, zero, 0.0, 0.0), items)[0]
@@ -188,7 +179,6 @@ def _components(total, action, trajectory, squares, redraws: int, rollouts: int)
         "prompt": float(of_prompt),
         "trajectory": float(of_trajectory),
         "action": None if of_action is None else float(of_action),
-        "per_prompt": action,
     }
 
 
@@ -202,27 +192,72 @@ def _columns(states: States, each: Subject) -> TokenInputs:
     return jax.jit(partial(prepared, spec=spec))(states.inputs._replace(row=columns), states.batch)
 
 
-def num_uniforms(subjects: Sequence[Subject]) -> int:
-    """Return how many uniform numbers the redraws of these subjects need at each context."""
-    return NUM_REDRAWS * max(each.num_draws for each in subjects)
+def _draws(states: States, each: Subject):
+    """Return redrawn tokens `[B, R, T]` and uniforms `[B, R, T, M]` of extra draws (None: M = 0).
+
+    Where a redraw has no effect or no meaning, the rollouts' own tokens are the only draw.
+    """
+    tokens, uniforms = jnp.asarray(states.batch.tokens)[:, None], states.inputs.row.uniforms
+    if each.is_sampled and not each.is_coupled:
+        first, uniforms = uniforms[..., :NUM_REDRAWS], uniforms[..., NUM_REDRAWS:]
+        stat = lambda student, teacher, row: each.drawn_from(student, teacher).draw(row.uniforms)
+        tokens = jnp.moveaxis(states.per_token(stat, uniforms=first), -1, 1)
+    if each.num_draws == 1:
+        return tokens, None
+    shape = tokens.shape[1], each.num_draws - 1
+    more = uniforms[..., : shape[0] * shape[1]].reshape(*uniforms.shape[:2], *shape)
+    return tokens, jnp.moveaxis(more, 2, 1)
 
 
-def _sampled_tokens(states: States, each: Subject):
-    """Return the rollouts' tokens `[B, 1, T]` as the only draw, and uniforms of extra draws."""
-    extra = each.num_draws - 1
-    uniforms = states.inputs.row.uniforms[:, None, :, :extra] if extra else None
-    return jnp.asarray(states.batch.tokens)[:, None], uniforms
+def audit_batch_pitfalls(states: States, progress: Progress = iter) -> dict[str, Any]:
+    """Return relative error and cosine of the exact reverse KL's gradient under each pitfall's
+    weights, and the relative error of sums in bfloat16.
+    """
+    mask, segments = jnp.asarray(states.batch.mask), states.batch.segment_ids
+    denominators = count_denominators(mask, segments, states.spec.max_completion_length)
+    wrong = {
+        "mean_of_means": PITFALLS["mean_of_means"].weights(mask, parts=len(mask)),
+        "shifted_mask": PITFALLS["shifted_mask"].weights(mask),
+    }
+    gradient, rows = _exact_gradient(states), {}
+    exact = gradient(aggregation_weights(mask, segments, "token_mean", denominators))
+    for name, weights in progress(wrong.items()):
+        off, along, size, length = map(float, _compare(gradient(weights), exact))
+        bias, cosine = float(np.sqrt(off / length)), along / float(np.sqrt(size * length))
+        rows[name] = {"bias": bias, "cosine": cosine}
+    errors = {str(n): _sum_error(states.kl[states.mask], n) for n in _SUM_LENGTHS}
+    return rows | {"bfloat16_sums": {"error_by_tokens": errors}}
 
 
-def _redraws(states: States, each: Subject):
-    """Draw new tokens `[B, R, T]` at every context, with uniforms `[B, R, T, M]` of extra draws."""
-    first, extra = states.inputs.row.uniforms[:, :, :NUM_REDRAWS], each.num_draws - 1
-    tokens = states.per_token(
-        lambda student, teacher, row: each.drawn_from(student, teacher).draw(row.uniforms),
-        uniforms=first,
+@jax.jit
+def _compare(found, exact):
+    """Return (|found - exact|^2, their product, |found|^2, |exact|^2) over all parameters."""
+    product = optax.tree.vdot(found, exact)
+    return _square(optax.tree.sub(found, exact)), product, _square(found), _square(exact)
+
+
+def _exact_gradient(states: States):
+    """Return `gradient(weights)` of the exact reverse KL, computed a micro-batch at a time."""
+    loss, params = subject(EXACT).token_loss(), states.master_params
+    split = lambda x: x.reshape(-1, states.rows_at_once, *x.shape[1:])
+
+    @jax.jit
+    def run(params, batch, teacher_head, weights):
+        def add(total, part):
+            batch, weights = part
+            found = _gradient(states.spec, loss, params, batch, teacher_head, weights)
+            return optax.tree.add(total, found), None
+
+        zero = optax.tree.zeros_like(params)
+        return jax.lax.scan(add, zero, jax.tree.map(split, (batch, weights)))[0]
+
+    return partial(run, params, states.batch, states.inputs.teacher[1])
+
+
+def _sum_error(losses: np.ndarray, count: int) -> float:
+    """Return the mean relative error of the sum of `count` random ones of these losses."""
+    rng, add = np.random.default_rng(0), jax.jit(PITFALLS["bfloat16_sums"].add)
+    draws = [rng.choice(losses, count) for _ in range(_SUM_DRAWS)]
+    return statistics.fmean(
+        float(add(jnp.asarray(drawn))) / float(drawn.sum(dtype=np.float64)) - 1 for drawn in draws
     )
-    if not extra:
-        return jnp.moveaxis(tokens, -1, 1), None
-    more = states.inputs.row.uniforms[:, :, NUM_REDRAWS : NUM_REDRAWS * (1 + extra)]
-    more = jnp.moveaxis(more.reshape(*more.shape[:2], NUM_REDRAWS, extra), 2, 1)
-    return jnp.moveaxis(tokens, -1, 1), more

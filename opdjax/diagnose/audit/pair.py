@@ -7,37 +7,42 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import itertools
+import statistics
+import time
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+from opdjax.config import AuditConfig
 from opdjax.config.recipes import PLAIN
-from opdjax.config.validation import ConfigError
+from opdjax.config.validation import ConfigError, require
 from opdjax.data.packing import to_train_batch
-from opdjax.data.prompts import collate, indices_at
 from opdjax.diagnose.audit.contexts import measure, summarise
-from opdjax.diagnose.audit.subjects import Subject, subject
+from opdjax.diagnose.audit.subjects import Progress, Subject, subject
 from opdjax.engine.sampler import extra_uniforms, sample
-from opdjax.engine.scorer import score
-from opdjax.engine.update import UpdateSpec, VocabularyInputs, vocabulary_inputs
+from opdjax.engine.scorer import score, token_logprobs, top_logprobs
+from opdjax.engine.update import UpdateSpec, VocabularyInputs, vocabulary_loss
+from opdjax.estimators import bind
 from opdjax.estimators.divergence import reverse_kl
-from opdjax.models.decoder import Params
+from opdjax.models.decoder import Params, head_of
 from opdjax.models.hf import load_params
 from opdjax.ops.masked import rank_in_sequence
-from opdjax.ops.sharding import merge_rows, split_rows
-from opdjax.ops.vocab import tiled_stats
+from opdjax.ops.vocab import TILE, TokenInputs, tiled_stats
+from opdjax.rollouts.on_policy import prompts_of
 from opdjax.rollouts.setup import Setup, update_spec, with_current_teacher
+from opdjax.runs.statistics import ratio_with_interval
 from opdjax.types import TrainBatch
 
 # Of the contexts, ordered by their KL. Most of the KL is in few contexts, so equal shares would
 # hide it.
 KL_QUANTILES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0)
 _NUM_BUCKETS = 6  # of positions
-_RESAMPLES = 1000
+_REPEATS = 5  # runs that are timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +60,11 @@ class States:
     def mask(self) -> np.ndarray:
         """Tokens that the student sampled, `[B, T]`."""
         return np.asarray(self.batch.mask)
+
+    @property
+    def master_params(self) -> Params:
+        """The parameters in float32, as in training, whatever the forward pass uses."""
+        return optax.tree.cast(self.params, jnp.float32)
 
     @functools.cached_property
     def kl(self) -> np.ndarray:
@@ -74,104 +84,90 @@ class States:
 
 def collect_states(
     setup: Setup,
+    settings: AuditConfig,
     *,
-    num_prompts: int,
-    num_generations: int,
-    seed: int,
     num_uniforms: int,
     rows_at_once: int,
+    progress: Progress = iter,
 ) -> States:
     """Sample answers to prompts in the order of training and score them with both models.
 
     ConfigError if the data has fewer prompts: a repeated prompt would count as two.
     """
-    if num_prompts > len(setup.prompts):
-        source = setup.config.data.source
-        raise ConfigError(
-            f"audit.num_prompts is {num_prompts}; expected at most {len(setup.prompts)}, the number"
-            f" of prompts in {source}"
-        )
-    config, params = setup.config, load_params(setup.student, setup.dtype)
+    num_prompts, available = settings.num_prompts, len(setup.prompts)
+    expected = f"at most {available}, the number of prompts in {setup.config.data.source}"
+    require(num_prompts <= available, "audit.num_prompts", num_prompts, expected)
+    config, seed, params = setup.config, setup.config.seed, load_params(setup.student, setup.dtype)
     setup = with_current_teacher(setup, params)
-    most = min(max(rows_at_once // num_generations, 1), num_prompts)
-    prompts_at_once = next(n for n in range(most, 0, -1) if num_prompts % n == 0)
-    prompts = collate(setup.prompts, indices_at(0, num_prompts, len(setup.prompts), seed))
-    draw = partial(
-        sample,
-        config=setup.student.config,
-        decoding=setup.decoding,
-        num_generations=num_generations,
+    teacher, most = (
+        setup.teacher,
+        min(max(rows_at_once // settings.num_generations, 1), num_prompts),
     )
-    parts = [
-        jax.tree.map(lambda x, i=i: x[i : i + prompts_at_once], prompts)
-        for i in range(0, num_prompts, prompts_at_once)
-    ]
-    answers = [draw(params, part, seed, 0) for part in parts]
+    at_once = next(n for n in range(most, 0, -1) if num_prompts % n == 0)
+    prompts = prompts_of(setup.prompts, config, 0)
+    how = {"decoding": setup.decoding, "num_generations": settings.num_generations}
+    answers = []
+    for i in progress(range(0, num_prompts, at_once)):
+        part = jax.tree.map(lambda x, i=i: x[i : i + at_once], prompts)
+        answers.append(sample(params, part, seed, 0, config=setup.student.config, **how))
     rollouts = jax.tree.map(lambda *rows: jnp.concatenate(rows), *answers)
-    batch, teacher = to_train_batch(rollouts, prompts), setup.teacher
-    scores = score(
-        teacher.params,
-        teacher.head,
-        batch,
-        config=teacher.checkpoint.config,
-        needs="vocabulary",
-        tile=config.estimator.tile,
-        parts=len(parts),
-    )
+    batch, spec = to_train_batch(rollouts, prompts), update_spec(setup)
+    run = partial(score, needs="vocabulary", tile=TILE, parts=len(answers))
+    scores = run(teacher.params, teacher.head, batch, config=teacher.checkpoint.config)
+    head = head_of(params, valid_vocab=spec.valid_vocab, temperature=spec.temperature)
+    hidden = run(params, head, batch, config=setup.student.config).hidden
     uniforms = extra_uniforms(rollouts, seed, num_uniforms)
-    batch = dataclasses.replace(batch, teacher=scores, uniforms=uniforms)
-    spec = dataclasses.replace(update_spec(setup), gradient_accumulation_steps=1, mesh=None)
-    rows = prompts_at_once * num_generations
-    inputs = _inputs_in_parts(params, batch, teacher.head, spec, len(parts))
-    return States(params, spec, batch, inputs, num_generations, rows)
+    row = TokenInputs(batch.tokens, behavior_logprobs=batch.behavior_logprobs, uniforms=uniforms)
+    return States(
+        params,
+        dataclasses.replace(spec, gradient_accumulation_steps=1, mesh=None),
+        dataclasses.replace(batch, teacher=scores, uniforms=uniforms),
+        VocabularyInputs(hidden, head, row, (scores.hidden, teacher.head)),
+        settings.num_generations,
+        at_once * settings.num_generations,
+    )
 
 
-@partial(jax.jit, static_argnames=("spec", "parts"))
-def _inputs_in_parts(params, batch, teacher_head, spec, parts: int) -> VocabularyInputs:
-    """Compute `vocabulary_inputs`, the student's hidden states a few rows at a time."""
-    of_part = lambda part: vocabulary_inputs(params, part, teacher_head, spec).hidden
-    hidden = merge_rows(jax.lax.map(of_part, split_rows(batch, parts)))
-    # The second forward pass is dead code: XLA removes it.
-    return vocabulary_inputs(params, batch, teacher_head, spec)._replace(hidden=hidden)
-
-
-def audit_contexts(states: States, subjects: Sequence[Subject]) -> dict[str, Any]:
+def audit_contexts(
+    states: States, subjects: list[Subject], progress: Progress = iter
+) -> dict[str, Any]:
     """Return bias, cosine and action variance of the uncoupled subjects at the sampled contexts.
 
     All contexts together, and binned by KL and by position.
     """
-    mask, kl, mean_reward = states.mask, states.kl, -float(states.kl[states.mask].mean())
-    plain = states.per_token(lambda s, t, _: measure(subject(PLAIN), s, t))["variance"]
-    if not plain[mask].any():
-        raise ConfigError(
-            "student and teacher have the same distribution at every context; "
-            "expected a teacher that differs"
-        )
-    bins = kl_bins(kl, mask)
-    place = np.asarray(rank_in_sequence(states.batch.mask, states.batch.segment_ids))
-    edges = _position_edges(place, mask)
-    buckets = [(place >= low) & (place <= high) & mask for low, high in edges]
-    rows = {}
-    for each in subjects:
-        stats = states.per_token(lambda s, t, _, each=each: measure(each, s, t, mean_reward))
+    mask, kl = states.mask, states.kl
+    if not kl[mask].any():
+        same = "student and teacher have the same distribution at every context"
+        raise ConfigError(f"{same}; expected a teacher that differs")
+    mean_reward, rows = -float(kl[mask].mean()), {}
+    at = lambda each: states.per_token(lambda s, t, _: measure(each, s, t, mean_reward))
+    plain = at(subject(PLAIN))["variance"]
+    quantiles = ({"from": low, "to": high} for low, high in itertools.pairwise(KL_QUANTILES))
+    bins, buckets = list(zip(quantiles, kl_bins(kl, mask))), _position_buckets(states)
+    for each in progress(subjects):
+        stats = at(each)
         row = summarise({name: value[mask] for name, value in stats.items()}, plain[mask])
+        ratio = partial(_variance_ratio, states, stats["variance"], plain)
         if each.is_sampled:
-            compare = partial(_compare, stats["variance"], plain, states.num_generations)
-            row["variance_ratio_interval"] = compare(mask)[1:]
-            row["by_kl"] = [compare(inside) for inside in bins]
-            row["by_position"] = [compare(inside) for inside in buckets]
+            row["variance_ratio_interval"] = ratio(mask)[1:]
+        if each.is_sampled or each.is_own:
+            row["by_kl"] = [ratio(inside) for _, inside in bins]
+            row["by_position"] = [ratio(inside) for _, inside in buckets]
         rows[each.name] = row
-    describe = lambda inside: _describe(kl, inside, plain, mask)
-    quantiles = zip(KL_QUANTILES, KL_QUANTILES[1:], bins)
+    total = lambda x, where: float(np.sum(x[where], dtype=np.float64))
+    # The size of a bin, and its shares of the KL and the variance of all contexts.
+    describe = lambda inside: {
+        "contexts": int(inside.sum()),
+        "kl_mean": total(kl, inside) / max(int(inside.sum()), 1),
+        "kl_share": total(kl, inside) / total(kl, mask),
+        "variance_share": total(plain, inside) / total(plain, mask),
+    }
     return {
         "num_prompts": len(mask) // states.num_generations,
         "num_contexts": int(mask.sum()),
         "kl_mean": float(kl[mask].mean()),
-        "bins": [{"from": low, "to": high} | describe(inside) for low, high, inside in quantiles],
-        "buckets": [
-            {"first": low, "last": high} | describe(inside)
-            for (low, high), inside in zip(edges, buckets)
-        ],
+        "bins": [label | describe(inside) for label, inside in bins],
+        "buckets": [label | describe(inside) for label, inside in buckets],
         "rows": rows,
     }
 
@@ -181,55 +177,86 @@ def kl_bins(kl: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
 
     Every context is in exactly one.
     """
-    order = np.argsort(np.where(mask, kl, np.inf), axis=None, kind="stable")[: mask.sum()]
-    inside = []
-    for part in np.split(order, [round(q * len(order)) for q in KL_QUANTILES[1:-1]]):
-        chosen = np.zeros(mask.size, bool)
-        chosen[part] = True
-        inside.append(chosen.reshape(mask.shape))
-    return inside
+    order = np.argsort(np.where(mask, kl, np.inf), axis=None, kind="stable")
+    rank = np.argsort(order).reshape(mask.shape)  # masked slots rank last
+    limits = [round(q * int(mask.sum())) for q in KL_QUANTILES]
+    return [(low <= rank) & (rank < high) for low, high in itertools.pairwise(limits)]
 
 
-def _position_edges(place: np.ndarray, mask: np.ndarray) -> list[tuple[int, int]]:
-    """Return first and last position of each bucket of completion tokens, counted from 0."""
-    longest = int(place[mask].max()) + 1
+def _position_buckets(states: States) -> list[tuple[dict[str, int], np.ndarray]]:
+    """Return (first and last position, mask) of buckets of completion tokens, counted from 0."""
+    place = np.asarray(rank_in_sequence(states.batch.mask, states.batch.segment_ids))
+    longest = int(place[states.mask].max()) + 1
     width = -(-longest // _NUM_BUCKETS)
-    return [(start, min(start + width, longest) - 1) for start in range(0, longest, width)]
+    edges = [(low, min(low + width, longest) - 1) for low in range(0, longest, width)]
+    inside = lambda low, high: (place >= low) & (place <= high) & states.mask
+    return [({"first": low, "last": high}, inside(low, high)) for low, high in edges]
 
 
-def _describe(
-    kl: np.ndarray, inside: np.ndarray, variance: np.ndarray, mask: np.ndarray
-) -> dict[str, float]:
-    """Return the size of a bin and its shares of the KL and the variance of all contexts."""
-    total = lambda x, where: float(np.sum(x[where], dtype=np.float64))
-    return {
-        "contexts": int(inside.sum()),
-        "kl_mean": total(kl, inside) / max(int(inside.sum()), 1),
-        "kl_share": total(kl, inside) / total(kl, mask),
-        "variance_share": total(variance, inside) / total(variance, mask),
-    }
+def _variance_ratio(states: States, ours: np.ndarray, plain: np.ndarray, inside: np.ndarray):
+    rows = (np.where(inside, x, 0).sum(axis=1, dtype=np.float64) for x in (ours, plain))
+    per_prompt = (x.reshape(-1, states.num_generations).sum(axis=1) for x in rows)
+    return ratio_with_interval(*per_prompt)
 
 
-def _compare(ours: np.ndarray, plain: np.ndarray, num_generations: int, inside: np.ndarray):
-    def per_prompt(x: np.ndarray) -> np.ndarray:
-        rows = np.where(inside, x, 0).sum(axis=1, dtype=np.float64)
-        return rows.reshape(-1, num_generations).sum(axis=1)
+def audit_costs(
+    states: States, recipes: list[Subject], progress: Progress = iter
+) -> dict[str, Any]:
+    """Return seconds and bytes a token of each recipe's pass over the vocabulary.
 
-    return ratio_with_interval(per_prompt(ours), per_prompt(plain))
-
-
-def ratio_with_interval(
-    ours: np.ndarray, plain: np.ndarray
-) -> tuple[float | None, float | None, float | None]:
-    """Return (sum of ours / sum of plain, low, high) from values per prompt.
-
-    `low` and `high` bound the 95 % bootstrap interval; prompts are resampled together for both.
-    All are None if `plain` sums to 0.
+    The pass goes from hidden states to the loss and its gradients for hidden states and head; all
+    recipes share the layers of both models. It includes the teacher's log-probs that a recipe
+    reads, even where training would reuse them. Measured on the rows of one micro-batch: the median
+    of alternating runs, and the temporary memory of the program (None if XLA does not report it).
     """
-    if not plain.sum():
-        return None, None, None
-    chosen = np.random.default_rng(0).integers(0, len(ours), (_RESAMPLES, len(ours)))
-    below = plain[chosen].sum(axis=1)
-    ratios = ours[chosen].sum(axis=1)[below > 0] / below[below > 0]
-    low, high = np.quantile(ratios, (0.025, 0.975))
-    return float(ours.sum() / plain.sum()), float(low), float(high)
+    num_tokens, runs, rows = int(states.mask[: states.rows_at_once].sum()), {}, {}
+    seconds: dict[str, list[float]] = {each.name: [] for each in recipes}
+    # The first run of each compiles and is not timed.
+    for turn, each in progress(list(itertools.product(range(_REPEATS + 1), recipes))):
+        if turn == 0:
+            compiled, operands = _compile(states, each)
+            memory = compiled.memory_analysis()
+            num_bytes = None if memory is None else memory.temp_size_in_bytes / num_tokens
+            rows[each.name] = {"bytes_per_token": num_bytes}
+            runs[each.name] = partial(compiled, *operands)
+        start = time.perf_counter()
+        jax.block_until_ready(runs[each.name]())
+        if turn > 0:
+            seconds[each.name].append(time.perf_counter() - start)
+    for name, row in rows.items():
+        row["seconds_per_token"] = statistics.median(seconds[name]) / num_tokens
+    return rows
+
+
+def _compile(states: States, each: Subject):
+    """Return (the compiled pass with its gradients, its operands)."""
+    tile, extra = states.spec.estimator.tile, each.num_draws - 1
+    estimator = bind(each.recipe, each.options, tile=tile)
+    spec = dataclasses.replace(states.spec, estimator=estimator)
+    uniforms = states.inputs.row.uniforms[:, :, :extra] if extra else None
+    row = dataclasses.replace(states.inputs.row, uniforms=uniforms)
+    batch = dataclasses.replace(states.batch, teacher=None, uniforms=None)
+    first = partial(jax.tree.map, lambda x: x[: states.rows_at_once])
+    (teacher_hidden, teacher_head), head = states.inputs.teacher, states.inputs.head
+
+    def gradients(hidden, head, row, teacher, batch):
+        weights, found = batch.mask / jnp.sum(batch.mask), {}
+        if estimator.teacher == "token":
+            found["teacher_logprobs"] = token_logprobs(*teacher, batch, tile=tile)
+        if estimator.teacher == "top_k":
+            top = top_logprobs(*teacher, batch, top_k=estimator.top_k, tile=tile)
+            found["teacher_top_ids"] = top.teacher_top_ids
+            found["teacher_top_logprobs"] = top.teacher_top_logprobs
+        row = dataclasses.replace(row, **found)
+        read = teacher if estimator.teacher == "vocabulary" else None
+
+        def loss(hidden, head):
+            inputs = VocabularyInputs(hidden, head, row, read)
+            token_loss = estimator.token_loss
+            return vocabulary_loss(inputs, batch, weights, spec, token_loss=token_loss)[0]
+
+        return jax.grad(loss, argnums=(0, 1))(hidden, head)
+
+    teacher = first(teacher_hidden), teacher_head
+    operands = first(states.inputs.hidden), head, first(row), teacher, first(batch)
+    return jax.jit(gradients).lower(*operands).compile(), operands

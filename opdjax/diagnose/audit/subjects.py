@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from opdjax.config.recipes import PLAIN, RECIPES, Recipe
-from opdjax.config.validation import ConfigError
+from opdjax.config.validation import ConfigError, require
 from opdjax.estimators import bind, coupling
 from opdjax.estimators.opd import REWARD_OPTIONS, sampled_reward
 from opdjax.estimators.opd import advantages as advantages_of
 from opdjax.estimators.pitfalls import PITFALLS, Pitfall
 from opdjax.ops.tile import VocabTile
+
+# Options that need what the audit of a pair lacks: task rewards, data of another policy.
+_REFUSED_OPTIONS = ("task_reward_coef", "importance")
+_OFF = (0, "none", None)
+
+Progress = Callable[[Sequence[Any]], Iterable[Any]]  # yields the items and shows how many are left
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,16 +31,12 @@ class Subject:
     name: str
     recipe: str | None = None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    is_own: bool = dataclasses.field(default=False, compare=False)  # the config's own recipe
 
     @property
     def pitfall(self) -> Pitfall | None:
         """The pitfall; None for a recipe."""
         return PITFALLS[self.name] if self.recipe is None else None
-
-    @property
-    def is_sampled(self) -> bool:
-        """Whether its gradient depends on the sampled token."""
-        return self.row is None or self.row.is_policy_gradient or self._cross_entropy > 0
 
     @property
     def row(self) -> Recipe | None:
@@ -46,10 +48,20 @@ class Subject:
         return self.row.cross_entropy_weight(self.options)
 
     @property
+    def is_sampled(self) -> bool:
+        """Whether its gradient depends on the sampled token."""
+        return self.row is None or self.row.is_policy_gradient or self._cross_entropy > 0
+
+    @property
     def is_coupled(self) -> bool:
         """Whether a token's loss depends on other contexts, apart from a batch's mean reward."""
         options = {name: value for name, value in self.options.items() if name != "baseline"}
         return coupling.is_coupled(options)
+
+    @property
+    def is_on_policy(self) -> bool:
+        """Whether the student may sample its tokens; else the teacher does."""
+        return self.row is None or "student" in self.row.completions
 
     @property
     def num_draws(self) -> int:
@@ -61,18 +73,31 @@ class Subject:
         """The KL whose gradient it should have: `reverse`, `forward`, or `own` for neither."""
         return "reverse" if self.row is None else self.row.advertised(self.options)
 
+    @property
+    def definition(self) -> tuple[str, dict[str, Any]]:
+        """Recipe and options with the defaults filled in: equal estimators have equal ones."""
+        if self.row is None:
+            return self.name, self.options
+        options = self.row.with_defaults(self.options).items()
+        return self.recipe, {name: value for name, value in options if value not in _OFF}
+
+    def with_one_draw(self) -> Subject:
+        """Return the subject without extra draws."""
+        options = {name: v for name, v in self.options.items() if name != "extra_draws"}
+        return dataclasses.replace(self, options=options)
+
     def token_loss(self) -> Callable:
         """Return `token_loss(student, teacher, row) -> (loss, outputs)`."""
         if self.recipe is None:
             return self.pitfall.token_loss
         return bind(self.recipe, self.options).token_loss
 
-    def unsampled_loss(self) -> Callable | None:
-        """Return the part of the loss that does not depend on the sampled token; None if empty."""
+    def unsampled_loss(self) -> Callable:
+        """Return the part of the loss that does not depend on the sampled token."""
         if not self.is_sampled:
             return self.token_loss()
         if self.row is None or self.row.cross_entropy is not None or self._cross_entropy == 1:
-            return None
+            return lambda student, teacher, row: (jnp.zeros_like(student.logsumexp), {})
         divergence = subject(self.recipe, **(self.options | {"kd_weight": 1.0})).token_loss()
         weight = 1 - self._cross_entropy
         return lambda student, teacher, row: (weight * divergence(student, teacher, row)[0], {})
@@ -92,15 +117,14 @@ class Subject:
         baseline = self.row.with_defaults(self.options).get("baseline")
         if baseline == "batch_mean":
             return sampled_reward(teacher.logprobs, student.logprobs, **reward) - mean_reward
-        top_k = {name: v for name, v in self.options.items() if name == "baseline_top_k"}
+        top_k = {name: v for name, v in self.options.items() if name == "support_top_k"}
         return advantages_of(student, teacher, baseline=baseline, **top_k, **reward)
 
     def drawn_from(self, student: VocabTile, teacher: VocabTile) -> VocabTile:
         """Return the distribution that its tokens are sampled from."""
         if self.recipe is None and self.pitfall.drawn_from is not None:
             return self.pitfall.drawn_from(student)
-        is_own = self.row is None or "student" in self.row.completions
-        return student if is_own else teacher
+        return student if self.is_on_policy else teacher
 
 
 def subject(recipe: str, **options: Any) -> Subject:
@@ -116,19 +140,6 @@ _PITFALLS = [Subject(name) for name, pitfall in PITFALLS.items() if pitfall.toke
 # Options that couple the tokens of a sequence: a single context does not define their gradient.
 COUPLED = tuple(each for each in _AUDITED if each.is_coupled)
 DEFAULT = (*(each for each in _AUDITED if not each.is_coupled), *_PITFALLS)
-
-
-# Options that need what the audit of a pair lacks: task rewards, data of another policy.
-_REFUSED_OPTIONS = ("task_reward_coef", "importance")
-_OFF = (0, "none", None)
-
-
-def _with_defaults(each: Subject) -> tuple[str | None, dict[str, Any]]:
-    """Return recipe and options with the defaults filled in, so that equal estimators are equal."""
-    if each.recipe is None:
-        return each.name, each.options
-    options = RECIPES[each.recipe].with_defaults(each.options).items()
-    return each.recipe, {name: value for name, value in options if value not in _OFF}
 
 
 def choose(
@@ -147,21 +158,19 @@ def choose(
     chosen = [each for each in subjects if names is None or (each.recipe or each.name) in names]
     if recipe is not None:
         own = _own_subject(recipe, options or {})
-        own = plain if _with_defaults(own) == _with_defaults(plain) else own
-        chosen = [own, *(x for x in chosen if _with_defaults(x) != _with_defaults(own))]
+        own = plain if own.definition == plain.definition else own
+        others = (each for each in chosen if each.definition != own.definition)
+        chosen = [dataclasses.replace(own, is_own=True), *others]
     return chosen if plain in chosen else [*chosen, plain]
 
 
 def _own_subject(recipe: str, options: dict[str, Any]) -> Subject:
-    if RECIPES[recipe].is_rewarded:
-        raise ConfigError(
-            f"estimator.recipe is {recipe!r}; expected one that a teacher supervises: the audit of "
-            f"a pair has no rewards. opdjax audit --explain {recipe} describes it"
-        )
+    expected = "one that a teacher supervises: the audit of a pair has no rewards."
+    expected += f" opdjax audit --explain {recipe} describes it"
+    require(not RECIPES[recipe].is_rewarded, "estimator.recipe", recipe, expected)
+    expected = "none: the audit of a pair has neither task rewards nor stale data"
+    expected += " (its tree measures importance corrections)"
     for name in _REFUSED_OPTIONS:
-        if options.get(name) not in _OFF:
-            raise ConfigError(
-                f"estimator.{name} is {options[name]!r}; expected none: the audit of a pair has "
-                "neither task rewards nor stale data (its tree measures importance corrections)"
-            )
+        value = options.get(name)
+        require(value in _OFF, f"estimator.{name}", value, expected)
     return subject(recipe, **options)

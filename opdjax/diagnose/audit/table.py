@@ -2,121 +2,125 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
+
+_EXACTNESS = ["", "bias, reverse", "forward", "cosine, reverse", "forward"]
+_EXACTNESS += ["noise / signal", "variance / opd", "worse than opd"]
+_GRADIENT = ["", "signal", "noise", "of prompts", "of trajectories", "of actions"]
+_GRADIENT += ["signal / noise", "noise / opd", "actions / opd (95 %)"]
 
 
 def text(document: dict[str, Any]) -> str:
-    """Return the tables: random contexts, tree, pair, its gradients, pitfalls of a batch."""
-    parts = [
-        _vocabulary(document),
-        _tree(document["tree"]),
-        _contexts(document),
-        _positions(document),
-    ]
-    if "gradients" in document:
-        parts += [_gradients(document), _bins(document)]
-    return "\n\n".join([*parts, _batches(document["batch_pitfalls"])])
+    """Return the tables of the measured parts, and the names of the unfinished ones.
+
+    The config's own recipe has a row in each table of estimators; its cells are empty where a
+    single context does not define its gradient.
+    """
+    parts = {
+        "vocabulary": (_vocabulary,),
+        "tree": (_tree,),
+        "contexts": (_contexts, _positions),
+        "gradients": (_gradients, _bins),
+        "batch_pitfalls": (_batches,),
+    }
+    tables = [table(document) for name in parts if name in document for table in parts[name]]
+    if unfinished := document.get("unfinished"):
+        tables.append(f"not measured yet: {', '.join(unfinished)}")
+    return "\n\n".join(tables)
 
 
 def _vocabulary(document) -> str:
     found = document["vocabulary"]
-    size = f"{found['num_contexts']} random contexts, V = {found['vocab']}"
-    title = f"{size}, float64, every token enumerated (logit space)"
-    return _exactness(title, document, found["rows"])
+    title = f"{found['num_contexts']} random contexts, V = {found['vocab']}, float64, every token"
+    title += " enumerated (logit space)"
+    rows, names = found["rows"], _with_own(document, found["rows"])
+    return columns(_EXACTNESS, [_exactness(document, name, rows) for name in names], title)
 
 
 def _contexts(document) -> str:
-    found = document["contexts"]
+    found, costs = document["contexts"], document.get("costs", {})
     pair = f"{document['student']}, teacher {document['teacher']}"
     title = f"{found['num_contexts']} contexts of {pair}, mean KL {found['kl_mean']:.3g} nats"
     title += " (logit space, every token in closed form)"
-    return _exactness(title, document, found["rows"], document["costs"])
-
-
-def _exactness(title: str, document, rows, costs=None) -> str:
-    header = ["", "bias, reverse", "forward", "cosine, reverse", "forward"]
-    header += ["noise / signal", "variance / opd", "worse than opd"]
-    header += ["loss: us a token", "kB a token"] if costs is not None else []
     lines = []
-    for name, row in rows.items():
-        noise = row["noise_to_signal"] if row["variance_ratio"] > 1e-9 else 0
-        cells = [_mark(document, name), *(_small(row["bias"][d]) for d in ("reverse", "forward"))]
-        cells += [_number(row["cosine"][d], "none") for d in ("reverse", "forward")]
-        cells += [_number(noise, "no signal"), _ratio(row), f"{100 * row['worse']:.1f} %"]
-        if costs is not None:
-            cost = costs.get(name, {})
-            cells.append(_number(cost.get("seconds_per_token"), scale=1e6))
-            cells.append(_number(cost.get("bytes_per_token"), scale=1e-3))
-        lines.append(cells)
-    return title + "\n" + columns(header, lines)
+    for name in _with_own(document, found["rows"]):
+        cost = costs.get(name, {})
+        seconds = _number(cost.get("seconds_per_token"), scale=1e6)
+        num_bytes = _number(cost.get("bytes_per_token"), scale=1e-3)
+        lines.append([*_exactness(document, name, found["rows"]), seconds, num_bytes])
+    more = ["loss: us a token", "kB a token"] if costs else []
+    return columns([*_EXACTNESS, *more], lines, title)
 
 
-def _tree(found) -> str:
+def _exactness(document, name: str, rows) -> list[str]:
+    if name not in rows:
+        return [name, *[""] * (len(_EXACTNESS) - 1)]
+    row, ratio = rows[name], rows[name]["variance_ratio"]
+    interval = row.get("variance_ratio_interval")
+    return [
+        _mark(document, name),
+        *(_small(row["bias"][direction]) for direction in ("reverse", "forward")),
+        *(_number(row["cosine"][direction], "none") for direction in ("reverse", "forward")),
+        _number(row["noise_to_signal"] if ratio > 1e-9 else 0, "no signal"),
+        _interval([ratio, *interval]) if interval else _number(ratio),
+        f"{100 * row['worse']:.1f} %",
+    ]
+
+
+def _tree(document) -> str:
+    found = document["tree"]
     title = f"a tree of all sequences (V = {found['vocab']}, T = {found['length']})"
     title += ", float64: relative bias of the expected gradient"
     header = ["", "contexts held fixed", "sequence KL", "of the baseline", "variance / signal^2"]
-    rows = [
-        [
-            row["title"],
-            *(_small(row[name]) for name in ("frozen", "sequence", "baseline")),
-            _number(row["variance"]),
-        ]
-        for row in found["rows"]
-    ]
-    return title + "\n" + columns(header, rows)
-
-
-_GRADIENT_COLUMNS = {
-    "signal": "signal",
-    "noise": "noise",
-    "prompt": "of prompts",
-    "trajectory": "of trajectories",
-    "action": "of actions",
-    "signal_to_noise": "signal / noise",
-    "noise_ratio": "noise / opd",
-}
+    biases = lambda row: (_small(row[name]) for name in ("frozen", "sequence", "baseline"))
+    rows = [[row["title"], *biases(row), _number(row["variance"])] for row in found["rows"]]
+    return columns(header, rows, title)
 
 
 def _gradients(document) -> str:
     found = document["gradients"]
     title = f"gradient of one rollout, all parameters; signal / noise of {found['batch']} rollouts"
-    header = ["", *_GRADIENT_COLUMNS.values(), "actions / opd (95 %)"]
-    rows = [
+    keys = ("signal", "noise", "prompt", "trajectory", "action", "signal_to_noise", "noise_ratio")
+    numbers = lambda row: (_number(row[key]) for key in keys)
+    return columns(
+        _GRADIENT,
         [
-            _mark(document, name),
-            *(_number(row[key]) for key in _GRADIENT_COLUMNS),
-            _interval(row.get("action_ratio")),
-        ]
-        for name, row in found["rows"].items()
-    ]
-    return title + "\n" + columns(header, rows)
-
-
-def _bins(document) -> str:
-    """Variances of the baselines relative to `opd`, by the KL of the context."""
-    contexts, parameters = document["contexts"], document["gradients"]["by_kl"]
-    ranges = (f"{100 * b['from']:g} to {100 * b['to']:g} %" for b in contexts["bins"])
-    shares = (_number(share, scale=100) + " %" for share in parameters["variance_share"])
-    rows = [*_shares(contexts["bins"]), ["opd: share of its variance, parameters", *shares]]
-    for name, ratios in parameters["rows"].items():
-        in_logits = (_number(cell[0]) for cell in contexts["rows"][name]["by_kl"])
-        limits = ("" if c[0] is None else f"{c[1]:.2g} to {c[2]:.2g}" for c in ratios)
-        rows.append([f"{name}: variance / opd, logits", *in_logits])
-        rows.append([f"{name}: parameters", *(_number(cell[0]) for cell in ratios)])
-        rows.append(["  95 %", *limits])
-    return columns(["contexts by their KL", *ranges], rows)
+            [_mark(document, name), *numbers(row), _interval(row.get("action_ratio"))]
+            for name, row in found["rows"].items()
+        ],
+        title,
+    )
 
 
 def _positions(document) -> str:
     """Variances of the baselines relative to `opd`, by position in the completion."""
-    contexts = document["contexts"]
-    ranges = (f"{b['first']} to {b['last']}" for b in contexts["buckets"])
-    rows = _shares(contexts["buckets"])
-    for name, row in contexts["rows"].items():
-        if "baseline" in document["subjects"][name]["options"]:
-            ratios = (_number(cell[0]) for cell in row["by_position"])
-            rows.append([f"{name}: variance / opd, logits", *ratios])
+    buckets, measured = document["contexts"]["buckets"], document["contexts"]["rows"]
+    baselines = [name for name in measured if "baseline" in document["subjects"][name]["options"]]
+    names = _with_own(document, baselines)
+    rows = [*_shares(buckets), *(_logit_ratios(document, name, "by_position") for name in names)]
+    ranges = (f"{b['first']} to {b['last']}" for b in buckets)
     return columns(["contexts by position", *ranges], rows)
+
+
+def _bins(document) -> str:
+    """Variances of the baselines relative to `opd`, by the KL of the context."""
+    bins, parameters = document["contexts"]["bins"], document["gradients"]["by_kl"]
+    shares = (_number(share, scale=100) + " %" for share in parameters["variance_share"])
+    rows = [*_shares(bins), ["opd: share of its variance, parameters", *shares]]
+    for name in _with_own(document, parameters["rows"]):
+        ratios = parameters["rows"].get(name, [])
+        limits = ("" if c[0] is None else f"{c[1]:.2g} to {c[2]:.2g}" for c in ratios)
+        rows.append(_logit_ratios(document, name, "by_kl"))
+        rows.append([f"{name}: parameters", *(_number(cell[0]) for cell in ratios)])
+        rows.append(["  95 %", *limits])
+    ranges = (f"{100 * b['from']:g} to {100 * b['to']:g} %" for b in bins)
+    return columns(["contexts by their KL", *ranges], rows)
+
+
+def _logit_ratios(document, name: str, groups: str) -> list[str]:
+    cells = document["contexts"]["rows"].get(name, {}).get(groups, [])
+    return [f"{name}: variance / opd, logits", *(_number(cell[0]) for cell in cells)]
 
 
 def _shares(bins) -> list[list[str]]:
@@ -128,25 +132,27 @@ def _shares(bins) -> list[list[str]]:
     ]
 
 
-def _batches(found) -> str:
-    rows = [
-        [f"{name} (pitfall)", f"bias {row['bias']:.3g}, cosine {row['cosine']:.4f}"]
-        for name, row in found.items()
-        if "bias" in row
-    ]
+def _batches(document) -> str:
+    found = document["batch_pitfalls"]
     sums = found["bfloat16_sums"]["error_by_tokens"].items()
     errors = ", ".join(f"{float(error):+.1%} of {count} tokens" for count, error in sums)
-    rows.append(["bfloat16_sums (pitfall)", errors])
-    return "gradient of the exact KL under a batch's pitfall\n" + columns(["", ""], rows)
+    cells = {
+        name: f"bias {row['bias']:.3g}, cosine {row['cosine']:.4f}" if "bias" in row else errors
+        for name, row in found.items()
+    }
+    rows = [[f"{name} (pitfall)", cell] for name, cell in cells.items()]
+    return columns(["", ""], rows, "gradient of the exact KL under a batch's pitfall")
+
+
+def _with_own(document, names: Iterable[str]) -> list[str]:
+    """Return the names, preceded by that of the config's own recipe where it is missing."""
+    subjects = document["subjects"].items()
+    own = [name for name, each in subjects if each.get("is_own") and name not in names]
+    return [*own, *names]
 
 
 def _mark(document, name: str) -> str:
     return f"{name} (pitfall)" if document["subjects"].get(name, {}).get("is_pitfall") else name
-
-
-def _ratio(row) -> str:
-    value, interval = row["variance_ratio"], row.get("variance_ratio_interval")
-    return _interval([value, *interval]) if interval else _number(value)
 
 
 def _interval(cell) -> str:
@@ -162,13 +168,12 @@ def _small(value) -> str:
     return "" if value is None else "0" if abs(value) < 1e-5 else f"{value:.3g}"
 
 
-def columns(header: list[str], rows: list[list[str]]) -> str:
-    """Return cells in aligned columns: the first to the left, the others to the right."""
-    widths = [max(map(len, cells)) for cells in zip(header, *rows)]
-
-    def line(row: list[str]) -> str:
-        first, *others = zip(row, widths)
-        cells = [f"{first[0]:<{first[1]}}", *(f"{cell:>{width}}" for cell, width in others)]
-        return "  ".join(cells).rstrip()
-
-    return "\n".join(map(line, [header, *rows]))
+def columns(header: list[str], rows: list[list[str]], title: str | None = None) -> str:
+    """Return the title, and rows cut or filled to the header: the first column to the left."""
+    rows = [[*row, *[""] * len(header)][: len(header)] for row in [header, *rows]]
+    widths = [max(map(len, cells)) for cells in zip(*rows)]
+    lines = [] if title is None else [title]
+    for first, *others in rows:
+        cells = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:])]
+        lines.append("  ".join([f"{first:<{widths[0]}}", *cells]).rstrip())
+    return "\n".join(lines)

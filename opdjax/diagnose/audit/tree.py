@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opdjax.config.recipes import EXACT, PLAIN, WITH_BASELINE
-from opdjax.diagnose.audit.subjects import Subject, subject
+from opdjax.diagnose.audit.subjects import Progress, Subject, subject
 from opdjax.estimators import bind
 from opdjax.estimators.losses import AGGREGATIONS, aggregation_weights, count_denominators
 from opdjax.ops.tile import VocabTile
@@ -30,100 +31,27 @@ SEQUENCES = [(*prefix, END) for prefix in PREFIXES] + [
 ]
 
 
-def _encode(tokens):
-    """Return (tokens, mask, number of the prefix before each token), each `[T + 1]`.
-
-    Column 0 is the prompt.
-    """
-    shape = LENGTH + 1
-    row, mask, before = np.zeros(shape, int), np.zeros(shape, bool), np.zeros(shape, int)
-    for t, token in enumerate(tokens):
-        row[t + 1], mask[t + 1], before[t + 1] = token, True, PREFIXES.index(tokens[:t])
-    return row, mask, before
+def _rows(of_sequence) -> np.ndarray:
+    """Return one number for each token of each sequence, `[S, T + 1]`; column 0 is the prompt."""
+    padded = lambda values: [0, *values, *[0] * (LENGTH - len(values))]
+    return np.array([padded(of_sequence(sequence)) for sequence in SEQUENCES])
 
 
-_ENCODED = [np.stack(parts) for parts in zip(*map(_encode, SEQUENCES))]
-
-
-def sequence_logprobs(table) -> jax.Array:
-    """Return the log-probability of every sequence under a table `[C, V]`, in nats."""
-    logprobs = jax.nn.log_softmax(table, axis=-1)
-    return jnp.stack(
-        [sum(logprobs[PREFIXES.index(s[:t]), y] for t, y in enumerate(s)) for s in SEQUENCES]
-    )
-
-
-def gradient_of(subject: Subject, student, teacher, behavior, rows, aggregation: str):
-    """Return the gradient `[C, V]` of the subject's loss on a batch of sequences.
-
-    `rows`: the numbers of the sequences, sampled from the table `behavior`.
-    """
-    tokens, mask, before = (jnp.asarray(x)[rows] for x in _ENCODED)
-    segments = jnp.ones_like(tokens)
-    denominators = count_denominators(mask, segments, LENGTH)
-    weights = aggregation_weights(mask, segments, aggregation, denominators)
-    estimator = bind(subject.recipe, subject.options)
-    at = lambda table: VocabTile(table[before.reshape(-1)])
-    flat = lambda tree: jax.tree.map(lambda x: x.reshape(-1), tree)
-    logprobs = at(behavior).logprob(tokens.reshape(-1)).reshape(tokens.shape)
-    columns = TokenInputs(tokens, behavior_logprobs=logprobs)
-    if estimator.is_coupled:
-        stats = estimator.token_stats(at(student), at(teacher), flat(columns))
-        stats = jax.tree.map(lambda x: x.reshape(tokens.shape), stats)
-        columns = estimator.prepare(columns, stats, mask, segments)
-
-    def loss(table):
-        losses, _ = estimator.token_loss(at(table), at(teacher), flat(columns))
-        return jnp.sum(weights.reshape(-1) * losses)
-
-    return jax.grad(loss)(student)
-
-
-def exact_gradients(student, teacher) -> dict[str, jax.Array]:
-    """Return two exact gradients `[C, V]`.
-
-    `frozen`: of sum_t KL_t with the distribution of contexts held fixed. `sequence`: of the KL of
-    whole sequences.
-    """
-    probs = np.exp(sequence_logprobs(student))
-    passes_through = lambda sequence, prefix: sequence[: len(prefix)] == prefix != sequence
-    visits = np.array(
-        [sum(p for p, s in zip(probs, SEQUENCES) if passes_through(s, c)) for c in PREFIXES]
-    )
-
-    def frozen(table):
-        p, q = jax.nn.log_softmax(table, axis=-1), jax.nn.log_softmax(teacher, axis=-1)
-        return jnp.sum(visits * jnp.sum(jnp.exp(p) * (p - q), axis=-1))
-
-    def whole(table):
-        p = sequence_logprobs(table)
-        return jnp.sum(jnp.exp(p) * (p - sequence_logprobs(teacher)))
-
-    gradients = {"frozen": jax.grad(frozen)(student), "sequence": jax.grad(whole)(student)}
-    return {name: gradient / LENGTH for name, gradient in gradients.items()}
-
-
-def expected(
-    subject: Subject,
-    student,
-    teacher,
-    behavior,
-    *,
-    num_rows: int = 1,
-    aggregation: str = "fixed_denominator",
-):
-    """Return (expected gradient [C, V], its variance summed over parameters).
-
-    The expectation is over all batches of `num_rows` sequences.
-    """
-    batches = jnp.array(list(itertools.product(range(len(SEQUENCES)), repeat=num_rows)))
-    logprobs = sequence_logprobs(behavior)
-    probs = jnp.exp(jnp.sum(logprobs[batches], axis=1))
-    gradients = jax.vmap(
-        lambda rows: gradient_of(subject, student, teacher, behavior, rows, aggregation)
-    )(batches)
-    mean = jnp.einsum("n,ncv->cv", probs, gradients)
-    return mean, jnp.einsum("n,ncv->", probs, jnp.square(gradients - mean))
+_TOKENS, _MASK = _rows(list), _rows(lambda sequence: [1] * len(sequence)).astype(bool)
+_BEFORE = _rows(lambda s: [PREFIXES.index(s[:t]) for t in range(len(s))])  # prefix of each token
+_NO_CAP = {"importance": "prefix_truncate", "importance_cap": 1e6}
+_CORRECTIONS = {
+    "no correction": {},
+    "token_truncate 1.2": {"importance": "token_truncate", "importance_cap": 1.2},
+    "token_mask 0.5 to 1.2": {"importance": "token_mask", "importance_cap": 1.2},
+    "ppo_clip": {"importance": "ppo_clip"},
+    "prefix_truncate 2": {"importance": "prefix_truncate"},
+    "prefix ratio, no cap": _NO_CAP,
+    "sequence_mask 3": {"importance": "sequence_mask"},
+    "sequence ratio, no cap": {"importance": "sequence_mask", "importance_cap": 1e6},
+}
+_PLAIN, _BASELINE, _EXACT = subject(PLAIN), subject(WITH_BASELINE, baseline="full"), subject(EXACT)
+_EXPECTED = {"discount": 1.0, "return_to_go": "expected"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,24 +62,10 @@ class TreeCase:
     subject: Subject
     num_rows: int = 1
     aggregation: str = "fixed_denominator"
-    is_stale: bool = False  # the data was sampled by another table
+    sampled_from: str = "student"  # the table: student, teacher or stale
 
 
-_CAP = 1.2
-_NO_CAP = {"importance": "prefix_truncate", "importance_cap": 1e6}
-_CORRECTIONS = {
-    "no correction": {},
-    f"token_truncate {_CAP}": {"importance": "token_truncate", "importance_cap": _CAP},
-    f"token_mask 0.5 to {_CAP}": {"importance": "token_mask", "importance_cap": _CAP},
-    "ppo_clip": {"importance": "ppo_clip"},
-    "prefix_truncate 2": {"importance": "prefix_truncate"},
-    "prefix ratio, no cap": _NO_CAP,
-    "sequence_mask 3": {"importance": "sequence_mask"},
-    "sequence ratio, no cap": {"importance": "sequence_mask", "importance_cap": 1e6},
-}
-_ALSO_WITH_BASELINE = tuple(_CORRECTIONS)[:3]
-_PLAIN, _BASELINE, _EXACT = subject(PLAIN), subject(WITH_BASELINE, baseline="full"), subject(EXACT)
-_EXPECTED = {"discount": 1.0, "return_to_go": "expected"}
+_stale = partial(TreeCase, sampled_from="stale")
 CASES = (
     TreeCase("token-level credit", _PLAIN),
     TreeCase("baseline full", _BASELINE),
@@ -163,55 +77,48 @@ CASES = (
     TreeCase("two rows, baseline batch_mean", subject(WITH_BASELINE, baseline="batch_mean"), 2),
     *(TreeCase(f"two rows, {kind}", _PLAIN, 2, kind) for kind in AGGREGATIONS),
     *(TreeCase(f"two rows, {kind}, baseline full", _BASELINE, 2, kind) for kind in AGGREGATIONS),
+    *(_stale(f"stale, {name}", subject(PLAIN, **how)) for name, how in _CORRECTIONS.items()),
     *(
-        TreeCase(f"stale, {name}", subject(PLAIN, **options), is_stale=True)
-        for name, options in _CORRECTIONS.items()
+        _stale(f"stale, {name}, baseline full", subject(WITH_BASELINE, **_CORRECTIONS[name]))
+        for name in list(_CORRECTIONS)[:3]
     ),
-    *(
-        TreeCase(
-            f"stale, {name}, baseline full",
-            subject(WITH_BASELINE, **_CORRECTIONS[name]),
-            is_stale=True,
-        )
-        for name in _ALSO_WITH_BASELINE
-    ),
-    TreeCase("stale, exact KL, no correction", _EXACT, is_stale=True),
-    TreeCase("stale, exact KL, prefix ratio, no cap", subject(EXACT, **_NO_CAP), is_stale=True),
+    _stale("stale, exact KL, no correction", _EXACT),
+    _stale("stale, exact KL, prefix ratio, no cap", subject(EXACT, **_NO_CAP)),
 )
 
 
-def audit_tree(*, seed: int = 0) -> dict[str, Any]:
+def own_case(own: Subject, aggregation: str) -> TreeCase:
+    """Return the case of the config's own recipe: two rows, its aggregation, one draw a context."""
+    title = f"two rows, {aggregation}, {own.name}" + ", one draw" * (own.num_draws > 1)
+    sampled_from = "student" if own.is_on_policy else "teacher"
+    return TreeCase(title, own.with_one_draw(), 2, aggregation, sampled_from)
+
+
+def audit_tree(
+    more: Sequence[TreeCase] = (), *, seed: int = 0, progress: Progress = iter
+) -> dict[str, Any]:
     """Return each case's relative bias, and its variance over the squared norm of its expectation.
 
-    `frozen`: bias against the gradient with the distribution of contexts held fixed; `sequence`:
-    against that of the sequence KL. A mean over a batch divides by the sampled lengths, so its
-    gradient has another scale: there the scale is fitted, and the bias measures the direction.
-    `baseline`: the relative change of the expectation through the baseline; None without one.
+    `frozen`: bias against the gradient of sum_t KL_t with the distribution of contexts held fixed;
+    `sequence`: against that of the KL of whole sequences. A mean over a batch divides by the
+    sampled lengths, so its gradient has another scale: there the scale is fitted, and the bias
+    measures the direction. `baseline`: the relative change of the expectation through the baseline;
+    None without one.
     """
     with jax.enable_x64(True):
         rng = np.random.default_rng(seed)
-        tables = rng.normal(size=(3, len(PREFIXES), 3))
-        student, teacher, step = map(jnp.asarray, tables)
-        stale = student + 0.5 * step  # the table that sampled the stale data
-        exact, rows, means = exact_gradients(student, teacher), [], {}
-        for case in CASES:
-            run = jax.jit(
-                partial(
-                    expected, case.subject, num_rows=case.num_rows, aggregation=case.aggregation
-                )
-            )
-            mean, variance = run(student, teacher, stale if case.is_stale else student)
+        student, teacher, step = map(jnp.asarray, rng.normal(size=(3, len(PREFIXES), 3)))
+        tables = {"student": student, "teacher": teacher, "stale": student + 0.5 * step}
+        exact, rows, means = _exact_gradients(student, teacher), [], {}
+        for case in progress([*CASES, *more]):
+            mean, variance = jax.jit(partial(_expected, case))(tables)
             is_fitted = case.num_rows > 1 and case.aggregation != "fixed_denominator"
-            means[case.title] = mean
-            plain = means.get(case.title.removesuffix(", baseline full"))
-            has_plain = plain is not None and plain is not mean
-            row = {
-                "title": case.title,
-                "name": case.subject.name,
-                "variance": float(variance / jnp.vdot(mean, mean)),
-            }
+            row = {"title": case.title, "name": case.subject.name}
+            row["variance"] = float(variance / jnp.vdot(mean, mean))
             row |= {name: _misfit(mean, gradient, is_fitted) for name, gradient in exact.items()}
-            row["baseline"] = _misfit(mean, plain, False) if has_plain else None
+            plain = means.get(case.title.removesuffix(", baseline full"))
+            row["baseline"] = None if plain is None else _misfit(mean, plain, False)
+            means[case.title] = mean
             rows.append(row)
     return {"seed": seed, "vocab": 3, "length": LENGTH, "rows": rows}
 
@@ -219,3 +126,59 @@ def audit_tree(*, seed: int = 0) -> dict[str, Any]:
 def _misfit(mean, exact, is_fitted: bool) -> float:
     scale = jnp.maximum(jnp.vdot(mean, exact) / jnp.vdot(mean, mean), 0) if is_fitted else 1.0
     return float(jnp.linalg.norm(scale * mean - exact) / jnp.linalg.norm(exact))
+
+
+def _sequence_logprobs(table) -> jax.Array:
+    """Return the log-probability of every sequence under a table `[C, V]`, in nats."""
+    logprobs = jax.nn.log_softmax(table, axis=-1)[_BEFORE, _TOKENS]
+    return jnp.sum(jnp.where(_MASK, logprobs, 0), axis=1)
+
+
+def _exact_gradients(student, teacher) -> dict[str, jax.Array]:
+    """Return two exact gradients `[C, V]`: `frozen` and `sequence` of `audit_tree`."""
+    probs = np.exp(_sequence_logprobs(student))
+    visits = np.bincount(_BEFORE[_MASK], (probs[:, None] * _MASK)[_MASK])
+
+    def frozen(table):
+        p, q = jax.nn.log_softmax(table, axis=-1), jax.nn.log_softmax(teacher, axis=-1)
+        return jnp.sum(visits * jnp.sum(jnp.exp(p) * (p - q), axis=-1))
+
+    def sequence(table):
+        p = _sequence_logprobs(table)
+        return jnp.sum(jnp.exp(p) * (p - _sequence_logprobs(teacher)))
+
+    return {of.__name__: jax.grad(of)(student) / LENGTH for of in (frozen, sequence)}
+
+
+def _expected(case: TreeCase, tables: dict[str, jax.Array]):
+    """Return (expected gradient `[C, V]` over all batches, its variance summed over parameters)."""
+    batches = jnp.array(list(itertools.product(range(len(SEQUENCES)), repeat=case.num_rows)))
+    logprobs = _sequence_logprobs(tables[case.sampled_from])
+    probs = jnp.exp(jnp.sum(logprobs[batches], axis=1))
+    gradients = jax.vmap(partial(_gradient, case, tables))(batches)
+    mean = jnp.einsum("n,ncv->cv", probs, gradients)
+    return mean, jnp.einsum("n,ncv->", probs, jnp.square(gradients - mean))
+
+
+def _gradient(case: TreeCase, tables: dict[str, jax.Array], rows):
+    """Return the gradient `[C, V]` of the case's loss on the sequences with these numbers."""
+    tokens, mask, before = (jnp.asarray(x)[rows] for x in (_TOKENS, _MASK, _BEFORE))
+    segments = jnp.ones_like(tokens)
+    denominators = count_denominators(mask, segments, LENGTH)
+    weights = aggregation_weights(mask, segments, case.aggregation, denominators)
+    estimator = bind(case.subject.recipe, case.subject.options)
+    at = lambda table: VocabTile(table[before.reshape(-1)])
+    flat = lambda tree: jax.tree.map(lambda x: x.reshape(-1), tree)
+    student, teacher = tables["student"], at(tables["teacher"])
+    logprobs = at(tables[case.sampled_from]).logprob(tokens.reshape(-1)).reshape(tokens.shape)
+    columns = TokenInputs(tokens, behavior_logprobs=logprobs)
+    if estimator.is_coupled:
+        stats = estimator.token_stats(at(student), teacher, flat(columns))
+        stats = jax.tree.map(lambda x: x.reshape(tokens.shape), stats)
+        columns = estimator.prepare(columns, stats, mask, segments)
+
+    def loss(table):
+        losses, _ = estimator.token_loss(at(table), teacher, flat(columns))
+        return jnp.sum(weights.reshape(-1) * losses)
+
+    return jax.grad(loss)(student)

@@ -25,10 +25,11 @@ from opdjax.engine.scheduling import Assignments, block_size, num_slots
 from opdjax.engine.scorer import score
 from opdjax.engine.update import init_state, make_optimizer, make_update, spec_of
 from opdjax.models.decoder import head_of
-from opdjax.models.partitioning import shardings_of
+from opdjax.models.partitioning import WEIGHT_AXES, shardings_of
 from opdjax.ops.sharding import abstract_like, make_mesh, replicated
+from opdjax.ops.vocab import TILE
 
-_SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "kv_dtype")
+_SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "kv_dtype")
 
 
 class NoCompilerError(RuntimeError):
@@ -108,9 +109,9 @@ def lower_update(workload: Workload) -> jax.stages.Lowered:
     config, mesh = workload.config, workload.layout
     spec = spec_of(config, workload.student, workload.dtype, None, mesh)
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
-    params = workload.trained("float32", spec.split_over)
+    params = workload.trained("float32", WEIGHT_AXES)
     state = jax.eval_shape(partial(init_state, optimizer=optimizer), params)
-    state = abstract_like(state, shardings_of(state, mesh, spec.split_over))
+    state = abstract_like(state, shardings_of(state, mesh, WEIGHT_AXES))
     head = head_of(workload.scoring) if workload.needs == "vocabulary" else None
     update = make_update(spec, config.optimizer, config.train.num_steps)
     return update.lower(state, workload.scored_batch(), head, workload.frozen)
@@ -125,7 +126,7 @@ def _lower_score(workload: Workload) -> jax.stages.Lowered:
         config=workload.scoring_model,
         needs=workload.needs,
         top_k=workload.top_k,
-        tile=config.estimator.tile,
+        tile=TILE,
         parts=config.train.gradient_accumulation_steps,
         mesh=workload.layout,
     )

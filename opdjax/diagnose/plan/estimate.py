@@ -15,6 +15,7 @@ from opdjax.diagnose.plan.memory import (
 from opdjax.diagnose.plan.workload import Workload, bytes_of
 from opdjax.engine.scheduling import BLOCKS_PER_FILL
 from opdjax.models.decoder import DecoderConfig
+from opdjax.models.partitioning import WEIGHT_AXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _work_of(workload: Workload) -> dict[str, tuple[float, float]]:
     if workload.needs != "none":
         flops = _layer_flops(scoring, tokens, columns)
         flops += _head_flops(scoring, completions) * (workload.needs != "vocabulary")
-        weights = bytes_of(workload.params(scoring, workload.scoring_dtype, ("tensor",)))
+        weights = bytes_of(workload.params(scoring, workload.dtype, ("tensor",)))
         work["teacher"] = flops, parts * weights
     # A forward pass, the backward pass (two forward passes, or one without gradients of kernels)
     # and, with remat `layer`, a second forward pass; what remat `dots` repeats is negligible. The
@@ -131,7 +132,7 @@ def _work_of(workload: Workload) -> dict[str, tuple[float, float]]:
     flops = (products + repeats) * _layer_flops(student, tokens, columns)
     flops += products * _head_flops(student, completions)
     flops += _head_flops(scoring, completions) * (workload.needs == "vocabulary")
-    state = 3 * bytes_of(workload.trained("float32", config.student.split_over))
+    state = 3 * bytes_of(workload.trained("float32", WEIGHT_AXES))
     weights = bytes_of(workload.params(student, workload.dtype, ("tensor",)))
     work["update"] = flops, 2 * state + (2 + repeats) * parts * weights
     return work

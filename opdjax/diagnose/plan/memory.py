@@ -17,7 +17,9 @@ from opdjax.diagnose.plan.workload import Workload, bytes_of
 from opdjax.engine.scheduling import BLOCKS_PER_FILL
 from opdjax.models.decoder import DecoderConfig, forward
 from opdjax.models.lora import combine
+from opdjax.models.partitioning import SAMPLER_AXES, WEIGHT_AXES
 from opdjax.ops.sharding import make_mesh
+from opdjax.ops.vocab import TILE
 
 # The update has two moments of most memory: the pass over the vocabulary, and the backward pass of
 # the layers.
@@ -61,7 +63,7 @@ def items_of(workload: Workload) -> tuple[Item, ...]:
 def _permanent(workload: Workload) -> list[Item]:
     """Count what is held during the whole step."""
     config = workload.config
-    split, sampled_split = config.student.split_over, config.sampling.split_over
+    split, sampled_split = WEIGHT_AXES, SAMPLER_AXES
     trained, frozen = bytes_of(workload.trained("float32", split)), bytes_of(workload.frozen)
     # Frozen parameters with the same sharding for training and sampling are one array.
     is_one = bool(frozen) and set(sampled_split) == set(split)
@@ -204,7 +206,7 @@ def _forward_bytes(model: DecoderConfig, dtype: str, rows: int, columns: int, te
 
 def _tile_bytes(workload: Workload) -> int:
     """Return the bytes of one array [tile, V] in float32."""
-    tokens = min(workload.config.estimator.tile, workload.micro_rows * workload.columns)
+    tokens = min(TILE, workload.micro_rows * workload.columns)
     return tokens * workload.student.vocab_size // workload.mesh["tensor"] * 4
 
 
@@ -212,7 +214,7 @@ def _scoring(workload: Workload) -> list[Item]:
     """Count the teacher's pass."""
     if workload.needs == "none":
         return []
-    mesh, model, dtype = workload.mesh, workload.scoring_model, workload.scoring_dtype
+    mesh, model, dtype = workload.mesh, workload.scoring_model, workload.dtype
     phases, batch = ("teacher", *_UPDATE), workload.scored_batch()
     hidden, top = 0, 0
     if batch.teacher is not None:
@@ -238,13 +240,13 @@ def _scoring(workload: Workload) -> list[Item]:
 def _updating(workload: Workload) -> list[Item]:
     """Count loss, gradient and optimizer; the optimizer works in place."""
     config, mesh, student = workload.config, workload.mesh, workload.student
-    split, dtype, teacher_head = config.student.split_over, workload.dtype, 0
+    split, dtype, teacher_head = WEIGHT_AXES, workload.dtype, 0
     trained = bytes_of(workload.trained("float32", split))
     cast = bytes_of(workload.trained(dtype, split)) if dtype != "float32" else 0
     # The head has no gradient if adapters are trained.
     table = 0 if config.lora.rank else student.vocab_size // mesh["tensor"] * student.hidden_size
     if workload.needs == "vocabulary":
-        layout = (workload.scoring_dtype, mesh, workload.scoring_split)
+        layout = (workload.dtype, mesh, workload.scoring_split)
         teacher_head = _gathered_table(workload.scoring_model, *layout)
     tiles, loss, backward = _TILES[workload.needs], ("loss",), ("backward",)
     is_summed = config.train.gradient_accumulation_steps > 1

@@ -10,6 +10,7 @@ from opdjax.diagnose.plan.aot import Program
 from opdjax.diagnose.plan.estimate import Plan
 from opdjax.diagnose.plan.hlo import traffic
 from opdjax.diagnose.plan.memory import PROGRAMS
+from opdjax.ops.vocab import TILE
 
 _GIB, _MIB = 2**30, 2**20
 
@@ -27,7 +28,7 @@ def _heading(plan: Plan) -> str:
     near, num_micro_batches = config.near_policy, config.train.gradient_accumulation_steps
     hosts = "1 host" if topology.hosts == 1 else f"{topology.hosts} hosts"
     mesh = " x ".join(f"{axis} {size}" for axis, size in workload.mesh.items())
-    generating = near.generator_devices if near.generator == "thread" else 0
+    generating = config.mesh.generator_devices(topology.chips) if near.generator == "thread" else 0
     idle = topology.chips - workload.devices - generating
     name = f"{topology.name} ({topology.chip.note})" if topology.chip.note else topology.name
     devices = [
@@ -101,7 +102,7 @@ def _compiled(plan: Plan, programs: list[Program]) -> str:
         cells = [*(f"{size / _GIB:.3f}" for size in sizes), f"{ratio:.2f}", f"{seconds:.0f}"]
         lines.append(_line(program.name, cells, 11))
     tokens = plan.workload.micro_rows * plan.workload.columns
-    tile = min(plan.workload.config.estimator.tile, tokens)
+    tile = min(TILE, tokens)
     rows = [each.most_logit_rows for each in programs if each.name in ("teacher", "update")]
     lines.append(
         f"the largest array of logits holds {max(rows, default=0):,} tokens; a tile has {tile:,}, "

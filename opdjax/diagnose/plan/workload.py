@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from opdjax.config import Config, ModelConfig
+from opdjax.config import Config, ModelConfig, TrainConfig
 from opdjax.config.recipes import RECIPES
 from opdjax.config.topology import Topology
 from opdjax.data.prompts import padded_width
@@ -22,7 +22,7 @@ from opdjax.estimators import estimator_of
 from opdjax.models.decoder import DecoderConfig, abstract_params
 from opdjax.models.hf import open_checkpoint
 from opdjax.models.lora import combine, init_adapters
-from opdjax.models.partitioning import require_divides, shardings_of
+from opdjax.models.partitioning import SAMPLER_AXES, WEIGHT_AXES, require_divides, shardings_of
 from opdjax.ops.sharding import abstract_like, by_row, mesh_sizes
 from opdjax.rollouts.requirements import require_rows_divide
 from opdjax.rollouts.setup import attention_of, compute_dtype, needs_teacher
@@ -41,8 +41,7 @@ class Workload:
     # What the recipe reads from the teacher, or from the reference policy.
     needs: Literal["none", "token", "top_k", "vocabulary"]
     top_k: int  # the number of most likely ids it reads, if `needs` is top_k
-    dtype: str  # of the student's forward pass
-    scoring_dtype: str  # of the forward pass of the teacher, or of the reference policy
+    dtype: str  # of the forward passes
     scoring_split: tuple[str, ...]  # the mesh axes that shard the parameters of that pass
     writer: Literal["student", "teacher", "none"]  # the model that samples the completions
     prompt_columns: int
@@ -81,7 +80,7 @@ class Workload:
         """The model that writes the completions, and the type of its forward pass."""
         if self.writer == "student":
             return self.student, self.dtype
-        return self.scoring_model, self.scoring_dtype
+        return self.scoring_model, self.dtype
 
     # Arguments of the programs: shapes, types and shardings
 
@@ -108,12 +107,12 @@ class Workload:
         """The student's parameters below adapters; None if all are trained."""
         if not self.config.lora.rank:
             return None
-        return self.params(self.student, self.dtype, self.config.student.split_over)
+        return self.params(self.student, self.dtype, WEIGHT_AXES)
 
     @property
     def published(self) -> Any:
         """The weights that sample rollouts."""
-        kind = (self.dtype, self.config.sampling.split_over)
+        kind = (self.dtype, SAMPLER_AXES)
         params, adapters = self.params(self.student, *kind), self.adapters(*kind)
         return combine(params, adapters) if adapters else params
 
@@ -122,7 +121,7 @@ class Workload:
         """The parameters of the teacher, or of the reference policy."""
         if self.teacher is None and not self.has_reference:
             return self.published
-        return self.params(self.scoring_model, self.scoring_dtype, self.scoring_split)
+        return self.params(self.scoring_model, self.dtype, self.scoring_split)
 
     def batch(self) -> TrainBatch:
         """A step's rows before they are scored."""
@@ -147,7 +146,7 @@ class Workload:
         if self.needs == "none":
             return batch
         if self.needs == "vocabulary":
-            hidden = self._rows(self.scoring_dtype, self.scoring_model.hidden_size)
+            hidden = self._rows(self.dtype, self.scoring_model.hidden_size)
             return dataclasses.replace(batch, teacher=TeacherScores(hidden=hidden))
         scores = [self._rows("float32")]
         if self.needs == "top_k":
@@ -164,23 +163,23 @@ def read_workload(config: Config, topology: Topology) -> Workload:
 
     ConfigError if the mesh does not divide its devices, its rows or its models.
     """
-    near, sizes, sampling = config.near_policy, config.mesh, config.sampling
-    available = topology.chips - (near.generator_devices if near.generator == "thread" else 0)
+    sizes, sampling, available = config.mesh, config.sampling, topology.chips
+    if config.near_policy.generator == "thread":
+        available -= sizes.generator_devices(available)
     mesh = mesh_sizes(sizes.data, sizes.fsdp, sizes.tensor, available, topology.name)
     row_shards = mesh["data"] * mesh["fsdp"]
     require_rows_divide(config, row_shards)
     estimator = estimator_of(config.estimator)
-    shape_of = partial(_shape, mesh=mesh, backend=topology.backend)
+    shape_of = partial(_shape, train=config.train, mesh=mesh, backend=topology.backend)
     student = dataclasses.replace(shape_of(config.student, "student"), lora_scale=config.lora.scale)
-    dtype = scoring_dtype = compute_dtype(config.student, topology.backend)
-    teacher, needs, split = None, estimator.teacher, sampling.split_over
+    dtype = compute_dtype(config.train.dtype, topology.backend)
+    teacher, needs, split = None, estimator.teacher, SAMPLER_AXES
     if config.estimator.reference_kl_coef:
         # With adapters, the reference policy is the frozen student, which is loaded anyway.
         teacher, needs = None if config.lora.rank else student, "token"
-        split = config.student.split_over
+        split = WEIGHT_AXES
     elif needs_teacher(config) and not config.teacher_is_student:
-        teacher, split = shape_of(config.teacher, "teacher"), config.teacher.split_over
-        scoring_dtype = compute_dtype(config.teacher_model, topology.backend)
+        teacher, split = shape_of(config.teacher, "teacher"), WEIGHT_AXES
     writer = {"student": "student", "references": "none"}.get(sampling.completions_from)
     columns = padded_width(config.data.max_prompt_length)
     rows = config.rows_per_step // row_shards
@@ -193,7 +192,6 @@ def read_workload(config: Config, topology: Topology) -> Workload:
         needs,
         estimator.top_k,
         dtype,
-        scoring_dtype,
         split,
         writer or ("teacher" if teacher else "student"),
         prompt_columns=columns,
@@ -204,10 +202,12 @@ def read_workload(config: Config, topology: Topology) -> Workload:
     )
 
 
-def _shape(model: ModelConfig, role: str, mesh: dict[str, int], backend: str) -> DecoderConfig:
-    config = open_checkpoint(model.path, model.revision, with_weights=False).config
+def _shape(
+    model: ModelConfig, role: str, train: TrainConfig, mesh: dict[str, int], backend: str
+) -> DecoderConfig:
+    config = open_checkpoint(*model.place, with_weights=False).config
     require_divides(config, mesh, f"the {role} {model.path}")
-    attention = attention_of(model, config.head_size, role, backend)
+    attention = attention_of(train, config.head_size, role, backend)
     return dataclasses.replace(config, attention=attention)
 
 

@@ -248,9 +248,9 @@ def _pair_flags(
 ) -> Iterator[str]:
     names = f"rows {first.row.label!r} and {other.row.label!r} of {table.name}"
     # The interval between evaluations matters only to the first one that reaches a target.
-    left_out = ("batch_size",) if column.until else ("batch_size", "every")
+    left_out = None if column.until else "every"
     asked = [upgrade(each.group.points[0].config)["evaluation"] for each in (first, other)]
-    settings = [{k: v for k, v in each.items() if k not in left_out} for each in asked]
+    settings = [{k: v for k, v in each.items() if k != left_out} for each in asked]
     if changed := differences(*settings, "evaluation."):
         listed = "\n  ".join(changed)
         raise WorkdirError(f"{names} were evaluated in other ways and do not compare:\n  {listed}")

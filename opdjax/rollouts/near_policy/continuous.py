@@ -35,6 +35,8 @@ from opdjax.rollouts.source import RolloutSource, StepData
 from opdjax.runs.metrics import Timer
 from opdjax.types import TrainBatch
 
+_MAX_EMPTY_STEPS = 5  # consecutive steps of which the filter keeps nothing: more end the run
+
 
 class ContinuousSource(RolloutSource):
     """Samples every step's rollouts once, with weights that are at most `max_staleness` updates old
@@ -203,11 +205,10 @@ class ContinuousSource(RolloutSource):
         moves the optimizer.
         """
         self._num_empty_steps = 0 if kept.any() else self._num_empty_steps + 1
-        config = self._setup.config
-        most = config.train.max_nonfinite_steps
-        if self._num_empty_steps >= most:
+        if self._num_empty_steps >= _MAX_EMPTY_STEPS:
+            chosen = self._setup.config.near_policy.filter
             raise ConfigError(
-                f"near_policy.filter {config.near_policy.filter} has kept no rollout of the last "
-                f"{most} steps, up to {step} (opdjax rollouts {directory}); start in a new work "
+                f"near_policy.filter {chosen} has kept no rollout of the last {_MAX_EMPTY_STEPS} "
+                f"steps, up to {step} (opdjax rollouts {directory}); start in a new work "
                 "directory with wider near_policy.ifd_min and ifd_max"
             )

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 
 from opdjax.models.decoder import Params
-from opdjax.models.partitioning import shardings_of
+from opdjax.models.partitioning import SAMPLER_AXES, shardings_of
 from opdjax.ops.sharding import make_mesh
 from opdjax.rollouts.near_policy import stages
 from opdjax.rollouts.near_policy.buffer import BufferClosedError, RolloutBuffer
@@ -26,13 +26,13 @@ def _on_own_devices(setup: Setup) -> Setup:
     placed there.
     """
     config = setup.config
-    count, tensor = config.near_policy.generator_devices, config.mesh.tensor
+    tensor = config.mesh.tensor
+    count = config.mesh.generator_devices(len(jax.devices()))
     mesh = make_mesh(count // tensor, 1, tensor, devices=jax.devices()[-count:])
     setup = dataclasses.replace(setup, mesh=mesh)
     if not stages.is_annotated(config):
         return dataclasses.replace(setup, teacher=None)
-    layout = shardings_of(setup.teacher.params, mesh, config.teacher.split_over)
-    params = jax.device_put(setup.teacher.params, layout)
+    params = jax.device_put(setup.teacher.params, shardings_of(setup.teacher.params, mesh))
     return dataclasses.replace(setup, teacher=with_teacher_weights(setup.teacher, params, config))
 
 
@@ -68,7 +68,7 @@ class Generator:
 
     def _send(self, version: int, copy: Params) -> None:
         config = self._store.setup.config
-        layout = shardings_of(copy, self._store.setup.mesh, config.sampling.split_over)
+        layout = shardings_of(copy, self._store.setup.mesh, SAMPLER_AXES)
         # With adapters the copy contains the learner's own frozen parameters: not to be donated.
         sent = jax.device_put(copy, layout, donate=not config.lora.rank)
         with self._changed:

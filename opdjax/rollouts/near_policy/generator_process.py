@@ -183,12 +183,12 @@ class _Work:
         if self._held is not None and self._held[0] == version:
             return self._held[1]
         self._held = None  # frees the old weights before the new ones are read
-        setup, over = self._store.setup, self.config.sampling.split_over
+        setup = self._store.setup
         try:
             if version == 0:  # the checkpoint's own weights: the learner need not publish them
                 params = initial_weights(setup)
             else:
-                params = published_weights.fetch(self._store.workdir, version, setup.mesh, over)
+                params = published_weights.fetch(self._store.workdir, version, setup.mesh)
         except FileNotFoundError as error:
             raise ShardError(
                 f"rollouts sampled by the weights of {version} updates are missing or damaged, and "

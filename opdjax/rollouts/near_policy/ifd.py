@@ -22,6 +22,7 @@ ZONES = ("kept", "degenerate", "disconnected", "unscored")
 MIN_ALONE_NLL = 1e-6
 # A float32 log-softmax may give a probability slightly over 1; an NLL further below 0 is an error.
 _ROUNDING = 1e-3
+FORM: Form = "nll_ratio"  # of runs: the published definition of IFD
 _NUM_BINS = 40
 _MARKS = {"right": True, "wrong": False}
 # Random streams: words of the counter that are 0 for the order of prompts.

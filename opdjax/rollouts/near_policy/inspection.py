@@ -269,7 +269,8 @@ def _shower(path: pathlib.Path) -> Callable[[list[int]], str]:
     """Tokens -> text, with the tokenizer of the shard's run; ids if it cannot be loaded."""
     try:
         student = read_config(path.absolute().parents[2]).student
-        tokenizer = load_tokenizer(_BUILT_IN.get(student.path, student.path), student.revision)
+        path, revision = student.place
+        tokenizer = load_tokenizer(_BUILT_IN.get(path, path), revision)
     except ValueError as error:
         print(f"note: tokens are shown as ids: {error}")
         return str

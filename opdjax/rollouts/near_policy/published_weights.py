@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.flax import load_file, save
 
 from opdjax.models.decoder import Params
-from opdjax.models.partitioning import shardings_of
+from opdjax.models.partitioning import SAMPLER_AXES, shardings_of
 from opdjax.ops.multihost import on_process_zero
 from opdjax.ops.sharding import to_host
 from opdjax.rollouts.near_policy.shards import ShardError, write_whole
@@ -40,7 +40,7 @@ def publish(workdir: pathlib.Path, version: int, params: Params, keep_from: int)
     on_process_zero(write)
 
 
-def fetch(workdir: pathlib.Path, version: int, mesh: Mesh, split_over: tuple[str, ...]) -> Params:
+def fetch(workdir: pathlib.Path, version: int, mesh: Mesh) -> Params:
     """The weights of a version, sharded over the mesh; FileNotFoundError if they are not stored."""
     path = workdir / "published" / f"{version:08}.safetensors"
     try:
@@ -49,4 +49,4 @@ def fetch(workdir: pathlib.Path, version: int, mesh: Mesh, split_over: tuple[str
         raise ShardError(
             f"{path} is damaged: {error}; restart the learner, which publishes its weights again"
         ) from error
-    return jax.device_put(params, shardings_of(params, mesh, split_over))
+    return jax.device_put(params, shardings_of(params, mesh, SAMPLER_AXES))

@@ -34,6 +34,9 @@ from opdjax.rollouts.source import RolloutSource, StepData
 from opdjax.runs.metrics import Timer
 from opdjax.types import Metrics, TrainBatch
 
+# Rollouts in a stored file, which are sampled and annotated together: an interrupted refresh
+# repeats at most these.
+SHARD_SIZE = 1024
 _NUM_PROBED = 64  # unfiltered rollouts on which the KL from the sampling policy is measured
 _POLL_SECONDS = 0.2  # between looks at files that another process writes
 
@@ -281,10 +284,10 @@ def _packed_rows(lengths: np.ndarray, length: int, steps: int) -> np.ndarray:
 
 
 def _blocks(config: Config, num_prompts: int) -> list[np.ndarray]:
-    """The prompts of an epoch by shard: whole prompts, about `shard_size` rollouts each."""
+    """The prompts of an epoch by shard: whole prompts, about SHARD_SIZE rollouts each."""
     count = config.steps_per_epoch * config.train.prompts_per_step
     indices = indices_at(0, count, num_prompts, config.seed)
-    size = max(config.near_policy.shard_size // config.sampling.num_generations, 1)
+    size = max(SHARD_SIZE // config.sampling.num_generations, 1)
     return [indices[start : start + size] for start in range(0, count, size)]
 
 

@@ -103,8 +103,7 @@ _ADVICE = "delete the file, and the command that wrote it writes it again"
 _REMEDIES = {
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "make room within your quota there",
-    errno.EFBIG: "let files grow larger (ulimit -f) or store fewer rollouts in one "
-    "(near_policy.shard_size)",
+    errno.EFBIG: "let files grow larger (ulimit -f)",
 }
 # Seconds after which another machine's partial file counts as abandoned: whether its writer is
 # alive cannot be checked, and no write takes that long.

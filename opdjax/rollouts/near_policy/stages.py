@@ -32,11 +32,12 @@ from opdjax.models.decoder import DecoderConfig, Params, head_of
 from opdjax.ops.multihost import on_process_zero
 from opdjax.ops.sharding import num_row_shards, shard_rows, to_host
 from opdjax.ops.tile import Head
+from opdjax.ops.vocab import TILE
 from opdjax.rollouts.near_policy import ifd, shards
 from opdjax.rollouts.near_policy.batches import as_batch
 from opdjax.rollouts.near_policy.shards import Shard
 from opdjax.rollouts.on_policy import draw
-from opdjax.rollouts.setup import Setup, teacher_view
+from opdjax.rollouts.setup import Setup
 from opdjax.types import PromptBatch, TeacherScores, TrainBatch
 
 
@@ -157,7 +158,7 @@ def select(
     config, seed = setup.config.near_policy, setup.config.seed
     joined = lambda shards, name: np.concatenate([shard.columns[name] for shard in shards])
     measure = lambda shards, who: ifd.ifd(
-        joined(shards, f"{who}_nll"), joined(shards, f"{who}_alone_nll"), config.ifd_form
+        joined(shards, f"{who}_nll"), joined(shards, f"{who}_alone_nll"), ifd.FORM
     )
     measured = {name: joined(samples, name) for name in ("prompt_id", "sample_id")} | {
         "student_ifd": measure(samples, "student"),
@@ -180,7 +181,7 @@ def select(
         return prompt if isinstance(prompt, str) else prompt[-1]["content"], texts[i]
 
     facts = {"version": version, "number": number, "filter": config.filter}
-    facts |= {"form": config.ifd_form, "ifd_min": low, "ifd_max": high}
+    facts |= {"form": ifd.FORM, "ifd_min": low, "ifd_max": high}
     is_correct = _is_correct(setup, measured["prompt_id"], texts)
     document = ifd.document(facts, kept, measured, is_correct, texts_of, seed)
     on_process_zero(lambda: shards.write_filter(directory, number, document))
@@ -189,11 +190,10 @@ def select(
 
 def _without_prompts(setup: Setup, tokens: Sequence[np.ndarray], *, of_teacher: bool) -> TrainBatch:
     """The completions after nothing but the header of the assistant's turn."""
-    tokenizer, data = setup.tokenizer, setup.config.data
-    if of_teacher:
-        tokenizer, data = setup.teacher.tokenizer, teacher_view(data)
-    thinking, length = data.enable_thinking, setup.config.sampling.max_completion_length
-    header = assistant_header(tokenizer, format=data.format, enable_thinking=thinking)
+    data, length = setup.config.data, setup.config.sampling.max_completion_length
+    tokenizer = setup.teacher.tokenizer if of_teacher else setup.tokenizer
+    format, thinking = data.teacher_template if of_teacher else data.student_template
+    header = assistant_header(tokenizer, format=format, enable_thinking=thinking)
     count = len(tokens)
     headers = np.tile(np.array(header, np.int32), (count, 1))
     prompts = PromptBatch(headers, np.ones(headers.shape, bool), np.zeros(count, np.int32))
@@ -255,7 +255,7 @@ class _Scorer:
             shard_rows(packed, mesh),
             config=self.model,
             needs="top_k" if top_k else "token",
-            tile=self.setup.config.estimator.tile,
+            tile=TILE,
             parts=parts,
             mesh=mesh,
             top_k=top_k,

@@ -96,14 +96,12 @@ def _extras(points: Sequence[SweepPoint]) -> tuple[str, ...]:
         config.source for point in points for config in (point.config.data, point.config.evaluation)
     ]
     has_rows = any(str(source).startswith(("hf:", "tfds:", "parquet:")) for source in sources)
-    is_judged = any(point.config.is_judged or point.config.teacher_api.is_given for point in points)
+    is_judged = any(point.config.is_judged or point.config.teach.model for point in points)
     return ("eval", *(("data",) if has_rows else ()), *(("judge",) if is_judged else ()))
 
 
 def _secrets(points: Sequence[SweepPoint]) -> tuple[str, ...]:
-    roles = ("rubricator", "verifier", "teacher_api")
-    names = {getattr(point.config, role).api_key_env for point in points for role in roles}
-    return tuple(sorted(names - {""}))
+    return tuple(sorted({name for point in points for name in point.config.api_keys}))
 
 
 def submit_all(

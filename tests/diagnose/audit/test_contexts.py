@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from opdjax.diagnose.audit.contexts import (
+    audit_vocabulary,
     enumerate_draws,
     forward_gradient,
     measure,
+    random_contexts,
     reverse_gradient,
 )
 from opdjax.diagnose.audit.subjects import DEFAULT, Subject, choose, subject
-from opdjax.diagnose.audit.vocabulary import audit_vocabulary, random_contexts
 from opdjax.estimators.divergence import forward_kl, reverse_kl
 from opdjax.ops.tile import VocabTile
 
@@ -89,7 +90,9 @@ def test_subjects_are_chosen_by_name_and_the_experiments_own_comes_first():
     own = choose(["opd"], {"reward_floor": -3.0}, "opd")[0]
     assert own.options == {"reward_floor": -3.0}
     assert own.name == "opd reward_floor=-3"
+    assert own.is_own
     assert choose(None, {}, "opd") == choose(None)
+    assert [each.is_own for each in choose(["sft"], {}, "opd")] == [True, False]
     # vopd without options, the first one, has this baseline.
     assert "vopd baseline=full" not in [each.name for each in choose(["vopd"], {}, "vopd")]
     for options in (

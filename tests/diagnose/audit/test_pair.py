@@ -12,9 +12,9 @@ import pytest
 from opdjax.cli import runs
 from opdjax.config import AuditConfig
 from opdjax.diagnose.audit.gradients import _components, _share_signal
-from opdjax.diagnose.audit.pair import KL_QUANTILES, kl_bins, ratio_with_interval
+from opdjax.diagnose.audit.pair import KL_QUANTILES, kl_bins
 from opdjax.diagnose.audit.run import audit
-from opdjax.diagnose.audit.subjects import Subject, subject
+from opdjax.diagnose.audit.subjects import Subject, choose, subject
 from opdjax.diagnose.audit.table import text
 
 pytestmark = pytest.mark.long
@@ -27,16 +27,6 @@ def test_every_context_is_in_one_bin_and_bins_are_ordered(rng):
     assert len(bins) == len(KL_QUANTILES) - 1
     held = [kl[inside] for inside in bins if inside.any()]
     assert all(low.max() <= high.min() for low, high in itertools.pairwise(held))
-
-
-def test_a_ratio_and_its_interval(rng):
-    plain = rng.exponential(size=400)
-    ratio, low, high = ratio_with_interval(0.5 * plain, plain)
-    assert (ratio, low, high) == pytest.approx((0.5, 0.5, 0.5))
-    ratio, low, high = ratio_with_interval(rng.permutation(plain), plain)
-    assert low < ratio < high
-    assert ratio == pytest.approx(1)
-    assert ratio_with_interval(plain[:3], np.zeros(3)) == (None, None, None)
 
 
 def test_the_variance_components_are_estimated(rng):
@@ -82,20 +72,54 @@ def test_a_few_estimators_on_the_built_in_pair(parameter_space):
     settings = AuditConfig(
         num_contexts=20, vocab=8, num_prompts=16, parameter_space=parameter_space
     )
-    document = audit(runs.MINI, subjects, settings, log=lambda _: None)
+    saved = []
+    document = audit(
+        runs.MINI,
+        subjects,
+        settings,
+        skip_cost=parameter_space,
+        save=lambda found: saved.append(json.loads(json.dumps(found, allow_nan=False))),
+    )
     contexts = document["contexts"]["rows"]
     assert contexts["opd"]["bias"]["reverse"] < 1e-4
     assert contexts["k3_direct"]["cosine"]["forward"] > 0.999
-    assert document["costs"]["opd"]["seconds_per_token"] > 0
     assert document["batch_pitfalls"]["shifted_mask"]["bias"] > 0.1
     assert "k3_direct (pitfall)" in text(document)
-    json.dumps(document, allow_nan=False)
+    last = "gradients" if parameter_space else "costs"
+    parts = ["contexts", "batch_pitfalls", "vocabulary", "tree", last]
+    assert saved[-1] == json.loads(json.dumps(document))
+    for number, found in enumerate(saved, 1):  # after each part
+        assert [name for name in parts if name in found] == parts[:number]
+        assert found["unfinished"] == parts[number:]
+    assert f"not measured yet: vocabulary, tree, {last}" in text(saved[1])
+    assert "not measured yet" not in text(document)
     if parameter_space:
+        assert "costs" not in document
         gradients = document["gradients"]["rows"]
         assert (
             0.08 < gradients["opd extra_draws=3"]["action"] / gradients["opd"]["action"] < 0.6
         )  # 1 / 4 in expectation
         assert gradients["opd discount=1"]["action"] is None
+    else:
+        assert document["costs"]["opd"]["seconds_per_token"] > 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("opd", {"reward_floor": -3.0}),
+        ("full_kl", {"divergence": "jsd"}),  # samples no token
+        ("opd", {"discount": 0.5}),  # couples tokens
+    ],
+)
+def test_the_configs_own_recipe_is_in_every_table(recipe, options):
+    subjects = choose(["opd", "k3_direct"], options, recipe)
+    own = subjects[0].name
+    settings = AuditConfig(num_contexts=5, vocab=5, num_prompts=4)
+    document = audit(runs.MINI, subjects, settings, skip_cost=True)
+    lines = text(document).splitlines()
+    assert sum(own in line for line in lines) == 7  # two rows by KL: in logits and parameters
+    assert document["tree"]["rows"][-1]["title"] == f"two rows, token_mean, {own}"
 
 
 @pytest.mark.long
@@ -113,8 +137,9 @@ def test_the_command_writes_tables_and_page(tmp_path, capsys):
             "k3_direct",
         ]
     )
-    printed = capsys.readouterr().out
+    printed, progress = capsys.readouterr()
     assert (tmp_path / "audit.txt").read_text() in printed
+    assert "gradients (6/6): 100%" in progress
     assert json.loads((tmp_path / "audit.json").read_text())["subjects"]["k3_direct"]["is_pitfall"]
     assert str(tmp_path / "audit.html") in printed
 

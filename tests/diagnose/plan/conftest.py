@@ -51,10 +51,12 @@ def model(tmp_path):
 
 
 @pytest.fixture
-def run_of(model):
+def run_of(model, monkeypatch):
     """run_of(topology, **fields) -> a workload: 8 rows of 16 + 16 tokens, a teacher of twice the
     width.
     """
+    for name in ("memory", "table"):
+        monkeypatch.setattr(f"opdjax.diagnose.plan.{name}.TILE", 8)
     student = model("student")
     teacher = model(
         "teacher", hidden_size=16, head_dim=8, intermediate_size=32, tie_word_embeddings=False
@@ -67,7 +69,7 @@ def run_of(model):
                 "teacher": ModelConfig(teacher),
                 "data": DataConfig(max_prompt_length=9),
                 "sampling": SamplingConfig(max_completion_length=16),
-                "estimator": EstimatorConfig(recipe=recipe, tile=8),
+                "estimator": EstimatorConfig(recipe=recipe),
                 "train": TrainConfig(prompts_per_step=8, gradient_accumulation_steps=micro),
                 "evaluation": EvaluationConfig(source=None),
                 "mesh": MeshConfig(fsdp=fsdp, tensor=tensor),

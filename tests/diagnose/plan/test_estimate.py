@@ -28,6 +28,7 @@ from opdjax.diagnose.plan.table import fits, verdict
 from opdjax.diagnose.plan.workload import abstract_mesh, bytes_of, read_workload
 from opdjax.models.decoder import init_params, num_parameters
 from opdjax.ops.sharding import make_mesh
+from opdjax.ops.vocab import TILE
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 # A layer's kernels: q and o 8 x 8, k and v 8 x 4, three of the MLP 8 x 16; its norms 2 x 8. The
@@ -198,8 +199,7 @@ def test_the_arguments_are_those_of_the_compiled_update(estimator):
     )
     config = dataclasses.replace(
         config,
-        student=dataclasses.replace(config.student, dtype="float32"),
-        teacher=dataclasses.replace(config.teacher, dtype="float32"),
+        train=dataclasses.replace(config.train, dtype="float32"),
     )
     workload = read_workload(config, topology("v5e-8"))
     on_devices = dataclasses.replace(workload, layout=make_mesh(2, 4))
@@ -210,9 +210,7 @@ def test_the_arguments_are_those_of_the_compiled_update(estimator):
     assert any(
         each.kind == "reduce-scatter" or each.kind == "all-reduce" for each in program.collectives
     )
-    assert program.most_logit_rows <= min(
-        config.estimator.tile, workload.micro_rows * workload.columns
-    )
+    assert program.most_logit_rows <= min(TILE, workload.micro_rows * workload.columns)
 
 
 def test_adapters_alone_are_trained(run_of):
@@ -253,7 +251,7 @@ def penalised(run_of, recipe="grpo", coef=0.1, **sections):
     return estimate(
         run_of(
             "v5e-4",
-            estimator=EstimatorConfig(recipe, tile=8, reference_kl_coef=coef),
+            estimator=EstimatorConfig(recipe, reference_kl_coef=coef),
             **PENALISED,
             **sections,
         )

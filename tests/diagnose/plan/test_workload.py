@@ -12,6 +12,7 @@ from opdjax.config import (
     MeshConfig,
     ModelConfig,
     NearPolicyConfig,
+    SamplingConfig,
     TrainConfig,
 )
 from opdjax.config.topology import topology
@@ -39,10 +40,8 @@ def test_sizes_of_a_run(run_of):
 
 
 def test_a_generator_in_the_process_leaves_the_learner_fewer_devices(run_of):
-    near_policy = NearPolicyConfig(
-        schedule="continuous", max_staleness=2, generator="thread", generator_devices=4
-    )
-    workload = run_of("v5e-8", near_policy=near_policy)
+    near_policy = NearPolicyConfig(schedule="continuous", max_staleness=2, generator="thread")
+    workload = run_of("v5e-8", near_policy=near_policy, mesh=MeshConfig(2, 2))
     assert workload.devices == 4
     assert "; 4 devices generate\n" in text(estimate(workload))
     assert "rollouts are asynchronous" in text(estimate(workload))
@@ -66,7 +65,7 @@ def test_only_the_configs_of_a_hub_id_are_downloaded(model, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     config = Config(
-        student=ModelConfig("owner/one", "main"),
+        student=ModelConfig("owner/one@main"),
         teacher=ModelConfig("owner/two"),
         train=TrainConfig(prompts_per_step=8),
     )
@@ -113,11 +112,13 @@ def test_the_teacher_is_refused_by_its_own_name(run_of, model):
 
 def test_evaluation_is_counted_if_there_is_one(run_of):
     plan = estimate(
-        run_of("v5e-4", evaluation=EvaluationConfig(batch_size=10, max_completion_length=48))
+        run_of(
+            "v5e-4",
+            evaluation=EvaluationConfig(max_completion_length=48),
+            sampling=SamplingConfig(max_completion_length=16, slots=12),
+        )
     )
     cache = next(
         item for item in plan.items if item.phases == ("evaluate",) and "KV cache" in item.name
     )
-    assert (
-        cache.num_bytes == 2 * 2 * 3 * (16 + 48) * 4 * 2
-    )  # 10 rows on four devices: 3 on the fullest
+    assert cache.num_bytes == 2 * 2 * 3 * (16 + 48) * 4 * 2  # 12 rows on four devices: 3 on each

@@ -19,7 +19,7 @@ import pytest
 from judge_server import SCRIPT
 from waiting import HANG
 
-from opdjax.config.api import ApiConfig, EndpointConfig
+from opdjax.config.api import ApiConfig, Endpoint
 from opdjax.config.rubrics import RubricsConfig
 from opdjax.judge.background import open_background_judge
 from opdjax.judge.judgement import group_of, judge_group
@@ -307,7 +307,7 @@ def test_a_cut_off_reply_is_told_from_a_malformed_one(start_judge):
         choice = asked_of(url, {"messages": messages})[1]["choices"][0]
         return Reply(choice["message"]["content"], choice["finish_reason"], False, 0, 0)
 
-    judge = Judge(complete, RubricsConfig(max_reasks=1))
+    judge = Judge(complete, RubricsConfig())
     with start_judge("--faults", 1, "--fault-kinds", "truncated") as url:
         (found,) = asyncio.run(
             judge_group(
@@ -315,21 +315,23 @@ def test_a_cut_off_reply_is_told_from_a_malformed_one(start_judge):
             )
         )
     assert not found.is_scored
-    assert found.tally.problems == {"truncated": 2}
+    assert found.tally.problems == {"truncated": 3}
     assert "be brief" in heard[1][-1]["content"]
 
 
-def test_faults_do_not_change_what_answers_are_worth(start_judge, tmp_path):
+def test_faults_do_not_change_what_answers_are_worth(start_judge, tmp_path, monkeypatch):
     """Through the package's own client, of a third of the requests every kind: the groups come to
     the scores that the rules give.
     """
     answers = [RIGHT, WRONG, "34-17=17;17+25=41#41", ""]
+    monkeypatch.setattr("opdjax.judge.client.BREAKER_FAILURES", 100)
+    monkeypatch.setattr("opdjax.judge.structured_output.MAX_REASKS", 9)
     with (
         start_judge("--faults", 0.35, "--hang", 0.01, "--seed", 3) as url,
         open_background_judge(
-            dict.fromkeys(("rubricator", "verifier"), EndpointConfig(base_url=url, model="any")),
-            ApiConfig(max_retries=9, breaker_failures=100),
-            RubricsConfig(max_reasks=9),
+            dict.fromkeys(("rubricator", "verifier"), Endpoint(base_url=url, model="any")),
+            ApiConfig(max_retries=9),
+            RubricsConfig(),
             tmp_path,
         ) as background,
     ):

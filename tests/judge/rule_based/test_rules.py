@@ -23,7 +23,7 @@ from opdjax.judge.structured_output import Judge
 QUESTION, RIGHT = "34-17+25=", "34-17=17;17+25=42#42"
 SLIPPED = "34-17=18;18+25=43#43"  # wrong in the first step, consistent after it
 MISCOPIED = "34-17=17;17+25=42#43"
-STAGES = {"stage_names": ("first step", "second step", "answer"), "stage_markers": (";", "#")}
+STAGES = {"stages": ("first step", "second step=;", "answer=#")}
 
 
 async def by_rules(role, messages, *, schema=None, schema_name="reply", sample=0):
@@ -134,7 +134,7 @@ def test_malformed_references_still_make_a_rubric(references):
 def test_each_criterion_looks_at_one_stage():
     found = judged([RIGHT, SLIPPED, MISCOPIED], [RIGHT], **STAGES)
     stages = [criterion.stage for criterion in found.rubric.criteria]
-    assert set(stages) == set(STAGES["stage_names"])
+    assert set(stages) == {"first step", "second step", "answer"}
     of = {c.text: c.stage for c in found.rubric.criteria}
     assert of["The value after # is 42."] == "answer"
     assert of["The answer contains the step 34-17=17."] == "first step"
@@ -145,7 +145,7 @@ def test_each_criterion_looks_at_one_stage():
     assert slipped[2] < 1
     assert miscopied[:2] == (1.0, 1.0)
     assert miscopied[2] < 0.5
-    two = judged([RIGHT, SLIPPED], [RIGHT], stage_names=("steps", "answer"), stage_markers=("#",))
+    two = judged([RIGHT, SLIPPED], [RIGHT], stages=("steps", "answer=#"))
     assert {c.stage for c in two.rubric.criteria if "step 34" in c.text or "step 17" in c.text} == {
         "steps"
     }
@@ -191,9 +191,7 @@ def test_criteria_in_use_are_not_written_again():
 )
 @pytest.mark.parametrize("bounds", [(4, 12), (1, 1), (2, 3), (12, 12), (40, 40)])
 def test_rubrics_are_as_long_as_was_asked(options, bounds):
-    found = judged(
-        [SLIPPED, MISCOPIED, ""], [RIGHT], min_criteria=bounds[0], max_criteria=bounds[1], **options
-    )
+    found = judged([SLIPPED, MISCOPIED, ""], [RIGHT], num_criteria=bounds, **options)
     assert found.is_scored
     assert not found.tally.num_reasks
     assert bounds[0] <= len(found.rubric.criteria) <= bounds[1]
@@ -202,9 +200,7 @@ def test_rubrics_are_as_long_as_was_asked(options, bounds):
 def test_every_sentence_is_understood_by_the_verifier():
     """A right answer meets all that a rubric can say, in 40 criteria of every kind."""
     for options in ({}, STAGES):
-        found = judged(
-            [RIGHT], [RIGHT, "34-17=17;17+25=42#42 "], min_criteria=9, max_criteria=40, **options
-        )
+        found = judged([RIGHT], [RIGHT, "34-17=17;17+25=42#42 "], num_criteria=(9, 40), **options)
         assert found.verdicts[0] == (1,) * len(found.rubric.criteria)
 
 

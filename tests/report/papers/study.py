@@ -27,7 +27,7 @@ ENVIRONMENT = {
 RECIPES = {
     "opd": EstimatorConfig("opd"),
     "vopd": EstimatorConfig("vopd", baseline="full"),
-    "vopd_k100": EstimatorConfig("vopd", baseline="student_topk", baseline_top_k=100),
+    "vopd_k100": EstimatorConfig("vopd", baseline="student_topk", support_top_k=100),
     "full_kl": EstimatorConfig("full_kl", divergence="reverse"),
     "opd_topk": EstimatorConfig("topk_kl", support="student", support_top_k=5),
     # Any two recipes do where only what comes of them is compared.

@@ -196,11 +196,12 @@ def test_no_mean_mixes_two_configs(tmp_path):
 def test_rows_that_were_evaluated_in_other_ways_do_not_compare(tmp_path):
     study.make(tmp_path / "one", {"opd": (0.5,)})
     study.make(
-        tmp_path / "other", {"vopd": (0.5,)}, base=study.renamed(study.BASE, temperature=0.6)
+        tmp_path / "other", {"vopd": (0.5,)}, base=study.renamed(study.BASE, temperatures=(0.6,))
     )
     points = [*read_points(tmp_path / "one"), *read_points(tmp_path / "other")]
     with pytest.raises(
-        WorkdirError, match=r"evaluated in other ways(.|\n)*evaluation.temperature: 1.0 -> 0.6"
+        WorkdirError,
+        match=r"evaluated in other ways(.|\n)*evaluation.temperatures: \[1.0\] -> \[0.6\]",
     ):
         compare(table(), points)
 

@@ -18,9 +18,9 @@ from opdjax.config import (
     CheckpointConfig,
     Config,
     DataConfig,
-    EndpointConfig,
     EstimatorConfig,
     EvaluationConfig,
+    JudgeConfig,
     LogConfig,
     MeshConfig,
     ModelConfig,
@@ -40,15 +40,13 @@ from opdjax.runs.workdir import read_lines
 from opdjax.train import train
 from opdjax.types import Rollouts, TrainBatch
 
-STAGES = RubricsConfig(
-    stage_names=("first step", "second step", "answer"), stage_markers=(";", "#"), draw_parts=1
-)
+STAGES = RubricsConfig(stages=("first step", "second step=;", "answer=#"))
 NOWHERE = "http://127.0.0.1:9/v1"  # no server listens
 KEY = "sk-planted-7f3a9c51"
 
 
 def config(base_url, **changes):
-    judge = EndpointConfig(base_url, "rules", input_price=1.0, output_price=2.0)
+    judge = JudgeConfig("rules")
     base = Config(
         teacher=ModelConfig(
             "nobody/knows"
@@ -56,14 +54,14 @@ def config(base_url, **changes):
         data=DataConfig(source="arithmetic:train[:64]", max_prompt_length=32),
         sampling=SamplingConfig(num_generations=4, max_completion_length=20),
         estimator=ROPD_CODE,
-        rubrics=RubricsConfig(draw_parts=1),
+        rubrics=RubricsConfig(),
         rubricator=judge,
         verifier=judge,
-        api=ApiConfig(max_retries=1, breaker_failures=3, breaker_seconds=0.1),
+        api=ApiConfig(base_url, max_retries=1, prices=("rules=1/2",)),
         optimizer=OptimizerConfig(learning_rate=1e-4, schedule="constant"),
         train=TrainConfig(num_steps=4, prompts_per_step=4),
         evaluation=EvaluationConfig(source=None),
-        log=LogConfig(samples_every=2, num_samples=2, diagnostics_every=0),
+        log=LogConfig(samples_every=2, diagnostics_every=0),
         checkpoint=CheckpointConfig(every=10),
         mesh=MeshConfig(1),
     )
@@ -72,11 +70,14 @@ def config(base_url, **changes):
 
 def asked_at(base, base_url, **api):
     """The same run at another address."""
-    roles = {
-        role: dataclasses.replace(getattr(base, role), base_url=base_url)
-        for role in ("rubricator", "verifier")
-    }
-    return dataclasses.replace(base, **roles, api=dataclasses.replace(base.api, **api))
+    return dataclasses.replace(base, api=dataclasses.replace(base.api, base_url=base_url, **api))
+
+
+@pytest.fixture(autouse=True)
+def breaker(monkeypatch):
+    """A server counts as down after three failures and is tested soon."""
+    monkeypatch.setattr("opdjax.judge.client.BREAKER_FAILURES", 3)
+    monkeypatch.setattr("opdjax.judge.client.BREAKER_SECONDS", 0.1)
 
 
 def weights(workdir):
@@ -85,11 +86,8 @@ def weights(workdir):
 
 def with_key(base, **changes):
     """The same run; both roles send the key in $JUDGE_KEY."""
-    roles = {
-        role: dataclasses.replace(getattr(base, role), api_key_env="JUDGE_KEY", **changes)
-        for role in ("rubricator", "verifier")
-    }
-    return dataclasses.replace(base, **roles)
+    api = dataclasses.replace(base.api, api_key_env="JUDGE_KEY", **changes)
+    return dataclasses.replace(base, api=api)
 
 
 @pytest.fixture(autouse=True)
@@ -131,14 +129,11 @@ def test_a_run_writes_what_was_said_and_what_it_cost(straight):
 
 
 def test_from_the_cache_nobody_is_asked_and_the_weights_are_the_same(
-    straight, judge_server, tmp_path
+    straight, judge_server, tmp_path, monkeypatch
 ):
-    base = asked_at(
-        config(judge_server), NOWHERE, cache=str(straight / "replies.sqlite"), offline=True
-    )
-    train(
-        dataclasses.replace(base, rubrics=dataclasses.replace(base.rubrics, draw_parts=4)), tmp_path
-    )
+    monkeypatch.setattr("opdjax.rollouts.judged._DRAW_PARTS", 4)
+    cache = str(straight / "replies.sqlite")
+    train(asked_at(config(judge_server), NOWHERE, cache=cache, concurrency=0), tmp_path)
     assert weights(tmp_path) == weights(straight)
     assert (
         sum(column(tmp_path, "api/rubricator/calls") + column(tmp_path, "api/verifier/calls")) == 0
@@ -146,7 +141,8 @@ def test_from_the_cache_nobody_is_asked_and_the_weights_are_the_same(
 
 
 def test_the_judge_in_the_run_s_own_process_says_what_it_says_over_http(straight, tmp_path):
-    train(config(RULE_JUDGE), tmp_path)
+    judge = JudgeConfig(RULE_JUDGE)
+    train(config(NOWHERE, rubricator=judge, verifier=judge), tmp_path)
     assert weights(tmp_path) == weights(straight)
     # Dollars are summed up in the order of the replies.
     counted = [
@@ -198,16 +194,17 @@ def test_a_spending_cap_stops_the_run_which_goes_on_when_it_is_raised(
 def test_a_reply_that_is_missing_offline_is_named(judge_server, tmp_path):
     with pytest.raises(
         SourceStoppedError,
-        match=r"api.offline is set and the rubricator's reply [0-9a-f]{64} is not in the cache",
+        match=r"api.concurrency is 0 and the rubricator's reply [0-9a-f]{64} is not in the cache",
     ):
-        train(asked_at(config(judge_server), judge_server, offline=True), tmp_path)
+        train(asked_at(config(judge_server), judge_server, concurrency=0), tmp_path)
 
 
 @pytest.mark.long
-def test_through_faults_of_every_kind_failed_groups_are_masked(start_judge, tmp_path):
+def test_through_faults_of_every_kind_failed_groups_are_masked(start_judge, tmp_path, monkeypatch):
+    monkeypatch.setattr("opdjax.judge.client.BREAKER_FAILURES", 50)
     base = config(NOWHERE, train=TrainConfig(num_steps=4, prompts_per_step=8))
     with start_judge("--faults", 0.3, "--hang", 0.2) as base_url:
-        base = asked_at(base, base_url, max_retries=3, breaker_failures=50)
+        base = asked_at(base, base_url, max_retries=3)
         train(base, tmp_path)
     problems = {
         name: sum(column(tmp_path, f"rubric/problems/{name}"))
@@ -240,12 +237,12 @@ def test_no_key_is_in_any_file(straight, judge_server, tmp_path, monkeypatch, ca
 @pytest.mark.parametrize(
     ("estimator", "rubrics"),
     [
-        (EstimatorConfig("tjudge"), RubricsConfig(draw_parts=1)),
-        (EstimatorConfig("ropd_stages", stage_token_mean=True), STAGES),
-        (ROPD_CODE, RubricsConfig(draw_parts=1, rubric_of="student", num_references=0)),
+        (EstimatorConfig("tjudge"), RubricsConfig()),
+        (EstimatorConfig("ropd_stages", "stage_token_mean"), STAGES),
+        (ROPD_CODE, RubricsConfig(rubric_of="student", num_references=0)),
         (
             ROPD_CODE,
-            RubricsConfig(draw_parts=1, refresh="frozen", grades="graded", polarity="signed"),
+            RubricsConfig(refresh="frozen", grades="graded", polarity="signed"),
         ),
         (EstimatorConfig("ropd_stages"), dataclasses.replace(STAGES, refresh="evolving")),
     ],
@@ -307,15 +304,15 @@ def test_a_prompt_s_own_criteria_are_in_every_rubric_of_it(judge_server, tmp_pat
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = DataConfig(
-        source=str(tmp_path / "rows.jsonl"), max_prompt_length=32, rubric_column="rubric"
+        source=str(tmp_path / "rows.jsonl"), max_prompt_length=32, columns=("rubric=rubric",)
     )
     base = config(
         judge_server,
         data=data,
-        rubrics=RubricsConfig(draw_parts=1, refresh=refresh, min_criteria=1, max_criteria=5),
+        rubrics=RubricsConfig(refresh=refresh, num_criteria=(1, 5)),
     )
     if refresh == "given":
-        base = dataclasses.replace(base, rubricator=EndpointConfig())
+        base = dataclasses.replace(base, rubricator=JudgeConfig())
     train(base, tmp_path / "run")
     for row in read_lines(tmp_path / "run" / "rubrics.jsonl"):
         own = [criterion for criterion in row["rubric"] if criterion["is_given"]]
@@ -330,14 +327,14 @@ def test_own_criteria_that_cannot_be(tmp_path):
             json.dumps({"prompt": "1+1=", "reference": "2", "rubric": [criterion]}) + "\n"
         )
         data = DataConfig(
-            source=str(tmp_path / "rows.jsonl"), max_prompt_length=32, rubric_column="rubric"
+            source=str(tmp_path / "rows.jsonl"), max_prompt_length=32, columns=("rubric=rubric",)
         )
         with pytest.raises(ValueError, match=match):
             prepare(
                 config(
                     NOWHERE,
                     data=data,
-                    rubrics=RubricsConfig(draw_parts=1, **rubrics),
+                    rubrics=RubricsConfig(**rubrics),
                     mesh=MeshConfig(1),
                 )
             )

@@ -6,6 +6,14 @@ from near_runs import FILTERED, LAG, REFRESH, near
 from opdjax.train import train
 
 
+@pytest.fixture(scope="session", autouse=True)
+def small_shards():
+    """Two shards an epoch; generators in processes of their own store one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("opdjax.rollouts.near_policy.refresh.SHARD_SIZE", 16)
+        yield
+
+
 @pytest.fixture(scope="session")
 def ahead(tmp_path_factory):
     """Rollouts drawn two updates ahead, filtered and packed."""

@@ -15,12 +15,12 @@ BASE = dataclasses.replace(
         evaluation={"source": None},
         log={"samples_every": 0, "diagnostics_every": 0},
     ),
-    estimator=EstimatorConfig("npd", tile=64),
+    estimator=EstimatorConfig("npd"),
 )
 LAG = {"schedule": "continuous", "max_staleness": 2}
-REFRESH = {"schedule": "refresh", "num_epochs": 2, "refresh_epochs": (1,), "shard_size": 16}
+REFRESH = {"schedule": "refresh", "num_epochs": 2, "refresh_epochs": (1,)}
 FILTERED = {"filter": "ifd", "ifd_min": None, "ifd_quantile": 0.7}
-ONE_THREAD = {"generator": "thread", "generator_devices": 1}
+ONE_THREAD = {"generator": "thread"}
 PACKED = {"train": {"pack_length": 60}}
 
 

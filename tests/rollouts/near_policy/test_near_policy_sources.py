@@ -20,7 +20,6 @@ from near_runs import (
 )
 from tiny_runs import column, finish, start, without_times
 
-from opdjax.config import MINI_STUDENT, ModelConfig
 from opdjax.config.validation import ConfigError
 from opdjax.data.chat import TokenizerMismatchError
 from opdjax.runs.workdir import WorkdirError, read_lines
@@ -143,15 +142,13 @@ def test_learner_and_generator_on_meshes_of_their_own(ahead, tmp_path):
     """Four devices learn, two draw: within rounding of one device each. And with adapters in
     bfloat16.
     """
-    config = near(
-        LAG | FILTERED | {"generator": "thread", "generator_devices": 2}, **PACKED, mesh={"data": 4}
-    )
+    config = near(LAG | FILTERED | {"generator": "thread"}, **PACKED, mesh={"data": 4})
     train(config, tmp_path / "many")
     assert_same_weights(ahead, tmp_path / "many", atol=1e-3)
     adapters = dataclasses.replace(
         config,
         lora=dataclasses.replace(config.lora, rank=4),
-        student=ModelConfig(MINI_STUDENT, dtype="bfloat16"),
+        train=dataclasses.replace(config.train, dtype="bfloat16"),
     )
     train(adapters, tmp_path / "adapters")
     assert ages(tmp_path / "adapters") == {step: min(step, 2) for step in range(6)}

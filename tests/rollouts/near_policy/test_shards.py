@@ -425,7 +425,7 @@ def test_a_file_over_the_systems_limit_leaves_what_was_there(tmp_path, samples):
     assert "could not be stored" in said
     assert (
         "File too large; everything stored before it is intact: let files grow larger (ulimit -f) "
-        "or store fewer" in said
+        "let files grow larger (ulimit -f)" in said
     )
     assert [*tmp_path.iterdir()] == [before]
     read_shard(before)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from opdjax.cli import main
-from opdjax.config import PACKAGE, ROPD_CODE, Config, EndpointConfig, SamplingConfig
+from opdjax.config import PACKAGE, ROPD_CODE, ApiConfig, Config, JudgeConfig, SamplingConfig
 from opdjax.config.experiments import load_sweep
 from opdjax.config.fleet import FleetConfig
 from opdjax.config.grid import points, seeds
@@ -36,11 +36,10 @@ def fleet(topology="v5e-8", url=URL, file=FILE, made=None, options=(), **config)
 
 
 def judged():
-    judge = EndpointConfig("https://api.example/v1", "m", KEY)
-    return points(
-        Config(sampling=SamplingConfig(2), estimator=ROPD_CODE, rubricator=judge, verifier=judge),
-        seeds(2),
-    )
+    judges = {"rubricator": JudgeConfig("m"), "verifier": JudgeConfig("m")}
+    judges["api"] = ApiConfig("https://api.example/v1", KEY)
+    config = Config(sampling=SamplingConfig(2), estimator=ROPD_CODE, **judges)
+    return points(config, seeds(2))
 
 
 def test_every_shard_is_a_job_with_a_share_of_the_points():

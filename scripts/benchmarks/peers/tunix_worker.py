@@ -5,7 +5,6 @@ Tunix has no on-policy distillation and no loss from hidden states.
 
 from __future__ import annotations
 
-from functools import partial
 from importlib.metadata import version
 
 import jax
@@ -16,52 +15,37 @@ from tunix.generate.sampler import CacheConfig, Sampler
 from tunix.models.qwen3.model import ModelConfig
 from tunix.models.qwen3.params import create_model_from_safe_tensors
 
-from benchmark_peers.inputs import describe_lengths, make_logits, make_matrices, read_prompts
-from benchmark_peers.protocol import Job, serve
-
-
-def _blocked(function, *arguments):
-    return jax.block_until_ready(function(*arguments))
-
-
-def build_product(case):
-    one, other = (jnp.asarray(x, case["dtype"]) for x in make_matrices(case["matmul"]))
-    return Job(partial(_blocked, jax.jit(jnp.matmul), one, other))
+from benchmarks.peers.jax_jobs import blocked, describe_loss
+from benchmarks.peers.protocol import Job, describe_lengths, make_logits, read_prompts, serve
 
 
 def build_logit_strategy(case):
     strategy = LogitStrategy(
         lambda *_: None, lambda *_: None, lambda *_: None, temperature=1.0, alpha=1.0
     )
-    student, teacher = (jnp.asarray(x)[None] for x in make_logits(case["tokens"], case["vocab"]))
+    student, teacher = (jnp.asarray(x)[None] for x in make_logits(case))
     labels = jax.nn.one_hot(jnp.zeros((1, case["tokens"]), jnp.int32), case["vocab"])
     function = jax.jit(
         jax.value_and_grad(lambda *arguments: strategy.compute_loss(*arguments), has_aux=True)
     )
 
     def run():
-        (loss, _), gradient = _blocked(function, student, teacher, labels)
+        (loss, _), gradient = blocked(function, student, teacher, labels)
         return loss, gradient
 
-    return Job(
-        run,
-        lambda result: {
-            "loss": float(result[0]),
-            "norms": [float(jnp.linalg.norm(result[1].ravel()))],
-        },
-    )
+    return Job(run, describe_loss)
 
 
 def build_sampler(case):
     shape = case["student_shape"]
     config = ModelConfig(
-        num_layers=shape["layers"],
-        vocab_size=shape["vocab"],
-        embed_dim=shape["hidden"],
-        hidden_dim=shape["mlp"],
-        num_heads=shape["heads"],
-        head_dim=shape["head"],
-        num_kv_heads=shape["kv_heads"],
+        num_layers=shape["num_layers"],
+        vocab_size=shape["vocab_size"],
+        embed_dim=shape["hidden_size"],
+        hidden_dim=shape["intermediate_size"],
+        num_heads=shape["num_heads"],
+        head_dim=shape["head_size"],
+        num_kv_heads=shape["num_kv_heads"],
         rope_theta=10_000,
         norm_eps=1e-6,
         use_tied_embedding=True,
@@ -78,7 +62,7 @@ def build_sampler(case):
     columns = case["prompt"] + case["new"]
     cache = CacheConfig(columns, config.num_layers, config.num_kv_heads, config.head_dim)
     sampler = Sampler(model, AutoTokenizer.from_pretrained(case["student"]), cache)
-    texts = [row["prompt"] for row in read_prompts(case["student"])[: case["prompts"]]]
+    texts = [row["prompt"] for row in read_prompts(case)]
     seeds = iter(range(10**6))
 
     def run(count=case["prompts"]):
@@ -102,8 +86,7 @@ def build_sampler(case):
 
 if __name__ == "__main__":
     forms = {
-        "product": build_product,
         "LogitStrategy.compute_loss": build_logit_strategy,
         "Sampler": build_sampler,
     }
-    serve(forms, {"google-tunix": version("google-tunix"), "jax": jax.__version__})
+    serve(forms, tunix=version("google-tunix"), jax=jax.__version__)

@@ -15,15 +15,16 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDTrainer
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-from benchmark_peers.inputs import (
-    count_until_stop,
-    describe_lengths,
+from benchmarks.peers.protocol import (
+    Job,
+    Stepper,
+    describe_completions,
     make_hidden,
     make_logits,
-    make_matrices,
+    prompt_ids,
     read_prompts,
+    serve,
 )
-from benchmark_peers.protocol import Job, Stepper, serve
 
 _BETAS = {"reverse": 1.0, "forward": 0.0, "jsd": 0.5}
 _DEVICE = "cpu" if os.environ["BENCHMARK_DEVICE"] == "cpu" else "cuda"
@@ -52,32 +53,20 @@ def _describe_loss(result):
     }
 
 
-def build_product(case):
-    one, other = (_place(x, case["dtype"]) for x in make_matrices(case["matmul"]))
-
-    def run():
-        product = one @ other
-        _wait()
-        return product
-
-    return Job(run)
-
-
 def build_dense_loss(case):
-    student, teacher = (_place(x, "float32") for x in make_logits(case["tokens"], case["vocab"]))
+    student, teacher = (_place(x, "float32") for x in make_logits(case))
     student.requires_grad_()
 
     def loss():
-        beta, tokens = _BETAS[case["divergence"]], case["tokens"]
-        return (
-            GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta, reduction="sum") / tokens
-        )
+        beta = _BETAS[case["divergence"]]
+        total = GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta, reduction="sum")
+        return total / case["tokens"]
 
     return Job(partial(_value_and_grad, loss, [student]), _describe_loss)
 
 
 def build_chunked_loss(case):
-    arrays = make_hidden(case["tokens"], case["vocab"], case["width"])
+    arrays = make_hidden(case)
     hidden, head, teacher_hidden, teacher_head = (_place(x, case["dtype"]) for x in arrays)
     hidden.requires_grad_()
     head.requires_grad_()
@@ -92,24 +81,13 @@ def build_chunked_loss(case):
 
 
 def build_generate(case, cache):
-    model = (
-        AutoModelForCausalLM.from_pretrained(case["student"], dtype=getattr(torch, case["dtype"]))
-        .to(_DEVICE)
-        .eval()
-    )
-    ids = torch.tensor(
-        [row["ids"] for row in read_prompts(case["student"])[: case["prompts"]]], device=_DEVICE
-    )
+    dtype = getattr(torch, case["dtype"])
+    model = AutoModelForCausalLM.from_pretrained(case["student"], dtype=dtype).to(_DEVICE).eval()
+    ids = torch.tensor(prompt_ids(case), dtype=torch.int64, device=_DEVICE)
     torch.manual_seed(0)
-    options = {
-        "max_new_tokens": case["new"],
-        "do_sample": True,
-        "temperature": 1.0,
-        "top_k": 0,
-        "top_p": case["top_p"],
-    }
-    options |= {"eos_token_id": case["stop_ids"], "pad_token_id": 0, "cache_implementation": cache}
-
+    options = {"max_new_tokens": case["new"], "do_sample": True, "top_k": 0, "temperature": 1.0}
+    options |= {"top_p": case["top_p"], "eos_token_id": case["stop_ids"], "pad_token_id": 0}
+    options["cache_implementation"] = cache
     parts = ids.split(case["batch"])
 
     def run(parts=parts):
@@ -121,9 +99,7 @@ def build_generate(case, cache):
 
     def describe(drawn):
         completions = [tokens[:, ids.shape[1] :].numpy() for tokens in drawn]
-        return describe_lengths(
-            [n for part in completions for n in count_until_stop(part, case["stop_ids"])]
-        )
+        return describe_completions(completions, case["stop_ids"])
 
     return Job(run, describe, warm_up=lambda: run(parts[:1]))
 
@@ -155,7 +131,7 @@ def _trainer(case, directory, callback):
         report_to="none",
         disable_tqdm=True,
     )
-    rows = Dataset.from_list([{"prompt": row["prompt"]} for row in read_prompts(case["student"])])
+    rows = Dataset.from_list([{"prompt": row["prompt"]} for row in read_prompts(case)])
     return DistillationTrainer(
         case["student"], case["teacher"], args=config, train_dataset=rows, callbacks=[callback]
     )
@@ -163,18 +139,11 @@ def _trainer(case, directory, callback):
 
 if __name__ == "__main__":
     forms = {
-        "product": build_product,
         "generalized_jsd_loss": build_dense_loss,
         "_chunked_divergence_loss": build_chunked_loss,
         "generate, dynamic cache": partial(build_generate, cache=None),
         "generate, static cache": partial(build_generate, cache="static"),
         "DistillationTrainer": build_trainer,
     }
-    serve(
-        forms,
-        {
-            "trl": trl.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    )
+    versions = {module.__name__: module.__version__ for module in (trl, torch, transformers)}
+    serve(forms, **versions)

@@ -16,45 +16,25 @@ from easydel.trainers.distillation_trainer._fn import chunked_distillation_loss,
 from easydel.trainers.generalized_knowledge_distillation_trainer._fn import generalized_jsd_loss
 from transformers import AutoTokenizer, GenerationConfig
 
-from benchmark_peers.inputs import (
-    count_until_stop,
-    describe_lengths,
+from benchmarks.peers.jax_jobs import blocked, describe_loss
+from benchmarks.peers.protocol import (
+    Job,
+    Stepper,
+    describe_completions,
     make_hidden,
     make_logits,
-    make_matrices,
+    prompt_ids,
     read_prompts,
+    serve,
 )
-from benchmark_peers.protocol import Job, Stepper, serve
 
 _BETAS = {"reverse": 0.0, "forward": 1.0, "jsd": 0.5}  # the opposite of other libraries
 
 
-def _blocked(function, *arguments):
-    return jax.block_until_ready(function(*arguments))
-
-
-def _describe_loss(result):
-    loss, gradients = result
-    return {
-        "loss": float(loss),
-        "norms": [
-            float(jnp.linalg.norm(g.astype(jnp.float32).ravel()))
-            for g in jax.tree.leaves(gradients)
-        ],
-    }
-
-
-def build_product(case):
-    one, other = (jnp.asarray(x, case["dtype"]) for x in make_matrices(case["matmul"]))
-    return Job(partial(_blocked, jax.jit(jnp.matmul), one, other))
-
-
 def build_dense_loss(case, loss):
-    student, teacher = (jnp.asarray(x)[None] for x in make_logits(case["tokens"], case["vocab"]))
-    return Job(
-        partial(_blocked, jax.jit(jax.value_and_grad(partial(loss, case))), student, teacher),
-        _describe_loss,
-    )
+    student, teacher = (jnp.asarray(x)[None] for x in make_logits(case))
+    function = jax.jit(jax.value_and_grad(partial(loss, case)))
+    return Job(partial(blocked, function, student, teacher), describe_loss)
 
 
 def _hinton(case, student, teacher):
@@ -66,10 +46,7 @@ def _generalized(case, student, teacher):
 
 
 def build_chunked_loss(case):
-    hidden, head, teacher, teacher_head = (
-        jnp.asarray(x, case["dtype"])
-        for x in make_hidden(case["tokens"], case["vocab"], case["width"])
-    )
+    arrays = [jnp.asarray(x, case["dtype"]) for x in make_hidden(case)]
 
     def loss(hidden, head, teacher, teacher_head):
         of = lambda kernel: lambda states: states @ kernel.T
@@ -77,37 +54,21 @@ def build_chunked_loss(case):
             hidden[None], teacher[None], of(head), of(teacher_head), temperature=1.0, alpha=1.0
         )[0]
 
-    return Job(
-        partial(
-            _blocked, jax.jit(jax.value_and_grad(loss, (0, 1))), hidden, head, teacher, teacher_head
-        ),
-        _describe_loss,
-    )
+    function = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    return Job(partial(blocked, function, *arrays), describe_loss)
 
 
 def _load(path, case):
-    dtype = jnp.dtype(case["dtype"])
-    return ed.AutoEasyDeLModelForCausalLM.from_pretrained(
-        path,
-        dtype=dtype,
-        param_dtype=dtype,
-        from_torch=True,
-        sharding_axis_dims=(1, -1, 1, 1, 1),
-        auto_shard_model=True,
-    )
+    types = dict.fromkeys(("dtype", "param_dtype"), jnp.dtype(case["dtype"]))
+    mesh = {"sharding_axis_dims": (1, -1, 1, 1, 1), "auto_shard_model": True}
+    model = ed.AutoEasyDeLModelForCausalLM
+    return model.from_pretrained(path, from_torch=True, **types, **mesh)
 
 
 def build_generate(case):
     model = _load(case["student"], case)
-    options = {
-        "max_new_tokens": case["new"],
-        "do_sample": True,
-        "temperature": 1.0,
-        "top_p": case["top_p"],
-        "top_k": 0,
-        "eos_token_id": case["stop_ids"],
-        "pad_token_id": 0,
-    }
+    options = {"max_new_tokens": case["new"], "do_sample": True, "temperature": 1.0, "top_k": 0}
+    options |= {"top_p": case["top_p"], "eos_token_id": case["stop_ids"], "pad_token_id": 0}
     model.generation_config = GenerationConfig(**options)
     graph, state, rest = model.split_module()
 
@@ -121,25 +82,19 @@ def build_generate(case):
             prng_key=key,
         ).sequences
 
-    ids = jnp.asarray(
-        [row["ids"] for row in read_prompts(case["student"])[: case["prompts"]]], jnp.int32
-    )
+    ids = jnp.asarray(prompt_ids(case))
     seeds = iter(range(10**6))
 
     def run(count=case["prompts"]):
+        drawn = []
         with model.mesh:
-            return [
-                np.asarray(
-                    generate(
-                        state, rest, ids[i : i + case["batch"]], jax.random.PRNGKey(next(seeds))
-                    )
-                )
-                for i in range(0, count, case["batch"])
-            ]
+            for i in range(0, count, case["batch"]):
+                key, part = jax.random.PRNGKey(next(seeds)), ids[i : i + case["batch"]]
+                drawn.append(np.asarray(generate(state, rest, part, key)))
+        return drawn
 
     def describe(drawn):
-        completions = np.concatenate(drawn)[:, ids.shape[1] :]
-        return describe_lengths(count_until_stop(completions, case["stop_ids"]))
+        return describe_completions([part[:, ids.shape[1] :] for part in drawn], case["stop_ids"])
 
     return Job(run, describe, warm_up=lambda: run(case["batch"]))
 
@@ -148,13 +103,8 @@ def build_trainer(case):
     def loop(pause):
         class PausingTrainer(ed.OnPolicyDistillationTrainer):
             def on_step_end(self, state, metrics, step):
-                pause(
-                    {
-                        "useful_tokens": int(
-                            metrics.other_metrics["completion_length"] * case["step_batch"]
-                        )
-                    }
-                )
+                length = metrics.other_metrics["completion_length"]
+                pause({"useful_tokens": int(length * case["step_batch"])})
                 return state, metrics
 
         with tempfile.TemporaryDirectory() as directory:
@@ -187,14 +137,10 @@ def _trainer(case, directory, trainer):
     )
     tokenizer = AutoTokenizer.from_pretrained(case["student"])
     student, teacher = _load(case["student"], case), _load(case["teacher"], case)
-    options = {
-        "max_new_tokens": case["new"],
-        "do_sample": True,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": 0,
-    }
-    student.generation_config = GenerationConfig(**options)
-    rows = Dataset.from_list([{"prompt": row["prompt"]} for row in read_prompts(case["student"])])
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
+    generation = GenerationConfig(max_new_tokens=case["new"], do_sample=True, **ids)
+    student.generation_config = generation
+    rows = Dataset.from_list([{"prompt": row["prompt"]} for row in read_prompts(case)])
     return trainer(
         arguments=config,
         processing_class=tokenizer,
@@ -207,11 +153,10 @@ def _trainer(case, directory, trainer):
 if __name__ == "__main__":
     os.environ.setdefault("WANDB_MODE", "disabled")
     forms = {
-        "product": build_product,
         "distillation_loss": partial(build_dense_loss, loss=_hinton),
         "generalized_jsd_loss": partial(build_dense_loss, loss=_generalized),
         "chunked_distillation_loss": build_chunked_loss,
         "generate": build_generate,
         "OnPolicyDistillationTrainer": build_trainer,
     }
-    serve(forms, {"easydel": version("easydel"), "jax": jax.__version__})
+    serve(forms, easydel=version("easydel"), jax=jax.__version__)
