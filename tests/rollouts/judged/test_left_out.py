@@ -82,8 +82,9 @@ def test_a_first_step_with_failed_groups_is_trained_on_the_others(start_judge, t
 
 @pytest.mark.long
 def test_rubrics_are_not_frozen_as_missing_while_nobody_answers(
-    start_judge, judge_server, tmp_path
+    start_judge, judge_server, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr("opdjax.rollouts.judged.MAX_FAILED_SHARE", 0.4)
     rubrics = RubricsConfig(refresh="frozen")
     with (
         start_judge("--down-after", 2) as base_url,

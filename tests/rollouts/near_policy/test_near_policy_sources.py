@@ -111,9 +111,11 @@ def test_another_process_generates_what_the_learner_would_have(ahead, tmp_path):
 
 
 @pytest.mark.long
-def test_another_process_answers_the_prompts_of_an_epoch(refreshed, tmp_path):
+def test_another_process_answers_the_prompts_of_an_epoch(tmp_path, monkeypatch):
+    monkeypatch.setattr("opdjax.rollouts.near_policy.refresh.SHARD_SIZE", 1024)  # as theirs
+    train(near(REFRESH), tmp_path / "one")
     config = near(REFRESH | {"generator": "process"})
-    assert_same_steps(refreshed, run_of_two_processes(config, tmp_path, first="train"))
+    assert_same_steps(tmp_path / "one", run_of_two_processes(config, tmp_path, first="train"))
 
 
 def test_an_epoch_is_drawn_by_the_weights_before_it(refreshed):
