@@ -47,6 +47,7 @@ _DRAWINGS = (
     drawing.figure,
     drawing.dashes,
     drawing.smoothing_window,
+    drawing.smoothing_note,
     drawing.finite,
     drawing_rows.rows_of,
     drawing_rows.lanes,

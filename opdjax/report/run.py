@@ -126,7 +126,7 @@ def run_facts(
         is_rewarded=recipe is not None and recipe.is_rewarded,
         schedule=run.config["near_policy"]["schedule"] if run.is_near_policy else "none",
         is_finished=run.result is not None,
-        failure=None if failure is None or run.result else texts_of(failure),
+        failure=None if failure is None or run.result else measures.failure_texts(failure),
         num_steps=steps[-1] if steps else 0,
         planned_steps=run.config["train"]["num_steps"],
         seconds=measures.total(run, "seconds") if run.seconds is None else run.seconds,
@@ -160,14 +160,6 @@ def run_facts(
 
 
 _LONG = ("answers", "per_prompt", "per_prompt_greedy", "per_prompt_pass")  # not on the page
-
-
-def texts_of(failure: Mapping[str, Any]) -> dict[str, str]:
-    """The content of failure.json as texts; a list is one text of several lines."""
-    return {
-        name: "\n".join(map(str, value)) if isinstance(value, list) else str(value)
-        for name, value in failure.items()
-    }
 
 
 def _ends(run: Run, key: str, length: int) -> Ends:
