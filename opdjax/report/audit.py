@@ -345,11 +345,3 @@ COSTS = (
     ("seconds_per_token", "Time per token", "µs", 1e6),
     ("bytes_per_token", "Memory per token", "kB", 1e-3),
 )
-# What the template reads beside the facts.
-CONTEXT = {"KL": KL, "CLOSE": CLOSE, "EXACT": EXACT, "COSTS": COSTS, "PLAIN": PLAIN} | {
-    each.__name__: each
-    for each in (
-        *(angle, angle_groups, bin_labels, common_cost, degrees, known_costs, noise_groups),
-        *(over_plain, place_bars, place_lines, ratio, variance_groups),
-    )
-}

@@ -13,7 +13,7 @@ import hashlib
 import io
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -121,6 +121,11 @@ def curves(
     """
     found = [line for slot, values in columns for line in smoothed(steps, values, slot)]
     return lines(title, found, y, "step", about, **frame)
+
+
+def columns(series: Mapping[str, Any], names: Iterable[str]) -> list[tuple[int, Any]]:
+    """`(slot, values)` of the names for `curves`; those that the series lacks are left out."""
+    return [(slot, series[name]) for slot, name in enumerate(names) if name in series]
 
 
 def smoothed(steps: Sequence[float], values: Sequence[float | None], slot: int = 0) -> list[Line]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from opdjax.report import judgements, measures
-from opdjax.report.judgements import ALL, JudgedGroup, JudgedRow, Rate, Steps, Summary, summary
+from opdjax.report.judgements import JudgedGroup, JudgedRow, Rate, Steps, Summary, summary
 from opdjax.report.text import spread
 from opdjax.runs.results import Run, is_number
 
@@ -194,10 +194,13 @@ def dollars(value: float) -> str:
     return f"${value:,.2f}" if value >= 0.1 else f"${float(f'{value:.2g}'):g}"
 
 
-def added(*columns: Sequence[float | None]) -> list[float | None]:
-    """The sums of the known values by step; None where none is known."""
-    rows = ([value for value in values if value is not None] for values in zip(*columns))
-    return [sum(known) if known else None for known in rows]
-
-
-CONTEXT = {"dollars": dollars, "added": added, "ALL": ALL, "is_number": is_number}
+def role_columns(
+    metrics: Mapping[str, Sequence[float | None]], roles: Sequence[str], *names: str
+) -> list[tuple[int, list[float | None]]]:
+    """`(slot, values by step)` of each role: the sum of its metrics, None where none is known."""
+    found = []
+    for slot, role in enumerate(roles):
+        parts = [metrics[key] for name in names if (key := f"api/{role}/{name}") in metrics]
+        rows = ([value for value in values if value is not None] for values in zip(*parts))
+        found.append((slot, [sum(known) if known else None for known in rows]))
+    return found

@@ -20,7 +20,7 @@ from opdjax.report.timeline import TimelineFacts, timeline_facts
 from opdjax.runs.results import AXES, Run, is_number
 
 # Limits that keep a page small: steps, rollouts per step, tokens per rollout.
-_STEPS, _ROLLOUTS, _TOKENS = 5, 4, 256
+_STEPS, _ROLLOUTS, MAX_TOKENS = 5, 4, 256
 _MODELS = ("student.path", "teacher.path")
 
 
@@ -248,7 +248,7 @@ def token_columns(row: Mapping[str, Any]) -> dict[str, list[str]]:
         "KL, nats": ("kl", fixed),
         "reward": ("rewards", fixed),
     }
-    size, found = len(row["tokens"][:_TOKENS]), {}
+    size, found = len(row["tokens"][:MAX_TOKENS]), {}
     for heading, (field, write) in fields.items():
         values = (list(row.get(field) or ()) + [None] * size)[:size]
         texts = [write(value) for value in values]
@@ -274,10 +274,3 @@ def _settings(run: Run) -> list[Setting]:
                 default = shown(defaults[name])
         found.append(Setting(name, shown(value), default))
     return found
-
-
-CONTEXT = {each.__name__: each for each in (look, visible, token_columns)} | {
-    "MAX_TOKENS": _TOKENS,
-    "SCORES": measures.SCORES,
-    "score_label": measures.score_label,
-}

@@ -258,6 +258,3 @@ def busy_shares(spans: Sequence[Span], edges: np.ndarray) -> np.ndarray:
     spent = np.concatenate(([0.0], np.cumsum(knots[:, 1] - knots[:, 0])))
     at = np.interp(edges, knots.ravel(), np.repeat(spent, 2)[1:-1])
     return np.diff(at) / np.diff(edges)
-
-
-CONTEXT = {"KINDS": KINDS} | {each.__name__: each for each in (bars_between, shares_of_time)}
