@@ -112,16 +112,11 @@ def read_judgements(workdir: pathlib.Path, stages: Sequence[str] = ()) -> Steps:
         judged = _judged(row, stages)
         rows = found.setdefault(judged.step, [])
         # Rubrics of single rollouts come in consecutive rows. A repeated sample starts a new group.
-        if rows and _is_same_group(rows[-1], judged):
-            rows[-1].append(judged)
-        else:
-            rows.append([judged])
+        own = rows[-1] if rows and rows[-1][0].prompt_id == judged.prompt_id else []
+        if not own or any(set(row.samples) & set(judged.samples) for row in own):
+            rows.append(own := [])
+        own.append(judged)
     return {step: [JudgedGroup(tuple(rows)) for rows in found[step]] for step in sorted(found)}
-
-
-def _is_same_group(rows: list[JudgedRow], judged: JudgedRow) -> bool:
-    is_new = not any(set(row.samples) & set(judged.samples) for row in rows)
-    return rows[-1].prompt_id == judged.prompt_id and is_new
 
 
 def _wrong_fields(row: dict[str, Any]) -> list[str]:

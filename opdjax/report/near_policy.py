@@ -210,11 +210,6 @@ def _x_range(pools: Sequence[Histogram], bounds: Bounds) -> tuple[float, float]:
 
 
 def _examples(files: Sequence[Filter]) -> dict[str, list[dict[str, Any]]]:
-    found = {}
-    for zone in ZONES:
-        rows = [
-            {**row, "version": f["version"]} for f in files for row in f["examples"].get(zone, ())
-        ]
-        if rows:
-            found[zone] = list(spread(rows, _EXAMPLES))
-    return found
+    own = lambda f, zone: [row | {"version": f["version"]} for row in f["examples"].get(zone, ())]
+    rows = {zone: [row for f in files for row in own(f, zone)] for zone in ZONES}
+    return {zone: list(spread(found, _EXAMPLES)) for zone, found in rows.items() if found}

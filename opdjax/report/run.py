@@ -211,13 +211,13 @@ def _rollouts(run: Run) -> Rollouts | None:
         for step in spread(every, _STEPS)
     }
     rows = [row for found in steps.values() for row in found if row.get("tokens")]
-    for field in ("advantages", "kl"):
-        values = (value for row in rows for value in row.get(field) or ())
+    field, limit = None, 1.0
+    for name in ("kl", "advantages"):  # advantages are preferred
+        values = (value for row in rows for value in row.get(name) or ())
         sizes = sorted(abs(value) for value in values if is_number(value))
         if sizes and sizes[-1] > 0:
-            at = min(len(sizes) - 1, int(0.95 * len(sizes)))
-            return Rollouts(steps, len(every) - len(steps), field, sizes[at] or sizes[-1])
-    return Rollouts(steps, len(every) - len(steps), None, 1.0)
+            field, limit = name, sizes[int(0.95 * len(sizes))] or sizes[-1]
+    return Rollouts(steps, len(every) - len(steps), field, limit)
 
 
 def look(rollouts: Rollouts, value: float | None) -> tuple[str, float | None]:
