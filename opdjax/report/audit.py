@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from opdjax.config.recipes import PLAIN, RECIPES
 from opdjax.report.drawing import SERIES, Bars, Line
-from opdjax.report.drawing_rows import Entry
+from opdjax.report.drawing_rows import Entry, Groups
 from opdjax.report.measures import bucket_label, model_name
 from opdjax.report.text import percent, shown, significant
 from opdjax.runs.results import is_number
@@ -27,9 +27,8 @@ _LITTLE = 0.005  # a bin with a smaller share of opd's noise has no point: its r
 _SHORT = {"support_top_k": "k", "renormalize": "renorm."}
 _OWN, _LOST = "Recipes with a direction of their own", "No direction: the expected gradient is 0"
 _PITFALLS = f"Pitfalls, mistaken for {KL['reverse']}"
-_SAME_GRADIENT = "Same expected gradient as opd"
 NOISE_GROUPS = (
-    _SAME_GRADIENT,
+    "Same expected gradient as opd",
     "Another expected gradient",
     "Tokens of a sequence coupled",
     "Pitfalls",
@@ -123,62 +122,58 @@ def audit_facts(document: Document, name: str) -> AuditFacts:
         if "by_kl" in each.row and is_number(each.row["variance_ratio"])
     }
     noises = document.get("gradients", {}).get("rows", {})
-    group = lambda key: _noise_group(key, subjects, contexts)
-    same = [
-        key
-        for key in sorted(sampled, key=sampled.__getitem__)
-        if group(key) == _SAME_GRADIENT and key != PLAIN and not subjects[key].is_drawn_often
-    ]
+    plain = noises.get(PLAIN, {})
+    grouped = lambda sizes: _grouped(sizes, subjects, contexts)
+    variances = grouped(sampled)
     batches = dict.fromkeys(document.get("batch_pitfalls", {}), "")
     measured = {
         key: each.about for key, each in subjects.items() if each.is_pitfall and key in contexts
     }
     return AuditFacts(
-        model_name(document["student"]),
-        model_name(document["teacher"]),
-        "" if name == "." else name,
-        unfinished,
-        document,
-        subjects,
-        contexts,
-        vocabulary,
-        _grouped(sampled, group),
-        _grouped({key: row["noise"] for key, row in noises.items()}, group),
-        _noise_of_plain(noises.values()),
-        _parts_of_plain(noises.get(PLAIN)),
-        any((noises.get(PLAIN, {}).get(part) or 0.0) < 0 for part in PARTS),
-        tuple(same),
-        document.get("pitfalls") or measured | batches,
+        student=model_name(document["student"]),
+        teacher=model_name(document["teacher"]),
+        directory="" if name == "." else name,
+        unfinished=unfinished,
+        document=document,
+        subjects=subjects,
+        contexts=contexts,
+        vocabulary=vocabulary,
+        variances=variances,
+        noises=grouped({key: row["noise"] for key, row in noises.items()}),
+        noise_of_plain=_noise_of_plain(noises.values()),
+        parts_of_plain=_parts_of_plain(plain),
+        has_negative_part=any((plain.get(part) or 0.0) < 0 for part in PARTS),
+        same_gradient=tuple(
+            key
+            for key in variances[NOISE_GROUPS[0]]
+            if key != PLAIN and not subjects[key].is_drawn_often
+        ),
+        pitfalls=document.get("pitfalls") or measured | batches,
     )
 
 
 def _subject(name: str, about: dict[str, Any]) -> Subject:
     recipe, options = about.get("recipe"), about.get("options", {})
-    words = []
-    for option, value in options.items():
-        is_clear = isinstance(value, str) and value != "none"
-        words.append(value if is_clear else f"{_SHORT.get(option, option)} {shown(value)}")
-    row = RECIPES.get(recipe or "")
+    is_clear = lambda value: isinstance(value, str) and value != "none"
+    words = [
+        value if is_clear(value) else f"{_SHORT.get(option, option)} {shown(value)}"
+        for option, value in options.items()
+    ]
     return Subject(
         name,
         f"{recipe} {', '.join(words)}".strip() if recipe else name,
         bool(about.get("is_pitfall")),
         about.get("advertises", "own"),
-        row is not None and "baseline" in row.options,
+        recipe in RECIPES and "baseline" in RECIPES[recipe].options,
         about.get("about", ""),
         bool(options.get("extra_draws")),
     )
 
 
 def _directions(rows: dict[str, Any], subjects: dict[str, Subject]) -> dict[str, Direction]:
-    return {
-        name: Direction(
-            subjects.get(name) or _subject(name, {}),
-            row,
-            {kl: angle(row["cosine"][kl]) for kl in KL},
-        )
-        for name, row in rows.items()
-    }
+    subject = lambda name: subjects.get(name) or _subject(name, {})
+    angles = lambda row: {kl: angle(row["cosine"][kl]) for kl in KL}
+    return {name: Direction(subject(name), row, angles(row)) for name, row in rows.items()}
 
 
 def angle(cosine: float | None) -> float | None:
@@ -200,7 +195,7 @@ def ratio(value: float | None, interval: Sequence[float | None] | None = None) -
     return f"{significant(value)} ({' to '.join(map(significant, interval))})"
 
 
-def angle_groups(rows: dict[str, Direction], kl: str) -> list[tuple[str, list[Entry]]]:
+def angle_groups(rows: dict[str, Direction], kl: str) -> Groups:
     """The rows of the chart of angles to the gradient of a KL; the same order for every KL."""
     headings = [*(f"Recipes for {name}" for name in KL.values()), _OWN, _PITFALLS, _LOST]
     found: dict[str, list[Entry]] = {heading: [] for heading in headings}
@@ -208,35 +203,29 @@ def angle_groups(rows: dict[str, Direction], kl: str) -> list[tuple[str, list[En
         subject, value = each.subject, each.degrees[kl]
         heading = f"Recipes for {KL[subject.aim]}" if subject.aim in KL else _OWN
         heading = _LOST if each.is_lost else _PITFALLS if subject.is_pitfall else heading
-        entry = Entry(
-            subject.short,
-            value,
-            is_warning=subject.is_pitfall,
-            is_target=subject.aim == kl,
-            text=degrees(value, ""),
-            note="no direction" if value is None else "",
-        )
-        found[heading].append(entry)
+        marks = {"is_warning": subject.is_pitfall, "is_target": subject.aim == kl}
+        texts = {"text": degrees(value, ""), "note": "no direction" if value is None else ""}
+        found[heading].append(Entry(subject.short, value, **marks, **texts))
     return list(found.items())
 
 
 # Noise
 
 
-def _noise_group(name: str, subjects: dict[str, Subject], contexts: dict[str, Direction]) -> str:
-    same, other, coupled, pitfalls = NOISE_GROUPS
-    if name in subjects and subjects[name].is_pitfall:
-        return pitfalls
-    if name not in contexts:
-        return coupled
-    bias = contexts[name].row["bias"]["reverse"]
-    return same if bias is not None and bias < _SAME else other
-
-
-def _grouped(sizes: dict[str, float], group: Callable[[str], str]) -> dict[str, list[str]]:
+def _grouped(
+    sizes: dict[str, float], subjects: dict[str, Subject], contexts: dict[str, Direction]
+) -> dict[str, list[str]]:
+    """The names of each of NOISE_GROUPS, the least noisy first."""
     found: dict[str, list[str]] = {heading: [] for heading in NOISE_GROUPS}
+    same, other, coupled, pitfalls = found.values()
     for name in sorted(sizes, key=sizes.__getitem__):
-        found[group(name)].append(name)
+        bias = contexts[name].row["bias"]["reverse"] if name in contexts else None
+        if name in subjects and subjects[name].is_pitfall:
+            pitfalls.append(name)
+        elif name not in contexts:
+            coupled.append(name)
+        else:
+            (same if bias is not None and bias < _SAME else other).append(name)
     return found
 
 
@@ -247,53 +236,47 @@ def _noise_of_plain(rows: Iterable[dict[str, Any]]) -> float | None:
     return unit if unit > 0 else None
 
 
-def positive(row: dict[str, Any]) -> dict[str, float]:
+def _positive(row: dict[str, Any]) -> dict[str, float]:
     """The parts of the noise; a part estimated below 0 counts as 0."""
     return {part: max(row[part] or 0.0, 0.0) for part in PARTS}
 
 
-def _parts_of_plain(row: dict[str, Any] | None) -> dict[str, float]:
-    sizes = positive(row) if row and row["action"] is not None else {}
+def _parts_of_plain(row: dict[str, Any]) -> dict[str, float]:
+    sizes = _positive(row) if row.get("action") is not None else {}
     total = sum(sizes.values())
     return {part: round(size / total, 2) for part, size in sizes.items()} if total else {}
 
 
-def variance_groups(f: AuditFacts) -> list[tuple[str, list[Entry]]]:
+def variance_groups(f: AuditFacts) -> Groups:
     """The rows of the chart of variances of logits."""
 
     def entry(name: str) -> Entry:
-        subject, row = f.subjects[name], f.contexts[name].row
-        low, high = row.get("variance_ratio_interval") or (None, None)
-        value = row["variance_ratio"]
-        text = f"{significant(value)}×"
-        return Entry(subject.short, value, low, high, is_warning=subject.is_pitfall, text=text)
+        row, value = f.contexts[name].row, f.contexts[name].row["variance_ratio"]
+        ends = row.get("variance_ratio_interval") or (None, None)
+        return _entry(f, name, value, *ends, text=f"{significant(value)}×")
 
     return [(heading, [*map(entry, names)]) for heading, names in f.variances.items()]
 
 
-def noise_groups(f: AuditFacts) -> list[tuple[str, list[Entry]]]:
-    """The rows of the chart of the noise of parameter gradients, by cause."""
+def noise_groups(f: AuditFacts) -> tuple[Groups, float]:
+    """The rows of the chart of the noise of parameter gradients, by cause, and the limit of it."""
     rows, unit = f.document["gradients"]["rows"], f.noise_of_plain or 1.0
 
     def entry(name: str) -> Entry:
-        subject, row = f.subjects.get(name) or _subject(name, {}), rows[name]
-        snr = row["signal_to_noise"]
-        return Entry(
-            subject.short,
-            row["noise"] / unit,
-            parts=tuple(size / unit for size in positive(row).values()),
-            is_warning=subject.is_pitfall,
-            text=f"s/n {'–' if not is_number(snr) else f'{snr:.2f}' if snr else '0'}",
-        )
+        row, snr = rows[name], rows[name]["signal_to_noise"]
+        text = f"s/n {'–' if not is_number(snr) else f'{snr:.2f}' if snr else '0'}"
+        parts = tuple(size / unit for size in _positive(row).values())
+        return _entry(f, name, row["noise"] / unit, parts=parts, text=text)
 
-    return [(heading, [*map(entry, names)]) for heading, names in f.noises.items()]
-
-
-def noise_limit(f: AuditFacts, groups: list[tuple[str, list[Entry]]]) -> float:
-    """Where the stacks of `noise_groups` are cut."""
+    groups = [(heading, [*map(entry, names)]) for heading, names in f.noises.items()]
     sizes = [max(sum(e.parts), e.value or 0.0) for _, entries in groups for e in entries]
     limit = 1.06 * (max(sizes, default=0.0) or 1.0)
-    return min(limit, _MAX_STACK) if f.noise_of_plain else limit
+    return groups, min(limit, _MAX_STACK) if f.noise_of_plain else limit
+
+
+def _entry(f: AuditFacts, name: str, *values: float | None, **more: Any) -> Entry:
+    subject = f.subjects.get(name) or _subject(name, {})
+    return Entry(subject.short, *values, is_warning=subject.is_pitfall, **more)
 
 
 # Places
@@ -302,40 +285,36 @@ def noise_limit(f: AuditFacts, groups: list[tuple[str, list[Entry]]]) -> float:
 def place_bars(bins: list[dict[str, Any]], actions: Sequence[float | None] | None) -> list[Bars]:
     """Contexts, their share of the KL and of opd's variance in every bin, percent."""
     whole = sum(each["contexts"] for each in bins) or 1
+    shares = {5: [each["contexts"] / whole for each in bins]}
+    shares |= {2: [each["kl_share"] for each in bins], 1: [each["variance_share"] for each in bins]}
+    shares |= {3: actions} if actions else {}
     percents = lambda values: [100 * value if is_number(value) else None for value in values]
-    found = [
-        Bars(percents(each["contexts"] / whole for each in bins), 5, is_hatched=True),
-        Bars(percents(each["kl_share"] for each in bins), 2),
-        Bars(percents(each["variance_share"] for each in bins), 1),
-    ]
-    return [*found, Bars(percents(actions), 3)] if actions else found
+    return [Bars(percents(values), slot, slot == 5) for slot, values in shares.items()]
 
 
 def place_lines(rows: dict[str, list], noise: Sequence[float | None]) -> list[Line]:
     """Variance over that of opd in every bin, a line for each of `rows`; bins with little of opd's
     noise have no point.
     """
-    found = []
-    unknown = [math.nan] * 3
-    for slot, cells in enumerate(list(rows.values())[:SERIES]):
+    found, rows = [], list(rows.values())[:SERIES]
+    for slot, cells in enumerate(rows):
+        large = [is_number(share) and share >= _LITTLE for share in noise]
         kept = [
-            cell if is_number(share) and share >= _LITTLE and all(map(is_number, cell)) else unknown
-            for cell, share in zip(cells, noise)
+            cell if is_large and all(map(is_number, cell)) else [math.nan] * 3
+            for cell, is_large in zip(cells, large)
         ]
-        value, low, high = zip(*kept)
         # Shifted, so that intervals do not hide one another.
-        shift = 0.06 * (slot - (min(len(rows), SERIES) - 1) / 2)
+        shift = 0.06 * (slot - (len(rows) - 1) / 2)
         x = [at + shift for at in range(len(noise))]
-        found.append(Line(x, value, low, high, slot=slot, has_markers=True, bars=True))
+        found.append(Line(x, *zip(*kept), slot=slot, has_markers=True, bars=True))
     return found
 
 
 def bin_labels(bins: Sequence[dict[str, Any]]) -> list[str]:
     """Percentiles of a context's KL, or positions in the completion."""
+    percentiles = lambda each: f"{100 * each['from']:g}–{100 * each['to']:g}"
     return [
-        bucket_label((each["first"], each["last"]))
-        if "first" in each
-        else f"{100 * each['from']:g}–{100 * each['to']:g}"
+        bucket_label((each["first"], each["last"])) if "first" in each else percentiles(each)
         for each in bins
     ]
 
@@ -345,9 +324,9 @@ def bin_labels(bins: Sequence[dict[str, Any]]) -> list[str]:
 
 def known_costs(f: AuditFacts, key: str) -> dict[str, float]:
     """The known costs of one kind, the lowest first."""
-    rows = f.document.get("costs") or {}
-    known = {name: row[key] for name, row in rows.items() if is_number(row.get(key))}
-    return dict(sorted(known.items(), key=lambda each: each[1]))
+    rows = (f.document.get("costs") or {}).items()
+    known = [(name, row[key]) for name, row in rows if is_number(row.get(key))]
+    return dict(sorted(known, key=lambda each: each[1]))
 
 
 def common_cost(known: dict[str, float]) -> float | None:
@@ -366,11 +345,3 @@ COSTS = (
     ("seconds_per_token", "Time per token", "µs", 1e6),
     ("bytes_per_token", "Memory per token", "kB", 1e-3),
 )
-# What the template reads beside the facts.
-CONTEXT = {"KL": KL, "CLOSE": CLOSE, "EXACT": EXACT, "COSTS": COSTS, "PLAIN": PLAIN} | {
-    each.__name__: each
-    for each in (
-        *(angle, angle_groups, bin_labels, common_cost, degrees, known_costs, noise_groups),
-        *(noise_limit, over_plain, place_bars, place_lines, ratio, variance_groups),
-    )
-}

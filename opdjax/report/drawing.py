@@ -13,7 +13,7 @@ import hashlib
 import io
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,6 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 INK, MUTED, GRID, PAGE = (_COLOURS[name] for name in ("ink", "muted", "grid", "page"))
 LETTER = 7.2  # width of a letter, in pixels
 NOTHING = Markup("")
-_GAP = (math.nan, math.nan)
 
 
 def require_matplotlib() -> None:
@@ -124,6 +123,11 @@ def curves(
     return lines(title, found, y, "step", about, **frame)
 
 
+def columns(series: Mapping[str, Any], names: Iterable[str]) -> list[tuple[int, Any]]:
+    """`(slot, values)` of the names for `curves`; those that the series lacks are left out."""
+    return [(slot, series[name]) for slot, name in enumerate(names) if name in series]
+
+
 def smoothed(steps: Sequence[float], values: Sequence[float | None], slot: int = 0) -> list[Line]:
     """A faint line through every step, and a strong one smoothed where there are enough steps."""
     window = smoothing_window(len(steps))
@@ -142,18 +146,20 @@ def known_line(
 
 def interval_line(x: Sequence[float], y: Sequence[Any], half: Sequence[Any], **style: Any) -> Line:
     """A line with markers and its interval; an unknown value leaves a gap."""
-    ends = [
-        (value - width, value + width) if is_number(value) and is_number(width) else _GAP
-        for value, width in zip(y, half)
-    ]
-    values = [value if is_number(value) else math.nan for value in y]
-    low, high = zip(*ends) if ends else ((), ())
-    return Line(x, values, low, high, **{"has_markers": True} | style)
+    known = lambda values: np.array([v if is_number(v) else math.nan for v in values], float)
+    values, width = known(y), known(half)
+    return Line(x, values, values - width, values + width, **{"has_markers": True} | style)
 
 
 def smoothing_window(num_steps: int) -> int:
     """Number of steps that a smoothed line averages over."""
     return max(1, num_steps // 12)
+
+
+def smoothing_note(num_steps: int) -> str:
+    """What the two lines of a smoothed chart are; empty where charts are not smoothed."""
+    window = smoothing_window(num_steps)
+    return f" Faint line: every step. Strong line: mean over {window} steps." if window > 1 else ""
 
 
 def smooth(values: Sequence[float | None], window: int) -> np.ndarray:
@@ -345,15 +351,15 @@ def fill_of(each: Bars) -> dict[str, Any]:
 
 
 def _bound(axes: Any, bound: float, side: str, x_range: tuple[float, float]) -> None:
+    low, high = x_range
     style = {"va": "bottom", "color": INK}
-    if x_range[0] <= bound <= x_range[1]:
+    if low <= bound <= high:
         axes.axvline(bound, color=INK, linewidth=1.2, dashes=(4, 3), zorder=4)
         at = axes.get_xaxis_transform()
         axes.text(bound, 1.0, f" {tick(bound)} ", transform=at, ha=side, **style)
-    elif bound < x_range[0]:
-        axes.text(0.0, 1.0, f"← bound {tick(bound)}", transform=axes.transAxes, ha="left", **style)
-    else:
-        axes.text(1.0, 1.0, f"bound {tick(bound)} →", transform=axes.transAxes, ha="right", **style)
+        return
+    at, text, side = (0.0, "← bound {}", "left") if bound < low else (1.0, "bound {} →", "right")
+    axes.text(at, 1.0, text.format(tick(bound)), transform=axes.transAxes, ha=side, **style)
 
 
 # SVG
@@ -361,14 +367,11 @@ def _bound(axes: Any, bound: float, side: str, x_range: tuple[float, float]) -> 
 
 def figure(title: str, drawing: Markup, about: str | None = None, is_wide: bool = False) -> Markup:
     """A drawing with its title and caption."""
+    scroll = Markup('<div class="scroll" tabindex="0" role="group" aria-label="{}">{}</div>')
     return Markup("<figure{}>{}{}{}</figure>").format(
-        Markup(' class="wide"') if is_wide else "",
+        Markup(' class="wide"' if is_wide else ""),
         Markup("<h3>{}</h3>").format(title) if title else "",
-        Markup('<div class="scroll" tabindex="0" role="group" aria-label="{}">{}</div>').format(
-            title or "drawing", drawing
-        )
-        if is_wide
-        else drawing,
+        scroll.format(title or "drawing", drawing) if is_wide else drawing,
         Markup("<figcaption>{}</figcaption>").format(about) if about else "",
     )
 
@@ -416,20 +419,17 @@ def picture(
     from matplotlib.figure import Figure
 
     muted = ("axes.edgecolor", "xtick.color", "ytick.color", "axes.labelcolor")
-    settings = dict.fromkeys(muted, MUTED)
+    settings = dict.fromkeys(muted, MUTED) | {"text.color": INK, "grid.color": GRID}
     settings |= {"svg.fonttype": "none", "svg.hashsalt": "opdjax", "lines.solid_capstyle": "round"}
     settings |= {"font.size": font, "axes.linewidth": 0.8, "text.parse_math": False}
-    settings |= {"text.color": INK, "grid.color": GRID}
     with matplotlib.rc_context(settings):
         canvas = Figure(figsize=(width / 72, height / 72), dpi=72)
         FigureCanvasSVG(canvas)
         paint(canvas)
         out = io.StringIO()
         canvas.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    start = Markup(
-        '<svg class="chart" viewBox="0 0 {:g} {:g}" style="max-width: {:.0f}px" role="img"'
-        ' aria-label="{}">'
-    )
+    size = 'viewBox="0 0 {:g} {:g}" style="max-width: {:.0f}px"'
+    start = Markup(f'<svg class="chart" {size} role="img" aria-label="{{}}">')
     widest = width * TEXT / font
     return start.format(width, height, widest, described) + _inline(out.getvalue(), described)
 

@@ -4,46 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from opdjax.config.rubrics import MAX_FAILED_SHARE
 from opdjax.report import judgements, measures
-from opdjax.report.judgements import JudgedGroup, JudgedRow, Pairs, Rate, Signal, Steps
+from opdjax.report.judgements import JudgedGroup, JudgedRow, Rate, Steps, Summary, summary
 from opdjax.report.text import spread
-from opdjax.runs.results import Run, is_number, mean
+from opdjax.runs.results import Run, is_number
 
 _BINS = 10  # of a score from 0 to 1
 _AUC_BINS, _AUC_GROUPS = 12, 24  # stretches of steps at most, groups per stretch at least
 _EXAMPLES = 3  # steps
-_ALL = "all criteria"
-
-
-@dataclasses.dataclass(frozen=True)
-class Truth:
-    """Scores of right and wrong answers."""
-
-    num_right: int
-    num_wrong: int
-    mean_right: float | None
-    mean_wrong: float | None
-    auc: Rate | None
-    pairs: Pairs
-
-
-@dataclasses.dataclass(frozen=True)
-class PartFacts:
-    """Numbers of the groups of some steps. Pass rates are by category, the last one of all
-    criteria; pairs are (rollouts, references).
-    """
-
-    pass_rates: dict[str, tuple[Rate | None, Rate | None]]
-    scores: tuple[Rate | None, Rate | None]
-    truth: Truth
-    stages: list[float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,21 +48,13 @@ class JudgedFacts:
     end_length: int
     series: dict[str, list[float | None]]
     categories: list[str]
-    parts: dict[str, PartFacts]  # first, last and all steps
+    parts: dict[str, Summary]  # first, last and all steps
     changes: dict[str, Rate]  # of the rollouts' pass rates, last minus first
     score_change: Rate | None
-    signal: Signal
-    tied: float | None
     auc_by_step: list[tuple[float, Rate]]
     auc_width: int  # steps at a time
     histogram: tuple[list[int], list[int]]  # right and wrong answers by tenth of the score
     stage_names: list[str]
-    num_groups: int
-    num_failed: int
-    num_rollouts: int
-    num_unscored: int
-    problems: dict[str, int]
-    repairs: dict[str, int]
     examples: dict[int, Example]  # by step
     num_logged: int  # steps with recorded texts
 
@@ -102,121 +66,68 @@ def judged_facts(run: Run) -> JudgedFacts | None:
     steps = judgements.read_judgements(run.workdir, names)
     if not steps:
         return None
-    groups, recipe = judgements.all_groups(steps), measures.recipe_of(run)
+    groups, recipe, order = judgements.all_groups(steps), measures.recipe_of(run), list(steps)
     length, categories = measures.end_length(len(steps)), judgements.categories(groups)
     categories = categories if len(categories) > 1 else []
-    first, last = judgements.ends(steps, length)
+    ends = {"first": order[:length], "last": order[-length:], "all": order}
     parts = {
-        name: _part(part, categories)
-        for name, part in (("first", first), ("last", last), ("all", groups))
+        name: summary([group for step in part for group in steps[step]], categories)
+        for name, part in ends.items()
     }
-    early, late = parts["first"], parts["last"]
-    right, wrong = judgements.scores_by_truth(groups)
+    early, late, num_stages = parts["first"], parts["last"], len(parts["all"].stages)
+    change = lambda first, last: last[0].less(first[0]) if first[0] and last[0] else None
+    changes = {name: change(own, late.pass_rates[name]) for name, own in early.pass_rates.items()}
     auc_by_step, auc_width = _auc_by_step(steps)
-    num_stages = len(parts["all"].stages)
-    if len(names) != num_stages:
-        names = [f"stage {at + 1}" for at in range(num_stages)]
     logged = [step for step, found in steps.items() if any(map(_has_texts, found))]
     return JudgedFacts(
         is_reward=recipe is not None and recipe.is_judged,
         has_rubrics=any(row.criteria for group in groups for row in group.rows),
-        steps=list(steps),
+        steps=order,
         end_length=length,
-        series=_series(steps, categories, num_stages),
+        series=_series([summary(found, categories) for found in steps.values()]),
         categories=categories,
         parts=parts,
-        changes={
-            name: late.pass_rates[name][0].less(own)
-            for name, (own, _) in early.pass_rates.items()
-            if own and late.pass_rates[name][0]
-        },
-        score_change=late.scores[0].less(early.scores[0])
-        if late.scores[0] and early.scores[0]
-        else None,
-        signal=judgements.signal(groups),
-        tied=judgements.tied_share(groups),
+        changes={name: found for name, found in changes.items() if found},
+        score_change=change(early.scores, late.scores),
         auc_by_step=auc_by_step,
         auc_width=auc_width,
-        histogram=(_tenths(right), _tenths(wrong)),
-        stage_names=names,
-        num_groups=len(groups),
-        num_failed=sum(group.is_failed for group in groups),
-        num_rollouts=sum(group.scores.size for group in groups),
-        num_unscored=sum(int((~np.isfinite(group.scores)).sum()) for group in groups),
-        problems=dict(judgements.counted(groups, "problems").most_common()),
-        repairs=dict(judgements.counted(groups, "repairs").most_common()),
+        histogram=tuple(map(_tenths, judgements.scores_by_truth(groups))),
+        stage_names=names
+        if len(names) == num_stages
+        else [f"stage {at + 1}" for at in range(num_stages)],
         examples={step: _example(steps[step]) for step in spread(logged, _EXAMPLES)},
         num_logged=len(logged),
     )
 
 
-def _part(groups: Sequence[JudgedGroup], categories: Sequence[str]) -> PartFacts:
-    both = lambda measure: (measure(groups), measure(groups, of_references=True))
-    right, wrong = judgements.scores_by_truth(groups)
-    rates = {
-        name: tuple(
-            judgements.pass_rate(groups, name, categories, of_references=of) for of in (False, True)
-        )
-        for name in categories
-    }
-    return PartFacts(
-        rates | {_ALL: both(judgements.pass_rate)},
-        both(judgements.mean_score),
-        Truth(
-            right.size,
-            wrong.size,
-            *(mean(map(float, scores)) for scores in (right, wrong)),
-            judgements.auc(groups),
-            judgements.pairs(groups),
-        ),
-        judgements.stage_means(groups).tolist(),
-    )
+def _series(parts: Sequence[Summary]) -> dict[str, list[float | None]]:
+    """The numbers of each step by name."""
+    rows = [dict(_numbers(part)) for part in parts]
+    names = dict.fromkeys(name for row in rows for name in row)
+    # A step without a problem has no count of it.
+    value = lambda row, name: row.get(name, 0.0 if name.startswith("problem") else None)
+    return {name: [value(row, name) for row in rows] for name in names}
 
 
-def _series(
-    steps: Steps, categories: Sequence[str], num_stages: int
-) -> dict[str, list[float | None]]:
-    Measure = Callable[[list[JudgedGroup]], Any]
-    share = lambda field: (
-        lambda groups: (
-            getattr(found, field) / found.num_criteria
-            if (found := judgements.signal(groups)).num_criteria
-            else None
-        )
-    )
-    stage = lambda at: lambda groups: dict(enumerate(judgements.stage_means(groups))).get(at)
-    measured: dict[str, Measure] = {
-        "share right": judgements.share_right,
-        "bad updates": lambda groups: (judgements.pairs(groups).shares() or (None,))[-1],
-        "alike": share("alike"),
-        "met by all": share("met_by_all"),
-        "met by none": share("met_by_none"),
-        "tied groups": judgements.tied_share,
-        "criteria": judgements.num_criteria,
-        "failed groups": judgements.failed_share,
-    } | {f"stage {at}": stage(at) for at in range(num_stages)}
-    problems = {
-        kind for groups in steps.values() for kind in judgements.counted(groups, "problems")
-    }
-    for kind in problems:
-        measured[f"problem {kind}"] = lambda groups, kind=kind: judgements.counted(
-            groups, "problems"
-        )[kind]
-    for of in (False, True):
-        prefix = "references: " if of else ""
-        measured[f"{prefix}score"] = lambda groups, of=of: judgements.mean_score(
-            groups, of_references=of
-        )
-        for name in [*categories, None]:
-            measured[f"{prefix}met: {name or _ALL}"] = lambda groups, name=name, of=of: (
-                judgements.pass_rate(groups, name, categories, of_references=of)
-            )
-    plain = lambda value: getattr(value, "value", value)  # of a Rate
-    known = lambda value: float(value) if is_number(value) else None
-    return {
-        name: [known(plain(measure(groups))) for groups in steps.values()]
-        for name, measure in measured.items()
-    }
+def _numbers(part: Summary) -> Iterator[tuple[str, float | None]]:
+    over = lambda amount, whole: amount / whole if whole else None
+    signal, pairs = part.signal, part.truth.pairs
+    yield "share right", part.share_right
+    yield "bad updates", over(pairs.wrong, pairs.total)
+    yield "tied groups", part.tied
+    yield "criteria", part.num_criteria
+    yield "failed groups", over(part.num_failed, part.num_groups)
+    yield "alike", signal.share
+    yield "met by all", over(signal.met_by_all, signal.num_criteria)
+    yield "met by none", over(signal.met_by_none, signal.num_criteria)
+    for at, value in enumerate(part.stages):
+        yield f"stage {at}", value
+    for kind, amount in part.problems.items():
+        yield f"problem {kind}", float(amount)
+    rates = {"score": part.scores} | {f"met: {name}": r for name, r in part.pass_rates.items()}
+    for name, both in rates.items():
+        for prefix, rate in zip(("", "references: "), both):
+            yield prefix + name, rate and rate.value
 
 
 def _auc_by_step(steps: Steps) -> tuple[list[tuple[float, Rate]], int]:
@@ -224,10 +135,8 @@ def _auc_by_step(steps: Steps) -> tuple[list[tuple[float, Rate]], int]:
     order, groups = list(steps), sum(map(len, steps.values()))
     size = max(1, min(_AUC_BINS, len(order), groups // _AUC_GROUPS))
     stretches = [part.tolist() for part in np.array_split(np.array(order), size)]
-    found = [
-        (sum(part) / len(part), judgements.auc(group for step in part for group in steps[step]))
-        for part in stretches
-    ]
+    auc = lambda part: summary([group for step in part for group in steps[step]]).truth.auc
+    found = [(sum(part) / len(part), auc(part)) for part in stretches]
     known = [(step, rate) for step, rate in found if rate is not None]
     return known, max(map(len, stretches))
 
@@ -251,38 +160,29 @@ def _example(groups: Sequence[JudgedGroup]) -> Example:
     return Example(group.rows[:2], len(group.rows[2:]), group_mean)
 
 
+_USED = ("calls", "cached", "retries", "input_tokens", "output_tokens", "seconds", "dollars")
+
+
 def cost_facts(run: Run) -> Cost | None:
     """Requests to judges and their cost; None where nothing was judged."""
-    spending = judgements.read_spending(run.workdir)
+    rows = judgements.read_spending(run.workdir)
+    is_whole, waits = bool(rows), run.column("time/judge_wait")
     names = (re.fullmatch(r"api/([^/]+)/calls", name) for row in run.metrics for name in row)
-    roles = sorted({match[1] for match in names if match} | {row["role"] for row in spending})
-    if not roles and all(value is None for value in run.column("time/judge_wait")):
+    roles = sorted({match[1] for match in names if match} | {row["role"] for row in rows})
+    if not roles and all(value is None for value in waits):
         return None
-    rows: Iterable[tuple[str, dict[str, Any]]] = [(row["role"], row) for row in spending] or [
-        (role, {name.removeprefix(f"api/{role}/"): value for name, value in row.items()})
+    rows = rows or [
+        {name.removeprefix(f"api/{role}/"): value for name, value in row.items()} | {"role": role}
         for role in roles
         for row in run.metrics
     ]
-    found, total = {role: Counter() for role in roles}, Counter()
-    for role, row in rows:
-        used = {name: row[name] for name in _USED if is_number(row.get(name))}
-        found[role].update(used)
-        total.update(used)
-    filled = lambda used: {name: float(used[name]) for name in _USED}
-    waited, seconds = (
-        sum(value for value in run.column(name) if value is not None)
-        for name in ("time/judge_wait", "time/step")
-    )
-    return Cost(
-        {role: filled(used) for role, used in found.items()},
-        filled(total),
-        bool(spending),
-        waited,
-        seconds,
-    )
-
-
-_USED = ("calls", "cached", "retries", "input_tokens", "output_tokens", "seconds", "dollars")
+    found = {role: dict.fromkeys(_USED, 0.0) for role in (*roles, "")}
+    for row in rows:
+        for name in _USED:
+            for role in (row["role"], ""):
+                found[role][name] += row[name] if is_number(row.get(name)) else 0.0
+    waited, seconds = (sum(filter(None, values)) for values in (waits, run.column("time/step")))
+    return Cost({role: found[role] for role in roles}, found[""], is_whole, waited, seconds)
 
 
 # For the template
@@ -295,16 +195,13 @@ def dollars(value: float) -> str:
     return f"${value:,.2f}" if value >= 0.1 else f"${float(f'{value:.2g}'):g}"
 
 
-def added(*columns: Sequence[float | None]) -> list[float | None]:
-    """The sums of the known values by step; None where none is known."""
-    rows = ([value for value in values if value is not None] for values in zip(*columns))
-    return [sum(known) if known else None for known in rows]
-
-
-CONTEXT = {
-    "dollars": dollars,
-    "added": added,
-    "ALL": _ALL,
-    "is_number": is_number,
-    "MAX_FAILED_SHARE": MAX_FAILED_SHARE,
-}
+def role_columns(
+    metrics: Mapping[str, Sequence[float | None]], roles: Sequence[str], *names: str
+) -> list[tuple[int, list[float | None]]]:
+    """`(slot, values by step)` of each role: the sum of its metrics, None where none is known."""
+    found = []
+    for slot, role in enumerate(roles):
+        parts = [metrics[key] for name in names if (key := f"api/{role}/{name}") in metrics]
+        rows = ([value for value in values if value is not None] for values in zip(*parts))
+        found.append((slot, [sum(known) if known else None for known in rows]))
+    return found

@@ -14,12 +14,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
 
-from opdjax.runs.results import is_number
+from opdjax.runs.results import is_number, mean
+from opdjax.runs.statistics import clustered_auc, clustered_ratio
 from opdjax.runs.workdir import WorkdirError, read_lines
 
 ROWS, SPENDING = "rubrics.jsonl", "spending.jsonl"
+ALL = "all criteria"
 OTHER = "other"  # all categories that are too rare for a chart of their own
 _CATEGORIES = 4
 _TEXTS = ("question", "references", "answers", "is_truncated", "reflections")
@@ -111,41 +112,32 @@ def read_judgements(workdir: pathlib.Path, stages: Sequence[str] = ()) -> Steps:
         judged = _judged(row, stages)
         rows = found.setdefault(judged.step, [])
         # Rubrics of single rollouts come in consecutive rows. A repeated sample starts a new group.
-        if rows and _is_same_group(rows[-1], judged):
-            rows[-1].append(judged)
-        else:
-            rows.append([judged])
+        own = rows[-1] if rows and rows[-1][0].prompt_id == judged.prompt_id else []
+        if not own or any(set(row.samples) & set(judged.samples) for row in own):
+            rows.append(own := [])
+        own.append(judged)
     return {step: [JudgedGroup(tuple(rows)) for rows in found[step]] for step in sorted(found)}
-
-
-def _is_same_group(rows: list[JudgedRow], judged: JudgedRow) -> bool:
-    is_new = not any(set(row.samples) & set(judged.samples) for row in rows)
-    return rows[-1].prompt_id == judged.prompt_id and is_new
 
 
 def _wrong_fields(row: dict[str, Any]) -> list[str]:
     """The fields of a row that are missing or of the wrong type or length."""
     is_list = lambda value: isinstance(value, list)
-    wrong = [name for name in ("samples", "scores") if not is_list(row.get(name))]
-    wrong += [] if type(row.get("step")) is int else ["step"]
-    wrong += [] if "prompt_id" in row else ["prompt_id"]
-    rubric = row.get("rubric")
     is_criterion = lambda item: isinstance(item, dict) and is_number(item.get("weight"))
-    if rubric is not None and not (is_list(rubric) and all(map(is_criterion, rubric))):
-        wrong.append("rubric")
-    if wrong:
-        return wrong
+    rubric = row.get("rubric")
+    is_right = {name: is_list(row.get(name)) for name in ("samples", "scores")}
+    is_right |= {"step": type(row.get("step")) is int, "prompt_id": "prompt_id" in row}
+    is_right["rubric"] = rubric is None or (is_list(rubric) and all(map(is_criterion, rubric)))
+    if not all(is_right.values()):
+        return [name for name, right in is_right.items() if not right]
     size, width = len(row["samples"]), len(rubric or ())
+    is_sized = lambda value: is_list(value) and len(value) == size
     for name in ("scores", "verdicts", "correct", "stage_scores"):
-        value = row.get(name)
-        if value is not None and not (is_list(value) and len(value) == size):
-            wrong.append(f"{name} (one a sample)")
+        is_right[f"{name} (one a sample)"] = row.get(name) is None or is_sized(row[name])
     is_verdict = lambda one: is_list(one) and len(one) == width and all(map(is_number, one))
     for name in ("verdicts", "reference_verdicts"):
         lists = [one for one in row.get(name) or () if one is not None]
-        if rubric is not None and not all(map(is_verdict, lists)):
-            wrong.append(f"{name} (one a criterion)")
-    return wrong
+        is_right[f"{name} (one a criterion)"] = rubric is None or all(map(is_verdict, lists))
+    return [name for name, right in is_right.items() if not right]
 
 
 def _judged(row: dict[str, Any], stages: Sequence[str]) -> JudgedRow:
@@ -222,15 +214,7 @@ def all_groups(steps: Steps) -> list[JudgedGroup]:
     return [group for groups in steps.values() for group in groups]
 
 
-def ends(steps: Steps, length: int) -> tuple[list[JudgedGroup], list[JudgedGroup]]:
-    """The groups of the first and of the last `length` judged steps."""
-    order = list(steps)
-    parts = (order[:length], order[-length:] if length else [])
-    first, last = ([group for step in part for group in steps[step]] for part in parts)
-    return first, last
-
-
-# Pass rates
+# Numbers of some groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,92 +231,7 @@ class Rate:
         return Rate(self.value - other.value, half, min(self.count, other.count))
 
 
-def _half_width(variance: float, size: int) -> float:
-    """Half a 95 % interval (Student's t) from the sum of squares over `size` groups."""
-    if size < 2:
-        return math.inf
-    return float(stdtrit(size - 1, 0.975)) * math.sqrt(variance * size / (size - 1))
-
-
-def ratio(sums: Sequence[float], counts: Sequence[int]) -> Rate | None:
-    """Sum over count of all groups, with an interval for independent groups; None without counts.
-
-    Verdicts on the rollouts of a prompt are correlated: an interval for independent verdicts would
-    be several times too narrow.
-    """
-    pairs = [(total, count) for total, count in zip(sums, counts) if count]
-    if not pairs:
-        return None
-    total, count = np.array(pairs, float).T
-    value, size = total.sum() / count.sum(), len(pairs)
-    half = _half_width((((total - value * count) / count.sum()) ** 2).sum(), size)
-    return Rate(float(value), half, int(count.sum()))
-
-
-def categories(groups: Iterable[JudgedGroup]) -> list[str]:
-    """The categories of criteria, the most frequent first; rare ones are merged into OTHER."""
-    rows = (row for group in groups for row in group.rows)
-    found = collections.Counter(c.category for row in rows for c in row.criteria).most_common()
-    names = [name for name, _ in found]
-    return names if len(names) <= _CATEGORIES + 1 else [*names[:_CATEGORIES], OTHER]
-
-
-def pass_rate(
-    groups: Sequence[JudgedGroup],
-    category: str | None = None,
-    named: Sequence[str] = (),
-    *,
-    of_references: bool = False,
-) -> Rate | None:
-    """Share of criteria met, without weights, over rollouts (or references) with verdicts.
-
-    `category`: only that one; OTHER: all that are not in `named`. None without verdicts.
-    """
-    sums, counts = [], []
-    for group in groups:
-        values = [
-            (row.reference_met if of_references else row.met)[:, _chosen(row, category, named)]
-            for row in group.rows
-        ]
-        values = np.concatenate([one.ravel() for one in values])
-        known = values[np.isfinite(values)]
-        sums.append(float(known.sum()))
-        counts.append(known.size)
-    return ratio(sums, counts)
-
-
-def _chosen(row: JudgedRow, category: str | None, named: Sequence[str]) -> np.ndarray:
-    """Which criteria belong to the category, `[K]`; None: all."""
-    is_other = lambda name: category == OTHER and name not in named
-    names = [criterion.category for criterion in row.criteria]
-    return np.array([category in (None, name) or is_other(name) for name in names], bool)
-
-
-def mean_score(groups: Sequence[JudgedGroup], *, of_references: bool = False) -> Rate | None:
-    """Mean reward of the rollouts, or mean score of the references."""
-    parts = [
-        np.concatenate([row.reference_scores for row in group.rows])
-        if of_references
-        else group.scores
-        for group in groups
-    ]
-    known = [one[np.isfinite(one)] for one in parts]
-    return ratio([float(one.sum()) for one in known], [one.size for one in known])
-
-
-def stage_means(groups: Sequence[JudgedGroup]) -> np.ndarray:
-    """Mean score of each stage, `[stages]`; NaN for a stage without scores."""
-    rows = (row.stage_scores for group in groups for row in group.rows)
-    known = [scores for scores in rows if scores is not None]
-    width = max((scores.shape[1] for scores in known), default=0)
-    known = [scores for scores in known if scores.shape[1] == width] or [np.empty((0, width))]
-    scores = np.concatenate(known)
-    count = np.isfinite(scores).sum(axis=0)
-    means = np.full(width, math.nan)
-    return np.divide(np.nansum(scores, axis=0), count, out=means, where=count > 0)
-
-
-# Signal
+Rates = tuple[Rate | None, Rate | None]  # of rollouts, of references
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,48 +245,8 @@ class Signal:
 
     @property
     def share(self) -> float | None:
-        """Share of the criteria without signal."""
+        """Share of the criteria without signal: training cannot use them."""
         return self.alike / self.num_criteria if self.num_criteria else None
-
-
-def signal(groups: Iterable[JudgedGroup]) -> Signal:
-    """How many criteria give every rollout the same verdict, so that training cannot use them."""
-    counts = np.zeros(4, int)
-    for row in (row for group in groups for row in group.rows if row.criteria):
-        known = row.met[np.isfinite(row.met).all(axis=1)]
-        if len(known) > 1:  # a single rollout is always like itself
-            alike = (known == known[0]).all(axis=0)
-            all_, none = (alike & (known[0] == value) for value in (1, 0))
-            counts += [alike.size, all_.sum(), none.sum(), alike.sum()]
-    return Signal(*map(int, counts))
-
-
-def tied_share(groups: Iterable[JudgedGroup]) -> float | None:
-    """Share of the groups with scores in which all rollouts have the same score."""
-    known = [group.is_tied for group in groups if group.is_tied is not None]
-    return sum(known) / len(known) if known else None
-
-
-def failed_share(groups: Sequence[JudgedGroup]) -> float | None:
-    """Share of the groups in which fewer than two rollouts have a score."""
-    return sum(group.is_failed for group in groups) / len(groups) if groups else None
-
-
-def num_criteria(groups: Iterable[JudgedGroup]) -> float | None:
-    """Mean number of criteria of a rubric."""
-    found = [len(row.criteria) for group in groups for row in group.rows if row.criteria]
-    return sum(found) / len(found) if found else None
-
-
-def counted(groups: Iterable[JudgedGroup], field: str) -> collections.Counter:
-    """The sum of `problems` or `repairs`."""
-    total: collections.Counter = collections.Counter()
-    for row in (row for group in groups for row in group.rows):
-        total.update(getattr(row, field))
-    return total
-
-
-# Reward against truth
 
 
 @dataclasses.dataclass(frozen=True)
@@ -403,63 +262,152 @@ class Pairs:
         """The number of pairs."""
         return self.right + self.tied + self.wrong
 
-    def shares(self) -> tuple[float, float, float] | None:
-        """The shares of the three; None without pairs."""
-        counts = (self.right, self.tied, self.wrong)
-        return tuple(count / self.total for count in counts) if self.total else None
+
+@dataclasses.dataclass(frozen=True)
+class Truth:
+    """Scores of right and wrong answers; `auc` is over all rollouts, `pairs` inside of groups."""
+
+    num_right: int
+    num_wrong: int
+    mean_right: float | None
+    mean_wrong: float | None
+    auc: Rate | None  # its count is the number of right-wrong pairs
+    pairs: Pairs
 
 
-def pairs(groups: Iterable[JudgedGroup]) -> Pairs:
-    """The pairs of all groups."""
-    found = np.zeros(3, int)
-    for scores, correct in _known(groups):
-        sign = np.sign(scores[correct][:, None] - scores[~correct][None, :])
-        found += [(sign > 0).sum(), (sign == 0).sum(), (sign < 0).sum()]
-    return Pairs(*map(int, found))
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Numbers of some groups. None or NaN: not known. Pass rates are shares of criteria met,
+    without weights, by category, the last one of ALL.
+    """
+
+    num_groups: int
+    num_failed: int
+    num_rollouts: int
+    num_unscored: int
+    pass_rates: dict[str, Rates]
+    scores: Rates
+    stages: list[float]  # mean score of each stage
+    signal: Signal
+    tied: float | None  # share of the groups with scores whose rollouts all have the same score
+    num_criteria: float | None  # mean number in a rubric
+    share_right: float | None  # of rollouts whose correctness is known, scored or not
+    truth: Truth
+    problems: dict[str, int]
+    repairs: dict[str, int]
+
+
+def summary(groups: Sequence[JudgedGroup], named: Sequence[str] = ()) -> Summary:
+    """The numbers of the groups, with pass rates of the `named` categories."""
+    rows = [row for group in groups for row in group.rows]
+    total = lambda field: sum((collections.Counter(getattr(r, field)) for r in rows), _NONE)
+    both = lambda measure, *args: tuple(
+        measure(groups, *args, of_references=o) for o in (False, True)
+    )
+    correct = [right for group in groups if (right := group.correct) is not None]
+    return Summary(
+        num_groups=len(groups),
+        num_failed=sum(group.is_failed for group in groups),
+        num_rollouts=sum(group.scores.size for group in groups),
+        num_unscored=sum(int((~np.isfinite(group.scores)).sum()) for group in groups),
+        pass_rates={name: both(pass_rate, name, named) for name in (*named, ALL)},
+        scores=both(_mean_score),
+        stages=_stage_means(rows),
+        signal=_signal(rows),
+        tied=mean(float(group.is_tied) for group in groups if not group.is_failed),
+        num_criteria=mean(len(row.criteria) for row in rows if row.criteria),
+        share_right=mean(np.concatenate(correct).astype(float).tolist()) if correct else None,
+        truth=_truth(groups),
+        problems=dict(total("problems").most_common()),
+        repairs=dict(total("repairs").most_common()),
+    )
+
+
+_NONE: collections.Counter = collections.Counter()
+
+
+def categories(groups: Iterable[JudgedGroup]) -> list[str]:
+    """The categories of criteria, the most frequent first; rare ones are merged into OTHER."""
+    rows = (row for group in groups for row in group.rows)
+    found = collections.Counter(c.category for row in rows for c in row.criteria).most_common()
+    names = [name for name, _ in found]
+    return names if len(names) <= _CATEGORIES + 1 else [*names[:_CATEGORIES], OTHER]
+
+
+def pass_rate(
+    groups: Sequence[JudgedGroup],
+    category: str = ALL,
+    named: Sequence[str] = (),
+    *,
+    of_references: bool = False,
+) -> Rate | None:
+    """Share of criteria met, without weights, over rollouts (or references) with verdicts.
+
+    `category`: only that one; OTHER: all that are not in `named`. None without verdicts.
+    """
+
+    def values(row: JudgedRow) -> np.ndarray:
+        met = row.reference_met if of_references else row.met
+        own = (criterion.category for criterion in row.criteria)
+        is_other = lambda name: category == OTHER and name not in named
+        return met[:, [category in (ALL, name) or is_other(name) for name in own]].ravel()
+
+    return _rate([np.concatenate([values(row) for row in group.rows]) for group in groups])
+
+
+def _mean_score(groups: Sequence[JudgedGroup], *, of_references: bool) -> Rate | None:
+    field = "reference_scores" if of_references else "scores"
+    return _rate([np.concatenate([getattr(r, field) for r in group.rows]) for group in groups])
+
+
+def _rate(values: Sequence[np.ndarray]) -> Rate | None:
+    """The mean of the finite values; the values of a group are correlated."""
+    known = [one[np.isfinite(one)] for one in values]
+    known = [one for one in known if one.size]
+    if not known:
+        return None
+    counts = [one.size for one in known]
+    return Rate(*clustered_ratio([one.sum() for one in known], counts), sum(counts))
+
+
+def _stage_means(rows: Iterable[JudgedRow]) -> list[float]:
+    """NaN for a stage without scores."""
+    known = [row.stage_scores for row in rows if row.stage_scores is not None]
+    width = max((scores.shape[1] for scores in known), default=0)
+    columns = np.concatenate([np.empty((0, width)), *(s for s in known if s.shape[1] == width)]).T
+    means = (mean(column.tolist()) for column in columns)
+    return [math.nan if value is None else value for value in means]
+
+
+def _signal(rows: Iterable[JudgedRow]) -> Signal:
+    counts = np.zeros(4, int)
+    for row in (row for row in rows if row.criteria):
+        known = row.met[np.isfinite(row.met).all(axis=1)]
+        if len(known) > 1:  # a single rollout is always like itself
+            alike = (known == known[0]).all(axis=0)
+            all_, none = (alike & (known[0] == value) for value in (1, 0))
+            counts += [alike.size, all_.sum(), none.sum(), alike.sum()]
+    return Signal(*map(int, counts))
+
+
+def _truth(groups: Iterable[JudgedGroup]) -> Truth:
+    known = list(_known(groups))
+    signs = [np.sign(scores[right][:, None] - scores[~right]).ravel() for scores, right in known]
+    pairs = Pairs(*(sum(int((one == sign).sum()) for one in signs) for sign in (1, 0, -1)))
+    sides = scores_by_truth(groups)
+    auc, count = None, sides[0].size * sides[1].size
+    if count:
+        group = np.repeat(np.arange(len(known)), [scores.size for scores, _ in known])
+        auc = Rate(*clustered_auc(*map(np.concatenate, zip(*known)), group), count)
+    sizes, means = (one.size for one in sides), (mean(one.tolist()) for one in sides)
+    return Truth(*sizes, *means, auc, pairs)
 
 
 def scores_by_truth(groups: Iterable[JudgedGroup]) -> tuple[np.ndarray, np.ndarray]:
     """(scores of right answers, scores of wrong answers)."""
-    known = list(_known(groups))
-    if not known:
-        return np.empty(0), np.empty(0)
-    scores, correct = (np.concatenate(part) for part in zip(*known))
-    return scores[correct], scores[~correct]
-
-
-def share_right(groups: Iterable[JudgedGroup]) -> float | None:
-    """Share of right answers among rollouts whose correctness is known, scored or not."""
-    known = [correct for group in groups if (correct := group.correct) is not None]
-    return float(np.concatenate(known).mean()) if known and sum(map(len, known)) else None
-
-
-def auc(groups: Iterable[JudgedGroup]) -> Rate | None:
-    """Probability that a right answer scores above a wrong one, over all rollouts; ties count half.
-
-    The interval is for independent groups (Obuchowski 1997), because rollouts of a prompt share a
-    rubric. `count` is the number of right-wrong pairs. None without both kinds.
-    """
-    known = list(_known(groups))
-    if not known:
-        return None
-    size = len(known)
-    cluster = np.repeat(np.arange(size), [len(scores) for scores, _ in known])
-    scores, correct = (np.concatenate(part) for part in zip(*known))
-    right, wrong = scores[correct], scores[~correct]
-    if not (right.size and wrong.size):
-        return None
-    beats, beaten = _placements(right, np.sort(wrong)), 1 - _placements(wrong, np.sort(right))
-    value, influence = beats.mean(), np.zeros(size)
-    np.add.at(influence, cluster[correct], (beats - value) / right.size)
-    np.add.at(influence, cluster[~correct], (beaten - value) / wrong.size)
-    half = _half_width((influence**2).sum(), size)
-    return Rate(float(value), half, right.size * wrong.size)
-
-
-def _placements(values: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """For each value, the share of the sorted others below it; equal ones count half."""
-    sides = (np.searchsorted(others, values, side) for side in ("left", "right"))
-    return sum(sides) / (2 * others.size)
+    known = [(np.empty(0), np.empty(0, bool)), *_known(groups)]
+    scores, is_right = map(np.concatenate, zip(*known))
+    return scores[is_right], scores[~is_right]
 
 
 def _known(groups: Iterable[JudgedGroup]) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from opdjax.config.recipes import RECIPES, Recipe, TeacherNeed
@@ -81,17 +81,6 @@ def steps_of(run: Run) -> list[int]:
     return [row["step"] for row in run.metrics]
 
 
-def smoothing_window(num_steps: int) -> int:
-    """Number of steps that a smoothed line averages over."""
-    return max(1, num_steps // 12)
-
-
-def smoothing_note(num_steps: int) -> str:
-    """What the two lines of a smoothed chart are; empty where charts are not smoothed."""
-    window = smoothing_window(num_steps)
-    return f" Faint line: every step. Strong line: mean over {window} steps." if window > 1 else ""
-
-
 def end_length(num_steps: int) -> int:
     """Number of first and of last steps that are compared: a tenth, at least ten, but never more
     than half, so that no step is on both sides.
@@ -140,12 +129,10 @@ def skipped_steps(run: Run) -> int:
     return int((run.result or {}).get("skipped_steps") or (counted[-1] if counted else 0))
 
 
-def failure_texts(failure: dict[str, Any]) -> dict[str, str]:
+def failure_texts(failure: Mapping[str, Any]) -> dict[str, str]:
     """The facts of a failure as texts; a list is one text of several lines."""
-    lines = {
-        n: "\n".join(map(str, v)) if isinstance(v, list) else str(v) for n, v in failure.items()
-    }
-    return {name: text.strip() for name, text in lines.items()}
+    text = lambda value: "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+    return {name: text(value).strip() for name, value in failure.items()}
 
 
 def leaves(values: dict[str, Any], path: str = "") -> dict[str, Any]:

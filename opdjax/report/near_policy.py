@@ -19,7 +19,7 @@ ALARM = 0.10  # nats a token: the limit of what NPD calls near-policy
 ZONES = {"kept": 2, "degenerate": 1, "disconnected": 3}  # with their colours
 _VERSIONS = 6  # histograms side by side; more versions are pooled
 _EXAMPLES = 4  # of each zone
-_AMOUNTS = ("samples", "kept", "degenerate", "disconnected", "unscored")
+AMOUNTS = ("samples", "kept", "degenerate", "disconnected", "unscored")
 
 Filter = dict[str, Any]  # one filter file: counts, bounds, histogram and examples of its samples
 Bounds = tuple[float | None, float | None]
@@ -170,7 +170,7 @@ def _counts(files: Sequence[Filter]) -> Counts:
     parts = [one.get("by_correctness") for one in files]
     sums = lambda kind: tuple(sum(part[kind][name] for part in parts) for name in ("kept", "num"))
     right, wrong = map(sums, ("right", "wrong")) if all(parts) else (None, None)
-    return Counts({n: sum(f[f"num_{n}"] for f in files) for n in _AMOUNTS}, right, wrong)
+    return Counts({n: sum(f[f"num_{n}"] for f in files) for n in AMOUNTS}, right, wrong)
 
 
 def _bounds(files: Sequence[Filter]) -> Bounds:
@@ -210,14 +210,6 @@ def _x_range(pools: Sequence[Histogram], bounds: Bounds) -> tuple[float, float]:
 
 
 def _examples(files: Sequence[Filter]) -> dict[str, list[dict[str, Any]]]:
-    found = {}
-    for zone in ZONES:
-        rows = [
-            {**row, "version": f["version"]} for f in files for row in f["examples"].get(zone, ())
-        ]
-        if rows:
-            found[zone] = list(spread(rows, _EXAMPLES))
-    return found
-
-
-CONTEXT = {"ALARM": ALARM, "ZONES": ZONES, "AMOUNTS": _AMOUNTS, "wilson_interval": wilson_interval}
+    own = lambda f, zone: [row | {"version": f["version"]} for row in f["examples"].get(zone, ())]
+    rows = {zone: [row for f in files for row in own(f, zone)] for zone in ZONES}
+    return {zone: list(spread(found, _EXAMPLES)) for zone, found in rows.items() if found}

@@ -9,16 +9,18 @@ import json
 import pathlib
 from typing import Any
 
-from opdjax.report import audit, judged, near_policy, run, timeline
+from opdjax.config import rubrics
+from opdjax.report import audit, judged, judgements, measures, near_policy, run, timeline
 from opdjax.report.against import against_facts
 from opdjax.report.answers import Marker, unmarked
 from opdjax.report.audit import audit_facts
 from opdjax.report.drawing import require_matplotlib
 from opdjax.report.papers.tables import MARKS
-from opdjax.report.render import facts_as_json, render
+from opdjax.report.render import exported, facts_as_json, render
 from opdjax.report.run import run_facts
 from opdjax.report.sweep import sweep_facts
 from opdjax.report.table import claimed, seed_of
+from opdjax.runs import statistics
 from opdjax.runs.results import FAILURE, is_sweep, read_points, read_run
 from opdjax.runs.workdir import WorkdirError, read_json
 
@@ -26,8 +28,8 @@ AUDIT = "audit.json"
 # What a template reads beside its facts.
 _CONTEXTS: dict[str, dict[str, Any]] = {
     "against": {},
-    "audit": audit.CONTEXT,
-    "run": run.CONTEXT | near_policy.CONTEXT | timeline.CONTEXT | judged.CONTEXT,
+    "audit": exported(audit),
+    "run": exported(measures, judgements, near_policy, timeline, judged, run, statistics, rubrics),
     "sweep": {"MARKS": MARKS, "claimed": claimed, "seed_of": seed_of},
 }
 

@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import re
+import types
 from typing import Any
 
 import jinja2
@@ -21,38 +22,17 @@ from opdjax.report import drawing, drawing_rows, text
 from opdjax.runs.results import is_number
 
 _ASSETS = PACKAGE / "assets" / "report"
-_FILTERS = (
-    text.fixed,
-    text.plus_minus,
-    text.number,
-    text.integer,
-    text.significant,
-    text.amount,
-    text.percent,
-    text.shown,
-    text.duration,
-    text.count,
-    text.listed,
-    text.prompt_text,
-    text.shortened,
-    text.spread,
-)
-_DRAWINGS = (
-    drawing.lines,
-    drawing.curves,
-    drawing.smoothed,
-    drawing.known_line,
-    drawing.interval_line,
-    drawing.bars,
-    drawing.figure,
-    drawing.dashes,
-    drawing.smoothing_window,
-    drawing.finite,
-    drawing_rows.rows_of,
-    drawing_rows.lanes,
-    drawing_rows.points,
-)
-_TYPES = (drawing.Line, drawing.Bars, drawing_rows.Mark, drawing_rows.Entry, drawing_rows.Bar)
+
+
+def exported(*modules: types.ModuleType) -> dict[str, Any]:
+    """What templates may use of the modules: their public functions and classes, and constants."""
+    return {
+        name: value
+        for module in modules
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and (name.isupper() or getattr(value, "__module__", None) == module.__name__)
+    }
 
 
 @functools.cache
@@ -65,16 +45,10 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {each.__name__: each for each in _FILTERS}
+    made.filters |= exported(text)
     made.tests["finite"] = is_number
-    made.globals |= {each.__name__: each for each in (*_FILTERS, *_DRAWINGS, *_TYPES)}
-    made.globals |= {
-        "REST": drawing.REST,
-        "SERIES": drawing.SERIES,
-        "zip": zip,
-        "map_of": map_of,
-        "contents": contents,
-    }
+    made.globals |= exported(text, drawing, drawing_rows)
+    made.globals |= {each.__name__: each for each in (zip, map_of, contents, is_number)}
     return made
 
 

@@ -20,7 +20,7 @@ from opdjax.report.timeline import TimelineFacts, timeline_facts
 from opdjax.runs.results import AXES, Run, is_number
 
 # Limits that keep a page small: steps, rollouts per step, tokens per rollout.
-_STEPS, _ROLLOUTS, _TOKENS = 5, 4, 256
+_STEPS, _ROLLOUTS, MAX_TOKENS = 5, 4, 256
 _MODELS = ("student.path", "teacher.path")
 
 
@@ -126,7 +126,7 @@ def run_facts(
         is_rewarded=recipe is not None and recipe.is_rewarded,
         schedule=run.config["near_policy"]["schedule"] if run.is_near_policy else "none",
         is_finished=run.result is not None,
-        failure=None if failure is None or run.result else texts_of(failure),
+        failure=None if failure is None or run.result else measures.failure_texts(failure),
         num_steps=steps[-1] if steps else 0,
         planned_steps=run.config["train"]["num_steps"],
         seconds=measures.total(run, "seconds") if run.seconds is None else run.seconds,
@@ -160,14 +160,6 @@ def run_facts(
 
 
 _LONG = ("answers", "per_prompt", "per_prompt_greedy", "per_prompt_pass")  # not on the page
-
-
-def texts_of(failure: Mapping[str, Any]) -> dict[str, str]:
-    """The content of failure.json as texts; a list is one text of several lines."""
-    return {
-        name: "\n".join(map(str, value)) if isinstance(value, list) else str(value)
-        for name, value in failure.items()
-    }
 
 
 def _ends(run: Run, key: str, length: int) -> Ends:
@@ -219,13 +211,13 @@ def _rollouts(run: Run) -> Rollouts | None:
         for step in spread(every, _STEPS)
     }
     rows = [row for found in steps.values() for row in found if row.get("tokens")]
-    for field in ("advantages", "kl"):
-        values = (value for row in rows for value in row.get(field) or ())
+    field, limit = None, 1.0
+    for name in ("kl", "advantages"):  # advantages are preferred
+        values = (value for row in rows for value in row.get(name) or ())
         sizes = sorted(abs(value) for value in values if is_number(value))
         if sizes and sizes[-1] > 0:
-            at = min(len(sizes) - 1, int(0.95 * len(sizes)))
-            return Rollouts(steps, len(every) - len(steps), field, sizes[at] or sizes[-1])
-    return Rollouts(steps, len(every) - len(steps), None, 1.0)
+            field, limit = name, sizes[int(0.95 * len(sizes))] or sizes[-1]
+    return Rollouts(steps, len(every) - len(steps), field, limit)
 
 
 def look(rollouts: Rollouts, value: float | None) -> tuple[str, float | None]:
@@ -256,7 +248,7 @@ def token_columns(row: Mapping[str, Any]) -> dict[str, list[str]]:
         "KL, nats": ("kl", fixed),
         "reward": ("rewards", fixed),
     }
-    size, found = len(row["tokens"][:_TOKENS]), {}
+    size, found = len(row["tokens"][:MAX_TOKENS]), {}
     for heading, (field, write) in fields.items():
         values = (list(row.get(field) or ()) + [None] * size)[:size]
         texts = [write(value) for value in values]
@@ -282,10 +274,3 @@ def _settings(run: Run) -> list[Setting]:
                 default = shown(defaults[name])
         found.append(Setting(name, shown(value), default))
     return found
-
-
-CONTEXT = {each.__name__: each for each in (look, visible, token_columns)} | {
-    "MAX_TOKENS": _TOKENS,
-    "SCORES": measures.SCORES,
-    "score_label": measures.score_label,
-}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -98,7 +98,7 @@ def timeline_facts(run: Run) -> TimelineFacts | None:
         stage: sum(s.seconds for spans in lanes.values() for s in spans if s.what in parts)
         for stage, parts in _STAGES.items()
     }
-    alone, is_first_left_out, whole = _speeds(run, learner, min(total, length))
+    idle = None if warm is None else idle_share(steps[warm:])
     return TimelineFacts(
         lanes,
         length,
@@ -108,18 +108,15 @@ def timeline_facts(run: Run) -> TimelineFacts | None:
         {who: _untimed(spans) for who, spans in lanes.items()},
         idle_share(steps),
         warm,
-        None if warm is None else idle_share(steps[warm:]),
+        idle,
         _overlap(lanes),
-        window and window[0],
-        window and window[1],
+        *(window or (None, None)),
         {stage: seconds for stage, seconds in stages.items() if seconds > 0},
-        alone,
-        is_first_left_out,
-        whole,
+        *_speeds(run, learner, min(total, length)),
     )
 
 
-def _moved(who: str, span: Span, at) -> Span:
+def _moved(who: str, span: Span, at: Callable[[float], float]) -> Span:
     """The span on the common clock, with steps counted by the update that uses them."""
     if who == "generator":  # it numbers steps from 0, as its files
         return dataclasses.replace(span, start=at(span.start), step=span.step + 1)
@@ -130,12 +127,11 @@ def _moved(who: str, span: Span, at) -> Span:
 
 def waits(spans: Sequence[Span]) -> list[tuple[float, float]]:
     """(seconds waited for rollouts, all seconds) of each step of the learner, in order."""
-    found: dict[int, list[float]] = {}
-    for span in spans:
-        step = found.setdefault(span.step, [0.0, 0.0])
-        step[0] += span.seconds if span.what == "wait" else 0.0
-        step[1] += span.seconds
-    return [(waited, seconds) for _, (waited, seconds) in sorted(found.items())]
+    found: dict[int, list[Span]] = {}
+    for span in sorted(spans, key=lambda span: span.step):
+        found.setdefault(span.step, []).append(span)
+    seconds = lambda own: sum(span.seconds for span in own)
+    return [(seconds(s for s in own if s.what == "wait"), seconds(own)) for own in found.values()]
 
 
 def warm_after(steps: Sequence[tuple[float, float]]) -> int | None:
@@ -152,13 +148,17 @@ def idle_share(steps: Sequence[tuple[float, float]]) -> float | None:
 
 def _overlap(lanes: Lanes) -> float | None:
     generating, learning = (
-        [span for span in lanes.get(who, ()) if KINDS.get(span.what, 5) != REST]
+        [span for span in lanes.get(who, ()) if _colour(span.what) != REST]
         for who in ("generator", "learner")
     )
     if not generating or not learning:
         return None
     both = _length(generating) + _length(learning) - _length([*generating, *learning])
     return max(0.0, both) / (_length(generating) or 1.0)
+
+
+def _colour(kind: str) -> int:
+    return KINDS.get(kind, 5)
 
 
 def _length(spans: Sequence[Span]) -> float:
@@ -169,7 +169,7 @@ def _length(spans: Sequence[Span]) -> float:
 def _kinds(spans: Sequence[Span]) -> dict[str, KindFacts]:
     length, found = spans[-1].end - spans[0].start, {}
     names = {span.what for span in spans}
-    for kind in [name for name in KINDS if name in names] + sorted(names - KINDS.keys()):
+    for kind in [*(name for name in KINDS if name in names), *sorted(names - KINDS.keys())]:
         seconds = [span.seconds for span in spans if span.what == kind]
         share = sum(seconds) / length if length else None
         found[kind] = KindFacts(len(seconds), sum(seconds), share, statistics.median(seconds))
@@ -200,9 +200,10 @@ def _window(
         inside = [span for span in spans if first <= span.step <= last]
         return (min(s.start for s in inside), max(s.end for s in inside)), (first, last)
 
-    (start, end), named = around(max(warm_after(waited) or 1, 1))
+    found = around(max(warm_after(waited) or 1, 1))
+    start, end = found[0]
     if any(span.end > start and span.start < end for span in lanes.get("generator", ())):
-        return (start, end), named
+        return found
     long = [at for at, (wait, seconds) in enumerate(waited) if wait >= WARM * seconds]
     return around(max(long, default=0) - _STEPS // 3)
 
@@ -227,19 +228,14 @@ def bars_between(
 ) -> dict[str, list[Bar]]:
     """The spans inside a window, from its start on, with the numbers of their steps."""
     start, end = window
-    return {
-        who: [
-            Bar(
-                max(span.start, start) - start,
-                min(span.end, end) - start,
-                KINDS.get(span.what, 5),
-                str(span.step) if is_numbered and span.what in ("generate", "update") else "",
-            )
-            for span in spans
-            if min(span.end, end) > max(span.start, start)
-        ]
-        for who, spans in facts.lanes.items()
-    }
+
+    def bar(span: Span) -> Bar:
+        text = str(span.step) if is_numbered and span.what in ("generate", "update") else ""
+        sides = max(span.start, start) - start, min(span.end, end) - start
+        return Bar(*sides, _colour(span.what), text)
+
+    found = {who: map(bar, spans) for who, spans in facts.lanes.items()}
+    return {who: [each for each in bars if each.end > each.start] for who, bars in found.items()}
 
 
 def shares_of_time(facts: TimelineFacts) -> dict[str, list[tuple[int, np.ndarray]]] | None:
@@ -249,12 +245,10 @@ def shares_of_time(facts: TimelineFacts) -> dict[str, list[tuple[int, np.ndarray
     # Bins of few steps would show where their edges fall, not how time was spent.
     steps = max(len({span.step for span in spans}) for spans in facts.lanes.values())
     edges = np.linspace(0.0, facts.length, min(_BINS, max(12, steps // 5)) + 1)
+    own = lambda who, kind: [span for span in facts.lanes[who] if span.what == kind]
     return {
-        who: [
-            (KINDS.get(kind, 5), busy_shares([s for s in spans if s.what == kind], edges))
-            for kind in facts.kinds[who]
-        ]
-        for who, spans in facts.lanes.items()
+        who: [(_colour(kind), busy_shares(own(who, kind), edges)) for kind in kinds]
+        for who, kinds in facts.kinds.items()
     }
 
 
@@ -264,11 +258,3 @@ def busy_shares(spans: Sequence[Span], edges: np.ndarray) -> np.ndarray:
     spent = np.concatenate(([0.0], np.cumsum(knots[:, 1] - knots[:, 0])))
     at = np.interp(edges, knots.ravel(), np.repeat(spent, 2)[1:-1])
     return np.diff(at) / np.diff(edges)
-
-
-CONTEXT = {
-    "KINDS": KINDS,
-    "WARM": WARM,
-    "bars_between": bars_between,
-    "shares_of_time": shares_of_time,
-}

@@ -70,6 +70,49 @@ def seed_interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), float(stdtrit(len(values) - 1, 0.975)) * error
 
 
+def clustered_ratio(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
+    """(sum of `sums` over sum of `counts`, half width of its 95 % interval) for independent
+    clusters, by Student's t; the half width is infinite for a single cluster.
+
+    The values inside of a cluster may be correlated: an interval for independent values would be
+    too narrow.
+    """
+    total, count = np.asarray(sums, float), np.asarray(counts, float)
+    value = total.sum() / count.sum()
+    return float(value), _clustered_half_width((total - value * count) / count.sum())
+
+
+def clustered_auc(
+    scores: np.ndarray, is_right: np.ndarray, cluster: np.ndarray
+) -> tuple[float, float]:
+    """(probability that a right answer scores above a wrong one, half width of its 95 % interval)
+    for independent clusters, numbered from 0 without gaps; ties count half (Obuchowski 1997).
+
+    All arguments have one value per answer; there must be a right and a wrong one.
+    """
+    right, wrong = scores[is_right], scores[~is_right]
+    beats, beaten = _placements(right, wrong), 1 - _placements(wrong, right)
+    value, influence = beats.mean(), np.zeros(cluster.max() + 1)
+    np.add.at(influence, cluster[is_right], (beats - value) / right.size)
+    np.add.at(influence, cluster[~is_right], (beaten - value) / wrong.size)
+    return float(value), _clustered_half_width(influence)
+
+
+def _placements(values: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """For each value, the share of the others below it; equal ones count half."""
+    sides = (np.searchsorted(np.sort(others), values, side) for side in ("left", "right"))
+    return sum(sides) / (2 * others.size)
+
+
+def _clustered_half_width(influence: np.ndarray) -> float:
+    """From what each cluster adds to the error of the estimate."""
+    size = len(influence)
+    if size < 2:
+        return math.inf
+    variance = (influence**2).sum() * size / (size - 1)
+    return float(stdtrit(size - 1, 0.975)) * math.sqrt(variance)
+
+
 def paired_by_seed(
     left: Mapping[int, float], right: Mapping[int, float], *, is_ratio: bool = False
 ) -> dict[int, float]:

@@ -17,13 +17,9 @@ from opdjax.judge.scores import score
 from opdjax.judge.structured_output import Tally
 from opdjax.report import judgements
 from opdjax.report.judgements import (
-    auc,
-    pairs,
     pass_rate,
-    ratio,
     read_judgements,
-    signal,
-    tied_share,
+    summary,
 )
 from opdjax.report.page import page
 from opdjax.runs.workdir import WorkdirError
@@ -272,15 +268,6 @@ def test_a_flaw_is_met_by_its_absence_and_a_graded_criterion_by_halves(tmp_path)
     assert pass_rate([group], of_references=True) is None
 
 
-def test_the_interval_of_a_share_is_that_of_groups():
-    rate = ratio([2, 4, 3], [4, 4, 4])  # three groups of one size: the mean of three numbers
-    values = np.array([0.5, 1.0, 0.75])
-    assert rate.value == 0.75
-    assert rate.half_width == pytest.approx(4.302653 * values.std(ddof=1) / math.sqrt(3), rel=1e-6)
-    assert math.isinf(ratio([2], [4]).half_width)
-    assert ratio([0], [0]) is None
-
-
 def test_criteria_that_all_rollouts_meet_alike_have_no_signal(tmp_path):
     rows = [
         judged(1, 0, ((1, 0, 1), (1, 0, 0), None)),  # met by all who have verdicts, by none, by one
@@ -288,7 +275,7 @@ def test_criteria_that_all_rollouts_meet_alike_have_no_signal(tmp_path):
         judged(1, 2, ((1, 1, 1, 1),)),  # one rollout alone cannot be told from another
         failed(1, 3),
     ]
-    found = signal(groups_of(tmp_path, rows))
+    found = summary(groups_of(tmp_path, rows)).signal
     assert (found.num_criteria, found.met_by_all, found.met_by_none, found.alike) == (5, 2, 1, 3)
     assert found.share == pytest.approx(0.6)
 
@@ -307,8 +294,8 @@ def test_tied_and_failed_groups(tmp_path):
         True,
         True,
     ]  # one score is nothing to compare
-    assert tied_share(groups) == 0.5
-    assert judgements.failed_share(groups) == 0.5
+    assert summary(groups).tied == 0.5
+    assert summary(groups).num_failed == 2
 
 
 def test_the_auc_counts_pairs_of_all_prompts_and_ties_by_half(tmp_path):
@@ -322,12 +309,12 @@ def test_the_auc_counts_pairs_of_all_prompts_and_ties_by_half(tmp_path):
     ]
     groups = groups_of(tmp_path, rows)
     # right 1, 0, 0.5 against wrong 0.5, 0: 1 + 1, 0 + 0.5, 0.5 + 1 of six.
-    assert auc(groups).value == pytest.approx(4 / 6)
-    assert auc(groups).count == 6
-    assert auc(groups[:1]).value == pytest.approx(1 / 2)
-    found = pairs(groups)
+    assert summary(groups).truth.auc.value == pytest.approx(4 / 6)
+    assert summary(groups).truth.auc.count == 6
+    assert summary(groups[:1]).truth.auc.value == pytest.approx(1 / 2)
+    found = summary(groups).truth.pairs
     assert (found.right, found.tied, found.wrong) == (2, 0, 1)
-    assert judgements.share_right(groups) == 0.5
+    assert summary(groups).share_right == 0.5
 
 
 def test_the_interval_of_an_auc_is_about_as_wide_as_repeated_draws_are(tmp_path):
@@ -353,7 +340,7 @@ def test_the_interval_of_an_auc_is_about_as_wide_as_repeated_draws_are(tmp_path)
             )
             for at in range(30)
         ]
-        found = auc([judgements.JudgedGroup((one,)) for one in rows])
+        found = summary([judgements.JudgedGroup((one,)) for one in rows]).truth.auc
         values.append(found.value)
         widths.append(found.half_width)
     assert 0.9 < np.mean(np.abs(np.array(values) - np.mean(values)) < widths) < 0.99
@@ -362,7 +349,7 @@ def test_the_interval_of_an_auc_is_about_as_wide_as_repeated_draws_are(tmp_path)
 def test_a_bad_update_is_a_pair_whose_wrong_answer_scores_higher(tmp_path):
     verdicts = ((1, 1, 1), (1, 0, 0), (1, 0, 0), (1, 1, 0))
     (group,) = groups_of(tmp_path, [judged(1, 0, verdicts, correct=[1, 1, 0, 0])])
-    found = pairs([group])
+    found = summary([group]).truth.pairs
     assert (found.right, found.tied, found.wrong) == (2, 1, 1)
 
 
@@ -371,8 +358,8 @@ def test_rubrics_of_single_rollouts_make_one_group(tmp_path):
     rows += [judged(1, 5, ((1, 0),), correct=[0], samples=[0])]  # the same prompt once more
     groups = groups_of(tmp_path, rows)
     assert [len(group.scores) for group in groups] == [2, 1]
-    assert pairs(groups[:1]).right == 1
-    assert signal(groups).share is None
+    assert summary(groups[:1]).truth.pairs.right == 1
+    assert summary(groups).signal.share is None
 
 
 def test_a_stage_that_no_criterion_looks_at_has_no_score(tmp_path):
@@ -380,8 +367,8 @@ def test_a_stage_that_no_criterion_looks_at_has_no_score(tmp_path):
     rows = [judged(1, 0, ((1, 0), (0, 0)), criteria, stage_scores=[[0.0, 0.5], [0.0, 0.0]])]
     both = [criterion(1, stage="work"), criterion(2, stage="answer")]
     rows.append(judged(1, 1, ((1, 0), None), both, stage_scores=[[1.0, 0.0], None]))
-    means = judgements.stage_means(groups_of(tmp_path, rows, STAGES))
-    assert means.tolist() == pytest.approx([1.0, 0.5 / 3])
+    means = summary(groups_of(tmp_path, rows, STAGES)).stages
+    assert means == pytest.approx([1.0, 0.5 / 3])
 
 
 def test_rare_categories_are_drawn_together(tmp_path):
@@ -424,23 +411,23 @@ def test_what_is_read_back_is_what_the_run_has_told(tmp_path):
     right = [[rng.randint(0, 1) for _ in range(3)] for _ in told]
     rows = [as_row(one, 1, correct, has_texts=True) for one, correct in zip(told, right)]
     groups, expected = groups_of(tmp_path, rows), metrics_of(told, right)
-    assert judgements.mean_score(groups).value == pytest.approx(
+    assert summary(groups).scores[0].value == pytest.approx(
         expected["rubric/reward_mean"], abs=1e-5
     )
-    assert judgements.mean_score(groups, of_references=True).value == pytest.approx(
+    assert summary(groups).scores[1].value == pytest.approx(
         expected["rubric/reference_score_mean"], abs=1e-5
     )
-    assert auc(groups).value == pytest.approx(expected["rubric/auc"])
-    assert judgements.num_criteria(groups) == expected["rubric/num_criteria"]
+    assert summary(groups).truth.auc.value == pytest.approx(expected["rubric/auc"])
+    assert summary(groups).num_criteria == expected["rubric/num_criteria"]
     several = [
         one for one in told if sum(found is not None for found in one.scores) > 1
     ]  # of one rollout nothing can be alike
-    assert signal(groups).share == pytest.approx(
+    assert summary(groups).signal.share == pytest.approx(
         metrics_of(several, None)["rubric/no_signal_share"]
     )
-    assert tied_share(groups) == pytest.approx(metrics_of(several, None)["rubric/tied_groups"])
-    assert judgements.counted(groups, "problems") == {"empty": 12}
-    assert judgements.counted(groups, "repairs") == {"prose": 24}
+    assert summary(groups).tied == pytest.approx(metrics_of(several, None)["rubric/tied_groups"])
+    assert summary(groups).problems == {"empty": 12}
+    assert summary(groups).repairs == {"prose": 24}
 
 
 # The page

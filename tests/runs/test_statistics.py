@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from opdjax.runs.statistics import (
     avg_at_k,
+    clustered_ratio,
     lies_within,
     mean_and_interval,
     paired_by_seed,
@@ -168,3 +169,12 @@ def test_a_ratio_and_its_interval(rng):
     assert low < ratio < high
     assert ratio == pytest.approx(1)
     assert ratio_with_interval(plain[:3], np.zeros(3)) == (None, None, None)
+
+
+def test_the_interval_of_a_share_is_that_of_clusters():
+    # Three clusters of one size: the mean of three numbers.
+    mean, half = clustered_ratio([2, 4, 3], [4, 4, 4])
+    values = np.array([0.5, 1.0, 0.75])
+    assert mean == 0.75
+    assert half == pytest.approx(4.302653 * values.std(ddof=1) / math.sqrt(3), rel=1e-6)
+    assert clustered_ratio([2], [4]) == (0.5, math.inf)
