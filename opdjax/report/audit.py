@@ -37,7 +37,7 @@ PARTS = ("prompt", "trajectory", "action")  # of the noise of parameter gradient
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class NamedEstimator:
     """An estimator or pitfall: its short name and what it claims."""
 
     name: str
@@ -53,7 +53,7 @@ class Subject:
 class Direction:
     """The expected gradient of an estimator: degrees to the gradient of each KL."""
 
-    subject: Subject
+    subject: NamedEstimator
     row: dict[str, Any]
     degrees: dict[str, float | None]  # None: no direction
 
@@ -87,7 +87,7 @@ class AuditFacts:
     directory: str
     unfinished: tuple[str, ...]
     document: Document
-    subjects: dict[str, Subject]
+    subjects: dict[str, NamedEstimator]
     contexts: dict[str, Direction]  # at contexts that the student reached
     vocabulary: dict[str, Direction]  # at random contexts
     variances: dict[str, list[str]]  # of logits: heading -> estimators, the least noisy first
@@ -152,14 +152,14 @@ def audit_facts(document: Document, name: str) -> AuditFacts:
     )
 
 
-def _subject(name: str, about: dict[str, Any]) -> Subject:
+def _subject(name: str, about: dict[str, Any]) -> NamedEstimator:
     recipe, options = about.get("recipe"), about.get("options", {})
     is_clear = lambda value: isinstance(value, str) and value != "none"
     words = [
         value if is_clear(value) else f"{_SHORT.get(option, option)} {shown(value)}"
         for option, value in options.items()
     ]
-    return Subject(
+    return NamedEstimator(
         name,
         f"{recipe} {', '.join(words)}".strip() if recipe else name,
         bool(about.get("is_pitfall")),
@@ -170,7 +170,7 @@ def _subject(name: str, about: dict[str, Any]) -> Subject:
     )
 
 
-def _directions(rows: dict[str, Any], subjects: dict[str, Subject]) -> dict[str, Direction]:
+def _directions(rows: dict[str, Any], subjects: dict[str, NamedEstimator]) -> dict[str, Direction]:
     subject = lambda name: subjects.get(name) or _subject(name, {})
     angles = lambda row: {kl: angle(row["cosine"][kl]) for kl in KL}
     return {name: Direction(subject(name), row, angles(row)) for name, row in rows.items()}
@@ -213,7 +213,7 @@ def angle_groups(rows: dict[str, Direction], kl: str) -> Groups:
 
 
 def _grouped(
-    sizes: dict[str, float], subjects: dict[str, Subject], contexts: dict[str, Direction]
+    sizes: dict[str, float], subjects: dict[str, NamedEstimator], contexts: dict[str, Direction]
 ) -> dict[str, list[str]]:
     """The names of each of NOISE_GROUPS, the least noisy first."""
     found: dict[str, list[str]] = {heading: [] for heading in NOISE_GROUPS}

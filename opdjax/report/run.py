@@ -34,7 +34,7 @@ class Ends:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rollouts:
+class RolloutExamples:
     """Recorded rollouts of a few steps; tokens are coloured by `field` up to the size `limit`."""
 
     steps: dict[int, list[dict[str, Any]]]  # rows of samples.jsonl
@@ -88,7 +88,7 @@ class RunFacts:
     result: dict[str, Any]
     spent: dict[str, list[float]]  # up to each evaluation, by axis
     positions: dict[str, tuple[float | None, float | None]]  # KL by position: early, late
-    rollouts: Rollouts | None
+    rollouts: RolloutExamples | None
     answers: ComparedAnswers | None
     staleness: StalenessFacts | None
     filtering: FilterFacts | None
@@ -199,10 +199,10 @@ def _positions(run: Run, length: int) -> dict[str, tuple[float | None, float | N
     return {measures.bucket_label(each): (early.get(each), late.get(each)) for each in buckets}
 
 
-# Rollouts
+# RolloutExamples
 
 
-def _rollouts(run: Run) -> Rollouts | None:
+def _rollouts(run: Run) -> RolloutExamples | None:
     if not run.samples:
         return None
     every = sorted({row["step"] for row in run.samples})
@@ -217,10 +217,10 @@ def _rollouts(run: Run) -> Rollouts | None:
         sizes = sorted(abs(value) for value in values if is_number(value))
         if sizes and sizes[-1] > 0:
             field, limit = name, sizes[int(0.95 * len(sizes))] or sizes[-1]
-    return Rollouts(steps, len(every) - len(steps), field, limit)
+    return RolloutExamples(steps, len(every) - len(steps), field, limit)
 
 
-def look(rollouts: Rollouts, value: float | None) -> tuple[str, float | None]:
+def look(rollouts: RolloutExamples, value: float | None) -> tuple[str, float | None]:
     """(class, share of the full colour) of a token; the underline shows the sign without colour."""
     if not is_number(value) or value == 0:
         return "t", None
