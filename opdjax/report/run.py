@@ -199,7 +199,7 @@ def _positions(run: Run, length: int) -> dict[str, tuple[float | None, float | N
     return {measures.bucket_label(each): (early.get(each), late.get(each)) for each in buckets}
 
 
-# RolloutExamples
+# Rollouts
 
 
 def _rollouts(run: Run) -> RolloutExamples | None:
