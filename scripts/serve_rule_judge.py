@@ -116,9 +116,13 @@ class JudgeServer(http.server.ThreadingHTTPServer):
     def stats(self) -> Document:
         return {**self.counts, "roles": dict(self.roles), "faults": dict(self.faults)}
 
-    def begin_request(self) -> None:
-        """Count a request; the last one before `--down-after` closes the server to others."""
+    def begin_request(self) -> bool:
+        """Count a request; the last one before `--down-after` closes the server to others. False
+        for a request that comes after it.
+        """
         with self.lock:
+            if self.is_down:
+                return False
             counts = self.counts
             counts["requests"] += 1
             counts["in_flight"] += 1
@@ -131,6 +135,7 @@ class JudgeServer(http.server.ThreadingHTTPServer):
             self.socket.close()
             for connection in list(self.idle):
                 connection.shutdown(socket.SHUT_RDWR)
+        return True
 
     def end_request(self) -> None:
         with self.lock:
@@ -229,8 +234,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True  # the client has disconnected
         elif self.path.partition("?")[0] != "/v1/chat/completions":
             self.refuse_path()
+        elif not self.server.begin_request():
+            self.close_connection = True  # without a response
         else:
-            self.server.begin_request()
             try:
                 self.complete(body)
             finally:

@@ -274,8 +274,8 @@ def judge_cost(m: Measurements) -> Finding | None:
     text = f"a run sends about {total('calls'):,.0f} requests with"
     text += f" {total('input_tokens') / 1e6:,.2f} million input tokens and"
     text += f" {total('output_tokens') / 1e6:,.2f} million output tokens"
-    endpoints = (m.config.rubricator, m.config.verifier)
-    if any(endpoint.input_price or endpoint.output_price for endpoint in endpoints):
+    models = (m.config.rubricator.model, m.config.verifier.model)
+    if any(any(m.config.api.price_of(model)) for model in models):
         return Finding("judge_cost", "ok", f"{text}, for {total('dollars'):,.2f} dollars")
     no_price = "no price is set, so api.max_dollars has no effect"
     if m.config.api.max_dollars > 0:

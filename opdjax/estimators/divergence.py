@@ -209,9 +209,9 @@ def topk_kl(
       renormalize     both (default), teacher or none
       outside         drop (default); tail, with renormalize none; floor, with renormalize none or
                       teacher
-      clamp_at_zero   only by convention verl: takes max(loss, 0) of each token
       weight          None; p_student or p_teacher, normalised on K, or none, which is 1
-      convention      None; a row of TOP_K_CONVENTIONS, which sets the options it names
+      convention      None; a row of TOP_K_CONVENTIONS, which sets the options it names; verl also
+                      sets clamp_at_zero: max(loss, 0) of each token
       importance      none (default) or prefix_truncate: the ratio of the tokens before, for
                       contexts of another policy
       importance_cap  its largest value, 2

@@ -282,7 +282,7 @@ def _api_answerer(config: Config, path: pathlib.Path, _: Sequence[Pending]) -> I
     spent = sum(row["dollars"] for row in read_lines(spending))
     cache = ReplyCache(config.api.cache or path.with_name(f"{path.name}.replies.sqlite"))
     with contextlib.closing(cache), asyncio.Runner() as runner:
-        endpoints = {"teacher": config.teacher_api}
+        endpoints = {"teacher": config.teach.endpoint(config.api)}
 
         async def connect() -> ApiClient:  # it needs a running event loop
             return ApiClient(endpoints, config.api, cache, spent)

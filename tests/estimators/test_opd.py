@@ -236,7 +236,7 @@ OPTIONED = [  # every option, in few recipes
     ),
     ("opd", {"power_alpha": 0.5, "extra_draws": 2}),
     ("opd", {"importance": "token_truncate", "importance_cap": 1.1}),
-    ("vopd", {"baseline": "batch_mean", "importance": "token_mask", "importance_cap": 1.1}),
+    ("vopd", {"baseline": "batch_mean", "importance": "token_mask", "importance_cap": 2.5}),
     ("vopd", {"baseline": "optimal", "reward_floor": -0.5, "extra_draws": 2}),
 ]
 

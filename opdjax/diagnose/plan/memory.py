@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from opdjax.diagnose.plan.workload import Workload, bytes_of
+from opdjax.engine.evaluate import EVALUATION_SLOTS
 from opdjax.engine.scheduling import BLOCKS_PER_FILL
 from opdjax.models.decoder import DecoderConfig, forward
 from opdjax.models.lora import combine
@@ -140,7 +141,8 @@ def _evaluating(workload: Workload) -> list[Item]:
     evaluation, dtype = workload.config.evaluation, workload.dtype
     if evaluation.source is None:
         return []
-    rows = -(-evaluation.batch_size // workload.row_shards)
+    slots = workload.config.sampling.slots or EVALUATION_SLOTS
+    rows = -(-slots // workload.row_shards)
     sizes = (rows, evaluation.max_completion_length, evaluation.num_samples)
     return _generating(workload, ("evaluate",), (workload.student, dtype, dtype), *sizes)
 
