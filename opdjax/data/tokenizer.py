@@ -128,7 +128,7 @@ def _load(directory: pathlib.Path, name: str) -> Any:
             )  # transformers returns an empty one without files
         return found
     backend = tokenizers.Tokenizer.from_file(str(file))
-    # A file may carry the settings of whoever saved it; rows here have the length they have.
+    # A file may set truncation and padding; rows here have the length they have.
     backend.no_padding()
     backend.no_truncation()
     if not backend.get_vocab_size():
