@@ -123,9 +123,8 @@ def _load(directory: pathlib.Path, name: str) -> Any:
 
         found = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
         if not found.get_vocab().keys() - {*found.all_special_tokens}:
-            raise ValueError(
-                "it knows no tokens"
-            )  # transformers returns an empty one without files
+            # transformers returns an empty one if there are no files.
+            raise ValueError("it knows no tokens")
         return found
     backend = tokenizers.Tokenizer.from_file(str(file))
     # A file may set truncation and padding; rows here have the length they have.

@@ -17,7 +17,7 @@ from opdjax.runs.results import Run, Span, is_number, read_timeline
 WARM = 0.05  # a step is warm if the learner waited for less than this share of its time
 _STEPS = 30  # in the window that shows every span
 _PAUSE = 0.1  # gaps longer than this share of all recorded time are cut out of the axis
-_MANY_SPANS, _BINS = 600, 240  # more spans are drawn as shares of time, in at most this number of bins
+_MANY_SPANS, _BINS = 600, 240  # more spans are drawn as shares of time, in at most 240 bins
 # The colour of each kind of span: grey for waiting, and one colour for all work of the teacher.
 KINDS = {
     "wait": REST,
