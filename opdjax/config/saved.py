@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -80,6 +81,14 @@ def _print_once(line: str) -> None:
 
 def _read(saved: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
     """(today's config, lost settings, lost settings that said only how a run is computed)."""
+    config, lost, execution = _read_text(json.dumps(saved, sort_keys=True))
+    return json.loads(config), list(lost), list(execution)
+
+
+@functools.lru_cache(maxsize=4096)  # tables of a sweep read each config many times
+def _read_text(text: str) -> tuple[str, list[str], list[str]]:
+    """As `_read`, from JSON and with the config as JSON: callers may change what they get."""
+    saved = json.loads(text)
     sections = {name: dict(value) for name, value in saved.items() if isinstance(value, dict)}
     lost: list[str] = []
     for read in _READERS:
@@ -95,7 +104,7 @@ def _read(saved: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
     lost += _removed(sections, REMOVED_KEYS)
     execution = _removed(sections, REMOVED_EXECUTION_KEYS)
     others = {name: value for name, value in saved.items() if not isinstance(value, dict)}
-    return to_dict(from_dict(Config, {**sections, **others})), lost, execution
+    return json.dumps(to_dict(from_dict(Config, {**sections, **others}))), lost, execution
 
 
 def _pop(sections: Sections, field: str) -> Any:
