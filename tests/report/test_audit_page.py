@@ -407,3 +407,15 @@ def test_labels_of_a_logarithmic_axis_do_not_touch(low, high):
         at = [width * math.log(value / low) / math.log(high / low) for value in ticks]
         for (left, one), (right, two) in itertools.pairwise(zip(at, ticks)):
             assert right - left > 7 * (len(f"{drawing.tick(one)}×{drawing.tick(two)}×") / 2)
+
+
+@pytest.mark.parametrize("done", [[], ["contexts"], ["contexts", "batch_pitfalls", "tree"]])
+def test_a_page_of_an_audit_that_was_stopped_names_what_is_missing(tmp_path, done):
+    found, parts = document(), ["contexts", "batch_pitfalls", "vocabulary", "tree", "costs"]
+    for part in [*parts, "gradients"]:
+        if part not in done:
+            del found[part]
+    found["unfinished"] = [part for part in [*parts, "gradients"] if part not in done]
+    parser = read(write(tmp_path / "a", found))
+    assert f"Not measured yet: {', '.join(found['unfinished'])}." in parser.all
+    assert ("tree" in sections(parser)) == ("tree" in done)
