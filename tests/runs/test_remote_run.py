@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import pytest
 from tiny_runs import TINY, assert_same_run, environment, save, vary, without_times
 from waiting import HANG, until
@@ -47,8 +48,9 @@ def machine(gcs, tmp_path):
     """Starts `opdjax train` of a config on a machine, which is a scratch directory of its own."""
     started = []
 
-    def start(config=SMALL, scratch="a"):
-        started.append(train(config, URL, tmp_path, OPDJAX_SCRATCH=str(tmp_path / scratch)))
+    def start(config=SMALL, scratch="a", **variables):
+        variables["OPDJAX_SCRATCH"] = str(tmp_path / scratch)
+        started.append(train(config, URL, tmp_path, **variables))
         return started[-1]
 
     yield start
@@ -147,7 +149,8 @@ def test_faults_of_the_storage_change_nothing(gcs, machine, straight, tmp_path):
 
 
 def test_a_run_leaves_there_what_it_leaves_on_a_local_disk(machine, tiny_run):
-    out, _ = machine(TINY).communicate()
+    # As many simulated devices as here: they share the threads that split a product.
+    out, _ = machine(TINY, JAX_NUM_CPU_DEVICES=str(jax.device_count())).communicate()
     assert f"the trained student is in {URL}/student" in out, out
     with read_only_workdir(URL, lambda name: not name.startswith("checkpoints")) as mirror:
         assert_same_run(tiny_run, mirror.directory)
