@@ -33,14 +33,12 @@ class Startup:
 
     def announce(self) -> None:
         """Print that programs are compiled, and when the first step is expected."""
-        seconds = None
-        if self._file is not None and self._file.exists():
-            with contextlib.suppress(ValueError, OSError):
-                seconds = float(self._file.read_text()[:32])
         expected = "the first run of these programs: large models take minutes"
-        if seconds is not None:
-            expected = f"the first step of the last such run came after {seconds:.0f} s"
-        print(f"compiling the sampler, the teacher and the update ({expected})", flush=True)
+        if self._file is not None:
+            with contextlib.suppress(ValueError, OSError):  # no such file: no run before
+                seconds = float(self._file.read_text()[:32])
+                expected = f"the first step of the last such run came after {seconds:.0f} s"
+        print(f"compiling the programs of the run ({expected})", flush=True)
 
     def first_step_done(self) -> None:
         """Keep the time until now for the next run."""
