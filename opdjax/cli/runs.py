@@ -158,12 +158,13 @@ def audit(arguments: list[str]) -> None:
             own = (estimator.options, estimator.recipe)
 
         def save(document):
+            tables = text(document)
             with open_output(workdir) as directory:
                 directory.mkdir(parents=True, exist_ok=True)
                 write_json(directory / "audit.json", document)
-                (directory / "audit.txt").write_text(text(document) + "\n", encoding="utf-8")
+                (directory / "audit.txt").write_text(tables + "\n", encoding="utf-8")
                 if not document["unfinished"]:
-                    print(f"\n{text(document)}\n")
+                    print(f"\n{tables}\n")
                     print(write_audit_report(directory).replace(str(directory), as_given(workdir)))
 
         measure(config, choose(only or None, *own), audit, skip_cost=skip_cost, save=save)
