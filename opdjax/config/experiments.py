@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import importlib.util
 import pathlib
 import re
+import sys
 import traceback
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from opdjax.config.grid import SweepPoint
@@ -64,19 +68,54 @@ def sweeps_beside(file: str, *names: str) -> list[SweepPoint]:
     return found
 
 
-def _call_in_file(file: str | pathlib.Path, function: str) -> Any:
-    path = pathlib.Path(file)
+def load_function(file: str | pathlib.Path, name: str) -> Callable:
+    """The function of that name in a Python file, which is run and may import its neighbours.
+
+    ConfigError if the file or the function does not exist, or if the file does not run.
+    """
+    path = pathlib.Path(file).absolute()
     if not path.is_file() or path.suffix != ".py":
+        others = [other.name for other in path.parent.glob("*.py")]
+        close = difflib.get_close_matches(path.stem + ".py", others, 1)
+        hint = f" (did you mean {pathlib.Path(file).parent / close[0]}?)" if close else ""
         raise ConfigError(
-            f"there is no file {str(file)!r}; expected a Python file with {function}()"
+            f"there is no file {str(file)!r}{hint}; expected a Python file with {name}()"
         )
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    try:
+    with _errors_of(file), _neighbours_of(path.parent):
         spec.loader.exec_module(module)
-        if function not in vars(module):
-            raise ConfigError(f"{file} defines no {function}()")
-        return vars(module)[function]()
+    if not callable(vars(module).get(name)):
+        raise ConfigError(f"{file} defines no {name}()")
+    return vars(module)[name]
+
+
+@contextlib.contextmanager
+def _neighbours_of(directory: pathlib.Path) -> Iterator[None]:
+    """Imports find the files of the directory; another directory's file of that name is another."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(directory))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(directory))
+        for name in set(sys.modules) - before:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file and pathlib.Path(file).parent == directory:
+                del sys.modules[name]
+
+
+def _call_in_file(file: str | pathlib.Path, function: str) -> Any:
+    with _errors_of(file):
+        return load_function(file, function)()
+
+
+@contextlib.contextmanager
+def _errors_of(file: str | pathlib.Path) -> Iterator[None]:
+    """Whatever the user's file raises becomes a ConfigError with the line of the file."""
+    path = pathlib.Path(file).absolute()
+    try:
+        yield
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:  # the file is the user's and may raise anything
