@@ -88,6 +88,7 @@ def test_the_package_holds_its_rooms_and_nothing_else():
         "__init__.py",
         "__main__.py",
         "losses.py",
+        "py.typed",
         "train.py",
         "types.py",
         "assets",

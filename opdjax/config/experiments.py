@@ -13,8 +13,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from opdjax.config.grid import SweepPoint
+from opdjax.config.model import PACKAGE
 from opdjax.config.run import Config
 from opdjax.config.validation import ConfigError
+
+BUILT_IN = PACKAGE / "assets" / "experiments"  # `@NAME` is NAME.py there
+
+
+def path_of(file: str | pathlib.Path) -> pathlib.Path:
+    """The absolute path of a file, or of a built-in experiment such as `@mini_vopd`."""
+    if str(file).startswith("@"):
+        return BUILT_IN / f"{str(file)[1:]}.py"
+    return pathlib.Path(file).absolute()
 
 
 def load_config(file: str | pathlib.Path) -> Config:
@@ -51,8 +61,10 @@ def load_sweep(file: str | pathlib.Path) -> list[SweepPoint]:
 
 
 def config_beside(file: str, name: str) -> Config:
-    """The config of another experiment file, `name`, relative to the directory of `file`."""
-    return load_config(pathlib.Path(file).parent / name)
+    """The config of another experiment file, `name`, relative to the directory of `file`; of the
+    built-in one if there is none, so that a copy of a built-in experiment works anywhere.
+    """
+    return load_config(_beside(file, name))
 
 
 def sweeps_beside(file: str, *names: str) -> list[SweepPoint]:
@@ -63,9 +75,15 @@ def sweeps_beside(file: str, *names: str) -> list[SweepPoint]:
     """
     found: list[SweepPoint] = []
     for name in names:
-        points = load_sweep(pathlib.Path(file).parent / name)
+        points = load_sweep(_beside(file, name))
         found += [point for point in points if point not in found]
     return found
+
+
+def _beside(file: str, name: str) -> pathlib.Path:
+    path = (pathlib.Path(file).parent / name).resolve()
+    of_built_in = [other for other in BUILT_IN.rglob("*.py") if other.name == path.name]
+    return of_built_in[0] if of_built_in and not path.exists() else path
 
 
 def load_function(file: str | pathlib.Path, name: str) -> Callable:
@@ -73,11 +91,14 @@ def load_function(file: str | pathlib.Path, name: str) -> Callable:
 
     ConfigError if the file or the function does not exist, or if the file does not run.
     """
-    path = pathlib.Path(file).absolute()
+    path = path_of(file)
     if not path.is_file() or path.suffix != ".py":
         others = [other.name for other in path.parent.glob("*.py")]
         close = difflib.get_close_matches(path.stem + ".py", others, 1)
-        hint = f" (did you mean {pathlib.Path(file).parent / close[0]}?)" if close else ""
+        near = (pathlib.Path(file).parent / name for name in close)
+        if str(file).startswith("@"):
+            near = (f"@{pathlib.Path(name).stem}" for name in close)
+        hint = "".join(f" (did you mean {name}?)" for name in near)
         raise ConfigError(
             f"there is no file {str(file)!r}{hint}; expected a Python file with {name}()"
         )
@@ -113,7 +134,7 @@ def _call_in_file(file: str | pathlib.Path, function: str) -> Any:
 @contextlib.contextmanager
 def _errors_of(file: str | pathlib.Path) -> Iterator[None]:
     """Whatever the user's file raises becomes a ConfigError with the line of the file."""
-    path = pathlib.Path(file).absolute()
+    path = path_of(file)
     try:
         yield
     except ConfigError:

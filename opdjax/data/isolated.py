@@ -49,6 +49,8 @@ def stop() -> None:
 
 
 _FAILED = object()
+_FAILURES = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, SyntaxError)
+_FAILURES += (TypeError, ValueError)
 
 
 def _start() -> subprocess.Popen:
@@ -104,7 +106,7 @@ def _serve() -> None:
         name, *arguments = json.loads(line)
         try:
             result = functions[name](*arguments)
-        except Exception:  # a library's failure on this text is an answer without a value
+        except _FAILURES:  # of a library on this text; another one costs a new process
             result = None
         print(json.dumps(result), flush=True)
 
