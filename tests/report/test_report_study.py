@@ -36,7 +36,7 @@ from opdjax.config import (
 )
 from opdjax.config.validation import ConfigError, to_dict
 from opdjax.data.tasks.arithmetic import problems
-from opdjax.report.drawing_rows import log_ticks
+from opdjax.report.drawing import log_ticks
 from opdjax.report.papers.compare import Verdict, compare
 from opdjax.report.papers.tables import PaperClaim, PaperColumn, paper_tables
 from opdjax.report.render import part
