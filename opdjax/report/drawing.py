@@ -27,8 +27,8 @@ REST = -1  # the slot of lines that give context only
 # matplotlib draws with these colours; `_plain` replaces them with CSS variables.
 _NAMES = ("ink", "muted", "grid", "page", *(f"series-{slot}" for slot in range(SERIES)), "rest")
 INK, MUTED, GRID, PAGE, *_SLOTS = (f"#fe01{at:02x}" for at in range(len(_NAMES)))
-_DASHES = ((), (6, 2), (1.5, 1.5), (7, 2, 1.5, 2), (10, 2.5), (3, 2))
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+_DASHES = ((), (6, 2), (1.5, 1.5), (7, 2, 1.5, 2), (10, 2.5), (3, 2), ())  # by slot, REST last
+_MARKERS = ("o", "s", "^", "D", "v", "P", ".")
 TEXT, LETTER = 13, 7.2  # size of text and width of a letter, pixels
 _SMALL = (450, 280)  # width and height of a chart, pixels
 _MARGINS = (62, 10, 32, 54)  # left, right, top, bottom
@@ -89,7 +89,6 @@ def _inline(svg: str) -> Markup:
     """The content of the drawing, with CSS variables and the font of the page."""
     unused = r"\A.*?<svg[^>]*>|<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->"
     body = re.sub(unused, "", svg, flags=re.DOTALL)
-    body = re.sub(r'<g id="title:([^"]*)">', r"<g><title>\1</title>", body)
     body = re.sub(r'<g id="[^"]*">', "<g>", body)
     body = re.sub(r"<[^>]*>", lambda found: _plain(found[0]), body)
     return Markup(re.sub(r"\s*\n\s*", " ", body).replace("xlink:href", "href"))
@@ -139,7 +138,7 @@ def fill_of(slot: int, *, is_hatched: bool = False) -> dict[str, Any]:
 
 def dashes(slot: int) -> str:
     """The `stroke-dasharray` of a slot's line in a legend."""
-    return " ".join(f"{length * 1.5:g}" for length in (_DASHES[slot] if slot != REST else ()))
+    return " ".join(f"{length * 1.5:g}" for length in _DASHES[slot])
 
 
 def finite(values: Iterable[float | None]) -> list[float]:
@@ -331,14 +330,13 @@ def _limits(
     if log_y:
         means = [value for value in means if value > 0]
         return (min(means) / 1.3, max(means) * 1.3) if means else (0.5, 2.0)
+    if reference is not None and 0.5 * min(means) < reference < 2 * max(means):
+        means.append(reference)
     least, most = min(means), max(means)
-    if reference is not None and 0.5 * least < reference < 2 * most:
-        least, most = min(least, reference), max(most, reference)
     sides = (side for line in found if line.slot != REST for side in (line.low, line.high))
     ends = finite(value for side in sides if side is not None for value in side)
-    spread = most - least
-    low = min([least, *(max(end, least - spread) for end in ends)])
-    high = max([most, *(min(end, most + spread) for end in ends)])
+    ends = np.clip(ends, 2 * least - most, 2 * most - least)
+    low, high = float(min([least, *ends])), float(max([most, *ends]))
     if high - low < 1e-9 * max(abs(low), abs(high)):
         low = high  # a difference that is only rounding would fill the chart
     margin = 0.06 * (high - low) or 0.05 * max(abs(high), 1.0 if high == 0 else 0.0)
@@ -358,9 +356,9 @@ def _paint_line(axes: Any, line: Line, *, is_many: bool) -> None:
         "alpha": 0.4 if line.is_faint else 1.0,
         "zorder": 1.5 if is_rest else 2.0 if line.is_faint else 3.0,
     }
-    if is_many and not is_rest and not line.is_faint and _DASHES[line.slot]:
+    if is_many and not line.is_faint and _DASHES[line.slot]:
         style["dashes"] = _DASHES[line.slot]
-    if line.has_markers and not is_rest:
+    if line.has_markers:
         style |= {"marker": _MARKERS[line.slot], "markersize": 5, "markeredgewidth": 0}
     x, y = np.asarray(line.x, float), np.asarray(line.y, float)
     axes.plot(x, y, **style)  # matplotlib simplifies long lines and keeps their spikes

@@ -1,9 +1,8 @@
-"""Drawings of rows, one for each name, of lanes of time, and of points with intervals."""
+"""Drawings of rows, one for each name, and of lanes of time."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -231,80 +230,3 @@ def _paint_shares(axes: Any, y: float, found: Sequence[tuple[int, Any]], length:
         top = y + 0.375 - 0.75 * np.append(height, height[-1:])
         axes.fill_between(edges, floor, top, step="post", color=colour_of(slot), linewidth=0)
         floor = top
-
-
-# Points
-
-
-@dataclasses.dataclass(frozen=True)
-class Mark:
-    """A dot: (mean, half interval) on both axes, its name and the text of its tooltip."""
-
-    x: tuple[float, float]
-    y: tuple[float, float]
-    name: str
-    title: str
-    is_best: bool = False  # filled, named, and on the front
-
-
-def points(title: str, found: Sequence[Mark], y: str, x: str, *, log_x: bool = False) -> Markup:
-    """Dots with their intervals; the front goes in steps through the best, by rising x."""
-    best = sorted((mark for mark in found if mark.is_best), key=lambda mark: mark.x[0])
-    width, margins = 860, (52, 17, 30, 46)
-
-    def paint(canvas: Any) -> None:
-        axes = axes_in(canvas, margins, "both", x, y)
-        axes.set_xscale("log" if log_x else "linear")
-        means = [mark.y[0] for mark in found]
-        spread = max(means) - min(means) or 0.1 * abs(means[0]) or 1.0
-        for mark in found:
-            _paint_mark(axes, mark, spread)
-        axes.set_xlim(*axes.get_xlim())  # fixes the limits, which the places of names need
-        axes.set_ylim(*axes.get_ylim())
-        x_best = [*(mark.x[0] for mark in best), axes.get_xlim()[1]]
-        y_best = [mark.y[0] for mark in (*best, *best[-1:])]
-        front = {"color": colour_of(0), "linewidth": 1.5, "dashes": (6, 3), "zorder": 2}
-        axes.step(x_best[: len(y_best)], y_best, where="post", **front)
-        axes.minorticks_off()
-        linear_ticks(axes.xaxis, 8)
-        linear_ticks(axes.yaxis, 6)
-        if log_x:
-            axes.set_xticks(log_ticks(*axes.get_xlim(), width - margins[0] - margins[1]))
-        _names(axes, list(reversed(best)), margins[0], width)  # the best score first
-
-    described = f"{title}: {y} against {x}; on the front: {', '.join(mark.name for mark in best)}"
-    return figure("", described, (width, 380), paint, is_wide=True)
-
-
-def _paint_mark(axes: Any, mark: Mark, spread: float) -> None:
-    (x, wide), (y, tall) = mark.x, mark.y
-    colour = colour_of(0 if mark.is_best else REST)
-    bar = {"color": colour, "linewidth": 1.2, "zorder": 2.5}
-    if math.isfinite(wide):
-        axes.plot([max(x - wide, 0.7 * x), x + wide], [y, y], **bar)
-    if math.isfinite(tall):  # an interval wider than all means together is cut
-        axes.plot([x, x], [y - min(tall, spread), y + min(tall, spread)], **bar)
-    fill, edge, size = (colour, colour, 9) if mark.is_best else (PAGE, MUTED, 7)
-    style = {"marker": "o", "markersize": size, "zorder": 4 + mark.is_best}
-    style |= {"markerfacecolor": fill, "markeredgecolor": edge, "gid": f"title:{mark.title}"}
-    axes.plot([x], [y], **style)
-
-
-def _names(axes: Any, found: Sequence[Mark], left: float, right: float) -> None:
-    """Each name beside its dot; one that would cover another is left out (a table has it)."""
-    taken: list[tuple[float, float, float]] = []  # start, end and height of a name
-    for mark in found:
-        at = mark.x[0], mark.y[0]
-        x, y = axes.transData.transform(at)
-        width = 1.1 * LETTER * len(mark.name)  # bold
-        for dx, dy in itertools.product((9, -9 - width), (7, -17, 23, -33)):
-            start, end, height = x + dx, x + dx + width, y + dy
-            is_free = all(
-                abs(height - other) > 15 or start > last or first > end
-                for first, last, other in taken
-            )
-            if is_free and left <= start and end <= right:
-                taken.append((start, end, height))
-                style = {"color": INK, "fontweight": "bold", "textcoords": "offset points"}
-                axes.annotate(mark.name, at, (dx, dy), **style)
-                break

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from opdjax.config.recipes import RECIPES, Recipe, TeacherNeed
-from opdjax.runs.results import AXES, Run, Span, mean
+from opdjax.config.recipes import RECIPES, Recipe
+from opdjax.runs.results import AXES, Run, mean
 
 SCORES = ("avg@k", "greedy", "pass@k")
 _POSITION = "kl/position/"
@@ -39,18 +39,6 @@ def estimator_options(run: Run) -> dict[str, Any]:
     return {name: v for name, v in given if v is not None and name != "recipe"}
 
 
-def teacher_need(run: Run) -> TeacherNeed | None:
-    """What the loss reads of the teacher; None for a recipe that this version does not have."""
-    recipe = recipe_of(run)
-    return None if recipe is None else recipe.teacher_need(estimator_options(run))
-
-
-def completions_from(run: Run) -> str:
-    """Who wrote the completions that the student trains on: student, teacher or references."""
-    sampling = run.config["sampling"]  # earlier versions called the field `source`
-    return sampling.get("completions_from") or sampling.get("source", "student")
-
-
 def samples_per_prompt(run: Run) -> int | None:
     """The k of avg@k and pass@k."""
     rows = evaluated(run)
@@ -64,16 +52,14 @@ def totals(run: Run, axis: str, steps: Iterable[int]) -> list[float] | None:
     return found if is_recorded and all(map(math.isfinite, found)) else None
 
 
-def total(run: Run, axis: str) -> float | None:
-    """The total of the whole run, in units of the axis; None if not recorded."""
+def spent(run: Run, axis: str) -> float | None:
+    """The total cost in units of the axis, None if not recorded; seconds of a finished run are
+    those of its result.
+    """
+    if axis == "seconds" and run.seconds is not None:
+        return run.seconds
     found = totals(run, axis, [run.metrics[-1]["step"]]) if run.metrics else None
     return found[0] if found else None
-
-
-def spent(run: Run, axis: str) -> float | None:
-    """The total cost in units of the axis; seconds of a finished run are those of its result."""
-    is_told = axis == "seconds" and run.seconds is not None
-    return run.seconds if is_told else total(run, axis)
 
 
 def steps_of(run: Run) -> list[int]:
@@ -112,17 +98,6 @@ def bucket_label(bucket: Bucket) -> str:
     return f"{first}" if first == last else f"{first}–{last}"
 
 
-def covered(spans: Iterable[Span]) -> list[tuple[float, float]]:
-    """The union of the spans as disjoint (start, end) intervals, in order."""
-    found: list[tuple[float, float]] = []
-    for span in sorted(spans, key=lambda span: span.start):
-        if found and span.start <= found[-1][1]:
-            found[-1] = found[-1][0], max(found[-1][1], span.end)
-        else:
-            found.append((span.start, span.end))
-    return found
-
-
 def skipped_steps(run: Run) -> int:
     """Updates that were skipped because the loss or gradient was not finite."""
     counted = [value for value in run.column("grad/skipped_steps") if value is not None]
@@ -142,11 +117,6 @@ def leaves(values: dict[str, Any], path: str = "") -> dict[str, Any]:
         key = f"{path}{name}"
         found |= leaves(value, f"{key}.") if isinstance(value, dict) else {key: value}
     return found
-
-
-def judge_name(run: Run) -> str:
-    """The model that gives the verdicts; "a judge" where the config does not name it."""
-    return model_name((run.config.get("verifier") or {}).get("model") or "a judge")
 
 
 def model_name(path: str) -> str:
