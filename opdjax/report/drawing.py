@@ -268,19 +268,15 @@ def columns(series: Mapping[str, Any], names: Iterable[str]) -> list[tuple[int, 
 
 
 def smoothed(steps: Sequence[float], values: Sequence[float | None], slot: int = 0) -> list[Line]:
-    """A faint line through every step, and a strong one smoothed where there are enough steps."""
+    """A faint line through every step, and a strong one smoothed where there are enough steps; of a
+    metric that most steps lack, a line through the known values.
+    """
     window = smoothing_window(len(steps))
-    every = Line(steps, values, slot=slot, is_faint=window > 1)
-    strong = Line(steps, list(smooth(values, window)), slot=slot)
-    return [every, strong] if window > 1 and values else [every]
-
-
-def known_line(
-    steps: Sequence[float], values: Sequence[float | None], slot: int = 0, most: int = 30
-) -> list[Line]:
-    """A line through the known values, with markers where they are fewer than `most`."""
     known = [(step, value) for step, value in zip(steps, values) if is_number(value)]
-    return [Line(*zip(*known), slot=slot, has_markers=len(known) < most)] if known else []
+    if 2 * len(known) < len(steps):
+        return [Line(*zip(*known), slot=slot, has_markers=len(known) < 60)] if known else []
+    every = Line(steps, values, slot=slot, is_faint=window > 1)
+    return [every, Line(steps, list(smooth(values, window)), slot=slot)] if window > 1 else [every]
 
 
 def interval_line(x: Sequence[float], y: Sequence[Any], half: Sequence[Any], **style: Any) -> Line:
