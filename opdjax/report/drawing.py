@@ -128,14 +128,6 @@ def colour_of(slot: int) -> str:
     return _SLOTS[slot]
 
 
-def fill_of(slot: int, *, is_hatched: bool = False) -> dict[str, Any]:
-    """The style of a bar for matplotlib."""
-    colour = colour_of(slot)
-    if not is_hatched:
-        return {"facecolor": colour, "linewidth": 0}
-    return {"edgecolor": colour, "facecolor": "none", "linewidth": 0.8, "hatch": "////"}
-
-
 def dashes(slot: int) -> str:
     """The `stroke-dasharray` of a slot's line in a legend."""
     return " ".join(f"{length * 1.5:g}" for length in _DASHES[slot])
@@ -378,7 +370,7 @@ class Bars:
 
     heights: Sequence[float | None]
     slot: int
-    is_hatched: bool = False
+    is_pale: bool = False
     left: Sequence[float] = ()
     width: Sequence[float] = ()
 
@@ -410,8 +402,8 @@ def bars(
             shift = width * (at - len(found) / 2)
             left = each.left or [place + shift for place in range(len(categories))]
             heights = [value if is_number(value) else 0.0 for value in each.heights]
-            fill = fill_of(each.slot, is_hatched=each.is_hatched)
-            axes.bar(left, heights, each.width or 0.9 * width, align="edge", **fill, zorder=3)
+            style = {"color": colour_of(each.slot), "alpha": 0.35 if each.is_pale else 1.0}
+            axes.bar(left, heights, each.width or 0.9 * width, align="edge", zorder=3, **style)
         linear_ticks(axes.yaxis, unit=unit)
         if categories:
             axes.set_xticks(range(len(categories)), categories)

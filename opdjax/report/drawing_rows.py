@@ -22,7 +22,6 @@ from opdjax.report.drawing import (
     axes_in,
     colour_of,
     figure,
-    fill_of,
     finite,
     linear_ticks,
     log_ticks,
@@ -51,7 +50,7 @@ class Entry:
 
 Groups = Sequence[tuple[str, Sequence[Entry]]]  # a heading ("" for none) and its rows
 Kind = Literal["angle", "ratio", "stack"]
-PARTS = (3, 4, 0)  # slots of the parts of a stack; the second is hatched
+PARTS = (3, 4, 0)  # slots of the parts of a stack; the second is pale
 _WIDTH, _ROW, _GAP, _BELOW = 520, 26, 14, 50
 
 
@@ -154,8 +153,8 @@ def _mark(axes: Any, entry: Entry, y: float, origin: int) -> None:
 def _stack(axes: Any, entry: Entry, y: float, limit: float) -> None:
     start = 0.0
     for slot, size in zip(PARTS, entry.parts):
-        fill = fill_of(slot, is_hatched=slot == PARTS[1])
-        axes.barh([y], [size], left=start, height=0.62, **fill, zorder=3)
+        style = {"color": colour_of(slot), "alpha": 0.35 if slot == PARTS[1] else 1.0}
+        axes.barh([y], [size], left=start, height=0.62, linewidth=0, zorder=3, **style)
         start += size
     if is_number(entry.value) and 0 <= entry.value <= limit:
         at = [entry.value, entry.value]

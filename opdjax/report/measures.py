@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,7 +12,7 @@ from opdjax.config.recipes import RECIPES, Recipe
 from opdjax.runs.results import AXES, Run, mean
 
 SCORES = ("avg@k", "greedy", "pass@k")
-_POSITION = "kl/position/"
+_POSITION = re.compile(r"kl/position/(\d+)-(\d+)")
 
 Bucket = tuple[int, int]  # first and last completion token, both included
 
@@ -81,15 +83,13 @@ def end_mean(run: Run, name: str) -> float | None:
 
 def kl_by_position(rows: list[dict[str, Any]]) -> dict[Bucket, float]:
     """KL(student || teacher), nats, in each range of completion tokens, mean over the rows."""
-    names = {bucket: name for row in rows for name in row if (bucket := _bucket(name)) is not None}
-    means = {bucket: mean(row.get(names[bucket]) for row in rows) for bucket in sorted(names)}
+    found: dict[Bucket, list[float | None]] = collections.defaultdict(list)
+    for row in rows:
+        for name, value in row.items():
+            if match := _POSITION.fullmatch(name):
+                found[int(match[1]), int(match[2])].append(value)
+    means = {bucket: mean(values) for bucket, values in sorted(found.items())}
     return {bucket: value for bucket, value in means.items() if value is not None}
-
-
-def _bucket(name: str) -> Bucket | None:
-    first, _, last = name.removeprefix(_POSITION).partition("-")
-    is_bucket = name.startswith(_POSITION) and first.isdecimal() and last.isdecimal()
-    return (int(first), int(last)) if is_bucket else None
 
 
 def bucket_label(bucket: Bucket) -> str:
@@ -100,8 +100,8 @@ def bucket_label(bucket: Bucket) -> str:
 
 def skipped_steps(run: Run) -> int:
     """Updates that were skipped because the loss or gradient was not finite."""
-    counted = [value for value in run.column("grad/skipped_steps") if value is not None]
-    return int((run.result or {}).get("skipped_steps") or (counted[-1] if counted else 0))
+    counted = [value or 0 for value in run.column("grad/skipped_steps")]
+    return int((run.result or {}).get("skipped_steps") or max(counted, default=0))
 
 
 def failure_texts(failure: Mapping[str, Any]) -> dict[str, str]:

@@ -62,7 +62,7 @@ def run_facts(
         "kl": _ends(run, "kl/student_teacher", length),
         "is_kl_sampled": _is_kl_sampled(run, recipe),
         "signal_to_noise": _signal_to_noise(run),  # of the gradient, by step
-        "k": rows[0].get("k") if rows else None,
+        "k": measures.samples_per_prompt(run),
         "temperature": rows[0].get("temperature") if rows else None,
         "evaluations": [{key: v for key, v in row.items() if key not in _LONG} for row in rows],
         "result": run.result or {},
