@@ -100,8 +100,8 @@ def bucket_label(bucket: Bucket) -> str:
 
 def skipped_steps(run: Run) -> int:
     """Updates that were skipped because the loss or gradient was not finite."""
-    counted = [value or 0 for value in run.column("grad/skipped_steps")]
-    return int((run.result or {}).get("skipped_steps") or max(counted, default=0))
+    counted = [value for value in run.column("grad/skipped_steps") if value is not None]
+    return int((run.result or {}).get("skipped_steps") or (counted[-1] if counted else 0))
 
 
 def failure_texts(failure: Mapping[str, Any]) -> dict[str, str]:

@@ -9,8 +9,9 @@ import pytest
 from test_report import NASTY, metric, read, row, write_point, write_run
 
 from opdjax.config import Config, EstimatorConfig, NearPolicyConfig, TrainConfig
-from opdjax.report import near_policy, page, timeline
+from opdjax.report import near_policy, timeline
 from opdjax.report.near_policy import Histogram
+from opdjax.report.page import write_report
 from opdjax.report.table import table
 from opdjax.runs.results import Span, read_filters, read_run, read_timeline
 from opdjax.runs.statistics import wilson_interval

@@ -21,7 +21,7 @@ from opdjax.config import (
     SamplingConfig,
 )
 from opdjax.config.validation import to_dict
-from opdjax.report import drawing, measures, page, render, text
+from opdjax.report import drawing, measures, render, text
 from opdjax.report.drawing import REST
 from opdjax.report.page import write_report
 from opdjax.report.render import facts_as_json
@@ -603,7 +603,7 @@ def test_a_failed_run_shows_why(tmp_path):
 
 
 def test_the_same_files_give_the_same_page(tmp_path, finished):
-    assert page.page(write_run(tmp_path / "run")) == finished.source
+    assert read(write_run(tmp_path / "run")).source == finished.source
 
 
 # A sweep
