@@ -217,15 +217,18 @@ def lines(
 
     def paint(canvas: Any) -> None:
         axes = axes_in(canvas, _MARGINS, "y", x, y)
-        axes.set_xmargin(0.05 if log_x or categories else 0.02)
-        if reference is not None:
-            axes.axhline(reference, color=MUTED, linewidth=0.9, dashes=(4, 3))
-        for line in found:
-            _paint_line(axes, line, is_many=is_many)
+        axes.margins(0.05 if log_x or categories else 0.02, 0.06)
         axes.set_xscale("log" if log_x else "linear")
         axes.set_yscale("log" if log_y else "linear")
         axes.minorticks_off()
-        axes.set_ylim(*(y_range or _limits(found, reference, bounds, log_y=log_y)))
+        for line in found:
+            _paint_line(axes, line, is_many=is_many)
+        needed = axes.get_ylim() if log_y else _limits(axes, found, reference, bounds)
+        axes.set_ylim(*(y_range or needed))
+        for line in found:
+            _paint_interval(axes, line, is_many=is_many)
+        if reference is not None:
+            axes.axhline(reference, color=MUTED, linewidth=0.9, dashes=(4, 3))
         for axis, is_log in ((axes.xaxis, log_x), (axes.yaxis, log_y)):
             linear_ticks(axis, integer=axis is axes.xaxis)
             if is_log:
@@ -304,42 +307,31 @@ def smooth(values: Sequence[float | None], window: int) -> np.ndarray:
 
 
 def _limits(
+    axes: Any,
     found: Sequence[Line],
     reference: float | None,
     bounds: tuple[float | None, float | None],
-    *,
-    log_y: bool,
 ) -> tuple[float, float]:
-    """Limits of y that hold every line and most of its interval.
+    """Limits of a linear y that hold every line, most of its interval and a reference that is near.
 
     An interval several times wider than all lines together is cut at the edge.
     """
-    means = finite(value for line in found for value in line.y)
-    if log_y:
-        means = [value for value in means if value > 0]
-        return (min(means) / 1.3, max(means) * 1.3) if means else (0.5, 2.0)
-    if reference is not None and 0.5 * min(means) < reference < 2 * max(means):
-        means.append(reference)
-    least, most = min(means), max(means)
+    low, high = axes.get_ylim()
+    if reference is not None and 0.5 * low < reference < 2 * high:
+        low, high = min(low, reference), max(high, reference)
     sides = (side for line in found if line.slot != REST for side in (line.low, line.high))
     ends = finite(value for side in sides if side is not None for value in side)
-    ends = np.clip(ends, 2 * least - most, 2 * most - least)
-    low, high = float(min([least, *ends])), float(max([most, *ends]))
-    if high - low < 1e-9 * max(abs(low), abs(high)):
-        low = high  # a difference that is only rounding would fill the chart
-    margin = 0.06 * (high - low) or 0.05 * max(abs(high), 1.0 if high == 0 else 0.0)
-    below, above = bounds
+    ends = np.clip(ends, 2 * low - high, 2 * high - low)
+    low, high = min([low, *ends]), max([high, *ends])
     edge = 0.02 * (high - low)  # a line along a bound stays visible
-    return (
-        low - margin if below is None else max(low - margin, below - edge),
-        high + margin if above is None or high < 0.9 * above else min(high + margin, above + edge),
-    )
+    below, above = bounds
+    low = low if below is None else max(low, below - edge)
+    return low, high if above is None else min(high, above + edge)
 
 
 def _paint_line(axes: Any, line: Line, *, is_many: bool) -> None:
     is_rest = line.slot == REST
     style: dict[str, Any] = {
-        "color": colour_of(line.slot),
         "linewidth": 0.8 if line.is_faint or is_rest else 1.9,
         "alpha": 0.4 if line.is_faint else 1.0,
         "zorder": 1.5 if is_rest else 2.0 if line.is_faint else 3.0,
@@ -348,16 +340,19 @@ def _paint_line(axes: Any, line: Line, *, is_many: bool) -> None:
         style["dashes"] = _DASHES[line.slot]
     if line.has_markers:
         style |= {"marker": _MARKERS[line.slot], "markersize": 5, "markeredgewidth": 0}
-    x, y = np.asarray(line.x, float), np.asarray(line.y, float)
-    axes.plot(x, y, **style)  # matplotlib simplifies long lines and keeps their spikes
-    if line.low is None or is_rest:
+    # matplotlib simplifies long lines and keeps their spikes.
+    axes.plot(line.x, np.asarray(line.y, float), color=colour_of(line.slot), **style)
+
+
+def _paint_interval(axes: Any, line: Line, *, is_many: bool) -> None:
+    if line.low is None or line.slot == REST:
         return
-    low, high = np.asarray(line.low, float), np.asarray(line.high, float)
-    known = np.isfinite(low) & np.isfinite(high)
+    x, low, high = (np.asarray(each, float) for each in (line.x, line.low, line.high))
+    known, colour = np.isfinite(low) & np.isfinite(high), colour_of(line.slot)
     if line.bars:
-        axes.vlines(x[known], low[known], high[known], style["color"], linewidth=1.2, zorder=2.5)
-    elif known.any():
-        band = {"color": style["color"], "alpha": 0.1 if is_many else 0.16, "linewidth": 0}
+        axes.vlines(x[known], low[known], high[known], colour, linewidth=1.2, zorder=2.5)
+    else:
+        band = {"color": colour, "alpha": 0.1 if is_many else 0.16, "linewidth": 0}
         axes.fill_between(x, low, high, where=known, zorder=1.8, **band)
 
 

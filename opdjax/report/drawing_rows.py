@@ -10,22 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from markupsafe import Markup
 
-from opdjax.report.drawing import (
-    GRID,
-    INK,
-    LETTER,
-    MUTED,
-    NOTHING,
-    PAGE,
-    REST,
-    TEXT,
-    axes_in,
-    colour_of,
-    figure,
-    finite,
-    linear_ticks,
-    log_ticks,
-)
+from opdjax.report import drawing
 from opdjax.runs.results import is_number
 
 # Rows: one per name, with its mark and its number
@@ -75,29 +60,29 @@ def rows_of(
         rows += entries
     every = [row for row in rows if isinstance(row, Entry)]
     if not every:
-        return NOTHING
-    left = min(max(len(entry.label) for entry in every) * LETTER + _GAP, 0.48 * _WIDTH)
-    right = max(len(entry.text) for entry in every) * LETTER + _GAP
+        return drawing.NOTHING
+    left = min(max(len(entry.label) for entry in every) * drawing.LETTER + _GAP, 0.48 * _WIDTH)
+    right = max(len(entry.text) for entry in every) * drawing.LETTER + _GAP
     width = _WIDTH - left - right
 
     def paint(canvas: Any) -> None:
-        axes = axes_in(canvas, (left, right, 4, _BELOW), "x", x)
+        axes = drawing.axes_in(canvas, (left, right, 4, _BELOW), "x", x)
         axes.set_ylim(len(rows), 0)
         axes.set_yticks([])
         _scale(axes, kind, every, limit, unit, width)
         beside = {"transform": axes.get_yaxis_transform(), "va": "center"}
-        muted = {"color": MUTED, "zorder": 6}
+        muted = {"color": drawing.MUTED, "zorder": 6}
         start, end = -left / width, 1 + right / width  # edges of the figure
         for y, row in zip(np.arange(len(rows)) + 0.5, rows):
             if isinstance(row, str):
                 axes.text(start, y, row, **beside, **muted, fontweight="bold")
                 continue
-            size = TEXT * min(1, (left - _GAP) / (len(row.label) * LETTER))
-            colour = colour_of(1) if row.is_warning else INK
+            size = drawing.TEXT * min(1, (left - _GAP) / (len(row.label) * drawing.LETTER))
+            colour = drawing.colour_of(1) if row.is_warning else drawing.INK
             axes.text(start, y, row.label, **beside, fontsize=size, color=colour)
             axes.text(end, y, row.text, **beside, ha="right")
             if row.note:
-                axes.axhspan(y - 0.5, y + 0.5, color=GRID, linewidth=0, zorder=1)
+                axes.axhspan(y - 0.5, y + 0.5, color=drawing.GRID, linewidth=0, zorder=1)
                 axes.text(0.5, y, row.note, **beside, **muted, ha="center")
             elif kind == "stack":
                 _stack(axes, row, y, limit)
@@ -105,7 +90,7 @@ def rows_of(
                 _mark(axes, row, y, origin=int(kind == "ratio"))
 
     described = ", ".join(filter(None, (f"{title}: {x}", where)))
-    return figure(title, described, (_WIDTH, 4 + _ROW * len(rows) + _BELOW), paint)
+    return drawing.figure(title, described, (_WIDTH, 4 + _ROW * len(rows) + _BELOW), paint)
 
 
 def _scale(
@@ -118,28 +103,28 @@ def _scale(
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}°")
     elif kind == "stack":
         axes.set_xlim(0, limit)
-        linear_ticks(axes.xaxis, 4, unit)
+        drawing.linear_ticks(axes.xaxis, 4, unit)
         if unit:
-            axes.axvline(1, color=INK, linewidth=1.2, dashes=(4, 3), zorder=2)
+            axes.axvline(1, color=drawing.INK, linewidth=1.2, dashes=(4, 3), zorder=2)
     else:
-        values = finite(value for e in every for value in (e.value, e.low, e.high))
+        values = drawing.finite(value for e in every for value in (e.value, e.low, e.high))
         ends = [value for value in values if value > 0]
         low, high = min([*ends, 0.8]) / 1.1, max([*ends, 1.25]) * 1.1
         axes.set_xscale("log")
         axes.set_xlim(low, high)
-        linear_ticks(axes.xaxis, unit="×")
-        axes.set_xticks(log_ticks(low, high, width))
+        drawing.linear_ticks(axes.xaxis, unit="×")
+        axes.set_xticks(drawing.log_ticks(low, high, width))
         axes.minorticks_off()
-        axes.axvline(1, color=INK, linewidth=1.2, zorder=2)
+        axes.axvline(1, color=drawing.INK, linewidth=1.2, zorder=2)
 
 
 def _mark(axes: Any, entry: Entry, y: float, origin: int) -> None:
     """A pale bar from the origin to a dot, or a cross, and the interval."""
     least = axes.get_xlim()[0]
-    colour, value = colour_of(1 if entry.is_warning else 0), max(entry.value, least)
+    colour, value = drawing.colour_of(1 if entry.is_warning else 0), max(entry.value, least)
     if entry.is_target:
         ring = {"marker": "o", "markersize": 17, "color": "none", "markeredgewidth": 1.4}
-        axes.plot([0], [y], **ring, markeredgecolor=INK, zorder=4)
+        axes.plot([0], [y], **ring, markeredgecolor=drawing.INK, zorder=4)
     bar = {"height": 0.56, "color": colour, "alpha": 0.3, "linewidth": 0}
     axes.barh([y], [value - origin], left=origin, **bar, zorder=2.5)
     if is_number(entry.low) and is_number(entry.high):
@@ -153,14 +138,14 @@ def _mark(axes: Any, entry: Entry, y: float, origin: int) -> None:
 def _stack(axes: Any, entry: Entry, y: float, limit: float) -> None:
     start = 0.0
     for slot, size in zip(PARTS, entry.parts):
-        style = {"color": colour_of(slot), "alpha": 0.35 if slot == PARTS[1] else 1.0}
+        style = {"color": drawing.colour_of(slot), "alpha": 0.35 if slot == PARTS[1] else 1.0}
         axes.barh([y], [size], left=start, height=0.62, linewidth=0, zorder=3, **style)
         start += size
     if is_number(entry.value) and 0 <= entry.value <= limit:
         at = [entry.value, entry.value]
-        axes.plot(at, [y - 0.44, y + 0.44], color=INK, linewidth=2.6, zorder=5)
+        axes.plot(at, [y - 0.44, y + 0.44], color=drawing.INK, linewidth=2.6, zorder=5)
     if start > limit:
-        arrow = {"marker": ">", "markersize": 9, "color": INK, "clip_on": False}
+        arrow = {"marker": ">", "markersize": 9, "color": drawing.INK, "clip_on": False}
         axes.plot([limit], [y], **arrow, zorder=5)
 
 
@@ -192,7 +177,7 @@ def lanes(
     width, names, below = 1120, 84, 44
 
     def paint(canvas: Any) -> None:
-        axes = axes_in(canvas, (names, 10, 0, below), None, "seconds")
+        axes = drawing.axes_in(canvas, (names, 10, 0, below), None, "seconds")
         axes.set_xlim(0.0, length)
         axes.set_ylim(len(found) - 0.5, -0.5)
         for row, (who, each) in enumerate(found.items()):
@@ -201,31 +186,32 @@ def lanes(
             else:
                 _paint_shares(axes, row, shares[who], length)
         for cut in cuts:
-            axes.axvline(cut, color=INK, linewidth=1.2, dashes=(1.5, 1.5), zorder=5)
-        axes.set_yticks(range(len(found)), found, color=INK)
-        linear_ticks(axes.xaxis, 10)
+            axes.axvline(cut, color=drawing.INK, linewidth=1.2, dashes=(1.5, 1.5), zorder=5)
+        axes.set_yticks(range(len(found)), found, color=drawing.INK)
+        drawing.linear_ticks(axes.xaxis, 10)
 
     described = f"{title}: lanes of {' and '.join(found)} over time"
     size = (width, len(found) * 62 + below)
-    return figure(title, described, size, paint, is_wide=True)
+    return drawing.figure(title, described, size, paint, is_wide=True)
 
 
 def _paint_bars(axes: Any, y: float, found: Sequence[Bar], pixels: float) -> None:
     for bar in found:
-        height = 0.3 if bar.slot == REST else 0.75
-        style = {"height": height, "color": colour_of(bar.slot), "linewidth": 0}
+        height = 0.3 if bar.slot == drawing.REST else 0.75
+        style = {"height": height, "color": drawing.colour_of(bar.slot), "linewidth": 0}
         axes.barh(y, bar.end - bar.start, left=bar.start, **style)
         if bar.text and (bar.end - bar.start) * pixels > 6 * len(bar.text) + 2:
-            at = {"ha": "center", "va": "center", "color": PAGE, "fontsize": 9.5}
+            at = {"ha": "center", "va": "center", "color": drawing.PAGE, "fontsize": 9.5}
             axes.text((bar.start + bar.end) / 2, y, bar.text, **at)
 
 
 def _paint_shares(axes: Any, y: float, found: Sequence[tuple[int, Any]], length: float) -> None:
-    at_rest_last = sorted(found, key=lambda each: each[0] == REST)
+    at_rest_last = sorted(found, key=lambda each: each[0] == drawing.REST)
     heights = np.minimum(np.cumsum([share for _, share in at_rest_last], axis=0), 1.0)
     edges = np.linspace(0.0, length, heights.shape[1] + 1)
     floor = y + 0.375  # y points down
     for (slot, _), height in zip(at_rest_last, heights):
         top = y + 0.375 - 0.75 * np.append(height, height[-1:])
-        axes.fill_between(edges, floor, top, step="post", color=colour_of(slot), linewidth=0)
+        style = {"color": drawing.colour_of(slot), "linewidth": 0}
+        axes.fill_between(edges, floor, top, step="post", **style)
         floor = top

@@ -210,14 +210,11 @@ def _speeds(run: Run, learner: Sequence[Span], seconds: float) -> dict[str, Any]
 # For the drawing
 
 
-def bars_between(
-    facts: dict[str, Any], window: tuple[float, float], *, is_numbered: bool = True
-) -> dict[str, list[Bar]]:
+def bars_between(facts: dict[str, Any], start: float, end: float) -> dict[str, list[Bar]]:
     """The spans inside a window, from its start on, with the numbers of their steps."""
-    start, end = window
 
     def bar(span: Span) -> Bar:
-        text = str(span.step) if is_numbered and span.what in ("generate", "update") else ""
+        text = str(span.step) if span.what in ("generate", "update") else ""
         sides = max(span.start, start) - start, min(span.end, end) - start
         return Bar(*sides, _colour(span.what), text)
 
