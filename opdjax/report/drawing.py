@@ -276,8 +276,7 @@ def smoothed(steps: Sequence[float], values: Sequence[float | None], slot: int =
 
 def interval_line(x: Sequence[float], y: Sequence[Any], half: Sequence[Any], **style: Any) -> Line:
     """A line with markers and its interval; an unknown value leaves a gap."""
-    known = lambda values: np.array([v if is_number(v) else math.nan for v in values], float)
-    values, width = known(y), known(half)
+    values, width = np.asarray(y, float), np.asarray(half, float)
     return Line(x, values, values - width, values + width, **{"has_markers": True} | style)
 
 
@@ -298,9 +297,8 @@ def smooth(values: Sequence[float | None], window: int) -> np.ndarray:
     if not len(y):
         return y
     is_known = np.isfinite(y)
-    ones = np.ones(window)
     total, present = (
-        np.convolve(each, ones)[(window - 1) // 2 :][: len(y)]
+        np.convolve(each, np.ones(window), "same")
         for each in (np.where(is_known, y, 0.0), is_known.astype(float))
     )
     return np.divide(total, present, out=np.full(len(y), math.nan), where=present > 0.5)

@@ -164,8 +164,8 @@ def visible(piece: str) -> str:
     return piece.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or "∅"
 
 
-def token_columns(row: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The numbers of each token under their headings; a field without any value is left out."""
+def token_table(row: Mapping[str, Any]) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """(headings, rows) of the numbers of each token; a field without any value is left out."""
     probability = lambda value: percent(value, is_log=True)
     top = lambda pieces: ", ".join(
         f"‘{visible(piece)}’\u00a0{percent(share)}" for piece, share in pieces or ()
@@ -178,13 +178,17 @@ def token_columns(row: Mapping[str, Any]) -> dict[str, list[str]]:
         "KL, nats": ("kl", fixed),
         "reward": ("rewards", fixed),
     }
-    size, found = len(row["tokens"][:MAX_TOKENS]), {}
+    pieces = (row.get("tokens") or ())[:MAX_TOKENS]
+    size, found = len(pieces), {"token": [*map(visible, pieces)]}
     for heading, (field, write) in fields.items():
         values = [*(row.get(field) or ()), *[None] * size][:size]
         texts = [write(value) for value in values]
         if any(text not in ("–", "") for text in texts):
             found[heading] = texts
-    return found
+    if len(found) == 1:
+        return [], []
+    found["position"] = range(size)
+    return list(found), list(zip(*found.values()))
 
 
 def _settings(run: Run) -> list[dict[str, str | None]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import itertools
 import statistics
@@ -61,10 +60,11 @@ def timeline_facts(run: Run) -> dict[str, Any] | None:
     steps = waits(learner)
     warm = warm_after(steps)
     window, window_steps = _window(lanes, steps) or (None, None)
-    seconds = collections.Counter()
-    for span in itertools.chain(*lanes.values()):
-        seconds[span.what] += span.seconds
-    stages = {stage: sum(seconds[part] for part in parts) for stage, parts in _STAGES.items()}
+    every = [span for spans in lanes.values() for span in spans]
+    stages = {
+        stage: sum(span.seconds for span in every if span.what in parts)
+        for stage, parts in _STAGES.items()
+    }
     return {
         "lanes": lanes,
         "length": length,
