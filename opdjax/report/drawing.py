@@ -89,14 +89,16 @@ def _inline(svg: str) -> Markup:
     """The content of the drawing, with CSS variables and the font of the page."""
     unused = r"\A.*?<svg[^>]*>|<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->"
     body = re.sub(unused, "", svg, flags=re.DOTALL)
-    body = re.sub(r'<g id="[^"]*">', "<g>", body)
     body = re.sub(r"<[^>]*>", lambda found: _plain(found[0]), body)
     return Markup(re.sub(r"\s*\n\s*", " ", body).replace("xlink:href", "href"))
 
 
 def _plain(element: str) -> str:
-    """One SVG element with CSS variables, without its font, coordinates to two decimals."""
-    element = re.sub(r" font-family: [^;\"]*;?| transform=\"rotate\(-0 [^\"]*\"", "", element)
+    """One SVG element with CSS variables, without its font and the ids that nothing refers to,
+    coordinates to two decimals.
+    """
+    unused = r' id="[A-Za-z][A-Za-z\d.]*_\d+"| font-family: [^;"]*;?| transform="rotate\(-0 [^"]*"'
+    element = re.sub(unused, "", element)
     short = lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip(".")
     element = re.sub(r"\d+\.\d{3,}", short, element)
     return re.sub(r"#fe01(..)", lambda found: f"var(--{_NAMES[int(found[1], 16)]})", element)
