@@ -28,7 +28,7 @@ REST = -1  # the slot of lines that give context only
 _NAMES = ("ink", "muted", "grid", "page", *(f"series-{slot}" for slot in range(SERIES)), "rest")
 INK, MUTED, GRID, PAGE, *_SLOTS = (f"#fe01{at:02x}" for at in range(len(_NAMES)))
 _DASHES = ((), (6, 2), (1.5, 1.5), (7, 2, 1.5, 2), (10, 2.5), (3, 2), ())  # by slot, REST last
-_MARKERS = ("o", "s", "^", "D", "v", "P", ".")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "o")
 TEXT, LETTER = 13, 7.2  # size of text and width of a letter, pixels
 _SMALL = (450, 280)  # width and height of a chart, pixels
 _MARGINS = (62, 10, 32, 54)  # left, right, top, bottom
@@ -318,7 +318,8 @@ def _limits(
     """
     low, high = axes.get_ylim()
     if reference is not None and 0.5 * low < reference < 2 * high:
-        low, high = min(low, reference), max(high, reference)
+        margin = 0.06 * (high - low)
+        low, high = min(low, reference - margin), max(high, reference + margin)
     sides = (side for line in found if line.slot != REST for side in (line.low, line.high))
     ends = finite(value for side in sides if side is not None for value in side)
     ends = np.clip(ends, 2 * low - high, 2 * high - low)
