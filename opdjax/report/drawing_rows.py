@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -99,8 +98,8 @@ def _scale(
     """The limits and ticks of x."""
     if kind == "angle":
         axes.set_xlim(-0.05 * limit, 1.05 * limit)
-        axes.set_xticks(range(0, math.floor(1.05 * limit) + 1, 30 if limit < 150 else 45))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}°")
+        drawing.linear_ticks(axes.xaxis, unit="°")
+        axes.set_xticks(range(0, int(1.05 * limit) + 1, 30 if limit < 150 else 45))
     elif kind == "stack":
         axes.set_xlim(0, limit)
         drawing.linear_ticks(axes.xaxis, 4, unit)
