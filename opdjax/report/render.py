@@ -47,6 +47,7 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     made.filters |= exported(text)
+    made.tests["finite"] = is_number
     made.globals |= exported(text, drawing, drawing_rows)
     made.globals |= {each.__name__: each for each in (zip, contents, is_number)}
     return made
