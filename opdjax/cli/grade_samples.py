@@ -39,7 +39,7 @@ def _config(text: str) -> Config:
 @functools.lru_cache(maxsize=4)
 def _answers(data: DataConfig) -> dict[str, str]:
     """Prompt -> answer; empty if the data cannot be read, which may be on another machine."""
-    columns, answers = ColumnMap.from_config(data), {}
+    columns, answers = ColumnMap(**data.column_names), {}
     name = columns.answer or "answer"
     try:
         for place, row in read_rows(data.source, columns):

@@ -52,14 +52,13 @@ def load_rows(data: DataConfig, tokenizer: Any) -> list[Prompt]:
     Raises ReferenceMissError if the index lacks a prompt, except one that is too long for the
     student (whose tokenizer is given): every run leaves it out, so `opdjax references` skips it.
     """
-    rows = read_prompts(data.source, ColumnMap.from_config(data))
+    rows = read_prompts(data.source, ColumnMap(**data.column_names))
     if data.references is None:
         return rows
-    view = _views(data, tokenizer, tokenizer)[0]
 
     def is_left_out(number: int) -> bool:
-        ids = view.ids(rows[number], f"prompt {number} of {data.source}")
-        return len(ids) > data.max_prompt_length
+        place = f"prompt {number} of {data.source}"
+        return len(prompt_ids(rows[number], data, tokenizer, place)) > data.max_prompt_length
 
     index, prompts = read_index(local_copy(data.references)), [row.prompt for row in rows]
     found = references_of(index, prompts, data.source, is_left_out)
@@ -68,73 +67,40 @@ def load_rows(data: DataConfig, tokenizer: Any) -> list[Prompt]:
 
 def messages_of(row: Prompt, data: DataConfig) -> list[dict[str, str]]:
     """The row as a conversation for a chat API, with the student's format and system prompt."""
-    prompt = _wrapped(row, data.prompt_format)
-    system = [] if data.system_prompt is None else [_message("system", data.system_prompt)]
-    return [*system, *([_message("user", prompt)] if isinstance(prompt, str) else prompt)]
+    prompt, system = _wrapped(row, data.prompt_format), data.system_prompt
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    return turns if system is None else [{"role": "system", "content": system}, *turns]
 
 
-def _message(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
-
-
-def teacher_prompt_ids(
-    row: Prompt, data: DataConfig, tokenizer: Any, judge_texts: Mapping[str, str]
+def prompt_ids(
+    row: Prompt,
+    data: DataConfig,
+    tokenizer: Any,
+    place: str,
+    *,
+    of_teacher: bool = False,
+    judge_texts: Mapping[str, str] = _NO_TEXTS,
 ) -> tuple[int, ...]:
-    """Token ids of the teacher's prompt with a judge's texts on one rollout (`JUDGED_FIELDS`)."""
-    view = _views(data, tokenizer, tokenizer)[1]
-    return view.ids(row, f"a prompt of {data.source}", judge_texts)
+    """Token ids of the row as the student, or the teacher, is shown it.
 
-
-@dataclasses.dataclass(frozen=True)
-class _View:
-    """How the student or the teacher is shown a row."""
-
-    tokenizer: Any
-    format: str
-    enable_thinking: bool | None
-    system_prompt: str | None
-    prompt_format: str
-    has_context: bool = False  # prompt_format is the teacher's own: it may name fields of the row
-
-    def ids(
-        self, row: Prompt, place: str, judge_texts: Mapping[str, str] = _NO_TEXTS
-    ) -> tuple[int, ...]:
-        """Token ids of the row; DataError if it cannot be rendered or is empty."""
-        if self.has_context:
-            prompt = _with_context(row, self.prompt_format, judge_texts)
-        else:
-            prompt = _wrapped(row, self.prompt_format)
-        try:
-            ids = render(
-                prompt,
-                self.tokenizer,
-                format=self.format,
-                system_prompt=self.system_prompt,
-                enable_thinking=self.enable_thinking,
-            )
-        except ValueError as error:
-            raise DataError(f"{place}: {error}") from error
-        if not ids:
-            raise DataError(
-                f"{place} has no tokens: {prompt!r}; expected text, and a template that shows it"
-            )
-        return tuple(ids)
-
-
-def _views(data: DataConfig, student_tokenizer: Any, teacher_tokenizer: Any) -> tuple[_View, _View]:
-    system = {"chat": data.system_prompt, "raw": None}
-    format, thinking = data.student_template
-    student = _View(student_tokenizer, format, thinking, system[format], data.prompt_format)
-    format, thinking = data.teacher_template
-    teacher = _View(
-        teacher_tokenizer,
-        format,
-        thinking,
-        system[format],
-        data.teacher_prompt_format or data.prompt_format,
-        has_context=bool(data.teacher_prompt_format),
-    )
-    return student, teacher
+    `judge_texts`: a judge's texts on one rollout (`JUDGED_FIELDS`), for the teacher. DataError,
+    which begins with `place`, if the row cannot be rendered or is empty.
+    """
+    format, thinking = data.teacher_template if of_teacher else data.student_template
+    if of_teacher and data.teacher_prompt_format:
+        prompt = _with_context(row, data.teacher_prompt_format, judge_texts)
+    else:
+        prompt = _wrapped(row, data.prompt_format)
+    try:
+        options = {"system_prompt": data.system_prompt, "enable_thinking": thinking}
+        ids = render(prompt, tokenizer, format=format, **options)
+    except ValueError as error:
+        raise DataError(f"{place}: {error}") from error
+    if not ids:
+        raise DataError(
+            f"{place} has no tokens: {prompt!r}; expected text, and a template that shows it"
+        )
+    return tuple(ids)
 
 
 def _wrapped(row: Prompt, format: str) -> str | Messages:
@@ -199,32 +165,29 @@ def encode_prompts(
     A row over `max_prompt_length` tokens in either view is left out and counted.
     """
     _require_context(rows, data)
-    views = _views(data, student_tokenizer, teacher_tokenizer)
-    limit, kept, ids, skipped = data.max_prompt_length, [], ([], []), []
+    limit, kept, skipped = data.max_prompt_length, [], []
     for number, row in enumerate(rows):
         place = f"prompt {number} of {data.source}"
         _require_unicode(row, place)
-        rendered = [views[0].ids(row, place)]
-        if len(rendered[0]) <= limit:
-            rendered.append(views[1].ids(row, place))
-        longest = max(map(len, rendered))
-        if longest > limit:
+        ids = longest = prompt_ids(row, data, student_tokenizer, place)
+        if len(ids) <= limit:
+            shown = prompt_ids(row, data, teacher_tokenizer, place, of_teacher=True)
+            longest = max(ids, shown, key=len)
+        if len(longest) > limit:
             text = str(_wrapped(row, data.prompt_format))[:80]
-            skipped.append(f"{place} with {longest} tokens: {text!r}")
-            continue
-        kept.append(row)
-        for view, tokens in zip(ids, rendered):
-            view.append(tokens)
+            skipped.append(f"{place} with {len(longest)} tokens: {text!r}")
+        else:
+            kept.append((row, ids, shown))
     if not kept:
         raise DataError(
             f"{data.source} has no prompt of at most {limit} tokens ({len(rows)} rows read); "
             f"raise data.max_prompt_length, or shorten the prompts, first {skipped[0]}"
         )
-    student_ids, teacher_ids = map(tuple, ids)
-    is_same, digest = student_ids == teacher_ids, _digest(kept, student_ids, teacher_ids)
-    return PromptSet(
-        tuple(kept), student_ids, None if is_same else teacher_ids, tuple(skipped), digest
-    )
+    prompts, *ids = zip(*kept)
+    digest, (student_ids, teacher_ids) = _digest(list(prompts), *ids), ids
+    if teacher_ids == student_ids:
+        teacher_ids = None
+    return PromptSet(prompts, student_ids, teacher_ids, tuple(skipped), digest)
 
 
 def _digest(rows: list[Prompt], *ids: tuple[tuple[int, ...], ...]) -> str:

@@ -177,17 +177,9 @@ def _has_value(answer: WorkedAnswer, text: str) -> list[bool]:
     return [False, *(step.result == int(text) for step in answer.steps[-1:])]
 
 
-def _follows_last(answer: WorkedAnswer) -> list[bool]:
-    return [answer.value == step.result for step in answer.steps[-1:]]
-
-
 def _form(answer: WorkedAnswer) -> list[bool]:
     parts = [bool(answer.steps), answer.value is not None, False]
     return [True] if answer.is_formed else parts
-
-
-def _sums(answer: WorkedAnswer) -> list[bool]:
-    return [step.holds for step in answer.steps]
 
 
 def _worked(answer: WorkedAnswer) -> list[bool]:
@@ -227,6 +219,8 @@ def _sentence(template: str, *holes: str) -> re.Pattern:
 # Numbers in criteria are as short as those in answers, hence int() accepts them.
 _WHOLE, _PLACE, _SIGNED = rf"-?{_DIGITS}", "[0-9]{1,6}", rf"[+-]{_DIGITS}"
 _START = rf"{_WHOLE}|{BEFORE}"
+_sums = lambda answer: [step.holds for step in answer.steps]
+_follows_last = lambda answer: [answer.value == step.result for step in answer.steps[-1:]]
 _begins = lambda step, before, start: step.left == (before if start == BEFORE else int(start))
 _applies = lambda step, before, term: step.change == int(term)
 _CHECKS: tuple[tuple[re.Pattern, Callable[..., list[bool]]], ...] = (
