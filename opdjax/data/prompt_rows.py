@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,23 +49,26 @@ def read_prompts(source: str, columns: ColumnMap = ColumnMap()) -> list[Prompt]:
 
 def first_of_each(rows: Sequence[Prompt], count: int) -> list[Prompt]:
     """The first `count` rows of each benchmark, in order; without benchmarks, of all rows."""
-    taken: dict[str | None, int] = {}
-    kept = []
+    taken, kept = Counter(), []
     for row in rows:
-        taken[row.benchmark] = taken.get(row.benchmark, 0) + 1
+        taken[row.benchmark] += 1
         if taken[row.benchmark] <= count:
             kept.append(row)
     return kept
 
 
 def require_field(
-    rows: Sequence[Prompt], field: str, column: str, source: str, reason: str
+    rows: Sequence[Prompt], field: str, columns: Mapping[str, str], source: str, reason: str
 ) -> None:
-    """Raise DataError naming the first row whose `answer` or `references` is missing or blank."""
+    """Raise DataError naming the first row whose `answer` or `references` is missing or blank.
+
+    `columns`: the columns that the config names.
+    """
     values = (getattr(row, field) or () for row in rows)
     texts = ((value,) if isinstance(value, str) else value for value in values)
     lacking = [n for n, row in enumerate(texts) if not row or not all(t.strip() for t in row)]
     if lacking:
+        column = columns.get(field.removesuffix("s"), field)
         raise DataError(
             f"prompt {lacking[0]} of {source} has no {column!r} ({len(lacking)} such rows); "
             f"{reason}"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from opdjax.config import JUDGED_FIELDS, TEACHER_FIELDS, DataConfig
-from opdjax.data.chat import Messages, render
+from opdjax.data.chat import Messages, as_messages, render
 from opdjax.data.prompt_rows import Prompt, read_prompts, require_field
 from opdjax.data.references import read_index, references_of
 from opdjax.data.sources import ColumnMap, DataError
@@ -67,8 +67,7 @@ def load_rows(data: DataConfig, tokenizer: Any) -> list[Prompt]:
 
 def messages_of(row: Prompt, data: DataConfig) -> list[dict[str, str]]:
     """The row as a conversation for a chat API, with the student's format and system prompt."""
-    prompt, system = _wrapped(row, data.prompt_format), data.system_prompt
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    turns, system = as_messages(_wrapped(row, data.prompt_format)), data.system_prompt
     return turns if system is None else [{"role": "system", "content": system}, *turns]
 
 
@@ -136,21 +135,17 @@ def _require_context(rows: Sequence[Prompt], data: DataConfig) -> None:
     format = data.teacher_prompt_format
     if not format:
         return
-    names = data.column_names
-    fields = {"answer": ("answer", "{answer}")}
     # With an index of references, `load_rows` has checked that every row has one.
-    if not data.references:
-        fields["references"] = ("reference", "{reference}")
-    for field, (name, shown) in fields.items():
-        if shown in format:
+    fields = {"answer": "answer"} | ({} if data.references else {"references": "reference"})
+    for field, name in fields.items():
+        if f"{{{name}}}" in format:
             reason = (
                 "data.teacher_prompt_format shows it to the teacher: add it, name its column in "
-                f"data.columns ({name}=COLUMN), or take {shown} out"
+                f"data.columns ({name}=COLUMN), or take {{{name}}} out"
             )
-            require_field(rows, field, names.get(name, field), data.source, reason)
+            require_field(rows, field, data.column_names, data.source, reason)
     for number, row in enumerate(rows):
-        is_text = isinstance(row.prompt, str)
-        if not is_text and all(message["role"] != "user" for message in row.prompt):
+        if all(message["role"] != "user" for message in as_messages(row.prompt)):
             raise DataError(
                 f"prompt {number} of {data.source} has no user's turn, which "
                 "data.teacher_prompt_format wraps"
@@ -199,8 +194,7 @@ def _digest(rows: list[Prompt], *ids: tuple[tuple[int, ...], ...]) -> str:
 
 def _require_unicode(row: Prompt, place: str) -> None:
     """Raise DataError on half a surrogate pair: no tokenizer can encode it."""
-    is_text = isinstance(row.prompt, str)
-    contents = [row.prompt] if is_text else [message["content"] for message in row.prompt]
+    contents = [message["content"] for message in as_messages(row.prompt)]
     try:
         "".join([*contents, *row.references, row.answer or ""]).encode()
     except UnicodeEncodeError as error:
