@@ -61,10 +61,7 @@ def for_teacher(prompts: PromptBatch) -> PromptBatch:
 
 
 def _teacher_view(rollouts: Rollouts, prompts: PromptBatch) -> TeacherView:
-    """The teacher's prompt before the same completion.
-
-    Prompts are left-padded, so both end just before the completion's first column.
-    """
+    """The teacher's prompt before the same completion: left-padded prompts end where it begins."""
     repeats = rollouts.tokens.shape[0] // prompts.tokens.shape[0]
     student_width, teacher_width = prompts.tokens.shape[1], prompts.teacher_tokens.shape[1]
     tokens = jnp.repeat(prompts.teacher_tokens, repeats, axis=0)

@@ -1,8 +1,7 @@
 """Tokenizers of checkpoints: ids are those of tokenizer.json, chats those of the chat template.
 
-Only `tokenizers` and `jinja2` are used. transformers would take seconds to import, changes the
-pre-tokenizer of some model types, and may ask to run code of the checkpoint. It is imported only
-for a checkpoint without tokenizer.json.
+transformers takes seconds to import, changes the pre-tokenizer of some model types and may ask to
+run code of the checkpoint: only a checkpoint without tokenizer.json needs it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Client of chat models by role, over any server that speaks the OpenAI protocol.
-
-All methods run in one event loop, the caller's.
-"""
+"""Client of chat models by role, over any server that speaks the OpenAI protocol."""
 
 from __future__ import annotations
 
@@ -145,7 +142,7 @@ def _api_key(endpoint: Endpoint) -> str:
 
 
 class ApiClient:
-    """Sends requests to chat models by role, within each role's limits.
+    """Sends requests to chat models by role, within each role's limits, in one event loop.
 
     Replies are cached, and identical requests in flight are sent once.
     """
@@ -297,10 +294,7 @@ class ApiClient:
             )
 
     async def _attempt(self, role: _Role, request: _Request, admission: Admission) -> Reply:
-        """Send once within the role's limits.
-
-        Counts the usage, and reports to the breaker whether the server answered: a refusal counts.
-        """
+        """Send once within the role's limits; count the usage, tell the breaker the outcome."""
         num_chars = sum(len(message["content"]) for message in request.messages)
         expected = num_chars / CHARS_PER_TOKEN + role.endpoint.max_tokens
         num_unused, is_answered = 0.0, None
@@ -321,6 +315,7 @@ class ApiClient:
             num_unused -= reply.input_tokens + reply.output_tokens
             is_answered = True
         except (_TransientError, ApiRequestError, ApiRefusedError) as error:
+            # A refusal is an answer.
             is_answered = not isinstance(error, _TransientError) or error.is_rate_limit
             raise
         finally:

@@ -1,7 +1,6 @@
-"""Criteria that outlive a step: frozen rubrics, and sets of criteria that evolve between visits.
-
-Evolving criteria (RubricEM, arXiv 2605.10899, appendix C): a prompt keeps its criteria, new ones
-are added at each visit, and a stage over its cap drops those that separate the rollouts least.
+"""Criteria that outlive a step: frozen rubrics, and criteria that evolve between visits, where new
+ones are added and a stage over its cap drops those that separate the rollouts least (RubricEM,
+arXiv 2605.10899, appendix C).
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """Texts from judges for a model to read: rubric, verdicts, reflection (RubricEM, arXiv 2605.10899).
 
-RubricEM (section 3.4) puts reflections into later prompts. Here they are privileged context of a
-teacher that scores the same rollout (our extension: self-distillation with the existing
-divergences).
+RubricEM (section 3.4) puts reflections into later prompts; here a teacher reads them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Judges' replies (rubrics, verdicts, scores): the JSON schemas, and strict parsing.
 
-A reply is parsed strictly, or after a repair that is cheap and keeps its meaning (a code fence,
-prose around the object, unknown keys, the case of ids). Otherwise ReplyError says what is wrong,
-and the judge is asked again with its text.
+A reply is parsed strictly, or after a repair that is cheap and keeps its meaning. Otherwise
+ReplyError says what is wrong, and the judge is asked again with its text.
 """
 
 from __future__ import annotations
@@ -109,16 +108,14 @@ def _criterion_fields(config: RubricsConfig, stages: tuple[str, ...]) -> dict[st
 def verdict_schema(is_graded: bool) -> dict[str, Any]:
     """The JSON schema of verdicts on several answers."""
     verdict = {"type": "integer", "enum": [0, 1, 2]} if is_graded else {"type": "boolean"}
-    return _answers_schema("verdicts", {"type": "array", "items": verdict})
+    verdicts = {"type": "array", "items": verdict}
+    return _list_schema("answers", {"answer_index": {"type": "integer"}, "verdicts": verdicts})
 
 
 def score_schema() -> dict[str, Any]:
     """The JSON schema of plain scores of several answers."""
-    return _answers_schema("score", {"type": "number"})
-
-
-def _answers_schema(name: str, value: dict[str, Any]) -> dict[str, Any]:
-    return _list_schema("answers", {"answer_index": {"type": "integer"}, name: value})
+    fields = {"answer_index": {"type": "integer"}, "score": {"type": "number"}}
+    return _list_schema("answers", fields)
 
 
 def _list_schema(name: str, fields: dict[str, Any]) -> dict[str, Any]:

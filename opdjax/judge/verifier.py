@@ -1,8 +1,6 @@
-"""Verification: answers graded against a rubric, or scored without one, in blinded pools.
-
-A pool is sorted by a hash of the texts and identical texts are judged once, so a verdict depends on
-the set of texts and never on their order or author. Every pool contains the references, as anchors
-(ROPD, section 2.2).
+"""Verification: answers graded against a rubric, or scored without one, in blinded pools: sorted by
+a hash and without duplicates, so that a verdict never depends on the order or the author of texts.
+Every pool contains the references, as anchors (ROPD, section 2.2).
 """
 
 from __future__ import annotations
@@ -81,10 +79,7 @@ async def _judge_pools(
     group: RolloutGroup,
     tally: Tally,
 ) -> tuple[list[Any], list[Any]]:
-    """The value of every answer and reference, pool by pool; missing answers are sent alone.
-
-    A pool that fails leaves its answers at None and the other pools as they are.
-    """
+    """Values of answers and references, None where a pool fails; missing ones are sent alone."""
 
     async def judged(pool: list[str], wanted: str | None = None) -> dict[str, Any]:
         """Values by text, from a reply that has one for the wanted text (None: for any)."""

@@ -1,7 +1,6 @@
 """Sentences that criteria of the rule-based judge consist of, and the check behind each.
 
-An answer to the arithmetic task is read by its surface, `34-17=17;17+25=42#42`: steps are found
-anywhere in the text, the value is the last number after a `#`.
+In an answer, `34-17=17;17+25=42#42`, steps are found anywhere; the value is the last one after `#`.
 """
 
 from __future__ import annotations

@@ -181,11 +181,7 @@ def _chosen(found: Sequence[Demand], low: int, high: int) -> list[Demand]:
 
 
 def _overall(task: Sequence[Step], references: Answers, students: Answers) -> Iterator[Demand]:
-    """Demands on a whole answer.
-
-    Where the references agree, the demand names the step or value; elsewhere it asks for correct
-    arithmetic.
-    """
+    """Demands on a whole answer, by name where the references agree, else for correct sums."""
     value = _agreed_value(references)
     # By position: after a reference takes another way, its steps agree with no other's.
     steps = [_agreed_step(references, place) for place in range(_num_steps(task, references))]
@@ -263,10 +259,7 @@ def _num_steps(task: Sequence[Step], references: Answers) -> int:
 
 
 def _agreed_step(references: Answers, place: int) -> str | None:
-    """A demand for the step that most references take here.
-
-    None without a majority, or if every reference with that step has a wrong sum up to it.
-    """
+    """A demand for the step that most references take here, if one gets there without an error."""
     able = [reference.steps for reference in references if place < len(reference.steps)]
     most = _majority([steps[place].key for steps in able], len(references))
     holding = (steps[place] for steps in able if all(step.holds for step in steps[: place + 1]))
