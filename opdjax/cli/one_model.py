@@ -16,7 +16,7 @@ from opdjax.data.tokenizer import load_tokenizer
 from opdjax.engine.decoding import Decoding
 from opdjax.engine.evaluate import completions
 from opdjax.engine.sampler import sample
-from opdjax.models.decoder import RUN_FIELDS
+from opdjax.models.decoder import RUN_FIELDS, num_parameters
 from opdjax.models.hf import load_params, open_checkpoint
 from opdjax.rollouts.setup import compute_dtype, make_evaluator, num_ids, stop_ids, student_view
 
@@ -84,7 +84,7 @@ def describe(model: str) -> dict[str, Any]:
     return {
         "path": str(checkpoint.path),
         "architecture": checkpoint.raw_config["architectures"][0],
-        "parameters": checkpoint.num_parameters,
+        "parameters": num_parameters(checkpoint.config),
         "stored dtype": checkpoint.stored_dtype,
         **{name: value for name, value in fields.items() if name not in RUN_FIELDS},
         "tokenizer ids": num_ids(checkpoint, tokenizer),

@@ -39,10 +39,7 @@ class Family:
 
 @dataclasses.dataclass(frozen=True)
 class _Fields:
-    """An object of `config.json`. Errors name the field, its value and what was expected.
-
-    A null field counts as absent. An absent field without a default raises KeyError.
-    """
+    """An object of `config.json`; null fields count as absent. KeyError without a default."""
 
     values: dict[str, Any]
     within: str = ""
@@ -52,17 +49,13 @@ class _Fields:
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self._get(name, default)
-        if (
-            not isinstance(value, (int, float))
-            or isinstance(value, bool)
-            or not 0 < value < math.inf
-        ):
+        if type(value) not in (int, float) or not 0 < value < math.inf:
             self.refuse(name, "a positive number")
         return float(value)
 
     def integer(self, name: str, default: int | None = None, least: int = 1) -> int:
         value = self._get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        if type(value) is not int or value < least:
             self.refuse(name, f"an integer of at least {least}")
         return value
 
@@ -97,10 +90,6 @@ def _read_original_length(rope: _Fields, config: _Fields) -> int:
     return owner.integer(name) if owner.has(name) else config.integer("max_position_embeddings")
 
 
-def _read_linear(rope: _Fields, config: _Fields) -> dict[str, Any]:
-    return {"factor": rope.number("factor")}
-
-
 def _read_llama3(rope: _Fields, config: _Fields) -> dict[str, Any]:
     slow, fast = rope.number("low_freq_factor"), rope.number("high_freq_factor")
     if fast <= slow:
@@ -125,7 +114,7 @@ def _read_yarn(rope: _Fields, config: _Fields) -> dict[str, Any]:
 
 _ROPE_READERS = {
     "default": lambda rope, config: {},
-    "linear": _read_linear,
+    "linear": lambda rope, config: {"factor": rope.number("factor")},
     "llama3": _read_llama3,
     "yarn": _read_yarn,
 }

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from opdjax.config import MINI_PAIR, MINI_STUDENT, MINI_TEACHER, STUDENT
 from opdjax.config.validation import nearest
-from opdjax.models.decoder import DecoderConfig, Params, abstract_params, num_parameters
+from opdjax.models.decoder import DecoderConfig, Params, abstract_params
 from opdjax.models.families import Family, family_of
 from opdjax.models.partitioning import WEIGHT_AXES, shardings_of
 from opdjax.runs.object_store import is_remote, local_copy
@@ -52,11 +52,6 @@ class Checkpoint:
     config: DecoderConfig
     stop_token_ids: tuple[int, ...]  # eos_token_id of the generation config, else of the config
     stored_dtype: str
-
-    @property
-    def num_parameters(self) -> int:
-        """Elements of all tensors."""
-        return num_parameters(self.config)
 
 
 def open_checkpoint(
@@ -155,9 +150,7 @@ def load_params(
 def _place(
     shape: tuple[int, ...], sharding: Sharding, read: Callable[[tuple[slice, ...]], np.ndarray]
 ) -> jax.Array:
-    """The array with this sharding. Each slice of this process is read once, even if several of its
-    devices hold it, and then released.
-    """
+    """The array with this sharding. A slice is read once, though several devices may hold it."""
     holders: dict[tuple, list] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape))
