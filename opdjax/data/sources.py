@@ -60,7 +60,7 @@ class ColumnMap:
         named = [path for path in dataclasses.astuple(self) if path is not None]
         for path in named:
             if not any(_is_within(path, name) for name in names):
-                raise _missing(path, dict.fromkeys(names), place)
+                raise DataError(f"{place}: {_missing(path, dict.fromkeys(names))}")
         named += [] if self.answer else ["answer"]
         named += [] if self.reference else ["references", "reference"]
         return [name for name in names if any(_is_within(path, name) for path in named)]
@@ -70,7 +70,7 @@ def _is_within(path: str, name: str) -> bool:
     return path == name or path.startswith(name + ".")
 
 
-def value_at(row: dict[str, Any], path: str, place: str) -> Any:
+def value_at(row: dict[str, Any], path: str) -> Any:
     """The value of a column, or of a field inside one; DataError if it is missing."""
     if path in row:
         return row[path]
@@ -81,19 +81,19 @@ def value_at(row: dict[str, Any], path: str, place: str) -> Any:
         elif isinstance(value, (list, np.ndarray)) and part.isdecimal() and int(part) < len(value):
             value = value[int(part)]
         else:
-            raise _missing(path, value, place)
+            raise DataError(_missing(path, value))
     return value
 
 
-def _missing(path: str, found: Any, place: str) -> DataError:
+def _missing(path: str, found: Any) -> str:
     names = sorted(found) if isinstance(found, dict) else []
     parts = (path, *path.split("."))
     close = [name for part in parts for name in difflib.get_close_matches(part, names, n=1)]
     hint = f", did you mean {close[0]!r}?" if close else "."
-    return DataError(
-        f"{place}: there is no column {path!r}; found {names or repr(found)}{hint} Name the "
-        "right one in data.columns, such as prompt=COLUMN, answer=COLUMN or reference=COLUMN (for "
-        "an evaluation in evaluation.columns)"
+    return (
+        f"there is no column {path!r}; found {names or repr(found)}{hint} Name the right one in "
+        "data.columns, such as prompt=COLUMN, answer=COLUMN or reference=COLUMN (for an evaluation "
+        "in evaluation.columns)"
     )
 
 
