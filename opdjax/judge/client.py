@@ -79,7 +79,7 @@ class _Role:
         self.slots = asyncio.Semaphore(endpoint.concurrency)
         self.breaker = CircuitBreaker(BREAKER_FAILURES, BREAKER_SECONDS)
         # A chat-completion request -> the body of its response.
-        self.post, self._sdk = responder, None
+        self.post, self.sdk = responder, None
         if responder is not None:
             return
         # The package's default limit is 100 kept connections.
@@ -87,7 +87,7 @@ class _Role:
             max_connections=None, max_keepalive_connections=endpoint.concurrency
         )
         http = openai.DefaultAsyncHttpxClient(limits=limits, timeout=endpoint.timeout)
-        self._sdk = openai.AsyncOpenAI(
+        self.sdk = openai.AsyncOpenAI(
             base_url=endpoint.base_url,
             api_key=self._key or "none",
             timeout=endpoint.timeout,
@@ -95,12 +95,7 @@ class _Role:
             http_client=http,
         )
         # chat.completions.create would validate each field, a seventh of the call's time.
-        self.post = lambda body: self._sdk.post("/chat/completions", cast_to=bytes, body=body)
-
-    async def close(self) -> None:
-        """Close the connections."""
-        if self._sdk is not None:
-            await self._sdk.close()
+        self.post = lambda body: self.sdk.post("/chat/completions", cast_to=bytes, body=body)
 
     def redacted(self, text: str, max_chars: int = 500) -> str:
         """The text without the API key, cut to `max_chars`."""
@@ -179,7 +174,8 @@ class ApiClient:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for role in self._roles.values():
-            await role.close()
+            if role.sdk is not None:
+                await role.sdk.close()
 
     async def complete(
         self,

@@ -15,7 +15,6 @@ from opdjax.config.rubrics import RubricsConfig
 from opdjax.judge.judgement import Judgement
 from opdjax.judge.rubricator import joined
 from opdjax.judge.schema import Criterion, RolloutGroup, Rubric
-from opdjax.judge.scores import share
 from opdjax.runs.workdir import append_lines, read_lines
 
 _DEFAULT_CAP = 3  # criteria per stage
@@ -89,7 +88,7 @@ def pruned(judgement: Judgement, config: RubricsConfig) -> tuple[Criterion, ...]
     criteria = judgement.rubric.criteria
     verdicts = [row for row in judgement.verdicts if row is not None]
     variance = {
-        criterion.id: statistics.pvariance([share(criterion, row[place]) for row in verdicts])
+        criterion.id: statistics.pvariance([criterion.share(row[place]) for row in verdicts])
         for place, criterion in enumerate(criteria)
     }
     kept = {criterion.id for criterion in criteria if criterion.is_given}

@@ -10,7 +10,6 @@ import dataclasses
 
 from opdjax.judge.judgement import Judgement
 from opdjax.judge.schema import ReplyError, object_schema, read_object
-from opdjax.judge.scores import share
 from opdjax.judge.structured_output import NO_USABLE_REPLY, Judge, JudgeRequest, ask
 
 # Words by earned share: an absent flaw is "avoided", not "met".
@@ -29,7 +28,7 @@ def rubric_text(judgement: Judgement) -> str:
 def verdict_text(judgement: Judgement, place: int) -> str:
     """The verdicts on the rollout at `place`, one criterion per line."""
     pairs = zip(judgement.rubric.criteria, judgement.verdicts[place])
-    return "\n".join(f"- {_WORDS[c.polarity][share(c, verdict)]}: {c.text}" for c, verdict in pairs)
+    return "\n".join(f"- {_WORDS[c.polarity][c.share(verdict)]}: {c.text}" for c, verdict in pairs)
 
 
 async def reflect(judge: Judge, judgement: Judgement) -> Judgement:

@@ -135,10 +135,9 @@ def pools(
 
 
 def _criterion_line(criterion: Criterion) -> str:
-    marks = [criterion.category]
-    marks += [f"stage {criterion.stage!r}"] if criterion.stage else []
-    marks += ["flaw"] if criterion.polarity == "negative" else []
-    return f"{criterion.id} ({', '.join(marks)}): {criterion.text}"
+    stage = f"stage {criterion.stage!r}" if criterion.stage else ""
+    marks = criterion.category, stage, "flaw" if criterion.polarity == "negative" else ""
+    return f"{criterion.id} ({', '.join(filter(None, marks))}): {criterion.text}"
 
 
 def _notes(judge: Judge, references: Sequence[str]) -> str:

@@ -82,9 +82,7 @@ class _Fields:
 
 
 def _read_original_length(rope: _Fields, config: _Fields) -> int:
-    """As in transformers: the field next to the rope object wins over the one inside it; without
-    both, it is max_position_embeddings.
-    """
+    """As in transformers: the field next to the rope object wins over the one inside it."""
     name = "original_max_position_embeddings"
     owner = config if config.has(name) else rope
     return owner.integer(name) if owner.has(name) else config.integer("max_position_embeddings")
@@ -130,9 +128,7 @@ _IMPURE_ROPES = {
 
 
 def _read_rope(raw: dict[str, Any], default_theta: float | None) -> Rope:
-    """transformers 5 writes everything to `rope_parameters`; older files have `rope_scaling` and
-    `rope_theta`.
-    """
+    """transformers 5 writes `rope_parameters`, older versions `rope_scaling` and `rope_theta`."""
     written = [name for name in ("rope_parameters", "rope_scaling") if raw.get(name)]
     written = written or ["rope_parameters"]
     ropes = [_read_written_rope(raw, name, default_theta) for name in written]
@@ -165,9 +161,7 @@ def _read_written_rope(raw: dict[str, Any], name: str, default_theta: float | No
 
 
 def _refuse_sliding_window(config: _Fields, num_layers: int) -> None:
-    """Refuse layers with a sliding window: those of `layer_types` or, without that field, those
-    from `max_window_layers` on if the window is on.
-    """
+    """Refuse layers with a sliding window, by `layer_types` or else by `use_sliding_window`."""
     kinds = config.values.get("layer_types")
     if kinds is not None:
         if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
@@ -236,9 +230,7 @@ def _read_qwen2(raw: dict[str, Any]) -> DecoderConfig:
 
 
 def _read_llama(raw: dict[str, Any]) -> DecoderConfig:
-    """Llama 2 to 3.2. Files of Llama 2 have no rope_theta. `pretraining_tp` is ignored: it computes
-    the same products in another order.
-    """
+    """Llama 2 (whose files have no rope_theta) to 3.2; `pretraining_tp` changes no product."""
     config = _Fields(raw)
     config.expect("mlp_bias", False, "an MLP without biases")
     has_bias = config.boolean("attention_bias", False)

@@ -1,7 +1,5 @@
-"""Hugging Face checkpoints: safetensors read by the family's name table.
-
-A checkpoint directory holds `config.json`, `model.safetensors` (or several files with an index), a
-tokenizer and optionally a generation config.
+"""Hugging Face checkpoints: safetensors, in one file or several with an index, read by the family's
+name table.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Export to Hugging Face checkpoints and PEFT adapters.
-
-Everything in the source checkpoint that is not weights is copied, so that the result runs wherever
-the source ran.
-"""
+"""Export to Hugging Face checkpoints, which run wherever their source ran, and PEFT adapters."""
 
 from __future__ import annotations
 
@@ -123,9 +119,7 @@ def export_student(
 
 @contextlib.contextmanager
 def _new_directory(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A staging directory that becomes `out` on success; process zero creates and moves it.
-    CheckpointError if `out` is a file or not empty.
-    """
+    """A staging directory that becomes `out` on success; process zero creates and moves it."""
     if any(place.exists() and not place.is_dir() for place in (out, *out.parents)):
         raise CheckpointError(f"{out} is a file or is inside one; export into a new directory")
     if out.exists() and any(out.iterdir()):
@@ -162,9 +156,7 @@ def _check_shapes(params: Params, source: Checkpoint) -> None:
 
 
 def _write_files(params: Params, source: Checkpoint, dtype: np.dtype, out: pathlib.Path) -> None:
-    """Write one file, or several of at most 5 GiB with an index. The host holds the tensors of one
-    file at a time.
-    """
+    """Write one file, or several of at most 5 GiB with an index; the host holds one at a time."""
     files: list[list[str]] = [[]]
     shapes = tensor_shapes(source)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}

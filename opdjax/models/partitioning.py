@@ -1,9 +1,7 @@
-"""How parameters are sharded over a mesh: one rule per kind of parameter, and the gathering of a
-layer's weights where the layer runs.
+"""How parameters are sharded over a mesh, and where a layer's weights are gathered.
 
 `tensor` shards what a layer computes in parallel (heads, MLP width, vocabulary); `fsdp` shards the
-other axis of each kernel, which is gathered just before use. Other parameters (norms, biases of
-outputs) are small and replicated.
+other axis of each kernel, which is gathered just before use. Small parameters are replicated.
 """
 
 from __future__ import annotations
