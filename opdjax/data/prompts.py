@@ -206,15 +206,12 @@ def indices_at(step: int, prompts_per_step: int, num_prompts: int, seed: int) ->
 
     Every epoch visits each prompt once, in a permutation of its own.
     """
-    positions = np.arange(step * prompts_per_step, (step + 1) * prompts_per_step)
-    epochs = np.unique(positions // num_prompts)
-    orders = {epoch: _epoch_order(int(epoch), num_prompts, seed) for epoch in epochs}
-    return np.array([orders[p // num_prompts][p % num_prompts] for p in positions], np.int32)
-
-
-def _epoch_order(epoch: int, num_prompts: int, seed: int) -> np.ndarray:
-    bits = np.random.Philox(key=seed, counter=[0, 0, 0, epoch])
-    return np.random.Generator(bits).permutation(num_prompts)
+    epoch, start = divmod(step * prompts_per_step, num_prompts)
+    orders = []
+    while num_prompts * len(orders) < start + prompts_per_step:
+        bits = np.random.Philox(key=seed, counter=[0, 0, 0, epoch + len(orders)])
+        orders.append(np.random.Generator(bits).permutation(num_prompts))
+    return np.concatenate(orders)[start : start + prompts_per_step].astype(np.int32)
 
 
 def collate(prompts: PromptSet, indices: np.ndarray, num_rows: int | None = None) -> PromptBatch:
