@@ -52,9 +52,8 @@ async def _reflect_one(judge: Judge, judgement: Judgement, place: int) -> str | 
         "answer": ("answer", [group.answers[place]]),
         "verdicts": ("verdicts", [verdict_text(judgement, place)]),
     }
-    prompt = judge.prompt("reflector", {}, blocks)
     schema = object_schema({"reflection": {"type": "string"}})
-    request = JudgeRequest("rubricator", prompt, schema, "reflection")
+    request = JudgeRequest("rubricator", "reflector", {}, blocks, schema, "reflection")
     try:
         return await ask(judge, request, _parse, judgement.tally)
     except NO_USABLE_REPLY:
