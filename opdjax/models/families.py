@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from opdjax.models.decoder import DecoderConfig, abstract_params
+from opdjax.models.decoder import DecoderConfig
 from opdjax.models.rope import Rope, yarn_attention_factor
 
 
@@ -27,14 +27,6 @@ class Family:
     read_config: Callable[[dict[str, Any]], DecoderConfig]
     layer_names: dict[str, str]
     global_names: dict[str, str]
-
-    def names(self, config: DecoderConfig) -> tuple[dict[str, str], dict[str, str]]:
-        """(global, per layer) path -> tensor name, for the parameters of this config."""
-        params = abstract_params(config)
-        return (
-            {path: name for path, name in self.global_names.items() if path in params},
-            {path: name for path, name in self.layer_names.items() if path in params["layers"]},
-        )
 
 
 @dataclasses.dataclass(frozen=True)

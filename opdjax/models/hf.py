@@ -8,6 +8,7 @@ import dataclasses
 import fnmatch
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -123,24 +124,22 @@ def load_params(
         raise CheckpointError(f"cannot load as {dtype!r}; expected one of {sorted(DTYPES)}")
     tensors = _Tensors(checkpoint.path)
     _check_tensors(checkpoint, tensors)
-    global_names, layer_names = checkpoint.family.names(checkpoint.config)
+    names = {place: tensor for tensor, place in tensor_places(checkpoint).items()}
     params = abstract_params(checkpoint.config, DTYPES[dtype])
     shardings = [] if mesh is None else [shardings_of(params, mesh, split_over)]
 
-    def read_global(name, index):
-        return tensors.read(global_names[name], index)
-
-    def read_layers(name, index):
+    def read(name, is_stacked, index):
+        if not is_stacked:
+            return tensors.read(names[name, None], index)
         layers, *inside = index
         numbers = range(*layers.indices(checkpoint.config.num_layers))
-        names = (layer_names[name].format(i=number) for number in numbers)
-        return np.stack([tensors.read(each, tuple(inside)) for each in names])
+        return np.stack([tensors.read(names[name, number], tuple(inside)) for number in numbers])
 
     def load(path, leaf, sharding=None):
-        read = functools.partial(read_layers if len(path) == 2 else read_global, path[-1].key)
+        values = lambda index: read(path[-1].key, len(path) == 2, index).astype(leaf.dtype)
         if sharding is None:
-            return jnp.asarray(read((slice(None),) * len(leaf.shape)).astype(leaf.dtype))
-        return _place(leaf.shape, sharding, lambda index: read(index).astype(leaf.dtype))
+            return jnp.asarray(values((slice(None),) * len(leaf.shape)))
+        return _place(leaf.shape, sharding, values)
 
     return jax.tree_util.tree_map_with_path(load, params, *shardings)
 
@@ -273,11 +272,13 @@ class _Tensors:
 
 def tensor_places(checkpoint: Checkpoint) -> dict[str, tuple[str, int | None]]:
     """Tensor name -> its parameter and layer (None: not in a layer), as the config implies."""
-    global_names, layer_names = checkpoint.family.names(checkpoint.config)
-    places = {tensor: (name, None) for name, tensor in global_names.items()}
-    for name, template in layer_names.items():
-        for layer in range(checkpoint.config.num_layers):
-            places[template.format(i=layer)] = name, layer
+    family, params = checkpoint.family, abstract_params(checkpoint.config)
+    places = {
+        tensor: (name, None) for name, tensor in family.global_names.items() if name in params
+    }
+    layers = [each for each in family.layer_names.items() if each[0] in params["layers"]]
+    for (name, template), layer in itertools.product(layers, range(checkpoint.config.num_layers)):
+        places[template.format(i=layer)] = name, layer
     return places
 
 
