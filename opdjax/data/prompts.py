@@ -109,7 +109,7 @@ def _wrapped(row: Prompt, format: str) -> str | Messages:
 def _with_context(
     row: Prompt, format: str, judge_texts: Mapping[str, str] = _NO_TEXTS
 ) -> str | Messages:
-    """The prompt, or the last user turn of a conversation, inside the teacher's own format."""
+    """The prompt, or the last user turn, in the teacher's own format (OPSD, arXiv 2601.18734)."""
     fields = {name: judge_texts.get(name, "") for name in JUDGED_FIELDS}
     fields |= {"answer": row.answer, "reference": row.references[0] if row.references else None}
     names = re.compile("{(" + "|".join((*TEACHER_FIELDS, *JUDGED_FIELDS)) + ")}")
