@@ -158,7 +158,7 @@ def describe(model: str) -> dict[str, Any]:
     return {
         "path": str(checkpoint.path),
         "architecture": checkpoint.raw_config["architectures"][0],
-        "parameters": checkpoint.num_parameters,
+        "parameters": num_parameters(checkpoint.config),
         "stored dtype": checkpoint.stored_dtype,
         **{name: value for name, value in fields.items() if name not in RUN_FIELDS},
         "tokenizer ids": num_ids(checkpoint, tokenizer),
