@@ -20,7 +20,7 @@ from opdjax.engine.decoding import Decoding
 from opdjax.engine.evaluate import completions
 from opdjax.engine.sampler import sample as draw
 from opdjax.engine.scorer import score as score_batch
-from opdjax.models.decoder import RUN_FIELDS, Params, head_of
+from opdjax.models.decoder import RUN_FIELDS, Params, head_of, num_parameters
 from opdjax.models.hf import Checkpoint, load_params, open_checkpoint
 from opdjax.ops.vocab import TILE
 from opdjax.rollouts.setup import compute_dtype, make_evaluator, num_ids, stop_ids, student_view
