@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from opdjax.judge.prompts import shown_answer
+from opdjax.judge.reply_object import ERRORS
 from opdjax.judge.rubricator import induce
-from opdjax.judge.schema import ERRORS, RolloutGroup, Rubric
+from opdjax.judge.schema import RolloutGroup, Rubric
 from opdjax.judge.structured_output import NO_USABLE_REPLY, UNANSWERED, Judge, Tally
 from opdjax.judge.verifier import rate, verify
 

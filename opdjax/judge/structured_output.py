@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 from opdjax.config.rubrics import RubricsConfig
 from opdjax.judge.prompts import Block, fill, load_template
 from opdjax.judge.replies import ApiRequestError, ApiUnavailableError, Reply
-from opdjax.judge.schema import ReplyError
+from opdjax.judge.reply_object import ReplyError, require_own_object
 
 T = TypeVar("T")
 # Errors without a reply -> their name among a tally's problems.
 UNANSWERED = {ApiUnavailableError: "unavailable", ApiRequestError: "refused"}
 NO_USABLE_REPLY = (ReplyError, *UNANSWERED)  # errors of `ask` that fail a judgement, not the run
+_COMPLETE = ("validation_error", "answer_index")  # errors in an object that has ended
 _TOO_LONG = "the reply reached its length limit before the JSON object ended; be brief"
 # Further requests after an unusable reply, each with what was wrong: a judge that has not repaired
 # its reply by then seldom does.
@@ -81,9 +82,11 @@ async def ask(
             raise
         try:
             value, repairs = parse(reply.text)
+            if "prose" in repairs:
+                require_own_object(reply.text, content)
         except ReplyError as error:
             problem = error
-            if reply.finish_reason == "length" and error.kind != "validation_error":
+            if reply.finish_reason == "length" and error.kind not in _COMPLETE:
                 problem = ReplyError("truncated", _TOO_LONG)
             tally.problems[problem.kind] += 1
             correction = judge.prompt("reask", {"problem": str(problem).rstrip(".")}, {})

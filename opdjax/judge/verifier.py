@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from opdjax.judge.prompts import list_example
+from opdjax.judge.reply_object import ReplyError
 from opdjax.judge.schema import (
     Criterion,
     ParsedAnswers,
-    ReplyError,
     RolloutGroup,
     Rubric,
     parse_scores,
@@ -97,7 +97,8 @@ async def _judge_pools(
             values = await judged(pool) | values
         except NO_USABLE_REPLY as error:
             failure = error
-            continue
+            if not _may_answer_alone(error, pool, references):
+                continue
         missing = [text for text in dict.fromkeys(pool) if text in answers and text not in values]
         tally.problems["missing_answer"] += len(missing)
         for text in missing:
@@ -108,6 +109,12 @@ async def _judge_pools(
     if failure is not None and not values:
         raise failure
     return [values.get(text) for text in answers], [values.get(text) for text in references]
+
+
+def _may_answer_alone(error: Exception, pool: Sequence[str], references: Sequence[str]) -> bool:
+    """Whether the judge got the numbers of several answers wrong, and may get one answer right."""
+    is_miscounted = isinstance(error, ReplyError) and error.kind == "answer_index"
+    return is_miscounted and len(set(pool) - set(references)) > 1
 
 
 def pools(

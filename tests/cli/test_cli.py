@@ -366,7 +366,7 @@ INTERNAL = {
     "opdjax.judge.client._FormatRefusedError",
     "opdjax.judge.client._PostponedError",
     "opdjax.judge.client._TransientError",
-    "opdjax.judge.schema.ReplyError",
+    "opdjax.judge.reply_object.ReplyError",
     "opdjax.rollouts.near_policy.buffer.BufferClosedError",
 }
 

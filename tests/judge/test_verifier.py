@@ -118,7 +118,7 @@ def test_every_chunk_has_all_references():
     assert len(chunked.prompts("verifier")) == 4  # a, b, c and nothing; abc is a reference
 
 
-def test_a_rollout_that_the_verifier_missed_is_asked_for_alone():
+def test_a_pool_of_which_the_verifier_missed_some_is_asked_for_again():
     def forget(role, number, document):
         if role == "verifier" and number == 0:
             document["answers"] = document["answers"][:2]
@@ -127,9 +127,24 @@ def test_a_rollout_that_the_verifier_missed_is_asked_for_alone():
     scripted = Scripted(forget)
     (found,) = judged(scripted)
     assert found.scores == tuple(WORTH[answer] for answer in ANSWERS)
+    assert found.tally.problems == {"answer_index": 1, "missing_answer": 0}
+    (_, first), (_, again) = scripted.asked[1:]
+    assert again[0] == first[0]
+    assert "there are 2 entries, with answer_index 1, 2; expected" in again[2]["content"]
+
+
+def test_a_rollout_whose_entry_is_wrong_is_asked_for_alone():
+    def shorten(role, number, document):
+        if role == "verifier" and number == 0:
+            document["answers"][2:] = [row | {"verdicts": []} for row in document["answers"][2:]]
+        return document
+
+    scripted = Scripted(shorten)
+    (found,) = judged(scripted)
+    assert found.scores == tuple(WORTH[answer] for answer in ANSWERS)
     later = [set(read_blocks(prompt)["answer"]) for prompt in scripted.prompts("verifier")[1:]]
     assert all(len(texts - set(REFERENCES)) <= 1 and set(REFERENCES) <= texts for texts in later)
-    assert found.tally.problems["missing_answer"] == len(later)
+    assert found.tally.problems["missing_answer"] == len(later) > 0
 
 
 def test_a_rollout_that_stays_missing_is_masked_and_the_others_are_kept():
@@ -143,6 +158,7 @@ def test_a_rollout_that_stays_missing_is_masked_and_the_others_are_kept():
     (found,) = judged(Scripted(forget_c))
     assert found.scores[-1] is None
     assert found.scores[:-1] == tuple(WORTH[answer] for answer in ANSWERS[:-1])
+    assert found.tally.problems["answer_index"] == 3 + 3  # of the pool, and of that rollout alone
 
 
 def test_a_reply_that_cannot_be_used_is_asked_for_again_with_the_reason():
