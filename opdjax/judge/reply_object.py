@@ -24,11 +24,12 @@ ERRORS = (
 REPAIRS = ("fence", "prose", "unknown_keys", "id_case")
 MAX_REPLY_CHARS = 400_000  # about 100,000 tokens, reasoning included
 _MAX_MESSAGE = 500  # characters; an error may quote the reply, and becomes part of a prompt
+# Possessive quantifiers, as in *+, never try a shorter match: the time stays linear.
 # A brace of other text, such as \frac{1}{2}, opens no object.
 _START = re.compile(r'\{\s*["}]')
 _STRING_OR_BRACE = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[{}]', re.DOTALL)
 _FENCE_LINE = re.compile("(?:```[A-Za-z]*)?")
-_END_OF_LINE = re.compile(r"[^\S\n]*(?:```)?[^\S\n]*(?:\n|\Z)")
+_END_OF_LINE = re.compile(r"[^\S\n]*+(?:```)?+[^\S\n]*+(?:\n|\Z)")
 
 
 # Its text becomes part of the next prompt, and replies are cached by the prompt's bytes: messages
