@@ -130,14 +130,14 @@ def list_example(name: str, item: Mapping[str, Any]) -> str:
 
 
 def shown_answer(text: str, is_truncated: bool, max_chars: int) -> str:
-    """The part of an answer that judges see: after its last `</think>`, at most `max_chars`.
+    """The part of an answer that judges see: what follows its reasoning, at most `max_chars`.
 
     A mark says if the answer was cut off. Of an answer cut off inside its reasoning the end is
     shown: thousands of characters of scratch are no answer.
     """
-    reasoning, closed, rest = text.rpartition("</think>")
-    is_open = is_truncated and not closed and "<think>" in text
-    body = (rest.strip() or reasoning.strip()) if closed else text.strip()
+    parts = [part.strip() for part in text.split("</think>")]
+    is_open = is_truncated and len(parts) == 1 and "<think>" in text
+    body = next(filter(None, reversed(parts)), "")
     # A lone surrogate cannot be sent, stored or hashed.
     body = body.encode("utf-8", "replace").decode("utf-8")
     if len(body) > max_chars:

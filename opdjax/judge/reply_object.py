@@ -55,9 +55,10 @@ def read_object(text: str, key: str) -> tuple[dict[str, Any], set[str]]:
     answer, wanted = _after_reasoning(text), f"expected one with {key!r}, and nothing around it"
     found, repairs = _loaded(text), set()
     if found is None:
-        found = _loaded(answer)
+        found, repairs = _loaded(answer), {"prose"}
     if found is None:
-        found, repairs = _loaded(_without_fence(answer)), {"fence"}
+        found = _loaded(_without_fence(answer))
+        repairs = {"fence"} if answer == text else {"fence", "prose"}
     if found is None:
         found, repairs = _loaded(_object_in_prose(answer, wanted)), {"prose"}
     if found is None:
