@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from opdjax.config.recipes import PLAIN, RECIPES
@@ -123,8 +123,8 @@ def audit_facts(document: Document, name: str) -> AuditFacts:
     }
     noises = document.get("gradients", {}).get("rows", {})
     plain = noises.get(PLAIN, {})
-    grouped = lambda sizes: _grouped(sizes, subjects, contexts)
-    variances = grouped(sampled)
+    unit = plain.get("noise")
+    variances = _grouped(sampled, subjects, contexts)
     batches = dict.fromkeys(document.get("batch_pitfalls", {}), "")
     measured = {
         key: each.about for key, each in subjects.items() if each.is_pitfall and key in contexts
@@ -139,8 +139,8 @@ def audit_facts(document: Document, name: str) -> AuditFacts:
         contexts=contexts,
         vocabulary=vocabulary,
         variances=variances,
-        noises=grouped({key: row["noise"] for key, row in noises.items()}),
-        noise_of_plain=_noise_of_plain(noises.values()),
+        noises=_grouped({key: row["noise"] for key, row in noises.items()}, subjects, contexts),
+        noise_of_plain=unit if is_number(unit) and unit > 0 else None,
         parts_of_plain=_parts_of_plain(plain),
         has_negative_part=any((plain.get(part) or 0.0) < 0 for part in PARTS),
         same_gradient=tuple(
@@ -229,13 +229,6 @@ def _grouped(
     return found
 
 
-def _noise_of_plain(rows: Iterable[dict[str, Any]]) -> float | None:
-    """The noise of opd, from the ratio of another estimator to it."""
-    known = (row for row in rows if is_number(row.get("noise_ratio")) and row["noise_ratio"])
-    unit = next((row["noise"] / row["noise_ratio"] for row in known if is_number(row["noise"])), 0)
-    return unit if unit > 0 else None
-
-
 def _positive(row: dict[str, Any]) -> dict[str, float]:
     """The parts of the noise; a part estimated below 0 counts as 0."""
     return {part: max(row[part] or 0.0, 0.0) for part in PARTS}
@@ -322,23 +315,18 @@ def bin_labels(bins: Sequence[dict[str, Any]]) -> list[str]:
 # Costs
 
 
-def known_costs(f: AuditFacts, key: str) -> dict[str, float]:
-    """The known costs of one kind, the lowest first."""
+def known_costs(f: AuditFacts, key: str) -> dict[str, tuple[float, float | None]]:
+    """The known costs of one kind and their multiples of opd's, the lowest first."""
     rows = (f.document.get("costs") or {}).items()
-    known = [(name, row[key]) for name, row in rows if is_number(row.get(key))]
-    return dict(sorted(known, key=lambda each: each[1]))
+    known = {name: row[key] for name, row in rows if is_number(row.get(key))}
+    over_plain = lambda value: value / known[PLAIN] if known.get(PLAIN) else None
+    return {name: (known[name], over_plain(known[name])) for name in sorted(known, key=known.get)}
 
 
-def common_cost(known: dict[str, float]) -> float | None:
+def common_cost(known: dict[str, tuple[float, float | None]]) -> float | None:
     """The median where all values are equal up to 1 %; else None."""
-    values = list(known.values())
-    return statistics.median(values) if values and max(values) <= 1.01 * min(values) else None
-
-
-def over_plain(f: AuditFacts, key: str, name: str) -> float | None:
-    """A cost divided by that of opd; None where one is unknown."""
-    known = known_costs(f, key)
-    return known[name] / known[PLAIN] if name in known and known.get(PLAIN) else None
+    values = [value for value, _ in known.values()]
+    return statistics.median(values) if values and values[-1] <= 1.01 * values[0] else None
 
 
 COSTS = (

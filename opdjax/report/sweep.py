@@ -19,8 +19,9 @@ from opdjax.config.validation import ConfigError
 from opdjax.report import measures
 from opdjax.report.against import differing, settings_of
 from opdjax.report.answers import ComparedAnswers, Marker, of_arms, unmarked
-from opdjax.report.drawing import REST, SERIES, Line, smooth, smoothing_window
-from opdjax.report.paper_claims import PaperFacts, of_table, paper_facts
+from opdjax.report.drawing import REST, SERIES, Line, interval_line, smooth, smoothing_window
+from opdjax.report.papers.compare import PaperFacts, of_table, paper_facts
+from opdjax.report.papers.tables import paper_named
 from opdjax.report.table import COLUMNS
 from opdjax.report.text import fixed, shown
 from opdjax.runs.results import AXES, Point, Run, is_number, mean, read_run, seed_groups
@@ -104,7 +105,6 @@ class SomeArms:
     arms: tuple[Arm, ...]  # with colours of their own
     lines: dict[str, Lines]
     numbers: dict[str, dict[str, Interval | None]]
-    first_runs: dict[str, tuple[str, bool]]  # its directory, and whether that has a page
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,14 +145,17 @@ def sweep_facts(
     points, runs, damaged = _readable(points)
     papers = paper_facts(points, paper)
     if paper is not None:
-        points, name = of_table(points, paper), f"{name}: {paper}"
+        points, name = of_table(points, paper_named(paper)), f"{name}: {paper}"
     every = _ranked(points, runs)
     arms = [arm for arm in every if not arm.is_reference] or every
     finished = [run for arm in arms for run in arm.runs]
     counts = [measures.samples_per_prompt(run) for arm in every for run in arm.runs]
     scores = {arm.name: fixed(arm.score and arm.score[0]) for arm in arms}
-    spans = [_ends(*arm.score) or arm.score[:1] for arm in arms if arm.score]
-    ends = [end for span in spans for end in span]
+    spans = [
+        (mean, half if is_number(half) else 0.0)
+        for mean, half in (arm.score for arm in arms if arm.score)
+    ]
+    ends = [mean + side * half for mean, half in spans for side in (-1, 1)]
     first, *others = [measures.leaves(point.config) for point in points]
     varying = differing([first, *others])
     few = [name for name in varying if len(varying) <= _VARYING or name == "seed"]
@@ -336,15 +339,13 @@ def _front(arms: Sequence[Arm], axis: str) -> tuple[str, ...]:
 # Lines
 
 
-def _ends(middle: float, half: float) -> Interval | None:
-    return (middle - half, middle + half) if math.isfinite(half) else None
-
-
-def _band(x: Sequence[float], values: Iterable[Interval | None], slot: int, **style: Any) -> Line:
+def _band(x: Iterable[float], values: Iterable[Interval | None], slot: int, **style: Any) -> Line:
     """A line with its intervals; an infinite half width is not drawn."""
-    known = [value or (math.nan, math.nan) for value in values]
-    low, high = zip(*(_ends(*each) or (math.nan, math.nan) for each in known))
-    return Line(list(x), [mean for mean, _ in known], low, high, slot, **style)
+    means, halves = zip(*(value or (None, None) for value in values))
+    return interval_line([*x], means, halves, slot=slot, **{"has_markers": False} | style)
+
+
+_MARKED = {"has_markers": True, "bars": True}
 
 
 def _rates(arms: Sequence[Arm]) -> dict[str, dict[str, Line]]:
@@ -366,9 +367,7 @@ def _rates(arms: Sequence[Arm]) -> dict[str, dict[str, Line]]:
     return {
         name: {
             score: _band(
-                [*map(rate_of, family)],
-                [arm.numbers[score] for arm in family],
-                **{"slot": slot, "has_markers": True, "bars": True},
+                map(rate_of, family), [arm.numbers[score] for arm in family], slot, **_MARKED
             )
             for score in measures.SCORES
         }
@@ -410,7 +409,7 @@ def metric_lines(arms: Sequence[Arm], name: str) -> Lines:
             smoothed = (
                 smooth(run.column(name), smoothing_window(len(run.metrics))) for run in runs
             )
-            values = [interval(map(float, at)) for at in zip(*(each[kept] for each in smoothed))]
+            values = map(interval, zip(*(each[kept] for each in smoothed)))
             found[arm.name] = _band(measures.steps_of(runs[0])[kept], values, arm.slot)
     return found
 
@@ -428,19 +427,16 @@ def _by_position(arms: Sequence[Arm]) -> tuple[tuple[str, ...], Lines]:
     for arm in arms:
         values = [interval(run.get(bucket) for run in found[arm.name]) for bucket in buckets]
         if any(values):
-            style = {"has_markers": True, "bars": True}
-            lines[arm.name] = _band(range(len(buckets)), values, arm.slot, **style)
+            lines[arm.name] = _band(range(len(buckets)), values, arm.slot, **_MARKED)
     return tuple(map(measures.bucket_label, buckets)), lines
 
 
 def _some(arms: Sequence[Arm], metrics: Sequence[str], numbers: dict[str, Reading]) -> SomeArms:
     arms = _coloured(arms)
-    first = {arm.name: arm.runs[0].workdir for arm in arms}
     return SomeArms(
         tuple(arms),
         {metric: metric_lines(arms, metric) for metric in metrics},
         {a.name: {n: interval(map(read, a.runs)) for n, read in numbers.items()} for a in arms},
-        {n: ("/".join(w.parts[-2:]), (w / "report.html").exists()) for n, w in first.items()},
     )
 
 
