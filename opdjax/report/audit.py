@@ -45,7 +45,6 @@ class NamedEstimator:
     is_pitfall: bool
     aim: str  # reverse, forward or own
     has_baseline: bool
-    about: str
     is_drawn_often: bool  # more than one draw a token
 
 
@@ -96,7 +95,7 @@ class AuditFacts:
     parts_of_plain: dict[str, float]  # shares of opd's noise by cause
     has_negative_part: bool  # of opd's noise; it counts as 0
     same_gradient: tuple[str, ...]  # with one draw a token and opd's gradient, by variance
-    pitfalls: dict[str, str]  # every known pitfall and what is known of it
+    pitfalls: dict[str, str]  # every known pitfall and what it is
 
 
 def audit_facts(document: Document, name: str) -> AuditFacts:
@@ -112,9 +111,10 @@ def audit_facts(document: Document, name: str) -> AuditFacts:
             f"audit.json lacks {', '.join(missing)}; expected a file that opdjax audit wrote"
         )
     subjects = {key: _subject(key, about) for key, about in document["subjects"].items()}
+    angles = lambda row: {kl: angle(row["cosine"][kl]) for kl in KL}
     contexts, vocabulary = (
-        _directions(document.get(part, {}).get("rows", {}), subjects)
-        for part in ("contexts", "vocabulary")
+        {key: Direction(subjects[key], row, angles(row)) for key, row in found.items()}
+        for found in (document.get(part, {}).get("rows", {}) for part in ("contexts", "vocabulary"))
     )
     sampled = {
         key: each.row["variance_ratio"]
@@ -125,10 +125,6 @@ def audit_facts(document: Document, name: str) -> AuditFacts:
     plain = noises.get(PLAIN, {})
     unit = plain.get("noise")
     variances = _grouped(sampled, subjects, contexts)
-    batches = dict.fromkeys(document.get("batch_pitfalls", {}), "")
-    measured = {
-        key: each.about for key, each in subjects.items() if each.is_pitfall and key in contexts
-    }
     return AuditFacts(
         student=model_name(document["student"]),
         teacher=model_name(document["teacher"]),
@@ -148,7 +144,7 @@ def audit_facts(document: Document, name: str) -> AuditFacts:
             for key in variances[NOISE_GROUPS[0]]
             if key != PLAIN and not subjects[key].is_drawn_often
         ),
-        pitfalls=document.get("pitfalls") or measured | batches,
+        pitfalls=document.get("pitfalls", {}),
     )
 
 
@@ -165,15 +161,8 @@ def _subject(name: str, about: dict[str, Any]) -> NamedEstimator:
         bool(about.get("is_pitfall")),
         about.get("advertises", "own"),
         recipe in RECIPES and "baseline" in RECIPES[recipe].options,
-        about.get("about", ""),
         bool(options.get("extra_draws")),
     )
-
-
-def _directions(rows: dict[str, Any], subjects: dict[str, NamedEstimator]) -> dict[str, Direction]:
-    subject = lambda name: subjects.get(name) or _subject(name, {})
-    angles = lambda row: {kl: angle(row["cosine"][kl]) for kl in KL}
-    return {name: Direction(subject(name), row, angles(row)) for name, row in rows.items()}
 
 
 def angle(cosine: float | None) -> float | None:
@@ -220,12 +209,9 @@ def _grouped(
     same, other, coupled, pitfalls = found.values()
     for name in sorted(sizes, key=sizes.__getitem__):
         bias = contexts[name].row["bias"]["reverse"] if name in contexts else None
-        if name in subjects and subjects[name].is_pitfall:
-            pitfalls.append(name)
-        elif name not in contexts:
-            coupled.append(name)
-        else:
-            (same if bias is not None and bias < _SAME else other).append(name)
+        is_same = bias is not None and bias < _SAME
+        chosen = coupled if name not in contexts else same if is_same else other
+        (pitfalls if subjects[name].is_pitfall else chosen).append(name)
     return found
 
 
@@ -268,7 +254,7 @@ def noise_groups(f: AuditFacts) -> tuple[Groups, float]:
 
 
 def _entry(f: AuditFacts, name: str, *values: float | None, **more: Any) -> Entry:
-    subject = f.subjects.get(name) or _subject(name, {})
+    subject = f.subjects[name]
     return Entry(subject.short, *values, is_warning=subject.is_pitfall, **more)
 
 

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from opdjax.report import judgements, measures
-from opdjax.report.judgements import JudgedGroup, JudgedRow, Rate, Steps, Summary, summary
+from opdjax.report.judgements import JudgedGroup, Rate, Steps, Summary, summary
 from opdjax.report.text import spread
 from opdjax.runs.results import Run, is_number
 
-_BINS = 10  # of a score from 0 to 1
 _AUC_BINS, _AUC_GROUPS = 12, 24  # stretches of steps at most, groups per stretch at least
 _EXAMPLES = 3  # steps
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """A judged group with its texts; rows with rubrics of their own beyond two are left out."""
-
-    rows: tuple[JudgedRow, ...]
-    num_left_out: int
-    group_mean: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +44,8 @@ class JudgedFacts:
     score_change: Rate | None
     auc_by_step: list[tuple[float, Rate]]
     auc_width: int  # steps at a time
-    histogram: tuple[list[int], list[int]]  # right and wrong answers by tenth of the score
     stage_names: list[str]
-    examples: dict[int, Example]  # by step
+    examples: dict[int, JudgedGroup]  # by step
     num_logged: int  # steps with recorded texts
 
 
@@ -91,7 +81,6 @@ def judged_facts(run: Run) -> JudgedFacts | None:
         score_change=change(early.scores, late.scores),
         auc_by_step=auc_by_step,
         auc_width=auc_width,
-        histogram=tuple(map(_tenths, judgements.scores_by_truth(groups))),
         stage_names=names
         if len(names) == num_stages
         else [f"stage {at + 1}" for at in range(num_stages)],
@@ -102,32 +91,30 @@ def judged_facts(run: Run) -> JudgedFacts | None:
 
 def _series(parts: Sequence[Summary]) -> dict[str, list[float | None]]:
     """The numbers of each step by name."""
-    rows = [dict(_numbers(part)) for part in parts]
-    names = dict.fromkeys(name for row in rows for name in row)
+    rows = [*map(_numbers, parts)]
     # A step without a problem has no count of it.
     value = lambda row, name: row.get(name, 0.0 if name.startswith("problem") else None)
-    return {name: [value(row, name) for row in rows] for name in names}
+    return {name: [value(row, name) for row in rows] for name in dict(collections.ChainMap(*rows))}
 
 
-def _numbers(part: Summary) -> Iterator[tuple[str, float | None]]:
+def _numbers(part: Summary) -> dict[str, float | None]:
     over = lambda amount, whole: amount / whole if whole else None
     signal, pairs = part.signal, part.truth.pairs
-    yield "share right", part.share_right
-    yield "bad updates", over(pairs.wrong, pairs.total)
-    yield "tied groups", part.tied
-    yield "criteria", part.num_criteria
-    yield "failed groups", over(part.num_failed, part.num_groups)
-    yield "alike", signal.share
-    yield "met by all", over(signal.met_by_all, signal.num_criteria)
-    yield "met by none", over(signal.met_by_none, signal.num_criteria)
-    for at, value in enumerate(part.stages):
-        yield f"stage {at}", value
-    for kind, amount in part.problems.items():
-        yield f"problem {kind}", float(amount)
     rates = {"score": part.scores} | {f"met: {name}": r for name, r in part.pass_rates.items()}
-    for name, both in rates.items():
-        for prefix, rate in zip(("", "references: "), both):
-            yield prefix + name, rate and rate.value
+    return {
+        "share right": part.share_right,
+        "bad updates": over(pairs.wrong, pairs.total),
+        "tied groups": part.tied,
+        "criteria": part.num_criteria,
+        "failed groups": over(part.num_failed, part.num_groups),
+        "alike": signal.share,
+        "met by all": over(signal.met_by_all, signal.num_criteria),
+        "met by none": over(signal.met_by_none, signal.num_criteria),
+        **{f"stage {at}": value for at, value in enumerate(part.stages)},
+        **{f"problem {kind}": float(amount) for kind, amount in part.problems.items()},
+        **{name: own and own.value for name, (own, _) in rates.items()},
+        **{f"references: {name}": of and of.value for name, (_, of) in rates.items()},
+    }
 
 
 def _auc_by_step(steps: Steps) -> tuple[list[tuple[float, Rate]], int]:
@@ -141,23 +128,14 @@ def _auc_by_step(steps: Steps) -> tuple[list[tuple[float, Rate]], int]:
     return known, max(map(len, stretches))
 
 
-def _tenths(scores: np.ndarray) -> list[int]:
-    """Number of scores in each tenth; 1 is in the last, and rounding does not move 0.3 down."""
-    tenths = np.clip(np.floor(scores * _BINS + 1e-6), 0, _BINS - 1).astype(int)
-    return np.bincount(tenths, minlength=_BINS).tolist()
-
-
 def _has_texts(group: JudgedGroup) -> bool:
     return "answers" in group.rows[0].texts or "question" in group.rows[0].texts
 
 
-def _example(groups: Sequence[JudgedGroup]) -> Example:
+def _example(groups: Sequence[JudgedGroup]) -> JudgedGroup:
     """The first group with texts whose scores differ; else the first with scores, or texts."""
     order = {False: 0, True: 1, None: 2}
-    group = min(filter(_has_texts, groups), key=lambda group: order[group.is_tied])
-    known = group.scores[np.isfinite(group.scores)]
-    group_mean = float(known.mean()) if known.size > 1 else None
-    return Example(group.rows[:2], len(group.rows[2:]), group_mean)
+    return min(filter(_has_texts, groups), key=lambda group: order[group.is_tied])
 
 
 _USED = ("calls", "cached", "retries", "input_tokens", "output_tokens", "seconds", "dollars")
