@@ -271,16 +271,15 @@ def place_bars(bins: list[dict[str, Any]], actions: Sequence[float | None] | Non
     return [Bars(percents(values), slot, slot == 5) for slot, values in shares.items()]
 
 
-def place_lines(rows: dict[str, list], noise: Sequence[float | None]) -> list[Line]:
+def place_lines(rows: Sequence[list], noise: Sequence[float | None]) -> list[Line]:
     """Variance over that of opd in every bin, a line for each of `rows`; bins with little of opd's
     noise have no point.
     """
-    found, rows = [], list(rows.values())[:SERIES]
+    found, rows = [], rows[:SERIES]
     for slot, cells in enumerate(rows):
-        large = [is_number(share) and share >= _LITTLE for share in noise]
         kept = [
-            cell if is_large and all(map(is_number, cell)) else [math.nan] * 3
-            for cell, is_large in zip(cells, large)
+            cell if all(map(is_number, (*cell, share))) and share >= _LITTLE else [math.nan] * 3
+            for cell, share in zip(cells, noise)
         ]
         # Shifted, so that intervals do not hide one another.
         shift = 0.06 * (slot - (len(rows) - 1) / 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
@@ -94,7 +93,8 @@ def _series(parts: Sequence[Summary]) -> dict[str, list[float | None]]:
     rows = [*map(_numbers, parts)]
     # A step without a problem has no count of it.
     value = lambda row, name: row.get(name, 0.0 if name.startswith("problem") else None)
-    return {name: [value(row, name) for row in rows] for name in dict(collections.ChainMap(*rows))}
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [value(row, name) for row in rows] for name in names}
 
 
 def _numbers(part: Summary) -> dict[str, float | None]:

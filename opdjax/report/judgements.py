@@ -158,8 +158,8 @@ def _judged(row: dict[str, Any], stages: Sequence[str]) -> JudgedRow:
         reference_scores=_floats(row.get("reference_scores") or ()),
         stage_scores=_stage_scores(row, criteria, row.get("stages") or stages),
         correct=None if correct is None or None in correct else np.array(correct, float) > 0.5,
-        problems=_counts(row.get("problems")),
-        repairs=_counts(row.get("repairs")),
+        problems=row.get("problems") or {},
+        repairs=row.get("repairs") or {},
         texts={name: row[name] for name in _TEXTS if row.get(name) is not None},
     )
 
@@ -201,11 +201,6 @@ def _stage_scores(
 
 def _floats(values: Sequence[Any]) -> np.ndarray:
     return np.array([value if is_number(value) else math.nan for value in values], float)
-
-
-def _counts(values: Any) -> dict[str, int]:
-    items = values.items() if isinstance(values, dict) else ()
-    return {str(name): int(value) for name, value in items if is_number(value)}
 
 
 def read_spending(workdir: pathlib.Path) -> list[dict[str, Any]]:
