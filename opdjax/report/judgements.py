@@ -23,7 +23,7 @@ ROWS, SPENDING = "rubrics.jsonl", "spending.jsonl"
 ALL = "all criteria"
 OTHER = "other"  # all categories that are too rare for a chart of their own
 _CATEGORIES = 4
-_TEXTS = ("question", "references", "answers", "is_truncated", "reflections")
+_TEXTS = ("question", "references", "answers", "reflections")
 
 
 # Reading
@@ -102,8 +102,8 @@ Steps = dict[int, list[JudgedGroup]]  # by step, ascending
 def read_judgements(workdir: pathlib.Path, stages: Sequence[str] = ()) -> Steps:
     """All judged groups; empty where nothing was judged.
 
-    `stages` names the stage scores, for rows that do not name them. WorkdirError for a damaged
-    row; an incomplete last line is skipped.
+    `stages` names the stage scores. WorkdirError for a damaged row; an incomplete last line is
+    skipped.
     """
     file, found = workdir / ROWS, {}
     for number, row in enumerate(read_lines(file), 1):
@@ -156,7 +156,7 @@ def _judged(row: dict[str, Any], stages: Sequence[str]) -> JudgedRow:
         reference_met=_met(criteria, row.get("reference_verdicts") or []),
         scores=_floats(row["scores"]),
         reference_scores=_floats(row.get("reference_scores") or ()),
-        stage_scores=_stage_scores(row, criteria, row.get("stages") or stages),
+        stage_scores=_stage_scores(row, criteria, stages),
         correct=None if correct is None or None in correct else np.array(correct, float) > 0.5,
         problems=row.get("problems") or {},
         repairs=row.get("repairs") or {},

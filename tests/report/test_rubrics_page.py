@@ -485,7 +485,6 @@ def test_an_example_shows_who_meets_what(tmp_path):
         "question": "What is the capital?",
         "references": ["Bern."],
         "answers": ["Bern", "Zürich"],
-        "is_truncated": [False, True],
     }
     rows = [judged(1, 3, ((1, 1), (0, 1)), criteria, [1, 0], references_met=((1, 0),), **texts)]
     parser = read(write_judged(tmp_path / "run", rows))
@@ -510,10 +509,7 @@ def test_an_example_shows_who_meets_what(tmp_path):
     assert row(parser, "score", "", "")[3:6] == ["1.00", "0.71", "0.00"]
     assert row(parser, "score − group mean")[3:6] == ["", "+0.36", "−0.36"]
     assert row(parser, "the final answer is")[4:6] == ["right", "wrong"]
-    assert (
-        "Rollout 1: score 0.00, −0.36 against the group mean; wrong answer;"
-        " cut off at the length limit" in parser.all
-    )
+    assert "Rollout 1: score 0.00, −0.36 against the group mean; wrong answer" in parser.all
 
 
 def test_what_judges_and_students_write_is_never_html(tmp_path):
