@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy as np
 from opdjax.report import judgements, measures
 from opdjax.report.judgements import JudgedGroup, Rate, Steps, Summary, summary
 from opdjax.report.text import spread
-from opdjax.runs.results import Run, is_number
+from opdjax.runs.results import Run
 
 _AUC_BINS, _AUC_GROUPS = 12, 24  # stretches of steps at most, groups per stretch at least
 _EXAMPLES = 3  # steps
@@ -19,11 +18,10 @@ _EXAMPLES = 3  # steps
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Requests to judges by role; `is_whole`: with repeated steps, which metrics.jsonl lacks."""
+    """Requests to judges by role in the whole run, with repeated steps."""
 
     roles: dict[str, dict[str, float]]
     total: dict[str, float]
-    is_whole: bool
     waited: float  # seconds that the learner waited for judges
     seconds: float  # of all steps
 
@@ -143,24 +141,18 @@ _USED = ("calls", "cached", "retries", "input_tokens", "output_tokens", "seconds
 
 def cost_facts(run: Run) -> Cost | None:
     """Requests to judges and their cost; None where nothing was judged."""
-    rows = judgements.read_spending(run.workdir)
-    is_whole, waits = bool(rows), run.column("time/judge_wait")
-    names = (re.fullmatch(r"api/([^/]+)/calls", name) for row in run.metrics for name in row)
-    roles = sorted({match[1] for match in names if match} | {row["role"] for row in rows})
-    if not roles and all(value is None for value in waits):
+    rows, waits = judgements.read_spending(run.workdir), run.column("time/judge_wait")
+    if not rows and all(value is None for value in waits):
         return None
-    rows = rows or [
-        {name.removeprefix(f"api/{role}/"): value for name, value in row.items()} | {"role": role}
-        for role in roles
-        for row in run.metrics
-    ]
-    found = {role: dict.fromkeys(_USED, 0.0) for role in (*roles, "")}
-    for row in rows:
-        for name in _USED:
-            for role in (row["role"], ""):
-                found[role][name] += row[name] if is_number(row.get(name)) else 0.0
+    used = lambda some: {name: float(sum(row.get(name) or 0 for row in some)) for name in _USED}
+    roles = sorted({row["role"] for row in rows})
     waited, seconds = (sum(filter(None, values)) for values in (waits, run.column("time/step")))
-    return Cost({role: found[role] for role in roles}, found[""], is_whole, waited, seconds)
+    return Cost(
+        {role: used([row for row in rows if row["role"] == role]) for role in roles},
+        used(rows),
+        waited,
+        seconds,
+    )
 
 
 # For the template

@@ -151,11 +151,8 @@ def sweep_facts(
     finished = [run for arm in arms for run in arm.runs]
     counts = [measures.samples_per_prompt(run) for arm in every for run in arm.runs]
     scores = {arm.name: fixed(arm.score and arm.score[0]) for arm in arms}
-    spans = [
-        (mean, half if is_number(half) else 0.0)
-        for mean, half in (arm.score for arm in arms if arm.score)
-    ]
-    ends = [mean + side * half for mean, half in spans for side in (-1, 1)]
+    spans = (arm.score for arm in arms if arm.score)
+    ends = [m + side * (h if is_number(h) else 0.0) for m, h in spans for side in (-1, 1)]
     first, *others = [measures.leaves(point.config) for point in points]
     varying = differing([first, *others])
     few = [name for name in varying if len(varying) <= _VARYING or name == "seed"]
@@ -195,9 +192,7 @@ def sweep_facts(
 def _readable(
     points: Sequence[Point],
 ) -> tuple[list[Point], dict[pathlib.Path, Run], dict[str, str]]:
-    """(readable points, runs by directory, error by id of the other points): a damaged file, or a
-    config of a newer version, must not hide other runs.
-    """
+    """(readable points, runs by directory, errors by id): one damaged file hides no other run."""
     kept, runs, damaged = [], {}, {}
     for point in points:
         try:
@@ -237,19 +232,20 @@ def _ranked(points: Sequence[Point], runs: Mapping[pathlib.Path, Run]) -> list[A
     arms = []
     for group, config in zip(groups, configs):
         done = [runs[point.workdir] for point in group.done]
-        arm = Arm(
-            name="",
-            settings={n: shown_override(group.overrides.get(f, "")) for f, n in names.items()},
-            slot=REST,
-            is_reference=are_many and config["student"]["path"] == config["teacher"]["path"],
-            seeds={point.config["seed"]: points.index(point) for point in group.points},
-            num_runs=len(done),
-            numbers={name: interval(map(read, done)) for name, read in COLUMNS.items()},
-            costs={axis: interval(measures.spent(run, axis) for run in done) for axis in AXES},
-            config=config,
-            runs=tuple(done),
+        arms.append(
+            Arm(
+                name="",
+                settings={n: shown_override(group.overrides.get(f, "")) for f, n in names.items()},
+                slot=REST,
+                is_reference=are_many and config["student"]["path"] == config["teacher"]["path"],
+                seeds={point.config["seed"]: points.index(point) for point in group.points},
+                num_runs=len(done),
+                numbers={name: interval(map(read, done)) for name, read in COLUMNS.items()},
+                costs={axis: interval(measures.spent(run, axis) for run in done) for axis in AXES},
+                config=config,
+                runs=tuple(done),
+            )
         )
-        arms.append(arm)
     arms.sort(key=lambda arm: (arm.is_reference, -(arm.score or (-math.inf,))[0]))
     named = distinct([label(arm.settings) for arm in arms])
     return _coloured([dataclasses.replace(arm, name=name) for arm, name in zip(arms, named)])
@@ -323,9 +319,7 @@ def _differences(arms: Sequence[Arm]) -> dict[str, dict[str, list[str]]]:
 
 
 def _front(arms: Sequence[Arm], axis: str) -> tuple[str, ...]:
-    """The arms that no other beats in one of cost and score and equals in the other, by rising
-    cost; empty if fewer than two arms have both.
-    """
+    """The arms that no other beats in cost and score, the cheapest first; none of one arm."""
     known = [arm for arm in arms if arm.score and arm.costs[axis]]
     places = {arm.name: (arm.costs[axis][0], -arm.score[0]) for arm in known}
     if len(places) < 2 or not any(cost > 0 for cost, _ in places.values()):
@@ -349,9 +343,7 @@ _MARKED = {"has_markers": True, "bars": True}
 
 
 def _rates(arms: Sequence[Arm]) -> dict[str, dict[str, Line]]:
-    """The scores against the learning rate, for all combinations of other settings that have
-    several rates; the best combinations have a colour.
-    """
+    """Scores against the learning rate, by other settings; the best of these have a colour."""
     families: dict[str, list[Arm]] = collections.defaultdict(list)
     for arm in arms:
         rest = measures.leaves(arm.config) | {"seed": None, "optimizer.learning_rate": None}

@@ -193,9 +193,7 @@ def cells(found: Comparison, columns: Sequence[PaperColumn]) -> tuple[list[str],
     is_run = {column.pair for column, part in parts if part == "ours"}
 
     def by_pair(row: str, facts_of: Callable[[Cell], Iterable[str]]) -> str:
-        """Facts that the cells of one pair of models share, once per pair; with the pair's name if
-        the table has runs of several.
-        """
+        """Facts that the cells of a pair share; with the pair's name if there are several."""
         facts = {each.pair: ", ".join(facts_of(found.cells[row][each.label])) for each in columns}
         named = lambda pair: f"{pair} " if len(is_run) > 1 else ""
         return "; ".join(named(pair) + text for pair, text in facts.items() if text)

@@ -197,7 +197,7 @@ def judge_metric(step, **changes):
 
 
 def write_judged(
-    directory, rows, *, recipe="ropd", metrics=None, torn="", rubrics_config=None, spending=()
+    directory, rows, *, recipe="ropd", metrics=None, torn="", rubrics_config=None, spending=None
 ):
     steps = max((found["step"] for found in rows), default=6)
     metrics = [judge_metric(step) for step in range(1, steps + 1)] if metrics is None else metrics
@@ -211,11 +211,23 @@ def write_judged(
         (directory / judgements.ROWS).write_text(
             "".join(json.dumps(found) + "\n" for found in rows) + torn
         )
-    if spending:
-        (directory / judgements.SPENDING).write_text(
-            "".join(json.dumps(found) + "\n" for found in spending)
-        )
+    if spending is None:
+        spending = spending_of(metrics)
+    (directory / judgements.SPENDING).write_text(
+        "".join(json.dumps(found) + "\n" for found in spending)
+    )
     return directory
+
+
+def spending_of(metrics):
+    """The rows of spending.jsonl, which repeat the metrics of a step by role."""
+    rows = {}
+    for found in metrics:
+        for name, value in found.items():
+            if name.startswith("api/"):
+                role, _, kind = name.removeprefix("api/").rpartition("/")
+                rows.setdefault((found["step"], role), {})[kind] = value
+    return [{"step": step, "role": role} | used for (step, role), used in rows.items()]
 
 
 def groups_of(tmp_path, rows, stages=()):

@@ -197,9 +197,7 @@ def reader(read: str, when: Literal["after", "before"] = "after") -> Callable[[R
 def _spent(
     runs: Mapping[int, Run], goals: Mapping[int, Run], column: PaperColumn
 ) -> dict[int, tuple[float, bool]]:
-    """By seed: (prompts or seconds spent, True) at the first evaluation that scores at least as
-    much as the best one of the seed's goal; (all that the run spent, False) if there is none.
-    """
+    """By seed: what was spent until as good as the goal's best, or in all, and whether it was."""
     targets = {seed: [score for _, score in run.curve(column.read)] for seed, run in goals.items()}
     found = {}
     for seed, run in runs.items():
@@ -268,9 +266,7 @@ def _pair_flags(
 
 
 def _verdicts(claim: PaperClaim, table: PaperTable, cells: Cells) -> list[Verdict]:
-    """The verdicts in all columns that read the same quantity (other benchmarks or pairs of models)
-    and have runs; a single `not run` if none has.
-    """
+    """In all columns of the same quantity that have runs; a single `not run` if none has."""
     named = next(column for column in table.columns if column.label == claim.column)
     alike = [column for column in table.columns if _kind(column) == _kind(named)]
     found = [_verdict(claim, column, cells) for column in alike]
