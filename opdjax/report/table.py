@@ -83,11 +83,8 @@ def _rendered(name: str, format: Format, **facts: Any) -> str:
     )
     tools = {"markdown": markdown, "latex": latex, "cells": cells, "claims": _claims}
     kind = {"markdown": "md", "latex": "tex"}[format]
-    return (
-        environment.get_template(f"{name}.{kind}.jinja")
-        .render(tools | facts, commits=_commits)
-        .rstrip("\n")
-    )
+    template = environment.get_template(f"{name}.{kind}.jinja")
+    return template.render(tools | facts, commits=_commits).rstrip("\n")
 
 
 def _commits(points: Sequence[Point]) -> list[str]:
@@ -203,7 +200,7 @@ def cells(found: Comparison, columns: Sequence[PaperColumn]) -> tuple[list[str],
         "config": [by_pair(row.label, lambda cell: [cell.digest or ""]) for row in rows],
         "note": [row.note for row in rows],
     }
-    texts |= {name: found for name, found in optional.items() if any(found)}
+    texts |= {name: each for name, each in optional.items() if any(each)}
     return list(texts), [list(row) for row in zip(*texts.values())]
 
 
