@@ -37,8 +37,7 @@ class JudgedFacts:
     series: dict[str, list[float | None]]
     categories: list[str]
     parts: dict[str, Summary]  # first, last and all steps
-    changes: dict[str, Rate]  # of the rollouts' pass rates, last minus first
-    score_change: Rate | None
+    changes: dict[str, Rate]  # of the rollouts' rates, last minus first
     auc_by_step: list[tuple[float, Rate]]
     auc_width: int  # steps at a time
     stage_names: list[str]
@@ -61,9 +60,7 @@ def judged_facts(run: Run) -> JudgedFacts | None:
         name: summary([group for step in part for group in steps[step]], categories)
         for name, part in ends.items()
     }
-    early, late, num_stages = parts["first"], parts["last"], len(parts["all"].stages)
-    change = lambda first, last: last[0].less(first[0]) if first[0] and last[0] else None
-    changes = {name: change(own, late.pass_rates[name]) for name, own in early.pass_rates.items()}
+    early, late, num_stages = parts["first"].rates, parts["last"].rates, len(parts["all"].stages)
     auc_by_step, auc_width = _auc_by_step(steps)
     logged = [step for step, found in steps.items() if any(map(_has_texts, found))]
     return JudgedFacts(
@@ -74,8 +71,11 @@ def judged_facts(run: Run) -> JudgedFacts | None:
         series=_series([summary(found, categories) for found in steps.values()]),
         categories=categories,
         parts=parts,
-        changes={name: found for name, found in changes.items() if found},
-        score_change=change(early.scores, late.scores),
+        changes={
+            name: late[name][0].less(first)
+            for name, (first, _) in early.items()
+            if first and late[name][0]
+        },
         auc_by_step=auc_by_step,
         auc_width=auc_width,
         stage_names=names
@@ -98,7 +98,6 @@ def _series(parts: Sequence[Summary]) -> dict[str, list[float | None]]:
 def _numbers(part: Summary) -> dict[str, float | None]:
     over = lambda amount, whole: amount / whole if whole else None
     signal, pairs = part.signal, part.truth.pairs
-    rates = {"score": part.scores} | {f"met: {name}": r for name, r in part.pass_rates.items()}
     return {
         "share right": part.share_right,
         "bad updates": over(pairs.wrong, pairs.total),
@@ -110,8 +109,8 @@ def _numbers(part: Summary) -> dict[str, float | None]:
         "met by none": over(signal.met_by_none, signal.num_criteria),
         **{f"stage {at}": value for at, value in enumerate(part.stages)},
         **{f"problem {kind}": float(amount) for kind, amount in part.problems.items()},
-        **{name: own and own.value for name, (own, _) in rates.items()},
-        **{f"references: {name}": of and of.value for name, (_, of) in rates.items()},
+        **{name: own and own.value for name, (own, _) in part.rates.items()},
+        **{f"references: {name}": of and of.value for name, (_, of) in part.rates.items()},
     }
 
 

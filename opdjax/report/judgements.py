@@ -277,16 +277,16 @@ class Truth:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Numbers of some groups. None or NaN: not known. Pass rates are shares of criteria met,
-    without weights, by category, the last one of ALL.
+    """Numbers of some groups. None or NaN: not known.
+
+    `rates`: the mean `score`, and `met: CATEGORY`, the share of criteria met, without weights.
     """
 
     num_groups: int
     num_failed: int
     num_rollouts: int
     num_unscored: int
-    pass_rates: dict[str, Rates]
-    scores: Rates
+    rates: dict[str, Rates]
     stages: list[float]  # mean score of each stage
     signal: Signal
     tied: float | None  # share of the groups with scores whose rollouts all have the same score
@@ -298,7 +298,7 @@ class Summary:
 
 
 def summary(groups: Sequence[JudgedGroup], named: Sequence[str] = ()) -> Summary:
-    """The numbers of the groups, with pass rates of the `named` categories."""
+    """The numbers of the groups, with rates of the `named` categories and of ALL criteria."""
     rows = [row for group in groups for row in group.rows]
     both = lambda name: tuple(
         pass_rate(groups, name, named, of_references=o) for o in (False, True)
@@ -307,17 +307,14 @@ def summary(groups: Sequence[JudgedGroup], named: Sequence[str] = ()) -> Summary
     for row in rows:
         problems.update(row.problems)
         repairs.update(row.repairs)
+    scores = _rate(groups, lambda row: row.scores), _rate(groups, lambda row: row.reference_scores)
     correct = [right for group in groups if (right := group.correct) is not None]
     return Summary(
         num_groups=len(groups),
         num_failed=sum(group.is_failed for group in groups),
         num_rollouts=sum(group.scores.size for group in groups),
         num_unscored=sum(int((~np.isfinite(group.scores)).sum()) for group in groups),
-        pass_rates={name: both(name) for name in (*named, ALL)},
-        scores=(
-            _rate(groups, lambda row: row.scores),
-            _rate(groups, lambda row: row.reference_scores),
-        ),
+        rates={"score": scores} | {f"met: {name}": both(name) for name in (*named, ALL)},
         stages=_stage_means(rows),
         signal=_signal(rows),
         tied=mean(float(group.is_tied) for group in groups if not group.is_failed),

@@ -423,10 +423,10 @@ def test_what_is_read_back_is_what_the_run_has_told(tmp_path):
     right = [[rng.randint(0, 1) for _ in range(3)] for _ in told]
     rows = [as_row(one, 1, correct, has_texts=True) for one, correct in zip(told, right)]
     groups, expected = groups_of(tmp_path, rows), metrics_of(told, right)
-    assert summary(groups).scores[0].value == pytest.approx(
+    assert summary(groups).rates["score"][0].value == pytest.approx(
         expected["rubric/reward_mean"], abs=1e-5
     )
-    assert summary(groups).scores[1].value == pytest.approx(
+    assert summary(groups).rates["score"][1].value == pytest.approx(
         expected["rubric/reference_score_mean"], abs=1e-5
     )
     assert summary(groups).truth.auc.value == pytest.approx(expected["rubric/auc"])
