@@ -31,13 +31,6 @@ from opdjax.runs.workdir import WorkdirError
 Interval = tuple[float, float]  # mean over seeds, half width of its 95 % interval
 Reading = Callable[[Run], float | None]
 Lines = dict[str, Line]  # by arm, the best first
-# Facts that runs should share, to be compared; of the evaluation: what final scores depend on.
-_SHARED: dict[str, Callable[[Run], Any]] = {
-    "evaluation": lambda run: upgrade(run.config)["evaluation"] | {"every": 0},
-    "opdjax": lambda run: run.environment.get("opdjax"),
-    "commit": lambda run: run.environment.get("commit"),
-    "jax": lambda run: run.environment.get("jax"),
-}
 _VARYING = 6  # most settings in a point's row
 _LINE_LENGTH = 150  # points of a drawn line
 _JUDGED = "rubric/reward_mean", "rubric/auc", "rubric/tied_groups", "rubric/no_signal_share"
@@ -153,6 +146,12 @@ def sweep_facts(
     scores = {arm.name: fixed(arm.score and arm.score[0]) for arm in arms}
     spans = (arm.score for arm in arms if arm.score)
     ends = [m + side * (h if is_number(h) else 0.0) for m, h in spans for side in (-1, 1)]
+    # What runs should share; of the evaluation: what final scores depend on.
+    shared = [
+        {"evaluation": upgrade(run.config)["evaluation"] | {"every": 0}}
+        | {name: run.environment.get(name) for name in ("opdjax", "commit", "jax")}
+        for run in finished
+    ]
     first, *others = [measures.leaves(point.config) for point in points]
     varying = differing([first, *others])
     few = [name for name in varying if len(varying) <= _VARYING or name == "seed"]
@@ -172,7 +171,7 @@ def sweep_facts(
         },
         damaged=damaged,
         changed_files=_changed_files(finished),
-        mixed=tuple(n for n, read in _SHARED.items() if len({repr(read(r)) for r in finished}) > 1),
+        mixed=tuple(differing(shared)),
         fronts={axis: found for axis in AXES if (found := _front(arms, axis))},
         differences=_differences(arms),
         rates=_rates(arms),
