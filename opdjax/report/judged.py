@@ -60,7 +60,7 @@ def judged_facts(run: Run) -> JudgedFacts | None:
         name: summary([group for step in part for group in steps[step]], categories)
         for name, part in ends.items()
     }
-    early, late, num_stages = parts["first"].rates, parts["last"].rates, len(parts["all"].stages)
+    early, late = parts["first"].rates, parts["last"].rates
     auc_by_step, auc_width = _auc_by_step(steps)
     logged = [step for step, found in steps.items() if any(map(_has_texts, found))]
     return JudgedFacts(
@@ -78,9 +78,7 @@ def judged_facts(run: Run) -> JudgedFacts | None:
         },
         auc_by_step=auc_by_step,
         auc_width=auc_width,
-        stage_names=names
-        if len(names) == num_stages
-        else [f"stage {at + 1}" for at in range(num_stages)],
+        stage_names=names,
         examples={step: _example(steps[step]) for step in spread(logged, _EXAMPLES)},
         num_logged=len(logged),
     )

@@ -157,7 +157,7 @@ def _judged(row: dict[str, Any], stages: Sequence[str]) -> JudgedRow:
         scores=_floats(row["scores"]),
         reference_scores=_floats(row.get("reference_scores") or ()),
         stage_scores=_stage_scores(row, criteria, stages),
-        correct=None if correct is None or None in correct else np.array(correct, float) > 0.5,
+        correct=None if correct is None else np.array(correct, bool),
         problems=row.get("problems") or {},
         repairs=row.get("repairs") or {},
         texts={name: row[name] for name in _TEXTS if row.get(name) is not None},
@@ -277,7 +277,7 @@ class Truth:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Numbers of some groups. None or NaN: not known.
+    """Numbers of some groups. None: not known.
 
     `rates`: the mean `score`, and `met: CATEGORY`, the share of criteria met, without weights.
     """
@@ -287,7 +287,7 @@ class Summary:
     num_rollouts: int
     num_unscored: int
     rates: dict[str, Rates]
-    stages: list[float]  # mean score of each stage
+    stages: list[float | None]  # mean score of each stage
     signal: Signal
     tied: float | None  # share of the groups with scores whose rollouts all have the same score
     num_criteria: float | None  # mean number in a rubric
@@ -366,13 +366,9 @@ def _rate(groups: Sequence[JudgedGroup], values: Callable[[JudgedRow], np.ndarra
     return Rate(*clustered_ratio([one.sum() for one in known], counts), sum(counts))
 
 
-def _stage_means(rows: Iterable[JudgedRow]) -> list[float]:
-    """NaN for a stage without scores."""
+def _stage_means(rows: Iterable[JudgedRow]) -> list[float | None]:
     known = [row.stage_scores for row in rows if row.stage_scores is not None]
-    width = max((scores.shape[1] for scores in known), default=0)
-    columns = np.concatenate([np.empty((0, width)), *(s for s in known if s.shape[1] == width)]).T
-    means = (mean(column.tolist()) for column in columns)
-    return [math.nan if value is None else value for value in means]
+    return [mean(column.tolist()) for column in np.concatenate(known).T] if known else []
 
 
 def _signal(rows: Iterable[JudgedRow]) -> Signal:
