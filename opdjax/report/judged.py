@@ -78,7 +78,7 @@ def judged_facts(run: Run) -> JudgedFacts | None:
         },
         auc_by_step=auc_by_step,
         auc_width=auc_width,
-        stage_names=names,
+        stage_names=names or [f"stage {at}" for at, _ in enumerate(parts["all"].stages, 1)],
         examples={step: _example(steps[step]) for step in spread(logged, _EXAMPLES)},
         num_logged=len(logged),
     )
