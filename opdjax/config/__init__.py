@@ -1,5 +1,6 @@
 """Every setting of a run. Experiment files import from here; each section has its own module."""
 
+# ruff: noqa: F401
 from opdjax.config.api import RULE_JUDGE, ApiConfig, JudgeConfig
 from opdjax.config.audit import AuditConfig
 from opdjax.config.checkpoint import CheckpointConfig
@@ -18,37 +19,3 @@ from opdjax.config.run import Config
 from opdjax.config.sampling import SamplingConfig
 from opdjax.config.train import TrainConfig
 from opdjax.config.validation import ConfigError
-
-__all__ = [
-    "JUDGED_FIELDS",
-    "MINI_PAIR",
-    "MINI_STUDENT",
-    "MINI_TEACHER",
-    "PACKAGE",
-    "ROPD_CODE",
-    "ROPD_PAPER",
-    "RULE_JUDGE",
-    "STUDENT",
-    "TEACHER_FIELDS",
-    "ApiConfig",
-    "AuditConfig",
-    "CheckpointConfig",
-    "Config",
-    "ConfigError",
-    "DataConfig",
-    "EstimatorConfig",
-    "EvaluationConfig",
-    "FleetConfig",
-    "JudgeConfig",
-    "LogConfig",
-    "LoraConfig",
-    "LoraTarget",
-    "MeshConfig",
-    "ModelConfig",
-    "NearPolicyConfig",
-    "OptimizerConfig",
-    "RubricsConfig",
-    "SamplingConfig",
-    "TeachConfig",
-    "TrainConfig",
-]

@@ -1,21 +1,16 @@
 """How often checkpoints are saved, and which are kept."""
 
-from __future__ import annotations
-
 import dataclasses
+from typing import Annotated
 
-from opdjax.config.validation import require_ranges, require_types
+from opdjax.config.validation import Section
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Section):
     """How often checkpoints are saved, and which are kept."""
 
     # Steps between checkpoints; the last step is always saved.
-    every: int = 50
+    every: Annotated[int, "at least 1"] = 50
     # Number of the newest checkpoints to keep, besides the one with the best avg@k.
-    keep: int = 2
-
-    def __post_init__(self):
-        require_types(self, "checkpoint.")
-        require_ranges(self, "checkpoint.", {"every": "at least 1", "keep": "at least 1"})
+    keep: Annotated[int, "at least 1"] = 2

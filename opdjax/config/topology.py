@@ -2,8 +2,6 @@
 scripts can read it too.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import math

@@ -1,24 +1,22 @@
 """The training loop."""
 
-from __future__ import annotations
-
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
-from opdjax.config.validation import require_ranges, require_types
+from opdjax.config.validation import Section
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Section):
     """The training loop."""
 
     # Optimizer updates.
-    num_steps: int = 100
+    num_steps: Annotated[int, "at least 1"] = 100
     # Prompts per update.
-    prompts_per_step: int = 64
+    prompts_per_step: Annotated[int, "at least 1"] = 64
     # Micro-batches per update, each with the same number of rows. Saves memory and does not change
     # the gradient.
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: Annotated[int, "at least 1"] = 1
     # What the backward pass recomputes. none: nothing. layer: each layer from its input, the least
     # memory for one more forward pass. dots: everything but the products with the layers' kernels,
     # which are most of the work.
@@ -26,7 +24,7 @@ class TrainConfig:
     # Pack rollouts into rows of this many tokens; None: one rollout per row. Saves time only with
     # gradient accumulation, because empty micro-batches are skipped. Attention cost grows with the
     # square.
-    pack_length: int | None = None
+    pack_length: Annotated[int | None, "at least 2, or none"] = None
     # Dtype of the forward passes of student and teacher; auto: bfloat16 on TPU and GPU, float32 on
     # CPU.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -35,9 +33,3 @@ class TrainConfig:
     # heads of up to 128) are fused kernels that do not. auto: splash on a TPU if it can run, else
     # xla; cudnn has not been timed yet.
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-
-    def __post_init__(self):
-        require_types(self, "train.")
-        names = ("num_steps", "prompts_per_step", "gradient_accumulation_steps")
-        ranges = dict.fromkeys(names, "at least 1")
-        require_ranges(self, "train.", ranges | {"pack_length": "at least 2, or none"})
