@@ -1,7 +1,5 @@
 """Exports the student of a checkpoint of a run."""
 
-from __future__ import annotations
-
 import os
 import pathlib
 from functools import partial

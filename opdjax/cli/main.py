@@ -3,8 +3,6 @@
 Heavy imports happen inside the commands, so that help is instant.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

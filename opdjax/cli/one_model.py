@@ -1,7 +1,5 @@
 """Samples from, scores and describes a single checkpoint."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any

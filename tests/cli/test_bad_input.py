@@ -21,7 +21,7 @@ from test_cli import smooth
 import opdjax.rollouts.on_policy
 import opdjax.train
 from opdjax.cli import main
-from opdjax.cli.experiments import load_experiment
+from opdjax.cli.parsing import load_experiment
 from opdjax.config import MINI_PAIR, MINI_STUDENT
 from opdjax.config.experiments import load_sweep
 from opdjax.engine.evaluate import Evaluator

@@ -14,7 +14,7 @@ import sys
 import pytest
 
 from opdjax.cli import main
-from opdjax.cli.experiments import load_experiment
+from opdjax.cli.parsing import load_experiment
 from opdjax.config import MINI_PAIR, MINI_STUDENT, MINI_TEACHER, PACKAGE, Config
 from opdjax.config.validation import ConfigError, MissingExtraError, to_dict
 from opdjax.data.references import ReferenceMissError
