@@ -1,6 +1,7 @@
 """Commands for many runs, and for their results."""
 
 import contextlib
+import functools
 import pathlib
 import re
 from typing import Literal
@@ -10,10 +11,12 @@ from tyro.conf import Positional, UseAppendAction
 from opdjax.cli.parsing import as_given, command
 from opdjax.config.experiments import load_sweep
 from opdjax.config.fleet import FleetConfig
-from opdjax.config.grid import SweepPoint, select
+from opdjax.config.grid import select
 from opdjax.config.validation import ConfigError, require
 from opdjax.runs.mirror import read_only_workdir
 from opdjax.runs.object_store import open_output
+
+_log = functools.partial(print, flush=True)
 
 
 @command("FILE --workdir DIR [--jobs N] [--only GLOB] [--status] [--launch ENGINE]")
@@ -70,9 +73,16 @@ def sweep(
                 "--shard, --jobs and --status cannot be used with --launch; expected "
                 "--fleet.shards: a machine runs one point at a time"
             )
+        from opdjax.sweeps.fleet import shards, skypilot, xpk
+
         options = [f"--only={glob}" for glob in only] + ["--retry-failed"] * retry_failed
         options += [f"--retries={retries}"] * (retries > 0)
-        _launch(launch, file, as_given(workdir), points, fleet, options, is_dry=dry_run)
+        url = as_given(workdir)
+        made = shards.make_fleet(file, url, points, fleet, options)
+        submitted = {"skypilot": skypilot, "xpk": xpk}[launch].launch(made, _log, is_dry=dry_run)
+        if not dry_run:
+            print(f"{submitted} of {fleet.shards} shards were submitted. To see their progress:")
+            print(f"opdjax sweep {file} --workdir {url} --status")
     elif status:
         show_status(points[first - 1 :: count], workdir, watch, _log)
     elif dry_run:
@@ -84,35 +94,11 @@ def sweep(
         runner.require_complete(counts)
 
 
-def _log(line: str) -> None:
-    print(line, flush=True)
-
-
 def _shard(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     part = (int(match[1]), int(match[2])) if match else (0, 0)
     require(1 <= part[0] <= part[1], "--shard", text, "i/n with i from 1 to n, such as 2/3")
     return part
-
-
-def _launch(
-    engine: str,
-    file: str,
-    url: str,
-    points: list[SweepPoint],
-    config: FleetConfig,
-    options: list[str],
-    *,
-    is_dry: bool,
-) -> None:
-    from opdjax.sweeps.fleet import skypilot, xpk
-    from opdjax.sweeps.fleet.shards import make_fleet
-
-    fleet = make_fleet(file, url, points, config, options)
-    submitted = {"skypilot": skypilot, "xpk": xpk}[engine].launch(fleet, _log, is_dry=is_dry)
-    if not is_dry:
-        print(f"{submitted} of {config.shards} shards were submitted. To see their progress:")
-        print(f"opdjax sweep {file} --workdir {url} --status")
 
 
 @command("DIR [--paper NAME | all] [--format F] [--output FILE]")

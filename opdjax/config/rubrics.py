@@ -78,18 +78,14 @@ class RubricsConfig(Section):
         expected = "a first stage without a marker, and NAME=MARKER for each of the others"
         self.require(is_marked == [i > 0 for i in range(len(names))], "stages", expected)
         for stage, marker in zip(self.stages[1:], self.stage_markers):
-            expected = "NAME=MARKER, a regular expression of Python"
-            require(_compiles(marker), "rubrics.stages", stage, expected)
+            try:
+                re.compile(marker)
+            except re.error:
+                require(
+                    False, "rubrics.stages", stage, "NAME=MARKER, a regular expression of Python"
+                )
         count = max(len(names), 1)
         is_read = not caps or self.refresh == "evolving"
         self.require(is_read, "stage_caps", "none unless rubrics.refresh is evolving")
         self.require(len(caps) in (0, count), "stage_caps", f"{count} numbers")
         self.require(all(cap > 0 for cap in caps), "stage_caps", "at least 1 each")
-
-
-def _compiles(expression: str) -> bool:
-    try:
-        re.compile(expression)
-    except re.error:
-        return False
-    return True

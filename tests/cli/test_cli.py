@@ -378,7 +378,7 @@ def test_every_error_of_the_package_is_either_the_users_or_internal():
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.ClassDef) and node.name.endswith("Error"):
                 classes.add(f"{module}.{node.name}")
-    assert classes >= INTERNAL | (set(main.USER_ERRORS) - {"builtins.OSError"})
+    assert classes >= INTERNAL
     for name in classes:
         module, _, error = name.rpartition(".")
         error_class = getattr(importlib.import_module(module), error)
