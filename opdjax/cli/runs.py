@@ -32,7 +32,6 @@ def train(workdir: pathlib.Path, config: Experiment):
 
     Args:
         workdir: directory of this run, or gs://BUCKET/NAME; the same command resumes it
-        config: every field of the experiment
     """
     # At once: the import of jax and the compilation that follow take seconds to minutes.
     need = config.recipe.teacher_need(config.estimator.options)
@@ -53,7 +52,6 @@ def plan(topology: str, config: Experiment, aot: bool = False):
 
     Args:
         topology: the machine, such as v5e-8, v6e-16, v5p-8, h100-8, cpu
-        config: every field of the experiment
         aot: also compile the programs of the run for it; takes minutes, for a TPU needs libtpu but
             no TPU
     """
@@ -87,7 +85,6 @@ def _doctor(config: Experiment, num_prompts: int = 8, only: str = ""):
     `opdjax doctor --list` prints the checks, what each finds and what to do then.
 
     Args:
-        config: every field of the experiment
         num_prompts: prompts of the data that go through the models
         only: names of checks, separated by commas; empty: all checks that apply
     """
@@ -165,9 +162,6 @@ def references(config: Experiment):
 
     The same command resumes. Exits with 1 if some prompts have no usable answer. Only these fields
     are used: data, teach, teacher, api, mesh, train.dtype, seed and the student's tokenizer.
-
-    Args:
-        config: every field of the experiment
     """
     from opdjax.rollouts.write_references import teach
 
@@ -194,7 +188,6 @@ def _store_ahead(store: pathlib.Path, config: Experiment):
 
     Args:
         store: work directory of the run, which need not exist yet
-        config: every field of the experiment
     """
     _generate(store, config)
 

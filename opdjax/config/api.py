@@ -54,11 +54,6 @@ class JudgeConfig:
     # Reasoning effort; None: not sent.
     reasoning_effort: ReasoningEffort | None = None
 
-    @property
-    def is_given(self) -> bool:
-        """Whether a model has this role."""
-        return bool(self.model)
-
 
 @dataclasses.dataclass(frozen=True)
 class ApiConfig(Section):
@@ -122,19 +117,17 @@ class ApiConfig(Section):
         # The shared key is never sent to another server.
         variable = f"{role.upper()}_API_KEY"
         own_key = variable if variable in os.environ else ""
-        values = {
-            "base_url": RULE_JUDGE if model == RULE_JUDGE else base_url or self.base_url,
-            "model": model.removeprefix("@"),
-            "api_key_env": own_key if base_url else self.api_key_env,
-            "max_tokens": self.max_tokens,
-            "timeout": self.timeout,
-            "concurrency": self.concurrency,
-            "requests_per_minute": self.per_minute[0],
-            "tokens_per_minute": self.per_minute[1],
-            "input_price": input_price,
-            "output_price": output_price,
-        }
-        return Endpoint(**values | own)
+        shared = {name: getattr(self, name) for name in ("max_tokens", "timeout", "concurrency")}
+        return Endpoint(
+            RULE_JUDGE if model == RULE_JUDGE else base_url or self.base_url,
+            model.removeprefix("@"),
+            own_key if base_url else self.api_key_env,
+            requests_per_minute=self.per_minute[0],
+            tokens_per_minute=self.per_minute[1],
+            input_price=input_price,
+            output_price=output_price,
+            **shared | own,
+        )
 
 
 def require_address(field: str, url: str) -> None:

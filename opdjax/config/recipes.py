@@ -172,14 +172,6 @@ class Recipe:
         is_possible = aggregation != "stage_token_mean" or self.has_stages
         expected = f"another one where the recipe is {self.name}: it has no stages"
         require(is_possible, "estimator.aggregation", aggregation, expected)
-        # The bounds are 1 / cap and cap; a share of 0 or 1 of a mixture leaves nothing to learn.
-        cap, beta = options.get("importance_cap", 2), options.get("beta", 0.5)
-        is_band = options.get("importance") != "token_mask" or cap > 1
-        expected = "more than 1 where importance is token_mask, whose smallest ratio is its inverse"
-        require(is_band, "estimator.importance_cap", cap, expected)
-        is_mixed = options.get("divergence") not in _SKEWS or 0 < beta < 1
-        expected = f"more than 0 and less than 1 where divergence is {options.get('divergence')}"
-        require(is_mixed, "estimator.beta", beta, expected)
 
     def _check_rule(self, name: str, value: Any, rule: Rule, options: Mapping[str, Any]) -> None:
         if rule.values and value not in rule.values:
@@ -202,8 +194,7 @@ class Recipe:
 
 
 # Default of importance_cap, by correction.
-DEFAULT_CAPS = {"token_truncate": 2.0, "token_mask": 2.0, "sequence_mask": 3.0}
-DEFAULT_CAPS |= {"prefix_truncate": 2.0}
+DEFAULT_CAPS = dict.fromkeys(get_args(Correction)[1:5], 2.0) | {"sequence_mask": 3.0}
 _ALTERING = ("reward_floor", "power_alpha", "prefix_weight", "discount")  # change the objective
 _DIVERGENCES = get_args(Divergence)
 _DIRECTIONS, _SKEWS = _DIVERGENCES[:2], _DIVERGENCES[3:]
@@ -233,7 +224,10 @@ _DISCOUNTED = Rule("discount", "more than 0", is_needed=True)
 _PENALISED = Rule("reference_kl_coef", "more than 0", is_needed=True)
 _CLIP_LOW = Option(0.2, range="more than 0 and less than 1")
 _CLIP_HIGH = Option(0.28, range="more than 0")
-_ONE_DRAW = fixes("extra_draws", 0, values=get_args(Correction)[1:])
+_CORRECTED = (
+    fixes("extra_draws", 0, values=get_args(Correction)[1:]),
+    Rule("importance_cap", "more than 1", values=("token_mask",)),  # the bounds are 1 / cap and cap
+)
 _IF_CLIPPED = (needs("importance", "ppo_clip"),)
 _SAMPLED = {  # of recipes that sample tokens and score them
     "discount": Option(0.0, range="from 0 to 1"),
@@ -243,7 +237,7 @@ _SAMPLED = {  # of recipes that sample tokens and score them
     "prefix_weight": Option(0.0, range="0 (off) or more"),
     "extra_draws": Option(0, range="0 (off) or more"),
     "task_reward_coef": Option(0.0),
-    "importance": Option("none", get_args(Correction), rules=(_ONE_DRAW,)),
+    "importance": Option("none", get_args(Correction), rules=_CORRECTED),
     "importance_cap": Option(range="more than 0", rules=(needs("importance", *DEFAULT_CAPS),)),
     "clip_low": dataclasses.replace(_CLIP_LOW, rules=_IF_CLIPPED),
     "clip_high": dataclasses.replace(_CLIP_HIGH, rules=_IF_CLIPPED),
@@ -264,6 +258,8 @@ _OUTSIDE = (
     needs("renormalize", "none", values=("tail",)),
     needs("renormalize", "none", "teacher", values=("floor",)),
 )
+# A share of 0 or 1 of a mixture leaves nothing to learn.
+_MIXED = Rule("beta", "more than 0 and less than 1", values=_SKEWS)
 _WEIGHTED = (fixes("outside", "drop"), fixes("renormalize", "none"), fixes("divergence", "reverse"))
 _SET_BY_CONVENTION = (
     *map(fixes, ("support", "renormalize", "outside", "weight")),
@@ -332,7 +328,7 @@ RECIPES: Mapping[str, Recipe] = {
             "position of the completion, over the whole vocabulary.",
             "vocabulary",
             {
-                "divergence": Option("reverse", _DIVERGENCES),
+                "divergence": Option("reverse", _DIVERGENCES, rules=(_MIXED,)),
                 # Default 0.5 of jsd, 0.1 of a skew divergence.
                 "beta": Option(range="from 0 to 1", rules=(needs("divergence", "jsd", *_SKEWS),)),
                 **_STATE,

@@ -92,7 +92,7 @@ class Config(Section):
     @property
     def api_keys(self) -> set[str]:
         """The environment variables whose keys the run sends."""
-        judges = [self.endpoint(r) for r in ("rubricator", "verifier") if getattr(self, r).is_given]
+        judges = [self.endpoint(r) for r in ("rubricator", "verifier") if getattr(self, r).model]
         teachers = [self.teach.endpoint(self.api)] if self.teach.model else []
         return {endpoint.api_key_env for endpoint in (*judges, *teachers)} - {""}
 
@@ -197,7 +197,7 @@ class Config(Section):
         roles = ("verifier", "rubricator") if writes_rubrics else ("verifier",)
         for role in roles if self.is_judged else ():
             expected = f"the name of a model: {recipe.name} asks this judge"
-            self.require(getattr(self, role).is_given, f"{role}.model", expected)
+            self.require(getattr(self, role).model, f"{role}.model", expected)
         is_written = rubrics.refresh != "given" or "rubric" in self.data.column_names
         expected = "a column of criteria, rubric=COLUMN, where rubrics.refresh is given"
         self.require(is_written, "data.columns", expected)

@@ -23,6 +23,7 @@ _RANGES: Mapping[str, Callable[[Any], bool]] = {
     "from 2 to 200": lambda x: 2 <= x <= 200,
     "at least 0 and less than 1": lambda x: 0 <= x < 1,
     "more than 0": lambda x: x > 0,
+    "more than 1": lambda x: x > 1,
     "more than 0 and at most 1": lambda x: 0 < x <= 1,
     "more than 0 and less than 1": lambda x: 0 < x < 1,
     "at least 1": lambda x: x >= 1,
@@ -117,20 +118,17 @@ def convert(hint: Any, value: Any, path: str) -> Any:
             raise ConfigError(f"{path} is {value!r}; {nearest(str(value), map(str, arguments))}")
         return value
     if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{path} is {value!r}; expected a list")
-        if arguments[-1] is not ... and len(value) != len(arguments):
-            raise ConfigError(f"{path} is {value!r}; expected {len(arguments)} values")
+        require(isinstance(value, (list, tuple)), path, value, "a list")
+        is_long_enough = arguments[-1] is ... or len(value) == len(arguments)
+        require(is_long_enough, path, value, f"{len(arguments)} values")
         return tuple(convert(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     is_bool = isinstance(value, bool)
     if hint is float and isinstance(value, int) and not is_bool and abs(value) < 1e300:
         return float(value)
-    if not isinstance(value, hint) or (is_bool and hint is not bool):
-        raise ConfigError(f"{path} is {value!r}; expected {hint.__name__}")
-    if hint is float and not math.isfinite(value):
-        raise ConfigError(f"{path} is {value!r}; expected a finite number")
-    if hint is int and abs(value) > _MAX_INT:
-        raise ConfigError(f"{path} is {value!r}; expected at most {_MAX_INT}")
+    is_right_type = isinstance(value, hint) and is_bool == (hint is bool)
+    require(is_right_type, path, value, hint.__name__)
+    require(hint is not float or math.isfinite(value), path, value, "a finite number")
+    require(hint is not int or abs(value) <= _MAX_INT, path, value, f"at most {_MAX_INT}")
     return value
 
 
@@ -140,14 +138,12 @@ def require_types(section: Any, path: str = "") -> None:
     """
     for name, hint in hints_of(type(section)).items():
         value = getattr(section, name)
-        if not dataclasses.is_dataclass(hint):
-            convert(hint, value, path + name)
-        elif isinstance(value, hint):
+        if dataclasses.is_dataclass(hint):
+            expected = f"a section with named fields: {hint.__name__}(...)"
+            require(isinstance(value, hint), name, value, expected)
             require_types(value, f"{name}.")
         else:
-            raise ConfigError(
-                f"{name} is {value!r}; expected a section with named fields: {hint.__name__}(...)"
-            )
+            convert(hint, value, path + name)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -159,9 +155,8 @@ def from_dict(cls: type, values: dict[str, Any], path: str = "") -> Any:
     """The strict inverse of `to_dict`: ConfigError for an unknown field, with the nearest valid
     name, for a wrong type and for the lack of a field without a default.
     """
-    if not isinstance(values, dict):
-        where = path.rstrip(".") or "the config"
-        raise ConfigError(f"{where} is {values!r}; expected a section with named fields")
+    where = path.rstrip(".") or "the config"
+    require(isinstance(values, dict), where, values, "a section with named fields")
     hints = hints_of(cls)
     for name in values:
         if name not in hints:
