@@ -55,7 +55,6 @@ class JudgeConfig:
     reasoning_effort: ReasoningEffort | None = None
 
 
-@dataclasses.dataclass(frozen=True)
 class ApiConfig(Section):
     """The server of all chat models (vLLM, SGLang, Gemini, OpenAI ...), and its limits and cost."""
 
@@ -73,10 +72,7 @@ class ApiConfig(Section):
     concurrency: Annotated[int, "0 (only cached replies) or more"] = 32
     # Limits of a role's requests and tokens per minute; 0: no limit. A request counts in advance as
     # its characters / 4 and its longest reply.
-    per_minute: Annotated[tuple[int, int], "0 (no limit) or more each: requests and tokens"] = (
-        0,
-        0,
-    )
+    per_minute: Annotated[tuple[int, int], "0 (no limit) or more each"] = (0, 0)
     # Retries of a request after status 408, 429 or 5xx, a timeout or a broken connection. Other
     # errors are not retried.
     max_retries: Annotated[int, "0 or more"] = 4

@@ -1,12 +1,10 @@
 """How much `opdjax audit` measures."""
 
-import dataclasses
 from typing import Annotated
 
 from opdjax.config.validation import Section
 
 
-@dataclasses.dataclass(frozen=True)
 class AuditConfig(Section):
     """How much `opdjax audit` measures."""
 

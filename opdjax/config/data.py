@@ -2,7 +2,6 @@
 library only.
 """
 
-import dataclasses
 import difflib
 import re
 from collections.abc import Mapping
@@ -27,7 +26,6 @@ _TEMPLATES: Mapping[str, tuple[Literal["chat", "raw"], bool | None]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
 class DataConfig(Section):
     """The prompts and how each model sees them."""
 
@@ -118,7 +116,6 @@ def columns_of(field: str, columns: tuple[str, ...], names: tuple[str, ...]) -> 
     return found
 
 
-@dataclasses.dataclass(frozen=True)
 class TeachConfig(Section):
     """How opdjax references has a teacher answer the prompts."""
 

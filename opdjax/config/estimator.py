@@ -1,6 +1,5 @@
 """The recipe of a run and its options."""
 
-import dataclasses
 from typing import Any, Literal
 
 from opdjax.config.recipes import (
@@ -19,7 +18,6 @@ from opdjax.config.validation import Section
 _SHARED = ("recipe", "aggregation")  # by all recipes
 
 
-@dataclasses.dataclass(frozen=True)
 class EstimatorConfig(Section):
     """The recipe and its options. None: the recipe's default; `recipes.py` has all defaults, and
     which options a recipe has.

@@ -1,13 +1,11 @@
 """How the student is evaluated."""
 
-import dataclasses
 from typing import Annotated, Literal
 
 from opdjax.config.data import columns_of
 from opdjax.config.validation import Section
 
 
-@dataclasses.dataclass(frozen=True)
 class EvaluationConfig(Section):
     """Sampled and greedy answers to held-out prompts, before, during and after training."""
 

@@ -1,12 +1,10 @@
 """Settings of a sweep on machines of an external scheduler."""
 
-import dataclasses
 from typing import Annotated
 
 from opdjax.config.validation import Section
 
 
-@dataclasses.dataclass(frozen=True)
 class FleetConfig(Section):
     """The machines on which the shards of a sweep run."""
 

@@ -1,12 +1,10 @@
 """Rollouts that are sampled ahead of their update, and which of them are kept."""
 
-import dataclasses
 from typing import Annotated, Literal
 
 from opdjax.config.validation import Section
 
 
-@dataclasses.dataclass(frozen=True)
 class NearPolicyConfig(Section):
     """Rollouts sampled ahead of their update (NPD, arXiv 2605.05940)."""
 

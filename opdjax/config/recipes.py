@@ -71,7 +71,7 @@ class Option:
     """An option of a recipe: its default, the values it accepts, and what it asks of others."""
 
     default: Any = None
-    choices: tuple[Any, ...] = ()  # empty: all values of the field's type
+    choices: tuple[str, ...] = ()  # empty: all values of the field's type
     range: str | None = None  # in words, see `in_range`
     rules: tuple[Rule, ...] = ()
 
@@ -163,8 +163,8 @@ class Recipe:
                 has = ", ".join(self.options) or "none"
                 raise ConfigError(f"recipe {self.name!r} has no option {name!r}; it has {has}")
             option, field = self.options[name], f"estimator.{name}"
-            is_choice = not option.choices or value in option.choices
-            require(is_choice, field, value, self._choices(name))
+            expected = f"{' or '.join(option.choices)} where the recipe is {self.name}"
+            require(not option.choices or value in option.choices, field, value, expected)
             is_free = option.range is None or isinstance(value, str)
             require(is_free or in_range(value, option.range), field, value, option.range)
             for rule in option.rules:
@@ -185,12 +185,6 @@ class Recipe:
             expected = f"{rule.expected} where {name} is {value}"
             other = options[rule.other]
             require(rule.accepts(other), f"estimator.{rule.other}", other, expected)
-
-    def _choices(self, name: str) -> str:
-        choices = " or ".join(map(str, self.options[name].choices))
-        if name == "importance" and not self.is_policy_gradient:
-            return f"{choices}: {self.name} samples no token, only its contexts can be stale"
-        return f"{choices} where the recipe is {self.name}"
 
 
 # Default of importance_cap, by correction.

@@ -1,6 +1,5 @@
 """How a judge that reads only text scores answers."""
 
-import dataclasses
 import re
 from typing import Annotated, Literal
 
@@ -11,7 +10,6 @@ from opdjax.config.validation import Section, require
 MAX_FAILED_SHARE = 0.4
 
 
-@dataclasses.dataclass(frozen=True)
 class RubricsConfig(Section):
     """Rubrics for the answers to a prompt (ROPD, arXiv 2605.07396) and for the stages of an answer
     (RubricEM, arXiv 2605.10899).

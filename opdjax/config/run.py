@@ -5,28 +5,28 @@ is `config.json` in the work directory. `None` for an option of a recipe means t
 default.
 """
 
-import dataclasses
 from typing import Annotated, Literal
 
 from opdjax.config.api import ApiConfig, Endpoint, JudgeConfig, require_model
-from opdjax.config.checkpoint import CheckpointConfig
 from opdjax.config.data import JUDGED_FIELDS, DataConfig, TeachConfig
 from opdjax.config.estimator import EstimatorConfig
 from opdjax.config.evaluation import EvaluationConfig
-from opdjax.config.log import LogConfig
-from opdjax.config.lora import LoraConfig
-from opdjax.config.mesh import MeshConfig
 from opdjax.config.model import MINI_STUDENT, MINI_TEACHER, STUDENT, ModelConfig
 from opdjax.config.near_policy import NearPolicyConfig
-from opdjax.config.optimizer import OptimizerConfig
 from opdjax.config.recipes import RECIPES, Recipe
 from opdjax.config.rubrics import RubricsConfig
 from opdjax.config.sampling import SamplingConfig
-from opdjax.config.train import TrainConfig
+from opdjax.config.train import (
+    CheckpointConfig,
+    LogConfig,
+    LoraConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from opdjax.config.validation import ConfigError, Section, require
 
 
-@dataclasses.dataclass(frozen=True)
 class Config(Section):
     """A whole run."""
 

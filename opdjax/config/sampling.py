@@ -1,12 +1,10 @@
 """How completions are sampled."""
 
-import dataclasses
 from typing import Annotated, Literal
 
 from opdjax.config.validation import Section
 
 
-@dataclasses.dataclass(frozen=True)
 class SamplingConfig(Section):
     """The completions that are trained on, and how they are sampled."""
 

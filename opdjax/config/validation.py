@@ -30,7 +30,7 @@ _RANGES: Mapping[str, Callable[[Any], bool]] = {
     "at least 2": lambda x: x >= 2,
     "-1 or at least 1": lambda x: x == -1 or x >= 1,
     "one or more numbers, more than 0 each": lambda x: len(x) > 0 and min(x) > 0,
-    "0 or more each: requests and tokens": lambda x: min(x) >= 0,
+    "0 or more each": lambda x: min(x) >= 0,
     "K * K numbers, row by row, for K stages": lambda x: (
         len(x) > 1 and math.isqrt(len(x)) ** 2 == len(x)
     ),
@@ -55,12 +55,17 @@ def require(is_met: bool, field: str, value: Any, expected: str) -> None:
         raise ConfigError(f"{field} is {value!r}; expected {expected}")
 
 
+@typing.dataclass_transform(frozen_default=True)
 class Section:
-    """A frozen dataclass of settings that checks types and ranges of its fields when it is made.
+    """A group of settings. Its subclasses are frozen dataclasses, which check the types and ranges
+    of their fields when they are made.
 
     A range is given in words: `every: Annotated[int, "0 (off) or more"] = 0`. Errors name a field
     of `DataConfig` as data.FIELD, and a field of `Config` as FIELD.
     """
+
+    def __init_subclass__(cls) -> None:
+        dataclasses.dataclass(frozen=True)(cls)
 
     def __post_init__(self) -> None:
         require_types(self, self._path())
