@@ -10,12 +10,11 @@ from typing import Annotated, Literal
 from opdjax.config.api import ApiConfig, Endpoint, JudgeConfig, require_model
 from opdjax.config.data import JUDGED_FIELDS, DataConfig, TeachConfig
 from opdjax.config.estimator import EstimatorConfig
-from opdjax.config.evaluation import EvaluationConfig
 from opdjax.config.model import MINI_STUDENT, MINI_TEACHER, STUDENT, ModelConfig
 from opdjax.config.near_policy import NearPolicyConfig
 from opdjax.config.recipes import RECIPES, Recipe
 from opdjax.config.rubrics import RubricsConfig
-from opdjax.config.sampling import SamplingConfig
+from opdjax.config.sampling import EvaluationConfig, SamplingConfig
 from opdjax.config.train import (
     CheckpointConfig,
     LogConfig,

@@ -3,6 +3,7 @@ built-in models.
 """
 
 import ast
+import dataclasses
 import importlib
 import json
 import os
@@ -15,7 +16,15 @@ import pytest
 
 from opdjax.cli import main
 from opdjax.cli.parsing import load_experiment
-from opdjax.config import MINI_PAIR, MINI_STUDENT, MINI_TEACHER, PACKAGE, Config
+from opdjax.config import (
+    MINI_PAIR,
+    MINI_STUDENT,
+    MINI_TEACHER,
+    PACKAGE,
+    Config,
+    EstimatorConfig,
+)
+from opdjax.config.recipes import RECIPES
 from opdjax.config.validation import ConfigError, MissingExtraError, to_dict
 from opdjax.data.references import ReferenceMissError
 from opdjax.runs.lease import LeaseLostError
@@ -150,6 +159,16 @@ def test_help_of_training_shows_the_values_of_the_experiment(opdjax, experiment)
     assert "What the summed token losses are divided by, over the whole batch." in out
     assert opdjax("train", "--help")[0] == 0
     assert opdjax("train")[0] == 2
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "doctor", "audit", "references"])
+def test_help_names_the_recipes_of_an_option_as_their_rows_do(opdjax, experiment, command):
+    out = smooth(opdjax(command, experiment(), "--help")[1])
+    helps = {text.split(" ")[0]: text for text in out.split("--estimator.")[1:]}
+    for field in dataclasses.fields(EstimatorConfig):
+        recipes = ", ".join(name for name, row in RECIPES.items() if field.name in row.options)
+        marked = f"({recipes}) (default: " if recipes else "(default: "
+        assert marked in helps[field.name.replace("_", "-")], field.name
 
 
 # Mistakes

@@ -263,6 +263,7 @@ def test_a_teacher_of_another_vocabulary_writes_text(tmp_path):
     said = dict(
         complete(
             ModelConfig("@mini_teacher"),
+            "float32",
             [exchanged(text) for text in sums],
             config.data,
             1,
