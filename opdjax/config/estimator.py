@@ -15,8 +15,6 @@ from opdjax.config.recipes import (
 )
 from opdjax.config.validation import Section
 
-_SHARED = ("recipe", "aggregation")  # by all recipes
-
 
 class EstimatorConfig(Section):
     """The recipe and its options. None: the recipe's default; `recipes.py` has all defaults, and
@@ -103,8 +101,8 @@ class EstimatorConfig(Section):
     @property
     def options(self) -> dict[str, Any]:
         """The recipe's options that were given."""
-        fields = vars(self).items()
-        return {n: value for n, value in fields if n not in _SHARED and value is not None}
+        shared = ("recipe", "aggregation")
+        return {k: v for k, v in vars(self).items() if k not in shared and v is not None}
 
 
 ROPD_CODE, ROPD_PAPER = EstimatorConfig(**ROPD_RELEASE), EstimatorConfig(**ROPD_PRINTED)
