@@ -87,8 +87,8 @@ def _read(text: str) -> tuple[str, list[str], list[str]]:
     sections.update((name, value) for name, value in saved.items() if isinstance(value, dict))
     others = {name: value for name, value in saved.items() if name not in sections}
     lost: list[str] = []
-    for read in (_read_models, _read_data, _read_evaluation, _read_estimator, _read_rubrics):
-        read(sections, lost)
+    for reader in (_read_models, _read_data, _read_evaluation, _read_estimator, _read_rubrics):
+        reader(sections, lost)
     _read_endpoints(sections, lost)
     for old, new in RENAMED_KEYS.items():
         value = _pop(sections, old)
@@ -100,7 +100,8 @@ def _read(text: str) -> tuple[str, list[str], list[str]]:
         train["remat"] = "layer" if train["remat"] else "none"
     lost += _removed(sections, REMOVED_KEYS)
     execution = _removed(sections, REMOVED_EXECUTION_KEYS)
-    return json.dumps(to_dict(from_dict(Config, {**sections, **others}))), lost, execution
+    read = {name: values for name, values in sections.items() if values or name in saved}
+    return json.dumps(to_dict(from_dict(Config, read | others))), lost, execution
 
 
 def _pop(sections: Sections, field: str) -> Any:
