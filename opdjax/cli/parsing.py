@@ -60,7 +60,8 @@ def call_with_config(function: Callable[..., None], arguments: list[str], usage:
         call(function, arguments[1:], f"opdjax {name} EXPERIMENT")
         return
     print(f"usage: opdjax {usage} [--section.field VALUE …]\n")
-    print("EXPERIMENT is a Python file with get_config(), or the config.json of a run.")
+    print("EXPERIMENT is a Python file with get_config(), the config.json of a run, or @NAME, a")
+    print("built-in experiment: opdjax experiments lists them.")
     print(f"opdjax {name} EXPERIMENT --help lists all fields and their values.")
     sys.exit(0 if arguments and arguments[0] in ("-h", "--help") else 2)
 

@@ -1,6 +1,5 @@
 """Every setting of a run. Experiment files import from here."""
 
-# ruff: noqa: F401
 from opdjax.config.api import RULE_JUDGE, ApiConfig, JudgeConfig
 from opdjax.config.audit import AuditConfig
 from opdjax.config.data import JUDGED_FIELDS, TEACHER_FIELDS, DataConfig, TeachConfig
@@ -21,3 +20,37 @@ from opdjax.config.train import (
     TrainConfig,
 )
 from opdjax.config.validation import ConfigError
+
+__all__ = [
+    "JUDGED_FIELDS",
+    "MINI_PAIR",
+    "MINI_STUDENT",
+    "MINI_TEACHER",
+    "PACKAGE",
+    "ROPD_CODE",
+    "ROPD_PAPER",
+    "RULE_JUDGE",
+    "STUDENT",
+    "TEACHER_FIELDS",
+    "ApiConfig",
+    "AuditConfig",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EstimatorConfig",
+    "EvaluationConfig",
+    "FleetConfig",
+    "JudgeConfig",
+    "LogConfig",
+    "LoraConfig",
+    "LoraTarget",
+    "MeshConfig",
+    "ModelConfig",
+    "NearPolicyConfig",
+    "OptimizerConfig",
+    "RubricsConfig",
+    "SamplingConfig",
+    "TeachConfig",
+    "TrainConfig",
+]

@@ -23,6 +23,9 @@ Divergence = Literal["reverse", "forward", "jsd", "skew_forward", "skew_reverse"
 Correction = Literal[
     "none", "token_truncate", "token_mask", "sequence_mask", "prefix_truncate", "ppo_clip"
 ]
+Convention = Literal[
+    "tunix", "verl", "nemo_rl", "nemo_rl_floor", "easydel", "trl", "thunlp", "distillkit"
+]
 TeacherNeed = Literal["none", "token", "top_k", "vocabulary"]
 RewardKind = Literal["none", "task", "scalar", "rubric", "stages"]
 CompletionsFrom = Literal["student", "teacher", "references"]
@@ -199,7 +202,7 @@ _DIRECTIONS, _SKEWS = _DIVERGENCES[:2], _DIVERGENCES[3:]
 # entropy.
 _OF_TEACHER = {"support": "teacher"}
 _UNSCALED = _OF_TEACHER | {"renormalize": "none"}
-TOP_K_CONVENTIONS: Mapping[str, Mapping[str, Any]] = {
+TOP_K_CONVENTIONS: Mapping[Convention, Mapping[str, Any]] = {
     "tunix": _OF_TEACHER | {"renormalize": "both", "divergence": "forward"},
     "verl": _UNSCALED | {"clamp_at_zero": True, "divergence": "forward"},
     "nemo_rl": _OF_TEACHER | {"renormalize": "both"},
@@ -209,7 +212,6 @@ TOP_K_CONVENTIONS: Mapping[str, Mapping[str, Any]] = {
     "thunlp": _UNSCALED | {"support": "student", "weight": "p_student", "divergence": "reverse"},
     "distillkit": _UNSCALED | {"outside": "tail"},
 }
-Convention = Literal[tuple(TOP_K_CONVENTIONS)]
 _ONE_DIRECTION = tuple(name for name, sets in TOP_K_CONVENTIONS.items() if "divergence" in sets)
 
 # Options that recipes share.

@@ -1,9 +1,13 @@
 """How completions are sampled, for training and for evaluation."""
 
+import re
 from typing import Annotated, Literal
 
 from opdjax.config.data import columns_of
 from opdjax.config.validation import Section
+
+# Names of `evaluation.grader`, besides auto, regex:PATTERN and FILE.py:FUNCTION.
+GRADERS = ("gsm8k", "last_number", "boxed", "choice", "exact")
 
 
 class SamplingConfig(Section):
@@ -45,9 +49,12 @@ class EvaluationConfig(Section):
 
     # Prompts with answers, in the form of data.source; None: no evaluation.
     source: str | None = "arithmetic:test"
-    # Part of a completion that is compared with the answer: its last number after a #, its
-    # last boxed expression (LaTeX), or all of it.
-    grader: Literal["final_number", "boxed", "exact"] = "final_number"
+    # What is read of a completion and compared with the answer: gsm8k (the number after ####),
+    # last_number, boxed (the last \boxed{...}, as mathematics), choice (a letter from A to J),
+    # exact (the whole text), regex:PATTERN (its last match, or the first group of it),
+    # FILE.py:FUNCTION (your own, called with the completion and the answer), or auto: gsm8k for
+    # the built-in task, else last_number.
+    grader: str = "auto"
     # Use the first N prompts, of each benchmark if there are several.
     num_prompts: Annotated[int, "at least 1"] = 512
     # Sampled answers per prompt: the k of avg@k and pass@k.
@@ -70,7 +77,18 @@ class EvaluationConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
+        self._check_grader()
         _ = self.column_names
+
+    def _check_grader(self):
+        kind, _, pattern = self.grader.partition(":")
+        is_known = self.grader in (*GRADERS, "auto") or re.fullmatch(r".+\.py:\w+", self.grader)
+        expected = f"{', '.join(GRADERS)}, auto, regex:PATTERN or FILE.py:FUNCTION"
+        self.require(is_known or kind == "regex", "grader", expected)
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            self.require(False, "grader", f"a regular expression after regex: ({error})")
 
     @property
     def column_names(self) -> dict[str, str]:

@@ -252,7 +252,7 @@ class Measurements:
         evaluation, answers = self.config.evaluation, [row.answer for row in self._rows]
         if evaluation.source is None or None in answers:
             return None
-        grading = (answers, self.setup.tokenizer, evaluation.grader)
+        grading = (answers, self.setup.tokenizer, self.config.grader)
         both = (self._greedy(self._student, self.prompts), self.teacher_answers)
         return tuple(int(graded(rollouts, *grading).sum()) for rollouts in both)
 

@@ -200,7 +200,7 @@ class JudgedSource(RolloutSource):
         answers = [setup.prompts.prompts[index].answer for index in np.asarray(rollouts.prompt_id)]
         if any(answer is None for answer in answers):
             return None
-        return graded(rollouts, answers, setup.tokenizer, setup.config.evaluation.grader)
+        return graded(rollouts, answers, setup.tokenizer, setup.config.grader)
 
     def _wait_for_scores(
         self, futures: list[Future], is_correct: np.ndarray | None, step: int

@@ -11,7 +11,7 @@ import jax
 
 from opdjax.config.run import Config
 from opdjax.config.validation import ConfigError, MissingExtraError, require
-from opdjax.data.grading import require_grader
+from opdjax.data.grading import require_grader, require_readable
 from opdjax.data.prompt_rows import Prompt, require_field
 from opdjax.data.prompts import PromptSet
 from opdjax.estimators.advantage import credit_matrix
@@ -30,11 +30,12 @@ def require_reward_data(config: Config, rows: list[Prompt]) -> None:
     """The data, packages and settings that the rewards need must be there."""
     data, rubrics, estimator = config.data, config.rubrics, config.estimator
     if config.is_judged and all(row.answer is not None for row in rows):
-        require_grader(config.evaluation.grader)  # the record of scores contains right answers
+        require_grader(config.grader)  # the record of scores contains right answers
     if estimator.task_reward_coef or config.recipe.reward == "task":
-        require_grader(config.evaluation.grader)
+        require_grader(config.grader)
         column = data.column_names.get("answer", "answer")
         require_field(rows, "answer", column, data.source, "a task reward needs them")
+        require_readable(config.grader, [row.answer for row in rows], data.source)
     if rubrics.stage_names:  # checked before anyone pays for scores that no stage can use
         try:
             credit_matrix(estimator.stage_credit, len(rubrics.stage_names))

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from opdjax.config import STUDENT, Config, DataConfig, SamplingConfig, TrainConfig
 from opdjax.config.validation import ConfigError, require
 from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, valid_vocab
-from opdjax.data.grading import require_grader
+from opdjax.data.grading import require_grader, require_readable
 from opdjax.data.prompt_rows import first_of_each, read_prompts, require_field
 from opdjax.data.prompts import PromptSet, encode_prompts, load_rows
 from opdjax.data.sources import ColumnMap
@@ -278,7 +278,7 @@ def make_evaluator(
     config: Config, student: Checkpoint, tokenizer: Any, mesh: Mesh | None
 ) -> Evaluator | None:
     """The evaluator of a config with its prompts; None if the config has no evaluation."""
-    evaluation = config.evaluation
+    evaluation = dataclasses.replace(config.evaluation, grader=config.grader)
     if evaluation.source is None:
         return None
     require_grader(evaluation.grader)
@@ -289,6 +289,7 @@ def make_evaluator(
     rows = first_of_each(read_prompts(data.source, ColumnMap(**names)), evaluation.num_prompts)
     column = names.get("answer", "answer")
     require_field(rows, "answer", column, data.source, "evaluation needs them")
+    require_readable(evaluation.grader, [row.answer for row in rows], evaluation.source)
     prompts = encode_prompts(rows, data, tokenizer, tokenizer)
     stop = stop_ids(student, tokenizer, config.sampling.stop_token_ids)
     width = num_ids(student, tokenizer)
