@@ -129,7 +129,7 @@ def test_help_lists_every_command(opdjax):
         status, out, err = opdjax(flag)
         assert (status, err) == (0, "")
         listed = re.findall(r"^  (\w+) ", out, re.MULTILINE)
-        assert listed == list(main.COMMANDS) == [*NAMES.split(), "export"]
+        assert listed == list(main.COMMANDS) == [*NAMES.split(), "export", "experiments"]
     status, out, _ = opdjax()
     assert status == 2
     assert "usage: opdjax COMMAND" in out
@@ -518,7 +518,7 @@ def test_draws_follow_the_seed(opdjax):
         (["--seed", "2147483648"], "seed is 2147483648; expected at most 2147483647"),
         (
             ["--data.max-prompt-length", "3"],
-            "the command line has no prompt of at most 3 tokens (1 rows read); raise data.max_",
+            "the caller has no prompt of at most 3 tokens (1 rows read); raise data.max_",
         ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -532,7 +532,7 @@ def test_sampling_refuses_what_a_run_would_refuse(opdjax, flags, message):
 def test_sampling_without_a_prompt(opdjax):
     status, _, err = opdjax("sample", MINI_STUDENT)
     assert status == 2
-    assert err.endswith("no prompt given; expected one or more texts after the model")
+    assert err.endswith("no prompt given; expected one or more")
 
 
 def test_evaluation_prints_and_writes_its_scores(opdjax, tmp_path):
