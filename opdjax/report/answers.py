@@ -31,67 +31,47 @@ class Answer:
     givers: tuple[str, ...] = ()  # arms, or a step of the run
 
 
-@dataclasses.dataclass(frozen=True)
-class ComparedPrompt:
-    """A prompt with its answers; seed and step are those of arms (step None: after training)."""
-
-    prompt: str
-    answers: tuple[Answer, ...]
-    seed: int | None = None
-    step: int | None = None
-
-    @property
-    def reference(self) -> str | None:
-        """The data's answer."""
-        return next((a.reference for a in self.answers if a.reference is not None), None)
+# By prompt, and the seed and step of arms (step None: after training).
+Compared = dict[tuple[str, int | None, int | None], list[Answer]]
 
 
-@dataclasses.dataclass(frozen=True)
-class ComparedAnswers:
-    """The prompts with the most different answers."""
-
-    is_held_out: bool  # greedy answers to held-out prompts; else training rollouts
-    prompts: tuple[ComparedPrompt, ...]
-    # Of one run whose answers are all graded: all compared prompts, and those that went from wrong
-    # to right and from right to wrong.
-    changes: tuple[int, int, int] | None = None
-
-
-def first_and_last(run: Run, mark: Marker = unmarked) -> ComparedAnswers | None:
-    """A run's first and last answers; None if no prompt was answered at two steps."""
+def first_and_last(run: Run, mark: Marker = unmarked) -> dict[str, Any] | None:
+    """A run's first and last answers, greedy ones to held-out prompts or else training rollouts;
+    None if no prompt was answered at two steps.
+    """
     by_step, is_held_out = _evaluated(run), True
     if len(by_step) < 2:
         by_step, is_held_out = _trained(run, mark), False
-    found: dict[str, list[Answer]] = collections.defaultdict(list)
+    found: Compared = collections.defaultdict(list)
     for step, answers in sorted(by_step.items()):
         for prompt, answer in answers.items():
-            found[prompt].append(dataclasses.replace(answer, givers=(f"step {step:,}",)))
-    pairs = {prompt: (each[0], each[-1]) for prompt, each in found.items() if len(each) > 1}
+            given = dataclasses.replace(answer, givers=(f"step {step:,}",))
+            found[prompt, None, None].append(given)
+    pairs = {key: [each[0], each[-1]] for key, each in found.items() if len(each) > 1}
     if not pairs:
         return None
     grades = [(first.is_right, last.is_right) for first, last in pairs.values()]
-    is_graded = all(None not in pair for pair in grades)
+    # All prompts, and those that went from wrong to right and from right to wrong.
     changes = len(grades), grades.count((False, True)), grades.count((True, False))
-    prompts = _most_varied(ComparedPrompt(*each) for each in pairs.items())
-    return ComparedAnswers(is_held_out, prompts, changes if is_graded else None)
+    return {
+        "is_held_out": is_held_out,
+        "prompts": _most_varied(pairs),
+        "changes": changes if all(None not in pair for pair in grades) else None,
+    }
 
 
-def of_arms(arms: Sequence[tuple[str, Sequence[Run]]], mark: Marker) -> ComparedAnswers | None:
+def of_arms(arms: Sequence[tuple[str, Sequence[Run]]], mark: Marker) -> dict[str, Any] | None:
     """The prompts on which arms (name, runs) differ most; None if no two arms answered one."""
     is_held_out = any(_evaluated(run) for _, runs in arms for run in runs)
-    found: dict[tuple[str, int, int | None], list[Answer]] = collections.defaultdict(list)
+    found: Compared = collections.defaultdict(list)
     for name, runs in arms:
         for run in runs:
             for step, answers in (_last(run) if is_held_out else _own(run, mark)).items():
                 for prompt, answer in answers.items():
-                    key = prompt, run.config["seed"], step
-                    found[key].append(dataclasses.replace(answer, givers=(name,)))
-    prompts = [
-        ComparedPrompt(prompt, _merged(answers), seed, step)
-        for (prompt, seed, step), answers in found.items()
-        if len(answers) > 1
-    ]
-    return ComparedAnswers(is_held_out, _most_varied(prompts)) if prompts else None
+                    given = dataclasses.replace(answer, givers=(name,))
+                    found[prompt, run.config["seed"], step].append(given)
+    merged = {key: _merged(answers) for key, answers in found.items() if len(answers) > 1}
+    return {"is_held_out": is_held_out, "prompts": _most_varied(merged)} if merged else None
 
 
 def _last(run: Run) -> dict[None, dict[str, Answer]]:
@@ -101,7 +81,7 @@ def _last(run: Run) -> dict[None, dict[str, Answer]]:
 
 def _own(run: Run, mark: Marker) -> dict[int, dict[str, Answer]]:
     """The rollouts of the student; those of step 1 are by the untrained one, equal in all arms."""
-    is_own = measures.completions_from(run) == "student"
+    is_own = run.config["sampling"].get("completions_from", "student") == "student"
     return {step: each for step, each in _trained(run, mark).items() if is_own and step > 1}
 
 
@@ -110,10 +90,10 @@ def _evaluated(run: Run) -> dict[int, dict[str, Answer]]:
     earlier versions, which did not record them.
     """
     graded = lambda each: Answer(each["completion"], bool(each["is_right"]), each["answer"])
-    rows = (row for row in measures.evaluated(run) if row.get("answers"))
     return {
         row["step"]: {prompt_text(each["prompt"]): graded(each) for each in row["answers"]}
-        for row in rows
+        for row in measures.evaluated(run)
+        if row.get("answers")
     }
 
 
@@ -127,30 +107,30 @@ def _trained(run: Run, mark: Marker) -> dict[int, dict[str, Answer]]:
     return found
 
 
-def _merged(answers: Iterable[Answer]) -> tuple[Answer, ...]:
+def _merged(answers: Iterable[Answer]) -> list[Answer]:
     """Equal answers as one by several givers; the right answers first, then the frequent."""
-    found: dict[tuple[str, bool | None], list[Answer]] = collections.defaultdict(list)
+    found: dict[tuple[str, bool | None], Answer] = {}
     for each in answers:
-        found[each.text, each.is_right].append(each)
-    merged = [
-        dataclasses.replace(same[0], givers=tuple(giver for each in same for giver in each.givers))
-        for same in found.values()
-    ]
-    merged.sort(key=lambda each: (each.is_right is not True, -len(each.givers)))
-    return tuple(merged)
+        key = each.text, each.is_right
+        same = found.get(key)
+        givers = (*same.givers, *each.givers) if same else each.givers
+        found[key] = dataclasses.replace(same or each, givers=givers)
+    return sorted(found.values(), key=lambda each: (each.is_right is not True, -len(each.givers)))
 
 
-def _most_varied(prompts: Iterable[ComparedPrompt]) -> tuple[ComparedPrompt, ...]:
+def _most_varied(found: Compared) -> list[dict[str, Any]]:
     """The prompts with the most different answers, each once: first those with mixed grades, then
     by the number of different answers and of all.
     """
 
-    def variety(prompt: ComparedPrompt) -> tuple[bool, int, int]:
-        grades = {answer.is_right for answer in prompt.answers} - {None}
-        texts = {answer.text for answer in prompt.answers}
-        return len(grades) > 1, len(texts), sum(len(answer.givers) for answer in prompt.answers)
+    def variety(answers: Sequence[Answer]) -> tuple[bool, int, int]:
+        grades = {answer.is_right for answer in answers} - {None}
+        texts = {answer.text for answer in answers}
+        return len(grades) > 1, len(texts), sum(len(answer.givers) for answer in answers)
 
-    chosen: dict[str, ComparedPrompt] = {}
-    for each in sorted(prompts, key=variety, reverse=True):
-        chosen.setdefault(each.prompt, each)
-    return tuple(chosen.values())[:_PROMPTS]
+    chosen: dict[str, dict[str, Any]] = {}
+    for key, answers in sorted(found.items(), key=lambda each: variety(each[1]), reverse=True):
+        references = (a.reference for a in answers if a.reference is not None)
+        about = dict(zip(("prompt", "seed", "step"), key), reference=next(references, None))
+        chosen.setdefault(key[0], about | {"answers": answers})
+    return list(chosen.values())[:_PROMPTS]

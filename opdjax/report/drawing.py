@@ -1,16 +1,15 @@
-"""Drawings for the pages, as inline SVG by matplotlib: lines, bars, points, rows and lanes.
+"""Drawings for the pages, as inline SVG by matplotlib: lines, bars, and what every drawing shares.
 
 Text stays text and colours are CSS variables, so one drawing serves light and dark mode. Legends
-are HTML outside of the drawing: they wrap on a narrow screen and cover nothing. Every function
-returns a `<figure>` with title and caption, or nothing where there is nothing to draw.
+are HTML outside of the drawing. Every function returns a `<figure>`, or nothing where there is
+nothing to draw.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 import io
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,15 +24,15 @@ from opdjax.runs.results import is_number
 
 SERIES = 6  # colours that hue, dash and marker tell apart
 REST = -1  # the slot of lines that give context only
-TEXT = 13  # pixels of the text of a drawing at its full width
 # matplotlib draws with these colours; `_plain` replaces them with CSS variables.
-_ROLES = {"ink": "fe0101", "muted": "fe0202", "grid": "fe0303", "rest": "fe0404", "page": "fe0505"}
-_COLOURS = {name: f"#{value}" for name, value in _ROLES.items()}
-_COLOURS |= {f"series-{slot}": f"#fe10{slot:02x}" for slot in range(SERIES)}
-_DASHES = ((), (6, 2), (1.5, 1.5), (7, 2, 1.5, 2), (10, 2.5), (3, 2))
-_MARKERS = ("o", "s", "^", "D", "v", "P")
-INK, MUTED, GRID, PAGE = (_COLOURS[name] for name in ("ink", "muted", "grid", "page"))
-LETTER = 7.2  # width of a letter, in pixels
+_NAMES = ("ink", "muted", "grid", "page", *(f"series-{slot}" for slot in range(SERIES)), "rest")
+INK, MUTED, GRID, PAGE, *_SLOTS = (f"#fe01{at:02x}" for at in range(len(_NAMES)))
+_DASHES = ((), (6, 2), (1.5, 1.5), (7, 2, 1.5, 2), (10, 2.5), (3, 2), ())  # by slot, REST last
+_MARKERS = ("o", "s", "^", "D", "v", "P", "o")
+TEXT, LETTER = 13, 7.2  # size of text and width of a letter, pixels
+_SMALL = (450, 280)  # width and height of a chart, pixels
+_MARGINS = (62, 10, 32, 54)  # left, right, top, bottom
+_ROUND = [1, 2, 2.5, 5, 10]  # steps between ticks
 NOTHING = Markup("")
 
 
@@ -46,9 +45,102 @@ def require_matplotlib() -> None:
         raise MissingExtraError(needed) from error
 
 
+# What every drawing shares
+
+
+def figure(
+    title: str,
+    described: str,
+    size: tuple[float, float],
+    paint: Callable[[Any], None],
+    about: str | None = None,
+    *,
+    is_wide: bool = False,
+) -> Markup:
+    """What `paint` draws on a matplotlib figure of `size` (pixels), with title and caption."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    muted = ("axes.edgecolor", "xtick.color", "ytick.color")
+    # Two drawings of a page must not share an id: ids depend on the salt.
+    settings = dict.fromkeys(muted, MUTED) | {"svg.fonttype": "none", "svg.hashsalt": described}
+    settings |= {"text.color": INK, "grid.color": GRID, "font.size": TEXT}
+    settings |= {"axes.linewidth": 0.8, "grid.linewidth": 0.8, "axes.axisbelow": True}
+    settings |= {"text.parse_math": False, "lines.solid_capstyle": "round"}
+    width, height = size
+    with matplotlib.rc_context(settings):
+        canvas = Figure(figsize=(width / 72, height / 72), dpi=72)
+        paint(canvas)
+        out = io.StringIO()
+        canvas.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    start = Markup('<svg class="chart" viewBox="0 0 {:g} {:g}" style="max-width: {:.0f}px"')
+    drawing = start.format(width, height, width)
+    drawing += Markup(' role="img" aria-label="{}">').format(described) + _inline(out.getvalue())
+    scroll = Markup('<div class="scroll" tabindex="0" role="group" aria-label="{}">{}</div>')
+    return Markup("<figure{}>{}{}{}</figure>").format(
+        Markup(' class="wide"' if is_wide else ""),
+        Markup("<h3>{}</h3>").format(title) if title else "",
+        scroll.format(title or "drawing", drawing) if is_wide else drawing,
+        Markup("<figcaption>{}</figcaption>").format(about) if about else "",
+    )
+
+
+def _inline(svg: str) -> Markup:
+    """The content of the drawing, with CSS variables and the font of the page."""
+    unused = r"\A.*?<svg[^>]*>|<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->"
+    body = re.sub(unused, "", svg, flags=re.DOTALL)
+    body = re.sub(r"<[^>]*>", lambda found: _plain(found[0]), body)
+    return Markup(re.sub(r"\s*\n\s*", " ", body).replace("xlink:href", "href"))
+
+
+def _plain(element: str) -> str:
+    """One SVG element with CSS variables, without its font and the ids that nothing refers to,
+    coordinates to two decimals.
+    """
+    unused = r' id="[A-Za-z][A-Za-z\d.]*_\d+"| font-family: [^;"]*;?| transform="rotate\(-0 [^"]*"'
+    element = re.sub(unused, "", element)
+    short = lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip(".")
+    element = re.sub(r"\d+\.\d{3,}", short, element)
+    return re.sub(r"#fe01(..)", lambda found: f"var(--{_NAMES[int(found[1], 16)]})", element)
+
+
+def axes_in(
+    canvas: Any, margins: tuple[float, ...], grid: str | None, x: str = "", y: str = ""
+) -> Any:
+    """Axes inside of the margins (left, right, top, bottom, pixels), with only a bottom edge and
+    grid lines across `x`, `y`, `both` or neither; `x` and `y` are labels.
+    """
+    (left, right, top, bottom), (width, height) = margins, canvas.bbox.size
+    inner = width - left - right, height - top - bottom
+    place = left / width, bottom / height, inner[0] / width, inner[1] / height
+    axes = canvas.add_axes(place)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(length=0, pad=5)
+    if grid is not None:
+        axes.grid(axis=grid)
+    # At fixed places: to find them, matplotlib would measure every tick label, twice.
+    style = {"color": MUTED, "transform": axes.transAxes}
+    axes.text(0.5, -28 / inner[1], x, ha="center", va="top", **style)
+    axes.text((3 - left) / inner[0], 1 + 11 / inner[1], y, **style)
+    return axes
+
+
+def colour_of(slot: int) -> str:
+    """The colour that matplotlib draws a slot with."""
+    return _SLOTS[slot]
+
+
 def dashes(slot: int) -> str:
     """The `stroke-dasharray` of a slot's line in a legend."""
-    return " ".join(f"{length * 1.5:g}" for length in (_DASHES[slot] if slot != REST else ()))
+    return " ".join(f"{length * 1.5:g}" for length in _DASHES[slot])
+
+
+def finite(values: Iterable[float | None]) -> list[float]:
+    """The finite values."""
+    return [float(value) for value in values if is_number(value)]
+
+
+# Ticks
 
 
 def tick(value: float, _: int | None = None) -> str:
@@ -57,6 +149,33 @@ def tick(value: float, _: int | None = None) -> str:
         if abs(value) >= size:
             return f"{value / (1e3 if unit == 'k' else size):g}{unit}".replace("-", "−")
     return number(float(f"{value:.6g}"))
+
+
+def linear_ticks(axis: Any, most: int = 5, unit: str = "", *, integer: bool = False) -> None:
+    """At most `most` round numbers on an axis of matplotlib, each followed by the unit."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(most, steps=_ROUND, integer=integer))
+    axis.set_major_formatter(lambda value, _: f"{tick(value)}{unit}")
+
+
+def log_ticks(low: float, high: float, width: float) -> list[float]:
+    """As many round numbers, up to six and 1 among them, as have labels that do not touch on an
+    axis of this width.
+    """
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    within = ((1, 1.2, 1.5, 2, 3, 5, 8), (1, 2, 5), (1, 3), (1,))
+    for steps, every in (*((steps, 1) for steps in within), *(((1,), n) for n in range(2, 99))):
+        powers = [decade for decade in decades if decade % every == 0]
+        values = [round(step * 10.0**decade, 12) for decade in powers for step in steps]
+        found = [value for value in values if low <= value <= high]
+        at = [width * math.log(value / low) / math.log(high / low) for value in found]
+        room = [LETTER * (len(tick(value)) + 2) for value in found]
+        gaps = (right - left for left, right in itertools.pairwise(at))
+        needed = ((one + two) / 2 for one, two in itertools.pairwise(room))
+        if len(found) <= 6 and all(gap >= least for gap, least in zip(gaps, needed)):
+            break
+    return found
 
 
 # Lines
@@ -76,35 +195,55 @@ class Line:
     bars: bool = False  # intervals as bars instead of a band
 
 
-@dataclasses.dataclass(frozen=True)
-class _Frame:
-    """The axes of a chart of lines."""
-
-    x: str
-    y: str
-    log_x: bool = False
-    log_y: bool = False
-    categories: Sequence[str] = ()  # names of x = 0, 1, 2 …
-    reference: float | None = None  # a thin horizontal line
-    bounds: tuple[float | None, float | None] = (None, None)  # limits of the possible y
-    y_range: tuple[float, float] | None = None  # None: as the lines need it
-
-
 def lines(
     title: str,
     found: Sequence[Line],
     y: str,
     x: str = "step",
     about: str | None = None,
-    **frame: Any,
+    *,
+    log_x: bool = False,
+    log_y: bool = False,
+    categories: Sequence[str] = (),
+    reference: float | None = None,
+    bounds: tuple[float | None, float | None] = (None, None),
+    y_range: tuple[float, float] | None = None,
 ) -> Markup:
-    """Lines with intervals; `frame` are fields of `_Frame`."""
+    """Lines with intervals. `categories` name x = 0, 1, 2 …; `reference` is a thin horizontal line;
+    `bounds` limit the possible y. Without `y_range`, y is shown as far as the lines need it.
+    """
     found = [line for line in found if any(map(is_number, line.y))]
-    axes = _Frame(x, y, **frame)
     if not found:
         return NOTHING
-    paint = functools.partial(_paint_lines, frame=axes, found=found)
-    return figure(title, picture(f"{title}: {y} against {x}", 380, 236, paint), about)
+    is_many = sum(line.slot != REST for line in found) > 1
+
+    def paint(canvas: Any) -> None:
+        axes = axes_in(canvas, _MARGINS, "y", x, y)
+        axes.margins(0.05 if log_x or categories else 0.02, 0.06)
+        axes.set_xscale("log" if log_x else "linear")
+        axes.set_yscale("log" if log_y else "linear")
+        axes.minorticks_off()
+        for line in found:
+            _paint_line(axes, line, is_many=is_many)
+        needed = axes.get_ylim() if log_y else _limits(axes, found, reference, bounds)
+        axes.set_ylim(*(y_range or needed))
+        for line in found:
+            _paint_interval(axes, line, is_many=is_many)
+        if reference is not None:
+            axes.axhline(reference, color=MUTED, linewidth=0.9, dashes=(4, 3))
+        for axis, is_log in ((axes.xaxis, log_x), (axes.yaxis, log_y)):
+            linear_ticks(axis, integer=axis is axes.xaxis)
+            if is_log:
+                axis.set_ticks(log_ticks(*axis.get_view_interval(), 200))
+        places = sorted({float(value) for line in found for value in line.x})
+        if log_x and len(places) <= 6:
+            axes.set_xticks(places)
+        if categories:
+            every = math.ceil(len(categories) / 6)
+            axes.set_xticks(range(0, len(categories), every), categories[::every])
+            axes.set_xlim(-0.3, len(categories) - 0.7)  # also where a category has no point
+
+    return figure(title, f"{title}: {y} against {x}", _SMALL, paint, about)
 
 
 def curves(
@@ -113,14 +252,11 @@ def curves(
     steps: Sequence[float],
     y: str,
     about: str | None = None,
-    **frame: Any,
+    **options: Any,
 ) -> Markup:
-    """`(slot, one value per step)` columns: a faint line through every step, a strong one smoothed.
-
-    Where `smoothing_window` is one step, only the line through every step.
-    """
+    """`(slot, one value per step)` columns as `smoothed` lines; `options` as in `lines`."""
     found = [line for slot, values in columns for line in smoothed(steps, values, slot)]
-    return lines(title, found, y, "step", about, **frame)
+    return lines(title, found, y, "step", about, **options)
 
 
 def columns(series: Mapping[str, Any], names: Iterable[str]) -> list[tuple[int, Any]]:
@@ -129,25 +265,20 @@ def columns(series: Mapping[str, Any], names: Iterable[str]) -> list[tuple[int, 
 
 
 def smoothed(steps: Sequence[float], values: Sequence[float | None], slot: int = 0) -> list[Line]:
-    """A faint line through every step, and a strong one smoothed where there are enough steps."""
+    """A faint line through every step, and a strong one smoothed where there are enough steps; of a
+    metric that most steps lack, a line through the known values.
+    """
     window = smoothing_window(len(steps))
-    every = Line(steps, values, slot=slot, is_faint=window > 1)
-    strong = Line(steps, list(smooth(values, window)), slot=slot)
-    return [every, strong] if window > 1 and values else [every]
-
-
-def known_line(
-    steps: Sequence[float], values: Sequence[float | None], slot: int = 0, most: int = 30
-) -> list[Line]:
-    """A line through the known values, with markers where they are fewer than `most`."""
     known = [(step, value) for step, value in zip(steps, values) if is_number(value)]
-    return [Line(*zip(*known), slot=slot, has_markers=len(known) < most)] if known else []
+    if 2 * len(known) < len(steps):
+        return [Line(*zip(*known), slot=slot, has_markers=len(known) < 60)] if known else []
+    every = Line(steps, values, slot=slot, is_faint=window > 1)
+    return [every, Line(steps, list(smooth(values, window)), slot=slot)] if window > 1 else [every]
 
 
 def interval_line(x: Sequence[float], y: Sequence[Any], half: Sequence[Any], **style: Any) -> Line:
     """A line with markers and its interval; an unknown value leaves a gap."""
-    known = lambda values: np.array([v if is_number(v) else math.nan for v in values], float)
-    values, width = known(y), known(half)
+    values, width = np.asarray(y, float), np.asarray(half, float)
     return Line(x, values, values - width, values + width, **{"has_markers": True} | style)
 
 
@@ -164,119 +295,66 @@ def smoothing_note(num_steps: int) -> str:
 
 def smooth(values: Sequence[float | None], window: int) -> np.ndarray:
     """Centred mean over `window` steps of the finite values; NaN where there is none."""
-    y = _floats(values)
+    y = np.asarray(values, float)
     if not len(y):
         return y
     is_known = np.isfinite(y)
-    ones = np.ones(window)
     total, present = (
-        np.convolve(each, ones)[(window - 1) // 2 :][: len(y)]
+        np.convolve(each, np.ones(window), "same")
         for each in (np.where(is_known, y, 0.0), is_known.astype(float))
     )
     return np.divide(total, present, out=np.full(len(y), math.nan), where=present > 0.5)
 
 
-def _floats(values: Sequence[float | None]) -> np.ndarray:
-    return np.array([math.nan if value is None else value for value in values], float)
-
-
-def y_range(found: Sequence[Line], frame: _Frame | None = None) -> tuple[float, float]:
-    """Limits of y that hold every line and most of its interval.
+def _limits(
+    axes: Any,
+    found: Sequence[Line],
+    reference: float | None,
+    bounds: tuple[float | None, float | None],
+) -> tuple[float, float]:
+    """Limits of a linear y that hold every line, most of its interval and a reference that is near.
 
     An interval several times wider than all lines together is cut at the edge.
     """
-    frame = frame or _Frame("", "", bounds=(0, 1))
-    means = finite(value for line in found for value in line.y)
-    if frame.log_y:
-        means = [value for value in means if value > 0]
-        return (min(means) / 1.3, max(means) * 1.3) if means else (0.5, 2.0)
-    least, most = min(means), max(means)
-    if frame.reference is not None and 0.5 * least < frame.reference < 2 * most:
-        least, most = min(least, frame.reference), max(most, frame.reference)
+    low, high = axes.get_ylim()
+    if reference is not None and 0.5 * low < reference < 2 * high:
+        margin = 0.06 * (high - low)
+        low, high = min(low, reference - margin), max(high, reference + margin)
     sides = (side for line in found if line.slot != REST for side in (line.low, line.high))
     ends = finite(value for side in sides if side is not None for value in side)
-    spread = most - least
-    low = min([least, *(max(end, least - spread) for end in ends)])
-    high = max([most, *(min(end, most + spread) for end in ends)])
-    if high - low < 1e-9 * max(abs(low), abs(high)):
-        low = high  # a difference that is only rounding would fill the chart
-    margin = 0.06 * (high - low) or 0.05 * max(abs(high), 1.0 if high == 0 else 0.0)
-    below, above = frame.bounds
+    ends = np.clip(ends, 2 * low - high, 2 * high - low)
+    low, high = min([low, *ends]), max([high, *ends])
     edge = 0.02 * (high - low)  # a line along a bound stays visible
-    return (
-        low - margin if below is None else max(low - margin, below - edge),
-        high + margin if above is None or high < 0.9 * above else min(high + margin, above + edge),
-    )
-
-
-def finite(values: Iterable[float | None]) -> list[float]:
-    """The finite values."""
-    return [float(value) for value in values if is_number(value)]
-
-
-def _paint_lines(canvas: Any, frame: _Frame, found: Sequence[Line]) -> None:
-    axes = _small_axes(canvas, frame.x, frame.y)
-    axes.margins(x=0.05 if frame.log_x or frame.categories else 0.02)
-    if frame.reference is not None:
-        axes.axhline(frame.reference, color=MUTED, linewidth=0.9, dashes=(4, 3))
-    axes.set_xscale("log" if frame.log_x else "linear")
-    axes.set_yscale("log" if frame.log_y else "linear")
-    is_many = sum(line.slot != REST for line in found) > 1
-    for line in found:
-        _paint_line(axes, line, is_many=is_many)
-    axes.set_ylim(*(frame.y_range or y_range(found, frame)))
-    _ticks(axes, frame)
+    below, above = bounds
+    low = low if below is None else max(low, below - edge)
+    return low, high if above is None else min(high, above + edge)
 
 
 def _paint_line(axes: Any, line: Line, *, is_many: bool) -> None:
     is_rest = line.slot == REST
     style: dict[str, Any] = {
-        "color": colour_of(line.slot),
         "linewidth": 0.8 if line.is_faint or is_rest else 1.9,
         "alpha": 0.4 if line.is_faint else 1.0,
         "zorder": 1.5 if is_rest else 2.0 if line.is_faint else 3.0,
     }
-    if is_many and not is_rest and not line.is_faint and _DASHES[line.slot]:
+    if is_many and not line.is_faint and _DASHES[line.slot]:
         style["dashes"] = _DASHES[line.slot]
-    if line.has_markers and not is_rest:
-        style |= {"marker": _MARKERS[line.slot], "markersize": 4.5, "markeredgewidth": 0}
-    x, y = np.asarray(line.x, float), _floats(line.y)
-    axes.plot(x, y, **style)  # matplotlib simplifies long lines and keeps their spikes
-    if line.low is None or is_rest:
+    if line.has_markers:
+        style |= {"marker": _MARKERS[line.slot], "markersize": 5, "markeredgewidth": 0}
+    # matplotlib simplifies long lines and keeps their spikes.
+    axes.plot(line.x, np.asarray(line.y, float), color=colour_of(line.slot), **style)
+
+
+def _paint_interval(axes: Any, line: Line, *, is_many: bool) -> None:
+    if line.low is None or line.slot == REST:
         return
-    low, high = _floats(line.low), _floats(line.high)
-    known = np.isfinite(low) & np.isfinite(high)
-    colour = {"color": style["color"]}
+    x, low, high = (np.asarray(each, float) for each in (line.x, line.low, line.high))
+    known, colour = np.isfinite(low) & np.isfinite(high), colour_of(line.slot)
     if line.bars:
-        axes.vlines(x[known], low[known], high[known], **colour, linewidth=1.2, zorder=2.5)
-    elif known.any():
-        band = {"alpha": 0.1 if is_many else 0.16, "linewidth": 0, "zorder": 1.8}
-        axes.fill_between(x, low, high, where=known, **colour, **band)
-
-
-def _ticks(axes: Any, frame: _Frame) -> None:
-    from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
-
-    power = lambda value, _: f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-")
-    for axis, is_log in ((axes.xaxis, frame.log_x), (axes.yaxis, frame.log_y)):
-        is_x = axis is axes.xaxis
-        axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(power if is_log and is_x else tick)
-        if is_log:
-            low, high = sorted(axis.get_view_interval())
-            decades = math.log10(high / low)
-            many = (1.0, 3.0) if decades > 1.2 else (1.0, 2.0, 3.0, 5.0)
-            axis.set_major_locator(LogLocator(subs=(1.0,) if decades > 4 else many))
-        else:
-            axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=is_x))
-    if frame.log_x:  # few, unevenly spaced values: a tick on each
-        values = sorted({float(v) for line in axes.get_lines() for v in line.get_xdata()})
-        if 0 < len(values) <= 6 and values[0] > 1e-30:
-            axes.xaxis.set_major_locator(FixedLocator(values))
-    if frame.categories:
-        every = math.ceil(len(frame.categories) / 6)
-        axes.set_xticks(range(0, len(frame.categories), every), frame.categories[::every])
-        axes.set_xlim(-0.3, len(frame.categories) - 0.7)  # also where a category has no point
+        axes.vlines(x[known], low[known], high[known], colour, linewidth=1.2, zorder=2.5)
+    else:
+        band = {"color": colour, "alpha": 0.1 if is_many else 0.16, "linewidth": 0}
+        axes.fill_between(x, low, high, where=known, zorder=1.8, **band)
 
 
 # Bars
@@ -288,7 +366,7 @@ class Bars:
 
     heights: Sequence[float | None]
     slot: int
-    is_hatched: bool = False
+    is_pale: bool = False
     left: Sequence[float] = ()
     width: Sequence[float] = ()
 
@@ -304,9 +382,8 @@ def bars(
     x_range: tuple[float, float] | None = None,
     marks: Sequence[float | None] = (),
     unit: str = "",
-    is_large: bool = False,
 ) -> Markup:
-    """Bars of several kinds, side by side at each category or at their own places.
+    """Bars of several kinds, side by side at each category, or at their own places in `x_range`.
 
     `marks` are two bounds on the x axis, drawn as lines, or named at the edge beyond which they
     are; None is no bound.
@@ -315,150 +392,35 @@ def bars(
         return NOTHING
 
     def paint(canvas: Any) -> None:
-        from matplotlib.ticker import MaxNLocator
-
-        axes = _small_axes(canvas, x, y)
+        axes = axes_in(canvas, _MARGINS, "y", x, y)
+        width = 0.84 / len(found)
         for at, each in enumerate(found):
-            width = 0.84 / len(found)
             shift = width * (at - len(found) / 2)
             left = each.left or [place + shift for place in range(len(categories))]
-            widths = each.width or [0.9 * width] * len(left)
             heights = [value if is_number(value) else 0.0 for value in each.heights]
-            axes.bar(left, heights, width=widths, align="edge", **fill_of(each), zorder=3)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{tick(value)}{unit}")
+            style = {"color": colour_of(each.slot), "alpha": 0.35 if each.is_pale else 1.0}
+            axes.bar(left, heights, each.width or 0.9 * width, align="edge", zorder=3, **style)
+        linear_ticks(axes.yaxis, unit=unit)
         if categories:
             axes.set_xticks(range(len(categories)), categories)
             axes.set_xlim(-0.55, len(categories) - 0.45)
             return
-        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-        axes.xaxis.set_major_formatter(tick)
-        if x_range is not None:
-            axes.set_xlim(*x_range)
-            for bound, side in zip(marks, ("right", "left")):
-                if bound is not None:
-                    _bound(axes, bound, side, x_range)
+        linear_ticks(axes.xaxis)
+        axes.set_xlim(*x_range)
+        for bound, side in zip(marks, ("right", "left")):
+            if bound is not None:
+                _bound(axes, bound, side, *x_range)
 
-    size = (560, 342, paint, 14) if is_large else (380, 236, paint)
-    return figure(title, picture(f"{title}: {y} against {x}", *size), about)
+    return figure(title, f"{title}: {y} against {x}", _SMALL, paint, about)
 
 
-def fill_of(each: Bars) -> dict[str, Any]:
-    """The style of a bar for matplotlib."""
-    colour = colour_of(each.slot)
-    if not each.is_hatched:
-        return {"edgecolor": colour, "facecolor": colour, "linewidth": 0}
-    return {"edgecolor": colour, "facecolor": "none", "linewidth": 0.8, "hatch": "////"}
-
-
-def _bound(axes: Any, bound: float, side: str, x_range: tuple[float, float]) -> None:
-    low, high = x_range
-    style = {"va": "bottom", "color": INK}
-    if low <= bound <= high:
+def _bound(axes: Any, bound: float, side: str, low: float, high: float) -> None:
+    at, text = bound, f" {tick(bound)} "
+    if bound < low:
+        at, side, text = low, "left", f"← bound {tick(bound)}"
+    elif bound > high:
+        at, side, text = high, "right", f"bound {tick(bound)} →"
+    else:
         axes.axvline(bound, color=INK, linewidth=1.2, dashes=(4, 3), zorder=4)
-        at = axes.get_xaxis_transform()
-        axes.text(bound, 1.0, f" {tick(bound)} ", transform=at, ha=side, **style)
-        return
-    at, text, side = (0.0, "← bound {}", "left") if bound < low else (1.0, "bound {} →", "right")
-    axes.text(at, 1.0, text.format(tick(bound)), transform=axes.transAxes, ha=side, **style)
-
-
-# SVG
-
-
-def figure(title: str, drawing: Markup, about: str | None = None, is_wide: bool = False) -> Markup:
-    """A drawing with its title and caption."""
-    scroll = Markup('<div class="scroll" tabindex="0" role="group" aria-label="{}">{}</div>')
-    return Markup("<figure{}>{}{}{}</figure>").format(
-        Markup(' class="wide"' if is_wide else ""),
-        Markup("<h3>{}</h3>").format(title) if title else "",
-        scroll.format(title or "drawing", drawing) if is_wide else drawing,
-        Markup("<figcaption>{}</figcaption>").format(about) if about else "",
-    )
-
-
-def colour_of(slot: int) -> str:
-    """The colour that matplotlib draws a slot with."""
-    return _COLOURS["rest" if slot == REST else f"series-{slot}"]
-
-
-def bare_axes(canvas: Any, place: tuple[float, float, float, float], grid: str | None) -> Any:
-    """Axes with only a bottom edge, and with grid lines across `x`, `y`, `both` or neither."""
-    axes = canvas.add_axes(place)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(length=0, pad=5)
-    axes.set_axisbelow(True)
-    if grid is not None:
-        axes.grid(axis=grid, linewidth=0.8)
-    return axes
-
-
-def _small_axes(canvas: Any, x: str, y: str) -> Any:
-    axes = bare_axes(canvas, (0.135, 0.19, 0.84, 0.7), "y")
-    # At fixed places: to find them, matplotlib would measure every tick label, twice.
-    axes.text(-0.13, 1.055, y, transform=axes.transAxes, color=MUTED)
-    label_below(axes, x, -0.15)
-    return axes
-
-
-def label_below(axes: Any, text: str, y: float) -> None:
-    """The label of the x axis, at height `y` in units of the axes."""
-    style = {"color": MUTED, "ha": "center", "va": "top"}
-    axes.text(0.5, y, text, transform=axes.transAxes, **style)
-
-
-def picture(
-    described: str, width: float, height: float, paint: Callable[[Any], None], font: float = 11
-) -> Markup:
-    """Inline SVG of what `paint` draws on a matplotlib figure of this size (pixels), with text of
-    `font` pixels.
-
-    The drawing grows with its column until its text is as large as in every other drawing.
-    """
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    muted = ("axes.edgecolor", "xtick.color", "ytick.color", "axes.labelcolor")
-    settings = dict.fromkeys(muted, MUTED) | {"text.color": INK, "grid.color": GRID}
-    settings |= {"svg.fonttype": "none", "svg.hashsalt": "opdjax", "lines.solid_capstyle": "round"}
-    settings |= {"font.size": font, "axes.linewidth": 0.8, "text.parse_math": False}
-    with matplotlib.rc_context(settings):
-        canvas = Figure(figsize=(width / 72, height / 72), dpi=72)
-        FigureCanvasSVG(canvas)
-        paint(canvas)
-        out = io.StringIO()
-        canvas.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    size = 'viewBox="0 0 {:g} {:g}" style="max-width: {:.0f}px"'
-    start = Markup(f'<svg class="chart" {size} role="img" aria-label="{{}}">')
-    widest = width * TEXT / font
-    return start.format(width, height, widest, described) + _inline(out.getvalue(), described)
-
-
-def _inline(svg: str, described: str) -> Markup:
-    """The content of the drawing, with CSS variables and the font of the page."""
-    body = svg[svg.index("<svg") :]
-    body = body[body.index(">") + 1 :]
-    unused = r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->"
-    body = re.sub(unused, "", body, flags=re.DOTALL)
-    body = re.sub(r'<g id="title:([^"]*)">', r"<g><title>\1</title>", body)
-    body = re.sub(r"<[^>]*>", lambda found: _plain(found[0]), body)
-    used = set(re.findall(r"#([\w.-]+)", body))
-    # Two drawings of a page must not share an id.
-    prefix = "c" + hashlib.sha256((described + body).encode()).hexdigest()[:8]
-    renamed = lambda found: f' id="{prefix}{found[1]}"' if found[1] in used else ""
-    body = re.sub(r' id="([^"]+)"', renamed, body)
-    body = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}", body).replace("xlink:href", "href")
-    return Markup(re.sub(r"\s*\n\s*", " ", body))
-
-
-_VARIABLES = {colour: f"var(--{name})" for name, colour in _COLOURS.items()}
-
-
-def _plain(element: str) -> str:
-    """One SVG element with CSS variables, without its font, coordinates to two decimals."""
-    element = re.sub(r" font-family: [^;\"]*;?| transform=\"rotate\(-0 [^\"]*\"", "", element)
-    short = lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip(".")
-    element = re.sub(r"\d+\.\d{3,}", short, element)
-    for colour, variable in _VARIABLES.items():
-        element = element.replace(colour, variable)
-    return element
+    style = {"transform": axes.get_xaxis_transform(), "va": "bottom", "color": INK}
+    axes.text(at, 1.0, text, ha=side, **style)

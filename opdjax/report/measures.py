@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import collections
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from opdjax.config.recipes import RECIPES, Recipe, TeacherNeed
-from opdjax.runs.results import AXES, Run, Span, mean
+from opdjax.config.recipes import RECIPES, Recipe
+from opdjax.runs.results import AXES, Run, mean
 
 SCORES = ("avg@k", "greedy", "pass@k")
-_POSITION = "kl/position/"
+_POSITION = re.compile(r"kl/position/(\d+)-(\d+)")
 
 Bucket = tuple[int, int]  # first and last completion token, both included
 
@@ -39,18 +41,6 @@ def estimator_options(run: Run) -> dict[str, Any]:
     return {name: v for name, v in given if v is not None and name != "recipe"}
 
 
-def teacher_need(run: Run) -> TeacherNeed | None:
-    """What the loss reads of the teacher; None for a recipe that this version does not have."""
-    recipe = recipe_of(run)
-    return None if recipe is None else recipe.teacher_need(estimator_options(run))
-
-
-def completions_from(run: Run) -> str:
-    """Who wrote the completions that the student trains on: student, teacher or references."""
-    sampling = run.config["sampling"]  # earlier versions called the field `source`
-    return sampling.get("completions_from") or sampling.get("source", "student")
-
-
 def samples_per_prompt(run: Run) -> int | None:
     """The k of avg@k and pass@k."""
     rows = evaluated(run)
@@ -64,16 +54,14 @@ def totals(run: Run, axis: str, steps: Iterable[int]) -> list[float] | None:
     return found if is_recorded and all(map(math.isfinite, found)) else None
 
 
-def total(run: Run, axis: str) -> float | None:
-    """The total of the whole run, in units of the axis; None if not recorded."""
+def spent(run: Run, axis: str) -> float | None:
+    """The total cost in units of the axis, None if not recorded; seconds of a finished run are
+    those of its result.
+    """
+    if axis == "seconds" and run.seconds is not None:
+        return run.seconds
     found = totals(run, axis, [run.metrics[-1]["step"]]) if run.metrics else None
     return found[0] if found else None
-
-
-def spent(run: Run, axis: str) -> float | None:
-    """The total cost in units of the axis; seconds of a finished run are those of its result."""
-    is_told = axis == "seconds" and run.seconds is not None
-    return run.seconds if is_told else total(run, axis)
 
 
 def steps_of(run: Run) -> list[int]:
@@ -95,32 +83,19 @@ def end_mean(run: Run, name: str) -> float | None:
 
 def kl_by_position(rows: list[dict[str, Any]]) -> dict[Bucket, float]:
     """KL(student || teacher), nats, in each range of completion tokens, mean over the rows."""
-    names = {bucket: name for row in rows for name in row if (bucket := _bucket(name)) is not None}
-    means = {bucket: mean(row.get(names[bucket]) for row in rows) for bucket in sorted(names)}
+    found: dict[Bucket, list[float | None]] = collections.defaultdict(list)
+    for row in rows:
+        for name, value in row.items():
+            if match := _POSITION.fullmatch(name):
+                found[int(match[1]), int(match[2])].append(value)
+    means = {bucket: mean(values) for bucket, values in sorted(found.items())}
     return {bucket: value for bucket, value in means.items() if value is not None}
-
-
-def _bucket(name: str) -> Bucket | None:
-    first, _, last = name.removeprefix(_POSITION).partition("-")
-    is_bucket = name.startswith(_POSITION) and first.isdecimal() and last.isdecimal()
-    return (int(first), int(last)) if is_bucket else None
 
 
 def bucket_label(bucket: Bucket) -> str:
     """Such as 3–5, or 12 for a range of one token."""
     first, last = bucket
     return f"{first}" if first == last else f"{first}–{last}"
-
-
-def covered(spans: Iterable[Span]) -> list[tuple[float, float]]:
-    """The union of the spans as disjoint (start, end) intervals, in order."""
-    found: list[tuple[float, float]] = []
-    for span in sorted(spans, key=lambda span: span.start):
-        if found and span.start <= found[-1][1]:
-            found[-1] = found[-1][0], max(found[-1][1], span.end)
-        else:
-            found.append((span.start, span.end))
-    return found
 
 
 def skipped_steps(run: Run) -> int:
@@ -142,11 +117,6 @@ def leaves(values: dict[str, Any], path: str = "") -> dict[str, Any]:
         key = f"{path}{name}"
         found |= leaves(value, f"{key}.") if isinstance(value, dict) else {key: value}
     return found
-
-
-def judge_name(run: Run) -> str:
-    """The model that gives the verdicts; "a judge" where the config does not name it."""
-    return model_name((run.config.get("verifier") or {}).get("model") or "a judge")
 
 
 def model_name(path: str) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from opdjax.report import measures
-from opdjax.report.drawing import Bars
+from opdjax.report.drawing import Bars, finite
 from opdjax.report.text import spread
 from opdjax.runs.results import Run, is_number, read_filters
 from opdjax.runs.statistics import wilson_interval
@@ -25,39 +25,28 @@ Filter = dict[str, Any]  # one filter file: counts, bounds, histogram and exampl
 Bounds = tuple[float | None, float | None]
 
 
-@dataclasses.dataclass(frozen=True)
-class Crossing:
-    """When a distance exceeded ALARM: (step, value) of its peak, first and last crossing."""
-
-    peak: tuple[int, float]
-    above: tuple[tuple[int, float], ...]
-    num_measured: int
-
-
-@dataclasses.dataclass(frozen=True)
-class StalenessFacts:
-    """How far the student is from the policy that sampled; None where not measured."""
-
-    trained: Crossing | None  # KL(student || behaviour) of the trained tokens
-    every: Crossing | None  # of all rollouts, kept or not
-    max_staleness: int
-
-
-def staleness_facts(run: Run) -> StalenessFacts | None:
-    """None for on-policy runs."""
-    if not run.is_near_policy or all(value is None for value in run.column("staleness/mean")):
+def staleness_facts(run: Run) -> dict[str, Any] | None:
+    """How far the student is from the policy that sampled: KL(student || behaviour) of the
+    `trained` tokens and of `every` rollout, kept or not. None for on-policy runs.
+    """
+    if not run.is_near_policy or not finite(run.column("staleness/mean")):
         return None
-    found = (_crossing(run, f"staleness/{name}") for name in ("kl", "kl_all"))
-    return StalenessFacts(*found, run.config["near_policy"].get("max_staleness", 0))
+    return {
+        "trained": _crossing(run, "staleness/kl"),
+        "every": _crossing(run, "staleness/kl_all"),
+        "max_staleness": run.config["near_policy"].get("max_staleness", 0),
+    }
 
 
-def _crossing(run: Run, metric: str) -> Crossing | None:
+def _crossing(run: Run, metric: str) -> dict[str, Any] | None:
+    """When a distance exceeded ALARM: (step, value) of its peak and of each crossing."""
     pairs = zip(measures.steps_of(run), run.column(metric))
     known = [(step, value) for step, value in pairs if value is not None]
     if not known:
         return None
-    above = tuple(pair for pair in known if pair[1] > ALARM)
-    return Crossing(max(known, key=lambda pair: pair[1]), above, len(known))
+    peak = max(known, key=lambda pair: pair[1])
+    above = [pair for pair in known if pair[1] > ALARM]
+    return {"peak": peak, "above": above, "num_measured": len(known)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,73 +57,22 @@ class Histogram:
     counts: np.ndarray
     bounds: Bounds = (None, None)
 
-    def pieces(self) -> Iterator[tuple[str, float, float, float]]:
-        """(zone, left, right, height) of every bar; a bar with a bound inside gives two pieces."""
-        low, high = (e if b is None else b for b, e in zip(self.bounds, (-np.inf, np.inf)))
-        zones = {"degenerate": (-np.inf, low), "kept": (low, high), "disconnected": (high, np.inf)}
-        for left, right, height in zip(self.edges, self.edges[1:], self.counts):
-            for zone, (start, end) in zones.items():
-                start, end = max(left, start), min(right, end)
-                if start < end and height > 0:
-                    yield zone, float(start), float(end), float(height)
-
     def bars(self) -> list[Bars]:
-        """The pieces as bars, a kind for each zone."""
+        """A kind of bars for each of ZONES; a bar with a bound inside is cut there."""
+        low, high = (e if b is None else b for b, e in zip(self.bounds, (-np.inf, np.inf)))
+        ends = {"kept": (low, high), "degenerate": (-np.inf, low), "disconnected": (high, np.inf)}
         found = []
         for zone, slot in ZONES.items():
-            own = [piece[1:] for piece in self.pieces() if piece[0] == zone]
-            left = [start + 0.04 * (end - start) for start, end, _ in own]
-            width = [0.92 * (end - start) for start, end, _ in own]
-            found.append(Bars([height for _, _, height in own], slot, False, left, width))
+            left, right = np.clip([self.edges[:-1], self.edges[1:]], *ends[zone])
+            own = (left < right) & (self.counts > 0)
+            width = 0.95 * (right[own] - left[own])
+            sides = {"left": left[own].tolist(), "width": width.tolist()}
+            found.append(Bars(self.counts[own].tolist(), slot, **sides))
         return found
 
 
-@dataclasses.dataclass(frozen=True)
-class Counts:
-    """Numbers of samples by zone, and (kept, samples) of right and wrong answers where known."""
-
-    amounts: dict[str, int]
-    right: tuple[int, int] | None
-    wrong: tuple[int, int] | None
-
-    @property
-    def rates(self) -> tuple[tuple[int, int] | None, ...]:
-        """(kept, samples) of all, right and wrong answers."""
-        return (self.amounts["kept"], self.amounts["samples"]), self.right, self.wrong
-
-    @property
-    def often(self) -> int | None:
-        """1: right answers were kept more often than wrong ones, -1: less often, 0: about as often
-        (the 95 % intervals overlap); None where unknown.
-        """
-        if not (self.right and self.wrong and self.right[1] and self.wrong[1]):
-            return None
-        (low, high), (other_low, other_high) = (
-            wilson_interval(*each) for each in (self.right, self.wrong)
-        )
-        return 1 if low > other_high else -1 if other_low > high else 0
-
-
-@dataclasses.dataclass(frozen=True)
-class FilterFacts:
-    """What the Delta-IFD filter kept."""
-
-    kind: str  # ifd, random or none
-    form: str
-    low: float | None
-    high: tuple[float, ...]  # the distinct upper bounds, ascending: each a quantile of its file
-    idle: tuple[str, ...]  # zones beyond a bound that no sample exceeded
-    whole: Counts
-    versions: dict[int, Counts]  # by number of updates of the weights that sampled
-    is_apart: bool  # one histogram a version
-    histograms: dict[int | None, Histogram]  # by version; None: all samples
-    x_range: tuple[float, float]
-    examples: dict[str, list[dict[str, Any]]]  # by zone, with their version
-    schedule: str
-
-
-def filter_facts(run: Run) -> FilterFacts | None:
-    """None where no sample was scored."""
+def filter_facts(run: Run) -> dict[str, Any] | None:
+    """What the Delta-IFD filter kept; None where no sample was scored."""
     found = read_filters(run.workdir) if run.is_near_policy else []
     scored = [f for f in found if f["filter"] != "none" or sum(f["histogram"].get("counts", ()))]
     if not scored:
@@ -143,40 +81,52 @@ def filter_facts(run: Run) -> FilterFacts | None:
     for one in scored:
         versions.setdefault(one["version"], []).append(one)
     is_apart, last = 1 < len(versions) <= _VERSIONS, scored[-1]
-    parts = versions if is_apart else {None: scored}
-    histograms = {key: pooled(files) for key, files in parts.items()}
-    histograms = {key: one for key, one in histograms.items() if one is not None}
+    pools = {key: pooled(own) for key, own in (versions if is_apart else {None: scored}).items()}
+    histograms = {key: one for key, one in pools.items() if one is not None}
     whole = _counts(scored)
     ends = (("low", "ifd_min", "degenerate"), ("high", "ifd_max", "disconnected"))
-    return FilterFacts(
-        last["filter"],
-        last.get("form", ""),
-        last.get("ifd_min"),
-        tuple(sorted({one["ifd_max"] for one in scored if is_number(one.get("ifd_max"))})),
-        tuple(
-            end for end, key, zone in ends if is_number(last.get(key)) and not whole.amounts[zone]
-        ),
-        whole,
-        {version: _counts(files) for version, files in versions.items()},
-        is_apart,
-        histograms,
-        _x_range(list(histograms.values()), _bounds(scored)),
-        _examples(scored),
-        run.config["near_policy"]["schedule"],
-    )
+    return {
+        "kind": last["filter"],  # ifd, random or none
+        "form": last.get("form", ""),
+        "low": last.get("ifd_min"),
+        # The distinct upper bounds, ascending: each a quantile of its file.
+        "high": sorted(set(finite(one.get("ifd_max") for one in scored))),
+        # The ends beyond which there is no sample.
+        "idle": [
+            end
+            for end, key, zone in ends
+            if is_number(last.get(key)) and not whole["amounts"][zone]
+        ],
+        "whole": whole,
+        # By number of updates of the weights that sampled.
+        "versions": {version: _counts(own) for version, own in versions.items()},
+        "is_apart": is_apart,  # one histogram a version
+        "histograms": histograms,  # by version; None: all samples
+        "x_range": _x_range(list(histograms.values()), _bounds(scored)),
+        "examples": _examples(scored),  # by zone, with their version
+    }
 
 
-def _counts(files: Sequence[Filter]) -> Counts:
+def _counts(files: Sequence[Filter]) -> dict[str, Any]:
+    """Numbers of samples by zone, and (kept, samples) of right and wrong answers where known.
+
+    `often` is 1 if right answers were kept more often than wrong ones, -1: less often, 0: about as
+    often (the 95 % intervals overlap), None: unknown.
+    """
+    amounts = {name: sum(one[f"num_{name}"] for one in files) for name in AMOUNTS}
     parts = [one.get("by_correctness") for one in files]
     sums = lambda kind: tuple(sum(part[kind][name] for part in parts) for name in ("kept", "num"))
     right, wrong = map(sums, ("right", "wrong")) if all(parts) else (None, None)
-    return Counts({n: sum(f[f"num_{n}"] for f in files) for n in AMOUNTS}, right, wrong)
+    often = None
+    if right and wrong and right[1] and wrong[1]:
+        (low, high), (least, most) = wilson_interval(*right), wilson_interval(*wrong)
+        often = int(low > most) - int(least > high)
+    return {"amounts": amounts, "right": right, "wrong": wrong, "often": often}
 
 
 def _bounds(files: Sequence[Filter]) -> Bounds:
     """The bounds of the files; where they differ, their median."""
-    ends = [[one.get(f"ifd_{end}") for one in files] for end in ("min", "max")]
-    known = [[value for value in values if is_number(value)] for values in ends]
+    known = [finite(one.get(key) for one in files) for key in ("ifd_min", "ifd_max")]
     return tuple(statistics.median(values) if values else None for values in known)
 
 
@@ -189,12 +139,11 @@ def pooled(files: Sequence[Filter]) -> Histogram | None:
     found = [[np.asarray(side, float) for side in pair] for pair in pairs if len(pair[1])]
     if not found:
         return None
-    bounds, first = _bounds(files), found[0][0]
-    if all(np.array_equal(edges, first) for edges, _ in found):
-        return Histogram(first, sum(counts for _, counts in found), bounds)
-    low, high = min(edges[0] for edges, _ in found), max(edges[-1] for edges, _ in found)
-    edges = np.linspace(low, high, max(len(counts) for _, counts in found) + 1)
-    below = lambda own, counts: np.interp(edges, own, np.concatenate(([0], np.cumsum(counts))))
+    bounds, edges = _bounds(files), found[0][0]
+    if any(not np.array_equal(own, edges) for own, _ in found):
+        low, high = min(own[0] for own, _ in found), max(own[-1] for own, _ in found)
+        edges = np.linspace(low, high, max(len(counts) for _, counts in found) + 1)
+    below = lambda own, counts: np.interp(edges, own, np.concatenate(([0.0], np.cumsum(counts))))
     return Histogram(edges, sum(np.diff(below(*each)) for each in found), bounds)
 
 

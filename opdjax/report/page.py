@@ -52,9 +52,13 @@ def write_report(
     """
     if not as_json:
         require_matplotlib()
-    kind, facts = page_facts(directory, paper=paper, against=against, mark=mark)
-    text = facts_as_json(facts) if as_json else _render(kind, facts)
-    return _write(text, output or directory / page_name(paper, against, as_json=as_json))
+    output = output or directory / page_name(paper, against, as_json=as_json)
+    kind, facts = _facts(directory, paper, against, mark)
+    text = facts_as_json(facts) if as_json else render(f"{kind}.html", facts, **_CONTEXTS[kind])
+    if not output.parent.is_dir():
+        raise WorkdirError(f"--output {output}: there is no directory {output.parent}")
+    output.write_text(text, encoding="utf-8")
+    return output
 
 
 def page_name(paper: str | None, against: pathlib.Path | None, *, as_json: bool = False) -> str:
@@ -74,34 +78,15 @@ def write_audit_report(directory: pathlib.Path) -> str:
         require_matplotlib()
     except ImportError as error:
         return f"wrote {directory / AUDIT} without a page: {error}"
-    page = _render("audit", _audit_facts(directory))
-    return f"wrote {_write(page, directory / 'audit.html')}"
+    page = directory / "audit.html"
+    page.write_text(render("audit.html", _audit(directory), **_CONTEXTS["audit"]), "utf-8")
+    return f"wrote {page}"
 
 
-def _write(text: str, output: pathlib.Path) -> pathlib.Path:
-    if not output.parent.is_dir():
-        raise WorkdirError(f"--output {output}: there is no directory {output.parent}")
-    output.write_text(text, encoding="utf-8")
-    return output
-
-
-def page(directory: pathlib.Path, **options: Any) -> str:
-    """The text of the page; arguments and errors as in `write_report`."""
-    return _render(*page_facts(directory, **options))
-
-
-def _render(kind: str, facts: Any) -> str:
-    return render(f"{kind}.html", facts, **_CONTEXTS[kind])
-
-
-def page_facts(
-    directory: pathlib.Path,
-    *,
-    paper: str | None = None,
-    against: pathlib.Path | None = None,
-    mark: Marker = unmarked,
+def _facts(
+    directory: pathlib.Path, paper: str | None, against: pathlib.Path | None, mark: Marker
 ) -> tuple[str, Any]:
-    """(kind of page, its facts); arguments and errors as in `write_report`."""
+    """(kind of page, its facts)."""
     for each in (directory, against):
         if each is not None and not each.is_dir():
             raise WorkdirError(f"there is no directory {each}")
@@ -121,14 +106,14 @@ def page_facts(
         failure = json.loads(file.read_text()) if file.exists() else None
         return "run", run_facts(read_run(directory), failure, mark)
     if (directory / AUDIT).exists():
-        return "audit", _audit_facts(directory)
+        return "audit", _audit(directory)
     raise WorkdirError(
         f"{directory} holds neither a run (config.json) nor points of a sweep (*/point.json)"
         f" nor an audit ({AUDIT})"
     )
 
 
-def _audit_facts(directory: pathlib.Path) -> audit.AuditFacts:
+def _audit(directory: pathlib.Path) -> audit.AuditFacts:
     document = read_json(directory / AUDIT, "run opdjax audit again")
     return audit_facts(document, directory.resolve().name)
 

@@ -36,7 +36,8 @@ def exported(*modules: types.ModuleType) -> dict[str, Any]:
 
 
 @functools.cache
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """The templates, with what every one of them may use."""
     made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_ASSETS),
         autoescape=True,
@@ -48,25 +49,15 @@ def _environment() -> jinja2.Environment:
     made.filters |= exported(text)
     made.tests["finite"] = is_number
     made.globals |= exported(text, drawing, drawing_rows)
-    made.globals |= {each.__name__: each for each in (zip, map_of, contents, is_number)}
+    made.globals |= {each.__name__: each for each in (zip, contents, is_number)}
     return made
-
-
-def map_of(values: Any, name: str) -> list[Any]:
-    """The attribute of every value."""
-    return [getattr(value, name) for value in values]
 
 
 def render(template: str, facts: Any, **more: Any) -> str:
     """The page of `facts` (`f` in the template): one file that loads nothing from elsewhere."""
     style, script = ((_ASSETS / name).read_text("utf-8") for name in ("page.css", "page.js"))
-    made = _environment().get_template(template)
+    made = environment().get_template(template)
     return made.render(f=facts, style=style, script=script, **more)
-
-
-def part(template: str, macro: str, facts: Any) -> str:
-    """A part of a page: what a macro makes of the facts."""
-    return getattr(_environment().get_template(template).module, macro)(facts)
 
 
 def facts_as_json(facts: Any) -> str:

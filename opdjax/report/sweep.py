@@ -18,7 +18,7 @@ from opdjax.config.saved import upgrade
 from opdjax.config.validation import ConfigError
 from opdjax.report import measures
 from opdjax.report.against import differing, settings_of
-from opdjax.report.answers import ComparedAnswers, Marker, of_arms, unmarked
+from opdjax.report.answers import Marker, of_arms, unmarked
 from opdjax.report.drawing import REST, SERIES, Line, smooth, smoothing_window
 from opdjax.report.paper_claims import PaperFacts, of_table, paper_facts
 from opdjax.report.table import COLUMNS
@@ -130,7 +130,7 @@ class SweepFacts:
     kl_by_position: Lines
     judged: SomeArms
     ahead: SomeArms  # near-policy arms
-    answers: ComparedAnswers | None
+    answers: dict[str, Any] | None
     points: tuple[PointFacts, ...]
     papers: PaperFacts | None
     common: dict[str, Any]  # settings that all points share

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
-from opdjax.report.drawing import REST
+from opdjax.report.drawing import REST, finite
 from opdjax.report.drawing_rows import Bar
-from opdjax.report.measures import covered
-from opdjax.runs.results import Run, Span, is_number, read_timeline
+from opdjax.runs.results import Run, Span, read_timeline
 
 WARM = 0.05  # a step is warm if the learner waited for less than this share of its time
 _STEPS = 30  # in the window that shows every span
@@ -38,106 +38,84 @@ _STAGES["train"] = ("teacher", "update", "publish")
 Lanes = dict[str, list[Span]]  # spans by process, on a clock that starts at 0
 
 
-@dataclasses.dataclass(frozen=True)
-class KindFacts:
-    """The spans of one kind of one process."""
-
-    count: int
-    seconds: float
-    share: float | None  # of the time from the process's first span to its last
-    median: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Speed:
-    """Trained tokens over seconds."""
-
-    tokens: float
-    seconds: float
-
-
-@dataclasses.dataclass(frozen=True)
-class TimelineFacts:
-    """Learner and generator on one clock: seconds since the first span, without pauses."""
-
-    lanes: Lanes
-    length: float
-    cuts: tuple[float, ...]  # times of the pauses that were cut out
-    cut_seconds: float
-    kinds: dict[str, dict[str, KindFacts]]  # by process and kind
-    untimed: dict[str, tuple[float, float]]  # by process: seconds in no span, and their share
-    idle: float | None  # share of its time that the learner waited for rollouts
-    warm_after: int | None  # number of steps before the first warm one; None: no step is warm
-    idle_warm: float | None  # the share from the first warm step on
-    overlap: float | None  # share of the generator's working time in which the learner worked too
-    window: tuple[float, float] | None  # (start, end) of the steps drawn span by span
-    window_steps: tuple[int, int] | None
-    stages: dict[str, float]  # seconds of work by stage
-    alone: Speed | None  # of the learner during updates
-    is_first_left_out: bool  # the first update compiles
-    whole: Speed | None  # of every second in which a process worked or waited
-
-
-def timeline_facts(run: Run) -> TimelineFacts | None:
-    """None where no timeline was recorded; WorkdirError for a damaged row."""
+def timeline_facts(run: Run) -> dict[str, Any] | None:
+    """Learner and generator on one clock: seconds since the first span, without pauses. None where
+    no timeline was recorded; WorkdirError for a damaged row.
+    """
     found = {who: read_timeline(run.workdir, who) for who in ("generator", "learner")}
     lanes = {who: spans for who, spans in found.items() if spans}
     if not lanes:
         return None
-    busy = covered(span for spans in lanes.values() for span in spans)
+    busy = covered(itertools.chain(*lanes.values()))
     total = sum(end - start for start, end in busy)
     gaps = [(end, start) for (_, end), (start, _) in itertools.pairwise(busy)]
     pauses = [(start, end) for start, end in gaps if end - start > _PAUSE * total]
     lost, ends = (np.array([end - start for start, end in pauses]), [end for _, end in pauses])
     at = lambda time: float(time - busy[0][0] - lost[: sum(end <= time for end in ends)].sum())
-    lanes = {who: [_moved(who, span, at) for span in spans] for who, spans in lanes.items()}
+    lanes = {
+        who: [dataclasses.replace(_renamed(who, span), start=at(span.start)) for span in spans]
+        for who, spans in lanes.items()
+    }
     learner, length = lanes.get("learner", []), at(busy[-1][1])
     steps = waits(learner)
-    warm, window = warm_after(steps), _window(lanes, steps)
+    warm = warm_after(steps)
+    window, window_steps = _window(lanes, steps) or (None, None)
+    every = [span for spans in lanes.values() for span in spans]
     stages = {
-        stage: sum(s.seconds for spans in lanes.values() for s in spans if s.what in parts)
+        stage: sum(span.seconds for span in every if span.what in parts)
         for stage, parts in _STAGES.items()
     }
-    idle = None if warm is None else idle_share(steps[warm:])
-    return TimelineFacts(
-        lanes,
-        length,
-        tuple(map(at, ends)),
-        float(lost.sum()),
-        {who: _kinds(spans) for who, spans in lanes.items()},
-        {who: _untimed(spans) for who, spans in lanes.items()},
-        idle_share(steps),
-        warm,
-        idle,
-        _overlap(lanes),
-        *(window or (None, None)),
-        {stage: seconds for stage, seconds in stages.items() if seconds > 0},
-        *_speeds(run, learner, min(total, length)),
-    )
+    return {
+        "lanes": lanes,
+        "length": length,
+        "cuts": [at(end) for end in ends],  # times of the pauses that were cut out
+        "cut_seconds": float(lost.sum()),
+        "kinds": {who: _kinds(spans) for who, spans in lanes.items()},
+        # By process: seconds in no span, and their share.
+        "untimed": {who: _untimed(spans) for who, spans in lanes.items()},
+        "idle": idle_share(steps),
+        "warm_after": warm,
+        "idle_warm": None if warm is None else idle_share(steps[warm:]),
+        "overlap": _overlap(lanes),
+        "window": window,  # (start, end) of the steps drawn span by span
+        "window_steps": window_steps,
+        "stages": {stage: seconds for stage, seconds in stages.items() if seconds > 0},
+        **_speeds(run, learner, min(total, length)),
+    }
 
 
-def _moved(who: str, span: Span, at: Callable[[float], float]) -> Span:
-    """The span on the common clock, with steps counted by the update that uses them."""
+def covered(spans: Iterable[Span]) -> list[tuple[float, float]]:
+    """The union of the spans as disjoint (start, end) intervals, in order."""
+    found: list[tuple[float, float]] = []
+    for span in sorted(spans, key=lambda span: span.start):
+        if found and span.start <= found[-1][1]:
+            found[-1] = found[-1][0], max(found[-1][1], span.end)
+        else:
+            found.append((span.start, span.end))
+    return found
+
+
+def _renamed(who: str, span: Span) -> Span:
+    """The span with its step counted by the update that uses it."""
     if who == "generator":  # it numbers steps from 0, as its files
-        return dataclasses.replace(span, start=at(span.start), step=span.step + 1)
+        return dataclasses.replace(span, step=span.step + 1)
     # A learner that samples for itself waits for its own rollouts.
-    kind = "wait" if span.what in ("sample", "annotate") else span.what
-    return dataclasses.replace(span, start=at(span.start), what=kind)
+    return dataclasses.replace(span, what="wait") if span.what in ("sample", "annotate") else span
 
 
 def waits(spans: Sequence[Span]) -> list[tuple[float, float]]:
     """(seconds waited for rollouts, all seconds) of each step of the learner, in order."""
-    found: dict[int, list[Span]] = {}
-    for span in sorted(spans, key=lambda span: span.step):
-        found.setdefault(span.step, []).append(span)
-    seconds = lambda own: sum(span.seconds for span in own)
-    return [(seconds(s for s in own if s.what == "wait"), seconds(own)) for own in found.values()]
+    step, found = lambda span: span.step, []
+    for _, own in itertools.groupby(sorted(spans, key=step), step):
+        each = [(span.seconds * (span.what == "wait"), span.seconds) for span in own]
+        found.append(tuple(map(sum, zip(*each))))
+    return found
 
 
 def warm_after(steps: Sequence[tuple[float, float]]) -> int | None:
     """Number of steps before the first warm one; None where no step is warm."""
-    is_warm = [waited < WARM * seconds for waited, seconds in steps]
-    return is_warm.index(True) if True in is_warm else None
+    is_warm = (waited < WARM * seconds for waited, seconds in steps)
+    return next((at for at, found in enumerate(is_warm) if found), None)
 
 
 def idle_share(steps: Sequence[tuple[float, float]]) -> float | None:
@@ -147,6 +125,7 @@ def idle_share(steps: Sequence[tuple[float, float]]) -> float | None:
 
 
 def _overlap(lanes: Lanes) -> float | None:
+    """Share of the generator's working time in which the learner worked too."""
     generating, learning = (
         [span for span in lanes.get(who, ()) if _colour(span.what) != REST]
         for who in ("generator", "learner")
@@ -166,13 +145,20 @@ def _length(spans: Sequence[Span]) -> float:
     return sum(end - start for start, end in covered(spans))
 
 
-def _kinds(spans: Sequence[Span]) -> dict[str, KindFacts]:
+def _kinds(spans: Sequence[Span]) -> dict[str, dict[str, float | None]]:
+    """Of each kind of span of a process, in the order of KINDS; `share` is of the time from the
+    first span to the last.
+    """
     length, found = spans[-1].end - spans[0].start, {}
     names = {span.what for span in spans}
     for kind in [*(name for name in KINDS if name in names), *sorted(names - KINDS.keys())]:
         seconds = [span.seconds for span in spans if span.what == kind]
-        share = sum(seconds) / length if length else None
-        found[kind] = KindFacts(len(seconds), sum(seconds), share, statistics.median(seconds))
+        found[kind] = {
+            "count": len(seconds),
+            "seconds": sum(seconds),
+            "share": sum(seconds) / length if length else None,
+            "median": statistics.median(seconds),
+        }
     return found
 
 
@@ -208,47 +194,46 @@ def _window(
     return around(max(long, default=0) - _STEPS // 3)
 
 
-def _speeds(
-    run: Run, learner: Sequence[Span], seconds: float
-) -> tuple[Speed | None, bool, Speed | None]:
-    tokens = [value for value in run.column("perf/trained_tokens") if is_number(value)]
+def _speeds(run: Run, learner: Sequence[Span], seconds: float) -> dict[str, Any]:
+    """(trained tokens, seconds) of the learner `alone`, during updates, and of the `whole`: every
+    second in which a process worked or waited; None where unknown.
+    """
+    tokens = finite(run.column("perf/trained_tokens"))
     updates = [span.seconds for span in learner if span.what == "update"]
     # The first update compiles, which a long run does not notice. The end-to-end rate includes it.
     skip = int(len(tokens) == len(updates) > 1)
-    alone, whole = Speed(sum(tokens[skip:]), sum(updates[skip:])), Speed(sum(tokens), seconds)
-    is_known = all((alone.tokens, alone.seconds, whole.tokens, whole.seconds))
-    return (alone, bool(skip), whole) if is_known else (None, False, None)
+    speeds = (sum(tokens[skip:]), sum(updates[skip:])), (sum(tokens), seconds)
+    alone, whole = speeds if np.all(speeds) else (None, None)
+    return {"alone": alone, "is_first_left_out": bool(alone and skip), "whole": whole}
 
 
 # For the drawing
 
 
-def bars_between(
-    facts: TimelineFacts, window: tuple[float, float], *, is_numbered: bool = True
-) -> dict[str, list[Bar]]:
+def bars_between(facts: dict[str, Any], start: float, end: float) -> dict[str, list[Bar]]:
     """The spans inside a window, from its start on, with the numbers of their steps."""
-    start, end = window
 
     def bar(span: Span) -> Bar:
-        text = str(span.step) if is_numbered and span.what in ("generate", "update") else ""
+        text = str(span.step) if span.what in ("generate", "update") else ""
         sides = max(span.start, start) - start, min(span.end, end) - start
         return Bar(*sides, _colour(span.what), text)
 
-    found = {who: map(bar, spans) for who, spans in facts.lanes.items()}
+    found = {who: map(bar, spans) for who, spans in facts["lanes"].items()}
     return {who: [each for each in bars if each.end > each.start] for who, bars in found.items()}
 
 
-def shares_of_time(facts: TimelineFacts) -> dict[str, list[tuple[int, np.ndarray]]] | None:
+def shares_of_time(facts: dict[str, Any]) -> dict[str, list[tuple[int, np.ndarray]]] | None:
     """For very many spans: the share of each stretch of time that each colour takes; else None."""
-    if sum(map(len, facts.lanes.values())) <= _MANY_SPANS:
+    lanes = facts["lanes"]
+    if sum(map(len, lanes.values())) <= _MANY_SPANS:
         return None
     # Bins of few steps would show where their edges fall, not how time was spent.
-    steps = max(len({span.step for span in spans}) for spans in facts.lanes.values())
-    edges = np.linspace(0.0, facts.length, min(_BINS, max(12, steps // 5)) + 1)
-    own = lambda who, kind: [span for span in facts.lanes[who] if span.what == kind]
+    steps = max(len({span.step for span in spans}) for spans in lanes.values())
+    edges = np.linspace(0.0, facts["length"], min(_BINS, max(12, steps // 5)) + 1)
+    own = lambda who, kind: [span for span in lanes[who] if span.what == kind]
     return {
         who: [(_colour(kind), busy_shares(own(who, kind), edges)) for kind in kinds]
-        for who, kinds in facts.kinds.items()
+        for who, kinds in facts["kinds"].items()
     }
 
 

@@ -15,7 +15,7 @@ import sys
 import pytest
 from test_report import NASTY, config, read, row, write_run
 
-from opdjax.report import audit, drawing, drawing_rows
+from opdjax.report import audit, drawing
 from opdjax.report.page import write_audit_report, write_report
 from opdjax.runs.workdir import WorkdirError
 
@@ -401,7 +401,7 @@ def test_the_page_needs_no_jax():
 @pytest.mark.parametrize(("low", "high"), [(8e-4, 2e4), (0.7, 1.4), (0.09, 30), (1e-7, 1.3)])
 def test_labels_of_a_logarithmic_axis_do_not_touch(low, high):
     for width in (150, 250, 400):
-        ticks = drawing_rows.log_ticks(low, high, width)
+        ticks = drawing.log_ticks(low, high, width)
         assert 1 in ticks
         assert len(ticks) <= 6
         at = [width * math.log(value / low) / math.log(high / low) for value in ticks]

@@ -36,10 +36,10 @@ from opdjax.config import (
 )
 from opdjax.config.validation import ConfigError, to_dict
 from opdjax.data.tasks.arithmetic import problems
-from opdjax.report.drawing_rows import log_ticks
+from opdjax.report.drawing import log_ticks
 from opdjax.report.papers.compare import Verdict, compare
 from opdjax.report.papers.tables import PaperClaim, PaperColumn, paper_tables
-from opdjax.report.render import part
+from opdjax.report.render import environment
 from opdjax.report.sweep import label, sweep_facts
 from opdjax.report.text import amount, plus_minus
 from opdjax.runs.results import read_points, read_run
@@ -200,7 +200,7 @@ def test_a_chart_of_a_claim_states_the_range_where_it_holds():
     verdict = Verdict(
         claim, PaperColumn("x"), "reproduced", (0.0, 0.0), (0.0, 0.0), (-0.01, 0.01), 3
     )
-    drawn = part("papers.html", "chart", verdict).replace("−", "-")
+    drawn = environment().get_template("papers.html").module.chart(verdict).replace("−", "-")
     assert "the claim holds above -0.01 and below 0.01" in drawn
 
 

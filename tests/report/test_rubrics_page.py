@@ -21,7 +21,7 @@ from opdjax.report.judgements import (
     read_judgements,
     summary,
 )
-from opdjax.report.page import page
+from opdjax.report.page import write_report
 from opdjax.runs.workdir import WorkdirError
 
 STAGES = ("work", "answer")
@@ -636,7 +636,7 @@ def test_a_damaged_row_is_named(tmp_path, changes, named):
         tmp_path / "run", [judged(1)], torn=json.dumps(judged(1) | changes) + "\n", metrics=[]
     )
     with pytest.raises(WorkdirError, match=f"row 2 is no judgement: {named}"):
-        page(directory)
+        write_report(directory)
 
 
 def test_without_rows_the_metrics_tell(tmp_path):
