@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import tyro
 
-from opdjax.cli.experiments import load_experiment
 from opdjax.cli.main import is_user_error
+from opdjax.cli.parsing import load_experiment
 from opdjax.config import Config
 from opdjax.config.topology import topology
 from opdjax.diagnose.plan.aot import Program, compile_programs

@@ -17,8 +17,7 @@ import jax
 import jinja2
 import numpy as np
 
-from opdjax.config import DataConfig
-from opdjax.config.evaluation import EvaluationConfig
+from opdjax.config import DataConfig, EvaluationConfig
 from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, render
 from opdjax.data.prompts import PromptSet
 from opdjax.engine.evaluate import last_tokens

@@ -81,7 +81,7 @@ def background_judge(
     config: Config, workdir: pathlib.Path
 ) -> contextlib.AbstractContextManager[BackgroundJudge]:
     """The judge of the config, on a background thread."""
-    endpoints = {role: config.endpoint(role) for role in ROLES if getattr(config, role).is_given}
+    endpoints = {role: config.endpoint(role) for role in ROLES if getattr(config, role).model}
     return open_background_judge(endpoints, config.api, config.rubrics, workdir)
 
 

@@ -21,7 +21,7 @@ from test_cli import smooth
 import opdjax.rollouts.on_policy
 import opdjax.train
 from opdjax.cli import main
-from opdjax.cli.experiments import load_experiment
+from opdjax.cli.parsing import load_experiment
 from opdjax.config import MINI_PAIR, MINI_STUDENT
 from opdjax.config.experiments import load_sweep
 from opdjax.engine.evaluate import Evaluator
@@ -318,7 +318,7 @@ DATA = {
     "one prompt too long": (
         "ConfigError",
         lambda p: ["sample", "@mini_student", "1+1=", "1+" * 99, "--data.max-prompt-length", "32"],
-        "data.max_prompt_length is 32, exceeded by prompt 1 of the command line with 206 tokens",
+        "data.max_prompt_length is 32, exceeded by prompt 1 of the caller with 206 tokens",
         "expected more, or shorter prompts",
     ),
     "empty reference answers": (
@@ -389,7 +389,7 @@ DATA = {
     "bytes that are no text on the command line": (
         "DataError",
         lambda p: ["sample", MINI_STUDENT, "a\udcff"],
-        "prompt 0 of the command line holds",
+        "prompt 0 of the caller holds",
         "expected Unicode text",
     ),
 }
