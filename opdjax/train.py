@@ -20,10 +20,8 @@ import jax
 import numpy as np
 
 from opdjax.config import Config
-from opdjax.engine.evaluation_log import evaluate
+from opdjax.engine.evaluate import evaluate
 from opdjax.engine.update import (
-    TrainState,
-    UpdateSpec,
     init_state,
     make_behavior_kl,
     make_examine,
@@ -33,7 +31,6 @@ from opdjax.engine.update import (
 from opdjax.models.decoder import Params
 from opdjax.models.hf_export import export_student
 from opdjax.models.lora import combine
-from opdjax.models.partitioning import SAMPLER_AXES, shardings_of
 from opdjax.ops.multihost import (
     InterruptedRunError,
     agreed,
@@ -53,7 +50,7 @@ from opdjax.rollouts.setup import (
     facts,
     load_student,
     prepare,
-    sampling_copy,
+    sampling_weights,
     update_spec,
     with_current_teacher,
 )
@@ -154,7 +151,9 @@ def _run(
     num_steps, spec = config.train.num_steps, update_spec(setup)
     checkpointer = Checkpointer(mirror.checkpoints, keep=config.checkpoint.keep)
     resources.callback(checkpointer.close)
-    state, frozen = _initial_state(setup, spec)
+    trained, frozen = load_student(setup)
+    state = init_state(trained, make_optimizer(config.optimizer, num_steps), setup.mesh)
+    del trained  # copied
     layout = jax.tree.map(lambda x: x.sharding, state)
     update = make_update(spec, config.optimizer, num_steps, layout)
     examine, behavior_kl = make_examine(spec, _NUM_ALTERNATIVES), make_behavior_kl(spec)
@@ -167,8 +166,8 @@ def _run(
     )
     if writer is not None:
         resources.callback(writer.close)
-    sampling_weights = _sampling_weights(setup, frozen)
-    copy_weights = lambda: sampling_weights(state.params)
+    weights_of = sampling_weights(setup, frozen)
+    copy_weights = lambda: weights_of(state.params)
     kl_of = lambda rows: behavior_kl(state.params, shard_rows(rows, setup.mesh), frozen)
 
     def save(step: int, scores: dict[str, float] | None = None) -> None:
@@ -256,25 +255,6 @@ def _run(
 def _is_due(step: int, every: int) -> bool:
     """Whether something that happens every `every` steps (0: never) happens after this step."""
     return bool(every) and step % every == 0
-
-
-def _initial_state(setup: Setup, spec: UpdateSpec) -> tuple[TrainState, Params | None]:
-    """(the state before the first step, parameters that stay frozen)."""
-    trained, frozen = load_student(setup)
-    optimizer = make_optimizer(setup.config.optimizer, setup.config.train.num_steps)
-    return init_state(trained, optimizer, setup.mesh), frozen
-
-
-def _sampling_weights(setup: Setup, frozen: Params | None) -> Callable[[Params], Params]:
-    """Trained parameters -> the whole student's weights for sampling.
-
-    The trained part is copied even if its dtype stays: the update overwrites the state's arrays,
-    and may read the copy as its teacher's head. The frozen part is not copied if it is in place.
-    """
-    copied = jax.jit(partial(sampling_copy, setup))
-    layout = frozen and shardings_of(frozen, setup.mesh, SAMPLER_AXES)
-    own_frozen = frozen and jax.device_put(frozen, layout)
-    return lambda params: combine(own_frozen, copied(params))
 
 
 def _unfiltered_kl(

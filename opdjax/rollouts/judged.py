@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import itertools
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
+from functools import partial
 
 import jax
 import numpy as np
@@ -37,11 +37,10 @@ from opdjax.judge.judgement import (
 from opdjax.judge.reflection import reflect
 from opdjax.judge.replies import ApiError
 from opdjax.judge.schema import Criterion
-from opdjax.models.decoder import Params
 from opdjax.ops.multihost import agreed, from_process_zero, on_process_zero
 from opdjax.ops.sharding import num_row_shards, to_host
 from opdjax.rollouts.on_policy import draw, prompts_of
-from opdjax.rollouts.privileged import with_context
+from opdjax.rollouts.privileged import scored_rollouts, with_context
 from opdjax.rollouts.reward_advantages import has_usable_score, min_scored, with_advantages
 from opdjax.rollouts.rows import keep_rollouts, packed, with_option_columns
 from opdjax.rollouts.setup import Setup
@@ -57,30 +56,10 @@ _DRAW_PARTS = 2
 ROWS = "rubrics.jsonl"  # the judgements of every step
 
 
-@dataclasses.dataclass(frozen=True)
-class JudgeScores:
-    """Rewards of a step; NaN where judging failed."""
-
-    scores: np.ndarray  # [B], in [0, 1]
-    stage_scores: np.ndarray  # [B, K]
-    judgements: list[list[Judgement]] | None  # by prompt; on process zero only
-    metrics: Metrics
-
-
-@contextlib.contextmanager
-def open_judged_source(setup: Setup, workdir: pathlib.Path) -> Iterator[JudgedSource]:
-    """The source of judged rollouts; pending requests are cancelled at the end."""
-    with contextlib.ExitStack() as resources:
-        background = on_process_zero(
-            lambda: resources.enter_context(background_judge(setup.config, workdir))
-        )
-        yield JudgedSource(setup, workdir, background)
-
-
 def background_judge(
     config: Config, workdir: pathlib.Path
 ) -> contextlib.AbstractContextManager[BackgroundJudge]:
-    """The judge of the config, on a background thread."""
+    """The judge of the config, on a background thread; at the end its requests are cancelled."""
     endpoints = {role: config.endpoint(role) for role in ROLES if getattr(config, role).is_given}
     return open_background_judge(endpoints, config.api, config.rubrics, workdir)
 
@@ -94,10 +73,6 @@ class JudgedSource(RolloutSource):
         self._criteria, self._is_frozen = CriteriaStore(setup.config.rubrics, workdir), False
         on_process_zero(lambda: self._criteria.restore(read_lines(workdir / ROWS)))
 
-    def publish(self, version: int, copy_weights: Callable[[], Params], timer: Timer) -> None:
-        """See `RolloutSource`."""
-        self.params = copy_weights()
-
     def next(self, step: int, timer: Timer) -> StepData:
         """See `RolloutSource`."""
         setup, config = self._setup, self._setup.config
@@ -107,15 +82,12 @@ class JudgedSource(RolloutSource):
         prompts = prompts_of(setup.prompts, config, step)
         rollouts, futures = self._sample_and_submit(prompts, step, timer)
         with timer.phase("judge_wait"):
-            judged = self._wait_for_scores(futures, self._is_correct(rollouts), step)
+            judgements, metrics = self._wait_for_judges(futures, self._is_correct(rollouts), step)
+            scores = self._scores(judgements)
         with timer.phase("pack"):
-            batch = self._batch(prompts, rollouts, judged)
+            batch = self._batch(prompts, rollouts, scores, judgements)
             rows, packing = packed(batch, config.train, setup.mesh)
-        return StepData(prompts, rollouts, batch, rows, judged.metrics | packing)
-
-    def prefetch(self, step: int) -> None:
-        """See `RolloutSource`."""
-        self.params = None  # frees the old weights before the new ones are copied
+        return StepData(prompts, rollouts, batch, rows, metrics | packing)
 
     def judge(self, rollouts: Rollouts) -> list[list[Judgement]]:
         """The judgements of the rollouts (on the host), by prompt. For process zero; raises the
@@ -123,19 +95,25 @@ class JudgedSource(RolloutSource):
         """
         return self._background.results(self._submit(rollouts))
 
-    def _batch(self, prompts: PromptBatch, rollouts: Rollouts, judged: JudgeScores) -> TrainBatch:
+    def _batch(
+        self,
+        prompts: PromptBatch,
+        rollouts: Rollouts,
+        scores: np.ndarray,
+        judgements: list[list[Judgement]] | None,
+    ) -> TrainBatch:
         """Rows with advantages, or with a teacher that reads the judges' texts."""
         setup, config = self._setup, self._setup.config
-        is_rewarded = config.recipe.is_rewarded
-        shown, has_context = prompts, None
+        is_rewarded, has_context = config.recipe.is_rewarded, None
         if not is_rewarded:
-            shown, has_context = with_context(setup, prompts, judged.judgements)
-        batch = to_train_batch(rollouts, shown)
+            prompts, has_context = with_context(setup, prompts, judgements)
+        batch = to_train_batch(rollouts, prompts)
         batch, _ = with_option_columns(batch, rollouts, config, setup.prompts, setup.tokenizer)
         if not is_rewarded:
-            return keep_rollouts(batch, has_context & has_usable_score(judged.scores, config))
-        scores = judged.scores, judged.stage_scores
-        return with_advantages(batch, rollouts, *scores, config, setup.tokenizer)
+            return keep_rollouts(batch, has_context & has_usable_score(scores[:, 0], config))
+        return with_advantages(
+            batch, rollouts, scores[:, 0], scores[:, 1:], config, setup.tokenizer
+        )
 
     def _sample_and_submit(
         self, prompts: PromptBatch, stream: int, timer: Timer
@@ -202,23 +180,34 @@ class JudgedSource(RolloutSource):
             return None
         return graded(rollouts, answers, setup.tokenizer, setup.config.evaluation.grader)
 
-    def _wait_for_scores(
+    def _wait_for_judges(
         self, futures: list[Future], is_correct: np.ndarray | None, step: int
-    ) -> JudgeScores:
-        """The scores of the step, in every process; SourceStoppedError if judges do not answer or
-        too many groups fail.
+    ) -> tuple[list[list[Judgement]] | None, Metrics]:
+        """(judgements by prompt, metrics) of the step on process zero, (None, {}) in the others;
+        SourceStoppedError in all if judges do not answer or too many groups fail.
         """
-        config = self._setup.config
         judgements, metrics, problem = on_process_zero(
             lambda: self._collect(futures, is_correct, step)
         ) or (None, {}, None)
         self._stop_if(problem, f"step {step + 1} has no rewards", "what was trained is saved")
+        return judgements, metrics
+
+    def _scores(self, judgements: list[list[Judgement]] | None) -> np.ndarray:
+        """Scores of the rollouts in column 0, of their stages in the next ones, in every process;
+        NaN where judging failed.
+        """
+        config, size = self._setup.config, self._setup.config.sampling.num_generations
         shape = (config.rows_per_step, 1 + max(len(config.rubrics.stage_names), 1))
-        scores = from_process_zero(
-            lambda: _score_array(judgements, shape, config.sampling.num_generations),
-            np.zeros(shape, np.float32),
-        )
-        return JudgeScores(scores[:, 0], scores[:, 1:], judgements, metrics)
+
+        def read() -> np.ndarray:
+            found = np.full(shape, np.nan, np.float32)
+            for rollout, judgement, number in scored_rollouts(judgements, size):
+                stages = judgement.stage_scores
+                found[rollout, 0] = judgement.scores[number]
+                found[rollout, 1:] = stages[number] if stages else 0
+            return found
+
+        return from_process_zero(read, np.zeros(shape, np.float32))
 
     def _stop_if(self, problem: ApiError | str | None, found: str, kept: str) -> None:
         """SourceStoppedError in every process if process zero has a problem."""
@@ -294,7 +283,7 @@ class JudgedSource(RolloutSource):
             num_rows = len(some) * config.sampling.num_generations
             rollouts = jax.tree.map(lambda x, end=num_rows: x[:end], rollouts)
             with timer.phase("judge_wait"):
-                problem = on_process_zero(lambda part=rollouts: self._store_rubrics(part))
+                problem = on_process_zero(partial(self._store_rubrics, rollouts))
             self._stop_if(problem, "the frozen rubrics are incomplete", "finished ones are stored")
 
     def _store_rubrics(self, rollouts: Rollouts) -> ApiError | str | None:
@@ -304,17 +293,17 @@ class JudgedSource(RolloutSource):
         try:
             found = background.results(requests)
         except ApiError as error:
-            problem = error
-        else:
-            rubrics = {group.prompt_id: rubric for group, rubric in zip(groups, found)}
-            written = {prompt: rubric for prompt, rubric in rubrics.items() if rubric is not None}
-            num_lacking = len(rubrics) - len(written)
-            # A missing rubric is frozen too, unless many are missing: then the judge is at fault.
-            if num_lacking > MAX_FAILED_SHARE * len(rubrics):
-                problem = f"{num_lacking} of {len(rubrics)} prompts have no rubric"
-                rubrics = written
-            self._criteria.freeze(rubrics)
-        background.record_usage(0)
+            return error
+        finally:
+            background.record_usage(0)
+        rubrics = {group.prompt_id: rubric for group, rubric in zip(groups, found)}
+        written = {prompt: rubric for prompt, rubric in rubrics.items() if rubric is not None}
+        num_lacking = len(rubrics) - len(written)
+        # A missing rubric is frozen too, unless many are missing: then the judge is at fault.
+        if num_lacking > MAX_FAILED_SHARE * len(rubrics):
+            problem = f"{num_lacking} of {len(rubrics)} prompts have no rubric"
+            rubrics = written
+        self._criteria.freeze(rubrics)
         return problem
 
 
@@ -337,26 +326,11 @@ def _parts(prompts: PromptBatch, count: int, shards: int) -> list[PromptBatch]:
     return [cut(start, end) for start, end in itertools.pairwise(ends)]
 
 
-def _score_array(
-    judgements: list[list[Judgement]], shape: tuple[int, int], size: int
-) -> np.ndarray:
-    """Scores of the rollouts in column 0, of their stages in the next ones; NaN without a score."""
-    found = np.full(shape, np.nan, np.float32)
-    for place, group in enumerate(judgements):
-        for judgement in group:
-            for number, sample in enumerate(judgement.group.samples):
-                row = found[place * size + sample]
-                if judgement.scores[number] is not None:
-                    row[0] = judgement.scores[number]
-                    row[1:] = judgement.stage_scores[number] if judgement.stage_scores else 0
-    return found
-
-
 def _causes(metrics: Metrics) -> str:
-    problems = {
-        name.rpartition("/")[2]: int(count)
+    prefix = "rubric/problems/"
+    problems = [
+        f"{name.removeprefix(prefix)} {int(count)}"
         for name, count in metrics.items()
-        if name.startswith("rubric/problems/") and count
-    }
-    counts = ", ".join(f"{name} {count}" for name, count in problems.items())
-    return counts or "too few rollouts have a score"
+        if name.startswith(prefix) and count
+    ]
+    return ", ".join(problems) or "too few rollouts have a score"

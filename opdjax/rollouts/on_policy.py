@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,10 +27,6 @@ class OnPolicySource(RolloutSource):
     def __init__(self, setup: Setup):
         self._setup, self._next_prompts = setup, None
 
-    def publish(self, version: int, copy_weights: Callable[[], Params], timer: Timer) -> None:
-        """See `RolloutSource`."""
-        self.params = copy_weights()
-
     def next(self, step: int, timer: Timer) -> StepData:
         """See `RolloutSource`."""
         setup, config = self._setup, self._setup.config
@@ -49,7 +44,7 @@ class OnPolicySource(RolloutSource):
 
     def prefetch(self, step: int) -> None:
         """See `RolloutSource`."""
-        self.params = None  # frees the old weights before the new ones are copied
+        super().prefetch(step)
         self._next_prompts = prompts_of(self._setup.prompts, self._setup.config, step)
 
 
@@ -90,7 +85,9 @@ def step_rollouts(setup: Setup, params: Params, prompts: PromptBatch, step: int)
     config, sampling = setup.config, setup.config.sampling
     if sampling.completions_from == "student":
         return draw(setup, params, prompts, step)
-    length, end = sampling.max_completion_length, _end_token(setup)
+    length, stop = sampling.max_completion_length, setup.decoding.stop_token_ids
+    end = setup.tokenizer.eos_token_id  # ends given answers
+    end = end if end in stop else stop[0]
     if sampling.completions_from == "references":
         chosen = _chosen_references(setup.prompts, config, prompts, step)
         encode = lambda text: setup.tokenizer.encode(text, add_special_tokens=False)
@@ -134,9 +131,3 @@ def _as_student_ids(
         body = body if text is None else tokenizer.encode(text, add_special_tokens=False)
         answers.append(body if is_truncated else [*body, end])
     return answers
-
-
-def _end_token(setup: Setup) -> int:
-    """The stop token that ends given answers."""
-    stop, end = setup.decoding.stop_token_ids, setup.tokenizer.eos_token_id
-    return end if end in stop else stop[0]

@@ -1,14 +1,11 @@
-"""Privileged context from judges: the teacher of each rollout reads its rubric, its verdicts, or a
-reflection on it.
-
-There is then one teacher prompt per rollout. In self-distillation that teacher is the student: the
-same weights, but with the judge's text in the prompt.
+"""Privileged context from judges: the teacher of each rollout, which may be the student itself,
+reads its rubric, its verdicts, or a reflection on it. Each rollout has a teacher prompt of its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -45,6 +42,19 @@ def with_context(
     return rows, mask.any(axis=1)
 
 
+def scored_rollouts(
+    judgements: Sequence[Sequence[Judgement]], size: int
+) -> Iterator[tuple[int, Judgement, int]]:
+    """(rollout, its judgement, its place in that) of every rollout with a score; a prompt has
+    `size` rollouts.
+    """
+    for prompt, group in enumerate(judgements):
+        for judgement in group:
+            for place, sample in enumerate(judgement.group.samples):
+                if judgement.scores[place] is not None:
+                    yield prompt * size + sample, judgement, place
+
+
 def _context_ids(
     setup: Setup, rows: PromptBatch, judgements: Sequence[Sequence[Judgement]]
 ) -> list[tuple[int, ...]]:
@@ -53,18 +63,13 @@ def _context_ids(
     """
     data, size = setup.config.data, setup.config.sampling.num_generations
     found: list[tuple[int, ...]] = [()] * len(rows.prompt_id)
-    for place, group in enumerate(judgements):
-        for judgement in group:
-            for number, sample in enumerate(judgement.group.samples):
-                if judgement.scores[number] is None:
-                    continue
-                texts = {
-                    "rubric": rubric_text(judgement),
-                    "verdicts": verdict_text(judgement, number),
-                    "reflection": judgement.reflections[number] if judgement.reflections else "",
-                }
-                rollout = place * size + sample
-                row = setup.prompts.prompts[int(rows.prompt_id[rollout])]
-                ids = teacher_prompt_ids(row, data, setup.teacher.tokenizer, texts)
-                found[rollout] = ids if len(ids) <= data.max_teacher_prompt_length else ()
+    for rollout, judgement, place in scored_rollouts(judgements, size):
+        texts = {
+            "rubric": rubric_text(judgement),
+            "verdicts": verdict_text(judgement, place),
+            "reflection": judgement.reflections[place] if judgement.reflections else "",
+        }
+        row = setup.prompts.prompts[int(rows.prompt_id[rollout])]
+        ids = teacher_prompt_ids(row, data, setup.teacher.tokenizer, texts)
+        found[rollout] = ids if len(ids) <= data.max_teacher_prompt_length else ()
     return found

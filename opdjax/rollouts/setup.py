@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ from opdjax.models.attention import CUDNN_MAX_HEAD_SIZE, SPLASH_HEAD_SIZES, Impl
 from opdjax.models.decoder import Params, head_of
 from opdjax.models.hf import Checkpoint, CheckpointError, fingerprint, load_params, open_checkpoint
 from opdjax.models.lora import combine, init_adapters
-from opdjax.models.partitioning import SAMPLER_AXES, constrain, require_divides
+from opdjax.models.partitioning import SAMPLER_AXES, constrain, require_divides, shardings_of
 from opdjax.ops.sharding import make_mesh, num_row_shards
 from opdjax.ops.tile import Head
 from opdjax.rollouts.requirements import (
@@ -102,21 +102,31 @@ def prepare(config: Config) -> Setup:
         )
     evaluator = make_evaluator(config, student, tokenizer, mesh)
     # Weights are loaded last, so that errors in the data appear before gigabytes are read.
-    teacher = None
+    dtype, teacher, reference_policy = compute_dtype(config.train.dtype), None, None
+
+    def load(model: Teacher) -> Teacher:
+        return with_teacher_weights(model, load_params(model.checkpoint, dtype, mesh), config)
+
     if checkpoint is not None:
-        teacher = _load_teacher(config, checkpoint, teacher_tokenizer, shares_vocabulary, mesh)
-    start = Teacher(student, None, None, tokenizer, decoding, shares_vocabulary=True)
+        # Stop ids that were added for the student's tokenizer have no meaning in another one.
+        more = config.sampling.stop_token_ids if shares_vocabulary else ()
+        own = _decoding(config.sampling, checkpoint, teacher_tokenizer, more)
+        teacher = Teacher(checkpoint, None, None, teacher_tokenizer, own, shares_vocabulary)
+        teacher = teacher if config.teacher_is_student else load(teacher)
+    if config.estimator.reference_kl_coef:
+        start = Teacher(student, None, None, tokenizer, decoding, shares_vocabulary=True)
+        reference_policy = load(start)
     return Setup(
         config,
         mesh,
         student,
-        compute_dtype(config.train.dtype),
+        dtype,
         tokenizer,
         teacher,
         prompts,
         decoding,
         evaluator,
-        _load_reference_policy(config, start, mesh),
+        reference_policy,
     )
 
 
@@ -177,16 +187,27 @@ def load_student(setup: Setup) -> tuple[Params, Params | None]:
     return adapters, load_params(setup.student, setup.dtype, mesh)
 
 
-def sampling_copy(setup: Setup, params: Params) -> Params:
-    """A copy of the trained parameters for sampling, cast before it is sent to other devices."""
-    copies = jax.tree.map(lambda x: jnp.array(x, setup.dtype, copy=True), params)
-    return constrain(copies, setup.mesh, SAMPLER_AXES)
+def sampling_weights(setup: Setup, frozen: Params | None) -> Callable[[Params], Params]:
+    """Trained parameters -> the whole student's weights for sampling.
+
+    The trained part is copied even if its dtype stays: the update overwrites the state's arrays,
+    and may read the copy as its teacher's head. The frozen part is not copied if it is in place.
+    """
+    mesh = setup.mesh
+    own_frozen = frozen and jax.device_put(frozen, shardings_of(frozen, mesh, SAMPLER_AXES))
+
+    @jax.jit
+    def copied(params: Params) -> Params:  # cast before it is sent to other devices
+        copies = jax.tree.map(lambda x: jnp.array(x, setup.dtype, copy=True), params)
+        return constrain(copies, mesh, SAMPLER_AXES)
+
+    return lambda params: combine(own_frozen, copied(params))
 
 
 def initial_weights(setup: Setup) -> Params:
     """The weights that sample before the first update."""
     trained, frozen = load_student(setup)
-    return combine(frozen, jax.jit(partial(sampling_copy, setup))(trained))
+    return sampling_weights(setup, frozen)(trained)
 
 
 def needs_teacher(config: Config) -> bool:
@@ -207,27 +228,6 @@ def _shares_vocabulary(config: Config, student: Any, teacher: Any) -> bool:
             raise
         return False
     return True
-
-
-def _load_teacher(
-    config: Config, checkpoint: Checkpoint, tokenizer: Any, shares_vocabulary: bool, mesh: Mesh
-) -> Teacher:
-    # Stop ids that were added for the student's tokenizer have no meaning in another one.
-    more = config.sampling.stop_token_ids if shares_vocabulary else ()
-    decoding = _decoding(config.sampling, checkpoint, tokenizer, more)
-    teacher = Teacher(checkpoint, None, None, tokenizer, decoding, shares_vocabulary)
-    if config.teacher_is_student:
-        return teacher
-    params = load_params(checkpoint, compute_dtype(config.train.dtype), mesh)
-    return with_teacher_weights(teacher, params, config)
-
-
-def _load_reference_policy(config: Config, start: Teacher, mesh: Mesh) -> Teacher | None:
-    """`start` with the weights of the student's checkpoint; None if there is no penalty."""
-    if not config.estimator.reference_kl_coef:
-        return None
-    params = load_params(start.checkpoint, compute_dtype(config.train.dtype), mesh)
-    return with_teacher_weights(start, params, config)
 
 
 def with_teacher_weights(teacher: Teacher, params: Params, config: Config) -> Teacher:
