@@ -1,6 +1,4 @@
-"""The training state, and the jitted function that changes it: `update(state, batch) -> (state,
-metrics)`.
-"""
+"""The training state, and the jitted `update(state, batch) -> (state, metrics)`."""
 
 from __future__ import annotations
 
@@ -107,9 +105,7 @@ def _is_decayed(params: Params) -> Any:
 
 
 def init_state(
-    params: Params,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh | None = None,
+    params: Params, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
 ) -> TrainState:
     """The state before the first step; parameters are copied to float32. On a mesh it is sharded as
     `update` returns it.
@@ -133,19 +129,14 @@ def make_update(
 
     `state` is donated. `layout`: the shardings of the state, before and after the update; None:
     they are inferred, and may then differ and need another program at the next step. `frozen`: the
-    parameters that are not trained, if the state holds adapters; read only, in the dtype of the
-    forward pass. A batch whose loss or gradient is not finite is counted and leaves parameters and
-    optimizer unchanged; the schedule counts applied steps only.
+    parameters that are not trained, if the state holds adapters, in the dtype of the forward pass.
+    A batch whose loss or gradient is not finite is counted and leaves parameters and optimizer
+    unchanged; the schedule counts applied steps only.
     """
     optimizer, schedule = make_optimizer(config, num_steps), learning_rate_at(config, num_steps)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=None if layout is None else (layout, None))
-    def update(
-        state: TrainState,
-        batch: TrainBatch,
-        teacher_head: Head | None = None,
-        frozen: Params | None = None,
-    ):
+    def update(state, batch, teacher_head=None, frozen=None):
         is_observed = state.step % spec.diagnostics_every == 0 if spec.diagnostics_every else None
         loss, grads, outputs, shares = loss_and_grad(
             state.params, batch, teacher_head, spec, is_observed, frozen
@@ -236,11 +227,9 @@ def noise_and_signal(norm: Array, squares: Array, parts: int | Int[Array, ""]) -
     may be negative: average both over steps, then divide. `norm` is |g|, `squares` is the sum of
     |g_m / M|^2. NaN if fewer than two micro-batches held a token.
 
-    The estimate assumes independent micro-batches. With num_generations > 1 they are not:
-    `split_rows` deals adjacent rows, which share a prompt, to different micro-batches, so the
-    variance between prompts counts as signal, and noise is the variance of the draws only. Packed
-    micro-batches hold unequal numbers of tokens and prompts, and the resulting differences count as
-    noise.
+    The estimate assumes independent micro-batches. With num_generations > 1 they share prompts
+    (`split_rows`): the variance between prompts counts as signal, and noise is that of the draws
+    only. Unequal numbers of tokens in packed micro-batches count as noise.
     """
     noise = jnp.where(parts > 1, (parts * squares - jnp.square(norm)) / (parts - 1), jnp.nan)
     return {"grad/noise_squared": noise, "grad/signal_squared": jnp.square(norm) - noise}
@@ -315,9 +304,7 @@ def _stats(
 def _totals(
     params: Params, batch: TrainBatch, teacher_head: Head | None, spec: UpdateSpec
 ) -> tuple[Array, Array]:
-    """(sum of rewards, number of tokens) of the whole batch, before any micro-batch is
-    differentiated: one more forward pass.
-    """
+    """(sum of rewards, number of tokens) of the whole batch, by one more forward pass."""
 
     def add_part(totals, part: TrainBatch):
         stats = _stats(vocabulary_inputs(params, part, teacher_head, spec), part, spec)
@@ -360,9 +347,7 @@ def make_behavior_kl(spec: UpdateSpec) -> Callable:
     """
 
     @jax.jit
-    def behavior_kl(
-        params: Params, batch: TrainBatch, frozen: Params | None = None
-    ) -> Float[Array, ""]:
+    def behavior_kl(params, batch, frozen=None) -> Float[Array, ""]:
         inputs = vocabulary_inputs(combine(frozen, params), batch, None, spec)
         options = {"tile": spec.estimator.tile, "mesh": spec.mesh}
         logprobs = token_logprobs(inputs.hidden, inputs.head, batch, **options)
@@ -390,9 +375,7 @@ def spec_of(
 
 
 def scored_temperature(config: Config) -> float:
-    """The temperature of student and teacher in the loss: that of sampling, or 1 for given answers.
-
-    Both have the same one, so that the loss of a student that equals its teacher is 0 at any
-    temperature.
+    """The temperature of both models in the loss, so that it is 0 for a student that equals its
+    teacher: that of sampling, or 1 for given answers.
     """
     return config.sampling.temperature if config.sampling.completions_from == "student" else 1.0

@@ -17,24 +17,22 @@ from opdjax.data.prompts import PromptSet
 from opdjax.estimators.advantage import credit_matrix
 
 
-def require_given_answers(config: Config, rows: list[Prompt]) -> None:
-    """Training on references needs one in every row."""
-    data = config.data
-    if config.sampling.completions_from == "references" and data.references is None:
-        reason = "training on the data's own answers needs them"
-        column = data.column_names.get("reference", "references")
-        require_field(rows, "references", column, data.source, reason)
-
-
 def require_reward_data(config: Config, rows: list[Prompt]) -> None:
-    """The data, packages and settings that the rewards need must be there."""
+    """The data, packages and settings that given answers and rewards need must be there."""
     data, rubrics, estimator = config.data, config.rubrics, config.estimator
+    names = {"answer": "answer", "reference": "references"} | data.column_names
+
+    def require_references(reason: str) -> None:
+        if data.references is None:
+            require_field(rows, "references", names["reference"], data.source, reason)
+
+    if config.sampling.completions_from == "references":
+        require_references("training on the data's own answers needs them")
     if config.is_judged and all(row.answer is not None for row in rows):
         require_grader(config.evaluation.grader)  # the record of scores contains right answers
     if estimator.task_reward_coef or config.recipe.reward == "task":
         require_grader(config.evaluation.grader)
-        column = data.column_names.get("answer", "answer")
-        require_field(rows, "answer", column, data.source, "a task reward needs them")
+        require_field(rows, "answer", names["answer"], data.source, "a task reward needs them")
     if rubrics.stage_names:  # checked before anyone pays for scores that no stage can use
         try:
             credit_matrix(estimator.stage_credit, len(rubrics.stage_names))
@@ -48,11 +46,9 @@ def require_reward_data(config: Config, rows: list[Prompt]) -> None:
         raise MissingExtraError(
             f"judge requests need {' and '.join(missing)}: pip install 'opdjax[judge]'"
         )
-    if rubrics.num_references and data.references is None:
+    if rubrics.num_references:
         reason = "judges are shown a teacher's answers: write them with opdjax references "
-        reason += "(data.references), or set rubrics.num_references to 0"
-        column = data.column_names.get("reference", "references")
-        require_field(rows, "references", column, data.source, reason)
+        require_references(f"{reason}(data.references), or set rubrics.num_references to 0")
 
 
 def _require_own_criteria(config: Config, rows: list[Prompt]) -> None:

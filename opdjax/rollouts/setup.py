@@ -32,7 +32,6 @@ from opdjax.ops.sharding import make_mesh, num_row_shards
 from opdjax.ops.tile import Head
 from opdjax.rollouts.requirements import (
     learner_devices,
-    require_given_answers,
     require_reward_data,
     require_room,
     require_rows_divide,
@@ -90,7 +89,6 @@ def prepare(config: Config) -> Setup:
         teacher_tokenizer = load_tokenizer(checkpoint.path)
     shares_vocabulary = _shares_vocabulary(config, tokenizer, teacher_tokenizer)
     rows = load_rows(config.data, tokenizer)
-    require_given_answers(config, rows)
     require_reward_data(config, rows)
     prompts = encode_prompts(rows, config.data, tokenizer, teacher_tokenizer)
     require_room(config, prompts)
@@ -102,7 +100,7 @@ def prepare(config: Config) -> Setup:
         )
     evaluator = make_evaluator(config, student, tokenizer, mesh)
     # Weights are loaded last, so that errors in the data appear before gigabytes are read.
-    dtype, teacher, reference_policy = compute_dtype(config.train.dtype), None, None
+    dtype, teacher, reference = compute_dtype(config.train.dtype), None, None
 
     def load(model: Teacher) -> Teacher:
         return with_teacher_weights(model, load_params(model.checkpoint, dtype, mesh), config)
@@ -115,18 +113,9 @@ def prepare(config: Config) -> Setup:
         teacher = teacher if config.teacher_is_student else load(teacher)
     if config.estimator.reference_kl_coef:
         start = Teacher(student, None, None, tokenizer, decoding, shares_vocabulary=True)
-        reference_policy = load(start)
+        reference = load(start)
     return Setup(
-        config,
-        mesh,
-        student,
-        dtype,
-        tokenizer,
-        teacher,
-        prompts,
-        decoding,
-        evaluator,
-        reference_policy,
+        config, mesh, student, dtype, tokenizer, teacher, prompts, decoding, evaluator, reference
     )
 
 
