@@ -1,15 +1,10 @@
 """Student rollouts by continuous batching: a fixed number of slots decode together, and the slot of
-a finished row starts the next one.
+a finished row starts the next one. The sampled tokens depend on none of this (see decoding.py).
 
-The host schedules (scheduling.py) and the device computes. `prefill` reads a block of prompts of
-one width; `advance` starts their rows in free slots (`_fill_slots`) and decodes until enough slots
-are free again. All slots write keys and values at the same column of a ring buffer, so that a write
-is one slice. A slot attends to its prompt's columns and to its own last columns of the ring. The
-ring is no longer than the longest unfinished row needs; it grows in powers of two, and each length
-is one compiled program.
-
-The sampled tokens depend on none of this (see decoding.py): not on slots, schedule, prompt widths,
-ring length or mesh.
+The host schedules (scheduling.py). `prefill` reads a block of prompts; `advance` starts their rows
+in free slots and decodes until enough slots are free again. All slots write keys and values at the
+same column of a ring buffer, so that a write is one slice. The ring is no longer than the longest
+unfinished row needs; it grows in powers of two, and each length is one compiled program.
 """
 
 from __future__ import annotations
@@ -406,18 +401,16 @@ def _constrain(state: SlotState, mesh: Mesh | None) -> SlotState:
     """Slots and rows sharded over `data` and `fsdp`, the two counters replicated."""
     if mesh is None:
         return state
-    fields = {name: getattr(state, name) for name in state.__dataclass_fields__}
-    cache, counters = fields.pop("cache"), {name: fields.pop(name) for name in ("clock", "cursor")}
-    counters = jax.lax.with_sharding_constraint(counters, replicated(mesh))
-    return SlotState(cache=kv_cache.constrain(cache, mesh), **_by_row(fields, mesh), **counters)
+    rest = _by_row(state.replace(cache=None), mesh)
+    return rest.replace(cache=kv_cache.constrain(state.cache, mesh))
 
 
 def _by_row(tree, mesh: Mesh | None):
     """Arrays sharded by their first axis over `data` and `fsdp`, or replicated if it is not
-    divisible.
+    divisible or there is none.
     """
     if mesh is None:
         return tree
-    shards = num_row_shards(mesh)
-    layout = lambda x: by_row(mesh) if x.shape[0] % shards == 0 else replicated(mesh)
+    is_divisible = lambda x: x.ndim and x.shape[0] % num_row_shards(mesh) == 0
+    layout = lambda x: by_row(mesh) if is_divisible(x) else replicated(mesh)
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, layout(x)), tree)

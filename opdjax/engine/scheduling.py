@@ -1,7 +1,5 @@
-"""The sampler's schedule, planned on the host: which prompts are prefilled together, and which row
-each free slot starts.
-
-The plan depends only on the prompts and on which slots are free.
+"""The sampler's schedule, planned on the host from the prompts and the free slots: which prompts
+are prefilled together, and which row each free slot starts.
 """
 
 from __future__ import annotations
@@ -11,8 +9,8 @@ from collections import deque
 from collections.abc import Iterator
 from functools import partial
 
-import jax
 import numpy as np
+from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
@@ -88,8 +86,7 @@ def ring_sizes(length: int) -> list[int]:
     return [*(size for size in sizes if 2 * size <= length), length]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class Assignments:
     """The row that each slot starts, `[S]`."""
 
@@ -99,8 +96,7 @@ class Assignments:
     sample_id: Int[Array, " S"]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class RowIds:
     """Ids of all rows, `[B]`; rows of one prompt are adjacent."""
 

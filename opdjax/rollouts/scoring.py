@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from jax.sharding import Mesh
-
-from opdjax.config import Config
 from opdjax.engine.scorer import score
 from opdjax.estimators import estimator_of
 from opdjax.ops.sharding import num_row_shards, shard_rows
@@ -22,18 +19,16 @@ def scored(setup: Setup, batch: TrainBatch, needs: str) -> tuple[TrainBatch, Hea
     `needs`: what the recipe reads of the teacher. Scores that the batch already holds are kept. The
     second value is the teacher's head if the recipe reads whole distributions, else None.
     """
-    config, teacher = setup.config, setup.teacher
     is_missing = is_unscored(batch, needs)
-    batch = with_reference_logprobs(
-        shard_rows(batch, setup.mesh), setup.reference_policy, config, setup.mesh
-    )
+    batch = shard_rows(batch, setup.mesh)
+    if setup.reference_policy is not None:
+        own_view = dataclasses.replace(batch, teacher_view=None)
+        scores = _scores(setup, setup.reference_policy, own_view, "token")
+        batch = dataclasses.replace(batch, reference_logprobs=scores.teacher_logprobs)
     if not is_missing:
         return batch, None
-    top_k = estimator_of(config.estimator).top_k if needs == "top_k" else 0
-    scores = _scores(teacher, batch, needs, config, setup.mesh, top_k)
-    return dataclasses.replace(batch, teacher=scores), (
-        teacher.head if needs == "vocabulary" else None
-    )
+    batch = dataclasses.replace(batch, teacher=_scores(setup, setup.teacher, batch, needs))
+    return batch, setup.teacher.head if needs == "vocabulary" else None
 
 
 def is_unscored(batch: TrainBatch, needs: str) -> bool:
@@ -43,25 +38,10 @@ def is_unscored(batch: TrainBatch, needs: str) -> bool:
     return needs != "none" and stored.get(needs) is None
 
 
-def with_reference_logprobs(
-    batch: TrainBatch, reference_policy: Teacher | None, config: Config, mesh: Mesh
-) -> TrainBatch:
-    """Return the batch (on the devices) with its tokens' log-probs under the reference policy;
-    unchanged without one.
-    """
-    if reference_policy is None:
-        return batch
-    own_view = dataclasses.replace(batch, teacher_view=None)
-    scores = _scores(reference_policy, own_view, "token", config, mesh)
-    return dataclasses.replace(batch, reference_logprobs=scores.teacher_logprobs)
-
-
-def _scores(
-    model: Teacher, batch: TrainBatch, needs: str, config: Config, mesh: Mesh, top_k: int = 0
-) -> TeacherScores:
+def _scores(setup: Setup, model: Teacher, batch: TrainBatch, needs: str) -> TeacherScores:
     """Score in as many parts as the update has micro-batches; in one if the rows do not divide."""
-    parts = config.train.gradient_accumulation_steps
-    if batch.tokens.shape[0] % (parts * num_row_shards(mesh)):
+    config, parts = setup.config, setup.config.train.gradient_accumulation_steps
+    if batch.tokens.shape[0] % (parts * num_row_shards(setup.mesh)):
         parts = 1
     return score(
         model.params,
@@ -71,6 +51,6 @@ def _scores(
         needs=needs,
         tile=TILE,
         parts=parts,
-        mesh=mesh,
-        top_k=top_k,
+        mesh=setup.mesh,
+        top_k=estimator_of(config.estimator).top_k if needs == "top_k" else 0,
     )
