@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from opdjax.config import OptimizerConfig
 from opdjax.config.run import Config
-from opdjax.engine.scorer import token_logprobs
+from opdjax.engine.scorer import token_scores
 from opdjax.engine.step_metrics import observed, step_metrics
 from opdjax.estimators import Estimator, estimator_of, importance
 from opdjax.estimators.advantage import batch_totals
@@ -279,16 +279,9 @@ def vocabulary_inputs(
     head = head_of(params, valid_vocab=spec.valid_vocab, temperature=spec.temperature)
     scores = batch.teacher or TeacherScores()
     teacher = None if scores.hidden is None else (scores.hidden, teacher_head)
-    row = TokenInputs(
-        batch.tokens,
-        teacher_logprobs=scores.teacher_logprobs,
-        behavior_logprobs=batch.behavior_logprobs,
-        advantages=batch.advantages,
-        reference_logprobs=batch.reference_logprobs,
-        uniforms=batch.uniforms,
-        teacher_top_ids=scores.teacher_top_ids,
-        teacher_top_logprobs=scores.teacher_top_logprobs,
-    )
+    # A field has one name in the batch, in the scores and here; `prepared` adds the others.
+    read = lambda name: getattr(batch, name, getattr(scores, name, None))
+    row = TokenInputs(**{field.name: read(field.name) for field in dataclasses.fields(TokenInputs)})
     return VocabularyInputs(hidden, head, row, teacher)
 
 
@@ -350,7 +343,7 @@ def make_behavior_kl(spec: UpdateSpec) -> Callable:
     def behavior_kl(params, batch, frozen=None) -> Float[Array, ""]:
         inputs = vocabulary_inputs(combine(frozen, params), batch, None, spec)
         options = {"tile": spec.estimator.tile, "mesh": spec.mesh}
-        logprobs = token_logprobs(inputs.hidden, inputs.head, batch, **options)
+        logprobs = token_scores(inputs.hidden, inputs.head, batch, **options).teacher_logprobs
         return masked_mean(importance.kl_to_behavior(logprobs, batch.behavior_logprobs), batch.mask)
 
     return behavior_kl
