@@ -217,7 +217,7 @@ def _run(
             on_process_zero(startup.first_step_done)
         # Only rollouts of the current weights must have the log-probs that the update computes.
         if step == first and np.all(np.asarray(data.rollouts.policy_version) == step):
-            enforce(check_first_step(setup, data.batch, data.rollouts, data.prompts, metrics))
+            enforce(check_first_step(setup, data.batch, data.rollouts, metrics))
         # Frees what was computed with the old weights before the new ones are copied.
         del current, teacher_head, batch, data
 

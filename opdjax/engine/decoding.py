@@ -156,9 +156,7 @@ def _order_preserving_bits(x: Float[Array, "B V"]) -> UInt[Array, "B V"]:
 def _largest_threshold(
     is_enough: Callable, zeros: Float[Array, " B"], num_bits: int
 ) -> UInt[Array, "B 1"]:
-    """The largest threshold per row for which `is_enough(threshold)` holds, found bit by bit from
-    the top.
-    """
+    """The largest threshold per row for which `is_enough(threshold)` holds, found bit by bit."""
 
     def try_bit(index, threshold):
         candidate = threshold | (jnp.uint32(1) << (num_bits - 1 - index).astype(jnp.uint32))

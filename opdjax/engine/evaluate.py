@@ -87,9 +87,7 @@ class Evaluator:
     def _grade(
         self, params: Params, temperature: float, num_samples: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
-        """(correct, completion length, truncated), each `[P, num_samples]`, and all completions as
-        text.
-        """
+        """(correct, completion length, truncated), each `[P, num_samples]`, and all completions."""
         config, devices = self.config, num_row_shards(self.mesh)
         decoding = Decoding(
             config.max_completion_length,

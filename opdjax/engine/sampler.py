@@ -337,9 +337,7 @@ def _decode_token(
 def _with_ring(
     cache: KVCache, cursor: Array, prompt_columns: int, ring: int, mesh: Mesh | None
 ) -> KVCache:
-    """The cache with a longer ring. It is copied array by array, so that at most one old array
-    exists beside the new cache.
-    """
+    """The cache with a longer ring, copied array by array: one old array exists beside the new."""
 
     def lengthen(old: Array) -> Array:
         new = _lengthen(old, cursor, prompt_columns, ring)
@@ -353,9 +351,7 @@ def _with_ring(
 def _lengthen(
     x: Float[Array, "*L S K T H"], cursor: Int[Array, ""], prompt_columns: int, ring: int
 ) -> Float[Array, "*L S K U H"]:
-    """Insert empty columns at the cursor. Columns from the cursor on are the oldest; they stay
-    before the others in the ring's order.
-    """
+    """Insert empty columns at the cursor, before the oldest columns."""
     prompt, old = x[..., :prompt_columns, :], x[..., prompt_columns:, :]
     room = jnp.zeros((*x.shape[:-2], ring - old.shape[-2], x.shape[-1]), x.dtype)
     oldest_first = jnp.concatenate([room, jnp.roll(old, -cursor, axis=-2)], axis=-2)
@@ -406,9 +402,7 @@ def _constrain(state: SlotState, mesh: Mesh | None) -> SlotState:
 
 
 def _by_row(tree, mesh: Mesh | None):
-    """Arrays sharded by their first axis over `data` and `fsdp`, or replicated if it is not
-    divisible or there is none.
-    """
+    """Arrays sharded by their first axis over `data` and `fsdp`; replicated if not divisible."""
     if mesh is None:
         return tree
     is_divisible = lambda x: x.ndim and x.shape[0] % num_row_shards(mesh) == 0

@@ -22,7 +22,7 @@ from opdjax.models.decoder import Params
 from opdjax.ops.tile import Head
 from opdjax.rollouts.findings import Finding, Problem, fault, finding, warning
 from opdjax.rollouts.setup import Setup, Teacher, reads_scores
-from opdjax.types import Metrics, PromptBatch, Rollouts, TrainBatch
+from opdjax.types import Metrics, Rollouts, TrainBatch
 
 _PROBES = (
     "The quick brown fox, 'jumps' over 1,234.50 lazy dogs.\n\n  Then?",
@@ -48,13 +48,14 @@ def check_settings(setup: Setup) -> list[Finding]:
 
 
 def check_first_step(
-    setup: Setup, batch: TrainBatch, rollouts: Rollouts, prompts: PromptBatch, metrics: Metrics
+    setup: Setup, batch: TrainBatch, rollouts: Rollouts, metrics: Metrics
 ) -> list[Finding]:
     """Check the mask of the first batch, and that sampler and update give the same log-probs."""
     if setup.config.is_judged:  # rollouts without a score were dropped: no segment holds them
         is_kept = np.asarray(batch.segment_ids).any(axis=1)
         batch, rollouts = jax.tree.map(lambda x: np.asarray(x)[is_kept], (batch, rollouts))
-    findings = [check_mask(batch, rollouts, prompts.tokens.shape[1], setup.decoding.stop_token_ids)]
+    prompt_width = rollouts.tokens.shape[1] - setup.config.sampling.max_completion_length
+    findings = [check_mask(batch, rollouts, prompt_width, setup.decoding.stop_token_ids)]
     # The metric reads the behaviour log-probs, which a filter changes and the update does not see.
     gap, dtype = metrics.get("rollout/logprob_gap"), coarsest_dtype(setup)
     allowed = tolerance(jax.default_backend(), dtype).mean

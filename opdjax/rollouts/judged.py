@@ -1,7 +1,6 @@
-"""The source of rollouts that judges score: sampled from the current student and judged over HTTP.
-
-A step's prompts are sampled in parts; one part is judged while the next is sampled. The update
-waits for all parts and so stays strictly on-policy. Only process zero sends requests to judges.
+"""The source of rollouts that judges score over HTTP: one part of a step's prompts is judged while
+the next is sampled; the update waits for all parts and so stays strictly on-policy. Only process
+zero sends requests to judges.
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ class JudgedSource(RolloutSource):
         with timer.phase("pack"):
             batch = self._batch(prompts, rollouts, scores, judgements)
             rows, packing = packed(batch, config.train, setup.mesh)
-        return StepData(prompts, rollouts, batch, rows, metrics | packing)
+        return StepData(rollouts, batch, rows, metrics | packing)
 
     def judge(self, rollouts: Rollouts) -> list[list[Judgement]]:
         """The judgements of the rollouts (on the host), by prompt. For process zero; raises the
@@ -183,9 +182,7 @@ class JudgedSource(RolloutSource):
     def _wait_for_judges(
         self, futures: list[Future], is_correct: np.ndarray | None, step: int
     ) -> tuple[list[list[Judgement]] | None, Metrics]:
-        """(judgements by prompt, metrics) of the step on process zero, (None, {}) in the others;
-        SourceStoppedError in all if judges do not answer or too many groups fail.
-        """
+        """(judgements by prompt, metrics) on process zero; SourceStoppedError if judging failed."""
         judgements, metrics, problem = on_process_zero(
             lambda: self._collect(futures, is_correct, step)
         ) or (None, {}, None)
@@ -193,9 +190,7 @@ class JudgedSource(RolloutSource):
         return judgements, metrics
 
     def _scores(self, judgements: list[list[Judgement]] | None) -> np.ndarray:
-        """Scores of the rollouts in column 0, of their stages in the next ones, in every process;
-        NaN where judging failed.
-        """
+        """Scores of the rollouts, then of their stages, `[B, 1 + K]`; NaN where judging failed."""
         config, size = self._setup.config, self._setup.config.sampling.num_generations
         shape = (config.rows_per_step, 1 + max(len(config.rubrics.stage_names), 1))
 
@@ -258,9 +253,7 @@ class JudgedSource(RolloutSource):
         return metrics | self._background.record_usage(step + 1)
 
     def _freeze_rubrics(self, step: int, timer: Timer) -> None:
-        """Before the first update, write a rubric for every prompt of the run, from answers of the
-        untrained student.
-        """
+        """Have a rubric of every prompt of the run written from the untrained student's answers."""
         setup, config = self._setup, self._setup.config
         size = config.train.prompts_per_step
         count = size * config.train.num_steps

@@ -40,7 +40,7 @@ class OnPolicySource(RolloutSource):
                 to_train_batch(rollouts, prompts), rollouts, config, setup.prompts, setup.tokenizer
             )
             rows, packing = packed(batch, config.train, setup.mesh)
-        return StepData(prompts, rollouts, batch, rows, metrics | packing)
+        return StepData(rollouts, batch, rows, metrics | packing)
 
     def prefetch(self, step: int) -> None:
         """See `RolloutSource`."""
@@ -55,11 +55,7 @@ def prompts_of(prompts: PromptSet, config: Config, step: int) -> PromptBatch:
 
 
 def draw(
-    setup: Setup,
-    params: Params,
-    prompts: PromptBatch,
-    stream: int,
-    teacher: Teacher | None = None,
+    setup: Setup, params: Params, prompts: PromptBatch, stream: int, teacher: Teacher | None = None
 ) -> Rollouts:
     """Completions of the prompts by the student, or by `teacher`; the same `stream` and prompt give
     the same random numbers.
@@ -117,9 +113,7 @@ def _chosen_references(
 def _as_student_ids(
     written: Rollouts, teacher: Teacher, tokenizer: Any, end: int
 ) -> list[list[int]]:
-    """The teacher's answers as ids of the student, with the student's stop token. Their text is
-    encoded again if the tokenizers differ.
-    """
+    """The teacher's answers as ids of the student's tokenizer, with the student's stop token."""
     answers, texts = [], [None] * written.tokens.shape[0]
     if not teacher.shares_vocabulary:
         texts = completions(written, teacher.tokenizer)

@@ -45,9 +45,7 @@ def with_context(
 def scored_rollouts(
     judgements: Sequence[Sequence[Judgement]], size: int
 ) -> Iterator[tuple[int, Judgement, int]]:
-    """(rollout, its judgement, its place in that) of every rollout with a score; a prompt has
-    `size` rollouts.
-    """
+    """(rollout, its judgement, its place in that) of each rollout with a score, `size` a prompt."""
     for prompt, group in enumerate(judgements):
         for judgement in group:
             for place, sample in enumerate(judgement.group.samples):
@@ -58,9 +56,7 @@ def scored_rollouts(
 def _context_ids(
     setup: Setup, rows: PromptBatch, judgements: Sequence[Sequence[Judgement]]
 ) -> list[tuple[int, ...]]:
-    """Token ids of each rollout's teacher prompt; () if it was not judged or if the prompt is
-    longer than `DataConfig.max_teacher_prompt_length`.
-    """
+    """Token ids of each rollout's teacher prompt; () if it was not judged, or is too long."""
     data, size = setup.config.data, setup.config.sampling.num_generations
     found: list[tuple[int, ...]] = [()] * len(rows.prompt_id)
     for rollout, judgement, place in scored_rollouts(judgements, size):

@@ -62,9 +62,7 @@ def with_advantages(
 def _stage_advantages(
     rollouts: Rollouts, mask, scores, is_scored, scale: str, config: Config, tokenizer: Any
 ) -> np.ndarray:
-    """`[B, T]`: each token's advantage is that of its stage (RubricEM, arXiv 2605.10899, section
-    3.3).
-    """
+    """`[B, T]`: each token's advantage is that of its stage (arXiv 2605.10899, section 3.3)."""
     estimator, count = config.estimator, len(config.rubrics.stage_names)
     ids = token_stages(rollouts, tokenizer, config.rubrics.stage_markers)
     has_stage = np.stack([(ids == stage).any(axis=1) for stage in range(count)], axis=1)

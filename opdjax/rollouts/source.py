@@ -12,14 +12,13 @@ from opdjax.models.decoder import Params
 from opdjax.ops.multihost import on_process_zero
 from opdjax.rollouts.setup import Setup
 from opdjax.runs.metrics import Timer
-from opdjax.types import Metrics, PromptBatch, Rollouts, TrainBatch
+from opdjax.types import Metrics, Rollouts, TrainBatch
 
 
 @dataclasses.dataclass(frozen=True)
 class StepData:
     """Inputs of one update, as host arrays."""
 
-    prompts: PromptBatch
     rollouts: Rollouts
     batch: TrainBatch  # one rollout per row
     rows: TrainBatch  # what is trained on: `batch` or its packed rows, perhaps already scored

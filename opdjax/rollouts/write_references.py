@@ -230,9 +230,7 @@ def _checkpoint_answerer(
 
 @contextlib.contextmanager
 def _api_answerer(config: Config, path: pathlib.Path, _: Sequence[Pending]) -> Iterator[Answerer]:
-    """Requests answers from `teach.model`. The spending cap holds for the index, over all commands
-    that fill it.
-    """
+    """Requests answers from `teach.model`; the spending cap holds over all commands of an index."""
     try:
         from opdjax.judge.cache import ReplyCache
         from opdjax.judge.client import ApiClient
@@ -269,9 +267,7 @@ def _api_answerer(config: Config, path: pathlib.Path, _: Sequence[Pending]) -> I
 async def _request_answers(
     client: Any, batch: Sequence[Pending], config: Config, metrics: Counter
 ) -> Answers:
-    """Request all answers of a batch at once. The first error that ends the command is raised when
-    the pending requests are answered and cached.
-    """
+    """Request a batch's answers at once; an error is raised when pending ones are cached."""
     gate, fatal, failed = asyncio.Semaphore(max(config.api.concurrency, 1)), [], []
 
     async def request(row: Prompt, number: int) -> ReferenceAnswer | None:
