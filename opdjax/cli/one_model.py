@@ -13,12 +13,18 @@ from opdjax.config.validation import ConfigError
 from opdjax.data.prompt_rows import Prompt
 from opdjax.data.prompts import collate, encode_prompts
 from opdjax.data.tokenizer import load_tokenizer
-from opdjax.engine.decoding import Decoding
 from opdjax.engine.evaluate import completions
 from opdjax.engine.sampler import sample
 from opdjax.models.decoder import RUN_FIELDS
 from opdjax.models.hf import load_params, open_checkpoint
-from opdjax.rollouts.setup import compute_dtype, make_evaluator, num_ids, stop_ids, student_view
+from opdjax.rollouts.setup import (
+    compute_dtype,
+    decoding_of,
+    make_evaluator,
+    num_ids,
+    stop_ids,
+    student_view,
+)
 
 
 def complete(
@@ -44,19 +50,14 @@ def complete(
             f"data.max_prompt_length is {data.max_prompt_length}, exceeded by "
             f"{encoded.skipped[0]}; expected more, or shorter prompts"
         )
-    decoding = Decoding(
-        max_completion_length,
-        stop_ids(checkpoint, tokenizer),
-        valid_vocab=num_ids(checkpoint, tokenizer),
-        **distribution,
-    )
+    how = {"max_completion_length": max_completion_length, **distribution}
     rollouts = sample(
         params,
         collate(encoded, np.arange(len(prompts))),
         seed,
         0,
         config=checkpoint.config,
-        decoding=decoding,
+        decoding=decoding_of(checkpoint, tokenizer, **how),
         num_generations=num_generations,
     )
     for number, text in enumerate(completions(rollouts, tokenizer)):

@@ -42,8 +42,7 @@ class Evaluator:
     prompts: PromptSet
     tokenizer: Any
     config: EvaluationConfig
-    stop_token_ids: tuple[int, ...]
-    valid_vocab: int
+    decoding: Decoding  # at any temperature
     mesh: Mesh | None = None
     slots: int | None = None  # rows decoded at a time; None: EVALUATION_SLOTS
 
@@ -88,22 +87,14 @@ class Evaluator:
         self, params: Params, temperature: float, num_samples: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
         """(correct, completion length, truncated), each `[P, num_samples]`, and all completions."""
-        config, devices = self.config, num_row_shards(self.mesh)
-        decoding = Decoding(
-            config.max_completion_length,
-            self.stop_token_ids,
-            temperature=temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            valid_vocab=self.valid_vocab,
-        )
+        devices = num_row_shards(self.mesh)
         rollouts = sample(
             params,
             collate(self.prompts, np.arange(len(self.prompts))),
             _SEED,
             0,
             config=self.model,
-            decoding=decoding,
+            decoding=dataclasses.replace(self.decoding, temperature=temperature),
             num_generations=num_samples,
             stream=EVAL_STREAM,
             mesh=self.mesh,
@@ -112,7 +103,7 @@ class Evaluator:
         rollouts = to_host(rollouts)
         answers = [prompt.answer for prompt in self.prompts.prompts for _ in range(num_samples)]
         texts = completions(rollouts, self.tokenizer)
-        correct = graded_texts(texts, answers, config.grader)
+        correct = graded_texts(texts, answers, self.config.grader)
         by_prompt = lambda x: np.asarray(x, np.int32).reshape(-1, num_samples)
         return *map(by_prompt, (correct, rollouts.mask.sum(1), rollouts.is_truncated)), texts
 

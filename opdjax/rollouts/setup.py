@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from opdjax.config import STUDENT, Config, DataConfig, SamplingConfig, TrainConfig
+from opdjax.config import STUDENT, Config, DataConfig, TrainConfig
 from opdjax.config.validation import ConfigError, require
 from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, valid_vocab
 from opdjax.data.grading import require_grader
@@ -78,7 +78,10 @@ def prepare(config: Config) -> Setup:
     student = _with_attention(open_student(config), config.train, "student")
     require_divides(student.config, mesh.shape, "the student")
     tokenizer = load_tokenizer(student.path)
-    decoding = _decoding(config.sampling, student, tokenizer, config.sampling.stop_token_ids)
+    sampling = config.sampling
+    names = ("max_completion_length", "temperature", "top_k", "top_p", "kv_dtype")
+    own = {name: getattr(sampling, name) for name in names}
+    decoding = decoding_of(student, tokenizer, sampling.stop_token_ids, **own)
     checkpoint, teacher_tokenizer = None, tokenizer
     if needs_teacher(config):
         checkpoint = student
@@ -107,9 +110,9 @@ def prepare(config: Config) -> Setup:
 
     if checkpoint is not None:
         # Stop ids that were added for the student's tokenizer have no meaning in another one.
-        more = config.sampling.stop_token_ids if shares_vocabulary else ()
-        own = _decoding(config.sampling, checkpoint, teacher_tokenizer, more)
-        teacher = Teacher(checkpoint, None, None, teacher_tokenizer, own, shares_vocabulary)
+        more = sampling.stop_token_ids if shares_vocabulary else ()
+        how = decoding_of(checkpoint, teacher_tokenizer, more, **own)
+        teacher = Teacher(checkpoint, None, None, teacher_tokenizer, how, shares_vocabulary)
         teacher = teacher if config.teacher_is_student else load(teacher)
     if config.estimator.reference_kl_coef:
         start = Teacher(student, None, None, tokenizer, decoding, shares_vocabulary=True)
@@ -243,24 +246,18 @@ def update_spec(setup: Setup) -> UpdateSpec:
     )
 
 
-def _decoding(
-    sampling: SamplingConfig, checkpoint: Checkpoint, tokenizer: Any, more: tuple[int, ...]
+def decoding_of(
+    checkpoint: Checkpoint, tokenizer: Any, more_stops: tuple[int, ...] = (), **own: Any
 ) -> Decoding:
-    width = num_ids(checkpoint, tokenizer)
-    beyond = [token for token in more if not 0 <= token < width]
-    if beyond:
+    """How a checkpoint writes answers: up to its stop ids or `more_stops`; `own`: other fields of
+    `Decoding`. ConfigError if a stop id stands for no token.
+    """
+    width, stops = num_ids(checkpoint, tokenizer), stop_ids(checkpoint, tokenizer, more_stops)
+    if beyond := [token for token in more_stops if not 0 <= token < width]:
         raise ConfigError(
             f"sampling.stop_token_ids has {beyond}; expected ids from 0 to {width - 1}"
         )
-    return Decoding(
-        sampling.max_completion_length,
-        stop_ids(checkpoint, tokenizer, more),
-        sampling.temperature,
-        sampling.top_k,
-        sampling.top_p,
-        valid_vocab=width,
-        kv_dtype=sampling.kv_dtype,
-    )
+    return Decoding(stop_token_ids=stops, valid_vocab=width, **own)
 
 
 def make_evaluator(
@@ -279,10 +276,10 @@ def make_evaluator(
     column = names.get("answer", "answer")
     require_field(rows, "answer", column, data.source, "evaluation needs them")
     prompts = encode_prompts(rows, data, tokenizer, tokenizer)
-    stop = stop_ids(student, tokenizer, config.sampling.stop_token_ids)
-    width = num_ids(student, tokenizer)
+    own = {n: getattr(evaluation, n) for n in ("max_completion_length", "top_k", "top_p")}
+    decoding = decoding_of(student, tokenizer, config.sampling.stop_token_ids, **own)
     slots = config.sampling.slots
-    return Evaluator(student.config, prompts, tokenizer, evaluation, stop, width, mesh, slots)
+    return Evaluator(student.config, prompts, tokenizer, evaluation, decoding, mesh, slots)
 
 
 def student_view(data: DataConfig) -> DataConfig:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from opdjax.config import STUDENT, Config
+from opdjax.config import STUDENT, Config, TeachConfig
 from opdjax.config.validation import MissingExtraError, require
 from opdjax.data.prompt_rows import Prompt, read_prompts
 from opdjax.data.prompts import collate, encode_prompts, messages_of
@@ -30,7 +30,6 @@ from opdjax.data.references import (
 )
 from opdjax.data.sources import ColumnMap
 from opdjax.data.tokenizer import load_tokenizer
-from opdjax.engine.decoding import Decoding
 from opdjax.engine.evaluate import completions
 from opdjax.engine.sampler import sample
 from opdjax.judge.replies import ApiError, ApiRequestError, ApiUnavailableError
@@ -38,9 +37,8 @@ from opdjax.models.hf import fingerprint, load_params, open_checkpoint
 from opdjax.ops.sharding import make_mesh, to_host
 from opdjax.rollouts.setup import (
     compute_dtype,
-    num_ids,
+    decoding_of,
     open_student,
-    stop_ids,
     student_view,
     teacher_view,
 )
@@ -184,19 +182,14 @@ def _checkpoint_answerer(
     data = dataclasses.replace(teacher_view(config.data), max_prompt_length=_ANY_LENGTH)
     prompts = encode_prompts([row for row, _ in pending], data, tokenizer, tokenizer)
     places = {key_of(row.prompt): place for place, row in enumerate(prompts.prompts)}
-    decoding = Decoding(
-        settings.max_completion_length,
-        stop_ids(checkpoint, tokenizer),
-        valid_vocab=num_ids(checkpoint, tokenizer),
-        **_distribution(settings),
-    )
+    how = {"max_completion_length": settings.max_completion_length, **_distribution(settings)}
     sampled = partial(
         sample,
         load_params(checkpoint, compute_dtype(config.train.dtype), mesh),
         seed=config.seed,
         policy_version=0,
         config=checkpoint.config,
-        decoding=decoding,
+        decoding=decoding_of(checkpoint, tokenizer, **how),
         mesh=mesh,
         prompt_columns=prompts.max_width(),
     )
