@@ -37,8 +37,7 @@ from opdjax.ops.multihost import (
     stop_requests,
 )
 from opdjax.ops.sharding import is_process_zero, shard_rows
-from opdjax.rollouts.checks import check_first_step, check_settings
-from opdjax.rollouts.findings import enforce
+from opdjax.rollouts.checks import check_first_step, check_settings, enforce
 from opdjax.rollouts.rows import rollout_metrics, token_counts
 from opdjax.rollouts.samples import sample_rows
 from opdjax.rollouts.scoring import scored

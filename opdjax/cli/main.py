@@ -53,7 +53,7 @@ USER_ERRORS = (
     "opdjax.models.hf.CheckpointError",
     "opdjax.ops.multihost.InterruptedRunError",
     "opdjax.ops.multihost.OtherFailedError",
-    "opdjax.rollouts.findings.FaultError",
+    "opdjax.rollouts.checks.FaultError",
     "opdjax.rollouts.near_policy.shards.ShardError",
     "opdjax.rollouts.source.SourceStoppedError",
     "opdjax.runs.checkpoint.CheckpointShapeError",

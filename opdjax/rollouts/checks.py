@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jinja2
@@ -19,11 +19,14 @@ from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, rend
 from opdjax.data.prompts import PromptSet
 from opdjax.engine.evaluate import last_tokens
 from opdjax.models.decoder import Params
+from opdjax.ops.sharding import is_process_zero
 from opdjax.ops.tile import Head
-from opdjax.rollouts.findings import Finding, Problem, fault, finding, warning
 from opdjax.rollouts.setup import Setup, Teacher, reads_scores
 from opdjax.types import Metrics, Rollouts, TrainBatch
 
+Status = Literal["ok", "warning", "fault"]
+Problem = tuple[Status, str]
+_SIGNS = {"ok": "✓", "warning": "!", "fault": "✗"}  # from the least severe to the most
 _PROBES = (
     "The quick brown fox, 'jumps' over 1,234.50 lazy dogs.\n\n  Then?",
     "def f(x):\n\treturn {'a': [x ** 2, -1e-3]}  # done",
@@ -32,6 +35,64 @@ _PROBES = (
 _ANSWER = "opdjax answer 7"
 _SHOWN_LINES = 24
 SHIFTS = (("right", 1), ("left", -1))  # (side, columns), as np.roll counts them
+
+
+class FaultError(RuntimeError):
+    """A check found a fault that makes the run's results meaningless."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """The result of one check. The message says what was expected, what was found, what to do."""
+
+    name: str
+    status: Status
+    message: str
+    details: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{_SIGNS[self.status]} {self.name}: {self.message}"]
+        return "\n".join([*lines, *(f"    {line}" for line in self.details)])
+
+
+def warning(*sentences: str) -> Problem:
+    """A problem that may be intended."""
+    return "warning", "; ".join(sentences)
+
+
+def fault(*sentences: str) -> Problem:
+    """A problem that makes the run's results meaningless."""
+    return "fault", "; ".join(sentences)
+
+
+def finding(
+    name: str, problems: Iterable[Problem], otherwise: str, details: Iterable[str] = ()
+) -> Finding:
+    """Merge the problems of a check; the worst sets the status.
+
+    `otherwise` is the message of a check without problems.
+    """
+    problems = list(problems)
+    status = max((status for status, _ in problems), key=list(_SIGNS).index, default="ok")
+    return Finding(
+        name, status, "; ".join(text for _, text in problems) or otherwise, tuple(details)
+    )
+
+
+def enforce(findings: Iterable[Finding]) -> None:
+    """Print the warnings on process zero; raise FaultError if there is a fault."""
+    findings = list(findings)
+    for each in findings:
+        if each.status == "warning" and is_process_zero():
+            print(each)
+    faults = [str(each) for each in findings if each.status == "fault"]
+    if faults:
+        raise FaultError(
+            "the run was stopped: its results would mean nothing:\n" + "\n".join(faults)
+        )
+
+
+# The checks
 
 
 def check_settings(setup: Setup) -> list[Finding]:

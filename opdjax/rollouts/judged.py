@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 
@@ -20,7 +21,7 @@ from opdjax.config import Config
 from opdjax.config.rubrics import MAX_FAILED_SHARE
 from opdjax.data.packing import to_train_batch
 from opdjax.data.prompt_rows import Prompt
-from opdjax.data.prompts import collate, indices_at
+from opdjax.data.prompts import collate, indices_at, padded_width, teacher_prompt_ids
 from opdjax.engine.evaluate import completions, graded
 from opdjax.judge.background import BackgroundJudge, open_background_judge
 from opdjax.judge.criteria import FROZEN, CriteriaStore
@@ -33,13 +34,12 @@ from opdjax.judge.judgement import (
     judge_group,
     metrics_of,
 )
-from opdjax.judge.reflection import reflect
+from opdjax.judge.reflection import reflect, rubric_text, verdict_text
 from opdjax.judge.replies import ApiError
 from opdjax.judge.schema import Criterion
 from opdjax.ops.multihost import agreed, from_process_zero, on_process_zero
 from opdjax.ops.sharding import num_row_shards, to_host
 from opdjax.rollouts.on_policy import draw, prompts_of
-from opdjax.rollouts.privileged import scored_rollouts, with_context
 from opdjax.rollouts.reward_advantages import has_usable_score, min_scored, with_advantages
 from opdjax.rollouts.rows import keep_rollouts, packed, with_option_columns
 from opdjax.rollouts.setup import Setup
@@ -327,3 +327,60 @@ def _causes(metrics: Metrics) -> str:
         if name.startswith(prefix) and count
     ]
     return ", ".join(problems) or "too few rollouts have a score"
+
+
+# Privileged context: the teacher of each rollout reads its rubric, its verdicts, or a reflection
+
+
+def with_context(
+    setup: Setup, prompts: PromptBatch, judgements: Sequence[Sequence[Judgement]] | None
+) -> tuple[PromptBatch, np.ndarray]:
+    """The prompts by rollout `[B]` with their teacher prompts, and which rollouts have one.
+
+    `judgements` are given on process zero, and None in the others.
+    """
+    repeat = lambda x: np.repeat(np.asarray(x), setup.config.sampling.num_generations, axis=0)
+    rows = PromptBatch(repeat(prompts.tokens), repeat(prompts.mask), repeat(prompts.prompt_id))
+    count = len(rows.prompt_id)
+    ids = on_process_zero(lambda: _context_ids(setup, rows, judgements))
+    width = from_process_zero(lambda: np.array(padded_width(max(map(len, ids)) or 1)), np.array(0))
+
+    def padded() -> np.ndarray:
+        tokens = np.full((count, int(width)), -1, np.int32)
+        for row, found in enumerate(ids):
+            tokens[row, int(width) - len(found) :] = found
+        return tokens
+
+    tokens = from_process_zero(padded, np.zeros((count, int(width)), np.int32))
+    mask = tokens >= 0
+    rows = dataclasses.replace(rows, teacher_tokens=np.maximum(tokens, 0), teacher_mask=mask)
+    return rows, mask.any(axis=1)
+
+
+def scored_rollouts(
+    judgements: Sequence[Sequence[Judgement]], size: int
+) -> Iterator[tuple[int, Judgement, int]]:
+    """(rollout, its judgement, its place in that) of each rollout with a score, `size` a prompt."""
+    for prompt, group in enumerate(judgements):
+        for judgement in group:
+            for place, sample in enumerate(judgement.group.samples):
+                if judgement.scores[place] is not None:
+                    yield prompt * size + sample, judgement, place
+
+
+def _context_ids(
+    setup: Setup, rows: PromptBatch, judgements: Sequence[Sequence[Judgement]]
+) -> list[tuple[int, ...]]:
+    """Token ids of each rollout's teacher prompt; () if it was not judged, or is too long."""
+    data, size = setup.config.data, setup.config.sampling.num_generations
+    found: list[tuple[int, ...]] = [()] * len(rows.prompt_id)
+    for rollout, judgement, place in scored_rollouts(judgements, size):
+        texts = {
+            "rubric": rubric_text(judgement),
+            "verdicts": verdict_text(judgement, place),
+            "reflection": judgement.reflections[place] if judgement.reflections else "",
+        }
+        row = setup.prompts.prompts[int(rows.prompt_id[rollout])]
+        ids = teacher_prompt_ids(row, data, setup.teacher.tokenizer, texts)
+        found[rollout] = ids if len(ids) <= data.max_teacher_prompt_length else ()
+    return found
