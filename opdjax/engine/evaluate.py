@@ -103,7 +103,7 @@ class Evaluator:
         rollouts = to_host(rollouts)
         answers = [prompt.answer for prompt in self.prompts.prompts for _ in range(num_samples)]
         texts = completions(rollouts, self.tokenizer)
-        correct = graded_texts(texts, answers, self.config.grader)
+        correct = graded(texts, answers, self.config.grader)
         by_prompt = lambda x: np.asarray(x, np.int32).reshape(-1, num_samples)
         return *map(by_prompt, (correct, rollouts.mask.sum(1), rollouts.is_truncated)), texts
 
@@ -145,12 +145,7 @@ def _shown(prompt: Prompt, text: str, is_right: int) -> dict[str, Any]:
     }
 
 
-def graded(rollouts, answers: Sequence[str], tokenizer, grader: str) -> np.ndarray:
-    """1 for each completion (on the host) whose answer is right, else 0; `[B]`, int32."""
-    return graded_texts(completions(rollouts, tokenizer), answers, grader)
-
-
-def graded_texts(texts: Sequence[str], answers: Sequence[str], grader: str) -> np.ndarray:
+def graded(texts: Sequence[str], answers: Sequence[str], grader: str) -> np.ndarray:
     """1 for each text whose answer is right, else 0; `[B]`, int32.
 
     Only process zero grades: a grader may stop at a timeout, so that two processes could disagree.

@@ -14,7 +14,7 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
-from opdjax.config.validation import ConfigError
+from opdjax.config.validation import require
 from opdjax.data.prompts import padded_width
 from opdjax.ops.sharding import num_row_shards
 from opdjax.types import PromptBatch
@@ -68,14 +68,17 @@ def block_size(slots: int, num_generations: int, mesh: Mesh | None) -> int:
     return -(-slots // (num_generations * BLOCKS_PER_FILL * shards)) * shards
 
 
+def require_slots(slots: int | None, shards: int) -> None:
+    """ConfigError if the slots cannot be divided evenly among the devices that rows are on."""
+    expected = f"a multiple of {shards}, the number of devices that rows are sharded over "
+    expected += "(mesh.data x mesh.fsdp)"
+    require(slots is None or slots % shards == 0, "sampling.slots", slots, expected)
+
+
 def num_slots(slots: int | None, rows: int, mesh: Mesh | None) -> int:
     """Rows decoded at a time; ConfigError if they cannot be divided evenly among the devices."""
     shards = num_row_shards(mesh)
-    if slots is not None and (slots < 1 or slots % shards):
-        raise ConfigError(
-            f"slots is {slots}; expected a multiple of {shards}, the number of devices that rows "
-            "are sharded over (mesh.data x mesh.fsdp)"
-        )
+    require_slots(slots, shards)
     most = -(-rows // shards) * shards
     return most if slots is None else min(slots, most)
 

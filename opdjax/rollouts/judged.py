@@ -177,7 +177,8 @@ class JudgedSource(RolloutSource):
         answers = [setup.prompts.prompts[index].answer for index in np.asarray(rollouts.prompt_id)]
         if any(answer is None for answer in answers):
             return None
-        return graded(rollouts, answers, setup.tokenizer, setup.config.evaluation.grader)
+        texts = completions(rollouts, setup.tokenizer)
+        return graded(texts, answers, setup.config.evaluation.grader)
 
     def _wait_for_judges(
         self, futures: list[Future], is_correct: np.ndarray | None, step: int

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from opdjax.config import Config, TrainConfig
 from opdjax.data.packing import pack, packing_metrics
 from opdjax.data.prompts import PromptSet
-from opdjax.engine.evaluate import graded, last_tokens
+from opdjax.engine.evaluate import completions, graded, last_tokens
 from opdjax.engine.sampler import extra_uniforms
 from opdjax.estimators import estimator_of
 from opdjax.estimators.advantage import group_advantage
@@ -69,7 +69,7 @@ def with_option_columns(
 def task_reward(rollouts: Rollouts, prompts: PromptSet, tokenizer: Any, grader: str) -> np.ndarray:
     """Return 1 for each completion with a right answer and 0 for the others; `[B]`, float32."""
     answers = [prompts.prompts[index].answer for index in np.asarray(rollouts.prompt_id)]
-    return graded(rollouts, answers, tokenizer, grader).astype(np.float32)
+    return graded(completions(rollouts, tokenizer), answers, grader).astype(np.float32)
 
 
 def rollout_metrics(rollouts: Rollouts, stop_token_ids: tuple[int, ...], step: int) -> Metrics:

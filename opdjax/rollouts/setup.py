@@ -21,6 +21,7 @@ from opdjax.data.sources import ColumnMap
 from opdjax.data.tokenizer import load_tokenizer
 from opdjax.engine.decoding import Decoding
 from opdjax.engine.evaluate import Evaluator
+from opdjax.engine.scheduling import require_slots
 from opdjax.engine.update import UpdateSpec, scored_temperature, spec_of
 from opdjax.estimators import estimator_of
 from opdjax.estimators.advantage import credit_matrix
@@ -384,22 +385,19 @@ def require_reward_data(config: Config, rows: list[Prompt]) -> None:
 def _require_own_criteria(config: Config, rows: list[Prompt]) -> None:
     """The criteria that come with the prompts must fit the config's rubrics."""
     rubrics, stages = config.rubrics, config.rubrics.stage_names
+    known = f"one of {list(stages)}" if stages else "none: rubrics.stage_names is ()"
     for number, row in enumerate(rows):
-        where = f"prompt {number} of {config.data.source} (rubric in data.columns)"
+        problem = None
         if rubrics.refresh == "given" and not row.criteria:
-            raise ConfigError(
-                f"{where} has no criteria, and with rubrics.refresh given no judge writes any"
-            )
+            problem = "has no criteria, and with rubrics.refresh given no judge writes any"
         for criterion in row.criteria:
             if criterion.is_flaw and rubrics.polarity == "positive":
-                raise ConfigError(
-                    f"{where} has a criterion of negative weight; set rubrics.polarity to signed"
-                )
-            if criterion.stage not in (stages or (None,)):
-                expected = f"one of {list(stages)}" if stages else "none: rubrics.stage_names is ()"
-                raise ConfigError(
-                    f"{where} has a criterion of stage {criterion.stage!r}; expected {expected}"
-                )
+                problem = "has a criterion of negative weight; set rubrics.polarity to signed"
+            elif criterion.stage not in (stages or (None,)):
+                problem = f"has a criterion of stage {criterion.stage!r}; expected {known}"
+        if problem is not None:
+            where = f"prompt {number} of {config.data.source} (rubric in data.columns)"
+            raise ConfigError(f"{where} {problem}")
 
 
 def require_room(config: Config, prompts: PromptSet) -> None:
@@ -426,10 +424,7 @@ def require_rows_divide(config: Config, shards: int) -> None:
             f"into {parts} micro-batches (train.gradient_accumulation_steps) on {shards} devices "
             "(mesh.data x mesh.fsdp); change one of them"
         )
-    slots = config.sampling.slots
-    expected = f"a multiple of {shards}, the devices that rows are sharded over "
-    expected += "(mesh.data x mesh.fsdp)"
-    require(slots is None or slots % shards == 0, "sampling.slots", slots, expected)
+    require_slots(config.sampling.slots, shards)
 
 
 def learner_devices(config: Config) -> list[jax.Device] | None:
@@ -442,7 +437,5 @@ def learner_devices(config: Config) -> list[jax.Device] | None:
     expected += f"a multiple of mesh.tensor, {tensor}, and has one or more"
     is_possible = 0 < count < available and count % tensor == 0
     require(is_possible, "mesh.data", config.mesh.data, expected)
-    slots, shards = config.sampling.slots, count // tensor
-    expected = f"a multiple of {shards}, the devices that the thread shards rows over"
-    require(slots is None or slots % shards == 0, "sampling.slots", slots, expected)
+    require_slots(config.sampling.slots, count // tensor)
     return jax.devices()[:-count]
