@@ -89,19 +89,16 @@ def learning_rate_at(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW; norms and biases are not decayed."""
     clip = [optax.clip_by_global_norm(config.max_grad_norm)] if config.max_grad_norm else []
+    is_decayed = lambda path, _: path[-1].key.endswith(_DECAYED)
     adamw = optax.adamw(
         learning_rate_at(config, num_steps),
         _ADAM_B1,
         config.b2,
         _ADAM_EPSILON,
         weight_decay=config.weight_decay,
-        mask=_is_decayed,
+        mask=partial(jax.tree_util.tree_map_with_path, is_decayed),
     )
     return optax.chain(*clip, adamw)
-
-
-def _is_decayed(params: Params) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key.endswith(_DECAYED), params)
 
 
 def init_state(

@@ -87,7 +87,13 @@ def prepare(config: Config) -> Setup:
         checkpoint = _with_attention(checkpoint, config.train, "teacher")
         require_divides(checkpoint.config, mesh.shape, "the teacher")
         teacher_tokenizer = load_tokenizer(checkpoint.path)
-    shares_vocabulary = _shares_vocabulary(config, tokenizer, teacher_tokenizer)
+    shares_vocabulary = True
+    try:
+        check_same_vocabulary(tokenizer, teacher_tokenizer, config.estimator.recipe)
+    except TokenizerMismatchError:
+        if reads_scores(config):
+            raise
+        shares_vocabulary = False
     rows = load_rows(config.data, tokenizer)
     require_reward_data(config, rows)
     prompts = encode_prompts(rows, config.data, tokenizer, teacher_tokenizer)
@@ -207,16 +213,6 @@ def needs_teacher(config: Config) -> bool:
 def reads_scores(config: Config) -> bool:
     """Whether the teacher's log-probs are compared with the student's, id by id."""
     return estimator_of(config.estimator).teacher != "none" or config.near_policy.filter != "none"
-
-
-def _shares_vocabulary(config: Config, student: Any, teacher: Any) -> bool:
-    try:
-        check_same_vocabulary(student, teacher, config.estimator.recipe)
-    except TokenizerMismatchError:
-        if reads_scores(config):
-            raise
-        return False
-    return True
 
 
 def with_teacher_weights(teacher: Teacher, params: Params, config: Config) -> Teacher:
