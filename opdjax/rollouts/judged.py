@@ -110,9 +110,7 @@ class JudgedSource(RolloutSource):
         batch, _ = with_option_columns(batch, rollouts, config, setup.prompts, setup.tokenizer)
         if not is_rewarded:
             return keep_rollouts(batch, has_context & has_usable_score(scores[:, 0], config))
-        return with_advantages(
-            batch, rollouts, scores[:, 0], scores[:, 1:], config, setup.tokenizer
-        )
+        return with_advantages(batch, rollouts, scores, config, setup.tokenizer)
 
     def _sample_and_submit(
         self, prompts: PromptBatch, stream: int, timer: Timer

@@ -35,44 +35,30 @@ def has_usable_score(scores: np.ndarray, config: Config) -> np.ndarray:
 
 
 def with_advantages(
-    batch: TrainBatch,
-    rollouts: Rollouts,
-    scores: np.ndarray,
-    stage_scores: np.ndarray,
-    config: Config,
-    tokenizer: Any,
+    batch: TrainBatch, rollouts: Rollouts, scores: np.ndarray, config: Config, tokenizer: Any
 ) -> TrainBatch:
-    """The batch with its advantages, from scores `[B]` and scores of stages `[B, K]`. NaN: judging
-    failed, and the rollout is dropped.
+    """The batch with its advantages, from scores `[B, 1 + K]` of rollouts and of their K stages.
+    NaN: judging failed, and the rollout is dropped.
+
+    With stages, each token's advantage is that of its stage (RubricEM, arXiv 2605.10899, section
+    3.3).
     """
-    is_scored, size = has_usable_score(scores, config), config.sampling.num_generations
-    batch, scale = keep_rollouts(batch, is_scored), config.estimator.advantage or "mean"
+    is_scored, size = has_usable_score(scores[:, 0], config), config.sampling.num_generations
+    scores, estimator = np.nan_to_num(scores), config.estimator
+    batch, scale = keep_rollouts(batch, is_scored), estimator.advantage or "mean"
     if config.recipe.has_stages:
-        scores = np.nan_to_num(stage_scores)
-        advantages = _stage_advantages(
-            rollouts, batch.mask, scores, is_scored, scale, config, tokenizer
-        )
+        count = len(config.rubrics.stage_names)
+        ids = token_stages(rollouts, tokenizer, config.rubrics.stage_markers)
+        has_stage = np.stack([(ids == stage).any(axis=1) for stage in range(count)], axis=1)
+        credit = credit_matrix(estimator.stage_credit, count)
+        advantages = stage_advantage(scores[:, 1:], has_stage, is_scored, credit, size, scale)
+        advantages = spread_stages(advantages, ids)
+        if estimator.aggregation == "stage_token_mean":
+            advantages = advantages * stage_balance(ids, batch.mask, count)
     else:
-        advantages = group_advantage(np.nan_to_num(scores), is_scored, size, scale)
-        advantages = np.asarray(advantages)[:, None]
-    advantages = np.where(batch.mask, advantages, 0).astype(np.float32)
+        advantages = np.asarray(group_advantage(scores[:, 0], is_scored, size, scale))[:, None]
+    advantages = np.where(batch.mask, np.asarray(advantages), 0).astype(np.float32)
     return dataclasses.replace(batch, advantages=advantages)
-
-
-def _stage_advantages(
-    rollouts: Rollouts, mask, scores, is_scored, scale: str, config: Config, tokenizer: Any
-) -> np.ndarray:
-    """`[B, T]`: each token's advantage is that of its stage (arXiv 2605.10899, section 3.3)."""
-    estimator, count = config.estimator, len(config.rubrics.stage_names)
-    ids = token_stages(rollouts, tokenizer, config.rubrics.stage_markers)
-    has_stage = np.stack([(ids == stage).any(axis=1) for stage in range(count)], axis=1)
-    credit = credit_matrix(estimator.stage_credit, count)
-    size = config.sampling.num_generations
-    advantages = stage_advantage(scores, has_stage, is_scored, credit, size, scale)
-    advantages = spread_stages(advantages, ids)
-    if estimator.aggregation == "stage_token_mean":
-        advantages = advantages * stage_balance(ids, mask, count)
-    return np.asarray(advantages)
 
 
 def token_stages(rollouts: Rollouts, tokenizer: Any, markers: Sequence[str]) -> np.ndarray:
