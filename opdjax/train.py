@@ -38,9 +38,8 @@ from opdjax.ops.multihost import (
 )
 from opdjax.ops.sharding import is_process_zero, shard_rows
 from opdjax.rollouts.checks import check_first_step, check_settings, enforce
-from opdjax.rollouts.rows import rollout_metrics, token_counts
+from opdjax.rollouts.rows import rollout_metrics, scored, token_counts
 from opdjax.rollouts.samples import sample_rows
-from opdjax.rollouts.scoring import scored
 from opdjax.rollouts.setup import (
     Setup,
     facts,

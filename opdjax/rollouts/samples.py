@@ -11,7 +11,7 @@ import numpy as np
 from opdjax.engine.evaluate import completions
 from opdjax.models.decoder import Params
 from opdjax.ops.sharding import num_row_shards, to_host
-from opdjax.rollouts.scoring import scored
+from opdjax.rollouts.rows import scored
 from opdjax.rollouts.setup import Setup
 from opdjax.rollouts.source import StepData
 

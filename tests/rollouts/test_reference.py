@@ -28,7 +28,7 @@ from opdjax.data.packing import pack, to_train_batch, unpack
 from opdjax.ops.sharding import to_host
 from opdjax.rollouts.checks import check_settings
 from opdjax.rollouts.on_policy import draw, prompts_of
-from opdjax.rollouts.scoring import scored
+from opdjax.rollouts.rows import scored
 from opdjax.rollouts.setup import initial_weights, load_student, prepare
 from opdjax.runs.workdir import read_lines
 from opdjax.train import train
