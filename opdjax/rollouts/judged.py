@@ -40,8 +40,14 @@ from opdjax.judge.schema import Criterion
 from opdjax.ops.multihost import agreed, from_process_zero, on_process_zero
 from opdjax.ops.sharding import num_row_shards, to_host
 from opdjax.rollouts.on_policy import draw, prompts_of
-from opdjax.rollouts.reward_advantages import has_usable_score, min_scored, with_advantages
-from opdjax.rollouts.rows import keep_rollouts, packed, with_option_columns
+from opdjax.rollouts.rows import (
+    has_usable_score,
+    keep_rollouts,
+    min_scored,
+    packed,
+    with_advantages,
+    with_option_columns,
+)
 from opdjax.rollouts.setup import Setup
 from opdjax.rollouts.source import RolloutSource, SourceStoppedError, StepData
 from opdjax.runs.metrics import Timer

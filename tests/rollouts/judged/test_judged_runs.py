@@ -33,7 +33,7 @@ from opdjax.data.tasks.arithmetic import problems
 from opdjax.diagnose.doctor import CHECKS, run_checks
 from opdjax.engine.update import loss_and_grad
 from opdjax.estimators.losses import AGGREGATIONS
-from opdjax.rollouts.reward_advantages import token_stages, with_advantages
+from opdjax.rollouts.rows import token_stages, with_advantages
 from opdjax.rollouts.setup import load_student, prepare, update_spec
 from opdjax.rollouts.source import SourceStoppedError
 from opdjax.runs.workdir import read_lines
