@@ -66,22 +66,19 @@ def fault(*sentences: str) -> Problem:
 
 
 def finding(
-    name: str, problems: Iterable[Problem], otherwise: str, details: Iterable[str] = ()
+    name: str, problems: Sequence[Problem], otherwise: str, details: Sequence[str] = ()
 ) -> Finding:
     """Merge the problems of a check; the worst sets the status.
 
     `otherwise` is the message of a check without problems.
     """
-    problems = list(problems)
     status = max((status for status, _ in problems), key=list(_SIGNS).index, default="ok")
-    return Finding(
-        name, status, "; ".join(text for _, text in problems) or otherwise, tuple(details)
-    )
+    message = "; ".join(text for _, text in problems) or otherwise
+    return Finding(name, status, message, tuple(details))
 
 
-def enforce(findings: Iterable[Finding]) -> None:
+def enforce(findings: Sequence[Finding]) -> None:
     """Print the warnings on process zero; raise FaultError if there is a fault."""
-    findings = list(findings)
     for each in findings:
         if each.status == "warning" and is_process_zero():
             print(each)
