@@ -92,10 +92,8 @@ def step_rollouts(setup: Setup, params: Params, prompts: PromptBatch, step: int)
     written = to_host(draw(setup, teacher.params, for_teacher(prompts), step, teacher))
     answers = _as_student_ids(written, teacher, setup.tokenizer, end)
     rows = answer_rows(prompts, answers, length, step)
-    is_truncated = rows.is_truncated | np.asarray(written.is_truncated)
-    return dataclasses.replace(
-        rows, sample_id=np.asarray(written.sample_id), is_truncated=is_truncated
-    )
+    is_truncated = rows.is_truncated | written.is_truncated
+    return dataclasses.replace(rows, sample_id=written.sample_id, is_truncated=is_truncated)
 
 
 def _chosen_references(
@@ -114,10 +112,10 @@ def _as_student_ids(
     written: Rollouts, teacher: Teacher, tokenizer: Any, end: int
 ) -> list[list[int]]:
     """The teacher's answers as ids of the student's tokenizer, with the student's stop token."""
-    answers, texts = [], [None] * written.tokens.shape[0]
+    answers, texts = [], [None] * len(written.tokens)
     if not teacher.shares_vocabulary:
         texts = completions(written, teacher.tokenizer)
-    columns = map(np.asarray, (written.tokens, written.mask, written.is_truncated))
+    columns = written.tokens, written.mask, written.is_truncated
     for text, row, keep, is_truncated in zip(texts, *columns):
         # A truncated answer has no end to learn; a stop token at which the student does not stop
         # would teach it to run on.
