@@ -10,6 +10,8 @@ import math
 import os
 import pathlib
 import shutil
+import sys
+import types
 from functools import partial
 from typing import Any
 
@@ -319,3 +321,13 @@ def _finish(
     on_all(lambda: export_student(params, setup.student, config.lora, config.student, out, dtype))
     on_process_zero(write)
     on_process_zero(mirror.finish)
+
+
+class _CallableModule(types.ModuleType):
+    """`opdjax.train` is this module and, for users of the library, its function."""
+
+    def __call__(self, config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
+        return train(config, workdir)
+
+
+sys.modules[__name__].__class__ = _CallableModule

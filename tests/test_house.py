@@ -84,7 +84,15 @@ def test_the_readme_names_every_room_and_the_ledger_every_experiment():
 
 def test_the_package_holds_its_rooms_and_nothing_else():
     found = {entry.name for entry in PACKAGE.iterdir()} - {"__pycache__"}
-    assert found == ROOMS | {"__init__.py", "__main__.py", "train.py", "types.py", "assets"}
+    assert found == ROOMS | {
+        "__init__.py",
+        "__main__.py",
+        "losses.py",
+        "py.typed",
+        "train.py",
+        "types.py",
+        "assets",
+    }
 
 
 def test_class_names_are_unique():

@@ -167,8 +167,11 @@ def save(config, file):
     return file
 
 
-def environment(devices=1, **variables):
-    """Environment of a process with this many simulated devices."""
+def environment(devices=None, **variables):
+    """Environment of a process with this many simulated devices; None: as many as this one has.
+    With another number the same program may round differently, because fewer threads compute it.
+    """
+    devices = devices or jax.device_count()
     return os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} | variables
 
 
@@ -178,12 +181,14 @@ def free_port():
         return free.getsockname()[1]
 
 
-def start(config, workdir, *, files=None, devices=1, count=1, command="train", **variables):
+def start(config, workdir, *, files=None, devices=None, count=1, command="train", **variables):
     """`opdjax train` (or `opdjax sample --store`) on this config in `count` processes of one run.
 
     The config and the output of each process lie next to `files`, by default the work directory.
-    `{number}` in an environment variable stands for the number of the process.
+    `{number}` in an environment variable stands for the number of the process. A single process
+    has as many devices as this one, one of several has one.
     """
+    devices = devices or (1 if count > 1 else None)
     files = pathlib.Path(files or workdir)
     saved = save(config, files.with_suffix(".json"))
     flag = "--workdir" if command == "train" else "--store"

@@ -10,7 +10,7 @@ from typing import Any
 from opdjax.config import Config, DataConfig
 from opdjax.config.saved import upgrade
 from opdjax.config.validation import MissingExtraError, from_dict
-from opdjax.data.grading import GRADERS, require_grader
+from opdjax.data.grading import grader_named
 from opdjax.data.sources import ColumnMap, DataError, read_rows, value_at
 from opdjax.runs.results import Run
 
@@ -23,12 +23,11 @@ def grade_sample(run: Run, row: Mapping[str, Any]) -> tuple[bool | None, str | N
     answer = _answers(config.data).get(_key(row.get("prompt")))
     if answer is None:
         return None, None
-    grader = config.evaluation.grader
     try:
-        require_grader(grader)
+        grade = grader_named(config.grader)
     except MissingExtraError:
         return None, answer
-    return GRADERS[grader](str(row.get("completion", "")), answer), answer
+    return grade(str(row.get("completion", "")), answer), answer
 
 
 @functools.lru_cache(maxsize=16)

@@ -13,6 +13,7 @@ import platform
 import sys
 import traceback
 
+from opdjax.cli.experiments import experiments
 from opdjax.cli.models import check, evaluate, export, sample
 from opdjax.cli.runs import audit, doctor, plan, references, rollouts, score, train
 from opdjax.cli.sweeps import report, sweep, table
@@ -34,6 +35,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "check": check,
     "export": export,
+    "experiments": experiments,
 }
 ALIASES = {"teach": "references", "annotate": "score", "inspect": "rollouts", "import": "check"}
 

@@ -17,7 +17,7 @@ from opdjax.config import (
     SamplingConfig,
     TrainConfig,
 )
-from opdjax.config.validation import ConfigError, require
+from opdjax.config.validation import ConfigError
 from opdjax.runs.object_store import Folder, is_remote, open_output
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -57,19 +57,21 @@ def sample(arguments: list[str]) -> None:
             dtype: of the forward pass
             seed: of the random draws
         """
-        from opdjax.cli.one_model import complete
+        from opdjax.rollouts.one_model import load, sample
 
-        if not prompts:
-            raise ConfigError("no prompt given; expected one or more texts after the model")
-        # Validation only. A temperature of 0 is allowed here, but not in a run's rollouts.
-        SamplingConfig(num_generations, max_completion_length, temperature or 1.0, top_p, top_k)
-        require(0 <= min_p < 1, "min_p", min_p, "at least 0 (off) and less than 1")
-        Config(seed=seed)
-        distribution = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        student = ModelConfig(model)
-        sizes = num_generations, max_completion_length
-        for prompt, text in complete(student, dtype, prompts, data, *sizes, seed, **distribution):
-            print(f"{prompt}\t{text}")
+        options = {
+            "data": data,
+            "num_generations": num_generations,
+            "max_completion_length": max_completion_length,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "min_p": min_p,
+            "seed": seed,
+        }
+        for prompt, texts in zip(prompts, sample(load(model, dtype=dtype), prompts, **options)):
+            for text in texts:
+                print(f"{prompt}\t{text}")
 
     call(run, arguments, "opdjax sample")
 
@@ -95,7 +97,7 @@ def evaluate(arguments: list[str]) -> None:
             slots: rows decoded at a time, None: 512; fewer for long answers, which need memory
             output: JSON file for the scores, including those of each prompt
         """
-        from opdjax.cli.one_model import scores_of
+        from opdjax.rollouts.one_model import scores_of
         from opdjax.runs.statistics import benchmark_lines
         from opdjax.runs.workdir import write_json
 
@@ -134,7 +136,7 @@ def check(arguments: list[str]) -> None:
         Args:
             model: checkpoint directory, hub id, or @mini_student or @mini_teacher
         """
-        from opdjax.cli.one_model import describe
+        from opdjax.rollouts.one_model import describe
 
         for name, value in describe(model).items():
             print(f"{name:22}{value}")

@@ -20,7 +20,8 @@ def experiment_of(arguments: list[str], usage: str) -> Config:
     if arguments and not arguments[0].startswith("-"):
         return load_experiment(arguments[0])
     print(f"usage: opdjax {usage} [--section.field VALUE …]\n")
-    print("EXPERIMENT is a Python file with get_config(), or the config.json of a run.")
+    print("EXPERIMENT is a Python file with get_config(), the config.json of a run, or @NAME, a")
+    print("built-in experiment: opdjax experiments lists them.")
     print(f"opdjax {usage.partition(' ')[0]} EXPERIMENT --help lists all fields and their values.")
     sys.exit(0 if arguments and arguments[0] in ("-h", "--help") else 2)
 

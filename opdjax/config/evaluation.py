@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import re
 
 from opdjax.config.data import columns_of
 from opdjax.config.sampling import require_sampling
 from opdjax.config.validation import require, require_ranges, require_types
+
+# Names of `evaluation.grader`, besides auto, regex:PATTERN and FILE.py:FUNCTION.
+GRADERS = ("gsm8k", "last_number", "boxed", "choice", "exact")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,9 +19,12 @@ class EvaluationConfig:
 
     # Prompts with answers, in the form of data.source; None: no evaluation.
     source: str | None = "arithmetic:test"
-    # Part of a completion that is compared with the answer: its last number after a #, its
-    # last boxed expression (LaTeX), or all of it.
-    grader: Literal["final_number", "boxed", "exact"] = "final_number"
+    # What is read of a completion and compared with the answer: gsm8k (the number after ####),
+    # last_number, boxed (the last \boxed{...}, as mathematics), choice (a letter from A to J),
+    # exact (the whole text), regex:PATTERN (its last match, or the first group of it),
+    # FILE.py:FUNCTION (your own, called with the completion and the answer), or auto: gsm8k for
+    # the built-in task, else last_number.
+    grader: str = "auto"
     # Use the first N prompts, of each benchmark if there are several.
     num_prompts: int = 512
     # Sampled answers per prompt: the k of avg@k and pass@k.
@@ -47,7 +53,19 @@ class EvaluationConfig:
         are_positive = self.temperatures and all(t > 0 for t in self.temperatures)
         expected = "one or more numbers, more than 0 each"
         require(are_positive, "evaluation.temperatures", self.temperatures, expected)
+        self._check_grader()
         _ = self.column_names
+
+    def _check_grader(self):
+        name = self.grader
+        is_known = name in (*GRADERS, "auto") or re.fullmatch(r".+\.py:\w+", name)
+        expected = f"{', '.join(GRADERS)}, auto, regex:PATTERN or FILE.py:FUNCTION"
+        require(is_known or name.startswith("regex:"), "evaluation.grader", name, expected)
+        try:
+            re.compile(name.removeprefix("regex:") if name.startswith("regex:") else "")
+        except re.error as error:
+            expected = f"a regular expression after regex: ({error})"
+            require(False, "evaluation.grader", name, expected)
 
     @property
     def column_names(self) -> dict[str, str]:

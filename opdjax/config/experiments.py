@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import importlib.util
 import pathlib
 import re
+import sys
 import traceback
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from opdjax.config.grid import SweepPoint
+from opdjax.config.model import PACKAGE
 from opdjax.config.run import Config
 from opdjax.config.validation import ConfigError
+
+BUILT_IN = PACKAGE / "assets" / "experiments"  # `@NAME` is NAME.py there
+
+
+def path_of(file: str | pathlib.Path) -> pathlib.Path:
+    """The absolute path of a file, or of a built-in experiment such as `@mini_vopd`."""
+    if str(file).startswith("@"):
+        return BUILT_IN / f"{str(file)[1:]}.py"
+    return pathlib.Path(file).absolute()
 
 
 def load_config(file: str | pathlib.Path) -> Config:
@@ -47,8 +61,10 @@ def load_sweep(file: str | pathlib.Path) -> list[SweepPoint]:
 
 
 def config_beside(file: str, name: str) -> Config:
-    """The config of another experiment file, `name`, relative to the directory of `file`."""
-    return load_config(pathlib.Path(file).parent / name)
+    """The config of another experiment file, `name`, relative to the directory of `file`; of the
+    built-in one if there is none, so that a copy of a built-in experiment works anywhere.
+    """
+    return load_config(_beside(file, name))
 
 
 def sweeps_beside(file: str, *names: str) -> list[SweepPoint]:
@@ -59,24 +75,68 @@ def sweeps_beside(file: str, *names: str) -> list[SweepPoint]:
     """
     found: list[SweepPoint] = []
     for name in names:
-        points = load_sweep(pathlib.Path(file).parent / name)
+        points = load_sweep(_beside(file, name))
         found += [point for point in points if point not in found]
     return found
 
 
-def _call_in_file(file: str | pathlib.Path, function: str) -> Any:
-    path = pathlib.Path(file)
+def _beside(file: str, name: str) -> pathlib.Path:
+    path = (pathlib.Path(file).parent / name).resolve()
+    of_built_in = [other for other in BUILT_IN.rglob("*.py") if other.name == path.name]
+    return of_built_in[0] if of_built_in and not path.exists() else path
+
+
+def load_function(file: str | pathlib.Path, name: str) -> Callable:
+    """The function of that name in a Python file, which is run and may import its neighbours.
+
+    ConfigError if the file or the function does not exist, or if the file does not run.
+    """
+    path = path_of(file)
     if not path.is_file() or path.suffix != ".py":
+        others = [other.name for other in path.parent.glob("*.py")]
+        close = difflib.get_close_matches(path.stem + ".py", others, 1)
+        near = (pathlib.Path(file).parent / name for name in close)
+        if str(file).startswith("@"):
+            near = (f"@{pathlib.Path(name).stem}" for name in close)
+        hint = "".join(f" (did you mean {name}?)" for name in near)
         raise ConfigError(
-            f"there is no file {str(file)!r}; expected a Python file with {function}()"
+            f"there is no file {str(file)!r}{hint}; expected a Python file with {name}()"
         )
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    try:
+    with _errors_of(file), _neighbours_of(path.parent):
         spec.loader.exec_module(module)
-        if function not in vars(module):
-            raise ConfigError(f"{file} defines no {function}()")
-        return vars(module)[function]()
+    if not callable(vars(module).get(name)):
+        raise ConfigError(f"{file} defines no {name}()")
+    return vars(module)[name]
+
+
+@contextlib.contextmanager
+def _neighbours_of(directory: pathlib.Path) -> Iterator[None]:
+    """Imports find the files of the directory; another directory's file of that name is another."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(directory))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(directory))
+        for name in set(sys.modules) - before:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file and pathlib.Path(file).parent == directory:
+                del sys.modules[name]
+
+
+def _call_in_file(file: str | pathlib.Path, function: str) -> Any:
+    with _errors_of(file):
+        return load_function(file, function)()
+
+
+@contextlib.contextmanager
+def _errors_of(file: str | pathlib.Path) -> Iterator[None]:
+    """Whatever the user's file raises becomes a ConfigError with the line of the file."""
+    path = path_of(file)
+    try:
+        yield
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:  # the file is the user's and may raise anything

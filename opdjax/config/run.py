@@ -176,6 +176,13 @@ class Config:
         require(is_alone, "near_policy.generator", near.generator, expected)
 
     @property
+    def grader(self) -> str:
+        """The grader of answers; `auto` is resolved by where the prompts come from."""
+        is_built_in = (self.evaluation.source or self.data.source).startswith("arithmetic:")
+        chosen = "gsm8k" if is_built_in else "last_number"
+        return chosen if self.evaluation.grader == "auto" else self.evaluation.grader
+
+    @property
     def is_judged(self) -> bool:
         """Whether judges read rollouts: for rewards, or for texts that the teacher is shown."""
         return self.recipe.is_judged or bool(self.judged_fields)

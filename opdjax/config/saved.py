@@ -179,6 +179,9 @@ def _read_evaluation(sections: Sections, lost: list[str]) -> None:
     if "temperature" in evaluation:
         others = evaluation.pop("extra_temperatures", ())
         evaluation["temperatures"] = [evaluation.pop("temperature"), *others]
+    if evaluation.get("grader") == "final_number":
+        is_built_in = str(evaluation.get("source")).startswith("arithmetic:")
+        evaluation["grader"] = "auto" if is_built_in else "gsm8k"
     _read_columns(evaluation, ("prompt", "answer", "benchmark"))
     size, sampling = evaluation.pop("batch_size", 512), sections.setdefault("sampling", {})
     if size != 512 and sampling.get("slots") is None:

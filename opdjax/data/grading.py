@@ -1,103 +1,209 @@
-"""Graders: whether a completion gives the right answer. They differ in the part they compare."""
+r"""Graders: whether a completion gives the right answer. They differ in what they read.
+
+Each grader reads one value out of the completion and one out of the answer in the data, and
+compares the two. A completion without a value, or with several that contradict each other, is
+wrong.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
-import logging
-import multiprocessing
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from opdjax.config.evaluation import GRADERS
+from opdjax.config.experiments import load_function
 from opdjax.config.validation import MissingExtraError
+from opdjax.data import isolated
+from opdjax.data.rational import numbers_in, rational
+from opdjax.data.sources import DataError
 
-_SECONDS_PER_ANSWER = 5.0
-_AFTER_HASH = re.compile(r"#\s*(-?\d[\d,]*(?:\.\d+)?)")
+Grade = Callable[[str, str], bool]  # of a completion and the answer in the data
+_MAX_CHARS = 100_000  # the end of a longer completion is read; no answer starts before it
+_HASH = re.compile(r"#+[ \t]*([^\n#]*)")
+_BRACE = re.compile(r"\\(?:boxed|fbox)\s*(?:{|(?P<bare>[0-9A-Za-z.]+))|[{}]")
+_LETTER = r"(?:\(?([A-J])\)?|\(([a-j])\))(?![A-Za-z0-9'])"
+_STATED = re.compile(
+    r"(?i:\banswer\b)[\"'*:= ]*(?:(?i:\b(?:is|would be|must be|option|choice)\b)[\"'*_:\[ ]*)*"
+    rf"{_LETTER}(\s*(?:or|and|/|,|&)\s*\(?[A-Ja-j]\b)?"
+)
 
 
-def final_number(completion: str, answer: str) -> bool:
-    """Compares the last number after a `#`, the form of the built-in task and GSM8K.
+@dataclasses.dataclass(frozen=True)
+class _Grader:
+    """How a grader reads a completion and the answer in the data, and compares the two values."""
 
-    `answer` may be a whole solution of that form.
+    read: Callable[[str], Any | None]
+    read_answer: Callable[[str], Any | None]
+    is_equal: Callable[[Any, Any], bool] = lambda found, expected: found == expected
+
+    def __call__(self, completion: str, answer: str) -> bool:
+        expected, found = self.read_answer(answer), self.read(completion[-_MAX_CHARS:])
+        return found is not None and expected is not None and self.is_equal(found, expected)
+
+    def can_read(self, answer: str) -> bool:
+        """Whether the answer in the data has a value, so that a completion can be right."""
+        return self.read_answer(answer) is not None
+
+
+def _after_hash(text: str) -> str | None:
+    """The rest of the line after the last `#` that has a digit behind it."""
+    lines = [line for line in _HASH.findall(text) if re.search("[0-9]", line)]
+    return lines[-1] if lines else None
+
+
+def _only_number(text: str | None) -> Any | None:
+    """The value of the only number of a line, with its unit or decoration; None for `5 or 6`."""
+    found = numbers_in(text or "")
+    return rational(found[0]) if len(found) == 1 else None
+
+
+def _last_number(text: str) -> Any | None:
+    found = numbers_in(text.rsplit("</think>", 1)[-1])
+    return rational(found[-1]) if found else None
+
+
+def _gsm8k_answer(answer: str) -> Any | None:
+    """An answer may be a worked solution that ends in `#### 42`, or the number alone."""
+    return _only_number(_after_hash(answer) or answer)
+
+
+def boxes(text: str) -> list[str]:
+    r"""The contents of every `\boxed{...}` or `\fbox{...}` with balanced braces, and of `\boxed 5`.
+
+    Of a box inside of another, the inner one. Linear in the length of the text.
     """
-    found = _AFTER_HASH.findall(completion)
-    expected = _AFTER_HASH.findall(answer) or [answer.strip()]
-    return bool(found) and _as_number(found[-1]) == _as_number(expected[-1])
+    found: list[str] = []
+    opened: list[tuple[int | None, int]] = []  # (where the box's content starts, boxes before it)
+    for match in _BRACE.finditer(text):
+        if match["bare"]:
+            found.append(match["bare"])
+        elif match[0] != "}":
+            opened.append((None if match[0] == "{" else match.end(), len(found)))
+        elif opened:
+            start, before = opened.pop()
+            if start is not None and len(found) == before:
+                found.append(text[start : match.start()])
+    return found
 
 
-def exact(completion: str, answer: str) -> bool:
-    """Compares the whole completion, without surrounding spaces."""
-    return completion.strip() == answer.strip()
+def _boxes_after_thinking(text: str) -> list[str] | None:
+    return boxes(text.rsplit("</think>", 1)[-1]) or None
 
 
-def boxed(completion: str, answer: str) -> bool:
-    r"""Compares the last `\boxed{...}` after the last `</think>`, as mathematics (math-verify)."""
-    content = last_boxed(completion.rsplit("</think>", 1)[-1])
-    if content is None:
-        return False
-    return content.strip() == answer.strip() or _is_equal(answer, content)
+def _is_equal_math(found: list[str], answer: str) -> bool:
+    """The last box equals the answer, or the last n boxes the n parts of an answer `a, b`."""
+    parts = [part.strip() for part in answer.split(",")]
+    if _is_same_value(found[-1], answer):
+        return True
+    is_list = len(parts) > 1 and rational(answer) is None and not re.search(r"[()\[\]{}]", answer)
+    last = found[-len(parts) :]
+    return is_list and len(last) == len(parts) and all(map(_is_same_value, last, parts))
 
 
-def _is_equal(answer: str, content: str) -> bool:
-    """math-verify's result, from a separate process; False after 5 seconds.
+def _is_same_value(found: str, answer: str) -> bool:
+    """Exactly where both are numbers; else as math-verify compares them, within a time limit."""
+    if found.strip() == answer.strip():
+        return True
+    numbers = rational(found), rational(answer)
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+    return bool(isolated.call("verify_math", answer, found))
 
-    An answer such as `9^{9^{9}}` then costs seconds and its mark, not the run.
-    """
-    pending = _worker().apply_async(_verify, (answer, content))
-    try:
-        return pending.get(timeout=_SECONDS_PER_ANSWER)
-    except multiprocessing.TimeoutError:
-        _worker().terminate()
-        _worker.cache_clear()
-        return False
+
+def _letter(text: str) -> str | None:
+    """The letter that a completion chooses; None if there is none, or several."""
+    text = text.rsplit("</think>", 1)[-1].strip()
+    if found := boxes(text):
+        return _letter_alone(found[-1])
+    if stated := list(_STATED.finditer(text)):
+        return None if stated[-1][3] else (stated[-1][1] or stated[-1][2]).upper()
+    last_line = (text.splitlines() or [""])[-1]
+    marked = set(re.findall(r"(?:\(|\*\*\(?)([A-J])\b", last_line))
+    return _letter_alone(text) or (marked.pop() if len(marked) == 1 else None)
+
+
+def _letter_alone(text: str) -> str | None:
+    """`C`, `(c)`, `\\text{C}`, or `C. Paris`, `C) Paris`: a letter as the name of an option."""
+    match = re.match(r"(?:\\text)?[\W_]*([A-Ja-j])(?:[\W_]*$|[).:]\s)", text.strip())
+    return match[1].upper() if match else None
+
+
+def _text(text: str) -> str | None:
+    return text.strip() or None
+
+
+_GRADERS: dict[str, _Grader] = {
+    "gsm8k": _Grader(lambda text: _only_number(_after_hash(text)), _gsm8k_answer),
+    "last_number": _Grader(_last_number, _last_number),
+    "boxed": _Grader(
+        _boxes_after_thinking,
+        lambda answer: (boxes(answer) or [answer.strip()])[-1] or None,
+        _is_equal_math,
+    ),
+    "choice": _Grader(_letter, _letter),
+    "exact": _Grader(_text, _text),
+}
 
 
 @functools.cache
-def _worker() -> Any:
-    """A pool of one process, started on first use and replaced after a timeout."""
-    pool = multiprocessing.get_context("spawn").Pool(1)
-    pool.apply(_verify, ("1", "1"))  # so that the first answer's time excludes the import
-    return pool
+def grader_named(name: str) -> Grade:
+    """`grade(completion, answer)` of a name as `evaluation.grader` has it.
+
+    ConfigError for a name that does not exist; MissingExtraError if its package is missing.
+    """
+    require_grader(name)
+    if name in _GRADERS:
+        return _GRADERS[name]
+    if name.startswith("regex:"):
+        return _by_pattern(name.removeprefix("regex:"))
+    return _Own(name, load_function(*name.rsplit(":", 1)))
 
 
-def _verify(answer: str, content: str) -> bool:
-    from math_verify import parse, verify
+def _by_pattern(pattern: str) -> _Grader:
+    """The last match of a pattern, or its first group; run apart, because patterns may hang."""
+    read = lambda text: isolated.call("last_match", pattern, text)
+    return _Grader(read, lambda answer: read(answer) or _text(answer))
 
-    # The caller limits the time: math-verify's own limit uses signals, and warns if it is off.
-    logging.disable(logging.WARNING)
-    gold, found = (parse(rf"\boxed{{{text}}}", parsing_timeout=None) for text in (answer, content))
-    return bool(verify(gold, found, timeout_seconds=None))
+
+@dataclasses.dataclass(frozen=True)
+class _Own:
+    """A user's function."""
+
+    name: str
+    function: Callable[[str, str], Any]
+
+    def __call__(self, completion: str, answer: str) -> bool:
+        result = self.function(completion, answer)
+        if result not in (0, 1):
+            raise DataError(
+                f"evaluation.grader {self.name} returned {result!r}; expected True or False"
+            )
+        return bool(result)
+
+    def can_read(self, answer: str) -> bool:
+        return self(answer, answer)
 
 
 def require_grader(name: str) -> None:
-    """Raise ImportError if the grader's package is missing."""
+    """Raise MissingExtraError if the grader's package is missing."""
     if name == "boxed" and importlib.util.find_spec("math_verify") is None:
         raise MissingExtraError("the grader 'boxed' needs math-verify: pip install 'opdjax[eval]'")
 
 
-def last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}` with balanced braces; None without one."""
-    start = text.rfind(r"\boxed{")
-    while start >= 0:
-        depth = 0
-        for end in range(start + len(r"\boxed"), len(text)):
-            depth += (text[end] == "{") - (text[end] == "}")
-            if depth == 0:
-                return text[start + len(r"\boxed{") : end]
-        start = text.rfind(r"\boxed{", 0, start)
-    return None
-
-
-def _as_number(text: str) -> float | str:
-    try:
-        return float(text.replace(",", ""))
-    except ValueError:
-        return text
-
-
-GRADERS: dict[str, Callable[[str, str], bool]] = {
-    "final_number": final_number,
-    "boxed": boxed,
-    "exact": exact,
-}
+def require_readable(name: str, answers: Sequence[str], source: str) -> None:
+    """DataError naming the answers of the data that the grader cannot read: no completion could be
+    right there.
+    """
+    grade = grader_named(name)
+    wrong = [(row, answer) for row, answer in enumerate(answers) if not grade.can_read(answer)]
+    if wrong:
+        shown = ", ".join(f"prompt {row}: {answer[:40]!r}" for row, answer in wrong[:3])
+        raise DataError(
+            f"the grader {name!r} reads no answer in {len(wrong)} of {len(answers)} rows of "
+            f"{source} ({shown}); correct them, or choose another evaluation.grader: "
+            f"{', '.join(GRADERS)}, regex:PATTERN or FILE.py:FUNCTION"
+        )

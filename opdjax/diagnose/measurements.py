@@ -254,7 +254,7 @@ class Measurements:
             return None
         both = (self._greedy(self._student, self.prompts), self.teacher_answers)
         texts = (completions(rollouts, self.setup.tokenizer) for rollouts in both)
-        return tuple(int(graded(each, answers, evaluation.grader).sum()) for each in texts)
+        return tuple(int(graded(each, answers, self.config.grader).sum()) for each in texts)
 
     @cached_property
     def judged(self) -> tuple[list[Judgement], dict[str, float], str | None]:

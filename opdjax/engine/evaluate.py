@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from opdjax.config import EvaluationConfig
-from opdjax.data.grading import GRADERS
+from opdjax.data.grading import grader_named
 from opdjax.data.prompt_rows import Prompt
 from opdjax.data.prompts import PromptSet, collate
 from opdjax.engine.decoding import EVAL_STREAM, Decoding
@@ -150,7 +150,7 @@ def graded(texts: Sequence[str], answers: Sequence[str], grader: str) -> np.ndar
 
     Only process zero grades: a grader may stop at a timeout, so that two processes could disagree.
     """
-    grade = GRADERS[grader]
+    grade = grader_named(grader)
     grades = lambda: np.array(list(map(grade, texts, answers)), np.int32)
     return from_process_zero(grades, np.zeros(len(answers), np.int32))
 

@@ -182,7 +182,7 @@ class JudgedSource(RolloutSource):
         if any(answer is None for answer in answers):
             return None
         texts = completions(rollouts, setup.tokenizer)
-        return graded(texts, answers, setup.config.evaluation.grader)
+        return graded(texts, answers, setup.config.grader)
 
     def _wait_for_judges(
         self, futures: list[Future], is_correct: np.ndarray | None, step: int

@@ -69,7 +69,7 @@ def with_option_columns(
         uniforms = extra_uniforms(rollouts, config.seed, options["extra_draws"])
         batch = dataclasses.replace(batch, uniforms=uniforms)
     if options.get("task_reward_coef") or config.recipe.reward == "task":
-        reward = task_reward(rollouts, prompts, tokenizer, config.evaluation.grader)
+        reward = task_reward(rollouts, prompts, tokenizer, config.grader)
         metrics["rollout/task_reward"] = float(reward.mean())
         size, scale = config.sampling.num_generations, options.get("advantage", "mean")
         advantage = group_advantage(reward, np.ones(len(reward), bool), size, scale)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from opdjax.config import STUDENT, Config, DataConfig, TrainConfig
 from opdjax.config.validation import ConfigError, MissingExtraError, require
 from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, valid_vocab
-from opdjax.data.grading import require_grader
+from opdjax.data.grading import require_grader, require_readable
 from opdjax.data.prompt_rows import Prompt, first_of_each, read_prompts, require_field
 from opdjax.data.prompts import PromptSet, encode_prompts, load_rows
 from opdjax.data.sources import ColumnMap
@@ -257,7 +257,7 @@ def make_evaluator(
     config: Config, student: Checkpoint, tokenizer: Any, mesh: Mesh | None
 ) -> Evaluator | None:
     """The evaluator of a config with its prompts; None if the config has no evaluation."""
-    evaluation = config.evaluation
+    evaluation = dataclasses.replace(config.evaluation, grader=config.grader)
     if evaluation.source is None:
         return None
     require_grader(evaluation.grader)
@@ -268,6 +268,7 @@ def make_evaluator(
     rows = first_of_each(read_prompts(data.source, ColumnMap(**names)), evaluation.num_prompts)
     column = names.get("answer", "answer")
     require_field(rows, "answer", column, data.source, "evaluation needs them")
+    require_readable(evaluation.grader, [row.answer for row in rows], evaluation.source)
     prompts = encode_prompts(rows, data, tokenizer, tokenizer)
     own = {n: getattr(evaluation, n) for n in ("max_completion_length", "top_k", "top_p")}
     decoding = decoding_of(student, tokenizer, config.sampling.stop_token_ids, **own)
@@ -356,10 +357,11 @@ def require_reward_data(config: Config, rows: list[Prompt]) -> None:
     if config.sampling.completions_from == "references":
         require_references("training on the data's own answers needs them")
     if config.is_judged and all(row.answer is not None for row in rows):
-        require_grader(config.evaluation.grader)  # the record of scores contains right answers
+        require_grader(config.grader)  # the record of scores contains right answers
     if estimator.task_reward_coef or config.recipe.reward == "task":
-        require_grader(config.evaluation.grader)
+        require_grader(config.grader)
         require_field(rows, "answer", names["answer"], data.source, "a task reward needs them")
+        require_readable(config.grader, [row.answer for row in rows], data.source)
     if rubrics.stage_names:  # checked before anyone pays for scores that no stage can use
         try:
             credit_matrix(estimator.stage_credit, len(rubrics.stage_names))

@@ -1,56 +1,81 @@
 """What of a completion counts as the answer, grader by grader."""
 
+import collections
+import json
+import pathlib
+import subprocess
 import sys
 import threading
+import time
+from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opdjax.config import EvaluationConfig
-from opdjax.data import grading
-from opdjax.data.grading import GRADERS, boxed, exact, final_number, last_boxed, require_grader
+from opdjax.config.evaluation import GRADERS
+from opdjax.config.validation import ConfigError
+from opdjax.data import isolated
+from opdjax.data.grading import boxes, grader_named, require_grader, require_readable
+from opdjax.data.rational import numbers_in, rational
+from opdjax.data.sources import DataError
+
+_ROWS = [
+    json.loads(line)
+    for line in (pathlib.Path(__file__).parent / "graded_answers.jsonl").read_text().splitlines()
+]
 
 
-@pytest.mark.parametrize(
-    ("completion", "answer", "is_right"),
-    [
-        ("34-17=17;17+25=42#42", "42", True),
-        ("34-17=17;17+25=42#43", "42", False),
-        ("3-17=-14#-14", "-14", True),
-        ("3-17=-14#14", "-14", False),
-        ("She sold 1,000 + 234.\n#### 1,234", "1234", True),
-        ("#### 1234", "1,234", True),
-        ("#### 12345", "1,234", False),
-        ("#### 42.0", "42", True),
-        ("#### 0.5", ".5", True),
-        ("#### 42.", "42", True),
-        ("#1 and then #2", "2", True),  # the last of several
-        ("#1 and then #2", "1", False),
-        ("#2 #none", "2", True),  # a hash without a number is no answer
-        ("42", "42", False),  # no hash
-        ("#", "42", False),
-        ("", "42", False),
-        ("42#", "42", False),
-        ("#4 2", "42", False),
-        ("#42", "forty-two", False),
-    ],
-)
-def test_final_number(completion, answer, is_right):
-    assert final_number(completion, answer) is is_right
+@pytest.mark.parametrize("grader", dict.fromkeys(row["grader"] for row in _ROWS))
+def test_graders_mean_what_they_say(grader):
+    rows = [row for row in _ROWS if row["grader"] == grader]
+    grade = grader_named(grader)
+    wrong = [r for r in rows if grade(r["completion"], r["answer"]) is not r["is_right"]]
+    assert not wrong
+    assert {row["is_right"] for row in rows} == {True, False}
+
+
+def test_the_table_has_rows_for_every_grader():
+    assert len(_ROWS) >= 200
+    counts = collections.Counter(row["grader"].partition(":")[0] for row in _ROWS)
+    assert counts.keys() == {*GRADERS, "regex"}
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(-(10**9), 10**9), st.text(alphabet="ab +=;\n", max_size=8))
-def test_final_number_reads_any_integer_with_or_without_commas(number, rest):
-    assert final_number(f"{rest}# {number:,}{rest}", str(number))
-    assert not final_number(f"{rest}# {number:,}{rest}", str(number + 1))
+def test_gsm8k_reads_any_integer_with_or_without_commas(number, rest):
+    grade = grader_named("gsm8k")
+    assert grade(f"{rest}# {number:,}\n{rest}", str(number))
+    assert not grade(f"{rest}# {number:,}\n{rest}", str(number + 1))
 
 
-def test_exact_compares_everything_but_the_spaces_around():
-    assert exact(" a b\n", "a b ")
-    assert not exact("a  b", "a b")
-    assert not exact("A b", "a b")
+@settings(max_examples=100, deadline=None)
+@given(st.fractions(), st.integers(-300, 300))
+def test_numbers_are_read_exactly(value, exponent):
+    above, below = value.numerator, value.denominator
+    assert rational(f"{above}/{below}") == value
+    assert rational(rf"\frac{{{above}}}{{{below}}}") == value
+    assert rational(f"{above}e{exponent}") == above * Fraction(10) ** exponent
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet="0123456789.,+-/^*(){}\\frac $e:'", max_size=60))
+def test_no_text_makes_the_number_reader_fail(text):
+    for written in [text, *numbers_in(text)]:
+        assert rational(written) is None or isinstance(rational(written), Fraction)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [r"\boxed{" * 40_000, r"\boxed{" * 9000 + "}" * 9000, "1," * 50_000, r"\frac{1}{" * 9000],
+)
+def test_long_completions_are_read_in_linear_time(text):
+    start = time.process_time()
+    for grader in ("gsm8k", "last_number", "choice"):
+        assert not grader_named(grader)(f"# {text}", "42")
+    boxes(text)
+    assert time.process_time() - start < 20
 
 
 @pytest.mark.parametrize(
@@ -63,42 +88,19 @@ def test_exact_compares_everything_but_the_spaces_around():
         (r"\boxed{\boxed{3}}", "3"),
         (r"\boxed{}", ""),
         (r"\boxed{1} then \boxed{2", "1"),  # cut off: the last one that is whole
+        (r"\boxed 5 kg", "5"),
         (r"\boxed{2", None),
         (r"boxed{2}", None),
         ("", None),
     ],
 )
-def test_last_boxed_balances_braces(text, content):
-    assert last_boxed(text) == content
-
-
-@pytest.mark.parametrize(
-    ("completion", "answer", "is_right"),
-    [
-        (r"\boxed{42}", "42", True),
-        (r"\boxed{-3}", "3", False),
-        (r"\boxed{\frac{1}{2}}", "0.5", True),
-        (r"\boxed{\frac{1}{2}}", r"\frac{2}{4}", True),
-        (r"\boxed{\frac{1}{2}}", r"\frac{1}{3}", False),
-        (r"\boxed{x+1}", "1+x", True),
-        (r"\boxed{x+1}", "x-1", False),
-        (r"\boxed{\{1,2\}}", r"\{2,1\}", True),
-        (r"42", "42", False),
-        (r"\boxed{", "42", False),
-        (r"\boxed{}", "42", False),
-        (r"<think>maybe \boxed{1}</think> It is \boxed{2}.", "2", True),
-        (r"<think>maybe \boxed{2}</think> It is 2.", "2", False),
-        (r"<think>\boxed{1}</think>\boxed{2}</think>\boxed{3}", "3", True),
-        (r"<think>\boxed{1}</think>\boxed{2}</think>3", "2", False),
-    ],
-)
-def test_boxed_compares_as_mathematics(completion, answer, is_right):
-    assert boxed(completion, answer) is is_right
+def test_boxes_balance_braces(text, content):
+    assert (boxes(text) or [None])[-1] == content
 
 
 def test_boxed_grades_off_the_main_thread():
-    found = []
-    thread = threading.Thread(target=lambda: found.append(boxed(r"\boxed{\frac{1}{2}}", "0.5")))
+    found, grade = [], grader_named("boxed")
+    thread = threading.Thread(target=lambda: found.append(grade(r"\boxed{x+1}", "1+x")))
     thread.start()
     thread.join()
     assert found == [True]
@@ -112,17 +114,60 @@ def test_boxed_without_math_verify_says_what_to_install(monkeypatch):
 
 
 def test_an_answer_that_cannot_be_computed_is_wrong_and_costs_seconds(monkeypatch):
-    monkeypatch.setattr(grading, "_SECONDS_PER_ANSWER", 2.0)
-    assert not boxed(r"\boxed{9^{9^{9^{9}}}}", "7")
-    assert boxed(r"\boxed{\frac{2}{4}}", "0.5")  # a new process has taken over
+    monkeypatch.setattr(isolated, "_SECONDS_PER_CALL", 2.0)
+    assert not grader_named("boxed")(r"\boxed{9^{9^{9^{9}}}+x}", "7")
+    assert not grader_named("regex:(a+)+$")("a" * 60 + "b", "aaa")
+    assert grader_named("boxed")(r"\boxed{x+x}", "2x")  # a new process has taken over
 
 
-def test_every_grader_of_the_config_exists():
-    for name in ("final_number", "boxed", "exact"):
-        assert EvaluationConfig(grader=name).grader in GRADERS
-    assert len(GRADERS) == 3
+def test_a_script_without_a_main_guard_can_grade(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from opdjax.data.grading import grader_named\n"
+        r"print(grader_named('boxed')(r'\boxed{x+1}', '1+x'))"
+    )
+    command = [sys.executable, str(script)]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "True\n"
 
 
-def test_final_number_takes_the_value_out_of_a_worked_answer():
-    assert final_number("so #### 72", "48 / 2 = 24\n48 + 24 = 72\n#### 72")
-    assert not final_number("so #### 48", "48 / 2 = 24\n48 + 24 = 72\n#### 72")
+def test_a_grader_of_ones_own_is_a_function_of_a_file(tmp_path):
+    file = tmp_path / "graders.py"
+    file.write_text(
+        "def is_longer(completion, answer):\n    return len(completion) >= len(answer)\n"
+        "def wrong(completion, answer):\n    return 'yes'\n"
+    )
+    name = f"{file}:is_longer"
+    assert EvaluationConfig(grader=name).grader == name
+    assert grader_named(name)("abc", "ab") is True
+    assert grader_named(name)("a", "ab") is False
+    with pytest.raises(DataError, match="returned 'yes'; expected True or False"):
+        grader_named(f"{file}:wrong")("a", "b")
+    with pytest.raises(ConfigError, match="defines no missing"):
+        grader_named(f"{file}:missing")
+
+
+def test_graders_that_do_not_exist_are_refused():
+    for name in (*GRADERS, "auto", "regex:x+"):
+        assert EvaluationConfig(grader=name).grader == name
+    with pytest.raises(
+        ConfigError, match="expected gsm8k, last_number, boxed, choice, exact, auto"
+    ):
+        EvaluationConfig(grader="final_number")
+    with pytest.raises(ConfigError, match="expected a regular expression after regex:"):
+        EvaluationConfig(grader="regex:(")
+
+
+@pytest.mark.parametrize(
+    ("grader", "answer"),
+    [
+        ("gsm8k", "5 or 6"),
+        ("last_number", "forty"),
+        ("choice", "2"),
+        ("boxed", " "),
+        ("exact", " "),
+        ("regex:x", ""),
+    ],
+)
+def test_an_answer_that_no_completion_could_match_is_refused_by_row(grader, answer):
+    with pytest.raises(DataError, match=r"in 1 of 2 rows of held\.jsonl \(prompt 1: "):
+        require_readable(grader, ["A" if grader == "choice" else "1", answer], "held.jsonl")

@@ -55,7 +55,7 @@ def setup_of(tokenizer, **options):
     config = Config(
         estimator=EstimatorConfig("opd", **options),
         sampling=SamplingConfig(num_generations=2),
-        evaluation=EvaluationConfig(grader="final_number"),
+        evaluation=EvaluationConfig(grader="gsm8k"),
         seed=5,
     )
     prompts = types.SimpleNamespace(
@@ -86,7 +86,7 @@ def with_columns(setup, rollouts, batch=None):
 def test_a_task_reward_compares_the_completions_of_one_prompt(tokenizer, rollouts):
     setup = setup_of(tokenizer, task_reward_coef=0.5)
     np.testing.assert_array_equal(
-        task_reward(rollouts, setup.prompts, tokenizer, "final_number"), [1, 0, 0, 1]
+        task_reward(rollouts, setup.prompts, tokenizer, "gsm8k"), [1, 0, 0, 1]
     )
     batch, metrics = with_columns(setup, rollouts)
     assert metrics == {"rollout/task_reward": 0.5}

@@ -16,7 +16,6 @@ from answer_runs import copy_of, swap_two_ids, taught
 
 import opdjax.rollouts.write_references
 from opdjax.cli import main
-from opdjax.cli.one_model import complete
 from opdjax.config import (
     MINI_PAIR,
     STUDENT,
@@ -36,6 +35,7 @@ from opdjax.judge.replies import (
     OfflineMissError,
     SpendingCapError,
 )
+from opdjax.rollouts.one_model import load, sample
 from opdjax.rollouts.setup import prepare
 from opdjax.rollouts.write_references import teach
 from opdjax.runs.object_store import RemoteError
@@ -260,17 +260,15 @@ def test_a_teacher_of_another_vocabulary_writes_text(tmp_path):
         path, source=str(tmp_path / "rows.jsonl"), how={"temperature": 0.0, "num_answers": 1}
     )
     teach(dataclasses.replace(config, teacher=other))
-    said = dict(
-        complete(
-            ModelConfig("@mini_teacher"),
-            [exchanged(text) for text in sums],
-            config.data,
-            1,
-            24,
-            0,
-            temperature=0.0,
-        )
+    other_sums = [exchanged(text) for text in sums]
+    answers = sample(
+        load("@mini_teacher"),
+        other_sums,
+        data=config.data,
+        max_completion_length=24,
+        temperature=0.0,
     )
+    said = {text: completion for text, (completion,) in zip(other_sums, answers)}
     assert [read_index(path).usable(text) for text in sums] == [
         (exchanged(said[exchanged(text)]),) for text in sums
     ]

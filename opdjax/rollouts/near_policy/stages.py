@@ -217,7 +217,7 @@ def _is_correct(setup: Setup, prompt_id: np.ndarray, texts: list[str]) -> np.nda
     answers = [setup.prompts.prompts[index].answer for index in prompt_id]
     if setup.evaluator is None or any(answer is None for answer in answers):
         return None
-    return graded(texts, answers, setup.config.evaluation.grader).astype(bool)
+    return graded(texts, answers, setup.config.grader).astype(bool)
 
 
 @dataclasses.dataclass(frozen=True)
