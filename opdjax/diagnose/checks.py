@@ -14,7 +14,7 @@ import numpy as np
 from opdjax.config.recipes import RECIPES
 from opdjax.data.chat import valid_vocab
 from opdjax.rollouts import checks as cheap
-from opdjax.rollouts.findings import Finding, Problem, fault, finding, warning
+from opdjax.rollouts.checks import Finding, Problem, fault, finding, warning
 from opdjax.rollouts.setup import reads_scores
 
 if TYPE_CHECKING:

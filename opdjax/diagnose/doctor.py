@@ -11,8 +11,7 @@ from opdjax.data.tokenizer import load_tokenizer
 from opdjax.diagnose import checks
 from opdjax.diagnose.measurements import Measurements
 from opdjax.models.hf import open_checkpoint
-from opdjax.rollouts.checks import check_tokenizers
-from opdjax.rollouts.findings import Finding
+from opdjax.rollouts.checks import Finding, check_tokenizers
 from opdjax.rollouts.setup import Setup, prepare, reads_scores
 
 

@@ -29,7 +29,7 @@ from opdjax.data.packing import (
 from opdjax.data.prompt_rows import Prompt
 from opdjax.data.prompts import collate, indices_at
 from opdjax.engine.decoding import Decoding
-from opdjax.engine.evaluate import graded
+from opdjax.engine.evaluate import completions, graded
 from opdjax.engine.sampler import sample
 from opdjax.engine.scorer import score
 from opdjax.engine.update import UpdateSpec, loss_and_grad
@@ -252,9 +252,9 @@ class Measurements:
         evaluation, answers = self.config.evaluation, [row.answer for row in self._rows]
         if evaluation.source is None or None in answers:
             return None
-        grading = (answers, self.setup.tokenizer, self.config.grader)
         both = (self._greedy(self._student, self.prompts), self.teacher_answers)
-        return tuple(int(graded(rollouts, *grading).sum()) for rollouts in both)
+        texts = (completions(rollouts, self.setup.tokenizer) for rollouts in both)
+        return tuple(int(graded(each, answers, self.config.grader).sum()) for each in texts)
 
     @cached_property
     def judged(self) -> tuple[list[Judgement], dict[str, float], str | None]:

@@ -26,7 +26,7 @@ from opdjax.models.hf import load_params
 from opdjax.ops.tile import Head
 from opdjax.ops.vocab import tiled_loss
 from opdjax.rollouts.on_policy import draw, step_rollouts
-from opdjax.rollouts.scoring import scored
+from opdjax.rollouts.rows import scored
 from opdjax.rollouts.setup import Setup, prepare, update_spec
 from opdjax.types import PromptBatch, Rollouts, TrainBatch
 

@@ -37,8 +37,14 @@ from opdjax.data.tokenizer import load_tokenizer
 from opdjax.diagnose import checks
 from opdjax.diagnose.doctor import CHECKS, examine, run_checks
 from opdjax.diagnose.measurements import FirstUpdate, Measurements
-from opdjax.rollouts.checks import check_settings, check_tokenizers, end_of_turn
-from opdjax.rollouts.findings import FaultError, Finding, enforce
+from opdjax.rollouts.checks import (
+    FaultError,
+    Finding,
+    check_settings,
+    check_tokenizers,
+    end_of_turn,
+    enforce,
+)
 from opdjax.rollouts.setup import prepare
 from opdjax.train import train
 

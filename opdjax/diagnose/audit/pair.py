@@ -25,7 +25,7 @@ from opdjax.data.packing import to_train_batch
 from opdjax.diagnose.audit.contexts import measure, summarise
 from opdjax.diagnose.audit.subjects import Progress, Subject, subject
 from opdjax.engine.sampler import extra_uniforms, sample
-from opdjax.engine.scorer import score, token_logprobs, top_logprobs
+from opdjax.engine.scorer import score, token_scores
 from opdjax.engine.update import UpdateSpec, VocabularyInputs, vocabulary_loss
 from opdjax.estimators import bind
 from opdjax.estimators.divergence import reverse_kl
@@ -242,9 +242,9 @@ def _compile(states: States, each: Subject):
     def gradients(hidden, head, row, teacher, batch):
         weights, found = batch.mask / jnp.sum(batch.mask), {}
         if estimator.teacher == "token":
-            found["teacher_logprobs"] = token_logprobs(*teacher, batch, tile=tile)
+            found["teacher_logprobs"] = token_scores(*teacher, batch, tile=tile).teacher_logprobs
         if estimator.teacher == "top_k":
-            top = top_logprobs(*teacher, batch, top_k=estimator.top_k, tile=tile)
+            top = token_scores(*teacher, batch, top_k=estimator.top_k, tile=tile)
             found["teacher_top_ids"] = top.teacher_top_ids
             found["teacher_top_logprobs"] = top.teacher_top_logprobs
         row = dataclasses.replace(row, **found)

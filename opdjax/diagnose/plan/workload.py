@@ -24,8 +24,7 @@ from opdjax.models.hf import open_checkpoint
 from opdjax.models.lora import combine, init_adapters
 from opdjax.models.partitioning import SAMPLER_AXES, WEIGHT_AXES, require_divides, shardings_of
 from opdjax.ops.sharding import abstract_like, by_row, mesh_sizes
-from opdjax.rollouts.requirements import require_rows_divide
-from opdjax.rollouts.setup import attention_of, compute_dtype, needs_teacher
+from opdjax.rollouts.setup import attention_of, compute_dtype, needs_teacher, require_rows_divide
 from opdjax.types import TeacherScores, TrainBatch
 
 

@@ -28,7 +28,6 @@ from opdjax.rollouts.near_policy.shards import (
     ShardError,
 )
 from opdjax.rollouts.near_policy.store import RolloutStore, StoredStep
-from opdjax.rollouts.on_policy import prompts_of
 from opdjax.rollouts.rows import keep_rollouts, packed
 from opdjax.rollouts.setup import Setup, initial_weights
 from opdjax.rollouts.source import RolloutSource, StepData
@@ -197,8 +196,7 @@ class ContinuousSource(RolloutSource):
         self._check_filter_not_empty(kept, step, directory)
         rows, packing = packed(keep_rollouts(batch, kept), config.train, setup.mesh)
         rollouts, batch = jax.tree.map(lambda x: np.asarray(x)[kept], (rollouts, batch))
-        prompts = prompts_of(setup.prompts, config, step)
-        return StepData(prompts, rollouts, batch, rows, metrics | packing)
+        return StepData(rollouts, batch, rows, metrics | packing)
 
     def _check_filter_not_empty(self, kept: np.ndarray, step: int, directory: pathlib.Path) -> None:
         """ConfigError if the filter kept nothing in too many consecutive steps: even an empty step

@@ -139,8 +139,7 @@ class RefreshSource(RolloutSource):
         rows, packing = self._packed(batch, rank[stored.rows[is_own]])
         # Tokens that were generated and annotated for many steps count for the first of them.
         metrics |= packing | (stored.metrics if step == version else stored_token_counts([], []))
-        prompts = collate(setup.prompts, np.asarray(rollouts.prompt_id))
-        return StepData(prompts, rollouts, batch, rows, metrics)
+        return StepData(rollouts, batch, rows, metrics)
 
     def _packed(self, batch: TrainBatch, rows: np.ndarray) -> tuple[TrainBatch, Metrics]:
         packed, origins = pack(

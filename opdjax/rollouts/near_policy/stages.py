@@ -25,7 +25,7 @@ from opdjax.data.packing import (
     to_train_batch,
     unpack,
 )
-from opdjax.engine.evaluate import graded_texts
+from opdjax.engine.evaluate import graded
 from opdjax.engine.scorer import score
 from opdjax.estimators import estimator_of
 from opdjax.models.decoder import DecoderConfig, Params, head_of
@@ -217,7 +217,7 @@ def _is_correct(setup: Setup, prompt_id: np.ndarray, texts: list[str]) -> np.nda
     answers = [setup.prompts.prompts[index].answer for index in prompt_id]
     if setup.evaluator is None or any(answer is None for answer in answers):
         return None
-    return graded_texts(texts, answers, setup.config.grader).astype(bool)
+    return graded(texts, answers, setup.config.grader).astype(bool)
 
 
 @dataclasses.dataclass(frozen=True)
