@@ -21,7 +21,7 @@ from opdjax.config import Config
 from opdjax.config.rubrics import MAX_FAILED_SHARE
 from opdjax.data.packing import to_train_batch
 from opdjax.data.prompt_rows import Prompt
-from opdjax.data.prompts import collate, indices_at, padded_width, teacher_prompt_ids
+from opdjax.data.prompts import collate, indices_at, padded_width, prompt_ids
 from opdjax.engine.evaluate import completions, graded
 from opdjax.judge.background import BackgroundJudge, open_background_judge
 from opdjax.judge.criteria import FROZEN, CriteriaStore
@@ -386,6 +386,7 @@ def _context_ids(
             "reflection": judgement.reflections[place] if judgement.reflections else "",
         }
         row = setup.prompts.prompts[int(rows.prompt_id[rollout])]
-        ids = teacher_prompt_ids(row, data, setup.teacher.tokenizer, texts)
+        where, tokenizer = f"a prompt of {data.source}", setup.teacher.tokenizer
+        ids = prompt_ids(row, data, tokenizer, where, of_teacher=True, judge_texts=texts)
         found[rollout] = ids if len(ids) <= data.max_teacher_prompt_length else ()
     return found

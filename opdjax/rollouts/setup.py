@@ -266,8 +266,7 @@ def make_evaluator(
     names = config.data.column_names | evaluation.column_names
     names.pop("reference", None)
     rows = first_of_each(read_prompts(data.source, ColumnMap(**names)), evaluation.num_prompts)
-    column = names.get("answer", "answer")
-    require_field(rows, "answer", column, data.source, "evaluation needs them")
+    require_field(rows, "answer", names, data.source, "evaluation needs them")
     require_readable(evaluation.grader, [row.answer for row in rows], evaluation.source)
     prompts = encode_prompts(rows, data, tokenizer, tokenizer)
     own = {n: getattr(evaluation, n) for n in ("max_completion_length", "top_k", "top_p")}
@@ -348,11 +347,10 @@ def facts(setup: Setup) -> dict[str, Any]:
 def require_reward_data(config: Config, rows: list[Prompt]) -> None:
     """The data, packages and settings that given answers and rewards need must be there."""
     data, rubrics, estimator = config.data, config.rubrics, config.estimator
-    names = {"answer": "answer", "reference": "references"} | data.column_names
 
     def require_references(reason: str) -> None:
         if data.references is None:
-            require_field(rows, "references", names["reference"], data.source, reason)
+            require_field(rows, "references", data.column_names, data.source, reason)
 
     if config.sampling.completions_from == "references":
         require_references("training on the data's own answers needs them")
@@ -360,7 +358,8 @@ def require_reward_data(config: Config, rows: list[Prompt]) -> None:
         require_grader(config.grader)  # the record of scores contains right answers
     if estimator.task_reward_coef or config.recipe.reward == "task":
         require_grader(config.grader)
-        require_field(rows, "answer", names["answer"], data.source, "a task reward needs them")
+        reason = "a task reward needs them"
+        require_field(rows, "answer", data.column_names, data.source, reason)
         require_readable(config.grader, [row.answer for row in rows], data.source)
     if rubrics.stage_names:  # checked before anyone pays for scores that no stage can use
         try:
