@@ -72,8 +72,7 @@ def describe(topology: Topology) -> list[Any]:
             f"{topology.name}: XLA compiles for a GPU only on a machine with one; plan without "
             "--aot"
         )
-    # Otherwise libtpu waits for a metadata server, and refuses a second process although none
-    # holds a chip.
+    # Without these libtpu waits for a metadata server, and refuses a second process.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     # The two cores of a v4 chip act as one device.
@@ -100,7 +99,12 @@ def compile_programs(workload: Workload) -> list[Program]:
     workload = dataclasses.replace(workload, layout=mesh)
     programs = [] if workload.writer == "none" else _compile_sampler(workload)
     if workload.needs != "none":
-        programs.append(measure("teacher", _lower_score(workload), workload)[0])
+        params, model, needs = workload.scoring, workload.scoring_model, workload.needs
+        static = {"top_k": workload.top_k, "tile": TILE, "mesh": mesh}
+        static["parts"] = workload.config.train.gradient_accumulation_steps
+        inputs = (params, head_of(params), workload.batch())
+        lowered = score.lower(*inputs, config=model, needs=needs, **static)
+        programs.append(measure("teacher", lowered, workload)[0])
     return [*programs, measure("update", lower_update(workload), workload)[0]]
 
 
@@ -117,21 +121,6 @@ def lower_update(workload: Workload) -> jax.stages.Lowered:
     return update.lower(state, workload.scored_batch(), head, workload.frozen)
 
 
-def _lower_score(workload: Workload) -> jax.stages.Lowered:
-    config, params = workload.config, workload.scoring
-    return score.lower(
-        params,
-        head_of(params),
-        workload.batch(),
-        config=workload.scoring_model,
-        needs=workload.needs,
-        top_k=workload.top_k,
-        tile=TILE,
-        parts=config.train.gradient_accumulation_steps,
-        mesh=workload.layout,
-    )
-
-
 def _compile_sampler(workload: Workload) -> list[Program]:
     """Compile prefill, and decoding with the longest cache, which needs most."""
     config, mesh = workload.config, workload.layout
@@ -139,7 +128,7 @@ def _compile_sampler(workload: Workload) -> list[Program]:
     params = workload.published if workload.writer == "student" else workload.scoring
     filters = {name: getattr(sampling, name) for name in _SAMPLING_FIELDS}
     decoding = Decoding(sampling.max_completion_length, stop_token_ids=(0,), **filters)
-    static = {"config": workload.sampled_model[0], "decoding": decoding, "mesh": mesh}
+    static = {"config": workload.sampled_model, "decoding": decoding, "mesh": mesh}
     slots = num_slots(sampling.slots, rows, mesh)
     shape = (block_size(slots, sampling.num_generations, mesh), width)
     prompts = partial(jax.ShapeDtypeStruct, shape, sharding=replicated(mesh))
@@ -183,10 +172,8 @@ def measure(name: str, lowered: jax.stages.Lowered, workload: Workload) -> tuple
     if workload.topology.backend == "cpu":  # where XLA leaves temporaries out of the peak
         held = memory.argument_size_in_bytes + memory.output_size_in_bytes
         peak = held + memory.temp_size_in_bytes - memory.alias_size_in_bytes
-    models = [model for model in (workload.student, workload.teacher) if model is not None]
-    widths = {
-        model.vocab_size // split for model in models for split in (1, workload.mesh["tensor"])
-    }
+    models, splits = (workload.student, workload.scoring_model), (1, workload.mesh["tensor"])
+    widths = {model.vocab_size // split for model in models for split in splits}
     found = Program(
         name=name,
         argument_bytes=memory.argument_size_in_bytes,
