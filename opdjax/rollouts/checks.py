@@ -1,7 +1,7 @@
 """The cheap checks for mistakes that would train without an error. `train` runs them at its start.
 
 `check_settings` needs no forward pass, `check_first_step` reads what the first step computed
-anyway. `opdjax doctor` runs more checks (diagnose/checks.py). Log-probabilities and tolerances are
+anyway. `opdjax doctor` runs more checks (diagnose/doctor.py). Log-probabilities and tolerances are
 in nats.
 """
 
