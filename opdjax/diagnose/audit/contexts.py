@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from opdjax.config.recipes import PLAIN
-from opdjax.diagnose.audit.subjects import Progress, Subject
+from opdjax.diagnose.audit.subjects import Part, Progress, Subject
 from opdjax.estimators.divergence import reverse_kl
 from opdjax.estimators.opd import score_norms
 from opdjax.ops.tile import VocabTile
@@ -36,7 +35,7 @@ def audit_vocabulary(
     vocab: int = 50,
     seed: int = 0,
     progress: Progress = iter,
-) -> dict[str, Any]:
+) -> Part:
     """Return bias, cosine and action variance at random contexts, from the loss at every token.
 
     The subjects, which include `opd`, are uncoupled. Float64.
@@ -132,7 +131,7 @@ def _against_exact(
     return stats
 
 
-def summarise(stats: dict[str, np.ndarray], plain_variance: np.ndarray) -> dict[str, Any]:
+def summarise(stats: dict[str, np.ndarray], plain_variance: np.ndarray) -> Part:
     """Summarise a subject over its contexts, whose gradients are stacked as one vector.
 
     Returned are, against both directions of the KL, `bias` = |expected - exact gradient| / |exact
@@ -141,7 +140,7 @@ def summarise(stats: dict[str, np.ndarray], plain_variance: np.ndarray) -> dict[
     `plain_variance [n]`; `worse`, the share of contexts above it. None: undefined.
     """
     total = {name: float(np.sum(values, dtype=np.float64)) for name, values in stats.items()}
-    found: dict[str, Any] = {"bias": {}, "cosine": {}}
+    found: Part = {"bias": {}, "cosine": {}}
     # Draws that cancel leave a mean of rounding errors, which has no direction.
     epsilon = np.finfo(stats["own"].dtype).eps
     is_zero = total["own"] <= (64 * epsilon) ** 2 * (total["variance"] + total["own"])

@@ -21,7 +21,7 @@ import optax
 
 from opdjax.config.recipes import EXACT, PLAIN, WITH_BASELINE
 from opdjax.diagnose.audit.pair import States, kl_bins
-from opdjax.diagnose.audit.subjects import Progress, Subject, subject
+from opdjax.diagnose.audit.subjects import Part, Progress, Subject, subject
 from opdjax.engine.update import prepared, vocabulary_inputs
 from opdjax.estimators import bind
 from opdjax.estimators.losses import aggregation_weights, count_denominators
@@ -36,9 +36,7 @@ _SUM_LENGTHS = (1024, 8192, 32768)  # tokens whose losses are added in bfloat16
 _SUM_DRAWS = 20
 
 
-def audit_gradients(
-    states: States, subjects: list[Subject], progress: Progress = iter
-) -> dict[str, Any]:
+def audit_gradients(states: States, subjects: list[Subject], progress: Progress = iter) -> Part:
     """Return the signal and the noise components of each subject, and its noise relative to `opd`.
 
     Every subject sees the same redraws. A coupled subject is measured on the sampled tokens only:
@@ -66,7 +64,7 @@ def audit_gradients(
     return {"num_redraws": NUM_REDRAWS, "batch": BATCH, "rows": rows, "by_kl": _by_kl(by_bin)}
 
 
-def _share_signal(subjects: Sequence[Subject], rows: dict[str, dict[str, Any]]) -> None:
+def _share_signal(subjects: Sequence[Subject], rows: dict[str, Part]) -> None:
     """Give the exact reverse KL's signal, which has least noise, to all of the same expectation."""
     reverse = [each for each in subjects if each.advertises == "reverse"]
     exact = next((rows[each.name] for each in reverse if not each.is_sampled), None)
@@ -75,7 +73,7 @@ def _share_signal(subjects: Sequence[Subject], rows: dict[str, dict[str, Any]]) 
             rows[each.name]["signal"] = exact["signal"]
 
 
-def _by_kl(by_bin: dict[str, list[np.ndarray]]) -> dict[str, Any]:
+def _by_kl(by_bin: dict[str, list[np.ndarray]]) -> Part:
     plain = by_bin.pop(PLAIN)
     total = sum(part.sum() for part in plain)
     shares = [float(part.sum() / total) if total else 0.0 for part in plain]
@@ -165,7 +163,7 @@ def _running_mean(value_of: Callable, zero: Any, items: Any):
     return mean, spread, total
 
 
-def _components(total, action, trajectory, squares, redraws: int, rollouts: int) -> dict[str, Any]:
+def _components(total, action, trajectory, squares, redraws: int, rollouts: int) -> Part:
     """Return unbiased estimates from the sums of squares; an estimate may be below 0."""
     prompts = len(action)
     within = trajectory.sum() / (prompts * (rollouts - 1))  # of a rollout's mean over its redraws
@@ -209,7 +207,7 @@ def _draws(states: States, each: Subject):
     return tokens, jnp.moveaxis(more, 2, 1)
 
 
-def audit_batch_pitfalls(states: States, progress: Progress = iter) -> dict[str, Any]:
+def audit_batch_pitfalls(states: States, progress: Progress = iter) -> Part:
     """Return relative error and cosine of the exact reverse KL's gradient under each pitfall's
     weights, and the relative error of sums in bfloat16.
     """

@@ -23,7 +23,7 @@ from opdjax.config.recipes import PLAIN
 from opdjax.config.validation import ConfigError, require
 from opdjax.data.packing import to_train_batch
 from opdjax.diagnose.audit.contexts import measure, summarise
-from opdjax.diagnose.audit.subjects import Progress, Subject, subject
+from opdjax.diagnose.audit.subjects import Part, Progress, Subject, subject
 from opdjax.engine.sampler import extra_uniforms, sample
 from opdjax.engine.scorer import score, token_logprobs, top_logprobs
 from opdjax.engine.update import UpdateSpec, VocabularyInputs, vocabulary_loss
@@ -128,9 +128,7 @@ def collect_states(
     )
 
 
-def audit_contexts(
-    states: States, subjects: list[Subject], progress: Progress = iter
-) -> dict[str, Any]:
+def audit_contexts(states: States, subjects: list[Subject], progress: Progress = iter) -> Part:
     """Return bias, cosine and action variance of the uncoupled subjects at the sampled contexts.
 
     All contexts together, and binned by KL and by position.
@@ -199,9 +197,7 @@ def _variance_ratio(states: States, ours: np.ndarray, plain: np.ndarray, inside:
     return ratio_with_interval(*per_prompt)
 
 
-def audit_costs(
-    states: States, recipes: list[Subject], progress: Progress = iter
-) -> dict[str, Any]:
+def audit_costs(states: States, recipes: list[Subject], progress: Progress = iter) -> Part:
     """Return seconds and bytes a token of each recipe's pass over the vocabulary.
 
     The pass goes from hidden states to the loss and its gradients for hidden states and head; all

@@ -22,6 +22,7 @@ _REFUSED_OPTIONS = ("task_reward_coef", "importance")
 _OFF = (0, "none", None)
 
 Progress = Callable[[Sequence[Any]], Iterable[Any]]  # yields the items and shows how many are left
+Part = dict[str, Any]  # of the audit's JSON document
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +56,7 @@ class Subject:
     @property
     def is_coupled(self) -> bool:
         """Whether a token's loss depends on other contexts, apart from a batch's mean reward."""
-        options = {name: value for name, value in self.options.items() if name != "baseline"}
-        return coupling.is_coupled(options)
+        return coupling.is_coupled(self.options | {"baseline": None})
 
     @property
     def is_on_policy(self) -> bool:
@@ -76,10 +76,8 @@ class Subject:
     @property
     def definition(self) -> tuple[str, dict[str, Any]]:
         """Recipe and options with the defaults filled in: equal estimators have equal ones."""
-        if self.row is None:
-            return self.name, self.options
-        options = self.row.with_defaults(self.options).items()
-        return self.recipe, {name: value for name, value in options if value not in _OFF}
+        options = self.options if self.row is None else self.row.with_defaults(self.options)
+        return self.recipe or self.name, {k: v for k, v in options.items() if v not in _OFF}
 
     def with_one_draw(self) -> Subject:
         """Return the subject without extra draws."""
@@ -88,9 +86,8 @@ class Subject:
 
     def token_loss(self) -> Callable:
         """Return `token_loss(student, teacher, row) -> (loss, outputs)`."""
-        if self.recipe is None:
-            return self.pitfall.token_loss
-        return bind(self.recipe, self.options).token_loss
+        pitfall = self.pitfall
+        return bind(self.recipe, self.options).token_loss if pitfall is None else pitfall.token_loss
 
     def unsampled_loss(self) -> Callable:
         """Return the part of the loss that does not depend on the sampled token."""
@@ -136,10 +133,9 @@ def subject(recipe: str, **options: Any) -> Subject:
 
 
 _AUDITED = [subject(name, **options) for name, row in RECIPES.items() for options in row.audited]
-_PITFALLS = [Subject(name) for name, pitfall in PITFALLS.items() if pitfall.token_loss is not None]
-# Options that couple the tokens of a sequence: a single context does not define their gradient.
-COUPLED = tuple(each for each in _AUDITED if each.is_coupled)
-DEFAULT = (*(each for each in _AUDITED if not each.is_coupled), *_PITFALLS)
+_AUDITED += [Subject(name) for name, pitfall in PITFALLS.items() if pitfall.token_loss is not None]
+# Those that a single context defines.
+DEFAULT = tuple(each for each in _AUDITED if not each.is_coupled)
 
 
 def choose(
@@ -151,7 +147,7 @@ def choose(
     config's own `recipe` with its `options`, and in any case the plain recipe.
     ConfigError on an unknown name and on options that need rewards or stale data.
     """
-    subjects, plain = (*DEFAULT, *COUPLED), subject(PLAIN)
+    subjects, plain = sorted(_AUDITED, key=lambda each: each.is_coupled), subject(PLAIN)
     known = {each.recipe or each.name for each in subjects}
     if unknown := sorted(set(names or ()) - known):
         raise ConfigError(f"cannot audit {unknown}; expected some of {sorted(known)}")
