@@ -100,8 +100,7 @@ def sampler_matches_scorer(m: Measurements) -> Finding:
         difference = np.abs(sampled - scores)[mask]
         return float(difference.mean()), float(difference.max())
 
-    def agrees(mean: float, largest: float) -> bool:
-        return mean <= allowed.mean and largest <= allowed.largest
+    agrees = lambda mean, largest: mean <= allowed.mean and largest <= allowed.largest
 
     mean, largest = gap(mask)
     found = f"log-probs differ by at most {largest:.2g}, on average by {mean:.2g}"
@@ -117,11 +116,10 @@ def sampler_matches_scorer(m: Measurements) -> Finding:
     if not causes and temperature != 1 and agrees(*gap(mask, scores=m.score_at(1.0))):
         other = f"the scorer's of {temperature:g}"
         causes.append(f"the sampler's log-probs are those of temperature 1, {other}")
-    is_fault = causes or not mean <= allowed.mean
-    if not causes:
-        causes = ["the cause is neither a shift nor a temperature: compare weights and dtypes"]
+    severity = fault if causes or not mean <= allowed.mean else warning
     expected = f"expected at most {allowed.largest:g}, on average {allowed.mean:g} in {dtype}"
-    return Finding(name, *(fault if is_fault else warning)(found, expected, *causes))
+    unknown = "the cause is neither a shift nor a temperature: compare weights and dtypes"
+    return Finding(name, *severity(found, expected, *(causes or [unknown])))
 
 
 def self_distillation(m: Measurements) -> Finding:
@@ -152,14 +150,13 @@ def teacher_dtype(m: Measurements) -> Finding:
     name, dtype, stored = "teacher_dtype", m.dtype, m.setup.teacher.checkpoint.stored_dtype
     if dtype == "float32":
         return Finding(name, "ok", f"the teacher computes in float32 (stored as {stored})")
-    difference, allowed = m.teacher_rounding, cheap.tolerance(m.backend, m.dtype).mean
-    mean = float(difference.mean())
+    difference, mean = m.teacher_rounding, float(m.teacher_rounding.mean())
     found = f"the teacher computes in {dtype} (stored as {stored}), on average {mean:.2g}"
     found += f" a token and at most {difference.max():.2g} from float32"
-    if stored == "float32" or not mean <= allowed:
-        advice = "--train.dtype float32 keeps the checkpoint's precision, at twice the memory"
-        return Finding(name, *warning(found, advice))
-    return Finding(name, "ok", found)
+    if stored != "float32" and mean <= cheap.tolerance(m.backend, m.dtype).mean:
+        return Finding(name, "ok", found)
+    advice = "--train.dtype float32 keeps the checkpoint's precision, at twice the memory"
+    return Finding(name, *warning(found, advice))
 
 
 def repeated_scores(m: Measurements) -> Finding:
@@ -217,11 +214,10 @@ def teacher_is_better(m: Measurements) -> Finding:
 
 def _behind(found: str, behind: np.ndarray, m: Measurements) -> Problem:
     """Return the problem of a teacher whose NLL is `behind` the student's `[P]`."""
+    advice = "student and teacher look swapped (check --student.path and --teacher.path), or "
+    advice += "the teacher does not know its prompt format"
     if m.config.teacher_is_student:
         advice = "the model makes no use of what data.teacher_prompt_format shows it; reword that"
-    else:
-        advice = "student and teacher look swapped (check --student.path and --teacher.path), or "
-        advice += "the teacher does not know its prompt format"
     # Clear: by more than two standard errors over the prompts.
     is_clear = behind.mean() > 2 * behind.std() / np.sqrt(max(len(behind) - 1, 1))
     severity = fault if is_clear and m.correct is not None else warning
@@ -250,9 +246,10 @@ def judge_spread(m: Measurements) -> Finding | None:
     if not any(groups):
         return None
     tied = sum(len(scores) < 2 for scores in groups)
-    text = f"in {tied} of {len(groups)} groups all rollouts have the same score"
-    status = "warning" if tied == len(groups) else "ok"
-    return Finding("judge_spread", status, f"{text} and give no gradient")
+    text = (
+        f"in {tied} of {len(groups)} groups all rollouts have the same score and give no gradient"
+    )
+    return Finding("judge_spread", "warning" if tied == len(groups) else "ok", text)
 
 
 def judge_references(m: Measurements) -> Finding | None:
@@ -277,10 +274,9 @@ def judge_cost(m: Measurements) -> Finding | None:
     models = (m.config.rubricator.model, m.config.verifier.model)
     if any(any(m.config.api.price_of(model)) for model in models):
         return Finding("judge_cost", "ok", f"{text}, for {total('dollars'):,.2f} dollars")
+    status = "warning" if m.config.api.max_dollars > 0 else "ok"
     no_price = "no price is set, so api.max_dollars has no effect"
-    if m.config.api.max_dollars > 0:
-        return Finding("judge_cost", *warning(text, no_price))
-    return Finding("judge_cost", "ok", f"{text}; {no_price}")
+    return Finding("judge_cost", status, f"{text}; {no_price}")
 
 
 # The table of checks

@@ -17,9 +17,7 @@ from opdjax.estimators.opd import advantages as advantages_of
 from opdjax.estimators.pitfalls import PITFALLS, Pitfall
 from opdjax.ops.tile import VocabTile
 
-# Options that need what the audit of a pair lacks: task rewards, data of another policy.
-_REFUSED_OPTIONS = ("task_reward_coef", "importance")
-_OFF = (0, "none", None)
+_OFF = (0, "none", None)  # values of an option without an effect
 
 Progress = Callable[[Sequence[Any]], Iterable[Any]]  # yields the items and shows how many are left
 Part = dict[str, Any]  # of the audit's JSON document
@@ -95,9 +93,9 @@ class Subject:
             return self.token_loss()
         if self.row is None or self.row.cross_entropy is not None or self._cross_entropy == 1:
             return lambda student, teacher, row: (jnp.zeros_like(student.logsumexp), {})
-        divergence = subject(self.recipe, **(self.options | {"kd_weight": 1.0})).token_loss()
+        divergence = bind(self.recipe, self.options | {"kd_weight": 1.0}).token_loss
         weight = 1 - self._cross_entropy
-        return lambda student, teacher, row: (weight * divergence(student, teacher, row)[0], {})
+        return lambda *tiles: (weight * divergence(*tiles)[0], {})
 
     def advantages(
         self, student: VocabTile, teacher: VocabTile, mean_reward: Float[Array, ""]
@@ -127,7 +125,7 @@ class Subject:
 def subject(recipe: str, **options: Any) -> Subject:
     """Return the recipe with these options, named after both."""
     bind(recipe, options)
-    text = lambda value: f"{value:g}" if isinstance(value, float) else str(value)
+    text = lambda value: f"{value:g}" if isinstance(value, float) else value
     values = (f"{name}={text(value)}" for name, value in options.items())
     return Subject(" ".join([recipe, *values]), recipe, options)
 
@@ -141,10 +139,9 @@ DEFAULT = tuple(each for each in _AUDITED if not each.is_coupled)
 def choose(
     names: Sequence[str] | None, options: dict[str, Any] | None = None, recipe: str | None = None
 ) -> list[Subject]:
-    """Return the subjects to measure.
-
-    These are the default subjects of the recipes and pitfalls `names` (None: all), preceded by the
+    """Return the default subjects of the recipes and pitfalls `names` (None: all), preceded by the
     config's own `recipe` with its `options`, and in any case the plain recipe.
+
     ConfigError on an unknown name and on options that need rewards or stale data.
     """
     subjects, plain = sorted(_AUDITED, key=lambda each: each.is_coupled), subject(PLAIN)
@@ -166,7 +163,6 @@ def _own_subject(recipe: str, options: dict[str, Any]) -> Subject:
     require(not RECIPES[recipe].is_rewarded, "estimator.recipe", recipe, expected)
     expected = "none: the audit of a pair has neither task rewards nor stale data"
     expected += " (its tree measures importance corrections)"
-    for name in _REFUSED_OPTIONS:
-        value = options.get(name)
-        require(value in _OFF, f"estimator.{name}", value, expected)
+    for name in ("task_reward_coef", "importance"):
+        require(options.get(name) in _OFF, f"estimator.{name}", options.get(name), expected)
     return subject(recipe, **options)

@@ -7,8 +7,9 @@ from typing import Any
 
 _EXACTNESS = ["", "bias, reverse", "forward", "cosine, reverse", "forward"]
 _EXACTNESS += ["noise / signal", "variance / opd", "worse than opd"]
-_GRADIENT = ["", "signal", "noise", "of prompts", "of trajectories", "of actions"]
-_GRADIENT += ["signal / noise", "noise / opd", "actions / opd (95 %)"]
+_GRADIENT = {"signal": "signal", "noise": "noise", "of prompts": "prompt"}
+_GRADIENT |= {"of trajectories": "trajectory", "of actions": "action"}
+_GRADIENT |= {"signal / noise": "signal_to_noise", "noise / opd": "noise_ratio"}
 
 
 def text(document: dict[str, Any]) -> str:
@@ -79,13 +80,12 @@ def _tree(document) -> str:
 def _gradients(document) -> str:
     found = document["gradients"]
     title = f"gradient of one rollout, all parameters; signal / noise of {found['batch']} rollouts"
-    keys = ("signal", "noise", "prompt", "trajectory", "action", "signal_to_noise", "noise_ratio")
-    numbers = lambda row: (_number(row[key]) for key in keys)
+    numbers = lambda row: (_number(row[key]) for key in _GRADIENT.values())
     rows = [
         [_mark(document, name), *numbers(row), _interval(row.get("action_ratio"))]
         for name, row in found["rows"].items()
     ]
-    return _columns(_GRADIENT, rows, title)
+    return _columns(["", *_GRADIENT, "actions / opd (95 %)"], rows, title)
 
 
 def _positions(document) -> str:

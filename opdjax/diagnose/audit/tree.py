@@ -97,10 +97,9 @@ def audit_tree(more: Sequence[TreeCase] = (), *, seed: int = 0, progress: Progre
     """Return each case's relative bias, and its variance over the squared norm of its expectation.
 
     `frozen`: bias against the gradient of sum_t KL_t with the distribution of contexts held fixed;
-    `sequence`: against that of the KL of whole sequences. A mean over a batch divides by the
-    sampled lengths, so its gradient has another scale: there the scale is fitted, and the bias
-    measures the direction. `baseline`: the relative change of the expectation through the baseline;
-    None without one.
+    `sequence`: against that of the KL of whole sequences. A mean that divides by sampled lengths
+    has another scale: there the scale is fitted, and the bias is that of the direction. `baseline`:
+    the relative change of the expectation through the baseline; None without one.
     """
     with jax.enable_x64(True):
         rng = np.random.default_rng(seed)

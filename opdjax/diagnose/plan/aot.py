@@ -166,9 +166,8 @@ def measure(name: str, lowered: jax.stages.Lowered, workload: Workload) -> tuple
             raise
         seconds, problem = time.monotonic() - began, str(error).partition("\n")[0]
         return Program(name, compile_seconds=seconds, problem=problem), None
-    seconds = time.monotonic() - began
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    peak = memory.peak_memory_in_bytes
+    seconds, memory = time.monotonic() - began, compiled.memory_analysis()
+    text, peak = compiled.as_text(), memory.peak_memory_in_bytes
     if workload.topology.backend == "cpu":  # where XLA leaves temporaries out of the peak
         held = memory.argument_size_in_bytes + memory.output_size_in_bytes
         peak = held + memory.temp_size_in_bytes - memory.alias_size_in_bytes
