@@ -9,7 +9,7 @@ import dataclasses
 import pathlib
 import tempfile
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,16 +36,16 @@ from opdjax.engine.update import loss_and_grad
 from opdjax.estimators import estimator_of
 from opdjax.judge.judgement import Judgement
 from opdjax.judge.replies import ApiError
-from opdjax.models.decoder import DecoderConfig, Params, head_of
+from opdjax.models.decoder import Params, head_of
 from opdjax.models.hf import Checkpoint, load_params
 from opdjax.ops.sharding import to_host
-from opdjax.ops.tile import Head
 from opdjax.ops.vocab import TILE, TokenInputs, tiled_stats
 from opdjax.rollouts.checks import with_student_as_teacher
 from opdjax.rollouts.on_policy import draw
 from opdjax.rollouts.rows import with_option_columns
 from opdjax.rollouts.setup import (
     Setup,
+    Teacher,
     initial_weights,
     load_student,
     reads_scores,
@@ -72,12 +72,6 @@ class FirstUpdate:
             f"mean |log-ratio| {self.log_ratio:.2g}, KL {self.kl:.2g}, loss {self.loss:.2g}, "
             f"gradient norm {self.gradient_norm:.2g}"
         )
-
-
-class _Model(NamedTuple):
-    params: Params
-    head: Head
-    config: DecoderConfig
 
 
 class Measurements:
@@ -117,22 +111,18 @@ class Measurements:
         return collate(prompts, indices_at(0, min(count, total), total, self.config.seed))
 
     @property
-    def _student(self) -> _Model:
-        """The student with the run's mask and temperature."""
-        params, decoding = self._student_params, self.setup.decoding
+    def _student(self) -> Teacher:
+        """The student in the form of a teacher, with the run's mask and temperature."""
+        params, setup, decoding = self._student_params, self.setup, self.setup.decoding
         masks = {"valid_vocab": decoding.valid_vocab, "temperature": decoding.temperature}
-        return _Model(params, head_of(params, **masks), self.setup.student.config)
-
-    @property
-    def _teacher(self) -> _Model:
-        teacher = self.setup.teacher
-        return _Model(teacher.params, teacher.head, teacher.checkpoint.config)
+        source = (setup.tokenizer, decoding)
+        return Teacher(setup.student, params, head_of(params, **masks), *source, True)
 
     @cached_property
     def rollouts(self) -> Rollouts:
         """One rollout of each prompt."""
-        (params, _, model), decoding = self._student, self.setup.decoding
-        return sample(params, self.prompts, self.config.seed, 0, config=model, decoding=decoding)
+        static = {"config": self.setup.student.config, "decoding": self.setup.decoding}
+        return sample(self._student_params, self.prompts, self.config.seed, 0, **static)
 
     @cached_property
     def batch(self) -> TrainBatch:
@@ -150,7 +140,7 @@ class Measurements:
     @cached_property
     def teacher_answers(self) -> Rollouts:
         """Greedy answers of the teacher."""
-        return self._greedy(self._teacher, for_teacher(self.prompts))
+        return self._greedy(self.setup.teacher, for_teacher(self.prompts))
 
     @cached_property
     def padding(self) -> dict[str, tuple[int, float]]:
@@ -158,7 +148,7 @@ class Measurements:
         width, found = valid_vocab(self.setup.tokenizer), {}
         beyond = lambda tile, *_: jnp.sum(jnp.exp(tile.logprobs[:, width:]), axis=-1)
         mass_of = jax.jit(partial(tiled_stats, beyond, tile=TILE))
-        pairs = ((self._student, self._own_batch), (self._teacher, self.batch))
+        pairs = ((self._student, self._own_batch), (self.setup.teacher, self.batch))
         for role, (model, batch) in zip(("student", "teacher"), pairs):
             rows, mass = len(model.params["embedding"]), 0.0
             if rows > width:
@@ -178,20 +168,20 @@ class Measurements:
         near = near.at[:, 0].set(False)  # nothing predicts the first column
         head = dataclasses.replace(self._student.head, temperature=temperature)
         batch = dataclasses.replace(self._own_batch, mask=near)
-        return self._logprobs(self._student._replace(head=head), batch)
+        return self._logprobs(dataclasses.replace(self._student, head=head), batch)
 
     @cached_property
     def first_updates(self) -> tuple[FirstUpdate, FirstUpdate]:
         """Two updates: with the student's own weights as the teacher, and with the teacher."""
         weights, student = load_student(self.setup), self._student
         # With the teacher's mask and temperature.
-        head = dataclasses.replace(self._teacher.head, kernel=student.head.kernel)
-        itself = student._replace(head=head)
+        head = dataclasses.replace(self.setup.teacher.head, kernel=student.head.kernel)
+        itself = dataclasses.replace(student, head=head)
         # The student's view on both sides: another template would put it into another context.
-        batches = ((itself, self._own_batch), (self._teacher, self.batch))
+        batches = ((itself, self._own_batch), (self.setup.teacher, self.batch))
         return tuple(self._first_update(weights, *each) for each in batches)
 
-    def _first_update(self, weights: tuple, teacher: _Model, batch: TrainBatch) -> FirstUpdate:
+    def _first_update(self, weights: tuple, teacher: Teacher, batch: TrainBatch) -> FirstUpdate:
         config, own, estimator = self.config, self._own_batch, estimator_of(self.config.estimator)
         # A recipe that reads no scores may still filter rollouts by token log-probs.
         needs = "token" if estimator.teacher == "none" else estimator.teacher
@@ -214,14 +204,16 @@ class Measurements:
 
     @cached_property
     def _teacher_scores(self) -> np.ndarray:
-        return self._logprobs(self._teacher, self.batch)
+        return self._logprobs(self.setup.teacher, self.batch)
 
     @cached_property
     def teacher_rounding(self) -> np.ndarray:
         """|log-prob - log-prob in float32| of the sampled tokens by the teacher."""
         params = self._load(self.setup.teacher.checkpoint, "float32")
-        head = dataclasses.replace(self._teacher.head, kernel=head_of(params).kernel)
-        exact = self._logprobs(self._teacher._replace(params=params, head=head), self.batch)
+        head = dataclasses.replace(self.setup.teacher.head, kernel=head_of(params).kernel)
+        exact = self._logprobs(
+            dataclasses.replace(self.setup.teacher, params=params, head=head), self.batch
+        )
         return np.abs(self._teacher_scores - exact)[np.asarray(self.batch.mask)]
 
     @cached_property
@@ -229,7 +221,7 @@ class Measurements:
         """The teacher's log-probs of the sampled tokens: scored twice, and with other micro-batches
         and another layout; then that layout.
         """
-        teacher, batch, length = self._teacher, self.batch, self.config.train.pack_length
+        teacher, batch, length = self.setup.teacher, self.batch, self.config.train.pack_length
         again, parts = self._logprobs(teacher, batch), 1 if batch.tokens.shape[0] % 2 else 2
         layout, rows = "packed rows", None
         if length is None:  # one rollout per row as before, in other columns
@@ -248,7 +240,7 @@ class Measurements:
         has_references = all(texts and texts[0] for texts in references)
         first = (texts[0] if has_references else "" for texts in references)
         texts = [encode(text, add_special_tokens=False) for text in first]
-        teacher = self._nll(self._teacher, for_teacher(self.prompts), texts)
+        teacher = self._nll(self.setup.teacher, for_teacher(self.prompts), texts)
         return self._nll(self._student, self.prompts, texts), teacher, has_references
 
     @cached_property
@@ -290,14 +282,15 @@ class Measurements:
         # Placed as the teacher's: models of one shape then share a program.
         return load_params(checkpoint, dtype, self._run.mesh)
 
-    def _score(self, model: _Model, batch: TrainBatch, **options: Any) -> TeacherScores:
-        return score(model.params, model.head, batch, config=model.config, tile=TILE, **options)
+    def _score(self, model: Teacher, batch: TrainBatch, **options: Any) -> TeacherScores:
+        config = model.checkpoint.config
+        return score(model.params, model.head, batch, config=config, tile=TILE, **options)
 
-    def _logprobs(self, model: _Model, batch: TrainBatch, parts: int = 1) -> np.ndarray:
+    def _logprobs(self, model: Teacher, batch: TrainBatch, parts: int = 1) -> np.ndarray:
         """Return log-probs `[B, T]` of the batch's tokens, from the scorer of the run's teacher."""
         return np.asarray(self._score(model, batch, needs="token", parts=parts).teacher_logprobs)
 
-    def _nll(self, model: _Model, prompts: PromptBatch, texts: list[list[int]]) -> np.ndarray:
+    def _nll(self, model: Teacher, prompts: PromptBatch, texts: list[list[int]]) -> np.ndarray:
         """Return the mean NLL a token of each text `[P]` after its prompt, at temperature 1.
 
         If all texts are empty, that of the prompts, whose first token nothing predicts.
@@ -307,10 +300,10 @@ class Measurements:
         mask = rows.mask if rows.mask.any() else position > 1
         head = head_of(model.params, valid_vocab=self.setup.decoding.valid_vocab)
         batch = TrainBatch(rows.tokens, mask, rows.segment_ids, None)
-        logprobs = self._logprobs(model._replace(head=head), batch)
+        logprobs = self._logprobs(dataclasses.replace(model, head=head), batch)
         return -logprobs.sum(axis=1) / np.maximum(mask.sum(axis=1), 1)
 
-    def _greedy(self, model: _Model, prompts: PromptBatch) -> Rollouts:
+    def _greedy(self, model: Teacher, prompts: PromptBatch) -> Rollouts:
         """Sample greedy answers that stop at any id with which one of the two models may stop."""
         setup, decoding = self.setup, self.setup.decoding
         stops = {*setup.teacher.checkpoint.stop_token_ids, *setup.student.stop_token_ids}
@@ -319,4 +312,6 @@ class Measurements:
         length, valid = decoding.max_completion_length, decoding.valid_vocab
         decoding = Decoding(length, stop_token_ids, temperature=0.0, valid_vocab=valid)
         prompts = dataclasses.replace(prompts, teacher_tokens=None, teacher_mask=None)
-        return sample(model.params, prompts, 0, 0, config=model.config, decoding=decoding)
+        return sample(
+            model.params, prompts, 0, 0, config=model.checkpoint.config, decoding=decoding
+        )
