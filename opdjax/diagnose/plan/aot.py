@@ -29,8 +29,6 @@ from opdjax.models.partitioning import WEIGHT_AXES, shardings_of
 from opdjax.ops.sharding import abstract_like, make_mesh, replicated
 from opdjax.ops.vocab import TILE
 
-_SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "kv_dtype")
-
 
 class NoCompilerError(RuntimeError):
     """No compiler for the topology is installed."""
@@ -61,10 +59,7 @@ class Program:
 
 
 def describe(topology: Topology) -> list[Any]:
-    """Return the devices of a topology for `jax.make_mesh`.
-
-    NoCompilerError if no compiler for it is installed.
-    """
+    """Return the devices of a topology; NoCompilerError if no compiler for it is installed."""
     if topology.backend == "cpu":
         return jax.devices("cpu")
     if topology.jax_name is None:
@@ -91,9 +86,8 @@ def describe(topology: Topology) -> list[Any]:
 
 
 def compile_programs(workload: Workload) -> list[Program]:
-    """Compile the programs of a step: the sampler's two, the teacher's pass, the update.
-
-    A run without sampling or without a teacher lacks theirs.
+    """Compile the programs of a step that the run has: the sampler's two, the teacher's pass, the
+    update.
     """
     mesh = make_mesh(**workload.mesh, devices=describe(workload.topology))
     workload = dataclasses.replace(workload, layout=mesh)
@@ -126,8 +120,8 @@ def _compile_sampler(workload: Workload) -> list[Program]:
     config, mesh = workload.config, workload.layout
     sampling, width, rows = config.sampling, workload.prompt_columns, config.rows_per_step
     params = workload.published if workload.writer == "student" else workload.scoring
-    filters = {name: getattr(sampling, name) for name in _SAMPLING_FIELDS}
-    decoding = Decoding(sampling.max_completion_length, stop_token_ids=(0,), **filters)
+    length, filters = sampling.max_completion_length, (sampling.top_k, sampling.top_p)
+    decoding = Decoding(length, (0,), sampling.temperature, *filters, kv_dtype=sampling.kv_dtype)
     static = {"config": workload.sampled_model, "decoding": decoding, "mesh": mesh}
     slots = num_slots(sampling.slots, rows, mesh)
     shape = (block_size(slots, sampling.num_generations, mesh), width)
@@ -140,13 +134,11 @@ def _compile_sampler(workload: Workload) -> list[Program]:
     if compiled is None:
         return [program]
     prefix = _results(prefill, inputs, options, compiled)
-    columns = width + sampling.max_completion_length
-    options = {"slots": slots, "rows": rows, "columns": columns, **static}
+    options = {"slots": slots, "rows": rows, "columns": width + length, **static}
     state = _results(start, (params,), options, start.lower(params, **options).compile())
-    of_slot, number = np.zeros(slots, np.int32), np.int32(0)
-    assignments = Assignments(of_slot, of_slot, of_slot, of_slot)
-    stream_ids = np.zeros(3, np.int32)
-    inputs = (params, layer_params, state, prefix, assignments, stream_ids, number, number)
+    assignments, number = Assignments(*[np.zeros(slots, np.int32)] * 4), np.int32(0)
+    schedule = (assignments, np.zeros(3, np.int32), number, number)
+    inputs = (params, layer_params, state, prefix, *schedule)
     lowered = advance.lower(*inputs, prompt_columns=width, **static)
     return [program, measure("sample", lowered, workload)[0]]
 

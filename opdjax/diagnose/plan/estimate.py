@@ -107,8 +107,13 @@ def estimate(workload: Workload) -> Plan:
         arithmetic = flops / workload.devices / chip.peak_flops
         memory = traffic / chip.hbm_bandwidth
         bounds[name] = Bound(flops, max(arithmetic, memory), memory > arithmetic)
-    parts = (_permanent, _sampling, _scoring, _updating, _evaluating)
-    items = itertools.chain.from_iterable(part(workload) for part in parts)
+    items = [
+        *_permanent(workload),
+        *_generating(workload, _SAMPLER),
+        *_scoring(workload),
+        *_updating(workload),
+        *_generating(workload, ("evaluate",)),
+    ]
     return Plan(workload, tuple(item for item in items if item.num_bytes), bounds)
 
 
@@ -209,45 +214,19 @@ def _gathered_table(workload: Workload, model: DecoderConfig, split_over: tuple[
     return rows * model.hidden_size * _size_of(workload.dtype)
 
 
-def _sampling(workload: Workload) -> list[Item]:
-    """Count prefill and decoding of a step's rollouts."""
-    sampling = workload.config.sampling
-    if workload.writer == "none":
+def _generating(workload: Workload, phases: tuple[str, ...]) -> list[Item]:
+    """Count the rows that a step samples, or held-out answers, and the next prompts."""
+    config, tensor = workload.config, workload.mesh["tensor"]
+    if phases == _SAMPLER:
+        settings, model, stored = config.sampling, workload.sampled_model, workload.cache_dtype
+        is_run, rows, group = workload.writer != "none", workload.slots, settings.num_generations
+    else:
+        settings, model, stored = config.evaluation, workload.student, workload.dtype
+        rows = -(-(config.sampling.slots or EVALUATION_SLOTS) // workload.row_shards)
+        is_run, group = settings.source is not None, settings.num_samples
+    if not is_run:
         return []
-    length, source = sampling.max_completion_length, (workload.sampled_model, workload.cache_dtype)
-    sizes = (workload.slots, length, sampling.num_generations)
-    tokens = (workload.slots + workload.rows) * length * 12
-    return [
-        *_generating(workload, _SAMPLER, source, *sizes),
-        Item("sampled tokens and their log-probabilities", tokens, _SAMPLER, ("sample",)),
-    ]
-
-
-def _evaluating(workload: Workload) -> list[Item]:
-    """Count answers to held-out prompts."""
-    evaluation = workload.config.evaluation
-    if evaluation.source is None:
-        return []
-    slots = workload.config.sampling.slots or EVALUATION_SLOTS
-    sizes = (-(-slots // workload.row_shards), evaluation.max_completion_length)
-    source = (workload.student, workload.dtype)
-    return _generating(workload, ("evaluate",), source, *sizes, evaluation.num_samples)
-
-
-def _generating(
-    workload: Workload,
-    phases: tuple[str, ...],
-    source: tuple[DecoderConfig, str],
-    rows: int,
-    length: int,
-    group: int,
-) -> list[Item]:
-    """Count `rows` rows that are decoded, and the next prompts, each shared by a group.
-
-    `source`: the model, and the type of its stored keys and values.
-    """
-    (model, stored), tensor = source, workload.mesh["tensor"]
-    prompt, decoding = workload.prompt_columns, phases[-1:]
+    length, prompt, decoding = settings.max_completion_length, workload.prompt_columns, phases[-1:]
     waiting = -(-rows // (group * BLOCKS_PER_FILL))
     logits = _SAMPLING_COPIES * (rows * model.vocab_size // tensor * 4)
     cache = cache_bytes(model, stored, rows, prompt + length, tensor)
@@ -259,6 +238,7 @@ def _generating(
     chosen = cache_bytes(model, stored, rows, prompt, tensor) // 2
     unfused = dataclasses.replace(model, attention="xla")  # the sampler's attention always is
     activations = _forward_bytes(workload, unfused, waiting, prompt)
+    tokens = (rows + workload.rows) * length * 12 if phases == _SAMPLER else 0
     return [
         Item("KV cache, prompt and completion", cache, phases, decoding),
         Item("KV cache of waiting prompts", prefix, phases),
@@ -267,6 +247,7 @@ def _generating(
         Item(f"logits of the sampled tokens, {_SAMPLING_COPIES} arrays", logits, decoding),
         Item("KV cache of prompts, as it is written", prefix, phases[:1]),
         Item("a layer's activations of the prompts", activations, phases[:1]),
+        Item("sampled tokens and their log-probabilities", tokens, _SAMPLER, decoding),
     ]
 
 
