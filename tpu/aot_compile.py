@@ -64,10 +64,10 @@ def main(arguments: list[str]) -> int:
 
 def described(program: Program) -> dict[str, Any]:
     """The JSON entry of a program, with its collectives summed by kind and loop."""
-    fields = dataclasses.asdict(dataclasses.replace(program, collectives=[]))
+    fields = dataclasses.asdict(program)
     return fields | {
         "temp_bytes": program.temp_bytes,
-        "collectives": [dataclasses.asdict(row) for row in traffic(program.collectives)],
+        "collectives": traffic(program.collectives),
     }
 
 
