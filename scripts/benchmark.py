@@ -26,7 +26,6 @@ SUBCOMMANDS = {  # name: (module of `benchmarks`, one line)
     "async": ("asynchronous", "asynchronous against synchronous generation"),
     "judge": ("judging", "requests a second of the judge's client"),
     "diagnostics": ("updates", "cost of a step's diagnostics"),
-    "scaling": ("scaling", "memory, collectives and seconds of an update by size and mesh"),
     "peers": ("peers.compare", "losses, generation and steps of TRL, Tunix and EasyDeL"),
 }
 
