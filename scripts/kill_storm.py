@@ -227,9 +227,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="only schedules whose name contains this")
     options = parser.parse_args()
+    wanted = [schedule for schedule in SCHEDULES if options.only in schedule]
+    if not wanted:
+        parser.error(f"--only {options.only} is part of no schedule; there are {list(SCHEDULES)}")
     shutil.rmtree(options.workdir, ignore_errors=True)
     options.workdir.mkdir(parents=True)
-    wanted = [schedule for schedule in SCHEDULES if options.only in schedule]
     rows, are_clean = zip(*(compared(schedule, options) for schedule in wanted))
     print(to_markdown(rows))
     if options.output:
