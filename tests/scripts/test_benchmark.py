@@ -148,7 +148,7 @@ def test_the_least_work_is_what_one_counts_by_hand(scripts):
 
 
 def test_runs_alternate_and_the_first_ones_are_not_counted(scripts):
-    from benchmarks.core import alternate, cell, median_interval, to_markdown
+    from benchmarks.core import alternate, cell, to_markdown
 
     order = []
     works = {name: lambda name=name: order.append(name) or len(order) for name in "ab"}
@@ -156,7 +156,6 @@ def test_runs_alternate_and_the_first_ones_are_not_counted(scripts):
     assert "".join(order) == "abbaab"
     assert found["a"].results == [4, 5]
     assert len(found["b"].wall) == len(found["b"].cpu) == 2
-    assert median_interval([5.0, 1.0, 2.0, 4.0, 3.0]) == (3.0, 1.0, 5.0)
     assert [cell(value) for value in (0.12345, 12345, [3.0, 1.0, 2.0], None)] == [
         "0.1235",
         "12,345",
@@ -182,6 +181,9 @@ def test_points_that_do_the_same_work_are_timed_once(scripts):
     assert (config.train.num_steps, config.steps_per_epoch) == (40, 10)
     assert config.refresh_steps == (0, 20)
     assert config.evaluation.source is None
+    found = settings_of(sweeps / "step_costs.py")
+    assert len(found) == 22
+    assert shortened(found["rows_48_packed_8_twice"], 40).train.pack_length == 160
     assert list(settings_of(sweeps.parent / "mini_opd.py")) == ["mini_opd"]
 
 
