@@ -43,7 +43,7 @@ class FileLock:
     its child, which inherits the file, have ended.
     """
 
-    number, is_lost = None, False
+    is_lost = False
     environment: dict[str, str] = {}  # noqa: RUF012 (never written to)
 
     def __init__(self, file: TextIO):

@@ -328,8 +328,6 @@ def _spawn(runner: _Runner, id: str, claim: Claim, slot: int) -> subprocess.Pope
         with contextlib.suppress(ProcessLookupError):  # it may have ended already
             os.sched_setaffinity(child.pid, cores[first : first + share])
     start = {"event": "start", "host": platform.node(), "pid": child.pid, "time": time.time()}
-    if claim.number is not None:
-        start["lease"] = claim.number
     append_lines(directory / ATTEMPTS, [start])
     sweep.upload(directory / ATTEMPTS, directory / FAILURE)
     return child
