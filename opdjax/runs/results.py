@@ -215,16 +215,8 @@ def read_run(workdir: pathlib.Path) -> Run:
 
 def read_result(workdir: pathlib.Path) -> dict[str, Any]:
     """The final numbers of a run; WorkdirError if the file is damaged."""
-    file = workdir / RESULT
-    advice = (
-        "delete it, and opdjax train with this run's config writes it again from its last "
-        "checkpoint"
-    )
-    found = read_json(file, advice)
-    scores = [found.get(name, {}) for name in ("eval_before", "eval_after", "paired_difference")]
-    if "student" not in found or not all(isinstance(score, dict) for score in scores):
-        raise WorkdirError(f"{file} is not the result of a run; {advice}")
-    return found
+    advice = "delete it, and opdjax train with this run's config writes it again from its last"
+    return read_json(workdir / RESULT, f"{advice} checkpoint", "the result of a run", student=str)
 
 
 def read_timeline(workdir: pathlib.Path, who: Literal["learner", "generator"]) -> list[Span]:
@@ -234,18 +226,17 @@ def read_timeline(workdir: pathlib.Path, who: Literal["learner", "generator"]) -
     file = workdir / f"timeline-{who}.jsonl"
     spans = []
     for number, row in enumerate(read_lines(file), 1):
-        counts = [row.get(name) for name in ("step", "version")]
-        is_timed = (
-            is_number(row.get("start")) and is_number(row.get("seconds")) and row["seconds"] >= 0
+        what, start, seconds, *counts = map(
+            row.get, ("what", "start", "seconds", "step", "version")
         )
-        is_counted = all(isinstance(value, int) for value in counts)
-        if not (isinstance(row.get("what"), str) and is_timed and is_counted):
+        is_counted = isinstance(what, str) and all(isinstance(value, int) for value in counts)
+        if not (is_counted and is_number(start) and is_number(seconds) and seconds >= 0):
             raise WorkdirError(
                 f"{file}, row {number} is no span of time: {json.dumps(row)[:80]}; expected what, "
                 "start, seconds (not below 0), step and version. Only the report reads this file, "
                 "so it may be moved"
             )
-        spans.append(Span(row["what"], float(row["start"]), float(row["seconds"]), *counts))
+        spans.append(Span(what, float(start), float(seconds), *counts))
     return sorted(spans, key=lambda span: span.start)
 
 
@@ -262,22 +253,15 @@ def read_filter(file: pathlib.Path) -> dict[str, Any]:
     advice = "delete it: it is computed from the samples beside it"
     if file.exists() and file.stat().st_size > _MAX_FILTER_BYTES:
         raise WorkdirError(f"{file} has more than {_MAX_FILTER_BYTES} bytes; {advice}")
-    found = read_json(file, advice)
-    counts = ["version", "number", "num_samples", "num_kept"]
-    counts += ["num_degenerate", "num_disconnected", "num_unscored"]
-    wrong = [name for name in counts if not isinstance(found.get(name), int)]
-    wrong += [name for name in ("histogram", "examples") if not isinstance(found.get(name), dict)]
-    wrong += [] if isinstance(found.get("filter"), str) else ["filter"]
-    if not wrong:
-        edges, bars = found["histogram"].get("edges"), found["histogram"].get("counts")
-        are_lists = isinstance(edges, list) and isinstance(bars, list)
-        if not (are_lists and (len(edges) == len(bars) + 1 or not bars)):
-            wrong.append("histogram (one edge more than counts)")
-    if wrong:
-        raise WorkdirError(
-            f"{file} is not the record of a filter: {', '.join(wrong)} missing or of a wrong type; "
-            f"{advice}"
-        )
+    counts = ("version", "number", "num_samples", "num_kept")
+    counts += ("num_degenerate", "num_disconnected", "num_unscored")
+    types = dict.fromkeys(counts, int) | {"histogram": dict, "examples": dict, "filter": str}
+    found = read_json(file, advice, "the record of a filter", **types)
+    edges, bars = found["histogram"].get("edges"), found["histogram"].get("counts")
+    are_lists = isinstance(edges, list) and isinstance(bars, list)
+    if not (are_lists and (len(edges) == len(bars) + 1 or not bars)):
+        expected = "expected edges and counts in histogram, one edge more than counts"
+        raise WorkdirError(f"{file} is not the record of a filter: {expected}; {advice}")
     return found
 
 
@@ -286,13 +270,7 @@ def read_point(file: pathlib.Path) -> dict[str, Any]:
     damaged.
     """
     advice = "delete it, and the command that made the sweep writes it again"
-    point = read_json(file, advice)
-    are_dicts = all(isinstance(point.get(name), dict) for name in ("overrides", "config"))
-    if not (isinstance(point.get("id"), str) and are_dicts):
-        raise WorkdirError(
-            f"{file} is not a point of a sweep: expected id, overrides and config; {advice}"
-        )
-    return point
+    return read_json(file, advice, "a point of a sweep", id=str, overrides=dict, config=dict)
 
 
 def is_sweep(directory: pathlib.Path) -> bool:

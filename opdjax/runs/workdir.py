@@ -132,13 +132,8 @@ def read_run_config(workdir: pathlib.Path) -> dict[str, Any]:
     file = workdir / "config.json"
     if not file.exists():
         raise WorkdirError(f"{workdir} has no config.json; expected the work directory of a run")
-    found = read_json(file, "put its original back or start in a new work directory")
-    if not all(isinstance(found.get(name), dict) for name in ("config", "data", "environment")):
-        raise WorkdirError(
-            f"{file} is not the config of a run (a model's, perhaps); expected a work directory "
-            "made by opdjax train"
-        )
-    return found
+    what, advice = "the config of a run", "put its original back or start in a new work directory"
+    return read_json(file, advice, what, config=dict, data=dict, environment=dict)
 
 
 def environment(devices: list[str]) -> dict[str, Any]:
@@ -172,14 +167,22 @@ def _git_commit() -> str | None:
     return run.stdout.strip()
 
 
-def read_json(file: pathlib.Path, advice: str) -> dict[str, Any]:
-    """The JSON object in a file; WorkdirError with the advice if it is damaged."""
+def read_json(
+    file: pathlib.Path, advice: str, what: str = "", **types: type | tuple[type, ...]
+) -> dict[str, Any]:
+    """The JSON object in a file; WorkdirError with the advice if it is damaged, or is not `what`
+    because fields named in `types` are missing or of another type.
+    """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise WorkdirError(f"{file} cannot be read as JSON: {error}; {advice}") from error
     if not isinstance(found, dict):
         raise WorkdirError(f"{file} holds a {type(found).__name__}; expected an object; {advice}")
+    wrong = [name for name, kind in types.items() if not isinstance(found.get(name), kind)]
+    if wrong:
+        fields = f"{', '.join(wrong)} missing or of a wrong type"
+        raise WorkdirError(f"{file} is not {what}: {fields}; {advice}")
     return found
 
 
@@ -217,9 +220,7 @@ def append_lines(file: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     """
     try:
         with file.open("a+b") as out:
-            end = _end_of_rows(out)
-            if end < out.seek(0, os.SEEK_END):
-                out.truncate(end)
+            _cut_unfinished_row(out)
             out.write("".join(json.dumps(row) + "\n" for row in rows).encode())
     except OSError as error:  # Python's error for a full disk does not name the file
         is_missing = isinstance(error, FileNotFoundError)
@@ -227,17 +228,11 @@ def append_lines(file: pathlib.Path, rows: list[dict[str, Any]]) -> None:
         raise OSError(error.errno, f"{error.strerror}{advice}", str(file)) from error
 
 
-def _end_of_rows(file: BinaryIO) -> int:
-    """Offset of the end of the last complete line."""
-    end = file.seek(0, os.SEEK_END)
-    while end:
-        start = max(end - 4096, 0)
-        file.seek(start)
-        found = file.read(end - start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
-        end = start
-    return 0
+def _cut_unfinished_row(file: BinaryIO) -> None:
+    file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+    if file.read(1) not in (b"", b"\n"):
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def cut_lines(file: pathlib.Path, last_step: int) -> None:
