@@ -20,7 +20,13 @@ from opdjax.config.run import Config
 from opdjax.config.saved import lost_settings, upgrade
 from opdjax.config.validation import ConfigError, differences
 from opdjax.runs.statistics import benchmark_lines, paired_difference
-from opdjax.runs.workdir import WorkdirError, read_json, read_lines, read_run_config
+from opdjax.runs.workdir import (
+    WorkdirError,
+    read_json,
+    read_lines,
+    read_run_config,
+    refuse_if,
+)
 
 POINT, FAILURE, RESULT = "point.json", "failure.json", "result.json"
 _MAX_FILTER_BYTES = 2**28
@@ -226,9 +232,8 @@ def read_timeline(workdir: pathlib.Path, who: Literal["learner", "generator"]) -
     file = workdir / f"timeline-{who}.jsonl"
     spans = []
     for number, row in enumerate(read_lines(file), 1):
-        what, start, seconds, *counts = map(
-            row.get, ("what", "start", "seconds", "step", "version")
-        )
+        fields = ("what", "start", "seconds", "step", "version")
+        what, start, seconds, *counts = map(row.get, fields)
         is_counted = isinstance(what, str) and all(isinstance(value, int) for value in counts)
         if not (is_counted and is_number(start) and is_number(seconds) and seconds >= 0):
             raise WorkdirError(
@@ -307,13 +312,8 @@ def seed_groups(points: Sequence[Point]) -> list[SeedGroup]:
         same = found.setdefault(json.dumps(key, sort_keys=True), [])
         if point.config["seed"] not in [other.config["seed"] for other in same]:
             same.append(point)
-    return [
-        SeedGroup(
-            {name: value for name, value in same[0].overrides.items() if name != "seed"},
-            tuple(same),
-        )
-        for same in found.values()
-    ]
+    shared = lambda point: {k: v for k, v in point.overrides.items() if k != "seed"}
+    return [SeedGroup(shared(same[0]), tuple(same)) for same in found.values()]
 
 
 def read_group(group: SeedGroup, reading: Callable[[pathlib.Path], Run] = read_run) -> list[Run]:
@@ -324,12 +324,8 @@ def read_group(group: SeedGroup, reading: Callable[[pathlib.Path], Run] = read_r
     for point, run in zip(group.done, runs):
         changed = differences(upgrade(point.config), upgrade(run.config))
         changed += differences(runs[0].data, run.data)
-        if changed:
-            listed = "\n  ".join(changed)
-            raise WorkdirError(
-                f"{run.workdir} holds another run than its point asks for, or one with other data; "
-                f"move it away:\n  {listed}"
-            )
+        other = "holds another run than its point asks for, or one with other data"
+        refuse_if(changed, f"{run.workdir} {other}; move it away")
     return runs
 
 
@@ -340,23 +336,22 @@ def make_result(
 
     `counts`: skipped steps and prompts. `student`: the exported student, relative to the workdir.
     """
-    steps = read_lines(workdir / "metrics.jsonl")
+    seconds = sum(row["time/step"] for row in read_lines(workdir / "metrics.jsonl"))
     result: dict[str, Any] = {
         "recipe": config.estimator.recipe,
         "num_steps": config.train.num_steps,
         "rows_per_step": config.rows_per_step,
         **counts,
         "student": student,
-        "seconds": sum(row["time/step"] for row in steps),
+        "seconds": seconds,
     }
     evaluation = config.evaluation
     if evaluation.source is None:
         return result
     found = {(row["step"], row["temperature"]): row for row in read_lines(workdir / "eval.jsonl")}
     before, after = (found[step, evaluation.temperature] for step in (0, config.train.num_steps))
-    change = {}
-    counted = ("avg@k", "per_prompt", before["k"]), ("greedy", "per_prompt_greedy", 1)
-    for name, field, k in counted:
+    change, k = {}, before["k"]
+    for name, field, k in (("avg@k", "per_prompt", k), ("greedy", "per_prompt_greedy", 1)):
         shares = (np.array(row[field]) / k for row in (before, after))
         change[name], change[f"{name}_interval"] = paired_difference(*shares)
     result |= {"eval_before": before, "eval_after": after, "paired_difference": change}
@@ -367,31 +362,21 @@ def make_result(
 def result_table(result: dict[str, Any]) -> str:
     """The scores before and after training, as a printed table."""
     before, after, change = result["eval_before"], result["eval_after"], result["paired_difference"]
-    k = before["k"]
+    names, k = ("avg@k", "pass@k", "greedy"), before["k"]
+
+    def row(title: str, scores: dict[str, Any], sign: str = "") -> str:
+        text = lambda name: f"{scores[name]:{sign}.3f} ± {scores[name + '_interval']:.3f}"
+        cells = (text(name) if name in scores else "" for name in names)
+        return f"{title:32}" + "".join(f"{cell:>15}" for cell in cells)
+
     lines = [f"{'':32}{f'avg@{k}':>15}{f'pass@{k}':>15}{'greedy':>15}"]
-
-    def row(title, scores):
-        cells = [
-            f"{scores[n]:.3f} ± {scores[n + '_interval']:.3f}" if n in scores else ""
-            for n in ("avg@k", "pass@k", "greedy")
-        ]
-        lines.append(f"{title:32}" + "".join(f"{cell:>15}" for cell in cells))
-
-    row(f"student before, T = {before['temperature']:g}", before)
-    for scores in result["eval_before_sharpened"]:
-        row(f"student before, T = {scores['temperature']:g}", scores)
-    row(f"student after, T = {after['temperature']:g}", after)
-    gains = {
-        name: f"{change[name]:+.3f} ± {change[name + '_interval']:.3f}"
-        for name in ("avg@k", "greedy")
-    }
-    lines.append(f"{'gain, paired by prompt':32}{gains['avg@k']:>15}{'':>15}{gains['greedy']:>15}")
+    for scores in (before, *result["eval_before_sharpened"]):
+        lines.append(row(f"student before, T = {scores['temperature']:g}", scores))
+    lines.append(row(f"student after, T = {after['temperature']:g}", after))
+    lines.append(row("gain, paired by prompt", change, "+"))
     if "benchmarks" in after:
-        lines += [
-            "after, by benchmark; mean: over benchmarks, equally weighted",
-            *benchmark_lines(after["benchmarks"]),
-        ]
-    lines.append(
-        f"{before['num_prompts']} held-out prompts; ± is half a 95 % interval over prompts"
-    )
+        lines.append("after, by benchmark; mean: over benchmarks, equally weighted")
+        lines += benchmark_lines(after["benchmarks"])
+    count = before["num_prompts"]
+    lines.append(f"{count} held-out prompts; ± is half a 95 % interval over prompts")
     return "\n".join(lines)

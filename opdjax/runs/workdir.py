@@ -103,16 +103,18 @@ def claim(workdir: pathlib.Path, config: Config, facts: dict[str, Any]) -> None:
     old = read_run_config(workdir)
     described = [{"config": upgrade(run["config"]), "data": run["data"]} for run in (old, new)]
     execution = [_pop(run["config"], _EXECUTION_FIELDS) for run in described]
+    advice = "choose another --workdir or undo (there -> now)"
     changed = differences(*described) + lost_settings(old["config"])
-    if changed:
-        listed = "\n  ".join(changed)
-        raise WorkdirError(
-            f"{workdir} holds a run of another config; choose another --workdir or undo (there -> "
-            f"now):\n  {listed}"
-        )
+    refuse_if(changed, f"{workdir} holds a run of another config; {advice}")
     environments = differences(old["environment"], new["environment"], "environment.")
     for line in differences(*execution) + environments:
         print(f"note: continuing under another {line}; results may differ in the last bits")
+
+
+def refuse_if(changed: list[str], message: str) -> None:
+    """WorkdirError that lists the differences, if there are any."""
+    if changed:
+        raise WorkdirError("\n  ".join([f"{message}:", *changed]))
 
 
 def _pop(config: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

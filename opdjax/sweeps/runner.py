@@ -26,7 +26,7 @@ from opdjax.config.validation import differences, to_dict
 from opdjax.runs.lease import LOST
 from opdjax.runs.object_store import Folder, RemoteError, is_remote
 from opdjax.runs.results import FAILURE, POINT, read_point, status_of
-from opdjax.runs.workdir import WorkdirError, append_lines, read_json, write_json
+from opdjax.runs.workdir import WorkdirError, append_lines, read_json, refuse_if, write_json
 from opdjax.sweeps.claims import ATTEMPTS, LOG, Claim, SweepDirectory, open_sweep
 from opdjax.sweeps.status import scores_after, status_line
 
@@ -190,17 +190,17 @@ def _write_points(points: Sequence[SweepPoint], sweep: SweepDirectory) -> None:
     """Write point.json into each point's directory, so that tables know which points are missing;
     WorkdirError if it holds another config.
     """
-    files = {sweep.path / point.id / POINT: point for point in points}
-    new = {file: point for file, point in files.items() if not file.exists()}
-    for file in (file for file in files if file not in new):
-        stored, point = read_point(file)["config"], files[file]
+    new = {}
+    for point in points:
+        file = sweep.path / point.id / POINT
+        if not file.exists():
+            new[file] = point
+            continue
+        stored = read_point(file)["config"]
         changed = differences(upgrade(stored), upgrade(to_dict(point.config)))
-        if changed := changed + lost_settings(stored):
-            listed = "\n  ".join(changed)
-            raise WorkdirError(
-                f"{sweep.workdir(point.id)} belongs to a point with another config; choose another "
-                f"--workdir (there -> now):\n  {listed}"
-            )
+        other = f"{sweep.workdir(point.id)} belongs to a point with another config"
+        advice = "choose another --workdir (there -> now)"
+        refuse_if(changed + lost_settings(stored), f"{other}; {advice}")
     for file, point in new.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         config = to_dict(point.config)
@@ -242,14 +242,11 @@ def _write_references(points: Sequence[SweepPoint], sweep: SweepDirectory, log: 
 
 def _run_to_its_end(command: Sequence[str]) -> subprocess.CompletedProcess:
     """Like subprocess.run, but a stop signal ends the child too."""
-    pipe = subprocess.PIPE
-    with (
-        _stop_signals() as received,
-        subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as child,
-    ):
+    output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with _stop_signals() as received, subprocess.Popen(command, **output) as child:
         while True:
             try:
-                out, error = child.communicate(timeout=_POLL)
+                _, error = child.communicate(timeout=_POLL)
                 break
             except subprocess.TimeoutExpired:
                 if received:
@@ -258,7 +255,7 @@ def _run_to_its_end(command: Sequence[str]) -> subprocess.CompletedProcess:
         raise SweepInterruptedError(
             f"{received[0]}: the teacher was stopped; the same command resumes its answers"
         )
-    return subprocess.CompletedProcess(command, child.returncode, out, error)
+    return subprocess.CompletedProcess(command, child.returncode, stderr=error)
 
 
 def _claim(runner: _Runner, point: SweepPoint) -> Claim | None:
