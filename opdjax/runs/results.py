@@ -350,11 +350,9 @@ def make_result(
         return result
     found = {(row["step"], row["temperature"]): row for row in read_lines(workdir / "eval.jsonl")}
     before, after = (found[step, evaluation.temperature] for step in (0, config.train.num_steps))
-    change, counts_of = (
-        {},
-        {"avg@k": ("per_prompt", before["k"]), "greedy": ("per_prompt_greedy", 1)},
-    )
-    for name, (field, k) in counts_of.items():
+    change = {}
+    counted = ("avg@k", "per_prompt", before["k"]), ("greedy", "per_prompt_greedy", 1)
+    for name, field, k in counted:
         shares = (np.array(row[field]) / k for row in (before, after))
         change[name], change[f"{name}_interval"] = paired_difference(*shares)
     result |= {"eval_before": before, "eval_after": after, "paired_difference": change}
