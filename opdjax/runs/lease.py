@@ -180,9 +180,7 @@ class Lease:
         self.release()
 
     def release(self) -> None:
-        """Give the lease back, so that the next process need not wait for it to expire; to the
-        parent process if it was inherited.
-        """
+        """Give the lease back, to the next process at once, or to the parent process."""
         self._stopped.set()
         with self._lock:
             if self._about["owner"] != _inherited_owner(self._folder) and not self.is_lost:
@@ -190,9 +188,7 @@ class Lease:
                 self._folder.write(_name(self.number), _content(self._about))
 
     def child_started(self, pid: int) -> None:
-        """Count a child as a holder too. It is killed, with its process group, if the lease is
-        lost.
-        """
+        """Count a child as a holder too; a lost lease kills it and its process group."""
         self.record_progress(processes=[*self._about["processes"], (pid, _started(pid))])
         self._child = pid
         if self.is_lost:
@@ -233,9 +229,7 @@ def try_acquire(folder: Folder, watch: ExpiryWatch) -> Lease | None:
 
 
 def acquire(folder: Folder) -> Lease:
-    """Wait for the lease of a folder until it is free or expires; WorkdirError if its holder renews
-    it.
-    """
+    """The lease of a folder, once it is free or expires; WorkdirError if its holder renews it."""
     watch, first = ExpiryWatch(), None
     while (lease := try_acquire(folder, watch)) is None:
         holder = holder_of(folder)
@@ -284,9 +278,7 @@ def _machine() -> str | None:
 
 
 def _started(pid: int) -> int:
-    """Clock ticks from boot to the start of a process, which tell it from a later one with the same
-    pid; 0 if it has ended.
-    """
+    """When a process started, in clock ticks since boot: pids are reused; 0 if it has ended."""
     try:
         after_name = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -33,9 +33,7 @@ _NOT_OF_THE_RUN = r"(point\.json|attempts\.jsonl|log\.txt|failure\.json|checkpoi
 
 @dataclasses.dataclass(frozen=True)
 class WorkdirMirror:
-    """Local copy of a work directory, synced to its URL. A local work directory is used in
-    place.
-    """
+    """Local copy of a work directory, synced to its URL; or a local work directory itself."""
 
     directory: pathlib.Path
     _folder: Folder | None = None
@@ -63,18 +61,14 @@ class WorkdirMirror:
             self._lease.record_progress(**progress)
 
     def upload(self) -> None:
-        """Upload what has changed; LeaseLostError, before any upload, if another process holds the
-        work directory.
-        """
+        """Upload what has changed; LeaseLostError, before any upload, if the lease is lost."""
         if self._lease:
             self._lease.renew()
             self._folder.upload(self.directory, self._wanted)
             self._lease.check()
 
     def finish(self) -> None:
-        """Upload everything, the result last; LeaseLostError if there already is a result of
-        another process.
-        """
+        """Upload everything, the result last; LeaseLostError if another process wrote one."""
         if self._lease:
             self.upload()
             if not self._folder.create(_RESULT, (self.directory / _RESULT).read_bytes()):

@@ -128,9 +128,7 @@ class Folder:
         return {info["name"].removeprefix(self._root).lstrip("/"): _tag(info) for info in found}
 
     def download_file(self, name: str, file: pathlib.Path, tag: Tag) -> None:
-        """Copy an object to a file, whole or not at all, unless the file is up to date or the
-        object is gone.
-        """
+        """Copy an object, if it exists and has changed, to a file, whole or not at all."""
         if file.suffix not in _SQLITE and _file_tag(file) == tag:
             return
         file.parent.mkdir(parents=True, exist_ok=True)

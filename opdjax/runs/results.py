@@ -54,9 +54,7 @@ class Run:
     result: dict[str, Any] | None
 
     def total_at(self, axis: str, step: int) -> float:
-        """Steps, tokens or seconds up to and including `step`; NaN if the run did not record
-        them.
-        """
+        """Steps, tokens or seconds up to and with `step`; NaN if they were not recorded."""
         name = AXES[axis]
         if name is None:
             return step
@@ -92,9 +90,7 @@ class Run:
 
     @property
     def staleness(self) -> float | None:
-        """KL(student || behaviour) of the trained tokens, in nats per token, mean over the last ten
-        steps; None for an on-policy run.
-        """
+        """KL(student || behaviour), nats a token, over the last ten steps; None on-policy."""
         return self.last_mean("staleness/kl") if self.is_near_policy else None
 
     @property
@@ -246,9 +242,7 @@ def read_timeline(workdir: pathlib.Path, who: Literal["learner", "generator"]) -
 
 
 def read_filters(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The filter's decisions on every batch of samples, sorted by policy version; WorkdirError if a
-    file is damaged.
-    """
+    """The filter's decisions on all samples, by policy version; WorkdirError at a damaged file."""
     files = workdir.glob("rollouts/*/filter-*.json")
     return sorted(map(read_filter, files), key=lambda found: (found["version"], found["number"]))
 
@@ -271,9 +265,7 @@ def read_filter(file: pathlib.Path) -> dict[str, Any]:
 
 
 def read_point(file: pathlib.Path) -> dict[str, Any]:
-    """The `id`, `overrides` and `config` of a point of a sweep; WorkdirError if the file is
-    damaged.
-    """
+    """The `id`, `overrides` and `config` of a point; WorkdirError if the file is damaged."""
     advice = "delete it, and the command that made the sweep writes it again"
     return read_json(file, advice, "a point of a sweep", id=str, overrides=dict, config=dict)
 
@@ -301,9 +293,7 @@ def read_points(directory: pathlib.Path) -> list[Point]:
 
 
 def seed_groups(points: Sequence[Point]) -> list[SeedGroup]:
-    """Points grouped by their config without the seed, each seed once: runs are averaged only if
-    all other settings agree.
-    """
+    """Points that differ only in their seed in one group, each seed once."""
     found: dict[str, list[Point]] = {}
     for point in points:
         # Upgraded, so that a point written before a field existed equals one with its default.

@@ -128,9 +128,7 @@ def read_config(workdir: pathlib.Path) -> Config:
 
 
 def read_run_config(workdir: pathlib.Path) -> dict[str, Any]:
-    """The `config`, `data` (digests) and `environment` of `config.json`; WorkdirError if it is
-    missing or damaged.
-    """
+    """`config`, `data` (digests), `environment` of a run; WorkdirError if missing or damaged."""
     file = workdir / "config.json"
     if not file.exists():
         raise WorkdirError(f"{workdir} has no config.json; expected the work directory of a run")
@@ -197,9 +195,7 @@ def write_json(file: pathlib.Path, value: Any) -> None:
 
 
 def read_lines(file: pathlib.Path) -> list[dict[str, Any]]:
-    """The complete rows of a JSONL file, without a last line whose write was interrupted;
-    WorkdirError if a row is damaged.
-    """
+    """The complete rows of a JSONL file; WorkdirError if one is damaged."""
     if not file.exists():
         return []
     *lines, _unfinished = file.read_bytes().split(b"\n")
@@ -238,9 +234,7 @@ def _cut_unfinished_row(file: BinaryIO) -> None:
 
 
 def cut_lines(file: pathlib.Path, last_step: int) -> None:
-    """Drop the rows after `last_step`: a run that resumes from the checkpoint of that step writes
-    them again.
-    """
+    """Drop the rows after `last_step`, which the resumed run writes again."""
     if file.exists():
         rows = [row for row in read_lines(file) if row["step"] <= last_step]
         partial = file.with_name(file.name + ".partial")

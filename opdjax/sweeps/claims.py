@@ -75,9 +75,7 @@ class SweepDirectory:
         return f"{self.name}/{id}"
 
     def refresh(self, ids: Iterable[str], is_urgent: bool = False) -> None:
-        """Download the state of points that this runner has not claimed; unless urgent, at most
-        every few seconds.
-        """
+        """Download the state of these points; unless urgent, at most every few seconds."""
         if self._folder and self._is_due("refresh", 0.0 if is_urgent else self._interval):
             in_parallel(self._download, [id for id in ids if status_of(self.path / id) != "done"])
 

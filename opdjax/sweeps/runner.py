@@ -187,9 +187,7 @@ def _is_open(directory: pathlib.Path, attempts: _Attempts) -> bool:
 
 
 def _write_points(points: Sequence[SweepPoint], sweep: SweepDirectory) -> None:
-    """Write point.json into each point's directory, so that tables know which points are missing;
-    WorkdirError if it holds another config.
-    """
+    """Write point.json of every point, missing ones too; WorkdirError at another config."""
     new = {}
     for point in points:
         file = sweep.path / point.id / POINT
@@ -360,9 +358,7 @@ def _record_failure(runner: _Runner, job: _Job, seconds: float) -> None:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[list[str]]:
-    """The names of the stop signals received so far. The caller checks them between two steps, so
-    that no child is left half started.
-    """
+    """The names of the stop signals so far: checked between steps, so none is half done."""
     received: list[str] = []
     numbers = (signal.SIGTERM, signal.SIGINT)
     record = lambda number, _: received.append(signal.Signals(number).name)

@@ -75,9 +75,7 @@ def watch(
     seconds: float,
     log: Callable[[str], None] = print,
 ) -> None:
-    """Output of `--status`: the state of every point. With `seconds` it is repeated at that
-    interval until no point is left.
-    """
+    """Print `--status`, the state of every point; with `seconds` again until none is left."""
     with open_sweep(workdir) as sweep:
         while True:
             sweep.refresh([p.id for p in points], is_urgent=True)

@@ -16,9 +16,7 @@ _USER_ERROR = 2
 
 
 def launch(fleet: Fleet, log: Callable[[str], None], *, is_dry: bool) -> int:
-    """Create the workloads and return their number; a dry run only prints the commands. The cluster
-    refuses a name that exists.
-    """
+    """Create the workloads and return their number; a dry run only prints the commands."""
     commands = [(shard.name, command(shard, fleet)) for shard in fleet.shards]
     if is_dry:
         log("\n".join(shlex.join(words) for _, words in commands))
