@@ -22,7 +22,7 @@ class Startup:
     """
 
     def __init__(self, config: Config, machine: Any, programs: str | None):
-        """`machine`: what programs depend on beside the config; `programs`: their directory or None."""
+        """`machine`: what programs depend on beside the config. `programs`: their directory."""
         shape = {name: part for name, part in to_dict(config).items() if name not in _LEFT_OUT}
         key = json.dumps([shape, str(machine)], sort_keys=True, default=str)
         name = hashlib.sha256(key.encode()).hexdigest()[:16]
