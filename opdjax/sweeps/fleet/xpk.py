@@ -28,7 +28,7 @@ def launch(fleet: Fleet, log: Callable[[str], None], *, is_dry: bool) -> int:
 def command(shard: SweepShard, fleet: Fleet) -> list[str]:
     """The command that creates the workload of a shard; ConfigError if xpk could not run it."""
     config, machine = fleet.config, fleet.machine
-    expected = f"one of {', '.join(_ONE_HOST)} with --launch xpk, which uses one host for these"
+    expected = f"one of {', '.join(_ONE_HOST)}, for which xpk uses one host, or --launch skypilot"
     require(machine.name in _ONE_HOST, "fleet.topology", machine.name, expected)
     expected = "the name of a cluster with --launch xpk"
     require(config.cluster, "fleet.cluster", config.cluster, expected)

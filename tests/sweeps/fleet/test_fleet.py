@@ -98,11 +98,11 @@ def test_what_could_not_run_is_refused(given, message):
     [
         (
             {"cluster": "c", "image": "i"},
-            "fleet.topology is 'v5e-8'; expected one of v4-8, v5p-8, v6e-1, v6e-4 with --launch xpk",
+            "fleet.topology is 'v5e-8'; expected one of v4-8, v5p-8, v6e-1, v6e-4, for which xpk",
         ),
         (
             {"topology": "h100-8", "cluster": "c", "image": "i"},
-            "fleet.topology is 'h100-8'; expected one of v4-8",
+            "or --launch skypilot",
         ),
         (
             {"topology": "v6e-4", "image": "i"},
