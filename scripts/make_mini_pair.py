@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from benchmarks.models import qwen3, raw_config, write_model
+from benchmarks.models import decoder_of, qwen3, write_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -30,7 +30,6 @@ from opdjax.engine.decoding import Decoding
 from opdjax.engine.sampler import sample
 from opdjax.estimators.losses import sft
 from opdjax.models import decoder
-from opdjax.models.families import family_of
 from opdjax.models.hf import load_params, open_checkpoint
 from opdjax.ops.vocab import TokenInputs, tiled_loss
 from opdjax.types import PromptBatch
@@ -68,9 +67,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def model_config(vocab_size: int) -> dict:
     """Return the `config.json` of both models."""
-    model = qwen3(96, 3, 6, 3, 16, 288, vocab_size)
     eos, pad = map(SPECIAL.index, ("<|im_end|>", "<|endoftext|>"))
-    return raw_config(model, eos, pad, positions=512)
+    ids = {"eos_token_id": eos, "pad_token_id": pad}
+    return qwen3(96, 3, 6, 3, 16, 288, vocab_size, max_position_embeddings=512, **ids)
 
 
 def corpus_batch(
@@ -196,8 +195,7 @@ def greedy_accuracy(params, config, tokenizer, problems) -> float:
 def train(args) -> None:
     """Train the teacher and keep every checkpoint; continue an earlier call."""
     tokenizer = make_tokenizer()
-    raw = model_config(len(tokenizer))
-    config = family_of(raw).read_config(raw)
+    config = decoder_of(model_config(len(tokenizer)))
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, args.learning_rate, 100, args.steps, 0.02 * args.learning_rate
     )

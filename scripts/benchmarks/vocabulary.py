@@ -17,19 +17,18 @@ import jax.numpy as jnp
 from benchmarks.core import Row, alternate, progress, report, temp_mib
 from opdjax.engine.step_metrics import observed
 from opdjax.estimators import Estimator, bind
-from opdjax.estimators.divergence import reverse_kl
 from opdjax.ops.tile import Head
 from opdjax.ops.vocab import TokenInputs, tiled_loss, tiled_stats
 
 DENSE_LIMIT = 2**37  # bytes of a [T, V] array: above, the dense form is not compiled
-STORED = "npd, teacher's 10, stored"
+STORED, BASE = "npd, teacher's 10, stored", "full_kl, reverse"
 SUPPORT = {"support_top_k": 100}
 RECIPES = {
     "sft": bind("sft"),
     "opd": bind("opd"),
     "vopd, top 100": bind("vopd", {"baseline": "student_topk", "support_top_k": 100}),
     "vopd, full": bind("vopd", {"baseline": "full"}),
-    "full_kl, reverse": bind("full_kl", {"divergence": "reverse"}),
+    BASE: bind("full_kl", {"divergence": "reverse"}),
     "full_kl, jsd": bind("full_kl", {"divergence": "jsd"}),
     "topk_kl, student's 100, renormalised": bind("topk_kl", SUPPORT),
     "topk_kl, student's 100, tail": bind(
@@ -90,18 +89,6 @@ def recipe_form(label: str, tile: int, is_observed: bool) -> Callable:
         if is_observed:
             columns = dataclasses.replace(columns, is_observed=jnp.ones(token.shape, bool))
         return tiled_loss(token_loss, hidden, Head(kernel), weights, columns, given, tile=tile)
-
-    return loss
-
-
-def tiled_form(tile: int) -> Callable:
-    """Return the reverse KL alone, in tiles."""
-
-    def loss(hidden, kernel, weights, token, teacher_hidden, teacher_kernel):
-        token_loss = lambda student, teacher, row: (reverse_kl(student, teacher), None)
-        teacher = (teacher_hidden, Head(teacher_kernel))
-        columns = TokenInputs(token)
-        return tiled_loss(token_loss, hidden, Head(kernel), weights, columns, teacher, tile=tile)
 
     return loss
 
@@ -174,7 +161,7 @@ def vocab(options: argparse.Namespace) -> None:
     rows = []
     for size in options.vocab:
         for tokens in (options.tokens, *options.compiled_tokens):
-            forms = {"dense": dense_form, "tiled": tiled_form(options.tile)}
+            forms = {"dense": dense_form, "tiled": recipe_form(BASE, options.tile, False)}
             if 4 * tokens * size > DENSE_LIMIT:
                 del forms["dense"]
             is_timed = tokens == options.tokens and "dense" in forms
@@ -205,5 +192,5 @@ def recipes(options: argparse.Namespace) -> None:
             for label in RECIPES:
                 forms[f"{label}, observed"] = recipe_form(label, options.tile, True)
         sizes = (options.tokens, size, options.width)
-        rows += measure(forms, "full_kl, reverse", sizes, options.repeats)
+        rows += measure(forms, BASE, sizes, options.repeats)
     report(rows, options)

@@ -137,9 +137,10 @@ def test_losses_that_disagree_are_named(scripts):
 
 
 def test_the_least_work_is_what_one_counts_by_hand(scripts):
-    from benchmarks.models import forward_flops, qwen3
+    from benchmarks.models import decoder_of, forward_flops, qwen3
 
-    model = qwen3(hidden=8, layers=2, heads=2, kv_heads=1, head=4, mlp=16, vocab=32)
+    raw = qwen3(hidden=8, layers=2, heads=2, kv_heads=1, head=4, mlp=16, vocab=32)
+    model = decoder_of(raw)
     # A token and layer: q and o 8 x 8, k and v 8 x 4, three of 8 x 16; two products of head size a
     # head and column read.
     assert forward_flops(model, 1, 0, 0) == 2 * 2 * (64 + 64 + 32 + 32 + 3 * 128)

@@ -16,10 +16,10 @@ from tokenizers import models as tokenizer_models
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.models import MODELS, raw_config, write_model
-from opdjax.models.decoder import DecoderConfig, init_params
+from benchmarks.models import EOS, MODELS, PAD, decoder_of, write_model
+from opdjax.models.decoder import init_params
 
-PAD, EOS, FIRST_WORD = 0, 1, 2
+FIRST_WORD = 2
 NUM_PROMPTS = 4096
 
 
@@ -106,7 +106,7 @@ PARTS = ("losses", "generation", "step")  # last the step, whose trainers keep t
 def cases_of(part: str, sizes: Sizes, inputs: dict[str, str]) -> Iterator[dict[str, Any]]:
     """Yield the cases of one part, each with a title for the table and all that a worker needs."""
     shape, shared = MODELS[sizes.student], dataclasses.asdict(sizes) | inputs
-    shared |= {"student_shape": dataclasses.asdict(shape), "stop_ids": [EOS]}
+    shared |= {"student_shape": shape, "stop_ids": [EOS]}
     if part == "losses":
         two = ("reverse", "forward")
         kinds = (("logits", sizes.vocab, (*two, "jsd")), ("hidden states", sizes.width, two))
@@ -121,8 +121,8 @@ def cases_of(part: str, sizes: Sizes, inputs: dict[str, str]) -> Iterator[dict[s
             fields = {"top_p": top_p, "prompts": sizes.batch}
             yield shared | {"kind": "generate", "title": title} | fields
         # Lengths are geometric: these ids end a completion.
-        words = np.arange(FIRST_WORD, shape.vocab_size)
-        count = max(round(sizes.tail_share * shape.vocab_size), 1)
+        words = np.arange(FIRST_WORD, shape["vocab_size"])
+        count = max(round(sizes.tail_share * shape["vocab_size"]), 1)
         stops = np.random.default_rng(3).choice(words, count, replace=False)
         title = f"generation with a long tail, {sizes.tail_prompts} prompts by {sizes.batch}"
         fields = {"top_p": 1.0, "prompts": sizes.tail_prompts, "stop_ids": sorted(stops.tolist())}
@@ -139,32 +139,30 @@ def write_inputs(root: pathlib.Path, sizes: Sizes) -> dict[str, str]:
     paths = {"student": root / "student", "teacher": root / "teacher", "prompts_file": file}
     if not file.exists():
         for seed, name in enumerate(("student", "teacher")):
-            model = MODELS[getattr(sizes, name)]
-            write_random_model(model, seed, sizes.dtype, paths[name])
-        vocab = MODELS[sizes.student].vocab_size
+            write_random_model(MODELS[getattr(sizes, name)], seed, sizes.dtype, paths[name])
+        vocab = MODELS[sizes.student]["vocab_size"]
         ids = np.random.default_rng(2).integers(FIRST_WORD, vocab, (NUM_PROMPTS, sizes.prompt))
         rows = [{"prompt": " ".join(f"w{i}" for i in row), "ids": row} for row in ids.tolist()]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {name: str(path) for name, path in paths.items()}
 
 
-def write_random_model(model: DecoderConfig, seed: int, dtype: str, out: pathlib.Path) -> None:
+def write_random_model(raw: dict[str, Any], seed: int, dtype: str, out: pathlib.Path) -> None:
     """Write a random model that never samples PAD or EOS, so that completions have full length.
 
     Component 0 of the residual stream is a positive constant that no layer writes to, and it gives
     these two tokens a very low logit.
     """
-    params = jax.tree.map(np.array, init_params(model, jax.random.key(seed)))
+    params = jax.tree.map(np.array, init_params(decoder_of(raw), jax.random.key(seed)))
     params["embedding"][:, 0], params["embedding"][[PAD, EOS], 0] = 0.1, -60
     params["final_norm"][0] = 30
     for name in ("o_kernel", "down_kernel"):
         params["layers"][name][:, 0] = 0
     words = {"<pad>": PAD, "<eos>": EOS}
-    words |= {f"w{i}": i for i in range(FIRST_WORD, model.vocab_size)}
+    words |= {f"w{i}": i for i in range(FIRST_WORD, raw["vocab_size"])}
     tokenizer = Tokenizer(tokenizer_models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "padding_side": "left"}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     # Older releases of transformers read the field of the top level.
-    raw = raw_config(model, EOS, PAD, positions=4096) | {"rope_theta": model.rope.theta}
-    write_model(params, raw, fast, out, dtype)
+    write_model(params, raw | {"rope_theta": 1e4}, fast, out, dtype)

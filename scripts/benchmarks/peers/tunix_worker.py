@@ -30,13 +30,13 @@ def logit_strategy(case):
 def sampler(case):
     shape, dtype = case["student_shape"], jnp.dtype(case["dtype"])
     config = ModelConfig(
-        num_layers=shape["num_layers"],
+        num_layers=shape["num_hidden_layers"],
         vocab_size=shape["vocab_size"],
         embed_dim=shape["hidden_size"],
         hidden_dim=shape["intermediate_size"],
-        num_heads=shape["num_heads"],
-        head_dim=shape["head_size"],
-        num_kv_heads=shape["num_kv_heads"],
+        num_heads=shape["num_attention_heads"],
+        head_dim=shape["head_dim"],
+        num_kv_heads=shape["num_key_value_heads"],
         rope_theta=10_000,
         norm_eps=1e-6,
         use_tied_embedding=True,
