@@ -51,8 +51,6 @@ def worker(scripts, monkeypatch, tmp_path):
 
 
 def test_a_worker_times_its_work_and_reports_failures(worker):
-    from benchmarks.peers.worker import WorkerError
-
     ask = worker.ask
     ask(do="prepare", form="sleep", case={"seconds": 0.02})
     ask(do="prepare", form="steps", case={})
@@ -61,18 +59,14 @@ def test_a_worker_times_its_work_and_reports_failures(worker):
     assert 0.02 <= answer["seconds"] < 2
     assert answer["cpu_seconds"] < answer["seconds"]
     assert answer["facts"] == {"result": 7}
-    with pytest.raises(WorkerError, match="ValueError: no such divergence"):
-        ask(do="prepare", form="broken", case={})
+    assert ask(do="prepare", form="broken", case={})["error"] == "ValueError: no such divergence"
     assert [ask(do="run", form="steps")["facts"]["useful_tokens"] for _ in range(2)] == [10, 20]
-    with pytest.raises(WorkerError, match="the training loop ended by itself"):
-        ask(do="run", form="steps")
+    assert "the training loop ended by itself" in ask(do="run", form="steps")["error"]
     ask(do="drop")
-    with pytest.raises(WorkerError, match="KeyError: 'sleep'"):
-        ask(do="run", form="sleep")
-    with pytest.raises(WorkerError, match="ended with status 3"):
-        ask(do="prepare", form="dies", case={})
-    with pytest.raises(WorkerError, match="ended with status 3"):  # and stays dead
-        ask(do="prepare", form="sleep", case={"seconds": 0})
+    assert "KeyError: 'sleep'" in ask(do="run", form="sleep")["error"]
+    assert "ended with status 3" in ask(do="prepare", form="dies", case={})["error"]
+    again = ask(do="prepare", form="sleep", case={"seconds": 0})
+    assert "ended with status 3" in again["error"]  # and stays dead
 
 
 class Clock:
@@ -86,13 +80,9 @@ class Clock:
         ]
 
     def ask(self, **command):
-        from benchmarks.peers.worker import WorkerError
-
         if command["do"] != "run":
             return {}
-        if not self._runs:
-            raise WorkerError("no more")
-        return self._runs.pop(0)
+        return self._runs.pop(0) if self._runs else {"error": "no more"}
 
 
 def test_ratios_are_of_neighbouring_runs_in_seconds_a_useful_token(scripts, monkeypatch):

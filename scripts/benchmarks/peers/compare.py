@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import pathlib
 import shutil
 import signal
@@ -16,7 +15,7 @@ import jax
 
 from benchmarks.core import Row, alternate, num_cores, progress, report
 from benchmarks.peers.cases import FORMS, PARTS, SIZES, Form, cases_of, write_inputs
-from benchmarks.peers.worker import PINS, Worker, WorkerError, python_of
+from benchmarks.peers.worker import PINS, Worker, python_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[3] / ".bench"
 # Relative, between losses and gradient norms of one divergence.
@@ -66,10 +65,8 @@ def peers(options: argparse.Namespace) -> None:
         for system in ("opdjax", *options.peers):
             try:
                 workers[system] = started(system, options)
-            except WorkerError as error:
-                failures[system] = str(error)
             except OSError as error:
-                failures[system] = f"not started: {error}"
+                failures[system] = str(error)
         for part in (part for part in PARTS if part in options.only):
             for case in cases_of(part, sizes, inputs):
                 found = measure(case, workers, failures, options)
@@ -86,7 +83,7 @@ def peers(options: argparse.Namespace) -> None:
 
 
 def started(system: str, options: argparse.Namespace) -> list[Worker]:
-    """Return a worker per number of cores; WorkerError if the system has no environment."""
+    """Return a worker per number of cores; OSError if the system has no environment."""
     python = sys.executable if system == "opdjax" else dict(options.python).get(system)
     python = python or python_of(system, ROOT, options.device)
     counts = [None] if options.device == "gpu" else options.cores
@@ -111,15 +108,14 @@ def measure(
         elif divergence not in (None, *form.divergences):
             errors[form] = f"has {' and '.join(form.divergences)} KL only"
         for worker in () if form in errors else workers[form.system]:
-            try:
-                worker.ask(do="prepare", form=form.name, case=case)
-                works[form, worker] = partial(run_once, worker, form.name)
-            except WorkerError as error:
-                errors[form] = str(error)
+            answer = worker.ask(do="prepare", form=form.name, case=case)
+            if "error" in answer:
+                errors[form] = answer["error"]
+            else:
+                works[form, worker] = partial(worker.ask, do="run", form=form.name)
     timed = alternate(works, options.repeats, describe=lambda answer: answer, warm_ups=0)
     for _, worker in works:
-        with contextlib.suppress(WorkerError):
-            worker.ask(do="drop")
+        worker.ask(do="drop")
     found = []
     for form in wanted:
         row = {"kind": case["kind"], "title": case["title"], "system": form.system}
@@ -131,13 +127,6 @@ def measure(
         ratios = [mine / theirs for mine, theirs in zip(ours, row.get("cost", ()))]
         row["ratio"] = statistics.median(ratios) if ratios else None
     return found
-
-
-def run_once(worker: Worker, form: str) -> Row:
-    try:
-        return worker.ask(do="run", form=form)
-    except WorkerError as error:
-        return {"error": str(error)}
 
 
 def fastest(runs: dict[int | None, list[Row]], error: str) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -25,14 +26,10 @@ PINS = {
 CUDA_PINS = {"tunix": "jax[cuda13]==0.10.2", "easydel": "jax[cuda13]==0.9.2"}
 
 
-class WorkerError(RuntimeError):
-    """A system has no environment or its worker failed; the message says why."""
-
-
 def python_of(peer: str, root: pathlib.Path, device: str) -> str:
     """Return the interpreter of a peer's environment, made again unless its stamp names these pins.
 
-    WorkerError if it cannot be made.
+    OSError if it cannot be made.
     """
     pins = PINS[peer].split() + (CUDA_PINS.get(peer, "").split() if device == "gpu" else [])
     directory = root / "venvs" / f"{peer}-{device}"
@@ -47,7 +44,7 @@ def python_of(peer: str, root: pathlib.Path, device: str) -> str:
         if done.returncode:
             lines = done.stderr.splitlines()
             errors = [line for line in lines if line.startswith("ERROR")] or lines
-            raise WorkerError(f"not installed: {' '.join(errors[-1:])[:300]}")
+            raise OSError(f"not installed: {' '.join(errors[-1:])[:300]}")
     stamp.write_text(wanted)
     return str(python)
 
@@ -71,26 +68,22 @@ class Worker:
             )
 
     def ask(self, **command: Any) -> dict[str, Any]:
-        """Return the answer to one command; WorkerError if it fails."""
+        """Return the answer to one command; its `error` says why a command failed."""
         if self._death is None:
             line, is_answered = b"", True
-            try:
+            with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.write(json.dumps(command).encode() + b"\n")
                 self._process.stdin.flush()
                 # A worker answers one line to one line, so none is left in a buffer.
                 is_answered = bool(select.select([self._process.stdout], [], [], TIMEOUT)[0])
                 line = self._process.stdout.readline() if is_answered else b""
-            except BrokenPipeError:
-                pass
             if line:
                 answer = json.loads(line)
-                if "error" in answer:
-                    raise WorkerError(answer["error"])
                 self.versions |= answer.get("versions", {})
                 return answer
             self._death = self._end() if is_answered else f"no answer within {TIMEOUT} s"
             self.stop()
-        raise WorkerError(self._death)
+        return {"error": self._death}
 
     def stop(self) -> None:
         """Kill the process."""
