@@ -1,4 +1,4 @@
-"""Writes a run's metrics: metrics.jsonl, TensorBoard on request; the terminal shows its progress."""
+"""Writes a run's metrics: metrics.jsonl, TensorBoard on request, progress on the terminal."""
 
 from __future__ import annotations
 
