@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import pathlib
@@ -27,26 +26,20 @@ CUDA_PINS = {"tunix": "jax[cuda13]==0.10.2", "easydel": "jax[cuda13]==0.9.2"}
 
 
 def python_of(peer: str, root: pathlib.Path, device: str) -> str:
-    """Return the interpreter of a peer's environment, made again unless its stamp names these pins.
-
-    OSError if it cannot be made.
-    """
+    """Return the interpreter of a peer's environment with these pins; OSError without one."""
     pins = PINS[peer].split() + (CUDA_PINS.get(peer, "").split() if device == "gpu" else [])
     directory = root / "venvs" / f"{peer}-{device}"
-    stamp, python = directory / ".installed", directory / "bin" / "python"
-    wanted = hashlib.sha256("\n".join((sys.version, *pins)).encode()).hexdigest()
-    if stamp.exists() and stamp.read_text() == wanted:
-        return str(python)
-    print(f"making {directory} with {', '.join(pins)}", file=sys.stderr, flush=True)
-    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *pins]
-    for command in ([sys.executable, "-m", "venv", "--clear", str(directory)], install):
+    python = str(directory / "bin" / "python")
+    print(f"{directory} needs {', '.join(pins)}", file=sys.stderr, flush=True)
+    # pip changes nothing, and needs no network, where all of these are installed.
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *pins]
+    for command in ([sys.executable, "-m", "venv", str(directory)], install):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             lines = done.stderr.splitlines()
             errors = [line for line in lines if line.startswith("ERROR")] or lines
             raise OSError(f"not installed: {' '.join(errors[-1:])[:300]}")
-    stamp.write_text(wanted)
-    return str(python)
+    return python
 
 
 class Worker:
