@@ -116,7 +116,8 @@ class Lease:
     @property
     def is_lost(self) -> bool:
         """Whether another process has taken over the lease, or may have; sends no request."""
-        self._is_lost |= time.monotonic() - self._renewed > self.seconds
+        if time.monotonic() - self._renewed > self.seconds:
+            self._is_lost = True  # never back to False: several threads look here
         return self._is_lost
 
     def check(self) -> None:
@@ -137,7 +138,8 @@ class Lease:
             self._top = _highest(self._folder)
             if self._top > self.number:
                 about = json.loads(self._folder.read(_name(self._top)))
-                self._is_lost |= about["owner"] != self._about["owner"]
+                if about["owner"] != self._about["owner"]:
+                    self._is_lost = True
                 began = about["clock"]  # monotonic clock of this machine, the same for a child
             self.check()  # again: the requests may have taken longer than the lease lasts
             self._renewed = began
