@@ -97,7 +97,7 @@ def test_ratios_are_of_neighbouring_runs_in_seconds_a_useful_token(scripts, monk
     }
     options = argparse.Namespace(peers=["good", "bad", "absent"], repeats=2)
     case = {"kind": "tail", "title": "t"}
-    rows = compare.measure(case, case, workers, {"absent": "not installed"}, options)
+    rows = compare.measure(case, workers, {"absent": "not installed"}, options)
     assert [row["system"] for row in rows] == ["opdjax", "good", "bad", "absent"]
     # The fastest number of cores counts: 1 s against 4 s, then 2 s against 16 s for twice as many.
     assert rows[0]["cores"] == 2
