@@ -53,11 +53,10 @@ from opdjax.rollouts.setup import (
 )
 from opdjax.rollouts.source import SourceStoppedError, open_source
 from opdjax.runs.checkpoint import Checkpointer
-from opdjax.runs.metrics import MetricWriter, Progress, Timer
+from opdjax.runs.metrics import MetricWriter, Progress, Startup, Timer
 from opdjax.runs.mirror import WorkdirMirror, open_workdir, scratch_workdir
 from opdjax.runs.object_store import is_remote, url_of
 from opdjax.runs.results import make_result, read_result, result_table
-from opdjax.runs.startup import Startup
 from opdjax.runs.workdir import (
     WorkdirError,
     append_lines,

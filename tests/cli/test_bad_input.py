@@ -787,7 +787,8 @@ WORKDIRS = {
     "a model": (
         "WorkdirError",
         lambda p: p.train(workdir=p.model()),
-        "is not the config of a run (a model's, perhaps); expected a work directory",
+        "is not the config of a run: config, data, environment missing",
+        "start in a new work directory",
     ),
     "a sweep": (
         "WorkdirError",
@@ -915,7 +916,7 @@ SWEEPS = {
     "a point of nothing": (
         "WorkdirError",
         lambda p: p.asked("seed=1/point.json", "{}")(),
-        "is not a point of a sweep: expected id, overrides and config",
+        "is not a point of a sweep: id, overrides, config missing",
     ),
     "a run as a sweep": (
         "WorkdirError",
@@ -946,7 +947,7 @@ SWEEPS = {
     "a table of a result of something else": (
         "WorkdirError",
         lambda p: ["table", p.point("result.json", '{"eval_after": 3}')],
-        "result.json is not the result of a run; delete it",
+        "result.json is not the result of a run: student missing or of a wrong type; delete it",
     ),
     "a table of damaged metrics": (
         "WorkdirError",
