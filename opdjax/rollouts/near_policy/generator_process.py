@@ -14,23 +14,15 @@ from collections.abc import Iterator
 
 from opdjax.config import Config, MeshConfig
 from opdjax.models.decoder import Params
-from opdjax.rollouts.near_policy import published_weights, shards, stages
-from opdjax.rollouts.near_policy.buffer import BufferClosedError, RolloutBuffer
-from opdjax.rollouts.near_policy.refresh import (
-    is_complete,
-    require_prompts,
-    stored_annotations,
-    stored_samples,
-    version_of,
-)
+from opdjax.rollouts.near_policy import shards, stages
+from opdjax.rollouts.near_policy.buffer import version_for
+from opdjax.rollouts.near_policy.refresh import prompt_blocks, version_of
 from opdjax.rollouts.near_policy.shards import ShardError
-from opdjax.rollouts.near_policy.store import RolloutStore
+from opdjax.rollouts.near_policy.store import POLL_SECONDS, RolloutStore
 from opdjax.rollouts.setup import Setup, facts, initial_weights, prepare
 from opdjax.runs.mirror import WorkdirMirror, open_workdir
 from opdjax.runs.object_store import is_remote
 from opdjax.runs.workdir import WorkdirError, claim, locked, read_config
-
-_POLL_SECONDS = 0.1  # between looks for published weights
 
 
 def generate_for(workdir: pathlib.Path, config: Config | None) -> int:
@@ -63,9 +55,7 @@ def annotate_all(workdir: pathlib.Path) -> int:
         for version in shards.versions(store.workdir):
             for number in shards.shard_paths(store.directory(version), "samples"):
                 if store.read_if_whole(version, "annotations", number) is None:
-                    samples = store.read(version, "samples", number)
-                    with store.span("annotate", version, version):
-                        stages.annotate(store.setup, samples, store.directory(version))
+                    store.annotate(store.read(version, "samples", number), version)
                     count += 1
         mirror.upload()
         return count
@@ -118,82 +108,73 @@ class _Work:
     def __init__(self, store: RolloutStore):
         self._store, self.config = store, store.setup.config
         self._follows_learner = self.config.near_policy.generator == "process"
-        self._held: tuple[int, Params] | None = None
+        self._held: dict[int, Params] = {}  # of one version
         self.num_stored = 0
 
     def store_epochs(self) -> None:
         """Answer all prompts of an epoch, for each version of the schedule."""
-        require_prompts(self.config, len(self._store.setup.prompts))
+        blocks = prompt_blocks(self.config, len(self._store.setup.prompts))
         current = version_of(self.config, self._first_step())  # earlier ones are trained on
         versions = [version for version in self.config.refresh_steps if version >= current]
         for version in versions if self._follows_learner else (0,):
-            if is_complete(self._store, version):
+            if self._store.is_complete(version, blocks):
                 continue
-            if not self._wait_for(version):
+            if self._wait_for(version) is None:
                 return
             weights = lambda version=version: self._weights(version)
-            samples = stored_samples(self._store, version, weights)
-            stored_annotations(self._store, version, samples)
+            samples = self._store.samples(version, version, blocks, weights)
+            self._store.annotations(samples, version)
             self.num_stored += len(samples)
 
     def store_steps(self) -> None:
         """Sample the rollouts of one step after the other."""
-        store, near = self._store, self.config.near_policy
-        buffer = RolloutBuffer(near.max_staleness, near.lag, lambda: self._look(buffer))
-        end = self.config.train.num_steps if self._follows_learner else near.max_staleness + 1
+        store, config = self._store, self.config
+        untrained = config.near_policy.max_staleness + 1
+        end = config.train.num_steps if self._follows_learner else untrained
         # Steps that are trained on already are not sampled again, even if their files are gone.
         for step in range(self._first_step(), end):
             version = store.sampled_version(step)
             if version is not None:
                 samples = store.read_if_whole(version, "samples", step)
                 if samples is not None:
-                    store.annotations(samples, step)
+                    store.annotations([samples], step)
                     continue
                 store.remove_samples(version, step)
-            try:
-                with store.span("admit", step, -1):
-                    version = buffer.admit(step)
-            except BufferClosedError:
+            start, version = time.time(), self._wait_for(step)
+            if version is None:
                 return
+            store.record("admit", start, step, -1)
             store.step(step, version, lambda version=version: self._weights(version))
             self.num_stored += 1
 
-    def _look(self, buffer: RolloutBuffer) -> tuple[list[int], list[int]]:
-        if self._is_over():
-            buffer.close()
-        return [0, *published_weights.published(self._store.workdir)], []
-
-    def _wait_for(self, version: int) -> bool:
-        """Wait for the weights of a version; False if the run is over before they come."""
-        while version and version not in published_weights.published(self._store.workdir):
-            if self._is_over():
-                return False
-            time.sleep(_POLL_SECONDS)
-        return True
+    def _wait_for(self, step: int) -> int | None:
+        """Wait for weights that may sample a step; None if the run is over before they come."""
+        near, store = self.config.near_policy, self._store
+        while not (store.workdir / "result.json").exists():
+            published = [0, *store.published()]  # the checkpoint's own can always be had
+            version = version_for(step, published, near.max_staleness, near.lag)
+            if version is not None:
+                return version
+            time.sleep(POLL_SECONDS)
+        return None
 
     def _first_step(self) -> int:
         """The update from which the learner would continue now."""
         saved = (path.name for path in (self._store.workdir / "checkpoints").glob("*"))
         return max((int(name) for name in saved if name.isdecimal()), default=0)
 
-    def _is_over(self) -> bool:
-        return (self._store.workdir / "result.json").exists()
-
     def _weights(self, version: int) -> Params:
-        if self._held is not None and self._held[0] == version:
-            return self._held[1]
-        self._held = None  # frees the old weights before the new ones are read
-        setup = self._store.setup
+        if version in self._held:
+            return self._held[version]
+        self._held.clear()  # frees the old weights before the new ones are read
+        store = self._store
         try:
-            if version == 0:  # the checkpoint's own weights: the learner need not publish them
-                params = initial_weights(setup)
-            else:
-                params = published_weights.fetch(self._store.workdir, version, setup.mesh)
+            params = store.fetch(version) if version else initial_weights(store.setup)
         except FileNotFoundError as error:
             raise ShardError(
                 f"rollouts sampled by the weights of {version} updates are missing or damaged, and "
-                f"these weights are no longer in {self._store.workdir / 'published'}; put the "
-                "shard back or start in a new work directory"
+                f"these weights are no longer in {store.workdir / 'published'}; put the shard back "
+                "or start in a new work directory"
             ) from error
-        self._held = version, params
+        self._held[version] = params
         return params

@@ -156,14 +156,10 @@ def versions(workdir: pathlib.Path) -> list[int]:
 
 def shard_paths(directory: pathlib.Path, stage: str) -> dict[int, pathlib.Path]:
     """number -> file of one stage, sorted by number. The files are not read or checked."""
-    found: dict[int, pathlib.Path] = {}
-    for path in directory.glob(f"{stage}-*.parquet"):
-        if match := _NAME.fullmatch(path.name):
-            other = found.setdefault(int(match[2]), path)
-            # A writer that is killed before it deletes the replaced shard leaves two: the later one
-            # counts.
-            found[int(match[2])] = max(other, path, key=_written)
-    return dict(sorted(found.items()))
+    # A writer that is killed before it deletes the replaced shard leaves two: the later one counts.
+    paths = sorted(directory.glob(f"{stage}-*.parquet"), key=_written)
+    found = [(match, path) for path in paths if (match := _NAME.fullmatch(path.name))]
+    return dict(sorted({int(match[2]): path for match, path in found}.items()))
 
 
 def _written(path: pathlib.Path) -> tuple[int, str]:
@@ -187,7 +183,31 @@ def write_shard(
     annotations contain `top_k`. ValueError if columns do not fit the schema or each other;
     StorageError if the file cannot be stored.
     """
-    data = _serialised(stage, number, columns, facts)
+    expected = SCHEMAS[stage]
+    if columns.keys() != expected.keys():
+        raise ValueError(f"columns of {stage} are {sorted(columns)}; expected {sorted(expected)}")
+    note = {**facts, "schema": SCHEMA_VERSION, "stage": stage, "number": number}
+    schema = _arrow_schema(stage).with_metadata({_KEY: json.dumps(note, sort_keys=True)})
+    arrays = [_array(columns[name], column, name) for name, column in expected.items()]
+    table = pa.Table.from_arrays(arrays, schema=schema)
+    _checked(stage, table, facts)
+    leaves = {
+        name + (".list.element" if column.per != "sample" else ""): column.type
+        for name, column in expected.items()
+    }
+    floats = [leaf for leaf, type in leaves.items() if type in ("float16", "float32")]
+    file = io.BytesIO()
+    # Log-probs hardly repeat: they compress well if bytes of equal significance are adjacent, and
+    # a dictionary only adds bytes.
+    pq.write_table(
+        table,
+        file,
+        compression="zstd",
+        use_byte_stream_split=floats,
+        use_dictionary=[leaf for leaf in leaves if leaf not in floats],
+        row_group_size=max(1, table.num_rows),
+    )
+    data = file.getvalue()
     name = f"{stage}-{number:08}.{hashlib.sha256(data).hexdigest()[:16]}.parquet"
     path = write_whole(directory / name, data)
     for other in directory.glob(f"{stage}-{number:08}.*.parquet"):
@@ -284,25 +304,23 @@ def _remove_abandoned(path: pathlib.Path) -> None:
     """Delete partial files of the same stage and number whose writers were killed."""
     for partial in path.parent.glob(f"{path.name.split('.')[0]}.*.partial-*"):
         node, _, process = partial.name.rpartition(".partial-")[2].rpartition("-")
-        is_killed = node == platform.node() and not _is_another_alive(process)
+        is_killed = node == platform.node() and not _is_another_alive(int(process))
         with contextlib.suppress(FileNotFoundError):  # finished meanwhile
             if is_killed or time.time() - partial.stat().st_mtime > _ABANDONED_AFTER:
                 partial.unlink()
 
 
-def _is_another_alive(process: str) -> bool:
+def _is_another_alive(process: int) -> bool:
     """Whether another process with this id is alive. This process writes one file at a time, so a
     partial file with its own id is an earlier process's.
     """
-    if not process.isdecimal() or int(process) == os.getpid():
-        return False
     try:
-        os.kill(int(process), 0)
+        os.kill(process, 0)
     except PermissionError:  # another user's
         return True
     except ProcessLookupError:
         return False
-    return True
+    return process != os.getpid()
 
 
 # Columns and bytes
@@ -314,37 +332,6 @@ def _arrow_schema(stage: str) -> pa.Schema:
         of = pa.type_for_alias(column.type)
         fields.append((name, of if column.per == "sample" else pa.list_(pa.field("element", of))))
     return pa.schema(fields)
-
-
-def _serialised(
-    stage: str, number: int, columns: Mapping[str, Sequence], facts: Mapping[str, str | int]
-) -> bytes:
-    """The bytes of a shard; ValueError if columns do not fit the schema or each other."""
-    expected = SCHEMAS[stage]
-    if columns.keys() != expected.keys():
-        raise ValueError(f"columns of {stage} are {sorted(columns)}; expected {sorted(expected)}")
-    note = {**facts, "schema": SCHEMA_VERSION, "stage": stage, "number": number}
-    schema = _arrow_schema(stage).with_metadata({_KEY: json.dumps(note, sort_keys=True)})
-    arrays = [_array(columns[name], column, name) for name, column in expected.items()]
-    table = pa.Table.from_arrays(arrays, schema=schema)
-    _checked(stage, table, facts)
-    leaves = {
-        name + (".list.element" if column.per != "sample" else ""): column.type
-        for name, column in expected.items()
-    }
-    floats = [leaf for leaf, type in leaves.items() if type in ("float16", "float32")]
-    file = io.BytesIO()
-    # Log-probs hardly repeat: they compress well if bytes of equal significance are adjacent, and
-    # a dictionary only adds bytes.
-    pq.write_table(
-        table,
-        file,
-        compression="zstd",
-        use_byte_stream_split=floats,
-        use_dictionary=[leaf for leaf in leaves if leaf not in floats],
-        row_group_size=max(1, table.num_rows),
-    )
-    return file.getvalue()
 
 
 def _array(values: Sequence, column: ShardColumn, name: str) -> pa.Array:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -25,6 +24,7 @@ from opdjax.data.packing import (
     to_train_batch,
     unpack,
 )
+from opdjax.data.prompts import PromptSet, collate
 from opdjax.engine.evaluate import graded_texts
 from opdjax.engine.scorer import score
 from opdjax.estimators import estimator_of
@@ -34,11 +34,11 @@ from opdjax.ops.sharding import num_row_shards, shard_rows, to_host
 from opdjax.ops.tile import Head
 from opdjax.ops.vocab import TILE
 from opdjax.rollouts.near_policy import ifd, shards
-from opdjax.rollouts.near_policy.batches import as_batch
 from opdjax.rollouts.near_policy.shards import Shard
 from opdjax.rollouts.on_policy import draw
+from opdjax.rollouts.rows import with_option_columns
 from opdjax.rollouts.setup import Setup
-from opdjax.types import PromptBatch, TeacherScores, TrainBatch
+from opdjax.types import Metrics, PromptBatch, Rollouts, TeacherScores, TrainBatch
 
 
 def is_annotated(config: Config) -> bool:
@@ -81,15 +81,11 @@ def generate(
         "student_alone_nll": np.full(count, np.nan),
     }
     if config.near_policy.filter != "none":
-        head = head_of(params, valid_vocab=setup.decoding.valid_vocab)  # at temperature 1
+        head = head_of(params, valid_vocab=setup.decoding.valid_vocab)
         student = _Scorer(setup, setup.student.config, params, head)
-        if config.sampling.temperature == 1:
-            columns["student_nll"] = _mean_nll(rollouts.unfiltered_logprobs, mask)
-        else:
-            own_prompts = dataclasses.replace(prompts, teacher_tokens=None)
-            columns["student_nll"] = student.nll(to_train_batch(rollouts, own_prompts))
+        batch = to_train_batch(rollouts, dataclasses.replace(prompts, teacher_tokens=None))
         alone = _without_prompts(setup, columns["tokens"], of_teacher=False)
-        columns["student_alone_nll"] = student.nll(alone)
+        columns |= student.nlls("student", batch, rollouts.unfiltered_logprobs, alone)
     facts = {
         "student": config.student.path,
         "seed": config.seed,
@@ -98,9 +94,9 @@ def generate(
     on_process_zero(lambda: shards.write_shard(directory, "samples", number, columns, facts))
 
 
-def annotate(setup: Setup, samples: Shard, directory: pathlib.Path) -> None:
-    """Store the teacher's scores of a shard of samples, from one pass over prompts and completions
-    in packed rows.
+def annotate(setup: Setup, samples: Shard) -> None:
+    """Store the teacher's scores of a shard of samples beside it, from one pass over prompts and
+    completions in packed rows.
 
     A filter needs a second pass, over completions without prompts, and at a sampling temperature
     other than 1 a third.
@@ -126,46 +122,41 @@ def annotate(setup: Setup, samples: Shard, directory: pathlib.Path) -> None:
         "teacher_alone_nll": np.full(count, np.nan),
     }
     if config.near_policy.filter != "none":
-        plain = dataclasses.replace(scorer, head=dataclasses.replace(scorer.head, temperature=1.0))
         alone = _without_prompts(setup, samples.columns["tokens"], of_teacher=True)
+        columns |= scorer.nlls("teacher", batch, found.teacher_logprobs, alone)
+        num_tokens *= 1 if config.sampling.temperature == 1 else 2
         num_tokens += _num_tokens(alone)
-        if config.sampling.temperature == 1:
-            columns["teacher_nll"] = _mean_nll(found.teacher_logprobs, mask)
-        else:
-            columns["teacher_nll"] = plain.nll(batch)
-            num_tokens += _num_tokens(batch)
-        columns["teacher_alone_nll"] = plain.nll(alone)
     facts = {
         "teacher": config.teacher.path,
         "temperature": str(config.sampling.temperature),
         "num_tokens": num_tokens,
         "top_k": 0 if found.teacher_top_ids is None else found.teacher_top_ids.shape[2],
     }
-    number = samples.facts["number"]
-    on_process_zero(lambda: shards.write_shard(directory, "annotations", number, columns, facts))
+    place = samples.path.parent, "annotations", samples.facts["number"]
+    on_process_zero(lambda: shards.write_shard(*place, columns, facts))
 
 
 def select(
-    setup: Setup,
-    samples: Sequence[Shard],
-    annotations: Sequence[Shard],
-    directory: pathlib.Path,
-    number: int,
-) -> dict[str, Any]:
-    """Apply the run's filter to samples of one version. Return the decision, which is also stored
-    as `filter-NUMBER.json` (see `ifd.document`).
+    setup: Setup, samples: Sequence[Shard], annotations: Sequence[Shard], number: int
+) -> tuple[np.ndarray, Metrics]:
+    """Apply the run's filter to samples [n] of one version. Return which are kept [n], bool, and
+    the metrics of the first step that trains on them. The decision is stored beside the samples as
+    `filter-NUMBER.json` (see `ifd.document`).
     """
     config, seed = setup.config.near_policy, setup.config.seed
+    metrics = stored_token_counts(samples, annotations)
+    if config.filter == "none":
+        return np.ones(sum(map(len, samples)), bool), metrics
     joined = lambda shards, name: np.concatenate([shard.columns[name] for shard in shards])
     measure = lambda shards, who: ifd.ifd(
-        joined(shards, f"{who}_nll"), joined(shards, f"{who}_alone_nll"), ifd.FORM
+        joined(shards, f"{who}_nll"), joined(shards, f"{who}_alone_nll")
     )
     measured = {name: joined(samples, name) for name in ("prompt_id", "sample_id")} | {
         "student_ifd": measure(samples, "student"),
         "teacher_ifd": measure(annotations, "teacher"),
     }
     version = int(samples[0].columns["policy_version"][0])
-    delta = ifd.delta_ifd(measured["teacher_ifd"], measured["student_ifd"])
+    delta = measured["teacher_ifd"] - measured["student_ifd"]
     low, high = config.ifd_min, config.ifd_max
     if config.ifd_quantile is not None:
         high = ifd.quantile_bound(delta, low, config.ifd_quantile)
@@ -184,8 +175,11 @@ def select(
     facts |= {"form": ifd.FORM, "ifd_min": low, "ifd_max": high}
     is_correct = _is_correct(setup, measured["prompt_id"], texts)
     document = ifd.document(facts, kept, measured, is_correct, texts_of, seed)
-    on_process_zero(lambda: shards.write_filter(directory, number, document))
-    return document
+    on_process_zero(lambda: shards.write_filter(samples[0].path.parent, number, document))
+    counts = {"keep_rate": "kept", "degenerate": "degenerate", "disconnected": "disconnected"}
+    total = max(len(kept), 1)
+    shares = {f"filter/{name}": document[f"num_{count}"] / total for name, count in counts.items()}
+    return kept, metrics | shares
 
 
 def _without_prompts(setup: Setup, tokens: Sequence[np.ndarray], *, of_teacher: bool) -> TrainBatch:
@@ -197,8 +191,7 @@ def _without_prompts(setup: Setup, tokens: Sequence[np.ndarray], *, of_teacher: 
     count = len(tokens)
     headers = np.tile(np.array(header, np.int32), (count, 1))
     prompts = PromptBatch(headers, np.ones(headers.shape, bool), np.zeros(count, np.int32))
-    rows = answer_rows(prompts, tokens, length, 0)
-    return TrainBatch(rows.tokens, rows.mask, rows.segment_ids, None)
+    return to_train_batch(answer_rows(prompts, tokens, length, 0), prompts)
 
 
 def _num_tokens(batch: TrainBatch) -> int:
@@ -229,9 +222,19 @@ class _Scorer:
     params: Params
     head: Head
 
-    def nll(self, batch: TrainBatch) -> np.ndarray:
-        """Mean NLL `[B]`, nats per token."""
-        return _mean_nll(self.scores(batch, 0).teacher_logprobs, np.asarray(batch.mask))
+    def nlls(
+        self, whose: str, batch: TrainBatch, logprobs: np.ndarray, alone: TrainBatch
+    ) -> dict[str, np.ndarray]:
+        """The columns of mean NLLs `[B]` in nats per token at temperature 1: of the completions
+        after their prompts, whose `logprobs` are at the sampling temperature, and `alone`.
+        """
+        plain = dataclasses.replace(self, head=dataclasses.replace(self.head, temperature=1.0))
+        of = lambda rows: plain.scores(rows, 0).teacher_logprobs
+        logprobs = logprobs if self.setup.config.sampling.temperature == 1 else of(batch)
+        return {
+            f"{whose}_nll": _mean_nll(logprobs, np.asarray(batch.mask)),
+            f"{whose}_alone_nll": _mean_nll(of(alone), np.asarray(alone.mask)),
+        }
 
     def scores(self, batch: TrainBatch, top_k: int) -> TeacherScores:
         """Log-probs of the tokens, and the top k, in the columns of the batch."""
@@ -262,3 +265,83 @@ class _Scorer:
         )
         found = to_host(dataclasses.replace(scores, hidden=None))
         return jax.tree.map(lambda x: unpack(x, origins, batch.tokens.shape), found)
+
+
+# Loading
+
+
+def as_batch(
+    prompts: PromptSet,
+    max_completion_length: int,
+    samples: Sequence[Shard],
+    annotations: Sequence[Shard] = (),
+    chosen: np.ndarray | None = None,
+) -> tuple[Rollouts, TrainBatch]:
+    """Stored samples as rollouts and as a batch of one rollout per row, with the teacher's scores
+    if there are annotations.
+
+    `chosen`: indices into the samples of all shards; None: all samples. The rows have the largest
+    width that the run can need, so that one compiled program serves all of them.
+    """
+    rows = [(shard, row) for shard, held in enumerate(samples) for row in range(len(held))]
+    rows = rows if chosen is None else [rows[index] for index in chosen]
+    column = lambda shards, name: [shards[shard].columns[name][row] for shard, row in rows]
+    own = lambda name, dtype=None: np.array(column(samples, name), dtype)
+    batch_prompts = collate(prompts, own("prompt_id", np.int32))
+    given = answer_rows(batch_prompts, column(samples, "tokens"), max_completion_length, 0)
+    spread = lambda values: _spread(values, given.mask)
+    rollouts = dataclasses.replace(
+        given,
+        behavior_logprobs=spread(column(samples, "behavior_logprobs")),
+        unfiltered_logprobs=spread(column(samples, "unfiltered_logprobs")),
+        sample_id=own("sample_id", np.int32),
+        policy_version=own("policy_version", np.int32),
+        is_truncated=own("is_truncated"),
+    )
+    batch = to_train_batch(rollouts, batch_prompts)
+    if not annotations:
+        return rollouts, batch
+    top_k = annotations[0].facts["top_k"]
+    top = lambda name: [values.reshape(-1, top_k) for values in column(annotations, name)]
+    scores = TeacherScores(
+        teacher_logprobs=spread(column(annotations, "teacher_logprobs")),
+        teacher_top_ids=spread(top("teacher_ids")) if top_k else None,
+        teacher_top_logprobs=spread(top("teacher_top_logprobs")) if top_k else None,
+    )
+    return rollouts, dataclasses.replace(batch, teacher=scores)
+
+
+def step_batch(
+    setup: Setup,
+    step: int,
+    samples: Sequence[Shard],
+    annotations: Sequence[Shard],
+    chosen: np.ndarray | None = None,
+) -> tuple[Rollouts, TrainBatch, Metrics]:
+    """`as_batch` with what the recipe's options read, and its metrics.
+
+    The random numbers depend on the step that trains on the samples, not on the age of the weights.
+    """
+    config, length = setup.config, setup.config.sampling.max_completion_length
+    rollouts, batch = as_batch(setup.prompts, length, samples, annotations, chosen)
+    steps = np.full(len(rollouts.tokens), step, np.int32)
+    of_step = dataclasses.replace(rollouts, policy_version=steps)
+    batch, metrics = with_option_columns(batch, of_step, config, setup.prompts, setup.tokenizer)
+    return rollouts, batch, metrics
+
+
+def _spread(values: Sequence[np.ndarray], mask: np.ndarray) -> np.ndarray:
+    """Values by token of each row, `[n, ...]` each, at the row's masked columns; 0 elsewhere."""
+    joined = np.concatenate(values)
+    found = np.zeros((*mask.shape, *joined.shape[1:]), joined.dtype)
+    found[mask] = joined
+    return found
+
+
+def stored_token_counts(samples: Sequence[Shard], annotations: Sequence[Shard]) -> Metrics:
+    """The tokens that were sampled, and that the teacher read, for these shards. They are metrics
+    of the first step that trains on them.
+    """
+    generated = sum(len(row) for shard in samples for row in shard.columns["tokens"])
+    read = sum(shard.facts["num_tokens"] for shard in annotations)
+    return {"perf/generated_tokens": float(generated), "perf/annotated_tokens": float(read)}

@@ -250,8 +250,6 @@ def full(path, data):
     return real(path, data)
 
 shards.write_whole = full
-import opdjax.rollouts.near_policy.published_weights
-opdjax.rollouts.near_policy.published_weights.write_whole = full
 main.main()
 """
 
