@@ -100,7 +100,7 @@ class ContinuousSource(RolloutSource):
     def prefetch(self, step: int) -> None:
         """See `RolloutSource`."""
         is_other = self._buffer is None
-        is_stored = self._store.is_step_stored(step) if is_other else step in self._buffer
+        is_stored = self._store.is_stored(step) if is_other else step in self._buffer
         if agreed(is_stored):  # all processes load together or none does
             self._prefetched = self._load(step)
 
@@ -123,7 +123,7 @@ class ContinuousSource(RolloutSource):
 
     def _wait_for(self, step: int) -> None:
         if self._buffer is None:
-            self._store.wait_until(lambda: self._store.is_step_stored(step), step)
+            self._store.wait_for(step)
         else:
             self._buffer.get(step)
 
@@ -144,37 +144,32 @@ class ContinuousSource(RolloutSource):
         """Take over the stored rollouts of a step. Damaged ones are sampled again if their weights
         can be had again.
         """
-        is_fixed, oldest = self._near.lag == "fixed", oldest_version(step, self._near.max_staleness)
-        try:
-            self._buffer.put(step, (self._stored_samples(step), None))
-            return
-        except (DamagedShardError, MissingShardError) as error:
-            reason = error
-        if is_fixed and oldest < first:
-            if oldest:
+        oldest = oldest_version(step, self._near.max_staleness)
+        is_past = self._near.lag == "fixed" and oldest < first  # of weights before the learner's
+        if is_past and oldest:
+            try:
+                samples = self._store.samples(oldest, step, None)
+            except (DamagedShardError, MissingShardError) as error:
                 raise ShardError(
-                    f"{reason}; the weights of {oldest} updates that sampled it are gone, "
-                    f"because the run continues from step {first}: put the file back or start "
-                    "in a new work directory"
-                ) from reason
+                    f"{error}; the weights of {oldest} updates that sampled it are gone, because "
+                    f"the run continues from step {first}: put the file back or start in a new "
+                    "work directory"
+                ) from error
+        else:
+            samples = self._store.whole_samples(step)
+        if samples is not None:
+            self._buffer.put(step, (samples, None))
+        elif is_past:
             weights = lambda: initial_weights(self._setup)
             self._buffer.put(step, self._store.step(step, 0, weights))
-        elif isinstance(reason, DamagedShardError) and not is_fixed:
-            # Other weights may sample it now; only in the same directory is it replaced.
-            self._store.remove_samples(self._store.sampled_version(step), step)
-
-    def _stored_samples(self, step: int) -> list[Shard]:
-        version = self._store.sampled_version(step)
-        if version is None:
-            rollouts = self._store.workdir / "rollouts"
-            raise MissingShardError(f"{rollouts} has no rollouts of step {step}")
-        return [self._store.read(version, "samples", step)]
 
     def _load(self, step: int) -> StepData:
         setup, config = self._setup, self._setup.config
-        is_other = self._buffer is None
-        found = (self._stored_samples(step), None) if is_other else self._buffer.get(step)
-        samples, annotations = found
+        if self._buffer is None:
+            version, annotations = self._store.sampled_version(step), None
+            samples = self._store.samples(version, step, None)
+        else:
+            samples, annotations = self._buffer.get(step)
         if annotations is None:
             annotations = self._store.annotations(samples, step)
         rollouts, batch, metrics = step_batch(setup, step, samples, annotations)

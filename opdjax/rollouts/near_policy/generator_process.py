@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from opdjax.config import Config, MeshConfig
 from opdjax.models.decoder import Params
 from opdjax.rollouts.near_policy import shards, stages
-from opdjax.rollouts.near_policy.buffer import version_for
-from opdjax.rollouts.near_policy.refresh import prompt_blocks, version_of
+from opdjax.rollouts.near_policy.buffer import oldest_version, version_for
+from opdjax.rollouts.near_policy.refresh import version_of
 from opdjax.rollouts.near_policy.shards import ShardError
 from opdjax.rollouts.near_policy.store import POLL_SECONDS, RolloutStore
 from opdjax.rollouts.setup import Setup, facts, initial_weights, prepare
@@ -33,45 +33,42 @@ def generate_for(workdir: pathlib.Path, config: Config | None) -> int:
     `process`, this continues until the run is finished; else it ends with what the untrained
     weights sample.
     """
-    with _locked_workdir(workdir) as mirror:
-        work = _Work(RolloutStore(_setup(mirror, config), mirror.directory))
-        is_refresh = work.config.near_policy.schedule == "refresh"
-        (work.store_epochs if is_refresh else work.store_steps)()
-        mirror.upload()
-        return work.num_stored
+    with _locked_store(workdir, config) as store:
+        return _Generator(store).run()
 
 
 def annotate_all(workdir: pathlib.Path) -> int:
     """Have the teacher score every stored rollout whose annotations are missing or damaged; return
     the number of such shards.
     """
-    with _locked_workdir(workdir) as mirror:
-        store, count = RolloutStore(_setup(mirror, None), mirror.directory), 0
+    with _locked_store(workdir, None) as store:
         if not stages.is_annotated(store.setup.config):
             raise WorkdirError(
                 f"{store.workdir} holds a run whose recipe reads the teacher's hidden states; "
                 "these are computed for each update and never stored"
             )
+        count = 0
         for version in shards.versions(store.workdir):
             for number in shards.shard_paths(store.directory(version), "samples"):
                 if store.read_if_whole(version, "annotations", number) is None:
                     store.annotate(store.read(version, "samples", number), version)
                     count += 1
-        mirror.upload()
         return count
 
 
 @contextlib.contextmanager
-def _locked_workdir(workdir: pathlib.Path) -> Iterator[WorkdirMirror]:
-    """The work directory, locked for its only generator; on gs:// for its only writer, because a
+def _locked_store(workdir: pathlib.Path, config: Config | None) -> Iterator[RolloutStore]:
+    """The store of a run, locked for its only generator; on gs:// for its only writer, because a
     learner and a generator cannot share it there.
     """
-    if is_remote(workdir):
-        with open_workdir(workdir) as mirror:
-            yield mirror
-        return
-    with locked(workdir, "generator"):
-        yield WorkdirMirror(workdir)
+    with contextlib.ExitStack() as resources:
+        if is_remote(workdir):
+            mirror = resources.enter_context(open_workdir(workdir))
+        else:
+            resources.enter_context(locked(workdir, "generator"))
+            mirror = WorkdirMirror(workdir)
+        yield RolloutStore(_setup(mirror, config), mirror.directory)
+        mirror.upload()
 
 
 def _setup(mirror: WorkdirMirror, config: Config | None) -> Setup:
@@ -102,54 +99,39 @@ def _setup(mirror: WorkdirMirror, config: Config | None) -> Setup:
     return setup
 
 
-class _Work:
-    """The rollouts that a generator process samples, and the weights that it holds."""
+class _Generator:
+    """Samples rollouts, with weights of one version at a time."""
 
     def __init__(self, store: RolloutStore):
-        self._store, self.config = store, store.setup.config
-        self._follows_learner = self.config.near_policy.generator == "process"
+        self._store, self._config = store, store.setup.config
         self._held: dict[int, Params] = {}  # of one version
-        self.num_stored = 0
 
-    def store_epochs(self) -> None:
-        """Answer all prompts of an epoch, for each version of the schedule."""
-        blocks = prompt_blocks(self.config, len(self._store.setup.prompts))
-        current = version_of(self.config, self._first_step())  # earlier ones are trained on
-        versions = [version for version in self.config.refresh_steps if version >= current]
-        for version in versions if self._follows_learner else (0,):
-            if self._store.is_complete(version, blocks):
+    def run(self) -> int:
+        """Sample the rollouts of one step after the other; return the number of stored shards."""
+        store, config, near, count = self._store, self._config, self._config.near_policy, 0
+        steps, first = range(config.train.num_steps), self._first_step()
+        if near.schedule == "refresh":
+            steps, first = config.refresh_steps, version_of(config, first)
+        for step in steps:
+            # Steps that are trained on already are not sampled again, even if their files are gone.
+            is_untrained = oldest_version(step, near.max_staleness) == 0
+            if step < first or not (near.generator == "process" or is_untrained):
                 continue
-            if self._wait_for(version) is None:
-                return
-            weights = lambda version=version: self._weights(version)
-            samples = self._store.samples(version, version, blocks, weights)
-            self._store.annotations(samples, version)
-            self.num_stored += len(samples)
-
-    def store_steps(self) -> None:
-        """Sample the rollouts of one step after the other."""
-        store, config = self._store, self.config
-        untrained = config.near_policy.max_staleness + 1
-        end = config.train.num_steps if self._follows_learner else untrained
-        # Steps that are trained on already are not sampled again, even if their files are gone.
-        for step in range(self._first_step(), end):
-            version = store.sampled_version(step)
-            if version is not None:
-                samples = store.read_if_whole(version, "samples", step)
-                if samples is not None:
-                    store.annotations([samples], step)
-                    continue
-                store.remove_samples(version, step)
+            samples = store.whole_samples(step)
+            if samples is not None:
+                store.annotations(samples, step)
+                continue
             start, version = time.time(), self._wait_for(step)
             if version is None:
-                return
+                break
             store.record("admit", start, step, -1)
-            store.step(step, version, lambda version=version: self._weights(version))
-            self.num_stored += 1
+            samples, _ = store.step(step, version, lambda version=version: self._weights(version))
+            count += len(samples)
+        return count
 
     def _wait_for(self, step: int) -> int | None:
         """Wait for weights that may sample a step; None if the run is over before they come."""
-        near, store = self.config.near_policy, self._store
+        near, store = self._config.near_policy, self._store
         while not (store.workdir / "result.json").exists():
             published = [0, *store.published()]  # the checkpoint's own can always be had
             version = version_for(step, published, near.max_staleness, near.lag)

@@ -13,7 +13,7 @@ import numpy as np
 from opdjax.config import Config
 from opdjax.config.validation import ConfigError
 from opdjax.data.packing import first_fit_decreasing, pack, packed_lengths, packing_metrics
-from opdjax.data.prompts import PromptSet, collate, indices_at
+from opdjax.data.prompts import PromptSet, collate
 from opdjax.models.decoder import Params
 from opdjax.ops.multihost import on_process_zero
 from opdjax.ops.sharding import num_row_shards
@@ -26,9 +26,6 @@ from opdjax.rollouts.source import RolloutSource, StepData
 from opdjax.runs.metrics import Timer
 from opdjax.types import Metrics, TrainBatch
 
-# Rollouts in a stored file, which are sampled and annotated together: an interrupted refresh
-# repeats at most these.
-SHARD_SIZE = 1024
 _NUM_PROBED = 64  # unfiltered rollouts on which the KL from the sampling policy is measured
 
 
@@ -59,7 +56,6 @@ class RefreshSource(RolloutSource):
         self._setup, self._store = setup, RolloutStore(setup, workdir, is_stop_requested)
         self._epoch: StoredEpoch | None = None
         self._prefetched: StepData | None = None
-        self._blocks = prompt_blocks(setup.config, len(setup.prompts))
 
     def publish(self, version: int, copy_weights: Callable[[], Params], timer: Timer) -> None:
         """See `RolloutSource`."""
@@ -73,7 +69,7 @@ class RefreshSource(RolloutSource):
         with timer.phase("publish"):
             store.publish(version, copy_weights())
         with timer.phase("wait"):
-            store.wait_until(lambda: store.is_complete(version, self._blocks), version)
+            store.wait_for(version)
 
     def next(self, step: int, timer: Timer) -> StepData:
         """See `RolloutSource`."""
@@ -110,7 +106,7 @@ class RefreshSource(RolloutSource):
         for them.
         """
         with timer.phase("sample"):
-            samples = self._store.samples(version, version, self._blocks, weights)
+            samples = self._store.samples(version, version, weights)
         with timer.phase("annotate"):
             annotations = self._store.annotations(samples, version)
         with timer.phase("pack"):
@@ -153,22 +149,6 @@ class RefreshSource(RolloutSource):
 def version_of(config: Config, step: int) -> int:
     """The version of the weights that sampled the rollouts of a step."""
     return max(version for version in config.refresh_steps if version <= step)
-
-
-def prompt_blocks(config: Config, num_prompts: int) -> dict[int, np.ndarray]:
-    """The prompts of an epoch, number of the shard -> indices: whole prompts, about SHARD_SIZE
-    rollouts each. ConfigError if it would use a prompt, and so train on the same answer, twice.
-    """
-    count = config.steps_per_epoch * config.train.prompts_per_step
-    if count > num_prompts:
-        raise ConfigError(
-            f"an epoch takes {count} prompts (train.num_steps / near_policy.num_epochs x "
-            f"train.prompts_per_step), but {config.data.source} has {num_prompts}; expected at "
-            f"most {num_prompts}: raise near_policy.num_epochs or lower train.prompts_per_step"
-        )
-    indices = indices_at(0, count, num_prompts, config.seed)
-    size = max(SHARD_SIZE // config.sampling.num_generations, 1)
-    return dict(enumerate(indices[start : start + size] for start in range(0, count, size)))
 
 
 def _distributed(

@@ -115,7 +115,13 @@ class ShardError(ValueError):
 
 
 class DamagedShardError(ShardError):
-    """The bytes of a shard are not those that were written; it can be replaced by a new one."""
+    """The bytes of the shard at `path` are not those that were written; a new one may replace
+    it.
+    """
+
+    def __init__(self, path: pathlib.Path, problem: str):
+        super().__init__(f"{path} {problem}")
+        self.path = path
 
 
 class MissingShardError(ShardError):
@@ -233,9 +239,8 @@ def read_shard(path: pathlib.Path) -> Shard:
         file = pq.ParquetFile(pa.BufferReader(data))
         facts = dict(json.loads(file.schema_arrow.metadata[_KEY]))
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise DamagedShardError(
-            f"{path} is no shard that opdjax wrote: {type(error).__name__}: {error}; delete it"
-        ) from error
+        problem = f"is no shard that opdjax wrote: {type(error).__name__}: {error}; delete it"
+        raise DamagedShardError(path, problem) from error
     if facts.get("schema") != SCHEMA_VERSION:
         raise ShardError(
             f"{path} is of schema {facts.get('schema')}; this version of opdjax reads schema "
@@ -423,8 +428,6 @@ def _read_bytes(path: pathlib.Path, digest: str) -> bytes:
         raise ShardError(f"{path} has {size} bytes; expected at most {_MAX_BYTES}; {_ADVICE}")
     if hashlib.sha256(data).hexdigest()[:16] != digest:
         found = "corrupted" if data.endswith(_MAGIC) else "truncated, or corrupted at its end"
-        raise DamagedShardError(
-            f"{path} is {found}: its {len(data)} bytes do not have the digest in its name; "
-            f"{_ADVICE}"
-        )
+        problem = f"its {len(data)} bytes do not have the digest in its name; {_ADVICE}"
+        raise DamagedShardError(path, f"is {found}: {problem}")
     return data

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
@@ -32,6 +32,9 @@ from opdjax.rollouts.near_policy.shards import (
 from opdjax.rollouts.setup import Setup
 from opdjax.runs.workdir import append_lines
 
+# Rollouts in a stored file of a refresh, which are sampled and annotated together: an interrupted
+# refresh repeats at most these.
+SHARD_SIZE = 1024
 POLL_SECONDS = 0.02  # between looks at files that another process writes
 
 
@@ -59,42 +62,47 @@ class RolloutStore:
         return shards.read_shard(paths[number])
 
     def read_if_whole(self, version: int, stage: str, number: int) -> Shard | None:
-        """Read a shard; None if it is missing or damaged, and a note is printed for a damaged
-        one.
-        """
+        """Read a shard; None if it is missing or damaged. A damaged one is deleted, with a note."""
         try:
             return self.read(version, stage, number)
         except MissingShardError:
             return None
         except DamagedShardError as error:
-            note = f"note: {error}; it is made again"
-            on_process_zero(lambda: print(note))
-            return None
+            note, path = f"note: {error}; it is made again", error.path
+        on_process_zero(lambda: print(note))
+        on_process_zero(lambda: path.unlink(missing_ok=True))  # now all processes have read it
+        return None
 
-    def samples(
-        self,
-        version: int,
-        step: int,
-        blocks: Mapping[int, np.ndarray],
-        weights: Callable[[], Params] | None,
-    ) -> list[Shard]:
-        """The shards with the answers to blocks of prompts, number -> indices; each is read once.
-
-        Missing and damaged ones are sampled for `step` with `weights` of `version` updates, which
-        is called at most once; ShardError without weights.
+    def blocks(self, step: int) -> dict[int, np.ndarray]:
+        """Prompts that are sampled for a step, number of the shard -> indices: the step's own, or
+        under refresh those of an epoch, in whole prompts, about SHARD_SIZE rollouts a shard.
         """
-        if weights is None:
-            return [self.read(version, "samples", number) for number in blocks]
-        found, weights = [], functools.cache(weights)
-        for number, indices in blocks.items():
-            shard = self.read_if_whole(version, "samples", number)
+        config, num_prompts = self.setup.config, len(self.setup.prompts)
+        per_step = config.train.prompts_per_step
+        if config.near_policy.schedule == "continuous":
+            return {step: indices_at(step, per_step, num_prompts, config.seed)}
+        count = config.steps_per_epoch * per_step
+        indices = indices_at(0, count, num_prompts, config.seed)
+        size = max(SHARD_SIZE // config.sampling.num_generations, 1)
+        return dict(enumerate(indices[start : start + size] for start in range(0, count, size)))
+
+    def samples(self, version: int, step: int, weights: Callable[[], Params] | None) -> list[Shard]:
+        """The samples of a step, each shard read once.
+
+        Missing and damaged ones are made with `weights` of `version` updates, which is called at
+        most once; ShardError without weights.
+        """
+        found, weights = [], weights and functools.cache(weights)
+        for number, indices in self.blocks(step).items():
+            key = version, "samples", number
+            shard = self.read_if_whole(*key) if weights else self.read(*key)
             if shard is None:
                 self.check_stop(step)
                 start, place = time.time(), {"number": number, "step": step, "version": version}
                 prompts = collate(self.setup.prompts, indices)
                 stages.generate(self.setup, weights(), prompts, self.directory(version), **place)
                 self.record("generate", start, step, version)
-                shard = self.read(version, "samples", number)
+                shard = self.read(*key)
             found.append(shard)
         return found
 
@@ -122,42 +130,45 @@ class RolloutStore:
     def step(
         self, step: int, version: int, weights: Callable[[], Params]
     ) -> tuple[list[Shard], list[Shard]]:
-        """(samples, annotations) of a step of a continuous run, made if they are not stored."""
-        config, prompts = self.setup.config, self.setup.prompts
-        indices = indices_at(step, config.train.prompts_per_step, len(prompts), config.seed)
-        samples = self.samples(version, step, {step: indices}, weights)
+        """(samples, annotations) of a step, made if they are not stored."""
+        samples = self.samples(version, step, weights)
         return samples, self.annotations(samples, step)
 
+    def whole_samples(self, step: int) -> list[Shard] | None:
+        """The samples of a step; None if they are not all stored, or if one is damaged, which is
+        deleted: other weights may sample it then.
+        """
+        version = self.sampled_version(step)
+        if version is None:
+            return None
+        found = [self.read_if_whole(version, "samples", number) for number in self.blocks(step)]
+        return None if None in found else found
+
     def sampled_version(self, step: int) -> int | None:
-        """The version of the weights that sampled a step of a continuous run; None if no samples
-        are stored. Damage is not checked.
+        """The version of the weights that sampled a step; None if its samples are not all stored.
+        Damage is not checked.
         """
         near = self.setup.config.near_policy
         oldest = oldest_version(step, near.max_staleness)
         newest = oldest if near.lag == "fixed" else step
-        is_stored = lambda version: step in shards.shard_paths(self.directory(version), "samples")
-        return next(filter(is_stored, range(oldest, newest + 1)), None)
+        has_samples = lambda version: self._is_complete(version, "samples", step)
+        return next(filter(has_samples, range(oldest, newest + 1)), None)
 
-    def is_step_stored(self, step: int) -> bool:
-        """Whether everything that the learner reads of a step is stored."""
+    def is_stored(self, step: int) -> bool:
+        """Whether everything that the learner reads of a step exists; damage is not checked."""
         version = self.sampled_version(step)
-        return version is not None and self.is_complete(version, [step])
+        if version is None or not stages.is_annotated(self.setup.config):
+            return version is not None
+        return self._is_complete(version, "annotations", step)
 
-    def is_complete(self, version: int, numbers: Iterable[int]) -> bool:
-        """Whether the shards that the learner reads exist; damage is not checked."""
-        stages_read = shards.SCHEMAS if stages.is_annotated(self.setup.config) else ("samples",)
-        paths = [shards.shard_paths(self.directory(version), stage) for stage in stages_read]
-        return all(found.keys() >= set(numbers) for found in paths)
+    def _is_complete(self, version: int, stage: str, step: int) -> bool:
+        return shards.shard_paths(self.directory(version), stage).keys() >= self.blocks(step).keys()
 
-    def remove_samples(self, version: int, step: int) -> None:
-        """Delete the samples of a step, which other weights may then sample."""
-        shards.shard_paths(self.directory(version), "samples")[step].unlink()
-
-    def wait_until(self, is_stored: Callable[[], bool], step: int) -> None:
-        """Wait for rollouts of another process. It may never store any, so a stop request ends the
-        wait.
+    def wait_for(self, step: int) -> None:
+        """Wait until another process has stored the rollouts of a step. It may never store any, so
+        a stop request ends the wait.
         """
-        while not is_stored():
+        while not self.is_stored(step):
             self.check_stop(step)
             time.sleep(POLL_SECONDS)
 
