@@ -91,17 +91,6 @@ def require_room(config: Config, prompts: PromptSet) -> None:
         require(needed + answer <= length, "train.pack_length", length, expected)
 
 
-def require_enough_prompts(config: Config, prompts: PromptSet) -> None:
-    """An epoch of a refresh must not use a prompt, and so train on the same answer, twice."""
-    wanted, count = config.steps_per_epoch * config.train.prompts_per_step, len(prompts)
-    if config.near_policy.schedule == "refresh" and wanted > count:
-        raise ConfigError(
-            f"an epoch takes {wanted} prompts (train.num_steps / near_policy.num_epochs x "
-            f"train.prompts_per_step), but {config.data.source} has {count}; expected at most "
-            f"{count}: raise near_policy.num_epochs or lower train.prompts_per_step"
-        )
-
-
 def require_rows_divide(config: Config, shards: int) -> None:
     """The rows of a step must divide into the micro-batches and the row shards of the mesh."""
     parts, rows = config.train.gradient_accumulation_steps, config.rows_per_step

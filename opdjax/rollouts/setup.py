@@ -32,7 +32,6 @@ from opdjax.ops.sharding import make_mesh, num_row_shards
 from opdjax.ops.tile import Head
 from opdjax.rollouts.requirements import (
     learner_devices,
-    require_enough_prompts,
     require_given_answers,
     require_reward_data,
     require_room,
@@ -95,7 +94,6 @@ def prepare(config: Config) -> Setup:
     require_reward_data(config, rows)
     prompts = encode_prompts(rows, config.data, tokenizer, teacher_tokenizer)
     require_room(config, prompts)
-    require_enough_prompts(config, prompts)
     if checkpoint is not None and config.teacher_is_student and prompts.teacher_ids is None:
         raise ConfigError(
             f"teacher.path is {STUDENT}, and the teacher reads the same prompts as the student: "

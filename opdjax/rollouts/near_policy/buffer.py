@@ -1,7 +1,5 @@
-"""Which weights may sample the rollouts of a step, and when.
-
-A step may be sampled as soon as there are weights that will be at most `max_staleness` updates old
-when the step is trained on. This is known in advance, because steps are trained on in order, one
+"""A step may be sampled as soon as there are weights that will be at most `max_staleness` updates
+old when it is trained on. This is known in advance, because steps are trained on in order, one
 update each. So no sampled rollout is ever dropped, however slow it was.
 """
 

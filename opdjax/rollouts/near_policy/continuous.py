@@ -1,8 +1,6 @@
-"""The continuous near-policy source: each step's rollouts are sampled ahead of its update.
-
-Rollouts are stored in the work directory before they are trained on. So a run that was killed finds
-all of them again, and it makes no difference to the learner whether the generator is this thread,
-another thread or another process.
+"""The continuous near-policy source: each step's rollouts are sampled ahead of its update, in this
+thread, in another one or in another process. They are stored in the work directory before they are
+trained on, so a run that was killed finds all of them again.
 """
 
 from __future__ import annotations
@@ -22,12 +20,7 @@ from opdjax.ops.multihost import agreed
 from opdjax.ops.sharding import make_mesh
 from opdjax.rollouts.near_policy import stages
 from opdjax.rollouts.near_policy.buffer import RolloutBuffer, oldest_version
-from opdjax.rollouts.near_policy.shards import (
-    DamagedShardError,
-    MissingShardError,
-    Shard,
-    ShardError,
-)
+from opdjax.rollouts.near_policy.shards import LostShardError, Shard, ShardError
 from opdjax.rollouts.near_policy.stages import step_batch
 from opdjax.rollouts.near_policy.store import RolloutStore
 from opdjax.rollouts.on_policy import prompts_of
@@ -52,7 +45,7 @@ class ContinuousSource(RolloutSource):
         first: int,
         is_stop_requested: Callable[[int], bool],
     ):
-        self._setup, self._near, self._next_step = setup, setup.config.near_policy, first
+        self._setup, self._near = setup, setup.config.near_policy
         self._prefetched, self._unfiltered, self._num_empty_steps = None, None, 0
         near, self._buffer = self._near, None  # None: another process samples
         if near.generator == "process":
@@ -92,7 +85,6 @@ class ContinuousSource(RolloutSource):
             self._wait_for(step)
         with timer.phase("pack"):
             data, self._prefetched = self._prefetched or self._load(step), None
-            self._next_step = step + 1
             if self._buffer is not None:
                 self._buffer.forget(step)
         return data
@@ -109,7 +101,7 @@ class ContinuousSource(RolloutSource):
         if self._near.lag == "fixed":
             end = min(version + self._near.max_staleness, self._setup.config.train.num_steps)
             with timer.phase("wait"):
-                for step in range(self._next_step, end):
+                for step in range(version, end):
                     self._wait_for(step)
 
     def probe(self, step: int) -> TrainBatch:
@@ -141,15 +133,13 @@ class ContinuousSource(RolloutSource):
         return jax.device_put(weights, layout, donate=not self._setup.config.lora.rank)
 
     def _adopt_stored(self, step: int, first: int) -> None:
-        """Take over the stored rollouts of a step. Damaged ones are sampled again if their weights
-        can be had again.
-        """
+        """Take over a step's stored rollouts; sample lost ones again if their weights are there."""
         oldest = oldest_version(step, self._near.max_staleness)
         is_past = self._near.lag == "fixed" and oldest < first  # of weights before the learner's
         if is_past and oldest:
             try:
                 samples = self._store.samples(oldest, step, None)
-            except (DamagedShardError, MissingShardError) as error:
+            except LostShardError as error:
                 raise ShardError(
                     f"{error}; the weights of {oldest} updates that sampled it are gone, because "
                     f"the run continues from step {first}: put the file back or start in a new "
@@ -182,9 +172,7 @@ class ContinuousSource(RolloutSource):
         return StepData(prompts, rollouts, batch, rows, metrics | filtering | packing)
 
     def _check_filter_not_empty(self, kept: np.ndarray, step: int, directory: pathlib.Path) -> None:
-        """ConfigError if the filter kept nothing in too many consecutive steps: even an empty step
-        moves the optimizer.
-        """
+        """ConfigError after too many empty steps in a row: even they move the optimizer."""
         self._num_empty_steps = 0 if kept.any() else self._num_empty_steps + 1
         if self._num_empty_steps >= _MAX_EMPTY_STEPS:
             raise ConfigError(
@@ -195,9 +183,7 @@ class ContinuousSource(RolloutSource):
 
 
 def _on_own_devices(setup: Setup) -> Setup:
-    """The setup of a generator that samples on the last devices of this process; what it reads is
-    placed there.
-    """
+    """The setup of a generator that samples on the last devices of this process."""
     config = setup.config
     tensor = config.mesh.tensor
     count = config.mesh.generator_devices(len(jax.devices()))

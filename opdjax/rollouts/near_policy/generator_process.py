@@ -1,6 +1,5 @@
-"""Runs the generator alone: for a learner in another process, on this machine or another one.
-
-The two share only the work directory: weights come from `published/`, rollouts go to `rollouts/`.
+"""Runs the generator alone, for a learner in another process on this machine or another one. The
+two share only the work directory: weights come from `published/`, rollouts go to `rollouts/`.
 Either may be killed and restarted at any time; neither needs the other to be running.
 """
 
@@ -19,7 +18,7 @@ from opdjax.rollouts.near_policy.buffer import oldest_version, version_for
 from opdjax.rollouts.near_policy.refresh import version_of
 from opdjax.rollouts.near_policy.shards import ShardError
 from opdjax.rollouts.near_policy.store import POLL_SECONDS, RolloutStore
-from opdjax.rollouts.setup import Setup, facts, initial_weights, prepare
+from opdjax.rollouts.setup import facts, initial_weights, prepare
 from opdjax.runs.mirror import WorkdirMirror, open_workdir
 from opdjax.runs.object_store import is_remote
 from opdjax.runs.workdir import WorkdirError, claim, locked, read_config
@@ -34,7 +33,7 @@ def generate_for(workdir: pathlib.Path, config: Config | None) -> int:
     weights sample.
     """
     with _locked_store(workdir, config) as store:
-        return _Generator(store).run()
+        return _generate(store)
 
 
 def annotate_all(workdir: pathlib.Path) -> int:
@@ -58,105 +57,90 @@ def annotate_all(workdir: pathlib.Path) -> int:
 
 @contextlib.contextmanager
 def _locked_store(workdir: pathlib.Path, config: Config | None) -> Iterator[RolloutStore]:
-    """The store of a run, locked for its only generator; on gs:// for its only writer, because a
-    learner and a generator cannot share it there.
-    """
+    """The store of a run, locked for its only generator; on gs:// for its only writer."""
     with contextlib.ExitStack() as resources:
         if is_remote(workdir):
             mirror = resources.enter_context(open_workdir(workdir))
         else:
             resources.enter_context(locked(workdir, "generator"))
             mirror = WorkdirMirror(workdir)
-        yield RolloutStore(_setup(mirror, config), mirror.directory)
+        workdir = mirror.directory
+        if config is None and not (workdir / "config.json").exists():
+            raise WorkdirError(
+                f"{workdir} has no config.json; start the run first (opdjax train), or give the "
+                "EXPERIMENT: the generator reads its config"
+            )
+        given = read_config(workdir) if config is None else config
+        near, mesh = given.near_policy, given.mesh
+        if near.generator == "process" and mirror.is_remote:
+            raise WorkdirError(
+                f"{mirror.name}: a learner and its generator need a shared file system; mount the "
+                "bucket"
+            )
+        if near.schedule == "none":
+            raise WorkdirError(
+                f"{workdir}: near_policy.schedule is none; expected refresh or continuous: nothing "
+                "is sampled ahead"
+            )
+        if near.generator == "process":  # it uses all devices of its machine
+            mesh = MeshConfig(tensor=mesh.tensor)
+        setup = prepare(dataclasses.replace(given, mesh=mesh))
+        if config is not None:
+            claim(workdir, config, facts(setup))
+        yield RolloutStore(setup, workdir)
         mirror.upload()
 
 
-def _setup(mirror: WorkdirMirror, config: Config | None) -> Setup:
-    workdir = mirror.directory
-    if config is None and not (workdir / "config.json").exists():
-        raise WorkdirError(
-            f"{workdir} has no config.json; start the run first (opdjax train), or give the "
-            "EXPERIMENT: the generator reads its config"
-        )
-    given = read_config(workdir) if config is None else config
-    near = given.near_policy
-    if near.generator == "process" and mirror.is_remote:
-        raise WorkdirError(
-            f"{mirror.name}: a learner and its generator need a shared file system; mount the "
-            "bucket"
-        )
-    if near.schedule == "none":
-        raise WorkdirError(
-            f"{workdir}: near_policy.schedule is none; expected refresh or continuous: nothing is "
-            "sampled ahead"
-        )
-    # A generator process uses all devices of its machine: their number may differ from the
-    # learner's.
-    own_mesh = MeshConfig(tensor=given.mesh.tensor) if near.generator == "process" else given.mesh
-    setup = prepare(dataclasses.replace(given, mesh=own_mesh))
-    if config is not None:
-        claim(workdir, config, facts(setup))
-    return setup
-
-
-class _Generator:
-    """Samples rollouts, with weights of one version at a time."""
-
-    def __init__(self, store: RolloutStore):
-        self._store, self._config = store, store.setup.config
-        self._held: dict[int, Params] = {}  # of one version
-
-    def run(self) -> int:
-        """Sample the rollouts of one step after the other; return the number of stored shards."""
-        store, config, near, count = self._store, self._config, self._config.near_policy, 0
-        steps, first = range(config.train.num_steps), self._first_step()
-        if near.schedule == "refresh":
-            steps, first = config.refresh_steps, version_of(config, first)
-        for step in steps:
-            # Steps that are trained on already are not sampled again, even if their files are gone.
-            is_untrained = oldest_version(step, near.max_staleness) == 0
-            if step < first or not (near.generator == "process" or is_untrained):
-                continue
-            samples = store.whole_samples(step)
-            if samples is not None:
-                store.annotations(samples, step)
-                continue
-            start, version = time.time(), self._wait_for(step)
-            if version is None:
+def _generate(store: RolloutStore) -> int:
+    """Sample the rollouts of one step after the other; return the number of stored shards."""
+    config, near = store.setup.config, store.setup.config.near_policy
+    held: dict[int, Params] = {}  # of one version
+    saved = (path.name for path in (store.workdir / "checkpoints").glob("*"))
+    # The update from which the learner would continue now. What is trained on already is not
+    # sampled again, even if its files are gone.
+    first = max((int(name) for name in saved if name.isdecimal()), default=0)
+    steps, count = range(first, config.train.num_steps), 0
+    if near.schedule == "refresh":
+        current = version_of(config, first)
+        steps = [version for version in config.refresh_steps if version >= current]
+    if near.generator != "process":
+        steps = [step for step in steps if oldest_version(step, near.max_staleness) == 0]
+    for step in steps:
+        samples = store.whole_samples(step)
+        if samples is None:
+            start, version = time.time(), _wait_for_weights(store, step)
+            if version is None:  # the run is over
                 break
             store.record("admit", start, step, -1)
-            samples, _ = store.step(step, version, lambda version=version: self._weights(version))
+            weights = lambda version=version: _weights(store, version, held)
+            samples = store.samples(version, step, weights)
             count += len(samples)
-        return count
+        store.annotations(samples, step)
+    return count
 
-    def _wait_for(self, step: int) -> int | None:
-        """Wait for weights that may sample a step; None if the run is over before they come."""
-        near, store = self._config.near_policy, self._store
-        while not (store.workdir / "result.json").exists():
-            published = [0, *store.published()]  # the checkpoint's own can always be had
-            version = version_for(step, published, near.max_staleness, near.lag)
-            if version is not None:
-                return version
-            time.sleep(POLL_SECONDS)
-        return None
 
-    def _first_step(self) -> int:
-        """The update from which the learner would continue now."""
-        saved = (path.name for path in (self._store.workdir / "checkpoints").glob("*"))
-        return max((int(name) for name in saved if name.isdecimal()), default=0)
+def _wait_for_weights(store: RolloutStore, step: int) -> int | None:
+    """Wait for weights that may sample a step; None if the run is over before they come."""
+    near = store.setup.config.near_policy
+    while not (store.workdir / "result.json").exists():
+        published = [0, *store.published()]  # the checkpoint's own can always be had
+        version = version_for(step, published, near.max_staleness, near.lag)
+        if version is not None:
+            return version
+        time.sleep(POLL_SECONDS)
+    return None
 
-    def _weights(self, version: int) -> Params:
-        if version in self._held:
-            return self._held[version]
-        self._held.clear()  # frees the old weights before the new ones are read
-        store = self._store
+
+def _weights(store: RolloutStore, version: int, held: dict[int, Params]) -> Params:
+    """The weights of a version, which `held` keeps until another one is needed."""
+    if version not in held:
+        held.clear()  # frees the old weights before the new ones are read
         try:
-            params = store.fetch(version) if version else initial_weights(store.setup)
+            held[version] = store.fetch(version) if version else initial_weights(store.setup)
         except FileNotFoundError as error:
             raise ShardError(
                 f"rollouts sampled by the weights of {version} updates are missing or damaged, and "
                 f"these weights are no longer in {store.workdir / 'published'}; put the shard back "
                 "or start in a new work directory"
             ) from error
-        self._held[version] = params
-        return params
+    return held[version]

@@ -12,15 +12,16 @@ import numpy as np
 
 from opdjax.config import Config
 from opdjax.config.validation import ConfigError
-from opdjax.data.packing import first_fit_decreasing, pack, packed_lengths, packing_metrics
+from opdjax.data.packing import first_fit_decreasing, packed_lengths
 from opdjax.data.prompts import PromptSet, collate
 from opdjax.models.decoder import Params
 from opdjax.ops.multihost import on_process_zero
 from opdjax.ops.sharding import num_row_shards
 from opdjax.rollouts.near_policy import stages
 from opdjax.rollouts.near_policy.shards import Shard
-from opdjax.rollouts.near_policy.stages import as_batch, step_batch, stored_token_counts
+from opdjax.rollouts.near_policy.stages import as_batch, step_batch
 from opdjax.rollouts.near_policy.store import RolloutStore
+from opdjax.rollouts.rows import packed
 from opdjax.rollouts.setup import Setup, initial_weights
 from opdjax.rollouts.source import RolloutSource, StepData
 from opdjax.runs.metrics import Timer
@@ -31,9 +32,7 @@ _NUM_PROBED = 64  # unfiltered rollouts on which the KL from the sampling policy
 
 @dataclasses.dataclass(frozen=True)
 class StoredEpoch:
-    """The stored rollouts of one version, and how they are distributed over the steps of an
-    epoch.
-    """
+    """The stored rollouts of one version, distributed over the steps of an epoch."""
 
     version: int
     samples: list[Shard]
@@ -56,6 +55,7 @@ class RefreshSource(RolloutSource):
         self._setup, self._store = setup, RolloutStore(setup, workdir, is_stop_requested)
         self._epoch: StoredEpoch | None = None
         self._prefetched: StepData | None = None
+        self._store.blocks(0)  # refuses too few prompts before anything is computed
 
     def publish(self, version: int, copy_weights: Callable[[], Params], timer: Timer) -> None:
         """See `RolloutSource`."""
@@ -93,18 +93,15 @@ class RefreshSource(RolloutSource):
         setup, epoch = self._setup, self._epoch
         order = _random(setup.config.seed, epoch.version, -1)
         chosen = order.permutation(sum(map(len, epoch.samples)))[:_NUM_PROBED]
-        length = setup.config.sampling.max_completion_length
         while True:
-            _, batch = as_batch(setup.prompts, length, epoch.samples, (), chosen)
+            _, batch = as_batch(setup, epoch.samples, (), chosen)
             rows = first_fit_decreasing(packed_lengths(batch), epoch.length)
             if rows.max() < epoch.capacity:
                 return self._packed(batch, rows)[0]
             chosen = chosen[: len(chosen) // 2]
 
     def _open_epoch(self, version: int, weights: Callable[[], Params] | None, timer: Timer) -> None:
-        """Read the rollouts of a version; missing and damaged ones are made if there are weights
-        for them.
-        """
+        """Read the rollouts of a version; lost ones are made if there are weights for them."""
         with timer.phase("sample"):
             samples = self._store.samples(version, version, weights)
         with timer.phase("annotate"):
@@ -128,22 +125,15 @@ class RefreshSource(RolloutSource):
         rank[own] = np.arange(len(own))
         rows, packing = self._packed(batch, rank[stored.rows[is_own]])
         # Tokens that were generated and annotated for many steps count for the first of them.
-        metrics |= packing | (
-            stored.metrics if step == stored.version else stored_token_counts([], [])
-        )
+        tokens = dict.fromkeys(("perf/generated_tokens", "perf/annotated_tokens"), 0.0)
+        metrics |= packing | (stored.metrics if step == stored.version else tokens)
         prompts = collate(setup.prompts, np.asarray(rollouts.prompt_id))
         return StepData(prompts, rollouts, batch, rows, metrics)
 
     def _packed(self, batch: TrainBatch, rows: np.ndarray) -> tuple[TrainBatch, Metrics]:
-        packed, origins = pack(
-            batch,
-            self._epoch.length,
-            parts=self._setup.config.train.gradient_accumulation_steps,
-            shards=num_row_shards(self._setup.mesh),
-            rows=rows,
-            num_rows=self._epoch.capacity,
-        )
-        return packed, packing_metrics(origins)
+        setup, epoch = self._setup, self._epoch
+        layout = {"rows": rows, "num_rows": epoch.capacity}
+        return packed(batch, setup.config.train, setup.mesh, epoch.length, **layout)
 
 
 def version_of(config: Config, step: int) -> int:
@@ -183,9 +173,7 @@ def _distributed(
 
 
 def _packed_rows(lengths: np.ndarray, length: int, steps: int) -> np.ndarray:
-    """The packed row of each rollout; rows are filled less if an epoch would otherwise have fewer
-    rows than steps.
-    """
+    """The packed row of each rollout; rows are filled less if there were fewer than steps."""
     rows = first_fit_decreasing(lengths, length)
     if rows.max() + 1 < steps:
         rows = first_fit_decreasing(lengths, max(int(lengths.sum()) // steps, int(lengths.max())))

@@ -1,8 +1,6 @@
-"""Rollouts on disk: Parquet shards, written atomically, with a checksum in their name. No jax.
-
-`WORKDIR/rollouts/VERSION/` (VERSION: updates of the weights that sampled) holds
-`STAGE-NUMBER.DIGEST.parquet` and `filter-NUMBER.json`. DIGEST is the start of the file's sha256, so
-a damaged shard is always noticed.
+"""Rollouts on disk, written atomically. `WORKDIR/rollouts/VERSION/` (VERSION: updates of the
+weights that sampled) holds `STAGE-NUMBER.DIGEST.parquet` and `filter-NUMBER.json`. DIGEST is the
+start of the file's sha256, so a damaged shard is always noticed. No jax.
 """
 
 from __future__ import annotations
@@ -114,18 +112,8 @@ class ShardError(ValueError):
     """A shard is missing, truncated, corrupted, renamed, or of another schema."""
 
 
-class DamagedShardError(ShardError):
-    """The bytes of the shard at `path` are not those that were written; a new one may replace
-    it.
-    """
-
-    def __init__(self, path: pathlib.Path, problem: str):
-        super().__init__(f"{path} {problem}")
-        self.path = path
-
-
-class MissingShardError(ShardError):
-    """A shard that was stored before is missing."""
+class LostShardError(ShardError):
+    """A stored shard is missing, or its bytes are not those that were written."""
 
 
 class StorageError(OSError):
@@ -239,8 +227,9 @@ def read_shard(path: pathlib.Path) -> Shard:
         file = pq.ParquetFile(pa.BufferReader(data))
         facts = dict(json.loads(file.schema_arrow.metadata[_KEY]))
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        problem = f"is no shard that opdjax wrote: {type(error).__name__}: {error}; delete it"
-        raise DamagedShardError(path, problem) from error
+        raise LostShardError(
+            f"{path} is no shard that opdjax wrote: {type(error).__name__}: {error}; delete it"
+        ) from error
     if facts.get("schema") != SCHEMA_VERSION:
         raise ShardError(
             f"{path} is of schema {facts.get('schema')}; this version of opdjax reads schema "
@@ -316,9 +305,7 @@ def _remove_abandoned(path: pathlib.Path) -> None:
 
 
 def _is_another_alive(process: int) -> bool:
-    """Whether another process with this id is alive. This process writes one file at a time, so a
-    partial file with its own id is an earlier process's.
-    """
+    """Whether another process has this id. This one has no other partial file of its own."""
     try:
         os.kill(process, 0)
     except PermissionError:  # another user's
@@ -361,9 +348,7 @@ def _array(values: Sequence, column: ShardColumn, name: str) -> pa.Array:
 def _checked(
     stage: str, table: pa.Table, facts: Mapping[str, Any]
 ) -> dict[str, np.ndarray | list[np.ndarray]]:
-    """The columns as arrays, lists as views of one buffer. ValueError unless they have the types of
-    the schema, matching list lengths, and no null or negative id.
-    """
+    """The columns as arrays, lists as views of one buffer; ValueError if they do not fit."""
     if not table.schema.equals(_arrow_schema(stage)):
         raise ValueError(f"it has other columns or types than schema {SCHEMA_VERSION} of {stage}")
     if stage == "annotations" and not isinstance(facts.get("top_k"), int):
@@ -413,9 +398,7 @@ def _require_limits(num_samples: int, num_values: int) -> None:
 
 
 def _read_bytes(path: pathlib.Path, digest: str) -> bytes:
-    """The bytes of a file, read and hashed once; ShardError if it is too large or cannot be read,
-    DamagedShardError if it has another digest.
-    """
+    """The bytes of a file of this digest, read and hashed once."""
     try:
         size = path.stat().st_size
         data = path.read_bytes() if size <= _MAX_BYTES else None
@@ -428,6 +411,8 @@ def _read_bytes(path: pathlib.Path, digest: str) -> bytes:
         raise ShardError(f"{path} has {size} bytes; expected at most {_MAX_BYTES}; {_ADVICE}")
     if hashlib.sha256(data).hexdigest()[:16] != digest:
         found = "corrupted" if data.endswith(_MAGIC) else "truncated, or corrupted at its end"
-        problem = f"its {len(data)} bytes do not have the digest in its name; {_ADVICE}"
-        raise DamagedShardError(path, f"is {found}: {problem}")
+        raise LostShardError(
+            f"{path} is {found}: its {len(data)} bytes do not have the digest in its name; "
+            f"{_ADVICE}"
+        )
     return data

@@ -24,20 +24,19 @@ from opdjax.data.packing import (
     to_train_batch,
     unpack,
 )
-from opdjax.data.prompts import PromptSet, collate
+from opdjax.data.prompts import collate
 from opdjax.engine.evaluate import graded_texts
 from opdjax.engine.scorer import score
 from opdjax.estimators import estimator_of
-from opdjax.models.decoder import DecoderConfig, Params, head_of
+from opdjax.models.decoder import Params, head_of
 from opdjax.ops.multihost import on_process_zero
 from opdjax.ops.sharding import num_row_shards, shard_rows, to_host
-from opdjax.ops.tile import Head
 from opdjax.ops.vocab import TILE
 from opdjax.rollouts.near_policy import ifd, shards
 from opdjax.rollouts.near_policy.shards import Shard
 from opdjax.rollouts.on_policy import draw
 from opdjax.rollouts.rows import with_option_columns
-from opdjax.rollouts.setup import Setup
+from opdjax.rollouts.setup import Setup, Teacher
 from opdjax.types import Metrics, PromptBatch, Rollouts, TeacherScores, TrainBatch
 
 
@@ -54,22 +53,19 @@ def generate(
     params: Params,
     prompts: PromptBatch,
     directory: pathlib.Path,
-    *,
     number: int,
     step: int,
-    version: int,
 ) -> None:
-    """Sample completions of these prompts with weights of `version` updates, and store them as
-    shard `number`.
-
-    `step`: the update that they are sampled for; it selects the random numbers.
+    """Sample completions of these prompts with the weights of a version, and store them as shard
+    `number` in its directory. `step`, the update that they are sampled for, selects the random
+    numbers.
     """
     rollouts, config = to_host(draw(setup, params, prompts, step)), setup.config
     mask, count = rollouts.mask, len(rollouts.mask)
     take = lambda x, keep: [row[kept] for row, kept in zip(x, keep)]
     columns = {
         "step": np.full(count, step),
-        "policy_version": np.full(count, version),
+        "policy_version": np.full(count, int(directory.name)),
         "prompt_id": rollouts.prompt_id,
         "sample_id": rollouts.sample_id,
         "is_truncated": rollouts.is_truncated,
@@ -82,10 +78,10 @@ def generate(
     }
     if config.near_policy.filter != "none":
         head = head_of(params, valid_vocab=setup.decoding.valid_vocab)
-        student = _Scorer(setup, setup.student.config, params, head)
+        student = Teacher(setup.student, params, head, setup.tokenizer, setup.decoding, True)
         batch = to_train_batch(rollouts, dataclasses.replace(prompts, teacher_tokens=None))
-        alone = _without_prompts(setup, columns["tokens"], of_teacher=False)
-        columns |= student.nlls("student", batch, rollouts.unfiltered_logprobs, alone)
+        own = batch, rollouts.unfiltered_logprobs, columns["tokens"]
+        columns |= _mean_nlls(setup, "student", student, *own)[0]
     facts = {
         "student": config.student.path,
         "seed": config.seed,
@@ -95,17 +91,13 @@ def generate(
 
 
 def annotate(setup: Setup, samples: Shard) -> None:
-    """Store the teacher's scores of a shard of samples beside it, from one pass over prompts and
-    completions in packed rows.
-
-    A filter needs a second pass, over completions without prompts, and at a sampling temperature
-    other than 1 a third.
+    """Store the teacher's scores of a shard of samples beside it, from one pass over packed rows. A
+    filter needs a second one, without prompts, and at a temperature other than 1 a third.
     """
     config, teacher = setup.config, setup.teacher
-    scorer = _Scorer(setup, teacher.checkpoint.config, teacher.params, teacher.head)
-    _, batch = as_batch(setup.prompts, config.sampling.max_completion_length, [samples])
+    _, batch = as_batch(setup, [samples])
     mask, count = np.asarray(batch.mask), len(samples)
-    found = scorer.scores(batch, estimator_of(config.estimator).top_k)
+    found = _scores(setup, teacher, batch, estimator_of(config.estimator).top_k)
     num_tokens = _num_tokens(batch)
 
     def by_token(x: np.ndarray | None) -> list[np.ndarray]:
@@ -122,10 +114,9 @@ def annotate(setup: Setup, samples: Shard) -> None:
         "teacher_alone_nll": np.full(count, np.nan),
     }
     if config.near_policy.filter != "none":
-        alone = _without_prompts(setup, samples.columns["tokens"], of_teacher=True)
-        columns |= scorer.nlls("teacher", batch, found.teacher_logprobs, alone)
-        num_tokens *= 1 if config.sampling.temperature == 1 else 2
-        num_tokens += _num_tokens(alone)
+        own = batch, found.teacher_logprobs, samples.columns["tokens"]
+        nlls, num_more = _mean_nlls(setup, "teacher", teacher, *own)
+        columns, num_tokens = columns | nlls, num_tokens + num_more
     facts = {
         "teacher": config.teacher.path,
         "temperature": str(config.sampling.temperature),
@@ -144,7 +135,9 @@ def select(
     `filter-NUMBER.json` (see `ifd.document`).
     """
     config, seed = setup.config.near_policy, setup.config.seed
-    metrics = stored_token_counts(samples, annotations)
+    num_tokens = sum(len(row) for shard in samples for row in shard.columns["tokens"])
+    read = sum(shard.facts["num_tokens"] for shard in annotations)
+    metrics = {"perf/generated_tokens": float(num_tokens), "perf/annotated_tokens": float(read)}
     if config.filter == "none":
         return np.ones(sum(map(len, samples)), bool), metrics
     joined = lambda shards, name: np.concatenate([shard.columns[name] for shard in shards])
@@ -182,16 +175,34 @@ def select(
     return kept, metrics | shares
 
 
-def _without_prompts(setup: Setup, tokens: Sequence[np.ndarray], *, of_teacher: bool) -> TrainBatch:
-    """The completions after nothing but the header of the assistant's turn."""
-    data, length = setup.config.data, setup.config.sampling.max_completion_length
-    tokenizer = setup.teacher.tokenizer if of_teacher else setup.tokenizer
-    format, thinking = data.teacher_template if of_teacher else data.student_template
-    header = assistant_header(tokenizer, format=format, enable_thinking=thinking)
-    count = len(tokens)
-    headers = np.tile(np.array(header, np.int32), (count, 1))
-    prompts = PromptBatch(headers, np.ones(headers.shape, bool), np.zeros(count, np.int32))
-    return to_train_batch(answer_rows(prompts, tokens, length, 0), prompts)
+def _mean_nlls(
+    setup: Setup,
+    whose: str,
+    model: Teacher,
+    batch: TrainBatch,
+    logprobs: np.ndarray,
+    tokens: Sequence[np.ndarray],
+) -> tuple[dict[str, np.ndarray], int]:
+    """The columns of mean NLLs `[B]` at temperature 1, of completions after their prompts and after
+    nothing but the header of the assistant's turn; and the tokens that were read for them.
+
+    `batch` and `tokens` are those of the completions, `logprobs` at the sampling temperature.
+    """
+    data = setup.config.data
+    model = dataclasses.replace(model, head=dataclasses.replace(model.head, temperature=1.0))
+    format, thinking = data.teacher_template if whose == "teacher" else data.student_template
+    header = assistant_header(model.tokenizer, format=format, enable_thinking=thinking)
+    headers = np.tile(np.array(header, np.int32), (len(tokens), 1))
+    prompts = PromptBatch(headers, np.ones(headers.shape, bool), np.zeros(len(tokens), np.int32))
+    length = setup.config.sampling.max_completion_length
+    alone = to_train_batch(answer_rows(prompts, tokens, length, 0), prompts)
+    num_tokens = _num_tokens(alone)
+    if setup.config.sampling.temperature != 1:
+        logprobs = _scores(setup, model, batch, 0).teacher_logprobs
+        num_tokens += _num_tokens(batch)
+    without = _scores(setup, model, alone, 0).teacher_logprobs
+    found = {"nll": _mean_nll(logprobs, batch), "alone_nll": _mean_nll(without, alone)}
+    return {f"{whose}_{name}": nll for name, nll in found.items()}, num_tokens
 
 
 def _num_tokens(batch: TrainBatch) -> int:
@@ -199,8 +210,9 @@ def _num_tokens(batch: TrainBatch) -> int:
     return int(np.count_nonzero((batch.teacher_view or batch).segment_ids))
 
 
-def _mean_nll(logprobs: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def _mean_nll(logprobs: np.ndarray, batch: TrainBatch) -> np.ndarray:
     """Mean NLL of each row in nats per token, float64; NaN for a row without tokens."""
+    mask = np.asarray(batch.mask)
     total, count = -np.where(mask, logprobs, 0).sum(axis=1, dtype=np.float64), mask.sum(axis=1)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
@@ -213,66 +225,43 @@ def _is_correct(setup: Setup, prompt_id: np.ndarray, texts: list[str]) -> np.nda
     return graded_texts(texts, answers, setup.config.evaluation.grader).astype(bool)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Scorer:
-    """A model that scores rollouts in packed rows, one micro-batch at a time."""
-
-    setup: Setup
-    model: DecoderConfig
-    params: Params
-    head: Head
-
-    def nlls(
-        self, whose: str, batch: TrainBatch, logprobs: np.ndarray, alone: TrainBatch
-    ) -> dict[str, np.ndarray]:
-        """The columns of mean NLLs `[B]` in nats per token at temperature 1: of the completions
-        after their prompts, whose `logprobs` are at the sampling temperature, and `alone`.
-        """
-        plain = dataclasses.replace(self, head=dataclasses.replace(self.head, temperature=1.0))
-        of = lambda rows: plain.scores(rows, 0).teacher_logprobs
-        logprobs = logprobs if self.setup.config.sampling.temperature == 1 else of(batch)
-        return {
-            f"{whose}_nll": _mean_nll(logprobs, np.asarray(batch.mask)),
-            f"{whose}_alone_nll": _mean_nll(of(alone), np.asarray(alone.mask)),
-        }
-
-    def scores(self, batch: TrainBatch, top_k: int) -> TeacherScores:
-        """Log-probs of the tokens, and the top k, in the columns of the batch."""
-        train, mesh = self.setup.config.train, self.setup.mesh
-        shards, rows_per_step = num_row_shards(mesh), self.setup.config.rows_per_step
-        # One micro-batch has as many rows as in the update: memory that suffices there does here.
-        unit = -(-rows_per_step // train.gradient_accumulation_steps // shards) * shards
-        view = batch.tokens if batch.teacher_view is None else batch.teacher_view.tokens
-        length, rows = max(batch.tokens.shape[1], view.shape[1]), np.arange(len(batch.tokens))
-        if train.pack_length:
-            length = train.pack_length
-            rows = first_fit_decreasing(packed_lengths(batch), length)
-        # Powers of two keep the number of compiled programs small; empty micro-batches are skipped.
-        parts = 1 << (int(rows.max()) // unit).bit_length()
-        packed, origins = pack(
-            batch, length, parts=parts, shards=shards, rows=rows, num_rows=parts * unit
-        )
-        scores = score(
-            self.params,
-            self.head,
-            shard_rows(packed, mesh),
-            config=self.model,
-            needs="top_k" if top_k else "token",
-            tile=TILE,
-            parts=parts,
-            mesh=mesh,
-            top_k=top_k,
-        )
-        found = to_host(dataclasses.replace(scores, hidden=None))
-        return jax.tree.map(lambda x: unpack(x, origins, batch.tokens.shape), found)
+def _scores(setup: Setup, model: Teacher, batch: TrainBatch, top_k: int) -> TeacherScores:
+    """Log-probs of the tokens, and the top k, in the columns of the batch; scored in packed rows,
+    one micro-batch at a time.
+    """
+    config, train, shards = setup.config, setup.config.train, num_row_shards(setup.mesh)
+    # One micro-batch has as many rows as in the update: memory that suffices there does here.
+    unit = -(-config.rows_per_step // train.gradient_accumulation_steps // shards) * shards
+    view = batch.tokens if batch.teacher_view is None else batch.teacher_view.tokens
+    length, rows = max(batch.tokens.shape[1], view.shape[1]), np.arange(len(batch.tokens))
+    if train.pack_length:
+        length = train.pack_length
+        rows = first_fit_decreasing(packed_lengths(batch), length)
+    # Powers of two keep the number of compiled programs small; empty micro-batches are skipped.
+    parts = 1 << (int(rows.max()) // unit).bit_length()
+    packed, origins = pack(
+        batch, length, parts=parts, shards=shards, rows=rows, num_rows=parts * unit
+    )
+    scores = score(
+        model.params,
+        model.head,
+        shard_rows(packed, setup.mesh),
+        config=model.checkpoint.config,
+        needs="top_k" if top_k else "token",
+        tile=TILE,
+        parts=parts,
+        mesh=setup.mesh,
+        top_k=top_k,
+    )
+    found = to_host(dataclasses.replace(scores, hidden=None))
+    return jax.tree.map(lambda x: unpack(x, origins, batch.tokens.shape), found)
 
 
 # Loading
 
 
 def as_batch(
-    prompts: PromptSet,
-    max_completion_length: int,
+    setup: Setup,
     samples: Sequence[Shard],
     annotations: Sequence[Shard] = (),
     chosen: np.ndarray | None = None,
@@ -287,8 +276,9 @@ def as_batch(
     rows = rows if chosen is None else [rows[index] for index in chosen]
     column = lambda shards, name: [shards[shard].columns[name][row] for shard, row in rows]
     own = lambda name, dtype=None: np.array(column(samples, name), dtype)
-    batch_prompts = collate(prompts, own("prompt_id", np.int32))
-    given = answer_rows(batch_prompts, column(samples, "tokens"), max_completion_length, 0)
+    prompts = collate(setup.prompts, own("prompt_id", np.int32))
+    length = setup.config.sampling.max_completion_length
+    given = answer_rows(prompts, column(samples, "tokens"), length, 0)
     spread = lambda values: _spread(values, given.mask)
     rollouts = dataclasses.replace(
         given,
@@ -298,7 +288,7 @@ def as_batch(
         policy_version=own("policy_version", np.int32),
         is_truncated=own("is_truncated"),
     )
-    batch = to_train_batch(rollouts, batch_prompts)
+    batch = to_train_batch(rollouts, prompts)
     if not annotations:
         return rollouts, batch
     top_k = annotations[0].facts["top_k"]
@@ -322,12 +312,11 @@ def step_batch(
 
     The random numbers depend on the step that trains on the samples, not on the age of the weights.
     """
-    config, length = setup.config, setup.config.sampling.max_completion_length
-    rollouts, batch = as_batch(setup.prompts, length, samples, annotations, chosen)
+    rollouts, batch = as_batch(setup, samples, annotations, chosen)
     steps = np.full(len(rollouts.tokens), step, np.int32)
     of_step = dataclasses.replace(rollouts, policy_version=steps)
-    batch, metrics = with_option_columns(batch, of_step, config, setup.prompts, setup.tokenizer)
-    return rollouts, batch, metrics
+    options = of_step, setup.config, setup.prompts, setup.tokenizer
+    return rollouts, *with_option_columns(batch, *options)
 
 
 def _spread(values: Sequence[np.ndarray], mask: np.ndarray) -> np.ndarray:
@@ -336,12 +325,3 @@ def _spread(values: Sequence[np.ndarray], mask: np.ndarray) -> np.ndarray:
     found = np.zeros((*mask.shape, *joined.shape[1:]), joined.dtype)
     found[mask] = joined
     return found
-
-
-def stored_token_counts(samples: Sequence[Shard], annotations: Sequence[Shard]) -> Metrics:
-    """The tokens that were sampled, and that the teacher read, for these shards. They are metrics
-    of the first step that trains on them.
-    """
-    generated = sum(len(row) for shard in samples for row in shard.columns["tokens"])
-    read = sum(shard.facts["num_tokens"] for shard in annotations)
-    return {"perf/generated_tokens": float(generated), "perf/annotated_tokens": float(read)}

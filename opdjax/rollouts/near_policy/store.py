@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.flax import load_file, save
 
+from opdjax.config.validation import ConfigError
 from opdjax.data.prompts import collate, indices_at
 from opdjax.models.decoder import Params
 from opdjax.models.partitioning import SAMPLER_AXES, shardings_of
@@ -23,12 +24,7 @@ from opdjax.ops.multihost import InterruptedRunError, on_process_zero
 from opdjax.ops.sharding import to_host
 from opdjax.rollouts.near_policy import shards, stages
 from opdjax.rollouts.near_policy.buffer import oldest_version
-from opdjax.rollouts.near_policy.shards import (
-    DamagedShardError,
-    MissingShardError,
-    Shard,
-    ShardError,
-)
+from opdjax.rollouts.near_policy.shards import LostShardError, Shard, ShardError
 from opdjax.rollouts.setup import Setup
 from opdjax.runs.workdir import append_lines
 
@@ -51,11 +47,11 @@ class RolloutStore:
         return shards.version_directory(self.workdir, version)
 
     def read(self, version: int, stage: str, number: int) -> Shard:
-        """Read a shard; ShardError if it is missing or damaged."""
+        """Read a shard; LostShardError if it is missing or damaged."""
         directory = self.directory(version)
         paths = shards.shard_paths(directory, stage)
         if number not in paths:
-            raise MissingShardError(
+            raise LostShardError(
                 f"{directory} lacks {stage} {number}, which was stored before; put the file back "
                 "or use a new work directory"
             )
@@ -63,12 +59,11 @@ class RolloutStore:
 
     def read_if_whole(self, version: int, stage: str, number: int) -> Shard | None:
         """Read a shard; None if it is missing or damaged. A damaged one is deleted, with a note."""
+        path = shards.shard_paths(self.directory(version), stage).get(number)
         try:
-            return self.read(version, stage, number)
-        except MissingShardError:
-            return None
-        except DamagedShardError as error:
-            note, path = f"note: {error}; it is made again", error.path
+            return path and shards.read_shard(path)
+        except LostShardError as error:
+            note = f"note: {error}; it is made again"
         on_process_zero(lambda: print(note))
         on_process_zero(lambda: path.unlink(missing_ok=True))  # now all processes have read it
         return None
@@ -76,12 +71,19 @@ class RolloutStore:
     def blocks(self, step: int) -> dict[int, np.ndarray]:
         """Prompts that are sampled for a step, number of the shard -> indices: the step's own, or
         under refresh those of an epoch, in whole prompts, about SHARD_SIZE rollouts a shard.
+        ConfigError if an epoch would use a prompt, and so train on the same answer, twice.
         """
         config, num_prompts = self.setup.config, len(self.setup.prompts)
         per_step = config.train.prompts_per_step
         if config.near_policy.schedule == "continuous":
             return {step: indices_at(step, per_step, num_prompts, config.seed)}
         count = config.steps_per_epoch * per_step
+        if count > num_prompts:
+            raise ConfigError(
+                f"an epoch takes {count} prompts (train.num_steps / near_policy.num_epochs x "
+                f"train.prompts_per_step), but {config.data.source} has {num_prompts}; expected at "
+                f"most {num_prompts}: raise near_policy.num_epochs or lower train.prompts_per_step"
+            )
         indices = indices_at(0, count, num_prompts, config.seed)
         size = max(SHARD_SIZE // config.sampling.num_generations, 1)
         return dict(enumerate(indices[start : start + size] for start in range(0, count, size)))
@@ -98,9 +100,9 @@ class RolloutStore:
             shard = self.read_if_whole(*key) if weights else self.read(*key)
             if shard is None:
                 self.check_stop(step)
-                start, place = time.time(), {"number": number, "step": step, "version": version}
-                prompts = collate(self.setup.prompts, indices)
-                stages.generate(self.setup, weights(), prompts, self.directory(version), **place)
+                start, prompts = time.time(), collate(self.setup.prompts, indices)
+                place = self.directory(version), number, step
+                stages.generate(self.setup, weights(), prompts, *place)
                 self.record("generate", start, step, version)
                 shard = self.read(*key)
             found.append(shard)
