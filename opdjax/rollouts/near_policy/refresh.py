@@ -160,9 +160,15 @@ def _distributed(
     # The longest sample counts even if the filter left it out: a probe reads it.
     length = config.train.pack_length or int(lengths.max())
     lengths = lengths[kept]
-    rows = np.arange(len(kept), dtype=np.int32)
+    rows = one_each = np.arange(len(kept), dtype=np.int32)
     if config.train.pack_length:
-        rows = _packed_rows(lengths, length, steps)
+        # Rows are filled less if an epoch would otherwise have fewer rows than steps.
+        for room in (length, max(int(lengths.sum()) // steps, int(lengths.max()))):
+            rows = first_fit_decreasing(lengths, room)
+            if rows.max() + 1 >= steps:
+                break
+        else:
+            rows = one_each
     num_rows = int(rows.max()) + 1
     unit = config.train.gradient_accumulation_steps * num_row_shards(setup.mesh)
     capacity = -(-num_rows // steps // unit) * unit
@@ -170,14 +176,6 @@ def _distributed(
     line = f"rollouts of version {version}: {total} sampled, {len(kept)} kept, in {num_rows} rows "
     on_process_zero(lambda: print(f"{line}of {length} tokens, {filled} filled"))
     return StoredEpoch(version, samples, annotations, kept, rows, length, capacity, metrics)
-
-
-def _packed_rows(lengths: np.ndarray, length: int, steps: int) -> np.ndarray:
-    """The packed row of each rollout; rows are filled less if there were fewer than steps."""
-    rows = first_fit_decreasing(lengths, length)
-    if rows.max() + 1 < steps:
-        rows = first_fit_decreasing(lengths, max(int(lengths.sum()) // steps, int(lengths.max())))
-    return rows if rows.max() + 1 >= steps else np.arange(len(lengths), dtype=np.int32)
 
 
 def _lengths(prompts: PromptSet, samples: list[Shard]) -> np.ndarray:

@@ -100,11 +100,8 @@ def annotate(setup: Setup, samples: Shard) -> None:
     found = _scores(setup, teacher, batch, estimator_of(config.estimator).top_k)
     num_tokens = _num_tokens(batch)
 
-    def by_token(x: np.ndarray | None) -> list[np.ndarray]:
-        if x is None:
-            return [np.zeros(0)] * count
-        return [row[kept].reshape(-1) for row, kept in zip(x, mask)]
-
+    by_row = lambda x: [row[kept].reshape(-1) for row, kept in zip(x, mask)]
+    by_token = lambda x: [np.zeros(0)] * count if x is None else by_row(x)
     ids = ("prompt_id", "sample_id", "policy_version")
     columns = {name: samples.columns[name] for name in ids} | {
         "teacher_logprobs": by_token(found.teacher_logprobs),

@@ -31,7 +31,7 @@ from opdjax.runs.workdir import append_lines
 # Rollouts in a stored file of a refresh, which are sampled and annotated together: an interrupted
 # refresh repeats at most these.
 SHARD_SIZE = 1024
-POLL_SECONDS = 0.02  # between looks at files that another process writes
+POLL_SECONDS = 0.05  # between looks at files that another process writes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +164,8 @@ class RolloutStore:
         return self._is_complete(version, "annotations", step)
 
     def _is_complete(self, version: int, stage: str, step: int) -> bool:
-        return shards.shard_paths(self.directory(version), stage).keys() >= self.blocks(step).keys()
+        found = shards.shard_paths(self.directory(version), stage).keys()
+        return bool(found) and found >= self.blocks(step).keys()
 
     def wait_for(self, step: int) -> None:
         """Wait until another process has stored the rollouts of a step. It may never store any, so
