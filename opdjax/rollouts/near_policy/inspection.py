@@ -66,8 +66,8 @@ def inspect(path: pathlib.Path, num_samples: int = 0) -> bool:
             "directory of a run that stores its rollouts"
         )
     damaged: list[str] = []
-    stages = list(itertools.product(directories, SCHEMAS))
-    paths = [file for place in stages for file in shards.shard_paths(*place).values()]
+    places = itertools.product(directories, SCHEMAS)
+    paths = [file for place in places for file in shards.shard_paths(*place).values()]
     all_seen = _whole(paths, _Seen.of, damaged)
     for seen in all_seen:
         key = int(seen.path.parent.name) if unit == "version" else seen.facts["number"]
@@ -75,7 +75,19 @@ def inspect(path: pathlib.Path, num_samples: int = 0) -> bool:
     _print_counts(unit, groups)
     paths = [file for place in directories for file in sorted(place.glob("filter-*.json"))]
     _print_filters(unit, _whole(paths, read_filter, damaged))
-    return _conclude(all_seen, damaged, num_samples)
+    stages = samples, annotations = [_of_stage(all_seen, stage) for stage in SCHEMAS]
+    for seen in filter(None, stages):
+        print(_facts(seen))
+    repeated, (unannotated, orphaned) = [*map(_num_repeated, stages)], _unmatched(all_seen)
+    print(
+        f"{_totals(samples)[0]} samples: {repeated[0]} repeated, {unannotated} without annotation; "
+        f"{_totals(annotations)[0]} annotations: {repeated[1]} repeated, {orphaned} without sample"
+    )
+    for reason in damaged:
+        print(f"damaged: {reason}")
+    _print_samples(samples, num_samples)
+    # A sample without annotation is no problem: it may be annotated later.
+    return not (damaged or orphaned or any(repeated))
 
 
 def _inspect_shard(path: pathlib.Path, num_samples: int) -> bool:
@@ -130,23 +142,6 @@ def _unmatched(all_seen: list[_Seen]) -> tuple[int, int]:
     _, ids = np.unique(np.concatenate(sides), axis=0, return_inverse=True)
     drawn, annotated = np.split(ids.reshape(-1), [len(sides[0])])
     return np.sum(~np.isin(drawn, annotated)), np.sum(~np.isin(annotated, drawn))
-
-
-def _conclude(all_seen: list[_Seen], damaged: list[str], num_samples: int) -> bool:
-    """Print facts, problems and samples; return whether there are no problems."""
-    stages = samples, annotations = [_of_stage(all_seen, stage) for stage in SCHEMAS]
-    for seen in filter(None, stages):
-        print(_facts(seen))
-    repeated, (unannotated, orphaned) = [*map(_num_repeated, stages)], _unmatched(all_seen)
-    print(
-        f"{_totals(samples)[0]} samples: {repeated[0]} repeated, {unannotated} without annotation; "
-        f"{_totals(annotations)[0]} annotations: {repeated[1]} repeated, {orphaned} without sample"
-    )
-    for reason in damaged:
-        print(f"damaged: {reason}")
-    _print_samples(samples, num_samples)
-    # A sample without annotation is no problem: it may be annotated later.
-    return not (damaged or orphaned or any(repeated))
 
 
 # Tables

@@ -270,7 +270,12 @@ def write_whole(path: pathlib.Path, data: bytes) -> pathlib.Path:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)  # there is one only after an error
-        _sync_directory(path.parent)
+        # The new name survives a loss of power only when the directory is on the disk too.
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         remedy = _REMEDIES.get(error.errno or 0, "repair that")
         raise StorageError(
@@ -279,15 +284,6 @@ def write_whole(path: pathlib.Path, data: bytes) -> pathlib.Path:
             "command again"
         ) from error
     return path
-
-
-def _sync_directory(directory: pathlib.Path) -> None:
-    """A rename survives a loss of power only when the directory is on the disk too."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove_abandoned(path: pathlib.Path) -> None:

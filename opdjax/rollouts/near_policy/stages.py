@@ -152,8 +152,8 @@ def select(
         high = ifd.quantile_bound(delta, low, config.ifd_quantile)
     kept = ifd.zones(delta, low, high) == "kept"
     if config.filter == "random":
-        num_kept, stream = int(kept.sum()), {"seed": seed, "version": version, "number": number}
-        kept = ifd.random_control(num_kept, len(kept), **stream)
+        place = {"version": version, "number": number}
+        kept = ifd.random_control(int(kept.sum()), len(kept), seed=seed, **place)
     tokens = [row.tolist() for shard in samples for row in shard.columns["tokens"]]
     texts = setup.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
