@@ -178,8 +178,9 @@ def test_a_closed_buffer_gives_what_is_stored_and_draws_nothing_more():
 def test_what_is_stored_is_not_drawn_again():
     buffer = RolloutBuffer(range(2, 5), 2, "fixed", drawn_as, is_threaded=False)
     buffer.put(3, "stored")
-    assert not buffer.is_needed(1)
+    assert buffer.is_needed(2)
     buffer.publish(2, "weights")
+    assert not buffer.is_needed(3)
     assert [buffer.get(step) for step in (2, 3, 4)] == [
         (2, 2, "weights"),
         "stored",
