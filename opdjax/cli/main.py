@@ -38,7 +38,7 @@ COMMANDS = {
 ALIASES = {"teach": "references", "annotate": "score", "inspect": "rollouts", "import": "check"}
 
 # Errors of the package that a caller inside it handles: one that gets here is a bug.
-_INTERNAL_ERRORS = ("BufferClosedError", "ReplyError")
+_INTERNAL_ERRORS = ("ReplyError",)
 _CACHE_BYTES = 4 << 30  # of compiled programs; jax drops the ones that were used longest ago
 
 

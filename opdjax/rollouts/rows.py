@@ -33,14 +33,17 @@ from opdjax.rollouts.source import StepData
 from opdjax.types import Metrics, Rollouts, TeacherScores, TrainBatch
 
 
-def packed(batch: TrainBatch, train: TrainConfig, mesh: Mesh) -> tuple[TrainBatch, Metrics]:
-    """Return the rows that are scored and trained on, and how full they are; without
-    `train.pack_length` these are the given ones.
+def packed(
+    batch: TrainBatch, train: TrainConfig, mesh: Mesh, length: int | None = None, **layout: Any
+) -> tuple[TrainBatch, Metrics]:
+    """Return the rows that are scored and trained on, and how full they are; without a `length`,
+    which is `train.pack_length` if not given, these are the given ones. `layout`: see `pack`.
     """
-    if train.pack_length is None:
+    length = length or train.pack_length
+    if length is None:
         return batch, {}
     parts, shards = train.gradient_accumulation_steps, num_row_shards(mesh)
-    rows, origins = pack(batch, train.pack_length, parts=parts, shards=shards)
+    rows, origins = pack(batch, length, parts=parts, shards=shards, **layout)
     return rows, packing_metrics(origins)
 
 

@@ -386,7 +386,6 @@ INTERNAL = {
     "opdjax.judge.client._PostponedError",
     "opdjax.judge.client._TransientError",
     "opdjax.judge.schema.ReplyError",
-    "opdjax.rollouts.near_policy.buffer.BufferClosedError",
 }
 
 
