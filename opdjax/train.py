@@ -1,6 +1,4 @@
-"""The training loop: next, score, update, publish, evaluate, save.
-
-`train(config, workdir)` runs a config to its end or continues it. The work directory holds the
+"""The training loop: next, score, update, publish, evaluate, save. The work directory holds the
 whole state of a run, and all random numbers are functions of (seed, step), so a run that was killed
 ends with the same results as one that was not.
 """
@@ -14,7 +12,6 @@ import pathlib
 import shutil
 import sys
 import types
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,10 +19,8 @@ import jax
 import numpy as np
 
 from opdjax.config import Config
-from opdjax.engine.evaluation_log import evaluate
+from opdjax.engine.evaluate import evaluate
 from opdjax.engine.update import (
-    TrainState,
-    UpdateSpec,
     init_state,
     make_behavior_kl,
     make_examine,
@@ -35,7 +30,6 @@ from opdjax.engine.update import (
 from opdjax.models.decoder import Params
 from opdjax.models.hf_export import export_student
 from opdjax.models.lora import combine
-from opdjax.models.partitioning import SAMPLER_AXES, shardings_of
 from opdjax.ops.multihost import (
     InterruptedRunError,
     agreed,
@@ -45,27 +39,24 @@ from opdjax.ops.multihost import (
     stop_requests,
 )
 from opdjax.ops.sharding import is_process_zero, shard_rows
-from opdjax.rollouts.checks import check_first_step, check_settings
-from opdjax.rollouts.findings import enforce
-from opdjax.rollouts.rows import rollout_metrics, token_counts
+from opdjax.rollouts.checks import check_first_step, check_settings, enforce
+from opdjax.rollouts.rows import rollout_metrics, scored, token_counts
 from opdjax.rollouts.samples import sample_rows
-from opdjax.rollouts.scoring import scored
 from opdjax.rollouts.setup import (
     Setup,
     facts,
     load_student,
     prepare,
-    sampling_copy,
+    sampling_weights,
     update_spec,
     with_current_teacher,
 )
 from opdjax.rollouts.source import SourceStoppedError, open_source
 from opdjax.runs.checkpoint import Checkpointer
-from opdjax.runs.metrics import MetricWriter, Progress, Timer
+from opdjax.runs.metrics import MetricWriter, Progress, Startup, Timer
 from opdjax.runs.mirror import WorkdirMirror, open_workdir, scratch_workdir
 from opdjax.runs.object_store import is_remote, url_of
 from opdjax.runs.results import make_result, read_result, result_table
-from opdjax.runs.startup import Startup
 from opdjax.runs.workdir import (
     WorkdirError,
     append_lines,
@@ -75,15 +66,12 @@ from opdjax.runs.workdir import (
     read_lines,
     write_json,
 )
-from opdjax.types import TrainBatch
 
 # Consecutive steps without a finite loss and gradient that end a run: single ones are skipped.
 MAX_NONFINITE_STEPS = 5
 _NUM_ALTERNATIVES = 5  # teacher's tokens shown with each token of samples.jsonl
-_LOGS = (
-    *("metrics.jsonl", "samples.jsonl", "eval.jsonl"),
-    *("timeline-learner.jsonl", "rubrics.jsonl"),
-)
+_TIMELINE = "timeline-learner.jsonl"  # the learner's activities, if rollouts are sampled ahead
+_LOGS = ("metrics.jsonl", "samples.jsonl", "eval.jsonl", "rubrics.jsonl", _TIMELINE)
 
 
 class NonFiniteLossError(RuntimeError):
@@ -156,7 +144,9 @@ def _run(
     num_steps, spec = config.train.num_steps, update_spec(setup)
     checkpointer = Checkpointer(mirror.checkpoints, keep=config.checkpoint.keep)
     resources.callback(checkpointer.close)
-    state, frozen = _initial_state(setup, spec)
+    trained, frozen = load_student(setup)
+    state = init_state(trained, make_optimizer(config.optimizer, num_steps), setup.mesh)
+    del trained  # copied
     layout = jax.tree.map(lambda x: x.sharding, state)
     update = make_update(spec, config.optimizer, num_steps, layout)
     examine, behavior_kl = make_examine(spec, _NUM_ALTERNATIVES), make_behavior_kl(spec)
@@ -169,13 +159,23 @@ def _run(
     )
     if writer is not None:
         resources.callback(writer.close)
-    sampling_weights = _sampling_weights(setup, frozen)
-    copy_weights = lambda: sampling_weights(state.params)
-    kl_of = lambda rows: behavior_kl(state.params, shard_rows(rows, setup.mesh), frozen)
+    weights_of = sampling_weights(setup, frozen)
+    copy_weights = lambda: weights_of(state.params)
 
     def save(step: int, scores: dict[str, float] | None = None) -> None:
         on_process_zero(mirror.upload)  # first: a checkpoint implies all logs before it
         checkpointer.save(step, state, scores)
+
+    def unfiltered_kl(step: int) -> dict[str, float]:
+        """KL(student || behaviour) on rollouts that no filter chose, or NaN if it is not due."""
+        every = config.log.diagnostics_every
+        if config.near_policy.filter == "none" or not every:
+            return {}
+        if step % every:
+            return {"staleness/kl_all": math.nan}
+        with timer.phase("probe"):
+            rows = shard_rows(source.probe(step), setup.mesh)
+            return {"staleness/kl_all": float(behavior_kl(state.params, rows, frozen))}
 
     progress, timer = Progress(first, num_steps), Timer()
     resources.callback(progress.close)
@@ -204,7 +204,7 @@ def _run(
             batch, teacher_head = jax.block_until_ready(
                 scored(current, data.rows, spec.estimator.teacher)
             )
-        extra = _unfiltered_kl(config, source.probe, kl_of, step, timer)
+        extra = unfiltered_kl(step)
         with timer.phase("update"):
             state, metrics = update(state, batch, teacher_head, frozen)
             # The update runs asynchronously: the host works while the device computes.
@@ -216,11 +216,13 @@ def _run(
             on_process_zero(startup.first_step_done)
         # Only rollouts of the current weights must have the log-probs that the update computes.
         if step == first and np.all(np.asarray(data.rollouts.policy_version) == step):
-            enforce(check_first_step(setup, data.batch, data.rollouts, data.prompts, metrics))
+            enforce(check_first_step(setup, data.batch, data.rollouts, metrics))
         # Frees what was computed with the old weights before the new ones are copied.
         del current, teacher_head, batch, data
 
-        on_process_zero(partial(_write_timeline, config, workdir, timer, done))
+        if config.near_policy.schedule != "none":
+            spans = [span | {"step": done, "version": done} for span in timer.spans]
+            on_process_zero(partial(append_lines, workdir / _TIMELINE, spans))
         metrics |= timer.take()
         metrics["perf/tokens_per_second"] = metrics["perf/trained_tokens"] / metrics["time/step"]
         on_process_zero(lambda step=done, row=metrics: writer.write(step, row))
@@ -231,7 +233,8 @@ def _run(
         streak = int(state.nonfinite_streak)
         if streak >= MAX_NONFINITE_STEPS:
             checkpointer.wait()
-            raise NonFiniteLossError(_nonfinite_message(done, streak, checkpointer, mirror))
+            kept = checkpointer.latest_step, mirror.checkpoints
+            raise NonFiniteLossError(_nonfinite_message(done, streak, *kept))
         is_last = done == num_steps
         is_evaluated = is_last or _is_due(done, config.evaluation.every)
         scores = evaluate(setup.evaluator, workdir, done, copy_weights) if is_evaluated else None
@@ -260,54 +263,8 @@ def _is_due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def _initial_state(setup: Setup, spec: UpdateSpec) -> tuple[TrainState, Params | None]:
-    """(the state before the first step, parameters that stay frozen)."""
-    trained, frozen = load_student(setup)
-    optimizer = make_optimizer(setup.config.optimizer, setup.config.train.num_steps)
-    return init_state(trained, optimizer, setup.mesh), frozen
-
-
-def _sampling_weights(setup: Setup, frozen: Params | None) -> Callable[[Params], Params]:
-    """Trained parameters -> the whole student's weights for sampling.
-
-    The trained part is copied even if its dtype stays: the update overwrites the state's arrays,
-    and may read the copy as its teacher's head. The frozen part is not copied if it is in place.
-    """
-    copied = jax.jit(partial(sampling_copy, setup))
-    layout = frozen and shardings_of(frozen, setup.mesh, SAMPLER_AXES)
-    own_frozen = frozen and jax.device_put(frozen, layout)
-    return lambda params: combine(own_frozen, copied(params))
-
-
-def _unfiltered_kl(
-    config: Config,
-    probe: Callable[[int], TrainBatch],
-    kl_of: Callable[[TrainBatch], jax.Array],
-    step: int,
-    timer: Timer,
-) -> dict[str, float]:
-    """KL(student || behaviour) on rollouts that no filter chose, every few steps; NaN between."""
-    every = config.log.diagnostics_every
-    if config.near_policy.filter == "none" or not every:
-        return {}
-    if step % every:
-        return {"staleness/kl_all": math.nan}
-    with timer.phase("probe"):
-        return {"staleness/kl_all": float(kl_of(probe(step)))}
-
-
-def _write_timeline(config: Config, workdir: pathlib.Path, timer: Timer, step: int) -> None:
-    """Write the learner's activities of a step, if rollouts are sampled ahead."""
-    if config.near_policy.schedule != "none":
-        rows = [span | {"step": step, "version": step} for span in timer.spans]
-        append_lines(workdir / "timeline-learner.jsonl", rows)
-
-
-def _nonfinite_message(
-    done: int, streak: int, checkpointer: Checkpointer, mirror: WorkdirMirror
-) -> str:
-    latest = checkpointer.latest_step
-    kept = f"the last good checkpoint in {mirror.checkpoints} is step {latest}"
+def _nonfinite_message(done: int, streak: int, latest: int | None, checkpoints: Any) -> str:
+    kept = f"the last good checkpoint in {checkpoints} is step {latest}"
     if latest is None:
         kept = "there is no good checkpoint yet"
     return (
@@ -320,21 +277,20 @@ def _truncate_logs(setup: Setup, workdir: pathlib.Path, step: int) -> None:
     """Drop log rows written after the checkpoint we resume from. WorkdirError, before anything is
     dropped, if the checkpoint or the first evaluation is missing.
     """
-    config, evaluation = setup.config, setup.config.evaluation
     if step:
         print(f"continuing from step {step}")
     logs = {name: read_lines(workdir / name) for name in _LOGS}
     reached = max([row["step"] for row in logs["metrics.jsonl"]], default=0)
     # A run may be killed while it saves its first checkpoint, after a streak of skipped steps.
-    possible = 2 * config.checkpoint.every + MAX_NONFINITE_STEPS
+    possible = 2 * setup.config.checkpoint.every + MAX_NONFINITE_STEPS
     if step == 0 and reached > possible:
         raise WorkdirError(
             f"{workdir} has metrics up to step {reached} and no checkpoint; put checkpoints back "
             "or start in a new work directory"
         )
+    wanted = {(0, temperature) for temperature in setup.config.evaluation.temperatures}
     found = {(row["step"], row["temperature"]) for row in logs["eval.jsonl"]}
-    temperatures = evaluation.temperatures
-    if step and setup.evaluator is not None and not {(0, t) for t in temperatures} <= found:
+    if step and setup.evaluator is not None and not wanted <= found:
         raise WorkdirError(
             f"{workdir / 'eval.jsonl'} lacks the evaluation of step 0, whose parameters are gone; "
             "put it back or use a new work directory"
@@ -348,10 +304,9 @@ def _finish(
 ) -> None:
     """Export the student, write result.json last, and print the scores."""
     config, out = setup.config, mirror.directory / "student"
-    names = ("student", "student_adapter")
 
     def clear() -> None:  # a run that was killed may have left parts of them
-        for name in names:
+        for name in ("student", "student_adapter"):
             shutil.rmtree(mirror.directory / name, ignore_errors=True)
 
     def write() -> None:

@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py vocab --help
     python scripts/benchmark.py recipes --output recipes.json
+    python scripts/benchmark.py step experiments/sweeps/step_costs.py
 
 Seconds are medians of alternating runs, with their range; the first runs, which compile, are not
 counted. CPU seconds of the process are more reliable than seconds on a busy machine.
@@ -22,11 +23,7 @@ SUBCOMMANDS = {  # name: (module of `benchmarks`, one line)
     "recipes": ("vocabulary", "each recipe's work on the vocabulary"),
     "sampler": ("sampling", "generated tokens a second, against the least time"),
     "step": ("steps", "seconds of a step by phase, for each setting of an experiment or a sweep"),
-    "packing": ("updates", "packed rows against one rollout a row"),
-    "async": ("asynchronous", "asynchronous against synchronous generation"),
     "judge": ("judging", "requests a second of the judge's client"),
-    "diagnostics": ("updates", "cost of a step's diagnostics"),
-    "scaling": ("scaling", "memory, collectives and seconds of an update by size and mesh"),
     "peers": ("peers.compare", "losses, generation and steps of TRL, Tunix and EasyDeL"),
 }
 

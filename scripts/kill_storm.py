@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-from safetensors.numpy import load_file
+from benchmarks.core import progress, to_markdown
 
 from opdjax.config import Config
 from opdjax.config.validation import from_dict, to_dict
@@ -43,23 +43,19 @@ BASE = {
     "mesh": {"data": 1},
 }
 REFRESH = {"schedule": "refresh", "num_epochs": 4, "refresh_epochs": [1, 2]}
-CONTINUOUS = {
-    "schedule": "continuous",
-    "max_staleness": 2,
-    "filter": "ifd",
-    "ifd_min": None,
-    "ifd_quantile": 0.7,
-}
-THREAD = {"generator": "thread"}
+CONTINUOUS = {"schedule": "continuous", "max_staleness": 2}
+CONTINUOUS |= {"filter": "ifd", "ifd_min": None, "ifd_quantile": 0.7}
+PROCESS, THREAD, FREE = {"generator": "process"}, {"generator": "thread"}, {"lag": "free"}
 SCHEDULES = {
     "refresh, inline": REFRESH,
-    "refresh, process": REFRESH | {"generator": "process"},
+    "refresh, process": REFRESH | PROCESS,
     "continuous, fixed lag 2, inline": CONTINUOUS,
     "continuous, fixed lag 2, thread": CONTINUOUS | THREAD,
-    "continuous, fixed lag 2, process": CONTINUOUS | {"generator": "process"},
-    "continuous, free lag to 2, thread": CONTINUOUS | THREAD | {"lag": "free"},
-    "continuous, free lag to 2, process": CONTINUOUS | {"generator": "process", "lag": "free"},
+    "continuous, fixed lag 2, process": CONTINUOUS | PROCESS,
+    "continuous, free lag to 2, thread": CONTINUOUS | THREAD | FREE,
+    "continuous, free lag to 2, process": CONTINUOUS | PROCESS | FREE,
 }
+_WORDS = {True: "yes", False: "**no**", None: "not promised"}
 LONGEST = 300  # seconds that a run may take to finish after the last kill
 
 
@@ -67,31 +63,28 @@ class Run:
     """The processes of one run."""
 
     def __init__(self, config: Config, workdir: pathlib.Path):
-        self.workdir, self._saved = workdir, workdir.with_suffix(".json")
-        self._saved.write_text(json.dumps({"config": to_dict(config)}))
+        self.workdir, saved = workdir, str(workdir.with_suffix(".json"))
+        pathlib.Path(saved).write_text(json.dumps({"config": to_dict(config)}))
         self._log = workdir.with_suffix(".log").open("w")
-        self.roles = (
-            ("learner", "generator") if config.near_policy.generator == "process" else ("learner",)
-        )
-        self._devices = 2 if config.near_policy.generator == "thread" else 1
+        self._commands = {"learner": ["train", saved, "--workdir", str(workdir)]}
+        if config.near_policy.generator == "process":
+            self._commands["generator"] = ["sample", saved, "--store", str(workdir)]
+        self.roles = tuple(self._commands)
+        self._environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": "2" if config.near_policy.generator == "thread" else "1",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
         self._running: dict[str, subprocess.Popen] = {}
 
     def start(self) -> None:
         """Start the processes that are not running, unless the run is complete."""
-        for role in self.roles:
+        output = {"stdout": self._log, "stderr": subprocess.STDOUT, "env": self._environment}
+        for role, words in self._commands.items():
             if role not in self._running and not (self.workdir / "result.json").exists():
-                environment = os.environ | {
-                    "JAX_PLATFORMS": "cpu",
-                    "JAX_NUM_CPU_DEVICES": str(self._devices),
-                    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                }
-                verb, option = ("train", "workdir") if role == "learner" else ("sample", "store")
-                command = [sys.executable, "-m", "opdjax", verb, str(self._saved)]
-                command += [f"--{option}", str(self.workdir)]
-                self._running[role] = subprocess.Popen(
-                    command, env=environment, stdout=self._log, stderr=subprocess.STDOUT
-                )
+                command = [sys.executable, "-m", "opdjax", *words]
+                self._running[role] = subprocess.Popen(command, **output)
 
     def kill(self, roles: tuple[str, ...]) -> None:
         """Send SIGKILL to all of these, then wait for them."""
@@ -106,8 +99,8 @@ class Run:
 
         RuntimeError if one of its processes fails.
         """
-        while any(process.poll() is None for process in self._running.values()):
-            if any(process.poll() for process in self._running.values()):
+        while None in (states := [process.poll() for process in self._running.values()]):
+            if any(states):
                 break
             if is_over():
                 return True
@@ -122,9 +115,8 @@ class Run:
         deadline = time.monotonic() + LONGEST
         if self.lasts(lambda: time.monotonic() > deadline):
             self.kill(self.roles)
-            raise RuntimeError(
-                f"{self.workdir} is not finished after {LONGEST} s; see {self._log.name}"
-            )
+            late = f"{self.workdir} is not finished after {LONGEST} s; see {self._log.name}"
+            raise RuntimeError(late)
 
     def progress(self) -> dict[str, int]:
         """Return bytes of metrics (learner) and files of rollouts (generator)."""
@@ -133,14 +125,13 @@ class Run:
         return {"learner": metrics.stat().st_size if metrics.exists() else 0, "generator": files}
 
 
-def stormed(
-    config: Config, workdir: pathlib.Path, kills: int, rng: random.Random
-) -> dict[str, int]:
+def stormed(config: Config, workdir: pathlib.Path, kills: int, rng: random.Random) -> dict:
     """Kill a run `kills` times, then let it finish.
 
     Returns the number of kills of each role, and of those while rows were being written.
     """
     run, counts = Run(config, workdir), collections.Counter()
+    both = [*((role,) for role in run.roles), run.roles]
     run.start()
     while counts["kills"] < kills:
         # One kill in four comes at any moment, also during start and compilation; the others come
@@ -155,17 +146,12 @@ def stormed(
             break  # finished: the table counts the kills
         counts["at work"] += run.progress() != before
         time.sleep(rng.uniform(0, 0.2))
-        roles = (
-            rng.choice((("learner",), ("generator",), ("learner", "generator")))
-            if len(run.roles) > 1
-            else run.roles
-        )
+        roles = rng.choice(both) if len(run.roles) > 1 else run.roles
         run.kill(roles)
-        counts.update(roles)
-        counts["kills"] += 1
+        counts.update((*roles, "kills"))
         run.start()
     run.finish()
-    return dict(counts)
+    return counts
 
 
 def account(config: Config, workdir: pathlib.Path) -> list[str]:
@@ -173,21 +159,20 @@ def account(config: Config, workdir: pathlib.Path) -> list[str]:
     near, found, problems = config.near_policy, collections.Counter(), []
     for version in shards.versions(workdir):
         directory = shards.version_directory(workdir, version)
-        samples, annotations = (
-            shards.shard_paths(directory, stage) for stage in ("samples", "annotations")
-        )
-        if samples.keys() != annotations.keys():
-            problems.append(
-                f"version {version}: samples {sorted(samples)}, annotations {sorted(annotations)}"
-            )
         problems += [f"left behind: {path.name}" for path in directory.glob("*.partial*")]
-        for number, path in samples.items():
-            shard = shards.read_shard(path)
-            read = shards.read_shard(annotations[number]) if number in annotations else shard
-            if not np.array_equal(shard.columns["prompt_id"], read.columns["prompt_id"]):
-                problems.append(f"{path.name}: another annotation")
+        stages = ("samples", "annotations")
+        samples, annotations = (shards.shard_paths(directory, stage) for stage in stages)
+        if samples.keys() != annotations.keys():
+            numbers = f"samples {sorted(samples)}, annotations {sorted(annotations)}"
+            problems.append(f"version {version}: {numbers}")
+        for number in samples.keys() & annotations.keys():
+            columns, read = (
+                shards.read_shard(paths[number]).columns for paths in (samples, annotations)
+            )
+            if not np.array_equal(columns["prompt_id"], read["prompt_id"]):
+                problems.append(f"{samples[number].name}: another annotation")
             names = ("step", "prompt_id", "sample_id", "policy_version")
-            for step, prompt, sample, policy in zip(*(shard.columns[n].tolist() for n in names)):
+            for step, prompt, sample, policy in zip(*(columns[name].tolist() for name in names)):
                 found[step, prompt, sample] += 1
                 oldest = near.max_staleness
                 ages = range(oldest + 1) if near.lag == "free" else [min(oldest, step)]
@@ -195,30 +180,43 @@ def account(config: Config, workdir: pathlib.Path) -> list[str]:
                     problems.append(f"step {step} sampled by version {policy}")
     steps = config.refresh_steps or range(config.train.num_steps)
     per_step = config.rows_per_step * (config.steps_per_epoch if config.refresh_steps else 1)
-    wanted = dict.fromkeys(steps, per_step)
-    counted = collections.Counter(step for step, _, _ in found)
-    problems += [
-        f"step {step}: {counted[step]} of {wanted.get(step, 0)} rollouts"
-        for step in wanted | counted
-        if counted[step] != wanted.get(step)
-    ]
+    wanted, counted = dict.fromkeys(steps, per_step), collections.Counter(key[0] for key in found)
+    for step in wanted | counted:
+        if counted[step] != wanted.get(step):
+            problems.append(f"step {step}: {counted[step]} of {wanted.get(step, 0)} rollouts")
     return problems + [f"repeated: {key}" for key, count in found.items() if count > 1]
 
 
-def metrics_of(workdir: pathlib.Path) -> list[dict]:
-    """Return the metrics of every step without times."""
+def outcome(workdir: pathlib.Path) -> tuple[bytes, list[dict]]:
+    """Return the weights, and the metrics of every step without times."""
     is_time = lambda name: name.startswith("time/") or name == "perf/tokens_per_second"
     rows = read_lines(workdir / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if not is_time(name)} for row in rows]
+    metrics = [{name: value for name, value in row.items() if not is_time(name)} for row in rows]
+    return (workdir / "student" / "model.safetensors").read_bytes(), metrics
 
 
-def is_same(left: pathlib.Path, right: pathlib.Path) -> bool:
-    """Return whether weights and metrics are bit-identical."""
-    weights = [load_file(path / "student" / "model.safetensors") for path in (left, right)]
-    same = weights[0].keys() == weights[1].keys() and all(
-        np.array_equal(value, weights[1][name]) for name, value in weights[0].items()
-    )
-    return same and metrics_of(left) == metrics_of(right)
+def compared(schedule: str, options: argparse.Namespace) -> tuple[dict[str, str], bool]:
+    """Return (the row of the table, whether nothing is wrong)."""
+    config = from_dict(Config, BASE | {"near_policy": SCHEDULES[schedule]})
+    rng, began = random.Random(f"{options.seed} {schedule}"), time.monotonic()
+    name = schedule.replace(", ", "_").replace(" ", "_")
+    calm, storm = options.workdir / f"{name}_calm", options.workdir / f"{name}_storm"
+    run = Run(config, calm)
+    run.start()
+    run.finish()
+    counts = stormed(config, storm, options.kills, rng)
+    is_same = outcome(calm) == outcome(storm) if config.near_policy.lag == "fixed" else None
+    problems = account(config, calm) + account(config, storm)
+    by_role = ", ".join(str(counts[role]) for role in ("learner", "generator"))
+    row = {
+        "schedule": schedule,
+        "kills (learner, generator)": f"{counts['kills']} ({by_role})",
+        "while it wrote": str(counts["at work"]),
+        "bit-identical to a run without kills": _WORDS[is_same],
+        "rollouts": "; ".join(problems[:3]) or "each stored once",
+        "seconds": f"{time.monotonic() - began:.0f}",
+    }
+    return progress(row), not problems and is_same is not False
 
 
 def main() -> None:
@@ -227,39 +225,18 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, help="Markdown file for the table")
     parser.add_argument("--kills", type=int, default=6, help="kills of each schedule")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="only schedules whose name contains this")
+    parser.add_argument("--only", default="", help="only schedules whose name contains this")
     options = parser.parse_args()
-    columns = ("schedule", "kills (learner, generator)", "while it wrote")
-    columns += ("bit-identical to a run without kills", "rollouts", "seconds")
-    lines = [f"| {' | '.join(columns)} |", "|---|---|---|---|---|---|"]
+    wanted = [schedule for schedule in SCHEDULES if options.only in schedule]
+    if not wanted:
+        parser.error(f"--only {options.only} is part of no schedule; there are {list(SCHEDULES)}")
     shutil.rmtree(options.workdir, ignore_errors=True)
     options.workdir.mkdir(parents=True)
-    is_clean = True
-    for schedule, given in SCHEDULES.items():
-        if options.only and options.only not in schedule:
-            continue
-        config = from_dict(Config, BASE | {"near_policy": given})
-        rng, began = random.Random(f"{options.seed} {schedule}"), time.monotonic()
-        name = schedule.replace(", ", "_").replace(" ", "_")
-        calm, storm = options.workdir / f"{name}_calm", options.workdir / f"{name}_storm"
-        run = Run(config, calm)
-        run.start()
-        run.finish()
-        counts = stormed(config, storm, options.kills, rng)
-        problems = account(config, calm) + account(config, storm)
-        same = is_same(calm, storm) if config.near_policy.lag == "fixed" else None
-        is_clean &= not problems and same is not False
-        by_role = ", ".join(str(counts.get(role, 0)) for role in ("learner", "generator"))
-        cells = [schedule, f"{counts.get('kills', 0)} ({by_role})", str(counts.get("at work", 0))]
-        cells.append({True: "yes", False: "**no**", None: "not promised"}[same])
-        cells.append("; ".join(problems[:3]) or "each stored once")
-        cells.append(f"{time.monotonic() - began:.0f}")
-        lines.append(f"| {' | '.join(cells)} |")
-        print(lines[-1], flush=True)
-    print("\n".join(lines))
+    rows, are_clean = zip(*(compared(schedule, options) for schedule in wanted))
+    print(to_markdown(rows))
     if options.output:
-        options.output.write_text("\n".join(lines) + "\n")
-    sys.exit(0 if is_clean else 1)
+        options.output.write_text(to_markdown(rows) + "\n")
+    sys.exit(0 if all(are_clean) else 1)
 
 
 if __name__ == "__main__":

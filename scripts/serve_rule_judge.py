@@ -99,6 +99,12 @@ CONTENT_FAULTS: dict[str, Callable[[Document, int], Document | None]] = {
 FAULTS = (*TRANSPORT_FAULTS, *TEXT_FAULTS, *CONTENT_FAULTS)
 
 
+def spoiled(document: Document, fault: str | None, pick: int) -> Document | None:
+    """Return a reply with its fault, if that is one of the content."""
+    spoil = CONTENT_FAULTS.get(fault)
+    return spoil(copy.deepcopy(document), pick) if spoil else document
+
+
 class JudgeServer(http.server.ThreadingHTTPServer):
     """The server, its options and its counts; OSError if the port is taken."""
 
@@ -108,30 +114,24 @@ class JudgeServer(http.server.ThreadingHTTPServer):
     def __init__(self, options: argparse.Namespace):
         super().__init__((HOST, options.port), Handler)
         self.options, self.lock, self.is_down = options, threading.Lock(), False
+        self.url = f"http://{HOST}:{self.server_port}/v1"
         self.idle: set[socket.socket] = set()  # connections that wait for a request
-        self.counts = {"requests": 0, "connections": 0, "in_flight": 0, "max_in_flight": 0}
-        self._seen, self.roles, self.faults = (collections.Counter() for _ in range(3))
-
-    @property
-    def url(self) -> str:
-        return f"http://{HOST}:{self.server_port}/v1"
-
-    @property
-    def stats(self) -> Document:
-        return {**self.counts, "roles": dict(self.roles), "faults": dict(self.faults)}
+        self.stats = {"requests": 0, "connections": 0, "in_flight": 0, "max_in_flight": 0}
+        self.stats |= {"roles": collections.Counter(), "faults": collections.Counter()}
+        self._seen = collections.Counter()
 
     def begin_request(self) -> bool:
         """Count a request; the last one before `--down-after` closes the server to others. False
         for a request that comes after it.
         """
+        stats = self.stats
         with self.lock:
             if self.is_down:
                 return False
-            counts = self.counts
-            counts["requests"] += 1
-            counts["in_flight"] += 1
-            counts["max_in_flight"] = max(counts["max_in_flight"], counts["in_flight"])
-            is_last = counts["requests"] == self.options.down_after
+            stats["requests"] += 1
+            stats["in_flight"] += 1
+            stats["max_in_flight"] = max(stats["max_in_flight"], stats["in_flight"])
+            is_last = stats["requests"] == self.options.down_after
             self.is_down |= is_last
         # Before the reply: a server that crashes does not wait for its last request.
         if is_last:
@@ -141,10 +141,6 @@ class JudgeServer(http.server.ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RDWR)
         return True
 
-    def end_request(self) -> None:
-        with self.lock:
-            self.counts["in_flight"] -= 1
-
     def fault(self, body: bytes, document: Document) -> tuple[str | None, int]:
         """Return the fault of this request, if any, and a number of 32 bits that varies it."""
         key = hashlib.sha256(body).digest()  # whole bodies would fill the memory
@@ -152,16 +148,15 @@ class JudgeServer(http.server.ThreadingHTTPServer):
             count = self._seen[key]
             self._seen[key] += 1
         digest = hashlib.sha256(f"{self.options.seed} {count} ".encode() + body).digest()
-        able = [
-            kind
-            for kind in self.options.fault_kinds
-            if kind not in CONTENT_FAULTS or CONTENT_FAULTS[kind](copy.deepcopy(document), 0)
-        ]
-        is_failing = int.from_bytes(digest[:8]) < self.options.faults * 2**64
-        kind = able[int.from_bytes(digest[8:16]) % len(able)] if is_failing and able else None
+        pick = int.from_bytes(digest[16:20])
+        is_able = lambda kind: spoiled(document, kind, 0) is not None
+        able = list(filter(is_able, self.options.fault_kinds))
+        if int.from_bytes(digest[:8]) >= self.options.faults * 2**64 or not able:
+            return None, pick
+        kind = able[int.from_bytes(digest[8:16]) % len(able)]
         with self.lock:
-            self.faults.update([kind] if kind else [])
-        return kind, int.from_bytes(digest[16:20])
+            self.stats["faults"][kind] += 1
+        return kind, pick
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -173,7 +168,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         with self.server.lock:
-            self.server.counts["connections"] += 1
+            self.server.stats["connections"] += 1
 
     def handle_one_request(self) -> None:
         self.server.idle.add(self.connection)
@@ -191,10 +186,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         """Do not log requests."""
 
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Refuse a request that is not HTTP, and end the connection."""
-        self.close_connection = True
-        self.refuse(code, message or HTTPStatus(code).phrase)
+    def send_error(self, code: int, message: str | None = None, *_: Any, **headers: str) -> None:
+        """Refuse a request, also one that is not HTTP, and end the connection."""
+        self.close_connection, phrase = True, HTTPStatus(code).phrase
+        error = {"message": message or phrase, "type": phrase.lower().replace(" ", "_")}
+        self.reply(code, {"error": error | {"code": code}}, **headers)
 
     def reply(self, status: int, document: Document, **headers: str) -> None:
         body = json.dumps(document).encode()
@@ -207,14 +203,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def refuse(self, status: int, message: str, **headers: str) -> None:
-        kind = HTTPStatus(status).phrase.lower().replace(" ", "_")
-        error = {"message": message, "type": kind, "code": status}
-        self.reply(status, {"error": error}, **headers)
-
     def refuse_path(self) -> None:
         offered = "POST /v1/chat/completions, GET /v1/models or GET /stats"
-        self.refuse(404, f"there is no {self.command} {self.path}; expected {offered}")
+        self.send_error(404, f"there is no {self.command} {self.path}; expected {offered}")
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
@@ -244,29 +235,33 @@ class Handler(http.server.BaseHTTPRequestHandler):
             try:
                 self.complete(body)
             finally:
-                self.server.end_request()
+                with self.server.lock:
+                    self.server.stats["in_flight"] -= 1
 
     def complete(self, body: bytes) -> None:
         try:
             request = checked(body)
         except ValueError as error:
-            self.refuse(400, str(error))
+            self.send_error(400, str(error))
             return
         options, document = self.server.options, reply_document(request)
         with self.server.lock:
-            self.server.roles[role_of(request["messages"]) or "other"] += 1
+            self.server.stats["roles"][role_of(request["messages"]) or "other"] += 1
         fault, pick = self.server.fault(body, document)
         if fault == "rate_limit":
             seconds = f"{0.05 + 0.15 * pick / 2**32:.3f}"
-            self.refuse(429, "too many requests", Retry_After=seconds)
+            self.send_error(429, "too many requests", Retry_After=seconds)
             return
         time.sleep(options.hang if fault == "timeout" else options.latency)
         if fault == "timeout":
             self.close_connection = True  # without a response
         elif fault == "server_error":
-            self.refuse(500, "the server failed")
+            self.send_error(500, "the server failed")
         else:
-            self.reply(200, completion(request, *spoiled(document, fault, pick)))
+            text = json.dumps(spoiled(document, fault, pick))
+            text = TEXT_FAULTS[fault](text) if fault in TEXT_FAULTS else text
+            reason = "length" if fault == "truncated" else "stop"
+            self.reply(200, completion(request, text, reason))
 
 
 def checked(body: bytes) -> Document:
@@ -278,7 +273,7 @@ def checked(body: bytes) -> Document:
     if not isinstance(request, dict) or not isinstance(request.get("model"), str):
         raise ValueError('expected a JSON object with "model" and "messages"')
     messages = request.get("messages")
-    is_list = isinstance(messages, list) and bool(messages)
+    is_list = isinstance(messages, list) and messages
     if not is_list or not all(isinstance(message, dict) for message in messages):
         raise ValueError("messages: expected a list of objects that is not empty")
     if request.get("stream") or request.get("n", 1) != 1:
@@ -287,19 +282,9 @@ def checked(body: bytes) -> Document:
     kind = form.get("type") if isinstance(form, dict) else None if form else "text"
     has_schema = kind != "json_schema" or isinstance(requested_schema(request), dict)
     if kind not in ("text", "json_object", "json_schema") or not has_schema:
-        raise ValueError(
-            "response_format: expected a type of text, json_object, or json_schema with a schema"
-        )
+        expected = "a type of text, json_object, or json_schema with a schema"
+        raise ValueError(f"response_format: expected {expected}")
     return request
-
-
-def spoiled(document: Document, fault: str | None, pick: int) -> tuple[str, str]:
-    """Text and finish_reason of the reply with its fault."""
-    if fault in CONTENT_FAULTS:
-        document = CONTENT_FAULTS[fault](copy.deepcopy(document), pick)
-    text = json.dumps(document)
-    text = TEXT_FAULTS[fault](text) if fault in TEXT_FAULTS else text
-    return text, "length" if fault == "truncated" else "stop"
 
 
 def parsed(words: list[str]) -> argparse.Namespace:
@@ -312,14 +297,14 @@ def parsed(words: list[str]) -> argparse.Namespace:
     add("--faults", type=float, default=0.0, help="share of requests that fail, from 0 to 1")
     kinds = "kinds of faults, separated by commas; default: %(default)s"
     add("--fault-kinds", default=",".join(FAULTS), help=kinds)
-    add("--seed", type=int, default=0, help="seed that selects the requests which fail")
+    add("--seed", type=int, default=0, help="selects the requests that fail")
     add("--hang", type=float, default=5.0, help="seconds until a timeout fault ends the connection")
     down = "number of requests after which connections are refused; 0: never"
     add("--down-after", type=int, default=0, help=down)
     given = parser.parse_args(words)
     given.fault_kinds = tuple(filter(None, given.fault_kinds.split(",")))
-    if unknown := sorted(set(given.fault_kinds) - set(FAULTS)):
-        parser.error(f"--fault-kinds is {', '.join(unknown)}; expected some of {', '.join(FAULTS)}")
+    if unknown := ", ".join(set(given.fault_kinds) - set(FAULTS)):
+        parser.error(f"--fault-kinds is {unknown}; expected some of {', '.join(FAULTS)}")
     if not 0 <= given.faults <= 1:
         parser.error(f"--faults is {given.faults}; expected a share from 0 to 1")
     if min(given.latency, given.hang, given.down_after) < 0:
@@ -351,11 +336,8 @@ def main() -> None:
     try:
         server = JudgeServer(options)
     except OSError as error:
-        print(
-            f"port {options.port} is not available ({error.strerror}); take another with --port, "
-            "or any free one with --port 0",
-            file=sys.stderr,
-        )
+        advice = "take another with --port, or any free one with --port 0"
+        print(f"port {options.port} is not available ({error.strerror}); {advice}", file=sys.stderr)
         sys.exit(2)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     print(f"serving at {server.url}", file=sys.stderr if command else sys.stdout, flush=True)

@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from opdjax.cli.experiments import load_experiment
+from opdjax.cli.parsing import load_experiment
 from opdjax.config import (
     ApiConfig,
     Config,

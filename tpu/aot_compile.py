@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import tyro
 
-from opdjax.cli.experiments import load_experiment
 from opdjax.cli.main import is_user_error
+from opdjax.cli.parsing import load_experiment
 from opdjax.config import Config
 from opdjax.config.topology import topology
 from opdjax.diagnose.plan.aot import Program, compile_programs
@@ -64,10 +64,10 @@ def main(arguments: list[str]) -> int:
 
 def described(program: Program) -> dict[str, Any]:
     """The JSON entry of a program, with its collectives summed by kind and loop."""
-    fields = dataclasses.asdict(dataclasses.replace(program, collectives=[]))
+    fields = dataclasses.asdict(program)
     return fields | {
         "temp_bytes": program.temp_bytes,
-        "collectives": [dataclasses.asdict(row) for row in traffic(program.collectives)],
+        "collectives": traffic(program.collectives),
     }
 
 

@@ -1,7 +1,5 @@
 """Exports the student of a checkpoint of a run."""
 
-from __future__ import annotations
-
 import os
 import pathlib
 from functools import partial
@@ -34,11 +32,8 @@ def export_step(
     """
     with read_only_workdir(workdir, lambda name: name == "config.json") as mirror:
         config = read_config(mirror.directory)
-        checkpointer = Checkpointer(
-            mirror.checkpoints,
-            keep=config.checkpoint.keep,
-            is_read_only=True,
-        )
+        kept = config.checkpoint.keep
+        checkpointer = Checkpointer(mirror.checkpoints, keep=kept, is_read_only=True)
         best = checkpointer.best_step
         named = {"latest": checkpointer.latest_step, "best": best}
         wanted = named.get(step, int(step) if step.isdecimal() else None)

@@ -1,7 +1,5 @@
 """Grades the completions of samples.jsonl with the answers of a run's data, for reports."""
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 Heavy imports happen inside the commands, so that help is instant.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os
@@ -39,42 +37,15 @@ COMMANDS = {
 }
 ALIASES = {"teach": "references", "annotate": "score", "inspect": "rollouts", "import": "check"}
 
-# Errors that a user can fix, with their subclasses: reported in one line, with exit status 2 or the
-# error's own `exit_status`. All other errors are bugs, or come from a library: they keep their
-# traceback and Python's exit status 1. Listed by name: importing the classes would load jax.
-USER_ERRORS = (
-    "builtins.OSError",  # a missing or unreadable file, a full disk, the network
-    "opdjax.config.validation.ConfigError",
-    "opdjax.config.validation.MissingExtraError",
-    "opdjax.data.tokenizer.TokenizerError",
-    "opdjax.data.chat.TokenizerMismatchError",
-    "opdjax.data.sources.DataError",
-    "opdjax.diagnose.plan.aot.NoCompilerError",
-    "opdjax.judge.replies.ApiError",
-    "opdjax.models.families.UnsupportedModelError",
-    "opdjax.models.hf.CheckpointError",
-    "opdjax.ops.multihost.InterruptedRunError",
-    "opdjax.ops.multihost.OtherFailedError",
-    "opdjax.rollouts.findings.FaultError",
-    "opdjax.rollouts.near_policy.shards.ShardError",
-    "opdjax.rollouts.source.SourceStoppedError",
-    "opdjax.runs.checkpoint.CheckpointShapeError",
-    "opdjax.runs.checkpoint.UnreadableCheckpointError",
-    "opdjax.runs.lease.LeaseLostError",
-    "opdjax.runs.workdir.WorkdirError",
-    "opdjax.sweeps.fleet.shards.FleetError",
-    "opdjax.sweeps.runner.SweepIncompleteError",
-    "opdjax.sweeps.runner.SweepInterruptedError",
-    "opdjax.sweeps.runner.SweepReferencesError",
-    "opdjax.train.NonFiniteLossError",
-)
-
+# Errors of the package that a caller inside it handles: one that gets here is a bug.
+_INTERNAL_ERRORS = ("ReplyError",)
 _CACHE_BYTES = 4 << 30  # of compiled programs; jax drops the ones that were used longest ago
 
 
 def main() -> None:
-    """Run `opdjax COMMAND …`. Errors in USER_ERRORS are reported in one line; with --debug or
-    OPDJAX_DEBUG=1 also with their traceback.
+    """Run `opdjax COMMAND …`. An error that the user can fix is reported in one line, with exit
+    status 2 or its own `exit_status`; with --debug or OPDJAX_DEBUG=1 also with its traceback. All
+    others are bugs, or come from a library: they keep their traceback and Python's status, 1.
     """
     # Only tokenizers of transformers are used here: its advice to install torch does not apply.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -121,9 +92,12 @@ def compilation_cache() -> dict[str, str]:
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Whether the class of an error, or a base class of it, is in USER_ERRORS."""
-    names = {f"{base.__module__}.{base.__qualname__}" for base in type(error).__mro__}
-    return not names.isdisjoint(USER_ERRORS)
+    """Whether a user can fix an error: one of the operating system (files, disks, the network), or
+    of a public class of the package. It goes by names: an import of the classes would load jax.
+    """
+    own = [base.__name__ for base in type(error).__mro__ if base.__module__.startswith("opdjax.")]
+    is_own = any(not name.startswith("_") and name not in _INTERNAL_ERRORS for name in own)
+    return is_own or isinstance(error, OSError)
 
 
 def _report(message: str) -> None:

@@ -1,36 +1,113 @@
-"""Parsing of arguments, shared by all commands."""
+"""Makes commands of functions, and loads the experiment that a command line names."""
 
-from __future__ import annotations
-
+import dataclasses
+import functools
+import json
 import os
+import pathlib
 import sys
 from collections.abc import Callable
+from typing import Annotated
 
 import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
 
-from opdjax.cli.experiments import load_experiment
-from opdjax.config import Config
-from opdjax.runs.object_store import is_remote, url_of
+from opdjax.config import Config, EstimatorConfig
+from opdjax.config.experiments import load_config
+from opdjax.config.recipes import RECIPES
+from opdjax.config.saved import upgrade
+from opdjax.config.validation import ConfigError, from_dict
+from opdjax.runs.object_store import is_remote, local_copy, url_of
+
+Command = Callable[[list[str]], None]
+Experiment = Annotated[Config, tyro.conf.arg(name="")]  # each of its fields is an argument
 
 
-def experiment_of(arguments: list[str], usage: str) -> Config:
-    """The config of the experiment that the arguments begin with; prints the usage and exits if
-    there is none.
+def command(usage: str) -> Callable[[Callable[..., None]], Command]:
+    """Make a function a command, which parses its arguments by the function's signature and
+    docstring. `usage` is a short form of them, for the overview; where it begins with EXPERIMENT,
+    the parameter `config` is that experiment with the fields that the arguments change.
     """
+
+    def decorate(function: Callable[..., None]) -> Command:
+        name = function.__name__
+
+        def run(arguments: list[str]) -> None:
+            if usage.startswith("EXPERIMENT"):
+                call_with_config(function, arguments, f"{name} {usage}")
+            else:
+                call(function, arguments, f"opdjax {name}")
+
+        summary = function.__doc__.splitlines()[0]
+        run.__doc__ = f"{usage}: {summary[0].lower()}{summary[1:]}"
+        return run
+
+    return decorate
+
+
+def call_with_config(function: Callable[..., None], arguments: list[str], usage: str) -> None:
+    """Call a function of a `config`, of which the arguments begin with the experiment; print the
+    usage and exit if there is none.
+    """
+    name = usage.partition(" ")[0]
     if arguments and not arguments[0].startswith("-"):
-        return load_experiment(arguments[0])
+        function = functools.partial(function, config=load_experiment(arguments[0]))
+        call(function, arguments[1:], f"opdjax {name} EXPERIMENT")
+        return
     print(f"usage: opdjax {usage} [--section.field VALUE …]\n")
     print("EXPERIMENT is a Python file with get_config(), the config.json of a run, or @NAME, a")
     print("built-in experiment: opdjax experiments lists them.")
-    print(f"opdjax {usage.partition(' ')[0]} EXPERIMENT --help lists all fields and their values.")
+    print(f"opdjax {name} EXPERIMENT --help lists all fields and their values.")
     sys.exit(0 if arguments and arguments[0] in ("-h", "--help") else 2)
+
+
+def call(function: Callable[..., None], arguments: list[str], program: str) -> None:
+    """Parse the arguments by the function's signature and docstring, and call it."""
+    registry = ConstructorRegistry()
+    registry.struct_rule(_name_recipes)
+    tyro.cli(function, args=arguments, prog=program, registry=registry)
+
+
+def _name_recipes(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """A rule of tyro: the help of an estimator's option ends with the recipes that have it."""
+    if info.type is not EstimatorConfig or _name_recipes in info.markers:
+        return None
+    marked = dataclasses.replace(info, markers=(*info.markers, _name_recipes))  # ends the recursion
+    spec = ConstructorRegistry.get_struct_spec(marked)
+    return dataclasses.replace(spec, fields=tuple(map(_with_recipes, spec.fields)))
+
+
+def _with_recipes(option: StructFieldSpec) -> StructFieldSpec:
+    recipes = ", ".join(name for name, row in RECIPES.items() if option.name in row.options)
+    if not recipes:  # the recipe itself, and what all recipes have
+        return option
+    return dataclasses.replace(option, helptext=lambda: f"{option.helptext()} ({recipes})")
+
+
+def load_experiment(file: str) -> Config:
+    """The config of an experiment file, of a run's config.json or of a point's point.json;
+    ConfigError if there is none.
+    """
+    if pathlib.Path(file).suffix != ".json":
+        return load_config(file)
+    path = local_copy(file)
+    try:
+        saved = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as the config of a run: {error}") from error
+    if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
+        raise ConfigError(
+            f"{path} has no 'config'; expected the config.json of a run or the point.json of a "
+            "sweep"
+        )
+    return from_dict(Config, upgrade(saved["config"]))
 
 
 def as_given(path: str | os.PathLike) -> str:
     """A path as the user wrote it; pathlib drops a slash of a URL."""
     return url_of(path) if is_remote(path) else str(path)
-
-
-def call(function: Callable, arguments: list[str], program: str) -> None:
-    """Parse the arguments by the function's signature and docstring, and call it."""
-    tyro.cli(function, args=arguments, prog=program)

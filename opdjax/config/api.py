@@ -1,13 +1,11 @@
 """Chat models behind HTTP endpoints: address, limits, cost, and the model of each judge."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from opdjax.config.validation import pairs_of, require, require_ranges, require_types
+from opdjax.config.validation import Section, pairs_of, require
 
 RULE_JUDGE = "@rules"  # the built-in judge of the built-in task, in the run's own process
 ReasoningEffort = Literal["minimal", "low", "medium", "high"]
@@ -52,23 +50,12 @@ class JudgeConfig:
     # environment variable RUBRICATOR_API_KEY or VERIFIER_API_KEY.
     base_url: str = ""
     # Sampling temperature; None: not sent, as some reasoning models require.
-    temperature: float | None = None
+    temperature: Annotated[float | None, "0 or more"] = None
     # Reasoning effort; None: not sent.
     reasoning_effort: ReasoningEffort | None = None
 
-    @property
-    def is_given(self) -> bool:
-        """Whether a model has this role."""
-        return bool(self.model)
 
-    def check(self, section: str, api: ApiConfig) -> None:
-        """ConfigError where a field of this section cannot be; it names the section."""
-        require_model(section, self.model, self.base_url, api)
-        require_ranges(self, f"{section}.", {"temperature": "0 or more"})
-
-
-@dataclasses.dataclass(frozen=True)
-class ApiConfig:
+class ApiConfig(Section):
     """The server of all chat models (vLLM, SGLang, Gemini, OpenAI ...), and its limits and cost."""
 
     # Address that speaks the OpenAI protocol, such as http://127.0.0.1:8000/v1.
@@ -77,39 +64,34 @@ class ApiConfig:
     # Empty: the server needs none.
     api_key_env: str = ""
     # Longest reply of a judge, in tokens.
-    max_tokens: int = 8192
+    max_tokens: Annotated[int, "at least 1"] = 8192
     # Longest duration of a request, in seconds.
-    timeout: float = 120.0
+    timeout: Annotated[float, "more than 0"] = 120.0
     # Largest number of requests of a role at the same time. 0: no requests, only cached replies; a
     # missing one ends the run with an error that names it.
-    concurrency: int = 32
+    concurrency: Annotated[int, "0 (only cached replies) or more"] = 32
     # Limits of a role's requests and tokens per minute; 0: no limit. A request counts in advance as
     # its characters / 4 and its longest reply.
-    per_minute: tuple[int, int] = (0, 0)
+    per_minute: Annotated[tuple[int, int], "0 (no limit) or more each"] = (0, 0)
     # Retries of a request after status 408, 429 or 5xx, a timeout or a broken connection. Other
     # errors are not retried.
-    max_retries: int = 4
+    max_retries: Annotated[int, "0 or more"] = 4
     # Prices of models, MODEL=INPUT/OUTPUT in dollars per million tokens, such as m=1.25/10.
     prices: tuple[str, ...] = ()
     # Largest cost of the whole run in dollars, by these prices. A run that reaches it saves a
     # checkpoint and stops. 0: no cap.
-    max_dollars: float = 0.0
+    max_dollars: Annotated[float, "0 (no cap) or more"] = 0.0
     # SQLite file of cached replies, which several runs may share; empty: replies.sqlite in the work
     # directory.
     cache: str = ""
 
     def __post_init__(self):
-        require_types(self, "api.")
+        super().__post_init__()
         require_address("api.base_url", self.base_url)
         # Anything but an upper-case identifier may be the key itself, so it is not printed.
         is_name = self.api_key_env.isidentifier() and self.api_key_env.isupper()
         expected = "the NAME of an environment variable, in capital letters, never the key itself"
         require(is_name or not self.api_key_env, "api.api_key_env", "***", expected)
-        ranges = {"max_tokens": "at least 1", "timeout": "more than 0"}
-        ranges |= {"max_retries": "0 or more", "max_dollars": "0 (no cap) or more"}
-        require_ranges(self, "api.", ranges | {"concurrency": "0 (only cached replies) or more"})
-        expected = "0 (no limit) or more each: requests and tokens"
-        require(min(self.per_minute) >= 0, "api.per_minute", self.per_minute, expected)
         self.price_of("")
 
     def price_of(self, model: str) -> tuple[float, float]:
@@ -131,19 +113,17 @@ class ApiConfig:
         # The shared key is never sent to another server.
         variable = f"{role.upper()}_API_KEY"
         own_key = variable if variable in os.environ else ""
-        values = {
-            "base_url": RULE_JUDGE if model == RULE_JUDGE else base_url or self.base_url,
-            "model": model.removeprefix("@"),
-            "api_key_env": own_key if base_url else self.api_key_env,
-            "max_tokens": self.max_tokens,
-            "timeout": self.timeout,
-            "concurrency": self.concurrency,
-            "requests_per_minute": self.per_minute[0],
-            "tokens_per_minute": self.per_minute[1],
-            "input_price": input_price,
-            "output_price": output_price,
-        }
-        return Endpoint(**values | own)
+        shared = {name: getattr(self, name) for name in ("max_tokens", "timeout", "concurrency")}
+        return Endpoint(
+            RULE_JUDGE if model == RULE_JUDGE else base_url or self.base_url,
+            model.removeprefix("@"),
+            own_key if base_url else self.api_key_env,
+            requests_per_minute=self.per_minute[0],
+            tokens_per_minute=self.per_minute[1],
+            input_price=input_price,
+            output_price=output_price,
+            **shared | own,
+        )
 
 
 def require_address(field: str, url: str) -> None:

@@ -1,30 +1,21 @@
 """How much `opdjax audit` measures."""
 
-from __future__ import annotations
+from typing import Annotated
 
-import dataclasses
-
-from opdjax.config.validation import require, require_types
+from opdjax.config.validation import Section
 
 
-@dataclasses.dataclass(frozen=True)
-class AuditConfig:
+class AuditConfig(Section):
     """How much `opdjax audit` measures."""
 
-    num_contexts: int = 1000  # random contexts; every token of each is enumerated
-    vocab: int = 50  # tokens in the vocabulary of the random contexts, at most 200
-    num_prompts: int = 128  # prompts that the student answers
+    # Random contexts; every token of each is enumerated.
+    num_contexts: Annotated[int, "at least 1"] = 1000
+    # Tokens in the vocabulary of the random contexts.
+    vocab: Annotated[int, "from 2 to 200 (V x V numbers are enumerated at each context)"] = 50
+    # Prompts that the student answers.
+    num_prompts: Annotated[int, "at least 2"] = 128
     # Answers per prompt; their differences measure the noise of trajectories.
-    num_generations: int = 2
+    num_generations: Annotated[int, "at least 2"] = 2
     # Also measure the gradient of all parameters, one rollout at a time. Takes about sixty passes
     # over all rollouts and memory for five float32 copies of the student.
     parameter_space: bool = True
-
-    def __post_init__(self):
-        require_types(self, "audit.")
-        minimum = {"num_contexts": 1, "vocab": 2, "num_prompts": 2, "num_generations": 2}
-        for name, least in minimum.items():
-            value = getattr(self, name)
-            require(value >= least, f"audit.{name}", value, f"at least {least}")
-        most = "at most 200: V x V numbers are enumerated at each context"
-        require(self.vocab <= 200, "audit.vocab", self.vocab, most)

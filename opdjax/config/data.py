@@ -2,16 +2,13 @@
 library only.
 """
 
-from __future__ import annotations
-
-import dataclasses
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 from opdjax.config.api import RULE_JUDGE, ApiConfig, Endpoint, ReasoningEffort
-from opdjax.config.validation import pairs_of, require, require_ranges, require_types
+from opdjax.config.validation import Section, pairs_of, require
 
 # What data.teacher_prompt_format may contain: fields of a row, and judges' texts about a rollout.
 TEACHER_FIELDS = ("prompt", "answer", "reference")
@@ -29,8 +26,7 @@ _TEMPLATES: Mapping[str, tuple[Literal["chat", "raw"], bool | None]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section):
     """The prompts and how each model sees them."""
 
     # arithmetic:SPLIT for the built-in task, a .jsonl file, parquet:PATH (file, directory or
@@ -49,7 +45,7 @@ class DataConfig:
     teacher_format: PromptFormat | None = None
     # Longest prompt in tokens, template included. Longer ones are left out, and their number is
     # printed.
-    max_prompt_length: int = 512
+    max_prompt_length: Annotated[int, "at least 1"] = 512
     # Columns whose names differ from the defaults, NAME=COLUMN. NAME is prompt: texts, or lists of
     # messages (if the last message is the assistant's, it becomes a reference); answer: for
     # grading, texts or numbers; reference: worked answers, a text, texts or messages (default:
@@ -67,21 +63,17 @@ class DataConfig:
     teacher_prompt_format: str | None = None
 
     def __post_init__(self):
-        require_types(self, "data.")
+        super().__post_init__()
         expected = "a text that contains {prompt}"
-        is_template = "{prompt}" in self.prompt_format
-        require(is_template, "data.prompt_format", self.prompt_format, expected)
+        self.require("{prompt}" in self.prompt_format, "prompt_format", expected)
         self._check_teacher_prompt_format()
-        require_ranges(self, "data.", {"max_prompt_length": "at least 1"})
         names = self.column_names
-        require(self.references != "", "data.references", "", "the name of a file, or none")
+        self.require(self.references != "", "references", "the name of a file, or none")
         is_one = self.references is None or "reference" not in names
-        expected = "none where data.columns has a reference"
-        require(is_one, "data.references", self.references, expected)
+        self.require(is_one, "references", "none where data.columns has a reference")
         formats = (self.student_template[0], self.teacher_template[0])
-        is_free = "chat" in formats or self.system_prompt is None
-        expected = "none where no format is chat"
-        require(is_free, "data.system_prompt", self.system_prompt, expected)
+        is_free = self.system_prompt is None or "chat" in formats
+        self.require(is_free, "system_prompt", "none where no format is chat")
 
     @property
     def column_names(self) -> dict[str, str]:
@@ -124,19 +116,18 @@ def columns_of(field: str, columns: tuple[str, ...], names: tuple[str, ...]) -> 
     return found
 
 
-@dataclasses.dataclass(frozen=True)
-class TeachConfig:
+class TeachConfig(Section):
     """How opdjax references has a teacher answer the prompts."""
 
     # Answers per prompt. A later command may ask for more.
-    num_answers: int = 4
+    num_answers: Annotated[int, "at least 1"] = 4
     # Temperature, 0: greedy. None: 1 for a checkpoint; not sent to a model behind an API.
-    temperature: float | None = None
+    temperature: Annotated[float | None, "0 (greedy) or more"] = None
     # Nucleus sampling. None: off for a checkpoint; not sent to a model behind an API.
-    top_p: float | None = None
+    top_p: Annotated[float | None, "more than 0 and at most 1"] = None
     # Longest answer in tokens, including the stop token, or the reasoning of a model behind an API.
     # Truncated answers are never used.
-    max_completion_length: int = 512
+    max_completion_length: Annotated[int, "at least 1"] = 512
     # Name of a model behind an API that writes the answers; empty: the checkpoint teacher.path.
     model: str = ""
     # Address of another server than api.base_url. Its key, if it needs one, is read from the
@@ -146,15 +137,12 @@ class TeachConfig:
     reasoning_effort: ReasoningEffort | None = None
 
     def __post_init__(self):
-        require_types(self, "teach.")
-        ranges = dict.fromkeys(("num_answers", "max_completion_length"), "at least 1")
-        ranges |= {"temperature": "0 (greedy) or more"}
-        require_ranges(self, "teach.", ranges | {"top_p": "more than 0 and at most 1"})
+        super().__post_init__()
         expected = "none without teach.model: a checkpoint has no such setting"
         is_free = self.model or self.reasoning_effort is None
-        require(is_free, "teach.reasoning_effort", self.reasoning_effort, expected)
+        self.require(is_free, "reasoning_effort", expected)
         expected = "the name of a model: a judge writes no answers"
-        require(self.model != RULE_JUDGE, "teach.model", self.model, expected)
+        self.require(self.model != RULE_JUDGE, "model", expected)
 
     def endpoint(self, api: ApiConfig) -> Endpoint:
         """The model behind an API that writes the answers."""

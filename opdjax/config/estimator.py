@@ -1,8 +1,5 @@
-"""The recipe of a run and its options. Standard library only."""
+"""The recipe of a run and its options."""
 
-from __future__ import annotations
-
-import dataclasses
 from typing import Any, Literal
 
 from opdjax.config.recipes import (
@@ -11,16 +8,18 @@ from opdjax.config.recipes import (
     ROPD_PRINTED,
     ROPD_RELEASE,
     Baseline,
+    Convention,
+    Correction,
+    Divergence,
     RecipeName,
 )
-from opdjax.config.validation import require_types
-
-_SHARED = ("recipe", "aggregation")  # by all recipes
+from opdjax.config.validation import Section
 
 
-@dataclasses.dataclass(frozen=True)
-class EstimatorConfig:
-    """The recipe and its options. None: the recipe's default; `recipes.py` has all defaults."""
+class EstimatorConfig(Section):
+    """The recipe and its options. None: the recipe's default; `recipes.py` has all defaults, and
+    which options a recipe has.
+    """
 
     recipe: RecipeName = DEFAULT_RECIPE
     # What the summed token losses are divided by, over the whole batch.
@@ -32,92 +31,78 @@ class EstimatorConfig:
         "fixed_denominator",
         "stage_token_mean",
     ] = "token_mean"
-    # opd, vopd: 0 (default) credits a token with its own reward, 1 with all later ones too.
+    # 0 (default) credits a token with its own reward, 1 with all later ones too.
     discount: float | None = None
-    # opd, vopd with a discount: later rewards as sampled (default), or their expectation, -KL.
+    # With a discount: later rewards as sampled (default), or their expectation, -KL.
     return_to_go: Literal["sampled", "expected"] | None = None
-    # opd, vopd: lower bound of a token's reward, nats (REOPOLD: log(lambda / (1 - lambda))).
+    # Lower bound of a token's reward, nats (REOPOLD: log(lambda / (1 - lambda))).
     reward_floor: float | None = None
-    # opd, vopd: the reward is teacher(y)^a - student(y)^a (PowerOPD).
+    # The reward is teacher(y)^a - student(y)^a (PowerOPD).
     power_alpha: float | None = None
-    # opd, vopd: gain of IW-OPD, 0.5 in its release; early tokens count up to 1 + gain times.
+    # Gain of IW-OPD, 0.5 in its release; early tokens count up to 1 + gain times.
     prefix_weight: float | None = None
-    # opd, vopd: further tokens sampled at each context and averaged with the first.
+    # Further tokens sampled at each context and averaged with the first.
     extra_draws: int | None = None
-    # opd, vopd: adds coef * (right answer - mean of the prompt's completions).
+    # Adds coef * (right answer - mean of the prompt's completions).
     task_reward_coef: float | None = None
     # opd, vopd: correction by the ratio of the student to the policy that sampled the tokens.
     # full_kl, topk_kl, npd: prefix_truncate alone, the ratio of the tokens before.
-    importance: (
-        Literal[
-            "none", "token_truncate", "token_mask", "sequence_mask", "prefix_truncate", "ppo_clip"
-        ]
-        | None
-    ) = None
+    importance: Correction | None = None
     # Largest ratio; default 3 for sequence_mask, 2 for the others. token_mask: the smallest is its
     # inverse.
     importance_cap: float | None = None
-    # ppo_clip and the recipes with rewards: ratios below 1 - clip_low gain nothing; default 0.2.
+    # Ratios below 1 - clip_low gain nothing; default 0.2. opd, vopd: with importance ppo_clip.
     clip_low: float | None = None
     # The same above 1 + clip_high; default 0.28.
     clip_high: float | None = None
-    # grpo, ropd, tjudge, ropd_stages: reward minus the mean of the prompt's completions (default),
-    # or that divided by their standard deviation.
+    # Reward minus the mean of the prompt's completions (default), or that divided by their standard
+    # deviation.
     advantage: Literal["mean", "mean_std"] | None = None
-    # grpo, ropd, tjudge, ropd_stages: upper bound of the ratio for negative advantages (dual clip);
-    # default 3, 0 is no bound.
+    # Upper bound of the ratio for negative advantages (dual clip); default 3, 0 is no bound.
     dual_clip: float | None = None
-    # grpo, ropd, tjudge, ropd_stages: coefficient of a penalty for leaving the student's start, of
-    # which a frozen copy is kept.
+    # Coefficient of a penalty for leaving the student's start, of which a frozen copy is kept.
     reference_kl_coef: float | None = None
     # Form of that penalty: k2 descends KL(student || start), k3_direct KL(start || student).
     reference_kl: Literal["k2", "k3_direct"] | None = None
-    # ropd_stages: how later stages' scores are credited to a stage, by name or as K * K numbers,
-    # row by row; default paper for four stages, else decay.
+    # How later stages' scores are credited to a stage, by name or as K * K numbers, row by row;
+    # default paper for four stages, else decay.
     stage_credit: Literal["paper", "identity", "last", "decay"] | tuple[float, ...] | None = None
-    # vopd: the control variate. full: the exact expected reward; student_topk: the same on the
-    # student's top k; optimal: least variance; batch_mean: mean reward of the other sequences.
+    # The control variate. full: the exact expected reward; student_topk: the same on the student's
+    # top k; optimal: least variance; batch_mean: mean reward of the other sequences.
     baseline: Baseline | None = None
     # full_kl: any of these; topk_kl, npd: reverse or forward.
-    divergence: Literal["reverse", "forward", "jsd", "skew_forward", "skew_reverse"] | None = None
-    # full_kl with divergence jsd: 0 is the forward KL, 1 the reverse KL; default 0.5. With a skew
+    divergence: Divergence | None = None
+    # With divergence jsd: 0 is the forward KL, 1 the reverse KL; default 0.5. With a skew
     # divergence: share of its first argument in the second; default 0.1.
     beta: float | None = None
-    # topk_kl: whose most likely ids; union, intersection and symmetric difference of both sets.
+    # Whose most likely ids; union, intersection and symmetric difference of both sets.
     support: (
         Literal["student", "teacher", "union", "intersection", "symmetric_difference"] | None
     ) = None
     # topk_kl: ids of each side, default 100; npd: ids of the teacher, default 10; vopd with
     # baseline student_topk: ids of the student, default 100.
     support_top_k: int | None = None
-    # topk_kl, npd: which side is renormalised on those ids.
+    # Which side is renormalised on those ids.
     renormalize: Literal["both", "teacher", "none"] | None = None
-    # topk_kl: what the ids outside the support add; tail needs renormalize none, floor teacher or
-    # none.
+    # What the ids outside the support add; tail needs renormalize none, floor teacher or none.
     outside: Literal["drop", "tail", "floor"] | None = None
-    # topk_kl: a policy gradient over the support with this weight, in place of the divergence.
+    # A policy gradient over the support with this weight, in place of the divergence.
     weight: Literal["p_student", "p_teacher", "none"] | None = None
-    # npd: lambda, the share of the divergence from the teacher; the rest is cross-entropy on the
-    # tokens. Default 0.9.
+    # Lambda, the share of the divergence from the teacher; the rest is cross-entropy on the tokens.
+    # Default 0.9.
     kd_weight: float | None = None
-    # topk_kl: sets all options of the support as another library does.
-    convention: (
-        Literal[
-            "tunix", "verl", "nemo_rl", "nemo_rl_floor", "easydel", "trl", "thunlp", "distillkit"
-        ]
-        | None
-    ) = None
+    # Sets all options of the support as another library does.
+    convention: Convention | None = None
 
     def __post_init__(self):
-        require_types(self, "estimator.")
+        super().__post_init__()
         RECIPES[self.recipe].check(self.options, self.aggregation)
 
     @property
     def options(self) -> dict[str, Any]:
         """The recipe's options that were given."""
-        names = [field.name for field in dataclasses.fields(self)]
-        given = {name: getattr(self, name) for name in names if name not in _SHARED}
-        return {name: value for name, value in given.items() if value is not None}
+        shared = ("recipe", "aggregation")
+        return {k: v for k, v in vars(self).items() if k not in shared and v is not None}
 
 
 ROPD_CODE, ROPD_PAPER = EstimatorConfig(**ROPD_RELEASE), EstimatorConfig(**ROPD_PRINTED)

@@ -1,7 +1,5 @@
 """Loads Python files that define an experiment, `get_config()`, or a sweep, `get_sweep()`."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import importlib.util

@@ -1,4 +1,4 @@
-"""Sweeps: lists of points, built by pure functions of lists of overrides. Standard library only.
+"""Sweeps: lists of points, built by pure functions of lists of overrides.
 
     def get_sweep() -> list[SweepPoint]:
         rates = vary("optimizer.learning_rate", (1e-4, 3e-4))
@@ -8,8 +8,6 @@
 The id of a point is made of its own overrides, so it does not change when the sweep grows.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import fnmatch
@@ -18,7 +16,6 @@ import hashlib
 import itertools
 import json
 import re
-import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -30,15 +27,11 @@ _UNSAFE = r"[^A-Za-z0-9._+-]"  # characters that an id does not keep
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
-    """A value of a field and its name in ids and tables."""
+class Overrides:
+    """Values of fields, by their dotted names, and labels by which ids and tables know them."""
 
-    label: str | None  # None: the field belongs to an arm, which has the label
-    value: Any
-
-
-# Dotted field -> its value. The name of an arm is an entry too, with a label and no value.
-Overrides = dict[str, Choice]
+    labels: dict[str, str] = dataclasses.field(default_factory=dict)
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +47,9 @@ def vary(field: str, values: Iterable[Any] | Mapping[str, Any]) -> list[Override
     """One entry per value of a dotted field or a whole section; the keys of a mapping label its
     values. ConfigError if there is no such field.
     """
-    _check_field(field)
-    if not isinstance(values, Mapping):
-        return [{field: Choice(_label(value), value)} for value in values]
-    return [{field: Choice(label, value)} for label, value in values.items()]
+    name = _short_name(field)
+    pairs = values.items() if isinstance(values, Mapping) else ((_label(v), v) for v in values)
+    return [Overrides({name: label}, {field: value}) for label, value in pairs]
 
 
 def arms(fields: Mapping[str, Mapping[str, Any]], name: str = "arm") -> list[Overrides]:
@@ -71,15 +63,9 @@ def arms(fields: Mapping[str, Mapping[str, Any]], name: str = "arm") -> list[Ove
         raise ConfigError(
             f"{name!r} is a field of the config; expected another name for arms that set several"
         )
-    for field in {field for values in fields.values() for field in values}:
-        _check_field(field)
-    return [
-        {
-            name: Choice(label, None),
-            **{field: Choice(None, value) for field, value in values.items()},
-        }
-        for label, values in fields.items()
-    ]
+    for field in itertools.chain(*fields.values()):
+        _short_name(field)
+    return [Overrides({name: label}, dict(values)) for label, values in fields.items()]
 
 
 def seeds(count: int, first: int = 0) -> list[Overrides]:
@@ -88,8 +74,8 @@ def seeds(count: int, first: int = 0) -> list[Overrides]:
 
 
 def product(*sweeps: Sequence[Overrides]) -> list[Overrides]:
-    """All combinations; the last sweep varies fastest."""
-    return [_merge(parts) for parts in itertools.product(*sweeps)]
+    """All combinations; the last sweep varies fastest. ConfigError if two set one field."""
+    return [functools.reduce(_merge, parts, Overrides()) for parts in itertools.product(*sweeps)]
 
 
 def zipped(*sweeps: Sequence[Overrides]) -> list[Overrides]:
@@ -97,16 +83,13 @@ def zipped(*sweeps: Sequence[Overrides]) -> list[Overrides]:
     lengths = [len(sweep) for sweep in sweeps]
     if len(set(lengths)) > 1:
         raise ConfigError(f"zipped sweeps have {lengths} entries; expected the same number in each")
-    return [_merge(parts) for parts in zip(*sweeps)]
+    return [functools.reduce(_merge, parts) for parts in zip(*sweeps)]
 
 
 def chain(*sweeps: Sequence[Overrides]) -> list[Overrides]:
     """The entries of several sweeps, in order; equal entries are kept once."""
-    kept: list[Overrides] = []
-    for entry in itertools.chain(*sweeps):
-        if entry not in kept:
-            kept.append(entry)
-    return kept
+    entries = list(itertools.chain(*sweeps))
+    return [entry for i, entry in enumerate(entries) if entry not in entries[:i]]
 
 
 def points(base: Config, overrides: Sequence[Overrides]) -> list[SweepPoint]:
@@ -115,12 +98,7 @@ def points(base: Config, overrides: Sequence[Overrides]) -> list[SweepPoint]:
     """
     made: dict[str, SweepPoint] = {}
     for entry in overrides:
-        labels = {
-            _short_names().get(field, field): choice.label
-            for field, choice in entry.items()
-            if choice.label is not None
-        }
-        point = SweepPoint(_id_of(labels), labels, _apply(base, entry))
+        point = SweepPoint(_id_of(entry.labels), entry.labels, _apply(base, entry))
         if point.id not in made and point.config in [other.config for other in made.values()]:
             continue  # the same run under another id, whose seed would count twice
         if made.setdefault(point.id, point).config != point.config:
@@ -154,24 +132,20 @@ def select(points: Sequence[SweepPoint], patterns: Sequence[str]) -> list[SweepP
     return [p for p in points if p.id in chosen]
 
 
-def _merge(parts: Sequence[Overrides]) -> Overrides:
-    merged: Overrides = {}
-    for part in parts:
-        twice = merged.keys() & part.keys()
-        if twice:
-            raise ConfigError(
-                f"the sweep sets {sorted(twice)} twice; expected each field in one factor only"
-            )
-        merged |= part
-    return merged
+def _merge(left: Overrides, right: Overrides) -> Overrides:
+    twice = left.fields.keys() & right.fields.keys() or left.labels.keys() & right.labels.keys()
+    if twice:
+        raise ConfigError(
+            f"the sweep sets {sorted(twice)} twice; expected each field in one factor only"
+        )
+    return Overrides(left.labels | right.labels, left.fields | right.fields)
 
 
 def _apply(base: Config, overrides: Overrides) -> Config:
     # Sections first, then all fields of a section at once, because they are checked together.
-    fields = {field: choice.value for field, choice in overrides.items() if field in _short_names()}
-    sections = {field: value for field, value in fields.items() if "." not in field}
+    sections = {field: value for field, value in overrides.fields.items() if "." not in field}
     leaves: dict[str, dict[str, Any]] = {}
-    for field, value in fields.items():
+    for field, value in overrides.fields.items():
         section, _, leaf = field.partition(".")
         if leaf:
             leaves.setdefault(section, {})[leaf] = value
@@ -181,28 +155,26 @@ def _apply(base: Config, overrides: Overrides) -> Config:
             sections[section] = dataclasses.replace(before, **values)
         return dataclasses.replace(base, **sections)
     except (ConfigError, TypeError) as error:
-        labelled = {name: c.label for name, c in overrides.items() if c.label is not None}
-        point = ", ".join(f"{name}={label}" for name, label in labelled.items())
-        raise ConfigError(f"the point {point} of the sweep: {error}") from error
+        raise ConfigError(f"the point {_id_of(overrides.labels)} of the sweep: {error}") from error
 
 
 @functools.cache
 def _short_names() -> dict[str, str]:
     """Dotted field -> its last name, or the whole if another field ends in the same name."""
-    sections = typing.get_type_hints(Config)
-    fields = list(sections)
-    for section, hint in sections.items():
-        if dataclasses.is_dataclass(hint):
-            fields += [f"{section}.{field.name}" for field in dataclasses.fields(hint)]
+    config = to_dict(Config())
+    fields = list(config)
+    for section, values in config.items():
+        fields += [f"{section}.{name}" for name in values] if isinstance(values, dict) else []
     names = [field.rpartition(".")[2] for field in fields]
     return {f: name if names.count(name) == 1 else f for f, name in zip(fields, names)}
 
 
-def _check_field(field: str) -> None:
+def _short_name(field: str) -> str:
     if field not in _short_names():
         raise ConfigError(
             f"a sweep varies {field!r}, which is no field; {nearest(field, _short_names())}"
         )
+    return _short_names()[field]
 
 
 def _label(value: Any) -> str:

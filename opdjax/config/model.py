@@ -1,7 +1,5 @@
 """Which checkpoints a run uses."""
 
-from __future__ import annotations
-
 import dataclasses
 import pathlib
 import re

@@ -1,27 +1,23 @@
-"""How a judge that reads only text scores answers. Standard library only."""
+"""How a judge that reads only text scores answers."""
 
-from __future__ import annotations
-
-import dataclasses
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
-from opdjax.config.validation import require, require_ranges, require_types
+from opdjax.config.validation import Section, require
 
 # A larger share of a step's groups without a reward stops the run: the judge is then at fault, not
 # single answers.
 MAX_FAILED_SHARE = 0.4
 
 
-@dataclasses.dataclass(frozen=True)
-class RubricsConfig:
+class RubricsConfig(Section):
     """Rubrics for the answers to a prompt (ROPD, arXiv 2605.07396) and for the stages of an answer
     (RubricEM, arXiv 2605.10899).
     """
 
     # Number of the teacher's answers that a group is compared with: the first N, or all if there
     # are fewer; 0: none.
-    num_references: int = 4
+    num_references: Annotated[int, "0 (none) or more"] = 4
     # Smallest and largest number of criteria in a rubric.
     num_criteria: tuple[int, int] = (4, 12)
     # binary: a criterion is met or not; graded: it is met to degree 0, 1 or 2.
@@ -47,21 +43,19 @@ class RubricsConfig:
     # (): 3, or the largest of num_criteria for undivided answers.
     stage_caps: tuple[int, ...] = ()
     # Rollouts of a pool that the verifier reads in one request, references not counted; 0: all.
-    answers_per_call: int = 0
+    answers_per_call: Annotated[int, "0 (all) or more"] = 0
     # Directory whose files replace the package's judge prompts of the same name.
     templates: str = ""
 
     def __post_init__(self):
-        require_types(self, "rubrics.")
-        ranges = {"num_references": "0 (none) or more", "answers_per_call": "0 (all) or more"}
-        require_ranges(self, "rubrics.", ranges)
+        super().__post_init__()
         low, high = self.num_criteria
         expected = "two numbers of at least 1, the smallest first"
-        require(1 <= low <= high, "rubrics.num_criteria", self.num_criteria, expected)
+        self.require(1 <= low <= high, "num_criteria", expected)
         is_possible = self.rubric_of == "group" or self.refresh == "every_step"
         expected = f"group where rubrics.refresh is {self.refresh}: a rubric that outlives a step "
         expected += "belongs to a prompt, not to a single rollout"
-        require(is_possible, "rubrics.rubric_of", self.rubric_of, expected)
+        self.require(is_possible, "rubric_of", expected)
         self._check_stages()
 
     @property
@@ -75,24 +69,21 @@ class RubricsConfig:
         return tuple(stage.partition("=")[2] for stage in self.stages[1:])
 
     def _check_stages(self):
-        names, caps, field = self.stage_names, self.stage_caps, "rubrics.stages"
+        names, caps = self.stage_names, self.stage_caps
         is_set = len(set(names)) == len(names) != 1
-        require(is_set, field, self.stages, "two or more different names, or none")
+        self.require(is_set, "stages", "two or more different names, or none")
         is_marked = [bool(stage.partition("=")[2]) for stage in self.stages]
         expected = "a first stage without a marker, and NAME=MARKER for each of the others"
-        require(is_marked == [i > 0 for i in range(len(names))], field, self.stages, expected)
+        self.require(is_marked == [i > 0 for i in range(len(names))], "stages", expected)
         for stage, marker in zip(self.stages[1:], self.stage_markers):
-            require(_compiles(marker), field, stage, "NAME=MARKER, a regular expression of Python")
-        count, field = max(len(names), 1), "rubrics.stage_caps"
+            try:
+                re.compile(marker)
+            except re.error:
+                require(
+                    False, "rubrics.stages", stage, "NAME=MARKER, a regular expression of Python"
+                )
+        count = max(len(names), 1)
         is_read = not caps or self.refresh == "evolving"
-        require(is_read, field, caps, "none unless rubrics.refresh is evolving")
-        require(len(caps) in (0, count), field, caps, f"{count} numbers")
-        require(all(cap > 0 for cap in caps), field, caps, "at least 1 each")
-
-
-def _compiles(expression: str) -> bool:
-    try:
-        re.compile(expression)
-    except re.error:
-        return False
-    return True
+        self.require(is_read, "stage_caps", "none unless rubrics.refresh is evolving")
+        self.require(len(caps) in (0, count), "stage_caps", f"{count} numbers")
+        self.require(all(cap > 0 for cap in caps), "stage_caps", "at least 1 each")

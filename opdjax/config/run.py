@@ -1,38 +1,32 @@
-"""Every setting of a run: frozen dataclasses, one a section, composed into `Config`. Standard
-library only.
+"""A whole run: its sections, and what they require of each other.
 
 An experiment file returns a `Config`; the command line overrides single fields; the resolved result
 is `config.json` in the work directory. `None` for an option of a recipe means that recipe's own
 default.
 """
 
-from __future__ import annotations
-
-import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 from opdjax.config.api import ApiConfig, Endpoint, JudgeConfig, require_model
-from opdjax.config.checkpoint import CheckpointConfig
-
-# all of a config in one place
-from opdjax.config.data import JUDGED_FIELDS, TEACHER_FIELDS, DataConfig, TeachConfig  # noqa: F401
-from opdjax.config.estimator import ROPD_CODE, ROPD_PAPER, EstimatorConfig  # noqa: F401
-from opdjax.config.evaluation import EvaluationConfig, require_seed
-from opdjax.config.log import LogConfig
-from opdjax.config.lora import LoraConfig
-from opdjax.config.mesh import MeshConfig
+from opdjax.config.data import JUDGED_FIELDS, DataConfig, TeachConfig
+from opdjax.config.estimator import EstimatorConfig
 from opdjax.config.model import MINI_STUDENT, MINI_TEACHER, STUDENT, ModelConfig
 from opdjax.config.near_policy import NearPolicyConfig
-from opdjax.config.optimizer import OptimizerConfig
 from opdjax.config.recipes import RECIPES, Recipe
 from opdjax.config.rubrics import RubricsConfig
-from opdjax.config.sampling import SamplingConfig
-from opdjax.config.train import TrainConfig
-from opdjax.config.validation import ConfigError, require, require_default, require_types
+from opdjax.config.sampling import EvaluationConfig, SamplingConfig
+from opdjax.config.train import (
+    CheckpointConfig,
+    LogConfig,
+    LoraConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from opdjax.config.validation import ConfigError, Section, require
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Section):
     """A whole run."""
 
     student: ModelConfig = ModelConfig(MINI_STUDENT)
@@ -42,10 +36,8 @@ class Config:
     near_policy: NearPolicyConfig = NearPolicyConfig()
     estimator: EstimatorConfig = EstimatorConfig()
     rubrics: RubricsConfig = RubricsConfig()
-    # Writes rubrics and reflections.
-    rubricator: JudgeConfig = JudgeConfig()
-    # Grades answers against a rubric, or gives them a plain score.
-    verifier: JudgeConfig = JudgeConfig()
+    rubricator: JudgeConfig = JudgeConfig()  # Writes rubrics and reflections.
+    verifier: JudgeConfig = JudgeConfig()  # Grades answers by a rubric, or with a plain score.
     teach: TeachConfig = TeachConfig()
     api: ApiConfig = ApiConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -56,21 +48,21 @@ class Config:
     log: LogConfig = LogConfig()
     mesh: MeshConfig = MeshConfig()
     # Seed of the order of prompts, of all sampling and of initial adapters.
-    seed: int = 0
+    seed: Annotated[int, "from 0 to 2147483647"] = 0
 
     def __post_init__(self):
-        require_types(self)
-        require_seed("seed", self.seed)
+        super().__post_init__()
         rows, parts = self.rows_per_step, self.train.gradient_accumulation_steps
         expected = f"a divisor of the {rows} rows a step"
-        require(rows % parts == 0, "train.gradient_accumulation_steps", parts, expected)
+        self.require(rows % parts == 0, "train.gradient_accumulation_steps", expected)
         packed, longest = self.train.pack_length, self.sampling.max_completion_length
         expected = f"more than sampling.max_completion_length, {longest}: rollouts are never split"
-        require(packed is None or packed > longest, "train.pack_length", packed, expected)
+        self.require(packed is None or packed > longest, "train.pack_length", expected)
         expected = "the checkpoint that the student starts from"
-        require(self.student.path != STUDENT, "student.path", STUDENT, expected)
+        self.require(self.student.path != STUDENT, "student.path", expected)
         self._check_completions()
-        self._check_near_policy()
+        if self.near_policy.schedule != "none":
+            self._check_near_policy()
         self._check_judges()
         if self.recipe.is_rewarded or self.is_judged:
             self._check_rewards()
@@ -99,7 +91,7 @@ class Config:
     @property
     def api_keys(self) -> set[str]:
         """The environment variables whose keys the run sends."""
-        judges = [self.endpoint(r) for r in ("rubricator", "verifier") if getattr(self, r).is_given]
+        judges = [self.endpoint(r) for r in ("rubricator", "verifier") if getattr(self, r).model]
         teachers = [self.teach.endpoint(self.api)] if self.teach.model else []
         return {endpoint.api_key_env for endpoint in (*judges, *teachers)} - {""}
 
@@ -113,35 +105,31 @@ class Config:
             else "cross-entropy on its own samples teaches a student nothing"
         )
         expected = f"{' or '.join(recipe.completions)}: {reason}"
-        require(source in recipe.completions, "sampling.completions_from", source, expected)
+        self.require(source in recipe.completions, "sampling.completions_from", expected)
         is_own = source == "student" and self.near_policy.filter == "none"
         expected = "more than 0, or rollouts that near_policy.filter chose: cross-entropy on all "
         expected += "of its own samples teaches a student nothing"
-        is_taught = not is_own or estimator.kd_weight != 0
-        require(is_taught, "estimator.kd_weight", estimator.kd_weight, expected)
+        self.require(not is_own or estimator.kd_weight != 0, "estimator.kd_weight", expected)
         if source == "references":
             is_plain = sampling.temperature == 1 and not sampling.has_filter
             expected = "their defaults where nothing is sampled (references)"
             require(is_plain, "sampling.temperature, top_p, top_k", "set", expected)
-            kv_dtype = sampling.kv_dtype
-            require(kv_dtype == "auto", "sampling.kv_dtype", kv_dtype, f"auto: {expected}")
+            self.require(sampling.kv_dtype == "auto", "sampling.kv_dtype", f"auto: {expected}")
         reads_teacher = source != "references" or recipe.teacher != "none"
         for name in ("teacher_format", "teacher_prompt_format"):
-            value, expected = getattr(self.data, name), "none where no teacher reads the data"
-            require(reads_teacher or value is None, f"data.{name}", value, expected)
-        corrected = estimator.importance or "none"
+            is_read = reads_teacher or getattr(self.data, name) is None
+            self.require(is_read, f"data.{name}", "none where no teacher reads the data")
+        is_uncorrected = estimator.importance in (None, "none")
         expected = "none where the completions are not the student's: their probability under the "
         expected += "policy that wrote them is unknown"
-        is_known = corrected == "none" or source == "student"
-        require(is_known, "estimator.importance", corrected, expected)
-        count = sampling.num_generations
+        self.require(is_uncorrected or source == "student", "estimator.importance", expected)
         expected = "at least 2 where estimator.task_reward_coef is "
         expected += "given: a reward is compared with those of the same prompt"
-        is_compared = not estimator.task_reward_coef or count > 1
-        require(is_compared, "sampling.num_generations", count, expected)
+        is_compared = not estimator.task_reward_coef or sampling.num_generations > 1
+        self.require(is_compared, "sampling.num_generations", expected)
         is_altered = sampling.has_filter or sampling.temperature != 1
         is_exact = not recipe.is_policy_gradient or recipe.is_rewarded
-        if is_altered and not is_exact and corrected == "none":
+        if is_altered and not is_exact and is_uncorrected:
             raise ConfigError(
                 f"recipe {recipe.name!r} with sampling.temperature {sampling.temperature}, top_p "
                 f"{sampling.top_p}, top_k {sampling.top_k} does not have the expected gradient "
@@ -152,28 +140,26 @@ class Config:
 
     def _check_near_policy(self):
         """What rollouts that are sampled ahead of their update can be used for."""
-        near, recipe = self.near_policy, self.recipe
-        if near.schedule == "none":
-            return
-        source, steps = self.sampling.completions_from, self.train.num_steps
+        near, recipe, steps = self.near_policy, self.recipe, self.train.num_steps
+        is_sampled = self.sampling.completions_from == "student"
         expected = "student where near_policy.schedule is set: given answers are not sampled ahead"
-        require(source == "student", "sampling.completions_from", source, expected)
+        self.require(is_sampled, "sampling.completions_from", expected)
         expected = f"a checkpoint where the schedule is {near.schedule}: its scores are stored"
-        require(not self.teacher_is_student, "teacher.path", self.teacher.path, expected)
+        self.require(not self.teacher_is_student, "teacher.path", expected)
         expected = f"a divisor of train.num_steps, {steps}: every epoch has as many steps"
-        require(steps % near.num_epochs == 0, "near_policy.num_epochs", near.num_epochs, expected)
+        self.require(steps % near.num_epochs == 0, "near_policy.num_epochs", expected)
         keeps_groups = near.schedule == "continuous" and near.filter == "none"
-        coef = self.estimator.task_reward_coef
         expected = "none where near_policy may separate a prompt's rollouts (refresh, a filter)"
-        require(not coef or keeps_groups, "estimator.task_reward_coef", coef, expected)
+        is_kept = keeps_groups or not self.estimator.task_reward_coef
+        self.require(is_kept, "estimator.task_reward_coef", expected)
         may_lead = not self.is_judged and (recipe.reward != "task" or keeps_groups)
         expected = f"none where the recipe is {recipe.name}: the rollouts of a prompt are graded "
         expected += "together, for the update that samples them"
-        require(may_lead, "near_policy.schedule", near.schedule, expected)
+        self.require(may_lead, "near_policy.schedule", expected)
         is_alone = near.generator != "thread" or self.mesh.processes == 1
         expected = "inline or process where mesh.processes is not 1: a thread samples on the "
         expected += "devices of its own process"
-        require(is_alone, "near_policy.generator", near.generator, expected)
+        self.require(is_alone, "near_policy.generator", expected)
 
     @property
     def grader(self) -> str:
@@ -194,9 +180,9 @@ class Config:
         return tuple(name for name in JUDGED_FIELDS if f"{{{name}}}" in shown)
 
     def _check_judges(self):
-        for role in ("rubricator", "verifier"):
-            getattr(self, role).check(role, self.api)
-        require_model("teach", self.teach.model, self.teach.base_url, self.api)
+        for role in ("rubricator", "verifier", "teach"):
+            section = getattr(self, role)
+            require_model(role, section.model, section.base_url, self.api)
         expected = f"its defaults where the recipe is {self.recipe.name}: it asks no judge"
         is_default = self.is_judged or self.rubrics == RubricsConfig()
         require(is_default, "rubrics", "set", expected)
@@ -204,35 +190,32 @@ class Config:
     def _check_rewards(self):
         """What a recipe that learns from rewards of whole answers, and judges, need."""
         recipe, rubrics = self.recipe, self.rubrics
-        source, count = self.sampling.completions_from, self.sampling.num_generations
-        format = self.data.teacher_prompt_format
+        is_sampled = self.sampling.completions_from == "student"
         expected = f"student: {recipe.name} averages over the student's samples"
-        require(source == "student", "sampling.completions_from", source, expected)
-        is_compared = not recipe.is_rewarded or count > 1
+        self.require(is_sampled, "sampling.completions_from", expected)
+        is_compared = not recipe.is_rewarded or self.sampling.num_generations > 1
         expected = f"at least 2: {recipe.name} compares the completions of a prompt with each other"
-        require(is_compared, "sampling.num_generations", count, expected)
+        self.require(is_compared, "sampling.num_generations", expected)
+        is_unread = not recipe.is_rewarded or self.data.teacher_prompt_format is None
         expected = f"none where the recipe is {recipe.name}: it reads no teacher's scores"
-        is_unread = not recipe.is_rewarded or format is None
-        require(is_unread, "data.teacher_prompt_format", format, expected)
-        for role in ("verifier", "rubricator") if self.is_judged else ():
-            has_rubric = recipe.reward != "scalar" and rubrics.refresh != "given"
-            is_asked = role == "verifier" or has_rubric
+        self.require(is_unread, "data.teacher_prompt_format", expected)
+        writes_rubrics = recipe.reward != "scalar" and rubrics.refresh != "given"
+        roles = ("verifier", "rubricator") if writes_rubrics else ("verifier",)
+        for role in roles if self.is_judged else ():
             expected = f"the name of a model: {recipe.name} asks this judge"
-            is_given = getattr(self, role).is_given
-            require(is_given or not is_asked, f"{role}.model", "", expected)
-        has_criteria = "rubric" in self.data.column_names
+            self.require(getattr(self, role).model, f"{role}.model", expected)
+        is_written = rubrics.refresh != "given" or "rubric" in self.data.column_names
         expected = "a column of criteria, rubric=COLUMN, where rubrics.refresh is given"
-        is_written = rubrics.refresh != "given" or has_criteria
-        require(is_written, "data.columns", self.data.columns, expected)
+        self.require(is_written, "data.columns", expected)
         expected = f"none where the recipe is {recipe.name}: it has no stages"
         if recipe.has_stages:
             expected = f"two or more names where the recipe is {recipe.name}"
         is_staged = bool(rubrics.stage_names) == recipe.has_stages
-        require(is_staged, "rubrics.stages", rubrics.stages, expected)
+        self.require(is_staged, "rubrics.stages", expected)
         of_rubrics = "num_criteria", "grades", "polarity", "rubric_of", "refresh", "blind"
         for name in of_rubrics if recipe.reward == "scalar" else ():
             reason = f"where the recipe is {recipe.name}: it has no rubric"
-            require_default(rubrics, "rubrics.", name, reason)
+            rubrics.require_default(name, reason)
 
     @property
     def steps_per_epoch(self) -> int:

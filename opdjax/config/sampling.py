@@ -1,27 +1,28 @@
-"""How completions are sampled."""
+"""How completions are sampled, for training and for evaluation."""
 
-from __future__ import annotations
+import re
+from typing import Annotated, Literal
 
-import dataclasses
-from typing import Any, Literal
+from opdjax.config.data import columns_of
+from opdjax.config.validation import Section
 
-from opdjax.config.validation import require_ranges, require_types
+# Names of `evaluation.grader`, besides auto, regex:PATTERN and FILE.py:FUNCTION.
+GRADERS = ("gsm8k", "last_number", "boxed", "choice", "exact")
 
 
-@dataclasses.dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(Section):
     """The completions that are trained on, and how they are sampled."""
 
     # Completions per prompt.
-    num_generations: int = 1
+    num_generations: Annotated[int, "at least 1"] = 1
     # Longest completion in tokens, including the stop token.
-    max_completion_length: int = 512
+    max_completion_length: Annotated[int, "at least 1"] = 512
     # Temperature of sampling. The student's own samples are also scored at it.
-    temperature: float = 1.0
+    temperature: Annotated[float, "more than 0"] = 1.0
     # Nucleus sampling: keep the most likely tokens up to this total probability; 1: off.
-    top_p: float = 1.0
+    top_p: Annotated[float, "more than 0 and at most 1"] = 1.0
     # Keep this many of the most likely tokens; 0: off.
-    top_k: int = 0
+    top_k: Annotated[int, "0 (off) or more"] = 0
     # Further stop tokens, besides the checkpoint's end-of-sequence ids.
     stop_token_ids: tuple[int, ...] = ()
     # Who writes the completions. student: on-policy samples; teacher: samples of the teacher;
@@ -30,19 +31,12 @@ class SamplingConfig:
     # Rows decoded at a time, also in evaluations; a finished row makes room for the next. Must be a
     # multiple of mesh.data x mesh.fsdp. None: all rows of a step, the fastest if memory allows and
     # lengths are similar; 512 rows of an evaluation.
-    slots: int | None = None
+    slots: Annotated[int | None, "at least 1, or none for all rows"] = None
     # Dtype of cached keys and values; auto: that of the forward pass. int8 halves bfloat16's memory
     # and samples from a slightly different distribution than the trained one: on the mini pair
     # log-probs differ by 0.004 nats on average and 0.11 at most (bfloat16: 0.0024 and 0.04). The
     # stored behaviour log-probs are those of the distribution sampled from.
     kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
-
-    def __post_init__(self):
-        require_types(self, "sampling.")
-        ranges = {"num_generations": "at least 1", "temperature": "more than 0"}
-        require_ranges(self, "sampling.", ranges)
-        require_sampling("sampling", self)
-        require_ranges(self, "sampling.", {"slots": "at least 1, or none for all rows"})
 
     @property
     def has_filter(self) -> bool:
@@ -50,8 +44,58 @@ class SamplingConfig:
         return self.top_p < 1 or self.top_k > 0
 
 
-def require_sampling(section: str, sampling: Any) -> None:
-    """Check the fields that the sampling of rollouts and of evaluations share."""
-    ranges = {"max_completion_length": "at least 1"}
-    ranges |= {"top_p": "more than 0 and at most 1", "top_k": "0 (off) or more"}
-    require_ranges(sampling, f"{section}.", ranges)
+class EvaluationConfig(Section):
+    """Sampled and greedy answers to held-out prompts, before, during and after training."""
+
+    # Prompts with answers, in the form of data.source; None: no evaluation.
+    source: str | None = "arithmetic:test"
+    # What is read of a completion and compared with the answer: gsm8k (the number after ####),
+    # last_number, boxed (the last \boxed{...}, as mathematics), choice (a letter from A to J),
+    # exact (the whole text), regex:PATTERN (its last match, or the first group of it),
+    # FILE.py:FUNCTION (your own, called with the completion and the answer), or auto: gsm8k for
+    # the built-in task, else last_number.
+    grader: str = "auto"
+    # Use the first N prompts, of each benchmark if there are several.
+    num_prompts: Annotated[int, "at least 1"] = 512
+    # Sampled answers per prompt: the k of avg@k and pass@k.
+    num_samples: Annotated[int, "at least 1"] = 8
+    # Temperatures of the sampled answers. All scores are those of the first; the untrained student
+    # is also evaluated at the others.
+    temperatures: Annotated[tuple[float, ...], "one or more numbers, more than 0 each"] = (1.0,)
+    # Nucleus sampling: keep the most likely tokens up to this total probability; 1: off.
+    top_p: Annotated[float, "more than 0 and at most 1"] = 1.0
+    # Keep this many of the most likely tokens; 0: off.
+    top_k: Annotated[int, "0 (off) or more"] = 0
+    # Longest answer in tokens, including the stop token.
+    max_completion_length: Annotated[int, "at least 1"] = 512
+    # Steps between evaluations; 0: only before and after training.
+    every: Annotated[int, "0 (off) or more"] = 0
+    # Columns, NAME=COLUMN: prompt and answer, where they differ from data.columns; benchmark, the
+    # column with the name of a prompt's benchmark (MATH500, AMC23 ...): scores are then also given
+    # for each benchmark, and as their mean.
+    columns: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_grader()
+        _ = self.column_names
+
+    def _check_grader(self):
+        kind, _, pattern = self.grader.partition(":")
+        is_known = self.grader in (*GRADERS, "auto") or re.fullmatch(r".+\.py:\w+", self.grader)
+        expected = f"{', '.join(GRADERS)}, auto, regex:PATTERN or FILE.py:FUNCTION"
+        self.require(is_known or kind == "regex", "grader", expected)
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            self.require(False, "grader", f"a regular expression after regex: ({error})")
+
+    @property
+    def column_names(self) -> dict[str, str]:
+        """The columns that are named, by what they hold."""
+        return columns_of("evaluation.columns", self.columns, ("prompt", "answer", "benchmark"))
+
+    @property
+    def temperature(self) -> float:
+        """Temperature of the answers of all scores."""
+        return self.temperatures[0]

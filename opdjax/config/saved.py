@@ -1,16 +1,16 @@
 """Reads the `config.json` of earlier versions."""
 
-from __future__ import annotations
-
+import collections
 import functools
 import json
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from opdjax.config.api import RULE_JUDGE
 from opdjax.config.data import JUDGED_FIELDS, DataConfig
-from opdjax.config.model import MINI_STUDENT, MINI_TEACHER, STUDENT
+from opdjax.config.model import STUDENT
 from opdjax.config.run import Config
 from opdjax.config.validation import from_dict, to_dict
 
@@ -52,8 +52,6 @@ REMOVED_EXECUTION_KEYS: Mapping[str, Any] = {
     "api.breaker_failures": 5,
     "api.breaker_seconds": 30.0,
 }
-_ROLES = ("rubricator", "verifier", "teacher_api")
-
 Sections = dict[str, dict[str, Any]]
 
 
@@ -61,17 +59,17 @@ def upgrade(saved: dict[str, Any]) -> dict[str, Any]:
     """A saved config with today's keys and values; fields added since have their defaults. A value
     that no setting of today can hold is left out, and a note on stderr names it.
     """
-    config, lost, execution = _read(saved)
-    for line in (*lost, *execution):
+    config, lost, execution = _read(json.dumps(saved, sort_keys=True))
+    for line in lost + execution:
         _print_once(f"note: an earlier version's setting is a constant today: {line}")
-    return config
+    return json.loads(config)
 
 
 def lost_settings(saved: dict[str, Any]) -> list[str]:
     """`field: value -> constant` for each setting of a saved config that changed its results and
     that no setting of today can hold.
     """
-    return _read(saved)[1]
+    return _read(json.dumps(saved, sort_keys=True))[1].copy()
 
 
 @functools.cache
@@ -79,80 +77,72 @@ def _print_once(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _read(saved: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
-    """(today's config, lost settings, lost settings that said only how a run is computed)."""
-    config, lost, execution = _read_text(json.dumps(saved, sort_keys=True))
-    return json.loads(config), list(lost), list(execution)
-
-
 @functools.lru_cache(maxsize=4096)  # tables of a sweep read each config many times
-def _read_text(text: str) -> tuple[str, list[str], list[str]]:
-    """As `_read`, from JSON and with the config as JSON: callers may change what they get."""
+def _read(text: str) -> tuple[str, list[str], list[str]]:
+    """(today's config, lost settings, lost settings that said only how a run is computed), from
+    JSON; the config as JSON too, because callers may change what they get.
+    """
     saved = json.loads(text)
-    sections = {name: dict(value) for name, value in saved.items() if isinstance(value, dict)}
+    sections = collections.defaultdict(dict)
+    sections.update((name, value) for name, value in saved.items() if isinstance(value, dict))
+    others = {name: value for name, value in saved.items() if name not in sections}
     lost: list[str] = []
-    for read in _READERS:
-        read(sections, lost)
+    for reader in (_read_models, _read_data, _read_evaluation, _read_estimator, _read_rubrics):
+        reader(sections, lost)
+    _read_endpoints(sections, lost)
     for old, new in RENAMED_KEYS.items():
         value = _pop(sections, old)
         if value is not None:
             section, key = new.split(".")
-            sections.setdefault(section, {})[key] = value
-    train = sections.get("train", {})
+            sections[section][key] = value
+    train = sections["train"]
     if isinstance(train.get("remat"), bool):  # remat used to be a flag
         train["remat"] = "layer" if train["remat"] else "none"
     lost += _removed(sections, REMOVED_KEYS)
     execution = _removed(sections, REMOVED_EXECUTION_KEYS)
-    others = {name: value for name, value in saved.items() if not isinstance(value, dict)}
-    return json.dumps(to_dict(from_dict(Config, {**sections, **others}))), lost, execution
+    read = {name: values for name, values in sections.items() if values or name in saved}
+    return json.dumps(to_dict(from_dict(Config, read | others))), lost, execution
 
 
 def _pop(sections: Sections, field: str) -> Any:
     """Remove `section.key`; None where it is not there."""
     section, key = field.split(".")
-    return sections.get(section, {}).pop(key, None)
+    return sections[section].pop(key, None)
 
 
 def _removed(sections: Sections, constants: Mapping[str, Any]) -> list[str]:
     found = {field: _pop(sections, field) for field in constants}
-    found = {field: value for field, value in found.items() if value is not None}
-    changed = {field: value for field, value in found.items() if value != constants[field]}
-    return [f"{field}: {value!r} -> {constants[field]!r}" for field, value in changed.items()]
+    return [
+        f"{field}: {value!r} -> {constants[field]!r}"
+        for field, value in found.items()
+        if value not in (None, constants[field])
+    ]
 
 
 def _read_models(sections: Sections, lost: list[str]) -> None:
-    for role, built_in in {"student": MINI_STUDENT, "teacher": MINI_TEACHER}.items():
-        model = sections.get(role, {})
+    for model in (sections["student"], sections["teacher"]):
         if revision := model.pop("revision", None):
             model["path"] = f"{model['path']}@{revision}"
-        if "path" in model:
-            model["path"] = _built_in_name(model["path"])
-        for key in ("dtype", "attention") if role == "teacher" else ():
-            value, student = model.pop(key, None), sections.get("student", {}).get(key)
-            if value != student and model.get("path", built_in) != STUDENT:
-                lost.append(f"teacher.{key}: {value!r} -> {student!r}, as train.{key}")
-
-
-def _built_in_name(path: str) -> str:
-    """`@mini_teacher` or `@mini_student` for the paths that early versions saved for them."""
-    directory, _, role = str(path).rpartition("/")
-    names = {"teacher": MINI_TEACHER, "student": MINI_STUDENT}
-    is_built_in = directory.endswith("/opdjax/assets/mini_pair") and role in names
-    return names[role] if is_built_in else path
+        if isinstance(path := model.get("path"), str):  # early versions saved the directory
+            model["path"] = re.sub(
+                r".*/opdjax/assets/mini_pair/(teacher|student)\Z", r"@mini_\1", path
+            )
+    for key in ("dtype", "attention"):
+        value, student = sections["teacher"].pop(key, None), sections["student"].get(key)
+        if value != student and sections["teacher"].get("path") != STUDENT:
+            lost.append(f"teacher.{key}: {value!r} -> {student!r}, as train.{key}")
 
 
 def _read_data(sections: Sections, lost: list[str]) -> None:
-    data = sections.get("data", {})
-    thinking, teacher_thinking = (
-        data.pop(f"{who}enable_thinking", None) for who in ("", "teacher_")
-    )
+    data = sections["data"]
+    thinking = data.pop("enable_thinking", None)
+    teacher_thinking = data.pop("teacher_enable_thinking", None)
     format, teacher_format = data.get("format", "chat"), data.get("teacher_format")
     named = {True: "thinking", False: "no_thinking", None: "chat"}
     teacher_thinking = thinking if teacher_thinking is None else teacher_thinking
-    if (teacher_format or format) == "chat" and teacher_thinking != thinking:
+    is_own = teacher_format or teacher_thinking != thinking
+    if is_own and (teacher_format or format) == "chat":
         data["teacher_format"] = named[teacher_thinking]
-    elif teacher_format == "chat":
-        data["teacher_format"] = named[thinking]
     if format == "chat" and thinking is not None:
         data["format"] = named[thinking]
     _read_columns(data, ("prompt", "answer", "reference", "rubric"))
@@ -175,7 +165,7 @@ def _read_columns(section: dict[str, Any], names: tuple[str, ...]) -> None:
 
 
 def _read_evaluation(sections: Sections, lost: list[str]) -> None:
-    evaluation = sections.get("evaluation", {})
+    evaluation, sampling = sections["evaluation"], sections["sampling"]
     if "temperature" in evaluation:
         others = evaluation.pop("extra_temperatures", ())
         evaluation["temperatures"] = [evaluation.pop("temperature"), *others]
@@ -183,13 +173,13 @@ def _read_evaluation(sections: Sections, lost: list[str]) -> None:
         is_built_in = str(evaluation.get("source")).startswith("arithmetic:")
         evaluation["grader"] = "auto" if is_built_in else "gsm8k"
     _read_columns(evaluation, ("prompt", "answer", "benchmark"))
-    size, sampling = evaluation.pop("batch_size", 512), sections.setdefault("sampling", {})
+    size = evaluation.pop("batch_size", 512)
     if size != 512 and sampling.get("slots") is None:
         sampling["slots"] = size
 
 
 def _read_estimator(sections: Sections, lost: list[str]) -> None:
-    estimator = sections.get("estimator", {})
+    estimator = sections["estimator"]
     if estimator.pop("stage_token_mean", None):
         estimator["aggregation"] = "stage_token_mean"
     is_old, cap = "importance_floor" in estimator, estimator.get("importance_cap") or 2.0
@@ -199,7 +189,7 @@ def _read_estimator(sections: Sections, lost: list[str]) -> None:
 
 
 def _read_rubrics(sections: Sections, lost: list[str]) -> None:
-    rubrics = sections.get("rubrics", {})
+    rubrics = sections["rubrics"]
     if "min_criteria" in rubrics:
         rubrics["num_criteria"] = [rubrics.pop("min_criteria"), rubrics.pop("max_criteria")]
     names, markers = rubrics.pop("stage_names", ()), rubrics.pop("stage_markers", ())
@@ -210,8 +200,9 @@ def _read_rubrics(sections: Sections, lost: list[str]) -> None:
 
 def _read_endpoints(sections: Sections, lost: list[str]) -> None:
     """One section `api` of what each role's endpoint used to hold."""
-    roles = {name: sections[name] for name in _ROLES if "timeout" in sections.get(name, {})}
-    api, teach = sections.setdefault("api", {}), sections.setdefault("teach", {})
+    names = ("rubricator", "verifier", "teacher_api")
+    roles = {name: sections[name] for name in names if "timeout" in sections[name]}
+    api, teach = sections["api"], sections["teach"]
     given = {name: role for name, role in roles.items() if role.get("base_url")}
     if "teacher_api" not in given and "batch_size" in teach:  # what a checkpoint does by default
         for key in ("temperature", "top_p"):
@@ -255,9 +246,3 @@ def _share_endpoints(given: Sections, api: dict[str, Any], lost: list[str]) -> N
             today |= {"top_p": None, "output": "json_schema", "max_tokens": api["max_tokens"]}
         changed = {key: value for key, value in today.items() if role[key] != value}
         lost += [f"{name}.{key}: {role[key]!r} -> {value!r}" for key, value in changed.items()]
-
-
-_READERS = (
-    *(_read_models, _read_data, _read_evaluation),
-    *(_read_estimator, _read_rubrics, _read_endpoints),
-)

@@ -2,8 +2,6 @@
 scripts can read it too.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import math
@@ -47,8 +45,6 @@ _FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _DEEP = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8))
 _HOST = {(1, 1): (1, 1, 1), (2, 4): (2, 4, 1)}
 _SHAPES = {"v4": _DEEP, "v5p": _DEEP, "v5e": _FLAT, "v6e": _FLAT}
-_GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
-_GPUS_PER_HOST = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +94,8 @@ def _topologies() -> dict[str, Topology]:
             name = f"{kind}-{chips * CHIPS[kind].cores_in_name}"
             found.append(Topology(name, CHIPS[kind], chips, math.prod(host), shape, host))
     for kind in ("a100", "h100", "h200"):
-        found += [
-            Topology(f"{kind}-{count}", CHIPS[kind], count, min(count, _GPUS_PER_HOST))
-            for count in _GPU_COUNTS
-        ]
+        counts = (1, 2, 4, 8, 16, 32, 64)
+        found += [Topology(f"{kind}-{n}", CHIPS[kind], n, min(n, 8)) for n in counts]
     return {topology.name: topology for topology in found}
 
 

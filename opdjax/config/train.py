@@ -1,24 +1,22 @@
-"""The training loop."""
+"""The training loop: updates, optimizer, adapters, devices, checkpoints and logs."""
 
-from __future__ import annotations
+from typing import Annotated, Literal, get_args
 
-import dataclasses
-from typing import Literal
+from opdjax.config.validation import Section
 
-from opdjax.config.validation import require_ranges, require_types
+LoraTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]  # the kernels of a layer
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Section):
     """The training loop."""
 
     # Optimizer updates.
-    num_steps: int = 100
+    num_steps: Annotated[int, "at least 1"] = 100
     # Prompts per update.
-    prompts_per_step: int = 64
+    prompts_per_step: Annotated[int, "at least 1"] = 64
     # Micro-batches per update, each with the same number of rows. Saves memory and does not change
     # the gradient.
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: Annotated[int, "at least 1"] = 1
     # What the backward pass recomputes. none: nothing. layer: each layer from its input, the least
     # memory for one more forward pass. dots: everything but the products with the layers' kernels,
     # which are most of the work.
@@ -26,7 +24,7 @@ class TrainConfig:
     # Pack rollouts into rows of this many tokens; None: one rollout per row. Saves time only with
     # gradient accumulation, because empty micro-batches are skipped. Attention cost grows with the
     # square.
-    pack_length: int | None = None
+    pack_length: Annotated[int | None, "at least 2, or none"] = None
     # Dtype of the forward passes of student and teacher; auto: bfloat16 on TPU and GPU, float32 on
     # CPU.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -36,8 +34,87 @@ class TrainConfig:
     # xla; cudnn has not been timed yet.
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
 
+
+class OptimizerConfig(Section):
+    """AdamW."""
+
+    # Learning rate after the warm-up.
+    learning_rate: Annotated[float, "more than 0"] = 1e-5
+    # Learning rate after the warm-up: constant, or falling to 0 at the last step.
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    # Steps in which the learning rate rises linearly from 0.
+    warmup_steps: Annotated[int, "0 or more"] = 0
+    # Decay rate of Adam's mean of squared gradients.
+    b2: Annotated[float, "at least 0 and less than 1"] = 0.999
+    # Decoupled weight decay; norms and biases are not decayed. 0: off.
+    weight_decay: Annotated[float, "0 (off) or more"] = 0.0
+    # Clip gradients to this global norm; 0: off.
+    max_grad_norm: Annotated[float, "0 (off) or more"] = 1.0
+
+
+class LoraConfig(Section):
+    """Low-rank adapters of the student: only they are trained and saved in checkpoints."""
+
+    # Rank of every adapter; 0: no adapters, all parameters are trained.
+    rank: Annotated[int, "0 (off) or more"] = 0
+    # An adapter's product is multiplied by alpha / rank.
+    alpha: Annotated[float, "more than 0"] = 16.0
+    # Kernels with an adapter: q, k, v, o of the attention; gate, up, down of the MLP.
+    targets: tuple[LoraTarget, ...] = get_args(LoraTarget)
+
     def __post_init__(self):
-        require_types(self, "train.")
-        names = ("num_steps", "prompts_per_step", "gradient_accumulation_steps")
-        ranges = dict.fromkeys(names, "at least 1")
-        require_ranges(self, "train.", ranges | {"pack_length": "at least 2, or none"})
+        super().__post_init__()
+        is_set = 0 < len(self.targets) == len(set(self.targets))
+        expected = f"one or more of {', '.join(get_args(LoraTarget))}, each once"
+        self.require(is_set, "targets", expected)
+        for name in ("alpha", "targets") if self.rank == 0 else ():
+            self.require_default(name, "where lora.rank is 0: no adapters")
+
+    @property
+    def scale(self) -> float:
+        """Factor of an adapter's product; 1 without adapters."""
+        return self.alpha / self.rank if self.rank else 1.0
+
+
+class MeshConfig(Section):
+    """How devices are used."""
+
+    # Copies of the parameters, each with its own rows; -1: as many as there are devices for.
+    data: Annotated[int, "-1 (all there are) or at least 1"] = -1
+    # Devices that shard the parameters, the optimizer state and the rows.
+    fsdp: Annotated[int, "at least 1"] = 1
+    # Devices that shard the attention heads, the MLP and the vocabulary.
+    tensor: Annotated[int, "at least 1"] = 1
+    # Processes of this run, usually one per host, all started with the same command; -1: as many as
+    # the cluster says. With more than one, jax.distributed.initialize() connects them: in the
+    # environment of a TPU or of Slurm, or by JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID.
+    processes: Annotated[int, "-1 (all there are) or at least 1"] = 1
+
+    def generator_devices(self, available: int) -> int:
+        """The devices, the last of those available, on which a generator thread samples: those that
+        the mesh leaves, or the fewest that can if `data` is -1.
+        """
+        if self.data == -1:
+            return self.tensor
+        return available - self.data * self.fsdp * self.tensor
+
+
+class CheckpointConfig(Section):
+    """How often checkpoints are saved, and which are kept."""
+
+    # Steps between checkpoints; the last step is always saved.
+    every: Annotated[int, "at least 1"] = 50
+    # Number of the newest checkpoints to keep, besides the one with the best avg@k.
+    keep: Annotated[int, "at least 1"] = 2
+
+
+class LogConfig(Section):
+    """What is logged in addition to metrics.jsonl."""
+
+    # Steps between rollouts written to samples.jsonl; 0: never.
+    samples_every: Annotated[int, "0 (off) or more"] = 50
+    # Also write TensorBoard event files; needs the tensorboard extra.
+    tensorboard: bool = False
+    # Steps between diagnostics: entropies, overlap of student and teacher, quantiles of the reward;
+    # 0: never.
+    diagnostics_every: Annotated[int, "0 (off) or more"] = 10

@@ -1,19 +1,16 @@
-"""Reads, checks and dumps settings. Errors name the field and what was expected. Standard library
-only.
-"""
-
-from __future__ import annotations
+"""Reads, checks and dumps settings. Errors name the field and what was expected."""
 
 import dataclasses
 import difflib
 import functools
 import json
 import math
+import operator
 import re
 import types
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 _MAX_INT = 2**31 - 1  # the largest integer of jax's default type
 # Ranges of values, by the words of an error message.
@@ -22,13 +19,18 @@ _RANGES: Mapping[str, Callable[[Any], bool]] = {
     "0 or more": lambda x: x >= 0,
     "0, or more than 1": lambda x: x == 0 or x > 1,
     "from 0 to 1": lambda x: 0 <= x <= 1,
+    "from 0 to 2147483647": lambda x: 0 <= x <= _MAX_INT,
+    "from 2 to 200": lambda x: 2 <= x <= 200,
     "at least 0 and less than 1": lambda x: 0 <= x < 1,
     "more than 0": lambda x: x > 0,
+    "more than 1": lambda x: x > 1,
     "more than 0 and at most 1": lambda x: 0 < x <= 1,
     "more than 0 and less than 1": lambda x: 0 < x < 1,
     "at least 1": lambda x: x >= 1,
     "at least 2": lambda x: x >= 2,
     "-1 or at least 1": lambda x: x == -1 or x >= 1,
+    "one or more numbers, more than 0 each": lambda x: len(x) > 0 and min(x) > 0,
+    "0 or more each": lambda x: min(x) >= 0,
     "K * K numbers, row by row, for K stages": lambda x: (
         len(x) > 1 and math.isqrt(len(x)) ** 2 == len(x)
     ),
@@ -44,7 +46,7 @@ class MissingExtraError(ImportError):
 
 
 # Cached: it evaluates every annotation, which takes most of the time of reading a sweep's configs.
-hints_of = functools.cache(typing.get_type_hints)
+hints_of = functools.cache(functools.partial(typing.get_type_hints, include_extras=True))
 
 
 def require(is_met: bool, field: str, value: Any, expected: str) -> None:
@@ -53,13 +55,34 @@ def require(is_met: bool, field: str, value: Any, expected: str) -> None:
         raise ConfigError(f"{field} is {value!r}; expected {expected}")
 
 
-def require_ranges(section: Any, path: str, ranges: Mapping[str, str]) -> None:
-    """Check fields of a section against ranges in words, such as `{"every": "0 (off) or more"}`.
-    None is accepted.
+@typing.dataclass_transform(frozen_default=True)
+class Section:
+    """A group of settings. Its subclasses are frozen dataclasses, which check the types and ranges
+    of their fields when they are made.
+
+    A range is given in words: `every: Annotated[int, "0 (off) or more"] = 0`. Errors name a field
+    of `DataConfig` as data.FIELD, and a field of `Config` as FIELD.
     """
-    for name, expected in ranges.items():
-        value = getattr(section, name)
-        require(value is None or in_range(value, expected), path + name, value, expected)
+
+    def __init_subclass__(cls) -> None:
+        dataclasses.dataclass(frozen=True)(cls)
+
+    def __post_init__(self) -> None:
+        require_types(self, self._path())
+
+    def require(self, is_met: bool, name: str, expected: str) -> None:
+        """Raise a ConfigError about a field, FIELD or SECTION.FIELD, unless `is_met`."""
+        require(is_met, self._path() + name, operator.attrgetter(name)(self), expected)
+
+    def require_default(self, name: str, reason: str) -> None:
+        """Raise one unless a field has its default; `reason` continues "expected DEFAULT ..."."""
+        default = type(self).__dataclass_fields__[name].default
+        self.require(getattr(self, name) == default, name, f"{default} {reason}")
+
+    @classmethod
+    def _path(cls) -> str:
+        name = re.sub(r"\B(?=[A-Z])", "_", cls.__name__.removesuffix("Config")).lower()
+        return f"{name}." if name else ""
 
 
 def in_range(value: Any, words: str) -> bool:
@@ -67,12 +90,6 @@ def in_range(value: Any, words: str) -> bool:
     ..." at the end, are ignored.
     """
     return _RANGES[re.sub(r" \([^)]*\)|, or none.*", "", words)](value)
-
-
-def require_default(section: Any, path: str, name: str, reason: str) -> None:
-    """Check that a field has its default; `reason` continues "expected DEFAULT ..."."""
-    value, default = getattr(section, name), type(section).__dataclass_fields__[name].default
-    require(value == default, path + name, value, f"{default} {reason}")
 
 
 def pairs_of(field: str, items: tuple[str, ...], expected: str) -> dict[str, str]:
@@ -84,10 +101,16 @@ def pairs_of(field: str, items: tuple[str, ...], expected: str) -> dict[str, str
 
 
 def convert(hint: Any, value: Any, path: str) -> Any:
-    """The value as the annotated type, or a ConfigError. Only an int for a float is converted."""
+    """The value as the annotated type and in its range, or a ConfigError. Only an int for a float
+    is converted.
+    """
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, path + ".")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        value = convert(arguments[0], value, path)
+        require(value is None or in_range(value, arguments[1]), path, value, arguments[1])
+        return value
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
@@ -100,20 +123,17 @@ def convert(hint: Any, value: Any, path: str) -> Any:
             raise ConfigError(f"{path} is {value!r}; {nearest(str(value), map(str, arguments))}")
         return value
     if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{path} is {value!r}; expected a list")
-        if arguments[-1] is not ... and len(value) != len(arguments):
-            raise ConfigError(f"{path} is {value!r}; expected {len(arguments)} values")
+        require(isinstance(value, (list, tuple)), path, value, "a list")
+        is_long_enough = arguments[-1] is ... or len(value) == len(arguments)
+        require(is_long_enough, path, value, f"{len(arguments)} values")
         return tuple(convert(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     is_bool = isinstance(value, bool)
     if hint is float and isinstance(value, int) and not is_bool and abs(value) < 1e300:
         return float(value)
-    if not isinstance(value, hint) or (is_bool and hint is not bool):
-        raise ConfigError(f"{path} is {value!r}; expected {hint.__name__}")
-    if hint is float and not math.isfinite(value):
-        raise ConfigError(f"{path} is {value!r}; expected a finite number")
-    if hint is int and abs(value) > _MAX_INT:
-        raise ConfigError(f"{path} is {value!r}; expected at most {_MAX_INT}")
+    is_right_type = isinstance(value, hint) and is_bool == (hint is bool)
+    require(is_right_type, path, value, hint.__name__)
+    require(hint is not float or math.isfinite(value), path, value, "a finite number")
+    require(hint is not int or abs(value) <= _MAX_INT, path, value, f"at most {_MAX_INT}")
     return value
 
 
@@ -123,14 +143,12 @@ def require_types(section: Any, path: str = "") -> None:
     """
     for name, hint in hints_of(type(section)).items():
         value = getattr(section, name)
-        if not dataclasses.is_dataclass(hint):
-            convert(hint, value, path + name)
-        elif isinstance(value, hint):
+        if dataclasses.is_dataclass(hint):
+            expected = f"a section with named fields: {hint.__name__}(...)"
+            require(isinstance(value, hint), name, value, expected)
             require_types(value, f"{name}.")
         else:
-            raise ConfigError(
-                f"{name} is {value!r}; expected a section with named fields: {hint.__name__}(...)"
-            )
+            convert(hint, value, path + name)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -142,9 +160,8 @@ def from_dict(cls: type, values: dict[str, Any], path: str = "") -> Any:
     """The strict inverse of `to_dict`: ConfigError for an unknown field, with the nearest valid
     name, for a wrong type and for the lack of a field without a default.
     """
-    if not isinstance(values, dict):
-        where = path.rstrip(".") or "the config"
-        raise ConfigError(f"{where} is {values!r}; expected a section with named fields")
+    where = path.rstrip(".") or "the config"
+    require(isinstance(values, dict), where, values, "a section with named fields")
     hints = hints_of(cls)
     for name in values:
         if name not in hints:

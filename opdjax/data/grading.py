@@ -14,8 +14,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from opdjax.config.evaluation import GRADERS
 from opdjax.config.experiments import load_function
+from opdjax.config.sampling import GRADERS
 from opdjax.config.validation import MissingExtraError
 from opdjax.data import isolated
 from opdjax.data.rational import numbers_in, rational

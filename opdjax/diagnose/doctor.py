@@ -1,19 +1,285 @@
-"""`opdjax doctor`: finds mistakes that would train without an error."""
+"""`opdjax doctor`: finds mistakes that would train without an error.
+
+A check is a pure function of what measurements.py measures, and a row of CHECKS; its docstring says
+what it finds. It returns None if there is nothing to judge. All log-probabilities and tolerances
+are in nats.
+"""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
+
 from opdjax.config import Config, MeshConfig
+from opdjax.config.recipes import RECIPES
 from opdjax.config.validation import require
+from opdjax.data.chat import valid_vocab
 from opdjax.data.tokenizer import load_tokenizer
-from opdjax.diagnose import checks
 from opdjax.diagnose.measurements import Measurements
 from opdjax.models.hf import open_checkpoint
-from opdjax.rollouts.checks import check_tokenizers
-from opdjax.rollouts.findings import Finding
+from opdjax.rollouts import checks as cheap
+from opdjax.rollouts.checks import Finding, Problem, fault, finding, warning
 from opdjax.rollouts.setup import Setup, prepare, reads_scores
+
+# Below this mean score, the teacher's own answers do not meet the criteria.
+_MIN_REFERENCE_SCORE = 0.5
+_TEACHER_ADVICE = "check the teacher's weights, its tokenizer and its prompt format"
+
+
+# Checks that `train` runs too, without the models
+
+
+def tokenizers(m: Measurements) -> Finding:
+    """Strings that student and teacher map to different ids."""
+    recipe = m.config.estimator.recipe
+    return cheap.check_tokenizers(m.setup.tokenizer, m.setup.teacher.tokenizer, recipe)
+
+
+def stop_tokens(m: Measurements) -> Finding:
+    """Answers that do not stop where the models end them."""
+    return cheap.check_stop_tokens(m.setup, m.teacher_answers if reads_scores(m.config) else None)
+
+
+def chat_template(m: Measurements) -> Finding:
+    """Prompts that student and teacher read differently."""
+    return cheap.check_chat_template(m.setup)
+
+
+def sampling_filter(m: Measurements) -> Finding:
+    """A filter of the sampler that the loss does not know of."""
+    return cheap.check_sampling_filter(m.setup, m.rollouts)
+
+
+def staleness(m: Measurements) -> Finding | None:
+    """Tokens of an older policy that are weighted as the student's own."""
+    return next(iter(cheap.check_staleness(m.setup)), None)
+
+
+def mask(m: Measurements) -> Finding:
+    """A mask that is not 1 on exactly the sampled tokens."""
+    width, stops = m.prompts.tokens.shape[1], m.setup.decoding.stop_token_ids
+    return cheap.check_mask(m.batch, m.rollouts, width, stops)
+
+
+# Checks of samples and scores
+
+
+def padded_vocabulary(m: Measurements) -> Finding:
+    """Embedding rows beyond the tokenizer that can be sampled, or have a probability."""
+    width = valid_vocab(m.setup.tokenizer)
+    sampled = np.asarray(m.rollouts.tokens)[np.asarray(m.rollouts.mask)]
+    problems = []
+    if beyond := int((sampled >= width).sum()):
+        found = f"{beyond} of {sampled.size} sampled tokens are ids from {width} on"
+        problems.append(fault(f"{found}, which stand for no token"))
+    for role, (rows, probability) in m.padding.items():
+        if probability != 0:
+            found = f"the {role} gives its padded ids {width} to {rows - 1} a probability"
+            cause = f"expected 0: the run masks ids from {m.setup.decoding.valid_vocab} on"
+            advice = f"set valid_vocab to {width}"
+            problems.append(fault(f"{found} of up to {probability:.3g}", cause, advice))
+    padding = ", ".join(f"{role} {rows - width}" for role, (rows, _) in m.padding.items())
+    otherwise = f"{width} tokens; embedding rows beyond them ({padding}) have probability 0"
+    return finding("padded_vocabulary", problems, otherwise)
+
+
+def sampler_matches_scorer(m: Measurements) -> Finding:
+    """Log-probs of the sampler that are not the scorer's; a shift or a temperature is named."""
+    name, temperature = "sampler_matches_scorer", m.setup.decoding.temperature
+    dtype = cheap.coarsest_dtype(m.setup)
+    allowed = cheap.tolerance(m.backend, dtype)
+    sampled, mask = np.asarray(m.rollouts.unfiltered_logprobs), np.asarray(m.batch.mask)
+    if not mask.any():
+        return Finding(name, "fault", "the mask is empty; expected 1 on the sampled tokens")
+    scores = m.score_at(temperature)
+
+    def gap(mask, sampled=sampled, scores=scores) -> tuple[float, float]:
+        difference = np.abs(sampled - scores)[mask]
+        return float(difference.mean()), float(difference.max())
+
+    agrees = lambda mean, largest: mean <= allowed.mean and largest <= allowed.largest
+
+    mean, largest = gap(mask)
+    found = f"log-probs differ by at most {largest:.2g}, on average by {mean:.2g}"
+    found += f" over {int(mask.sum())} tokens"
+    if agrees(mean, largest):
+        return Finding(name, "ok", f"{found} ({dtype})")
+    causes = []
+    for side, step in cheap.SHIFTS:
+        if agrees(*gap(np.roll(mask, -step, axis=1))):
+            causes.append(f"the mask is shifted by one column to the {side}")
+        if agrees(*gap(mask, sampled=np.roll(sampled, -step, axis=1))):
+            causes.append(f"the sampler's log-probs are shifted by one column to the {side}")
+    if not causes and temperature != 1 and agrees(*gap(mask, scores=m.score_at(1.0))):
+        other = f"the scorer's of {temperature:g}"
+        causes.append(f"the sampler's log-probs are those of temperature 1, {other}")
+    severity = fault if causes or not mean <= allowed.mean else warning
+    expected = f"expected at most {allowed.largest:g}, on average {allowed.mean:g} in {dtype}"
+    unknown = "the cause is neither a shift nor a temperature: compare weights and dtypes"
+    return Finding(name, *severity(found, expected, *(causes or [unknown])))
+
+
+def self_distillation(m: Measurements) -> Finding:
+    """A student that learns from its own weights as the teacher."""
+    (itself, from_teacher), recipe = m.first_updates, m.config.estimator.recipe
+    allowed = cheap.tolerance(m.backend, m.dtype)
+    is_zero = RECIPES[recipe].is_zero_at_teacher(m.config.estimator.options)
+    # The norm against the teacher is the scale of "small", unless it is infinite or NaN.
+    scale = from_teacher.gradient_norm if np.isfinite(from_teacher.gradient_norm) else 0.0
+    largest_norm = max(allowed.gradient * scale, 10 * allowed.mean)
+    is_same = itself.log_ratio <= allowed.mean and abs(itself.kl) <= allowed.mean
+    is_still = abs(itself.loss) <= allowed.mean and itself.gradient_norm <= largest_norm
+    result = "ok", f"a student that is its own teacher has nothing to learn: {itself}"
+    if not is_same:
+        found = f"a student that is its own teacher disagrees with itself: {itself}"
+        result = fault(found, "expected 0", "give both the same vocabulary mask")
+    elif is_zero and not is_still:
+        found = f"recipe {recipe!r} updates a student that is its own teacher: {itself}"
+        result = fault(found, "expected 0", "check its options")
+    elif not is_zero:
+        found = f"a student that is its own teacher agrees with itself: {itself}"
+        result = "ok", f"{found} (recipe {recipe!r} may have another loss and gradient there)"
+    return Finding("self_distillation", *result, (f"against the teacher: {from_teacher}",))
+
+
+def teacher_dtype(m: Measurements) -> Finding:
+    """Rounding of the teacher that the student would learn."""
+    name, dtype, stored = "teacher_dtype", m.dtype, m.setup.teacher.checkpoint.stored_dtype
+    if dtype == "float32":
+        return Finding(name, "ok", f"the teacher computes in float32 (stored as {stored})")
+    difference, mean = m.teacher_rounding, float(m.teacher_rounding.mean())
+    found = f"the teacher computes in {dtype} (stored as {stored}), on average {mean:.2g}"
+    found += f" a token and at most {difference.max():.2g} from float32"
+    if stored != "float32" and mean <= cheap.tolerance(m.backend, m.dtype).mean:
+        return Finding(name, "ok", found)
+    advice = "--train.dtype float32 keeps the checkpoint's precision, at twice the memory"
+    return Finding(name, *warning(found, advice))
+
+
+def repeated_scores(m: Measurements) -> Finding:
+    """Scores of one batch that do not repeat, or depend on its layout and micro-batches."""
+    first, again, regrouped, layout = m.repeated_scores
+    allowed = cheap.tolerance(m.backend, m.dtype).largest
+
+    def largest_difference(other: np.ndarray) -> float:
+        # Other checks judge infinities and NaNs; equal ones are no difference here.
+        is_same = (first == other) | (np.isnan(first) & np.isnan(other))
+        return float(np.max(np.abs(np.where(is_same, 0, first - other)), initial=0))
+
+    repeated, moved = largest_difference(again), largest_difference(regrouped)
+    problems = []
+    if repeated != 0:
+        found = f"two teacher scorings of one batch differ by up to {repeated:.2g}"
+        cause = "expected the same bits: a run will not repeat, look for nondeterministic kernels"
+        problems.append((warning if repeated <= allowed else fault)(found, cause))
+    if not moved <= allowed:
+        found = f"with {layout} the teacher's log-probs change by up to {moved:.2g}"
+        cause = f"expected at most {allowed:g}: the teacher reads tokens outside the rollout"
+        problems.append(fault(found, cause, "check its segment ids"))
+    otherwise = f"two scorings give the same bits; with {layout} they differ by {moved:.2g}"
+    return finding("repeated_scores", problems, otherwise)
+
+
+def teacher_is_better(m: Measurements) -> Finding:
+    """A teacher that answers nothing correctly, or predicts answers no better than the student."""
+    (student, teacher, is_reference), correct, problems = m.nll, m.correct, []
+    text = "reference answers" if is_reference else "prompts"
+    found = f"NLL a token of the {text}: teacher {teacher.mean():.3g}, student {student.mean():.3g}"
+    if correct is not None:
+        found += f"; correct greedy answers: teacher {correct[1]}, student {correct[0]}"
+        found += f" of {len(teacher)}"
+    uniform = np.log(valid_vocab(m.setup.tokenizer))
+    if not teacher.mean() < uniform / 2:
+        is_fault = is_reference or np.isnan(teacher).any()
+        expected = f"expected less than ln(V)/2 = {uniform / 2:.2f}"
+        problems.append((fault if is_fault else warning)(found, expected, _TEACHER_ADVICE))
+    elif not is_reference:
+        found += " (without reference answers this does not rank the models)"
+    elif teacher.mean() > student.mean():
+        # A post-trained teacher may phrase answers unlike the references: then its grades count.
+        if correct is not None and correct[1] > correct[0]:
+            found += ": the teacher phrases answers unlike the references, but more of them are"
+            found += " correct"
+        else:
+            problems.append(_behind(found, teacher - student, m))
+    if correct is not None and correct[1] == 0:
+        none = f"the teacher answers none of {len(teacher)} prompts correctly"
+        none = none if problems else f"{found}: {none}"
+        problems.append(fault(none, "expected at least one", f"{_TEACHER_ADVICE}, and the grader"))
+    return finding("teacher_is_better", problems, found)
+
+
+def _behind(found: str, behind: np.ndarray, m: Measurements) -> Problem:
+    """Return the problem of a teacher whose NLL is `behind` the student's `[P]`."""
+    advice = "student and teacher look swapped (check --student.path and --teacher.path), or "
+    advice += "the teacher does not know its prompt format"
+    if m.config.teacher_is_student:
+        advice = "the model makes no use of what data.teacher_prompt_format shows it; reword that"
+    # Clear: by more than two standard errors over the prompts.
+    is_clear = behind.mean() > 2 * behind.std() / np.sqrt(max(len(behind) - 1, 1))
+    severity = fault if is_clear and m.correct is not None else warning
+    return severity(found, f"expected a lower NLL of the teacher: {advice}")
+
+
+# Checks of judges
+
+
+def judge(m: Measurements) -> Finding:
+    """Judges that cannot be reached, or that give no usable reply."""
+    judgements, _, error = m.judged
+    if error is not None:
+        return Finding("judge", *fault(f"the request failed: {error}"))
+    problems = sum((+judgement.tally.problems for judgement in judgements), collections.Counter())
+    counts = ", ".join(f"{name} {count}" for name, count in sorted(problems.items())) or "none"
+    total, failed = len(judgements), sum(not judgement.is_scored for judgement in judgements)
+    text = f"{failed} of {total} groups have no score" if failed else f"{total} groups have scores"
+    status = "fault" if failed else "warning" if problems else "ok"
+    return Finding("judge", status, f"{text}; unusable replies: {counts}")
+
+
+def judge_spread(m: Measurements) -> Finding | None:
+    """Scores that are equal within a group, so that they give no gradient."""
+    groups = [set(each.scores) - {None} for each in m.judged[0] if len(each.scores) > 1]
+    if not any(groups):
+        return None
+    tied = sum(len(scores) < 2 for scores in groups)
+    text = (
+        f"in {tied} of {len(groups)} groups all rollouts have the same score and give no gradient"
+    )
+    return Finding("judge_spread", "warning" if tied == len(groups) else "ok", text)
+
+
+def judge_references(m: Measurements) -> Finding | None:
+    """Low scores of the teacher's own answers."""
+    scores = [x for each in m.judged[0] for x in each.reference_scores if x is not None]
+    if not scores:
+        return None
+    mean = sum(scores) / len(scores)
+    text = f"the teacher's own answers have a mean score of {mean:.2f}"
+    return Finding("judge_references", "warning" if mean < _MIN_REFERENCE_SCORE else "ok", text)
+
+
+def judge_cost(m: Measurements) -> Finding | None:
+    """A spending cap that has no effect; says what the judges of a whole run cost."""
+    judgements, usage, _ = m.judged
+    if not any(judgement.is_scored for judgement in judgements):
+        return None
+    total = lambda name: sum(value for key, value in usage.items() if key.endswith(f"/{name}"))
+    text = f"a run sends about {total('calls'):,.0f} requests with"
+    text += f" {total('input_tokens') / 1e6:,.2f} million input tokens and"
+    text += f" {total('output_tokens') / 1e6:,.2f} million output tokens"
+    models = (m.config.rubricator.model, m.config.verifier.model)
+    if any(any(m.config.api.price_of(model)) for model in models):
+        return Finding("judge_cost", "ok", f"{text}, for {total('dollars'):,.2f} dollars")
+    status = "warning" if m.config.api.max_dollars > 0 else "ok"
+    no_price = "no price is set, so api.max_dollars has no effect"
+    return Finding("judge_cost", status, f"{text}; {no_price}")
+
+
+# The table of checks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,24 +303,24 @@ class Check:
 
 _is_judged = lambda config: config.is_judged
 
-# In the order in which they run. A new check is a function in checks.py and a row here.
+# In the order in which they run. A new check is a function above and a row here.
 CHECKS = (
-    Check(checks.tokenizers, "choose a teacher with the student's tokenizer", reads_scores),
-    Check(checks.padded_vocabulary, "mask ids from the tokenizer's size on (valid_vocab)"),
-    Check(checks.stop_tokens, "set --sampling.stop-token-ids"),
-    Check(checks.chat_template, "copy a template, or set --data.teacher-format", reads_scores),
-    Check(checks.sampler_matches_scorer, "look at mask, shift by one, temperature and dtypes"),
-    Check(checks.sampling_filter, "set top_p 1, top_k 0, or use an exact divergence"),
-    Check(checks.staleness, "set estimator.importance, or use an exact divergence"),
-    Check(checks.self_distillation, "use one dtype and one vocabulary mask", reads_scores),
-    Check(checks.teacher_dtype, "set --train.dtype", reads_scores),
-    Check(checks.repeated_scores, "look at segment ids and kernels", reads_scores),
-    Check(checks.teacher_is_better, "look at paths, tokenizer, prompt format", reads_scores),
-    Check(checks.mask, "look at the packing of the rollouts"),
-    Check(checks.judge, "look at endpoints, keys and the judges' models", _is_judged),
-    Check(checks.judge_spread, "use finer criteria or a stronger judge", _is_judged),
-    Check(checks.judge_references, "look at references and criteria", _is_judged),
-    Check(checks.judge_cost, "set the prices of the endpoints", _is_judged),
+    Check(tokenizers, "choose a teacher with the student's tokenizer", reads_scores),
+    Check(padded_vocabulary, "mask ids from the tokenizer's size on (valid_vocab)"),
+    Check(stop_tokens, "set --sampling.stop-token-ids"),
+    Check(chat_template, "copy a template, or set --data.teacher-format", reads_scores),
+    Check(sampler_matches_scorer, "look at mask, shift by one, temperature and dtypes"),
+    Check(sampling_filter, "set top_p 1, top_k 0, or use an exact divergence"),
+    Check(staleness, "set estimator.importance, or use an exact divergence"),
+    Check(self_distillation, "use one dtype and one vocabulary mask", reads_scores),
+    Check(teacher_dtype, "set --train.dtype", reads_scores),
+    Check(repeated_scores, "look at segment ids and kernels", reads_scores),
+    Check(teacher_is_better, "look at paths, tokenizer, prompt format", reads_scores),
+    Check(mask, "look at the packing of the rollouts"),
+    Check(judge, "look at endpoints, keys and the judges' models", _is_judged),
+    Check(judge_spread, "use finer criteria or a stronger judge", _is_judged),
+    Check(judge_references, "look at references and criteria", _is_judged),
+    Check(judge_cost, "set the prices of the endpoints", _is_judged),
 )
 
 
@@ -79,11 +345,9 @@ def run_checks(config: Config, num_prompts: int = 8, only: Sequence[str] = ()) -
     require(num_prompts > 0, "--num-prompts", num_prompts, "at least 1")
     choose(only, config)  # before the models are loaded
     if reads_scores(config):
-        tokenizers = [
-            load_tokenizer(open_checkpoint(*model.place).path)
-            for model in (config.student, config.teacher_model)
-        ]
-        found = check_tokenizers(*tokenizers, config.estimator.recipe)
+        places = (model.place for model in (config.student, config.teacher_model))
+        both = [load_tokenizer(open_checkpoint(*place).path) for place in places]
+        found = cheap.check_tokenizers(*both, config.estimator.recipe)
         if found.status == "fault":
             note = "the other checks compare ids, so they were not made"
             yield dataclasses.replace(found, details=(*found.details, note))

@@ -1,6 +1,6 @@
 """What `opdjax doctor` measures of a run: a few prompts through its own sampler, scorers and loss.
 
-checks.py and rollouts/checks.py judge the measurements.
+doctor.py and rollouts/checks.py judge the measurements.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import tempfile
-from collections.abc import Sequence
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from opdjax.config import Config
 from opdjax.data.chat import valid_vocab
@@ -27,32 +27,32 @@ from opdjax.data.packing import (
     unpack,
 )
 from opdjax.data.prompt_rows import Prompt
-from opdjax.data.prompts import collate, indices_at
+from opdjax.data.prompts import PromptSet, collate, indices_at
 from opdjax.engine.decoding import Decoding
-from opdjax.engine.evaluate import graded
+from opdjax.engine.evaluate import completions, graded
 from opdjax.engine.sampler import sample
 from opdjax.engine.scorer import score
-from opdjax.engine.update import UpdateSpec, loss_and_grad
+from opdjax.engine.update import loss_and_grad
 from opdjax.estimators import estimator_of
 from opdjax.judge.judgement import Judgement
 from opdjax.judge.replies import ApiError
-from opdjax.models.decoder import DecoderConfig, Params, head_of
+from opdjax.models.decoder import Params, head_of
 from opdjax.models.hf import Checkpoint, load_params
 from opdjax.ops.sharding import to_host
-from opdjax.ops.tile import Head
 from opdjax.ops.vocab import TILE, TokenInputs, tiled_stats
 from opdjax.rollouts.checks import with_student_as_teacher
 from opdjax.rollouts.on_policy import draw
 from opdjax.rollouts.rows import with_option_columns
 from opdjax.rollouts.setup import (
     Setup,
+    Teacher,
     initial_weights,
     load_student,
     reads_scores,
     update_spec,
     with_current_teacher,
 )
-from opdjax.types import PromptBatch, Rollouts, TrainBatch
+from opdjax.types import PromptBatch, Rollouts, TeacherScores, TrainBatch
 
 _PADDING = 16  # columns added when scores are repeated
 _NUM_GROUPS = 4  # that judges see
@@ -74,17 +74,6 @@ class FirstUpdate:
         )
 
 
-class _Model(NamedTuple):
-    params: Params
-    head: Head
-    config: DecoderConfig
-
-    def with_params(self, params: Params) -> _Model:
-        """Return the model with other weights, and the head's masking and temperature."""
-        head = dataclasses.replace(self.head, kernel=head_of(params).kernel)
-        return self._replace(params=params, head=head)
-
-
 class Measurements:
     """Measurements of a run's untrained models on its first prompts, each made at its first use.
 
@@ -94,48 +83,46 @@ class Measurements:
     def __init__(self, run: Setup, num_prompts: int):
         self._run, self._num_prompts = run, num_prompts
         self.config: Config = run.config
-        self.backend = jax.default_backend()
+        # The type of the forward passes of both models.
+        self.backend, self.dtype = jax.default_backend(), run.dtype
 
     @cached_property
     def setup(self) -> Setup:
         """The run; the student is the teacher where the recipe compares no scores."""
         run = self._run
-        if reads_scores(self.config) and not self.config.teacher_is_student:
-            return run
-        params = self._load(run.student, run.dtype)
-        if reads_scores(self.config):
-            return with_current_teacher(run, params)
-        head = head_of(params, valid_vocab=run.decoding.valid_vocab)
-        return with_student_as_teacher(run, params, head)
+        if not reads_scores(self.config):
+            head = head_of(self._student_params, valid_vocab=run.decoding.valid_vocab)
+            return with_student_as_teacher(run, self._student_params, head)
+        if self.config.teacher_is_student:
+            return with_current_teacher(run, self._student_params)
+        return run
+
+    @cached_property
+    def _student_params(self) -> Params:
+        return self._load(self._run.student, self.dtype)
 
     @cached_property
     def prompts(self) -> PromptBatch:
         """Ids of the prompts."""
-        return _first_prompts(self.setup, self._num_prompts)
+        return self._first_prompts(self.setup.prompts, self._num_prompts)
 
-    @cached_property
-    def _student(self) -> _Model:
-        """The student in the type of the forward pass, with the run's mask and temperature."""
-        student, decoding = self.setup.student, self.setup.decoding
+    def _first_prompts(self, prompts: PromptSet, count: int) -> PromptBatch:
+        total = len(prompts)
+        return collate(prompts, indices_at(0, min(count, total), total, self.config.seed))
+
+    @property
+    def _student(self) -> Teacher:
+        """The student in the form of a teacher, with the run's mask and temperature."""
+        params, setup, decoding = self._student_params, self.setup, self.setup.decoding
         masks = {"valid_vocab": decoding.valid_vocab, "temperature": decoding.temperature}
-        params = self._load(student, self.setup.dtype)
-        return _Model(params, head_of(params, **masks), student.config)
-
-    @property
-    def _teacher(self) -> _Model:
-        teacher = self.setup.teacher
-        return _Model(teacher.params, teacher.head, teacher.checkpoint.config)
-
-    @property
-    def dtype(self) -> str:
-        """The type of the forward passes of both models."""
-        return self.setup.dtype
+        source = (setup.tokenizer, decoding)
+        return Teacher(setup.student, params, head_of(params, **masks), *source, True)
 
     @cached_property
     def rollouts(self) -> Rollouts:
         """One rollout of each prompt."""
-        (params, _, model), decoding = self._student, self.setup.decoding
-        return sample(params, self.prompts, self.config.seed, 0, config=model, decoding=decoding)
+        static = {"config": self.setup.student.config, "decoding": self.setup.decoding}
+        return sample(self._student_params, self.prompts, self.config.seed, 0, **static)
 
     @cached_property
     def batch(self) -> TrainBatch:
@@ -153,17 +140,22 @@ class Measurements:
     @cached_property
     def teacher_answers(self) -> Rollouts:
         """Greedy answers of the teacher."""
-        return self._greedy(self._teacher, for_teacher(self.prompts))
+        return self._greedy(self.setup.teacher, for_teacher(self.prompts))
 
     @cached_property
     def padding(self) -> dict[str, tuple[int, float]]:
         """By role: (rows of the embedding, largest probability of all ids beyond the tokenizer)."""
-        found, width = {}, valid_vocab(self.setup.tokenizer)
-        pairs = ((self._student, self._own_batch), (self._teacher, self.batch))
+        width, found = valid_vocab(self.setup.tokenizer), {}
+        beyond = lambda tile, *_: jnp.sum(jnp.exp(tile.logprobs[:, width:]), axis=-1)
+        mass_of = jax.jit(partial(tiled_stats, beyond, tile=TILE))
+        pairs = ((self._student, self._own_batch), (self.setup.teacher, self.batch))
         for role, (model, batch) in zip(("student", "teacher"), pairs):
-            rows, sizes = len(model.params["embedding"]), (width, TILE)
-            mass = _mass_beyond(*model[:2], batch, model.config, *sizes) if rows > width else 0
-            found[role] = rows, float(mass)
+            rows, mass = len(model.params["embedding"]), 0.0
+            if rows > width:
+                hidden = self._score(model, batch, needs="vocabulary").hidden
+                columns = TokenInputs(batch.tokens)
+                mass = float(mass_of(hidden, model.head, batch.mask, columns).max())
+            found[role] = rows, mass
         return found
 
     def score_at(self, temperature: float) -> np.ndarray:
@@ -176,23 +168,24 @@ class Measurements:
         near = near.at[:, 0].set(False)  # nothing predicts the first column
         head = dataclasses.replace(self._student.head, temperature=temperature)
         batch = dataclasses.replace(self._own_batch, mask=near)
-        return self._logprobs(self._student._replace(head=head), batch)
+        return self._logprobs(dataclasses.replace(self._student, head=head), batch)
 
     @cached_property
     def first_updates(self) -> tuple[FirstUpdate, FirstUpdate]:
         """Two updates: with the student's own weights as the teacher, and with the teacher."""
-        weights, params = load_student(self.setup), self._load(self.setup.student, self.dtype)
-        itself = self._teacher.with_params(params)._replace(config=self._student.config)
+        weights, student = load_student(self.setup), self._student
+        # With the teacher's mask and temperature.
+        head = dataclasses.replace(self.setup.teacher.head, kernel=student.head.kernel)
+        itself = dataclasses.replace(student, head=head)
         # The student's view on both sides: another template would put it into another context.
-        batches = ((itself, self._own_batch), (self._teacher, self.batch))
+        batches = ((itself, self._own_batch), (self.setup.teacher, self.batch))
         return tuple(self._first_update(weights, *each) for each in batches)
 
-    def _first_update(self, weights: tuple, teacher: _Model, batch: TrainBatch) -> FirstUpdate:
+    def _first_update(self, weights: tuple, teacher: Teacher, batch: TrainBatch) -> FirstUpdate:
         config, own, estimator = self.config, self._own_batch, estimator_of(self.config.estimator)
         # A recipe that reads no scores may still filter rollouts by token log-probs.
         needs = "token" if estimator.teacher == "none" else estimator.teacher
-        options = {"needs": needs, "top_k": estimator.top_k, "tile": TILE}
-        scores = score(*teacher[:2], batch, config=teacher.config, **options)
+        scores = self._score(teacher, batch, needs=needs, top_k=estimator.top_k)
         head = teacher.head if needs == "vocabulary" else None
         # Micro-batches no larger than the run's.
         rows = own.tokens.shape[0]
@@ -200,22 +193,27 @@ class Measurements:
         parts = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= most)
         spec = update_spec(self.setup)
         spec = dataclasses.replace(spec, gradient_accumulation_steps=parts, mesh=None)
-        scored = dataclasses.replace(own, teacher=scores)
-        loss, norm, outputs = _first_loss(*weights, scored, head, spec)
+        scored, (params, frozen) = dataclasses.replace(own, teacher=scores), weights
+        run = jax.jit(loss_and_grad, static_argnames="spec")
+        loss, gradient, outputs, _ = run(params, scored, head, spec, frozen=frozen)
         mask = np.asarray(own.mask)
         reward = np.asarray(outputs["rewards"])[mask]
         kl = np.asarray(outputs["kl"])[mask] if "kl" in outputs else -reward
-        return FirstUpdate(*map(float, (np.abs(reward).mean(), kl.mean(), loss, norm)))
+        values = (np.abs(reward).mean(), kl.mean(), loss, optax.tree.norm(gradient))
+        return FirstUpdate(*map(float, values))
 
     @cached_property
     def _teacher_scores(self) -> np.ndarray:
-        return self._logprobs(self._teacher, self.batch)
+        return self._logprobs(self.setup.teacher, self.batch)
 
     @cached_property
     def teacher_rounding(self) -> np.ndarray:
         """|log-prob - log-prob in float32| of the sampled tokens by the teacher."""
         params = self._load(self.setup.teacher.checkpoint, "float32")
-        exact = self._logprobs(self._teacher.with_params(params), self.batch)
+        head = dataclasses.replace(self.setup.teacher.head, kernel=head_of(params).kernel)
+        exact = self._logprobs(
+            dataclasses.replace(self.setup.teacher, params=params, head=head), self.batch
+        )
         return np.abs(self._teacher_scores - exact)[np.asarray(self.batch.mask)]
 
     @cached_property
@@ -223,7 +221,7 @@ class Measurements:
         """The teacher's log-probs of the sampled tokens: scored twice, and with other micro-batches
         and another layout; then that layout.
         """
-        teacher, batch, length = self._teacher, self.batch, self.config.train.pack_length
+        teacher, batch, length = self.setup.teacher, self.batch, self.config.train.pack_length
         again, parts = self._logprobs(teacher, batch), 1 if batch.tokens.shape[0] % 2 else 2
         layout, rows = "packed rows", None
         if length is None:  # one rollout per row as before, in other columns
@@ -240,10 +238,9 @@ class Measurements:
         """NLL a token by student and teacher `[P]`; whether of references, otherwise of prompts."""
         references, encode = [row.references for row in self._rows], self.setup.tokenizer.encode
         has_references = all(texts and texts[0] for texts in references)
-        texts: list[list[int]] = [[] for _ in references]
-        if has_references:
-            texts = [encode(first, add_special_tokens=False) for first, *_ in references]
-        teacher = self._nll(self._teacher, for_teacher(self.prompts), texts)
+        first = (texts[0] if has_references else "" for texts in references)
+        texts = [encode(text, add_special_tokens=False) for text in first]
+        teacher = self._nll(self.setup.teacher, for_teacher(self.prompts), texts)
         return self._nll(self._student, self.prompts, texts), teacher, has_references
 
     @cached_property
@@ -252,16 +249,17 @@ class Measurements:
         evaluation, answers = self.config.evaluation, [row.answer for row in self._rows]
         if evaluation.source is None or None in answers:
             return None
-        grading = (answers, self.setup.tokenizer, self.config.grader)
         both = (self._greedy(self._student, self.prompts), self.teacher_answers)
-        return tuple(int(graded(rollouts, *grading).sum()) for rollouts in both)
+        texts = (completions(rollouts, self.setup.tokenizer) for rollouts in both)
+        return tuple(int(graded(each, answers, self.config.grader).sum()) for each in texts)
 
     @cached_property
     def judged(self) -> tuple[list[Judgement], dict[str, float], str | None]:
         """(Judgements of the first groups, usage of a whole run, why the judges failed or None)."""
         from opdjax.rollouts.judged import JudgedSource, background_judge  # needs an extra
 
-        run, train, prompts = self._run, self.config.train, _first_prompts(self._run, _NUM_GROUPS)
+        run, train = self._run, self.config.train
+        prompts = self._first_prompts(run.prompts, _NUM_GROUPS)
         rollouts = to_host(draw(run, initial_weights(run), prompts, 0))
         with tempfile.TemporaryDirectory() as name:
             scratch = pathlib.Path(name)
@@ -284,15 +282,15 @@ class Measurements:
         # Placed as the teacher's: models of one shape then share a program.
         return load_params(checkpoint, dtype, self._run.mesh)
 
-    def _logprobs(self, model: _Model, batch: TrainBatch, parts: int = 1) -> np.ndarray:
-        """Return log-probs `[B, T]` of the batch's tokens, from the scorer of the run's teacher."""
-        options = {"needs": "token", "tile": TILE, "parts": parts}
-        scores = score(*model[:2], batch, config=model.config, **options)
-        return np.asarray(scores.teacher_logprobs)
+    def _score(self, model: Teacher, batch: TrainBatch, **options: Any) -> TeacherScores:
+        config = model.checkpoint.config
+        return score(model.params, model.head, batch, config=config, tile=TILE, **options)
 
-    def _nll(
-        self, model: _Model, prompts: PromptBatch, texts: Sequence[Sequence[int]]
-    ) -> np.ndarray:
+    def _logprobs(self, model: Teacher, batch: TrainBatch, parts: int = 1) -> np.ndarray:
+        """Return log-probs `[B, T]` of the batch's tokens, from the scorer of the run's teacher."""
+        return np.asarray(self._score(model, batch, needs="token", parts=parts).teacher_logprobs)
+
+    def _nll(self, model: Teacher, prompts: PromptBatch, texts: list[list[int]]) -> np.ndarray:
         """Return the mean NLL a token of each text `[P]` after its prompt, at temperature 1.
 
         If all texts are empty, that of the prompts, whose first token nothing predicts.
@@ -302,10 +300,10 @@ class Measurements:
         mask = rows.mask if rows.mask.any() else position > 1
         head = head_of(model.params, valid_vocab=self.setup.decoding.valid_vocab)
         batch = TrainBatch(rows.tokens, mask, rows.segment_ids, None)
-        logprobs = self._logprobs(model._replace(head=head), batch)
+        logprobs = self._logprobs(dataclasses.replace(model, head=head), batch)
         return -logprobs.sum(axis=1) / np.maximum(mask.sum(axis=1), 1)
 
-    def _greedy(self, model: _Model, prompts: PromptBatch) -> Rollouts:
+    def _greedy(self, model: Teacher, prompts: PromptBatch) -> Rollouts:
         """Sample greedy answers that stop at any id with which one of the two models may stop."""
         setup, decoding = self.setup, self.setup.decoding
         stops = {*setup.teacher.checkpoint.stop_token_ids, *setup.student.stop_token_ids}
@@ -314,29 +312,6 @@ class Measurements:
         length, valid = decoding.max_completion_length, decoding.valid_vocab
         decoding = Decoding(length, stop_token_ids, temperature=0.0, valid_vocab=valid)
         prompts = dataclasses.replace(prompts, teacher_tokens=None, teacher_mask=None)
-        return sample(model.params, prompts, 0, 0, config=model.config, decoding=decoding)
-
-
-def _first_prompts(run: Setup, count: int) -> PromptBatch:
-    total = len(run.prompts)
-    return collate(run.prompts, indices_at(0, min(count, total), total, run.config.seed))
-
-
-@partial(jax.jit, static_argnums=(3, 4, 5))
-def _mass_beyond(
-    params: Params, head: Head, batch: TrainBatch, model: DecoderConfig, width: int, tile: int
-) -> jax.Array:
-    """Return the largest probability of all ids >= `width` together at any scored position."""
-    hidden = score(params, head, batch, config=model, needs="vocabulary", tile=tile).hidden
-    beyond = lambda tile, _, row: jnp.sum(jnp.exp(tile.logprobs[:, width:]), axis=-1)
-    columns = TokenInputs(batch.tokens)
-    return jnp.max(tiled_stats(beyond, hidden, head, batch.mask, columns, tile=tile))
-
-
-@partial(jax.jit, static_argnames="spec")
-def _first_loss(
-    params: Params, frozen: Params | None, batch: TrainBatch, head: Head | None, spec: UpdateSpec
-):
-    """Return (loss, norm of the gradient, outputs) of the run's own update."""
-    loss, gradient, outputs, _ = loss_and_grad(params, batch, head, spec, frozen=frozen)
-    return loss, jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(gradient))), outputs
+        return sample(
+            model.params, prompts, 0, 0, config=model.checkpoint.config, decoding=decoding
+        )

@@ -1,10 +1,7 @@
-"""How one token is sampled: the row's random key, one uniform number per position, the filters, and
-the log-probs of the sampled token.
-
-The key of a row is folded from (seed, stream, prompt id, sample id, policy version). Each token
-folds in its position in the completion and draws ONE uniform number, which is turned into a token
-by inverting the cumulative distribution. So a draw does not depend on batch, row, padding or mesh;
-a token can differ only if its draw lies within logit rounding of the boundary between two tokens.
+"""How one token is sampled. The key of a row is folded from (seed, stream, prompt id, sample id,
+policy version); each token folds in its position and draws ONE uniform number, which is turned into
+a token by inverting the cumulative distribution. So a draw does not depend on batch, row, padding
+or mesh; a token differs only if its draw lies within logit rounding of a boundary between tokens.
 """
 
 from __future__ import annotations
@@ -159,9 +156,7 @@ def _order_preserving_bits(x: Float[Array, "B V"]) -> UInt[Array, "B V"]:
 def _largest_threshold(
     is_enough: Callable, zeros: Float[Array, " B"], num_bits: int
 ) -> UInt[Array, "B 1"]:
-    """The largest threshold per row for which `is_enough(threshold)` holds, found bit by bit from
-    the top.
-    """
+    """The largest threshold per row for which `is_enough(threshold)` holds, found bit by bit."""
 
     def try_bit(index, threshold):
         candidate = threshold | (jnp.uint32(1) << (num_bits - 1 - index).astype(jnp.uint32))

@@ -1,9 +1,13 @@
-"""Sampled and greedy answers to held-out prompts, and their grades."""
+"""Sampled and greedy answers to held-out prompts, their grades, and the record of these in
+eval.jsonl.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,14 +20,16 @@ from opdjax.data.prompts import PromptSet, collate
 from opdjax.engine.decoding import EVAL_STREAM, Decoding
 from opdjax.engine.sampler import sample
 from opdjax.models.decoder import DecoderConfig, Params
-from opdjax.ops.multihost import from_process_zero
-from opdjax.ops.sharding import num_row_shards, to_host
+from opdjax.ops.multihost import agreed, from_process_zero, on_process_zero
+from opdjax.ops.sharding import is_process_zero, num_row_shards, to_host
 from opdjax.runs.statistics import avg_at_k, by_benchmark, mean_and_interval, pass_at_k
+from opdjax.runs.workdir import append_lines, read_lines
 
 EVALUATION_SLOTS = 512  # rows of an evaluation decoded at a time, unless sampling.slots says less
 # Runs answer the same prompts with the same random numbers, so that they can be compared.
 _SEED = 0
 _NUM_SHOWN, _MAX_SHOWN_CHARS = 16, 4000  # answers kept as text, and characters of each
+_SCORES = ("avg@k", "pass@k", "greedy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +42,7 @@ class Evaluator:
     prompts: PromptSet
     tokenizer: Any
     config: EvaluationConfig
-    stop_token_ids: tuple[int, ...]
-    valid_vocab: int
+    decoding: Decoding  # at any temperature
     mesh: Mesh | None = None
     slots: int | None = None  # rows decoded at a time; None: EVALUATION_SLOTS
 
@@ -50,7 +55,7 @@ class Evaluator:
         prompts belong to benchmarks, `benchmarks` holds the same three scores of each benchmark and
         their macro mean (see `by_benchmark`).
         """
-        greedy, _, _, texts = self._grade(params, 0.0, 1)
+        greedy, *_, texts = self._grade(params, 0.0, 1)
         scores = self.sampled(params, self.config.temperature)
         scores["greedy"], scores["greedy_interval"] = mean_and_interval(avg_at_k(greedy))
         scores["per_prompt_greedy"] = greedy.sum(axis=1).tolist()
@@ -68,12 +73,8 @@ class Evaluator:
         """The scores of sampled answers, at any temperature."""
         k = self.config.num_samples
         correct, lengths, truncated, _ = self._grade(params, temperature, k)
-        result: dict[str, Any] = {
-            "temperature": temperature,
-            "n": k,
-            "k": k,
-            "num_prompts": len(correct),
-        }
+        result: dict[str, Any] = {"temperature": temperature, "n": k, "k": k}
+        result["num_prompts"] = len(correct)
         per_prompt = {"avg@k": avg_at_k(correct), "pass@k": pass_at_k(correct, k)}
         for name, values in per_prompt.items():
             result[name], result[f"{name}_interval"] = mean_and_interval(values)
@@ -85,25 +86,15 @@ class Evaluator:
     def _grade(
         self, params: Params, temperature: float, num_samples: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
-        """(correct, completion length, truncated), each `[P, num_samples]`, and all completions as
-        text.
-        """
-        config, devices = self.config, num_row_shards(self.mesh)
-        decoding = Decoding(
-            config.max_completion_length,
-            self.stop_token_ids,
-            temperature=temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            valid_vocab=self.valid_vocab,
-        )
+        """(correct, completion length, truncated), each `[P, num_samples]`, and all completions."""
+        devices = num_row_shards(self.mesh)
         rollouts = sample(
             params,
             collate(self.prompts, np.arange(len(self.prompts))),
             _SEED,
             0,
             config=self.model,
-            decoding=decoding,
+            decoding=dataclasses.replace(self.decoding, temperature=temperature),
             num_generations=num_samples,
             stream=EVAL_STREAM,
             mesh=self.mesh,
@@ -112,10 +103,35 @@ class Evaluator:
         rollouts = to_host(rollouts)
         answers = [prompt.answer for prompt in self.prompts.prompts for _ in range(num_samples)]
         texts = completions(rollouts, self.tokenizer)
-        correct = graded_texts(texts, answers, config.grader)
+        correct = graded(texts, answers, self.config.grader)
         by_prompt = lambda x: np.asarray(x, np.int32).reshape(-1, num_samples)
-        lengths = np.asarray(rollouts.mask).sum(1)
-        return *map(by_prompt, (correct, lengths, rollouts.is_truncated)), texts
+        return *map(by_prompt, (correct, rollouts.mask.sum(1), rollouts.is_truncated)), texts
+
+
+def evaluate(
+    evaluator: Evaluator | None, workdir: pathlib.Path, step: int, weights: Callable[[], Params]
+) -> dict[str, float] | None:
+    """Append this step's scores to eval.jsonl unless they are there; return them, or None without
+    an evaluator. Step 0 is also evaluated at the other temperatures.
+
+    `weights` is called only if something is missing.
+    """
+    if evaluator is None:
+        return None
+    file, config = workdir / "eval.jsonl", evaluator.config
+    found = {(row["step"], row["temperature"]): row for row in read_lines(file)}
+    wanted: dict[float, Callable[[Params], dict[str, Any]]] = {config.temperature: evaluator}
+    for temperature in config.temperatures if step == 0 else ():
+        wanted.setdefault(temperature, partial(evaluator.sampled, temperature=temperature))
+    missing = [temperature for temperature in wanted if agreed((step, temperature) not in found)]
+    params = weights() if missing else None
+    for temperature in missing:
+        row = found[step, temperature] = {"step": step, **wanted[temperature](params)}
+        on_process_zero(partial(append_lines, file, [row]))
+        if temperature == config.temperature and is_process_zero():
+            line = "  ".join(f"{name} {row[name]:.3f}" for name in _SCORES)
+            print(f"evaluation at step {step}: {line}")
+    return {name: found[step, config.temperature][name] for name in _SCORES}
 
 
 def _shown(prompt: Prompt, text: str, is_right: int) -> dict[str, Any]:
@@ -129,12 +145,7 @@ def _shown(prompt: Prompt, text: str, is_right: int) -> dict[str, Any]:
     }
 
 
-def graded(rollouts, answers: Sequence[str], tokenizer, grader: str) -> np.ndarray:
-    """1 for each completion (on the host) whose answer is right, else 0; `[B]`, int32."""
-    return graded_texts(completions(rollouts, tokenizer), answers, grader)
-
-
-def graded_texts(texts: Sequence[str], answers: Sequence[str], grader: str) -> np.ndarray:
+def graded(texts: Sequence[str], answers: Sequence[str], grader: str) -> np.ndarray:
     """1 for each text whose answer is right, else 0; `[B]`, int32.
 
     Only process zero grades: a grader may stop at a timeout, so that two processes could disagree.

@@ -1,15 +1,10 @@
 """Student rollouts by continuous batching: a fixed number of slots decode together, and the slot of
-a finished row starts the next one.
+a finished row starts the next one. The sampled tokens depend on none of this (see decoding.py).
 
-The host schedules (scheduling.py) and the device computes. `prefill` reads a block of prompts of
-one width; `advance` starts their rows in free slots (`_fill_slots`) and decodes until enough slots
-are free again. All slots write keys and values at the same column of a ring buffer, so that a write
-is one slice. A slot attends to its prompt's columns and to its own last columns of the ring. The
-ring is no longer than the longest unfinished row needs; it grows in powers of two, and each length
-is one compiled program.
-
-The sampled tokens depend on none of this (see decoding.py): not on slots, schedule, prompt widths,
-ring length or mesh.
+The host schedules (scheduling.py). `prefill` reads a block of prompts; `advance` starts their rows
+in free slots and decodes until enough slots are free again. All slots write keys and values at the
+same column of a ring buffer, so that a write is one slice. The ring is no longer than the longest
+unfinished row needs; it grows in powers of two, and each length is one compiled program.
 """
 
 from __future__ import annotations
@@ -342,9 +337,7 @@ def _decode_token(
 def _with_ring(
     cache: KVCache, cursor: Array, prompt_columns: int, ring: int, mesh: Mesh | None
 ) -> KVCache:
-    """The cache with a longer ring. It is copied array by array, so that at most one old array
-    exists beside the new cache.
-    """
+    """The cache with a longer ring, copied array by array: one old array exists beside the new."""
 
     def lengthen(old: Array) -> Array:
         new = _lengthen(old, cursor, prompt_columns, ring)
@@ -358,9 +351,7 @@ def _with_ring(
 def _lengthen(
     x: Float[Array, "*L S K T H"], cursor: Int[Array, ""], prompt_columns: int, ring: int
 ) -> Float[Array, "*L S K U H"]:
-    """Insert empty columns at the cursor. Columns from the cursor on are the oldest; they stay
-    before the others in the ring's order.
-    """
+    """Insert empty columns at the cursor, before the oldest columns."""
     prompt, old = x[..., :prompt_columns, :], x[..., prompt_columns:, :]
     room = jnp.zeros((*x.shape[:-2], ring - old.shape[-2], x.shape[-1]), x.dtype)
     oldest_first = jnp.concatenate([room, jnp.roll(old, -cursor, axis=-2)], axis=-2)
@@ -406,18 +397,14 @@ def _constrain(state: SlotState, mesh: Mesh | None) -> SlotState:
     """Slots and rows sharded over `data` and `fsdp`, the two counters replicated."""
     if mesh is None:
         return state
-    fields = {name: getattr(state, name) for name in state.__dataclass_fields__}
-    cache, counters = fields.pop("cache"), {name: fields.pop(name) for name in ("clock", "cursor")}
-    counters = jax.lax.with_sharding_constraint(counters, replicated(mesh))
-    return SlotState(cache=kv_cache.constrain(cache, mesh), **_by_row(fields, mesh), **counters)
+    rest = _by_row(state.replace(cache=None), mesh)
+    return rest.replace(cache=kv_cache.constrain(state.cache, mesh))
 
 
 def _by_row(tree, mesh: Mesh | None):
-    """Arrays sharded by their first axis over `data` and `fsdp`, or replicated if it is not
-    divisible.
-    """
+    """Arrays sharded by their first axis over `data` and `fsdp`; replicated if not divisible."""
     if mesh is None:
         return tree
-    shards = num_row_shards(mesh)
-    layout = lambda x: by_row(mesh) if x.shape[0] % shards == 0 else replicated(mesh)
+    is_divisible = lambda x: x.ndim and x.shape[0] % num_row_shards(mesh) == 0
+    layout = lambda x: by_row(mesh) if is_divisible(x) else replicated(mesh)
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, layout(x)), tree)

@@ -1,7 +1,5 @@
-"""The sampler's schedule, planned on the host: which prompts are prefilled together, and which row
-each free slot starts.
-
-The plan depends only on the prompts and on which slots are free.
+"""The sampler's schedule, planned on the host from the prompts and the free slots: which prompts
+are prefilled together, and which row each free slot starts.
 """
 
 from __future__ import annotations
@@ -11,12 +9,12 @@ from collections import deque
 from collections.abc import Iterator
 from functools import partial
 
-import jax
 import numpy as np
+from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
-from opdjax.config.validation import ConfigError
+from opdjax.config.validation import require
 from opdjax.data.prompts import padded_width
 from opdjax.ops.sharding import num_row_shards
 from opdjax.types import PromptBatch
@@ -70,14 +68,17 @@ def block_size(slots: int, num_generations: int, mesh: Mesh | None) -> int:
     return -(-slots // (num_generations * BLOCKS_PER_FILL * shards)) * shards
 
 
+def require_slots(slots: int | None, shards: int) -> None:
+    """ConfigError if the slots cannot be divided evenly among the devices that rows are on."""
+    expected = f"a multiple of {shards}, the number of devices that rows are sharded over "
+    expected += "(mesh.data x mesh.fsdp)"
+    require(slots is None or slots % shards == 0, "sampling.slots", slots, expected)
+
+
 def num_slots(slots: int | None, rows: int, mesh: Mesh | None) -> int:
     """Rows decoded at a time; ConfigError if they cannot be divided evenly among the devices."""
     shards = num_row_shards(mesh)
-    if slots is not None and (slots < 1 or slots % shards):
-        raise ConfigError(
-            f"slots is {slots}; expected a multiple of {shards}, the number of devices that rows "
-            "are sharded over (mesh.data x mesh.fsdp)"
-        )
+    require_slots(slots, shards)
     most = -(-rows // shards) * shards
     return most if slots is None else min(slots, most)
 
@@ -88,8 +89,7 @@ def ring_sizes(length: int) -> list[int]:
     return [*(size for size in sizes if 2 * size <= length), length]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class Assignments:
     """The row that each slot starts, `[S]`."""
 
@@ -99,8 +99,7 @@ class Assignments:
     sample_id: Int[Array, " S"]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class RowIds:
     """Ids of all rows, `[B]`; rows of one prompt are adjacent."""
 

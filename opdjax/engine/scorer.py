@@ -10,7 +10,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
 
 from opdjax.models.decoder import DecoderConfig, Params, forward
 from opdjax.ops.sharding import scan_parts
@@ -48,51 +47,34 @@ def score(
         )
 
     def score_part(part: TrainBatch) -> TeacherScores:
-        hidden = _hidden_by_student_column(params, config, part, mesh)
+        view = part.teacher_view
+        rows = part if view is None else view
+        hidden = forward(params, config, rows.tokens, rows.segment_ids, mesh=mesh)
+        if view is not None:  # from the teacher's columns to the student's
+            hidden = jnp.take_along_axis(hidden, view.columns[:, :, None], axis=1)
         if needs == "vocabulary":
             return TeacherScores(hidden=hidden)
-        if needs == "top_k":
-            return top_logprobs(hidden, head, part, top_k=top_k, tile=tile, mesh=mesh)
-        return TeacherScores(
-            teacher_logprobs=token_logprobs(hidden, head, part, tile=tile, mesh=mesh)
-        )
+        return token_scores(hidden, head, part, tile=tile, top_k=top_k, mesh=mesh)
 
     if parts == 1:
         return score_part(batch)
     return scan_parts(lambda _, part: (None, score_part(part)), None, batch, batch.mask, parts)[1]
 
 
-def token_logprobs(
-    hidden, head: Head, batch: TrainBatch, *, tile: int, mesh: Mesh | None = None
-) -> Float[Array, "B T"]:
-    """Log-probs of the batch's sampled tokens from a model's hidden states; nats, 0 elsewhere."""
-    take = lambda model, _, row: model.logprob(row.tokens)
-    inputs = TokenInputs(batch.tokens)
-    return tiled_stats(take, hidden, head, batch.mask, inputs, tile=tile, mesh=mesh)
-
-
-def top_logprobs(
-    hidden, head: Head, batch: TrainBatch, *, top_k: int, tile: int, mesh: Mesh | None = None
+def token_scores(
+    hidden, head: Head, batch: TrainBatch, *, tile: int, top_k: int = 0, mesh: Mesh | None = None
 ) -> TeacherScores:
-    """Log-probs of the batch's sampled tokens, and the model's `top_k` most likely ids at their
-    contexts with log-probs.
+    """From a model's hidden states: the log-probs of the batch's sampled tokens (nats, 0 elsewhere)
+    and, unless `top_k` is 0, the most likely ids at their contexts with log-probs.
     """
 
     def take(model, _, row):
-        ids = model.top_k(top_k)
+        ids = model.top_k(top_k) if top_k else None
         return TeacherScores(
             teacher_logprobs=model.logprob(row.tokens),
             teacher_top_ids=ids,
-            teacher_top_logprobs=model.logprob(ids),
+            teacher_top_logprobs=model.logprob(ids) if top_k else None,
         )
 
     inputs = TokenInputs(batch.tokens)
     return tiled_stats(take, hidden, head, batch.mask, inputs, tile=tile, mesh=mesh)
-
-
-def _hidden_by_student_column(params, config, batch: TrainBatch, mesh: Mesh | None) -> Array:
-    view = batch.teacher_view
-    if view is None:
-        return forward(params, config, batch.tokens, batch.segment_ids, mesh=mesh)
-    hidden = forward(params, config, view.tokens, view.segment_ids, mesh=mesh)
-    return jnp.take_along_axis(hidden, view.columns[:, :, None], axis=1)

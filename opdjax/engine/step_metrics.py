@@ -1,8 +1,6 @@
 """The metrics of a step, from per-token outputs of the training pass over the vocabulary.
-
-Metrics that need only the recipe's outputs are computed every step. Diagnostics, which need whole
-distributions (entropies, the overlap of student and teacher) or a sort of all tokens, are computed
-every `log.diagnostics_every` steps and are NaN in between. Nothing here changes an update.
+Diagnostics, which need whole distributions or a sort of all tokens, are computed every
+`log.diagnostics_every` steps and are NaN in between. Nothing here changes an update.
 """
 
 from __future__ import annotations
@@ -70,9 +68,8 @@ def step_metrics(
     if "rewards" in outputs:
         metrics |= by_position("kl", masked_mean, _kl(outputs), batch, max_length)
     if "advantages" in outputs:
-        metrics |= by_position(
-            "advantage/std", masked_std, outputs["advantages"], batch, max_length
-        )
+        x = outputs["advantages"]
+        metrics |= by_position("advantage/std", masked_std, x, batch, max_length)
     if is_observed is None:
         return metrics
 
@@ -105,38 +102,25 @@ def token_metrics(outputs: Outputs, batch: TrainBatch) -> dict[str, Array]:
         for name, estimate in (("k1", importance.k1), ("k2", importance.k2), ("k3", importance.k3)):
             metrics[f"kl/{name}"] = masked_mean(estimate(-rewards, jnp.zeros_like(rewards)), mask)
         metrics["reward/mean"] = masked_mean(rewards, mask)
-    if batch.behavior_logprobs is not None:
-        metrics |= _staleness(outputs["student_logprobs"], batch)
+    if (behavior := batch.behavior_logprobs) is not None:
+        student = outputs["student_logprobs"]
+        log_ratio = student - behavior  # on-policy, the rounding differences of sampler and update
+        metrics["rollout/logprob_gap"] = masked_mean(jnp.abs(log_ratio), mask)
+        kl = importance.kl_to_behavior(student, behavior)
+        metrics["staleness/kl"] = masked_mean(kl, mask)
+        size = diagnostics.sequence_sample_size(log_ratio, mask, batch.segment_ids)
+        metrics["staleness/effective_sample_size"] = size
     if batch.reference_logprobs is not None:
-        metrics["kl/reference"] = masked_mean(
-            importance.k3(outputs["student_logprobs"], batch.reference_logprobs), mask
-        )
+        kl = importance.k3(outputs["student_logprobs"], batch.reference_logprobs)
+        metrics["kl/reference"] = masked_mean(kl, mask)
     if "advantages" in outputs:
         metrics["advantage/mean"] = masked_mean(outputs["advantages"], mask)
         metrics["advantage/std"] = masked_std(outputs["advantages"], mask)
     return metrics
 
 
-def _staleness(student_logprobs: Float[Array, "B T"], batch: TrainBatch) -> dict[str, Array]:
-    """The distance of the student from the policy that sampled the tokens; on-policy, the rounding
-    differences of sampler and update.
-    """
-    log_ratio, mask = student_logprobs - batch.behavior_logprobs, batch.mask
-    return {
-        "rollout/logprob_gap": masked_mean(jnp.abs(log_ratio), mask),
-        "staleness/kl": masked_mean(
-            importance.kl_to_behavior(student_logprobs, batch.behavior_logprobs), mask
-        ),
-        "staleness/effective_sample_size": diagnostics.sequence_sample_size(
-            log_ratio, mask, batch.segment_ids
-        ),
-    }
-
-
 def _importance(outputs: Outputs, batch: TrainBatch, estimator: Estimator) -> dict[str, Array]:
-    """With an importance correction: each token's own ratio to the behaviour policy, the share of
-    clipped tokens, and the effective sample size of the weights.
-    """
+    """With an importance correction: the tokens' ratios, clipped tokens, and the sample size."""
     options = estimator.ratio_options
     if options.get("importance", "none") == "none" or batch.behavior_logprobs is None:
         return {}
@@ -160,11 +144,9 @@ def _importance(outputs: Outputs, batch: TrainBatch, estimator: Estimator) -> di
 
 
 def _diagnostics(outputs: Outputs, batch: TrainBatch, max_length: int) -> dict[str, Array]:
-    """`advantage/squared_score` is E[A^2 w] without importance weights; w is the squared score of
-    the sampled token in logit space.
-
-    `kl/top5pct_share` is the share of the 5 % of tokens with the largest KL in the sum of KL: exact
-    KL if it is available, else |k1|.
+    """`advantage/squared_score` is E[A^2 w] without importance weights, w the squared score of the
+    sampled token in logit space; `kl/top5pct_share` the share of the 5 % of tokens with the largest
+    KL (or |k1|) in the sum.
     """
     mask, metrics = batch.mask, {}
     if "rewards" in outputs:
@@ -184,9 +166,7 @@ def _diagnostics(outputs: Outputs, batch: TrainBatch, max_length: int) -> dict[s
 def by_position(
     name: str, reduce: Callable, x: Float[Array, "B T"], batch: TrainBatch, max_length: int
 ) -> dict[str, Array]:
-    """`NAME/position/AA-BB`: `x` reduced over completion tokens AA to BB, from 0; NaN if there are
-    none.
-    """
+    """`NAME/position/AA-BB`: `x` reduced over completion tokens AA to BB, from 0; NaN if none."""
     rank = rank_in_sequence(batch.mask, batch.segment_ids)
     width, digits = -(-max_length // _POSITION_BUCKETS), len(str(max_length - 1))
     starts = range(0, max_length, width)
@@ -195,8 +175,6 @@ def by_position(
         among = batch.mask & (rank >= start) & (rank < start + width)
         return jnp.where(jnp.any(among), reduce(x, among), jnp.nan)
 
-    ends = (min(start + width, max_length) - 1 for start in starts)
-    names = [
-        f"{name}/position/{start:0{digits}}-{end:0{digits}}" for start, end in zip(starts, ends)
-    ]
+    last = lambda start: min(start + width, max_length) - 1
+    names = [f"{name}/position/{at:0{digits}}-{last(at):0{digits}}" for at in starts]
     return dict(zip(names, jax.vmap(inside)(jnp.arange(0, max_length, width))))

@@ -1,6 +1,4 @@
-"""The training state, and the jitted function that changes it: `update(state, batch) -> (state,
-metrics)`.
-"""
+"""The training state, and the jitted `update(state, batch) -> (state, metrics)`."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from opdjax.config import OptimizerConfig
 from opdjax.config.run import Config
-from opdjax.engine.scorer import token_logprobs
+from opdjax.engine.scorer import token_scores
 from opdjax.engine.step_metrics import observed, step_metrics
 from opdjax.estimators import Estimator, estimator_of, importance
 from opdjax.estimators.advantage import batch_totals
@@ -91,25 +89,20 @@ def learning_rate_at(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW; norms and biases are not decayed."""
     clip = [optax.clip_by_global_norm(config.max_grad_norm)] if config.max_grad_norm else []
+    is_decayed = lambda path, _: path[-1].key.endswith(_DECAYED)
     adamw = optax.adamw(
         learning_rate_at(config, num_steps),
         _ADAM_B1,
         config.b2,
         _ADAM_EPSILON,
         weight_decay=config.weight_decay,
-        mask=_is_decayed,
+        mask=partial(jax.tree_util.tree_map_with_path, is_decayed),
     )
     return optax.chain(*clip, adamw)
 
 
-def _is_decayed(params: Params) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key.endswith(_DECAYED), params)
-
-
 def init_state(
-    params: Params,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh | None = None,
+    params: Params, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
 ) -> TrainState:
     """The state before the first step; parameters are copied to float32. On a mesh it is sharded as
     `update` returns it.
@@ -133,19 +126,14 @@ def make_update(
 
     `state` is donated. `layout`: the shardings of the state, before and after the update; None:
     they are inferred, and may then differ and need another program at the next step. `frozen`: the
-    parameters that are not trained, if the state holds adapters; read only, in the dtype of the
-    forward pass. A batch whose loss or gradient is not finite is counted and leaves parameters and
-    optimizer unchanged; the schedule counts applied steps only.
+    parameters that are not trained, if the state holds adapters, in the dtype of the forward pass.
+    A batch whose loss or gradient is not finite is counted and leaves parameters and optimizer
+    unchanged; the schedule counts applied steps only.
     """
     optimizer, schedule = make_optimizer(config, num_steps), learning_rate_at(config, num_steps)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=None if layout is None else (layout, None))
-    def update(
-        state: TrainState,
-        batch: TrainBatch,
-        teacher_head: Head | None = None,
-        frozen: Params | None = None,
-    ):
+    def update(state, batch, teacher_head=None, frozen=None):
         is_observed = state.step % spec.diagnostics_every == 0 if spec.diagnostics_every else None
         loss, grads, outputs, shares = loss_and_grad(
             state.params, batch, teacher_head, spec, is_observed, frozen
@@ -236,11 +224,9 @@ def noise_and_signal(norm: Array, squares: Array, parts: int | Int[Array, ""]) -
     may be negative: average both over steps, then divide. `norm` is |g|, `squares` is the sum of
     |g_m / M|^2. NaN if fewer than two micro-batches held a token.
 
-    The estimate assumes independent micro-batches. With num_generations > 1 they are not:
-    `split_rows` deals adjacent rows, which share a prompt, to different micro-batches, so the
-    variance between prompts counts as signal, and noise is the variance of the draws only. Packed
-    micro-batches hold unequal numbers of tokens and prompts, and the resulting differences count as
-    noise.
+    The estimate assumes independent micro-batches. With num_generations > 1 they share prompts
+    (`split_rows`): the variance between prompts counts as signal, and noise is that of the draws
+    only. Unequal numbers of tokens in packed micro-batches count as noise.
     """
     noise = jnp.where(parts > 1, (parts * squares - jnp.square(norm)) / (parts - 1), jnp.nan)
     return {"grad/noise_squared": noise, "grad/signal_squared": jnp.square(norm) - noise}
@@ -290,16 +276,9 @@ def vocabulary_inputs(
     head = head_of(params, valid_vocab=spec.valid_vocab, temperature=spec.temperature)
     scores = batch.teacher or TeacherScores()
     teacher = None if scores.hidden is None else (scores.hidden, teacher_head)
-    row = TokenInputs(
-        batch.tokens,
-        teacher_logprobs=scores.teacher_logprobs,
-        behavior_logprobs=batch.behavior_logprobs,
-        advantages=batch.advantages,
-        reference_logprobs=batch.reference_logprobs,
-        uniforms=batch.uniforms,
-        teacher_top_ids=scores.teacher_top_ids,
-        teacher_top_logprobs=scores.teacher_top_logprobs,
-    )
+    # A field has one name in the batch, in the scores and here; `prepared` adds the others.
+    read = lambda name: getattr(batch, name, getattr(scores, name, None))
+    row = TokenInputs(**{field.name: read(field.name) for field in dataclasses.fields(TokenInputs)})
     return VocabularyInputs(hidden, head, row, teacher)
 
 
@@ -315,9 +294,7 @@ def _stats(
 def _totals(
     params: Params, batch: TrainBatch, teacher_head: Head | None, spec: UpdateSpec
 ) -> tuple[Array, Array]:
-    """(sum of rewards, number of tokens) of the whole batch, before any micro-batch is
-    differentiated: one more forward pass.
-    """
+    """(sum of rewards, number of tokens) of the whole batch, by one more forward pass."""
 
     def add_part(totals, part: TrainBatch):
         stats = _stats(vocabulary_inputs(params, part, teacher_head, spec), part, spec)
@@ -360,12 +337,10 @@ def make_behavior_kl(spec: UpdateSpec) -> Callable:
     """
 
     @jax.jit
-    def behavior_kl(
-        params: Params, batch: TrainBatch, frozen: Params | None = None
-    ) -> Float[Array, ""]:
+    def behavior_kl(params, batch, frozen=None) -> Float[Array, ""]:
         inputs = vocabulary_inputs(combine(frozen, params), batch, None, spec)
         options = {"tile": spec.estimator.tile, "mesh": spec.mesh}
-        logprobs = token_logprobs(inputs.hidden, inputs.head, batch, **options)
+        logprobs = token_scores(inputs.hidden, inputs.head, batch, **options).teacher_logprobs
         return masked_mean(importance.kl_to_behavior(logprobs, batch.behavior_logprobs), batch.mask)
 
     return behavior_kl
@@ -390,9 +365,7 @@ def spec_of(
 
 
 def scored_temperature(config: Config) -> float:
-    """The temperature of student and teacher in the loss: that of sampling, or 1 for given answers.
-
-    Both have the same one, so that the loss of a student that equals its teacher is 0 at any
-    temperature.
+    """The temperature of both models in the loss, so that it is 0 for a student that equals its
+    teacher: that of sampling, or 1 for given answers.
     """
     return config.sampling.temperature if config.sampling.completions_from == "student" else 1.0

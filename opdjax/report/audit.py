@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from opdjax.config.recipes import PLAIN, RECIPES
@@ -45,7 +45,6 @@ class NamedEstimator:
     is_pitfall: bool
     aim: str  # reverse, forward or own
     has_baseline: bool
-    about: str
     is_drawn_often: bool  # more than one draw a token
 
 
@@ -96,7 +95,7 @@ class AuditFacts:
     parts_of_plain: dict[str, float]  # shares of opd's noise by cause
     has_negative_part: bool  # of opd's noise; it counts as 0
     same_gradient: tuple[str, ...]  # with one draw a token and opd's gradient, by variance
-    pitfalls: dict[str, str]  # every known pitfall and what is known of it
+    pitfalls: dict[str, str]  # every known pitfall and what it is
 
 
 def audit_facts(document: Document, name: str) -> AuditFacts:
@@ -112,9 +111,10 @@ def audit_facts(document: Document, name: str) -> AuditFacts:
             f"audit.json lacks {', '.join(missing)}; expected a file that opdjax audit wrote"
         )
     subjects = {key: _subject(key, about) for key, about in document["subjects"].items()}
+    angles = lambda row: {kl: angle(row["cosine"][kl]) for kl in KL}
     contexts, vocabulary = (
-        _directions(document.get(part, {}).get("rows", {}), subjects)
-        for part in ("contexts", "vocabulary")
+        {key: Direction(subjects[key], row, angles(row)) for key, row in found.items()}
+        for found in (document.get(part, {}).get("rows", {}) for part in ("contexts", "vocabulary"))
     )
     sampled = {
         key: each.row["variance_ratio"]
@@ -123,12 +123,8 @@ def audit_facts(document: Document, name: str) -> AuditFacts:
     }
     noises = document.get("gradients", {}).get("rows", {})
     plain = noises.get(PLAIN, {})
-    grouped = lambda sizes: _grouped(sizes, subjects, contexts)
-    variances = grouped(sampled)
-    batches = dict.fromkeys(document.get("batch_pitfalls", {}), "")
-    measured = {
-        key: each.about for key, each in subjects.items() if each.is_pitfall and key in contexts
-    }
+    unit = plain.get("noise")
+    variances = _grouped(sampled, subjects, contexts)
     return AuditFacts(
         student=model_name(document["student"]),
         teacher=model_name(document["teacher"]),
@@ -139,8 +135,8 @@ def audit_facts(document: Document, name: str) -> AuditFacts:
         contexts=contexts,
         vocabulary=vocabulary,
         variances=variances,
-        noises=grouped({key: row["noise"] for key, row in noises.items()}),
-        noise_of_plain=_noise_of_plain(noises.values()),
+        noises=_grouped({key: row["noise"] for key, row in noises.items()}, subjects, contexts),
+        noise_of_plain=unit if is_number(unit) and unit > 0 else None,
         parts_of_plain=_parts_of_plain(plain),
         has_negative_part=any((plain.get(part) or 0.0) < 0 for part in PARTS),
         same_gradient=tuple(
@@ -148,7 +144,7 @@ def audit_facts(document: Document, name: str) -> AuditFacts:
             for key in variances[NOISE_GROUPS[0]]
             if key != PLAIN and not subjects[key].is_drawn_often
         ),
-        pitfalls=document.get("pitfalls") or measured | batches,
+        pitfalls=document.get("pitfalls", {}),
     )
 
 
@@ -165,15 +161,8 @@ def _subject(name: str, about: dict[str, Any]) -> NamedEstimator:
         bool(about.get("is_pitfall")),
         about.get("advertises", "own"),
         recipe in RECIPES and "baseline" in RECIPES[recipe].options,
-        about.get("about", ""),
         bool(options.get("extra_draws")),
     )
-
-
-def _directions(rows: dict[str, Any], subjects: dict[str, NamedEstimator]) -> dict[str, Direction]:
-    subject = lambda name: subjects.get(name) or _subject(name, {})
-    angles = lambda row: {kl: angle(row["cosine"][kl]) for kl in KL}
-    return {name: Direction(subject(name), row, angles(row)) for name, row in rows.items()}
 
 
 def angle(cosine: float | None) -> float | None:
@@ -220,20 +209,10 @@ def _grouped(
     same, other, coupled, pitfalls = found.values()
     for name in sorted(sizes, key=sizes.__getitem__):
         bias = contexts[name].row["bias"]["reverse"] if name in contexts else None
-        if name in subjects and subjects[name].is_pitfall:
-            pitfalls.append(name)
-        elif name not in contexts:
-            coupled.append(name)
-        else:
-            (same if bias is not None and bias < _SAME else other).append(name)
+        is_same = bias is not None and bias < _SAME
+        chosen = coupled if name not in contexts else same if is_same else other
+        (pitfalls if subjects[name].is_pitfall else chosen).append(name)
     return found
-
-
-def _noise_of_plain(rows: Iterable[dict[str, Any]]) -> float | None:
-    """The noise of opd, from the ratio of another estimator to it."""
-    known = (row for row in rows if is_number(row.get("noise_ratio")) and row["noise_ratio"])
-    unit = next((row["noise"] / row["noise_ratio"] for row in known if is_number(row["noise"])), 0)
-    return unit if unit > 0 else None
 
 
 def _positive(row: dict[str, Any]) -> dict[str, float]:
@@ -275,7 +254,7 @@ def noise_groups(f: AuditFacts) -> tuple[Groups, float]:
 
 
 def _entry(f: AuditFacts, name: str, *values: float | None, **more: Any) -> Entry:
-    subject = f.subjects.get(name) or _subject(name, {})
+    subject = f.subjects[name]
     return Entry(subject.short, *values, is_warning=subject.is_pitfall, **more)
 
 
@@ -292,16 +271,15 @@ def place_bars(bins: list[dict[str, Any]], actions: Sequence[float | None] | Non
     return [Bars(percents(values), slot, slot == 5) for slot, values in shares.items()]
 
 
-def place_lines(rows: dict[str, list], noise: Sequence[float | None]) -> list[Line]:
+def place_lines(rows: Sequence[list], noise: Sequence[float | None]) -> list[Line]:
     """Variance over that of opd in every bin, a line for each of `rows`; bins with little of opd's
     noise have no point.
     """
-    found, rows = [], list(rows.values())[:SERIES]
+    found, rows = [], rows[:SERIES]
     for slot, cells in enumerate(rows):
-        large = [is_number(share) and share >= _LITTLE for share in noise]
         kept = [
-            cell if is_large and all(map(is_number, cell)) else [math.nan] * 3
-            for cell, is_large in zip(cells, large)
+            cell if all(map(is_number, (*cell, share))) and share >= _LITTLE else [math.nan] * 3
+            for cell, share in zip(cells, noise)
         ]
         # Shifted, so that intervals do not hide one another.
         shift = 0.06 * (slot - (len(rows) - 1) / 2)
@@ -322,23 +300,18 @@ def bin_labels(bins: Sequence[dict[str, Any]]) -> list[str]:
 # Costs
 
 
-def known_costs(f: AuditFacts, key: str) -> dict[str, float]:
-    """The known costs of one kind, the lowest first."""
+def known_costs(f: AuditFacts, key: str) -> dict[str, tuple[float, float | None]]:
+    """The known costs of one kind and their multiples of opd's, the lowest first."""
     rows = (f.document.get("costs") or {}).items()
-    known = [(name, row[key]) for name, row in rows if is_number(row.get(key))]
-    return dict(sorted(known, key=lambda each: each[1]))
+    known = {name: row[key] for name, row in rows if is_number(row.get(key))}
+    over_plain = lambda value: value / known[PLAIN] if known.get(PLAIN) else None
+    return {name: (known[name], over_plain(known[name])) for name in sorted(known, key=known.get)}
 
 
-def common_cost(known: dict[str, float]) -> float | None:
+def common_cost(known: dict[str, tuple[float, float | None]]) -> float | None:
     """The median where all values are equal up to 1 %; else None."""
-    values = list(known.values())
-    return statistics.median(values) if values and max(values) <= 1.01 * min(values) else None
-
-
-def over_plain(f: AuditFacts, key: str, name: str) -> float | None:
-    """A cost divided by that of opd; None where one is unknown."""
-    known = known_costs(f, key)
-    return known[name] / known[PLAIN] if name in known and known.get(PLAIN) else None
+    values = [value for value, _ in known.values()]
+    return statistics.median(values) if values and values[-1] <= 1.01 * values[0] else None
 
 
 COSTS = (

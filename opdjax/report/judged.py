@@ -3,37 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from opdjax.report import judgements, measures
-from opdjax.report.judgements import JudgedGroup, JudgedRow, Rate, Steps, Summary, summary
+from opdjax.report.judgements import JudgedGroup, Rate, Steps, Summary, summary
 from opdjax.report.text import spread
-from opdjax.runs.results import Run, is_number
+from opdjax.runs.results import Run
 
-_BINS = 10  # of a score from 0 to 1
 _AUC_BINS, _AUC_GROUPS = 12, 24  # stretches of steps at most, groups per stretch at least
 _EXAMPLES = 3  # steps
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
-    """A judged group with its texts; rows with rubrics of their own beyond two are left out."""
-
-    rows: tuple[JudgedRow, ...]
-    num_left_out: int
-    group_mean: float | None
-
-
-@dataclasses.dataclass(frozen=True)
 class Cost:
-    """Requests to judges by role; `is_whole`: with repeated steps, which metrics.jsonl lacks."""
+    """Requests to judges by role in the whole run, with repeated steps."""
 
     roles: dict[str, dict[str, float]]
     total: dict[str, float]
-    is_whole: bool
     waited: float  # seconds that the learner waited for judges
     seconds: float  # of all steps
 
@@ -49,13 +37,11 @@ class JudgedFacts:
     series: dict[str, list[float | None]]
     categories: list[str]
     parts: dict[str, Summary]  # first, last and all steps
-    changes: dict[str, Rate]  # of the rollouts' pass rates, last minus first
-    score_change: Rate | None
+    changes: dict[str, Rate]  # of the rollouts' rates, last minus first
     auc_by_step: list[tuple[float, Rate]]
     auc_width: int  # steps at a time
-    histogram: tuple[list[int], list[int]]  # right and wrong answers by tenth of the score
     stage_names: list[str]
-    examples: dict[int, Example]  # by step
+    examples: dict[int, JudgedGroup]  # by step
     num_logged: int  # steps with recorded texts
 
 
@@ -74,9 +60,7 @@ def judged_facts(run: Run) -> JudgedFacts | None:
         name: summary([group for step in part for group in steps[step]], categories)
         for name, part in ends.items()
     }
-    early, late, num_stages = parts["first"], parts["last"], len(parts["all"].stages)
-    change = lambda first, last: last[0].less(first[0]) if first[0] and last[0] else None
-    changes = {name: change(own, late.pass_rates[name]) for name, own in early.pass_rates.items()}
+    early, late = parts["first"].rates, parts["last"].rates
     auc_by_step, auc_width = _auc_by_step(steps)
     logged = [step for step, found in steps.items() if any(map(_has_texts, found))]
     return JudgedFacts(
@@ -87,14 +71,14 @@ def judged_facts(run: Run) -> JudgedFacts | None:
         series=_series([summary(found, categories) for found in steps.values()]),
         categories=categories,
         parts=parts,
-        changes={name: found for name, found in changes.items() if found},
-        score_change=change(early.scores, late.scores),
+        changes={
+            name: late[name][0].less(first)
+            for name, (first, _) in early.items()
+            if first and late[name][0]
+        },
         auc_by_step=auc_by_step,
         auc_width=auc_width,
-        histogram=tuple(map(_tenths, judgements.scores_by_truth(groups))),
-        stage_names=names
-        if len(names) == num_stages
-        else [f"stage {at + 1}" for at in range(num_stages)],
+        stage_names=names or [f"stage {at}" for at, _ in enumerate(parts["all"].stages, 1)],
         examples={step: _example(steps[step]) for step in spread(logged, _EXAMPLES)},
         num_logged=len(logged),
     )
@@ -102,32 +86,30 @@ def judged_facts(run: Run) -> JudgedFacts | None:
 
 def _series(parts: Sequence[Summary]) -> dict[str, list[float | None]]:
     """The numbers of each step by name."""
-    rows = [dict(_numbers(part)) for part in parts]
-    names = dict.fromkeys(name for row in rows for name in row)
+    rows = [*map(_numbers, parts)]
     # A step without a problem has no count of it.
     value = lambda row, name: row.get(name, 0.0 if name.startswith("problem") else None)
+    names = dict.fromkeys(name for row in rows for name in row)
     return {name: [value(row, name) for row in rows] for name in names}
 
 
-def _numbers(part: Summary) -> Iterator[tuple[str, float | None]]:
+def _numbers(part: Summary) -> dict[str, float | None]:
     over = lambda amount, whole: amount / whole if whole else None
     signal, pairs = part.signal, part.truth.pairs
-    yield "share right", part.share_right
-    yield "bad updates", over(pairs.wrong, pairs.total)
-    yield "tied groups", part.tied
-    yield "criteria", part.num_criteria
-    yield "failed groups", over(part.num_failed, part.num_groups)
-    yield "alike", signal.share
-    yield "met by all", over(signal.met_by_all, signal.num_criteria)
-    yield "met by none", over(signal.met_by_none, signal.num_criteria)
-    for at, value in enumerate(part.stages):
-        yield f"stage {at}", value
-    for kind, amount in part.problems.items():
-        yield f"problem {kind}", float(amount)
-    rates = {"score": part.scores} | {f"met: {name}": r for name, r in part.pass_rates.items()}
-    for name, both in rates.items():
-        for prefix, rate in zip(("", "references: "), both):
-            yield prefix + name, rate and rate.value
+    return {
+        "share right": part.share_right,
+        "bad updates": over(pairs.wrong, pairs.total),
+        "tied groups": part.tied,
+        "criteria": part.num_criteria,
+        "failed groups": over(part.num_failed, part.num_groups),
+        "alike": signal.share,
+        "met by all": over(signal.met_by_all, signal.num_criteria),
+        "met by none": over(signal.met_by_none, signal.num_criteria),
+        **{f"stage {at}": value for at, value in enumerate(part.stages)},
+        **{f"problem {kind}": float(amount) for kind, amount in part.problems.items()},
+        **{name: own and own.value for name, (own, _) in part.rates.items()},
+        **{f"references: {name}": of and of.value for name, (_, of) in part.rates.items()},
+    }
 
 
 def _auc_by_step(steps: Steps) -> tuple[list[tuple[float, Rate]], int]:
@@ -141,23 +123,14 @@ def _auc_by_step(steps: Steps) -> tuple[list[tuple[float, Rate]], int]:
     return known, max(map(len, stretches))
 
 
-def _tenths(scores: np.ndarray) -> list[int]:
-    """Number of scores in each tenth; 1 is in the last, and rounding does not move 0.3 down."""
-    tenths = np.clip(np.floor(scores * _BINS + 1e-6), 0, _BINS - 1).astype(int)
-    return np.bincount(tenths, minlength=_BINS).tolist()
-
-
 def _has_texts(group: JudgedGroup) -> bool:
     return "answers" in group.rows[0].texts or "question" in group.rows[0].texts
 
 
-def _example(groups: Sequence[JudgedGroup]) -> Example:
+def _example(groups: Sequence[JudgedGroup]) -> JudgedGroup:
     """The first group with texts whose scores differ; else the first with scores, or texts."""
     order = {False: 0, True: 1, None: 2}
-    group = min(filter(_has_texts, groups), key=lambda group: order[group.is_tied])
-    known = group.scores[np.isfinite(group.scores)]
-    group_mean = float(known.mean()) if known.size > 1 else None
-    return Example(group.rows[:2], len(group.rows[2:]), group_mean)
+    return min(filter(_has_texts, groups), key=lambda group: order[group.is_tied])
 
 
 _USED = ("calls", "cached", "retries", "input_tokens", "output_tokens", "seconds", "dollars")
@@ -165,24 +138,18 @@ _USED = ("calls", "cached", "retries", "input_tokens", "output_tokens", "seconds
 
 def cost_facts(run: Run) -> Cost | None:
     """Requests to judges and their cost; None where nothing was judged."""
-    rows = judgements.read_spending(run.workdir)
-    is_whole, waits = bool(rows), run.column("time/judge_wait")
-    names = (re.fullmatch(r"api/([^/]+)/calls", name) for row in run.metrics for name in row)
-    roles = sorted({match[1] for match in names if match} | {row["role"] for row in rows})
-    if not roles and all(value is None for value in waits):
+    rows, waits = judgements.read_spending(run.workdir), run.column("time/judge_wait")
+    if not rows and all(value is None for value in waits):
         return None
-    rows = rows or [
-        {name.removeprefix(f"api/{role}/"): value for name, value in row.items()} | {"role": role}
-        for role in roles
-        for row in run.metrics
-    ]
-    found = {role: dict.fromkeys(_USED, 0.0) for role in (*roles, "")}
-    for row in rows:
-        for name in _USED:
-            for role in (row["role"], ""):
-                found[role][name] += row[name] if is_number(row.get(name)) else 0.0
+    used = lambda some: {name: float(sum(row.get(name) or 0 for row in some)) for name in _USED}
+    roles = sorted({row["role"] for row in rows})
     waited, seconds = (sum(filter(None, values)) for values in (waits, run.column("time/step")))
-    return Cost({role: found[role] for role in roles}, found[""], is_whole, waited, seconds)
+    return Cost(
+        {role: used([row for row in rows if row["role"] == role]) for role in roles},
+        used(rows),
+        waited,
+        seconds,
+    )
 
 
 # For the template

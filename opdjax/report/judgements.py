@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ ROWS, SPENDING = "rubrics.jsonl", "spending.jsonl"
 ALL = "all criteria"
 OTHER = "other"  # all categories that are too rare for a chart of their own
 _CATEGORIES = 4
-_TEXTS = ("question", "references", "answers", "is_truncated", "reflections")
+_TEXTS = ("question", "references", "answers", "reflections")
 
 
 # Reading
@@ -75,6 +75,11 @@ class JudgedGroup:
         return np.concatenate([row.scores for row in self.rows])
 
     @property
+    def mean_score(self) -> float | None:
+        """The mean of the scores; None if fewer than two rollouts have one."""
+        return None if self.is_failed else float(np.nanmean(self.scores))
+
+    @property
     def correct(self) -> np.ndarray | None:
         """Of all rollouts; None unless known of all."""
         known = [row.correct for row in self.rows]
@@ -88,8 +93,7 @@ class JudgedGroup:
     @property
     def is_tied(self) -> bool | None:
         """Whether all scores are equal; None where the group failed."""
-        known = self.scores[np.isfinite(self.scores)]
-        return None if self.is_failed else bool((known == known[0]).all())
+        return None if self.is_failed else np.unique(self.scores[~np.isnan(self.scores)]).size == 1
 
 
 Steps = dict[int, list[JudgedGroup]]  # by step, ascending
@@ -98,8 +102,8 @@ Steps = dict[int, list[JudgedGroup]]  # by step, ascending
 def read_judgements(workdir: pathlib.Path, stages: Sequence[str] = ()) -> Steps:
     """All judged groups; empty where nothing was judged.
 
-    `stages` names the stage scores, for rows that do not name them. WorkdirError for a damaged
-    row; an incomplete last line is skipped.
+    `stages` names the stage scores. WorkdirError for a damaged row; an incomplete last line is
+    skipped.
     """
     file, found = workdir / ROWS, {}
     for number, row in enumerate(read_lines(file), 1):
@@ -152,10 +156,10 @@ def _judged(row: dict[str, Any], stages: Sequence[str]) -> JudgedRow:
         reference_met=_met(criteria, row.get("reference_verdicts") or []),
         scores=_floats(row["scores"]),
         reference_scores=_floats(row.get("reference_scores") or ()),
-        stage_scores=_stage_scores(row, criteria, row.get("stages") or stages),
-        correct=None if correct is None or None in correct else np.array(correct, float) > 0.5,
-        problems=_counts(row.get("problems")),
-        repairs=_counts(row.get("repairs")),
+        stage_scores=_stage_scores(row, criteria, stages),
+        correct=None if correct is None else np.array(correct, bool),
+        problems=row.get("problems") or {},
+        repairs=row.get("repairs") or {},
         texts={name: row[name] for name in _TEXTS if row.get(name) is not None},
     )
 
@@ -197,11 +201,6 @@ def _stage_scores(
 
 def _floats(values: Sequence[Any]) -> np.ndarray:
     return np.array([value if is_number(value) else math.nan for value in values], float)
-
-
-def _counts(values: Any) -> dict[str, int]:
-    items = values.items() if isinstance(values, dict) else ()
-    return {str(name): int(value) for name, value in items if is_number(value)}
 
 
 def read_spending(workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -273,21 +272,22 @@ class Truth:
     mean_wrong: float | None
     auc: Rate | None  # its count is the number of right-wrong pairs
     pairs: Pairs
+    histogram: tuple[list[int], list[int]]  # right and wrong answers by tenth of the score
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Numbers of some groups. None or NaN: not known. Pass rates are shares of criteria met,
-    without weights, by category, the last one of ALL.
+    """Numbers of some groups. None: not known.
+
+    `rates`: the mean `score`, and `met: CATEGORY`, the share of criteria met, without weights.
     """
 
     num_groups: int
     num_failed: int
     num_rollouts: int
     num_unscored: int
-    pass_rates: dict[str, Rates]
-    scores: Rates
-    stages: list[float]  # mean score of each stage
+    rates: dict[str, Rates]
+    stages: list[float | None]  # mean score of each stage
     signal: Signal
     tied: float | None  # share of the groups with scores whose rollouts all have the same score
     num_criteria: float | None  # mean number in a rubric
@@ -298,32 +298,32 @@ class Summary:
 
 
 def summary(groups: Sequence[JudgedGroup], named: Sequence[str] = ()) -> Summary:
-    """The numbers of the groups, with pass rates of the `named` categories."""
+    """The numbers of the groups, with rates of the `named` categories and of ALL criteria."""
     rows = [row for group in groups for row in group.rows]
-    total = lambda field: sum((collections.Counter(getattr(r, field)) for r in rows), _NONE)
-    both = lambda measure, *args: tuple(
-        measure(groups, *args, of_references=o) for o in (False, True)
+    both = lambda name: tuple(
+        pass_rate(groups, name, named, of_references=o) for o in (False, True)
     )
+    problems, repairs = collections.Counter(), collections.Counter()
+    for row in rows:
+        problems.update(row.problems)
+        repairs.update(row.repairs)
+    scores = _rate(groups, lambda row: row.scores), _rate(groups, lambda row: row.reference_scores)
     correct = [right for group in groups if (right := group.correct) is not None]
     return Summary(
         num_groups=len(groups),
         num_failed=sum(group.is_failed for group in groups),
         num_rollouts=sum(group.scores.size for group in groups),
         num_unscored=sum(int((~np.isfinite(group.scores)).sum()) for group in groups),
-        pass_rates={name: both(pass_rate, name, named) for name in (*named, ALL)},
-        scores=both(_mean_score),
+        rates={"score": scores} | {f"met: {name}": both(name) for name in (*named, ALL)},
         stages=_stage_means(rows),
         signal=_signal(rows),
         tied=mean(float(group.is_tied) for group in groups if not group.is_failed),
         num_criteria=mean(len(row.criteria) for row in rows if row.criteria),
         share_right=mean(np.concatenate(correct).astype(float).tolist()) if correct else None,
         truth=_truth(groups),
-        problems=dict(total("problems").most_common()),
-        repairs=dict(total("repairs").most_common()),
+        problems=dict((+problems).most_common()),
+        repairs=dict((+repairs).most_common()),
     )
-
-
-_NONE: collections.Counter = collections.Counter()
 
 
 def categories(groups: Iterable[JudgedGroup]) -> list[str]:
@@ -352,17 +352,13 @@ def pass_rate(
         is_other = lambda name: category == OTHER and name not in named
         return met[:, [category in (ALL, name) or is_other(name) for name in own]].ravel()
 
-    return _rate([np.concatenate([values(row) for row in group.rows]) for group in groups])
+    return _rate(groups, values)
 
 
-def _mean_score(groups: Sequence[JudgedGroup], *, of_references: bool) -> Rate | None:
-    field = "reference_scores" if of_references else "scores"
-    return _rate([np.concatenate([getattr(r, field) for r in group.rows]) for group in groups])
-
-
-def _rate(values: Sequence[np.ndarray]) -> Rate | None:
+def _rate(groups: Sequence[JudgedGroup], values: Callable[[JudgedRow], np.ndarray]) -> Rate | None:
     """The mean of the finite values; the values of a group are correlated."""
-    known = [one[np.isfinite(one)] for one in values]
+    known = (np.concatenate([values(row) for row in group.rows]) for group in groups)
+    known = [one[np.isfinite(one)] for one in known]
     known = [one for one in known if one.size]
     if not known:
         return None
@@ -370,13 +366,9 @@ def _rate(values: Sequence[np.ndarray]) -> Rate | None:
     return Rate(*clustered_ratio([one.sum() for one in known], counts), sum(counts))
 
 
-def _stage_means(rows: Iterable[JudgedRow]) -> list[float]:
-    """NaN for a stage without scores."""
+def _stage_means(rows: Iterable[JudgedRow]) -> list[float | None]:
     known = [row.stage_scores for row in rows if row.stage_scores is not None]
-    width = max((scores.shape[1] for scores in known), default=0)
-    columns = np.concatenate([np.empty((0, width)), *(s for s in known if s.shape[1] == width)]).T
-    means = (mean(column.tolist()) for column in columns)
-    return [math.nan if value is None else value for value in means]
+    return [mean(column.tolist()) for column in np.concatenate(known).T] if known else []
 
 
 def _signal(rows: Iterable[JudgedRow]) -> Signal:
@@ -391,28 +383,21 @@ def _signal(rows: Iterable[JudgedRow]) -> Signal:
 
 
 def _truth(groups: Iterable[JudgedGroup]) -> Truth:
-    known = list(_known(groups))
-    signs = [np.sign(scores[right][:, None] - scores[~right]).ravel() for scores, right in known]
-    pairs = Pairs(*(sum(int((one == sign).sum()) for one in signs) for sign in (1, 0, -1)))
-    sides = scores_by_truth(groups)
+    known = []
+    for group in groups:
+        has = np.isfinite(group.scores)
+        if group.correct is not None and has.any():
+            known.append((group.scores[has], group.correct[has]))
+    empty = np.empty(0), np.empty(0, bool)
+    scores, is_right = map(np.concatenate, zip(empty, *known))
+    sides = scores[is_right], scores[~is_right]
     auc, count = None, sides[0].size * sides[1].size
     if count:
-        group = np.repeat(np.arange(len(known)), [scores.size for scores, _ in known])
-        auc = Rate(*clustered_auc(*map(np.concatenate, zip(*known)), group), count)
+        group = np.repeat(np.arange(len(known)), [own.size for own, _ in known])
+        auc = Rate(*clustered_auc(scores, is_right, group), count)
+    signs = [np.sign(own[right][:, None] - own[~right]).ravel() for own, right in known]
+    pairs = Pairs(*(sum(int((one == sign).sum()) for one in signs) for sign in (1, 0, -1)))
     sizes, means = (one.size for one in sides), (mean(one.tolist()) for one in sides)
-    return Truth(*sizes, *means, auc, pairs)
-
-
-def scores_by_truth(groups: Iterable[JudgedGroup]) -> tuple[np.ndarray, np.ndarray]:
-    """(scores of right answers, scores of wrong answers)."""
-    known = [(np.empty(0), np.empty(0, bool)), *_known(groups)]
-    scores, is_right = map(np.concatenate, zip(*known))
-    return scores[is_right], scores[~is_right]
-
-
-def _known(groups: Iterable[JudgedGroup]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(scores, whether right) of the rollouts of each group that have both."""
-    for group in groups:
-        correct, scores = group.correct, group.scores
-        if correct is not None and (has := np.isfinite(scores)).any():
-            yield scores[has], correct[has]
+    # A little is added, so that rounding does not move 0.3 down.
+    tenths = (np.histogram(np.minimum(one + 1e-7, 1), 10, (0, 1))[0].tolist() for one in sides)
+    return Truth(*sizes, *means, auc, pairs, tuple(tenths))

@@ -15,11 +15,10 @@ from opdjax.report.against import against_facts
 from opdjax.report.answers import Marker, unmarked
 from opdjax.report.audit import audit_facts
 from opdjax.report.drawing import require_matplotlib
-from opdjax.report.papers.tables import MARKS
 from opdjax.report.render import exported, facts_as_json, render
 from opdjax.report.run import run_facts
 from opdjax.report.sweep import sweep_facts
-from opdjax.report.table import claimed, seed_of
+from opdjax.report.table import cells, claimed
 from opdjax.runs import statistics
 from opdjax.runs.results import FAILURE, is_sweep, read_points, read_run
 from opdjax.runs.workdir import WorkdirError, read_json
@@ -30,7 +29,7 @@ _CONTEXTS: dict[str, dict[str, Any]] = {
     "against": {},
     "audit": exported(audit),
     "run": exported(measures, judgements, near_policy, timeline, judged, run, statistics, rubrics),
-    "sweep": {"MARKS": MARKS, "claimed": claimed, "seed_of": seed_of},
+    "sweep": {"cells": cells, "claimed": claimed},
 }
 
 

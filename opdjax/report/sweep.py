@@ -19,8 +19,9 @@ from opdjax.config.validation import ConfigError
 from opdjax.report import measures
 from opdjax.report.against import differing, settings_of
 from opdjax.report.answers import Marker, of_arms, unmarked
-from opdjax.report.drawing import REST, SERIES, Line, smooth, smoothing_window
-from opdjax.report.paper_claims import PaperFacts, of_table, paper_facts
+from opdjax.report.drawing import REST, SERIES, Line, interval_line, smooth, smoothing_window
+from opdjax.report.papers.compare import PaperFacts, of_table, paper_facts
+from opdjax.report.papers.tables import paper_named
 from opdjax.report.table import COLUMNS
 from opdjax.report.text import fixed, shown
 from opdjax.runs.results import AXES, Point, Run, is_number, mean, read_run, seed_groups
@@ -30,13 +31,6 @@ from opdjax.runs.workdir import WorkdirError
 Interval = tuple[float, float]  # mean over seeds, half width of its 95 % interval
 Reading = Callable[[Run], float | None]
 Lines = dict[str, Line]  # by arm, the best first
-# Facts that runs should share, to be compared; of the evaluation: what final scores depend on.
-_SHARED: dict[str, Callable[[Run], Any]] = {
-    "evaluation": lambda run: upgrade(run.config)["evaluation"] | {"every": 0},
-    "opdjax": lambda run: run.environment.get("opdjax"),
-    "commit": lambda run: run.environment.get("commit"),
-    "jax": lambda run: run.environment.get("jax"),
-}
 _VARYING = 6  # most settings in a point's row
 _LINE_LENGTH = 150  # points of a drawn line
 _JUDGED = "rubric/reward_mean", "rubric/auc", "rubric/tied_groups", "rubric/no_signal_share"
@@ -104,7 +98,6 @@ class SomeArms:
     arms: tuple[Arm, ...]  # with colours of their own
     lines: dict[str, Lines]
     numbers: dict[str, dict[str, Interval | None]]
-    first_runs: dict[str, tuple[str, bool]]  # its directory, and whether that has a page
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,14 +138,20 @@ def sweep_facts(
     points, runs, damaged = _readable(points)
     papers = paper_facts(points, paper)
     if paper is not None:
-        points, name = of_table(points, paper), f"{name}: {paper}"
+        points, name = of_table(points, paper_named(paper)), f"{name}: {paper}"
     every = _ranked(points, runs)
     arms = [arm for arm in every if not arm.is_reference] or every
     finished = [run for arm in arms for run in arm.runs]
     counts = [measures.samples_per_prompt(run) for arm in every for run in arm.runs]
     scores = {arm.name: fixed(arm.score and arm.score[0]) for arm in arms}
-    spans = [_ends(*arm.score) or arm.score[:1] for arm in arms if arm.score]
-    ends = [end for span in spans for end in span]
+    spans = (arm.score for arm in arms if arm.score)
+    ends = [m + side * (h if is_number(h) else 0.0) for m, h in spans for side in (-1, 1)]
+    # What runs should share; of the evaluation: what final scores depend on.
+    shared = [
+        {"evaluation": upgrade(run.config)["evaluation"] | {"every": 0}}
+        | {name: run.environment.get(name) for name in ("opdjax", "commit", "jax")}
+        for run in finished
+    ]
     first, *others = [measures.leaves(point.config) for point in points]
     varying = differing([first, *others])
     few = [name for name in varying if len(varying) <= _VARYING or name == "seed"]
@@ -172,7 +171,7 @@ def sweep_facts(
         },
         damaged=damaged,
         changed_files=_changed_files(finished),
-        mixed=tuple(n for n, read in _SHARED.items() if len({repr(read(r)) for r in finished}) > 1),
+        mixed=tuple(differing(shared)),
         fronts={axis: found for axis in AXES if (found := _front(arms, axis))},
         differences=_differences(arms),
         rates=_rates(arms),
@@ -192,9 +191,7 @@ def sweep_facts(
 def _readable(
     points: Sequence[Point],
 ) -> tuple[list[Point], dict[pathlib.Path, Run], dict[str, str]]:
-    """(readable points, runs by directory, error by id of the other points): a damaged file, or a
-    config of a newer version, must not hide other runs.
-    """
+    """(readable points, runs by directory, errors by id): one damaged file hides no other run."""
     kept, runs, damaged = [], {}, {}
     for point in points:
         try:
@@ -234,19 +231,20 @@ def _ranked(points: Sequence[Point], runs: Mapping[pathlib.Path, Run]) -> list[A
     arms = []
     for group, config in zip(groups, configs):
         done = [runs[point.workdir] for point in group.done]
-        arm = Arm(
-            name="",
-            settings={n: shown_override(group.overrides.get(f, "")) for f, n in names.items()},
-            slot=REST,
-            is_reference=are_many and config["student"]["path"] == config["teacher"]["path"],
-            seeds={point.config["seed"]: points.index(point) for point in group.points},
-            num_runs=len(done),
-            numbers={name: interval(map(read, done)) for name, read in COLUMNS.items()},
-            costs={axis: interval(measures.spent(run, axis) for run in done) for axis in AXES},
-            config=config,
-            runs=tuple(done),
+        arms.append(
+            Arm(
+                name="",
+                settings={n: shown_override(group.overrides.get(f, "")) for f, n in names.items()},
+                slot=REST,
+                is_reference=are_many and config["student"]["path"] == config["teacher"]["path"],
+                seeds={point.config["seed"]: points.index(point) for point in group.points},
+                num_runs=len(done),
+                numbers={name: interval(map(read, done)) for name, read in COLUMNS.items()},
+                costs={axis: interval(measures.spent(run, axis) for run in done) for axis in AXES},
+                config=config,
+                runs=tuple(done),
+            )
         )
-        arms.append(arm)
     arms.sort(key=lambda arm: (arm.is_reference, -(arm.score or (-math.inf,))[0]))
     named = distinct([label(arm.settings) for arm in arms])
     return _coloured([dataclasses.replace(arm, name=name) for arm, name in zip(arms, named)])
@@ -320,9 +318,7 @@ def _differences(arms: Sequence[Arm]) -> dict[str, dict[str, list[str]]]:
 
 
 def _front(arms: Sequence[Arm], axis: str) -> tuple[str, ...]:
-    """The arms that no other beats in one of cost and score and equals in the other, by rising
-    cost; empty if fewer than two arms have both.
-    """
+    """The arms that no other beats in cost and score, the cheapest first; none of one arm."""
     known = [arm for arm in arms if arm.score and arm.costs[axis]]
     places = {arm.name: (arm.costs[axis][0], -arm.score[0]) for arm in known}
     if len(places) < 2 or not any(cost > 0 for cost, _ in places.values()):
@@ -336,21 +332,17 @@ def _front(arms: Sequence[Arm], axis: str) -> tuple[str, ...]:
 # Lines
 
 
-def _ends(middle: float, half: float) -> Interval | None:
-    return (middle - half, middle + half) if math.isfinite(half) else None
-
-
-def _band(x: Sequence[float], values: Iterable[Interval | None], slot: int, **style: Any) -> Line:
+def _band(x: Iterable[float], values: Iterable[Interval | None], slot: int, **style: Any) -> Line:
     """A line with its intervals; an infinite half width is not drawn."""
-    known = [value or (math.nan, math.nan) for value in values]
-    low, high = zip(*(_ends(*each) or (math.nan, math.nan) for each in known))
-    return Line(list(x), [mean for mean, _ in known], low, high, slot, **style)
+    means, halves = zip(*(value or (None, None) for value in values))
+    return interval_line([*x], means, halves, slot=slot, **{"has_markers": False} | style)
+
+
+_MARKED = {"has_markers": True, "bars": True}
 
 
 def _rates(arms: Sequence[Arm]) -> dict[str, dict[str, Line]]:
-    """The scores against the learning rate, for all combinations of other settings that have
-    several rates; the best combinations have a colour.
-    """
+    """Scores against the learning rate, by other settings; the best of these have a colour."""
     families: dict[str, list[Arm]] = collections.defaultdict(list)
     for arm in arms:
         rest = measures.leaves(arm.config) | {"seed": None, "optimizer.learning_rate": None}
@@ -366,9 +358,7 @@ def _rates(arms: Sequence[Arm]) -> dict[str, dict[str, Line]]:
     return {
         name: {
             score: _band(
-                [*map(rate_of, family)],
-                [arm.numbers[score] for arm in family],
-                **{"slot": slot, "has_markers": True, "bars": True},
+                map(rate_of, family), [arm.numbers[score] for arm in family], slot, **_MARKED
             )
             for score in measures.SCORES
         }
@@ -410,7 +400,7 @@ def metric_lines(arms: Sequence[Arm], name: str) -> Lines:
             smoothed = (
                 smooth(run.column(name), smoothing_window(len(run.metrics))) for run in runs
             )
-            values = [interval(map(float, at)) for at in zip(*(each[kept] for each in smoothed))]
+            values = map(interval, zip(*(each[kept] for each in smoothed)))
             found[arm.name] = _band(measures.steps_of(runs[0])[kept], values, arm.slot)
     return found
 
@@ -428,19 +418,16 @@ def _by_position(arms: Sequence[Arm]) -> tuple[tuple[str, ...], Lines]:
     for arm in arms:
         values = [interval(run.get(bucket) for run in found[arm.name]) for bucket in buckets]
         if any(values):
-            style = {"has_markers": True, "bars": True}
-            lines[arm.name] = _band(range(len(buckets)), values, arm.slot, **style)
+            lines[arm.name] = _band(range(len(buckets)), values, arm.slot, **_MARKED)
     return tuple(map(measures.bucket_label, buckets)), lines
 
 
 def _some(arms: Sequence[Arm], metrics: Sequence[str], numbers: dict[str, Reading]) -> SomeArms:
     arms = _coloured(arms)
-    first = {arm.name: arm.runs[0].workdir for arm in arms}
     return SomeArms(
         tuple(arms),
         {metric: metric_lines(arms, metric) for metric in metrics},
         {a.name: {n: interval(map(read, a.runs)) for n, read in numbers.items()} for a in arms},
-        {n: ("/".join(w.parts[-2:]), (w / "report.html").exists()) for n, w in first.items()},
     )
 
 

@@ -11,13 +11,13 @@ import io
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import jinja2
 
 from opdjax.report.papers.compare import Cell, Comparison, Interval, Part, Verdict, compare, finite
-from opdjax.report.papers.tables import PaperColumn, PaperTable, paper_named, paper_tables
+from opdjax.report.papers.tables import PaperColumn, paper_named, paper_tables
 from opdjax.runs.results import Point, Run, SeedGroup, read_group, read_points, seed_groups
 from opdjax.runs.statistics import seed_interval
 from opdjax.runs.workdir import WorkdirError, read_run_config
@@ -69,12 +69,6 @@ def _comma_separated(rows: Iterable[Sequence[Any]]) -> str:
     return out.getvalue().rstrip("\n")
 
 
-def _interval(found: Interval | None, digits: Callable[[float], int]) -> str:
-    if found is None:
-        return ""
-    return " ± ".join(f"{each:.{digits(each)}f}" for each in found if each is not None)
-
-
 def seed_of(id: str) -> str:
     """The `seed=N` of a point's id; the id if it has none."""
     found = re.search(r"(?:^|,)(seed=\d+)", id)
@@ -87,10 +81,10 @@ def _rendered(name: str, format: Format, **facts: Any) -> str:
     environment = jinja2.Environment(
         loader=loader, trim_blocks=True, undefined=jinja2.StrictUndefined
     )
-    tools = {"markdown": markdown, "latex": latex, "cells": _cells, "claims": _claims}
-    tools |= {"wanted": wanted, "commits": _commits, "done": _done}
+    tools = {"markdown": markdown, "latex": latex, "cells": cells, "claims": _claims}
     kind = {"markdown": "md", "latex": "tex"}[format]
-    return environment.get_template(f"{name}.{kind}.jinja").render(**tools, **facts).rstrip("\n")
+    template = environment.get_template(f"{name}.{kind}.jinja")
+    return template.render(tools | facts, commits=_commits).rstrip("\n")
 
 
 def _commits(points: Sequence[Point]) -> list[str]:
@@ -98,22 +92,7 @@ def _commits(points: Sequence[Point]) -> list[str]:
     return sorted({str(read_run_config(each)["environment"].get("commit"))[:12] for each in done})
 
 
-def _done(points: Sequence[Point]) -> str:
-    count = sum(point.status == "done" for point in points)
-    return f"{count} of {len(points)} points done; commit {', '.join(_commits(points)) or 'none'}"
-
-
 # A sweep
-
-
-@dataclasses.dataclass(frozen=True)
-class _TableRow:
-    """A setting and the statistics of its runs."""
-
-    overrides: Mapping[str, Any]
-    values: Mapping[str, Interval]  # by column
-    n: int
-    missing: tuple[str, ...]
 
 
 def table(directory: pathlib.Path, format: Format = "markdown") -> str:
@@ -126,20 +105,21 @@ def table(directory: pathlib.Path, format: Format = "markdown") -> str:
     points = read_points(directory)
     rows = [_row(group) for group in seed_groups(points)]
     if format == "json":
-        return json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
-    names = list(dict.fromkeys(name for row in rows for name in row.overrides))
-    columns = [name for name in COLUMNS if any(name in row.values for row in rows)]
+        return json.dumps(rows, indent=1)
+    names = list(dict.fromkeys(name for row in rows for name in row["overrides"]))
+    columns = [name for name in COLUMNS if any(name in row["values"] for row in rows)]
     is_csv = format == "csv"
-    digits = lambda value: 3 if abs(value) < 100 else 0
+    fixed = lambda value: f"{value:.{3 if abs(value) < 100 else 0}f}"
+    joined = lambda found: " ± ".join(fixed(each) for each in found if each is not None)
     parts = lambda name: [name, f"{name} half interval"] if is_csv else [name]
-    shown = lambda found: found or _NONE if is_csv else [_interval(found, digits)]
+    shown = lambda found: found if is_csv else [joined(found)]
     header = [*names, *(part for name in columns for part in parts(name)), "n", "missing"]
     lines = [
         [
-            *(str(row.overrides.get(name, "")) for name in names),
-            *(number for name in columns for number in shown(row.values.get(name))),
-            row.n,
-            " ".join(row.missing) if is_csv else ", ".join(map(seed_of, row.missing)),
+            *(str(row["overrides"].get(name, "")) for name in names),
+            *(number for name in columns for number in shown(row["values"].get(name, _NONE))),
+            row["n"],
+            " ".join(row["missing"]) if is_csv else ", ".join(map(seed_of, row["missing"])),
         ]
         for row in rows
     ]
@@ -151,11 +131,13 @@ def table(directory: pathlib.Path, format: Format = "markdown") -> str:
     return _rendered("sweep", format, header=header, rows=lines, **facts)
 
 
-def _row(group: SeedGroup) -> _TableRow:
+def _row(group: SeedGroup) -> dict[str, Any]:
+    """A setting, the mean and interval of its runs in each column, their number, missing points."""
     runs = read_group(group)
     found = {name: [v for v in map(read, runs) if v is not None] for name, read in COLUMNS.items()}
     values = {name: finite(*seed_interval(numbers)) for name, numbers in found.items() if numbers}
-    return _TableRow(group.overrides, values, len(runs), group.missing)
+    about = {"overrides": group.overrides, "values": values}
+    return about | {"n": len(runs), "missing": group.missing}
 
 
 # Papers
@@ -195,23 +177,31 @@ def paper_table(directory: pathlib.Path, name: str, format: Format = "markdown")
     return _rendered("papers", format, found=found, points=points, counts=counts, is_all=is_all)
 
 
-def _cells(found: Comparison) -> tuple[list[str], list[list[str]]]:
+def cells(found: Comparison, columns: Sequence[PaperColumn]) -> tuple[list[str], list[list[str]]]:
     """(header, rows): for each column the paper's number, ours and their difference."""
-    parts, rows = found.parts(found.columns), found.table.rows
-    columns = {"method": [row.label for row in rows]}
+    parts, rows = found.parts(columns), found.table.rows
+    texts = {"method": [row.label for row in rows]}
     for column, part in parts:
         unit = f", {column.unit}" if column.unit else ""
         whose = "ours - paper" if part == "difference" else part
-        columns[f"{column.label}{unit}: {whose}"] = [
+        texts[f"{column.label}{unit}: {whose}"] = [
             _shown(found.cells[row.label][column.label], column, part) for row in rows
         ]
+    is_run = {column.pair for column, part in parts if part == "ours"}
+
+    def by_pair(row: str, facts_of: Callable[[Cell], Iterable[str]]) -> str:
+        """Facts that the cells of a pair share; with the pair's name if there are several."""
+        facts = {each.pair: ", ".join(facts_of(found.cells[row][each.label])) for each in columns}
+        named = lambda pair: f"{pair} " if len(is_run) > 1 else ""
+        return "; ".join(named(pair) + text for pair, text in facts.items() if text)
+
     optional = {
-        "missing": [_by_pair(found, row.label, lambda c: map(seed_of, c.missing)) for row in rows],
-        "config": [_by_pair(found, row.label, lambda c: [c.digest or ""]) for row in rows],
+        "missing": [by_pair(row.label, lambda cell: map(seed_of, cell.missing)) for row in rows],
+        "config": [by_pair(row.label, lambda cell: [cell.digest or ""]) for row in rows],
         "note": [row.note for row in rows],
     }
-    columns |= {name: texts for name, texts in optional.items() if any(texts)}
-    return list(columns), [list(row) for row in zip(*columns.values())]
+    texts |= {name: each for name, each in optional.items() if any(each)}
+    return list(texts), [list(row) for row in zip(*texts.values())]
 
 
 def _shown(cell: Cell, column: PaperColumn, part: Part) -> str:
@@ -225,21 +215,12 @@ def _shown(cell: Cell, column: PaperColumn, part: Part) -> str:
     return f"≥ {shown} ({n}, {len(cell.censored)} never)" if cell.censored else f"{shown} ({n})"
 
 
-def _significant(found: Interval, unit: str = "") -> str:
+def _significant(found: Interval | None, unit: str = "") -> str:
+    if found is None:
+        return ""
     mean = abs(found[0])
     digits = 0 if mean >= 100 else 2 if unit == "%" or mean >= 10 else 3
-    return _interval(found, lambda _: digits)
-
-
-def _by_pair(found: Comparison, row: str, facts_of: Callable[[Cell], Iterable[str]]) -> str:
-    """Facts that the cells of one pair of models share, once per pair; with the pair's name if the
-    table has runs of several.
-    """
-    is_run = {column.pair for column, part in found.parts(found.columns) if part == "ours"}
-    facts = {each.pair: ", ".join(facts_of(found.cells[row][each.label])) for each in found.columns}
-    return "; ".join(
-        (f"{pair} " if len(is_run) > 1 else "") + text for pair, text in facts.items() if text
-    )
+    return " ± ".join(f"{each:.{digits}f}" for each in found if each is not None)
 
 
 def _claims(found: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:
@@ -252,7 +233,7 @@ def _claims(found: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:
             f"{each.claim.left}, {each.claim.right}",
             each.column.label,
             claimed(each),
-            _difference(each.difference),
+            "0 in every seed" if each.difference == (0.0, 0.0) else _significant(each.difference),
             each.n,
             each.status,
         ]
@@ -260,12 +241,6 @@ def _claims(found: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:
         for each in of.verdicts
     ]
     return (["table"] if len(found) > 1 else []) + header, rows
-
-
-def _difference(found: Interval | None) -> str:
-    if found is None:
-        return ""
-    return "0 in every seed" if found == (0.0, 0.0) else _significant(found)
 
 
 def claimed(verdict: Verdict) -> str:
@@ -280,31 +255,20 @@ def claimed(verdict: Verdict) -> str:
     }[verdict.claim.kind]
 
 
-def wanted(of: PaperTable) -> str:
-    """The labels of a table's points."""
-    labels = [f"arm={row.arm}" for row in of.rows if row.arm]
-    labels += [f"pair={column.pair}" for column in of.columns if column.pair]
-    return " ".join(dict.fromkeys(labels))
-
-
 def _csv_lines(found: Comparison) -> Iterator[list[Any]]:
     """A line per cell, then a line per claim; differences of claims are in a run's own unit."""
     for row in found.table.rows:
         for column in found.columns:
             cell = found.cells[row.label][column.label]
+            n, never = len(cell.by_seed), len(cell.censored)
             if cell.paper or cell.digest:
-                yield _csv_cell(row.label, column, cell)
+                yield [
+                    *("cell", row.label, column.label, column.unit),
+                    *((cell.paper.number, cell.paper.mark) if cell.paper else _NONE),
+                    *(cell.ours or _NONE),
+                    *(n, cell.difference, " ".join(cell.missing), cell.digest),
+                    f"at least, in {never} of {n}" if never else None,
+                ]
     for each in found.verdicts:
         about = ["claim", each.claim.text, each.column.label, None, None, each.claim.mark]
         yield [*about, *(each.difference or _NONE), each.n, None, None, None, each.status]
-
-
-def _csv_cell(row: str, column: PaperColumn, cell: Cell) -> list[Any]:
-    n, never = len(cell.by_seed), len(cell.censored)
-    return [
-        *("cell", row, column.label, column.unit),
-        *((cell.paper.number, cell.paper.mark) if cell.paper else _NONE),
-        *(cell.ours or _NONE),
-        *(n, cell.difference, " ".join(cell.missing), cell.digest),
-        f"at least, in {never} of {n}" if never else None,
-    ]

@@ -1,8 +1,5 @@
-"""The cheap checks for mistakes that would train without an error. `train` runs them at its start.
-
-`check_settings` needs no forward pass, `check_first_step` reads what the first step computed
-anyway. `opdjax doctor` runs more checks (diagnose/checks.py). Log-probabilities and tolerances are
-in nats.
+"""The cheap checks, run by `train`, for mistakes that would train without an error: of the settings
+and of what the first step computed. `opdjax doctor` runs more. Numbers are in nats.
 """
 
 from __future__ import annotations
@@ -11,23 +8,25 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jinja2
 import numpy as np
 
 from opdjax.config import DataConfig
-from opdjax.config.evaluation import EvaluationConfig
 from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, render
 from opdjax.data.prompts import PromptSet
 from opdjax.engine.evaluate import last_tokens
 from opdjax.models.decoder import Params
+from opdjax.ops.sharding import is_process_zero
 from opdjax.ops.tile import Head
-from opdjax.rollouts.findings import Finding, Problem, fault, finding, warning
 from opdjax.rollouts.setup import Setup, Teacher, reads_scores
-from opdjax.types import Metrics, PromptBatch, Rollouts, TrainBatch
+from opdjax.types import Metrics, Rollouts, TrainBatch
 
+Status = Literal["ok", "warning", "fault"]
+Problem = tuple[Status, str]
+_SIGNS = {"ok": "✓", "warning": "!", "fault": "✗"}  # from the least severe to the most
 _PROBES = (
     "The quick brown fox, 'jumps' over 1,234.50 lazy dogs.\n\n  Then?",
     "def f(x):\n\treturn {'a': [x ** 2, -1e-3]}  # done",
@@ -36,6 +35,61 @@ _PROBES = (
 _ANSWER = "opdjax answer 7"
 _SHOWN_LINES = 24
 SHIFTS = (("right", 1), ("left", -1))  # (side, columns), as np.roll counts them
+
+
+class FaultError(RuntimeError):
+    """A check found a fault that makes the run's results meaningless."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """The result of one check. The message says what was expected, what was found, what to do."""
+
+    name: str
+    status: Status
+    message: str
+    details: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{_SIGNS[self.status]} {self.name}: {self.message}"]
+        return "\n".join([*lines, *(f"    {line}" for line in self.details)])
+
+
+def warning(*sentences: str) -> Problem:
+    """A problem that may be intended."""
+    return "warning", "; ".join(sentences)
+
+
+def fault(*sentences: str) -> Problem:
+    """A problem that makes the run's results meaningless."""
+    return "fault", "; ".join(sentences)
+
+
+def finding(
+    name: str, problems: Sequence[Problem], otherwise: str, details: Sequence[str] = ()
+) -> Finding:
+    """Merge the problems of a check; the worst sets the status.
+
+    `otherwise` is the message of a check without problems.
+    """
+    status = max((status for status, _ in problems), key=list(_SIGNS).index, default="ok")
+    message = "; ".join(text for _, text in problems) or otherwise
+    return Finding(name, status, message, tuple(details))
+
+
+def enforce(findings: Sequence[Finding]) -> None:
+    """Print the warnings on process zero; raise FaultError if there is a fault."""
+    for each in findings:
+        if each.status == "warning" and is_process_zero():
+            print(each)
+    faults = [str(each) for each in findings if each.status == "fault"]
+    if faults:
+        raise FaultError(
+            "the run was stopped: its results would mean nothing:\n" + "\n".join(faults)
+        )
+
+
+# The checks
 
 
 def check_settings(setup: Setup) -> list[Finding]:
@@ -52,26 +106,30 @@ def check_settings(setup: Setup) -> list[Finding]:
 
 
 def check_first_step(
-    setup: Setup, batch: TrainBatch, rollouts: Rollouts, prompts: PromptBatch, metrics: Metrics
+    setup: Setup, batch: TrainBatch, rollouts: Rollouts, metrics: Metrics
 ) -> list[Finding]:
     """Check the mask of the first batch, and that sampler and update give the same log-probs."""
     if setup.config.is_judged:  # rollouts without a score were dropped: no segment holds them
         is_kept = np.asarray(batch.segment_ids).any(axis=1)
         batch, rollouts = jax.tree.map(lambda x: np.asarray(x)[is_kept], (batch, rollouts))
-    findings = [check_mask(batch, rollouts, prompts.tokens.shape[1], setup.decoding.stop_token_ids)]
+    prompt_width = rollouts.tokens.shape[1] - setup.config.sampling.max_completion_length
+    findings = [check_mask(batch, rollouts, prompt_width, setup.decoding.stop_token_ids)]
     # The metric reads the behaviour log-probs, which a filter changes and the update does not see.
-    if "rollout/logprob_gap" in metrics and not setup.decoding.has_filter:
-        gap = metrics["rollout/logprob_gap"]
-        findings.append(check_logprob_gap(gap, coarsest_dtype(setup), jax.default_backend()))
+    gap, dtype = metrics.get("rollout/logprob_gap"), coarsest_dtype(setup)
+    allowed = tolerance(jax.default_backend(), dtype).mean
+    if gap is not None and not setup.decoding.has_filter and not gap <= allowed:
+        found = f"the sampler's log-probs differ from the update's by {gap:.2g} on average"
+        expected = f"expected at most {allowed:g} in {dtype}"
+        advice = "`opdjax doctor` with the same options finds the cause"
+        findings.append(Finding("sampler_matches_scorer", *fault(found, expected, advice)))
     return findings
 
 
 def with_student_as_teacher(
     setup: Setup, params: Params | None = None, head: Head | None = None
 ) -> Setup:
-    """Return the setup with the student as teacher.
-
-    A run that compares no scores is checked this way: only its student can be wrong.
+    """The setup with the student as teacher: where no scores are compared, only the student can be
+    wrong.
     """
     student = Teacher(
         setup.student, params, head, setup.tokenizer, setup.decoding, shares_vocabulary=True
@@ -84,10 +142,7 @@ def with_student_as_teacher(
 
 
 def check_tokenizers(student: Any, teacher: Any, recipe: str) -> Finding:
-    """Check that two tokenizers map strings to the same ids.
-
-    They must have the same vocabulary, split the same texts alike and add the same special tokens.
-    """
+    """Check that two tokenizers share a vocabulary, split texts alike and add no other tokens."""
     try:
         check_same_vocabulary(student, teacher, recipe)
     except TokenizerMismatchError as error:
@@ -103,24 +158,21 @@ def check_tokenizers(student: Any, teacher: Any, recipe: str) -> Finding:
         encoded = f"the student's tokenizer encodes 'a' as {ours}, the teacher's as {theirs}"
         advice = "one of them adds a special token, so prompts of data.format raw differ"
         problems.append(warning(encoded, advice))
-    details = []
-    for kind in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
-        ours, theirs = getattr(student, kind), getattr(teacher, kind)
-        if ours != theirs:
-            details.append(f"{kind}: student {ours}, teacher {theirs}")
-    size = len(student.get_vocab())
-    return finding(
-        "tokenizers", problems, f"{size} tokens with the same ids; texts are split alike", details
-    )
+    details = [
+        f"{kind}: student {ours}, teacher {theirs}"
+        for kind in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
+        if (ours := getattr(student, kind)) != (theirs := getattr(teacher, kind))
+    ]
+    otherwise = f"{len(student.get_vocab())} tokens with the same ids; texts are split alike"
+    return finding("tokenizers", problems, otherwise, details)
 
 
 # Stop tokens
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
-    """Return the first token that the chat template writes after an assistant's answer.
-
-    None if the tokenizer has no template, or the template writes nothing there.
+    """The first token that the chat template writes after an assistant's answer; None if there is
+    no template, or it writes nothing there.
     """
     if tokenizer.chat_template is None:
         return None
@@ -142,23 +194,20 @@ def check_stop_tokens(setup: Setup, teacher_answers: Rollouts | None = None) -> 
     """
     sampling, data = setup.config.sampling, setup.config.data
     tokenizers = {"student": setup.tokenizer, "teacher": setup.teacher.tokenizer}
-    configured = {
-        "student": setup.student.stop_token_ids,
-        "teacher": setup.teacher.checkpoint.stop_token_ids,
-    }
-    formats = {"student": data.format, "teacher": data.teacher_format or data.format}
+    checkpoints = {"student": setup.student, "teacher": setup.teacher.checkpoint}
+    configured = {role: checkpoint.stop_token_ids for role, checkpoint in checkpoints.items()}
+    templates = zip(tokenizers.items(), (data.student_template, data.teacher_template))
     turns = {
         role: turn
-        for role, tokenizer in tokenizers.items()
-        if formats[role] == "chat" and (turn := end_of_turn(tokenizer)) is not None
+        for (role, tokenizer), (format, _) in templates
+        if format == "chat" and (turn := end_of_turn(tokenizer)) is not None
     }
     more, stops = set(sampling.stop_token_ids), set(setup.decoding.stop_token_ids)
     name = partial(_names, tokenizer=setup.tokenizer)
 
     student_stops = {*configured["student"], *more}
     problems = _generation_config_problems(student_stops, set(configured["teacher"]), stops, name)
-    missing = {role: turn for role, turn in turns.items() if turn not in stops}
-    if missing:
+    if missing := {role: turn for role, turn in turns.items() if turn not in stops}:
         template = f"the chat template of {' and '.join(missing)} ends a turn with"
         found = f"{template} {name(missing.values())}, where rollouts do not stop"
         problems.append(fault(f"{found}: answers run on past their end"))
@@ -180,9 +229,7 @@ def check_stop_tokens(setup: Setup, teacher_answers: Rollouts | None = None) -> 
 
     details = [f"{role}'s generation config: {name(ids)}" for role, ids in configured.items()]
     details += [f"{role}'s tokenizer: {name([t.eos_token_id])}" for role, t in tokenizers.items()]
-    details += [
-        f"{role}'s template ends a turn with {name([turn])}" for role, turn in turns.items()
-    ]
+    details += [f"{role}'s template ends a turn with {name([t])}" for role, t in turns.items()]
     result = finding("stop_tokens", problems, otherwise, details if problems else ())
     # Given answers are cut where the student stops; only answers sampled later can run on.
     is_given = sampling.completions_from != "student"
@@ -236,19 +283,15 @@ def check_chat_template(setup: Setup) -> Finding:
     has_two_templates = (
         formats == ("chat", "chat") and tokenizers[0].chat_template != tokenizers[1].chat_template
     )
-    changes = (data.teacher_format, data.teacher_prompt_format)
-    details = _prompt_difference(prompts, tokenizers)
-    problems = []
-    if details and any(change is not None for change in changes):
+    is_asked = (data.teacher_format, data.teacher_prompt_format) != (None, None)
+    details, problems = _prompt_difference(prompts, tokenizers), []
+    if details and is_asked:
         why = "as the data.teacher_… fields ask"
         problems.append(warning(f"student and teacher read different prompts, {why}"))
     elif details:
+        cause = "chat templates differ" if has_two_templates else "tokenizers render it differently"
         found = "student and teacher read different prompts although data.format is the same: "
-        found += (
-            "their chat templates differ"
-            if has_two_templates
-            else "their tokenizers render it differently"
-        )
+        found += f"their {cause}"
         advice = "copy one template over the other, or, if this is intended, set"
         problems.append(fault(found, f"{advice} --data.teacher-format chat"))
     elif has_two_templates:
@@ -262,13 +305,9 @@ def check_chat_template(setup: Setup) -> Finding:
         if effect and (role == "student" or has_two_templates or formats[0] == "raw"):
             state = "the template's default" if flag is None else flag
             details.append(f"{role}, enable_thinking on -> off (here: {state}): {' '.join(effect)}")
-    medium = "chat template" if data.format == "chat" else "plain text"
-    return finding(
-        "chat_template",
-        problems,
-        f"student and teacher read the same prompts, as the same {medium}",
-        details,
-    )
+    medium = "chat template" if formats[0] == "chat" else "plain text"
+    otherwise = f"student and teacher read the same prompts, as the same {medium}"
+    return finding("chat_template", problems, otherwise, details)
 
 
 def _prompt_difference(prompts: PromptSet, tokenizers: tuple[Any, Any]) -> list[str]:
@@ -316,8 +355,11 @@ def check_sampling_filter(setup: Setup, rollouts: Rollouts | None = None) -> Fin
     if rollouts is not None and is_sampled:
         behavior, unfiltered = rollouts.behavior_logprobs, rollouts.unfiltered_logprobs
         removed = (np.asarray(behavior) - np.asarray(unfiltered))[np.asarray(rollouts.mask)]
-    altered = None if rollouts is None else _altered_sampling(config.evaluation)
-    details = [] if altered is None else [f"the evaluation samples with {altered}"]
+    neutral, evaluation = {"temperature": 1, "top_p": 1, "top_k": 0}, config.evaluation
+    values = {name: getattr(evaluation, name) for name in neutral}
+    changed = [f"{name} {value:g}" for name, value in values.items() if value != neutral[name]]
+    is_altered = changed and rollouts is not None and evaluation.source is not None
+    details = [f"the evaluation samples with {', '.join(changed)}"] if is_altered else []
     if not has_filter and (removed is None or not removed.any()):
         return finding(name, [], "tokens are sampled from the distribution that is scored", details)
     found = "top_p or top_k is on" if has_filter else "some tokens were filtered out"
@@ -328,21 +370,12 @@ def check_sampling_filter(setup: Setup, rollouts: Rollouts | None = None) -> Fin
     recipe, advice = config.estimator.recipe, "set top_p 1 and top_k 0"
     if config.recipe.is_policy_gradient:
         why = f"recipe {recipe!r} weighs tokens as if sampled from the unfiltered student"
-        problem = fault(
-            found, f"{why}, so its gradient is biased", f"{advice}, or use an exact divergence"
-        )
+        why += ", so its gradient is biased"
+        problem = fault(found, why, f"{advice}, or use an exact divergence")
     else:
         why = f"recipe {recipe!r} stays exact at each context, but never visits unlikely contexts"
         problem = warning(found, why, f"{advice} unless this is intended")
     return Finding(name, *problem, tuple(details))
-
-
-def _altered_sampling(evaluation: EvaluationConfig) -> str | None:
-    """Name the temperature and the filters of the evaluation that change the distribution."""
-    neutral = {"temperature": 1, "top_p": 1, "top_k": 0}
-    values = {name: getattr(evaluation, name) for name in neutral}
-    changed = [f"{name} {value:g}" for name, value in values.items() if value != neutral[name]]
-    return None if evaluation.source is None else ", ".join(changed) or None
 
 
 def check_staleness(setup: Setup) -> list[Finding]:
@@ -354,11 +387,9 @@ def check_staleness(setup: Setup) -> list[Finding]:
     is_corrected = recipe.is_rewarded or options.get("importance", "none") != "none"
     if not is_stale or not recipe.is_policy_gradient or is_corrected:
         return []
-    problem = warning(
-        f"recipe {recipe.name!r} treats tokens of an older policy as its own samples"
-        ", so its gradient is biased",
-        "set estimator.importance, or use a divergence, which needs no sampled token",
-    )
+    found = f"recipe {recipe.name!r} treats tokens of an older policy as its own samples"
+    advice = "set estimator.importance, or use a divergence, which needs no sampled token"
+    problem = warning(f"{found}, so its gradient is biased", advice)
     return [Finding("staleness", *problem)]
 
 
@@ -374,9 +405,9 @@ class Tolerance:
     gradient: float  # as a share of the norm of the gradient against the true teacher
 
 
-def tolerance(backend: str, *dtypes: str) -> Tolerance:
-    """Return the tolerance on a backend; the finest of the types sets it."""
-    if all(dtype == "bfloat16" for dtype in dtypes):
+def tolerance(backend: str, dtype: str) -> Tolerance:
+    """The tolerance for a type on a backend."""
+    if dtype == "bfloat16":
         return Tolerance(5e-2, 1.0, 0.2)
     # Accelerators multiply float32 matrices in fewer bits by default.
     return Tolerance(1e-4, 1e-2, 1e-2) if backend == "cpu" else Tolerance(2e-2, 0.5, 0.1)
@@ -388,17 +419,6 @@ def coarsest_dtype(setup: Setup) -> str:
     Keys and values may be stored in fewer bits than the forward pass uses.
     """
     return "bfloat16" if setup.config.sampling.kv_dtype in ("int8", "bfloat16") else setup.dtype
-
-
-def check_logprob_gap(gap: float, dtype: str, backend: str) -> Finding:
-    """Check a step's `rollout/logprob_gap`: mean |behaviour - student log-prob|."""
-    name, allowed = "sampler_matches_scorer", tolerance(backend, dtype).mean
-    if gap <= allowed:
-        return Finding(name, "ok", f"log-probs differ by {gap:.2g} on average")
-    found = f"the sampler's log-probs differ from the update's by {gap:.2g} on average"
-    expected = f"expected at most {allowed:g} in {dtype}"
-    advice = "`opdjax doctor` with the same options finds the cause"
-    return Finding(name, *fault(found, expected, advice))
 
 
 def check_mask(
@@ -419,25 +439,22 @@ def check_mask(
     if rollouts.behavior_logprobs is None:
         sampled = np.asarray(rollouts.mask).astype(bool)
     problems = []
-    if mask.shape == sampled.shape and not np.array_equal(mask, sampled):
-        row, column = np.argwhere(mask != sampled)[0]
+    if len(wrong := np.argwhere(mask != sampled)):
+        row, column = wrong[0]
         what = "a sampled token" if sampled[row, column] else "a token that was not sampled"
-        found = (
-            f"the mask is {int(mask[row, column])} on {what}, first at row {row}, column {column}"
-        )
+        found = f"the mask is {int(mask[row, column])} on {what}"
+        found += f", first at row {row}, column {column}"
         cause = [
             f"the mask is shifted by one column to the {side}"
             for side, step in SHIFTS
             if np.array_equal(np.roll(sampled, step, axis=1), mask)
         ]
         problems.append(fault(*cause, found, "expected 1 on exactly the sampled tokens"))
-    if (num_masked := int(mask.sum())) != (num_sampled := int(sampled.sum())):
-        problems.append(fault(f"the mask holds {num_masked} tokens, {num_sampled} were sampled"))
     if padding := int((mask & (segments == 0)).sum()):
         problems.append(fault(f"the mask is 1 on {padding} padding tokens; expected none"))
     starts = np.diff(segments, axis=1, prepend=0) != 0
     if first := int((mask & starts & (segments > 0)).sum()):
         found = f"{first} sequences have mask 1 on their first token, which nothing predicts"
         problems.append(fault(found))
-    otherwise = f"1 on exactly the {num_sampled} sampled tokens, including the stop tokens"
+    otherwise = f"1 on exactly the {sampled.sum()} sampled tokens, including the stop tokens"
     return finding("mask", problems, otherwise)

@@ -1,7 +1,6 @@
-"""The source of rollouts that judges score: sampled from the current student and judged over HTTP.
-
-A step's prompts are sampled in parts; one part is judged while the next is sampled. The update
-waits for all parts and so stays strictly on-policy. Only process zero sends requests to judges.
+"""The source of rollouts that judges score over HTTP: one part of a step's prompts is judged while
+the next is sampled; the update waits for all parts and so stays strictly on-policy. Only process
+zero sends requests to judges.
 """
 
 from __future__ import annotations
@@ -11,8 +10,9 @@ import contextlib
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from functools import partial
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from opdjax.config import Config
 from opdjax.config.rubrics import MAX_FAILED_SHARE
 from opdjax.data.packing import to_train_batch
 from opdjax.data.prompt_rows import Prompt
-from opdjax.data.prompts import collate, indices_at
+from opdjax.data.prompts import collate, indices_at, padded_width, prompt_ids
 from opdjax.engine.evaluate import completions, graded
 from opdjax.judge.background import BackgroundJudge, open_background_judge
 from opdjax.judge.criteria import FROZEN, CriteriaStore
@@ -34,16 +34,20 @@ from opdjax.judge.judgement import (
     judge_group,
     metrics_of,
 )
-from opdjax.judge.reflection import reflect
+from opdjax.judge.reflection import reflect, rubric_text, verdict_text
 from opdjax.judge.replies import ApiError
 from opdjax.judge.schema import Criterion
-from opdjax.models.decoder import Params
 from opdjax.ops.multihost import agreed, from_process_zero, on_process_zero
 from opdjax.ops.sharding import num_row_shards, to_host
 from opdjax.rollouts.on_policy import draw, prompts_of
-from opdjax.rollouts.privileged import with_context
-from opdjax.rollouts.reward_advantages import has_usable_score, min_scored, with_advantages
-from opdjax.rollouts.rows import keep_rollouts, packed, with_option_columns
+from opdjax.rollouts.rows import (
+    has_usable_score,
+    keep_rollouts,
+    min_scored,
+    packed,
+    with_advantages,
+    with_option_columns,
+)
 from opdjax.rollouts.setup import Setup
 from opdjax.rollouts.source import RolloutSource, SourceStoppedError, StepData
 from opdjax.runs.metrics import Timer
@@ -57,31 +61,11 @@ _DRAW_PARTS = 2
 ROWS = "rubrics.jsonl"  # the judgements of every step
 
 
-@dataclasses.dataclass(frozen=True)
-class JudgeScores:
-    """Rewards of a step; NaN where judging failed."""
-
-    scores: np.ndarray  # [B], in [0, 1]
-    stage_scores: np.ndarray  # [B, K]
-    judgements: list[list[Judgement]] | None  # by prompt; on process zero only
-    metrics: Metrics
-
-
-@contextlib.contextmanager
-def open_judged_source(setup: Setup, workdir: pathlib.Path) -> Iterator[JudgedSource]:
-    """The source of judged rollouts; pending requests are cancelled at the end."""
-    with contextlib.ExitStack() as resources:
-        background = on_process_zero(
-            lambda: resources.enter_context(background_judge(setup.config, workdir))
-        )
-        yield JudgedSource(setup, workdir, background)
-
-
 def background_judge(
     config: Config, workdir: pathlib.Path
 ) -> contextlib.AbstractContextManager[BackgroundJudge]:
-    """The judge of the config, on a background thread."""
-    endpoints = {role: config.endpoint(role) for role in ROLES if getattr(config, role).is_given}
+    """The judge of the config, on a background thread; at the end its requests are cancelled."""
+    endpoints = {role: config.endpoint(role) for role in ROLES if getattr(config, role).model}
     return open_background_judge(endpoints, config.api, config.rubrics, workdir)
 
 
@@ -94,10 +78,6 @@ class JudgedSource(RolloutSource):
         self._criteria, self._is_frozen = CriteriaStore(setup.config.rubrics, workdir), False
         on_process_zero(lambda: self._criteria.restore(read_lines(workdir / ROWS)))
 
-    def publish(self, version: int, copy_weights: Callable[[], Params], timer: Timer) -> None:
-        """See `RolloutSource`."""
-        self.params = copy_weights()
-
     def next(self, step: int, timer: Timer) -> StepData:
         """See `RolloutSource`."""
         setup, config = self._setup, self._setup.config
@@ -107,15 +87,12 @@ class JudgedSource(RolloutSource):
         prompts = prompts_of(setup.prompts, config, step)
         rollouts, futures = self._sample_and_submit(prompts, step, timer)
         with timer.phase("judge_wait"):
-            judged = self._wait_for_scores(futures, self._is_correct(rollouts), step)
+            judgements, metrics = self._wait_for_judges(futures, self._is_correct(rollouts), step)
+            scores = self._scores(judgements)
         with timer.phase("pack"):
-            batch = self._batch(prompts, rollouts, judged)
+            batch = self._batch(prompts, rollouts, scores, judgements)
             rows, packing = packed(batch, config.train, setup.mesh)
-        return StepData(prompts, rollouts, batch, rows, judged.metrics | packing)
-
-    def prefetch(self, step: int) -> None:
-        """See `RolloutSource`."""
-        self.params = None  # frees the old weights before the new ones are copied
+        return StepData(rollouts, batch, rows, metrics | packing)
 
     def judge(self, rollouts: Rollouts) -> list[list[Judgement]]:
         """The judgements of the rollouts (on the host), by prompt. For process zero; raises the
@@ -123,19 +100,23 @@ class JudgedSource(RolloutSource):
         """
         return self._background.results(self._submit(rollouts))
 
-    def _batch(self, prompts: PromptBatch, rollouts: Rollouts, judged: JudgeScores) -> TrainBatch:
+    def _batch(
+        self,
+        prompts: PromptBatch,
+        rollouts: Rollouts,
+        scores: np.ndarray,
+        judgements: list[list[Judgement]] | None,
+    ) -> TrainBatch:
         """Rows with advantages, or with a teacher that reads the judges' texts."""
         setup, config = self._setup, self._setup.config
-        is_rewarded = config.recipe.is_rewarded
-        shown, has_context = prompts, None
+        is_rewarded, has_context = config.recipe.is_rewarded, None
         if not is_rewarded:
-            shown, has_context = with_context(setup, prompts, judged.judgements)
-        batch = to_train_batch(rollouts, shown)
+            prompts, has_context = with_context(setup, prompts, judgements)
+        batch = to_train_batch(rollouts, prompts)
         batch, _ = with_option_columns(batch, rollouts, config, setup.prompts, setup.tokenizer)
         if not is_rewarded:
-            return keep_rollouts(batch, has_context & has_usable_score(judged.scores, config))
-        scores = judged.scores, judged.stage_scores
-        return with_advantages(batch, rollouts, *scores, config, setup.tokenizer)
+            return keep_rollouts(batch, has_context & has_usable_score(scores[:, 0], config))
+        return with_advantages(batch, rollouts, scores, config, setup.tokenizer)
 
     def _sample_and_submit(
         self, prompts: PromptBatch, stream: int, timer: Timer
@@ -200,25 +181,33 @@ class JudgedSource(RolloutSource):
         answers = [setup.prompts.prompts[index].answer for index in np.asarray(rollouts.prompt_id)]
         if any(answer is None for answer in answers):
             return None
-        return graded(rollouts, answers, setup.tokenizer, setup.config.grader)
+        texts = completions(rollouts, setup.tokenizer)
+        return graded(texts, answers, setup.config.grader)
 
-    def _wait_for_scores(
+    def _wait_for_judges(
         self, futures: list[Future], is_correct: np.ndarray | None, step: int
-    ) -> JudgeScores:
-        """The scores of the step, in every process; SourceStoppedError if judges do not answer or
-        too many groups fail.
-        """
-        config = self._setup.config
+    ) -> tuple[list[list[Judgement]] | None, Metrics]:
+        """(judgements by prompt, metrics) on process zero; SourceStoppedError if judging failed."""
         judgements, metrics, problem = on_process_zero(
             lambda: self._collect(futures, is_correct, step)
         ) or (None, {}, None)
         self._stop_if(problem, f"step {step + 1} has no rewards", "what was trained is saved")
+        return judgements, metrics
+
+    def _scores(self, judgements: list[list[Judgement]] | None) -> np.ndarray:
+        """Scores of the rollouts, then of their stages, `[B, 1 + K]`; NaN where judging failed."""
+        config, size = self._setup.config, self._setup.config.sampling.num_generations
         shape = (config.rows_per_step, 1 + max(len(config.rubrics.stage_names), 1))
-        scores = from_process_zero(
-            lambda: _score_array(judgements, shape, config.sampling.num_generations),
-            np.zeros(shape, np.float32),
-        )
-        return JudgeScores(scores[:, 0], scores[:, 1:], judgements, metrics)
+
+        def read() -> np.ndarray:
+            found = np.full(shape, np.nan, np.float32)
+            for rollout, judgement, number in scored_rollouts(judgements, size):
+                stages = judgement.stage_scores
+                found[rollout, 0] = judgement.scores[number]
+                found[rollout, 1:] = stages[number] if stages else 0
+            return found
+
+        return from_process_zero(read, np.zeros(shape, np.float32))
 
     def _stop_if(self, problem: ApiError | str | None, found: str, kept: str) -> None:
         """SourceStoppedError in every process if process zero has a problem."""
@@ -269,9 +258,7 @@ class JudgedSource(RolloutSource):
         return metrics | self._background.record_usage(step + 1)
 
     def _freeze_rubrics(self, step: int, timer: Timer) -> None:
-        """Before the first update, write a rubric for every prompt of the run, from answers of the
-        untrained student.
-        """
+        """Have a rubric of every prompt of the run written from the untrained student's answers."""
         setup, config = self._setup, self._setup.config
         size = config.train.prompts_per_step
         count = size * config.train.num_steps
@@ -294,7 +281,7 @@ class JudgedSource(RolloutSource):
             num_rows = len(some) * config.sampling.num_generations
             rollouts = jax.tree.map(lambda x, end=num_rows: x[:end], rollouts)
             with timer.phase("judge_wait"):
-                problem = on_process_zero(lambda part=rollouts: self._store_rubrics(part))
+                problem = on_process_zero(partial(self._store_rubrics, rollouts))
             self._stop_if(problem, "the frozen rubrics are incomplete", "finished ones are stored")
 
     def _store_rubrics(self, rollouts: Rollouts) -> ApiError | str | None:
@@ -304,17 +291,17 @@ class JudgedSource(RolloutSource):
         try:
             found = background.results(requests)
         except ApiError as error:
-            problem = error
-        else:
-            rubrics = {group.prompt_id: rubric for group, rubric in zip(groups, found)}
-            written = {prompt: rubric for prompt, rubric in rubrics.items() if rubric is not None}
-            num_lacking = len(rubrics) - len(written)
-            # A missing rubric is frozen too, unless many are missing: then the judge is at fault.
-            if num_lacking > MAX_FAILED_SHARE * len(rubrics):
-                problem = f"{num_lacking} of {len(rubrics)} prompts have no rubric"
-                rubrics = written
-            self._criteria.freeze(rubrics)
-        background.record_usage(0)
+            return error
+        finally:
+            background.record_usage(0)
+        rubrics = {group.prompt_id: rubric for group, rubric in zip(groups, found)}
+        written = {prompt: rubric for prompt, rubric in rubrics.items() if rubric is not None}
+        num_lacking = len(rubrics) - len(written)
+        # A missing rubric is frozen too, unless many are missing: then the judge is at fault.
+        if num_lacking > MAX_FAILED_SHARE * len(rubrics):
+            problem = f"{num_lacking} of {len(rubrics)} prompts have no rubric"
+            rubrics = written
+        self._criteria.freeze(rubrics)
         return problem
 
 
@@ -337,26 +324,69 @@ def _parts(prompts: PromptBatch, count: int, shards: int) -> list[PromptBatch]:
     return [cut(start, end) for start, end in itertools.pairwise(ends)]
 
 
-def _score_array(
-    judgements: list[list[Judgement]], shape: tuple[int, int], size: int
-) -> np.ndarray:
-    """Scores of the rollouts in column 0, of their stages in the next ones; NaN without a score."""
-    found = np.full(shape, np.nan, np.float32)
-    for place, group in enumerate(judgements):
-        for judgement in group:
-            for number, sample in enumerate(judgement.group.samples):
-                row = found[place * size + sample]
-                if judgement.scores[number] is not None:
-                    row[0] = judgement.scores[number]
-                    row[1:] = judgement.stage_scores[number] if judgement.stage_scores else 0
-    return found
-
-
 def _causes(metrics: Metrics) -> str:
-    problems = {
-        name.rpartition("/")[2]: int(count)
+    prefix = "rubric/problems/"
+    problems = [
+        f"{name.removeprefix(prefix)} {int(count)}"
         for name, count in metrics.items()
-        if name.startswith("rubric/problems/") and count
-    }
-    counts = ", ".join(f"{name} {count}" for name, count in problems.items())
-    return counts or "too few rollouts have a score"
+        if name.startswith(prefix) and count
+    ]
+    return ", ".join(problems) or "too few rollouts have a score"
+
+
+# Privileged context: the teacher of each rollout reads its rubric, its verdicts, or a reflection
+
+
+def with_context(
+    setup: Setup, prompts: PromptBatch, judgements: Sequence[Sequence[Judgement]] | None
+) -> tuple[PromptBatch, np.ndarray]:
+    """The prompts by rollout `[B]` with their teacher prompts, and which rollouts have one.
+
+    `judgements` are given on process zero, and None in the others.
+    """
+    repeat = lambda x: np.repeat(np.asarray(x), setup.config.sampling.num_generations, axis=0)
+    rows = PromptBatch(repeat(prompts.tokens), repeat(prompts.mask), repeat(prompts.prompt_id))
+    count = len(rows.prompt_id)
+    ids = on_process_zero(lambda: _context_ids(setup, rows, judgements))
+    width = from_process_zero(lambda: np.array(padded_width(max(map(len, ids)) or 1)), np.array(0))
+
+    def padded() -> np.ndarray:
+        tokens = np.full((count, int(width)), -1, np.int32)
+        for row, found in enumerate(ids):
+            tokens[row, int(width) - len(found) :] = found
+        return tokens
+
+    tokens = from_process_zero(padded, np.zeros((count, int(width)), np.int32))
+    mask = tokens >= 0
+    rows = dataclasses.replace(rows, teacher_tokens=np.maximum(tokens, 0), teacher_mask=mask)
+    return rows, mask.any(axis=1)
+
+
+def scored_rollouts(
+    judgements: Sequence[Sequence[Judgement]], size: int
+) -> Iterator[tuple[int, Judgement, int]]:
+    """(rollout, its judgement, its place in that) of each rollout with a score, `size` a prompt."""
+    for prompt, group in enumerate(judgements):
+        for judgement in group:
+            for place, sample in enumerate(judgement.group.samples):
+                if judgement.scores[place] is not None:
+                    yield prompt * size + sample, judgement, place
+
+
+def _context_ids(
+    setup: Setup, rows: PromptBatch, judgements: Sequence[Sequence[Judgement]]
+) -> list[tuple[int, ...]]:
+    """Token ids of each rollout's teacher prompt; () if it was not judged, or is too long."""
+    data, size = setup.config.data, setup.config.sampling.num_generations
+    found: list[tuple[int, ...]] = [()] * len(rows.prompt_id)
+    for rollout, judgement, place in scored_rollouts(judgements, size):
+        texts = {
+            "rubric": rubric_text(judgement),
+            "verdicts": verdict_text(judgement, place),
+            "reflection": judgement.reflections[place] if judgement.reflections else "",
+        }
+        row = setup.prompts.prompts[int(rows.prompt_id[rollout])]
+        where, tokenizer = f"a prompt of {data.source}", setup.teacher.tokenizer
+        ids = prompt_ids(row, data, tokenizer, where, of_teacher=True, judge_texts=texts)
+        found[rollout] = ids if len(ids) <= data.max_teacher_prompt_length else ()
+    return found

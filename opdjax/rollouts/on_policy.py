@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,10 +27,6 @@ class OnPolicySource(RolloutSource):
     def __init__(self, setup: Setup):
         self._setup, self._next_prompts = setup, None
 
-    def publish(self, version: int, copy_weights: Callable[[], Params], timer: Timer) -> None:
-        """See `RolloutSource`."""
-        self.params = copy_weights()
-
     def next(self, step: int, timer: Timer) -> StepData:
         """See `RolloutSource`."""
         setup, config = self._setup, self._setup.config
@@ -45,11 +40,11 @@ class OnPolicySource(RolloutSource):
                 to_train_batch(rollouts, prompts), rollouts, config, setup.prompts, setup.tokenizer
             )
             rows, packing = packed(batch, config.train, setup.mesh)
-        return StepData(prompts, rollouts, batch, rows, metrics | packing)
+        return StepData(rollouts, batch, rows, metrics | packing)
 
     def prefetch(self, step: int) -> None:
         """See `RolloutSource`."""
-        self.params = None  # frees the old weights before the new ones are copied
+        super().prefetch(step)
         self._next_prompts = prompts_of(self._setup.prompts, self._setup.config, step)
 
 
@@ -60,11 +55,7 @@ def prompts_of(prompts: PromptSet, config: Config, step: int) -> PromptBatch:
 
 
 def draw(
-    setup: Setup,
-    params: Params,
-    prompts: PromptBatch,
-    stream: int,
-    teacher: Teacher | None = None,
+    setup: Setup, params: Params, prompts: PromptBatch, stream: int, teacher: Teacher | None = None
 ) -> Rollouts:
     """Completions of the prompts by the student, or by `teacher`; the same `stream` and prompt give
     the same random numbers.
@@ -90,7 +81,9 @@ def step_rollouts(setup: Setup, params: Params, prompts: PromptBatch, step: int)
     config, sampling = setup.config, setup.config.sampling
     if sampling.completions_from == "student":
         return draw(setup, params, prompts, step)
-    length, end = sampling.max_completion_length, _end_token(setup)
+    length, stop = sampling.max_completion_length, setup.decoding.stop_token_ids
+    end = setup.tokenizer.eos_token_id  # ends given answers
+    end = end if end in stop else stop[0]
     if sampling.completions_from == "references":
         chosen = _chosen_references(setup.prompts, config, prompts, step)
         encode = lambda text: setup.tokenizer.encode(text, add_special_tokens=False)
@@ -99,10 +92,8 @@ def step_rollouts(setup: Setup, params: Params, prompts: PromptBatch, step: int)
     written = to_host(draw(setup, teacher.params, for_teacher(prompts), step, teacher))
     answers = _as_student_ids(written, teacher, setup.tokenizer, end)
     rows = answer_rows(prompts, answers, length, step)
-    is_truncated = rows.is_truncated | np.asarray(written.is_truncated)
-    return dataclasses.replace(
-        rows, sample_id=np.asarray(written.sample_id), is_truncated=is_truncated
-    )
+    is_truncated = rows.is_truncated | written.is_truncated
+    return dataclasses.replace(rows, sample_id=written.sample_id, is_truncated=is_truncated)
 
 
 def _chosen_references(
@@ -120,13 +111,11 @@ def _chosen_references(
 def _as_student_ids(
     written: Rollouts, teacher: Teacher, tokenizer: Any, end: int
 ) -> list[list[int]]:
-    """The teacher's answers as ids of the student, with the student's stop token. Their text is
-    encoded again if the tokenizers differ.
-    """
-    answers, texts = [], [None] * written.tokens.shape[0]
+    """The teacher's answers as ids of the student's tokenizer, with the student's stop token."""
+    answers, texts = [], [None] * len(written.tokens)
     if not teacher.shares_vocabulary:
         texts = completions(written, teacher.tokenizer)
-    columns = map(np.asarray, (written.tokens, written.mask, written.is_truncated))
+    columns = written.tokens, written.mask, written.is_truncated
     for text, row, keep, is_truncated in zip(texts, *columns):
         # A truncated answer has no end to learn; a stop token at which the student does not stop
         # would teach it to run on.
@@ -134,9 +123,3 @@ def _as_student_ids(
         body = body if text is None else tokenizer.encode(text, add_special_tokens=False)
         answers.append(body if is_truncated else [*body, end])
     return answers
-
-
-def _end_token(setup: Setup) -> int:
-    """The stop token that ends given answers."""
-    stop, end = setup.decoding.stop_token_ids, setup.tokenizer.eos_token_id
-    return end if end in stop else stop[0]

@@ -1,8 +1,9 @@
-"""From rollouts to the rows that are trained on, and the metrics of both."""
+"""From rollouts to the rows that are trained on, with their rewards and scores, and the metrics."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,26 +11,39 @@ import numpy as np
 from jax.sharding import Mesh
 
 from opdjax.config import Config, TrainConfig
+from opdjax.data.chat import stage_ids
 from opdjax.data.packing import pack, packing_metrics
 from opdjax.data.prompts import PromptSet
-from opdjax.engine.evaluate import graded, last_tokens
+from opdjax.engine.evaluate import completions, graded, last_tokens
 from opdjax.engine.sampler import extra_uniforms
+from opdjax.engine.scorer import score
 from opdjax.estimators import estimator_of
-from opdjax.estimators.advantage import group_advantage
-from opdjax.ops.sharding import num_row_shards
-from opdjax.rollouts.scoring import is_unscored
+from opdjax.estimators.advantage import (
+    credit_matrix,
+    group_advantage,
+    spread_stages,
+    stage_advantage,
+    stage_balance,
+)
+from opdjax.ops.sharding import num_row_shards, shard_rows
+from opdjax.ops.tile import Head
+from opdjax.ops.vocab import TILE
+from opdjax.rollouts.setup import Setup, Teacher
 from opdjax.rollouts.source import StepData
-from opdjax.types import Metrics, Rollouts, TrainBatch
+from opdjax.types import Metrics, Rollouts, TeacherScores, TrainBatch
 
 
-def packed(batch: TrainBatch, train: TrainConfig, mesh: Mesh) -> tuple[TrainBatch, Metrics]:
-    """Return the rows that are scored and trained on, and how full they are; without
-    `train.pack_length` these are the given ones.
+def packed(
+    batch: TrainBatch, train: TrainConfig, mesh: Mesh, length: int | None = None, **layout: Any
+) -> tuple[TrainBatch, Metrics]:
+    """Return the rows that are scored and trained on, and how full they are; without a `length`,
+    which is `train.pack_length` if not given, these are the given ones. `layout`: see `pack`.
     """
-    if train.pack_length is None:
+    length = length or train.pack_length
+    if length is None:
         return batch, {}
     parts, shards = train.gradient_accumulation_steps, num_row_shards(mesh)
-    rows, origins = pack(batch, train.pack_length, parts=parts, shards=shards)
+    rows, origins = pack(batch, length, parts=parts, shards=shards, **layout)
     return rows, packing_metrics(origins)
 
 
@@ -69,7 +83,99 @@ def with_option_columns(
 def task_reward(rollouts: Rollouts, prompts: PromptSet, tokenizer: Any, grader: str) -> np.ndarray:
     """Return 1 for each completion with a right answer and 0 for the others; `[B]`, float32."""
     answers = [prompts.prompts[index].answer for index in np.asarray(rollouts.prompt_id)]
-    return graded(rollouts, answers, tokenizer, grader).astype(np.float32)
+    return graded(completions(rollouts, tokenizer), answers, grader).astype(np.float32)
+
+
+def min_scored(config: Config) -> int:
+    """Rollouts of a prompt that must have a score; two, if the scores of a group are compared."""
+    return 1 if config.recipe.reward == "none" else 2
+
+
+def has_usable_score(scores: np.ndarray, config: Config) -> np.ndarray:
+    """Which rollouts `[B]` have a score (not NaN) in a group with enough scores."""
+    size = config.sampling.num_generations
+    is_scored = np.isfinite(scores)
+    is_enough = is_scored.reshape(-1, size).sum(axis=1) >= min_scored(config)
+    return is_scored & np.repeat(is_enough, size)
+
+
+def with_advantages(
+    batch: TrainBatch, rollouts: Rollouts, scores: np.ndarray, config: Config, tokenizer: Any
+) -> TrainBatch:
+    """The batch with its advantages, from scores `[B, 1 + K]` of rollouts and of their K stages.
+    NaN: judging failed, and the rollout is dropped.
+
+    With stages, each token's advantage is that of its stage (RubricEM, arXiv 2605.10899, section
+    3.3).
+    """
+    is_scored, size = has_usable_score(scores[:, 0], config), config.sampling.num_generations
+    scores, estimator = np.nan_to_num(scores), config.estimator
+    batch, scale = keep_rollouts(batch, is_scored), estimator.advantage or "mean"
+    if config.recipe.has_stages:
+        count = len(config.rubrics.stage_names)
+        ids = token_stages(rollouts, tokenizer, config.rubrics.stage_markers)
+        has_stage = np.stack([(ids == stage).any(axis=1) for stage in range(count)], axis=1)
+        credit = credit_matrix(estimator.stage_credit, count)
+        advantages = stage_advantage(scores[:, 1:], has_stage, is_scored, credit, size, scale)
+        advantages = spread_stages(advantages, ids)
+        if estimator.aggregation == "stage_token_mean":
+            advantages = advantages * stage_balance(ids, batch.mask, count)
+    else:
+        advantages = np.asarray(group_advantage(scores[:, 0], is_scored, size, scale))[:, None]
+    advantages = np.where(batch.mask, np.asarray(advantages), 0).astype(np.float32)
+    return dataclasses.replace(batch, advantages=advantages)
+
+
+def token_stages(rollouts: Rollouts, tokenizer: Any, markers: Sequence[str]) -> np.ndarray:
+    """`[B, T]`: the stage of each sampled token, from 0; -1 elsewhere."""
+    tokens, mask = np.asarray(rollouts.tokens), np.asarray(rollouts.mask)
+    found = np.full(tokens.shape, -1, np.int32)
+    for row, keep in enumerate(mask):
+        found[row, keep] = stage_ids(tokens[row, keep].tolist(), tokenizer, markers)
+    return found
+
+
+def scored(setup: Setup, batch: TrainBatch, needs: str) -> tuple[TrainBatch, Head | None]:
+    """Return the batch on the devices, with scores of the reference policy and of the teacher.
+
+    `needs`: what the recipe reads of the teacher. Scores that the batch already holds are kept. The
+    second value is the teacher's head if the recipe reads whole distributions, else None.
+    """
+    is_missing = is_unscored(batch, needs)
+    batch = shard_rows(batch, setup.mesh)
+    if setup.reference_policy is not None:
+        own_view = dataclasses.replace(batch, teacher_view=None)
+        scores = _scores(setup, setup.reference_policy, own_view, "token")
+        batch = dataclasses.replace(batch, reference_logprobs=scores.teacher_logprobs)
+    if not is_missing:
+        return batch, None
+    batch = dataclasses.replace(batch, teacher=_scores(setup, setup.teacher, batch, needs))
+    return batch, setup.teacher.head if needs == "vocabulary" else None
+
+
+def is_unscored(batch: TrainBatch, needs: str) -> bool:
+    """Whether the batch lacks what the recipe reads of the teacher."""
+    scores = batch.teacher or TeacherScores()
+    stored = {"token": scores.teacher_logprobs, "top_k": scores.teacher_top_ids}
+    return needs != "none" and stored.get(needs) is None
+
+
+def _scores(setup: Setup, model: Teacher, batch: TrainBatch, needs: str) -> TeacherScores:
+    """Score in as many parts as the update has micro-batches; in one if the rows do not divide."""
+    config, parts = setup.config, setup.config.train.gradient_accumulation_steps
+    if batch.tokens.shape[0] % (parts * num_row_shards(setup.mesh)):
+        parts = 1
+    return score(
+        model.params,
+        model.head,
+        batch,
+        config=model.checkpoint.config,
+        needs=needs,
+        tile=TILE,
+        parts=parts,
+        mesh=setup.mesh,
+        top_k=estimator_of(config.estimator).top_k if needs == "top_k" else 0,
+    )
 
 
 def rollout_metrics(rollouts: Rollouts, stop_token_ids: tuple[int, ...], step: int) -> Metrics:

@@ -11,7 +11,7 @@ import numpy as np
 from opdjax.engine.evaluate import completions
 from opdjax.models.decoder import Params
 from opdjax.ops.sharding import num_row_shards, to_host
-from opdjax.rollouts.scoring import scored
+from opdjax.rollouts.rows import scored
 from opdjax.rollouts.setup import Setup
 from opdjax.rollouts.source import StepData
 
@@ -57,9 +57,7 @@ def sample_rows(
 def _token_columns(
     tokenizer: Any, tokens: np.ndarray, mask: np.ndarray, outputs: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Lists over the completion's tokens: their text, values in nats, and the teacher's most likely
-    tokens with their probabilities.
-    """
+    """Lists over the completion's tokens: text, values in nats, the teacher's likeliest tokens."""
     decode = lambda token: tokenizer.decode([token])
     columns: dict[str, Any] = {"tokens": [*map(decode, tokens[mask].tolist())]}
     finite = lambda v: round(v, 4) if np.isfinite(v) else None  # JSON has no NaN and no infinity

@@ -3,40 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
+import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from opdjax.config import STUDENT, Config, DataConfig, SamplingConfig, TrainConfig
-from opdjax.config.validation import ConfigError, require
+from opdjax.config import STUDENT, Config, DataConfig, TrainConfig
+from opdjax.config.validation import ConfigError, MissingExtraError, require
 from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, valid_vocab
 from opdjax.data.grading import require_grader, require_readable
-from opdjax.data.prompt_rows import first_of_each, read_prompts, require_field
+from opdjax.data.prompt_rows import Prompt, first_of_each, read_prompts, require_field
 from opdjax.data.prompts import PromptSet, encode_prompts, load_rows
 from opdjax.data.sources import ColumnMap
 from opdjax.data.tokenizer import load_tokenizer
 from opdjax.engine.decoding import Decoding
 from opdjax.engine.evaluate import Evaluator
+from opdjax.engine.scheduling import require_slots
 from opdjax.engine.update import UpdateSpec, scored_temperature, spec_of
 from opdjax.estimators import estimator_of
+from opdjax.estimators.advantage import credit_matrix
 from opdjax.judge.prompts import template_versions
 from opdjax.models.attention import CUDNN_MAX_HEAD_SIZE, SPLASH_HEAD_SIZES, Implementation
 from opdjax.models.decoder import Params, head_of
 from opdjax.models.hf import Checkpoint, CheckpointError, fingerprint, load_params, open_checkpoint
 from opdjax.models.lora import combine, init_adapters
-from opdjax.models.partitioning import SAMPLER_AXES, constrain, require_divides
+from opdjax.models.partitioning import SAMPLER_AXES, constrain, require_divides, shardings_of
 from opdjax.ops.sharding import make_mesh, num_row_shards
 from opdjax.ops.tile import Head
-from opdjax.rollouts.requirements import (
-    learner_devices,
-    require_given_answers,
-    require_reward_data,
-    require_room,
-    require_rows_divide,
-)
 from opdjax.runs.workdir import environment
 
 
@@ -79,7 +75,10 @@ def prepare(config: Config) -> Setup:
     student = _with_attention(open_student(config), config.train, "student")
     require_divides(student.config, mesh.shape, "the student")
     tokenizer = load_tokenizer(student.path)
-    decoding = _decoding(config.sampling, student, tokenizer, config.sampling.stop_token_ids)
+    sampling = config.sampling
+    names = ("max_completion_length", "temperature", "top_k", "top_p", "kv_dtype")
+    own = {name: getattr(sampling, name) for name in names}
+    decoding = decoding_of(student, tokenizer, sampling.stop_token_ids, **own)
     checkpoint, teacher_tokenizer = None, tokenizer
     if needs_teacher(config):
         checkpoint = student
@@ -88,9 +87,14 @@ def prepare(config: Config) -> Setup:
         checkpoint = _with_attention(checkpoint, config.train, "teacher")
         require_divides(checkpoint.config, mesh.shape, "the teacher")
         teacher_tokenizer = load_tokenizer(checkpoint.path)
-    shares_vocabulary = _shares_vocabulary(config, tokenizer, teacher_tokenizer)
+    shares_vocabulary = True
+    try:
+        check_same_vocabulary(tokenizer, teacher_tokenizer, config.estimator.recipe)
+    except TokenizerMismatchError:
+        if reads_scores(config):
+            raise
+        shares_vocabulary = False
     rows = load_rows(config.data, tokenizer)
-    require_given_answers(config, rows)
     require_reward_data(config, rows)
     prompts = encode_prompts(rows, config.data, tokenizer, teacher_tokenizer)
     require_room(config, prompts)
@@ -102,21 +106,22 @@ def prepare(config: Config) -> Setup:
         )
     evaluator = make_evaluator(config, student, tokenizer, mesh)
     # Weights are loaded last, so that errors in the data appear before gigabytes are read.
-    teacher = None
+    dtype, teacher, reference = compute_dtype(config.train.dtype), None, None
+
+    def load(model: Teacher) -> Teacher:
+        return with_teacher_weights(model, load_params(model.checkpoint, dtype, mesh), config)
+
     if checkpoint is not None:
-        teacher = _load_teacher(config, checkpoint, teacher_tokenizer, shares_vocabulary, mesh)
-    start = Teacher(student, None, None, tokenizer, decoding, shares_vocabulary=True)
+        # Stop ids that were added for the student's tokenizer have no meaning in another one.
+        more = sampling.stop_token_ids if shares_vocabulary else ()
+        how = decoding_of(checkpoint, teacher_tokenizer, more, **own)
+        teacher = Teacher(checkpoint, None, None, teacher_tokenizer, how, shares_vocabulary)
+        teacher = teacher if config.teacher_is_student else load(teacher)
+    if config.estimator.reference_kl_coef:
+        start = Teacher(student, None, None, tokenizer, decoding, shares_vocabulary=True)
+        reference = load(start)
     return Setup(
-        config,
-        mesh,
-        student,
-        compute_dtype(config.train.dtype),
-        tokenizer,
-        teacher,
-        prompts,
-        decoding,
-        evaluator,
-        _load_reference_policy(config, start, mesh),
+        config, mesh, student, dtype, tokenizer, teacher, prompts, decoding, evaluator, reference
     )
 
 
@@ -177,16 +182,27 @@ def load_student(setup: Setup) -> tuple[Params, Params | None]:
     return adapters, load_params(setup.student, setup.dtype, mesh)
 
 
-def sampling_copy(setup: Setup, params: Params) -> Params:
-    """A copy of the trained parameters for sampling, cast before it is sent to other devices."""
-    copies = jax.tree.map(lambda x: jnp.array(x, setup.dtype, copy=True), params)
-    return constrain(copies, setup.mesh, SAMPLER_AXES)
+def sampling_weights(setup: Setup, frozen: Params | None) -> Callable[[Params], Params]:
+    """Trained parameters -> the whole student's weights for sampling.
+
+    The trained part is copied even if its dtype stays: the update overwrites the state's arrays,
+    and may read the copy as its teacher's head. The frozen part is not copied if it is in place.
+    """
+    mesh = setup.mesh
+    own_frozen = frozen and jax.device_put(frozen, shardings_of(frozen, mesh, SAMPLER_AXES))
+
+    @jax.jit
+    def copied(params: Params) -> Params:  # cast before it is sent to other devices
+        copies = jax.tree.map(lambda x: jnp.array(x, setup.dtype, copy=True), params)
+        return constrain(copies, mesh, SAMPLER_AXES)
+
+    return lambda params: combine(own_frozen, copied(params))
 
 
 def initial_weights(setup: Setup) -> Params:
     """The weights that sample before the first update."""
     trained, frozen = load_student(setup)
-    return combine(frozen, jax.jit(partial(sampling_copy, setup))(trained))
+    return sampling_weights(setup, frozen)(trained)
 
 
 def needs_teacher(config: Config) -> bool:
@@ -197,37 +213,6 @@ def needs_teacher(config: Config) -> bool:
 def reads_scores(config: Config) -> bool:
     """Whether the teacher's log-probs are compared with the student's, id by id."""
     return estimator_of(config.estimator).teacher != "none" or config.near_policy.filter != "none"
-
-
-def _shares_vocabulary(config: Config, student: Any, teacher: Any) -> bool:
-    try:
-        check_same_vocabulary(student, teacher, config.estimator.recipe)
-    except TokenizerMismatchError:
-        if reads_scores(config):
-            raise
-        return False
-    return True
-
-
-def _load_teacher(
-    config: Config, checkpoint: Checkpoint, tokenizer: Any, shares_vocabulary: bool, mesh: Mesh
-) -> Teacher:
-    # Stop ids that were added for the student's tokenizer have no meaning in another one.
-    more = config.sampling.stop_token_ids if shares_vocabulary else ()
-    decoding = _decoding(config.sampling, checkpoint, tokenizer, more)
-    teacher = Teacher(checkpoint, None, None, tokenizer, decoding, shares_vocabulary)
-    if config.teacher_is_student:
-        return teacher
-    params = load_params(checkpoint, compute_dtype(config.train.dtype), mesh)
-    return with_teacher_weights(teacher, params, config)
-
-
-def _load_reference_policy(config: Config, start: Teacher, mesh: Mesh) -> Teacher | None:
-    """`start` with the weights of the student's checkpoint; None if there is no penalty."""
-    if not config.estimator.reference_kl_coef:
-        return None
-    params = load_params(start.checkpoint, compute_dtype(config.train.dtype), mesh)
-    return with_teacher_weights(start, params, config)
 
 
 def with_teacher_weights(teacher: Teacher, params: Params, config: Config) -> Teacher:
@@ -254,24 +239,18 @@ def update_spec(setup: Setup) -> UpdateSpec:
     )
 
 
-def _decoding(
-    sampling: SamplingConfig, checkpoint: Checkpoint, tokenizer: Any, more: tuple[int, ...]
+def decoding_of(
+    checkpoint: Checkpoint, tokenizer: Any, more_stops: tuple[int, ...] = (), **own: Any
 ) -> Decoding:
-    width = num_ids(checkpoint, tokenizer)
-    beyond = [token for token in more if not 0 <= token < width]
-    if beyond:
+    """How a checkpoint writes answers: up to its stop ids or `more_stops`; `own`: other fields of
+    `Decoding`. ConfigError if a stop id stands for no token.
+    """
+    width, stops = num_ids(checkpoint, tokenizer), stop_ids(checkpoint, tokenizer, more_stops)
+    if beyond := [token for token in more_stops if not 0 <= token < width]:
         raise ConfigError(
             f"sampling.stop_token_ids has {beyond}; expected ids from 0 to {width - 1}"
         )
-    return Decoding(
-        sampling.max_completion_length,
-        stop_ids(checkpoint, tokenizer, more),
-        sampling.temperature,
-        sampling.top_k,
-        sampling.top_p,
-        valid_vocab=width,
-        kv_dtype=sampling.kv_dtype,
-    )
+    return Decoding(stop_token_ids=stops, valid_vocab=width, **own)
 
 
 def make_evaluator(
@@ -290,10 +269,10 @@ def make_evaluator(
     require_field(rows, "answer", names, data.source, "evaluation needs them")
     require_readable(evaluation.grader, [row.answer for row in rows], evaluation.source)
     prompts = encode_prompts(rows, data, tokenizer, tokenizer)
-    stop = stop_ids(student, tokenizer, config.sampling.stop_token_ids)
-    width = num_ids(student, tokenizer)
+    own = {n: getattr(evaluation, n) for n in ("max_completion_length", "top_k", "top_p")}
+    decoding = decoding_of(student, tokenizer, config.sampling.stop_token_ids, **own)
     slots = config.sampling.slots
-    return Evaluator(student.config, prompts, tokenizer, evaluation, stop, width, mesh, slots)
+    return Evaluator(student.config, prompts, tokenizer, evaluation, decoding, mesh, slots)
 
 
 def student_view(data: DataConfig) -> DataConfig:
@@ -360,3 +339,100 @@ def facts(setup: Setup) -> dict[str, Any]:
         data["judge_prompts"] = template_versions(setup.config.rubrics.templates)
     devices = [device.device_kind for device in setup.mesh.devices.flat]
     return {"data": data, "environment": environment(devices)}
+
+
+# What the data, the packages and the devices must have
+
+
+def require_reward_data(config: Config, rows: list[Prompt]) -> None:
+    """The data, packages and settings that given answers and rewards need must be there."""
+    data, rubrics, estimator = config.data, config.rubrics, config.estimator
+
+    def require_references(reason: str) -> None:
+        if data.references is None:
+            require_field(rows, "references", data.column_names, data.source, reason)
+
+    if config.sampling.completions_from == "references":
+        require_references("training on the data's own answers needs them")
+    if config.is_judged and all(row.answer is not None for row in rows):
+        require_grader(config.grader)  # the record of scores contains right answers
+    if estimator.task_reward_coef or config.recipe.reward == "task":
+        require_grader(config.grader)
+        reason = "a task reward needs them"
+        require_field(rows, "answer", data.column_names, data.source, reason)
+        require_readable(config.grader, [row.answer for row in rows], data.source)
+    if rubrics.stage_names:  # checked before anyone pays for scores that no stage can use
+        try:
+            credit_matrix(estimator.stage_credit, len(rubrics.stage_names))
+        except ValueError as error:
+            raise ConfigError(f"estimator.{error}") from error
+    _require_own_criteria(config, rows)
+    if not config.is_judged:
+        return
+    missing = [name for name in ("openai", "pydantic") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(
+            f"judge requests need {' and '.join(missing)}: pip install 'opdjax[judge]'"
+        )
+    if rubrics.num_references:
+        reason = "judges are shown a teacher's answers: write them with opdjax references "
+        require_references(f"{reason}(data.references), or set rubrics.num_references to 0")
+
+
+def _require_own_criteria(config: Config, rows: list[Prompt]) -> None:
+    """The criteria that come with the prompts must fit the config's rubrics."""
+    rubrics, stages = config.rubrics, config.rubrics.stage_names
+    known = f"one of {list(stages)}" if stages else "none: rubrics.stage_names is ()"
+    for number, row in enumerate(rows):
+        problem = None
+        if rubrics.refresh == "given" and not row.criteria:
+            problem = "has no criteria, and with rubrics.refresh given no judge writes any"
+        for criterion in row.criteria:
+            if criterion.is_flaw and rubrics.polarity == "positive":
+                problem = "has a criterion of negative weight; set rubrics.polarity to signed"
+            elif criterion.stage not in (stages or (None,)):
+                problem = f"has a criterion of stage {criterion.stage!r}; expected {known}"
+        if problem is not None:
+            where = f"prompt {number} of {config.data.source} (rubric in data.columns)"
+            raise ConfigError(f"{where} {problem}")
+
+
+def require_room(config: Config, prompts: PromptSet) -> None:
+    """Every rollout must fit into a packed row, for the student and for the teacher."""
+    length, answer = config.train.pack_length, config.sampling.max_completion_length
+    if length is None:
+        return
+    longest = max(map(len, prompts.student_ids + (prompts.teacher_ids or ())))
+    prompt = f"the longest prompt of {config.data.source}, of {longest} tokens"
+    teacher = config.data.max_teacher_prompt_length if config.judged_fields else 0
+    text = f"a teacher prompt with judges' texts, of up to {teacher} tokens"
+    for needed, name in ((teacher, text), (longest, prompt)):
+        expected = f"at least {needed + answer}: {name}, and an answer of "
+        expected += f"sampling.max_completion_length, {answer}"
+        require(needed + answer <= length, "train.pack_length", length, expected)
+
+
+def require_rows_divide(config: Config, shards: int) -> None:
+    """The rows of a step must divide into the micro-batches and the row shards of the mesh."""
+    parts, rows = config.train.gradient_accumulation_steps, config.rows_per_step
+    if rows % (shards * parts):
+        raise ConfigError(
+            f"{rows} rows a step (train.prompts_per_step x sampling.num_generations) do not divide "
+            f"into {parts} micro-batches (train.gradient_accumulation_steps) on {shards} devices "
+            "(mesh.data x mesh.fsdp); change one of them"
+        )
+    require_slots(config.sampling.slots, shards)
+
+
+def learner_devices(config: Config) -> list[jax.Device] | None:
+    """The devices that a generator thread leaves to the learner; None: all devices."""
+    if config.near_policy.generator != "thread":
+        return None
+    tensor, available = config.mesh.tensor, len(jax.devices())
+    count = config.mesh.generator_devices(available)
+    expected = f"a mesh that leaves some of the {available} devices to the generator thread, "
+    expected += f"a multiple of mesh.tensor, {tensor}, and has one or more"
+    is_possible = 0 < count < available and count % tensor == 0
+    require(is_possible, "mesh.data", config.mesh.data, expected)
+    require_slots(config.sampling.slots, count // tensor)
+    return jax.devices()[:-count]

@@ -12,14 +12,13 @@ from opdjax.models.decoder import Params
 from opdjax.ops.multihost import on_process_zero
 from opdjax.rollouts.setup import Setup
 from opdjax.runs.metrics import Timer
-from opdjax.types import Metrics, PromptBatch, Rollouts, TrainBatch
+from opdjax.types import Metrics, Rollouts, TrainBatch
 
 
 @dataclasses.dataclass(frozen=True)
 class StepData:
     """Inputs of one update, as host arrays."""
 
-    prompts: PromptBatch
     rollouts: Rollouts
     batch: TrainBatch  # one rollout per row
     rows: TrainBatch  # what is trained on: `batch` or its packed rows, perhaps already scored
@@ -40,12 +39,14 @@ class RolloutSource(Protocol):
         """Receive the student's weights after `version` updates; `copy_weights` returns a copy that
         the source owns.
         """
+        self.params = copy_weights()
 
     def next(self, step: int, timer: Timer) -> StepData:
         """Return the inputs of update `step` (from 0); SourceStoppedError if there are none now."""
 
     def prefetch(self, step: int) -> None:
         """Prepare the host work of update `step` while the device runs the update before it."""
+        self.params = None  # frees the old weights before the new ones are copied
 
     def commit(self, version: int, timer: Timer) -> None:
         """Return when all rollouts sampled with weights older than `version` are stored, so that a
@@ -69,9 +70,10 @@ def open_source(
     near = setup.config.near_policy
     with contextlib.ExitStack() as resources:
         if setup.config.is_judged:
-            from opdjax.rollouts.judged import open_judged_source
+            from opdjax.rollouts.judged import JudgedSource, background_judge
 
-            yield resources.enter_context(open_judged_source(setup, workdir))
+            judge = lambda: resources.enter_context(background_judge(setup.config, workdir))
+            yield JudgedSource(setup, workdir, on_process_zero(judge))
             return
         if near.schedule == "none":
             from opdjax.rollouts.on_policy import OnPolicySource

@@ -1,8 +1,5 @@
-"""`opdjax references`: a teacher writes a few answers to each prompt, up front, into an index that
-runs read.
-
-The teacher is `teach.model`, behind an API, or the checkpoint `teacher.path`, with any tokenizer.
-Existing answers are never requested again: the same command continues where it was stopped.
+"""`opdjax references`: a teacher (`teach.model`, or the checkpoint `teacher.path`) writes a few
+answers to each prompt into an index that runs read. Existing answers are never requested again.
 """
 
 from __future__ import annotations
@@ -18,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from opdjax.config import STUDENT, Config, DataConfig
+from opdjax.config import STUDENT, Config, TeachConfig
 from opdjax.config.validation import MissingExtraError, require
 from opdjax.data.prompt_rows import Prompt, read_prompts
-from opdjax.data.prompts import PromptSet, collate, encode_prompts, messages_of
+from opdjax.data.prompts import collate, encode_prompts, messages_of
 from opdjax.data.references import (
     ReferenceAnswer,
     ReferenceIndex,
@@ -33,7 +30,6 @@ from opdjax.data.references import (
 )
 from opdjax.data.sources import ColumnMap
 from opdjax.data.tokenizer import load_tokenizer
-from opdjax.engine.decoding import Decoding
 from opdjax.engine.evaluate import completions
 from opdjax.engine.sampler import sample
 from opdjax.judge.replies import ApiError, ApiRequestError, ApiUnavailableError
@@ -41,16 +37,14 @@ from opdjax.models.hf import fingerprint, load_params, open_checkpoint
 from opdjax.ops.sharding import make_mesh, to_host
 from opdjax.rollouts.setup import (
     compute_dtype,
-    num_ids,
+    decoding_of,
     open_student,
-    stop_ids,
     student_view,
     teacher_view,
 )
 from opdjax.runs.mirror import open_remote_file
 from opdjax.runs.object_store import is_remote
 from opdjax.runs.workdir import WorkdirError, append_lines, locked, read_lines
-from opdjax.types import PromptBatch
 
 Pending = tuple[Prompt, list[int]]  # a prompt, and the numbers of its missing answers
 Answers = list[dict[int, ReferenceAnswer]]  # by prompt and number; failed ones are missing
@@ -69,32 +63,37 @@ def teach(config: Config) -> dict[str, float]:
     ConfigError without an index or a teacher; ReferenceIndexError if the index is another teacher's
     or is being written; the client's errors. Earlier answers are kept in any case.
     """
-    path = _checked_path(config)
-    rows, num_left_out = _rows_to_answer(config)
+    _check_settings(config)
+    tokenizer = load_tokenizer(open_student(config).path)
+    rows = read_prompts(config.data.source, ColumnMap(**config.data.column_names))
+    kept = encode_prompts(rows, student_view(config.data), tokenizer, tokenizer)
+    rows = list({key_of(row.prompt): row for row in kept.prompts}.values())  # each prompt once
     open_answerer = _api_answerer if config.teach.model else _checkpoint_answerer
-    with _locked_index(path) as (path, upload):
+    with _locked_index(config.data.references) as (path, upload):
         index = open_index(path, _identity(config))
-        count = config.teach.num_answers
+        count, metrics = config.teach.num_answers, Counter()
         missing = [(row, index.missing(row.prompt, count)) for row in rows]
         pending = [(row, numbers) for row, numbers in missing if numbers]
         found = f"{len(rows) - len(pending)} of {len(rows)} prompts have their {count} answers"
         print(f"{path}: {found}" + "; nothing to do" * (not pending))
-        metrics: Counter = Counter()
         if pending:  # else the teacher is not even loaded
             with open_answerer(config, path, pending) as answer:
-                _fill(path, pending, answer, metrics, upload)
+                for start in range(0, len(pending), _BATCH_SIZE):
+                    batch = pending[start : start + _BATCH_SIZE]
+                    pairs = zip(batch, answer(batch, metrics))
+                    found = [(row.prompt, answers) for (row, _), answers in pairs if answers]
+                    add_answers(path, found)
+                    upload()
+                    print(f"{start + len(batch)} of {len(pending)} prompts done", flush=True)
         counts = _counts(read_index(path), rows, count)
-        return counts | {"prompts left out for their length": num_left_out} | metrics
+        return counts | {"prompts left out for their length": kept.num_skipped} | metrics
 
 
-def _checked_path(config: Config) -> str:
-    """The path of the index. ConfigError for settings without an effect, and a printed note if all
-    answers to a prompt would be the same.
-    """
-    references, processes = config.data.references, config.mesh.processes
+def _check_settings(config: Config) -> None:
+    """ConfigError for settings without an effect; a note if all answers would be the same."""
     expected = "the file that the answers are written to"
-    require(references is not None, "data.references", None, expected)
-    expected = "1: a single process asks the teacher"
+    require(config.data.references is not None, "data.references", None, expected)
+    processes, expected = config.mesh.processes, "1: a single process asks the teacher"
     require(processes == 1, "mesh.processes", processes, expected)
     is_possible = config.teach.model or not config.teacher_is_student
     expected = f"a checkpoint, or a model behind an API (teach.model): {STUDENT} is of no use "
@@ -105,15 +104,6 @@ def _checked_path(config: Config) -> str:
             f"note: {config.teach.num_answers} answers are sampled at temperature 0, so they are "
             "likely to be the same"
         )
-    return references
-
-
-def _rows_to_answer(config: Config) -> tuple[list[Prompt], int]:
-    """(the prompts that a run would use, each once; how many are too long)."""
-    rows = read_prompts(config.data.source, ColumnMap(**config.data.column_names))
-    tokenizer = load_tokenizer(open_student(config).path)
-    kept = encode_prompts(rows, student_view(config.data), tokenizer, tokenizer)
-    return list({key_of(row.prompt): row for row in kept.prompts}.values()), kept.num_skipped
 
 
 @contextlib.contextmanager
@@ -147,30 +137,12 @@ def _identity(config: Config) -> dict[str, Any]:
         # Indexes of earlier versions hold the seed too.
         identity = {name: getattr(endpoint, name) for name in names} | {"seed": None}
     else:
-        shown = _teacher_data(config.data)
-        checkpoint = open_checkpoint(*config.teacher.place)
-        identity = {"checkpoint": fingerprint(checkpoint)}
-        temperature, top_p = _distribution(config.teach)
-        identity |= {"temperature": temperature, "top_p": top_p, "seed": config.seed}
+        shown = teacher_view(config.data)
+        identity = {"checkpoint": fingerprint(open_checkpoint(*config.teacher.place))}
+        identity |= _distribution(config.teach) | {"seed": config.seed}
         identity |= {"max_completion_length": config.teach.max_completion_length}
         identity |= dict(zip(("format", "enable_thinking"), shown.student_template))
     return identity | {"prompt_format": shown.prompt_format, "system_prompt": shown.system_prompt}
-
-
-def _fill(
-    path: pathlib.Path,
-    pending: Sequence[Pending],
-    answer: Answerer,
-    metrics: Counter,
-    upload: Callable[[], None],
-) -> None:
-    """Get the missing answers in batches; each batch is stored before the next one starts."""
-    for start in range(0, len(pending), _BATCH_SIZE):
-        batch = pending[start : start + _BATCH_SIZE]
-        pairs = zip(batch, answer(batch, metrics))
-        add_answers(path, [(row.prompt, answers) for (row, _), answers in pairs if answers])
-        upload()
-        print(f"{start + len(batch)} of {len(pending)} prompts done", flush=True)
 
 
 def _counts(index: ReferenceIndex, rows: list[Prompt], count: int) -> dict[str, float]:
@@ -193,15 +165,10 @@ def _counts(index: ReferenceIndex, rows: list[Prompt], count: int) -> dict[str, 
 # A checkpoint
 
 
-def _teacher_data(data: DataConfig) -> DataConfig:
-    """The data section for a teacher that writes answers, to prompts of any length."""
-    return dataclasses.replace(teacher_view(data), max_prompt_length=_ANY_LENGTH)
-
-
-def _distribution(settings: TeachConfig) -> tuple[float, float]:
-    """(temperature, top_p) of a checkpoint's answers."""
-    temperature, top_p = settings.temperature, settings.top_p
-    return 1.0 if temperature is None else temperature, 1.0 if top_p is None else top_p
+def _distribution(settings: TeachConfig) -> dict[str, float]:
+    """Temperature and top_p of a checkpoint's answers."""
+    given = {"temperature": settings.temperature, "top_p": settings.top_p}
+    return {name: 1.0 if value is None else value for name, value in given.items()}
 
 
 @contextlib.contextmanager
@@ -212,24 +179,17 @@ def _checkpoint_answerer(
     settings, mesh = config.teach, make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     checkpoint = open_checkpoint(*config.teacher.place)
     tokenizer = load_tokenizer(checkpoint.path)
-    rows, data = [row for row, _ in pending], _teacher_data(config.data)
-    prompts = encode_prompts(rows, data, tokenizer, tokenizer)
+    data = dataclasses.replace(teacher_view(config.data), max_prompt_length=_ANY_LENGTH)
+    prompts = encode_prompts([row for row, _ in pending], data, tokenizer, tokenizer)
     places = {key_of(row.prompt): place for place, row in enumerate(prompts.prompts)}
-    temperature, top_p = _distribution(settings)
-    decoding = Decoding(
-        settings.max_completion_length,
-        stop_ids(checkpoint, tokenizer),
-        temperature,
-        top_p=top_p,
-        valid_vocab=num_ids(checkpoint, tokenizer),
-    )
+    how = {"max_completion_length": settings.max_completion_length, **_distribution(settings)}
     sampled = partial(
         sample,
         load_params(checkpoint, compute_dtype(config.train.dtype), mesh),
         seed=config.seed,
         policy_version=0,
         config=checkpoint.config,
-        decoding=decoding,
+        decoding=decoding_of(checkpoint, tokenizer, **how),
         mesh=mesh,
         prompt_columns=prompts.max_width(),
     )
@@ -239,8 +199,13 @@ def _checkpoint_answerer(
         # result, and dropped.
         first = min(min(numbers) for _, numbers in batch)
         count = max(max(numbers) for _, numbers in batch) + 1 - first
-        chosen = [places[key_of(row.prompt)] for row, _ in batch]
-        shown = _with_content_ids(prompts, chosen, _BATCH_SIZE)
+        keys = [key_of(row.prompt) for row, _ in batch]
+        shown = collate(prompts, np.array([places[key] for key in keys]), _BATCH_SIZE)
+        # Prompt ids, which select the random numbers, are hashes of the prompts: so answers depend
+        # neither on the order of the data nor on the batch.
+        ids = np.zeros(_BATCH_SIZE, np.int32)
+        ids[: len(keys)] = [int(key[:7], 16) for key in keys]
+        shown = dataclasses.replace(shown, prompt_id=ids, occurrence=None)
         rollouts = to_host(sampled(prompts=shown, num_generations=count, first_sample=first))
         metrics["tokens"] += int(rollouts.mask.sum())
         pairs = zip(completions(rollouts, tokenizer), rollouts.is_truncated)
@@ -253,24 +218,12 @@ def _checkpoint_answerer(
     yield answer
 
 
-def _with_content_ids(prompts: PromptSet, places: list[int], num_rows: int) -> PromptBatch:
-    """A batch whose prompt ids, which select the random numbers, are hashes of the prompts: so
-    answers depend neither on the order of the data nor on the batch.
-    """
-    batch = collate(prompts, np.array(places), num_rows)
-    ids = np.zeros(num_rows, np.int32)
-    ids[: len(places)] = [int(key_of(prompts.prompts[place].prompt)[:7], 16) for place in places]
-    return dataclasses.replace(batch, prompt_id=ids, occurrence=None)
-
-
 # An API
 
 
 @contextlib.contextmanager
 def _api_answerer(config: Config, path: pathlib.Path, _: Sequence[Pending]) -> Iterator[Answerer]:
-    """Requests answers from `teach.model`. The spending cap holds for the index, over all commands
-    that fill it.
-    """
+    """Requests answers from `teach.model`; the spending cap holds over all commands of an index."""
     try:
         from opdjax.judge.cache import ReplyCache
         from opdjax.judge.client import ApiClient
@@ -296,8 +249,7 @@ def _api_answerer(config: Config, path: pathlib.Path, _: Sequence[Pending]) -> I
                 used = dataclasses.asdict(client.take_usage()["teacher"])
                 append_lines(spending, [used])
                 tokens = used["input_tokens"] + used["output_tokens"]
-                counts = {"requests": used["calls"], "tokens": tokens, "dollars": used["dollars"]}
-                metrics.update(counts)
+                metrics.update(requests=used["calls"], tokens=tokens, dollars=used["dollars"])
 
         try:
             yield answer
@@ -308,9 +260,7 @@ def _api_answerer(config: Config, path: pathlib.Path, _: Sequence[Pending]) -> I
 async def _request_answers(
     client: Any, batch: Sequence[Pending], config: Config, metrics: Counter
 ) -> Answers:
-    """Request all answers of a batch at once. The first error that ends the command is raised when
-    the pending requests are answered and cached.
-    """
+    """Request a batch's answers at once; an error is raised when pending ones are cached."""
     gate, fatal, failed = asyncio.Semaphore(max(config.api.concurrency, 1)), [], []
 
     async def request(row: Prompt, number: int) -> ReferenceAnswer | None:
@@ -325,7 +275,10 @@ async def _request_answers(
             except ApiError as error:
                 fatal.append(error)
             else:
-                return ReferenceAnswer(_as_unicode(reply.text), reply.finish_reason in _TRUNCATED)
+                # A truncating server may send half a surrogate pair, which no tokenizer can read.
+                data = reply.text.encode("utf-16", "surrogatepass")
+                is_truncated = reply.finish_reason in _TRUNCATED
+                return ReferenceAnswer(data.decode("utf-16", "replace"), is_truncated)
 
     requests = (request(row, number) for row, numbers in batch for number in numbers)
     every = await asyncio.gather(*requests)
@@ -340,12 +293,6 @@ async def _request_answers(
             f"{failed[-1]}; earlier answers are kept, and the same command continues from there"
         )
     given = iter(every)
-    found = [{number: next(given) for number in numbers} for _, numbers in batch]
-    return [{number: answer for number, answer in answers.items() if answer} for answers in found]
-
-
-def _as_unicode(text: str) -> str:
-    """The text with half surrogate pairs replaced. A truncating server may send one in JSON, and no
-    tokenizer can read it.
-    """
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return [
+        {number: answer for number in numbers if (answer := next(given))} for _, numbers in batch
+    ]

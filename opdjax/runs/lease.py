@@ -55,7 +55,7 @@ class Holder:
         """Whether the holder released the lease, or all its processes, on this very machine, have
         ended. Processes of another machine cannot be seen.
         """
-        is_here = _machine() is not None and self.about["machine"] == _machine()
+        is_here = self.about["machine"] == _machine() is not None
         is_alive = any(_started(pid) == started != 0 for pid, started in self.about["processes"])
         return self.is_released or (is_here and not is_alive)
 
@@ -116,7 +116,8 @@ class Lease:
     @property
     def is_lost(self) -> bool:
         """Whether another process has taken over the lease, or may have; sends no request."""
-        self._is_lost = self._is_lost or time.monotonic() - self._renewed > self.seconds
+        if time.monotonic() - self._renewed > self.seconds:
+            self._is_lost = True  # never back to False: several threads look here
         return self._is_lost
 
     def check(self) -> None:
@@ -133,11 +134,12 @@ class Lease:
             self.check()
             began = time.monotonic()  # no watcher can see the object before
             if self._top <= self.number:
-                self._write()
+                self._folder.write(_name(self.number), _content(self._about))
             self._top = _highest(self._folder)
             if self._top > self.number:
                 about = json.loads(self._folder.read(_name(self._top)))
-                self._is_lost |= about["owner"] != self._about["owner"]
+                if about["owner"] != self._about["owner"]:
+                    self._is_lost = True
                 began = about["clock"]  # monotonic clock of this machine, the same for a child
             self.check()  # again: the requests may have taken longer than the lease lasts
             self._renewed = began
@@ -180,19 +182,15 @@ class Lease:
         self.release()
 
     def release(self) -> None:
-        """Give the lease back, so that the next process need not wait for it to expire; to the
-        parent process if it was inherited.
-        """
+        """Give the lease back, to the next process at once, or to the parent process."""
         self._stopped.set()
         with self._lock:
             if self._about["owner"] != _inherited_owner(self._folder) and not self.is_lost:
                 self.record_progress(released=True)
-                self._write()
+                self._folder.write(_name(self.number), _content(self._about))
 
     def child_started(self, pid: int) -> None:
-        """Count a child as a holder too. It is killed, with its process group, if the lease is
-        lost.
-        """
+        """Count a child as a holder too; a lost lease kills it and its process group."""
         self.record_progress(processes=[*self._about["processes"], (pid, _started(pid))])
         self._child = pid
         if self.is_lost:
@@ -210,25 +208,22 @@ class Lease:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._child, signal.SIGKILL)
 
-    def _write(self) -> None:
-        self._folder.write(_name(self.number), _content(self._about))
-
 
 def try_acquire(folder: Folder, watch: ExpiryWatch) -> Lease | None:
     """The lease of a folder, else None: if it is free, `watch` saw it expire, or the parent process
     holds it and shares it with this one.
     """
-    holder, processes, owner = holder_of(folder), [], uuid.uuid4().hex
+    holder, pid, shared = holder_of(folder), os.getpid(), {}
     if holder is not None and holder.about["owner"] == _inherited_owner(folder):
-        owner, processes = holder.about["owner"], holder.about["processes"]
+        shared = holder.about
     elif not watch.is_free(holder):
         return None
-    number, began, pid = (holder.number if holder else 0) + 1, time.monotonic(), os.getpid()
+    number, began = (holder.number if holder else 0) + 1, time.monotonic()
     about = {
-        "owner": owner,
+        "owner": shared.get("owner", uuid.uuid4().hex),
         "host": platform.node(),
         "machine": _machine(),
-        "processes": [*processes, (pid, _started(pid))],
+        "processes": [*shared.get("processes", ()), (pid, _started(pid))],
         "seconds": lease_seconds(),
     }
     is_first = folder.create(_name(number), _content(about))
@@ -236,18 +231,13 @@ def try_acquire(folder: Folder, watch: ExpiryWatch) -> Lease | None:
 
 
 def acquire(folder: Folder) -> Lease:
-    """Wait for the lease of a folder until it is free or expires; WorkdirError if its holder renews
-    it.
-    """
+    """The lease of a folder, once it is free or expires; WorkdirError if its holder renews it."""
     watch, first = ExpiryWatch(), None
     while (lease := try_acquire(folder, watch)) is None:
         holder = holder_of(folder)
         if first is None and holder is not None:
-            first = holder
-            print(
-                f"{folder.url} was last written by {holder}; waiting up to "
-                f"{holder.about['seconds']:.0f} s to see whether it is still running"
-            )
+            first, wait = holder, f"waiting up to {holder.about['seconds']:.0f} s"
+            print(f"{folder.url} was last written by {holder}; {wait} to see whether it still runs")
         if holder not in (None, first) and not holder.is_released:
             raise WorkdirError(
                 f"{folder.url} is being written by another run on {holder}; wait for it or choose "
@@ -268,7 +258,6 @@ def _inherited_owner(folder: Folder) -> str | None:
 
 
 def _content(about: dict[str, Any]) -> bytes:
-    """What a renewal that begins now writes."""
     return json.dumps({**about, "time": time.time(), "clock": time.monotonic()}).encode()
 
 
@@ -282,9 +271,7 @@ def _highest(folder: Folder) -> int:
 
 
 def _machine() -> str | None:
-    """This boot of this machine and its process namespace, in which a pid has a meaning; None if
-    unknown.
-    """
+    """This boot and process namespace, in which a pid has a meaning; None if unknown."""
     try:
         boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -293,9 +280,7 @@ def _machine() -> str | None:
 
 
 def _started(pid: int) -> int:
-    """Start time of a process in clock ticks since boot, 0 if it has ended: a later process with
-    the same pid has another one.
-    """
+    """When a process started, in clock ticks since boot: pids are reused; 0 if it has ended."""
     try:
         after_name = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from tqdm import tqdm
 
-from opdjax.config.validation import MissingExtraError
+from opdjax.config import Config
+from opdjax.config.validation import MissingExtraError, to_dict
 from opdjax.runs.workdir import append_lines, cut_lines
 from opdjax.types import Metrics
 
 _SECONDS_BETWEEN_LINES = 10.0
+# Settings that change neither the programs of a run nor what it does before its first step.
+_LEFT_OUT = ("seed", "log", "checkpoint")
 
 
 class MetricWriter:
@@ -113,3 +119,34 @@ class Progress:
         """Close the progress bar."""
         if self._bar is not None:
             self._bar.close()
+
+
+class Startup:
+    """Times a run until its first step. The time is kept beside the compiled programs, and the next
+    run of the same programs says it: without the programs it would be wrong.
+    """
+
+    def __init__(self, config: Config, machine: Any, programs: str | None):
+        """`machine`: what programs depend on beside the config. `programs`: their directory."""
+        shape = {name: part for name, part in to_dict(config).items() if name not in _LEFT_OUT}
+        key = json.dumps([shape, str(machine)], sort_keys=True, default=str)
+        name = hashlib.sha256(key.encode()).hexdigest()[:16]
+        self._file = pathlib.Path(programs, "first_step", name) if programs else None
+        self._begin = time.perf_counter()
+
+    def announce(self) -> None:
+        """Print that programs are compiled, and when the first step is expected."""
+        expected = "the first run of these programs: large models take minutes"
+        if self._file is not None:
+            with suppress(ValueError, OSError):  # no such file: no run before
+                seconds = float(self._file.read_text()[:32])
+                expected = f"the first step of the last such run came after {seconds:.0f} s"
+        print(f"compiling the programs of the run ({expected})", flush=True)
+
+    def first_step_done(self) -> None:
+        """Keep the time until now for the next run."""
+        if self._file is None:
+            return
+        with suppress(OSError):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.write_text(f"{time.perf_counter() - self._begin:.1f}\n")

@@ -33,13 +33,12 @@ _NOT_OF_THE_RUN = r"(point\.json|attempts\.jsonl|log\.txt|failure\.json|checkpoi
 
 @dataclasses.dataclass(frozen=True)
 class WorkdirMirror:
-    """Local copy of a work directory, synced to its URL. A local work directory is used in
-    place.
-    """
+    """Local copy of a work directory, synced to its URL; or a local work directory itself."""
 
     directory: pathlib.Path
     _folder: Folder | None = None
     _lease: Lease | None = None
+    _wanted: Wanted = lambda name: not re.match(_NOT_OF_THE_RUN, name) and name != _RESULT
 
     @property
     def name(self) -> str:
@@ -62,20 +61,14 @@ class WorkdirMirror:
             self._lease.record_progress(**progress)
 
     def upload(self) -> None:
-        """Upload what has changed; LeaseLostError, before any upload, if another process holds the
-        work directory.
-        """
+        """Upload what has changed; LeaseLostError, before any upload, if the lease is lost."""
         if self._lease:
             self._lease.renew()
-            self._folder.upload(
-                self.directory, lambda name: _is_of_the_run(name) and name != _RESULT
-            )
+            self._folder.upload(self.directory, self._wanted)
             self._lease.check()
 
     def finish(self) -> None:
-        """Upload everything, the result last; LeaseLostError if there already is a result of
-        another process.
-        """
+        """Upload everything, the result last; LeaseLostError if another process wrote one."""
         if self._lease:
             self.upload()
             if not self._folder.create(_RESULT, (self.directory / _RESULT).read_bytes()):
@@ -99,15 +92,14 @@ def open_workdir(workdir: str | os.PathLike) -> Iterator[WorkdirMirror]:
             yield WorkdirMirror(pathlib.Path(workdir))
         return
     folder = Folder(workdir)
-    with acquire(folder).start() as lease, _scratch(folder.url, lease) as directory:
-        _download(folder, directory)
-        mirror = WorkdirMirror(directory, folder, lease)
+    with _leased(folder, folder) as mirror:
+        _download(folder, mirror.directory)
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(_try_upload, mirror)
             yield mirror
             on_failure.pop_all()
-        if (directory / _RESULT).exists():
-            shutil.rmtree(directory)  # all of it is uploaded
+        if (mirror.directory / _RESULT).exists():
+            shutil.rmtree(mirror.directory)  # all of it is uploaded
 
 
 @contextlib.contextmanager
@@ -118,20 +110,12 @@ def open_remote_file(url: str, role: str) -> Iterator[tuple[pathlib.Path, Callab
     parent, _, name = url_of(url).rpartition("/")
     folder = Folder(parent, is_flat=True)
     wanted = lambda found: found == name or found.startswith(f"{name}.")
-
-    def upload() -> None:
-        lease.renew()
-        folder.upload(directory, wanted)
-
-    with (
-        acquire(folder.subfolder(f".{role}-{name}")).start() as lease,
-        _scratch(url, lease) as directory,
-    ):
-        folder.download(directory, wanted)
+    with _leased(folder.subfolder(f".{role}-{name}"), folder, wanted) as mirror:
+        folder.download(mirror.directory, wanted)
         try:
-            yield directory / name, upload
+            yield mirror.directory / name, mirror.upload
         finally:
-            upload()
+            mirror.upload()
 
 
 def scratch_workdir(workdir: str | os.PathLike, process: int) -> WorkdirMirror:
@@ -159,9 +143,8 @@ def read_only_workdir(
 
 def _download(folder: Folder, directory: pathlib.Path) -> None:
     is_finished = folder.tag(_RESULT) is not None
-    folder.download(
-        directory, lambda name: _is_of_the_run(name) and not (is_finished and "/" in name)
-    )
+    is_wanted = lambda name: not (re.match(_NOT_OF_THE_RUN, name) or (is_finished and "/" in name))
+    folder.download(directory, is_wanted)
 
 
 def _try_upload(mirror: WorkdirMirror) -> None:
@@ -169,20 +152,17 @@ def _try_upload(mirror: WorkdirMirror) -> None:
         mirror.upload()
 
 
-def _is_of_the_run(name: str) -> bool:
-    return not re.match(_NOT_OF_THE_RUN, name)
-
-
 @contextlib.contextmanager
-def _scratch(url: str, lease: Lease) -> Iterator[pathlib.Path]:
-    """The local directory of this holder of the lease."""
-    directory = scratch_of(url, "workdirs") / str(lease.number)
-    for old in directory.parent.glob("*"):
-        # The last holders may have been paused: they need their files until they notice the loss.
-        if int(old.name) < lease.number - 2:
-            shutil.rmtree(old, ignore_errors=True)
-    with _errors_name_url(url, directory):
-        yield directory
+def _leased(leased: Folder, folder: Folder, *wanted: Wanted) -> Iterator[WorkdirMirror]:
+    """Hold the lease of a folder; yield the copy of `folder` that belongs to this holder alone."""
+    with acquire(leased).start() as lease:
+        directory = scratch_of(leased.url, "workdirs") / str(lease.number)
+        for old in directory.parent.glob("*"):
+            # The last holders may have been paused: they need their files until they see the loss.
+            if int(old.name) < lease.number - 2:
+                shutil.rmtree(old, ignore_errors=True)
+        with _errors_name_url(folder.url, directory):
+            yield WorkdirMirror(directory, folder, lease, *wanted)
 
 
 @contextlib.contextmanager

@@ -111,10 +111,10 @@ class Folder:
 
     def tag(self, name: str = "") -> Tag | None:
         """The version of an object; None if there is no object."""
+        info: dict[str, Any] = {"type": "missing"}
         with self._errors(), contextlib.suppress(FileNotFoundError):
             info = self._files.info(self._path(name))
-            return _tag(info) if info["type"] == "file" else None
-        return None
+        return _tag(info) if info["type"] == "file" else None
 
     def files(self) -> dict[str, Tag]:
         """The objects in this folder: name -> version."""
@@ -124,14 +124,11 @@ class Folder:
                 infos = self._files.ls(self._root, detail=True)
             else:
                 infos = self._files.find(self._root, detail=True).values()
-        found = [info for info in infos if info["type"] == "file"]
-        tags = {info["name"].removeprefix(self._root).lstrip("/"): _tag(info) for info in found}
-        return {name: tag for name, tag in tags.items() if not name.endswith("/")}
+        found = [info for info in infos if info["type"] == "file" and info["name"][-1] != "/"]
+        return {info["name"].removeprefix(self._root).lstrip("/"): _tag(info) for info in found}
 
     def download_file(self, name: str, file: pathlib.Path, tag: Tag) -> None:
-        """Copy an object to a file, whole or not at all, unless the file is up to date or the
-        object is gone.
-        """
+        """Copy an object, if it exists and has changed, to a file, whole or not at all."""
         if file.suffix not in _SQLITE and _file_tag(file) == tag:
             return
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -178,10 +175,8 @@ class Folder:
         # generations keep it: if a killed writer left two versions of one thing, the later counts.
         for name in sorted(filter(is_new, local), key=local.get):
             groups.setdefault(name.rpartition("/")[0] + "/", []).append(name)
-        in_parallel(
-            lambda names: [self.upload_file(directory / name, name) for name in names],
-            groups.values(),
-        )
+        upload = lambda names: [self.upload_file(directory / name, name) for name in names]
+        in_parallel(upload, groups.values())
         self._synced = local
 
     def _path(self, name: str) -> str:
@@ -268,11 +263,10 @@ def _tag(info: dict[str, Any]) -> Tag:
 
 def _file_tag(file: pathlib.Path) -> Tag:
     """(0, 0) if there is no file."""
-    try:
+    with contextlib.suppress(FileNotFoundError):
         found = file.stat()
-    except FileNotFoundError:
-        return 0, 0
-    return found.st_mtime_ns, found.st_size
+        return found.st_mtime_ns, found.st_size
+    return 0, 0
 
 
 def _local_files(directory: pathlib.Path, wanted: Wanted) -> dict[str, Tag]:
@@ -284,11 +278,8 @@ def _local_files(directory: pathlib.Path, wanted: Wanted) -> dict[str, Tag]:
 
 def _snapshot(database: pathlib.Path, directory: str) -> pathlib.Path:
     """A copy of a database in use, made between two transactions."""
-    copy = pathlib.Path(directory) / database.name
-    with (
-        contextlib.closing(sqlite3.connect(database)) as source,
-        contextlib.closing(sqlite3.connect(copy)) as target,
-    ):
+    copy, opened = pathlib.Path(directory) / database.name, contextlib.closing
+    with opened(sqlite3.connect(database)) as source, opened(sqlite3.connect(copy)) as target:
         source.backup(target)
     return copy
 

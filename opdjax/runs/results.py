@@ -20,7 +20,13 @@ from opdjax.config.run import Config
 from opdjax.config.saved import lost_settings, upgrade
 from opdjax.config.validation import ConfigError, differences
 from opdjax.runs.statistics import benchmark_lines, paired_difference
-from opdjax.runs.workdir import WorkdirError, read_json, read_lines, read_run_config
+from opdjax.runs.workdir import (
+    WorkdirError,
+    read_json,
+    read_lines,
+    read_run_config,
+    refuse_if,
+)
 
 POINT, FAILURE, RESULT = "point.json", "failure.json", "result.json"
 _MAX_FILTER_BYTES = 2**28
@@ -48,9 +54,7 @@ class Run:
     result: dict[str, Any] | None
 
     def total_at(self, axis: str, step: int) -> float:
-        """Steps, tokens or seconds up to and including `step`; NaN if the run did not record
-        them.
-        """
+        """Steps, tokens or seconds up to and with `step`; NaN if they were not recorded."""
         name = AXES[axis]
         if name is None:
             return step
@@ -86,9 +90,7 @@ class Run:
 
     @property
     def staleness(self) -> float | None:
-        """KL(student || behaviour) of the trained tokens, in nats per token, mean over the last ten
-        steps; None for an on-policy run.
-        """
+        """KL(student || behaviour), nats a token, over the last ten steps; None on-policy."""
         return self.last_mean("staleness/kl") if self.is_near_policy else None
 
     @property
@@ -215,16 +217,8 @@ def read_run(workdir: pathlib.Path) -> Run:
 
 def read_result(workdir: pathlib.Path) -> dict[str, Any]:
     """The final numbers of a run; WorkdirError if the file is damaged."""
-    file = workdir / RESULT
-    advice = (
-        "delete it, and opdjax train with this run's config writes it again from its last "
-        "checkpoint"
-    )
-    found = read_json(file, advice)
-    scores = [found.get(name, {}) for name in ("eval_before", "eval_after", "paired_difference")]
-    if "student" not in found or not all(isinstance(score, dict) for score in scores):
-        raise WorkdirError(f"{file} is not the result of a run; {advice}")
-    return found
+    advice = "delete it, and opdjax train with this run's config writes it again from its last"
+    return read_json(workdir / RESULT, f"{advice} checkpoint", "the result of a run", student=str)
 
 
 def read_timeline(workdir: pathlib.Path, who: Literal["learner", "generator"]) -> list[Span]:
@@ -234,25 +228,21 @@ def read_timeline(workdir: pathlib.Path, who: Literal["learner", "generator"]) -
     file = workdir / f"timeline-{who}.jsonl"
     spans = []
     for number, row in enumerate(read_lines(file), 1):
-        counts = [row.get(name) for name in ("step", "version")]
-        is_timed = (
-            is_number(row.get("start")) and is_number(row.get("seconds")) and row["seconds"] >= 0
-        )
-        is_counted = all(isinstance(value, int) for value in counts)
-        if not (isinstance(row.get("what"), str) and is_timed and is_counted):
+        fields = ("what", "start", "seconds", "step", "version")
+        what, start, seconds, *counts = map(row.get, fields)
+        is_counted = isinstance(what, str) and all(isinstance(value, int) for value in counts)
+        if not (is_counted and is_number(start) and is_number(seconds) and seconds >= 0):
             raise WorkdirError(
                 f"{file}, row {number} is no span of time: {json.dumps(row)[:80]}; expected what, "
                 "start, seconds (not below 0), step and version. Only the report reads this file, "
                 "so it may be moved"
             )
-        spans.append(Span(row["what"], float(row["start"]), float(row["seconds"]), *counts))
+        spans.append(Span(what, float(start), float(seconds), *counts))
     return sorted(spans, key=lambda span: span.start)
 
 
 def read_filters(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The filter's decisions on every batch of samples, sorted by policy version; WorkdirError if a
-    file is damaged.
-    """
+    """The filter's decisions on all samples, by policy version; WorkdirError at a damaged file."""
     files = workdir.glob("rollouts/*/filter-*.json")
     return sorted(map(read_filter, files), key=lambda found: (found["version"], found["number"]))
 
@@ -262,37 +252,22 @@ def read_filter(file: pathlib.Path) -> dict[str, Any]:
     advice = "delete it: it is computed from the samples beside it"
     if file.exists() and file.stat().st_size > _MAX_FILTER_BYTES:
         raise WorkdirError(f"{file} has more than {_MAX_FILTER_BYTES} bytes; {advice}")
-    found = read_json(file, advice)
-    counts = ["version", "number", "num_samples", "num_kept"]
-    counts += ["num_degenerate", "num_disconnected", "num_unscored"]
-    wrong = [name for name in counts if not isinstance(found.get(name), int)]
-    wrong += [name for name in ("histogram", "examples") if not isinstance(found.get(name), dict)]
-    wrong += [] if isinstance(found.get("filter"), str) else ["filter"]
-    if not wrong:
-        edges, bars = found["histogram"].get("edges"), found["histogram"].get("counts")
-        are_lists = isinstance(edges, list) and isinstance(bars, list)
-        if not (are_lists and (len(edges) == len(bars) + 1 or not bars)):
-            wrong.append("histogram (one edge more than counts)")
-    if wrong:
-        raise WorkdirError(
-            f"{file} is not the record of a filter: {', '.join(wrong)} missing or of a wrong type; "
-            f"{advice}"
-        )
+    counts = ("version", "number", "num_samples", "num_kept")
+    counts += ("num_degenerate", "num_disconnected", "num_unscored")
+    types = dict.fromkeys(counts, int) | {"histogram": dict, "examples": dict, "filter": str}
+    found = read_json(file, advice, "the record of a filter", **types)
+    edges, bars = found["histogram"].get("edges"), found["histogram"].get("counts")
+    are_lists = isinstance(edges, list) and isinstance(bars, list)
+    if not (are_lists and (len(edges) == len(bars) + 1 or not bars)):
+        expected = "expected edges and counts in histogram, one edge more than counts"
+        raise WorkdirError(f"{file} is not the record of a filter: {expected}; {advice}")
     return found
 
 
 def read_point(file: pathlib.Path) -> dict[str, Any]:
-    """The `id`, `overrides` and `config` of a point of a sweep; WorkdirError if the file is
-    damaged.
-    """
+    """The `id`, `overrides` and `config` of a point; WorkdirError if the file is damaged."""
     advice = "delete it, and the command that made the sweep writes it again"
-    point = read_json(file, advice)
-    are_dicts = all(isinstance(point.get(name), dict) for name in ("overrides", "config"))
-    if not (isinstance(point.get("id"), str) and are_dicts):
-        raise WorkdirError(
-            f"{file} is not a point of a sweep: expected id, overrides and config; {advice}"
-        )
-    return point
+    return read_json(file, advice, "a point of a sweep", id=str, overrides=dict, config=dict)
 
 
 def is_sweep(directory: pathlib.Path) -> bool:
@@ -318,9 +293,7 @@ def read_points(directory: pathlib.Path) -> list[Point]:
 
 
 def seed_groups(points: Sequence[Point]) -> list[SeedGroup]:
-    """Points grouped by their config without the seed, each seed once: runs are averaged only if
-    all other settings agree.
-    """
+    """Points that differ only in their seed in one group, each seed once."""
     found: dict[str, list[Point]] = {}
     for point in points:
         # Upgraded, so that a point written before a field existed equals one with its default.
@@ -329,13 +302,8 @@ def seed_groups(points: Sequence[Point]) -> list[SeedGroup]:
         same = found.setdefault(json.dumps(key, sort_keys=True), [])
         if point.config["seed"] not in [other.config["seed"] for other in same]:
             same.append(point)
-    return [
-        SeedGroup(
-            {name: value for name, value in same[0].overrides.items() if name != "seed"},
-            tuple(same),
-        )
-        for same in found.values()
-    ]
+    shared = lambda point: {k: v for k, v in point.overrides.items() if k != "seed"}
+    return [SeedGroup(shared(same[0]), tuple(same)) for same in found.values()]
 
 
 def read_group(group: SeedGroup, reading: Callable[[pathlib.Path], Run] = read_run) -> list[Run]:
@@ -346,12 +314,8 @@ def read_group(group: SeedGroup, reading: Callable[[pathlib.Path], Run] = read_r
     for point, run in zip(group.done, runs):
         changed = differences(upgrade(point.config), upgrade(run.config))
         changed += differences(runs[0].data, run.data)
-        if changed:
-            listed = "\n  ".join(changed)
-            raise WorkdirError(
-                f"{run.workdir} holds another run than its point asks for, or one with other data; "
-                f"move it away:\n  {listed}"
-            )
+        other = "holds another run than its point asks for, or one with other data"
+        refuse_if(changed, f"{run.workdir} {other}; move it away")
     return runs
 
 
@@ -362,14 +326,14 @@ def make_result(
 
     `counts`: skipped steps and prompts. `student`: the exported student, relative to the workdir.
     """
-    steps = read_lines(workdir / "metrics.jsonl")
+    seconds = sum(row["time/step"] for row in read_lines(workdir / "metrics.jsonl"))
     result: dict[str, Any] = {
         "recipe": config.estimator.recipe,
         "num_steps": config.train.num_steps,
         "rows_per_step": config.rows_per_step,
         **counts,
         "student": student,
-        "seconds": sum(row["time/step"] for row in steps),
+        "seconds": seconds,
     }
     evaluation = config.evaluation
     if evaluation.source is None:
@@ -389,31 +353,21 @@ def make_result(
 def result_table(result: dict[str, Any]) -> str:
     """The scores before and after training, as a printed table."""
     before, after, change = result["eval_before"], result["eval_after"], result["paired_difference"]
-    k = before["k"]
+    names, k = ("avg@k", "pass@k", "greedy"), before["k"]
+
+    def row(title: str, scores: dict[str, Any], sign: str = "") -> str:
+        text = lambda name: f"{scores[name]:{sign}.3f} ± {scores[name + '_interval']:.3f}"
+        cells = (text(name) if name in scores else "" for name in names)
+        return f"{title:32}" + "".join(f"{cell:>15}" for cell in cells)
+
     lines = [f"{'':32}{f'avg@{k}':>15}{f'pass@{k}':>15}{'greedy':>15}"]
-
-    def row(title, scores):
-        cells = [
-            f"{scores[n]:.3f} ± {scores[n + '_interval']:.3f}" if n in scores else ""
-            for n in ("avg@k", "pass@k", "greedy")
-        ]
-        lines.append(f"{title:32}" + "".join(f"{cell:>15}" for cell in cells))
-
-    row(f"student before, T = {before['temperature']:g}", before)
-    for scores in result["eval_before_sharpened"]:
-        row(f"student before, T = {scores['temperature']:g}", scores)
-    row(f"student after, T = {after['temperature']:g}", after)
-    gains = {
-        name: f"{change[name]:+.3f} ± {change[name + '_interval']:.3f}"
-        for name in ("avg@k", "greedy")
-    }
-    lines.append(f"{'gain, paired by prompt':32}{gains['avg@k']:>15}{'':>15}{gains['greedy']:>15}")
+    for scores in (before, *result["eval_before_sharpened"]):
+        lines.append(row(f"student before, T = {scores['temperature']:g}", scores))
+    lines.append(row(f"student after, T = {after['temperature']:g}", after))
+    lines.append(row("gain, paired by prompt", change, "+"))
     if "benchmarks" in after:
-        lines += [
-            "after, by benchmark; mean: over benchmarks, equally weighted",
-            *benchmark_lines(after["benchmarks"]),
-        ]
-    lines.append(
-        f"{before['num_prompts']} held-out prompts; ± is half a 95 % interval over prompts"
-    )
+        lines.append("after, by benchmark; mean: over benchmarks, equally weighted")
+        lines += benchmark_lines(after["benchmarks"])
+    count = before["num_prompts"]
+    lines.append(f"{count} held-out prompts; ± is half a 95 % interval over prompts")
     return "\n".join(lines)

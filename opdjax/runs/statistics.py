@@ -38,9 +38,7 @@ def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
 
 
 def mean_and_interval(per_prompt: np.ndarray) -> tuple[float, float]:
-    """(mean, half width of its 95 % interval) over prompts as clusters; the half width is infinite
-    for a single prompt.
-    """
+    """(mean, half width of its 95 % interval) over prompts; the width is infinite for one."""
     mean = float(per_prompt.mean())
     if len(per_prompt) < 2:
         return mean, math.inf
@@ -61,9 +59,7 @@ def paired_difference(before: np.ndarray, after: np.ndarray) -> tuple[float, flo
 
 
 def seed_interval(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, half width of its 95 % interval) over seeds, by Student's t; the half width is
-    infinite for a single seed.
-    """
+    """(mean, half width of its 95 % interval) over seeds, by Student's t; infinite for one."""
     if len(values) < 2:
         return float(values[0]), math.inf
     error = statistics.stdev(values) / math.sqrt(len(values))
@@ -158,10 +154,7 @@ def ratio_of_logarithm(mean: float, half: float) -> tuple[float, float, float, f
 def lies_within(
     interval: tuple[float, float], bounds: tuple[float | None, float | None]
 ) -> bool | None:
-    """Whether the whole interval is between the bounds: False if none of it is, None if a part.
-
-    A bound of None is no bound.
-    """
+    """Whether all of the interval is within the bounds (None: no bound); None if only a part."""
     low, high = interval
     least, most = bounds
     if (least is None or least < low) and (most is None or high < most):

@@ -103,16 +103,18 @@ def claim(workdir: pathlib.Path, config: Config, facts: dict[str, Any]) -> None:
     old = read_run_config(workdir)
     described = [{"config": upgrade(run["config"]), "data": run["data"]} for run in (old, new)]
     execution = [_pop(run["config"], _EXECUTION_FIELDS) for run in described]
+    advice = "choose another --workdir or undo (there -> now)"
     changed = differences(*described) + lost_settings(old["config"])
-    if changed:
-        listed = "\n  ".join(changed)
-        raise WorkdirError(
-            f"{workdir} holds a run of another config; choose another --workdir or undo (there -> "
-            f"now):\n  {listed}"
-        )
+    refuse_if(changed, f"{workdir} holds a run of another config; {advice}")
     environments = differences(old["environment"], new["environment"], "environment.")
     for line in differences(*execution) + environments:
         print(f"note: continuing under another {line}; results may differ in the last bits")
+
+
+def refuse_if(changed: list[str], message: str) -> None:
+    """WorkdirError that lists the differences, if there are any."""
+    if changed:
+        raise WorkdirError("\n  ".join([f"{message}:", *changed]))
 
 
 def _pop(config: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
@@ -126,19 +128,12 @@ def read_config(workdir: pathlib.Path) -> Config:
 
 
 def read_run_config(workdir: pathlib.Path) -> dict[str, Any]:
-    """The `config`, `data` (digests) and `environment` of `config.json`; WorkdirError if it is
-    missing or damaged.
-    """
+    """`config`, `data` (digests), `environment` of a run; WorkdirError if missing or damaged."""
     file = workdir / "config.json"
     if not file.exists():
         raise WorkdirError(f"{workdir} has no config.json; expected the work directory of a run")
-    found = read_json(file, "put its original back or start in a new work directory")
-    if not all(isinstance(found.get(name), dict) for name in ("config", "data", "environment")):
-        raise WorkdirError(
-            f"{file} is not the config of a run (a model's, perhaps); expected a work directory "
-            "made by opdjax train"
-        )
-    return found
+    what, advice = "the config of a run", "put its original back or start in a new work directory"
+    return read_json(file, advice, what, config=dict, data=dict, environment=dict)
 
 
 def environment(devices: list[str]) -> dict[str, Any]:
@@ -172,14 +167,22 @@ def _git_commit() -> str | None:
     return run.stdout.strip()
 
 
-def read_json(file: pathlib.Path, advice: str) -> dict[str, Any]:
-    """The JSON object in a file; WorkdirError with the advice if it is damaged."""
+def read_json(
+    file: pathlib.Path, advice: str, what: str = "", **types: type | tuple[type, ...]
+) -> dict[str, Any]:
+    """The JSON object in a file; WorkdirError with the advice if it is damaged, or is not `what`
+    because fields named in `types` are missing or of another type.
+    """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise WorkdirError(f"{file} cannot be read as JSON: {error}; {advice}") from error
     if not isinstance(found, dict):
         raise WorkdirError(f"{file} holds a {type(found).__name__}; expected an object; {advice}")
+    wrong = [name for name, kind in types.items() if not isinstance(found.get(name), kind)]
+    if wrong:
+        fields = f"{', '.join(wrong)} missing or of a wrong type"
+        raise WorkdirError(f"{file} is not {what}: {fields}; {advice}")
     return found
 
 
@@ -192,9 +195,7 @@ def write_json(file: pathlib.Path, value: Any) -> None:
 
 
 def read_lines(file: pathlib.Path) -> list[dict[str, Any]]:
-    """The complete rows of a JSONL file, without a last line whose write was interrupted;
-    WorkdirError if a row is damaged.
-    """
+    """The complete rows of a JSONL file; WorkdirError if one is damaged."""
     if not file.exists():
         return []
     *lines, _unfinished = file.read_bytes().split(b"\n")
@@ -217,9 +218,7 @@ def append_lines(file: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     """
     try:
         with file.open("a+b") as out:
-            end = _end_of_rows(out)
-            if end < out.seek(0, os.SEEK_END):
-                out.truncate(end)
+            _cut_unfinished_row(out)
             out.write("".join(json.dumps(row) + "\n" for row in rows).encode())
     except OSError as error:  # Python's error for a full disk does not name the file
         is_missing = isinstance(error, FileNotFoundError)
@@ -227,23 +226,15 @@ def append_lines(file: pathlib.Path, rows: list[dict[str, Any]]) -> None:
         raise OSError(error.errno, f"{error.strerror}{advice}", str(file)) from error
 
 
-def _end_of_rows(file: BinaryIO) -> int:
-    """Offset of the end of the last complete line."""
-    end = file.seek(0, os.SEEK_END)
-    while end:
-        start = max(end - 4096, 0)
-        file.seek(start)
-        found = file.read(end - start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
-        end = start
-    return 0
+def _cut_unfinished_row(file: BinaryIO) -> None:
+    file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+    if file.read(1) not in (b"", b"\n"):
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def cut_lines(file: pathlib.Path, last_step: int) -> None:
-    """Drop the rows after `last_step`: a run that resumes from the checkpoint of that step writes
-    them again.
-    """
+    """Drop the rows after `last_step`, which the resumed run writes again."""
     if file.exists():
         rows = [row for row in read_lines(file) if row["step"] <= last_step]
         partial = file.with_name(file.name + ".partial")

@@ -43,7 +43,7 @@ class FileLock:
     its child, which inherits the file, have ended.
     """
 
-    number, is_lost = None, False
+    is_lost = False
     environment: dict[str, str] = {}  # noqa: RUF012 (never written to)
 
     def __init__(self, file: TextIO):
@@ -60,123 +60,104 @@ Claim = FileLock | Lease
 
 
 class SweepDirectory:
-    """The directory on a local disk that holds the points of a sweep."""
+    """The directory that holds the points of a sweep: `path` itself, or a folder on gs:// with its
+    copy in `path`. On a local disk there is nothing to download or upload.
+    """
 
-    def __init__(self, name: str, path: pathlib.Path):
-        self.name = name  # path or URL that the user gave
+    def __init__(self, path: pathlib.Path, folder: Folder | None = None):
         self.path = path  # local files of the points: `path / ID`
+        self.name = folder.url if folder else str(path)  # path or URL that the user gave
+        self._folder, self._watches, self._times = folder, {}, {}
+        self._interval = lease_seconds() / 6  # between two looks at one point
 
     def workdir(self, id: str) -> str:
         """Path or URL of the work directory of a point."""
         return f"{self.name}/{id}"
 
     def refresh(self, ids: Iterable[str], is_urgent: bool = False) -> None:
-        """Download the state of points that this runner has not claimed; unless urgent, at most
-        every few seconds.
-        """
+        """Download the state of these points; unless urgent, at most every few seconds."""
+        if self._folder and self._is_due("refresh", 0.0 if is_urgent else self._interval):
+            in_parallel(self._download, [id for id in ids if status_of(self.path / id) != "done"])
 
-    def upload(self, *files: pathlib.Path) -> None:
-        """Upload files of `path`, or remove the objects of files that are gone."""
-
-    def upload_log(self, id: str) -> None:
-        """Upload the log of a running point now and then; call it regularly."""
-
-    def claim(self, id: str) -> Claim | None:
-        """The claim on a point; None if another runner holds it."""
-        try:
-            return FileLock(lock_file(self.path / id / ".claim"))
-        except BlockingIOError:
-            return None
-
-    def heartbeat(self, id: str) -> Heartbeat | None:
-        """The last sign of life of a point; None if it is not running now."""
-        try:
-            lock_file(self.path / id / ".claim", is_exclusive=False).close()
-            return None  # nobody holds the claim
-        except FileNotFoundError:
-            return None
-        except BlockingIOError:
-            pass
-        metrics, log, attempts = (
-            self.path / id / name for name in ("metrics.jsonl", LOG, ATTEMPTS)
-        )
-        times = [file.stat().st_mtime for file in (metrics, log, attempts) if file.exists()]
-        age = time.time() - max(times) if times else 0.0
-        hosts = [row["host"] for row in read_lines(attempts) if "host" in row]
-        step = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-        return Heartbeat(hosts[-1] if hosts else "", age, age > _STALLED_AFTER, step)
-
-
-class _RemoteSweep(SweepDirectory):
-    """A sweep on gs://."""
-
-    def __init__(self, folder: Folder, path: pathlib.Path):
-        super().__init__(folder.url, path)
-        self._folder, self._watches, self._times = folder, {}, {}
-        self._interval = lease_seconds() / 6  # between two looks at one point
+    def _download(self, id: str) -> None:
+        shared = self._folder.subfolder(id, is_flat=True)
+        shared.download(self.path / id, _SHARED.__contains__)
 
     def _is_due(self, action: str, interval: float) -> bool:
         """Whether the interval has passed since the last time that this action was due."""
         now = time.monotonic()
-        if now - self._times.get(action, -math.inf) < interval:
-            return False
-        self._times[action] = now
-        return True
-
-    def refresh(self, ids: Iterable[str], is_urgent: bool = False) -> None:
-        if self._is_due("refresh", 0.0 if is_urgent else self._interval):
-            in_parallel(self._refresh, [id for id in ids if status_of(self.path / id) != "done"])
-
-    def _refresh(self, id: str) -> None:
-        shared = self._folder.subfolder(id, is_flat=True)
-        shared.download(self.path / id, _SHARED.__contains__)
+        is_due = now - self._times.get(action, -math.inf) >= interval
+        if is_due:
+            self._times[action] = now
+        return is_due
 
     def upload(self, *files: pathlib.Path) -> None:
-        names = {file: str(file.relative_to(self.path)) for file in files}
-        in_parallel(lambda file: self._folder.upload_file(file, names[file]), files)
+        """Upload files of `path`, or remove the objects of files that are gone."""
+        if self._folder:
+            names = {file: str(file.relative_to(self.path)) for file in files}
+            in_parallel(lambda file: self._folder.upload_file(file, names[file]), files)
 
     def upload_log(self, id: str) -> None:
-        if self._is_due(f"log {id}", _LOG_INTERVAL):
+        """Upload the log of a running point now and then; call it regularly."""
+        if self._folder and self._is_due(f"log {id}", _LOG_INTERVAL):
             with contextlib.suppress(RemoteError):  # the log is uploaded again at the end
                 self.upload(self.path / id / LOG)
 
     def claim(self, id: str) -> Claim | None:
+        """The claim on a point; None if another runner holds it."""
+        if self._folder is None:
+            try:
+                return FileLock(lock_file(self.path / id / ".claim"))
+            except BlockingIOError:
+                return None
         if not self._is_due(f"claim {id}", self._interval):
             return None
         lease = try_acquire(self._folder.subfolder(id), self._watches.setdefault(id, ExpiryWatch()))
         if lease is not None:
             del self._watches[id], self._times[f"claim {id}"]
             lease.start(on_lost=lambda error: None)  # the runner reads `is_lost`
-            self._refresh(id)  # what its last holder wrote
+            self._download(id)  # what its last holder wrote
         return lease
 
     def heartbeat(self, id: str) -> Heartbeat | None:
+        """The last sign of life of a point; None if it is not running now."""
+        if self._folder is None:
+            return self._local_heartbeat(self.path / id)
         holder = holder_of(self._folder.subfolder(id))
         if holder is None or holder.is_gone:
             return None
         about, age = holder.about, max(time.time() - holder.about["time"], 0.0)
         return Heartbeat(about["host"], age, age > about["seconds"], about.get("step", 0))
 
+    def _local_heartbeat(self, directory: pathlib.Path) -> Heartbeat | None:
+        try:
+            lock_file(directory / ".claim", is_exclusive=False).close()
+            return None  # nobody holds the claim
+        except FileNotFoundError:
+            return None
+        except BlockingIOError:
+            pass
+        files = [directory / name for name in ("metrics.jsonl", LOG, ATTEMPTS)]
+        times = [file.stat().st_mtime for file in files if file.exists()]
+        age = time.time() - max(times) if times else 0.0
+        hosts = [row["host"] for row in read_lines(files[-1]) if "host" in row]
+        step = files[0].read_bytes().count(b"\n") if files[0].exists() else 0
+        return Heartbeat(hosts[-1] if hosts else "", age, age > _STALLED_AFTER, step)
+
 
 @contextlib.contextmanager
 def open_sweep(workdir: str | os.PathLike) -> Iterator[SweepDirectory]:
     """The directory of a sweep; WorkdirError if it is a file or holds a single run."""
-    path = pathlib.Path(workdir)
+    path, folder = pathlib.Path(workdir), Folder(workdir) if is_remote(workdir) else None
+    if not folder and any(place.exists() and not place.is_dir() for place in (path, *path.parents)):
+        raise WorkdirError(
+            f"--workdir {workdir} is a file or lies in one; expected a directory, or a path where "
+            "one can be made"
+        )
+    if folder.tag("config.json") if folder else (path / "config.json").exists():
+        raise WorkdirError(
+            f"--workdir {folder.url if folder else path} holds a config.json, of a run or a model; "
+            "expected a directory for the whole sweep"
+        )
     with tempfile.TemporaryDirectory(prefix="opdjax-sweep-") as copy:
-        if is_remote(workdir):
-            folder = Folder(workdir)
-            sweep: SweepDirectory = _RemoteSweep(folder, pathlib.Path(copy))
-            is_run = folder.tag("config.json") is not None
-        else:
-            sweep, is_run = SweepDirectory(str(path), path), (path / "config.json").exists()
-            if any(place.exists() and not place.is_dir() for place in (path, *path.parents)):
-                raise WorkdirError(
-                    f"--workdir {workdir} is a file or lies in one; expected a directory, or a "
-                    "path where one can be made"
-                )
-        if is_run:
-            raise WorkdirError(
-                f"--workdir {sweep.name} holds a config.json, of a run or a model; expected a "
-                "directory for the whole sweep"
-            )
-        yield sweep
+        yield SweepDirectory(pathlib.Path(copy) if folder else path, folder)

@@ -24,9 +24,9 @@ from opdjax.config.grid import SweepPoint
 from opdjax.config.saved import lost_settings, upgrade
 from opdjax.config.validation import differences, to_dict
 from opdjax.runs.lease import LOST
-from opdjax.runs.object_store import Folder, RemoteError, is_remote, url_of
+from opdjax.runs.object_store import Folder, RemoteError, is_remote
 from opdjax.runs.results import FAILURE, POINT, read_point, status_of
-from opdjax.runs.workdir import WorkdirError, append_lines, read_json, write_json
+from opdjax.runs.workdir import WorkdirError, append_lines, read_json, refuse_if, write_json
 from opdjax.sweeps.claims import ATTEMPTS, LOG, Claim, SweepDirectory, open_sweep
 from opdjax.sweeps.status import scores_after, status_line
 
@@ -53,16 +53,6 @@ class SweepIncompleteError(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Runner:
-    """The settings of this runner."""
-
-    sweep: SweepDirectory
-    jobs: int
-    retries: int
-    log: Log
-
-
-@dataclasses.dataclass(frozen=True)
 class _Job:
     """A running child process."""
 
@@ -81,6 +71,18 @@ class _Attempts:
     failures: int = 0
     not_before: float = 0.0  # monotonic time of the next attempt
     since: float = 0.0  # seconds since the epoch: an earlier failure does not count
+
+
+@dataclasses.dataclass(frozen=True)
+class _Runner:
+    """The settings of this runner, and the state of its points."""
+
+    sweep: SweepDirectory
+    jobs: int
+    retries: int
+    log: Log
+    attempts: dict[str, _Attempts]
+    running: list[_Job] = dataclasses.field(default_factory=list)
 
 
 def run_sweep(
@@ -109,7 +111,7 @@ def run_sweep(
         # With retry_failed, only failures from before this call are run again.
         since = time.time() if retry_failed else 0.0
         attempts = {p.id: _Attempts(since=since) for p in mine}
-        _run(_Runner(sweep, jobs, retries, log), mine, attempts)
+        _run(_Runner(sweep, jobs, retries, log, attempts), mine)
         sweep.refresh(attempts, is_urgent=True)
         states = [status_of(sweep.path / id) for id in attempts]
     done, failed = states.count("done"), states.count("failed")
@@ -130,11 +132,12 @@ def require_complete(counts: dict[str, int]) -> None:
         )
 
 
-def _run(runner: _Runner, mine: Sequence[SweepPoint], attempts: dict[str, _Attempts]) -> None:
+def _run(runner: _Runner, mine: Sequence[SweepPoint]) -> None:
     """Collect ended children and start new ones until no point of `mine` is open."""
-    sweep, running = runner.sweep, []
+    sweep, running, attempts = runner.sweep, runner.running, runner.attempts
     last_report = time.monotonic()
-    with _stop_signals() as received, _terminating(running, sweep):
+    with _stop_signals() as received, contextlib.ExitStack() as at_end:
+        at_end.callback(_terminate, runner)
         while True:
             if received:
                 raise SweepInterruptedError(
@@ -145,19 +148,17 @@ def _run(runner: _Runner, mine: Sequence[SweepPoint], attempts: dict[str, _Attem
                     sweep.upload_log(job.point.id)
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
-                _record_outcome(runner, job, attempts[job.point.id], _finish(runner, job))
+                _finish(runner, job)
             at_work = {job.point.id for job in running}
             sweep.refresh(attempts.keys() - at_work)
             open_points = [p for p in mine if _is_open(sweep.path / p.id, attempts[p.id])]
             waiting = [p for p in open_points if p.id not in at_work]
             due = [p for p in waiting if time.monotonic() >= attempts[p.id].not_before]
-            while len(running) < runner.jobs:
-                job = _start_next(runner, due, running, attempts)
-                if job is None:
-                    break
-                due.remove(job.point)
-                running.append(job)
-                runner.log(f"start  {job.point.id}")
+            for point in due.copy():
+                if len(running) < runner.jobs and (claim := _claim(runner, point)):
+                    due.remove(point)
+                    running.append(_start(runner, point, claim))
+                    runner.log(f"start  {point.id}")
             if not open_points and not running:
                 return
             if time.monotonic() - last_report > _REPORT:
@@ -167,22 +168,6 @@ def _run(runner: _Runner, mine: Sequence[SweepPoint], attempts: dict[str, _Attem
                     line += f", {len(due)} held by other runners"
                 runner.log(line)
             time.sleep(_POLL)
-
-
-def _record_outcome(runner: _Runner, job: _Job, attempts: _Attempts, outcome: str) -> None:
-    """Record the outcome of a child. A failed point stays open for its retries, and one whose claim
-    was lost until some runner finishes it.
-    """
-    if outcome == "lost":
-        return
-    attempts.failures += outcome == "failed"
-    if outcome != "failed" or attempts.failures > runner.retries:
-        attempts.outcome = outcome
-        return
-    pause = _PAUSE * attempts.failures
-    attempts.not_before, attempts.since = time.monotonic() + pause, time.time()
-    number = f"{attempts.failures} of {runner.retries} retries"
-    runner.log(f"retry  {job.point.id} in {pause:.0f} s ({number})")
 
 
 def _is_open(directory: pathlib.Path, attempts: _Attempts) -> bool:
@@ -202,22 +187,18 @@ def _is_open(directory: pathlib.Path, attempts: _Attempts) -> bool:
 
 
 def _write_points(points: Sequence[SweepPoint], sweep: SweepDirectory) -> None:
-    """Write point.json into each point's directory, so that tables know which points are missing;
-    WorkdirError if it holds another config.
-    """
-    files = {sweep.path / point.id / POINT: point for point in points}
-    new = {file: point for file, point in files.items() if not file.exists()}
-    for file, point in files.items():
-        if file in new:
+    """Write point.json of every point, missing ones too; WorkdirError at another config."""
+    new = {}
+    for point in points:
+        file = sweep.path / point.id / POINT
+        if not file.exists():
+            new[file] = point
             continue
         stored = read_point(file)["config"]
         changed = differences(upgrade(stored), upgrade(to_dict(point.config)))
-        if changed := changed + lost_settings(stored):
-            listed = "\n  ".join(changed)
-            raise WorkdirError(
-                f"{sweep.workdir(point.id)} belongs to a point with another config; choose another "
-                f"--workdir (there -> now):\n  {listed}"
-            )
+        other = f"{sweep.workdir(point.id)} belongs to a point with another config"
+        advice = "choose another --workdir (there -> now)"
+        refuse_if(changed + lost_settings(stored), f"{other}; {advice}")
     for file, point in new.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         config = to_dict(point.config)
@@ -236,9 +217,10 @@ def _write_references(points: Sequence[SweepPoint], sweep: SweepDirectory, log: 
         for p in points
         if p.config.is_judged and status_of(sweep.path / p.id) != "done"
     }
+    readers.pop(None, None)
     for file, point in readers.items():
-        exists = file is not None and _exists(file)
-        if file is None or (exists and point.config.teach.model):
+        exists = Folder(file).tag() if is_remote(file) else pathlib.Path(file).exists()
+        if exists and point.config.teach.model:
             continue
         log(f"write  {file}")
         command = (*_OPDJAX, "references", str(sweep.path / point.id / POINT))
@@ -258,14 +240,11 @@ def _write_references(points: Sequence[SweepPoint], sweep: SweepDirectory, log: 
 
 def _run_to_its_end(command: Sequence[str]) -> subprocess.CompletedProcess:
     """Like subprocess.run, but a stop signal ends the child too."""
-    pipe = subprocess.PIPE
-    with (
-        _stop_signals() as received,
-        subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as child,
-    ):
+    output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with _stop_signals() as received, subprocess.Popen(command, **output) as child:
         while True:
             try:
-                out, error = child.communicate(timeout=_POLL)
+                _, error = child.communicate(timeout=_POLL)
                 break
             except subprocess.TimeoutExpired:
                 if received:
@@ -274,45 +253,28 @@ def _run_to_its_end(command: Sequence[str]) -> subprocess.CompletedProcess:
         raise SweepInterruptedError(
             f"{received[0]}: the teacher was stopped; the same command resumes its answers"
         )
-    return subprocess.CompletedProcess(command, child.returncode, out, error)
+    return subprocess.CompletedProcess(command, child.returncode, stderr=error)
 
 
-def _exists(file: str) -> bool:
-    if is_remote(file):
-        return Folder(url_of(file)).tag() is not None
-    return pathlib.Path(file).exists()
+def _claim(runner: _Runner, point: SweepPoint) -> Claim | None:
+    """The claim on a point; None if another runner holds it, or has finished it."""
+    directory = runner.sweep.path / point.id
+    if not directory.exists():  # deleted since
+        _write_points([point], runner.sweep)
+    claim = runner.sweep.claim(point.id)
+    if claim and not _is_open(directory, runner.attempts[point.id]):  # finished before the claim
+        claim.release()
+        return None
+    return claim
 
 
-def _start_next(
-    runner: _Runner,
-    due: Sequence[SweepPoint],
-    running: Sequence[_Job],
-    attempts: dict[str, _Attempts],
-) -> _Job | None:
-    """Claim and start the first point that no other runner holds; None if there is none."""
-    sweep = runner.sweep
-    for point in due:
-        directory = sweep.path / point.id
-        if not directory.exists():  # deleted since
-            _write_points([point], sweep)
-        claim = sweep.claim(point.id)
-        if claim is None:
-            continue
-        if not _is_open(directory, attempts[point.id]):  # finished elsewhere before the claim
-            claim.release()
-            continue
-        (directory / FAILURE).unlink(missing_ok=True)
-        slot = min(set(range(runner.jobs)) - {job.slot for job in running})
-        process = _spawn(runner, point.id, claim, slot)
-        return _Job(point, process, claim, slot, time.monotonic())
-    return None
-
-
-def _spawn(runner: _Runner, id: str, claim: Claim, slot: int) -> subprocess.Popen:
-    sweep, jobs, directory = runner.sweep, runner.jobs, runner.sweep.path / id
+def _start(runner: _Runner, point: SweepPoint, claim: Claim) -> _Job:
+    sweep, jobs, directory = runner.sweep, runner.jobs, runner.sweep.path / point.id
+    (directory / FAILURE).unlink(missing_ok=True)
+    slot = min(set(range(jobs)) - {job.slot for job in runner.running})
     with (directory / LOG).open("a") as output:
         child = subprocess.Popen(
-            [*_OPDJAX, "train", str(directory / POINT), "--workdir", sweep.workdir(id)],
+            [*_OPDJAX, "train", str(directory / POINT), "--workdir", sweep.workdir(point.id)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -328,11 +290,9 @@ def _spawn(runner: _Runner, id: str, claim: Claim, slot: int) -> subprocess.Pope
         with contextlib.suppress(ProcessLookupError):  # it may have ended already
             os.sched_setaffinity(child.pid, cores[first : first + share])
     start = {"event": "start", "host": platform.node(), "pid": child.pid, "time": time.time()}
-    if claim.number is not None:
-        start["lease"] = claim.number
     append_lines(directory / ATTEMPTS, [start])
     sweep.upload(directory / ATTEMPTS, directory / FAILURE)
-    return child
+    return _Job(point, child, claim, slot, time.monotonic())
 
 
 def _record_end(job: _Job, sweep: SweepDirectory) -> float:
@@ -347,48 +307,58 @@ def _record_end(job: _Job, sweep: SweepDirectory) -> float:
     return seconds
 
 
-def _finish(runner: _Runner, job: _Job) -> str:
-    """Record the outcome of an ended child, log it, and release its claim."""
+def _finish(runner: _Runner, job: _Job) -> None:
+    """Record the outcome of an ended child, log it, and release its claim. A failed point stays
+    open for its retries, and one whose claim was lost until some runner finishes it.
+    """
     sweep, log, id, code = runner.sweep, runner.log, job.point.id, job.process.returncode
-    directory = sweep.path / id
+    directory, attempts = sweep.path / id, runner.attempts[id]
     if not directory.exists():
         log(f"killed {id}: its directory was deleted; run the same command again to start it anew")
+        attempts.outcome = "stopped"
         job.claim.release()
-        return "stopped"
+        return
     seconds = _record_end(job, sweep)
     # A run that saves its step before it stops exits with 128 plus the signal's number.
     number = -code if code < 0 else code - 128
     if job.claim.is_lost or code == LOST:
-        outcome = "lost"
         log(f"lost   {id}: its lease expired; the next runner that claims it resumes it")
     elif code == 0:
-        outcome = "done"
+        attempts.outcome = "done"
     elif number in _INTERRUPTS:
         # By a preemption, the out-of-memory killer or a person: the point is sound and is resumed.
-        outcome = "stopped"
+        attempts.outcome = "stopped"
         name = signal.Signals(number).name
         log(f"killed {id} by {name}; run the same command again to resume it")
     else:
-        outcome = "failed"
-        tail = (directory / LOG).read_text(errors="replace").splitlines()[-_LOG_TAIL:]
-        failure = {"returncode": code, "seconds": seconds, "time": time.time(), "log_tail": tail}
-        write_json(directory / FAILURE, failure)
-        sweep.upload(directory / FAILURE)
-        log(f"FAILED {id}: {tail[-1] if tail else 'no output'} ({sweep.workdir(id)}/{LOG})")
+        _record_failure(runner, job, seconds)
     job.claim.release()
-    if outcome == "done":
+    if attempts.outcome == "done":
         sweep.refresh([id], is_urgent=True)
         after = scores_after(sweep, id)
         scores = [f"{name} {after[name]:.3f}" for name in ("avg@k", "greedy") if name in after]
         log(f"done   {id}  {'  '.join(scores)}  {seconds:.0f} s")
-    return outcome
+
+
+def _record_failure(runner: _Runner, job: _Job, seconds: float) -> None:
+    sweep, log, id, attempts = runner.sweep, runner.log, job.point.id, runner.attempts[job.point.id]
+    lines = (sweep.path / id / LOG).read_text(errors="replace").splitlines()
+    failure = {"returncode": job.process.returncode, "seconds": seconds, "time": time.time()}
+    write_json(sweep.path / id / FAILURE, failure | {"log_tail": lines[-_LOG_TAIL:]})
+    sweep.upload(sweep.path / id / FAILURE)
+    log(f"FAILED {id}: {lines[-1] if lines else 'no output'} ({sweep.workdir(id)}/{LOG})")
+    attempts.failures += 1
+    if attempts.failures > runner.retries:
+        attempts.outcome = "failed"
+        return
+    pause = _PAUSE * attempts.failures
+    attempts.not_before, attempts.since = time.monotonic() + pause, time.time()
+    log(f"retry  {id} in {pause:.0f} s ({attempts.failures} of {runner.retries} retries)")
 
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[list[str]]:
-    """The names of the stop signals received so far. The caller checks them between two steps, so
-    that no child is left half started.
-    """
+    """The names of the stop signals so far: checked between steps, so none is half done."""
     received: list[str] = []
     numbers = (signal.SIGTERM, signal.SIGINT)
     record = lambda number, _: received.append(signal.Signals(number).name)
@@ -400,16 +370,12 @@ def _stop_signals() -> Iterator[list[str]]:
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def _terminating(running: list[_Job], sweep: SweepDirectory) -> Iterator[None]:
-    """Terminate the running children when the block ends, also by an error."""
-    try:
-        yield
-    finally:
-        for job in running:
-            job.process.terminate()
-        for job in running:
-            job.process.wait()
-            with contextlib.suppress(RemoteError):  # the error that ended the block is reported
-                _record_end(job, sweep)
-                job.claim.release()
+def _terminate(runner: _Runner) -> None:
+    """End the running children, however this runner ends."""
+    for job in runner.running:
+        job.process.terminate()
+    for job in runner.running:
+        job.process.wait()
+        with contextlib.suppress(RemoteError):  # what ended the runner is reported
+            _record_end(job, runner.sweep)
+            job.claim.release()

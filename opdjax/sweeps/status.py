@@ -10,64 +10,63 @@ from collections.abc import Callable, Sequence
 
 from opdjax.config.grid import SweepPoint
 from opdjax.runs.object_store import in_parallel
-from opdjax.runs.results import RESULT, status_of
+from opdjax.runs.results import RESULT, mean, status_of
 from opdjax.runs.workdir import num_cores, read_json, read_lines
 from opdjax.sweeps.claims import ATTEMPTS, Heartbeat, SweepDirectory, open_sweep
 
 _HOUR = 3600.0
 
 
+def states_of(points: Sequence[SweepPoint], sweep: SweepDirectory) -> dict[str, str]:
+    """`status_of` each point, by id."""
+    return {p.id: status_of(sweep.path / p.id) for p in points}
+
+
 def status_line(
     points: Sequence[SweepPoint], sweep: SweepDirectory, running: Sequence[SweepPoint], jobs: int
 ) -> str:
     """Such as `12/60 done, 1 failed, 2 running (a 40 %, b 5 %), about 21 min left`."""
-    done = [p for p in points if status_of(sweep.path / p.id) == "done"]
-    num_failed = sum(status_of(sweep.path / p.id) == "failed" for p in points)
+    states = list(states_of(points, sweep).values())
+    num_done, num_failed = states.count("done"), states.count("failed")
     beats = zip(running, in_parallel(sweep.heartbeat, [p.id for p in running]))
     shares = {p.id: (beat.step if beat else 0) / p.config.train.num_steps for p, beat in beats}
-    parts = [f"{len(done)}/{len(points)} done"]
-    if num_failed:
-        parts.append(f"{num_failed} failed")
-    if running:
-        listed = ", ".join(f"{id} {share:.0%}" for id, share in shares.items())
-        parts.append(f"{len(running)} running ({listed})")
-    seconds = seconds_per_point(done, sweep)
-    if seconds is not None:
+    listed = ", ".join(f"{id} {share:.0%}" for id, share in shares.items())
+    parts = [f"{num_done}/{len(points)} done"]
+    parts += [f"{num_failed} failed"] if num_failed else []
+    parts += [f"{len(running)} running ({listed})"] if running else []
+    if (seconds := seconds_per_point(points, sweep)) is not None:
         # Below 0 where a point is done and its process has not ended yet.
-        left = max(0.0, len(points) - len(done) - num_failed - sum(shares.values()))
+        left = max(0.0, len(points) - num_done - num_failed - sum(shares.values()))
         parts.append(f"about {_duration(left * seconds / jobs)} left")
     return ", ".join(parts)
 
 
 def seconds_per_point(points: Sequence[SweepPoint], sweep: SweepDirectory) -> float | None:
     """Mean duration of finished points, summed over their attempts; None if none has finished."""
-    rows = [read_lines(sweep.path / p.id / ATTEMPTS) for p in points]
-    spent = [sum(row.get("seconds", 0.0) for row in attempts) for attempts in rows]
-    spent = [seconds for seconds in spent if seconds]
-    return sum(spent) / len(spent) if spent else None
+    done = [id for id, state in states_of(points, sweep).items() if state == "done"]
+    rows = [read_lines(sweep.path / id / ATTEMPTS) for id in done]
+    spent = (sum(row.get("seconds", 0.0) for row in attempts) for attempts in rows)
+    return mean(filter(None, spent))
 
 
 def describe(points: Sequence[SweepPoint], workdir: str | os.PathLike, jobs: int) -> str:
     """Output of `--dry-run`: every point and its state, their number, and the remaining work."""
     with open_sweep(workdir) as sweep:
         sweep.refresh([p.id for p in points])
-        state = {p.id: status_of(sweep.path / p.id) for p in points}
-        seconds = seconds_per_point([p for p in points if state[p.id] == "done"], sweep)
+        state, seconds = states_of(points, sweep), seconds_per_point(points, sweep)
     left = [p for p in points if state[p.id] != "done"]
     steps = sum(p.config.train.num_steps for p in left)
     completions = sum(p.config.train.num_steps * p.config.rows_per_step for p in left)
-    lines = [f"{state[p.id]:8}{p.id}" for p in points]
-    lines.append(
-        f"{len(points)} points, {len(left)} not done: {steps} steps, {completions} completions"
-    )
-    if seconds is None:
-        lines.append("no point has finished here yet, so the remaining time is unknown")
-    else:
-        lines.append(
+    work = f"{steps} steps, {completions} completions"
+    time_left = "no point has finished here yet, so the remaining time is unknown"
+    if seconds is not None:
+        time_left = (
             f"about {_duration(len(left) * seconds / jobs)} with --jobs {jobs}, at {seconds:.0f} s "
             f"per point, the mean of the finished ones ({num_cores()} cores)"
         )
-    return "\n".join(lines)
+    lines = [f"{state[p.id]:8}{p.id}" for p in points]
+    lines.append(f"{len(points)} points, {len(left)} not done: {work}")
+    return "\n".join([*lines, time_left])
 
 
 def watch(
@@ -76,9 +75,7 @@ def watch(
     seconds: float,
     log: Callable[[str], None] = print,
 ) -> None:
-    """Output of `--status`: the state of every point. With `seconds` it is repeated at that
-    interval until no point is left.
-    """
+    """Print `--status`, the state of every point; with `seconds` again until none is left."""
     with open_sweep(workdir) as sweep:
         while True:
             sweep.refresh([p.id for p in points], is_urgent=True)
@@ -91,7 +88,7 @@ def watch(
 
 def status_table(points: Sequence[SweepPoint], sweep: SweepDirectory) -> tuple[str, bool]:
     """(a line per point and a summary, whether no point is left to run)."""
-    states: dict[str, str] = {p.id: status_of(sweep.path / p.id) for p in points}
+    states = states_of(points, sweep)
     open_ids = [id for id, state in states.items() if state != "done"]
     beats = dict(zip(open_ids, in_parallel(sweep.heartbeat, open_ids)))
     for id, beat in beats.items():
@@ -139,7 +136,7 @@ def _pace(points: Sequence[SweepPoint], sweep: SweepDirectory) -> str:
     starts = [row["time"] for row in recent if row["event"] == "start"]
     span = min(max(now - min(starts, default=now - _HOUR), 1.0), _HOUR)
     text = f"; {num_done} done in the last {_duration(span)}"
-    left = sum(status_of(sweep.path / p.id) not in ("done", "failed") for p in points)
+    left = sum(state not in ("done", "failed") for state in states_of(points, sweep).values())
     return f"{text}; about {_duration(left / num_done * span)} left" if left else text
 
 

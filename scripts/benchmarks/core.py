@@ -61,14 +61,6 @@ def alternate(
     return found
 
 
-def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return (median, lower, upper): the 95 % interval from the order statistics."""
-    ordered, last = sorted(values), len(values) - 1
-    reach = math.ceil(0.98 * math.sqrt(len(values)))
-    lower, upper = math.floor(last / 2 - reach), math.ceil(last / 2 + reach)
-    return statistics.median(values), ordered[max(0, lower)], ordered[min(last, upper)]
-
-
 def temp_mib(compiled: Any) -> float:
     """Return XLA's figure of a program's temporary memory, without arguments and results."""
     return compiled.memory_analysis().temp_size_in_bytes / 2**20

@@ -16,28 +16,39 @@ from opdjax.models.decoder import DecoderConfig
 from opdjax.models.families import family_of
 from opdjax.models.hf import Checkpoint
 from opdjax.models.hf_export import export
-from opdjax.models.rope import Rope
+
+PAD, EOS = 0, 1
 
 
 def qwen3(
-    hidden: int, layers: int, heads: int, kv_heads: int, head: int, mlp: int, vocab: int
-) -> DecoderConfig:
-    """Return the shapes of a Qwen3 decoder with tied embeddings."""
-    return DecoderConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_size=head,
-        intermediate_size=mlp,
-        rope=Rope(theta=1e4),
-        norm_epsilon=1e-6,
-        ties_embeddings=True,
-        has_qk_norm=True,
-        has_qkv_bias=False,
-        has_output_bias=False,
-    )
+    hidden: int, layers: int, heads: int, kv_heads: int, head: int, mlp: int, vocab: int, **more
+) -> dict[str, Any]:
+    """Return the `config.json` of a Qwen3 checkpoint in float32 with tied embeddings."""
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head,
+        "intermediate_size": mlp,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "max_position_embeddings": 4096,
+        "use_sliding_window": False,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "dtype": "float32",
+        "bos_token_id": None,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+    } | more
 
 
 MODELS = {
@@ -47,6 +58,11 @@ MODELS = {
     "1.7B": qwen3(2048, 28, 16, 8, 128, 6144, 151_936),
     "4B": qwen3(2560, 36, 32, 8, 128, 9728, 151_936),
 }
+
+
+def decoder_of(raw: dict[str, Any]) -> DecoderConfig:
+    """Return the shapes of a checkpoint's decoder."""
+    return family_of(raw).read_config(raw)
 
 
 def forward_flops(model: DecoderConfig, tokens: float, contexts: float, predictions: float):
@@ -72,46 +88,17 @@ def product_rate(size: int = 3072, dtype: str = "float32") -> float:
     return 2 * size**3 / min(seconds)
 
 
-def raw_config(model: DecoderConfig, eos: int, pad: int, positions: int) -> dict[str, Any]:
-    """Return the `config.json` of a Qwen3 checkpoint in float32."""
-    return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_heads,
-        "num_key_value_heads": model.num_kv_heads,
-        "head_dim": model.head_size,
-        "intermediate_size": model.intermediate_size,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope.theta},
-        "rms_norm_eps": model.norm_epsilon,
-        "tie_word_embeddings": True,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "hidden_act": "silu",
-        "max_position_embeddings": positions,
-        "use_sliding_window": False,
-        "initializer_range": 0.02,
-        "use_cache": True,
-        "dtype": "float32",
-        "bos_token_id": None,
-        "eos_token_id": eos,
-        "pad_token_id": pad,
-    }
-
-
 def write_model(
     params: dict, raw: dict[str, Any], tokenizer: Any, out: pathlib.Path, dtype: str = "float32"
 ) -> None:
     """Write a Hugging Face directory with these weights; an existing one is replaced."""
-    family, stops = family_of(raw), (raw["eos_token_id"],)
+    stops = (raw["eos_token_id"],)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         ids = {"eos_token_id": raw["eos_token_id"], "pad_token_id": raw["pad_token_id"]}
         pathlib.Path(folder, "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
-        config = family.read_config(raw)
-        source = Checkpoint(pathlib.Path(folder), raw, family, config, stops, dtype)
+        parts = pathlib.Path(folder), raw, family_of(raw), decoder_of(raw)
+        source = Checkpoint(*parts, stops, dtype)
         shutil.rmtree(out, ignore_errors=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         export(params, source, out)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +11,7 @@ import jax
 import numpy as np
 
 from benchmarks.core import Row, alternate, progress, report
-from benchmarks.models import MODELS, forward_flops, product_rate
+from benchmarks.models import MODELS, decoder_of, forward_flops, product_rate
 from opdjax.engine.decoding import Decoding
 from opdjax.engine.sampler import sample
 from opdjax.models.decoder import DecoderConfig, init_params
@@ -98,7 +97,7 @@ def measure(model, works, options: argparse.Namespace, label: str, rate: float) 
 def sampler(options: argparse.Namespace) -> None:
     rows, rate = [], product_rate()
     for vocab in options.vocab:
-        model = dataclasses.replace(MODELS["3.4M"], vocab_size=vocab)
+        model = decoder_of(MODELS["3.4M"] | {"vocab_size": vocab})
         params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
         sampled = partial(form, model, params, options)
         if options.only != "tail":

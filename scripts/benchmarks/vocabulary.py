@@ -15,20 +15,20 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.core import Row, alternate, progress, report, temp_mib
+from opdjax.engine.step_metrics import observed
 from opdjax.estimators import Estimator, bind
-from opdjax.estimators.divergence import reverse_kl
 from opdjax.ops.tile import Head
 from opdjax.ops.vocab import TokenInputs, tiled_loss, tiled_stats
 
 DENSE_LIMIT = 2**37  # bytes of a [T, V] array: above, the dense form is not compiled
-STORED = "npd, teacher's 10, stored"
+STORED, BASE = "npd, teacher's 10, stored", "full_kl, reverse"
 SUPPORT = {"support_top_k": 100}
 RECIPES = {
     "sft": bind("sft"),
     "opd": bind("opd"),
     "vopd, top 100": bind("vopd", {"baseline": "student_topk", "support_top_k": 100}),
     "vopd, full": bind("vopd", {"baseline": "full"}),
-    "full_kl, reverse": bind("full_kl", {"divergence": "reverse"}),
+    BASE: bind("full_kl", {"divergence": "reverse"}),
     "full_kl, jsd": bind("full_kl", {"divergence": "jsd"}),
     "topk_kl, student's 100, renormalised": bind("topk_kl", SUPPORT),
     "topk_kl, student's 100, tail": bind(
@@ -73,9 +73,10 @@ def read_teacher(
     return columns, None
 
 
-def recipe_form(label: str, tile: int) -> Callable:
-    """Return the loss of a recipe as a function of `make_arguments`."""
+def recipe_form(label: str, tile: int, is_observed: bool) -> Callable:
+    """Return the loss of a recipe as a function of `make_arguments`, also with diagnostics."""
     estimator = RECIPES[label]
+    token_loss = observed(estimator.token_loss) if is_observed else estimator.token_loss
 
     def loss(hidden, kernel, weights, token, *teacher):
         if label == STORED:
@@ -85,20 +86,9 @@ def recipe_form(label: str, tile: int) -> Callable:
             given = None
         else:
             columns, given = read_teacher(estimator, tile, weights, token, *teacher)
-        token_loss = estimator.token_loss
-        return tiled_loss(token_loss, hidden, Head(kernel), weights, columns, given, tile=tile)[0]
-
-    return loss
-
-
-def tiled_form(tile: int) -> Callable:
-    """Return the reverse KL alone, in tiles."""
-
-    def loss(hidden, kernel, weights, token, teacher_hidden, teacher_kernel):
-        token_loss = lambda student, teacher, row: (reverse_kl(student, teacher), None)
-        teacher = (teacher_hidden, Head(teacher_kernel))
-        columns = TokenInputs(token)
-        return tiled_loss(token_loss, hidden, Head(kernel), weights, columns, teacher, tile=tile)[0]
+        if is_observed:
+            columns = dataclasses.replace(columns, is_observed=jnp.ones(token.shape, bool))
+        return tiled_loss(token_loss, hidden, Head(kernel), weights, columns, given, tile=tile)
 
     return loss
 
@@ -107,13 +97,14 @@ def dense_form(hidden, kernel, weights, token, teacher_hidden, teacher_kernel):
     """Return the reverse KL with all logits, two log-softmaxes and a sum over the vocabulary."""
     student = jax.nn.log_softmax(hidden[:, :-1] @ kernel.T)
     teacher = jax.nn.log_softmax(teacher_hidden[:, :-1] @ teacher_kernel.T)
-    return jnp.sum(weights[:, 1:] * jnp.sum(jnp.exp(student) * (student - teacher), axis=-1))
+    each = jnp.sum(jnp.exp(student) * (student - teacher), axis=-1)
+    return jnp.sum(weights[:, 1:] * each), None
 
 
 def compile_form(loss: Callable, *sizes: int) -> Any:
     """Return the program of loss and gradients for `sizes`, those of `make_arguments`."""
     shapes = jax.eval_shape(partial(make_arguments, *sizes))
-    return jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*shapes).compile()
+    return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True)).lower(*shapes).compile()
 
 
 def measure(forms: dict[str, Callable], base: str, sizes: tuple, repeats: int) -> list[Row]:
@@ -123,7 +114,7 @@ def measure(forms: dict[str, Callable], base: str, sizes: tuple, repeats: int) -
     """
     compiled = {name: compile_form(loss, *sizes) for name, loss in forms.items()}
     describe = lambda result: (
-        float(result[0]),
+        float(result[0][0]),
         [float(jnp.linalg.norm(gradient)) for gradient in result[1]],
     )
     timed = {}
@@ -170,7 +161,7 @@ def vocab(options: argparse.Namespace) -> None:
     rows = []
     for size in options.vocab:
         for tokens in (options.tokens, *options.compiled_tokens):
-            forms = {"dense": dense_form, "tiled": tiled_form(options.tile)}
+            forms = {"dense": dense_form, "tiled": recipe_form(BASE, options.tile, False)}
             if 4 * tokens * size > DENSE_LIMIT:
                 del forms["dense"]
             is_timed = tokens == options.tokens and "dense" in forms
@@ -189,12 +180,17 @@ def add_recipes(parser: argparse.ArgumentParser) -> None:
     """
     parser.set_defaults(run=recipes, repeats=3)
     add_sizes(parser, tokens=256)
+    more = "also measure each recipe with the diagnostics that a step computes now and then"
+    parser.add_argument("--diagnostics", action="store_true", help=more)
 
 
 def recipes(options: argparse.Namespace) -> None:
     rows = []
     for size in options.vocab:
-        forms = {label: recipe_form(label, options.tile) for label in RECIPES}
+        forms = {label: recipe_form(label, options.tile, False) for label in RECIPES}
+        if options.diagnostics:
+            for label in RECIPES:
+                forms[f"{label}, observed"] = recipe_form(label, options.tile, True)
         sizes = (options.tokens, size, options.width)
-        rows += measure(forms, "full_kl, reverse", sizes, options.repeats)
+        rows += measure(forms, BASE, sizes, options.repeats)
     report(rows, options)

@@ -21,7 +21,7 @@ from test_cli import smooth
 import opdjax.rollouts.on_policy
 import opdjax.train
 from opdjax.cli import main
-from opdjax.cli.experiments import load_experiment
+from opdjax.cli.parsing import load_experiment
 from opdjax.config import MINI_PAIR, MINI_STUDENT
 from opdjax.config.experiments import load_sweep
 from opdjax.engine.evaluate import Evaluator
@@ -318,7 +318,7 @@ DATA = {
     "one prompt too long": (
         "ConfigError",
         lambda p: ["sample", "@mini_student", "1+1=", "1+" * 99, "--data.max-prompt-length", "32"],
-        "data.max_prompt_length is 32, exceeded by prompt 1 of the command line with 206 tokens",
+        "data.max_prompt_length is 32, exceeded by prompt 1 of the caller with 206 tokens",
         "expected more, or shorter prompts",
     ),
     "empty reference answers": (
@@ -389,7 +389,7 @@ DATA = {
     "bytes that are no text on the command line": (
         "DataError",
         lambda p: ["sample", MINI_STUDENT, "a\udcff"],
-        "prompt 0 of the command line holds",
+        "prompt 0 of the caller holds",
         "expected Unicode text",
     ),
 }
@@ -787,7 +787,8 @@ WORKDIRS = {
     "a model": (
         "WorkdirError",
         lambda p: p.train(workdir=p.model()),
-        "is not the config of a run (a model's, perhaps); expected a work directory",
+        "is not the config of a run: config, data, environment missing",
+        "start in a new work directory",
     ),
     "a sweep": (
         "WorkdirError",
@@ -915,7 +916,7 @@ SWEEPS = {
     "a point of nothing": (
         "WorkdirError",
         lambda p: p.asked("seed=1/point.json", "{}")(),
-        "is not a point of a sweep: expected id, overrides and config",
+        "is not a point of a sweep: id, overrides, config missing",
     ),
     "a run as a sweep": (
         "WorkdirError",
@@ -946,7 +947,7 @@ SWEEPS = {
     "a table of a result of something else": (
         "WorkdirError",
         lambda p: ["table", p.point("result.json", '{"eval_after": 3}')],
-        "result.json is not the result of a run; delete it",
+        "result.json is not the result of a run: student missing or of a wrong type; delete it",
     ),
     "a table of damaged metrics": (
         "WorkdirError",

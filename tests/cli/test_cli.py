@@ -3,6 +3,7 @@ built-in models.
 """
 
 import ast
+import dataclasses
 import importlib
 import json
 import os
@@ -14,8 +15,16 @@ import sys
 import pytest
 
 from opdjax.cli import main
-from opdjax.cli.experiments import load_experiment
-from opdjax.config import MINI_PAIR, MINI_STUDENT, MINI_TEACHER, PACKAGE, Config
+from opdjax.cli.parsing import load_experiment
+from opdjax.config import (
+    MINI_PAIR,
+    MINI_STUDENT,
+    MINI_TEACHER,
+    PACKAGE,
+    Config,
+    EstimatorConfig,
+)
+from opdjax.config.recipes import RECIPES
 from opdjax.config.validation import ConfigError, MissingExtraError, to_dict
 from opdjax.data.references import ReferenceMissError
 from opdjax.runs.lease import LeaseLostError
@@ -120,7 +129,7 @@ def test_help_lists_every_command(opdjax):
         status, out, err = opdjax(flag)
         assert (status, err) == (0, "")
         listed = re.findall(r"^  (\w+) ", out, re.MULTILINE)
-        assert listed == list(main.COMMANDS) == [*NAMES.split(), "export"]
+        assert listed == list(main.COMMANDS) == [*NAMES.split(), "export", "experiments"]
     status, out, _ = opdjax()
     assert status == 2
     assert "usage: opdjax COMMAND" in out
@@ -150,6 +159,16 @@ def test_help_of_training_shows_the_values_of_the_experiment(opdjax, experiment)
     assert "What the summed token losses are divided by, over the whole batch." in out
     assert opdjax("train", "--help")[0] == 0
     assert opdjax("train")[0] == 2
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "doctor", "audit", "references"])
+def test_help_names_the_recipes_of_an_option_as_their_rows_do(opdjax, experiment, command):
+    out = smooth(opdjax(command, experiment(), "--help")[1])
+    helps = {text.split(" ")[0]: text for text in out.split("--estimator.")[1:]}
+    for field in dataclasses.fields(EstimatorConfig):
+        recipes = ", ".join(name for name, row in RECIPES.items() if field.name in row.options)
+        marked = f"({recipes}) (default: " if recipes else "(default: "
+        assert marked in helps[field.name.replace("_", "-")], field.name
 
 
 # Mistakes
@@ -367,7 +386,6 @@ INTERNAL = {
     "opdjax.judge.client._PostponedError",
     "opdjax.judge.client._TransientError",
     "opdjax.judge.reply_object.ReplyError",
-    "opdjax.rollouts.near_policy.buffer.BufferClosedError",
 }
 
 
@@ -378,7 +396,7 @@ def test_every_error_of_the_package_is_either_the_users_or_internal():
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.ClassDef) and node.name.endswith("Error"):
                 classes.add(f"{module}.{node.name}")
-    assert classes >= INTERNAL | (set(main.USER_ERRORS) - {"builtins.OSError"})
+    assert classes >= INTERNAL
     for name in classes:
         module, _, error = name.rpartition(".")
         error_class = getattr(importlib.import_module(module), error)
@@ -499,7 +517,7 @@ def test_draws_follow_the_seed(opdjax):
         (["--seed", "2147483648"], "seed is 2147483648; expected at most 2147483647"),
         (
             ["--data.max-prompt-length", "3"],
-            "the command line has no prompt of at most 3 tokens (1 rows read); raise data.max_",
+            "the caller has no prompt of at most 3 tokens (1 rows read); raise data.max_",
         ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -513,7 +531,7 @@ def test_sampling_refuses_what_a_run_would_refuse(opdjax, flags, message):
 def test_sampling_without_a_prompt(opdjax):
     status, _, err = opdjax("sample", MINI_STUDENT)
     assert status == 2
-    assert err.endswith("no prompt given; expected one or more texts after the model")
+    assert err.endswith("no prompt given; expected one or more")
 
 
 def test_evaluation_prints_and_writes_its_scores(opdjax, tmp_path):

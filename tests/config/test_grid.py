@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from opdjax.config import Config, EstimatorConfig, OptimizerConfig
-from opdjax.config.grid import arms, chain, points, product, seeds, vary, zipped
+from opdjax.config.grid import Overrides, arms, chain, points, product, seeds, vary, zipped
 from opdjax.config.validation import ConfigError
 
 RATES = vary("optimizer.learning_rate", (1e-4, 3e-4))
@@ -81,7 +81,7 @@ def test_names_are_the_shortest_ending_that_no_other_field_has():
     assert ids(vary("student.path", ("a",))) == ["student.path=a"]
     assert ids(vary("sampling.temperature", (1.0,))) == ["sampling.temperature=1"]
     assert ids(vary("train.num_steps", (2,))) == ["num_steps=2"]
-    assert ids([{}]) == ["base"]
+    assert ids([Overrides()]) == ["base"]
 
 
 def test_values_that_do_not_fit_a_file_name_stay_apart():
@@ -107,7 +107,7 @@ def test_values_that_do_not_fit_a_file_name_stay_apart():
         ),
         (
             lambda: points(Config(), vary("estimator.recipe", ("opdd",))),
-            "the point estimator.recipe=opdd of the sweep: estimator.recipe is 'opdd'",
+            "the point recipe=opdd of the sweep: estimator.recipe is 'opdd'",
         ),
         (lambda: points(Config(), vary("estimator", (3,))), "the point estimator=3 of the sweep"),
         (

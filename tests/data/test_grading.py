@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opdjax.config import EvaluationConfig
-from opdjax.config.evaluation import GRADERS
+from opdjax.config.sampling import GRADERS
 from opdjax.config.validation import ConfigError
 from opdjax.data import isolated
 from opdjax.data.grading import boxes, grader_named, require_grader, require_readable

@@ -34,11 +34,17 @@ from opdjax.config.validation import ConfigError
 from opdjax.data.packing import to_train_batch
 from opdjax.data.tasks.arithmetic import problems
 from opdjax.data.tokenizer import load_tokenizer
-from opdjax.diagnose import checks
+from opdjax.diagnose import doctor
 from opdjax.diagnose.doctor import CHECKS, examine, run_checks
 from opdjax.diagnose.measurements import FirstUpdate, Measurements
-from opdjax.rollouts.checks import check_settings, check_tokenizers, end_of_turn
-from opdjax.rollouts.findings import FaultError, Finding, enforce
+from opdjax.rollouts.checks import (
+    FaultError,
+    Finding,
+    check_settings,
+    check_tokenizers,
+    end_of_turn,
+    enforce,
+)
 from opdjax.rollouts.setup import prepare
 from opdjax.train import train
 
@@ -350,14 +356,14 @@ def test_fault_4_padded_vocabulary_of_a_teacher(plant, tmp_path):
     config = plant("teacher", "config.json", lambda values: values)
     pad_embedding(tmp_path / "teacher")
     setup = prepare(config)
-    finding = checks.padded_vocabulary(Measurements(setup, 8))
+    finding = doctor.padded_vocabulary(Measurements(setup, 8))
     assert finding.status == "ok"  # padded and masked, as it should be
     assert (
         "embedding rows beyond them (student 0, teacher 16) have probability 0" in finding.message
     )
     head = dataclasses.replace(setup.teacher.head, valid_vocab=None)
     setup = dataclasses.replace(setup, teacher=dataclasses.replace(setup.teacher, head=head))
-    finding = checks.padded_vocabulary(Measurements(setup, 8))
+    finding = doctor.padded_vocabulary(Measurements(setup, 8))
     assert finding.status == "fault"
     assert "the teacher gives its padded ids 214 to 229 a probability of up to" in finding.message
 
@@ -398,7 +404,7 @@ def test_fault_6_a_filter_on_a_policy_gradient(healthy):
 
 
 def test_a_teacher_in_a_narrower_dtype_than_its_checkpoint():
-    judge = lambda difference, stored: checks.teacher_dtype(
+    judge = lambda difference, stored: doctor.teacher_dtype(
         measured(
             teacher_rounding=np.array([difference]),
             dtype="bfloat16",
@@ -479,7 +485,7 @@ class TestSamplerMatchesScorer:
         return np.where(mask, scores, 0), mask, scores
 
     def judge(self, sampled, mask, score_at, temperature=1.0):
-        return checks.sampler_matches_scorer(
+        return doctor.sampler_matches_scorer(
             measured(
                 rollouts=space(unfiltered_logprobs=sampled),
                 batch=space(mask=mask),
@@ -520,7 +526,7 @@ class TestSamplerMatchesScorer:
 
 def test_repeated_scores_that_do_not_repeat():
     first = np.linspace(-1, 0, 5)
-    judge = lambda again, otherwise: checks.repeated_scores(
+    judge = lambda again, otherwise: doctor.repeated_scores(
         measured(repeated_scores=(first, again, otherwise, "packed rows"))
     )
     assert judge(first, first + 1e-5).status == "ok"
@@ -531,7 +537,7 @@ def test_repeated_scores_that_do_not_repeat():
 
 def test_a_teacher_that_does_not_know_the_text():
     def judge(student, teacher, is_reference=True, correct=None):
-        return checks.teacher_is_better(
+        return doctor.teacher_is_better(
             measured(
                 nll=(np.array(student), np.array(teacher), is_reference),
                 correct=correct,
@@ -555,7 +561,7 @@ def test_a_teacher_that_does_not_know_the_text():
 def test_a_recipe_whose_loss_does_not_vanish():
     teacher = FirstUpdate(0.5, 0.3, -0.6, 27.0)
     itself = FirstUpdate(0.0, 0.0, 0.4, 3.0)
-    judge = lambda **estimator: checks.self_distillation(
+    judge = lambda **estimator: doctor.self_distillation(
         measured(
             first_updates=(itself, teacher), config=space(estimator=EstimatorConfig(**estimator))
         )

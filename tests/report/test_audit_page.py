@@ -355,7 +355,7 @@ def test_few_subjects_and_numbers_that_are_nothing(tmp_path):
     found["gradients"]["rows"]["k3_direct"] |= {"noise_ratio": math.inf, "signal_to_noise": None}
     found["gradients"]["by_kl"] = {"variance_share": [None] * 3, "rows": {}}
     found["subjects"] = {"k3_direct": found["subjects"]["k3_direct"]}
-    del found["pitfalls"], found["costs"]
+    del found["costs"]
     assert sections(read(write(tmp_path / "a", found))) == [
         name for name in SECTIONS if name != "costs"
     ]

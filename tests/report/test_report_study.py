@@ -102,10 +102,10 @@ def test_the_numbers_of_a_table_are_those_of_compare(study):
     column = "mini pair, avg@8"
     for method in ("OPD", "vOPD", "OPD full"):
         cell = found.cells[method][column]
-        ours = f"{plus_minus(*cell.ours)} (n = {len(cell.by_seed)})"
+        ours = f"{plus_minus(*cell.ours)} (n={len(cell.by_seed)})"
         assert any(ours in cells for cells in page.rows if cells[0] == method), method
-    assert row(page, "OPD", "29.8 [N]")[2] == "0.510 ± 0.025 (n = 3)"
-    assert "seed 2" in row(page, "OPD full", "")
+    assert row(page, "OPD", "29.8 [N]")[2] == "0.510 ± 0.025 (n=3)"
+    assert "seed=2" in row(page, "OPD full", "")
 
 
 def test_every_verdict_stands_in_the_overview_with_its_paired_difference(study):
@@ -185,7 +185,7 @@ def test_runs_of_several_commits_and_single_seeds_are_told(tmp_path):
     (directory / "config.json").write_text(json.dumps(described))
     page = read(tmp_path)
     assert "The runs of this table are of several commits: c0ffee, deadbeef." in page.all
-    assert "0.500 ± ∞ (n = 1)" in page.all
+    assert "0.500 (n=1)" in page.all
     assert "without an interval: one seed" in page.source
 
 

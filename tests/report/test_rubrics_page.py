@@ -196,7 +196,7 @@ def judge_metric(step, **changes):
 
 
 def write_judged(
-    directory, rows, *, recipe="ropd", metrics=None, torn="", rubrics_config=None, spending=()
+    directory, rows, *, recipe="ropd", metrics=None, torn="", rubrics_config=None, spending=None
 ):
     steps = max((found["step"] for found in rows), default=6)
     metrics = [judge_metric(step) for step in range(1, steps + 1)] if metrics is None else metrics
@@ -210,11 +210,23 @@ def write_judged(
         (directory / judgements.ROWS).write_text(
             "".join(json.dumps(found) + "\n" for found in rows) + torn
         )
-    if spending:
-        (directory / judgements.SPENDING).write_text(
-            "".join(json.dumps(found) + "\n" for found in spending)
-        )
+    if spending is None:
+        spending = spending_of(metrics)
+    (directory / judgements.SPENDING).write_text(
+        "".join(json.dumps(found) + "\n" for found in spending)
+    )
     return directory
+
+
+def spending_of(metrics):
+    """The rows of spending.jsonl, which repeat the metrics of a step by role."""
+    rows = {}
+    for found in metrics:
+        for name, value in found.items():
+            if name.startswith("api/"):
+                role, _, kind = name.removeprefix("api/").rpartition("/")
+                rows.setdefault((found["step"], role), {})[kind] = value
+    return [{"step": step, "role": role} | used for (step, role), used in rows.items()]
 
 
 def groups_of(tmp_path, rows, stages=()):
@@ -411,10 +423,10 @@ def test_what_is_read_back_is_what_the_run_has_told(tmp_path):
     right = [[rng.randint(0, 1) for _ in range(3)] for _ in told]
     rows = [as_row(one, 1, correct, has_texts=True) for one, correct in zip(told, right)]
     groups, expected = groups_of(tmp_path, rows), metrics_of(told, right)
-    assert summary(groups).scores[0].value == pytest.approx(
+    assert summary(groups).rates["score"][0].value == pytest.approx(
         expected["rubric/reward_mean"], abs=1e-5
     )
-    assert summary(groups).scores[1].value == pytest.approx(
+    assert summary(groups).rates["score"][1].value == pytest.approx(
         expected["rubric/reference_score_mean"], abs=1e-5
     )
     assert summary(groups).truth.auc.value == pytest.approx(expected["rubric/auc"])
@@ -485,7 +497,6 @@ def test_an_example_shows_who_meets_what(tmp_path):
         "question": "What is the capital?",
         "references": ["Bern."],
         "answers": ["Bern", "Zürich"],
-        "is_truncated": [False, True],
     }
     rows = [judged(1, 3, ((1, 1), (0, 1)), criteria, [1, 0], references_met=((1, 0),), **texts)]
     parser = read(write_judged(tmp_path / "run", rows))
@@ -510,10 +521,7 @@ def test_an_example_shows_who_meets_what(tmp_path):
     assert row(parser, "score", "", "")[3:6] == ["1.00", "0.71", "0.00"]
     assert row(parser, "score − group mean")[3:6] == ["", "+0.36", "−0.36"]
     assert row(parser, "the final answer is")[4:6] == ["right", "wrong"]
-    assert (
-        "Rollout 1: score 0.00, −0.36 against the group mean; wrong answer;"
-        " cut off at the length limit" in parser.all
-    )
+    assert "Rollout 1: score 0.00, −0.36 against the group mean; wrong answer" in parser.all
 
 
 def test_what_judges_and_students_write_is_never_html(tmp_path):

@@ -25,13 +25,14 @@ from opdjax.config import (
     TrainConfig,
 )
 from opdjax.data.packing import pack, to_train_batch, unpack
-from opdjax.ops.sharding import shard_rows, to_host
+from opdjax.ops.sharding import to_host
 from opdjax.rollouts.checks import check_settings
 from opdjax.rollouts.on_policy import draw, prompts_of
-from opdjax.rollouts.scoring import scored, with_reference_logprobs
+from opdjax.rollouts.rows import scored
 from opdjax.rollouts.setup import initial_weights, load_student, prepare
 from opdjax.runs.workdir import read_lines
 from opdjax.train import train
+from opdjax.types import TrainBatch
 
 COEF = 0.05
 
@@ -64,7 +65,6 @@ def test_the_reference_policy_scores_the_first_rollouts_as_the_student_did(tempe
     sampling = SamplingConfig(num_generations=4, max_completion_length=20, temperature=temperature)
     setup = prepare(config_of(sampling=sampling))
     prompts = prompts_of(setup.prompts, setup.config, 0)
-    fixed = setup.reference_policy, setup.config, setup.mesh
     rollouts = to_host(draw(setup, initial_weights(setup), prompts, 0))
     batch = to_train_batch(rollouts, prompts)
     found, head = scored(setup, batch, "none")
@@ -74,14 +74,13 @@ def test_the_reference_policy_scores_the_first_rollouts_as_the_student_did(tempe
         np.asarray(found.reference_logprobs)[mask], rollouts.behavior_logprobs[mask], atol=2e-5
     )
     rows, source = pack(batch, 96, parts=2)
-    of_rows = with_reference_logprobs(shard_rows(rows, setup.mesh), *fixed).reference_logprobs
-    again = unpack(np.asarray(of_rows), source, mask.shape)
+    of_rows, _ = scored(setup, rows, "none")
+    again = unpack(np.asarray(of_rows.reference_logprobs), source, mask.shape)
     np.testing.assert_allclose(again[mask], rollouts.behavior_logprobs[mask], atol=2e-5)
     shown = dataclasses.replace(
         prompts, teacher_tokens=prompts.tokens[:, :5], teacher_mask=np.ones((2, 5), bool)
     )
-    own_rows = shard_rows(to_train_batch(rollouts, shown), setup.mesh)
-    with_view = with_reference_logprobs(own_rows, *fixed)
+    with_view, _ = scored(setup, to_train_batch(rollouts, shown), "none")
     assert with_view.teacher_view is not None
     np.testing.assert_array_equal(
         np.asarray(with_view.reference_logprobs), np.asarray(found.reference_logprobs)
@@ -92,8 +91,8 @@ def test_without_a_coefficient_there_is_none():
     for coef in (None, 0.0):
         setup = prepare(config_of(estimator=EstimatorConfig("grpo", reference_kl_coef=coef)))
         assert setup.reference_policy is None
-        batch = object()
-        assert with_reference_logprobs(batch, None, setup.config, setup.mesh) is batch
+        batch = TrainBatch(*np.zeros((3, 2, 4), np.int32), None)
+        assert scored(setup, batch, "none")[0].reference_logprobs is None
 
 
 def test_the_penalty_starts_at_nothing_and_grows(straight):

@@ -2,6 +2,7 @@
 a person.
 """
 
+import dataclasses
 import io
 import struct
 import sys
@@ -9,8 +10,9 @@ import types
 
 import pytest
 
+from opdjax.config import Config
 from opdjax.runs import metrics
-from opdjax.runs.metrics import MetricWriter, Progress, Timer
+from opdjax.runs.metrics import MetricWriter, Progress, Startup, Timer
 from opdjax.runs.workdir import read_lines
 
 SHOWN = {"loss/objective": -0.12345, "kl/student_teacher": 0.5, "perf/tokens_per_second": 1234.5}
@@ -182,3 +184,40 @@ def test_a_terminal_gets_a_bar(clock):
     assert "4/4" in last
     assert "loss -0.1235  KL 0.5000  1234 tokens/s" in last
     assert "step 3/4" not in stream.getvalue()
+
+
+# Before the first step
+
+
+def announced(config, programs, capsys, machine="cpu"):
+    startup = Startup(config, machine, programs)
+    startup.announce()
+    return startup, capsys.readouterr().out
+
+
+def test_the_time_of_the_last_run_of_the_same_programs_is_printed(tmp_path, capsys):
+    config, programs = Config(), str(tmp_path / "programs")
+    startup, text = announced(config, programs, capsys)
+    assert "the first run of these programs" in text
+    startup.first_step_done()
+    again = dataclasses.replace(config, seed=1)
+    assert (
+        "the first step of the last such run came after 0 s"
+        in announced(again, programs, capsys)[1]
+    )
+    longer = dataclasses.replace(
+        config, sampling=dataclasses.replace(config.sampling, max_completion_length=99)
+    )
+    for other, machine in ((longer, "cpu"), (config, "TPU v5")):
+        assert "the first run" in announced(other, programs, capsys, machine)[1]
+
+
+def test_a_damaged_time_and_programs_that_are_not_kept_are_no_error(tmp_path, capsys):
+    startup, _ = announced(Config(), str(tmp_path), capsys)
+    startup.first_step_done()
+    (file,) = (tmp_path / "first_step").iterdir()
+    file.write_text("soon")
+    assert "the first run" in announced(Config(), str(tmp_path), capsys)[1]
+    startup, text = announced(Config(), None, capsys)
+    startup.first_step_done()
+    assert "the first run" in text

@@ -51,8 +51,6 @@ def worker(scripts, monkeypatch, tmp_path):
 
 
 def test_a_worker_times_its_work_and_reports_failures(worker):
-    from benchmarks.peers.worker import WorkerError
-
     ask = worker.ask
     ask(do="prepare", form="sleep", case={"seconds": 0.02})
     ask(do="prepare", form="steps", case={})
@@ -61,18 +59,14 @@ def test_a_worker_times_its_work_and_reports_failures(worker):
     assert 0.02 <= answer["seconds"] < 2
     assert answer["cpu_seconds"] < answer["seconds"]
     assert answer["facts"] == {"result": 7}
-    with pytest.raises(WorkerError, match="ValueError: no such divergence"):
-        ask(do="prepare", form="broken", case={})
+    assert ask(do="prepare", form="broken", case={})["error"] == "ValueError: no such divergence"
     assert [ask(do="run", form="steps")["facts"]["useful_tokens"] for _ in range(2)] == [10, 20]
-    with pytest.raises(WorkerError, match="the training loop ended by itself"):
-        ask(do="run", form="steps")
+    assert "the training loop ended by itself" in ask(do="run", form="steps")["error"]
     ask(do="drop")
-    with pytest.raises(WorkerError, match="KeyError: 'sleep'"):
-        ask(do="run", form="sleep")
-    with pytest.raises(WorkerError, match="ended with status 3"):
-        ask(do="prepare", form="dies", case={})
-    with pytest.raises(WorkerError, match="ended with status 3"):  # and stays dead
-        ask(do="prepare", form="sleep", case={"seconds": 0})
+    assert "KeyError: 'sleep'" in ask(do="run", form="sleep")["error"]
+    assert "ended with status 3" in ask(do="prepare", form="dies", case={})["error"]
+    again = ask(do="prepare", form="sleep", case={"seconds": 0})
+    assert "ended with status 3" in again["error"]  # and stays dead
 
 
 class Clock:
@@ -86,13 +80,9 @@ class Clock:
         ]
 
     def ask(self, **command):
-        from benchmarks.peers.worker import WorkerError
-
         if command["do"] != "run":
             return {}
-        if not self._runs:
-            raise WorkerError("no more")
-        return self._runs.pop(0)
+        return self._runs.pop(0) if self._runs else {"error": "no more"}
 
 
 def test_ratios_are_of_neighbouring_runs_in_seconds_a_useful_token(scripts, monkeypatch):
@@ -107,7 +97,7 @@ def test_ratios_are_of_neighbouring_runs_in_seconds_a_useful_token(scripts, monk
     }
     options = argparse.Namespace(peers=["good", "bad", "absent"], repeats=2)
     case = {"kind": "tail", "title": "t"}
-    rows = compare.measure(case, case, workers, {"absent": "not installed"}, options)
+    rows = compare.measure(case, workers, {"absent": "not installed"}, options)
     assert [row["system"] for row in rows] == ["opdjax", "good", "bad", "absent"]
     # The fastest number of cores counts: 1 s against 4 s, then 2 s against 16 s for twice as many.
     assert rows[0]["cores"] == 2
@@ -137,9 +127,10 @@ def test_losses_that_disagree_are_named(scripts):
 
 
 def test_the_least_work_is_what_one_counts_by_hand(scripts):
-    from benchmarks.models import forward_flops, qwen3
+    from benchmarks.models import decoder_of, forward_flops, qwen3
 
-    model = qwen3(hidden=8, layers=2, heads=2, kv_heads=1, head=4, mlp=16, vocab=32)
+    raw = qwen3(hidden=8, layers=2, heads=2, kv_heads=1, head=4, mlp=16, vocab=32)
+    model = decoder_of(raw)
     # A token and layer: q and o 8 x 8, k and v 8 x 4, three of 8 x 16; two products of head size a
     # head and column read.
     assert forward_flops(model, 1, 0, 0) == 2 * 2 * (64 + 64 + 32 + 32 + 3 * 128)
@@ -148,7 +139,7 @@ def test_the_least_work_is_what_one_counts_by_hand(scripts):
 
 
 def test_runs_alternate_and_the_first_ones_are_not_counted(scripts):
-    from benchmarks.core import alternate, cell, median_interval, to_markdown
+    from benchmarks.core import alternate, cell, to_markdown
 
     order = []
     works = {name: lambda name=name: order.append(name) or len(order) for name in "ab"}
@@ -156,7 +147,6 @@ def test_runs_alternate_and_the_first_ones_are_not_counted(scripts):
     assert "".join(order) == "abbaab"
     assert found["a"].results == [4, 5]
     assert len(found["b"].wall) == len(found["b"].cpu) == 2
-    assert median_interval([5.0, 1.0, 2.0, 4.0, 3.0]) == (3.0, 1.0, 5.0)
     assert [cell(value) for value in (0.12345, 12345, [3.0, 1.0, 2.0], None)] == [
         "0.1235",
         "12,345",
@@ -182,6 +172,9 @@ def test_points_that_do_the_same_work_are_timed_once(scripts):
     assert (config.train.num_steps, config.steps_per_epoch) == (40, 10)
     assert config.refresh_steps == (0, 20)
     assert config.evaluation.source is None
+    found = settings_of(sweeps / "step_costs.py")
+    assert len(found) == 22
+    assert shortened(found["rows_48_packed_8_twice"], 40).train.pack_length == 160
     assert list(settings_of(sweeps.parent / "mini_opd.py")) == ["mini_opd"]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +10,14 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from opdjax.config.recipes import PLAIN
-from opdjax.diagnose.audit.subjects import Progress, Subject
+from opdjax.diagnose.audit.subjects import Part, Progress, Subject
 from opdjax.estimators.divergence import reverse_kl
 from opdjax.estimators.opd import score_norms
 from opdjax.ops.tile import VocabTile
 from opdjax.ops.vocab import TokenInputs
 
 Stats = dict[str, Float[Array, " n"]]
+Scalar = Float[Array, ""] | float
 
 
 def random_contexts(num_contexts: int, vocab: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -36,10 +36,9 @@ def audit_vocabulary(
     vocab: int = 50,
     seed: int = 0,
     progress: Progress = iter,
-) -> dict[str, Any]:
-    """Return bias, cosine and action variance at random contexts, from the loss at every token.
-
-    The subjects, which include `opd`, are uncoupled. Float64.
+) -> Part:
+    """Return bias, cosine and action variance of uncoupled subjects, among them `opd`, at random
+    contexts, from the loss at every token. Float64.
     """
     stats = {}
     with jax.enable_x64(True):
@@ -68,12 +67,7 @@ def forward_gradient(student: VocabTile, teacher: VocabTile) -> Float[Array, "n 
     return _probs(student) - _probs(teacher)
 
 
-def measure(
-    subject: Subject,
-    student: VocabTile,
-    teacher: VocabTile,
-    mean_reward: Float[Array, ""] | float = 0.0,
-) -> Stats:
+def measure(subject: Subject, student: VocabTile, teacher: VocabTile, mean_reward: Scalar) -> Stats:
     """Return statistics of an uncoupled subject at each context, for `summarise`.
 
     Gradients are those of the logits, from closed forms that cost O(V) a context: the gradient of
@@ -92,10 +86,7 @@ def measure(
 
 
 def enumerate_draws(
-    subject: Subject,
-    student: VocabTile,
-    teacher: VocabTile,
-    mean_reward: Float[Array, ""] | float = 0.0,
+    subject: Subject, student: VocabTile, teacher: VocabTile, mean_reward: Scalar
 ) -> Stats:
     """Return the same statistics as `measure`, from the loss itself.
 
@@ -104,10 +95,8 @@ def enumerate_draws(
     """
     n, vocab = student.logits.shape
     repeated = lambda tile: VocabTile(jnp.repeat(tile.logits, vocab, axis=0))
-    row = TokenInputs(
-        jnp.tile(jnp.arange(vocab), n),
-        mean_rewards=jnp.full(n * vocab, mean_reward, student.logits.dtype),
-    )
+    mean_rewards = jnp.full(n * vocab, mean_reward, student.logits.dtype)
+    row = TokenInputs(jnp.tile(jnp.arange(vocab), n), mean_rewards=mean_rewards)
     loss, teachers = subject.with_one_draw().token_loss(), repeated(teacher)
     total = lambda logits: jnp.sum(loss(VocabTile(logits), teachers, row)[0])
     gradient = jax.grad(total)(repeated(student).logits).reshape(n, vocab, vocab)
@@ -132,7 +121,7 @@ def _against_exact(
     return stats
 
 
-def summarise(stats: dict[str, np.ndarray], plain_variance: np.ndarray) -> dict[str, Any]:
+def summarise(stats: dict[str, np.ndarray], plain_variance: np.ndarray) -> Part:
     """Summarise a subject over its contexts, whose gradients are stacked as one vector.
 
     Returned are, against both directions of the KL, `bias` = |expected - exact gradient| / |exact
@@ -141,15 +130,15 @@ def summarise(stats: dict[str, np.ndarray], plain_variance: np.ndarray) -> dict[
     `plain_variance [n]`; `worse`, the share of contexts above it. None: undefined.
     """
     total = {name: float(np.sum(values, dtype=np.float64)) for name, values in stats.items()}
-    found: dict[str, Any] = {"bias": {}, "cosine": {}}
+    found: Part = {"bias": {}, "cosine": {}}
     # Draws that cancel leave a mean of rounding errors, which has no direction.
     epsilon = np.finfo(stats["own"].dtype).eps
     is_zero = total["own"] <= (64 * epsilon) ** 2 * (total["variance"] + total["own"])
     for name in ("reverse", "forward"):
         exact, norms = total[name], np.sqrt(total["own"] * total[name])
         found["bias"][name] = float(np.sqrt(total[f"to_{name}"] / exact)) if exact else None
-        has_cosine = norms and not is_zero
-        found["cosine"][name] = float(total[f"dot_{name}"] / norms) if has_cosine else None
+        cosine = float(total[f"dot_{name}"] / norms) if norms and not is_zero else None
+        found["cosine"][name] = cosine
     found["variance"] = total["variance"] / len(plain_variance)
     found["noise_to_signal"] = None if is_zero else float(np.sqrt(total["variance"] / total["own"]))
     found["variance_ratio"] = total["variance"] / float(np.sum(plain_variance, dtype=np.float64))

@@ -21,7 +21,7 @@ import optax
 
 from opdjax.config.recipes import EXACT, PLAIN, WITH_BASELINE
 from opdjax.diagnose.audit.pair import States, kl_bins
-from opdjax.diagnose.audit.subjects import Progress, Subject, subject
+from opdjax.diagnose.audit.subjects import Part, Progress, Subject, subject
 from opdjax.engine.update import prepared, vocabulary_inputs
 from opdjax.estimators import bind
 from opdjax.estimators.losses import aggregation_weights, count_denominators
@@ -36,16 +36,13 @@ _SUM_LENGTHS = (1024, 8192, 32768)  # tokens whose losses are added in bfloat16
 _SUM_DRAWS = 20
 
 
-def audit_gradients(
-    states: States, subjects: list[Subject], progress: Progress = iter
-) -> dict[str, Any]:
+def audit_gradients(states: States, subjects: list[Subject], progress: Progress = iter) -> Part:
     """Return the signal and the noise components of each subject, and its noise relative to `opd`.
 
     Every subject sees the same redraws. A coupled subject is measured on the sampled tokens only:
     its action noise is part of its trajectory noise. None: not distinguishable from 0. `by_kl`: the
-    action noise of the baselines and of the config's own recipe, relative to `opd`, between
-    neighbouring quantiles of the KL. Redraws at different contexts are independent, so the noise of
-    a rollout is the sum of that of its contexts.
+    action noise of the baselines and of the own recipe, relative to `opd`, between quantiles of the
+    KL. Redraws at different contexts are independent, so noises of contexts add up to a rollout's.
     """
     bins, rows, action, by_bin = kl_bins(states.kl, states.mask), {}, {}, {}
     for each in progress(subjects):
@@ -66,16 +63,16 @@ def audit_gradients(
     return {"num_redraws": NUM_REDRAWS, "batch": BATCH, "rows": rows, "by_kl": _by_kl(by_bin)}
 
 
-def _share_signal(subjects: Sequence[Subject], rows: dict[str, dict[str, Any]]) -> None:
+def _share_signal(subjects: Sequence[Subject], rows: dict[str, Part]) -> None:
     """Give the exact reverse KL's signal, which has least noise, to all of the same expectation."""
     reverse = [each for each in subjects if each.advertises == "reverse"]
-    exact = next((rows[each.name] for each in reverse if not each.is_sampled), None)
-    for each in reverse if exact is not None else ():
-        if each.recipe is not None and not each.is_coupled:
-            rows[each.name]["signal"] = exact["signal"]
+    exact = [rows[each.name]["signal"] for each in reverse if not each.is_sampled]
+    for each in reverse:
+        if exact and each.recipe is not None and not each.is_coupled:
+            rows[each.name]["signal"] = exact[0]
 
 
-def _by_kl(by_bin: dict[str, list[np.ndarray]]) -> dict[str, Any]:
+def _by_kl(by_bin: dict[str, list[np.ndarray]]) -> Part:
     plain = by_bin.pop(PLAIN)
     total = sum(part.sum() for part in plain)
     shares = [float(part.sum() / total) if total else 0.0 for part in plain]
@@ -86,10 +83,7 @@ def _by_kl(by_bin: dict[str, list[np.ndarray]]) -> dict[str, Any]:
 
 
 def _measure(states: States, each: Subject) -> Callable[[np.ndarray], tuple[dict, np.ndarray]]:
-    """Return `run(mask) -> (row, action noise of each prompt)`, compiled once.
-
-    The row holds the variance components of one rollout's gradient of the tokens in `mask`.
-    """
+    """Return `run(mask) -> (variance components of a rollout, action noise of each prompt)`."""
     by_prompt = lambda x: jnp.reshape(x, (-1, states.num_generations, *x.shape[1:]))
     inputs = states.batch, _columns(states, each), _draws(states, each)
     batch, columns, draws = jax.tree.map(by_prompt, inputs)
@@ -118,12 +112,11 @@ def _gradient(spec, token_loss, params, batch, teacher_head, weights, row=None):
 
 
 def _scan_prompts(each: Subject, spec, params, teacher_head, rows, draws):
-    """Return |mean gradient|^2 and, for each prompt, sums of squares.
-
-    These are the sums between redraws and between rollouts, and |mean gradient of the prompt|^2.
-    One gradient exists at a time, next to the running means of a rollout and of a prompt and the
-    sum over prompts.
+    """Return |mean gradient|^2 and of each prompt the sums of squares between redraws and between
+    rollouts, and |mean gradient|^2.
     """
+    # One gradient exists at a time, next to the running means of a rollout and a prompt and the sum
+    # over prompts.
     zero, loss = optax.tree.zeros_like(params), each.token_loss()
 
     def of_draw(row, draw):
@@ -148,12 +141,9 @@ def _square(tree: Any) -> jax.Array:
 
 
 def _running_mean(value_of: Callable, zero: Any, items: Any):
-    """Return (mean of vectors, sum of squares around it, sum of the scalars).
+    """Return (mean of vectors, sum of squares around it, sum of scalars) of `value_of(item)`."""
 
-    `value_of(item) -> (vector, scalar)`; Welford's update.
-    """
-
-    def step(carry, item):
+    def step(carry, item):  # Welford's update
         count, mean, spread, total = carry
         vector, scalar = value_of(item)
         off = optax.tree.sub(vector, mean)
@@ -165,20 +155,20 @@ def _running_mean(value_of: Callable, zero: Any, items: Any):
     return mean, spread, total
 
 
-def _components(total, action, trajectory, squares, redraws: int, rollouts: int) -> dict[str, Any]:
+def _components(total, action, trajectory, squares, redraws: int, rollouts: int) -> Part:
     """Return unbiased estimates from the sums of squares; an estimate may be below 0."""
     prompts = len(action)
     within = trajectory.sum() / (prompts * (rollouts - 1))  # of a rollout's mean over its redraws
     between = (squares.sum() - prompts * total) / (prompts - 1)
-    of_action = action.sum() / (prompts * rollouts * (redraws - 1)) if redraws > 1 else None
-    of_trajectory = within if of_action is None else within - of_action / redraws
+    of_action = action.sum() / (prompts * rollouts * (redraws - 1)) if redraws > 1 else 0.0
+    of_trajectory = within - of_action / redraws
     of_prompt = between - within / rollouts
     return {
         "signal": float(total - between / prompts),
-        "noise": float(of_prompt + of_trajectory + (of_action or 0.0)),
+        "noise": float(of_prompt + of_trajectory + of_action),
         "prompt": float(of_prompt),
         "trajectory": float(of_trajectory),
-        "action": None if of_action is None else float(of_action),
+        "action": float(of_action) if redraws > 1 else None,
     }
 
 
@@ -209,7 +199,7 @@ def _draws(states: States, each: Subject):
     return tokens, jnp.moveaxis(more, 2, 1)
 
 
-def audit_batch_pitfalls(states: States, progress: Progress = iter) -> dict[str, Any]:
+def audit_batch_pitfalls(states: States, progress: Progress = iter) -> Part:
     """Return relative error and cosine of the exact reverse KL's gradient under each pitfall's
     weights, and the relative error of sums in bfloat16.
     """
@@ -221,19 +211,14 @@ def audit_batch_pitfalls(states: States, progress: Progress = iter) -> dict[str,
     }
     gradient, rows = _exact_gradient(states), {}
     exact = gradient(aggregation_weights(mask, segments, "token_mean", denominators))
+    minus, times = optax.tree.sub, optax.tree.vdot
+    compare = jax.jit(lambda x, y: (_square(minus(x, y)), times(x, y), _square(x), _square(y)))
     for name, weights in progress(wrong.items()):
-        off, along, size, length = map(float, _compare(gradient(weights), exact))
+        off, along, size, length = map(float, compare(gradient(weights), exact))
         bias, cosine = float(np.sqrt(off / length)), along / float(np.sqrt(size * length))
         rows[name] = {"bias": bias, "cosine": cosine}
     errors = {str(n): _sum_error(states.kl[states.mask], n) for n in _SUM_LENGTHS}
     return rows | {"bfloat16_sums": {"error_by_tokens": errors}}
-
-
-@jax.jit
-def _compare(found, exact):
-    """Return (|found - exact|^2, their product, |found|^2, |exact|^2) over all parameters."""
-    product = optax.tree.vdot(found, exact)
-    return _square(optax.tree.sub(found, exact)), product, _square(found), _square(exact)
 
 
 def _exact_gradient(states: States):
@@ -258,6 +243,5 @@ def _sum_error(losses: np.ndarray, count: int) -> float:
     """Return the mean relative error of the sum of `count` random ones of these losses."""
     rng, add = np.random.default_rng(0), jax.jit(PITFALLS["bfloat16_sums"].add)
     draws = [rng.choice(losses, count) for _ in range(_SUM_DRAWS)]
-    return statistics.fmean(
-        float(add(jnp.asarray(drawn))) / float(drawn.sum(dtype=np.float64)) - 1 for drawn in draws
-    )
+    error = lambda x: float(add(jnp.asarray(x))) / float(x.sum(dtype=np.float64)) - 1
+    return statistics.fmean(map(error, draws))

@@ -23,9 +23,9 @@ from opdjax.config.recipes import PLAIN
 from opdjax.config.validation import ConfigError, require
 from opdjax.data.packing import to_train_batch
 from opdjax.diagnose.audit.contexts import measure, summarise
-from opdjax.diagnose.audit.subjects import Progress, Subject, subject
+from opdjax.diagnose.audit.subjects import Part, Progress, Subject, subject
 from opdjax.engine.sampler import extra_uniforms, sample
-from opdjax.engine.scorer import score, token_logprobs, top_logprobs
+from opdjax.engine.scorer import score, token_scores
 from opdjax.engine.update import UpdateSpec, VocabularyInputs, vocabulary_loss
 from opdjax.estimators import bind
 from opdjax.estimators.divergence import reverse_kl
@@ -98,11 +98,8 @@ def collect_states(
     expected = f"at most {available}, the number of prompts in {setup.config.data.source}"
     require(num_prompts <= available, "audit.num_prompts", num_prompts, expected)
     config, seed, params = setup.config, setup.config.seed, load_params(setup.student, setup.dtype)
-    setup = with_current_teacher(setup, params)
-    teacher, most = (
-        setup.teacher,
-        min(max(rows_at_once // settings.num_generations, 1), num_prompts),
-    )
+    teacher = with_current_teacher(setup, params).teacher
+    most = min(max(rows_at_once // settings.num_generations, 1), num_prompts)
     at_once = next(n for n in range(most, 0, -1) if num_prompts % n == 0)
     prompts = prompts_of(setup.prompts, config, 0)
     how = {"decoding": setup.decoding, "num_generations": settings.num_generations}
@@ -128,26 +125,30 @@ def collect_states(
     )
 
 
-def audit_contexts(
-    states: States, subjects: list[Subject], progress: Progress = iter
-) -> dict[str, Any]:
-    """Return bias, cosine and action variance of the uncoupled subjects at the sampled contexts.
-
-    All contexts together, and binned by KL and by position.
+def audit_contexts(states: States, subjects: list[Subject], progress: Progress = iter) -> Part:
+    """Return bias, cosine and action variance of the uncoupled subjects at the sampled contexts:
+    at all together, and binned by KL and by position.
     """
     mask, kl = states.mask, states.kl
     if not kl[mask].any():
         same = "student and teacher have the same distribution at every context"
         raise ConfigError(f"{same}; expected a teacher that differs")
-    mean_reward, rows = -float(kl[mask].mean()), {}
-    at = lambda each: states.per_token(lambda s, t, _: measure(each, s, t, mean_reward))
+    kl_mean, rows = float(kl[mask].mean()), {}
+    at = lambda each: states.per_token(lambda s, t, _: measure(each, s, t, -kl_mean))
     plain = at(subject(PLAIN))["variance"]
     quantiles = ({"from": low, "to": high} for low, high in itertools.pairwise(KL_QUANTILES))
     bins, buckets = list(zip(quantiles, kl_bins(kl, mask))), _position_buckets(states)
+
+    def by_prompt(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
+        per_row = np.where(inside, values, 0).sum(axis=1, dtype=np.float64)
+        return per_row.reshape(-1, states.num_generations).sum(axis=1)
+
     for each in progress(subjects):
         stats = at(each)
         row = summarise({name: value[mask] for name, value in stats.items()}, plain[mask])
-        ratio = partial(_variance_ratio, states, stats["variance"], plain)
+        ratio = lambda inside, ours=stats["variance"]: ratio_with_interval(
+            by_prompt(ours, inside), by_prompt(plain, inside)
+        )
         if each.is_sampled:
             row["variance_ratio_interval"] = ratio(mask)[1:]
         if each.is_sampled or each.is_own:
@@ -165,7 +166,7 @@ def audit_contexts(
     return {
         "num_prompts": len(mask) // states.num_generations,
         "num_contexts": int(mask.sum()),
-        "kl_mean": float(kl[mask].mean()),
+        "kl_mean": kl_mean,
         "bins": [label | describe(inside) for label, inside in bins],
         "buckets": [label | describe(inside) for label, inside in buckets],
         "rows": rows,
@@ -173,10 +174,7 @@ def audit_contexts(
 
 
 def kl_bins(kl: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
-    """Return masks of the contexts between neighbouring KL_QUANTILES, the lowest KL first.
-
-    Every context is in exactly one.
-    """
+    """Return a mask of the contexts between neighbouring KL_QUANTILES, the lowest KL first."""
     order = np.argsort(np.where(mask, kl, np.inf), axis=None, kind="stable")
     rank = np.argsort(order).reshape(mask.shape)  # masked slots rank last
     limits = [round(q * int(mask.sum())) for q in KL_QUANTILES]
@@ -188,20 +186,12 @@ def _position_buckets(states: States) -> list[tuple[dict[str, int], np.ndarray]]
     place = np.asarray(rank_in_sequence(states.batch.mask, states.batch.segment_ids))
     longest = int(place[states.mask].max()) + 1
     width = -(-longest // _NUM_BUCKETS)
-    edges = [(low, min(low + width, longest) - 1) for low in range(0, longest, width)]
-    inside = lambda low, high: (place >= low) & (place <= high) & states.mask
-    return [({"first": low, "last": high}, inside(low, high)) for low, high in edges]
+    inside = lambda low: (place >= low) & (place < low + width) & states.mask
+    bounds = lambda low: {"first": low, "last": min(low + width, longest) - 1}
+    return [(bounds(low), inside(low)) for low in range(0, longest, width)]
 
 
-def _variance_ratio(states: States, ours: np.ndarray, plain: np.ndarray, inside: np.ndarray):
-    rows = (np.where(inside, x, 0).sum(axis=1, dtype=np.float64) for x in (ours, plain))
-    per_prompt = (x.reshape(-1, states.num_generations).sum(axis=1) for x in rows)
-    return ratio_with_interval(*per_prompt)
-
-
-def audit_costs(
-    states: States, recipes: list[Subject], progress: Progress = iter
-) -> dict[str, Any]:
+def audit_costs(states: States, recipes: list[Subject], progress: Progress = iter) -> Part:
     """Return seconds and bytes a token of each recipe's pass over the vocabulary.
 
     The pass goes from hidden states to the loss and its gradients for hidden states and head; all
@@ -242,17 +232,16 @@ def _compile(states: States, each: Subject):
     def gradients(hidden, head, row, teacher, batch):
         weights, found = batch.mask / jnp.sum(batch.mask), {}
         if estimator.teacher == "token":
-            found["teacher_logprobs"] = token_logprobs(*teacher, batch, tile=tile)
+            found["teacher_logprobs"] = token_scores(*teacher, batch, tile=tile).teacher_logprobs
         if estimator.teacher == "top_k":
-            top = top_logprobs(*teacher, batch, top_k=estimator.top_k, tile=tile)
+            top = token_scores(*teacher, batch, top_k=estimator.top_k, tile=tile)
             found["teacher_top_ids"] = top.teacher_top_ids
             found["teacher_top_logprobs"] = top.teacher_top_logprobs
         row = dataclasses.replace(row, **found)
         read = teacher if estimator.teacher == "vocabulary" else None
 
         def loss(hidden, head):
-            inputs = VocabularyInputs(hidden, head, row, read)
-            token_loss = estimator.token_loss
+            inputs, token_loss = VocabularyInputs(hidden, head, row, read), estimator.token_loss
             return vocabulary_loss(inputs, batch, weights, spec, token_loss=token_loss)[0]
 
         return jax.grad(loss, argnums=(0, 1))(hidden, head)

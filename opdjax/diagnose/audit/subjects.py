@@ -17,11 +17,10 @@ from opdjax.estimators.opd import advantages as advantages_of
 from opdjax.estimators.pitfalls import PITFALLS, Pitfall
 from opdjax.ops.tile import VocabTile
 
-# Options that need what the audit of a pair lacks: task rewards, data of another policy.
-_REFUSED_OPTIONS = ("task_reward_coef", "importance")
-_OFF = (0, "none", None)
+_OFF = (0, "none", None)  # values of an option without an effect
 
 Progress = Callable[[Sequence[Any]], Iterable[Any]]  # yields the items and shows how many are left
+Part = dict[str, Any]  # of the audit's JSON document
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +54,7 @@ class Subject:
     @property
     def is_coupled(self) -> bool:
         """Whether a token's loss depends on other contexts, apart from a batch's mean reward."""
-        options = {name: value for name, value in self.options.items() if name != "baseline"}
-        return coupling.is_coupled(options)
+        return coupling.is_coupled(self.options | {"baseline": None})
 
     @property
     def is_on_policy(self) -> bool:
@@ -76,10 +74,8 @@ class Subject:
     @property
     def definition(self) -> tuple[str, dict[str, Any]]:
         """Recipe and options with the defaults filled in: equal estimators have equal ones."""
-        if self.row is None:
-            return self.name, self.options
-        options = self.row.with_defaults(self.options).items()
-        return self.recipe, {name: value for name, value in options if value not in _OFF}
+        options = self.options if self.row is None else self.row.with_defaults(self.options)
+        return self.recipe or self.name, {k: v for k, v in options.items() if v not in _OFF}
 
     def with_one_draw(self) -> Subject:
         """Return the subject without extra draws."""
@@ -88,9 +84,8 @@ class Subject:
 
     def token_loss(self) -> Callable:
         """Return `token_loss(student, teacher, row) -> (loss, outputs)`."""
-        if self.recipe is None:
-            return self.pitfall.token_loss
-        return bind(self.recipe, self.options).token_loss
+        pitfall = self.pitfall
+        return bind(self.recipe, self.options).token_loss if pitfall is None else pitfall.token_loss
 
     def unsampled_loss(self) -> Callable:
         """Return the part of the loss that does not depend on the sampled token."""
@@ -98,9 +93,9 @@ class Subject:
             return self.token_loss()
         if self.row is None or self.row.cross_entropy is not None or self._cross_entropy == 1:
             return lambda student, teacher, row: (jnp.zeros_like(student.logsumexp), {})
-        divergence = subject(self.recipe, **(self.options | {"kd_weight": 1.0})).token_loss()
+        divergence = bind(self.recipe, self.options | {"kd_weight": 1.0}).token_loss
         weight = 1 - self._cross_entropy
-        return lambda student, teacher, row: (weight * divergence(student, teacher, row)[0], {})
+        return lambda *tiles: (weight * divergence(*tiles)[0], {})
 
     def advantages(
         self, student: VocabTile, teacher: VocabTile, mean_reward: Float[Array, ""]
@@ -130,28 +125,26 @@ class Subject:
 def subject(recipe: str, **options: Any) -> Subject:
     """Return the recipe with these options, named after both."""
     bind(recipe, options)
-    text = lambda value: f"{value:g}" if isinstance(value, float) else str(value)
+    text = lambda value: f"{value:g}" if isinstance(value, float) else value
     values = (f"{name}={text(value)}" for name, value in options.items())
     return Subject(" ".join([recipe, *values]), recipe, options)
 
 
 _AUDITED = [subject(name, **options) for name, row in RECIPES.items() for options in row.audited]
-_PITFALLS = [Subject(name) for name, pitfall in PITFALLS.items() if pitfall.token_loss is not None]
-# Options that couple the tokens of a sequence: a single context does not define their gradient.
-COUPLED = tuple(each for each in _AUDITED if each.is_coupled)
-DEFAULT = (*(each for each in _AUDITED if not each.is_coupled), *_PITFALLS)
+_AUDITED += [Subject(name) for name, pitfall in PITFALLS.items() if pitfall.token_loss is not None]
+# Those that a single context defines.
+DEFAULT = tuple(each for each in _AUDITED if not each.is_coupled)
 
 
 def choose(
     names: Sequence[str] | None, options: dict[str, Any] | None = None, recipe: str | None = None
 ) -> list[Subject]:
-    """Return the subjects to measure.
-
-    These are the default subjects of the recipes and pitfalls `names` (None: all), preceded by the
+    """Return the default subjects of the recipes and pitfalls `names` (None: all), preceded by the
     config's own `recipe` with its `options`, and in any case the plain recipe.
+
     ConfigError on an unknown name and on options that need rewards or stale data.
     """
-    subjects, plain = (*DEFAULT, *COUPLED), subject(PLAIN)
+    subjects, plain = sorted(_AUDITED, key=lambda each: each.is_coupled), subject(PLAIN)
     known = {each.recipe or each.name for each in subjects}
     if unknown := sorted(set(names or ()) - known):
         raise ConfigError(f"cannot audit {unknown}; expected some of {sorted(known)}")
@@ -170,7 +163,6 @@ def _own_subject(recipe: str, options: dict[str, Any]) -> Subject:
     require(not RECIPES[recipe].is_rewarded, "estimator.recipe", recipe, expected)
     expected = "none: the audit of a pair has neither task rewards nor stale data"
     expected += " (its tree measures importance corrections)"
-    for name in _REFUSED_OPTIONS:
-        value = options.get(name)
-        require(value in _OFF, f"estimator.{name}", value, expected)
+    for name in ("task_reward_coef", "importance"):
+        require(options.get(name) in _OFF, f"estimator.{name}", options.get(name), expected)
     return subject(recipe, **options)

@@ -7,8 +7,9 @@ from typing import Any
 
 _EXACTNESS = ["", "bias, reverse", "forward", "cosine, reverse", "forward"]
 _EXACTNESS += ["noise / signal", "variance / opd", "worse than opd"]
-_GRADIENT = ["", "signal", "noise", "of prompts", "of trajectories", "of actions"]
-_GRADIENT += ["signal / noise", "noise / opd", "actions / opd (95 %)"]
+_GRADIENT = {"signal": "signal", "noise": "noise", "of prompts": "prompt"}
+_GRADIENT |= {"of trajectories": "trajectory", "of actions": "action"}
+_GRADIENT |= {"signal / noise": "signal_to_noise", "noise / opd": "noise_ratio"}
 
 
 def text(document: dict[str, Any]) -> str:
@@ -35,7 +36,7 @@ def _vocabulary(document) -> str:
     title = f"{found['num_contexts']} random contexts, V = {found['vocab']}, float64, every token"
     title += " enumerated (logit space)"
     rows, names = found["rows"], _with_own(document, found["rows"])
-    return columns(_EXACTNESS, [_exactness(document, name, rows) for name in names], title)
+    return _columns(_EXACTNESS, [_exactness(document, name, rows) for name in names], title)
 
 
 def _contexts(document) -> str:
@@ -43,27 +44,25 @@ def _contexts(document) -> str:
     pair = f"{document['student']}, teacher {document['teacher']}"
     title = f"{found['num_contexts']} contexts of {pair}, mean KL {found['kl_mean']:.3g} nats"
     title += " (logit space, every token in closed form)"
-    lines = []
-    for name in _with_own(document, found["rows"]):
-        cost = costs.get(name, {})
-        seconds = _number(cost.get("seconds_per_token"), scale=1e6)
-        num_bytes = _number(cost.get("bytes_per_token"), scale=1e-3)
-        lines.append([*_exactness(document, name, found["rows"]), seconds, num_bytes])
+    scales = {"seconds_per_token": 1e6, "bytes_per_token": 1e-3}
+    cost = lambda name: costs.get(name, {})
+    cells = lambda name: (_number(cost(name).get(key), scale=by) for key, by in scales.items())
+    names = _with_own(document, found["rows"])
+    rows = [[*_exactness(document, name, found["rows"]), *cells(name)] for name in names]
     more = ["loss: us a token", "kB a token"] if costs else []
-    return columns([*_EXACTNESS, *more], lines, title)
+    return _columns([*_EXACTNESS, *more], rows, title)
 
 
 def _exactness(document, name: str, rows) -> list[str]:
     if name not in rows:
         return [name, *[""] * (len(_EXACTNESS) - 1)]
     row, ratio = rows[name], rows[name]["variance_ratio"]
-    interval = row.get("variance_ratio_interval")
     return [
         _mark(document, name),
         *(_small(row["bias"][direction]) for direction in ("reverse", "forward")),
         *(_number(row["cosine"][direction], "none") for direction in ("reverse", "forward")),
         _number(row["noise_to_signal"] if ratio > 1e-9 else 0, "no signal"),
-        _interval([ratio, *interval]) if interval else _number(ratio),
+        _interval([ratio, *row.get("variance_ratio_interval", ())]),
         f"{100 * row['worse']:.1f} %",
     ]
 
@@ -75,22 +74,18 @@ def _tree(document) -> str:
     header = ["", "contexts held fixed", "sequence KL", "of the baseline", "variance / signal^2"]
     biases = lambda row: (_small(row[name]) for name in ("frozen", "sequence", "baseline"))
     rows = [[row["title"], *biases(row), _number(row["variance"])] for row in found["rows"]]
-    return columns(header, rows, title)
+    return _columns(header, rows, title)
 
 
 def _gradients(document) -> str:
     found = document["gradients"]
     title = f"gradient of one rollout, all parameters; signal / noise of {found['batch']} rollouts"
-    keys = ("signal", "noise", "prompt", "trajectory", "action", "signal_to_noise", "noise_ratio")
-    numbers = lambda row: (_number(row[key]) for key in keys)
-    return columns(
-        _GRADIENT,
-        [
-            [_mark(document, name), *numbers(row), _interval(row.get("action_ratio"))]
-            for name, row in found["rows"].items()
-        ],
-        title,
-    )
+    numbers = lambda row: (_number(row[key]) for key in _GRADIENT.values())
+    rows = [
+        [_mark(document, name), *numbers(row), _interval(row.get("action_ratio"))]
+        for name, row in found["rows"].items()
+    ]
+    return _columns(["", *_GRADIENT, "actions / opd (95 %)"], rows, title)
 
 
 def _positions(document) -> str:
@@ -100,7 +95,7 @@ def _positions(document) -> str:
     names = _with_own(document, baselines)
     rows = [*_shares(buckets), *(_logit_ratios(document, name, "by_position") for name in names)]
     ranges = (f"{b['first']} to {b['last']}" for b in buckets)
-    return columns(["contexts by position", *ranges], rows)
+    return _columns(["contexts by position", *ranges], rows)
 
 
 def _bins(document) -> str:
@@ -115,7 +110,7 @@ def _bins(document) -> str:
         rows.append([f"{name}: parameters", *(_number(cell[0]) for cell in ratios)])
         rows.append(["  95 %", *limits])
     ranges = (f"{100 * b['from']:g} to {100 * b['to']:g} %" for b in bins)
-    return columns(["contexts by their KL", *ranges], rows)
+    return _columns(["contexts by their KL", *ranges], rows)
 
 
 def _logit_ratios(document, name: str, groups: str) -> list[str]:
@@ -136,12 +131,10 @@ def _batches(document) -> str:
     found = document["batch_pitfalls"]
     sums = found["bfloat16_sums"]["error_by_tokens"].items()
     errors = ", ".join(f"{float(error):+.1%} of {count} tokens" for count, error in sums)
-    cells = {
-        name: f"bias {row['bias']:.3g}, cosine {row['cosine']:.4f}" if "bias" in row else errors
-        for name, row in found.items()
-    }
+    angle = lambda row: f"bias {row['bias']:.3g}, cosine {row['cosine']:.4f}"
+    cells = {name: angle(row) if "bias" in row else errors for name, row in found.items()}
     rows = [[f"{name} (pitfall)", cell] for name, cell in cells.items()]
-    return columns(["", ""], rows, "gradient of the exact KL under a batch's pitfall")
+    return _columns(["", ""], rows, "gradient of the exact KL under a batch's pitfall")
 
 
 def _with_own(document, names: Iterable[str]) -> list[str]:
@@ -156,7 +149,9 @@ def _mark(document, name: str) -> str:
 
 
 def _interval(cell) -> str:
-    return "" if not cell or cell[0] is None else f"{cell[0]:.3g} ({cell[1]:.3g} to {cell[2]:.3g})"
+    value, *ends = cell or [None]
+    ends = "" if value is None or not ends else f" ({ends[0]:.3g} to {ends[1]:.3g})"
+    return _number(value) + ends
 
 
 def _number(value, missing: str = "", scale: float = 1.0) -> str:
@@ -168,7 +163,7 @@ def _small(value) -> str:
     return "" if value is None else "0" if abs(value) < 1e-5 else f"{value:.3g}"
 
 
-def columns(header: list[str], rows: list[list[str]], title: str | None = None) -> str:
+def _columns(header: list[str], rows: list[list[str]], title: str | None = None) -> str:
     """Return the title, and rows cut or filled to the header: the first column to the left."""
     rows = [[*row, *[""] * len(header)][: len(header)] for row in [header, *rows]]
     widths = [max(map(len, cells)) for cells in zip(*rows)]

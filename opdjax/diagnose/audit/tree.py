@@ -11,14 +11,13 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from opdjax.config.recipes import EXACT, PLAIN, WITH_BASELINE
-from opdjax.diagnose.audit.subjects import Progress, Subject, subject
+from opdjax.diagnose.audit.subjects import Part, Progress, Subject, subject
 from opdjax.estimators import bind
 from opdjax.estimators.losses import AGGREGATIONS, aggregation_weights, count_denominators
 from opdjax.ops.tile import VocabTile
@@ -94,16 +93,13 @@ def own_case(own: Subject, aggregation: str) -> TreeCase:
     return TreeCase(title, own.with_one_draw(), 2, aggregation, sampled_from)
 
 
-def audit_tree(
-    more: Sequence[TreeCase] = (), *, seed: int = 0, progress: Progress = iter
-) -> dict[str, Any]:
+def audit_tree(more: Sequence[TreeCase] = (), *, seed: int = 0, progress: Progress = iter) -> Part:
     """Return each case's relative bias, and its variance over the squared norm of its expectation.
 
     `frozen`: bias against the gradient of sum_t KL_t with the distribution of contexts held fixed;
-    `sequence`: against that of the KL of whole sequences. A mean over a batch divides by the
-    sampled lengths, so its gradient has another scale: there the scale is fitted, and the bias
-    measures the direction. `baseline`: the relative change of the expectation through the baseline;
-    None without one.
+    `sequence`: against that of the KL of whole sequences. A mean that divides by sampled lengths
+    has another scale: there the scale is fitted, and the bias is that of the direction. `baseline`:
+    the relative change of the expectation through the baseline; None without one.
     """
     with jax.enable_x64(True):
         rng = np.random.default_rng(seed)

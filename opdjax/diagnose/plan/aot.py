@@ -29,8 +29,6 @@ from opdjax.models.partitioning import WEIGHT_AXES, shardings_of
 from opdjax.ops.sharding import abstract_like, make_mesh, replicated
 from opdjax.ops.vocab import TILE
 
-_SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "kv_dtype")
-
 
 class NoCompilerError(RuntimeError):
     """No compiler for the topology is installed."""
@@ -61,10 +59,7 @@ class Program:
 
 
 def describe(topology: Topology) -> list[Any]:
-    """Return the devices of a topology for `jax.make_mesh`.
-
-    NoCompilerError if no compiler for it is installed.
-    """
+    """Return the devices of a topology; NoCompilerError if no compiler for it is installed."""
     if topology.backend == "cpu":
         return jax.devices("cpu")
     if topology.jax_name is None:
@@ -72,8 +67,7 @@ def describe(topology: Topology) -> list[Any]:
             f"{topology.name}: XLA compiles for a GPU only on a machine with one; plan without "
             "--aot"
         )
-    # Otherwise libtpu waits for a metadata server, and refuses a second process although none
-    # holds a chip.
+    # Without these libtpu waits for a metadata server, and refuses a second process.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     # The two cores of a v4 chip act as one device.
@@ -92,15 +86,19 @@ def describe(topology: Topology) -> list[Any]:
 
 
 def compile_programs(workload: Workload) -> list[Program]:
-    """Compile the programs of a step: the sampler's two, the teacher's pass, the update.
-
-    A run without sampling or without a teacher lacks theirs.
+    """Compile the programs of a step that the run has: the sampler's two, the teacher's pass, the
+    update.
     """
     mesh = make_mesh(**workload.mesh, devices=describe(workload.topology))
     workload = dataclasses.replace(workload, layout=mesh)
     programs = [] if workload.writer == "none" else _compile_sampler(workload)
     if workload.needs != "none":
-        programs.append(measure("teacher", _lower_score(workload), workload)[0])
+        params, model, needs = workload.scoring, workload.scoring_model, workload.needs
+        static = {"top_k": workload.top_k, "tile": TILE, "mesh": mesh}
+        static["parts"] = workload.config.train.gradient_accumulation_steps
+        inputs = (params, head_of(params), workload.batch())
+        lowered = score.lower(*inputs, config=model, needs=needs, **static)
+        programs.append(measure("teacher", lowered, workload)[0])
     return [*programs, measure("update", lower_update(workload), workload)[0]]
 
 
@@ -117,29 +115,14 @@ def lower_update(workload: Workload) -> jax.stages.Lowered:
     return update.lower(state, workload.scored_batch(), head, workload.frozen)
 
 
-def _lower_score(workload: Workload) -> jax.stages.Lowered:
-    config, params = workload.config, workload.scoring
-    return score.lower(
-        params,
-        head_of(params),
-        workload.batch(),
-        config=workload.scoring_model,
-        needs=workload.needs,
-        top_k=workload.top_k,
-        tile=TILE,
-        parts=config.train.gradient_accumulation_steps,
-        mesh=workload.layout,
-    )
-
-
 def _compile_sampler(workload: Workload) -> list[Program]:
     """Compile prefill, and decoding with the longest cache, which needs most."""
     config, mesh = workload.config, workload.layout
     sampling, width, rows = config.sampling, workload.prompt_columns, config.rows_per_step
     params = workload.published if workload.writer == "student" else workload.scoring
-    filters = {name: getattr(sampling, name) for name in _SAMPLING_FIELDS}
-    decoding = Decoding(sampling.max_completion_length, stop_token_ids=(0,), **filters)
-    static = {"config": workload.sampled_model[0], "decoding": decoding, "mesh": mesh}
+    length, filters = sampling.max_completion_length, (sampling.top_k, sampling.top_p)
+    decoding = Decoding(length, (0,), sampling.temperature, *filters, kv_dtype=sampling.kv_dtype)
+    static = {"config": workload.sampled_model, "decoding": decoding, "mesh": mesh}
     slots = num_slots(sampling.slots, rows, mesh)
     shape = (block_size(slots, sampling.num_generations, mesh), width)
     prompts = partial(jax.ShapeDtypeStruct, shape, sharding=replicated(mesh))
@@ -151,13 +134,11 @@ def _compile_sampler(workload: Workload) -> list[Program]:
     if compiled is None:
         return [program]
     prefix = _results(prefill, inputs, options, compiled)
-    columns = width + sampling.max_completion_length
-    options = {"slots": slots, "rows": rows, "columns": columns, **static}
+    options = {"slots": slots, "rows": rows, "columns": width + length, **static}
     state = _results(start, (params,), options, start.lower(params, **options).compile())
-    of_slot, number = np.zeros(slots, np.int32), np.int32(0)
-    assignments = Assignments(of_slot, of_slot, of_slot, of_slot)
-    stream_ids = np.zeros(3, np.int32)
-    inputs = (params, layer_params, state, prefix, assignments, stream_ids, number, number)
+    assignments, number = Assignments(*[np.zeros(slots, np.int32)] * 4), np.int32(0)
+    schedule = (assignments, np.zeros(3, np.int32), number, number)
+    inputs = (params, layer_params, state, prefix, *schedule)
     lowered = advance.lower(*inputs, prompt_columns=width, **static)
     return [program, measure("sample", lowered, workload)[0]]
 
@@ -177,16 +158,13 @@ def measure(name: str, lowered: jax.stages.Lowered, workload: Workload) -> tuple
             raise
         seconds, problem = time.monotonic() - began, str(error).partition("\n")[0]
         return Program(name, compile_seconds=seconds, problem=problem), None
-    seconds = time.monotonic() - began
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    peak = memory.peak_memory_in_bytes
+    seconds, memory = time.monotonic() - began, compiled.memory_analysis()
+    text, peak = compiled.as_text(), memory.peak_memory_in_bytes
     if workload.topology.backend == "cpu":  # where XLA leaves temporaries out of the peak
         held = memory.argument_size_in_bytes + memory.output_size_in_bytes
         peak = held + memory.temp_size_in_bytes - memory.alias_size_in_bytes
-    models = [model for model in (workload.student, workload.teacher) if model is not None]
-    widths = {
-        model.vocab_size // split for model in models for split in (1, workload.mesh["tensor"])
-    }
+    models, splits = (workload.student, workload.scoring_model), (1, workload.mesh["tensor"])
+    widths = {model.vocab_size // split for model in models for split in splits}
     found = Program(
         name=name,
         argument_bytes=memory.argument_size_in_bytes,

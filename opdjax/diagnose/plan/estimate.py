@@ -1,21 +1,49 @@
-"""The estimate of `opdjax plan`: memory by phase and a lower bound on the time of a step."""
+"""The estimate of `opdjax plan`: the bytes that a run holds on a device, and the time of a step.
+
+The bytes follow the programs as they are written (engine/update.py, ops/vocab.py,
+models/decoder.py). The few factors that XLA chooses are named below; they were read from its buffer
+assignments for TPU v5e and v6e. `opdjax plan --aot` compares both.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from functools import partial
 
-from opdjax.diagnose.plan.memory import (
-    PHASES,
-    PROGRAMS,
-    Item,
-    cache_bytes,
-    items_of,
-    storage_dtype,
-)
+import jax
+import jax.numpy as jnp
+
 from opdjax.diagnose.plan.workload import Workload, bytes_of
+from opdjax.engine.evaluate import EVALUATION_SLOTS
 from opdjax.engine.scheduling import BLOCKS_PER_FILL
-from opdjax.models.decoder import DecoderConfig
-from opdjax.models.partitioning import WEIGHT_AXES
+from opdjax.models.decoder import DecoderConfig, forward
+from opdjax.models.lora import combine
+from opdjax.models.partitioning import SAMPLER_AXES, WEIGHT_AXES
+from opdjax.ops.sharding import make_mesh
+from opdjax.ops.vocab import TILE
+from opdjax.types import TeacherScores
+
+# The update has two moments of most memory: the pass over the vocabulary, and the backward pass of
+# the layers.
+_SAMPLER, _UPDATE = ("prefill", "sample"), ("loss", "backward")
+PHASES = (*_SAMPLER, "teacher", *_UPDATE, "evaluate")
+PROGRAMS = {name: (name,) for name in (*_SAMPLER, "teacher")} | {"update": _UPDATE}
+# Arrays [tile, V] in float32 that exist at once in the loss, by what is read from the teacher.
+_TILES = {"none": 1, "token": 1, "top_k": 1, "vocabulary": 4}
+# Arrays [rows, V] in float32 when a token is sampled: logits, weights, their running sums.
+_SAMPLING_COPIES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """Something held on each device."""
+
+    name: str
+    num_bytes: int
+    phases: tuple[str, ...]  # the phases in which it is held
+    # The phases whose program takes it as an argument; None: the programs make it.
+    received_by: tuple[str, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +74,7 @@ class Plan:
     @property
     def phases(self) -> tuple[str, ...]:
         """The phases of this run."""
-        evaluates = self.workload.config.evaluation.source is not None
-        return tuple(phase for phase in PHASES if phase != "evaluate" or evaluates)
+        return PHASES if self.workload.config.evaluation.source is not None else PHASES[:-1]
 
     def items_in(self, phase: str) -> list[Item]:
         """Return the items held in a phase."""
@@ -59,7 +86,8 @@ class Plan:
 
     def outside_bytes(self, phase: str) -> int:
         """Return the bytes held in a phase that its program does not receive."""
-        return sum(item.num_bytes for item in self.items if item.is_outside(phase))
+        given = [item for item in self.items_in(phase) if item.received_by is not None]
+        return sum(item.num_bytes for item in given if phase not in item.received_by)
 
     def program_bytes(self, name: str) -> int:
         """Return the most bytes of a program: its arguments and what it makes."""
@@ -67,12 +95,9 @@ class Plan:
 
     def first_overflow(self, phase: str) -> Item | None:
         """Return the first item, in the order of the table, that does not fit after the others."""
-        total = 0
-        for item in self.items_in(phase):
-            total += item.num_bytes
-            if total > self.capacity:
-                return item
-        return None
+        items = self.items_in(phase)
+        totals = itertools.accumulate(item.num_bytes for item in items)
+        return next((item for item, sum_ in zip(items, totals) if sum_ > self.capacity), None)
 
 
 def estimate(workload: Workload) -> Plan:
@@ -82,7 +107,17 @@ def estimate(workload: Workload) -> Plan:
         arithmetic = flops / workload.devices / chip.peak_flops
         memory = traffic / chip.hbm_bandwidth
         bounds[name] = Bound(flops, max(arithmetic, memory), memory > arithmetic)
-    return Plan(workload, items_of(workload), bounds)
+    items = [
+        *_permanent(workload),
+        *_generating(workload, _SAMPLER),
+        *_scoring(workload),
+        *_updating(workload),
+        *_generating(workload, ("evaluate",)),
+    ]
+    return Plan(workload, tuple(item for item in items if item.num_bytes), bounds)
+
+
+# Work
 
 
 def _layer_flops(model: DecoderConfig, tokens: float, context: float) -> float:
@@ -107,24 +142,24 @@ def _work_of(workload: Workload) -> dict[str, tuple[float, float]]:
     completions = config.rows_per_step * length  # tokens that pass through the head
     tokens, columns = config.rows_per_step * workload.columns, workload.columns
     parts, work = config.train.gradient_accumulation_steps, dict.fromkeys(PROGRAMS, (0.0, 0.0))
+    weights_of = lambda model: bytes_of(workload.params(model, workload.dtype, SAMPLER_AXES))
     if workload.writer != "none":
-        model, dtype = workload.sampled_model
-        weights = bytes_of(workload.params(model, dtype, ("tensor",)))
+        model = workload.sampled_model
+        weights = weights_of(model)
         # A prompt is read once for all of its completions.
         flops = _layer_flops(model, config.train.prompts_per_step * prompt, prompt)
         work["prefill"] = flops, -(-workload.rows * BLOCKS_PER_FILL // workload.slots) * weights
         # Every token reads the weights and the cache again; all rows reach the maximum length. With
         # fewer slots than rows the weights are read more often.
         flops = _layer_flops(model, completions, prompt + length / 2)
-        stored = storage_dtype(config.sampling.kv_dtype, dtype)
         shape = (workload.rows, prompt + length // 2, workload.mesh["tensor"])
-        moved = weights * workload.rows / workload.slots + cache_bytes(model, stored, *shape)
+        moved = weights * workload.rows / workload.slots
+        moved += cache_bytes(model, workload.cache_dtype, *shape)
         work["sample"] = flops + _head_flops(model, completions), length * moved
     if workload.needs != "none":
         flops = _layer_flops(scoring, tokens, columns)
         flops += _head_flops(scoring, completions) * (workload.needs != "vocabulary")
-        weights = bytes_of(workload.params(scoring, workload.dtype, ("tensor",)))
-        work["teacher"] = flops, parts * weights
+        work["teacher"] = flops, parts * weights_of(scoring)
     # A forward pass, the backward pass (two forward passes, or one without gradients of kernels)
     # and, with remat `layer`, a second forward pass; what remat `dots` repeats is negligible. The
     # student's head has three products, or two if it is frozen, the teacher's head one.
@@ -133,6 +168,199 @@ def _work_of(workload: Workload) -> dict[str, tuple[float, float]]:
     flops += products * _head_flops(student, completions)
     flops += _head_flops(scoring, completions) * (workload.needs == "vocabulary")
     state = 3 * bytes_of(workload.trained("float32", WEIGHT_AXES))
-    weights = bytes_of(workload.params(student, workload.dtype, ("tensor",)))
-    work["update"] = flops, 2 * state + (2 + repeats) * parts * weights
+    work["update"] = flops, 2 * state + (2 + repeats) * parts * weights_of(student)
     return work
+
+
+# Bytes
+
+
+def _permanent(workload: Workload) -> list[Item]:
+    """Count what is held during the whole step."""
+    is_own, needs_head = workload.config.teacher_is_student, workload.needs == "vocabulary"
+    head = "embedding" if workload.scoring_model.ties_embeddings else "head"
+    trained, published = bytes_of(workload.trained("float32", WEIGHT_AXES)), workload.published
+    head_bytes = bytes_of(published[head]) if is_own and needs_head else 0
+    frozen_readers = _UPDATE + ("teacher",) * workload.has_reference
+    readers = _SAMPLER * (workload.writer == "student") + ("evaluate",) + ("teacher",) * is_own
+    items = [
+        Item("student's trained parameters, float32", trained, PHASES, _UPDATE),
+        Item("optimizer's two moments", 2 * trained, PHASES, _UPDATE),
+        Item("student's frozen parameters", bytes_of(workload.frozen), PHASES, frozen_readers),
+        Item("published copy, its head", head_bytes, PHASES, readers + _UPDATE),
+        Item("published copy of the student", bytes_of(published) - head_bytes, PHASES, readers),
+    ]
+    if workload.teacher is not None:
+        role = "reference" if workload.has_reference else "teacher"
+        head_bytes = bytes_of(workload.scoring[head]) if needs_head else 0
+        readers = _SAMPLER * (workload.writer == "teacher") + ("teacher",)
+        rest = bytes_of(workload.scoring) - head_bytes
+        items += [
+            Item("teacher's head", head_bytes, PHASES, readers + _UPDATE),
+            Item(f"{role}'s parameters", rest, PHASES, readers),
+        ]
+    return items
+
+
+def _size_of(dtype: str) -> int:
+    return jnp.dtype(dtype).itemsize
+
+
+def _gathered_table(workload: Workload, model: DecoderConfig, split_over: tuple[str, ...]) -> int:
+    """Return the bytes of an embedding or head gathered along `fsdp`; 0 if it is not sharded."""
+    if workload.mesh["fsdp"] == 1 or "fsdp" not in split_over:
+        return 0
+    rows = model.vocab_size // workload.mesh["tensor"]
+    return rows * model.hidden_size * _size_of(workload.dtype)
+
+
+def _generating(workload: Workload, phases: tuple[str, ...]) -> list[Item]:
+    """Count the rows that a step samples, or held-out answers, and the next prompts."""
+    config, tensor = workload.config, workload.mesh["tensor"]
+    if phases == _SAMPLER:
+        settings, model, stored = config.sampling, workload.sampled_model, workload.cache_dtype
+        is_run, rows, group = workload.writer != "none", workload.slots, settings.num_generations
+    else:
+        settings, model, stored = config.evaluation, workload.student, workload.dtype
+        rows = -(-(config.sampling.slots or EVALUATION_SLOTS) // workload.row_shards)
+        is_run, group = settings.source is not None, settings.num_samples
+    if not is_run:
+        return []
+    length, prompt, decoding = settings.max_completion_length, workload.prompt_columns, phases[-1:]
+    waiting = -(-rows // (group * BLOCKS_PER_FILL))
+    logits = _SAMPLING_COPIES * (rows * model.vocab_size // tensor * 4)
+    cache = cache_bytes(model, stored, rows, prompt + length, tensor)
+    prefix = cache_bytes(model, stored, waiting, prompt, tensor)
+    # A slot may receive a prompt that another device has read, so all waiting prompts are gathered;
+    # the branch that places rows writes into a copy of the cache. Both, and half a cache of chosen
+    # prompts (the keys, then the values), are in the buffer assignment of `advance` for v5e.
+    gathered = prefix * workload.row_shards if workload.row_shards > 1 else 0
+    chosen = cache_bytes(model, stored, rows, prompt, tensor) // 2
+    unfused = dataclasses.replace(model, attention="xla")  # the sampler's attention always is
+    activations = _forward_bytes(workload, unfused, waiting, prompt)
+    tokens = (rows + workload.rows) * length * 12 if phases == _SAMPLER else 0
+    return [
+        Item("KV cache, prompt and completion", cache, phases, decoding),
+        Item("KV cache of waiting prompts", prefix, phases),
+        Item("KV cache, copied when rows are placed", cache, decoding),
+        Item("KV cache of waiting prompts, gathered", gathered + chosen, decoding),
+        Item(f"logits of the sampled tokens, {_SAMPLING_COPIES} arrays", logits, decoding),
+        Item("KV cache of prompts, as it is written", prefix, phases[:1]),
+        Item("a layer's activations of the prompts", activations, phases[:1]),
+        Item("sampled tokens and their log-probabilities", tokens, _SAMPLER, decoding),
+    ]
+
+
+def cache_bytes(model: DecoderConfig, dtype: str, rows: int, columns: int, tensor: int = 1) -> int:
+    """Return the bytes of keys and values of `rows` rows of `columns` columns in all layers.
+
+    int8 vectors have a float32 scale each.
+    """
+    vector = model.head_size * _size_of(dtype) + 4 * (dtype == "int8")
+    return 2 * model.num_layers * rows * columns * model.num_kv_heads // tensor * vector
+
+
+def _forward_bytes(workload: Workload, model: DecoderConfig, rows: int, columns: int) -> int:
+    """Return the most that one layer of a forward pass holds.
+
+    That is the larger of the attention scores in float32 and the MLP, plus the residual stream.
+    """
+    tensor = workload.mesh["tensor"]
+    heads, width = model.num_heads // tensor, model.intermediate_size // tensor
+    scores = rows * heads * columns * columns * 4 if model.attention == "xla" else 0
+    mlp = rows * columns * 3 * width * _size_of(workload.dtype)
+    return max(scores, mlp) + 2 * rows * columns * model.hidden_size * 4
+
+
+def _tile_bytes(workload: Workload) -> int:
+    """Return the bytes of one array [tile, V] in float32."""
+    tokens = min(TILE, workload.micro_rows * workload.columns)
+    return tokens * workload.student.vocab_size // workload.mesh["tensor"] * 4
+
+
+def _scoring(workload: Workload) -> list[Item]:
+    """Count the teacher's pass."""
+    if workload.needs == "none":
+        return []
+    model, batch, phases = workload.scoring_model, workload.scored_batch(), ("teacher", *_UPDATE)
+    scores = batch.teacher or TeacherScores()
+    hidden = bytes_of(scores.hidden)
+    top = bytes_of((scores.teacher_top_ids, scores.teacher_top_logprobs))
+    # The embedding is freed after the lookup.
+    table = _gathered_table(workload, model, workload.scoring_split)
+    layer = _forward_bytes(workload, model, workload.micro_rows, workload.columns)
+    head, tiles = 0 if model.ties_embeddings else table, 2 * _tile_bytes(workload)
+    if workload.needs == "vocabulary":  # then the update applies the head
+        head = tiles = 0
+    rest = bytes_of(batch) - hidden - top
+    return [
+        Item("batch: ids, mask, log-probabilities", rest, phases, phases),
+        Item("teacher's embedding, gathered, or a layer", max(table, layer), ("teacher",)),
+        Item("teacher's hidden states, whole batch", hidden, phases, phases),
+        Item("teacher's most likely ids, with log-probabilities", top, phases, phases),
+        Item("teacher's head, gathered", head, ("teacher",)),
+        Item("vocabulary tiles of the teacher", tiles, ("teacher",)),
+    ]
+
+
+def _updating(workload: Workload) -> list[Item]:
+    """Count loss, gradient and optimizer; the optimizer works in place."""
+    config, student, dtype, teacher_head = workload.config, workload.student, workload.dtype, 0
+    trained = bytes_of(workload.trained("float32", WEIGHT_AXES))
+    cast = bytes_of(workload.trained(dtype, WEIGHT_AXES)) if dtype != "float32" else 0
+    student_head = _gathered_table(workload, student, WEIGHT_AXES)
+    # The head has no gradient if adapters are trained.
+    table = student.vocab_size // workload.mesh["tensor"] * student.hidden_size
+    table *= not config.lora.rank
+    if workload.needs == "vocabulary":
+        teacher_head = _gathered_table(workload, workload.scoring_model, workload.scoring_split)
+    tiles, loss, backward = _TILES[workload.needs], ("loss",), ("backward",)
+    is_summed = config.train.gradient_accumulation_steps > 1
+    return [
+        Item("student's parameters, cast", cast, _UPDATE),
+        Item("gradient, float32", trained, _UPDATE),
+        Item("activations kept for the backward pass", kept_activations(workload), _UPDATE),
+        Item("student's head, gathered", student_head, loss),
+        Item("head's gradient, summed in float32", table * 4, loss),
+        Item("teacher's head, gathered", teacher_head, loss),
+        Item(f"vocabulary tiles, {tiles} of them", tiles * _tile_bytes(workload), loss),
+        Item("head's gradient", table * _size_of(dtype), backward),
+        Item("gradient of a micro-batch", cast or trained * is_summed, backward),
+        Item("a layer's activations, backward", _backward_bytes(workload), backward),
+    ]
+
+
+def kept_activations(workload: Workload) -> int:
+    """Return the bytes that a micro-batch's forward pass keeps for the backward pass.
+
+    JAX itself counts them, without the parameters.
+    """
+    model = workload.student
+    plain = partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    frozen, trained = plain(workload.frozen), plain(workload.trained(workload.dtype, ()))
+    ids = jax.ShapeDtypeStruct((workload.micro_rows, workload.columns), jnp.int32)
+    # Without a mesh the decoder cannot use splash attention, which keeps far less.
+    mesh = make_mesh(1) if model.attention == "splash" else None
+    run = partial(forward, config=model, remat=workload.config.train.remat, mesh=mesh)
+
+    def residuals(frozen, trained, tokens, segment_ids):
+        inputs = {"tokens": tokens, "segment_ids": segment_ids}
+        return jax.vjp(lambda trained: run(combine(frozen, trained), **inputs), trained)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(residuals, frozen, trained, ids, ids))
+    kind = lambda leaf: (leaf.shape, leaf.dtype)
+    weights = {kind(leaf) for leaf in jax.tree.leaves((frozen, trained))}
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in kept if kind(leaf) not in weights)
+
+
+def _backward_bytes(workload: Workload) -> int:
+    """Return the bytes of one layer in the backward pass.
+
+    Scores and their cotangents are float32; then probabilities, the MLP and its cotangents.
+    """
+    model, rows, columns = workload.student, workload.micro_rows, workload.columns
+    tensor, size = workload.mesh["tensor"], _size_of(workload.dtype)
+    scores = rows * model.num_heads // tensor * columns * columns * (2 * 4 + size)
+    scores = scores if model.attention == "xla" else 0
+    width = 6 * model.intermediate_size // tensor + 8 * model.hidden_size
+    return scores + rows * columns * width * size

@@ -6,19 +6,19 @@ import dataclasses
 import math
 import re
 from collections.abc import Collection
+from typing import Any, NamedTuple
 
 _KINDS = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"}
 _KINDS |= {"collective-permute", "collective-broadcast"}
 # The names of the other types hold their width: bf16, s32, f8e4m3fn.
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
-_INSTRUCTION = re.compile(
-    r"^\s*(?:ROOT )?%(?P<name>[\w.-]+) = (?P<type>.*?) (?P<opcode>[a-z][a-z0-9-]*)\((?P<rest>.*)$"
-)
-_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%(?P<name>[\w.-]+) \(.*\{$")
+_NAME = re.compile(r"%([\w.-]+)")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%([\w.-]+) \(.*\{$")
 _CALLEES = re.compile(
-    r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%([\w.-]+)"
-    r"|branch_computations=\{([^}]*)\}"
+    r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%[\w.-]+"
+    r"|branch_computations=\{[^}]*\}"
 )
 
 
@@ -34,8 +34,7 @@ class Collective:
     operation: str  # the operation of the program that it implements
 
 
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
+class _Instruction(NamedTuple):
     computation: str
     name: str
     type: str
@@ -69,7 +68,7 @@ def collectives(text: str) -> list[Collective]:
             if (kind, channel.group(1)) in seen:
                 continue
             seen.add((kind, channel.group(1)))
-        operands = re.findall(r"%([\w.-]+)", each.rest.partition(")")[0])
+        operands = _NAME.findall(each.rest.partition(")")[0])
         received = sum(sizes.get((each.computation, name), 0) for name in operands)
         returned = _num_bytes(each.type)
         if each.opcode != kind and each.type.startswith("(") and kind != "all-reduce":
@@ -82,30 +81,22 @@ def collectives(text: str) -> list[Collective]:
     return found
 
 
-@dataclasses.dataclass(frozen=True)
-class Traffic:
-    """The collectives of one kind in one loop."""
+def traffic(found: list[Collective]) -> list[dict[str, Any]]:
+    """Group collectives by kind and loop, the largest number of bytes first.
 
-    kind: str
-    loop: str | None
-    instructions: int
-    runs: int  # the sum of `Collective.times`
-    num_bytes: int  # of all runs
-    is_open: bool
-
-
-def traffic(found: list[Collective]) -> list[Traffic]:
-    """Group collectives by kind and loop, the largest number of bytes first."""
-    groups: dict[tuple[str, str | None], list[Collective]] = {}
+    A row has the kind, the loop, the number of instructions, the sum of their runs, the bytes of
+    all runs, and whether a loop has an unknown trip count (`is_open`).
+    """
+    rows: dict[tuple[str, str | None], dict[str, Any]] = {}
     for each in found:
-        groups.setdefault((each.kind, each.loop), []).append(each)
-    rows = []
-    for (kind, loop), members in groups.items():
-        runs = sum(each.times for each in members)
-        num_bytes = sum(each.num_bytes * each.times for each in members)
-        is_open = any(each.is_open for each in members)
-        rows.append(Traffic(kind, loop, len(members), runs, num_bytes, is_open))
-    return sorted(rows, key=lambda row: -row.num_bytes)
+        start = {"instructions": 0, "runs": 0, "num_bytes": 0, "is_open": False}
+        start = {"kind": each.kind, "loop": each.loop} | start
+        row = rows.setdefault((each.kind, each.loop), start)
+        row["instructions"] += 1
+        row["runs"] += each.times
+        row["num_bytes"] += each.num_bytes * each.times
+        row["is_open"] |= each.is_open
+    return sorted(rows.values(), key=lambda row: -row["num_bytes"])
 
 
 def most_rows(text: str, widths: Collection[int], sides: Collection[int]) -> int:
@@ -127,11 +118,9 @@ def _instructions(text: str) -> list[_Instruction]:
     computation, found = "", []
     for line in text.splitlines():
         if header := _COMPUTATION.match(line):
-            computation = header["name"]
+            computation = header.group(1)
         elif instruction := _INSTRUCTION.match(line):
-            found.append(
-                _Instruction(computation, *instruction.group("name", "type", "opcode", "rest"))
-            )
+            found.append(_Instruction(computation, *instruction.groups()))
     return found
 
 
@@ -139,19 +128,18 @@ def _callers(instructions: list[_Instruction]) -> dict[str, _Instruction]:
     """Return for each computation the instruction that calls it."""
     callers = {}
     for each in instructions:
-        for one, several in _CALLEES.findall(each.rest):
-            for name in [one] if one else re.findall(r"%([\w.-]+)", several):
+        for callees in _CALLEES.findall(each.rest):
+            for name in _NAME.findall(callees):
                 callers.setdefault(name, each)
     return callers
 
 
 def _counts(instructions: list[_Instruction]) -> dict[str, int]:
     """Return for each condition of a while loop the constant that it counts up to, from 0."""
-    constants = {}
+    constants, found = {}, {}
     for each in instructions:
         if each.opcode == "constant" and (value := re.match(r"(\d+)\)", each.rest)):
             constants[each.computation, each.name] = int(value.group(1))
-    found = {}
     for each in instructions:
         if each.opcode == "compare" and "direction=LT" in each.rest:
             limit = re.match(r"%[\w.-]+, %([\w.-]+)\)", each.rest)

@@ -7,9 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from opdjax.diagnose.plan.aot import Program
-from opdjax.diagnose.plan.estimate import Plan
+from opdjax.diagnose.plan.estimate import PROGRAMS, Plan
 from opdjax.diagnose.plan.hlo import traffic
-from opdjax.diagnose.plan.memory import PROGRAMS
 from opdjax.ops.vocab import TILE
 
 _GIB, _MIB = 2**30, 2**20
@@ -25,30 +24,23 @@ def text(plan: Plan, programs: list[Program] | None = None) -> str:
 
 def _heading(plan: Plan) -> str:
     workload, topology, config = plan.workload, plan.workload.topology, plan.workload.config
-    near, num_micro_batches = config.near_policy, config.train.gradient_accumulation_steps
-    hosts = "1 host" if topology.hosts == 1 else f"{topology.hosts} hosts"
+    near, packed = config.near_policy, config.train.pack_length
     mesh = " x ".join(f"{axis} {size}" for axis, size in workload.mesh.items())
     generating = config.mesh.generator_devices(topology.chips) if near.generator == "thread" else 0
     idle = topology.chips - workload.devices - generating
-    name = f"{topology.name} ({topology.chip.note})" if topology.chip.note else topology.name
-    devices = [
-        f"{name}: {topology.chips} devices of {topology.chip.hbm_bytes / _GIB:.2f} GiB, {hosts}",
-        f"mesh {mesh}",
-        *([f"{generating} devices generate"] if generating else []),
-        *([f"{idle} devices are idle"] if idle > 0 else []),
-    ]
-    tokens = f"{workload.prompt_columns} + {config.sampling.max_completion_length} tokens"
-    packed = config.train.pack_length
-    rows = f"a step: {config.rows_per_step} rows of {tokens}"
+    devices = f"{topology.name} ({topology.chip.note})" if topology.chip.note else topology.name
+    devices += f": {topology.chips} devices of {plan.capacity / _GIB:.2f} GiB"
+    devices += f", {topology.hosts} host{'s' if topology.hosts > 1 else ''}; mesh {mesh}"
+    devices += f"; {generating} devices generate" if generating else ""
+    devices += f"; {idle} devices are idle" if idle > 0 else ""
+    rows = f"a step: {config.rows_per_step} rows of {workload.prompt_columns}"
+    rows += f" + {config.sampling.max_completion_length} tokens"
     rows += f", packed into rows of {packed}" if packed else ""
     rows += f"; on a device {workload.rows} rows, {workload.micro_rows} at a time"
-    lines = ["; ".join(devices), f"{rows} ({num_micro_batches} micro-batches)"]
-    if near.schedule != "none":
-        lines.append(
-            "rollouts are asynchronous: everything is counted on the learner's devices, as if "
-            "every step sampled and scored its own"
-        )
-    return "\n".join(lines)
+    rows += f" ({config.train.gradient_accumulation_steps} micro-batches)"
+    note = "rollouts are asynchronous: everything is counted on the learner's devices, as if "
+    note += "every step sampled and scored its own"
+    return "\n".join([devices, rows, *([note] if near.schedule != "none" else [])])
 
 
 def _line(name: str, cells: Iterable[str], width: int = 12) -> str:
@@ -64,12 +56,9 @@ def _memory(plan: Plan) -> str:
         sizes[item.name] |= dict.fromkeys(item.phases, item.num_bytes)
     rows = {name: [each.get(phase, 0) for phase in phases] for name, each in sizes.items()}
     rows |= {"total": held, "free": [plan.capacity - each for each in held]}
-    lines = [_line(name, _gib(cells)) for name, cells in rows.items()]
+    gib = lambda sizes: (f"{num_bytes / _GIB:.3f}" if num_bytes else "" for num_bytes in sizes)
+    lines = [_line(name, gib(cells)) for name, cells in rows.items()]
     return "\n".join([_line("GiB on a device", phases), *lines])
-
-
-def _gib(sizes: Iterable[int]) -> Iterable[str]:
-    return (f"{num_bytes / _GIB:.3f}" if num_bytes else "" for num_bytes in sizes)
 
 
 def _work(plan: Plan) -> str:
@@ -117,12 +106,12 @@ def _traffic(program: Program) -> str:
         return ""
     lines = [f"{program.name + ': collectives':20}{'':>4}{'runs':>14}{'MiB':>12}  in the loop"]
     for row in traffic(program.collectives):
-        runs = f"{row.runs}{' a round' if row.is_open else ''}"
+        runs = f"{row['runs']}{' a round' if row['is_open'] else ''}"
         # Loops by the end of their names; the rest repeats the path to them.
-        loop = re.sub(r"/(closed_call|body|checkpoint)\b", "", row.loop or "(no loop)")
+        loop = re.sub(r"/(closed_call|body|checkpoint)\b", "", row["loop"] or "(no loop)")
         loop = " > ".join("/".join(path.split("/")[-2:]) for path in loop.split(" > "))
-        cells = f"{row.instructions:>4}{runs:>14}{row.num_bytes / _MIB:>12.1f}"
-        lines.append(f"{row.kind:20}{cells}  {loop}")
+        cells = f"{row['instructions']:>4}{runs:>14}{row['num_bytes'] / _MIB:>12.1f}"
+        lines.append(f"{row['kind']:20}{cells}  {loop}")
     return "\n".join(lines)
 
 

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from opdjax.config import Config, ModelConfig, TrainConfig
-from opdjax.config.recipes import RECIPES
+from opdjax.config import Config, ModelConfig
 from opdjax.config.topology import Topology
 from opdjax.data.prompts import padded_width
 from opdjax.estimators import estimator_of
@@ -24,8 +23,7 @@ from opdjax.models.hf import open_checkpoint
 from opdjax.models.lora import combine, init_adapters
 from opdjax.models.partitioning import SAMPLER_AXES, WEIGHT_AXES, require_divides, shardings_of
 from opdjax.ops.sharding import abstract_like, by_row, mesh_sizes
-from opdjax.rollouts.requirements import require_rows_divide
-from opdjax.rollouts.setup import attention_of, compute_dtype, needs_teacher
+from opdjax.rollouts.setup import attention_of, compute_dtype, needs_teacher, require_rows_divide
 from opdjax.types import TeacherScores, TrainBatch
 
 
@@ -76,11 +74,15 @@ class Workload:
         return self.teacher or self.student
 
     @property
-    def sampled_model(self) -> tuple[DecoderConfig, str]:
-        """The model that writes the completions, and the type of its forward pass."""
-        if self.writer == "student":
-            return self.student, self.dtype
-        return self.scoring_model, self.dtype
+    def sampled_model(self) -> DecoderConfig:
+        """The model that writes the completions."""
+        return self.student if self.writer == "student" else self.scoring_model
+
+    @property
+    def cache_dtype(self) -> str:
+        """The type in which that model's keys and values are stored."""
+        stored = self.config.sampling.kv_dtype
+        return self.dtype if stored == "auto" else stored
 
     # Arguments of the programs: shapes, types and shardings
 
@@ -91,10 +93,9 @@ class Workload:
 
     def adapters(self, dtype: str, split_over: tuple[str, ...]) -> Any:
         """The student's adapters; None if all of its parameters are trained."""
-        lora = self.config.lora
-        if not lora.rank:
+        if not self.config.lora.rank:
             return None
-        leaves = jax.eval_shape(partial(init_adapters, self.student, lora, 0))
+        leaves = jax.eval_shape(partial(init_adapters, self.student, self.config.lora, 0))
         leaves = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), leaves)
         return abstract_like(leaves, shardings_of(leaves, self.layout, split_over))
 
@@ -105,9 +106,8 @@ class Workload:
     @property
     def frozen(self) -> Any:
         """The student's parameters below adapters; None if all are trained."""
-        if not self.config.lora.rank:
-            return None
-        return self.params(self.student, self.dtype, WEIGHT_AXES)
+        is_frozen = self.config.lora.rank
+        return self.params(self.student, self.dtype, WEIGHT_AXES) if is_frozen else None
 
     @property
     def published(self) -> Any:
@@ -125,10 +125,9 @@ class Workload:
 
     def batch(self) -> TrainBatch:
         """A step's rows before they are scored."""
-        config, estimator = self.config, self.config.estimator
+        config, extra = self.config, self.config.estimator.options.get("extra_draws")
         is_sampled = config.sampling.completions_from == "student"
-        is_rewarded = estimator.task_reward_coef or RECIPES[estimator.recipe].is_rewarded
-        extra = estimator.options.get("extra_draws")
+        is_rewarded = config.estimator.task_reward_coef or config.recipe.is_rewarded
         return TrainBatch(
             tokens=self._rows("int32"),
             mask=self._rows("bool"),
@@ -169,11 +168,17 @@ def read_workload(config: Config, topology: Topology) -> Workload:
     mesh = mesh_sizes(sizes.data, sizes.fsdp, sizes.tensor, available, topology.name)
     row_shards = mesh["data"] * mesh["fsdp"]
     require_rows_divide(config, row_shards)
-    estimator = estimator_of(config.estimator)
-    shape_of = partial(_shape, train=config.train, mesh=mesh, backend=topology.backend)
+
+    def shape_of(model: ModelConfig, role: str) -> DecoderConfig:
+        shape = open_checkpoint(*model.place, with_weights=False).config
+        require_divides(shape, mesh, f"the {role} {model.path}")
+        attention = attention_of(config.train, shape.head_size, role, topology.backend)
+        return dataclasses.replace(shape, attention=attention)
+
     student = dataclasses.replace(shape_of(config.student, "student"), lora_scale=config.lora.scale)
     dtype = compute_dtype(config.train.dtype, topology.backend)
-    teacher, needs, split = None, estimator.teacher, SAMPLER_AXES
+    estimator, teacher, split = estimator_of(config.estimator), None, SAMPLER_AXES
+    needs = estimator.teacher
     if config.estimator.reference_kl_coef:
         # With adapters, the reference policy is the frozen student, which is loaded anyway.
         teacher, needs = None if config.lora.rank else student, "token"
@@ -200,15 +205,6 @@ def read_workload(config: Config, topology: Topology) -> Workload:
         micro_rows=rows // config.train.gradient_accumulation_steps,
         slots=rows if sampling.slots is None else min(sampling.slots // row_shards, rows),
     )
-
-
-def _shape(
-    model: ModelConfig, role: str, train: TrainConfig, mesh: dict[str, int], backend: str
-) -> DecoderConfig:
-    config = open_checkpoint(*model.place, with_weights=False).config
-    require_divides(config, mesh, f"the {role} {model.path}")
-    attention = attention_of(train, config.head_size, role, backend)
-    return dataclasses.replace(config, attention=attention)
 
 
 def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:

@@ -20,6 +20,8 @@ from opdjax.report.papers.tables import (
     PaperTable,
     Row,
     Value,
+    paper_named,
+    paper_tables,
 )
 from opdjax.runs import statistics
 from opdjax.runs.results import Point, Run, SeedGroup, read_group, read_run, seed_groups
@@ -92,16 +94,8 @@ class Comparison:
         ]
 
 
-@dataclasses.dataclass(frozen=True)
-class _CellRuns:
-    """The runs of one cell."""
-
-    row: Row
-    group: SeedGroup
-    runs: Mapping[int, Run]  # completed runs by seed
-
-
-_Found = Mapping[tuple[str, str], _CellRuns | None]
+# By labels of row and column: the points of a cell, and their completed runs by seed.
+_Found = Mapping[tuple[str, str], tuple[SeedGroup, dict[int, Run]] | None]
 
 
 def compare(table: PaperTable, points: Sequence[Point]) -> Comparison:
@@ -125,8 +119,7 @@ def compare(table: PaperTable, points: Sequence[Point]) -> Comparison:
     }
     flat = [(label, cell) for row in cells.values() for label, cell in row.items()]
     filled = {label for label, cell in flat if cell.paper or cell.digest}
-    marks = {cell.paper.mark for _, cell in flat if cell.paper}
-    marks |= {claim.mark for claim in table.claims}
+    marks = {each.mark for each in (*(cell.paper for _, cell in flat), *table.claims) if each}
     return Comparison(
         table,
         tuple(column for column in table.columns if column.label in filled),
@@ -139,7 +132,7 @@ def compare(table: PaperTable, points: Sequence[Point]) -> Comparison:
 
 def _find(
     row: Row, column: PaperColumn, available: Sequence[SeedGroup], reading: Callable[..., Run]
-) -> _CellRuns | None:
+) -> tuple[SeedGroup, dict[int, Run]] | None:
     if not (row.arm and column.read):
         return None
     wanted = {"arm": row.arm} | ({"pair": column.pair} if column.pair else {})
@@ -153,7 +146,7 @@ def _find(
     if not fitting:
         return None
     runs = {run.config["seed"]: run for run in read_group(fitting[0], reading)}
-    return _CellRuns(row, fitting[0], dict(sorted(runs.items())))
+    return fitting[0], dict(sorted(runs.items()))
 
 
 # Cells
@@ -163,11 +156,11 @@ def _cell(row: Row, column: PaperColumn, paper: Value | None, found: _Found) -> 
     own, censored = found[row.label, column.label], []
     if own is None:
         return Cell(paper)
-    read = reader(column.read, row.when)
-    by_seed = {seed: value for seed, run in own.runs.items() if (value := read(run)) is not None}
+    (group, runs), read = own, reader(column.read, row.when)
+    by_seed = {seed: value for seed, run in runs.items() if (value := read(run)) is not None}
     if column.until:
         goal = found[column.until, column.label] if row.when == "after" else None
-        spent = _spent(own.runs, goal.runs if goal else {}, column)
+        spent = _spent(runs, goal[1] if goal else {}, column)
         by_seed = {seed: amount for seed, (amount, _) in spent.items()}
         censored = [seed for seed, (_, is_reached) in spent.items() if not is_reached]
     ours = difference = None
@@ -175,7 +168,6 @@ def _cell(row: Row, column: PaperColumn, paper: Value | None, found: _Found) -> 
         mean, half = statistics.seed_interval(list(by_seed.values()))
         ours = finite(mean * column.scale, half * column.scale)
         difference = ours[0] - paper.number if paper else None
-    group = own.group
     return Cell(paper, by_seed, ours, difference, group.missing, group.digest, tuple(censored))
 
 
@@ -205,9 +197,7 @@ def reader(read: str, when: Literal["after", "before"] = "after") -> Callable[[R
 def _spent(
     runs: Mapping[int, Run], goals: Mapping[int, Run], column: PaperColumn
 ) -> dict[int, tuple[float, bool]]:
-    """By seed: (prompts or seconds spent, True) at the first evaluation that scores at least as
-    much as the best one of the seed's goal; (all that the run spent, False) if there is none.
-    """
+    """By seed: what was spent until as good as the goal's best, or in all, and whether it was."""
     targets = {seed: [score for _, score in run.curve(column.read)] for seed, run in goals.items()}
     found = {}
     for seed, run in runs.items():
@@ -233,37 +223,37 @@ def finite(mean: float, half: float) -> Interval:
 def _flags(table: PaperTable, found: _Found) -> Iterator[str]:
     """Caveats on comparing the rows of a column; WorkdirError if they do not compare."""
     for column in table.columns:
-        cells = [found[row.label, column.label] for row in table.rows]
-        present = [each for each in cells if each is not None]
+        present = [row for row in table.rows if found[row.label, column.label]]
         for other in present[1:]:
-            yield from _pair_flags(table, column, present[0], other)
-    runs = [run for each in found.values() if each is not None for run in each.runs.values()]
+            yield from _pair_flags(table, column, found, (present[0], other))
+    runs = [run for each in found.values() if each for run in each[1].values()]
     commits = sorted({str(run.environment.get("commit"))[:12] for run in runs})
     if len(commits) > 1:
         yield f"the runs of this table are of several commits: {', '.join(commits)}"
 
 
 def _pair_flags(
-    table: PaperTable, column: PaperColumn, first: _CellRuns, other: _CellRuns
+    table: PaperTable, column: PaperColumn, found: _Found, rows: tuple[Row, Row]
 ) -> Iterator[str]:
-    names = f"rows {first.row.label!r} and {other.row.label!r} of {table.name}"
+    names = f"rows {rows[0].label!r} and {rows[1].label!r} of {table.name}"
+    groups, runs = zip(*(found[row.label, column.label] for row in rows))
     # The interval between evaluations matters only to the first one that reaches a target.
     left_out = None if column.until else "every"
-    asked = [upgrade(each.group.points[0].config)["evaluation"] for each in (first, other)]
+    asked = [upgrade(group.points[0].config)["evaluation"] for group in groups]
     settings = [{k: v for k, v in each.items() if k != left_out} for each in asked]
     if changed := differences(*settings, "evaluation."):
         listed = "\n  ".join(changed)
         raise WorkdirError(f"{names} were evaluated in other ways and do not compare:\n  {listed}")
-    if not (first.runs and other.runs):
+    if not all(runs):
         return
-    one, two = (next(iter(each.runs.values())) for each in (first, other))
+    one, two = (next(iter(each.values())) for each in runs)
     if one.data.get("evaluation") != two.data.get("evaluation"):
         if one.config["student"]["path"] == two.config["student"]["path"]:
             raise WorkdirError(
                 f"{names} answered other prompts ({one.workdir}, {two.workdir}) and do not compare"
             )
         yield f"{names} have different students, whose prompts have different tokens"
-    is_start = "before" in (first.row.when, other.row.when)
+    is_start = "before" in (row.when for row in rows)
     if one.data.get("prompts") != two.data.get("prompts") and not is_start:
         yield f"{names} were trained on other prompts"
     machine = ("machine", "devices", "cores")
@@ -276,9 +266,7 @@ def _pair_flags(
 
 
 def _verdicts(claim: PaperClaim, table: PaperTable, cells: Cells) -> list[Verdict]:
-    """The verdicts in all columns that read the same quantity (other benchmarks or pairs of models)
-    and have runs; a single `not run` if none has.
-    """
+    """In all columns of the same quantity that have runs; a single `not run` if none has."""
     named = next(column for column in table.columns if column.label == claim.column)
     alike = [column for column in table.columns if _kind(column) == _kind(named)]
     found = [_verdict(claim, column, cells) for column in alike]
@@ -321,3 +309,49 @@ def _verdict(claim: PaperClaim, column: PaperColumn, cells: Cells) -> Verdict:
     if claim.kind == "ratio":
         mean, half, low, high = statistics.ratio_of_logarithm(mean, half)
     return verdict(status, finite(mean, half), (low, high) if math.isfinite(half) else None)
+
+
+# All tables
+
+
+@dataclasses.dataclass(frozen=True)
+class PaperFacts:
+    """The tables of papers that have points in a sweep."""
+
+    compared: tuple[Comparison, ...]
+    refused: dict[str, tuple[str, str]]  # table whose runs do not compare -> (title, error)
+    absent: tuple[str, ...]  # tables without a point; none where one table was asked for
+
+
+def paper_facts(points: Sequence[Point], only: str | None = None) -> PaperFacts | None:
+    """The tables with their runs, or `only` one; None if no table has a point here.
+
+    ConfigError if `only` is no table, WorkdirError if it has no point here.
+    """
+    found, refused = [], {}
+    for table in [paper_named(only)] if only else paper_tables().values():
+        try:
+            found.append(compare(table, points))
+        except WorkdirError as error:
+            refused[table.name] = table.title, str(error)
+    found = [each for each in found if each.is_run]
+    named = {each.table.name for each in found} | refused.keys()
+    if only and not named:
+        raise WorkdirError(
+            f"--paper {only}: the sweep has no point of this table; expected points with some of "
+            f"the labels {paper_named(only).labels}"
+        )
+    absent = () if only else tuple(name for name in paper_tables() if name not in named)
+    return PaperFacts(tuple(found), refused, absent) if named else None
+
+
+def of_table(points: Sequence[Point], table: PaperTable) -> list[Point]:
+    """The points that belong to cells of a table."""
+    arms = {row.arm for row in table.rows if row.arm}
+    pairs = {column.pair for column in table.columns if column.read}
+    return [
+        point
+        for point in points
+        if point.overrides.get("arm") in arms
+        and ("" in pairs or point.overrides.get("pair") in pairs)
+    ]

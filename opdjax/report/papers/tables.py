@@ -130,6 +130,13 @@ class PaperTable:
     claims: tuple[PaperClaim, ...]
     notes: tuple[str, ...] = ()
 
+    @property
+    def labels(self) -> str:
+        """The labels of the table's points."""
+        labels = [f"arm={row.arm}" for row in self.rows if row.arm]
+        labels += [f"pair={column.pair}" for column in self.columns if column.pair]
+        return " ".join(dict.fromkeys(labels))
+
 
 @functools.cache
 def paper_tables() -> dict[str, PaperTable]:
@@ -141,8 +148,8 @@ def paper_tables() -> dict[str, PaperTable]:
 def paper_named(name: str) -> PaperTable:
     """The table with this name; ConfigError if there is none."""
     tables = paper_tables()
-    names = ", ".join(tables)
     if name not in tables:
+        names = ", ".join(tables)
         raise ConfigError(
             f"there is no table {name!r}; {nearest(name, tables)}; the names are {names}"
         )

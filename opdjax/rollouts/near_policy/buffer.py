@@ -1,119 +1,111 @@
-"""Synchronises the generator and the learner: which weights may sample the rollouts of a step, and
-which steps have stored rollouts.
+"""A step may be sampled as soon as there are weights that will be at most `max_staleness` updates
+old when it is trained on. This is known in advance, because steps are trained on in order, one
+update each. So no sampled rollout is ever dropped, however slow it was.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Literal
 
-_POLL_SECONDS = 0.02  # between looks at files that another process writes
+Lag = Literal["fixed", "free"]
 
 
-class BufferClosedError(RuntimeError):
-    """The run is over: no rollouts come any more."""
+def oldest_version(step: int, max_staleness: int) -> int:
+    """The oldest weights that may sample a step; with a fixed lag the only ones."""
+    return max(step - max_staleness, 0)
+
+
+def version_for(step: int, published: Collection[int], max_staleness: int, lag: Lag) -> int | None:
+    """The weights to sample a step with; None: it has to wait for newer ones.
+
+    fixed: those of `oldest_version`. free: the newest published ones, but none from after the step,
+    which a killed learner may have left.
+    """
+    oldest = oldest_version(step, max_staleness)
+    if lag == "fixed":
+        return oldest if max(published, default=-1) >= oldest else None
+    return max((version for version in published if oldest <= version <= step), default=None)
 
 
 class RolloutBuffer:
-    """The rollouts of future steps, in order, for at most `max_staleness + 1` steps.
+    """The rollouts of future steps, of at most `max_staleness + 1` at a time.
 
-    A step is admitted before it is sampled, as soon as there are weights that will be at most
-    `max_staleness` updates old when the step is trained on. This is known in advance, because steps
-    are trained on in order, one update each. So no sampled rollout is ever dropped, however slow it
-    was, and a generator that is that far ahead waits.
-
-    `lag` fixed: exactly the weights of `max_staleness` updates before the step (the untrained ones
-    for the first steps). free: the newest weights, but none from after the step, which a killed
-    learner may have left.
-
-    `look()` returns (published versions, stored steps). It is called while waiting, if the other
-    end is another process.
+    `sample(step, version, weights)` makes and returns the rollouts of one step. It runs in a thread
+    of its own, or within `publish` if not `is_threaded`. `lag`: see `version_for`.
     """
 
     def __init__(
         self,
+        steps: range,
         max_staleness: int,
-        lag: Literal["fixed", "free"],
-        look: Callable[[], tuple[list[int], list[int]]] | None = None,
+        lag: Lag,
+        sample: Callable[[int, int, Any], Any],
+        *,
+        is_threaded: bool,
     ):
-        self._max_staleness, self._lag, self._look = max_staleness, lag, look
-        self._changed = threading.Condition()
-        self._versions: set[int] = set()
-        self._stored: dict[int, Any] = {}
-        self._is_closed, self._error = False, None
+        self._max_staleness, self._lag, self._sample = max_staleness, lag, sample
+        self._thread = ThreadPoolExecutor(1, "generator") if is_threaded else None
+        self._unsampled = list(steps)  # no weights may sample them yet
+        self._rollouts: dict[int, Future] = {}
+        self._newest: tuple[int, Any] | None = None  # version and weights, with a free lag
 
-    def oldest_version(self, step: int) -> int:
-        """The oldest weights that may sample a step; with a fixed lag the only ones."""
-        return max(step - self._max_staleness, 0)
+    def put(self, step: int, rollouts: Any) -> None:
+        """Add rollouts that are made already."""
+        self._unsampled.remove(step)
+        self._rollouts[step] = Future()
+        self._rollouts[step].set_result(rollouts)
 
-    def publish(self, version: int) -> None:
-        """Weights of that many updates exist."""
-        with self._changed:
-            self._versions.add(version)
-            self._changed.notify_all()
+    def is_needed(self, version: int) -> bool:
+        """Whether weights of `version` updates will sample a step."""
+        is_waiting = not all(future.done() for future in self._rollouts.values())
+        return bool(self._due(version)) or (self._lag == "free" and is_waiting)
 
-    def admit(self, step: int) -> int:
-        """Wait until `step` may be sampled; return the version to sample it with."""
-        return self._wait_for(lambda: self._version_for(step))
+    def wait_for_room(self, version: int) -> None:
+        """With a fixed lag, wait until only one version before `version` is needed: the thread
+        holds two versions of the weights at most.
+        """
+        if self._lag == "fixed":
+            wait([f for step, f in self._rollouts.items() if self._oldest(step) < version - 1])
 
-    def put(self, step: int, content: Any = None) -> None:
-        """The rollouts of a step are stored; `content` is what was read of them, if anything."""
-        with self._changed:
-            self._stored[step] = content
-            self._changed.notify_all()
+    def publish(self, version: int, weights: Any) -> None:
+        """Sample the steps that weights of `version` updates are meant for. With a free lag, steps
+        that wait for the thread are sampled with these weights too.
+        """
+        given = version, weights
+        if self._lag == "free":
+            self._newest, given = given, None
+        for step in self._due(version):
+            if self._thread is None:
+                self.put(step, self._run(step, given))
+            else:
+                self._unsampled.remove(step)
+                self._rollouts[step] = self._thread.submit(self._run, step, given)
 
-    def wait_for(self, step: int) -> None:
-        """Wait until the rollouts of a step are stored."""
-        self._wait_for(lambda: step if step in self._stored else None)
+    def get(self, step: int) -> Any:
+        """Wait for the rollouts of a step; an error of `sample` is raised here."""
+        return self._rollouts[step].result()
 
-    def content(self, step: int) -> Any:
-        """What `put` received for a step; None if another process stored it."""
-        with self._changed:
-            return self._stored.get(step)
+    def __contains__(self, step: int) -> bool:
+        """Whether `get` returns at once."""
+        future = self._rollouts.get(step)
+        return future is not None and future.done() and future.exception() is None
 
     def forget(self, step: int) -> None:
         """Remove a step that was trained on."""
-        with self._changed:
-            self._stored.pop(step, None)
+        del self._rollouts[step]
 
-    def __contains__(self, step: int) -> bool:
-        with self._changed:
-            return step in self._stored
+    def close(self) -> None:
+        """Stop after the step that is being sampled."""
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
 
-    def __len__(self) -> int:
-        with self._changed:
-            return len(self._stored)
+    def _oldest(self, step: int) -> int:
+        return oldest_version(step, self._max_staleness)
 
-    def close(self, error: BaseException | None = None) -> None:
-        """Admit nothing more; waiting for what is not stored raises BufferClosedError, from `error`
-        if one end failed.
-        """
-        with self._changed:
-            self._is_closed, self._error = True, self._error or error
-            self._changed.notify_all()
+    def _due(self, version: int) -> list[int]:
+        return [step for step in self._unsampled if self._oldest(step) <= version]
 
-    def _version_for(self, step: int) -> int | None:
-        if self._is_closed:
-            return None
-        oldest = self.oldest_version(step)
-        if self._lag == "fixed":
-            return oldest if max(self._versions, default=-1) >= oldest else None
-        possible = (v for v in range(step, oldest - 1, -1) if v in self._versions)
-        return next(possible, None)
-
-    def _wait_for(self, find: Callable[[], int | None]) -> int:
-        """Wait until `find` returns something, and return it."""
-        with self._changed:
-            while (found := find()) is None:
-                if self._is_closed:
-                    raise BufferClosedError(
-                        "the other end of the rollout buffer has stopped"
-                    ) from self._error
-                if self._look is not None:
-                    versions, steps = self._look()
-                    self._versions |= set(versions)
-                    self._stored |= {step: None for step in steps if step not in self._stored}
-                if find() is None:
-                    self._changed.wait(_POLL_SECONDS if self._look else None)
-            return found
+    def _run(self, step: int, given: tuple[int, Any] | None) -> Any:
+        return self._sample(step, *(given or self._newest))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import operator
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,8 @@ class _Seen:
 
     path: pathlib.Path
     facts: dict[str, Any]
-    # Identity of each sample, [samples, 4]: version, prompt, sample, and the step, or the number of
-    # the shard if no step is stored.
+    # Identity of each sample, [samples, 5]: number of the shard, version, prompt, sample, and the
+    # step, or the number again if no step is stored.
     keys: np.ndarray
     counts: np.ndarray  # of samples, tokens of prompts, tokens of completions, bytes
 
@@ -40,7 +41,7 @@ class _Seen:
         num_tokens = lambda name: sum(map(len, columns.get(name, ())))
         tokens = num_tokens("tokens") or num_tokens("teacher_logprobs")
         counts = [len(shard), num_tokens("prompt_tokens"), tokens, path.stat().st_size]
-        keys = [*(columns[name] for name in _IDS), columns.get("step", number)]
+        keys = [number, *(columns[name] for name in _IDS), columns.get("step", number)]
         return cls(path, shard.facts, np.stack(keys, axis=1), np.array(counts))
 
 
@@ -54,16 +55,39 @@ def inspect(path: pathlib.Path, num_samples: int = 0) -> bool:
     """
     if path.is_file():
         return _inspect_shard(path, num_samples)
-    if any(shards.shard_paths(path, stage) for stage in SCHEMAS):
-        return _inspect_version(path, num_samples)
-    versions = shards.versions(path)
-    if not versions:
+    unit, directories, groups = "number", [path], {}
+    if not any(shards.shard_paths(path, stage) for stage in SCHEMAS):
+        groups = {version: [] for version in shards.versions(path)}
+        unit, directories = "version", [shards.version_directory(path, each) for each in groups]
+    if not directories:
         problem = "holds no rollouts" if path.exists() else "does not exist"
         raise WorkdirError(
             f"{path} {problem}; expected a shard, a directory rollouts/VERSION or the work "
             "directory of a run that stores its rollouts"
         )
-    return _inspect_workdir(path, versions, num_samples)
+    damaged: list[str] = []
+    places = itertools.product(directories, SCHEMAS)
+    paths = [file for place in places for file in shards.shard_paths(*place).values()]
+    all_seen = _whole(paths, _Seen.of, damaged)
+    for seen in all_seen:
+        key = int(seen.path.parent.name) if unit == "version" else seen.facts["number"]
+        groups.setdefault(key, []).append(seen)
+    _print_counts(unit, groups)
+    paths = [file for place in directories for file in sorted(place.glob("filter-*.json"))]
+    _print_filters(unit, _whole(paths, read_filter, damaged))
+    stages = samples, annotations = [_of_stage(all_seen, stage) for stage in SCHEMAS]
+    for seen in filter(None, stages):
+        print(_facts(seen))
+    repeated, (unannotated, orphaned) = [*map(_num_repeated, stages)], _unmatched(all_seen)
+    print(
+        f"{_totals(samples)[0]} samples: {repeated[0]} repeated, {unannotated} without annotation; "
+        f"{_totals(annotations)[0]} annotations: {repeated[1]} repeated, {orphaned} without sample"
+    )
+    for reason in damaged:
+        print(f"damaged: {reason}")
+    _print_samples(samples, num_samples)
+    # A sample without annotation is no problem: it may be annotated later.
+    return not (damaged or orphaned or any(repeated))
 
 
 def _inspect_shard(path: pathlib.Path, num_samples: int) -> bool:
@@ -86,94 +110,38 @@ def _inspect_shard(path: pathlib.Path, num_samples: int) -> bool:
     return not num_repeated
 
 
-def _inspect_version(directory: pathlib.Path, num_samples: int) -> bool:
-    held = _Held.of(directory)
-    numbers = sorted({seen.facts["number"] for seen in held.samples + held.annotations})
-    _print_counts("number", {number: held.only(number) for number in numbers})
-    _print_filters("number", {number: [document] for number, document in held.filters.items()})
-    return _conclude([held], num_samples)
-
-
-def _inspect_workdir(workdir: pathlib.Path, versions: list[int], num_samples: int) -> bool:
-    held = {version: _Held.of(shards.version_directory(workdir, version)) for version in versions}
-    _print_counts("version", held)
-    filters = {version: list(of.filters.values()) for version, of in held.items() if of.filters}
-    _print_filters("version", filters)
-    return _conclude(list(held.values()), num_samples)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Held:
-    """The content of a version's directory; shards are sorted by number."""
-
-    samples: list[_Seen]
-    annotations: list[_Seen]
-    filters: dict[int, dict[str, Any]]
-    damaged: list[str]
-
-    @classmethod
-    def of(cls, directory: pathlib.Path) -> _Held:
-        damaged: list[str] = []
-        seen = [
-            list(_whole(shards.shard_paths(directory, stage).values(), _Seen.of, damaged).values())
-            for stage in SCHEMAS
-        ]
-        filters = _whole(sorted(directory.glob("filter-*.json")), read_filter, damaged)
-        return cls(*seen, {found["number"]: found for found in filters.values()}, damaged)
-
-    def only(self, number: int) -> _Held:
-        """The shards with this number."""
-        own = lambda seen: [each for each in seen if each.facts["number"] == number]
-        return _Held(own(self.samples), own(self.annotations), {}, [])
-
-    def unmatched(self) -> np.ndarray:
-        """(samples without annotation, annotations without sample), matched within each number."""
-        sides = []
-        for seen in (self.samples, self.annotations):
-            numbers = [np.full(len(each.keys), each.facts["number"]) for each in seen]
-            keys = np.concatenate([np.zeros((0, 4), int), *(each.keys for each in seen)])
-            keys[:, 3] = np.concatenate([np.zeros(0, int), *numbers])
-            sides.append(keys)
-        _, ids = np.unique(np.concatenate(sides), axis=0, return_inverse=True)
-        drawn, annotated = np.split(ids.reshape(-1), [len(sides[0])])
-        return np.array([np.sum(~np.isin(drawn, annotated)), np.sum(~np.isin(annotated, drawn))])
-
-
-def _whole(keys: Iterable[Any], read: Callable[[Any], Any], damaged: list[str]) -> dict[Any, Any]:
-    """key -> what `read` returns; reasons why the others cannot be read are added to `damaged`."""
-    found = {}
-    for key in keys:
+def _whole(
+    paths: list[pathlib.Path], read: Callable[[pathlib.Path], Any], damaged: list[str]
+) -> list[Any]:
+    """What `read` returns; reasons why the others cannot be read are added to `damaged`."""
+    found = []
+    for path in paths:
         try:
-            found[key] = read(key)
+            found.append(read(path))
         except (ShardError, WorkdirError) as error:
             damaged.append(str(error))
     return found
 
 
-def _num_repeated(seen: list[_Seen]) -> int:
-    keys = np.concatenate([np.zeros((0, 4), int), *(each.keys for each in seen)])
+def _of_stage(all_seen: list[_Seen], stage: str) -> list[_Seen]:
+    return [seen for seen in all_seen if seen.facts["stage"] == stage]
+
+
+def _keys(all_seen: list[_Seen]) -> np.ndarray:
+    return np.concatenate([np.zeros((0, 5), int), *(seen.keys for seen in all_seen)])
+
+
+def _num_repeated(all_seen: list[_Seen]) -> int:
+    keys = _keys(all_seen)[:, 1:]
     return len(keys) - len(np.unique(keys, axis=0))
 
 
-def _conclude(held: list[_Held], num_samples: int) -> bool:
-    """Print facts, problems and samples; return whether there are no problems."""
-    samples, annotations = (
-        [seen for of in held for seen in getattr(of, stage)] for stage in SCHEMAS
-    )
-    for kind in filter(None, (samples, annotations)):
-        print(_facts(kind))
-    repeated = [sum(_num_repeated(getattr(of, stage)) for of in held) for stage in SCHEMAS]
-    unannotated, orphaned = sum(of.unmatched() for of in held)
-    print(
-        f"{_totals(samples)[0]} samples: {repeated[0]} repeated, {unannotated} without annotation; "
-        f"{_totals(annotations)[0]} annotations: {repeated[1]} repeated, {orphaned} without sample"
-    )
-    damaged = [reason for of in held for reason in of.damaged]
-    for reason in damaged:
-        print(f"damaged: {reason}")
-    _print_samples(samples, num_samples)
-    # A sample without annotation is no problem: it may be annotated later.
-    return not (damaged or orphaned or any(repeated))
+def _unmatched(all_seen: list[_Seen]) -> tuple[int, int]:
+    """(samples without annotation, annotations without sample), matched within each number."""
+    sides = [_keys(_of_stage(all_seen, stage))[:, :4] for stage in SCHEMAS]
+    _, ids = np.unique(np.concatenate(sides), axis=0, return_inverse=True)
+    drawn, annotated = np.split(ids.reshape(-1), [len(sides[0])])
+    return np.sum(~np.isin(drawn, annotated)), np.sum(~np.isin(annotated, drawn))
 
 
 # Tables
@@ -183,25 +151,27 @@ def _totals(seen: list[_Seen]) -> np.ndarray:
     return sum((each.counts for each in seen), np.zeros(4, int))
 
 
-def _print_counts(name: str, held: dict[int, _Held]) -> None:
-    header = [name, "shards", "samples", "prompt tokens", "tokens"]
+def _print_counts(unit: str, groups: dict[int, list[_Seen]]) -> None:
+    header = [unit, "shards", "samples", "prompt tokens", "tokens"]
     rows = [[*header, "bytes a token", "annotated", "bytes a token"]]
-    for key, of in held.items():
-        *counts, size = _totals(of.samples)
-        *_, num_annotated_tokens, annotated_size = _totals(of.annotations)
-        numbers = [key, len(of.samples) + len(of.annotations), *counts]
-        numbers += [_share(size, counts[2]), counts[0] - of.unmatched()[0]]
+    for key, seen in sorted(groups.items()):
+        *counts, size = _totals(_of_stage(seen, "samples"))
+        *_, num_annotated_tokens, annotated_size = _totals(_of_stage(seen, "annotations"))
+        numbers = [key, len(seen), *counts]
+        numbers += [_share(size, counts[2]), counts[0] - _unmatched(seen)[0]]
         rows.append([*map(str, numbers), _share(annotated_size, num_annotated_tokens)])
     print(_table(rows))
 
 
-def _print_filters(name: str, documents: dict[int, list[dict[str, Any]]]) -> None:
+def _print_filters(unit: str, documents: list[dict[str, Any]]) -> None:
     """Print shares of all samples, and the kept shares of right and of wrong answers."""
     if not documents:
         return
-    header = [name, "filter", "bounds", "samples", "kept", *_ZONES]
+    header = [unit, "filter", "bounds", "samples", "kept", *_ZONES]
     rows = [[*header, "kept of right", "kept of wrong"]]
-    for key, of in documents.items():
+    key_of = operator.itemgetter(unit)
+    for key, group in itertools.groupby(sorted(documents, key=key_of), key_of):
+        of = list(group)
         count, *zones = (sum(d[f"num_{part}"] for d in of) for part in ("samples", "kept", *_ZONES))
         graded = [d["by_correctness"] for d in of if d["by_correctness"]]
         sides = ([d[side] for d in graded] for side in ("right", "wrong"))

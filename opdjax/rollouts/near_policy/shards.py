@@ -1,8 +1,6 @@
-"""Rollouts on disk: Parquet shards, written atomically, with a checksum in their name. No jax.
-
-`WORKDIR/rollouts/VERSION/` (VERSION: updates of the weights that sampled) holds
-`STAGE-NUMBER.DIGEST.parquet` and `filter-NUMBER.json`. DIGEST is the start of the file's sha256, so
-a damaged shard is always noticed.
+"""Rollouts on disk, written atomically. `WORKDIR/rollouts/VERSION/` (VERSION: updates of the
+weights that sampled) holds `STAGE-NUMBER.DIGEST.parquet` and `filter-NUMBER.json`. DIGEST is the
+start of the file's sha256, so a damaged shard is always noticed. No jax.
 """
 
 from __future__ import annotations
@@ -114,12 +112,8 @@ class ShardError(ValueError):
     """A shard is missing, truncated, corrupted, renamed, or of another schema."""
 
 
-class DamagedShardError(ShardError):
-    """The bytes of a shard are not those that were written; it can be replaced by a new one."""
-
-
-class MissingShardError(ShardError):
-    """A shard that was stored before is missing."""
+class LostShardError(ShardError):
+    """A stored shard is missing, or its bytes are not those that were written."""
 
 
 class StorageError(OSError):
@@ -147,23 +141,15 @@ def version_directory(workdir: pathlib.Path, version: int) -> pathlib.Path:
 
 def versions(workdir: pathlib.Path) -> list[int]:
     """The versions that have a directory, in ascending order."""
-    return sorted(
-        int(path.name)
-        for path in (workdir / "rollouts").glob("[0-9]*")
-        if re.fullmatch(r"\d{8,}", path.name)
-    )
+    return sorted(int(path.name) for path in (workdir / "rollouts").glob("[0-9]" * 8))
 
 
 def shard_paths(directory: pathlib.Path, stage: str) -> dict[int, pathlib.Path]:
     """number -> file of one stage, sorted by number. The files are not read or checked."""
-    found: dict[int, pathlib.Path] = {}
-    for path in directory.glob(f"{stage}-*.parquet"):
-        if match := _NAME.fullmatch(path.name):
-            other = found.setdefault(int(match[2]), path)
-            # A writer that is killed before it deletes the replaced shard leaves two: the later one
-            # counts.
-            found[int(match[2])] = max(other, path, key=_written)
-    return dict(sorted(found.items()))
+    # A writer that is killed before it deletes the replaced shard leaves two: the later one counts.
+    paths = sorted(directory.glob(f"{stage}-*.parquet"), key=_written)
+    found = [(match, path) for path in paths if (match := _NAME.fullmatch(path.name))]
+    return dict(sorted({int(match[2]): path for match, path in found}.items()))
 
 
 def _written(path: pathlib.Path) -> tuple[int, str]:
@@ -187,7 +173,31 @@ def write_shard(
     annotations contain `top_k`. ValueError if columns do not fit the schema or each other;
     StorageError if the file cannot be stored.
     """
-    data = _serialised(stage, number, columns, facts)
+    expected = SCHEMAS[stage]
+    if columns.keys() != expected.keys():
+        raise ValueError(f"columns of {stage} are {sorted(columns)}; expected {sorted(expected)}")
+    note = {**facts, "schema": SCHEMA_VERSION, "stage": stage, "number": number}
+    schema = _arrow_schema(stage).with_metadata({_KEY: json.dumps(note, sort_keys=True)})
+    arrays = [_array(columns[name], column, name) for name, column in expected.items()]
+    table = pa.Table.from_arrays(arrays, schema=schema)
+    _checked(stage, table, facts)
+    leaves = {
+        name + (".list.element" if column.per != "sample" else ""): column.type
+        for name, column in expected.items()
+    }
+    floats = [leaf for leaf, type in leaves.items() if type in ("float16", "float32")]
+    file = io.BytesIO()
+    # Log-probs hardly repeat: they compress well if bytes of equal significance are adjacent, and
+    # a dictionary only adds bytes.
+    pq.write_table(
+        table,
+        file,
+        compression="zstd",
+        use_byte_stream_split=floats,
+        use_dictionary=[leaf for leaf in leaves if leaf not in floats],
+        row_group_size=max(1, table.num_rows),
+    )
+    data = file.getvalue()
     name = f"{stage}-{number:08}.{hashlib.sha256(data).hexdigest()[:16]}.parquet"
     path = write_whole(directory / name, data)
     for other in directory.glob(f"{stage}-{number:08}.*.parquet"):
@@ -213,7 +223,7 @@ def read_shard(path: pathlib.Path) -> Shard:
         file = pq.ParquetFile(pa.BufferReader(data))
         facts = dict(json.loads(file.schema_arrow.metadata[_KEY]))
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise DamagedShardError(
+        raise LostShardError(
             f"{path} is no shard that opdjax wrote: {type(error).__name__}: {error}; delete it"
         ) from error
     if facts.get("schema") != SCHEMA_VERSION:
@@ -260,7 +270,12 @@ def write_whole(path: pathlib.Path, data: bytes) -> pathlib.Path:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)  # there is one only after an error
-        _sync_directory(path.parent)
+        # The new name survives a loss of power only when the directory is on the disk too.
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         remedy = _REMEDIES.get(error.errno or 0, "repair that")
         raise StorageError(
@@ -271,38 +286,25 @@ def write_whole(path: pathlib.Path, data: bytes) -> pathlib.Path:
     return path
 
 
-def _sync_directory(directory: pathlib.Path) -> None:
-    """A rename survives a loss of power only when the directory is on the disk too."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _remove_abandoned(path: pathlib.Path) -> None:
     """Delete partial files of the same stage and number whose writers were killed."""
     for partial in path.parent.glob(f"{path.name.split('.')[0]}.*.partial-*"):
         node, _, process = partial.name.rpartition(".partial-")[2].rpartition("-")
-        is_killed = node == platform.node() and not _is_another_alive(process)
+        is_killed = node == platform.node() and not _is_another_alive(int(process))
         with contextlib.suppress(FileNotFoundError):  # finished meanwhile
             if is_killed or time.time() - partial.stat().st_mtime > _ABANDONED_AFTER:
                 partial.unlink()
 
 
-def _is_another_alive(process: str) -> bool:
-    """Whether another process with this id is alive. This process writes one file at a time, so a
-    partial file with its own id is an earlier process's.
-    """
-    if not process.isdecimal() or int(process) == os.getpid():
-        return False
+def _is_another_alive(process: int) -> bool:
+    """Whether another process has this id. This one has no other partial file of its own."""
     try:
-        os.kill(int(process), 0)
+        os.kill(process, 0)
     except PermissionError:  # another user's
         return True
     except ProcessLookupError:
         return False
-    return True
+    return process != os.getpid()
 
 
 # Columns and bytes
@@ -314,37 +316,6 @@ def _arrow_schema(stage: str) -> pa.Schema:
         of = pa.type_for_alias(column.type)
         fields.append((name, of if column.per == "sample" else pa.list_(pa.field("element", of))))
     return pa.schema(fields)
-
-
-def _serialised(
-    stage: str, number: int, columns: Mapping[str, Sequence], facts: Mapping[str, str | int]
-) -> bytes:
-    """The bytes of a shard; ValueError if columns do not fit the schema or each other."""
-    expected = SCHEMAS[stage]
-    if columns.keys() != expected.keys():
-        raise ValueError(f"columns of {stage} are {sorted(columns)}; expected {sorted(expected)}")
-    note = {**facts, "schema": SCHEMA_VERSION, "stage": stage, "number": number}
-    schema = _arrow_schema(stage).with_metadata({_KEY: json.dumps(note, sort_keys=True)})
-    arrays = [_array(columns[name], column, name) for name, column in expected.items()]
-    table = pa.Table.from_arrays(arrays, schema=schema)
-    _checked(stage, table, facts)
-    leaves = {
-        name + (".list.element" if column.per != "sample" else ""): column.type
-        for name, column in expected.items()
-    }
-    floats = [leaf for leaf, type in leaves.items() if type in ("float16", "float32")]
-    file = io.BytesIO()
-    # Log-probs hardly repeat: they compress well if bytes of equal significance are adjacent, and
-    # a dictionary only adds bytes.
-    pq.write_table(
-        table,
-        file,
-        compression="zstd",
-        use_byte_stream_split=floats,
-        use_dictionary=[leaf for leaf in leaves if leaf not in floats],
-        row_group_size=max(1, table.num_rows),
-    )
-    return file.getvalue()
 
 
 def _array(values: Sequence, column: ShardColumn, name: str) -> pa.Array:
@@ -369,9 +340,7 @@ def _array(values: Sequence, column: ShardColumn, name: str) -> pa.Array:
 def _checked(
     stage: str, table: pa.Table, facts: Mapping[str, Any]
 ) -> dict[str, np.ndarray | list[np.ndarray]]:
-    """The columns as arrays, lists as views of one buffer. ValueError unless they have the types of
-    the schema, matching list lengths, and no null or negative id.
-    """
+    """The columns as arrays, lists as views of one buffer; ValueError if they do not fit."""
     if not table.schema.equals(_arrow_schema(stage)):
         raise ValueError(f"it has other columns or types than schema {SCHEMA_VERSION} of {stage}")
     if stage == "annotations" and not isinstance(facts.get("top_k"), int):
@@ -421,9 +390,7 @@ def _require_limits(num_samples: int, num_values: int) -> None:
 
 
 def _read_bytes(path: pathlib.Path, digest: str) -> bytes:
-    """The bytes of a file, read and hashed once; ShardError if it is too large or cannot be read,
-    DamagedShardError if it has another digest.
-    """
+    """The bytes of a file of this digest, read and hashed once."""
     try:
         size = path.stat().st_size
         data = path.read_bytes() if size <= _MAX_BYTES else None
@@ -436,7 +403,7 @@ def _read_bytes(path: pathlib.Path, digest: str) -> bytes:
         raise ShardError(f"{path} has {size} bytes; expected at most {_MAX_BYTES}; {_ADVICE}")
     if hashlib.sha256(data).hexdigest()[:16] != digest:
         found = "corrupted" if data.endswith(_MAGIC) else "truncated, or corrupted at its end"
-        raise DamagedShardError(
+        raise LostShardError(
             f"{path} is {found}: its {len(data)} bytes do not have the digest in its name; "
             f"{_ADVICE}"
         )

@@ -19,7 +19,7 @@ from opdjax.config import PACKAGE
 from opdjax.config.fleet import FleetConfig
 from opdjax.config.grid import SweepPoint
 from opdjax.config.topology import Topology, topology
-from opdjax.config.validation import ConfigError
+from opdjax.config.validation import ConfigError, require
 
 _MAX_NAME = 40  # characters of a job name; Kubernetes appends to it
 
@@ -53,33 +53,21 @@ def make_fleet(
     """The jobs of the sweep in `file` with the directory `url`; `options` are appended to the
     `opdjax sweep` command. ConfigError if they could not run.
     """
-    if not url.startswith("gs://"):
-        raise ConfigError(
-            f"--workdir is {url}; expected gs://BUCKET/NAME: the machines of a fleet share nothing "
-            "else"
-        )
+    expected = "gs://BUCKET/NAME: the machines of a fleet share nothing else"
+    require(url.startswith("gs://"), "--workdir", url, expected)
     if pathlib.Path(file).is_absolute() or not (PACKAGE.parent / file).is_file():
         raise ConfigError(
             f"{file} is not in the checkout {PACKAGE.parent}, which is copied to every machine; "
             "expected a path relative to its root"
         )
-    machine = topology(config.topology)
-    if machine.backend == "cpu":
-        raise ConfigError(
-            f"fleet.topology is {machine.name}; expected TPUs or GPUs, such as v5e-8 or h100-8: on "
-            "CPUs run opdjax sweep --shard I/N on each machine"
-        )
-    if machine.hosts > 1:
-        raise ConfigError(
-            f"fleet.topology is {machine.name}, which has {machine.hosts} hosts; expected a single "
-            "host: a point of a sweep is one process. Start a run on several hosts with tpu/run.sh "
-            "or tpu/xpk.sh"
-        )
-    count = config.shards
-    if count > len(points):
-        raise ConfigError(
-            f"fleet.shards is {count}; expected at most {len(points)}, the number of points"
-        )
+    machine, count = topology(config.topology), config.shards
+    expected = "TPUs or GPUs, such as v5e-8 or h100-8: on CPUs run opdjax sweep --shard I/N on each"
+    require(machine.backend != "cpu", "fleet.topology", machine.name, expected)
+    expected = f"a single host, not {machine.hosts}: a point of a sweep is one process. Start a run"
+    expected += " on several hosts with tpu/run.sh or tpu/xpk.sh"
+    require(machine.hosts == 1, "fleet.topology", machine.name, expected)
+    expected = f"at most {len(points)}, the number of points"
+    require(count <= len(points), "fleet.shards", count, expected)
     stem = re.sub(r"[^a-z0-9]+", "-", pathlib.Path(file).stem.lower()).strip("-")
     digest = hashlib.sha256(f"{file} {url} {shlex.join(options)}".encode()).hexdigest()[:6]
     ending = f"-{digest}-{count}of{count}"
@@ -88,20 +76,16 @@ def make_fleet(
     for i in range(1, count + 1):
         words = ["opdjax", "sweep", file, "--workdir", url, *options, "--shard", f"{i}/{count}"]
         shards.append(SweepShard(f"{stem}-{digest}-{i}of{count}", shlex.join(words)))
-    return Fleet(tuple(shards), machine, _extras(points), _secrets(points), config)
+    secrets = sorted({name for point in points for name in point.config.api_keys})
+    return Fleet(tuple(shards), machine, _extras(points), tuple(secrets), config)
 
 
 def _extras(points: Sequence[SweepPoint]) -> tuple[str, ...]:
-    sources = [
-        config.source for point in points for config in (point.config.data, point.config.evaluation)
-    ]
-    has_rows = any(str(source).startswith(("hf:", "tfds:", "parquet:")) for source in sources)
-    is_judged = any(point.config.is_judged or point.config.teach.model for point in points)
+    configs = [point.config for point in points]
+    sources = {str(part.source) for config in configs for part in (config.data, config.evaluation)}
+    has_rows = any(source.startswith(("hf:", "tfds:", "parquet:")) for source in sources)
+    is_judged = any(config.is_judged or config.teach.model for config in configs)
     return ("eval", *(("data",) if has_rows else ()), *(("judge",) if is_judged else ()))
-
-
-def _secrets(points: Sequence[SweepPoint]) -> tuple[str, ...]:
-    return tuple(sorted({name for point in points for name in point.config.api_keys}))
 
 
 def submit_all(

@@ -7,7 +7,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 
-from opdjax.config.validation import ConfigError
+from opdjax.config.validation import ConfigError, require
 from opdjax.sweeps.fleet.shards import Fleet, SweepShard, require_program, submit_all
 
 _ONE_HOST = ("v4-8", "v5p-8", "v6e-1", "v6e-4")  # slices for which xpk 1.16 uses one host
@@ -16,9 +16,7 @@ _USER_ERROR = 2
 
 
 def launch(fleet: Fleet, log: Callable[[str], None], *, is_dry: bool) -> int:
-    """Create the workloads and return their number; a dry run only prints the commands. The cluster
-    refuses a name that exists.
-    """
+    """Create the workloads and return their number; a dry run only prints the commands."""
     commands = [(shard.name, command(shard, fleet)) for shard in fleet.shards]
     if is_dry:
         log("\n".join(shlex.join(words) for _, words in commands))
@@ -30,22 +28,12 @@ def launch(fleet: Fleet, log: Callable[[str], None], *, is_dry: bool) -> int:
 def command(shard: SweepShard, fleet: Fleet) -> list[str]:
     """The command that creates the workload of a shard; ConfigError if xpk could not run it."""
     config, machine = fleet.config, fleet.machine
-    if machine.backend != "tpu":
-        raise ConfigError(
-            f"fleet.topology is {machine.name}; expected a TPU slice with --launch xpk, or "
-            "--launch skypilot"
-        )
-    if machine.name not in _ONE_HOST:
-        raise ConfigError(
-            f"fleet.topology is {machine.name}, for which xpk uses several hosts, or which it does "
-            f"not support; expected one of {', '.join(_ONE_HOST)}: a point of a sweep is a process"
-        )
-    for name, what in (
-        ("cluster", "the name of a cluster"),
-        ("image", "the name of the image built from tpu/Dockerfile"),
-    ):
-        if not getattr(config, name):
-            raise ConfigError(f"fleet.{name} is empty; expected {what} with --launch xpk")
+    expected = f"one of {', '.join(_ONE_HOST)}, for which xpk uses one host, or --launch skypilot"
+    require(machine.name in _ONE_HOST, "fleet.topology", machine.name, expected)
+    expected = "the name of a cluster with --launch xpk"
+    require(config.cluster, "fleet.cluster", config.cluster, expected)
+    expected = "the name of the image built from tpu/Dockerfile with --launch xpk"
+    require(config.image, "fleet.image", config.image, expected)
     if fleet.secrets:
         raise ConfigError(
             f"the points need {', '.join(fleet.secrets)}, and xpk would write keys into its "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,10 +16,10 @@ from tokenizers import models as tokenizer_models
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.models import MODELS, raw_config, write_model
-from opdjax.models.decoder import DecoderConfig, init_params
+from benchmarks.models import EOS, MODELS, PAD, decoder_of, write_model
+from opdjax.models.decoder import init_params
 
-PAD, EOS, FIRST_WORD = 0, 1, 2
+FIRST_WORD = 2
 NUM_PROMPTS = 4096
 
 
@@ -55,15 +57,7 @@ SIZES = {
         tail_share=1 / 110,
     ),
     "tiny": Sizes(
-        loss_tokens=(16,),
-        vocab=500,
-        width=32,
-        step_batch=2,
-        batch=2,
-        prompt=8,
-        new=8,
-        tail_prompts=6,
-        tail_share=1 / 4,
+        loss_tokens=(16,), vocab=500, step_batch=2, batch=2, new=8, tail_prompts=6, tail_share=1 / 4
     ),
 }
 
@@ -79,13 +73,6 @@ class Form:
 
 
 FORWARD = ("forward",)
-GENERATION = (
-    Form("opdjax", "sampler.sample"),
-    Form("trl", "generate, dynamic cache", remark="transformers"),
-    Form("trl", "generate, static cache", remark="transformers"),
-    Form("tunix", "Sampler"),
-    Form("easydel", "generate", remark="compiled"),
-)
 TWO_MORE = "also computes two cross-entropies of weight 0"
 FORMS = {  # opdjax's comes first
     "logits": (
@@ -95,51 +82,55 @@ FORMS = {  # opdjax's comes first
         Form("easydel", "generalized_jsd_loss"),
         Form("tunix", "LogitStrategy.compute_loss", FORWARD, TWO_MORE),
     ),
-    "hidden": (
+    "hidden states": (
         Form("opdjax", "tiled_loss"),
         Form("trl", "_chunked_divergence_loss", remark="also computes the student's entropy"),
         Form("easydel", "chunked_distillation_loss", FORWARD),
     ),
-    "generate": GENERATION,
-    "tail": GENERATION,
+    "generate": (
+        Form("opdjax", "sampler.sample"),
+        Form("trl", "generate, dynamic cache", remark="transformers"),
+        Form("trl", "generate, static cache", remark="transformers"),
+        Form("tunix", "Sampler"),
+        Form("easydel", "generate", remark="compiled"),
+    ),
     "step": (
         Form("opdjax", "train"),
         Form("trl", "DistillationTrainer", remark="gradient checkpointing off"),
         Form("easydel", "OnPolicyDistillationTrainer", remark="forward KL, the only one it has"),
     ),
 }
-PARTS = {  # of the command line
-    "losses": ("logits", "hidden"),
-    "generation": ("generate", "tail"),
-    "step": ("step",),
-}
+PARTS = ("losses", "generation", "step")  # last the step, whose trainers keep their threads
 
 
-def cases_of(part: str, sizes: Sizes) -> list[dict[str, Any]]:
-    """Return the cases of one part, each with a title for the table."""
-    cases: list[dict[str, Any]] = []
-
-    def add(kind, title, **fields):
-        cases.append({"kind": kind, "title": title} | fields)
-
-    for kind in PARTS[part]:
-        if kind in ("logits", "hidden"):
-            shown, width = ("logits", sizes.vocab) if kind == "logits" else ("states", sizes.width)
-            for tokens in sizes.loss_tokens:
-                for name in ("reverse", "forward", *(("jsd",) if kind == "logits" else ())):
-                    title = f"{name} KL from {shown} [{tokens}, {width}]"
-                    add(kind, title, tokens=tokens, divergence=name)
-        elif kind == "generate":
-            for top_p in (1.0, 0.95):
-                title = f"generation, {sizes.batch} x {sizes.new} tokens, top-p {top_p}"
-                add(kind, title, top_p=top_p, prompts=sizes.batch)
-        elif kind == "tail":
-            title = f"generation with a long tail, {sizes.tail_prompts} prompts by {sizes.batch}"
-            add(kind, title, top_p=1.0, prompts=sizes.tail_prompts)
-        else:
-            title = f"on-policy step, {sizes.step_batch} x {sizes.new} tokens"
-            add(kind, title, divergence="reverse", prompts=NUM_PROMPTS)
-    return cases
+def cases_of(part: str, sizes: Sizes, inputs: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """Yield the cases of one part, each with a title for the table and all that a worker needs."""
+    shape, shared = MODELS[sizes.student], dataclasses.asdict(sizes) | inputs
+    shared |= {"student_shape": shape, "stop_ids": [EOS]}
+    if part == "losses":
+        two = ("reverse", "forward")
+        kinds = (("logits", sizes.vocab, (*two, "jsd")), ("hidden states", sizes.width, two))
+        for kind, width, names in kinds:
+            for tokens, name in itertools.product(sizes.loss_tokens, names):
+                title = f"{name} KL from {kind} [{tokens}, {width}]"
+                fields = {"tokens": tokens, "divergence": name}
+                yield shared | {"kind": kind, "title": title} | fields
+    elif part == "generation":
+        for top_p in (1.0, 0.95):
+            title = f"generation, {sizes.batch} x {sizes.new} tokens, top-p {top_p}"
+            fields = {"top_p": top_p, "prompts": sizes.batch}
+            yield shared | {"kind": "generate", "title": title} | fields
+        # Lengths are geometric: these ids end a completion.
+        words = np.arange(FIRST_WORD, shape["vocab_size"])
+        count = max(round(sizes.tail_share * shape["vocab_size"]), 1)
+        stops = np.random.default_rng(3).choice(words, count, replace=False)
+        title = f"generation with a long tail, {sizes.tail_prompts} prompts by {sizes.batch}"
+        fields = {"top_p": 1.0, "prompts": sizes.tail_prompts, "stop_ids": sorted(stops.tolist())}
+        yield shared | {"kind": "generate", "title": title} | fields
+    else:
+        title = f"on-policy step, {sizes.step_batch} x {sizes.new} tokens"
+        fields = {"divergence": "reverse", "prompts": NUM_PROMPTS}
+        yield shared | {"kind": "step", "title": title} | fields
 
 
 def write_inputs(root: pathlib.Path, sizes: Sizes) -> dict[str, str]:
@@ -148,42 +139,30 @@ def write_inputs(root: pathlib.Path, sizes: Sizes) -> dict[str, str]:
     paths = {"student": root / "student", "teacher": root / "teacher", "prompts_file": file}
     if not file.exists():
         for seed, name in enumerate(("student", "teacher")):
-            model = MODELS[getattr(sizes, name)]
-            write_random_model(model, seed, sizes.dtype, paths[name])
-        vocab = MODELS[sizes.student].vocab_size
+            write_random_model(MODELS[getattr(sizes, name)], seed, sizes.dtype, paths[name])
+        vocab = MODELS[sizes.student]["vocab_size"]
         ids = np.random.default_rng(2).integers(FIRST_WORD, vocab, (NUM_PROMPTS, sizes.prompt))
         rows = [{"prompt": " ".join(f"w{i}" for i in row), "ids": row} for row in ids.tolist()]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {name: str(path) for name, path in paths.items()}
 
 
-def write_random_model(model: DecoderConfig, seed: int, dtype: str, out: pathlib.Path) -> None:
+def write_random_model(raw: dict[str, Any], seed: int, dtype: str, out: pathlib.Path) -> None:
     """Write a random model that never samples PAD or EOS, so that completions have full length.
 
     Component 0 of the residual stream is a positive constant that no layer writes to, and it gives
     these two tokens a very low logit.
     """
-    params = jax.tree.map(np.array, init_params(model, jax.random.key(seed)))
+    params = jax.tree.map(np.array, init_params(decoder_of(raw), jax.random.key(seed)))
     params["embedding"][:, 0], params["embedding"][[PAD, EOS], 0] = 0.1, -60
     params["final_norm"][0] = 30
     for name in ("o_kernel", "down_kernel"):
         params["layers"][name][:, 0] = 0
     words = {"<pad>": PAD, "<eos>": EOS}
-    words |= {f"w{i}": i for i in range(FIRST_WORD, model.vocab_size)}
+    words |= {f"w{i}": i for i in range(FIRST_WORD, raw["vocab_size"])}
     tokenizer = Tokenizer(tokenizer_models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "padding_side": "left"}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     # Older releases of transformers read the field of the top level.
-    raw = raw_config(model, EOS, PAD, positions=4096) | {"rope_theta": model.rope.theta}
-    write_model(params, raw, fast, out, dtype)
-
-
-def stop_ids(case: dict[str, Any], sizes: Sizes) -> list[int]:
-    """Return the ids that end a completion; with a long tail, lengths are geometric."""
-    if case["kind"] != "tail":
-        return [EOS]
-    vocab = MODELS[sizes.student].vocab_size
-    count = max(round(sizes.tail_share * vocab), 1)
-    words = np.arange(FIRST_WORD, vocab)
-    return sorted(np.random.default_rng(3).choice(words, count, replace=False).tolist())
+    write_model(params, raw | {"rope_theta": 1e4}, fast, out, dtype)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
 import pathlib
 import shutil
 import signal
@@ -16,18 +14,8 @@ from functools import partial
 import jax
 
 from benchmarks.core import Row, alternate, num_cores, progress, report
-from benchmarks.models import MODELS
-from benchmarks.peers.cases import (
-    FORMS,
-    PARTS,
-    SIZES,
-    Form,
-    Sizes,
-    cases_of,
-    stop_ids,
-    write_inputs,
-)
-from benchmarks.peers.worker import PINS, Worker, WorkerError, python_of
+from benchmarks.peers.cases import FORMS, PARTS, SIZES, Form, cases_of, write_inputs
+from benchmarks.peers.worker import PINS, Worker, python_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[3] / ".bench"
 # Relative, between losses and gradient norms of one divergence.
@@ -47,7 +35,7 @@ def add_peers(parser: argparse.ArgumentParser) -> None:
     """
     parser.set_defaults(run=peers, repeats=5)
     add = parser.add_argument
-    add("--only", nargs="+", choices=tuple(PARTS), default=list(PARTS), help="parts to run")
+    add("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run")
     add("--peers", nargs="*", choices=tuple(PINS), default=list(PINS), help="systems to compare")
     add("--device", choices=tuple(TOLERANCE), default="cpu")
     add("--tiny", action="store_true", help="tiny sizes, to try the command")
@@ -77,14 +65,11 @@ def peers(options: argparse.Namespace) -> None:
         for system in ("opdjax", *options.peers):
             try:
                 workers[system] = started(system, options)
-            except WorkerError as error:
-                failures[system] = str(error)
             except OSError as error:
-                failures[system] = f"not started: {error}"
-        # The step comes last because its trainers keep their threads.
+                failures[system] = str(error)
         for part in (part for part in PARTS if part in options.only):
-            for case in cases_of(part, sizes):
-                found = measure(case, full_case(case, sizes, inputs), workers, failures, options)
+            for case in cases_of(part, sizes, inputs):
+                found = measure(case, workers, failures, options)
                 warn_of_differences(found, TOLERANCE[options.device])
                 rows += found
         versions = {system: group[0].versions for system, group in workers.items()}
@@ -98,23 +83,15 @@ def peers(options: argparse.Namespace) -> None:
 
 
 def started(system: str, options: argparse.Namespace) -> list[Worker]:
-    """Return a worker per number of cores; WorkerError if the system has no environment."""
+    """Return a worker per number of cores; OSError if the system has no environment."""
     python = sys.executable if system == "opdjax" else dict(options.python).get(system)
     python = python or python_of(system, ROOT, options.device)
     counts = [None] if options.device == "gpu" else options.cores
     return [Worker(system, python, count, ROOT) for count in counts]
 
 
-def full_case(case: Row, sizes: Sizes, inputs: dict[str, str]) -> Row:
-    """Return the case with everything that a worker needs."""
-    shape = dataclasses.asdict(MODELS[sizes.student])
-    more = {"student_shape": shape, "stop_ids": stop_ids(case, sizes)}
-    return dataclasses.asdict(sizes) | more | inputs | case
-
-
 def measure(
     case: Row,
-    full: Row,
     workers: dict[str, list[Worker]],
     failures: dict[str, str],
     options: argparse.Namespace,
@@ -131,18 +108,18 @@ def measure(
         elif divergence not in (None, *form.divergences):
             errors[form] = f"has {' and '.join(form.divergences)} KL only"
         for worker in () if form in errors else workers[form.system]:
-            try:
-                worker.ask(do="prepare", form=form.name, case=full)
-                works[form, worker] = partial(run_once, worker, form.name)
-            except WorkerError as error:
-                errors[form] = str(error)
+            answer = worker.ask(do="prepare", form=form.name, case=case)
+            if "error" in answer:
+                errors[form] = answer["error"]
+            else:
+                works[form, worker] = partial(worker.ask, do="run", form=form.name)
     timed = alternate(works, options.repeats, describe=lambda answer: answer, warm_ups=0)
     for _, worker in works:
-        with contextlib.suppress(WorkerError):
-            worker.ask(do="drop")
+        worker.ask(do="drop")
     found = []
     for form in wanted:
-        row = case | {"system": form.system, "form": form.name, "remark": form.remark}
+        row = {"kind": case["kind"], "title": case["title"], "system": form.system}
+        row |= {"form": form.name, "remark": form.remark}
         runs = {worker.threads: of.results for (one, worker), of in timed.items() if one == form}
         found.append(row | fastest(runs, errors.get(form, "")))
     ours = found[0].get("cost", ())
@@ -150,13 +127,6 @@ def measure(
         ratios = [mine / theirs for mine, theirs in zip(ours, row.get("cost", ()))]
         row["ratio"] = statistics.median(ratios) if ratios else None
     return found
-
-
-def run_once(worker: Worker, form: str) -> Row:
-    try:
-        return worker.ask(do="run", form=form)
-    except WorkerError as error:
-        return {"error": str(error)}
 
 
 def fastest(runs: dict[int | None, list[Row]], error: str) -> Row:
@@ -180,14 +150,15 @@ def fastest(runs: dict[int | None, list[Row]], error: str) -> Row:
 
 def warn_of_differences(rows: list[Row], tolerance: float) -> None:
     """Add a warning to each row whose loss or gradient differs from opdjax's."""
-    ours = rows[0].get("facts", {})
+
+    def values(row: Row) -> list[float]:
+        facts = row.get("facts", {})
+        return [facts["loss"], *facts["norms"]] if "loss" in facts else []
+
     for row in rows[1:]:
-        if row["kind"] not in ("logits", "hidden") or "error" in row or "loss" not in ours:
-            continue
-        names = ("loss", *(f"gradient norm {i}" for i in range(len(ours["norms"]))))
-        theirs = (row["facts"]["loss"], *row["facts"]["norms"])
-        for name, mine, other in zip(names, (ours["loss"], *ours["norms"]), theirs):
+        for number, (mine, other) in enumerate(zip(values(rows[0]), values(row))):
             if abs(mine - other) > tolerance * abs(mine):
+                name = f"gradient norm {number - 1}" if number else "loss"
                 text = f"DIFFERS: {name} is {other / mine:.4g} of opdjax's"
                 row.setdefault("warnings", []).append(text)
 

@@ -16,46 +16,40 @@ from easydel.trainers.distillation_trainer._fn import chunked_distillation_loss,
 from easydel.trainers.generalized_knowledge_distillation_trainer._fn import generalized_jsd_loss
 from transformers import AutoTokenizer, GenerationConfig
 
-from benchmarks.peers.jax_jobs import blocked, describe_loss
 from benchmarks.peers.protocol import (
     Job,
     Stepper,
-    describe_completions,
+    generation,
+    jax_loss,
     make_hidden,
     make_logits,
-    prompt_ids,
     read_prompts,
     serve,
 )
 
 _BETAS = {"reverse": 0.0, "forward": 1.0, "jsd": 0.5}  # the opposite of other libraries
+_HINTON = {"temperature": 1.0, "alpha": 1.0}
 
 
-def build_dense_loss(case, loss):
-    student, teacher = (jnp.asarray(x)[None] for x in make_logits(case))
-    function = jax.jit(jax.value_and_grad(partial(loss, case)))
-    return Job(partial(blocked, function, student, teacher), describe_loss)
+def _logits(case):
+    return [jnp.asarray(x)[None] for x in make_logits(case)]
 
 
-def _hinton(case, student, teacher):
-    return distillation_loss(student, teacher, temperature=1.0, alpha=1.0)[0]
+def hinton_loss(case):
+    return jax_loss(lambda *logits: distillation_loss(*logits, **_HINTON)[0], _logits(case))
 
 
-def _generalized(case, student, teacher):
-    return generalized_jsd_loss(student, teacher, beta=_BETAS[case["divergence"]])
+def generalized_loss(case):
+    return jax_loss(partial(generalized_jsd_loss, beta=_BETAS[case["divergence"]]), _logits(case))
 
 
-def build_chunked_loss(case):
-    arrays = [jnp.asarray(x, case["dtype"]) for x in make_hidden(case)]
-
+def chunked_loss(case):
     def loss(hidden, head, teacher, teacher_head):
         of = lambda kernel: lambda states: states @ kernel.T
-        return chunked_distillation_loss(
-            hidden[None], teacher[None], of(head), of(teacher_head), temperature=1.0, alpha=1.0
-        )[0]
+        given = hidden[None], teacher[None], of(head), of(teacher_head)
+        return chunked_distillation_loss(*given, **_HINTON)[0]
 
-    function = jax.jit(jax.value_and_grad(loss, (0, 1)))
-    return Job(partial(blocked, function, *arrays), describe_loss)
+    return jax_loss(loss, (jnp.asarray(x, case["dtype"]) for x in make_hidden(case)), (0, 1))
 
 
 def _load(path, case):
@@ -65,7 +59,7 @@ def _load(path, case):
     return model.from_pretrained(path, from_torch=True, **types, **mesh)
 
 
-def build_generate(case):
+def generate(case):
     model = _load(case["student"], case)
     options = {"max_new_tokens": case["new"], "do_sample": True, "temperature": 1.0, "top_k": 0}
     options |= {"top_p": case["top_p"], "eos_token_id": case["stop_ids"], "pad_token_id": 0}
@@ -73,33 +67,22 @@ def build_generate(case):
     graph, state, rest = model.split_module()
 
     @jax.jit
-    def generate(state, rest, ids, key):
+    def compiled(state, rest, ids, key):
         module = model.merge_module(graph, state, rest)
-        return module.generate(
-            ids,
-            attention_mask=jnp.ones_like(ids),
-            generation_config=module.generation_config,
-            prng_key=key,
-        ).sequences
+        options = {"generation_config": module.generation_config, "prng_key": key}
+        return module.generate(ids, attention_mask=jnp.ones_like(ids), **options).sequences
 
-    ids = jnp.asarray(prompt_ids(case))
-    seeds = iter(range(10**6))
+    ids = jnp.asarray(read_prompts(case, "ids"), jnp.int32)
 
-    def run(count=case["prompts"]):
-        drawn = []
+    def drawn(rows, seed):
         with model.mesh:
-            for i in range(0, count, case["batch"]):
-                key, part = jax.random.PRNGKey(next(seeds)), ids[i : i + case["batch"]]
-                drawn.append(np.asarray(generate(state, rest, part, key)))
-        return drawn
+            found = compiled(state, rest, ids[rows], jax.random.PRNGKey(seed))
+        return np.asarray(found)[:, ids.shape[1] :]
 
-    def describe(drawn):
-        return describe_completions([part[:, ids.shape[1] :] for part in drawn], case["stop_ids"])
-
-    return Job(run, describe, warm_up=lambda: run(case["batch"]))
+    return generation(case, case["batch"], drawn)
 
 
-def build_trainer(case):
+def trainer(case):
     def loop(pause):
         class PausingTrainer(ed.OnPolicyDistillationTrainer):
             def on_step_end(self, state, metrics, step):
@@ -108,12 +91,12 @@ def build_trainer(case):
                 return state, metrics
 
         with tempfile.TemporaryDirectory() as directory:
-            _trainer(case, directory, PausingTrainer).train()
+            PausingTrainer(**_trainer_arguments(case, directory)).train()
 
-    return Job(Stepper(loop), lambda facts: facts)
+    return Job(Stepper(loop))
 
 
-def _trainer(case, directory, trainer):
+def _trainer_arguments(case, directory):
     config = ed.OnPolicyDistillationConfig(
         save_directory=directory,
         total_batch_size=case["step_batch"],
@@ -138,25 +121,24 @@ def _trainer(case, directory, trainer):
     tokenizer = AutoTokenizer.from_pretrained(case["student"])
     student, teacher = _load(case["student"], case), _load(case["teacher"], case)
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
-    generation = GenerationConfig(max_new_tokens=case["new"], do_sample=True, **ids)
-    student.generation_config = generation
-    rows = Dataset.from_list([{"prompt": row["prompt"]} for row in read_prompts(case)])
-    return trainer(
-        arguments=config,
-        processing_class=tokenizer,
-        student_model=student,
-        teacher_model=teacher,
-        train_dataset=rows,
-    )
+    options = GenerationConfig(max_new_tokens=case["new"], do_sample=True, **ids)
+    student.generation_config = options
+    return {
+        "arguments": config,
+        "processing_class": tokenizer,
+        "student_model": student,
+        "teacher_model": teacher,
+        "train_dataset": Dataset.from_dict({"prompt": read_prompts(case)}),
+    }
 
 
 if __name__ == "__main__":
     os.environ.setdefault("WANDB_MODE", "disabled")
     forms = {
-        "distillation_loss": partial(build_dense_loss, loss=_hinton),
-        "generalized_jsd_loss": partial(build_dense_loss, loss=_generalized),
-        "chunked_distillation_loss": build_chunked_loss,
-        "generate": build_generate,
-        "OnPolicyDistillationTrainer": build_trainer,
+        "distillation_loss": hinton_loss,
+        "generalized_jsd_loss": generalized_loss,
+        "chunked_distillation_loss": chunked_loss,
+        "generate": generate,
+        "OnPolicyDistillationTrainer": trainer,
     }
     serve(forms, easydel=version("easydel"), jax=jax.__version__)

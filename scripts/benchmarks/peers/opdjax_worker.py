@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.peers.jax_jobs import blocked, describe_loss
 from benchmarks.peers.protocol import (
     Job,
     Stepper,
-    describe_completions,
+    generation,
+    jax_loss,
     make_hidden,
     make_logits,
-    prompt_ids,
+    read_prompts,
     serve,
 )
 from opdjax import train
@@ -34,20 +34,15 @@ from opdjax.types import PromptBatch
 _LOSS_TILE = 256  # tokens
 
 
-def build_dense_loss(case):
+def dense(case):
     token_loss = bind("full_kl", {"divergence": case["divergence"]}).token_loss
-    student, teacher = map(jnp.asarray, make_logits(case))
     columns = TokenInputs(jnp.zeros(case["tokens"], jnp.int32))
     weights = jnp.full(case["tokens"], 1 / case["tokens"])
-
-    def mean_loss(student, teacher):
-        return dense_loss(token_loss, student, weights, columns, teacher)[0]
-
-    function = jax.jit(jax.value_and_grad(mean_loss))
-    return Job(partial(blocked, function, student, teacher), describe_loss)
+    loss = lambda student, teacher: dense_loss(token_loss, student, weights, columns, teacher)[0]
+    return jax_loss(loss, map(jnp.asarray, make_logits(case)))
 
 
-def build_tiled_loss(case):
+def tiled(case):
     tokens = case["tokens"]
     token_loss = bind("full_kl", {"divergence": case["divergence"]}).token_loss
     arrays = (jnp.asarray(x, case["dtype"]) for x in make_hidden(case))
@@ -59,40 +54,31 @@ def build_tiled_loss(case):
 
     def loss(hidden, head, teacher_hidden, teacher_head):
         teacher, tile = (teacher_hidden, Head(teacher_head)), _LOSS_TILE
-        return tiled_loss(token_loss, hidden, Head(head), weights, columns, teacher, tile=tile)
+        return tiled_loss(token_loss, hidden, Head(head), weights, columns, teacher, tile=tile)[0]
 
-    function = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
-
-    def run():
-        (value, _), gradients = blocked(function, hidden, head, teacher_hidden, teacher_head)
-        return value, gradients
-
-    return Job(run, describe_loss)
+    return jax_loss(loss, (hidden, head, teacher_hidden, teacher_head), (0, 1))
 
 
-def build_sampler(case):
-    checkpoint, batch = open_checkpoint(case["student"]), case["batch"]
-    params, tokens = load_params(checkpoint, case["dtype"]), prompt_ids(case)
-    numbers = np.arange(len(tokens), dtype=np.int32)
+def sampler(case):
+    checkpoint = open_checkpoint(case["student"])
+    params, tokens = load_params(checkpoint, case["dtype"]), read_prompts(case, "ids")
+    tokens, numbers = np.array(tokens, np.int32), np.arange(len(tokens), dtype=np.int32)
     prompts = PromptBatch(tokens, np.ones(tokens.shape, bool), numbers)
-    first = jax.tree.map(lambda x: x[:batch], prompts)
     decoding = Decoding(case["new"], tuple(case["stop_ids"]), top_p=case["top_p"])
-    draw = partial(sample, config=checkpoint.config, decoding=decoding, slots=batch)
-    seeds = iter(range(10**6))
+    draw = partial(sample, config=checkpoint.config, decoding=decoding, slots=case["batch"])
 
-    def run(prompts=prompts):
-        return np.asarray(draw(params, prompts, next(seeds), 0).tokens)
+    def generate(rows, seed):
+        part = jax.tree.map(lambda x: x[rows], prompts)
+        return np.asarray(draw(params, part, seed, 0).tokens)[:, -case["new"] :]
 
-    def describe(tokens):
-        return describe_completions([tokens[:, -case["new"] :]], case["stop_ids"])
-
-    return Job(run, describe, warm_up=lambda: run(first))
+    # All prompts at once: the slot of a finished row is given to the next one.
+    return generation(case, len(tokens), generate)
 
 
-def build_loop(case):
+def loop(case):
     """Return `opdjax.train.train` unchanged, except that its metric writer pauses each step."""
 
-    def loop(pause):
+    def stepping(pause):
         class PausingWriter(MetricWriter):
             def write(self, step, metrics):
                 super().write(step, metrics)
@@ -102,37 +88,28 @@ def build_loop(case):
         with tempfile.TemporaryDirectory() as directory:
             train.train(_loop_config(case), directory)
 
-    return Job(Stepper(loop), lambda facts: facts)
+    return Job(Stepper(stepping))
 
 
 def _loop_config(case):
-    never = 10**6
+    never, rows = 10**6, {"prompts_per_step": case["step_batch"], "dtype": case["dtype"]}
+    data = {"source": case["prompts_file"], "format": "raw", "max_prompt_length": case["prompt"]}
     settings = {
         "student": {"path": case["student"]},
         "teacher": {"path": case["teacher"]},
-        "data": {"source": case["prompts_file"], "format": "raw"},
+        "data": data,
         "sampling": {"max_completion_length": case["new"]},
         "estimator": {"recipe": "full_kl", "divergence": case["divergence"]},
         "optimizer": {"learning_rate": 1e-6, "schedule": "constant"},
-        "train": {
-            "num_steps": never,
-            "prompts_per_step": case["step_batch"],
-            "dtype": case["dtype"],
-        },
+        "train": {"num_steps": never} | rows,
         "evaluation": {"source": None},
         "checkpoint": {"every": never},
         "log": {"samples_every": 0},
         "mesh": {"data": 1},
     }
-    settings["data"]["max_prompt_length"] = case["prompt"]
     return from_dict(Config, settings)
 
 
 if __name__ == "__main__":
-    forms = {
-        "full_kl": build_dense_loss,
-        "tiled_loss": build_tiled_loss,
-        "sampler.sample": build_sampler,
-        "train": build_loop,
-    }
+    forms = {"full_kl": dense, "tiled_loss": tiled, "sampler.sample": sampler, "train": loop}
     serve(forms, jax=jax.__version__, device=jax.devices()[0].device_kind)

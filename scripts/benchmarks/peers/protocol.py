@@ -1,15 +1,16 @@
 """A worker's side: one JSON object a line on standard input and output, and the common inputs.
 
 A peer's worker runs in the peer's environment. It imports this file and nothing of opdjax; of other
-packages this file needs numpy only. `{"do": "prepare", "case": ...}` builds the work of a form and
-runs it untimed, `{"do": "run", "form": ...}` times one run, `{"do": "drop"}` deletes all work. All
-other output of the worker goes to its log.
+packages this file needs numpy, and jax for losses in jax. `{"do": "prepare", "case": ...}` builds
+the work of a form and runs it untimed, `{"do": "run", "form": ...}` times one run, `{"do": "drop"}`
+deletes all work. All other output of the worker goes to its log.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import json
 import os
 import pathlib
@@ -18,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,45 @@ class Job:
     """
 
     run: Callable[[], Any]
-    describe: Callable[[Any], dict[str, Any]] = lambda result: {}
+    describe: Callable[[Any], dict[str, Any]] = lambda result: result
     warm_up: Callable[[], Any] | None = None  # a shorter `run` for the untimed runs
+
+
+def jax_loss(loss: Callable, arrays: Iterable[Any], argnums: Any = 0) -> Job:
+    """Return the job of a loss in jax and its gradient with respect to `argnums`."""
+    import jax
+    import jax.numpy as jnp
+
+    function, arrays = jax.jit(jax.value_and_grad(loss, argnums)), list(arrays)
+
+    def describe(result):
+        leaves = [leaf.astype(jnp.float32).ravel() for leaf in jax.tree.leaves(result[1])]
+        return {"loss": float(result[0]), "norms": [float(jnp.linalg.norm(x)) for x in leaves]}
+
+    return Job(lambda: jax.block_until_ready(function(*arrays)), describe)
+
+
+def generation(
+    case: dict[str, Any], batch: int, generate: Callable[[slice, int], Sequence[Sequence[int]]]
+) -> Job:
+    """Return the job of all the case's prompts, `batch` at a time.
+
+    `generate(rows, seed)` returns the completions of these prompts, with or without what follows
+    the first stop token. Useful tokens include the stop token.
+    """
+    seeds, stops = itertools.count(), set(case["stop_ids"])
+
+    def run(count=case["prompts"]):
+        return [generate(slice(i, i + batch), next(seeds)) for i in range(0, count, batch)]
+
+    def describe(parts):
+        rows = itertools.chain.from_iterable(parts)
+        ends = lambda row: (n for n, token in enumerate(row, 1) if int(token) in stops)
+        lengths = [next(ends(row), len(row)) for row in rows]
+        facts = {"useful_tokens": sum(lengths), "max_length": max(lengths)}
+        return facts | {"mean_length": sum(lengths) / len(lengths)}
+
+    return Job(run, describe, warm_up=lambda: run(case["batch"]))
 
 
 class Stepper:
@@ -127,28 +165,7 @@ def _tile(rows: np.ndarray, count: int) -> np.ndarray:
     return np.tile(rows, (-(-count // len(rows)), 1))[:count]
 
 
-def read_prompts(case: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the case's rows with `prompt` (text) and `ids`."""
+def read_prompts(case: dict[str, Any], field: str = "prompt") -> list[Any]:
+    """Return the texts of the case's prompts, or their `ids`, of equal length."""
     lines = pathlib.Path(case["prompts_file"]).read_text().splitlines()
-    return [json.loads(line) for line in lines[: case["prompts"]]]
-
-
-def prompt_ids(case: dict[str, Any]) -> np.ndarray:
-    """Return the ids of the case's prompts, int32 `[prompts, prompt]`."""
-    return np.array([row["ids"] for row in read_prompts(case)], np.int32)
-
-
-def describe_lengths(lengths) -> dict[str, Any]:
-    """Return the number of useful tokens, including stop tokens, and the lengths."""
-    lengths = np.asarray(lengths)
-    facts = {"useful_tokens": int(lengths.sum()), "max_length": int(lengths.max())}
-    return facts | {"mean_length": float(lengths.mean())}
-
-
-def describe_completions(parts: list[np.ndarray], stop_ids: list[int]) -> dict[str, Any]:
-    """Return the lengths of rows of tokens, up to and including the first stop token of each."""
-    ends = []
-    for rows in parts:
-        is_stop = np.isin(rows, stop_ids)
-        ends.append(np.where(is_stop.any(axis=1), is_stop.argmax(axis=1) + 1, rows.shape[1]))
-    return describe_lengths(np.concatenate(ends))
+    return [json.loads(line)[field] for line in lines[: case["prompts"]]]

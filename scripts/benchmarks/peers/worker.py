@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import os
 import pathlib
@@ -25,31 +25,21 @@ PINS = {
 CUDA_PINS = {"tunix": "jax[cuda13]==0.10.2", "easydel": "jax[cuda13]==0.9.2"}
 
 
-class WorkerError(RuntimeError):
-    """A system has no environment or its worker failed; the message says why."""
-
-
 def python_of(peer: str, root: pathlib.Path, device: str) -> str:
-    """Return the interpreter of a peer's environment, made again unless its stamp names these pins.
-
-    WorkerError if it cannot be made.
-    """
+    """Return the interpreter of a peer's environment with these pins; OSError without one."""
     pins = PINS[peer].split() + (CUDA_PINS.get(peer, "").split() if device == "gpu" else [])
     directory = root / "venvs" / f"{peer}-{device}"
-    stamp, python = directory / ".installed", directory / "bin" / "python"
-    wanted = hashlib.sha256("\n".join((sys.version, *pins)).encode()).hexdigest()
-    if stamp.exists() and stamp.read_text() == wanted:
-        return str(python)
-    print(f"making {directory} with {', '.join(pins)}", file=sys.stderr, flush=True)
-    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *pins]
-    for command in ([sys.executable, "-m", "venv", "--clear", str(directory)], install):
+    python = str(directory / "bin" / "python")
+    print(f"{directory} needs {', '.join(pins)}", file=sys.stderr, flush=True)
+    # pip changes nothing, and needs no network, where all of these are installed.
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *pins]
+    for command in ([sys.executable, "-m", "venv", str(directory)], install):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             lines = done.stderr.splitlines()
             errors = [line for line in lines if line.startswith("ERROR")] or lines
-            raise WorkerError(f"not installed: {' '.join(errors[-1:])[:300]}")
-    stamp.write_text(wanted)
-    return str(python)
+            raise OSError(f"not installed: {' '.join(errors[-1:])[:300]}")
+    return python
 
 
 class Worker:
@@ -71,26 +61,22 @@ class Worker:
             )
 
     def ask(self, **command: Any) -> dict[str, Any]:
-        """Return the answer to one command; WorkerError if it fails."""
+        """Return the answer to one command; its `error` says why a command failed."""
         if self._death is None:
             line, is_answered = b"", True
-            try:
+            with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.write(json.dumps(command).encode() + b"\n")
                 self._process.stdin.flush()
                 # A worker answers one line to one line, so none is left in a buffer.
                 is_answered = bool(select.select([self._process.stdout], [], [], TIMEOUT)[0])
                 line = self._process.stdout.readline() if is_answered else b""
-            except BrokenPipeError:
-                pass
             if line:
                 answer = json.loads(line)
-                if "error" in answer:
-                    raise WorkerError(answer["error"])
                 self.versions |= answer.get("versions", {})
                 return answer
             self._death = self._end() if is_answered else f"no answer within {TIMEOUT} s"
             self.stop()
-        raise WorkerError(self._death)
+        return {"error": self._death}
 
     def stop(self) -> None:
         """Kill the process."""

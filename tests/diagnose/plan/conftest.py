@@ -55,7 +55,7 @@ def run_of(model, monkeypatch):
     """run_of(topology, **fields) -> a workload: 8 rows of 16 + 16 tokens, a teacher of twice the
     width.
     """
-    for name in ("memory", "table"):
+    for name in ("estimate", "table"):
         monkeypatch.setattr(f"opdjax.diagnose.plan.{name}.TILE", 8)
     student = model("student")
     teacher = model(

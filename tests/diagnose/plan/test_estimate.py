@@ -19,11 +19,7 @@ from opdjax.config import (
 )
 from opdjax.config.topology import topology
 from opdjax.diagnose.plan.aot import lower_update, measure
-from opdjax.diagnose.plan.estimate import estimate
-from opdjax.diagnose.plan.memory import (
-    cache_bytes,
-    kept_activations,
-)
+from opdjax.diagnose.plan.estimate import cache_bytes, estimate, kept_activations
 from opdjax.diagnose.plan.table import fits, verdict
 from opdjax.diagnose.plan.workload import abstract_mesh, bytes_of, read_workload
 from opdjax.models.decoder import init_params, num_parameters

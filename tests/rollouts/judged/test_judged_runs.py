@@ -33,7 +33,7 @@ from opdjax.data.tasks.arithmetic import problems
 from opdjax.diagnose.doctor import CHECKS, run_checks
 from opdjax.engine.update import loss_and_grad
 from opdjax.estimators.losses import AGGREGATIONS
-from opdjax.rollouts.reward_advantages import token_stages, with_advantages
+from opdjax.rollouts.rows import token_stages, with_advantages
 from opdjax.rollouts.setup import load_student, prepare, update_spec
 from opdjax.rollouts.source import SourceStoppedError
 from opdjax.runs.workdir import read_lines
@@ -398,9 +398,7 @@ def test_a_group_without_scores_has_no_gradient_and_is_in_no_denominator(aggrega
 
     def measured(rows, scores):
         some, taken = (jax.tree.map(lambda x: x[rows], value) for value in (batch, rollouts))
-        credit = with_advantages(
-            some, taken, scores[rows], np.zeros((len(rows), 1)), made, setup.tokenizer
-        )
+        credit = with_advantages(some, taken, scores[rows, None], made, setup.tokenizer)
         loss, grads = loss_and_gradient(credit)
         return float(loss), grads
 
@@ -432,7 +430,8 @@ def test_the_stage_of_each_token_and_its_advantage():
         rollouts.tokens, rollouts.mask, rollouts.segment_ids, rollouts.behavior_logprobs
     )
     by_stage = np.array([[1, 1, 1], [0, 1, 0], [1, 0, 0], [0, 0, 0]], np.float32)
-    found = with_advantages(batch, rollouts, by_stage.mean(axis=1), by_stage, made, setup.tokenizer)
+    scores = np.column_stack([by_stage.mean(axis=1), by_stage])
+    found = with_advantages(batch, rollouts, scores, made, setup.tokenizer)
     expected = np.array(
         [[0.5, 0, 2 / 3], [-0.5, 0, -1 / 3], [0.5, 0, -1 / 3], [-0.5, 0, 0]]
     )  # over those that have the stage

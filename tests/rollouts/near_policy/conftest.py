@@ -10,7 +10,7 @@ from opdjax.train import train
 def small_shards():
     """Two shards an epoch; generators in processes of their own store one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("opdjax.rollouts.near_policy.refresh.SHARD_SIZE", 16)
+        patch.setattr("opdjax.rollouts.near_policy.store.SHARD_SIZE", 16)
         yield
 
 

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from opdjax.rollouts.near_policy.ifd import (
     MIN_ALONE_NLL,
     ZONES,
-    delta_ifd,
     document,
     histogram,
     ifd,
@@ -22,7 +21,6 @@ from opdjax.rollouts.near_policy.ifd import (
     zones,
 )
 
-FORMS = ("nll_ratio", "perplexity_ratio")
 deltas = st.lists(
     st.floats(-2, 2) | st.sampled_from([0.0, 0.8, math.nan, math.inf, -math.inf]), max_size=30
 ).map(np.array)
@@ -36,26 +34,19 @@ def test_an_example_worked_by_hand():
     student, student_alone, teacher, teacher_alone = (
         math.log(2) * np.array([bits]) for bits in (2, 3, 1, 2)
     )
-    of_student = ifd(student, student_alone, "nll_ratio")
-    of_teacher = ifd(teacher, teacher_alone, "nll_ratio")
+    of_student = ifd(student, student_alone)
+    of_teacher = ifd(teacher, teacher_alone)
     np.testing.assert_allclose(of_student, 2 / 3, rtol=1e-15)
     np.testing.assert_allclose(of_teacher, 1 / 2, rtol=1e-15)
-    np.testing.assert_allclose(delta_ifd(of_teacher, of_student), -1 / 6, rtol=1e-15)
-    assert zones(delta_ifd(of_teacher, of_student), 0.0, 0.8) == ["degenerate"]
-    # Perplexities 4 to 8 and 2 to 4: the prompt halves both.
-    ratios = [
-        ifd(teacher, teacher_alone, "perplexity_ratio"),
-        ifd(student, student_alone, "perplexity_ratio"),
-    ]
-    np.testing.assert_allclose(ratios, [[0.5], [0.5]], rtol=1e-15)
+    np.testing.assert_allclose(of_teacher - of_student, -1 / 6, rtol=1e-15)
+    assert zones(of_teacher - of_student, 0.0, 0.8) == ["degenerate"]
     # A teacher that gives 1/2 and 1/32 with the prompt, 1/2 and 1/2 without: 3 bits to 1.
-    odd = delta_ifd(ifd(3 * student / 2, student / 2, "nll_ratio"), of_student)
+    odd = ifd(3 * student / 2, student / 2) - of_student
     np.testing.assert_allclose(odd, 3 - 2 / 3, rtol=1e-15)
     assert zones(odd, 0.0, 0.8) == ["disconnected"]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_it_is_the_ratio_of_dense_log_softmaxes(form, rng):
+def test_it_is_the_ratio_of_dense_log_softmaxes(rng):
     """A tiny language model whose logits depend on the last two tokens; the prompt is a token of
     its own.
     """
@@ -75,45 +66,35 @@ def test_it_is_the_ratio_of_dense_log_softmaxes(form, rng):
 
     given_prompt = np.array([list(probabilities(y, x)) for x, y in zip(prompts, answers)])
     alone = np.array([list(probabilities(y, vocab)) for y in answers])
-    found = ifd(-np.log(given_prompt).mean(1), -np.log(alone).mean(1), form)
-    if form == "nll_ratio":
-        expected = np.log(given_prompt).sum(1) / np.log(alone).sum(1)
-    else:
-        expected = np.prod(given_prompt, 1) ** (-1 / length) / np.prod(alone, 1) ** (-1 / length)
+    found = ifd(-np.log(given_prompt).mean(1), -np.log(alone).mean(1))
+    expected = np.log(given_prompt).sum(1) / np.log(alone).sum(1)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    ("conditional", "alone", "is_scored_as"),
+    ("conditional", "alone", "expected"),
     [
-        (0.0, 1.0, {"nll_ratio": 0.0, "perplexity_ratio": math.exp(-1)}),  # certain with the prompt
-        (1.0, 0.0, {"perplexity_ratio": math.e}),  # certain without: any ratio of NLLs would do
-        (0.0, 0.0, {"perplexity_ratio": 1.0}),
-        (1e-9, MIN_ALONE_NLL / 2, {"perplexity_ratio": 1.0}),
-        (-1e-8, 1.0, {"nll_ratio": -1e-8, "perplexity_ratio": math.exp(-1)}),  # rounding
-        (math.nan, math.nan, {}),  # the mean of no tokens
-        (math.inf, 1.0, {}),
-        (1.0, math.inf, {}),  # exp(-inf) and 1 / inf are 0, and the best score of all
-        (1000.0, 1.0, {"nll_ratio": 1000.0}),  # overflows
+        (0.0, 1.0, 0.0),  # certain with the prompt
+        (1.0, 0.0, None),  # certain without: any ratio would do
+        (0.0, 0.0, None),
+        (1e-9, MIN_ALONE_NLL / 2, None),
+        (-1e-8, 1.0, -1e-8),  # rounding
+        (math.nan, math.nan, None),  # the mean of no tokens
+        (math.inf, 1.0, None),
+        (1.0, math.inf, None),  # 1 / inf is 0, and the best score of all
+        (1000.0, 1.0, 1000.0),
     ],
 )
-def test_what_has_no_meaningful_ratio_is_unscored(form, conditional, alone, is_scored_as):
-    found = ifd(np.array([conditional]), np.array([alone]), form)
-    np.testing.assert_allclose(found, is_scored_as.get(form, math.nan), rtol=1e-6)
-    if form not in is_scored_as:
-        assert (
-            zones(delta_ifd(found, [0.5]), None, None)
-            == zones(delta_ifd([0.5], found), None, None)
-            == ["unscored"]
-        )
+def test_what_has_no_meaningful_ratio_is_unscored(conditional, alone, expected):
+    found = ifd(np.array([conditional]), np.array([alone]))
+    np.testing.assert_allclose(found, math.nan if expected is None else expected, rtol=1e-6)
+    if expected is None:
+        assert zones(found - 0.5, None, None) == zones(0.5 - found, None, None) == ["unscored"]
 
 
 def test_log_probs_are_no_nlls():
     with pytest.raises(ValueError, match="a mean NLL is -1.5; expected at least 0"):
-        ifd(np.array([np.nan, -1.5]), np.array([-2.0, -2.0]), "nll_ratio")
-    with pytest.raises(ValueError, match="form is 'ratio'"):
-        ifd(np.array([1.0]), np.array([1.0]), "ratio")
+        ifd(np.array([np.nan, -1.5]), np.array([-2.0, -2.0]))
 
 
 # Zones
@@ -177,7 +158,7 @@ def test_the_control_keeps_as_many_whichever():
     for other in ({"seed": 4}, {"version": 13}, {"number": 2}):
         assert (chosen != random_control(40, 100, **where | other)).any()
     assert random_control(0, 0, **where).shape == (0,)
-    with pytest.raises(ValueError, match="num_kept is 3; expected 0 to 2"):
+    with pytest.raises(ValueError, match="larger sample than population"):
         random_control(3, 2, **where)
     # Every sample is as likely as every other: 400 draws of 40 %, five standard deviations.
     share = np.mean([random_control(4, 10, seed=0, version=v, number=0) for v in range(400)], 0)
@@ -198,7 +179,7 @@ def make_document(**changed):
         "kept": zones(TEACHER - STUDENT, 0.0, 0.8) == "kept",
         "prompt_id": np.arange(6) // 2,
         "sample_id": np.arange(6) % 2,
-        "is_correct": [True, False, False, None, True, np.True_],
+        "is_correct": np.array([True, False, False, False, True, True]),
         "texts_of": lambda i: (f"p{i}", f"c{i}"),
     } | changed
     facts = {"version": 8, "number": 2, "filter": values.pop("filter", "ifd"), "form": "nll_ratio"}
@@ -222,7 +203,7 @@ def test_the_document_counts_what_became_of_every_sample():
         "num_degenerate": 1,
         "num_disconnected": 1,
         "num_unscored": 1,
-        "by_correctness": {"right": {"num": 3, "kept": 2}, "wrong": {"num": 2, "kept": 0}},
+        "by_correctness": {"right": {"num": 3, "kept": 2}, "wrong": {"num": 3, "kept": 1}},
         "kept": [1, 0, 0, 1, 0, 1],
     }
     assert sum(shape["counts"]) == 5
@@ -247,8 +228,8 @@ def test_the_document_counts_what_became_of_every_sample():
             "is_correct": False,
         },
     ]
-    assert examples["kept"][1]["is_correct"] is None
-    assert make_document(is_correct=None)["by_correctness"] is None
+    ungraded = make_document(is_correct=None)
+    assert ungraded["by_correctness"] is ungraded["examples"]["kept"][1]["is_correct"] is None
 
 
 def test_the_control_keeps_others_than_its_zones_say():
@@ -291,8 +272,8 @@ def test_outliers_leave_the_shape_of_the_histogram():
 
 
 def test_nothing_at_all_is_a_document_too():
-    none = np.zeros(0)
+    names = ("student_ifd", "teacher_ifd", "prompt_id", "sample_id")
     found = make_document(
-        student_ifd=none, teacher_ifd=none, kept=none, prompt_id=none, sample_id=none, is_correct=[]
+        **dict.fromkeys(names, np.zeros(0)), kept=np.zeros(0, bool), is_correct=np.zeros(0, bool)
     )
     assert (found["num_samples"], found["kept"], found["examples"]["kept"]) == (0, [], [])

@@ -64,7 +64,7 @@ def filter_of(version, deltas):
             "student_ifd": np.zeros(len(delta)),
             "teacher_ifd": delta,
         },
-        is_correct=[True, False] * (len(delta) // 2),
+        is_correct=np.array([True, False] * (len(delta) // 2)),
         texts_of=lambda i: (str(i), str(i)),
         seed=0,
     )

@@ -112,7 +112,7 @@ def test_another_process_generates_what_the_learner_would_have(ahead, tmp_path):
 
 @pytest.mark.long
 def test_another_process_answers_the_prompts_of_an_epoch(tmp_path, monkeypatch):
-    monkeypatch.setattr("opdjax.rollouts.near_policy.refresh.SHARD_SIZE", 1024)  # as theirs
+    monkeypatch.setattr("opdjax.rollouts.near_policy.store.SHARD_SIZE", 1024)  # as theirs
     train(near(REFRESH), tmp_path / "one")
     config = near(REFRESH | {"generator": "process"})
     assert_same_steps(tmp_path / "one", run_of_two_processes(config, tmp_path, first="train"))

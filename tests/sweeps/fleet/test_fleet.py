@@ -79,9 +79,9 @@ def test_what_skypilot_is_told_of_tpus_and_of_gpus():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"url": "runs/sweep"}, "--workdir is runs/sweep; expected gs://BUCKET/NAME"),
-        ({"topology": "v5e-16"}, "v5e-16, which has 4 hosts; expected a single host"),
-        ({"topology": "cpu"}, "fleet.topology is cpu; expected TPUs or GPUs"),
+        ({"url": "runs/sweep"}, "--workdir is 'runs/sweep'; expected gs://BUCKET/NAME"),
+        ({"topology": "v5e-16"}, "fleet.topology is 'v5e-16'; expected a single host, not 4"),
+        ({"topology": "cpu"}, "fleet.topology is 'cpu'; expected TPUs or GPUs"),
         ({"topology": "v5e-9"}, "there is no topology 'v5e-9'"),
         ({"shards": 1000}, "fleet.shards is 1000; expected at most"),
         ({"file": "/somewhere/sweep.py"}, "is not in the checkout"),
@@ -98,15 +98,20 @@ def test_what_could_not_run_is_refused(given, message):
     [
         (
             {"cluster": "c", "image": "i"},
-            "v5e-8, for which xpk uses several hosts, or which it does not support; expected one "
-            "of v4-8",
+            "fleet.topology is 'v5e-8'; expected one of v4-8, v5p-8, v6e-1, v6e-4, for which xpk",
         ),
         (
             {"topology": "h100-8", "cluster": "c", "image": "i"},
-            "expected a TPU slice with --launch xpk",
+            "or --launch skypilot",
         ),
-        ({"topology": "v6e-4", "image": "i"}, "fleet.cluster is empty"),
-        ({"topology": "v6e-4", "cluster": "c"}, "fleet.image is empty"),
+        (
+            {"topology": "v6e-4", "image": "i"},
+            "fleet.cluster is ''; expected the name of a cluster",
+        ),
+        (
+            {"topology": "v6e-4", "cluster": "c"},
+            "fleet.image is ''; expected the name of the image",
+        ),
         (
             {"topology": "v6e-4", "cluster": "c", "image": "i", "made": judged()},
             f"the points need {KEY}",
