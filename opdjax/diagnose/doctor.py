@@ -7,7 +7,6 @@ are in nats.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
@@ -229,15 +228,16 @@ def _behind(found: str, behind: np.ndarray, m: Measurements) -> Problem:
 
 def judge(m: Measurements) -> Finding:
     """Judges that cannot be reached, or that give no usable reply."""
+    from opdjax.judge.structured_output import described  # needs an extra
+
     judgements, _, error = m.judged
     if error is not None:
         return Finding("judge", *fault(f"the request failed: {error}"))
-    problems = sum((+judgement.tally.problems for judgement in judgements), collections.Counter())
-    counts = ", ".join(f"{name} {count}" for name, count in sorted(problems.items())) or "none"
+    problems = described(judgement.tally for judgement in judgements)
     total, failed = len(judgements), sum(not judgement.is_scored for judgement in judgements)
     text = f"{failed} of {total} groups have no score" if failed else f"{total} groups have scores"
-    status = "fault" if failed else "warning" if problems else "ok"
-    return Finding("judge", status, f"{text}; unusable replies: {counts}")
+    status = "fault" if failed else "warning" if problems != "none" else "ok"
+    return Finding("judge", status, f"{text}; unusable replies: {problems}")
 
 
 def judge_spread(m: Measurements) -> Finding | None:

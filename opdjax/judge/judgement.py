@@ -105,10 +105,10 @@ async def _judgement(judge: Judge, group: RolloutGroup, kind: Kind) -> Judgement
     )
 
 
-async def induce_or_none(judge: Judge, group: RolloutGroup) -> Rubric | None:
+async def induce_or_none(judge: Judge, group: RolloutGroup, tally: Tally) -> Rubric | None:
     """The rubric of a group, without verdicts; None if there is no usable reply."""
     try:
-        return await induce(judge, group, Tally())
+        return await induce(judge, group, tally)
     except NO_USABLE_REPLY:
         return None
 

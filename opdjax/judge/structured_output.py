@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from opdjax.config.rubrics import RubricsConfig
@@ -43,6 +43,16 @@ class Tally:
     problems: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     repairs: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     num_reasks: int = 0
+    last_problem: str = ""  # in the words of the server, or of what was wrong with the reply
+
+
+def described(tallies: Iterable[Tally]) -> str:
+    """The number of problems of each kind, and the last one in words; "none" without any."""
+    tallies = list(tallies)
+    problems = sum((+tally.problems for tally in tallies), collections.Counter())
+    counts = ", ".join(f"{name} {count}" for name, count in sorted(problems.items()))
+    last = [tally.last_problem for tally in tallies if tally.last_problem]
+    return "; the last one: ".join([counts or "none", *last[-1:]])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +89,7 @@ async def ask(
             )
         except tuple(UNANSWERED) as error:
             tally.problems[UNANSWERED[type(error)]] += 1
+            tally.last_problem = str(error)
             raise
         try:
             value, repairs = parse(reply.text)
@@ -89,6 +100,7 @@ async def ask(
             if reply.finish_reason == "length" and error.kind not in _COMPLETE:
                 problem = ReplyError("truncated", _TOO_LONG)
             tally.problems[problem.kind] += 1
+            tally.last_problem = str(problem)
             correction = judge.prompt("reask", {"problem": str(problem).rstrip(".")}, {})
             echo = reply.text.encode("utf-8", "replace").decode("utf-8")[:_MAX_ECHO].strip()
             echo = {"role": "assistant", "content": echo or "(empty)"}

@@ -37,6 +37,7 @@ from opdjax.judge.judgement import (
 from opdjax.judge.reflection import reflect, rubric_text, verdict_text
 from opdjax.judge.replies import ApiError
 from opdjax.judge.schema import Criterion
+from opdjax.judge.structured_output import Tally, described
 from opdjax.ops.multihost import agreed, from_process_zero, on_process_zero
 from opdjax.ops.sharding import num_row_shards, to_host
 from opdjax.rollouts.on_policy import draw, prompts_of
@@ -230,7 +231,8 @@ class JudgedSource(RolloutSource):
         failed = metrics["rubric/failed_share"]
         if failed <= MAX_FAILED_SHARE:
             return judgements, metrics, None
-        return judgements, metrics, f"{failed:.0%} of the groups failed ({_causes(metrics)})"
+        causes = described(each.tally for group in judgements for each in group)
+        return judgements, metrics, f"{failed:.0%} of the groups failed ({causes})"
 
     def _record(
         self, judgements: list[list[Judgement]], is_correct: np.ndarray | None, step: int
@@ -287,7 +289,9 @@ class JudgedSource(RolloutSource):
     def _store_rubrics(self, rollouts: Rollouts) -> ApiError | str | None:
         """Have rubrics written and store them; return why the run must stop."""
         background, groups, problem = self._background, self._groups(rollouts), None
-        requests = [background.submit(induce_or_none(background.judge, each)) for each in groups]
+        tally = Tally()
+        submit = lambda group: background.submit(induce_or_none(background.judge, group, tally))
+        requests = [submit(group) for group in groups]
         try:
             found = background.results(requests)
         except ApiError as error:
@@ -299,7 +303,8 @@ class JudgedSource(RolloutSource):
         num_lacking = len(rubrics) - len(written)
         # A missing rubric is frozen too, unless many are missing: then the judge is at fault.
         if num_lacking > MAX_FAILED_SHARE * len(rubrics):
-            problem = f"{num_lacking} of {len(rubrics)} prompts have no rubric"
+            found = f"{num_lacking} of {len(rubrics)} prompts have no rubric"
+            problem = f"{found} ({described([tally])})"
             rubrics = written
         self._criteria.freeze(rubrics)
         return problem
@@ -322,16 +327,6 @@ def _parts(prompts: PromptBatch, count: int, shards: int) -> list[PromptBatch]:
     ends = range(0, size + 1, size // count)
     cut = lambda start, end: jax.tree.map(lambda x: np.asarray(x)[start:end], prompts)
     return [cut(start, end) for start, end in itertools.pairwise(ends)]
-
-
-def _causes(metrics: Metrics) -> str:
-    prefix = "rubric/problems/"
-    problems = [
-        f"{name.removeprefix(prefix)} {int(count)}"
-        for name, count in metrics.items()
-        if name.startswith(prefix) and count
-    ]
-    return ", ".join(problems) or "too few rollouts have a score"
 
 
 # Privileged context: the teacher of each rollout reads its rubric, its verdicts, or a reflection

@@ -13,7 +13,7 @@ from opdjax.judge.reflection import verdict_text
 from opdjax.judge.replies import ApiRequestError, ApiUnavailableError, Reply
 from opdjax.judge.rubricator import joined
 from opdjax.judge.schema import Criterion
-from opdjax.judge.structured_output import Judge
+from opdjax.judge.structured_output import Judge, described
 from opdjax.judge.verifier import pools
 
 CRITERIA = [
@@ -190,6 +190,9 @@ def test_a_group_that_nobody_can_judge_has_no_scores(role, reply):
     )
     assert not found.is_scored
     assert set(found.scores) == {None}
+    counts, last = described([found.tally]).split("; the last one: ")
+    assert counts == ", ".join(f"{kind} {n}" for kind, n in found.tally.problems.items())
+    assert last == (str(reply) if isinstance(reply, Exception) else found.tally.last_problem)
     assert sum(found.tally.problems.values()) == (1 if isinstance(reply, Exception) else 3)
 
 
