@@ -69,9 +69,6 @@ class ApiConfig(Section):
     api_key_env: str = ""
     # Longest reply of a judge, in tokens.
     max_tokens: Annotated[int, "at least 1"] = 8192
-    # Name of this limit in requests. auto: max_completion_tokens for a server of OpenAI, else
-    # max_tokens, which other servers of reasoning models may refuse as well.
-    max_tokens_field: MaxTokensField = "auto"
     # Longest duration of a request, in seconds.
     timeout: Annotated[float, "more than 0"] = 120.0
     # Largest number of requests of a role at the same time. 0: no requests, only cached replies; a
@@ -91,6 +88,9 @@ class ApiConfig(Section):
     # SQLite file of cached replies, which several runs may share; empty: replies.sqlite in the work
     # directory.
     cache: str = ""
+    # Name of the limit on a reply in requests. auto: max_completion_tokens for a server of OpenAI,
+    # else max_tokens, which other servers of reasoning models may refuse as well.
+    max_tokens_field: MaxTokensField = "auto"
 
     def __post_init__(self):
         super().__post_init__()

@@ -90,8 +90,8 @@ def refused_parameter(message: str, body: dict[str, Any]) -> str | None:
     # The start: some servers repeat the request, and with it what a student wrote.
     sentence = message[:300]
     for name in sorted(body.keys() - {"model", "messages", "response_format"}):
-        told = rf"{_REFUSAL}[^.]{{0,60}}\b{name}\b|\b{name}\b[^.]{{0,40}}{_REFUSAL}"
-        if re.search(told, sentence, re.IGNORECASE):
+        refusal = rf"{_REFUSAL}[^.]{{0,60}}\b{name}\b|\b{name}\b[^.]{{0,40}}{_REFUSAL}"
+        if re.search(refusal, sentence, re.IGNORECASE):
             return name
     return None
 

@@ -71,7 +71,7 @@ UNUSUAL = Config(
     teach=TeachConfig(2, 0.7, 0.9, 44, "writer", "http://host:2/v1", "low"),
     api=ApiConfig(
         *("http://host/v1", "JUDGE_KEY", 100, 9.0, 4, (60, 9000), 1),
-        *(("judge=0.5/1.5",), 2.5, "replies.sqlite"),
+        *(("judge=0.5/1.5",), 2.5, "replies.sqlite", "max_completion_tokens"),
     ),
     seed=11,
 )

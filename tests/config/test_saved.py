@@ -188,6 +188,12 @@ def test_sampling_of_judges_that_is_not_sent_today_is_named():
     ]
 
 
+def test_the_name_of_the_limit_on_a_reply_is_kept():
+    saved = copy.deepcopy(OLD["judged"])
+    saved["verifier"]["max_tokens_field"] = "max_completion_tokens"
+    assert upgrade(saved)["api"]["max_tokens_field"] == "max_completion_tokens"
+
+
 def test_offline_runs_and_the_built_in_judge_are_read():
     saved = copy.deepcopy(OLD["judged"])
     for role in ("rubricator", "verifier"):
