@@ -3,8 +3,10 @@ a judge served over HTTP.
 """
 
 import dataclasses
+import http.server
 import json
 import os
+import threading
 
 import jax
 import numpy as np
@@ -189,6 +191,52 @@ def test_a_spending_cap_stops_the_run_which_goes_on_when_it_is_raised(
         train(capped, tmp_path)
     train(asked_at(capped, judge_server, max_dollars=0.0), tmp_path)
     assert weights(tmp_path) == weights(straight)
+
+
+@pytest.fixture
+def refusing_server():
+    """The address of a server that, as those of reasoning models do, refuses max_tokens."""
+
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            text = "max_tokens is not supported, use max_completion_tokens"
+            text = text if "max_tokens" in body else "The prompt is too long"
+            content = json.dumps({"error": {"message": text}}).encode()
+            self.send_response(400)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        log_message = lambda *_: None
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("field", "quoted"),
+    [
+        (
+            "auto",
+            "max_tokens is not supported, use max_completion_tokens; set api.max_tokens_field to "
+            "max_completion_tokens",
+        ),
+        ("max_completion_tokens", "The prompt is too long"),
+    ],
+)
+def test_a_server_that_refuses_is_quoted_in_train_and_doctor_alike(
+    refusing_server, tmp_path, field, quoted
+):
+    refused = asked_at(config(NOWHERE), refusing_server, max_tokens_field=field)
+    with pytest.raises(SourceStoppedError) as stopped:
+        train(refused, tmp_path)
+    (finding,) = run_checks(refused, only=["judge"])
+    assert finding.status == "fault"
+    for text in (str(stopped.value), finding.message):
+        assert f"status 400: {quoted}" in text
 
 
 def test_a_reply_that_is_missing_offline_is_named(judge_server, tmp_path):
