@@ -12,15 +12,8 @@ import re
 from typing import Any
 
 # Why a reply cannot be used, and what was repaired: names of metrics.
-ERRORS = (
-    "empty",
-    "truncated",
-    "parse_error",
-    "ambiguous",
-    "schema_error",
-    "answer_index",
-    "validation_error",
-)
+ERRORS = ("empty", "truncated", "parse_error", "ambiguous", "schema_error")
+ERRORS += ("answer_index", "validation_error")
 REPAIRS = ("fence", "prose", "unknown_keys", "id_case")
 MAX_REPLY_CHARS = 400_000  # about 100,000 tokens, reasoning included
 _MAX_MESSAGE = 500  # characters; an error may quote the reply, and becomes part of a prompt
@@ -76,9 +69,7 @@ def require_own_object(text: str, prompt: str) -> None:
     """
     (found,) = {_squeezed(found) for found, _ in _objects(_after_reasoning(text))} - {"{}"}
     if found in _squeezed(prompt).replace("},...]}", "}]}"):
-        message = (
-            "the JSON object in the reply also stands in the request; expected your own, alone"
-        )
+        message = "the JSON object is a quotation of the request; expected your own, alone"
         raise ReplyError("ambiguous", message)
 
 
@@ -146,11 +137,9 @@ def _objects(text: str) -> list[tuple[str, bool]]:
     found, end = [], 0
     while start := _START.search(text, end):
         _, newline, before = text[end : start.start()].rpartition("\n")
-        is_first = bool(newline) or end == 0
+        is_apart = (newline or not end) and _FENCE_LINE.fullmatch(before.strip())
         end = _end_of_object(text, start.start())
-        is_apart = (
-            is_first and _FENCE_LINE.fullmatch(before.strip()) and _END_OF_LINE.match(text, end)
-        )
+        is_apart = is_apart and _END_OF_LINE.match(text, end)
         found.append((text[start.start() : end], bool(is_apart)))
     return found
 

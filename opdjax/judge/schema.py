@@ -16,8 +16,6 @@ import pydantic
 from opdjax.config.rubrics import RubricsConfig
 from opdjax.judge.reply_object import ReplyError, describe, is_written, read_object
 
-_MAX_NAMED = 20  # numbers of answers in an error
-
 
 class Criterion(pydantic.BaseModel):
     """One observable property of an answer, with its weight."""
@@ -148,12 +146,8 @@ def parse_rubric(
     items, repairs = _read_list(text, "criteria")
     known = _criterion_fields(config, stages).keys()  # others are dropped
     read = lambda number, item: _criterion(item, number, known, repairs, config.grades)
-    low, high = bounds or config.num_criteria
-    if not low <= len(items) <= high:
-        message = f"there are {len(items)} criteria; expected from {low} to {high}"
-        raise ReplyError("validation_error", message)
     criteria = tuple(itertools.starmap(read, enumerate(items, 1)))
-    _check_rubric(criteria, low, stages)
+    _check_rubric(criteria, bounds or config.num_criteria, stages)
     return Rubric(criteria), tuple(sorted(repairs))
 
 
@@ -171,18 +165,20 @@ def _criterion(item: Any, number: int, known: Set[str], repairs: set[str], grade
         raise ReplyError("schema_error", f"criterion {number}: {_first_error(error)}") from error
 
 
-def _check_rubric(criteria: tuple[Criterion, ...], low: int, stages: tuple[str, ...]) -> None:
-    ids = [criterion.id for criterion in criteria]
+def _check_rubric(
+    criteria: tuple[Criterion, ...], bounds: tuple[int, int], stages: tuple[str, ...]
+) -> None:
+    (low, high), ids = bounds, [criterion.id for criterion in criteria]
     invalid = lambda message: ReplyError("validation_error", message)
+    if not low <= len(criteria) <= high:
+        raise invalid(f"there are {len(criteria)} criteria; expected from {low} to {high}")
     if len(set(ids)) < len(ids):
         raise invalid(f"the ids are {', '.join(ids)}; expected each once")
     if low and all(criterion.polarity == "negative" for criterion in criteria):
         raise invalid("all criteria are negative; expected at least one that an answer can meet")
     for criterion in criteria:
         if not is_written(criterion.text):
-            raise invalid(
-                f"criterion {criterion.id} has the text {criterion.text!r}; expected words"
-            )
+            raise invalid(f"criterion {criterion.id} has no words; expected a demand")
         if stages and criterion.stage not in stages:
             expected = f"expected one of {list(stages)}"
             raise invalid(f"criterion {criterion.id} has stage {criterion.stage!r}; {expected}")
@@ -223,10 +219,9 @@ def _parse_answers(
     numbers = [index for index in indices if type(index) is int]
     # A missing or an additional entry, or a count from 0, can shift the numbers of all others.
     if sorted(numbers) != list(range(1, num_answers + 1)) or len(items) != num_answers:
-        named = ", ".join(str(index) for index in numbers[:_MAX_NAMED]) or "none"
-        message = f"there are {len(items)} entries, with answer_index {named}; expected one entry "
-        message += f"for each answer, with answer_index from 1 to {num_answers}"
-        raise ReplyError("answer_index", message)
+        expected = f"expected one entry for each answer_index from 1 to {num_answers}"
+        found = f"there are {len(items)}, with {', '.join(map(str, numbers)) or 'none'}"
+        raise ReplyError("answer_index", f"{expected}; {found}")
     values: dict[int, Any] = {}
     problems: dict[int, str] = {}
     for index, item in zip(indices, items):

@@ -130,7 +130,10 @@ def test_a_pool_of_which_the_verifier_missed_some_is_asked_for_again():
     assert found.tally.problems == {"answer_index": 1, "missing_answer": 0}
     (_, first), (_, again) = scripted.asked[1:]
     assert again[0] == first[0]
-    assert "there are 2 entries, with answer_index 1, 2; expected" in again[2]["content"]
+    assert (
+        "expected one entry for each answer_index from 1 to 6; there are 2, with 1, 2"
+        in again[2]["content"]
+    )
 
 
 def test_a_rollout_whose_entry_is_wrong_is_asked_for_alone():
