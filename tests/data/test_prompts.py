@@ -63,7 +63,12 @@ def test_rows_of_every_form(write):
     )
     assert read_prompts(source) == [
         Prompt("1+1=", "2", ("1+1=2",)),
-        Prompt(({"role": "system", "content": "be short"}, {"role": "user", "content": "né 你好"})),
+        Prompt(
+            (
+                {"role": "system", "content": "be short"},
+                {"role": "user", "content": "né 你好", "name": "x"},
+            )
+        ),
         Prompt("n", "42", ("a", "b")),
         Prompt("f", "0.5"),
     ]
@@ -92,9 +97,10 @@ MALFORMED = {
     '{"prompt": null}': "'prompt' is None; expected a non-empty string",
     '{"prompt": []}': "'prompt' is []; expected a non-empty string",
     '{"prompt": ["a"]}': "'prompt' is ['a']; expected a non-empty string",
-    '{"prompt": [{"role": "user"}]}': "'prompt' is [{'role': 'user'}]; expected a non-empty string",
-    '{"prompt": [{"role": "user", "content": 3}]}': "expected a non-empty string or a list of "
-    "{role, content} messages",
+    '{"prompt": [{"content": "a"}]}': "'prompt' is [{'content': 'a'}]; expected a non-empty string",
+    '{"prompt": [{"role": "user"}]}': "'prompt.0.content' is null; expected a text, or calls of "
+    "tools beside it",
+    '{"prompt": [{"role": "user", "content": 3}]}': "'prompt.0.content' is 3; expected a text",
     '{"prompt": "a", "answer": ["2"]}': "'answer' is ['2']; expected a string or a number",
     '{"prompt": "a", "answer": true}': "'answer' is True; expected a string or a number",
     '{"prompt": "a", "references": [1]}': "the reference answers 'references' are [1]; expected a "
