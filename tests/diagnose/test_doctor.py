@@ -51,6 +51,7 @@ from opdjax.train import train
 # Of a run with a teacher's scores, without a judge.
 NAMES = [
     "tokenizers",
+    "tokenizer_file",
     "padded_vocabulary",
     "stop_tokens",
     "chat_template",
@@ -204,6 +205,7 @@ def test_a_run_that_compares_no_scores_checks_its_student(healthy):
     config = vary(healthy, estimator={"recipe": "sft"}, sampling={"completions_from": "references"})
     findings = diagnose(config)
     assert list(findings) == [
+        "tokenizer_file",
         "padded_vocabulary",
         "stop_tokens",
         "sampler_matches_scorer",
