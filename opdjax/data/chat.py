@@ -114,9 +114,9 @@ def render(
     """
     if format == "raw":
         if tools or not isinstance(prompt, str):
-            what = "with tools" if tools else "made of messages"
             raise ValueError(
-                f"a prompt {what} needs format 'chat'; format 'raw' takes a string alone"
+                "a prompt made of messages needs format 'chat', as tools do; format 'raw' takes a "
+                "string"
             )
         ids, bare = tokenizer.encode(prompt), tokenizer.encode(prompt, add_special_tokens=False)
         ends = range(len(bare), len(ids) + 1)
@@ -175,62 +175,55 @@ def _template_ids(
     write = lambda messages, tools: tokenizer.apply_chat_template(
         messages, tools=list(tools) or None, **options
     )
-    place = f"the chat template of {tokenizer.name_or_path} does not"
-    parts = list(_special_parts(messages, tools, str(tokenizer.chat_template)))
+    changes = [("'tools'", messages, (), operator.ne)] if tools else []
+    changes += [
+        (name, [*messages[:place], turn, *messages[place + 1 :]], tools, is_read)
+        for place, message in enumerate(messages)
+        for name, turn, is_read in _special_parts(message, str(tokenizer.chat_template))
+    ]
+    begin = f"the chat template of {tokenizer.name_or_path} does not"
     try:
         text = write(messages, tools)
     except _TEMPLATE_ERRORS as error:
-        note = f" (it holds {', '.join(name for name, *_ in parts)})" if parts else ""
+        note = f" (it holds {', '.join(name for name, *_ in changes)})" if changes else ""
         raise ValueError(
-            f"{place} take this prompt{note}: {type(error).__name__}: {error}; change it, or use "
+            f"{begin} take this prompt{note}: {type(error).__name__}: {error}; change it, or use "
             "format 'raw'"
         ) from error
     unread = []
-    for name, changed, is_read in parts:
+    for name, *changed, is_read in changes:
         with contextlib.suppress(*_TEMPLATE_ERRORS):  # an error: the template reads that part
             unread += [] if is_read(text, write(*changed)) else [name]
     if unread:
         raise ValueError(
-            f"{place} read {unread[0]}; remove it from the data, or use a template that reads it"
+            f"{begin} read {unread[0]}; remove it from the data, or use a template that reads it"
         )
     return tokenizer.encode(text, add_special_tokens=False)
 
 
 def _special_parts(
-    messages: list[Message], tools: Sequence[dict[str, Any]], template: str
-) -> Iterator[tuple[str, tuple, Callable[[str, str], bool]]]:
-    """The parts that not every template reads: (name, messages and tools with that part changed,
+    message: Message, template: str
+) -> Iterator[tuple[str, Message, Callable[[str, str], bool]]]:
+    """The parts of a turn that not every template reads: (name, the turn with that part changed,
     whether the texts before and after the change show that it is read).
     """
-    if tools:
-        yield "'tools'", (messages, ()), operator.ne
-    for place, message in enumerate(messages):
-        turn, content = f"in a turn of {message['role']!r}", message.get("content", "")
-
-        def changed(name: str, value: Any, place: int = place) -> tuple:
-            return [
-                *messages[:place],
-                {**messages[place], name: value},
-                *messages[place + 1 :],
-            ], tools
-
-        for field in ("name", *CALLS):
-            # Templates may know the call that a tool's turn answers by its place, not its name.
-            if field in message and (field, message["role"]) != ("name", "tool"):
-                yield f"{field!r} {turn}", changed(field, None), operator.ne
-        for field in REASONING:
-            # Templates leave out the reasoning of earlier turns on purpose.
-            if field in message:
-                is_read = any(re.search(rf"\b{name}\b", template) for name in REASONING)
-                yield f"{field!r} {turn}", (messages, tools), lambda *_, found=is_read: found
-        if content is None:  # str(None) is no text
-            is_read = lambda text, other: text.count("None") <= other.count("None")
-            yield f"'content' null {turn}", changed("content", ""), is_read
-        if isinstance(content, list):
-            last = {**content[-1], "text": content[-1]["text"] + _MARK}
-            is_read = lambda _, other: re.search(_MARK + "(?!['\"])", other) is not None
-            name = f"'content' as a list of parts {turn}"
-            yield name, changed("content", [*content[:-1], last]), is_read
+    where, content = f"in a turn of {message['role']!r}", message.get("content", "")
+    for field in ("name", *CALLS):
+        # Templates may know the call that a tool's turn answers by its place, not its name.
+        if field in message and (field, message["role"]) != ("name", "tool"):
+            yield f"{field!r} {where}", {**message, field: None}, operator.ne
+    for field in (name for name in REASONING if name in message):
+        # Templates leave out the reasoning of earlier turns on purpose.
+        is_read = any(re.search(rf"\b{name}\b", template) for name in REASONING)
+        yield f"{field!r} {where}", message, lambda *_, found=is_read: found
+    if content is None:  # str(None) is no text
+        is_read = lambda text, other: text.count("None") <= other.count("None")
+        yield f"'content' null {where}", {**message, "content": ""}, is_read
+    if isinstance(content, list):
+        last = {**content[-1], "text": content[-1]["text"] + _MARK}
+        is_read = lambda _, other: re.search(_MARK + "(?!['\"])", other) is not None
+        name = f"'content' as a list of parts {where}"
+        yield name, {**message, "content": [*content[:-1], last]}, is_read
 
 
 def stage_starts(text: str, markers: Sequence[str]) -> list[int | None]:

@@ -216,14 +216,13 @@ def _parse_messages(value: Any, name: str) -> Messages:
 
 def _parse_message(turn: dict[str, Any], place: str) -> Message:
     """A turn with the fields that it has; tables hold null for each one that a turn lacks."""
+    turn = {name: value for name, value in turn.items() if value is not None or name == "content"}
     content = turn.get("content")
     if isinstance(content, list):
-        content = [_parse_part(part, f"{place}.content.{n}") for n, part in enumerate(content)]
-        turn = {**turn, "content": content}
-    turn = {name: value for name, value in turn.items() if value is not None or name == "content"}
-    if content is None and not turn.keys() & set(CALLS):
+        turn["content"] = [_parse_part(x, f"{place}.content.{n}") for n, x in enumerate(content)]
+    elif content is None and not turn.keys() & set(CALLS):
         raise DataError(f"'{place}.content' is null; expected a text, or calls of tools beside it")
-    if not isinstance(content, (str, list, type(None))) or content == []:
+    if content == [] or not isinstance(content, (str, list, type(None))):
         raise DataError(f"'{place}.content' is {content!r}; expected a text, or parts of text")
     # default=str: columns beside the text, such as times, may be no JSON.
     return json.loads(json.dumps(turn, default=str))
@@ -231,7 +230,8 @@ def _parse_message(turn: dict[str, Any], place: str) -> Message:
 
 def _parse_part(part: Any, place: str) -> dict[str, str]:
     part = {n: x for n, x in part.items() if x is not None} if isinstance(part, dict) else part
-    if not isinstance(part, dict) or part.get("type") != "text" or "text" not in part:
+    is_text = isinstance(part, dict) and part.get("type") == "text"
+    if not is_text or not isinstance(part.get("text"), str):
         raise DataError(f"{place!r} is {part!r}; expected a text part, {{type: text, text: …}}")
     return part
 
