@@ -54,12 +54,11 @@ def tokenizer_file(m: Measurements) -> Finding:
             problems.append(warning(f"transformers cannot read the {role}'s tokenizer: {error}"))
             continue
         if (found := first_difference(ours, theirs)) is not None:
-            text, file, other = found
-            split = (
-                f"the {role}'s tokenizer.json splits {text!r} as {file}, transformers as {other}"
+            split = "the {}'s tokenizer.json splits {!r} as {}, transformers as {}".format(
+                role, *found
             )
-            advice = "evaluated with transformers it reads other ids: name PreTrainedTokenizerFast "
-            problems.append(warning(split, f"{advice}as tokenizer_class in tokenizer_config.json"))
+            advice = "opdjax reads the file; in transformers load it by PreTrainedTokenizerFast"
+            problems.append(warning(split, advice))
     return finding("tokenizer_file", problems, "transformers splits texts as tokenizer.json does")
 
 
@@ -335,7 +334,7 @@ _is_judged = lambda config: config.is_judged
 # In the order in which they run. A new check is a function above and a row here.
 CHECKS = (
     Check(tokenizers, "choose a teacher with the student's tokenizer", reads_scores),
-    Check(tokenizer_file, "correct tokenizer_class in tokenizer_config.json"),
+    Check(tokenizer_file, "in transformers load it by PreTrainedTokenizerFast"),
     Check(padded_vocabulary, "mask ids from the tokenizer's size on (valid_vocab)"),
     Check(stop_tokens, "set --sampling.stop-token-ids"),
     Check(chat_template, "copy a template, or set --data.teacher-format", reads_scores),
