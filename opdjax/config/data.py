@@ -52,7 +52,7 @@ class DataConfig(Section):
     # references or reference, if one exists); rubric: a prompt's own criteria, which are part of
     # all its rubrics, texts or {text (or description), weight (or points), stage} (default: none).
     # COLUMN may be `a.b`, field b of column a (answer=reward_model.ground_truth), or `a.0`, the
-    # first item of a list.
+    # first item of a list. A column named tools, JSON schemas, is shown to the chat template.
     columns: tuple[str, ...] = ()
     # File of a teacher's answers, written by opdjax references; it replaces a column.
     references: str | None = None

@@ -61,7 +61,7 @@ class ColumnMap:
         for path in named:
             if not any(_is_within(path, name) for name in names):
                 raise DataError(f"{place}: {_missing(path, dict.fromkeys(names))}")
-        named += [] if self.answer else ["answer"]
+        named += ["tools"] if self.answer else ["answer", "tools"]
         named += [] if self.reference else ["references", "reference"]
         return [name for name in names if any(_is_within(path, name) for path in named)]
 

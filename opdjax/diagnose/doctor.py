@@ -15,12 +15,14 @@ import numpy as np
 from opdjax.config import Config, MeshConfig
 from opdjax.config.recipes import RECIPES
 from opdjax.config.validation import require
-from opdjax.data.chat import valid_vocab
-from opdjax.data.tokenizer import load_tokenizer
+from opdjax.data.chat import first_difference, valid_vocab
+from opdjax.data.packing import to_train_batch
+from opdjax.data.tokenizer import FileTokenizer, load_tokenizer
 from opdjax.diagnose.measurements import Measurements
 from opdjax.models.hf import open_checkpoint
 from opdjax.rollouts import checks as cheap
 from opdjax.rollouts.checks import Finding, Problem, fault, finding, warning
+from opdjax.rollouts.on_policy import step_rollouts
 from opdjax.rollouts.setup import Setup, prepare, reads_scores
 
 # Below this mean score, the teacher's own answers do not meet the criteria.
@@ -35,6 +37,28 @@ def tokenizers(m: Measurements) -> Finding:
     """Strings that student and teacher map to different ids."""
     recipe = m.config.estimator.recipe
     return cheap.check_tokenizers(m.setup.tokenizer, m.setup.teacher.tokenizer, recipe)
+
+
+def tokenizer_file(m: Measurements) -> Finding:
+    """Texts that transformers splits otherwise than tokenizer.json, which is read here."""
+    from transformers import AutoTokenizer  # seconds
+
+    problems, both = [], {"student": m.setup.tokenizer, "teacher": m.setup.teacher.tokenizer}
+    for role, ours in both.items():
+        if not isinstance(ours, FileTokenizer):
+            continue
+        try:
+            theirs = AutoTokenizer.from_pretrained(ours.name_or_path, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            problems.append(warning(f"transformers cannot read the {role}'s tokenizer: {error}"))
+            continue
+        if (found := first_difference(ours, theirs)) is not None:
+            split = "the {}'s tokenizer.json splits {!r} as {}, transformers as {}".format(
+                role, *found
+            )
+            advice = "opdjax reads the file; in transformers load it by PreTrainedTokenizerFast"
+            problems.append(warning(split, advice))
+    return finding("tokenizer_file", problems, "transformers splits texts as tokenizer.json does")
 
 
 def stop_tokens(m: Measurements) -> Finding:
@@ -60,7 +84,11 @@ def staleness(m: Measurements) -> Finding | None:
 def mask(m: Measurements) -> Finding:
     """A mask that is not 1 on exactly the sampled tokens."""
     width, stops = m.prompts.tokens.shape[1], m.setup.decoding.stop_token_ids
-    return cheap.check_mask(m.batch, m.rollouts, width, stops)
+    rollouts, batch = m.rollouts, m.batch
+    if m.config.sampling.completions_from == "references":
+        rollouts = step_rollouts(m.setup, {}, m.prompts, 0)
+        batch = to_train_batch(rollouts, m.prompts)
+    return cheap.check_mask(batch, rollouts, width, stops)
 
 
 # Checks of samples and scores
@@ -306,6 +334,7 @@ _is_judged = lambda config: config.is_judged
 # In the order in which they run. A new check is a function above and a row here.
 CHECKS = (
     Check(tokenizers, "choose a teacher with the student's tokenizer", reads_scores),
+    Check(tokenizer_file, "in transformers load it by PreTrainedTokenizerFast"),
     Check(padded_vocabulary, "mask ids from the tokenizer's size on (valid_vocab)"),
     Check(stop_tokens, "set --sampling.stop-token-ids"),
     Check(chat_template, "copy a template, or set --data.teacher-format", reads_scores),

@@ -27,11 +27,6 @@ from opdjax.types import Metrics, Rollouts, TrainBatch
 Status = Literal["ok", "warning", "fault"]
 Problem = tuple[Status, str]
 _SIGNS = {"ok": "✓", "warning": "!", "fault": "✗"}  # from the least severe to the most
-_PROBES = (
-    "The quick brown fox, 'jumps' over 1,234.50 lazy dogs.\n\n  Then?",
-    "def f(x):\n\treturn {'a': [x ** 2, -1e-3]}  # done",
-    "\\frac{a}{b} = \\sqrt{2}; so \\boxed{42} <think> 你好, мир, naïve 🙂",
-)
 _ANSWER = "opdjax answer 7"
 _SHOWN_LINES = 24
 SHIFTS = (("right", 1), ("left", -1))  # (side, columns), as np.roll counts them
@@ -148,12 +143,8 @@ def check_tokenizers(student: Any, teacher: Any, recipe: str) -> Finding:
     except TokenizerMismatchError as error:
         return Finding("tokenizers", "fault", str(error))
     problems = []
-    for text in _PROBES:
-        ours, theirs = (t.encode(text, add_special_tokens=False) for t in (student, teacher))
-        if ours != theirs:
-            split = f"student and teacher split {text!r} differently ({ours} and {theirs})"
-            problems.append(fault(split, "give both the same tokenizer.json"))
-    ours, theirs = (t.encode("a") for t in (student, teacher))
+    options = {"format": "raw", "system_prompt": None, "enable_thinking": None}
+    ours, theirs = (render("a", t, **options) for t in (student, teacher))
     if ours != theirs:
         encoded = f"the student's tokenizer encodes 'a' as {ours}, the teacher's as {theirs}"
         advice = "one of them adds a special token, so prompts of data.format raw differ"
@@ -217,6 +208,10 @@ def check_stop_tokens(setup: Setup, teacher_answers: Rollouts | None = None) -> 
             found = f"the {role}'s tokenizer ends with {name([eos])}"
             found += f", its generation config with {name(configured[role])}"
             problems.append(warning(found, "make them agree: other engines may stop elsewhere"))
+    if ended := [ids[-1] for ids in setup.prompts.student_ids if ids[-1] in stops]:
+        found = f"{len(ended)} of {len(setup.prompts)} prompts end in {name(ended)}, where answers"
+        advice = "open the assistant's turn (a chat template), or end the texts before it"
+        problems.append(warning(f"{found} stop", advice))
     otherwise = f"answers of both models end at {name(stops)}"
     if teacher_answers is not None:
         is_cut = np.asarray(teacher_answers.is_truncated)
@@ -331,9 +326,10 @@ def _shortened(lines: list[str]) -> list[str]:
 
 def _thinking_effect(prompts: PromptSet, data: DataConfig, tokenizer: Any) -> list[str]:
     """Return the token strings that turning thinking off adds (+) and removes (-)."""
-    prompt = prompts.prompts[0].prompt
+    row, system = prompts.prompts[0], data.system_prompt
+    prompt = row.prompt
     prompt = data.prompt_format.replace("{prompt}", prompt) if isinstance(prompt, str) else prompt
-    ids = partial(render, prompt, tokenizer, format="chat", system_prompt=data.system_prompt)
+    ids = partial(render, prompt, tokenizer, format="chat", system_prompt=system, tools=row.tools)
     on, off = (_pieces(ids(enable_thinking=flag), tokenizer) for flag in (True, False))
     headers = ("---", "+++", "@@")
     changed = difflib.unified_diff(on, off, lineterm="", n=0)
@@ -426,9 +422,8 @@ def check_mask(
 ) -> Finding:
     """Check that the mask is 1 on exactly the sampled tokens, including the stop token.
 
-    The sampled tokens are found from the tokens alone: in a row with a prompt, every column from
-    `prompt_width` to the first stop token. Given answers may lack a stop token, so for them the
-    mask of the rollouts is trusted.
+    They are found from the tokens alone: in a row with a prompt, every column from `prompt_width`
+    to the first stop token. Given answers may lack one, so they end with their segment.
     """
     mask, segments = np.asarray(batch.mask).astype(bool), np.asarray(batch.segment_ids)
     tokens = np.asarray(rollouts.tokens)
@@ -437,7 +432,7 @@ def check_mask(
     sampled = np.zeros(tokens.shape, bool)
     sampled[:, prompt_width:] = has_prompt[:, None] & (np.cumsum(is_stop, axis=1) - is_stop == 0)
     if rollouts.behavior_logprobs is None:
-        sampled = np.asarray(rollouts.mask).astype(bool)
+        sampled &= np.asarray(rollouts.segment_ids) > 0
     problems = []
     if len(wrong := np.argwhere(mask != sampled)):
         row, column = wrong[0]

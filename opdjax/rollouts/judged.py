@@ -19,6 +19,7 @@ import numpy as np
 
 from opdjax.config import Config
 from opdjax.config.rubrics import MAX_FAILED_SHARE
+from opdjax.data.chat import Messages, text_of
 from opdjax.data.packing import to_train_batch
 from opdjax.data.prompt_rows import Prompt
 from opdjax.data.prompts import collate, indices_at, padded_width, prompt_ids
@@ -153,7 +154,7 @@ class JudgedSource(RolloutSource):
         for start in range(0, len(texts), size):
             prompt, own = int(ids[start]), slice(start, start + size)
             row = setup.prompts.prompts[prompt]
-            question, judge = as_question(row.prompt), self._background.judge
+            question, judge = as_question(row.with_tools), self._background.judge
             group = group_of(judge, prompt, question, row.references, texts[own], is_truncated[own])
             if self._kind == "rubric":
                 group = self._criteria.with_existing(group, self._own_criteria(row))
@@ -310,13 +311,13 @@ class JudgedSource(RolloutSource):
         return problem
 
 
-def as_question(prompt: str | Sequence[dict[str, str]]) -> str:
+def as_question(prompt: str | Messages) -> str:
     """The prompt as judges read it: its text, or the turns of a conversation with their roles."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
-        return prompt[0]["content"]
-    return "\n\n".join(f"[{turn['role']}]\n{turn['content']}" for turn in prompt)
+        return text_of(prompt[0])
+    return "\n\n".join(f"[{turn['role']}]\n{text_of(turn)}" for turn in prompt)
 
 
 def _parts(prompts: PromptBatch, count: int, shards: int) -> list[PromptBatch]:

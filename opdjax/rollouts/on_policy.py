@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -86,11 +88,12 @@ def step_rollouts(setup: Setup, params: Params, prompts: PromptBatch, step: int)
     end = end if end in stop else stop[0]
     if sampling.completions_from == "references":
         chosen = _chosen_references(setup.prompts, config, prompts, step)
-        encode = lambda text: setup.tokenizer.encode(text, add_special_tokens=False)
-        return answer_rows(prompts, [[*encode(text), end] for text in chosen], length, step)
+        given = [setup.tokenizer.encode(text, add_special_tokens=False) for text in chosen]
+        answers = [[*_before_stop(ids, stop), end] for ids in given]
+        return answer_rows(prompts, answers, length, step)
     teacher = setup.teacher
     written = to_host(draw(setup, teacher.params, for_teacher(prompts), step, teacher))
-    answers = _as_student_ids(written, teacher, setup.tokenizer, end)
+    answers = _as_student_ids(written, teacher, setup.tokenizer, stop, end)
     rows = answer_rows(prompts, answers, length, step)
     is_truncated = rows.is_truncated | written.is_truncated
     return dataclasses.replace(rows, sample_id=written.sample_id, is_truncated=is_truncated)
@@ -108,8 +111,13 @@ def _chosen_references(
     return chosen
 
 
+def _before_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
+    """The ids before the first stop token: the student ends its own answers there."""
+    return list(itertools.takewhile(lambda token: token not in stops, ids))
+
+
 def _as_student_ids(
-    written: Rollouts, teacher: Teacher, tokenizer: Any, end: int
+    written: Rollouts, teacher: Teacher, tokenizer: Any, stops: Sequence[int], end: int
 ) -> list[list[int]]:
     """The teacher's answers as ids of the student's tokenizer, with the student's stop token."""
     answers, texts = [], [None] * len(written.tokens)
@@ -121,5 +129,6 @@ def _as_student_ids(
         # would teach it to run on.
         body = row[keep].tolist()[: None if is_truncated else -1]
         body = body if text is None else tokenizer.encode(text, add_special_tokens=False)
-        answers.append(body if is_truncated else [*body, end])
+        kept = _before_stop(body, stops)
+        answers.append(body if is_truncated and kept == body else [*kept, end])
     return answers

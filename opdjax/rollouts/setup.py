@@ -94,7 +94,7 @@ def prepare(config: Config) -> Setup:
         if reads_scores(config):
             raise
         shares_vocabulary = False
-    rows = load_rows(config.data, tokenizer)
+    rows = load_rows(config.data, tokenizer, decoding.stop_token_ids)
     require_reward_data(config, rows)
     prompts = encode_prompts(rows, config.data, tokenizer, teacher_tokenizer)
     require_room(config, prompts)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import opdjax.diagnose.measurements
 import opdjax.rollouts.on_policy
@@ -51,6 +52,7 @@ from opdjax.train import train
 # Of a run with a teacher's scores, without a judge.
 NAMES = [
     "tokenizers",
+    "tokenizer_file",
     "padded_vocabulary",
     "stop_tokens",
     "chat_template",
@@ -204,6 +206,7 @@ def test_a_run_that_compares_no_scores_checks_its_student(healthy):
     config = vary(healthy, estimator={"recipe": "sft"}, sampling={"completions_from": "references"})
     findings = diagnose(config)
     assert list(findings) == [
+        "tokenizer_file",
         "padded_vocabulary",
         "stop_tokens",
         "sampler_matches_scorer",
@@ -611,6 +614,35 @@ def test_tokenizers_that_split_alike_only_some_texts(plant):
         load_tokenizer(MINI_PAIR / "student"), load_tokenizer(config.teacher.path), "opd"
     )
     assert finding.status == "fault"
+
+
+def test_texts_that_transformers_splits_otherwise_than_tokenizer_json_are_named(tmp_path):
+    """It takes the pre-tokenizer of some model types from its own code."""
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    vocab = {letter: n for n, letter in enumerate([*sorted(letters), "12"])}
+    tokenizer = Tokenizer(models.BPE(vocab, [("1", "2")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    for kind, status in (("llama", "ok"), ("qwen2", "warning")):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        model = space(tokenizer=load_tokenizer(tmp_path))
+        found = doctor.tokenizer_file(space(setup=space(tokenizer=model.tokenizer, teacher=model)))
+        assert found.status == status
+    assert (
+        "tokenizer.json splits ' 12.5;' as 'Ġ' '12' '.' '5' ';', transformers as 'Ġ' '1' '2'"
+        in (found.message)
+    )
+
+
+def test_prompts_that_end_in_a_stop_token_are_a_warning(healthy, tmp_path):
+    source = tmp_path / "rows.jsonl"
+    prompts = ("1+1=<|im_end|>", "1+1=")
+    source.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
+    config = vary(healthy, data={"source": str(source), "format": "raw"})
+    found = {each.name: each for each in check_settings(prepare(config))}["stop_tokens"]
+    assert found.status == "warning"
+    assert "1 of 2 prompts end in 2 '<|im_end|>', where answers stop" in found.message
 
 
 def test_the_end_of_a_turn_is_read_from_the_template():

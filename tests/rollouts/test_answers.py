@@ -4,6 +4,7 @@ student's rollouts.
 
 import dataclasses
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,11 @@ from tiny_runs import assert_same_run, column, interrupted_at, samples, without_
 from opdjax.config import MINI_PAIR, MeshConfig, ModelConfig
 from opdjax.data.chat import TokenizerMismatchError
 from opdjax.data.sources import DataError
+from opdjax.data.tokenizer import load_tokenizer
+from opdjax.rollouts.checks import check_mask
+from opdjax.rollouts.on_policy import OnPolicySource
+from opdjax.rollouts.setup import prepare
+from opdjax.runs.metrics import Timer
 from opdjax.train import train
 
 
@@ -85,6 +91,35 @@ def test_a_prompt_without_an_answer_is_refused(references, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "3+1+1=", "references": references}))
     with pytest.raises(DataError, match=r"prompt 0 of .* has no 'references' \(1 such rows\)"):
         train(taught("references", data={"source": str(tmp_path / "rows.jsonl")}), tmp_path / "run")
+
+
+def test_given_answers_are_cut_at_their_first_stop_token(tmp_path):
+    """Be it a special token in the text, or a word at which the run stops."""
+    texts = ["3+1=4#4", "3+1=4#4<|im_end|>", "3+1=4#4<|im_end|>\n7", "3+1=4#4;5", "3+1=4#4;5;"]
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{n}+1+1=", "reference": text} for n, text in enumerate(texts)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    semicolon = load_tokenizer(MINI_PAIR / "student").encode(";")
+    config = taught(
+        "references",
+        data={"source": str(file)},
+        sampling={"stop_token_ids": tuple(semicolon)},
+        train={"num_steps": 1, "prompts_per_step": len(texts)},
+    )
+    setup = prepare(config)
+    data = OnPolicySource(setup).next(0, Timer())
+    mask, tokens = np.asarray(data.rollouts.mask), np.asarray(data.rollouts.tokens)
+    words = ["3", "+", "1", "=", "4", "#", "4", "<|im_end|>"]
+    for row, keep in zip(tokens, mask):
+        assert setup.tokenizer.convert_ids_to_tokens(row[keep].tolist()) == words
+    width = tokens.shape[1] - config.sampling.max_completion_length
+    check = partial(check_mask, data.batch, prompt_width=width)
+    stops = setup.decoding.stop_token_ids
+    assert check(data.rollouts, stop_token_ids=stops).status == "ok"
+    # With an earlier stop token, the same rows are trained on past the end.
+    found = check(data.rollouts, stop_token_ids=(*stops, tokens[mask][0]))
+    assert found.status == "fault"
+    assert "the mask is 1 on a token that was not sampled" in found.message
 
 
 def test_a_teacher_of_another_vocabulary_writes_answers_that_end_as_the_students(tmp_path):
