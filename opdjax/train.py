@@ -247,9 +247,10 @@ def _run(
             save(done, scores)
         if is_stopped:
             checkpointer.wait()
+            kept = f"step {latest} is" if (latest := checkpointer.latest_step) else "nothing is"
             raise InterruptedRunError(
-                f"stopped after step {done}, as asked by a signal; the same command continues "
-                f"{mirror.name}"
+                f"stopped after step {done}, as asked by a signal; {kept} saved, and the same "
+                f"command continues {mirror.name}"
             )
         if not is_last:
             source.publish(done, copy_weights, timer)

@@ -146,21 +146,44 @@ def test_a_killed_run_ends_like_an_undisturbed_one(tiny_run, tmp_path, capsys):
     assert_same_run(tiny_run, workdir)
 
 
-def test_a_signal_stops_a_run_after_its_step(tmp_path, monkeypatch):
-    """SIGTERM, as before a preemption: the step is kept, and the same command continues."""
-    real = MetricWriter.write
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["preemption", "Ctrl-C"])
+def test_a_signal_stops_a_run_after_its_step(number, tmp_path, monkeypatch):
+    """The step is kept, the error names it, and the same command continues."""
+    real, handlers = MetricWriter.write, [signal.getsignal(n) for n in (number, signal.SIGTERM)]
 
     def write(self, step, metrics):
         real(self, step, metrics)
         if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(MetricWriter, "write", write)
     config = vary(evaluation={"source": None}, checkpoint={"every": 100})
-    with pytest.raises(InterruptedRunError, match="stopped after step 3"):
+    with pytest.raises(InterruptedRunError, match="stopped after step 3.*; step 3 is saved") as end:
         train(config, tmp_path / "run")
+    assert end.value.exit_status == 128 + number
+    assert handlers == [signal.getsignal(n) for n in (number, signal.SIGTERM)]
     names = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert [name for name in names if name.isdigit()] == ["3"]
+
+
+TWICE = """
+import os, signal, time
+from opdjax.ops.multihost import stop_requests
+
+with stop_requests() as is_requested:
+    os.kill(os.getpid(), signal.SIGINT)
+    while not is_requested(0):
+        time.sleep(0.01)
+    print("saving", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+"""
+
+
+def test_a_second_interrupt_ends_a_run_at_once():
+    ran = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, timeout=50)
+    assert (ran.returncode, ran.stdout) == (130, "saving\n")
+    assert "a second Ctrl-C ends the run at once" in ran.stderr
 
 
 @pytest.mark.long
