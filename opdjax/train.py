@@ -45,6 +45,7 @@ from opdjax.rollouts.samples import sample_rows
 from opdjax.rollouts.setup import (
     Setup,
     facts,
+    initial_weights,
     load_student,
     prepare,
     sampling_weights,
@@ -52,6 +53,7 @@ from opdjax.rollouts.setup import (
     with_current_teacher,
 )
 from opdjax.rollouts.source import SourceStoppedError, open_source
+from opdjax.rollouts.start import LOGS, copy_logs, start_state
 from opdjax.runs.checkpoint import Checkpointer
 from opdjax.runs.metrics import MetricWriter, Progress, Startup, Timer
 from opdjax.runs.mirror import WorkdirMirror, open_workdir, scratch_workdir
@@ -71,7 +73,6 @@ from opdjax.runs.workdir import (
 MAX_NONFINITE_STEPS = 5
 _NUM_ALTERNATIVES = 5  # teacher's tokens shown with each token of samples.jsonl
 _TIMELINE = "timeline-learner.jsonl"  # the learner's activities, if rollouts are sampled ahead
-_LOGS = ("metrics.jsonl", "samples.jsonl", "eval.jsonl", "rubrics.jsonl", _TIMELINE)
 
 
 class NonFiniteLossError(RuntimeError):
@@ -150,8 +151,14 @@ def _run(
     layout = jax.tree.map(lambda x: x.sharding, state)
     update = make_update(spec, config.optimizer, num_steps, layout)
     examine, behavior_kl = make_examine(spec, _NUM_ALTERNATIVES), make_behavior_kl(spec)
-    first = checkpointer.latest_step or 0
-    if first:
+    first = checkpointer.latest_step
+    is_taken_over = first is None and config.train.first_step > 0
+    first = first or config.train.first_step
+    if is_taken_over:
+        state = start_state(config, setup.student, state, setup.mesh)
+        if config.train.start_with == "both":
+            on_process_zero(lambda: copy_logs(config, workdir))
+    elif first:
         state = checkpointer.restore(first, state)
     on_process_zero(lambda: _truncate_logs(setup, workdir, first))
     writer = on_process_zero(
@@ -182,7 +189,11 @@ def _run(
     is_stop_requested = resources.enter_context(stop_requests())
     source = resources.enter_context(open_source(setup, workdir, first, is_stop_requested))
     on_process_zero(startup.announce)
-    evaluate(setup.evaluator, workdir, 0, copy_weights)
+    evaluate(
+        setup.evaluator, workdir, 0, partial(initial_weights, setup) if first else copy_weights
+    )
+    if is_taken_over:
+        save(first)  # from now on this directory alone holds the optimizer's state
     source.publish(first, copy_weights, timer)
     for step in range(first, num_steps):
         done = step + 1
@@ -255,6 +266,7 @@ def _run(
         if not is_last:
             source.publish(done, copy_weights, timer)
     progress.close()
+    evaluate(setup.evaluator, workdir, num_steps, copy_weights)  # if there was no step to take
     checkpointer.wait()
     _finish(setup, mirror, combine(frozen, state.params), int(state.num_skipped), spec.dtype)
 
@@ -276,11 +288,11 @@ def _nonfinite_message(done: int, streak: int, latest: int | None, checkpoints: 
 
 def _truncate_logs(setup: Setup, workdir: pathlib.Path, step: int) -> None:
     """Drop log rows written after the checkpoint we resume from. WorkdirError, before anything is
-    dropped, if the checkpoint or the first evaluation is missing.
+    dropped, if the checkpoint is missing.
     """
     if step:
         print(f"continuing from step {step}")
-    logs = {name: read_lines(workdir / name) for name in _LOGS}
+    logs = {name: read_lines(workdir / name) for name in LOGS}
     reached = max([row["step"] for row in logs["metrics.jsonl"]], default=0)
     # A run may be killed while it saves its first checkpoint, after a streak of skipped steps.
     possible = 2 * setup.config.checkpoint.every + MAX_NONFINITE_STEPS
@@ -289,14 +301,7 @@ def _truncate_logs(setup: Setup, workdir: pathlib.Path, step: int) -> None:
             f"{workdir} has metrics up to step {reached} and no checkpoint; put checkpoints back "
             "or start in a new work directory"
         )
-    wanted = {(0, temperature) for temperature in setup.config.evaluation.temperatures}
-    found = {(row["step"], row["temperature"]) for row in logs["eval.jsonl"]}
-    if step and setup.evaluator is not None and not wanted <= found:
-        raise WorkdirError(
-            f"{workdir / 'eval.jsonl'} lacks the evaluation of step 0, whose parameters are gone; "
-            "put it back or use a new work directory"
-        )
-    for name in _LOGS:
+    for name in LOGS:
         cut_lines(workdir / name, step)
 
 

@@ -33,6 +33,7 @@ from opdjax.models.lora import combine, init_adapters
 from opdjax.models.partitioning import SAMPLER_AXES, constrain, require_divides, shardings_of
 from opdjax.ops.sharding import make_mesh, num_row_shards
 from opdjax.ops.tile import Head
+from opdjax.rollouts.start import first_params, with_start_step
 from opdjax.runs.workdir import environment
 
 
@@ -73,6 +74,7 @@ def prepare(config: Config) -> Setup:
     mesh = make_mesh(shape.data, shape.fsdp, shape.tensor, learner_devices(config))
     require_rows_divide(config, num_row_shards(mesh))
     student = _with_attention(open_student(config), config.train, "student")
+    config = with_start_step(config, student)
     require_divides(student.config, mesh.shape, "the student")
     tokenizer = load_tokenizer(student.path)
     sampling = config.sampling
@@ -165,17 +167,21 @@ def attention_of(
 
 
 def load_student(setup: Setup) -> tuple[Params, Params | None]:
-    """(parameters to train, frozen parameters) before the first step.
+    """(parameters to train, frozen parameters) of step 0.
 
     Without adapters: all parameters in float32, and None. With adapters: the adapters in float32,
     and the student's own parameters in the dtype of the forward pass.
     """
     config, mesh = setup.config, setup.mesh
+    taken = first_params(config, setup.student, mesh)
     if not config.lora.rank:
-        return load_params(setup.student, "float32", mesh), None
-    adapters = jax.jit(
-        lambda: constrain(init_adapters(setup.student.config, config.lora, config.seed), mesh)
-    )()
+        return taken or load_params(setup.student, "float32", mesh), None
+    adapters = (
+        taken
+        or jax.jit(
+            lambda: constrain(init_adapters(setup.student.config, config.lora, config.seed), mesh)
+        )()
+    )
     # Adapters start at 0, so the student without them is the reference policy: one copy is enough.
     if setup.reference_policy is not None:
         return adapters, setup.reference_policy.params

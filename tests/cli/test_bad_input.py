@@ -755,7 +755,7 @@ WORKDIRS = {
     "another config": (
         "WorkdirError",
         lambda p: p.resume(None, None, "--seed", "1"),
-        "choose another --workdir or undo (there -> now): config.seed: 0 -> 1",
+        "to go on from this run, or undo (there -> now): config.seed: 0 -> 1",
     ),
     "other data": (
         "WorkdirError",
@@ -814,12 +814,6 @@ WORKDIRS = {
         "RemoteError",
         lambda p: ["train", p.experiment, "--workdir", "s3://bucket/run"],
         "s3://bucket/run cannot be read or written; expected a local path or gs://BUCKET/NAME",
-    ),
-    "a lost evaluation": (
-        "WorkdirError",
-        lambda p: p.resume("eval.jsonl", ""),
-        "eval.jsonl lacks the evaluation of step 0",
-        "put it back or use a new work directory",
     ),
     "damaged metrics": (
         "WorkdirError",
