@@ -12,13 +12,6 @@ class TrainConfig(Section):
 
     # Optimizer updates.
     num_steps: Annotated[int, "at least 1"] = 100
-    # Another run to start from: RUN, its work directory (also on gs://), or RUN@STEP for another
-    # checkpoint than its newest. It must have the same student.path and lora, and stay where it is.
-    start_from: str | None = None
-    # What is taken from it. both: its student, its optimizer, the number of the step and its logs,
-    # so that it goes on to train.num_steps, with the settings of this run. student: the weights;
-    # the steps begin at 0. optimizer: its moments and the number of the step.
-    start_with: Literal["both", "student", "optimizer"] = "both"
     # Prompts per update.
     prompts_per_step: Annotated[int, "at least 1"] = 64
     # Micro-batches per update, each with the same number of rows. Saves memory and does not change
@@ -40,6 +33,13 @@ class TrainConfig(Section):
     # heads of up to 128) are fused kernels that do not. auto: splash on a TPU if it can run, else
     # xla; cudnn has not been timed yet.
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    # Another run to start from: RUN, its work directory (also on gs://), or RUN@STEP for another
+    # checkpoint than its newest. It must have the same student.path and lora, and stay where it is.
+    start_from: str | None = None
+    # What is taken from it. both: its student, its optimizer, the number of the step and its logs,
+    # so that it goes on to train.num_steps, with the settings of this run. student: the weights;
+    # the steps begin at 0. optimizer: its moments and the number of the step.
+    start_with: Literal["both", "student", "optimizer"] = "both"
 
     def __post_init__(self):
         super().__post_init__()

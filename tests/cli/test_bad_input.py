@@ -757,6 +757,21 @@ WORKDIRS = {
         lambda p: p.resume(None, None, "--seed", "1"),
         "to go on from this run, or undo (there -> now): config.seed: 0 -> 1",
     ),
+    "a start that is none": (
+        "ConfigError",
+        lambda p: p.train("--from", f"{p.finished}@3"),
+        "has no checkpoint '3'; there are [1, 2] (best: 2)",
+    ),
+    "a start of more steps": (
+        "ConfigError",
+        lambda p: p.train("--from", p.finished, "--train.num-steps", "1"),
+        "train.num_steps is 1; expected at least 2, the step at which",
+    ),
+    "a start from a model": (
+        "WorkdirError",
+        lambda p: p.train("--from", p.model()),
+        "is not the config of a run",
+    ),
     "other data": (
         "WorkdirError",
         lambda p: p.resume(None, None, "--data.source", p.file(ROW * 3)),
@@ -899,7 +914,7 @@ SWEEPS = {
         lambda p: p.asked()(
             "seeds(4)[2:]) + points(Config(train=TrainConfig(num_steps=3)), seeds(1)"
         ),
-        "choose another --workdir (there -> now): train.num_steps: 100 -> 3",
+        "goes on from a run of this one (there -> now): train.num_steps: 100 -> 3",
     ),
     "a damaged point": (
         "WorkdirError",
