@@ -281,8 +281,8 @@ def _nonfinite_message(done: int, streak: int, latest: int | None, checkpoints: 
     if latest is None:
         kept = "there is no good checkpoint yet"
     return (
-        f"steps {done - streak + 1} to {done} had no finite loss or gradient; {kept}. Lower the "
-        "learning rate or check the models"
+        f"steps {done - streak + 1} to {done} had no finite loss or gradient; {kept}. Lower "
+        "optimizer.learning_rate or check the models"
     )
 
 

@@ -16,6 +16,7 @@ from opdjax.cli.parsing import (
     call_with_config,
     command,
     load_experiment,
+    with_recipe,
 )
 from opdjax.config import AuditConfig, Config, DataConfig, SamplingConfig
 from opdjax.config.validation import ConfigError, require
@@ -116,7 +117,7 @@ def audit(arguments: list[str]) -> None:
         print(explain(arguments[-1]))
         return
     is_given = bool(arguments) and not arguments[0].startswith("-")
-    default = load_experiment(arguments[0]) if is_given else MINI
+    default = with_recipe(load_experiment(arguments[0]), arguments) if is_given else MINI
 
     def run(
         workdir: pathlib.Path,
