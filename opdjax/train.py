@@ -49,11 +49,12 @@ from opdjax.rollouts.setup import (
     load_student,
     prepare,
     sampling_weights,
+    take_over,
     update_spec,
     with_current_teacher,
 )
 from opdjax.rollouts.source import SourceStoppedError, open_source
-from opdjax.rollouts.start import LOGS, copy_logs, start_state
+from opdjax.rollouts.start import LOGS
 from opdjax.runs.checkpoint import Checkpointer
 from opdjax.runs.metrics import MetricWriter, Progress, Startup, Timer
 from opdjax.runs.mirror import WorkdirMirror, open_workdir, scratch_workdir
@@ -151,15 +152,10 @@ def _run(
     layout = jax.tree.map(lambda x: x.sharding, state)
     update = make_update(spec, config.optimizer, num_steps, layout)
     examine, behavior_kl = make_examine(spec, _NUM_ALTERNATIVES), make_behavior_kl(spec)
-    first = checkpointer.latest_step
-    is_taken_over = first is None and config.train.first_step > 0
-    first = first or config.train.first_step
-    if is_taken_over:
-        state = start_state(config, setup.student, state, setup.mesh)
-        if config.train.start_with == "both":
-            on_process_zero(lambda: copy_logs(config, workdir))
-    elif first:
-        state = checkpointer.restore(first, state)
+    latest = checkpointer.latest_step
+    first = latest or config.train.first_step
+    if first:
+        state = checkpointer.restore(latest, state) if latest else take_over(setup, workdir, state)
     on_process_zero(lambda: _truncate_logs(setup, workdir, first))
     writer = on_process_zero(
         lambda: MetricWriter(workdir, last_step=first, tensorboard=config.log.tensorboard)
@@ -189,11 +185,10 @@ def _run(
     is_stop_requested = resources.enter_context(stop_requests())
     source = resources.enter_context(open_source(setup, workdir, first, is_stop_requested))
     on_process_zero(startup.announce)
-    evaluate(
-        setup.evaluator, workdir, 0, partial(initial_weights, setup) if first else copy_weights
-    )
-    if is_taken_over:
-        save(first)  # from now on this directory alone holds the optimizer's state
+    untrained = partial(initial_weights, setup) if first else copy_weights
+    evaluate(setup.evaluator, workdir, 0, untrained)
+    if first and not latest:
+        save(first)  # from now on the optimizer of the other run is not needed
     source.publish(first, copy_weights, timer)
     for step in range(first, num_steps):
         done = step + 1
@@ -258,11 +253,7 @@ def _run(
             save(done, scores)
         if is_stopped:
             checkpointer.wait()
-            kept = f"step {latest} is" if (latest := checkpointer.latest_step) else "nothing is"
-            raise InterruptedRunError(
-                f"stopped after step {done}, as asked by a signal; {kept} saved, and the same "
-                f"command continues {mirror.name}"
-            )
+            raise InterruptedRunError(_stop_message(done, checkpointer.latest_step, mirror.name))
         if not is_last:
             source.publish(done, copy_weights, timer)
     progress.close()
@@ -274,6 +265,14 @@ def _run(
 def _is_due(step: int, every: int) -> bool:
     """Whether something that happens every `every` steps (0: never) happens after this step."""
     return bool(every) and step % every == 0
+
+
+def _stop_message(done: int, latest: int | None, workdir: str) -> str:
+    kept = f"step {latest} is saved" if latest else "nothing is saved yet"
+    return (
+        f"stopped after step {done}, as asked by a signal; {kept}, and the same command continues "
+        f"{workdir}"
+    )
 
 
 def _nonfinite_message(done: int, streak: int, latest: int | None, checkpoints: Any) -> str:

@@ -123,7 +123,7 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
         yield is_requested
         return
     # A notebook interrupts a cell by SIGINT. Of several processes, jax handles SIGTERM itself.
-    handled = set() if hasattr(sys, "ps1") else {signal.SIGINT}
+    handled = set() if "ps1" in vars(sys) else {signal.SIGINT}
     handled |= {signal.SIGTERM} if is_alone else set()
     before = {number: signal.signal(number, lambda n, _: received.append(n)) for number in handled}
     # Python calls a handler after the step or the compilation in progress, but writes the number of

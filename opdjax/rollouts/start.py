@@ -107,24 +107,19 @@ def first_params(config: Config, student: Checkpoint, mesh: Mesh) -> Params | No
             config = other.config  # both runs have the same first steps
     if config.train.start_from is None or config.train.start_with != "student":
         return None
-    return _taken(config, student, mesh).params
+    return state_of_start(config, student, mesh).params
 
 
-def start_state(config: Config, student: Checkpoint, own: TrainState, mesh: Mesh) -> TrainState:
-    """The state before the first step of this run: of `own`, and of the run it starts from."""
-    taken = _taken(config, student, mesh)
-    return taken if config.train.start_with == "both" else taken.replace(params=own.params)
-
-
-def _taken(config: Config, student: Checkpoint, mesh: Mesh) -> TrainState:
+def state_of_start(config: Config, student: Checkpoint, mesh: Mesh) -> TrainState:
+    """The training state that `train.start_from` names."""
     run, step = config.train.start
     with open_checkpoints(run) as other:
         return other.state(int(step), student, mesh)
 
 
 def copy_logs(config: Config, workdir: pathlib.Path) -> None:
-    """Begin a work directory with the logs of the run that this one goes on with. Evaluations are
-    left out if they are made otherwise.
+    """Begin a work directory with the logs of the run that this one goes on with, without the
+    evaluations if this run makes them otherwise.
     """
     files = {*LOGS, FROZEN, "config.json"}
     with read_only_workdir(config.train.start[0], files.__contains__) as mirror:
