@@ -82,13 +82,15 @@ def locked(workdir: pathlib.Path, role: str = "") -> Iterator[None]:
         yield
 
 
-def claim(workdir: pathlib.Path, config: Config, facts: dict[str, Any]) -> None:
+def claim(
+    workdir: pathlib.Path, config: Config, facts: dict[str, Any], *, is_learner: bool = True
+) -> None:
     """Write `config.json`, or check that the existing one describes the same run on the same data;
     WorkdirError if not.
 
     Settings that change only how the run is computed (mesh, slots, micro-batches, environment) may
     differ: the difference is printed, and the run continues, but not bit for bit. Those of the
-    evaluation may differ until the run is finished: the difference is also recorded.
+    evaluation may differ until the run is finished, for its learner: that is also recorded.
     """
     file = workdir / "config.json"
     new = {"config": to_dict(config), **facts}
@@ -106,7 +108,7 @@ def claim(workdir: pathlib.Path, config: Config, facts: dict[str, Any]) -> None:
     execution = [_pop(run["config"], _EXECUTION_FIELDS) for run in described]
     evaluation = [run["config"].pop("evaluation") for run in described]
     changes = differences(*evaluation, "evaluation.")
-    if changes and not (workdir / "result.json").exists():
+    if changes and is_learner and not (workdir / "result.json").exists():
         before = from_dict(Config, upgrade(old["config"]))
         graders = [
             {"grader": run.grader if run.grades_rollouts else ""} for run in (before, config)

@@ -146,6 +146,9 @@ def test_another_evaluation_is_recorded_unless_its_grader_gives_rewards(tmp_path
             tmp_path, read_config(tmp_path), FACTS | {"data": facts["data"] | {"evaluation": "d3"}}
         )
 
+    with pytest.raises(WorkdirError, match="evaluation.num_prompts: 3 -> 512"):
+        claim(tmp_path, Config(), facts, is_learner=False)
+
     rewarded = Config(estimator=EstimatorConfig("grpo"), sampling=SamplingConfig(num_generations=2))
     (tmp_path / "rewarded").mkdir()
     claim(tmp_path / "rewarded", rewarded, FACTS)
