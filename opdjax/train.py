@@ -290,7 +290,7 @@ def _truncate_logs(setup: Setup, workdir: pathlib.Path, step: int) -> None:
     dropped, if the checkpoint is missing.
     """
     if step:
-        print(f"continuing from step {step}")
+        print(f"continuing from step {step} of {setup.config.train.num_steps}")
     logs = {name: read_lines(workdir / name) for name in LOGS}
     reached = max([row["step"] for row in logs["metrics.jsonl"]], default=0)
     # A run may be killed while it saves its first checkpoint, after a streak of skipped steps.

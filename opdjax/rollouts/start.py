@@ -94,7 +94,7 @@ def with_start_step(config: Config, student: Checkpoint) -> Config:
             "what opdjax export writes"
         )
     train = dataclasses.replace(train, start_from=f"{run}@{step}")
-    expected = f"at least {step}, the step at which {run} goes on"
+    expected = f"at least {step}, the step of {run} that it starts from"
     is_reached = train.first_step <= train.num_steps
     require(is_reached, "train.num_steps", train.num_steps, expected)
     return dataclasses.replace(config, train=train)

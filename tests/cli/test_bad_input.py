@@ -765,7 +765,7 @@ WORKDIRS = {
     "a start of more steps": (
         "ConfigError",
         lambda p: p.train("--from", p.finished, "--train.num-steps", "1"),
-        "train.num_steps is 1; expected at least 2, the step at which",
+        "train.num_steps is 1; expected at least 2, the step of",
     ),
     "a start from a model": (
         "WorkdirError",
