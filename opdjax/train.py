@@ -45,13 +45,16 @@ from opdjax.rollouts.samples import sample_rows
 from opdjax.rollouts.setup import (
     Setup,
     facts,
+    initial_weights,
     load_student,
     prepare,
     sampling_weights,
+    take_over,
     update_spec,
     with_current_teacher,
 )
 from opdjax.rollouts.source import SourceStoppedError, open_source
+from opdjax.rollouts.start import LOGS
 from opdjax.runs.checkpoint import Checkpointer
 from opdjax.runs.metrics import MetricWriter, Progress, Startup, Timer
 from opdjax.runs.mirror import WorkdirMirror, open_workdir, scratch_workdir
@@ -71,7 +74,6 @@ from opdjax.runs.workdir import (
 MAX_NONFINITE_STEPS = 5
 _NUM_ALTERNATIVES = 5  # teacher's tokens shown with each token of samples.jsonl
 _TIMELINE = "timeline-learner.jsonl"  # the learner's activities, if rollouts are sampled ahead
-_LOGS = ("metrics.jsonl", "samples.jsonl", "eval.jsonl", "rubrics.jsonl", _TIMELINE)
 
 
 class NonFiniteLossError(RuntimeError):
@@ -150,9 +152,10 @@ def _run(
     layout = jax.tree.map(lambda x: x.sharding, state)
     update = make_update(spec, config.optimizer, num_steps, layout)
     examine, behavior_kl = make_examine(spec, _NUM_ALTERNATIVES), make_behavior_kl(spec)
-    first = checkpointer.latest_step or 0
+    latest = checkpointer.latest_step
+    first = latest or config.train.first_step
     if first:
-        state = checkpointer.restore(first, state)
+        state = checkpointer.restore(latest, state) if latest else take_over(setup, workdir, state)
     on_process_zero(lambda: _truncate_logs(setup, workdir, first))
     writer = on_process_zero(
         lambda: MetricWriter(workdir, last_step=first, tensorboard=config.log.tensorboard)
@@ -182,7 +185,10 @@ def _run(
     is_stop_requested = resources.enter_context(stop_requests())
     source = resources.enter_context(open_source(setup, workdir, first, is_stop_requested))
     on_process_zero(startup.announce)
-    evaluate(setup.evaluator, workdir, 0, copy_weights)
+    untrained = partial(initial_weights, setup) if first else copy_weights
+    evaluate(setup.evaluator, workdir, 0, untrained)
+    if first and not latest:
+        save(first)  # from now on the optimizer of the other run is not needed
     source.publish(first, copy_weights, timer)
     for step in range(first, num_steps):
         done = step + 1
@@ -247,13 +253,11 @@ def _run(
             save(done, scores)
         if is_stopped:
             checkpointer.wait()
-            raise InterruptedRunError(
-                f"stopped after step {done}, as asked by a signal; the same command continues "
-                f"{mirror.name}"
-            )
+            raise InterruptedRunError(_stop_message(done, checkpointer.latest_step, mirror.name))
         if not is_last:
             source.publish(done, copy_weights, timer)
     progress.close()
+    evaluate(setup.evaluator, workdir, num_steps, copy_weights)  # if there was no step to take
     checkpointer.wait()
     _finish(setup, mirror, combine(frozen, state.params), int(state.num_skipped), spec.dtype)
 
@@ -263,23 +267,31 @@ def _is_due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
 
 
+def _stop_message(done: int, latest: int | None, workdir: str) -> str:
+    kept = f"step {latest} is saved" if latest else "nothing is saved yet"
+    return (
+        f"stopped after step {done}, as asked by a signal; {kept}, and the same command continues "
+        f"{workdir}"
+    )
+
+
 def _nonfinite_message(done: int, streak: int, latest: int | None, checkpoints: Any) -> str:
     kept = f"the last good checkpoint in {checkpoints} is step {latest}"
     if latest is None:
         kept = "there is no good checkpoint yet"
     return (
-        f"steps {done - streak + 1} to {done} had no finite loss or gradient; {kept}. Lower the "
-        "learning rate or check the models"
+        f"steps {done - streak + 1} to {done} had no finite loss or gradient; {kept}. Lower "
+        "optimizer.learning_rate or check the models"
     )
 
 
 def _truncate_logs(setup: Setup, workdir: pathlib.Path, step: int) -> None:
     """Drop log rows written after the checkpoint we resume from. WorkdirError, before anything is
-    dropped, if the checkpoint or the first evaluation is missing.
+    dropped, if the checkpoint is missing.
     """
     if step:
-        print(f"continuing from step {step}")
-    logs = {name: read_lines(workdir / name) for name in _LOGS}
+        print(f"continuing from step {step} of {setup.config.train.num_steps}")
+    logs = {name: read_lines(workdir / name) for name in LOGS}
     reached = max([row["step"] for row in logs["metrics.jsonl"]], default=0)
     # A run may be killed while it saves its first checkpoint, after a streak of skipped steps.
     possible = 2 * setup.config.checkpoint.every + MAX_NONFINITE_STEPS
@@ -288,14 +300,7 @@ def _truncate_logs(setup: Setup, workdir: pathlib.Path, step: int) -> None:
             f"{workdir} has metrics up to step {reached} and no checkpoint; put checkpoints back "
             "or start in a new work directory"
         )
-    wanted = {(0, temperature) for temperature in setup.config.evaluation.temperatures}
-    found = {(row["step"], row["temperature"]) for row in logs["eval.jsonl"]}
-    if step and setup.evaluator is not None and not wanted <= found:
-        raise WorkdirError(
-            f"{workdir / 'eval.jsonl'} lacks the evaluation of step 0, whose parameters are gone; "
-            "put it back or use a new work directory"
-        )
-    for name in _LOGS:
+    for name in LOGS:
         cut_lines(workdir / name, step)
 
 

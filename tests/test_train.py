@@ -146,21 +146,44 @@ def test_a_killed_run_ends_like_an_undisturbed_one(tiny_run, tmp_path, capsys):
     assert_same_run(tiny_run, workdir)
 
 
-def test_a_signal_stops_a_run_after_its_step(tmp_path, monkeypatch):
-    """SIGTERM, as before a preemption: the step is kept, and the same command continues."""
-    real = MetricWriter.write
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["preemption", "Ctrl-C"])
+def test_a_signal_stops_a_run_after_its_step(number, tmp_path, monkeypatch):
+    """The step is kept, the error names it, and the same command continues."""
+    real, handlers = MetricWriter.write, [signal.getsignal(n) for n in (number, signal.SIGTERM)]
 
     def write(self, step, metrics):
         real(self, step, metrics)
         if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(MetricWriter, "write", write)
     config = vary(evaluation={"source": None}, checkpoint={"every": 100})
-    with pytest.raises(InterruptedRunError, match="stopped after step 3"):
+    with pytest.raises(InterruptedRunError, match="stopped after step 3.*; step 3 is saved") as end:
         train(config, tmp_path / "run")
+    assert end.value.exit_status == 128 + number
+    assert handlers == [signal.getsignal(n) for n in (number, signal.SIGTERM)]
     names = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert [name for name in names if name.isdigit()] == ["3"]
+
+
+TWICE = """
+import os, signal, time
+from opdjax.ops.multihost import stop_requests
+
+with stop_requests() as is_requested:
+    os.kill(os.getpid(), signal.SIGINT)
+    while not is_requested(0):
+        time.sleep(0.01)
+    print("saving", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+"""
+
+
+def test_a_second_interrupt_ends_a_run_at_once():
+    ran = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, timeout=50)
+    assert (ran.returncode, ran.stdout) == (130, "saving\n")
+    assert "a second Ctrl-C ends the run at once" in ran.stderr
 
 
 @pytest.mark.long
@@ -204,6 +227,90 @@ def test_a_loss_that_stays_non_finite_stops_the_run_and_keeps_the_checkpoint(tmp
     assert column(tmp_path / "run", "grad/skipped_steps") == [0, 1, 1, 1, 2, 3, 4]
     monkeypatch.setattr(opdjax.train, "scored", real)
     assert train(config, tmp_path / "run")["skipped_steps"] == 1
+
+
+# Runs that start from another run
+
+
+def test_a_run_goes_on_from_another_as_if_it_were_that_run(tiny_run, tmp_path):
+    """Weights, optimizer, logs and the evaluation before training are taken over."""
+    train(vary(train={"start_from": f"{tiny_run}@4"}), tmp_path / "run")
+    assert_same_run(tiny_run, tmp_path / "run")
+    steps = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert sorted(steps) == [4, 6]
+
+
+@pytest.mark.long
+def test_a_run_takes_the_weights_or_the_optimizer_of_another(tiny_run, tmp_path):
+    taken = {"start_from": f"{tiny_run}@4", "num_steps": 5}
+    fresh = {"optimizer": {"warmup_steps": 0}, "checkpoint": {"every": 10}}
+    weights = vary(train=taken | {"start_with": "student", "num_steps": 1}, **fresh)
+    train(weights, tmp_path / "weights")
+    export_step(tiny_run, "4", tmp_path / "four", None)
+    again = dataclasses.replace(weights, student=ModelConfig(str(tmp_path / "four")))
+    again = vary(again, train={"start_from": None, "start_with": "both"})
+    train(again, tmp_path / "again")
+    assert_same_run(tmp_path / "weights", tmp_path / "again")
+
+    moments = vary(
+        train=taken | {"start_with": "optimizer", "num_steps": 6}, evaluation={"source": None}
+    )
+    train(moments, tmp_path / "optimizer")
+    row, _ = without_times(tmp_path / "optimizer")
+    assert row["step"] == 5
+    # The fifth step's prompts and learning rate, and the weights of the first.
+    assert row["optimizer/learning_rate"] == column(tiny_run, "optimizer/learning_rate")[4]
+
+
+def test_a_finished_run_is_evaluated_otherwise_in_another_directory(tiny_run, tmp_path):
+    changed = vary(evaluation={"temperatures": (0.5,)})
+    with pytest.raises(WorkdirError, match=r"--from .* to go on from this run[^$]*\[0.5\]"):
+        train(changed, tiny_run)
+    config = vary(changed, train={"start_from": str(tiny_run)})
+    result = train(config, tmp_path / "run")
+    scores = result["eval_before"], result["eval_after"]
+    assert [row["temperature"] for row in scores] == [0.5, 0.5]
+    assert result["eval_after"]["greedy"] == read_lines(tiny_run / "eval.jsonl")[-1]["greedy"]
+    assert_equal_trees(final_weights(tiny_run), final_weights(tmp_path / "run"))
+    assert without_times(tiny_run) == without_times(tmp_path / "run")
+
+
+def test_an_evaluation_may_change_while_its_run_continues(tiny_run, tmp_path, capsys):
+    """Its scores are made again, also those before training; the run is otherwise the same."""
+    workdir = tmp_path / "run"
+    with interrupted_at(3):
+        train(TINY, workdir)
+    old = read_lines(workdir / "eval.jsonl")
+    changed = vary(evaluation={"temperatures": (0.5,)})
+    result = train(changed, workdir)
+    line = "evaluation.temperatures: [1.0, 0.5] -> [0.5]"
+    assert f"note: continuing under another {line}" in capsys.readouterr().out
+    assert read_lines(workdir / "eval-1.jsonl") == old
+    assert (result["eval_before"]["temperature"], result["eval_after"]["temperature"]) == (0.5, 0.5)
+    assert result["eval_before"]["greedy"] == old[0]["greedy"]
+    assert without_times(tiny_run) == without_times(workdir)
+    saved = json.loads((workdir / "config.json").read_text())
+    assert saved["config"]["evaluation"]["temperatures"] == [0.5]
+    assert saved["evaluation_changes"] == [[line]]
+    with pytest.raises(WorkdirError, match="evaluation.temperatures"):
+        train(TINY, workdir)
+
+
+def test_a_run_that_cannot_be_started_from_is_refused(tiny_run, tmp_path):
+    for other, message in {
+        f"{tiny_run}@7": "has no checkpoint '7'; there are",
+        str(tmp_path): "has no config.json; expected the work directory of a run",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            train(vary(train={"start_from": other}), tmp_path / "run")
+    taken = {"start_from": str(tiny_run)}
+    with pytest.raises(ConfigError, match=r"train\.num_steps is 5; expected at least 6"):
+        train(vary(train=taken | {"num_steps": 5}), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"trains other parameters \(lora\.rank: 0 -> 4\)"):
+        train(vary(train=taken, lora={"rank": 4}), tmp_path / "run")
+    with pytest.raises(ConfigError, match="start_with is 'student'; expected both where"):
+        vary(train={"start_with": "student"})
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 # Other settings

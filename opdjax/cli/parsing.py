@@ -1,10 +1,13 @@
 """Makes commands of functions, and loads the experiment that a command line names."""
 
+import contextlib
+import copy
 import dataclasses
 import functools
 import json
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -56,7 +59,8 @@ def call_with_config(function: Callable[..., None], arguments: list[str], usage:
     """
     name = usage.partition(" ")[0]
     if arguments and not arguments[0].startswith("-"):
-        function = functools.partial(function, config=load_experiment(arguments[0]))
+        config = with_recipe(load_experiment(arguments[0]), arguments)
+        function = functools.partial(function, config=config)
         call(function, arguments[1:], f"opdjax {name} EXPERIMENT")
         return
     print(f"usage: opdjax {usage} [--section.field VALUE …]\n")
@@ -106,6 +110,30 @@ def load_experiment(file: str) -> Config:
             "sweep"
         )
     return from_dict(Config, upgrade(saved["config"]))
+
+
+def with_recipe(config: Config, arguments: list[str]) -> Config:
+    """The config of an experiment, of which options are left out that do not belong to the recipe
+    in the arguments; a note names them.
+    """
+    text, own = "\0".join(arguments), config.estimator
+    chosen = re.findall("--estimator.recipe[=\0]([^\0]+)", text)
+    if not chosen or chosen[-1] not in RECIPES or chosen[-1] == own.recipe:
+        return config
+    given = {"aggregation": own.aggregation} | own.options
+    estimator = EstimatorConfig(chosen[-1])
+    for name, value in given.items():
+        with contextlib.suppress(ConfigError):
+            estimator = dataclasses.replace(estimator, **{name: value})
+    if left_out := [name for name, value in given.items() if getattr(estimator, name) != value]:
+        print(
+            f"note: {arguments[0]} sets {', '.join(left_out)} for {own.recipe}; left out for "
+            f"{estimator.recipe}",
+            file=sys.stderr,
+        )
+    changed = copy.copy(config)  # checked together with what the other arguments change
+    object.__setattr__(changed, "estimator", estimator)
+    return changed
 
 
 def as_given(path: str | os.PathLike) -> str:

@@ -4,8 +4,10 @@ import os
 import pathlib
 import re
 import sys
+from dataclasses import replace
+from typing import Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from opdjax.cli.parsing import (
     Experiment,
@@ -14,6 +16,7 @@ from opdjax.cli.parsing import (
     call_with_config,
     command,
     load_experiment,
+    with_recipe,
 )
 from opdjax.config import AuditConfig, Config, DataConfig, SamplingConfig
 from opdjax.config.validation import ConfigError, require
@@ -26,13 +29,20 @@ MINI = Config(
 )
 
 
-@command("EXPERIMENT --workdir DIR")
-def train(workdir: pathlib.Path, config: Experiment):
+@command("EXPERIMENT --workdir DIR [--from RUN[@STEP]]")
+def train(
+    workdir: pathlib.Path, config: Experiment, start: Annotated[str | None, arg(name="from")] = None
+):
     """Train a student, or resume a run.
 
     Args:
         workdir: directory of this run, or gs://BUCKET/NAME; the same command resumes it
+        start: work directory of another run that this one goes on with, from its newest checkpoint
+            or from STEP, such as --from runs/a@100 --train.num-steps 200; short for
+            --train.start-from. --train.start-with student takes its weights alone
     """
+    if start is not None:
+        config = replace(config, train=replace(config.train, start_from=start))
     # At once: the import of jax and the compilation that follow take seconds to minutes.
     need = config.recipe.teacher_need(config.estimator.options)
     teacher = "" if need == "none" else f" and {config.teacher.path}"
@@ -107,7 +117,7 @@ def audit(arguments: list[str]) -> None:
         print(explain(arguments[-1]))
         return
     is_given = bool(arguments) and not arguments[0].startswith("-")
-    default = load_experiment(arguments[0]) if is_given else MINI
+    default = with_recipe(load_experiment(arguments[0]), arguments) if is_given else MINI
 
     def run(
         workdir: pathlib.Path,

@@ -146,6 +146,10 @@ class Config(Section):
         self.require(is_sampled, "sampling.completions_from", expected)
         expected = f"a checkpoint where the schedule is {near.schedule}: its scores are stored"
         self.require(not self.teacher_is_student, "teacher.path", expected)
+        expected = "student where near_policy.schedule is set: rollouts of other steps are stored "
+        expected += "with the other run"
+        is_fresh = self.train.start_from is None or self.train.start_with == "student"
+        self.require(is_fresh, "train.start_with", expected)
         expected = f"a divisor of train.num_steps, {steps}: every epoch has as many steps"
         self.require(steps % near.num_epochs == 0, "near_policy.num_epochs", expected)
         keeps_groups = near.schedule == "continuous" and near.filter == "none"
@@ -167,6 +171,12 @@ class Config(Section):
         is_built_in = (self.evaluation.source or self.data.source).startswith("arithmetic:")
         chosen = "gsm8k" if is_built_in else "last_number"
         return chosen if self.evaluation.grader == "auto" else self.evaluation.grader
+
+    @property
+    def grades_rollouts(self) -> bool:
+        """Whether the grader of answers also reads rollouts, for rewards or records of them."""
+        is_rewarded = self.recipe.reward == "task" or self.estimator.task_reward_coef
+        return bool(is_rewarded or self.is_judged or self.near_policy.schedule != "none")
 
     @property
     def is_judged(self) -> bool:

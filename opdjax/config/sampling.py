@@ -61,7 +61,7 @@ class EvaluationConfig(Section):
     num_samples: Annotated[int, "at least 1"] = 8
     # Temperatures of the sampled answers. All scores are those of the first; the untrained student
     # is also evaluated at the others.
-    temperatures: Annotated[tuple[float, ...], "one or more numbers, more than 0 each"] = (1.0,)
+    temperatures: Annotated[tuple[float, ...], "one or more different numbers above 0"] = (1.0,)
     # Nucleus sampling: keep the most likely tokens up to this total probability; 1: off.
     top_p: Annotated[float, "more than 0 and at most 1"] = 1.0
     # Keep this many of the most likely tokens; 0: off.

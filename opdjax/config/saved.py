@@ -168,7 +168,8 @@ def _read_evaluation(sections: Sections, lost: list[str]) -> None:
     evaluation, sampling = sections["evaluation"], sections["sampling"]
     if "temperature" in evaluation:
         others = evaluation.pop("extra_temperatures", ())
-        evaluation["temperatures"] = [evaluation.pop("temperature"), *others]
+        every = [evaluation.pop("temperature"), *others]
+        evaluation["temperatures"] = list(dict.fromkeys(every))
     if evaluation.get("grader") == "final_number":
         is_built_in = str(evaluation.get("source")).startswith("arithmetic:")
         evaluation["grader"] = "auto" if is_built_in else "gsm8k"

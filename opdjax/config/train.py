@@ -33,6 +33,29 @@ class TrainConfig(Section):
     # heads of up to 128) are fused kernels that do not. auto: splash on a TPU if it can run, else
     # xla; cudnn has not been timed yet.
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    # Another run to start from: RUN, its work directory (also on gs://), or RUN@STEP for another
+    # checkpoint than its newest. It must have the same student.path and lora, and stay where it is.
+    start_from: str | None = None
+    # What is taken from it. both: its student, its optimizer, the number of the step and its logs,
+    # so that it goes on to train.num_steps, with the settings of this run. student: the weights;
+    # the steps begin at 0. optimizer: its moments and the number of the step.
+    start_with: Literal["both", "student", "optimizer"] = "both"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.start_from is None:
+            self.require_default("start_with", "where train.start_from is none")
+
+    @property
+    def start(self) -> tuple[str, str]:
+        """(work directory, step or `latest`) of `start_from`."""
+        run, at, step = (self.start_from or "").rpartition("@")
+        return (run, step) if at and step.isdecimal() else (self.start_from, "latest")
+
+    @property
+    def first_step(self) -> int:
+        """The number of steps before the first one of this run, where `start_from` names a step."""
+        return 0 if self.start_from is None or self.start_with == "student" else int(self.start[1])
 
 
 class OptimizerConfig(Section):

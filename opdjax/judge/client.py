@@ -287,7 +287,7 @@ class ApiClient:
         if self._api.max_dollars and self.spent >= self._api.max_dollars:
             raise SpendingCapError(
                 f"the run has spent {self.spent:.4f} dollars; api.max_dollars is "
-                f"{self._api.max_dollars:g}, raise it to go on"
+                f"{self._api.max_dollars:g}; raise api.max_dollars to go on"
             )
 
     async def _attempt(self, role: _Role, request: _Request, admission: Admission) -> Reply:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from opdjax.data.tokenizer import load_tokenizer
 from opdjax.engine.decoding import Decoding
 from opdjax.engine.evaluate import Evaluator
 from opdjax.engine.scheduling import require_slots
-from opdjax.engine.update import UpdateSpec, scored_temperature, spec_of
+from opdjax.engine.update import TrainState, UpdateSpec, scored_temperature, spec_of
 from opdjax.estimators import estimator_of
 from opdjax.estimators.advantage import credit_matrix
 from opdjax.judge.prompts import template_versions
@@ -31,8 +32,10 @@ from opdjax.models.decoder import Params, head_of
 from opdjax.models.hf import Checkpoint, CheckpointError, fingerprint, load_params, open_checkpoint
 from opdjax.models.lora import combine, init_adapters
 from opdjax.models.partitioning import SAMPLER_AXES, constrain, require_divides, shardings_of
+from opdjax.ops.multihost import on_process_zero
 from opdjax.ops.sharding import make_mesh, num_row_shards
 from opdjax.ops.tile import Head
+from opdjax.rollouts.start import copy_logs, first_params, state_of_start, with_start_step
 from opdjax.runs.workdir import environment
 
 
@@ -73,6 +76,7 @@ def prepare(config: Config) -> Setup:
     mesh = make_mesh(shape.data, shape.fsdp, shape.tensor, learner_devices(config))
     require_rows_divide(config, num_row_shards(mesh))
     student = _with_attention(open_student(config), config.train, "student")
+    config = with_start_step(config, student)
     require_divides(student.config, mesh.shape, "the student")
     tokenizer = load_tokenizer(student.path)
     sampling = config.sampling
@@ -165,21 +169,37 @@ def attention_of(
 
 
 def load_student(setup: Setup) -> tuple[Params, Params | None]:
-    """(parameters to train, frozen parameters) before the first step.
+    """(parameters to train, frozen parameters) of step 0.
 
     Without adapters: all parameters in float32, and None. With adapters: the adapters in float32,
     and the student's own parameters in the dtype of the forward pass.
     """
     config, mesh = setup.config, setup.mesh
+    taken = first_params(config, setup.student, mesh)
     if not config.lora.rank:
-        return load_params(setup.student, "float32", mesh), None
-    adapters = jax.jit(
-        lambda: constrain(init_adapters(setup.student.config, config.lora, config.seed), mesh)
-    )()
+        return taken or load_params(setup.student, "float32", mesh), None
+    adapters = (
+        taken
+        or jax.jit(
+            lambda: constrain(init_adapters(setup.student.config, config.lora, config.seed), mesh)
+        )()
+    )
     # Adapters start at 0, so the student without them is the reference policy: one copy is enough.
     if setup.reference_policy is not None:
         return adapters, setup.reference_policy.params
     return adapters, load_params(setup.student, setup.dtype, mesh)
+
+
+def take_over(setup: Setup, workdir: pathlib.Path, own: TrainState) -> TrainState:
+    """The state in which a run goes on from another one, with its own weights if it takes only the
+    optimizer; else the logs are taken over too.
+    """
+    config = setup.config
+    taken = state_of_start(config, setup.student, setup.mesh)
+    if config.train.start_with == "optimizer":
+        return taken.replace(params=own.params)
+    on_process_zero(lambda: copy_logs(config, workdir))
+    return taken
 
 
 def sampling_weights(setup: Setup, frozen: Params | None) -> Callable[[Params], Params]:

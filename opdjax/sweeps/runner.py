@@ -197,7 +197,8 @@ def _write_points(points: Sequence[SweepPoint], sweep: SweepDirectory) -> None:
         stored = read_point(file)["config"]
         changed = differences(upgrade(stored), upgrade(to_dict(point.config)))
         other = f"{sweep.workdir(point.id)} belongs to a point with another config"
-        advice = "choose another --workdir (there -> now)"
+        advice = "choose another --workdir, where train.start_from goes on from a run of this one "
+        advice += "(there -> now)"
         refuse_if(changed + lost_settings(stored), f"{other}; {advice}")
     for file, point in new.items():
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -150,6 +150,7 @@ OTHERS = [
         ),
         estimator=EstimatorConfig("npd", kd_weight=0.25),
     ),
+    Config(train=TrainConfig(start_from="runs/a@3", start_with="optimizer")),
     Config(
         near_policy=NearPolicyConfig(
             "continuous",
@@ -182,6 +183,14 @@ def test_every_leaf_survives_the_file():
     assert changed == set(leaves(to_dict(Config())))
 
 
+def test_the_place_that_a_run_starts_from():
+    fresh, named = TrainConfig(), TrainConfig(start_from="gs://b/a@home/run@120")
+    assert (fresh.first_step, named.first_step) == (0, 120)
+    assert named.start == ("gs://b/a@home/run", "120")
+    assert TrainConfig(start_from="runs/a@x").start == ("runs/a@x", "latest")
+    assert TrainConfig(start_from="runs/a@3", start_with="student").first_step == 0
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     st.builds(
@@ -191,7 +200,7 @@ def test_every_leaf_survives_the_file():
         weight_decay=st.floats(0, 1e300),
     ),
     st.text(max_size=10),
-    st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=3),
+    st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=3, unique=True),
 )
 def test_any_number_and_text_survives_the_file(optimizer, text, temperatures):
     config = Config(
@@ -216,7 +225,7 @@ def test_a_whole_number_is_read_as_a_float_where_one_is_expected():
     assert [type(value) for value in found] == [float, float]
 
 
-MOST_SETTINGS = 131  # a user reads them all in the help
+MOST_SETTINGS = 133  # a user reads them all in the help
 
 
 def test_settings_are_few():
@@ -562,12 +571,18 @@ REFUSED = [
     (
         EvaluationConfig,
         {"temperatures": (0.5, 0.0)},
-        "evaluation.temperatures is (0.5, 0.0); expected one or more numbers, more than 0 each",
+        "evaluation.temperatures is (0.5, 0.0); expected one or more different numbers above 0",
     ),
     (
         EvaluationConfig,
         {"temperatures": ()},
-        "evaluation.temperatures is (); expected one or more numbers",
+        "evaluation.temperatures is (); expected one or more different numbers",
+    ),
+    # A score is known by its temperature: a second one of the same would take its place.
+    (
+        EvaluationConfig,
+        {"temperatures": (1.0, 0.5, 1.0)},
+        "evaluation.temperatures is (1.0, 0.5, 1.0); expected one or more different numbers",
     ),
     (EvaluationConfig, {"every": -1}, "evaluation.every is -1; expected 0 (off) or more"),
     (CheckpointConfig, {"every": 0}, "checkpoint.every is 0; expected at least 1"),

@@ -124,6 +124,11 @@ def test_a_config_with_an_endpoint_per_role_is_read_as_todays(name):
     assert lost_settings(OLD[name]) == []
 
 
+def test_a_temperature_that_was_given_twice_is_read_once():
+    saved = old_with(evaluation__temperature=0.5, evaluation__extra_temperatures=[0.5, 0.7])
+    assert upgrade(saved)["evaluation"]["temperatures"] == [0.5, 0.7]
+
+
 @pytest.mark.parametrize("name", OLD)
 def test_todays_configs_are_read_as_they_are(name):
     today = to_dict(TODAY[name])

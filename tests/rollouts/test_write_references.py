@@ -340,8 +340,7 @@ def test_the_verb(tmp_path, monkeypatch, capsys):
     path = tmp_path / "answers.jsonl"
     assert opdjax()[::2] == (
         2,
-        "opdjax: ConfigError: data.references is None; expected the file that the answers are "
-        "written to\n",
+        "opdjax: data.references is None; expected the file that the answers are written to\n",
     )
     code, out, _ = opdjax("--data.references", path, "--teach.max-completion-length", 24)
     assert code == 0
