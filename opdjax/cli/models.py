@@ -32,7 +32,7 @@ def sample(arguments: list[str]) -> None:
 def _print_completions(
     model: Positional[str],
     prompts: Positional[tuple[str, ...]],
-    data: DataConfig = DataConfig(),  # noqa: B008
+    data: DataConfig = DataConfig(),
     num_generations: int = 1,
     max_completion_length: int = 512,
     temperature: float = 1.0,
@@ -77,8 +77,8 @@ def _print_completions(
 @command("MODEL [--evaluation.field VALUE …]")
 def evaluate(
     model: Positional[str],
-    data: DataConfig = DataConfig(),  # noqa: B008
-    evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008
+    data: DataConfig = DataConfig(),
+    evaluation: EvaluationConfig = EvaluationConfig(),
     dtype: Dtype = "auto",
     slots: int | None = None,
     output: pathlib.Path | None = None,
@@ -94,7 +94,12 @@ def evaluate(
         output: JSON file for the scores, including those of each prompt
     """
     from opdjax.rollouts.one_model import scores_of
-    from opdjax.runs.statistics import benchmark_lines
+    from opdjax.runs.statistics import (
+        NO_RIGHT_ANSWER,
+        benchmark_lines,
+        has_right_answer,
+        score_label,
+    )
     from opdjax.runs.workdir import write_json
 
     if output is not None and not is_remote(output):
@@ -108,14 +113,16 @@ def evaluate(
     sections["sampling"] = SamplingConfig(slots=slots)
     scores = scores_of(Config(student=ModelConfig(model), **sections))
     for name in ("avg@k", "pass@k", "greedy"):
-        title = name.replace("@k", f"@{scores['k']}")
-        print(f"{title:10}{scores[name]:.4f} ± {scores[name + '_interval']:.4f}")
-    for line in benchmark_lines(scores.get("benchmarks", {})):
+        half = scores[f"{name}_interval"]
+        print(f"{score_label(name, scores['k']):10}{scores[name]:.4f} ± {half:.4f}")
+    for line in benchmark_lines(scores.get("benchmarks", {}), scores["k"]):
         print(line)
     print(
         f"{scores['num_prompts']} prompts, T = {scores['temperature']:g}; ± is half a 95 % "
         "interval over prompts"
     )
+    if not has_right_answer([scores]):
+        print(NO_RIGHT_ANSWER)
     if output is not None:
         with open_output(output) as file:
             write_json(file, scores)

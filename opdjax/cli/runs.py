@@ -113,7 +113,7 @@ def audit(arguments: list[str]) -> None:
         workdir: pathlib.Path,
         only: tuple[str, ...] = (),
         skip_cost: bool = False,
-        audit: AuditConfig = AuditConfig(),  # noqa: B008
+        audit: AuditConfig = AuditConfig(),
         config: Experiment = default,
     ):
         """Measure bias, variance and cost of the estimators; without EXPERIMENT, on the built-in

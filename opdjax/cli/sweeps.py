@@ -32,7 +32,7 @@ def sweep(
     status: bool = False,
     watch: float = 0.0,
     launch: Literal["skypilot", "xpk"] | None = None,
-    fleet: FleetConfig = FleetConfig(),  # noqa: B008
+    fleet: FleetConfig = FleetConfig(),
 ):
     """Run a sweep; the same command runs the points that are unfinished.
 

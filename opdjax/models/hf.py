@@ -258,7 +258,7 @@ def _locate_tensors(path: pathlib.Path) -> dict[str, pathlib.Path]:
         if SINGLE not in files and (path / SINGLE).exists():
             raise CheckpointError(
                 f"{path} holds {SINGLE} and, in {INDEX}, other files of weights: one of them is "
-                "stale, and transformers would load the former; move the other one out "
+                "stale, and transformers would load the former; move the stale one out "
                 "of the directory that student.path or teacher.path names"
             )
         return {name: path / file for name, file in weight_map.items()}
