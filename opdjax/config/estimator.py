@@ -17,10 +17,14 @@ from opdjax.config.validation import Section
 
 
 class EstimatorConfig(Section):
-    """The recipe and its options. None: the recipe's default; `recipes.py` has all defaults, and
-    which options a recipe has.
+    """The recipe and its options. An option belongs to the recipes in parentheses, which name its
+    defaults; None takes the recipe's default.
     """
 
+    # The method. opd: reward log p_teacher - log p_student of each sampled token; vopd: that less a
+    # baseline; full_kl, topk_kl: exact divergence on all ids, or on the most likely; npd: near-
+    # policy distillation; sft: cross-entropy on given answers; grpo: right or wrong answers; ropd,
+    # ropd_stages: rubrics of answers, or of their stages; tjudge: a judge's score.
     recipe: RecipeName = DEFAULT_RECIPE
     # What the summed token losses are divided by, over the whole batch.
     # stage_token_mean: ropd_stages alone; every stage has the same weight, whatever its length.
@@ -31,9 +35,9 @@ class EstimatorConfig(Section):
         "fixed_denominator",
         "stage_token_mean",
     ] = "token_mean"
-    # 0 (default) credits a token with its own reward, 1 with all later ones too.
+    # 0 credits a token with its own reward, 1 with all later ones too.
     discount: float | None = None
-    # With a discount: later rewards as sampled (default), or their expectation, -KL.
+    # With a discount. sampled: later rewards as sampled; expected: their expectation, -KL.
     return_to_go: Literal["sampled", "expected"] | None = None
     # Lower bound of a token's reward, nats (REOPOLD: log(lambda / (1 - lambda))).
     reward_floor: float | None = None
@@ -51,14 +55,14 @@ class EstimatorConfig(Section):
     # Largest ratio; default 3 for sequence_mask, 2 for the others. token_mask: the smallest is its
     # inverse.
     importance_cap: float | None = None
-    # Ratios below 1 - clip_low gain nothing; default 0.2. opd, vopd: with importance ppo_clip.
+    # Ratios below 1 - clip_low gain nothing. opd, vopd: with importance ppo_clip.
     clip_low: float | None = None
-    # The same above 1 + clip_high; default 0.28.
+    # The same above 1 + clip_high.
     clip_high: float | None = None
-    # Reward minus the mean of the prompt's completions (default), or that divided by their standard
-    # deviation.
+    # mean: reward minus the mean of the prompt's completions; mean_std: that divided by their
+    # standard deviation.
     advantage: Literal["mean", "mean_std"] | None = None
-    # Upper bound of the ratio for negative advantages (dual clip); default 3, 0 is no bound.
+    # Upper bound of the ratio for negative advantages (dual clip); 0 is no bound.
     dual_clip: float | None = None
     # Coefficient of a penalty for leaving the student's start, of which a frozen copy is kept.
     reference_kl_coef: float | None = None
@@ -75,21 +79,22 @@ class EstimatorConfig(Section):
     # With divergence jsd: 0 is the forward KL, 1 the reverse KL; default 0.5. With a skew
     # divergence: share of its first argument in the second; default 0.1.
     beta: float | None = None
-    # Whose most likely ids; union, intersection and symmetric difference of both sets.
+    # Whose most likely ids the divergence is on: the student's, the teacher's, or the union,
+    # intersection or symmetric difference of both sets.
     support: (
         Literal["student", "teacher", "union", "intersection", "symmetric_difference"] | None
     ) = None
-    # topk_kl: ids of each side, default 100; npd: ids of the teacher, default 10; vopd with
-    # baseline student_topk: ids of the student, default 100.
+    # topk_kl: ids of each side; npd: ids of the teacher; vopd with baseline student_topk: ids of
+    # the student.
     support_top_k: int | None = None
-    # Which side is renormalised on those ids.
+    # Whose probabilities are renormalised on those ids: both, the teacher's alone, or none.
     renormalize: Literal["both", "teacher", "none"] | None = None
-    # What the ids outside the support add; tail needs renormalize none, floor teacher or none.
+    # What the ids outside the support add. drop: nothing; tail: one term of their total
+    # probability, needs renormalize none; floor: a smallest probability, teacher or none.
     outside: Literal["drop", "tail", "floor"] | None = None
     # A policy gradient over the support with this weight, in place of the divergence.
     weight: Literal["p_student", "p_teacher", "none"] | None = None
     # Lambda, the share of the divergence from the teacher; the rest is cross-entropy on the tokens.
-    # Default 0.9.
     kd_weight: float | None = None
     # Sets all options of the support as another library does.
     convention: Convention | None = None
