@@ -97,12 +97,7 @@ def evaluate(
         output: JSON file to write the scores to, including those of each prompt.
     """
     from opdjax.rollouts.one_model import scores_of
-    from opdjax.runs.statistics import (
-        NO_RIGHT_ANSWER,
-        benchmark_lines,
-        has_right_answer,
-        score_label,
-    )
+    from opdjax.runs import statistics
     from opdjax.runs.workdir import write_json
 
     if output is not None and not is_remote(output):
@@ -117,15 +112,15 @@ def evaluate(
     scores = scores_of(Config(student=ModelConfig(model), **sections))
     for name in ("avg@k", "pass@k", "greedy"):
         half = scores[f"{name}_interval"]
-        print(f"{score_label(name, scores['k']):10}{scores[name]:.4f} ± {half:.4f}")
-    for line in benchmark_lines(scores.get("benchmarks", {}), scores["k"]):
+        print(f"{statistics.score_label(name, scores['k']):10}{scores[name]:.4f} ± {half:.4f}")
+    for line in statistics.benchmark_lines(scores.get("benchmarks", {}), scores["k"]):
         print(line)
     print(
         f"{scores['num_prompts']} prompts, T = {scores['temperature']:g}; ± is half a 95 % "
         "interval over prompts"
     )
-    if not has_right_answer([scores]):
-        print(NO_RIGHT_ANSWER)
+    if not statistics.has_right_answer([scores]):
+        print(statistics.NO_RIGHT_ANSWER)
     if output is not None:
         with open_output(output) as file:
             write_json(file, scores)

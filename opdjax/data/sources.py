@@ -41,7 +41,6 @@ _EXPECTED = (
     "hf:NAME[@CONFIG]#SPLIT or tfds:NAME[/CONFIG][:VERSION]#SPLIT"
 )
 _CHUNK = 1024  # rows converted to Python values at a time
-_EXPECTED_ITEM = "expected an object, in a CSV file a cell for each column"
 _MAX_CELL = 2**30  # characters of a cell of a CSV file
 
 
@@ -121,21 +120,19 @@ def read_rows(source: str, columns: ColumnMap, skipped: list[str] | None = None)
     return _readable(rows, skipped)
 
 
-def _readable(rows: Iterator[tuple[str, Any]], skipped: list[str] | None) -> Rows:
-    """The rows, each parsed by itself: bytes as JSON, other values as they are."""
-    for place, row in rows:
+def _readable(rows: Iterator[tuple[str, bytes]], skipped: list[str] | None) -> Rows:
+    for place, line in rows:
         try:
-            is_line = isinstance(row, bytes)
-            parsed = _json_object(row, place) if is_line else _as_object(row, place, _EXPECTED_ITEM)
+            row = _json_object(line, place)
         except DataError as error:
             if skipped is None:
                 raise
             skipped.append(str(error))
         else:
-            yield place, parsed
+            yield place, row
 
 
-def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, bytes]]:
     """Lines of JSON, or, in a .json file that begins with [, the items of one list."""
     with path.open("rb") as lines:
         first = lines.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
@@ -144,7 +141,8 @@ def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
                 items = json.loads(path.read_text(encoding="utf-8-sig"))
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}: not a list in JSON ({_first_line(error)})") from error
-            yield from ((f"{path}, item {number}", item) for number, item in enumerate(items, 1))
+            for number, item in enumerate(items, 1):
+                yield f"{path}, item {number}", json.dumps(item).encode()
             return
         lines.seek(0)
         for number, line in enumerate(lines, 1):
@@ -152,7 +150,8 @@ def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
                 yield f"{path}, line {number}", line
 
 
-def _csv_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+def _csv_rows(path: pathlib.Path) -> Iterator[tuple[str, bytes]]:
+    """A table as lines of JSON; a row with too many or too few cells becomes a list."""
     csv.field_size_limit(_MAX_CELL)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -160,13 +159,14 @@ def _csv_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
             names = next(reader, [])
             for cells in filter(None, reader):
                 row = dict(zip(names, cells)) if len(cells) == len(names) else cells
-                yield f"{path}, line {reader.line_num}", row
+                yield f"{path}, line {reader.line_num}", json.dumps(row).encode()
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as CSV in UTF-8: {error}") from error
 
 
 def _json_object(line: bytes, place: str) -> dict[str, Any]:
-    expected = "expected lines of one whole JSON object each, not compressed"
+    expected = "expected lines of one whole JSON object each, not compressed (in a CSV file: lines "
+    expected += "with a cell for each column)"
     try:
         # json would also accept a first line in UTF-16, and then report the second one.
         row = json.loads(line.decode("utf-8-sig").rstrip())
@@ -177,10 +177,6 @@ def _json_object(line: bytes, place: str) -> dict[str, Any]:
         raise DataError(f"{place}: not UTF-8 text ({error.reason}); {expected}") from error
     except (ValueError, RecursionError) as error:  # thousands of digits, thousands of levels
         raise DataError(f"{place}: cannot be read ({_first_line(error)}); {expected}") from error
-    return _as_object(row, place, expected)
-
-
-def _as_object(row: Any, place: str, expected: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise DataError(
             f"{place}: expected an object with named values, found {type(row).__name__}; {expected}"
