@@ -211,6 +211,16 @@ def test_help_of_an_argument_is_a_whole_sentence():
         assert re.fullmatch(r"([A-Z]|i/n).*\.", sentence, re.DOTALL), text
 
 
+def test_evaluation_without_any_right_answer_says_to_check_the_grader(opdjax, monkeypatch):
+    scores = {"k": 8, "num_prompts": 64, "temperature": 1.0}
+    for name in ("avg@k", "pass@k", "greedy"):
+        scores |= {name: 0.0, f"{name}_interval": 3 / 64}
+    monkeypatch.setattr("opdjax.rollouts.one_model.scores_of", lambda config: scores)
+    status, out, _ = opdjax("evaluate", "@mini_student")
+    assert (status, out.splitlines()[0]) == (0, "avg@8     0.0000 ± 0.0469")
+    assert out.strip().endswith("no answer was graded right: check the grader")
+
+
 # Mistakes
 
 
