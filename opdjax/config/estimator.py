@@ -22,12 +22,14 @@ class EstimatorConfig(Section):
     """
 
     # The method. opd: reward log p_teacher - log p_student of each sampled token; vopd: that less a
-    # baseline; full_kl, topk_kl: exact divergence on all ids, or on the most likely; npd: near-
-    # policy distillation; sft: cross-entropy on given answers; grpo: right or wrong answers; ropd,
-    # ropd_stages: rubrics of answers, or of their stages; tjudge: a judge's score.
+    # baseline; full_kl, topk_kl: exact divergence on all ids, or on the most likely ones; npd: that
+    # mixed with cross-entropy; sft: cross-entropy on given answers; grpo: reward 1 for a right
+    # answer; ropd, ropd_stages: rubrics of answers, or of their stages; tjudge: a judge's score.
     recipe: RecipeName = DEFAULT_RECIPE
-    # What the summed token losses are divided by, over the whole batch.
-    # stage_token_mean: ropd_stages alone; every stage has the same weight, whatever its length.
+    # What the summed token losses are divided by, over the whole batch. token_mean: all tokens;
+    # sequence_mean_token_mean: each sequence's tokens, then the sequences; sequence_mean_token_sum:
+    # the sequences; fixed_denominator: the most tokens there can be; stage_token_mean (ropd_stages
+    # alone): every stage has the same weight, whatever its length.
     aggregation: Literal[
         "token_mean",
         "sequence_mean_token_mean",
@@ -49,8 +51,11 @@ class EstimatorConfig(Section):
     extra_draws: int | None = None
     # Adds coef * (right answer - mean of the prompt's completions).
     task_reward_coef: float | None = None
-    # opd, vopd: correction by the ratio of the student to the policy that sampled the tokens.
-    # full_kl, topk_kl, npd: prefix_truncate alone, the ratio of the tokens before.
+    # Correction by the ratio of the student to the policy that sampled the tokens. token_truncate:
+    # at most importance_cap; token_mask: tokens beyond it are dropped; sequence_mask: the product
+    # over a sequence, which is dropped beyond it; prefix_truncate: the product up to the token, at
+    # most the cap; ppo_clip: clipped to 1 - clip_low and 1 + clip_high. full_kl, topk_kl, npd:
+    # prefix_truncate alone, of the tokens before.
     importance: Correction | None = None
     # Largest ratio; default 3 for sequence_mask, 2 for the others. token_mask: the smallest is its
     # inverse.
@@ -68,13 +73,15 @@ class EstimatorConfig(Section):
     reference_kl_coef: float | None = None
     # Form of that penalty: k2 descends KL(student || start), k3_direct KL(start || student).
     reference_kl: Literal["k2", "k3_direct"] | None = None
-    # How later stages' scores are credited to a stage, by name or as K * K numbers, row by row;
-    # default paper for four stages, else decay.
+    # How later stages' scores are credited to a stage. identity: only its own counts; last: only
+    # the last stage's; paper: RubricEM's weights of four stages, their default; decay: 1 for its
+    # own, 0.8 for the last, 0.5 between, the default otherwise; or K * K numbers, row by row.
     stage_credit: Literal["paper", "identity", "last", "decay"] | tuple[float, ...] | None = None
     # The control variate. full: the exact expected reward; student_topk: the same on the student's
     # top k; optimal: least variance; batch_mean: mean reward of the other sequences.
     baseline: Baseline | None = None
-    # full_kl: any of these; topk_kl, npd: reverse or forward.
+    # reverse: KL(student || teacher); forward: KL(teacher || student); jsd: Jensen-Shannon;
+    # skew_forward, skew_reverse: the same against a mixture. topk_kl, npd: reverse or forward.
     divergence: Divergence | None = None
     # With divergence jsd: 0 is the forward KL, 1 the reverse KL; default 0.5. With a skew
     # divergence: share of its first argument in the second; default 0.1.
