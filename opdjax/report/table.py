@@ -122,7 +122,9 @@ def table(directory: pathlib.Path, format: Format = "markdown") -> str:
     joined = lambda found: " ± ".join(fixed(each) for each in found if each is not None)
     parts = lambda name: [name, f"{name} half interval"] if is_csv else [name]
     shown = lambda found: found if is_csv else [joined(found)]
-    every_k = {point.config["evaluation"]["num_samples"] for point in points}
+    fields = ("source", "num_samples", "num_prompts")
+    kinds = {tuple(point.config["evaluation"][name] for name in fields) for point in points}
+    every_k = {k for _, k, _ in kinds}
     k = every_k.pop() if len(every_k) == 1 and not is_csv else None
     header = [score_label(part, k) for name in columns for part in parts(name)]
     header = [*names, *header, "n", "missing"]
@@ -137,9 +139,8 @@ def table(directory: pathlib.Path, format: Format = "markdown") -> str:
     ]
     if is_csv:
         return _comma_separated([header, *lines])
-    fields = ("source", "num_samples", "num_prompts")
-    kinds = {tuple(point.config["evaluation"][name] for name in fields) for point in points}
-    scored = [row["values"].get(name, _NONE)[0] for row in rows for name in SCORES]
+    graded = (*SCORES, "gain in avg@k")
+    scored = [row["values"].get(name, _NONE)[0] for row in rows for name in graded]
     is_wrong = any(score is not None for score in scored) and not any(scored)
     facts = {"no_right_answer": NO_RIGHT_ANSWER if is_wrong else ""}
     facts |= {"points": points, "has_runs": bool(columns), "evaluations": sorted(kinds, key=str)}

@@ -454,7 +454,7 @@ def test_a_grader_that_finds_no_right_answer_is_named_everywhere(tmp_path):
         point = write_point(tmp_path / "sweep", config(seed=seed), seed=seed)
         for name in ("eval.jsonl", "result.json"):
             text = (point / name).read_text()
-            wrong = re.sub(r'("(avg@k|pass@k|greedy)"): [\d.]+', r"\1: 0.0", text)
+            wrong = re.sub(r'("(avg@k|pass@k|greedy)"): [-\d.]+', r"\1: 0.0", text)
             (point / name).write_text(wrong)
     warned = NO_RIGHT_ANSWER.capitalize()
     assert warned in read(point).all
