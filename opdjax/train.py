@@ -18,7 +18,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from opdjax.config import Config
+from opdjax.config import STUDENT, Config
+from opdjax.data.references import ReferenceMissError
 from opdjax.engine.evaluate import evaluate
 from opdjax.engine.update import (
     init_state,
@@ -55,6 +56,7 @@ from opdjax.rollouts.setup import (
 )
 from opdjax.rollouts.source import SourceStoppedError, open_source
 from opdjax.rollouts.start import LOGS
+from opdjax.rollouts.write_references import teach as write_references
 from opdjax.runs.checkpoint import Checkpointer
 from opdjax.runs.metrics import MetricWriter, Progress, Startup, Timer
 from opdjax.runs.mirror import WorkdirMirror, open_workdir, scratch_workdir
@@ -95,7 +97,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
         if config.near_policy.schedule != "none" and config.near_policy.generator != "process":
             # This run is its own generator: no other one may write rollouts here.
             on_process_zero(lambda: resources.enter_context(locked(mirror.directory, "generator")))
-        setup = on_all(lambda: prepare(config))
+        setup = on_all(lambda: _prepared(config))
         run_facts = on_all(lambda: facts(setup))
         is_finished = agreed(bool(on_process_zero(lambda: _open(mirror, setup, run_facts))))
         if not is_finished:
@@ -103,6 +105,23 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
             _run(setup, mirror, resources, startup)
         mirror.download_result()
         return read_result(mirror.directory)
+
+
+def _prepared(config: Config) -> Setup:
+    """What the run works with; reference answers that are missing are written first, unless the
+    teacher is behind an API and `teach.auto` is not set, or there are several processes.
+    """
+    try:
+        return prepare(config)
+    except ReferenceMissError as error:
+        if config.teach.model and not config.teach.auto:
+            raise ReferenceMissError(f"{error}, or let train do so with --teach.auto") from error
+        teacher = config.teach.model or config.teacher.path
+        if config.mesh.processes != 1 or teacher == STUDENT:
+            raise
+        print(f"{teacher} writes the missing answers of {config.data.references}", flush=True)
+    write_references(config)
+    return prepare(config)
 
 
 def _check_storage(config: Config, workdir: str | os.PathLike) -> None:
@@ -126,7 +145,7 @@ def _open(mirror: WorkdirMirror, setup: Setup, run_facts: dict[str, Any]) -> boo
         if prompts is not None and prompts.skipped:
             print(
                 f"left out {prompts.num_skipped} prompts over {setup.config.data.max_prompt_length}"
-                f" tokens, first {prompts.skipped[0]}"
+                f" tokens, or not readable, first {prompts.skipped[0]}"
             )
     if not (mirror.directory / "result.json").exists():
         mirror.upload()  # other processes see that the run has started

@@ -29,8 +29,8 @@ from opdjax.config.validation import ConfigError, Section, require
 class Config(Section):
     """A whole run."""
 
-    student: ModelConfig = ModelConfig(MINI_STUDENT)
-    teacher: ModelConfig = ModelConfig(MINI_TEACHER)
+    student: ModelConfig = ModelConfig(MINI_STUDENT)  # The model that is trained.
+    teacher: ModelConfig = ModelConfig(MINI_TEACHER)  # The model that the student learns from.
     data: DataConfig = DataConfig()
     sampling: SamplingConfig = SamplingConfig()
     near_policy: NearPolicyConfig = NearPolicyConfig()

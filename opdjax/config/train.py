@@ -127,7 +127,7 @@ class CheckpointConfig(Section):
 
     # Steps between checkpoints; the last step is always saved.
     every: Annotated[int, "at least 1"] = 50
-    # Number of the newest checkpoints to keep, besides the one with the best avg@k.
+    # Number of the newest checkpoints to keep, besides the one with the best sampled score.
     keep: Annotated[int, "at least 1"] = 2
 
 

@@ -51,14 +51,22 @@ class Prompt:
         return (listed, *as_messages(self.prompt)) if self.tools else self.prompt
 
 
-def read_prompts(source: str, columns: ColumnMap = ColumnMap()) -> list[Prompt]:  # noqa: B008
-    """All rows of a data source (formats: `sources`), in their stored order."""
-    rows = []
-    for place, row in read_rows(source, columns):
+def read_prompts(
+    source: str, columns: ColumnMap = ColumnMap(), *, skips_bad_rows: bool = False
+) -> list[Prompt]:
+    """All rows of a data source (formats: `sources`), in their stored order. DataError at the first
+    bad one, unless these are to be skipped: then their number is printed.
+    """
+    rows, skipped = [], [] if skips_bad_rows else None
+    for place, row in read_rows(source, columns, skipped):
         try:
             rows.append(_parse_row(row, columns))
         except DataError as error:
-            raise DataError(f"{place}: {error}") from error
+            if skipped is None:
+                raise DataError(f"{place}: {error}") from error
+            skipped.append(f"{place}: {error}")
+    if skipped:
+        print(f"skipped {len(skipped)} bad rows (data.skip_bad_rows), first {skipped[0]}")
     if not rows:
         raise DataError(f"{source} holds no prompts; expected at least one row")
     return rows

@@ -30,7 +30,7 @@ class PromptSet:
     prompts: tuple[Prompt, ...]
     student_ids: tuple[tuple[int, ...], ...]
     teacher_ids: tuple[tuple[int, ...], ...] | None  # None: the same as the student's
-    skipped: tuple[str, ...]  # descriptions of the prompts over the length limit
+    skipped: tuple[str, ...]  # descriptions of the prompts that are left out
     digest: str  # sha256 of the rows and of the token ids
 
     def __len__(self) -> int:
@@ -43,7 +43,7 @@ class PromptSet:
 
     @property
     def num_skipped(self) -> int:
-        """Number of prompts over the length limit."""
+        """Number of prompts that are left out."""
         return len(self.skipped)
 
 
@@ -54,7 +54,8 @@ def load_rows(data: DataConfig, tokenizer: Any, stop_ids: Sequence[int] = ()) ->
     index lacks a prompt, except one that is too long for the student (whose tokenizer is given):
     every run leaves it out, so `opdjax references` skips it.
     """
-    rows = read_prompts(data.source, ColumnMap(**data.column_names))
+    columns = ColumnMap(**data.column_names)
+    rows = read_prompts(data.source, columns, skips_bad_rows=data.skip_bad_rows)
     if data.references is None:
         return _ended(rows, tokenizer, stop_ids)
 
@@ -176,17 +177,24 @@ def encode_prompts(
 ) -> PromptSet:
     """Render every row for student and teacher.
 
-    A row over `max_prompt_length` tokens in either view is left out and counted.
+    A row over `max_prompt_length` tokens in either view is left out and counted; with
+    `skip_bad_rows`, so is one that cannot be rendered.
     """
     _require_context(rows, data)
     limit, kept, skipped = data.max_prompt_length, [], []
     for number, row in enumerate(rows):
         place = f"prompt {number} of {data.source}"
-        _require_unicode(row, place)
-        ids = longest = prompt_ids(row, data, student_tokenizer, place)
-        if len(ids) <= limit:
-            shown = prompt_ids(row, data, teacher_tokenizer, place, of_teacher=True)
-            longest = max(ids, shown, key=len)
+        try:
+            _require_unicode(row, place)
+            ids = longest = prompt_ids(row, data, student_tokenizer, place)
+            if len(ids) <= limit:
+                shown = prompt_ids(row, data, teacher_tokenizer, place, of_teacher=True)
+                longest = max(ids, shown, key=len)
+        except DataError as error:
+            if not data.skip_bad_rows:
+                raise
+            skipped.append(f"{error}")
+            continue
         if len(longest) > limit:
             text = str(_wrapped(row, data.prompt_format))[:80]
             skipped.append(f"{place} with {len(longest)} tokens: {text!r}")

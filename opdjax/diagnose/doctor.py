@@ -17,6 +17,7 @@ from opdjax.config.recipes import RECIPES
 from opdjax.config.validation import require
 from opdjax.data.chat import first_difference, valid_vocab
 from opdjax.data.packing import to_train_batch
+from opdjax.data.references import ReferenceMissError, key_of
 from opdjax.data.tokenizer import FileTokenizer, load_tokenizer
 from opdjax.diagnose.measurements import Measurements
 from opdjax.models.hf import open_checkpoint
@@ -92,6 +93,32 @@ def mask(m: Measurements) -> Finding:
 
 
 # Checks of samples and scores
+
+
+def data(m: Measurements) -> Finding:
+    """Prompts that repeat, that are trained on and evaluated, or that lack an answer."""
+    config, held_out = m.config, m.setup.evaluator
+    parts = {config.data.source: m.setup.prompts.prompts}
+    parts |= {config.evaluation.source: held_out.prompts.prompts} if held_out else {}
+    keys = {source: [key_of(row.prompt) for row in rows] for source, rows in parts.items()}
+    problems = [
+        warning(f"{repeated} of {len(found)} prompts of {source} repeat an earlier one")
+        for source, found in keys.items()
+        if (repeated := len(found) - len(set(found)))
+    ]
+    rows, count = m.setup.prompts.prompts, len(m.setup.prompts)
+    trained, evaluated = set(keys[config.data.source]), keys.get(config.evaluation.source, [])
+    if shared := sum(key in trained for key in evaluated):
+        found = f"{shared} of {len(evaluated)} prompts of the evaluation are also trained on"
+        problems.append(warning(found, "its scores do not show how the student does on others"))
+    if count < config.train.prompts_per_step:
+        found = f"{count} prompts are fewer than train.prompts_per_step"
+        problems.append(warning(f"{found}, {config.train.prompts_per_step}: a step repeats them"))
+    for name in ("answer", "references"):
+        if 0 < (lacking := sum(not getattr(row, name) for row in rows)) < count:
+            problems.append(warning(f"{lacking} of {count} prompts have no {name}"))
+    otherwise = f"{count} different prompts, and {len(evaluated)} others in the evaluation"
+    return finding("data", problems, otherwise)
 
 
 def padded_vocabulary(m: Measurements) -> Finding:
@@ -335,6 +362,7 @@ _is_judged = lambda config: config.is_judged
 CHECKS = (
     Check(tokenizers, "choose a teacher with the student's tokenizer", reads_scores),
     Check(tokenizer_file, "in transformers load it by PreTrainedTokenizerFast"),
+    Check(data, "remove the repeats and shared prompts, or add what is missing"),
     Check(padded_vocabulary, "mask ids from the tokenizer's size on (valid_vocab)"),
     Check(stop_tokens, "set --sampling.stop-token-ids"),
     Check(chat_template, "copy a template, or set --data.teacher-format", reads_scores),
@@ -384,7 +412,13 @@ def run_checks(config: Config, num_prompts: int = 8, only: Sequence[str] = ()) -
     # A few rows need one device only and no separate generator.
     near_policy = dataclasses.replace(config.near_policy, generator="inline", lag="fixed")
     config = dataclasses.replace(config, mesh=MeshConfig(1), near_policy=near_policy)
-    yield from examine(prepare(config), num_prompts, only)
+    try:
+        setup = prepare(config)
+    except ReferenceMissError as error:
+        note = "the other checks need them, so they were not made"
+        yield Finding("data", *fault(str(error)), (note,))
+        return
+    yield from examine(setup, num_prompts, only)
 
 
 def examine(setup: Setup, num_prompts: int = 8, only: Sequence[str] = ()) -> Iterator[Finding]:

@@ -31,7 +31,8 @@ from opdjax.runs.object_store import is_remote, local_copy
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
-_CONFIGS = ("config.json", "generation_config.json")
+_ADAPTER = "adapter_config.json"
+_CONFIGS = ("config.json", "generation_config.json", _ADAPTER)
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _STORED = ("F32", "BF16", "F16", "F64")  # dtypes of safetensors that can be cast to those
 _SAMPLE_BYTES = 2**20
@@ -56,13 +57,23 @@ class Checkpoint:
 def open_checkpoint(
     path_or_id: str | os.PathLike, revision: str | None = None, *, with_weights: bool = True
 ) -> Checkpoint:
-    """Describe a local directory, a hub repository (downloaded to the hub's cache), or a built-in
-    model (`@mini_student`). Raises CheckpointError and UnsupportedModelError.
+    """Describe a local directory, a hub repository (downloaded to the hub's cache), a built-in
+    model (`@mini_student`), or the exported student of a run's work directory. Raises
+    CheckpointError and UnsupportedModelError.
 
     Without weights, config.json is enough, and only the configs of a repository are downloaded.
     """
     path = _resolve(str(path_or_id), revision, _FILES if with_weights else _CONFIGS)
+    if (path / _ADAPTER).exists() and not (path / "config.json").exists():
+        base = _read_json(path / _ADAPTER).get("base_model_name_or_path")
+        raise CheckpointError(
+            f"{path} is a PEFT adapter of {base}, not a model; expected a model: give {base}, or "
+            "merge the adapter into it first (in PEFT, merge_and_unload and save_pretrained)"
+        )
     raw = _read_json(path / "config.json")
+    if "environment" in raw and isinstance(raw.get("config"), dict):
+        path = _student_of_run(path)
+        raw = _read_json(path / "config.json")
     family = family_of(raw)
     try:
         config = family.read_config(raw)
@@ -184,6 +195,18 @@ def _resolve(path_or_id: str, revision: str | None, wanted: tuple[str, ...]) -> 
     return pathlib.Path(path)
 
 
+def _student_of_run(workdir: pathlib.Path) -> pathlib.Path:
+    """The student that a finished run has exported; CheckpointError if it is not there."""
+    result = workdir / "result.json"
+    student = workdir / str(_read_json(result).get("student")) if result.exists() else None
+    if student is None or not student.is_dir():
+        raise CheckpointError(
+            f"{workdir} is the work directory of a run without a student; expected a model: finish "
+            f"the run, or write a checkpoint's student with opdjax export {workdir} OUT"
+        )
+    return student
+
+
 def _built_in(name: str) -> pathlib.Path:
     built_in = {MINI_TEACHER: MINI_PAIR / "teacher", MINI_STUDENT: MINI_PAIR / "student"}
     if name == STUDENT:
@@ -231,6 +254,12 @@ def _locate_tensors(path: pathlib.Path) -> dict[str, pathlib.Path]:
             raise CheckpointError(
                 f"{path / INDEX} names files that do not exist (download them too): "
                 f"{', '.join(absent)}"
+            )
+        if SINGLE not in files and (path / SINGLE).exists():
+            raise CheckpointError(
+                f"{path} holds {SINGLE} and, in {INDEX}, other files of weights: one of them is "
+                "stale, and transformers would load the former; move the stale one out "
+                "of the directory that student.path or teacher.path names"
             )
         return {name: path / file for name, file in weight_map.items()}
     if not (path / SINGLE).exists():
@@ -295,10 +324,17 @@ def _check_tensors(checkpoint: Checkpoint, tensors: _Tensors) -> None:
     expected, located = tensor_shapes(checkpoint), tensors.located
     # Old Llama checkpoints store the rotary frequencies of each layer, which config.json implies.
     extra = {name for name in located if not name.endswith(".rotary_emb.inv_freq")} - set(expected)
+    is_tied = "true" if checkpoint.config.ties_embeddings else "false"
+    other = (
+        "false if the model has a head of its own" if is_tied == "true" else "true if it has none"
+    )
+    tied = f" (tie_word_embeddings is {is_tied} in config.json, or by default: set it to {other})"
+    hints = {checkpoint.family.global_names["head"]: tied}
     problems = [f"missing tensor {name}" for name in sorted(set(expected) - set(located))]
     for name in sorted(extra):
         if not _is_tied_copy(checkpoint, tensors, name):
             problems.append(f"unexpected tensor {name}")
+    problems = [problem + hints.get(problem.rpartition(" ")[2], "") for problem in problems]
     for name in sorted(set(expected) & set(located)):
         found = tensors.lazy(name)
         if (shape := tuple(found.get_shape())) != expected[name]:

@@ -285,7 +285,8 @@ def make_evaluator(
     data = dataclasses.replace(view, source=evaluation.source, columns=(), references=None)
     names = config.data.column_names | evaluation.column_names
     names.pop("reference", None)
-    rows = first_of_each(read_prompts(data.source, ColumnMap(**names)), evaluation.num_prompts)
+    rows = read_prompts(data.source, ColumnMap(**names), skips_bad_rows=data.skip_bad_rows)
+    rows = first_of_each(rows, evaluation.num_prompts)
     require_field(rows, "answer", names, data.source, "evaluation needs them")
     require_readable(evaluation.grader, [row.answer for row in rows], evaluation.source)
     prompts = encode_prompts(rows, data, tokenizer, tokenizer)

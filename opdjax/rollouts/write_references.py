@@ -65,7 +65,8 @@ def teach(config: Config) -> dict[str, float]:
     """
     _check_settings(config)
     tokenizer = load_tokenizer(open_student(config).path)
-    rows = read_prompts(config.data.source, ColumnMap(**config.data.column_names))
+    columns, skips = ColumnMap(**config.data.column_names), config.data.skip_bad_rows
+    rows = read_prompts(config.data.source, columns, skips_bad_rows=skips)
     kept = encode_prompts(rows, student_view(config.data), tokenizer, tokenizer)
     rows = list({key_of(row.with_tools): row for row in kept.prompts}.values())  # each prompt once
     open_answerer = _api_answerer if config.teach.model else _checkpoint_answerer

@@ -231,8 +231,8 @@ DATA = {
     ),
     "a table of another kind": (
         "DataError",
-        lambda p: p.train("--data.source", "x.csv"),
-        "'x.csv' is not known; expected arithmetic:SPLIT, a .jsonl file",
+        lambda p: p.train("--data.source", "x.xlsx"),
+        "'x.xlsx' is not known; expected arithmetic:SPLIT, a .jsonl, .json, .csv or .parquet file",
     ),
     "an empty file": (
         "DataError",
@@ -241,9 +241,14 @@ DATA = {
     ),
     "an array in place of lines": (
         "DataError",
-        lambda p: p.data(f"[\n{ROW}]", name="r.json"),
+        lambda p: p.data(f"[\n{ROW}]"),
         "line 1: not valid JSON",
         "expected lines of one whole JSON object each",
+    ),
+    "an array cut off": (
+        "DataError",
+        lambda p: p.data(f"[\n{ROW}", name="r.json"),
+        "r.json: not a list in JSON (Expecting",
     ),
     "an array on one line": (
         "DataError",

@@ -161,14 +161,64 @@ def test_help_of_training_shows_the_values_of_the_experiment(opdjax, experiment)
     assert opdjax("train")[0] == 2
 
 
-@pytest.mark.parametrize("command", ["train", "plan", "doctor", "audit", "references"])
-def test_help_names_the_recipes_of_an_option_as_their_rows_do(opdjax, experiment, command):
+@pytest.mark.parametrize("command", ["train", "plan", "doctor", "audit"])
+def test_help_names_the_recipes_of_an_option_and_their_defaults(opdjax, experiment, command):
     out = smooth(opdjax(command, experiment(), "--help")[1])
     helps = {text.split(" ")[0]: text for text in out.split("--estimator.")[1:]}
     for field in dataclasses.fields(EstimatorConfig):
-        recipes = ", ".join(name for name, row in RECIPES.items() if field.name in row.options)
-        marked = f"({recipes}) (default: " if recipes else "(default: "
-        assert marked in helps[field.name.replace("_", "-")], field.name
+        rows = {n: row.options.get(field.name) for n, row in RECIPES.items()}
+        options = {name: option for name, option in rows.items() if option is not None}
+        text = helps[field.name.replace("_", "-")]
+        if options:
+            found = re.search(r"\(([^()]*)\) \(default: ", text)[1]
+            assert set(re.findall(r"[a-z]\w+(?=[,:;]|$)", found)) >= set(options), field.name
+            defaults = {f": {o.default}" for o in options.values() if o.default is not None}
+            assert all(default in found for default in defaults), field.name
+
+
+def test_help_lists_only_what_a_command_reads_and_accepts_the_rest(opdjax, experiment):
+    out = smooth(opdjax("references", experiment(), "--help")[1])
+    listed = set(re.findall(r"--([a-z]+)\.[a-z-]+ ", out))
+    assert listed == {"student", "teacher", "data", "teach", "api", "mesh", "train"}
+    assert re.findall(r"--train\.([a-z-]+)", out) == ["dtype"]
+    out = smooth(opdjax("evaluate", "--help")[1])
+    assert "--data.format" in out
+    assert "--data.source" not in out
+    _, _, err = opdjax("references", experiment(), "--optimizer.b2", "0.9", "--data.format", "raw")
+    assert "data.references is None; expected the file" in err
+
+
+@pytest.mark.parametrize("command", sorted(main.COMMANDS))
+def test_help_has_no_remarks_for_programs(opdjax, experiment, command):
+    own = {"train", "plan", "doctor", "audit", "references"}
+    out = smooth(opdjax(command, *([experiment()] if command in own else []), "--help")[1])
+    assert "noqa" not in out
+    assert "avg@k" not in out.replace("the k of avg@k", "")
+
+
+def test_help_of_an_argument_is_a_whole_sentence():
+    texts = []
+    for file in sorted((PACKAGE / "cli").glob("*.py")):
+        functions = (n for n in ast.walk(ast.parse(file.read_text())) if hasattr(n, "args"))
+        for function in functions:
+            is_named = isinstance(function, ast.FunctionDef)
+            text = (is_named and ast.get_docstring(function)) or ""
+            arguments = text.partition("Args:\n")[2]
+            texts += re.split(r"^    (?=\w+: )", arguments, flags=re.MULTILINE)[1:]
+    assert len(texts) > 40
+    for text in texts:
+        sentence = text.partition(": ")[2].strip()
+        assert re.fullmatch(r"([A-Z]|i/n).*\.", sentence, re.DOTALL), text
+
+
+def test_evaluation_without_any_right_answer_says_to_check_the_grader(opdjax, monkeypatch):
+    scores = {"k": 8, "num_prompts": 64, "temperature": 1.0}
+    for name in ("avg@k", "pass@k", "greedy"):
+        scores |= {name: 0.0, f"{name}_interval": 3 / 64}
+    monkeypatch.setattr("opdjax.rollouts.one_model.scores_of", lambda config: scores)
+    status, out, _ = opdjax("evaluate", "@mini_student")
+    assert (status, out.splitlines()[0]) == (0, "avg@8     0.0000 ± 0.0469")
+    assert out.strip().endswith("no answer was graded right: check the grader")
 
 
 # Mistakes

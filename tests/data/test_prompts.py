@@ -82,6 +82,34 @@ def test_rows_of_every_form(write):
     ]
 
 
+def test_files_that_people_have_need_no_prefix(tmp_path):
+    def write(name, text):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+
+    write(
+        "rows.json", '[{"prompt": "a, \\"b\\"", "answer": 1},\n{"prompt": "né\\n", "answer": "2"}]'
+    )
+    write("rows.csv", 'answer,prompt\r\n1,"a, ""b"""\r\n2,"né\n"\r\n\r\n')
+    expected = [Prompt('a, "b"', "1"), Prompt("né\n", "2")]
+    for name in ("rows.json", "rows.csv"):
+        assert read_prompts(str(tmp_path / name)) == expected, name
+    write("rows.csv", "answer,prompt\n1\n")
+    with pytest.raises(DataError, match=r"rows\.csv, line 2: .* a cell for each column"):
+        read_prompts(str(tmp_path / "rows.csv"))
+
+
+def test_bad_rows_are_skipped_and_counted_by_option(write, tokenizer, capsys):
+    source = write({"prompt": "1+1="}, *MALFORMED)
+    assert read_prompts(source, skips_bad_rows=True) == [Prompt("1+1=")]
+    assert f"skipped {len(MALFORMED)} bad rows (data.skip_bad_rows), first {source}, line 2" in (
+        capsys.readouterr().out
+    )
+    rows = [Prompt("1+1="), Prompt("\ud800")]
+    found = encode_prompts(rows, DataConfig(source="x", skip_bad_rows=True), tokenizer, tokenizer)
+    assert [len(found), found.num_skipped] == [1, 1]
+    assert "half a surrogate pair" in found.skipped[0]
+
+
 def test_the_built_in_task_as_a_source():
     rows = read_prompts("arithmetic:validation")
     assert len(rows) == 1024
@@ -184,14 +212,15 @@ def test_an_empty_file_is_refused(write, lines):
         ("/nowhere/rows.jsonl", "data source /nowhere/rows.jsonl does not exist"),
         (
             "gsm8k",
-            r"data source 'gsm8k' is not known; expected arithmetic:SPLIT, a \.jsonl file, "
-            r"parquet:PATH, hf:",
+            r"data source 'gsm8k' is not known; expected arithmetic:SPLIT, a \.jsonl, \.json, "
+            r"\.csv or \.parquet file, parquet:PATH, hf:",
         ),
         (
             "huggingface:gsm8k",
             r"data source 'huggingface:gsm8k' is not known; expected arithmetic:SPLIT",
         ),
-        ("rows.csv", r"data source 'rows\.csv' is not known"),
+        ("rows.csv", r"data source rows\.csv does not exist"),
+        ("rows.xlsx", r"data source 'rows\.xlsx' is not known"),
         ("arithmetic:test[:10%]", r"arithmetic has no split 'test\[:10%\]'"),
         (
             "arithmetic:tset",

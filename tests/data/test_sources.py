@@ -126,6 +126,7 @@ def stored(here, prepared):
         "parquet": f"parquet:{here / 'one.parquet'}",
         "hf": f"hf:{here / 'saved'}#train",
         "tfds": f"tfds:opdjax_arithmetic#{SPLIT}",
+        "parquet without its name": f"{here / 'one.parquet'}",
         "parquet directory": f"parquet:{files}",
         "parquet pattern": f"parquet:{here}/f*/train-*.parquet",
         "hf directory of files": f"hf:{files}#train",

@@ -53,6 +53,7 @@ from opdjax.train import train
 NAMES = [
     "tokenizers",
     "tokenizer_file",
+    "data",
     "padded_vocabulary",
     "stop_tokens",
     "chat_template",
@@ -72,16 +73,17 @@ def healthy(tmp_path_factory):
     source = tmp_path_factory.mktemp("data") / "problems.jsonl"
     rows = [
         {"prompt": p.prompt, "answer": p.answer, "reference": p.reference}
-        for p in problems("train")[:16]
+        for p in problems("train")[:32]
     ]
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for file, part in ((source, rows[:16]), (source.with_name("held_out.jsonl"), rows[16:])):
+        file.write_text("".join(json.dumps(row) + "\n" for row in part))
     return Config(
         data=DataConfig(str(source), max_prompt_length=32),
         sampling=SamplingConfig(max_completion_length=20),
         estimator=EstimatorConfig("vopd"),
         optimizer=OptimizerConfig(learning_rate=1e-4),
         train=TrainConfig(num_steps=1, prompts_per_step=8),
-        evaluation=EvaluationConfig(str(source)),
+        evaluation=EvaluationConfig(str(source.with_name("held_out.jsonl"))),
         mesh=MeshConfig(1),
     )
 
@@ -207,6 +209,7 @@ def test_a_run_that_compares_no_scores_checks_its_student(healthy):
     findings = diagnose(config)
     assert list(findings) == [
         "tokenizer_file",
+        "data",
         "padded_vocabulary",
         "stop_tokens",
         "sampler_matches_scorer",
@@ -230,6 +233,30 @@ def test_which_recipes_are_zero_at_the_teacher():
     assert is_zero(recipe="npd", kd_weight=1.0, renormalize="both")
     assert not is_zero(recipe="npd", kd_weight=1.0)
     assert not is_zero(recipe="npd", renormalize="both")
+
+
+def test_data_that_repeats_is_shared_or_lacks_answers_is_counted(healthy, tmp_path):
+    sums = [{"prompt": f"{n}+1=", "answer": str(n + 1), "reference": "x"} for n in range(4)]
+    del sums[3]["answer"]
+    rows = [*sums, sums[0], {**sums[1], "prompt": [{"role": "user", "content": "1+1="}]}]
+    files = tmp_path / "rows.jsonl", tmp_path / "held_out.jsonl"
+    for file, part in zip(files, (rows, sums[1:3])):
+        file.write_text("".join(json.dumps(row) + "\n" for row in part))
+    source, held_out = map(str, files)
+    config = vary(healthy, data={"source": source}, evaluation={"source": held_out})
+    (found,) = examine(prepare(config), only=["data"])
+    assert found.status == "warning"
+    for words in (
+        f"2 of 6 prompts of {source} repeat an earlier one",
+        "2 of 2 prompts of the evaluation are also trained on",
+        "6 prompts are fewer than train.prompts_per_step, 8",
+        "1 of 6 prompts have no answer",
+    ):
+        assert words in found.message
+    missing = str(tmp_path / "none.jsonl")
+    (found,) = run_checks(vary(config, data={"references": missing}))
+    assert found.status == "fault"
+    assert f"data.references names {missing}, which does not exist" in found.message
 
 
 def test_a_healthy_run_prints_nothing_at_its_start(healthy, capsys):
