@@ -209,7 +209,7 @@ def _run(
             state, metrics = update(state, batch, teacher_head, frozen)
             # The update runs asynchronously: the host works while the device computes.
             extra |= rollout_metrics(data.rollouts, setup.decoding.stop_token_ids, step)
-            extra |= data.metrics | token_counts(config, data)
+            extra |= data.metrics | token_counts(config, data, step)
             source.prefetch(done)
             metrics = jax.tree.map(float, jax.device_get(metrics)) | extra
         if step == first:

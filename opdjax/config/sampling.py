@@ -28,6 +28,9 @@ class SamplingConfig(Section):
     # Who writes the completions. student: on-policy samples; teacher: samples of the teacher;
     # references: the data's own answers.
     completions_from: Literal["student", "teacher", "references"] = "student"
+    # Where completions_from is teacher or references: the share of rows that the student samples
+    # instead (lambda of GKD, arXiv 2306.13649), drawn for each row by itself.
+    student_fraction: Annotated[float, "from 0 to 1"] = 0.0
     # Rows decoded at a time, also in evaluations; a finished row makes room for the next. Must be a
     # multiple of mesh.data x mesh.fsdp. None: all rows of a step, the fastest if memory allows and
     # lengths are similar; 512 rows of an evaluation.
@@ -42,6 +45,11 @@ class SamplingConfig(Section):
     def has_filter(self) -> bool:
         """Whether some tokens cannot be sampled."""
         return self.top_p < 1 or self.top_k > 0
+
+    @property
+    def student_samples(self) -> bool:
+        """Whether the student writes some or all of the completions."""
+        return self.completions_from == "student" or self.student_fraction > 0
 
 
 class EvaluationConfig(Section):

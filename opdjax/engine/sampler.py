@@ -72,6 +72,7 @@ def sample(
     mesh: Mesh | None = None,
     slots: int | None = None,
     prompt_columns: int | None = None,
+    is_wanted: Bool[np.ndarray, " B"] | None = None,
 ) -> Rollouts:
     """`num_generations` completions of each prompt (B = P * G rows; rows of a prompt are adjacent).
 
@@ -80,13 +81,16 @@ def sample(
     slots are sharded over `data` and `fsdp`, heads over `tensor`; ConfigError if `slots` is not
     divisible. `prompt_columns`: columns of the cache for prompts (None: the width of the widest
     prompt). If it is constant over a run, each prompt width and each ring length compiles once.
+    `is_wanted`: completions that are not wanted stay empty (None: all are wanted).
     Cannot be called under jit: it runs a host loop over jitted steps.
     """
     rows = RowIds.of(prompts, num_generations, first_sample)
     num_rows = len(rows.prompt_id)
     slots = num_slots(slots, num_rows, mesh)
     size = block_size(slots, num_generations, mesh)
-    blocks = deque(prompt_blocks(np.asarray(prompts.mask), size))
+    is_wanted = np.ones(num_rows, bool) if is_wanted is None else is_wanted
+    has_rows = is_wanted.reshape(-1, num_generations).any(axis=1, keepdims=True)
+    blocks = deque(prompt_blocks(np.asarray(prompts.mask) & has_rows, size))
     width = max([block.width for block in blocks] + [prompt_columns or 1])
     rings = ring_sizes(decoding.max_completion_length)
     static = {"config": config, "decoding": decoding, "mesh": mesh}
@@ -100,7 +104,7 @@ def sample(
         if blocks and not waiting:
             block = blocks.popleft()
             prefix = prefill(params, layer_params, *block.read(prompts), **static)
-            waiting.extend(block.rows(num_generations))
+            waiting.extend(pair for pair in block.rows(num_generations) if is_wanted[pair[1]])
         assignments = rows.assign(waiting, np.flatnonzero(is_done), slots)
         keeps_row = assignments.block_row < 0
         is_done, num_sampled = is_done & keeps_row, np.where(keeps_row, num_sampled, 0)

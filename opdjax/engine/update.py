@@ -368,4 +368,4 @@ def scored_temperature(config: Config) -> float:
     """The temperature of both models in the loss, so that it is 0 for a student that equals its
     teacher: that of sampling, or 1 for given answers.
     """
-    return config.sampling.temperature if config.sampling.completions_from == "student" else 1.0
+    return config.sampling.temperature if config.sampling.student_samples else 1.0

@@ -232,7 +232,7 @@ def check_stop_tokens(setup: Setup, teacher_answers: Rollouts | None = None) -> 
     details += [f"{role}'s template ends a turn with {name([t])}" for role, t in turns.items()]
     result = finding("stop_tokens", problems, otherwise, details if problems else ())
     # Given answers are cut where the student stops; only answers sampled later can run on.
-    is_given = sampling.completions_from != "student"
+    is_given = not sampling.student_samples
     return dataclasses.replace(result, status="warning") if problems and is_given else result
 
 
@@ -350,9 +350,9 @@ def check_sampling_filter(setup: Setup, rollouts: Rollouts | None = None) -> Fin
     minus the log of the mass that the filter keeps.
     """
     config, name = setup.config, "sampling_filter"
-    is_sampled = config.sampling.completions_from == "student"  # given answers pass no filter
+    is_sampled = config.sampling.student_samples  # given answers pass no filter
     has_filter, removed = setup.decoding.has_filter and is_sampled, None
-    if rollouts is not None and is_sampled:
+    if rollouts is not None and is_sampled and rollouts.behavior_logprobs is not None:
         behavior, unfiltered = rollouts.behavior_logprobs, rollouts.unfiltered_logprobs
         removed = (np.asarray(behavior) - np.asarray(unfiltered))[np.asarray(rollouts.mask)]
     neutral, evaluation = {"temperature": 1, "top_p": 1, "top_k": 0}, config.evaluation

@@ -55,7 +55,7 @@ UNUSUAL = Config(
         None,
         "{prompt}{answer}",
     ),
-    sampling=SamplingConfig(6, 33, 0.7, 0.9, 20, (7, 8), "teacher", 12, "int8"),
+    sampling=SamplingConfig(6, 33, 0.7, 0.9, 20, (7, 8), "teacher", 0.5, 12, "int8"),
     estimator=EstimatorConfig("full_kl", "fixed_denominator", divergence="jsd", beta=0.25),
     optimizer=OptimizerConfig(1e-3, "linear", 3, 0.95, 0.1, 0.0),
     train=TrainConfig(7, 12, 4, "dots", 40, "bfloat16", "splash"),
@@ -216,7 +216,7 @@ def test_a_whole_number_is_read_as_a_float_where_one_is_expected():
     assert [type(value) for value in found] == [float, float]
 
 
-MOST_SETTINGS = 130  # a user reads them all in the help
+MOST_SETTINGS = 131  # a user reads them all in the help
 
 
 def test_settings_are_few():
@@ -509,6 +509,31 @@ REFUSED = [
         },
         "estimator.importance is 'prefix_truncate'; expected none where the completions are not "
         "the student's",
+    ),
+    *(
+        (
+            Config,
+            {
+                "estimator": EstimatorConfig(recipe),
+                "sampling": SamplingConfig(
+                    completions_from="teacher", student_fraction=0.5, num_generations=2
+                ),
+            },
+            f"sampling.student_fraction is 0.5; expected 0: {reason}",
+        )
+        for recipe, reason in (
+            ("vopd", "vopd averages over the student's samples"),
+            ("grpo", "grpo averages over the student's samples"),
+            ("sft", "cross-entropy on its own samples teaches a student nothing"),
+        )
+    ),
+    (
+        Config,
+        {
+            "estimator": EstimatorConfig("full_kl"),
+            "sampling": SamplingConfig(student_fraction=0.5),
+        },
+        "sampling.student_fraction is 0.5; expected 0 where sampling.completions_from is student",
     ),
     (
         Config,

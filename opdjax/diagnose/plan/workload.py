@@ -186,6 +186,7 @@ def read_workload(config: Config, topology: Topology) -> Workload:
     elif needs_teacher(config) and not config.teacher_is_student:
         teacher, split = shape_of(config.teacher, "teacher"), WEIGHT_AXES
     writer = {"student": "student", "references": "none"}.get(sampling.completions_from)
+    writer = "student" if writer == "none" and sampling.student_samples else writer
     columns = padded_width(config.data.max_prompt_length)
     rows = config.rows_per_step // row_shards
     return Workload(
