@@ -26,6 +26,7 @@ from opdjax.engine.update import (
     make_examine,
     make_optimizer,
     make_update,
+    teacher_weights,
 )
 from opdjax.models.decoder import Params
 from opdjax.models.hf_export import export_student
@@ -162,6 +163,12 @@ def _run(
     weights_of = sampling_weights(setup, frozen)
     copy_weights = lambda: weights_of(state.params)
 
+    def publish(version: int) -> None:
+        source.publish(version, copy_weights, timer)
+        has_average = config.optimizer.teacher_ema_decay > 0
+        own = weights_of(teacher_weights(state)) if has_average else source.params
+        source.teacher_params = own
+
     def save(step: int, scores: dict[str, float] | None = None) -> None:
         on_process_zero(mirror.upload)  # first: a checkpoint implies all logs before it
         checkpointer.save(step, state, scores)
@@ -183,7 +190,7 @@ def _run(
     source = resources.enter_context(open_source(setup, workdir, first, is_stop_requested))
     on_process_zero(startup.announce)
     evaluate(setup.evaluator, workdir, 0, copy_weights)
-    source.publish(first, copy_weights, timer)
+    publish(first)
     for step in range(first, num_steps):
         done = step + 1
         try:
@@ -194,7 +201,7 @@ def _run(
             checkpointer.wait()
             raise
 
-        current = with_current_teacher(setup, source.params)
+        current = with_current_teacher(setup, source.teacher_params)
         if _is_due(done, config.log.samples_every) or (config.log.samples_every and done == 1):
             params = copy_weights() if source.params is None else source.params
             rows = sample_rows(current, examine, params, data, done)
@@ -252,7 +259,7 @@ def _run(
                 f"{mirror.name}"
             )
         if not is_last:
-            source.publish(done, copy_weights, timer)
+            publish(done)
     progress.close()
     checkpointer.wait()
     _finish(setup, mirror, combine(frozen, state.params), int(state.num_skipped), spec.dtype)

@@ -21,6 +21,7 @@ class ModelConfig:
     # @REVISION a branch, tag or commit of it, or @mini_teacher or @mini_student, the built-in pair.
     # For the teacher also @student: the student is its own teacher, with the weights of each step
     # and without a gradient through them; data.teacher_prompt_format then shows the teacher more.
+    # optimizer.teacher_ema_decay gives it a moving average of these weights.
     # To use the untrained student as a frozen teacher, give the student's path.
     path: str = ""
 

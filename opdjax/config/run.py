@@ -60,6 +60,9 @@ class Config(Section):
         self.require(packed is None or packed > longest, "train.pack_length", expected)
         expected = "the checkpoint that the student starts from"
         self.require(self.student.path != STUDENT, "student.path", expected)
+        is_own = self.teacher_is_student or not self.optimizer.teacher_ema_decay
+        expected = f"0 unless teacher.path is {STUDENT}: another teacher's weights stay as they are"
+        self.require(is_own, "optimizer.teacher_ema_decay", expected)
         self._check_completions()
         if self.near_policy.schedule != "none":
             self._check_near_policy()

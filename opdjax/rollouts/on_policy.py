@@ -34,7 +34,7 @@ class OnPolicySource(RolloutSource):
         prompts = self._next_prompts or prompts_of(setup.prompts, config, step)
         self._next_prompts = None
         with timer.phase("sample"):
-            current = with_current_teacher(setup, self.params)
+            current = with_current_teacher(setup, self.teacher_params)
             rollouts = to_host(step_rollouts(current, self.params, prompts, step))
         with timer.phase("pack"):
             batch, metrics = with_option_columns(

@@ -34,6 +34,8 @@ class RolloutSource(Protocol):
 
     # The weights published last, on the learner's mesh; None if the source does not keep them.
     params: Params | None = None
+    # Those of a teacher that is the student.
+    teacher_params: Params | None = None
 
     def publish(self, version: int, copy_weights: Callable[[], Params], timer: Timer) -> None:
         """Receive the student's weights after `version` updates; `copy_weights` returns a copy that
@@ -46,7 +48,8 @@ class RolloutSource(Protocol):
 
     def prefetch(self, step: int) -> None:
         """Prepare the host work of update `step` while the device runs the update before it."""
-        self.params = None  # frees the old weights before the new ones are copied
+        # Frees the old weights before the new ones are copied.
+        self.params = self.teacher_params = None
 
     def commit(self, version: int, timer: Timer) -> None:
         """Return when all rollouts sampled with weights older than `version` are stored, so that a

@@ -77,6 +77,7 @@ UNUSUAL = Config(
 )
 # What does not stand beside it, so that every leaf differs from its default in one of them.
 OTHERS = [
+    Config(teacher=ModelConfig("@student"), optimizer=OptimizerConfig(teacher_ema_decay=0.9)),
     Config(data=DataConfig(references="answers.jsonl")),
     Config(estimator=EstimatorConfig("opd", task_reward_coef=0.1), sampling=SamplingConfig(2)),
     *(
@@ -216,7 +217,7 @@ def test_a_whole_number_is_read_as_a_float_where_one_is_expected():
     assert [type(value) for value in found] == [float, float]
 
 
-MOST_SETTINGS = 131  # a user reads them all in the help
+MOST_SETTINGS = 132  # a user reads them all in the help
 
 
 def test_settings_are_few():
@@ -550,6 +551,11 @@ REFUSED = [
         OptimizerConfig,
         {"learning_rate": math.nan},
         "optimizer.learning_rate is nan; expected a finite number",
+    ),
+    (
+        Config,
+        {"optimizer": OptimizerConfig(teacher_ema_decay=0.9)},
+        "optimizer.teacher_ema_decay is 0.9; expected 0 unless teacher.path is @student",
     ),
     (OptimizerConfig, {"warmup_steps": -1}, "optimizer.warmup_steps is -1; expected 0 or more"),
     (OptimizerConfig, {"b2": 1.0}, "optimizer.b2 is 1.0; expected at least 0 and less than 1"),

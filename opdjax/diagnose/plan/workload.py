@@ -69,6 +69,11 @@ class Workload:
         return bool(self.config.estimator.reference_kl_coef)
 
     @property
+    def has_average(self) -> bool:
+        """Whether the teacher is a moving average of the student."""
+        return self.config.optimizer.teacher_ema_decay > 0
+
+    @property
     def scoring_model(self) -> DecoderConfig:
         """The model that scores: the teacher, or the student if it is its own."""
         return self.teacher or self.student
