@@ -13,7 +13,7 @@ from opdjax.engine.update import TrainState, init_state, make_optimizer
 from opdjax.models.decoder import abstract_params
 from opdjax.models.hf import Checkpoint, load_params
 from opdjax.models.hf_export import export_student
-from opdjax.models.lora import combine, init_adapters
+from opdjax.models.lora import combine, continues, init_adapters
 from opdjax.models.partitioning import shardings_of
 from opdjax.ops.sharding import abstract_like, make_mesh
 from opdjax.rollouts.setup import open_student
@@ -44,7 +44,9 @@ def export_step(
             )
         mesh, student = _export_mesh(config), open_student(config)
         trained = checkpointer.restore(wanted, _abstract_state(config, student, mesh)).params
-        frozen = load_params(student, "float32", mesh) if config.lora.rank else None
+        with_adapter, frozen = not continues(student, config.lora), None
+        if config.lora.rank:
+            frozen = load_params(student, "float32", mesh, with_adapter=with_adapter)
         params = combine(frozen, trained)
         return export_student(params, student, config.lora, config.student, out, dtype)
 

@@ -29,9 +29,9 @@ from opdjax.judge.prompts import template_versions
 from opdjax.models.attention import CUDNN_MAX_HEAD_SIZE, SPLASH_HEAD_SIZES, Implementation
 from opdjax.models.decoder import Params, head_of
 from opdjax.models.hf import Checkpoint, CheckpointError, fingerprint, load_params, open_checkpoint
-from opdjax.models.lora import combine, init_adapters
+from opdjax.models.lora import combine, continues, init_adapters, stored_adapters
 from opdjax.models.partitioning import SAMPLER_AXES, constrain, require_divides, shardings_of
-from opdjax.ops.sharding import make_mesh, num_row_shards
+from opdjax.ops.sharding import is_process_zero, make_mesh, num_row_shards
 from opdjax.ops.tile import Head
 from opdjax.runs.workdir import environment
 
@@ -170,16 +170,23 @@ def load_student(setup: Setup) -> tuple[Params, Params | None]:
     Without adapters: all parameters in float32, and None. With adapters: the adapters in float32,
     and the student's own parameters in the dtype of the forward pass.
     """
-    config, mesh = setup.config, setup.mesh
+    config, mesh, student = setup.config, setup.mesh, setup.student
+    is_continued = continues(student, config.lora)
+    if student.adapter is not None and is_process_zero():
+        end = "trained further" if is_continued else "merged into its base: lora is set otherwise"
+        print(f"the adapter {student.adapter.path} of {student.adapter.base[0]} is {end}")
     if not config.lora.rank:
-        return load_params(setup.student, "float32", mesh), None
+        return load_params(student, "float32", mesh), None
+    if is_continued:
+        adapters = jax.jit(lambda x: constrain(x, mesh))(stored_adapters(student, config.lora))
+        return adapters, load_params(student, setup.dtype, mesh, with_adapter=False)
     adapters = jax.jit(
-        lambda: constrain(init_adapters(setup.student.config, config.lora, config.seed), mesh)
+        lambda: constrain(init_adapters(student.config, config.lora, config.seed), mesh)
     )()
     # Adapters start at 0, so the student without them is the reference policy: one copy is enough.
     if setup.reference_policy is not None:
         return adapters, setup.reference_policy.params
-    return adapters, load_params(setup.student, setup.dtype, mesh)
+    return adapters, load_params(student, setup.dtype, mesh)
 
 
 def sampling_weights(setup: Setup, frozen: Params | None) -> Callable[[Params], Params]:
