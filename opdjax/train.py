@@ -163,12 +163,6 @@ def _run(
     weights_of = sampling_weights(setup, frozen)
     copy_weights = lambda: weights_of(state.params)
 
-    def publish(version: int) -> None:
-        source.publish(version, copy_weights, timer)
-        has_average = config.optimizer.teacher_ema_decay > 0
-        own = weights_of(teacher_weights(state)) if has_average else source.params
-        source.teacher_params = own
-
     def save(step: int, scores: dict[str, float] | None = None) -> None:
         on_process_zero(mirror.upload)  # first: a checkpoint implies all logs before it
         checkpointer.save(step, state, scores)
@@ -188,9 +182,11 @@ def _run(
     resources.callback(progress.close)
     is_stop_requested = resources.enter_context(stop_requests())
     source = resources.enter_context(open_source(setup, workdir, first, is_stop_requested))
+    if config.optimizer.teacher_ema_decay:
+        source.copy_teacher = lambda: weights_of(teacher_weights(state))
     on_process_zero(startup.announce)
     evaluate(setup.evaluator, workdir, 0, copy_weights)
-    publish(first)
+    source.publish(first, copy_weights, timer)
     for step in range(first, num_steps):
         done = step + 1
         try:
@@ -215,7 +211,7 @@ def _run(
         with timer.phase("update"):
             state, metrics = update(state, batch, teacher_head, frozen)
             # The update runs asynchronously: the host works while the device computes.
-            extra |= rollout_metrics(data.rollouts, setup.decoding.stop_token_ids, step)
+            extra |= rollout_metrics(data.rollouts, setup.decoding, step)
             extra |= data.metrics | token_counts(config, data, step)
             source.prefetch(done)
             metrics = jax.tree.map(float, jax.device_get(metrics)) | extra
@@ -259,7 +255,7 @@ def _run(
                 f"{mirror.name}"
             )
         if not is_last:
-            publish(done)
+            source.publish(done, copy_weights, timer)
     progress.close()
     checkpointer.wait()
     _finish(setup, mirror, combine(frozen, state.params), int(state.num_skipped), spec.dtype)

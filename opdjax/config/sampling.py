@@ -25,6 +25,9 @@ class SamplingConfig(Section):
     top_k: Annotated[int, "0 (off) or more"] = 0
     # Further stop tokens, besides the checkpoint's end-of-sequence ids.
     stop_token_ids: tuple[int, ...] = ()
+    # Texts that end an answer, in training and evaluation; the answer keeps the token that
+    # completes one of them. Also those of the checkpoint's generation config.
+    stop_strings: tuple[str, ...] = ()
     # Who writes the completions. student: on-policy samples; teacher: samples of the teacher;
     # references: the data's own answers.
     completions_from: Literal["student", "teacher", "references"] = "student"
@@ -40,6 +43,10 @@ class SamplingConfig(Section):
     # log-probs differ by 0.004 nats on average and 0.11 at most (bfloat16: 0.0024 and 0.04). The
     # stored behaviour log-probs are those of the distribution sampled from.
     kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require(all(self.stop_strings), "stop_strings", "texts of one character or more")
 
     @property
     def has_filter(self) -> bool:

@@ -60,8 +60,8 @@ def staleness(m: Measurements) -> Finding | None:
 
 def mask(m: Measurements) -> Finding:
     """A mask that is not 1 on exactly the sampled tokens."""
-    width, stops = m.prompts.tokens.shape[1], m.setup.decoding.stop_token_ids
-    return cheap.check_mask(m.batch, m.rollouts, width, stops)
+    width = m.prompts.tokens.shape[1]
+    return cheap.check_mask(m.batch, m.rollouts, width, m.setup.decoding)
 
 
 # Checks of samples and scores

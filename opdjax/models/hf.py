@@ -68,6 +68,7 @@ class Checkpoint:
     config: DecoderConfig
     stop_token_ids: tuple[int, ...]  # eos_token_id of the generation config, else of the config
     stored_dtype: str
+    stop_strings: tuple[str, ...] = ()  # of the generation config
     # Adapters that `load_params` merges into the kernels; the other fields are those of their base.
     adapter: Adapter | None = None
 
@@ -95,13 +96,15 @@ def open_checkpoint(
         generation = _read_json(file)
     if "eos_token_id" in generation:
         stop_ids = _read_stop_ids(file, generation, config.vocab_size)
+    texts = generation.get("stop_strings") or ()
+    texts = (texts,) if isinstance(texts, str) else tuple(texts)
     stored = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     if not isinstance(stored, str):
         raise CheckpointError(
             f"{path / 'config.json'} sets dtype {stored!r}; expected the name of a dtype, such as "
             "'bfloat16'"
         )
-    return Checkpoint(path, raw, family, config, stop_ids, stored)
+    return Checkpoint(path, raw, family, config, stop_ids, stored, texts)
 
 
 def _open_adapted(path: pathlib.Path, with_weights: bool) -> Checkpoint:

@@ -62,6 +62,11 @@ def export(
             config = source.raw_config | {"dtype": dtype}
             config.pop("torch_dtype", None)
             (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            if source.stop_strings:
+                file = staging / "generation_config.json"
+                generation = json.loads(file.read_text("utf-8")) if file.exists() else {}
+                generation["stop_strings"] = list(source.stop_strings)
+                file.write_text(json.dumps(generation, indent=2) + "\n")
         _write_files(params, source, DTYPES[dtype], staging)
     return out
 

@@ -137,14 +137,15 @@ def _as_student_ids(
     written: Rollouts, teacher: Teacher, tokenizer: Any, end: int
 ) -> list[list[int]]:
     """The teacher's answers as ids of the student's tokenizer, with the student's stop token."""
-    answers, texts = [], [None] * len(written.tokens)
+    answers, texts, stops = [], [None] * len(written.tokens), teacher.decoding.stop_token_ids
     if not teacher.shares_vocabulary:
         texts = completions(written, teacher.tokenizer)
-    columns = written.tokens, written.mask, written.is_truncated
-    for text, row, keep, is_truncated in zip(texts, *columns):
-        # A truncated answer has no end to learn; a stop token at which the student does not stop
-        # would teach it to run on.
-        body = row[keep].tolist()[: None if is_truncated else -1]
+    for text, row, keep in zip(texts, written.tokens, written.mask):
+        # A truncated answer has no end to learn, nor has one that ends in a stop string; a stop
+        # token at which the student does not stop would teach it to run on.
+        ids = row[keep].tolist()
+        is_ended = bool(ids) and ids[-1] in stops
+        body = ids[:-1] if is_ended else ids
         body = body if text is None else tokenizer.encode(text, add_special_tokens=False)
-        answers.append(body if is_truncated else [*body, end])
+        answers.append([*body, end] if is_ended else body)
     return answers

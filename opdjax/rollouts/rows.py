@@ -14,6 +14,7 @@ from opdjax.config import Config, TrainConfig
 from opdjax.data.chat import stage_ids
 from opdjax.data.packing import pack, packing_metrics
 from opdjax.data.prompts import PromptSet
+from opdjax.engine.decoding import Decoding
 from opdjax.engine.evaluate import completions, graded, last_tokens
 from opdjax.engine.sampler import extra_uniforms
 from opdjax.engine.scorer import score
@@ -178,7 +179,7 @@ def _scores(setup: Setup, model: Teacher, batch: TrainBatch, needs: str) -> Teac
     )
 
 
-def rollout_metrics(rollouts: Rollouts, stop_token_ids: tuple[int, ...], step: int) -> Metrics:
+def rollout_metrics(rollouts: Rollouts, decoding: Decoding, step: int) -> Metrics:
     """Return the lengths in tokens, how completions ended, and the staleness: how many updates
     older the sampling policy is than the trained one.
     """
@@ -186,7 +187,10 @@ def rollout_metrics(rollouts: Rollouts, stop_token_ids: tuple[int, ...], step: i
     if not len(mask):
         return {}
     lengths, staleness = mask.sum(axis=1), step - np.asarray(rollouts.policy_version)
-    is_stopped = np.isin(last_tokens(rollouts), stop_token_ids) & (lengths > 0)
+    is_stopped = np.isin(last_tokens(rollouts), decoding.stop_token_ids)
+    if decoding.stop_strings is not None:
+        is_stopped |= ~np.asarray(rollouts.is_truncated)
+    is_stopped &= lengths > 0
     return {
         "rollout/length_mean": float(lengths.mean()),
         "rollout/length_min": float(lengths.min()),

@@ -18,6 +18,7 @@ from opdjax.data.grading import require_grader, require_readable
 from opdjax.data.prompt_rows import Prompt, first_of_each, read_prompts, require_field
 from opdjax.data.prompts import PromptSet, encode_prompts, load_rows
 from opdjax.data.sources import ColumnMap
+from opdjax.data.stop_strings import find_stop_strings
 from opdjax.data.tokenizer import load_tokenizer
 from opdjax.engine.decoding import Decoding
 from opdjax.engine.evaluate import Evaluator
@@ -83,7 +84,7 @@ def prepare(config: Config) -> Setup:
     if needs_teacher(config):
         checkpoint = student
         if not config.teacher_is_student:
-            checkpoint = open_checkpoint(*config.teacher.place)
+            checkpoint = _with_stop_strings(open_checkpoint(*config.teacher.place), config)
         checkpoint = _with_attention(checkpoint, config.train, "teacher")
         require_divides(checkpoint.config, mesh.shape, "the teacher")
         teacher_tokenizer = load_tokenizer(checkpoint.path)
@@ -126,10 +127,17 @@ def prepare(config: Config) -> Setup:
 
 
 def open_student(config: Config) -> Checkpoint:
-    """The student's checkpoint, with the scale of the run's adapters in its model config."""
+    """The student's checkpoint, with the scale of the run's adapters in its model config, and with
+    the run's stop strings.
+    """
     student = open_checkpoint(*config.student.place)
     model = dataclasses.replace(student.config, lora_scale=config.lora.scale)
-    return dataclasses.replace(student, config=model)
+    return _with_stop_strings(dataclasses.replace(student, config=model), config)
+
+
+def _with_stop_strings(checkpoint: Checkpoint, config: Config) -> Checkpoint:
+    texts = dict.fromkeys((*checkpoint.stop_strings, *config.sampling.stop_strings))
+    return dataclasses.replace(checkpoint, stop_strings=tuple(texts))
 
 
 def _with_attention(checkpoint: Checkpoint, train: TrainConfig, role: str) -> Checkpoint:
@@ -249,15 +257,17 @@ def update_spec(setup: Setup) -> UpdateSpec:
 def decoding_of(
     checkpoint: Checkpoint, tokenizer: Any, more_stops: tuple[int, ...] = (), **own: Any
 ) -> Decoding:
-    """How a checkpoint writes answers: up to its stop ids or `more_stops`; `own`: other fields of
-    `Decoding`. ConfigError if a stop id stands for no token.
+    """How a checkpoint writes answers: up to its stop ids, `more_stops` or its stop strings; `own`:
+    other fields of `Decoding`. ConfigError if a stop id stands for no token.
     """
     width, stops = num_ids(checkpoint, tokenizer), stop_ids(checkpoint, tokenizer, more_stops)
     if beyond := [token for token in more_stops if not 0 <= token < width]:
         raise ConfigError(
             f"sampling.stop_token_ids has {beyond}; expected ids from 0 to {width - 1}"
         )
-    return Decoding(stop_token_ids=stops, valid_vocab=width, **own)
+    texts = checkpoint.stop_strings
+    strings = find_stop_strings(texts, tokenizer, width) if texts else None
+    return Decoding(stop_token_ids=stops, valid_vocab=width, stop_strings=strings, **own)
 
 
 def make_evaluator(

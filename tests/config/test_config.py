@@ -55,7 +55,7 @@ UNUSUAL = Config(
         None,
         "{prompt}{answer}",
     ),
-    sampling=SamplingConfig(6, 33, 0.7, 0.9, 20, (7, 8), "teacher", 0.5, 12, "int8"),
+    sampling=SamplingConfig(6, 33, 0.7, 0.9, 20, (7, 8), ("Q:",), "teacher", 0.5, 12, "int8"),
     estimator=EstimatorConfig("full_kl", "fixed_denominator", divergence="jsd", beta=0.25),
     optimizer=OptimizerConfig(1e-3, "linear", 3, 0.95, 0.1, 0.0),
     train=TrainConfig(7, 12, 4, "dots", 40, "bfloat16", "splash"),
@@ -217,7 +217,7 @@ def test_a_whole_number_is_read_as_a_float_where_one_is_expected():
     assert [type(value) for value in found] == [float, float]
 
 
-MOST_SETTINGS = 132  # a user reads them all in the help
+MOST_SETTINGS = 133  # a user reads them all in the help
 
 
 def test_settings_are_few():
@@ -528,6 +528,7 @@ REFUSED = [
             ("sft", "cross-entropy on its own samples teaches a student nothing"),
         )
     ),
+    (SamplingConfig, {"stop_strings": ("Q:", "")}, "sampling.stop_strings is ('Q:', '')"),
     (
         Config,
         {
