@@ -27,6 +27,7 @@ from opdjax.engine.update import (
     make_examine,
     make_optimizer,
     make_update,
+    teacher_weights,
 )
 from opdjax.models.decoder import Params
 from opdjax.models.hf_export import export_student
@@ -203,6 +204,8 @@ def _run(
     resources.callback(progress.close)
     is_stop_requested = resources.enter_context(stop_requests())
     source = resources.enter_context(open_source(setup, workdir, first, is_stop_requested))
+    if config.optimizer.teacher_ema_decay:
+        source.copy_teacher = lambda: weights_of(teacher_weights(state))
     on_process_zero(startup.announce)
     untrained = partial(initial_weights, setup) if first else copy_weights
     evaluate(setup.evaluator, workdir, 0, untrained)
@@ -219,7 +222,7 @@ def _run(
             checkpointer.wait()
             raise
 
-        current = with_current_teacher(setup, source.params)
+        current = with_current_teacher(setup, source.teacher_params)
         if _is_due(done, config.log.samples_every) or (config.log.samples_every and done == 1):
             params = copy_weights() if source.params is None else source.params
             rows = sample_rows(current, examine, params, data, done)
@@ -233,8 +236,8 @@ def _run(
         with timer.phase("update"):
             state, metrics = update(state, batch, teacher_head, frozen)
             # The update runs asynchronously: the host works while the device computes.
-            extra |= rollout_metrics(data.rollouts, setup.decoding.stop_token_ids, step)
-            extra |= data.metrics | token_counts(config, data)
+            extra |= rollout_metrics(data.rollouts, setup.decoding, step)
+            extra |= data.metrics | token_counts(config, data, step)
             source.prefetch(done)
             metrics = jax.tree.map(float, jax.device_get(metrics)) | extra
         if step == first:

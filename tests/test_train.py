@@ -418,8 +418,14 @@ def test_a_student_that_equals_its_teacher_has_no_loss_at_any_temperature(tmp_pa
 def self_distillation(recipe="full_kl", teacher="@student", **sections):
     """TINY without evaluation; the teacher is the student, and its prompt shows the reference."""
     shown = {"teacher_prompt_format": "{reference}\n{prompt}", "max_prompt_length": 64}
-    config = vary(data=shown, estimator={"recipe": recipe}, evaluation={"source": None}, **sections)
-    return dataclasses.replace(config, teacher=ModelConfig(teacher))
+    config = dataclasses.replace(TINY, teacher=ModelConfig(teacher))
+    return vary(
+        config,
+        data=shown,
+        estimator={"recipe": recipe},
+        evaluation={"source": None},
+        **sections,
+    )
 
 
 @pytest.mark.long
@@ -448,8 +454,11 @@ def test_a_student_learns_from_what_only_its_teacher_view_shows(recipe, tmp_path
 
 
 @pytest.mark.long
-def test_a_student_that_is_its_own_teacher_resumes_and_is_compiled_once(tmp_path):
-    config = self_distillation(train={"num_steps": 3}, checkpoint={"every": 1})
+@pytest.mark.parametrize("decay", [0.0, 0.75])
+def test_a_student_that_is_its_own_teacher_resumes_and_is_compiled_once(decay, tmp_path):
+    config = self_distillation(
+        train={"num_steps": 3}, checkpoint={"every": 1}, optimizer={"teacher_ema_decay": decay}
+    )
     with recorded_updates() as updates:
         train(config, tmp_path / "straight")
     assert updates[0]._cache_size() == 1
@@ -457,6 +466,23 @@ def test_a_student_that_is_its_own_teacher_resumes_and_is_compiled_once(tmp_path
         train(config, tmp_path / "run")
     train(config, tmp_path / "run")
     assert_same_run(tmp_path / "straight", tmp_path / "run")
+
+
+def test_an_averaged_teacher_moves_less_than_the_student(tmp_path):
+    """The first update is the same; then the average is nearer to the start than the student is. Of
+    adapters, the adapters are averaged.
+    """
+    learned = {}
+    for decay in (0.0, 0.5, 0.999):
+        config = self_distillation(
+            train={"num_steps": 3},
+            lora={"rank": 2},
+            optimizer={"warmup_steps": 0, "learning_rate": 1e-2, "teacher_ema_decay": decay},
+        )
+        train(config, tmp_path / str(decay))
+        learned[decay] = column(tmp_path / str(decay), "kl/student_teacher")
+    assert learned[0.0][0] == learned[0.5][0] == learned[0.999][0]
+    assert len({values[2] for values in learned.values()}) == 3
 
 
 def test_the_evaluation_shows_nothing_of_what_the_teacher_is_shown(tmp_path):

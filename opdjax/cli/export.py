@@ -9,7 +9,7 @@ from opdjax.config.run import Config
 from opdjax.config.validation import ConfigError
 from opdjax.models.hf import load_params
 from opdjax.models.hf_export import export_student
-from opdjax.models.lora import combine
+from opdjax.models.lora import combine, continues
 from opdjax.ops.sharding import make_mesh
 from opdjax.rollouts.setup import open_student
 from opdjax.rollouts.start import open_checkpoints
@@ -27,9 +27,11 @@ def export_step(
         config, number = run.config, run.step(step)
         mesh, student = _export_mesh(config), open_student(config)
         trained = run.state(number, student, mesh).params
-    frozen = load_params(student, "float32", mesh) if config.lora.rank else None
-    params = combine(frozen, trained)
-    return export_student(params, student, config.lora, config.student, out, dtype)
+        with_adapter, frozen = not continues(student, config.lora), None
+        if config.lora.rank:
+            frozen = load_params(student, "float32", mesh, with_adapter=with_adapter)
+        params = combine(frozen, trained)
+        return export_student(params, student, config.lora, config.student, out, dtype)
 
 
 def _export_mesh(config: Config) -> Mesh:

@@ -60,6 +60,9 @@ class Config(Section):
         self.require(packed is None or packed > longest, "train.pack_length", expected)
         expected = "the checkpoint that the student starts from"
         self.require(self.student.path != STUDENT, "student.path", expected)
+        is_own = self.teacher_is_student or not self.optimizer.teacher_ema_decay
+        expected = f"0 unless teacher.path is {STUDENT}: another teacher's weights stay as they are"
+        self.require(is_own, "optimizer.teacher_ema_decay", expected)
         self._check_completions()
         if self.near_policy.schedule != "none":
             self._check_near_policy()
@@ -105,12 +108,17 @@ class Config(Section):
             else "cross-entropy on its own samples teaches a student nothing"
         )
         expected = f"{' or '.join(recipe.completions)}: {reason}"
+        is_given, fraction = source != "student", "sampling.student_fraction"
+        if recipe.is_policy_gradient or "student" not in recipe.completions:
+            self.require(sampling.student_fraction == 0, fraction, f"0: {reason}")
         self.require(source in recipe.completions, "sampling.completions_from", expected)
-        is_own = source == "student" and self.near_policy.filter == "none"
+        expected = "0 where sampling.completions_from is student: it writes all completions"
+        self.require(is_given or sampling.student_fraction == 0, fraction, expected)
+        is_own = sampling.student_samples and self.near_policy.filter == "none"
         expected = "more than 0, or rollouts that near_policy.filter chose: cross-entropy on all "
         expected += "of its own samples teaches a student nothing"
         self.require(not is_own or estimator.kd_weight != 0, "estimator.kd_weight", expected)
-        if source == "references":
+        if not sampling.student_samples and source == "references":
             is_plain = sampling.temperature == 1 and not sampling.has_filter
             expected = "their defaults where nothing is sampled (references)"
             require(is_plain, "sampling.temperature, top_p, top_k", "set", expected)

@@ -73,6 +73,10 @@ class OptimizerConfig(Section):
     weight_decay: Annotated[float, "0 (off) or more"] = 0.0
     # Clip gradients to this global norm; 0: off.
     max_grad_norm: Annotated[float, "0 (off) or more"] = 1.0
+    # Where teacher.path is @student: the teacher has a moving average of the student's weights,
+    # decay x average + (1 - decay) x weights after every update, kept in float32 and in checkpoints
+    # (with adapters: of the adapters). 0: the weights of each step.
+    teacher_ema_decay: Annotated[float, "at least 0 and less than 1"] = 0.0
 
 
 class LoraConfig(Section):

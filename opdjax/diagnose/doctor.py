@@ -84,12 +84,11 @@ def staleness(m: Measurements) -> Finding | None:
 
 def mask(m: Measurements) -> Finding:
     """A mask that is not 1 on exactly the sampled tokens."""
-    width, stops = m.prompts.tokens.shape[1], m.setup.decoding.stop_token_ids
-    rollouts, batch = m.rollouts, m.batch
+    width, rollouts, batch = m.prompts.tokens.shape[1], m.rollouts, m.batch
     if m.config.sampling.completions_from == "references":
         rollouts = step_rollouts(m.setup, {}, m.prompts, 0)
         batch = to_train_batch(rollouts, m.prompts)
-    return cheap.check_mask(batch, rollouts, width, stops)
+    return cheap.check_mask(batch, rollouts, width, m.setup.decoding)
 
 
 # Checks of samples and scores

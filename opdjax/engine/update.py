@@ -98,7 +98,31 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
         weight_decay=config.weight_decay,
         mask=partial(jax.tree_util.tree_map_with_path, is_decayed),
     )
-    return optax.chain(*clip, adamw)
+    decay = config.teacher_ema_decay
+    return optax.chain(*clip, adamw, *([_average_weights(decay)] if decay else []))
+
+
+class AverageState(NamedTuple):
+    """The part of the optimizer's state that a teacher is made of."""
+
+    teacher_ema: Params
+
+
+def _average_weights(decay: float) -> optax.GradientTransformation:
+    """Keep the exponential moving average of the updated parameters; updates stay as they are."""
+
+    def update(updates, state, params):
+        add = lambda old, param, step: decay * old + (1 - decay) * (param + step)
+        return updates, AverageState(jax.tree.map(add, state.teacher_ema, params, updates))
+
+    return optax.GradientTransformation(lambda params: AverageState(params), update)
+
+
+def teacher_weights(state: TrainState) -> Params:
+    """The trained parameters of a teacher that is the student: their moving average if it is kept,
+    else the current ones.
+    """
+    return optax.tree.get(state.opt_state, "teacher_ema", state.params)
 
 
 def init_state(
@@ -368,4 +392,4 @@ def scored_temperature(config: Config) -> float:
     """The temperature of both models in the loss, so that it is 0 for a student that equals its
     teacher: that of sampling, or 1 for given answers.
     """
-    return config.sampling.temperature if config.sampling.completions_from == "student" else 1.0
+    return config.sampling.temperature if config.sampling.student_samples else 1.0

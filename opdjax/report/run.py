@@ -41,6 +41,7 @@ def run_facts(
         "description": recipe.description if recipe else "",
         "options": {key: shown(v) for key, v in measures.estimator_options(run).items()},
         "completions_from": run.config["sampling"].get("completions_from", "student"),
+        "student_fraction": run.config["sampling"].get("student_fraction", 0),
         "teacher_need": recipe.teacher_need(measures.estimator_options(run)) if recipe else None,
         "is_rewarded": recipe is not None and recipe.is_rewarded,
         # Of near-policy rollouts, or none.

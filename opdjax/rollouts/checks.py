@@ -17,6 +17,7 @@ import numpy as np
 from opdjax.config import DataConfig
 from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, render
 from opdjax.data.prompts import PromptSet
+from opdjax.engine.decoding import Decoding
 from opdjax.engine.evaluate import last_tokens
 from opdjax.models.decoder import Params
 from opdjax.ops.sharding import is_process_zero
@@ -108,7 +109,7 @@ def check_first_step(
         is_kept = np.asarray(batch.segment_ids).any(axis=1)
         batch, rollouts = jax.tree.map(lambda x: np.asarray(x)[is_kept], (batch, rollouts))
     prompt_width = rollouts.tokens.shape[1] - setup.config.sampling.max_completion_length
-    findings = [check_mask(batch, rollouts, prompt_width, setup.decoding.stop_token_ids)]
+    findings = [check_mask(batch, rollouts, prompt_width, setup.decoding)]
     # The metric reads the behaviour log-probs, which a filter changes and the update does not see.
     gap, dtype = metrics.get("rollout/logprob_gap"), coarsest_dtype(setup)
     allowed = tolerance(jax.default_backend(), dtype).mean
@@ -227,7 +228,7 @@ def check_stop_tokens(setup: Setup, teacher_answers: Rollouts | None = None) -> 
     details += [f"{role}'s template ends a turn with {name([t])}" for role, t in turns.items()]
     result = finding("stop_tokens", problems, otherwise, details if problems else ())
     # Given answers are cut where the student stops; only answers sampled later can run on.
-    is_given = sampling.completions_from != "student"
+    is_given = not sampling.student_samples
     return dataclasses.replace(result, status="warning") if problems and is_given else result
 
 
@@ -346,9 +347,9 @@ def check_sampling_filter(setup: Setup, rollouts: Rollouts | None = None) -> Fin
     minus the log of the mass that the filter keeps.
     """
     config, name = setup.config, "sampling_filter"
-    is_sampled = config.sampling.completions_from == "student"  # given answers pass no filter
+    is_sampled = config.sampling.student_samples  # given answers pass no filter
     has_filter, removed = setup.decoding.has_filter and is_sampled, None
-    if rollouts is not None and is_sampled:
+    if rollouts is not None and is_sampled and rollouts.behavior_logprobs is not None:
         behavior, unfiltered = rollouts.behavior_logprobs, rollouts.unfiltered_logprobs
         removed = (np.asarray(behavior) - np.asarray(unfiltered))[np.asarray(rollouts.mask)]
     neutral, evaluation = {"temperature": 1, "top_p": 1, "top_k": 0}, config.evaluation
@@ -418,17 +419,20 @@ def coarsest_dtype(setup: Setup) -> str:
 
 
 def check_mask(
-    batch: TrainBatch, rollouts: Rollouts, prompt_width: int, stop_token_ids: Sequence[int]
+    batch: TrainBatch, rollouts: Rollouts, prompt_width: int, decoding: Decoding
 ) -> Finding:
     """Check that the mask is 1 on exactly the sampled tokens, including the stop token.
 
-    They are found from the tokens alone: in a row with a prompt, every column from `prompt_width`
-    to the first stop token. Given answers may lack one, so they end with their segment.
+    The sampled tokens are found from the tokens alone: in a row with a prompt, every column from
+    `prompt_width` to the first stop token or stop string. Given answers may lack one, so they end
+    with their segment.
     """
     mask, segments = np.asarray(batch.mask).astype(bool), np.asarray(batch.segment_ids)
     tokens = np.asarray(rollouts.tokens)
     has_prompt = np.asarray(rollouts.segment_ids)[:, :prompt_width].any(axis=1)
-    is_stop = np.isin(tokens[:, prompt_width:], np.asarray(stop_token_ids))
+    is_stop = np.isin(tokens[:, prompt_width:], np.asarray(decoding.stop_token_ids))
+    if decoding.stop_strings is not None:
+        is_stop |= decoding.stop_strings.is_met(tokens[:, prompt_width:])
     sampled = np.zeros(tokens.shape, bool)
     sampled[:, prompt_width:] = has_prompt[:, None] & (np.cumsum(is_stop, axis=1) - is_stop == 0)
     if rollouts.behavior_logprobs is None:

@@ -56,7 +56,7 @@ UNUSUAL = Config(
         "{prompt}{answer}",
         True,
     ),
-    sampling=SamplingConfig(6, 33, 0.7, 0.9, 20, (7, 8), "teacher", 12, "int8"),
+    sampling=SamplingConfig(6, 33, 0.7, 0.9, 20, (7, 8), ("Q:",), "teacher", 0.5, 12, "int8"),
     estimator=EstimatorConfig("full_kl", "fixed_denominator", divergence="jsd", beta=0.25),
     optimizer=OptimizerConfig(1e-3, "linear", 3, 0.95, 0.1, 0.0),
     train=TrainConfig(7, 12, 4, "dots", 40, "bfloat16", "splash"),
@@ -78,6 +78,7 @@ UNUSUAL = Config(
 )
 # What does not stand beside it, so that every leaf differs from its default in one of them.
 OTHERS = [
+    Config(teacher=ModelConfig("@student"), optimizer=OptimizerConfig(teacher_ema_decay=0.9)),
     Config(data=DataConfig(references="answers.jsonl")),
     Config(estimator=EstimatorConfig("opd", task_reward_coef=0.1), sampling=SamplingConfig(2)),
     *(
@@ -226,7 +227,7 @@ def test_a_whole_number_is_read_as_a_float_where_one_is_expected():
     assert [type(value) for value in found] == [float, float]
 
 
-MOST_SETTINGS = 135  # a user reads them all in the help
+MOST_SETTINGS = 138  # a user reads them all in the help
 
 
 def test_settings_are_few():
@@ -520,6 +521,32 @@ REFUSED = [
         "estimator.importance is 'prefix_truncate'; expected none where the completions are not "
         "the student's",
     ),
+    *(
+        (
+            Config,
+            {
+                "estimator": EstimatorConfig(recipe),
+                "sampling": SamplingConfig(
+                    completions_from="teacher", student_fraction=0.5, num_generations=2
+                ),
+            },
+            f"sampling.student_fraction is 0.5; expected 0: {reason}",
+        )
+        for recipe, reason in (
+            ("vopd", "vopd averages over the student's samples"),
+            ("grpo", "grpo averages over the student's samples"),
+            ("sft", "cross-entropy on its own samples teaches a student nothing"),
+        )
+    ),
+    (SamplingConfig, {"stop_strings": ("Q:", "")}, "sampling.stop_strings is ('Q:', '')"),
+    (
+        Config,
+        {
+            "estimator": EstimatorConfig("full_kl"),
+            "sampling": SamplingConfig(student_fraction=0.5),
+        },
+        "sampling.student_fraction is 0.5; expected 0 where sampling.completions_from is student",
+    ),
     (
         Config,
         {"estimator": EstimatorConfig("opd", task_reward_coef=0.5)},
@@ -535,6 +562,11 @@ REFUSED = [
         OptimizerConfig,
         {"learning_rate": math.nan},
         "optimizer.learning_rate is nan; expected a finite number",
+    ),
+    (
+        Config,
+        {"optimizer": OptimizerConfig(teacher_ema_decay=0.9)},
+        "optimizer.teacher_ema_decay is 0.9; expected 0 unless teacher.path is @student",
     ),
     (OptimizerConfig, {"warmup_steps": -1}, "optimizer.warmup_steps is -1; expected 0 or more"),
     (OptimizerConfig, {"b2": 1.0}, "optimizer.b2 is 1.0; expected at least 0 and less than 1"),

@@ -9,15 +9,25 @@ from functools import partial
 import numpy as np
 import pytest
 from answer_runs import copy_of, swap_two_ids, taught
-from tiny_runs import assert_same_run, column, interrupted_at, samples, without_times
+from tiny_runs import (
+    assert_equal_trees,
+    assert_same_run,
+    column,
+    interrupted_at,
+    samples,
+    vary,
+    without_times,
+)
 
 from opdjax.config import MINI_PAIR, MeshConfig, ModelConfig
 from opdjax.data.chat import TokenizerMismatchError
 from opdjax.data.sources import DataError
 from opdjax.data.tokenizer import load_tokenizer
+from opdjax.ops.sharding import to_host
 from opdjax.rollouts.checks import check_mask
-from opdjax.rollouts.on_policy import OnPolicySource
-from opdjax.rollouts.setup import prepare
+from opdjax.rollouts.on_policy import OnPolicySource, prompts_of, step_rollouts
+from opdjax.rollouts.rows import student_rows
+from opdjax.rollouts.setup import initial_weights, prepare
 from opdjax.runs.metrics import Timer
 from opdjax.train import train
 
@@ -70,6 +80,56 @@ def test_an_answer_that_was_cut_off_counts_as_truncated(tmp_path):
     for row in samples(tmp_path / "run"):
         assert row["is_truncated"]
         assert row["tokens"][-1] != "<|im_end|>"
+
+
+MIXED = {"sampling": {"student_fraction": 0.5, "num_generations": 2}, "recipe": "full_kl"}
+
+
+@pytest.mark.parametrize("source", ["teacher", "references"])
+def test_each_row_of_a_mixed_step_is_the_students_or_the_given_one(source, data):
+    """A row has the tokens that it has where the student, or the other, writes all rows."""
+    config = taught(source, **MIXED, data={"source": str(data)})
+    setup = prepare(config)
+    params = initial_weights(setup)
+    prompts = prompts_of(setup.prompts, config, 3)
+
+    def rollouts(**sampling):
+        changed = dataclasses.replace(setup, config=vary(config, sampling=sampling))
+        return to_host(step_rollouts(changed, params, prompts, 3))
+
+    mixed, given = rollouts(), rollouts(student_fraction=0.0)
+    own = rollouts(completions_from="student", student_fraction=0.0)
+    is_own = student_rows(config, 3)
+    assert 0 < is_own.sum() < len(is_own) == len(mixed.tokens) == 8
+    for name in ("tokens", "mask", "segment_ids", "sample_id", "is_truncated"):
+        found, students, others = (getattr(each, name) for each in (mixed, own, given))
+        np.testing.assert_array_equal(found[is_own], students[is_own])
+        np.testing.assert_array_equal(found[~is_own], others[~is_own])
+    assert mixed.behavior_logprobs is None
+    everything = rollouts(student_fraction=1.0)
+    assert_equal_trees(everything, own)
+
+
+def test_the_share_of_the_students_rows_is_that_of_the_config():
+    config = taught(**MIXED)
+    shares = [student_rows(config, step) for step in range(500)]
+    assert abs(np.mean(shares) - 0.5) < 0.03
+    assert any((shares[0] != share).any() for share in shares)
+    other = dataclasses.replace(config, seed=1)
+    assert any((student_rows(other, step) != shares[step]).any() for step in range(5))
+
+
+def test_a_mixed_run_counts_its_tokens_and_continues_bit_for_bit(tmp_path):
+    config = taught(**MIXED, checkpoint={"every": 1})
+    train(config, tmp_path / "straight")
+    with interrupted_at(1):
+        train(config, tmp_path / "broken")
+    train(config, tmp_path / "broken")
+    assert_same_run(tmp_path / "straight", tmp_path / "broken")
+    for step, row in enumerate(without_times(tmp_path / "straight")):
+        assert row["rollout/student_ratio"] == student_rows(config, step).mean()
+        assert 0 < row["perf/generated_tokens"] < row["perf/trained_tokens"]
+        assert row["perf/trained_tokens"] < row["perf/teacher_tokens"]
 
 
 def test_references_are_used_in_turn_and_need_no_teacher(data, tmp_path):

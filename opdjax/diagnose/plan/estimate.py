@@ -167,7 +167,7 @@ def _work_of(workload: Workload) -> dict[str, tuple[float, float]]:
     flops = (products + repeats) * _layer_flops(student, tokens, columns)
     flops += products * _head_flops(student, completions)
     flops += _head_flops(scoring, completions) * (workload.needs == "vocabulary")
-    state = 3 * bytes_of(workload.trained("float32", WEIGHT_AXES))
+    state = (3 + workload.has_average) * bytes_of(workload.trained("float32", WEIGHT_AXES))
     work["update"] = flops, 2 * state + (2 + repeats) * parts * weights_of(student)
     return work
 
@@ -177,7 +177,8 @@ def _work_of(workload: Workload) -> dict[str, tuple[float, float]]:
 
 def _permanent(workload: Workload) -> list[Item]:
     """Count what is held during the whole step."""
-    is_own, needs_head = workload.config.teacher_is_student, workload.needs == "vocabulary"
+    needs_head, has_average = workload.needs == "vocabulary", workload.has_average
+    is_own = workload.config.teacher_is_student and not has_average
     head = "embedding" if workload.scoring_model.ties_embeddings else "head"
     trained, published = bytes_of(workload.trained("float32", WEIGHT_AXES)), workload.published
     head_bytes = bytes_of(published[head]) if is_own and needs_head else 0
@@ -190,7 +191,9 @@ def _permanent(workload: Workload) -> list[Item]:
         Item("published copy, its head", head_bytes, PHASES, readers + _UPDATE),
         Item("published copy of the student", bytes_of(published) - head_bytes, PHASES, readers),
     ]
-    if workload.teacher is not None:
+    if has_average:
+        items.append(Item("moving average of the student", trained, PHASES, _UPDATE))
+    if workload.teacher is not None or has_average:
         role = "reference" if workload.has_reference else "teacher"
         head_bytes = bytes_of(workload.scoring[head]) if needs_head else 0
         readers = _SAMPLER * (workload.writer == "teacher") + ("teacher",)
