@@ -53,10 +53,15 @@ from opdjax.rollouts.setup import (
 )
 from opdjax.rollouts.source import SourceStoppedError, open_source
 from opdjax.runs.checkpoint import Checkpointer
-from opdjax.runs.metrics import MetricWriter, Progress, Startup, Timer
+from opdjax.runs.metrics import MetricWriter, Progress, Startup, Timer, require_trackers
 from opdjax.runs.mirror import WorkdirMirror, open_workdir, scratch_workdir
 from opdjax.runs.object_store import is_remote, url_of
-from opdjax.runs.results import make_result, read_result, result_table
+from opdjax.runs.results import (
+    evaluations_since_best,
+    make_result,
+    read_result,
+    result_table,
+)
 from opdjax.runs.workdir import (
     WorkdirError,
     append_lines,
@@ -93,9 +98,10 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
         if config.near_policy.schedule != "none" and config.near_policy.generator != "process":
             # This run is its own generator: no other one may write rollouts here.
             on_process_zero(lambda: resources.enter_context(locked(mirror.directory, "generator")))
+        on_process_zero(lambda: require_trackers(config.log.trackers))
         setup = on_all(lambda: prepare(config))
         run_facts = on_all(lambda: facts(setup))
-        is_finished = agreed(bool(on_process_zero(lambda: _open(mirror, setup, run_facts))))
+        is_finished = agreed(bool(on_process_zero(lambda: _open(mirror, config, setup, run_facts))))
         if not is_finished:
             enforce(check_settings(setup))
             _run(setup, mirror, resources, startup)
@@ -117,9 +123,9 @@ def _check_storage(config: Config, workdir: str | os.PathLike) -> None:
         )
 
 
-def _open(mirror: WorkdirMirror, setup: Setup, run_facts: dict[str, Any]) -> bool:
+def _open(mirror: WorkdirMirror, config: Config, setup: Setup, run_facts: dict[str, Any]) -> bool:
     """Claim the work directory; return whether it holds a finished run."""
-    claim(mirror.directory, setup.config, run_facts)
+    claim(mirror.directory, config, run_facts)
     for prompts in (setup.prompts, setup.evaluator.prompts if setup.evaluator else None):
         if prompts is not None and prompts.skipped:
             print(
@@ -154,13 +160,22 @@ def _run(
     if first:
         state = checkpointer.restore(first, state)
     on_process_zero(lambda: _truncate_logs(setup, workdir, first))
-    writer = on_process_zero(
-        lambda: MetricWriter(workdir, last_step=first, tensorboard=config.log.tensorboard)
-    )
+    writer = on_process_zero(lambda: MetricWriter(workdir, last_step=first, config=config))
     if writer is not None:
         resources.callback(writer.close)
     weights_of = sampling_weights(setup, frozen)
     copy_weights = lambda: weights_of(state.params)
+
+    def evaluated(step: int) -> dict[str, float] | None:
+        scores = evaluate(setup.evaluator, workdir, step, copy_weights)
+        on_process_zero(lambda: writer.send_scores(step, scores))
+        return scores
+
+    def is_out_of_patience(step: int) -> bool:
+        patience = config.train.early_stopping_patience
+        return bool(patience) and agreed(
+            bool(on_process_zero(lambda: evaluations_since_best(workdir, config, step) >= patience))
+        )
 
     def save(step: int, scores: dict[str, float] | None = None) -> None:
         on_process_zero(mirror.upload)  # first: a checkpoint implies all logs before it
@@ -182,9 +197,11 @@ def _run(
     is_stop_requested = resources.enter_context(stop_requests())
     source = resources.enter_context(open_source(setup, workdir, first, is_stop_requested))
     on_process_zero(startup.announce)
-    evaluate(setup.evaluator, workdir, 0, copy_weights)
+    if not first:
+        evaluated(0)
     source.publish(first, copy_weights, timer)
-    for step in range(first, num_steps):
+    last = first if is_out_of_patience(first) else num_steps
+    for step in range(first, last):
         done = step + 1
         try:
             data = source.next(step, timer)
@@ -235,9 +252,9 @@ def _run(
             checkpointer.wait()
             kept = checkpointer.latest_step, mirror.checkpoints
             raise NonFiniteLossError(_nonfinite_message(done, streak, *kept))
-        is_last = done == num_steps
-        is_evaluated = is_last or _is_due(done, config.evaluation.every)
-        scores = evaluate(setup.evaluator, workdir, done, copy_weights) if is_evaluated else None
+        is_evaluated = done == num_steps or _is_due(done, config.evaluation.every)
+        scores = evaluated(done) if is_evaluated else None
+        is_last = done == num_steps or (is_evaluated and is_out_of_patience(done))
         is_stopped = is_stop_requested(done) and not is_last
         # Sampling for coming epochs takes long, so a checkpoint is saved before it.
         is_due = _is_due(done, config.checkpoint.every) or done in config.refresh_steps
@@ -251,11 +268,19 @@ def _run(
                 f"stopped after step {done}, as asked by a signal; the same command continues "
                 f"{mirror.name}"
             )
-        if not is_last:
-            source.publish(done, copy_weights, timer)
+        if is_last:
+            break
+        source.publish(done, copy_weights, timer)
     progress.close()
     checkpointer.wait()
-    _finish(setup, mirror, combine(frozen, state.params), int(state.num_skipped), spec.dtype)
+    counts = {"num_steps": int(state.step), "skipped_steps": int(state.num_skipped)}
+    if counts["num_steps"] < num_steps and is_process_zero():
+        print(
+            f"stopped after step {counts['num_steps']} of {num_steps}: "
+            f"{config.train.early_stopping_patience} evaluations without a better avg@k; the best "
+            f"checkpoint is step {checkpointer.best_step}: opdjax export --step best"
+        )
+    _finish(setup, mirror, combine(frozen, state.params), counts, spec.dtype)
 
 
 def _is_due(step: int, every: int) -> bool:
@@ -300,7 +325,7 @@ def _truncate_logs(setup: Setup, workdir: pathlib.Path, step: int) -> None:
 
 
 def _finish(
-    setup: Setup, mirror: WorkdirMirror, params: Params, num_skipped: int, dtype: str
+    setup: Setup, mirror: WorkdirMirror, params: Params, steps: dict[str, int], dtype: str
 ) -> None:
     """Export the student, write result.json last, and print the scores."""
     config, out = setup.config, mirror.directory / "student"
@@ -310,7 +335,7 @@ def _finish(
             shutil.rmtree(mirror.directory / name, ignore_errors=True)
 
     def write() -> None:
-        counts = {"skipped_steps": num_skipped, "skipped_prompts": setup.prompts.num_skipped}
+        counts = {**steps, "skipped_prompts": setup.prompts.num_skipped}
         result = make_result(config, mirror.directory, counts, out.name)
         if "eval_after" in result:
             print(result_table(result))
