@@ -12,6 +12,7 @@ import pathlib
 import shutil
 import sys
 import types
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 from opdjax.config import Config
 from opdjax.engine.evaluate import evaluate
 from opdjax.engine.update import (
+    TrainState,
     init_state,
     make_behavior_kl,
     make_examine,
@@ -166,17 +168,6 @@ def _run(
     weights_of = sampling_weights(setup, frozen)
     copy_weights = lambda: weights_of(state.params)
 
-    def evaluated(step: int) -> dict[str, float] | None:
-        scores = evaluate(setup.evaluator, workdir, step, copy_weights)
-        on_process_zero(lambda: writer.send_scores(step, scores))
-        return scores
-
-    def is_out_of_patience(step: int) -> bool:
-        patience = config.train.early_stopping_patience
-        return bool(patience) and agreed(
-            bool(on_process_zero(lambda: evaluations_since_best(workdir, config, step) >= patience))
-        )
-
     def save(step: int, scores: dict[str, float] | None = None) -> None:
         on_process_zero(mirror.upload)  # first: a checkpoint implies all logs before it
         checkpointer.save(step, state, scores)
@@ -198,9 +189,9 @@ def _run(
     source = resources.enter_context(open_source(setup, workdir, first, is_stop_requested))
     on_process_zero(startup.announce)
     if not first:
-        evaluated(0)
+        _evaluate(setup, workdir, 0, copy_weights, writer)
     source.publish(first, copy_weights, timer)
-    last = first if is_out_of_patience(first) else num_steps
+    last = first if _is_out_of_patience(config, workdir, first) else num_steps
     for step in range(first, last):
         done = step + 1
         try:
@@ -253,8 +244,8 @@ def _run(
             kept = checkpointer.latest_step, mirror.checkpoints
             raise NonFiniteLossError(_nonfinite_message(done, streak, *kept))
         is_evaluated = done == num_steps or _is_due(done, config.evaluation.every)
-        scores = evaluated(done) if is_evaluated else None
-        is_last = done == num_steps or (is_evaluated and is_out_of_patience(done))
+        scores = _evaluate(setup, workdir, done, copy_weights, writer) if is_evaluated else None
+        is_last = done == num_steps or _is_out_of_patience(config, workdir, done)
         is_stopped = is_stop_requested(done) and not is_last
         # Sampling for coming epochs takes long, so a checkpoint is saved before it.
         is_due = _is_due(done, config.checkpoint.every) or done in config.refresh_steps
@@ -273,19 +264,34 @@ def _run(
         source.publish(done, copy_weights, timer)
     progress.close()
     checkpointer.wait()
-    counts = {"num_steps": int(state.step), "skipped_steps": int(state.num_skipped)}
-    if counts["num_steps"] < num_steps and is_process_zero():
-        print(
-            f"stopped after step {counts['num_steps']} of {num_steps}: "
-            f"{config.train.early_stopping_patience} evaluations without a better avg@k; the best "
-            f"checkpoint is step {checkpointer.best_step}: opdjax export --step best"
-        )
-    _finish(setup, mirror, combine(frozen, state.params), counts, spec.dtype)
+    _finish(setup, mirror, combine(frozen, state.params), state, spec.dtype)
 
 
 def _is_due(step: int, every: int) -> bool:
     """Whether something that happens every `every` steps (0: never) happens after this step."""
     return bool(every) and step % every == 0
+
+
+def _evaluate(
+    setup: Setup,
+    workdir: pathlib.Path,
+    step: int,
+    copy_weights: Callable[[], Params],
+    writer: MetricWriter | None,
+) -> dict[str, float] | None:
+    """`evaluate` the student of a step, and send its scores to the trackers."""
+    scores = evaluate(setup.evaluator, workdir, step, copy_weights)
+    on_process_zero(lambda: writer.send_scores(step, scores))
+    return scores
+
+
+def _is_out_of_patience(config: Config, workdir: pathlib.Path, step: int) -> bool:
+    """Whether early stopping ends the run after this step."""
+    patience = config.train.early_stopping_patience
+    if not patience or not _is_due(step, config.evaluation.every):
+        return False
+    count = lambda: evaluations_since_best(workdir, config, step)
+    return agreed((on_process_zero(count) or 0) >= patience)
 
 
 def _nonfinite_message(done: int, streak: int, latest: int | None, checkpoints: Any) -> str:
@@ -325,18 +331,26 @@ def _truncate_logs(setup: Setup, workdir: pathlib.Path, step: int) -> None:
 
 
 def _finish(
-    setup: Setup, mirror: WorkdirMirror, params: Params, steps: dict[str, int], dtype: str
+    setup: Setup, mirror: WorkdirMirror, params: Params, state: TrainState, dtype: str
 ) -> None:
     """Export the student, write result.json last, and print the scores."""
     config, out = setup.config, mirror.directory / "student"
+    done, skipped = int(state.step), int(state.num_skipped)
 
     def clear() -> None:  # a run that was killed may have left parts of them
         for name in ("student", "student_adapter"):
             shutil.rmtree(mirror.directory / name, ignore_errors=True)
 
     def write() -> None:
-        counts = {**steps, "skipped_prompts": setup.prompts.num_skipped}
+        counts = {"num_steps": done, "skipped_steps": skipped}
+        counts["skipped_prompts"] = setup.prompts.num_skipped
         result = make_result(config, mirror.directory, counts, out.name)
+        if done < config.train.num_steps:
+            print(
+                f"stopped after step {done} of {config.train.num_steps}: "
+                f"{config.train.early_stopping_patience} evaluations without a better avg@k; the "
+                f"best checkpoint: opdjax export {mirror.name} --step best"
+            )
         if "eval_after" in result:
             print(result_table(result))
         write_json(mirror.directory / "result.json", result)
