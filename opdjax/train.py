@@ -12,6 +12,7 @@ import pathlib
 import shutil
 import sys
 import types
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from opdjax.config import STUDENT, Config
 from opdjax.data.references import ReferenceMissError
 from opdjax.engine.evaluate import evaluate
 from opdjax.engine.update import (
+    TrainState,
     init_state,
     make_behavior_kl,
     make_examine,
@@ -59,10 +61,15 @@ from opdjax.rollouts.source import SourceStoppedError, open_source
 from opdjax.rollouts.start import LOGS
 from opdjax.rollouts.write_references import teach as write_references
 from opdjax.runs.checkpoint import Checkpointer
-from opdjax.runs.metrics import MetricWriter, Progress, Startup, Timer
+from opdjax.runs.metrics import MetricWriter, Progress, Startup, Timer, require_trackers
 from opdjax.runs.mirror import WorkdirMirror, open_workdir, scratch_workdir
 from opdjax.runs.object_store import is_remote, url_of
-from opdjax.runs.results import make_result, read_result, result_table
+from opdjax.runs.results import (
+    evaluations_since_best,
+    make_result,
+    read_result,
+    result_table,
+)
 from opdjax.runs.workdir import (
     WorkdirError,
     append_lines,
@@ -98,9 +105,10 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
         if config.near_policy.schedule != "none" and config.near_policy.generator != "process":
             # This run is its own generator: no other one may write rollouts here.
             on_process_zero(lambda: resources.enter_context(locked(mirror.directory, "generator")))
+        on_process_zero(lambda: require_trackers(config.log.trackers))
         setup = on_all(lambda: _prepared(config))
         run_facts = on_all(lambda: facts(setup))
-        is_finished = agreed(bool(on_process_zero(lambda: _open(mirror, setup, run_facts))))
+        is_finished = agreed(bool(on_process_zero(lambda: _open(mirror, config, setup, run_facts))))
         if not is_finished:
             enforce(check_settings(setup))
             _run(setup, mirror, resources, startup)
@@ -139,9 +147,9 @@ def _check_storage(config: Config, workdir: str | os.PathLike) -> None:
         )
 
 
-def _open(mirror: WorkdirMirror, setup: Setup, run_facts: dict[str, Any]) -> bool:
+def _open(mirror: WorkdirMirror, config: Config, setup: Setup, run_facts: dict[str, Any]) -> bool:
     """Claim the work directory; return whether it holds a finished run."""
-    claim(mirror.directory, setup.config, run_facts)
+    claim(mirror.directory, config, run_facts)
     for prompts in (setup.prompts, setup.evaluator.prompts if setup.evaluator else None):
         if prompts is not None and prompts.skipped:
             print(
@@ -177,9 +185,7 @@ def _run(
     if first:
         state = checkpointer.restore(latest, state) if latest else take_over(setup, workdir, state)
     on_process_zero(lambda: _truncate_logs(setup, workdir, first))
-    writer = on_process_zero(
-        lambda: MetricWriter(workdir, last_step=first, tensorboard=config.log.tensorboard)
-    )
+    writer = on_process_zero(lambda: MetricWriter(workdir, last_step=first, config=config))
     if writer is not None:
         resources.callback(writer.close)
     weights_of = sampling_weights(setup, frozen)
@@ -207,12 +213,15 @@ def _run(
     if config.optimizer.teacher_ema_decay:
         source.copy_teacher = lambda: weights_of(teacher_weights(state))
     on_process_zero(startup.announce)
-    untrained = partial(initial_weights, setup) if first else copy_weights
-    evaluate(setup.evaluator, workdir, 0, untrained)
+    if first:
+        evaluate(setup.evaluator, workdir, 0, partial(initial_weights, setup))
+    else:
+        _evaluate(setup, workdir, 0, copy_weights, writer)
     if first and not latest:
         save(first)  # from now on the optimizer of the other run is not needed
     source.publish(first, copy_weights, timer)
-    for step in range(first, num_steps):
+    last = first if _is_out_of_patience(config, workdir, first) else num_steps
+    for step in range(first, last):
         done = step + 1
         try:
             data = source.next(step, timer)
@@ -263,9 +272,9 @@ def _run(
             checkpointer.wait()
             kept = checkpointer.latest_step, mirror.checkpoints
             raise NonFiniteLossError(_nonfinite_message(done, streak, *kept))
-        is_last = done == num_steps
-        is_evaluated = is_last or _is_due(done, config.evaluation.every)
-        scores = evaluate(setup.evaluator, workdir, done, copy_weights) if is_evaluated else None
+        is_evaluated = done == num_steps or _is_due(done, config.evaluation.every)
+        scores = _evaluate(setup, workdir, done, copy_weights, writer) if is_evaluated else None
+        is_last = done == num_steps or _is_out_of_patience(config, workdir, done)
         is_stopped = is_stop_requested(done) and not is_last
         # Sampling for coming epochs takes long, so a checkpoint is saved before it.
         is_due = _is_due(done, config.checkpoint.every) or done in config.refresh_steps
@@ -276,12 +285,13 @@ def _run(
         if is_stopped:
             checkpointer.wait()
             raise InterruptedRunError(_stop_message(done, checkpointer.latest_step, mirror.name))
-        if not is_last:
-            source.publish(done, copy_weights, timer)
+        if is_last:
+            break
+        source.publish(done, copy_weights, timer)
     progress.close()
-    evaluate(setup.evaluator, workdir, num_steps, copy_weights)  # if there was no step to take
+    evaluate(setup.evaluator, workdir, int(state.step), copy_weights)  # if no step was taken
     checkpointer.wait()
-    _finish(setup, mirror, combine(frozen, state.params), int(state.num_skipped), spec.dtype)
+    _finish(setup, mirror, combine(frozen, state.params), state, spec.dtype)
 
 
 def _is_due(step: int, every: int) -> bool:
@@ -295,6 +305,28 @@ def _stop_message(done: int, latest: int | None, workdir: str) -> str:
         f"stopped after step {done}, as asked by a signal; {kept}, and the same command continues "
         f"{workdir}"
     )
+
+
+def _evaluate(
+    setup: Setup,
+    workdir: pathlib.Path,
+    step: int,
+    copy_weights: Callable[[], Params],
+    writer: MetricWriter | None,
+) -> dict[str, float] | None:
+    """`evaluate` the student of a step, and send its scores to the trackers."""
+    scores = evaluate(setup.evaluator, workdir, step, copy_weights)
+    on_process_zero(lambda: writer.send_scores(step, scores))
+    return scores
+
+
+def _is_out_of_patience(config: Config, workdir: pathlib.Path, step: int) -> bool:
+    """Whether early stopping ends the run after this step."""
+    patience = config.train.early_stopping_patience
+    if not patience or not _is_due(step, config.evaluation.every):
+        return False
+    count = lambda: evaluations_since_best(workdir, config, step)
+    return agreed((on_process_zero(count) or 0) >= patience)
 
 
 def _nonfinite_message(done: int, streak: int, latest: int | None, checkpoints: Any) -> str:
@@ -327,18 +359,26 @@ def _truncate_logs(setup: Setup, workdir: pathlib.Path, step: int) -> None:
 
 
 def _finish(
-    setup: Setup, mirror: WorkdirMirror, params: Params, num_skipped: int, dtype: str
+    setup: Setup, mirror: WorkdirMirror, params: Params, state: TrainState, dtype: str
 ) -> None:
     """Export the student, write result.json last, and print the scores."""
     config, out = setup.config, mirror.directory / "student"
+    done, skipped = int(state.step), int(state.num_skipped)
 
     def clear() -> None:  # a run that was killed may have left parts of them
         for name in ("student", "student_adapter"):
             shutil.rmtree(mirror.directory / name, ignore_errors=True)
 
     def write() -> None:
-        counts = {"skipped_steps": num_skipped, "skipped_prompts": setup.prompts.num_skipped}
+        counts = {"num_steps": done, "skipped_steps": skipped}
+        counts["skipped_prompts"] = setup.prompts.num_skipped
         result = make_result(config, mirror.directory, counts, out.name)
+        if done < config.train.num_steps:
+            print(
+                f"stopped after step {done} of {config.train.num_steps}: "
+                f"{config.train.early_stopping_patience} evaluations without a better avg@k; the "
+                f"best checkpoint: opdjax export {mirror.name} --step best"
+            )
         if "eval_after" in result:
             print(result_table(result))
         write_json(mirror.directory / "result.json", result)

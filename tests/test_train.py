@@ -40,6 +40,7 @@ from opdjax.config import MINI_PAIR, MINI_STUDENT, EvaluationConfig, ModelConfig
 from opdjax.config.validation import ConfigError
 from opdjax.data.chat import TokenizerMismatchError
 from opdjax.data.tokenizer import load_tokenizer
+from opdjax.engine.evaluate import Evaluator
 from opdjax.models.decoder import init_params
 from opdjax.models.hf import fingerprint, load_params, open_checkpoint
 from opdjax.models.hf_export import export
@@ -47,6 +48,7 @@ from opdjax.ops.multihost import InterruptedRunError
 from opdjax.rollouts.setup import make_evaluator
 from opdjax.runs.checkpoint import CheckpointShapeError
 from opdjax.runs.metrics import MetricWriter
+from opdjax.runs.results import read_run
 from opdjax.runs.workdir import WorkdirError, read_lines
 from opdjax.train import NonFiniteLossError, train
 
@@ -116,6 +118,7 @@ KILLED = """
 import os, signal
 from opdjax.cli import main
 from opdjax.runs.metrics import MetricWriter
+from opdjax.runs.results import read_run
 
 real = MetricWriter.write
 
@@ -384,6 +387,76 @@ def test_the_teachers_own_view_of_the_prompt_changes_its_scores_alone(tmp_path):
     (chat,), (raw,) = without_times(tmp_path / "chat"), without_times(tmp_path / "raw")
     assert raw["rollout/length_mean"] == chat["rollout/length_mean"]
     assert raw["kl/k1"] != chat["kl/k1"]
+
+
+def scripted_scores(monkeypatch, scores):
+    """Evaluations of step 0, 1, ... have these avg@k."""
+    real = Evaluator.__call__
+
+    def scored(self, params):
+        return real(self, params) | {"avg@k": next(scores)}
+
+    monkeypatch.setattr(Evaluator, "__call__", scored)
+
+
+def test_a_run_stops_when_its_score_no_longer_rises(tmp_path, monkeypatch, capsys):
+    """Best at step 1; then two evaluations that are worse or only equal it: it ends after step 3,
+    also if it is interrupted before its result is written. An optimizer with a partitioned state.
+    """
+    scripted_scores(monkeypatch, iter([0.25, 0.75, 0.5, 0.75]))
+    config = vary(
+        optimizer={"name": "muon", "weight_decay": 0.1},
+        train={"num_steps": 20, "early_stopping_patience": 2},
+        evaluation={"every": 1, "temperatures": (1.0,)},
+        checkpoint={"every": 1},
+    )
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    finish = opdjax.train._finish
+    monkeypatch.setattr(opdjax.train, "_finish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run")
+    monkeypatch.setattr(opdjax.train, "_finish", finish)
+    result = train(config, tmp_path / "run")
+    assert (result["num_steps"], result["eval_after"]["avg@k"]) == (3, 0.75)
+    assert column(tmp_path / "run", "step") == [1, 2, 3]
+    message = "stopped after step 3 of 20: 2 evaluations without a better avg@k; the best "
+    advice = f"checkpoint: opdjax export {tmp_path / 'run'} --step best"
+    assert message + advice in capsys.readouterr().out
+    export_step(tmp_path / "run", "best", tmp_path / "best", None)
+
+
+def test_passes_over_the_prompts_instead_of_steps(tmp_path):
+    """64 prompts, 24 a step: two passes are six steps, whose learning rate ends at its minimum."""
+    config = vary(
+        train={"num_steps": 100, "num_epochs": 2, "prompts_per_step": 24},
+        optimizer={"name": "lion", "schedule": "linear", "min_lr_ratio": 0.5, "warmup_steps": 0},
+        evaluation={"source": None},
+        log={"samples_every": 0},
+    )
+    assert train(config, tmp_path / "run")["num_steps"] == 6
+    rates = column(tmp_path / "run", "optimizer/learning_rate")
+    np.testing.assert_allclose(rates, 5e-4 * (1 - 0.5 * np.arange(6) / 6), rtol=1e-6)
+    assert train(config, tmp_path / "run")["num_steps"] == 6  # the same config continues it
+    assert read_run(tmp_path / "run").planned_steps == 6
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["muon", "adafactor", "ademamix"])
+def test_a_continued_run_has_the_state_of_any_optimizer(name, tmp_path):
+    config = vary(
+        optimizer={"name": name, "weight_decay": 0.1},
+        train={"num_steps": 4},
+        evaluation={"source": None},
+    )
+    train(config, tmp_path / "straight")
+    with interrupted_at(3):
+        train(config, tmp_path / "run")
+    train(config, tmp_path / "run")
+    assert without_times(tmp_path / "straight") == without_times(tmp_path / "run")
+    assert_equal_trees(final_weights(tmp_path / "straight"), final_weights(tmp_path / "run"))
 
 
 @pytest.mark.long

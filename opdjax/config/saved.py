@@ -95,6 +95,8 @@ def _read(text: str) -> tuple[str, list[str], list[str]]:
         if value is not None:
             section, key = new.split(".")
             sections[section][key] = value
+    if (tensorboard := _pop(sections, "log.tensorboard")) is not None:
+        sections["log"]["trackers"] = ["tensorboard"] if tensorboard else []
     train = sections["train"]
     if isinstance(train.get("remat"), bool):  # remat used to be a flag
         train["remat"] = "layer" if train["remat"] else "none"

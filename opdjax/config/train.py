@@ -5,6 +5,22 @@ from typing import Annotated, Literal, get_args
 from opdjax.config.validation import Section
 
 LoraTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]  # the kernels of a layer
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
+# Those of optax that treat a parameter of all layers, stacked, as they treat each layer's: none
+# that needs a parameter's norm (lamb, lars, novograd) or weights of its own for evaluation.
+OptimizerName = Literal[
+    "adamw",
+    "nadamw",
+    "radam",
+    "adabelief",
+    "ademamix",
+    "adan",
+    "lion",
+    "muon",
+    "adafactor",
+    "rmsprop",
+    "sgd",
+]
 
 
 class TrainConfig(Section):
@@ -40,11 +56,20 @@ class TrainConfig(Section):
     # so that it goes on to train.num_steps, with the settings of this run. student: the weights;
     # the steps begin at 0. optimizer: its moments and the number of the step.
     start_with: Literal["both", "student", "optimizer"] = "both"
+    # Passes over the prompts, instead of num_steps: as many updates as show every prompt this
+    # often, the last one filled with prompts of a further pass. None: num_steps counts.
+    num_epochs: Annotated[int | None, "at least 1, or none for num_steps"] = None
+    # End the run after this many evaluations in a row without a new best avg@k, where the untrained
+    # student's counts as the first; 0: never. The run exports its last student; the best checkpoint
+    # is kept for opdjax export --step best.
+    early_stopping_patience: Annotated[int, "0 (off) or more"] = 0
 
     def __post_init__(self):
         super().__post_init__()
         if self.start_from is None:
             self.require_default("start_with", "where train.start_from is none")
+        if self.num_epochs is not None:
+            self.require_default("num_steps", "where train.num_epochs is given: it sets the number")
 
     @property
     def start(self) -> tuple[str, str]:
@@ -57,26 +82,49 @@ class TrainConfig(Section):
         """The number of steps before the first one of this run, where `start_from` names a step."""
         return 0 if self.start_from is None or self.start_with == "student" else int(self.start[1])
 
+    def steps_over(self, num_prompts: int) -> int:
+        """Updates of a run over this many prompts."""
+        if self.num_epochs is None:
+            return self.num_steps
+        return -(-self.num_epochs * num_prompts // self.prompts_per_step)
+
 
 class OptimizerConfig(Section):
-    """AdamW."""
+    """The optimizer, its learning rate and its weight decay."""
 
     # Learning rate after the warm-up.
     learning_rate: Annotated[float, "more than 0"] = 1e-5
-    # Learning rate after the warm-up: constant, or falling to 0 at the last step.
+    # Learning rate after the warm-up: constant, or falling to min_lr_ratio at the last step.
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     # Steps in which the learning rate rises linearly from 0.
     warmup_steps: Annotated[int, "0 or more"] = 0
-    # Decay rate of Adam's mean of squared gradients.
+    # Decay rate of Adam's mean of squared gradients; for adamw, nadamw, radam, adabelief, ademamix,
+    # and NAdamW's part of muon.
     b2: Annotated[float, "at least 0 and less than 1"] = 0.999
-    # Decoupled weight decay; norms and biases are not decayed. 0: off.
+    # Decoupled weight decay, times the learning rate, with every optimizer; norms and biases are
+    # not decayed. 0: off.
     weight_decay: Annotated[float, "0 (off) or more"] = 0.0
     # Clip gradients to this global norm; 0: off.
     max_grad_norm: Annotated[float, "0 (off) or more"] = 1.0
+    # Learning rate of the last step of linear and cosine, as a share of learning_rate.
+    min_lr_ratio: Annotated[float, "from 0 to 1"] = 0.0
+    # The optimizer, with optax's constants. muon: kernels and adapters by Muon, whose updates are
+    # as large as AdamW's (arXiv 2502.16982), so that AdamW's learning rates fit; the rest by
+    # NAdamW. adafactor: learning_rate is absolute, not a share of a parameter's size. sgd: without
+    # momentum.
+    name: OptimizerName = "adamw"
     # Where teacher.path is @student: the teacher has a moving average of the student's weights,
     # decay x average + (1 - decay) x weights after every update, kept in float32 and in checkpoints
     # (with adapters: of the adapters). 0: the weights of each step.
     teacher_ema_decay: Annotated[float, "at least 0 and less than 1"] = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.schedule == "constant":
+            self.require_default("min_lr_ratio", "where the schedule is constant: it does not fall")
+        if self.name in ("lion", "adafactor", "adan", "rmsprop", "sgd"):
+            reason = f"where optimizer.name is {self.name}: it has its own constants"
+            self.require_default("b2", reason)
 
 
 class LoraConfig(Section):
@@ -140,8 +188,15 @@ class LogConfig(Section):
 
     # Steps between rollouts written to samples.jsonl; 0: never.
     samples_every: Annotated[int, "0 (off) or more"] = 50
-    # Also write TensorBoard event files; needs the tensorboard extra.
-    tensorboard: bool = False
+    # Where metrics and scores of evaluations also go; each needs the extra of its name.
+    # tensorboard: event files in the work directory. wandb, trackio: a run named after the work
+    # directory, in the project WANDB_PROJECT or TRACKIO_PROJECT (default: opdjax).
+    trackers: tuple[TrackerName, ...] = ()
     # Steps between diagnostics: entropies, overlap of student and teacher, quantiles of the reward;
     # 0: never.
     diagnostics_every: Annotated[int, "0 (off) or more"] = 10
+
+    def __post_init__(self):
+        super().__post_init__()
+        expected = f"one or more of {', '.join(get_args(TrackerName))}, each once, or none"
+        self.require(len(self.trackers) == len(set(self.trackers)), "trackers", expected)

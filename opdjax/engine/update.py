@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from opdjax.types import TeacherScores, TrainBatch
 # Adam's other constants, those of its paper (arXiv 1412.6980): moments are float32, so the usual
 # reason to raise epsilon does not apply.
 _ADAM_B1, _ADAM_EPSILON = 0.9, 1e-8
+_MUON_RMS = 0.2  # root mean square of Muon's updates, about that of AdamW's (arXiv 2502.16982)
 _DECAYED = ("kernel", "embedding", "head", "lora_a", "lora_b")  # endings of the names of matrices
 
 
@@ -73,33 +75,52 @@ class VocabularyInputs(NamedTuple):
 
 
 def learning_rate_at(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 to the peak, then constant or down to 0 at `num_steps`."""
+    """Linear warm-up from 0 to the peak, then constant or down to its share at `num_steps`."""
     rest = max(num_steps - config.warmup_steps, 1)
+    peak, ratio = config.learning_rate, config.min_lr_ratio
     after = {
-        "constant": optax.constant_schedule(config.learning_rate),
-        "linear": optax.linear_schedule(config.learning_rate, 0.0, rest),
-        "cosine": optax.cosine_decay_schedule(config.learning_rate, rest),
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, ratio * peak, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest, ratio),
     }[config.schedule]
     if not config.warmup_steps:
         return after
-    warm_up = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+    warm_up = optax.linear_schedule(0.0, peak, config.warmup_steps)
     return optax.join_schedules([warm_up, after], [config.warmup_steps])
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW; norms and biases are not decayed."""
+    """Clip by global norm, then the optimizer of the config; norms and biases are not decayed."""
     clip = [optax.clip_by_global_norm(config.max_grad_norm)] if config.max_grad_norm else []
     is_decayed = lambda path, _: path[-1].key.endswith(_DECAYED)
-    adamw = optax.adamw(
-        learning_rate_at(config, num_steps),
-        _ADAM_B1,
-        config.b2,
-        _ADAM_EPSILON,
-        weight_decay=config.weight_decay,
-        mask=partial(jax.tree_util.tree_map_with_path, is_decayed),
+    mask = partial(jax.tree_util.tree_map_with_path, is_decayed)
+    rate, decay, name = learning_rate_at(config, num_steps), config.weight_decay, config.name
+    average = [_average_weights(config.teacher_ema_decay)] if config.teacher_ema_decay else []
+    if name == "adamw":
+        adam = _ADAM_B1, config.b2, _ADAM_EPSILON
+        adamw = optax.adamw(rate, *adam, weight_decay=decay, mask=mask)
+        return optax.chain(*clip, adamw, *average)
+    make = getattr(optax, name, None) or getattr(optax.contrib, name)
+    own = {key: 0.0 for key in ("weight_decay",) if key in inspect.signature(make).parameters}
+    if name in ("nadamw", "radam", "adabelief", "ademamix"):
+        own["b2"] = config.b2
+    elif name == "adafactor":
+        own["multiply_by_parameter_scale"] = False
+    elif name == "muon":
+        own |= {"adam_b2": config.b2, "consistent_rms": _MUON_RMS}
+        own["muon_weight_dimension_numbers"] = _muon_matrices
+    # AdamW's decay for all: optax's own leave it out, or do not multiply it by the learning rate.
+    decayed = optax.add_decayed_weights(lambda count: -decay * rate(count), mask)
+    return optax.chain(*clip, make(rate, **own), *([decayed] if decay else []), *average)
+
+
+def _muon_matrices(params: Params) -> Any:
+    """The axes of Muon's matrices, of each layer alone; None for what its NAdamW updates."""
+    axes = optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
+    is_matrix = lambda path: path[-1].key.endswith(("kernel", "lora_a", "lora_b"))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: axes if is_matrix(path) else None, params
     )
-    decay = config.teacher_ema_decay
-    return optax.chain(*clip, adamw, *([_average_weights(decay)] if decay else []))
 
 
 class AverageState(NamedTuple):

@@ -45,13 +45,15 @@ def _spec_of(name: str, over: tuple[str, ...] = WEIGHT_AXES) -> P:
 
 def shardings_of(tree: Any, mesh: Mesh, over: tuple[str, ...] = WEIGHT_AXES) -> Any:
     """A sharding for every leaf of a tree whose keys name parameters: parameters, their gradients,
-    or an optimizer's moments.
+    or an optimizer's state. Of the latter, what has fewer axes than its parameter (Adafactor's
+    sums over rows and columns) is small, and replicated.
     """
 
-    def sharding(path, _):
+    def sharding(path, leaf):
         names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
         spec = _spec_of(names[-1], over) if names else P()
-        return NamedSharding(mesh, P(None, *spec) if "layers" in names else spec)
+        spec = P(None, *spec) if "layers" in names else spec
+        return NamedSharding(mesh, spec if len(spec) <= leaf.ndim else P())
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 

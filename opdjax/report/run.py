@@ -49,7 +49,7 @@ def run_facts(
         "is_finished": run.result is not None,
         "failure": None if failure is None or run.result else measures.failure_texts(failure),
         "num_steps": steps[-1] if steps else 0,
-        "planned_steps": run.config["train"]["num_steps"],
+        "planned_steps": run.planned_steps,
         "seconds": measures.spent(run, "seconds"),
         "skipped_steps": measures.skipped_steps(run),
         "skipped_at": [

@@ -460,7 +460,7 @@ def _point(point: Point, run: Run | None, names: Sequence[str]) -> PointFacts:
     return PointFacts(
         *about,
         step=run.metrics[-1]["step"] if run.metrics else 0,
-        num_steps=run.config["train"]["num_steps"],
+        num_steps=run.planned_steps,
         score=(after.get("avg@k"), after.get("avg@k_interval")),
         skipped_steps=measures.skipped_steps(run),
         seconds=measures.spent(run, "seconds"),

@@ -72,7 +72,9 @@ class Setup:
 
 
 def prepare(config: Config) -> Setup:
-    """Read and check everything a run needs, before anything is computed."""
+    """Read and check everything a run needs, before anything is computed. The config of the setup
+    has train.num_steps instead of train.num_epochs.
+    """
     shape = config.mesh
     mesh = make_mesh(shape.data, shape.fsdp, shape.tensor, learner_devices(config))
     require_rows_divide(config, num_row_shards(mesh))
@@ -102,6 +104,7 @@ def prepare(config: Config) -> Setup:
     rows = load_rows(config.data, tokenizer, decoding.stop_token_ids)
     require_reward_data(config, rows)
     prompts = encode_prompts(rows, config.data, tokenizer, teacher_tokenizer)
+    config = config.with_steps_over(len(prompts))
     require_room(config, prompts)
     if checkpoint is not None and config.teacher_is_student and prompts.teacher_ids is None:
         raise ConfigError(

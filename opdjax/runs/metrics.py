@@ -1,16 +1,19 @@
-"""Writes a run's metrics: metrics.jsonl, TensorBoard on request, progress on the terminal."""
+"""Writes a run's metrics: metrics.jsonl, trackers on request, progress on the terminal."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
+import os
 import pathlib
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -24,37 +27,90 @@ _SECONDS_BETWEEN_LINES = 10.0
 _LEFT_OUT = ("seed", "log", "checkpoint")
 
 
-class MetricWriter:
-    """Appends `{"step": n, ...}` rows to metrics.jsonl, after dropping rows beyond `last_step`."""
+class Tracker(Protocol):
+    """Where a run's numbers go besides its files: a run of wandb or trackio is one."""
 
-    def __init__(self, workdir: pathlib.Path, *, last_step: int, tensorboard: bool):
+    def log(self, metrics: Metrics, step: int) -> None:
+        """Add the values of a step; steps do not fall."""
+
+    def finish(self) -> None:
+        """Send what is left."""
+
+
+class _TensorBoard:
+    """Event files as a tracker."""
+
+    def __init__(self, workdir: pathlib.Path, last_step: int):
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(workdir), purge_step=last_step + 1)
+        self.finish = self._writer.close
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name.replace("@", "_at_"), value, step)
+
+
+class MetricWriter:
+    """Appends `{"step": n, ...}` rows to metrics.jsonl, after dropping rows beyond `last_step`, and
+    sends them to the trackers of the config.
+    """
+
+    def __init__(self, workdir: pathlib.Path, *, last_step: int, config: Config):
+        require_trackers(config.log.trackers)
         self._file = workdir / "metrics.jsonl"
         cut_lines(self._file, last_step)
-        self._events = _event_writer(workdir, last_step) if tensorboard else None
+        self._trackers = [
+            _open_tracker(name, workdir, last_step, config) for name in config.log.trackers
+        ]
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Write the row of one step."""
         # JSON has no NaN: values that are not finite become null.
         row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         append_lines(self._file, [{"step": step} | row])
-        if self._events is not None:
-            for name, value in metrics.items():
-                self._events.add_scalar(name, value, step)
+        self._send(step, metrics)
+
+    def send_scores(self, step: int, scores: Metrics | None) -> None:
+        """Send the scores of an evaluation, which eval.jsonl holds, to the trackers."""
+        self._send(step, {f"eval/{name}": value for name, value in (scores or {}).items()})
+
+    def _send(self, step: int, metrics: Metrics) -> None:
+        for tracker in self._trackers if metrics else ():
+            tracker.log(metrics, step=step)
 
     def close(self) -> None:
-        """Close the TensorBoard files."""
-        if self._events is not None:
-            self._events.close()
+        """End the runs of the trackers."""
+        for tracker in self._trackers:
+            tracker.finish()
 
 
-def _event_writer(workdir: pathlib.Path, last_step: int):
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise MissingExtraError(
-            "log.tensorboard needs tensorboardX: pip install 'opdjax[tensorboard]'"
-        ) from error
-    return SummaryWriter(str(workdir), purge_step=last_step + 1)
+def require_trackers(names: tuple[str, ...]) -> None:
+    """MissingExtraError if the package of a tracker is not installed."""
+    for name in names:
+        package = "tensorboardX" if name == "tensorboard" else name
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(
+                f"log.trackers has {name}, and {package} is not installed: pip install "
+                f"'opdjax[{name}]'"
+            )
+
+
+def _open_tracker(name: str, workdir: pathlib.Path, last_step: int, config: Config) -> Tracker:
+    """The tracker of a run; one that continues from a checkpoint continues its tracker's run."""
+    if name == "tensorboard":
+        return _TensorBoard(workdir, last_step)
+    file = workdir / "tracker_run"
+    if not last_step or not file.exists():
+        file.write_text(uuid.uuid4().hex[:8])
+    id = file.read_text()
+    return importlib.import_module(name).init(
+        project=os.environ.get(f"{name.upper()}_PROJECT", "opdjax"),
+        name=f"{workdir.absolute().name}-{id}",
+        config=to_dict(config),
+        resume="allow",
+        **({"id": id, "dir": str(workdir)} if name == "wandb" else {}),
+    )
 
 
 class Timer:

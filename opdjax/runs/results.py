@@ -18,6 +18,7 @@ import numpy as np
 
 from opdjax.config.run import Config
 from opdjax.config.saved import lost_settings, upgrade
+from opdjax.config.train import TrainConfig
 from opdjax.config.validation import ConfigError, differences
 from opdjax.runs.statistics import (
     NO_RIGHT_ANSWER,
@@ -88,6 +89,15 @@ class Run:
     def seconds(self) -> float | None:
         """Duration of the training."""
         return (self.result or {}).get("seconds")
+
+    @property
+    def planned_steps(self) -> int:
+        """Updates that the run has, unless it stops early."""
+        train = self.config["train"]
+        if not (epochs := train.get("num_epochs")):
+            return train["num_steps"]
+        passes = TrainConfig(num_epochs=epochs, prompts_per_step=train["prompts_per_step"])
+        return passes.steps_over(self.data["num_prompts"])
 
     @property
     def is_near_policy(self) -> bool:
@@ -330,12 +340,12 @@ def make_result(
 ) -> dict[str, Any]:
     """The content of result.json, from the logs of a finished run.
 
-    `counts`: skipped steps and prompts. `student`: the exported student, relative to the workdir.
+    `counts`: `num_steps`, those that were done, skipped steps and prompts. `student`: the exported
+    student, relative to the workdir.
     """
     seconds = sum(row["time/step"] for row in read_lines(workdir / "metrics.jsonl"))
     result: dict[str, Any] = {
         "recipe": config.estimator.recipe,
-        "num_steps": config.train.num_steps,
         "rows_per_step": config.rows_per_step,
         **counts,
         "student": student,
@@ -345,7 +355,7 @@ def make_result(
     if evaluation.source is None:
         return result
     found = {(row["step"], row["temperature"]): row for row in read_lines(workdir / "eval.jsonl")}
-    before, after = (found[step, evaluation.temperature] for step in (0, config.train.num_steps))
+    before, after = (found[step, evaluation.temperature] for step in (0, counts["num_steps"]))
     change = {}
     counted = ("avg@k", "per_prompt", before["k"]), ("greedy", "per_prompt_greedy", 1)
     for name, field, k in counted:
@@ -354,6 +364,19 @@ def make_result(
     result |= {"eval_before": before, "eval_after": after, "paired_difference": change}
     result["eval_before_sharpened"] = [found[0, t] for t in evaluation.temperatures[1:]]
     return result
+
+
+def evaluations_since_best(workdir: pathlib.Path, config: Config, step: int) -> int:
+    """Evaluations after the one with the best avg@k, the first of equals, up to and with `step`."""
+    rows = read_lines(workdir / "eval.jsonl")
+    temperature = config.evaluation.temperature
+    scores = {
+        row["step"]: row["avg@k"]
+        for row in rows
+        if row["step"] <= step and row["temperature"] == temperature
+    }
+    found = [scores[step] for step in sorted(scores)]
+    return len(found) - 1 - found.index(max(found)) if found else 0
 
 
 def result_table(result: dict[str, Any]) -> str:

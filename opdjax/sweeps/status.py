@@ -12,7 +12,7 @@ from opdjax.config.grid import SweepPoint
 from opdjax.runs.object_store import in_parallel
 from opdjax.runs.results import RESULT, mean, status_of
 from opdjax.runs.statistics import score_label
-from opdjax.runs.workdir import num_cores, read_json, read_lines
+from opdjax.runs.workdir import num_cores, read_json, read_lines, read_run_config
 from opdjax.sweeps.claims import ATTEMPTS, Heartbeat, SweepDirectory, open_sweep
 
 _HOUR = 3600.0
@@ -30,7 +30,7 @@ def status_line(
     states = list(states_of(points, sweep).values())
     num_done, num_failed = states.count("done"), states.count("failed")
     beats = zip(running, in_parallel(sweep.heartbeat, [p.id for p in running]))
-    shares = {p.id: (beat.step if beat else 0) / p.config.train.num_steps for p, beat in beats}
+    shares = {p.id: (beat.step if beat else 0) / _planned(p, sweep) for p, beat in beats}
     listed = ", ".join(f"{id} {share:.0%}" for id, share in shares.items())
     parts = [f"{num_done}/{len(points)} done"]
     parts += [f"{num_failed} failed"] if num_failed else []
@@ -40,6 +40,14 @@ def status_line(
         left = max(0.0, len(points) - num_done - num_failed - sum(shares.values()))
         parts.append(f"about {_duration(left * seconds / jobs)} left")
     return ", ".join(parts)
+
+
+def _planned(point: SweepPoint, sweep: SweepDirectory) -> int:
+    """Updates of a point's run; those of train.num_epochs are known once its data is read."""
+    train, directory = point.config.train, sweep.path / point.id
+    if train.num_epochs is None or not (directory / "config.json").exists():
+        return train.num_steps
+    return train.steps_over(read_run_config(directory)["data"]["num_prompts"])
 
 
 def seconds_per_point(points: Sequence[SweepPoint], sweep: SweepDirectory) -> float | None:
@@ -56,9 +64,12 @@ def describe(points: Sequence[SweepPoint], workdir: str | os.PathLike, jobs: int
         sweep.refresh([p.id for p in points])
         state, seconds = states_of(points, sweep), seconds_per_point(points, sweep)
     left = [p for p in points if state[p.id] != "done"]
-    steps = sum(p.config.train.num_steps for p in left)
-    completions = sum(p.config.train.num_steps * p.config.rows_per_step for p in left)
+    counted = [p.config for p in left if p.config.train.num_epochs is None]
+    steps = sum(config.train.num_steps for config in counted)
+    completions = sum(config.train.num_steps * config.rows_per_step for config in counted)
     work = f"{steps} steps, {completions} completions"
+    if others := len(left) - len(counted):
+        work += f", and the train.num_epochs of {others} points, whose data is not read yet"
     time_left = "no point has finished here yet, so the remaining time is unknown"
     if seconds is not None:
         time_left = (
@@ -115,7 +126,7 @@ def _line(
     host = step = age = score = ""
     if beat is not None:
         host, age = beat.host[:16], _duration(beat.age)
-        step = f"{beat.step}/{point.config.train.num_steps}"
+        step = f"{beat.step}/{_planned(point, sweep)}"
     if state == "done":
         scores = scores_after(sweep, point.id)
         score = f"{scores['avg@k']:.3f}" if "avg@k" in scores else ""

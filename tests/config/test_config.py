@@ -58,14 +58,14 @@ UNUSUAL = Config(
     ),
     sampling=SamplingConfig(6, 33, 0.7, 0.9, 20, (7, 8), ("Q:",), "teacher", 0.5, 12, "int8"),
     estimator=EstimatorConfig("full_kl", "fixed_denominator", divergence="jsd", beta=0.25),
-    optimizer=OptimizerConfig(1e-3, "linear", 3, 0.95, 0.1, 0.0),
+    optimizer=OptimizerConfig(1e-3, "linear", 3, 0.95, 0.1, 0.0, 0.2, "muon"),
     train=TrainConfig(7, 12, 4, "dots", 40, "bfloat16", "splash"),
     lora=LoraConfig(4, 8.0, ("q", "down")),
     evaluation=EvaluationConfig(
         None, "boxed", 3, 4, (0.8, 0.5), 0.95, 5, 32, 25, ("prompt=problem", "benchmark=of")
     ),
     checkpoint=CheckpointConfig(10, 3),
-    log=LogConfig(0, True, 3),
+    log=LogConfig(0, ("wandb", "tensorboard"), 3),
     mesh=MeshConfig(2, 2, 2, 2),
     rubricator=JUDGE,
     verifier=JUDGE,
@@ -79,6 +79,10 @@ UNUSUAL = Config(
 # What does not stand beside it, so that every leaf differs from its default in one of them.
 OTHERS = [
     Config(teacher=ModelConfig("@student"), optimizer=OptimizerConfig(teacher_ema_decay=0.9)),
+    Config(
+        train=TrainConfig(num_epochs=3, early_stopping_patience=2),
+        evaluation=EvaluationConfig(every=10),
+    ),
     Config(data=DataConfig(references="answers.jsonl")),
     Config(estimator=EstimatorConfig("opd", task_reward_coef=0.1), sampling=SamplingConfig(2)),
     *(
@@ -227,7 +231,7 @@ def test_a_whole_number_is_read_as_a_float_where_one_is_expected():
     assert [type(value) for value in found] == [float, float]
 
 
-MOST_SETTINGS = 138  # a user reads them all in the help
+MOST_SETTINGS = 142  # a user reads them all in the help
 
 
 def test_settings_are_few():
@@ -262,7 +266,33 @@ def test_settings_are_few():
             "train.remat is True; expected one of ['dots', 'layer', 'none']",
         ),
         ({"student": {"path": 3}}, "student.path is 3; expected str"),
-        ({"log": {"tensorboard": "no"}}, "log.tensorboard is 'no'; expected bool"),
+        ({"log": {"trackers": True}}, "log.trackers is True; expected a list"),
+        (
+            {"log": {"trackers": ["wandb", "tensorbord"]}},
+            "log.trackers[1] is 'tensorbord'; did you mean 'tensorboard'?",
+        ),
+        ({"log": {"trackers": ["wandb", "wandb"]}}, "expected one or more of tensorboard, wandb, "),
+        ({"optimizer": {"name": "moun"}}, "optimizer.name is 'moun'; did you mean 'muon'?"),
+        (
+            {"optimizer": {"name": "lion", "b2": 0.99}},
+            "optimizer.b2 is 0.99; expected 0.999 where optimizer.name is lion: it has its own ",
+        ),
+        (
+            {"optimizer": {"schedule": "constant", "min_lr_ratio": 0.1}},
+            "optimizer.min_lr_ratio is 0.1; expected 0.0 where the schedule is constant",
+        ),
+        (
+            {"train": {"num_steps": 50, "num_epochs": 2}},
+            "train.num_steps is 50; expected 100 where train.num_epochs is given",
+        ),
+        (
+            {"train": {"early_stopping_patience": 2}},
+            "evaluation.every is 0; expected more than 0 where train.early_stopping_patience is ",
+        ),
+        (
+            {"train": {"num_epochs": 2}, "near_policy": {"schedule": "refresh"}},
+            "train.num_epochs is 2; expected none where near_policy.schedule is refresh",
+        ),
         ({"api": {"per_minute": [1]}}, "api.per_minute is [1]; expected 2 values"),
         (
             {"estimator": {"stage_credit": ["paper"]}},
@@ -734,6 +764,15 @@ def test_a_value_out_of_range_is_refused_by_name(section, values, message):
 def test_the_ends_of_the_ranges_are_accepted(section, values):
     made = section(**values)
     assert {name: getattr(made, name) for name in values} == values
+
+
+def test_passes_over_the_prompts_are_a_number_of_steps():
+    """64 prompts, 24 a step: three passes are 192 prompts, eight whole steps; two are 5 1/3."""
+    steps = [TrainConfig(num_epochs=n, prompts_per_step=24).steps_over(64) for n in (1, 2, 3)]
+    assert steps == [3, 6, 8]
+    assert TrainConfig(7).steps_over(64) == 7
+    found = Config(train=TrainConfig(num_epochs=2)).with_steps_over(320)
+    assert found == Config(train=TrainConfig(num_steps=10))
 
 
 def test_micro_batches_divide_the_rows_of_a_step():

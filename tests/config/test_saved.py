@@ -16,6 +16,7 @@ from opdjax.config import (
     EstimatorConfig,
     EvaluationConfig,
     JudgeConfig,
+    LogConfig,
     LoraConfig,
     MeshConfig,
     ModelConfig,
@@ -209,6 +210,12 @@ def test_offline_runs_and_the_built_in_judge_are_read():
     assert found["verifier"]["model"] == "@rules"
     assert (found["api"]["base_url"], found["api"]["concurrency"]) == ("", 0)
     assert (found["teach"]["model"], found["teach"]["temperature"]) == ("", None)
+
+
+def test_a_run_that_wrote_event_files_has_that_tracker():
+    logs = [{"tensorboard": True}, {"tensorboard": False, "samples_every": 3}]
+    found = [from_dict(Config, upgrade({"log": log})).log for log in logs]
+    assert found == [LogConfig(trackers=("tensorboard",)), LogConfig(3)]
 
 
 def test_the_first_versions_are_read():

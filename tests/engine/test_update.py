@@ -3,6 +3,7 @@ that of the config.
 """
 
 import dataclasses
+from typing import get_args
 
 import chex
 import jax
@@ -21,6 +22,7 @@ from tiny_models import (
 )
 
 from opdjax.config import EstimatorConfig, OptimizerConfig
+from opdjax.config.train import OptimizerName
 from opdjax.engine.scorer import score
 from opdjax.engine.update import (
     UpdateSpec,
@@ -302,6 +304,14 @@ def test_learning_rate_by_hand():
     np.testing.assert_allclose([constant(s) for s in (1, 2, 9)], [0.5, 1, 1], atol=1e-6)
 
 
+@pytest.mark.parametrize(("schedule", "middle"), [("linear", 0.55), ("cosine", 0.55)])
+def test_the_learning_rate_falls_to_its_minimum(schedule, middle):
+    config = OptimizerConfig(learning_rate=2.0, schedule=schedule, warmup_steps=2, min_lr_ratio=0.1)
+    rate = learning_rate_at(config, 12)
+    found = [rate(step) for step in (0, 1, 2, 7, 12, 20)]
+    np.testing.assert_allclose(found, [0, 1, 2, 2 * middle, 0.2, 0.2], atol=1e-6)
+
+
 def test_weight_decay_leaves_norms_alone_and_clipping_can_be_off():
     student, _ = make_models(jnp.float32)
     config = OptimizerConfig(
@@ -317,6 +327,81 @@ def test_weight_decay_leaves_norms_alone_and_clipping_can_be_off():
     np.testing.assert_allclose(
         updates["layers"]["q_kernel"], -0.05 * student["layers"]["q_kernel"], rtol=1e-6
     )
+
+
+def stepped(config, params, grads, mesh=None):
+    """Parameters after one update with each of the gradients."""
+    optimizer = make_optimizer(config, 10)
+    state = init_state(params, optimizer, mesh)
+    params, opt_state = state.params, state.opt_state
+    for grad in grads:
+        updates, opt_state = jax.jit(optimizer.update)(grad, opt_state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def wide_params(rng):
+    """Two layers of a kernel with sides that Adafactor factors, an embedding and a norm."""
+    shapes = {"embedding": (12, 8), "final_norm": (8,)}
+    layers = {"q_kernel": (2, 128, 136), "input_norm": (2, 8)}
+    draw = lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    is_shape = lambda x: isinstance(x, tuple)
+    return jax.tree.map(draw, {**shapes, "layers": layers}, is_leaf=is_shape)
+
+
+# The first update for gradients of 1, by hand, in units of the learning rate. Of nadamw: the mean
+# of the next step, and the gradient. adabelief divides by the root of 0.9^2, the squared difference
+# of gradient and mean; rmsprop by that of 1 - 0.9, the share of a new square.
+FIRST = {
+    "nadamw": 0.9 * 0.1 / (1 - 0.9**2) + 1,
+    "adabelief": 1.0 / 0.9,
+    "adan": 1.0,
+    "lion": 1.0,
+    "sgd": 1.0,
+    "adafactor": 1.0,
+    "rmsprop": 10**0.5,
+}
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_the_first_update_of_each_optimizer_by_hand(name, rng):
+    params = wide_params(rng)
+    ones = jax.tree.map(jnp.ones_like, params)
+    config = OptimizerConfig(0.01, "constant", name=name, weight_decay=0.5, max_grad_norm=0.0)
+    found = stepped(config, params, [ones])
+    moved = lambda tree: tree["layers"]["q_kernel"], lambda tree: tree["final_norm"]
+    for read, decay in zip(moved, (0.5, 0.0)):
+        expected = read(params) - 0.01 * (FIRST[name] + decay * read(params))
+        np.testing.assert_allclose(read(found), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_muon_updates_the_kernel_of_each_layer_alone_and_the_rest_as_nadamw(rng):
+    """Orthogonal updates: all singular values near 0.2 times the root of the longer side."""
+    params = wide_params(rng)
+    grads = [wide_params(rng)]
+    config = OptimizerConfig(0.01, "constant", name="muon", max_grad_norm=0.0)
+    found = stepped(config, params, grads)
+    adam = stepped(dataclasses.replace(config, name="nadamw"), params, grads)
+    for layer in range(2):
+        moved = found["layers"]["q_kernel"][layer] - params["layers"]["q_kernel"][layer]
+        values = np.linalg.svd(moved / (0.01 * 0.2 * 136**0.5), compute_uv=False)
+        assert 0.4 < values.min() < values.max() < 1.3
+        alone = optax.contrib.muon(0.01, consistent_rms=0.2)  # of x W, for W [in, out]
+        grad = grads[0]["layers"]["q_kernel"][layer].T
+        update, _ = alone.update({"w": grad}, alone.init({"w": grad}), {"w": grad})
+        np.testing.assert_allclose(moved, update["w"].T, atol=1e-5)
+    for name in ("embedding", "final_norm"):
+        np.testing.assert_allclose(found[name], adam[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", few_of(get_args(OptimizerName), "muon", "adafactor"))
+def test_every_optimizer_has_a_state_on_the_mesh_and_no_other_result(name, rng):
+    params, grads = wide_params(rng), [wide_params(rng), wide_params(rng)]
+    config = OptimizerConfig(1e-3, "linear", min_lr_ratio=0.5, name=name, weight_decay=0.1)
+    one, eight = (stepped(config, params, grads, mesh) for mesh in (None, make_mesh(2, 2, 2)))
+    assert {x.dtype for x in jax.tree.leaves(one)} == {jnp.dtype("float32")}
+    chex.assert_trees_all_close(one, eight, rtol=1e-4, atol=1e-6)
+    assert relative_difference(params, one) > 1e-6
 
 
 IMPORTANCE = EstimatorConfig(

@@ -3,16 +3,18 @@ a person.
 """
 
 import dataclasses
+import importlib
 import io
+import math
 import struct
 import sys
 import types
 
 import pytest
 
-from opdjax.config import Config
+from opdjax.config import Config, LogConfig
 from opdjax.runs import metrics
-from opdjax.runs.metrics import MetricWriter, Progress, Startup, Timer
+from opdjax.runs.metrics import MetricWriter, Progress, Startup, Timer, require_trackers
 from opdjax.runs.workdir import read_lines
 
 SHOWN = {"loss/objective": -0.12345, "kl/student_teacher": 0.5, "perf/tokens_per_second": 1234.5}
@@ -39,7 +41,7 @@ def clock(monkeypatch):
 
 
 def test_one_row_a_step(tmp_path):
-    writer = MetricWriter(tmp_path, last_step=0, tensorboard=False)
+    writer = MetricWriter(tmp_path, last_step=0, config=Config())
     writer.write(1, {"loss/objective": 0.5, "grad/norm": 2.0})
     writer.write(2, {"loss/objective": 0.1})
     # Rows are there before the writer is closed: a killed run keeps them.
@@ -52,12 +54,12 @@ def test_one_row_a_step(tmp_path):
 
 
 def test_a_continued_run_cuts_the_rows_after_its_checkpoint(tmp_path):
-    first = MetricWriter(tmp_path, last_step=0, tensorboard=False)
+    first = MetricWriter(tmp_path, last_step=0, config=Config())
     for step in range(1, 6):
         first.write(step, {"loss/objective": float(step)})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
-    second = MetricWriter(tmp_path, last_step=3, tensorboard=False)
+    second = MetricWriter(tmp_path, last_step=3, config=Config())
     second.write(4, {"loss/objective": 40.0})
     rows = read_lines(tmp_path / "metrics.jsonl")
     assert [(row["step"], row["loss/objective"]) for row in rows] == [
@@ -69,12 +71,16 @@ def test_a_continued_run_cuts_the_rows_after_its_checkpoint(tmp_path):
 
 
 def test_a_fresh_run_starts_with_an_empty_file(tmp_path):
-    MetricWriter(tmp_path, last_step=0, tensorboard=False).write(1, {"x": 1.0})
-    MetricWriter(tmp_path, last_step=0, tensorboard=False)
+    MetricWriter(tmp_path, last_step=0, config=Config()).write(1, {"x": 1.0})
+    MetricWriter(tmp_path, last_step=0, config=Config())
     assert read_lines(tmp_path / "metrics.jsonl") == []
 
 
-# Event files
+# Trackers
+
+
+def tracked(*names):
+    return Config(log=LogConfig(trackers=names))
 
 
 def events_of(workdir):
@@ -95,11 +101,14 @@ def events_of(workdir):
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):
-    writer = MetricWriter(tmp_path, last_step=0, tensorboard=True)
+    writer = MetricWriter(tmp_path, last_step=0, config=tracked("tensorboard"))
+    writer.send_scores(0, {"avg@k": 0.75})
     writer.write(1, {"loss/objective": 0.5, "grad/norm": 2.0})
     writer.write(2, {"loss/objective": 0.25})
+    writer.send_scores(2, None)
     writer.close()
     assert events_of(tmp_path) == [
+        (0, "eval/avg_at_k", 0.75),
         (1, "loss/objective", 0.5),
         (1, "grad/norm", 2.0),
         (2, "loss/objective", 0.25),
@@ -107,13 +116,92 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 2
 
 
-def test_tensorboard_without_the_package_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(
-        ImportError,
-        match=r"log\.tensorboard needs tensorboardX: pip install 'opdjax\[tensorboard\]'",
-    ):
-        MetricWriter(tmp_path, last_step=0, tensorboard=True)
+# A package of the calls that a run makes, with their signatures; it records them.
+PACKAGE = """
+calls = []
+
+class Run:
+    def log(self, metrics, step=None):
+        calls.append((step, dict(metrics)))
+
+    def finish(self):
+        calls.append("finished")
+
+def init(project, name=None, config=None, resume="never"{more}):
+    calls.append((project, name, config["seed"], resume))
+    return Run()
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """Makes a package by a name, and returns its recorded calls."""
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    made = []
+
+    def make(name):
+        made.append(name)
+        more = ", id=None, dir=None" if name == "wandb" else ""
+        file = tmp_path / "packages" / f"{name}.py"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(PACKAGE.replace("{more}", more))
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        importlib.invalidate_caches()
+        return lambda: sys.modules[name].calls
+
+    yield make
+    for name in made:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_continued_run_continues_the_run_of_its_tracker(name, fake, tmp_path, monkeypatch):
+    calls, workdir = fake(name), tmp_path / "mine"
+    workdir.mkdir()
+    for first in (0, 2):
+        writer = MetricWriter(workdir, last_step=first, config=tracked(name))
+        writer.write(first + 1, {"loss/objective": 0.5})
+        writer.send_scores(first + 1, {"avg@k": 0.75})
+        writer.close()
+    start, row, scores, end = calls()[:4]
+    assert start[:1] + start[2:] == ("opdjax", 0, "allow")
+    assert start[1].startswith("mine-")
+    assert (row, scores, end) == (
+        (1, {"loss/objective": 0.5}),
+        (1, {"eval/avg@k": 0.75}),
+        "finished",
+    )
+    assert calls()[4] == start
+    # A run that starts anew in the same directory is another one, here in another project.
+    monkeypatch.setenv(f"{name.upper()}_PROJECT", "other")
+    MetricWriter(workdir, last_step=0, config=tracked(name))
+    assert calls()[-1][0] == "other"
+    assert calls()[-1][1] != start[1]
+
+
+def test_the_real_packages_take_these_calls(tmp_path, monkeypatch):
+    """Without a network: wandb offline, trackio into a directory."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    for name in ("wandb", "trackio"):
+        pytest.importorskip(name)
+        writer = MetricWriter(tmp_path, last_step=0, config=tracked(name))
+        writer.write(1, {"loss/objective": 0.5, "staleness/kl_all": math.nan})
+        writer.close()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert list(tmp_path.glob("trackio/opdjax.db"))
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb"), ("trackio",) * 2]
+)
+def test_a_tracker_without_its_package_says_what_to_install(name, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    message = (
+        rf"log\.trackers has {name}, and {package} is not installed: pip install 'opdjax\[{name}\]'"
+    )
+    with pytest.raises(ImportError, match=message):
+        require_trackers((name,))
 
 
 # Seconds

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 from opdjax.diagnose.plan.workload import Workload, bytes_of
 from opdjax.engine.evaluate import EVALUATION_SLOTS
 from opdjax.engine.scheduling import BLOCKS_PER_FILL
+from opdjax.engine.update import make_optimizer
 from opdjax.models.decoder import DecoderConfig, forward
 from opdjax.models.lora import combine
-from opdjax.models.partitioning import SAMPLER_AXES, WEIGHT_AXES
-from opdjax.ops.sharding import make_mesh
+from opdjax.models.partitioning import SAMPLER_AXES, WEIGHT_AXES, shardings_of
+from opdjax.ops.sharding import abstract_like, make_mesh
 from opdjax.ops.vocab import TILE
 from opdjax.types import TeacherScores
 
@@ -167,7 +168,8 @@ def _work_of(workload: Workload) -> dict[str, tuple[float, float]]:
     flops = (products + repeats) * _layer_flops(student, tokens, columns)
     flops += products * _head_flops(student, completions)
     flops += _head_flops(scoring, completions) * (workload.needs == "vocabulary")
-    state = (3 + workload.has_average) * bytes_of(workload.trained("float32", WEIGHT_AXES))
+    trained = bytes_of(workload.trained("float32", WEIGHT_AXES))
+    state = (1 + workload.has_average) * trained + _optimizer_bytes(workload)
     work["update"] = flops, 2 * state + (2 + repeats) * parts * weights_of(student)
     return work
 
@@ -186,7 +188,7 @@ def _permanent(workload: Workload) -> list[Item]:
     readers = _SAMPLER * (workload.writer == "student") + ("evaluate",) + ("teacher",) * is_own
     items = [
         Item("student's trained parameters, float32", trained, PHASES, _UPDATE),
-        Item("optimizer's two moments", 2 * trained, PHASES, _UPDATE),
+        Item("optimizer's state", _optimizer_bytes(workload), PHASES, _UPDATE),
         Item("student's frozen parameters", bytes_of(workload.frozen), PHASES, frozen_readers),
         Item("published copy, its head", head_bytes, PHASES, readers + _UPDATE),
         Item("published copy of the student", bytes_of(published) - head_bytes, PHASES, readers),
@@ -203,6 +205,27 @@ def _permanent(workload: Workload) -> list[Item]:
             Item(f"{role}'s parameters", rest, PHASES, readers),
         ]
     return items
+
+
+def _optimizer_bytes(workload: Workload) -> int:
+    """Return the bytes of the optimizer's arrays: two moments of AdamW, fewer or more of others."""
+    alone = dataclasses.replace(workload.config.optimizer, teacher_ema_decay=0.0)
+    optimizer = make_optimizer(alone, num_steps=1)
+    state = jax.eval_shape(optimizer.init, workload.trained("float32", WEIGHT_AXES))
+    state = abstract_like(state, shardings_of(state, workload.layout, WEIGHT_AXES))
+    return bytes_of([leaf for leaf in jax.tree.leaves(state) if leaf.ndim])
+
+
+def _muon_bytes(workload: Workload) -> int:
+    """Return the bytes in which Muon makes the largest parameter orthogonal; 0 of other optimizers.
+
+    Two copies of it, sharded like it, and three products with its transpose, which are not.
+    """
+    if workload.config.optimizer.name != "muon":
+        return 0
+    leaves = jax.tree.leaves(workload.trained("float32", WEIGHT_AXES)["layers"])
+    matrices = [leaf for leaf in leaves if leaf.ndim == 3]
+    return max(2 * bytes_of(x) + 3 * 4 * x.shape[0] * min(x.shape[1:]) ** 2 for x in matrices)
 
 
 def _size_of(dtype: str) -> int:
@@ -330,6 +353,7 @@ def _updating(workload: Workload) -> list[Item]:
         Item("head's gradient", table * _size_of(dtype), backward),
         Item("gradient of a micro-batch", cast or trained * is_summed, backward),
         Item("a layer's activations, backward", _backward_bytes(workload), backward),
+        Item("Muon's products of a matrix, all layers", _muon_bytes(workload), backward),
     ]
 
 

@@ -204,9 +204,8 @@ def _spent(
         if not targets.get(seed):
             continue
         reached = [step for step, score in run.curve(column.read) if score >= max(targets[seed])]
-        train = run.config["train"]
-        step = reached[0] if reached else train["num_steps"]
-        prompts = step * train["prompts_per_step"]
+        step = reached[0] if reached else (run.result or {}).get("num_steps", run.planned_steps)
+        prompts = step * run.config["train"]["prompts_per_step"]
         spent = prompts if column.spent == "prompts" else run.total_at("seconds", step)
         found[seed] = float(spent), bool(reached)
     return found

@@ -14,6 +14,7 @@ from opdjax.config import (
     EvaluationConfig,
     LoraConfig,
     MeshConfig,
+    OptimizerConfig,
     SamplingConfig,
     TrainConfig,
 )
@@ -70,7 +71,7 @@ def test_what_each_phase_holds(run_of):
     kept, published = 4 * ((KERNELS + EMBEDDING) // 2 + NORMS), 2 * (KERNELS + NORMS + EMBEDDING)
     update, teacher = sizes(plan, "loss") | sizes(plan, "backward"), sizes(plan, "teacher")
     assert update["student's trained parameters, float32"] == kept
-    assert update["optimizer's two moments"] == 2 * kept
+    assert update["optimizer's state"] == 2 * kept
     assert update["published copy of the student"] == published
     assert update["gradient, float32"] == kept
     assert update["student's parameters, cast"] == update["gradient of a micro-batch"] == kept // 2
@@ -174,21 +175,42 @@ def test_what_does_not_fit_is_named(run_of):
     assert f"the largest is {max(held, key=held.get)!r}" in verdict(plan)
 
 
+def test_the_states_of_other_optimizers(run_of):
+    """One moment of lion, three of ademamix, four of adan, none of sgd; muon has one of its kernels
+    and two of the rest.
+    """
+
+    def held(name):
+        return sizes(estimate(run_of("v5e-4", optimizer=OptimizerConfig(name=name))), "backward")
+
+    kept = held("adamw")["student's trained parameters, float32"]
+    for name, count in {"adamw": 2, "lion": 1, "ademamix": 3, "adan": 4}.items():
+        assert held(name)["optimizer's state"] == count * kept
+    assert "optimizer's state" not in held("sgd")
+    muon, coefficients = held("muon"), 3 * 4
+    state = 4 * (KERNELS // 2 + 2 * (EMBEDDING // 2 + NORMS)) + coefficients
+    assert muon["optimizer's state"] == state
+    # The largest kernel is one of the MLP, 8 x 16 in two layers, over two devices.
+    assert muon["Muon's products of a matrix, all layers"] == 4 * (2 * 128 + 3 * 2 * 64)
+
+
 @pytest.mark.parametrize(
-    "estimator",
+    ("estimator", "optimizer"),
     [
-        EstimatorConfig("vopd"),
-        EstimatorConfig("npd"),
-        EstimatorConfig("grpo", reference_kl_coef=0.1),
+        (EstimatorConfig("vopd"), "adamw"),
+        (EstimatorConfig("npd"), "adamw"),
+        (EstimatorConfig("grpo", reference_kl_coef=0.1), "adamw"),
+        pytest.param(EstimatorConfig("opd"), "muon", marks=pytest.mark.long),
     ],
-    ids=lambda e: e.recipe,
+    ids=lambda x: getattr(x, "recipe", x),
 )
-def test_the_arguments_are_those_of_the_compiled_update(estimator):
+def test_the_arguments_are_those_of_the_compiled_update(estimator, optimizer):
     """The mini pair on eight simulated devices, parameters split over four of them."""
     config = Config(
         data=DataConfig(max_prompt_length=16),
         sampling=SamplingConfig(2, max_completion_length=16),
         estimator=estimator,
+        optimizer=OptimizerConfig(name=optimizer),
         train=TrainConfig(prompts_per_step=4),
         evaluation=EvaluationConfig(source=None),
         mesh=MeshConfig(data=2, fsdp=4),
@@ -201,7 +223,8 @@ def test_the_arguments_are_those_of_the_compiled_update(estimator):
     on_devices = dataclasses.replace(workload, layout=make_mesh(2, 4))
     program, _ = measure("update", lower_update(on_devices), workload)
     counted = [item for item in estimate(workload).items if "loss" in (item.received_by or ())]
-    counters = 5 * 4  # of the state: steps, skipped, in a row, and the optimizer's two
+    # Of the state: steps, skipped, in a row, and the optimizer's two (of each of muon's parts).
+    counters = {"adamw": 5, "muon": 7}[optimizer] * 4
     assert sum(item.num_bytes for item in counted) + counters == program.argument_bytes
     assert any(
         each.kind == "reduce-scatter" or each.kind == "all-reduce" for each in program.collectives
@@ -219,7 +242,7 @@ def test_adapters_alone_are_trained(run_of):
     update = sizes(plan, "loss") | sizes(plan, "backward")
     adapters = 2 * (2 * 8 + 8 * 2 + 2 * 16 + 8 * 2)
     assert adapters * 4 / 2 <= update["student's trained parameters, float32"] <= adapters * 4
-    assert update["optimizer's two moments"] == 2 * update["student's trained parameters, float32"]
+    assert update["optimizer's state"] == 2 * update["student's trained parameters, float32"]
     assert update["student's frozen parameters"] == 2 * ((KERNELS + EMBEDDING) // 2 + NORMS)
     assert not {"head's gradient, summed in float32", "head's gradient"} & set(update)
     # The frozen ones are sharded for training and replicated for sampling.
