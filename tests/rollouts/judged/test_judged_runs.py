@@ -306,8 +306,9 @@ def test_a_teacher_that_is_told_the_verdicts_on_a_prompt_s_own_criteria(
         rubrics=RubricsConfig(refresh=refresh, num_criteria=(1, 5)),
         train=TrainConfig(num_steps=2, prompts_per_step=4),
     )
-    if refresh == "given":
-        base = dataclasses.replace(base, rubricator=JudgeConfig())
+    if refresh == "given":  # without reflections nobody is needed who writes rubrics
+        data = dataclasses.replace(data, teacher_prompt_format="{prompt} {verdicts}")
+        prepare(dataclasses.replace(base, data=data, rubricator=JudgeConfig()))
     train(base, tmp_path / "run")
     assert all(row > 0 for row in column(tmp_path / "run", "kl/student_teacher"))
     for row in read_lines(tmp_path / "run" / "rubrics.jsonl"):
