@@ -15,6 +15,8 @@ from opdjax.data.chat import TokenizerMismatchError
 from opdjax.data.sources import DataError
 from opdjax.train import train
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 
 @pytest.fixture
 def data(tmp_path):

@@ -178,8 +178,8 @@ def test_what_does_not_fit_is_named(run_of):
     "estimator",
     [
         EstimatorConfig("vopd"),
-        EstimatorConfig("npd"),
-        EstimatorConfig("grpo", reference_kl_coef=0.1),
+        pytest.param(EstimatorConfig("npd"), marks=pytest.mark.long),
+        pytest.param(EstimatorConfig("grpo", reference_kl_coef=0.1), marks=pytest.mark.long),
     ],
     ids=lambda e: e.recipe,
 )
