@@ -383,15 +383,17 @@ def _by_platform(recipe, operands):
     """Run the recipe on all rows, on a CPU in blocks of rows. XLA for CPU passes over the logits
     once for each maximum, sum and product of a recipe, and the logits of a few rows stay in cache.
     """
-    return jax.lax.platform_dependent(operands, cpu=partial(_in_row_blocks, recipe), default=recipe)
-
-
-def _in_row_blocks(recipe, operands):
-    """The recipe on blocks of at most `CPU_LOGITS` logits."""
     n, width = operands[0].shape
     block = max(size for size in range(1, min(max(CPU_LOGITS // width, 1), n) + 1) if n % size == 0)
-    if block == n:
+    if block == n:  # the same on every platform: traced once
         return recipe(operands)
+    in_blocks = partial(_in_row_blocks, recipe, block)
+    return jax.lax.platform_dependent(operands, cpu=in_blocks, default=recipe)
+
+
+def _in_row_blocks(recipe, block, operands):
+    """The recipe on `block` rows at a time, which divide the rows."""
+    n = operands[0].shape[0]
     blocks = jax.tree.map(lambda x: x.reshape(n // block, block, *x.shape[1:]), operands)
     totals, *rest = jax.lax.map(recipe, blocks)
     return jnp.sum(totals), *jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), rest)
