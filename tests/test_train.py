@@ -52,6 +52,8 @@ from opdjax.runs.results import read_run
 from opdjax.runs.workdir import WorkdirError, read_lines
 from opdjax.train import NonFiniteLossError, train
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 # An undisturbed run
 
 
@@ -73,8 +75,8 @@ def test_a_run_leaves_a_complete_work_directory(tiny_run):
 
 
 def test_the_update_is_compiled_once(tiny):
-    _, updates = tiny
-    assert [update._cache_size() for update in updates] == [1]
+    _, num_programs = tiny
+    assert num_programs == [1]
 
 
 def test_a_finished_run_is_reported_not_repeated(tiny_run, capsys):
@@ -94,19 +96,18 @@ def test_export_of_any_checkpoint(tiny_run, tmp_path):
 
 
 def test_exporting_keeps_what_a_run_is_writing(tiny_run, tmp_path):
-    unfinished = tiny_run / "checkpoints" / "5.orbax-checkpoint-tmp"
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    unfinished = run / "checkpoints" / "5.orbax-checkpoint-tmp"
     unfinished.mkdir()
-    export_step(tiny_run, "latest", tmp_path / "out", None)
+    export_step(run, "latest", tmp_path / "out", None)
     assert unfinished.exists()
-    unfinished.rmdir()
 
 
 # Interrupted runs
 
 
-@pytest.mark.parametrize(
-    "batch", [pytest.param(1, marks=pytest.mark.long), 3, pytest.param(4, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("batch", [1, 3, 4])
 def test_an_interrupted_run_ends_like_an_undisturbed_one(batch, tiny_run, tmp_path):
     with interrupted_at(batch):
         train(TINY, tmp_path / "run")
@@ -133,9 +134,11 @@ main.main()
 
 
 def test_a_killed_run_ends_like_an_undisturbed_one(tiny_run, tmp_path, capsys):
-    """SIGKILL after the fifth step of a process of its own, then the same run again."""
-    workdir = tmp_path / "run"
-    arguments = ["train", str(save(TINY, tmp_path / "run.json")), "--workdir", str(workdir)]
+    """SIGKILL after the fifth step of a process of its own, then the same run again. Evaluation
+    changes nothing of the training, and these runs do without.
+    """
+    workdir, config = tmp_path / "run", vary(evaluation={"source": None})
+    arguments = ["train", str(save(config, tmp_path / "run.json")), "--workdir", str(workdir)]
     # As many simulated devices as here: they share the threads that split a product.
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, *arguments],
@@ -144,13 +147,21 @@ def test_a_killed_run_ends_like_an_undisturbed_one(tiny_run, tmp_path, capsys):
     )
     assert killed.returncode == -signal.SIGKILL
     assert column(workdir, "step") == [1, 2, 3, 4, 5]
-    train(TINY, workdir)
+    train(config, workdir)
     assert "continuing from step " in capsys.readouterr().out
-    assert_same_run(tiny_run, workdir)
+    assert without_times(workdir) == without_times(tiny_run)
+    assert samples(workdir) == samples(tiny_run)
+    assert_equal_trees(final_weights(workdir), final_weights(tiny_run))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["preemption", "Ctrl-C"])
-def test_a_signal_stops_a_run_after_its_step(number, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)],
+    ids=["preemption", "Ctrl-C"],
+)
+def test_a_signal_stops_a_run_after_its_step_and_it_ends_like_an_undisturbed_one(
+    number, tiny_run, tmp_path, monkeypatch
+):
     """The step is kept, the error names it, and the same command continues."""
     real, handlers = MetricWriter.write, [signal.getsignal(n) for n in (number, signal.SIGTERM)]
 
@@ -159,14 +170,18 @@ def test_a_signal_stops_a_run_after_its_step(number, tmp_path, monkeypatch):
         if step == 3:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(MetricWriter, "write", write)
-    config = vary(evaluation={"source": None}, checkpoint={"every": 100})
-    with pytest.raises(InterruptedRunError, match="stopped after step 3.*; step 3 is saved") as end:
-        train(config, tmp_path / "run")
+    expected = "stopped after step 3.*; step 3 is saved"
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricWriter, "write", write)
+        with pytest.raises(InterruptedRunError, match=expected) as end:
+            train(TINY, tmp_path / "run")
     assert end.value.exit_status == 128 + number
     assert handlers == [signal.getsignal(n) for n in (number, signal.SIGTERM)]
     names = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
-    assert [name for name in names if name.isdigit()] == ["3"]
+    # Step 3 is not a multiple of `checkpoint.every`.
+    assert sorted(name for name in names if name.isdigit()) == ["2", "3"]
+    train(TINY, tmp_path / "run")
+    assert_same_run(tiny_run, tmp_path / "run")
 
 
 TWICE = """
@@ -217,17 +232,13 @@ def test_a_loss_that_stays_non_finite_stops_the_run_and_keeps_the_checkpoint(tmp
         return batch, head
 
     monkeypatch.setattr(opdjax.train, "scored", poisoned)
-    monkeypatch.setattr(opdjax.train, "MAX_NONFINITE_STEPS", 3)
-    config = vary(
-        train={"num_steps": 9},
-        evaluation={"source": None},
-        log={"samples_every": 0},
-    )
+    monkeypatch.setattr(opdjax.train, "MAX_NONFINITE_STEPS", 2)
+    config = vary(evaluation={"source": None}, log={"samples_every": 0})
     with pytest.raises(
-        NonFiniteLossError, match=r"steps 5 to 7 .*last good checkpoint in .* is step 4"
+        NonFiniteLossError, match=r"steps 5 to 6 .*last good checkpoint in .* is step 4"
     ):
         train(config, tmp_path / "run")
-    assert column(tmp_path / "run", "grad/skipped_steps") == [0, 1, 1, 1, 2, 3, 4]
+    assert column(tmp_path / "run", "grad/skipped_steps") == [0, 1, 1, 1, 2, 3]
     monkeypatch.setattr(opdjax.train, "scored", real)
     assert train(config, tmp_path / "run")["skipped_steps"] == 1
 

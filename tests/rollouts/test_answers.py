@@ -31,6 +31,8 @@ from opdjax.rollouts.setup import initial_weights, prepare
 from opdjax.runs.metrics import Timer
 from opdjax.train import train
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 
 @pytest.fixture
 def data(tmp_path):

@@ -42,6 +42,8 @@ from opdjax.runs.workdir import read_lines
 from opdjax.train import train
 from opdjax.types import Rollouts, TrainBatch
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 STAGES = RubricsConfig(stages=("first step", "second step=;", "answer=#"))
 NOWHERE = "http://127.0.0.1:9/v1"  # no server listens
 KEY = "sk-planted-7f3a9c51"
@@ -324,24 +326,11 @@ def test_a_run_that_is_stopped_and_continued_ends_as_one_that_is_not(
     assert all(kept) == (rubrics.refresh == "evolving")
 
 
-def test_a_teacher_that_is_told_the_verdicts(judge_server, tmp_path):
-    told_format = "{prompt} {verdicts}\n{reflection}"
-    base = config(
-        judge_server,
-        teacher=ModelConfig("@student"),
-        estimator=EstimatorConfig("full_kl", divergence="jsd", beta=0.5),
-        data=DataConfig(
-            source="arithmetic:train[:64]", max_prompt_length=32, teacher_prompt_format=told_format
-        ),
-        train=TrainConfig(num_steps=2, prompts_per_step=4),
-    )
-    train(base, tmp_path)
-    assert all(row > 0 for row in column(tmp_path, "kl/student_teacher"))
-    assert all(row["reflections"] for row in read_lines(tmp_path / "rubrics.jsonl"))
-
-
 @pytest.mark.parametrize("refresh", ["given", pytest.param("evolving", marks=pytest.mark.long)])
-def test_a_prompt_s_own_criteria_are_in_every_rubric_of_it(judge_server, tmp_path, refresh):
+def test_a_teacher_that_is_told_the_verdicts_on_a_prompt_s_own_criteria(
+    judge_server, tmp_path, refresh
+):
+    """The criteria are in every rubric of the prompt."""
     rows = [
         {
             "prompt": problem.prompt,
@@ -352,17 +341,26 @@ def test_a_prompt_s_own_criteria_are_in_every_rubric_of_it(judge_server, tmp_pat
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = DataConfig(
-        source=str(tmp_path / "rows.jsonl"), max_prompt_length=32, columns=("rubric=rubric",)
+        source=str(tmp_path / "rows.jsonl"),
+        max_prompt_length=32,
+        columns=("rubric=rubric",),
+        teacher_prompt_format="{prompt} {verdicts}\n{reflection}",
     )
     base = config(
         judge_server,
+        teacher=ModelConfig("@student"),
+        estimator=EstimatorConfig("full_kl", divergence="jsd", beta=0.5),
         data=data,
         rubrics=RubricsConfig(refresh=refresh, num_criteria=(1, 5)),
+        train=TrainConfig(num_steps=2, prompts_per_step=4),
     )
-    if refresh == "given":
-        base = dataclasses.replace(base, rubricator=JudgeConfig())
+    if refresh == "given":  # without reflections nobody is needed who writes rubrics
+        data = dataclasses.replace(data, teacher_prompt_format="{prompt} {verdicts}")
+        prepare(dataclasses.replace(base, data=data, rubricator=JudgeConfig()))
     train(base, tmp_path / "run")
+    assert all(row > 0 for row in column(tmp_path / "run", "kl/student_teacher"))
     for row in read_lines(tmp_path / "run" / "rubrics.jsonl"):
+        assert row["reflections"]
         own = [criterion for criterion in row["rubric"] if criterion["is_given"]]
         assert [criterion["weight"] for criterion in own] == [1, 3]
         assert (len(row["rubric"]) == 2) == (refresh == "given")
