@@ -213,12 +213,12 @@ def _run(
     if config.optimizer.teacher_ema_decay:
         source.copy_teacher = lambda: weights_of(teacher_weights(state))
     on_process_zero(startup.announce)
-    if first:
-        evaluate(setup.evaluator, workdir, 0, partial(initial_weights, setup))
-    else:
+    if not first:
         _evaluate(setup, workdir, 0, copy_weights, writer)
-    if first and not latest:
-        save(first)  # from now on the optimizer of the other run is not needed
+    else:
+        evaluate(setup.evaluator, workdir, 0, partial(initial_weights, setup))
+        if not latest:
+            save(first)  # from now on the optimizer of the other run is not needed
     source.publish(first, copy_weights, timer)
     last = first if _is_out_of_patience(config, workdir, first) else num_steps
     for step in range(first, last):
@@ -230,7 +230,6 @@ def _run(
                 save(step)
             checkpointer.wait()
             raise
-
         current = with_current_teacher(setup, source.teacher_params)
         if _is_due(done, config.log.samples_every) or (config.log.samples_every and done == 1):
             params = copy_weights() if source.params is None else source.params
