@@ -36,7 +36,8 @@ def rows_of(argument: str) -> list[dict[str, object]]:
         )
     source, prompt, answer = parts
     found = read_prompts(source, ColumnMap(prompt, answer))
-    require_field(found, "answer", answer, source, "an evaluation needs one in every row")
+    reason = "an evaluation needs one in every row"
+    require_field(found, "answer", {"answer": answer}, source, reason)
     return [{"prompt": row.prompt, "answer": row.answer, "benchmark": name} for row in found]
 
 

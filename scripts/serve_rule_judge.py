@@ -31,8 +31,12 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
-from opdjax.judge.rule_based.rules import role_of
-from opdjax.judge.rule_based.server import completion, reply_document, requested_schema
+from opdjax.judge.rule_based.rules import (
+    completion,
+    reply_document,
+    requested_schema,
+    role_of,
+)
 
 HOST, MODEL = "127.0.0.1", "rule-judge"
 MAX_BODY = 64 * 2**20

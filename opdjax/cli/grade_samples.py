@@ -38,12 +38,12 @@ def _config(text: str) -> Config:
 @functools.lru_cache(maxsize=4)
 def _answers(data: DataConfig) -> dict[str, str]:
     """Prompt -> answer; empty if the data cannot be read, which may be on another machine."""
-    columns, answers = ColumnMap.from_config(data), {}
+    columns, answers = ColumnMap(**data.column_names), {}
     name = columns.answer or "answer"
     try:
-        for place, row in read_rows(data.source, columns):
-            if name.partition(".")[0] in row and (answer := value_at(row, name, place)) is not None:
-                answers[_key(value_at(row, columns.prompt, place))] = str(answer)
+        for _, row in read_rows(data.source, columns):
+            if name.partition(".")[0] in row and (answer := value_at(row, name)) is not None:
+                answers[_key(value_at(row, columns.prompt))] = str(answer)
     except (DataError, OSError, ImportError):
         return {}
     return answers

@@ -25,6 +25,11 @@ Messages = tuple[dict[str, str], ...]
 _PROBE = "Let x = 12.5; then 3x + 1 = ?\n\tif a<b: return 'né ü 你好'  # 1234567890"
 
 
+def as_messages(prompt: str | Messages) -> list[dict[str, str]]:
+    """The prompt as a conversation: a text is one turn of the user."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
 class TokenizerMismatchError(ValueError):
     """Teacher and student do not share a vocabulary, so their logits cannot be compared."""
 
@@ -79,7 +84,7 @@ def render(
         raise ValueError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template; use format 'raw'"
         )
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    messages = as_messages(prompt)
     if system_prompt is not None:
         messages = [{"role": "system", "content": system_prompt}, *messages]
     return _apply_template(messages, tokenizer, enable_thinking, add_generation_prompt=True)

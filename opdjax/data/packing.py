@@ -61,10 +61,7 @@ def for_teacher(prompts: PromptBatch) -> PromptBatch:
 
 
 def _teacher_view(rollouts: Rollouts, prompts: PromptBatch) -> TeacherView:
-    """The teacher's prompt before the same completion.
-
-    Prompts are left-padded, so both end just before the completion's first column.
-    """
+    """The teacher's prompt before the same completion: left-padded prompts end where it begins."""
     repeats = rollouts.tokens.shape[0] // prompts.tokens.shape[0]
     student_width, teacher_width = prompts.tokens.shape[1], prompts.teacher_tokens.shape[1]
     tokens = jnp.repeat(prompts.teacher_tokens, repeats, axis=0)
@@ -167,17 +164,13 @@ def first_fit_decreasing(lengths: np.ndarray, length: int) -> np.ndarray:
 
 def _layout(rows: np.ndarray, lengths: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     """First column and segment number of each rollout in its row, longest first."""
-    starts, segments = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.int32)
-    used, count = np.zeros((2, rows.max(initial=0) + 1), np.int32)
-    for rollout in np.argsort(-lengths, kind="stable"):
-        row = rows[rollout]
-        count[row] += 1
-        starts[rollout], segments[rollout] = used[row], count[row]
-        used[row] += lengths[rollout]
-    if used.max(initial=0) > length:
-        raise ValueError(
-            f"the rollouts of a row have {used.max()} tokens; expected at most {length}"
-        )
+    order = np.lexsort((-lengths, rows))
+    before = np.cumsum(lengths[order]) - lengths[order]
+    first = np.searchsorted(rows[order], rows[order])  # of each one's row
+    starts, segments = np.zeros((2, len(rows)), np.int32)
+    starts[order], segments[order] = before - before[first], np.arange(len(rows)) - first + 1
+    if (used := (starts + lengths).max(initial=0)) > length:
+        raise ValueError(f"the rollouts of a row have {used} tokens; expected at most {length}")
     return starts, segments
 
 

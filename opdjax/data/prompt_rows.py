@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,12 @@ class Prompt:
 
 def read_prompts(source: str, columns: ColumnMap = ColumnMap()) -> list[Prompt]:  # noqa: B008
     """All rows of a data source (formats: `sources`), in their stored order."""
-    rows = [_parse_row(row, columns, place) for place, row in read_rows(source, columns)]
+    rows = []
+    for place, row in read_rows(source, columns):
+        try:
+            rows.append(_parse_row(row, columns))
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from error
     if not rows:
         raise DataError(f"{source} holds no prompts; expected at least one row")
     return rows
@@ -48,121 +54,118 @@ def read_prompts(source: str, columns: ColumnMap = ColumnMap()) -> list[Prompt]:
 
 def first_of_each(rows: Sequence[Prompt], count: int) -> list[Prompt]:
     """The first `count` rows of each benchmark, in order; without benchmarks, of all rows."""
-    taken: dict[str | None, int] = {}
-    kept = []
+    taken, kept = Counter(), []
     for row in rows:
-        taken[row.benchmark] = taken.get(row.benchmark, 0) + 1
+        taken[row.benchmark] += 1
         if taken[row.benchmark] <= count:
             kept.append(row)
     return kept
 
 
 def require_field(
-    rows: Sequence[Prompt], field: str, column: str, source: str, reason: str
+    rows: Sequence[Prompt], field: str, columns: Mapping[str, str], source: str, reason: str
 ) -> None:
-    """Raise DataError naming the first row whose `answer` or `references` is missing or blank."""
+    """Raise DataError naming the first row whose `answer` or `references` is missing or blank.
+
+    `columns`: the columns that the config names.
+    """
     values = (getattr(row, field) or () for row in rows)
     texts = ((value,) if isinstance(value, str) else value for value in values)
     lacking = [n for n, row in enumerate(texts) if not row or not all(t.strip() for t in row)]
     if lacking:
+        column = columns.get(field.removesuffix("s"), field)
         raise DataError(
             f"prompt {lacking[0]} of {source} has no {column!r} ({len(lacking)} such rows); "
             f"{reason}"
         )
 
 
-def _parse_row(row: dict[str, Any], columns: ColumnMap, place: str) -> Prompt:
-    def read(name: str) -> tuple[Any, str, str]:
-        return _plain(value_at(row, name, place), name, place), name, place
+def _parse_row(row: dict[str, Any], columns: ColumnMap) -> Prompt:
+    def read(name: str, *, is_needed: bool = True) -> Any:
+        return _plain(value_at(row, name), name) if is_needed or name in row else None
 
-    def read_optional(column: str | None, default: str) -> tuple[Any, str, str]:
-        is_read = column or default in row
-        return read(column or default) if is_read else (None, default, place)
-
-    prompt, completion = _parse_prompt(*read(columns.prompt))
-    answer, name, _ = read_optional(columns.answer, "answer")
+    prompt, completion = _parse_prompt(read(columns.prompt), columns.prompt)
+    name = columns.answer or "answer"
+    answer = read(name, is_needed=columns.answer is not None)
     is_number = type(answer) in (int, float) and math.isfinite(answer)
     if not is_number and not isinstance(answer, (str, type(None))):
-        raise DataError(
-            f"{place}: {name!r} is {answer!r}; expected a string or a number, or null for none"
-        )
-    default = "references" if "references" in row else "reference"
-    references = _parse_references(*read_optional(columns.reference, default))
+        raise DataError(f"{name!r} is {answer!r}; expected a string or a number, or null for none")
+    name = columns.reference or ("references" if "references" in row else "reference")
+    references = _parse_references(read(name, is_needed=columns.reference is not None), name)
     return Prompt(
         prompt,
         None if answer is None else str(answer),
         references or completion,
-        _parse_criteria(*read(columns.rubric)) if columns.rubric else (),
-        _parse_benchmark(*read(columns.benchmark)) if columns.benchmark else None,
+        _parse_criteria(read(columns.rubric), columns.rubric) if columns.rubric else (),
+        _parse_benchmark(read(columns.benchmark), columns.benchmark) if columns.benchmark else None,
     )
 
 
-def _plain(value: Any, path: str, place: str) -> Any:
+def _plain(value: Any, path: str) -> Any:
     """Python's own types in place of the bytes and numpy values that TFDS returns."""
     if isinstance(value, bytes):
         try:
             return value.decode()
         except UnicodeDecodeError as error:
-            raise DataError(f"{place}: {path!r} is not UTF-8 text ({error.reason})") from error
+            raise DataError(f"{path!r} is not UTF-8 text ({error.reason})") from error
     if isinstance(value, (np.generic, np.ndarray)):
-        return _plain(value.tolist(), path, place)
+        return _plain(value.tolist(), path)
     if isinstance(value, dict):
-        return {name: _plain(item, path, place) for name, item in value.items()}
-    return [_plain(item, path, place) for item in value] if isinstance(value, list) else value
+        return {name: _plain(item, path) for name, item in value.items()}
+    return [_plain(item, path) for item in value] if isinstance(value, list) else value
 
 
-def _parse_benchmark(value: Any, name: str, place: str) -> str:
+def _parse_benchmark(value: Any, name: str) -> str:
     if not isinstance(value, str) or not value.strip() or value == MEAN:
         raise DataError(
-            f"{place}: the benchmark {name!r} is {value!r}; expected its name, other than "
-            f"{MEAN!r}, which names the mean over all benchmarks"
+            f"the benchmark {name!r} is {value!r}; expected its name, other than {MEAN!r}, which "
+            "names the mean over all benchmarks"
         )
     return value
 
 
-def _parse_criteria(value: Any, name: str, place: str) -> tuple[GivenCriterion, ...]:
+def _parse_criteria(value: Any, name: str) -> tuple[GivenCriterion, ...]:
     """Criteria stored as texts, or as records with a text and a weight (negative: a flaw)."""
     if not isinstance(value, list):
-        raise DataError(f"{place}: the rubric {name!r} is {value!r}; expected a list of criteria")
-    records = ({"text": item} if isinstance(item, str) else item for item in value)
-    return tuple(_parse_criterion(r, f"{place}: criterion {n}") for n, r in enumerate(records, 1))
+        raise DataError(f"the rubric {name!r} is {value!r}; expected a list of criteria")
+    return tuple(_parse_criterion(item, f"criterion {n}") for n, item in enumerate(value, 1))
 
 
 def _parse_criterion(item: Any, place: str) -> GivenCriterion:
-    record = item if isinstance(item, dict) else {}
+    record = {"text": item} if isinstance(item, str) else item if isinstance(item, dict) else {}
     text = record.get("text", record.get("description"))
     weight = record.get("weight", record.get("points", 1))
     stage = record.get("stage")
     if not isinstance(text, str) or not text.strip():
         raise DataError(
-            f"{place} is {item!r}; expected a text, or a record with text (or description)"
+            f"{place} is {record or item!r}; expected a text, or a record with text (or "
+            "description)"
         )
     if type(weight) is not int or not 1 <= abs(weight) <= 5:
         raise DataError(
-            f"{place} has weight {weight!r}; expected a whole number from 1 to 5, "
-            "or from -5 to -1 for a flaw"
+            f"{place} has weight {weight!r}; expected a whole number from 1 to 5, or from -5 to -1 "
+            "for a flaw"
         )
     if not isinstance(stage, (str, type(None))):
         raise DataError(f"{place} has stage {stage!r}; expected the name of a stage, or none")
     return GivenCriterion(text, abs(weight), weight < 0, stage)
 
 
-def _parse_prompt(value: Any, name: str, place: str) -> tuple[str | Messages, tuple[str, ...]]:
+def _parse_prompt(value: Any, name: str) -> tuple[str | Messages, tuple[str, ...]]:
     """The prompt, and the final assistant turn of a conversation: a reference, not the prompt."""
     if isinstance(value, str) and value:
         return value, ()
     messages = _parse_messages(value)
     if not messages:
         raise DataError(
-            f"{place}: {name!r} is {value!r}; expected a non-empty string or a list of "
-            "{role, content} messages"
+            f"{name!r} is {value!r}; expected a non-empty string or a list of {{role, content}} "
+            "messages"
         )
     if messages[-1]["role"] != "assistant":
         return messages, ()
     if len(messages) == 1:
         raise DataError(
-            f"{place}: {name!r} holds only an assistant's turn: {value!r}; expected a user's turn "
-            "before it"
+            f"{name!r} holds only an assistant's turn: {value!r}; expected a user's turn before it"
         )
     return messages[:-1], (messages[-1]["content"],)
 
@@ -180,7 +183,7 @@ def _parse_messages(value: Any) -> Messages | None:
     return tuple({name: message[name] for name in fields} for message in value)
 
 
-def _parse_references(value: Any, name: str, place: str) -> tuple[str, ...]:
+def _parse_references(value: Any, name: str) -> tuple[str, ...]:
     """Worked answers: a string, a list of strings, or a conversation's last assistant turn."""
     texts = [value] if isinstance(value, str) else [] if value is None else value
     if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
@@ -189,7 +192,7 @@ def _parse_references(value: Any, name: str, place: str) -> tuple[str, ...]:
     turns = [message["content"] for message in messages if message["role"] == "assistant"]
     if not turns:
         raise DataError(
-            f"{place}: the reference answers {name!r} are {value!r}; expected a string, a list of "
-            "strings or messages with an assistant's turn"
+            f"the reference answers {name!r} are {value!r}; expected a string, a list of strings "
+            "or messages with an assistant's turn"
         )
     return (turns[-1],)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from opdjax.config import JUDGED_FIELDS, TEACHER_FIELDS, DataConfig
-from opdjax.data.chat import Messages, render
+from opdjax.data.chat import Messages, as_messages, render
 from opdjax.data.prompt_rows import Prompt, read_prompts, require_field
 from opdjax.data.references import read_index, references_of
 from opdjax.data.sources import ColumnMap, DataError
@@ -52,14 +52,13 @@ def load_rows(data: DataConfig, tokenizer: Any) -> list[Prompt]:
     Raises ReferenceMissError if the index lacks a prompt, except one that is too long for the
     student (whose tokenizer is given): every run leaves it out, so `opdjax references` skips it.
     """
-    rows = read_prompts(data.source, ColumnMap.from_config(data))
+    rows = read_prompts(data.source, ColumnMap(**data.column_names))
     if data.references is None:
         return rows
-    view = _views(data, tokenizer, tokenizer)[0]
 
     def is_left_out(number: int) -> bool:
-        ids = view.ids(rows[number], f"prompt {number} of {data.source}")
-        return len(ids) > data.max_prompt_length
+        place = f"prompt {number} of {data.source}"
+        return len(prompt_ids(rows[number], data, tokenizer, place)) > data.max_prompt_length
 
     index, prompts = read_index(local_copy(data.references)), [row.prompt for row in rows]
     found = references_of(index, prompts, data.source, is_left_out)
@@ -68,73 +67,39 @@ def load_rows(data: DataConfig, tokenizer: Any) -> list[Prompt]:
 
 def messages_of(row: Prompt, data: DataConfig) -> list[dict[str, str]]:
     """The row as a conversation for a chat API, with the student's format and system prompt."""
-    prompt = _wrapped(row, data.prompt_format)
-    system = [] if data.system_prompt is None else [_message("system", data.system_prompt)]
-    return [*system, *([_message("user", prompt)] if isinstance(prompt, str) else prompt)]
+    turns, system = as_messages(_wrapped(row, data.prompt_format)), data.system_prompt
+    return turns if system is None else [{"role": "system", "content": system}, *turns]
 
 
-def _message(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
-
-
-def teacher_prompt_ids(
-    row: Prompt, data: DataConfig, tokenizer: Any, judge_texts: Mapping[str, str]
+def prompt_ids(
+    row: Prompt,
+    data: DataConfig,
+    tokenizer: Any,
+    place: str,
+    *,
+    of_teacher: bool = False,
+    judge_texts: Mapping[str, str] = _NO_TEXTS,
 ) -> tuple[int, ...]:
-    """Token ids of the teacher's prompt with a judge's texts on one rollout (`JUDGED_FIELDS`)."""
-    view = _views(data, tokenizer, tokenizer)[1]
-    return view.ids(row, f"a prompt of {data.source}", judge_texts)
+    """Token ids of the row as the student, or the teacher, is shown it.
 
-
-@dataclasses.dataclass(frozen=True)
-class _View:
-    """How the student or the teacher is shown a row."""
-
-    tokenizer: Any
-    format: str
-    enable_thinking: bool | None
-    system_prompt: str | None
-    prompt_format: str
-    has_context: bool = False  # prompt_format is the teacher's own: it may name fields of the row
-
-    def ids(
-        self, row: Prompt, place: str, judge_texts: Mapping[str, str] = _NO_TEXTS
-    ) -> tuple[int, ...]:
-        """Token ids of the row; DataError if it cannot be rendered or is empty."""
-        if self.has_context:
-            prompt = _with_context(row, self.prompt_format, judge_texts)
-        else:
-            prompt = _wrapped(row, self.prompt_format)
-        try:
-            ids = render(
-                prompt,
-                self.tokenizer,
-                format=self.format,
-                system_prompt=self.system_prompt,
-                enable_thinking=self.enable_thinking,
-            )
-        except ValueError as error:
-            raise DataError(f"{place}: {error}") from error
-        if not ids:
-            raise DataError(
-                f"{place} has no tokens: {prompt!r}; expected text, and a template that shows it"
-            )
-        return tuple(ids)
-
-
-def _views(data: DataConfig, student_tokenizer: Any, teacher_tokenizer: Any) -> tuple[_View, _View]:
-    system = {"chat": data.system_prompt, "raw": None}
-    format, thinking = data.student_template
-    student = _View(student_tokenizer, format, thinking, system[format], data.prompt_format)
-    format, thinking = data.teacher_template
-    teacher = _View(
-        teacher_tokenizer,
-        format,
-        thinking,
-        system[format],
-        data.teacher_prompt_format or data.prompt_format,
-        has_context=bool(data.teacher_prompt_format),
-    )
-    return student, teacher
+    `judge_texts`: a judge's texts on one rollout (`JUDGED_FIELDS`), for the teacher. DataError,
+    which begins with `place`, if the row cannot be rendered or is empty.
+    """
+    format, thinking = data.teacher_template if of_teacher else data.student_template
+    if of_teacher and data.teacher_prompt_format:
+        prompt = _with_context(row, data.teacher_prompt_format, judge_texts)
+    else:
+        prompt = _wrapped(row, data.prompt_format)
+    try:
+        options = {"system_prompt": data.system_prompt, "enable_thinking": thinking}
+        ids = render(prompt, tokenizer, format=format, **options)
+    except ValueError as error:
+        raise DataError(f"{place}: {error}") from error
+    if not ids:
+        raise DataError(
+            f"{place} has no tokens: {prompt!r}; expected text, and a template that shows it"
+        )
+    return tuple(ids)
 
 
 def _wrapped(row: Prompt, format: str) -> str | Messages:
@@ -144,11 +109,7 @@ def _wrapped(row: Prompt, format: str) -> str | Messages:
 def _with_context(
     row: Prompt, format: str, judge_texts: Mapping[str, str] = _NO_TEXTS
 ) -> str | Messages:
-    """The prompt, or the last user turn of a conversation, inside the teacher's own format.
-
-    Privileged context: SDFT and OPSD (arXiv 2601.18734), whose teacher is the student that also
-    sees a solution.
-    """
+    """The prompt, or the last user turn, in the teacher's own format (OPSD, arXiv 2601.18734)."""
     fields = {name: judge_texts.get(name, "") for name in JUDGED_FIELDS}
     fields |= {"answer": row.answer, "reference": row.references[0] if row.references else None}
     names = re.compile("{(" + "|".join((*TEACHER_FIELDS, *JUDGED_FIELDS)) + ")}")
@@ -170,21 +131,17 @@ def _require_context(rows: Sequence[Prompt], data: DataConfig) -> None:
     format = data.teacher_prompt_format
     if not format:
         return
-    names = data.column_names
-    fields = {"answer": ("answer", "{answer}")}
     # With an index of references, `load_rows` has checked that every row has one.
-    if not data.references:
-        fields["references"] = ("reference", "{reference}")
-    for field, (name, shown) in fields.items():
-        if shown in format:
+    fields = {"answer": "answer"} | ({} if data.references else {"references": "reference"})
+    for field, name in fields.items():
+        if f"{{{name}}}" in format:
             reason = (
                 "data.teacher_prompt_format shows it to the teacher: add it, name its column in "
-                f"data.columns ({name}=COLUMN), or take {shown} out"
+                f"data.columns ({name}=COLUMN), or take {{{name}}} out"
             )
-            require_field(rows, field, names.get(name, field), data.source, reason)
+            require_field(rows, field, data.column_names, data.source, reason)
     for number, row in enumerate(rows):
-        is_text = isinstance(row.prompt, str)
-        if not is_text and all(message["role"] != "user" for message in row.prompt):
+        if all(message["role"] != "user" for message in as_messages(row.prompt)):
             raise DataError(
                 f"prompt {number} of {data.source} has no user's turn, which "
                 "data.teacher_prompt_format wraps"
@@ -199,32 +156,29 @@ def encode_prompts(
     A row over `max_prompt_length` tokens in either view is left out and counted.
     """
     _require_context(rows, data)
-    views = _views(data, student_tokenizer, teacher_tokenizer)
-    limit, kept, ids, skipped = data.max_prompt_length, [], ([], []), []
+    limit, kept, skipped = data.max_prompt_length, [], []
     for number, row in enumerate(rows):
         place = f"prompt {number} of {data.source}"
         _require_unicode(row, place)
-        rendered = [views[0].ids(row, place)]
-        if len(rendered[0]) <= limit:
-            rendered.append(views[1].ids(row, place))
-        longest = max(map(len, rendered))
-        if longest > limit:
+        ids = longest = prompt_ids(row, data, student_tokenizer, place)
+        if len(ids) <= limit:
+            shown = prompt_ids(row, data, teacher_tokenizer, place, of_teacher=True)
+            longest = max(ids, shown, key=len)
+        if len(longest) > limit:
             text = str(_wrapped(row, data.prompt_format))[:80]
-            skipped.append(f"{place} with {longest} tokens: {text!r}")
-            continue
-        kept.append(row)
-        for view, tokens in zip(ids, rendered):
-            view.append(tokens)
+            skipped.append(f"{place} with {len(longest)} tokens: {text!r}")
+        else:
+            kept.append((row, ids, shown))
     if not kept:
         raise DataError(
             f"{data.source} has no prompt of at most {limit} tokens ({len(rows)} rows read); "
             f"raise data.max_prompt_length, or shorten the prompts, first {skipped[0]}"
         )
-    student_ids, teacher_ids = map(tuple, ids)
-    is_same, digest = student_ids == teacher_ids, _digest(kept, student_ids, teacher_ids)
-    return PromptSet(
-        tuple(kept), student_ids, None if is_same else teacher_ids, tuple(skipped), digest
-    )
+    prompts, *ids = zip(*kept)
+    digest, (student_ids, teacher_ids) = _digest(list(prompts), *ids), ids
+    if teacher_ids == student_ids:
+        teacher_ids = None
+    return PromptSet(prompts, student_ids, teacher_ids, tuple(skipped), digest)
 
 
 def _digest(rows: list[Prompt], *ids: tuple[tuple[int, ...], ...]) -> str:
@@ -236,8 +190,7 @@ def _digest(rows: list[Prompt], *ids: tuple[tuple[int, ...], ...]) -> str:
 
 def _require_unicode(row: Prompt, place: str) -> None:
     """Raise DataError on half a surrogate pair: no tokenizer can encode it."""
-    is_text = isinstance(row.prompt, str)
-    contents = [row.prompt] if is_text else [message["content"] for message in row.prompt]
+    contents = [message["content"] for message in as_messages(row.prompt)]
     try:
         "".join([*contents, *row.references, row.answer or ""]).encode()
     except UnicodeEncodeError as error:
@@ -253,15 +206,12 @@ def indices_at(step: int, prompts_per_step: int, num_prompts: int, seed: int) ->
 
     Every epoch visits each prompt once, in a permutation of its own.
     """
-    positions = np.arange(step * prompts_per_step, (step + 1) * prompts_per_step)
-    epochs = np.unique(positions // num_prompts)
-    orders = {epoch: _epoch_order(int(epoch), num_prompts, seed) for epoch in epochs}
-    return np.array([orders[p // num_prompts][p % num_prompts] for p in positions], np.int32)
-
-
-def _epoch_order(epoch: int, num_prompts: int, seed: int) -> np.ndarray:
-    bits = np.random.Philox(key=seed, counter=[0, 0, 0, epoch])
-    return np.random.Generator(bits).permutation(num_prompts)
+    epoch, start = divmod(step * prompts_per_step, num_prompts)
+    orders = []
+    while num_prompts * len(orders) < start + prompts_per_step:
+        bits = np.random.Philox(key=seed, counter=[0, 0, 0, epoch + len(orders)])
+        orders.append(np.random.Generator(bits).permutation(num_prompts))
+    return np.concatenate(orders)[start : start + prompts_per_step].astype(np.int32)
 
 
 def collate(prompts: PromptSet, indices: np.ndarray, num_rows: int | None = None) -> PromptBatch:

@@ -1,8 +1,7 @@
 """A teacher's answers on disk, by prompt: the index that `opdjax references` writes and runs read.
 
-JSONL. The first row describes the teacher and its sampling; every other row holds answers to one
-prompt. The key is a digest of the prompt's text, not a row number: data may be reordered, cut or
-concatenated.
+JSONL: a row on the teacher and its sampling, then rows of answers to one prompt, by a digest of its
+text, so that data may be reordered, cut or concatenated.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from opdjax.config.validation import differences
-from opdjax.data.chat import Messages
+from opdjax.data.chat import Messages, as_messages
 from opdjax.data.sources import DataError
 from opdjax.runs.workdir import append_lines
 
@@ -60,8 +59,8 @@ class ReferenceIndex:
 
 def key_of(prompt: str | Messages) -> str:
     """sha256 of the prompt as a conversation, in canonical JSON; a text is one user turn."""
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    return hashlib.sha256(json.dumps(turns, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+    text = json.dumps(as_messages(prompt), sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_index(path: pathlib.Path) -> ReferenceIndex:
@@ -113,10 +112,9 @@ def _damaged(place: str, what: str) -> ReferenceIndexError:
 
 def _add(answers: dict[str, dict[int, ReferenceAnswer]], row: dict[str, Any], place: str) -> None:
     key, draws = row.get("key"), row.get("answers")
-    fields = {"draw": int, "text": str, "is_truncated": bool}
     is_valid = lambda draw: (
         isinstance(draw, dict)
-        and all(type(draw.get(name)) is kind for name, kind in fields.items())
+        and [type(draw.get(name)) for name in ("draw", "text", "is_truncated")] == [int, str, bool]
     )
     if not isinstance(key, str) or not isinstance(draws, list) or not all(map(is_valid, draws)):
         expected = "expected a key and a list of answers with draw, text and is_truncated"

@@ -29,7 +29,6 @@ from typing import Any
 
 import numpy as np
 
-from opdjax.config import DataConfig
 from opdjax.config.validation import MissingExtraError
 from opdjax.data.tasks import arithmetic
 from opdjax.runs.object_store import is_remote, local_copy
@@ -56,17 +55,12 @@ class ColumnMap:
     rubric: str | None = None  # None: not read
     benchmark: str | None = None  # None: not read
 
-    @classmethod
-    def from_config(cls, data: DataConfig) -> ColumnMap:
-        """The columns named in the config."""
-        return cls(**data.column_names)
-
     def needed(self, names: Sequence[str], place: str) -> list[str]:
         """The columns of a table to read; others, such as long solutions, are skipped."""
         named = [path for path in dataclasses.astuple(self) if path is not None]
         for path in named:
             if not any(_is_within(path, name) for name in names):
-                raise _missing(path, dict.fromkeys(names), place)
+                raise DataError(f"{place}: {_missing(path, dict.fromkeys(names))}")
         named += [] if self.answer else ["answer"]
         named += [] if self.reference else ["references", "reference"]
         return [name for name in names if any(_is_within(path, name) for path in named)]
@@ -76,7 +70,7 @@ def _is_within(path: str, name: str) -> bool:
     return path == name or path.startswith(name + ".")
 
 
-def value_at(row: dict[str, Any], path: str, place: str) -> Any:
+def value_at(row: dict[str, Any], path: str) -> Any:
     """The value of a column, or of a field inside one; DataError if it is missing."""
     if path in row:
         return row[path]
@@ -87,19 +81,19 @@ def value_at(row: dict[str, Any], path: str, place: str) -> Any:
         elif isinstance(value, (list, np.ndarray)) and part.isdecimal() and int(part) < len(value):
             value = value[int(part)]
         else:
-            raise _missing(path, value, place)
+            raise DataError(_missing(path, value))
     return value
 
 
-def _missing(path: str, found: Any, place: str) -> DataError:
+def _missing(path: str, found: Any) -> str:
     names = sorted(found) if isinstance(found, dict) else []
     parts = (path, *path.split("."))
     close = [name for part in parts for name in difflib.get_close_matches(part, names, n=1)]
     hint = f", did you mean {close[0]!r}?" if close else "."
-    return DataError(
-        f"{place}: there is no column {path!r}; found {names or repr(found)}{hint} Name the "
-        "right one in data.columns, such as prompt=COLUMN, answer=COLUMN or reference=COLUMN (for "
-        "an evaluation in evaluation.columns)"
+    return (
+        f"there is no column {path!r}; found {names or repr(found)}{hint} Name the right one in "
+        "data.columns, such as prompt=COLUMN, answer=COLUMN or reference=COLUMN (for an evaluation "
+        "in evaluation.columns)"
     )
 
 
@@ -241,7 +235,7 @@ def _tensorflow_datasets(text: str, columns: ColumnMap) -> Rows:
         from google.protobuf.json_format import ParseError
         from tensorflow_datasets import builder_from_directory
     try:
-        if _is_builder_directory(name):
+        if _is_path(name) or (_as_path(name) / "dataset_info.json").exists():
             builder = builder_from_directory(str(_as_path(name)))
         else:
             builder = _prepared_builder(name)
@@ -252,7 +246,16 @@ def _tensorflow_datasets(text: str, columns: ColumnMap) -> Rows:
             "prepared in TFDS_DATA_DIR, or a builder's directory (with its version)"
         ) from error
     splits = f"its splits are {sorted(builder.info.splits)}, a slice is written train[:10%]"
-    file_format = _random_access_format(builder, place)
+    formats = {file_format.value for file_format in builder.info.available_file_formats()}
+    if not formats & {"array_record", "parquet"}:
+        raise DataError(
+            f"{place}: {builder.data_dir} is stored as {', '.join(sorted(formats))}, which only "
+            "TensorFlow reads; expected array_record. Prepare it again in another TFDS_DATA_DIR "
+            "with file_format=array_record, or convert it, on a machine with TensorFlow, with "
+            "python -m tensorflow_datasets.scripts.convert_format --dataset_version_dir=… "
+            "--out_file_format=array_record --out_dir=…"
+        )
+    file_format = "array_record" if "array_record" in formats else "parquet"
     if file_format == "parquet" and split not in builder.info.splits:
         # TFDS would return every row, without an error.
         raise DataError(
@@ -268,10 +271,6 @@ def _tensorflow_datasets(text: str, columns: ColumnMap) -> Rows:
                 yield f"{place}, row {number}", row
     except (ValueError, OSError, RuntimeError, IndexError) as error:
         raise DataError(f"{place}: {_first_line(error)}; {splits}") from error
-
-
-def _is_builder_directory(name: str) -> bool:
-    return _is_path(name) or (_as_path(name) / "dataset_info.json").exists()
 
 
 def _prepared_builder(name: str) -> Any:
@@ -299,21 +298,6 @@ def _prepared_builder(name: str) -> Any:
         if not builder.data_path.exists():
             raise
     return tfds.builder(name)
-
-
-def _random_access_format(builder: Any, place: str) -> str:
-    """array_record if the data has it, else parquet; DataError if it has neither."""
-    found = sorted(file_format.value for file_format in builder.info.available_file_formats())
-    for wanted in ("array_record", "parquet"):
-        if wanted in found:
-            return wanted
-    raise DataError(
-        f"{place}: {builder.data_dir} is stored as {', '.join(found)}, which only TensorFlow "
-        "reads; expected array_record. Prepare it again in another TFDS_DATA_DIR with "
-        "file_format=array_record, or convert it, on a machine with TensorFlow, with "
-        "python -m tensorflow_datasets.scripts.convert_format --dataset_version_dir=… "
-        "--out_file_format=array_record --out_dir=…"
-    )
 
 
 def _name_and_split(kind: str, text: str) -> tuple[str, str]:

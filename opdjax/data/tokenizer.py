@@ -1,8 +1,7 @@
 """Tokenizers of checkpoints: ids are those of tokenizer.json, chats those of the chat template.
 
-Only `tokenizers` and `jinja2` are used. transformers would take seconds to import, changes the
-pre-tokenizer of some model types, and may ask to run code of the checkpoint. It is imported only
-for a checkpoint without tokenizer.json.
+transformers takes seconds to import, changes the pre-tokenizer of some model types and may ask to
+run code of the checkpoint: only a checkpoint without tokenizer.json needs it.
 """
 
 from __future__ import annotations
@@ -93,17 +92,15 @@ class FileTokenizer:
 
 def load_tokenizer(path_or_id: str | os.PathLike, revision: str | None = None) -> Any:
     """The tokenizer of a checkpoint directory or hub id; TokenizerError if it has none."""
-    advice = "expected tokenizer.json and tokenizer_config.json next to the weights, as published"
     try:
-        tokenizer = _load(_directory(str(path_or_id), revision), str(path_or_id))
+        return _load(_directory(str(path_or_id), revision), str(path_or_id))
     # `tokenizers` raises bare exceptions, and damaged files or values of other types any of these.
     except Exception as error:
         reason = str(error).partition("\n")[0].rstrip(" :")
         raise TokenizerError(
-            f"no tokenizer could be read from {path_or_id}: {type(error).__name__}: {reason};"
-            f" {advice}"
+            f"no tokenizer could be read from {path_or_id}: {type(error).__name__}: {reason}; "
+            "expected tokenizer.json and tokenizer_config.json next to the weights, as published"
         ) from error
-    return tokenizer
 
 
 def _directory(path_or_id: str, revision: str | None) -> pathlib.Path:

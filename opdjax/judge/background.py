@@ -15,7 +15,7 @@ from opdjax.config.api import RULE_JUDGE, ApiConfig, Endpoint
 from opdjax.config.rubrics import RubricsConfig
 from opdjax.judge.cache import ReplyCache
 from opdjax.judge.client import ApiClient
-from opdjax.judge.rule_based.server import answer
+from opdjax.judge.rule_based.rules import answer
 from opdjax.judge.structured_output import Judge
 from opdjax.runs.workdir import append_lines, read_lines
 

@@ -1,7 +1,4 @@
-"""Client of chat models by role, over any server that speaks the OpenAI protocol.
-
-All methods run in one event loop, the caller's.
-"""
+"""Client of chat models by role, over any server that speaks the OpenAI protocol."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ import random
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import openai
@@ -49,7 +45,6 @@ _FIRST_WAIT, _LONGEST_WAIT, _LONGEST_RETRY_AFTER = 1.0, 8.0, 120.0  # seconds
 BREAKER_FAILURES, BREAKER_SECONDS = 5, 30.0
 # Replies are requested as JSON by a schema that the server enforces. A server that refuses this is
 # asked for its JSON mode, then by the prompt alone.
-OUTPUT = "json_schema"
 _LESS_STRUCTURE = {"json_schema": "json_object", "json_object": "text"}
 
 # The body of a chat-completion request -> the body of its response.
@@ -76,14 +71,15 @@ class _FormatRefusedError(Exception):
 class _Role:
     """A chat model behind an OpenAI-compatible endpoint: connections, limits and usage."""
 
-    def __init__(self, name: str, endpoint: Endpoint, api: ApiConfig, responder: Responder | None):
-        self.name, self.endpoint, self.output, self.usage = name, endpoint, OUTPUT, Usage()
-        self._key = _api_key(name, endpoint) if endpoint.concurrency else ""
+    def __init__(self, name: str, endpoint: Endpoint, responder: Responder | None):
+        self.name, self.endpoint, self.output, self.usage = name, endpoint, "json_schema", Usage()
+        self._key = _api_key(endpoint) if endpoint.concurrency else ""
         self.requests = RateLimiter(endpoint.requests_per_minute)
         self.tokens = RateLimiter(endpoint.tokens_per_minute)
         self.slots = asyncio.Semaphore(endpoint.concurrency)
         self.breaker = CircuitBreaker(BREAKER_FAILURES, BREAKER_SECONDS)
-        self._responder = responder
+        # A chat-completion request -> the body of its response.
+        self.post, self.sdk = responder, None
         if responder is not None:
             return
         # The package's default limit is 100 kept connections.
@@ -91,25 +87,15 @@ class _Role:
             max_connections=None, max_keepalive_connections=endpoint.concurrency
         )
         http = openai.DefaultAsyncHttpxClient(limits=limits, timeout=endpoint.timeout)
-        self._sdk = openai.AsyncOpenAI(
+        self.sdk = openai.AsyncOpenAI(
             base_url=endpoint.base_url,
             api_key=self._key or "none",
             timeout=endpoint.timeout,
             max_retries=0,
             http_client=http,
         )
-
-    async def post(self, body: dict[str, Any]) -> bytes:
-        """The body of the response to a chat-completion request."""
-        if self._responder is not None:
-            return await self._responder(body)
         # chat.completions.create would validate each field, a seventh of the call's time.
-        return await self._sdk.post("/chat/completions", cast_to=bytes, body=body)
-
-    async def close(self) -> None:
-        """Close the connections."""
-        if self._responder is None:
-            await self._sdk.close()
+        self.post = lambda body: self.sdk.post("/chat/completions", cast_to=bytes, body=body)
 
     def redacted(self, text: str, max_chars: int = 500) -> str:
         """The text without the API key, cut to `max_chars`."""
@@ -132,7 +118,7 @@ class _Request:
     is_sent: bool = False  # sent, hence billed
 
 
-def _api_key(name: str, endpoint: Endpoint) -> str:
+def _api_key(endpoint: Endpoint) -> str:
     """The API key from the environment; "" if the endpoint needs none."""
     if not endpoint.api_key_env:
         return ""
@@ -151,7 +137,7 @@ def _api_key(name: str, endpoint: Endpoint) -> str:
 
 
 class ApiClient:
-    """Sends requests to chat models by role, within each role's limits.
+    """Sends requests to chat models by role, within each role's limits, in one event loop.
 
     Replies are cached, and identical requests in flight are sent once.
     """
@@ -162,21 +148,17 @@ class ApiClient:
         api: ApiConfig,
         cache: ReplyCache | None,
         spent: float = 0.0,
-        in_process: Mapping[str, Responder] = MappingProxyType({}),
+        in_process: Mapping[str, Responder] | None = None,
     ):
         """`spent`: dollars spent earlier. `in_process`: by base_url, responders called directly."""
         self._roles = {
-            name: _Role(name, endpoint, api, in_process.get(endpoint.base_url))
+            name: _Role(name, endpoint, (in_process or {}).get(endpoint.base_url))
             for name, endpoint in roles.items()
         }
-        self._api, self._cache, self._spent = api, cache, spent
+        self._api, self._cache = api, cache
+        self.spent = spent  # dollars, by the whole run
         self._open: dict[str, _Request] = {}
         self._jitter = random.Random()
-
-    @property
-    def spent(self) -> float:
-        """Dollars spent by the whole run."""
-        return self._spent
 
     def take_usage(self) -> dict[str, Usage]:
         """Usage by role since the last call, reset to zero."""
@@ -192,7 +174,8 @@ class ApiClient:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for role in self._roles.values():
-            await role.close()
+            if role.sdk is not None:
+                await role.sdk.close()
 
     async def complete(
         self,
@@ -225,14 +208,14 @@ class ApiClient:
                 f"api.concurrency is 0 and the {role}'s reply {key} is not in the cache; expected "
                 "the cache of the same run"
             )
-        if (request := self._open.get(key)) is not None:
-            reply = await self._result(request)
-            endpoint_role.usage.cached += 1
-            return dataclasses.replace(reply, is_cached=True)
-        request = self._open[key] = _Request(key, messages, schema, schema_name)
-        request.task = asyncio.ensure_future(self._fetch(endpoint_role, request))
-        request.task.add_done_callback(lambda _: self._forget(request))
-        return await self._result(request)
+        is_shared = key in self._open
+        if not is_shared:
+            request = self._open[key] = _Request(key, messages, schema, schema_name)
+            request.task = asyncio.ensure_future(self._fetch(endpoint_role, request))
+            request.task.add_done_callback(lambda _: self._forget(request))
+        reply = await self._result(self._open[key])
+        endpoint_role.usage.cached += is_shared
+        return dataclasses.replace(reply, is_cached=is_shared)
 
     async def _result(self, request: _Request) -> Reply:
         """The request's reply, for one of its callers."""
@@ -285,7 +268,7 @@ class ApiClient:
                 return reply
             self._cache.put(request.key, reply)
             # If another run stored its reply first, use that one: a replay finds no other.
-            return dataclasses.replace(self._cache.get(request.key) or reply, is_cached=False)
+            return self._cache.get(request.key) or reply
         raise ApiUnavailableError(
             f"the {role.name} at {role.endpoint.base_url} does not answer: {cause}"
         )
@@ -300,35 +283,21 @@ class ApiClient:
         return min(_FIRST_WAIT * factor, _LONGEST_WAIT)
 
     def _check_cap(self) -> None:
-        if self._api.max_dollars and self._spent >= self._api.max_dollars:
+        if self._api.max_dollars and self.spent >= self._api.max_dollars:
             raise SpendingCapError(
-                f"the run has spent {self._spent:.4f} dollars; api.max_dollars is "
+                f"the run has spent {self.spent:.4f} dollars; api.max_dollars is "
                 f"{self._api.max_dollars:g}, raise it to go on"
             )
 
     async def _attempt(self, role: _Role, request: _Request, admission: Admission) -> Reply:
-        """One attempt; reports to the breaker whether the server answered (a refusal counts)."""
-        is_answered = None
-        try:
-            reply = await self._send(role, request, admission)
-            is_answered = True
-            return reply
-        except _TransientError as error:
-            is_answered = error.is_rate_limit
-            raise
-        except (ApiRequestError, ApiRefusedError):
-            is_answered = True
-            raise
-        finally:
-            role.breaker.leave(admission, is_answered)
-
-    async def _send(self, role: _Role, request: _Request, admission: Admission) -> Reply:
-        """Send once within the role's limits, and count the usage."""
+        """Send once within the role's limits; count the usage, tell the breaker the outcome."""
         num_chars = sum(len(message["content"]) for message in request.messages)
-        reserved, used = num_chars / CHARS_PER_TOKEN + role.endpoint.max_tokens, 0
-        async with role.slots:
-            await role.tokens.acquire(reserved)
-            try:
+        expected = num_chars / CHARS_PER_TOKEN + role.endpoint.max_tokens
+        num_unused, is_answered = 0.0, None
+        try:
+            async with role.slots:
+                await role.tokens.acquire(expected)
+                num_unused = expected
                 await role.requests.acquire(1)
                 self._check_cap()
                 if role.breaker.is_open and admission != "probe":
@@ -339,16 +308,22 @@ class ApiClient:
                     reply = await self._negotiate(role, request)
                 finally:
                     role.usage.seconds += time.monotonic() - began
-                used = reply.input_tokens + reply.output_tokens
-            finally:
-                role.tokens.give_back(reserved - used)
+            num_unused -= reply.input_tokens + reply.output_tokens
+            is_answered = True
+        except (_TransientError, ApiRequestError, ApiRefusedError) as error:
+            # A refusal is an answer.
+            is_answered = not isinstance(error, _TransientError) or error.is_rate_limit
+            raise
+        finally:
+            role.tokens.give_back(num_unused)
+            role.breaker.leave(admission, is_answered)
         price = role.endpoint.input_price, role.endpoint.output_price
         dollars = (reply.input_tokens * price[0] + reply.output_tokens * price[1]) / 1e6
         role.usage.calls += 1
         role.usage.dollars += dollars
         role.usage.input_tokens += reply.input_tokens
         role.usage.output_tokens += reply.output_tokens
-        self._spent += dollars
+        self.spent += dollars
         return reply
 
     async def _negotiate(self, role: _Role, request: _Request) -> Reply:

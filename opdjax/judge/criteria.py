@@ -1,7 +1,6 @@
-"""Criteria that outlive a step: frozen rubrics, and sets of criteria that evolve between visits.
-
-Evolving criteria (RubricEM, arXiv 2605.10899, appendix C): a prompt keeps its criteria, new ones
-are added at each visit, and a stage over its cap drops those that separate the rollouts least.
+"""Criteria that outlive a step: frozen rubrics, and criteria that evolve between visits, where new
+ones are added and a stage over its cap drops those that separate the rollouts least (RubricEM,
+arXiv 2605.10899, appendix C).
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from opdjax.config.rubrics import RubricsConfig
 from opdjax.judge.judgement import Judgement
 from opdjax.judge.rubricator import joined
 from opdjax.judge.schema import Criterion, RolloutGroup, Rubric
-from opdjax.judge.scores import share
 from opdjax.runs.workdir import append_lines, read_lines
 
 _DEFAULT_CAP = 3  # criteria per stage
@@ -90,7 +88,7 @@ def pruned(judgement: Judgement, config: RubricsConfig) -> tuple[Criterion, ...]
     criteria = judgement.rubric.criteria
     verdicts = [row for row in judgement.verdicts if row is not None]
     variance = {
-        criterion.id: statistics.pvariance([share(criterion, row[place]) for row in verdicts])
+        criterion.id: statistics.pvariance([criterion.share(row[place]) for row in verdicts])
         for place, criterion in enumerate(criteria)
     }
     kept = {criterion.id for criterion in criteria if criterion.is_given}

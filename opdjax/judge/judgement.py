@@ -14,7 +14,6 @@ from typing import Any, Literal
 from opdjax.judge.prompts import shown_answer
 from opdjax.judge.rubricator import induce
 from opdjax.judge.schema import ERRORS, RolloutGroup, Rubric
-from opdjax.judge.scores import score, stage_scores
 from opdjax.judge.structured_output import NO_USABLE_REPLY, UNANSWERED, Judge, Tally
 from opdjax.judge.verifier import rate, verify
 
@@ -91,16 +90,16 @@ async def _judgement(judge: Judge, group: RolloutGroup, kind: Kind) -> Judgement
     except NO_USABLE_REPLY:
         return failed
     of_each = lambda function, rows: tuple(None if row is None else function(row) for row in rows)
-    total = lambda row: score(rubric.criteria, row)
-    by_stage = lambda row: stage_scores(rubric, row, judge.config.stage_names)
+    stages = judge.config.stage_names
+    by_stage = lambda row: tuple(rubric.score(row, stage) for stage in stages)
     return Judgement(
         group,
         rubric,
         verdicts,
         of_references,
-        of_each(total, verdicts),
-        of_each(total, of_references),
-        of_each(by_stage, verdicts) if judge.config.stage_names else None,
+        of_each(rubric.score, verdicts),
+        of_each(rubric.score, of_references),
+        of_each(by_stage, verdicts) if stages else None,
         tally,
     )
 

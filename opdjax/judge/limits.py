@@ -61,10 +61,8 @@ class CircuitBreaker:
     the judgements of many steps. If the probe fails, every waiting caller is refused.
     """
 
-    def __init__(
-        self, max_failures: int, seconds: float, clock: Callable[[], float] = time.monotonic
-    ):
-        self._max_failures, self._seconds, self._clock = max_failures, seconds, clock
+    def __init__(self, max_failures: int, seconds: float):
+        self._max_failures, self._seconds = max_failures, seconds
         self._failures, self._opened, self._is_probing = 0, 0.0, False
         # Wakes the waiting callers: True: check again, False: the probe failed.
         self._wakeup: asyncio.Future[bool] | None = None
@@ -80,7 +78,7 @@ class CircuitBreaker:
         After "free" or "probe" the caller must call `leave`: everyone waits for the probe.
         """
         while self.is_open:
-            wait = max(self._opened + self._seconds - self._clock(), 0.0)
+            wait = max(self._opened + self._seconds - time.monotonic(), 0.0)
             if not wait and not self._is_probing:
                 self._is_probing = True
                 return "probe"
@@ -97,7 +95,7 @@ class CircuitBreaker:
         if is_answered:
             self._failures = 0
         elif is_answered is not None:
-            self._failures, self._opened = self._failures + 1, self._clock()
+            self._failures, self._opened = self._failures + 1, time.monotonic()
         if admission == "probe":
             self._is_probing = False
         # A request sent before the breaker opened ends the wait only if it succeeds.

@@ -1,8 +1,6 @@
 """Texts from judges for a model to read: rubric, verdicts, reflection (RubricEM, arXiv 2605.10899).
 
-RubricEM (section 3.4) puts reflections into later prompts. Here they are privileged context of a
-teacher that scores the same rollout (our extension: self-distillation with the existing
-divergences).
+RubricEM (section 3.4) puts reflections into later prompts; here a teacher reads them.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ import dataclasses
 
 from opdjax.judge.judgement import Judgement
 from opdjax.judge.schema import ReplyError, object_schema, read_object
-from opdjax.judge.scores import share
 from opdjax.judge.structured_output import NO_USABLE_REPLY, Judge, JudgeRequest, ask
 
 # Words by earned share: an absent flaw is "avoided", not "met".
@@ -31,7 +28,7 @@ def rubric_text(judgement: Judgement) -> str:
 def verdict_text(judgement: Judgement, place: int) -> str:
     """The verdicts on the rollout at `place`, one criterion per line."""
     pairs = zip(judgement.rubric.criteria, judgement.verdicts[place])
-    return "\n".join(f"- {_WORDS[c.polarity][share(c, verdict)]}: {c.text}" for c, verdict in pairs)
+    return "\n".join(f"- {_WORDS[c.polarity][c.share(verdict)]}: {c.text}" for c, verdict in pairs)
 
 
 async def reflect(judge: Judge, judgement: Judgement) -> Judgement:
@@ -55,9 +52,8 @@ async def _reflect_one(judge: Judge, judgement: Judgement, place: int) -> str | 
         "answer": ("answer", [group.answers[place]]),
         "verdicts": ("verdicts", [verdict_text(judgement, place)]),
     }
-    prompt = judge.prompt("reflector", {}, blocks)
     schema = object_schema({"reflection": {"type": "string"}})
-    request = JudgeRequest("rubricator", prompt, schema, "reflection")
+    request = JudgeRequest("rubricator", "reflector", {}, blocks, schema, "reflection")
     try:
         return await ask(judge, request, _parse, judgement.tally)
     except NO_USABLE_REPLY:

@@ -54,8 +54,8 @@ async def induce(judge: Judge, group: RolloutGroup, tally: Tally) -> Rubric:
         "students": ("student", sorted(set(group.answers))),
         "existing": ("existing", [criterion.text for criterion in group.existing]),
     }
-    prompt = judge.prompt("rubricator", words, blocks)
-    request = JudgeRequest("rubricator", prompt, rubric_schema(config, stages), "rubric")
+    schema = rubric_schema(config, stages)
+    request = JudgeRequest("rubricator", "rubricator", words, blocks, schema, "rubric")
     parse = lambda text: parse_rubric(text, config, stages, bounds)
     rubric = await ask(judge, request, parse, tally)
     return joined(group.existing, rubric.criteria) if group.existing else rubric

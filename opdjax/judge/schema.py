@@ -1,8 +1,7 @@
 """Judges' replies (rubrics, verdicts, scores): the JSON schemas, and strict parsing.
 
-A reply is parsed strictly, or after a repair that is cheap and keeps its meaning (a code fence,
-prose around the object, unknown keys, the case of ids). Otherwise ReplyError says what is wrong,
-and the judge is asked again with its text.
+A reply is parsed strictly, or after a repair that is cheap and keeps its meaning. Otherwise
+ReplyError says what is wrong, and the judge is asked again with its text.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, Literal
 
 import pydantic
@@ -49,12 +48,34 @@ class Criterion(pydantic.BaseModel):
     stage: str | None = None  # the stage it applies to; None: the whole answer
     is_given: bool = False  # stored with the prompt, never dropped
 
+    def share(self, verdict: int) -> float:
+        """The share of the weight that a verdict earns, from 0 to 1.
+
+        Verdicts are 0 or 1; of a graded criterion 0, 1 or 2, where 1 counts half. A negative
+        criterion earns it for an absent flaw (RubricEM, arXiv 2605.10899, appendix C).
+        """
+        met = verdict / 2 if self.grade == "graded" else float(verdict)
+        return 1 - met if self.polarity == "negative" else met
+
 
 @dataclasses.dataclass(frozen=True)
 class Rubric:
-    """The criteria for all answers to one prompt."""
+    """The criteria for all answers to one prompt. A total that a judge declares is never read."""
 
     criteria: tuple[Criterion, ...]
+
+    def score(self, verdicts: Sequence[int], stage: str | None = None) -> float:
+        """`sum_k w_k u_k / sum_k w_k` in [0, 1], u the earned share (ROPD, arXiv 2605.07396, 2.2).
+
+        `stage`: only its criteria count. Without criteria: 0, in all rollouts of the group, so that
+        the advantage of such a stage is 0.
+        """
+        pairs = zip(self.criteria, verdicts)
+        counted = [pair for pair in pairs if stage is None or pair[0].stage == stage]
+        total = sum(criterion.weight for criterion, _ in counted)
+        if not total:
+            return 0.0
+        return sum(criterion.weight * criterion.share(u) for criterion, u in counted) / total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,16 +130,14 @@ def _criterion_fields(config: RubricsConfig, stages: tuple[str, ...]) -> dict[st
 def verdict_schema(is_graded: bool) -> dict[str, Any]:
     """The JSON schema of verdicts on several answers."""
     verdict = {"type": "integer", "enum": [0, 1, 2]} if is_graded else {"type": "boolean"}
-    return _answers_schema("verdicts", {"type": "array", "items": verdict})
+    verdicts = {"type": "array", "items": verdict}
+    return _list_schema("answers", {"answer_index": {"type": "integer"}, "verdicts": verdicts})
 
 
 def score_schema() -> dict[str, Any]:
     """The JSON schema of plain scores of several answers."""
-    return _answers_schema("score", {"type": "number"})
-
-
-def _answers_schema(name: str, value: dict[str, Any]) -> dict[str, Any]:
-    return _list_schema("answers", {"answer_index": {"type": "integer"}, name: value})
+    fields = {"answer_index": {"type": "integer"}, "score": {"type": "number"}}
+    return _list_schema("answers", fields)
 
 
 def _list_schema(name: str, fields: dict[str, Any]) -> dict[str, Any]:

@@ -46,10 +46,12 @@ class Tally:
 
 @dataclasses.dataclass(frozen=True)
 class JudgeRequest:
-    """A prompt for a role, and the JSON schema of the reply."""
+    """A request to a role: the template of its prompt, and the JSON schema of the reply."""
 
     role: str
-    prompt: str
+    template: str
+    words: Mapping[str, str]
+    blocks: Mapping[str, Block]
     schema: dict[str, Any]
     schema_name: str
 
@@ -65,7 +67,8 @@ async def ask(
     After a ReplyError the request is repeated with its message, up to MAX_REASKS times, then the
     error is raised.
     """
-    prompt = {"role": "user", "content": request.prompt}
+    content = judge.prompt(request.template, request.words, request.blocks)
+    prompt = {"role": "user", "content": content}
     messages = [prompt]
     for attempt in range(MAX_REASKS + 1):
         tally.num_reasks += attempt > 0

@@ -1,13 +1,12 @@
-"""Verification: answers graded against a rubric, or scored without one, in blinded pools.
-
-A pool is sorted by a hash of the texts and identical texts are judged once, so a verdict depends on
-the set of texts and never on their order or author. Every pool contains the references, as anchors
-(ROPD, section 2.2).
+"""Verification: answers graded against a rubric, or scored without one, in blinded pools: sorted by
+a hash and without duplicates, so that a verdict never depends on the order or the author of texts.
+Every pool contains the references, as anchors (ROPD, section 2.2).
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -49,13 +48,9 @@ async def verify(
     example = list_example("answers", {"answer_index": 1, "verdicts": verdicts})
     words = {"format": example, "grades": _notes(judge, group.references)}
     criteria = [_criterion_line(criterion) for criterion in rubric.criteria]
-
-    def request(pool: Sequence[str]) -> JudgeRequest:
-        question = ("question", [group.question])
-        blocks = {"question": question, "criteria": ("criterion", criteria)}
-        prompt = judge.prompt("verifier", words, blocks | {"answers": ("answer", pool)})
-        return JudgeRequest("verifier", prompt, verdict_schema(is_graded), "verdicts")
-
+    blocks = {"question": ("question", [group.question]), "criteria": ("criterion", criteria)}
+    schema = verdict_schema(is_graded)
+    request = JudgeRequest("verifier", "verifier", words, blocks, schema, "verdicts")
     parse = lambda text, count: parse_verdicts(text, count, width, is_graded)
     return await _judge_pools(judge, request, parse, group, tally)
 
@@ -65,26 +60,19 @@ async def rate(
 ) -> tuple[list[float | None], list[float | None]]:
     """A score in [0, 1] of each answer and reference, without a rubric; errors as in `verify`."""
     words = {"format": list_example("answers", {"answer_index": 1, "score": 0.7})}
-
-    def request(pool: Sequence[str]) -> JudgeRequest:
-        blocks = {"question": ("question", [group.question]), "answers": ("answer", pool)}
-        prompt = judge.prompt("scalar_judge", words, blocks)
-        return JudgeRequest("verifier", prompt, score_schema(), "scores")
-
+    blocks = {"question": ("question", [group.question])}
+    request = JudgeRequest("verifier", "scalar_judge", words, blocks, score_schema(), "scores")
     return await _judge_pools(judge, request, parse_scores, group, tally)
 
 
 async def _judge_pools(
     judge: Judge,
-    request: Callable[[Sequence[str]], JudgeRequest],
+    request: JudgeRequest,
     parse: Callable[[str, int], ParsedAnswers],
     group: RolloutGroup,
     tally: Tally,
 ) -> tuple[list[Any], list[Any]]:
-    """The value of every answer and reference, pool by pool; missing answers are sent alone.
-
-    A pool that fails leaves its answers at None and the other pools as they are.
-    """
+    """Values of answers and references, None where a pool fails; missing ones are sent alone."""
 
     async def judged(pool: list[str], wanted: str | None = None) -> dict[str, Any]:
         """Values by text, from a reply that has one for the wanted text (None: for any)."""
@@ -98,7 +86,8 @@ async def _judge_pools(
                 raise ReplyError("validation_error", "; ".join(problems[:3]))
             return values, parsed.repairs
 
-        return await ask(judge, request(pool), read, tally)
+        blocks = {**request.blocks, "answers": ("answer", pool)}
+        return await ask(judge, dataclasses.replace(request, blocks=blocks), read, tally)
 
     references, answers, config = group.references, group.answers, judge.config
     values: dict[str, Any] = {}
@@ -140,10 +129,9 @@ def pools(
 
 
 def _criterion_line(criterion: Criterion) -> str:
-    marks = [criterion.category]
-    marks += [f"stage {criterion.stage!r}"] if criterion.stage else []
-    marks += ["flaw"] if criterion.polarity == "negative" else []
-    return f"{criterion.id} ({', '.join(marks)}): {criterion.text}"
+    stage = f"stage {criterion.stage!r}" if criterion.stage else ""
+    marks = criterion.category, stage, "flaw" if criterion.polarity == "negative" else ""
+    return f"{criterion.id} ({', '.join(filter(None, marks))}): {criterion.text}"
 
 
 def _notes(judge: Judge, references: Sequence[str]) -> str:

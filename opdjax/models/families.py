@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from opdjax.models.decoder import DecoderConfig, abstract_params
+from opdjax.models.decoder import DecoderConfig
 from opdjax.models.rope import Rope, yarn_attention_factor
 
 
@@ -28,21 +28,10 @@ class Family:
     layer_names: dict[str, str]
     global_names: dict[str, str]
 
-    def names(self, config: DecoderConfig) -> tuple[dict[str, str], dict[str, str]]:
-        """(global, per layer) path -> tensor name, for the parameters of this config."""
-        params = abstract_params(config)
-        return (
-            {path: name for path, name in self.global_names.items() if path in params},
-            {path: name for path, name in self.layer_names.items() if path in params["layers"]},
-        )
-
 
 @dataclasses.dataclass(frozen=True)
 class _Fields:
-    """An object of `config.json`. Errors name the field, its value and what was expected.
-
-    A null field counts as absent. An absent field without a default raises KeyError.
-    """
+    """An object of `config.json`; null fields count as absent. KeyError without a default."""
 
     values: dict[str, Any]
     within: str = ""
@@ -52,17 +41,13 @@ class _Fields:
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self._get(name, default)
-        if (
-            not isinstance(value, (int, float))
-            or isinstance(value, bool)
-            or not 0 < value < math.inf
-        ):
+        if type(value) not in (int, float) or not 0 < value < math.inf:
             self.refuse(name, "a positive number")
         return float(value)
 
     def integer(self, name: str, default: int | None = None, least: int = 1) -> int:
         value = self._get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        if type(value) is not int or value < least:
             self.refuse(name, f"an integer of at least {least}")
         return value
 
@@ -89,16 +74,10 @@ class _Fields:
 
 
 def _read_original_length(rope: _Fields, config: _Fields) -> int:
-    """As in transformers: the field next to the rope object wins over the one inside it; without
-    both, it is max_position_embeddings.
-    """
+    """As in transformers: the field next to the rope object wins over the one inside it."""
     name = "original_max_position_embeddings"
     owner = config if config.has(name) else rope
     return owner.integer(name) if owner.has(name) else config.integer("max_position_embeddings")
-
-
-def _read_linear(rope: _Fields, config: _Fields) -> dict[str, Any]:
-    return {"factor": rope.number("factor")}
 
 
 def _read_llama3(rope: _Fields, config: _Fields) -> dict[str, Any]:
@@ -125,7 +104,7 @@ def _read_yarn(rope: _Fields, config: _Fields) -> dict[str, Any]:
 
 _ROPE_READERS = {
     "default": lambda rope, config: {},
-    "linear": _read_linear,
+    "linear": lambda rope, config: {"factor": rope.number("factor")},
     "llama3": _read_llama3,
     "yarn": _read_yarn,
 }
@@ -141,9 +120,7 @@ _IMPURE_ROPES = {
 
 
 def _read_rope(raw: dict[str, Any], default_theta: float | None) -> Rope:
-    """transformers 5 writes everything to `rope_parameters`; older files have `rope_scaling` and
-    `rope_theta`.
-    """
+    """transformers 5 writes `rope_parameters`, older versions `rope_scaling` and `rope_theta`."""
     written = [name for name in ("rope_parameters", "rope_scaling") if raw.get(name)]
     written = written or ["rope_parameters"]
     ropes = [_read_written_rope(raw, name, default_theta) for name in written]
@@ -176,9 +153,7 @@ def _read_written_rope(raw: dict[str, Any], name: str, default_theta: float | No
 
 
 def _refuse_sliding_window(config: _Fields, num_layers: int) -> None:
-    """Refuse layers with a sliding window: those of `layer_types` or, without that field, those
-    from `max_window_layers` on if the window is on.
-    """
+    """Refuse layers with a sliding window, by `layer_types` or else by `use_sliding_window`."""
     kinds = config.values.get("layer_types")
     if kinds is not None:
         if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
@@ -247,9 +222,7 @@ def _read_qwen2(raw: dict[str, Any]) -> DecoderConfig:
 
 
 def _read_llama(raw: dict[str, Any]) -> DecoderConfig:
-    """Llama 2 to 3.2. Files of Llama 2 have no rope_theta. `pretraining_tp` is ignored: it computes
-    the same products in another order.
-    """
+    """Llama 2 (whose files have no rope_theta) to 3.2; `pretraining_tp` changes no product."""
     config = _Fields(raw)
     config.expect("mlp_bias", False, "an MLP without biases")
     has_bias = config.boolean("attention_bias", False)

@@ -1,19 +1,18 @@
-"""Hugging Face checkpoints: safetensors read by the family's name table.
-
-A checkpoint directory holds `config.json`, `model.safetensors` (or several files with an index), a
-tokenizer and optionally a generation config.
+"""Hugging Face checkpoints: safetensors, in one file or several with an index, read by the family's
+name table.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from opdjax.config import MINI_PAIR, MINI_STUDENT, MINI_TEACHER, STUDENT
 from opdjax.config.validation import nearest
-from opdjax.models.decoder import DecoderConfig, Params, abstract_params, num_parameters
+from opdjax.models.decoder import DecoderConfig, Params, abstract_params
 from opdjax.models.families import Family, family_of
 from opdjax.models.partitioning import WEIGHT_AXES, shardings_of
 from opdjax.runs.object_store import is_remote, local_copy
@@ -33,15 +32,6 @@ from opdjax.runs.object_store import is_remote, local_copy
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 _CONFIGS = ("config.json", "generation_config.json")
-_COPIED = (
-    "tokenizer*",
-    "*.jinja",
-    "generation_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-)
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _STORED = ("F32", "BF16", "F16", "F64")  # dtypes of safetensors that can be cast to those
 _SAMPLE_BYTES = 2**20
@@ -61,11 +51,6 @@ class Checkpoint:
     config: DecoderConfig
     stop_token_ids: tuple[int, ...]  # eos_token_id of the generation config, else of the config
     stored_dtype: str
-
-    @property
-    def num_parameters(self) -> int:
-        """Elements of all tensors."""
-        return num_parameters(self.config)
 
 
 def open_checkpoint(
@@ -137,38 +122,32 @@ def load_params(
     """
     if dtype not in DTYPES:
         raise CheckpointError(f"cannot load as {dtype!r}; expected one of {sorted(DTYPES)}")
-    located = _locate_tensors(checkpoint.path)
-    _check_tensors(checkpoint, located)
-    global_names, layer_names = checkpoint.family.names(checkpoint.config)
+    tensors = _Tensors(checkpoint.path)
+    _check_tensors(checkpoint, tensors)
+    names = {place: tensor for tensor, place in tensor_places(checkpoint).items()}
     params = abstract_params(checkpoint.config, DTYPES[dtype])
     shardings = [] if mesh is None else [shardings_of(params, mesh, split_over)]
 
-    with _Files() as files:
+    def read(name, is_stacked, index):
+        if not is_stacked:
+            return tensors.read(names[name, None], index)
+        layers, *inside = index
+        numbers = range(*layers.indices(checkpoint.config.num_layers))
+        return np.stack([tensors.read(names[name, number], tuple(inside)) for number in numbers])
 
-        def read_global(name, index):
-            return files.read(located, global_names[name], index)
+    def load(path, leaf, sharding=None):
+        values = lambda index: read(path[-1].key, len(path) == 2, index).astype(leaf.dtype)
+        if sharding is None:
+            return jnp.asarray(values((slice(None),) * len(leaf.shape)))
+        return _place(leaf.shape, sharding, values)
 
-        def read_layers(name, index):
-            layers, *inside = index
-            numbers = range(*layers.indices(checkpoint.config.num_layers))
-            tensors = (layer_names[name].format(i=number) for number in numbers)
-            return np.stack([files.read(located, tensor, tuple(inside)) for tensor in tensors])
-
-        def load(path, leaf, sharding=None):
-            read = partial(read_layers if len(path) == 2 else read_global, path[-1].key)
-            if sharding is None:
-                return jnp.asarray(read((slice(None),) * len(leaf.shape)).astype(leaf.dtype))
-            return _place(leaf.shape, sharding, lambda index: read(index).astype(leaf.dtype))
-
-        return jax.tree_util.tree_map_with_path(load, params, *shardings)
+    return jax.tree_util.tree_map_with_path(load, params, *shardings)
 
 
 def _place(
     shape: tuple[int, ...], sharding: Sharding, read: Callable[[tuple[slice, ...]], np.ndarray]
 ) -> jax.Array:
-    """The array with this sharding. Each slice of this process is read once, even if several of its
-    devices hold it, and then released.
-    """
+    """The array with this sharding. A slice is read once, though several devices may hold it."""
     holders: dict[tuple, list] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape))
@@ -258,94 +237,86 @@ def _locate_tensors(path: pathlib.Path) -> dict[str, pathlib.Path]:
         raise CheckpointError(
             f"{path} has neither {SINGLE} nor {INDEX}; convert the weights to safetensors first"
         )
-    with _Files() as files:
-        return dict.fromkeys(files.open(path / SINGLE).keys(), path / SINGLE)
+    return dict.fromkeys(_open(path / SINGLE).keys(), path / SINGLE)
 
 
-class _Files:
-    """Open safetensors files, each opened once."""
+def _open(path: pathlib.Path) -> Any:
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        size = f"it has {path.stat().st_size} bytes" if path.is_file() else "it is not a file"
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file: {error}; it may be truncated: download or "
+            f"copy it again ({size})"
+        ) from error
 
-    def __init__(self):
-        self._open: dict[pathlib.Path, Any] = {}
 
-    def __enter__(self):
-        return self
+class _Tensors:
+    """The stored tensors of a directory. Each file is opened once."""
 
-    def __exit__(self, *_):
-        self._open.clear()
+    def __init__(self, directory: pathlib.Path):
+        self.located, self._open = _locate_tensors(directory), functools.cache(_open)
 
-    def open(self, path: pathlib.Path):
-        if path not in self._open:
-            try:
-                self._open[path] = safe_open(path, framework="numpy")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{path} is not a readable safetensors file: {error}; it may be truncated: "
-                    f"download or copy it again ({_size(path)})"
-                ) from error
-        return self._open[path]
-
-    def read(self, located, name, index: tuple[slice, ...] = ()) -> np.ndarray:
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """The tensor, or its slice at `index`; only the slice is read from the file."""
-        return self._get(located[name], "get_slice", name)[index or ...]
+        return self.lazy(name)[index or ...]
 
-    def shape(self, located, name) -> tuple[int, ...]:
-        return tuple(self._get(located[name], "get_slice", name).get_shape())
-
-    def stored_type(self, located, name) -> str:
-        return self._get(located[name], "get_slice", name).get_dtype()
-
-    def _get(self, path, method, name):
+    def lazy(self, name: str) -> Any:
+        """The tensor unread, with its shape and dtype."""
+        path = self.located[name]
         try:
-            return getattr(self.open(path), method)(name)
+            return self._open(path).get_slice(name)
         except SafetensorError as error:  # an index that names the wrong file
             raise CheckpointError(f"{path} does not hold the tensor {name}: {error}") from error
 
 
-def _size(path: pathlib.Path) -> str:
-    return f"it has {path.stat().st_size} bytes" if path.is_file() else "it is not a file"
+def tensor_places(checkpoint: Checkpoint) -> dict[str, tuple[str, int | None]]:
+    """Tensor name -> its parameter and layer (None: not in a layer), as the config implies."""
+    family, params = checkpoint.family, abstract_params(checkpoint.config)
+    places = {
+        tensor: (name, None) for name, tensor in family.global_names.items() if name in params
+    }
+    layers = [each for each in family.layer_names.items() if each[0] in params["layers"]]
+    for (name, template), layer in itertools.product(layers, range(checkpoint.config.num_layers)):
+        places[template.format(i=layer)] = name, layer
+    return places
 
 
 def tensor_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape, as the config implies."""
-    global_names, layer_names = checkpoint.family.names(checkpoint.config)
     params = abstract_params(checkpoint.config)
-    expected = {tensor: params[name].shape for name, tensor in global_names.items()}
-    for name, template in layer_names.items():
-        for layer in range(checkpoint.config.num_layers):
-            expected[template.format(i=layer)] = params["layers"][name].shape[1:]
-    return expected
+    shape = lambda name, layer: (
+        params[name].shape if layer is None else params["layers"][name].shape[1:]
+    )
+    return {tensor: shape(*place) for tensor, place in tensor_places(checkpoint).items()}
 
 
-def _check_tensors(checkpoint: Checkpoint, located: dict[str, pathlib.Path]) -> None:
-    expected = tensor_shapes(checkpoint)
+def _check_tensors(checkpoint: Checkpoint, tensors: _Tensors) -> None:
+    expected, located = tensor_shapes(checkpoint), tensors.located
     # Old Llama checkpoints store the rotary frequencies of each layer, which config.json implies.
     extra = {name for name in located if not name.endswith(".rotary_emb.inv_freq")} - set(expected)
     problems = [f"missing tensor {name}" for name in sorted(set(expected) - set(located))]
-    with _Files() as files:
-        for name in sorted(extra):
-            if not _is_tied_copy(checkpoint, located, files, name):
-                problems.append(f"unexpected tensor {name}")
-        for name in sorted(set(expected) & set(located)):
-            found = files.shape(located, name)
-            if found != expected[name]:
-                problems.append(f"{name} has shape {found}; config.json implies {expected[name]}")
-            if (kind := files.stored_type(located, name)) not in _STORED:
-                problems.append(
-                    f"{name} is stored as {kind}; expected one of {', '.join(_STORED)}, weights "
-                    "that are not quantized"
-                )
+    for name in sorted(extra):
+        if not _is_tied_copy(checkpoint, tensors, name):
+            problems.append(f"unexpected tensor {name}")
+    for name in sorted(set(expected) & set(located)):
+        found = tensors.lazy(name)
+        if (shape := tuple(found.get_shape())) != expected[name]:
+            problems.append(f"{name} has shape {shape}; config.json implies {expected[name]}")
+        if (kind := found.get_dtype()) not in _STORED:
+            problems.append(
+                f"{name} is stored as {kind}; expected one of {', '.join(_STORED)}, weights that "
+                "are not quantized"
+            )
     if problems:
         wrong = f"{checkpoint.path} does not hold the model that its config.json describes:"
         more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
         raise CheckpointError("\n  ".join([wrong, *problems[:20], *more]))
 
 
-def _is_tied_copy(checkpoint, located, files, name) -> bool:
-    """Whether the tensor is the unembedding of a tied model, and equal to the embedding: some
-    checkpoints store both.
-    """
+def _is_tied_copy(checkpoint: Checkpoint, tensors: _Tensors, name: str) -> bool:
+    """Whether this is the unembedding of a tied model, a copy that some checkpoints store too."""
     head, embedding = (checkpoint.family.global_names[key] for key in ("head", "embedding"))
-    if not checkpoint.config.ties_embeddings or name != head or embedding not in located:
+    if not checkpoint.config.ties_embeddings or name != head or embedding not in tensors.located:
         return False
-    return np.array_equal(files.read(located, name), files.read(located, embedding))
+    return np.array_equal(tensors.read(name), tensors.read(embedding))

@@ -1,8 +1,4 @@
-"""Export to Hugging Face checkpoints and PEFT adapters.
-
-Everything in the source checkpoint that is not weights is copied, so that the result runs wherever
-the source ran.
-"""
+"""Export to Hugging Face checkpoints, which run wherever their source ran, and PEFT adapters."""
 
 from __future__ import annotations
 
@@ -12,7 +8,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -20,7 +16,15 @@ from safetensors.numpy import save_file
 
 from opdjax.config import LoraConfig, ModelConfig
 from opdjax.models.decoder import Params, abstract_params
-from opdjax.models.hf import DTYPES, INDEX, SINGLE, Checkpoint, CheckpointError, tensor_shapes
+from opdjax.models.hf import (
+    DTYPES,
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    CheckpointError,
+    tensor_places,
+    tensor_shapes,
+)
 from opdjax.models.lora import merged, without_adapters
 from opdjax.ops.sharding import is_process_zero, to_host
 
@@ -115,9 +119,7 @@ def export_student(
 
 @contextlib.contextmanager
 def _new_directory(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A staging directory that becomes `out` on success; process zero creates and moves it.
-    CheckpointError if `out` is a file or not empty.
-    """
+    """A staging directory that becomes `out` on success; process zero creates and moves it."""
     if any(place.exists() and not place.is_dir() for place in (out, *out.parents)):
         raise CheckpointError(f"{out} is a file or is inside one; export into a new directory")
     if out.exists() and any(out.iterdir()):
@@ -154,9 +156,7 @@ def _check_shapes(params: Params, source: Checkpoint) -> None:
 
 
 def _write_files(params: Params, source: Checkpoint, dtype: np.dtype, out: pathlib.Path) -> None:
-    """Write one file, or several of at most 5 GiB with an index. The host holds the tensors of one
-    file at a time.
-    """
+    """Write one file, or several of at most 5 GiB with an index; the host holds one at a time."""
     files: list[list[str]] = [[]]
     shapes = tensor_shapes(source)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
@@ -164,7 +164,13 @@ def _write_files(params: Params, source: Checkpoint, dtype: np.dtype, out: pathl
         if files[-1] and sum(sizes[other] for other in files[-1]) + size > _FILE_BYTES:
             files.append([])
         files[-1].append(name)
-    read, weight_map = _tensor_reader(params, source, dtype), {}
+    places, weight_map, scale = tensor_places(source), {}, source.config.lora_scale
+
+    def read(tensor: str) -> np.ndarray:
+        name, layer = places[tensor]
+        array = params[name] if layer is None else merged(params, name, layer, scale)
+        return np.ascontiguousarray(np.asarray(to_host(array)).astype(dtype))
+
     for number, names in enumerate(files, 1):
         file = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         # Every process reads: a tensor may be sharded over all of them.
@@ -175,22 +181,3 @@ def _write_files(params: Params, source: Checkpoint, dtype: np.dtype, out: pathl
     if len(files) > 1 and is_process_zero():
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _tensor_reader(
-    params: Params, source: Checkpoint, dtype: np.dtype
-) -> Callable[[str], np.ndarray]:
-    """Tensor name -> its values on the host."""
-    global_names, layer_names = source.family.names(source.config)
-    places = {tensor: (name, None) for name, tensor in global_names.items()}
-    for name, template in layer_names.items():
-        for layer in range(source.config.num_layers):
-            places[template.format(i=layer)] = name, layer
-
-    def read(tensor: str) -> np.ndarray:
-        name, layer = places[tensor]
-        scale = source.config.lora_scale
-        array = params[name] if layer is None else merged(params, name, layer, scale)
-        return np.ascontiguousarray(np.asarray(to_host(array)).astype(dtype))
-
-    return read

@@ -1,8 +1,7 @@
 """The decoder with a key-value cache: the cache, and the forward pass that reads and extends it.
 
-Columns of the cache have no order: rotary positions are applied before a key is stored, and the
-caller passes which columns each new token attends to. So all rows can write the same column at the
-same time, although their texts have different lengths.
+Columns have no order: keys are stored rotated, and the caller passes which columns a token attends
+to. So all rows write the same column at the same time, although their texts differ in length.
 """
 
 from __future__ import annotations

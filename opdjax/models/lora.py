@@ -1,10 +1,8 @@
 """Low-rank adapters (LoRA, arXiv:2106.09685): a kernel W acts as W + alpha / rank * B A, and only A
 and B are trained.
 
-The decoder adds the low-rank product to that of the kernel if the parameters hold adapters. A run
-never merges them: in bfloat16 a sum with W would round small updates away, and the sampler would
-use another function than the update. There is no dropout for the same reason: on-policy
-distillation must score the function that wrote the rollouts.
+A run never merges them: in bfloat16 a sum with W would round small updates away, and the sampler
+would use another function than the update. For the same reason there is no dropout.
 """
 
 from __future__ import annotations

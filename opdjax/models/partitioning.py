@@ -1,9 +1,7 @@
-"""How parameters are sharded over a mesh: one rule per kind of parameter, and the gathering of a
-layer's weights where the layer runs.
+"""How parameters are sharded over a mesh, and where a layer's weights are gathered.
 
 `tensor` shards what a layer computes in parallel (heads, MLP width, vocabulary); `fsdp` shards the
-other axis of each kernel, which is gathered just before use. Other parameters (norms, biases of
-outputs) are small and replicated.
+other axis of each kernel, which is gathered just before use. Small parameters are replicated.
 """
 
 from __future__ import annotations
@@ -34,38 +32,28 @@ _RULES = {
 }
 
 
-def spec_of(name: str, over: tuple[str, ...] = WEIGHT_AXES) -> P:
+def _spec_of(name: str, over: tuple[str, ...] = WEIGHT_AXES) -> P:
     """The spec of a parameter by its name, for the mesh axes `over`, without the axis of layers."""
-    return P(*(axis if axis in over else None for axis in _axes(name)))
-
-
-def _axes(name: str) -> tuple[str | None, ...]:
     target, is_adapter, letter = name.partition("_lora_")
-    if not is_adapter:
-        return _RULES.get(name, ())
-    # A [rank, in] and B [out, rank] are sharded like their kernel [out, in]; ranks are not sharded.
-    axis_out, axis_in = _RULES[f"{target}_kernel"]
-    return (None, axis_in) if letter == "a" else (axis_out, None)
-
-
-def specs_of(tree: Any, over: tuple[str, ...] = WEIGHT_AXES) -> Any:
-    """A spec for every leaf of a tree whose keys name parameters: parameters, their gradients, or
-    an optimizer's moments.
-    """
-
-    def spec(path, _):
-        names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-        if not names:
-            return P()
-        return P(None, *spec_of(names[-1], over)) if "layers" in names else spec_of(names[-1], over)
-
-    return jax.tree_util.tree_map_with_path(spec, tree)
+    axes = _RULES.get(name, ())
+    if is_adapter:
+        # A [rank, in] and B [out, rank] are sharded like their kernel [out, in]; ranks are not.
+        axis_out, axis_in = _RULES[f"{target}_kernel"]
+        axes = (None, axis_in) if letter == "a" else (axis_out, None)
+    return P(*(axis if axis in over else None for axis in axes))
 
 
 def shardings_of(tree: Any, mesh: Mesh, over: tuple[str, ...] = WEIGHT_AXES) -> Any:
-    """`specs_of` as shardings of the mesh."""
-    is_spec = lambda x: isinstance(x, P)
-    return jax.tree.map(partial(NamedSharding, mesh), specs_of(tree, over), is_leaf=is_spec)
+    """A sharding for every leaf of a tree whose keys name parameters: parameters, their gradients,
+    or an optimizer's moments.
+    """
+
+    def sharding(path, _):
+        names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        spec = _spec_of(names[-1], over) if names else P()
+        return NamedSharding(mesh, P(None, *spec) if "layers" in names else spec)
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
 def constrain(tree: Any, mesh: Mesh | None, over: tuple[str, ...] = WEIGHT_AXES) -> Any:
@@ -105,7 +93,7 @@ def gathered(weights: dict[str, jax.Array], mesh: Mesh | None) -> dict[str, jax.
     if mesh is None or mesh.shape["fsdp"] == 1:
         return weights
     gather = lambda x, spec: _gather(x, mesh, spec) if spec else x
-    return {name: gather(x, spec_of(name)) for name, x in weights.items()}
+    return {name: gather(x, _spec_of(name)) for name, x in weights.items()}
 
 
 def is_kept(primitive, *_, **__) -> bool:

@@ -1,11 +1,8 @@
 """Rotary position embeddings: the angle by which each pair of a head's dimensions rotates from one
 token to the next.
 
-Every kind here is a pure function of the position, so cached, packed and padded tokens get the same
-angles. Two kinds of `transformers` are not, and families.py refuses them: `dynamic` and `longrope`
-choose frequencies by the longest sequence in the forward pass. A token's keys would then depend on
-the other rows of its batch, and cached keys would differ from those of a full forward once the
-sequence has crossed the bound.
+Every kind is a pure function of the position, so cached, packed and padded tokens get the same
+angles. families.py refuses the kinds of `transformers` that are not: `dynamic` and `longrope`.
 """
 
 from __future__ import annotations
@@ -61,14 +58,6 @@ def yarn_attention_factor(
     return (1 + mscale * growth) / (1 + mscale_all_dim * growth)
 
 
-def _keep_all(rope: Rope, head_size: int, frequencies) -> Float[np.ndarray, " H/2"]:
-    return np.ones_like(frequencies)
-
-
-def _keep_nothing(rope: Rope, head_size: int, frequencies) -> Float[np.ndarray, " H/2"]:
-    return np.zeros_like(frequencies)
-
-
 def _keep_by_rotations(rope: Rope, head_size: int, frequencies) -> Float[np.ndarray, " H/2"]:
     """From 0 to 1, linear in the number of rotations."""
     rotations = rope.original_length * frequencies / (2 * math.pi)
@@ -98,8 +87,8 @@ def _keep_by_index(rope: Rope, head_size: int, frequencies) -> Float[np.ndarray,
 
 
 _KEPT = {
-    "default": _keep_all,
-    "linear": _keep_nothing,
+    "default": lambda rope, head_size, frequencies: np.ones_like(frequencies),
+    "linear": lambda rope, head_size, frequencies: np.zeros_like(frequencies),
     "llama3": _keep_by_rotations,
     "yarn": _keep_by_index,
 }

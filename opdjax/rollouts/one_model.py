@@ -20,7 +20,7 @@ from opdjax.engine.decoding import Decoding
 from opdjax.engine.evaluate import completions
 from opdjax.engine.sampler import sample as draw
 from opdjax.engine.scorer import score as score_batch
-from opdjax.models.decoder import RUN_FIELDS, Params, head_of
+from opdjax.models.decoder import RUN_FIELDS, Params, head_of, num_parameters
 from opdjax.models.hf import Checkpoint, load_params, open_checkpoint
 from opdjax.ops.vocab import TILE
 from opdjax.rollouts.setup import compute_dtype, make_evaluator, num_ids, stop_ids, student_view
@@ -158,7 +158,7 @@ def describe(model: str) -> dict[str, Any]:
     return {
         "path": str(checkpoint.path),
         "architecture": checkpoint.raw_config["architectures"][0],
-        "parameters": checkpoint.num_parameters,
+        "parameters": num_parameters(checkpoint.config),
         "stored dtype": checkpoint.stored_dtype,
         **{name: value for name, value in fields.items() if name not in RUN_FIELDS},
         "tokenizer ids": num_ids(checkpoint, tokenizer),

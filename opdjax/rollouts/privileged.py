@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from opdjax.data.prompts import padded_width, teacher_prompt_ids
+from opdjax.data.prompts import padded_width, prompt_ids
 from opdjax.judge.judgement import Judgement
 from opdjax.judge.reflection import rubric_text, verdict_text
 from opdjax.ops.multihost import from_process_zero, on_process_zero
@@ -65,6 +65,7 @@ def _context_ids(
                 }
                 rollout = place * size + sample
                 row = setup.prompts.prompts[int(rows.prompt_id[rollout])]
-                ids = teacher_prompt_ids(row, data, setup.teacher.tokenizer, texts)
+                where, tokenizer = f"a prompt of {data.source}", setup.teacher.tokenizer
+                ids = prompt_ids(row, data, tokenizer, where, of_teacher=True, judge_texts=texts)
                 found[rollout] = ids if len(ids) <= data.max_teacher_prompt_length else ()
     return found

@@ -22,8 +22,7 @@ def require_given_answers(config: Config, rows: list[Prompt]) -> None:
     data = config.data
     if config.sampling.completions_from == "references" and data.references is None:
         reason = "training on the data's own answers needs them"
-        column = data.column_names.get("reference", "references")
-        require_field(rows, "references", column, data.source, reason)
+        require_field(rows, "references", data.column_names, data.source, reason)
 
 
 def require_reward_data(config: Config, rows: list[Prompt]) -> None:
@@ -33,8 +32,8 @@ def require_reward_data(config: Config, rows: list[Prompt]) -> None:
         require_grader(config.grader)  # the record of scores contains right answers
     if estimator.task_reward_coef or config.recipe.reward == "task":
         require_grader(config.grader)
-        column = data.column_names.get("answer", "answer")
-        require_field(rows, "answer", column, data.source, "a task reward needs them")
+        reason = "a task reward needs them"
+        require_field(rows, "answer", data.column_names, data.source, reason)
         require_readable(config.grader, [row.answer for row in rows], data.source)
     if rubrics.stage_names:  # checked before anyone pays for scores that no stage can use
         try:
@@ -52,8 +51,7 @@ def require_reward_data(config: Config, rows: list[Prompt]) -> None:
     if rubrics.num_references and data.references is None:
         reason = "judges are shown a teacher's answers: write them with opdjax references "
         reason += "(data.references), or set rubrics.num_references to 0"
-        column = data.column_names.get("reference", "references")
-        require_field(rows, "references", column, data.source, reason)
+        require_field(rows, "references", data.column_names, data.source, reason)
 
 
 def _require_own_criteria(config: Config, rows: list[Prompt]) -> None:

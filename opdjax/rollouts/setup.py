@@ -287,8 +287,7 @@ def make_evaluator(
     names = config.data.column_names | evaluation.column_names
     names.pop("reference", None)
     rows = first_of_each(read_prompts(data.source, ColumnMap(**names)), evaluation.num_prompts)
-    column = names.get("answer", "answer")
-    require_field(rows, "answer", column, data.source, "evaluation needs them")
+    require_field(rows, "answer", names, data.source, "evaluation needs them")
     require_readable(evaluation.grader, [row.answer for row in rows], evaluation.source)
     prompts = encode_prompts(rows, data, tokenizer, tokenizer)
     stop = stop_ids(student, tokenizer, config.sampling.stop_token_ids)

@@ -110,7 +110,7 @@ def _checked_path(config: Config) -> str:
 
 def _rows_to_answer(config: Config) -> tuple[list[Prompt], int]:
     """(the prompts that a run would use, each once; how many are too long)."""
-    rows = read_prompts(config.data.source, ColumnMap.from_config(config.data))
+    rows = read_prompts(config.data.source, ColumnMap(**config.data.column_names))
     tokenizer = load_tokenizer(open_student(config).path)
     kept = encode_prompts(rows, student_view(config.data), tokenizer, tokenizer)
     return list({key_of(row.prompt): row for row in kept.prompts}.values()), kept.num_skipped

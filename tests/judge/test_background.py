@@ -63,7 +63,7 @@ def test_nobody_waits_for_a_probe_that_the_spending_cap_gave_up(monkeypatch):
             first = await asyncio.gather(question("a"), return_exceptions=True)
             later = asyncio.gather(question("b"), question("c"), return_exceptions=True)
             await asyncio.sleep(0.05)
-            client._spent = 2.0  # another role's, while the probe waits
+            client.spent = 2.0  # another role's, while the probe waits
             return first + await asyncio.wait_for(later, 5)
         finally:
             await client.close()

@@ -195,7 +195,7 @@ def test_a_probe_that_meets_the_cap_leaves_nobody_waiting():
                 asyncio.create_task(outcome(client.complete("judge", asked(n)))) for n in range(3)
             ]
             await asyncio.sleep(0.05)
-            client._spent = 1.0
+            client.spent = 1.0
             return await asyncio.gather(*calls)
 
     assert {type(found) for found in run(scenario())} == {SpendingCapError}

@@ -19,7 +19,6 @@ from opdjax.judge.schema import (
     parse_verdicts,
     read_object,
 )
-from opdjax.judge.scores import score, stage_scores
 
 CONFIG = RubricsConfig(num_criteria=(1, 12))
 SIGNED = RubricsConfig(num_criteria=(1, 12), polarity="signed", grades="graded")
@@ -49,6 +48,10 @@ def criteria(*weights, **fields):
     )
 
 
+def score(criteria, verdicts):
+    return Rubric(criteria).score(verdicts)
+
+
 # Scores
 
 
@@ -76,7 +79,7 @@ def test_graded_and_negative_criteria():
 
 def test_stage_scores_are_of_the_stage_s_own_criteria():
     made = Rubric(criteria(2, 1, stage="steps") + criteria(3, stage="answer"))
-    assert stage_scores(made, (1, 0, 1), ("plan", "steps", "answer")) == (
+    assert tuple(made.score((1, 0, 1), stage) for stage in ("plan", "steps", "answer")) == (
         0.0,
         pytest.approx(2 / 3),
         1.0,

@@ -13,7 +13,6 @@ from test_report import NASTY, metric, read, row, write_run
 
 from opdjax.judge.judgement import Judgement, RolloutGroup, as_row, metrics_of
 from opdjax.judge.schema import Criterion, Rubric
-from opdjax.judge.scores import score
 from opdjax.judge.structured_output import Tally
 from opdjax.report import judgements
 from opdjax.report.judgements import (
@@ -393,17 +392,18 @@ def test_what_is_read_back_is_what_the_run_has_told(tmp_path):
             None if rng.random() < 0.1 else tuple(rng.choice([0, 0, 1, 2]) for _ in of)
             for _ in range(3)
         )
-        scores = tuple(None if found is None else score(of, found) for found in verdicts)
+        rubric = Rubric(of)
+        scores = tuple(None if found is None else rubric.score(found) for found in verdicts)
         group = RolloutGroup(prompt_id, "q", ("r",), ("a", "b", "c"), (0, 1, 2))
         tally = Tally(collections.Counter(empty=1), collections.Counter(prose=2), 1)
         told.append(
             Judgement(
                 group,
-                Rubric(of),
+                rubric,
                 verdicts,
                 ((2,) * 4,),
                 scores,
-                (score(of, (2,) * 4),),
+                (rubric.score((2,) * 4),),
                 None,
                 tally,
             )

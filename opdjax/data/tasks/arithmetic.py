@@ -1,7 +1,6 @@
 """The built-in task: chains of sums and differences, answered step by step.
 
-A problem `34-17+25=` has three operands below 50; its answer `34-17=17;17+25=42#42` states each
-step and then the value. It needs no download, and a model of half a million parameters learns it.
+`34-17+25=` has three operands below 50; `34-17=17;17+25=42#42` states each step, then the value.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The built-in task as a TFDS dataset, `tfds:opdjax_arithmetic#train`: same rows, same order.
 
-Importing this module registers the builder. It is prepared on first use, without TensorFlow, or by
-`OpdjaxArithmetic().download_and_prepare()`, into TFDS_DATA_DIR (default: ~/tensorflow_datasets).
+Importing this module registers the builder, which is prepared on first use in TFDS_DATA_DIR.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Sentences that criteria of the rule-based judge consist of, and the check behind each.
 
-An answer to the arithmetic task is read by its surface, `34-17=17;17+25=42#42`: steps are found
-anywhere in the text, the value is the last number after a `#`.
+In an answer, `34-17=17;17+25=42#42`, steps are found anywhere; the value is the last one after `#`.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ BEFORE = "the result of the step before it"
 NOT_MET, PARTLY_MET, MET = 0, 1, 2
 # No task has longer numbers; int() refuses more than some thousand digits.
 _DIGITS = "[0-9]{1,18}"
-_STEP = rf"(-?{_DIGITS})([+-])({_DIGITS})=(-?{_DIGITS})"
+_STEP = rf"(-?{_DIGITS})([+-]{_DIGITS})=(-?{_DIGITS})"
 # Not inside a longer sum or number: 34-17+25=42 does not contain the step 17+25=42.
 _STEPS = re.compile(rf"(?<![0-9.=+\-]){_STEP}(?![0-9=+\-]|\.[0-9])")
 _VALUE = re.compile(rf"#\s*(-?{_DIGITS})(?![0-9]|[.,][0-9])")
@@ -50,30 +49,24 @@ _TERM = re.compile(rf"[+-]?{_DIGITS}")
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """`left sign right = result`; the sign is +1 or -1."""
+    """`left term = result`; the term is the right operand with its sign, such as `-17`."""
 
     left: int
-    sign: int
-    right: int
+    term: str
     result: int
 
     @classmethod
-    def of(cls, match: re.Match) -> Step:
-        """The step that a match of `_STEP` holds."""
-        return cls(int(match[1]), int(f"{match[2]}1"), int(match[3]), int(match[4]))
+    def of(cls, left: str | int, term: str, result: str | int) -> Step:
+        """The step of numbers that are written in any way, such as `+07`."""
+        return cls(int(left), f"{term[0]}{int(term[1:])}", int(result))
 
     def __str__(self) -> str:
         return f"{self.left}{self.term}={self.result}"
 
     @property
-    def term(self) -> str:
-        """The signed right operand as text, such as `-17`."""
-        return f"{'+' if self.sign > 0 else '-'}{self.right}"
-
-    @property
     def change(self) -> int:
-        """The signed right operand."""
-        return self.sign * self.right
+        """The term's value."""
+        return int(self.term)
 
     @property
     def holds(self) -> bool:
@@ -81,13 +74,13 @@ class Step:
         return self.result == self.left + self.change
 
     @property
-    def operands(self) -> tuple[int, ...]:
+    def operands(self) -> tuple[str | int, ...]:
         """The sign and the operands; 17+25 and 25+17 are equal."""
-        pair = (self.left, self.right)
-        return (1, *sorted(pair)) if self.sign > 0 else (-1, *pair)
+        pair = self.left, self.change
+        return ("+", *sorted(pair)) if self.term[0] == "+" else ("-", *pair)
 
     @property
-    def key(self) -> tuple[int, ...]:
+    def key(self) -> tuple[str | int, ...]:
         """Equal for steps that make the same demand."""
         return (*self.operands, self.result)
 
@@ -113,7 +106,7 @@ def read_answer(text: str) -> WorkedAnswer:
     text = _without_spaces(text)
     values = list(_VALUE.finditer(text))
     return WorkedAnswer(
-        tuple(map(Step.of, _STEPS.finditer(text))),
+        tuple(Step.of(*numbers) for numbers in _STEPS.findall(text)),
         int(values[-1][1]) if values else None,
         _FORM.match(text) is not None,
         bool(values) and bool(text[values[0].end() :].strip()),
@@ -128,10 +121,7 @@ def read_task(question: str) -> tuple[Step, ...]:
         return ()
     first, *rest = _TERM.findall(found[0][1])
     totals = list(itertools.accumulate(map(int, [first, *rest])))
-    return tuple(
-        Step(left, -1 if term.startswith("-") else 1, abs(int(term)), total)
-        for left, term, total in zip(totals, rest, totals[1:])
-    )
+    return tuple(map(Step.of, totals, rest, totals[1:]))
 
 
 def grade(criterion: str, answer: WorkedAnswer) -> int:
@@ -165,7 +155,7 @@ def _without_spaces(text: str) -> str:
 
 def _has_step(answer: WorkedAnswer, text: str) -> list[bool]:
     """In part: the right operands with another result."""
-    wanted = Step.of(_STEPS.fullmatch(text))
+    wanted = Step.of(*_STEPS.fullmatch(text).groups())
     results = [step.result for step in answer.steps if step.operands == wanted.operands]
     return [bool(results), wanted.result in results]
 
@@ -177,17 +167,9 @@ def _has_value(answer: WorkedAnswer, text: str) -> list[bool]:
     return [False, *(step.result == int(text) for step in answer.steps[-1:])]
 
 
-def _follows_last(answer: WorkedAnswer) -> list[bool]:
-    return [answer.value == step.result for step in answer.steps[-1:]]
-
-
 def _form(answer: WorkedAnswer) -> list[bool]:
     parts = [bool(answer.steps), answer.value is not None, False]
     return [True] if answer.is_formed else parts
-
-
-def _sums(answer: WorkedAnswer) -> list[bool]:
-    return [step.holds for step in answer.steps]
 
 
 def _worked(answer: WorkedAnswer) -> list[bool]:
@@ -227,6 +209,8 @@ def _sentence(template: str, *holes: str) -> re.Pattern:
 # Numbers in criteria are as short as those in answers, hence int() accepts them.
 _WHOLE, _PLACE, _SIGNED = rf"-?{_DIGITS}", "[0-9]{1,6}", rf"[+-]{_DIGITS}"
 _START = rf"{_WHOLE}|{BEFORE}"
+_sums = lambda answer: [step.holds for step in answer.steps]
+_follows_last = lambda answer: [answer.value == step.result for step in answer.steps[-1:]]
 _begins = lambda step, before, start: step.left == (before if start == BEFORE else int(start))
 _applies = lambda step, before, term: step.change == int(term)
 _CHECKS: tuple[tuple[re.Pattern, Callable[..., list[bool]]], ...] = (

@@ -1,8 +1,7 @@
-"""A judge of the arithmetic task without a model, so that judged runs work offline.
+"""A judge of the arithmetic task without a model, as a chat model: judged runs work offline.
 
-It sees only the prompts that any judge is sent, and no answer key. Its rubric asks for what most
-references agree on; its verdicts compare a criterion with an answer. It adds and subtracts the
-whole numbers that it finds in the texts.
+It sees the prompts of any judge, and no answer key. Its rubric asks for what most references agree
+on; its verdicts compare a criterion with an answer, by the sums that it finds in the texts.
 """
 
 from __future__ import annotations
@@ -10,7 +9,10 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import json
+import math
 import re
+import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +31,7 @@ _NO_PROMPT = (
     "none of these messages is the prompt of a rubricator, verifier, scalar judge or reflector"
 )
 
+Document = dict[str, Any]
 Blocks = Mapping[str, Sequence[str]]
 Answers = Sequence[WorkedAnswer]
 
@@ -45,7 +48,55 @@ class Demand:
     is_spare: bool = False  # used only to reach the rubric's minimum length
 
 
-def reply_to(messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+async def answer(request: Document) -> bytes:
+    """The body of the response to a chat-completion request."""
+    return json.dumps(completion(request, json.dumps(reply_document(request)))).encode()
+
+
+def reply_document(request: Document) -> Document:
+    """The judge's reply, without keys that the request's schema excludes."""
+    return _fitted(reply_to(request["messages"]), requested_schema(request))
+
+
+def requested_schema(request: Document) -> Any:
+    """The JSON schema that the reply must match; None without one."""
+    match request.get("response_format"):
+        case {"type": "json_schema", "json_schema": {"schema": schema}}:
+            return schema
+    return None
+
+
+def _fitted(value: Any, schema: Any) -> Any:
+    if isinstance(value, list) and isinstance(schema, dict):
+        return [_fitted(item, schema.get("items")) for item in value]
+    if not isinstance(value, dict) or not isinstance(schema, dict):
+        return value
+    fields, is_strict = schema.get("properties") or {}, schema.get("additionalProperties") is False
+    kept = {name: item for name, item in value.items() if name in fields or not is_strict}
+    return {name: _fitted(item, fields.get(name)) for name, item in kept.items()}
+
+
+def completion(request: Document, text: str, finish_reason: str = "stop") -> Document:
+    """A chat completion, cut at the request's token limit; a token is four characters."""
+    limit = request.get("max_completion_tokens") or request.get("max_tokens")
+    if isinstance(limit, int) and len(text) > 4 * limit > 0:
+        text, finish_reason = text[: 4 * limit], "length"
+    contents = [message.get("content") for message in request["messages"]]
+    shown = sum(len(content) for content in contents if isinstance(content, str))
+    tokens = {"prompt_tokens": math.ceil(shown / 4), "completion_tokens": math.ceil(len(text) / 4)}
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "message": message, "finish_reason": finish_reason, "logprobs": None}
+    return {
+        "id": "chatcmpl-rules",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": request["model"],
+        "choices": [choice],
+        "usage": tokens | {"total_tokens": sum(tokens.values())},
+    }
+
+
+def reply_to(messages: Sequence[Mapping[str, Any]]) -> Document:
     """The JSON object with which the judge replies to a chat; never raises.
 
     A chat without a judge's prompt gets `{"note": ...}`.
@@ -85,7 +136,7 @@ def _task(blocks: Blocks) -> tuple[Step, ...]:
     return read_task("\n".join(blocks.get("question", ())))
 
 
-def _rubric(blocks: Blocks, words: str) -> dict[str, Any]:
+def _rubric(blocks: Blocks, words: str) -> Document:
     references, students = (
         [read_answer(text) for text in blocks.get(label, ())] for label in ("reference", "student")
     )
@@ -103,8 +154,8 @@ def _rubric(blocks: Blocks, words: str) -> dict[str, Any]:
     return {"criteria": [_criterion(n, demand, stages, is_signed) for n, demand in numbered]}
 
 
-def _criterion(number: int, demand: Demand, stages: list[str], is_signed: bool) -> dict[str, Any]:
-    item: dict[str, Any] = {"id": f"c{number}", "category": demand.category}
+def _criterion(number: int, demand: Demand, stages: list[str], is_signed: bool) -> Document:
+    item: Document = {"id": f"c{number}", "category": demand.category}
     item |= {"text": demand.text, "weight": demand.weight}
     if is_signed:
         item["polarity"] = "negative" if demand.is_flaw else "positive"
@@ -130,11 +181,7 @@ def _chosen(found: Sequence[Demand], low: int, high: int) -> list[Demand]:
 
 
 def _overall(task: Sequence[Step], references: Answers, students: Answers) -> Iterator[Demand]:
-    """Demands on a whole answer.
-
-    Where the references agree, the demand names the step or value; elsewhere it asks for correct
-    arithmetic.
-    """
+    """Demands on a whole answer, by name where the references agree, else for correct sums."""
     value = _agreed_value(references)
     # By position: after a reference takes another way, its steps agree with no other's.
     steps = [_agreed_step(references, place) for place in range(_num_steps(task, references))]
@@ -212,10 +259,7 @@ def _num_steps(task: Sequence[Step], references: Answers) -> int:
 
 
 def _agreed_step(references: Answers, place: int) -> str | None:
-    """A demand for the step that most references take here.
-
-    None without a majority, or if every reference with that step has a wrong sum up to it.
-    """
+    """A demand for the step that most references take here, if one gets there without an error."""
     able = [reference.steps for reference in references if place < len(reference.steps)]
     most = _majority([steps[place].key for steps in able], len(references))
     holding = (steps[place] for steps in able if all(step.holds for step in steps[: place + 1]))
@@ -237,7 +281,7 @@ def _majority(values: Sequence[Hashable], count: int) -> Any:
     return most if 2 * times > count else None
 
 
-def _verdicts(blocks: Blocks, words: str) -> dict[str, Any]:
+def _verdicts(blocks: Blocks, words: str) -> Document:
     is_graded, criteria = _GRADED.search(words) is not None, blocks.get("criterion", ())
 
     def verdicts(answer: WorkedAnswer) -> list[int] | list[bool]:
@@ -247,7 +291,7 @@ def _verdicts(blocks: Blocks, words: str) -> dict[str, Any]:
     return _per_answer(blocks, "verdicts", verdicts)
 
 
-def _scores(blocks: Blocks, words: str) -> dict[str, Any]:
+def _scores(blocks: Blocks, words: str) -> Document:
     """0.5 for the form, 0.5 for the value that the judge computes itself."""
     task = _task(blocks)
 
@@ -257,12 +301,12 @@ def _scores(blocks: Blocks, words: str) -> dict[str, Any]:
     return _per_answer(blocks, "score", score)
 
 
-def _per_answer(blocks: Blocks, name: str, judge) -> dict[str, Any]:
+def _per_answer(blocks: Blocks, name: str, judge) -> Document:
     answers = enumerate(map(read_answer, blocks.get("answer", ())), 1)
     return {"answers": [{"answer_index": n, name: judge(answer)} for n, answer in answers]}
 
 
-def _reflection(blocks: Blocks, words: str) -> dict[str, Any]:
+def _reflection(blocks: Blocks, words: str) -> Document:
     """The first mistake, and its correction."""
     answer, task = read_answer("\n".join(blocks.get("answer", ()))), _task(blocks)
     return {"reflection": _first_wrong_step(answer, task) or _wrong_end(answer, task)}

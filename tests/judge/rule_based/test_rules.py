@@ -48,7 +48,7 @@ def rubric(*args, **options):
 
 def test_answers_are_read_by_their_surface():
     answer = read_answer("34 - 17 = 17; -3+25=21 # 42\nthen more")
-    assert answer.steps == (Step(34, -1, 17, 17), Step(-3, 1, 25, 21))
+    assert answer.steps == (Step(34, "-17", 17), Step(-3, "+25", 21))
     assert [step.holds for step in answer.steps] == [True, False]
     assert (answer.value, answer.is_formed, answer.goes_on) == (42, True, True)
     assert read_answer("34-17+25=42#42").steps == ()  # no step amid a longer sum
