@@ -8,6 +8,7 @@ ends with the same results as one that was not.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import math
 import os
 import pathlib
@@ -39,6 +40,7 @@ from opdjax.models.partitioning import SAMPLER_AXES, shardings_of
 from opdjax.ops.multihost import (
     InterruptedRunError,
     agreed,
+    from_process_zero,
     join,
     on_all,
     on_process_zero,
@@ -71,6 +73,7 @@ from opdjax.runs.workdir import (
     append_lines,
     claim,
     cut_lines,
+    first_day,
     locked,
     read_lines,
     write_json,
@@ -105,7 +108,8 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
         if config.near_policy.schedule != "none" and config.near_policy.generator != "process":
             # This run is its own generator: no other one may write rollouts here.
             on_process_zero(lambda: resources.enter_context(locked(mirror.directory, "generator")))
-        setup = on_all(lambda: prepare(config))
+        today = _first_day(mirror.directory)
+        setup = on_all(lambda: prepare(config, today))
         run_facts = on_all(lambda: facts(setup))
         is_finished = agreed(bool(on_process_zero(lambda: _open(mirror, setup, run_facts))))
         if not is_finished:
@@ -113,6 +117,13 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
             _run(setup, mirror, resources, startup)
         mirror.download_result()
         return read_result(mirror.directory)
+
+
+def _first_day(workdir: pathlib.Path) -> str:
+    """`first_day` of process zero, in every process: a run may begin at midnight."""
+    number = lambda: np.int32(datetime.date.fromisoformat(first_day(workdir)).toordinal())
+    found = from_process_zero(number, np.int32(0))
+    return datetime.date.fromordinal(int(found)).isoformat()
 
 
 def _check_storage(config: Config, workdir: str | os.PathLike) -> None:

@@ -42,7 +42,7 @@ def experiments(arguments: list[str]) -> None:
         shutil.copyfile(source, target)
         print(f"wrote {target}")
     for path in () if arguments else sorted(BUILT_IN.rglob("*.py")):
-        text = ast.get_docstring(ast.parse(path.read_text())) or ""
+        text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
         summary = " ".join(text.partition("\n\n")[0].split()).partition(". ")[0]
         print(f"@{_name_of(path):26}{summary.removesuffix('.')}")
 
@@ -53,7 +53,7 @@ def _name_of(path: pathlib.Path) -> str:
 
 def _read_saved_config(path: pathlib.Path) -> Config:
     try:
-        saved = json.loads(path.read_text())
+        saved = json.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as the config of a run: {error}") from error
     if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):

@@ -5,6 +5,7 @@ library only.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import re
 from collections.abc import Mapping
@@ -65,6 +66,9 @@ class DataConfig:
     # (the first of the row), and judges' texts about each rollout, {rubric}, {verdicts} and
     # {reflection}. Other braces stay unchanged. None: as prompt_format.
     teacher_prompt_format: str | None = None
+    # The day that is today for a chat template that reads the clock (strftime_now), YYYY-MM-DD.
+    # None: the day on which the run began, or the sweep it belongs to; it is recorded.
+    date: str | None = None
 
     def __post_init__(self):
         require_types(self, "data.")
@@ -73,6 +77,12 @@ class DataConfig:
         require(is_template, "data.prompt_format", self.prompt_format, expected)
         self._check_teacher_prompt_format()
         require_ranges(self, "data.", {"max_prompt_length": "at least 1"})
+        is_day = self.date is None or re.fullmatch(r"\d{4}-\d\d-\d\d", self.date)
+        try:
+            datetime.date.fromisoformat(self.date or "2000-01-01")
+        except ValueError:
+            is_day = False
+        require(is_day, "data.date", self.date, "a day such as 2026-11-30, or none")
         names = self.column_names
         require(self.references != "", "data.references", "", "the name of a file, or none")
         is_one = self.references is None or "reference" not in names

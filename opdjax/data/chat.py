@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import datetime
 import itertools
 import re
 from collections.abc import Sequence
@@ -68,11 +69,13 @@ def render(
     format: str,
     system_prompt: str | None,
     enable_thinking: bool | None,
+    date: str | None = None,
 ) -> list[int]:
     """Token ids of a prompt.
 
     Format `chat` applies the tokenizer's template and opens the assistant's turn; `raw` encodes the
-    bare text. Raises ValueError if the prompt does not fit the format.
+    bare text. `date` is today, YYYY-MM-DD, for a template that reads the clock; None: the clock.
+    Raises ValueError if the prompt does not fit the format.
     """
     if format == "raw":
         if not isinstance(prompt, str):
@@ -87,7 +90,12 @@ def render(
     messages = as_messages(prompt)
     if system_prompt is not None:
         messages = [{"role": "system", "content": system_prompt}, *messages]
-    return _apply_template(messages, tokenizer, enable_thinking, add_generation_prompt=True)
+    return _apply_template(messages, tokenizer, enable_thinking, date, add_generation_prompt=True)
+
+
+def reads_clock(tokenizer: Any) -> bool:
+    """Whether prompts change with the day on which they are rendered."""
+    return "strftime_now" in (tokenizer.chat_template or "")
 
 
 def assistant_header(tokenizer: Any, *, format: str, enable_thinking: bool | None) -> list[int]:
@@ -123,11 +131,15 @@ def _apply_template(
     messages: list[dict[str, str]],
     tokenizer: Any,
     enable_thinking: bool | None,
+    date: str | None = None,
     *,
     add_generation_prompt: bool,
 ) -> list[int]:
     """Token ids of a conversation; ValueError if the template does not accept it."""
-    options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    today = datetime.date.fromisoformat(date) if date else datetime.date.today()
+    options: dict[str, Any] = {"strftime_now": today.strftime}
+    if enable_thinking is not None:
+        options["enable_thinking"] = enable_thinking
     try:
         text = tokenizer.apply_chat_template(
             messages, add_generation_prompt=add_generation_prompt, tokenize=False, **options

@@ -92,7 +92,7 @@ def prompt_ids(
         prompt = _wrapped(row, data.prompt_format)
     try:
         options = {"system_prompt": data.system_prompt, "enable_thinking": thinking}
-        ids = render(prompt, tokenizer, format=format, **options)
+        ids = render(prompt, tokenizer, format=format, date=data.date, **options)
     except ValueError as error:
         raise DataError(f"{place}: {error}") from error
     if not ids:

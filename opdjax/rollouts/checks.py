@@ -19,7 +19,7 @@ import numpy as np
 
 from opdjax.config import DataConfig
 from opdjax.config.evaluation import EvaluationConfig
-from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, render
+from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, reads_clock, render
 from opdjax.data.prompts import PromptSet
 from opdjax.engine.evaluate import last_tokens
 from opdjax.models.decoder import Params
@@ -262,6 +262,10 @@ def check_chat_template(setup: Setup) -> Finding:
         if effect and (role == "student" or has_two_templates or formats[0] == "raw"):
             state = "the template's default" if flag is None else flag
             details.append(f"{role}, enable_thinking on -> off (here: {state}): {' '.join(effect)}")
+    for role, tokenizer in zip(("student", "teacher"), tokenizers):
+        if reads_clock(tokenizer):
+            found = f"the {role}'s chat template reads the clock"
+            details.append(f"{found}: its prompts are those of data.date, {data.date}")
     medium = "chat template" if data.format == "chat" else "plain text"
     return finding(
         "chat_template",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,12 @@ from jax.sharding import Mesh
 
 from opdjax.config import STUDENT, Config, DataConfig, SamplingConfig, TrainConfig
 from opdjax.config.validation import ConfigError, require
-from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, valid_vocab
+from opdjax.data.chat import (
+    TokenizerMismatchError,
+    check_same_vocabulary,
+    reads_clock,
+    valid_vocab,
+)
 from opdjax.data.grading import require_grader, require_readable
 from opdjax.data.prompt_rows import first_of_each, read_prompts, require_field
 from opdjax.data.prompts import PromptSet, encode_prompts, load_rows
@@ -71,8 +77,12 @@ class Setup:
     reference_policy: Teacher | None = None
 
 
-def prepare(config: Config) -> Setup:
-    """Read and check everything a run needs, before anything is computed."""
+def prepare(config: Config, today: str | None = None) -> Setup:
+    """Read and check everything a run needs, before anything is computed.
+
+    `today`, YYYY-MM-DD (None: by the clock), becomes `data.date` where that is None and a chat
+    template reads the clock.
+    """
     shape = config.mesh
     mesh = make_mesh(shape.data, shape.fsdp, shape.tensor, learner_devices(config))
     require_rows_divide(config, num_row_shards(mesh))
@@ -89,6 +99,8 @@ def prepare(config: Config) -> Setup:
         require_divides(checkpoint.config, mesh.shape, "the teacher")
         teacher_tokenizer = load_tokenizer(checkpoint.path)
     shares_vocabulary = _shares_vocabulary(config, tokenizer, teacher_tokenizer)
+    data = dated(config.data, tokenizer, teacher_tokenizer, today)
+    config = dataclasses.replace(config, data=data)
     rows = load_rows(config.data, tokenizer)
     require_given_answers(config, rows)
     require_reward_data(config, rows)
@@ -118,6 +130,15 @@ def prepare(config: Config) -> Setup:
         evaluator,
         _load_reference_policy(config, start, mesh),
     )
+
+
+def dated(data: DataConfig, student: Any, teacher: Any, today: str | None = None) -> DataConfig:
+    """The data section with a date if one of these tokenizers' templates reads the clock."""
+    formats = (data.student_template[0], data.teacher_template[0])
+    read = [reads_clock(t) for t, f in zip((student, teacher), formats) if f == "chat"]
+    if data.date is not None or not any(read):
+        return data
+    return dataclasses.replace(data, date=today or datetime.date.today().isoformat())
 
 
 def open_student(config: Config) -> Checkpoint:

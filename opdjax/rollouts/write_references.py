@@ -20,6 +20,7 @@ import numpy as np
 
 from opdjax.config import STUDENT, Config, DataConfig
 from opdjax.config.validation import MissingExtraError, require
+from opdjax.data.chat import reads_clock
 from opdjax.data.prompt_rows import Prompt, read_prompts
 from opdjax.data.prompts import PromptSet, collate, encode_prompts, messages_of
 from opdjax.data.references import (
@@ -41,6 +42,7 @@ from opdjax.models.hf import fingerprint, load_params, open_checkpoint
 from opdjax.ops.sharding import make_mesh, to_host
 from opdjax.rollouts.setup import (
     compute_dtype,
+    dated,
     num_ids,
     open_student,
     stop_ids,
@@ -70,10 +72,14 @@ def teach(config: Config) -> dict[str, float]:
     or is being written; the client's errors. Earlier answers are kept in any case.
     """
     path = _checked_path(config)
-    rows, num_left_out = _rows_to_answer(config)
     open_answerer = _api_answerer if config.teach.model else _checkpoint_answerer
     with _locked_index(path) as (path, upload):
-        index = open_index(path, _identity(config))
+        may_differ = ("date",) if config.data.date is None else ()
+        index = open_index(path, _identity(config), may_differ)
+        # Prompts of a template that reads the clock are those of the day the index was begun.
+        data = dataclasses.replace(config.data, date=config.data.date or index.teacher.get("date"))
+        config = dataclasses.replace(config, data=data)
+        rows, num_left_out = _rows_to_answer(config)
         count = config.teach.num_answers
         missing = [(row, index.missing(row.prompt, count)) for row in rows]
         pending = [(row, numbers) for row, numbers in missing if numbers]
@@ -154,6 +160,9 @@ def _identity(config: Config) -> dict[str, Any]:
         identity |= {"temperature": temperature, "top_p": top_p, "seed": config.seed}
         identity |= {"max_completion_length": config.teach.max_completion_length}
         identity |= dict(zip(("format", "enable_thinking"), shown.student_template))
+        tokenizer = load_tokenizer(checkpoint.path)
+        if reads_clock(tokenizer):
+            identity["date"] = dated(shown, tokenizer, tokenizer).date
     return identity | {"prompt_format": shown.prompt_format, "system_prompt": shown.system_prompt}
 
 

@@ -159,9 +159,9 @@ def read_only_workdir(
 
 def _download(folder: Folder, directory: pathlib.Path) -> None:
     is_finished = folder.tag(_RESULT) is not None
-    folder.download(
-        directory, lambda name: _is_of_the_run(name) and not (is_finished and "/" in name)
-    )
+    # A run reads the day on which its sweep began.
+    is_read = lambda name: name == "point.json" or _is_of_the_run(name)
+    folder.download(directory, lambda name: is_read(name) and not (is_finished and "/" in name))
 
 
 def _try_upload(mirror: WorkdirMirror) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import fcntl
 import json
 import os
@@ -102,6 +103,8 @@ def claim(workdir: pathlib.Path, config: Config, facts: dict[str, Any]) -> None:
         return
     old = read_run_config(workdir)
     described = [{"config": upgrade(run["config"]), "data": run["data"]} for run in (old, new)]
+    before, now = (run["config"]["data"] for run in described)
+    before["date"] = before["date"] or now["date"]  # unrecorded earlier: the digests tell
     execution = [_pop(run["config"], _EXECUTION_FIELDS) for run in described]
     changed = differences(*described) + lost_settings(old["config"])
     if changed:
@@ -113,6 +116,18 @@ def claim(workdir: pathlib.Path, config: Config, facts: dict[str, Any]) -> None:
     environments = differences(old["environment"], new["environment"], "environment.")
     for line in differences(*execution) + environments:
         print(f"note: continuing under another {line}; results may differ in the last bits")
+
+
+def first_day(workdir: pathlib.Path) -> str:
+    """The day, YYYY-MM-DD, that is today for the chat templates of the run in a work directory: as
+    recorded by the run or by the sweep that it belongs to, else that of the clock.
+    """
+    found, point = None, workdir / "point.json"
+    if (workdir / "config.json").exists():
+        found = read_run_config(workdir)["config"].get("data", {}).get("date")
+    if found is None and point.exists():
+        found = read_json(point, "delete it, and the sweep writes it again").get("date")
+    return found or datetime.date.today().isoformat()
 
 
 def _pop(config: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

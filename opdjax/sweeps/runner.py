@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import os
 import pathlib
 import platform
@@ -203,7 +204,7 @@ def _is_open(directory: pathlib.Path, attempts: _Attempts) -> bool:
 
 def _write_points(points: Sequence[SweepPoint], sweep: SweepDirectory) -> None:
     """Write point.json into each point's directory, so that tables know which points are missing;
-    WorkdirError if it holds another config.
+    WorkdirError if it holds another config. All hold the day on which the sweep began.
     """
     files = {sweep.path / point.id / POINT: point for point in points}
     new = {file: point for file, point in files.items() if not file.exists()}
@@ -218,10 +219,12 @@ def _write_points(points: Sequence[SweepPoint], sweep: SweepDirectory) -> None:
                 f"{sweep.workdir(point.id)} belongs to a point with another config; choose another "
                 f"--workdir (there -> now):\n  {listed}"
             )
+    known = (read_point(file).get("date") for file in sorted(sweep.path.glob(f"*/{POINT}")))
+    date = min(filter(None, known), default=datetime.date.today().isoformat()) if new else None
     for file, point in new.items():
         file.parent.mkdir(parents=True, exist_ok=True)
-        config = to_dict(point.config)
-        write_json(file, {"id": point.id, "overrides": point.overrides, "config": config})
+        asked = {"overrides": point.overrides, "config": to_dict(point.config)}
+        write_json(file, {"id": point.id, "date": date, **asked})
     sweep.upload(*new)
 
 

@@ -28,7 +28,7 @@ from opdjax.rollouts.near_policy.store import RolloutStore
 from opdjax.rollouts.setup import Setup, facts, initial_weights, prepare
 from opdjax.runs.mirror import WorkdirMirror, open_workdir
 from opdjax.runs.object_store import is_remote
-from opdjax.runs.workdir import WorkdirError, claim, locked, read_config
+from opdjax.runs.workdir import WorkdirError, claim, first_day, locked, read_config
 
 _POLL_SECONDS = 0.1  # between looks for published weights
 
@@ -106,9 +106,9 @@ def _setup(mirror: WorkdirMirror, config: Config | None) -> Setup:
     # A generator process uses all devices of its machine: their number may differ from the
     # learner's.
     own_mesh = MeshConfig(tensor=given.mesh.tensor) if near.generator == "process" else given.mesh
-    setup = prepare(dataclasses.replace(given, mesh=own_mesh))
+    setup = prepare(dataclasses.replace(given, mesh=own_mesh), first_day(workdir))
     if config is not None:
-        claim(workdir, config, facts(setup))
+        claim(workdir, dataclasses.replace(config, data=setup.config.data), facts(setup))
     return setup
 
 
