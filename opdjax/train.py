@@ -34,7 +34,6 @@ from opdjax.engine.update import (
     make_update,
 )
 from opdjax.models.decoder import Params
-from opdjax.models.hf_export import export_student
 from opdjax.models.lora import combine
 from opdjax.models.partitioning import SAMPLER_AXES, shardings_of
 from opdjax.ops.multihost import (
@@ -48,6 +47,7 @@ from opdjax.ops.multihost import (
 )
 from opdjax.ops.sharding import is_process_zero, shard_rows
 from opdjax.rollouts.checks import check_first_step, check_settings
+from opdjax.rollouts.export import export_student
 from opdjax.rollouts.findings import enforce
 from opdjax.rollouts.rows import rollout_metrics, token_counts
 from opdjax.rollouts.samples import sample_rows
@@ -373,7 +373,9 @@ def _finish(
         write_json(mirror.directory / "result.json", result)
 
     on_process_zero(clear)
-    on_all(lambda: export_student(params, setup.student, config.lora, config.student, out, dtype))
+    step = config.train.num_steps
+    export = partial(export_student, params, setup.student, config, mirror.directory, out)
+    on_all(lambda: export(dtype, step))
     on_process_zero(write)
     on_process_zero(mirror.finish)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -14,14 +15,14 @@ from opdjax.config.validation import ConfigError
 from opdjax.engine.update import TrainState, init_state, make_optimizer
 from opdjax.models.decoder import abstract_params
 from opdjax.models.hf import Checkpoint, load_params
-from opdjax.models.hf_export import export_student
 from opdjax.models.lora import combine, init_adapters
 from opdjax.models.partitioning import shardings_of
 from opdjax.ops.sharding import abstract_like, make_mesh
-from opdjax.rollouts.setup import open_student
+from opdjax.rollouts.export import export_student
+from opdjax.rollouts.setup import compute_dtype, open_student
 from opdjax.runs.checkpoint import Checkpointer
 from opdjax.runs.mirror import read_only_workdir
-from opdjax.runs.workdir import read_config
+from opdjax.runs.workdir import read_config, read_run_config
 
 
 def export_step(
@@ -30,10 +31,14 @@ def export_step(
     """Write the student of one checkpoint of a run as a Hugging Face checkpoint, and return its
     directory.
 
-    `step` is `latest`, `best` or a number; ConfigError if there is no such checkpoint.
+    `step` is `latest`, `best` or a number; ConfigError if there is no such checkpoint. `dtype`:
+    None: that of the run's forward pass.
     """
-    with read_only_workdir(workdir, lambda name: name == "config.json") as mirror:
+    with read_only_workdir(workdir, {"config.json", "eval.jsonl"}.__contains__) as mirror:
         config = read_config(mirror.directory)
+        devices = read_run_config(mirror.directory)["environment"].get("devices", [])
+        backend = "cpu" if "cpu" in devices else "an accelerator"
+        dtype = dtype or compute_dtype(config.train.dtype, backend)
         checkpointer = Checkpointer(
             mirror.checkpoints,
             keep=config.checkpoint.keep,
@@ -51,7 +56,42 @@ def export_step(
         trained = checkpointer.restore(wanted, _abstract_state(config, student, mesh)).params
         frozen = load_params(student, "float32", mesh) if config.lora.rank else None
         params = combine(frozen, trained)
-        return export_student(params, student, config.lora, config.student, out, dtype)
+        return export_student(params, student, config, mirror.directory, out, dtype, wanted)
+
+
+def hub_for(repository: str) -> Callable[[pathlib.Path], str]:
+    """A function that uploads a directory to a repository of the hub and returns its address.
+
+    ConfigError, before anything is exported, without a token or for another kind of name.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise ConfigError(f"--push-to-hub is {repository!r}; expected OWNER/NAME") from error
+    if get_token() is None:
+        raise ConfigError(
+            "--push-to-hub needs a token of the hub, and there is none; run `hf auth login`, or "
+            "set the environment variable HF_TOKEN"
+        )
+
+    def push(directory: pathlib.Path) -> str:
+        api = HfApi()
+        try:
+            made = api.create_repo(repository, private=True, exist_ok=True)
+            api.upload_folder(repo_id=made.repo_id, folder_path=directory)
+        except (HfHubHTTPError, OSError, RuntimeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ConfigError(
+                f"{directory} was written, but {repository} could not be uploaded: {reason}; try "
+                f"again with hf upload {repository} {directory}"
+            ) from error
+        return str(made)
+
+    return push
 
 
 def _abstract_state(config: Config, student: Checkpoint, mesh: Mesh) -> TrainState:

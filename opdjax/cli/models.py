@@ -23,7 +23,7 @@ from opdjax.runs.object_store import Folder, is_remote, open_output
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 
-def sample(arguments: list[str]) -> None:
+def sample(arguments: list[str], data_of_run: DataConfig | None = None) -> None:
     """MODEL PROMPT …: print completions; [EXPERIMENT] --store WORKDIR: store a run's rollouts."""
     if "--store" in arguments:
         store(arguments)
@@ -32,7 +32,7 @@ def sample(arguments: list[str]) -> None:
     def run(
         model: Annotated[str, tyro.conf.Positional],
         prompts: Annotated[tuple[str, ...], tyro.conf.Positional],
-        data: DataConfig = DataConfig(),  # noqa: B008
+        data: DataConfig = data_of_run or DataConfig(),  # noqa: B008
         num_generations: int = 1,
         max_completion_length: int = 512,
         temperature: float = 1.0,
@@ -47,7 +47,7 @@ def sample(arguments: list[str]) -> None:
         Args:
             model: checkpoint directory, hub id, or @mini_student or @mini_teacher
             prompts: texts to complete
-            data: how a prompt is rendered
+            data: how a prompt is rendered; of a run's student, as in that run
             num_generations: completions per prompt
             max_completion_length: tokens, including the stop token
             temperature: 0 is greedy
@@ -57,8 +57,12 @@ def sample(arguments: list[str]) -> None:
             dtype: of the forward pass
             seed: of the random draws
         """
-        from opdjax.rollouts.one_model import load, sample
+        from opdjax.rollouts.one_model import load, use_of
+        from opdjax.rollouts.one_model import sample as complete
 
+        if data_of_run is None and (use := use_of(model)) is not None:
+            sample(arguments, use.data)  # parsed again, with the run's settings as defaults
+            return
         options = {
             "data": data,
             "num_generations": num_generations,
@@ -69,25 +73,26 @@ def sample(arguments: list[str]) -> None:
             "min_p": min_p,
             "seed": seed,
         }
-        for prompt, texts in zip(prompts, sample(load(model, dtype=dtype), prompts, **options)):
+        for prompt, texts in zip(prompts, complete(load(model, dtype=dtype), prompts, **options)):
             for text in texts:
                 print(f"{prompt}\t{text}")
 
     call(run, arguments, "opdjax sample")
 
 
-def evaluate(arguments: list[str]) -> None:
+def evaluate(arguments: list[str], run_of_model: Config | None = None) -> None:
     """MODEL [--evaluation.field VALUE …]: print avg@k, pass@k and greedy accuracy."""
+    use = run_of_model or Config()
 
     def run(
         model: Annotated[str, tyro.conf.Positional],
-        data: DataConfig = DataConfig(),  # noqa: B008
-        evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008
-        dtype: Dtype = "auto",
+        data: DataConfig = use.data,
+        evaluation: EvaluationConfig = use.evaluation,
+        dtype: Dtype = use.train.dtype,
         slots: int | None = None,
         output: pathlib.Path | None = None,
     ):
-        """Print the scores of a checkpoint.
+        """Print the scores of a checkpoint. The defaults of a run's student are those of that run.
 
         Args:
             model: checkpoint directory, hub id, or @mini_student or @mini_teacher
@@ -97,10 +102,14 @@ def evaluate(arguments: list[str]) -> None:
             slots: rows decoded at a time, None: 512; fewer for long answers, which need memory
             output: JSON file for the scores, including those of each prompt
         """
-        from opdjax.rollouts.one_model import scores_of
+        from opdjax.rollouts.one_model import scores_of, use_of
         from opdjax.runs.statistics import benchmark_lines
         from opdjax.runs.workdir import write_json
 
+        if run_of_model is None and (found := use_of(model)) is not None:
+            print(f"settings not given are those of the run that exported {model}")
+            evaluate(arguments, found)  # parsed again, with other defaults
+            return
         if output is not None and not is_remote(output):
             if not output.parent.is_dir():
                 raise ConfigError(
@@ -152,6 +161,7 @@ def export(arguments: list[str]) -> None:
         out: Annotated[pathlib.Path, tyro.conf.Positional],
         step: str = "latest",
         dtype: Literal["float32", "bfloat16"] | None = None,
+        push_to_hub: str | None = None,
     ):
         """Write a run's student as a Hugging Face checkpoint, and its adapters to OUT_adapter.
 
@@ -159,16 +169,20 @@ def export(arguments: list[str]) -> None:
             workdir: work directory of a run
             out: new directory
             step: step of a checkpoint, `latest`, or `best` by avg@k
-            dtype: of the weights; none: that of the checkpoint the run started from
+            dtype: of the weights; none: that of the run's forward pass
+            push_to_hub: OWNER/NAME of a model repository of the Hugging Face hub to upload it to;
+                a new one is private
         """
-        from opdjax.cli.export import export_step
+        from opdjax.cli.export import export_step, hub_for
 
+        push = None if push_to_hub is None else hub_for(push_to_hub)
         if is_remote(out) and Folder(out).files():
             raise ConfigError(
                 f"{as_given(out)} exists and is not empty; export into a new directory"
             )
         with open_output(out) as directory:
             export_step(workdir, step, directory, dtype)
-        print(f"wrote {as_given(out)}")
+            where = push and push(directory)
+        print(f"wrote {as_given(out)}" + (f" and {where}" if where else ""))
 
     call(run, arguments, "opdjax export")
