@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Callable
 from functools import partial
 
+import huggingface_hub
 import jax
 from jax.sharding import Mesh
 
@@ -59,39 +59,28 @@ def export_step(
         return export_student(params, student, config, mirror.directory, out, dtype, wanted)
 
 
-def hub_for(repository: str) -> Callable[[pathlib.Path], str]:
-    """A function that uploads a directory to a repository of the hub and returns its address.
-
-    ConfigError, before anything is exported, without a token or for another kind of name.
-    """
-    from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(repository)
-    except HFValidationError as error:
-        raise ConfigError(f"--push-to-hub is {repository!r}; expected OWNER/NAME") from error
-    if get_token() is None:
+def require_token() -> None:
+    """ConfigError without a token of the hub, before anything is exported."""
+    if huggingface_hub.get_token() is None:
         raise ConfigError(
             "--push-to-hub needs a token of the hub, and there is none; run `hf auth login`, or "
             "set the environment variable HF_TOKEN"
         )
 
-    def push(directory: pathlib.Path) -> str:
-        api = HfApi()
-        try:
-            made = api.create_repo(repository, private=True, exist_ok=True)
-            api.upload_folder(repo_id=made.repo_id, folder_path=directory)
-        except (HfHubHTTPError, OSError, RuntimeError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise ConfigError(
-                f"{directory} was written, but {repository} could not be uploaded: {reason}; try "
-                f"again with hf upload {repository} {directory}"
-            ) from error
-        return str(made)
 
-    return push
+def push(directory: pathlib.Path, repository: str) -> str:
+    """Upload an exported student to a repository of the hub, by default private; its address."""
+    api = huggingface_hub.HfApi()
+    try:
+        made = api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=made.repo_id, folder_path=directory)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"{directory} was written, but not uploaded to {repository}: {reason}; try again with "
+            f"hf upload {repository} {directory}"
+        ) from error
+    return str(made)
 
 
 def _abstract_state(config: Config, student: Checkpoint, mesh: Mesh) -> TrainState:

@@ -173,16 +173,18 @@ def export(arguments: list[str]) -> None:
             push_to_hub: OWNER/NAME of a model repository of the Hugging Face hub to upload it to;
                 a new one is private
         """
-        from opdjax.cli.export import export_step, hub_for
+        from opdjax.cli.export import export_step, push, require_token
 
-        push = None if push_to_hub is None else hub_for(push_to_hub)
+        if push_to_hub is not None:
+            require_token()
         if is_remote(out) and Folder(out).files():
             raise ConfigError(
                 f"{as_given(out)} exists and is not empty; export into a new directory"
             )
         with open_output(out) as directory:
             export_step(workdir, step, directory, dtype)
-            where = push and push(directory)
-        print(f"wrote {as_given(out)}" + (f" and {where}" if where else ""))
+            if push_to_hub is not None:
+                print(f"uploaded to {push(directory, push_to_hub)}")
+        print(f"wrote {as_given(out)}")
 
     call(run, arguments, "opdjax export")

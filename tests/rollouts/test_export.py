@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from tiny_runs import vary
 
-from opdjax.cli.export import export_step, hub_for
+from opdjax.cli.export import export_step, push
 from opdjax.cli.main import main
 from opdjax.config import MINI_PAIR, MINI_STUDENT, DataConfig, EvaluationConfig, LoraConfig
 from opdjax.config.validation import ConfigError
-from opdjax.data.chat import render
+from opdjax.data.chat import render, valid_vocab
 from opdjax.data.prompts import collate, encode_prompts, load_rows
 from opdjax.data.tokenizer import load_tokenizer
 from opdjax.engine.decoding import Decoding
@@ -229,12 +229,8 @@ def test_transformers_stops_where_the_run_stops(trained, of_base):
     rows = load_rows(of_base.data, tokenizer)[:8]
     prompts = encode_prompts(rows, recorded_use(directory).data, tokenizer, tokenizer)
     batch = collate(prompts, np.arange(8))
-    decoding = Decoding(
-        20,
-        stop_ids(checkpoint, tokenizer),
-        temperature=0.0,
-        valid_vocab=num_ids(checkpoint, tokenizer),
-    )
+    stops, width = stop_ids(checkpoint, tokenizer), valid_vocab(tokenizer)
+    decoding = Decoding(20, stops, temperature=0.0, valid_vocab=width)
     params = load_params(checkpoint, "float32")
     ours = jax.device_get(sample(params, batch, 0, 0, config=checkpoint.config, decoding=decoding))
     model = AutoModelForCausalLM.from_pretrained(directory)
@@ -286,20 +282,11 @@ def test_a_student_is_pushed_to_the_hub(tiny_run, tmp_path, monkeypatch, capsys)
     assert {"README.md", "config.json", "model.safetensors", "opdjax.json"} <= {*files}
 
 
-@pytest.mark.parametrize(
-    ("name", "token", "message"),
-    [
-        ("owner/name", None, "needs a token of the hub, and there is none; run `hf auth login`"),
-        ("a/b/c", "a token", "--push-to-hub is 'a/b/c'; expected OWNER/NAME"),
-    ],
-)
-def test_nothing_is_exported_that_cannot_be_pushed(
-    name, token, message, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
+def test_nothing_is_exported_that_cannot_be_pushed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     with pytest.raises(SystemExit):
-        main_with("export", tmp_path, tmp_path / "out", "--push-to-hub", name)
-    assert message in capsys.readouterr().err
+        main_with("export", tmp_path, tmp_path / "out", "--push-to-hub", "owner/name")
+    assert "needs a token of the hub, and there is none; run `hf auth" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -308,6 +295,8 @@ def test_a_failed_upload_says_what_to_do(monkeypatch, tmp_path):
         raise OSError("no network")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "a token")
     with pytest.raises(ConfigError, match="no network; try again with hf upload owner/name"):
-        hub_for("owner/name")(tmp_path)
+        push(tmp_path, "owner/name")
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="not uploaded to a/b/c: Repo id must"):
+        push(tmp_path, "a/b/c")
