@@ -18,10 +18,10 @@ from opdjax.rollouts.near_policy.buffer import oldest_version, version_for
 from opdjax.rollouts.near_policy.refresh import version_of
 from opdjax.rollouts.near_policy.shards import ShardError
 from opdjax.rollouts.near_policy.store import POLL_SECONDS, RolloutStore
-from opdjax.rollouts.setup import facts, initial_weights, prepare
+from opdjax.rollouts.setup import as_recorded, facts, initial_weights, prepare
 from opdjax.runs.mirror import WorkdirMirror, open_workdir
 from opdjax.runs.object_store import is_remote
-from opdjax.runs.workdir import WorkdirError, claim, locked, read_config
+from opdjax.runs.workdir import WorkdirError, claim, first_day, locked, read_config
 
 
 def generate_for(workdir: pathlib.Path, config: Config | None) -> int:
@@ -84,10 +84,9 @@ def _locked_store(workdir: pathlib.Path, config: Config | None) -> Iterator[Roll
             )
         if near.generator == "process":  # it uses all devices of its machine
             mesh = MeshConfig(tensor=mesh.tensor)
-        setup = prepare(dataclasses.replace(given, mesh=mesh))
+        setup = prepare(dataclasses.replace(given, mesh=mesh), first_day(workdir))
         if config is not None:
-            config = dataclasses.replace(config, train=setup.config.train)
-            claim(workdir, config, facts(setup), is_learner=False)
+            claim(workdir, as_recorded(config, setup), facts(setup), is_learner=False)
         yield RolloutStore(setup, workdir)
         mirror.upload()
 
