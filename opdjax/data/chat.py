@@ -5,13 +5,14 @@ from __future__ import annotations
 import bisect
 import datetime
 import itertools
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import jinja2
 
-from opdjax.data.tokenizer import TokenizerError
+from opdjax.data.tokenizer import FileTokenizer, TokenizerError
 
 # Errors of a template that does not fit the prompt: Jinja's own and those of its expressions.
 _TEMPLATE_ERRORS = (
@@ -98,6 +99,12 @@ def reads_clock(tokenizer: Any) -> bool:
     return "strftime_now" in (tokenizer.chat_template or "")
 
 
+def with_day(template: str, today: datetime.date) -> str:
+    """The template with this day in place of each strftime_now of a literal format."""
+    written = lambda found: json.dumps(today.strftime(found[2]), ensure_ascii=False)
+    return re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", written, template)
+
+
 def assistant_header(tokenizer: Any, *, format: str, enable_thinking: bool | None) -> list[int]:
     """Token ids before an answer without its prompt, so that its own likelihood is defined.
 
@@ -137,7 +144,11 @@ def _apply_template(
 ) -> list[int]:
     """Token ids of a conversation; ValueError if the template does not accept it."""
     today = datetime.date.fromisoformat(date) if date else datetime.date.today()
-    options: dict[str, Any] = {"strftime_now": today.strftime}
+    options: dict[str, Any] = {}
+    if reads_clock(tokenizer) and isinstance(tokenizer, FileTokenizer):
+        options["strftime_now"] = today.strftime
+    elif reads_clock(tokenizer):  # transformers turns options into texts
+        options["chat_template"] = with_day(tokenizer.chat_template, today)
     if enable_thinking is not None:
         options["enable_thinking"] = enable_thinking
     try:
