@@ -14,7 +14,7 @@ from typing import Any
 
 import jinja2
 
-from opdjax.data.tokenizer import REASONING, TokenizerError
+from opdjax.data.tokenizer import REASONING, FileTokenizer, TokenizerError
 
 # Errors of a template that does not fit the prompt: Jinja's own and those of its expressions.
 _TEMPLATE_ERRORS = (
@@ -142,6 +142,12 @@ def reads_clock(tokenizer: Any) -> bool:
     return "strftime_now" in str(tokenizer.chat_template)
 
 
+def with_day(template: str, today: datetime.date) -> str:
+    """The template with this day in place of each strftime_now of a literal format."""
+    written = lambda found: json.dumps(today.strftime(found[2]), ensure_ascii=False)
+    return re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", written, template)
+
+
 def assistant_header(tokenizer: Any, *, format: str, enable_thinking: bool | None) -> list[int]:
     """Token ids before an answer without its prompt, so that its own likelihood is defined.
 
@@ -183,7 +189,11 @@ def _template_ids(
     """Token ids of a conversation; ValueError, which names what the template does not read."""
     today = datetime.date.fromisoformat(date) if date else datetime.date.today()
     options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-    options |= {"strftime_now": today.strftime}
+    if reads_clock(tokenizer) and isinstance(tokenizer, FileTokenizer):
+        options["strftime_now"] = today.strftime
+    elif reads_clock(tokenizer):  # transformers turns options into texts
+        template = tokenizer.get_chat_template(tools=list(tools) or None)
+        options["chat_template"] = with_day(template, today)
     options |= {"add_generation_prompt": add_generation_prompt, "tokenize": False}
     write = lambda messages, tools: tokenizer.apply_chat_template(
         messages, tools=list(tools) or None, **options

@@ -19,6 +19,7 @@ import jinja2
 from opdjax.config import PACKAGE, Config, DataConfig
 from opdjax.config.saved import upgrade
 from opdjax.config.validation import from_dict, to_dict
+from opdjax.data.chat import with_day
 from opdjax.data.prompts import dated
 from opdjax.data.tokenizer import load_tokenizer
 from opdjax.models.decoder import Params
@@ -125,9 +126,7 @@ def pinned(template: str, data: DataConfig) -> str:
         begin += "{%- if messages[0]['role'] != 'system' %}{%- set messages = "
         begin += f"[{{'role': 'system', 'content': {text}}}] + messages %}}{{%- endif %}}"
     if data.date is not None:
-        today = datetime.date.fromisoformat(data.date)
-        written = lambda found: json.dumps(today.strftime(found[2]), ensure_ascii=False)
-        template = re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", written, template)
+        template = with_day(template, datetime.date.fromisoformat(data.date))
     return begin + template
 
 

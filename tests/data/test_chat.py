@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import shutil
 
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -238,6 +239,17 @@ def test_each_token_has_the_stage_that_its_text_stands_in(text, tokenizer):
         )
     assert ids[-1] == ids[-2]
     assert stage_ids([], tokenizer, (";",)) == []
+
+
+@pytest.mark.parametrize("is_of_transformers", [False, True])
+def test_the_date_is_today_for_a_template_that_reads_the_clock(tmp_path, is_of_transformers):
+    shutil.copytree(MINI_PAIR / "student", tmp_path / "student")
+    (tmp_path / "student" / "chat_template.jinja").write_text("{{ strftime_now('%d-%m-%y') }}")
+    loaded = AutoTokenizer.from_pretrained if is_of_transformers else load_tokenizer
+    tokenizer = loaded(tmp_path / "student")
+    options = {"format": "chat", "system_prompt": None, "enable_thinking": None}
+    ids = render("1+1=", tokenizer, date="2024-07-26", **options)
+    assert tokenizer.decode(ids) == "26-07-24"
 
 
 # Rows of every kind, by three templates
