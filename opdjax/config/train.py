@@ -59,7 +59,7 @@ class TrainConfig(Section):
     # Passes over the prompts, instead of num_steps: as many updates as show every prompt this
     # often, the last one filled with prompts of a further pass. None: num_steps counts.
     num_epochs: Annotated[int | None, "at least 1, or none for num_steps"] = None
-    # End the run after this many evaluations in a row without a new best avg@k, where the untrained
+    # End the run after this many evaluations in a row without a new best avg@8, where the untrained
     # student's counts as the first; 0: never. The run exports its last student; the best checkpoint
     # is kept for opdjax export --step best.
     early_stopping_patience: Annotated[int, "0 (off) or more"] = 0
